@@ -27,6 +27,7 @@ from moe_jax.layers import (
   MoE,
   MoeOptions,
   Shared,
+  SharedExpertOptions,
   Sorted,
 )
 from moe_jax.layers.routers import (
@@ -72,6 +73,7 @@ __all__ = [
   'Random',
   'Routing',
   'Shared',
+  'SharedExpertOptions',
   'Sizes',
   'SlotRouting',
   'Sorted',

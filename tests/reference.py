@@ -60,6 +60,21 @@ def choose(logits, K):
   return sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:K]
 
 
+def limited_scores(scores, num_groups, chosen_groups, best, outside):
+  """One token's scores, with `outside` for all but its best groups.
+
+  A group of consecutive experts is as good as the sum of its `best` largest
+  scores; ties go to the lower group.
+  """
+  each = len(scores) // num_groups
+  members = [range(g * each, (g + 1) * each) for g in range(num_groups)]
+  rates = [sum(sorted(scores[e] for e in m)[-best:]) for m in members]
+  chosen = choose(rates, chosen_groups)
+  return np.array(
+    [s if e // each in chosen else outside for e, s in enumerate(scores)]
+  )
+
+
 def visits(slot_priority, logits, K):
   """Pairs (token, choice) of one group in the order they are served in."""
   tokens = list(range(len(logits)))
@@ -135,8 +150,10 @@ def relative_gates(logits, chosen):
 def token_gates(gates, logits, chosen, served):
   """The K gates of one token; 0 for a choice that is not served."""
   gate = softmax(logits)[chosen]
-  if gates == 'sigmoid':
+  if gates.startswith('sigmoid'):
     gate = 1 / (1 + np.exp(-logits[chosen]))
+  if gates == 'sigmoid_renormalized':
+    gate = gate / (gate.sum() + 1e-20)
   if gates == 'renormalized':
     gate = gate / gate.sum()
   gate = np.where(served, gate, 0.0)

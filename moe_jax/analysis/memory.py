@@ -190,7 +190,12 @@ def _kept_by_sparse_layers(half: Half, M: int, B: int) -> int:
   hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, every)
   rows = sum(expert_rows(own, B, half.length) for own in half.moes)
   columns = sum(own.num_experts for own in half.moes)
-  return rows * (hidden + M * b) + B * half.length * 4 * columns
+  n = B * half.length
+  total = rows * (hidden + M * b) + n * 4 * columns
+  if (shared := moe.shared_twin) is not None:
+    kept = _kept_hidden(c.block, shared.ffn, c.remat == 'none')
+    total += half.num_sparse * n * kept
+  return total
 
 
 def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:

@@ -18,6 +18,7 @@ PARTS = {
   'dispatch': 'dispatch',
   'experts': 'experts',
   'combine': 'combine',
+  'shared_expert': 'shared expert',
   'exchange': 'exchange between devices',
   'moe': 'rest of sparse layers',
   'attention': 'attention',

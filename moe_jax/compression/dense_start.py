@@ -188,6 +188,11 @@ def _count(model: Model, source: Model, layer: int) -> int:
   options = source.moe_of(layer)
   expert = options.expert.twin(1).ffn
   dense = _dense(model, layer)
+  if options.shared_expert.hidden:
+    raise ValueError(
+      f'layer {layer} of the teacher has a shared expert, which no student '
+      'begins from'
+    )
   if dense is None:
     raise ValueError(f'layer {layer} of the student is not dense')
   if dense.activation != expert.activation:

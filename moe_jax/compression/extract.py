@@ -103,6 +103,11 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
       'feed-forward; only feed-forward experts can'
     )
 
+  if moe.shared_expert.hidden:
+    raise ValueError(
+      f'moe.shared_expert.hidden={moe.shared_expert.hidden}: layers by task '
+      'with a shared expert are not extracted'
+    )
   if moe.retained != Retained():
     raise ValueError(
       'layers by task have tied or masked columns or uneven numbers of experts '

@@ -55,8 +55,8 @@ def capture(
     model: A model of blocks.
     variables: Its variables.
     batch: A batch of its data.
-    module: The name of a module of a block: 'attention', 'cross_attention',
-      'ffn' or 'extra_ffn'.
+    module: The path of a module in a block: 'attention', 'cross_attention',
+      'ffn', 'extra_ffn' or 'moe/shared_expert/ffn'.
     name: The projection of attention, 'query', 'key', 'value' or 'out'; for
       a feed-forward 'in'.
 
@@ -78,12 +78,13 @@ def capture(
     _, kept = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-  layers = model.layer_trees(kept['intermediates'])
-  return {
-    i: layer[module][f'{name}_inputs'][0]
-    for i, layer in enumerate(layers)
-    if f'{name}_inputs' in layer.get(module, {})
-  }
+  inputs = {}
+  for i, tree in enumerate(model.layer_trees(kept['intermediates'])):
+    for step in module.split('/'):
+      tree = tree.get(step, {})
+    if f'{name}_inputs' in tree:
+      inputs[i] = tree[f'{name}_inputs'][0]
+  return inputs
 
 
 def counted(

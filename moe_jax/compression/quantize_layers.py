@@ -27,6 +27,7 @@ from moe_jax.compression.quantize_kernels import (
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.experts.shared_expert import SHARED_EXPERT
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models.code_trees import Coded
@@ -140,7 +141,7 @@ class Layers:
           for name, spot in some.items()
         }
     else:
-      x, mask = self._inputs(layer, module[0], 'in')
+      x, mask = self._inputs(layer, '/'.join(module), 'in')
       rows = Rows(x[None], mask[None])
       p = self._feed_forward(module, spots)
       yield feed_forwards(self._ffn(layer, module), p, rows, format)
@@ -182,6 +183,8 @@ class Layers:
       ffn = block.moe.expert.twin(1).ffn
       if not block.moe.num_experts:
         ffn = block.moe.twin().ffn
+      elif SHARED_EXPERT in module and (twin := block.moe.shared_twin):
+        ffn = twin.ffn
     return FfnLayer(ffn, block.shared)
 
   def _hessian(self, layer: int, module: str, name: str) -> jax.Array:

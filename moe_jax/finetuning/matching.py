@@ -20,7 +20,7 @@ from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
 
-_SPARSE = ('expert', 'router')
+_SPARSE = ('expert', 'router', 'shared_expert')
 
 
 class _Described(NamedTuple):

@@ -13,6 +13,7 @@ from moe_jax.layers.experts import (
   Gather,
   MixtureExpert,
   ModuleExpert,
+  SharedExpertOptions,
   Sorted,
 )
 from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
@@ -72,6 +73,7 @@ __all__ = [
   'RmsNorm',
   'Rotary',
   'Shared',
+  'SharedExpertOptions',
   'Sinusoidal',
   'Sorted',
   'Yarn',

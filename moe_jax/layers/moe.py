@@ -19,6 +19,11 @@ from moe_jax.layers.experts import (
   ExpertOptions,
 )
 from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.experts.shared_expert import (
+  SHARED_EXPERT,
+  SharedExpert,
+  SharedExpertOptions,
+)
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import AT_RANDOM, ImposedOptions, forced_choices
 from moe_jax.layers.retained import Retained
@@ -116,6 +121,11 @@ class MoeOptions(ImposedOptions):
   expert: ExpertOptions = choice(
     EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
   )
+  shared_expert: SharedExpertOptions = nested(
+    SharedExpertOptions(),
+    'Expert of the sparse layers that every token meets beside its chosen ones '
+    '(DeepSeekMoE, arXiv:2401.06066); the dense twin is wider by it.',
+  )
   dispatch: Dispatch = choice(
     DISPATCHES,
     'gather',
@@ -161,11 +171,25 @@ class MoeOptions(ImposedOptions):
     yield from self.imposed_problems(self.router, self.sizes)
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
+    yield from self._shared_problems()
     if not self.dispatch.drops and self.router.drops(self.sizes):
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
         f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
         "tokens; use the capacity 'all', or the dispatch 'gather' or 'sorted'"
+      )
+
+  def _shared_problems(self) -> Iterator[str]:
+    """The problem of a shared expert beside experts without a width."""
+    if not self.shared_expert.hidden:
+      return
+    try:
+      self.expert.within(FfnOptions(), 0.0).twin(1)
+    except ValueError:
+      yield (
+        f'shared_expert.hidden={self.shared_expert.hidden} beside experts of '
+        f'{type(self.expert).__name__}, which have no width: only feed-forward '
+        'experts have a shared one'
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
@@ -178,8 +202,38 @@ class MoeOptions(ImposedOptions):
     return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
 
   def twin(self) -> Twin:
-    """The dense feed-forward layer of the dense twin, after `within`."""
-    return self.expert.twin(self.num_selected)
+    """The dense feed-forward layer of the dense twin, after `within`.
+
+    It is as wide as K experts and the shared one.
+    """
+    twin = self.expert.twin(self.num_selected)
+    return twin.of_width(twin.ffn.hidden + self.shared_expert.hidden)
+
+  @property
+  def shared_twin(self) -> Twin | None:
+    """The feed-forward that the shared expert is, after `within`, or None."""
+    width = self.shared_expert.hidden
+    return self.expert.twin(1).of_width(width) if width else None
+
+  def fine_grained(self, parts: int) -> Self:
+    """The options with every expert cut into equal parts.
+
+    There are `parts` times the experts, each of 1 / `parts` of the width, of
+    which a token chooses `parts` times as many: equal parameters and FLOPs but
+    for the router's. Capacities are for the same share of a group's choices. A
+    shared expert stays as it is. Source: section 3.1 of arXiv:2401.06066.
+
+    Raises:
+      ValueError: The experts have no width of their own yet, or parts do not
+        divide it.
+    """
+    return dataclasses.replace(
+      self,
+      num_experts=parts * self.num_experts,
+      num_selected=parts * self.num_selected,
+      expert=self.expert.cut(parts),
+      capacity=self.capacity.for_parts(parts),
+    )
 
   def dense_aux(self) -> MoeAux:
     """The aux of a dense layer beside sparse ones, which means leave out."""
@@ -200,7 +254,8 @@ class MoeOptions(ImposedOptions):
 class MoE(nn.Module):
   """Routes every token to K of E experts and sums their gated outputs.
 
-  A token dropped everywhere gets zeros: the residual alone carries it.
+  The output of the shared expert is added, if there is one. Without it, a token
+  dropped everywhere gets zeros: the residual alone carries it.
 
   Attributes:
     options: The options of the layer. Options that experts take from the model
@@ -262,7 +317,14 @@ class MoE(nn.Module):
       aux = aux._replace(exchange=inner)
     elif inner is not None:
       aux = _with_losses(aux, inner)
-    return to_rows(y, B, T), aux
+    y = to_rows(y, B, T)
+    if (twin := o.shared_twin) is not None:
+      expert = SharedExpert(
+        o.shared_expert, twin, self.shared, name=SHARED_EXPERT
+      )
+      # With biases it would not be zero for tokens that no router sees.
+      y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
+    return y, aux
 
   def _imposed(self, given, mask, train, layer):
     """The choices of groups that are imposed on the router, or None."""

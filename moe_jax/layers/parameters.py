@@ -33,6 +33,7 @@ ROLES = (
   'lstm',
   'norm',
   'router',
+  'shared_expert',
 )
 # A kernel is contracted with activations, a bias is added to them, a scale
 # multiplies them, a table is indexed.

@@ -66,6 +66,12 @@ class LstmLmOptions(TextModelOptions):
         f'numerics.kernels.name={self.numerics.kernels.name!r} has no effect '
         'in a model of LSTMs'
       )
+    if self.moe.shared_expert.hidden and self.lstm.twin_depth > 1:
+      yield (
+        f'moe.shared_expert.hidden={self.moe.shared_expert.hidden} with '
+        f'lstm.twin_depth={self.lstm.twin_depth}: a dense twin of several '
+        'hidden layers has no shared expert'
+      )
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs have no attention, which alone reads positions that are not added.
@@ -92,7 +98,7 @@ class LstmLmOptions(TextModelOptions):
     moe = self.moe.within(self.ffn, self.dropout)
     depth = self.lstm.twin_depth
     # A single hidden layer is as wide as K experts, each of several as one.
-    twin = moe.expert.twin(moe.num_selected if depth == 1 else 1)
+    twin = moe.twin() if depth == 1 else moe.expert.twin(1)
     return LstmLm(
       self.embedding_config(rules),
       LstmLayersConfig(

@@ -28,6 +28,7 @@ _ROLE_OF = {
   'lstm': 'lstm',
   'norms': 'norm',
   'router': 'router',
+  'shared_experts': 'shared_expert',
 }
 NAMES = ('all', 'non_experts', *_ROLE_OF)
 _PATTERN = 're:'

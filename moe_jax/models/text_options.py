@@ -80,6 +80,8 @@ class LayerOptions(Options):
     except ValueError:  # experts without a known width
       each, copies = FfnOptions(1), moe.num_experts
     total = dense * self.ffn.kernel_values(width)
+    if copies and (shared := moe.shared_twin) is not None:
+      total += sparse * shared.ffn.kernel_values(width)
     return total + sparse * max(copies, 1) * each.kernel_values(width)
 
   @property

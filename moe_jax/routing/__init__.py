@@ -7,6 +7,7 @@ parameters, are `moe_jax.layers.routers`.
 
 from moe_jax.routing import (
   balance_bias,
+  expert_groups_rule,
   hash_rule,
   hierarchical_rule,
   running_totals,
@@ -91,6 +92,7 @@ __all__ = [
   'empty_aux',
   'even_choice',
   'expert_choice',
+  'expert_groups_rule',
   'gates_before_drop',
   'given_choice',
   'hash_choice',

@@ -17,6 +17,22 @@ SCORES = ('sigmoid', 'softmax')
 
 
 @checked
+def scores_of(
+  router_logits: Float32[Array, 'G S E'], scores: str
+) -> Float32[Array, 'G S E']:
+  """The scores that a bias is added to, and that rate groups of experts.
+
+  Args:
+    router_logits: The logits that the scores are computed from.
+    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each by
+      itself, or 'softmax' over all experts.
+  """
+  if scores not in SCORES:
+    raise unknown('scores', scores, SCORES)
+  return getattr(jax.nn, scores)(router_logits)
+
+
+@checked
 def biased_scores(
   router_logits: Float32[Array, 'G S E'],
   bias: Float32[Array, ' E'],
@@ -27,16 +43,12 @@ def biased_scores(
   Args:
     router_logits: The logits that the scores are computed from.
     bias: The bias of each expert.
-    scores: One of `SCORES`, the function of the logits: 'sigmoid' of each by
-      itself, or 'softmax' over all experts.
+    scores: One of `SCORES`; see `scores_of`.
 
   Source: Eq. 3 of arXiv:2408.15664, whose scores are 'sigmoid'; its Appendix C
   has 'softmax'.
   """
-  if scores not in SCORES:
-    raise unknown('scores', scores, SCORES)
-  score = getattr(jax.nn, scores)(router_logits)
-  return score + bias[None, None]
+  return scores_of(router_logits, scores) + bias[None, None]
 
 
 @checked

@@ -6,6 +6,7 @@ and Mixtral (any K, https://arxiv.org/abs/2401.04088) are settings of one
 function. The noise of Shazeer et al. 2017 is in `noisy_top_k_rule.py`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,15 @@ from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
-GATES = ('raw', 'renormalized', 'renormalized_after_drop', 'sigmoid')
+GATES = (
+  'raw',
+  'renormalized',
+  'renormalized_after_drop',
+  'sigmoid',
+  'sigmoid_renormalized',
+)
+# What DeepSeek-V3 adds to the sum of sigmoids that it divides them by.
+_EPSILON = 1e-20
 SLOT_PRIORITIES = (*GIVEN_PRIORITIES, 'batch_priority')
 SECOND_POLICIES = ('all', 'sampled', 'threshold')
 
@@ -60,7 +69,9 @@ def token_choice(
       (GShard Algorithm 1, ST-MoE; the same number as Mixtral's softmax over
       the chosen logits). 'renormalized_after_drop' makes the kept ones sum
       to one (praxis). 'sigmoid' is the sigmoid of each chosen logit (Loss-Free
-      Balancing, https://arxiv.org/abs/2408.15664).
+      Balancing, https://arxiv.org/abs/2408.15664). 'sigmoid_renormalized'
+      divides these by their sum plus 1e-20, before any is dropped (DeepSeek-V3,
+      https://arxiv.org/abs/2412.19437).
     slot_priority: The order in which choices are served. 'token_major': token
       by token, each with all its choices (the only causal one).
       'choice_major': all first choices, then all second ones (GShard).
@@ -158,10 +169,10 @@ def choice_problems(
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
-  if K == 1 and gates.startswith('renormalized'):
+  if K == 1 and 'renormalized' in gates:
     yield (
       f'num_selected=1 with gates={gates!r} makes every gate 1 and takes the '
-      "router's gradient away; use gates='raw'"
+      "router's gradient away; use gates='raw' or 'sigmoid'"
     )
   if second_policy == 'sampled' and K != 2:
     yield (
@@ -223,6 +234,12 @@ def _gates(gates, router_logits, chosen_logits, pair_gate, kept):
     gate = pair_gate
   elif gates == 'sigmoid':
     gate = jax.nn.sigmoid(chosen_logits)
+  elif gates == 'sigmoid_renormalized':
+    # The gradient of a quotient would be NaN where the sum is near epsilon,
+    # whose square is 0 in float32.
+    gate = jax.nn.log_sigmoid(chosen_logits)
+    normalizer = jax.nn.logsumexp(gate, axis=-1, keepdims=True)
+    gate = jnp.exp(gate - jnp.logaddexp(normalizer, math.log(_EPSILON)))
   else:
     # A row with nothing kept would be all -inf, and its softmax NaN.
     any_kept = kept.any(-1, keepdims=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import models
-from moe_jax.layers.experts import Dropless, few_tokens
+from moe_jax.layers.experts import Dropless, SharedExpertOptions, few_tokens
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import (
   Learned,
@@ -68,6 +68,20 @@ CASES = {
         branching=3, branches_selected=2, noisy=True, gates='renormalized'
       ),
     ),
+  ),
+  'deepseek': dict(
+    moe=ALL
+    | dict(
+      num_experts=6,
+      router=TokenChoice(
+        gates='sigmoid_renormalized',
+        gate_scale=2.5,
+        expert_groups=3,
+        chosen_expert_groups=2,
+        expert_group_score='two_best',
+      ),
+      shared_expert=SharedExpertOptions(9, gated=True),
+    )
   ),
   'bigram': dict(moe=dict(router=Hash(of='bigram'), **ALL)),
   'chosen in the encoder': dict(

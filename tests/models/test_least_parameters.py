@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import models
 from moe_jax.analysis.model_parts import sized_parameters
+from moe_jax.layers.experts import SharedExpertOptions
 from moe_jax.layers.positions import Learned
 from moe_jax.models.embeddings import EmbeddingOptions
 
@@ -31,6 +32,10 @@ def share(options):
     ),
     models.DecoderOptions(**TEXT, moe=dataclasses.replace(MOE, num_experts=0)),
     models.EncoderDecoderOptions(**TEXT, moe=MOE),
+    models.DecoderOptions(
+      **TEXT,
+      moe=dataclasses.replace(MOE, shared_expert=SharedExpertOptions(99)),
+    ),
     models.LstmLmOptions(**TEXT, moe=MOE),
     models.AdaptiveOptions(vocab_size=7, feature_shape=(5, 3)),
     models.DeepMoeOptions(vocab_size=7, feature_shape=(5, 3)),

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.layers import Dropless, Einsum, Gather
+from moe_jax.layers import Dropless, Einsum, Gather, SharedExpertOptions
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -46,6 +46,15 @@ BIASED = TokenChoice(
   balance_bias_scores='softmax',
 )
 TIGHT = PerToken(1.0)
+IN_GROUPS = TokenChoice(
+  gates='sigmoid_renormalized',
+  gate_scale=2.5,
+  jitter=0.01,
+  balance_bias_rate=0.01,
+  expert_groups=4,
+  chosen_expert_groups=2,
+  expert_group_score='two_best',
+)
 GATHER = {'router': BIASED, 'capacity': TIGHT}
 WRITTEN_OUT = {'dispatch': Gather(AllToAll())}
 # Rows cost so much to send that experts are shadowed whatever the counts are.
@@ -102,6 +111,11 @@ WAYS = dict(
     ),
     'capacity': TIGHT,
     'allow_future_leak': True,
+  },
+  in_groups={
+    'router': IN_GROUPS,
+    'capacity': TIGHT,
+    'shared_expert': SharedExpertOptions(16, gated=True),
   },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={

@@ -11,6 +11,7 @@ from moe_jax.layers.experts.serving import (
   ExpertOptions,
   Experts,
 )
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.experts.slots import (
   Einsum,
   Gather,
@@ -45,5 +46,6 @@ __all__ = [
   'MixtureExpert',
   'ModuleExpert',
   'QuantizedExpert',
+  'SharedExpertOptions',
   'Sorted',
 ]

@@ -51,6 +51,19 @@ class FeedForwardExpert(ExpertOptions):
       dropout=dropout if self.dropout < 0 else self.dropout,
     )
 
+  def cut(self, parts: int) -> Self:
+    """See `ExpertOptions.cut`."""
+    if not self.hidden:
+      raise ValueError(
+        'expert.hidden=0 stands for model.ffn.hidden; set the width that is to '
+        'be cut'
+      )
+    if parts < 1 or self.hidden % parts:
+      raise ValueError(
+        f'expert.hidden={self.hidden} does not divide by parts={parts}'
+      )
+    return dataclasses.replace(self, hidden=self.hidden // parts)
+
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
     """None: any dispatch serves feed-forward layers."""
     del dispatch

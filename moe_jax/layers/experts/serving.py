@@ -6,6 +6,7 @@ and the auxiliary losses of experts that have any, or what moved between
 devices, or None. Its name is `SCOPE`.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
@@ -105,6 +106,10 @@ class Twin(NamedTuple):
   ffn: FfnOptions
   dropout: float
 
+  def of_width(self, hidden: int) -> 'Twin':
+    """The same layer with another hidden width."""
+    return self._replace(ffn=dataclasses.replace(self.ffn, hidden=hidden))
+
 
 class ExpertOptions(Options):
   """The contract of an expert's options.
@@ -130,6 +135,16 @@ class ExpertOptions(Options):
     """
     del ffn, dropout
     return self
+
+  def cut(self, parts: int) -> 'ExpertOptions':
+    """The options of one of `parts` equal parts of an expert.
+
+    Raises:
+      ValueError: These experts have no width that can be cut.
+    """
+    raise ValueError(
+      f'{type(self).__name__} cannot be cut into {parts} parts: it has no width'
+    )
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
     """The problems that these experts have with a dispatch."""

@@ -86,7 +86,9 @@ class Gated(RouterOptions):
     "all experts (Switch); 'renormalized' makes the K gates sum to one before "
     'any choice is dropped (GShard, ST-MoE, Mixtral); '
     "'renormalized_after_drop' makes those of served choices sum to one "
-    "(praxis); 'sigmoid' is the sigmoid of each logit (Loss-Free Balancing).",
+    "(praxis); 'sigmoid' is the sigmoid of each logit (Loss-Free Balancing), "
+    "and 'sigmoid_renormalized' divides these by the sum of the K chosen ones "
+    'plus 1e-20 (DeepSeek-V3).',
     one_of(*GATES),
   )
 

@@ -1,11 +1,12 @@
 """Token choice: each token chooses the K experts of its largest logits.
 
-Switch (https://arxiv.org/abs/2101.03961), GShard, ST-MoE, Mixtral and Loss-Free
-Balancing are settings of its options. The rule is
-`moe_jax.routing.token_choice_rule`.
+Switch (https://arxiv.org/abs/2101.03961), GShard, ST-MoE, Mixtral, Loss-Free
+Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of its options.
+The rule is `moe_jax.routing.token_choice_rule`.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 from moe_jax.layers.routers.balancing import (
@@ -22,42 +23,59 @@ from moe_jax.layers.routers.by_token import (
   to_experts,
 )
 from moe_jax.layers.routers.contract import Router
+from moe_jax.layers.routers.expert_groups import ExpertGroups, within_groups
 from moe_jax.layers.routers.linear_gate import (
   LinearGate,
   jittered,
   linear_logits,
 )
 from moe_jax.options import above, one_of, option
-from moe_jax.routing.balance_bias import SCORES, biased_scores
+from moe_jax.routing.balance_bias import SCORES, biased_scores, scores_of
+from moe_jax.shapes import Array, Float32
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenChoice(
-  BalanceBias, ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits
+  ExpertGroups,
+  BalanceBias,
+  ImportanceLoss,
+  ZLoss,
+  BalanceLoss,
+  LinearGate,
+  ByLogits,
 ):
   """The options of token choice."""
 
   takes_choices: ClassVar[bool] = True
 
+  gate_scale: float = option(
+    1.0,
+    'Factor of all gates, the last step of their computation (DeepSeek '
+    "checkpoints' routed_scaling_factor: 2.5 in V3).",
+    above(0),
+  )
   balance_bias_scores: str = option(
     'sigmoid',
     "Scores to which the balancing bias is added: 'sigmoid' for gates "
-    "'sigmoid' (Loss-Free Balancing), 'softmax' for all other gates, which no "
-    'paper has with a balancing bias.',
+    "'sigmoid' (Loss-Free Balancing) and 'sigmoid_renormalized' (DeepSeek-V3), "
+    "'softmax' for all other gates, which no paper has with a balancing bias.",
     one_of(*SCORES),
     when={'balance_bias_rate': above(0)},
   )
 
-  def problems(self):
-    """The problem of biased scores that are not those of the gates."""
-    if not self.keeps_state:
-      return
-    of_gates = 'sigmoid' if self.gates == 'sigmoid' else 'softmax'
-    if self.balance_bias_scores != of_gates:
+  @property
+  def gate_scores(self) -> str:
+    """The scores that the gates are computed from, one of `SCORES`."""
+    return 'sigmoid' if self.gates.startswith('sigmoid') else 'softmax'
+
+  def problems(self) -> Iterator[str]:
+    """The problems of groups, and of biased scores other than the gates'."""
+    yield from super().problems()
+    if self.keeps_state and self.balance_bias_scores != self.gate_scores:
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
-        f'gates={self.gates!r}, whose scores are {of_gates!r}; Loss-Free '
-        "Balancing has 'sigmoid' for both"
+        f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '
+        "Loss-Free Balancing has 'sigmoid' for both"
       )
 
   def module(self, sizes, shared, name=None):
@@ -73,12 +91,25 @@ class TokenChoiceRouter(Router):
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids
-    logits, scores = linear_logits(self, jittered(self, x, train)), None
-    bias = bias_of(self)
-    if bias is not None:
-      scores = biased_scores(logits, bias, self.options.balance_bias_scores)
+    logits = linear_logits(self, jittered(self, x, train))
+    scores = self._scores(logits)
     chosen, _ = serve(
       self, logits, mask, train, layer, scores=scores, given=given
     )
     aux = logits_aux(self, chosen, logits, logits, mask, layer)
+    if (scale := self.options.gate_scale) != 1:
+      chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)
     return to_experts(self, chosen, layer), aux
+
+  def _scores(
+    self, logits: Float32[Array, 'G S E']
+  ) -> Float32[Array, 'G S E'] | None:
+    """The scores by which tokens choose; None where they are the logits."""
+    o, bias = self.options, bias_of(self)
+    if bias is not None:
+      return within_groups(
+        o, biased_scores(logits, bias, o.balance_bias_scores)
+      )
+    if o.expert_groups == 1:
+      return None
+    return within_groups(o, scores_of(logits, o.gate_scores))

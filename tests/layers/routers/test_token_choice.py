@@ -209,7 +209,9 @@ def test_batch_priority_under_a_bias_serves_the_surest_token_first():
   np.testing.assert_array_equal(chosen.kept, [[[False], [True]]])
 
 
-@pytest.mark.parametrize('gates', ['raw', 'renormalized', 'sigmoid'])
+@pytest.mark.parametrize(
+  'gates', ['raw', 'renormalized', 'sigmoid', 'sigmoid_renormalized']
+)
 def test_the_scores_of_a_biased_choice_are_named_where_no_paper_names_them(
   gates,
 ):
@@ -219,7 +221,7 @@ def test_the_scores_of_a_biased_choice_are_named_where_no_paper_names_them(
     )
 
   right, wrong = 'softmax', 'sigmoid'
-  if gates == 'sigmoid':
+  if gates.startswith('sigmoid'):
     right, wrong = wrong, right
   assert options(right).keeps_state
   with pytest.raises(ValueError, match=f"'{wrong}' does not belong to gates"):

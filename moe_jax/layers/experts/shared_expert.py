@@ -1,0 +1,84 @@
+"""The shared expert of a sparse layer: a feed-forward that every token meets.
+
+DeepSeekMoE (https://arxiv.org/abs/2401.06066, section 3.2). It is a dense layer
+whose output is added to that of the chosen experts, so several shared experts
+are one of their widths together. Not here: experts that tokens choose.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.shared import Shared
+from moe_jax.options import Options, at_least, option
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Float
+
+# The name of its module in a sparse layer, and the role of its parameters.
+SHARED_EXPERT = 'shared_expert'
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpertOptions(Options):
+  """The expert of a sparse layer that every token meets, unchosen."""
+
+  hidden: int = option(
+    0,
+    'Width of the hidden layer of the shared expert, which has the activation '
+    'and the dropout of the other experts. Several shared experts are one of '
+    "their widths together (DeepSeek checkpoints' n_shared_experts times "
+    'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
+    'there is none.',
+    at_least(0),
+  )
+  gated: bool = option(
+    False,
+    "Whether the shared expert's output for a token is multiplied by the "
+    'sigmoid of a learned product with the token (Qwen2-MoE).',
+    when={'hidden': at_least(1)},
+  )
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    return dataclasses.replace(self, hidden=40 if self.hidden else 0)
+
+
+class SharedExpert(nn.Module):
+  """A feed-forward for every token, times the sigmoid of a gate if it has one.
+
+  Attributes:
+    options: The options of the expert.
+    twin: The feed-forward that it is.
+    shared: The settings that all layers of the model share.
+  """
+
+  options: SharedExpertOptions
+  twin: Twin
+  shared: Shared = Shared()
+
+  @nn.compact
+  @checked
+  def __call__(
+    self, x: Float[Array, 'B T M'], train: bool = False
+  ) -> Float[Array, 'B T M']:
+    """Returns the output for every token; dropout only if `train`."""
+    ffn, dropout = self.twin
+    dtype = self.shared.dtype
+    layer = FeedForward(ffn, self.shared, dropout, SHARED_EXPERT, name='ffn')
+    y = layer(x.astype(dtype), train)
+    if not self.options.gated:
+      return y
+    init = parameters.kernel(self.shared, ('embed', None), role=SHARED_EXPERT)
+    w = self.param('w_gate', init, (x.shape[-1], 1), self.shared.param_dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    logit = rows_matmul(
+      rows, w.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    ).reshape(*x.shape[:-1], 1)
+    return y * jax.nn.sigmoid(logit).astype(dtype)

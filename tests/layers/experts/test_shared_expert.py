@@ -1,0 +1,226 @@
+"""The shared expert, its dense twin, and experts that are cut into parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from moe_jax import (
+  All,
+  Dropless,
+  FeedForwardExpert,
+  FfnOptions,
+  Fixed,
+  MoE,
+  MoeOptions,
+  Shared,
+  TokenChoice,
+)
+from moe_jax.analysis import cost
+from moe_jax.layers.experts import ModuleExpert, SharedExpertOptions
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.parameters import roles_of
+from moe_jax.models.selection import names_of
+from moe_jax.routing.capacity import Fraction, PerAssignment, PerToken
+from tests.models import tiny
+
+B, T, M, E, K, F, H = 2, 7, 6, 5, 3, 4, 9
+RENORMALIZED = TokenChoice(gates='renormalized')
+
+
+def options(activation='swiglu', **moe):
+  return MoeOptions(
+    num_experts=E,
+    num_selected=K,
+    router=RENORMALIZED,
+    capacity=moe.pop('capacity', All()),
+    expert=FeedForwardExpert(F, activation),
+    **moe,
+  )
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def compiled(layer):
+  return jax.jit(lambda p, x, mask: layer.apply({'params': p}, x, mask))
+
+
+def drawn(layer):
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
+  leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
+
+
+def feed_forward(p, x):
+  """One token through a SwiGLU layer, one hidden value after another."""
+  y = np.zeros(M)
+  for f in range(p['w_in'].shape[1]):
+    gate, value = x @ p['w_gate'][:, f], x @ p['w_in'][:, f]
+    y += gate / (1 + np.exp(-gate)) * value * p['w_out'][f]
+  return y
+
+
+@pytest.mark.parametrize(
+  ('gated', 'more'), [(True, {}), (False, {'dispatch': Dropless()})]
+)
+def test_it_adds_a_feed_forward_of_every_token(gated, more):
+  shared = options(shared_expert=SharedExpertOptions(H, gated), **more)
+  layer = MoE(shared)
+  params, x = drawn(layer), draw(B, T, M)
+  y, aux = compiled(layer)(params, x, np.ones((B, T), bool))
+  own = {n: p for n, p in params.items() if n != 'shared_expert'}
+  routed, same = compiled(MoE(options(**more)))(own, x, np.ones((B, T), bool))
+  p = params['shared_expert']
+  for b, t in np.ndindex(B, T):
+    token = x[b, t].astype(np.float64)
+    want = feed_forward(p['ffn'], token)
+    if gated:
+      want = want / (1 + np.exp(-(token @ p['w_gate'][:, 0])))
+    np.testing.assert_allclose(
+      y[b, t] - routed[b, t], want, rtol=1e-3, atol=1e-4
+    )
+  jax.tree.map(np.testing.assert_array_equal, aux, same)
+
+
+def test_a_dropped_token_still_meets_it_and_padding_does_not():
+  # Each expert has one slot, so that most choices are dropped. Biases would
+  # make zeros of padding something else.
+  layer = MoE(
+    options('relu', shared_expert=SharedExpertOptions(H), capacity=Fixed(1)),
+    Shared(use_bias=True),
+  )
+  params, x = drawn(layer), draw(B, T, M)
+  mask = np.arange(T)[None] < np.array([[T], [4]])
+  y, aux = compiled(layer)(params, x, mask)
+  lone = FeedForward(FfnOptions(H, 'relu'), Shared(use_bias=True))
+  want = lone.apply({'params': params['shared_expert']['ffn']}, jnp.asarray(x))
+  assert aux.stats.overflowed.sum() > 0
+  np.testing.assert_allclose(y[0, -1], want[0, -1], rtol=1e-5)
+  np.testing.assert_array_equal(y[~mask], np.zeros((T - 4, M)))
+
+
+def test_equal_experts_and_a_shared_one_are_the_dense_twin():
+  # Gates sum to one, so that equal experts are one of their width. It and the
+  # shared one are a single feed-forward of both widths.
+  one = dataclasses.replace(
+    options(shared_expert=SharedExpertOptions(H)), num_selected=K
+  )
+  layer = MoE(one)
+  params, x = drawn(layer), draw(B, T, M)
+  params['experts'] = jax.tree.map(
+    lambda w: np.broadcast_to(w[:1], w.shape), params['experts']
+  )
+  y, _ = compiled(layer)(params, x, np.ones((B, T), bool))
+  both = [jax.tree.map(lambda w: w[0], params['experts'])]
+  both.append(params['shared_expert']['ffn'])
+  joined = {
+    name: np.concatenate([p[name] for p in both], int(name != 'w_out'))
+    for name in both[0]
+  }
+  twin = FeedForward(FfnOptions(F + H, 'swiglu'))
+  want = twin.apply({'params': joined}, jnp.asarray(x))
+  np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_dense_twin_is_wider_by_it():
+  twin = MoeOptions(
+    num_experts=0,
+    num_selected=K,
+    expert=FeedForwardExpert(F),
+    shared_expert=SharedExpertOptions(H, gated=True),
+  ).within(FfnOptions(64, 'swiglu'), 0.25)
+  assert twin.twin() == (FfnOptions(K * F + H, 'swiglu'), 0.25)
+  assert twin.shared_twin == (FfnOptions(H, 'swiglu'), 0.25)
+
+
+def test_costs_count_it_as_a_dense_part_of_every_token():
+  plain, gated = (
+    tiny.build(
+      dict(shared_expert=SharedExpertOptions(H, gate)), ffn=dict(hidden=F)
+    )
+    for gate in (False, True)
+  )
+  without = cost.count(tiny.build(ffn=dict(hidden=F)), 10)
+  for model, kernels in ((plain, 2 * 12 * H), (gated, 2 * 12 * H + 12)):
+    counted = cost.count(model, 10)
+    more = 2 * kernels  # in each of two layers
+    assert counted.total_params == without.total_params + more
+    assert counted.active_params == without.active_params + more
+    assert counted.expert_params == without.expert_params
+    assert counted.decoder.experts == without.decoder.experts
+    assert counted.decoder.products == without.decoder.products + 2 * more
+
+
+def test_its_parameters_have_a_role_of_their_own():
+  layer = MoE(options(shared_expert=SharedExpertOptions(H, gated=True)))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
+  roles = roles_of(shapes['params'])
+  assert names_of('shared_experts', roles) == {
+    'shared_expert/w_gate',
+    'shared_expert/ffn/w_gate',
+    'shared_expert/ffn/w_in',
+    'shared_expert/ffn/w_out',
+  }
+  assert names_of('experts', roles).isdisjoint(
+    names_of('shared_experts', roles)
+  )
+
+
+@pytest.mark.parametrize(
+  ('moe', 'message'),
+  [
+    (dict(hidden=0, gated=True), 'gated=True has no effect unless hidden'),
+    (dict(hidden=-1), 'hidden=-1 must be at least 0'),
+  ],
+)
+def test_bad_options_are_refused(moe, message):
+  with pytest.raises(ValueError, match=message):
+    SharedExpertOptions(**moe)
+
+
+def test_only_feed_forward_experts_have_one_or_are_cut():
+  expert = ModuleExpert(nn.Dense(M))
+  with pytest.raises(ValueError, match='ModuleExpert, which have no width'):
+    MoeOptions(expert=expert, shared_expert=SharedExpertOptions(H))
+  with pytest.raises(ValueError, match='ModuleExpert cannot be cut'):
+    MoeOptions(expert=expert).fine_grained(2)
+
+
+def test_fine_grained_experts_cost_the_same_but_for_the_router():
+  wide = tiny.options(
+    dict(expert=FeedForwardExpert(24), shared_expert=SharedExpertOptions(H))
+  )
+  fine = dataclasses.replace(wide, moe=wide.moe.fine_grained(3))
+  assert (fine.moe.num_experts, fine.moe.num_selected) == (15, 6)
+  assert fine.moe.expert.hidden == 8
+  before, after = (cost.count(o.build(), 10) for o in (wide, fine))
+  router = 2 * 12 * 10  # ten more columns in each of two layers
+  assert after.expert_params == before.expert_params
+  assert after.active_params == before.active_params + router
+  assert after.decoder.experts == before.decoder.experts
+  assert after.capacity_slack == pytest.approx(before.capacity_slack, rel=0.2)
+
+
+@pytest.mark.parametrize(
+  'capacity', [PerToken(1.5), PerAssignment(1.5), Fraction(0.25), Fixed(3)]
+)
+def test_fine_grained_experts_have_room_for_the_same_share(capacity):
+  S, cut = 64, capacity.for_parts(4)
+  assert cut.per_expert(S, 4 * 8, 4 * 2) == capacity.per_expert(S, 8, 2)
+
+
+@pytest.mark.parametrize(
+  ('hidden', 'message'),
+  [(0, 'stands for model.ffn.hidden'), (10, 'does not divide by parts=4')],
+)
+def test_experts_that_cannot_be_cut_are_refused(hidden, message):
+  with pytest.raises(ValueError, match=message):
+    MoeOptions(expert=FeedForwardExpert(hidden)).fine_grained(4)

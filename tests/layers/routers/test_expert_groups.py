@@ -1,0 +1,165 @@
+"""Token choice with groups of experts, scaled gates and DeepSeek's gates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import All, Dropless, Fixed, MoE, MoeOptions, TokenChoice
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.routers import Sizes
+from moe_jax.layers.routers.sizes import TiedColumns
+from tests import reference
+from tests.layers.routers.run import G, M, S, draw, route
+from tests.models import tiny
+
+E, K = 12, 3
+V2 = TokenChoice(
+  gate_scale=16.0,
+  expert_groups=4,
+  chosen_expert_groups=2,
+  outside_expert_groups='zero',
+)
+V3 = TokenChoice(
+  gates='sigmoid_renormalized',
+  gate_scale=2.5,
+  balance_bias_rate=0.001,
+  expert_groups=4,
+  chosen_expert_groups=2,
+  expert_group_score='two_best',
+)
+BIAS = np.random.default_rng(8).normal(0, 0.6, E).astype(np.float32)
+
+
+def published(options, logits, bias):
+  """The experts and gates of one token, step by step from the papers."""
+  sigmoid = options.gates.startswith('sigmoid')
+  score = 1 / (1 + np.exp(-logits)) if sigmoid else reference.softmax(logits)
+  biased = score + bias if options.keeps_state else score
+  best = {'best': 1, 'two_best': 2}[options.expert_group_score]
+  outside = 0.0 if options.outside_expert_groups == 'zero' else -np.inf
+  limited = reference.limited_scores(biased, 4, 2, best, outside)
+  chosen = reference.choose(limited, K)
+  gate = score[chosen]  # without the bias
+  if options.gates == 'sigmoid_renormalized':
+    gate = gate / (gate.sum() + 1e-20)
+  return chosen, gate * options.gate_scale
+
+
+@pytest.mark.parametrize(
+  'options', [V2, V3, dataclasses.replace(V3, gates='sigmoid')]
+)
+def test_experts_and_gates_are_those_of_the_papers(options):
+  w, x = draw(M, E, seed=1), draw(G, S, M)
+  chosen, aux = route(
+    options,
+    {'w': w},
+    x,
+    num_experts=E,
+    num_selected=K,
+    state={'balance_bias': jnp.asarray(BIAS)} if options.keeps_state else None,
+  )
+  logits = x.astype(np.float64) @ w
+  for g, s in np.ndindex(G, S):
+    index, gate = published(options, logits[g, s], BIAS)
+    assert chosen.expert_index[g, s].tolist() == index
+    np.testing.assert_allclose(chosen.gate[g, s], gate, rtol=1e-4)
+  # Losses are those of gates before the factor, and of all experts' logits.
+  balance = reference.balance_loss(
+    reference.softmax(logits), chosen.expert_index, np.ones((G, S), bool)
+  )
+  np.testing.assert_allclose(aux.balance_loss, S * balance.sum(), rtol=1e-4)
+
+
+def test_gates_of_sigmoids_that_vanish_stay_finite():
+  # With logits of -60 the sum of the sigmoids is far below 1e-20, and so are
+  # the gates; their gradient is finite, too.
+  def total(x):
+    chosen, _ = route(
+      dataclasses.replace(V3, balance_bias_rate=0.0),
+      {'w': np.eye(E, dtype=np.float32)},
+      x,
+      num_experts=E,
+      num_selected=K,
+      ids=None,
+    )
+    return chosen.gate.sum()
+
+  value, gradient = jax.value_and_grad(total)(jnp.full((1, 1, E), -60.0))
+  assert 0 < value < 1e-4
+  assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('options', [V2, V3])
+def test_later_tokens_change_no_earlier_choice(options):
+  sizes = Sizes(E, K, Fixed(slots=3))
+  assert options.is_causal(sizes) and options.decodes(sizes) is None
+  state = {'balance_bias': jnp.asarray(BIAS)} if options.keeps_state else None
+  x = draw(G, S, M)
+  other = np.concatenate([x[:, :4], draw(G, S - 4, M, seed=7)], 1)
+  before, after = (
+    route(
+      options,
+      {'w': draw(M, E, seed=1)},
+      value,
+      num_experts=E,
+      num_selected=K,
+      capacity=sizes.capacity,
+      state=state,
+    )[0]
+    for value in (x, other)
+  )
+  np.testing.assert_array_equal(before.gate[:, :4], after.gate[:, :4])
+  np.testing.assert_array_equal(before.kept[:, :4], after.kept[:, :4])
+  assert not before.kept.all()
+  assert (before.expert_index != after.expert_index)[:, 4:].any()
+
+
+def test_dropless_is_a_capacity_with_room_for_all():
+  options = MoeOptions(
+    num_experts=E,
+    num_selected=K,
+    router=V3,
+    capacity=All(),
+    expert=FeedForwardExpert(hidden=4),
+  )
+  dropless = dataclasses.replace(options, dispatch=Dropless())
+
+  @jax.jit
+  def both(key, x):
+    variables = MoE(options).init(key, x)
+    return [MoE(o).apply(variables, x)[0] for o in (options, dropless)]
+
+  y, other = both(tiny.key(0), jnp.asarray(draw(G, S, M)))
+  np.testing.assert_allclose(y, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'sizes', 'message'),
+  [
+    ({}, Sizes(10, 3), 'num_experts=10 does not divide by 4 groups'),
+    ({}, Sizes(4, 2), "each has 1, and 'two_best' needs 2"),
+    ({}, Sizes(12, 7), 'num_selected=7 is more than the 6 experts'),
+    (
+      {},
+      Sizes(8, 2, tied=TiedColumns(((0, (0, 1, 2, 3, 4, 5, 6, -1)),))),
+      'too few columns that are not masked',
+    ),
+    ({'gates': 'raw'}, None, "gates='raw', whose scores are 'softmax'"),
+    ({'chosen_expert_groups': 5}, None, 'is more than expert_groups=4'),
+    ({'expert_groups': 1}, None, 'chosen_expert_groups=2 has no effect'),
+    ({'gate_scale': 0.0}, None, 'gate_scale=0.0'),
+  ],
+)
+def test_what_does_not_fit_is_refused(changes, sizes, message):
+  with pytest.raises(ValueError, match=message):
+    options = dataclasses.replace(V3, **changes)
+    raise ValueError('; '.join(options.problems_with(sizes)))
+
+
+def test_k_1_of_renormalized_sigmoids_is_refused():
+  options = TokenChoice(gates='sigmoid_renormalized')
+  (problem,) = options.problems_with(Sizes(E, 1))
+  assert "use gates='raw' or 'sigmoid'" in problem
