@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.data.plain_files import plain, read_json
-from moe_jax.interop import config_keys, mixtral, nllb_moe, switch_transformers
+from moe_jax.interop import (
+  config_keys,
+  mixtral,
+  nllb_moe,
+  olmoe,
+  qwen2_moe,
+  qwen3_moe,
+  switch_transformers,
+)
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.tensor_files import FLOATS, TensorFiles, listed
 from moe_jax.models import ModelOptions
@@ -17,7 +25,14 @@ from moe_jax.options import unknown
 
 ARCHITECTURES = {
   module.ARCHITECTURE.model_type: module.ARCHITECTURE
-  for module in (mixtral, nllb_moe, switch_transformers)
+  for module in (
+    mixtral,
+    nllb_moe,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+    switch_transformers,
+  )
 }
 
 

@@ -86,15 +86,18 @@ class Keys:
       default first.
     ignored: For each other key, the reason why it changes neither inference nor
       training.
+    spelled: Other spellings of keys, each with the key that it stands for.
   """
 
   honoured: Mapping[str, tuple[Any, Any]]
   training: Mapping[str, tuple[Any, Any, Any, str]]
   fixed: Mapping[str, tuple[Any, ...]]
   ignored: Mapping[str, str]
+  spelled: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    names = [*self.honoured, *self.training, *self.fixed, *self.ignored]
+    sorts = self.honoured, self.training, self.fixed, self.ignored, self.spelled
+    names = [name for sort in sorts for name in sort]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
       raise ValueError(f'keys {twice} are sorted twice')
@@ -117,7 +120,8 @@ def read(
     The values; a text for each problem; and a text for each value that is not
     carried over.
   """
-  values, problems, notes = Values(), [], []
+  values, notes = Values(), []
+  config, problems = _one_spelling(keys, config)
   known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
   for name in config:
     if name not in known:
@@ -125,8 +129,8 @@ def read(
       problems.append(error.split('have [')[0].rstrip('; '))
   for name, (kind, default, *_) in {**keys.honoured, **keys.training}.items():
     value = config.get(name, default)
-    if not _is(value, kind):
-      problems.append(f'{name}={value!r:.80} is no {_name(kind)}')
+    if not is_kind(value, kind):
+      problems.append(f'{name}={value!r:.80} is no {kind_name(kind)}')
       value = default
     setattr(values, name, value)
   for name, supported in keys.fixed.items():
@@ -143,6 +147,19 @@ def read(
   return values, problems, notes
 
 
+def _one_spelling(
+  keys: Keys, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """The config with one spelling of each key, and a text for each conflict."""
+  spelled = {keys.spelled.get(name, name): v for name, v in config.items()}
+  problems = [
+    f'{name}={config[name]!r:.80} differs from {key}={config[key]!r:.80}'
+    for name, key in keys.spelled.items()
+    if {name, key} <= config.keys() and config[name] != config[key]
+  ]
+  return spelled, problems
+
+
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
   """A text for each special token that has no id of the vocabulary."""
   rule = f'token id, an integer in [0, {vocab_size})'
@@ -156,7 +173,8 @@ def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
   ]
 
 
-def _is(value: Any, kind: Any) -> bool:
+def is_kind(value: Any, kind: Any) -> bool:
+  """Whether a value of a JSON file is of a kind, a `Number` or a type."""
   if isinstance(kind, Number):
     return kind.holds(value)
   if isinstance(value, bool):
@@ -164,7 +182,8 @@ def _is(value: Any, kind: Any) -> bool:
   return isinstance(value, kind)
 
 
-def _name(kind: Any) -> str:
+def kind_name(kind: Any) -> str:
+  """The kind of a value in words."""
   if isinstance(kind, Number):
     return kind.rule
   return getattr(kind, '__name__', str(kind))

@@ -31,7 +31,8 @@ def weight(path: str, theirs: str, form: str) -> Table:
   return layer(path, Name(f'{theirs}.weight', form))
 
 
-# Norms before attention and before feed-forwards, and the kernels of attention.
+# Norms before attention and before feed-forwards, and the projections of
+# attention.
 BLOCK: Table = {
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
@@ -39,6 +40,10 @@ BLOCK: Table = {
   **weight('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
   **weight('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
   **weight('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
+  **layer('attention/b_query', Name('self_attn.q_proj.bias', '(H D) -> H D')),
+  **layer('attention/b_key', Name('self_attn.k_proj.bias', '(N D) -> N D')),
+  **layer('attention/b_value', Name('self_attn.v_proj.bias', '(N D) -> N D')),
+  **layer('attention/b_out', Name('self_attn.o_proj.bias', 'M')),
 }
 
 

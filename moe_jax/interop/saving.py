@@ -33,7 +33,14 @@ from moe_jax.partitioning import path_name
 _SHARD_BYTES = 2**31
 # Keys that are not carried over: those of older versions of transformers, in
 # whose place others are written, and that of quantized tensors.
-_REPLACED = ('torch_dtype', 'rope_theta', 'rope_scaling', 'quantization_config')
+_REPLACED = (
+  'torch_dtype',
+  'rope_theta',
+  'rope_scaling',
+  'partial_rotary_factor',
+  'original_max_position_embeddings',
+  'quantization_config',
+)
 # Options that are told by what they decide.
 _SPELLED = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
@@ -73,8 +80,7 @@ def save(
   params = variables['params']
   if has_tied(options.build()):
     options, params = untied(options, params)
-  architecture = _choose(options, config or {})
-  written = describe(options, architecture, config or {})
+  architecture, written = _choose(options, config or {})
   every = leaves(architecture.names, options.build(), params)
   tensors = list(_tensors(every, architecture, params))
   folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +90,27 @@ def save(
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
 
 
-def _choose(options: ModelOptions, config: Mapping[str, Any]) -> Architecture:
+def _choose(
+  options: ModelOptions, config: Mapping[str, Any]
+) -> tuple[Architecture, dict[str, Any]]:
+  """The architecture of a model, and the content of its config.json.
+
+  It is that of the config, or else the first that computes the same function.
+
+  Raises:
+    ValueError: None does; what differs from the nearest one is listed.
+  """
   kind = config.get('model_type')
   if kind is not None:
-    return named(kind)
-  suitable = (a for a in ARCHITECTURES.values() if a.suits(options))
-  return next(suitable)
+    return named(kind), describe(options, named(kind), config)
+  errors = []
+  for architecture in ARCHITECTURES.values():
+    if architecture.suits(options):
+      try:
+        return architecture, describe(options, architecture, config)
+      except ValueError as error:
+        errors.append(error)
+  raise min(errors, key=lambda error: str(error).count('\n'))
 
 
 def describe(
@@ -112,7 +133,8 @@ def describe(
     decided = architecture.describe(options)
   except ValueError as error:
     raise ValueError(f'{none}: {error}') from error
-  given = {key: v for key, v in config.items() if key not in _REPLACED}
+  left = {*_REPLACED, *architecture.keys.spelled}
+  given = {key: v for key, v in config.items() if key not in left}
   written = {
     **_untouched(architecture, decided),
     **given,

@@ -13,20 +13,45 @@ B, S, T, N = 3, 11, 7, 9
 CLASSES = {
   'mixtral': transformers.MixtralForCausalLM,
   'nllb-moe': transformers.NllbMoeForConditionalGeneration,
+  'olmoe': transformers.OlmoeForCausalLM,
+  'qwen2_moe': transformers.Qwen2MoeForCausalLM,
+  'qwen3_moe': transformers.Qwen3MoeForCausalLM,
   'switch_transformers': (
     transformers.SwitchTransformersForConditionalGeneration
   ),
 }
+_DECODER = dict(
+  vocab_size=53,
+  hidden_size=24,
+  intermediate_size=20,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+)
 BASE = {
-  'mixtral': dict(
-    vocab_size=53,
-    hidden_size=24,
-    intermediate_size=20,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_local_experts=5,
-    max_position_embeddings=64,
+  'mixtral': dict(_DECODER, num_local_experts=5),
+  'olmoe': dict(
+    _DECODER,
+    num_experts=6,
+    num_experts_per_tok=3,
+    # Its ids would be masked when tokens are generated.
+    pad_token_id=None,
+    eos_token_id=None,
+  ),
+  'qwen2_moe': dict(
+    _DECODER,
+    num_experts=6,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    shared_expert_intermediate_size=28,
+  ),
+  'qwen3_moe': dict(
+    _DECODER,
+    num_experts=6,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    head_dim=8,
   ),
   'nllb-moe': dict(
     vocab_size=53,
@@ -62,7 +87,7 @@ BASE = {
 # match counts. With them a token does not lead to itself, though embeddings are
 # tied, and logits differ.
 LOUD = {
-  'mixtral': {'': 8.0},
+  **{name: {'': 8.0} for name in CLASSES},
   'nllb-moe': {'shared': 6.0, 'fc': 48.0, '': 16.0},
   'switch_transformers': {
     'shared': 1.0,
@@ -74,12 +99,12 @@ LOUD = {
 }
 
 # With these seeds the greedy tokens of models repeat themselves least.
-FIRST_SEED = {'mixtral': 0, 'nllb-moe': 1, 'switch_transformers': 0}
+FIRST_SEED = {'nllb-moe': 1}
 
 
 def make(kind: str, seed: int = 0, **options):
   """Makes a model of a kind whose greedy tokens vary."""
-  torch.manual_seed(seed + FIRST_SEED[kind])
+  torch.manual_seed(seed + FIRST_SEED.get(kind, 0))
   cls = CLASSES[kind]
   model = cls(cls.config_class(**{**BASE[kind], **options})).eval()
   with torch.no_grad():

@@ -9,6 +9,12 @@ from tests.interop import oracle
 
 torch = pytest.importorskip('torch')
 
+YARN = dict(
+  rope_type='yarn',
+  rope_theta=100.0,
+  factor=4.0,
+  original_max_position_embeddings=8,
+)
 # Each option that shapes a model is set in a model where it matters. Rows are
 # padded on the right, or on the left, where padding takes slots before the
 # text.
@@ -37,6 +43,71 @@ CASES = {
       rms_norm_eps=1e-2,
       rope_parameters=dict(rope_type='default', rope_theta=50.0),
     ),
+  ),
+  'olmoe': ('olmoe', 'right', dict()),
+  'olmoe renormalised, clipped, biased': (
+    'olmoe',
+    'left',
+    dict(norm_topk_prob=True, clip_qkv=0.4, attention_bias=True),
+  ),
+  'olmoe tied, one key head, all experts chosen': (
+    'olmoe',
+    'right',
+    dict(
+      tie_word_embeddings=True, num_key_value_heads=1, num_experts_per_tok=6
+    ),
+  ),
+  'olmoe one expert a token, large epsilon': (
+    'olmoe',
+    'left',
+    dict(num_experts_per_tok=1, rms_norm_eps=1e-2),
+  ),
+  'olmoe long texts by YaRN': ('olmoe', 'left', dict(rope_parameters=YARN)),
+  'qwen2': ('qwen2_moe', 'right', dict()),
+  'qwen2 two dense layers': (
+    'qwen2_moe',
+    'left',
+    dict(mlp_only_layers=[0, 2], num_hidden_layers=4, norm_topk_prob=True),
+  ),
+  'qwen2 every second layer, no biases': (
+    'qwen2_moe',
+    'right',
+    dict(decoder_sparse_step=2, num_hidden_layers=4, qkv_bias=False),
+  ),
+  'qwen2 tied, gelu, one key head': (
+    'qwen2_moe',
+    'left',
+    dict(
+      tie_word_embeddings=True,
+      hidden_act='gelu_pytorch_tanh',
+      num_key_value_heads=1,
+    ),
+  ),
+  'qwen2 long texts by YaRN': (
+    'qwen2_moe',
+    'right',
+    dict(rope_parameters=YARN | dict(beta_fast=4.0, attention_factor=1.3)),
+  ),
+  'qwen3': ('qwen3_moe', 'right', dict()),
+  'qwen3 renormalised, the second layer dense': (
+    'qwen3_moe',
+    'left',
+    dict(norm_topk_prob=True, mlp_only_layers=[1]),
+  ),
+  'qwen3 tied, biased': (
+    'qwen3_moe',
+    'right',
+    dict(tie_word_embeddings=True, attention_bias=True, head_dim=6),
+  ),
+  'qwen3 every third layer sparse': (
+    'qwen3_moe',
+    'left',
+    dict(decoder_sparse_step=3, num_hidden_layers=6, num_experts_per_tok=1),
+  ),
+  'qwen3 long texts by YaRN': (
+    'qwen3_moe',
+    'right',
+    dict(rope_parameters=YARN | dict(truncate=False)),
   ),
   'switch': ('switch_transformers', 'right', dict()),
   'switch padded in front': ('switch_transformers', 'left', dict()),

@@ -1,0 +1,217 @@
+"""Keys of config.json that many of transformers' decoders share.
+
+These decoders have pre-norm blocks with root mean square norms, rotary
+positions, grouped keys and gated feed-forwards, and drop no token. Not here:
+what an architecture has beside them (`mixtral.py` and its siblings).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+from moe_jax.interop import rotary_keys
+from moe_jax.interop.architecture import filled, unsupported, written
+from moe_jax.interop.config_keys import (
+  AMOUNT,
+  COMMON_FIXED,
+  COMMON_IGNORED,
+  LAYERS,
+  OPTIONAL_SIZE,
+  POSITIVE,
+  RATE,
+  SIZE,
+  Keys,
+  Values,
+)
+from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.experts import Dropless, FeedForwardExpert
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.norms import RmsNorm
+from moe_jax.layers.routers import RouterOptions, TokenChoice
+from moe_jax.models import DecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
+from moe_jax.routing.capacity import All
+
+ACTIVATIONS = {
+  'silu': 'swiglu',
+  'swish': 'swiglu',
+  'gelu_pytorch_tanh': 'geglu',
+  'gelu_new': 'geglu',
+}
+
+
+def keys(
+  defaults: Mapping[str, Any],
+  honoured: Mapping[str, tuple[Any, Any]],
+  training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
+  fixed: Mapping[str, tuple[Any, ...]] | None = None,
+  ignored: Mapping[str, str] | None = None,
+  spelled: Mapping[str, str] | None = None,
+) -> Keys:
+  """The keys of an architecture: the shared ones, and those of its own.
+
+  Args:
+    defaults: transformers' defaults of the shared keys.
+    honoured: The other keys that shape the model; see `Keys`.
+    training: The other keys that act only in training.
+    fixed: The other keys with only some supported values.
+    ignored: The other keys that change nothing, with the reason.
+    spelled: Other spellings of keys.
+  """
+  d = {'num_key_value_heads': None, 'tie_word_embeddings': False, **defaults}
+  return Keys(
+    honoured={
+      'vocab_size': (SIZE, d['vocab_size']),
+      'hidden_size': (SIZE, d['hidden_size']),
+      'num_hidden_layers': (LAYERS, d['num_hidden_layers']),
+      'num_attention_heads': (SIZE, d['num_attention_heads']),
+      'num_key_value_heads': (OPTIONAL_SIZE, d['num_key_value_heads']),
+      'hidden_act': (str, 'silu'),
+      'rms_norm_eps': (POSITIVE, d['rms_norm_eps']),
+      'tie_word_embeddings': (bool, d['tie_word_embeddings']),
+      'num_experts_per_tok': (SIZE, d['num_experts_per_tok']),
+      **rotary_keys.KEYS,
+      **honoured,
+    },
+    training={
+      'attention_dropout': (
+        RATE,
+        0.0,
+        0.0,
+        'our dropout is on residuals and hidden values too; see model.dropout',
+      ),
+      'router_aux_loss_coef': (AMOUNT, d['router_aux_loss_coef'], ..., ''),
+      **(training or {}),
+    },
+    fixed={**COMMON_FIXED, 'is_encoder_decoder': (False,), **(fixed or {})},
+    ignored={
+      **COMMON_IGNORED,
+      'initializer_range': 'the parameters are there',
+      'pad_token_id': 'masks say what padding is',
+      **(ignored or {}),
+    },
+    spelled=spelled or {},
+  )
+
+
+def problems(
+  c: Values,
+  *,
+  theta: float = 10_000.0,
+  rope_types: tuple[str, ...] = ('default', 'yarn'),
+) -> list[str]:
+  """A text for each value of the shared keys that is not supported.
+
+  Args:
+    c: The values of config.json.
+    theta: The base of rotary positions where the config has none.
+    rope_types: The rope types that the architecture has.
+  """
+  return [
+    *unsupported('hidden_act', c.hidden_act, ACTIVATIONS),
+    *rotary_keys.problems(c, theta, rope_types),
+  ]
+
+
+def options(
+  c: Values,
+  *,
+  ffn_hidden: int,
+  num_experts: int,
+  router: TokenChoice,
+  theta: float = 10_000.0,
+  attention: Mapping[str, Any],
+  moe: Mapping[str, Any] | None = None,
+) -> DecoderOptions:
+  """The options of a model.
+
+  Args:
+    c: The values of config.json.
+    ffn_hidden: Width of dense feed-forwards, and of experts that have none of
+      their own.
+    num_experts: Number of experts.
+    router: The router.
+    theta: The base of rotary positions where the config has none.
+    attention: Options of attention beside its number of heads; without a
+      `head_width` the heads multiply to the width.
+    moe: Options of sparse layers beside these.
+  """
+  heads = c.num_attention_heads
+  return DecoderOptions(
+    vocab_size=c.vocab_size,
+    num_layers=c.num_hidden_layers,
+    width=c.hidden_size,
+    attention=AttentionOptions(
+      num_heads=heads,
+      num_kv_heads=c.num_key_value_heads or heads,
+      **{'head_width': c.hidden_size // heads, **attention},
+    ),
+    ffn=FfnOptions(ffn_hidden, ACTIVATIONS[c.hidden_act]),
+    norm=RmsNorm(float(c.rms_norm_eps)),
+    positions=rotary_keys.rotary(c, theta),
+    embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
+    moe=MoeOptions(
+      num_experts=num_experts,
+      num_selected=c.num_experts_per_tok,
+      router=dataclasses.replace(
+        router, balance_weight=float(c.router_aux_loss_coef), z_weight=0.0
+      ),
+      capacity=All(),
+      dispatch=Dropless(),
+      **{'layers': 'all', **(moe or {})},
+    ),
+  )
+
+
+def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
+  """The shared keys of config.json that a model decides.
+
+  Args:
+    o: The options of the model.
+    architecture: The name of the architecture, for messages.
+
+  Raises:
+    ValueError: The model is no decoder with experts and rotary positions.
+  """
+  if not isinstance(o, DecoderOptions):
+    raise ValueError('it has an encoder, or no blocks')
+  if not o.has_experts:
+    raise ValueError(f'it is dense; {architecture} has experts')
+  attention, moe, expert = parts(o)
+  return dict(
+    vocab_size=o.vocab_size,
+    hidden_size=o.width,
+    num_hidden_layers=o.num_layers,
+    num_attention_heads=attention.num_heads,
+    num_key_value_heads=attention.num_kv_heads,
+    hidden_act=written(expert.activation, ACTIVATIONS),
+    rms_norm_eps=o.norm.epsilon,
+    tie_word_embeddings=o.embedding.tie,
+    num_experts_per_tok=moe.num_selected,
+    rope_parameters=rotary_keys.written(o.positions),
+  )
+
+
+def parts(
+  o: DecoderOptions,
+) -> tuple[AttentionOptions, MoeOptions, FeedForwardExpert]:
+  """Attention, sparse layers and experts, with defaults for sizes of 0."""
+  attention, moe = filled(o, o.width)
+  return attention, moe, cast(FeedForwardExpert, moe.expert)
+
+
+def renormalized(router: RouterOptions) -> bool:
+  """Whether gates of the softmax of all experts are divided by their sum.
+
+  Raises:
+    ValueError: The router has other gates.
+  """
+  known = {'raw': False, 'renormalized': True}
+  gates = getattr(router, 'gates', None)
+  if gates not in known:
+    raise ValueError(
+      f'its router is {type(router).__name__} with gates {gates!r}, not one of '
+      f'{sorted(known)}'
+    )
+  return known[gates]

@@ -1,0 +1,88 @@
+"""transformers' OLMoE (arXiv:2409.02060) as a decoder.
+
+Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
+
+- Queries and keys are normed over all heads together, before they are split
+  into heads, and clipped after that, as values are.
+- Gates are probabilities among all experts. With `norm_topk_prob`, which the
+  published checkpoints do not have, they are divided by their sum.
+"""
+
+from typing import Any
+
+from moe_jax.interop import decoder_keys
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.config_keys import OPTIONAL_POSITIVE, SIZE, Values
+from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, weight
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions
+
+KEYS = decoder_keys.keys(
+  dict(
+    vocab_size=50304,
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    rms_norm_eps=1e-5,
+    num_experts_per_tok=8,
+    router_aux_loss_coef=0.01,
+  ),
+  honoured={
+    'intermediate_size': (SIZE, 2048),
+    'num_experts': (SIZE, 64),
+    'norm_topk_prob': (bool, False),
+    'clip_qkv': (OPTIONAL_POSITIVE, None),
+    'attention_bias': (bool, False),
+  },
+  spelled={'num_local_experts': 'num_experts'},
+)
+
+
+def options(c: Values) -> DecoderOptions:
+  """The options of the model."""
+  return decoder_keys.options(
+    c,
+    ffn_hidden=c.intermediate_size,
+    num_experts=c.num_experts,
+    router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
+    attention=dict(
+      qk_norm='all',
+      qk_norm_epsilon=float(c.rms_norm_eps),
+      clip=float(c.clip_qkv or 0),
+      biases='all' if c.attention_bias else 'none',
+    ),
+  )
+
+
+def describe(o: DecoderOptions) -> dict[str, Any]:
+  """The keys of config.json that a model decides."""
+  shared = decoder_keys.describe(o, 'OLMoE')
+  attention, moe, expert = decoder_keys.parts(o)
+  return shared | dict(
+    intermediate_size=expert.hidden,
+    num_experts=moe.num_experts,
+    norm_topk_prob=decoder_keys.renormalized(moe.router),
+    clip_qkv=attention.clip or None,
+    attention_bias=attention.has_bias('query', use_bias=False),
+  )
+
+
+ARCHITECTURE = Architecture(
+  model_type='olmoe',
+  classes=('OlmoeForCausalLM', 'OlmoeModel'),
+  keys=KEYS,
+  problems=decoder_keys.problems,
+  options=options,
+  describe=describe,
+  suits=lambda o: not o.has_encoder,
+  prefix='model.',
+  computed=(r'rotary_emb\.inv_freq$',),
+  names={
+    **ENDS,
+    **BLOCK,
+    **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
+    **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
+    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+    **experts(),
+  },
+)

@@ -1,0 +1,113 @@
+"""transformers' Qwen2-MoE (arXiv:2407.10671) as a decoder.
+
+No token is dropped. As transformers 5.24 computes it:
+
+- Queries, keys and values have biases, the output projection has none.
+- A shared expert's output is multiplied by the sigmoid of a gate of its own and
+  added to that of the chosen experts.
+- Gates are probabilities among all experts, divided by their sum with
+  `norm_topk_prob`, which the published checkpoints do not have.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.interop import decoder_keys, qwen_keys
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.config_keys import SIZE, Values
+from moe_jax.interop.decoder_names import (
+  BLOCK,
+  ENDS,
+  experts,
+  gated_ffn,
+  weight,
+)
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions
+
+_BIASED = 'query, key, value'
+KEYS = decoder_keys.keys(
+  dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    rms_norm_eps=1e-6,
+    num_experts_per_tok=4,
+    router_aux_loss_coef=0.001,
+  ),
+  honoured={
+    **qwen_keys.HONOURED,
+    'intermediate_size': (SIZE, 5632),
+    'moe_intermediate_size': (SIZE, 1408),
+    'shared_expert_intermediate_size': (SIZE, 5632),
+    'num_experts': (SIZE, 60),
+    'qkv_bias': (bool, True),
+    'layer_types': (list | None, None),
+  },
+  ignored=qwen_keys.IGNORED,
+  spelled={'num_local_experts': 'num_experts'},
+)
+
+
+def problems(c: Values) -> Iterator[str]:
+  """A text for each value that our decoders cannot express."""
+  yield from qwen_keys.problems(c)
+  for kind in c.layer_types or ():
+    if kind != 'full_attention':
+      yield f'layer_types has {kind!r:.80}, only full_attention is supported'
+
+
+def options(c: Values) -> DecoderOptions:
+  """The options of the model."""
+  return decoder_keys.options(
+    c,
+    ffn_hidden=c.intermediate_size,
+    num_experts=c.num_experts,
+    router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
+    attention=dict(biases=_BIASED if c.qkv_bias else 'none'),
+    moe=dict(
+      layers=qwen_keys.layers(c),
+      expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
+      shared_expert=SharedExpertOptions(
+        hidden=c.shared_expert_intermediate_size, gated=True
+      ),
+    ),
+  )
+
+
+def describe(o: DecoderOptions) -> dict[str, Any]:
+  """The keys of config.json that a model decides."""
+  attention, moe, _ = decoder_keys.parts(o)
+  return qwen_keys.describe(o, 'Qwen2-MoE') | dict(
+    shared_expert_intermediate_size=moe.shared_expert.hidden,
+    qkv_bias=attention.has_bias('query', use_bias=False),
+    layer_types=['full_attention'] * o.num_layers,
+  )
+
+
+ARCHITECTURE = Architecture(
+  model_type='qwen2_moe',
+  classes=('Qwen2MoeForCausalLM', 'Qwen2MoeModel'),
+  keys=KEYS,
+  problems=lambda c: list(problems(c)),
+  options=options,
+  describe=describe,
+  suits=lambda o: not o.has_encoder,
+  prefix='model.',
+  computed=(r'rotary_emb\.inv_freq$',),
+  names={
+    **ENDS,
+    **BLOCK,
+    **gated_ffn('ffn', 'mlp'),
+    **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
+    **weight(
+      'moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'
+    ),
+    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+    **experts(),
+  },
+)

@@ -1,0 +1,74 @@
+"""Keys of config.json that Qwen2-MoE and Qwen3-MoE share.
+
+Which layers are sparse, and the width of experts. Not here: the architectures
+(`qwen2_moe.py`, `qwen3_moe.py`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.interop import decoder_keys
+from moe_jax.interop.architecture import is_sparse
+from moe_jax.interop.config_keys import COUNT, OPTIONAL_COUNT, SIZE, Values
+from moe_jax.models import DecoderOptions
+
+HONOURED: dict[str, tuple[Any, Any]] = {
+  'decoder_sparse_step': (SIZE, 1),
+  'mlp_only_layers': (list | None, None),
+  'norm_topk_prob': (bool, False),
+  'use_sliding_window': (bool, False),
+  'sliding_window': (OPTIONAL_COUNT, 4096),
+}
+IGNORED = {'max_window_layers': 'without windows nothing depends on it'}
+
+
+def problems(c: Values) -> Iterator[str]:
+  """A text for each value that our decoders cannot express."""
+  yield from decoder_keys.problems(c)
+  if c.use_sliding_window:
+    yield 'use_sliding_window=True is not supported'
+  for layer in c.mlp_only_layers or ():
+    if not COUNT.holds(layer):
+      yield f'mlp_only_layers has {layer!r:.80}, which is no layer'
+  if not any(_sparse(c)):
+    yield (
+      f'decoder_sparse_step={c.decoder_sparse_step} and mlp_only_layers='
+      f'{c.mlp_only_layers} leave no layer sparse of {c.num_hidden_layers}'
+    )
+
+
+def _sparse(c: Values) -> tuple[bool, ...]:
+  """Whether each layer is sparse."""
+  dense = c.mlp_only_layers or ()
+  return tuple(
+    is_sparse(i, c.decoder_sparse_step, 0) and i not in dense
+    for i in range(c.num_hidden_layers)
+  )
+
+
+def layers(c: Values) -> str:
+  """The option `moe.layers`."""
+  sparse = _sparse(c)
+  if all(sparse):
+    return 'all'
+  return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
+
+
+def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
+  """The keys that both architectures have, of a model.
+
+  Raises:
+    ValueError: As `decoder_keys.describe`.
+  """
+  shared = decoder_keys.describe(o, architecture)
+  _, moe, expert = decoder_keys.parts(o)
+  return shared | dict(
+    intermediate_size=o.ffn.hidden,
+    moe_intermediate_size=expert.hidden,
+    decoder_sparse_step=1,
+    mlp_only_layers=[i for i, flag in enumerate(o.sparse) if not flag],
+    num_experts=moe.num_experts,
+    norm_topk_prob=decoder_keys.renormalized(moe.router),
+    use_sliding_window=False,
+    sliding_window=None,
+  )

@@ -1,0 +1,185 @@
+"""The keys of config.json on rotary positions, read and written.
+
+transformers 5 has one object, `rope_parameters`; version 4 had `rope_scaling`,
+`rope_theta` and `partial_rotary_factor`. All are read, the object's values
+first, and the object is written. Not here: other keys (`decoder_keys.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_jax.interop.config_keys import (
+  OPTIONAL_POSITIVE,
+  OPTIONAL_SIZE,
+  POSITIVE,
+  Values,
+  is_kind,
+  kind_name,
+)
+from moe_jax.layers.positions import Positions, Rotary
+from moe_jax.layers.rotary import SCALINGS
+
+_ORIGINAL = 'original_max_position_embeddings'
+# Honoured keys; see `config_keys.Keys`.
+KEYS: Mapping[str, tuple[Any, Any]] = {
+  'rope_parameters': (dict | None, None),
+  'rope_scaling': (dict | None, None),
+  'rope_theta': (OPTIONAL_POSITIVE, None),
+  'partial_rotary_factor': (OPTIONAL_POSITIVE, None),
+  'max_position_embeddings': (OPTIONAL_SIZE, None),
+  _ORIGINAL: (OPTIONAL_SIZE, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """A parameter of a rope type.
+
+  Attributes:
+    option: The name of our option.
+    kind: The kind of its values; see `config_keys`.
+    needed: Whether every config must have it.
+  """
+
+  option: str
+  kind: Any
+  needed: bool = False
+
+
+_LENGTHS = {
+  'factor': _Parameter('factor', POSITIVE),
+  _ORIGINAL: _Parameter('original_len', POSITIVE),
+}
+# The parameters of each rope type, by their names. A type's name is that of our
+# scaling, but for 'default'.
+_TYPES: Mapping[str, Mapping[str, _Parameter]] = {
+  'default': {},
+  'yarn': {
+    **_LENGTHS,
+    'beta_fast': _Parameter('beta_fast', POSITIVE),
+    'beta_slow': _Parameter('beta_slow', POSITIVE),
+    'truncate': _Parameter('truncate', bool),
+    'attention_factor': _Parameter('attention_factor', POSITIVE),
+    'mscale': _Parameter('mscale', POSITIVE),
+    'mscale_all_dim': _Parameter('mscale_all_dim', POSITIVE),
+  },
+  'longrope': {
+    **_LENGTHS,
+    'short_factor': _Parameter('short_factor', list, needed=True),
+    'long_factor': _Parameter('long_factor', list, needed=True),
+    'short_mscale': _Parameter('short_mscale', POSITIVE),
+    'long_mscale': _Parameter('long_mscale', POSITIVE),
+  },
+}
+_SCALINGS = {'default': 'none'}
+
+
+def problems(
+  c: Values, theta: float, types: tuple[str, ...] = ('default', 'yarn')
+) -> Iterator[str]:
+  """A text for each value on rotary positions that is not supported.
+
+  Args:
+    c: The values of config.json.
+    theta: The base where the config has none.
+    types: The rope types that the architecture has, of those known here.
+  """
+  kind, given = _given(c, theta)
+  if kind not in types:
+    yield f'rope type {kind!r} is not supported, only {" or ".join(types)}'
+    return
+  if not is_kind(given['rope_theta'], POSITIVE):
+    yield f'rope_theta={given["rope_theta"]!r:.80} is no {POSITIVE.rule}'
+  fraction = given.get('partial_rotary_factor', 1)
+  if not is_kind(fraction, POSITIVE) or fraction > 1:
+    yield f'partial_rotary_factor={fraction!r:.80} is not in (0, 1]'
+  known = _TYPES[kind]
+  for name, value in given.items():
+    if name in ('rope_theta', 'partial_rotary_factor'):
+      continue
+    if name not in known:
+      yield f'{name}={value!r:.80} of rope type {kind!r} is not known'
+    elif not is_kind(value, known[name].kind):
+      rule = kind_name(known[name].kind)
+      yield f'{name}={value!r:.80} of rope type {kind!r} is no {rule}'
+    elif isinstance(value, list) and not all(
+      is_kind(number, POSITIVE) for number in value
+    ):
+      yield f'{name}={value!r:.80} is no list of numbers above 0'
+  needed = {name for name, parameter in known.items() if parameter.needed}
+  if missing := sorted(needed - given.keys()):
+    yield f'rope type {kind!r} lacks {missing}'
+
+
+def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
+  """The positions for values without problems.
+
+  Args:
+    c: The values of config.json.
+    theta: The base where the config has none.
+    interleaved: Whether the pairs that rotate are neighbours.
+  """
+  kind, given = _given(c, theta)
+  known = _TYPES[kind]
+  scaling = {known[name].option: given[name] for name in known if name in given}
+  for name in ('short_factor', 'long_factor'):
+    if name in scaling:
+      scaling[name] = tuple(map(float, scaling[name]))
+  fraction = float(given.get('partial_rotary_factor', 1))
+  return Rotary(
+    theta=float(given['rope_theta']),
+    interleaved=interleaved,
+    fraction=fraction,
+    scaling=SCALINGS.get(_SCALINGS.get(kind, kind))(**scaling),
+  )
+
+
+def written(positions: Positions) -> dict[str, Any]:
+  """The value of `rope_parameters` for positions.
+
+  Raises:
+    ValueError: Queries and keys do not rotate.
+  """
+  if not isinstance(positions, Rotary):
+    raise ValueError(
+      f'its positions are {type(positions).__name__}, not rotary'
+    )
+  name = SCALINGS.name_of(positions.scaling)
+  kind = next((k for k, ours in _SCALINGS.items() if ours == name), name)
+  if kind not in _TYPES:
+    raise ValueError(f'rotary positions have scaling {name!r}')
+  found: dict[str, Any] = {'rope_type': kind, 'rope_theta': positions.theta}
+  for theirs, parameter in _TYPES[kind].items():
+    value = getattr(positions.scaling, parameter.option)
+    if value or isinstance(
+      value, bool
+    ):  # 0 stands for what follows from others
+      found[theirs] = list(value) if isinstance(value, tuple) else value
+  if positions.fraction != 1:
+    found['partial_rotary_factor'] = positions.fraction
+  return found
+
+
+def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
+  """The rope type, and its parameters that are not null."""
+  given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  old = given.pop('type', 'default')
+  kind = str(given.pop('rope_type', old))
+  given = {key: value for key, value in given.items() if value is not None}
+  for name, value in (
+    ('rope_theta', c.rope_theta or theta),
+    ('partial_rotary_factor', c.partial_rotary_factor),
+  ):
+    if value is not None:
+      given.setdefault(name, value)
+  if kind not in _TYPES or _ORIGINAL not in _TYPES[kind]:
+    return kind, given
+  # A key beside the object comes first, as in Phi's checkpoints.
+  longest = c.max_position_embeddings
+  original = getattr(c, _ORIGINAL) or given.get(_ORIGINAL) or longest
+  if original is not None:
+    given[_ORIGINAL] = original
+    if longest is not None and is_kind(original, POSITIVE):
+      given.setdefault('factor', longest / original)
+  return kind, given
