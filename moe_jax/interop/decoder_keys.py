@@ -71,6 +71,7 @@ def keys(
       'rms_norm_eps': (POSITIVE, d['rms_norm_eps']),
       'tie_word_embeddings': (bool, d['tie_word_embeddings']),
       'num_experts_per_tok': (SIZE, d['num_experts_per_tok']),
+      'max_position_embeddings': (OPTIONAL_SIZE, d['max_position_embeddings']),
       **rotary_keys.KEYS,
       **honoured,
     },

@@ -35,6 +35,7 @@ KEYS = decoder_keys.keys(
     num_attention_heads=32,
     num_key_value_heads=8,
     rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
     num_experts_per_tok=2,
     router_aux_loss_coef=0.001,
   ),

@@ -24,6 +24,7 @@ KEYS = decoder_keys.keys(
     num_hidden_layers=16,
     num_attention_heads=16,
     rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
     num_experts_per_tok=8,
     router_aux_loss_coef=0.01,
   ),

@@ -36,6 +36,7 @@ KEYS = decoder_keys.keys(
     num_attention_heads=16,
     num_key_value_heads=16,
     rms_norm_eps=1e-6,
+    max_position_embeddings=32768,
     num_experts_per_tok=4,
     router_aux_loss_coef=0.001,
   ),

@@ -32,6 +32,7 @@ KEYS = decoder_keys.keys(
     num_attention_heads=32,
     num_key_value_heads=4,
     rms_norm_eps=1e-6,
+    max_position_embeddings=32768,
     num_experts_per_tok=8,
     router_aux_loss_coef=0.001,
   ),

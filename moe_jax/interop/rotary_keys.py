@@ -21,13 +21,12 @@ from moe_jax.layers.positions import Positions, Rotary
 from moe_jax.layers.rotary import SCALINGS
 
 _ORIGINAL = 'original_max_position_embeddings'
-# Honoured keys; see `config_keys.Keys`.
+# Honoured keys beside `max_position_embeddings`; see `config_keys.Keys`.
 KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_parameters': (dict | None, None),
   'rope_scaling': (dict | None, None),
   'rope_theta': (OPTIONAL_POSITIVE, None),
   'partial_rotary_factor': (OPTIONAL_POSITIVE, None),
-  'max_position_embeddings': (OPTIONAL_SIZE, None),
   _ORIGINAL: (OPTIONAL_SIZE, None),
 }
 
@@ -47,16 +46,14 @@ class _Parameter:
   needed: bool = False
 
 
-_LENGTHS = {
-  'factor': _Parameter('factor', POSITIVE),
-  _ORIGINAL: _Parameter('original_len', POSITIVE),
-}
+_LENGTH = {_ORIGINAL: _Parameter('original_len', POSITIVE)}
 # The parameters of each rope type, by their names. A type's name is that of our
 # scaling, but for 'default'.
 _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
   'default': {},
   'yarn': {
-    **_LENGTHS,
+    **_LENGTH,
+    'factor': _Parameter('factor', POSITIVE, needed=True),
     'beta_fast': _Parameter('beta_fast', POSITIVE),
     'beta_slow': _Parameter('beta_slow', POSITIVE),
     'truncate': _Parameter('truncate', bool),
@@ -65,7 +62,8 @@ _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
     'mscale_all_dim': _Parameter('mscale_all_dim', POSITIVE),
   },
   'longrope': {
-    **_LENGTHS,
+    **_LENGTH,
+    'factor': _Parameter('factor', POSITIVE),
     'short_factor': _Parameter('short_factor', list, needed=True),
     'long_factor': _Parameter('long_factor', list, needed=True),
     'short_mscale': _Parameter('short_mscale', POSITIVE),
@@ -180,6 +178,10 @@ def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
   original = getattr(c, _ORIGINAL) or given.get(_ORIGINAL) or longest
   if original is not None:
     given[_ORIGINAL] = original
-    if longest is not None and is_kind(original, POSITIVE):
+    if (
+      not _TYPES[kind]['factor'].needed
+      and longest is not None
+      and is_kind(original, POSITIVE)
+    ):
       given.setdefault('factor', longest / original)
   return kind, given

@@ -110,7 +110,16 @@ def _choose(
         return architecture, describe(options, architecture, config)
       except ValueError as error:
         errors.append(error)
-  raise min(errors, key=lambda error: str(error).count('\n'))
+  raise min(errors, key=_distance)
+
+
+class _DiffersError(ValueError):
+  """A model of an architecture that computes another function than ours."""
+
+
+def _distance(error: ValueError) -> tuple[bool, int]:
+  """How far an architecture is: whether it has no such model, and the lines."""
+  return not isinstance(error, _DiffersError), str(error).count('\n')
 
 
 def describe(
@@ -148,7 +157,7 @@ def describe(
   except ValueError as error:
     raise ValueError(f'{none}: {error}') from error
   if different := _different(options, theirs):
-    raise ValueError(
+    raise _DiffersError(
       listed(
         f'transformers cannot compute this model as {kind}; the model has',
         different,
