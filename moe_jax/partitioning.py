@@ -56,6 +56,7 @@ class ShardingOptions(Options):
   heads: str = _mesh_axes('the dimension of query heads', 'tensor')
   kv_heads: str = _mesh_axes('the dimension of heads of keys and values', '')
   kv: str = _mesh_axes('the width of a head', '')
+  latent: str = _mesh_axes('the width of vectors that heads expand from', '')
   vocab: str = _mesh_axes('the vocabulary', 'tensor')
   expert: str = _mesh_axes('the dimension of experts', 'expert')
   expert_mlp: str = _mesh_axes('the hidden width of experts', 'tensor')

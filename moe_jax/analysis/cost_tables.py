@@ -244,6 +244,15 @@ def fit_table(
   table.add_row(
     'cache', *(in_bytes(totals[dtype] - weights[dtype]) for dtype in totals)
   )
+  whole = {
+    dtype: memory.serving_bytes(model, dtype, work.batch_size, *lengths, True)
+    for dtype in memory.DTYPES
+  }
+  if whole != totals:
+    table.add_row(
+      'cache of keys and values of all heads, uncompressed',
+      *(in_bytes(whole[dtype] - weights[dtype]) for dtype in whole),
+    )
   for name in names:
     device = devices.get(name)
     table.add_row(

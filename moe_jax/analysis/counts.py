@@ -68,6 +68,8 @@ class Cost:
     capacity_slack: Number of rows that experts multiply for each choice of an
       expert, in full groups: E * slots / (K * tokens). Below 1.0 some choices
       are dropped for certain. It is 1.0 in dense and dropless models.
+    step_attention: FLOPs of attention's scores and weighted sums for a
+      generated token. Latent attention does not expand what is in the cache.
   """
 
   total_params: int
@@ -79,6 +81,7 @@ class Cost:
   decoder_len: int
   encoder_len: int
   capacity_slack: float
+  step_attention: int = 0
 
   @property
   def example_flops(self) -> int:
@@ -108,7 +111,7 @@ class Cost:
   @property
   def decode_flops(self) -> int:
     """FLOPs for a generated token, with a cache as long as an example."""
-    return self.decoder.total
+    return self.decoder.total - self.decoder.attention + self.step_attention
 
   @property
   def computed_flops(self) -> int:
@@ -183,6 +186,7 @@ def count(
     decoder_len=own_len,
     encoder_len=memory_len,
     capacity_slack=_slack(model, stacks, batch_size, seq_len),
+    step_attention=_step_attention(stacks[-1], width) if stacks else 0,
   )
 
 
@@ -213,8 +217,14 @@ def _flops_of_half(
   """FLOPs of a stack's own parameters, all of them for its own tokens."""
   a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
   flops = _products(_own(parameters, half), half.moes, width)
-  scores = 4 * layers * half.keys * a.num_heads * a.head_width
+  scores = 2 * layers * half.keys * a.scoring_products
   return dataclasses.replace(flops, attention=scores)
+
+
+def _step_attention(half: Half, width: int) -> int:
+  """FLOPs of attention in all layers for a token that is generated."""
+  a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
+  return 2 * layers * half.keys * a.decoding_products
 
 
 def _own(parameters: list[SizedParameter], half: Half) -> list[SizedParameter]:
@@ -264,8 +274,7 @@ def _memory_flops(half: Half, width: int) -> int:
   if not half.stack.block.cross:
     return 0
   a = half.stack.block.attention.within(width)
-  keys_and_values = 2 * width * a.num_kv_heads * a.head_width
-  return 2 * len(half.stack.sparse) * keys_and_values
+  return 2 * len(half.stack.sparse) * width * a.cached_values
 
 
 def _slack(

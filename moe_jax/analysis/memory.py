@@ -56,6 +56,7 @@ def cache_bytes(
   max_len: int,
   encoder_len: int = 0,
   dtype: str = '',
+  uncompressed: bool = False,
 ) -> int:
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
@@ -66,12 +67,15 @@ def cache_bytes(
     encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
     dtype: Type of keys and values; '' stands for that of the activations.
+    uncompressed: Whether latent attention is counted as if the cache kept keys
+      and values of all heads.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
   block = decoder.stack.block
   a = block.attention.within(model.embedding.width)
   itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
-  slot = 2 * len(decoder.stack.sparse) * a.num_kv_heads * a.head_width
+  values = a.uncompressed_values if uncompressed else a.cached_values
+  slot = len(decoder.stack.sparse) * values
   slots = max_len + (encoder_len if decoder.memory_len else 0)
   # A flag for each slot; the next position and the last token of each row; the
   # length of the cache.
@@ -84,6 +88,7 @@ def serving_bytes(
   batch_size: int,
   seq_len: int,
   target_len: int = 0,
+  uncompressed: bool = False,
 ) -> int:
   """Bytes of the weights in `dtype` and of a full cache.
 
@@ -97,11 +102,12 @@ def serving_bytes(
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
+    uncompressed: See `cache_bytes`.
   """
   *_, last = halves(model, seq_len, target_len)
   cache_dtype = 'float32' if dtype == 'float32' else 'bfloat16'
   return weight_bytes(model, dtype) + cache_bytes(
-    model, batch_size, last.length, last.memory_len, cache_dtype
+    model, batch_size, last.length, last.memory_len, cache_dtype, uncompressed
   )
 
 
@@ -145,17 +151,17 @@ def _kept_by_layers(half: Half, M: int, B: int) -> int:
   if c.remat == 'full':
     return total
   a, crosses = block.attention.within(M), block.cross
-  query, keys = a.num_heads * a.head_width, 2 * a.num_kv_heads * a.head_width
-  total += L * n * (query + keys + M) * b
+  output = a.num_heads * a.head_widths.value
+  total += L * n * (a.projected_values + M) * b
   if crosses:
-    total += L * (n * (query + M) + B * half.memory_len * keys) * b
+    total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b
   total += _kept_by_dense_layers(half, n) + _kept_by_sparse_layers(half, M, B)
   if c.remat == 'none':
     # Three float32 arrays of each norm, and its output twice, once as what
     # the next product multiplies; the output of attention; an expert's input.
     norms = L * (2 + crosses) + _extra_ffns(half)
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
-    total += L * n * query * b * (1 + crosses)
+    total += L * n * output * b * (1 + crosses)
     rows = sum(expert_rows(moe, B, half.length) for moe in half.moes)
     total += rows * M * b
   return total

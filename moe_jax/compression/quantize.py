@@ -32,10 +32,12 @@ from moe_jax.compression.quantize_report import Report
 from moe_jax.compression.quantize_work import Work
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
+from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.kernel_format import BITS, FORMATS, TERNARY, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.code_trees import Coded
 from moe_jax.models.flat_trees import Path
+from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import unknown
 from moe_jax.runs import trained
 from moe_jax.runs.workdir import CONFIG
@@ -96,6 +98,7 @@ def quantize(
   options, coded = _coded(run, format, kernels)
   batches = []
   if method == 'gptq':
+    _check_calibrated(options, kernels)
     batches = calibration.batches(run, num_batches, data)
   settings = {
     'run': str(run.folder.resolve()),
@@ -137,6 +140,17 @@ def _check(format: KernelFormat, method: str, kernels: str) -> None:
     raise ValueError(
       "format 'ternary' with kernels='all': the codes of less than a bit are "
       f'for experts; all kernels can be in {list(BITS)}'
+    )
+
+
+def _check_calibrated(options: ModelOptions, kernels: str) -> None:
+  """Raises ValueError for kernels whose inputs are not captured."""
+  halves = options.halves if isinstance(options, TransformerOptions) else ()
+  latent = any(isinstance(half.attention, LatentOptions) for half in halves)
+  if kernels == 'all' and latent:
+    raise ValueError(
+      "kernels='all' of latent attention with method='gptq': inputs of its "
+      "kernels are not captured; use method='rtn' or kernels='experts'"
     )
 
 

@@ -86,8 +86,15 @@ def written(name: str, table: Mapping[str, str]) -> str:
 def filled(
   half: StackOptions, width: int
 ) -> tuple[AttentionOptions, MoeOptions]:
-  """Attention and experts of a stack, with defaults for sizes of 0."""
-  return half.attention.within(width), half.moe.within(half.ffn, half.dropout)
+  """Attention and experts of a stack, with defaults for sizes of 0.
+
+  Raises:
+    ValueError: The attention is latent.
+  """
+  attention = half.attention.within(width)
+  if not isinstance(attention, AttentionOptions):
+    raise ValueError('its attention is not that of heads of their own')
+  return attention, half.moe.within(half.ffn, half.dropout)
 
 
 def layers(num_layers: int, step: int, first: int) -> str:

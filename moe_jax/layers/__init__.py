@@ -1,6 +1,12 @@
 """Linen modules and their options: routers, experts, MoE, attention, block."""
 
-from moe_jax.layers.attention import Attention, AttentionOptions
+from moe_jax.layers.attention import (
+  ATTENTIONS,
+  Attention,
+  AttentionOptions,
+  LatentAttention,
+  LatentOptions,
+)
 from moe_jax.layers.block import Block, BlockConfig, Context
 from moe_jax.layers.experts import (
   DISPATCHES,
@@ -34,6 +40,7 @@ from moe_jax.layers.shared import INITS, FanIn, Gpt2, Init, Numerics, Shared
 
 __all__ = [
   'ACTIVATIONS',
+  'ATTENTIONS',
   'DISPATCHES',
   'EXPERTS',
   'INITS',
@@ -56,6 +63,8 @@ __all__ = [
   'Gather',
   'Gpt2',
   'Init',
+  'LatentAttention',
+  'LatentOptions',
   'LayerNorm',
   'Learned',
   'LongRope',

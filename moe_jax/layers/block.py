@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from flax import linen as nn
 
-from moe_jax.layers.attention import Attention, AttentionOptions
+from moe_jax.layers.attention import AttentionBase, module_of
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.ffn import FeedForward, FfnOptions
 from moe_jax.layers.moe import MoE, MoeOptions
@@ -37,7 +37,7 @@ class BlockConfig:
     shared: The settings that all layers of the model share.
   """
 
-  attention: AttentionOptions
+  attention: AttentionBase
   ffn: FfnOptions
   moe: MoeOptions | None = None
   norm: Norm = RmsNorm()
@@ -150,7 +150,7 @@ class Block(nn.Module):
     c, name = self.config, CROSS_ATTENTION if cross else 'attention'
     h = self._norm(x, f'{name}_norm')
     bias = None if cross else context.bias
-    attention = Attention(
+    attention = module_of(c.attention)(
       c.attention,
       c.shared,
       positions=c.positions,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from moe_jax import sections
+from moe_jax.layers.attention import ATTENTIONS
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.shared import RULES
@@ -102,7 +103,7 @@ class EncoderDecoderOptions(TransformerOptions):
     router = moe.router.for_encoder()
     return dataclasses.replace(
       half,
-      attention=dataclasses.replace(half.attention, num_kv_heads=0, window=0),
+      attention=half.attention.for_encoder(),
       moe=dataclasses.replace(moe, router=router, retained=Retained()),
     )
 
@@ -144,6 +145,11 @@ class EncoderDecoderOptions(TransformerOptions):
     """The problems of the decoder's routers, and of the encoder's options."""
     yield from super().problems()
     yield from self.leak()
+    if not self.attention.crosses:
+      yield (
+        f'attention.kind={ATTENTIONS.name_of(self.attention)!r} has no '
+        'attention to an encoder'
+      )
     try:
       half = self.encoder_half()
     except OptionError as error:

@@ -249,14 +249,14 @@ def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   while axes[stacked] in _STACKED:
     stacked += 1
   own = axes[stacked:]
-  if len(own) == 2 or own[0] == 'embed':
+  if len(own) == 2 or own[0] in ('embed', 'latent'):
     inputs = 1
   elif own[-1] == 'embed':
     inputs = len(own) - 1
   else:
     raise ValueError(
       f'lora.parts: {"/".join(path)} has dimensions {own}; an adapter needs '
-      "two, or 'embed' as the first or the last"
+      "two, or 'embed' or 'latent' as the first, or 'embed' as the last"
     )
   return _Kernel(shape, axes, role, stacked, inputs)
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe import MoeOptions
@@ -171,8 +171,8 @@ class LayerOptions(Options):
 class StackOptions(LayerOptions):
   """The options of a stack of Transformer blocks."""
 
-  attention: AttentionOptions = nested(
-    AttentionOptions(), 'Attention in every block of a Transformer.'
+  attention: AttentionBase = choice(
+    ATTENTIONS, 'heads', 'Kind of attention in every block of a Transformer.'
   )
   norm: Norm = choice(
     NORMS,

@@ -245,13 +245,11 @@ def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
     ValueError: The stack does not decode; see `base.check_decodes`.
   """
   check_decodes(c.experts)
-  attention = c.block.attention
   return KVCache.make(
     num_layers=len(c.sparse),
     stacked=c.stacked,
     batch_size=batch_size,
     max_len=max_len,
-    num_heads=attention.num_kv_heads,
-    head_width=attention.head_width,
+    shapes=c.block.attention.cached_shapes,
     dtype=c.block.shared.dtype,
   )

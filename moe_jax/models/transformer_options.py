@@ -79,7 +79,9 @@ class TransformerOptions(TextModelOptions, StackOptions):
     except OptionError as error:
       yield from error.below('attention.').problems
       return
-    for problem in self.positions.problems_with(attention.head_width, causal):
+    for problem in self.positions.problems_with(
+      attention.rotated_width, causal
+    ):
       yield f'positions: {problem}'
 
   def problems(self) -> Iterator[str]:

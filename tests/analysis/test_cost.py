@@ -7,6 +7,7 @@ import pytest
 from moe_jax import models, run_config
 from moe_jax.analysis import compiled, cost
 from moe_jax.configs import glam_64b64e, mixtral_8x7b, openmoe_8b
+from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.positions import Learned, NoPositions, Relative
@@ -278,6 +279,30 @@ def test_a_decoding_step_is_what_xla_counts():
   xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
   ours = cost.count(model, LONG)
   assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+
+
+@pytest.mark.parametrize('query_rank', [0, 24])
+def test_latent_attention_is_what_xla_counts(query_rank):
+  latent = LatentOptions(
+    4, query_rank=query_rank, kv_rank=48, plain_width=16, rotary_width=8,
+    value_width=24,
+  )  # fmt: skip
+  options = {**LARGER, 'attention': latent}
+  model = tiny.build(dict(layers='none'), **options)
+  ours = cost.count(model, LONG)
+  xla = flops_of(model.apply, abstract(model), ints(3, LONG))
+  assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+  cache = jax.eval_shape(lambda: model.make_cache(3, LONG))
+  mask = jax.ShapeDtypeStruct((3, 1), jnp.bool_)
+
+  def step(variables, tokens, mask, cache):
+    return model.apply(variables, tokens, mask, cache, method='decode')
+
+  xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
+  assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+  # Sums have 48 + 8 numbers for each head, not 24, scores 56, not 16 + 8.
+  more = 2 * 2 * LONG * 4 * (2 * 56 - 48)
+  assert ours.decode_flops - ours.decoder.total == more
 
 
 def test_encoding_is_what_xla_counts():

@@ -14,6 +14,7 @@ from moe_jax.analysis import memory
 from moe_jax.analysis.model_parts import halves
 from moe_jax.configs import switch_c
 from moe_jax.dispatch import einsum, gather, sorted_rows
+from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, Einsum, Gather
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative
@@ -62,6 +63,22 @@ def test_the_cache_is_as_large_as_the_models(dtype):
   model = tiny.build(attention=dict(num_kv_heads=2), numerics=dict(dtype=dtype))
   cache = jax.eval_shape(lambda: model.make_cache(B, T))
   assert memory.cache_bytes(model, B, T) == num_bytes(cache)
+
+
+def test_the_cache_of_latent_attention_has_one_short_vector_a_token():
+  latent = LatentOptions(
+    4, kv_rank=7, plain_width=6, rotary_width=2, value_width=5
+  )
+  model = tiny.build(attention=latent, num_layers=3)
+  cache = jax.eval_shape(lambda: model.make_cache(B, T))
+  assert num_bytes((cache.key, cache.value)) == 3 * B * T * (7 + 2) * 4
+  assert memory.cache_bytes(model, B, T) == num_bytes(cache)
+  whole = memory.cache_bytes(model, B, T, uncompressed=True)
+  assert whole - num_bytes(cache) == 3 * B * T * (4 * (6 + 2 + 5) - 9) * 4
+  plain = tiny.build(attention=dict(head_width=6))
+  assert memory.cache_bytes(plain, B, T) == memory.cache_bytes(
+    plain, B, T, uncompressed=True
+  )
 
 
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from moe_jax import models
+from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, SharedExpertOptions, few_tokens
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import (
   Learned,
   NoPositions,
   Relative,
+  Rotary,
   Sinusoidal,
 )
 from moe_jax.layers.retained import Retained
@@ -38,6 +40,14 @@ CASES = {
   'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
   'olmoe': dict(
     attention=dict(num_kv_heads=2, qk_norm='all', clip=1.5, biases='key, out'),
+    moe=ALL,
+  ),
+  # Prompts are expanded, single tokens meet the cache as it is.
+  'deepseek': dict(
+    attention=LatentOptions(
+      4, query_rank=7, kv_rank=6, plain_width=2, rotary_width=4, value_width=2
+    ),
+    positions=Rotary(interleaved=True),
     moe=ALL,
   ),
   't5 decoder': dict(

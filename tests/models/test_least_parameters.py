@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import models
 from moe_jax.analysis.model_parts import sized_parameters
+from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import SharedExpertOptions
 from moe_jax.layers.positions import Learned
 from moe_jax.models.embeddings import EmbeddingOptions
@@ -27,6 +28,10 @@ def share(options):
   'options',
   [
     models.DecoderOptions(**TEXT),
+    models.DecoderOptions(**TEXT, attention=LatentOptions(kv_rank=16)),
+    models.DecoderOptions(
+      **TEXT, attention=LatentOptions(query_rank=8, kv_rank=16)
+    ),
     models.DecoderOptions(
       **TEXT, embedding=EmbeddingOptions(tie=False), positions=Learned(17)
     ),

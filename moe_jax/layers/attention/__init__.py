@@ -1,6 +1,33 @@
-"""Attention: projections, dot products, and the cache of a decoder."""
+"""Attention: its kinds, projections, products, and the cache of a decoder."""
+
+from flax import linen as nn
 
 from moe_jax.layers.attention.attention import Attention
-from moe_jax.layers.attention.attention_options import AttentionOptions
+from moe_jax.layers.attention.attention_options import (
+  AttentionBase,
+  AttentionOptions,
+)
+from moe_jax.layers.attention.latent import LatentAttention, LatentOptions
+from moe_jax.options import Kinds
 
-__all__ = ['Attention', 'AttentionOptions']
+__all__ = [
+  'ATTENTIONS',
+  'Attention',
+  'AttentionBase',
+  'AttentionOptions',
+  'LatentAttention',
+  'LatentOptions',
+  'module_of',
+]
+
+ATTENTIONS = Kinds(
+  'attention',
+  AttentionBase,
+  {'heads': AttentionOptions, 'latent': LatentOptions},
+  inline=True,
+)
+
+
+def module_of(options: AttentionBase) -> type[nn.Module]:
+  """The class of the module of a kind of attention, which takes its options."""
+  return LatentAttention if isinstance(options, LatentOptions) else Attention

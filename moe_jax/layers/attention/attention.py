@@ -209,6 +209,7 @@ class Attention(nn.Module):
     heads: tuple[str, int],
     head_width: int,
     shrink: float = 1.0,
+    source: str = 'embed',
   ) -> Float[Array, 'B S N D']:
     """Queries, keys or values.
 
@@ -218,8 +219,9 @@ class Attention(nn.Module):
       heads: The logical axis of the heads, and their number.
       head_width: The width of a head.
       shrink: The number that the usual variance of the kernel is divided by.
+      source: The logical axis of the numbers of x.
     """
-    axes = ('embed', heads[0], 'kv')
+    axes = (source, heads[0], 'kv')
     shape = (x.shape[-1], heads[1], head_width)
     init = parameters.kernel(
       self.shared,

@@ -82,13 +82,13 @@ class Statistics(NamedTuple):
 def blocks(
   query: Float[Array, 'B T H D'],
   key: Float[Array, 'B S N D'],
-  value: Float[Array, 'B S N D'],
+  value: Float[Array, 'B S N U'],
   segment_ids: Int[Array, 'B T'] | None,
   key_segment_ids: Int[Array, 'B S'] | None,
   *,
   keys: Keys,
   bias: Float32[Array, 'H T S'] | None = None,
-) -> Float[Array, 'B T H D']:
+) -> Float[Array, 'B T H U']:
   """Attention block by block; arguments and result are those of `attend`."""
   ids = (segment_ids, key_segment_ids)
   # A query that may see no key has the mean of all values, as in `einsum`; it

@@ -33,8 +33,9 @@ class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D].
-    value: The values, of the same shapes.
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]; of latent
+      attention, the short vectors and the rotated keys that heads share.
+    value: The values, of the same shapes; of latent attention, nothing.
     filled: bool [B, S], whether the slot holds a token of the row.
     length: int32 [], the slot that the next token takes.
     next_position: int32 [B], the position of each row's next token.
@@ -60,21 +61,23 @@ class KVCache(flax.struct.PyTreeNode):
     stacked: bool,
     batch_size: int,
     max_len: int,
-    num_heads: int,
-    head_width: int,
+    shapes: tuple[tuple[int, int], tuple[int, int]],
     dtype: str,
   ) -> 'KVCache':
-    """An empty cache of `max_len` slots; `num_heads` is that of keys."""
-    L, B, N, S, D = num_layers, batch_size, num_heads, max_len, head_width
+    """An empty cache of `max_len` slots.
 
-    def empty():
+    The heads and their width, of keys and of values, are `shapes`.
+    """
+    L, B, S = num_layers, batch_size, max_len
+
+    def empty(heads, width):
       if stacked:
-        return jnp.zeros((L, B, N, S, D), dtype)
-      return tuple(jnp.zeros((B, N, S, D), dtype) for _ in range(L))
+        return jnp.zeros((L, B, heads, S, width), dtype)
+      return tuple(jnp.zeros((B, heads, S, width), dtype) for _ in range(L))
 
     return cls(
-      key=empty(),
-      value=empty(),
+      key=empty(*shapes[0]),
+      value=empty(*shapes[1]),
       filled=jnp.zeros((B, S), bool),
       length=jnp.zeros((), jnp.int32),
       next_position=jnp.zeros(B, jnp.int32),
@@ -121,7 +124,7 @@ class KVCache(flax.struct.PyTreeNode):
     self,
     layer: int | Int[Array, ''],
     key: Float[Array, 'B T N D'],
-    value: Float[Array, 'B T N D'],
+    value: Float[Array, 'B T N U'],
   ) -> 'KVCache':
     """Fills the slots that `begin` reserved, in one layer."""
 

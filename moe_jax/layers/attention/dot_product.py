@@ -26,7 +26,7 @@ HALF = ('bfloat16', 'float16')
 def attend(
   query: Float[Array, 'B T H D'],
   key: Float[Array, 'B S N D'],
-  value: Float[Array, 'B S N D'],
+  value: Float[Array, 'B S N U'],
   segment_ids: Int[Array, 'B T'] | None,
   *,
   key_segment_ids: Int[Array, 'B S'] | None = None,
@@ -34,10 +34,11 @@ def attend(
   implementation: str = 'auto',
   bias: Float32[Array, 'H T S'] | None = None,
   dropout: Callable[[Array], Array] | None = None,
-) -> Float[Array, 'B T H D']:
+) -> Float[Array, 'B T H U']:
   """Each token's weighted mean of the values it sees; the softmax is float32.
 
-  H / N consecutive query heads share one head of keys and values.
+  H / N consecutive query heads share one head of keys and values. Values may
+  have another width than keys.
 
   Args:
     query: The queries, unscaled.
@@ -57,7 +58,7 @@ def attend(
   """
   options = dict(
     dtype=str(query.dtype),
-    head_width=query.shape[3],
+    head_width=max(query.shape[3], value.shape[3]),
     seq_len=query.shape[1],
     biased=bias is not None,
     dropout=dropout is not None,
@@ -69,11 +70,26 @@ def attend(
   candidates = {
     'einsum': plain,
     'blocks': functools.partial(blocks, keys=keys, bias=bias),
-    'library': functools.partial(jax_nn, keys=keys, bias=bias),
-    'splash': functools.partial(splash, keys=keys),
+    'library': functools.partial(_of_one_width, jax_nn, keys=keys, bias=bias),
+    'splash': functools.partial(_of_one_width, splash, keys=keys),
   }
   f = _choose(implementation, options, candidates)
   return f(query, key, value, segment_ids, key_segment_ids)
+
+
+def _of_one_width(f, query, key, value, *ids, keys, **options):
+  """f, which needs values as wide as keys, with zeros where they are not."""
+  scored, width = key.shape[3], value.shape[3]
+  if scored == width:
+    return f(query, key, value, *ids, keys=keys, **options)
+  keys = keys._replace(scale=keys.scale or scored**-0.5)
+
+  def widened(x):
+    more = max(scored, width) - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
+
+  y = f(*map(widened, (query, key, value)), *ids, keys=keys, **options)
+  return y[..., :width]
 
 
 def _choose(name, options, candidates):
@@ -184,26 +200,27 @@ def einsum(
   weights = masked_softmax(scores, mask).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
-  return jnp.einsum('BNJTS,BSND->BTNJD', weights, value).reshape(B, T, H, D)
+  y = jnp.einsum('BNJTS,BSNU->BTNJU', weights, value)
+  return y.reshape(B, T, H, value.shape[3])
 
 
 def cached(
   query: Float[Array, 'B T H D'],
   key: Float[Array, 'B N S D'],
-  value: Float[Array, 'B N S D'],
+  value: Float[Array, 'B N S U'],
   segment_ids: Int[Array, 'B T'],
   key_segment_ids: Int[Array, 'B S'],
   *,
   keys: Keys,
   start: Int[Array, ''],
   bias: Float32[Array, 'H T S'] | None = None,
-) -> Float[Array, 'B T H D']:
+) -> Float[Array, 'B T H U']:
   """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
 
   A causal query sees no slots behind its own, filled or not.
   """
   B, T, H, D = query.shape
-  N, S = key.shape[1:3]
+  (N, S), U = key.shape[1:3], value.shape[3]
   query = keys.scaled(query).reshape(B, T, N, H // N, D)
   query = query.transpose(0, 2, 3, 1, 4).reshape(B, N, H // N * T, D)
   scores = jnp.einsum(
@@ -215,9 +232,9 @@ def cached(
   mask = visible(segment_ids, key_segment_ids, (T, S), keys, start)
   weights = masked_softmax(scores, mask[:, None, None]).astype(value.dtype)
   weights = weights.reshape(B, N, H // N * T, S)
-  y = jnp.einsum('BNRS,BNSD->BNRD', weights, value)
-  y = y.reshape(B, N, H // N, T, D).transpose(0, 3, 1, 2, 4)
-  return y.reshape(B, T, H, D)
+  y = jnp.einsum('BNRS,BNSU->BNRU', weights, value)
+  y = y.reshape(B, N, H // N, T, U).transpose(0, 3, 1, 2, 4)
+  return y.reshape(B, T, H, U)
 
 
 def jax_nn(

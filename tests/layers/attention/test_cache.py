@@ -11,8 +11,8 @@ L, B, N, S, D = 3, 2, 1, 5, 4
 
 def empty(stacked=True):
   return KVCache.make(
-    num_layers=L, stacked=stacked, batch_size=B, max_len=S, num_heads=N,
-    head_width=D, dtype='float32',
+    num_layers=L, stacked=stacked, batch_size=B, max_len=S, 
+    shapes=((N, D), (N, D)), dtype='float32',
   )  # fmt: skip
 
 

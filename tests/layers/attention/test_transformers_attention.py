@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import Attention, AttentionOptions, Rotary
+from moe_jax.layers import (
+  Attention,
+  AttentionOptions,
+  LatentAttention,
+  LatentOptions,
+  Rotary,
+  Yarn,
+)
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -117,3 +124,70 @@ def test_qwen2_with_its_three_biases():
   options = AttentionOptions(H, N, biases='query, key, value')
   module = m.Qwen2MoeAttention(config, 0)
   assert_equal(module, m.Qwen2MoeRotaryEmbedding(config), options)
+
+
+LATENT = dict(
+  kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+)
+YARN = dict(factor=5.0, beta_fast=3.0, mscale=1.0, mscale_all_dim=0.6)
+
+
+@pytest.mark.parametrize(
+  ('version', 'query_rank', 'biased', 'yarn'),
+  [(2, None, False, True), (2, 7, True, False), (3, 7, True, True)],
+)
+def test_deepseek(version, query_rank, biased, yarn):
+  if version == 2:
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as m
+  else:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
+  given = dict(rope_type='default', rope_theta=100.0)
+  if yarn:
+    given |= dict(YARN, rope_type='yarn', original_max_position_embeddings=8)
+  config = getattr(transformers, f'DeepseekV{version}Config')(
+    **{**SIZES, 'num_key_value_heads': H},
+    **LATENT,
+    q_lora_rank=query_rank,
+    attention_bias=biased,
+    rope_parameters=given,
+  )
+  module = random(getattr(m, f'DeepseekV{version}Attention')(config, 0))
+  rotary = getattr(m, f'DeepseekV{version}RotaryEmbedding')(config)
+  x, places = inputs()
+  expected, weights = theirs(module, rotary, x, places)
+  options = LatentOptions(
+    H,
+    query_rank=query_rank or 0,
+    kv_rank=10,
+    plain_width=8,
+    rotary_width=4,
+    value_width=6,
+    biases='query_down, kv_down, out' if biased else 'none',
+  )
+  positions = Rotary(100.0, interleaved=True)
+  if yarn:
+    scaling = Yarn(original_len=8, **YARN)
+    positions = Rotary(100.0, interleaved=True, scaling=scaling)
+  names = {
+    'w_query': ('q_proj.weight', (M, H, -1)),
+    'w_query_down': ('q_a_proj.weight', (M, -1)),
+    'b_query_down': ('q_a_proj.bias', (-1,)),
+    'query_norm': ('q_a_layernorm.weight', (-1,)),
+    'w_query_up': ('q_b_proj.weight', (query_rank, H, -1)),
+    'w_kv_down': ('kv_a_proj_with_mqa.weight', (M, -1)),
+    'b_kv_down': ('kv_a_proj_with_mqa.bias', (-1,)),
+    'kv_norm': ('kv_a_layernorm.weight', (-1,)),
+    'w_kv_up': ('kv_b_proj.weight', (10, H, -1)),
+    'w_out': ('o_proj.weight', (H, 6, M)),
+    'b_out': ('o_proj.bias', (M,)),
+  }
+  p = {
+    own: jnp.asarray(weights[name].T.reshape(shape))
+    for own, (name, shape) in names.items()
+    if name in weights
+  }
+  assert len(p) == len(weights)
+  layer = LatentAttention(options, positions=positions)
+  y = layer.apply({'params': p}, jnp.asarray(x), None, jnp.asarray(places))
+  assert np.std(expected) > 0.1
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,297 @@
+"""Multi-head latent attention: keys and values expand from a short vector.
+
+Source: section 2.1 of arXiv:2405.04434 (DeepSeek-V2). A cache keeps the vector
+and one rotated key that all heads share, and a generated token attends to them
+without expanding them: its query goes through the kernel of the keys, and the
+weighted sum of vectors through that of the values. Not here: scores and softmax
+(`dot_product.py`).
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, Self
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.attention import dot_product
+from moe_jax.layers.attention.attention import Attention
+from moe_jax.layers.attention.attention_options import (
+  AttentionBase,
+  HeadWidths,
+)
+from moe_jax.layers.attention.cache import KVCache, at_layer
+from moe_jax.layers.attention.keys import Keys
+from moe_jax.layers.attention.projected import rms_normed
+from moe_jax.options import above, at_least, option
+from moe_jax.routing.rows import without_nan
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Bool, Float, Float32, Int
+
+_ROLE = 'attention'
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentOptions(AttentionBase):
+  """The options of multi-head latent attention (arXiv:2405.04434)."""
+
+  PROJECTIONS: ClassVar[tuple[str, ...]] = ('query_down', 'kv_down', 'out')
+  crosses: ClassVar[bool] = False
+
+  query_rank: int = option(
+    0,
+    'Width of the vector that queries expand from; 0: queries are projections '
+    'of tokens.',
+    at_least(0),
+  )
+  kv_rank: int = option(
+    512,
+    'Width R of the vector that keys and values expand from, which the cache '
+    'keeps.',
+    at_least(1),
+  )
+  plain_width: int = option(
+    128, 'Width of the part of a head that has no positions.', at_least(1)
+  )
+  rotary_width: int = option(
+    64,
+    'Width of the part of a head that positions rotate; its key is the same '
+    'for all heads.',
+    at_least(1),
+  )
+  value_width: int = option(128, 'Width of the values of a head.', at_least(1))
+  norm_epsilon: float = option(
+    1e-6,
+    'Number added to the mean square of the short vectors before its root is '
+    'taken.',
+    above(0),
+  )
+
+  @property
+  def head_widths(self) -> HeadWidths:
+    """See `AttentionBase.head_widths`."""
+    return HeadWidths(self.plain_width + self.rotary_width, self.value_width)
+
+  @property
+  def rotated_width(self) -> int:
+    """See `AttentionBase.rotated_width`."""
+    return self.rotary_width
+
+  @property
+  def cached_width(self) -> int:
+    """The number of values that the cache has of a token in a layer."""
+    return self.kv_rank + self.rotary_width
+
+  @property
+  def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """See `AttentionBase.cached_shapes`: all stands in the place of keys."""
+    return (1, self.cached_width), (1, 0)
+
+  @property
+  def uncompressed_values(self) -> int:
+    """See `AttentionBase.uncompressed_values`."""
+    return self.num_heads * sum(self.head_widths)
+
+  @property
+  def decoding_products(self) -> int:
+    """See `AttentionBase.decoding_products`."""
+    return 2 * self.num_heads * self.cached_width
+
+  @property
+  def projected_values(self) -> int:
+    """See `AttentionBase.projected_values`; keys and values are expanded."""
+    scored, value = self.head_widths
+    short = self.query_rank + self.cached_width
+    return self.num_heads * (2 * scored + value) + short
+
+  def kernel_values(self, width: int) -> int:
+    """See `AttentionBase.kernel_values`."""
+    H, (scored, value) = self.num_heads, self.head_widths
+    queries = width * H * scored
+    if self.query_rank:
+      queries = self.query_rank * (width + H * scored)
+    expanded = self.kv_rank * H * (self.plain_width + value)
+    return queries + width * (self.cached_width + H * value) + expanded
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    return dataclasses.replace(
+      self,
+      num_heads=4,
+      query_rank=24 if self.query_rank else 0,
+      kv_rank=16,
+      plain_width=8,
+      rotary_width=4,
+      value_width=8,
+      window=min(self.window, 8),
+      implementation='auto',
+    )
+
+  def absorbs(self, num_queries: int) -> bool:
+    """Whether so many queries of a step meet the cache without expanding it.
+
+    Multiply-adds decide: a query has longer products with the short vectors,
+    but to expand these costs as much for one query as for many.
+    """
+    expanded = self.kv_rank * (self.plain_width + self.value_width)
+    each = 2 * self.cached_width - sum(self.head_widths)
+    return num_queries * each <= expanded
+
+
+class LatentAttention(Attention):
+  """Scaled dot-product attention to keys that expand from short vectors.
+
+  Attributes:
+    options: The options of latent attention.
+  """
+
+  options: LatentOptions = LatentOptions()
+
+  @checked
+  def decode(
+    self,
+    x: Float[Array, 'B T M'],
+    token_mask: Bool[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    bias: Float32[Array, 'H T S'] | None,
+    cache: KVCache,
+    layer: int | Int[Array, ''],
+  ) -> tuple[Float[Array, 'B T M'], KVCache]:
+    """See `Attention.decode`."""
+    kept = [cache]
+
+    def attend(query, short, kernel):
+      short = short[:, :, None]  # [B, T, 1, R + r]
+      kept[0] = cache.write(layer, short, short[..., :0])
+      source = at_layer(kept[0].key, layer).astype(query.dtype)
+      attention = functools.partial(
+        dot_product.cached,
+        segment_ids=token_mask.astype(jnp.int32),
+        key_segment_ids=cache.filled.astype(jnp.int32),
+        keys=self._keys,
+        start=cache.length,
+        bias=bias,
+      )
+      if self.options.absorbs(x.shape[1]):
+        return self._absorbed(query, source, kernel, attention)
+      key, value = self._expanded(source[:, 0], kernel)
+      return attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2))
+
+    x = without_nan(token_mask, x)
+    return self._project_short(x, positions, attend), kept[0]
+
+  def _project_all(self, x, source, positions, attend):
+    """See `Attention._project_all`; keys and values are expanded."""
+    del source  # it is x
+
+    def attend_expanded(query, short, kernel):
+      return attend(query, *self._expanded(short, kernel))
+
+    return self._project_short(x, positions, attend_expanded)
+
+  @nn.compact
+  def _project_short(self, x, positions, attend):
+    """Projects x to queries and short vectors, and the output of `attend` back.
+
+    `attend` gets queries [B, T, H, n + r], short vectors [B, T, R + r], of
+    which r numbers are the rotated key of all heads, and the kernel
+    [R, H, n + v] that expands the others.
+    """
+    c, M = self.options, x.shape[-1]
+    x = x.astype(self.shared.dtype)
+    query = self._queries(x)
+    plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
+    rotary = self.positions.rotate(rotary, positions)
+    query = jnp.concatenate([plain, rotary], axis=-1)
+    short = self.project_down(x, 'kv_down', c.cached_width)
+    vector, key = jnp.split(short, [c.kv_rank], axis=-1)
+    key = self.positions.rotate(key[:, :, None], positions)[:, :, 0]
+    vector = self._normed(vector, 'kv_norm')
+    short = jnp.concatenate([vector, key], axis=-1)
+    kernel = self._expanding_kernel().astype(x.dtype)
+    return self.project_back(attend(query, short, kernel), M)
+
+  def _queries(self, x: Float[Array, 'B T M']) -> Float[Array, 'B T H D']:
+    c = self.options
+    heads, width = ('heads', c.num_heads), c.head_widths.scored
+    if not c.query_rank:
+      return self.project(x, 'query', heads, width)
+    vector = self.project_down(x, 'query_down', c.query_rank)
+    vector = self._normed(vector, 'query_norm')
+    return self.project(vector, 'query_up', heads, width, source='latent')
+
+  def project_down(
+    self, x: Float[Array, 'B T M'], name: str, width: int
+  ) -> Float[Array, 'B T R']:
+    """The short vectors of tokens.
+
+    Args:
+      x: The tokens that are projected.
+      name: The name of the projection: 'query_down' or 'kv_down'.
+      width: The width of a vector.
+    """
+    (B, T, M), shared = x.shape, self.shared
+    axes = ('embed', 'latent')
+    init = parameters.kernel(shared, axes, role=_ROLE)
+    w = parameters.matrix(
+      self, f'w_{name}', shared, init, (M, width), role=_ROLE
+    )
+    y = rows_matmul(x.reshape(B * T, M), w)
+    if self.options.has_bias(name, shared.use_bias):
+      init = parameters.bias(axes[1:], role=_ROLE)
+      b = self.param(f'b_{name}', init, (width,), shared.param_dtype)
+      y = y + b.astype(shared.dtype)[None]
+    return y.reshape(B, T, width)
+
+  def _normed(self, x, name):
+    init = parameters.scale(('latent',), role='norm')
+    scale = self.param(name, init, x.shape[-1:], jnp.float32)
+    return rms_normed(x, scale, self.options.norm_epsilon)
+
+  def _expanding_kernel(self) -> Float[Array, 'R H D']:
+    """The kernel from short vectors to keys, then values, of each head."""
+    c = self.options
+    shape = c.kv_rank, c.num_heads, c.plain_width + c.value_width
+    init = parameters.kernel(
+      self.shared,
+      ('latent', 'heads', 'kv'),
+      role=_ROLE,
+      in_axis=0,
+      out_axis=(1, 2),
+    )
+    w = parameters.matrix(self, 'w_kv_up', self.shared, init, shape, role=_ROLE)
+    return w.reshape(shape)
+
+  def _expanded(
+    self, short: Float[Array, 'B S C'], kernel: Float[Array, 'R H D']
+  ) -> tuple[Float[Array, 'B S H _'], Float[Array, 'B S H _']]:
+    """The keys and the values of all heads."""
+    c = self.options
+    vector, rotary = jnp.split(short, [c.kv_rank], axis=-1)
+    (B, S, R), (H, D) = vector.shape, kernel.shape[1:]
+    both = rows_matmul(vector.reshape(B * S, R), kernel.reshape(R, H * D))
+    key, value = jnp.split(both.reshape(B, S, H, D), [c.plain_width], axis=-1)
+    shared = jnp.broadcast_to(rotary[:, :, None], (B, S, H, c.rotary_width))
+    return jnp.concatenate([key, shared], axis=-1), value
+
+  def _absorbed(self, query, short, kernel, attention):
+    """Attention to short vectors [B, 1, S, R + r], which stay as they are.
+
+    The kernel of the keys meets the queries, and that of the values the sums.
+    """
+    c = self.options
+    key, value = jnp.split(kernel, [c.plain_width], axis=-1)
+    plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
+    plain = jnp.einsum('BTHn,RHn->BTHR', plain, key)
+    query = jnp.concatenate([plain, rotary], axis=-1)
+    # The sums of rotated keys are dropped: a slice would copy the cache.
+    sums = attention(query, short, short)[..., : c.kv_rank]
+    return jnp.einsum('BTHR,RHv->BTHv', sums, value)
+
+  @property
+  def _keys(self) -> Keys:
+    keys = self.options.keys(causal=self.causal)
+    scale = self.options.head_widths.scored**-0.5
+    return keys._replace(scale=scale * self.positions.latent_factor)

@@ -1,0 +1,240 @@
+"""Multi-head latent attention, by its definition and from its cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.layers import (
+  LatentAttention,
+  LatentOptions,
+  Numerics,
+  Rotary,
+  Shared,
+  Yarn,
+)
+from moe_jax.layers.attention.cache import KVCache
+from moe_jax.layers.parameters import roles_of
+from moe_jax.options import fields_of
+from moe_jax.partitioning import make_mesh
+from tests.layers.attention.test_attention import draw, inputs, told_mask
+from tests.models import tiny
+
+B, T, M, H = 3, 7, 10, 4
+Q, R, PLAIN, ROTARY, VALUE = 9, 5, 3, 2, 6
+EPSILON = 0.02
+YARN = Yarn(factor=8.0, original_len=4, mscale=1.0, mscale_all_dim=0.5)
+POSITIONS = Rotary(10.0, interleaved=True, scaling=YARN)
+
+
+def options(query_rank=Q, **changes):
+  sizes = dict(
+    kv_rank=R,
+    plain_width=PLAIN,
+    rotary_width=ROTARY,
+    value_width=VALUE,
+    norm_epsilon=EPSILON,
+  )
+  return LatentOptions(H, query_rank=query_rank, **sizes | changes)
+
+
+def layer(query_rank=Q, dtype='float32', **changes):
+  return LatentAttention(
+    options(query_rank, **changes), Shared(Numerics(dtype)), POSITIONS
+  )
+
+
+def kernels(query_rank=Q):
+  shapes = {
+    'w_kv_down': (M, R + ROTARY),
+    'kv_norm': (R,),
+    'w_kv_up': (R, H, PLAIN + VALUE),
+    'w_out': (H, VALUE, M),
+  }
+  if query_rank:
+    shapes |= {
+      'w_query_down': (M, query_rank),
+      'query_norm': (query_rank,),
+      'w_query_up': (query_rank, H, PLAIN + ROTARY),
+    }
+  else:
+    shapes['w_query'] = (M, H, PLAIN + ROTARY)
+  return jax.tree.map(lambda x: 2 * x, draw(shapes))
+
+
+def normed(x, scale):
+  return scale * x / np.sqrt(np.mean(x**2) + EPSILON)
+
+
+def told(p, x, segment_ids, positions):
+  """The output token by token and head by head, in float64."""
+  p = {name: np.asarray(leaf, np.float64) for name, leaf in p.items()}
+  frequency, factor = YARN.turns(10.0, ROTARY)
+
+  def turned(y, place):
+    pairs = y[0::2] + 1j * y[1::2]
+    pairs = pairs * factor * np.exp(1j * place * np.float64(frequency))
+    return np.stack([pairs.real, pairs.imag], -1).ravel()
+
+  scale = (PLAIN + ROTARY) ** -0.5 * YARN.latent_factor
+  mask = np.asarray(told_mask(segment_ids))[:, 0]
+  y = np.zeros((B, T, M))
+  for b in range(B):
+    short = x[b] @ p['w_kv_down']
+    vectors = [normed(own, p['kv_norm']) for own in short[:, :R]]
+    shared = [
+      turned(own, positions[b, t]) for t, own in enumerate(short[:, R:])
+    ]
+    for t, h in np.ndindex(T, H):
+      if 'w_query' in p:
+        query = x[b, t] @ p['w_query'][:, h]
+      else:
+        vector = normed(x[b, t] @ p['w_query_down'], p['query_norm'])
+        query = vector @ p['w_query_up'][:, h]
+      query = np.append(query[:PLAIN], turned(query[PLAIN:], positions[b, t]))
+      up, scores, values = p['w_kv_up'][:, h], [], []
+      for s in np.flatnonzero(mask[b, t]):
+        both = vectors[s] @ up
+        key = np.append(both[:PLAIN], shared[s])
+        scores.append(scale * query @ key)
+        values.append(both[PLAIN:])
+      weights = np.exp(scores - np.max(scores))
+      mean = weights @ np.array(values) / weights.sum()
+      y[b, t] += mean @ p['w_out'][h]
+  return y
+
+
+@pytest.mark.parametrize('query_rank', [0, Q])
+def test_equals_its_definition(query_rank):
+  x, segment_ids, positions = inputs()
+  module, p = layer(query_rank), kernels(query_rank)
+  made = jax.eval_shape(module.init, jax.random.key(0), *inputs())['params']
+  assert roles_of(made)['kv_norm'] == ('norm', 'scale')
+  assert roles_of(made)['w_kv_up'] == ('attention', 'kernel')
+  shapes = {k: v.shape for k, v in nn.meta.unbox(made).items()}
+  assert shapes == {k: v.shape for k, v in p.items()}
+  y = jax.jit(module.apply)({'params': p}, x, segment_ids, positions)
+  expected = told(p, np.asarray(x), segment_ids, positions)
+  assert np.std(expected) > 0.5
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('implementation', ['blocks', 'xla'])
+def test_implementations_agree_in_value_and_gradient(implementation):
+  x, segment_ids, positions = inputs()
+
+  def program(name):
+    module = layer(implementation=name)
+
+    def loss(p):
+      y = module.apply({'params': p}, x, segment_ids, positions)
+      return (y**2).sum()
+
+    return jax.jit(jax.value_and_grad(loss))
+
+  result, expected = (
+    program(name)(kernels()) for name in (implementation, 'einsum')
+  )
+  tiny.assert_trees_close(result[1], expected[1], rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(result[0], expected[0], rtol=1e-5)
+
+
+def test_few_queries_meet_the_cache_as_it_is():
+  # Each query costs 2 (5 + 2) - (3 + 2 + 6) = 3 products more a head and slot,
+  # and expanding a slot 5 (3 + 6) = 45.
+  assert options().absorbs(15)
+  assert not options().absorbs(16)
+  # DeepSeek-V2's prompts of 158 tokens and more are expanded.
+  published = LatentOptions(128)
+  assert published.absorbs(157) and not published.absorbs(158)
+
+
+class Expanding(LatentOptions):
+  """Options of a layer that always expands its cache."""
+
+  def absorbs(self, num_queries):
+    return False
+
+
+def test_the_cache_as_it_is_gives_what_it_expands_to():
+  x, _, positions = inputs()
+  o = options(window=5)
+  cache = KVCache.make(
+    num_layers=2,
+    stacked=False,
+    batch_size=B,
+    max_len=T,
+    shapes=o.cached_shapes,
+    dtype='float32',
+  )
+  results = []
+  for cls in (LatentOptions, Expanding):
+    fields = {name: getattr(o, name) for name in fields_of(LatentOptions)}
+    module = LatentAttention(cls(**fields), Shared(), POSITIONS)
+    step = jax.jit(
+      lambda x, mask, where, cache, module=module: module.apply(
+        {'params': kernels()}, x, mask, where, None, cache, 1, method='decode'
+      )
+    )
+    own, parts = cache, []
+    for part in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
+      mask = jnp.ones_like(positions[:, part], bool)
+      own, where = own.begin(mask)
+      y, own = step(x[:, part], mask, where, own)
+      own = own.advance(mask.shape[1])
+      parts.append(y)
+    results.append((np.concatenate(parts, 1), own))
+  (y, own), (expanded, other) = results
+  np.testing.assert_allclose(y, expanded, rtol=1e-4, atol=1e-5)
+  tiny.assert_trees_close(own.key, other.key)
+  rows = jnp.tile(jnp.arange(T)[None], (B, 1))
+  module = LatentAttention(o, Shared(), POSITIONS)
+  whole = jax.jit(module.apply)({'params': kernels()}, x, None, rows)
+  np.testing.assert_allclose(y, whole, rtol=1e-4, atol=1e-4)
+  sizes = [leaf.size for leaf in jax.tree.leaves((own.key, own.value))]
+  assert sum(sizes) == 2 * B * T * (R + ROTARY)
+
+
+def test_heads_on_several_devices_change_nothing():
+  x, segment_ids, positions = inputs()
+  p, module = kernels(), layer()
+
+  def loss(p, x):
+    return (module.apply({'params': p}, x, segment_ids, positions) ** 2).sum()
+
+  run = jax.jit(jax.value_and_grad(loss))
+  expected = run(p, x)
+  mesh = make_mesh(dict(tensor=2), jax.devices()[:2])
+
+  def place(leaf):
+    spec = ['tensor' if size == H else None for size in leaf.shape]
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  result = run(jax.tree.map(place, p), place(x))
+  np.testing.assert_allclose(result[0], expected[0], rtol=1e-5)
+  tiny.assert_trees_close(result[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_bfloat16_layer_is_close_to_a_float32_one():
+  x, segment_ids, positions = inputs()
+  args = {'params': kernels()}, x, segment_ids, positions
+  exact = np.asarray(jax.jit(layer().apply)(*args))
+  y = jax.jit(layer(dtype='bfloat16').apply)(*args)
+  assert y.dtype == jnp.bfloat16
+  error = np.abs(np.asarray(y, np.float32) - exact)
+  assert error.max() < 0.05 * np.abs(exact).max()
+
+
+def test_biases_are_those_of_the_checkpoints():
+  module = layer(biases='all')
+  made = jax.eval_shape(module.init, jax.random.key(0), *inputs())
+  shapes = {k: v.shape for k, v in nn.meta.unbox(made)['params'].items()}
+  assert {k: v for k, v in shapes.items() if k.startswith('b_')} == {
+    'b_query_down': (Q,),
+    'b_kv_down': (R + ROTARY,),
+    'b_out': (M,),
+  }
+  with pytest.raises(ValueError, match="biases='query' must be one of"):
+    options(biases='query')
