@@ -79,7 +79,7 @@ CASES = {
       ),
     ),
   ),
-  'deepseek': dict(
+  'grouped experts': dict(
     moe=ALL
     | dict(
       num_experts=6,
