@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import (
   config_keys,
+  deepseek_v2,
   mixtral,
   nllb_moe,
   olmoe,
@@ -27,6 +28,7 @@ ARCHITECTURES = {
   module.ARCHITECTURE.model_type: module.ARCHITECTURE
   for module in (
     mixtral,
+    deepseek_v2,
     nllb_moe,
     olmoe,
     qwen2_moe,

@@ -6,7 +6,7 @@ what an architecture has beside them (`mixtral.py` and its siblings).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.interop import rotary_keys
@@ -23,7 +23,7 @@ from moe_jax.interop.config_keys import (
   Keys,
   Values,
 )
-from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.attention import AttentionBase, AttentionOptions
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe import MoeOptions
@@ -122,7 +122,7 @@ def options(
   num_experts: int,
   router: TokenChoice,
   theta: float = 10_000.0,
-  attention: Mapping[str, Any],
+  attention: AttentionBase,
   moe: Mapping[str, Any] | None = None,
 ) -> DecoderOptions:
   """The options of a model.
@@ -134,20 +134,14 @@ def options(
     num_experts: Number of experts.
     router: The router.
     theta: The base of rotary positions where the config has none.
-    attention: Options of attention beside its number of heads; without a
-      `head_width` the heads multiply to the width.
+    attention: The attention; see `heads` for the usual one.
     moe: Options of sparse layers beside these.
   """
-  heads = c.num_attention_heads
   return DecoderOptions(
     vocab_size=c.vocab_size,
     num_layers=c.num_hidden_layers,
     width=c.hidden_size,
-    attention=AttentionOptions(
-      num_heads=heads,
-      num_kv_heads=c.num_key_value_heads or heads,
-      **{'head_width': c.hidden_size // heads, **attention},
-    ),
+    attention=attention,
     ffn=FfnOptions(ffn_hidden, ACTIVATIONS[c.hidden_act]),
     norm=RmsNorm(float(c.rms_norm_eps)),
     positions=rotary_keys.rotary(c, theta),
@@ -165,6 +159,21 @@ def options(
   )
 
 
+def heads(c: Values, **more: Any) -> AttentionOptions:
+  """Attention whose heads have keys and values of their own, or share them.
+
+  Args:
+    c: The values of config.json.
+    **more: Options of attention beside the numbers of heads; without a
+      `head_width` the heads multiply to the width.
+  """
+  return AttentionOptions(
+    num_heads=c.num_attention_heads,
+    num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
+    **{'head_width': c.hidden_size // c.num_attention_heads, **more},
+  )
+
+
 def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   """The shared keys of config.json that a model decides.
 
@@ -179,14 +188,14 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     raise ValueError('it has an encoder, or no blocks')
   if not o.has_experts:
     raise ValueError(f'it is dense; {architecture} has experts')
-  attention, moe, expert = parts(o)
+  attention, moe = o.attention.within(o.width), sparse(o)
   return dict(
     vocab_size=o.vocab_size,
     hidden_size=o.width,
     num_hidden_layers=o.num_layers,
     num_attention_heads=attention.num_heads,
-    num_key_value_heads=attention.num_kv_heads,
-    hidden_act=written(expert.activation, ACTIVATIONS),
+    num_key_value_heads=getattr(attention, 'num_kv_heads', attention.num_heads),
+    hidden_act=written(expert_of(o).activation, ACTIVATIONS),
     rms_norm_eps=o.norm.epsilon,
     tie_word_embeddings=o.embedding.tie,
     num_experts_per_tok=moe.num_selected,
@@ -194,12 +203,30 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   )
 
 
-def parts(
-  o: DecoderOptions,
-) -> tuple[AttentionOptions, MoeOptions, FeedForwardExpert]:
-  """Attention, sparse layers and experts, with defaults for sizes of 0."""
-  attention, moe = filled(o, o.width)
-  return attention, moe, cast(FeedForwardExpert, moe.expert)
+def plain_heads(o: DecoderOptions) -> AttentionOptions:
+  """Attention, with defaults for sizes of 0.
+
+  Raises:
+    ValueError: The attention is latent.
+  """
+  return filled(o, o.width)[0]
+
+
+def sparse(o: DecoderOptions) -> MoeOptions:
+  """The sparse layers, with defaults for sizes of 0."""
+  return o.moe.within(o.ffn, o.dropout)
+
+
+def expert_of(o: DecoderOptions) -> FeedForwardExpert:
+  """The experts, with defaults for sizes of 0."""
+  return cast(FeedForwardExpert, sparse(o).expert)
+
+
+def layers(sparse: Sequence[bool]) -> str:
+  """The option `moe.layers`, for a flag for each layer."""
+  if all(sparse):
+    return 'all'
+  return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
 
 
 def renormalized(router: RouterOptions) -> bool:

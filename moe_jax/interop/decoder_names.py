@@ -31,11 +31,14 @@ def weight(path: str, theirs: str, form: str) -> Table:
   return layer(path, Name(f'{theirs}.weight', form))
 
 
-# Norms before attention and before feed-forwards, and the projections of
-# attention.
-BLOCK: Table = {
+# The norms before attention and before feed-forwards.
+NORMS: Table = {
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
+}
+# Norms, and the projections of attention.
+BLOCK: Table = {
+  **NORMS,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
   **weight('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),

@@ -77,7 +77,8 @@ def options(c: Values) -> DecoderOptions:
     num_experts=c.num_local_experts,
     router=TokenChoice(gates='renormalized'),
     theta=_THETA,
-    attention=dict(
+    attention=decoder_keys.heads(
+      c,
       head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
       window=c.sliding_window or 0,
     ),
@@ -87,9 +88,9 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'Mixtral')
-  attention, moe, expert = decoder_keys.parts(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
   return shared | dict(
-    intermediate_size=expert.hidden,
+    intermediate_size=decoder_keys.expert_of(o).hidden,
     head_dim=attention.head_width,
     sliding_window=attention.window or None,
     num_local_experts=moe.num_experts,

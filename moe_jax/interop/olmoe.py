@@ -46,7 +46,8 @@ def options(c: Values) -> DecoderOptions:
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
     router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
-    attention=dict(
+    attention=decoder_keys.heads(
+      c,
       qk_norm='all',
       qk_norm_epsilon=float(c.rms_norm_eps),
       clip=float(c.clip_qkv or 0),
@@ -58,9 +59,9 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'OLMoE')
-  attention, moe, expert = decoder_keys.parts(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
   return shared | dict(
-    intermediate_size=expert.hidden,
+    intermediate_size=decoder_keys.expert_of(o).hidden,
     num_experts=moe.num_experts,
     norm_topk_prob=decoder_keys.renormalized(moe.router),
     clip_qkv=attention.clip or None,

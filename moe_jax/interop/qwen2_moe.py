@@ -69,7 +69,7 @@ def options(c: Values) -> DecoderOptions:
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
     router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
-    attention=dict(biases=_BIASED if c.qkv_bias else 'none'),
+    attention=decoder_keys.heads(c, biases=_BIASED if c.qkv_bias else 'none'),
     moe=dict(
       layers=qwen_keys.layers(c),
       expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
@@ -82,7 +82,7 @@ def options(c: Values) -> DecoderOptions:
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  attention, moe, _ = decoder_keys.parts(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
   return qwen_keys.describe(o, 'Qwen2-MoE') | dict(
     shared_expert_intermediate_size=moe.shared_expert.hidden,
     qkv_bias=attention.has_bias('query', use_bias=False),

@@ -56,7 +56,8 @@ def options(c: Values) -> DecoderOptions:
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
     router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
-    attention=dict(
+    attention=decoder_keys.heads(
+      c,
       head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
       qk_norm='head',
       qk_norm_epsilon=float(c.rms_norm_eps),
@@ -71,7 +72,7 @@ def options(c: Values) -> DecoderOptions:
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  attention, *_ = decoder_keys.parts(o)
+  attention = decoder_keys.plain_heads(o)
   return qwen_keys.describe(o, 'Qwen3-MoE') | dict(
     head_dim=attention.head_width,
     attention_bias=attention.has_bias('query', use_bias=False),

@@ -48,10 +48,7 @@ def _sparse(c: Values) -> tuple[bool, ...]:
 
 def layers(c: Values) -> str:
   """The option `moe.layers`."""
-  sparse = _sparse(c)
-  if all(sparse):
-    return 'all'
-  return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
+  return decoder_keys.layers(_sparse(c))
 
 
 def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
@@ -61,10 +58,10 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     ValueError: As `decoder_keys.describe`.
   """
   shared = decoder_keys.describe(o, architecture)
-  _, moe, expert = decoder_keys.parts(o)
+  moe = decoder_keys.sparse(o)
   return shared | dict(
     intermediate_size=o.ffn.hidden,
-    moe_intermediate_size=expert.hidden,
+    moe_intermediate_size=decoder_keys.expert_of(o).hidden,
     decoder_sparse_step=1,
     mlp_only_layers=[i for i, flag in enumerate(o.sparse) if not flag],
     num_experts=moe.num_experts,

@@ -11,6 +11,7 @@ transformers = pytest.importorskip('transformers')
 B, S, T, N = 3, 11, 7, 9
 
 CLASSES = {
+  'deepseek_v2': transformers.DeepseekV2ForCausalLM,
   'mixtral': transformers.MixtralForCausalLM,
   'nllb-moe': transformers.NllbMoeForConditionalGeneration,
   'olmoe': transformers.OlmoeForCausalLM,
@@ -29,7 +30,21 @@ _DECODER = dict(
   num_key_value_heads=2,
   max_position_embeddings=64,
 )
+_DEEPSEEK = dict(
+  _DECODER,
+  num_key_value_heads=None,
+  n_routed_experts=6,
+  num_experts_per_tok=3,
+  moe_intermediate_size=12,
+  first_k_dense_replace=1,
+  q_lora_rank=None,
+  kv_lora_rank=10,
+  qk_nope_head_dim=6,
+  qk_rope_head_dim=4,
+  v_head_dim=5,
+)
 BASE = {
+  'deepseek_v2': dict(_DEEPSEEK, n_shared_experts=2),
   'mixtral': dict(_DECODER, num_local_experts=5),
   'olmoe': dict(
     _DECODER,

@@ -1,0 +1,228 @@
+"""Keys of config.json and names of tensors that DeepSeek-V2 and V3 share.
+
+Latent attention, leading dense layers, groups of experts and shared experts.
+Not here: gates and choices (`deepseek_v2.py`, `deepseek_v3.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from moe_jax.interop import decoder_keys, rotary_keys
+from moe_jax.interop.config_keys import (
+  AMOUNT,
+  COUNT,
+  OPTIONAL_COUNT,
+  OPTIONAL_SIZE,
+  POSITIVE,
+  SIZE,
+  Keys,
+  Values,
+)
+from moe_jax.interop.decoder_names import (
+  ENDS,
+  NORMS,
+  Table,
+  experts,
+  gated_ffn,
+  layer,
+  weight,
+)
+from moe_jax.interop.mapping import Name
+from moe_jax.layers.attention import LatentOptions
+from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions
+
+# transformers' norms of short vectors have it, whatever rms_norm_eps is.
+_EPSILON = 1e-6
+_BIASED = 'query_down, kv_down, out'
+_REMOTE = "only the model's own remote code reads it"
+
+
+def keys(
+  defaults: Mapping[str, Any],
+  honoured: Mapping[str, tuple[Any, Any]],
+  fixed: Mapping[str, tuple[Any, ...]],
+  ignored: Mapping[str, str] | None = None,
+) -> Keys:
+  """The keys of an architecture; see `decoder_keys.keys`.
+
+  Args:
+    defaults: transformers' defaults of the keys that both architectures have.
+    honoured: The keys of its own that shape the model.
+    fixed: The keys of its own with only some supported values.
+    ignored: The keys of its own that change nothing.
+  """
+  d = defaults
+  own: dict[str, tuple[Any, Any]] = {
+    name: (kind, d[name])
+    for name, kind in (
+      ('intermediate_size', SIZE),
+      ('moe_intermediate_size', SIZE),
+      ('n_routed_experts', SIZE),
+      ('n_shared_experts', OPTIONAL_COUNT),
+      ('first_k_dense_replace', COUNT),
+      ('n_group', OPTIONAL_SIZE),
+      ('topk_group', OPTIONAL_SIZE),
+      ('routed_scaling_factor', POSITIVE),
+      ('kv_lora_rank', SIZE),
+    )
+  }
+  return decoder_keys.keys(
+    {'rms_norm_eps': 1e-6, 'router_aux_loss_coef': 0.0, **d},
+    honoured={
+      **own,
+      'q_lora_rank': (OPTIONAL_SIZE, 1536),
+      'qk_nope_head_dim': (SIZE, 128),
+      'qk_rope_head_dim': (SIZE, 64),
+      'v_head_dim': (SIZE, 128),
+      'attention_bias': (bool, False),
+      **honoured,
+    },
+    training={
+      'aux_loss_alpha': (
+        AMOUNT,
+        0.0,
+        0.0,
+        'transformers has no balance loss here; see balance_weight of the '
+        'router',
+      ),
+    },
+    fixed={'moe_layer_freq': (1,), **fixed},
+    ignored={
+      **dict.fromkeys(('seq_aux', 'ep_size', 'pretraining_tp'), _REMOTE),
+      **dict.fromkeys(
+        ('head_dim', 'qk_head_dim'), 'it follows from the widths of the parts'
+      ),
+      **(ignored or {}),
+    },
+    spelled={'num_experts': 'n_routed_experts'},
+  )
+
+
+def problems(c: Values) -> Iterator[str]:
+  """A text for each value of the shared keys that is not supported."""
+  yield from decoder_keys.problems(c)
+  kv_heads = c.num_key_value_heads
+  if kv_heads not in (None, c.num_attention_heads):
+    yield (
+      f'num_key_value_heads={kv_heads} is not num_attention_heads='
+      f'{c.num_attention_heads}, as latent attention has it'
+    )
+  if c.first_k_dense_replace >= c.num_hidden_layers:
+    yield (
+      f'first_k_dense_replace={c.first_k_dense_replace} leaves no layer sparse '
+      f'of {c.num_hidden_layers}'
+    )
+
+
+def options(
+  c: Values, router: TokenChoice, groups: Mapping[str, Any]
+) -> DecoderOptions:
+  """The options of a model.
+
+  Args:
+    c: The values of config.json.
+    router: The router without groups of experts.
+    groups: The options of the groups, if there are several.
+  """
+  dense = c.first_k_dense_replace
+  whole = decoder_keys.options(
+    c,
+    ffn_hidden=c.intermediate_size,
+    num_experts=c.n_routed_experts,
+    router=dataclasses.replace(router, **groups),
+    attention=LatentOptions(
+      num_heads=c.num_attention_heads,
+      query_rank=c.q_lora_rank or 0,
+      kv_rank=c.kv_lora_rank,
+      plain_width=c.qk_nope_head_dim,
+      rotary_width=c.qk_rope_head_dim,
+      value_width=c.v_head_dim,
+      norm_epsilon=_EPSILON,
+      biases=_biases(c) if c.attention_bias else 'none',
+    ),
+    moe=dict(
+      layers=decoder_keys.layers(
+        [i >= dense for i in range(c.num_hidden_layers)]
+      ),
+      expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
+      shared_expert=SharedExpertOptions(
+        hidden=(c.n_shared_experts or 0) * c.moe_intermediate_size
+      ),
+    ),
+  )
+  positions = rotary_keys.rotary(c, 10_000.0, interleaved=True)
+  return dataclasses.replace(whole, positions=positions)
+
+
+def _biases(c: Values) -> str:
+  """The projections that have a bias if any has."""
+  return _BIASED if c.q_lora_rank else _BIASED.removeprefix('query_down, ')
+
+
+def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
+  """The keys that both architectures have, of a model.
+
+  Raises:
+    ValueError: As `decoder_keys.describe`, or there is no such model.
+  """
+  decided = decoder_keys.describe(o, architecture)
+  if not isinstance(o.attention, LatentOptions):
+    raise ValueError(f'its attention is not latent; that of {architecture} is')
+  attention, moe = o.attention, decoder_keys.sparse(o)
+  router = cast(TokenChoice, moe.router)
+  if not isinstance(router, TokenChoice):
+    raise ValueError(f'its router is {type(router).__name__}')
+  hidden = decoder_keys.expert_of(o).hidden
+  shared, rest = divmod(moe.shared_expert.hidden, hidden)
+  if rest:
+    raise ValueError(
+      f'its shared expert is {moe.shared_expert.hidden} wide, no multiple of '
+      f"an expert's {hidden}"
+    )
+  first = o.sparse.index(True)
+  groups = router.expert_groups
+  del decided['num_key_value_heads']
+  return decided | dict(
+    num_key_value_heads=attention.num_heads,
+    intermediate_size=o.ffn.hidden,
+    moe_intermediate_size=hidden,
+    n_routed_experts=moe.num_experts,
+    n_shared_experts=shared,
+    first_k_dense_replace=first,
+    n_group=groups,
+    topk_group=router.chosen_expert_groups if groups > 1 else 1,
+    routed_scaling_factor=router.gate_scale,
+    q_lora_rank=attention.query_rank or None,
+    kv_lora_rank=attention.kv_rank,
+    qk_nope_head_dim=attention.plain_width,
+    qk_rope_head_dim=attention.rotary_width,
+    v_head_dim=attention.value_width,
+    attention_bias=attention.has_bias('kv_down', use_bias=False),
+  )
+
+
+NAMES: Table = {
+  **ENDS,
+  **NORMS,
+  **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
+  **weight('attention/w_query_down', 'self_attn.q_a_proj', 'R M -> M R'),
+  **weight('attention/query_norm', 'self_attn.q_a_layernorm', 'R'),
+  **weight('attention/w_query_up', 'self_attn.q_b_proj', '(H D) R -> R H D'),
+  **weight('attention/w_kv_down', 'self_attn.kv_a_proj_with_mqa', 'R M -> M R'),
+  **weight('attention/kv_norm', 'self_attn.kv_a_layernorm', 'R'),
+  **weight('attention/w_kv_up', 'self_attn.kv_b_proj', '(H D) R -> R H D'),
+  **weight('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
+  **layer('attention/b_query_down', Name('self_attn.q_a_proj.bias', 'R')),
+  **layer(
+    'attention/b_kv_down', Name('self_attn.kv_a_proj_with_mqa.bias', 'R')
+  ),
+  **layer('attention/b_out', Name('self_attn.o_proj.bias', 'M')),
+  **gated_ffn('ffn', 'mlp'),
+  **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_experts'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
