@@ -303,7 +303,8 @@ class MoE(nn.Module):
     groups, mask = to_groups(x, token_mask, o.group_size)
     if router_ids is not None:
       router_ids = in_groups(router_ids, groups.shape[1])
-    router = o.router.module(o.sizes, self.shared, name='router')
+    sizes = dataclasses.replace(o.sizes, row_length=T)
+    router = o.router.module(sizes, self.shared, name='router')
     given = self._imposed(given, mask, train, layer)
     routing, aux = router(groups, mask, train, router_ids, layer, given)
     if self.is_mutable_collection(SOWN):

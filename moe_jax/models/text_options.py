@@ -158,6 +158,8 @@ class LayerOptions(Options):
       )
     if problem := self.moe.router.problem_of_groups(groups):
       yield f'model.moe.group_size={S}: {problem}'
+    if problem := self.moe.router.problem_of_rows(rows, run.microbatches):
+      yield f'model.moe.router: {problem}'
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""

@@ -279,6 +279,26 @@ def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
   assert 0 < disk - model_bytes.bytes_in_memory(new.variables) < 20_000
 
 
+@pytest.mark.slow
+def test_a_shared_expert_is_rounded_by_what_it_reads(tmp_path):
+  folder = tmp_path / 'run'
+  shared = {'moe': MODEL['moe'] | {'shared_expert': {'hidden': 9}}}
+  folders.write(folder, model=MODEL | shared)
+  format = KernelFormat('int8', group_size=3)
+  new, _ = into(folder, 'coded', format, kernels='all')
+  run, coded = (whole_run.read(path) for path in (folder, new))
+  _, left = code_trees.decoded(coded.options.model, coded.variables['params'])
+  old, own = (
+    r.model.layer_trees(tree)[2]['moe']['shared_expert']['ffn']
+    for r, tree in ((run, run.variables['params']), (run, left))
+  )
+  assert any((old[name] != own[name]).any() for name in old)
+  tiny_error = dict(atol=0.03)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **tiny_error), own, old
+  )
+
+
 def test_codes_are_not_trained(int2):
   config = json.loads((int2[0] / 'config.json').read_text())
   with pytest.raises(OptionError, match=r'int2.*not trained; train the run'):

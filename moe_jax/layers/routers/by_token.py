@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -275,19 +274,17 @@ def logits_aux(
   balanced, there = clean, open_columns(module, layer)
   if there is not None:
     balanced = jnp.where(there, clean, -jnp.inf)
-  probs = jax.nn.softmax(balanced)
+  probs = o.balance_probs(balanced)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
   gate = routing.gates_before_drop(logits, index, o.gates)
   importance = routing.importance_loss(gate, index, mask, E)
   if there is not None:
     balance = balance * there.mean()
     importance = of_open_columns(importance, there)
-  return routing.MoeAux(
+  return routing.empty_aux(E, index.shape[-1])._replace(
     balance_loss=over_groups(balance, mask),
     z_loss=over_groups(routing.z_loss(clean, mask), mask),
     importance_loss=over_groups(importance, mask),
-    load_loss=jnp.zeros((), jnp.float32),
-    exchange=routing.no_exchange(),
     stats=routing.routing_stats(chosen, clean, mask),
   )
 

@@ -235,6 +235,11 @@ class RouterOptions(Options):
     del groups
     return None
 
+  def problem_of_rows(self, rows: int, microbatches: int) -> str | None:
+    """The reason why microbatches of that many rows do not fit, or None."""
+    del rows, microbatches
+    return None
+
   @required
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
