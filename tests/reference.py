@@ -162,6 +162,30 @@ def token_gates(gates, logits, chosen, served):
   return gate
 
 
+def sparse_mixer(logits, K, threshold, draws=None):
+  """The experts of one token and their gates under SparseMixer.
+
+  Each choice takes the largest logit that is left, or the next of `draws`. Its
+  gate is its share of exp(logit) among the logits near the largest one.
+  """
+  left = list(range(len(logits)))
+  experts, gates = [], []
+  for k in range(K):
+    top = max(logits[e] for e in left)
+    near = [
+      e
+      for e in left
+      if not top - logits[e] > threshold * max(abs(logits[e]), top)
+    ]
+    best = choose([logits[e] for e in left], 1)[0]
+    expert = left[best] if draws is None else draws[k]
+    total = sum(math.exp(logits[e]) for e in near)
+    gates.append(math.exp(logits[expert]) / total if expert in near else 0.0)
+    experts.append(expert)
+    left.remove(expert)
+  return experts, gates
+
+
 def gshard_top_2(logits, capacity, draws) -> Reference:
   """Algorithm 1 of arXiv:2006.16668, its two loops as printed, one group."""
   logits = np.asarray(logits, np.float64)

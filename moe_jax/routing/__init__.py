@@ -11,6 +11,7 @@ from moe_jax.routing import (
   hash_rule,
   hierarchical_rule,
   running_totals,
+  sparse_mixer_rule,
   strictly_balanced_rule,
   topology_rule,
 )
@@ -109,6 +110,7 @@ __all__ = [
   'routing_stats',
   'running_totals',
   'slot_stats',
+  'sparse_mixer_rule',
   'strictly_balanced_rule',
   'to_experts',
   'token_choice',

@@ -22,6 +22,7 @@ from moe_jax.layers.routers import (
   Hierarchical,
   Random,
   Sentence,
+  SparseMixer,
   StrictlyBalanced,
   Task,
   TokenChoice,
@@ -121,6 +122,10 @@ WAYS = dict(
     'router': IN_GROUPS,
     'capacity': TIGHT,
     'shared_expert': SharedExpertOptions(16, gated=True),
+  },
+  sparse_mixer={
+    'router': SparseMixer(threshold=0.5, jitter=0.01),
+    'capacity': TIGHT,
   },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={

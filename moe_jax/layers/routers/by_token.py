@@ -251,7 +251,7 @@ def logits_aux(
   module: Router,
   chosen: routing.Routing,
   clean: Float32[Array, 'G S E'],
-  logits: Float32[Array, 'G S E'],
+  gate: Float32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
   layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
@@ -265,7 +265,7 @@ def logits_aux(
     chosen: The routing to columns; see `to_experts`.
     clean: The logits without noise, from which balance loss, z-loss and
       statistics are computed.
-    logits: The logits from which the gates are computed.
+    gate: The gates of the choices, as if all were served.
     mask: False for padding.
     layer: The number of the layer, some of whose columns may be masked.
   """
@@ -276,7 +276,6 @@ def logits_aux(
     balanced = jnp.where(there, clean, -jnp.inf)
   probs = o.balance_probs(balanced)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
-  gate = routing.gates_before_drop(logits, index, o.gates)
   importance = routing.importance_loss(gate, index, mask, E)
   if there is not None:
     balance = balance * there.mean()
@@ -287,6 +286,16 @@ def logits_aux(
     importance_loss=over_groups(importance, mask),
     stats=routing.routing_stats(chosen, clean, mask),
   )
+
+
+def gates_of(
+  module: Router,
+  logits: Float32[Array, 'G S E'],
+  chosen: routing.Routing,
+) -> Float32[Array, 'G S K']:
+  """The gates of a router's choices, as if all were served."""
+  index = chosen.expert_index
+  return routing.gates_before_drop(logits, index, module.options.gates)
 
 
 def of_open_columns(

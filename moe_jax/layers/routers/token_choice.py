@@ -21,6 +21,7 @@ from moe_jax.layers.routers.balancing import (
 )
 from moe_jax.layers.routers.by_token import (
   ByLogits,
+  gates_of,
   logits_aux,
   serve,
   to_experts,
@@ -99,7 +100,8 @@ class TokenChoiceRouter(Router):
     chosen, _ = serve(
       self, logits, mask, train, layer, scores=scores, given=given
     )
-    aux = logits_aux(self, chosen, logits, logits, mask, layer)
+    gate = gates_of(self, logits, chosen)
+    aux = logits_aux(self, chosen, logits, gate, mask, layer)
     index = chosen.expert_index
     aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
     if (scale := self.options.gate_scale) != 1:
