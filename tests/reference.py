@@ -75,6 +75,30 @@ def limited_scores(scores, num_groups, chosen_groups, best, outside):
   )
 
 
+def soft_moe(x, w, scale, experts):
+  """The outputs of Soft MoE for one sequence of real tokens, slot by slot.
+
+  Args:
+    x: Tokens [S, M].
+    w: Parameters of slots [M, E, C].
+    scale: The factor of cosines.
+    experts: A function for each expert, of one vector.
+  """
+  (S, _), (_, E, C) = x.shape, w.shape
+  logits = np.zeros((S, E, C))
+  for s, e, c in np.ndindex(S, E, C):
+    length = np.linalg.norm(x[s]) * np.linalg.norm(w[:, e, c])
+    logits[s, e, c] = scale * x[s] @ w[:, e, c] / length
+  y = np.zeros_like(x)
+  mixed = [softmax(logits[s].ravel()).reshape(E, C) for s in range(S)]
+  for e, c in np.ndindex(E, C):
+    share = softmax(logits[:, e, c])  # over tokens
+    output = experts[e](sum(share[s] * x[s] for s in range(S)))
+    for s in range(S):
+      y[s] += mixed[s][e, c] * output
+  return y
+
+
 def visits(slot_priority, logits, K):
   """Pairs (token, choice) of one group in the order they are served in."""
   tokens = list(range(len(logits)))

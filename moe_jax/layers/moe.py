@@ -172,6 +172,12 @@ class MoeOptions(ImposedOptions):
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     yield from self._shared_problems()
+    if self.router.mixes and not self.dispatch.by_mask:
+      yield (
+        f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '
+        f'tokens, and router.kind={ROUTERS.name_of(self.router)!r} mixes them '
+        "in every slot; use the dispatch 'einsum'"
+      )
     if not self.dispatch.drops and self.router.drops(self.sizes):
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '

@@ -11,6 +11,7 @@ from moe_jax.layers.routers.noisy_top_k import NoisyTopK
 from moe_jax.layers.routers.random import Random
 from moe_jax.layers.routers.sentence import Sentence
 from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.layers.routers.soft import Soft
 from moe_jax.layers.routers.sparse_mixer import SparseMixer
 from moe_jax.layers.routers.strictly_balanced import StrictlyBalanced
 from moe_jax.layers.routers.task import Task
@@ -33,6 +34,7 @@ ROUTERS = Kinds(
     'task': Task,
     'topology': TopologyAware,
     'sparse_mixer': SparseMixer,
+    'soft': Soft,
   },
 )
 
@@ -47,6 +49,7 @@ __all__ = [
   'RouterOptions',
   'Sentence',
   'Sizes',
+  'Soft',
   'SparseMixer',
   'StrictlyBalanced',
   'Task',
