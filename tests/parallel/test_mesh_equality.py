@@ -15,7 +15,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.layers import Dropless, Einsum, Gather, SharedExpertOptions
+from moe_jax.layers import (
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Gather,
+  SharedExpertOptions,
+)
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -125,7 +131,9 @@ WAYS = dict(
   },
   sparse_mixer={
     'router': SparseMixer(threshold=0.5, jitter=0.01),
-    'capacity': TIGHT,
+    'capacity': All(),
+    'expert': FeedForwardExpert(activation='clamped_swiglu', bias='all'),
+    **DROPLESS,
   },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={
@@ -137,6 +145,7 @@ WAYS = dict(
 )
 ROOMY = (
   'dropless',
+  'sparse_mixer',
   'shadowed_dropless',
   'dropless_ring',
   'by_task',

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import (
   All,
+  Dropless,
   FeedForwardExpert,
   MoE,
   MoeOptions,
@@ -255,3 +256,51 @@ def test_sparse_mixer_of_transformers_has_the_same_gates_and_gradient(training):
     gates = gates.detach().numpy()
     np.testing.assert_allclose(gate.reshape(-1, 2), gates, rtol=1e-5)
   np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_of_gpt_oss_have_biases_and_limits():
+  from transformers.models.gpt_oss import modeling_gpt_oss as library
+
+  config = library.GptOssConfig(
+    hidden_size=M,
+    intermediate_size=4,
+    num_local_experts=E,
+    num_experts_per_tok=K,
+    experts_implementation='eager',
+  )
+  theirs = library.GptOssMLP(config).eval()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for value in theirs.parameters():
+      value.copy_(2 * torch.randn_like(value))
+  x, state = draw(G, S, M), theirs.state_dict()
+  with torch.no_grad():
+    want = theirs(torch.tensor(x))[0].numpy()
+  state = {name: value.numpy() for name, value in state.items()}
+  both, bias = (state[f'experts.gate_up_proj{s}'] for s in ('', '_bias'))
+  params = {
+    'router': {'w': state['router.weight'].T, 'b': state['router.bias']},
+    'experts': {
+      'w_gate': both[..., 0::2],
+      'w_in': both[..., 1::2],
+      'b_gate': bias[..., 0::2],
+      'b_in': bias[..., 1::2],
+      'w_out': state['experts.down_proj'],
+      'b_out': state['experts.down_proj_bias'],
+    },
+  }
+  layer = MoE(
+    MoeOptions(
+      num_experts=E,
+      num_selected=K,
+      router=TokenChoice(gates='renormalized', use_bias=True),
+      capacity=All(),
+      expert=FeedForwardExpert(4, 'clamped_swiglu', bias='all'),
+    )
+  )
+  for dispatch in (layer.options.dispatch, Dropless()):
+    options = dataclasses.replace(layer.options, dispatch=dispatch)
+    y, _ = MoE(options).apply(
+      jax.tree.map(jnp.asarray, {'params': params}), jnp.asarray(x)
+    )
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
