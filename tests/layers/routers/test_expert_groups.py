@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import All, Dropless, Fixed, MoE, MoeOptions, TokenChoice
 from moe_jax.layers.experts import FeedForwardExpert
-from moe_jax.layers.routers import Sizes
+from moe_jax.layers.routers import Sizes, SparseMixer
 from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import G, M, S, draw, route
@@ -117,11 +117,14 @@ def test_later_tokens_change_no_earlier_choice(options):
   assert (before.expert_index != after.expert_index)[:, 4:].any()
 
 
-def test_dropless_is_a_capacity_with_room_for_all():
+@pytest.mark.parametrize(
+  'router', [V3, pytest.param(SparseMixer(), marks=pytest.mark.slow)]
+)
+def test_dropless_is_a_capacity_with_room_for_all(router):
   options = MoeOptions(
     num_experts=E,
     num_selected=K,
-    router=V3,
+    router=router,
     capacity=All(),
     expert=FeedForwardExpert(hidden=4),
   )
