@@ -28,7 +28,7 @@ from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.norms import RmsNorm
-from moe_jax.layers.routers import RouterOptions, TokenChoice
+from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing.capacity import All
@@ -120,7 +120,7 @@ def options(
   *,
   ffn_hidden: int,
   num_experts: int,
-  router: TokenChoice,
+  router: RouterOptions,
   theta: float = 10_000.0,
   attention: AttentionBase,
   moe: Mapping[str, Any] | None = None,
@@ -150,7 +150,9 @@ def options(
       num_experts=num_experts,
       num_selected=c.num_experts_per_tok,
       router=dataclasses.replace(
-        router, balance_weight=float(c.router_aux_loss_coef), z_weight=0.0
+        cast(Any, router),
+        balance_weight=float(c.router_aux_loss_coef),
+        z_weight=0.0,
       ),
       capacity=All(),
       dispatch=Dropless(),
