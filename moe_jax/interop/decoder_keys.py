@@ -6,7 +6,7 @@ what an architecture has beside them (`mixtral.py` and its siblings).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.interop import rotary_keys
@@ -220,8 +220,15 @@ def sparse(o: DecoderOptions) -> MoeOptions:
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
-  """The experts, with defaults for sizes of 0."""
-  return cast(FeedForwardExpert, sparse(o).expert)
+  """The experts, with defaults for sizes of 0.
+
+  Raises:
+    ValueError: They are no feed-forwards.
+  """
+  expert = sparse(o).expert
+  if not isinstance(expert, FeedForwardExpert):
+    raise ValueError(f'its experts are {type(expert).__name__}')
+  return expert
 
 
 def layers(sparse: Sequence[bool]) -> str:
@@ -229,6 +236,20 @@ def layers(sparse: Sequence[bool]) -> str:
   if all(sparse):
     return 'all'
   return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
+
+
+def gate_problems(c: Values) -> Iterator[str]:
+  """A text if the config's `norm_topk_prob` makes every gate 1."""
+  if c.norm_topk_prob and c.num_experts_per_tok == 1:
+    yield (
+      'num_experts_per_tok=1 with norm_topk_prob=True is not supported: every '
+      'gate would be 1'
+    )
+
+
+def gates(c: Values) -> str:
+  """The gates that the config's `norm_topk_prob` names."""
+  return 'renormalized' if c.norm_topk_prob else 'raw'
 
 
 def renormalized(router: RouterOptions) -> bool:

@@ -134,7 +134,8 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
 
 ARCHITECTURE = Architecture(
   model_type='phimoe',
-  classes=('PhimoeForCausalLM', 'PhimoeModel'),
+  # The publisher's own code spells the first name like the last one.
+  classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
   keys=KEYS,
   problems=lambda c: list(problems(c)),
   options=options,

@@ -22,7 +22,7 @@ from moe_jax.options import above, at_least, option, within
 from moe_jax.training.optimizer import Optimizer, is_role, per_matrix, stacked
 
 # Parts of a model whose kernels are hidden matrices.
-_HIDDEN = ('attention', 'expert', 'ffn', 'lstm')
+_HIDDEN = ('attention', 'expert', 'ffn', 'lstm', 'shared_expert')
 
 
 @dataclasses.dataclass(frozen=True)
