@@ -26,8 +26,9 @@ def test_each_choice_is_a_softmax_of_the_logits_near_the_largest():
   np.testing.assert_allclose(gate, [[[first, 1.0]]], rtol=1e-6)
 
 
-@pytest.mark.parametrize('threshold', [0.0, 0.3, 1.5])
-@pytest.mark.parametrize('shift', [-3, 0, 3])
+@pytest.mark.parametrize(
+  ('threshold', 'shift'), [(0.0, 0), (0.3, -3), (0.3, 3), (1.5, 0)]
+)
 def test_it_equals_a_loop_over_tokens(shift, threshold):
   G, S, E, K = 2, 7, 5, 3
   rng = np.random.default_rng(0)

@@ -53,10 +53,10 @@ def test_even_in_the_batch_is_not_even_in_each_row():
 @pytest.mark.parametrize(
   ('group_size', 'scores'),
   [
-    (T // 2, 'softmax'),
-    (T, 'sigmoid'),
+    pytest.param(T // 2, 'softmax', marks=pytest.mark.slow),
+    pytest.param(T, 'sigmoid', marks=pytest.mark.slow),
     (3 * T, 'softmax'),
-    (B * T, 'softmax'),
+    pytest.param(B * T, 'softmax', marks=pytest.mark.slow),
   ],
 )
 def test_losses_are_those_of_rows_whatever_the_groups(group_size, scores):
@@ -94,6 +94,7 @@ def test_losses_without_weight_are_not_computed():
   assert aux.batch_balance_loss == aux.global_balance_loss == 0
 
 
+@pytest.mark.slow
 def test_masked_columns_are_no_experts_of_them():
   # Two tokens choose columns 0 and 2 evenly; column 1 leads nowhere.
   x, tied = np.eye(2)[None], TiedColumns(((0, (0, -1, 1)),))

@@ -89,6 +89,7 @@ def test_a_layer_equals_a_loop_over_slots():
   assert aux.stats.overflowed.sum() == 0
 
 
+@pytest.mark.slow
 def test_padding_has_no_gradient_and_none_is_nan():
   x = np.where(MASK[..., None], draw(B, T, M), np.nan).astype(np.float32)
 
