@@ -9,7 +9,6 @@ number by more than rounding. More of it stands elsewhere:
   arrays of their own in which a model decodes (`models/decoding.py`) and their
   caches (`layers/attention/cache.py`): the compiler copies what it slices out
   of a stack;
-- products of experts with few rows (`rows_product.py`, `one_thread` below);
 - `prevent_cse` where layers are no loop (`models/stack.py`): straight code is
   otherwise merged with its recomputation;
 - random bits as straight code (`threefry.py`): JAX lowers them to a loop;
@@ -31,9 +30,6 @@ FEW_TOKENS = 16
 # own: each of them is a branch of the program.
 MOST_UNROLLED = 512
 
-# Products of fewer multiply-adds a matrix are as fast on one thread.
-_LEAST_SPLIT = 2**20
-
 
 def transposed(x: Float[Array, '*E R M']) -> Float[Array, '*E M R']:
   """The transposed rows as an array of their own.
@@ -42,30 +38,6 @@ def transposed(x: Float[Array, '*E R M']) -> Float[Array, '*E M R']:
   folded into the product.
   """
   return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
-
-
-def one_thread(rows: int, columns: int, contracted: int) -> bool:
-  """Whether float32 products of a batch of matrices share one thread.
-
-  The library that multiplies them (YNNPACK, in jax 0.10) doubles the sides of
-  a tile until (rows + columns) * contracted reaches 65,536. Threads share the
-  tiles of a matrix, not the batch: where one tile is the whole matrix, one
-  thread does all. Eigen splits such matrices; it is what multiplies where the
-  left operand is transposed, in the product itself. Products that are too
-  small for that to pay count as others.
-  """
-  tile, enough = 64, 2**16
-  high, wide = min(rows, 16), min(columns, tile)
-  least = min(rows, tile) * wide
-  while high < rows or wide < columns:
-    area, cost = high * wide, (high + wide) * min(contracted, 1024)
-    if area >= least and max(area, cost) >= enough:
-      return False
-    if wide < columns and (high >= rows or 4 * wide <= high):
-      wide *= 2
-    else:
-      high *= 2
-  return rows * columns * contracted >= _LEAST_SPLIT
 
 
 def gelu(x: Float[Array, '*N']) -> Float[Array, '*N']:

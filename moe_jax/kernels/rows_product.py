@@ -5,10 +5,6 @@ their own (`cpu.transposed`); other platforms fold the transpose into the
 product at no cost. Where the rows are cheap to compute, as those of relu are,
 the CPU folds it too: XLA would compute the rows again inside the transpose, and
 that is slower still.
-
-Where many experts have few rows each, the CPU's usual products take one thread
-(`cpu.one_thread`): their gradients fold the transpose, and the products take
-rows that are transposed, so that another library multiplies them on all.
 """
 
 import functools
@@ -24,8 +20,6 @@ from moe_jax.shapes import Array, Float
 
 # The name of the results in a remat policy.
 PRODUCT = 'rows_matmul'
-# With fewer rows, the CPU's usual products are faster even on one thread.
-_FEWEST_ROWS = 64
 
 
 @checked
@@ -55,7 +49,7 @@ def rows_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, w, precision, transposed_alone):
   del transposed_alone
-  return _multiply(x, w.astype(x.dtype), precision)
+  return jnp.matmul(x, w.astype(x.dtype), precision=precision)
 
 
 def _forward(x, w, precision, transposed_alone):
@@ -65,33 +59,12 @@ def _forward(x, w, precision, transposed_alone):
 def _backward(precision, transposed_alone, saved, dy):
   x, w = saved
   kernel = w.astype(dy.dtype).swapaxes(-1, -2)
-  dx = _multiply(dy, kernel, precision)
+  dx = jnp.matmul(dy, kernel, precision=precision)
   dw = functools.partial(_dw, precision=precision)
-  alone = transposed_alone and not _on_one_thread(x.swapaxes(-1, -2), dy)
   dw = jax.lax.platform_dependent(
-    x, dy, cpu=functools.partial(dw, alone=alone), default=dw
+    x, dy, cpu=functools.partial(dw, alone=transposed_alone), default=dw
   )
   return dx, dw.astype(w.dtype)
-
-
-def _multiply(x, w, precision):
-  """x @ w; on the CPU with transposed rows where that spreads the work."""
-  plain = functools.partial(jnp.matmul, precision=precision)
-  if x.shape[-2] < _FEWEST_ROWS or not _on_one_thread(x, w):
-    return plain(x, w)
-
-  def spread(x, w):
-    contract = ((1,), (1,)), ((0,), (0,))
-    return jax.lax.dot_general(cpu.transposed(x), w, contract, precision)
-
-  return jax.lax.platform_dependent(x, w, cpu=spread, default=plain)
-
-
-def _on_one_thread(x, w):
-  """Whether a CPU multiplies experts' matrices on one of its threads."""
-  *stack, rows, contracted = x.shape
-  batch = len(stack) == 1 and stack[0] > 1 and x.dtype == jnp.float32
-  return batch and cpu.one_thread(rows, w.shape[-1], contracted)
 
 
 def _dw(x, dy, precision, alone=False):
