@@ -162,7 +162,7 @@ def test_the_cache_as_it_is_gives_what_it_expands_to():
   x, _, positions = inputs()
   o = options(window=5)
   cache = KVCache.make(
-    num_layers=2,
+    lengths=(T, T),
     stacked=False,
     batch_size=B,
     max_len=T,
