@@ -13,7 +13,7 @@ from flax import linen as nn
 from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, one_of, option
+from moe_jax.options import Options, above, one_of, option
 from moe_jax.partitioning import stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -32,6 +32,17 @@ class EmbeddingOptions(Options):
     "Factor of embedded tokens: 'none', or 'sqrt_width', the square root of "
     'the width (arXiv:1706.03762, NLLB).',
     one_of('none', 'sqrt_width'),
+  )
+  multiplier: float = option(
+    1.0,
+    'Number that embedded tokens are multiplied by (Granite 3.0), beside '
+    '`scale`.',
+    above(0),
+  )
+  logits_divisor: float = option(
+    1.0,
+    'Number that logits are divided by (logits_scaling of Granite 3.0).',
+    above(0),
   )
   logits_scale: str = option(
     'none',
@@ -113,6 +124,8 @@ class Embeddings(nn.Module):
     x = stated(x.astype(shared.dtype), shared.mesh_axes('batch'))
     if c.options.scale == 'sqrt_width':
       x = x * jnp.sqrt(jnp.asarray(c.width, shared.dtype))
+    if c.options.multiplier != 1:
+      x = x * jnp.asarray(c.options.multiplier, x.dtype)
     x = c.positions.add(
       x, tokens, token_mask, positions, self.position_embedding
     )
@@ -131,4 +144,6 @@ class Embeddings(nn.Module):
       kernel.astype(c.shared.dtype),
       preferred_element_type=jnp.float32,
     )
+    if c.options.logits_divisor != 1:
+      logits = logits / c.options.logits_divisor
     return logits.reshape(B, T, c.vocab_size)

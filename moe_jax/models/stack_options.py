@@ -12,7 +12,7 @@ from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.models.pattern import layers_needed, sparse_pattern
 from moe_jax.models.stack import REMATS, LayerKind, kinds_of
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.options import choice, one_of, option
+from moe_jax.options import above, choice, one_of, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,12 @@ class StackOptions(LayerOptions):
     NORMS,
     'rmsnorm',
     'Normalisation before every attention and feed-forward, and at the end.',
+  )
+  residual_multiplier: float = option(
+    1.0,
+    'Number that the output of each attention and feed-forward is multiplied '
+    'by before it joins the residual stream (Granite 3.0).',
+    above(0),
   )
   scan_layers: bool = option(
     True,

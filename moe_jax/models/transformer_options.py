@@ -142,6 +142,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
         causal=causal,
         cross=cross,
         dropout=half.dropout,
+        residual_multiplier=half.residual_multiplier,
         shared=self.shared(half.num_layers, rules),
       ),
       padding=self.padding,

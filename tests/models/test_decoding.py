@@ -38,6 +38,12 @@ ALL = dict(capacity=All(), dispatch=Dropless())
 RENORMALIZED = TokenChoice(gates='renormalized')
 CASES = {
   'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
+  'granite': dict(
+    attention=dict(num_kv_heads=2, scale='fixed', fixed_scale=0.3),
+    embedding=dict(multiplier=3.0, logits_divisor=2.0),
+    residual_multiplier=0.4,
+    moe=ALL,
+  ),
   'olmoe': dict(
     attention=dict(num_kv_heads=2, qk_norm='all', clip=1.5, biases='key, out'),
     moe=ALL,

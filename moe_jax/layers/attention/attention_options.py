@@ -32,8 +32,14 @@ class AttentionOptions(AttentionBase):
   scale: str = option(
     'head_width',
     "Factor of attention scores: 'head_width' is head_width^-0.5; 'none' is 1, "
-    'as in T5, whose query kernels start smaller instead.',
-    one_of('head_width', 'none'),
+    "as in T5, whose query kernels start smaller instead; or 'fixed'.",
+    one_of('fixed', 'head_width', 'none'),
+  )
+  fixed_scale: float = option(
+    1.0,
+    'Factor of attention scores (attention_multiplier of Granite 3.0).',
+    above(0),
+    when={'scale': ('fixed',)},
   )
   qk_norm: str = option(
     'none',
@@ -93,7 +99,7 @@ class AttentionOptions(AttentionBase):
   @property
   def score_scale(self) -> float:
     """See `AttentionBase.score_scale`."""
-    return 0.0 if self.scale == 'head_width' else 1.0
+    return 0.0 if self.scale == 'head_width' else self.fixed_scale
 
   @property
   def head_widths(self) -> HeadWidths:
