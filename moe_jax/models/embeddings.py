@@ -44,6 +44,9 @@ class EmbeddingOptions(Options):
     'Number that logits are divided by (logits_scaling of Granite 3.0).',
     above(0),
   )
+  logits_bias: bool = option(
+    False, 'Whether logits have a learned bias for each token (Phi-3.5-MoE).'
+  )
   logits_scale: str = option(
     'none',
     "Factor of the last layer's output before the logits: 'none', or "
@@ -103,6 +106,9 @@ class Embeddings(nn.Module):
     if not c.options.tie:
       init = parameters.kernel(c.shared, ('embed', 'vocab'), role='head')
       self.w_logits = self.param('w_logits', init, shape[::-1], dtype)
+    if c.options.logits_bias:
+      init = parameters.bias(('vocab',), role='head')
+      self.b_logits = self.param('b_logits', init, (c.vocab_size,), dtype)
     self.drop = nn.Dropout(c.dropout)
 
   @jax.named_scope('embedding')
@@ -144,6 +150,8 @@ class Embeddings(nn.Module):
       kernel.astype(c.shared.dtype),
       preferred_element_type=jnp.float32,
     )
+    if c.options.logits_bias:
+      logits = logits + self.b_logits.astype(jnp.float32)[None]
     if c.options.logits_divisor != 1:
       logits = logits / c.options.logits_divisor
     return logits.reshape(B, T, c.vocab_size)

@@ -44,6 +44,22 @@ def test_multipliers_are_those_of_kernels():
   )
 
 
+def test_logits_have_a_bias_before_they_are_divided():
+  given = dict(logits_divisor=4.0)
+  biased = tiny.build(DENSE, embedding=dict(logits_bias=True, **given))
+  plain = tiny.build(DENSE, embedding=given)
+  params = tiny.params_of(biased)
+  bias = params['b_logits']
+  assert bias.shape == (tiny.V,)
+  rest = {name: leaf for name, leaf in params.items() if name != 'b_logits'}
+  tokens = jnp.asarray(tiny.tokens())
+  difference = (
+    tiny.apply(biased)(params, tokens)[0] - tiny.apply(plain)(rest, tokens)[0]
+  )
+  expected = np.broadcast_to(bias / 4, difference.shape)
+  np.testing.assert_allclose(difference, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_a_fixed_scale_without_effect_is_refused():
   with pytest.raises(ValueError, match=r'fixed_scale=0\.5 has no effect'):
     AttentionOptions(fixed_scale=0.5)

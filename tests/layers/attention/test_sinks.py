@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.layers import AttentionOptions
 from moe_jax.layers.attention.dot_product import attend
 from moe_jax.layers.attention.keys import Keys, masked_softmax
+from moe_jax.partitioning import make_mesh
 from tests.layers.attention.test_dot_product import layer
 from tests.models import tiny
 
@@ -76,6 +78,27 @@ def test_implementations_agree_in_value_and_gradient(
   assert np.abs(gradient[3]).min() > 1e-3
   for own, other in zip(gradient, expected_gradient, strict=True):
     np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('implementation', ['blocks', 'splash'])
+def test_heads_on_several_devices_change_nothing(implementation):
+  arguments, segment_ids = arrays(128)
+  expected = program('einsum')(arguments, segment_ids)
+  mesh = make_mesh(dict(tensor=2, data=2), jax.devices()[:4])
+
+  def place(leaf, *spec):
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  *rows, sinks = arguments
+  split = [place(leaf, 'data', None, 'tensor') for leaf in rows]
+  result = program(implementation)(
+    [*split, place(sinks, 'tensor')], place(segment_ids, 'data')
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    result,
+    expected,
+  )
 
 
 @pytest.mark.parametrize('implementation', ['xla', 'cudnn'])
