@@ -12,6 +12,8 @@ from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import (
   config_keys,
   deepseek_v2,
+  gpt_oss,
+  granitemoe,
   mixtral,
   nllb_moe,
   olmoe,
@@ -30,6 +32,8 @@ ARCHITECTURES = {
   for module in (
     mixtral,
     deepseek_v2,
+    gpt_oss,
+    granitemoe,
     nllb_moe,
     olmoe,
     phimoe,

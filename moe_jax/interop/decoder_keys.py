@@ -85,7 +85,15 @@ def keys(
       'router_aux_loss_coef': (AMOUNT, d['router_aux_loss_coef'], ..., ''),
       **(training or {}),
     },
-    fixed={**COMMON_FIXED, 'is_encoder_decoder': (False,), **(fixed or {})},
+    fixed={
+      name: values
+      for name, values in {
+        **COMMON_FIXED,
+        'is_encoder_decoder': (False,),
+        **(fixed or {}),
+      }.items()
+      if name not in honoured
+    },
     ignored={
       **COMMON_IGNORED,
       'initializer_range': 'the parameters are there',

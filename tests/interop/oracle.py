@@ -11,6 +11,8 @@ transformers = pytest.importorskip('transformers')
 B, S, T, N = 3, 11, 7, 9
 
 CLASSES = {
+  'gpt_oss': transformers.GptOssForCausalLM,
+  'granitemoe': transformers.GraniteMoeForCausalLM,
   'deepseek_v2': transformers.DeepseekV2ForCausalLM,
   'mixtral': transformers.MixtralForCausalLM,
   'nllb-moe': transformers.NllbMoeForConditionalGeneration,
@@ -45,6 +47,23 @@ _DEEPSEEK = dict(
   v_head_dim=5,
 )
 BASE = {
+  'gpt_oss': dict(
+    _DECODER,
+    num_local_experts=6,
+    num_experts_per_tok=3,
+    head_dim=8,
+    sliding_window=4,
+    eos_token_id=None,
+  ),
+  'granitemoe': dict(
+    _DECODER,
+    num_local_experts=6,
+    num_experts_per_tok=3,
+    embedding_multiplier=3.0,
+    attention_multiplier=0.3,
+    residual_multiplier=0.4,
+    logits_scaling=2.0,
+  ),
   'deepseek_v2': dict(_DEEPSEEK, n_shared_experts=2),
   'mixtral': dict(_DECODER, num_local_experts=5),
   'olmoe': dict(

@@ -1,0 +1,134 @@
+"""transformers' GraniteMoE (IBM's Granite 3) as a decoder.
+
+Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
+
+- Four numbers multiply embeddings, scores of attention (in place of one over
+  the root of a head's width), outputs of layers, and divide logits.
+- Gates are the softmax of the chosen logits, which is the same as probabilities
+  among all experts divided by their sum.
+- Experts are stacked in files, gate and up in one tensor.
+"""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.interop import decoder_keys
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.config_keys import POSITIVE, SIZE, Values
+from moe_jax.interop.decoder_names import BLOCK, ENDS, layer
+from moe_jax.interop.mapping import Name
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions
+
+KEYS = decoder_keys.keys(
+  dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.001,
+  ),
+  honoured={
+    'intermediate_size': (SIZE, 11008),
+    'num_local_experts': (SIZE, 8),
+    'attention_bias': (bool, False),
+    'embedding_multiplier': (POSITIVE, 1.0),
+    'attention_multiplier': (POSITIVE, 1.0),
+    'residual_multiplier': (POSITIVE, 1.0),
+    'logits_scaling': (POSITIVE, 1.0),
+  },
+  spelled={'num_experts': 'num_local_experts'},
+)
+
+
+def problems(c: Values) -> list[str]:
+  """A text for each value that our decoders cannot express."""
+  wrong = decoder_keys.problems(c)
+  if c.num_experts_per_tok == 1:
+    wrong.append(
+      'num_experts_per_tok=1 is not supported: every gate would be 1'
+    )
+  return wrong
+
+
+def options(c: Values) -> DecoderOptions:
+  """The options of the model."""
+  whole = decoder_keys.options(
+    c,
+    ffn_hidden=c.intermediate_size,
+    num_experts=c.num_local_experts,
+    router=TokenChoice(gates='renormalized'),
+    attention=decoder_keys.heads(
+      c,
+      scale='fixed',
+      fixed_scale=float(c.attention_multiplier),
+      biases='all' if c.attention_bias else 'none',
+    ),
+  )
+  return dataclasses.replace(
+    whole,
+    residual_multiplier=float(c.residual_multiplier),
+    embedding=dataclasses.replace(
+      whole.embedding,
+      multiplier=float(c.embedding_multiplier),
+      logits_divisor=float(c.logits_scaling),
+    ),
+  )
+
+
+def describe(o: DecoderOptions) -> dict[str, Any]:
+  """The keys of config.json that a model decides."""
+  shared = decoder_keys.describe(o, 'GraniteMoE')
+  attention = decoder_keys.plain_heads(o)
+  scale = attention.score_scale or attention.head_width**-0.5
+  return shared | dict(
+    intermediate_size=decoder_keys.expert_of(o).hidden,
+    num_local_experts=decoder_keys.sparse(o).num_experts,
+    attention_bias=attention.has_bias('query', use_bias=False),
+    embedding_multiplier=o.embedding.multiplier,
+    attention_multiplier=scale,
+    residual_multiplier=o.residual_multiplier,
+    logits_scaling=o.embedding.logits_divisor,
+  )
+
+
+_MOE = 'block_sparse_moe'
+_GATE, _UP = 'E (0/2 F) M -> E M F', 'E (1/2 F) M -> E M F'
+ARCHITECTURE = Architecture(
+  model_type='granitemoe',
+  classes=('GraniteMoeForCausalLM', 'GraniteMoeModel'),
+  keys=KEYS,
+  problems=problems,
+  options=options,
+  describe=describe,
+  suits=lambda o: not o.has_encoder,
+  prefix='model.',
+  computed=(r'rotary_emb\.inv_freq$',),
+  names={
+    **ENDS,
+    **BLOCK,
+    **layer(
+      'moe/router/w',
+      Name(f'{_MOE}.router.layer.weight', 'E M -> M E'),
+      Name(f'{_MOE}.router.weight', 'E M -> M E'),
+    ),
+    **layer(
+      'moe/experts/w_gate',
+      Name(f'{_MOE}.input_linear.weight', _GATE),
+      Name(f'{_MOE}.experts.gate_up_proj', _GATE),
+    ),
+    **layer(
+      'moe/experts/w_in',
+      Name(f'{_MOE}.input_linear.weight', _UP),
+      Name(f'{_MOE}.experts.gate_up_proj', _UP),
+    ),
+    **layer(
+      'moe/experts/w_out',
+      Name(f'{_MOE}.output_linear.weight', 'E M F -> E F M'),
+      Name(f'{_MOE}.experts.down_proj', 'E M F -> E F M'),
+    ),
+  },
+)
