@@ -123,7 +123,9 @@ def test_equals_its_definition(query_rank):
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('implementation', ['blocks', 'xla'])
+@pytest.mark.parametrize(
+  'implementation', ['blocks', pytest.param('xla', marks=pytest.mark.slow)]
+)
 def test_implementations_agree_in_value_and_gradient(implementation):
   x, segment_ids, positions = inputs()
 
@@ -219,6 +221,7 @@ def test_heads_on_several_devices_change_nothing():
   tiny.assert_trees_close(result[1], expected[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_layer_is_close_to_a_float32_one():
   x, segment_ids, positions = inputs()
   args = {'params': kernels()}, x, segment_ids, positions

@@ -112,7 +112,9 @@ def test_scales_are_those_of_norms_and_an_epsilon_without_norm_is_refused():
     AttentionOptions(qk_norm_epsilon=0.1)
 
 
-@pytest.mark.parametrize('qk_norm', ['all', 'head'])
+@pytest.mark.parametrize(
+  'qk_norm', ['all', pytest.param('head', marks=pytest.mark.slow)]
+)
 def test_keys_of_an_encoder_are_normed_as_the_layers_own(qk_norm):
   options = AttentionOptions(
     H, N, D, qk_norm=qk_norm, clip=0.6, qk_norm_epsilon=EPSILON
@@ -133,7 +135,9 @@ def test_keys_of_an_encoder_are_normed_as_the_layers_own(qk_norm):
     np.testing.assert_allclose(value[i], np.clip(y, -0.6, 0.6), atol=1e-5)
 
 
-@pytest.mark.parametrize('qk_norm', ['all', 'head'])
+@pytest.mark.parametrize(
+  'qk_norm', ['all', pytest.param('head', marks=pytest.mark.slow)]
+)
 def test_heads_on_several_devices_change_nothing(qk_norm):
   x, segment_ids, positions = inputs()
   p = kernels() | draw(SCALES[qk_norm], seed=3)

@@ -66,7 +66,11 @@ def test_equals_a_key_of_that_score_without_a_value():
 
 @pytest.mark.parametrize(
   ('implementation', 'seq_len', 'window'),
-  [('blocks', 150, 0), ('blocks', 150, 40), ('splash', 128, 0)],
+  [
+    ('blocks', 150, 40),
+    pytest.param('blocks', 150, 0, marks=pytest.mark.slow),
+    pytest.param('splash', 128, 0, marks=pytest.mark.slow),
+  ],
 )
 def test_implementations_agree_in_value_and_gradient(
   implementation, seq_len, window
@@ -80,7 +84,10 @@ def test_implementations_agree_in_value_and_gradient(
     np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('implementation', ['blocks', 'splash'])
+@pytest.mark.parametrize(
+  'implementation',
+  ['blocks', pytest.param('splash', marks=pytest.mark.slow)],
+)
 def test_heads_on_several_devices_change_nothing(implementation):
   arguments, segment_ids = arrays(128)
   expected = program('einsum')(arguments, segment_ids)
