@@ -146,10 +146,10 @@ class Muon(Optimizer):
 def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
   """Whether a parameter is a kernel between hidden values, as Muon's are.
 
-  A kernel with one output, a gate, is no matrix.
+  A kernel from the residual stream to one number, a gate, is no matrix.
   """
   hidden = role.form == 'kernel' and role.role in _HIDDEN
-  return hidden and 'gate' not in names
+  return hidden and names[-2:] != ('embed', None)
 
 
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:

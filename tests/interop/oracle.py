@@ -61,6 +61,7 @@ BASE = {
     num_experts_per_tok=3,
     embedding_multiplier=3.0,
     attention_multiplier=0.3,
+    eos_token_id=None,
     residual_multiplier=0.4,
     logits_scaling=2.0,
   ),

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from moe_jax.interop.verifying import verify
 from tests.interop import oracle
 
 torch = pytest.importorskip('torch')
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 YARN = dict(
   rope_type='yarn',
@@ -56,6 +58,74 @@ CASES = {
       rms_norm_eps=1e-2,
       rope_parameters=dict(rope_type='default', rope_theta=50.0),
     ),
+  ),
+  'gpt-oss': ('gpt_oss', 'right', dict()),
+  'gpt-oss all layers with a window, one key head': (
+    'gpt_oss',
+    'left',
+    dict(
+      layer_types=['sliding_attention'] * 3,
+      num_key_value_heads=1,
+      sliding_window=3,
+    ),
+  ),
+  'gpt-oss no window, no biases of attention': (
+    'gpt_oss',
+    'right',
+    dict(layer_types=['full_attention'] * 3, attention_bias=False),
+  ),
+  'gpt-oss tied, windows in two layers of four': (
+    'gpt_oss',
+    'left',
+    dict(
+      tie_word_embeddings=True,
+      num_hidden_layers=4,
+      layer_types=[
+        'full_attention',
+        'sliding_attention',
+        'sliding_attention',
+        'full_attention',
+      ],
+    ),
+  ),
+  'gpt-oss plain rotary positions, narrow heads': (
+    'gpt_oss',
+    'right',
+    dict(
+      rope_parameters=dict(rope_type='default', rope_theta=50.0),
+      head_dim=4,
+      num_experts_per_tok=2,
+    ),
+  ),
+  'granite': ('granitemoe', 'right', dict()),
+  'granite tied, biased': (
+    'granitemoe',
+    'left',
+    dict(tie_word_embeddings=True, attention_bias=True),
+  ),
+  'granite multipliers of one': (
+    'granitemoe',
+    'right',
+    dict(
+      embedding_multiplier=1.0,
+      attention_multiplier=1.0,
+      residual_multiplier=1.0,
+      logits_scaling=1.0,
+    ),
+  ),
+  'granite gelu, all key heads, all experts chosen': (
+    'granitemoe',
+    'left',
+    dict(
+      hidden_act='gelu_pytorch_tanh',
+      num_key_value_heads=4,
+      num_experts_per_tok=6,
+    ),
+  ),
+  'granite long texts by YaRN': (
+    'granitemoe',
+    'right',
+    dict(rope_parameters=YARN, num_experts_per_tok=2),
   ),
   'olmoe': ('olmoe', 'right', dict()),
   'olmoe renormalised, clipped, biased': (
@@ -275,7 +345,15 @@ def test_logits_tokens_and_weights(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'kind',
-  ['deepseek_v2', 'mixtral', 'olmoe', 'phimoe', 'qwen2_moe', 'qwen3_moe'],
+  [
+    'deepseek_v2',
+    'granitemoe',
+    'mixtral',
+    'olmoe',
+    'phimoe',
+    'qwen2_moe',
+    'qwen3_moe',
+  ],
 )
 def test_experts_that_are_stacked_in_files(kind, tmp_path):
   model = oracle.make(kind)
@@ -297,6 +375,44 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
   assert any(name.endswith('experts.gate_up_proj') for name in names)
   verdict = verify(tmp_path, tmp_path / 'expected.npz')
   assert verdict.good and len(np.unique(expected['greedy'])) >= 4
+
+
+@pytest.mark.slow
+def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
+  """The same blocks, as they are and decoded by transformers."""
+  mxfp4 = pytest.importorskip('transformers.integrations.mxfp4')
+  wide = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+  model = oracle.make('gpt_oss', **wide).to(torch.bfloat16)
+  rng, packed = np.random.default_rng(0), {}
+  with torch.no_grad():
+    for name, value in model.named_parameters():
+      if name.endswith(('gate_up_proj', 'down_proj')):
+        E, inputs, outputs = value.shape
+        shape = E, outputs, inputs // 32
+        blocks = torch.tensor(rng.integers(0, 256, (*shape, 16), np.uint8))
+        scales = torch.tensor(rng.integers(121, 126, shape, np.uint8))
+        value.copy_(mxfp4.convert_moe_packed_tensors(blocks, scales))
+        packed[name] = dict(blocks=blocks, scales=scales)
+  plain, quantized, out = (tmp_path / name for name in 'abc')
+  model.save_pretrained(plain)
+  tensors = load_file(plain / 'model.safetensors')
+  for name, parts in packed.items():
+    del tensors[name]
+    tensors |= {f'{name}_{part}': value for part, value in parts.items()}
+  quantized.mkdir()
+  save_file(tensors, quantized / 'model.safetensors')
+  config = read_json(plain / 'config.json')
+  config['quantization_config'] = {'quant_method': 'mxfp4'}
+  (quantized / 'config.json').write_text(json.dumps(config))
+  ours, theirs = interop.load(quantized), interop.load(plain)
+  jax.tree.map(np.testing.assert_array_equal, ours.variables, theirs.variables)
+  # What is exported is in bfloat16, as transformers would write it.
+  interop.save(ours.options, ours.variables, out, config=config)
+  assert 'quantization_config' not in read_json(out / 'config.json')
+  again, info = type(model).from_pretrained(out, output_loading_info=True)
+  assert not any(info.values())
+  old, new = model.state_dict(), again.state_dict()
+  assert all(torch.equal(old[key], new[key].to(old[key])) for key in old)
 
 
 def drops(model, given) -> float:
