@@ -38,6 +38,7 @@ KEYS = deepseek_keys.keys(
     intermediate_size=18432,
     num_hidden_layers=61,
     num_attention_heads=128,
+    num_key_value_heads=128,
     max_position_embeddings=4096,
     num_experts_per_tok=8,
     n_routed_experts=256,

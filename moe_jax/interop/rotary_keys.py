@@ -13,6 +13,7 @@ from moe_jax.interop.config_keys import (
   OPTIONAL_POSITIVE,
   OPTIONAL_SIZE,
   POSITIVE,
+  SIZE,
   Values,
   is_kind,
   kind_name,
@@ -46,7 +47,7 @@ class _Parameter:
   needed: bool = False
 
 
-_LENGTH = {_ORIGINAL: _Parameter('original_len', POSITIVE)}
+_LENGTH = {_ORIGINAL: _Parameter('original_len', SIZE)}
 # The parameters of each rope type, by their names. A type's name is that of our
 # scaling, but for 'default'.
 _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
@@ -119,11 +120,13 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
     interleaved: Whether the pairs that rotate are neighbours.
   """
   kind, given = _given(c, theta)
-  known = _TYPES[kind]
-  scaling = {known[name].option: given[name] for name in known if name in given}
-  for name in ('short_factor', 'long_factor'):
-    if name in scaling:
-      scaling[name] = tuple(map(float, scaling[name]))
+  scaling: dict[str, Any] = {}
+  for name, parameter in _TYPES[kind].items():
+    if isinstance(value := given.get(name), list):
+      scaling[parameter.option] = tuple(map(float, value))
+    elif value is not None:
+      number = parameter.kind is POSITIVE  # JSON may have an integer there
+      scaling[parameter.option] = float(value) if number else value
   fraction = float(given.get('partial_rotary_factor', 1))
   return Rotary(
     theta=float(given['rope_theta']),
