@@ -123,13 +123,19 @@ def _choose(
   raise min(errors, key=_distance)
 
 
-class _DiffersError(ValueError):
+class _UnsupportedError(ValueError):
+  """An architecture with the parts of a model, but not with all its values."""
+
+
+class _DiffersError(_UnsupportedError):
   """A model of an architecture that computes another function than ours."""
 
 
-def _distance(error: ValueError) -> tuple[bool, int]:
+def _distance(error: ValueError) -> tuple[bool, bool, int]:
   """How far an architecture is: whether it has no such model, and the lines."""
-  return not isinstance(error, _DiffersError), str(error).count('\n')
+  kinds = _DiffersError, _UnsupportedError
+  no_model, no_parts = (not isinstance(error, kind) for kind in kinds)
+  return no_model, no_parts, str(error).count('\n')
 
 
 def describe(
@@ -165,7 +171,7 @@ def describe(
   try:
     theirs = from_config(written)
   except ValueError as error:
-    raise ValueError(f'{none}: {error}') from error
+    raise _UnsupportedError(f'{none}: {error}') from error
   if different := _different(options, theirs):
     raise _DiffersError(
       listed(
