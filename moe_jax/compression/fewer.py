@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.compression.usage import Usage, measure
-from moe_jax.compression.whole_run import WholeRun, check_stateless
+from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.retained import retained
@@ -101,7 +101,11 @@ def check_layer(layer: SparseLayer) -> None:
       f'{said} has no column for each expert, by which its tokens would choose '
       'among those that are left'
     )
-  check_stateless(layer.number, router)
+  if router.keeps_state:
+    raise ValueError(
+      f'{said} keeps a state, such as a balancing bias, which decides whom its '
+      'tokens choose and would be that of other experts'
+    )
   if layer.moe.retained.rows:
     raise ValueError(
       f'layer {layer.number} has tied columns already; begin with the run that '

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from moe_jax import sections
-from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import MODELS, Model, ModelOptions, code_trees
 from moe_jax.runs import new_run, trained
 
@@ -60,20 +59,6 @@ def read(
   return WholeRun(folder, options, model, found.state, found.step)
 
 
-def check_stateless(layer: int, router: RouterOptions) -> None:
-  """Checks that the checkpoint of a new run holds all of a layer's router.
-
-  Raises:
-    ValueError: The router keeps a state, such as a balancing bias.
-  """
-  if router.keeps_state:
-    raise ValueError(
-      f'layer {layer}: {type(router).__name__} keeps a state beside its '
-      'parameters, which the checkpoint of a new run does not hold; its '
-      'choices would be others'
-    )
-
-
 def write(
   run: WholeRun,
   output: str | os.PathLike[str],
@@ -85,7 +70,7 @@ def write(
   """Makes a new run's folder of a run, with another model.
 
   The folder is trained, evaluated, generated from and exported like that of an
-  imported model.
+  imported model. The state of routers is that of the run.
 
   Args:
     run: The run that the model was made of.
@@ -93,7 +78,7 @@ def write(
     params: The parameters of the new model.
     model: The options of the new model; None keeps those of the run.
     packed: Whether the new model is one that is not trained, whose variables
-      are written as one file of weights, the state of routers among them.
+      are written as one file of weights.
 
   Returns:
     The new folder.

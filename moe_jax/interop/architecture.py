@@ -30,6 +30,12 @@ def _numbered(options: ModelOptions) -> None:
   del options
 
 
+def _nothing(values: Values) -> tuple[str, ...]:
+  """Returns no pattern: every tensor is of the model."""
+  del values
+  return ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
   """An architecture of transformers, a `model_type`.
@@ -45,10 +51,12 @@ class Architecture:
       decide; raises ValueError if the architecture has no such model.
     suits: Returns whether a model that was not imported is exported as this
       architecture.
-    names: The tensors of our parameters; see `mapping`.
+    names: The tensors of our variables; see `mapping`.
     prefix: Prefix of tensor names that a model without head does not have.
     computed: Patterns of the names of tensors that need not be read, as their
       values are computed.
+    left_out: Returns the patterns of the names of tensors that are no part of
+      the model, for the values of the keys.
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
     files: Opens the tensors in the files of a folder.
@@ -66,6 +74,7 @@ class Architecture:
   names: Names
   prefix: str = ''
   computed: tuple[str, ...] = ()
+  left_out: Callable[[Values], tuple[str, ...]] = _nothing
   fills_gaps: bool = False
   files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
   unnumbered: Callable[[Any], int | None] = _numbered

@@ -12,6 +12,7 @@ from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import (
   config_keys,
   deepseek_v2,
+  deepseek_v3,
   gpt_oss,
   granitemoe,
   mixtral,
@@ -32,6 +33,7 @@ ARCHITECTURES = {
   for module in (
     mixtral,
     deepseek_v2,
+    deepseek_v3,
     gpt_oss,
     granitemoe,
     nllb_moe,
@@ -55,6 +57,7 @@ class Checkpoint:
     options: The options of the model.
     notes: A line for each value that acts only in training and is not carried
       over.
+    left_out: Patterns of the names of tensors that are not read.
   """
 
   folder: pathlib.Path
@@ -62,6 +65,7 @@ class Checkpoint:
   config: Mapping[str, Any]
   options: ModelOptions
   notes: tuple[str, ...]
+  left_out: tuple[str, ...] = ()
 
   def open_files(self) -> TensorFiles:
     """The tensors in the folder's files."""
@@ -84,15 +88,15 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
   if plain(folder, path.name) is None:
     raise ValueError(f'{folder} has no config.json')
   config = read_json(path)
-  options: Any
-  options, architecture, notes = _read(config, path)
+  read = _read(config, path)
   stored = _dtype(config, path)
   dtype = dtype or ('float32' if stored == 'float16' else stored)
+  options: Any = read.options
   numerics = dataclasses.replace(
     options.numerics, dtype=dtype, param_dtype=dtype
   )
   options = dataclasses.replace(options, numerics=numerics)
-  return Checkpoint(folder, architecture, config, options, tuple(notes))
+  return dataclasses.replace(read, options=options)
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
@@ -102,12 +106,12 @@ def from_config(config: Mapping[str, Any]) -> ModelOptions:
     ValueError: As `open_checkpoint`.
   """
   path = pathlib.Path('config.json')
-  return _read(config, path, 'what would be written there')[0]
+  return _read(config, path, 'what would be written there').options
 
 
 def _read(
   config: Mapping[str, Any], path: pathlib.Path, subject: str = ''
-) -> tuple[ModelOptions, Architecture, list[str]]:
+) -> Checkpoint:
   architecture = _architecture(config, path)
   subject = subject or f'this {architecture.model_type} checkpoint'
   values, problems, notes = config_keys.read(architecture.keys, config)
@@ -116,7 +120,14 @@ def _read(
   if problems:
     raise ValueError(listed(f'{path}: {subject} is not supported', problems))
   try:
-    return architecture.options(values), architecture, notes
+    return Checkpoint(
+      path.parent,
+      architecture,
+      config,
+      architecture.options(values),
+      tuple(notes),
+      architecture.left_out(values),
+    )
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 

@@ -60,6 +60,8 @@ def keys(
     spelled: Other spellings of keys.
   """
   d = {'num_key_value_heads': None, 'tie_word_embeddings': False, **defaults}
+  own = {*honoured, *(fixed or {}), *(ignored or {})}
+  common = {k: v for k, v in COMMON_FIXED.items() if k not in own}
   return Keys(
     honoured={
       'vocab_size': (SIZE, d['vocab_size']),
@@ -85,15 +87,7 @@ def keys(
       'router_aux_loss_coef': (AMOUNT, d['router_aux_loss_coef'], ..., ''),
       **(training or {}),
     },
-    fixed={
-      name: values
-      for name, values in {
-        **COMMON_FIXED,
-        'is_encoder_decoder': (False,),
-        **(fixed or {}),
-      }.items()
-      if name not in honoured
-    },
+    fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
     ignored={
       **COMMON_IGNORED,
       'initializer_range': 'the parameters are there',

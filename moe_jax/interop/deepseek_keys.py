@@ -6,7 +6,7 @@ Not here: gates and choices (`deepseek_v2.py`, `deepseek_v3.py`).
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from moe_jax.interop import decoder_keys, rotary_keys
 from moe_jax.interop.config_keys import (
@@ -45,7 +45,8 @@ def keys(
   defaults: Mapping[str, Any],
   honoured: Mapping[str, tuple[Any, Any]],
   fixed: Mapping[str, tuple[Any, ...]],
-  ignored: Mapping[str, str] | None = None,
+  training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
+  spelled: Mapping[str, str] | None = None,
 ) -> Keys:
   """The keys of an architecture; see `decoder_keys.keys`.
 
@@ -53,7 +54,8 @@ def keys(
     defaults: transformers' defaults of the keys that both architectures have.
     honoured: The keys of its own that shape the model.
     fixed: The keys of its own with only some supported values.
-    ignored: The keys of its own that change nothing.
+    training: The keys of its own that act only in training.
+    spelled: Other spellings of its keys.
   """
   d = defaults
   own: dict[str, tuple[Any, Any]] = {
@@ -79,6 +81,7 @@ def keys(
       'qk_rope_head_dim': (SIZE, 64),
       'v_head_dim': (SIZE, 128),
       'attention_bias': (bool, False),
+      'quantization_config': (dict | None, None),
       **honoured,
     },
     training={
@@ -89,22 +92,30 @@ def keys(
         'transformers has no balance loss here; see balance_weight of the '
         'router',
       ),
+      **(training or {}),
     },
     fixed={'moe_layer_freq': (1,), **fixed},
     ignored={
-      **dict.fromkeys(('seq_aux', 'ep_size', 'pretraining_tp'), _REMOTE),
+      **dict.fromkeys(
+        ('auto_map', 'seq_aux', 'ep_size', 'pretraining_tp'), _REMOTE
+      ),
       **dict.fromkeys(
         ('head_dim', 'qk_head_dim'), 'it follows from the widths of the parts'
       ),
-      **(ignored or {}),
     },
-    spelled={'num_experts': 'n_routed_experts'},
+    spelled=spelled or {},
   )
 
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value of the shared keys that is not supported."""
   yield from decoder_keys.problems(c)
+  if c.quantization_config is not None:
+    method = c.quantization_config.get('quant_method')
+    yield (
+      f'quantization_config has quant_method={method!r:.80}: tensors that are '
+      'quantized are not read; convert them to bfloat16, and remove the key'
+    )
   kv_heads = c.num_key_value_heads
   if kv_heads not in (None, c.num_attention_heads):
     yield (
@@ -119,7 +130,11 @@ def problems(c: Values) -> Iterator[str]:
 
 
 def options(
-  c: Values, router: TokenChoice, groups: Mapping[str, Any]
+  c: Values,
+  router: TokenChoice,
+  groups: Mapping[str, Any],
+  *,
+  interleaved: bool = True,
 ) -> DecoderOptions:
   """The options of a model.
 
@@ -127,6 +142,7 @@ def options(
     c: The values of config.json.
     router: The router without groups of experts.
     groups: The options of the groups, if there are several.
+    interleaved: Whether the pairs that rotate are neighbours.
   """
   dense = c.first_k_dense_replace
   whole = decoder_keys.options(
@@ -154,7 +170,7 @@ def options(
       ),
     ),
   )
-  positions = rotary_keys.rotary(c, 10_000.0, interleaved=True)
+  positions = rotary_keys.rotary(c, 10_000.0, interleaved=interleaved)
   return dataclasses.replace(whole, positions=positions)
 
 
@@ -173,9 +189,7 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   if not isinstance(o.attention, LatentOptions):
     raise ValueError(f'its attention is not latent; that of {architecture} is')
   attention, moe = o.attention, decoder_keys.sparse(o)
-  router = cast(TokenChoice, moe.router)
-  if not isinstance(router, TokenChoice):
-    raise ValueError(f'its router is {type(router).__name__}')
+  router = router_of(o)
   hidden = decoder_keys.expert_of(o).hidden
   shared, rest = divmod(moe.shared_expert.hidden, hidden)
   if rest:
@@ -203,6 +217,18 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     v_head_dim=attention.value_width,
     attention_bias=attention.has_bias('kv_down', use_bias=False),
   )
+
+
+def router_of(o: DecoderOptions) -> TokenChoice:
+  """The router of a model's sparse layers.
+
+  Raises:
+    ValueError: It is another one than that of both architectures.
+  """
+  router = decoder_keys.sparse(o).router
+  if not isinstance(router, TokenChoice):
+    raise ValueError(f'its router is {type(router).__name__}')
+  return router
 
 
 NAMES: Table = {

@@ -44,6 +44,7 @@ KEYS = deepseek_keys.keys(
     'norm_topk_prob': (False, None),
     'scoring_func': ('softmax',),
   },
+  spelled={'num_experts': 'n_routed_experts'},
 )
 
 

@@ -40,7 +40,6 @@ def export_run(
     run.model.build(rules),
     rules,
     mesh=_mesh(folder),
-    router_state=False,
   )
   files, output = (
     folder / workdir_lib.IMPORTED,
@@ -60,7 +59,7 @@ def export_run(
       'needs a copy for each: the bytes are those of all columns, and do not '
       'fall'
     )
-  save(model, {'params': params}, output, config=config)
+  save(model, {**restored.state, 'params': params}, output, config=config)
   return [
     f'checkpoint of step {restored.step} written to {output}',
     *lines,

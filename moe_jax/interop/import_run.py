@@ -84,15 +84,15 @@ def import_run(
   )
   mesh, before = options.mesh.make(devices), _peak_bytes()
   with new_run.building(folder) as unfinished:
-    params = loading.load_params(
+    variables = loading.load_variables(
       checkpoint, mesh=mesh, rules=options.sharding.rules
     )
-    facts = [_size(params, mesh), _memory(before, checkpoint)]
+    facts = [_size(variables['params'], mesh), _memory(before, checkpoint)]
     new_run.copy_files(small, unfinished / new_run.FILES)
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     extra = {'imported': checkpoint.architecture.model_type}
-    new_run.write(unfinished, sections.section(options), params, extra)
+    new_run.write(unfinished, sections.section(options), variables, extra)
   notes = *checkpoint.notes, *_unused(small_files, given)
   return [*facts, *notes, *_next(folder, tokenizer)]
 

@@ -1,8 +1,8 @@
-"""Reading of a checkpoint's parameters into sharded arrays.
+"""Reading of a checkpoint's variables into sharded arrays.
 
 Besides finished arrays, the host holds about as much as the checkpoint's
 largest tensor, whatever the size of the model and of its stacked parameters.
-Not here: which tensors belong to a parameter (`mapping.py`).
+Not here: which tensors belong to a variable (`mapping.py`).
 """
 
 import dataclasses
@@ -28,12 +28,15 @@ from moe_jax.interop.mapping import (
   copies,
   has_encoder_table,
   leaves,
+  path_in_collection,
   with_encoder_table,
   without_prefix,
 )
 from moe_jax.interop.tensor_files import Index, TensorFiles, listed
 from moe_jax.layers.shared import RULES
 from moe_jax.models import Model, ModelOptions
+from moe_jax.models.router_state import abstract_router_state
+from moe_jax.models.router_state import variables as as_variables
 from moe_jax.partitioning import Rules
 
 # A model that is this many times larger than the files is not compared name by
@@ -48,7 +51,8 @@ class Loaded(NamedTuple):
   Attributes:
     options: The options of the model, from which it is built and exported.
     model: The model.
-    variables: Its parameters, under 'params'.
+    variables: Its parameters, under 'params', and 'router_state' where the
+      model keeps a balancing bias.
   """
 
   options: ModelOptions
@@ -88,11 +92,11 @@ def load(
   checkpoint = fetch(source, dtype=dtype, revision=revision)
   for note in checkpoint.notes:
     _LOG.info('%s: %s', source, note)
-  params = load_params(
+  variables = load_variables(
     checkpoint, mesh=mesh, rules=rules, allow_nonfinite=allow_nonfinite
   )
   model = checkpoint.options.build(rules)
-  return Loaded(checkpoint.options, model, {'params': params})
+  return Loaded(checkpoint.options, model, variables)
 
 
 def fetch(
@@ -113,29 +117,37 @@ def fetch(
   return dataclasses.replace(checkpoint, options=options)
 
 
-def load_params(
+def load_variables(
   checkpoint: Checkpoint,
   *,
   mesh: Mesh | None = None,
   rules: Rules = RULES,
   allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
-  """The tree of sharded parameters; see `load`."""
+  """The sharded parameters, and the state of routers, by collection.
+
+  The state of routers is whole on every device. See `load`.
+  """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
   model = checkpoint.options.build(rules)
-  trees = models.describe(model)
-  _check_count(checkpoint, files, trees.shapes)
-  leaves_by_path = _checked(checkpoint, model, trees.shapes, files)
+  trees, state = models.describe(model), abstract_router_state(model)
+  shapes = as_variables(trees.shapes, state)
+  _check_count(checkpoint, files, shapes)
+  leaves_by_path = _checked(checkpoint, model, shapes, files)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  places = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
+  whole = partitioning.sharding(mesh, rules, ())
+  places = as_variables(
+    partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes),
+    jax.tree.map(lambda _: whole, state),
+  )
 
   def one(path, shape, place):
-    leaf = leaves_by_path[partitioning.path_name(path)]
+    leaf = leaves_by_path[path_in_collection(path)]
     return load_leaf(leaf, files, place, shape.dtype)
 
-  params = jax.tree_util.tree_map_with_path(one, trees.shapes, places)
+  variables = jax.tree_util.tree_map_with_path(one, shapes, places)
   if files.nonfinite and not allow_nonfinite:
     raise ValueError(
       listed(
@@ -144,7 +156,7 @@ def load_params(
         [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
       )
     )
-  return params
+  return variables
 
 
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
@@ -178,7 +190,7 @@ def _check_count(
 def _checked(
   checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
 ) -> dict[str, Leaf]:
-  """The tensors of every parameter, by path, checked against the files.
+  """The tensors of every variable, by path, checked against the files.
 
   Raises:
     ValueError: Tensors are missing, unknown or of another shape; all are
@@ -188,7 +200,7 @@ def _checked(
   prefix = architecture.prefix
   if prefix and not any(name.startswith(prefix) for name in files.specs):
     names = without_prefix(names, prefix)
-  computed = architecture.computed
+  computed = (*architecture.computed, *checkpoint.left_out)
   if model.embedding.encoder_table:
     shared = re.escape(names['embedding'][0].theirs)
     computed, names = (*computed, f'^{shared}$'), with_encoder_table(names)
@@ -208,7 +220,7 @@ def _checked(
 def load_leaf(
   leaf: Leaf, files: TensorFiles, sharding: Sharding, dtype: Any
 ) -> jax.Array:
-  """One sharded parameter; only the slices that devices keep are read.
+  """One sharded variable; only the slices that devices keep are read.
 
   A shard that is not larger than the checkpoint's largest tensor is assembled
   on the host; a larger one on its device, piece by piece.

@@ -1,9 +1,9 @@
-"""Mapping between the tensors of a checkpoint and our parameters.
+"""Mapping between the tensors of a checkpoint and our variables.
 
-Our parameters stack all layers and experts; a checkpoint has a tensor for each.
-An architecture has a table from the path of our parameter in a layer to names
-of tensors. Not here: the tables (`mixtral.py` and its siblings), and reading of
-tensors (`loading.py`).
+Our variables are parameters and the state of routers. They stack all layers and
+experts; a checkpoint has a tensor for each. An architecture has a table from
+the path of our variable in a layer to names of tensors. Not here: the tables
+(`mixtral.py` and its siblings), and reading of tensors (`loading.py`).
 """
 
 import dataclasses
@@ -36,19 +36,20 @@ class Name(NamedTuple):
   form: str
 
 
-# A table of tensor names. A key is the path of our parameter, with 'layer' for
-# the layer, such as 'decoder/layer/ffn/w_in'; its value has the alternative
-# names of its tensors, of which the first is written.
+# A table of tensor names. A key is the path of our variable in its collection,
+# with 'layer' for the layer, such as 'decoder/layer/ffn/w_in'; its value has
+# the alternative names of its tensors, of which the first is written.
 Names = Mapping[str, tuple[Name, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our parameters, and the tensors from which it is made.
+  """One of our variables, and the tensors from which it is made.
 
   Attributes:
-    path: The path of the parameter, 'layers/layer_1/moe/experts/w_in'.
-    shape: The shape of the parameter.
+    path: The path of the variable, 'layers/layer_1/moe/experts/w_in'; no two
+      collections have the same.
+    shape: The shape of the variable.
     tensors: The name of each tensor, by the leading indices (of layers and
       experts) of its part of the parameter.
     form: The layout of each tensor.
@@ -71,14 +72,17 @@ class Leaf:
 
 
 def leaves(
-  names: Names, model: Model, params: Any, tensors: Sequence[str] = ()
+  names: Names,
+  model: Model,
+  variables: Mapping[str, Any],
+  tensors: Sequence[str] = (),
 ) -> list[Leaf]:
-  """The tensors of every parameter.
+  """The tensors of every variable.
 
   Args:
     names: The architecture's table.
     model: The model.
-    params: Its parameters, or their shapes.
+    variables: Its variables by collection, or their shapes.
     tensors: The names of the checkpoint's tensors, which decide among
       alternative names.
 
@@ -86,8 +90,8 @@ def leaves(
     ValueError: The architecture has no such parameters; they are listed.
   """
   have, every, without = set(tensors), [], []
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path = path_name(keys)
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    path = path_in_collection(keys)
     key, layers = path, (None,)
     place = model.place_of(tuple(path.split('/')))
     if place is not None:
@@ -107,8 +111,13 @@ def leaves(
       next((s for s in spelled if have & set(s.tensors.values())), spelled[0])
     )
   if without:
-    raise ValueError(f'parameters {without} have no name there')
+    raise ValueError(f'variables {without} have no name there')
   return every
+
+
+def path_in_collection(keys: tuple[Any, ...]) -> str:
+  """The path of a variable in its collection; see `Leaf.path`."""
+  return path_name(keys[1:])
 
 
 def _numbered(name, shape, layers) -> dict[tuple[int, ...], str]:

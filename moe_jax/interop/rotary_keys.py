@@ -121,11 +121,16 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
     interleaved: Whether the pairs that rotate are neighbours.
   """
   kind, given = _given(c, theta)
-  known = _TYPES[kind]
-  scaling = {known[name].option: given[name] for name in known if name in given}
-  for name in ('short_factor', 'long_factor'):
-    if name in scaling:
-      scaling[name] = tuple(map(float, scaling[name]))
+  scaling: dict[str, Any] = {}
+  for name, parameter in _TYPES[kind].items():
+    if isinstance(value := given.get(name), list):
+      scaling[parameter.option] = tuple(map(float, value))
+    elif value is not None:
+      number = parameter.kind in (
+        AMOUNT,
+        POSITIVE,
+      )  # JSON may have an integer there
+      scaling[parameter.option] = float(value) if number else value
   return Rotary(
     theta=float(given['rope_theta']),
     interleaved=interleaved,

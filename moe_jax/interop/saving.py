@@ -1,4 +1,4 @@
-"""Writing of a model and its parameters as a folder for transformers.
+"""Writing of a model and its variables as a folder for transformers.
 
 Not here: a run's folder and its tokenizer (`export_run.py`).
 """
@@ -22,13 +22,14 @@ from moe_jax.interop.checkpoint_folder import (
   from_config,
   named,
 )
-from moe_jax.interop.mapping import Leaf, Names, leaves
+from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.interop.tensor_files import SAFETENSORS, listed
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import has_tied, untied
 from moe_jax.models.meaning import difference
-from moe_jax.partitioning import path_name
+from moe_jax.models.router_state import COLLECTION
+from moe_jax.models.router_state import variables as as_variables
 
 _SHARD_BYTES = 2**31
 # Keys that are not carried over: those of older versions of transformers, in
@@ -58,12 +59,13 @@ def save(
 ) -> None:
   """Writes config.json and safetensors that `from_pretrained` reads.
 
-  Every parameter keeps its own dtype. The host holds one file's tensors. Where
+  Every variable keeps its own dtype. The host holds one file's tensors. Where
   columns of routers lead to the same expert, it is written once for each.
 
   Args:
     options: The options of a decoder or an encoder-decoder.
-    variables: Its parameters, as `{'params': ...}`.
+    variables: Its parameters, as `{'params': ...}`, and 'router_state' where
+      the model keeps a balancing bias.
     path: A folder that is new or empty.
     config: Further keys of config.json, such as special ids, or an imported
       checkpoint's whole config.json. Keys that the model decides override them.
@@ -72,7 +74,8 @@ def save(
 
   Raises:
     ValueError: transformers has no such model, in which case everything that it
-      cannot express is listed; or the folder is not empty.
+      cannot express is listed; the state of routers is missing; or the folder
+      is not empty.
   """
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -81,8 +84,15 @@ def save(
   if has_tied(options.build()):
     options, params = untied(options, params)
   architecture, written = _choose(options, config or {})
-  every = leaves(architecture.names, options.build(), params)
-  tensors = list(_tensors(every, architecture, params))
+  model, state = options.build(), variables.get(COLLECTION, {})
+  if model.keeps_router_state and not state:
+    raise ValueError(
+      f'the routers keep a balancing bias, and the variables {[*variables]} '
+      f'have no {COLLECTION!r}'
+    )
+  kept = as_variables(params, state)
+  every = leaves(architecture.names, model, kept)
+  tensors = list(_tensors(every, architecture, kept))
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
   # Last, as without config.json a folder is not read.
@@ -111,12 +121,22 @@ def _choose(
         return architecture, describe(options, architecture, config)
       except ValueError as error:
         errors.append(error)
-  differing = [e for e in errors if isinstance(e, _DiffersError)]
-  raise min(differing or errors[:1], key=lambda error: str(error).count('\n'))
+  raise min(errors, key=_distance)
 
 
-class _DiffersError(ValueError):
-  """The error that an architecture's model computes another function."""
+class _UnsupportedError(ValueError):
+  """An architecture with the parts of a model, but not with all its values."""
+
+
+class _DiffersError(_UnsupportedError):
+  """A model of an architecture that computes another function than ours."""
+
+
+def _distance(error: ValueError) -> tuple[bool, bool, int]:
+  """How far an architecture is: whether it has no such model, and the lines."""
+  kinds = _DiffersError, _UnsupportedError
+  no_model, no_parts = (not isinstance(error, kind) for kind in kinds)
+  return no_model, no_parts, str(error).count('\n')
 
 
 def describe(
@@ -152,7 +172,7 @@ def describe(
   try:
     theirs = from_config(written)
   except ValueError as error:
-    raise ValueError(f'{none}: {error}') from error
+    raise _UnsupportedError(f'{none}: {error}') from error
   if different := _different(options, theirs):
     raise _DiffersError(
       listed(
@@ -207,10 +227,10 @@ class _Tensor(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """What a parameter gives to a tensor.
+  """What a variable gives to a tensor.
 
   Attributes:
-    array: The parameter.
+    array: The variable.
     leaf: Its tensors.
     where: The leading indices of the part, of a layer and an expert.
   """
@@ -226,11 +246,11 @@ class _Part(NamedTuple):
 
 
 def _tensors(
-  found: Sequence[Leaf], architecture: Architecture, params: Any
+  found: Sequence[Leaf], architecture: Architecture, variables: Any
 ) -> Iterator[_Tensor]:
   arrays = {
-    path_name(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    path_in_collection(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
   }
   tables = _tables(architecture.names, arrays)
   blocks: dict[str, list[_Part]] = {}

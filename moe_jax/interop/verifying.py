@@ -112,7 +112,7 @@ def verify(
   pad = checkpoint.architecture.unnumbered(checkpoint.options)
   halves = model.has_encoder
   _check_arrays(given, halves, model.vocab_size)
-  variables = {'params': loading.load_params(checkpoint)}
+  variables = loading.load_variables(checkpoint)
   ours, real = _logits(model, variables, given, pad)
   error = np.abs(ours - given['logits'])[real]
   run = _continue_pair if halves else _continue_row

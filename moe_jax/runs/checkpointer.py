@@ -187,7 +187,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     step: int | None = None,
     partial: bool = False,
     cast: bool = False,
-    first: Any = None,
+    first: Mapping[str, Any] | None = None,
   ) -> Restored | None:
     """Reads the newest good checkpoint; None if none was ever finished.
 
@@ -203,8 +203,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         as the optimizer's state; the rest is not read.
       cast: Whether `abstract_state` may have other floating-point types than
         were saved; leaves are converted as they are read.
-      first: The tree to use instead of `abstract_state` for a checkpoint of
-        step 0, which holds parameters alone (those of an imported model).
+      first: The collections to use instead of `abstract_state` for a checkpoint
+        of step 0, which holds the parameters of an imported model, say, and
+        perhaps the state of its routers. Those of which it holds nothing are
+        left out, except for the first.
 
     Raises:
       ValueError: `step` does not exist, or the trees differ in their paths,
@@ -218,8 +220,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       found, skipped = self._directory.find(step, skipped)
       if found is None:
         return None
-      target = first if found == 0 and first is not None else abstract_state
-      manifest = self._directory.manifest(found)
+      manifest, target = self._directory.manifest(found), abstract_state
+      if found == 0 and first is not None:
+        target = manifest_lib.part_in(manifest, first)
       folder = self._directory.folder(found)
       manifest_lib.check_tree(manifest, target, folder, partial, cast)
       state = self._load(found, target, partial)

@@ -215,6 +215,13 @@ def describe(state: Any) -> dict[str, str]:
   }
 
 
+def part_in(manifest: Manifest, wanted: Mapping[str, Any]) -> dict[str, Any]:
+  """The first collection that is wanted, and others that a checkpoint has."""
+  there = {path.split('/')[0] for path in manifest.tree}
+  first = next(iter(wanted), None)
+  return {k: v for k, v in wanted.items() if k == first or k in there}
+
+
 def check_tree(
   manifest: Manifest, wanted: Any, folder: epath.Path, partial: bool, cast: bool
 ) -> None:

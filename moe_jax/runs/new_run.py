@@ -1,10 +1,11 @@
-"""The folder of a run that begins with given parameters.
+"""The folder of a run that begins with given variables.
 
-It has a checkpoint of step 0 with only parameters, the run's config, the
-tokenizer, and in `huggingface/` the files that came with weights that were
-imported. `config.py`, a config file for `moe_jax.main`, is always the same
-text, which reads the values in `first_config.json`. Imports write such folders,
-and so does every command that makes a new model from a run.
+It has a checkpoint of step 0 with only parameters (and a balancing bias where
+the model keeps one), the run's config, the tokenizer, and in `huggingface/` the
+files that came with weights that were imported. `config.py`, a config file for
+`moe_jax.main`, is always the same text, which reads the values in
+`first_config.json`. Imports write such folders, and so does every command that
+makes a new model from a run.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 
 from moe_jax.data import plain_files
 from moe_jax.data.cache_folders import locked
+from moe_jax.models.router_state import variables as as_variables
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
@@ -120,7 +122,7 @@ def copy_files(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
 def write(
   folder: pathlib.Path,
   config: Section,
-  params: Any,
+  variables: Mapping[str, Any],
   extra: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a run's folder, where its tokenizer and files are already.
@@ -128,11 +130,11 @@ def write(
   Args:
     folder: The folder that `building` gave.
     config: The config of the run.
-    params: The parameters of its model.
+    variables: 'params' of its model, and 'router_state' where it keeps one.
     extra: What the manifest of the checkpoint says beside its usual entries.
   """
   with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
-    kept.save(0, {'params': params}, extra=extra)
+    kept.save(0, dict(variables), extra=extra)
   write_config(folder, config)
 
 
@@ -165,7 +167,7 @@ def derive(
     changes: Sections of the config that replace those of the base, by name.
     packed: Whether the model is one that is not trained, whose variables are
       written without a checkpoint (`packed_weights.py`).
-    router_state: The state of its routers, if it is packed and has one.
+    router_state: The state of its routers; nothing where they keep none.
 
   Returns:
     The new folder, whole.
@@ -187,12 +189,12 @@ def derive(
         plain_files.copy(base / name, unfinished / name)
     if (base / FILES).is_dir():
       copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
+    variables = as_variables(params, router_state)
     if packed:
-      variables = {'params': params, 'router_state': router_state or {}}
       packed_weights.write(unfinished, variables)
       write_config(unfinished, config)
     else:
-      write(unfinished, config, params)
+      write(unfinished, config, variables)
   return output
 
 

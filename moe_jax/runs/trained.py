@@ -20,6 +20,7 @@ from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.router_state import (
+  COLLECTION,
   abstract_router_state,
   init_router_state,
   variables,
@@ -323,11 +324,11 @@ def restore_unmerged(
       step=step,
       partial=True,
       cast=cast,
-      first={'params': adapters.base(abstract)},
+      first=variables(adapters.base(abstract), kept),
     )
   if found is None:
     raise ValueError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
-  if kept and not found.step:  # a checkpoint of step 0 has parameters alone
+  if kept and COLLECTION not in found.state:  # of a run that begins without it
     kept = init_router_state(model)
     found = found._replace(state=variables(found.state['params'], kept))
   return found

@@ -4,11 +4,12 @@ Not here: the run (`setup.py`), and parameters of another run
 (`moe_jax.finetuning`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
+from moe_jax.models import router_state
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
@@ -25,9 +26,10 @@ Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 def begin(run: Run, initial: Initial | None = None) -> TrainState:
   """The state from which the run goes on, or the first one; prints which.
 
-  A checkpoint of step 0 holds only parameters, those of an imported model: the
-  optimizer starts anew. The config is written to the workdir only after all
-  checks, so that a run that is refused changes nothing.
+  A checkpoint of step 0 holds only parameters, such as those of an imported
+  model, and perhaps the state of its routers: the optimizer starts anew. The
+  config is written to the workdir only after all checks, so that a run that is
+  refused changes nothing.
 
   Args:
     run: The run, as `set_up` made it.
@@ -46,8 +48,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
       'were made of'
     )
   abstract = run.programs.abstract_state
+  base = run.programs.adapters.base(abstract.params)
   restored = run.checkpoints.restore(
-    abstract, first={'params': run.programs.adapters.base(abstract.params)}
+    abstract, first=router_state.variables(base, abstract.router_state)
   )
   if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')
@@ -68,23 +71,28 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if given is not None:
     variables, what = given
     run.message(what)
-    state = run.programs.state_of(variables['params'])
-    return state.replace(
-      router_state=variables.get('router_state', state.router_state),
-      opt_state=variables.get('opt_state', state.opt_state),
-    )
+    return _first_state(run, variables)
   if restored is None:
     return run.programs.init_state()
   for step, reason in restored.skipped:
     run.message(f'passed over the checkpoint of step {step}: {reason}')
   if not restored.step:
     run.message('beginning with the parameters of the checkpoint of step 0')
-    return run.programs.state_of(restored.state['params'])
+    return _first_state(run, restored.state)
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   return restored.state
+
+
+def _first_state(run: Run, variables: Mapping[str, Any]) -> TrainState:
+  """The state before the first step, with these variables; see `Initial`."""
+  state = run.programs.state_of(variables['params'])
+  return state.replace(
+    router_state=variables.get(router_state.COLLECTION, state.router_state),
+    opt_state=variables.get('opt_state', state.opt_state),
+  )
 
 
 def _given(

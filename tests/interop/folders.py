@@ -11,10 +11,12 @@ CHAT = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 # be trained on.
 _SPECIAL = ('<pad>', '</s>', '<s>', *(f'<extra_id_{i}>' for i in range(4)))
 _ROLES = {
+  'deepseek_v3': dict(bos='<s>', eos='</s>'),
   'mixtral': dict(bos='<s>', eos='</s>'),
   'nllb-moe': dict(bos='<s>', eos='</s>', pad='<pad>'),
   'switch_transformers': dict(eos='</s>', pad='<pad>'),
 }
+_DECODERS = 'deepseek_v3', 'mixtral'
 VOCAB_SIZE = 264  # one more than there are tokens
 # This config has what a checkpoint does not give: a short text and two steps.
 CONFIG = """
@@ -45,7 +47,7 @@ def write_tokenizer(folder, kind):
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens(list(_SPECIAL))
-  if kind != 'mixtral':
+  if kind not in _DECODERS:
     tokenizer.post_processor = processors.TemplateProcessing(
       single='$A </s>', special_tokens=[('</s>', vocabulary['</s>'])]
     )
@@ -59,7 +61,7 @@ def write_tokenizer(folder, kind):
 def write(folder, kind, **options):
   """Writes a checkpoint with its tokenizer; returns transformers' model."""
   ids = dict(eos_token_id=1, decoder_start_token_id=0, pad_token_id=0)
-  if kind == 'mixtral':
+  if kind in _DECODERS:
     ids = dict(bos_token_id=2, eos_token_id=1)
   model = oracle.make(kind, vocab_size=VOCAB_SIZE, **ids, **options)
   model.save_pretrained(folder)

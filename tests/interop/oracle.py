@@ -14,6 +14,7 @@ CLASSES = {
   'gpt_oss': transformers.GptOssForCausalLM,
   'granitemoe': transformers.GraniteMoeForCausalLM,
   'deepseek_v2': transformers.DeepseekV2ForCausalLM,
+  'deepseek_v3': transformers.DeepseekV3ForCausalLM,
   'mixtral': transformers.MixtralForCausalLM,
   'nllb-moe': transformers.NllbMoeForConditionalGeneration,
   'olmoe': transformers.OlmoeForCausalLM,
@@ -66,6 +67,9 @@ BASE = {
     logits_scaling=2.0,
   ),
   'deepseek_v2': dict(_DEEPSEEK, n_shared_experts=2),
+  'deepseek_v3': dict(
+    _DEEPSEEK, n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=14
+  ),
   'mixtral': dict(_DECODER, num_local_experts=5),
   'olmoe': dict(
     _DECODER,
@@ -151,6 +155,9 @@ def make(kind: str, seed: int = 0, **options):
       else:
         loud = LOUD[kind]
         value *= next(f for part, f in loud.items() if part in name)
+    for name, value in model.named_buffers():
+      if name.endswith('e_score_correction_bias'):
+        value += 0.2 * torch.randn_like(value)  # as scores differ by less
   return model
 
 

@@ -66,16 +66,18 @@ def config_of(workdir):
 
 
 class Watch(Hook):
-  """Records the parameters before each step, and the messages of the run."""
+  """Records the variables before each step, and the messages of the run."""
 
   def __init__(self):
-    self.params, self.said = [], []
+    self.params, self.router_state, self.said = [], [], []
 
   def start(self, run):
     step = run.train_step
 
     def watched(state, batch):
       self.params.append(jax.tree.map(np.array, state.params))
+      kept = jax.tree.map(np.array, state.router_state)
+      self.router_state.append(kept)
       return step(state, batch)
 
     run.train_step = watched
@@ -100,6 +102,7 @@ def says_the_same(model, folder, said):
   'kind',
   [
     pytest.param('mixtral', marks=pytest.mark.slow),
+    pytest.param('deepseek_v3', marks=pytest.mark.slow),
     pytest.param('switch_transformers', marks=pytest.mark.slow),
     pytest.param('nllb-moe', marks=pytest.mark.slow),
   ],
@@ -114,6 +117,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   state = train(config_of(workdir), workdir, hooks=[watch])
   imported = interop.load(source).variables
   assert_equal(watch.params[0], imported['params'])
+  assert_equal(watch.router_state[0], imported.get('router_state', {}))
   assert (len(watch.params), int(state.step)) == (2, 2)
   assert not np.array_equal(
     watch.params[1]['embedding'], state.params['embedding']
@@ -137,6 +141,7 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   assert says_the_same(model.eval(), output, said)
   out = interop.load(output).variables
   assert_equal(out['params'], state.params)
+  assert_equal(out.get('router_state', {}), state.router_state)
 
 
 @pytest.mark.slow

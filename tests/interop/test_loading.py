@@ -64,7 +64,7 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
   files = loading.TensorFiles(sharded)
   # The second time compilation takes no memory.
   for _ in range(2):
-    params = loading.load_params(checkpoint, mesh=mesh)
+    params = loading.load_variables(checkpoint, mesh=mesh)['params']
   peak = max(staged.values())
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   with capsys.disabled():

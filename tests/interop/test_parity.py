@@ -35,6 +35,97 @@ LONGROPE = dict(
 # text.
 CASES = {
   'mixtral': ('mixtral', 'right', dict()),
+  'deepseek2': ('deepseek_v2', 'right', dict()),
+  'deepseek2 groups, short queries, biased': (
+    'deepseek_v2',
+    'left',
+    dict(
+      topk_method='group_limited_greedy',
+      n_group=3,
+      topk_group=2,
+      q_lora_rank=14,
+      attention_bias=True,
+      routed_scaling_factor=2.5,
+    ),
+  ),
+  'deepseek2 long texts by YaRN, unequal mscales': (
+    'deepseek_v2',
+    'right',
+    dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2)),
+  ),
+  'deepseek2 all layers sparse, tied, one shared': (
+    'deepseek_v2',
+    'left',
+    dict(
+      first_k_dense_replace=0,
+      tie_word_embeddings=True,
+      n_shared_experts=1,
+      rms_norm_eps=1e-2,
+    ),
+  ),
+  'deepseek2 two dense layers, one expert a token': (
+    'deepseek_v2',
+    'right',
+    dict(
+      first_k_dense_replace=2,
+      num_hidden_layers=4,
+      num_experts_per_tok=1,
+      rope_parameters=dict(rope_type='default', rope_theta=50.0),
+    ),
+  ),
+  'deepseek3': ('deepseek_v3', 'right', dict()),
+  'deepseek3 as Moonlight: one group': (
+    'deepseek_v3',
+    'left',
+    dict(
+      n_routed_experts=64,
+      num_experts_per_tok=6,
+      n_group=1,
+      topk_group=1,
+      q_lora_rank=None,
+      n_shared_experts=2,
+      routed_scaling_factor=2.446,
+      rms_norm_eps=1e-5,
+    ),
+  ),
+  'deepseek3 not renormalised, halves rotate, biased': (
+    'deepseek_v3',
+    'right',
+    dict(norm_topk_prob=False, rope_interleave=False, attention_bias=True),
+  ),
+  'deepseek3 long texts by YaRN, unequal mscales': (
+    'deepseek_v3',
+    'left',
+    dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2)),
+  ),
+  'deepseek3 YaRN, halves rotate, one group of two': (
+    'deepseek_v3',
+    'right',
+    dict(
+      n_group=2,
+      topk_group=1,
+      rope_interleave=False,
+      q_lora_rank=None,
+      rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
+    ),
+  ),
+  'deepseek3 all layers sparse, tied, two shared': (
+    'deepseek_v3',
+    'left',
+    dict(first_k_dense_replace=0, tie_word_embeddings=True, n_shared_experts=2),
+  ),
+  'deepseek3 two dense layers, all experts chosen': (
+    'deepseek_v3',
+    'right',
+    dict(
+      first_k_dense_replace=2,
+      num_hidden_layers=4,
+      n_group=1,
+      topk_group=1,
+      num_experts_per_tok=8,
+      routed_scaling_factor=1.0,
+    ),
+  ),
   'mixtral heads wider than their share': (
     'mixtral',
     'left',

@@ -20,6 +20,7 @@ from moe_jax.routing import balance_bias
 from moe_jax.routing.aux_losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Float32
 
+PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
 _BIAS = 'balance_bias'
 
 
@@ -102,6 +103,13 @@ class BalanceBias(RouterOptions):
   def keeps_state(self):
     """Whether there is a bias."""
     return self.balance_bias_rate > 0
+
+  def canonical(self, sizes):
+    """The router with one rate: others move the bias otherwise, in training."""
+    router = super().canonical(sizes)
+    if not self.keeps_state:
+      return router
+    return dataclasses.replace(router, balance_bias_rate=PUBLISHED_RATE)
 
   def move_state(self, state, load, rate=None):
     """The bias after a step; see `routing.balance_bias.moved`."""
