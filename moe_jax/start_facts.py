@@ -18,7 +18,7 @@ from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts
-from moe_jax.training.optimizer import is_role
+from moe_jax.training.optimizer import is_names, is_role
 from moe_jax.training.programs import Programs, trained_part
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Run
@@ -99,7 +99,9 @@ def optimizer_lines(options: RunOptions, model: models.Model) -> Iterator[str]:
   """Lines on what the optimizer makes of the parameters that train."""
   trained, trees = trained_part(options, model)
   yield from options.optimizer.facts(
-    trained.part(trees.shapes), trained.part(trees.roles, is_leaf=is_role)
+    trained.part(trees.shapes),
+    trained.part(trees.axes, is_leaf=is_names),
+    trained.part(trees.roles, is_leaf=is_role),
   )
 
 

@@ -75,6 +75,30 @@ def limited_scores(scores, num_groups, chosen_groups, best, outside):
   )
 
 
+def soft_moe(x, w, scale, experts):
+  """The outputs of Soft MoE for one sequence of real tokens, slot by slot.
+
+  Args:
+    x: Tokens [S, M].
+    w: Parameters of slots [M, E, C].
+    scale: The factor of cosines.
+    experts: A function for each expert, of one vector.
+  """
+  (S, _), (_, E, C) = x.shape, w.shape
+  logits = np.zeros((S, E, C))
+  for s, e, c in np.ndindex(S, E, C):
+    length = np.linalg.norm(x[s]) * np.linalg.norm(w[:, e, c])
+    logits[s, e, c] = scale * x[s] @ w[:, e, c] / length
+  y = np.zeros_like(x)
+  mixed = [softmax(logits[s].ravel()).reshape(E, C) for s in range(S)]
+  for e, c in np.ndindex(E, C):
+    share = softmax(logits[:, e, c])  # over tokens
+    output = experts[e](sum(share[s] * x[s] for s in range(S)))
+    for s in range(S):
+      y[s] += mixed[s][e, c] * output
+  return y
+
+
 def visits(slot_priority, logits, K):
   """Pairs (token, choice) of one group in the order they are served in."""
   tokens = list(range(len(logits)))
@@ -160,6 +184,30 @@ def token_gates(gates, logits, chosen, served):
   if gates == 'renormalized_after_drop' and served.any():
     gate = gate / gate.sum()
   return gate
+
+
+def sparse_mixer(logits, K, threshold, draws=None):
+  """The experts of one token and their gates under SparseMixer.
+
+  Each choice takes the largest logit that is left, or the next of `draws`. Its
+  gate is its share of exp(logit) among the logits near the largest one.
+  """
+  left = list(range(len(logits)))
+  experts, gates = [], []
+  for k in range(K):
+    top = max(logits[e] for e in left)
+    near = [
+      e
+      for e in left
+      if not top - logits[e] > threshold * max(abs(logits[e]), top)
+    ]
+    best = choose([logits[e] for e in left], 1)[0]
+    expert = left[best] if draws is None else draws[k]
+    total = sum(math.exp(logits[e]) for e in near)
+    gates.append(math.exp(logits[expert]) / total if expert in near else 0.0)
+    experts.append(expert)
+    left.remove(expert)
+  return experts, gates
 
 
 def gshard_top_2(logits, capacity, draws) -> Reference:

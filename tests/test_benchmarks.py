@@ -414,6 +414,32 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_peers_routing_stays_as_it_began(monkeypatch):
+  # At a rate that learns, all tokens of a layer soon have the same expert:
+  # PyTorch then multiplies no kernels of the others, and does not update them.
+  torch = pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  options = train_step_programs.prepared(peer_steps.config(), {})
+  model = peer_steps.transformers_model(options)
+  monkeypatch.setattr(peer_steps, 'transformers_model', lambda _: model)
+  batch = train_step_programs.random_batch(options)
+  step = peer_steps.transformers_step(options, batch)
+
+  def reached():
+    return [
+      name
+      for name, p in model.named_parameters()
+      if 'expert_' in name and torch.any(p.grad)
+    ]
+
+  step()
+  first = reached()
+  for _ in range(5):
+    step()
+  assert reached() == first and len(first) == 4 * 8 * 2
+
+
+@pytest.mark.slow
 def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   pytest.importorskip('torch')
   monkeypatch.setattr(bench_attention, 'SHAPES', ((2, 70, 2, 8),))

@@ -15,7 +15,7 @@ from moe_jax import data
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.layers.experts import Experts
 from moe_jax.models import Model
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import AnyRouting
 from moe_jax.shapes import Array, Leaf
 
 _SOWN = 'reached'
@@ -30,7 +30,7 @@ class Reached(flax.struct.PyTreeNode):
   """
 
   x: Array
-  routing: Routing | SlotRouting
+  routing: AnyRouting
 
 
 def batches(

@@ -155,7 +155,7 @@ def as_one(
   for name, value in own.items():
     if name in ('w_in', 'w_gate'):
       dense[name] = value.swapaxes(0, 1).reshape(M, K * F)
-    elif name == 'b_in':
+    elif name in ('b_in', 'b_gate'):
       dense[name] = value.reshape(K * F)
     else:  # what is added to the output
       scaled = gate.reshape(-1, *[1] * (value.ndim - 1)) * value

@@ -195,7 +195,6 @@ _NO_NUMBER = 'no number of the model depends on it'
 COMMON_FIXED = {
   'per_layer_config': (None,),
   'quantization_config': (None,),
-  'auto_map': (None,),
   'pruned_heads': (None, {}),
   'tie_encoder_decoder': (False,),
   'cross_attention_hidden_size': (None,),
@@ -205,6 +204,7 @@ COMMON_FIXED = {
 COMMON_IGNORED = {
   'model_type': 'it chose the architecture',
   'architectures': 'read before the other keys',
+  'auto_map': 'it names code of the repository, none of which is run',
   'dtype': 'read before the other keys',
   'torch_dtype': 'read before the other keys',
   **dict.fromkeys(

@@ -6,7 +6,7 @@ what an architecture has beside them (`mixtral.py` and its siblings).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.interop import rotary_keys
@@ -28,7 +28,7 @@ from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.layers.norms import RmsNorm
-from moe_jax.layers.routers import RouterOptions, TokenChoice
+from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing.capacity import All
@@ -120,7 +120,7 @@ def options(
   *,
   ffn_hidden: int,
   num_experts: int,
-  router: TokenChoice,
+  router: RouterOptions,
   theta: float = 10_000.0,
   attention: AttentionBase,
   moe: Mapping[str, Any] | None = None,
@@ -150,7 +150,9 @@ def options(
       num_experts=num_experts,
       num_selected=c.num_experts_per_tok,
       router=dataclasses.replace(
-        router, balance_weight=float(c.router_aux_loss_coef), z_weight=0.0
+        cast(Any, router),
+        balance_weight=float(c.router_aux_loss_coef),
+        z_weight=0.0,
       ),
       capacity=All(),
       dispatch=Dropless(),
@@ -218,8 +220,15 @@ def sparse(o: DecoderOptions) -> MoeOptions:
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
-  """The experts, with defaults for sizes of 0."""
-  return cast(FeedForwardExpert, sparse(o).expert)
+  """The experts, with defaults for sizes of 0.
+
+  Raises:
+    ValueError: They are no feed-forwards.
+  """
+  expert = sparse(o).expert
+  if not isinstance(expert, FeedForwardExpert):
+    raise ValueError(f'its experts are {type(expert).__name__}')
+  return expert
 
 
 def layers(sparse: Sequence[bool]) -> str:
@@ -227,6 +236,20 @@ def layers(sparse: Sequence[bool]) -> str:
   if all(sparse):
     return 'all'
   return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
+
+
+def gate_problems(c: Values) -> Iterator[str]:
+  """A text if the config's `norm_topk_prob` makes every gate 1."""
+  if c.norm_topk_prob and c.num_experts_per_tok == 1:
+    yield (
+      'num_experts_per_tok=1 with norm_topk_prob=True is not supported: every '
+      'gate would be 1'
+    )
+
+
+def gates(c: Values) -> str:
+  """The gates that the config's `norm_topk_prob` names."""
+  return 'renormalized' if c.norm_topk_prob else 'raw'
 
 
 def renormalized(router: RouterOptions) -> bool:

@@ -39,13 +39,18 @@ KEYS = decoder_keys.keys(
 )
 
 
+def problems(c: Values) -> list[str]:
+  """A text for each value that our decoders cannot express."""
+  return [*decoder_keys.problems(c), *decoder_keys.gate_problems(c)]
+
+
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
   return decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
-    router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
+    router=TokenChoice(gates=decoder_keys.gates(c)),
     attention=decoder_keys.heads(
       c,
       qk_norm='all',
@@ -73,7 +78,7 @@ ARCHITECTURE = Architecture(
   model_type='olmoe',
   classes=('OlmoeForCausalLM', 'OlmoeModel'),
   keys=KEYS,
-  problems=decoder_keys.problems,
+  problems=problems,
   options=options,
   describe=describe,
   suits=lambda o: not o.has_encoder,

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import jax.numpy as jnp
 
 from moe_jax.layers.block import Context
+from moe_jax.layers.rotary import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.layers.shared import RULES
 from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
@@ -82,6 +83,20 @@ def by_rank(routing: Routing) -> Routing:
     slot=jnp.broadcast_to(slot, (G, S, K)),
     capacity=None if routing.capacity is None else S,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortTurns(LongRope):
+  """LongRoPE whose pairs turn in long rows as they do in short ones.
+
+  transformers' Phi-3.5-MoE (in version 5.24) computes the turns anew without
+  the length of the rows, so that `long_factor` is never used; `long_mscale` is.
+  """
+
+  def long_turns(self, theta: float, width: int) -> tuple[int, Turns]:
+    """The turns of short rows, with the factor of long ones."""
+    first, long = super().long_turns(theta, width)
+    return first, long._replace(frequency=self.turns(theta, width).frequency)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ def options(c: Values) -> DecoderOptions:
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
-    router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
+    router=TokenChoice(gates=decoder_keys.gates(c)),
     attention=decoder_keys.heads(c, biases=_BIASED if c.qkv_bias else 'none'),
     moe=dict(
       layers=qwen_keys.layers(c),

@@ -44,6 +44,12 @@ KEYS = decoder_keys.keys(
     'head_dim': (OPTIONAL_SIZE, None),
     'attention_bias': (bool, False),
   },
+  # Of the published Qwen3-Coder; transformers does not read them.
+  fixed={
+    'qkv_bias': (False,),
+    'shared_expert_intermediate_size': (0, None),
+    'use_qk_norm': (True,),
+  },
   ignored=qwen_keys.IGNORED,
   spelled={'num_local_experts': 'num_experts'},
 )
@@ -55,7 +61,7 @@ def options(c: Values) -> DecoderOptions:
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
-    router=TokenChoice(gates='renormalized' if c.norm_topk_prob else 'raw'),
+    router=TokenChoice(gates=decoder_keys.gates(c)),
     attention=decoder_keys.heads(
       c,
       head_width=c.head_dim or c.hidden_size // c.num_attention_heads,

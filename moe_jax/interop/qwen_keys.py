@@ -25,6 +25,7 @@ IGNORED = {'max_window_layers': 'without windows nothing depends on it'}
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from decoder_keys.problems(c)
+  yield from decoder_keys.gate_problems(c)
   if c.use_sliding_window:
     yield 'use_sliding_window=True is not supported'
   for layer in c.mlp_only_layers or ():

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.interop.config_keys import (
+  AMOUNT,
   OPTIONAL_POSITIVE,
   OPTIONAL_SIZE,
   POSITIVE,
+  SIZE,
   Values,
   is_kind,
   kind_name,
@@ -21,12 +23,13 @@ from moe_jax.layers.positions import Positions, Rotary
 from moe_jax.layers.rotary import SCALINGS
 
 _ORIGINAL = 'original_max_position_embeddings'
+_FRACTION = 'partial_rotary_factor'
 # Honoured keys beside `max_position_embeddings`; see `config_keys.Keys`.
 KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_parameters': (dict | None, None),
   'rope_scaling': (dict | None, None),
   'rope_theta': (OPTIONAL_POSITIVE, None),
-  'partial_rotary_factor': (OPTIONAL_POSITIVE, None),
+  _FRACTION: (OPTIONAL_POSITIVE, None),
   _ORIGINAL: (OPTIONAL_SIZE, None),
 }
 
@@ -46,7 +49,7 @@ class _Parameter:
   needed: bool = False
 
 
-_LENGTH = {_ORIGINAL: _Parameter('original_len', POSITIVE)}
+_LENGTH = {_ORIGINAL: _Parameter('original_len', SIZE)}
 # The parameters of each rope type, by their names. A type's name is that of our
 # scaling, but for 'default'.
 _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
@@ -58,8 +61,8 @@ _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
     'beta_slow': _Parameter('beta_slow', POSITIVE),
     'truncate': _Parameter('truncate', bool),
     'attention_factor': _Parameter('attention_factor', POSITIVE),
-    'mscale': _Parameter('mscale', POSITIVE),
-    'mscale_all_dim': _Parameter('mscale_all_dim', POSITIVE),
+    'mscale': _Parameter('mscale', AMOUNT),
+    'mscale_all_dim': _Parameter('mscale_all_dim', AMOUNT),
   },
   'longrope': {
     **_LENGTH,
@@ -89,12 +92,11 @@ def problems(
     return
   if not is_kind(given['rope_theta'], POSITIVE):
     yield f'rope_theta={given["rope_theta"]!r:.80} is no {POSITIVE.rule}'
-  fraction = given.get('partial_rotary_factor', 1)
-  if not is_kind(fraction, POSITIVE) or fraction > 1:
-    yield f'partial_rotary_factor={fraction!r:.80} is not in (0, 1]'
+  if (fraction := given.get(_FRACTION, 1)) != 1:
+    yield f'{_FRACTION}={fraction!r:.80} is not supported, only 1'
   known = _TYPES[kind]
   for name, value in given.items():
-    if name in ('rope_theta', 'partial_rotary_factor'):
+    if name in ('rope_theta', _FRACTION):
       continue
     if name not in known:
       yield f'{name}={value!r:.80} of rope type {kind!r} is not known'
@@ -124,11 +126,9 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
   for name in ('short_factor', 'long_factor'):
     if name in scaling:
       scaling[name] = tuple(map(float, scaling[name]))
-  fraction = float(given.get('partial_rotary_factor', 1))
   return Rotary(
     theta=float(given['rope_theta']),
     interleaved=interleaved,
-    fraction=fraction,
     scaling=SCALINGS.get(_SCALINGS.get(kind, kind))(**scaling),
   )
 
@@ -143,6 +143,10 @@ def written(positions: Positions) -> dict[str, Any]:
     raise ValueError(
       f'its positions are {type(positions).__name__}, not rotary'
     )
+  if positions.fraction != 1:
+    raise ValueError(
+      f'positions.fraction={positions.fraction}: there whole heads rotate'
+    )
   name = SCALINGS.name_of(positions.scaling)
   kind = next((k for k, ours in _SCALINGS.items() if ours == name), name)
   if kind not in _TYPES:
@@ -154,8 +158,6 @@ def written(positions: Positions) -> dict[str, Any]:
       value, bool
     ):  # 0 stands for what follows from others
       found[theirs] = list(value) if isinstance(value, tuple) else value
-  if positions.fraction != 1:
-    found['partial_rotary_factor'] = positions.fraction
   return found
 
 
@@ -167,7 +169,7 @@ def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
   given = {key: value for key, value in given.items() if value is not None}
   for name, value in (
     ('rope_theta', c.rope_theta or theta),
-    ('partial_rotary_factor', c.partial_rotary_factor),
+    (_FRACTION, c.partial_rotary_factor),
   ):
     if value is not None:
       given.setdefault(name, value)
@@ -181,7 +183,7 @@ def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
     if (
       not _TYPES[kind]['factor'].needed
       and longest is not None
-      and is_kind(original, POSITIVE)
+      and is_kind(original, SIZE)
     ):
       given.setdefault('factor', longest / original)
   return kind, given

@@ -98,7 +98,8 @@ def _choose(
   It is that of the config, or else the first that computes the same function.
 
   Raises:
-    ValueError: None does; what differs from the nearest one is listed.
+    ValueError: None does. What differs from the nearest one is listed, or what
+      the first one does not have.
   """
   kind = config.get('model_type')
   if kind is not None:
@@ -110,16 +111,12 @@ def _choose(
         return architecture, describe(options, architecture, config)
       except ValueError as error:
         errors.append(error)
-  raise min(errors, key=_distance)
+  differing = [e for e in errors if isinstance(e, _DiffersError)]
+  raise min(differing or errors[:1], key=lambda error: str(error).count('\n'))
 
 
 class _DiffersError(ValueError):
-  """A model of an architecture that computes another function than ours."""
-
-
-def _distance(error: ValueError) -> tuple[bool, int]:
-  """How far an architecture is: whether it has no such model, and the lines."""
-  return not isinstance(error, _DiffersError), str(error).count('\n')
+  """The error that an architecture's model computes another function."""
 
 
 def describe(

@@ -2,8 +2,10 @@
 
 JAX lowers Threefry-2x32 (Salmon et al., 2011) for CPUs to a loop over groups of
 rounds, which copies its arrays in each; written out, the rounds are one pass
-over the result. The bits are the same. On other platforms JAX writes the rounds
-out itself.
+over the result. The compiler would make that pass again inside each consumer of
+the bits, forward and backward; large arrays are therefore written by a loop of
+two rounds, one for each half of the columns, whose result it has to keep. The
+bits are the same. On other platforms JAX writes the rounds out itself.
 """
 
 import jax
@@ -15,6 +17,8 @@ from moe_jax.shapes import Array, PRNGKey, UInt32
 
 _JAXS = jax.extend.random.threefry_prng_impl
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# Smaller arrays are as quick to compute again.
+_LEAST_IN_LOOP = 2**16
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -39,13 +43,31 @@ def _random_bits(key, bit_width, shape):
   plain = bit_width == 32 and size < 2**32
   if not (plain and jax.config.values['jax_threefry_partitionable']):
     return _JAXS.random_bits(key, bit_width, shape)
-  low, stride = jnp.zeros(shape, jnp.uint32), 1
+  # Devices that share the array could not split a loop over its columns.
+  in_loop = size >= _LEAST_IN_LOOP and jax.device_count() == 1
+  if not in_loop or shape[-1] % 2:
+    return _columns(key, shape, 0, shape[-1] if shape else 0)
+  half = shape[-1] // 2
+
+  def body(i, bits):
+    part = _columns(key, shape, (i * half).astype(jnp.uint32), half)
+    return jax.lax.dynamic_update_slice_in_dim(bits, part, i * half, -1)
+
+  return jax.lax.fori_loop(0, 2, body, jnp.zeros(shape, jnp.uint32))
+
+
+def _columns(key, shape, first, width):
+  """The bits of `width` columns of an array of that shape, from `first` on."""
+  part = (*shape[:-1], width) if shape else shape
+  low, stride = jnp.zeros(part, jnp.uint32), 1
   # A sum over dimensions, which devices that share the array can split.
   for dim in reversed(range(len(shape))):
-    place = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    place = jax.lax.broadcasted_iota(jnp.uint32, part, dim)
+    if dim == len(shape) - 1:
+      place = place + jnp.uint32(first)
     low = low + place * np.uint32(stride % 2**32)
     stride *= shape[dim]
-  high, low = _threefry(key, jnp.zeros(shape, jnp.uint32), low)
+  high, low = _threefry(key, jnp.zeros(part, jnp.uint32), low)
   return high ^ low
 
 

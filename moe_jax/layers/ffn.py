@@ -30,18 +30,33 @@ class Activation(NamedTuple):
     cheap: Whether XLA computes it again rather than read its result.
     kept: The number of arrays as wide as the hidden values that the forward
       pass keeps for the backward pass, products included.
+    limit: The largest value of the gate's product, and the largest size of the
+      other one's; None: there is none.
+    shift: What is added to the product that is gated.
   """
 
   function: Callable[[Array], Array]
   gated: bool
   cheap: bool = False
   kept: int = 4
+  limit: float | None = None
+  shift: float = 0.0
 
   def hidden(self, *products: Array) -> Array:
     """The hidden values of x W_in, or of x W_gate and x W_in."""
     first, *rest = products
+    if self.limit is not None:
+      first = jnp.minimum(first, self.limit)
+      rest = [jnp.clip(other, -self.limit, self.limit) for other in rest]
     h = self.function(first)
-    return h * rest[0] if rest else h
+    if not rest:
+      return h
+    return h * (rest[0] + self.shift if self.shift else rest[0])
+
+
+def _quick_gelu(x: Array) -> Array:
+  """x sigmoid(1.702 x)."""
+  return x * jax.nn.sigmoid(1.702 * x)
 
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -51,6 +66,8 @@ ACTIVATIONS = {
   'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
   'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
   'swiglu': Activation(jax.nn.silu, True, kept=6),
+  # That of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
+  'clamped_swiglu': Activation(_quick_gelu, True, kept=9, limit=7.0, shift=1.0),
 }
 
 
@@ -70,9 +87,16 @@ class FfnOptions(Options):
   )
   activation: str = option(
     'gelu',
-    'Activation between the two products of a feed-forward; geglu and swiglu '
-    'have a third kernel, whose product gates the hidden values.',
+    'Activation between the two products of a feed-forward; geglu, swiglu and '
+    'clamped_swiglu (gpt-oss) have a third kernel, whose product gates the '
+    'hidden values.',
     one_of(*ACTIVATIONS),
+  )
+  bias: str = option(
+    '',
+    "Biases of a feed-forward's products: 'all', the gate's included, or "
+    "'none'; '': model.use_bias.",
+    one_of('', 'all', 'none'),
   )
 
   def kernel_values(self, width: int) -> int:
@@ -107,13 +131,20 @@ class FfnLayer:
     """The function between the two products."""
     return activation(self.options.activation)
 
+  @property
+  def use_bias(self) -> bool:
+    """Whether all products add a bias."""
+    return self.options.bias == 'all' or (
+      not self.options.bias and self.shared.use_bias
+    )
+
   def parameters(
     self, module: nn.Module, stack: tuple[int, ...], width: int
   ) -> dict[str, Any]:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
-    They are w_in, w_out, w_gate if the activation gates, and the biases b_in
-    and b_out if the model has biases. Kernels are as they are stored.
+    They are w_in, w_out, w_gate if the activation gates, and if they have
+    biases b_in, b_out and b_gate. Kernels are as they are stored.
     """
     shared = self.shared
     p = {}
@@ -167,12 +198,14 @@ class FfnLayer:
     parts: dict[str, tuple[tuple[int, ...], Names, str]] = {
       'w_in': ((M, F), ('embed', mlp), 'kernel')
     }
-    if self.shared.use_bias:
+    if self.use_bias:
       parts['b_in'] = ((F,), (mlp,), 'bias')
     if self.activation.gated:
       parts['w_gate'] = ((M, F), ('embed', mlp), 'kernel')
+      if self.use_bias:
+        parts['b_gate'] = ((F,), (mlp,), 'bias')
     parts['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
-    if self.shared.use_bias:
+    if self.use_bias:
       parts['b_out'] = ((M,), ('embed',), 'bias')
     experts = ('expert',) * len(stack)
     return {
@@ -209,11 +242,14 @@ class FfnLayer:
     """
     act, dtype = self.activation, self.shared.dtype
     products = [product(x, p[name]) for name in self.first_kernels]
-    if self.shared.use_bias:
-      products[-1] = add_bias(products[-1], p['b_in'].astype(dtype))
+    if self.use_bias:
+      biases = [p[f'b{name[1:]}'] for name in self.first_kernels]
+      products = [
+        add_bias(y, b.astype(dtype)) for y, b in zip(products, biases)
+      ]
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)
-    return add_bias(y, p['b_out'].astype(dtype)) if self.shared.use_bias else y
+    return add_bias(y, p['b_out'].astype(dtype)) if self.use_bias else y
 
   def compute_stacked(
     self,
@@ -274,19 +310,19 @@ class FeedForward(nn.Module):
     def after_first(h):
       h = layer.dropped(self, train)(h)
       for i in range(1, self.depth):
-        h = layer.activation.hidden(self._hidden_product(h, i))
+        h = layer.activation.hidden(self._hidden_product(h, i, layer.use_bias))
         h = layer.dropped(self, train)(h)
       return h
 
     return layer.compute_stacked(p, rows, after_first).reshape(x.shape)
 
-  def _hidden_product(self, h, i):
+  def _hidden_product(self, h, i, use_bias):
     """The product that hidden layer i computes from the one before it."""
     shared, F = self.shared, self.options.hidden
     init = parameters.kernel(shared, ('mlp', None), role=self.role)
     w = self.param(f'w_hidden_{i}', init, (F, F), shared.param_dtype)
     y = rows_matmul(h, w)
-    if shared.use_bias:
+    if use_bias:
       init = parameters.bias((None,), role=self.role)
       b = self.param(f'b_hidden_{i}', init, (F,), shared.param_dtype)
       y = y + b.astype(shared.dtype)[None]

@@ -172,6 +172,12 @@ class MoeOptions(ImposedOptions):
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     yield from self._shared_problems()
+    if self.router.mixes and not self.dispatch.by_mask:
+      yield (
+        f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '
+        f'tokens, and router.kind={ROUTERS.name_of(self.router)!r} mixes them '
+        "in every slot; use the dispatch 'einsum'"
+      )
     if not self.dispatch.drops and self.router.drops(self.sizes):
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
@@ -304,7 +310,8 @@ class MoE(nn.Module):
     groups, mask = to_groups(x, token_mask, o.group_size)
     if router_ids is not None:
       router_ids = in_groups(router_ids, groups.shape[1])
-    router = o.router.module(o.sizes, self.shared, name='router')
+    sizes = dataclasses.replace(o.sizes, row_length=T)
+    router = o.router.module(sizes, self.shared, name='router')
     given = self._imposed(given, mask, train, layer)
     routing, aux = router(groups, mask, train, router_ids, layer, given)
     if self.is_mutable_collection(SOWN):

@@ -40,6 +40,9 @@ class EmbeddingOptions(Options):
     'and Switch with tied embeddings).',
     one_of('inverse_sqrt_width', 'none'),
   )
+  logits_bias: bool = option(
+    False, 'Whether each token has a learned bias of its logit (Phi-3.5-MoE).'
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Embeddings(nn.Module):
     if not c.options.tie:
       init = parameters.kernel(c.shared, ('embed', 'vocab'), role='head')
       self.w_logits = self.param('w_logits', init, shape[::-1], dtype)
+    if c.options.logits_bias:
+      init = parameters.bias(('vocab',), role='head')
+      self.b_logits = self.param('b_logits', init, shape[:1], dtype)
     self.drop = nn.Dropout(c.dropout)
 
   @jax.named_scope('embedding')
@@ -131,4 +137,6 @@ class Embeddings(nn.Module):
       kernel.astype(c.shared.dtype),
       preferred_element_type=jnp.float32,
     )
+    if c.options.logits_bias:
+      logits = logits + self.b_logits.astype(jnp.float32)[None]
     return logits.reshape(B, T, c.vocab_size)

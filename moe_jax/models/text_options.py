@@ -108,6 +108,12 @@ class LayerOptions(Options):
   def leak(self) -> Iterator[str]:
     """The problem of a router that leaks the future without permission."""
     moe = self.moe
+    if self.has_experts and moe.router.mixes:
+      yield (
+        f'moe.{moe.leak()}; it is for encoders alone, in '
+        'model.encoder.overrides'
+      )
+      return
     reason = moe.leak() if self.has_experts else None
     if reason is not None and not self.moe.allow_future_leak:
       yield (
@@ -156,6 +162,8 @@ class LayerOptions(Options):
       )
     if problem := self.moe.router.problem_of_groups(groups):
       yield f'model.moe.group_size={S}: {problem}'
+    if problem := self.moe.router.problem_of_rows(rows, run.microbatches):
+      yield f'model.moe.router: {problem}'
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""

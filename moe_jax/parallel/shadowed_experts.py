@@ -25,9 +25,8 @@ from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.shadowing import Speeds
 from moe_jax.parallel.shadowing_rules import RULES
 from moe_jax.routing import (
+  AnyRouting,
   ExchangeStats,
-  Routing,
-  SlotRouting,
   no_exchange,
 )
 from moe_jax.routing.rows import decided
@@ -113,13 +112,11 @@ class Parts(NamedTuple):
       None if nothing can be shadowed.
   """
 
-  sent: Routing | SlotRouting
-  stay: Routing | SlotRouting | None
+  sent: AnyRouting
+  stay: AnyRouting | None
 
 
-def split(
-  routing: Routing | SlotRouting, shadowed: Int32[Array, ' R']
-) -> Parts:
+def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> Parts:
   """The choices of a device that travel, and those that stay.
 
   Args:

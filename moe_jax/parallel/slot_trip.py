@@ -23,7 +23,7 @@ from moe_jax.parallel.shadowed_experts import (
   moved_rows,
   split,
 )
-from moe_jax.routing import ExchangeStats, Routing, SlotRouting, one_queue
+from moe_jax.routing import AnyRouting, ExchangeStats, Routing, one_queue
 from moe_jax.shapes import Array, Float
 
 
@@ -32,13 +32,13 @@ class Mover(Protocol):
   """The contract of what moves tokens, as modules of `moe_jax.dispatch` do."""
 
   def dispatch(
-    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+    self, x: Float[Array, 'G S M'], routing: AnyRouting
   ) -> Float[Array, 'E R M']:
     """Copies tokens to the rows of their experts."""
     ...
 
   def combine(
-    self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
+    self, rows: Float[Array, 'E R M'], routing: AnyRouting
   ) -> Float[Array, 'G S M']:
     """Sums each token's rows, weighted by its gates."""
     ...
@@ -85,7 +85,7 @@ class SlotTrip:
     self,
     experts: Callable[[Array], Array] | StackedExperts,
     x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
+    routing: AnyRouting,
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
     """Serves tokens by experts on a mesh.
 
@@ -182,7 +182,7 @@ class SlotTrip:
     """The choices for which the exchange has room."""
     if self.exchange.capacity_fraction == 1.0 or not self.layout.exchanged:
       return sent
-    if isinstance(sent, SlotRouting):
+    if not isinstance(sent, Routing):
       raise ValueError(
         f'exchange.capacity_fraction={self.exchange.capacity_fraction} would '
         'always drop tokens where experts choose, as these fill all their '

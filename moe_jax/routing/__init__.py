@@ -11,6 +11,7 @@ from moe_jax.routing import (
   hash_rule,
   hierarchical_rule,
   running_totals,
+  sparse_mixer_rule,
   strictly_balanced_rule,
   topology_rule,
 )
@@ -45,6 +46,7 @@ from moe_jax.routing.noisy_top_k_rule import (
   noisy_logits,
 )
 from moe_jax.routing.random_rule import random_choice
+from moe_jax.routing.soft_rule import AnyRouting, SoftRouting, soft_routing
 from moe_jax.routing.stats import (
   ExchangeStats,
   MoeAux,
@@ -72,6 +74,7 @@ __all__ = [
   'SECOND_POLICIES',
   'SLOT_PRIORITIES',
   'All',
+  'AnyRouting',
   'Capacity',
   'ExchangeStats',
   'Fixed',
@@ -84,6 +87,7 @@ __all__ = [
   'Routing',
   'RoutingStats',
   'SlotRouting',
+  'SoftRouting',
   'at_choices',
   'balance_bias',
   'balance_loss',
@@ -109,6 +113,8 @@ __all__ = [
   'routing_stats',
   'running_totals',
   'slot_stats',
+  'soft_routing',
+  'sparse_mixer_rule',
   'strictly_balanced_rule',
   'to_experts',
   'token_choice',

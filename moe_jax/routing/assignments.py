@@ -84,6 +84,10 @@ class Routing:
     """Whether each token sits in each slot of each expert."""
     return self._choice_mask().any(2)
 
+  def slot_shares(self) -> Bool[Array, 'G S E C']:
+    """The part of each token in each slot: all of it or nothing."""
+    return self.slot_mask()
+
   def slot_weights(self) -> Float32[Array, 'G S E C']:
     """The gate of each token in each slot; 0 where it is not in the slot."""
     return jnp.where(self._choice_mask(), self.gate[..., None, None], 0.0).sum(
@@ -220,6 +224,10 @@ class SlotRouting:
     # The index S of an empty slot is past the end, and its one-hot all False.
     S = self.group_size
     return jax.nn.one_hot(self.token_index, S, dtype=jnp.bool_, axis=1)
+
+  def slot_shares(self) -> Bool[Array, 'G S E C']:
+    """The part of each token in each slot: all of it or nothing."""
+    return self.slot_mask()
 
   def slot_weights(self) -> Float32[Array, 'G S E C']:
     """The gate of each token in each slot; 0 where it is not in the slot."""

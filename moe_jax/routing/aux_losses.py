@@ -5,6 +5,8 @@ is unweighted: coefficients, and the average over groups, are the caller's. A
 group without real tokens has loss 0.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +51,66 @@ def balance_loss(
   share = load / (real * expert_index.shape[-1])
   mean_prob = jnp.where(mask[..., None], router_probs, 0.0).sum(1) / real
   return E * (share * mean_prob).sum(-1)
+
+
+class BalanceSums(NamedTuple):
+  """Sums over each of U parts of a batch, from which balance losses are made.
+
+  Attributes:
+    load: float32 [U, E], the choices of each expert, before any is dropped.
+    prob: float32 [U, E], the probabilities of real tokens.
+    tokens: float32 [U], the real tokens.
+    num_choices: The choices of each token that the load counts.
+  """
+
+  load: Array
+  prob: Array
+  tokens: Array
+  num_choices: int
+
+
+@checked
+def balance_sums(
+  router_probs: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  size: int,
+  choices: str = 'all',
+) -> BalanceSums:
+  """The sums of parts of `size` consecutive tokens; size divides S.
+
+  Other arguments are those of `balance_loss`.
+  """
+  if choices == 'first':
+    expert_index = expert_index[..., :1]
+  probs, index, mask = (
+    x.reshape(-1, size, *x.shape[2:])
+    for x in (router_probs, expert_index, mask)
+  )
+  return BalanceSums(
+    load_per_expert(index, mask[..., None], probs.shape[-1]),
+    jnp.where(mask[..., None], probs, 0.0).sum(1),
+    mask.sum(-1).astype(jnp.float32),
+    index.shape[-1],
+  )
+
+
+def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
+  """The balance losses of every `count` parts together, summed over them.
+
+  Each is multiplied by its real tokens, so that the total divided by all of
+  them is the mean. The last one may have fewer parts.
+  """
+
+  def together(x):
+    rest = -len(x) % count
+    x = jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, count, *x.shape[1:]).sum(1)
+
+  load, prob, tokens = map(together, sums[:3])
+  E, real = load.shape[-1], jnp.maximum(tokens, 1.0)[:, None]
+  share = load / (real * sums.num_choices)
+  return (E * (share * prob / real).sum(-1) * tokens).sum()
 
 
 @checked

@@ -225,6 +225,9 @@ class MoeAux(NamedTuple):
     load_loss: float32 [], see `aux_losses.load_loss`. Under strictly balanced
       gating, whose load needs no loss, it is the loss of the thresholds,
       `strictly_balanced_rule.batchwise_loss`.
+    sequence_balance_loss, batch_balance_loss, global_balance_loss: float32 [],
+      balance losses of rows, of several rows and of the batch, as sums over
+      these instead of groups; 0 unless the router's options give them weight.
     stats: Sums over real tokens; `stats.load` is the load before drops.
     exchange: Sums over devices, which depend on the mesh.
   """
@@ -233,8 +236,15 @@ class MoeAux(NamedTuple):
   z_loss: Array
   importance_loss: Array
   load_loss: Array
+  sequence_balance_loss: Array
+  batch_balance_loss: Array
+  global_balance_loss: Array
   stats: RoutingStats
   exchange: ExchangeStats
+
+
+# The names of the losses in `MoeAux`.
+LOSSES = tuple(name for name in MoeAux._fields if name.endswith('_loss'))
 
 
 def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
@@ -251,7 +261,8 @@ def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
     entropy=scalar,
     logit_square=scalar,
   )
-  return MoeAux(scalar, scalar, scalar, scalar, stats, no_exchange())
+  losses = dict.fromkeys(LOSSES, scalar)
+  return MoeAux(**losses, stats=stats, exchange=no_exchange())
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:

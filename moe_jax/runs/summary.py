@@ -12,8 +12,11 @@ import numpy as np
 from moe_jax.distributed import fetch
 from moe_jax.layers.moe import MoeOptions
 from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate
+from moe_jax.routing.stats import LOSSES, MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
+
+# The losses that every row has; others are there if a router computes them.
+_ALWAYS = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
 
 
 def host(sums: LossSums) -> LossSums:
@@ -86,8 +89,10 @@ def layer_summary(
       values[f'drop_rate_choice_{k + 1}'] = float(by_rank[k])
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   values |= exchange_summary(aux)
-  for name in ('balance_loss', 'z_loss', 'importance_loss', 'load_loss'):
-    values[name] = float(getattr(aux, name) / tokens)
+  for name in LOSSES:
+    total = float(getattr(aux, name) / tokens)
+    if total or name in _ALWAYS:
+      values[name] = total
   # Six digits resolve a millionth; more would double the metrics file.
   values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
   values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()

@@ -22,7 +22,15 @@ from moe_jax.shapes import Leaf
 from moe_jax.training.losses import LossWeights
 
 # The losses that can have a schedule: fields of `LossWeights`.
-_ROUTERS = ('balance', 'importance', 'load', 'z')
+_ROUTERS = (
+  'balance',
+  'batch_balance',
+  'global_balance',
+  'importance',
+  'load',
+  'sequence_balance',
+  'z',
+)
 _LOSSES = (*_ROUTERS, 'logits_z')
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moe_jax.models import Model
 from moe_jax.models.base import TokenLosses
 from moe_jax.routing import MoeAux
+from moe_jax.routing.stats import LOSSES
 from moe_jax.shapes import Array, Float32, Leaf
 from moe_jax.training_types import Batch, LossSums
 
@@ -34,9 +35,9 @@ class LossWeights:
   """Coefficients of the losses that are added to a model's own.
 
   Attributes:
-    balance, z, importance, load: Coefficients of the routers' losses: numbers,
-      or scalar arrays, which are arguments of the compiled step instead of
-      constants.
+    balance, z, importance, load, sequence_balance, batch_balance,
+      global_balance: Coefficients of the routers' losses: numbers, or scalar
+      arrays, which are arguments of the compiled step instead of constants.
     logits_z: Coefficient of the mean squared logsumexp of the output logits
       (T5's and ST-MoE's other z-loss); a number or a scalar array, too.
     num_averaged: Number by which the sum of the routers' losses over layers is
@@ -48,6 +49,9 @@ class LossWeights:
   z: Leaf = 0.0
   importance: Leaf = 0.0
   load: Leaf = 0.0
+  sequence_balance: Leaf = 0.0
+  batch_balance: Leaf = 0.0
+  global_balance: Leaf = 0.0
   logits_z: Leaf = 0.0
   num_averaged: int = 1
 
@@ -57,10 +61,7 @@ def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   weights = model.loss_weights()
   mean = model.layer_reduce == 'mean'
   return LossWeights(
-    balance=weights.get('balance_loss', 0.0),
-    z=weights.get('z_loss', 0.0),
-    importance=weights.get('importance_loss', 0.0),
-    load=weights.get('load_loss', 0.0),
+    **{_name(loss): weights.get(loss, 0.0) for loss in LOSSES},
     logits_z=logits_z,
     num_averaged=max(len(model.sparse_layers), 1) if mean else 1,
   )
@@ -89,17 +90,16 @@ def aux_loss(
   aux: MoeAux, whole: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
   """The weighted sum of the routers' losses; those of weight 0 are left out."""
-  terms = (
-    (weights.balance, aux.balance_loss),
-    (weights.z, aux.z_loss),
-    (weights.importance, aux.importance_loss),
-    (weights.load, aux.load_loss),
-  )
   total = jnp.zeros((), jnp.float32)
-  for weight, loss in terms:
-    if _counts(weight):
-      total = total + weight * (loss / whole.tokens).sum()
+  for loss in LOSSES:
+    if _counts(weight := getattr(weights, _name(loss))):
+      total = total + weight * (getattr(aux, loss) / whole.tokens).sum()
   return total / weights.num_averaged
+
+
+def _name(loss: str) -> str:
+  """The field of `LossWeights` for a loss of `MoeAux`."""
+  return loss.removesuffix('_loss')
 
 
 def _counts(weight: Leaf) -> bool:

@@ -19,10 +19,16 @@ from optax import contrib
 
 from moe_jax.layers.parameters import Role
 from moe_jax.options import above, at_least, option, within
-from moe_jax.training.optimizer import Optimizer, is_role, per_matrix, stacked
+from moe_jax.training.optimizer import (
+  Optimizer,
+  is_names,
+  is_role,
+  per_matrix,
+  stacked,
+)
 
 # Parts of a model whose kernels are hidden matrices.
-_HIDDEN = ('attention', 'expert', 'ffn', 'lstm')
+_HIDDEN = ('attention', 'expert', 'ffn', 'lstm', 'shared_expert')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Muon(Optimizer):
     )
 
     def one(role: Role, names: tuple[str | None, ...]):
-      return self._orthogonal(names) if is_hidden(role) else adam
+      return self._orthogonal(names) if is_hidden(role, names) else adam
 
     transforms = jax.tree.map(one, roles, axes, is_leaf=is_role)
     return per_matrix(transforms, axes)
@@ -116,15 +122,19 @@ class Muon(Optimizer):
       return self.rms * math.sqrt(max(inputs, outputs))
     return math.sqrt(max(1.0, outputs / inputs))
 
-  def facts(self, shapes: Any, roles: Any) -> Iterator[str]:
+  def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
     """A line that says how many parameters Muon trains, and what Adam does."""
     counts: collections.Counter[str] = collections.Counter()
     left: dict[str, None] = {}
-    for role, leaf in zip(
-      jax.tree.leaves(roles, is_leaf=is_role), jax.tree.leaves(shapes)
+    for role, names, leaf in zip(
+      jax.tree.leaves(roles, is_leaf=is_role),
+      jax.tree.leaves(axes, is_leaf=is_names),
+      jax.tree.leaves(shapes),
+      strict=True,
     ):
-      counts['Muon' if is_hidden(role) else 'Adam'] += leaf.size
-      if not is_hidden(role):
+      hidden = is_hidden(role, names)
+      counts['Muon' if hidden else 'Adam'] += leaf.size
+      if not hidden:
         left[' '.join(filter(None, role)) or 'parameters without a role'] = None
     yield (
       f'optimizer: Muon trains {counts["Muon"]:,} parameters; Adam trains '
@@ -133,9 +143,13 @@ class Muon(Optimizer):
     )
 
 
-def is_hidden(role: Role) -> bool:
-  """Whether a parameter is a kernel between hidden values, as Muon's are."""
-  return role.form == 'kernel' and role.role in _HIDDEN
+def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
+  """Whether a parameter is a kernel between hidden values, as Muon's are.
+
+  A kernel with one output, a gate, is no matrix.
+  """
+  hidden = role.form == 'kernel' and role.role in _HIDDEN
+  return hidden and 'gate' not in names
 
 
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:

@@ -91,14 +91,15 @@ class Optimizer(Options):
     """
     raise NotImplementedError
 
-  def facts(self, shapes: Any, roles: Any) -> Iterator[str]:
+  def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
     """Lines on what the optimizer makes of a model, for the start of a run.
 
     Args:
       shapes: A tree like the parameters that train with the shape of each.
+      axes: A tree like these with a tuple of logical axes for each.
       roles: A tree like these with the `Role` of each.
     """
-    del shapes, roles
+    del shapes, axes, roles
     return iter(())
 
   def rate(self, total_steps: int) -> optax.Schedule:
@@ -220,7 +221,9 @@ class Adafactor(Optimizer):
     if self.b1:
       steps.append(optax.ema(self.b1, debias=False))
     whole = optax.chain(*steps)
-    return per_matrix(jax.tree.map(lambda _: whole, axes, is_leaf=_names), axes)
+    return per_matrix(
+      jax.tree.map(lambda _: whole, axes, is_leaf=is_names), axes
+    )
 
 
 def clipped(largest: float) -> optax.GradientTransformation:
@@ -265,7 +268,8 @@ def is_role(leaf: Any) -> bool:
   return isinstance(leaf, Role)
 
 
-def _names(leaf: Any) -> bool:
+def is_names(leaf: Any) -> bool:
+  """Whether a node of a tree is a tuple of logical axes, a leaf of it."""
   return isinstance(leaf, tuple)
 
 

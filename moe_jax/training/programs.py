@@ -24,6 +24,7 @@ from moe_jax.shapes import Leaf
 from moe_jax.training import chosen_experts, losses, trainable
 from moe_jax.training import step as step_lib
 from moe_jax.training.losses import LossWeights
+from moe_jax.training.optimizer import is_names
 from moe_jax.training.optimizer_shardings import like_params
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
@@ -139,7 +140,7 @@ def make_optimizer(
   trained, trees = trained_part(options, model)
   inner = options.optimizer.transformation(
     options.total_steps,
-    trained.part(trees.axes, is_leaf=lambda leaf: isinstance(leaf, tuple)),
+    trained.part(trees.axes, is_leaf=is_names),
     trees.roles,
     trained.part,
   )

@@ -279,6 +279,25 @@ def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
   assert 0 < disk - model_bytes.bytes_in_memory(new.variables) < 20_000
 
 
+@pytest.mark.slow
+def test_a_shared_expert_is_rounded_by_what_it_reads(tmp_path):
+  folder = tmp_path / 'run'
+  moe = {'layers': '1', 'num_selected': 2, 'shared_expert': {'hidden': 9}}
+  folders.write(folder, model={'num_layers': 2, 'moe': moe})
+  format = KernelFormat('int8', group_size=3)
+  new, _ = into(folder, 'coded', format, kernels='all', num_batches=1)
+  run, coded = (whole_run.read(path) for path in (folder, new))
+  _, left = code_trees.decoded(coded.options.model, coded.variables['params'])
+  old, own = (
+    r.model.layer_trees(tree)[1]['moe']['shared_expert']['ffn']
+    for r, tree in ((run, run.variables['params']), (run, left))
+  )
+  assert any((old[name] != own[name]).any() for name in old)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), own, old
+  )
+
+
 def test_codes_are_not_trained(int2):
   config = json.loads((int2[0] / 'config.json').read_text())
   with pytest.raises(OptionError, match=r'int2.*not trained; train the run'):

@@ -15,6 +15,7 @@ CLASSES = {
   'mixtral': transformers.MixtralForCausalLM,
   'nllb-moe': transformers.NllbMoeForConditionalGeneration,
   'olmoe': transformers.OlmoeForCausalLM,
+  'phimoe': transformers.PhimoeForCausalLM,
   'qwen2_moe': transformers.Qwen2MoeForCausalLM,
   'qwen3_moe': transformers.Qwen3MoeForCausalLM,
   'switch_transformers': (
@@ -54,6 +55,7 @@ BASE = {
     pad_token_id=None,
     eos_token_id=None,
   ),
+  'phimoe': dict(_DECODER, num_local_experts=6),
   'qwen2_moe': dict(
     _DECODER,
     num_experts=6,

@@ -38,7 +38,7 @@ def test_defaults_are_those_of_transformers(kind):
     'mlp_only_layers',
     'layer_types',
     *(('sliding_window',) if 'qwen' in kind else ()),
-    *(('num_key_value_heads',) if kind == 'olmoe' else ()),
+    *(('num_key_value_heads',) if kind in ('olmoe', 'deepseek_v2') else ()),
     *(
       ('encoder_sparse_step', 'decoder_sparse_step') if 'switch' in kind else ()
     ),

@@ -1,9 +1,13 @@
 """Logits, greedy tokens and weights equal transformers', both ways."""
 
+import json
+
 import numpy as np
 import pytest
 
 from moe_jax import interop
+from moe_jax.data.plain_files import read_json
+from moe_jax.interop import tensor_files
 from moe_jax.interop.verifying import verify
 from tests.interop import oracle
 
@@ -13,6 +17,15 @@ YARN = dict(
   rope_type='yarn',
   rope_theta=100.0,
   factor=4.0,
+  original_max_position_embeddings=8,
+)
+LONGROPE = dict(
+  rope_type='longrope',
+  rope_theta=100.0,
+  short_factor=[1.0, 1.2, 1.5],
+  long_factor=[2.0, 3.0, 4.0],
+  short_mscale=1.1,
+  long_mscale=1.3,
   original_max_position_embeddings=8,
 )
 # Each option that shapes a model is set in a model where it matters. Rows are
@@ -63,6 +76,31 @@ CASES = {
     dict(num_experts_per_tok=1, rms_norm_eps=1e-2),
   ),
   'olmoe long texts by YaRN': ('olmoe', 'left', dict(rope_parameters=YARN)),
+  'phimoe': ('phimoe', 'right', dict()),
+  'phimoe biases, many experts near the best': (
+    'phimoe',
+    'left',
+    dict(lm_head_bias=True, attention_bias=True, router_jitter_noise=0.3),
+  ),
+  'phimoe tied, window, experts far apart': (
+    'phimoe',
+    'right',
+    dict(tie_word_embeddings=True, sliding_window=4, router_jitter_noise=0.001),
+  ),
+  'phimoe long texts by LongRoPE': (
+    'phimoe',
+    'right',
+    dict(rope_parameters=LONGROPE, lm_head_bias=True),
+  ),
+  'phimoe short texts by LongRoPE': (
+    'phimoe',
+    'left',
+    dict(
+      rope_parameters=LONGROPE | dict(original_max_position_embeddings=40),
+      num_key_value_heads=4,
+      rms_norm_eps=1e-2,
+    ),
+  ),
   'qwen2': ('qwen2_moe', 'right', dict()),
   'qwen2 two dense layers': (
     'qwen2_moe',
@@ -232,6 +270,33 @@ def test_logits_tokens_and_weights(name, tmp_path):
   np.testing.assert_allclose(
     oracle.logits(again.eval(), given), expected['logits'], rtol=0, atol=1e-5
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'kind',
+  ['deepseek_v2', 'mixtral', 'olmoe', 'phimoe', 'qwen2_moe', 'qwen3_moe'],
+)
+def test_experts_that_are_stacked_in_files(kind, tmp_path):
+  model = oracle.make(kind)
+  expected = oracle.write(model, tmp_path)
+  (tmp_path / 'model.safetensors').unlink()
+  model.save_pretrained(tmp_path, save_original_format=False)
+  config = read_json(tmp_path / 'config.json')
+  # Older files have the other spelling of the number of experts.
+  for name, other in (
+    ('num_experts', 'num_local_experts'),
+    ('num_local_experts', 'num_experts'),
+    ('n_routed_experts', 'num_experts'),
+  ):
+    if name in config:
+      config[other] = config.pop(name)
+      break
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  names = tensor_files.TensorFiles(tmp_path).specs
+  assert any(name.endswith('experts.gate_up_proj') for name in names)
+  verdict = verify(tmp_path, tmp_path / 'expected.npz')
+  assert verdict.good and len(np.unique(expected['greedy'])) >= 4
 
 
 def drops(model, given) -> float:

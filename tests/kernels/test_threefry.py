@@ -22,6 +22,17 @@ def test_numbers_are_those_of_jax(draw):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize('shape', [(2, 3, 6), (5, 4), (8,), (3, 7), (4, 0)])
+def test_bits_written_by_halves_are_those_of_jax(shape, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  monkeypatch.setattr(threefry, '_LEAST_IN_LOOP', 8)
+
+  def draw(impl):
+    return jax.random.bits(jax.random.key(1, impl=impl), shape)
+
+  np.testing.assert_array_equal(draw(threefry.UNROLLED), draw(None))
+
+
 def test_a_generator_that_was_chosen_is_kept():
   with jax.default_prng_impl('rbg'):
     key = threefry.key(jax.numpy.uint32(7))

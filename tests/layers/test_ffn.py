@@ -10,6 +10,7 @@ from moe_jax.layers import (
   ACTIVATIONS,
   FanIn,
   FeedForward,
+  FeedForwardExpert,
   FfnOptions,
   Gpt2,
   Numerics,
@@ -25,13 +26,20 @@ def gelu_tanh(x):
   return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-# Each pair is the activation's function and whether a third kernel gates.
+def clamped_swiglu(gate, value):
+  """The hidden values of gpt-oss, whose gate has no lower limit."""
+  gate, value = np.minimum(gate, 7), np.clip(value, -7, 7)
+  return (value + 1) * gate * expit(1.702 * gate)
+
+
+# Each pair is a function of the products, and whether a third kernel gates.
 FORMULAS = {
   'relu': (lambda x: np.maximum(x, 0), False),
   'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), False),
   'gelu_tanh': (gelu_tanh, False),
-  'geglu': (gelu_tanh, True),
-  'swiglu': (lambda x: x * expit(x), True),
+  'geglu': (lambda gate, x: gelu_tanh(gate) * x, True),
+  'swiglu': (lambda gate, x: gate * expit(gate) * x, True),
+  'clamped_swiglu': (clamped_swiglu, True),
 }
 
 
@@ -42,6 +50,7 @@ def draw_params(gated, use_bias):
     shapes['w_gate'] = (M, F)
   if use_bias:
     shapes |= {'b_in': (F,), 'b_out': (M,)}
+    shapes |= {'b_gate': (F,)} if gated else {}
   return {
     name: rng.normal(size=shape).astype(np.float32)
     for name, shape in shapes.items()
@@ -59,16 +68,50 @@ def test_every_activation_has_a_formula_here():
 def test_feed_forward_equals_its_formula(name, use_bias):
   function, gated = FORMULAS[name]
   p = draw_params(gated, use_bias)
-  x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32)
+  # Products are so large that limits matter.
+  x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32) * 3
   layer = FeedForward(FfnOptions(F, name), Shared(use_bias=use_bias))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
   assert set(shapes['params']) == set(p)
   h = x @ p['w_in'] + p.get('b_in', 0)
   # The activation applies to the gate's product, not to the other one.
-  h = function(x @ p['w_gate']) * h if gated else function(h)
+  if gated:
+    h = function(x @ p['w_gate'] + p.get('b_gate', 0), h)
+  else:
+    h = function(h)
   expected = h @ p['w_out'] + p.get('b_out', 0)
   y = jax.jit(layer.apply)({'params': p}, x)
-  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_limits_of_the_clamped_activation_by_hand():
+  # Of gates 9 and -9 the first becomes 7; of values 9 and -9 both become 7 in
+  # size, to which 1 is added.
+  hidden = ACTIVATIONS['clamped_swiglu'].hidden
+  gate, value = jnp.array([9.0, -9.0, 9.0]), jnp.array([9.0, 9.0, -9.0])
+  positive, negative = 7 * expit(1.702 * 7), -9 * expit(1.702 * -9)
+  np.testing.assert_allclose(
+    hidden(gate, value), [8 * positive, 8 * negative, -6 * positive], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ('bias', 'whole', 'has'),
+  [('', True, True), ('', False, False), ('all', False, True),
+   ('none', True, False)],
+)  # fmt: skip
+def test_biases_are_those_of_the_model_unless_the_layer_says(bias, whole, has):
+  layer = FeedForward(FfnOptions(F, 'swiglu', bias), Shared(use_bias=whole))
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, M)))
+  names = {'w_in', 'w_gate', 'w_out'}
+  assert set(shapes['params']) == names | (
+    {'b_in', 'b_gate', 'b_out'} if has else set()
+  )
+  # Experts follow the dense layers unless they say otherwise.
+  expert = FeedForwardExpert().within(FfnOptions(F, 'swiglu', bias), 0.0)
+  assert expert.twin(2).ffn == FfnOptions(2 * F, 'swiglu', bias)
+  own = FeedForwardExpert(bias='none').within(FfnOptions(F, bias='all'), 0.0)
+  assert own.bias == 'none'
 
 
 def test_dropout_zeroes_hidden_values_and_scales_the_rest():

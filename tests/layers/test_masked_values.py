@@ -113,7 +113,7 @@ def told(router):
 @EVERY_ROUTER
 def test_every_router(name):
   router = routers()[name]
-  layer = moe(router, moe_jax.Gather())
+  layer = moe(router, moe_jax.Einsum() if router.mixes else moe_jax.Gather())
   same(
     values_and_gradients(
       layer, {'token_mask': jnp.asarray(MASK), **told(router)}

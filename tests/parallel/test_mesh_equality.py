@@ -15,13 +15,20 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.layers import Dropless, Einsum, Gather, SharedExpertOptions
+from moe_jax.layers import (
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Gather,
+  SharedExpertOptions,
+)
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
   Hierarchical,
   Random,
   Sentence,
+  SparseMixer,
   StrictlyBalanced,
   Task,
   TokenChoice,
@@ -54,6 +61,11 @@ IN_GROUPS = TokenChoice(
   expert_groups=4,
   chosen_expert_groups=2,
   expert_group_score='two_best',
+  # Rows of one loss lie on one device, on several, and on all.
+  sequence_balance_weight=0.1,
+  batch_balance_weight=0.1,
+  batch_balance_rows=4,
+  global_balance_weight=0.1,
 )
 GATHER = {'router': BIASED, 'capacity': TIGHT}
 WRITTEN_OUT = {'dispatch': Gather(AllToAll())}
@@ -117,6 +129,12 @@ WAYS = dict(
     'capacity': TIGHT,
     'shared_expert': SharedExpertOptions(16, gated=True),
   },
+  sparse_mixer={
+    'router': SparseMixer(threshold=0.5, jitter=0.01),
+    'capacity': All(),
+    'expert': FeedForwardExpert(activation='clamped_swiglu', bias='all'),
+    **DROPLESS,
+  },
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={
     'router': Sentence(jitter=0.01),
@@ -127,6 +145,7 @@ WAYS = dict(
 )
 ROOMY = (
   'dropless',
+  'sparse_mixer',
   'shadowed_dropless',
   'dropless_ring',
   'by_task',
@@ -189,7 +208,15 @@ def kept_gradient() -> optax.GradientTransformation:
   )
 
 
-WEIGHTS = LossWeights(balance=0.1, z=0.1, importance=0.1, load=0.1)
+WEIGHTS = LossWeights(
+  balance=0.1,
+  z=0.1,
+  importance=0.1,
+  load=0.1,
+  sequence_balance=0.1,
+  batch_balance=0.2,
+  global_balance=0.4,
+)
 OPTIMIZER = optax.chain(
   kept_gradient(), optax.clip_by_global_norm(CLIP), optax.scale(-1.0)
 )
@@ -362,6 +389,14 @@ def test_microbatches_change_nothing_on_a_mesh(way):
   quiet = dict(router=dataclasses.replace(router, jitter=0.0))
   one = step_of(way, **quiet)
   assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
+
+
+@pytest.mark.slow
+def test_microbatches_change_no_loss_of_rows_that_they_hold():
+  router = dataclasses.replace(IN_GROUPS, jitter=0.0, global_balance_weight=0.0)
+  one = step_of('in_groups', router=router)
+  assert one.sums.aux.batch_balance_loss.sum() > 0
+  assert_equal(step_of('in_groups', microbatches=2, router=router), one)
 
 
 @pytest.mark.slow

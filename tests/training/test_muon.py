@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, start_facts
 from moe_jax.layers.parameters import Role
+from moe_jax.partitioning import make_mesh
 from moe_jax.training import programs
 from moe_jax.training.muon import Muon, dimensions
 from moe_jax.training.schedules import Constant
@@ -92,20 +94,49 @@ def test_each_matrix_by_the_published_iteration(rms):
   o = Muon(learning_rate=1.0, momentum=0.9, rms=rms, adam_rate=0.5, **PLAIN)
   optimizer = o.transformation(10, AXES, ROLES)
   params, grads = arrays(0), arrays(1)
-  state = optimizer.init(params)
-  for _ in range(2):
-    updates, state = jax.jit(optimizer.update)(grads, state, params)
+  # Kernels have equal gradients twice; those that Adam trains change.
+  left = {name: grads[name] for name in SHAPES if name not in FLAT}
+  adam = optax.scale_by_adam(o.b1, o.b2, o.epsilon)
+  state, own_state = optimizer.init(params), adam.init(left)
+  for size in (1.0, -0.3):
+    given = jax.tree.map(lambda g: size * g, left)  # noqa: B023
+    updates, state = jax.jit(optimizer.update)(
+      {**grads, **given}, state, params
+    )
+    theirs, own_state = adam.update(given, own_state)
   for name, want in expected(grads, 0.9, rms, 5).items():
     np.testing.assert_allclose(-updates[name], want, rtol=0, atol=2e-3)
     if rms:
       own = np.sqrt(np.mean(np.square(want)))
       assert own == pytest.approx(rms, rel=0.4), name
-  adam = optax.chain(optax.scale_by_adam(o.b1, o.b2, o.epsilon))
-  left = {name: grads[name] for name in SHAPES if name not in FLAT}
-  for _ in range(2):
-    theirs, state = adam.update(left, adam.init(left))
   for name in left:
     np.testing.assert_allclose(-updates[name], 0.5 * theirs[name], rtol=1e-5)
+
+
+def test_a_mesh_changes_no_update():
+  mesh = make_mesh(dict(fsdp=2, expert=2, tensor=2))
+  split = {'expert': 'expert', 'embed': 'fsdp', 'mlp': 'tensor'}
+
+  def placed(name, array):
+    axes = [split.get(axis) for axis in AXES[name]]
+    axes = [
+      axis if axis and size % 2 == 0 else None
+      for axis, size in zip(axes, array.shape, strict=True)
+    ]
+    spec = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.device_put(array, spec)
+
+  optimizer = Muon(**PLAIN).transformation(10, AXES, ROLES)
+  params, grads = arrays(0), arrays(1)
+  alone, _ = optimizer.update(grads, optimizer.init(params), params)
+  params, grads = (
+    {name: placed(name, array) for name, array in tree.items()}
+    for tree in (params, grads)
+  )
+  state = jax.jit(optimizer.init)(params)
+  together, _ = jax.jit(optimizer.update)(grads, state, params)
+  for name, update in alone.items():
+    np.testing.assert_allclose(together[name], update, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -138,12 +169,20 @@ def test_inputs_and_outputs_by_axes():
     dimensions(('embed',))
 
 
-@pytest.mark.parametrize('scan', [True, False])
-def test_a_model_of_layers_scanned_or_not(scan):
-  """Every kernel's update has the size that one alone has, in both."""
+SHARED = dict(
+  attention=dict(kind='latent', num_heads=2, query_rank=24, kv_rank=24)
+  | dict(plain_width=12, rotary_width=12, value_width=24),
+  moe=dict(shared_expert=dict(hidden=24, gated=True)),
+)
+
+
+@pytest.mark.parametrize(
+  'model', [dict(scan_layers=True), dict(scan_layers=False), SHARED]
+)
+def test_every_matrix_of_a_model(model):
+  """Every kernel's update has the size that one alone has, however stacked."""
   options = tiny.options(
-    model=dict(scan_layers=scan),
-    optimizer=dict(kind='muon', iterations=12, **dict(clip_norm=0.0)),
+    model=model, optimizer=dict(kind='muon', iterations=12, clip_norm=0.0)
   )
   model = tiny.model_of(options)
   _, optimizer = programs.make_optimizer(options, model)
@@ -162,7 +201,9 @@ def test_a_model_of_layers_scanned_or_not(scan):
       jax.tree.leaves(trees.roles, is_leaf=lambda x: isinstance(x, Role)),
       strict=True,
     )
-    if role.role in ('attention', 'expert', 'ffn') and role.form == 'kernel'
+    if role.form == 'kernel'
+    and update.shape[-1] > 1
+    and role.role in ('attention', 'expert', 'ffn', 'shared_expert')
   ]
   assert len(sizes) >= 6
   np.testing.assert_allclose(sizes, 0.2, rtol=0.35)

@@ -142,16 +142,18 @@ def _backward(keys, parts, saved, dy):
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
     d_query.append(_by_token(_product(d_scores, k, (3, 2)), H))
-    around = (0, 0), (0, 0), (block.first_key, S - block.stop_key), (0, 0)
-    d_key += jnp.pad(_product(d_scores, keys.scaled(q), (2, 2)), around)
-    d_value += jnp.pad(_product(weights, d_y, (2, 2)), around)
+    # As [B, N, D, S]: the compiler transposes the queries in the product, which
+    # are fewer numbers than the weights, and multiplies faster.
+    around = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
+    d_key += jnp.pad(_product(keys.scaled(q), d_scores, (2, 2)), around)
+    d_value += jnp.pad(_product(d_y, weights, (2, 2)), around)
   d_query = keys.scaled(jnp.concatenate(d_query, axis=1))
   if bias is not None:
     d_bias = jnp.concatenate(d_bias, axis=2).reshape(bias.shape)
   return (
     d_query.astype(query.dtype),
-    d_key.swapaxes(1, 2).astype(key.dtype),
-    d_value.swapaxes(1, 2).astype(value.dtype),
+    d_key.transpose(0, 3, 1, 2).astype(key.dtype),
+    d_value.transpose(0, 3, 1, 2).astype(value.dtype),
     None if bias is None else d_bias,
     None,
   )

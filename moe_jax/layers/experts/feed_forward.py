@@ -41,6 +41,12 @@ class FeedForwardExpert(ExpertOptions):
     _RATE,
     how=True,
   )
+  bias: str = option(
+    '',
+    "Biases of the experts' products: 'all', the gate's included (gpt-oss), or "
+    "'none'; '': model.ffn.bias.",
+    one_of('', 'all', 'none'),
+  )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':
     """See `ExpertOptions.within`."""
@@ -48,6 +54,7 @@ class FeedForwardExpert(ExpertOptions):
       self,
       hidden=self.hidden or ffn.hidden,
       activation=self.activation or ffn.activation,
+      bias=self.bias or ffn.bias,
       dropout=dropout if self.dropout < 0 else self.dropout,
     )
 
@@ -71,13 +78,13 @@ class FeedForwardExpert(ExpertOptions):
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""
-    ffn = FfnOptions(self.hidden, self.activation)
-    return dispatch.feed_forward(FfnLayer(ffn, shared, self.dropout, ROLE))
+    layer = FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
+    return dispatch.feed_forward(layer)
 
   def twin(self, num_selected: int) -> Twin:
     """A dense layer of `num_selected` times the width of an expert."""
-    ffn = FfnOptions(self.hidden * num_selected, self.activation)
-    return Twin(ffn, self.dropout)
+    width = self.hidden * num_selected
+    return Twin(FfnOptions(width, self.activation, self.bias), self.dropout)
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""

@@ -19,7 +19,7 @@ from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.serving import ROLE, SCOPE, Dispatch, Experts
 from moe_jax.layers.experts.slots import SlotDispatch
-from moe_jax.layers.ffn import FfnLayer, FfnOptions
+from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import nested
@@ -46,8 +46,7 @@ class QuantizedExpert(FeedForwardExpert):
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""
-    ffn = FfnOptions(self.hidden, self.activation)
-    layer = FfnLayer(ffn, shared, 0.0, ROLE, self.format)
+    layer = FfnLayer(self.twin(1).ffn, shared, 0.0, ROLE, self.format)
     if dispatch.by_slot:
       return QuantizedSlots(layer, cast(SlotDispatch, dispatch), name=SCOPE)
     return QuantizedRows(layer, name=SCOPE)

@@ -16,7 +16,7 @@ from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
-from moe_jax.routing import ExchangeStats, MoeAux, Routing, SlotRouting
+from moe_jax.routing import AnyRouting, ExchangeStats, MoeAux
 from moe_jax.shape_checks import checked, told
 from moe_jax.shapes import Array, Float
 
@@ -33,7 +33,7 @@ class Experts(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
+    routing: AnyRouting,
     train: bool = False,
   ) -> tuple[Float[Array, 'G S M'], MoeAux | ExchangeStats | None]:
     """Moves tokens to their experts, applies these, and sums their outputs.
@@ -57,7 +57,7 @@ class Experts(nn.Module):
     return result
 
   def serve(
-    self, x: Array, routing: Routing | SlotRouting, train: bool
+    self, x: Array, routing: AnyRouting, train: bool
   ) -> tuple[Array, MoeAux | ExchangeStats | None]:
     """Serves tokens; arguments and results are those of `__call__`.
 

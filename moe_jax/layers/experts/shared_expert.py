@@ -75,7 +75,7 @@ class SharedExpert(nn.Module):
     y = layer(x.astype(dtype), train)
     if not self.options.gated:
       return y
-    init = parameters.kernel(self.shared, ('embed', None), role=SHARED_EXPERT)
+    init = parameters.kernel(self.shared, ('embed', 'gate'), role=SHARED_EXPERT)
     w = self.param('w_gate', init, (x.shape[-1], 1), self.shared.param_dtype)
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     logit = rows_matmul(

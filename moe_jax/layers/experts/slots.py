@@ -30,7 +30,7 @@ from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowed_experts import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
-from moe_jax.routing import ExchangeStats, Routing, SlotRouting
+from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.shape_checks import told
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -62,13 +62,13 @@ class SlotDispatch(Dispatch):
     )
 
   def dispatch(
-    self, x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+    self, x: Float[Array, 'G S M'], routing: AnyRouting
   ) -> Float[Array, 'E R M']:
     """Copies tokens to the rows of experts; empty slots are zero."""
     raise NotImplementedError
 
   def combine(
-    self, rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
+    self, rows: Float[Array, 'E R M'], routing: AnyRouting
   ) -> Float[Array, 'G S M']:
     """The sum of each token's expert rows, weighted by its gates."""
     raise NotImplementedError
@@ -125,7 +125,7 @@ class SlotExperts(Experts):
     self,
     experts: Callable[[Array], Array] | StackedExperts,
     x: Float[Array, 'G S M'],
-    routing: Routing | SlotRouting,
+    routing: AnyRouting,
     hidden: int = 1,
   ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
     """The gated sums of the outputs experts(rows [E, R, M]).

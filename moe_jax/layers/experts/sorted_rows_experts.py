@@ -111,7 +111,7 @@ class SortedRowsExperts(Experts):
     )
     if layout is None or self.is_initializing():
       return self._serve_here(x, routing, p, key), None
-    if shared.use_bias:
+    if layer.use_bias:
       # A bias added on every device would be summed with the parts of F.
       layout = dataclasses.replace(layout, hidden=())
     split_over: dict[str | None, tuple[str, ...]] = {
@@ -215,7 +215,7 @@ def sorted_feed_forward(
     backend: The backend of the grouped products.
     dropout_key: The key of dropout; None: nothing is dropped.
   """
-  if not layer.shared.use_bias and dropout_key is None:
+  if not layer.use_bias and dropout_key is None:
     w_ins, w_out = layer.kernels(p)
     hidden = layer.activation.hidden
     return grouped_ffn(x, w_ins, w_out, group_sizes, hidden, backend)

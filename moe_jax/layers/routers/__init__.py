@@ -11,6 +11,8 @@ from moe_jax.layers.routers.noisy_top_k import NoisyTopK
 from moe_jax.layers.routers.random import Random
 from moe_jax.layers.routers.sentence import Sentence
 from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.layers.routers.soft import Soft
+from moe_jax.layers.routers.sparse_mixer import SparseMixer
 from moe_jax.layers.routers.strictly_balanced import StrictlyBalanced
 from moe_jax.layers.routers.task import Task
 from moe_jax.layers.routers.token_choice import TokenChoice
@@ -31,6 +33,8 @@ ROUTERS = Kinds(
     'sentence': Sentence,
     'task': Task,
     'topology': TopologyAware,
+    'sparse_mixer': SparseMixer,
+    'soft': Soft,
   },
 )
 
@@ -45,6 +49,8 @@ __all__ = [
   'RouterOptions',
   'Sentence',
   'Sizes',
+  'Soft',
+  'SparseMixer',
   'StrictlyBalanced',
   'Task',
   'TokenChoice',

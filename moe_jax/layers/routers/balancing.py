@@ -7,6 +7,7 @@ losses themselves (`moe_jax.routing.aux_losses`).
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.routers.contract import (
@@ -44,6 +45,12 @@ class BalanceLoss(RouterOptions):
     one_of(*BALANCE_CHOICES),
     how=True,
   )
+
+  def balance_probs(
+    self, logits: Float32[Array, '*G E']
+  ) -> Float32[Array, '*G E']:
+    """The probabilities whose means the balance loss multiplies with loads."""
+    return jax.nn.softmax(logits)
 
 
 @dataclasses.dataclass(frozen=True)

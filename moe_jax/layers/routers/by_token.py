@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -252,7 +251,7 @@ def logits_aux(
   module: Router,
   chosen: routing.Routing,
   clean: Float32[Array, 'G S E'],
-  logits: Float32[Array, 'G S E'],
+  gate: Float32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
   layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
@@ -266,7 +265,7 @@ def logits_aux(
     chosen: The routing to columns; see `to_experts`.
     clean: The logits without noise, from which balance loss, z-loss and
       statistics are computed.
-    logits: The logits from which the gates are computed.
+    gate: The gates of the choices, as if all were served.
     mask: False for padding.
     layer: The number of the layer, some of whose columns may be masked.
   """
@@ -275,21 +274,28 @@ def logits_aux(
   balanced, there = clean, open_columns(module, layer)
   if there is not None:
     balanced = jnp.where(there, clean, -jnp.inf)
-  probs = jax.nn.softmax(balanced)
+  probs = o.balance_probs(balanced)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
-  gate = routing.gates_before_drop(logits, index, o.gates)
   importance = routing.importance_loss(gate, index, mask, E)
   if there is not None:
     balance = balance * there.mean()
     importance = of_open_columns(importance, there)
-  return routing.MoeAux(
+  return routing.empty_aux(E, index.shape[-1])._replace(
     balance_loss=over_groups(balance, mask),
     z_loss=over_groups(routing.z_loss(clean, mask), mask),
     importance_loss=over_groups(importance, mask),
-    load_loss=jnp.zeros((), jnp.float32),
-    exchange=routing.no_exchange(),
     stats=routing.routing_stats(chosen, clean, mask),
   )
+
+
+def gates_of(
+  module: Router,
+  logits: Float32[Array, 'G S E'],
+  chosen: routing.Routing,
+) -> Float32[Array, 'G S K']:
+  """The gates of a router's choices, as if all were served."""
+  index = chosen.expert_index
+  return routing.gates_before_drop(logits, index, module.options.gates)
 
 
 def of_open_columns(

@@ -14,10 +14,10 @@ from flax import linen as nn
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, fields_of, required
-from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.capacity import All
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import without_nan
+from moe_jax.routing.soft_rule import AnyRouting
 from moe_jax.routing.stats import MoeAux
 from moe_jax.shape_checks import (
   array_of,
@@ -94,7 +94,7 @@ class Router(nn.Module):
     router_ids: UInt32[Array, 'G S'] | None = None,
     layer: int | Int[Array, ''] = 0,
     given: GivenChoices | None = None,
-  ) -> tuple[Routing | SlotRouting, MoeAux]:
+  ) -> tuple[AnyRouting, MoeAux]:
     """Routes each group by itself, without padding.
 
     Args:
@@ -138,7 +138,7 @@ class Router(nn.Module):
     router_ids: Array | None,
     layer: int | Array,
     given: GivenChoices | None = None,
-  ) -> tuple[Routing | SlotRouting, MoeAux]:
+  ) -> tuple[AnyRouting, MoeAux]:
     """Routes; arguments and results are those of `__call__`.
 
     It is called in a compact method, and so may make parameters. It is called
@@ -168,12 +168,12 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
   if not (
     isinstance(result, tuple)
     and len(result) == 2
-    and isinstance(result[0], Routing | SlotRouting)
+    and isinstance(result[0], AnyRouting)
     and isinstance(result[1], MoeAux)
   ):
     raise ValueError(
-      f'{name}.route returned {told(result)}; a Router returns (Routing or '
-      'SlotRouting, MoeAux)'
+      f'{name}.route returned {told(result)}; a Router returns (Routing, '
+      'SlotRouting or SoftRouting, MoeAux)'
     )
   chosen, aux = result
   if chosen.num_experts != sizes.num_retained:
@@ -196,7 +196,9 @@ class RouterOptions(Options):
 
   Attributes:
     by_expert: Whether experts choose tokens, so that the module returns a
-      `SlotRouting`.
+      `SlotRouting`, or take all.
+    mixes: Whether experts take mixtures of all tokens of a group, so that the
+      module returns a `SoftRouting` and no causal model can have it.
     needs_ids: Whether the module needs `router_ids`, which `ids_of` makes.
     needs_tasks: Whether `ids_of` needs the task of each token.
     needs_whole_rows: Whether a group must not end within a row.
@@ -210,6 +212,7 @@ class RouterOptions(Options):
   """
 
   by_expert: ClassVar[bool] = False
+  mixes: ClassVar[bool] = False
   needs_ids: ClassVar[bool] = False
   needs_tasks: ClassVar[bool] = False
   needs_whole_rows: ClassVar[bool] = False
@@ -233,6 +236,11 @@ class RouterOptions(Options):
       groups: The number of groups of a microbatch.
     """
     del groups
+    return None
+
+  def problem_of_rows(self, rows: int, microbatches: int) -> str | None:
+    """The reason why microbatches of that many rows do not fit, or None."""
+    del rows, microbatches
     return None
 
   @required

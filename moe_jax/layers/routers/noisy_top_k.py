@@ -19,6 +19,7 @@ from moe_jax.layers.routers.balancing import (
 )
 from moe_jax.layers.routers.by_token import (
   ByLogits,
+  gates_of,
   logits_aux,
   of_open_columns,
   open_columns,
@@ -70,7 +71,8 @@ class NoisyTopKRouter(Router):
     chosen, largest = serve(
       self, logits.noisy, mask, train, layer, spare=1, given=given
     )
-    aux = logits_aux(self, chosen, clean, logits.noisy, mask, layer)
+    gate = gates_of(self, logits.noisy, chosen)
+    aux = logits_aux(self, chosen, clean, gate, mask, layer)
     K = self.sizes.num_selected
     probability = routing.load_probability(logits, K, largest)
     if (there := open_columns(self, layer)) is None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import (
   Roomy,
+  gates_of,
   logits_aux,
   serve,
   to_experts,
@@ -79,7 +80,8 @@ class SentenceRouter(Router):
     means = on_each_device(spread, (jittered(self, means, train), sentence))
     logits = linear_logits(self, means)
     chosen, _ = serve(self, logits, mask, train, layer, given=given)
-    aux = logits_aux(self, chosen, logits, logits, mask, layer)
+    gate = gates_of(self, logits, chosen)
+    aux = logits_aux(self, chosen, logits, gate, mask, layer)
     return to_experts(self, chosen, layer), aux
 
 

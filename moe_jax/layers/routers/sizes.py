@@ -68,12 +68,15 @@ class Sizes:
     capacity: The rule for the number of a group's tokens that an expert serves.
     tied: The experts behind E columns where there are fewer than E; None where
       column e is expert e.
+    row_length: T, the number of tokens of a row of the batch, which a group may
+      be a part of or have several of; 0: that of a group.
   """
 
   num_experts: int
   num_selected: int = 1
   capacity: Capacity = PerToken()
   tied: TiedColumns | None = None
+  row_length: int = 0
 
   @property
   def num_retained(self) -> int:

@@ -9,15 +9,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
+from moe_jax.layers.routers.balance_scopes import (
+  ScopedBalanceLoss,
+  scoped_losses,
+)
 from moe_jax.layers.routers.balancing import (
   BalanceBias,
-  BalanceLoss,
   ImportanceLoss,
   ZLoss,
   bias_of,
 )
 from moe_jax.layers.routers.by_token import (
   ByLogits,
+  gates_of,
   logits_aux,
   serve,
   to_experts,
@@ -37,10 +41,10 @@ from moe_jax.shapes import Array, Float32
 @dataclasses.dataclass(frozen=True)
 class TokenChoice(
   ExpertGroups,
+  ScopedBalanceLoss,
   BalanceBias,
   ImportanceLoss,
   ZLoss,
-  BalanceLoss,
   LinearGate,
   ByLogits,
 ):
@@ -96,7 +100,10 @@ class TokenChoiceRouter(Router):
     chosen, _ = serve(
       self, logits, mask, train, layer, scores=scores, given=given
     )
-    aux = logits_aux(self, chosen, logits, logits, mask, layer)
+    gate = gates_of(self, logits, chosen)
+    aux = logits_aux(self, chosen, logits, gate, mask, layer)
+    index = chosen.expert_index
+    aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)
     return to_experts(self, chosen, layer), aux

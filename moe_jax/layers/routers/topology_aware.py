@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import ByLogits, logits_aux, serve
+from moe_jax.layers.routers.by_token import (
+  ByLogits,
+  gates_of,
+  logits_aux,
+  serve,
+)
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import (
   LinearGate,
@@ -241,7 +246,8 @@ class TopologyAwareRouter(Router):
     counts = on_each_device(leaving, (logits, chosen.expert_index, node, mask))
     # For analysis alone, if the caller makes 'intermediates' mutable.
     self.sow('intermediates', _LEAVING, counts)
-    return chosen, logits_aux(self, chosen, logits, logits, mask, layer)
+    gate = gates_of(self, logits, chosen)
+    return chosen, logits_aux(self, chosen, logits, gate, mask, layer)
 
 
 def sown_leaving(layer: Mapping[str, Any]) -> topology_rule.Leaving:

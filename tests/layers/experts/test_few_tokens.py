@@ -63,7 +63,7 @@ def test_equals_stacked_experts(tokens, use_bias):
   layer = FfnLayer(FfnOptions(F, 'swiglu'), Shared(use_bias=use_bias))
   shapes = {'w_in': (M, F), 'w_gate': (M, F), 'w_out': (F, M)}
   if use_bias:
-    shapes |= {'b_in': (F,), 'b_out': (M,)}
+    shapes |= {'b_in': (F,), 'b_gate': (F,), 'b_out': (M,)}
   params = {
     name: jnp.asarray(rng.normal(size=(E, *shape)), jnp.float32)
     for name, shape in shapes.items()

@@ -69,7 +69,11 @@ def feed_forward(p, x):
 
 
 @pytest.mark.parametrize(
-  ('gated', 'more'), [(True, {}), (False, {'dispatch': Dropless()})]
+  ('gated', 'more'),
+  [
+    (True, {}),
+    pytest.param(False, {'dispatch': Dropless()}, marks=pytest.mark.slow),
+  ],
 )
 def test_it_adds_a_feed_forward_of_every_token(gated, more):
   shared = options(shared_expert=SharedExpertOptions(H, gated), **more)
@@ -107,6 +111,7 @@ def test_a_dropped_token_still_meets_it_and_padding_does_not():
   np.testing.assert_array_equal(y[~mask], np.zeros((T - 4, M)))
 
 
+@pytest.mark.slow
 def test_equal_experts_and_a_shared_one_are_the_dense_twin():
   # Gates sum to one, so that equal experts are one of their width. It and the
   # shared one are a single feed-forward of both widths.
@@ -194,6 +199,7 @@ def test_only_feed_forward_experts_have_one_or_are_cut():
     MoeOptions(expert=expert).fine_grained(2)
 
 
+@pytest.mark.slow
 def test_fine_grained_experts_cost_the_same_but_for_the_router():
   wide = tiny.options(
     dict(expert=FeedForwardExpert(24), shared_expert=SharedExpertOptions(H))

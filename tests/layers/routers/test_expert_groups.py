@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import All, Dropless, Fixed, MoE, MoeOptions, TokenChoice
 from moe_jax.layers.experts import FeedForwardExpert
-from moe_jax.layers.routers import Sizes
+from moe_jax.layers.routers import Sizes, SparseMixer
 from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import G, M, S, draw, route
@@ -49,7 +49,14 @@ def published(options, logits, bias):
 
 
 @pytest.mark.parametrize(
-  'options', [V2, V3, dataclasses.replace(V3, gates='sigmoid')]
+  'options',
+  [
+    V3,
+    pytest.param(V2, marks=pytest.mark.slow),
+    pytest.param(
+      dataclasses.replace(V3, gates='sigmoid'), marks=pytest.mark.slow
+    ),
+  ],
 )
 def test_experts_and_gates_are_those_of_the_papers(options):
   w, x = draw(M, E, seed=1), draw(G, S, M)
@@ -92,7 +99,9 @@ def test_gates_of_sigmoids_that_vanish_stay_finite():
   assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize('options', [V2, V3])
+@pytest.mark.parametrize(
+  'options', [V3, pytest.param(V2, marks=pytest.mark.slow)]
+)
 def test_later_tokens_change_no_earlier_choice(options):
   sizes = Sizes(E, K, Fixed(slots=3))
   assert options.is_causal(sizes) and options.decodes(sizes) is None
@@ -117,11 +126,13 @@ def test_later_tokens_change_no_earlier_choice(options):
   assert (before.expert_index != after.expert_index)[:, 4:].any()
 
 
-def test_dropless_is_a_capacity_with_room_for_all():
+@pytest.mark.slow
+@pytest.mark.parametrize('router', [V3, SparseMixer()])
+def test_dropless_is_a_capacity_with_room_for_all(router):
   options = MoeOptions(
     num_experts=E,
     num_selected=K,
-    router=V3,
+    router=router,
     capacity=All(),
     expert=FeedForwardExpert(hidden=4),
   )

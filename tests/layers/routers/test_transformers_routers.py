@@ -9,13 +9,16 @@ import pytest
 
 from moe_jax import (
   All,
+  Dropless,
   FeedForwardExpert,
   MoE,
   MoeOptions,
   SharedExpertOptions,
   TokenChoice,
 )
+from moe_jax.routing.sparse_mixer_rule import sparse_mixer
 from tests.layers.routers.run import G, M, S, draw, route
+from tests.models import tiny
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip('torch')
@@ -222,3 +225,82 @@ def test_a_sparse_block_of_transformers_has_the_same_outputs(make):
   )
   y, _ = layer.apply(jax.tree.map(jnp.asarray, variables), jnp.asarray(x))
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_sparse_mixer_of_transformers_has_the_same_gates_and_gradient(training):
+  from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+  logits, weights = draw(G * S, E) + 1, draw(G * S, 2, seed=1)
+  theirs = torch.tensor(logits, requires_grad=True)
+  torch.manual_seed(0)
+  gates, index = sparsemixer(theirs, jitter_eps=0.2, training=training)
+  (gates * torch.tensor(weights)).sum().backward()
+
+  def total(logits):
+    chosen, gate = sparse_mixer(
+      logits.reshape(G, S, E),
+      num_selected=2,
+      threshold=0.4,
+      key=tiny.key(0) if training else None,
+      imposed=jnp.asarray(index.numpy().reshape(G, S, 2), jnp.int32)
+      if training
+      else None,
+    )
+    return (gate.reshape(-1, 2) * weights).sum(), (chosen, gate)
+
+  gradient, (chosen, gate) = jax.grad(total, has_aux=True)(jnp.asarray(logits))
+  assert (index[:, 0] != theirs.argmax(-1)).any() == training
+  np.testing.assert_array_equal(chosen.reshape(-1, 2), index)
+  if not training:
+    gates = gates.detach().numpy()
+    np.testing.assert_allclose(gate.reshape(-1, 2), gates, rtol=1e-5)
+  np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_of_gpt_oss_have_biases_and_limits():
+  from transformers.models.gpt_oss import modeling_gpt_oss as library
+
+  config = library.GptOssConfig(
+    hidden_size=M,
+    intermediate_size=4,
+    num_local_experts=E,
+    num_experts_per_tok=K,
+    experts_implementation='eager',
+  )
+  theirs = library.GptOssMLP(config).eval()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for value in theirs.parameters():
+      value.copy_(2 * torch.randn_like(value))
+  x, state = draw(G, S, M), theirs.state_dict()
+  with torch.no_grad():
+    want = theirs(torch.tensor(x))[0].numpy()
+  state = {name: value.numpy() for name, value in state.items()}
+  both, bias = (state[f'experts.gate_up_proj{s}'] for s in ('', '_bias'))
+  params = {
+    'router': {'w': state['router.weight'].T, 'b': state['router.bias']},
+    'experts': {
+      'w_gate': both[..., 0::2],
+      'w_in': both[..., 1::2],
+      'b_gate': bias[..., 0::2],
+      'b_in': bias[..., 1::2],
+      'w_out': state['experts.down_proj'],
+      'b_out': state['experts.down_proj_bias'],
+    },
+  }
+  layer = MoE(
+    MoeOptions(
+      num_experts=E,
+      num_selected=K,
+      router=TokenChoice(gates='renormalized', use_bias=True),
+      capacity=All(),
+      expert=FeedForwardExpert(4, 'clamped_swiglu', bias='all'),
+    )
+  )
+  for dispatch in (layer.options.dispatch, Dropless()):
+    options = dataclasses.replace(layer.options, dispatch=dispatch)
+    y, _ = MoE(options).apply(
+      jax.tree.map(jnp.asarray, {'params': params}), jnp.asarray(x)
+    )
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,160 @@
+"""transformers' Phi-3.5-MoE (arXiv:2404.14219) as a decoder.
+
+Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
+
+- SparseMixer chooses two experts, one after the other; each gate is a
+  probability among the experts near the best that is left.
+- Norms are LayerNorms with a bias, and logits may have one.
+- In texts longer than the first training's, LongRoPE's factor of queries and
+  keys changes, but not the turns of pairs, which stay those of short texts.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.interop import decoder_keys, rotary_keys
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
+from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, layer
+from moe_jax.interop.mapping import Name
+from moe_jax.interop.quirks import ShortTurns
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.positions import Rotary
+from moe_jax.layers.rotary import LongRope
+from moe_jax.layers.routers import SparseMixer
+from moe_jax.models import DecoderOptions
+from moe_jax.options import fields_of
+
+_THETA = 1e6
+_ROPES = ('default', 'longrope')
+KEYS = decoder_keys.keys(
+  dict(
+    vocab_size=32064,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
+    num_experts_per_tok=2,
+    router_aux_loss_coef=0.001,
+  ),
+  honoured={
+    'intermediate_size': (SIZE, 6400),
+    'num_local_experts': (SIZE, 16),
+    'router_jitter_noise': (RATE, 0.01),
+    'sliding_window': (OPTIONAL_COUNT, None),
+    'attention_bias': (bool, False),
+    'lm_head_bias': (bool, False),
+  },
+  training={
+    'input_jitter_noise': (
+      RATE,
+      0.0,
+      0.0,
+      'it multiplies what the experts see too; see moe.jitter for the router',
+    ),
+  },
+  ignored={'hidden_dropout': 'transformers 5.24 does nothing with it'},
+  spelled={'num_experts': 'num_local_experts'},
+)
+
+
+def problems(c: Values) -> Iterator[str]:
+  """A text for each value that our decoders cannot express."""
+  yield from decoder_keys.problems(c, theta=_THETA, rope_types=_ROPES)
+  if c.num_experts_per_tok != 2:
+    given = c.num_experts_per_tok
+    yield f'num_experts_per_tok={given} is not supported, only 2'
+  if c.sliding_window is not None and c.sliding_window < 1:
+    yield f'sliding_window={c.sliding_window} must be at least 1'
+  given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  if given.get('rope_type', given.get('type')) == 'longrope':
+    for name in ('short_mscale', 'long_mscale'):
+      if given.get(name) is None:
+        yield f"rope type 'longrope' lacks {name!r}"
+
+
+def options(c: Values) -> DecoderOptions:
+  """The options of the model."""
+  whole = decoder_keys.options(
+    c,
+    ffn_hidden=c.intermediate_size,
+    num_experts=c.num_local_experts,
+    router=SparseMixer(threshold=2 * float(c.router_jitter_noise)),
+    theta=_THETA,
+    attention=decoder_keys.heads(
+      c,
+      window=c.sliding_window or 0,
+      biases='all' if c.attention_bias else 'none',
+    ),
+  )
+  positions = rotary_keys.rotary(c, _THETA)
+  scaling = positions.scaling
+  if isinstance(scaling, LongRope):
+    scaling = ShortTurns(
+      **{name: getattr(scaling, name) for name in fields_of(LongRope)}
+    )
+  return dataclasses.replace(
+    whole,
+    use_bias=True,
+    norm=LayerNorm(float(c.rms_norm_eps)),
+    positions=dataclasses.replace(positions, scaling=scaling),
+    ffn=dataclasses.replace(whole.ffn, bias='none'),
+    embedding=dataclasses.replace(whole.embedding, logits_bias=c.lm_head_bias),
+  )
+
+
+def describe(o: DecoderOptions) -> dict[str, Any]:
+  """The keys of config.json that a model decides."""
+  positions = o.positions
+  if isinstance(positions, Rotary):
+    scaling = positions.scaling
+    if isinstance(scaling, ShortTurns):
+      scaling = LongRope(
+        **{name: getattr(scaling, name) for name in fields_of(LongRope)}
+      )
+    positions = dataclasses.replace(positions, scaling=scaling)
+  shared = decoder_keys.describe(
+    dataclasses.replace(o, positions=positions), 'Phi-3.5-MoE'
+  )
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  if not isinstance(moe.router, SparseMixer):
+    raise ValueError(f'its router is {type(moe.router).__name__}')
+  return shared | dict(
+    intermediate_size=decoder_keys.expert_of(o).hidden,
+    num_local_experts=moe.num_experts,
+    router_jitter_noise=moe.router.threshold / 2,
+    sliding_window=attention.window or None,
+    attention_bias=attention.has_bias('query', use_bias=False),
+    lm_head_bias=o.embedding.logits_bias,
+  )
+
+
+ARCHITECTURE = Architecture(
+  model_type='phimoe',
+  # The publisher's own code spells the first name like the last one.
+  classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
+  keys=KEYS,
+  problems=lambda c: list(problems(c)),
+  options=options,
+  describe=describe,
+  suits=lambda o: not o.has_encoder,
+  prefix='model.',
+  computed=(r'rotary_emb\.inv_freq$',),
+  names={
+    **ENDS,
+    **BLOCK,
+    'b_logits': (Name('lm_head.bias', 'V'),),
+    'final_norm/bias': (Name('model.norm.bias', 'M'),),
+    **layer('attention_norm/bias', Name('input_layernorm.bias', 'M')),
+    **layer('ffn_norm/bias', Name('post_attention_layernorm.bias', 'M')),
+    **layer(
+      'moe/router/w',
+      Name('block_sparse_moe.gate.weight', 'E M -> M E'),
+      Name('mlp.router.weight', 'E M -> M E'),
+    ),
+    **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
+  },
+)

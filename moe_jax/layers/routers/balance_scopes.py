@@ -1,0 +1,124 @@
+"""Balance losses of other parts of a batch than its routing groups.
+
+Loads can be even in each sequence, on each device, or in a whole batch; the
+wider the scope, the more an expert may specialise (arXiv:2501.11873). Several
+losses count at once, each with its own weight. The loss of each routing group,
+`balance_weight`, is in `balancing.py`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.routers.balancing import BalanceLoss, loss_weight
+from moe_jax.layers.routers.by_token import open_columns
+from moe_jax.layers.routers.contract import Router
+from moe_jax.options import above, at_least, one_of, option
+from moe_jax.routing.aux_losses import balance_of_parts, balance_sums
+from moe_jax.routing.balance_bias import SCORES
+from moe_jax.shapes import Array, Bool, Float32, Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class ScopedBalanceLoss(BalanceLoss):
+  """The options of a router with balance losses of several scopes."""
+
+  sequence_balance_weight: float = loss_weight(
+    0.0,
+    'balance loss of each row of the batch by itself, whatever the groups are '
+    '(Eq. 12 of arXiv:2401.06066, DeepSeekMoE; Eq. 17 of arXiv:2412.19437, V3)',
+  )
+  batch_balance_weight: float = loss_weight(
+    0.0,
+    'balance loss of every batch_balance_rows consecutive rows, such as those '
+    'of one device',
+  )
+  batch_balance_rows: int = option(
+    8,
+    'Number of consecutive rows of the batch over which batch_balance_weight '
+    'counts loads and probabilities, whatever devices a run has.',
+    at_least(1),
+    when={'batch_balance_weight': above(0)},
+    how=True,
+  )
+  global_balance_weight: float = loss_weight(
+    0.0,
+    'balance loss of the whole batch of a step, over all devices '
+    '(arXiv:2501.11873); the batch must not be split into microbatches',
+  )
+  balance_scores: str = option(
+    'softmax',
+    "Probabilities of the balance losses: the 'softmax' of the logits, or each "
+    "'sigmoid' divided by the sum of all of the token's (Eq. 19 of "
+    'arXiv:2412.19437, DeepSeek-V3).',
+    one_of(*SCORES),
+    how=True,
+  )
+
+  def balance_probs(self, logits):
+    """The probabilities by `balance_scores`; see `BalanceLoss`."""
+    if self.balance_scores == 'sigmoid':
+      logits = jax.nn.log_sigmoid(logits)
+    return super().balance_probs(logits)
+
+  def problem_of_rows(self, rows, microbatches):
+    """The reason why microbatches do not show what a loss counts."""
+    if self.global_balance_weight and microbatches > 1:
+      return (
+        f'global_balance_weight={self.global_balance_weight} with '
+        f'microbatches={microbatches}: a microbatch does not show the loads of '
+        'the batch; use batch_balance_weight with batch_balance_rows, or '
+        'microbatches=1'
+      )
+    parted = self.batch_balance_weight and rows % self.batch_balance_rows
+    if not parted:
+      return None
+    return (
+      f'batch_balance_rows={self.batch_balance_rows} does not divide the '
+      f'{rows} rows of a microbatch'
+    )
+
+
+def scoped_losses(
+  module: Router,
+  logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  layer: int | Int32[Array, ''],
+) -> dict[str, Float32[Array, '']]:
+  """The losses of `ScopedBalanceLoss` that have a weight, by their names.
+
+  They are totals, as those of `MoeAux`. Masked columns are no experts of them.
+
+  Args:
+    module: The router.
+    logits: The logits without noise.
+    expert_index: The columns that tokens chose.
+    mask: False for padding.
+    layer: The number of the layer, some of whose columns may be masked.
+  """
+  o, (G, S) = module.options, mask.shape
+  T = module.sizes.row_length or S
+  rows = {
+    'sequence_balance': 1,
+    'batch_balance': o.batch_balance_rows,
+    'global_balance': -(-G * S // T),
+  }
+  rows = {name: n for name, n in rows.items() if getattr(o, f'{name}_weight')}
+  if not rows:
+    return {}
+  there = open_columns(module, layer)
+  if there is not None:
+    logits = jnp.where(there, logits, -jnp.inf)
+  # Rows and groups are cut into parts that lie in one of each.
+  unit = math.gcd(S, T)
+  sums = balance_sums(
+    o.balance_probs(logits), expert_index, mask, unit, o.balance_choices
+  )
+  share = 1.0 if there is None else there.mean()
+  return {
+    f'{name}_loss': share * balance_of_parts(sums, n * T // unit)
+    for name, n in rows.items()
+  }

@@ -1,0 +1,130 @@
+"""Soft MoE: slots are mixtures of tokens, and tokens mixtures of slots.
+
+https://arxiv.org/abs/2308.00951. For encoders alone, as every output depends on
+all tokens of its group. The rule is `moe_jax.routing.soft_rule`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from moe_jax import routing
+from moe_jax.layers import parameters
+from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.layers.routers.linear_gate import AXES, ROLE
+from moe_jax.options import at_least, option
+from moe_jax.routing.capacity import CAPACITIES
+from moe_jax.routing.soft_rule import soft_routing
+from moe_jax.shapes import Array, Float32
+
+# The squared length from which on vectors are made of unit length.
+_LEAST = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Soft(RouterOptions):
+  """The options of Soft MoE, whose experts have slots of their own number."""
+
+  by_expert: ClassVar[bool] = True
+  mixes: ClassVar[bool] = True
+
+  slots_per_expert: int = option(
+    1,
+    'Number p of slots of each expert in a group, each with parameters of its '
+    'own (arXiv:2308.00951); num_experts times it are multiplied, whatever the '
+    'length of the group is.',
+    at_least(1),
+  )
+
+  def problems_with(self, sizes):
+    """The problems of K and E, and of a capacity that says something else."""
+    yield from super().problems_with(sizes)
+    if sizes.capacity.binds:
+      yield (
+        f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r}: the slots of '
+        "router.kind='soft' are its slots_per_expert, and no token is dropped; "
+        "use 'all'"
+      )
+
+  def module(self, sizes, shared, name=None):
+    """The router's linen module."""
+    return SoftRouter(self, sizes, shared, name=name)
+
+  def leak(self, sizes):
+    """The reason why mixtures of all tokens leak the future."""
+    del sizes
+    return (
+      "router.kind='soft' mixes all tokens of a group in every slot, so that "
+      "later tokens change earlier outputs; use 'token_choice'"
+    )
+
+  def decodes(self, sizes):
+    """The reason why tokens are not mixed one by one."""
+    del sizes
+    return (
+      'Soft MoE mixes all tokens of a group, which are not there while they '
+      'are generated; an encoder can'
+    )
+
+  def serving_all(self, sizes):
+    """None: it mixes as in training."""
+    return None
+
+  def drops(self, sizes):
+    """False: no token is dropped."""
+    return False
+
+  def training_slots(self, sizes, group_size):
+    """The slots of an expert, for a group of any length."""
+    return self.slots_per_expert
+
+  def multiply_adds(self, sizes, width):
+    """The multiplications of one token with the parameters of all slots."""
+    return width * sizes.num_experts * self.slots_per_expert
+
+
+class SoftRouter(Router):
+  """The cosine of each token and each slot's parameters, times a scale."""
+
+  options: Soft
+
+  def route(self, x, mask, train, router_ids, layer):
+    """Routes each group by itself; see `Router`."""
+    del train, router_ids, layer
+    E, K = self.sizes.num_experts, self.sizes.num_selected
+    p, M = self.options.slots_per_expert, x.shape[-1]
+    kernel = parameters.kernel(
+      self.shared,
+      (*AXES, None),
+      role=ROLE,
+      in_axis=0,
+      out_axis=(1, 2),
+    )
+    w = self.param('w', kernel, (M, E, p), jnp.float32)
+    init = parameters.scale((None,), role=ROLE)
+    scale = self.param('scale', init, (1,), jnp.float32)[:, None, None]
+    x = of_unit_length(x.astype(jnp.float32), -1)
+    w = scale * of_unit_length(w, 0)
+    logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
+    chosen = soft_routing(logits, mask)
+    gates = chosen.token_gates()
+    none = jnp.zeros((K,), jnp.float32)
+    stats = routing.mixture_stats(
+      gates, jnp.log(jnp.maximum(gates, 1e-30)), mask, E
+    )
+    # A token's weights are K choices, divided among all experts.
+    load = K * stats.load
+    return chosen, routing.empty_aux(E, K)._replace(
+      stats=stats._replace(
+        load=load, kept_load=load, overflowed=none, unsent=none
+      )
+    )
+
+
+def of_unit_length(
+  x: Float32[Array, '...'], axis: int
+) -> Float32[Array, '...']:
+  """The vectors along an axis, divided by their lengths; 0 stays 0."""
+  square = (x**2).sum(axis, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(square, _LEAST))

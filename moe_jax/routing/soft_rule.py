@@ -1,0 +1,135 @@
+"""Soft MoE: every slot holds a mixture of all tokens of a group.
+
+https://arxiv.org/abs/2308.00951. No token is chosen or dropped: a slot is a
+weighted mean of the tokens, and a token's output a weighted mean of the outputs
+of all slots. There is nothing to gather by index, so tokens move by products
+(`moe_jax.dispatch.einsum`) alone.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing.assignments import Routing, SlotRouting, TokenChoices
+from moe_jax.routing.rows import decided
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf
+
+# A finite logit whose softmax is 0 beside any other; -inf alone would be NaN.
+_NEVER = -1e30
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['share', 'gate'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class SoftRouting:
+  """The weights between tokens and slots; its methods are those of `Routing`.
+
+  Attributes:
+    share: float32 [G, S, E, C], the part of each token in each slot; those of
+      a slot sum to 1, and padding has 0.
+    gate: float32 [G, S, E, C], the weight of each slot's output in each token;
+      those of a token sum to 1, and padding has 0.
+  """
+
+  share: Leaf
+  gate: Leaf
+
+  def shape_hints(self) -> dict[str, Any]:
+    """The array type of each field; see `shape_checks.HasShapes`."""
+    return {
+      'share': Float[Array, 'G S E C'],
+      'gate': Float[Array, 'G S E C'],
+    }
+
+  def static_sizes(self) -> dict[str, int]:
+    """None, as the arrays tell all sizes."""
+    return {}
+
+  @property
+  def num_experts(self) -> int:
+    """E, the number of experts."""
+    return self.gate.shape[2]
+
+  @property
+  def capacity(self) -> int:
+    """C, the number of slots of an expert in each group."""
+    return self.gate.shape[3]
+
+  @property
+  def group_size(self) -> int:
+    """S, the number of tokens in a group."""
+    return self.gate.shape[1]
+
+  def slot_mask(self) -> Bool[Array, 'G S E C']:
+    """Whether a part of each token is in each slot."""
+    return self.share > 0
+
+  def slot_shares(self) -> Float32[Array, 'G S E C']:
+    """The part of each token in each slot."""
+    return self.share
+
+  def slot_weights(self) -> Float32[Array, 'G S E C']:
+    """The weight of each slot's output in each token."""
+    return self.gate
+
+  def token_gates(self) -> Float32[Array, 'G S E']:
+    """The weight of all of an expert's slots in each token."""
+    return self.gate.sum(-1)
+
+  def by_token(self, mask: Bool[Array, 'G S']) -> TokenChoices:
+    """Each real token with all E experts, which all serve it."""
+    shape = (*mask.shape, self.num_experts)
+    kept = jnp.broadcast_to(mask[..., None], shape)
+    expert = jnp.where(kept, jnp.arange(shape[-1], dtype=jnp.int32), -1)
+    return TokenChoices(expert, self.token_gates(), kept)
+
+  def rows_per_expert(self) -> Int32[Array, ' E']:
+    """The number of slots of each expert, over all groups."""
+    G, _, E, C = self.gate.shape
+    return jnp.full(E, G * C, jnp.int32)
+
+  def of_experts(
+    self, number: Int32[Array, ' E'], num_experts: int
+  ) -> 'SoftRouting':
+    """See `Routing.of_experts`."""
+    E = self.num_experts
+    old = jnp.full(num_experts, E, jnp.int32)
+    old = decided(old.at[number].set(jnp.arange(E), mode='drop'))
+    taken = functools.partial(
+      jnp.take, indices=old, axis=2, mode='fill', fill_value=0.0
+    )
+    return SoftRouting(taken(self.share), taken(self.gate))
+
+
+# What a router returns and a dispatch by slots takes.
+AnyRouting = Routing | SlotRouting | SoftRouting
+
+
+@checked
+def soft_routing(
+  logits: Float32[Array, 'G S E C'], mask: Bool[Array, 'G S'] | None = None
+) -> SoftRouting:
+  """Mixes all tokens of a group in every slot, and all slots in every token.
+
+  The shares are the softmax of the logits over the tokens of a group, and the
+  gates that over all slots of all experts.
+
+  Args:
+    logits: The logits of tokens and slots.
+    mask: False for padding, which no slot holds. Default: all real.
+
+  Source: Eq. 1-3 of arXiv:2308.00951.
+  """
+  if mask is None:
+    mask = jnp.ones(logits.shape[:2], bool)
+  real = mask[..., None, None]
+  share = jax.nn.softmax(jnp.where(real, logits, _NEVER), axis=1)
+  gate = jax.nn.softmax(logits, axis=(2, 3))
+  return SoftRouting(jnp.where(real, share, 0.0), jnp.where(real, gate, 0.0))

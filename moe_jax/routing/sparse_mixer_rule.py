@@ -1,0 +1,79 @@
+"""SparseMixer: experts are drawn one after another, by tempered softmaxes.
+
+SparseMixer-v2 (GRIN, https://arxiv.org/abs/2409.12136), the router of
+Phi-3.5-MoE. In training an expert is drawn from the softmax of the logits that
+are near the largest, and its gate has the gradient that makes up for the draw;
+in inference the likeliest one is taken. Every further choice is made likewise
+among the experts that are left. Gates of a token do not sum to one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing.rows import decided
+from moe_jax.routing.size_checks import check_selected
+from moe_jax.routing.token_choice_rule import at_choices
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Float32, Int32, PRNGKey
+
+# A draw other than the likeliest expert keeps its whole gate with the
+# probability of a quarter, and a third of it otherwise: Heun's third-order
+# method, by which the expected output is integrated.
+_WHOLE, _SHARE = 0.25, 1 / 3
+
+
+@checked
+def sparse_mixer(
+  router_logits: Float32[Array, 'G S E'],
+  *,
+  num_selected: int,
+  threshold: float = 0.02,
+  key: PRNGKey | None = None,
+  imposed: Int32[Array, 'G S K'] | None = None,
+) -> tuple[Int32[Array, 'G S K'], Float32[Array, 'G S K']]:
+  """The experts of each token, in the order of their choice, and their gates.
+
+  An expert with logit x takes part in a choice if (max - x) / max(|x|, max) is
+  at most `threshold`, where max is the largest logit that is left. Ties go to
+  the lower expert.
+
+  Args:
+    router_logits: The logits.
+    num_selected: K; 2 in the paper and in Phi-3.5-MoE.
+    threshold: The threshold.
+    key: The key of the draws; None takes the likeliest experts (inference).
+    imposed: Experts that are chosen instead, or a negative number where the
+      rule chooses. The gate of one that takes no part in the choice is 0.
+
+  Returns:
+    The experts, and their gates, whose gradient is that of the softmax at the
+    expert, also where a third of the gate is taken.
+  """
+  E, K = router_logits.shape[-1], num_selected
+  check_selected(K, E)
+  left, experts, gates = router_logits, [], []
+  for k in range(K):
+    largest = left.max(-1, keepdims=True)
+    scale = jnp.maximum(jnp.abs(router_logits), largest)
+    # Where both are zero it is no number, and the expert takes part.
+    far = (largest - router_logits) / scale > threshold
+    near = jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left)
+    best = expert = left.argmax(-1).astype(jnp.int32)
+    if key is not None:
+      key, noise_key, whole_key = jax.random.split(key, 3)
+      noise = jax.random.gumbel(noise_key, near.shape, near.dtype)
+      expert = (near + noise).argmax(-1).astype(jnp.int32)
+    if imposed is not None:
+      given = imposed[..., k]
+      expert = jnp.where(given >= 0, given, expert)
+    expert = decided(expert)
+    gate = at_choices(jax.nn.softmax(near), expert[..., None])[..., 0]
+    if key is not None:
+      whole = jax.random.bernoulli(whole_key, _WHOLE, expert.shape)
+      lost = jnp.where(whole | (expert == best), 0.0, 1 - _SHARE)
+      gate = gate - jax.lax.stop_gradient(gate * lost)
+    experts.append(expert)
+    gates.append(gate)
+    chosen = jax.nn.one_hot(expert, E, dtype=jnp.bool_)
+    left = jnp.where(chosen, -jnp.inf, left)
+  return jnp.stack(experts, -1), jnp.stack(gates, -1)

@@ -1,0 +1,152 @@
+"""Balance losses of rows, of several rows, and of the whole batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import All, MoeOptions, Shared, TokenChoice, models, partitioning
+from moe_jax.layers.routers import Sizes
+from moe_jax.layers.routers.sizes import TiedColumns
+from moe_jax.models.model_options import RunShape
+from tests import reference
+
+B, T, E, K, M = 8, 6, 5, 2, 4
+NAMES = ('sequence_balance', 'batch_balance', 'global_balance')
+ALL_SCOPES = TokenChoice(
+  sequence_balance_weight=1.0,
+  batch_balance_weight=1.0,
+  batch_balance_rows=3,
+  global_balance_weight=1.0,
+)
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape).astype(np.float32)
+
+
+def aux_of(options, x, mask, w, row_length=T, num_selected=K, tied=None):
+  sizes = Sizes(w.shape[1], num_selected, All(), tied, row_length)
+  module = options.module(sizes, Shared(), 'router')
+  params = {'params': {'w': jnp.asarray(w)}}
+  run = jax.jit(lambda x, mask: module.apply(params, x, mask))
+  return run(jnp.asarray(x), jnp.asarray(mask))[1]
+
+
+def test_even_in_the_batch_is_not_even_in_each_row():
+  # Both tokens of the first row choose expert 0, with a probability of 0.8,
+  # and those of the second row expert 1. In each row the loss is
+  # 2 * (1 * 0.8 + 0 * 0.2) = 1.6; in both rows together loads and mean
+  # probabilities are 1/2, and the loss is 1.
+  x = np.log([[[0.8, 0.2]] * 2, [[0.2, 0.8]] * 2]).astype(np.float32)
+  options = dataclasses.replace(ALL_SCOPES, batch_balance_rows=1)
+  aux = aux_of(options, x, np.ones((2, 2), bool), np.eye(2), 2, 1)
+  for name, loss in zip(NAMES, (1.6, 1.6, 1.0), strict=True):
+    total = getattr(aux, f'{name}_loss')
+    np.testing.assert_allclose(total / 4, loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('group_size', 'scores'),
+  [
+    pytest.param(T // 2, 'softmax', marks=pytest.mark.slow),
+    pytest.param(T, 'sigmoid', marks=pytest.mark.slow),
+    (3 * T, 'softmax'),
+    pytest.param(B * T, 'softmax', marks=pytest.mark.slow),
+  ],
+)
+def test_losses_are_those_of_rows_whatever_the_groups(group_size, scores):
+  options = dataclasses.replace(
+    ALL_SCOPES, balance_scores=scores, balance_choices='first'
+  )
+  x, w = draw(B, T, M), draw(M, E, seed=1)
+  mask = np.random.default_rng(2).random((B, T)) < 0.8
+  mask[2] = False
+  padding = -(B * T) % group_size
+  groups = np.pad(x.reshape(-1, M), ((0, padding), (0, 0)))
+  in_groups = np.pad(mask.ravel(), (0, padding)).reshape(-1, group_size)
+  aux = aux_of(options, groups.reshape(-1, group_size, M), in_groups, w)
+  logits = x.astype(np.float64) @ w
+  probs = reference.softmax(logits)
+  if scores == 'sigmoid':
+    probs = 1 / (1 + np.exp(-logits))
+    probs = probs / probs.sum(-1, keepdims=True)
+  index = np.argsort(-logits, -1)[..., :K]
+  for name, rows in zip(NAMES, (1, 3, B), strict=True):
+    total = 0.0
+    for b in range(0, B, rows):
+      some = [a[b : b + rows] for a in (probs, index, mask)]
+      some = [a.reshape(1, -1, *a.shape[2:]) for a in some]
+      (loss,) = reference.balance_loss(*some, choices='first')
+      total += loss * some[2].sum()
+    value = getattr(aux, f'{name}_loss')
+    np.testing.assert_allclose(value, total, rtol=1e-5, err_msg=name)
+
+
+def test_losses_without_weight_are_not_computed():
+  options = TokenChoice(sequence_balance_weight=0.1)
+  aux = aux_of(options, draw(B, T, M), np.ones((B, T), bool), draw(M, E))
+  assert aux.sequence_balance_loss > 0 and aux.balance_loss > 0
+  assert aux.batch_balance_loss == aux.global_balance_loss == 0
+
+
+@pytest.mark.slow
+def test_masked_columns_are_no_experts_of_them():
+  # Two tokens choose columns 0 and 2 evenly; column 1 leads nowhere.
+  x, tied = np.eye(2)[None], TiedColumns(((0, (0, -1, 1)),))
+  w = np.array([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0]], np.float32)
+  aux = aux_of(ALL_SCOPES, x, np.ones((1, 2), bool), w, 2, 1, tied)
+  for name in NAMES:
+    np.testing.assert_allclose(getattr(aux, f'{name}_loss'), 2.0, rtol=1e-5)
+
+
+def test_the_batch_is_that_of_all_devices():
+  mesh = partitioning.make_mesh({'data': 8})
+  options = dataclasses.replace(ALL_SCOPES, batch_balance_rows=4)
+  sizes = Sizes(E, K, All(), row_length=T)
+  module = options.module(sizes, Shared(), 'router')
+  x, mask = draw(B, T, M), np.random.default_rng(2).random((B, T)) < 0.7
+
+  @jax.jit
+  def losses_and_gradient(w, x, mask):
+    def losses(w):
+      _, aux = module.apply({'params': {'w': w}}, x, mask)
+      return jnp.stack([getattr(aux, f'{name}_loss') for name in NAMES])
+
+    return losses(w), jax.jacrev(losses)(w)
+
+  w = jnp.asarray(draw(M, E, seed=1))
+  one = losses_and_gradient(w, jnp.asarray(x), jnp.asarray(mask))
+  place = NamedSharding(mesh, PartitionSpec('data'))
+  spread = losses_and_gradient(w, *jax.device_put((x, mask), place))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    one,
+    spread,
+  )
+  # Rows of one device alone have another loss.
+  own = aux_of(options, x[:1], mask[:1], w).global_balance_loss / mask[0].sum()
+  assert abs(own - one[0][2] / mask.sum()) > 0.01
+
+
+def problems(router, **run):
+  options = models.DecoderOptions(vocab_size=9, moe=MoeOptions(router=router))
+  shape = RunShape(**{'total_steps': 9, 'seq_len': 8, 'microbatches': 1, **run})
+  return list(options.problems_in(shape))
+
+
+def test_microbatches_that_hide_the_batch_are_refused():
+  (problem,) = problems(
+    TokenChoice(global_balance_weight=0.1), rows=4, microbatches=2
+  )
+  assert problem.startswith('model.moe.router: global_balance_weight=0.1 with')
+  assert 'use batch_balance_weight with batch_balance_rows' in problem
+  assert not problems(TokenChoice(global_balance_weight=0.1), rows=4)
+  rows = TokenChoice(batch_balance_weight=0.1, batch_balance_rows=3)
+  (problem,) = problems(rows, rows=4)
+  assert 'batch_balance_rows=3 does not divide the 4 rows' in problem
+  assert not problems(rows, rows=6, microbatches=2)

@@ -1,0 +1,178 @@
+"""Soft MoE: mixtures in slots, against a loop; for encoders alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import (
+  All,
+  Dropless,
+  Einsum,
+  FeedForwardExpert,
+  Gather,
+  MoE,
+  MoeOptions,
+  models,
+  partitioning,
+)
+from moe_jax.analysis import cost
+from moe_jax.layers.routers import Sizes, Soft
+from moe_jax.layers.shared import RULES, Shared
+from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.routing import soft_routing
+from tests import reference
+from tests.models import tiny
+
+B, T, M, E, P, F = 8, 7, 6, 4, 3, 5
+OPTIONS = MoeOptions(
+  num_experts=E,
+  router=Soft(slots_per_expert=P),
+  capacity=All(),
+  expert=FeedForwardExpert(F, 'relu'),
+  dispatch=Einsum(),
+)
+
+
+def draw(*shape, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=shape).astype(np.float32)
+
+
+PARAMS = {
+  'router': {'w': draw(M, E, P, seed=1), 'scale': np.array([2.5], np.float32)},
+  'experts': {'w_in': draw(E, M, F, seed=2), 'w_out': draw(E, F, M, seed=3)},
+}
+MASK = np.arange(T)[None] < np.array([T, 4, 1, 0, T, T, 2, T])[:, None]
+
+
+@jax.jit
+def run(params, x, mask):
+  return MoE(OPTIONS).apply({'params': params}, x, mask)
+
+
+def test_a_slot_is_a_mean_of_tokens_and_a_token_one_of_slots():
+  # Two tokens and two experts of one slot. The first slot weighs tokens 3 to 1,
+  # the second equally; the third token is padding. The first token weighs the
+  # slots 3 to 1, the second equally.
+  logits = jnp.log(jnp.array([[[[3.0], [1.0]], [[1.0], [1.0]], [[9.0], [9]]]]))
+  chosen = soft_routing(logits, jnp.array([[True, True, False]]))
+  share = [[0.75, 0.5], [0.25, 0.5], [0, 0]]
+  np.testing.assert_allclose(chosen.share[0, ..., 0], share, rtol=1e-6)
+  gate = [[0.75, 0.25], [0.5, 0.5], [0, 0]]
+  np.testing.assert_allclose(chosen.gate[0, ..., 0], gate, rtol=1e-6)
+  np.testing.assert_allclose(chosen.token_gates()[0], gate, rtol=1e-6)
+  assert chosen.rows_per_expert().tolist() == [1, 1]
+  swapped = chosen.of_experts(jnp.array([1, 2]), 2)
+  np.testing.assert_allclose(
+    swapped.share[0, ..., 0], [[0, 0.75], [0, 0.25], [0, 0]], rtol=1e-6
+  )
+
+
+def test_a_layer_equals_a_loop_over_slots():
+  x = draw(B, T, M)
+  y, aux = run(PARAMS, jnp.asarray(x), jnp.asarray(MASK))
+  p = {n: v.astype(np.float64) for n, v in PARAMS['experts'].items()}
+  experts = [
+    lambda v, e=e: np.maximum(v @ p['w_in'][e], 0) @ p['w_out'][e]
+    for e in range(E)
+  ]
+  for b in range(B):
+    real = x[b, MASK[b]].astype(np.float64)
+    if len(real):
+      want = reference.soft_moe(real, PARAMS['router']['w'], 2.5, experts)
+      np.testing.assert_allclose(y[b, MASK[b]], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(y[b, ~MASK[b]], 0)
+  np.testing.assert_allclose(aux.stats.load.sum(), MASK.sum(), rtol=1e-5)
+  assert aux.stats.overflowed.sum() == 0
+
+
+@pytest.mark.slow
+def test_padding_has_no_gradient_and_none_is_nan():
+  x = np.where(MASK[..., None], draw(B, T, M), np.nan).astype(np.float32)
+
+  def loss(params, x):
+    return (run(params, x, jnp.asarray(MASK))[0] ** 2).sum()
+
+  d_params, dx = jax.jit(jax.grad(loss, (0, 1)))(PARAMS, jnp.asarray(x))
+  for leaf in jax.tree.leaves(d_params):
+    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
+  np.testing.assert_array_equal(np.asarray(dx)[~MASK], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [dict(data=8), dict(data=2, expert=4)])
+def test_a_layer_on_a_mesh_equals_one_device(sizes):
+  mesh = partitioning.make_mesh(sizes)
+  layer = MoE(OPTIONS, Shared(rules=RULES))
+
+  @jax.jit
+  def value_and_gradient(params, x, mask):
+    def loss(params):
+      y, _ = layer.apply({'params': params}, x, mask)
+      return (y**2).sum(), y
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  params = jax.tree.map(jnp.asarray, PARAMS)
+  one = value_and_gradient(params, jnp.asarray(draw(B, T, M)), MASK)
+  places = [
+    partitioning.sharding(mesh, RULES, ('batch', *[None] * n), (B, *[T] * n))
+    for n in (2, 1)
+  ]
+  x, mask = map(jax.device_put, (draw(B, T, M), MASK), places)
+  spread = value_and_gradient(params, x, mask)
+  tiny.assert_trees_close(one, spread, rtol=1e-3, atol=1e-4)
+
+
+def test_an_encoder_has_it_and_its_slots_are_counted():
+  soft = {
+    'router': {'kind': 'soft', 'soft': {'slots_per_expert': 2}},
+    'dispatch': {'kind': 'einsum'},
+    'capacity': {'kind': 'all'},
+    'layers': '1',
+  }
+  model = tiny.build(
+    dict(layers='none'),
+    kind='encoder_decoder',
+    encoder=EncoderOptions(2, {'moe': soft}),
+  )
+  assert not model.leaks_future and model.sparse_layers == (1,)
+  shapes = jax.eval_shape(
+    lambda key: models.init_params(model, key), jax.random.key(0)
+  )
+  kernels = [x for x in jax.tree.leaves(shapes) if x.shape[-2:] == (5, 2)]
+  assert len(kernels) == 1
+  assert cost.count(model, 10).encoder.router == 2 * 12 * 5 * 2
+
+
+@pytest.mark.parametrize('leak', [False, True])
+def test_a_decoder_is_refused_whatever_it_allows(leak):
+  moe = dataclasses.replace(OPTIONS, allow_future_leak=leak)
+  with pytest.raises(ValueError, match='for encoders alone') as e:
+    models.DecoderOptions(vocab_size=9, moe=moe)
+  (problem,) = e.value.problems
+  assert 'in model.encoder.overrides' in problem
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(dispatch=Gather()), "'gather' moves whole tokens.*use.*'einsum'"),
+    (dict(dispatch=Dropless()), "'dropless' moves whole tokens"),
+    (dict(capacity=MoeOptions().capacity), "slots_per_expert.*use 'all'"),
+  ],
+)
+def test_what_cannot_serve_mixtures_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(OPTIONS, **changes)
+
+
+def test_it_does_not_decode_and_takes_no_choices():
+  router, sizes = Soft(), Sizes(E, 1, All())
+  assert 'an encoder can' in router.decodes(sizes)
+  assert 'takes no others' in router.replays(sizes)
+  with pytest.raises(ValueError, match='slots_per_expert=0 must be at least'):
+    Soft(slots_per_expert=0)

@@ -1,0 +1,96 @@
+"""SparseMixer: choices in turn, draws, and the gradient that goes with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.routing.sparse_mixer_rule import sparse_mixer
+from tests import reference
+from tests.models import tiny
+
+RULE = dict(num_selected=2, threshold=0.3)
+
+
+def logits_of(*values):
+  return jnp.array([[values]], jnp.float32)
+
+
+def test_each_choice_is_a_softmax_of_the_logits_near_the_largest():
+  # The largest logit is 4. Of the others 3 is within 0.3 of it, as (4 - 3) / 4
+  # is 0.25, and 2 is not. Once expert 2 is gone, 3 is the largest, and (3 - 2)
+  # / 3 is more than 0.3, so that its gate is 1.
+  index, gate = sparse_mixer(logits_of(2, 3, 4, -1), **RULE)
+  assert index.tolist() == [[[2, 1]]]
+  first = np.exp(4) / (np.exp(4) + np.exp(3))
+  np.testing.assert_allclose(gate, [[[first, 1.0]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('threshold', 'shift'), [(0.0, 0), (0.3, -3), (0.3, 3), (1.5, 0)]
+)
+def test_it_equals_a_loop_over_tokens(shift, threshold):
+  G, S, E, K = 2, 7, 5, 3
+  rng = np.random.default_rng(0)
+  # Rounded, so that logits tie and some are zero.
+  logits = rng.normal(shift, 1, (G, S, E)).round(0).astype(np.float32)
+  rule = dict(num_selected=K, threshold=threshold)
+  index, gate = sparse_mixer(jnp.asarray(logits), **rule)
+  for g, s in np.ndindex(G, S):
+    row = logits[g, s].astype(np.float64)
+    experts, gates = reference.sparse_mixer(row, K, threshold)
+    assert index[g, s].tolist() == experts
+    np.testing.assert_allclose(gate[g, s], gates, rtol=1e-5)
+
+
+def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
+  # Of four experts the last is too far for the first choice.
+  logits = jnp.broadcast_to(logits_of(4.0, 3.5, 3.0, 1.0), (1, 8000, 4))
+  index, gate = sparse_mixer(logits, **RULE, key=tiny.key(0))
+  probs = reference.softmax(np.array([4.0, 3.5, 3.0]))
+  first, share = np.asarray(index[0, :, 0]), np.asarray(gate[0, :, 0])
+  frequency = np.bincount(first, minlength=4) / 8000
+  # The standard deviation of a frequency is at most sqrt(0.25 / 8000) = 0.006.
+  np.testing.assert_allclose(frequency, [*probs, 0], atol=0.024)
+  np.testing.assert_allclose(share[first == 0], probs[0], rtol=1e-5)
+  for e in (1, 2):
+    parts = share[first == e] / probs[e]
+    whole = np.isclose(parts, 1, atol=1e-4)
+    np.testing.assert_allclose(parts[~whole], 1 / 3, rtol=1e-4)
+    assert abs(whole.mean() - 0.25) < 0.05
+  # No token has the same expert twice.
+  assert (index[0, :, 0] != index[0, :, 1]).all()
+
+
+def test_the_gradient_is_that_of_the_whole_gate():
+  imposed = jnp.array([[[1, 0]]], jnp.int32)
+  logits = logits_of(4.0, 3.5, 3.0)
+
+  def total(logits, key):
+    index, gate = sparse_mixer(logits, **RULE, key=key, imposed=imposed)
+    return (gate * jnp.array([[[2.0, 3.0]]])).sum(), (index, gate)
+
+  run = jax.jit(jax.value_and_grad(total, has_aux=True))
+  results = [run(logits, tiny.key(seed)) for seed in range(12)]
+  p, q = (reference.softmax(np.array(v)) for v in ([4.0, 3.5, 3], [4, 3.0]))
+  # d gate_e / d logit_j is gate_e (1[e=j] - p_j), for both choices.
+  want = 2 * p[1] * (np.array([0, 1, 0]) - p)
+  want[[0, 2]] += 3 * q[0] * (np.array([1, 0]) - q)
+  for (_, (index, gate)), gradient in results:
+    assert index.tolist() == [[[1, 0]]]
+    np.testing.assert_allclose(gradient[0, 0], want, rtol=1e-4, atol=1e-6)
+    assert np.isclose(gate[0, 0, 0], [p[1], p[1] / 3], rtol=1e-4).any()
+    np.testing.assert_allclose(gate[0, 0, 1], q[0], rtol=1e-5)
+  assert len({float(r[0][1][1][0, 0, 0]) for r in results}) == 2
+
+
+def test_a_choice_that_takes_no_part_has_no_gate():
+  imposed = jnp.array([[[3, -1]]], jnp.int32)
+  index, gate = sparse_mixer(logits_of(2, 3, 4, -1), **RULE, imposed=imposed)
+  assert index.tolist() == [[[3, 2]]]
+  assert gate[0, 0, 0] == 0 and gate[0, 0, 1] > 0
+
+
+def test_too_many_choices_are_refused():
+  with pytest.raises(ValueError, match=r'num_selected=3 not in \[1'):
+    sparse_mixer(logits_of(1, 2), num_selected=3)
