@@ -4,6 +4,7 @@ Gradients, the state of an optimizer and temporary arrays are not counted. Not
 here: the memory of devices (`devices.py`).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -75,11 +76,15 @@ def cache_bytes(
   a = block.attention.within(model.embedding.width)
   itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
   values = a.uncompressed_values if uncompressed else a.cached_values
-  slot = len(decoder.stack.sparse) * values
-  slots = max_len + (encoder_len if decoder.memory_len else 0)
+  # Generation lays layers out one by one.
+  stack = dataclasses.replace(decoder.stack, stacked=False)
+  slots = sum(stack.cache_lengths(max_len))
+  flags, memory_len = max_len, encoder_len if decoder.memory_len else 0
+  slots += memory_len * len(stack.sparse)
   # A flag for each slot; the next position and the last token of each row; the
   # length of the cache.
-  return batch_size * slots * (slot * itemsize + 1) + 8 * batch_size + 4
+  flags += memory_len
+  return batch_size * (slots * values * itemsize + flags + 8) + 4
 
 
 def serving_bytes(

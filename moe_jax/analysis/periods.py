@@ -106,4 +106,12 @@ def _of_periods(layers: Any, loops: list[Segment], index: int) -> Any:
     layers=','.join(map(str, sparse)) or 'none',
     retained=layers.moe.retained.renumbered(tuple(numbers)),
   )
-  return dataclasses.replace(layers, num_layers=len(numbers), moe=moe)
+  attention = layers.attention
+  if attention.window:
+    full = [i for i, old in enumerate(numbers) if layers.full[old]]
+    attention = dataclasses.replace(
+      attention, full_layers=','.join(map(str, full)) or 'none'
+    )
+  return dataclasses.replace(
+    layers, num_layers=len(numbers), moe=moe, attention=attention
+  )

@@ -98,10 +98,8 @@ def options(c: Values) -> DecoderOptions:
     )
   return dataclasses.replace(
     whole,
-    use_bias=True,
-    norm=LayerNorm(float(c.rms_norm_eps)),
+    norm=LayerNorm(float(c.rms_norm_eps), bias='always'),
     positions=dataclasses.replace(positions, scaling=scaling),
-    ffn=dataclasses.replace(whole.ffn, bias='none'),
     embedding=dataclasses.replace(whole.embedding, logits_bias=c.lm_head_bias),
   )
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.attention import AttentionBase, module_of
@@ -34,6 +35,8 @@ class BlockConfig:
     cross: Whether the blocks attend to an encoder's output.
     dropout: The rate at which outputs of layers, hidden values and attention
       weights are dropped in training.
+    residual_multiplier: The number that the output of each attention and
+      feed-forward is multiplied by.
     shared: The settings that all layers of the model share.
   """
 
@@ -45,6 +48,7 @@ class BlockConfig:
   causal: bool = True
   cross: bool = False
   dropout: float = 0.0
+  residual_multiplier: float = 1.0
   shared: Shared = Shared()
 
 
@@ -118,17 +122,17 @@ class Block(nn.Module):
     """
     c = self.config
     y, cache = self._attention(x, context, cache, layer, cross=False)
-    x = x + self._dropout(y)
+    x = self._joined(x, y)
     if c.cross:
       y, cache = self._attention(x, context, cache, layer, cross=True)
-      x = x + self._dropout(y)
+      x = self._joined(x, y)
     h = self._norm(x, 'ffn_norm')
     y, aux = self._feed_forward(h, context, layer)
-    x = x + self._dropout(y)
+    x = self._joined(x, y)
     if self.sparse and c.moe is not None and c.moe.extra_ffn:
       h = self._norm(x, 'extra_ffn_norm')
       y = self._dense(c.ffn, c.dropout, 'extra_ffn')(h, self.train)
-      x = x + self._dropout(y)
+      x = self._joined(x, y)
     return x, cache, aux
 
   def _feed_forward(self, h, context, layer):
@@ -179,5 +183,10 @@ class Block(nn.Module):
   def _norm(self, x, name):
     return self.config.norm.module(self.config.shared, name)(x)
 
-  def _dropout(self, x):
-    return nn.Dropout(self.config.dropout, deterministic=not self.train)(x)
+  def _joined(self, x, y):
+    """The residual stream x with the output y of one of the block's layers."""
+    c = self.config
+    y = nn.Dropout(c.dropout, deterministic=not self.train)(y)
+    if c.residual_multiplier != 1:
+      y = y * jnp.asarray(c.residual_multiplier, y.dtype)
+    return x + y

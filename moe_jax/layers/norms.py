@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Kinds, Options, above, option
+from moe_jax.options import Kinds, Options, above, one_of, option
 
 _AXES = ('embed',)
 
@@ -54,11 +54,19 @@ class RmsNorm(Norm):
 class LayerNorm(Norm):
   """Subtraction of the mean, then division by the standard deviation."""
 
+  bias: str = option(
+    'model',
+    "Whether the norm adds a learned bias: 'model' (where model.use_bias says "
+    "so), 'always' (Phi-3.5-MoE, whose other layers have none) or 'never'.",
+    one_of('always', 'model', 'never'),
+  )
+
   def module(self, shared: Shared, name: str) -> nn.Module:
     """The module; its parameters are 'scale' and 'bias', if it has them."""
+    always = self.bias == 'always'
     return nn.LayerNorm(
       **self._arguments(shared, name),
-      use_bias=shared.use_bias,
+      use_bias=shared.use_bias if self.bias == 'model' else always,
       bias_init=parameters.bias(_AXES, role='norm'),
     )
 

@@ -25,7 +25,7 @@ from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
-from moe_jax.models.text_options import StackOptions
+from moe_jax.models.stack_options import StackOptions
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import fields_of
 from moe_jax.shapes import Array

@@ -60,6 +60,8 @@ def stack_for_decoding(
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
   if window and block.causal:
+    windows = tuple(min(window, own or window) for own in stack.layer_windows)
+    stack = dataclasses.replace(stack, windows=windows)
     window = min(window, attention.window or window)
     attention = dataclasses.replace(attention, window=window)
   block = dataclasses.replace(block, attention=attention)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, one_of, option
+from moe_jax.options import Options, above, one_of, option
 from moe_jax.partitioning import stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -33,15 +33,26 @@ class EmbeddingOptions(Options):
     'the width (arXiv:1706.03762, NLLB).',
     one_of('none', 'sqrt_width'),
   )
+  multiplier: float = option(
+    1.0,
+    'Number that embedded tokens are multiplied by (Granite 3.0), beside '
+    '`scale`.',
+    above(0),
+  )
+  logits_divisor: float = option(
+    1.0,
+    'Number that logits are divided by (logits_scaling of Granite 3.0).',
+    above(0),
+  )
+  logits_bias: bool = option(
+    False, 'Whether logits have a learned bias for each token (Phi-3.5-MoE).'
+  )
   logits_scale: str = option(
     'none',
     "Factor of the last layer's output before the logits: 'none', or "
     "'inverse_sqrt_width', which divides by the square root of the width (T5 "
     'and Switch with tied embeddings).',
     one_of('inverse_sqrt_width', 'none'),
-  )
-  logits_bias: bool = option(
-    False, 'Whether each token has a learned bias of its logit (Phi-3.5-MoE).'
   )
 
 
@@ -97,7 +108,7 @@ class Embeddings(nn.Module):
       self.w_logits = self.param('w_logits', init, shape[::-1], dtype)
     if c.options.logits_bias:
       init = parameters.bias(('vocab',), role='head')
-      self.b_logits = self.param('b_logits', init, shape[:1], dtype)
+      self.b_logits = self.param('b_logits', init, (c.vocab_size,), dtype)
     self.drop = nn.Dropout(c.dropout)
 
   @jax.named_scope('embedding')
@@ -119,6 +130,8 @@ class Embeddings(nn.Module):
     x = stated(x.astype(shared.dtype), shared.mesh_axes('batch'))
     if c.options.scale == 'sqrt_width':
       x = x * jnp.sqrt(jnp.asarray(c.width, shared.dtype))
+    if c.options.multiplier != 1:
+      x = x * jnp.asarray(c.options.multiplier, x.dtype)
     x = c.positions.add(
       x, tokens, token_mask, positions, self.position_embedding
     )
@@ -139,4 +152,6 @@ class Embeddings(nn.Module):
     )
     if c.options.logits_bias:
       logits = logits + self.b_logits.astype(jnp.float32)[None]
+    if c.options.logits_divisor != 1:
+      logits = logits / c.options.logits_divisor
     return logits.reshape(B, T, c.vocab_size)

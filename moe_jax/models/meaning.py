@@ -12,7 +12,7 @@ from typing import Any
 from moe_jax import sections
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.model_options import ModelOptions
-from moe_jax.models.text_options import StackOptions
+from moe_jax.models.stack_options import StackOptions
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import fields_of
 
@@ -60,10 +60,10 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
     half, attention=half.attention.within(width), moe=moe
   )
   values = sections.meaning(filled)
-  unused = {'moe.layers', 'num_layers'}
+  unused = {'moe.layers', 'num_layers', 'attention.full_layers'}
   if not any(sparse):
     unused |= {name for name in values if name.startswith('moe.')}
   elif all(sparse) and experts and not moe.extra_ffn:
     unused |= {name for name in values if name.startswith('ffn.')}
   values = {k: v for k, v in values.items() if k not in unused}
-  return {**values, 'sparse': sparse}
+  return {**values, 'sparse': sparse, 'full': half.full}

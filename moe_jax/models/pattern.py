@@ -11,16 +11,23 @@ from typing import Any, NamedTuple
 MAX_PERIOD = 8
 
 
-def sparse_pattern(layers: str, num_layers: int) -> tuple[bool, ...]:
+def sparse_pattern(
+  layers: str, num_layers: int, name: str = 'moe.layers'
+) -> tuple[bool, ...]:
   """A flag for each of L layers, whether it is sparse, from one string.
 
   'all', 'none', 'every N' (layers N-1, 2N-1, ... counted from 0), 'last N',
   or the indices themselves: '1,3'.
 
+  Args:
+    layers: The string.
+    num_layers: L, the number of layers.
+    name: The option that the string belongs to, for errors.
+
   Raises:
     ValueError: The string is none of these, or names a layer not in [0, L).
   """
-  L, numbers = num_layers, set(_sparse_numbers(layers, num_layers))
+  L, numbers = num_layers, set(_sparse_numbers(layers, num_layers, name))
   return tuple(i in numbers for i in range(L))
 
 
@@ -32,7 +39,9 @@ def count_sparse(layers: str, num_layers: int) -> int:
   return len(_sparse_numbers(layers, num_layers))
 
 
-def _sparse_numbers(layers: str, L: int) -> Collection[int]:
+def _sparse_numbers(
+  layers: str, L: int, name: str = 'moe.layers'
+) -> Collection[int]:
   """The numbers of the sparse layers, in a range or a set."""
   if L < 1:
     raise ValueError(f'num_layers={L} must be at least 1')
@@ -42,17 +51,16 @@ def _sparse_numbers(layers: str, L: int) -> Collection[int]:
   if word in ('every', 'last') and number.isdigit() and int(number) > 0:
     n = int(number)
     if n > L:
-      raise ValueError(f'moe.layers={layers!r} with num_layers={L}')
+      raise ValueError(f'{name}={layers!r} with num_layers={L}')
     return range(n - 1, L, n) if word == 'every' else range(L - n, L)
   parts = [part.strip() for part in layers.split(',')]
   if not all(part.isdigit() for part in parts):
     raise ValueError(
-      f"moe.layers={layers!r} is none of 'all', 'none', 'every N', 'last N', "
-      "'1,3'"
+      f"{name}={layers!r} is none of 'all', 'none', 'every N', 'last N', '1,3'"
     )
   indices = {int(part) for part in parts}
   if max(indices) >= L:
-    raise ValueError(f'moe.layers={layers!r} not in [0, num_layers={L})')
+    raise ValueError(f'{name}={layers!r} not in [0, num_layers={L})')
   return indices
 
 

@@ -42,7 +42,9 @@ class StackConfig:
   Attributes:
     sparse: A flag for each of L layers: whether its feed-forward is sparse, or
       the dense twin of a sparse one.
-    block: The options that all layers share.
+    block: The options that all layers share, but for the window of attention.
+    windows: The window of each layer's attention, 0 for none; with () all have
+      that of `block`.
     padding: The rule for whether blocks and routers see padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; no number changes.
@@ -58,6 +60,7 @@ class StackConfig:
   scan_layers: bool = True
   remat: str = 'none'
   stacked: bool = True
+  windows: tuple[int, ...] = ()
 
   @property
   def experts(self) -> MoeOptions | None:
@@ -66,26 +69,50 @@ class StackConfig:
     return moe if moe is not None and moe.num_experts else None
 
   @property
-  def kinds(self) -> tuple[MoeOptions | None, ...]:
-    """The kind of each layer: its mixture, or that of its twin; None if dense.
+  def kinds(self) -> tuple['LayerKind', ...]:
+    """The kind of each layer; those of one kind are the same function."""
+    return kinds_of(self.block.moe, self.sparse, self.layer_windows)
 
-    Layers of one kind have parameters of the same shapes.
+  @property
+  def layer_windows(self) -> tuple[int, ...]:
+    """The window of each layer's attention; 0 for none."""
+    return self.windows or (self.block.attention.window,) * len(self.sparse)
+
+  def cache_lengths(self, max_len: int) -> tuple[int, ...]:
+    """The number of slots that each layer's cache keeps, of `max_len` in all.
+
+    Layers that are stacked have the longest of them.
     """
-    return kinds_of(self.block.moe, self.sparse)
+    lengths = tuple(min(w or max_len, max_len) for w in self.layer_windows)
+    return (max(lengths),) * len(lengths) if self.stacked else lengths
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
     """The mixture of each layer; None for a layer without experts."""
-    return self.kinds if self.experts else (None,) * len(self.sparse)
+    experts = self.experts
+    return tuple(kind.moe if experts else None for kind in self.kinds)
+
+
+class LayerKind(NamedTuple):
+  """What tells a layer from others of its stack.
+
+  Attributes:
+    moe: The options of its mixture, or of that whose twin it has; None if its
+      feed-forward is dense.
+    window: The window of its attention; 0 for none.
+  """
+
+  moe: MoeOptions | None
+  window: int = 0
 
 
 def kinds_of(
-  moe: MoeOptions | None, sparse: tuple[bool, ...]
-) -> tuple[MoeOptions | None, ...]:
-  """The options of each layer's mixture or of its twin; None if it is dense."""
+  moe: MoeOptions | None, sparse: tuple[bool, ...], windows: tuple[int, ...]
+) -> tuple[LayerKind, ...]:
+  """The kind of each layer."""
   return tuple(
-    moe.in_layer(i) if flag and moe is not None else None
-    for i, flag in enumerate(sparse)
+    LayerKind(moe.in_layer(i) if flag and moe is not None else None, window)
+    for i, (flag, window) in enumerate(zip(sparse, windows, strict=True))
   )
 
 
@@ -166,7 +193,7 @@ class Period(nn.Module):
   """One period of the layer pattern; its parameters are stacked by the scan."""
 
   config: StackConfig
-  pattern: tuple[MoeOptions | None, ...]
+  pattern: tuple[LayerKind, ...]
   train: bool
   loops: bool
 
@@ -188,8 +215,11 @@ class Period(nn.Module):
       )
     x, cache = carry
     auxes = []
-    for i, moe in enumerate(self.pattern):
-      own = c.block if moe is None else dataclasses.replace(c.block, moe=moe)
+    for i, (moe, window) in enumerate(self.pattern):
+      attention = dataclasses.replace(c.block.attention, window=window)
+      own = dataclasses.replace(
+        c.block, moe=moe or c.block.moe, attention=attention
+      )
       layer = block(own, moe is not None, self.train, name=layer_name(i))
       own = None
       if moe is not None:

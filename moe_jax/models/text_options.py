@@ -8,18 +8,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe import MoeOptions
-from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
-from moe_jax.models.stack import REMATS, kinds_of
-from moe_jax.options import Options, at_least, choice, nested, one_of, option
+from moe_jax.options import Options, at_least, choice, nested, option
 from moe_jax.options import within as in_interval
 from moe_jax.partitioning import Rules
 
@@ -49,11 +46,6 @@ class LayerOptions(Options):
   def sparse(self) -> tuple[bool, ...]:
     """A flag for each layer: whether it is one of the sparse ones."""
     return sparse_pattern(self.moe.layers, self.num_layers)
-
-  @property
-  def kinds(self) -> tuple[MoeOptions | None, ...]:
-    """The kind of each layer; see `stack.kinds_of`."""
-    return kinds_of(self.moe, self.sparse)
 
   @property
   def num_sparse(self) -> int:
@@ -175,35 +167,6 @@ class LayerOptions(Options):
       ffn=dataclasses.replace(small.ffn, hidden=48),
       moe=dataclasses.replace(small.moe, layers=layers),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class StackOptions(LayerOptions):
-  """The options of a stack of Transformer blocks."""
-
-  attention: AttentionBase = choice(
-    ATTENTIONS, 'heads', 'Kind of attention in every block of a Transformer.'
-  )
-  norm: Norm = choice(
-    NORMS,
-    'rmsnorm',
-    'Normalisation before every attention and feed-forward, and at the end.',
-  )
-  scan_layers: bool = option(
-    True,
-    'Whether equal layers are compiled as one loop, so that compile time does '
-    'not grow with their number. Results are the same.',
-    how=True,
-  )
-  remat: str = option(
-    'none',
-    "Values that the backward pass recomputes to save memory: 'none'; 'full': "
-    "all but the inputs of layers and the routers' decisions; 'dots': all but "
-    'those and the products with kernels. Unrolled layers save no memory on a '
-    'CPU.',
-    one_of(*REMATS),
-    how=True,
-  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,7 +246,7 @@ def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:
   """
   check_decodes(c.experts)
   return KVCache.make(
-    num_layers=len(c.sparse),
+    lengths=c.cache_lengths(max_len),
     stacked=c.stacked,
     batch_size=batch_size,
     max_len=max_len,

@@ -10,7 +10,8 @@ from typing import ClassVar
 from moe_jax.layers.block import BlockConfig
 from moe_jax.models.padding import Padding
 from moe_jax.models.stack import StackConfig
-from moe_jax.models.text_options import StackOptions, TextModelOptions
+from moe_jax.models.stack_options import StackOptions
+from moe_jax.models.text_options import TextModelOptions
 from moe_jax.options import OptionError, at_least, no_effect, option
 from moe_jax.partitioning import Rules
 
@@ -129,11 +130,11 @@ class TransformerOptions(TextModelOptions, StackOptions):
       causal: Whether a token sees tokens up to itself, or its whole segment.
       cross: Whether the blocks attend to an encoder's output.
     """
-    sparse = half.sparse
+    sparse, attention = half.sparse, half.attention.within(self.width)
     return StackConfig(
       sparse=sparse,
       block=BlockConfig(
-        attention=half.attention.within(self.width),
+        attention=dataclasses.replace(attention, full_layers='none'),
         ffn=half.ffn,
         moe=half.moe.within(half.ffn, half.dropout) if any(sparse) else None,
         norm=half.norm,
@@ -141,9 +142,11 @@ class TransformerOptions(TextModelOptions, StackOptions):
         causal=causal,
         cross=cross,
         dropout=half.dropout,
+        residual_multiplier=half.residual_multiplier,
         shared=self.shared(half.num_layers, rules),
       ),
       padding=self.padding,
       scan_layers=half.scan_layers,
       remat=half.remat,
+      windows=half.windows if causal else (0,) * half.num_layers,
     )

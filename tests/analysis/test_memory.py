@@ -81,6 +81,19 @@ def test_the_cache_of_latent_attention_has_one_short_vector_a_token():
   )
 
 
+def test_layers_with_a_window_keep_as_many_slots():
+  attention = dict(num_kv_heads=2, window=3, full_layers='every 2')
+  model = tiny.build(attention=attention, num_layers=4)
+  prepared, _ = model.for_decoding({'params': tiny.params_of(model)})
+  cache = jax.eval_shape(lambda: prepared.make_cache(B, T))
+  sizes = num_bytes((cache.key, cache.value))
+  assert sizes == 2 * B * 2 * 6 * 4 * 2 * (3 + T)
+  assert memory.cache_bytes(model, B, T) == num_bytes(cache)
+  alike = tiny.build(attention=dict(window=3), num_layers=4)
+  cache = jax.eval_shape(lambda: alike.make_cache(B, T))
+  assert memory.cache_bytes(alike, B, T) == num_bytes(cache)
+
+
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
   model = tiny.build(
     **ENCODER_DECODER, num_layers=3, encoder=dict(num_layers=2)

@@ -44,6 +44,17 @@ def test_norm_equals_its_formula(kind, use_bias, dtype):
   )
 
 
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_a_layernorm_may_have_a_bias_of_its_own(use_bias):
+  for bias, biased in (
+    ('always', True), ('never', False), ('model', use_bias)
+  ):  # fmt: skip
+    norm = NORMS.builtin['layernorm'](bias=bias)
+    module = norm.module(Shared(use_bias=use_bias), 'norm')
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 3)))
+    assert ('bias' in shapes['params']) == biased
+
+
 def test_its_parameters_are_those_of_a_norm():
   norm = NORMS.builtin['layernorm']().module(Shared(use_bias=True), 'norm')
   boxed = jax.eval_shape(norm.init, jax.random.key(0), jnp.ones((2, 3)))

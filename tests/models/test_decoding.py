@@ -38,9 +38,27 @@ ALL = dict(capacity=All(), dispatch=Dropless())
 RENORMALIZED = TokenChoice(gates='renormalized')
 CASES = {
   'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
+  'granite': dict(
+    attention=dict(num_kv_heads=2, scale='fixed', fixed_scale=0.3),
+    embedding=dict(multiplier=3.0, logits_divisor=2.0),
+    residual_multiplier=0.4,
+    moe=ALL,
+  ),
   'olmoe': dict(
     attention=dict(num_kv_heads=2, qk_norm='all', clip=1.5, biases='key, out'),
     moe=ALL,
+  ),
+  'gpt-oss': dict(
+    attention=dict(num_kv_heads=2, window=3, full_layers='every 2', sinks=True),
+    num_layers=4,
+    moe=ALL,
+  ),
+  'deepseek with a window': dict(
+    attention=LatentOptions(4, kv_rank=6, plain_width=2, window=4, sinks=True),
+    moe=ALL,
+  ),
+  't5 with a window': dict(
+    positions=Relative(), attention=dict(window=4), moe=ALL
   ),
   # Prompts are expanded, single tokens meet the cache as it is.
   'deepseek': dict(

@@ -3,10 +3,8 @@
 from flax import linen as nn
 
 from moe_jax.layers.attention.attention import Attention
-from moe_jax.layers.attention.attention_options import (
-  AttentionBase,
-  AttentionOptions,
-)
+from moe_jax.layers.attention.attention_kind import AttentionBase
+from moe_jax.layers.attention.attention_options import AttentionOptions
 from moe_jax.layers.attention.latent import LatentAttention, LatentOptions
 from moe_jax.options import Kinds
 

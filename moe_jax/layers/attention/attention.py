@@ -15,7 +15,7 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
 from moe_jax.layers.attention.attention_options import AttentionOptions
-from moe_jax.layers.attention.cache import KVCache, Memory, at_layer
+from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.attention.projected import finished
 from moe_jax.layers.positions import NoPositions, Positions
@@ -117,21 +117,24 @@ class Attention(nn.Module):
     dtype, kept = self.shared.dtype, [cache]
 
     def attend(query, key, value):
-      if not self.cross:
-        kept[0] = cache.write(layer, key, value)
-      source = cast(Memory, cache.memory) if self.cross else kept[0]
+      if self.cross:
+        slots = cast(Memory, cache.memory).at(layer)
+      else:
+        kept[0], slots = cache.append(layer, key, value)
       return dot_product.cached(
         query,
-        at_layer(source.key, layer).astype(dtype),
-        at_layer(source.value, layer).astype(dtype),
+        slots.key.astype(dtype),
+        slots.value.astype(dtype),
         # What padded queries see does not matter, but they must see something.
         jnp.ones_like(positions)
         if self.cross
         else token_mask.astype(jnp.int32),
-        source.filled.astype(jnp.int32),
+        slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
         bias=bias,
+        sinks=self._sinks(),
+        places=slots.places,
       )
 
     x = without_nan(token_mask, x)
@@ -251,9 +254,10 @@ class Attention(nn.Module):
       dot_product.check(
         implementation,
         dtype=self.shared.dtype,
-        head_width=query.shape[3],
+        head_width=max(query.shape[3], value.shape[3]),
         seq_len=query.shape[1],
         biased=bias is not None,
+        sinks=self.options.sinks,
         dropout=self.dropout > 0,
         cross=self.cross,
       )
@@ -270,8 +274,15 @@ class Attention(nn.Module):
       implementation=implementation,
       keys=self._keys,
       bias=bias,
+      sinks=self._sinks(),
       dropout=dropout,
     )
+
+  def _sinks(self):
+    if not self.options.sinks:
+      return None
+    init = parameters.bias(('heads',), role=_ROLE)
+    return self.param('sinks', init, (self.options.num_heads,), jnp.float32)
 
 
 def _only_real(x: X, segment_ids: Array | None) -> X | Array:

@@ -1,172 +1,14 @@
-"""The options of attention, which are the same in every layer of a model.
+"""The options of attention whose heads have keys and values of their own.
 
-`AttentionBase` is what kinds of attention share; `AttentionOptions` are those
-of heads with keys and values. Not here: latent attention (`latent.py`).
+Not here: multi-head latent attention (`latent.py`).
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
-from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
-from moe_jax.layers.attention.keys import Keys
-from moe_jax.options import (
-  NOT_EMPTY,
-  OptionError,
-  Options,
-  above,
-  at_least,
-  one_of,
-  option,
-)
-
-
-class HeadWidths(NamedTuple):
-  """The numbers that each head of attention has for a token.
-
-  Attributes:
-    scored: Numbers of a query and of a key, whose product is a score.
-    value: Numbers of a value.
-  """
-
-  scored: int
-  value: int
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionBase(Options):
-  """The contract of the kinds of attention.
-
-  Attributes:
-    PROJECTIONS: The projections that may add a bias.
-    crosses: Whether a decoder's layers can attend to an encoder so.
-  """
-
-  PROJECTIONS: ClassVar[tuple[str, ...]] = ()
-  crosses: ClassVar[bool] = True
-
-  num_heads: int = option(4, 'Number H of attention heads.', at_least(1))
-  _: dataclasses.KW_ONLY
-  window: int = option(
-    0,
-    'Number of tokens that a token of a causal stack attends to, itself '
-    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
-    'no window.',
-    at_least(0),
-  )
-  biases: str = option(
-    'model',
-    "Projections that add a bias: 'model' (all or none, by model.use_bias), "
-    "'all', 'none', or names of projections with commas between, such as "
-    "'query, key, value' (Qwen2; arXiv:2407.10671).",
-    NOT_EMPTY,
-  )
-  implementation: str = option(
-    'auto',
-    "Implementation of attention: 'einsum' (any option; keeps an array of all "
-    "scores); 'blocks' (blocks of queries, whose scores are computed again in "
-    "the backward pass); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the "
-    "same with NVIDIA's kernels, in half precision; packed rows need a mask "
-    "[B, 1, T, T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or "
-    "'auto': blocks on a CPU, splash on a TPU and cudnn on a GPU if they "
-    'support the options, else einsum.',
-    one_of(*IMPLEMENTATIONS),
-    how=True,
-  )
-
-  def problems(self) -> Iterator[str]:
-    """The problem of biases of projections that there are none of."""
-    known = ['model', 'all', 'none'], self.PROJECTIONS
-    if self.biases not in known[0] and not self._biased <= {*known[1]}:
-      yield (
-        f'biases={self.biases!r} must be one of {known[0]}, or names of '
-        f'{[*known[1]]} with commas between'
-      )
-
-  @property
-  def _biased(self) -> set[str]:
-    return {name.strip() for name in self.biases.split(',')}
-
-  def has_bias(self, projection: str, use_bias: bool) -> bool:
-    """Whether a projection adds a bias.
-
-    Args:
-      projection: The name of a projection.
-      use_bias: Whether the layers of the model usually do.
-    """
-    if projection not in self.PROJECTIONS:
-      return False
-    if self.biases == 'model':
-      return use_bias
-    return self.biases == 'all' or projection in self._biased
-
-  def within(self, width: int) -> Self:
-    """These options in a model of that width, with no size left at 0."""
-    del width
-    return self
-
-  def for_encoder(self) -> Self:
-    """The options of an encoder's layers, where these are a decoder's."""
-    return dataclasses.replace(self, window=0)
-
-  @property
-  def head_widths(self) -> HeadWidths:
-    """The widths of a head, after `within`."""
-    raise NotImplementedError
-
-  @property
-  def score_scale(self) -> float:
-    """The factor of scores; 0.0: one over the root of the width of a key."""
-    return 0.0
-
-  def keys(self, *, causal: bool, cross: bool = False) -> Keys:
-    """The rules for the keys that a token sees.
-
-    Args:
-      causal: Whether the layer is causal; only then it has the window.
-      cross: Whether the keys are those of another sequence.
-    """
-    window = self.window if causal else 0
-    return Keys(causal, window, self.score_scale, cross)
-
-  @property
-  def rotated_width(self) -> int:
-    """The width of the part of queries and keys that has positions."""
-    raise NotImplementedError
-
-  @property
-  def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The heads and widths of a token's keys and values in the cache."""
-    raise NotImplementedError
-
-  @property
-  def cached_values(self) -> int:
-    """The number of values that a cache has of a token in a layer."""
-    return sum(heads * width for heads, width in self.cached_shapes)
-
-  @property
-  def uncompressed_values(self) -> int:
-    """`cached_values` if the cache kept keys and values of all heads."""
-    return self.cached_values
-
-  @property
-  def decoding_products(self) -> int:
-    """Multiply-adds of a generated token with each token of the cache."""
-    return self.scoring_products
-
-  @property
-  def scoring_products(self) -> int:
-    """Multiply-adds of a token with each other in the scores and the sums."""
-    return self.num_heads * sum(self.head_widths)
-
-  @property
-  def projected_values(self) -> int:
-    """Values of a token that the backward pass needs of queries and keys."""
-    raise NotImplementedError
-
-  def kernel_values(self, width: int) -> int:
-    """The number of values of the kernels in a model of that width M."""
-    raise NotImplementedError
+from moe_jax.layers.attention.attention_kind import AttentionBase, HeadWidths
+from moe_jax.options import OptionError, above, at_least, one_of, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +32,14 @@ class AttentionOptions(AttentionBase):
   scale: str = option(
     'head_width',
     "Factor of attention scores: 'head_width' is head_width^-0.5; 'none' is 1, "
-    'as in T5, whose query kernels start smaller instead.',
-    one_of('head_width', 'none'),
+    "as in T5, whose query kernels start smaller instead; or 'fixed'.",
+    one_of('fixed', 'head_width', 'none'),
+  )
+  fixed_scale: float = option(
+    1.0,
+    'Factor of attention scores (attention_multiplier of Granite 3.0).',
+    above(0),
+    when={'scale': ('fixed',)},
   )
   qk_norm: str = option(
     'none',
@@ -251,7 +99,7 @@ class AttentionOptions(AttentionBase):
   @property
   def score_scale(self) -> float:
     """See `AttentionBase.score_scale`."""
-    return 0.0 if self.scale == 'head_width' else 1.0
+    return 0.0 if self.scale == 'head_width' else self.fixed_scale
 
   @property
   def head_widths(self) -> HeadWidths:

@@ -88,6 +88,7 @@ def blocks(
   *,
   keys: Keys,
   bias: Float32[Array, 'H T S'] | None = None,
+  sinks: Float32[Array, ' H'] | None = None,
 ) -> Float[Array, 'B T H U']:
   """Attention block by block; arguments and result are those of `attend`."""
   ids = (segment_ids, key_segment_ids)
@@ -97,37 +98,43 @@ def blocks(
   if key_segment_ids is not segment_ids:
     rules = keys._replace(causal=False, window=0)
   parts = tuple(blocks_of(query.shape[1], key.shape[1], rules))
-  return _attend(query, key, value, bias, ids, keys, parts)
+  return _attend(query, key, value, bias, sinks, ids, keys, parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(query, key, value, bias, ids, keys, parts):
-  return _forward(query, key, value, bias, ids, keys, parts)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(query, key, value, bias, sinks, ids, keys, parts):
+  return _forward(query, key, value, bias, sinks, ids, keys, parts)[0]
 
 
-def _forward(query, key, value, bias, ids, keys, parts):
+def _forward(query, key, value, bias, sinks, ids, keys, parts):
   outputs, statistics = [], []
   for block in parts:
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     largest = scores.max(-1, keepdims=True)
+    if sinks is not None:
+      sink = _sink_of_rows(block, sinks, key.shape[2])
+      largest = jnp.maximum(largest, sink)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+      total += jnp.exp(sink - largest)
     y = _product(weights.astype(v.dtype), v, (3, 2)) / total  # [B, N, R, D]
     outputs.append(_by_token(y, query.shape[2]).astype(query.dtype))
     statistics.append(Statistics(largest, total))
   y = jnp.concatenate(outputs, axis=1)
-  return y, (query, key, value, bias, ids, y, statistics)
+  return y, (query, key, value, bias, sinks, ids, y, statistics)
 
 
 def _backward(keys, parts, saved, dy):
   # The barrier keeps the compiler from finding the scores of the forward pass
   # again where layers are no loop, and from keeping them until here.
   saved = jax.lax.optimization_barrier(saved)
-  query, key, value, bias, ids, y, statistics = saved
+  query, key, value, bias, sinks, ids, y, statistics = saved
   H, S = query.shape[2], key.shape[1]
   d_query, d_bias = [], []
   d_key = d_value = jnp.float32(0)
+  d_sinks = None if sinks is None else jnp.zeros_like(sinks)
   for block, (largest, total) in zip(parts, statistics, strict=True):
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
@@ -138,6 +145,10 @@ def _backward(keys, parts, saved, dy):
     mean = _float32(d_y) * _float32(own)
     mean = mean.sum(-1, keepdims=True)
     d_scores = weights * (_product(d_y, v, (3, 3)) - mean)
+    if d_sinks is not None:
+      sink = _sink_of_rows(block, sinks, key.shape[2])
+      weight = jnp.exp(sink - largest) / total
+      d_sinks -= _sum_of_heads(weight * mean, len(sinks))
     if bias is not None:
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
@@ -155,6 +166,7 @@ def _backward(keys, parts, saved, dy):
     d_key.transpose(0, 3, 1, 2).astype(key.dtype),
     d_value.transpose(0, 3, 1, 2).astype(value.dtype),
     None if bias is None else d_bias,
+    d_sinks,
     None,
   )
 
@@ -200,6 +212,23 @@ def _by_token(
   J = heads // N
   x = x.reshape(B, N, J, R // J, D).transpose(0, 3, 1, 2, 4)
   return x.reshape(B, R // J, heads, D)
+
+
+def _sink_of_rows(
+  block: Block, sinks: Float32[Array, ' H'], num_heads: int
+) -> Float32[Array, 'b N R 1']:
+  """The sink of each of the block's queries, as `_queries_by_head` has them."""
+  of_heads = sinks.reshape(num_heads, -1)
+  rows = jnp.repeat(of_heads, block.stop - block.first, axis=1)
+  return rows[None, :, :, None]
+
+
+def _sum_of_heads(
+  x: Float32[Array, 'B N R 1'], num_heads: int
+) -> Float32[Array, ' H']:
+  """The sum over sequences and queries, for each head of queries."""
+  rows = x.sum(0).reshape(num_heads, -1)
+  return rows.sum(1)
 
 
 def _scores(

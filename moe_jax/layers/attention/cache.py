@@ -1,11 +1,14 @@
 """The cache of a decoder: keys and values of every layer, between steps.
 
 All rows append at the same slot, so that a step writes one slice in place;
-rows of different length are padded in front. Where layers are a loop, they
-share an array; else each has its own, which XLA's CPU compiler reads without a
-copy. Not here: attention, which fills it (`attention.py`), or generation
-(`moe_jax.generation`).
+rows of different length are padded in front. A layer whose tokens see a window
+keeps as many slots, and the newest token takes the place of the oldest. Where
+layers are a loop, they share an array; else each has its own, which XLA's CPU
+compiler reads without a copy. Not here: attention, which fills it
+(`attention.py`), or generation (`moe_jax.generation`).
 """
+
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -28,12 +31,34 @@ class Memory(flax.struct.PyTreeNode):
   value: Leaf
   filled: Leaf
 
+  def at(self, layer: int | Int[Array, '']) -> 'Slots':
+    """What a layer attends to."""
+    key, value = at_layer(self.key, layer), at_layer(self.value, layer)
+    return Slots(key, value, self.filled)
+
+
+class Slots(NamedTuple):
+  """What a layer attends to: the slots of a cache, and the newest tokens.
+
+  Attributes:
+    key: The keys, [B, N, S, D].
+    value: The values, [B, N, S, U].
+    filled: bool [B, S], whether there is a token of the row.
+    places: int32 [S], the number of each slot; None: 0, 1, 2, ...
+  """
+
+  key: Array
+  value: Array
+  filled: Array
+  places: Array | None = None
+
 
 class KVCache(flax.struct.PyTreeNode):
   """Keys and values by slot.
 
   Attributes:
-    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D]; of latent
+    key: The keys, [L, B, N, S, D], or L arrays [B, N, S, D], of which those of
+      layers with a window may have fewer slots, each slot s at s % S; of latent
       attention, the short vectors and the rotated keys that heads share.
     value: The values, of the same shapes; of latent attention, nothing.
     filled: bool [B, S], whether the slot holds a token of the row.
@@ -57,23 +82,31 @@ class KVCache(flax.struct.PyTreeNode):
   def make(
     cls,
     *,
-    num_layers: int,
+    lengths: tuple[int, ...],
     stacked: bool,
     batch_size: int,
     max_len: int,
     shapes: tuple[tuple[int, int], tuple[int, int]],
     dtype: str,
   ) -> 'KVCache':
-    """An empty cache of `max_len` slots.
+    """An empty cache.
 
-    The heads and their width, of keys and of values, are `shapes`.
+    Args:
+      lengths: The number of slots that each layer keeps, the same where layers
+        are stacked.
+      stacked: Whether layers share an array.
+      batch_size: The number of rows.
+      max_len: The number of slots that all tokens of a row take.
+      shapes: The heads and their width, of keys and of values.
+      dtype: The type of keys and values.
     """
-    L, B, S = num_layers, batch_size, max_len
+    B, S = batch_size, max_len
 
     def empty(heads, width):
       if stacked:
-        return jnp.zeros((L, B, heads, S, width), dtype)
-      return tuple(jnp.zeros((B, heads, S, width), dtype) for _ in range(L))
+        (length,) = set(lengths)
+        return jnp.zeros((len(lengths), B, heads, length, width), dtype)
+      return tuple(jnp.zeros((B, heads, s, width), dtype) for s in lengths)
 
     return cls(
       key=empty(*shapes[0]),
@@ -120,6 +153,50 @@ class KVCache(flax.struct.PyTreeNode):
     )  # [B, 1 + T]
     return self.replace(last_token=line[:, -1]), line[:, :-1]
 
+  def append(
+    self,
+    layer: int | Int[Array, ''],
+    key: Float[Array, 'B T N D'],
+    value: Float[Array, 'B T N U'],
+  ) -> tuple['KVCache', Slots]:
+    """Fills the slots that `begin` reserved, and returns what the layer sees.
+
+    Tokens of one step may be more than a layer keeps: each then sees those
+    before it all the same.
+    """
+    T, length = key.shape[1], self._kept_slots(layer)
+    if length == self.max_len or T == 1:
+      cache = self.write(layer, key, value)
+      slots = Slots(*cache._at(layer), self.filled)
+      if length == self.max_len:
+        return cache, slots
+      return cache, self._placed(slots, _places(self.length, length))
+    first = self.length - length  # the number of the oldest slot
+    key, value = (
+      _behind(old, new, self.length)
+      for old, new in zip(self._at(layer), (key, value))
+    )
+    places = first + jnp.arange(length + T, dtype=jnp.int32)
+    slots = self._placed(Slots(key, value, self.filled), places)
+    cache = self.replace(
+      key=_with_layer(self.key, layer, _as_ring(key, length, first + T)),
+      value=_with_layer(self.value, layer, _as_ring(value, length, first + T)),
+    )
+    return cache, slots
+
+  def _kept_slots(self, layer: int | Int[Array, '']) -> int:
+    """The number of slots that a layer keeps."""
+    own = self.key[layer] if isinstance(self.key, tuple) else self.key
+    return own.shape[-2]
+
+  def _at(self, layer: int | Int[Array, '']) -> tuple[Array, Array]:
+    return at_layer(self.key, layer), at_layer(self.value, layer)
+
+  def _placed(self, slots: Slots, places: Int32[Array, ' S']) -> Slots:
+    """Slots with their numbers; those below 0 are empty."""
+    filled = jnp.take(self.filled, jnp.maximum(places, 0), axis=1)
+    return slots._replace(filled=filled & (places >= 0)[None], places=places)
+
   def write(
     self,
     layer: int | Int[Array, ''],
@@ -127,9 +204,12 @@ class KVCache(flax.struct.PyTreeNode):
     value: Float[Array, 'B T N U'],
   ) -> 'KVCache':
     """Fills the slots that `begin` reserved, in one layer."""
+    slot = self.length
+    if (length := self._kept_slots(layer)) < self.max_len:
+      slot = slot % length
 
     def put(kept, new):
-      new, place = new.swapaxes(1, 2), (0, 0, self.length, 0)
+      new, place = new.swapaxes(1, 2), (0, 0, slot, 0)
       if isinstance(kept, tuple):
         own = kept[layer]
         own = jax.lax.dynamic_update_slice(own, new.astype(own.dtype), place)
@@ -170,10 +250,45 @@ class KVCache(flax.struct.PyTreeNode):
     )
 
 
-def at_layer(
-  kept: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N S D'], ...],
-  layer: int | Int[Array, ''],
+def _places(last: Int[Array, ''], length: int) -> Int32[Array, ' S']:
+  """The number of the slot at each place of a ring, below 0 for none.
+
+  Args:
+    last: The number of the newest slot.
+    length: The number of slots that the ring keeps.
+  """
+  place = jnp.arange(length, dtype=jnp.int32)
+  return last - (last - place) % length
+
+
+def _behind(
+  ring: Float[Array, 'B N S D'],
+  new: Float[Array, 'B T N D'],
+  length: Int[Array, ''],
+) -> Float[Array, 'B N _ D']:
+  """The slots of a ring in their order, then the new ones, from `length` on."""
+  old = jnp.roll(ring, -(length % ring.shape[2]), axis=2)
+  return jnp.concatenate([old, new.swapaxes(1, 2).astype(old.dtype)], axis=2)
+
+
+def _as_ring(
+  x: Float[Array, 'B N _ D'], length: int, first: Int[Array, '']
 ) -> Float[Array, 'B N S D']:
+  """The last slots of x, from number `first` on, with slot s at s % length."""
+  return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
+
+
+def _with_layer(kept, layer, own):
+  """Keys or values with `own` in the place of one layer's."""
+  if isinstance(kept, tuple):
+    return (*kept[:layer], own, *kept[layer + 1 :])
+  return jax.lax.dynamic_update_index_in_dim(kept, own, layer, 0)
+
+
+def at_layer(
+  kept: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N _ D'], ...],
+  layer: int | Int[Array, ''],
+) -> Float[Array, 'B N _ D']:
   """One layer's keys or values; `layer` is an int where `kept` is a tuple."""
   if isinstance(kept, tuple):
     return kept[layer]

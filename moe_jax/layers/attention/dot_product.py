@@ -33,6 +33,7 @@ def attend(
   keys: Keys = Keys(),
   implementation: str = 'auto',
   bias: Float32[Array, 'H T S'] | None = None,
+  sinks: Float32[Array, ' H'] | None = None,
   dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, 'B T H U']:
   """Each token's weighted mean of the values it sees; the softmax is float32.
@@ -51,6 +52,8 @@ def attend(
     keys: The rules for which of the segment's keys a token sees.
     implementation: One of `IMPLEMENTATIONS`; see `AttentionOptions`.
     bias: The bias that is added to the scaled scores.
+    sinks: The logit of each head that stands beside the scores in the
+      denominator of the softmax, and weighs nothing.
     dropout: A function that drops some of the weights.
 
   Raises:
@@ -61,17 +64,20 @@ def attend(
     head_width=max(query.shape[3], value.shape[3]),
     seq_len=query.shape[1],
     biased=bias is not None,
+    sinks=sinks is not None,
     dropout=dropout is not None,
     cross=keys.cross or key_segment_ids is not None,
   )
   if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
-  plain = functools.partial(einsum, keys=keys, bias=bias, dropout=dropout)
+  plain = functools.partial(
+    einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
+  )
   candidates = {
     'einsum': plain,
-    'blocks': functools.partial(blocks, keys=keys, bias=bias),
+    'blocks': functools.partial(blocks, keys=keys, bias=bias, sinks=sinks),
     'library': functools.partial(_of_one_width, jax_nn, keys=keys, bias=bias),
-    'splash': functools.partial(_of_one_width, splash, keys=keys),
+    'splash': functools.partial(_of_one_width, splash, keys=keys, sinks=sinks),
   }
   f = _choose(implementation, options, candidates)
   return f(query, key, value, segment_ids, key_segment_ids)
@@ -125,6 +131,7 @@ def misfit(
   head_width: int,
   seq_len: int = 0,
   biased: bool = False,
+  sinks: bool = False,
   dropout: bool = False,
   cross: bool = False,
 ) -> str:
@@ -135,6 +142,7 @@ def misfit(
   D, T = head_width, seq_len
   no_dropout = (dropout, 'it has no dropout')
   no_bias = (biased, 'it has no relative positions')
+  no_sinks = (sinks, 'it has no attention sinks')
   rules = {
     'blocks': (no_dropout,),
     'cudnn': (
@@ -142,6 +150,7 @@ def misfit(
       (D % 8 or D > 256, f'head_width={D} is no multiple of 8 up to 256'),
       (T % 2, f'seq_len={T} is odd'),
       no_bias,
+      no_sinks,
       no_dropout,
     ),
     'splash': (
@@ -150,7 +159,7 @@ def misfit(
       no_bias,
       no_dropout,
     ),
-    'xla': (no_dropout,),
+    'xla': (no_dropout, no_sinks),
   }
   return next((why for unmet, why in rules.get(name, ()) if unmet), '')
 
@@ -185,7 +194,16 @@ def _by_platform(default, **by_platform):
 
 
 def einsum(
-  query, key, value, segment_ids, key_segment_ids, *, keys, bias, dropout=None
+  query,
+  key,
+  value,
+  segment_ids,
+  key_segment_ids,
+  *,
+  keys,
+  bias,
+  sinks=None,
+  dropout=None,
 ):
   """Attention by two products and a softmax, which supports every option."""
   B, T, H, D = query.shape
@@ -197,7 +215,9 @@ def einsum(
   if bias is not None:
     scores = add_to_each(scores, bias.reshape(N, H // N, T, S))
   mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
-  weights = masked_softmax(scores, mask).astype(value.dtype)
+  if sinks is not None:
+    sinks = sinks.reshape(1, N, H // N, 1, 1)
+  weights = masked_softmax(scores, mask, sinks).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
   y = jnp.einsum('BNJTS,BSNU->BTNJU', weights, value)
@@ -213,11 +233,14 @@ def cached(
   *,
   keys: Keys,
   start: Int[Array, ''],
-  bias: Float32[Array, 'H T S'] | None = None,
+  bias: Float32[Array, 'H T _'] | None = None,
+  sinks: Float32[Array, ' H'] | None = None,
+  places: Int[Array, ' S'] | None = None,
 ) -> Float[Array, 'B T H U']:
   """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
 
-  A causal query sees no slots behind its own, filled or not.
+  A causal query sees no slots behind its own, filled or not. With `places`, key
+  s is that of slot places[s], and the bias has all slots.
   """
   B, T, H, D = query.shape
   (N, S), U = key.shape[1:3], value.shape[3]
@@ -228,9 +251,14 @@ def cached(
   )
   scores = scores.reshape(B, N, H // N, T, S)
   if bias is not None:
+    if places is not None:
+      bias = jnp.take(bias, jnp.maximum(places, 0), axis=2)
     scores = scores + bias.reshape(1, N, H // N, T, S)
-  mask = visible(segment_ids, key_segment_ids, (T, S), keys, start)
-  weights = masked_softmax(scores, mask[:, None, None]).astype(value.dtype)
+  mask = visible(segment_ids, key_segment_ids, (T, S), keys, start, places)
+  if sinks is not None:
+    sinks = sinks.reshape(1, N, H // N, 1, 1)
+  weights = masked_softmax(scores, mask[:, None, None], sinks)
+  weights = weights.astype(value.dtype)
   weights = weights.reshape(B, N, H // N * T, S)
   y = jnp.einsum('BNRS,BNSU->BNRU', weights, value)
   y = y.reshape(B, N, H // N, T, U).transpose(0, 3, 1, 2, 4)

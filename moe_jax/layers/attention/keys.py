@@ -35,14 +35,18 @@ def visible(
   lengths: tuple[int, int],
   keys: Keys,
   start: int | Int[Array, ''] = 0,
+  places: Int[Array, ' S'] | None = None,
 ) -> Bool[Array, 'b T S']:
   """Whether the query at position start + t sees the key at position s.
 
-  Call it where the mask is used, so that it is fused and never stored.
+  Call it where the mask is used, so that it is fused and never stored. With
+  `places`, key s is at position places[s].
   """
   T, S = lengths
   place = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
-  key_place = jnp.arange(S, dtype=jnp.int32)[None, None, :]
+  if places is None:
+    places = jnp.arange(S, dtype=jnp.int32)
+  key_place = places[None, None, :]
   seen = jnp.ones((1, T, S), bool)
   if keys.causal:
     seen = seen & (place >= key_place)
@@ -54,10 +58,20 @@ def visible(
 
 
 def masked_softmax(
-  scores: Float32[Array, '*B T S'], mask: Bool[Array, '*b T S']
+  scores: Float32[Array, '*B T S'],
+  mask: Bool[Array, '*b T S'],
+  sinks: Float32[Array, '*c 1 1'] | None = None,
 ) -> Float32[Array, '*B T S']:
-  """Softmax over the keys that `mask` shows, at least one in each row."""
-  return jax.nn.softmax(scores + hidden(mask))
+  """Softmax over the keys that `mask` shows, at least one in each row.
+
+  A sink is a score beside those of the keys whose weight is dropped, so that a
+  row of weights sums to less than 1.
+  """
+  scores = scores + hidden(mask)
+  if sinks is None:
+    return jax.nn.softmax(scores)
+  sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+  return jax.nn.softmax(jnp.concatenate([scores, sinks], -1))[..., :-1]
 
 
 def hidden(mask: Bool[Array, '*b T S']) -> Float32[Array, '*b T S']:

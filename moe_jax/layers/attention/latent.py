@@ -18,11 +18,8 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
 from moe_jax.layers.attention.attention import Attention
-from moe_jax.layers.attention.attention_options import (
-  AttentionBase,
-  HeadWidths,
-)
-from moe_jax.layers.attention.cache import KVCache, at_layer
+from moe_jax.layers.attention.attention_kind import AttentionBase, HeadWidths
+from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.attention.projected import rms_normed
 from moe_jax.options import above, at_least, option
@@ -164,15 +161,17 @@ class LatentAttention(Attention):
 
     def attend(query, short, kernel):
       short = short[:, :, None]  # [B, T, 1, R + r]
-      kept[0] = cache.write(layer, short, short[..., :0])
-      source = at_layer(kept[0].key, layer).astype(query.dtype)
+      kept[0], slots = cache.append(layer, short, short[..., :0])
+      source = slots.key.astype(query.dtype)
       attention = functools.partial(
         dot_product.cached,
         segment_ids=token_mask.astype(jnp.int32),
-        key_segment_ids=cache.filled.astype(jnp.int32),
+        key_segment_ids=slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
         bias=bias,
+        sinks=self._sinks(),
+        places=slots.places,
       )
       if self.options.absorbs(x.shape[1]):
         return self._absorbed(query, source, kernel, attention)

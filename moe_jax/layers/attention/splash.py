@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.partitioning import MESH_AXES, spread
-from moe_jax.shapes import Array, Float, Int
+from moe_jax.shapes import Array, Float, Float32, Int
 
 # The smallest side of a block, and the sides that are tried in this order, as
 # larger blocks make fewer steps.
@@ -24,24 +24,25 @@ def splash(
   key_segment_ids: Int[Array, 'B T'] | None,
   *,
   keys: Keys,
+  sinks: Float32[Array, ' H'] | None = None,
   interpret: bool = False,
 ) -> Float[Array, 'B T H D']:
   """Attention by the TPU's blockwise kernel, which stores no scores or mask."""
   del key_segment_ids  # they are those of the queries
 
-  def local(query, key, value, segment_ids):
+  def local(query, key, value, segment_ids, sinks):
     T, H = query.shape[1:3]
     kernel = _splash_kernel(T, H, keys, interpret)
 
     def row(query, key, value, ids):
       ids = None if ids is None else splash_attention.SegmentIds(ids, ids)
-      return kernel(query, key, value, segment_ids=ids)
+      return kernel(query, key, value, segment_ids=ids, sinks=sinks)
 
     q, k, v = (x.swapaxes(1, 2) for x in (keys.scaled(query), key, value))
     y = cast(Array, jax.vmap(row)(q, k, v, segment_ids))
     return y.swapaxes(1, 2)
 
-  return _on_each_device(local, query, key, value, segment_ids)
+  return _on_each_device(local, query, key, value, segment_ids, sinks)
 
 
 def _splash_kernel(T, H, keys, interpret):
@@ -68,7 +69,7 @@ def _splash_kernel(T, H, keys, interpret):
   )
 
 
-def _on_each_device(f, query, key, value, segment_ids):
+def _on_each_device(f, query, key, value, segment_ids, sinks):
   """f on every device's own rows and heads, as compilers cannot split kernels.
 
   Rows or heads that do not divide by their mesh axes are computed whole on each
@@ -76,7 +77,7 @@ def _on_each_device(f, query, key, value, segment_ids):
   """
   size = spread(query)
   if not size:
-    return f(query, key, value, segment_ids)
+    return f(query, key, value, segment_ids, sinks)
   *rows, heads = MESH_AXES
   rows = tuple(name for name in rows if name in size)
   if query.shape[0] % math.prod(size[name] for name in rows):
@@ -87,7 +88,11 @@ def _on_each_device(f, query, key, value, segment_ids):
   return jax.shard_map(
     f,
     mesh=jax.typeof(query).sharding.mesh,
-    in_specs=(*[heads_spec] * 3, PartitionSpec(rows or None, None)),
+    in_specs=(
+      *[heads_spec] * 3,
+      PartitionSpec(rows or None, None),
+      PartitionSpec(heads),
+    ),
     out_specs=heads_spec,
     check_vma=False,
-  )(query, key, value, segment_ids)
+  )(query, key, value, segment_ids, sinks)

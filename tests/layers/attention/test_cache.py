@@ -11,7 +11,7 @@ L, B, N, S, D = 3, 2, 1, 5, 4
 
 def empty(stacked=True):
   return KVCache.make(
-    num_layers=L, stacked=stacked, batch_size=B, max_len=S, 
+    lengths=(S,) * L, stacked=stacked, batch_size=B, max_len=S, 
     shapes=((N, D), (N, D)), dtype='float32',
   )  # fmt: skip
 
@@ -74,3 +74,37 @@ def test_it_remembers_what_stands_before_each_token():
   np.testing.assert_array_equal(
     cache.take(jnp.array([1, 1, 0])).last_token, [3, 3, 2]
   )
+
+
+@pytest.mark.parametrize('stacked', [True, False])
+def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
+  # Layers keep 3 slots of 8. Steps have 4 tokens, 1, 2 and 1; the first two of
+  # the second row are padding. Token s has the key s + 1.
+  length, layer = 3, jnp.int32(1) if stacked else 1
+  cache = KVCache.make(
+    lengths=(length,) * 2, stacked=stacked, batch_size=B, max_len=8,
+    shapes=((N, D), (N, 0)), dtype='float32',
+  )  # fmt: skip
+  real = jnp.arange(8)[None] >= jnp.array([[0], [2]])
+  first = 0
+  for count in (4, 1, 2, 1):
+    stop = first + count
+    cache, _ = cache.begin(real[:, first:stop])
+    new = jnp.arange(first, stop, dtype=jnp.float32) + 1
+    keys = jnp.broadcast_to(new[None, :, None, None], (B, count, N, D))
+    cache, slots = cache.append(layer, keys, keys[..., :0])
+    cache = cache.advance(count)
+    places = np.asarray(slots.places)
+    # All that the window of the step's first token holds are there, and more.
+    seen = set(range(max(first - 2, 0), stop))
+    assert seen <= set(places.tolist())
+    for slot, place in enumerate(places):
+      expected = np.array([place >= 0, place >= 2])
+      np.testing.assert_array_equal(slots.filled[:, slot], expected)
+      if place >= 0:
+        assert slots.key[0, 0, slot, 0] == place + 1
+    kept = at_layer(cache.key, layer)
+    assert kept.shape == (B, N, length, D)
+    for place in range(max(stop - length, 0), stop):
+      assert kept[0, 0, place % length, 0] == place + 1
+    first = stop

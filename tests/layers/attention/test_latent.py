@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_jax import models
 from moe_jax.layers import (
   LatentAttention,
   LatentOptions,
@@ -17,6 +18,7 @@ from moe_jax.layers import (
 )
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.parameters import roles_of
+from moe_jax.models import lora
 from moe_jax.options import fields_of
 from moe_jax.partitioning import make_mesh
 from tests.layers.attention.test_attention import draw, inputs, told_mask
@@ -162,7 +164,7 @@ def test_the_cache_as_it_is_gives_what_it_expands_to():
   x, _, positions = inputs()
   o = options(window=5)
   cache = KVCache.make(
-    num_layers=2,
+    lengths=(T, T),
     stacked=False,
     batch_size=B,
     max_len=T,
@@ -238,3 +240,23 @@ def test_biases_are_those_of_the_checkpoints():
   }
   with pytest.raises(ValueError, match="biases='query' must be one of"):
     options(biases='query')
+
+
+def test_a_decoder_does_not_attend_to_an_encoder_so():
+  with pytest.raises(ValueError, match=r"attention\.kind='latent' has no"):
+    tiny.options(kind='encoder_decoder', attention=options())
+
+
+def test_adapters_find_the_inputs_of_all_kernels():
+  model = tiny.build(attention=options())
+  adapters = lora.adapt(
+    lora.LoraOptions(rank=2, parts='attention'), models.describe(model)
+  )
+  inputs_of = {path[-1]: k.inputs for path, k in adapters.kernels.items()}
+  assert inputs_of == {
+    'w_query_down': 1,
+    'w_query_up': 1,
+    'w_kv_down': 1,
+    'w_kv_up': 1,
+    'w_out': 2,
+  }

@@ -72,6 +72,8 @@ def ours(weights, x, places, options, positions):
         scale if len(scale) == width else scale.reshape(heads, width)
       )
   p['w_out'] = weights['o_proj.weight'].T.reshape(H, -1, M)
+  if 'sinks' in weights:
+    p['sinks'] = weights['sinks']
   if 'o_proj.bias' in weights:
     p['b_out'] = weights['o_proj.bias']
   layer = Attention(options, positions=positions)
@@ -124,6 +126,38 @@ def test_qwen2_with_its_three_biases():
   options = AttentionOptions(H, N, biases='query, key, value')
   module = m.Qwen2MoeAttention(config, 0)
   assert_equal(module, m.Qwen2MoeRotaryEmbedding(config), options)
+
+
+@pytest.mark.parametrize('layer', [0, 1])
+def test_gpt_oss_with_sinks_yarn_and_a_window(layer):
+  from transformers.models.gpt_oss import modeling_gpt_oss as m
+
+  config = transformers.GptOssConfig(
+    **SIZES,
+    head_dim=8,
+    sliding_window=4,
+    layer_types=['sliding_attention', 'full_attention'],
+    num_hidden_layers=2,
+    attention_bias=True,
+    rope_parameters=dict(
+      rope_type='yarn',
+      rope_theta=100.0,
+      factor=16.0,
+      beta_fast=4.0,
+      original_max_position_embeddings=8,
+      truncate=False,
+    ),
+  )
+  module, window = m.GptOssAttention(config, layer), 4 * (layer == 0)
+  assert (module.sliding_window or 0) == window
+  scaling = Yarn(16.0, 8, 4.0, truncate=False)
+  assert_equal(
+    module,
+    m.GptOssRotaryEmbedding(config),
+    AttentionOptions(H, N, 8, window=window, sinks=True, biases='all'),
+    Rotary(100.0, scaling=scaling),
+    window,
+  )
 
 
 LATENT = dict(

@@ -1,0 +1,94 @@
+"""Layers with windows of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.stack import LayerKind
+from tests.models import tiny
+
+OPTIONS = dict(
+  attention=dict(window=3, full_layers='every 2', sinks=True), num_layers=4
+)
+DENSE = dict(layers='none')
+
+
+def test_layers_that_alternate_are_one_loop_of_two():
+  model = tiny.build(DENSE, **OPTIONS)
+  ((_, stack),) = model.stacks
+  assert stack.layer_windows == (3, 0, 3, 0)
+  assert stack.kinds[:2] == (LayerKind(None, 3), LayerKind(None, 0))
+  params = tiny.params_of(model)
+  assert set(params['layers']) == {'layer_0', 'layer_1'}
+
+
+def test_a_token_sees_what_the_windows_of_its_layers_let_through():
+  # With windows alone, token 9 is reached by those of 2 (3 - 1) = 4 tokens
+  # before it; with one full layer by all.
+  tokens = jnp.asarray(tiny.tokens())
+  for full, seen in (('none', 4), ('1', 9), ('0', 9)):
+    attention = dict(window=3, full_layers=full)
+    model = tiny.build(DENSE, attention=attention)
+    params = tiny.params_of(model)
+    run = tiny.apply(model)
+    last = run(params, tokens)[0][:, -1]
+    changed = []
+    for n in range(1, 10):
+      other = tokens.at[:, 9 - n].set((tokens[:, 9 - n] + 1) % tiny.V)
+      changed.append(np.abs(run(params, other)[0][:, -1] - last).max())
+    assert [n for n, change in enumerate(changed, 1) if change > 1e-4] == [
+      *range(1, seen + 1)
+    ]
+
+
+def test_scanned_and_unrolled_layers_agree():
+  loop = tiny.build(DENSE, **OPTIONS)
+  straight = tiny.build(DENSE, scan_layers=False, **OPTIONS)
+  params, tokens = tiny.params_of(loop), jnp.asarray(tiny.tokens())
+  np.testing.assert_allclose(
+    tiny.apply(loop)(params, tokens)[0],
+    tiny.apply(straight)(params, tokens)[0],
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def test_a_window_for_longer_texts_is_also_that_of_full_layers():
+  model = tiny.build(DENSE, **OPTIONS)
+  for window, expected in ((5, (3, 5, 3, 5)), (2, (2,) * 4), (0, (3, 0, 3, 0))):
+    prepared, _ = model.for_decoding(
+      {'params': tiny.params_of(model)}, window=window
+    )
+    ((_, stack),) = prepared.stacks
+    assert stack.layer_windows == expected
+    cache = jax.eval_shape(lambda: prepared.make_cache(1, 9))  # noqa: B023
+    assert [leaf.shape[2] for leaf in cache.key] == [w or 9 for w in expected]
+
+
+@pytest.mark.parametrize(
+  ('attention', 'message'),
+  [
+    (dict(window=3, full_layers='5'), r"attention.full_layers='5' not in \[0"),
+    (dict(window=3, full_layers='odd'), "full_layers='odd' is none of 'all'"),
+    (dict(full_layers='1'), "full_layers='1' has no effect unless window"),
+  ],
+)
+def test_full_layers_that_do_not_exist_are_refused(attention, message):
+  with pytest.raises(ValueError, match=message):
+    tiny.options(attention=attention)
+
+
+def test_an_encoder_has_no_window():
+  model = tiny.build(
+    DENSE, kind='encoder_decoder', encoder=EncoderOptions(), **OPTIONS
+  )
+  (_, encoder), (_, decoder) = model.stacks
+  assert encoder.layer_windows == (0,) * 4
+  assert decoder.layer_windows == (3, 0, 3, 0)
+
+
+def test_a_small_copy_has_a_layer_of_each_kind():
+  options = tiny.options(DENSE, **{**OPTIONS, 'num_layers': 9}).shrunk()
+  assert options.windows == (3, 0)
