@@ -9,10 +9,10 @@ groups, and a shared one. A token chooses the 4 groups with the largest sum of
 their two best scores, and 8 experts in them by sigmoids with a balancing bias;
 its gates sum to 2.5. Experts drop nothing.
 
-Unlike the paper: the rate of the bias is that of Loss-Free Balancing, there is
-no balance loss beside it, and no module that predicts a second token (14B
-parameters more). Optimizer, batch and schedule are ours, and so are training
-rows of 4096 tokens with the positions of the long model.
+A balance loss of each sequence with a weight of 1e-4 stands beside the bias,
+whose rate is that of Loss-Free Balancing. Unlike the paper, no module predicts
+a second token (14B parameters more). Optimizer, batch and schedule are ours,
+and so are training rows of 4096 tokens with the positions of the long model.
 
     python -m moe_jax.main --config=moe_jax:deepseek_v3:runlocal \
       --workdir=runs/deepseek_v3_local
@@ -61,6 +61,8 @@ def get_config(arg: str = ''):
   r.expert_group_score = 'two_best'
   r.balance_bias_rate = 0.001
   r.balance_weight = 0.0
+  r.sequence_balance_weight = 1e-4
+  r.balance_scores = 'sigmoid'
   r.z_weight = 0.0
   m.moe.capacity.kind = 'all'
   m.moe.dispatch.kind = 'dropless'

@@ -83,6 +83,8 @@ SIBLINGS = (
   'deepseek_v2_lite',
   'finetune',
   'glam_64b64e',
+  'gpt_oss_20b',
+  'granite_1b_a400m',
   'instruct',
   'kudugunta_multilingual',
   'nllb_moe_54b',
