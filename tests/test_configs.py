@@ -79,12 +79,18 @@ def test_a_dump_holds_what_differs_and_nothing_else():
 # Shrunk they differ from `mixtral_8x7b`, `tiny_switch` and `tiny_seq2seq` in
 # what `tests/models` checks; most of their time is compiling.
 SIBLINGS = (
+  'deepseek_moe_16b',
+  'deepseek_v2_lite',
   'finetune',
   'glam_64b64e',
+  'gpt_oss_20b',
+  'granite_1b_a400m',
   'instruct',
   'kudugunta_multilingual',
   'nllb_moe_54b',
+  'olmoe_1b_7b',
   'openmoe_8b',
+  'qwen3_30b_a3b',
   'shakespeare_dense',
   'shakespeare_gshard',
   'shakespeare_switch',
@@ -94,6 +100,7 @@ SIBLINGS = (
   'switch_base',
   'switch_c',
   't5_base',
+  'tiny_finegrained',
 )
 
 
@@ -112,7 +119,7 @@ each_config = each_of(golden.NAMES)
 # of a Mixtral and of 2017 have fast tests of their own in `tests/models`.
 each_family = each_of(
   [n for n in golden.NAMES if n not in ('st_moe_base', 'switch_base')],
-  slow=(*SIBLINGS, 'mixtral_8x7b', 'shazeer_lstm'),
+  slow=(*SIBLINGS, 'deepseek_v3', 'mixtral_8x7b', 'shazeer_lstm'),
 )
 
 
@@ -170,6 +177,10 @@ def test_shrinking_keeps_what_is_sparse():
   model = read(golden.config('openmoe_8b', 'runlocal')).model
   assert sparse_pattern(model.moe.layers, model.num_layers)[-1]
   assert model.moe.num_experts == 4
+  model = read(golden.config('deepseek_v3', 'runlocal')).model
+  assert sparse_pattern(model.moe.layers, model.num_layers) == (0, 1, 1)
+  assert (model.moe.num_experts, model.moe.num_selected) == (4, 2)
+  assert model.moe.router.expert_groups == 2
   with pytest.raises(ValueError, match="unknown config argument 'laptop'"):
     golden.config('tiny_switch', 'laptop')
 

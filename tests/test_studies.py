@@ -23,6 +23,7 @@ from scipy import stats
 from experiments import (
   eval_capacity,
   fastermoe_tables,
+  finegrained_against_switch,
   flan_moe,
   kudugunta_table,
   lossfree_table2,
@@ -85,6 +86,7 @@ STUDIES = {
   for module in (
     eval_capacity,
     fastermoe_tables,
+    finegrained_against_switch,
     flan_moe,
     kudugunta_table,
     lossfree_table2,

@@ -249,11 +249,12 @@ class MoeOptions(ImposedOptions):
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""
-    E, K, S = self.num_experts, self.num_selected, self.group_size
+    K = self.num_selected
     return dataclasses.replace(
       super().shrunk(),
-      num_experts=max(min(E, 4), K) if E else 0,
-      group_size=64 if S > 0 else S,
+      num_experts=min(self.num_experts, 4),
+      num_selected=K if K <= 4 else 2,
+      group_size=min(self.group_size, 64),
     )
 
 

@@ -64,13 +64,20 @@ def _sparse_numbers(
   return indices
 
 
-def layers_needed(layers: str) -> int:
-  """The least number of layers for a pattern: 6 for 'every 6', 4 for '1,3'."""
+def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
+  """A pattern of its kind for few layers, and their number, at least 2.
+
+  'every 6' needs 6 layers and '1,3' needs 4; of 'last 26' of 27 the last two
+  stay, after one dense layer.
+  """
   word, _, number = layers.strip().partition(' ')
-  if word in ('every', 'last'):
-    return int(number)
+  if word == 'last':
+    kept = min(int(number), 2)
+    return f'last {kept}', max(kept + (num_layers > int(number)), 2)
+  if word == 'every':
+    return layers, max(int(number), 2)
   named = [int(part) for part in layers.split(',') if part.strip().isdigit()]
-  return max(named, default=0) + 1
+  return layers, max(*named, 1, 1) + 1
 
 
 class Segment(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Self
 
 from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.norms import NORMS, Norm
-from moe_jax.models.pattern import layers_needed, sparse_pattern
+from moe_jax.models.pattern import shrunk_pattern, sparse_pattern
 from moe_jax.models.stack import REMATS, LayerKind, kinds_of
 from moe_jax.models.text_options import LayerOptions
 from moe_jax.options import above, choice, one_of, option
@@ -80,5 +80,9 @@ class StackOptions(LayerOptions):
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     small = super().shrunk()
-    layers = max(small.num_layers, layers_needed(self.attention.full_layers))
-    return dataclasses.replace(small, num_layers=layers)
+    full, number = shrunk_pattern(self.attention.full_layers, self.num_layers)
+    return dataclasses.replace(
+      small,
+      num_layers=max(small.num_layers, number),
+      attention=dataclasses.replace(small.attention, full_layers=full),
+    )

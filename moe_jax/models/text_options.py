@@ -15,12 +15,10 @@ from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
-from moe_jax.models.pattern import count_sparse, layers_needed, sparse_pattern
+from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
 from moe_jax.options import Options, at_least, choice, nested, option
 from moe_jax.options import within as in_interval
 from moe_jax.partitioning import Rules
-
-_LEAST_LAYERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +160,13 @@ class LayerOptions(Options):
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""
     small = super().shrunk()
-    layers = max(_LEAST_LAYERS, layers_needed(self.moe.layers))
-    ffn = dataclasses.replace(small.ffn, hidden=48)
-    return dataclasses.replace(small, num_layers=layers, ffn=ffn)
+    layers, number = shrunk_pattern(self.moe.layers, self.num_layers)
+    return dataclasses.replace(
+      small,
+      num_layers=number,
+      ffn=dataclasses.replace(small.ffn, hidden=48),
+      moe=dataclasses.replace(small.moe, layers=layers),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,6 +80,12 @@ class ExpertGroups(RouterOptions):
         "not masked, '-'; tie columns instead, or use expert_groups=1"
       )
 
+  def shrunk(self):
+    """See `Options.shrunk`: a token chooses one of two groups of experts."""
+    if self.expert_groups == 1:
+      return self
+    return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
+
 
 def within_groups(
   options: ExpertGroups, scores: Float32[Array, 'G S E']
