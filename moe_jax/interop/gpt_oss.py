@@ -131,6 +131,9 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'gpt-oss')
   attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  activation = decoder_keys.expert_of(o).activation
+  if activation != _ACTIVATION:
+    raise ValueError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
   return shared | dict(
     hidden_act='silu',
     intermediate_size=decoder_keys.expert_of(o).hidden,
