@@ -11,7 +11,8 @@ Here: `configs/tiny_switch.py` against `configs/tiny_finegrained.py`, whose
 docstring tells how their FLOPs are equal. The two differ in more than the cut:
 gates are sigmoids that sum to 2.5, a bias balances loads, and no token is
 dropped. Of these only drops have an arm of their own, so that the claims are
-about the designs as a whole. The claims were written before any run.
+about the designs as a whole. The claims were committed after seven runs of the
+preset `quick`, unchanged.
 """
 
 import ml_collections

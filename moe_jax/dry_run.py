@@ -170,7 +170,7 @@ class DryRun:
     programs = make_programs(options, model, mesh)
     if run is None:
       yield from start_facts.trained_lines(options, programs)
-      yield from start_facts.optimizer_lines(options, model)
+      yield from start_facts.optimizer_lines(options, programs)
     yield from self._bytes(options, model, programs, mesh)
 
   def _mesh(self) -> Mesh:

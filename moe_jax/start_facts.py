@@ -19,7 +19,7 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts
 from moe_jax.training.optimizer import is_names, is_role
-from moe_jax.training.programs import Programs, trained_part
+from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Run
 
@@ -67,7 +67,7 @@ def facts(run: Run) -> Iterator[str]:
     for text in warnings(run.model):
       yield f'WARNING: {text}'
   yield from trained_lines(run.options, run.programs)
-  yield from optimizer_lines(run.options, run.model)
+  yield from optimizer_lines(run.options, run.programs)
   yield devices_line(run.mesh)
 
 
@@ -95,9 +95,9 @@ def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   )
 
 
-def optimizer_lines(options: RunOptions, model: models.Model) -> Iterator[str]:
+def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   """Lines on what the optimizer makes of the parameters that train."""
-  trained, trees = trained_part(options, model)
+  trained, trees = programs.trained, programs.adapters.trees
   yield from options.optimizer.facts(
     trained.part(trees.shapes),
     trained.part(trees.axes, is_leaf=is_names),

@@ -12,7 +12,6 @@ from moe_jax.interop import decoder_keys, rotary_keys
 from moe_jax.interop.config_keys import (
   AMOUNT,
   COUNT,
-  OPTIONAL_COUNT,
   OPTIONAL_SIZE,
   POSITIVE,
   SIZE,
@@ -64,7 +63,7 @@ def keys(
       ('intermediate_size', SIZE),
       ('moe_intermediate_size', SIZE),
       ('n_routed_experts', SIZE),
-      ('n_shared_experts', OPTIONAL_COUNT),
+      ('n_shared_experts', COUNT),
       ('first_k_dense_replace', COUNT),
       ('n_group', OPTIONAL_SIZE),
       ('topk_group', OPTIONAL_SIZE),
@@ -89,8 +88,8 @@ def keys(
         AMOUNT,
         0.0,
         0.0,
-        'transformers has no balance loss here; see balance_weight of the '
-        'router',
+        'transformers has no balance loss here; see sequence_balance_weight '
+        'and balance_weight of the router',
       ),
       **(training or {}),
     },
@@ -122,6 +121,8 @@ def problems(c: Values) -> Iterator[str]:
       f'num_key_value_heads={kv_heads} is not num_attention_heads='
       f'{c.num_attention_heads}, as latent attention has it'
     )
+  if (c.topk_group or 1) > (c.n_group or 1):
+    yield f'topk_group={c.topk_group} is more than n_group={c.n_group}'
   if c.first_k_dense_replace >= c.num_hidden_layers:
     yield (
       f'first_k_dense_replace={c.first_k_dense_replace} leaves no layer sparse '
@@ -166,7 +167,7 @@ def options(
       ),
       expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
       shared_expert=SharedExpertOptions(
-        hidden=(c.n_shared_experts or 0) * c.moe_intermediate_size
+        hidden=c.n_shared_experts * c.moe_intermediate_size
       ),
     ),
   )
@@ -199,9 +200,7 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     )
   first = o.sparse.index(True)
   groups = router.expert_groups
-  del decided['num_key_value_heads']
   return decided | dict(
-    num_key_value_heads=attention.num_heads,
     intermediate_size=o.ffn.hidden,
     moe_intermediate_size=hidden,
     n_routed_experts=moe.num_experts,

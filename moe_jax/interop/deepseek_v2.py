@@ -51,6 +51,11 @@ KEYS = deepseek_keys.keys(
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from deepseek_keys.problems(c)
+  if c.hidden_size % c.num_attention_heads:
+    yield (
+      f'num_attention_heads={c.num_attention_heads} does not divide '
+      f'hidden_size={c.hidden_size}, as transformers asks for'
+    )
   if c.topk_method not in (_GREEDY, _GROUPED):
     have = f'only {_GREEDY!r} or {_GROUPED!r}'
     yield f'topk_method={c.topk_method!r:.80} is not supported, {have}'

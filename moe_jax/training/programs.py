@@ -137,30 +137,6 @@ def make_optimizer(
       names a part that the model lacks, or selects nothing; or the file of
       `trained_experts` does not fit.
   """
-  trained, trees = trained_part(options, model)
-  inner = options.optimizer.transformation(
-    options.total_steps,
-    trained.part(trees.axes, is_leaf=is_names),
-    trees.roles,
-    trained.part,
-  )
-  return trained, trained.optimizer(inner)
-
-
-def trained_part(
-  options: RunOptions, model: Model
-) -> tuple[Trained, ParameterTrees]:
-  """The parameters that train, and trees of all parameters, adapters too.
-
-  Args:
-    options: The run's options.
-    model: Its model.
-
-  Raises:
-    ValueError: The option `trainable` or `lora.parts` names a part that the
-      model lacks, or selects nothing; or the file of `trained_experts` does not
-      fit.
-  """
   adapters = lora.adapt(options.lora, models.describe(model))
   trees = adapters.trees
   if adapters.kernels:
@@ -171,7 +147,13 @@ def trained_part(
     chosen = chosen_experts.read(options.trained_experts)
     masks = chosen_experts.masks(chosen, model, trees, trained.names)
     trained = dataclasses.replace(trained, masks=masks)
-  return trained, trees
+  inner = options.optimizer.transformation(
+    options.total_steps,
+    trained.part(trees.axes, is_leaf=is_names),
+    trees.roles,
+    trained.part,
+  )
+  return trained, trained.optimizer(inner)
 
 
 def make_step(

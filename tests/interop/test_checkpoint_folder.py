@@ -231,6 +231,90 @@ def test_an_nllb_of_2023(tmp_path):
       ),
     ),
     (
+      'olmoe',
+      dict(
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+        clip_qkv=-1.0,
+        partial_rotary_factor=0.5,
+      ),
+      (
+        'num_experts_per_tok=1 with norm_topk_prob=True is not supported',
+        'clip_qkv=-1.0 is no finite number above 0',
+        'partial_rotary_factor=0.5 is not supported, only 1',
+      ),
+    ),
+    (
+      'qwen2_moe',
+      dict(
+        use_sliding_window=True,
+        mlp_only_layers=[0, 1, 2, 'x'],
+        layer_types=['sliding_attention'],
+        rope_scaling={'type': 'yarn', 'beta_slow': 0, 'mscale': 0},
+      ),
+      (
+        'use_sliding_window=True is not supported',
+        "mlp_only_layers has 'x', which is no layer",
+        'leave no layer sparse of 3',
+        "layer_types has 'sliding_attention'",
+        "beta_slow=0 of rope type 'yarn' is no finite number above 0",
+        "rope type 'yarn' lacks ['factor']",
+      ),
+    ),
+    (
+      'deepseek_v2',
+      dict(
+        norm_topk_prob=True,
+        n_shared_experts=None,
+        num_key_value_heads=1,
+        num_attention_heads=5,
+        topk_method='best',
+        topk_group=2,
+        first_k_dense_replace=3,
+      ),
+      (
+        'norm_topk_prob=True is not supported, only False or None',
+        'n_shared_experts=None is no integer of at least 0',
+        'num_key_value_heads=1 is not num_attention_heads=5',
+        'num_attention_heads=5 does not divide hidden_size=24',
+        "topk_method='best' is not supported",
+        'topk_group=2 is more than n_group=None',
+        'first_k_dense_replace=3 leaves no layer sparse of 3',
+      ),
+    ),
+    (
+      'phimoe',
+      dict(
+        num_experts_per_tok=3,
+        sliding_window=0,
+        rope_scaling={'type': 'longrope', 'short_factor': [1, 0, 1]},
+      ),
+      (
+        'num_experts_per_tok=3 is not supported, only 2',
+        'sliding_window=0 must be at least 1',
+        'short_factor=[1, 0, 1] is no list of numbers above 0',
+        "rope type 'longrope' lacks ['long_factor']",
+        "rope type 'longrope' lacks 'short_mscale'",
+        "rope type 'longrope' lacks 'long_mscale'",
+      ),
+    ),
+    (
+      'gpt_oss',
+      dict(
+        hidden_act='gelu_new',
+        swiglu_limit=5.0,
+        layer_types=['full_attention', 'linear'],
+        quantization_config={'quant_method': 'fp8'},
+      ),
+      (
+        "hidden_act='gelu_new' is not supported, only 'silu'",
+        'swiglu_limit=5.0 is not supported, only 7.0',
+        "layer_types has 'linear'",
+        'layer_types has 2 layers, num_hidden_layers=3',
+        "quant_method='fp8' is not supported, only 'mxfp4'",
+      ),
+    ),
+    (
       'nllb-moe',
       dict(
         second_expert_policy='sampling',

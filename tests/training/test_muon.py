@@ -207,6 +207,8 @@ def test_every_matrix_of_a_model(model):
   ]
   assert len(sizes) >= 6
   np.testing.assert_allclose(sizes, 0.2, rtol=0.35)
-  (line,) = start_facts.optimizer_lines(options, model)
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  made = programs.make_programs(options, model, mesh)
+  (line,) = start_facts.optimizer_lines(options, made)
   assert 'Adam trains' in line and 'router kernel' in line
   assert 'attention kernel' not in line and 'embedding table' in line
