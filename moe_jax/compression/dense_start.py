@@ -23,7 +23,7 @@ from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import TokenRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
 _OUTPUTS = ('w_out', 'b_out')  # what the output is a sum of
@@ -31,7 +31,7 @@ _FFN = 'ffn'
 
 
 def gate_sums(
-  routing: Routing | SlotRouting,
+  routing: TokenRouting,
 ) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
   """The sum of each expert's gates, and the number of tokens it serves."""
   gates = routing.token_gates()

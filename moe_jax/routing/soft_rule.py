@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignments import Routing, SlotRouting, TokenChoices
+from moe_jax.routing.assignments import TokenChoices, TokenRouting
 from moe_jax.routing.rows import decided
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf
@@ -109,7 +109,22 @@ class SoftRouting:
 
 
 # What a router returns and a dispatch by slots takes.
-AnyRouting = Routing | SlotRouting | SoftRouting
+AnyRouting = TokenRouting | SoftRouting
+
+
+def of_whole_tokens(routing: AnyRouting) -> TokenRouting:
+  """The routing, which no mixture of tokens is.
+
+  Raises:
+    ValueError: The routing mixes tokens, which only a product with a mask of
+      all slots does.
+  """
+  if isinstance(routing, SoftRouting):
+    raise ValueError(
+      'a SoftRouting mixes all tokens of a group in every slot, and this '
+      "dispatch moves whole tokens; use Einsum, the dispatch 'einsum'"
+    )
+  return routing
 
 
 @checked
