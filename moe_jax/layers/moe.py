@@ -307,6 +307,13 @@ class MoE(nn.Module):
     else:
       x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
+    if o.router.mixes and groups.shape[1] > T:
+      raise ValueError(
+        f'group_size={o.group_size}: the {groups.shape[1]} tokens of a group '
+        f'are several rows of {T}, and router.kind='
+        f'{ROUTERS.name_of(o.router)!r} would mix them; use 0 or a divisor of '
+        'the length'
+      )
     if router_ids is not None:
       router_ids = in_groups(router_ids, groups.shape[1])
     sizes = dataclasses.replace(o.sizes, row_length=T)

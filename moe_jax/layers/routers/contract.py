@@ -198,7 +198,8 @@ class RouterOptions(Options):
     by_expert: Whether experts choose tokens, so that the module returns a
       `SlotRouting`, or take all.
     mixes: Whether experts take mixtures of all tokens of a group, so that the
-      module returns a `SoftRouting` and no causal model can have it.
+      module returns a `SoftRouting`. No causal model can have it, and a group
+      must not hold tokens of two examples.
     needs_ids: Whether the module needs `router_ids`, which `ids_of` makes.
     needs_tasks: Whether `ids_of` needs the task of each token.
     needs_whole_rows: Whether a group must not end within a row.

@@ -1,7 +1,8 @@
 """Soft MoE: slots are mixtures of tokens, and tokens mixtures of slots.
 
 https://arxiv.org/abs/2308.00951. For encoders alone, as every output depends on
-all tokens of its group. The rule is `moe_jax.routing.soft_rule`.
+all tokens of its group; a group is an example or a part of one, as the slots of
+a group do not tell its examples apart. The rule is `moe_jax.routing.soft_rule`.
 """
 
 import dataclasses
