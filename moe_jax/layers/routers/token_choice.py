@@ -102,7 +102,7 @@ class TokenChoiceRouter(Router):
     )
     gate = gates_of(self, logits, chosen)
     aux = logits_aux(self, chosen, logits, gate, mask, layer)
-    index = chosen.expert_index
+    index = None if self.options.keeps_state else chosen.expert_index
     aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)

@@ -94,6 +94,31 @@ def test_losses_without_weight_are_not_computed():
   assert aux.batch_balance_loss == aux.global_balance_loss == 0
 
 
+def test_with_a_bias_they_count_choices_without_it():
+  # The bias sends every token to experts 3 and 4, which makes their loads
+  # uneven; Eq. 18 of DeepSeek-V3 counts the best scores without the bias.
+  biased = dataclasses.replace(
+    ALL_SCOPES, gates='sigmoid', balance_bias_rate=0.1
+  )
+  sizes = Sizes(E, K, All(), None, T)
+  params = {'w': jnp.asarray(draw(M, E, seed=1))}
+  x, mask = jnp.asarray(draw(B, T, M)), jnp.ones((B, T), bool)
+
+  def losses(options, **variables):
+    module = options.module(sizes, Shared(), 'router')
+    chosen, aux = module.apply({'params': params, **variables}, x, mask)
+    return chosen.expert_index, aux
+
+  bias = {'balance_bias': jnp.array([0.0, 0, 0, 5, 5])}
+  index, aux = losses(biased, router_state=bias)
+  assert set(np.unique(index)) == {3, 4}
+  unbiased = losses(dataclasses.replace(biased, balance_bias_rate=0.0))[1]
+  for name in NAMES:
+    loss = getattr(aux, f'{name}_loss')
+    np.testing.assert_allclose(loss, getattr(unbiased, f'{name}_loss'))
+  assert abs(aux.balance_loss - unbiased.balance_loss) > 1.0
+
+
 @pytest.mark.slow
 def test_masked_columns_are_no_experts_of_them():
   # Two tokens choose columns 0 and 2 evenly; column 1 leads nowhere.
