@@ -187,11 +187,7 @@ class MoeOptions(ImposedOptions):
 
   def _shared_problems(self) -> Iterator[str]:
     """The problem of a shared expert beside experts without a width."""
-    if not self.shared_expert.hidden:
-      return
-    try:
-      self.expert.within(FfnOptions(), 0.0).twin(1)
-    except ValueError:
+    if self.shared_expert.hidden and not self.expert.has_width:
       yield (
         f'shared_expert.hidden={self.shared_expert.hidden} beside experts of '
         f'{type(self.expert).__name__}, which have no width: only feed-forward '
