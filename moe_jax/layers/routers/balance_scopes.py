@@ -52,9 +52,9 @@ class ScopedBalanceLoss(BalanceLoss):
   )
   balance_scores: str = option(
     'softmax',
-    "Probabilities of the balance losses: the 'softmax' of the logits, or each "
-    "'sigmoid' divided by the sum of all of the token's (Eq. 19 of "
-    'arXiv:2412.19437, DeepSeek-V3).',
+    'Probabilities of all balance losses, that of balance_weight too: the '
+    "'softmax' of the logits, or each 'sigmoid' divided by the sum of all of "
+    "the token's (Eq. 19 of arXiv:2412.19437, DeepSeek-V3).",
     one_of(*SCORES),
     how=True,
   )

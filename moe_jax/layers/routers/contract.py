@@ -195,8 +195,9 @@ class RouterOptions(Options):
   """Base of the routers' options, with the questions that others ask a router.
 
   Attributes:
-    by_expert: Whether experts choose tokens, so that the module returns a
-      `SlotRouting`, or take all.
+    by_expert: Whether the tokens of an expert are not K choices of each token:
+      experts choose tokens, and the module returns a `SlotRouting`, or every
+      expert serves all tokens (`mixes`).
     mixes: Whether experts take mixtures of all tokens of a group, so that the
       module returns a `SoftRouting`. No causal model can have it, and a group
       must not hold tokens of two examples.
