@@ -10,7 +10,7 @@ from typing import Self
 
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics, Shared
