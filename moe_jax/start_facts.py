@@ -14,7 +14,7 @@ from moe_jax import models
 from moe_jax.analysis import cost, devices, roofline, run_cost
 from moe_jax.kernels import backends
 from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts

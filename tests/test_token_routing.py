@@ -9,7 +9,7 @@ from moe_jax.analysis.trace_records import (
   LayerInfo,
   Record,
 )
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.capacity import Fixed
 
 

@@ -24,7 +24,7 @@ from moe_jax.analysis.route_findings import (
 from moe_jax.analysis.route_measures import Information, information_of
 from moe_jax.analysis.trace_hook import header_of
 from moe_jax.analysis.trace_records import Header, Record
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.shapes import Bool, Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState

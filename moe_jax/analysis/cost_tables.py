@@ -13,7 +13,7 @@ from moe_jax.analysis.counts import Cost, count, short
 from moe_jax.analysis.model_parts import Half, halves, sized_parameters
 from moe_jax.analysis.training_cost import training_cost, variants
 from moe_jax.layers.experts import DISPATCHES
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.training.run_options import RunOptions

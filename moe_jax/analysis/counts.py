@@ -15,7 +15,7 @@ from moe_jax.analysis.model_parts import (
   is_dropless,
   sized_parameters,
 )
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import Model
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))

@@ -18,7 +18,7 @@ from moe_jax.analysis.model_parts import (
 )
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnOptions, activation
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
 from moe_jax.options import unknown

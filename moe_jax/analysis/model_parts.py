@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax.layers.experts.serving import ROLE as EXPERT
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
 from moe_jax.models.parameter_trees import describe

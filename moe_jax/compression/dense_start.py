@@ -19,11 +19,12 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.distributed import fetch
+from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts.serving import SCOPE
-from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.ffn import FfnLayer
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import TokenRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
 _OUTPUTS = ('w_out', 'b_out')  # what the output is a sum of
@@ -31,7 +32,7 @@ _FFN = 'ffn'
 
 
 def gate_sums(
-  routing: Routing | SlotRouting,
+  routing: TokenRouting,
 ) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
   """The sum of each expert's gates, and the number of tokens it serves."""
   gates = routing.token_gates()
@@ -123,7 +124,8 @@ def joined(
 
   Args:
     experts: The parameters of all experts, each [E, ...].
-    name: The name of the parameter: 'w_in', 'w_gate', 'w_out', 'b_in', 'b_out'.
+    name: The name of the parameter: 'w_in', 'w_gate', 'w_out', 'b_in',
+      'b_gate' or 'b_out'.
     numbers: The numbers of the N experts, in order.
   """
   chosen = [experts[name][e] for e in numbers]
@@ -195,30 +197,48 @@ def _count(model: Model, source: Model, layer: int) -> int:
     )
   if dense is None:
     raise ValueError(f'layer {layer} of the student is not dense')
-  if dense.activation != expert.activation:
-    raise ValueError(
-      f'layer {layer}: experts have activation={expert.activation!r}, the '
-      f"student's feed-forward has {dense.activation!r}"
-    )
-  count, rest = divmod(dense.hidden, expert.hidden)
+  _check_alike(layer, FfnLayer(expert, _block(source, layer)[0].shared), dense)
+  width = dense.options.hidden
+  count, rest = divmod(width, expert.hidden)
   if rest or not 1 <= count <= options.num_experts:
     raise ValueError(
-      f'layer {layer}: the width {dense.hidden} of a feed-forward is not that '
+      f'layer {layer}: the width {width} of a feed-forward is not that '
       f'of 1 to {options.num_experts} experts of width {expert.hidden}'
     )
   return count
 
 
-def _dense(model: Model, layer: int) -> FfnOptions | None:
+def _check_alike(layer: int, expert: FfnLayer, dense: FfnLayer) -> None:
+  """Raises ValueError for another activation, or for other biases."""
+  own, other = expert.options.activation, dense.options.activation
+  if own != other:
+    raise ValueError(
+      f'layer {layer}: experts have activation={own!r}, the '
+      f"student's feed-forward has {other!r}"
+    )
+  biases = [(x.use_bias, x.gate_bias) for x in (expert, dense)]
+  if biases[0] != biases[1]:
+    raise ValueError(
+      f'layer {layer}: experts have (biases, biases of gates)={biases[0]}, the '
+      f"student's feed-forward has {biases[1]}; give both the same bias and "
+      'use_bias'
+    )
+
+
+def _dense(model: Model, layer: int) -> FfnLayer | None:
   """The feed-forward of a layer; None for a sparse one, or without blocks."""
   if (moe := model.moes[layer]) is not None and moe.num_experts:
     return None
-  first = 0
-  for _, stack in model.stacks:
-    if layer < (count := first + len(stack.sparse)):
-      block = stack.block
-      if stack.sparse[layer - first] and block.moe is not None:
-        return block.moe.twin().ffn
-      return block.ffn
-    first = count
-  return None
+  if not model.stacks:
+    return None
+  block, sparse = _block(model, layer)
+  twin = block.moe.twin().ffn if sparse and block.moe is not None else None
+  return FfnLayer(twin or block.ffn, block.shared)
+
+
+def _block(model: Model, layer: int) -> tuple[BlockConfig, bool]:
+  """The options of the block of a layer, and whether its layer is sparse."""
+  stacks = [stack for _, stack in model.stacks]
+  return [(stack.block, flag) for stack in stacks for flag in stack.sparse][
+    layer
+  ]

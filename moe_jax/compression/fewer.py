@@ -16,7 +16,7 @@ from moe_jax.compression import calibration
 from moe_jax.compression.usage import Usage, measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import retained
 from moe_jax.layers.routers.sizes import MASKED
 from moe_jax.models import ModelOptions, code_trees

@@ -7,14 +7,14 @@ gradients, is `movement.py`.
 """
 
 from moe_jax.dispatch import movement
-from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.assignments import TokenRouting
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
 
 
 @checked
 def dispatch(
-  x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+  x: Float[Array, 'G S M'], routing: TokenRouting
 ) -> Float[Array, 'E R M']:
   """Copies tokens to the rows of experts; R = G * C, empty slots are zero.
 
@@ -26,7 +26,7 @@ def dispatch(
 
 @checked
 def combine(
-  rows: Float[Array, 'E R M'], routing: Routing | SlotRouting
+  rows: Float[Array, 'E R M'], routing: TokenRouting
 ) -> Float[Array, 'G S M']:
   """The sum of each token's expert rows, weighted by its gates."""
   return movement.give_back(rows, routing.slot_rows(), routing.group_size)

@@ -8,14 +8,14 @@ gradients, is `movement.py`.
 """
 
 from moe_jax.dispatch import movement
-from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.assignments import TokenRouting
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Int32
 
 
 @checked
 def dispatch(
-  x: Float[Array, 'G S M'], routing: Routing | SlotRouting
+  x: Float[Array, 'G S M'], routing: TokenRouting
 ) -> Float[Array, 'N M']:
   """Copies tokens to rows: expert 0's first, in the order of the tokens.
 
@@ -28,12 +28,12 @@ def dispatch(
 
 @checked
 def combine(
-  rows: Float[Array, 'N M'], routing: Routing | SlotRouting
+  rows: Float[Array, 'N M'], routing: TokenRouting
 ) -> Float[Array, 'G S M']:
   """The sum of each token's expert rows, weighted by its gates."""
   return movement.give_back(rows, routing.sorted_rows(), routing.group_size)
 
 
-def group_sizes(routing: Routing | SlotRouting) -> Int32[Array, ' E']:
+def group_sizes(routing: TokenRouting) -> Int32[Array, ' E']:
   """The number of rows of each expert: its kept choices in all groups."""
   return routing.rows_per_expert()

@@ -26,7 +26,7 @@ from moe_jax.interop.config_keys import (
 from moe_jax.layers.attention import AttentionBase, AttentionOptions
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import RmsNorm
 from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import DecoderOptions

@@ -46,7 +46,7 @@ from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import ServedByRank, TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative, Sinusoidal
 from moe_jax.models import EncoderDecoderOptions

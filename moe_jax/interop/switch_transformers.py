@@ -43,7 +43,7 @@ from moe_jax.interop.mapping import Name, embedding_tables
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import RmsNorm
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import TokenChoice

@@ -24,7 +24,8 @@ from moe_jax.layers.experts import (
 )
 from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
 from moe_jax.layers.lstm import Lstm, LstmOptions
-from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import NORMS, LayerNorm, Norm, RmsNorm
 from moe_jax.layers.positions import (
   POSITIONS,

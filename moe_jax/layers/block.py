@@ -9,7 +9,8 @@ from flax import linen as nn
 from moe_jax.layers.attention import AttentionBase, module_of
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.ffn import FeedForward, FfnOptions
-from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import Norm, RmsNorm
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared

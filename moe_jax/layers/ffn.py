@@ -95,7 +95,7 @@ class FfnOptions(Options):
   bias: str = option(
     '',
     "Biases of a feed-forward's products: 'all', the gate's included, or "
-    "'none'; '': model.use_bias.",
+    "'none'; '': if model.use_bias, of all products but the gate's.",
     one_of('', 'all', 'none'),
   )
 
@@ -133,18 +133,23 @@ class FfnLayer:
 
   @property
   def use_bias(self) -> bool:
-    """Whether all products add a bias."""
+    """Whether products add a bias, the gate's only where `gate_bias`."""
     return self.options.bias == 'all' or (
       not self.options.bias and self.shared.use_bias
     )
+
+  @property
+  def gate_bias(self) -> bool:
+    """Whether the product of the gate adds a bias, too."""
+    return self.activation.gated and self.options.bias == 'all'
 
   def parameters(
     self, module: nn.Module, stack: tuple[int, ...], width: int
   ) -> dict[str, Any]:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
-    They are w_in, w_out, w_gate if the activation gates, and if they have
-    biases b_in, b_out and b_gate. Kernels are as they are stored.
+    They are w_in, w_out, w_gate if the activation gates, b_in and b_out if
+    `use_bias`, and b_gate if `gate_bias`. Kernels are as they are stored.
     """
     shared = self.shared
     p = {}
@@ -202,7 +207,7 @@ class FfnLayer:
       parts['b_in'] = ((F,), (mlp,), 'bias')
     if self.activation.gated:
       parts['w_gate'] = ((M, F), ('embed', mlp), 'kernel')
-      if self.use_bias:
+      if self.gate_bias:
         parts['b_gate'] = ((F,), (mlp,), 'bias')
     parts['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
     if self.use_bias:
@@ -241,15 +246,16 @@ class FfnLayer:
       dropout: The function that drops hidden values.
     """
     act, dtype = self.activation, self.shared.dtype
-    products = [product(x, p[name]) for name in self.first_kernels]
-    if self.use_bias:
-      biases = [p[f'b{name[1:]}'] for name in self.first_kernels]
-      products = [
-        add_bias(y, b.astype(dtype)) for y, b in zip(products, biases)
-      ]
+
+    def biased(y, name):
+      return add_bias(y, p[name].astype(dtype)) if name in p else y
+
+    products = [
+      biased(product(x, p[name]), f'b{name[1:]}') for name in self.first_kernels
+    ]
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)
-    return add_bias(y, p['b_out'].astype(dtype)) if self.use_bias else y
+    return biased(y, 'b_out')
 
   def compute_stacked(
     self,

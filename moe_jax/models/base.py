@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace
 from moe_jax.models.stack import StackConfig

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moe_jax.kernels import cpu
 from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.sorted_rows_experts import Dropless
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import check_decodes
 from moe_jax.models.layer_trees import unstack
 from moe_jax.models.stack import StackConfig

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.projected import project_memory
 from moe_jax.layers.block import CROSS_ATTENTION
@@ -163,11 +164,14 @@ class EncoderDecoder(Transformer):
 
   def _project(self, layers, memory):
     """The keys and the values, [layers, B, N, S, D] each, of the layers."""
-    block = self.decoder_blocks.block
-    pairs = [
-      project_memory(
-        block.shared, block.attention, params[CROSS_ATTENTION], memory
+    shared = self.decoder_blocks.block.shared
+    options = self.decoder_blocks.block.attention
+    if not isinstance(options, AttentionOptions):
+      raise ValueError(
+        f'{type(options).__name__} has no attention to an encoder'
       )
+    pairs = [
+      project_memory(shared, options, params[CROSS_ATTENTION], memory)
       for params in layers
     ]
     return tuple(

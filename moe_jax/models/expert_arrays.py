@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.linear_gate import AXES

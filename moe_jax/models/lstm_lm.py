@@ -20,7 +20,8 @@ from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.imposed import check_given, given_to_layer
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState
-from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import POSITIONS, NoPositions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import RULES, Shared

@@ -25,6 +25,7 @@ class RunShape(NamedTuple):
       encoder's row.
     target_len: The length of a decoder's row in an encoder-decoder.
     parts: The number of devices over which rows are split; 1 if not known.
+    packed: Whether short examples may share a row.
   """
 
   total_steps: int
@@ -33,6 +34,7 @@ class RunShape(NamedTuple):
   seq_len: int
   target_len: int = 0
   parts: int = 1
+  packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

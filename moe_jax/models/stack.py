@@ -18,7 +18,7 @@ from moe_jax.kernels.rows_product import PRODUCT
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
 from moe_jax.layers.imposed import given_to_layer
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.padding import Padding
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux

@@ -10,8 +10,9 @@ from typing import Self
 
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import POSITIONS, Positions
+from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.model_options import ModelOptions, RunShape
@@ -152,10 +153,27 @@ class LayerOptions(Options):
         f'tokens in a microbatch do not divide by the {run.parts} devices that '
         'rows are split over: a group never spans two'
       )
+    if self.moe.router.mixes:
+      yield from self._mixture_problems(run, name, length)
     if problem := self.moe.router.problem_of_groups(groups):
       yield f'model.moe.group_size={S}: {problem}'
     if problem := self.moe.router.problem_of_rows(rows, run.microbatches):
       yield f'model.moe.router: {problem}'
+
+  def _mixture_problems(self, run, name, length):
+    """The problems of groups in which several examples would be mixed."""
+    S, kind = self.moe.group_size, ROUTERS.name_of(self.moe.router)
+    if length < S or (S == -1 and run.rows > 1):
+      yield (
+        f'model.moe.group_size={S} has several rows of {name}={length} in a '
+        f'group, and router.kind={kind!r} would mix them; use 0 or a divisor '
+        'of the length'
+      )
+    if run.packed:
+      yield (
+        f'data.pack=True: short examples share a row, and router.kind={kind!r} '
+        'would mix them; use pack=False'
+      )
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""

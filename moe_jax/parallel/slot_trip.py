@@ -188,7 +188,7 @@ class SlotTrip:
         'always drop tokens where experts choose, as these fill all their '
         'slots; use 1.0'
       )
-    slots = len(sent.gate) * sent.capacity
+    slots = len(sent.gate) * sent.bounded()
     return one_queue(sent, self.exchange.capacity(slots))
 
   def _in_shadow(self, experts, rows, shadowed):

@@ -15,7 +15,7 @@ from moe_jax.routing import (
   strictly_balanced_rule,
   topology_rule,
 )
-from moe_jax.routing.assignments import Routing, SlotRouting
+from moe_jax.routing.assignments import Routing, SlotRouting, TokenRouting
 from moe_jax.routing.aux_losses import (
   balance_loss,
   importance_loss,
@@ -46,7 +46,12 @@ from moe_jax.routing.noisy_top_k_rule import (
   noisy_logits,
 )
 from moe_jax.routing.random_rule import random_choice
-from moe_jax.routing.soft_rule import AnyRouting, SoftRouting, soft_routing
+from moe_jax.routing.soft_rule import (
+  AnyRouting,
+  SoftRouting,
+  of_whole_tokens,
+  soft_routing,
+)
 from moe_jax.routing.stats import (
   ExchangeStats,
   MoeAux,
@@ -88,6 +93,7 @@ __all__ = [
   'RoutingStats',
   'SlotRouting',
   'SoftRouting',
+  'TokenRouting',
   'at_choices',
   'balance_bias',
   'balance_loss',
@@ -108,6 +114,7 @@ __all__ = [
   'mixture_stats',
   'no_exchange',
   'noisy_logits',
+  'of_whole_tokens',
   'one_queue',
   'random_choice',
   'routing_stats',

@@ -142,7 +142,7 @@ class Routing:
       self.gate,
       self.kept,
       self.num_experts,
-      self._bounded(),
+      self.bounded(),
     )
 
   def sorted_rows(self) -> rows.Rows:
@@ -159,11 +159,12 @@ class Routing:
     expert = jax.nn.one_hot(
       self.expert_index, self.num_experts, dtype=jnp.bool_
     )
-    slot = jax.nn.one_hot(self.slot, self._bounded(), dtype=jnp.bool_)
+    slot = jax.nn.one_hot(self.slot, self.bounded(), dtype=jnp.bool_)
     kept = self.kept[..., None, None]
     return expert[..., None] & slot[..., None, :] & kept
 
-  def _bounded(self) -> int:
+  def bounded(self) -> int:
+    """The capacity; raises ValueError where there is none."""
     if self.capacity is None:
       raise ValueError(
         'capacity=None: slots need a capacity; use the capacity rule All()'
@@ -279,3 +280,7 @@ class SlotRouting:
     return rows.sorted_rows_of_slots(
       self.token_index, self.gate, self.group_size
     )
+
+
+# What moves whole tokens, each to experts of its own or to slots.
+TokenRouting = Routing | SlotRouting

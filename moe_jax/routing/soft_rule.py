@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignments import Routing, SlotRouting, TokenChoices
+from moe_jax.routing.assignments import TokenChoices, TokenRouting
 from moe_jax.routing.rows import decided
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
 
 # A finite logit whose softmax is 0 beside any other; -inf alone would be NaN.
 _NEVER = -1e30
@@ -44,8 +44,8 @@ class SoftRouting:
   def shape_hints(self) -> dict[str, Any]:
     """The array type of each field; see `shape_checks.HasShapes`."""
     return {
-      'share': Float[Array, 'G S E C'],
-      'gate': Float[Array, 'G S E C'],
+      'share': Float32[Array, 'G S E C'],
+      'gate': Float32[Array, 'G S E C'],
     }
 
   def static_sizes(self) -> dict[str, int]:
@@ -109,7 +109,22 @@ class SoftRouting:
 
 
 # What a router returns and a dispatch by slots takes.
-AnyRouting = Routing | SlotRouting | SoftRouting
+AnyRouting = TokenRouting | SoftRouting
+
+
+def of_whole_tokens(routing: AnyRouting) -> TokenRouting:
+  """The routing, which no mixture of tokens is.
+
+  Raises:
+    ValueError: The routing mixes tokens, which only a product with a mask of
+      all slots does.
+  """
+  if isinstance(routing, SoftRouting):
+    raise ValueError(
+      'a SoftRouting mixes all tokens of a group in every slot, and this '
+      "dispatch moves whole tokens; use Einsum, the dispatch 'einsum'"
+    )
+  return routing
 
 
 @checked

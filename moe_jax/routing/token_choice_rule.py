@@ -8,7 +8,7 @@ function. The noise of Shazeer et al. 2017 is in `noisy_top_k_rule.py`.
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,28 @@ from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 
-GATES = (
-  'raw',
-  'renormalized',
-  'renormalized_after_drop',
-  'sigmoid',
-  'sigmoid_renormalized',
-)
+
+class Gate(NamedTuple):
+  """Facts about a kind of gates.
+
+  Attributes:
+    scores: The scores that gates are computed from; one of
+      `balance_bias.SCORES`.
+    normalizes: Whether the K gates of a token are made to sum to 1, so that the
+      only one would be constant.
+  """
+
+  scores: str
+  normalizes: bool
+
+
+GATES = {
+  'raw': Gate('softmax', False),
+  'renormalized': Gate('softmax', True),
+  'renormalized_after_drop': Gate('softmax', True),
+  'sigmoid': Gate('sigmoid', False),
+  'sigmoid_renormalized': Gate('sigmoid', True),
+}
 # What DeepSeek-V3 adds to the sum of sigmoids that it divides them by.
 _EPSILON = 1e-20
 SLOT_PRIORITIES = (*GIVEN_PRIORITIES, 'batch_priority')
@@ -169,10 +184,11 @@ def choice_problems(
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
-  if K == 1 and 'renormalized' in gates:
+  if K == 1 and GATES[gates].normalizes:
+    can = [name for name, gate in GATES.items() if not gate.normalizes]
     yield (
       f'num_selected=1 with gates={gates!r} makes every gate 1 and takes the '
-      "router's gradient away; use gates='raw' or 'sigmoid'"
+      f"router's gradient away; use gates={' or '.join(map(repr, can))}"
     )
   if second_policy == 'sampled' and K != 2:
     yield (

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moe_jax.distributed import fetch
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.load_summary import load_summary
 from moe_jax.routing.stats import LOSSES, MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums

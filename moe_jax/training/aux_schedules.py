@@ -18,19 +18,12 @@ from moe_jax.options import (
   option,
   required,
 )
+from moe_jax.routing.stats import LOSSES
 from moe_jax.shapes import Leaf
-from moe_jax.training.losses import LossWeights
+from moe_jax.training.losses import LossWeights, weight_name
 
 # The losses that can have a schedule: fields of `LossWeights`.
-_ROUTERS = (
-  'balance',
-  'batch_balance',
-  'global_balance',
-  'importance',
-  'load',
-  'sequence_balance',
-  'z',
-)
+_ROUTERS = tuple(sorted(map(weight_name, LOSSES)))
 _LOSSES = (*_ROUTERS, 'logits_z')
 
 

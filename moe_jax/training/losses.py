@@ -36,8 +36,9 @@ class LossWeights:
 
   Attributes:
     balance, z, importance, load, sequence_balance, batch_balance,
-      global_balance: Coefficients of the routers' losses: numbers, or scalar
-      arrays, which are arguments of the compiled step instead of constants.
+      global_balance: Coefficients of the routers' losses, one for each of
+      `routing.stats.LOSSES`: numbers, or scalar arrays, which are arguments of
+      the compiled step instead of constants.
     logits_z: Coefficient of the mean squared logsumexp of the output logits
       (T5's and ST-MoE's other z-loss); a number or a scalar array, too.
     num_averaged: Number by which the sum of the routers' losses over layers is
@@ -56,12 +57,17 @@ class LossWeights:
   num_averaged: int = 1
 
 
+def weight_name(loss: str) -> str:
+  """The field of `LossWeights` for a loss of `MoeAux`."""
+  return loss.removesuffix('_loss')
+
+
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   """The coefficients that a model's routers have, and that of its logits."""
   weights = model.loss_weights()
   mean = model.layer_reduce == 'mean'
   return LossWeights(
-    **{_name(loss): weights.get(loss, 0.0) for loss in LOSSES},
+    **{weight_name(loss): weights.get(loss, 0.0) for loss in LOSSES},
     logits_z=logits_z,
     num_averaged=max(len(model.sparse_layers), 1) if mean else 1,
   )
@@ -92,14 +98,9 @@ def aux_loss(
   """The weighted sum of the routers' losses; those of weight 0 are left out."""
   total = jnp.zeros((), jnp.float32)
   for loss in LOSSES:
-    if _counts(weight := getattr(weights, _name(loss))):
+    if _counts(weight := getattr(weights, weight_name(loss))):
       total = total + weight * (getattr(aux, loss) / whole.tokens).sum()
   return total / weights.num_averaged
-
-
-def _name(loss: str) -> str:
-  """The field of `LossWeights` for a loss of `MoeAux`."""
-  return loss.removesuffix('_loss')
 
 
 def _counts(weight: Leaf) -> bool:

@@ -276,6 +276,7 @@ class RunOptions(Options):
       seq_len=self.data.seq_len,
       target_len=self.data.target_len,
       parts=parts,
+      packed=self.data.pack,
     )
 
   def check_mesh(self, mesh: Mesh) -> None:

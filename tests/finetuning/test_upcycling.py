@@ -13,7 +13,7 @@ from moe_jax import models
 from moe_jax.finetuning import Copies, plan, sources_of
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import TokenChoice

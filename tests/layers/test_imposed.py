@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.imposed import FORCED, forced_choices
-from moe_jax.layers.moe import MoE, MoeOptions
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,

@@ -14,7 +14,7 @@ from flax import linen as nn
 from moe_jax import models
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import TokenChoice
 
 B, T, V = 3, 10, 23

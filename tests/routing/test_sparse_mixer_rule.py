@@ -43,6 +43,36 @@ def test_it_equals_a_loop_over_tokens(shift, threshold):
     np.testing.assert_allclose(gate[g, s], gates, rtol=1e-5)
 
 
+@pytest.mark.parametrize('trained', [False, True])
+def test_choices_that_are_drawn_equal_a_loop_over_tokens(trained):
+  G, S, E, K = 2, 7, 5, 3
+  rng = np.random.default_rng(0)
+  logits = rng.normal(0, 1, (G, S, E)).astype(np.float32)
+  # Without draws of its own the rule takes experts that are imposed, of which
+  # some are too far from the largest logit.
+  imposed = rng.permuted(np.tile(np.arange(E), (G, S, 1)), axis=-1)[..., :K]
+  imposed = jnp.asarray(imposed, jnp.int32)
+  draw = {'key': tiny.key(0)} if trained else {'imposed': imposed}
+  rule = dict(num_selected=K, threshold=1.0)
+  index, gate = map(
+    np.asarray, sparse_mixer(jnp.asarray(logits), **rule, **draw)
+  )
+  want = np.zeros((G, S, K))
+  for g, s in np.ndindex(G, S):
+    row, draws = logits[g, s].astype(np.float64), index[g, s].tolist()
+    experts, want[g, s] = reference.sparse_mixer(row, K, 1.0, draws)
+    assert experts == draws
+  if not trained:
+    assert (index == imposed).all() and (want == 0).any() and (want > 0).any()
+    np.testing.assert_allclose(gate, want, rtol=1e-5)
+    return
+  # A drawn expert takes part; a third of some gates of lesser ones is taken.
+  assert want.min() > 0 and (index[..., 0] != logits.argmax(-1)).any()
+  parts = gate / want
+  np.testing.assert_allclose(parts, np.where(parts > 0.5, 1, 1 / 3), rtol=1e-4)
+  assert (parts < 0.5).any() and (parts > 0.5).any()
+
+
 def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
   # Of four experts the last is too far for the first choice.
   logits = jnp.broadcast_to(logits_of(4.0, 3.5, 3.0, 1.0), (1, 8000, 4))

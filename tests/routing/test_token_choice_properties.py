@@ -29,7 +29,7 @@ def options(draw):
   policies = [p for p in SECOND_POLICIES if p != 'sampled' or K == 2]
   return dict(
     num_selected=K,
-    gates=draw(st.sampled_from(GATES if K > 1 else ('raw', 'sigmoid'))),
+    gates=draw(st.sampled_from(tuple(GATES) if K > 1 else ('raw', 'sigmoid'))),
     slot_priority=draw(st.sampled_from(SLOT_PRIORITIES)),
     second_policy=draw(st.sampled_from(policies)),
     key=jax.random.key(draw(st.integers(0, 9))),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 from moe_jax.layers.experts.serving import (
   ROLE,
@@ -23,6 +23,8 @@ _RATE = Check(
 @dataclasses.dataclass(frozen=True)
 class FeedForwardExpert(ExpertOptions):
   """The options of experts that are feed-forward layers, for any dispatch."""
+
+  has_width: ClassVar[bool] = True
 
   hidden: int = option(
     0,

@@ -23,6 +23,7 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import nested
+from moe_jax.routing import of_whole_tokens
 from moe_jax.shapes import Array, Float, Leaf
 
 
@@ -95,6 +96,7 @@ class QuantizedRows(Experts):
     """See `Experts.serve`; `train` changes nothing."""
     del train
     layer, M = self.layer, x.shape[-1]
+    routing = of_whole_tokens(routing)
     x = x.astype(layer.shared.dtype)
     p = layer.parameters(self, (routing.num_experts,), M)
     if x[..., 0].size <= FEW_TOKENS:

@@ -120,10 +120,13 @@ class ExpertOptions(Options):
   Attributes:
     own_arrays: Whether a model that decodes may give each expert arrays of its
       own, or multiply all experts at once (`few_tokens.py`).
+    has_width: Whether an expert is a feed-forward, so that a dense layer of
+      some width (`twin`) is its equivalent and can be a shared expert.
     format: The storage of their kernels; most are stored as they are.
   """
 
   own_arrays: ClassVar[bool] = True
+  has_width: ClassVar[bool] = False
   format: ClassVar[KernelFormat] = KernelFormat()
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':

@@ -30,7 +30,7 @@ from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowed_experts import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
-from moe_jax.routing import AnyRouting, ExchangeStats
+from moe_jax.routing import AnyRouting, ExchangeStats, of_whole_tokens
 from moe_jax.shape_checks import told
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -88,11 +88,11 @@ class Gather(SlotDispatch):
 
   def dispatch(self, x, routing):
     """See `SlotDispatch.dispatch`."""
-    return gather.dispatch(x, routing)
+    return gather.dispatch(x, of_whole_tokens(routing))
 
   def combine(self, rows, routing):
     """See `SlotDispatch.combine`."""
-    return gather.combine(rows, routing)
+    return gather.combine(rows, of_whole_tokens(routing))
 
 
 @dataclasses.dataclass(frozen=True)

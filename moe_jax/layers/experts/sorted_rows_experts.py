@@ -28,6 +28,7 @@ from moe_jax.parallel.shadowed_experts import (
   moved_rows,
   split,
 )
+from moe_jax.routing import of_whole_tokens
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
@@ -102,6 +103,7 @@ class SortedRowsExperts(Experts):
   def serve(self, x, routing, train):
     """See `Experts.serve`."""
     layer, shared = self.layer, self.layer.shared
+    routing = of_whole_tokens(routing)
     E, M = routing.num_experts, x.shape[-1]
     p = layer.parameters(self, (E,), M)
     key = self.make_rng('dropout') if train and layer.dropout else None
@@ -152,6 +154,7 @@ class SortedRowsExperts(Experts):
     sizes = sizes.that_travel(o.exchange.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
     sent, stay = split(routing, shadowed)
+    sent = of_whole_tokens(sent)
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, sent)
     sent_counts = sorted_rows.group_sizes(sent)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.routers.balancing import BalanceLoss, loss_weight
-from moe_jax.layers.routers.by_token import open_columns
+from moe_jax.layers.routers.by_token import largest, open_columns
 from moe_jax.layers.routers.contract import Router
 from moe_jax.options import above, at_least, one_of, option
 from moe_jax.routing.aux_losses import balance_of_parts, balance_sums
@@ -28,7 +28,9 @@ class ScopedBalanceLoss(BalanceLoss):
   sequence_balance_weight: float = loss_weight(
     0.0,
     'balance loss of each row of the batch by itself, whatever the groups are '
-    '(Eq. 12 of arXiv:2401.06066, DeepSeekMoE; Eq. 17 of arXiv:2412.19437, V3)',
+    '(Eq. 12 of arXiv:2401.06066, DeepSeekMoE; Eq. 17 of arXiv:2412.19437, '
+    'V3). With a balancing bias, this loss and those of other scopes count the '
+    'K best experts without bias and groups of experts (Eq. 18 there)',
   )
   batch_balance_weight: float = loss_weight(
     0.0,
@@ -50,9 +52,9 @@ class ScopedBalanceLoss(BalanceLoss):
   )
   balance_scores: str = option(
     'softmax',
-    "Probabilities of the balance losses: the 'softmax' of the logits, or each "
-    "'sigmoid' divided by the sum of all of the token's (Eq. 19 of "
-    'arXiv:2412.19437, DeepSeek-V3).',
+    'Probabilities of all balance losses, that of balance_weight too: the '
+    "'softmax' of the logits, or each 'sigmoid' divided by the sum of all of "
+    "the token's (Eq. 19 of arXiv:2412.19437, DeepSeek-V3).",
     one_of(*SCORES),
     how=True,
   )
@@ -84,7 +86,7 @@ class ScopedBalanceLoss(BalanceLoss):
 def scoped_losses(
   module: Router,
   logits: Float32[Array, 'G S E'],
-  expert_index: Int32[Array, 'G S K'],
+  expert_index: Int32[Array, 'G S K'] | None,
   mask: Bool[Array, 'G S'],
   layer: int | Int32[Array, ''],
 ) -> dict[str, Float32[Array, '']]:
@@ -95,7 +97,8 @@ def scoped_losses(
   Args:
     module: The router.
     logits: The logits without noise.
-    expert_index: The columns that tokens chose.
+    expert_index: The columns that tokens chose; None: losses count the K
+      largest logits of a token instead, as Eq. 18 of arXiv:2412.19437 does.
     mask: False for padding.
     layer: The number of the layer, some of whose columns may be masked.
   """
@@ -112,6 +115,8 @@ def scoped_losses(
   there = open_columns(module, layer)
   if there is not None:
     logits = jnp.where(there, logits, -jnp.inf)
+  if expert_index is None:
+    expert_index = largest(logits, module.sizes.num_selected)
   # Rows and groups are cut into parts that lie in one of each.
   unit = math.gcd(S, T)
   sums = balance_sums(

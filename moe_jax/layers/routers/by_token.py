@@ -197,11 +197,9 @@ def serve(
   scores = logits if scores is None else scores
   if (chosen_from := open_columns(module, layer)) is not None:
     scores = jnp.where(chosen_from, scores, -jnp.inf)
-  if (largest := expert_index) is None:
-    # It runs on each device, as no compiler splits a top-K over groups.
-    choose = functools.partial(routing.choose, num_selected=min(K + spare, E))
-    largest = on_each_device(choose, (scores,))
-  index = largest[..., :K]
+  if (ranked := expert_index) is None:
+    ranked = largest(scores, min(K + spare, E))
+  index = ranked[..., :K]
   if given is not None:
     index = given.in_place_of(index)
   draws = train and o.second_policy != 'all' and K > 1
@@ -219,7 +217,16 @@ def serve(
     given=given,
   )
   sow_choices(module, chosen.expert_index)
-  return chosen, largest
+  return chosen, ranked
+
+
+def largest(
+  scores: Float32[Array, 'G S E'], count: int
+) -> Int32[Array, 'G S N']:
+  """The experts of each token's `count` largest scores, the largest first."""
+  # It runs on each device, as no compiler splits a top-K over groups.
+  choose = functools.partial(routing.choose, num_selected=count)
+  return on_each_device(choose, (scores,))
 
 
 def open_columns(

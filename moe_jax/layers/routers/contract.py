@@ -195,10 +195,12 @@ class RouterOptions(Options):
   """Base of the routers' options, with the questions that others ask a router.
 
   Attributes:
-    by_expert: Whether experts choose tokens, so that the module returns a
-      `SlotRouting`, or take all.
+    by_expert: Whether the tokens of an expert are not K choices of each token:
+      experts choose tokens, and the module returns a `SlotRouting`, or every
+      expert serves all tokens (`mixes`).
     mixes: Whether experts take mixtures of all tokens of a group, so that the
-      module returns a `SoftRouting` and no causal model can have it.
+      module returns a `SoftRouting`. No causal model can have it, and a group
+      must not hold tokens of two examples.
     needs_ids: Whether the module needs `router_ids`, which `ids_of` makes.
     needs_tasks: Whether `ids_of` needs the task of each token.
     needs_whole_rows: Whether a group must not end within a row.

@@ -1,7 +1,8 @@
 """Soft MoE: slots are mixtures of tokens, and tokens mixtures of slots.
 
 https://arxiv.org/abs/2308.00951. For encoders alone, as every output depends on
-all tokens of its group. The rule is `moe_jax.routing.soft_rule`.
+all tokens of its group; a group is an example or a part of one, as the slots of
+a group do not tell its examples apart. The rule is `moe_jax.routing.soft_rule`.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class Soft(RouterOptions):
   )
 
   def problems_with(self, sizes):
-    """The problems of K and E, and of a capacity that says something else."""
+    """The problems of K with E, and of a capacity that may drop tokens."""
     yield from super().problems_with(sizes)
     if sizes.capacity.binds:
       yield (
@@ -63,8 +64,8 @@ class Soft(RouterOptions):
     """The reason why tokens are not mixed one by one."""
     del sizes
     return (
-      'Soft MoE mixes all tokens of a group, which are not there while they '
-      'are generated; an encoder can'
+      'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
+      'while a text is generated; an encoder can have this router'
     )
 
   def serving_all(self, sizes):

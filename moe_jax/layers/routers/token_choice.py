@@ -35,6 +35,7 @@ from moe_jax.layers.routers.linear_gate import (
 )
 from moe_jax.options import above, one_of, option
 from moe_jax.routing.balance_bias import SCORES, biased_scores, scores_of
+from moe_jax.routing.token_choice_rule import GATES
 from moe_jax.shapes import Array, Float32
 
 
@@ -70,7 +71,7 @@ class TokenChoice(
   @property
   def gate_scores(self) -> str:
     """The scores that the gates are computed from, one of `SCORES`."""
-    return 'sigmoid' if self.gates.startswith('sigmoid') else 'softmax'
+    return GATES[self.gates].scores
 
   def problems(self) -> Iterator[str]:
     """The problems of groups, and of biased scores other than the gates'."""
@@ -102,7 +103,7 @@ class TokenChoiceRouter(Router):
     )
     gate = gates_of(self, logits, chosen)
     aux = logits_aux(self, chosen, logits, gate, mask, layer)
-    index = chosen.expert_index
+    index = None if self.options.keeps_state else chosen.expert_index
     aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)

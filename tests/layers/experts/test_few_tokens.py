@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax.kernels.cpu import FEW_TOKENS
-from moe_jax.layers import Dropless, FfnOptions, Shared
+from moe_jax.layers import Dropless, FfnOptions
 from moe_jax.layers.experts.few_tokens import Batched, Unrolled, unrolled
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.routing import token_choice
@@ -60,7 +60,7 @@ def test_equals_stacked_experts(tokens, use_bias):
     mask=mask,
     gates='renormalized',
   )
-  layer = FfnLayer(FfnOptions(F, 'swiglu'), Shared(use_bias=use_bias))
+  layer = FfnLayer(FfnOptions(F, 'swiglu', 'all' if use_bias else 'none'))
   shapes = {'w_in': (M, F), 'w_gate': (M, F), 'w_out': (F, M)}
   if use_bias:
     shapes |= {'b_in': (F,), 'b_gate': (F,), 'b_out': (M,)}

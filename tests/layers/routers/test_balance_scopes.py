@@ -51,17 +51,20 @@ def test_even_in_the_batch_is_not_even_in_each_row():
 
 
 @pytest.mark.parametrize(
-  ('group_size', 'scores'),
+  ('group_size', 'scores', 'choices'),
   [
-    pytest.param(T // 2, 'softmax', marks=pytest.mark.slow),
-    pytest.param(T, 'sigmoid', marks=pytest.mark.slow),
-    (3 * T, 'softmax'),
-    pytest.param(B * T, 'softmax', marks=pytest.mark.slow),
+    pytest.param(T // 2, 'softmax', 'first', marks=pytest.mark.slow),
+    pytest.param(T, 'sigmoid', 'all', marks=pytest.mark.slow),
+    (3 * T, 'softmax', 'first'),
+    (3 * T, 'softmax', 'all'),
+    pytest.param(B * T, 'softmax', 'all', marks=pytest.mark.slow),
   ],
 )
-def test_losses_are_those_of_rows_whatever_the_groups(group_size, scores):
+def test_losses_are_those_of_rows_whatever_the_groups(
+  group_size, scores, choices
+):
   options = dataclasses.replace(
-    ALL_SCOPES, balance_scores=scores, balance_choices='first'
+    ALL_SCOPES, balance_scores=scores, balance_choices=choices
   )
   x, w = draw(B, T, M), draw(M, E, seed=1)
   mask = np.random.default_rng(2).random((B, T)) < 0.8
@@ -81,7 +84,7 @@ def test_losses_are_those_of_rows_whatever_the_groups(group_size, scores):
     for b in range(0, B, rows):
       some = [a[b : b + rows] for a in (probs, index, mask)]
       some = [a.reshape(1, -1, *a.shape[2:]) for a in some]
-      (loss,) = reference.balance_loss(*some, choices='first')
+      (loss,) = reference.balance_loss(*some, choices=choices)
       total += loss * some[2].sum()
     value = getattr(aux, f'{name}_loss')
     np.testing.assert_allclose(value, total, rtol=1e-5, err_msg=name)
@@ -92,6 +95,35 @@ def test_losses_without_weight_are_not_computed():
   aux = aux_of(options, draw(B, T, M), np.ones((B, T), bool), draw(M, E))
   assert aux.sequence_balance_loss > 0 and aux.balance_loss > 0
   assert aux.batch_balance_loss == aux.global_balance_loss == 0
+
+
+def test_with_a_bias_they_count_choices_without_it():
+  # The bias sends every token to experts 3 and 4, which makes their loads
+  # uneven; Eq. 18 of DeepSeek-V3 counts the best scores without the bias.
+  biased = dataclasses.replace(
+    ALL_SCOPES, gates='sigmoid', balance_bias_rate=0.1
+  )
+  sizes = Sizes(E, K, All(), None, T)
+  params = {'w': jnp.asarray(draw(M, E, seed=1))}
+  x, mask = jnp.asarray(draw(B, T, M)), jnp.ones((B, T), bool)
+
+  def losses(options, **variables):
+    module = options.module(sizes, Shared(), 'router')
+    variables['params'] = params
+    run = jax.jit(lambda x: module.apply(variables, x, mask))
+    chosen, aux = run(x)
+    return chosen.expert_index, aux
+
+  bias = {'balance_bias': jnp.array([0.0, 0, 0, 5, 5])}
+  index, aux = losses(biased, router_state=bias)
+  assert set(np.unique(index)) == {3, 4}
+  unbiased = losses(dataclasses.replace(biased, balance_bias_rate=0.0))[1]
+  for name in NAMES:
+    loss = getattr(aux, f'{name}_loss')
+    np.testing.assert_allclose(
+      loss, getattr(unbiased, f'{name}_loss'), rtol=1e-6
+    )
+  assert abs(aux.balance_loss - unbiased.balance_loss) > 1.0
 
 
 @pytest.mark.slow

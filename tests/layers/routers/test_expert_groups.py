@@ -126,8 +126,9 @@ def test_later_tokens_change_no_earlier_choice(options):
   assert (before.expert_index != after.expert_index)[:, 4:].any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('router', [V3, SparseMixer()])
+@pytest.mark.parametrize(
+  'router', [pytest.param(V3, marks=pytest.mark.slow), SparseMixer()]
+)
 def test_dropless_is_a_capacity_with_room_for_all(router):
   options = MoeOptions(
     num_experts=E,

@@ -102,8 +102,10 @@ def test_padding_has_no_gradient_and_none_is_nan():
   np.testing.assert_array_equal(np.asarray(dx)[~MASK], 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('sizes', [dict(data=8), dict(data=2, expert=4)])
+@pytest.mark.parametrize(
+  'sizes',
+  [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(data=2, expert=4)],
+)
 def test_a_layer_on_a_mesh_equals_one_device(sizes):
   mesh = partitioning.make_mesh(sizes)
   layer = MoE(OPTIONS, Shared(rules=RULES))
@@ -127,17 +129,59 @@ def test_a_layer_on_a_mesh_equals_one_device(sizes):
   tiny.assert_trees_close(one, spread, rtol=1e-3, atol=1e-4)
 
 
+def test_other_rows_change_nothing_and_are_never_in_one_group():
+  x = draw(B, T, M)
+  other = np.concatenate([x[:1], draw(B - 1, T, M, seed=7)])
+  mask = jnp.ones((B, T), bool)
+  one, two = (run(PARAMS, jnp.asarray(rows), mask)[0] for rows in (x, other))
+  np.testing.assert_array_equal(one[0], two[0])
+  assert np.abs(one[1:] - two[1:]).max() > 0.1
+  for size, tokens in ((2 * T, 2 * T), (-1, B * T)):
+    layer = MoE(dataclasses.replace(OPTIONS, group_size=size))
+    with pytest.raises(ValueError, match=f'the {tokens} tokens of a group are'):
+      layer.apply({'params': PARAMS}, jnp.asarray(x))
+
+
+SOFT = {
+  'router': {'kind': 'soft', 'soft': {'slots_per_expert': 2}},
+  'dispatch': {'kind': 'einsum'},
+  'capacity': {'kind': 'all'},
+  'layers': '1',
+}
+
+
+@pytest.mark.parametrize(
+  ('size', 'run', 'problem'),
+  [
+    (0, {}, None),
+    (4, {}, None),
+    (-1, dict(rows=1), None),
+    (16, {}, 'model.moe.group_size=16 has several rows of data.seq_len=8'),
+    (-1, {}, 'model.moe.group_size=-1 has several rows of data.seq_len=8'),
+    (0, dict(packed=True), 'data.pack=True: short examples share a row'),
+  ],
+)
+def test_a_run_never_mixes_examples(size, run, problem):
+  options = tiny.options(
+    dict(layers='none'),
+    kind='encoder_decoder',
+    encoder=EncoderOptions(2, {'moe': SOFT | {'group_size': size}}),
+  )
+  shape = models.RunShape(
+    **(dict(total_steps=1, rows=4, microbatches=1, seq_len=8) | run),
+    target_len=6,
+  )
+  problems = [p for p in options.problems_in(shape) if 'mix' in p]
+  assert [p.startswith(problem or '?') for p in problems] == [True] * bool(
+    problem
+  )
+
+
 def test_an_encoder_has_it_and_its_slots_are_counted():
-  soft = {
-    'router': {'kind': 'soft', 'soft': {'slots_per_expert': 2}},
-    'dispatch': {'kind': 'einsum'},
-    'capacity': {'kind': 'all'},
-    'layers': '1',
-  }
   model = tiny.build(
     dict(layers='none'),
     kind='encoder_decoder',
-    encoder=EncoderOptions(2, {'moe': soft}),
+    encoder=EncoderOptions(2, {'moe': SOFT}),
   )
   assert not model.leaks_future and model.sparse_layers == (1,)
   shapes = jax.eval_shape(
@@ -172,7 +216,7 @@ def test_what_cannot_serve_mixtures_is_refused(changes, message):
 
 def test_it_does_not_decode_and_takes_no_choices():
   router, sizes = Soft(), Sizes(E, 1, All())
-  assert 'an encoder can' in router.decodes(sizes)
+  assert 'an encoder can have this router' in router.decodes(sizes)
   assert 'takes no others' in router.replays(sizes)
   with pytest.raises(ValueError, match='slots_per_expert=0 must be at least'):
     Soft(slots_per_expert=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import All, PerToken, Shared
-from moe_jax.layers.moe import MoeOptions
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.layers.routers.contract import RoutedTokens
 from moe_jax.layers.routers.sentence import sentence_means, spread

@@ -1,0 +1,241 @@
+"""The options of a sparse layer: its router, its experts and what joins them.
+
+Not here: the layer itself (`moe.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Self
+
+from moe_jax.layers.experts import (
+  DISPATCHES,
+  EXPERTS,
+  Dispatch,
+  ExpertOptions,
+)
+from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.imposed import ImposedOptions
+from moe_jax.layers.retained import Retained
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.layers.routers.contract import RouterOptions
+from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.options import (
+  at_least,
+  choice,
+  nested,
+  one_of,
+  option,
+  within,
+)
+from moe_jax.routing import MoeAux, empty_aux
+from moe_jax.routing.capacity import CAPACITIES, Capacity
+
+_SPARSE = {'num_experts': at_least(1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeOptions(ImposedOptions):
+  """The sparse layers of a model: mixtures of experts."""
+
+  num_experts: int = option(
+    8,
+    'Number E of experts in each sparse layer; 0: the dense twin, in which a '
+    'dense feed-forward has the FLOPs per token of num_selected experts.',
+    at_least(0),
+  )
+  num_selected: int = option(
+    1,
+    'Number K of experts that each token chooses. Where experts choose tokens, '
+    'it only enters into their capacity.',
+    at_least(1),
+  )
+  layers: str = option(
+    'every 2',
+    "Layers that are sparse: 'every N' (the last of each N), 'last N', 'all', "
+    "'none', or the numbers of layers, counted from 0: '1,3'.",
+  )
+  group_size: int = option(
+    0,
+    'Number S of tokens in a group, which is routed by itself with its own '
+    'capacity and balance; a divisor or a multiple of the length of a '
+    'sequence. 0: one sequence; -1: the whole batch.',
+    at_least(-1),
+    when=_SPARSE,
+  )
+  extra_ffn: bool = option(
+    False,
+    'Whether a dense feed-forward with a norm and a residual of its own '
+    'follows each sparse layer (ST-MoE, OpenMoE).',
+  )
+  output_masking: float = option(
+    0.0,
+    "Rate at which an expert's output for a token is masked in training, "
+    'without scaling up the others; in evaluation outputs are multiplied by 1 '
+    "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
+    'nothing.',
+    within('[0, 1)'),
+    when=_SPARSE,
+  )
+  layer_reduce: str = option(
+    'sum',
+    'Reduction of the router losses of all sparse layers to one number: '
+    "'sum' (Switch) or 'mean'.",
+    one_of('sum', 'mean'),
+    when=_SPARSE,
+    how=True,
+  )
+  allow_future_leak: bool = option(
+    False,
+    'Whether a causal model may have a router whose choices for a token depend '
+    'on later tokens; if it has one, the run says so at its start.',
+    when=_SPARSE,
+    how=True,
+  )
+  router: RouterOptions = choice(
+    ROUTERS,
+    'token_choice',
+    'Router of the sparse layers: the rule by which tokens go to experts.',
+    when=_SPARSE,
+  )
+  capacity: Capacity = choice(
+    CAPACITIES,
+    'per_token',
+    'Rule for the capacity, the number of slots of an expert in each group.',
+    when=_SPARSE,
+  )
+  expert: ExpertOptions = choice(
+    EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
+  )
+  shared_expert: SharedExpertOptions = nested(
+    SharedExpertOptions(),
+    'Expert of the sparse layers that every token meets beside its chosen ones '
+    '(DeepSeekMoE, arXiv:2401.06066); the dense twin is wider by it.',
+  )
+  dispatch: Dispatch = choice(
+    DISPATCHES,
+    'gather',
+    'Way in which tokens move to their experts and back, and are multiplied.',
+    when=_SPARSE,
+    how=True,
+  )
+  retained: Retained = nested(
+    Retained(),
+    'Experts of the sparse layers that merging or pruning left with fewer.',
+    when=_SPARSE,
+  )
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes that the methods of the router's options take."""
+    tied = self.retained.tied
+    return Sizes(self.num_experts, self.num_selected, self.capacity, tied)
+
+  def leak(self) -> str | None:
+    """The reason why later tokens change earlier outputs; None if they do not.
+
+    It is that of the router, or of the dispatch on a mesh.
+    """
+    return self.router.leak(self.sizes) or self.dispatch.leak()
+
+  def in_layer(self, layer: int) -> 'MoeOptions':
+    """The options that this layer and all layers like it have by themselves.
+
+    They are these options unless the layer has lost experts.
+    """
+    if not self.retained.layers:
+      return self
+    E = self.retained.counts.get(layer, self.num_experts)
+    like = self.retained.like(layer)
+    return dataclasses.replace(self, num_experts=E, retained=like)
+
+  def problems(self) -> Iterator[str]:
+    """The problems of router, capacity, dispatch and experts together."""
+    if not self.num_experts:
+      return
+    yield from self.router.problems_with(self.sizes)
+    yield from self.imposed_problems(self.router, self.sizes)
+    yield from self.retained.problems_with(self.router, self.sizes)
+    yield from self.expert.problems_with(self.dispatch)
+    yield from self._shared_problems()
+    if self.router.mixes and not self.dispatch.by_mask:
+      yield (
+        f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '
+        f'tokens, and router.kind={ROUTERS.name_of(self.router)!r} mixes them '
+        "in every slot; use the dispatch 'einsum'"
+      )
+    if not self.dispatch.drops and self.router.drops(self.sizes):
+      yield (
+        f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
+        f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
+        "tokens; use the capacity 'all', or the dispatch 'gather' or 'sorted'"
+      )
+
+  def _shared_problems(self) -> Iterator[str]:
+    """The problem of a shared expert beside experts without a width."""
+    if self.shared_expert.hidden and not self.expert.has_width:
+      yield (
+        f'shared_expert.hidden={self.shared_expert.hidden} beside experts of '
+        f'{type(self.expert).__name__}, which have no width: only feed-forward '
+        'experts have a shared one'
+      )
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':
+    """These options with defaults of experts filled in from the model's.
+
+    Args:
+      ffn: The dense feed-forward layers of the model.
+      dropout: The model's rate of dropout.
+    """
+    return dataclasses.replace(self, expert=self.expert.within(ffn, dropout))
+
+  def twin(self) -> Twin:
+    """The dense feed-forward layer of the dense twin, after `within`.
+
+    It is as wide as K experts and the shared one.
+    """
+    twin = self.expert.twin(self.num_selected)
+    return twin.of_width(twin.ffn.hidden + self.shared_expert.hidden)
+
+  @property
+  def shared_twin(self) -> Twin | None:
+    """The feed-forward that the shared expert is, after `within`, or None."""
+    width = self.shared_expert.hidden
+    return self.expert.twin(1).of_width(width) if width else None
+
+  def fine_grained(self, parts: int) -> Self:
+    """The options with every expert cut into equal parts.
+
+    There are `parts` times the experts, each of 1 / `parts` of the width, of
+    which a token chooses `parts` times as many: equal parameters and FLOPs but
+    for the router's. Capacities are for the same share of a group's choices. A
+    shared expert stays as it is. Source: section 3.1 of arXiv:2401.06066.
+
+    Raises:
+      ValueError: The experts have no width of their own yet, or parts do not
+        divide it.
+    """
+    return dataclasses.replace(
+      self,
+      num_experts=parts * self.num_experts,
+      num_selected=parts * self.num_selected,
+      expert=self.expert.cut(parts),
+      capacity=self.capacity.for_parts(parts),
+    )
+
+  def dense_aux(self) -> MoeAux:
+    """The aux of a dense layer beside sparse ones, which means leave out."""
+    if not self.num_experts:
+      return empty_aux(1, 1)
+    return empty_aux(self.num_experts, self.num_selected)
+
+  def shrunk(self) -> Self:
+    """See `Options.shrunk`."""
+    K = self.num_selected
+    return dataclasses.replace(
+      super().shrunk(),
+      num_experts=min(self.num_experts, 4),
+      num_selected=K if K <= 4 else 2,
+      group_size=min(self.group_size, 64),
+    )
