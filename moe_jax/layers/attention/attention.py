@@ -14,10 +14,9 @@ from flax import linen as nn
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
-from moe_jax.layers.attention.attention_options import AttentionOptions
+from moe_jax.layers.attention.attention_kind import AttentionBase
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.layers.attention.projected import finished
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.rows import without_nan
@@ -42,7 +41,7 @@ class Attention(nn.Module):
       the implementation 'einsum' has it.
   """
 
-  options: AttentionOptions
+  options: AttentionBase
   shared: Shared = Shared()
   positions: Positions = NoPositions()
   causal: bool = True
@@ -154,8 +153,9 @@ class Attention(nn.Module):
     query, key, value = self._query(x, c), None, None
     if source is not None:
       source = source.astype(dtype)
-      key = self._key_or_value(source, 'key', c)  # [B, S, N, D]
-      value = self._key_or_value(source, 'value', c)
+      for_key, for_value = c.cached_shapes
+      key = self._key_or_value(source, 'key', *for_key)  # [B, S, N, D]
+      value = self._key_or_value(source, 'value', *for_value)
     if not self.cross:
       query = self.positions.rotate(query, positions)
       key = key if key is None else self.positions.rotate(key, positions)
@@ -186,12 +186,13 @@ class Attention(nn.Module):
 
   def _query(self, x, c):
     # Unscaled scores start with the variance of scaled ones (T5).
-    shrink = self._keys.scale**2 * c.head_width or 1.0
-    y = self.project(x, 'query', ('heads', c.num_heads), c.head_width, shrink)
+    width = c.head_widths.scored
+    shrink = self._keys.scale**2 * width or 1.0
+    y = self.project(x, 'query', ('heads', c.num_heads), width, shrink)
     return self._finished(y, 'query', 'heads')
 
-  def _key_or_value(self, x, name, c):
-    y = self.project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
+  def _key_or_value(self, x, name, heads, width):
+    y = self.project(x, name, ('kv_heads', heads), width)
     return self._finished(y, name, 'kv_heads')
 
   def _finished(self, y, name, heads):
@@ -200,7 +201,7 @@ class Attention(nn.Module):
       axes = (heads, 'kv')[-len(shape) :]
       init = parameters.scale(axes, role='norm')
       scale = self.param(f'{name}_norm', init, shape, jnp.float32)
-    return finished(self.options, y, scale)
+    return self.options.finished(y, scale)
 
   def _has_bias(self, name):
     return self.options.has_bias(name, self.shared.use_bias)

@@ -36,6 +36,7 @@ class LatentOptions(AttentionBase):
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ('query_down', 'kv_down', 'out')
   crosses: ClassVar[bool] = False
+  captures_inputs: ClassVar[bool] = False
 
   query_rank: int = option(
     0,
@@ -65,6 +66,11 @@ class LatentOptions(AttentionBase):
     'taken.',
     above(0),
   )
+
+  @property
+  def module(self) -> type[nn.Module]:
+    """See `AttentionBase.module`."""
+    return LatentAttention
 
   @property
   def head_widths(self) -> HeadWidths:
