@@ -2,7 +2,7 @@
 
 Positions rotate queries and keys (rotary), are added to embeddings (learned,
 sinusoidal), or bias the scores of attention (T5's relative positions). Not
-here: the angles of rotary positions (`rotary.py`).
+here: the angles of rotary positions (`rotary.py`, `rotary_scaling.py`).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.layers import rotary
 from moe_jax.layers.relative_positions import RelativePositionBias
-from moe_jax.layers.rotary import SCALINGS, RotaryScaling
+from moe_jax.layers.rotary_scaling import SCALINGS, RotaryScaling
 from moe_jax.options import Kinds, Options, above, at_least, choice, option
 from moe_jax.options import within as interval
 from moe_jax.shape_checks import checked
@@ -42,16 +42,30 @@ class Positions(Options):
     return iter(())
 
   def rotate(
-    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T H D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """Queries or keys, rotated by the position of each token."""
-    del positions
+    """Queries or keys, rotated by the position of each token.
+
+    Args:
+      x: The queries or keys.
+      positions: The position of each token in its document.
+      segment_ids: The document of each token in its row; 0 is padding. None:
+        each row is one.
+    """
+    del positions, segment_ids
     return x
 
   @property
   def latent_factor(self) -> float:
     """The factor of the scores of multi-head latent attention."""
     return 1.0
+
+  @property
+  def changes_at(self) -> int | None:
+    """The position that a document reaches to turn otherwise as a whole."""
 
   @property
   def table_len(self) -> int:
@@ -131,19 +145,27 @@ class Rotary(Positions):
       yield f'scaling: {problem}'
 
   @property
+  def changes_at(self) -> int | None:
+    """See `Positions.changes_at`."""
+    return self.scaling.changes_at
+
+  @property
   def latent_factor(self) -> float:
     """See `Positions.latent_factor`."""
     return self.scaling.latent_factor
 
   def rotate(
-    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T H D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """See the function `rotate`."""
+    """See `Positions.rotate` and the function `rotate`."""
     width = self._width(x.shape[-1])
     frequency, factor = rotary.turns_of(
-      self.scaling, self.theta, width, positions
+      self.scaling, self.theta, width, positions, segment_ids
     )
-    angle = positions[..., None].astype(jnp.float32) * frequency[:, None]
+    angle = positions[..., None].astype(jnp.float32) * frequency
     part = rotary.rotate(
       x[..., :width], angle, factor=factor, interleaved=self.interleaved
     )

@@ -91,7 +91,7 @@ class Attention(nn.Module):
     else:
       x = _only_real(x, segment_ids)
       source = _only_real(source, key_segment_ids)
-    return self._project_all(x, source, positions, attend)
+    return self._project_all(x, source, (positions, segment_ids), attend)
 
   @checked
   def decode(
@@ -114,6 +114,7 @@ class Attention(nn.Module):
       layer: The layer's number.
     """
     dtype, kept = self.shared.dtype, [cache]
+    segment_ids = token_mask.astype(jnp.int32)
 
     def attend(query, key, value):
       if self.cross:
@@ -125,9 +126,7 @@ class Attention(nn.Module):
         slots.key.astype(dtype),
         slots.value.astype(dtype),
         # What padded queries see does not matter, but they must see something.
-        jnp.ones_like(positions)
-        if self.cross
-        else token_mask.astype(jnp.int32),
+        jnp.ones_like(positions) if self.cross else segment_ids,
         slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
@@ -138,14 +137,15 @@ class Attention(nn.Module):
 
     x = without_nan(token_mask, x)
     source = None if self.cross else x
-    y = self._project_all(x, source, positions, attend)
+    y = self._project_all(x, source, (positions, segment_ids), attend)
     return y, kept[0]
 
   @nn.compact
-  def _project_all(self, x, source, positions, attend):
+  def _project_all(self, x, source, places, attend):
     """Projects x to queries, and the output of `attend` back.
 
     The source is projected to keys and values; without one they are None.
+    Places are the positions of tokens and their segments.
     """
     M = x.shape[-1]
     c, dtype = self.options.within(M), self.shared.dtype
@@ -157,8 +157,8 @@ class Attention(nn.Module):
       key = self._key_or_value(source, 'key', *for_key)  # [B, S, N, D]
       value = self._key_or_value(source, 'value', *for_value)
     if not self.cross:
-      query = self.positions.rotate(query, positions)
-      key = key if key is None else self.positions.rotate(key, positions)
+      query = self.positions.rotate(query, *places)
+      key = key if key is None else self.positions.rotate(key, *places)
     return self.project_back(attend(query, key, value), M)
 
   def project_back(

@@ -163,7 +163,7 @@ class LatentAttention(Attention):
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
     """See `Attention.decode`."""
-    kept = [cache]
+    kept, segment_ids = [cache], token_mask.astype(jnp.int32)
 
     def attend(query, short, kernel):
       short = short[:, :, None]  # [B, T, 1, R + r]
@@ -171,7 +171,7 @@ class LatentAttention(Attention):
       source = slots.key.astype(query.dtype)
       attention = functools.partial(
         dot_product.cached,
-        segment_ids=token_mask.astype(jnp.int32),
+        segment_ids=segment_ids,
         key_segment_ids=slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
@@ -185,21 +185,23 @@ class LatentAttention(Attention):
       return attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     x = without_nan(token_mask, x)
-    return self._project_short(x, positions, attend), kept[0]
+    y = self._project_short(x, (positions, segment_ids), attend)
+    return y, kept[0]
 
-  def _project_all(self, x, source, positions, attend):
+  def _project_all(self, x, source, places, attend):
     """See `Attention._project_all`; keys and values are expanded."""
     del source  # it is x
 
     def attend_expanded(query, short, kernel):
       return attend(query, *self._expanded(short, kernel))
 
-    return self._project_short(x, positions, attend_expanded)
+    return self._project_short(x, places, attend_expanded)
 
   @nn.compact
-  def _project_short(self, x, positions, attend):
+  def _project_short(self, x, places, attend):
     """Projects x to queries and short vectors, and the output of `attend` back.
 
+    Places are the positions of tokens and their segments.
     `attend` gets queries [B, T, H, n + r], short vectors [B, T, R + r], of
     which r numbers are the rotated key of all heads, and the kernel
     [R, H, n + v] that expands the others.
@@ -208,11 +210,11 @@ class LatentAttention(Attention):
     x = x.astype(self.shared.dtype)
     query = self._queries(x)
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
-    rotary = self.positions.rotate(rotary, positions)
+    rotary = self.positions.rotate(rotary, *places)
     query = jnp.concatenate([plain, rotary], axis=-1)
     short = self.project_down(x, 'kv_down', c.cached_width)
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
-    key = self.positions.rotate(key[:, :, None], positions)[:, :, 0]
+    key = self.positions.rotate(key[:, :, None], *places)[:, :, 0]
     vector = self._normed(vector, 'kv_norm')
     short = jnp.concatenate([vector, key], axis=-1)
     kernel = self._expanding_kernel().astype(x.dtype)
