@@ -36,9 +36,17 @@ class Positions(Options):
     del max_len
     return self
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """The problems that these positions have with attention of this kind."""
-    del head_width, causal
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
+    """The problems that these positions have with attention of this kind.
+
+    Args:
+      head_width: The width of the part of a head that may rotate.
+      causal: Whether a token sees no later ones.
+      name: The name of the option of that width.
+    """
+    del head_width, causal, name
     return iter(())
 
   def rotate(
@@ -133,13 +141,15 @@ class Rotary(Positions):
     """The number of numbers of a head that rotate."""
     return int(head_width * self.fraction)
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
     """The problem of an odd part that rotates, and those of the scaling."""
     del causal
     width = self._width(head_width)
     if width % 2 or not width:
       part = '' if self.fraction == 1 else f' * fraction={self.fraction}'
-      yield f'head_width={head_width}{part} must be even under rotary positions'
+      yield f'{name}={head_width}{part} must be even under rotary positions'
       return
     for problem in self.scaling.problems_with(self.theta, width):
       yield f'scaling: {problem}'
@@ -258,9 +268,11 @@ class Relative(Positions):
         f'buckets={self.buckets}'
       )
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
     """The problem of too few buckets for both directions of an encoder."""
-    del head_width
+    del head_width, name
     if not causal and self.buckets < 4:
       yield f'buckets={self.buckets} must be at least 4 in an encoder'
 

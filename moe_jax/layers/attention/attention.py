@@ -182,6 +182,7 @@ class Attention(nn.Module):
 
   @property
   def _keys(self) -> Keys:
+    """The rules for the keys that a token sees, and the scale of scores."""
     return self.options.keys(causal=self.causal, cross=self.cross)
 
   def _query(self, x, c):

@@ -39,12 +39,14 @@ class AttentionBase(Options):
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
+    ROTATED: The option of the width of the part that positions rotate.
     crosses: Whether a decoder's layers can attend to an encoder so.
     captures_inputs: Whether the inputs of all kernels can be captured, from
       which GPTQ quantises them.
   """
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ()
+  ROTATED: ClassVar[str] = 'head_width'
   crosses: ClassVar[bool] = True
   captures_inputs: ClassVar[bool] = True
 

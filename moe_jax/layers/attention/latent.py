@@ -9,6 +9,7 @@ weighted sum of vectors through that of the values. Not here: scores and softmax
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class LatentOptions(AttentionBase):
   """The options of multi-head latent attention (arXiv:2405.04434)."""
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ('query_down', 'kv_down', 'out')
+  ROTATED: ClassVar[str] = 'rotary_width'
   crosses: ClassVar[bool] = False
   captures_inputs: ClassVar[bool] = False
 
@@ -62,10 +64,19 @@ class LatentOptions(AttentionBase):
   value_width: int = option(128, 'Width of the values of a head.', at_least(1))
   norm_epsilon: float = option(
     1e-6,
-    'Number added to the mean square of the short vectors before its root is '
-    'taken.',
+    'Number added to the mean square of the vectors that queries, keys and '
+    'values expand from, before its root is taken.',
     above(0),
   )
+
+  def problems(self) -> Iterator[str]:
+    """The problem of a bias of a projection that is left out."""
+    yield from super().problems()
+    if 'query_down' in self._biased and not self.query_rank:
+      yield (
+        f"biases={self.biases!r} names 'query_down', which query_rank=0 leaves "
+        'out'
+      )
 
   @property
   def module(self) -> type[nn.Module]:
@@ -221,6 +232,7 @@ class LatentAttention(Attention):
     return self.project_back(attend(query, short, kernel), M)
 
   def _queries(self, x: Float[Array, 'B T M']) -> Float[Array, 'B T H D']:
+    """The queries of all heads, before their positions rotate them."""
     c = self.options
     heads, width = ('heads', c.num_heads), c.head_widths.scored
     if not c.query_rank:
@@ -253,6 +265,7 @@ class LatentAttention(Attention):
     return y.reshape(B, T, width)
 
   def _normed(self, x, name):
+    """Vectors over their root mean square, times the scale `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
@@ -299,6 +312,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
+    """See `Attention._keys`; YaRN multiplies the scores, too."""
     keys = self.options.keys(causal=self.causal)
     scale = self.options.head_widths.scored**-0.5
     return keys._replace(scale=scale * self.positions.latent_factor)
