@@ -32,7 +32,6 @@ from moe_jax.compression.quantize_report import Report
 from moe_jax.compression.quantize_work import Work
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
-from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.kernel_format import BITS, FORMATS, TERNARY, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.code_trees import Coded
@@ -146,12 +145,13 @@ def _check(format: KernelFormat, method: str, kernels: str) -> None:
 def _check_calibrated(options: ModelOptions, kernels: str) -> None:
   """Raises ValueError for kernels whose inputs are not captured."""
   halves = options.halves if isinstance(options, TransformerOptions) else ()
-  latent = any(isinstance(half.attention, LatentOptions) for half in halves)
-  if kernels == 'all' and latent:
-    raise ValueError(
-      "kernels='all' of latent attention with method='gptq': inputs of its "
-      "kernels are not captured; use method='rtn' or kernels='experts'"
-    )
+  for attention in (half.attention for half in halves):
+    if kernels == 'all' and not attention.captures_inputs:
+      raise ValueError(
+        f"kernels='all' with {type(attention).__name__} and method='gptq': "
+        "inputs of its kernels are not captured; use method='rtn' or "
+        "kernels='experts'"
+      )
 
 
 def _coded(

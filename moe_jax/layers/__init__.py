@@ -36,7 +36,7 @@ from moe_jax.layers.positions import (
   Rotary,
   Sinusoidal,
 )
-from moe_jax.layers.rotary import SCALINGS, LongRope, Yarn
+from moe_jax.layers.rotary_scaling import SCALINGS, LongRope, Yarn
 from moe_jax.layers.shared import INITS, FanIn, Gpt2, Init, Numerics, Shared
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.layers.attention import AttentionBase, module_of
+from moe_jax.layers.attention import AttentionBase
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.ffn import FeedForward, FfnOptions
 from moe_jax.layers.moe import MoE
@@ -155,7 +155,7 @@ class Block(nn.Module):
     c, name = self.config, CROSS_ATTENTION if cross else 'attention'
     h = self._norm(x, f'{name}_norm')
     bias = None if cross else context.bias
-    attention = module_of(c.attention)(
+    attention = c.attention.module(
       c.attention,
       c.shared,
       positions=c.positions,

@@ -2,7 +2,7 @@
 
 Positions rotate queries and keys (rotary), are added to embeddings (learned,
 sinusoidal), or bias the scores of attention (T5's relative positions). Not
-here: the angles of rotary positions (`rotary.py`).
+here: the angles of rotary positions (`rotary.py`, `rotary_scaling.py`).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.layers import rotary
 from moe_jax.layers.relative_positions import RelativePositionBias
-from moe_jax.layers.rotary import SCALINGS, RotaryScaling
+from moe_jax.layers.rotary_scaling import SCALINGS, RotaryScaling
 from moe_jax.options import Kinds, Options, above, at_least, choice, option
 from moe_jax.options import within as interval
 from moe_jax.shape_checks import checked
@@ -36,22 +36,44 @@ class Positions(Options):
     del max_len
     return self
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
-    """The problems that these positions have with attention of this kind."""
-    del head_width, causal
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
+    """The problems that these positions have with attention of this kind.
+
+    Args:
+      head_width: The width of the part of a head that may rotate.
+      causal: Whether a token sees no later ones.
+      name: The name of the option of that width.
+    """
+    del head_width, causal, name
     return iter(())
 
   def rotate(
-    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T H D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """Queries or keys, rotated by the position of each token."""
-    del positions
+    """Queries or keys, rotated by the position of each token.
+
+    Args:
+      x: The queries or keys.
+      positions: The position of each token in its document.
+      segment_ids: The document of each token in its row; 0 is padding. None:
+        each row is one.
+    """
+    del positions, segment_ids
     return x
 
   @property
   def latent_factor(self) -> float:
     """The factor of the scores of multi-head latent attention."""
     return 1.0
+
+  @property
+  def changes_at(self) -> int | None:
+    """The position that a document reaches to turn otherwise as a whole."""
 
   @property
   def table_len(self) -> int:
@@ -119,16 +141,23 @@ class Rotary(Positions):
     """The number of numbers of a head that rotate."""
     return int(head_width * self.fraction)
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
     """The problem of an odd part that rotates, and those of the scaling."""
     del causal
     width = self._width(head_width)
     if width % 2 or not width:
       part = '' if self.fraction == 1 else f' * fraction={self.fraction}'
-      yield f'head_width={head_width}{part} must be even under rotary positions'
+      yield f'{name}={head_width}{part} must be even under rotary positions'
       return
     for problem in self.scaling.problems_with(self.theta, width):
       yield f'scaling: {problem}'
+
+  @property
+  def changes_at(self) -> int | None:
+    """See `Positions.changes_at`."""
+    return self.scaling.changes_at
 
   @property
   def latent_factor(self) -> float:
@@ -136,14 +165,17 @@ class Rotary(Positions):
     return self.scaling.latent_factor
 
   def rotate(
-    self, x: Float[Array, 'B T H D'], positions: Int[Array, 'B T']
+    self,
+    x: Float[Array, 'B T H D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """See the function `rotate`."""
+    """See `Positions.rotate` and the function `rotate`."""
     width = self._width(x.shape[-1])
     frequency, factor = rotary.turns_of(
-      self.scaling, self.theta, width, positions
+      self.scaling, self.theta, width, positions, segment_ids
     )
-    angle = positions[..., None].astype(jnp.float32) * frequency[:, None]
+    angle = positions[..., None].astype(jnp.float32) * frequency
     part = rotary.rotate(
       x[..., :width], angle, factor=factor, interleaved=self.interleaved
     )
@@ -236,9 +268,11 @@ class Relative(Positions):
         f'buckets={self.buckets}'
       )
 
-  def problems_with(self, head_width: int, causal: bool) -> Iterator[str]:
+  def problems_with(
+    self, head_width: int, causal: bool, name: str = 'head_width'
+  ) -> Iterator[str]:
     """The problem of too few buckets for both directions of an encoder."""
-    del head_width
+    del head_width, name
     if not causal and self.buckets < 4:
       yield f'buckets={self.buckets} must be at least 4 in an encoder'
 

@@ -280,6 +280,14 @@ class Model(nn.Module):
     """The most tokens that a row can have; None where there is no bound."""
     return None
 
+  @property
+  def changes_at(self) -> int | None:
+    """The position at which a row's earlier keys change, too; None: nowhere.
+
+    A cache does not change, so that no generation may cross it.
+    """
+    return None
+
   @nn.nowrap
   def window_beyond(self, seq_len: int) -> int:
     """The window for text that is longer than the rows of training.

@@ -38,6 +38,11 @@ class TextModel(Model):
     """See `Model.longest`."""
     return self.embedding.positions.table_len or None
 
+  @property
+  def changes_at(self) -> int | None:
+    """See `Model.changes_at`."""
+    return self.embedding.positions.changes_at
+
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:
     """See `Model.inputs`; choices of experts are imposed if the batch has them.

@@ -81,7 +81,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
       yield from error.below('attention.').problems
       return
     for problem in self.positions.problems_with(
-      attention.rotated_width, causal
+      attention.rotated_width, causal, attention.ROTATED
     ):
       yield f'positions: {problem}'
 

@@ -5,7 +5,8 @@ import pytest
 
 from moe_jax.generation import prepare
 from moe_jax.generation.prefix import make_prefix, round_up
-from moe_jax.layers.positions import Learned, Relative
+from moe_jax.layers.positions import Learned, Relative, Rotary
+from moe_jax.layers.rotary_scaling import LongRope
 from moe_jax.routing.capacity import Fraction
 from tests.models import tiny
 from tests.models.tiny import V
@@ -91,6 +92,22 @@ def test_learned_positions_bound_lengths():
     make(model, [range(11)], start_id=0)
   with pytest.raises(ValueError, match='output of 11 positions'):
     make(model, [[1]], start_id=0, num_tokens=11)
+
+
+def test_no_row_becomes_long_while_it_is_generated():
+  # A document of more than 6 tokens turns by other angles from its start, which
+  # a cache cannot. The last token of a prompt is a step of its own.
+  positions = Rotary(scaling=LongRope((1.0,) * 3, (2.0,) * 3, original_len=6))
+  model = prepared(positions=positions)
+  make(model, [range(3), range(8)], num_tokens=4)
+  message = 'row 1 of 2 reads 7 tokens, {} of them at once, and crosses orig'
+  for length, num_tokens in ((3, 5), (6, 2), (7, 1)):
+    with pytest.raises(ValueError, match=message.format(length - 1)):
+      make(model, [[1], range(length)], num_tokens=num_tokens)
+  model = prepared(positions=positions, kind='encoder_decoder')
+  make(model, [range(9)], start_id=0, num_tokens=6)
+  with pytest.raises(ValueError, match='row 0 of 1 reads 7 tokens, 0 of them'):
+    make(model, [range(9)], start_id=0, num_tokens=7)
 
 
 @pytest.mark.parametrize(

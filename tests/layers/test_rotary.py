@@ -46,27 +46,47 @@ def test_the_factors_of_yarn():
   assert factors(attention_factor=0.3)[0] == 0.3
 
 
-def test_rows_of_longrope_are_short_or_long_by_themselves():
+# ln(16) / ln(4) is 2.
+SHORT, LONG = ((1, 2), np.sqrt(3)), ((4, 8), 1.5)
+
+
+@pytest.mark.parametrize(
+  ('positions', 'segment_ids', 'long'),
+  [
+    # Each row is one document.
+    ([[0, 1, 2, 3], [1, 2, 3, 4]], None, [[0, 0, 0, 0], [1, 1, 1, 1]]),
+    # A long document stands between two short ones, and padding behind them.
+    (
+      [[0, 0, 1, 2, 3, 4, 0, 7], [0, 1, 0, 1, 2, 3, 4, 5]],
+      [[3, 1, 1, 1, 1, 1, 2, 0], [4, 4, 6, 6, 6, 6, 6, 6]],
+      [[0, 1, 1, 1, 1, 1, 0, 1], [0, 0, 1, 1, 1, 1, 1, 1]],
+    ),
+    # Padding counts on where a short row ends.
+    ([[0, 1, 2, 3, 4, 5]], [[1, 1, 1, 0, 0, 0]], [[0, 0, 0, 1, 1, 1]]),
+  ],
+)
+def test_documents_of_longrope_are_short_or_long_by_themselves(
+  positions, segment_ids, long
+):
   scaling = LongRope(
-    short_factor=(1.0, 2.0),
-    long_factor=(4.0, 8.0),
+    short_factor=SHORT[0],
+    long_factor=LONG[0],
     original_len=4,
     factor=16.0,
-    long_mscale=1.5,
+    long_mscale=LONG[1],
   )
-  positions = jnp.array([[0, 1, 2, 3], [1, 2, 3, 4]])
-  x = draw(2, 4, H, 4)
-  y = jax.jit(Rotary(100.0, scaling=scaling).rotate)(x, positions)
-  # ln(16) / ln(4) is 2.
-  for row, (factors, mscale) in enumerate(
-    [((1, 2), np.sqrt(3)), ((4, 8), 1.5)]
-  ):
-    frequency = np.array([1, 0.1]) / factors
-    for t, place in enumerate(positions[row]):
-      turn = mscale * np.exp(1j * float(place) * frequency)
-      pairs = (x[row, t, :, :2] + 1j * x[row, t, :, 2:]) * turn[None]
-      expected = np.concatenate([pairs.real, pairs.imag], axis=1)
-      np.testing.assert_allclose(y[row, t], expected, rtol=1e-5, atol=1e-5)
+  positions = jnp.array(positions)
+  if segment_ids is not None:
+    segment_ids = jnp.array(segment_ids)
+  x = draw(*positions.shape, H, 4)
+  y = jax.jit(Rotary(100.0, scaling=scaling).rotate)(x, positions, segment_ids)
+  for (row, t), is_long in np.ndenumerate(long):
+    factors, mscale = LONG if is_long else SHORT
+    angle = float(positions[row, t]) * np.array([1, 0.1]) / factors
+    turn = mscale * np.exp(1j * angle)
+    pairs = (x[row, t, :, :2] + 1j * x[row, t, :, 2:]) * turn[None]
+    expected = np.concatenate([pairs.real, pairs.imag], axis=1)
+    np.testing.assert_allclose(y[row, t], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_are_neighbours_or_of_two_halves():

@@ -20,6 +20,7 @@ from moe_jax.layers.positions import (
   Sinusoidal,
 )
 from moe_jax.layers.retained import Retained
+from moe_jax.layers.rotary_scaling import LongRope, Yarn
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -36,6 +37,13 @@ from tests.models.tiny import B
 S, T = 7, 9
 ALL = dict(capacity=All(), dispatch=Dropless())
 RENORMALIZED = TokenChoice(gates='renormalized')
+
+
+def longrope(original_len):
+  factors = (1.5, 2.0, 3.0), (4.0, 6.0, 9.0)
+  return LongRope(*factors, original_len, factor=8.0, long_mscale=1.4)
+
+
 CASES = {
   'mixtral': dict(attention=dict(num_kv_heads=2, window=4), moe=ALL),
   'granite': dict(
@@ -68,6 +76,12 @@ CASES = {
     positions=Rotary(interleaved=True),
     moe=ALL,
   ),
+  'yarn': dict(
+    positions=Rotary(scaling=Yarn(factor=4.0, original_len=3)), moe=ALL
+  ),
+  # Nothing is long in 9 tokens; the prompt of four is long.
+  'short by longrope': dict(positions=Rotary(scaling=longrope(T)), moe=ALL),
+  'long by longrope': dict(positions=Rotary(scaling=longrope(3)), moe=ALL),
   't5 decoder': dict(
     positions=Relative(), attention=dict(scale='none'), moe=ALL
   ),

@@ -16,11 +16,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
 from moe_jax.layers import (
+  AttentionOptions,
   Dropless,
   Einsum,
   FeedForwardExpert,
   Gather,
+  LatentOptions,
+  Rotary,
   SharedExpertOptions,
+  Yarn,
 )
 from moe_jax.layers.routers import (
   ExpertChoice,
@@ -82,6 +86,29 @@ TWO_LEVELS = {
   'router': Hierarchical(branching=4, branches_selected=2, noisy=True),
   'capacity': TIGHT,
 }
+# The devices split heads, and with them norms over all heads, and sinks.
+ATTENTIONS = {
+  'latent': dict(
+    attention=LatentOptions(
+      4, query_rank=8, kv_rank=8, plain_width=4, rotary_width=2, value_width=6
+    ),
+    positions=Rotary(
+      interleaved=True, scaling=Yarn(factor=4.0, original_len=3)
+    ),
+  ),
+  'gpt_oss': dict(
+    attention=AttentionOptions(
+      4,
+      num_kv_heads=2,
+      head_width=6,
+      window=2,
+      full_layers='every 2',
+      sinks=True,
+      qk_norm='all',
+      biases='all',
+    ),
+  ),
+}
 LSTMS = {'kind': 'lstm', 'num_layers': 3, 'lstm': {'hidden': 24}}
 WAYS = dict(
   gather=GATHER,
@@ -135,6 +162,8 @@ WAYS = dict(
     'expert': FeedForwardExpert(activation='clamped_swiglu', bias='all'),
     **DROPLESS,
   },
+  latent=GATHER,
+  gpt_oss=GATHER,
   by_task={'router': Task(jitter=0.01), 'capacity': All(), **DROPLESS},
   by_sentence={
     'router': Sentence(jitter=0.01),
@@ -180,6 +209,7 @@ def model_of(way, rules, remat='', **moe):
     sizes['remat'] = remat
   if way == 'lstms':
     sizes |= LSTMS
+  sizes |= ATTENTIONS.get(way, {})
   if way == 'by_task':
     sizes['num_tasks'] = 4
   return tiny.options({**sparse, **WAYS[way], **moe}, **sizes).build(rules)
@@ -300,6 +330,12 @@ def collectives(text) -> dict[str, int]:
   return dict(collections.Counter(operations))
 
 
+def meshes_of(way):
+  if way in ('gather', 'einsum', 'dropless'):
+    return MESHES
+  return MESHES[-2:-1] if way in ATTENTIONS else MESHES[-2:]
+
+
 # Dropless layers on a mesh are in `test_shadowed_experts.py`, too.
 FAST = {('gather', '1x2x2x2')}
 
@@ -311,9 +347,7 @@ FAST = {('gather', '1x2x2x2')}
       way, mesh, marks=() if (way, mesh) in FAST else pytest.mark.slow
     )
     for way in WAYS
-    for mesh in (
-      MESHES if way in ('gather', 'einsum', 'dropless') else MESHES[-2:]
-    )
+    for mesh in meshes_of(way)
   ],
 )
 def test_a_step_equals_one_device(way, mesh_shape):

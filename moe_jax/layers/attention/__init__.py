@@ -1,7 +1,5 @@
 """Attention: its kinds, projections, products, and the cache of a decoder."""
 
-from flax import linen as nn
-
 from moe_jax.layers.attention.attention import Attention
 from moe_jax.layers.attention.attention_kind import AttentionBase
 from moe_jax.layers.attention.attention_options import AttentionOptions
@@ -15,7 +13,6 @@ __all__ = [
   'AttentionOptions',
   'LatentAttention',
   'LatentOptions',
-  'module_of',
 ]
 
 ATTENTIONS = Kinds(
@@ -24,8 +21,3 @@ ATTENTIONS = Kinds(
   {'heads': AttentionOptions, 'latent': LatentOptions},
   inline=True,
 )
-
-
-def module_of(options: AttentionBase) -> type[nn.Module]:
-  """The class of the module of a kind of attention, which takes its options."""
-  return LatentAttention if isinstance(options, LatentOptions) else Attention

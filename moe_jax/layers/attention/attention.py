@@ -14,10 +14,9 @@ from flax import linen as nn
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
-from moe_jax.layers.attention.attention_options import AttentionOptions
+from moe_jax.layers.attention.attention_kind import AttentionBase
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.layers.attention.projected import finished
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.rows import without_nan
@@ -42,7 +41,7 @@ class Attention(nn.Module):
       the implementation 'einsum' has it.
   """
 
-  options: AttentionOptions
+  options: AttentionBase
   shared: Shared = Shared()
   positions: Positions = NoPositions()
   causal: bool = True
@@ -92,7 +91,7 @@ class Attention(nn.Module):
     else:
       x = _only_real(x, segment_ids)
       source = _only_real(source, key_segment_ids)
-    return self._project_all(x, source, positions, attend)
+    return self._project_all(x, source, (positions, segment_ids), attend)
 
   @checked
   def decode(
@@ -115,6 +114,7 @@ class Attention(nn.Module):
       layer: The layer's number.
     """
     dtype, kept = self.shared.dtype, [cache]
+    segment_ids = token_mask.astype(jnp.int32)
 
     def attend(query, key, value):
       if self.cross:
@@ -126,9 +126,7 @@ class Attention(nn.Module):
         slots.key.astype(dtype),
         slots.value.astype(dtype),
         # What padded queries see does not matter, but they must see something.
-        jnp.ones_like(positions)
-        if self.cross
-        else token_mask.astype(jnp.int32),
+        jnp.ones_like(positions) if self.cross else segment_ids,
         slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
@@ -139,14 +137,15 @@ class Attention(nn.Module):
 
     x = without_nan(token_mask, x)
     source = None if self.cross else x
-    y = self._project_all(x, source, positions, attend)
+    y = self._project_all(x, source, (positions, segment_ids), attend)
     return y, kept[0]
 
   @nn.compact
-  def _project_all(self, x, source, positions, attend):
+  def _project_all(self, x, source, places, attend):
     """Projects x to queries, and the output of `attend` back.
 
     The source is projected to keys and values; without one they are None.
+    Places are the positions of tokens and their segments.
     """
     M = x.shape[-1]
     c, dtype = self.options.within(M), self.shared.dtype
@@ -154,11 +153,12 @@ class Attention(nn.Module):
     query, key, value = self._query(x, c), None, None
     if source is not None:
       source = source.astype(dtype)
-      key = self._key_or_value(source, 'key', c)  # [B, S, N, D]
-      value = self._key_or_value(source, 'value', c)
+      for_key, for_value = c.cached_shapes
+      key = self._key_or_value(source, 'key', *for_key)  # [B, S, N, D]
+      value = self._key_or_value(source, 'value', *for_value)
     if not self.cross:
-      query = self.positions.rotate(query, positions)
-      key = key if key is None else self.positions.rotate(key, positions)
+      query = self.positions.rotate(query, *places)
+      key = key if key is None else self.positions.rotate(key, *places)
     return self.project_back(attend(query, key, value), M)
 
   def project_back(
@@ -182,16 +182,18 @@ class Attention(nn.Module):
 
   @property
   def _keys(self) -> Keys:
+    """The rules for the keys that a token sees, and the scale of scores."""
     return self.options.keys(causal=self.causal, cross=self.cross)
 
   def _query(self, x, c):
     # Unscaled scores start with the variance of scaled ones (T5).
-    shrink = self._keys.scale**2 * c.head_width or 1.0
-    y = self.project(x, 'query', ('heads', c.num_heads), c.head_width, shrink)
+    width = c.head_widths.scored
+    shrink = self._keys.scale**2 * width or 1.0
+    y = self.project(x, 'query', ('heads', c.num_heads), width, shrink)
     return self._finished(y, 'query', 'heads')
 
-  def _key_or_value(self, x, name, c):
-    y = self.project(x, name, ('kv_heads', c.num_kv_heads), c.head_width)
+  def _key_or_value(self, x, name, heads, width):
+    y = self.project(x, name, ('kv_heads', heads), width)
     return self._finished(y, name, 'kv_heads')
 
   def _finished(self, y, name, heads):
@@ -200,7 +202,7 @@ class Attention(nn.Module):
       axes = (heads, 'kv')[-len(shape) :]
       init = parameters.scale(axes, role='norm')
       scale = self.param(f'{name}_norm', init, shape, jnp.float32)
-    return finished(self.options, y, scale)
+    return self.options.finished(y, scale)
 
   def _has_bias(self, name):
     return self.options.has_bias(name, self.shared.use_bias)

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple, Self
 
+from flax import linen as nn
+
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.options import (
@@ -16,6 +18,7 @@ from moe_jax.options import (
   one_of,
   option,
 )
+from moe_jax.shapes import Array, Float
 
 
 class HeadWidths(NamedTuple):
@@ -36,11 +39,16 @@ class AttentionBase(Options):
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
+    ROTATED: The option of the width of the part that positions rotate.
     crosses: Whether a decoder's layers can attend to an encoder so.
+    captures_inputs: Whether the inputs of all kernels can be captured, from
+      which GPTQ quantises them.
   """
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ()
+  ROTATED: ClassVar[str] = 'head_width'
   crosses: ClassVar[bool] = True
+  captures_inputs: ClassVar[bool] = True
 
   num_heads: int = option(4, 'Number H of attention heads.', at_least(1))
   _: dataclasses.KW_ONLY
@@ -108,6 +116,34 @@ class AttentionBase(Options):
     if self.biases == 'model':
       return use_bias
     return self.biases == 'all' or projection in self._biased
+
+  @property
+  def module(self) -> type[nn.Module]:
+    """The class of the module, which takes these options."""
+    raise NotImplementedError
+
+  def norm_shape(self, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scale of a norm; () where there is no norm.
+
+    Args:
+      name: 'query', 'key' or 'value'.
+      heads: The number of heads, and their width.
+    """
+    del name, heads
+    return ()
+
+  def finished(
+    self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
+  ) -> Float[Array, '*B N D']:
+    """Queries, keys or values as they meet; here, as they are projected.
+
+    Args:
+      x: The output of a projection.
+      scale: The scale of the norm over as many of the last dimensions as it
+        has; None: there is no norm.
+    """
+    del scale
+    return x
 
   def within(self, width: int) -> Self:
     """These options in a model of that width, with no size left at 0."""

@@ -7,8 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
+import jax.numpy as jnp
+from flax import linen as nn
+
+from moe_jax.layers.attention.attention import Attention
 from moe_jax.layers.attention.attention_kind import AttentionBase, HeadWidths
+from moe_jax.layers.attention.projected import rms_normed
 from moe_jax.options import OptionError, above, at_least, one_of, option
+from moe_jax.shapes import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,11 @@ class AttentionOptions(AttentionBase):
         f'num_kv_heads={self.num_kv_heads} does not divide '
         f'num_heads={self.num_heads}'
       )
+
+  @property
+  def module(self) -> type[nn.Module]:
+    """See `AttentionBase.module`."""
+    return Attention
 
   def within(self, width: int) -> Self:
     """See `AttentionBase.within`.
@@ -140,12 +151,15 @@ class AttentionOptions(AttentionBase):
     )
 
   def norm_shape(self, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scale of a norm; () where there is no norm.
-
-    Args:
-      name: 'query', 'key' or 'value'.
-      heads: The number of heads, and their width.
-    """
+    """See `AttentionBase.norm_shape`."""
     if name == 'value' or self.qk_norm == 'none':
       return ()
     return tuple(heads) if self.qk_norm == 'all' else (heads[-1],)
+
+  def finished(
+    self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
+  ) -> Float[Array, '*B N D']:
+    """See `AttentionBase.finished`: with their norm, then clipped."""
+    if scale is not None:
+      x = rms_normed(x, scale, self.qk_norm_epsilon)
+    return jnp.clip(x, -self.clip, self.clip) if self.clip else x

@@ -134,7 +134,7 @@ def _backward(keys, parts, saved, dy):
   H, S = query.shape[2], key.shape[1]
   d_query, d_bias = [], []
   d_key = d_value = jnp.float32(0)
-  d_sinks = jax.tree.map(jnp.zeros_like, sinks)
+  d_sinks = None
   for block, (largest, total) in zip(parts, statistics, strict=True):
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
@@ -148,7 +148,8 @@ def _backward(keys, parts, saved, dy):
     if sinks is not None:
       sink = _sink_of_rows(block, sinks, key.shape[2])
       weight = jnp.exp(sink - largest) / total
-      d_sinks -= _sum_of_heads(weight * mean, len(sinks))
+      less = _sum_of_heads(weight * mean, len(sinks))
+      d_sinks = -less if d_sinks is None else d_sinks - less
     if bias is not None:
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)

@@ -9,6 +9,7 @@ weighted sum of vectors through that of the values. Not here: scores and softmax
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ class LatentOptions(AttentionBase):
   """The options of multi-head latent attention (arXiv:2405.04434)."""
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ('query_down', 'kv_down', 'out')
+  ROTATED: ClassVar[str] = 'rotary_width'
   crosses: ClassVar[bool] = False
+  captures_inputs: ClassVar[bool] = False
 
   query_rank: int = option(
     0,
@@ -61,10 +64,24 @@ class LatentOptions(AttentionBase):
   value_width: int = option(128, 'Width of the values of a head.', at_least(1))
   norm_epsilon: float = option(
     1e-6,
-    'Number added to the mean square of the short vectors before its root is '
-    'taken.',
+    'Number added to the mean square of the vectors that queries, keys and '
+    'values expand from, before its root is taken.',
     above(0),
   )
+
+  def problems(self) -> Iterator[str]:
+    """The problem of a bias of a projection that is left out."""
+    yield from super().problems()
+    if 'query_down' in self._biased and not self.query_rank:
+      yield (
+        f"biases={self.biases!r} names 'query_down', which query_rank=0 leaves "
+        'out'
+      )
+
+  @property
+  def module(self) -> type[nn.Module]:
+    """See `AttentionBase.module`."""
+    return LatentAttention
 
   @property
   def head_widths(self) -> HeadWidths:
@@ -157,7 +174,7 @@ class LatentAttention(Attention):
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
     """See `Attention.decode`."""
-    kept = [cache]
+    kept, segment_ids = [cache], token_mask.astype(jnp.int32)
 
     def attend(query, short, kernel):
       short = short[:, :, None]  # [B, T, 1, R + r]
@@ -165,7 +182,7 @@ class LatentAttention(Attention):
       source = slots.key.astype(query.dtype)
       attention = functools.partial(
         dot_product.cached,
-        segment_ids=token_mask.astype(jnp.int32),
+        segment_ids=segment_ids,
         key_segment_ids=slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
@@ -179,21 +196,23 @@ class LatentAttention(Attention):
       return attention(query, key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     x = without_nan(token_mask, x)
-    return self._project_short(x, positions, attend), kept[0]
+    y = self._project_short(x, (positions, segment_ids), attend)
+    return y, kept[0]
 
-  def _project_all(self, x, source, positions, attend):
+  def _project_all(self, x, source, places, attend):
     """See `Attention._project_all`; keys and values are expanded."""
     del source  # it is x
 
     def attend_expanded(query, short, kernel):
       return attend(query, *self._expanded(short, kernel))
 
-    return self._project_short(x, positions, attend_expanded)
+    return self._project_short(x, places, attend_expanded)
 
   @nn.compact
-  def _project_short(self, x, positions, attend):
+  def _project_short(self, x, places, attend):
     """Projects x to queries and short vectors, and the output of `attend` back.
 
+    Places are the positions of tokens and their segments.
     `attend` gets queries [B, T, H, n + r], short vectors [B, T, R + r], of
     which r numbers are the rotated key of all heads, and the kernel
     [R, H, n + v] that expands the others.
@@ -202,17 +221,18 @@ class LatentAttention(Attention):
     x = x.astype(self.shared.dtype)
     query = self._queries(x)
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
-    rotary = self.positions.rotate(rotary, positions)
+    rotary = self.positions.rotate(rotary, *places)
     query = jnp.concatenate([plain, rotary], axis=-1)
     short = self.project_down(x, 'kv_down', c.cached_width)
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
-    key = self.positions.rotate(key[:, :, None], positions)[:, :, 0]
+    key = self.positions.rotate(key[:, :, None], *places)[:, :, 0]
     vector = self._normed(vector, 'kv_norm')
     short = jnp.concatenate([vector, key], axis=-1)
     kernel = self._expanding_kernel().astype(x.dtype)
     return self.project_back(attend(query, short, kernel), M)
 
   def _queries(self, x: Float[Array, 'B T M']) -> Float[Array, 'B T H D']:
+    """The queries of all heads, before their positions rotate them."""
     c = self.options
     heads, width = ('heads', c.num_heads), c.head_widths.scored
     if not c.query_rank:
@@ -245,6 +265,7 @@ class LatentAttention(Attention):
     return y.reshape(B, T, width)
 
   def _normed(self, x, name):
+    """Vectors over their root mean square, times the scale `name`."""
     init = parameters.scale(('latent',), role='norm')
     scale = self.param(name, init, x.shape[-1:], jnp.float32)
     return rms_normed(x, scale, self.options.norm_epsilon)
@@ -291,6 +312,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
+    """See `Attention._keys`; YaRN multiplies the scores, too."""
     keys = self.options.keys(causal=self.causal)
     scale = self.options.head_widths.scored**-0.5
     return keys._replace(scale=scale * self.positions.latent_factor)

@@ -10,27 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.attention.attention_options import AttentionOptions
+from moe_jax.layers.attention.attention_kind import AttentionBase
 from moe_jax.layers.shared import Shared
 from moe_jax.shapes import Array, Float
-
-
-def finished(
-  options: AttentionOptions,
-  x: Float[Array, '*B N D'],
-  scale: Float[Array, '*n'] | None,
-) -> Float[Array, '*B N D']:
-  """Queries, keys or values with their norm, clipped to [-clip, clip].
-
-  Args:
-    options: The options of attention.
-    x: The output of a projection.
-    scale: The scale of the norm over as many of the last dimensions as it has;
-      None: there is no norm.
-  """
-  if scale is not None:
-    x = rms_normed(x, scale, options.qk_norm_epsilon)
-  return jnp.clip(x, -options.clip, options.clip) if options.clip else x
 
 
 def rms_normed(
@@ -50,7 +32,7 @@ def rms_normed(
 
 def project_memory(
   shared: Shared,
-  options: AttentionOptions,
+  options: AttentionBase,
   p: Mapping[str, Any],
   memory: Float[Array, 'B S M'],
 ) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
@@ -67,7 +49,7 @@ def project_memory(
     w = p[f'w_{name}']
     if not shared.kernels.is_plain:
       w = shared.kernels.decoded(w, memory.shape[-1])
-      w = w.reshape(*w.shape[:2], -1, options.head_width)
+      w = w.reshape(*w.shape[:2], -1, options.head_widths.scored)
     w = w.astype(shared.dtype)
     y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
     if (b := p.get(f'b_{name}')) is not None:
@@ -75,7 +57,7 @@ def project_memory(
     return y
 
   def finish(y, scale):
-    return finished(options, y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
+    return options.finished(y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
 
   key = jax.vmap(finish)(project('key'), p.get('key_norm'))
   return key, jax.vmap(lambda y: finish(y, None))(project('value'))
