@@ -7,6 +7,7 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - Norms are LayerNorms with a bias, and logits may have one.
 - In texts longer than the first training's, LongRoPE's factor of queries and
   keys changes, but not the turns of pairs, which stay those of short texts.
+  Unlike there, each text of a batch is long or short by itself.
 """
 
 import dataclasses

@@ -28,7 +28,9 @@ LONGROPE = dict(
   long_factor=[2.0, 3.0, 4.0],
   short_mscale=1.1,
   long_mscale=1.3,
-  original_max_position_embeddings=8,
+  # All rows are longer. In transformers the longest of a batch decides for all,
+  # with us each document for itself.
+  original_max_position_embeddings=4,
 )
 # Each option that shapes a model is set in a model where it matters. Rows are
 # padded on the right, or on the left, where padding takes slots before the
