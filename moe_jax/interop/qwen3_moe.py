@@ -44,7 +44,7 @@ KEYS = decoder_keys.keys(
     'head_dim': (OPTIONAL_SIZE, None),
     'attention_bias': (bool, False),
   },
-  # Of the published Qwen3-Coder; transformers does not read them.
+  # The published Qwen3-Coder has these; transformers does not read them.
   fixed={
     'qkv_bias': (False,),
     'shared_expert_intermediate_size': (0, None),

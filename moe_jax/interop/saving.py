@@ -133,7 +133,7 @@ class _DiffersError(_UnsupportedError):
 
 
 def _distance(error: ValueError) -> tuple[bool, bool, int]:
-  """How far an architecture is: whether it has no such model, and the lines."""
+  """The order of errors: first that of the architecture that lacks least."""
   kinds = _DiffersError, _UnsupportedError
   no_model, no_parts = (not isinstance(error, kind) for kind in kinds)
   return no_model, no_parts, str(error).count('\n')
@@ -227,7 +227,7 @@ class _Tensor(NamedTuple):
 
 
 class _Part(NamedTuple):
-  """What a variable gives to a tensor.
+  """The part of a variable that a tensor holds.
 
   Attributes:
     array: The variable.

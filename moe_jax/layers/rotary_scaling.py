@@ -1,4 +1,4 @@
-"""How fast pairs of numbers turn by rotary positions, also in long texts.
+"""The speeds at which pairs turn by rotary positions, also in long texts.
 
 Texts longer than those of the first training turn by other angles, by YaRN
 (https://arxiv.org/abs/2309.00071) or LongRoPE
@@ -16,7 +16,7 @@ from moe_jax.options import Kinds, Options, above, at_least, each, option
 
 
 class Turns(NamedTuple):
-  """How pairs of numbers turn.
+  """The turns of pairs of numbers.
 
   Attributes:
     frequency: float32 [P], radians by which each pair turns at a position.

@@ -94,7 +94,7 @@ class StackConfig:
 
 
 class LayerKind(NamedTuple):
-  """What tells a layer from others of its stack.
+  """The kind of a layer, by which it differs from others of its stack.
 
   Attributes:
     moe: The options of its mixture, or of that whose twin it has; None if its

@@ -282,5 +282,5 @@ class SlotRouting:
     )
 
 
-# What moves whole tokens, each to experts of its own or to slots.
+# Routings that move whole tokens, each to experts of its own or to slots.
 TokenRouting = Routing | SlotRouting

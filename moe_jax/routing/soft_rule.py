@@ -108,7 +108,7 @@ class SoftRouting:
     return SoftRouting(taken(self.share), taken(self.gate))
 
 
-# What a router returns and a dispatch by slots takes.
+# All routings that a router returns; a dispatch by slots takes them.
 AnyRouting = TokenRouting | SoftRouting
 
 

@@ -47,7 +47,7 @@ GATES = {
   'sigmoid': Gate('sigmoid', False),
   'sigmoid_renormalized': Gate('sigmoid', True),
 }
-# What DeepSeek-V3 adds to the sum of sigmoids that it divides them by.
+# DeepSeek-V3 adds this number to the sum of sigmoids before it divides by it.
 _EPSILON = 1e-20
 SLOT_PRIORITIES = (*GIVEN_PRIORITIES, 'batch_priority')
 SECOND_POLICIES = ('all', 'sampled', 'threshold')

@@ -1,4 +1,4 @@
-"""What DeepSeek's checkpoints have beside tensors that are parameters."""
+"""DeepSeek's checkpoints: the bias, left-out layers and published config."""
 
 import dataclasses
 import json

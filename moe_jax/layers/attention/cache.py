@@ -32,13 +32,13 @@ class Memory(flax.struct.PyTreeNode):
   filled: Leaf
 
   def at(self, layer: int | Int[Array, '']) -> 'Slots':
-    """What a layer attends to."""
+    """The keys and values that a layer attends to."""
     key, value = at_layer(self.key, layer), at_layer(self.value, layer)
     return Slots(key, value, self.filled)
 
 
 class Slots(NamedTuple):
-  """What a layer attends to: the slots of a cache, and the newest tokens.
+  """Keys and values of the slots of a cache, and of the newest tokens.
 
   Attributes:
     key: The keys, [B, N, S, D].
