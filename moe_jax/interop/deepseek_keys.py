@@ -121,7 +121,7 @@ def problems(c: Values) -> Iterator[str]:
       f'num_key_value_heads={kv_heads} is not num_attention_heads='
       f'{c.num_attention_heads}, as latent attention has it'
     )
-  if (c.topk_group or 1) > (c.n_group or 1):
+  if c.n_group and (c.topk_group or 1) > c.n_group:
     yield f'topk_group={c.topk_group} is more than n_group={c.n_group}'
   if c.first_k_dense_replace >= c.num_hidden_layers:
     yield (

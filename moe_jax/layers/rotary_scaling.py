@@ -108,7 +108,7 @@ class Yarn(RotaryScaling):
     0.0,
     'Multiple of ln(factor) below the line of the ratio in the attention '
     'factor; multi-head latent attention also multiplies its scores by the '
-    'square of 0.1 mscale_all_dim ln(factor) + 1 (DeepSeek-V2).',
+    'square of 0.1 mscale_all_dim ln(factor) + 1 (DeepSeek-V2); 0.0: by 1.',
     at_least(0),
   )
 
