@@ -42,7 +42,7 @@ class Muon(Optimizer):
   momentum: float = option(
     0.95,
     'Decay per step of the running mean of gradients (Nesterov) that Muon '
-    'orthogonalizes.',
+    'orthogonalizes; 0 takes the gradient itself.',
     within('[0, 1)'),
   )
   iterations: int = option(
@@ -61,7 +61,8 @@ class Muon(Optimizer):
   )
   adam_rate: float = option(
     1.0,
-    'Factor of the learning rate for parameters that Adam trains.',
+    'Factor of the learning rate for parameters that Adam trains; at 0 they '
+    'keep their values.',
     at_least(0),
   )
   b1: float = option(
