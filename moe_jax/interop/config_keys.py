@@ -53,6 +53,11 @@ SIZE = Number('integer of at least 1 in int32', 1, _INTEGERS, whole=True)
 OPTIONAL_SIZE = dataclasses.replace(
   SIZE, rule=f'{SIZE.rule}, or null', optional=True
 )
+# A length of texts, which no tensor need have.
+LENGTH = Number('length of at least 1 in int32', 1, _INTEGERS, whole=True)
+OPTIONAL_LENGTH = dataclasses.replace(
+  LENGTH, rule=f'{LENGTH.rule}, or null', optional=True
+)
 LAYERS = Number(f'integer in [1, {_LAYERS})', 1, _LAYERS, whole=True)
 OPTIONAL_LAYERS = dataclasses.replace(
   LAYERS, rule=f'{LAYERS.rule}, or null', optional=True

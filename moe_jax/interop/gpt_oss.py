@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_jax.interop import decoder_keys
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE, Values
+from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
 from moe_jax.interop.decoder_names import BLOCK, ENDS, layer, weight
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.mxfp4 import Mxfp4Files
@@ -52,7 +52,7 @@ KEYS = decoder_keys.keys(
     'intermediate_size': (SIZE, 2880),
     'num_local_experts': (SIZE, 128),
     'head_dim': (OPTIONAL_SIZE, 64),
-    'sliding_window': (SIZE, 128),
+    'sliding_window': (LENGTH, 128),
     'layer_types': (list | None, None),
     'attention_bias': (bool, True),
     'quantization_config': (dict | None, None),

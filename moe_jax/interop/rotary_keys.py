@@ -11,10 +11,10 @@ from typing import Any
 
 from moe_jax.interop.config_keys import (
   AMOUNT,
+  LENGTH,
+  OPTIONAL_LENGTH,
   OPTIONAL_POSITIVE,
-  OPTIONAL_SIZE,
   POSITIVE,
-  SIZE,
   Values,
   is_kind,
   kind_name,
@@ -30,7 +30,7 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_scaling': (dict | None, None),
   'rope_theta': (OPTIONAL_POSITIVE, None),
   _FRACTION: (OPTIONAL_POSITIVE, None),
-  _ORIGINAL: (OPTIONAL_SIZE, None),
+  _ORIGINAL: (OPTIONAL_LENGTH, None),
 }
 
 
@@ -49,7 +49,7 @@ class _Parameter:
   needed: bool = False
 
 
-_LENGTH = {_ORIGINAL: _Parameter('original_len', SIZE)}
+_LENGTH = {_ORIGINAL: _Parameter('original_len', LENGTH)}
 # The parameters of each rope type, by their names. A type's name is that of our
 # scaling, but for 'default'.
 _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
@@ -128,6 +128,8 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
     elif value is not None:
       number = parameter.kind in (
         AMOUNT,
+        LENGTH,
+        OPTIONAL_LENGTH,
         POSITIVE,
       )  # JSON may have an integer there
       scaling[parameter.option] = float(value) if number else value
@@ -188,7 +190,7 @@ def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
     if (
       not _TYPES[kind]['factor'].needed
       and longest is not None
-      and is_kind(original, SIZE)
+      and is_kind(original, LENGTH)
     ):
       given.setdefault('factor', longest / original)
   return kind, given

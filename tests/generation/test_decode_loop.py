@@ -278,9 +278,8 @@ def test_a_window_bounds_how_far_back_a_token_looks():
   ours = generation.prepare(model, {'params': params}, window=3)
   tokens = generation.generate(*ours, PROMPTS, num_tokens=9).tokens
   blocks = model.blocks
-  attention = dataclasses.replace(blocks.block.attention, window=3)
-  block = dataclasses.replace(blocks.block, attention=attention)
-  narrow = model.clone(blocks=dataclasses.replace(blocks, block=block))
+  windows = (3,) * len(blocks.windows)
+  narrow = model.clone(blocks=dataclasses.replace(blocks, windows=windows))
   expected = generate(narrow, params, num_tokens=9).tokens
   np.testing.assert_array_equal(tokens, expected)
   assert (tokens != generate(model, params, num_tokens=9).tokens).any()
