@@ -49,7 +49,7 @@ class SoftRouting:
     }
 
   def static_sizes(self) -> dict[str, int]:
-    """None, as the arrays tell all sizes."""
+    """No sizes, as the arrays tell all of them."""
     return {}
 
   @property

@@ -499,7 +499,7 @@ def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
   (quantized / 'config.json').write_text(json.dumps(config))
   ours, theirs = interop.load(quantized), interop.load(plain)
   jax.tree.map(np.testing.assert_array_equal, ours.variables, theirs.variables)
-  # What is exported is in bfloat16, as transformers would write it.
+  # The exported tensors are in bfloat16, as transformers would write them.
   interop.save(ours.options, ours.variables, out, config=config)
   assert 'quantization_config' not in read_json(out / 'config.json')
   again, info = type(model).from_pretrained(out, output_loading_info=True)

@@ -86,7 +86,7 @@ def test_feed_forward_equals_its_formula(name, bias):
 
 
 def test_limits_of_the_clamped_activation_by_hand():
-  # Of gates 9 and -9 the first becomes 7; of values 9 and -9 both become 7 in
+  # The gate 9 becomes 7 and -9 stays; the values 9 and -9 both become 7 in
   # size, to which 1 is added.
   hidden = ACTIVATIONS['clamped_swiglu'].hidden
   gate, value = jnp.array([9.0, -9.0, 9.0]), jnp.array([9.0, 9.0, -9.0])
@@ -98,7 +98,7 @@ def test_limits_of_the_clamped_activation_by_hand():
 
 @pytest.mark.parametrize(
   ('bias', 'whole', 'has'),
-  # As in runs that were saved before the gate could have a bias.
+  # Runs that were saved before the gate could have a bias have these alone.
   [('', True, {'b_in', 'b_out'}), ('', False, set()),
    ('all', False, {'b_in', 'b_out', 'b_gate'}), ('none', True, set())],
 )  # fmt: skip

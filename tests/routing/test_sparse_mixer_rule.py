@@ -74,7 +74,7 @@ def test_choices_that_are_drawn_equal_a_loop_over_tokens(trained):
 
 
 def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
-  # Of four experts the last is too far for the first choice.
+  # The last of four experts is too far for the first choice.
   logits = jnp.broadcast_to(logits_of(4.0, 3.5, 3.0, 1.0), (1, 8000, 4))
   index, gate = sparse_mixer(logits, **RULE, key=tiny.key(0))
   probs = reference.softmax(np.array([4.0, 3.5, 3.0]))

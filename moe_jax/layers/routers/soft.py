@@ -69,7 +69,7 @@ class Soft(RouterOptions):
     )
 
   def serving_all(self, sizes):
-    """None: it mixes as in training."""
+    """Returns None: there is no other rule, it mixes as in training."""
     return None
 
   def drops(self, sizes):
