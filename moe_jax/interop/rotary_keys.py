@@ -126,12 +126,7 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
     if isinstance(value := given.get(name), list):
       scaling[parameter.option] = tuple(map(float, value))
     elif value is not None:
-      number = parameter.kind in (
-        AMOUNT,
-        LENGTH,
-        OPTIONAL_LENGTH,
-        POSITIVE,
-      )  # JSON may have an integer there
+      number = parameter.kind in (AMOUNT, POSITIVE)  # JSON may have an integer
       scaling[parameter.option] = float(value) if number else value
   return Rotary(
     theta=float(given['rope_theta']),
