@@ -7,8 +7,10 @@ and with `moe_jax.interop`, and times greedy `generate` of both, interleaved,
 at several batch sizes. A timed call includes reading the prompts and fetching
 the tokens. Every implementation of experts that transformers offers and this
 device can run is timed; the table gives ratios to the default one and to the
-fastest. The tokens must be the same. Writes `table.md`, `rows.csv` and
-`results.json` to `results/bench_generation/<device>`.
+fastest, and the tokens must be the same. The matrix products of such a
+generation alone are timed beside them, since they are the limit of all.
+Writes `table.md`, `rows.csv` and `results.json` to
+`results/bench_generation/<device>`.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import decoding_products, timing
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, generation, host, interop
 from moe_jax.analysis.roofline import Peaks, measure_peaks
@@ -28,6 +30,7 @@ from moe_jax.analysis.roofline import Peaks, measure_peaks
 NAME = 'bench_generation'
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
 THEIRS = 'transformers'
+LIMIT = 'matrix products alone'
 # Implementations of experts in transformers, the default first.
 EXPERTS = ('grouped_mm', 'batched_mm', 'eager')
 SIZES = dict(
@@ -120,6 +123,7 @@ def our_cases(
 def measure(
   theirs: Any,
   ours: Sequence[Any],
+  sizes: Mapping[str, int],
   *,
   batch_size: int,
   prompt_len: int,
@@ -135,6 +139,14 @@ def measure(
   cases = our_cases(*prepared, prompts, num_tokens) | peers
   tokens = {name: run() for name, run in cases.items()}
   default = next(iter(peers))
+  same_tokens = {
+    name: float((made == tokens[default]).mean())
+    for name, made in tokens.items()
+  }
+  cases[LIMIT] = decoding_products.products(
+    sizes, batch_size, prompt_len, num_tokens
+  )
+  cases[LIMIT]()  # compiles
   times = timing.interleave(cases, seconds=seconds)
   fastest = min(peers, key=lambda name: np.median(times[name]))
   rows = []
@@ -142,6 +154,7 @@ def measure(
     duration = timing.Spread.of(durations)
     to_default = timing.ratio(times[default], durations)
     to_fastest = timing.ratio(times[fastest], durations)
+    over_limit = timing.ratio(durations, times[LIMIT])
     rows.append(
       {
         'case': name,
@@ -156,7 +169,10 @@ def measure(
         'per_fastest': to_fastest.median,
         'per_fastest_low': to_fastest.low,
         'per_fastest_high': to_fastest.high,
-        'same_tokens': float((tokens[name] == tokens[default]).mean()),
+        'over_limit': over_limit.median,
+        'over_limit_low': over_limit.low,
+        'over_limit_high': over_limit.high,
+        'same_tokens': same_tokens.get(name),
       }
     )
   return rows
@@ -180,12 +196,14 @@ def report(
       'tokens / s': f'{row["tokens_per_second"]:,.0f}',
     }
     for name, title in (
-      ('per_default', f"{THEIRS}' default"),
-      ('per_fastest', 'its fastest'),
+      ('per_default', f"speed / {THEIRS}' default"),
+      ('per_fastest', 'speed / its fastest'),
+      ('over_limit', f'time / {LIMIT}'),
     ):
       low, high = row[f'{name}_low'], row[f'{name}_high']
-      line[f'speed / {title}'] = f'{row[name]:.2f} ({low:.2f}-{high:.2f})'
-    lines.append(line | {'same tokens': f'{row["same_tokens"]:.1%}'})
+      line[title] = f'{row[name]:.2f} ({low:.2f}-{high:.2f})'
+    same = row['same_tokens']
+    lines.append(line | {'same tokens': '-' if same is None else f'{same:.1%}'})
   sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
   return (
     '# Greedy generation from one Mixtral checkpoint\n\n'
@@ -195,7 +213,9 @@ def report(
     'ones. Whole calls, after compilation, interleaved: medians, and medians '
     'of ratios within a round (quartiles in brackets). '
     f'{THEIRS} is named with what runs its experts. '
-    'Same tokens: of those that its default makes.\n\n'
+    'Same tokens: of those that its default makes. '
+    f'{LIMIT.capitalize()}: of each step by every kernel that it needs, with '
+    'as many experts as balanced random choices would read.\n\n'
     f'{markdown_table(lines)}'
   )
 
@@ -246,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += measure(
       theirs,
       ours,
+      sizes,
       batch_size=batch_size,
       prompt_len=options.prompt_len,
       num_tokens=options.num_tokens,

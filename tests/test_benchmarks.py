@@ -21,6 +21,7 @@ from experiments import (
 )
 from experiments.benchmarks import (
   checkouts,
+  decoding_products,
   peer_steps,
   timing,
   train_step_programs,
@@ -456,6 +457,21 @@ def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   assert '| B=2 T=70 H=2 D=8 | 3 | PyTorch |' in table.read_text('utf-8')
 
 
+@pytest.mark.parametrize('num_tokens, read', [(1, 2), (2, 4), (8, 7), (99, 8)])
+def test_experts_that_a_step_reads_are_those_of_random_choices(
+  num_tokens, read
+):
+  sizes = bench_generation.SIZES
+  assert decoding_products.read_experts(num_tokens, sizes) == read
+  rng = np.random.default_rng(0)
+  choices = rng.permuted(
+    np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1)),
+    axis=-1,
+  )[..., : sizes['num_experts_per_tok']]
+  drawn = np.mean([len(np.unique(draw)) for draw in choices])
+  assert abs(drawn - read) < 0.6
+
+
 @pytest.mark.slow
 def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   pytest.importorskip('transformers')
@@ -480,6 +496,8 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   for batch in (1, 3):
     by_case = {row['case']: row for row in rows if row['batch'] == batch}
     assert [*by_case][:2] == ours and len(by_case) > 2
+    limit = by_case.pop(bench_generation.LIMIT)
+    assert limit['over_limit'] == 1 and limit['same_tokens'] is None
     assert all(row['same_tokens'] == 1 for row in by_case.values())
     default = by_case[[*by_case][2]]
     assert default['per_default'] == 1
