@@ -222,8 +222,9 @@ def load_leaf(
 ) -> jax.Array:
   """One sharded variable; only the slices that devices keep are read.
 
-  A shard that is not larger than the checkpoint's largest tensor is assembled
-  on the host; a larger one on its device, piece by piece.
+  A shard of one tensor goes to its device as it was read. One of several is
+  assembled on the host if it is not larger than the checkpoint's largest
+  tensor, or else on its device, piece by piece.
   """
   places = sharding.addressable_devices_indices_map(leaf.shape)
   by_bounds: dict[tuple, list[jax.Device]] = {}
@@ -244,20 +245,23 @@ def load_leaf(
 
 def _shard(leaf, files, index, dtype, device) -> jax.Array:
   shape = tuple(part.stop - part.start for part in index)
-  pieces = _pieces(leaf, files, index)
-  if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= files.largest:
+  arrays = (
+    (place, piece[(None,) * len(place)].astype(dtype, copy=False))
+    for place, piece in _pieces(leaf, files, index)
+  )
+  # Without waiting, several copies would be in host memory at once.
+  if math.prod(shape[: leaf.num_stacked]) == 1:
+    ((_, whole),) = arrays
+    return jax.block_until_ready(jax.device_put(whole, device))
+  if math.prod(shape) * dtype.itemsize <= files.largest:
     whole = np.empty(shape, dtype)
-    for place, piece in pieces:
+    for place, piece in arrays:
       whole[place] = piece
-    # Without waiting, several copies would be in host memory at once.
     return jax.block_until_ready(jax.device_put(whole, device))
   with jax.default_device(device):
     whole = jax.numpy.zeros(shape, dtype)
-    for place, piece in pieces:
-      # Without waiting, all pieces of the shard would be in host memory.
-      whole = jax.block_until_ready(
-        _put(whole, piece[(None,) * len(place)].astype(dtype), place)
-      )
+    for place, piece in arrays:
+      whole = jax.block_until_ready(_put(whole, piece, place))
   return whole
 
 
@@ -276,5 +280,9 @@ def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, piece: jax.Array, place) -> jax.Array:
+  # XLA's CPU compiler computes bfloat16 in float32: unless they are mere bits,
+  # every number of `whole` would be converted and written for each piece.
+  bits = jax.numpy.dtype(f'uint{8 * whole.itemsize}')
   starts = (*place, *[0] * (whole.ndim - len(place)))
-  return jax.lax.dynamic_update_slice(whole, piece, starts)
+  put = jax.lax.dynamic_update_slice(whole.view(bits), piece.view(bits), starts)
+  return put.view(whole.dtype)
