@@ -27,12 +27,13 @@ def test_all_bits_of_every_file_arrive_in_the_dtype_of_the_file(tmp_path):
   for axes, copies in (({}, 1), ({'expert': 8}, 8)):
     row = loading_case.measure(str(tmp_path), axes)
     assert row['digest'] == written.digest
-    router = 4 * 2 * 24 * 8  # of two layers, in float32
+    # Routers and norms of two layers are float32.
+    single = 2 * 24 * 8 + 2 * (2 * 24 + 2 * 6) + 24
     experts = 2 * 2 * 8 * 3 * 24 * 16
-    assert row['once'] == written.total + router // 2
+    assert row['once'] == written.total + 2 * single
     assert row['dtypes'] == {
-      'float32': copies * router,
-      'bfloat16': copies * (written.total - router // 2 - experts) + experts,
+      'float32': copies * 4 * single,
+      'bfloat16': copies * (written.total - 2 * single - experts) + experts,
     }
     assert row['placed'] == sum(row['dtypes'].values())
 
