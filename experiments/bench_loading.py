@@ -8,8 +8,8 @@ bound is the parameters as they are placed, the largest file, and 1 GB. The peak
 is VmHWM: all pages of the process that were resident at once, those of Python
 and of libraries included. Files are read, not mapped, so that the system's
 cache of them is not in it. Parameters that the sharding table leaves whole are
-on each device: on the mesh `expert=8` all but the experts, on `fsdp=8` next to
-none. Writes `table.md`, `rows.csv` and `results.json` to
+on each device: next to none on the mesh `fsdp=8`; on `expert=4,fsdp=2` half of
+all but the experts. Writes `table.md`, `rows.csv` and `results.json` to
 `results/bench_loading/<device>`. Linux only.
 """
 
@@ -31,7 +31,7 @@ from moe_jax import command_line
 from moe_jax.options import above
 
 NAME = 'bench_loading'
-CASES = '', 'fsdp=8', 'expert=8'
+CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
 ROOM = 10**9  # bytes beside the parameters and one file
 _CASE = 'experiments.benchmarks.loading_case'
 

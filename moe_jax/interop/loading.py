@@ -20,7 +20,12 @@ from jax.sharding import Mesh, Sharding
 
 from moe_jax import models, partitioning
 from moe_jax.interop import hub
-from moe_jax.interop.checkpoint_folder import Checkpoint, open_checkpoint
+from moe_jax.interop.checkpoint_folder import (
+  Checkpoint,
+  held_in,
+  named_dtype,
+  open_checkpoint,
+)
 from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE
 from moe_jax.interop.mapping import (
   Leaf,
@@ -79,7 +84,8 @@ def load(
     mesh: The devices of the parameters; None is the first local device.
     rules: The sharding table, such as `ShardingOptions().rules`.
     dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
-      the checkpoint's own. Routers stay float32.
+      that of config.json, or of the files where it names none, and float32 for
+      float16. Routers and norms stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
     allow_nonfinite: Whether weights may be infinite or no numbers. The check
       takes about 0.06 s per GB.
@@ -107,7 +113,10 @@ def fetch(
   A config that is not supported is refused before weights are downloaded.
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
-  checkpoint = open_checkpoint(hub.fetch(source, revision=revision), dtype)
+  folder = hub.fetch(source, revision=revision)
+  checkpoint = open_checkpoint(folder, dtype)
+  if not dtype and named_dtype(checkpoint.config) is None:
+    checkpoint = open_checkpoint(folder, held_in(checkpoint.open_files().dtype))
   names = checkpoint.architecture.names
   options: Any = checkpoint.options
   if options.embedding.tie or not options.has_encoder:
