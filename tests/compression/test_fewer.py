@@ -275,7 +275,8 @@ def bias_of(run, layer):
 def test_the_bias_of_experts_that_stay_stays(router):
   run, stay = biased(), [0, 2, 3, 4]
   layers = sparse_layers(run.model, run.variables['params'])
-  new = fewer(run, {1: only(layers[1], stay)}, router)
+  left = {1: only(layers[1], stay), 2: only(layers[2], [*range(E)])}
+  new = fewer(run, left, router)
   kept = stay if router == 'shrunk' else slice(None)
   np.testing.assert_array_equal(bias_of(new, 1), bias_of(run, 1)[kept])
   np.testing.assert_array_equal(bias_of(new, 2), bias_of(run, 2))
@@ -288,7 +289,10 @@ def test_the_bias_of_merged_experts_is_their_mean_by_usage():
   run = biased()
   layers = sparse_layers(run.model, run.variables['params'])
   usage = before().usage[1]._replace(choices=np.array([6.0, 0, 2, 0, 0]))
-  left = {1: merge.merged(layers[1], usage, ((0, 2), (1, 3), (4,)))}
+  left = {
+    1: merge.merged(layers[1], usage, ((0, 2), (1, 3), (4,))),
+    2: only(layers[2], [*range(E)]),
+  }
   old, new = bias_of(run, 1), bias_of(fewer(run, left, 'shrunk'), 1)
   expected = [0.75 * old[0] + 0.25 * old[2], (old[1] + old[3]) / 2, old[4]]
   np.testing.assert_allclose(new, expected, rtol=1e-6)
