@@ -131,8 +131,12 @@ def _written(
   new: pathlib.Path,
   packed: bool,
 ) -> Mapping[str, float]:
-  options, params = fewer.smaller(before.run, left, router)
-  whole_run.write(before.run, new, params, options, packed=packed)
+  options, variables = fewer.smaller(before.run, left, router)
+  params = variables['params']
+  state = variables.get('router_state')
+  whole_run.write(
+    before.run, new, params, options, packed=packed, router_state=state
+  )
   old = bytes_in_memory(before.run.variables['params'])
   return {
     'bytes': bytes_in_memory(params) / old,

@@ -6,11 +6,11 @@ to none, or they shrink to a column for each. Not here: which experts are left
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from moe_jax.compression import calibration
 from moe_jax.compression.usage import Usage, measure
@@ -24,14 +24,15 @@ from moe_jax.models.expert_arrays import (
   Arrays,
   SparseLayer,
   assembled,
+  assembled_state,
   sparse_layers,
   with_moes,
 )
+from moe_jax.models.router_state import COLLECTION
+from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.option_checks import within
 
 SHRUNK = 'shrunk'
-SHARE = within('(0, 1]')
 
 
 class Fewer(NamedTuple):
@@ -41,16 +42,27 @@ class Fewer(NamedTuple):
     experts: The parameters of these experts, [E', ...].
     columns: The router's parameters with a column for each of them.
     row: The expert of each of the E old columns, or `MASKED`.
+    share: The weight of each old column in the mean that `columns` has; () if
+      it has old columns as they were.
   """
 
   experts: Arrays
   columns: Arrays
   row: tuple[int, ...]
+  share: tuple[float, ...] = ()
 
   @property
   def num_experts(self) -> int:
     """E', the number of experts that are left."""
     return max(self.row) + 1
+
+  @property
+  def mix(self) -> Float[np.ndarray, 'N E']:
+    """The weights of the E old columns in each of the N = E' new ones."""
+    row, mix = np.array(self.row), np.zeros((self.num_experts, len(self.row)))
+    kept = np.flatnonzero(row >= 0)
+    mix[row[kept], kept] = np.array(self.share)[kept] if self.share else 1.0
+    return mix
 
 
 class Calibrated(NamedTuple):
@@ -100,11 +112,6 @@ def check_layer(layer: SparseLayer) -> None:
     raise ValueError(
       f'{said} has no column for each expert, by which its tokens would choose '
       'among those that are left'
-    )
-  if router.keeps_state:
-    raise ValueError(
-      f'{said} keeps a state, such as a balancing bias, which decides whom its '
-      'tokens choose and would be that of other experts'
     )
   if layer.moe.retained.rows:
     raise ValueError(
@@ -173,41 +180,12 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   return found
 
 
-def numbers_by_share(
-  share: float,
-  scores: Mapping[int, np.ndarray],
-  layers: Mapping[int, SparseLayer],
-) -> dict[int, int]:
-  """The number of experts that stay in each layer, by one threshold for all.
-
-  Scores are divided by the largest of their layer, as in M-SMoE; the experts of
-  the highest scores stay, whatever their layer, and at least K of each.
-
-  Args:
-    share: The share of all experts that stay, in (0, 1].
-    scores: The score of each expert, by layer.
-    layers: The sparse layers.
-  """
-  if not SHARE.holds(share):
-    raise ValueError(f'share={share} {SHARE.rule}')
-  relative = {n: s / max(s.max(), 1e-30) for n, s in scores.items()}
-  least = {n: layer.moe.num_selected for n, layer in layers.items()}
-  order = {n: np.sort(s)[::-1] for n, s in relative.items()}
-  free = sorted(
-    ((s, -n) for n, own in order.items() for s in own[least[n] :]), reverse=True
-  )
-  total = sum(len(s) for s in scores.values())
-  left = max(math.floor(share * total + 0.5) - sum(least.values()), 0)
-  counts = dict(least)
-  for _, negative in free[:left]:
-    counts[-negative] += 1
-  return counts
-
-
 def smaller(
   run: WholeRun, left: Mapping[int, Fewer], router: str
 ) -> tuple[ModelOptions, dict[str, Any]]:
-  """The options and the parameters of the model with the experts that are left.
+  """The options and the variables of the model with the experts that are left.
+
+  A balancing bias goes with its column.
 
   Args:
     run: The run.
@@ -242,7 +220,12 @@ def smaller(
     if fewer.num_experts < layers[n].moe.num_experts
   }
   new = options.build(run.options.sharding.rules)
-  return options, assembled(model, params, new, changes)
+  mixes = {n: left[n].mix for n in changes if router == SHRUNK}
+  state = run.variables.get(COLLECTION, {})
+  return options, as_variables(
+    assembled(model, params, new, changes),
+    assembled_state(model, state, new, mixes),
+  )
 
 
 def only(layer: SparseLayer, experts: list[int]) -> Fewer:
@@ -287,9 +270,9 @@ def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
         f'num_selected={K}'
       )
     left[number] = only(layer, kept)
-  options, params = smaller(run, left, 'masked')
+  options, variables = smaller(run, left, 'masked')
   return run._replace(
     options=run.options._replace(model=options),
     model=options.build(run.options.sharding.rules),
-    variables={**run.variables, 'params': params},
+    variables=variables,
   )

@@ -4,28 +4,34 @@ Not here: what the commands do (`merge.py`, `prune.py`).
 """
 
 import argparse
+import math
 import pathlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moe_jax import command_line, config_file, sections
 from moe_jax.compression import whole_run
 from moe_jax.compression.fewer import (
-  SHARE,
   SHRUNK,
   Calibrated,
   Fewer,
   calibrated,
   check_columns,
   numbers,
-  numbers_by_share,
 )
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.usage import SCORES
 from moe_jax.data import DataOptions
-from moe_jax.models.expert_arrays import sparse_layers
+from moe_jax.models import ModelOptions
+from moe_jax.models.expert_arrays import SparseLayer, sparse_layers
+from moe_jax.models.router_state import COLLECTION
+from moe_jax.option_checks import within
 from moe_jax.runs import new_run
+
+SHARE = within('(0, 1]')
 
 
 def add_arguments(
@@ -84,6 +90,50 @@ def read(
     scores = {n: SCORES[score](usage) for n, usage in before.usage.items()}
     counts = numbers_by_share(options.share, scores, before.layers)
   return before, counts
+
+
+def numbers_by_share(
+  share: float,
+  scores: Mapping[int, np.ndarray],
+  layers: Mapping[int, SparseLayer],
+) -> dict[int, int]:
+  """The number of experts that stay in each layer, by one threshold for all.
+
+  Scores are divided by the largest of their layer, as in M-SMoE; the experts of
+  the highest scores stay, whatever their layer, and at least K of each.
+
+  Args:
+    share: The share of all experts that stay, in (0, 1].
+    scores: The score of each expert, by layer.
+    layers: The sparse layers.
+  """
+  if not SHARE.holds(share):
+    raise ValueError(f'share={share} {SHARE.rule}')
+  relative = {n: s / max(s.max(), 1e-30) for n, s in scores.items()}
+  least = {n: layer.moe.num_selected for n, layer in layers.items()}
+  order = {n: np.sort(s)[::-1] for n, s in relative.items()}
+  free = sorted(
+    ((s, -n) for n, own in order.items() for s in own[least[n] :]), reverse=True
+  )
+  total = sum(len(s) for s in scores.values())
+  left = max(math.floor(share * total + 0.5) - sum(least.values()), 0)
+  counts = dict(least)
+  for _, negative in free[:left]:
+    counts[-negative] += 1
+  return counts
+
+
+def write(
+  before: Calibrated,
+  output: str,
+  model: ModelOptions,
+  variables: Mapping[str, Any],
+) -> pathlib.Path:
+  """Writes the smaller model as a new run; see `whole_run.write`."""
+  state = variables.get(COLLECTION)
+  return whole_run.write(
+    before.run, output, variables['params'], model, router_state=state
+  )
 
 
 def described(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import command_line
-from moe_jax.compression import grouping, whole_run
+from moe_jax.compression import grouping
 from moe_jax.compression.align import of_expert, permutation, permuted
 from moe_jax.compression.fewer import (
   SHRUNK,
@@ -32,6 +32,7 @@ from moe_jax.compression.fewer_command import (
   add_arguments,
   described,
   read,
+  write,
   written_to,
 )
 from moe_jax.compression.usage import Usage
@@ -45,7 +46,9 @@ def merged(layer: SparseLayer, usage: Usage, groups: grouping.Groups) -> Fewer:
   """A layer whose groups of experts are one expert each.
 
   A group of one keeps its bits. Column g of a router that shrinks is the mean
-  of its group's, weighted like the experts.
+  of its group's, weighted like the experts, and so is its balancing bias: an
+  expert that is hardly used has one that has risen for long, which a plain mean
+  would give to the whole group.
 
   Args:
     layer: The layer.
@@ -66,13 +69,16 @@ def merged(layer: SparseLayer, usage: Usage, groups: grouping.Groups) -> Fewer:
       for group, own in zip(groups, weights, strict=True)
     ]
     columns[path] = jnp.asarray(np.stack(parts, axis))
-  row = np.zeros(layer.moe.num_experts, int)
+  row, share = np.zeros(layer.moe.num_experts, int), [0.0] * len(usage.choices)
   for g, group in enumerate(groups):
     row[list(group)] = g
+    for expert, weight in zip(group, weights[g], strict=True):
+      share[expert] = float(weight)
   return Fewer(
     {path: jnp.stack([own[path] for own in each]) for path in experts},
     columns,
     tuple(row.tolist()),
+    tuple(share),
   )
 
 
@@ -166,10 +172,10 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   before, counts = read(options, overrides, 'usage')
   left = merge(before, counts, group_by=options.group_by, rule=options.grouping)
-  model, params = smaller(before.run, left, options.router)
-  folder = whole_run.write(before.run, options.output, params, model)
+  model, variables = smaller(before.run, left, options.router)
+  folder = write(before, options.output, model, variables)
   groups = [f'layer {n}: {_groups(fewer)}' for n, fewer in left.items()]
-  lines = described(before, params, left)
+  lines = described(before, variables['params'], left)
   lines += ['groups of experts: ' + '; '.join(groups)]
   return '\n'.join([*lines, written_to(folder, before)])
 

@@ -30,7 +30,6 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax import command_line
-from moe_jax.compression import whole_run
 from moe_jax.compression.calibration import capture
 from moe_jax.compression.fewer import (
   SHRUNK,
@@ -43,9 +42,11 @@ from moe_jax.compression.fewer_command import (
   add_arguments,
   described,
   read,
+  write,
   written_to,
 )
 from moe_jax.compression.usage import SCORES
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.models import Model
 from moe_jax.models.expert_arrays import SparseLayer, sparse_layers
@@ -89,7 +90,10 @@ def probabilities(
   module = router.module(Sizes(E, E, All()), layer.shared)
   params = {path[-1]: array for path, array in layer.columns.items()}
   mask = jnp.ones(x.shape[:2], bool)
-  routing, _ = module.apply({'params': params}, x, mask)
+  # All columns are chosen, whatever a balancing bias is: it begins as zeros.
+  (routing, _), _ = module.apply(
+    {'params': params}, x, mask, mutable=[ROUTER_STATE]
+  )
   return routing.token_gates()
 
 
@@ -171,9 +175,9 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   before, counts = read(options, overrides, options.score)
   left = prune(before, counts, score=options.score)
-  model, params = smaller(before.run, left, options.router)
-  folder = whole_run.write(before.run, options.output, params, model)
-  lines = described(before, params, left)
+  model, variables = smaller(before.run, left, options.router)
+  folder = write(before, options.output, model, variables)
+  lines = described(before, variables['params'], left)
   for n, fewer in left.items():
     gone = [e for e, to in enumerate(fewer.row) if to < 0]
     lines.append(f'layer {n}: without experts {gone}')

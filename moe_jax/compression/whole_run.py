@@ -5,11 +5,12 @@ Not here: what is made of the parameters in between.
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax import sections
 from moe_jax.models import MODELS, Model, ModelOptions, code_trees
+from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import new_run, trained
 
 
@@ -66,11 +67,12 @@ def write(
   model: ModelOptions | None = None,
   *,
   packed: bool = False,
+  router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Makes a new run's folder of a run, with another model.
 
   The folder is trained, evaluated, generated from and exported like that of an
-  imported model. The state of routers is that of the run.
+  imported model.
 
   Args:
     run: The run that the model was made of.
@@ -79,6 +81,8 @@ def write(
     model: The options of the new model; None keeps those of the run.
     packed: Whether the new model is one that is not trained, whose variables
       are written as one file of weights.
+    router_state: The state of the new model's routers; None keeps that of the
+      run.
 
   Returns:
     The new folder.
@@ -95,5 +99,5 @@ def write(
     params,
     changes,
     packed=packed,
-    router_state=run.variables.get('router_state'),
+    router_state=router_state or run.variables.get(COLLECTION),
   )

@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax.generation.arguments import Ids, as_ids, check_whole, is_list
 from moe_jax.memory_room import check_room
 from moe_jax.models import Model
+from moe_jax.models.text_model import check_change
 from moe_jax.shapes import Bool, Int32, Leaf
 
 _LEAST_LENGTH = 8
@@ -86,7 +87,7 @@ def make_prefix(
     rows = [np.append(row, forced) for row in rows]
     _check_length(model, 'prompt', max(map(len, rows)) + grows - 1)
     # All but the last token are read at once.
-    _check_change(model, [(len(row) - 1, len(row) + grows - 1) for row in rows])
+    check_change(model, [(len(row) - 1, len(row) + grows - 1) for row in rows])
     # The last token is a step of its own.
     length = _length(model, max(map(len, rows)) - 1) + 1
     _check_room(model, len(rows), length + grows, num_tokens)
@@ -95,7 +96,7 @@ def make_prefix(
     raise ValueError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
   _check_length(model, 'output', num_tokens)
-  _check_change(model, [(0, num_tokens)])
+  check_change(model, [(0, num_tokens)])
   begin = [np.array([start_id, *forced])] * len(rows)
   length = _length(model, max(map(len, rows)))
   _check_room(model, len(rows), num_tokens, num_tokens)
@@ -175,25 +176,6 @@ def _check_length(model: Model, what: str, needed: int) -> None:
       f'{what} of {needed} positions (new tokens included) > max_len={most} of '
       'the learned positions'
     )
-
-
-def _check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
-  """Raises ValueError where the keys in a cache would have to change.
-
-  Args:
-    model: The model.
-    read: The tokens that each row reads at once, and in all.
-  """
-  border = model.changes_at
-  for i, (first, total) in enumerate(read):
-    if border is not None and first <= border < total:
-      raise ValueError(
-        f'row {i} of {len(read)} reads {total} tokens, {first} of them at once,'
-        f' and crosses original_len={border} of the rotary positions, beyond '
-        'which the keys in its cache would turn otherwise; let it read at most '
-        f'{border} (prompt and new tokens, less 1), or more than {border} at '
-        'once (a prompt less its last token)'
-      )
 
 
 def _length(model: Model, needed: int) -> int:

@@ -77,8 +77,8 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
 
   Args:
     folder: The folder of a checkpoint.
-    dtype: Dtype of parameters and products; '' is the checkpoint's own, or
-      float32 for float16.
+    dtype: Dtype of parameters and products; '' is that of config.json, or
+      float32 where it names none.
 
   Raises:
     ValueError: The architecture, a key or a value is not supported; all
@@ -89,8 +89,7 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
     raise ValueError(f'{folder} has no config.json')
   config = read_json(path)
   read = _read(config, path)
-  stored = _dtype(config, path)
-  dtype = dtype or ('float32' if stored == 'float16' else stored)
+  dtype = dtype or held_in(_dtype(config, path))
   options: Any = read.options
   numerics = dataclasses.replace(
     options.numerics, dtype=dtype, param_dtype=dtype
@@ -157,8 +156,18 @@ def _architecture(
   return architecture
 
 
+def held_in(stored: str) -> str:
+  """The dtype of parameters for one of `FLOATS`: float32 for float16."""
+  return 'float32' if stored == 'float16' else stored
+
+
+def named_dtype(config: Mapping[str, Any]) -> Any:
+  """The dtype that a config.json names, unchecked; None if it names none."""
+  return config.get('dtype') or config.get('torch_dtype')
+
+
 def _dtype(config: Mapping[str, Any], path: pathlib.Path) -> str:
-  given = config.get('dtype') or config.get('torch_dtype') or 'float32'
+  given = named_dtype(config) or 'float32'
   name = str(given).removeprefix('torch.')
   if name not in FLOATS:
     raise unknown(f'dtype in {path}', given, FLOATS)

@@ -20,7 +20,12 @@ from jax.sharding import Mesh, Sharding
 
 from moe_jax import models, partitioning
 from moe_jax.interop import hub
-from moe_jax.interop.checkpoint_folder import Checkpoint, open_checkpoint
+from moe_jax.interop.checkpoint_folder import (
+  Checkpoint,
+  held_in,
+  named_dtype,
+  open_checkpoint,
+)
 from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE
 from moe_jax.interop.mapping import (
   Leaf,
@@ -79,7 +84,8 @@ def load(
     mesh: The devices of the parameters; None is the first local device.
     rules: The sharding table, such as `ShardingOptions().rules`.
     dtype: The dtype of parameters and products, 'float32' or 'bfloat16'; '' is
-      the checkpoint's own. Routers stay float32.
+      that of config.json, or of the files where it names none, and float32 for
+      float16. Routers and norms stay float32.
     revision: A branch, tag or commit of a repository; '' is its main branch.
     allow_nonfinite: Whether weights may be infinite or no numbers. The check
       takes about 0.06 s per GB.
@@ -107,7 +113,10 @@ def fetch(
   A config that is not supported is refused before weights are downloaded.
   """
   open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
-  checkpoint = open_checkpoint(hub.fetch(source, revision=revision), dtype)
+  folder = hub.fetch(source, revision=revision)
+  checkpoint = open_checkpoint(folder, dtype)
+  if not dtype and named_dtype(checkpoint.config) is None:
+    checkpoint = open_checkpoint(folder, held_in(checkpoint.open_files().dtype))
   names = checkpoint.architecture.names
   options: Any = checkpoint.options
   if options.embedding.tie or not options.has_encoder:
@@ -222,8 +231,9 @@ def load_leaf(
 ) -> jax.Array:
   """One sharded variable; only the slices that devices keep are read.
 
-  A shard that is not larger than the checkpoint's largest tensor is assembled
-  on the host; a larger one on its device, piece by piece.
+  A shard of one tensor goes to its device as it was read. One of several is
+  assembled on the host if it is not larger than the checkpoint's largest
+  tensor, or else on its device, piece by piece.
   """
   places = sharding.addressable_devices_indices_map(leaf.shape)
   by_bounds: dict[tuple, list[jax.Device]] = {}
@@ -244,20 +254,23 @@ def load_leaf(
 
 def _shard(leaf, files, index, dtype, device) -> jax.Array:
   shape = tuple(part.stop - part.start for part in index)
-  pieces = _pieces(leaf, files, index)
-  if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize <= files.largest:
+  arrays = (
+    (place, piece[(None,) * len(place)].astype(dtype, copy=False))
+    for place, piece in _pieces(leaf, files, index)
+  )
+  # Without waiting, several copies would be in host memory at once.
+  if math.prod(shape[: leaf.num_stacked]) == 1:
+    ((_, whole),) = arrays
+    return jax.block_until_ready(jax.device_put(whole, device))
+  if math.prod(shape) * dtype.itemsize <= files.largest:
     whole = np.empty(shape, dtype)
-    for place, piece in pieces:
+    for place, piece in arrays:
       whole[place] = piece
-    # Without waiting, several copies would be in host memory at once.
     return jax.block_until_ready(jax.device_put(whole, device))
   with jax.default_device(device):
     whole = jax.numpy.zeros(shape, dtype)
-    for place, piece in pieces:
-      # Without waiting, all pieces of the shard would be in host memory.
-      whole = jax.block_until_ready(
-        _put(whole, piece[(None,) * len(place)].astype(dtype), place)
-      )
+    for place, piece in arrays:
+      whole = jax.block_until_ready(_put(whole, piece, place))
   return whole
 
 
@@ -276,5 +289,9 @@ def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, piece: jax.Array, place) -> jax.Array:
+  # XLA's CPU compiler computes bfloat16 in float32: unless they are mere bits,
+  # every number of `whole` would be converted and written for each piece.
+  bits = jax.numpy.dtype(f'uint{8 * whole.itemsize}')
   starts = (*place, *[0] * (whole.ndim - len(place)))
-  return jax.lax.dynamic_update_slice(whole, piece, starts)
+  put = jax.lax.dynamic_update_slice(whole.view(bits), piece.view(bits), starts)
+  return put.view(whole.dtype)

@@ -26,7 +26,7 @@ from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.interop.tensor_files import SAFETENSORS, listed
 from moe_jax.models import ModelOptions
-from moe_jax.models.expert_arrays import has_tied, untied
+from moe_jax.models.expert_arrays import assembled_state, has_tied, untied
 from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.models.router_state import variables as as_variables
@@ -80,11 +80,12 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'{folder} is there already; give a new or empty folder')
-  params = variables['params']
-  if has_tied(options.build()):
+  params, state = variables['params'], variables.get(COLLECTION, {})
+  if has_tied(tied := options.build()):
     options, params = untied(options, params)
+    state = assembled_state(tied, state, options.build())
   architecture, written = _choose(options, config or {})
-  model, state = options.build(), variables.get(COLLECTION, {})
+  model = options.build()
   if model.keeps_router_state and not state:
     raise ValueError(
       f'the routers keep a balancing bias, and the variables {[*variables]} '

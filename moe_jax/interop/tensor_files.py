@@ -102,6 +102,15 @@ class TensorFiles:
     return sum(spec.num_bytes for spec in self.specs.values())
 
   @functools.cached_property
+  def dtype(self) -> str:
+    """The dtype of `FLOATS` that most bytes have; if none has, the first."""
+    sizes = dict.fromkeys(FLOATS, 0)
+    for spec in self.specs.values():
+      if spec.dtype in sizes:
+        sizes[spec.dtype] += spec.num_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+  @functools.cached_property
   def largest(self) -> int:
     """The size of the largest tensor in bytes."""
     return max(spec.num_bytes for spec in self.specs.values())

@@ -18,6 +18,7 @@ from moe_jax.data.plain_files import read_json, read_npz
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import listed
 from moe_jax.models import Model
+from moe_jax.models.text_model import check_change
 
 BOUND = 1e-4  # largest difference of float32 logits that counts as equal
 # Options of generation that change greedy tokens, with their neutral values.
@@ -100,8 +101,9 @@ def verify(
     revision: A branch, tag or commit of a repository; '' is its main branch.
 
   Raises:
-    ValueError: An array is missing or of another shape, or the checkpoint's
-      generation config has options that change greedy tokens.
+    ValueError: An array is missing or of another shape; the checkpoint's
+      generation config has options that change greedy tokens; or `greedy` has
+      a length at which the keys of its prompt would turn otherwise.
   """
   given = read_npz(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
@@ -112,6 +114,8 @@ def verify(
   pad = checkpoint.architecture.unnumbered(checkpoint.options)
   halves = model.has_encoder
   _check_arrays(given, halves, model.vocab_size)
+  at_once = 1 if halves else int(given['attention_mask'][0].sum())
+  check_change(model, [(at_once, given['greedy'].shape[1] - 1)])
   variables = loading.load_variables(checkpoint)
   ours, real = _logits(model, variables, given, pad)
   error = np.abs(ours - given['logits'])[real]

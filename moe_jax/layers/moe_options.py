@@ -135,9 +135,19 @@ class MoeOptions(ImposedOptions):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    It is that of the router, or of the dispatch on a mesh.
+    It is that of the router, of the dispatch on a mesh, or of experts that are
+    mixtures themselves.
     """
-    return self.router.leak(self.sizes) or self.dispatch.leak()
+    reason = self.router.leak(self.sizes) or self.dispatch.leak()
+    if reason or self.inner is None or (own := self.inner.leak()) is None:
+      return reason
+    return f'expert: {own}'
+
+  @property
+  def inner(self) -> 'MoeOptions | None':
+    """The options of experts that are mixtures themselves; None if none is."""
+    mixture = self.expert.mixture
+    return mixture if isinstance(mixture, MoeOptions) else None
 
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options that this layer and all layers like it have by themselves.
@@ -159,6 +169,12 @@ class MoeOptions(ImposedOptions):
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     yield from self._shared_problems()
+    if self.inner is not None and self.inner.router.mixes:
+      yield (
+        f'expert: router.kind={ROUTERS.name_of(self.inner.router)!r} of '
+        f'{type(self.expert).__name__} would mix the rows of an expert, which '
+        "are tokens of several texts; use 'token_choice' there"
+      )
     if self.router.mixes and not self.dispatch.by_mask:
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '

@@ -111,12 +111,6 @@ class Retained(Options):
         'tied, as its tokens do not choose by one logit for each expert; leave '
         'the routers as many columns as experts'
       )
-    if router.keeps_state and any(MASKED in row for row in self.rows.values()):
-      yield (
-        f'retained.expert_of: {type(router).__name__} keeps a state, such as a '
-        "balancing bias, which would count masked columns, '-', as experts; "
-        'keep none, or tie the columns'
-      )
     for layer, row in self.rows.items():
       chosen = len(row) - row.count(MASKED)
       if len(row) != E:

@@ -331,6 +331,7 @@ def check_generates(model: Model) -> None:
 
 def check_decodes(moe: MoeOptions | None) -> None:
   """Raises ValueError where a layer cannot be run token by token."""
-  reason = None if moe is None else moe.router.decodes(moe.sizes)
-  if reason is not None:
-    raise ValueError(reason)
+  while moe is not None:
+    if reason := moe.router.decodes(moe.sizes):
+      raise ValueError(reason)
+    moe = moe.inner

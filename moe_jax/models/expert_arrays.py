@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
+from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
 from moe_jax.models import flat_trees
@@ -28,6 +30,7 @@ from moe_jax.models.encoder_decoder_options import (
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
+from moe_jax.models.router_state import abstract_router_state
 from moe_jax.models.text_options import LayerOptions
 from moe_jax.shapes import Array
 
@@ -146,15 +149,51 @@ def assembled(
   return _assembled(model, params, new, dict(changes))
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'new'))
+def assembled_state(
+  model: Model,
+  state: Mapping[str, Any],
+  new: Model,
+  mixes: Mapping[int, Float[np.ndarray, 'N E']] | None = None,
+) -> dict[str, Any]:
+  """The state of routers of a model that has other columns in some layers.
+
+  Args:
+    model: The model of the state.
+    state: The state of its routers; {} where they keep none.
+    new: The new model, whose layers may be stacked in other loops.
+    mixes: The weights of old columns in each new one, by the number of the
+      layer; routers of other layers have the columns that they had.
+  """
+  if not state:
+    return {}
+  layers, changes = model.layer_trees(state), {}
+  for number, mix in (mixes or {}).items():
+    router = model.moe_of(number).router
+    mixed = _mixed(router, layers[number], mix)
+    changes[number] = flat_trees.flatten(mixed)
+  return _assembled(model, state, new, changes, is_state=True)
+
+
+def _mixed(
+  router: RouterOptions, state: Mapping[str, Any], mix: np.ndarray
+) -> dict[str, Any]:
+  """Mixes a router's state, the highest level of the tree with arrays."""
+  if any(not isinstance(value, Mapping) for value in state.values()):
+    return router.mixed_state(dict(state), mix)
+  return {name: _mixed(router, own, mix) for name, own in state.items()}
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'new', 'is_state'))
 def _assembled(
   model: Model,
-  params: Mapping[str, Any],
+  collection: Mapping[str, Any],
   new: Model,
   changes: dict[int, Arrays],
+  is_state: bool = False,
 ) -> dict[str, Any]:
-  old = flat_trees.flatten(params)
-  layers = [flat_trees.flatten(t) for t in model.layer_trees(params)]
+  shapes = abstract_router_state(new) if is_state else describe(new).shapes
+  old = flat_trees.flatten(collection)
+  layers = [flat_trees.flatten(t) for t in model.layer_trees(collection)]
   first, firsts = 0, {}
   for path, stack in model.stacks:
     firsts[path] = first
@@ -170,7 +209,7 @@ def _assembled(
     return array
 
   arrays = {}
-  for path, leaf in flat_trees.flatten(describe(new).shapes).items():
+  for path, leaf in flat_trees.flatten(shapes).items():
     place = new.place_of(path)
     if place is None:
       arrays[path] = old[path]

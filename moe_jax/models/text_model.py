@@ -1,5 +1,6 @@
 """The base of models of text: the batches that they read, and their loss."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -106,3 +107,25 @@ class TextModel(Model):
       ),
       jax.nn.logsumexp(outputs, axis=-1) ** 2,
     )
+
+
+def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
+  """Checks that no keys in a cache would have to change; see `changes_at`.
+
+  Args:
+    model: The model.
+    read: The tokens that each row reads at once, and in all.
+
+  Raises:
+    ValueError: A row reads no more than `changes_at` at once, and more in all.
+  """
+  border = model.changes_at
+  for i, (first, total) in enumerate(read):
+    if border is not None and first <= border < total:
+      raise ValueError(
+        f'row {i} of {len(read)} reads {total} tokens, {first} of them at once,'
+        f' and crosses original_len={border} of the rotary positions, beyond '
+        'which the keys in its cache would turn otherwise; let it read at most '
+        f'{border} (prompt and new tokens, less 1), or more than {border} at '
+        'once (a prompt less its last token)'
+      )

@@ -60,16 +60,19 @@ def calibrated(run):
 
 def fewer(run, left, router):
   """The run with the experts that are left."""
-  options, params = smaller(run, left, router)
+  options, variables = smaller(run, left, router)
   described = run.options._replace(model=options)
-  return WholeRun(run.folder, described, options.build(), {'params': params}, 0)
+  return WholeRun(run.folder, described, options.build(), variables, 0)
 
 
 def outputs(run, number):
   """The output of one sparse layer for `X`, and the choices before drops."""
   moe, (_, stack) = run.model.moes[number], run.model.stacks[0]
   module = layers.MoE(moe, stack.block.shared)
-  params = run.model.layer_trees(run.variables['params'])[number]['moe']
-  apply = jax.jit(lambda p, x: module.apply({'params': p}, x, layer=number))
-  y, aux = apply(params, X)
+  variables = {
+    name: run.model.layer_trees(collection)[number]['moe']
+    for name, collection in run.variables.items()
+  }
+  apply = jax.jit(lambda v, x: module.apply(v, x, layer=number))
+  y, aux = apply(variables, X)
   return np.asarray(y), np.asarray(aux.stats.load)

@@ -12,13 +12,19 @@ from moe_jax.compression.fewer import (
   check_columns,
   check_layer,
   numbers,
-  numbers_by_share,
   only,
   without,
 )
+from moe_jax.compression.fewer_command import numbers_by_share
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Hash, TokenChoice
-from moe_jax.models.expert_arrays import assembled, sparse_layers, untied
+from moe_jax.models.expert_arrays import (
+  assembled,
+  assembled_state,
+  sparse_layers,
+  untied,
+)
+from moe_jax.models.router_state import init_router_state
 from tests.compression import sparse_runs
 from tests.compression.sparse_runs import E, fewer, outputs, run_of
 from tests.compression.test_align import shuffled
@@ -246,17 +252,80 @@ def test_tied_columns_become_copies():
     untied(masked.options.model, masked.variables['params'])
 
 
-def test_routers_without_columns_or_with_a_state_are_refused():
-  for router, problem in {
-    Hash(): 'layer 0: Hash has no column for each expert',
-    TokenChoice(
-      gates='sigmoid', balance_bias_rate=0.1
-    ): 'layer 0: TokenChoice keeps a state',
-  }.items():
-    model = tiny.build({'router': router})
-    layer = sparse_layers(model, tiny.params_of(model))[0]
-    with pytest.raises(ValueError, match=problem):
-      check_layer(layer)
+@functools.cache
+def biased():
+  """A run with a balancing bias, which keeps all tokens from expert 1."""
+  run = run_of(
+    router=TokenChoice(gates='sigmoid', use_bias=True, balance_bias_rate=0.1)
+  )
+  rng = np.random.default_rng(3)
+  state = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype).at[:, 1].set(-9),
+    init_router_state(run.model),
+  )
+  return run._replace(variables={**run.variables, 'router_state': state})
+
+
+def bias_of(run, layer):
+  state = run.model.layer_trees(run.variables['router_state'])[layer]
+  return np.asarray(state['moe']['router']['balance_bias'])
+
+
+@pytest.mark.parametrize('router', ['masked', 'shrunk'])
+def test_the_bias_of_experts_that_stay_stays(router):
+  run, stay = biased(), [0, 2, 3, 4]
+  layers = sparse_layers(run.model, run.variables['params'])
+  left = {1: only(layers[1], stay), 2: only(layers[2], [*range(E)])}
+  new = fewer(run, left, router)
+  kept = stay if router == 'shrunk' else slice(None)
+  np.testing.assert_array_equal(bias_of(new, 1), bias_of(run, 1)[kept])
+  np.testing.assert_array_equal(bias_of(new, 2), bias_of(run, 2))
+  y, load = outputs(run, 1)
+  assert load[1] == 0
+  np.testing.assert_allclose(outputs(new, 1)[0], y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_merged_experts_is_their_mean_by_usage():
+  run = biased()
+  layers = sparse_layers(run.model, run.variables['params'])
+  usage = before().usage[1]._replace(choices=np.array([6.0, 0, 2, 0, 0]))
+  left = {
+    1: merge.merged(layers[1], usage, ((0, 2), (1, 3), (4,))),
+    2: only(layers[2], [*range(E)]),
+  }
+  old, new = bias_of(run, 1), bias_of(fewer(run, left, 'shrunk'), 1)
+  expected = [0.75 * old[0] + 0.25 * old[2], (old[1] + old[3]) / 2, old[4]]
+  np.testing.assert_allclose(new, expected, rtol=1e-6)
+  # Tied columns keep theirs, as do the copies that are exported.
+  tied = fewer(run, left, 'tied')
+  np.testing.assert_array_equal(bias_of(tied, 1), old)
+  state = run.variables['router_state']
+  copied = assembled_state(
+    tied.model, tied.variables['router_state'], run.model
+  )
+  jax.tree.map(np.testing.assert_array_equal, copied, state)
+
+
+def test_masked_columns_do_not_count_where_a_bias_moves():
+  run = biased()
+  layers = sparse_layers(run.model, run.variables['params'])
+  new = fewer(run, {1: only(layers[1], [0, 2, 3, 4])}, 'masked')
+  # The experts that are left have 5 choices in the mean; all columns have 4.
+  load = jnp.tile(jnp.array([4.0, 0, 4, 4, 8]), (3, 1))
+  state = new.variables['router_state']
+  moved = new._replace(
+    variables={'router_state': new.model.move_router_state(state, load)}
+  )
+  for layer, signs in ((1, [1, 1, 1, -1]), (2, [0, 0, 0, -1])):
+    change = (bias_of(moved, layer) - bias_of(new, layer))[[0, 2, 3, 4]]
+    np.testing.assert_allclose(change, 0.1 * np.array(signs), atol=1e-6)
+
+
+def test_routers_without_columns_or_with_tied_ones_are_refused():
+  model = tiny.build({'router': Hash()})
+  layer = sparse_layers(model, tiny.params_of(model))[0]
+  with pytest.raises(ValueError, match='layer 0: Hash has no column for each'):
+    check_layer(layer)
   tied = fewer(before().run, merge.merge(before(), {1: 3, 2: 3}), 'tied')
   layers = sparse_layers(tied.model, tied.variables['params'])
   with pytest.raises(ValueError, match='layer 2 has tied columns already'):

@@ -31,8 +31,8 @@ def run_of(change):
   return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
 
 
-def same_logits(run, options, params):
-  model = options.build()
+def same_logits(run, options, variables):
+  model, params = options.build(), variables['params']
   for task in range(N):
     expected = logits(run.model, run.variables['params'], task)
     np.testing.assert_allclose(
@@ -48,8 +48,9 @@ def test_what_no_task_chooses_is_pruned_without_a_change(router):
   run = run_of(unloved)
   layers = sparse_layers(run.model, run.variables['params'])
   left = {n: only(layer, LEFT) for n, layer in layers.items()}
-  options, params = smaller(run, left, router)
-  same_logits(run, options, params)
+  options, variables = smaller(run, left, router)
+  same_logits(run, options, variables)
+  params = variables['params']
   if router == SHRUNK:
     # As all layers have as many experts, the part of a task is taken out.
     assert options.moe.num_experts == len(LEFT)

@@ -1,5 +1,6 @@
 """Tensors are loaded into shards: memory, placement, refused checkpoints."""
 
+import json
 import resource
 import tracemalloc
 
@@ -178,8 +179,23 @@ def test_numbers_of_another_width(tmp_path):
   expected = model.model.embed_tokens.weight.float().detach().numpy()
   np.testing.assert_array_equal(params['embedding'], expected)
   params = interop.load(tmp_path, dtype='bfloat16').variables['params']
+  check_bfloat16(params)
+
+
+def check_bfloat16(params):
   moe = params['layers']['layer_0']['moe']
   assert (moe['experts']['w_in'].dtype, moe['router']['w'].dtype) == (
     jax.numpy.bfloat16,
     np.float32,
   )
+
+
+def test_a_config_without_a_dtype_has_that_of_its_files(tmp_path):
+  oracle.make('mixtral').bfloat16().save_pretrained(tmp_path)
+  path = tmp_path / 'config.json'
+  config = json.loads(path.read_text())
+  assert config.pop('dtype') == 'bfloat16'
+  path.write_text(json.dumps(config))
+  loaded = interop.load(tmp_path)
+  check_bfloat16(loaded.variables['params'])
+  assert loaded.options.numerics.dtype == 'bfloat16'

@@ -80,6 +80,32 @@ def test_what_does_not_fit(drop, changes, message, pair, tmp_path):
     verify(pair, tmp_path, drop, **changes)
 
 
+def test_a_greedy_row_that_becomes_long_is_refused(tmp_path):
+  # Beyond 12 positions LongRoPE turns the keys in the cache otherwise.
+  scaling = dict(
+    rope_type='longrope',
+    rope_theta=100.0,
+    short_factor=[1.0] * 3,
+    long_factor=[2.0] * 3,
+    short_mscale=1.1,
+    long_mscale=1.3,
+    original_max_position_embeddings=12,
+  )
+  oracle.make('phimoe', rope_parameters=scaling).save_pretrained(tmp_path)
+  arrays = dict(
+    input_ids=np.ones((2, 9), int),
+    attention_mask=np.arange(9) < np.array([[8], [9]]),
+    logits=np.zeros((2, 9, 53)),
+  )
+  for length, message in (
+    (13, "'greedy' does not begin"),
+    (14, 'reads 13 tokens, 8 of them at once, and crosses original_len=12'),
+  ):
+    greedy = np.zeros((1, length), int)
+    with pytest.raises(ValueError, match=message):
+      verify((tmp_path, arrays), tmp_path, greedy=greedy)
+
+
 def test_options_of_generation_that_are_not_reproduced(tmp_path):
   model = oracle.make('switch_transformers')
   expected = oracle.write(model, tmp_path)

@@ -190,10 +190,6 @@ def test_an_encoder_has_lost_experts_of_its_own():
     'columns of ExpertChoice cannot be tied': dict(
       expert_of='1: 0 1 1 0 0', router=ExpertChoice(), allow_future_leak=True
     ),
-    'TokenChoice keeps a state, such as a balancing bias': dict(
-      expert_of='1: 0 1 - 2 3',
-      router=TokenChoice(gates='sigmoid', balance_bias_rate=0.1),
-    ),
     'no effect unless': dict(experts='1:3', num_experts=0),
   }.items(),
 )

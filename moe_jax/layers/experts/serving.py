@@ -8,7 +8,7 @@ devices, or None. Its name is `SCOPE`.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import linen as nn
 
@@ -128,6 +128,11 @@ class ExpertOptions(Options):
   own_arrays: ClassVar[bool] = True
   has_width: ClassVar[bool] = False
   format: ClassVar[KernelFormat] = KernelFormat()
+
+  @property
+  def mixture(self) -> Any:
+    """The `MoeOptions` of the mixture that each expert is itself, or None."""
+    return None
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
     """These options with defaults filled in from the model's options.

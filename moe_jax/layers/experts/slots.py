@@ -229,13 +229,19 @@ class MixtureExpert(ExpertOptions):
   group_size of 0 a group is all rows of an expert. Their losses are added to
   those of the outer layer, so that a token adds a loss in each inner layer that
   it reaches. Statistics are the outer layer's alone. On a mesh the compiler
-  decides how rows travel.
+  decides how rows travel. An inner router must not mix tokens, as the rows of
+  an expert come from several texts.
 
   Attributes:
     expert: The `MoE` that is copied.
   """
 
   expert: nn.Module
+
+  @property
+  def mixture(self) -> Any:
+    """See `ExpertOptions.mixture`."""
+    return getattr(self.expert, 'options', None)
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.layers.routers.contract import (
   ROUTER_STATE,
@@ -118,6 +119,11 @@ class BalanceBias(RouterOptions):
     bias = state[_BIAS]
     own = load[..., : bias.shape[-1]]
     return {_BIAS: balance_bias.moved(bias, own, rate)}
+
+  def mixed_state(self, state, mix):
+    """The bias of other columns, each the weighted mean of old ones."""
+    wide = mix @ np.asarray(state[_BIAS], np.float64)
+    return {_BIAS: jnp.asarray(wide, jnp.float32)}
 
 
 def bias_of(module: Router) -> Float32[Array, ' E'] | None:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 from flax import linen as nn
 
 from moe_jax.layers.routers.sizes import Sizes
@@ -358,6 +359,18 @@ class RouterOptions(Options):
         It may be an array that the step has as an argument.
     """
     del load, rate
+    return state
+
+  def mixed_state(
+    self, state: dict[str, Leaf], mix: Float[np.ndarray, 'N E']
+  ) -> dict[str, Leaf]:
+    """The variables of the collection for a router with other columns.
+
+    Args:
+      state: The module's variables.
+      mix: The weights of the E old columns in each of the N new ones.
+    """
+    del mix
     return state
 
   def canonical(self, sizes: Sizes) -> Self:

@@ -30,7 +30,8 @@ from moe_jax.layers import (
 from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
-from moe_jax.layers.routers import TokenChoice
+from moe_jax.layers.routers import ExpertChoice, Soft, TokenChoice
+from moe_jax.models.base import check_decodes
 from moe_jax.options import at_least, option
 from moe_jax.routing import Routing
 from moe_jax.routing.capacity import All
@@ -305,6 +306,25 @@ def test_a_mixture_can_be_an_expert(dispatch):
   )
   np.testing.assert_array_equal(aux.stats.load, own.stats.load)
   assert mixtures['experts']['w_in'].shape == (E, 3, M, F)
+
+
+def test_a_mixture_of_tokens_cannot_be_an_expert():
+  # An expert has rows of several texts, which Soft MoE would mix.
+  soft = MoeOptions(3, router=Soft(), capacity=All(), dispatch=Einsum())
+  with pytest.raises(ValueError, match=r"router\.kind='soft' of MixtureExpert"):
+    MoeOptions(E, expert=MixtureExpert(MoE(soft)))
+
+
+def test_routers_of_inner_mixtures_leak_the_future_and_do_not_decode():
+  # Inner experts choose among all rows of the outer one.
+  choosing = MixtureExpert(MoE(MoeOptions(3, router=ExpertChoice())))
+  nested = MixtureExpert(MoE(INNER))
+  deep = MixtureExpert(MoE(MoeOptions(3, expert=choosing)))
+  assert MoeOptions(E, expert=nested).leak() is None
+  assert MoeOptions(E, expert=deep).leak().startswith('expert: expert: an ')
+  check_decodes(MoeOptions(E, expert=nested))
+  with pytest.raises(ValueError, match='expert choice'):
+    check_decodes(MoeOptions(E, expert=deep))
 
 
 SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert

@@ -1,0 +1,131 @@
+"""How much memory does a process need that loads a checkpoint?
+
+    python -m experiments.bench_loading --gigabytes=10
+
+A random checkpoint in bfloat16 is written in files of at most half a gigabyte
+and loaded onto one CPU device and onto eight, by a process for each case. The
+bound is the parameters as they are placed, the largest file, and 1 GB. The peak
+is VmHWM: all pages of the process that were resident at once, those of Python
+and of libraries included. Files are read, not mapped, so that the system's
+cache of them is not in it. Parameters that the sharding table leaves whole are
+on each device: next to none on the mesh `fsdp=8`; on `expert=4,fsdp=2` half of
+all but the experts. Writes `table.md`, `rows.csv` and `results.json` to
+`results/bench_loading/<device>`. Linux only.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.benchmarks import random_checkpoint, timing
+from experiments.benchmarks.random_checkpoint import Written
+from experiments.study.tables import markdown_table
+from moe_jax import command_line
+from moe_jax.options import above
+
+NAME = 'bench_loading'
+CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
+ROOM = 10**9  # bytes beside the parameters and one file
+_CASE = 'experiments.benchmarks.loading_case'
+
+
+def measure(
+  folder: pathlib.Path,
+  written: Written,
+  cases: Sequence[str] = CASES,
+) -> list[dict[str, Any]]:
+  """A row for each mesh, loaded in a process of its own.
+
+  Args:
+    folder: The checkpoint.
+    written: Its sizes.
+    cases: The meshes; '' is one device.
+
+  Raises:
+    RuntimeError: A process failed, or loaded other values than were written.
+  """
+  rows = []
+  for mesh in cases:
+    found = subprocess.run(
+      [sys.executable, '-m', _CASE, str(folder), mesh],
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+    if found.returncode:
+      raise RuntimeError(f'loading onto {mesh!r} failed: {found.returncode}')
+    row = json.loads(found.stdout.splitlines()[-1])
+    if row['digest'] != written.digest:
+      raise RuntimeError(
+        f'the sum of all bits is {row["digest"]} on {mesh!r}, and '
+        f'{written.digest} in the files'
+      )
+    bound = row['placed'] + written.largest_file + ROOM
+    holds = row['peak'] <= bound
+    rows.append({'mesh': mesh, **row, 'bound': bound, 'holds': holds})
+    print(rows[-1], flush=True)
+  return rows
+
+
+def report(rows: Sequence[Mapping[str, Any]], written: Written) -> str:
+  """The table, in Markdown."""
+  f = timing.facts()
+  lines = [
+    {
+      'devices': row['mesh'] or '1',
+      'parameters placed, GB': f'{row["placed"] / 1e9:.2f}',
+      'before, GB': f'{row["before"] / 1e9:.2f}',
+      'peak, GB': f'{row["peak"] / 1e9:.2f}',
+      'bound, GB': f'{row["bound"] / 1e9:.2f}',
+      'within': 'yes' if row['holds'] else 'NO',
+      'seconds': f'{row["seconds"]:.0f}',
+    }
+    for row in rows
+  ]
+  return (
+    f'# Memory of loading\n\n{f["device"]} ({f["cores"]} cores), {f["date"]}. '
+    f'{written.total / 1e9:.2f} GB in bfloat16, {written.files} files of at '
+    f'most {written.largest_file / 1e9:.2f} GB; the bound is the parameters as '
+    'placed, one file and 1 GB, for the peak of the whole process. Every value '
+    f'arrived, by the sum of all bits.\n\n{markdown_table(lines)}\n'
+  )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The command line."""
+  parser = command_line.Parser(
+    prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
+  )
+  add, positive = parser.add_argument, command_line.number(float, above(0))
+  add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
+  add('--file_gb', type=positive, default=0.5, help='most of one file')
+  add('--folder', default='', help='folder of the data, which is removed again')
+  add('--output', default='results', help='folder of the results')
+  return parser.parse_args(argv)
+
+
+@command_line.reported()
+def main(argv: Sequence[str] | None = None) -> None:
+  """Writes the checkpoint, loads it in all cases and writes the table."""
+  options = parse(argv)
+  with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
+    folder = pathlib.Path(name)
+    config = random_checkpoint.config_of(1e9 * options.gigabytes)
+    written = random_checkpoint.write(folder, config, 1e9 * options.file_gb)
+    rows = measure(folder, written)
+  text = report(rows, written)
+  facts = {'config': config, 'written': dataclasses.asdict(written)}
+  path = timing.write(options.output, NAME, text, rows, facts)
+  print(f'{text}\nwritten: {path}')
+
+
+if __name__ == '__main__':
+  main()

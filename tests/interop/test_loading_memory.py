@@ -1,0 +1,68 @@
+"""Loading needs the memory of the parameters, one file and a gigabyte."""
+
+import shutil
+
+import pytest
+
+from experiments import bench_loading
+from experiments.benchmarks import loading_case, random_checkpoint
+
+SMALL = dict(
+  random_checkpoint.BASE,
+  vocab_size=64,
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  head_dim=6,
+  num_experts=8,
+  num_experts_per_tok=2,
+  moe_intermediate_size=16,
+)
+
+
+def test_all_bits_of_every_file_arrive_in_the_dtype_of_the_file(tmp_path):
+  written = random_checkpoint.write(tmp_path, SMALL, 15_000)
+  assert written.files > 3 and written.largest_file <= 15_000
+  for axes, copies in (({}, 1), ({'expert': 8}, 8)):
+    row = loading_case.measure(str(tmp_path), axes)
+    assert row['digest'] == written.digest
+    # Routers and norms of two layers are float32.
+    single = 2 * 24 * 8 + 2 * (2 * 24 + 2 * 6) + 24
+    experts = 2 * 2 * 8 * 3 * 24 * 16
+    assert row['once'] == written.total + 2 * single
+    assert row['dtypes'] == {
+      'float32': copies * 4 * single,
+      'bfloat16': copies * (written.total - 2 * single - experts) + experts,
+    }
+    assert row['placed'] == sum(row['dtypes'].values())
+
+
+def test_a_config_is_of_the_size_that_was_asked_for():
+  sizes = []
+  for size in (2e9, 10e9):
+    c = random_checkpoint.config_of(size)
+    layer = c['num_experts'] * 3 * 2048 * c['moe_intermediate_size']
+    layer += (2 * 16 + 2 * 4) * 128 * 2048
+    sizes.append(2 * c['num_hidden_layers'] * layer + 4 * 32768 * 2048)
+  assert sizes == pytest.approx([2e9, 10e9], rel=0.01)
+
+
+@pytest.mark.slow
+def test_two_gigabytes_on_one_device_and_on_eight(tmp_path, monkeypatch):
+  # Without XLA's optimizations, which other tests do without, arrays are
+  # copied for each tensor that is put into them.
+  for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
+    monkeypatch.delenv(name, raising=False)
+  folder = tmp_path / 'checkpoint'
+  try:
+    config = random_checkpoint.config_of(2e9)
+    written = random_checkpoint.write(folder, config, 0.5e9)
+    rows = bench_loading.measure(folder, written, ('', 'fsdp=8'))
+  finally:
+    shutil.rmtree(folder)  # pytest would keep it for the next runs
+  for row in rows:
+    assert row['placed'] == pytest.approx(2e9, rel=0.01)
+    assert row['peak'] <= row['placed'] + written.largest_file + 1e9, row
+  text = bench_loading.report(rows, written)
+  assert text.count('| yes |') == 2
