@@ -5,7 +5,7 @@ Not here: the architectures, each in its own file.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moe_jax.interop.config_keys import Keys, Values
@@ -78,6 +78,45 @@ class Architecture:
   fills_gaps: bool = False
   files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
   unnumbered: Callable[[Any], int | None] = _numbered
+
+
+def decoder(
+  model_type: str,
+  stem: str,
+  keys: Keys,
+  problems: Callable[[Values], Iterable[str]],
+  options: Callable[[Values], ModelOptions],
+  describe: Callable[[Any], dict[str, Any]],
+  names: Names,
+  **more: Any,
+) -> Architecture:
+  """The architecture of a decoder with rotary positions.
+
+  Args:
+    model_type: See `Architecture`, as for all others.
+    stem: What the names of its classes begin with, such as 'Mixtral'.
+    keys: The keys of config.json.
+    problems: Returns a text for each value that our models cannot express.
+    options: Returns the options of the model.
+    describe: Returns the keys of config.json that a model decides.
+    names: The tensors of our variables.
+    **more: Attributes of `Architecture` with other values than decoders have.
+  """
+  decoders: dict[str, Any] = dict(
+    classes=(f'{stem}ForCausalLM', f'{stem}Model'),
+    suits=lambda o: not o.has_encoder,
+    prefix='model.',
+    computed=(r'rotary_emb\.inv_freq$',),
+  )
+  return Architecture(
+    model_type=model_type,
+    keys=keys,
+    problems=lambda c: list(problems(c)),
+    options=options,
+    describe=describe,
+    names=names,
+    **{**decoders, **more},
+  )
 
 
 def unsupported(key: str, name: str, table: Mapping[str, str]) -> list[str]:

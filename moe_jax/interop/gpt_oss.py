@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, layer, weight
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer, weight
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.mxfp4 import Mxfp4Files
 from moe_jax.layers.experts import FeedForwardExpert
@@ -145,40 +145,38 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='gpt_oss',
-  classes=('GptOssForCausalLM', 'GptOssModel'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **layer('attention/sinks', Name('self_attn.sinks', 'H')),
+  **weight('moe/router/w', 'mlp.router', 'E M -> M E'),
+  **layer('moe/router/b', Name('mlp.router.bias', 'E')),
+  **layer(
+    'moe/experts/w_gate',
+    Name('mlp.experts.gate_up_proj', 'E M (F 0/2) -> E M F'),
+  ),
+  **layer(
+    'moe/experts/w_in',
+    Name('mlp.experts.gate_up_proj', 'E M (F 1/2) -> E M F'),
+  ),
+  **layer(
+    'moe/experts/b_gate',
+    Name('mlp.experts.gate_up_proj_bias', 'E (F 0/2) -> E F'),
+  ),
+  **layer(
+    'moe/experts/b_in',
+    Name('mlp.experts.gate_up_proj_bias', 'E (F 1/2) -> E F'),
+  ),
+  **layer('moe/experts/w_out', Name('mlp.experts.down_proj', 'E F M')),
+  **layer('moe/experts/b_out', Name('mlp.experts.down_proj_bias', 'E M')),
+}
+ARCHITECTURE = decoder(
+  'gpt_oss',
+  'GptOss',
+  KEYS,
+  problems,
+  options,
+  describe,
+  NAMES,
   files=Mxfp4Files,
-  names={
-    **ENDS,
-    **BLOCK,
-    **layer('attention/sinks', Name('self_attn.sinks', 'H')),
-    **weight('moe/router/w', 'mlp.router', 'E M -> M E'),
-    **layer('moe/router/b', Name('mlp.router.bias', 'E')),
-    **layer(
-      'moe/experts/w_gate',
-      Name('mlp.experts.gate_up_proj', 'E M (F 0/2) -> E M F'),
-    ),
-    **layer(
-      'moe/experts/w_in',
-      Name('mlp.experts.gate_up_proj', 'E M (F 1/2) -> E M F'),
-    ),
-    **layer(
-      'moe/experts/b_gate',
-      Name('mlp.experts.gate_up_proj_bias', 'E (F 0/2) -> E F'),
-    ),
-    **layer(
-      'moe/experts/b_in',
-      Name('mlp.experts.gate_up_proj_bias', 'E (F 1/2) -> E F'),
-    ),
-    **layer('moe/experts/w_out', Name('mlp.experts.down_proj', 'E F M')),
-    **layer('moe/experts/b_out', Name('mlp.experts.down_proj_bias', 'E M')),
-  },
 )

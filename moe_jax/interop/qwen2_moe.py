@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.interop import decoder_keys, qwen_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import SIZE, Values
 from moe_jax.interop.decoder_names import (
   BLOCK,
   ENDS,
+  Table,
   experts,
   gated_ffn,
   weight,
@@ -90,25 +91,15 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='qwen2_moe',
-  classes=('Qwen2MoeForCausalLM', 'Qwen2MoeModel'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **gated_ffn('ffn', 'mlp'),
-    **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
-    **weight(
-      'moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'
-    ),
-    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-    **experts(),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **gated_ffn('ffn', 'mlp'),
+  **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
+  **weight('moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
+ARCHITECTURE = decoder(
+  'qwen2_moe', 'Qwen2Moe', KEYS, problems, options, describe, NAMES
 )

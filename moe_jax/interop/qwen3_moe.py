@@ -11,11 +11,12 @@ No token is dropped. As transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop import decoder_keys, qwen_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE, Values
 from moe_jax.interop.decoder_names import (
   BLOCK,
   ENDS,
+  Table,
   experts,
   gated_ffn,
   weight,
@@ -85,23 +86,15 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='qwen3_moe',
-  classes=('Qwen3MoeForCausalLM', 'Qwen3MoeModel'),
-  keys=KEYS,
-  problems=lambda c: list(qwen_keys.problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
-    **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
-    **gated_ffn('ffn', 'mlp'),
-    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-    **experts(),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
+  **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
+  **gated_ffn('ffn', 'mlp'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
+ARCHITECTURE = decoder(
+  'qwen3_moe', 'Qwen3Moe', KEYS, qwen_keys.problems, options, describe, NAMES
 )
