@@ -15,7 +15,7 @@ Published files hold experts in MXFP4 (`mxfp4.py`); bfloat16 is exported.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import decoder_keys
+from moe_jax.interop import decoder_keys, window_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
 from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer, weight
@@ -35,7 +35,6 @@ _ROPE = dict(
   original_max_position_embeddings=4096,
 )
 _ACTIVATION = 'clamped_swiglu'
-_WINDOW, _FULL = 'sliding_attention', 'full_attention'
 KEYS = decoder_keys.keys(
   dict(
     vocab_size=201088,
@@ -73,15 +72,7 @@ def problems(c: Values) -> Iterator[str]:
     yield 'num_experts_per_tok=1 is not supported: every gate would be 1'
   if c.hidden_act != 'silu':
     yield f"hidden_act={c.hidden_act!r} is not supported, only 'silu'"
-  kinds = _layer_types(c)
-  for kind in kinds:
-    if kind not in (_WINDOW, _FULL):
-      yield f'layer_types has {kind!r:.80}, neither {_WINDOW} nor {_FULL}'
-  if len(kinds) != c.num_hidden_layers:
-    yield (
-      f'layer_types has {len(kinds)} layers, num_hidden_layers='
-      f'{c.num_hidden_layers}'
-    )
+  yield from window_keys.problems(_layer_types(c), c.num_hidden_layers)
   method = (c.quantization_config or {}).get('quant_method')
   if method not in (None, 'mxfp4'):
     yield f"quant_method={method!r:.80} is not supported, only 'mxfp4'"
@@ -97,12 +88,12 @@ def _with_rope(c: Values) -> Values:
 def _layer_types(c: Values) -> list[Any]:
   if c.layer_types is not None:
     return c.layer_types
-  return [_FULL if i % 2 else _WINDOW for i in range(c.num_hidden_layers)]
+  kinds = window_keys.WINDOW, window_keys.FULL
+  return [kinds[i % 2] for i in range(c.num_hidden_layers)]
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  full = [kind == _FULL for kind in _layer_types(c)]
   return decoder_keys.options(
     _with_rope(c),
     ffn_hidden=c.intermediate_size,
@@ -112,10 +103,7 @@ def options(c: Values) -> DecoderOptions:
     attention=decoder_keys.heads(
       c,
       head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
-      window=0 if all(full) else c.sliding_window,
-      full_layers='none'
-      if all(full) or not any(full)
-      else decoder_keys.layers(full),
+      **window_keys.options(_layer_types(c), c.sliding_window),
       sinks=True,
       biases='all' if c.attention_bias else 'none',
     ),
@@ -140,7 +128,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
     num_local_experts=moe.num_experts,
     head_dim=attention.head_width,
     sliding_window=attention.window or 128,
-    layer_types=[_WINDOW if window else _FULL for window in o.windows],
+    layer_types=window_keys.written(o),
     attention_bias=attention.has_bias('query', use_bias=False),
   )
 

@@ -4,6 +4,7 @@ No token is dropped. As transformers 5.24 computes it:
 
 - Queries and keys are normed in each head, before they rotate. Heads may be
   wider than their share of the width.
+- With `use_sliding_window` all layers attend to a window.
 - Gates are probabilities among all experts, divided by their sum with
   `norm_topk_prob`, which the published checkpoints have.
 """
@@ -51,7 +52,7 @@ KEYS = decoder_keys.keys(
     'shared_expert_intermediate_size': (0, None),
     'use_qk_norm': (True,),
   },
-  ignored=qwen_keys.IGNORED,
+  ignored={'max_window_layers': 'transformers does not read it'},
   spelled={'num_local_experts': 'num_experts'},
 )
 
@@ -69,6 +70,7 @@ def options(c: Values) -> DecoderOptions:
       qk_norm='head',
       qk_norm_epsilon=float(c.rms_norm_eps),
       biases='all' if c.attention_bias else 'none',
+      window=(c.sliding_window or 0) if c.use_sliding_window else 0,
     ),
     moe=dict(
       layers=qwen_keys.layers(c),
