@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import (
   config_keys,
+  deepseek,
   deepseek_v2,
   deepseek_v3,
   gpt_oss,
@@ -42,6 +43,7 @@ ARCHITECTURES = {
     qwen2_moe,
     qwen3_moe,
     switch_transformers,
+    deepseek,
   )
 }
 
