@@ -52,6 +52,8 @@ class Architecture:
     suits: Returns whether a model that was not imported is exported as this
       architecture.
     names: The tensors of our variables; see `mapping`.
+    borrowed_type: The `model_type` of its config.json where that is the name of
+      another architecture, so that `architectures` must name its class.
     prefix: Prefix of tensor names that a model without head does not have.
     computed: Patterns of the names of tensors that need not be read, as their
       values are computed.
@@ -72,6 +74,7 @@ class Architecture:
   describe: Callable[[Any], dict[str, Any]]
   suits: Callable[[Any], bool]
   names: Names
+  borrowed_type: str = ''
   prefix: str = ''
   computed: tuple[str, ...] = ()
   left_out: Callable[[Values], tuple[str, ...]] = _nothing

@@ -119,7 +119,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = decoder_keys.describe(o, 'DeepSeekMoE')
   attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
-  router = deepseek_keys.router_of(o)
+  router = decoder_keys.token_choice(o)
   first, L = o.sparse.index(True), o.num_layers
   steps = (n for n in range(1, L + 1) if _sparse(L, first, n) == o.sparse)
   if (step := next(steps, None)) is None:

@@ -190,7 +190,7 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   if not isinstance(o.attention, LatentOptions):
     raise ValueError(f'its attention is not latent; that of {architecture} is')
   attention, moe = o.attention, decoder_keys.sparse(o)
-  router = router_of(o)
+  router = decoder_keys.token_choice(o)
   first = o.sparse.index(True)
   groups = router.expert_groups
   return decided | dict(
@@ -224,18 +224,6 @@ def num_shared(o: DecoderOptions) -> int:
       f"its shared expert is {shared} wide, no multiple of an expert's {hidden}"
     )
   return shared // hidden
-
-
-def router_of(o: DecoderOptions) -> TokenChoice:
-  """The router of a model's sparse layers.
-
-  Raises:
-    ValueError: It is another one than that of both architectures.
-  """
-  router = decoder_keys.sparse(o).router
-  if not isinstance(router, TokenChoice):
-    raise ValueError(f'its router is {type(router).__name__}')
-  return router
 
 
 NAMES: Table = {

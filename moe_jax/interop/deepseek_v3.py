@@ -17,7 +17,7 @@ which training moves by the published rate unless the run's config has another.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import deepseek_keys
+from moe_jax.interop import decoder_keys, deepseek_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import COUNT, Values
 from moe_jax.interop.decoder_names import Table, layer
@@ -101,7 +101,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = deepseek_keys.describe(o, 'DeepSeek-V3')
   normed = {ours: flag for flag, ours in _GATES.items()}
-  gates = deepseek_keys.router_of(o).gates
+  gates = decoder_keys.token_choice(o).gates
   if gates not in normed:
     raise ValueError(f'its gates are {gates!r}, not one of {sorted(normed)}')
   return decided | dict(
