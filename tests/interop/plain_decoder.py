@@ -178,18 +178,19 @@ def expect(folder, compute, vocab_size):
 
   Args:
     folder: The folder.
-    compute: Returns the logits of a batch of token ids.
+    compute: The function (token ids, number of tokens that a row reads at once,
+      the others being generated) that returns logits.
     vocab_size: The number of token ids.
   """
   ids = np.random.default_rng(0).integers(0, vocab_size, (B, T))
   greedy = ids[:1]
   for _ in range(N):
-    best = compute(greedy)[:, -1].argmax(-1)
+    best = compute(greedy, T)[:, -1].argmax(-1)
     greedy = np.concatenate([greedy, best[:, None]], axis=1)
   expected = dict(
     input_ids=ids,
     attention_mask=np.ones_like(ids),
-    logits=compute(ids).astype(np.float32),
+    logits=compute(ids, T).astype(np.float32),
     greedy=greedy,
   )
   np.savez(folder / 'expected.npz', **expected)
@@ -203,7 +204,8 @@ def check(folder, config, tensors, compute, files=1, fast=False):
     folder: An empty folder.
     config: The content of config.json.
     tensors: The tensors by name, float32.
-    compute: The function (tensors, token ids) that returns logits.
+    compute: The function (tensors, token ids, number of tokens that a row reads
+      at once) that returns logits.
     files: The number of files of the checkpoint.
     fast: Whether only the logits of prompts in a cache are compared.
   """
@@ -211,7 +213,7 @@ def check(folder, config, tensors, compute, files=1, fast=False):
   write(theirs, config, tensors, files)
   wide = {name: value.astype(np.float64) for name, value in tensors.items()}
   expected = expect(
-    theirs, lambda ids: compute(wide, ids), config['vocab_size']
+    theirs, functools.partial(compute, wide), config['vocab_size']
   )
   # Outputs must vary, or any model would agree.
   assert len(np.unique(expected['greedy'][0, T:])) >= 3

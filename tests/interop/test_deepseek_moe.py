@@ -95,8 +95,9 @@ def shapes_of(c):
   return shapes
 
 
-def compute(c, w, batch):
-  """The logits of the published model."""
+def compute(c, w, batch, read):
+  """The logits of the published model, however many tokens are read at once."""
+  del read
 
   def ffn(path, h):
     gate, up, down = (

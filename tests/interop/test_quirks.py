@@ -65,7 +65,7 @@ def run(layer, x, mask=None):
 def test_even_slots_by_hand(tokens, minimum, slots):
   capacity = EvenSlots(2.0, minimum)
   assert capacity.per_expert(tokens, 32, 2) == slots
-  # 2 * 1.15 * 50 / 5 is 23, which would be 24, but in floating point it is less.
+  # 2 * 1.15 * 50 / 5 is 23, which would be 24, but floating point has less.
   assert EvenSlots(1.15).per_expert(50, 5, 2) == 22
 
 
