@@ -19,6 +19,7 @@ from moe_jax.interop import (
   mixtral,
   nllb_moe,
   olmoe,
+  openmoe,
   phimoe,
   qwen2_moe,
   qwen3_moe,
@@ -44,6 +45,7 @@ ARCHITECTURES = {
     qwen3_moe,
     switch_transformers,
     deepseek,
+    openmoe,
   )
 }
 
