@@ -6,15 +6,15 @@ kernel of their own, scores that are not scaled, rotary positions, sequences of
 2048; 32 experts in every sixth layer, two selected, gates that are raw
 probabilities, capacity factor 1.25 per token (2.0 in evaluation), at least 4
 slots; after each sparse layer a dense feed-forward with its own norm and
-residual (`extra_ffn` is the same). flaxformer's balance loss, 0.01 of shares
-that sum to two, is 0.02 of ours; losses are averaged over layers.
+residual (`extra_ffn` is the same). Feed-forwards multiply a SwiGLU, whose
+kernel is twice as wide, by a third product, (x W1 * silu(x W2)) * (x W3).
+flaxformer's balance loss, 0.01 of shares that sum to two, is 0.02 of ours;
+losses are averaged over layers.
 
-Here 9.3B parameters, 8.3B of them outside the two tables; published is "8B".
-Unlike the released checkpoints: their feed-forwards multiply a SwiGLU, whose
-kernel is twice as wide, by a third product, (x W1 * silu(x W2)) * (x W3), which
-makes 11.9B (they ask for 23 GB in bfloat16); ours is the plain SwiGLU. And
-slots are token-major: the published code's are choice-major, and leak. The
-mesh, the batch and the schedule are ours.
+Here 11.9B parameters, as in the released checkpoints, which ask for 23 GB in
+bfloat16; published is "8B". Unlike there, slots are token-major: the published
+code's are choice-major, and leak. The mesh, the batch and the schedule are
+ours.
 
     python -m moe_jax.main --config=moe_jax:openmoe_8b:runlocal \
       --workdir=runs/openmoe_local
@@ -37,7 +37,7 @@ def get_config(arg: str = ''):
   m.attention.head_width = 128
   m.attention.scale = 'none'
   m.ffn.hidden = 8192
-  m.ffn.activation = 'swiglu'
+  m.ffn.activation = 'doubly_gated_swiglu'
   m.positions.kind = 'rotary'
   m.embedding.tie = False
   m.numerics.dtype = 'bfloat16'

@@ -16,8 +16,9 @@ from moe_jax.analysis.model_parts import (
   is_dropless,
   sized_parameters,
 )
+from moe_jax.layers.activations import activation
 from moe_jax.layers.block import BlockConfig
-from moe_jax.layers.ffn import FfnOptions, activation
+from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
@@ -219,7 +220,7 @@ def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
   """
   b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
   if not every:
-    return (1 + act.gated) * ffn.hidden * b
+    return len(act.kernels) * ffn.hidden * b
   signs = ffn.hidden if act.cheap else 0
   return act.kept * ffn.hidden * b + signs
 

@@ -124,8 +124,7 @@ def joined(
 
   Args:
     experts: The parameters of all experts, each [E, ...].
-    name: The name of the parameter: 'w_in', 'w_gate', 'w_out', 'b_in',
-      'b_gate' or 'b_out'.
+    name: The name of the parameter, as `FfnLayer` has it.
     numbers: The numbers of the N experts, in order.
   """
   chosen = [experts[name][e] for e in numbers]

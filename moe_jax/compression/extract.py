@@ -150,14 +150,14 @@ def as_one(
   K, M, F = own['w_in'].shape
   dense = {}
   for name, value in own.items():
-    if name in ('w_in', 'w_gate'):
-      dense[name] = value.swapaxes(0, 1).reshape(M, K * F)
-    elif name in ('b_in', 'b_gate'):
-      dense[name] = value.reshape(K * F)
-    else:  # what is added to the output
+    if name in ('w_out', 'b_out'):  # what is added to the output
       scaled = gate.reshape(-1, *[1] * (value.ndim - 1)) * value
       scaled = scaled.sum(0) if name == 'b_out' else scaled.reshape(K * F, M)
       dense[name] = scaled.astype(value.dtype)
+    elif value.ndim == 3:
+      dense[name] = value.swapaxes(0, 1).reshape(M, K * F)
+    else:
+      dense[name] = value.reshape(K * F)
   return dense
 
 

@@ -70,9 +70,11 @@ def generate(
 
   A row's tokens and draws do not depend on other rows, with one exception:
   where an imported checkpoint has a capacity that counts the whole batch as a
-  group (`moe.group_size=-1`, NLLB) and can bind, rows compete for slots, as in
-  transformers (where also padding after the end of a row takes slots). All
-  other models drop nothing, even if they did in training.
+  group (`moe.group_size=-1`; NLLB, OpenMoE) and can bind, rows compete for
+  slots, as in transformers (where also padding after the end of a row takes
+  slots). The last token of a decoder's prompt competes with those of other rows
+  alone, as generated ones do. All other models drop nothing, even if they did
+  in training.
 
   Rounding may differ between batches of other shapes, so the order of two
   tokens whose probabilities agree in seven digits may depend on the batch.

@@ -5,7 +5,7 @@ Not here: the architectures, each in its own file.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moe_jax.interop.config_keys import Keys, Values
@@ -52,6 +52,8 @@ class Architecture:
     suits: Returns whether a model that was not imported is exported as this
       architecture.
     names: The tensors of our variables; see `mapping`.
+    borrowed_type: The `model_type` of its config.json where that is the name of
+      another architecture, so that `architectures` must name its class.
     prefix: Prefix of tensor names that a model without head does not have.
     computed: Patterns of the names of tensors that need not be read, as their
       values are computed.
@@ -72,12 +74,52 @@ class Architecture:
   describe: Callable[[Any], dict[str, Any]]
   suits: Callable[[Any], bool]
   names: Names
+  borrowed_type: str = ''
   prefix: str = ''
   computed: tuple[str, ...] = ()
   left_out: Callable[[Values], tuple[str, ...]] = _nothing
   fills_gaps: bool = False
   files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
   unnumbered: Callable[[Any], int | None] = _numbered
+
+
+def decoder(
+  model_type: str,
+  stem: str,
+  keys: Keys,
+  problems: Callable[[Values], Iterable[str]],
+  options: Callable[[Values], ModelOptions],
+  describe: Callable[[Any], dict[str, Any]],
+  names: Names,
+  **more: Any,
+) -> Architecture:
+  """The architecture of a decoder with rotary positions.
+
+  Args:
+    model_type: See `Architecture`, as for all others.
+    stem: What the names of its classes begin with, such as 'Mixtral'.
+    keys: The keys of config.json.
+    problems: Returns a text for each value that our models cannot express.
+    options: Returns the options of the model.
+    describe: Returns the keys of config.json that a model decides.
+    names: The tensors of our variables.
+    **more: Attributes of `Architecture` with other values than decoders have.
+  """
+  decoders: dict[str, Any] = dict(
+    classes=(f'{stem}ForCausalLM', f'{stem}Model'),
+    suits=lambda o: not o.has_encoder,
+    prefix='model.',
+    computed=(r'rotary_emb\.inv_freq$',),
+  )
+  return Architecture(
+    model_type=model_type,
+    keys=keys,
+    problems=lambda c: list(problems(c)),
+    options=options,
+    describe=describe,
+    names=names,
+    **{**decoders, **more},
+  )
 
 
 def unsupported(key: str, name: str, table: Mapping[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.interop import (
   config_keys,
+  deepseek,
   deepseek_v2,
   deepseek_v3,
   gpt_oss,
@@ -18,6 +19,7 @@ from moe_jax.interop import (
   mixtral,
   nllb_moe,
   olmoe,
+  openmoe,
   phimoe,
   qwen2_moe,
   qwen3_moe,
@@ -42,6 +44,8 @@ ARCHITECTURES = {
     qwen2_moe,
     qwen3_moe,
     switch_transformers,
+    deepseek,
+    openmoe,
   )
 }
 
@@ -143,10 +147,26 @@ def named(kind: Any, where: str = '') -> Architecture:
   return by_name[name]
 
 
+def chosen(config: Mapping[str, Any], where: str = '') -> Architecture:
+  """The architecture that `architectures` and `model_type` of a config name.
+
+  Raises:
+    ValueError: It is not supported; all supported ones are listed.
+  """
+  kind, given = config.get('model_type'), config.get('architectures')
+  for architecture in ARCHITECTURES.values():
+    borrowed = architecture.borrowed_type
+    names = given if isinstance(given, list) and borrowed else []
+    known = any(name in architecture.classes for name in names)
+    if known and kind in (borrowed, None):
+      return architecture
+  return named(kind, where)
+
+
 def _architecture(
   config: Mapping[str, Any], path: pathlib.Path
 ) -> Architecture:
-  architecture = named(config.get('model_type'), f' in {path}')
+  architecture = chosen(config, f' in {path}')
   given = config.get('architectures') or []
   if not isinstance(given, list):
     raise ValueError(f'{path}: architectures={given!r} is no list of names')

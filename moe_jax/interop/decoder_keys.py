@@ -29,7 +29,7 @@ from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import RmsNorm
-from moe_jax.layers.routers import RouterOptions
+from moe_jax.layers.routers import RouterOptions, TokenChoice
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing.capacity import All
@@ -40,6 +40,9 @@ ACTIVATIONS = {
   'gelu_pytorch_tanh': 'geglu',
   'gelu_new': 'geglu',
 }
+
+
+_DROPLESS = {'capacity': All(), 'dispatch': Dropless()}
 
 
 def keys(
@@ -107,6 +110,7 @@ def problems(
   *,
   theta: float = 10_000.0,
   rope_types: tuple[str, ...] = ('default', 'yarn'),
+  activations: Mapping[str, str] = ACTIVATIONS,
 ) -> list[str]:
   """A text for each value of the shared keys that is not supported.
 
@@ -114,9 +118,10 @@ def problems(
     c: The values of config.json.
     theta: The base of rotary positions where the config has none.
     rope_types: The rope types that the architecture has.
+    activations: Our names of the activations that it has, by theirs.
   """
   return [
-    *unsupported('hidden_act', c.hidden_act, ACTIVATIONS),
+    *unsupported('hidden_act', c.hidden_act, activations),
     *rotary_keys.problems(c, theta, rope_types),
   ]
 
@@ -130,6 +135,7 @@ def options(
   theta: float = 10_000.0,
   attention: AttentionBase,
   moe: Mapping[str, Any] | None = None,
+  activations: Mapping[str, str] = ACTIVATIONS,
 ) -> DecoderOptions:
   """The options of a model.
 
@@ -141,14 +147,16 @@ def options(
     router: The router.
     theta: The base of rotary positions where the config has none.
     attention: The attention; see `heads` for the usual one.
-    moe: Options of sparse layers beside these.
+    moe: Options of sparse layers beside these; in place of layers that are all
+      sparse and of experts that drop nothing.
+    activations: Our names of the activations of the architecture, by theirs.
   """
   return DecoderOptions(
     vocab_size=c.vocab_size,
     num_layers=c.num_hidden_layers,
     width=c.hidden_size,
     attention=attention,
-    ffn=FfnOptions(ffn_hidden, ACTIVATIONS[c.hidden_act]),
+    ffn=FfnOptions(ffn_hidden, activations[c.hidden_act]),
     norm=RmsNorm(float(c.rms_norm_eps)),
     positions=rotary_keys.rotary(c, theta),
     embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
@@ -160,9 +168,7 @@ def options(
         balance_weight=float(c.router_aux_loss_coef),
         z_weight=0.0,
       ),
-      capacity=All(),
-      dispatch=Dropless(),
-      **{'layers': 'all', **(moe or {})},
+      **{'layers': 'all', **_DROPLESS, **(moe or {})},
     ),
   )
 
@@ -235,6 +241,18 @@ def expert_of(o: DecoderOptions) -> FeedForwardExpert:
   if not isinstance(expert, FeedForwardExpert):
     raise ValueError(f'its experts are {type(expert).__name__}')
   return expert
+
+
+def token_choice(o: DecoderOptions) -> TokenChoice:
+  """The router of the sparse layers.
+
+  Raises:
+    ValueError: It is of another kind.
+  """
+  router = sparse(o).router
+  if not isinstance(router, TokenChoice):
+    raise ValueError(f'its router is {type(router).__name__}')
+  return router
 
 
 def layers(sparse: Sequence[bool]) -> str:

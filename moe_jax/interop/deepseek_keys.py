@@ -190,21 +190,14 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   if not isinstance(o.attention, LatentOptions):
     raise ValueError(f'its attention is not latent; that of {architecture} is')
   attention, moe = o.attention, decoder_keys.sparse(o)
-  router = router_of(o)
-  hidden = decoder_keys.expert_of(o).hidden
-  shared, rest = divmod(moe.shared_expert.hidden, hidden)
-  if rest:
-    raise ValueError(
-      f'its shared expert is {moe.shared_expert.hidden} wide, no multiple of '
-      f"an expert's {hidden}"
-    )
+  router = decoder_keys.token_choice(o)
   first = o.sparse.index(True)
   groups = router.expert_groups
   return decided | dict(
     intermediate_size=o.ffn.hidden,
-    moe_intermediate_size=hidden,
+    moe_intermediate_size=decoder_keys.expert_of(o).hidden,
     n_routed_experts=moe.num_experts,
-    n_shared_experts=shared,
+    n_shared_experts=num_shared(o),
     first_k_dense_replace=first,
     n_group=groups,
     topk_group=router.chosen_expert_groups if groups > 1 else 1,
@@ -218,16 +211,19 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   )
 
 
-def router_of(o: DecoderOptions) -> TokenChoice:
-  """The router of a model's sparse layers.
+def num_shared(o: DecoderOptions) -> int:
+  """The number of shared experts, each as wide as a chosen one.
 
   Raises:
-    ValueError: It is another one than that of both architectures.
+    ValueError: The shared expert has no multiple of that width.
   """
-  router = decoder_keys.sparse(o).router
-  if not isinstance(router, TokenChoice):
-    raise ValueError(f'its router is {type(router).__name__}')
-  return router
+  shared = decoder_keys.sparse(o).shared_expert.hidden
+  hidden = decoder_keys.expert_of(o).hidden
+  if shared % hidden:
+    raise ValueError(
+      f"its shared expert is {shared} wide, no multiple of an expert's {hidden}"
+    )
+  return shared // hidden
 
 
 NAMES: Table = {

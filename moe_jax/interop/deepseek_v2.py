@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.interop import deepseek_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import Values
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
@@ -92,15 +92,12 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='deepseek_v2',
-  classes=('DeepseekV2ForCausalLM', 'DeepseekV2Model'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names=deepseek_keys.NAMES,
+ARCHITECTURE = decoder(
+  'deepseek_v2',
+  'DeepseekV2',
+  KEYS,
+  problems,
+  options,
+  describe,
+  deepseek_keys.NAMES,
 )

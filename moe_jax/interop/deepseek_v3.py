@@ -17,10 +17,10 @@ which training moves by the published rate unless the run's config has another.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import deepseek_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop import decoder_keys, deepseek_keys
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import COUNT, Values
-from moe_jax.interop.decoder_names import layer
+from moe_jax.interop.decoder_names import Table, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.positions import Rotary
 from moe_jax.layers.routers import TokenChoice
@@ -101,7 +101,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = deepseek_keys.describe(o, 'DeepSeek-V3')
   normed = {ours: flag for flag, ours in _GATES.items()}
-  gates = deepseek_keys.router_of(o).gates
+  gates = decoder_keys.token_choice(o).gates
   if gates not in normed:
     raise ValueError(f'its gates are {gates!r}, not one of {sorted(normed)}')
   return decided | dict(
@@ -120,22 +120,20 @@ def left_out(c: Values) -> tuple[str, ...]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='deepseek_v3',
-  classes=('DeepseekV3ForCausalLM', 'DeepseekV3Model'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
+NAMES: Table = {
+  **deepseek_keys.NAMES,
+  **layer(
+    'moe/router/balance_bias',
+    Name('mlp.gate.e_score_correction_bias', 'E'),
+  ),
+}
+ARCHITECTURE = decoder(
+  'deepseek_v3',
+  'DeepseekV3',
+  KEYS,
+  problems,
+  options,
+  describe,
+  NAMES,
   left_out=left_out,
-  names={
-    **deepseek_keys.NAMES,
-    **layer(
-      'moe/router/balance_bias',
-      Name('mlp.gate.e_score_correction_bias', 'E'),
-    ),
-  },
 )

@@ -15,10 +15,10 @@ Published files hold experts in MXFP4 (`mxfp4.py`); bfloat16 is exported.
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop import decoder_keys, window_keys
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, layer, weight
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer, weight
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.mxfp4 import Mxfp4Files
 from moe_jax.layers.experts import FeedForwardExpert
@@ -35,7 +35,6 @@ _ROPE = dict(
   original_max_position_embeddings=4096,
 )
 _ACTIVATION = 'clamped_swiglu'
-_WINDOW, _FULL = 'sliding_attention', 'full_attention'
 KEYS = decoder_keys.keys(
   dict(
     vocab_size=201088,
@@ -73,15 +72,7 @@ def problems(c: Values) -> Iterator[str]:
     yield 'num_experts_per_tok=1 is not supported: every gate would be 1'
   if c.hidden_act != 'silu':
     yield f"hidden_act={c.hidden_act!r} is not supported, only 'silu'"
-  kinds = _layer_types(c)
-  for kind in kinds:
-    if kind not in (_WINDOW, _FULL):
-      yield f'layer_types has {kind!r:.80}, neither {_WINDOW} nor {_FULL}'
-  if len(kinds) != c.num_hidden_layers:
-    yield (
-      f'layer_types has {len(kinds)} layers, num_hidden_layers='
-      f'{c.num_hidden_layers}'
-    )
+  yield from window_keys.problems(_layer_types(c), c.num_hidden_layers)
   method = (c.quantization_config or {}).get('quant_method')
   if method not in (None, 'mxfp4'):
     yield f"quant_method={method!r:.80} is not supported, only 'mxfp4'"
@@ -97,12 +88,12 @@ def _with_rope(c: Values) -> Values:
 def _layer_types(c: Values) -> list[Any]:
   if c.layer_types is not None:
     return c.layer_types
-  return [_FULL if i % 2 else _WINDOW for i in range(c.num_hidden_layers)]
+  kinds = window_keys.WINDOW, window_keys.FULL
+  return [kinds[i % 2] for i in range(c.num_hidden_layers)]
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  full = [kind == _FULL for kind in _layer_types(c)]
   return decoder_keys.options(
     _with_rope(c),
     ffn_hidden=c.intermediate_size,
@@ -112,10 +103,7 @@ def options(c: Values) -> DecoderOptions:
     attention=decoder_keys.heads(
       c,
       head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
-      window=0 if all(full) else c.sliding_window,
-      full_layers='none'
-      if all(full) or not any(full)
-      else decoder_keys.layers(full),
+      **window_keys.options(_layer_types(c), c.sliding_window),
       sinks=True,
       biases='all' if c.attention_bias else 'none',
     ),
@@ -140,45 +128,43 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
     num_local_experts=moe.num_experts,
     head_dim=attention.head_width,
     sliding_window=attention.window or 128,
-    layer_types=[_WINDOW if window else _FULL for window in o.windows],
+    layer_types=window_keys.written(o),
     attention_bias=attention.has_bias('query', use_bias=False),
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='gpt_oss',
-  classes=('GptOssForCausalLM', 'GptOssModel'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **layer('attention/sinks', Name('self_attn.sinks', 'H')),
+  **weight('moe/router/w', 'mlp.router', 'E M -> M E'),
+  **layer('moe/router/b', Name('mlp.router.bias', 'E')),
+  **layer(
+    'moe/experts/w_gate',
+    Name('mlp.experts.gate_up_proj', 'E M (F 0/2) -> E M F'),
+  ),
+  **layer(
+    'moe/experts/w_in',
+    Name('mlp.experts.gate_up_proj', 'E M (F 1/2) -> E M F'),
+  ),
+  **layer(
+    'moe/experts/b_gate',
+    Name('mlp.experts.gate_up_proj_bias', 'E (F 0/2) -> E F'),
+  ),
+  **layer(
+    'moe/experts/b_in',
+    Name('mlp.experts.gate_up_proj_bias', 'E (F 1/2) -> E F'),
+  ),
+  **layer('moe/experts/w_out', Name('mlp.experts.down_proj', 'E F M')),
+  **layer('moe/experts/b_out', Name('mlp.experts.down_proj_bias', 'E M')),
+}
+ARCHITECTURE = decoder(
+  'gpt_oss',
+  'GptOss',
+  KEYS,
+  problems,
+  options,
+  describe,
+  NAMES,
   files=Mxfp4Files,
-  names={
-    **ENDS,
-    **BLOCK,
-    **layer('attention/sinks', Name('self_attn.sinks', 'H')),
-    **weight('moe/router/w', 'mlp.router', 'E M -> M E'),
-    **layer('moe/router/b', Name('mlp.router.bias', 'E')),
-    **layer(
-      'moe/experts/w_gate',
-      Name('mlp.experts.gate_up_proj', 'E M (F 0/2) -> E M F'),
-    ),
-    **layer(
-      'moe/experts/w_in',
-      Name('mlp.experts.gate_up_proj', 'E M (F 1/2) -> E M F'),
-    ),
-    **layer(
-      'moe/experts/b_gate',
-      Name('mlp.experts.gate_up_proj_bias', 'E (F 0/2) -> E F'),
-    ),
-    **layer(
-      'moe/experts/b_in',
-      Name('mlp.experts.gate_up_proj_bias', 'E (F 1/2) -> E F'),
-    ),
-    **layer('moe/experts/w_out', Name('mlp.experts.down_proj', 'E F M')),
-    **layer('moe/experts/b_out', Name('mlp.experts.down_proj_bias', 'E M')),
-  },
 )

@@ -13,9 +13,9 @@ import dataclasses
 from typing import Any
 
 from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import POSITIVE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, layer
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
@@ -97,38 +97,30 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
 
 _MOE = 'block_sparse_moe'
 _GATE, _UP = 'E (0/2 F) M -> E M F', 'E (1/2 F) M -> E M F'
-ARCHITECTURE = Architecture(
-  model_type='granitemoe',
-  classes=('GraniteMoeForCausalLM', 'GraniteMoeModel'),
-  keys=KEYS,
-  problems=problems,
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **layer(
-      'moe/router/w',
-      Name(f'{_MOE}.router.layer.weight', 'E M -> M E'),
-      Name(f'{_MOE}.router.weight', 'E M -> M E'),
-    ),
-    **layer(
-      'moe/experts/w_gate',
-      Name(f'{_MOE}.input_linear.weight', _GATE),
-      Name(f'{_MOE}.experts.gate_up_proj', _GATE),
-    ),
-    **layer(
-      'moe/experts/w_in',
-      Name(f'{_MOE}.input_linear.weight', _UP),
-      Name(f'{_MOE}.experts.gate_up_proj', _UP),
-    ),
-    **layer(
-      'moe/experts/w_out',
-      Name(f'{_MOE}.output_linear.weight', 'E M F -> E F M'),
-      Name(f'{_MOE}.experts.down_proj', 'E M F -> E F M'),
-    ),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **layer(
+    'moe/router/w',
+    Name(f'{_MOE}.router.layer.weight', 'E M -> M E'),
+    Name(f'{_MOE}.router.weight', 'E M -> M E'),
+  ),
+  **layer(
+    'moe/experts/w_gate',
+    Name(f'{_MOE}.input_linear.weight', _GATE),
+    Name(f'{_MOE}.experts.gate_up_proj', _GATE),
+  ),
+  **layer(
+    'moe/experts/w_in',
+    Name(f'{_MOE}.input_linear.weight', _UP),
+    Name(f'{_MOE}.experts.gate_up_proj', _UP),
+  ),
+  **layer(
+    'moe/experts/w_out',
+    Name(f'{_MOE}.output_linear.weight', 'E M F -> E F M'),
+    Name(f'{_MOE}.experts.down_proj', 'E M F -> E F M'),
+  ),
+}
+ARCHITECTURE = decoder(
+  'granitemoe', 'GraniteMoe', KEYS, problems, options, describe, NAMES
 )

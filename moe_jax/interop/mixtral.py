@@ -13,7 +13,7 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import (
   OPTIONAL_COUNT,
   OPTIONAL_SIZE,
@@ -21,7 +21,7 @@ from moe_jax.interop.config_keys import (
   SIZE,
   Values,
 )
-from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, layer
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
@@ -97,24 +97,16 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='mixtral',
-  classes=('MixtralForCausalLM', 'MixtralModel'),
-  keys=KEYS,
-  problems=problems,
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **layer(
-      'moe/router/w',
-      Name('block_sparse_moe.gate.weight', 'E M -> M E'),
-      Name('mlp.gate.weight', 'E M -> M E'),
-    ),
-    **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **layer(
+    'moe/router/w',
+    Name('block_sparse_moe.gate.weight', 'E M -> M E'),
+    Name('mlp.gate.weight', 'E M -> M E'),
+  ),
+  **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
+}
+ARCHITECTURE = decoder(
+  'mixtral', 'Mixtral', KEYS, problems, options, describe, NAMES
 )

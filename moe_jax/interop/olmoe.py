@@ -11,9 +11,9 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import OPTIONAL_POSITIVE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, weight
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, weight
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
 
@@ -74,22 +74,14 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='olmoe',
-  classes=('OlmoeForCausalLM', 'OlmoeModel'),
-  keys=KEYS,
-  problems=problems,
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
-    **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
-    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-    **experts(),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
+  **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
+ARCHITECTURE = decoder(
+  'olmoe', 'Olmoe', KEYS, problems, options, describe, NAMES
 )

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.interop import decoder_keys, rotary_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, experts, layer
+from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import ShortTurns
 from moe_jax.layers.norms import LayerNorm
@@ -131,29 +131,22 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='phimoe',
-  # The publisher's own code spells the first name like the last one.
-  classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    'b_logits': (Name('lm_head.bias', 'V'),),
-    'final_norm/bias': (Name('model.norm.bias', 'M'),),
-    **layer('attention_norm/bias', Name('input_layernorm.bias', 'M')),
-    **layer('ffn_norm/bias', Name('post_attention_layernorm.bias', 'M')),
-    **layer(
-      'moe/router/w',
-      Name('block_sparse_moe.gate.weight', 'E M -> M E'),
-      Name('mlp.router.weight', 'E M -> M E'),
-    ),
-    **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  'b_logits': (Name('lm_head.bias', 'V'),),
+  'final_norm/bias': (Name('model.norm.bias', 'M'),),
+  **layer('attention_norm/bias', Name('input_layernorm.bias', 'M')),
+  **layer('ffn_norm/bias', Name('post_attention_layernorm.bias', 'M')),
+  **layer(
+    'moe/router/w',
+    Name('block_sparse_moe.gate.weight', 'E M -> M E'),
+    Name('mlp.router.weight', 'E M -> M E'),
+  ),
+  **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
+}
+# The publisher's own code spells the first name like the last one.
+_CLASSES = ('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM')
+ARCHITECTURE = decoder(
+  'phimoe', 'Phimoe', KEYS, problems, options, describe, NAMES, classes=_CLASSES
 )

@@ -6,6 +6,7 @@ checkpoint has which peculiarity (`mixtral.py` and its siblings).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
@@ -17,9 +18,10 @@ from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.layers.shared import RULES
 from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
 from moe_jax.models.padding import Padding
-from moe_jax.options import fields_of, option
+from moe_jax.options import above, at_least, fields_of, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import Routing
+from moe_jax.routing.capacity import Capacity
 from moe_jax.shapes import Array, Bool, Int
 
 
@@ -83,6 +85,34 @@ def by_rank(routing: Routing) -> Routing:
     slot=jnp.broadcast_to(slot, (G, S, K)),
     capacity=None if routing.capacity is None else S,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenSlots(Capacity):
+  """A capacity of factor * K * S / E, rounded down and then up to even numbers.
+
+  The PyTorch code of OpenMoE has it, in evaluation and generation too. The
+  product is computed in floating point, as there.
+  """
+
+  factor: float = option(
+    2.0,
+    "Capacity factor: slots of all experts together, divided by the group's "
+    'choices.',
+    above(0),
+  )
+  minimum: int = option(
+    4, 'Least capacity, in slots per expert and group.', at_least(1)
+  )
+
+  def per_expert(self, group_size, num_experts, num_selected):
+    """The slots of an expert; see `Capacity.per_expert`."""
+    slots = math.floor(num_selected * self.factor * group_size / num_experts)
+    return min(max(slots + slots % 2, self.minimum), group_size)
+
+  def keeps_in_generation(self, single):
+    """True: the published code drops tokens of prompts, too."""
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,17 +7,20 @@ No token is dropped. As transformers 5.24 computes it:
   added to that of the chosen experts.
 - Gates are probabilities among all experts, divided by their sum with
   `norm_topk_prob`, which the published checkpoints do not have.
+- With `use_sliding_window` every second layer below `max_window_layers`, from
+  the first on, attends to a window, unless `layer_types` says which layers do.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import decoder_keys, qwen_keys
-from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.config_keys import SIZE, Values
+from moe_jax.interop import decoder_keys, qwen_keys, window_keys
+from moe_jax.interop.architecture import decoder
+from moe_jax.interop.config_keys import COUNT, SIZE, Values
 from moe_jax.interop.decoder_names import (
   BLOCK,
   ENDS,
+  Table,
   experts,
   gated_ffn,
   weight,
@@ -47,9 +50,9 @@ KEYS = decoder_keys.keys(
     'shared_expert_intermediate_size': (SIZE, 5632),
     'num_experts': (SIZE, 60),
     'qkv_bias': (bool, True),
+    'max_window_layers': (COUNT, 28),
     'layer_types': (list | None, None),
   },
-  ignored=qwen_keys.IGNORED,
   spelled={'num_local_experts': 'num_experts'},
 )
 
@@ -57,9 +60,21 @@ KEYS = decoder_keys.keys(
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from qwen_keys.problems(c)
-  for kind in c.layer_types or ():
-    if kind != 'full_attention':
-      yield f'layer_types has {kind!r:.80}, only full_attention is supported'
+  yield from window_keys.problems(_layer_types(c), c.num_hidden_layers)
+  if c.use_sliding_window and c.sliding_window is None:
+    yield 'sliding_window=None with use_sliding_window=True is not supported'
+  if not c.use_sliding_window and window_keys.WINDOW in _layer_types(c):
+    yield f'layer_types has {window_keys.WINDOW}, but not use_sliding_window'
+
+
+def _layer_types(c: Values) -> list[Any]:
+  if c.layer_types is not None:
+    return c.layer_types
+  below = c.max_window_layers if c.use_sliding_window else 0
+  return [
+    window_keys.FULL if i % 2 or i >= below else window_keys.WINDOW
+    for i in range(c.num_hidden_layers)
+  ]
 
 
 def options(c: Values) -> DecoderOptions:
@@ -69,7 +84,11 @@ def options(c: Values) -> DecoderOptions:
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
     router=TokenChoice(gates=decoder_keys.gates(c)),
-    attention=decoder_keys.heads(c, biases=_BIASED if c.qkv_bias else 'none'),
+    attention=decoder_keys.heads(
+      c,
+      biases=_BIASED if c.qkv_bias else 'none',
+      **window_keys.options(_layer_types(c), c.sliding_window),
+    ),
     moe=dict(
       layers=qwen_keys.layers(c),
       expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
@@ -86,29 +105,19 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   return qwen_keys.describe(o, 'Qwen2-MoE') | dict(
     shared_expert_intermediate_size=moe.shared_expert.hidden,
     qkv_bias=attention.has_bias('query', use_bias=False),
-    layer_types=['full_attention'] * o.num_layers,
+    layer_types=window_keys.written(o),
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='qwen2_moe',
-  classes=('Qwen2MoeForCausalLM', 'Qwen2MoeModel'),
-  keys=KEYS,
-  problems=lambda c: list(problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **gated_ffn('ffn', 'mlp'),
-    **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
-    **weight(
-      'moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'
-    ),
-    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-    **experts(),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **gated_ffn('ffn', 'mlp'),
+  **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
+  **weight('moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
+ARCHITECTURE = decoder(
+  'qwen2_moe', 'Qwen2Moe', KEYS, problems, options, describe, NAMES
 )

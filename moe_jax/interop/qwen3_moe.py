@@ -4,6 +4,7 @@ No token is dropped. As transformers 5.24 computes it:
 
 - Queries and keys are normed in each head, before they rotate. Heads may be
   wider than their share of the width.
+- With `use_sliding_window` all layers attend to a window.
 - Gates are probabilities among all experts, divided by their sum with
   `norm_topk_prob`, which the published checkpoints have.
 """
@@ -11,11 +12,12 @@ No token is dropped. As transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop import decoder_keys, qwen_keys
-from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE, Values
 from moe_jax.interop.decoder_names import (
   BLOCK,
   ENDS,
+  Table,
   experts,
   gated_ffn,
   weight,
@@ -50,7 +52,7 @@ KEYS = decoder_keys.keys(
     'shared_expert_intermediate_size': (0, None),
     'use_qk_norm': (True,),
   },
-  ignored=qwen_keys.IGNORED,
+  ignored={'max_window_layers': 'transformers does not read it'},
   spelled={'num_local_experts': 'num_experts'},
 )
 
@@ -68,6 +70,7 @@ def options(c: Values) -> DecoderOptions:
       qk_norm='head',
       qk_norm_epsilon=float(c.rms_norm_eps),
       biases='all' if c.attention_bias else 'none',
+      window=(c.sliding_window or 0) if c.use_sliding_window else 0,
     ),
     moe=dict(
       layers=qwen_keys.layers(c),
@@ -85,23 +88,15 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-ARCHITECTURE = Architecture(
-  model_type='qwen3_moe',
-  classes=('Qwen3MoeForCausalLM', 'Qwen3MoeModel'),
-  keys=KEYS,
-  problems=lambda c: list(qwen_keys.problems(c)),
-  options=options,
-  describe=describe,
-  suits=lambda o: not o.has_encoder,
-  prefix='model.',
-  computed=(r'rotary_emb\.inv_freq$',),
-  names={
-    **ENDS,
-    **BLOCK,
-    **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
-    **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
-    **gated_ffn('ffn', 'mlp'),
-    **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-    **experts(),
-  },
+NAMES: Table = {
+  **ENDS,
+  **BLOCK,
+  **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
+  **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
+  **gated_ffn('ffn', 'mlp'),
+  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
+  **experts(),
+}
+ARCHITECTURE = decoder(
+  'qwen3_moe', 'Qwen3Moe', KEYS, qwen_keys.problems, options, describe, NAMES
 )

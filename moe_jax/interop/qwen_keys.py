@@ -1,7 +1,7 @@
 """Keys of config.json that Qwen2-MoE and Qwen3-MoE share.
 
-Which layers are sparse, and the width of experts. Not here: the architectures
-(`qwen2_moe.py`, `qwen3_moe.py`).
+Which layers are sparse, the width of experts, and the width of windows. Not
+here: the architectures (`qwen2_moe.py`, `qwen3_moe.py`).
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,14 @@ HONOURED: dict[str, tuple[Any, Any]] = {
   'use_sliding_window': (bool, False),
   'sliding_window': (OPTIONAL_COUNT, 4096),
 }
-IGNORED = {'max_window_layers': 'without windows nothing depends on it'}
 
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from decoder_keys.problems(c)
   yield from decoder_keys.gate_problems(c)
-  if c.use_sliding_window:
-    yield 'use_sliding_window=True is not supported'
+  if c.use_sliding_window and c.sliding_window == 0:
+    yield 'sliding_window=0 must be at least 1 with use_sliding_window=True'
   for layer in c.mlp_only_layers or ():
     if not COUNT.holds(layer):
       yield f'mlp_only_layers has {layer!r:.80}, which is no layer'
@@ -67,6 +66,6 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     mlp_only_layers=[i for i, flag in enumerate(o.sparse) if not flag],
     num_experts=moe.num_experts,
     norm_topk_prob=decoder_keys.renormalized(moe.router),
-    use_sliding_window=False,
-    sliding_window=None,
+    use_sliding_window=any(o.windows),
+    sliding_window=o.attention.window or None,
   )

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.checkpoint_folder import (
   ARCHITECTURES,
+  chosen,
   from_config,
-  named,
 )
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.quirks import TransformersEncoderDecoder
@@ -112,9 +112,9 @@ def _choose(
     ValueError: None does. What differs from the nearest one is listed, or what
       the first one does not have.
   """
-  kind = config.get('model_type')
-  if kind is not None:
-    return named(kind), describe(options, named(kind), config)
+  if config.get('model_type') is not None:
+    architecture = chosen(config)
+    return architecture, describe(options, architecture, config)
   errors = []
   for architecture in ARCHITECTURES.values():
     if architecture.suits(options):
@@ -166,7 +166,7 @@ def describe(
     **_untouched(architecture, decided),
     **given,
     **decided,
-    'model_type': kind,
+    'model_type': architecture.borrowed_type or kind,
     'architectures': [architecture.classes[0]],
     'dtype': cast(Any, options).numerics.param_dtype,
   }

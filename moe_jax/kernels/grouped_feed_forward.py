@@ -31,7 +31,7 @@ def grouped_ffn(
 
   Args:
     x: The rows, sorted by expert.
-    w_ins: The first kernels: one, or two where one product gates the other.
+    w_ins: The first kernels: one, or several whose products are multiplied.
     w_out: The last kernel.
     group_sizes: The number of rows of each expert, in all at most N.
     hidden: The elementwise function from the first products to the hidden

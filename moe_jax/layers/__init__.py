@@ -1,5 +1,6 @@
 """Linen modules and their options: routers, experts, MoE, attention, block."""
 
+from moe_jax.layers.activations import ACTIVATIONS
 from moe_jax.layers.attention import (
   ATTENTIONS,
   Attention,
@@ -22,7 +23,7 @@ from moe_jax.layers.experts import (
   SharedExpertOptions,
   Sorted,
 )
-from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
+from moe_jax.layers.ffn import FeedForward, FfnOptions
 from moe_jax.layers.lstm import Lstm, LstmOptions
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.moe_options import MoeOptions

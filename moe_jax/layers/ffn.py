@@ -1,81 +1,22 @@
-"""The dense feed-forward layer, and the activations that experts share."""
+"""The dense feed-forward layer, and the computation that experts share."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.kernels import cpu
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
+from moe_jax.layers.activations import ACTIVATIONS, Activation, activation
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, at_least, one_of, option, unknown
+from moe_jax.options import Options, at_least, one_of, option
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float
-
-
-class Activation(NamedTuple):
-  """An elementwise function, and whether a second product gates it.
-
-  Attributes:
-    function: The elementwise function.
-    gated: Whether the hidden values are function(x W_gate) * x W_in.
-    cheap: Whether XLA computes it again rather than read its result.
-    kept: The number of arrays as wide as the hidden values that the forward
-      pass keeps for the backward pass, products included.
-    limit: The largest value of the gate's product, and the largest size of the
-      other one's; None: there is none.
-    shift: What is added to the product that is gated.
-  """
-
-  function: Callable[[Array], Array]
-  gated: bool
-  cheap: bool = False
-  kept: int = 4
-  limit: float | None = None
-  shift: float = 0.0
-
-  def hidden(self, *products: Array) -> Array:
-    """The hidden values of x W_in, or of x W_gate and x W_in."""
-    first, *rest = products
-    if self.limit is not None:
-      first = jnp.minimum(first, self.limit)
-      rest = [jnp.clip(other, -self.limit, self.limit) for other in rest]
-    h = self.function(first)
-    if not rest:
-      return h
-    return h * (rest[0] + self.shift if self.shift else rest[0])
-
-
-def _quick_gelu(x: Array) -> Array:
-  """x sigmoid(1.702 x)."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
-ACTIVATIONS = {
-  'relu': Activation(jax.nn.relu, False, cheap=True, kept=1),
-  'gelu': Activation(cpu.gelu, False),
-  'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
-  'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
-  'swiglu': Activation(jax.nn.silu, True, kept=6),
-  # That of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
-  'clamped_swiglu': Activation(_quick_gelu, True, kept=9, limit=7.0, shift=1.0),
-}
-
-
-def activation(name: str) -> Activation:
-  """The activation of that name; raises ValueError for an unknown one."""
-  if name not in ACTIVATIONS:
-    raise unknown('activation', name, ACTIVATIONS)
-  return ACTIVATIONS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +30,8 @@ class FfnOptions(Options):
     'gelu',
     'Activation between the two products of a feed-forward; geglu, swiglu and '
     'clamped_swiglu (gpt-oss) have a third kernel, whose product gates the '
-    'hidden values.',
+    'hidden values, and doubly_gated_swiglu (OpenMoE) a fourth, whose product '
+    'multiplies them, too.',
     one_of(*ACTIVATIONS),
   )
   bias: str = option(
@@ -101,7 +43,8 @@ class FfnOptions(Options):
 
   def kernel_values(self, width: int) -> int:
     """The number of values of the kernels in a model of that width M."""
-    return (2 + activation(self.activation).gated) * width * self.hidden
+    kernels = len(activation(self.activation).kernels) + 1
+    return kernels * width * self.hidden
 
   def shrunk(self) -> 'FfnOptions':
     """See `Options.shrunk`."""
@@ -140,7 +83,7 @@ class FfnLayer:
 
   @property
   def gate_bias(self) -> bool:
-    """Whether the product of the gate adds a bias, too."""
+    """Whether the products of the gate and factor add a bias, too."""
     return self.activation.gated and self.options.bias == 'all'
 
   def parameters(
@@ -148,8 +91,9 @@ class FfnLayer:
   ) -> dict[str, Any]:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
-    They are w_in, w_out, w_gate if the activation gates, b_in and b_out if
-    `use_bias`, and b_gate if `gate_bias`. Kernels are as they are stored.
+    They are w_in, w_out, w_gate and w_factor if the activation has them, b_in
+    and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`. Kernels are
+    as they are stored.
     """
     shared = self.shared
     p = {}
@@ -170,7 +114,7 @@ class FfnLayer:
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
     """The sizes of one layer as an expert, whose rows have that type."""
-    kernels = 2 + self.activation.gated
+    kernels = len(self.first_kernels) + 1
     row, parameter = map(
       lambda kind: jnp.dtype(kind).itemsize, (dtype, self.shared.param_dtype)
     )
@@ -205,10 +149,12 @@ class FfnLayer:
     }
     if self.use_bias:
       parts['b_in'] = ((F,), (mlp,), 'bias')
-    if self.activation.gated:
-      parts['w_gate'] = ((M, F), ('embed', mlp), 'kernel')
+    for name in self.first_kernels:
+      if name == 'w_in':
+        continue
+      parts[name] = ((M, F), ('embed', mlp), 'kernel')
       if self.gate_bias:
-        parts['b_gate'] = ((F,), (mlp,), 'bias')
+        parts[f'b{name[1:]}'] = ((F,), (mlp,), 'bias')
     parts['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
     if self.use_bias:
       parts['b_out'] = ((M,), ('embed',), 'bias')
@@ -225,7 +171,7 @@ class FfnLayer:
   @property
   def first_kernels(self) -> tuple[str, ...]:
     """Names of the kernels that multiply x, in the order of their products."""
-    return ('w_gate', 'w_in') if self.activation.gated else ('w_in',)
+    return self.activation.kernels
 
   def compute(
     self,

@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     M: Width of the model.
     F: Hidden width of an expert.
     bytes_per_element: Bytes of an element of a row that travels.
-    kernels: Number of an expert's kernels, 2, or 3 with a gate.
+    kernels: Number of an expert's kernels: 2, 3 with a gate, or 4 with two.
     bytes_per_parameter: Bytes of a parameter that travels; 0: those of an
       element of a row.
   """

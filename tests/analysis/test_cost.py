@@ -103,7 +103,7 @@ def test_fine_grained_experts_cost_what_those_of_switch_do_but_the_router():
 
 def test_openmoe_is_the_sum_of_its_parts():
   M, F, HD, V = 2048, 8192, 24 * 128, 256_384
-  ffn = 3 * M * F
+  ffn = 4 * M * F
   outside = 24 * 4 * M * HD + 2 * V * M
   # The model has 20 dense layers, and 4 sparse ones with a dense feed-forward
   # beside the experts.
@@ -112,7 +112,7 @@ def test_openmoe_is_the_sum_of_its_parts():
   assert openmoe.expert_params == 4 * 32 * ffn
   assert openmoe.total_params == outside + 4 * 32 * ffn
   assert openmoe.active_params == outside + 4 * 2 * ffn
-  assert cost.short(openmoe.total_params) == '9.3B'
+  assert cost.short(openmoe.total_params) == '11.9B'
 
 
 def test_counts_of_a_tiny_model_by_hand():

@@ -222,6 +222,9 @@ DROPLESS = dict(
   moe=dict(**SPARSE, dispatch=Dropless(), capacity=All()),
   ffn=dict(hidden=200, activation='swiglu'),
 )
+DOUBLY = dict(
+  moe=SPARSE, ffn=dict(hidden=200, activation='doubly_gated_swiglu')
+)
 BOTH = dict(**GATED, **ENCODER_DECODER)
 
 
@@ -238,6 +241,7 @@ _SLOW_CASES = [
   (dict(**DENSE, ffn=dict(hidden=200, activation='gelu')), 'bfloat16', 'none'),
   (GATED, 'float32', 'none'),
   (EXTRA, 'float32', 'dots'),
+  (DOUBLY, 'float32', 'none'),
   (DROPLESS, 'bfloat16', 'dots'),
   (BOTH, 'bfloat16', 'none'),
   ({**BOTH, 'ffn': dict(hidden=8, activation='geglu')}, 'float32', 'dots'),

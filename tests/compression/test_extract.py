@@ -46,7 +46,7 @@ KINDS = {
   'both by task': dict(
     kind='encoder_decoder',
     moe=BY_TASK | dict(num_selected=3, router=Task(), output_masking=0.25),
-    ffn=dict(activation='swiglu'),
+    ffn=dict(activation='doubly_gated_swiglu'),
     encoder=dict(num_layers=3, overrides={'moe': {'layers': '0,2'}}),
   ),
   'decoder by token': dict(

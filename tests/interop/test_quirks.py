@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from moe_jax import plugins, sections
 from moe_jax.interop.quirks import (
+  EvenSlots,
   RoutedPadding,
   ServedByRank,
   TransformersEncoderDecoder,
@@ -52,6 +53,20 @@ def params_of(layer):
 def run(layer, x, mask=None):
   call = jax.jit(lambda p, x: layer.apply({'params': p}, x, mask))
   return call(params_of(layer), x)
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'minimum', 'slots'),
+  # Of 32 experts with two choices a token and twice an even share, one has an
+  # eighth of the tokens, rounded down, then up to an even number.
+  [(48, 4, 6), (47, 4, 6), (40, 4, 6), (39, 4, 4), (8, 1, 2), (8, 3, 3),
+   (3, 4, 3)],
+)  # fmt: skip
+def test_even_slots_by_hand(tokens, minimum, slots):
+  capacity = EvenSlots(2.0, minimum)
+  assert capacity.per_expert(tokens, 32, 2) == slots
+  # 2 * 1.15 * 50 / 5 is 23, which would be 24, but floating point has less.
+  assert EvenSlots(1.15).per_expert(50, 5, 2) == 22
 
 
 def test_choices_are_served_by_their_rank():

@@ -26,31 +26,35 @@ def gelu_tanh(x):
   return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def clamped_swiglu(gate, value):
+def clamped_swiglu(value, gate):
   """The hidden values of gpt-oss, whose gate has no lower limit."""
   gate, value = np.minimum(gate, 7), np.clip(value, -7, 7)
   return (value + 1) * gate * expit(1.702 * gate)
 
 
-# Each pair is a function of the products, and whether a third kernel gates.
+# Each pair is a function of the products, and the kernels beside w_in.
 FORMULAS = {
-  'relu': (lambda x: np.maximum(x, 0), False),
-  'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), False),
-  'gelu_tanh': (gelu_tanh, False),
-  'geglu': (lambda gate, x: gelu_tanh(gate) * x, True),
-  'swiglu': (lambda gate, x: gate * expit(gate) * x, True),
-  'clamped_swiglu': (clamped_swiglu, True),
+  'relu': (lambda x: np.maximum(x, 0), ()),
+  'gelu': (lambda x: x / 2 * (1 + erf(x / np.sqrt(2))), ()),
+  'gelu_tanh': (gelu_tanh, ()),
+  'geglu': (lambda x, gate: gelu_tanh(gate) * x, ('gate',)),
+  'swiglu': (lambda x, gate: gate * expit(gate) * x, ('gate',)),
+  'clamped_swiglu': (clamped_swiglu, ('gate',)),
+  'doubly_gated_swiglu': (
+    lambda x, gate, factor: gate * expit(gate) * x * factor,
+    ('gate', 'factor'),
+  ),
 }
 
 
-def draw_params(gated, bias):
+def draw_params(others, bias):
   rng = np.random.default_rng(0)
   shapes = {'w_in': (M, F), 'w_out': (F, M)}
-  if gated:
-    shapes['w_gate'] = (M, F)
+  shapes |= {f'w_{name}': (M, F) for name in others}
   if bias != 'none':
     shapes |= {'b_in': (F,), 'b_out': (M,)}
-    shapes |= {'b_gate': (F,)} if gated and bias == 'all' else {}
+  if bias == 'all':
+    shapes |= {f'b_{name}': (F,) for name in others}
   return {
     name: rng.normal(size=shape).astype(np.float32)
     for name, shape in shapes.items()
@@ -67,19 +71,17 @@ def test_every_activation_has_a_formula_here():
   + [(name, 'all') for name in FORMULAS],
 )
 def test_feed_forward_equals_its_formula(name, bias):
-  function, gated = FORMULAS[name]
-  p = draw_params(gated, bias)
+  function, others = FORMULAS[name]
+  p = draw_params(others, bias)
   # Products are so large that limits matter.
   x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32) * 3
   layer = FeedForward(FfnOptions(F, name, bias), Shared(use_bias=True))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))
   assert set(shapes['params']) == set(p)
-  h = x @ p['w_in'] + p.get('b_in', 0)
-  # The activation applies to the gate's product, not to the other one.
-  if gated:
-    h = function(x @ p['w_gate'] + p.get('b_gate', 0), h)
-  else:
-    h = function(h)
+  # The activation applies to the gate's product, not to the other ones.
+  h = function(
+    *(x @ p[f'w_{name}'] + p.get(f'b_{name}', 0) for name in ('in', *others))
+  )
   expected = h @ p['w_out'] + p.get('b_out', 0)
   y = jax.jit(layer.apply)({'params': p}, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
+from moe_jax.layers.activations import ACTIVATIONS
 from moe_jax.layers.experts.serving import (
   ROLE,
   Dispatch,
@@ -11,7 +12,7 @@ from moe_jax.layers.experts.serving import (
   Experts,
   Twin,
 )
-from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
+from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Check, at_least, one_of, option
 

@@ -1,0 +1,84 @@
+"""The activations of feed-forward layers and of experts.
+
+Not here: the layers (`ffn.py`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels import cpu
+from moe_jax.options import unknown
+from moe_jax.shapes import Array
+
+
+class Activation(NamedTuple):
+  """An elementwise function, and the products that its values multiply.
+
+  Attributes:
+    function: The elementwise function.
+    gated: Whether the hidden values are function(x W_gate) * x W_in.
+    cheap: Whether XLA computes it again rather than read its result.
+    kept: The number of arrays as wide as the hidden values that the forward
+      pass keeps for the backward pass, products included.
+    limit: The largest value of the gate's product, and the largest size of the
+      other one's; None: there is none.
+    shift: What is added to the product that is gated.
+    doubly: Whether the hidden values are multiplied by x W_factor, too.
+  """
+
+  function: Callable[[Array], Array]
+  gated: bool
+  cheap: bool = False
+  kept: int = 4
+  limit: float | None = None
+  shift: float = 0.0
+  doubly: bool = False
+
+  @property
+  def kernels(self) -> tuple[str, ...]:
+    """Names of the kernels that multiply x, in the order of `hidden`."""
+    gate = ('w_gate',) if self.gated else ()
+    return (*gate, 'w_in', *(('w_factor',) if self.doubly else ()))
+
+  def hidden(self, *products: Array) -> Array:
+    """The hidden values of the products of x with `kernels`."""
+    first, *rest = products
+    if self.limit is not None:
+      first = jnp.minimum(first, self.limit)
+      rest = [jnp.clip(other, -self.limit, self.limit) for other in rest]
+    h = self.function(first)
+    if self.shift:
+      rest[0] += self.shift
+    for product in rest:
+      h = h * product
+    return h
+
+
+def _quick_gelu(x: Array) -> Array:
+  """x sigmoid(1.702 x)."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+  'relu': Activation(jax.nn.relu, False, cheap=True, kept=1),
+  'gelu': Activation(cpu.gelu, False),
+  'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
+  'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
+  'swiglu': Activation(jax.nn.silu, True, kept=6),
+  # That of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
+  'clamped_swiglu': Activation(_quick_gelu, True, kept=9, limit=7.0, shift=1.0),
+  # That of OpenMoE: a SwiGLU, which a third product multiplies.
+  'doubly_gated_swiglu': Activation(jax.nn.silu, True, kept=8, doubly=True),
+}
+
+
+def activation(name: str) -> Activation:
+  """The activation of that name; raises ValueError for an unknown one."""
+  if name not in ACTIVATIONS:
+    raise unknown('activation', name, ACTIVATIONS)
+  return ACTIVATIONS[name]

@@ -1,0 +1,241 @@
+"""DeepSeekMoE-16B's checkpoints equal plain loops of the published model."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax import config_file, interop, run_config
+from moe_jax.interop import checkpoint_folder, saving
+from moe_jax.models.meaning import difference
+from tests.interop import plain_decoder as plain
+
+V = 41
+BASE = dict(
+  model_type='deepseek',
+  architectures=['DeepseekForCausalLM'],
+  vocab_size=V,
+  hidden_size=12,
+  intermediate_size=10,
+  moe_intermediate_size=7,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  num_key_value_heads=2,
+  n_routed_experts=5,
+  n_shared_experts=2,
+  num_experts_per_tok=3,
+  first_k_dense_replace=1,
+  norm_topk_prob=False,
+  rms_norm_eps=1e-6,
+  tie_word_embeddings=False,
+)
+FAST = 'a dense layer, two shared experts'
+CASES = {
+  FAST: (dict(), 1),
+  'renormalised, grouped keys, three files': (
+    dict(norm_topk_prob=True, num_attention_heads=6, rms_norm_eps=1e-2),
+    3,
+  ),
+  'two dense layers, tied, three shared experts': (
+    dict(
+      first_k_dense_replace=2,
+      num_hidden_layers=3,
+      tie_word_embeddings=True,
+      n_shared_experts=3,
+    ),
+    1,
+  ),
+  'every second layer from the second on, biased, none shared': (
+    dict(
+      moe_layer_freq=2,
+      num_hidden_layers=4,
+      attention_bias=True,
+      n_shared_experts=None,
+    ),
+    2,
+  ),
+  'one expert a token, whose gate stays as it is, short turns': (
+    dict(
+      num_experts_per_tok=1,
+      norm_topk_prob=True,
+      first_k_dense_replace=0,
+      num_hidden_layers=1,
+      rope_theta=50.0,
+    ),
+    1,
+  ),
+}
+
+
+def is_sparse(c, i):
+  return i >= c['first_k_dense_replace'] and i % c.get('moe_layer_freq', 1) == 0
+
+
+def shapes_of(c):
+  M = c['hidden_size']
+  shapes = plain.common_shapes(c, M // c['num_attention_heads'])
+
+  def ffn(path, F):
+    shapes[f'{path}.gate_proj.weight'] = (F, M)
+    shapes[f'{path}.up_proj.weight'] = (F, M)
+    shapes[f'{path}.down_proj.weight'] = (M, F)
+
+  for i in range(c['num_hidden_layers']):
+    mlp, F = f'model.layers.{i}.mlp', c['moe_intermediate_size']
+    if not is_sparse(c, i):
+      ffn(mlp, c['intermediate_size'])
+      continue
+    shapes[f'{mlp}.gate.weight'] = (c['n_routed_experts'], M)
+    for e in range(c['n_routed_experts']):
+      ffn(f'{mlp}.experts.{e}', F)
+    if c['n_shared_experts']:
+      ffn(f'{mlp}.shared_experts', c['n_shared_experts'] * F)
+  return shapes
+
+
+def compute(c, w, batch, read):
+  """The logits of the published model, however many tokens are read at once."""
+  del read
+
+  def ffn(path, h):
+    gate, up, down = (
+      w[f'{path}.{name}_proj.weight'] for name in ('gate', 'up', 'down')
+    )
+    return down @ (plain.silu(gate @ h) * (up @ h))
+
+  def feed_forward(rows, i):
+    layer, K = f'model.layers.{i}', c['num_experts_per_tok']
+    mlp, added = f'{layer}.mlp', []
+    for row in rows:
+      scale = w[f'{layer}.post_attention_layernorm.weight']
+      h = plain.normed(row, scale, c['rms_norm_eps'])
+      if not is_sparse(c, i):
+        added.append(ffn(mlp, h))
+        continue
+      probs = plain.softmax(w[f'{mlp}.gate.weight'] @ h)
+      chosen = np.argsort(-probs)[:K]
+      total = probs[chosen].sum() if c['norm_topk_prob'] and K > 1 else 1
+      y = sum(probs[e] / total * ffn(f'{mlp}.experts.{e}', h) for e in chosen)
+      if c['n_shared_experts']:
+        y = y + ffn(f'{mlp}.shared_experts', h)
+      added.append(y)
+    return np.array(added)
+
+  D = c['hidden_size'] // c['num_attention_heads']
+  theta = c.get('rope_theta', 10_000.0)
+  return plain.logits(c, w, batch, feed_forward, theta=theta, scale=D**-0.5)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name == FAST else pytest.mark.slow)
+    for name in CASES
+  ],
+)
+def test_logits_tokens_and_weights(name, tmp_path):
+  more, files = CASES[name]
+  config = BASE | more
+  tensors = plain.draw(shapes_of(config), seed=len(name))
+  plain.check(
+    tmp_path,
+    config,
+    tensors,
+    functools.partial(compute, config),
+    files,
+    fast=name == FAST,
+  )
+
+
+def open_config(folder, config):
+  (folder / 'config.json').write_text(json.dumps(config))
+  return checkpoint_folder.open_checkpoint(folder)
+
+
+# The config.json of the published checkpoint.
+PUBLISHED = dict(
+  architectures=['DeepseekForCausalLM'],
+  attention_bias=False,
+  attention_dropout=0.0,
+  auto_map={'AutoConfig': 'configuration_deepseek.DeepseekConfig'},
+  aux_loss_alpha=0.001,
+  bos_token_id=100000,
+  eos_token_id=100001,
+  first_k_dense_replace=1,
+  hidden_act='silu',
+  hidden_size=2048,
+  initializer_range=0.02,
+  intermediate_size=10944,
+  max_position_embeddings=4096,
+  model_type='deepseek',
+  moe_intermediate_size=1408,
+  moe_layer_freq=1,
+  n_routed_experts=64,
+  n_shared_experts=2,
+  norm_topk_prob=False,
+  num_attention_heads=16,
+  num_experts_per_tok=6,
+  num_hidden_layers=28,
+  num_key_value_heads=16,
+  pretraining_tp=1,
+  rms_norm_eps=1e-06,
+  rope_scaling=None,
+  rope_theta=10000,
+  scoring_func='softmax',
+  seq_aux=True,
+  tie_word_embeddings=False,
+  torch_dtype='bfloat16',
+  transformers_version='4.36.0',
+  use_cache=True,
+  vocab_size=102400,
+)
+
+
+def test_the_published_config_is_that_of_our_config(tmp_path):
+  imported = open_config(tmp_path, PUBLISHED).options
+  config = config_file.load_config('moe_jax:deepseek_moe_16b')
+  ours = run_config.read(config).model
+  assert difference(imported, ours) == {}
+  router = imported.moe.router
+  assert router == ours.moe.router
+  # A batch has one balance loss if sequences have none.
+  router = open_config(tmp_path, PUBLISHED | dict(seq_aux=False)).options
+  router = router.moe.router
+  assert (router.balance_weight, router.sequence_balance_weight) == (0.001, 0)
+
+
+def test_what_is_refused(tmp_path):
+  config = PUBLISHED | dict(
+    first_k_dense_replace=27,
+    hidden_size=2047,
+    moe_layer_freq=28,
+    n_routed_experts=None,
+    n_shared_experts=0,
+    pretraining_tp=2,
+    rope_scaling=dict(type='linear', factor=2.0),
+    scoring_func='sigmoid',
+  )
+  with pytest.raises(ValueError, match='is not supported') as caught:
+    open_config(tmp_path, config)
+  _, *lines = str(caught.value).splitlines()
+  assert len(lines) == 7, lines
+  for words in (
+    'num_attention_heads=16 does not divide hidden_size=2047',
+    'first_k_dense_replace=27 and moe_layer_freq=28 leave no layer sparse',
+    'n_routed_experts=None is no integer',
+    'n_shared_experts=0 is no integer of at least 1',
+    'pretraining_tp=2 is not supported, only 1',
+    "rope type 'linear' is not supported, only default",
+    "scoring_func='sigmoid' is not supported, only 'softmax'",
+  ):
+    assert words in str(caught.value)
+
+
+def test_sparse_layers_that_no_number_divides_are_not_written(tmp_path):
+  options = checkpoint_folder.from_config(BASE | dict(num_hidden_layers=6))
+  moe = dataclasses.replace(options.moe, layers='1,2,4')
+  odd = dataclasses.replace(options, moe=moe)
+  with pytest.raises(ValueError, match=r"'1,2,4' are not those that one"):
+    saving.describe(odd, interop.ARCHITECTURES['deepseek'], {})

@@ -1,0 +1,371 @@
+"""OpenMoE's checkpoints equal plain loops of the published code."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+
+from moe_jax import config_file, generation, interop, run_config
+from moe_jax.data.plain_files import read_json
+from moe_jax.interop import checkpoint_folder, saving
+from moe_jax.interop.quirks import EvenSlots
+from moe_jax.models.meaning import difference
+from moe_jax.routing.capacity import All
+from tests.interop import plain_decoder as plain
+
+V = 41
+BASE = dict(
+  model_type='llama',
+  architectures=['OpenMoeForCausalLM'],
+  vocab_size=V,
+  hidden_size=12,
+  intermediate_size=7,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  num_key_value_heads=2,
+  head_dim=8,
+  hidden_act='swiglu',
+  num_experts=5,
+  moe_layer_interval=2,
+  router_topk=2,
+  router_capacity_factor_eval=2.0,
+  router_min_capacity=2,
+  rms_norm_eps=1e-6,
+  tie_word_embeddings=False,
+)
+FAST = 'slots run out'
+CASES = {
+  FAST: (dict(router_capacity_factor_eval=0.8), 1),
+  'grouped keys, three files': (
+    dict(num_attention_heads=6, rms_norm_eps=1e-2, head_dim=4),
+    3,
+  ),
+  'one expert a token, all layers sparse, odd least capacity': (
+    dict(
+      router_topk=1,
+      moe_layer_interval=1,
+      router_capacity_factor_eval=0.3,
+      router_min_capacity=3,
+    ),
+    1,
+  ),
+  'tied, a dense layer behind, one key head': (
+    dict(
+      tie_word_embeddings=True,
+      num_hidden_layers=3,
+      num_key_value_heads=1,
+      router_capacity_factor_eval=1.0,
+    ),
+    2,
+  ),
+  'two sparse layers, three experts': (
+    dict(num_hidden_layers=4, num_experts=3, router_capacity_factor_eval=0.7),
+    1,
+  ),
+}
+
+
+def is_sparse(c, i):
+  return (i + 1) % c['moe_layer_interval'] == 0
+
+
+def shapes_of(c):
+  M, F, E = c['hidden_size'], c['intermediate_size'], c['num_experts']
+  shapes = plain.common_shapes(c, c['head_dim'])
+
+  def ffn(path):
+    shapes[f'{path}.gate_proj.weight'] = (2 * F, M)
+    shapes[f'{path}.up_proj.weight'] = (F, M)
+    shapes[f'{path}.down_proj.weight'] = (M, F)
+
+  for i in range(c['num_hidden_layers']):
+    layer = f'model.layers.{i}'
+    if not is_sparse(c, i):
+      ffn(f'{layer}.mlp')
+      continue
+    shapes[f'{layer}.mlp.gate_weight'] = (E, M)
+    shapes[f'{layer}.mlp.experts.wi_gate'] = (E, M, 2 * F)
+    shapes[f'{layer}.mlp.experts.wi_up'] = (E, M, F)
+    shapes[f'{layer}.mlp.experts.wo'] = (E, F, M)
+    shapes[f'{layer}.pre_extra_mlp_layernorm.weight'] = (M,)
+    ffn(f'{layer}.extra_mlp')
+  return shapes
+
+
+def doubly_gated(gate, up, down, h):
+  """A feed-forward whose kernels are those of PyTorch's linear layers."""
+  linear, gated = np.split(gate @ h, 2)
+  return down @ (linear * plain.silu(gated) * (up @ h))
+
+
+def slots_of(c, tokens):
+  """The slots of an expert for that number of tokens."""
+  share = c['router_topk'] * c['router_capacity_factor_eval'] * tokens
+  slots = int(share / c['num_experts'])
+  if slots % 2:
+    slots += 1
+  return max(slots, c['router_min_capacity'])
+
+
+def served(c, probs):
+  """The experts that have a slot for each token, and the number of drops.
+
+  Args:
+    c: The config.
+    probs: The probabilities of experts for each token of the batch.
+  """
+  order = [np.argsort(-p)[: c['router_topk']] for p in probs]
+  load, kept, dropped = np.zeros(c['num_experts'], int), [], 0
+  for k in range(c['router_topk']):  # first choices first
+    for token, chosen in enumerate(order):
+      if load[chosen[k]] < slots_of(c, len(probs)):
+        kept.append((token, chosen[k]))
+      else:
+        dropped += 1
+      load[chosen[k]] += 1
+  return kept, dropped
+
+
+def compute(c, w, batch, read, drops=None):
+  """The logits of the published code.
+
+  Args:
+    c: The config.
+    w: The tensors.
+    batch: The token ids [B, T].
+    read: The number of tokens that each row reads at once; those after them
+      are generated, which takes a single row.
+    drops: A list to which the number of drops of each call of experts is added.
+  """
+
+  def dense(path, h):
+    kernels = (w[f'{path}.{n}_proj.weight'] for n in ('gate', 'up', 'down'))
+    return doubly_gated(*kernels, h)
+
+  def norm(row, path):
+    return plain.normed(row, w[f'{path}.weight'], c['rms_norm_eps'])
+
+  def sparse(layer, hidden):
+    """The outputs of experts for tokens that compete for slots."""
+    gate, experts = w[f'{layer}.gate_weight'], f'{layer}.experts'
+    probs = [plain.softmax(gate @ h) for h in hidden]
+    y = np.zeros_like(hidden)
+    kept, dropped = served(c, probs)
+    for token, e in kept:
+      kernels = (w[f'{experts}.{n}'][e].T for n in ('wi_gate', 'wi_up', 'wo'))
+      y[token] += probs[token][e] * doubly_gated(*kernels, hidden[token])
+    if drops is not None:
+      drops.append(dropped)
+    return y
+
+  def feed_forward(rows, i):
+    layer = f'model.layers.{i}'
+    path = f'{layer}.post_attention_layernorm'
+    hidden = np.array([norm(row, path) for row in rows])
+    if not is_sparse(c, i):
+      return np.array([dense(f'{layer}.mlp', h) for h in hidden])
+    first = read * len(batch)
+    singles = [hidden[k : k + 1] for k in range(first, len(hidden))]
+    groups = [hidden[:first], *singles]
+    y = np.concatenate([sparse(f'{layer}.mlp', group) for group in groups])
+    extra = []
+    for row in rows + y:
+      h = norm(row, f'{layer}.pre_extra_mlp_layernorm')
+      extra.append(dense(f'{layer}.extra_mlp', h))
+    return y + np.array(extra)
+
+  return plain.logits(c, w, batch, feed_forward, theta=10_000.0, scale=1.0)
+
+
+@functools.cache
+def checkpoint(name):
+  """The config and the tensors of a case."""
+  config = BASE | CASES[name][0]
+  return config, plain.draw(shapes_of(config), seed=len(name))
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=() if name == FAST else pytest.mark.slow)
+    for name in CASES
+  ],
+)
+def test_logits_tokens_and_weights(name, tmp_path):
+  config, tensors = checkpoint(name)
+  drops = []
+  plain.check(
+    tmp_path,
+    config,
+    tensors,
+    functools.partial(compute, config, drops=drops),
+    CASES[name][1],
+    fast=name == FAST,
+  )
+  if config['router_capacity_factor_eval'] < 2:
+    assert sum(drops) > 2
+  assert read_json(tmp_path / 'ours' / 'config.json')['model_type'] == 'llama'
+
+
+@pytest.mark.slow
+def test_generation_drops_tokens_of_prompts(tmp_path):
+  # The last token of a prompt is read by itself; the others compete.
+  config, tensors = checkpoint(FAST)
+  plain.write(tmp_path / 'theirs', config, tensors)
+  _, model, variables = interop.load(tmp_path / 'theirs')
+  ids = np.random.default_rng(0).integers(0, V, (1, plain.T))
+  new = generation.generate(model, variables, ids[0], num_tokens=plain.N)
+  drops = []
+  for token in new.tokens[0]:
+    logits = compute(config, tensors, ids, plain.T - 1, drops)
+    assert token == logits[0, -1].argmax()
+    ids = np.append(ids, [[token]], axis=1)
+  assert drops[0] > 2
+
+
+def open_config(folder, config):
+  (folder / 'config.json').write_text(json.dumps(config))
+  return checkpoint_folder.open_checkpoint(folder)
+
+
+# The keys of the published config.json, with the sizes of OpenMoE-8B.
+PUBLISHED = dict(
+  architectures=['OpenMoeForCausalLM'],
+  auto_map={'AutoModelForCausalLM': 'modeling_openmoe.OpenMoeForCausalLM'},
+  attention_bias=False,
+  bos_token_id=0,
+  dropout_rate=0.0,
+  enable_comm_overlap=False,
+  enable_hierarchical_alltoall=False,
+  enable_kernel=False,
+  enable_load_balance=False,
+  eos_token_id=1,
+  expert_parallel=None,
+  head_dim=128,
+  hidden_act='swiglu',
+  hidden_size=2048,
+  initializer_range=0.02,
+  intermediate_size=8192,
+  label_smoothing=0.001,
+  layer_norm_epsilon=1e-06,
+  load_balance_beam_width=8,
+  load_balance_group_swap_factor=0.4,
+  load_balance_tolerance=0.1,
+  max_position_embeddings=2048,
+  mlp_gated=True,
+  model_type='llama',
+  moe_layer_interval=6,
+  num_attention_heads=24,
+  num_experts=32,
+  num_hidden_layers=24,
+  num_key_value_heads=24,
+  pad_token_id=0,
+  pretraining_tp=1,
+  rms_norm_eps=1e-06,
+  rope_scaling=None,
+  rope_theta=10000.0,
+  router_aux_loss_factor=0.01,
+  router_capacity_factor_eval=2.0,
+  router_capacity_factor_train=1.25,
+  router_drop_tks=True,
+  router_min_capacity=4,
+  router_noisy_policy=None,
+  router_topk=2,
+  router_z_loss_factor=0.0001,
+  tie_word_embeddings=False,
+  torch_dtype='float32',
+  transformers_version='4.34.0',
+  use_cache=True,
+  vocab_size=256384,
+  z_loss_factor=0.01,
+)
+
+
+def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
+  checkpoint = open_config(tmp_path, PUBLISHED)
+  imported = checkpoint.options
+  config = config_file.load_config('moe_jax:openmoe_8b')
+  ours = run_config.read(config).model
+  found = {
+    name
+    for name in difference(imported, ours)
+    if not name.startswith('moe.capacity.')
+  }
+  assert found == {'moe.group_size', 'moe.router.slot_priority'}
+  assert imported.moe.capacity == EvenSlots(2.0, 4)
+  assert imported.moe.capacity.keeps_in_generation(single=True)
+  router = imported.moe.router
+  assert (router.balance_weight, router.z_weight) == (0.02, 0.0001)
+  assert imported.moe.layer_reduce == ours.moe.layer_reduce
+  for key in ('capacity_factor_train=1.25', 'label_smoothing', 'z_loss_factor'):
+    assert any(key in note for note in checkpoint.notes), key
+  assert len(checkpoint.notes) == 3
+  # What is exported has the keys of the import, but for those that
+  # transformers has renamed.
+  written = saving.describe(
+    imported, checkpoint.architecture, checkpoint.config
+  )
+  renamed = {'rope_scaling', 'rope_theta', 'torch_dtype'}
+  kept = {k: v for k, v in PUBLISHED.items() if k not in renamed}
+  assert kept == {key: written[key] for key in kept}
+
+
+def test_llama_without_experts_is_no_openmoe(tmp_path):
+  with pytest.raises(ValueError, match=r"unknown model_type .* 'llama'"):
+    open_config(tmp_path, PUBLISHED | dict(architectures=['LlamaForCausalLM']))
+  # Older configs have no model_type.
+  older = {k: v for k, v in PUBLISHED.items() if k != 'model_type'}
+  assert open_config(tmp_path, older).architecture.model_type == 'openmoe'
+  named = PUBLISHED | dict(model_type='openmoe')
+  assert open_config(tmp_path, named).architecture.model_type == 'openmoe'
+
+
+def test_what_is_refused(tmp_path):
+  config = PUBLISHED | dict(
+    hidden_act='silu',
+    mlp_gated=False,
+    moe_layer_interval=25,
+    pretraining_tp=2,
+    router_drop_tks=False,
+    router_min_capacity=0,
+    router_topk=3,
+  )
+  with pytest.raises(ValueError, match='is not supported') as caught:
+    open_config(tmp_path, config)
+  _, *lines = str(caught.value).splitlines()
+  assert len(lines) == 7, lines
+  for words in (
+    "hidden_act='silu' is not supported, only ['swiglu']",
+    'mlp_gated=False is not supported, only True',
+    'moe_layer_interval=25 leaves no layer sparse of 24',
+    'pretraining_tp=2 is not supported, only 1',
+    'router_drop_tks=False is not supported, only True',
+    'router_min_capacity=0 is no integer of at least 1',
+    'router_topk=3 is not supported, only 1 or 2',
+  ):
+    assert words in str(caught.value)
+  for theta in (
+    dict(rope_theta=5e5),
+    dict(rope_parameters={'rope_theta': 5e5}),
+  ):
+    with pytest.raises(ValueError, match=r'rope_theta=500000\.0 is not s'):
+      open_config(tmp_path, PUBLISHED | dict(rope_theta=None) | theta)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(capacity=All()), 'its capacity is All, not EvenSlots'),
+    (dict(layers='0'), "'0' are not the last ones of any interval"),
+    (dict(extra_ffn=False), 'moe.extra_ffn: False, not True'),
+  ],
+)
+def test_other_models_are_not_written(change, message):
+  options = checkpoint_folder.from_config(BASE)
+  moe = dataclasses.replace(options.moe, **change)
+  other = dataclasses.replace(options, moe=moe)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    saving.describe(other, interop.ARCHITECTURES['openmoe'], {})
