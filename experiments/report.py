@@ -1,32 +1,36 @@
-"""Writes all studies' results on one page, `experiments/RESULTS.md`.
+"""Writes all studies' results on one page, as Markdown and as HTML.
 
     python -m experiments.report
 
 Copies `results/<study>/full/summary.json` of every study that has one, or that
-of its preset `long`, with its figure, to `experiments/results`, and writes the
-page from all summaries there; a study that was not run again keeps its earlier
-summary. The page refuses to mix corpora: studies of one task must have seen the
-same bytes. Not here: the text of one study's section (`study/results.py`).
+of its preset `long`, with its figure, to `experiments/results`, and writes
+`experiments/RESULTS.md` and `RESULTS.html` from all summaries there; a study
+that was not run again keeps its earlier summary. The page refuses to mix
+corpora: studies of one task must have seen the same bytes. Not here: the text
+of one study's section (`study/results.py`), and the page as HTML
+(`study/report_page.py`).
 """
 
+import importlib
+import importlib.util
 import json
 import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.study import report_page, verdicts
 from experiments.study import results as study_results
-from experiments.study import verdicts
+from experiments.study.parts import Figure
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
 
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
-PAGE = 'RESULTS.md'
+PAGE, HTML = 'RESULTS.md', 'RESULTS.html'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
-_ABOUT = """# Results
-
+_ABOUT = """\
 Published tables, run again at a size that two cores can train: made by
 `python -m experiments.report` from each study's full preset, or its long one.
 Models here are thousands of times smaller than the papers', so it is directions
@@ -103,11 +107,19 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
     for word in verdicts.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
-  parts = [_ABOUT, markdown_table(overview)]
+  parts = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
   for summary in summaries:
     picture = f'{KEPT}/{summary["name"]}.png'
     parts.append(study_results.text_of(summary, picture))
   return '\n'.join(parts)
+
+
+def figure_of(name: str) -> Figure | None:
+  """The description of a study's figure; None where its file is gone."""
+  module = f'experiments.{name}'
+  if importlib.util.find_spec(module) is None:
+    return None
+  return importlib.import_module(module).STUDY.figure
 
 
 def _anchor(title: str) -> str:
@@ -128,10 +140,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', default=str(HERE), help='folder of the page')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
-  text = page(read(output / KEPT, results))
+  summaries = read(output / KEPT, results)
+  texts = {
+    PAGE: page(summaries),
+    HTML: report_page.html(summaries, _ABOUT, figure_of),
+  }
   collect(results, output / KEPT)
-  (output / PAGE).write_text(text, encoding='utf-8')
-  print(f'written: {output / PAGE}')
+  for name, text in texts.items():
+    (output / name).write_text(text, encoding='utf-8')
+    print(f'written: {output / name}')
 
 
 if __name__ == '__main__':

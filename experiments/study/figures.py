@@ -1,24 +1,46 @@
 """Draws the figure of a study from its summary. Not here: its tables."""
 
 import pathlib
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from experiments.study import claims
 from experiments.study.parts import Figure
 from experiments.study.tables import Interval
 from moe_jax.analysis import plot_style
+
+# Where the paper has a row: below, above or beside what it is compared with.
+_SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
+_PAPER = "the paper's side of what a row is compared with (checked)"
+_LETTERS = 30  # of a row's name in a line
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   """Draws and writes a figure with a panel for each of the spec's columns.
 
   Where the spec has an x axis, rows are points of lines along it, and rows
-  without x are horizontal lines; else every row is one point.
+  without x are horizontal lines; else every row is one point. A grey triangle
+  is at the value with which a claim compares the row, and points to the side
+  where the paper has the row, if its numbers are checked.
   """
-  panels = [c for c in summary['columns'] if c['name'] in spec.columns]
+  figure = canvas(spec, summary, columns(spec, summary))
+  figure.suptitle(summary['title'], fontsize=10)
+  figure.savefig(path, dpi=110)
+
+
+def columns(spec: Figure, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The columns of a summary that have a panel."""
+  return [c for c in summary['columns'] if c['name'] in spec.columns]
+
+
+def canvas(
+  spec: Figure, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]
+) -> Canvas:
+  """A figure with a panel for each of these columns; see `draw`."""
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
   height = 3.6 + 0.2 * len(names) / len(panels)
@@ -34,20 +56,51 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
     else:
       _points(ax, rows, column['name'], labels=ax is axes[0])
       ax.set_xlabel(label)
-  if spec.x_label:
-    handle_of = {}
-    for ax in axes:
-      handles, labels = ax.get_legend_handles_labels()
-      handle_of |= dict(zip(labels, handles, strict=True))
+    _sides(ax, summary, rows, column['name'], along_x=bool(spec.x_label))
+  handle_of = {}
+  for ax in axes:
+    handles, labels = ax.get_legend_handles_labels()
+    handle_of |= dict(zip(labels, handles, strict=True))
+  if handle_of:
     figure.legend(
       handle_of.values(),
       handle_of,
       loc='outside lower center',
       fontsize=8,
+      frameon=False,
       ncols=3 if len(panels) > 1 else 2,
     )
-  figure.suptitle(summary['title'], fontsize=10)
-  figure.savefig(path, dpi=110)
+  return figure
+
+
+def _sides(ax, summary, rows, column: str, *, along_x: bool) -> None:
+  """Marks where the paper has the rows of checked claims about a column."""
+  number_of = {row['name']: i for i, row in enumerate(rows)}
+  mean_of = {
+    row['name']: interval.mean
+    for row in summary['rows']
+    if (interval := _shown(row, column)) is not None
+  }
+  for claim in summary['claims']:
+    published = claim['published']
+    if claim['column'] != column or claim['row'] not in number_of:
+      continue
+    if not published or not all(map(claims.is_checked, published)):
+      continue
+    value = claim['than']
+    value = mean_of.get(value) if isinstance(value, str) else value
+    if value is None:
+      continue
+    number = number_of[claim['row']]
+    x = rows[number]['x']
+    marker = _SIDES[claim['direction']][along_x]
+    style = dict(color='grey', linestyle='', markersize=6, label=_PAPER)
+    if not along_x:
+      ax.plot(value, number, marker, **style)
+    elif x is None:  # at the right end of its horizontal line
+      ax.plot(1, value, marker, transform=ax.get_yaxis_transform(), **style)
+    else:
+      ax.plot(x, value, marker, **style)
 
 
 def _shown(row, column) -> Interval | None:
@@ -101,6 +154,6 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
       # A row has one style in all panels.
       style = plot_style.series(i)
       ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
-  names = [row['name'] for row in rows] if labels else [''] * len(rows)
+  names = [textwrap.fill(row['name'], _LETTERS) * labels for row in rows]
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -133,36 +133,48 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     summary: Summary of the study.
     picture: Path of the figure, relative to the page.
   """
-  seeds = summary['seeds']
-  length = summary.get('length', f'{summary["steps"]:,} steps')
   lines = [
     f'## {summary["title"]}',
     '',
-    f'{summary["source"]}. `{_command(summary)}`: '
-    f'{summary["task"]} (sha256 '
-    f'{", ".join(digest[:12] for digest in summary["digests"])}), '
-    f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
-    f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
-    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
-    f'± is a 95 % confidence interval over seeds (Student).',
+    f'{summary["source"]}. `{command(summary)}`: {conditions(summary)}',
     '',
     results_table(summary),
     '',
     claims_table(summary),
   ]
-  if summary['times']:
-    times = [
-      f'{name} {step_time}' for name, step_time in summary['times'].items()
-    ]
-    said = f'Step times, medians and quartiles: {"; ".join(times)}.'
-    lines += ['', f'{said} {summary.get("timing", "")}'.rstrip()]
-  if summary['remarks']:
-    lines += ['', summary['remarks']]
+  for said in caveats(summary):
+    lines += ['', said]
   lines += ['', f'![{summary["title"]}]({picture})', '']
   return '\n'.join(lines)
 
 
-def _command(summary: Mapping[str, Any]) -> str:
+def conditions(summary: Mapping[str, Any]) -> str:
+  """What the runs trained on, for how long, where and when, in Markdown."""
+  seeds = summary['seeds']
+  length = summary.get('length', f'{summary["steps"]:,} steps')
+  return (
+    f'{summary["task"]} (sha256 '
+    f'{", ".join(digest[:12] for digest in summary["digests"])}), '
+    f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
+    f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
+    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
+    f'± is a 95 % confidence interval over seeds (Student).'
+  )
+
+
+def caveats(summary: Mapping[str, Any]) -> list[str]:
+  """The step times and the remarks, a paragraph each, in Markdown."""
+  said = []
+  if summary['times']:
+    times = [
+      f'{name} {step_time}' for name, step_time in summary['times'].items()
+    ]
+    listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
+    said.append(f'{listed} {summary.get("timing", "")}'.rstrip())
+  return said + [summary['remarks']] * bool(summary['remarks'])
+
+
+def command(summary: Mapping[str, Any]) -> str:
   """The command that reproduces the study."""
   arguments = summary.get('arguments', [])
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
@@ -175,6 +187,11 @@ def _overrides(summary: Mapping[str, Any]) -> str:
 
 def results_table(summary: Mapping[str, Any]) -> str:
   """The table of the study's numbers, in Markdown."""
+  return markdown_table(result_lines(summary))
+
+
+def result_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+  """The lines of the table of numbers, each with its cells by heading."""
   lines = []
   for row in summary['rows']:
     line = {'': row['name']}
@@ -183,7 +200,7 @@ def results_table(summary: Mapping[str, Any]) -> str:
       values = row['values'].get(column['name'], [])
       line[column['name'] + unit] = _cell(values, column['digits'])
     lines.append(line)
-  return markdown_table(lines)
+  return lines
 
 
 def _cell(values: Sequence[float], digits: int) -> str:
@@ -196,11 +213,19 @@ def _cell(values: Sequence[float], digits: int) -> str:
 
 def claims_table(summary: Mapping[str, Any]) -> str:
   """The table of claims in Markdown: published numbers, ours, verdicts."""
+  lines = claim_lines(summary)
+  for line in lines:
+    line['verdict'] = f'**{line["verdict"]}**'
+  return markdown_table(lines) if lines else ''
+
+
+def claim_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+  """The lines of the table of claims, each with its cells by heading."""
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
     spec = f'z.{digits[claim["column"]]}f'
-    difference = _interval(claim)
+    difference = interval_of(claim)
     measured = f'{difference:+{spec}}'
     if claim['difference'] is None:
       measured = 'not measured'
@@ -216,13 +241,14 @@ def claims_table(summary: Mapping[str, Any]) -> str:
         'here': f'{claim["column"]}, {claim["row"]} minus '
         f'{than}: {measured}{within}',
         'smallest that could be told': _width(difference.half_width, spec),
-        'verdict': f'**{claim["verdict"]}**',
+        'verdict': claim['verdict'],
       }
     )
-  return markdown_table(lines) if lines else ''
+  return lines
 
 
-def _interval(claim: Mapping[str, Any]) -> Interval:
+def interval_of(claim: Mapping[str, Any]) -> Interval:
+  """The difference of a claim in a summary; NaN where it is not measured."""
   mean, width = claim['difference'], claim['half_width']
   return Interval(
     float('nan') if mean is None else mean,
