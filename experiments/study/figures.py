@@ -24,16 +24,22 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   height = 3.6 + 0.2 * len(names) / len(panels)
   if not spec.x_label:
     height = 1.2 + 0.3 * len(rows)
-  figure = Canvas(figsize=(4.8 * len(panels), height), layout='constrained')
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  lines, across = grid(len(panels))
+  figure = Canvas(figsize=(4.8 * across, height * lines), layout='constrained')
+  axes = figure.subplots(lines, across, squeeze=False).flat
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
+  axes = axes[: len(panels)]
   for ax, column in zip(axes, panels, strict=True):
     label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
     if spec.x_label:
-      _lines(ax, spec, rows, column['name'], names)
+      _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      _points(ax, rows, column['name'], labels=ax is axes[0])
+      first = ax.get_subplotspec().is_first_col()
+      _points(ax, rows, column, labels=first)
       ax.set_xlabel(label)
+      ax.set_ylabel(spec.rows * first)
   if spec.x_label:
     handle_of = {}
     for ax in axes:
@@ -50,15 +56,28 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   figure.savefig(path, dpi=110)
 
 
+def grid(panels: int) -> tuple[int, int]:
+  """Lines and columns of panels: at most two stand side by side.
+
+  A strip of three or more would be shown so small that no text is readable.
+  """
+  across = min(panels, 2)
+  return -(-panels // across), across
+
+
 def _shown(row, column) -> Interval | None:
-  values = row['values'].get(column, [])
+  values = row['values'].get(column['name'], [])
   if not values or None in values:
     return None
   return Interval.of(values)
 
 
-def _bar(interval: Interval) -> float:
-  return interval.half_width if np.isfinite(interval.half_width) else 0.0
+def _bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+  """Lengths of an interval's bar below and above the mean, within bounds."""
+  if not np.isfinite(interval.half_width):
+    return 0.0, 0.0
+  low, high = interval.ends(column.get('bounds'))
+  return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
 def _names(rows) -> list[str]:
@@ -68,18 +87,18 @@ def _names(rows) -> list[str]:
   return list(dict.fromkeys(lines + levels))
 
 
-def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
+def _lines(ax, spec, rows, column, names: list[str]) -> None:
   shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, _bar(interval))
+      (row['x'], interval.mean, _bar(interval, column))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
     xs, means, bars = zip(*points, strict=True)
     style = plot_style.series(names.index(line))
-    ax.errorbar(xs, means, bars, **style, capsize=3, label=line)
+    ax.errorbar(xs, means, np.transpose(bars), **style, capsize=3, label=line)
   for row, interval in shown:
     if row['x'] is None:
       style = plot_style.series(names.index(row['name']))
@@ -94,13 +113,14 @@ def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
   ax.set_xlabel(spec.x_label)
 
 
-def _points(ax, rows, column: str, *, labels: bool) -> None:
+def _points(ax, rows, column, *, labels: bool) -> None:
   for i, row in enumerate(rows):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
+      bar = np.transpose([_bar(interval, column)])
+      ax.errorbar(interval.mean, i, xerr=bar, **style, capsize=3)
   names = [row['name'] for row in rows] if labels else [''] * len(rows)
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top
