@@ -46,17 +46,23 @@ def canvas(
   height = 3.6 + 0.2 * len(names) / len(panels)
   if not spec.x_label:
     height = 1.2 + 0.3 * len(rows)
-  figure = Canvas(figsize=(4.8 * len(panels), height), layout='constrained')
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  lines, across = grid(len(panels))
+  figure = Canvas(figsize=(4.8 * across, height * lines), layout='constrained')
+  axes = figure.subplots(lines, across, squeeze=False).flat
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
+  axes = axes[: len(panels)]
   for ax, column in zip(axes, panels, strict=True):
     label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
     if spec.x_label:
-      _lines(ax, spec, rows, column['name'], names)
+      _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      _points(ax, rows, column['name'], labels=ax is axes[0])
+      first = ax.get_subplotspec().is_first_col()
+      _points(ax, rows, column, labels=first)
       ax.set_xlabel(label)
-    _sides(ax, summary, rows, column['name'], along_x=bool(spec.x_label))
+      ax.set_ylabel(spec.rows * first)
+    _sides(ax, summary, rows, column, along_x=bool(spec.x_label))
   handle_of = {}
   for ax in axes:
     handles, labels = ax.get_legend_handles_labels()
@@ -68,12 +74,12 @@ def canvas(
       loc='outside lower center',
       fontsize=8,
       frameon=False,
-      ncols=3 if len(panels) > 1 else 2,
+      ncols=3 if len(panels) > 1 else 1,
     )
   return figure
 
 
-def _sides(ax, summary, rows, column: str, *, along_x: bool) -> None:
+def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
   """Marks where the paper has the rows of checked claims about a column."""
   number_of = {row['name']: i for i, row in enumerate(rows)}
   mean_of = {
@@ -83,7 +89,7 @@ def _sides(ax, summary, rows, column: str, *, along_x: bool) -> None:
   }
   for claim in summary['claims']:
     published = claim['published']
-    if claim['column'] != column or claim['row'] not in number_of:
+    if claim['column'] != column['name'] or claim['row'] not in number_of:
       continue
     if not published or not all(map(claims.is_checked, published)):
       continue
@@ -103,15 +109,28 @@ def _sides(ax, summary, rows, column: str, *, along_x: bool) -> None:
       ax.plot(x, value, marker, **style)
 
 
+def grid(panels: int) -> tuple[int, int]:
+  """Lines and columns of panels: at most two stand side by side.
+
+  A strip of three or more would be shown so small that no text is readable.
+  """
+  across = min(panels, 2)
+  return -(-panels // across), across
+
+
 def _shown(row, column) -> Interval | None:
-  values = row['values'].get(column, [])
+  values = row['values'].get(column['name'], [])
   if not values or None in values:
     return None
   return Interval.of(values)
 
 
-def _bar(interval: Interval) -> float:
-  return interval.half_width if np.isfinite(interval.half_width) else 0.0
+def _bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+  """Lengths of an interval's bar below and above the mean, within bounds."""
+  if not np.isfinite(interval.half_width):
+    return 0.0, 0.0
+  low, high = interval.ends(column.get('bounds'))
+  return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
 def _names(rows) -> list[str]:
@@ -121,18 +140,18 @@ def _names(rows) -> list[str]:
   return list(dict.fromkeys(lines + levels))
 
 
-def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
+def _lines(ax, spec, rows, column, names: list[str]) -> None:
   shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, _bar(interval))
+      (row['x'], interval.mean, _bar(interval, column))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
     xs, means, bars = zip(*points, strict=True)
     style = plot_style.series(names.index(line))
-    ax.errorbar(xs, means, bars, **style, capsize=3, label=line)
+    ax.errorbar(xs, means, np.transpose(bars), **style, capsize=3, label=line)
   for row, interval in shown:
     if row['x'] is None:
       style = plot_style.series(names.index(row['name']))
@@ -147,13 +166,14 @@ def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
   ax.set_xlabel(spec.x_label)
 
 
-def _points(ax, rows, column: str, *, labels: bool) -> None:
+def _points(ax, rows, column, *, labels: bool) -> None:
   for i, row in enumerate(rows):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
+      bar = np.transpose([_bar(interval, column)])
+      ax.errorbar(interval.mean, i, xerr=bar, **style, capsize=3)
   names = [textwrap.fill(row['name'], _LETTERS) * labels for row in rows]
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -5,26 +5,26 @@ on one page (`experiments/report.py`).
 """
 
 import csv
-import dataclasses
 import json
 import pathlib
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from experiments.study import claims, figures
+from experiments.study import figures, judging, stored
 from experiments.study import times as times_lib
-from experiments.study.parts import Figure, Preset, Results, Row
+from experiments.study.parts import Figure, Preset, Results, Revision, Row
 from experiments.study.study import Study
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
-from experiments.study.verdicts import Verdict, verdict
 from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
+OLDER = '†'  # the mark of cells that are older than the study
 
 
 def summary_of(
@@ -35,6 +35,7 @@ def summary_of(
   results: Results,
   times: Mapping[str, StepTime],
   arguments: Sequence[str] = (),
+  configs: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """The summary of a study, as JSON can hold it; `report` reads it.
 
@@ -48,14 +49,9 @@ def summary_of(
     results: Results of all runs, by arm.
     times: Ratios of step times to those of a group's first arm, by arm.
     arguments: Arguments of the command that reproduces the table.
+    configs: Digests of the configs, see `Study.digests`.
   """
   runs = [run for arm in results.values() for run in arm]
-  claimed = study.claims
-  if not task.comparable:
-    claimed = [dataclasses.replace(claim, published=()) for claim in claimed]
-  if preset.without:
-    there = {row.name for row in rows}
-    claimed = [claim for claim in claimed if claim.rows() <= there]
   remarks = study.remarks
   return {
     'name': study.name,
@@ -71,59 +67,28 @@ def summary_of(
     **_facts([run['made'] for run in runs]),
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
-    'columns': [
-      {'name': c.name, 'unit': c.unit, 'digits': c.digits}
-      for c in study.columns
-    ],
-    'rows': [_row(row) for row in rows],
-    'claims': [_described(verdict(claim, rows)) for claim in claimed],
+    'configs': dict(configs),
+    'columns': judging.described_columns(study.columns),
+    'rows': [judging.described_row(row) for row in rows],
+    'claims': judging.judged(study, preset, task, rows),
+    'written': study.written,
     'remarks': remarks if isinstance(remarks, str) else remarks(results),
   }
 
 
 def _facts(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Device, date and jax version of the runs, and their minutes in total."""
+  """Device, date, jax version and code of runs, and their minutes in total."""
   return {
     'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in provenances}),
     'date': _all({m['date'][:10] for m in provenances}),
     'jax': _all({m['jax'] for m in provenances}),
     'minutes': round(sum(m['minutes'] for m in provenances), 1),
-  }
-
-
-def _row(row: Row) -> dict[str, Any]:
-  return {
-    'name': row.name,
-    'line': row.line,
-    'x': row.x,
-    'values': {k: _plain(v) for k, v in row.values.items()},
+    'code': sorted({m['code'] for m in provenances if 'code' in m}),
   }
 
 
 def _all(names: Collection[str]) -> str:
   return ' and '.join(sorted(names))
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-  """The values for JSON, which has no NaN: None stands for it."""
-  return [float(v) if np.isfinite(v) else None for v in values]
-
-
-def _described(decided: Verdict) -> dict[str, Any]:
-  claim = decided.claim
-  return {
-    'text': claim.text,
-    'column': claim.column,
-    'row': claim.row,
-    'than': claim.than,
-    'direction': claim.direction,
-    'within': claim.within,
-    'published': [claims.find(a).cite() for a in claim.published],
-    'difference': _plain([decided.difference.mean])[0],
-    'half_width': _plain([decided.difference.half_width])[0],
-    'verdict': decided.word,
-    'note': claim.note,
-  }
 
 
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
@@ -138,6 +103,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     '',
     f'{summary["source"]}. `{command(summary)}`: {conditions(summary)}',
     '',
+    *aged(summary),
     results_table(summary),
     '',
     claims_table(summary),
@@ -158,7 +124,7 @@ def conditions(summary: Mapping[str, Any]) -> str:
     f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
     f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
     f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
-    f'± is a 95 % confidence interval over seeds (Student).'
+    f'± is a 95 % confidence interval over seeds (Student).{_written(summary)}'
   )
 
 
@@ -176,8 +142,31 @@ def caveats(summary: Mapping[str, Any]) -> list[str]:
 
 def command(summary: Mapping[str, Any]) -> str:
   """The command that reproduces the study."""
-  arguments = summary.get('arguments', [])
+  arguments = stored.arguments_of(summary)
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
+
+
+def _written(summary: Mapping[str, Any]) -> str:
+  """A sentence on when the claims were written, or ''."""
+  date = summary.get('written')
+  return f' Claims were written on {date}, before these runs.' if date else ''
+
+
+def aged(summary: Mapping[str, Any]) -> list[str]:
+  """Paragraphs on what a stored result is older than, each with a blank line.
+
+  Cells that are concerned have the mark `OLDER` in the table.
+  """
+  paragraphs = list(summary.get('marks', []))
+  for revision in summary.get('outdated', []):
+    since = f'of {revision["date"]}' * bool(revision['date'])
+    paragraphs.append(
+      f'{OLDER} These results are older than the study {since}: '
+      f'{revision["what"]} Verdicts that rest on them are withheld until '
+      f'`{command(summary)}` has run again, about '
+      f'{summary["minutes"] / 2:.0f} minutes on two cores.'
+    )
+  return [line for paragraph in paragraphs for line in (paragraph, '')]
 
 
 def _overrides(summary: Mapping[str, Any]) -> str:
@@ -198,24 +187,31 @@ def result_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     for column in summary['columns']:
       unit = f' ({column["unit"]})' if column['unit'] else ''
       values = row['values'].get(column['name'], [])
-      line[column['name'] + unit] = _cell(values, column['digits'])
+      cell = _cell(values, column)
+      is_old = any(
+        Revision(**revision).concerns(row['name'], column['name'])
+        for revision in summary.get('outdated', [])
+      )
+      line[column['name'] + unit] = cell + f' {OLDER}' * (is_old and cell != '')
     lines.append(line)
   return lines
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
+def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
+  """A mean with its interval; both of its ends where it would pass a bound."""
+  digits = column['digits']
   if not values or None in values:
     return ''
   if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
     return f'{values[0]:z.{digits}f}'
-  return f'{Interval.of(values):z.{digits}f}'
+  return Interval.of(values).text(f'z.{digits}f', column.get('bounds'))
 
 
 def claims_table(summary: Mapping[str, Any]) -> str:
   """The table of claims in Markdown: published numbers, ours, verdicts."""
   lines = claim_lines(summary)
-  for line in lines:
-    line['verdict'] = f'**{line["verdict"]}**'
+  for line, claim in zip(lines, summary['claims'], strict=True):
+    line['verdict'] = f'**{claim["verdict"]}**{_reason(claim)}'
   return markdown_table(lines) if lines else ''
 
 
@@ -241,10 +237,15 @@ def claim_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         'here': f'{claim["column"]}, {claim["row"]} minus '
         f'{than}: {measured}{within}',
         'smallest that could be told': _width(difference.half_width, spec),
-        'verdict': claim['verdict'],
+        'verdict': claim['verdict'] + _reason(claim),
       }
     )
   return lines
+
+
+def _reason(claim: Mapping[str, Any]) -> str:
+  """The reason of a verdict that is withheld, after a colon, or ''."""
+  return f': {claim["reason"]}' if claim.get('reason') else ''
 
 
 def interval_of(claim: Mapping[str, Any]) -> Interval:
