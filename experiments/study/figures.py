@@ -15,7 +15,7 @@ from moe_jax.analysis import plot_style
 
 # Where the paper has a row: below, above or beside what it is compared with.
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
-_PAPER = "the paper's side of what a row is compared with (checked)"
+PAPER = 'side on which the paper has a row (checked)'
 _LETTERS = 30  # of a row's name in a line
 
 
@@ -100,7 +100,7 @@ def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
     number = number_of[claim['row']]
     x = rows[number]['x']
     marker = _SIDES[claim['direction']][along_x]
-    style = dict(color='grey', linestyle='', markersize=6, label=_PAPER)
+    style = dict(color='grey', linestyle='', markersize=6, label=PAPER)
     if not along_x:
       ax.plot(value, number, marker, **style)
     elif x is None:  # at the right end of its horizontal line

@@ -67,9 +67,10 @@ question of our own.</p>
 <p class="answer">{{ one.answer }}</p>
 {% if one.panels %}<figure><div class="panels">
 {% for panel in one.panels %}{{ panel }}{% endfor %}</div>
-<figcaption>Means over seeds with their 95 % intervals. A grey triangle stands
-at the value with which a checked claim compares a row, and points to the side
-where the paper has that row; a diamond says that the paper has no difference.
+<figcaption>Means over seeds with their 95 % intervals.
+{% if one.has_paper %}A grey triangle stands at the value with which a checked
+claim compares a row, and points to the side where the paper has that row; a
+diamond says that the paper has no difference.{% endif %}
 </figcaption></figure>{% endif %}
 
 <h3>Numbers</h3>
@@ -191,13 +192,15 @@ def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
   """The parts of a study's section."""
   name = summary['name']
   told = study_results.claim_lines(summary)
+  panels = _panels(summary, spec) if spec else []
   prose = ['claim', 'published', 'here', 'verdict']
   return {
     'name': name,
     'title': summary['title'],
     'source': summary['source'],
     'answer': answer(summary),
-    'panels': _panels(summary, spec) if spec else [],
+    'panels': panels,
+    'has_paper': any(figures.PAPER in panel for panel in panels),
     'rows': pages.table(name, study_results.result_lines(summary), ['']),
     'claims': pages.table(name, told, prose) if told else None,
     'caveats': [pages.code(said) for said in study_results.caveats(summary)],
