@@ -44,6 +44,8 @@ from matplotlib.figure import Figure as Canvas
 from experiments.study import byte_models, command, domains, token_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
+  ANY,
+  SHARE,
   Arm,
   Claim,
   Column,
@@ -106,8 +108,11 @@ def columns() -> list[Column]:
 
 
 def percent(name: str, key: str) -> Column:
-  """A column of shares that were measured."""
-  return Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x)
+  """A column of shares that were measured; agreement has no sign."""
+  bounds = SHARE if key.startswith('agreement') else ANY
+  return Column(
+    name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=bounds
+  )
 
 
 def agreement(share: int) -> str:

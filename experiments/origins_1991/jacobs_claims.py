@@ -3,7 +3,7 @@
 Not here: how the systems are run (`experiments/jacobs_table1.py`).
 """
 
-from experiments.study.parts import Claim, Column
+from experiments.study.parts import SHARE, Claim, Column
 
 LOSSES = ('cooperative', 'gated', 'competitive')
 SHARED = ', shared rate'
@@ -25,14 +25,14 @@ COLUMNS = (
   Column('epochs', 'epochs', digits=0),
   Column('SD of epochs', digits=0),
   Column('epochs over BP, 6 hidden', digits=2),
-  Column('reached', 'reached', '%', 0),
-  Column('train', 'train', '%', 1),
-  Column('test', 'test', '%', 1),
+  Column('reached', 'reached', '%', 0, bounds=SHARE),
+  Column('train', 'train', '%', 1, bounds=SHARE),
+  Column('test', 'test', '%', 1, bounds=SHARE),
   Column('experts in use', 'experts in use', digits=2),
   Column('experts ever heard', 'experts ever heard', digits=2),
   Column('gate entropy', 'gate entropy', 'nats', 3),
   Column('I(expert; case)', 'I(expert; case)', 'nats', 3),
-  Column('alone', 'alone', '%', 1),
+  Column('alone', 'alone', '%', 1, bounds=SHARE),
 )
 _TABLE, _SPEED = 'jacobs1991/table1', 'jacobs1991/speed'
 
