@@ -79,7 +79,7 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 @functools.cache
-def _balance(model: Model):
+def balance(model: Model):
   """A compiled function of variables, a batch, a key, and whether it trains.
 
   It returns four numbers of each layer, [4, L]: CV(Importance), CV(Load), the
@@ -120,7 +120,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   batches = run.batches(0)
   for i in range(_BATCHES):
     batch, key = next(batches), jax.random.key(i)
-    of = functools.partial(_balance(run.model), state.variables, batch, key)
+    of = functools.partial(balance(run.model), state.variables, batch, key)
     noisy.append(of(train=True))
     quiet.append(of(train=False)[3])
   importance, load, largest, _ = np.mean(noisy, axis=(0, 2))

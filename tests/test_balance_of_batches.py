@@ -30,7 +30,7 @@ def test_importance_and_loads_are_of_one_batch():
   variables = {'params': tiny.params_of(model)}
   key = jax.random.key(3)
   numbers = np.asarray(
-    shazeer_table6._balance(model)(variables, batch, key, True)
+    shazeer_table6.balance(model)(variables, batch, key, True)
   )
   (_, aux), kept = model.apply(
     variables,

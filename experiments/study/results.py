@@ -195,7 +195,7 @@ def claims_table(summary: Mapping[str, Any]) -> str:
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
-    spec = f'z.{digits[claim["column"]]}f'
+    spec = f'z.{digits.get(claim["column"], 2)}f'
     difference = _interval(claim)
     measured = f'{difference:+{spec}}'
     if claim['difference'] is None:
