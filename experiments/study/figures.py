@@ -21,12 +21,23 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   panels = [c for c in summary['columns'] if c['name'] in spec.columns]
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
-  height = 3.6 + 0.2 * len(names) / len(panels)
-  if not spec.x_label:
-    height = 1.2 + 0.3 * len(rows)
   lines, across = grid(len(panels))
-  figure = Canvas(figsize=(4.8 * across, height * lines), layout='constrained')
-  axes = figure.subplots(lines, across, squeeze=False).flat
+  # The rows beside the panels of a line, those that any of them has numbers of.
+  beside = [
+    {
+      i: row
+      for i, row in enumerate(rows)
+      if any(_shown(row, c) for c in panels[line * across :][:across])
+    }
+    for line in range(lines)
+  ]
+  heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
+  if not spec.x_label:
+    heights = [1.2 + 0.3 * len(shown) for shown in beside]
+  figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
+  axes = figure.subplots(
+    lines, across, squeeze=False, height_ratios=heights
+  ).flat
   for ax in axes[len(panels) :]:
     ax.set_axis_off()
   axes = axes[: len(panels)]
@@ -36,8 +47,9 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
       _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      first = ax.get_subplotspec().is_first_col()
-      _points(ax, rows, column, labels=first)
+      place = ax.get_subplotspec()
+      first, shown = place.is_first_col(), beside[place.rowspan.start]
+      _points(ax, shown, column, labels=first)
       ax.set_xlabel(label)
       ax.set_ylabel(spec.rows * first)
   if spec.x_label:
@@ -52,7 +64,9 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
       fontsize=8,
       ncols=3 if len(panels) > 1 else 2,
     )
-  figure.suptitle(summary['title'], fontsize=10)
+  older = '\n(in part older than the study: see the text)'
+  title = summary['title'] + older * bool(summary.get('outdated'))
+  figure.suptitle(title, fontsize=10)
   figure.savefig(path, dpi=110)
 
 
@@ -72,7 +86,7 @@ def _shown(row, column) -> Interval | None:
   return Interval.of(values)
 
 
-def _bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+def bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
   """Lengths of an interval's bar below and above the mean, within bounds."""
   if not np.isfinite(interval.half_width):
     return 0.0, 0.0
@@ -92,7 +106,7 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, _bar(interval, column))
+      (row['x'], interval.mean, bar(interval, column))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
@@ -114,13 +128,13 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:
-  for i, row in enumerate(rows):
+  for place, (i, row) in enumerate(rows.items()):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      bar = np.transpose([_bar(interval, column)])
-      ax.errorbar(interval.mean, i, xerr=bar, **style, capsize=3)
-  names = [row['name'] for row in rows] if labels else [''] * len(rows)
+      xerr = np.transpose([bar(interval, column)])
+      ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
+  names = [row['name'] * labels for row in rows.values()]
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top
