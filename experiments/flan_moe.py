@@ -326,6 +326,7 @@ STUDY = Study(
     ),
   ],
   remarks=at_floor,
+  written='2026-11-27',
   figure=Figure(
     ['instructed', 'zero-shot', 'fine-tuned'], without=[f'*{MORE}']
   ),

@@ -5,10 +5,10 @@
 Copies `results/<study>/full/summary.json` of every study that has one, or that
 of its preset `long`, with its figure, to `experiments/results`, and writes
 `experiments/RESULTS.md` and `RESULTS.html` from all summaries there; a study
-that was not run again keeps its earlier summary. The page refuses to mix
-corpora: studies of one task must have seen the same bytes. Not here: the text
-of one study's section (`study/results.py`), and the page as HTML
-(`study/report_page.py`).
+that was not run again keeps its earlier summary. Claims are judged as the study
+has them today, and figures drawn. The page refuses to mix corpora: studies of
+one task must have seen the same bytes. Not here: the text of one study's
+section (`study/results.py`), and the page as HTML (`study/report_page.py`).
 """
 
 import importlib
@@ -19,9 +19,10 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.study import report_page, verdicts
+from experiments.study import figures, report_page, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.parts import Figure
+from experiments.study.study import Study
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
 
@@ -40,9 +41,11 @@ it is "opposite" or "not resolved", with the smallest difference that the seeds
 could have told beside it. Questions of our own, which no paper has a number
 for, are "shown" or "refuted". Intervals are of single comparisons: of twenty
 true nulls one would be resolved by chance. Values marked as of a secondary
-source were not read in the paper, and unverified ones are not shown. Each study
-stands with the command that made it, and with its device and date: the code has
-changed since.
+source were not read in the paper, and unverified ones are not shown. A verdict
+is withheld, with the reason, where fewer than three seeds were run or a run was
+a trial, and where the study has revised a row or a column since its result was
+stored: such cells have a †. Each study stands with the command that made it,
+and with its device and date: the code has changed since.
 """
 
 
@@ -79,7 +82,7 @@ def read(
   paths = {path.stem: path for path in kept.glob('*.json')}
   paths |= summaries_of(results) if results else {}
   summaries = [
-    json.loads(path.read_text(encoding='utf-8'))
+    today(json.loads(path.read_text(encoding='utf-8')))
     for _, path in sorted(paths.items())
   ]
   if not summaries:
@@ -96,6 +99,28 @@ def read(
     if len(by_digests) > 1:
       raise ValueError(f'studies of {task!r} saw different data: {by_digests}')
   return summaries
+
+
+def find_study(name: str) -> Study | None:
+  """The study of a stored summary; None where it no longer exists."""
+  module = f'experiments.{name}'
+  if importlib.util.find_spec(module) is None:
+    return None
+  return importlib.import_module(module).STUDY
+
+
+def today(summary: dict[str, Any]) -> dict[str, Any]:
+  """A summary as its study judges it today; see `stored.judged_again`."""
+  study = find_study(summary['name'])
+  return summary if study is None else stored.judged_again(summary, study)
+
+
+def redraw(summaries: Sequence[dict[str, Any]], kept: pathlib.Path) -> None:
+  """Draws the figures anew, but for those that a study draws from its runs."""
+  for summary in summaries:
+    study = find_study(summary['name'])
+    if study is not None and not study.figure.own:
+      figures.draw(study.figure, summary, kept / f'{summary["name"]}.png')
 
 
 def page(summaries: Sequence[dict[str, Any]]) -> str:
@@ -116,10 +141,8 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
 
 def figure_of(name: str) -> Figure | None:
   """The description of a study's figure; None where its file is gone."""
-  module = f'experiments.{name}'
-  if importlib.util.find_spec(module) is None:
-    return None
-  return importlib.import_module(module).STUDY.figure
+  study = find_study(name)
+  return None if study is None else study.figure
 
 
 def _anchor(title: str) -> str:
@@ -146,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     HTML: report_page.html(summaries, _ABOUT, figure_of),
   }
   collect(results, output / KEPT)
+  redraw(summaries, output / KEPT)
   for name, text in texts.items():
     (output / name).write_text(text, encoding='utf-8')
     print(f'written: {output / name}')

@@ -196,6 +196,7 @@ STUDY = Study(
   'the choices of experts is dropped in training and hardly any in evaluation, '
   'which the dense twin has nothing like. Of 2,000 facts, on which there is no '
   'claim, the sparse model knows less.',
+  written='2026-11-27',
   figure=Figure(
     ['loss', 'gap'],
     'number of examples',

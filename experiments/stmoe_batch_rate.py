@@ -175,6 +175,7 @@ STUDY = Study(
     ),
   ],
   remarks=best_cells,
+  written='2026-11-27',
   figure=Figure(
     ['loss'],
     'learning rate',

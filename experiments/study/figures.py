@@ -28,7 +28,9 @@ def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   where the paper has the row, if its numbers are checked.
   """
   figure = canvas(spec, summary, columns(spec, summary))
-  figure.suptitle(summary['title'], fontsize=10)
+  older = '\n(in part older than the study: see the text)'
+  title = summary['title'] + older * bool(summary.get('outdated'))
+  figure.suptitle(title, fontsize=10)
   figure.savefig(path, dpi=110)
 
 
@@ -43,26 +45,40 @@ def canvas(
   """A figure with a panel for each of these columns; see `draw`."""
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
-  height = 3.6 + 0.2 * len(names) / len(panels)
-  if not spec.x_label:
-    height = 1.2 + 0.3 * len(rows)
   lines, across = grid(len(panels))
-  figure = Canvas(figsize=(4.8 * across, height * lines), layout='constrained')
-  axes = figure.subplots(lines, across, squeeze=False).flat
+  # The rows beside the panels of a line, those that any of them has numbers of.
+  beside = [
+    {
+      i: row
+      for i, row in enumerate(rows)
+      if any(_shown(row, c) for c in panels[line * across :][:across])
+    }
+    for line in range(lines)
+  ]
+  heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
+  if not spec.x_label:
+    heights = [1.2 + 0.3 * len(shown) for shown in beside]
+  figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
+  axes = figure.subplots(
+    lines, across, squeeze=False, height_ratios=heights
+  ).flat
   for ax in axes[len(panels) :]:
     ax.set_axis_off()
   axes = axes[: len(panels)]
   for ax, column in zip(axes, panels, strict=True):
     label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
+    drawn = rows
     if spec.x_label:
       _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      first = ax.get_subplotspec().is_first_col()
-      _points(ax, rows, column, labels=first)
+      place = ax.get_subplotspec()
+      first, shown = place.is_first_col(), beside[place.rowspan.start]
+      _points(ax, shown, column, labels=first)
+      drawn = list(shown.values())
       ax.set_xlabel(label)
       ax.set_ylabel(spec.rows * first)
-    _sides(ax, summary, rows, column, along_x=bool(spec.x_label))
+    _sides(ax, summary, drawn, column, along_x=bool(spec.x_label))
   handle_of = {}
   for ax in axes:
     handles, labels = ax.get_legend_handles_labels()
@@ -125,7 +141,7 @@ def _shown(row, column) -> Interval | None:
   return Interval.of(values)
 
 
-def _bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+def bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
   """Lengths of an interval's bar below and above the mean, within bounds."""
   if not np.isfinite(interval.half_width):
     return 0.0, 0.0
@@ -145,7 +161,7 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, _bar(interval, column))
+      (row['x'], interval.mean, bar(interval, column))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
@@ -167,13 +183,15 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:
-  for i, row in enumerate(rows):
+  for place, (i, row) in enumerate(rows.items()):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      bar = np.transpose([_bar(interval, column)])
-      ax.errorbar(interval.mean, i, xerr=bar, **style, capsize=3)
-  names = [textwrap.fill(row['name'], _LETTERS) * labels for row in rows]
+      xerr = np.transpose([bar(interval, column)])
+      ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
+  names = [
+    textwrap.fill(row['name'], _LETTERS) * labels for row in rows.values()
+  ]
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

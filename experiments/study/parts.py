@@ -256,6 +256,7 @@ class Figure:
       `*` stands for any text.
     rows: Meaning of the rows' names, which stands beside them; '' where names
       speak for themselves.
+    own: Whether `Study.pictures` draws the figure itself, from the runs.
   """
 
   columns: Sequence[str]
@@ -263,6 +264,7 @@ class Figure:
   log_x: bool = False
   without: Sequence[str] = ()
   rows: str = ''
+  own: bool = False
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""

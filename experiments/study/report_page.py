@@ -21,6 +21,7 @@ MARKS = {
   verdicts.SHOWN: ('✓', 'ours yes'),
   verdicts.REFUTED: ('✗', 'ours no'),
   verdicts.UNRESOLVED: ('?', 'open'),
+  verdicts.WITHHELD: ('-', 'open'),
 }
 _HELD = (verdicts.REPRODUCED, verdicts.SHOWN)
 _LISTED = 2  # claims of a kind that an answer quotes
@@ -141,6 +142,7 @@ def answer(summary: Summary) -> str:
   for words, kinds in (
     ('The opposite is so of', (verdicts.OPPOSITE, verdicts.REFUTED)),
     ('not resolved is', (verdicts.UNRESOLVED,)),
+    ('withheld is the verdict on', (verdicts.WITHHELD,)),
   ):
     texts = [c['text'] for c in told if c['verdict'] in kinds]
     if texts:
@@ -156,7 +158,7 @@ def _is_published(claim: Mapping[str, Any]) -> bool:
 
 def _measured(claim: Mapping[str, Any], summary: Summary) -> str:
   """A claim in quotes with its measured difference."""
-  column = next(c for c in summary['columns'] if c['name'] == claim['column'])
+  column = {c['name']: c for c in summary['columns']}[claim['column']]
   interval = study_results.interval_of(claim)
   side = 'higher' if interval.mean > 0 else 'lower'
   size = study_results.Interval(abs(interval.mean), interval.half_width)
@@ -203,7 +205,11 @@ def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
     'has_paper': any(figures.PAPER in panel for panel in panels),
     'rows': pages.table(name, study_results.result_lines(summary), ['']),
     'claims': pages.table(name, told, prose) if told else None,
-    'caveats': [pages.code(said) for said in study_results.caveats(summary)],
+    'caveats': [
+      pages.code(said)
+      for said in study_results.aged(summary) + study_results.caveats(summary)
+      if said
+    ],
     'conditions': pages.code(study_results.conditions(summary)),
     'command': study_results.command(summary),
   }

@@ -220,7 +220,7 @@ def claim_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
   digits = {c['name']: c['digits'] for c in summary['columns']}
   lines = []
   for claim in summary['claims']:
-    spec = f'z.{digits[claim["column"]]}f'
+    spec = f'z.{digits.get(claim["column"], 2)}f'
     difference = interval_of(claim)
     measured = f'{difference:+{spec}}'
     if claim['difference'] is None:

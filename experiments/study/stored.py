@@ -43,7 +43,7 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
   ran = dataclasses.replace(preset, steps=summary['steps'])
   task = _task(summary, study)
   columns, renamed = _columns(summary, study)
-  rows = [_row(row, renamed) for row in summary['rows']]
+  rows = [row_of(row, renamed) for row in summary['rows']]
   outdated = _outdated(summary, study)
   weak = judging.underpowered(study, ran)
   return {
@@ -101,7 +101,8 @@ def _columns(
   return columns, renamed
 
 
-def _row(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
+def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
+  """A stored row, with the names that its columns have today."""
   values = {
     renamed.get(name, name): [np.nan if v is None else v for v in numbers]
     for name, numbers in stored['values'].items()
