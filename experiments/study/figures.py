@@ -16,7 +16,7 @@ from moe_jax.analysis import plot_style
 # Where the paper has a row: below, above or beside what it is compared with.
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
 PAPER = 'side on which the paper has a row (checked)'
-_LETTERS = 30  # of a row's name in a line
+_LETTERS = 34  # in a line of a label
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -46,18 +46,12 @@ def canvas(
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
   lines, across = grid(len(panels))
-  # The rows beside the panels of a line, those that any of them has numbers of.
   beside = [
-    {
-      i: row
-      for i, row in enumerate(rows)
-      if any(_shown(row, c) for c in panels[line * across :][:across])
-    }
-    for line in range(lines)
+    _beside(rows, panels[line * across :][:across]) for line in range(lines)
   ]
   heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
-    heights = [1.2 + 0.3 * len(shown) for shown in beside]
+    heights = [1.2 + _spacing(shown) * len(shown) for shown in beside]
   figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
   axes = figure.subplots(
     lines, across, squeeze=False, height_ratios=heights
@@ -77,8 +71,33 @@ def canvas(
       _points(ax, shown, column, labels=first)
       drawn = list(shown.values())
       ax.set_xlabel(label)
-      ax.set_ylabel(spec.rows * first)
+      ax.set_ylabel(textwrap.fill(spec.rows, _LETTERS) * first)
     _sides(ax, summary, drawn, column, along_x=bool(spec.x_label))
+  _legend(figure, axes, columns=3 if len(panels) > 1 else 1)
+  return figure
+
+
+def _beside(rows, panels) -> dict[int, Mapping[str, Any]]:
+  """The rows, by number, that any of the panels of a line has numbers of."""
+  return {
+    i: row
+    for i, row in enumerate(rows)
+    if any(_shown(row, column) for column in panels)
+  }
+
+
+def _label(row: Mapping[str, Any]) -> str:
+  return textwrap.fill(row['name'], _LETTERS)
+
+
+def _spacing(rows: Mapping[int, Mapping[str, Any]]) -> float:
+  """Inches between rows, whose names may take several lines."""
+  names = [_label(row) for row in rows.values()]
+  return 0.16 + 0.14 * max((1 + name.count('\n') for name in names), default=1)
+
+
+def _legend(figure: Canvas, axes, columns: int) -> None:
+  """One legend below all panels, of what any of them names."""
   handle_of = {}
   for ax in axes:
     handles, labels = ax.get_legend_handles_labels()
@@ -90,9 +109,8 @@ def canvas(
       loc='outside lower center',
       fontsize=8,
       frameon=False,
-      ncols=3 if len(panels) > 1 else 1,
+      ncols=columns,
     )
-  return figure
 
 
 def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
@@ -190,8 +208,6 @@ def _points(ax, rows, column, *, labels: bool) -> None:
       style = plot_style.series(i)
       xerr = np.transpose([bar(interval, column)])
       ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
-  names = [
-    textwrap.fill(row['name'], _LETTERS) * labels for row in rows.values()
-  ]
-  ax.set_yticks(range(len(rows)), names)
+  names = [_label(row) * labels for row in rows.values()]
+  ax.set_yticks(range(len(rows)), names, fontsize=8)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

@@ -140,7 +140,7 @@ def answer(summary: Summary) -> str:
   first += f', such as {_measured(held[0], summary)}.' if held else '.'
   others = []
   for words, kinds in (
-    ('The opposite is so of', (verdicts.OPPOSITE, verdicts.REFUTED)),
+    ('The opposite is true of', (verdicts.OPPOSITE, verdicts.REFUTED)),
     ('not resolved is', (verdicts.UNRESOLVED,)),
     ('withheld is the verdict on', (verdicts.WITHHELD,)),
   ):

@@ -130,7 +130,7 @@ def test_an_answer_says_what_holds_and_what_does_not():
   ]
   assert report_page.answer(SUMMARY | {'claims': claims}) == (
     '1 of 3 claims holds here (1 of 2 published, 0 of 1 of our own), such as '
-    '“a is better” (loss: 0.50 ± 0.25 nats lower). The opposite is so of '
+    '“a is better” (loss: 0.50 ± 0.25 nats lower). The opposite is true of '
     '“b is”; not resolved is “c is”.'
   )
   page = Page(page_of(SUMMARY | {'claims': claims}))
