@@ -629,6 +629,9 @@ def stand_in(config, number: float) -> dict[str, float]:
   result['made'] = {**provenance, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
+  balance = ('cv_importance', 'cv_load')
+  balance += ('max_over_mean', 'counted_max_over_mean')
+  result |= dict.fromkeys(balance, number)
   result |= dict.fromkeys(measured, number)
   result |= dict.fromkeys(('scores/chrf', 'scores/bleu'), number)
   sizes = ('disk', 'memory', 'flops', 'tokens_per_second', 'speed')
