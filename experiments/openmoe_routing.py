@@ -273,8 +273,10 @@ STUDY = Study(
   remarks='Information is in per cent of the entropy of first choices, less '
   'that of shuffled labels; those of domains are shuffled by rows. A random '
   'router draws anew for each batch. Agreement at 0 % is that of the '
-  'parameters before training. Means are over both sparse layers. '
-  'Curves are in `curves.png`.',
+  'parameters before training. Means are over both sparse layers. Both '
+  'choices of a token queue before those of the next: where first choices '
+  'come first, the drops of top-2 along a row are others, and only those of '
+  'top-1 are the same. Curves are in `curves.png`.',
   tasks=domains.TASKS,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

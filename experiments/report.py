@@ -29,6 +29,7 @@ from moe_jax import command_line
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
 PAGE, HTML = 'RESULTS.md', 'RESULTS.html'
+BENCHMARKS = 'benchmarks'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
 _ABOUT = """\
@@ -59,11 +60,15 @@ def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
-  """Copies the reported summaries and their figures to the folder `kept`."""
+  """Copies reported summaries, figures and benchmarks to the folder `kept`."""
   kept.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
     shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
+  for path in sorted(results.glob('bench_*/*/results.json')):
+    (kept / BENCHMARKS).mkdir(exist_ok=True)
+    name = '-'.join(path.parts[-3:-1])  # of the benchmark and of the device
+    shutil.copyfile(path, kept / BENCHMARKS / f'{name}.json')
 
 
 def read(

@@ -160,10 +160,12 @@ STUDY = Study(
     Claim(
       'it gains more from a small batch than its dense twin',
       f'loss: {SMALL}{MORE} > 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'it gains more from a high rate than its dense twin',
       f'loss: {HIGH}{MORE} > 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'the dense twin prefers the lowest rate to the highest',

@@ -195,6 +195,8 @@ class Claim:
     note: How the comparison differs from the paper's; '' where it does not.
     changes: Sentences that the table prints, one for each change of the claim
       after it was first written, with its date and whether results were known.
+    withheld: Reason why the study's arms, as they are, cannot decide the claim;
+      '' where they can.
     column: Name of the column that is compared.
     row: Name of the row that is compared.
     than: Name of the other row, or the number.
@@ -212,6 +214,7 @@ class Claim:
   published: Sequence[str] = ()
   note: str = ''
   changes: Sequence[str] = ()
+  withheld: str = ''
   column: str = dataclasses.field(init=False)
   row: str = dataclasses.field(init=False)
   than: str | float = dataclasses.field(init=False)

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.study import claims, figures, pages, verdicts
+from experiments.study import claims, figures, pages, result_tables, verdicts
 from experiments.study import results as study_results
 from experiments.study.parts import Figure
+from experiments.study.tables import Interval
 
 Summary = Mapping[str, Any]
 # The mark of a verdict: a filled square is of a published claim.
@@ -159,9 +160,9 @@ def _is_published(claim: Mapping[str, Any]) -> bool:
 def _measured(claim: Mapping[str, Any], summary: Summary) -> str:
   """A claim in quotes with its measured difference."""
   column = {c['name']: c for c in summary['columns']}[claim['column']]
-  interval = study_results.interval_of(claim)
+  interval = result_tables.interval_of(claim)
   side = 'higher' if interval.mean > 0 else 'lower'
-  size = study_results.Interval(abs(interval.mean), interval.half_width)
+  size = Interval(abs(interval.mean), interval.half_width)
   number = f'{size:.{column["digits"]}f} {column["unit"]}'.rstrip()
   return f'“{claim["text"]}” ({column["name"]}: {number} {side})'
 
@@ -193,7 +194,7 @@ def _grid(summary: Summary) -> dict[str, Any]:
 def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
   """The parts of a study's section."""
   name = summary['name']
-  told = study_results.claim_lines(summary)
+  told = result_tables.claim_lines(summary)
   panels = _panels(summary, spec) if spec else []
   prose = ['claim', 'published', 'here', 'verdict']
   return {
@@ -203,7 +204,7 @@ def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
     'answer': answer(summary),
     'panels': panels,
     'has_paper': any(figures.PAPER in panel for panel in panels),
-    'rows': pages.table(name, study_results.result_lines(summary), ['']),
+    'rows': pages.table(name, result_tables.result_lines(summary), ['']),
     'claims': pages.table(name, told, prose) if told else None,
     'caveats': [
       pages.code(said)

@@ -1,7 +1,7 @@
-"""Turns a study's numbers into a summary, tables, a figure and files.
+"""Turns a study's numbers into a summary, a text, a figure and files.
 
-Not here: when a direction counts as reproduced (`verdicts.py`), and all studies
-on one page (`experiments/report.py`).
+Not here: the tables (`result_tables.py`), when a direction counts as reproduced
+(`verdicts.py`), and all studies on one page (`experiments/report.py`).
 """
 
 import csv
@@ -12,19 +12,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from experiments.study import figures, judging, stored
+from experiments.study import figures, judging, result_tables, stored
 from experiments.study import times as times_lib
-from experiments.study.parts import Figure, Preset, Results, Revision, Row
+from experiments.study.parts import Figure, Preset, Results, Row
+from experiments.study.result_tables import OLDER
 from experiments.study.study import Study
-from experiments.study.tables import Interval, markdown_table
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
 from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
-OLDER = '†'  # the mark of cells that are older than the study
 
 
 def summary_of(
@@ -104,9 +102,9 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     f'{summary["source"]}. `{command(summary)}`: {conditions(summary)}',
     '',
     *aged(summary),
-    results_table(summary),
+    result_tables.results_table(summary),
     '',
-    claims_table(summary),
+    result_tables.claims_table(summary),
   ]
   for said in caveats(summary):
     lines += ['', said]
@@ -172,93 +170,6 @@ def aged(summary: Mapping[str, Any]) -> list[str]:
 def _overrides(summary: Mapping[str, Any]) -> str:
   changed = [f'`{k}={v}`' for k, v in summary['overrides'].items()]
   return f', {", ".join(changed)}' if changed else ''
-
-
-def results_table(summary: Mapping[str, Any]) -> str:
-  """The table of the study's numbers, in Markdown."""
-  return markdown_table(result_lines(summary))
-
-
-def result_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-  """The lines of the table of numbers, each with its cells by heading."""
-  lines = []
-  for row in summary['rows']:
-    line = {'': row['name']}
-    for column in summary['columns']:
-      unit = f' ({column["unit"]})' if column['unit'] else ''
-      values = row['values'].get(column['name'], [])
-      cell = _cell(values, column)
-      is_old = any(
-        Revision(**revision).concerns(row['name'], column['name'])
-        for revision in summary.get('outdated', [])
-      )
-      line[column['name'] + unit] = cell + f' {OLDER}' * (is_old and cell != '')
-    lines.append(line)
-  return lines
-
-
-def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
-  """A mean with its interval; both of its ends where it would pass a bound."""
-  digits = column['digits']
-  if not values or None in values:
-    return ''
-  if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
-    return f'{values[0]:z.{digits}f}'
-  return Interval.of(values).text(f'z.{digits}f', column.get('bounds'))
-
-
-def claims_table(summary: Mapping[str, Any]) -> str:
-  """The table of claims in Markdown: published numbers, ours, verdicts."""
-  lines = claim_lines(summary)
-  for line, claim in zip(lines, summary['claims'], strict=True):
-    line['verdict'] = f'**{claim["verdict"]}**{_reason(claim)}'
-  return markdown_table(lines) if lines else ''
-
-
-def claim_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-  """The lines of the table of claims, each with its cells by heading."""
-  digits = {c['name']: c['digits'] for c in summary['columns']}
-  lines = []
-  for claim in summary['claims']:
-    spec = f'z.{digits.get(claim["column"], 2)}f'
-    difference = interval_of(claim)
-    measured = f'{difference:+{spec}}'
-    if claim['difference'] is None:
-      measured = 'not measured'
-    than = claim['than']
-    than = than if isinstance(than, str) else f'{than:g}'
-    note = f'. {claim["note"]}' if claim['note'] else ''
-    within = claim.get('within', 0.0)
-    within = f'; equal if within {within:g}' if within else ''
-    lines.append(
-      {
-        'claim': claim['text'] + note,
-        'published': ' against '.join(claim['published']),
-        'here': f'{claim["column"]}, {claim["row"]} minus '
-        f'{than}: {measured}{within}',
-        'smallest that could be told': _width(difference.half_width, spec),
-        'verdict': claim['verdict'] + _reason(claim),
-      }
-    )
-  return lines
-
-
-def _reason(claim: Mapping[str, Any]) -> str:
-  """The reason of a verdict that is withheld, after a colon, or ''."""
-  return f': {claim["reason"]}' if claim.get('reason') else ''
-
-
-def interval_of(claim: Mapping[str, Any]) -> Interval:
-  """The difference of a claim in a summary; NaN where it is not measured."""
-  mean, width = claim['difference'], claim['half_width']
-  return Interval(
-    float('nan') if mean is None else mean,
-    float('inf') if width is None else width,
-  )
-
-
-def _width(half_width: float, spec: str) -> str:
-  return f'{half_width:{spec}}' if np.isfinite(half_width) else 'none'
 
 
 def write(

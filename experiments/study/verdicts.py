@@ -59,7 +59,8 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
     claim: The claim.
     rows: Rows of the table.
     withheld: Reason why the runs decide no claim; '' where they do. With fewer
-      than `LEAST_SEEDS` seeds the verdict is withheld in any case.
+      than `LEAST_SEEDS` seeds, or where the claim has a reason of its own, the
+      verdict is withheld in any case.
 
   Raises:
     ValueError: The claim names a row or column that does not exist.
@@ -70,10 +71,9 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   else:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
-  if len(mine) < LEAST_SEEDS:
-    few = f'{len(mine)} of at least {LEAST_SEEDS} seeds'
-    withheld = '; '.join(filter(None, (few, withheld)))
-  if withheld:
+  few = f'{len(mine)} of at least {LEAST_SEEDS} seeds'
+  few *= len(mine) < LEAST_SEEDS
+  if withheld := '; '.join(filter(None, (claim.withheld, few, withheld))):
     return Verdict(claim, difference, WITHHELD, withheld)
   marks = {claims.find(address).mark for address in claim.published}
   known = bool(marks) and 'unverified' not in marks

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 
 import pytest
 
@@ -185,3 +186,18 @@ def test_a_stored_command_makes_its_table(path):
   if (preset.steps, preset.seeds) != ran:
     assert f'{preset.steps:,} steps' in ' '.join(judged['marks'])
   assert options.flags == [] and len(judged['claims']) >= 4
+
+
+def test_figures_of_the_readme_stand_in_the_results():
+  text = (report.HERE.parent / 'README.md').read_text(encoding='utf-8')
+  bullets = text.split('## Results')[1].split('\n- ')[1:]
+  page = (report.HERE / report.PAGE).read_text(encoding='utf-8')
+  assert len(bullets) >= 3
+  for bullet in bullets:
+    told, name, _ = re.split(r'\(`(\w+)`\)', bullet)
+    section = page.split(f'experiments.{name} ')[1].split('\n## ')[0]
+    stored_numbers = [float(x) for x in re.findall(r'\d+\.\d+', section)]
+    for number in re.findall(r'\d+\.\d+', told):
+      bound = 0.5001 * 10.0 ** -len(number.split('.')[1])
+      near = [x for x in stored_numbers if abs(x - float(number)) <= bound]
+      assert near, f'{number} of {name} is in no stored result'
