@@ -28,23 +28,22 @@ _LINES = ' '.join(
   f'--series-{i}: light-dark({light}, {dark});'
   for i, (light, dark) in enumerate(_SCHEMES)
 )
-_COLOURS = [
-  (colour, f'var(--series-{i})') for i, colour in enumerate(plot_style.COLOURS)
-] + [('#808080', 'var(--faint)')]
-_SHORTER = (
-  (r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', ''),
-  (r'<defs>\s*</defs>', ''),
-  (r'<g id="[^"]*"', '<g'),
+_LEFT_OUT = r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->'
+# What tags are shortened by, and the colours in them.
+_IN_TAGS = [
+  (r'^<g id="[^"]*"', '<g'),
   (r" font-family: 'DejaVu Sans'[^;\"]*;?", ''),
   (r' transform="rotate\(-0 [^"]*"', ''),
   (r'(\.\d\d)\d+', r'\1'),
-  (r'\s*\n\s*', ' '),
-)
+  ('#808080', 'var(--faint)'),
+  *((c, f'var(--series-{i})') for i, c in enumerate(plot_style.COLOURS)),
+]
 STYLE = f"""\
 :root {{ {_LINES} }}
 svg {{ max-width: 100%; height: auto; }}
 svg * {{ stroke-linejoin: round; stroke-linecap: butt; }}
-svg text {{ fill: var(--ink); }}
+svg text {{ fill: var(--ink);
+  font-family: 'DejaVu Sans', Verdana, sans-serif; }}
 """
 
 
@@ -57,7 +56,7 @@ def inline_svg(figure: Any, name: str, label: str) -> str:
       element's id may have.
     label: The text that is read to those who do not see the figure.
   """
-  settings = {'svg.fonttype': 'none', 'svg.hashsalt': name}
+  settings: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': name}
   data = io.StringIO()
   with matplotlib.rc_context(settings):
     figure.savefig(
@@ -65,8 +64,17 @@ def inline_svg(figure: Any, name: str, label: str) -> str:
     )
   text = data.getvalue()
   text = text[text.index('<svg') :]
-  for pattern, instead in (*_SHORTER, *_COLOURS):
-    text = re.sub(pattern, instead, text, flags=re.DOTALL | re.IGNORECASE)
+  text = re.sub(_LEFT_OUT, '', text, flags=re.DOTALL)
+  text = re.sub(r'\s*\n\s*', ' ', text)
+  text = re.sub('<[^>]*>', _shorter, text)
   text = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', text)
   title = f'<title>{html.escape(label)}</title>'
   return text.replace('<svg', '<svg role="img"', 1).replace('>', f'>{title}', 1)
+
+
+def _shorter(tag: re.Match[str]) -> str:
+  """A tag with fewer digits, without what nothing needs, in our colours."""
+  text = tag[0]
+  for pattern, instead in _IN_TAGS:
+    text = re.sub(pattern, instead, text, flags=re.IGNORECASE)
+  return text

@@ -174,14 +174,14 @@ def test_a_figure_takes_the_colours_of_the_page():
   def drawn():
     figure = Canvas()
     axes = figure.subplots()
-    axes.plot([1, 2], [3, 4], color='#0072B2', marker='o', label='a < b')
+    axes.plot([1, 2], [3, 4], color='#0072B2', marker='o', label='a < 0.125')
     axes.legend()
     return inline_svg.inline_svg(figure, 'mine', 'rises & falls')
 
   text = drawn()
   assert text == drawn()
   assert 'var(--series-0)' in text and not re.search('#[0-9a-f]{6}', text, re.I)
-  assert '<title>rises &amp; falls</title>' in text and 'a &lt; b' in text
+  assert '<title>rises &amp; falls</title>' in text and 'a &lt; 0.125' in text
   ids = re.findall(r'\bid="([^"]*)"', text)
   assert ids and all(name.startswith('mine-') for name in ids)
   used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)
