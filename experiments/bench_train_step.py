@@ -8,23 +8,31 @@ Times the config's own training step with its dispatch, dropless, as its dense
 twin, and with each kind of rematerialisation, all interleaved; and compiles
 models of few and of many layers, since compile time must not grow with depth.
 `--peer` times transformers' step of a Switch encoder-decoder against ours, in
-place of all that; `--against` times the sparse step and its twin's of another
-checkout of this project against those here. Writes `table.md`, `rows.csv`,
-`results.json` and `steps.png` to `results/bench_train_step/<device>`; with
-`--peer` or `--against` no plot, and to `results/bench_train_step_peer` or
-`_against`. Not here: where a step's time goes
+place of all that, and `--peer=nanogpt` PyTorch's of nanoGPT's model against
+those of `shakespeare_dense` and `shakespeare_switch`; `--against` times the
+sparse step and its twin's of another checkout of this project against those
+here. Writes `table.md`, `rows.csv`, `results.json` and `steps.png` to
+`results/bench_train_step/<device>`; with `--peer` or `--against` no plot, and
+to `results/bench_train_step_transformers`, `_nanogpt` or `_against`.
+Not here: where a step's time goes
 (`moe_jax.analysis.explain_cost`).
 """
 
 import argparse
 import dataclasses
 import functools
+import types
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 
-from experiments.benchmarks import checkouts, peer_steps, timing
+from experiments.benchmarks import (
+  checkouts,
+  nanogpt_steps,
+  peer_steps,
+  timing,
+)
 from experiments.benchmarks import train_step_tables as tables
 from experiments.benchmarks.train_step_programs import (
   compile_step,
@@ -40,6 +48,7 @@ from moe_jax.models.stack import REMATS
 
 NAME = 'bench_train_step'
 TWIN, SPARSE = 'dense twin', 'sparse'
+PEERS = {'transformers': peer_steps, 'nanogpt': nanogpt_steps}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +118,18 @@ def measure_steps(
   return rows
 
 
-def measure_peer(seconds: float, peaks: Peaks) -> list[dict[str, Any]]:
-  """Times our steps and transformers', in turns; one row for each."""
-  config, peer = peer_steps.config(), peer_steps.NAME
+def measure_peer(
+  peers: types.ModuleType, seconds: float, peaks: Peaks
+) -> list[dict[str, Any]]:
+  """Times our steps and a peer's, in turns; one row for each."""
+  config, peer = peers.config(), peers.NAME
   steps = {
     name: compile_step(prepared(config, overrides))
-    for name, overrides in peer_steps.cases().items()
+    for name, overrides in peers.cases().items()
   }
   options = prepared(config, {})
-  programs = functools.partial(
-    peer_steps.programs, options, random_batch(options)
-  )
-  check_installed('torch', 'transformers')
+  programs = functools.partial(peers.programs, options, random_batch(options))
+  check_installed(*peers.LIBRARIES)
   with turns(programs) as others:
     runs = {name: step.run for name, step in steps.items()} | dict(others)
     times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
@@ -190,8 +199,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   one = parser.add_mutually_exclusive_group()
   one.add_argument(
     '--peer',
-    action='store_true',
-    help="time transformers' step against ours, and nothing else",
+    nargs='?',
+    const='transformers',
+    choices=list(PEERS),
+    help="time another library's step against ours, and nothing else; without "
+    "a name, transformers'",
   )
   one.add_argument(
     '--against',
@@ -228,10 +240,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   host.keep_freed_memory()
   if options.peer:
     peaks = measure_peaks('float32', quick=options.rough_peaks)
-    rows = measure_peer(seconds, peaks)
-    text = tables.peer_report(rows, peaks)
+    peers = PEERS[options.peer]
+    rows = measure_peer(peers, seconds, peaks)
+    text = tables.peer_report(rows, peaks, peers.ABOUT)
     metadata = {'peaks': dataclasses.asdict(peaks)}
-    folder = timing.write(options.output, f'{NAME}_peer', text, rows, metadata)
+    name = f'{NAME}_{options.peer}'
+    folder = timing.write(options.output, name, text, rows, metadata)
     print(f'{text}\nwritten: {folder}')
     return
   if options.against:

@@ -167,6 +167,7 @@ STUDY = Study(
       f'test error: {BALANCED} < {row_name("lifted", 1)}',
     ),
   ],
+  written='2026-11-25',
   figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
   runner=TrainingRunner(measure),
   pictures=pictures,

@@ -277,22 +277,27 @@ STUDY = Study(
     Claim(
       'fine-tuned directly, the sparse model is behind',
       f'fine-tuned: fine-tuned directly: {MORE} > 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'instructed first, the sparse model is ahead',
       f'fine-tuned: instructed, then fine-tuned: {MORE} < 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'sparse gains more from instruction tuning, fine-tuned after it',
       f'fine-tuned: fine-tuned: {ADDED} < 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'sparse gains more from instruction tuning, zero-shot',
       f'zero-shot: zero-shot: {ADDED} < 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'sparse gains more in the likelihood of right choices, zero-shot',
       f'right choice: zero-shot: {ADDED} < 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     *(
       Claim(
@@ -326,6 +331,7 @@ STUDY = Study(
     ),
   ],
   remarks=at_floor,
+  written='2026-11-27',
   figure=Figure(
     ['instructed', 'zero-shot', 'fine-tuned'], without=[f'*{MORE}']
   ),

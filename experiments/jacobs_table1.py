@@ -128,7 +128,7 @@ STUDY = Study(
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,
   claims=CLAIMS,
-  figure=Figure(['epochs', 'I(expert; case)', 'experts in use']),
+  figure=Figure(['epochs', 'I(expert; case)', 'experts in use'], own=True),
   rows=jacobs_rows.rows,
   runner=DescentRunner(),
   explorations=lambda preset: [
@@ -137,6 +137,7 @@ STUDY = Study(
   pictures=pictures,
   remarks=jacobs_rows.remarks,
   length=in_epochs,
+  written='2026-11-25',
   progress='epochs',
   tasks={
     'vowels': Task({}, f'{VOWELS}, {PAIRS}, until an error of 0.08'),

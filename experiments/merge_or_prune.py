@@ -312,6 +312,7 @@ STUDY = Study(
   presets={'quick': Preset(400, 3), 'full': Preset(2000, 5)},
   columns=[byte_models.LOSS, ADDED, BYTES, UNUSED],
   claims=claims(),
+  written='2026-11-27',
   figure=Figure(['added loss'], 'experts removed, %'),
   length=lambda preset: (
     f'{preset.steps:,} steps, then merged or pruned, or trained on for '

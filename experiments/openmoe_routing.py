@@ -44,6 +44,8 @@ from matplotlib.figure import Figure as Canvas
 from experiments.study import byte_models, command, domains, token_routing
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
+  ANY,
+  SHARE,
   Arm,
   Claim,
   Column,
@@ -106,8 +108,11 @@ def columns() -> list[Column]:
 
 
 def percent(name: str, key: str) -> Column:
-  """A column of shares that were measured."""
-  return Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x)
+  """A column of shares that were measured; agreement has no sign."""
+  bounds = SHARE if key.startswith('agreement') else ANY
+  return Column(
+    name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=bounds
+  )
 
 
 def agreement(share: int) -> str:
@@ -207,13 +212,13 @@ def claims() -> list[Claim]:
       'decided early: four in five favourites of the end are there after a '
       'fifth of the run',
       f'{agreement(20)}: {TOP2} > 80',
-      note='The bound is ours.',
+      note='The bound is a reading of "early", from before any run.',
     ),
     Claim(
       'the router has learned: favourites of the end are not those before '
       'training',
       f'{agreement(0)}: {TOP2} < 50',
-      note='The bound is ours.',
+      note='Fewer than half of them.',
     ),
     Claim(
       'choices change less in the second half of the run',
@@ -225,6 +230,7 @@ def claims() -> list[Claim]:
     Claim(
       'later tokens are dropped more than the queue drops random choices',
       f'{LATE}: {TOP2} > {RANDOM}',
+      changes=['Added after a trial of 20 steps, before these runs.'],
     ),
     Claim(
       'it is the order of the queue: in random order later tokens are dropped '
@@ -262,12 +268,15 @@ STUDY = Study(
   claims=claims(),
   figure=Figure(['token', 'context', agreement(20), LATE]),
   runner=TrainingRunner(token_routing.measure),
+  written='2026-11-28',
   pictures=pictures,
   remarks='Information is in per cent of the entropy of first choices, less '
   'that of shuffled labels; those of domains are shuffled by rows. A random '
   'router draws anew for each batch. Agreement at 0 % is that of the '
-  'parameters before training. Means are over both sparse layers. '
-  'Curves are in `curves.png`.',
+  'parameters before training. Means are over both sparse layers. Both '
+  'choices of a token queue before those of the next: where first choices '
+  'come first, the drops of top-2 along a row are others, and only those of '
+  'top-1 are the same. Curves are in `curves.png`.',
   tasks=domains.TASKS,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

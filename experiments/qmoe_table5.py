@@ -173,6 +173,7 @@ STUDY = Study(
   presets={'quick': Preset(500, 3), 'full': Preset(2000, 5)},
   columns=[byte_models.LOSS, ADDED, ZEROS, CODES, METADATA],
   claims=claims(),
+  written='2026-11-27',
   figure=Figure(['added loss', 'zeros'], 'bits', log_x=True),
   length=lambda preset: f'{preset.steps:,} steps, then quantised',
 )

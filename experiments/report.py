@@ -1,32 +1,38 @@
-"""Writes all studies' results on one page, `experiments/RESULTS.md`.
+"""Writes all studies' results on one page, as Markdown and as HTML.
 
     python -m experiments.report
 
 Copies `results/<study>/full/summary.json` of every study that has one, or that
-of its preset `long`, with its figure, to `experiments/results`, and writes the
-page from all summaries there; a study that was not run again keeps its earlier
-summary. The page refuses to mix corpora: studies of one task must have seen the
-same bytes. Not here: the text of one study's section (`study/results.py`).
+of its preset `long`, with its figure, to `experiments/results`, and writes
+`experiments/RESULTS.md` and `RESULTS.html` from all summaries there; a study
+that was not run again keeps its earlier summary. Claims are judged as the study
+has them today, and figures drawn. The page refuses to mix corpora: studies of
+one task must have seen the same bytes. Not here: the text of one study's
+section (`study/results.py`), and the page as HTML (`study/report_page.py`).
 """
 
+import importlib
+import importlib.util
 import json
 import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.study import figures, report_page, stored, verdicts
 from experiments.study import results as study_results
-from experiments.study import verdicts
+from experiments.study.parts import Figure
+from experiments.study.study import Study
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
 
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
-PAGE = 'RESULTS.md'
+PAGE, HTML = 'RESULTS.md', 'RESULTS.html'
+BENCHMARKS = 'benchmarks'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
-_ABOUT = """# Results
-
+_ABOUT = """\
 Published tables, run again at a size that two cores can train: made by
 `python -m experiments.report` from each study's full preset, or its long one.
 Models here are thousands of times smaller than the papers', so it is directions
@@ -36,9 +42,11 @@ it is "opposite" or "not resolved", with the smallest difference that the seeds
 could have told beside it. Questions of our own, which no paper has a number
 for, are "shown" or "refuted". Intervals are of single comparisons: of twenty
 true nulls one would be resolved by chance. Values marked as of a secondary
-source were not read in the paper, and unverified ones are not shown. Each study
-stands with the command that made it, and with its device and date: the code has
-changed since.
+source were not read in the paper, and unverified ones are not shown. A verdict
+is withheld, with the reason, where fewer than three seeds were run or a run was
+a trial, and where the study has revised a row or a column since its result was
+stored: such cells have a †. Each study stands with the command that made it,
+and with its device and date: the code has changed since.
 """
 
 
@@ -52,11 +60,15 @@ def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
-  """Copies the reported summaries and their figures to the folder `kept`."""
+  """Copies reported summaries, figures and benchmarks to the folder `kept`."""
   kept.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
     shutil.copyfile(path, kept / f'{name}.json')
     shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
+  for path in sorted(results.glob('bench_*/*/results.json')):
+    (kept / BENCHMARKS).mkdir(exist_ok=True)
+    name = '-'.join(path.parts[-3:-1])  # of the benchmark and of the device
+    shutil.copyfile(path, kept / BENCHMARKS / f'{name}.json')
 
 
 def read(
@@ -75,7 +87,7 @@ def read(
   paths = {path.stem: path for path in kept.glob('*.json')}
   paths |= summaries_of(results) if results else {}
   summaries = [
-    json.loads(path.read_text(encoding='utf-8'))
+    today(json.loads(path.read_text(encoding='utf-8')))
     for _, path in sorted(paths.items())
   ]
   if not summaries:
@@ -94,6 +106,28 @@ def read(
   return summaries
 
 
+def find_study(name: str) -> Study | None:
+  """The study of a stored summary; None where it no longer exists."""
+  module = f'experiments.{name}'
+  if importlib.util.find_spec(module) is None:
+    return None
+  return importlib.import_module(module).STUDY
+
+
+def today(summary: dict[str, Any]) -> dict[str, Any]:
+  """A summary as its study judges it today; see `stored.judged_again`."""
+  study = find_study(summary['name'])
+  return summary if study is None else stored.judged_again(summary, study)
+
+
+def redraw(summaries: Sequence[dict[str, Any]], kept: pathlib.Path) -> None:
+  """Draws the figures anew, but for those that a study draws from its runs."""
+  for summary in summaries:
+    study = find_study(summary['name'])
+    if study is not None and not study.figure.own:
+      figures.draw(study.figure, summary, kept / f'{summary["name"]}.png')
+
+
 def page(summaries: Sequence[dict[str, Any]]) -> str:
   """The page of all studies, in Markdown."""
   overview = []
@@ -103,11 +137,17 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
     for word in verdicts.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
-  parts = [_ABOUT, markdown_table(overview)]
+  parts = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
   for summary in summaries:
     picture = f'{KEPT}/{summary["name"]}.png'
     parts.append(study_results.text_of(summary, picture))
   return '\n'.join(parts)
+
+
+def figure_of(name: str) -> Figure | None:
+  """The description of a study's figure; None where its file is gone."""
+  study = find_study(name)
+  return None if study is None else study.figure
 
 
 def _anchor(title: str) -> str:
@@ -128,10 +168,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', default=str(HERE), help='folder of the page')
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
-  text = page(read(output / KEPT, results))
+  summaries = read(output / KEPT, results)
+  texts = {
+    PAGE: page(summaries),
+    HTML: report_page.html(summaries, _ABOUT, figure_of),
+  }
   collect(results, output / KEPT)
-  (output / PAGE).write_text(text, encoding='utf-8')
-  print(f'written: {output / PAGE}')
+  redraw(summaries, output / KEPT)
+  for name, text in texts.items():
+    (output / name).write_text(text, encoding='utf-8')
+    print(f'written: {output / name}')
 
 
 if __name__ == '__main__':

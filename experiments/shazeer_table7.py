@@ -121,6 +121,7 @@ STUDY = Study(
     Claim('two levels balance too', f'{LARGEST}: {TWO_LEVELS} < 2',
           note='An aim of ours; 8 is the worst there can be.'),
   ],
+  written='2026-11-25',
   figure=Figure(['loss', LARGEST], 'experts', log_x=True),
   remarks='All have the same operations a step but for the routers\': those of '
   'two LSTMs and a mixture of four experts.',

@@ -160,10 +160,12 @@ STUDY = Study(
     Claim(
       'it gains more from a small batch than its dense twin',
       f'loss: {SMALL}{MORE} > 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'it gains more from a high rate than its dense twin',
       f'loss: {HIGH}{MORE} > 0',
+      withheld=finetuned.OTHER_ORDER,
     ),
     Claim(
       'the dense twin prefers the lowest rate to the highest',
@@ -175,6 +177,7 @@ STUDY = Study(
     ),
   ],
   remarks=best_cells,
+  written='2026-11-27',
   figure=Figure(
     ['loss'],
     'learning rate',

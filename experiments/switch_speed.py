@@ -44,6 +44,7 @@ from experiments.study.annealed import AnnealedRunner
 from experiments.study.jobs import layered
 from experiments.study.parts import Arm, Claim, Figure
 from experiments.study.study import Exploration, Study
+from experiments.switch_scaling import OTHER_TIME
 from experiments.time_to_loss import screening, speed_arms, speed_rows
 from experiments.time_to_loss.speed_arms import SpeedModel, SpeedPreset
 from experiments.time_to_loss.speed_rows import (
@@ -121,6 +122,7 @@ STUDY = Study(
       2,
       {'batch_size': 16},
       burst_for_each_seed=True,
+      underpowered='after 300 steps sparse models have hardly begun to gain',
       models=GIVEN['quick'],
       rates=(2e-3, 4e-3),
       lengths=(0.5, 1.0),
@@ -147,13 +149,13 @@ STUDY = Study(
     Claim(
       'a sparse model reaches the dense loss in less time',
       f'{SECONDS}: {FIRST} < 1',
-      [f'{SPEEDUP}/time_speedup'],
-      INVERSE,
+      note=OTHER_TIME,
+      changes=['Until 2026-11-28 it was held against that speed-up.'],
     ),
     Claim(
       'in three quarters of the time',
       f'{SECONDS}: {FIRST} < 0.75',
-      note='An aim of ours.',
+      note='An aim of ours: a quarter is what would be worth a choice.',
     ),
     Claim(
       'in fewer steps',
@@ -171,6 +173,7 @@ STUDY = Study(
   runner=AnnealedRunner(speed_rows.measured),
   explorations=explorations,
   timed=speed_arms.groups,
+  written='2026-11-28',
   remarks=speed_rows.remarks,
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

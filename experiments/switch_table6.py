@@ -277,6 +277,7 @@ STUDY = Study(
   runner=TrainingRunner(parameters),
   remarks=remarks,
   length=length,
+  written='2026-11-27',
   figure=Figure(['loss', 'share kept']),
   tasks=_TASKS,
 )

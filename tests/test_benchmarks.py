@@ -22,6 +22,7 @@ from experiments import (
 from experiments.benchmarks import (
   checkouts,
   decoding_products,
+  nanogpt_steps,
   peer_steps,
   timing,
   train_step_programs,
@@ -412,6 +413,34 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
   assert {row['case']: row['faster'] for row in rows}['transformers'] == 1
   assert len(rows) == 4 and all(row['ms'] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_nanogpts_model_is_ours_without_what_it_lacks():
+  torch = pytest.importorskip('torch')
+  options = train_step_programs.prepared(nanogpt_steps.config(), {})
+  model = nanogpt_steps.nanogpt_model(options)
+  theirs = sum(p.numel() for p in model.parameters())
+  shapes = models.abstract_params(options.build())
+  assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  rows = torch.arange(2 * 64).reshape(2, 64) % 65
+  later = rows.clone()
+  later[:, 40:] += 1
+  first, other = model(rows), model(later)
+  assert first.shape == (2, 64, 65)
+  torch.testing.assert_close(first[:, :40], other[:, :40])
+  assert not torch.allclose(first[:, 40:], other[:, 40:])
+  assert set(nanogpt_steps.cases()) == {
+    'shakespeare_dense',
+    'shakespeare_switch',
+  }
+  for case, changes in nanogpt_steps.cases().items():
+    made = train_step_programs.prepared(nanogpt_steps.config(), changes)
+    assert bool(made.model.moe.num_experts) == (case == 'shakespeare_switch')
+  (step,) = nanogpt_steps.programs(
+    options, train_step_programs.random_batch(options)
+  ).values()
+  step()
 
 
 @pytest.mark.slow

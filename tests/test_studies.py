@@ -238,7 +238,9 @@ def test_starts_are_run_before_those_that_begin_with_them():
 def test_one_seed_resolves_nothing():
   rows = [Row('a', {'loss': [1.0]}), Row('b', {'loss': [2.0]})]
   verdict = verdicts.verdict(claimed('a', 'b', 'lower'), rows)
-  assert verdict.word == verdicts.UNRESOLVED
+  assert (
+    verdict.word == verdicts.WITHHELD and '1 of at least 3' in verdict.reason
+  )
   assert math.isinf(verdict.difference.half_width)
 
 
@@ -446,7 +448,7 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   folder = command.main(tiny_study.STUDY, argv)
   assert folder == tmp_path / 'tiny_study' / 'quick-seeds=1'
   text = (folder / study_results.TABLE).read_text()
-  assert '± unknown' in text and '**not resolved**' in text
+  assert '± unknown' in text and '**withheld**: 1 of at least 3 seeds' in text
   assert (folder / study_results.PICTURE).stat().st_size > 5000
   config = json.loads((folder / 'configs' / '00.json').read_text())
   assert config['arm'] == 'dense'
@@ -463,7 +465,7 @@ def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
   folder.rename(folder.with_name('full'))
   report.main([f'--results={tmp_path}', f'--output={tmp_path / "page"}'])
   page = (tmp_path / 'page' / report.PAGE).read_text()
-  assert '| [tiny_study](#a-question) | 0 | 0 | 0 | 0 | 2 |' in page
+  assert '| [tiny_study](#a-question) | 0 | 0 | 0 | 0 | 0 | 2 |' in page
   assert '(results/tiny_study.png)' in page
   assert 'unverified, not shown' in page and '23.16' not in page
 
@@ -627,6 +629,9 @@ def stand_in(config, number: float) -> dict[str, float]:
   result['made'] = {**provenance, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
   measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
+  balance = ('cv_importance', 'cv_load')
+  balance += ('max_over_mean', 'counted_max_over_mean')
+  result |= dict.fromkeys(balance, number)
   result |= dict.fromkeys(measured, number)
   result |= dict.fromkeys(('scores/chrf', 'scores/bleu'), number)
   sizes = ('disk', 'memory', 'flops', 'tokens_per_second', 'speed')
@@ -778,8 +783,9 @@ def test_a_studys_arms_are_equal_in_flops(name):
     options = run_config.read(config)
     built[arm.name] = model = options.filled(257).build()
     limited = ('gate, 0.', 'as shipped')
+    by_rank = ('GShard', 'wide GShard', 'train ')  # first choices come first
     leaks = arm.name.startswith(
-      ('expert choice', 'strict', 'sentence / s', *limited)
+      ('expert choice', 'strict', 'sentence / s', *limited, *by_rank)
     )
     assert model.leaks_future == leaks
   # Wide arms have equal slots instead; see the next test.
@@ -805,10 +811,12 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
   for factor in switch_table1.FACTORS:
     products = {
       name: m.capacity.factor * m.num_selected * m.expert.hidden
-      for name in ('Switch', 'wide top-2', 'top-2')
+      for name in ('Switch', switch_table1.WIDE, switch_table1.TOP2)
       for m in [moe[f'{name} {factor}']]
     }
     assert set(products.values()) == {factor * switch_table1.HIDDEN}
+    served = moe[f'{switch_table1.WIDE} {factor}'].router.slot_priority
+    assert served == 'choice_major'
 
 
 @pytest.fixture(scope='module', name='results_folder')

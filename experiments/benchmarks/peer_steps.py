@@ -18,6 +18,13 @@ from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
 NAME = 'transformers'
+LIBRARIES = ('torch', 'transformers')
+ABOUT = (
+  "# A Switch encoder-decoder's training step against transformers'",
+  'M=256, F=1024, 4 + 4 layers, two sparse in each, E=8, 8 examples of 256 '
+  'tokens in and 64 out, float32: forward, router losses, backward, clipping, '
+  "AdamW; transformers' step in a process of its own.",
+)
 # Overrides of the config, the sizes of both models: M=256, F=1024, E=8, batches
 # of 8 examples with 256 input and 64 output tokens.
 SIZES = {

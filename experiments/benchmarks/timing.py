@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -235,7 +236,8 @@ def write(
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(rows)
-  results = {'facts': facts(), **metadata, 'rows': list(rows)}
+  made = {**facts(), 'command': ['python', *sys.argv]}
+  results = {'facts': made, **metadata, 'rows': list(rows)}
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'
   )

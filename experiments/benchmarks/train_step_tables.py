@@ -44,8 +44,17 @@ def report(
   )
 
 
-def peer_report(rows: Sequence[Mapping[str, Any]], peaks: Peaks) -> str:
-  """Table of our training steps against transformers', in Markdown."""
+def peer_report(
+  rows: Sequence[Mapping[str, Any]], peaks: Peaks, about: tuple[str, str]
+) -> str:
+  """Table of our training steps against another library's, in Markdown.
+
+  Args:
+    rows: A row for each of our cases and the peer.
+    peaks: Peaks of the machine before the timing.
+    about: Heading, and what the steps are.
+  """
+  heading, sizes = about
   f = timing.facts()
   lines = [
     {
@@ -60,13 +69,11 @@ def peer_report(rows: Sequence[Mapping[str, Any]], peaks: Peaks) -> str:
     for row in rows
   ]
   return (
-    "# A Switch encoder-decoder's training step against transformers'\n\n"
+    f'{heading}\n\n'
     f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; '
-    f'{peaks.describe()}. M=256, F=1024, 4 + 4 layers, two sparse in each, '
-    'E=8, 8 examples of 256 tokens in and 64 out, float32: forward, router '
-    "losses, backward, clipping, AdamW; transformers' step in a process of its "
-    'own. In turns; medians, and medians of ratios within a round (quartiles '
-    'in brackets). Limit: our counted products at the peak of the same '
+    f'{peaks.describe()}. {sizes} In turns; medians, and medians of ratios '
+    'within a round (quartiles in brackets). Limit: our counted products at '
+    'the peak of the same '
     'rounds.\n\n'
     f'{markdown_table(lines)}'
   )

@@ -5,12 +5,12 @@ from typing import Any
 
 import ml_collections
 
-from experiments.study.parts import Arm, Column
+from experiments.study.parts import POSITIVE, Arm, Column
 from moe_jax.configs import base
 
 # Name of the evaluation of the validation loss, with training's capacity.
 EVAL = 'main'
-LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte')
+LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte', bounds=POSITIVE)
 # Number of batches of the validation split of an evaluation.
 _BATCHES = 40
 # Arguments of `base.evaluation` for an evaluation that drops no token.

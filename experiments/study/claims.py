@@ -33,6 +33,7 @@ MARKS = ('checked', 'secondary', 'unverified')
 BETTER = ('lower', 'higher', None)
 LEVELS = ('paper', 'table', 'row', 'column')
 HIDDEN = 'unverified, not shown'
+_SECONDARY = ', secondary source'
 _ROUGHLY = re.compile(r'(~|[<>]=?)(-?\d+(?:\.\d+)?)')
 
 
@@ -91,7 +92,7 @@ class Published:
     """
     if self.mark == 'unverified':
       return HIDDEN
-    source = ', secondary source' if self.mark == 'secondary' else ''
+    source = _SECONDARY if self.mark == 'secondary' else ''
     note = f'; {self.note}' if self.note else ''
     return f'{self.relation}{self.value} ({self.table}{source}{note})'
 
@@ -136,6 +137,11 @@ def find(address: str) -> Published:
       raise unknown(f'{level} in {address!r}:', parts[depth], have)
     known = [names for names in known if names[depth] == parts[depth]]
   raise ValueError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
+
+
+def is_checked(citation: str) -> bool:
+  """Whether a text that `Published.cite` made is of a checked number."""
+  return citation != HIDDEN and _SECONDARY not in citation
 
 
 def _cells(

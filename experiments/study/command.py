@@ -78,6 +78,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     runs.results,
     timed,
     arguments=_arguments(study, options, changed),
+    configs=study.digests(preset, options.task),
   )
   configs = {job.arm.name: job.config for job in runs.jobs if not job.seed}
   words = [word[1:].replace('/', '_') for word in changed]

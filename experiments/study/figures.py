@@ -1,64 +1,170 @@
 """Draws the figure of a study from its summary. Not here: its tables."""
 
 import pathlib
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from experiments.study import claims
 from experiments.study.parts import Figure
 from experiments.study.tables import Interval
 from moe_jax.analysis import plot_style
+
+# Where the paper has a row: below, above or beside what it is compared with.
+_SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
+PAPER = 'side on which the paper has a row (checked)'
+_LETTERS = 34  # in a line of a label
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
   """Draws and writes a figure with a panel for each of the spec's columns.
 
   Where the spec has an x axis, rows are points of lines along it, and rows
-  without x are horizontal lines; else every row is one point.
+  without x are horizontal lines; else every row is one point. A grey triangle
+  is at the value with which a claim compares the row, and points to the side
+  where the paper has the row, if its numbers are checked.
   """
-  panels = [c for c in summary['columns'] if c['name'] in spec.columns]
+  figure = canvas(spec, summary, columns(spec, summary))
+  older = '\n(in part older than the study: see the text)'
+  title = summary['title'] + older * bool(summary.get('outdated'))
+  figure.suptitle(title, fontsize=10)
+  figure.savefig(path, dpi=110)
+
+
+def columns(spec: Figure, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The columns of a summary that have a panel."""
+  return [c for c in summary['columns'] if c['name'] in spec.columns]
+
+
+def canvas(
+  spec: Figure, summary: Mapping[str, Any], panels: Sequence[Mapping[str, Any]]
+) -> Canvas:
+  """A figure with a panel for each of these columns; see `draw`."""
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
-  height = 3.6 + 0.2 * len(names) / len(panels)
+  lines, across = grid(len(panels))
+  beside = [
+    _beside(rows, panels[line * across :][:across]) for line in range(lines)
+  ]
+  heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
-    height = 1.2 + 0.3 * len(rows)
-  figure = Canvas(figsize=(4.8 * len(panels), height), layout='constrained')
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    heights = [1.2 + _spacing(shown) * len(shown) for shown in beside]
+  figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
+  axes = figure.subplots(
+    lines, across, squeeze=False, height_ratios=heights
+  ).flat
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
+  axes = axes[: len(panels)]
   for ax, column in zip(axes, panels, strict=True):
     label = column['name'] + (f' ({column["unit"]})' if column['unit'] else '')
+    drawn = rows
     if spec.x_label:
-      _lines(ax, spec, rows, column['name'], names)
+      _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      _points(ax, rows, column['name'], labels=ax is axes[0])
+      place = ax.get_subplotspec()
+      first, shown = place.is_first_col(), beside[place.rowspan.start]
+      _points(ax, shown, column, labels=first)
+      drawn = list(shown.values())
       ax.set_xlabel(label)
-  if spec.x_label:
-    handle_of = {}
-    for ax in axes:
-      handles, labels = ax.get_legend_handles_labels()
-      handle_of |= dict(zip(labels, handles, strict=True))
+      ax.set_ylabel(textwrap.fill(spec.rows, _LETTERS) * first)
+    _sides(ax, summary, drawn, column, along_x=bool(spec.x_label))
+  _legend(figure, axes, columns=3 if len(panels) > 1 else 1)
+  return figure
+
+
+def _beside(rows, panels) -> dict[int, Mapping[str, Any]]:
+  """The rows, by number, that any of the panels of a line has numbers of."""
+  return {
+    i: row
+    for i, row in enumerate(rows)
+    if any(_shown(row, column) for column in panels)
+  }
+
+
+def _label(row: Mapping[str, Any]) -> str:
+  return textwrap.fill(row['name'], _LETTERS)
+
+
+def _spacing(rows: Mapping[int, Mapping[str, Any]]) -> float:
+  """Inches between rows, whose names may take several lines."""
+  names = [_label(row) for row in rows.values()]
+  return 0.16 + 0.14 * max((1 + name.count('\n') for name in names), default=1)
+
+
+def _legend(figure: Canvas, axes, columns: int) -> None:
+  """One legend below all panels, of what any of them names."""
+  handle_of = {}
+  for ax in axes:
+    handles, labels = ax.get_legend_handles_labels()
+    handle_of |= dict(zip(labels, handles, strict=True))
+  if handle_of:
     figure.legend(
       handle_of.values(),
       handle_of,
       loc='outside lower center',
       fontsize=8,
-      ncols=3 if len(panels) > 1 else 2,
+      frameon=False,
+      ncols=columns,
     )
-  figure.suptitle(summary['title'], fontsize=10)
-  figure.savefig(path, dpi=110)
+
+
+def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
+  """Marks where the paper has the rows of checked claims about a column."""
+  number_of = {row['name']: i for i, row in enumerate(rows)}
+  mean_of = {
+    row['name']: interval.mean
+    for row in summary['rows']
+    if (interval := _shown(row, column)) is not None
+  }
+  for claim in summary['claims']:
+    published = claim['published']
+    if claim['column'] != column['name'] or claim['row'] not in number_of:
+      continue
+    if not published or not all(map(claims.is_checked, published)):
+      continue
+    value = claim['than']
+    value = mean_of.get(value) if isinstance(value, str) else value
+    if value is None:
+      continue
+    number = number_of[claim['row']]
+    x = rows[number]['x']
+    marker = _SIDES[claim['direction']][along_x]
+    style = dict(color='grey', linestyle='', markersize=6, label=PAPER)
+    if not along_x:
+      ax.plot(value, number, marker, **style)
+    elif x is None:  # at the right end of its horizontal line
+      ax.plot(1, value, marker, transform=ax.get_yaxis_transform(), **style)
+    else:
+      ax.plot(x, value, marker, **style)
+
+
+def grid(panels: int) -> tuple[int, int]:
+  """Lines and columns of panels: at most two stand side by side.
+
+  A strip of three or more would be shown so small that no text is readable.
+  """
+  across = min(panels, 2)
+  return -(-panels // across), across
 
 
 def _shown(row, column) -> Interval | None:
-  values = row['values'].get(column, [])
+  values = row['values'].get(column['name'], [])
   if not values or None in values:
     return None
   return Interval.of(values)
 
 
-def _bar(interval: Interval) -> float:
-  return interval.half_width if np.isfinite(interval.half_width) else 0.0
+def bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+  """Lengths of an interval's bar below and above the mean, within bounds."""
+  if not np.isfinite(interval.half_width):
+    return 0.0, 0.0
+  low, high = interval.ends(column.get('bounds'))
+  return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
 def _names(rows) -> list[str]:
@@ -68,18 +174,18 @@ def _names(rows) -> list[str]:
   return list(dict.fromkeys(lines + levels))
 
 
-def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
+def _lines(ax, spec, rows, column, names: list[str]) -> None:
   shown = [(row, i) for row in rows if (i := _shown(row, column)) is not None]
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, _bar(interval))
+      (row['x'], interval.mean, bar(interval, column))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
     xs, means, bars = zip(*points, strict=True)
     style = plot_style.series(names.index(line))
-    ax.errorbar(xs, means, bars, **style, capsize=3, label=line)
+    ax.errorbar(xs, means, np.transpose(bars), **style, capsize=3, label=line)
   for row, interval in shown:
     if row['x'] is None:
       style = plot_style.series(names.index(row['name']))
@@ -94,13 +200,14 @@ def _lines(ax, spec, rows, column: str, names: list[str]) -> None:
   ax.set_xlabel(spec.x_label)
 
 
-def _points(ax, rows, column: str, *, labels: bool) -> None:
-  for i, row in enumerate(rows):
+def _points(ax, rows, column, *, labels: bool) -> None:
+  for place, (i, row) in enumerate(rows.items()):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
-  names = [row['name'] for row in rows] if labels else [''] * len(rows)
-  ax.set_yticks(range(len(rows)), names)
+      xerr = np.transpose([bar(interval, column)])
+      ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
+  names = [_label(row) * labels for row in rows.values()]
+  ax.set_yticks(range(len(rows)), names, fontsize=8)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

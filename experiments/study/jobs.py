@@ -174,6 +174,30 @@ def jobs_of(
   return jobs
 
 
+def settings_digest(cls: type[Options], job: Job) -> str:
+  """A short hash of what a run's arm and config state, without its seed.
+
+  It is of the values that are not an option's default, so that an option which
+  is added later changes no digest. A run's folder has another hash, of all
+  values (`config_hash`), since a run must never be taken for another.
+
+  Args:
+    cls: Class of the options that the config describes.
+    job: The run.
+  """
+  arm = job.arm
+  stated = {
+    leaf.path: leaf.value
+    for leaf in sections.leaves(cls, job.config)
+    if leaf.changed or leaf.path.endswith('.kind')
+  }
+  for key in ('seed', *arm.runs_before):  # paths, which say where results are
+    stated.pop(key, None)
+  begun = [arm.start, arm.teacher, text_of(arm.change)]
+  text = json.dumps([begun, stated], sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def text_of(change: Change | None) -> str:
   """The name of a function that changes runs, with arguments; '' for None."""
   if change is None:

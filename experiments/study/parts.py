@@ -23,6 +23,8 @@ Results = Mapping[str, Sequence[Result]]
 # and returns numbers about it. It is a function of a module, or a `partial` of
 # one with plain arguments: other processes receive it, and its text is hashed.
 Change = Callable[[pathlib.Path, pathlib.Path], Mapping[str, float]]
+# Bounds of a column: any number, a loss or another positive one, a share in %.
+ANY, POSITIVE, SHARE = (-np.inf, np.inf), (0.0, np.inf), (0.0, 100.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,33 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Revision:
+  """A change of what a study runs or measures, after results were stored.
+
+  Results from before its date are marked, and the verdicts that rest on them
+  are withheld until the study has run again.
+
+  Attributes:
+    date: Date of the change, 'YYYY-MM-DD'. Results of that day count as older.
+    what: One or two sentences on what is different since then.
+    rows: Patterns of names of the rows that it changes; `*` stands for any
+      text.
+    columns: Patterns of names of the columns that it changes.
+  """
+
+  date: str
+  what: str
+  rows: Sequence[str] = ('*',)
+  columns: Sequence[str] = ('*',)
+
+  def concerns(self, row: str, column: str) -> bool:
+    """Whether the number of a row and column is another since the change."""
+    return any(fnmatch.fnmatchcase(row, p) for p in self.rows) and any(
+      fnmatch.fnmatchcase(column, p) for p in self.columns
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
   """The size of a study: its steps and seeds, and which arms it has.
 
@@ -77,6 +106,8 @@ class Preset:
       0 where they begin with none.
     burst_for_each_seed: Whether steps are timed in as many bursts as there are
       seeds, for intervals that hold both; otherwise in one.
+    underpowered: The reason why runs of this size can decide no claim; '' where
+      they can. Verdicts are withheld for it.
   """
 
   steps: int
@@ -85,6 +116,7 @@ class Preset:
   without: Sequence[str] = ()
   start_steps: int = 0
   burst_for_each_seed: bool = False
+  underpowered: str = ''
 
   @property
   def bursts(self) -> int:
@@ -108,6 +140,9 @@ class Column:
     unit: Unit of the number, such as 'nats/byte'; '' for a plain number.
     digits: Number of digits printed after the decimal point.
     each: Function that is applied to each metric before the mean.
+    bounds: Smallest and largest possible number, such as `SHARE`; intervals do
+      not go beyond them.
+    before: Names that the column had in results which were stored earlier.
   """
 
   name: str
@@ -115,6 +150,8 @@ class Column:
   unit: str = ''
   digits: int = 4
   each: Callable[[float], float] = float
+  bounds: tuple[float, float] = ANY
+  before: Sequence[str] = ()
 
   def of(self, result: Result) -> float:
     """The number of one run; NaN where the run has no such metric."""
@@ -156,6 +193,10 @@ class Claim:
       not differ says by how much they may: 'loss: top-2 = top-1 within 0.01'.
     published: Addresses in `claims.json` of the two published numbers.
     note: How the comparison differs from the paper's; '' where it does not.
+    changes: Sentences that the table prints, one for each change of the claim
+      after it was first written, with its date and whether results were known.
+    withheld: Reason why the study's arms, as they are, cannot decide the claim;
+      '' where they can.
     column: Name of the column that is compared.
     row: Name of the row that is compared.
     than: Name of the other row, or the number.
@@ -172,6 +213,8 @@ class Claim:
   compared: str
   published: Sequence[str] = ()
   note: str = ''
+  changes: Sequence[str] = ()
+  withheld: str = ''
   column: str = dataclasses.field(init=False)
   row: str = dataclasses.field(init=False)
   than: str | float = dataclasses.field(init=False)
@@ -214,12 +257,17 @@ class Figure:
     log_x: Whether that axis is logarithmic.
     without: Patterns of names of rows that are not drawn, such as differences;
       `*` stands for any text.
+    rows: Meaning of the rows' names, which stands beside them; '' where names
+      speak for themselves.
+    own: Whether `Study.pictures` draws the figure itself, from the runs.
   """
 
   columns: Sequence[str]
   x_label: str = ''
   log_x: bool = False
   without: Sequence[str] = ()
+  rows: str = ''
+  own: bool = False
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""

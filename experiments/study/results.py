@@ -1,27 +1,25 @@
-"""Turns a study's numbers into a summary, tables, a figure and files.
+"""Turns a study's numbers into a summary, a text, a figure and files.
 
-Not here: when a direction counts as reproduced (`verdicts.py`), and all studies
-on one page (`experiments/report.py`).
+Not here: the tables (`result_tables.py`), when a direction counts as reproduced
+(`verdicts.py`), and all studies on one page (`experiments/report.py`).
 """
 
 import csv
-import dataclasses
 import json
 import pathlib
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from experiments.study import claims, figures
+from experiments.study import figures, judging, result_tables, stored
 from experiments.study import times as times_lib
 from experiments.study.parts import Figure, Preset, Results, Row
+from experiments.study.result_tables import OLDER
 from experiments.study.study import Study
-from experiments.study.tables import Interval, markdown_table
 from experiments.study.tasks import Task
 from experiments.study.times import StepTime
-from experiments.study.verdicts import Verdict, verdict
 from moe_jax.runs.workdir import write_text
 
 SUMMARY, PICTURE, TABLE = 'summary.json', 'figure.png', 'table.md'
@@ -35,6 +33,7 @@ def summary_of(
   results: Results,
   times: Mapping[str, StepTime],
   arguments: Sequence[str] = (),
+  configs: Mapping[str, str] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """The summary of a study, as JSON can hold it; `report` reads it.
 
@@ -48,14 +47,9 @@ def summary_of(
     results: Results of all runs, by arm.
     times: Ratios of step times to those of a group's first arm, by arm.
     arguments: Arguments of the command that reproduces the table.
+    configs: Digests of the configs, see `Study.digests`.
   """
   runs = [run for arm in results.values() for run in arm]
-  claimed = study.claims
-  if not task.comparable:
-    claimed = [dataclasses.replace(claim, published=()) for claim in claimed]
-  if preset.without:
-    there = {row.name for row in rows}
-    claimed = [claim for claim in claimed if claim.rows() <= there]
   remarks = study.remarks
   return {
     'name': study.name,
@@ -71,59 +65,28 @@ def summary_of(
     **_facts([run['made'] for run in runs]),
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
-    'columns': [
-      {'name': c.name, 'unit': c.unit, 'digits': c.digits}
-      for c in study.columns
-    ],
-    'rows': [_row(row) for row in rows],
-    'claims': [_described(verdict(claim, rows)) for claim in claimed],
+    'configs': dict(configs),
+    'columns': judging.described_columns(study.columns),
+    'rows': [judging.described_row(row) for row in rows],
+    'claims': judging.judged(study, preset, task, rows),
+    'written': study.written,
     'remarks': remarks if isinstance(remarks, str) else remarks(results),
   }
 
 
 def _facts(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Device, date and jax version of the runs, and their minutes in total."""
+  """Device, date, jax version and code of runs, and their minutes in total."""
   return {
     'device': _all({f'{m["device"]}, {m["cores"]} cores' for m in provenances}),
     'date': _all({m['date'][:10] for m in provenances}),
     'jax': _all({m['jax'] for m in provenances}),
     'minutes': round(sum(m['minutes'] for m in provenances), 1),
-  }
-
-
-def _row(row: Row) -> dict[str, Any]:
-  return {
-    'name': row.name,
-    'line': row.line,
-    'x': row.x,
-    'values': {k: _plain(v) for k, v in row.values.items()},
+    'code': sorted({m['code'] for m in provenances if 'code' in m}),
   }
 
 
 def _all(names: Collection[str]) -> str:
   return ' and '.join(sorted(names))
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-  """The values for JSON, which has no NaN: None stands for it."""
-  return [float(v) if np.isfinite(v) else None for v in values]
-
-
-def _described(decided: Verdict) -> dict[str, Any]:
-  claim = decided.claim
-  return {
-    'text': claim.text,
-    'column': claim.column,
-    'row': claim.row,
-    'than': claim.than,
-    'direction': claim.direction,
-    'within': claim.within,
-    'published': [claims.find(a).cite() for a in claim.published],
-    'difference': _plain([decided.difference.mean])[0],
-    'half_width': _plain([decided.difference.half_width])[0],
-    'verdict': decided.word,
-    'note': claim.note,
-  }
 
 
 def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
@@ -133,105 +96,80 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     summary: Summary of the study.
     picture: Path of the figure, relative to the page.
   """
-  seeds = summary['seeds']
-  length = summary.get('length', f'{summary["steps"]:,} steps')
   lines = [
     f'## {summary["title"]}',
     '',
-    f'{summary["source"]}. `{_command(summary)}`: '
+    f'{summary["source"]}. `{command(summary)}`: {conditions(summary)}',
+    '',
+    *aged(summary),
+    result_tables.results_table(summary),
+    '',
+    result_tables.claims_table(summary),
+  ]
+  for said in caveats(summary):
+    lines += ['', said]
+  lines += ['', f'![{summary["title"]}]({picture})', '']
+  return '\n'.join(lines)
+
+
+def conditions(summary: Mapping[str, Any]) -> str:
+  """What the runs trained on, for how long, where and when, in Markdown."""
+  seeds = summary['seeds']
+  length = summary.get('length', f'{summary["steps"]:,} steps')
+  return (
     f'{summary["task"]} (sha256 '
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
     f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
     f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
     f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
-    f'± is a 95 % confidence interval over seeds (Student).',
-    '',
-    results_table(summary),
-    '',
-    claims_table(summary),
-  ]
+    f'± is a 95 % confidence interval over seeds (Student).{_written(summary)}'
+  )
+
+
+def caveats(summary: Mapping[str, Any]) -> list[str]:
+  """The step times and the remarks, a paragraph each, in Markdown."""
+  said = []
   if summary['times']:
     times = [
       f'{name} {step_time}' for name, step_time in summary['times'].items()
     ]
-    said = f'Step times, medians and quartiles: {"; ".join(times)}.'
-    lines += ['', f'{said} {summary.get("timing", "")}'.rstrip()]
-  if summary['remarks']:
-    lines += ['', summary['remarks']]
-  lines += ['', f'![{summary["title"]}]({picture})', '']
-  return '\n'.join(lines)
+    listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
+    said.append(f'{listed} {summary.get("timing", "")}'.rstrip())
+  return said + [summary['remarks']] * bool(summary['remarks'])
 
 
-def _command(summary: Mapping[str, Any]) -> str:
+def command(summary: Mapping[str, Any]) -> str:
   """The command that reproduces the study."""
-  arguments = summary.get('arguments', [])
+  arguments = stored.arguments_of(summary)
   return ' '.join([f'python -m experiments.{summary["name"]}', *arguments])
+
+
+def _written(summary: Mapping[str, Any]) -> str:
+  """A sentence on when the claims were written, or ''."""
+  date = summary.get('written')
+  return f' Claims were written on {date}, before these runs.' if date else ''
+
+
+def aged(summary: Mapping[str, Any]) -> list[str]:
+  """Paragraphs on what a stored result is older than, each with a blank line.
+
+  Cells that are concerned have the mark `OLDER` in the table.
+  """
+  paragraphs = list(summary.get('marks', []))
+  for revision in summary.get('outdated', []):
+    since = f'of {revision["date"]}' * bool(revision['date'])
+    paragraphs.append(
+      f'{OLDER} These results are older than the study {since}: '
+      f'{revision["what"]} Verdicts that rest on them are withheld until '
+      f'`{command(summary)}` has run again, about '
+      f'{summary["minutes"] / 2:.0f} minutes on two cores.'
+    )
+  return [line for paragraph in paragraphs for line in (paragraph, '')]
 
 
 def _overrides(summary: Mapping[str, Any]) -> str:
   changed = [f'`{k}={v}`' for k, v in summary['overrides'].items()]
   return f', {", ".join(changed)}' if changed else ''
-
-
-def results_table(summary: Mapping[str, Any]) -> str:
-  """The table of the study's numbers, in Markdown."""
-  lines = []
-  for row in summary['rows']:
-    line = {'': row['name']}
-    for column in summary['columns']:
-      unit = f' ({column["unit"]})' if column['unit'] else ''
-      values = row['values'].get(column['name'], [])
-      line[column['name'] + unit] = _cell(values, column['digits'])
-    lines.append(line)
-  return markdown_table(lines)
-
-
-def _cell(values: Sequence[float], digits: int) -> str:
-  if not values or None in values:
-    return ''
-  if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
-    return f'{values[0]:z.{digits}f}'
-  return f'{Interval.of(values):z.{digits}f}'
-
-
-def claims_table(summary: Mapping[str, Any]) -> str:
-  """The table of claims in Markdown: published numbers, ours, verdicts."""
-  digits = {c['name']: c['digits'] for c in summary['columns']}
-  lines = []
-  for claim in summary['claims']:
-    spec = f'z.{digits[claim["column"]]}f'
-    difference = _interval(claim)
-    measured = f'{difference:+{spec}}'
-    if claim['difference'] is None:
-      measured = 'not measured'
-    than = claim['than']
-    than = than if isinstance(than, str) else f'{than:g}'
-    note = f'. {claim["note"]}' if claim['note'] else ''
-    within = claim.get('within', 0.0)
-    within = f'; equal if within {within:g}' if within else ''
-    lines.append(
-      {
-        'claim': claim['text'] + note,
-        'published': ' against '.join(claim['published']),
-        'here': f'{claim["column"]}, {claim["row"]} minus '
-        f'{than}: {measured}{within}',
-        'smallest that could be told': _width(difference.half_width, spec),
-        'verdict': f'**{claim["verdict"]}**',
-      }
-    )
-  return markdown_table(lines) if lines else ''
-
-
-def _interval(claim: Mapping[str, Any]) -> Interval:
-  mean, width = claim['difference'], claim['half_width']
-  return Interval(
-    float('nan') if mean is None else mean,
-    float('inf') if width is None else width,
-  )
-
-
-def _width(half_width: float, spec: str) -> str:
-  return f'{half_width:{spec}}' if np.isfinite(half_width) else 'none'
 
 
 def write(

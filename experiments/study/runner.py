@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 
 from experiments.benchmarks import timing
-from experiments.study import changed_runs
+from experiments.study import changed_runs, code_digest
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
@@ -158,13 +158,14 @@ def _trained(job, measure, devices, hooks) -> dict[str, Any]:
 
 
 def made_in(start: float) -> dict[str, Any]:
-  """Device, date and versions of a run that ends now, and its minutes.
+  """Device, date, versions and code of a run that ends now, and its minutes.
 
   Args:
     start: Value of `time.perf_counter` when the run began.
   """
   minutes = (time.perf_counter() - start) / 60
-  return {**timing.facts(), 'minutes': minutes}
+  code = code_digest.digest()
+  return {**timing.facts(), 'code': code, 'minutes': minutes}
 
 
 def _remove_parameters(job: Job) -> None:

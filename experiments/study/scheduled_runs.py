@@ -1,8 +1,9 @@
 """Makes the runs of a study that are missing, and reads all of them.
 
 A finished run is read, one that was killed starts again, and one that was
-stopped by SIGTERM continues. Not here: how a run is made (`runner.py`), and how
-tasks share the machine (`scheduler.py`).
+stopped by SIGTERM continues. Not here: how a run is made (`runner.py`), how
+tasks share the machine (`scheduler.py`), and what is printed of them
+(`run_progress.py`).
 """
 
 import contextlib
@@ -10,14 +11,12 @@ import fcntl
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from experiments.study import scheduler, workers
 from experiments.study.jobs import Job
 from experiments.study.parts import Column, Results
+from experiments.study.run_progress import Progress
 from experiments.study.runner import Runner
 from experiments.study.scheduler import FAILED, STOPPED, WAITING
 from moe_jax import command_line, host
@@ -55,13 +54,15 @@ def run_all(
       calls.setdefault(runner.together(job), []).append(job)
     count = min(num_workers or workers.usual(), len(calls))
     runner.prepare(left)
-    progress = _Progress(calls, column, count)
-    with workers.places(count) as places:
+    progress = Progress(calls, column, count, jobs)
+    with workers.places(count) as places, progress.ticking():
       tasks = {
         name: functools.partial(_begin, runner, call)
         for name, call in calls.items()
       }
-      outcomes = scheduler.run_all(tasks, places, ends=progress.ends)
+      outcomes = scheduler.run_all(
+        tasks, places, begins=progress.begins, ends=progress.ends
+      )
   failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
   if failed:
     logs = [str(calls[name][0].workdir / LOG) for name in failed]
@@ -98,47 +99,6 @@ def alone(output: pathlib.Path) -> Iterator[None]:
       print(f'waits for another process that runs in {output}', flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield
-
-
-class _Progress:
-  """Prints a line for each call that ends, with the estimated time left."""
-
-  def __init__(
-    self, calls: dict[str, list[Job]], column: Column, num_workers: int
-  ):
-    self._calls, self._column = calls, column
-    self._steps = sum(_steps(jobs) for jobs in calls.values())
-    self._ended = self._done = 0
-    self._start = time.perf_counter()
-    print(f'{num_workers} at a time, {self._steps:,} steps', flush=True)
-
-  def ends(self, name: str, outcome: str, call: workers.Call) -> None:
-    """Prints the outcome of a call; see `scheduler.run_all`."""
-    jobs = self._calls[name]
-    self._ended += 1
-    self._done += _steps(jobs)
-    if outcome == FAILED:
-      print(f'{name}: {outcome}\n{call.error}', flush=True)
-      return
-    if not all(job.is_finished for job in jobs):
-      print(f'{name}: {outcome}', flush=True)
-      return
-    seconds_gone = time.perf_counter() - self._start
-    seconds_left = seconds_gone * (self._steps - self._done) / self._done
-    value = np.mean([self._column.of(job.result()) for job in jobs])
-    print(
-      f'[{self._ended}/{len(self._calls)}] {name}: {self._column.name} '
-      f'{value:.4f}; {seconds_gone / 60:.1f} minutes gone, '
-      f'{seconds_left / 60:.1f} left',
-      flush=True,
-    )
-
-
-def _steps(jobs: Sequence[Job]) -> int:
-  """The steps of training; a run that is made of another one counts as one."""
-  return sum(
-    1 if job.arm.change is not None else job.config.total_steps for job in jobs
-  )
 
 
 def read_all(jobs: Sequence[Job]) -> Results:

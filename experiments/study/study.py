@@ -11,13 +11,20 @@ Not here: how runs are made (`runner.py`), how their numbers are reported
 """
 
 import dataclasses
+import itertools
 import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 
-from experiments.study.jobs import Item, Job, jobs_of, layered
+from experiments.study.jobs import (
+  Item,
+  Job,
+  jobs_of,
+  layered,
+  settings_digest,
+)
 from experiments.study.parts import (
   Arm,
   Claim,
@@ -25,10 +32,17 @@ from experiments.study.parts import (
   Figure,
   Preset,
   Results,
+  Revision,
   Row,
 )
 from experiments.study.runner import Runner, TrainingRunner
-from experiments.study.starts import Start, Started, in_order, start_jobs
+from experiments.study.starts import (
+  Start,
+  Started,
+  in_order,
+  start_jobs,
+  started,
+)
 from experiments.study.tasks import TASKS, Task
 from moe_jax.options import unknown
 
@@ -95,6 +109,10 @@ class Study:
     progress: Name of the column whose number is printed as runs end; '' takes
       the first.
     tasks: Tasks that the study supports, by name; the first is the default.
+    written: Date on which the claims were committed, before the runs that are
+      reported, 'YYYY-MM-DD'; '' where it is not known. Later changes stand with
+      each claim.
+    revisions: Changes of what is run or measured since results were stored.
   """
 
   name: str
@@ -116,6 +134,8 @@ class Study:
   length: Callable[[Preset], str] = in_steps
   progress: str = ''
   tasks: Mapping[str, Task] = dataclasses.field(default_factory=lambda: TASKS)
+  written: str = ''
+  revisions: Sequence[Revision] = ()
 
   @property
   def task(self) -> str:
@@ -176,6 +196,25 @@ class Study:
     """The runs that arms begin with, in the order of `starts.start_jobs`."""
     levels = in_order(self.starts(preset) if self.starts else [], arms)
     return start_jobs(self.runner.options, shared, levels, seeds, results)
+
+  def digests(self, preset: Preset, task: str = '') -> dict[str, str]:
+    """Digests of what the preset's runs are, by name of the arm or start.
+
+    Stored results keep them: another digest says that the study runs something
+    else today. They are of arms as stated, before any exploration.
+
+    Args:
+      preset: The preset.
+      task: Name of a task; '' takes the default.
+    """
+    shared, arms = self.shared(preset, task), self.arms_of(preset)
+    folder = pathlib.Path('results')
+    first = self.start_jobs(preset, shared, arms, [0], folder)
+    own = self.jobs(shared, arms, [0], folder / self.name, started(first))
+    return {
+      job.arm.name: settings_digest(self.runner.options, job)
+      for job in itertools.chain(*first, own)
+    }
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:
     """The config that arms share; `moe_jax.main` calls this for a study's file.

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+# Smallest and largest possible number, None for no bound.
+Bounds = Sequence[float | None] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
@@ -25,6 +28,26 @@ class Interval:
       return cls(float(np.mean(values)), float('inf'))
     error = np.std(values, ddof=1) / np.sqrt(n)
     return cls(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1) * error))
+
+  def ends(self, bounds: Bounds = None) -> tuple[float, float]:
+    """Both ends of the interval, inside of what the number can be.
+
+    Args:
+      bounds: Smallest and largest possible number; None for no bound.
+    """
+    low, high = bounds or (None, None)
+    ends = self.mean - self.half_width, self.mean + self.half_width
+    return (
+      ends[0] if low is None else max(ends[0], low),
+      ends[1] if high is None else min(ends[1], high),
+    )
+
+  def text(self, spec: str, bounds: Bounds = None) -> str:
+    """As a format of `spec`; both ends where the interval passes a bound."""
+    ends = self.ends(bounds)
+    if np.isinf(self.half_width) or ends == self.ends():
+      return f'{self:{spec}}'
+    return f'{self.mean:{spec}} ({ends[0]:{spec}} to {ends[1]:{spec}})'
 
   def sign(self) -> int:
     """Sign of the mean where the interval excludes 0, else 0."""

@@ -2,8 +2,10 @@
 
 A direction counts as reproduced only where the 95 % interval of the paired
 difference excludes zero on the paper's side, and the absence of a difference
-only where the interval is within the bound that the claim names. Not here: the
-claims (`parts.py`) and the published numbers (`claims.py`).
+only where the interval is within the bound that the claim names. A verdict is
+withheld where runs are too few or too short to decide anything. Not here: the
+claims (`parts.py`), the published numbers (`claims.py`), and which stored
+results a claim can still be decided by (`judging.py`).
 """
 
 import dataclasses
@@ -17,8 +19,13 @@ from moe_jax.options import unknown
 REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
 # Verdicts on claims without verified published numbers.
 SHOWN, REFUTED = 'shown', 'refuted'
-UNRESOLVED = 'not resolved'
-WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED)
+UNRESOLVED, WITHHELD = 'not resolved', 'withheld'
+WORDS = (REPRODUCED, OPPOSITE, SHOWN, REFUTED, UNRESOLVED, WITHHELD)
+# Smallest number of seeds that decides a claim. With two, the spread rests on a
+# single difference: where the two agree by accident the interval is narrow, and
+# excludes zero however small the effect. With three an interval is still 4.3
+# standard errors wide on either side.
+LEAST_SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +37,14 @@ class Verdict:
     difference: Mean difference of the claim's row and the other, paired by
       seed, with its interval.
     word: `REPRODUCED` or `OPPOSITE`; `SHOWN` or `REFUTED` where no verified
-      number was published; or `UNRESOLVED`.
+      number was published; `UNRESOLVED`; or `WITHHELD`.
+    reason: Reason why the verdict is withheld; '' where it is not.
   """
 
   claim: Claim
   difference: Interval
   word: str
+  reason: str = ''
 
   @property
   def resolvable(self) -> float:
@@ -43,8 +52,15 @@ class Verdict:
     return self.difference.half_width
 
 
-def verdict(claim: Claim, rows: Sequence[Row]) -> Verdict:
+def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   """The verdict on one claim.
+
+  Args:
+    claim: The claim.
+    rows: Rows of the table.
+    withheld: Reason why the runs decide no claim; '' where they do. With fewer
+      than `LEAST_SEEDS` seeds, or where the claim has a reason of its own, the
+      verdict is withheld in any case.
 
   Raises:
     ValueError: The claim names a row or column that does not exist.
@@ -55,6 +71,10 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> Verdict:
   else:
     others = [claim.than] * len(mine)
   difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
+  few = f'{len(mine)} of at least {LEAST_SEEDS} seeds'
+  few *= len(mine) < LEAST_SEEDS
+  if withheld := '; '.join(filter(None, (claim.withheld, few, withheld))):
+    return Verdict(claim, difference, WITHHELD, withheld)
   marks = {claims.find(address).mark for address in claim.published}
   known = bool(marks) and 'unverified' not in marks
   yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)

@@ -1,10 +1,12 @@
 """HTML pages of one file each: their style, tables and pictures.
 
-A page needs no network, no other file and no script, and whatever text it is
-given is escaped. Not here: what pages say (`route_page.py`, `run_page.py`).
+A page needs no network and no other file, and whatever text it is given is
+escaped. Browsers refuse every script but the one that `render` is given. Not
+here: what pages say (`route_page.py`, `run_page.py`).
 """
 
 import base64
+import hashlib
 from typing import Any
 
 import jinja2
@@ -20,14 +22,14 @@ _BASE = """\
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'
+{%- if script %}; script-src 'sha256-{{ digest }}'{% endif %}">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #595959;
-  --line: #0072B2; --head: #e8f1f8; --even: #f5f5f5; --edge: #ddd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --paper: #16181b;
-  --faint: #a8a8a8; --line: #56B4E9; --head: #22303b; --even: #1f2226;
-  --edge: #3a3d42; } }
+:root { color-scheme: light dark; --ink: light-dark(#222, #e4e4e4);
+  --paper: light-dark(#fff, #16181b); --faint: light-dark(#595959, #a8a8a8);
+  --line: light-dark(#0072b2, #56b4e9); --head: light-dark(#e8f1f8, #22303b);
+  --even: light-dark(#f5f5f5, #1f2226); --edge: light-dark(#ddd, #3a3d42); }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); max-width: 1100px; margin: 2em auto;
   padding: 0 1em; overflow-wrap: break-word; }
@@ -54,8 +56,8 @@ tbody tr:nth-child(even) { background: var(--even); }
 .note { color: var(--faint); font-size: 14px; max-width: 50em; }
 summary { cursor: pointer; font-weight: bold; }
 @media print {
-  :root { color-scheme: light; --ink: #000; --paper: #fff; --faint: #444;
-    --line: #0072B2; --head: #eee; --even: #f5f5f5; --edge: #bbb; }
+  :root { color-scheme: light !important; --ink: #000; --faint: #444;
+    --head: #eee; --edge: #bbb; }
   body { font-size: 10.5pt; max-width: none; margin: 0; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; max-height: none; }
@@ -70,6 +72,8 @@ summary { cursor: pointer; font-weight: bold; }
 </head>
 <body>
 {% block body %}{% endblock %}
+{% if script %}<script>{{ script|safe }}</script>{% endif %}
+
 </body>
 </html>
 """
@@ -107,12 +111,15 @@ HEAD = """\
 """
 
 
-def render(template: str, *, title: str, **values: Any) -> str:
+def render(
+  template: str, *, title: str, script: str = '', **values: Any
+) -> str:
   """A page.
 
   Args:
     template: The blocks of the page's template, without `HEAD`.
     title: The title of the page.
+    script: JavaScript that runs when the page is there; '' for none.
     **values: The other values of the template.
   """
   loader = jinja2.DictLoader(
@@ -125,7 +132,13 @@ def render(template: str, *, title: str, **values: Any) -> str:
     loader=loader,
   )
   environment.globals.update(zip=zip, long=LONG)
-  return environment.get_template('page').render(title=title, **values)
+  digest = hashlib.sha256(script.encode()).digest()
+  return environment.get_template('page').render(
+    title=title,
+    script=script,
+    digest=base64.b64encode(digest).decode(),
+    **values,
+  )
 
 
 def data_uri(data: bytes, form: str = 'png') -> str:

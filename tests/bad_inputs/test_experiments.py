@@ -219,6 +219,12 @@ OTHERS = {
     ['--results=no_such', '--output={folder}'],
     ('no_such',),
   ),
+  'a comparison of one run': ('compare', ['runs'], ('give at least two',)),
+  'a comparison of folders without runs': (
+    'compare',
+    ['configs', 'tests', '--output={folder}/page'],
+    ('configs holds no run', 'config.json'),
+  ),
   'a report of a file': (
     'report',
     ['--results=setup.py', '--output={folder}'],

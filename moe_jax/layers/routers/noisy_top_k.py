@@ -26,7 +26,7 @@ from moe_jax.layers.routers.by_token import (
   serve,
   to_experts,
 )
-from moe_jax.layers.routers.contract import NOISE, Router
+from moe_jax.layers.routers.contract import NOISE, SOWN, Router
 from moe_jax.layers.routers.linear_gate import (
   AXES,
   ROLE,
@@ -36,6 +36,10 @@ from moe_jax.layers.routers.linear_gate import (
   product,
 )
 from moe_jax.routing.aux_losses import over_groups
+
+# The name in 'intermediates' of Load [G, E]: by expert, the sum of the chances
+# that a token chooses it if only its own noise is redrawn (Eq. 10).
+LOAD = 'load'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +85,7 @@ class NoisyTopKRouter(Router):
       probability = jnp.where(there, probability, 0.0)
       load = of_open_columns(routing.load_loss(probability, mask), there)
     aux = aux._replace(load_loss=over_groups(load, mask))
+    # For analysis alone, if the caller makes 'intermediates' mutable.
+    real = mask[..., None]
+    self.sow(SOWN, LOAD, jnp.where(real, probability, 0.0).sum(1))  # [G, E]
     return to_experts(self, chosen, layer), aux

@@ -1,0 +1,156 @@
+"""What a stored result still says of the study as it is today.
+
+A stored result is judged again by the claims that the study has today, so that
+a claim which was mended is mended in every table. Verdicts are withheld that
+rest on rows or columns which the study has revised since, or on runs of other
+configs. Not here: results of runs that have just been made (`results.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.study import code_digest, judging
+from experiments.study.parts import Claim, Revision, Row
+from experiments.study.study import Study
+from experiments.study.tables import Interval
+from experiments.study.tasks import Task
+from experiments.study.verdicts import WITHHELD, Verdict, verdict
+
+# Arguments of results that are older than the record of arguments: only those
+# of full presets were stored.
+_ARGUMENTS = ('--preset=full',)
+_PRESET = '--preset='
+_UNKNOWN = Interval(float('nan'), float('inf'))
+
+
+def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
+  """A stored summary with the study's claims, words and columns of today.
+
+  Args:
+    summary: Summary of a preset, as it was stored.
+    study: The study.
+
+  Returns:
+    The summary, with the entries `outdated`, what the study has revised since
+    (`Revision` as a dict), and `marks`, sentences on what else has changed.
+  """
+  preset = study.presets.get(preset_of(summary))
+  if preset is None:
+    preset = next(iter(study.presets.values()))
+  ran = dataclasses.replace(preset, steps=summary['steps'])
+  task = _task(summary, study)
+  columns, renamed = _columns(summary, study)
+  rows = [row_of(row, renamed) for row in summary['rows']]
+  outdated = _outdated(summary, study)
+  weak = judging.underpowered(study, ran)
+  return {
+    **summary,
+    **{'title': study.title, 'source': study.source, 'columns': columns},
+    'rows': [judging.described_row(row) for row in rows],
+    'claims': [
+      judging.described(_decided(claim, rows, outdated, weak))
+      for claim in judging.claims_of(study, preset, task, rows)
+    ],
+    'written': study.written,
+    'remarks': _remarks(summary, study),
+    'outdated': [dataclasses.asdict(revision) for revision in outdated],
+    'marks': _marks(summary, study),
+  }
+
+
+def arguments_of(summary: Mapping[str, Any]) -> Sequence[str]:
+  """Arguments of the command that made a stored summary."""
+  return summary.get('arguments', _ARGUMENTS)
+
+
+def preset_of(summary: Mapping[str, Any]) -> str:
+  """Name of a summary's preset; a study's only preset needs no argument."""
+  for argument in arguments_of(summary):
+    if argument.startswith(_PRESET):
+      return argument.removeprefix(_PRESET)
+  return 'full'
+
+
+def _task(summary: Mapping[str, Any], study: Study) -> Task:
+  """The task of a summary; one with a label of its own is not comparable."""
+  for task in study.tasks.values():
+    if task.label == summary['task']:
+      return task
+  return Task({}, summary['task'], comparable=False)
+
+
+def _remarks(summary: Mapping[str, Any], study: Study) -> str:
+  """The remarks of today, or where they are of the runs' results, as stored."""
+  words = study.remarks
+  return words if isinstance(words, str) else summary['remarks']
+
+
+def _columns(
+  summary: Mapping[str, Any], study: Study
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+  """The stored columns as described today, and by name their names of today."""
+  by_name = {name: c for c in study.columns for name in (*c.before, c.name)}
+  columns, renamed = [], {}
+  for column in summary['columns']:
+    today = by_name.get(column['name'])
+    renamed[column['name']] = column['name'] if today is None else today.name
+    columns += [column] if today is None else judging.described_columns([today])
+  return columns, renamed
+
+
+def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
+  """A stored row, with the names that its columns have today."""
+  values = {
+    renamed.get(name, name): [np.nan if v is None else v for v in numbers]
+    for name, numbers in stored['values'].items()
+  }
+  return Row(stored['name'], values, stored['line'], stored['x'])
+
+
+def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
+  """What the study has revised since, and arms whose configs are others."""
+  later = [r for r in study.revisions if summary['date'][:10] <= r.date]
+  kept, preset = summary.get('configs'), study.presets.get(preset_of(summary))
+  if preset is None:
+    later.append(Revision('', 'The study has no such preset any more.'))
+  elif kept:
+    today = study.digests(preset)
+    others = sorted(name for name in kept if today.get(name) != kept[name])
+    if others:
+      names = ', '.join(others)
+      later.append(Revision('', f'Configs of today are others: {names}.'))
+  return later
+
+
+def _decided(
+  claim: Claim, rows: Sequence[Row], outdated: Sequence[Revision], weak: str
+) -> Verdict:
+  """The verdict by stored rows, withheld where these are outdated or lack."""
+  columns_of = {row.name: row.values.keys() for row in rows}
+  for name in sorted(claim.rows()):
+    if any(revision.concerns(name, claim.column) for revision in outdated):
+      reason = 'the stored result is of older arms or columns'
+    elif claim.column not in columns_of.get(name, ()):
+      reason = f'the stored result has no {claim.column!r} of {name!r}'
+    else:
+      continue
+    return Verdict(claim, _UNKNOWN, WITHHELD, reason)
+  return verdict(claim, rows, weak)
+
+
+def _marks(summary: Mapping[str, Any], study: Study) -> list[str]:
+  """Sentences on a preset, or code, that is another today."""
+  marks, preset = [], study.presets.get(preset_of(summary))
+  if preset is not None:
+    ran = summary['steps'], len(summary['seeds'])
+    if (preset.steps, preset.seeds) != ran:
+      marks.append(
+        f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
+      )
+  code = summary.get('code')
+  if code and code != [code_digest.digest()]:
+    marks.append('The runs are of an older state of the code of `moe_jax`.')
+  return marks

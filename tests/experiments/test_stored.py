@@ -1,0 +1,203 @@
+"""Stored results: judged by today's claims, or withheld where outdated."""
+
+import dataclasses
+import importlib
+import json
+import re
+
+import pytest
+
+from experiments import report
+from experiments.study import command, figures, judging, stored, verdicts
+from experiments.study import results as study_results
+from experiments.study.jobs import Job, settings_digest
+from experiments.study.parts import (
+  SHARE,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Revision,
+)
+from experiments.study.tables import Interval
+from moe_jax.run_config import RunConfig
+from tests import tiny_study
+from tests.training import tiny
+
+KEPT = sorted((report.HERE / report.KEPT).glob('*.json'))
+STUDY = dataclasses.replace(
+  tiny_study.STUDY,
+  columns=[Column('loss, now'), Column('load', before=['balance'])],
+  claims=[
+    Claim('little is better', 'load: little < much'),
+    Claim('little is better than dense', 'load: little < dense'),
+    Claim('its loss is lower', 'loss, now: little < much'),
+  ],
+  written='2026-01-01',
+)
+
+
+def summary(**changed):
+  """A result of the preset `full` of `STUDY`, as it was stored."""
+  values = {'dense': [3.0, 3.1, 3.0], 'little': [1.0, 1.1, 1.3]}
+  values['much'] = [2.0, 2.1, 2.2]
+  rows = [
+    {'name': name, 'line': '', 'x': None, 'values': {'balance': numbers}}
+    for name, numbers in values.items()
+  ]
+  columns = [{'name': 'balance', 'unit': '', 'digits': 1}]
+  facts = dict(source='old', device='a CPU', jax='1', minutes=8.0, overrides={})
+  about = dict(name='tiny_study', title='old', task=STUDY.tasks['text'].label)
+  ran = dict(steps=6, seeds=[0, 1, 2], date='2026-01-02', digests=['x'])
+  ran |= dict(times={}, remarks='old', claims=[])
+  stored_before = {**about, **facts, **ran, 'columns': columns, 'rows': rows}
+  return {**stored_before, **changed}
+
+
+def words(judged):
+  return [claim['verdict'] for claim in judged['claims']]
+
+
+def test_a_stored_result_is_judged_by_the_claims_of_today():
+  judged = stored.judged_again(summary(), STUDY)
+  assert words(judged) == [verdicts.SHOWN, verdicts.SHOWN, verdicts.WITHHELD]
+  assert "no 'loss, now' of 'little'" in judged['claims'][2]['reason']
+  text = study_results.text_of(judged)
+  assert '| load |' in text and '`python -m experiments.tiny_study' in text
+  assert 'Claims were written on 2026-01-01' in text and '†' not in text
+  turned = [Claim('much is better', 'load: much < little')]
+  study = dataclasses.replace(STUDY, claims=turned)
+  assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
+
+
+def test_what_a_study_has_revised_since_is_marked_and_withheld():
+  revision = Revision('2026-01-02', 'Little is less now.', rows=['litt*'])
+  study = dataclasses.replace(STUDY, revisions=[revision])
+  judged = stored.judged_again(summary(), study)
+  assert set(words(judged)) == {verdicts.WITHHELD}
+  text = study_results.text_of(judged)
+  assert '| little | 1.1333 ± 0.3795 † |' in text
+  assert '| much | 2.1000 ± 0.2484 |' in text
+  assert 'Little is less now.' in text and 'about 4 minutes' in text
+  assert '--preset=full` has run again' in text and 'not measured' in text
+  # Columns that are not concerned, and results from after it, still decide.
+  other = dataclasses.replace(revision, columns=['loss*'])
+  study = dataclasses.replace(STUDY, revisions=[other])
+  assert words(stored.judged_again(summary(), study))[0] == verdicts.SHOWN
+  study = dataclasses.replace(STUDY, revisions=[revision])
+  judged = stored.judged_again(summary(date='2026-01-03'), study)
+  assert words(judged)[0] == verdicts.SHOWN
+
+
+def test_runs_of_other_configs_or_code_are_marked():
+  configs = STUDY.digests(STUDY.presets['full'])
+  assert configs.keys() == {'dense', 'little', 'much'}
+  assert len(set(configs.values())) == 3
+  same = stored.judged_again(summary(configs=configs, code=['old']), STUDY)
+  assert same['outdated'] == [] and 'older state' in same['marks'][0]
+  others = {**configs, 'little': 'another'}
+  judged = stored.judged_again(summary(configs=others), STUDY)
+  assert 'Configs of today are others: little' in judged['outdated'][0]['what']
+  assert set(words(judged)) == {verdicts.WITHHELD}
+  shorter = stored.judged_again(summary(steps=5), STUDY)
+  assert shorter['marks'] == ['The preset has 6 steps and 3 seeds today.']
+
+
+def test_a_digest_is_of_what_is_stated():
+  def digest(**changes):
+    config = tiny.config(**changes)
+    job = Job(Arm('a', {}), 0, config, tiny_study)
+    return settings_digest(RunConfig, job)
+
+  assert digest(seed=1) == digest(seed=2) != digest(batch_size=6)
+
+
+@pytest.mark.parametrize(
+  ('preset', 'reason'),
+  [
+    (Preset(4, 3), ''),
+    (Preset(3, 3), 'a trial of 3 steps, of at least 4'),
+    (Preset(4, 3, underpowered='too short'), 'too short'),
+  ],
+)
+def test_trials_decide_nothing(preset, reason):
+  assert judging.underpowered(STUDY, preset) == reason
+  rows = [stored.row_of(row, {'balance': 'load'}) for row in summary()['rows']]
+  study = dataclasses.replace(STUDY, claims=STUDY.claims[:2])
+  task = STUDY.tasks['text']
+  for claim in judging.judged(study, preset, task, rows):
+    assert claim['reason'] == reason
+    word = verdicts.WITHHELD if reason else verdicts.SHOWN
+    assert claim['verdict'] == word
+
+
+def test_intervals_end_where_numbers_do():
+  shares = Interval(96.0, 8.0)
+  assert shares.text('.0f', SHARE) == '96 (88 to 100)'
+  assert shares.text('.0f') == '96 ± 8'
+  assert Interval(1.0, 3.0).ends([0.0, None]) == (0.0, 4.0)
+  assert Interval(5.0, 3.0).text('.0f', [0.0, None]) == '5 ± 3'
+  below, above = figures.bar(shares, {'bounds': SHARE})
+  assert (below, above) == (8.0, 4.0)
+
+
+def test_a_panels_rows_are_those_that_it_has_numbers_of(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    figures.Canvas, 'savefig', lambda canvas, *_, **__: drawn.append(canvas)
+  )
+  columns = [{'name': name, 'unit': ''} for name in 'abc']
+  rows = [
+    {
+      'name': name,
+      'line': '',
+      'x': None,
+      'values': {c: [1.0, 2.0] for c in own},
+    }
+    for name, own in (('first', 'ab'), ('second', 'a'), ('third', 'c'))
+  ]
+  about = {'title': 'A question', 'columns': columns, 'rows': rows}
+  spec = Figure(['a', 'b', 'c'], rows='models')
+  figures.draw(spec, about, tmp_path / 'figure.png')
+  (canvas,) = drawn
+  named = [
+    [tick.get_text() for tick in ax.get_yticklabels()] for ax in canvas.axes[:3]
+  ]
+  assert named == [['first', 'second'], ['', ''], ['third']]
+  labels = [ax.get_ylabel() for ax in canvas.axes[:3]]
+  assert labels == ['models', '', 'models']
+
+
+def test_panels_stand_two_by_two():
+  assert [figures.grid(n) for n in (1, 2, 3, 4)] == [
+    (1, 1), (1, 2), (2, 2), (2, 2),
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('path', KEPT, ids=lambda path: path.stem)
+def test_a_stored_command_makes_its_table(path):
+  kept = json.loads(path.read_text(encoding='utf-8'))
+  study = importlib.import_module(f'experiments.{path.stem}').STUDY
+  options = command.parse(study, stored.arguments_of(kept))
+  preset = study.presets[options.preset]
+  judged = stored.judged_again(kept, study)
+  ran = kept['steps'], len(kept['seeds'])
+  if (preset.steps, preset.seeds) != ran:
+    assert f'{preset.steps:,} steps' in ' '.join(judged['marks'])
+  assert options.flags == [] and len(judged['claims']) >= 4
+
+
+def test_figures_of_the_readme_stand_in_the_results():
+  text = (report.HERE.parent / 'README.md').read_text(encoding='utf-8')
+  bullets = text.split('## Results')[1].split('\n- ')[1:]
+  page = (report.HERE / report.PAGE).read_text(encoding='utf-8')
+  assert len(bullets) >= 3
+  for bullet in bullets:
+    told, name, _ = re.split(r'\(`(\w+)`\)', bullet)
+    section = page.split(f'experiments.{name} ')[1].split('\n## ')[0]
+    stored_numbers = [float(x) for x in re.findall(r'\d+\.\d+', section)]
+    for number in re.findall(r'\d+\.\d+', told):
+      bound = 0.5001 * 10.0 ** -len(number.split('.')[1])
+      near = [x for x in stored_numbers if abs(x - float(number)) <= bound]
+      assert near, f'{number} of {name} is in no stored result'
