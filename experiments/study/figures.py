@@ -121,7 +121,7 @@ def _sides(ax, summary, rows, column, *, along_x: bool) -> None:
     for row in summary['rows']
     if (interval := _shown(row, column)) is not None
   }
-  for claim in summary['claims']:
+  for claim in summary.get('claims', ()):
     published = claim['published']
     if claim['column'] != column['name'] or claim['row'] not in number_of:
       continue

@@ -35,7 +35,9 @@ _IN_TAGS = [
   (r" font-family: 'DejaVu Sans'[^;\"]*;?", ''),
   (r' transform="rotate\(-0 [^"]*"', ''),
   (r'(\.\d\d)\d+', r'\1'),
-  ('#808080', 'var(--faint)'),
+  ('#808080|#b0b0b0', 'var(--faint)'),
+  ('#cccccc', 'var(--edge)'),
+  ('#ffffff', 'var(--paper)'),
   *((c, f'var(--series-{i})') for i, c in enumerate(plot_style.COLOURS)),
 ]
 STYLE = f"""\

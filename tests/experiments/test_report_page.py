@@ -47,12 +47,11 @@ class Page(html.parser.HTMLParser):
     assert not self.open
 
   def handle_starttag(self, tag, attrs):
-    given = dict(attrs)
-    self.ids += [given['id']] * ('id' in given)
-    for name in ('href', 'xlink:href', 'src'):
-      self.links += [given[name]] * (name in given)
+    self.ids += [value for name, value in attrs if name == 'id']
+    links = ('href', 'xlink:href', 'src')
+    self.links += [value for name, value in attrs if name in links]
     if tag == 'svg':
-      self.labels.append(given['role'])
+      self.labels.append(dict(attrs)['role'])
     if tag not in VOID:
       self.open.append(tag)
 
