@@ -66,6 +66,15 @@ def pytest_collection_modifyitems(config, items):
   items[:] = [item for item in items if item not in slow]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Gives each worker whole files, except for the cases of a few long tests."""
+  from tests import worker_units  # needs xdist
+
+  if config.getoption('dist') == 'loadfile':
+    return worker_units.Units(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _own_data_cache(tmp_path_factory, monkeypatch):
   """Keeps prepared data in one folder of the test run, not the user's cache."""

@@ -1,0 +1,24 @@
+"""The tests that one worker of pytest-xdist runs in a row: those of a file."""
+
+from xdist.scheduler import LoadFileScheduling
+
+# Each case of these long tests is a unit of its own: one worker would still run
+# them when the others have no more tests.
+SPREAD = (
+  'test_a_studys_arms_are_equal_in_flops',
+  'test_a_studys_claims_are_about_its_rows',
+  'test_every_study_runs',
+)
+
+
+def unit_of(nodeid: str) -> str:
+  """The name of the unit that a test belongs to."""
+  file, _, test = nodeid.partition('::')
+  return nodeid if test.partition('[')[0] in SPREAD else file
+
+
+class Units(LoadFileScheduling):
+  """Distributes files, and the cases of some tests one by one."""
+
+  def _split_scope(self, nodeid: str) -> str:
+    return unit_of(nodeid)
