@@ -101,7 +101,7 @@ class BalanceBias(RouterOptions):
   balance_bias_rule: str = option(
     'sign',
     "Rule by which a step changes the balancing bias: 'sign' by the rate, up "
-    "below the mean load and down above it (Algorithm 1 of arXiv:2408.15664); "
+    'below the mean load and down above it (Algorithm 1 of arXiv:2408.15664); '
     "'error' by the rate times (mean load - load) / mean load (Table 3 there).",
     one_of(*balance_bias.RULES),
     when={'balance_bias_rate': above(0)},
