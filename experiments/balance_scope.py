@@ -109,11 +109,13 @@ def claims() -> list[Claim]:
     for narrow in (ROW, TWO):
       found += [
         Claim(
-          f'a loss of the batch lets experts specialise more than of {narrow}',
+          f'of weight {w}, a loss of the batch lets experts specialise more than '
+          f'one of {narrow}',
           f'{DOMAIN}: {BATCH} {w} > {narrow} {w}',
         ),
         Claim(
-          f'a loss of the batch costs less quality than one of {narrow}',
+          f'of weight {w}, a loss of the batch costs less quality than one of '
+          f'{narrow}',
           f'loss: {BATCH} {w} < {narrow} {w}',
         ),
       ]

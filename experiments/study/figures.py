@@ -101,6 +101,7 @@ def _points(ax, rows, column: str, *, labels: bool) -> None:
       # A row has one style in all panels.
       style = plot_style.series(i)
       ax.errorbar(interval.mean, i, xerr=_bar(interval), **style, capsize=3)
+  ax.locator_params(axis='x', nbins=6)  # more labels would touch each other
   names = [row['name'] for row in rows] if labels else [''] * len(rows)
   ax.set_yticks(range(len(rows)), names)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top
