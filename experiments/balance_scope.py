@@ -109,8 +109,8 @@ def claims() -> list[Claim]:
     for narrow in (ROW, TWO):
       found += [
         Claim(
-          f'of weight {w}, a loss of the batch lets experts specialise more than '
-          f'one of {narrow}',
+          f'of weight {w}, a loss of the batch lets experts specialise more '
+          f'than one of {narrow}',
           f'{DOMAIN}: {BATCH} {w} > {narrow} {w}',
         ),
         Claim(

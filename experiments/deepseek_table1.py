@@ -155,7 +155,9 @@ def claim(better: str, worse: str, *published: str) -> Claim:
   """
   table, *names = published or ('',)
   cells = [f'deepseekmoe2024/{table}/{name}/pile_loss' for name in names]
-  return Claim(f'{better} against {worse}', f'loss: {better} < {worse}', cells)
+  return Claim(
+    f'{better} is better than {worse}', f'loss: {better} < {worse}', cells
+  )
 
 
 CLASS = 'comparison_2b'

@@ -124,7 +124,7 @@ def claim(better: str, worse: str, *columns: str, note: str = SCORES) -> Claim:
     note: How the comparison differs from the paper's.
   """
   published = [f'{AVERAGE}/{column}' for column in columns]
-  text = f'{better} against {worse}'
+  text = f'{better} is better than {worse}'
   return Claim(text, f'loss: {better} < {worse}', published, note)
 
 
@@ -155,7 +155,7 @@ STUDY = Study(
       HALF, TOP2, note='The paper: convergence is more than twice as fast.'
     ),
     Claim(
-      f'{EC2} against a hash',
+      f'{EC2} is better than a hash',
       f'loss: {EC2} < {HASH}',
       [f'{CAPPED}/EC/average', f'{CAPPED}/hash (mod x)/average'],
       SCORES,
