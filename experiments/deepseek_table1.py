@@ -16,8 +16,8 @@ experts, and each token passes a hidden width of 256: whole experts are 16 of
 128, two of which a token chooses, as in GShard; the fine-grained ones are cut
 into quarters. Switch and the hash have one expert of 256 of 8. Nothing is
 dropped, so that no row is worse for lack of room, and all learned rows have the
-same weight of the balance loss. Gates are those of the papers: GShard's sum to
-one, Switch's and DeepSeekMoE's do not. Not here: experts disabled by rank
+same balance loss, of all choices. Gates are those of the papers: GShard's sum
+to one, Switch's and DeepSeekMoE's do not. Not here: experts disabled by rank
 (Figure 4 there), several shared experts, which no five seeds tell apart, and
 larger models of GShard.
 
