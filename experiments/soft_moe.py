@@ -11,10 +11,11 @@ numbers could not be verified, so that directions alone are tested.
 Here: an encoder-decoder of bytes that is sparse in its encoder alone, trained
 on span corruption; mixtures of all tokens are possible in an encoder alone. A
 group is a row of 128 tokens. All arms have 128 slots a row, a slot a token: 4,
-16 or 64 experts with 32, 8 or 2 slots each; expert choice takes each token once
-on average. Token choice is V-MoE's, with a slot a token served by priority; it
-also has a row that drops nothing. The products of Soft MoE's router, with the
-parameters of every slot, come on top: they are a quarter of the experts' own.
+16 or 64 experts with 32, 8 or 2 slots each; expert choice (EC) takes each token
+once on average. Token choice is V-MoE's, with a slot a token served by
+priority; it also has a row that drops nothing. The products of Soft MoE's
+router, with the parameters of every slot, come on top: they are a quarter of
+the experts' own.
 
 Three seeds of the quick preset have hardly begun to learn, and resolve large
 differences alone. Planned for the full preset: 7 arms, 5 seeds, 20 minutes on
@@ -29,7 +30,7 @@ from experiments.study.tasks import DENOISING_TASKS
 
 HIDDEN, SLOTS, EXPERTS = 256, 128, (4, 16, 64)
 TOP1, ROOMY = 'top-1 of 16', 'top-1 of 16, no drops'
-EC = 'expert choice of 16'
+EC = 'EC of 16'
 LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 
 
