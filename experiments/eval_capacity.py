@@ -40,15 +40,10 @@ PLAIN, BPR = 'order of the text', 'priority'
 
 def config(steps: int):
   """The config that both models share; its encoder alone is sparse."""
-  config = byte_models.decoder(steps, num_layers=1)
-  m = config.model
-  m.kind = 'encoder_decoder'
-  m.positions.kind = 'relative'
-  m.encoder.num_layers = 2
-  m.encoder.overrides = dict(moe=dict(layers='all'))
-  m.moe.layers = 'none'
-  m.moe.capacity.kind = 'per_token'
-  m.moe.capacity.per_token.factor = 0.75
+  config = byte_models.sparse_encoder(steps)
+  moe = config.model.moe
+  moe.capacity.kind = 'per_token'
+  moe.capacity.per_token.factor = 0.75
   config.evals = {'no_drops': byte_models.no_drops()}
   for order in ORDERS.values():
     for factor in FACTORS:

@@ -38,17 +38,9 @@ def config(steps: int):
 
 
 def _expert_choice(factor: int) -> Arm:
-  moe = {
-    'num_selected': factor,
-    'expert.hidden': HIDDEN // factor,
-    'router.kind': 'expert_choice',
-    'capacity.kind': 'per_token',
-    'capacity.per_token.factor': float(factor),
-    'dispatch.kind': 'gather',
-    'allow_future_leak': True,
-  }
-  overrides = {f'model.moe.{key}': value for key, value in moe.items()}
-  return Arm(f'expert choice, CF {factor}', overrides)
+  leak = {'allow_future_leak': True}
+  name = f'expert choice, CF {factor}'
+  return byte_models.expert_choice(name, factor, HIDDEN, leak)
 
 
 def _hash(what: str) -> Arm:

@@ -107,12 +107,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       the entropy of experts, less that of shuffled ids.
   """
   header = header_of(run)
-  records = validation_routing.records(
-    validation_routing.evaluated_model(run, byte_models.EVAL),
-    run.programs.variables(state),
-    validation_routing.batches(run, _BATCHES),
-    step=int(state.step),
-    seed=run.options.seed,
+  records = validation_routing.last_records(
+    run, state, byte_models.EVAL, _BATCHES
   )
   sums = route_sums.collect(header, records)
   about_token = specialisation(sums)[TOKEN]

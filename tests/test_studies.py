@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -22,30 +23,10 @@ from scipy import stats
 
 from experiments import (
   eval_capacity,
-  fastermoe_tables,
-  finegrained_against_switch,
-  flan_moe,
-  kudugunta_table,
-  lossfree_table2,
-  merge_or_prune,
-  mixtral_repeats,
-  openmoe_routing,
-  qmoe_table5,
   report,
-  routing_rules,
-  serving_table,
-  shazeer_appendix_f,
   shazeer_table6,
-  shazeer_table7,
-  sparse_overfits,
-  stmoe_batch_rate,
-  stmoe_freezing,
-  stmoe_table5,
-  stmoe_table14,
   switch_scaling,
-  switch_speed,
   switch_table1,
-  switch_table4,
   switch_table6,
   switch_table7,
 )
@@ -81,36 +62,12 @@ from tests import tiny_study
 from tests.training import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Studies without a byte-level model, which have tests of their own.
+OTHER_MODELS = ('eigen_2013', 'jacobs_table1')
 STUDIES = {
-  module.STUDY.name: module.STUDY
-  for module in (
-    eval_capacity,
-    fastermoe_tables,
-    finegrained_against_switch,
-    flan_moe,
-    kudugunta_table,
-    lossfree_table2,
-    merge_or_prune,
-    mixtral_repeats,
-    openmoe_routing,
-    qmoe_table5,
-    routing_rules,
-    serving_table,
-    shazeer_appendix_f,
-    shazeer_table6,
-    shazeer_table7,
-    sparse_overfits,
-    stmoe_batch_rate,
-    stmoe_freezing,
-    stmoe_table5,
-    stmoe_table14,
-    switch_scaling,
-    switch_speed,
-    switch_table1,
-    switch_table4,
-    switch_table6,
-    switch_table7,
-  )
+  path.stem: importlib.import_module(f'experiments.{path.stem}').STUDY
+  for path in sorted((ROOT / 'experiments').glob('*.py'))
+  if path.stem not in OTHER_MODELS and '\nSTUDY = Study(' in path.read_text()
 }
 
 
@@ -617,6 +574,9 @@ def simulated_keys():
           yield column.key
 
 
+AUX_LOSSES = ('importance_loss', 'z_loss')
+
+
 def stand_in(config, number: float) -> dict[str, float]:
   """A result with every key that a run of this config has."""
   provenance = {
@@ -628,7 +588,15 @@ def stand_in(config, number: float) -> dict[str, float]:
   result = {'max_violation_batch': number, 'data_digest': 'x'}
   result['made'] = {**provenance, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
-  measured = ('agreement', 'unlearned', 'experts', 'none', 'lost', 'foreseen')
+  measured = (
+    'agreement',
+    'removed/loss',
+    'unlearned',
+    'experts',
+    'none',
+    'lost',
+    'foreseen',
+  )
   balance = ('cv_importance', 'cv_load')
   balance += ('max_over_mean', 'counted_max_over_mean')
   result |= dict.fromkeys(balance, number)
@@ -655,7 +623,7 @@ def stand_in(config, number: float) -> dict[str, float]:
       for key in ('', '.chance', '.nats'):
         result[f'eval/{name}/{source}{key}'] = number
     for i in range(layers):
-      for key in ('load_cv', 'load_max_over_mean', 'importance_loss'):
+      for key in ('load_cv', 'load_max_over_mean', *AUX_LOSSES):
         result[f'eval/{name}/layer_{i}/{key}'] = number
         result[f'train/layer_{i}/{key}'] = number
   return result

@@ -70,6 +70,29 @@ def decoder(
   return config
 
 
+def sparse_encoder(
+  steps: int, *, num_layers: int = 2, **sizes: int
+) -> ml_collections.ConfigDict:
+  """Config of an encoder-decoder whose encoder alone is sparse.
+
+  An encoder sees all of its input at once, so that no router leaks anything
+  there. The decoder has one dense layer.
+
+  Args:
+    steps: Length of the run.
+    num_layers: Number of the encoder's layers, all of them sparse.
+    **sizes: Other arguments of `decoder`.
+  """
+  config = decoder(steps, num_layers=1, **sizes)
+  m = config.model
+  m.kind = 'encoder_decoder'
+  m.positions.kind = 'relative'
+  m.encoder.num_layers = num_layers
+  m.encoder.overrides = dict(moe=dict(layers='all'))
+  m.moe.layers = 'none'
+  return config
+
+
 def drop_nothing(moe: ml_collections.ConfigDict) -> None:
   """Changes a section `model.moe` so that no token is ever dropped."""
   moe.capacity.kind = 'all'
@@ -127,6 +150,37 @@ def top_k(
     'num_selected': K,
     'expert.hidden': hidden // K,
     'router.token_choice.gates': 'raw' if K == 1 else 'renormalized',
+    **(overrides or {}),
+  }
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)
+
+
+def expert_choice(
+  name: str,
+  factor: int,
+  hidden: int,
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  line: str = '',
+  x: float | None = None,
+) -> Arm:
+  """An arm in which each expert chooses tokens.
+
+  Args:
+    name: Name of the arm.
+    factor: Number of experts that take a token on average.
+    hidden: `factor` times an expert's F, as in `top_k`.
+    overrides: Other values that the arm changes in `model.moe`, by dotted name.
+    line: See `Arm`.
+    x: See `Arm`.
+  """
+  moe = {
+    'num_selected': factor,
+    'expert.hidden': hidden // factor,
+    'router.kind': 'expert_choice',
+    'capacity.kind': 'per_token',
+    'capacity.per_token.factor': float(factor),
+    'dispatch.kind': 'gather',
     **(overrides or {}),
   }
   return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)

@@ -208,6 +208,7 @@ def _points(ax, rows, column, *, labels: bool) -> None:
       style = plot_style.series(i)
       xerr = np.transpose([bar(interval, column)])
       ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
+  ax.locator_params(axis='x', nbins=6)  # more labels would touch each other
   names = [_label(row) * labels for row in rows.values()]
   ax.set_yticks(range(len(rows)), names, fontsize=8)
   ax.set_ylim(len(rows) - 0.5, -0.5)  # the first row is on top

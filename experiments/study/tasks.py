@@ -76,3 +76,18 @@ PREFIX_TASKS = {
     'Python standard library, a few bytes after a prefix',
   ),
 }
+# Tasks of encoder-decoders whose encoder is compared: the decoder cannot tell
+# the spans without it.
+DENOISING_TASKS = {
+  'text': Task(
+    {
+      'data.source.kind': 'python_stdlib',
+      'data.task.kind': 'span_corruption',
+      'data.seq_len': 128,
+      'data.target_len': 32,
+      'batch_size': 16,
+    },
+    'span corruption of the Python standard library, bytes',
+  ),
+  'kv_recall': PREFIX_TASKS['kv_recall'],
+}

@@ -69,8 +69,8 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
   ]
 
 
-def evaluated_model(run: Run, name: str) -> Model:
-  """The model of an entry of `config.evals`, which may have another capacity.
+def evaluation_of(run: Run, name: str) -> OverBatches:
+  """An entry of `config.evals`, which may have another capacity than training.
 
   Raises:
     ValueError: The entry is not one over batches.
@@ -78,7 +78,32 @@ def evaluated_model(run: Run, name: str) -> Model:
   measure = {e.name: e.measure for e in run.evaluations}[name]
   if not isinstance(measure, OverBatches):
     raise ValueError(f'evals.{name} is not an evaluation over batches')
-  return measure.model
+  return measure
+
+
+def evaluated_model(run: Run, name: str) -> Model:
+  """The model of an entry of `config.evals`; see `evaluation_of`."""
+  return evaluation_of(run, name).model
+
+
+def last_records(
+  run: Run, state: TrainState, name: str, num_batches: int
+) -> Iterator[Record]:
+  """The records of a trained run, with the model of an evaluation.
+
+  Args:
+    run: The run.
+    state: Its last state.
+    name: Name of an entry of `config.evals`.
+    num_batches: Number of validation batches of each source.
+  """
+  yield from records(
+    evaluated_model(run, name),
+    run.programs.variables(state),
+    batches(run, num_batches),
+    step=int(state.step),
+    seed=run.options.seed,
+  )
 
 
 def records(

@@ -14,6 +14,7 @@ from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Leaf
 
 SCORES = ('sigmoid', 'softmax')
+RULES = ('sign', 'error')
 
 
 @checked
@@ -53,16 +54,30 @@ def biased_scores(
 
 @checked
 def moved(
-  bias: Float32[Array, '*L E'], load: Float32[Array, '*L E'], rate: Leaf
+  bias: Float32[Array, '*L E'],
+  load: Float32[Array, '*L E'],
+  rate: Leaf,
+  rule: str = 'sign',
 ) -> Float32[Array, '*L E']:
-  """The bias after a step: up by `rate` below the mean load, down above.
+  """The bias after a step: up below the mean load, down above.
 
-  Source: Algorithm 1 of arXiv:2408.15664.
+  Source: Algorithm 1 of arXiv:2408.15664 for 'sign', and its Table 3 for
+  'error'. The paper does not give the unit of its error; here it is relative to
+  the mean load, so that the same rate suits batches of any size.
 
   Args:
     bias: The bias of each expert before the step.
     load: The choices of each expert before drops, of the whole batch.
-    rate: The paper's u, 0.001 there; a bias moves at most rate * steps, so
-      short runs need a larger one.
+    rate: The paper's u, 0.001 there; by the rule 'sign' a bias moves at most
+      rate * steps, so short runs need a larger one.
+    rule: One of `RULES`: 'sign' moves the bias by the rate, 'error' by the rate
+      times (mean load - load) / mean load.
   """
-  return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+  if rule not in RULES:
+    raise unknown('rule', rule, RULES)
+  mean = load.mean(-1, keepdims=True)
+  error = mean - load
+  if rule == 'sign':
+    return bias + rate * jnp.sign(error)
+  # A batch without any real token has no load to compare.
+  return bias + rate * error / jnp.maximum(mean, 1.0)

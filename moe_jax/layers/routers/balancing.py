@@ -16,7 +16,7 @@ from moe_jax.layers.routers.contract import (
   Router,
   RouterOptions,
 )
-from moe_jax.options import When, at_least, one_of, option, within
+from moe_jax.options import When, above, at_least, one_of, option, within
 from moe_jax.routing import balance_bias
 from moe_jax.routing.aux_losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Float32
@@ -99,6 +99,15 @@ class BalanceBias(RouterOptions):
     'usually with balance_weight=0.0); 0.0: there is no bias.',
     within('[0, 1)'),
   )
+  balance_bias_rule: str = option(
+    'sign',
+    "Rule by which a step changes the balancing bias: 'sign' by the rate, up "
+    'below the mean load and down above it (Algorithm 1 of arXiv:2408.15664); '
+    "'error' by the rate times (mean load - load) / mean load (Table 3 there).",
+    one_of(*balance_bias.RULES),
+    when={'balance_bias_rate': above(0)},
+    how=True,
+  )
 
   @property
   def keeps_state(self):
@@ -118,7 +127,8 @@ class BalanceBias(RouterOptions):
       rate = self.balance_bias_rate
     bias = state[_BIAS]
     own = load[..., : bias.shape[-1]]
-    return {_BIAS: balance_bias.moved(bias, own, rate)}
+    rule = self.balance_bias_rule
+    return {_BIAS: balance_bias.moved(bias, own, rate, rule)}
 
   def mixed_state(self, state, mix):
     """The bias of other columns, each the weighted mean of old ones."""

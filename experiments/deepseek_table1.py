@@ -1,0 +1,205 @@
+"""Fine-grained and shared experts at equal parameters and equal FLOPs.
+
+    python -m experiments.deepseek_table1 --preset=quick
+
+DeepSeekMoE (https://arxiv.org/abs/2401.06066), its models of 2B parameters:
+experts cut into quarters, of which four times as many are chosen, one of them
+shared by all tokens, have a loss of 1.808 nats a token; GShard with whole
+experts 1.867, Switch 1.881, a hash 1.932, a dense model 2.060. One, two or four
+shared experts are alike, and without the shared one at evaluation, where each
+token chooses one expert more instead, the loss is 2.414. These numbers are from
+a secondary source. A run by others at a tenth of the tokens had 0.012 bits a
+byte between GShard and DeepSeekMoE, 0.008 nats: expect no more here.
+
+Here: a two-layer byte-level decoder. All sparse rows have as many parameters in
+experts, and each token passes a hidden width of 256: whole experts are 16 of
+128, two of which a token chooses, as in GShard; the fine-grained ones are cut
+into quarters. Switch and the hash have one expert of 256 of 8. Nothing is
+dropped, so that no row is worse for lack of room, and all learned rows have the
+same balance loss, of all choices. Gates are those of the papers: GShard's sum
+to one, Switch's and DeepSeekMoE's do not. Not here: experts disabled by rank
+(Figure 4 there), several shared experts, which no five seeds tell apart, and
+larger models of GShard.
+
+Three seeds of the quick preset, of 100 steps, tell differences of 0.03 to 0.06
+nats a byte, more than any that is expected: they resolve none of the claims.
+Planned for the full preset: 6 arms, 5 seeds, 20 minutes on two idle cores. The
+claims were written before any run.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.study import byte_models, command, validation_routing
+from experiments.study.byte_models import top_k
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+from moe_jax.layers.experts.shared_expert import (
+  SHARED_EXPERT,
+  SharedExpertOptions,
+)
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+HIDDEN = 256  # of the experts that a token passes, together
+SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'
+FINE = 'fine-grained'
+DEEPSEEK = 'DeepSeekMoE'
+REMOVED = 'its shared expert removed'
+WITHOUT = 'removed/loss'
+
+
+def config(steps: int):
+  """The config that the rows share."""
+  config = byte_models.decoder(steps, hidden=HIDDEN, num_layers=2)
+  moe = config.model.moe
+  moe.layer_reduce = 'mean'
+  moe.router.token_choice.z_weight = 0.0
+  byte_models.drop_nothing(moe)
+  return config
+
+
+def experts(name: str, cut: int, shared: int = 0, gates: str = 'raw') -> Arm:
+  """An arm whose 16 whole experts of 128 are each cut into smaller ones.
+
+  Args:
+    name: Name of the arm.
+    cut: Number of parts of a whole expert.
+    shared: Number of parts that all tokens pass, in the place of chosen ones.
+    gates: Option of the router.
+  """
+  part = HIDDEN // (2 * cut)
+  moe = {
+    'num_experts': 16 * cut - shared,
+    'expert.hidden': part,
+    'shared_expert.hidden': shared * part,
+    'router.token_choice.gates': gates,
+  }
+  return top_k(name, 2 * cut - shared, HIDDEN, moe)
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """The paper's five models, and cuts without sharing."""
+  del preset
+  return [
+    byte_models.dense(),
+    top_k(HASH, 1, HIDDEN, {'router.kind': 'hash'}),
+    top_k(SWITCH, 1, HIDDEN),
+    experts(GSHARD, 1, gates='renormalized'),
+    experts(FINE, 4),
+    experts(DEEPSEEK, 4, 1),
+  ]
+
+
+def without_shared(run: Run, state: TrainState) -> dict[str, float]:
+  """The loss without the shared expert, with one more chosen in its place."""
+  moe = run.options.model.moe
+  if not moe.shared_expert.hidden:
+    return {}
+  more = moe.shared_expert.hidden // moe.expert.hidden
+  moe = dataclasses.replace(
+    moe,
+    num_selected=moe.num_selected + more,
+    shared_expert=SharedExpertOptions(),
+  )
+  model = dataclasses.replace(run.options.model, moe=moe)
+  options = dataclasses.replace(run.options, model=model)
+  options = options.filled(run.dataset.vocab_size)
+  evaluation = dataclasses.replace(
+    validation_routing.evaluation_of(run, byte_models.EVAL),
+    model=options.build(),
+  )
+  variables = run.programs.variables(state)
+  left = variables | {'params': _left(variables['params'])}
+  return {WITHOUT: evaluation(left, int(state.step))['loss']}
+
+
+def _left(params: Any) -> Any:
+  """A tree of parameters without those of shared experts."""
+  if not isinstance(params, Mapping):
+    return params
+  return {k: _left(v) for k, v in params.items() if k != SHARED_EXPERT}
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """A row for each arm, and one for DeepSeekMoE without its shared expert."""
+  del times
+  rows = [STUDY.row_of(Arm(name, {}), results) for name in results]
+  if DEEPSEEK in results:
+    losses = [run[WITHOUT] for run in results[DEEPSEEK]]
+    rows.append(Row(f'{DEEPSEEK}, {REMOVED}', {'loss': losses}))
+  return rows
+
+
+def claim(better: str, worse: str, *published: str) -> Claim:
+  """A claim that one row has a lower loss than another.
+
+  Args:
+    better: Name of the row with the lower loss.
+    worse: Name of the other row.
+    *published: The paper's table and its two rows; none where the reference
+      has no numbers.
+  """
+  table, *names = published or ('',)
+  cells = [f'deepseekmoe2024/{table}/{name}/pile_loss' for name in names]
+  return Claim(
+    f'{better} is better than {worse}', f'loss: {better} < {worse}', cells
+  )
+
+
+CLASS = 'comparison_2b'
+STUDY = Study(
+  name='deepseek_table1',
+  title='Fine-grained and shared experts at equal parameters',
+  source='DeepSeekMoE, models of 2B parameters',
+  config=config,
+  arms=arms,
+  rows=rows,
+  presets={
+    'quick': Preset(100, 3, without=[HASH, FINE]),
+    'full': Preset(1000, 5),
+  },
+  columns=[
+    byte_models.LOSS,
+    Column(
+      'largest load',
+      f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean',
+      'x mean',
+      2,
+    ),
+  ],
+  claims=[
+    claim(DEEPSEEK, GSHARD, CLASS, DEEPSEEK, GSHARD),
+    claim(DEEPSEEK, SWITCH, CLASS, DEEPSEEK, SWITCH),
+    claim(GSHARD, SWITCH, CLASS, GSHARD, SWITCH),
+    claim(SWITCH, HASH, CLASS, SWITCH, HASH),
+    claim(HASH, 'dense', CLASS, HASH, 'dense'),
+    claim(DEEPSEEK, 'dense', CLASS, DEEPSEEK, 'dense'),
+    claim(FINE, GSHARD),
+    claim(DEEPSEEK, FINE),
+    claim(
+      DEEPSEEK,
+      f'{DEEPSEEK}, {REMOVED}',
+      'shared',
+      '1 shared',
+      'shared one removed',
+    ),
+  ],
+  runner=TrainingRunner(without_shared),
+  figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
+  remarks="Loads are relative to the mean of each row's own experts.",
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)
