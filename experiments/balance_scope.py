@@ -171,6 +171,7 @@ STUDY = Study(
   remarks='"Domain" and "token" are information of first choices, in per cent '
   'of their entropy.',
   tasks=domains.TASKS,
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

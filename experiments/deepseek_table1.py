@@ -198,6 +198,7 @@ STUDY = Study(
   runner=TrainingRunner(without_shared),
   figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
   remarks="Loads are relative to the mean of each row's own experts.",
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -155,6 +155,7 @@ STUDY = Study(
   remarks='Tokens without an expert are dropped by all their choices, or taken '
   'by no expert; the residual alone carries them.',
   tasks=DENOISING_TASKS,
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -111,6 +111,7 @@ STUDY = Study(
   figure=Figure(['loss', 'MaxVio', Z_LOSS]),
   remarks='The router z-loss is the mean squared logsumexp of the logits, '
   'whatever its weight in training. All arms but one have all steps.',
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -174,6 +174,7 @@ STUDY = Study(
   remarks='MaxVio is taken over 40 validation batches, or of each. The balance '
   "loss takes each expert's sigmoid by the sum of all, as DeepSeek-V3's does. "
   'A bias by error moves by its rate times (mean load - load) / mean load.',
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

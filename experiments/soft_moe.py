@@ -115,6 +115,7 @@ STUDY = Study(
   remarks='Tokens without an expert are dropped, or taken by no expert. The '
   'load of Soft MoE counts the weights of mixtures.',
   tasks=DENOISING_TASKS,
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 
