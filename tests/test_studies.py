@@ -787,9 +787,13 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
     assert served == 'choice_major'
 
 
-@pytest.fixture(scope='module', name='results_folder')
+@pytest.fixture(scope='session', name='results_folder')
 def make_results_folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('results')
+  """A folder of results that all workers of pytest-xdist share."""
+  folder = tmp_path_factory.getbasetemp()
+  if os.environ.get('PYTEST_XDIST_WORKER'):
+    folder = folder.parent
+  return folder / 'results'
 
 
 def made_by(arm):
@@ -818,7 +822,8 @@ def test_every_study_runs(name, results_folder, monkeypatch):
   output = results_folder / name
   first = study.start_jobs(quick, shared, kept, [0], results_folder)
   for job in itertools.chain(*first):
-    runner.train(job, None, jax.devices()[:1])
+    with scheduled_runs.alone(results_folder / 'locks' / job.workdir.name):
+      runner.train(job, None, jax.devices()[:1])
     assert (job.folder / 'checkpoints').exists()
   for job in study.jobs(shared, kept, [0], output, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])

@@ -8,6 +8,7 @@ SPREAD = (
   'test_a_studys_arms_are_equal_in_flops',
   'test_a_studys_claims_are_about_its_rows',
   'test_every_study_runs',
+  'test_notebook_runs',
 )
 
 

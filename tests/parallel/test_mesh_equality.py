@@ -330,10 +330,24 @@ def collectives(text) -> dict[str, int]:
   return dict(collections.Counter(operations))
 
 
+# Rows of these ways move as those of others, which run on more meshes.
+ON_ONE_MESH = (
+  *ATTENTIONS,
+  'balanced',
+  'by_sentence',
+  'by_task',
+  'hashed',
+  'lstms',
+  'random',
+  'sparse_mixer',
+  'two_levels',
+)
+
+
 def meshes_of(way):
   if way in ('gather', 'einsum', 'dropless'):
     return MESHES
-  return MESHES[-2:-1] if way in ATTENTIONS else MESHES[-2:]
+  return MESHES[-2:-1] if way in ON_ONE_MESH else MESHES[-2:]
 
 
 # Dropless layers on a mesh are in `test_shadowed_experts.py`, too.
