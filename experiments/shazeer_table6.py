@@ -237,7 +237,7 @@ STUDY = Study(
   ],
   figure=Figure(
     ['loss', IMPORTANCE, LOAD, LARGEST],
-    rows='(weight of importance loss, weight of load loss)',
+    rows='weights (importance, load)',
   ),
   runner=TrainingRunner(measure),
 )

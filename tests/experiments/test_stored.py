@@ -132,6 +132,16 @@ def test_trials_decide_nothing(preset, reason):
     assert claim['verdict'] == word
 
 
+def test_a_claim_whose_baseline_is_not_the_papers_is_withheld():
+  claim = dataclasses.replace(STUDY.claims[0], withheld='served otherwise')
+  rows = [stored.row_of(row, {'balance': 'load'}) for row in summary()['rows']]
+  decided = verdicts.verdict(claim, rows)
+  assert (decided.word, decided.reason) == (
+    verdicts.WITHHELD,
+    'served otherwise',
+  )
+
+
 def test_intervals_end_where_numbers_do():
   shares = Interval(96.0, 8.0)
   assert shares.text('.0f', SHARE) == '96 (88 to 100)'
