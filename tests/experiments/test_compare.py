@@ -121,7 +121,7 @@ def test_what_cannot_be_compared_is_refused(
       (other / workdir_lib.TOKENIZER).write_text('{"kind": "chars"}')
     case 'twice':
       other = runs[0]
-  argv = [str(runs[0]), str(other), '--output=x']
+  argv = [str(runs[0]), str(other), f'--output={tmp_path / "page"}']
   with pytest.raises(SystemExit) as error:
     compare.main(argv[::2] if damage == 'alone' else argv)
   assert error.value.code == 1
