@@ -371,9 +371,11 @@ def test_what_transformers_has_no_model_of(tmp_path):
     assert words in str(caught.value)
   # The factor of a capacity is there as its kind is another, which is listed.
   assert 'not None' not in str(caught.value)
-  half = dict(MIXTRAL, moe=dict(MIXTRAL['moe'], layers='last 1'))
-  own_runs.write(tmp_path / 'half', model=half)
-  says = r'moe\.layers, which layers are sparse: \(False, True\), not \(True, T'
+  moe = dict(MIXTRAL['moe'], layers='0,1')
+  own_runs.write(tmp_path / 'two', model=dict(MIXTRAL, num_layers=3, moe=moe))
+  says = (
+    r'layers, which layers are sparse: \(True, True, False\), not \(True, T'
+  )
   with pytest.raises(ValueError, match=says):
-    export_run(tmp_path / 'half', tmp_path / 'out')
+    export_run(tmp_path / 'two', tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
