@@ -16,8 +16,8 @@ all 16, with weights of 0.01 and 0.1 (two rows with 0.1 alone). Specialisation
 is the information of a token's first choice about its domain, in per cent of
 the entropy of choices, less that of shuffled domains. MaxVio, (largest load -
 mean) / mean, is taken over all validation batches, or in each row of 128
-tokens. A batch is as small as a device's share of a real one, so that "whole
-batch" is the paper's middle.
+tokens. A whole batch here is as small as a device's share of a real one, so
+that it stands for the middle of the paper's scale.
 
 Three seeds of the quick preset resolve specialisation and loads, not losses, of
 which differences of 0.01 nats a byte are expected. Planned for the full preset:

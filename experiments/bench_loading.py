@@ -1,4 +1,4 @@
-"""How much memory does a process need that loads a checkpoint?
+"""Memory that a process needs to load a checkpoint.
 
     python -m experiments.bench_loading --gigabytes=10
 

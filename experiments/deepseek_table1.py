@@ -147,8 +147,8 @@ def claim(better: str, worse: str, *published: str) -> Claim:
   Args:
     better: Name of the row with the lower loss.
     worse: Name of the other row.
-    *published: The paper's table and its two rows; none where the reference
-      has no numbers.
+    *published: The paper's table and its two rows; none where the paper
+      has no such pair.
   """
   table, *names = published or ('',)
   cells = [f'deepseekmoe2024/{table}/{name}/pile_loss' for name in names]

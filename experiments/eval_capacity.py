@@ -162,6 +162,7 @@ STUDY = Study(
     'difference as small as the published one.'
   ),
   tasks=PREFIX_TASKS,
+  written='2026-11-25',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

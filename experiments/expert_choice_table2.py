@@ -28,7 +28,14 @@ import numpy as np
 
 from experiments.study import byte_models, command, validation_routing
 from experiments.study.byte_models import expert_choice, top_k
-from experiments.study.parts import Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  SHARE,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
@@ -38,7 +45,7 @@ from moe_jax.training.step import TrainState
 HIDDEN = 256
 TOP1, TOP2, ROOMY2 = 'top-1', 'top-2', 'top-2, no drops'
 EC1, EC2, HALF = 'EC, CF 1', 'EC, CF 2', 'EC, CF 2, half the steps'
-SERVED, MANY = 'without expert', '3 or 4 experts'
+UNSERVED, MANY = 'without expert', '3 or 4 experts'
 MAX = 'max/mean load'
 _BATCHES = 20
 
@@ -131,10 +138,19 @@ STUDY = Study(
     'full': Preset(1000, 5),
   },
   columns=[
-    Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token'),
+    byte_models.TOKEN_LOSS,
     Column(MAX, f'eval/{byte_models.EVAL}/layer_*/load_max_over_mean', '', 2),
-    Column(SERVED, 'routing/*/none', '%', 1, lambda share: 100 * share),
-    Column(MANY, 'routing/*/many', '%', 1, lambda share: 100 * share),
+    Column(
+      UNSERVED,
+      'routing/*/none',
+      '%',
+      1,
+      lambda share: 100 * share,
+      bounds=SHARE,
+    ),
+    Column(
+      MANY, 'routing/*/many', '%', 1, lambda share: 100 * share, bounds=SHARE
+    ),
   ],
   claims=[
     claim(EC2, TOP2, 'expert_choice', 'gshard_top2'),
@@ -147,11 +163,11 @@ STUDY = Study(
     ),
     claim(EC2, 'dense', note='The paper has both at 8B parameters alone.'),
     Claim('expert choice is even by its rule', f'{MAX}: {EC2} = 1 within 0.01'),
-    Claim('it leaves some tokens without an expert', f'{SERVED}: {EC2} > 0'),
+    Claim('it leaves some tokens without an expert', f'{UNSERVED}: {EC2} > 0'),
     Claim('it gives some tokens three or four', f'{MANY}: {EC2} > 0'),
   ],
   runner=TrainingRunner(measure),
-  figure=Figure(['loss', SERVED, MANY]),
+  figure=Figure(['loss', UNSERVED, MANY]),
   remarks='Tokens without an expert are dropped by all their choices, or taken '
   'by no expert; the residual alone carries them.',
   tasks=DENOISING_TASKS,

@@ -22,7 +22,7 @@ load is wrong by a tenth of the mean.
 Three seeds of the quick preset resolve MaxVio, not losses: 0.006 nats a token,
 the published gain, are below what five seeds of the full one can tell. Planned
 for the full preset: 8 arms, 5 seeds, 20 minutes on two idle cores. The claims
-were written before the runs whose results are stored.
+were written before any run of the full preset as it is now.
 """
 
 import numpy as np

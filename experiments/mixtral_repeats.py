@@ -257,6 +257,7 @@ STUDY = Study(
   f'{EITHER_CHANCE:.1f} % one of both. Rows of whole arms are means over five '
   'layers. The tables of a hash are the same for all seeds.',
   tasks=domains.TASKS,
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -132,6 +132,7 @@ STUDY = Study(
   runner=TrainingRunner(leaks.measure),
   remarks='All hash rows have the tables of one seed: their intervals are of '
   'those tables.',
+  written='2026-11-25',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -17,7 +17,8 @@ batch. The weights of the noise start at
 zero, and the noise keeps loads even at first, so that the row without losses
 needs some 800 steps to fall out of balance; `quick` has fewer.
 
-Found: losses lower the loss, except that in the paper any weight will do, and
+Found: balance losses lower the validation loss, except that in the paper any
+weight will do, and
 here 0.01 is best and 1 is worse than no loss. Balance has not been run with one
 aggregation yet: until 2026-11-28 CV(Importance) was of batches, and loads were
 summed over 120 steps.

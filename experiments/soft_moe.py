@@ -31,7 +31,6 @@ from experiments.study.tasks import DENOISING_TASKS
 HIDDEN, SLOTS, EXPERTS = 256, 128, (4, 16, 64)
 TOP1, ROOMY = 'top-1 of 16', 'top-1 of 16, no drops'
 EC = 'EC of 16'
-LOSS = Column('loss', f'eval/{byte_models.EVAL}/loss', 'nats/token')
 
 
 def config(steps: int):
@@ -84,7 +83,7 @@ STUDY = Study(
     'full': Preset(1000, 5),
   },
   columns=[
-    LOSS,
+    byte_models.TOKEN_LOSS,
     Column(
       'without expert',
       f'eval/{byte_models.EVAL}/drop_rate',

@@ -251,6 +251,7 @@ STUDY = Study(
   tasks={
     'text': Task({}, 'span corruption of the Python standard library, bytes')
   },
+  written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -8,13 +8,14 @@ load balance loss, drops between none and 15.6 % of its tokens and has a
 SuperGLUE score between 85.7 and 86.7, with a spread of 0.21 over seeds. That
 nothing is resolved is the result of the paper.
 
-Here: the pre-trained decoders of `stmoe_freezing`, fine-tuned on short tasks.
+Here: decoders that are pre-trained as those of `stmoe_freezing`, but with first
+choices served before second ones, and fine-tuned on short tasks.
 The share that is dropped is of choices of experts at the end of training, not
 of tokens, of which the paper's numbers are: with two choices a token, a factor
 of 0.75 has slots for three choices of eight, and 1.25 for five. First choices
 are served before second ones, as there, so that all arms may leak: whether a
-second choice is dropped depends on later tokens. The z-loss
-stays on in all arms, as it does there. Whether two arms are equal is judged by
+second choice is dropped depends on later tokens. The z-loss stays on in all
+arms, as it does there. Whether two arms are equal is judged by
 a bound of 0.05 nats a token, which was chosen before any result was seen; the
 claims say how small a difference could have been told.
 """
@@ -126,6 +127,7 @@ STUDY = Study(
     ['loss', finetuned.DROPPED.name], 'capacity factor in training'
   ),
   tasks=finetuned.tasks('generated tasks with instructions'),
+  written='2026-11-27',
 )
 get_config = STUDY.get_config
 

@@ -121,6 +121,7 @@ STUDY = Study(
   ],
   figure=Figure(['loss', 'gap']),
   tasks=finetuned.tasks('20 examples of each generated task'),
+  written='2026-11-27',
 )
 get_config = STUDY.get_config
 

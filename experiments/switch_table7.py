@@ -141,6 +141,7 @@ STUDY = Study(
   length=switch_table6.length,
   figure=Figure(['loss', 'share kept'], 'number of experts', log_x=True),
   tasks=switch_table6.STUDY.tasks,
+  written='2026-11-27',
 )
 get_config = STUDY.get_config
 

@@ -1,5 +1,6 @@
 """The small byte-level models that studies train on two cores."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_jax.configs import base
 # Name of the evaluation of the validation loss, with training's capacity.
 EVAL = 'main'
 LOSS = Column('loss', f'eval/{EVAL}/loss', 'nats/byte', bounds=POSITIVE)
+TOKEN_LOSS = dataclasses.replace(LOSS, unit='nats/token')
 # Number of batches of the validation split of an evaluation.
 _BATCHES = 40
 # Arguments of `base.evaluation` for an evaluation that drops no token.

@@ -34,7 +34,7 @@ figcaption { color: var(--faint); font-size: 14px; max-width: 50em; }
 """
   + inline_svg.STYLE
 )
-TOGGLE = """\
+_TOGGLE = """\
 <button id="scheme" type="button" hidden>dark or light</button>
 """
 _SCRIPT = """
@@ -89,7 +89,7 @@ def render(body: str, *, title: str, style: str = '', **values: Any) -> str:
   """
   template = (
     f'{{% block style %}}{_STYLE}{style}{{% endblock %}}'
-    f'{{% block body %}}{TOGGLE}{body}{{% endblock %}}'
+    f'{{% block body %}}{_TOGGLE}{body}{{% endblock %}}'
   )
   return html_pages.render(template, title=title, script=_SCRIPT, **values)
 

@@ -72,7 +72,8 @@ class Revision:
   are withheld until the study has run again.
 
   Attributes:
-    date: Date of the change, 'YYYY-MM-DD'. Results of that day count as older.
+    date: Date of the change, 'YYYY-MM-DD'. Results of that day count as
+      older unless they keep digests of their configs.
     what: One or two sentences on what is different since then.
     rows: Patterns of names of the rows that it changes; `*` stands for any
       text.

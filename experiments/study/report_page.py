@@ -15,7 +15,8 @@ from experiments.study.parts import Figure
 from experiments.study.tables import Interval
 
 Summary = Mapping[str, Any]
-# The mark of a verdict: a filled square is of a published claim.
+# The sign and the CSS class of each verdict; only decided published claims are
+# filled.
 MARKS = {
   verdicts.REPRODUCED: ('✓', 'yes'),
   verdicts.OPPOSITE: ('✗', 'no'),
@@ -50,8 +51,9 @@ _BODY = """\
 <p>{% for word, (sign, kind) in marks.items() %}
 <span class="mark {{ kind }}" aria-hidden="true">{{ sign }}</span>
 {{ word }}{{ '.' if loop.last else ',' }}
-{% endfor %}A filled square is a claim that a paper has printed, an empty one a
-question of our own.</p>
+{% endfor %}A filled square is a claim that a paper has printed and that is
+decided here; an empty one is a question of our own, or not resolved, or
+withheld.</p>
 
 <div class="papers">{% for paper, of_paper in papers %}
 <h3>{{ paper }}</h3><div>{% for one in of_paper %}
@@ -97,7 +99,7 @@ def html(
 
   Args:
     summaries: The summaries of the studies.
-    about: How verdicts are reached, in Markdown.
+    about: Explanation of how verdicts are reached, in Markdown.
     figure_of: Gives the description of a study's figure by the study's name;
       None for no figure.
   """

@@ -113,7 +113,7 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
 
 
 def conditions(summary: Mapping[str, Any]) -> str:
-  """What the runs trained on, for how long, where and when, in Markdown."""
+  """The data, length, device and date of the runs as Markdown."""
   seeds = summary['seeds']
   length = summary.get('length', f'{summary["steps"]:,} steps')
   return (
@@ -147,7 +147,9 @@ def command(summary: Mapping[str, Any]) -> str:
 def _written(summary: Mapping[str, Any]) -> str:
   """A sentence on when the claims were written, or ''."""
   date = summary.get('written')
-  return f' Claims were written on {date}, before these runs.' if date else ''
+  if not date or date > summary['date'][:10]:
+    return ''
+  return f' Claims were written on {date}, before these runs.'
 
 
 def aged(summary: Mapping[str, Any]) -> list[str]:
@@ -157,9 +159,9 @@ def aged(summary: Mapping[str, Any]) -> list[str]:
   """
   paragraphs = list(summary.get('marks', []))
   for revision in summary.get('outdated', []):
-    since = f'of {revision["date"]}' * bool(revision['date'])
+    since = f' of {revision["date"]}' if revision['date'] else ''
     paragraphs.append(
-      f'{OLDER} These results are older than the study {since}: '
+      f'{OLDER} These results are older than the study{since}: '
       f'{revision["what"]} Verdicts that rest on them are withheld until '
       f'`{command(summary)}` has run again, about '
       f'{summary["minutes"] / 2:.0f} minutes on two cores.'

@@ -1,4 +1,4 @@
-"""What a stored result still says of the study as it is today.
+"""Judges a stored result by the study as it is today.
 
 A stored result is judged again by the claims that the study has today, so that
 a claim which was mended is mended in every table. Verdicts are withheld that
@@ -111,9 +111,13 @@ def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
 
 
 def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
-  """What the study has revised since, and arms whose configs are others."""
-  later = [r for r in study.revisions if summary['date'][:10] <= r.date]
+  """Revisions since the result, and one for configs that are others today."""
   kept, preset = summary.get('configs'), study.presets.get(preset_of(summary))
+  day = summary['date'][:10]
+  # Results of a revision's day are newer than it if they keep digests.
+  later = [
+    r for r in study.revisions if day < r.date or (day == r.date and not kept)
+  ]
   if preset is None:
     later.append(Revision('', 'The study has no such preset any more.'))
   elif kept:

@@ -43,7 +43,7 @@ class Interval:
     )
 
   def text(self, spec: str, bounds: Bounds = None) -> str:
-    """As a format of `spec`; both ends where the interval passes a bound."""
+    """The interval by the format `spec`; both ends where it passes a bound."""
     ends = self.ends(bounds)
     if np.isinf(self.half_width) or ends == self.ends():
       return f'{self:{spec}}'

@@ -97,7 +97,7 @@ def decoder(
 
   Args:
     model_type: See `Architecture`, as for all others.
-    stem: What the names of its classes begin with, such as 'Mixtral'.
+    stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
     problems: Returns a text for each value that our models cannot express.
     options: Returns the options of the model.

@@ -147,8 +147,8 @@ def options(
     router: The router.
     theta: The base of rotary positions where the config has none.
     attention: The attention; see `heads` for the usual one.
-    moe: Options of sparse layers beside these; in place of layers that are all
-      sparse and of experts that drop nothing.
+    moe: Further options of sparse layers; they win over the defaults, by which
+      all layers are sparse and no token is dropped.
     activations: Our names of the activations of the architecture, by theirs.
   """
   return DecoderOptions(

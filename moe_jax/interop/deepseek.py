@@ -15,7 +15,7 @@ is dropped. As that code computes it:
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from moe_jax.interop import decoder_keys, deepseek_keys
 from moe_jax.interop.architecture import decoder
@@ -106,7 +106,7 @@ def options(c: Values) -> DecoderOptions:
   )
   if not c.seq_aux:
     return whole
-  router = cast(TokenChoice, whole.moe.router)
+  router = decoder_keys.token_choice(whole)
   router = dataclasses.replace(
     router, balance_weight=0.0, sequence_balance_weight=router.balance_weight
   )

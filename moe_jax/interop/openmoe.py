@@ -9,9 +9,9 @@ it has LLaMA's `model_type`. As that code computes it:
 - Feed-forwards multiply a SwiGLU, both of whose products are one tensor, by a
   third product.
 - Gates are probabilities among all experts. The whole batch competes for slots,
-  first choices before second ones, in evaluation as in training. There they are
-  `router_capacity_factor_eval` times an even share (`quirks.EvenSlots`), which
-  training has here, too.
+  first choices before second ones, in evaluation as in training. An expert has
+  `router_capacity_factor_eval` times an even share of slots in evaluation
+  (`quirks.EvenSlots`); here it has as many in training, too.
 
 Unlike there, padding takes no slots, and no token attends to padding at the
 beginning of its row. The code turns a token that is generated with a cache by
@@ -20,7 +20,7 @@ one position too many; here it turns as in a whole row.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from moe_jax.interop import architecture, decoder_keys, rotary_keys
 from moe_jax.interop.config_keys import (
@@ -153,7 +153,7 @@ def options(c: Values) -> DecoderOptions:
   )
   # There an even load of K choices costs K.
   router = dataclasses.replace(
-    cast(TokenChoice, whole.moe.router),
+    decoder_keys.token_choice(whole),
     balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
     z_weight=float(c.router_z_loss_factor),
   )

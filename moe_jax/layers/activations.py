@@ -26,7 +26,7 @@ class Activation(NamedTuple):
       pass keeps for the backward pass, products included.
     limit: The largest value of the gate's product, and the largest size of the
       other one's; None: there is none.
-    shift: What is added to the product that is gated.
+    shift: Number that is added to the product that is gated.
     doubly: Whether the hidden values are multiplied by x W_factor, too.
   """
 
@@ -70,9 +70,9 @@ ACTIVATIONS = {
   'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
   'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
   'swiglu': Activation(jax.nn.silu, True, kept=6),
-  # That of gpt-oss: swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
+  # gpt-oss has it, with swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
   'clamped_swiglu': Activation(_quick_gelu, True, kept=9, limit=7.0, shift=1.0),
-  # That of OpenMoE: a SwiGLU, which a third product multiplies.
+  # OpenMoE has it: a third product multiplies a SwiGLU.
   'doubly_gated_swiglu': Activation(jax.nn.silu, True, kept=8, doubly=True),
 }
 

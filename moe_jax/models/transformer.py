@@ -195,7 +195,7 @@ def _with_mean_of_open(
 ) -> Float32[Array, 'L E']:
   """The loads of a stack's layers, with the mean of others for masked columns.
 
-  So the mean of all columns is that of those which can be chosen.
+  The mean of all columns then equals that of the columns that can be chosen.
 
   Args:
     load: The loads.

@@ -85,7 +85,8 @@ class NoisyTopKRouter(Router):
       probability = jnp.where(there, probability, 0.0)
       load = of_open_columns(routing.load_loss(probability, mask), there)
     aux = aux._replace(load_loss=over_groups(load, mask))
-    # For analysis alone, if the caller makes 'intermediates' mutable.
+    # Load is sown for analysis alone; it is kept if the caller makes
+    # 'intermediates' mutable.
     real = mask[..., None]
     self.sow(SOWN, LOAD, jnp.where(real, probability, 0.0).sum(1))  # [G, E]
     return to_experts(self, chosen, layer), aux
