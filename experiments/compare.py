@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   logging.set_verbosity(logging.WARNING)
   if len(options.runs) < 2:
-    parser.error(f'{options.runs} is one run; give at least two')
+    parser.error(f'one run is given, {options.runs[0]}; give at least two')
   groups = compared_runs.read([pathlib.Path(run) for run in options.runs])
   console = text_tables.wide_console()
   for table in compared_tables.tables(groups):

@@ -126,9 +126,13 @@ def paper_of(source: str) -> str:
 
 def answer(summary: Summary) -> str:
   """Two sentences: how many claims hold, and which do not or are left open."""
-  told = summary['claims']
-  if not told:
+  every = summary['claims']
+  if not every:
     return 'The study claims nothing. Its numbers are in the table.'
+  told = [c for c in every if c['verdict'] != verdicts.WITHHELD]
+  if not told:
+    texts = _quoted([c['text'] for c in every])
+    return f'No claim is judged. Withheld is the verdict on {texts}.'
   held = [claim for claim in told if claim['verdict'] in _HELD]
   counts = []
   for words, published in (('published', True), ('of our own', False)):
@@ -139,7 +143,10 @@ def answer(summary: Summary) -> str:
     elif of_kind:
       counts.append(f'{there} of {len(of_kind)} {words}')
   verb = 'holds' if len(held) == 1 else 'hold'
-  first = f'{len(held)} of {len(told)} claims {verb} here ({", ".join(counts)})'
+  judged = 'judged claims' if len(told) < len(every) else 'claims'
+  first = (
+    f'{len(held)} of {len(told)} {judged} {verb} here ({", ".join(counts)})'
+  )
   first += f', such as {_measured(held[0], summary)}.' if held else '.'
   others = []
   for words, kinds in (
@@ -147,7 +154,7 @@ def answer(summary: Summary) -> str:
     ('not resolved is', (verdicts.UNRESOLVED,)),
     ('withheld is the verdict on', (verdicts.WITHHELD,)),
   ):
-    texts = [c['text'] for c in told if c['verdict'] in kinds]
+    texts = [c['text'] for c in every if c['verdict'] in kinds]
     if texts:
       others.append(f'{words} {_quoted(texts)}')
   second = '; '.join(others) or 'None is refuted, and none is left open'

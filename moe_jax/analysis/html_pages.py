@@ -55,6 +55,9 @@ th.left, td.left { text-align: left; }
 tbody tr:nth-child(even) { background: var(--even); }
 .note { color: var(--faint); font-size: 14px; max-width: 50em; }
 summary { cursor: pointer; font-weight: bold; }
+@media (max-width: 40em) {
+  .scroll { max-height: none; }
+}
 @media print {
   :root { color-scheme: light !important; --ink: #000; --faint: #444;
     --head: #eee; --edge: #bbb; }

@@ -54,6 +54,8 @@ class Architecture:
     names: The tensors of our variables; see `mapping`.
     borrowed_type: The `model_type` of its config.json where that is the name of
       another architecture, so that `architectures` must name its class.
+    needs_code: Whether transformers has no class for it, so that checkpoints
+      bring their own code.
     prefix: Prefix of tensor names that a model without head does not have.
     computed: Patterns of the names of tensors that need not be read, as their
       values are computed.
@@ -75,6 +77,7 @@ class Architecture:
   suits: Callable[[Any], bool]
   names: Names
   borrowed_type: str = ''
+  needs_code: bool = False
   prefix: str = ''
   computed: tuple[str, ...] = ()
   left_out: Callable[[Values], tuple[str, ...]] = _nothing

@@ -150,5 +150,12 @@ NAMES: Table = {
   **experts(),
 }
 ARCHITECTURE = decoder(
-  'deepseek', 'Deepseek', KEYS, problems, options, describe, NAMES
+  'deepseek',
+  'Deepseek',
+  KEYS,
+  problems,
+  options,
+  describe,
+  NAMES,
+  needs_code=True,
 )

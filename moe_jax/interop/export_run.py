@@ -10,6 +10,7 @@ from moe_jax import sections
 from moe_jax.data import plain_files
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import exported_tokenizer, hub
+from moe_jax.interop.checkpoint_folder import chosen
 from moe_jax.interop.saving import save
 from moe_jax.models import code_trees
 from moe_jax.models.expert_arrays import has_tied
@@ -60,6 +61,13 @@ def export_run(
       'fall'
     )
   save(model, {**restored.state, 'params': params}, output, config=config)
+  theirs = chosen(plain_files.read_json(output / 'config.json'))
+  if theirs.needs_code:
+    lines.append(
+      f'it is written as {theirs.model_type}, for which transformers has no '
+      'class: copy the published configuration and modeling files to the '
+      'folder, and name them in auto_map of config.json'
+    )
   return [
     f'checkpoint of step {restored.step} written to {output}',
     *lines,

@@ -227,4 +227,5 @@ ARCHITECTURE = architecture.decoder(
   describe,
   NAMES,
   borrowed_type='llama',
+  needs_code=True,
 )

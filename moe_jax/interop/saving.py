@@ -106,7 +106,8 @@ def _choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  It is that of the config, or else the first that computes the same function.
+  It is that of the config, or else the first that computes the same function;
+  those that transformers has no class for come last.
 
   Raises:
     ValueError: None does. What differs from the nearest one is listed, or what
@@ -116,13 +117,17 @@ def _choose(
     architecture = chosen(config)
     return architecture, describe(options, architecture, config)
   errors = []
-  for architecture in ARCHITECTURES.values():
+  for architecture in sorted(ARCHITECTURES.values(), key=_needs_code):
     if architecture.suits(options):
       try:
         return architecture, describe(options, architecture, config)
       except ValueError as error:
-        errors.append(error)
-  raise min(errors, key=_distance)
+        errors.append((architecture.needs_code, error))
+  raise min(errors, key=lambda pair: (pair[0], *_distance(pair[1])))[1]
+
+
+def _needs_code(architecture: Architecture) -> bool:
+  return architecture.needs_code
 
 
 class _UnsupportedError(ValueError):

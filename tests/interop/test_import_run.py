@@ -361,12 +361,12 @@ def test_what_transformers_has_no_model_of(tmp_path):
   norm = dict(kind='layernorm', epsilon=1e-5)
   model = dict(MIXTRAL, norm=norm, moe=dict(MIXTRAL['moe'], **drops))
   own_runs.write(tmp_path / 'drops', model=model)
-  # The family of the fewest differences is named: one that has such gates.
-  with pytest.raises(ValueError, match='as deepseek; the model has') as caught:
+  with pytest.raises(ValueError, match='as mixtral; the model has') as caught:
     export_run(tmp_path / 'drops', tmp_path / 'out')
   for words in (
     "norm.kind: 'layernorm', not 'rmsnorm'",
     "capacity.kind: 'per_token', not 'all'",
+    "gates: 'raw', not 'renormalized'",
   ):
     assert words in str(caught.value)
   # The factor of a capacity is there as its kind is another, which is listed.
@@ -379,3 +379,12 @@ def test_what_transformers_has_no_model_of(tmp_path):
   with pytest.raises(ValueError, match=says):
     export_run(tmp_path / 'two', tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_that_only_published_code_computes_says_so(tmp_path):
+  half = dict(MIXTRAL, moe=dict(MIXTRAL['moe'], layers='last 1'))
+  own_runs.write(tmp_path / 'half', model=half)
+  lines = export_run(tmp_path / 'half', tmp_path / 'out')
+  assert any(
+    'as deepseek, for which transformers has no class' in x for x in lines
+  )
