@@ -120,7 +120,7 @@ def claim(better: str, worse: str, *columns: str, note: str = SCORES) -> Claim:
     better: Name of the row with the lower loss.
     worse: Name of the other row.
     *columns: The paper's columns of both; none where it has no such pair.
-    note: How the comparison differs from the paper's.
+    note: Difference between this comparison and the paper's.
   """
   published = [f'{AVERAGE}/{column}' for column in columns]
   text = f'{better} is better than {worse}'

@@ -82,7 +82,7 @@ def claim(text: str, compared: str, *rows: str, note: str = '') -> Claim:
     text: Text of the claim.
     compared: Comparison of rows of our table; see `Claim`.
     *rows: Names of the paper's rows; they may have more experts than ours.
-    note: How the comparison differs from the paper's.
+    note: Difference between this comparison and the paper's.
   """
   cells = [f'shazeer2017/table7/{row}/ppl_10_epochs' for row in rows]
   return Claim(text, compared, cells, note)

@@ -131,7 +131,7 @@ def cells(task: str) -> list[str]:
 
 
 def _claims() -> list[Claim]:
-  """What the paper says of sparse and dense models, by the size of a task."""
+  """The paper's claims on sparse and dense models, by the size of a task."""
   claims = [
     Claim(
       'the smallest task has a larger gap in the sparse model',

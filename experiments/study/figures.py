@@ -13,7 +13,7 @@ from experiments.study.parts import Figure
 from experiments.study.tables import Interval
 from moe_jax.analysis import plot_style
 
-# Where the paper has a row: below, above or beside what it is compared with.
+# Markers by the side of the paper's row: below, above or beside the other row.
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
 PAPER = 'side on which the paper has a row (checked)'
 _LETTERS = 34  # in a line of a label

@@ -29,7 +29,7 @@ _LINES = ' '.join(
   for i, (light, dark) in enumerate(_SCHEMES)
 )
 _LEFT_OUT = r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->'
-# What tags are shortened by, and the colours in them.
+# Patterns in tags and their replacements: shorter tags, colours of the page.
 _IN_TAGS = [
   (r'^<g id="[^"]*"', '<g'),
   (r" font-family: 'DejaVu Sans'[^;\"]*;?", ''),

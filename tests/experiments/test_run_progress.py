@@ -1,4 +1,4 @@
-"""What a study prints while its runs are made."""
+"""Lines that a study prints while its runs are made."""
 
 import time
 

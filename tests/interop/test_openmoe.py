@@ -303,7 +303,7 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
   for key in ('capacity_factor_train=1.25', 'label_smoothing', 'z_loss_factor'):
     assert any(key in note for note in checkpoint.notes), key
   assert len(checkpoint.notes) == 3
-  # What is exported has the keys of the import, but for those that
+  # The exported config has the keys of the import, but for those that
   # transformers has renamed.
   written = saving.describe(
     imported, checkpoint.architecture, checkpoint.config

@@ -57,7 +57,7 @@ def run(layer, x, mask=None):
 
 @pytest.mark.parametrize(
   ('tokens', 'minimum', 'slots'),
-  # Of 32 experts with two choices a token and twice an even share, one has an
+  # With 32 experts, two choices a token and twice an even share, one has an
   # eighth of the tokens, rounded down, then up to an even number.
   [(48, 4, 6), (47, 4, 6), (40, 4, 6), (39, 4, 4), (8, 1, 2), (8, 3, 3),
    (3, 4, 3)],
