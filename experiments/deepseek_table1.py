@@ -166,7 +166,12 @@ STUDY = Study(
   arms=arms,
   rows=rows,
   presets={
-    'quick': Preset(100, 3, without=[HASH, FINE]),
+    'quick': Preset(
+      100,
+      3,
+      without=[HASH, FINE],
+      underpowered='after 100 steps routers have hardly begun to differ',
+    ),
     'full': Preset(1000, 5),
   },
   columns=[

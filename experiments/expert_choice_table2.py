@@ -134,7 +134,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(100, 3, without=[ROOMY2, EC1, HALF]),
+    'quick': Preset(
+      100,
+      3,
+      without=[ROOMY2, EC1, HALF],
+      underpowered='after 100 steps routers have hardly begun to differ',
+    ),
     'full': Preset(1000, 5),
   },
   columns=[

@@ -68,7 +68,12 @@ STUDY = Study(
   config=config,
   arms=arms,
   presets={
-    'quick': Preset(100, 3, without=[NO_SHARED]),
+    'quick': Preset(
+      100,
+      3,
+      without=[NO_SHARED],
+      underpowered='after 100 steps routers have hardly begun to differ',
+    ),
     'full': Preset(1000, 5),
   },
   columns=[

@@ -36,7 +36,8 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
-  add('--start_steps', type=count, default=0, help=_START_HELP)
+  shown = argparse.SUPPRESS if study.starts is None else _START_HELP
+  add('--start_steps', type=count, default=0, help=shown)
   add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')

@@ -64,7 +64,10 @@ def problems(c: Values) -> Iterator[str]:
   if c.use_sliding_window and c.sliding_window is None:
     yield 'sliding_window=None with use_sliding_window=True is not supported'
   if not c.use_sliding_window and window_keys.WINDOW in _layer_types(c):
-    yield f'layer_types has {window_keys.WINDOW}, but not use_sliding_window'
+    yield (
+      f'layer_types has {window_keys.WINDOW}, which needs use_sliding_window'
+      ' true; without windows it names full_attention alone'
+    )
 
 
 def _layer_types(c: Values) -> list[Any]:

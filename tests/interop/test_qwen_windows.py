@@ -60,7 +60,7 @@ def test_layers_with_a_window(layers):
   ('layers', 'message'),
   [
     (dict(use_sliding_window=True, sliding_window=None), 'sliding_window=None'),
-    (dict(layer_types=[WINDOW, FULL]), 'but not use_sliding_window'),
+    (dict(layer_types=[WINDOW, FULL]), 'needs use_sliding_window'),
   ],
 )
 def test_a_window_without_a_width_is_refused(layers, message):
