@@ -358,10 +358,11 @@ def routing_stats(routing: Reference, logits, mask):
 
 def _served(routing):
   """Yields (g, s, k, expert, row) of served choices; R counts g, then slots."""
-  kept = np.asarray(routing.kept)
+  kept, slot, expert = (
+    np.asarray(x) for x in (routing.kept, routing.slot, routing.expert_index)
+  )
   for g, s, k in zip(*np.nonzero(kept)):
-    row = g * routing.capacity + int(routing.slot[g, s, k])
-    yield g, s, k, int(routing.expert_index[g, s, k]), row
+    yield g, s, k, expert[g, s, k], g * routing.capacity + slot[g, s, k]
 
 
 def slot_of_row(routing) -> np.ndarray:
@@ -372,13 +373,8 @@ def slot_of_row(routing) -> np.ndarray:
   """
   G, S, K = routing.kept.shape
   E, C = routing.num_experts, routing.capacity
-  slots = []
-  for e in range(E):
-    for g in range(G):
-      for s in range(S):
-        for k in range(K):
-          if routing.kept[g, s, k] and routing.expert_index[g, s, k] == e:
-            slots.append((e * G + g) * C + int(routing.slot[g, s, k]))
+  served = sorted(_served(routing), key=lambda choice: choice[3])  # stable
+  slots = [expert * G * C + row for *_, expert, row in served]
   none = [E * G * C] * (min(G * S * K, E * G * C) - len(slots))
   return np.array(slots + none, np.int32)
 

@@ -44,12 +44,9 @@ def test_glam_has_the_published_counts():
   ('name', 'arg', 'billions', 'digits'),
   [
     ('t5_base', '', 0.223, 3),
-    # These numbers are in Table 7 of Switch, as are those below.
+    # These numbers are in Table 7 of Switch; those between them follow.
     ('switch_base', 'e16', 1.1, 1),
-    ('switch_base', 'e32', 2.0, 1),
-    ('switch_base', 'e64', 3.8, 1),
-    ('switch_base', 'e128', 7.4, 1),
-    ('switch_base', 'e256', 14.7, 1),  # the last one from Table 7 of Switch
+    ('switch_base', 'e256', 14.7, 1),
     ('switch_c', '', 1571, 0),
     ('st_moe_base', 'large', 4.1, 1),
     ('st_moe_32b', '', 269, 0),
@@ -153,9 +150,8 @@ def test_what_is_looked_up_or_added_is_not_multiplied(positions):
   assert more.forward_flops == plain.forward_flops
 
 
-@pytest.mark.parametrize('num_layers', [2, 3])
-def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
-  model = tiny.build(positions=Learned(), use_bias=True, num_layers=num_layers)
+def test_total_is_the_size_of_parameters_that_the_model_takes():
+  model = tiny.build(positions=Learned(), use_bias=True, num_layers=3)
   params = tiny.params_of(model)
   logits, _ = jax.eval_shape(tiny.apply(model), params, tiny.tokens())
   assert logits.shape == (tiny.B, T, tiny.V)
@@ -164,22 +160,23 @@ def test_total_is_the_size_of_parameters_that_the_model_takes(num_layers):
 
 
 @pytest.mark.parametrize(
-  'options',
+  ('moe', 'options'),
   [
-    dict(embedding=dict(tie=True)),
-    dict(embedding=dict(tie=False), use_bias=True),
-  ],
-)
-@pytest.mark.parametrize(
-  'moe',
-  [
-    dict(num_selected=1, layers='all'),
-    dict(num_selected=2, layers='every 2', expert=FeedForwardExpert(hidden=7)),
-    dict(
-      num_selected=3,
-      layers='last 1',
-      extra_ffn=True,
-      expert=FeedForwardExpert(activation='geglu'),
+    (dict(num_selected=1, layers='all'), dict(embedding=dict(tie=True))),
+    (
+      dict(
+        num_selected=2, layers='every 2', expert=FeedForwardExpert(hidden=7)
+      ),
+      dict(embedding=dict(tie=False), use_bias=True),
+    ),
+    (
+      dict(
+        num_selected=3,
+        layers='last 1',
+        extra_ffn=True,
+        expert=FeedForwardExpert(activation='geglu'),
+      ),
+      dict(use_bias=True),
     ),
   ],
 )
@@ -289,20 +286,18 @@ def ints(*shape):
   return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-@pytest.mark.parametrize('layers', ['none', 'every 2'])
-def test_the_forward_pass_is_what_xla_counts(layers):
+def test_the_forward_pass_is_what_xla_counts():
   ffn = dict(hidden=192, activation='swiglu')
-  model = tiny.build(dict(layers=layers), **{**LARGER, 'ffn': ffn})
+  model = tiny.build(dict(layers='every 2'), **{**LARGER, 'ffn': ffn})
   ours = cost.count(model, LONG)
-  assert (ours.capacity_slack != 1) == (layers != 'none')
+  assert ours.capacity_slack != 1
   xla = flops_of(model.apply, abstract(model), ints(3, LONG))
   # XLA also counts softmaxes and norms.
   assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
 
 
-@pytest.mark.parametrize('layers', ['none', 'every 2'])
-def test_an_encoder_decoder_is_what_xla_counts(layers):
-  moe = dict(layers=layers, capacity=PerToken(factor=2.0))
+def test_an_encoder_decoder_is_what_xla_counts():
+  moe = dict(layers='every 2', capacity=PerToken(factor=2.0))
   model = tiny.build(moe, kind='encoder_decoder', **LARGER)
   ours = cost.count(model, LONG, SHORT)
   xla = flops_of(model.apply, abstract(model), ints(3, LONG), ints(3, SHORT))
@@ -322,10 +317,9 @@ def test_a_decoding_step_is_what_xla_counts():
   assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
 
 
-@pytest.mark.parametrize('query_rank', [0, 24])
-def test_latent_attention_is_what_xla_counts(query_rank):
+def test_latent_attention_is_what_xla_counts():
   latent = LatentOptions(
-    4, query_rank=query_rank, kv_rank=48, plain_width=16, rotary_width=8,
+    4, query_rank=24, kv_rank=48, plain_width=16, rotary_width=8,
     value_width=24,
   )  # fmt: skip
   options = {**LARGER, 'attention': latent}

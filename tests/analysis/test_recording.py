@@ -94,6 +94,7 @@ SPLIT = dict(
 )
 
 
+@pytest.mark.slow  # test_reading.py and test_replay.py have quick ones
 def test_choices_of_microbatches_in_loops_on_several_devices(tmp_path):
   run, variables, batch, record = first_step(tmp_path, 4, **SPLIT)
   assert len(record.layers) == 2

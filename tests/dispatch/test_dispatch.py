@@ -1,5 +1,7 @@
 """Every dispatcher equals the loops that define it, on the same routings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +20,20 @@ with_slots = pytest.mark.parametrize('name', WITH_SLOTS)
 
 def arrays(seed, dtype=jnp.float32, capacity=C):
   """Random tokens and their gradient [G, S, M], rows and theirs [E, R, M]."""
-  keys = jax.random.split(jax.random.key(seed), 4)
-  tokens, rows = (G, S, M), (E, G * capacity, M)
-  return [
-    jax.random.normal(key, shape, dtype)
-    for key, shape in zip(keys, (tokens, tokens, rows, rows))
-  ]
+  rng = np.random.default_rng(seed)
+  shapes = [(G, S, M)] * 2 + [(E, G * capacity, M)] * 2
+  return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def routed(mask=None, scale=1.0, capacity=C, **options):
-  logits = scale * jax.random.normal(jax.random.key(7), (G, S, E))
-  options = {'num_selected': K, 'key': jax.random.key(8)} | options
-  return token_choice(logits, mask=mask, capacity=capacity, **options)
+def routed(mask=None, capacity=C, K=K):
+  logits = np.random.default_rng(7).normal(size=(G, S, E))
+  logits -= np.arange(E)  # the first experts are in demand
+  return token_choice(
+    jnp.asarray(logits, jnp.float32),
+    num_selected=K,
+    mask=mask,
+    capacity=capacity,
+  )
 
 
 def by_hand(seed):
@@ -59,32 +63,26 @@ def by_hand(seed):
   )
 
 
-HALF = jnp.arange(S)[None] < jnp.array([[3], [5]])
+HALF = jnp.asarray(np.arange(S) < np.array([[6], [5]]))
+# Two programs of each dispatcher run all of them: of three choices, of which
+# there are more than slots, and of one choice, of which there are fewer.
 SCENARIOS = {
-  'drops, token-major': lambda: routed(scale=3.0, capacity=2),
-  'drops, choice-major': lambda: routed(slot_priority='choice_major'),
-  'padding': lambda: routed(mask=HALF, gates='renormalized'),
+  'drops': routed,
+  'padding': lambda: routed(mask=HALF),
   'nothing but padding': lambda: routed(mask=jnp.zeros((G, S), bool)),
-  'unsent choices': lambda: routed(second_policy='threshold'),
-  'holes in the queue': lambda: routed(num_selected=2, second_policy='sampled'),
-  'one choice': lambda: routed(num_selected=1, capacity=1),
-  'room for all': lambda: routed(capacity=S),
   'written by hand': lambda: by_hand(0),
+  'one choice': lambda: routed(K=1, capacity=2),
 }
 
 
 def test_the_scenarios_are_what_they_say():
-  routings = {name: make() for name, make in SCENARIOS.items()}
-  real = {name: jnp.ones((G, S, 1), bool) for name in routings}
-  real['padding'] = HALF[..., None]
-  lost = {
-    name: int((real[name] & ~routings[name].kept).sum()) for name in routings
-  }
-  assert lost.pop('room for all') == 0
-  assert lost.pop('nothing but padding') == G * S * K
-  assert all(lost.values()), lost
-  holes = routings['holes in the queue']
-  assert (~holes.kept & (holes.slot < C)).any()
+  kept = {name: np.asarray(make().kept) for name, make in SCENARIOS.items()}
+  assert not kept['nothing but padding'].any()
+  assert not kept['padding'][~np.asarray(HALF)].any()
+  for name in ('drops', 'padding', 'written by hand', 'one choice'):
+    real = HALF if name == 'padding' else np.ones((G, S), bool)
+    assert kept[name].any() and not kept[name][np.asarray(real)].all(), name
+  assert G * S * K > G * E * C and G * S < G * E * 2
 
 
 def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
@@ -107,15 +105,7 @@ def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
     if not slotted:
       flat = rows.reshape(-1, M)
       rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
-    replaced = Routing(
-      routing.expert_index,
-      routing.slot,
-      gate,
-      routing.kept,
-      routing.num_experts,
-      routing.capacity,
-    )
-    return dispatcher.combine(rows, replaced)
+    return dispatcher.combine(rows, dataclasses.replace(routing, gate=gate))
 
   sent, back = jax.vjp(send, x)
   y, combine_back = jax.vjp(combine, rows, routing.gate)
@@ -141,11 +131,11 @@ def by_loops(routing, x, dy, rows, d_rows):
   )
 
 
-def same(got, expected, **tolerance):
+def same(name, got, expected, **tolerance):
   parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
   for part, a, b in zip(parts, got, expected, strict=True):
     np.testing.assert_allclose(
-      np.asarray(a, np.float64), b, err_msg=part, **tolerance
+      np.asarray(a, np.float64), b, err_msg=f'{part} of {name}', **tolerance
     )
 
 
@@ -178,33 +168,22 @@ def test_three_tokens_by_hand(name):
   np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
 
 
-@every_dispatcher
 @pytest.mark.parametrize('scenario', SCENARIOS)
-def test_rows_outputs_and_gradients(name, scenario):
+def test_rows_outputs_and_gradients(scenario):
   routing = SCENARIOS[scenario]()
   case = arrays(1, capacity=routing.capacity)
-  got = jitted(name, routing, *case)
-  same(got, by_loops(routing, *case), rtol=1e-5, atol=1e-6)
+  expected = by_loops(routing, *case)
+  for name in MOVERS:
+    same(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-6)
 
 
-@every_dispatcher
-def test_the_same_without_jit(name):
-  routing, case = by_hand(3), arrays(2)
-  same(
-    everything(name, routing, reference.slot_of_row(routing), *case),
-    by_loops(routing, *case),
-    rtol=1e-5,
-    atol=1e-6,
-  )
-
-
-@every_dispatcher
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000))
-def test_any_legal_routing(name, seed):
+def test_any_legal_routing(seed):
   routing, case = by_hand(seed), arrays(seed)
-  got = jitted(name, routing, *case)
-  same(got, by_loops(routing, *case), rtol=1e-5, atol=1e-5)
+  expected = by_loops(routing, *case)
+  for name in MOVERS:
+    same(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_dispatcher
@@ -214,39 +193,21 @@ def test_bfloat16_stays_bfloat16(name):
   dtypes = [x.dtype for x in got]
   assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # gates keep float32
   # bfloat16 has eight bits of mantissa, and sums have up to six terms.
-  same(got, by_loops(routing, *case), rtol=0.02, atol=0.04)
+  same(name, got, by_loops(routing, *case), rtol=0.02, atol=0.04)
   np.testing.assert_array_equal(got[0], reference.dispatch(case[0], routing))
 
 
 @every_dispatcher
 def test_a_dropped_token_gives_exactly_zero_and_an_empty_slot_is_zero(name):
-  routing = routed(num_selected=1, capacity=2, scale=3.0)
-  dropped = ~routing.kept.any(-1)
-  assert dropped.any()
+  routing = SCENARIOS['one choice']()
+  kept = np.asarray(routing.kept)
+  dropped, filled = ~kept.any(-1), kept.sum()
+  assert dropped.any() and filled < E * G * 2
   x, _, rows, _ = arrays(5, capacity=2)
-  sent, _, y, d_rows, _ = jitted(name, routing, x, x, rows, rows)
-  assert not y[dropped].any() and (jnp.abs(y[~dropped]).max(-1) > 0).all()
-  filled = int(routing.kept.sum())
-  assert filled < E * G * 2
-  assert (jnp.abs(sent).max(-1) > 0).sum() == filled
-  assert (jnp.abs(d_rows).max(-1) > 0).sum() == filled
-
-
-@every_dispatcher
-def test_there_and_back_is_k_times_the_token(name):
-  routing = routed(capacity=S)
-  ones = Routing(
-    routing.expert_index,
-    routing.slot,
-    jnp.ones_like(routing.gate),
-    routing.kept,
-    E,
-    S,
-  )
-  x = arrays(6)[0]
-  dispatcher = MOVERS[name]
-  y = dispatcher.combine(dispatcher.dispatch(x, ones), ones)
-  np.testing.assert_allclose(y, K * x, rtol=1e-6)
+  got = jitted(name, routing, x, x, rows, rows)
+  sent, _, y, d_rows, _ = (np.asarray(part) for part in got)
+  assert not y[dropped].any() and y[~dropped].any(-1).all()
+  assert sent.any(-1).sum() == d_rows.any(-1).sum() == filled
 
 
 @every_dispatcher
@@ -254,23 +215,22 @@ def test_a_gate_of_zero_still_sends_the_token_and_still_learns(name):
   # Whether a choice is served depends on `kept`, not on `gate > 0`: the expert
   # gets the token, and the gate has a gradient.
   routing = by_hand(1)
-  assert routing.kept.any()
-  routing = jax.tree.map(
-    lambda x: x * 0 if x.dtype == 'float32' else x, routing
-  )
+  assert np.any(routing.kept)
+  gate = np.zeros((G, S, K), np.float32)
+  routing = dataclasses.replace(routing, gate=jnp.asarray(gate))
   case = arrays(7)
   sent, _, y, _, d_gate = jitted(name, routing, *case)
   np.testing.assert_allclose(sent, reference.dispatch(case[0], routing))
-  assert not y.any()
-  np.testing.assert_array_equal(d_gate != 0, routing.kept)
+  assert not np.any(y)
+  np.testing.assert_array_equal(np.asarray(d_gate) != 0, routing.kept)
 
 
 def test_a_routing_knows_the_token_in_each_slot():
   routing = by_hand(2)
+  slot, expert = np.asarray(routing.slot), np.asarray(routing.expert_index)
   expected = np.full((E, G * C), G * S)
   for g, s, k in zip(*np.nonzero(routing.kept)):
-    row = g * C + routing.slot[g, s, k]
-    expected[routing.expert_index[g, s, k], row] = g * S + s
+    expected[expert[g, s, k], g * C + slot[g, s, k]] = g * S + s
   np.testing.assert_array_equal(routing.slot_rows().token, expected)
 
 

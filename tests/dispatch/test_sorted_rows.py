@@ -37,48 +37,49 @@ def test_three_tokens_by_hand():
   np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
 
 
-def routed(capacity, skew=0.0):
-  G, S, E, K = 2, 7, 5, 3
-  logits = jax.random.normal(jax.random.key(0), (G, S, E))
-  logits = logits - skew * jnp.arange(E)[None, None]
-  return token_choice(logits, num_selected=K, capacity=capacity)
+G, S, E, K = 2, 7, 5, 3
 
 
-def test_an_unbounded_routing_is_one_with_room_for_all():
-  x = jax.random.normal(jax.random.key(1), (2, 7, 6))
-  bounded, unbounded = routed(7), routed(None)
-  assert unbounded.capacity is None
-  rows = sorted_rows.dispatch(x, unbounded)
-  np.testing.assert_array_equal(rows, sorted_rows.dispatch(x, bounded))
-  np.testing.assert_array_equal(
-    sorted_rows.combine(rows, unbounded), sorted_rows.combine(rows, bounded)
-  )
+def routed(skew=0.0):
+  """Unbounded choices of three experts."""
+  logits = np.random.default_rng(0).normal(size=(G, S, E))
+  logits = jnp.asarray(logits - skew * np.arange(E), jnp.float32)
+  return token_choice(logits, num_selected=K, capacity=None)
+
+
+@jax.jit
+def there_and_back(x, routing):
+  rows = sorted_rows.dispatch(x, routing)
+  sizes = sorted_rows.group_sizes(routing)
+  return rows, sizes, sorted_rows.combine(rows, routing)
+
+
+def test_experts_without_a_bound_take_all_choices_in_order():
+  x = np.random.default_rng(1).normal(size=(G, S, 6)).astype(np.float32)
+  routing = routed()
+  rows, sizes, y = there_and_back(x, routing)
+  expert, gate = np.asarray(routing.expert_index), np.asarray(routing.gate)
+  order = np.argsort(expert.ravel(), kind='stable')
+  np.testing.assert_array_equal(rows, x.reshape(-1, 6)[order // K])
+  np.testing.assert_array_equal(sizes, np.bincount(expert.ravel(), minlength=E))
+  np.testing.assert_allclose(y, x * gate.sum(-1, keepdims=True), rtol=1e-5)
 
 
 def test_no_row_is_lost_however_skewed():
   # Every token chooses experts 0, 1 and 2, far more than an even share.
-  routing = routed(None, skew=30.0)
-  np.testing.assert_array_equal(
-    sorted_rows.group_sizes(routing), [14, 14, 14, 0, 0]
-  )
-  assert sorted_rows.dispatch(jnp.ones((2, 7, 6)), routing).all()
-
-
-def test_rows_are_bounded_by_slots():
-  # There are 42 choices, but only 20 slots: 2 groups of 5 experts of 2 slots.
-  routing = routed(2)
-  rows = sorted_rows.dispatch(jnp.ones((2, 7, 6)), routing)
-  assert rows.shape == (20, 6)
-  assert int(rows.any(-1).sum()) == int(routing.kept.sum())
+  ones = np.ones((G, S, 6), np.float32)
+  rows, sizes, _ = there_and_back(ones, routed(skew=30.0))
+  np.testing.assert_array_equal(sizes, [14, 14, 14, 0, 0])
+  assert np.all(rows)
 
 
 def test_what_is_not_kept_is_not_sent():
-  routing = routed(None)
-  kept = routing.kept.at[0, 3].set(False)
-  routing = dataclasses.replace(routing, kept=kept)
-  x = jnp.ones((2, 7, 6)).at[0, 3].set(jnp.nan)
-  assert jnp.isfinite(sorted_rows.dispatch(x, routing)).all()
-  assert int(sorted_rows.group_sizes(routing).sum()) == 42 - 3
+  routing = routed()
+  kept, x = np.array(routing.kept), np.ones((G, S, 6), np.float32)
+  kept[0, 3], x[0, 3] = False, np.nan
+  routing = dataclasses.replace(routing, kept=jnp.asarray(kept))
+  rows, sizes, _ = there_and_back(x, routing)
+  assert np.isfinite(rows).all() and np.sum(sizes) == 42 - 3
 
 
 @pytest.mark.parametrize('num_experts', [5, 2**27 - 1])

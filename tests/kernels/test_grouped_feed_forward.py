@@ -75,16 +75,24 @@ def by_definition(kind, x, w_ins, w_out, group_sizes, dy):
   return y, dx, dw_ins, outer(h, dy, group_sizes)
 
 
-@pytest.mark.parametrize('backend', ['auto', 'blocks', 'ragged_dot'])
-@pytest.mark.parametrize('kind', HIDDEN)
+SMALL, LARGE = (N, E, M, F), (1100, 3, 6, 7)
+SMALL_GROUPS = (0, 13, 0, 17, 0), (9, 1, 4, 0, 5), (0, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-  ('shape', 'group_sizes'),
+  ('backend', 'kind', 'shape', 'group_sizes'),
   [
-    ((N, E, M, F), (0, 13, 0, 17, 0)),
-    ((N, E, M, F), (9, 1, 4, 0, 5)),
-    ((N, E, M, F), (0, 0, 0, 0, 0)),
+    *(
+      (backend, kind, SMALL, group_sizes)
+      for backend, kind in (
+        ('auto', 'gated'),
+        ('blocks', 'plain'),
+        ('ragged_dot', 'gated'),
+      )
+      for group_sizes in SMALL_GROUPS
+    ),
     # Several full blocks follow a first one that is not full.
-    ((1100, 3, 6, 7), (1, 1061, 33)),
+    ('blocks', 'gated', LARGE, (1, 1061, 33)),
   ],
 )
 def test_value_and_gradients(backend, kind, shape, group_sizes):
@@ -99,7 +107,8 @@ def test_value_and_gradients(backend, kind, shape, group_sizes):
     results,
     expected,
   )
-  assert not np.any(results[0][n:]) and not np.any(results[1][n:])
+  y, dx = (np.asarray(result) for result in results[:2])
+  assert not np.any(y[n:]) and not np.any(dx[n:])
 
 
 @pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
@@ -110,13 +119,18 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
   one = jnp.ones((1, 1, 1), jnp.float32)
   dy = jnp.array([[1], [2.0**-10]], jnp.bfloat16)
   sizes = jnp.array([2], jnp.int32)
-  y, pull = jax.vjp(
-    lambda x, a, b: grouped_ffn(x, (a,), b, sizes, jax.nn.relu, backend),
-    x,
-    one,
-    one,
-  )
-  dx, dw_in, dw_out = pull(dy)
+
+  @jax.jit
+  def run(x, a, b, dy):
+    y, pull = jax.vjp(
+      lambda x, a, b: grouped_ffn(x, (a,), b, sizes, jax.nn.relu, backend),
+      x,
+      a,
+      b,
+    )
+    return y, *pull(dy)
+
+  y, dx, dw_in, dw_out = run(x, one, one, dy)
   assert y.dtype == dx.dtype == jnp.bfloat16
   assert dw_in.dtype == dw_out.dtype == jnp.float32
   np.testing.assert_array_equal(dw_out, [[[1 + 2.0**-10]]])

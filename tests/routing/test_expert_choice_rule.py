@@ -20,6 +20,8 @@ compiled = jax.jit(
   ),
   static_argnums=2,
 )
+stats_of = jax.jit(slot_stats, static_argnums=3)
+softmax = jax.jit(jax.nn.softmax)
 
 
 def draw(seed, *shape):
@@ -37,7 +39,7 @@ def test_four_tokens_by_hand():
   # With one slot each, two tokens get no expert.
   routing = compiled(logits, real, 1)
   np.testing.assert_array_equal(routing.token_index, [[[0], [2]]])
-  stats = slot_stats(routing, jnp.asarray(logits), jnp.asarray(real), 3)
+  stats = stats_of(routing, jnp.asarray(logits), jnp.asarray(real), 3)
   np.testing.assert_array_equal(stats.load, [1, 1])
   # All K = 3 choices of these tokens are lost.
   np.testing.assert_array_equal(stats.overflowed, [2, 2, 2])
@@ -45,7 +47,7 @@ def test_four_tokens_by_hand():
 
 @pytest.mark.parametrize('capacity', [1, C, S])
 def test_the_definition(capacity):
-  for seed in range(5):
+  for seed in range(3):
     logits = draw(seed)
     mask = np.random.default_rng(seed).random((G, S)) < 0.8
     mask[1] &= seed > 0  # sometimes a group of padding alone
@@ -57,26 +59,26 @@ def test_the_definition(capacity):
     np.testing.assert_allclose(routing.gate, gate, rtol=1e-5)
     assert routing.token_index.dtype == jnp.int32
     assert (routing.num_experts, routing.capacity) == (E, capacity)
-    stats = slot_stats(routing, jnp.asarray(logits), jnp.asarray(mask), 4)
+    stats = stats_of(routing, jnp.asarray(logits), jnp.asarray(mask), 4)
     covered = [set(index[g].ravel()) - {S} for g in range(G)]
     np.testing.assert_array_equal(
       stats.overflowed, [mask.sum() - sum(map(len, covered))] * 4
     )
     np.testing.assert_array_equal(stats.load, (index < S).sum((0, 2)))
     np.testing.assert_array_equal(stats.kept_load, stats.load)
-    assert stats.tokens == mask.sum() and not stats.unsent.any()
+    assert stats.tokens == mask.sum() and not np.any(stats.unsent)
 
 
 # Logits are small whole numbers, so that equal probabilities are frequent.
-few = settings(max_examples=30, deadline=None, derandomize=True)
+few = settings(max_examples=20, deadline=None, derandomize=True)
 some_logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
 
 
 @few
 @given(some_logits, st_np.arrays(bool, (G, S)), st.sampled_from([1, C, S]))
 def test_contract(logits, mask, capacity):
-  routing = compiled(logits, mask, capacity)
-  probs = np.asarray(jax.nn.softmax(logits))
+  routing = jax.tree.map(np.asarray, compiled(logits, mask, capacity))
+  probs = np.asarray(softmax(logits))
   for g in range(G):
     real = set(np.flatnonzero(mask[g]))
     for e in range(E):
@@ -96,12 +98,13 @@ def test_contract(logits, mask, capacity):
 def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
   # An expert takes 4 of 8 tokens, and 3 of the 6 real ones.
   logits = draw(0, G, 8, E)
-  mask = jnp.broadcast_to(jnp.arange(8) < 6, (G, 8))
+  mask = np.tile(np.arange(8) < 6, (G, 1))
   padded = compiled(logits, mask, 4)
   alone = compiled(logits[:, :6], mask[:, :6], 3)
-  np.testing.assert_array_equal(padded.token_index[..., :3], alone.token_index)
-  np.testing.assert_array_equal(padded.gate[..., :3], alone.gate)
-  assert (padded.token_index[..., 3] == 8).all()
+  token, gate = np.asarray(padded.token_index), np.asarray(padded.gate)
+  np.testing.assert_array_equal(token[..., :3], alone.token_index)
+  np.testing.assert_array_equal(gate[..., :3], alone.gate)
+  assert (token[..., 3] == 8).all()
 
 
 def test_shares_are_exact_where_products_pass_32_bits():

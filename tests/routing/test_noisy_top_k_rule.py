@@ -40,7 +40,7 @@ def test_one_token_by_hand():
   )
 
 
-@pytest.mark.parametrize('K', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('K', [1, 3, 5])
 def test_load_probability_follows_the_definition(K):
   for seed in range(3):
     logits = example(seed)

@@ -10,6 +10,7 @@ from tests import reference
 from tests.models import tiny
 
 RULE = dict(num_selected=2, threshold=0.3)
+mix = jax.jit(sparse_mixer, static_argnames=tuple(RULE))
 
 
 def logits_of(*values):
@@ -20,7 +21,7 @@ def test_each_choice_is_a_softmax_of_the_logits_near_the_largest():
   # The largest logit is 4. Of the others 3 is within 0.3 of it, as (4 - 3) / 4
   # is 0.25, and 2 is not. Once expert 2 is gone, 3 is the largest, and (3 - 2)
   # / 3 is more than 0.3, so that its gate is 1.
-  index, gate = sparse_mixer(logits_of(2, 3, 4, -1), **RULE)
+  index, gate = mix(logits_of(2, 3, 4, -1), **RULE)
   assert index.tolist() == [[[2, 1]]]
   first = np.exp(4) / (np.exp(4) + np.exp(3))
   np.testing.assert_allclose(gate, [[[first, 1.0]]], rtol=1e-6)
@@ -35,7 +36,7 @@ def test_it_equals_a_loop_over_tokens(shift, threshold):
   # Rounded, so that logits tie and some are zero.
   logits = rng.normal(shift, 1, (G, S, E)).round(0).astype(np.float32)
   rule = dict(num_selected=K, threshold=threshold)
-  index, gate = sparse_mixer(jnp.asarray(logits), **rule)
+  index, gate = map(np.asarray, sparse_mixer(jnp.asarray(logits), **rule))
   for g, s in np.ndindex(G, S):
     row = logits[g, s].astype(np.float64)
     experts, gates = reference.sparse_mixer(row, K, threshold)
@@ -75,10 +76,10 @@ def test_choices_that_are_drawn_equal_a_loop_over_tokens(trained):
 
 def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
   # The last of four experts is too far for the first choice.
-  logits = jnp.broadcast_to(logits_of(4.0, 3.5, 3.0, 1.0), (1, 8000, 4))
-  index, gate = sparse_mixer(logits, **RULE, key=tiny.key(0))
+  logits = jnp.asarray(np.tile(np.float32([4, 3.5, 3, 1]), (1, 8000, 1)))
+  index, gate = map(np.asarray, mix(logits, **RULE, key=tiny.key(0)))
   probs = reference.softmax(np.array([4.0, 3.5, 3.0]))
-  first, share = np.asarray(index[0, :, 0]), np.asarray(gate[0, :, 0])
+  first, share = index[0, :, 0], gate[0, :, 0]
   frequency = np.bincount(first, minlength=4) / 8000
   # The standard deviation of a frequency is at most sqrt(0.25 / 8000) = 0.006.
   np.testing.assert_allclose(frequency, [*probs, 0], atol=0.024)
@@ -116,7 +117,7 @@ def test_the_gradient_is_that_of_the_whole_gate():
 
 def test_a_choice_that_takes_no_part_has_no_gate():
   imposed = jnp.array([[[3, -1]]], jnp.int32)
-  index, gate = sparse_mixer(logits_of(2, 3, 4, -1), **RULE, imposed=imposed)
+  index, gate = mix(logits_of(2, 3, 4, -1), **RULE, imposed=imposed)
   assert index.tolist() == [[[3, 2]]]
   assert gate[0, 0, 0] == 0 and gate[0, 0, 1] > 0
 

@@ -16,7 +16,7 @@ from moe_jax.routing import (
 )
 
 G, S, E, C = 2, 7, 5, 3
-few = settings(max_examples=30, deadline=None, derandomize=True)
+few = settings(max_examples=20, deadline=None, derandomize=True)
 
 # Logits are small whole numbers, so that ties are frequent.
 logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
@@ -32,7 +32,7 @@ def options(draw):
     gates=draw(st.sampled_from(tuple(GATES) if K > 1 else ('raw', 'sigmoid'))),
     slot_priority=draw(st.sampled_from(SLOT_PRIORITIES)),
     second_policy=draw(st.sampled_from(policies)),
-    key=jax.random.key(draw(st.integers(0, 9))),
+    key=draw(st.sampled_from([None, *map(jax.random.key, range(3))])),
   )
 
 
@@ -66,21 +66,9 @@ def test_contract(logits, mask, options, capacity):
       assert all(c < capacity for _, c in seats)
       served = np.bincount(expert[g][kept[g]], minlength=E)
       assert (served <= capacity).all()
-
-
-@few
-@given(logits, masks, options())
-def test_a_choice_is_dropped_only_by_a_full_expert(logits, mask, options):
-  # Without draws, an expert that drops a choice serves exactly C.
-  options['key'] = None
-  routing = token_choice(
-    jnp.asarray(logits), mask=jnp.asarray(mask), capacity=C, **options
-  )
-  expert, kept = np.asarray(routing.expert_index), np.asarray(routing.kept)
-  for g in range(G):
-    wanted = np.bincount(expert[g][mask[g]].ravel(), minlength=E)
-    served = np.bincount(expert[g][kept[g]], minlength=E)
-    np.testing.assert_array_equal(served, np.minimum(wanted, C))
+      if options['key'] is None:  # Only a full expert drops a choice.
+        wanted = np.bincount(expert[g][mask[g]].ravel(), minlength=E)
+        np.testing.assert_array_equal(served, np.minimum(wanted, capacity))
 
 
 @few
@@ -89,14 +77,15 @@ def test_without_drops_a_token_is_routed_alone(logits, options, order):
   # Permuting a group permutes what its tokens get, and changes nothing else.
   options['key'] = None
   order = np.array(order)
-  routed = token_choice(jnp.asarray(logits), capacity=S, **options)
-  shuffled = token_choice(jnp.asarray(logits[:, order]), capacity=S, **options)
-  for name in ('expert_index', 'kept'):
-    np.testing.assert_array_equal(
-      getattr(routed, name)[:, order], getattr(shuffled, name)
-    )
+  routed, shuffled = (
+    jax.tree.map(np.asarray, token_choice(x, capacity=S, **options))
+    for x in (jnp.asarray(logits), jnp.asarray(logits[:, order]))
+  )
+  assert routed.kept.all() and shuffled.kept.all()
+  np.testing.assert_array_equal(
+    routed.expert_index[:, order], shuffled.expert_index
+  )
   np.testing.assert_allclose(routed.gate[:, order], shuffled.gate, rtol=1e-6)
-  assert routed.kept.all()
 
 
 @pytest.mark.parametrize(('K', 'slot_priority'), enumerate(SLOT_PRIORITIES, 1))
@@ -112,8 +101,8 @@ def test_raw_gates_teach_the_router(K, slot_priority):
     return jax.grad(total, has_aux=True)(logits)
 
   for seed in range(10):
-    logits = jax.random.normal(jax.random.key(seed), (G, S, E))
-    gradient, kept = gradient_and_kept(logits)
-    served = np.asarray(kept.any(-1))
+    logits = np.random.default_rng(seed).normal(size=(G, S, E))
+    gradient, kept = gradient_and_kept(jnp.asarray(logits, jnp.float32))
+    served = np.asarray(kept).any(-1)
     size = np.abs(gradient).max(-1)
     assert (size[served] > 1e-4).all() and not size[~served].any()

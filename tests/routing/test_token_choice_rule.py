@@ -5,12 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import (
-  GATES,
-  SECOND_POLICIES,
-  SLOT_PRIORITIES,
-  token_choice,
-)
+from moe_jax.routing import SECOND_POLICIES, SLOT_PRIORITIES, token_choice
 
 KEY = jax.random.key(11)
 route = jax.jit(
@@ -28,16 +23,17 @@ route = jax.jit(
 
 def logits_of(*probabilities):
   """Logits of one group, [1, S, E], whose softmax is the given rows."""
-  return jnp.log(jnp.array([probabilities], jnp.float32))
+  with np.errstate(divide='ignore'):
+    return jnp.asarray(np.log([probabilities]), jnp.float32)
 
 
 def check(routing, *, expert, slot, kept, gate=None):
   """Compares the only group of a routing to arrays written by hand."""
-  np.testing.assert_array_equal(routing.expert_index[0], expert)
-  np.testing.assert_array_equal(routing.kept[0], np.array(kept, bool))
-  np.testing.assert_array_equal(routing.slot[0], slot)
+  np.testing.assert_array_equal(routing.expert_index, [expert])
+  np.testing.assert_array_equal(routing.kept, np.array([kept], bool))
+  np.testing.assert_array_equal(routing.slot, [slot])
   if gate is not None:
-    np.testing.assert_allclose(routing.gate[0], gate, rtol=1e-5)
+    np.testing.assert_allclose(routing.gate, [gate], rtol=1e-5)
 
 
 # Both tokens choose expert 1, which has one slot: the first token as its second
@@ -174,7 +170,7 @@ def test_evaluation_sends_every_choice(policy):
 def test_the_threshold_is_where_a_choice_becomes_certain():
   # g2 is 0.1 of both gates. A threshold of 0.1 sends it always, 0.4 a quarter
   # of the time, and GShard's draw a fifth of the time.
-  logits = jnp.tile(logits_of([0.9, 0.1]), (1, 4000, 1))
+  logits = logits_of(*[[0.9, 0.1]] * 4000)
 
   def rate(policy, threshold=0.2):
     kept = route(
@@ -185,6 +181,7 @@ def test_the_threshold_is_where_a_choice_becomes_certain():
       second_threshold=threshold,
       key=KEY,
     ).kept
+    kept = np.asarray(kept)
     assert kept[..., 0].all()
     return kept[..., 1].mean()
 
@@ -249,7 +246,7 @@ def test_padding_takes_no_slot(slot_priority):
   )
 
 
-@pytest.mark.parametrize('K', [1, 2, 3])
+@pytest.mark.parametrize('K', [1, 3])
 def test_ties_go_to_the_lower_expert(K):
   # With equal logits all tokens choose the first K experts and fill them.
   routing = route(jnp.zeros((1, 3, 5)), num_selected=K, capacity=2)
@@ -260,9 +257,10 @@ def test_ties_go_to_the_lower_expert(K):
     kept=[[1] * K, [1] * K, [0] * K],
     gate=[[0.2] * K, [0.2] * K, [0] * K],
   )
-  tie_for_last = jnp.tile(jnp.array([0.0, 2.0, 1.0, 1.0, 2.0]), (1, 3, 1))
-  chosen = route(tie_for_last, num_selected=K, capacity=2)
-  np.testing.assert_array_equal(chosen.expert_index[0, 0], [1, 4, 2][:K])
+  tie_for_last = np.tile(np.float32([0, 2, 1, 1, 2]), (1, 3, 1))
+  chosen = route(jnp.asarray(tie_for_last), num_selected=K, capacity=2)
+  first = np.asarray(chosen.expert_index)[0, 0]
+  np.testing.assert_array_equal(first, [1, 4, 2][:K])
 
 
 def test_why_router_logits_are_float32():
@@ -278,13 +276,11 @@ def test_why_router_logits_are_float32():
   np.testing.assert_allclose(coarse.gate, 0.091, atol=5e-4)
 
 
-@pytest.mark.parametrize('gates', GATES)
-def test_gates_are_float32_whatever_the_logits_are(gates):
-  half = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 5)))
-  half = half.astype(jnp.bfloat16)
-  options = dict(num_selected=3, capacity=4, gates=gates)
+def test_gates_are_float32_whatever_the_logits_are():
+  half = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(jnp.bfloat16)
   from_half, exact = (
-    route(logits, **options) for logits in (half, half.astype(jnp.float32))
+    route(jnp.asarray(logits), num_selected=3, capacity=4)
+    for logits in (half, half.astype(np.float32))
   )
   assert from_half.gate.dtype == jnp.float32
   np.testing.assert_array_equal(from_half.gate, exact.gate)
