@@ -44,7 +44,7 @@ def test_glam_has_the_published_counts():
   ('name', 'arg', 'billions', 'digits'),
   [
     ('t5_base', '', 0.223, 3),
-    # These numbers are in Table 7 of Switch; those between them follow.
+    # The next two numbers are in Table 7 of Switch.
     ('switch_base', 'e16', 1.1, 1),
     ('switch_base', 'e256', 14.7, 1),
     ('switch_c', '', 1571, 0),
