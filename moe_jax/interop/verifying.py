@@ -116,14 +116,26 @@ def verify(
   _check_arrays(given, halves, model.vocab_size)
   at_once = 1 if halves else int(given['attention_mask'][0].sum())
   check_change(model, [(at_once, given['greedy'].shape[1] - 1)])
+  prompts = _start(given, generation) if halves else _prompt(given)
   variables = loading.load_variables(checkpoint)
-  ours, real = _logits(model, variables, given, pad)
+  ours, real = logits(model, variables, given, pad)
   error = np.abs(ours - given['logits'])[real]
-  run = _continue_pair if halves else _continue_row
-  differing, count = run(model, variables, given, generation, pad)
+  greedy = given['greedy']
+  if halves:
+    cache = _encoded(model, variables, given, pad)
+  else:
+    cache = model.make_cache(1, greedy.shape[1])
+  ours = _greedy(model, variables, cache, prompts, greedy.shape[1], generation)
+  differing, count = _compare(ours, greedy, prompts.shape[1])
   # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
   return Verdict(largest, int(real.sum()), count, differing)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'method', 'max_len'))
+def _apply(model: Model, variables, *args, **inputs):
+  """The model's outputs; equal models share one compiled function."""
+  return model.apply(variables, *args, **inputs)
 
 
 def _check_generation(folder, generation) -> None:
@@ -178,10 +190,20 @@ def _positions(tokens: np.ndarray, pad: int | None) -> np.ndarray:
   return np.maximum(np.cumsum(tokens != pad, axis=1) - 1, 0)
 
 
-def _logits(
+def logits(
   model: Model, variables, given, pad: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Our logits, and a mask of the positions without padding."""
+  """Our logits, and a mask of the positions without padding.
+
+  Args:
+    model: The model.
+    variables: Its variables.
+    given: The inputs that `verify` reads.
+    pad: The id of tokens without a position of their own, or None.
+
+  Returns:
+    The logits, float32 [B, T, V], and the mask, bool [B, T].
+  """
 
   def inputs(prefix, tokens, mask):
     values = dict(
@@ -197,51 +219,49 @@ def _logits(
     ids = given['decoder_input_ids']
     mask = given.get('decoder_attention_mask', np.ones(ids.shape)).astype(bool)
     called |= inputs('', ids, mask)
-  logits, _ = jax.jit(model.apply)(variables, **called)
-  return np.asarray(logits), mask
+  ours, _ = _apply(model, variables, **called)
+  return np.asarray(ours), mask
 
 
-def _continue_row(model, variables, given, generation, pad):
-  """Compares a decoder-only model's continuation of the first row."""
-  del pad
+def _prompt(given) -> np.ndarray:
+  """The first row without its padding, [1, S]; `greedy` continues it."""
   prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
-  greedy = given['greedy'][:1].astype(np.int32)
-  if not np.array_equal(greedy[0, : len(prompt)], prompt):
+  given['greedy'] = given['greedy'][:1].astype(np.int32)
+  begins = given['greedy'][0, : len(prompt)]
+  if not np.array_equal(begins, prompt):
     raise ValueError(
       "'greedy' does not begin with the first row's prompt: "
-      f'{greedy[0, : len(prompt)]} is not {prompt}'
+      f'{begins} is not {prompt}'
     )
-  cache = model.make_cache(1, greedy.shape[1])
-  ours = _greedy(
-    model, variables, cache, prompt[None], greedy.shape[1], generation
-  )
-  return _compare(ours, greedy, len(prompt))
+  return given['greedy'][:, : len(prompt)]
 
 
-def _continue_pair(model, variables, given, generation, pad):
-  """Compares an encoder-decoder's answers, from the start token on."""
-  greedy = given['greedy'].astype(np.int32)
+def _start(given, generation) -> np.ndarray:
+  """The id that begins the decoder's rows, [B, 1]."""
+  given['greedy'] = given['greedy'].astype(np.int32)
+  begins = given['greedy'][:, :1]
   start = generation.get('decoder_start_token_id')
   start = generation.get('bos_token_id') if start is None else start
-  if not (greedy[:, 0] == start).all():
+  if not (begins == start).all():
     raise ValueError(
       f"'greedy' does not begin with the decoder's start id {start}: "
-      f'{greedy[:, 0]}'
+      f'{begins[:, 0]}'
     )
-  encode = functools.partial(
-    model.apply, max_len=greedy.shape[1], method='encode'
-  )
+  return begins
+
+
+def _encoded(model, variables, given, pad: int | None):
+  """The cache of an encoder-decoder that has read its inputs."""
   ids = given['input_ids'].astype(np.int32)
-  cache = jax.jit(encode)(
+  return _apply(
+    model,
     variables,
     ids,
     given['attention_mask'].astype(bool),
     encoder_positions=_positions(ids, pad).astype(np.int32),
+    max_len=given['greedy'].shape[1],
+    method='encode',
   )
-  ours = _greedy(
-    model, variables, cache, greedy[:, :1], greedy.shape[1], generation
-  )
-  return _compare(ours, greedy, 1)
 
 
 def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
@@ -253,13 +273,11 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
   ends = [] if ends is None else np.atleast_1d(ends).tolist()
   pad = generation.get('pad_token_id')
   pad = next(iter(ends), 0) if pad is None else pad
-  step = jax.jit(functools.partial(model.apply, method='decode'))
-  tokens = prompt.astype(np.int32)
-  new, open_rows = tokens, np.ones(len(prompt), bool)
+  new, tokens, open_rows = prompt, prompt, np.ones(len(prompt), bool)
   forced = generation.get('forced_bos_token_id')
   while tokens.shape[1] < length:
     mask = np.ones(new.shape, bool)
-    logits, cache = step(variables, new, mask, cache)
+    logits, cache = _apply(model, variables, new, mask, cache, method='decode')
     best = np.asarray(logits[:, -1].argmax(-1), np.int32)
     if forced is not None and tokens.shape[1] == 1:
       best[:] = forced

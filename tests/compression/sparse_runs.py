@@ -1,5 +1,6 @@
 """Runs in memory with sparse layers to merge and prune, and their layers."""
 
+import functools
 import pathlib
 
 import jax
@@ -65,6 +66,11 @@ def fewer(run, left, router):
   return WholeRun(run.folder, described, options.build(), variables, 0)
 
 
+@functools.cache
+def _applied(module, number):
+  return jax.jit(lambda v, x: module.apply(v, x, layer=number))
+
+
 def outputs(run, number):
   """The output of one sparse layer for `X`, and the choices before drops."""
   moe, (_, stack) = run.model.moes[number], run.model.stacks[0]
@@ -73,6 +79,5 @@ def outputs(run, number):
     name: run.model.layer_trees(collection)[number]['moe']
     for name, collection in run.variables.items()
   }
-  apply = jax.jit(lambda v, x: module.apply(v, x, layer=number))
-  y, aux = apply(variables, X)
+  y, aux = _applied(module, number)(variables, X)
   return np.asarray(y), np.asarray(aux.stats.load)

@@ -64,13 +64,11 @@ def options_of(moe, **changes):
 def inputs(model, task=None):
   arrays = {}
   for i, prefix in enumerate(model.sequences):
-    arrays[f'{prefix}tokens'] = jnp.asarray(tiny.tokens(i))
+    arrays[f'{prefix}tokens'] = tiny.tokens(i)
     segments = np.minimum(np.arange(T) // 4 + 1, 2) * (np.arange(T) < 9)
-    arrays[f'{prefix}segment_ids'] = jnp.asarray(
-      np.broadcast_to(segments, (B, T)).astype(np.int32)
-    )
+    arrays[f'{prefix}segment_ids'] = np.tile(segments, (B, 1)).astype(np.int32)
   for prefix in () if task is None else model.task_sequences:
-    arrays[f'{prefix}task_ids'] = jnp.full((B, T), task, jnp.int32)
+    arrays[f'{prefix}task_ids'] = np.full((B, T), task, np.int32)
   return arrays
 
 
@@ -81,8 +79,8 @@ def applied(model):
 
 def logits(model, params, task=None):
   given = inputs(model, task)
-  real = given['segment_ids'] > 0  # padding meets no expert
-  return applied(model)(params, given)[0][real]
+  real = np.asarray(given['segment_ids']) > 0  # padding meets no expert
+  return np.asarray(applied(model)(params, given)[0])[real]
 
 
 @pytest.mark.parametrize(

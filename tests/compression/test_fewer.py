@@ -119,7 +119,7 @@ def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
 @pytest.mark.parametrize(
   ('gates', 'router', 'same'),
   [
-    ('raw', 'masked', True),
+    pytest.param('raw', 'masked', True, marks=pytest.mark.slow),
     pytest.param('renormalized', 'masked', True, marks=pytest.mark.slow),
     ('renormalized', 'shrunk', True),
     pytest.param('sigmoid', 'shrunk', True, marks=pytest.mark.slow),

@@ -27,33 +27,39 @@ def correlated(seed, inputs=I, units=O, rows=R):
 
 
 @functools.partial(jax.jit, static_argnames='make')
-def both(w, x, make):
-  """Both ways of rounding, and the Hessians."""
-  h = gptq.hessian(x, jnp.ones(x.shape[:-1], bool))
-  grid = make(w)
-  return gptq.gptq(w, grid, gptq.factor(h)), grids.nearest(w, grid), h
+def both(w, h, make):
+  """Both ways of rounding, and whether the first has to be the second."""
+  grid, factor = make(w), gptq.factor(h)
+  return gptq.gptq(w, grid, factor), grids.nearest(w, grid), factor.plain
 
 
 @pytest.fixture(scope='module', name='many')
 def make_many():
   w, x = map(jnp.stack, zip(*map(correlated, range(SEEDS))))
-  return {name: (w, *both(w, x, make)) for name, make in GRIDS.items()}
+  h = gptq.hessian(x, jnp.ones(x.shape[:-1], bool))
+  return {name: (w, *both(w, h, make)[:2], h) for name, make in GRIDS.items()}
+
+
+@jax.jit
+def nearest_of(grid, i, row):
+  here = grid.of_input(i, I)
+  return here.values(here.codes(row[None]))[0]
 
 
 @pytest.mark.parametrize('name', GRIDS)
 def test_gptq_is_its_definition(name, many):
   w, rounded, _, h = many[name]
-  grid = rounded.grid
+  grid, values = jax.device_get((rounded.grid, rounded.values))
+  w, h = np.asarray(w), np.asarray(h)
   for e in range(5):
     own = jax.tree.map(lambda leaf, e=e: leaf[e], grid)
 
     def nearest(row, i, own=own):
-      here = own.of_input(i, I)
-      return here.values(here.codes(jnp.asarray(row, jnp.float32)[None]))[0]
+      return np.asarray(nearest_of(own, i, row.astype(np.float32)))
 
     damping = gptq.DAMPING * np.diag(h[e]).mean()
     expected = reference.gptq(w[e], h[e] + damping * np.eye(I), nearest)
-    np.testing.assert_allclose(rounded.values[e], expected, atol=1e-6)
+    np.testing.assert_allclose(values[e], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', GRIDS)
@@ -72,24 +78,20 @@ def test_gptq_loses_less_over_all_seeds(name, many):
 
 
 @pytest.mark.parametrize('name', GRIDS)
-def test_without_correlation_it_rounds_to_nearest(name):
-  w = jnp.stack([correlated(seed)[0] for seed in range(3)])
-  x = jnp.broadcast_to(jnp.eye(I), (3, I, I))
+def test_without_correlation_it_rounds_to_nearest(name, many):
   # The second expert has no token, and the third's Hessian is damaged.
-  h = gptq.hessian(x, jnp.array([True, False, True])[:, None] & (x[0] > -1)[:1])
-  h = h.at[2, 0, 0].set(jnp.nan)
-  factor = jax.jit(gptq.factor)(h)
-  assert factor.plain.tolist() == [False, True, True]
-  grid = GRIDS[name](w)
-  rounded = jax.jit(gptq.gptq)(w, grid, factor)
-  np.testing.assert_array_equal(rounded.codes, grids.nearest(w, grid).codes)
+  h = np.tile(np.eye(I, dtype=np.float32), (SEEDS, 1, 1))
+  h[1], h[2, 0, 0] = 0, np.nan
+  rounded, nearest, plain = both(many[name][0], jnp.asarray(h), GRIDS[name])
+  assert np.flatnonzero(plain).tolist() == [1, 2]
+  np.testing.assert_array_equal(rounded.codes, nearest.codes)
 
 
 def test_blocks_of_inputs_change_nothing(monkeypatch):
   w, x = correlated(3)
-  whole = both(w, x, GRIDS['int4'])[0]
-  monkeypatch.setattr(gptq, 'BLOCK', 4)  # 11 inputs: the last block has three
   h = gptq.hessian(x, jnp.ones(R, bool))
+  whole = both(w, h, GRIDS['int4'])[0]
+  monkeypatch.setattr(gptq, 'BLOCK', 4)  # 11 inputs: the last block has three
   blocks = jax.jit(gptq.gptq)(w, whole.grid, gptq.factor(h))
   np.testing.assert_array_equal(blocks.codes, whole.codes)
 

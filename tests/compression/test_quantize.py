@@ -307,8 +307,9 @@ def test_codes_are_not_trained(int2):
 
 def test_an_encoder_alone_has_experts_in_codes():
   options = models_tiny.options(
-    {'num_experts': 0, 'layers': '1'},
+    {'num_experts': 0, 'layers': '0'},
     'encoder_decoder',
+    num_layers=1,
     encoder=EncoderOptions(0, {'moe': {'num_experts': 5}}),
   )
   assert not code_trees.has_codes(options)

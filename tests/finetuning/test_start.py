@@ -12,7 +12,7 @@ from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.sections import merge
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import begin, evaluate, loop, setup
 from tests import golden
 from tests.training import tiny
 
@@ -54,28 +54,36 @@ def dense(tmp_path_factory):
   return workdir
 
 
-def losses(workdir):
-  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
-  return [row['eval/train_capacity/loss'] for row in rows if EVAL in row]
+def begun(config, workdir, devices=1):
+  """The initial state of a run of the config, before any step."""
+  return begun_run(config, workdir, devices)[1]
 
 
-EVAL = 'eval/train_capacity/loss'
-
-
-def frozen(workdir, **more):
-  """Config of a run of one step that changes nothing, with an evaluation."""
-  optimizer = {'learning_rate': 0.0}
-  return config_from(workdir, total_steps=1, optimizer=optimizer, **more)
+def begun_run(config, workdir, devices=1):
+  """A run of the config and its initial state."""
+  options = run_config.read(config)
+  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
+  with run.checkpoints:
+    return run, begin.begin(run, finetuning.initial)
 
 
 def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
-  train(frozen(dense), tmp_path)
+  run, state = begun_run(config_from(dense), tmp_path)
+  rows = evaluate.measured(run.evaluations, run.programs.variables(state), 0)
   said = capsys.readouterr().out
   assert f'beginning with the parameters of step 2 of {dense}: layers [1]' in (
     said
   )
   assert 'made sparse, 4 copies of each dense feed-forward' in said
-  np.testing.assert_allclose(losses(tmp_path), losses(dense)[-1], rtol=1e-6)
+  name = 'eval/train_capacity/loss'
+  *_, last = (
+    row
+    for row in metrics.read_metrics(dense / metrics.FILE_NAME)
+    if name in row
+  )
+  np.testing.assert_allclose(
+    rows['train_capacity']['loss'], last[name], rtol=1e-6
+  )
 
 
 def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
@@ -93,9 +101,8 @@ def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
-  config = frozen(dense, model=DENSE)
-  config = merge(config, {'init_from': {'step': 1}})
-  state = train(config, tmp_path)
+  config = merge(config_from(dense, DENSE), {'init_from': {'step': 1}})
+  state = begun(config, tmp_path)
   assert f'step 1 of {dense}: all copied; the opt' in capsys.readouterr().out
   with Checkpointer(dense / workdir_lib.CHECKPOINTS) as checkpoints:
     abstract = jax.tree.map(
@@ -103,14 +110,6 @@ def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
     )
     old = checkpoints.restore({'params': abstract}, step=1, partial=True)
   jax.tree.map(np.testing.assert_array_equal, state.params, old.state['params'])
-
-
-def begun(config, workdir, devices):
-  """The initial state of a run of the config, before any step."""
-  options = run_config.read(config)
-  run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
-  with run.checkpoints:
-    return begin.begin(run, finetuning.initial)
 
 
 @pytest.mark.slow
@@ -214,8 +213,8 @@ def test_served_weights_are_begun_with_in_another_folder_alone(dense, tmp_path):
     ValueError, match='are served and not trained; begin anot'
   ):
     train(config, served)
-  state = train(config_from(served), tmp_path / 'new')
-  assert int(state.step) == config_from(served).total_steps
+  state = begun(config_from(served, DENSE), tmp_path / 'new')
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
 def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):

@@ -8,8 +8,7 @@ import pytest
 
 from moe_jax import interop
 from moe_jax.data.plain_files import read_json
-from moe_jax.interop import tensor_files
-from moe_jax.interop.verifying import verify
+from moe_jax.interop import loading, tensor_files, verifying
 from tests.interop import oracle
 
 torch = pytest.importorskip('torch')
@@ -50,12 +49,7 @@ CASES = {
       routed_scaling_factor=2.5,
     ),
   ),
-  'deepseek2 long texts by YaRN, unequal mscales': (
-    'deepseek_v2',
-    'right',
-    dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2)),
-  ),
-  'deepseek2 all layers sparse, tied, one shared': (
+  'deepseek2 all layers sparse, tied, one shared, YaRN, unequal mscales': (
     'deepseek_v2',
     'left',
     dict(
@@ -63,6 +57,7 @@ CASES = {
       tie_word_embeddings=True,
       n_shared_experts=1,
       rms_norm_eps=1e-2,
+      rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2),
     ),
   ),
   'deepseek2 two dense layers, one expert a token': (
@@ -95,11 +90,6 @@ CASES = {
     'right',
     dict(norm_topk_prob=False, rope_interleave=False, attention_bias=True),
   ),
-  'deepseek3 long texts by YaRN, unequal mscales': (
-    'deepseek_v3',
-    'left',
-    dict(rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2)),
-  ),
   'deepseek3 YaRN, halves rotate, one group of two': (
     'deepseek_v3',
     'right',
@@ -111,10 +101,15 @@ CASES = {
       rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
     ),
   ),
-  'deepseek3 all layers sparse, tied, two shared': (
+  'deepseek3 all layers sparse, tied, two shared, YaRN, unequal mscales': (
     'deepseek_v3',
     'left',
-    dict(first_k_dense_replace=0, tie_word_embeddings=True, n_shared_experts=2),
+    dict(
+      first_k_dense_replace=0,
+      tie_word_embeddings=True,
+      n_shared_experts=2,
+      rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2),
+    ),
   ),
   'deepseek3 two dense layers, all experts chosen': (
     'deepseek_v3',
@@ -128,25 +123,18 @@ CASES = {
       routed_scaling_factor=1.0,
     ),
   ),
-  'mixtral heads wider than their share': (
+  'mixtral window, heads wider than their share': (
     'mixtral',
     'left',
-    dict(head_dim=10, num_key_value_heads=4),
+    dict(head_dim=10, num_key_value_heads=4, sliding_window=4),
   ),
-  'mixtral window': ('mixtral', 'left', dict(sliding_window=4)),
-  'mixtral tied, one key head, three experts': (
+  'mixtral tied, one key head, three experts, gelu, short wavelengths': (
     'mixtral',
     'right',
     dict(
       tie_word_embeddings=True,
       num_key_value_heads=1,
       num_experts_per_tok=3,
-    ),
-  ),
-  'mixtral gelu, short wavelengths': (
-    'mixtral',
-    'left',
-    dict(
       hidden_act='gelu_pytorch_tanh',
       rms_norm_eps=1e-2,
       rope_parameters=dict(rope_type='default', rope_theta=50.0),
@@ -206,19 +194,15 @@ CASES = {
       logits_scaling=1.0,
     ),
   ),
-  'granite gelu, all key heads, all experts chosen': (
+  'granite gelu, all key heads, all experts chosen, YaRN': (
     'granitemoe',
     'left',
     dict(
       hidden_act='gelu_pytorch_tanh',
       num_key_value_heads=4,
       num_experts_per_tok=6,
+      rope_parameters=YARN,
     ),
-  ),
-  'granite long texts by YaRN': (
-    'granitemoe',
-    'right',
-    dict(rope_parameters=YARN, num_experts_per_tok=2),
   ),
   'olmoe': ('olmoe', 'right', dict()),
   'olmoe renormalised, clipped, biased': (
@@ -233,12 +217,11 @@ CASES = {
       tie_word_embeddings=True, num_key_value_heads=1, num_experts_per_tok=6
     ),
   ),
-  'olmoe one expert a token, large epsilon': (
+  'olmoe one expert a token, large epsilon, YaRN': (
     'olmoe',
     'left',
-    dict(num_experts_per_tok=1, rms_norm_eps=1e-2),
+    dict(num_experts_per_tok=1, rms_norm_eps=1e-2, rope_parameters=YARN),
   ),
-  'olmoe long texts by YaRN': ('olmoe', 'left', dict(rope_parameters=YARN)),
   'phimoe': ('phimoe', 'right', dict()),
   'phimoe biases, many experts near the best': (
     'phimoe',
@@ -275,19 +258,15 @@ CASES = {
     'right',
     dict(decoder_sparse_step=2, num_hidden_layers=4, qkv_bias=False),
   ),
-  'qwen2 tied, gelu, one key head': (
+  'qwen2 tied, gelu, one key head, YaRN': (
     'qwen2_moe',
     'left',
     dict(
       tie_word_embeddings=True,
       hidden_act='gelu_pytorch_tanh',
       num_key_value_heads=1,
+      rope_parameters=YARN | dict(beta_fast=4.0, attention_factor=1.3),
     ),
-  ),
-  'qwen2 long texts by YaRN': (
-    'qwen2_moe',
-    'right',
-    dict(rope_parameters=YARN | dict(beta_fast=4.0, attention_factor=1.3)),
   ),
   'qwen3': ('qwen3_moe', 'right', dict()),
   'qwen3 renormalised, the second layer dense': (
@@ -295,23 +274,22 @@ CASES = {
     'left',
     dict(norm_topk_prob=True, mlp_only_layers=[1]),
   ),
-  'qwen3 tied, biased': (
+  'qwen3 tied, biased, YaRN': (
     'qwen3_moe',
     'right',
-    dict(tie_word_embeddings=True, attention_bias=True, head_dim=6),
+    dict(
+      tie_word_embeddings=True,
+      attention_bias=True,
+      head_dim=6,
+      rope_parameters=YARN | dict(truncate=False),
+    ),
   ),
   'qwen3 every third layer sparse': (
     'qwen3_moe',
     'left',
     dict(decoder_sparse_step=3, num_hidden_layers=6, num_experts_per_tok=1),
   ),
-  'qwen3 long texts by YaRN': (
-    'qwen3_moe',
-    'right',
-    dict(rope_parameters=YARN | dict(truncate=False)),
-  ),
   'switch': ('switch_transformers', 'right', dict()),
-  'switch padded in front': ('switch_transformers', 'left', dict()),
   'switch router bias, one slot, none sparse, so one': (
     'switch_transformers',
     'right',
@@ -396,21 +374,32 @@ def model_and_side(name):
   return oracle.make(kind, seed=len(name), **options), side == 'left'
 
 
-FAST = ('mixtral', 'switch', 'nllb padding routed')
+# Models with the usual options, which other cases leave as they are in part.
+LOGITS_ALONE = (
+  'deepseek2',
+  'deepseek3',
+  'gpt-oss',
+  'granite',
+  'olmoe',
+  'phimoe',
+  'qwen2',
+  'qwen3',
+)
 
 
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    pytest.param(name, marks=() if name == 'mixtral' else pytest.mark.slow)
     for name in CASES
+    if name not in LOGITS_ALONE
   ],
 )
 def test_logits_tokens_and_weights(name, tmp_path):
   model, left = model_and_side(name)
   source, ours = tmp_path / 'theirs', tmp_path / 'ours'
   expected = oracle.write(model, source, seed=len(name), left=left)
-  verdict = verify(source, source / 'expected.npz')
+  verdict = verifying.verify(source, source / 'expected.npz')
   assert verdict.largest < 5e-5  # half of the allowed difference
   assert verdict.differing is None, verdict.describe()
   assert verdict.tokens >= 8
@@ -515,33 +504,25 @@ def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
   assert all(torch.equal(old[key], new[key].to(old[key])) for key in old)
 
 
-# The first model of each family that no test above runs fast. A slow test does
-# more with the same model, and finds this program in the cache.
-KINDS_OF_FAST = {CASES[name][0] for name in FAST}
-FIRST = {kind: name for name, (kind, *_) in reversed(CASES.items())}
-
-
-@pytest.mark.parametrize(
-  'name', [name for kind, name in FIRST.items() if kind not in KINDS_OF_FAST]
-)
+@pytest.mark.parametrize('name', [*LOGITS_ALONE, 'nllb overflow'])
 def test_logits(name, tmp_path):
-  model, left = model_and_side(name)
-  given = oracle.inputs(model, seed=len(name), left=left)
+  kind, side, options = CASES[name]
+  two_layers = {'nllb-moe': dict(encoder_layers=2)}.get(
+    kind, dict(num_hidden_layers=2)
+  )
+  model = oracle.make(kind, seed=len(name), **options, **two_layers)
+  given = oracle.inputs(model, seed=len(name), left=side == 'left')
   expected = oracle.logits(model, given)
   model.save_pretrained(tmp_path)
-  ours = interop.load(tmp_path, dtype='float32')
-  tokens, mask = given['input_ids'], given['attention_mask']
-  logits, _ = jax.jit(ours.model.apply)(
-    ours.variables,
-    tokens=tokens.astype(np.int32),
-    segment_ids=mask.astype(np.int32),
-    positions=np.broadcast_to(np.arange(oracle.S, dtype=np.int32), mask.shape),
+  ours = loading.fetch(tmp_path, dtype='float32')
+  logits, real = verifying.logits(
+    ours.options.build(),
+    loading.load_variables(ours),
+    given,
+    ours.architecture.unnumbered(ours.options),
   )
-  real = mask.astype(bool)
   assert expected[real].std() > 0.1
-  np.testing.assert_allclose(
-    np.asarray(logits)[real], expected[real], rtol=0, atol=5e-5
-  )
+  np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=5e-5)
 
 
 def drops(model, given) -> float:
