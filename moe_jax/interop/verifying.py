@@ -116,11 +116,13 @@ def verify(
   _check_arrays(given, halves, model.vocab_size)
   at_once = 1 if halves else int(given['attention_mask'][0].sum())
   check_change(model, [(at_once, given['greedy'].shape[1] - 1)])
-  prompts = _start(given, generation) if halves else _prompt(given)
+  # A decoder-only model continues the first row alone.
+  rows = None if halves else 1
+  greedy = given['greedy'][:rows].astype(np.int32)
+  prompts = _start(greedy, generation) if halves else _prompt(greedy, given)
   variables = loading.load_variables(checkpoint)
   ours, real = logits(model, variables, given, pad)
   error = np.abs(ours - given['logits'])[real]
-  greedy = given['greedy']
   if halves:
     cache = _encoded(model, variables, given, pad)
   else:
@@ -223,23 +225,21 @@ def logits(
   return np.asarray(ours), mask
 
 
-def _prompt(given) -> np.ndarray:
+def _prompt(greedy, given) -> np.ndarray:
   """The first row without its padding, [1, S]; `greedy` continues it."""
   prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
-  given['greedy'] = given['greedy'][:1].astype(np.int32)
-  begins = given['greedy'][0, : len(prompt)]
+  begins = greedy[0, : len(prompt)]
   if not np.array_equal(begins, prompt):
     raise ValueError(
       "'greedy' does not begin with the first row's prompt: "
       f'{begins} is not {prompt}'
     )
-  return given['greedy'][:, : len(prompt)]
+  return greedy[:, : len(prompt)]
 
 
-def _start(given, generation) -> np.ndarray:
+def _start(greedy, generation) -> np.ndarray:
   """The id that begins the decoder's rows, [B, 1]."""
-  given['greedy'] = given['greedy'].astype(np.int32)
-  begins = given['greedy'][:, :1]
+  begins = greedy[:, :1]
   start = generation.get('decoder_start_token_id')
   start = generation.get('bos_token_id') if start is None else start
   if not (begins == start).all():
