@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # These are the parts of moe_jax that each part may import, besides itself.
 OPTIONS = {
   'option_checks', 'options', 'plugins', 'sections', 'section_reader',
-  'section_writer',
+  'section_merger', 'section_writer',
 }  # fmt: skip
 BASE = {'shapes', 'shape_checks', 'memory_room'} | OPTIONS
 UP_TO_LAYERS = BASE | {
@@ -32,6 +32,7 @@ ALLOWED = {
   'options': OPTIONS,
   'sections': OPTIONS,
   'section_reader': OPTIONS,
+  'section_merger': OPTIONS,
   'section_writer': OPTIONS,
   'plugins': OPTIONS,
   'host': set(),
