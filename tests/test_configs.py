@@ -122,8 +122,8 @@ def each_of(names, slow=SIBLINGS):
 
 each_config = each_of(golden.NAMES)
 # Shrunk, these two are `st_moe_32b` and `switch_c` in all but sizes. The models
-# of a Mixtral and of 2017, and encoder-decoders, have fast tests of their own
-# in `tests/models`.
+# of a Mixtral and of 2017 have fast tests of their own in `tests/models`. Those
+# of encoder-decoders are of outputs and losses; their gradients are slow tests.
 each_family = each_of(
   [n for n in golden.NAMES if n not in ('st_moe_base', 'switch_base')],
   slow=(
