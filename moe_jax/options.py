@@ -65,6 +65,9 @@ class Spec:
   how: bool = False
 
 
+_NO_SPEC = Spec()
+
+
 def option(
   default: Any = dataclasses.MISSING,
   sentence: str = '',
@@ -144,7 +147,7 @@ def _field(default, spec):
 
 def spec_of(field: dataclasses.Field) -> Spec:
   """The description of the option that a field holds."""
-  return field.metadata.get(_KEY, Spec())
+  return field.metadata.get(_KEY, _NO_SPEC)
 
 
 def default_of(field: dataclasses.Field) -> Any:

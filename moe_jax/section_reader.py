@@ -1,7 +1,7 @@
 """Reading of options from a section of a config; all problems are collected.
 
-Not here: how a section is made (`section_writer.py`), merged or settled
-(`sections.py`).
+Not here: how a section is made (`section_writer.py`), merged
+(`section_merger.py`) or settled (`sections.py`).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Writing of options as a section of a config, which can be read back.
 
 Not here: how a section is read (`section_reader.py`), and how layers of a
-config are merged (`sections.py`).
+config are merged (`section_merger.py`) and settled (`sections.py`).
 """
 
 import dataclasses

@@ -6,15 +6,15 @@ the kind's name, or inline beside `kind`), and an open section `custom` for the
 options of a user's own class.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import ml_collections
 
-from moe_jax.option_checks import OptionError, unknown_text
+from moe_jax.option_checks import OptionError
 from moe_jax.options import Kinds, Options
+from moe_jax.section_merger import merge, unlocked_copy
 from moe_jax.section_reader import (
   Leaf,
   Reader,
@@ -211,65 +211,10 @@ def _without(
   config: ConfigDict, given_up: Mapping[str, Leaf], path: str = ''
 ) -> ConfigDict:
   """A locked copy in which the keys `given_up` have their defaults."""
-  config = copy.deepcopy(config)
+  config = unlocked_copy(config)
   for name, leaf in given_up.items():
     _put(config, name.removeprefix(path), leaf.default)
   return config.lock()
-
-
-def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
-  """A locked copy of `config` with nested `overrides` merged in.
-
-  Raises:
-    ValueError: An override's key does not exist (names the nearest), or its
-      value has another type than the one it replaces.
-  """
-  merged = copy.deepcopy(config)
-  locked = config.is_locked
-  merged.unlock()  # sections below it, too
-  for key, value in overrides.items():
-    where = f'{path}{key}'
-    if key not in merged:
-      if not locked and path:  # an open section
-        merged[key] = value
-        continue
-      have = [f'{path}{k}' for k in merged]
-      raise OptionError([unknown_text('config key', where, have)])
-    merged[key] = _replaced(config[key], value, where)
-  return _locked_like(merged, config)
-
-
-def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, locked wherever `config` is."""
-  if config.is_locked:
-    merged.lock()
-  for key, below in config.items():
-    if isinstance(below, ConfigDict):
-      merged_below = cast(ConfigDict, merged[key])
-      merged_below.unlock()
-      _locked_like(merged_below, below)
-  return merged
-
-
-def _replaced(old: Any, value: Any, where: str) -> Any:
-  if isinstance(old, ConfigDict):
-    if not isinstance(value, Mapping | ConfigDict):
-      raise OptionError(
-        [f'{where}={value!r} replaces a section; give its keys: {[*old]}']
-      )
-    return merge(old, value, f'{where}.')
-  if isinstance(old, float) and type(value) is int:
-    value = float(value)
-  if isinstance(old, tuple) and isinstance(value, list):
-    value = tuple(value)
-  if old is not None and type(old) is not type(value):
-    raise OptionError(
-      [
-        f'{where}={value!r} is a {type(value).__name__}, '
-        f'its default {old!r} a {type(old).__name__}'
-      ]
-    )
-  return value
 
 
 def _put(config: ConfigDict, path: str, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Imports point down: the rule of the design, checked in the code."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -8,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # These are the parts of moe_jax that each part may import, besides itself.
 OPTIONS = {
   'option_checks', 'options', 'plugins', 'sections', 'section_reader',
-  'section_writer',
+  'section_merger', 'section_writer',
 }  # fmt: skip
 BASE = {'shapes', 'shape_checks', 'memory_room'} | OPTIONS
 UP_TO_LAYERS = BASE | {
@@ -31,6 +32,7 @@ ALLOWED = {
   'options': OPTIONS,
   'sections': OPTIONS,
   'section_reader': OPTIONS,
+  'section_merger': OPTIONS,
   'section_writer': OPTIONS,
   'plugins': OPTIONS,
   'host': set(),
@@ -174,10 +176,17 @@ NARROW = {
 }
 
 
+@functools.cache
+def nodes_of(text: str) -> list[ast.AST]:
+  """The imports and attributes of a source, anywhere in it."""
+  kinds = ast.Import | ast.ImportFrom | ast.Attribute
+  return [n for n in ast.walk(ast.parse(text)) if isinstance(n, kinds)]
+
+
 def imported(path: pathlib.Path) -> set[str]:
   """Dotted names that a file imports, anywhere in it."""
   names = set()
-  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+  for node in nodes_of(path.read_text(encoding='utf-8')):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -232,18 +241,26 @@ PRIVATE_NAME = re.compile(
 ).match
 
 
+def dotted(node: ast.Attribute) -> str:
+  """The source of an attribute; `ast.unparse` is slow."""
+  parts, below = [node.attr], node.value
+  while isinstance(below, ast.Attribute):
+    parts.append(below.attr)
+    below = below.value
+  if not isinstance(below, ast.Name):
+    return ast.unparse(node)
+  return '.'.join([below.id, *reversed(parts)])
+
+
 def private_names(text: str) -> set[str]:
   """Other libraries' private names in a source, which a release may remove."""
-  tree = ast.parse(text)
-  names = {
-    ast.unparse(node)
-    for node in ast.walk(tree)
-    if isinstance(node, ast.Attribute)
-  }
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Import):
+  names = set()
+  for node in nodes_of(text):
+    if isinstance(node, ast.Attribute):
+      names.add(dotted(node))
+    elif isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom):
+    else:
       names |= {f'{node.module}.{alias.name}' for alias in node.names}
   return {
     name
@@ -278,8 +295,8 @@ def test_a_private_name_is_seen():
 
 def private_to_the_project(text: str) -> set[str]:
   """Private names of the project's modules that a source uses."""
-  tree, modules, private = ast.parse(text), set(), set()
-  for node in ast.walk(tree):
+  modules, private = set(), set()
+  for node in nodes_of(text):
     if not isinstance(node, ast.ImportFrom):
       continue
     if node.module.split('.')[0] in ('moe_jax', 'experiments', 'configs'):
@@ -287,9 +304,9 @@ def private_to_the_project(text: str) -> set[str]:
       private |= {
         alias.name for alias in node.names if PRIVATE_NAME(alias.name)
       }
-  for node in ast.walk(tree):
+  for node in nodes_of(text):
     if isinstance(node, ast.Attribute) and PRIVATE_NAME(node.attr):
-      name = ast.unparse(node)
+      name = dotted(node)
       if name.split('.')[0] in modules:
         private.add(name)
   return private

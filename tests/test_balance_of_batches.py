@@ -1,5 +1,7 @@
 """The balance of single batches that `shazeer_table6` reports."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,13 +34,13 @@ def test_importance_and_loads_are_of_one_batch():
   numbers = np.asarray(
     shazeer_table6.balance(model)(variables, batch, key, True)
   )
-  (_, aux), kept = model.apply(
-    variables,
-    **model.inputs(batch),
+  apply = functools.partial(
+    model.apply,
     train=True,
     rngs={'router': key, 'dropout': key},
     mutable=['intermediates'],
   )
+  (_, aux), kept = jax.jit(apply)(variables, **model.inputs(batch))
   real = np.asarray(ones).reshape(-1) > 0
   for i, layer in enumerate(model.layer_trees(kept['intermediates'])):
     (index,) = layer['moe']['router']['expert_index']

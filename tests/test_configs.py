@@ -25,6 +25,12 @@ def read(config):
   return run_config.read(config)
 
 
+@functools.cache
+def options_of(name, *arguments):
+  """The options of the config of a name, read once."""
+  return read(golden.config(name, *arguments))
+
+
 def filled(options, vocab_size):
   """Options with a vocabulary and, if they need one, a shape of examples."""
   of_features = options.model.reads_features
@@ -116,16 +122,23 @@ def each_of(names, slow=SIBLINGS):
 
 each_config = each_of(golden.NAMES)
 # Shrunk, these two are `st_moe_32b` and `switch_c` in all but sizes. The models
-# of a Mixtral and of 2017 have fast tests of their own in `tests/models`.
+# of a Mixtral and of 2017 have fast tests of their own in `tests/models`. Those
+# of encoder-decoders are of outputs and losses; their gradients are slow tests.
 each_family = each_of(
   [n for n in golden.NAMES if n not in ('st_moe_base', 'switch_base')],
-  slow=(*SIBLINGS, 'deepseek_v3', 'mixtral_8x7b', 'shazeer_lstm'),
+  slow=(
+    *SIBLINGS,
+    'deepseek_v3',
+    'mixtral_8x7b',
+    'shazeer_lstm',
+    'tiny_seq2seq',
+  ),
 )
 
 
 @each_config
 def test_initialises_as_shapes_at_full_size(name):
-  options = filled(read(golden.config(name)), 65)
+  options = filled(options_of(name), 65)
   model = options.build()
   shapes = nn.meta.unbox(models.abstract_params(model))
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -140,7 +153,7 @@ def test_initialises_as_shapes_at_full_size(name):
 
 @each_family
 def test_two_steps_shrunk(name):
-  options = filled(read(golden.config(name, 'runlocal')), 257)
+  options = filled(options_of(name, 'runlocal'), 257)
   model = options.build()
   batch = batch_of(options, model)
   trees = models.describe(model)
@@ -174,10 +187,10 @@ def test_two_steps_shrunk(name):
 
 
 def test_shrinking_keeps_what_is_sparse():
-  model = read(golden.config('openmoe_8b', 'runlocal')).model
+  model = options_of('openmoe_8b', 'runlocal').model
   assert sparse_pattern(model.moe.layers, model.num_layers)[-1]
   assert model.moe.num_experts == 4
-  model = read(golden.config('deepseek_v3', 'runlocal')).model
+  model = options_of('deepseek_v3', 'runlocal').model
   assert sparse_pattern(model.moe.layers, model.num_layers) == (0, 1, 1)
   assert (model.moe.num_experts, model.moe.num_selected) == (4, 2)
   assert model.moe.router.expert_groups == 2
@@ -187,10 +200,7 @@ def test_shrinking_keeps_what_is_sparse():
 
 @pytest.mark.parametrize('name', golden.NAMES)
 def test_a_shrunk_config_is_small_and_of_the_same_kinds(name):
-  whole, small = (
-    read(golden.config(name)),
-    read(golden.config(name, 'runlocal')),
-  )
+  whole, small = options_of(name), options_of(name, 'runlocal')
   assert type(small.model) is type(whole.model)
   assert small.evals.keys() == whole.evals.keys()
   assert type(small.data.task) is type(whole.data.task)
@@ -224,7 +234,7 @@ def test_only_glam_leaks_the_future():
   leaking = [
     name
     for name in golden.NAMES
-    if filled(read(golden.config(name)), 65).build().leaks_future
+    if filled(options_of(name), 65).build().leaks_future
   ]
   assert leaking == ['glam_64b64e']
 
@@ -248,7 +258,7 @@ def test_the_dense_twin_is_one_override():
   model = twin.model
   moe = model.moe.within(model.ffn, model.dropout)
   assert moe.twin().ffn.hidden == 2 * 256
-  dense = read(golden.config('shakespeare_dense'))
+  dense = options_of('shakespeare_dense')
   counts = [
     sum(
       math.prod(leaf.shape)

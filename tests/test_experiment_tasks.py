@@ -14,7 +14,11 @@ ALL = [*TASKS.items(), *PREFIX_TASKS.items()]
 @pytest.mark.parametrize(
   ('name', 'task'),
   [
-    pytest.param(name, task, marks=pytest.mark.slow if name == 'cipher' else ())
+    pytest.param(
+      name,
+      task,
+      marks=pytest.mark.slow if name in ('cipher', 'text') else (),
+    )
     for name, task in ALL
   ],
 )

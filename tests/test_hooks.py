@@ -28,7 +28,10 @@ def options(**overrides):
 
 MESH = {'data': 2, 'expert': 4}
 OPTIONS = options(
-  total_steps=4, mesh=MESH, profile={'start_step': 2, 'num_steps': 2}
+  total_steps=4,
+  mesh=MESH,
+  profile={'start_step': 2, 'num_steps': 2},
+  model={'num_layers': 1, 'moe': {'layers': 'all'}},
 )
 
 
@@ -160,9 +163,11 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
 def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
   source = {'kind': 'instructions', 'instructions': {'task': 'reverse'}}
   loop.train_and_evaluate(
-    tiny.options(
+    options(
       data={'task': {'kind': 'seq2seq'}, 'source': source},
       sample={'prompt': 'Reverse: ab', 'num_tokens': 3},
+      total_steps=1,
+      model=tiny.ONE_LAYER,
     ),
     tmp_path,
     hooks=[hooks.Sample()],

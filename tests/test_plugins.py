@@ -29,10 +29,12 @@ def config(**more):
   config = tiny.config(
     total_steps=2,
     model={
+      'num_layers': 1,
       'moe': {
+        'layers': 'all',
         'router': kind('InTurn', first=3),
         'expert': kind('Linear', std=0.2),
-      }
+      },
     },
     data={
       'source': kind('Counting', count=100),
@@ -78,7 +80,7 @@ def test_they_train(run):
   assert [r['eval/mine/norm'] for r in rows if 'eval/mine/norm' in r]
   (row,) = [r for r in rows if 'train/learning_rate' in r]
   assert row['train/learning_rate'] == pytest.approx(0.1)
-  assert row['train/layer_1/load'] == pytest.approx([0.25] * 4, abs=0.05)
+  assert row['train/layer_0/load'] == pytest.approx([0.25] * 4, abs=0.05)
 
 
 def test_their_file_is_recorded(run):

@@ -174,6 +174,19 @@ def test_merging_fills_open_sections_and_turns_integers_into_floats():
   assert not sections.section(Whole).extra
 
 
+def test_a_merged_copy_is_locked_where_the_config_is():
+  config = sections.section(Whole)
+  merged = sections.merge(config, {'extra': {'new': 1}, 'inner': {'width': 9}})
+  for below in (merged, merged.rule, merged.rule.hashed, merged.inner):
+    with pytest.raises(KeyError, match='locked'):
+      below['knew'] = 1
+  for below in (merged.extra, merged.more, merged.rule.custom):
+    below['new'] = 1
+  # The config keeps its values.
+  assert config.inner.width == 3
+  assert not config.extra and not config.rule.custom
+
+
 def test_unknown_keys_of_a_section_are_named_with_the_nearest():
   messages = problems({'inner': {'widht': 3}, 'rule': {'token': {}}})
   assert any("did you mean 'inner.width'" in text for text in messages)

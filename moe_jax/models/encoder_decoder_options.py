@@ -72,6 +72,11 @@ class EncoderDecoderOptions(TransformerOptions):
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
+    return self._encoder_half
+
+  @functools.cached_property
+  def _encoder_half(self) -> StackOptions:
+    """See `encoder_half`; kept, as each build reads it ten times."""
     config = sections.section(self._plain_encoder())
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers

@@ -31,12 +31,12 @@ def sparse_pattern(
   return tuple(i in numbers for i in range(L))
 
 
-def count_sparse(layers: str, num_layers: int) -> int:
+def count_sparse(layers: str, num_layers: int, name: str = 'moe.layers') -> int:
   """The number of sparse layers, by arithmetic for any number of layers.
 
   Arguments and errors are those of `sparse_pattern`.
   """
-  return len(_sparse_numbers(layers, num_layers))
+  return len(_sparse_numbers(layers, num_layers, name))
 
 
 def _sparse_numbers(

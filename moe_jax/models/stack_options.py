@@ -9,7 +9,11 @@ from typing import Self
 
 from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.norms import NORMS, Norm
-from moe_jax.models.pattern import shrunk_pattern, sparse_pattern
+from moe_jax.models.pattern import (
+  count_sparse,
+  shrunk_pattern,
+  sparse_pattern,
+)
 from moe_jax.models.stack import REMATS, LayerKind, kinds_of
 from moe_jax.models.text_options import LayerOptions
 from moe_jax.options import above, choice, one_of, option
@@ -72,8 +76,14 @@ class StackOptions(LayerOptions):
   def problems(self) -> Iterator[str]:
     """The problem of full layers that are not among the layers."""
     yield from super().problems()
+    attention = self.attention
+    if not attention.window:
+      return
     try:
-      self.full  # noqa: B018
+      # This makes no list, which of billions of layers would take minutes.
+      count_sparse(
+        attention.full_layers, self.num_layers, 'attention.full_layers'
+      )
     except ValueError as error:
       yield str(error)
 
