@@ -45,8 +45,10 @@ def unlocked_copy(
   for key, value in config.items(preserve_field_references=True):
     if not isinstance(value, ConfigDict):
       copied[key] = copy.deepcopy(value, memo)
+    elif id(value) in memo:
+      copied[key] = memo[id(value)]
     else:
-      copied[key] = memo.get(id(value)) or unlocked_copy(value, memo)
+      copied[key] = unlocked_copy(value, memo)
   return copied
 
 
