@@ -121,7 +121,7 @@ def rows_of(rows):
 
 
 # The others differ from these in one part each.
-FAST = ('rotary', 'lstm', 't5')
+FAST = ('rotary', 't5')
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,8 @@ def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
   assert len(np.unique(output.tokens)) > 3
 
 
+# The longest prompt and a shortest one, which is padded most in a batch.
+ALONE = (0, 5)
 DRAWN = dict(temperature=1.5, top_p=0.9)
 
 
@@ -159,9 +161,9 @@ def test_a_row_alone_is_the_row_in_a_batch(name, options):
   model, params = built(name, TIGHT)
   seeds = [4, 9, 1, 7, 2, 30]
   together = generate(model, params, seed=seeds, **options).rows
-  for prompt, seed, row in zip(PROMPTS, seeds, together):
-    alone = generate(model, params, [prompt], seed=seed, **options).rows[0]
-    np.testing.assert_array_equal(alone, row)
+  for i in ALONE:
+    alone = generate(model, params, [PROMPTS[i]], seed=seeds[i], **options)
+    np.testing.assert_array_equal(alone.rows[0], together[i])
 
 
 @pytest.fixture(scope='module')
@@ -216,19 +218,19 @@ both_halves = pytest.mark.parametrize(
 @both_halves
 def test_rows_end_with_their_stop_tokens(name):
   model, params = built(name, TIGHT)
-  endless = generate(model, params, num_tokens=9).tokens.tolist()
+  endless = generate(model, params).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
-  output = generate(model, params, num_tokens=9, stop_ids=stops, pad_id=22)
+  output = generate(model, params, stop_ids=stops, pad_id=22)
   for row, length, free in zip(output.tokens, output.lengths, endless):
     ends = [i for i, token in enumerate(free) if token in stops]
-    assert length == (ends[0] + 1 if ends else 9)
+    assert length == (ends[0] + 1 if ends else NEW)
     np.testing.assert_array_equal(row[:length], free[:length])
     assert (row[length:] == 22).all()
   assert len(set(output.lengths.tolist())) > 1
 
 
 def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
-  options = dict(num_tokens=8, temperature=1.0, seed=2, stop_ids=range(9))
+  options = dict(num_tokens=NEW, temperature=1.0, seed=2, stop_ids=range(9))
   said = []
   output = generation.generate(
     *prepared,
@@ -248,10 +250,10 @@ def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
 
 def test_a_true_answer_ends_the_stream(prepared):
   output = generation.generate(
-    *prepared, PROMPTS, num_tokens=8, on_token=lambda n, _: n == 2
+    *prepared, PROMPTS, num_tokens=NEW, on_token=lambda n, _: n == 2
   )
   np.testing.assert_array_equal(output.lengths, [3] * 6)
-  whole = generation.generate(*prepared, PROMPTS, num_tokens=8).tokens
+  whole = generation.generate(*prepared, PROMPTS, num_tokens=NEW).tokens
   np.testing.assert_array_equal(output.tokens[:, :3], whole[:, :3])
 
 

@@ -28,16 +28,27 @@ def generate(model, params, **options):
   )
 
 
+def with_first(value, params):
+  """The parameters with another first number in each array."""
+  params = jax.tree.map(np.array, params)
+  for array in jax.tree.leaves(params):
+    array.flat[0] = value
+  return jax.tree.map(jnp.asarray, params)
+
+
 @pytest.mark.parametrize(
   'value', [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-  'options', [{}, {'temperature': 0.9, 'top_k': 3}, {'num_beams': 2}]
+  'options',
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {'temperature': 0.9, 'top_k': 3},
+    {'num_beams': 2},
+  ],
 )
 def test_logits_that_are_not_finite_are_an_error(model, options, value):
-  params = jax.tree.map(
-    lambda x: x.at[(0,) * x.ndim].set(value), tiny.params_of(model)
-  )
+  params = with_first(value, tiny.params_of(model))
   with pytest.raises(ValueError, match='logits of new token 1 are not finite'):
     generate(model, params, **options)
 
@@ -66,7 +77,7 @@ def test_a_run_that_is_not_finite_is_refused_by_name(
   folders.write(tmp_path)
   loaded = generation.load(tmp_path)
   params = loaded.variables['params']
-  bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+  bad = with_first(np.nan, params)
   with monkeypatch.context() as patched:
     patched.setattr(finite, 'not_finite', lambda tree: [])
     with Checkpointer(tmp_path / CHECKPOINTS, keep_best=False) as checkpoints:

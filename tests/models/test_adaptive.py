@@ -10,6 +10,10 @@ from moe_jax.models.adaptive import AdaptiveOptions, MixtureOptions
 
 N, E, V = 3, 4, 2
 LOSSES = sorted(errors.LOSSES)
+loss_of = {name: jax.jit(function) for name, function in errors.LOSSES.items()}
+gradients_of = {
+  name: jax.jit(function) for name, function in errors.GRADIENTS.items()
+}
 each_loss = pytest.mark.parametrize('loss', LOSSES)
 
 
@@ -52,12 +56,12 @@ def test_told():
   logits, targets = jnp.zeros((1, 2)), jnp.array([[1.0]])
   told = outputs, logits, targets
   # The weighted sum is wrong by 1.
-  np.testing.assert_allclose(errors.cooperative_loss(*told), [1.0])
+  np.testing.assert_allclose(loss_of['cooperative'](*told), [1.0])
   # A drawn expert is wrong by 2 half of the time.
-  np.testing.assert_allclose(errors.gated_loss(*told), [2.0])
+  np.testing.assert_allclose(loss_of['gated'](*told), [2.0])
   # The likelihood is exp(0) / 2 + exp(-2) / 2.
   expected = -np.log((1 + np.exp(-2.0)) / 2)
-  np.testing.assert_allclose(errors.competitive_loss(*told), [expected])
+  np.testing.assert_allclose(loss_of['competitive'](*told), [expected])
   # The posterior of the first expert is 1 / (1 + exp(-2)) = 0.881.
   posterior = errors.posterior(*told)
   np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
@@ -68,7 +72,7 @@ def test_who_is_moved_by_whose_error():
   # error changes it, to make up for the second.
   told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
   gradients = {
-    loss: errors.GRADIENTS[loss](*told).expert_outputs[0, :, 0].tolist()
+    loss: gradients_of[loss](*told).expert_outputs[0, :, 0].tolist()
     for loss in LOSSES
   }
   assert gradients['cooperative'] == [1.0, 1.0]
@@ -80,7 +84,7 @@ def test_who_is_moved_by_whose_error():
 
 @each_loss
 def test_losses_are_their_definitions(loss):
-  losses = errors.LOSSES[loss](*arrays(case()))
+  losses = loss_of[loss](*arrays(case()))
   np.testing.assert_allclose(losses, by_hand(loss, *case()), rtol=1e-5)
 
 
@@ -91,8 +95,8 @@ def test_gradients_are_the_published_ones(loss):
   def total(o, x):
     return errors.LOSSES[loss](o, x, targets).sum()
 
-  by_autodiff = jax.grad(total, argnums=(0, 1))(outputs, logits)
-  published = errors.GRADIENTS[loss](outputs, logits, targets)
+  by_autodiff = jax.jit(jax.grad(total, argnums=(0, 1)))(outputs, logits)
+  published = gradients_of[loss](outputs, logits, targets)
   for mine, theirs in zip(published, by_autodiff, strict=True):
     np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
 
@@ -101,7 +105,7 @@ def test_gradients_are_the_published_ones(loss):
 @pytest.mark.parametrize('which', ['expert_outputs', 'gate_logits'])
 def test_gradients_are_finite_differences(loss, which):
   values = case(seed=1)
-  gradient = getattr(errors.GRADIENTS[loss](*arrays(values)), which)
+  gradient = getattr(gradients_of[loss](*arrays(values)), which)
   at = ('expert_outputs', 'gate_logits').index(which)
   step, differences = 1e-5, np.zeros_like(values[at])
   for index in np.ndindex(*differences.shape):
@@ -138,7 +142,7 @@ def test_posterior_is_what_competition_learns_from():
   np.testing.assert_allclose(
     errors.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
   )
-  gradients = errors.competitive_gradients(*arrays((outputs, logits, targets)))
+  gradients = gradients_of['competitive'](*arrays((outputs, logits, targets)))
   expected = -h[..., None] * (targets[:, None] - outputs)
   np.testing.assert_allclose(gradients.expert_outputs, expected, rtol=1e-4)
 
@@ -149,7 +153,7 @@ def test_far_targets_stay_finite():
   # The nearer expert has all of the posterior.
   expected = 29.0**2 / 2 + np.log(2)
   np.testing.assert_allclose(
-    errors.competitive_loss(*told), [expected], rtol=1e-6
+    loss_of['competitive'](*told), [expected], rtol=1e-6
   )
   assert jnp.isfinite(errors.competitive_gradients(*told).gate_logits).all()
 
@@ -182,7 +186,7 @@ def test_mixture_is_a_loop_over_its_experts():
     gate_out_bias=(E,),
   )
   x = np.random.default_rng(4).normal(size=(N, 5)).astype(np.float32)
-  outputs, _ = model.apply({'params': params}, jnp.asarray(x))
+  outputs, _ = jax.jit(model.apply)({'params': params}, x)
 
   w = {name: np.asarray(value, np.float64) for name, value in params.items()}
   for n in range(N):
@@ -217,27 +221,31 @@ def test_what_a_linear_expert_says(output, expected):
   np.testing.assert_allclose(outputs.prediction, [[expected]], atol=1e-4)
 
 
+def with_initial_parameters(model, x):
+  """The outputs of a model before its first step."""
+  run = jax.jit(lambda key, x: model.init_with_output(key, x)[0])
+  return run(jax.random.key(1), x)[0]
+
+
 def test_it_starts_with_equal_proportions_and_different_experts():
   model = mixture(V, (2, 3), num_experts=E)
-  x = jax.random.normal(jax.random.key(0), (N, 2, 3))
-  outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
+  x = np.random.default_rng(0).normal(size=(N, 2, 3)).astype(np.float32)
+  outputs = with_initial_parameters(model, x)
   np.testing.assert_array_equal(outputs.gate_probs, np.full((N, E), 1 / E))
   said = np.asarray(outputs.expert_outputs)
   assert all((said[:, 0] != said[:, i]).all() for i in range(1, E))
 
 
-@each_loss
-def test_targets_are_one_at_their_class(loss):
-  model = mixture(3, (2,), loss=loss, num_experts=E)
-  x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2)), jnp.float32)
-  outputs, _ = model.apply(model.init(jax.random.key(1), x), x)
-  model_loss = model.loss(outputs, {'targets': jnp.array([[2], [0]])})
-  assert model_loss.logits_z is None
-  targets = np.array([[0, 0, 1], [1, 0, 0]])
-  expected = by_hand(
-    loss, *(np.asarray(a, float) for a in outputs[:2]), targets
-  )
-  np.testing.assert_allclose(model_loss.nats[:, 0], expected, rtol=1e-5)
+def test_targets_are_one_at_their_class():
+  models = {loss: mixture(3, (2,), loss=loss, num_experts=E) for loss in LOSSES}
+  x = np.random.default_rng(5).normal(size=(2, 2)).astype(np.float32)
+  outputs = with_initial_parameters(models['gated'], x)
+  said = [np.asarray(array, float) for array in outputs[:2]]
+  for loss, model in models.items():
+    model_loss = jax.jit(model.loss)(outputs, {'targets': np.array([[2], [0]])})
+    assert model_loss.logits_z is None
+    expected = by_hand(loss, *said, np.array([[0, 0, 1], [1, 0, 0]]))
+    np.testing.assert_allclose(model_loss.nats[:, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

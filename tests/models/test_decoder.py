@@ -226,9 +226,8 @@ def test_padding_changes_no_other_token_and_no_statistic():
 def test_learned_positions_refuse_a_longer_row():
   options = tiny.options(positions=Learned(8))
   model = options.build()
-  params = tiny.params_of(model)
   with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
-    jax.eval_shape(model.apply, {'params': params}, tiny.tokens())
+    jax.eval_shape(model.init, tiny.key(0), tiny.tokens())
   # A run with such rows is refused earlier.
   rows = RunShape(
     total_steps=1, rows=3, microbatches=1, seq_len=10, target_len=0, parts=1

@@ -117,14 +117,15 @@ def test_gradients_are_finite_differences(balance_steps):
     kept['layer_0'][TOTALS] = jnp.array([9.0, -4.0, -5.0])
   x, y = jnp.asarray(features()), jnp.asarray(targets())
   loss = jax.jit(lambda p: batch_loss(model, p, kept, x, y)[0])
-  gradient = jax.jit(jax.grad(loss))(params)
+  gradient = jax.device_get(jax.jit(jax.grad(loss))(params))
+  params = jax.device_get(params)
   rng = np.random.default_rng(0)
   for name in ('layer_0', 'layer_1', 'classifier'):
     # The derivative is taken along a random direction of each layer's
     # parameters.
-    direction = jax.tree.map(jnp.zeros_like, params)
+    direction = jax.tree.map(np.zeros_like, params)
     direction[name] = jax.tree.map(
-      lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+      lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
       params[name],
     )
     step = 4e-4

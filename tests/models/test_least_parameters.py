@@ -28,19 +28,19 @@ def share(options):
   'options',
   [
     models.DecoderOptions(**TEXT),
-    models.DecoderOptions(**TEXT, attention=LatentOptions(kv_rank=16)),
-    models.DecoderOptions(
-      **TEXT, attention=LatentOptions(query_rank=8, kv_rank=16)
-    ),
-    models.DecoderOptions(
-      **TEXT, embedding=EmbeddingOptions(tie=False), positions=Learned(17)
-    ),
-    models.DecoderOptions(**TEXT, moe=dataclasses.replace(MOE, num_experts=0)),
-    models.EncoderDecoderOptions(**TEXT, moe=MOE),
     models.DecoderOptions(
       **TEXT,
+      attention=LatentOptions(kv_rank=16),
+      moe=dataclasses.replace(MOE, num_experts=0),
+    ),
+    models.DecoderOptions(
+      **TEXT,
+      attention=LatentOptions(query_rank=8, kv_rank=16),
+      embedding=EmbeddingOptions(tie=False),
+      positions=Learned(17),
       moe=dataclasses.replace(MOE, shared_expert=SharedExpertOptions(99)),
     ),
+    models.EncoderDecoderOptions(**TEXT, moe=MOE),
     models.LstmLmOptions(**TEXT, moe=MOE),
     models.AdaptiveOptions(vocab_size=7, feature_shape=(5, 3)),
     models.DeepMoeOptions(vocab_size=7, feature_shape=(5, 3)),

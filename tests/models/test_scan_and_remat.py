@@ -105,6 +105,21 @@ def equations(jaxpr, counts=None):
   return counts
 
 
+@functools.cache
+def equations_of_gradient(dispatch, remat):
+  model = tiny.build(ROUTERS.get(dispatch, MOE), remat=remat)
+
+  def loss(params):
+    rngs = {'router': tiny.key(0)}
+    logits, _ = model.apply(
+      {'params': params}, jnp.asarray(tiny.tokens()), train=True, rngs=rngs
+    )
+    return logits.sum()
+
+  params = models.abstract_params(model)
+  return equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+
 @pytest.mark.parametrize(
   'dispatch',
   [
@@ -115,21 +130,8 @@ def equations(jaxpr, counts=None):
 )
 @pytest.mark.parametrize('remat', ['full', 'dots'])
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
-  moe = ROUTERS.get(dispatch, MOE)
-  counts = {}
-  for name in ('none', remat):
-    model = tiny.build(moe, remat=name)
-
-    def loss(params, model=model):
-      rngs = {'router': tiny.key(0)}
-      logits, _ = model.apply(
-        {'params': params}, jnp.asarray(tiny.tokens()), train=True, rngs=rngs
-      )
-      return logits.sum()
-
-    counts[name] = equations(
-      jax.make_jaxpr(jax.grad(loss))(tiny.params_of(model)).jaxpr
-    )
+  names = ('none', remat)
+  counts = {name: equations_of_gradient(dispatch, name) for name in names}
   again = counts[remat] - counts['none']
   assert counts['none']['top_k'] > 0
   assert (counts['none']['cumsum'] > 0) == (dispatch != 'expert_choice')
@@ -174,8 +176,9 @@ def test_every_layer_draws_its_own_noise():
   assert (load[0] != load[1]).any()
 
 
-@pytest.mark.parametrize('router', [Hash(), Random()])
-@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize(
+  ('router', 'scan_layers'), [(Hash(), True), (Random(), False)]
+)
 def test_every_layer_has_choices_of_its_own(router, scan_layers):
   moe = dict(router=router, capacity=All())
   model = tiny.build(moe, scan_layers=scan_layers)

@@ -16,6 +16,7 @@ from moe_jax.training.schedules import (
   InverseSqrt,
   Trapezoid,
 )
+from tests.models import tiny as tiny_models
 from tests.training import tiny
 
 AXES = {
@@ -186,9 +187,13 @@ def test_rates_by_part_are_those_of_a_run():
     )
     model = tiny.model_of(options)
     trained, optimizer = programs.make_optimizer(options, model)
-    params = tiny.params_of(options)
-    grads = trained.part(jax.tree.map(jnp.ones_like, params))
-    updates = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    params = tiny_models.params_of(model)
+    grads = trained.part(jax.tree.map(np.ones_like, params))
+    updates = jax.jit(
+      lambda grads, params, optimizer=optimizer: optimizer.update(
+        grads, optimizer.init(params), params
+      )
+    )(grads, params)
     moved.append(updates[0]['layers']['layer_1'])
   router = [layer['moe']['router']['w'] for layer in moved]
   np.testing.assert_allclose(router[1], 0.1 * router[0], rtol=1e-5)
@@ -203,7 +208,8 @@ def test_no_bias_decays_that_of_a_router_among_them():
     model={'use_bias': True, **tiny.router(use_bias=True)},
     optimizer={'learning_rate': 1.0, 'weight_decay': 0.5},
   )
-  params = jax.tree.map(np.ones_like, tiny.params_of(options))
+  params = tiny_models.params_of(tiny.model_of(options))
+  params = jax.tree.map(np.ones_like, params)
   zeros = jax.tree.map(np.zeros_like, params)
   new_params = run(tiny.optimizer_of(options), params, zeros, steps=1)
   decays = {
