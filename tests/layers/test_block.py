@@ -1,9 +1,10 @@
 """A block uses its context beside the residual stream."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 
 from moe_jax.layers import (
@@ -48,23 +49,17 @@ def params_of(block, x):
   )
 
 
+@functools.cache
+def compiled(block):
+  return jax.jit(lambda p, x, c: block.apply({'params': p}, x, c, None, 0))
+
+
 def run(block, params, x, context):
-  y, _, aux = jax.jit(
-    lambda p: block.apply({'params': p}, x, context, None, 0)
-  )(params)
+  y, _, aux = compiled(block)(params, x, context)
   return np.asarray(y), aux
 
 
-@pytest.mark.parametrize('routed', [False, True])
-def test_routers_see_padding_only_if_the_context_says_so(routed):
-  block, x = make(), jnp.asarray(draw(B, T, M, seed=9))
-  params = params_of(block, x)
-  mask = jnp.ones((B, T), bool) if routed else None
-  _, aux = run(block, params, x, context(routed_mask=mask))
-  assert aux.stats.tokens == B * T - (not routed)
-
-
-def test_padding_that_is_routed_takes_slots():
+def test_padding_takes_slots_only_if_the_context_says_that_it_is_routed():
   # All tokens are alike and choose one expert with two slots; the first token
   # of the first row is padding.
   block = make()
@@ -73,8 +68,9 @@ def test_padding_that_is_routed_takes_slots():
   for name in ('w_query', 'w_key', 'w_value', 'w_out'):
     params['attention'][name] *= 0
   served = []
-  for mask in (None, jnp.ones((B, T), bool)):
-    y, _ = run(block, params, x, context(routed_mask=mask))
+  for mask, tokens in ((None, B * T - 1), (jnp.ones((B, T), bool), B * T)):
+    y, aux = run(block, params, x, context(routed_mask=mask))
+    assert aux.stats.tokens == tokens
     served.append(np.abs(y - np.asarray(x)).max(-1)[0] > 1e-3)
   np.testing.assert_array_equal(served[0], [False, True, True, False])
   np.testing.assert_array_equal(served[1], [True, True, False, False])

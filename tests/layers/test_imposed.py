@@ -35,7 +35,8 @@ EVEN = MoeOptions(
 
 
 def draw(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
 
 def layer_of(options, x=None):
@@ -43,8 +44,12 @@ def layer_of(options, x=None):
   layer = MoE(options)
   x = draw(G, S, M) if x is None else x
   ids = jnp.zeros(x.shape[:2], jnp.uint32)
-  init = jax.jit(lambda key: layer.init(key, x, router_ids=ids))
-  return layer, {'params': nn.meta.unbox(init(tiny.key(0))['params'])}
+  init = functools.partial(layer.init, router_ids=ids)
+  shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), x))
+  leaves, tree = jax.tree.flatten(shapes)
+  return layer, tree.unflatten(
+    [0.5 * draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  )
 
 
 @functools.cache

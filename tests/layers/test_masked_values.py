@@ -19,6 +19,7 @@ from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import hierarchical_rule
+from tests.models import tiny
 
 B, T, M, E, K = 2, 6, 8, 4, 2
 # The last two tokens of the first row are padding, and one in the second.
@@ -26,14 +27,11 @@ MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1]], bool)
 WORSE = (np.nan, np.inf, -np.inf)
 # Ids of tokens are tasks, too.
 SHARED = moe_jax.Shared(num_tasks=B * T)
-FAST = ('token_choice',)
-EVERY_ROUTER = pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-    for name in ROUTERS.builtin
-  ],
-)
+OTHER_ROUTERS = [
+  pytest.param(name, marks=pytest.mark.slow)
+  for name in ROUTERS.builtin
+  if name != 'token_choice'
+]
 
 
 def tokens(at_padding, width=M):
@@ -58,7 +56,9 @@ def same(f, *, worse=(np.nan,)):
 
 def values_and_gradients(layer, call):
   """Function of x: what `call` returns, and gradients of params and real x."""
-  params = layer.init(jax.random.key(0), tokens(0.0), **call)
+  params = jax.jit(lambda key, x: layer.init(key, x, **call))(
+    tiny.key(0), tokens(0.0)
+  )
 
   def loss(params, x):
     result = layer.apply(params, x, **call)
@@ -104,8 +104,9 @@ def told(router):
   return {'router_ids': jnp.asarray(ids)} if router.needs_ids else {}
 
 
-@EVERY_ROUTER
-def test_every_router(name):
+# The layer of token choice is in `test_every_dispatch`.
+@pytest.mark.parametrize('name', OTHER_ROUTERS)
+def test_every_other_router(name):
   router = routers()[name]
   layer = moe(router, moe_jax.Einsum() if router.mixes else moe_jax.Gather())
   same(
@@ -131,13 +132,15 @@ def test_every_dispatch(dispatch):
   )
 
 
-@EVERY_ROUTER
+@pytest.mark.parametrize('name', ['token_choice', *OTHER_ROUTERS])
 def test_a_router_alone(name):
   router = routers()[name]
   sizes = moe_jax.Sizes(E, K, moe_jax.All())
   module = router.module(sizes, SHARED)
   call = {'mask': jnp.asarray(MASK), **told(router)}
-  params = module.init(jax.random.key(0), tokens(0.0), **call)
+  params = jax.jit(lambda key, x: module.init(key, x, **call))(
+    tiny.key(0), tokens(0.0)
+  )
 
   @jax.jit
   @jax.grad

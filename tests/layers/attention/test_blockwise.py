@@ -45,17 +45,13 @@ def results(implementation, arguments, bias, toward, **options):
   [
     # Three blocks of which the last is smaller; a bias that is learned.
     (150, 150, Keys(), True, True, 'float32'),
-    (150, 150, Keys(scale=1.0), False, False, 'float32'),
     # The window leaves keys out on both sides.
-    (200, 200, Keys(window=37), True, True, 'float32'),
-    # An encoder, and a decoder that reads its output.
-    (130, 130, Keys(causal=False), True, True, 'float32'),
-    (70, 90, Keys(causal=False, cross=True), True, False, 'float32'),
-    (70, 90, Keys(causal=False, cross=True), False, False, 'float32'),
-    (130, 130, Keys(), True, False, 'bfloat16'),
-    # One token; and a window that is longer than the row.
+    (150, 150, Keys(window=37, scale=1.0), False, False, 'float32'),
+    # A decoder that reads what an encoder gives.
+    (70, 90, Keys(causal=False, cross=True), True, True, 'float32'),
+    (70, 70, Keys(), True, False, 'bfloat16'),
+    # One token.
     (1, 1, Keys(), True, False, 'float32'),
-    (70, 70, Keys(window=99), False, False, 'float32'),
   ],
 )
 def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
@@ -104,15 +100,12 @@ def test_a_query_that_sees_no_key_has_the_mean_of_all_values():
 
 def test_a_memory_without_segments_is_one_segment():
   query, key, value = arrays(70, 50, 'float32')
+  run = jax.jit(
+    functools.partial(attend, keys=Keys(causal=False, cross=True)),
+    static_argnames='implementation',
+  )
   outputs = [
-    attend(
-      query,
-      key,
-      value,
-      ids,
-      keys=Keys(causal=False, cross=True),
-      implementation=name,
-    )
+    run(query, key, value, ids, implementation=name)
     for name in ('blocks', 'einsum')
     for ids in (segments(70, 2), None)
   ]
@@ -128,6 +121,8 @@ def test_hidden_keys_are_left_out():
   assert told[1] == (64, 128, 32, 128)
   told = [tuple(b) for b in blocks_of(100, 90, Keys(causal=False))]
   assert told == [(0, 64, 0, 90), (64, 100, 0, 90)]
+  # A window that is longer than the row hides nothing.
+  assert blocks_of(70, 70, Keys(window=99)) == blocks_of(70, 70, Keys())
   # A long row has few blocks, as each is compiled.
   assert len(blocks_of(4096, 4096, Keys())) == 8
 
@@ -138,7 +133,12 @@ def test_only_einsum_keeps_scores(implementation):
   ids = segments(T, 2)
   f = functools.partial(attend, implementation=implementation)
   query, key, value = arrays(T, T, 'float32')
-  _, pull = jax.vjp(lambda q, k, v: f(q, k, v, ids), query, key, value)
+  pull = jax.eval_shape(
+    lambda *qkv: jax.vjp(lambda q, k, v: f(q, k, v, ids), *qkv)[1],
+    query,
+    key,
+    value,
+  )
   largest = max(leaf.size for leaf in jax.tree.leaves(pull))
   assert (largest >= B * H * T * T) == (implementation == 'einsum')
 

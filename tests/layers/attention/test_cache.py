@@ -1,5 +1,6 @@
 """The cache by slot, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -85,25 +86,31 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
     lengths=(length,) * 2, stacked=stacked, batch_size=B, max_len=8,
     shapes=((N, D), (N, 0)), dtype='float32',
   )  # fmt: skip
-  real = jnp.arange(8)[None] >= jnp.array([[0], [2]])
+  real = np.arange(8)[None] >= np.array([[0], [2]])
+
+  @jax.jit
+  def step(cache, real, keys):
+    cache, _ = cache.begin(real)
+    cache, slots = cache.append(layer, keys, keys[..., :0])
+    seen = slots.places, slots.filled, slots.key
+    return cache.advance(real.shape[1]), *seen
+
   first = 0
   for count in (4, 1, 2, 1):
     stop = first + count
-    cache, _ = cache.begin(real[:, first:stop])
-    new = jnp.arange(first, stop, dtype=jnp.float32) + 1
-    keys = jnp.broadcast_to(new[None, :, None, None], (B, count, N, D))
-    cache, slots = cache.append(layer, keys, keys[..., :0])
-    cache = cache.advance(count)
-    places = np.asarray(slots.places)
+    new = np.arange(first, stop, dtype=np.float32) + 1
+    keys = np.broadcast_to(new[None, :, None, None], (B, count, N, D))
+    cache, *slots = step(cache, real[:, first:stop], keys)
+    places, filled, key = map(np.asarray, slots)
     # All that the window of the step's first token holds are there, and more.
     seen = set(range(max(first - 2, 0), stop))
     assert seen <= set(places.tolist())
     for slot, place in enumerate(places):
       expected = np.array([place >= 0, place >= 2])
-      np.testing.assert_array_equal(slots.filled[:, slot], expected)
+      np.testing.assert_array_equal(filled[:, slot], expected)
       if place >= 0:
-        assert slots.key[0, 0, slot, 0] == place + 1
-    kept = at_layer(cache.key, layer)
+        assert key[0, 0, slot, 0] == place + 1
+    kept = np.asarray(at_layer(cache.key, layer))
     assert kept.shape == (B, N, length, D)
     for place in range(max(stop - length, 0), stop):
       assert kept[0, 0, place % length, 0] == place + 1

@@ -1,5 +1,7 @@
 """Experts in a decoding step equal the stacked experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,23 +51,20 @@ def run(dispatch, layer, params, x, routing):
 )
 def test_equals_stacked_experts(tokens, use_bias):
   rng = np.random.default_rng(tokens)
-  x = jnp.asarray(rng.normal(size=(1, tokens, M)), jnp.float32)
+  x = rng.normal(size=(1, tokens, M)).astype(np.float32)
   # One expert has no token, and one has most of them.
   logits = rng.normal(size=(1, tokens, E)) + [0, 3, 0, -90, 0]
-  mask = jnp.arange(tokens)[None] != 2  # one token is padding
-  routing = token_choice(
-    jnp.asarray(logits, jnp.float32),
-    num_selected=K,
-    capacity=None,
-    mask=mask,
-    gates='renormalized',
+  mask = np.arange(tokens)[None] != 2  # one token is padding
+  route = functools.partial(
+    token_choice, num_selected=K, capacity=None, gates='renormalized'
   )
+  routing = jax.jit(route)(logits.astype(np.float32), mask=mask)
   layer = FfnLayer(FfnOptions(F, 'swiglu', 'all' if use_bias else 'none'))
   shapes = {'w_in': (M, F), 'w_gate': (M, F), 'w_out': (F, M)}
   if use_bias:
     shapes |= {'b_in': (F,), 'b_gate': (F,), 'b_out': (M,)}
   params = {
-    name: jnp.asarray(rng.normal(size=(E, *shape)), jnp.float32)
+    name: jnp.asarray(rng.normal(size=(E, *shape)).astype(np.float32))
     for name, shape in shapes.items()
   }
   expected = run(Dropless(), layer, params, x, routing)

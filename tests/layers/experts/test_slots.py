@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from moe_jax import sections
 from moe_jax.layers import (
-  ACTIVATIONS,
   Dropless,
   Einsum,
   ExpertOptions,
@@ -42,7 +41,7 @@ E, R, M, F = 5, 3, 6, 11
 
 def rows_of(*shape, seed=0):
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
 
 class Experts(nn.Module):
@@ -87,8 +86,7 @@ def draw_params(layer, rows):
 
 
 @pytest.mark.parametrize(
-  ('activation', 'use_bias'),
-  [('swiglu', False), *((name, True) for name in ACTIVATIONS)],
+  ('activation', 'use_bias'), [('swiglu', True), ('gelu', False)]
 )
 def test_expert_e_is_a_feed_forward_with_its_parameters(activation, use_bias):
   options, shared = FfnOptions(F, activation), Shared(use_bias=use_bias)
@@ -107,7 +105,7 @@ def test_experts_start_apart_with_the_fan_in_of_one():
   # %. A fan-in that counted the experts too would be wrong by sqrt(5).
   shared = Shared(Numerics(init=FanIn(scale=2.0)))
   layer = Experts(FfnOptions(80, 'swiglu'), shared)
-  params = own_of(layer.init(tiny.key(0), jnp.ones((E, 1, 50))))
+  params = own_of(jax.jit(layer.init)(tiny.key(0), np.ones((E, 1, 50), 'f')))
   for name, fan_in in (('w_in', 50), ('w_gate', 50), ('w_out', 80)):
     w = np.asarray(params[name]).reshape(E, -1)
     np.testing.assert_allclose(w.std(1), np.sqrt(2 / fan_in), rtol=0.06)
@@ -277,12 +275,10 @@ INNER = MoeOptions(
 )
 
 
-@pytest.mark.parametrize('dispatch', [Gather(), Einsum()])
-def test_a_mixture_can_be_an_expert(dispatch):
+def test_a_mixture_can_be_an_expert():
   # Each expert is a mixture of three experts; a token goes to two of the
   # mixtures, and to two experts in each.
-  inner = MoE(dataclasses.replace(INNER, dispatch=dispatch))
-  layer = with_expert(MixtureExpert(inner), dispatch=dispatch)
+  layer = with_expert(MixtureExpert(MoE(INNER)))
   x = rows_of(2, 8, M)
   params = draw_params(layer, x)['params']
   mixtures = params['experts']['expert']
@@ -330,10 +326,13 @@ def test_routers_of_inner_mixtures_leak_the_future_and_do_not_decode():
 SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 
 
-@pytest.mark.parametrize('backend', ['auto', 'blocks', 'ragged_dot'])
 @pytest.mark.parametrize(
-  ('activation', 'use_bias'),
-  [('gelu', False), ('swiglu', False), ('swiglu', True)],
+  ('activation', 'use_bias', 'backend'),
+  [
+    ('gelu', False, 'auto'),
+    ('swiglu', False, 'ragged_dot'),
+    ('swiglu', True, 'blocks'),
+  ],
 )
 def test_sorted_rows_meet_the_expert_of_their_group(
   activation, use_bias, backend
@@ -387,8 +386,10 @@ def test_dropout_of_sorted_rows():
 def test_experts_start_alike_whoever_serves_them():
   options, shared = FfnOptions(F, 'swiglu'), Shared(use_bias=True)
   rows, key = rows_of(E, R, M), tiny.key(3)
-  slots = Experts(options, shared).init(key, rows)
-  dropless = Experts(options, shared, dispatch=Dropless()).init(key, rows)
+  slots, dropless = (
+    jax.jit(Experts(options, shared, dispatch=dispatch).init)(key, rows)
+    for dispatch in (Gather(), Dropless())
+  )
   jax.tree.map(np.testing.assert_array_equal, slots, dropless)
 
 

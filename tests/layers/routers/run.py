@@ -28,18 +28,18 @@ def some_mask():
 
 
 @functools.cache
-def module(options, sizes):
-  return options.module(sizes, Shared(num_tasks=9), 'router')
+def module(options, sizes, num_tasks=9):
+  return options.module(sizes, Shared(num_tasks=num_tasks), 'router')
 
 
 @functools.cache
-def compiled(options, sizes, train):
+def compiled(options, sizes, train, num_tasks=9):
   """A compiled router, shared by all tests."""
 
   @jax.jit
   def run(variables, x, mask, key, ids, layer):
     rngs = None if key is None else {'router': key}
-    return module(options, sizes).apply(
+    return module(options, sizes, num_tasks).apply(
       variables, x, mask, train, ids, layer, rngs=rngs
     )
 
@@ -69,9 +69,17 @@ def route(
   variables = {'params': params} if params else {}
   if state is not None:
     variables['router_state'] = state
-  ids = None if ids is None else jnp.asarray(ids)
   return compiled(options, sizes, train)(
-    variables, x, mask, key, ids, jnp.int32(layer)
+    variables, x, mask, key, ids, np.int32(layer)
+  )
+
+
+@functools.cache
+def _initial(options, sizes):
+  return jax.jit(
+    lambda key, x, mask, ids: module(options, sizes).init(
+      key, x, mask, router_ids=ids
+    )
   )
 
 
@@ -79,9 +87,6 @@ def start(options, sizes, x=None, mask=None):
   """Initial variables of a router, without boxes."""
   x = draw(G, S, M) if x is None else x
   mask = np.ones(x.shape[:2], bool) if mask is None else mask
-  x, mask = jnp.asarray(x), jnp.asarray(mask)
-  ids = jnp.zeros(mask.shape, jnp.uint32)
-  fresh = jax.jit(
-    lambda key: module(options, sizes).init(key, x, mask, router_ids=ids)
-  )(tiny.key(0))
+  ids = np.zeros(mask.shape, np.uint32)
+  fresh = _initial(options, sizes)(tiny.key(0), x, mask, ids)
   return nn.meta.unbox({k: v for k, v in fresh.items() if k != 'intermediates'})

@@ -56,7 +56,6 @@ def test_even_in_the_batch_is_not_even_in_each_row():
     pytest.param(T // 2, 'softmax', 'first', marks=pytest.mark.slow),
     pytest.param(T, 'sigmoid', 'all', marks=pytest.mark.slow),
     (3 * T, 'softmax', 'first'),
-    (3 * T, 'softmax', 'all'),
     pytest.param(B * T, 'softmax', 'all', marks=pytest.mark.slow),
   ],
 )
@@ -147,9 +146,10 @@ def test_the_batch_is_that_of_all_devices():
   def losses_and_gradient(w, x, mask):
     def losses(w):
       _, aux = module.apply({'params': {'w': w}}, x, mask)
-      return jnp.stack([getattr(aux, f'{name}_loss') for name in NAMES])
+      totals = jnp.stack([getattr(aux, f'{name}_loss') for name in NAMES])
+      return totals, totals
 
-    return losses(w), jax.jacrev(losses)(w)
+    return jax.jacrev(losses, has_aux=True)(w)
 
   w = jnp.asarray(draw(M, E, seed=1))
   one = losses_and_gradient(w, jnp.asarray(x), jnp.asarray(mask))
@@ -162,7 +162,7 @@ def test_the_batch_is_that_of_all_devices():
   )
   # Rows of one device alone have another loss.
   own = aux_of(options, x[:1], mask[:1], w).global_balance_loss / mask[0].sum()
-  assert abs(own - one[0][2] / mask.sum()) > 0.01
+  assert abs(own - one[1][2] / mask.sum()) > 0.01
 
 
 def problems(router, **run):

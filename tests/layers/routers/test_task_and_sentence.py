@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import All, PerToken, Shared
+from moe_jax import All, PerToken
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.layers.routers.contract import RoutedTokens
@@ -168,16 +168,11 @@ def test_tokens_go_to_the_experts_behind_tied_columns(router):
 def test_masked_columns_are_no_experts_of_tasks():
   # Every task would rather have column 1, which leads to no expert; of the
   # others, half of the tasks have one and half the other.
-  table = jnp.tile(jnp.array([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0]]), (4, 1))
+  table = np.tile(np.float32([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0]]), (4, 1))
   sizes = Sizes(E, 1, All(), TiedColumns(((0, (0, -1, 1)),)))
-  ids, mask = jnp.array([[0, 1, 3]], jnp.uint32), jnp.ones((1, 3), bool)
-  module = Task().module(sizes, Shared(num_tasks=8))
-  chosen, aux = module.apply(
-    {'params': {'tasks': table}},
-    jnp.asarray(run.draw(1, 3, M)),
-    mask,
-    False,
-    ids,
+  ids, mask = np.array([[0, 1, 3]], np.uint32), np.ones((1, 3), bool)
+  chosen, aux = run.compiled(Task(), sizes, False, num_tasks=8)(
+    {'params': {'tasks': table}}, run.draw(1, 3, M), mask, None, ids, 0
   )
   assert chosen.expert_index.tolist() == [[[0], [1], [1]]]
   np.testing.assert_allclose(aux.balance_loss, 3 * 1.0, rtol=1e-5)
