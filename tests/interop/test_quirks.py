@@ -1,5 +1,6 @@
 """Behaviour that only transformers has: by hand, and through a config."""
 
+import dataclasses
 import functools
 import json
 
@@ -143,7 +144,9 @@ def model_options(**quirks):
     positions=Relative(),
     embedding=EmbeddingOptions(tie=False),
   )
-  fields = {**vars(TransformersEncoderDecoder.of(plain)), **quirks}
+  same = TransformersEncoderDecoder.of(plain)
+  names = (field.name for field in dataclasses.fields(same))
+  fields = {name: getattr(same, name) for name in names} | quirks
   return TransformersEncoderDecoder(**fields)
 
 
