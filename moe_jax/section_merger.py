@@ -24,7 +24,7 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
   """
   merged = unlocked_copy(config)
   _merge_into(merged, config, overrides, path)
-  return _locked_like(merged, config)
+  return locked_like(merged, config)
 
 
 def unlocked_copy(
@@ -75,8 +75,8 @@ def _merge_into(
       )
 
 
-def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, locked wherever `config` is."""
+def locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
+  """`merged`, a copy with all keys of `config`, locked wherever that is."""
   if config.is_locked:
     merged.lock()  # sections below it, too
   for key, below in config.items():
@@ -84,7 +84,7 @@ def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
       merged_below = cast(ConfigDict, merged[key])
       if not below.is_locked:
         merged_below.unlock()
-      _locked_like(merged_below, below)
+      locked_like(merged_below, below)
   return merged
 
 

@@ -14,7 +14,7 @@ import ml_collections
 
 from moe_jax.option_checks import OptionError
 from moe_jax.options import Kinds, Options
-from moe_jax.section_merger import merge, unlocked_copy
+from moe_jax.section_merger import locked_like, merge, unlocked_copy
 from moe_jax.section_reader import (
   Leaf,
   Reader,
@@ -211,10 +211,12 @@ def _without(
   config: ConfigDict, given_up: Mapping[str, Leaf], path: str = ''
 ) -> ConfigDict:
   """A locked copy in which the keys `given_up` have their defaults."""
-  config = unlocked_copy(config)
+  copied = unlocked_copy(config)
   for name, leaf in given_up.items():
-    _put(config, name.removeprefix(path), leaf.default)
-  return config.lock()
+    _put(copied, name.removeprefix(path), leaf.default)
+  if config.is_locked:  # sections that are open in it stay open
+    return locked_like(copied, config)
+  return copied.lock()
 
 
 def _put(config: ConfigDict, path: str, value: Any) -> None:

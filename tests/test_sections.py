@@ -174,9 +174,12 @@ def test_merging_fills_open_sections_and_turns_integers_into_floats():
   assert not sections.section(Whole).extra
 
 
-def test_a_merged_copy_is_locked_where_the_config_is():
+@pytest.mark.parametrize('settled', [False, True])
+def test_a_merged_copy_is_locked_where_the_config_is(settled):
   config = sections.section(Whole)
   merged = sections.merge(config, {'extra': {'new': 1}, 'inner': {'width': 9}})
+  if settled:
+    merged, _ = sections.settle(Whole, config, merged)
   for below in (merged, merged.rule, merged.rule.hashed, merged.inner):
     with pytest.raises(KeyError, match='locked'):
       below['knew'] = 1
