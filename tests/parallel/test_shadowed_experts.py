@@ -225,6 +225,8 @@ CASES = [
       ('one', 'data'),
       ('zipf', 'tensor'),
     )
+    # Rings of sorted rows take long to compile for eight devices.
+    if not (mesh == 'eight' and way.startswith('ragged_ring'))
   ],
   pytest.param('ragged_ring', 'zipf', 'data', marks=pytest.mark.slow),
 ]
