@@ -293,6 +293,21 @@ def test_a_fork_has_a_process_of_its_own():
   assert render('x') == 'x' and chat.RENDERER.pid == first
 
 
+def test_modules_that_were_never_compiled(tmp_path, monkeypatch):
+  # An error makes Jinja import more of itself, where the process may no longer
+  # write files.
+  python = tmp_path / 'python'
+  python.write_text(
+    f'#!/bin/sh\nexec "{sys.executable}" -X pycache_prefix="{tmp_path}" "$@"\n'
+  )
+  python.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(python))
+  renderer = chat.Renderer()
+  with pytest.raises(ValueError, match="No filter named 'nosuch'"):
+    renderer.render('{{ 1|nosuch }}', {}, chat.Limits())
+  renderer.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('end', ['pass', 'os.kill(os.getpid(), 9)'])
 def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):

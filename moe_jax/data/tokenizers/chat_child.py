@@ -30,6 +30,9 @@ def main() -> None:
   from jinja2 import sandbox
 
   environment = _environment(jinja2, sandbox)
+  # Modules that are imported later would be written as bytecode, which the
+  # limit on files turns into a signal that ends the process.
+  sys.dont_write_bytecode = True
   for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
     _limit(limit, 0)
   signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
