@@ -1,4 +1,4 @@
-"""Settings of every test: fake devices, strict ranks, checked shapes."""
+"""Settings of every test: fake devices, strict ranks, shapes on demand."""
 
 import gc
 import os
@@ -45,8 +45,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# A fifth of the time of the tests.
-if os.environ.get('MOE_JAX_TEST_TYPES') != '0':
+# Checks of the shapes and types of arguments add a quarter to the time of the
+# tests: the whole check (.ci/run) makes them on one of its Pythons.
+if os.environ.get('MOE_JAX_TEST_TYPES') == '1':
   install_import_hook(
     type_checker.modules_with_array_types('moe_jax'),
     f'{type_checker.__name__}.checked',
