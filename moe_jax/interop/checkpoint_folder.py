@@ -143,7 +143,12 @@ def named(kind: Any, where: str = '') -> Architecture:
   """
   by_name = {name.replace('-', '_'): a for name, a in ARCHITECTURES.items()}
   if (name := str(kind).replace('-', '_')) not in by_name:
-    raise unknown(f'model_type{where}', kind, ARCHITECTURES)
+    borrowed = (
+      f'{a.borrowed_type} of class {a.classes[0]}'
+      for a in ARCHITECTURES.values()
+      if a.borrowed_type
+    )
+    raise unknown(f'model_type{where}', kind, [*ARCHITECTURES, *borrowed])
   return by_name[name]
 
 

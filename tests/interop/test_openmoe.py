@@ -314,7 +314,10 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
 
 
 def test_llama_without_experts_is_no_openmoe(tmp_path):
-  with pytest.raises(ValueError, match=r"unknown model_type .* 'llama'"):
+  message = (
+    r"unknown model_type .* 'llama'.*'llama of class OpenMoeForCausalLM'"
+  )
+  with pytest.raises(ValueError, match=message):
     open_config(tmp_path, PUBLISHED | dict(architectures=['LlamaForCausalLM']))
   # Older configs have no model_type.
   older = {k: v for k, v in PUBLISHED.items() if k != 'model_type'}
