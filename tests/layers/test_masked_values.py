@@ -126,7 +126,9 @@ def test_every_other_router(name):
   ],
 )
 def test_every_dispatch(dispatch):
-  layer = moe(moe_jax.TokenChoice(), dispatch)
+  # A shared expert takes tokens past the router, which has no say in them.
+  shared = moe_jax.SharedExpertOptions(hidden=3)
+  layer = moe(moe_jax.TokenChoice(), dispatch, shared_expert=shared)
   same(
     values_and_gradients(layer, {'token_mask': jnp.asarray(MASK)}), worse=WORSE
   )
