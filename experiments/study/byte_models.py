@@ -97,9 +97,7 @@ def switch_decoder(
   m.moe.router.token_choice.update(balance_weight=0.01, z_weight=0.0)
   optimizer = config.optimizer
   optimizer.kind = 'adafactor'
-  optimizer.update(
-    learning_rate=rate, b1=0.0, clip_norm=0.0, weight_decay=0.0
-  )
+  optimizer.update(learning_rate=rate, b1=0.0, clip_norm=0.0, weight_decay=0.0)
   room = {'capacity': {'per_token': {'factor': 2.0}}}
   config.evals = {EVAL: evaluation(moe=room)}
   return config
