@@ -596,6 +596,9 @@ def stand_in(config, number: float) -> dict[str, float]:
     'none',
     'lost',
     'foreseen',
+    'rise',
+    'spikes',
+    'stable',
   )
   balance = ('cv_importance', 'cv_load')
   balance += ('max_over_mean', 'counted_max_over_mean')
