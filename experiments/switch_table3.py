@@ -18,7 +18,7 @@ Forsythe): it tells deviations apart that differ by a factor of about three.
 A step that is not finite is left out.
 
 Three seeds of the quick preset tell no spreads apart. Planned for the full
-preset: 8 arms, 8 seeds, 400 steps, 16 minutes on two idle cores. The claims
+preset: 8 arms, 8 seeds, 400 steps, 18 minutes on two idle cores. The claims
 were written before any run.
 """
 
