@@ -29,8 +29,8 @@ MEANING = (
   'A run is stable if all its steps are finite and the mean loss of its last '
   'tenth is below that of each tenth of its first half. A spike is a step '
   'whose training loss is six robust deviations above the median of the twenty '
-  'steps before. The largest rise is that of a training loss over the lowest one '
-  'before it.'
+  'steps before. The largest rise is that of a training loss over the lowest '
+  'one before it.'
 )
 
 
