@@ -101,7 +101,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       numbers[f'routing/layer_{layer}/{name}'] = share
   (half,) = model_parts.halves(run.model, run.options.data.seq_len)
   size = run.options.batch_size
-  each = memory.all_to_all_bytes(half, run.model.width, size, E)
+  each = memory.all_to_all_bytes(half, run.options.model.width, size, E)
   tokens = size * run.options.data.seq_len
   for layer in run.model.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
