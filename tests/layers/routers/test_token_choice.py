@@ -164,6 +164,23 @@ def test_dropout_of_the_input_is_of_the_router_in_training_alone():
   np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.09)
 
 
+def test_rounded_logits_are_those_of_bfloat16():
+  # The example of ST-MoE: ten logits are 128 and one is 128.5, which is 128 in
+  # bfloat16, so that its probability is 1 / 11 instead of 0.142.
+  w = np.full((1, 11), 128, np.float32)
+  w[0, 10] = 128.5
+  x = np.ones((1, 1, 1), np.float32)
+  found = {}
+  for dtype in ('float32', 'bfloat16'):
+    options = TokenChoice(logits_dtype=dtype)
+    chosen, _ = route(options, {'w': w}, x, num_experts=11, ids=None)
+    found[dtype] = int(chosen.expert_index.item()), float(chosen.gate.item())
+  assert found['float32'][0] == 10 and found['bfloat16'][0] == 0
+  np.testing.assert_allclose(found['float32'][1], 0.1415, atol=1e-3)
+  expected = float(jnp.float32(1 / 11).astype(jnp.bfloat16))
+  assert found['bfloat16'][1] == expected
+
+
 NOISES = {
   'noisy_top_k': (NoisyTopK(), K),
   'sampled': (TokenChoice(second_policy='sampled'), K),
