@@ -181,6 +181,23 @@ def test_rounded_logits_are_those_of_bfloat16():
   assert found['bfloat16'][1] == expected
 
 
+@pytest.mark.parametrize('of', ['input', 'kernel'])
+def test_what_logits_are_made_of_is_rounded_too(of):
+  # The first logit is 128.5 - 128, or 128 - 128 once a factor is rounded.
+  near, ones = np.array([128.5, 128]), np.array([1.0, -1.0])
+  x, column = (near, ones) if of == 'input' else (ones, near)
+  w = np.stack([column, np.zeros(2)], 1).astype(np.float32)
+  x = x.astype(np.float32)[None, None]
+  gates = [
+    route(
+      TokenChoice(logits_dtype=dtype), {'w': w}, x, num_experts=2, ids=None
+    )[0].gate.item()
+    for dtype in ('float32', 'bfloat16')
+  ]
+  np.testing.assert_allclose(gates[0], 1 / (1 + np.exp(-0.5)), rtol=1e-5)
+  assert gates[1] == 0.5
+
+
 NOISES = {
   'noisy_top_k': (NoisyTopK(), K),
   'sampled': (TokenChoice(second_policy='sampled'), K),
