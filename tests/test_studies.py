@@ -455,7 +455,7 @@ class Losses(setup.Hook):
 @pytest.mark.slow
 def test_a_shared_step_is_the_runs_own(tmp_path):
   router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
-  first = tiny.config(model={'moe': {'router': router}})
+  first = tiny.config(max_nonfinite_steps=1, model={'moe': {'router': router}})
   key = 'model.moe.router.noisy_top_k.z_weight'
   second = layered(RunConfig, first, {'seed': 1, key: 0.2})
   compiled = []
@@ -596,6 +596,9 @@ def stand_in(config, number: float) -> dict[str, float]:
     'none',
     'lost',
     'foreseen',
+    'rise',
+    'spikes',
+    'stable',
   )
   balance = ('cv_importance', 'cv_load')
   balance += ('max_over_mean', 'counted_max_over_mean')

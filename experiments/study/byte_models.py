@@ -72,6 +72,37 @@ def decoder(
   return config
 
 
+def switch_decoder(
+  steps: int, *, rate: float = 0.01, **sizes: int
+) -> ml_collections.ConfigDict:
+  """Config of a decoder that is trained and served as Switch Transformers.
+
+  Updates of Adafactor are relative to the size of a kernel. Embeddings have a
+  deviation of 1, and logits are divided by the root of the width. Experts have
+  room for 1.25 times their share of tokens in training, and twice in
+  evaluation; there is no router z-loss. Unlike there, the learning rate falls
+  over the run, and no router has noise.
+
+  Args:
+    steps: Length of the run.
+    rate: Peak of the learning rate; that of T5 is 0.01.
+    **sizes: Other arguments of `decoder`.
+  """
+  config = decoder(steps, **sizes)
+  m = config.model
+  m.numerics.init.update(embedding_std=1.0, scale=0.1)
+  m.embedding.logits_scale = 'inverse_sqrt_width'
+  m.moe.capacity.kind = 'per_token'
+  m.moe.capacity.per_token.factor = 1.25
+  m.moe.router.token_choice.update(balance_weight=0.01, z_weight=0.0)
+  optimizer = config.optimizer
+  optimizer.kind = 'adafactor'
+  optimizer.update(learning_rate=rate, b1=0.0, clip_norm=0.0, weight_decay=0.0)
+  room = {'capacity': {'per_token': {'factor': 2.0}}}
+  config.evals = {EVAL: evaluation(moe=room)}
+  return config
+
+
 def sparse_encoder(
   steps: int, *, num_layers: int = 2, **sizes: int
 ) -> ml_collections.ConfigDict:

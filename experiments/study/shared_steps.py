@@ -32,8 +32,8 @@ _steps: dict[str, Any] = {}
 class SharedStep(Hook):
   """Replaces a run's step by one that earlier runs of this process compiled.
 
-  A run keeps its own step if it has several devices, if its layers differ in
-  the rate of their balancing bias, or if it tolerates non-finite steps.
+  A run keeps its own step if it has several devices, or if its layers differ in
+  the rate of their balancing bias.
   """
 
   def start(self, run: Run) -> None:
@@ -41,7 +41,7 @@ class SharedStep(Hook):
     options = sections.flatten(sections.section(run.options))
     rates = {v for k, v in options.items() if k.endswith(_RATE) and v}
     unequal = len(rates) > 1
-    if unequal or run.mesh.size > 1 or run.options.max_nonfinite_steps:
+    if unequal or run.mesh.size > 1:
       return
     weights = {
       name.removesuffix('_loss'): weight

@@ -204,6 +204,13 @@ class Adafactor(Optimizer):
     'moment to be factored into a row and a column.',
     at_least(1),
   )
+  update_clip: float = option(
+    1.0,
+    'Largest root mean square of the update of a matrix, before the learning '
+    "rate and the matrix's size scale it; a larger update is scaled down to it "
+    '(0.1 in Table 4 of arXiv:2202.08906).',
+    above(0),
+  )
 
   def preconditioner(
     self, axes: Any, roles: Any
@@ -215,7 +222,7 @@ class Adafactor(Optimizer):
         decay_rate=self.decay_exponent,
         min_dim_size_to_factor=self.min_factored_size,
       ),
-      optax.clip_by_block_rms(1.0),
+      optax.clip_by_block_rms(self.update_clip),
       optax.scale_by_param_block_rms(),
     ]
     if self.b1:

@@ -123,6 +123,20 @@ def test_adamw_is_optax_adamw(params, grads):
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def test_adafactor_clips_each_update_at_its_option(params, grads):
+  # The first update has a root mean square of 1 before it is clipped.
+  steps = {}
+  for clip in (1.0, 0.1):
+    o = Adafactor(
+      schedule=AT_ONCE, b1=0.0, clip_norm=0.0, weight_decay=0.0,
+      update_clip=clip,
+    )  # fmt: skip
+    new = run(transformation(o), params, grads, steps=1)
+    steps[clip] = jax.tree.map(lambda a, b: np.asarray(a - b), new, params)
+  for whole, clipped_one in zip(*map(jax.tree.leaves, steps.values())):
+    np.testing.assert_allclose(clipped_one, whole / 10, rtol=1e-2, atol=1e-6)
+
+
 def decayed(params, **options):
   """Fraction of each parameter that is left by a step without a gradient."""
   zeros = jax.tree.map(np.zeros_like, params)

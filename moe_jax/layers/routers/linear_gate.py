@@ -4,6 +4,7 @@ All of it is float32 whatever the model's dtype (Table 2 of arXiv:2101.03961).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.options import option, within
 from moe_jax.shapes import Array, Float, Float32
 
+# Functions that round float32 numbers to those of a type, by its name. What the
+# compiler computes of them stays float32.
+ROUNDINGS = {
+  'float32': lambda x: x,
+  'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),
+}
 # The logical axes of the kernel; the second is that of the choices of tokens.
 AXES = ('embed', 'expert_choice')
 ROLE = 'router'
@@ -65,6 +72,7 @@ def linear_logits(
   module: Router,
   x: Float32[Array, 'G S M'],
   init: Initializer | None = None,
+  rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
 ) -> Float32[Array, 'G S E']:
   """The logits of a `LinearGate`: x times `w`, plus `b` if there is a bias.
 
@@ -72,14 +80,15 @@ def linear_logits(
     module: The router, whose parameters they are.
     x: The input, as `jittered` returns it.
     init: The initialiser of the kernel. Default: the model's.
+    rounded: Function that rounds input, kernel and logits, one of `ROUNDINGS`.
   """
   E = module.sizes.num_experts
   init = init or parameters.kernel(module.shared, AXES, role=ROLE)
-  logits = product(module, 'w', init, x, E)
+  logits = product(module, 'w', init, x, E, rounded)
   if module.options.use_bias:
     init = parameters.bias(AXES[1:], role=ROLE)
     logits = logits + module.param('b', init, (E,), jnp.float32)[None, None]
-  return logits
+  return rounded(logits)
 
 
 def product(
@@ -88,9 +97,14 @@ def product(
   init: Initializer,
   x: Float32[Array, 'G S M'],
   size: int,
+  rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
 ) -> Float32[Array, 'G S E']:
-  """The product of x with a kernel of the module, [M, size], of that name."""
+  """The product of x with a kernel of the module, [M, size], of that name.
+
+  Both factors are rounded before it by `rounded`.
+  """
   G, S, M = x.shape
   w = module.param(name, init, (M, size), jnp.float32)
-  logits = rows_matmul(x.reshape(G * S, M), w, jax.lax.Precision.HIGHEST)
+  x = rounded(x.reshape(G * S, M))
+  logits = rows_matmul(x, rounded(w), jax.lax.Precision.HIGHEST)
   return logits.reshape(G, S, -1)

@@ -28,7 +28,13 @@ from moe_jax.layers.routers.by_token import (
 )
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.expert_groups import ExpertGroups, within_groups
+from moe_jax.layers.routers.exploring import (
+  Exploring,
+  sampled,
+  with_dropout,
+)
 from moe_jax.layers.routers.linear_gate import (
+  ROUNDINGS,
   LinearGate,
   jittered,
   linear_logits,
@@ -41,6 +47,7 @@ from moe_jax.shapes import Array, Float32
 
 @dataclasses.dataclass(frozen=True)
 class TokenChoice(
+  Exploring,
   ExpertGroups,
   ScopedBalanceLoss,
   BalanceBias,
@@ -67,6 +74,15 @@ class TokenChoice(
     one_of(*SCORES),
     when={'balance_bias_rate': above(0)},
   )
+  logits_dtype: str = option(
+    'float32',
+    "Type to whose numbers the router's input, kernel, logits and gates are "
+    "rounded: 'float32' rounds nothing, and 'bfloat16' has eight bits of a "
+    'number (Table 2 of arXiv:2101.03961, whose models diverge with it). '
+    'Sums, softmax and losses of the rounded logits stay float32.',
+    one_of(*ROUNDINGS),
+    how=True,
+  )
 
   @property
   def gate_scores(self) -> str:
@@ -74,8 +90,16 @@ class TokenChoice(
     return GATES[self.gates].scores
 
   def problems(self) -> Iterator[str]:
-    """The problems of groups, and of biased scores other than the gates'."""
+    """The problems of groups, of biased scores, and of drawn choices."""
     yield from super().problems()
+    by_other = self.keeps_state or self.expert_groups > 1
+    if self.choice_policy == 'sampled' and by_other:
+      yield (
+        "choice_policy='sampled' draws by the softmax of the logits, not by "
+        f'balance_bias_rate={self.balance_bias_rate} or '
+        f'expert_groups={self.expert_groups}; use '
+        "choice_policy='largest' with these"
+      )
     if self.keeps_state and self.balance_bias_scores != self.gate_scores:
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
@@ -96,8 +120,12 @@ class TokenChoiceRouter(Router):
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
     del router_ids
-    logits = linear_logits(self, jittered(self, x, train))
-    scores = self._scores(logits)
+    x = with_dropout(self, jittered(self, x, train), train)
+    rounded = ROUNDINGS[self.options.logits_dtype]
+    logits = linear_logits(self, x, rounded=rounded)
+    scores = sampled(self, logits, train)
+    if scores is None:
+      scores = self._scores(logits)
     chosen, _ = serve(
       self, logits, mask, train, layer, scores=scores, given=given
     )
@@ -105,6 +133,7 @@ class TokenChoiceRouter(Router):
     aux = logits_aux(self, chosen, logits, gate, mask, layer)
     index = None if self.options.keeps_state else chosen.expert_index
     aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
+    chosen = dataclasses.replace(chosen, gate=rounded(chosen.gate))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)
     return to_experts(self, chosen, layer), aux

@@ -113,6 +113,91 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
   assert np.abs(factor(train=True, key=1) - drawn).max() > 0.1
 
 
+def test_sampled_choices_follow_the_probabilities_in_training_alone():
+  # Of four tokens three, on average, go to the first expert, and one to the
+  # second; the third is never drawn.
+  params = {'w': np.log(np.array([[3.0, 1.0, 1e-9]], np.float32))}
+  x = np.ones((G, 400, 1), np.float32)
+
+  def routed(**more):
+    options = TokenChoice(choice_policy='sampled')
+    chosen, _ = route(options, params, x, num_experts=3, ids=None, **more)
+    return np.asarray(chosen.expert_index).ravel(), np.asarray(chosen.gate)
+
+  index, _ = routed()
+  assert not index.any()
+  index, gate = routed(train=True, key=0)
+  assert set(index) == {0, 1}
+  # The standard deviation of a share of 1200 draws is 0.0125.
+  np.testing.assert_allclose((index == 0).mean(), 0.75, atol=0.05)
+  # A gate is the probability of the expert that was drawn.
+  np.testing.assert_allclose(
+    gate.ravel(), np.where(index, 0.25, 0.75), rtol=1e-5
+  )
+  both, _ = routed(train=True, key=0, num_selected=2)
+  assert (np.sort(both.reshape(-1, 2)) == [0, 1]).all()
+
+
+def test_sampled_choices_need_the_softmax_alone():
+  for other in (dict(expert_groups=2), dict(balance_bias_rate=0.1)):
+    gates = dict(gates='sigmoid') if 'balance_bias_rate' in other else {}
+    with pytest.raises(ValueError, match='draws by the softmax of the logits'):
+      TokenChoice(choice_policy='sampled', **gates, **other)
+
+
+def test_dropout_of_the_input_is_of_the_router_in_training_alone():
+  # With two experts, w = (3, 0) and x = 1, logits differ by 0 or by 3 / 0.8.
+  params = {'w': np.array([[3.0, 0.0]], np.float32)}
+  x = np.ones((G, 100, 1), np.float32)
+
+  def difference(**more):
+    options = TokenChoice(input_dropout=0.2)
+    chosen, _ = route(options, params, x, num_experts=2, ids=None, **more)
+    gate = np.asarray(chosen.gate, np.float64).ravel()
+    return np.log(gate / (1 - gate))
+
+  np.testing.assert_allclose(difference(), 3, rtol=1e-5)
+  drawn = difference(train=True, key=0)
+  dropped = np.isclose(drawn, 0, atol=1e-5)
+  np.testing.assert_allclose(drawn[~dropped], 3 / 0.8, rtol=1e-4)
+  # The standard deviation of a share of 300 draws is 0.023.
+  np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.09)
+
+
+def test_rounded_logits_are_those_of_bfloat16():
+  # The example of ST-MoE: ten logits are 128 and one is 128.5, which is 128 in
+  # bfloat16, so that its probability is 1 / 11 instead of 0.142.
+  w = np.full((1, 11), 128, np.float32)
+  w[0, 10] = 128.5
+  x = np.ones((1, 1, 1), np.float32)
+  found = {}
+  for dtype in ('float32', 'bfloat16'):
+    options = TokenChoice(logits_dtype=dtype)
+    chosen, _ = route(options, {'w': w}, x, num_experts=11, ids=None)
+    found[dtype] = int(chosen.expert_index.item()), float(chosen.gate.item())
+  assert found['float32'][0] == 10 and found['bfloat16'][0] == 0
+  np.testing.assert_allclose(found['float32'][1], 0.1415, atol=1e-3)
+  expected = float(jnp.float32(1 / 11).astype(jnp.bfloat16))
+  assert found['bfloat16'][1] == expected
+
+
+@pytest.mark.parametrize('of', ['input', 'kernel'])
+def test_what_logits_are_made_of_is_rounded_too(of):
+  # The first logit is 128.5 - 128, or 128 - 128 once a factor is rounded.
+  near, ones = np.array([128.5, 128]), np.array([1.0, -1.0])
+  x, column = (near, ones) if of == 'input' else (ones, near)
+  w = np.stack([column, np.zeros(2)], 1).astype(np.float32)
+  x = x.astype(np.float32)[None, None]
+  gates = [
+    route(
+      TokenChoice(logits_dtype=dtype), {'w': w}, x, num_experts=2, ids=None
+    )[0].gate.item()
+    for dtype in ('float32', 'bfloat16')
+  ]
+  np.testing.assert_allclose(gates[0], 1 / (1 + np.exp(-0.5)), rtol=1e-5)
+  assert gates[1] == 0.5
+
+
 NOISES = {
   'noisy_top_k': (NoisyTopK(), K),
   'sampled': (TokenChoice(second_policy='sampled'), K),
@@ -258,6 +343,8 @@ def test_sizes_that_do_not_fit_are_said(options, num_selected, message):
     ),
     (dict(second_threshold=0.5), 'second_threshold=0.5 has no effect'),
     (dict(balance_bias_scores='softmax'), 'balance_bias_scores=.* no effect'),
+    (dict(input_dropout=1.0), r'input_dropout=1.0 not in \[0, 1\)'),
+    (dict(choice_policy='drawn'), "choice_policy 'drawn'"),
     (dict(jitter=1.0), r'jitter=1.0 not in \[0, 1\)'),
     (dict(jitter=-0.1), r'jitter=-0.1 not in'),
     (dict(balance_bias_rate=1.0), r'balance_bias_rate=1.0 not in \[0, 1\)'),

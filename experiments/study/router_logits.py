@@ -1,0 +1,139 @@
+"""Logits of trained routers: their size, and choices that change.
+
+Logits and choices are those of validation batches. Not here: what single tokens
+chose, as a trace has it (`validation_routing.py`), and losses over the run
+(`stability.py`).
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.study import validation_routing
+from moe_jax.layers.routers.contract import NOISE
+from moe_jax.models import Model
+from moe_jax.models.recorded import Choices, Recorded, recording
+from moe_jax.shapes import Leaf
+from moe_jax.training.evaluate import Variables
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+_BATCHES = 20
+
+
+def rounding(run: Run, state: TrainState) -> dict[str, float]:
+  """The size of the trained model's logits, and what rounding them changes.
+
+  Returns:
+    `routing/layer_<i>/largest_logit`, the largest absolute logit, and
+    `routing/layer_<i>/rounded`, the share of tokens whose first choice is
+    another where their logits are rounded to bfloat16.
+  """
+  numbers = {}
+  for layer, (found, real) in _layers(run, state, run.model).items():
+    logits = np.concatenate([f.logits[r] for f, r in zip(found, real)])
+    numbers[f'routing/layer_{layer}/largest_logit'] = float(
+      np.abs(logits).max()
+    )
+    numbers[f'routing/layer_{layer}/rounded'] = rounded_choices(logits)
+  return numbers
+
+
+def rounded_choices(logits: np.ndarray) -> float:
+  """The share of tokens whose largest logit is another one in bfloat16.
+
+  Args:
+    logits: float32 [N, E], the logits of the tokens. Of equal ones the first is
+      the largest, as in routers.
+  """
+  rounded = logits.astype(jnp.bfloat16).astype(np.float32)
+  return float((logits.argmax(-1) != rounded.argmax(-1)).mean())
+
+
+def changed(
+  run: Run, state: TrainState, one: Model, other: Model
+) -> dict[int, float]:
+  """The share of tokens whose first choices differ in two models, by layer.
+
+  Args:
+    run: A trained run.
+    state: Its last state, whose parameters both models have.
+    one: A model, such as that of an evaluation in another precision.
+    other: The other model.
+  """
+  first = _layers(run, state, one)
+  second = _layers(run, state, other)
+  return {
+    layer: _share(found, second[layer][0], real)
+    for layer, (found, real) in first.items()
+  }
+
+
+def explored(run: Run, state: TrainState) -> dict[str, float]:
+  """The share of tokens that noise sends elsewhere in training.
+
+  Returns:
+    `routing/layer_<i>/explored`, the share of tokens whose first choice in
+    training is not that of an evaluation by the same parameters.
+  """
+  noisy = _layers(run, state, run.model, train=True)
+  return {
+    f'routing/layer_{layer}/explored': _share(found, noisy[layer][0], real)
+    for layer, (found, real) in _layers(run, state, run.model).items()
+  }
+
+
+def _share(one, other, real) -> float:
+  different = [
+    (a.expert[..., 0] != b.expert[..., 0])[mask]
+    for a, b, mask in zip(one, other, real, strict=True)
+  ]
+  return float(np.concatenate(different).mean())
+
+
+def _layers(
+  run: Run, state: TrainState, model: Model, train: bool = False
+) -> dict[int, tuple[list[Recorded], list[np.ndarray]]]:
+  """What each layer's router made of all batches, and where tokens are real."""
+  layers: dict[int, tuple[list, list]] = {}
+  for batch, choices in _recorded(run, state, model, train):
+    for layer, found in (choices or {}).items():
+      recorded, real = layers.setdefault(layer, ([], []))
+      recorded.append(found)
+      real.append(batch['segment_ids'] > 0)
+  return layers
+
+
+def _recorded(
+  run: Run, state: TrainState, model: Model, train: bool
+) -> Iterator[tuple[validation_routing.Batch, Choices]]:
+  variables = run.programs.variables(state)
+  key = jax.random.key(run.options.seed)
+  for number, batch in enumerate(validation_routing.batches(run, _BATCHES)):
+    of_batch = jax.random.fold_in(key, number)
+    found = _choices(model, variables, batch, of_batch, train)
+    yield batch, jax.device_get(found)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'train'))
+def _choices(
+  model: Model,
+  variables: Variables,
+  batch: Mapping[str, Leaf],
+  key: jax.Array,
+  train: bool,
+) -> Choices:
+  router, dropout = jax.random.split(key)
+  _, choices = recording(
+    model,
+    variables,
+    logits=True,
+    dtype='float32',
+    **model.inputs(batch),
+    train=train,
+    rngs={NOISE: router, 'dropout': dropout},
+  )
+  return choices

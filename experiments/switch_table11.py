@@ -1,0 +1,138 @@
+"""How a top-1 router explores: argmax, sampling, input dropout, input jitter.
+
+    python -m experiments.switch_table11 --preset=quick
+
+Switch Transformers (https://arxiv.org/abs/2101.03961), Table 11: negative log
+perplexities of models whose router takes the most probable expert (-1.471),
+draws one by its probabilities (-1.570), sees its input with dropout (-1.480) or
+with multiplicative noise (-1.468).
+
+Here: decoders of bytes of two layers, both sparse with 16 experts, trained as
+there (`byte_models.switch_decoder`). Noise is of training alone: evaluation
+takes the most probable expert. Dropout has a rate of 0.1, which is our choice,
+as that of the paper is not known to us, and jitter 0.01, the paper's; a second
+row has 0.1. What a router explores is the share of tokens that its noise sends
+elsewhere than to the expert of evaluation, by the same parameters at the end of
+training; noise in one layer also changes what the next one sees. That rows are
+alike is judged by 0.01 nats a byte, about what five paired seeds can tell; the
+paper's differences between them are 0.003 and 0.009 nats a token, of several
+bytes each.
+
+The quick preset decides nothing. Planned for the full preset: 6 arms, 5 seeds,
+800 steps, 17 minutes on two idle cores. The claims were written before any run.
+"""
+
+from experiments.study import byte_models, command, router_logits
+from experiments.study.parts import SHARE, Arm, Claim, Column, Figure, Preset
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+
+# Names of the paper's rows.
+ARGMAX, SAMPLE = 'argmax', 'sample softmax'
+DROPOUT, JITTER = 'input dropout', 'input jitter'
+STRONG = 'input jitter of 0.1'
+SAME = 0.01
+EXPLORED, MAX = 'explored', 'max/mean load in training'
+
+
+def config(steps: int):
+  """The config that the rows share."""
+  return byte_models.switch_decoder(steps, num_layers=2, num_experts=16)
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """An arm for each way to explore, and the dense twin."""
+  del preset
+  router = 'model.moe.router.token_choice'
+  return [
+    byte_models.dense(),
+    Arm(ARGMAX, {}),
+    Arm(JITTER, {f'{router}.jitter': 0.01}),
+    Arm(STRONG, {f'{router}.jitter': 0.1}),
+    Arm(DROPOUT, {f'{router}.input_dropout': 0.1}),
+    Arm(SAMPLE, {f'{router}.choice_policy': 'sampled'}),
+  ]
+
+
+def cells(*rows: str) -> list[str]:
+  """Addresses of published numbers."""
+  return [f'switch2021/table11/{row}/nlp' for row in rows]
+
+
+def worse(row: str, than: str) -> Claim:
+  """A claim of the paper that one way to explore has a higher loss."""
+  return Claim(
+    f'{row} is worse than {than}', f'loss: {row} > {than}', cells(row, than)
+  )
+
+
+def alike(row: str) -> Claim:
+  """A claim that one way to explore is as good as none."""
+  return Claim(
+    f'{row} is as good as none',
+    f'loss: {row} = {ARGMAX} within {SAME}',
+    cells(row, ARGMAX),
+  )
+
+
+STUDY = Study(
+  name='switch_table11',
+  title='How a top-1 router explores',
+  source='Switch Transformers, Table 11 (negative log perplexity: higher is '
+  'better there)',
+  config=config,
+  arms=arms,
+  presets={
+    'quick': Preset(
+      100,
+      3,
+      without=['dense', STRONG],
+      underpowered='after 100 steps routers have hardly begun to differ',
+    ),
+    'full': Preset(800, 5),
+  },
+  columns=[
+    byte_models.LOSS,
+    Column(
+      EXPLORED,
+      'routing/*/explored',
+      '% of tokens',
+      1,
+      lambda share: 100 * share,
+      bounds=SHARE,
+    ),
+    Column(MAX, 'train/layer_*/load_max_over_mean', digits=2),
+  ],
+  claims=[
+    worse(SAMPLE, ARGMAX),
+    worse(SAMPLE, JITTER),
+    worse(SAMPLE, DROPOUT),
+    alike(JITTER),
+    alike(DROPOUT),
+    Claim('sparse with argmax beats the dense twin', f'loss: {ARGMAX} < dense'),
+    Claim(
+      'sampling explores more than input dropout',
+      f'{EXPLORED}: {SAMPLE} > {DROPOUT}',
+    ),
+    Claim(
+      'input dropout explores more than jitter',
+      f'{EXPLORED}: {DROPOUT} > {JITTER}',
+    ),
+    Claim('jitter of 0.01 sends some elsewhere', f'{EXPLORED}: {JITTER} > 0'),
+    Claim(
+      'ten times the jitter sends more elsewhere',
+      f'{EXPLORED}: {STRONG} > {JITTER}',
+    ),
+    Claim(
+      'sampling evens out loads in training', f'{MAX}: {SAMPLE} < {ARGMAX}'
+    ),
+  ],
+  runner=TrainingRunner(router_logits.explored),
+  figure=Figure(['loss', EXPLORED, MAX]),
+  remarks='Noise is of training alone; loads are those of training, with it.',
+  written='2026-11-29',
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)
