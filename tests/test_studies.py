@@ -39,6 +39,7 @@ from experiments.study import (
   item_commands,
   items,
   jobs,
+  room,
   runner,
   scheduled_runs,
   served,
@@ -635,6 +636,7 @@ def measured_routing(study, number: float) -> dict[str, float]:
   for i in range(5):
     parts = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
     places += [f'layer_{i}{part}' for part in parts]
+    places += [f'layer_{i}/{way}' for way in room.WAYS]
   return {
     column.key.replace('*', place): number
     for column in study.columns
