@@ -23,6 +23,7 @@ from scipy import stats
 
 from experiments import (
   eval_capacity,
+  glam_capacity,
   report,
   shazeer_table6,
   switch_scaling,
@@ -608,6 +609,8 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= dict.fromkeys((*sizes, *small), number)
   result |= dict.fromkeys(simulated_keys(), number)
   result |= {f'gate/{k}': number for k in ('leaving', 'kept_at_home')}
+  for slots in glam_capacity.ROOM.values():
+    result |= {f'steps/{slots}/{k}': number for k in ('loss', 'dropped')}
   result['whole/bytes'] = result['learning_rate'] = number
   step_keys = ('flops', 'expert_flops', 'optimizer_bytes')
   result |= {f'step/{k}': 1e9 for k in step_keys}
