@@ -15,6 +15,7 @@ import optax
 
 from moe_jax import generation
 from moe_jax.data.pipeline import spread
+from moe_jax.layers.experts import Gather
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
 from moe_jax.routing.capacity import All, Fixed
@@ -79,7 +80,11 @@ def stepping_model(run: Run, slots: int) -> Model:
     capacity = Fixed(slots=slots) if slots else All()
     # The tokens of one step are of one time, so that none sees a later one.
     moe = dataclasses.replace(
-      moe, capacity=capacity, group_size=-1, allow_future_leak=True
+      moe,
+      capacity=capacity,
+      dispatch=Gather(),
+      group_size=-1,
+      allow_future_leak=True,
     )
     model = dataclasses.replace(options.model, moe=moe)
     options = dataclasses.replace(options, model=model)
