@@ -25,9 +25,9 @@ ratio beyond them counts as the nearest. Each seed has the ratio of a burst of
 its own. A CPU's kernels have no blocks, and no array can have the fullest
 expert's load as its shape: neither is timed.
 
-Planned for the full preset: 7 arms, 5 seeds, 15 minutes on two idle cores, and
-4 minutes of timing. The quick preset resolves loads, not losses. The claims
-were written before any run.
+Planned for the full preset: 7 arms of about 400 steps, 5 seeds, 14 minutes on
+two idle cores, and 6 minutes of timing. The quick preset resolves loads, not
+losses. The claims were written before any run.
 """
 
 from collections.abc import Mapping
@@ -208,9 +208,9 @@ STUDY = Study(
   rows=rows,
   presets={
     'quick': Preset(
-      150, 3, underpowered='after 150 steps drops have hardly cost anything'
+      100, 3, underpowered='after 100 steps drops have hardly cost anything'
     ),
-    'full': Preset(600, 5, burst_for_each_seed=True),
+    'full': Preset(400, 5, burst_for_each_seed=True),
   },
   columns=COLUMNS,
   claims=claims(),

@@ -205,7 +205,7 @@ STUDY = Study(
       without=['*top-3*', '*top-2, CF 2'],
       underpowered='after 100 steps routers have hardly begun to differ',
     ),
-    'full': Preset(700, 5),
+    'full': Preset(440, 5),
   },
   columns=[
     byte_models.TOKEN_LOSS,
