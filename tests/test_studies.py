@@ -23,6 +23,7 @@ from scipy import stats
 
 from experiments import (
   eval_capacity,
+  glam_capacity,
   report,
   shazeer_table6,
   switch_scaling,
@@ -39,6 +40,7 @@ from experiments.study import (
   item_commands,
   items,
   jobs,
+  room,
   runner,
   scheduled_runs,
   served,
@@ -610,6 +612,8 @@ def stand_in(config, number: float) -> dict[str, float]:
   result |= dict.fromkeys((*sizes, *small), number)
   result |= dict.fromkeys(simulated_keys(), number)
   result |= {f'gate/{k}': number for k in ('leaving', 'kept_at_home')}
+  for slots in glam_capacity.ROOM.values():
+    result |= {f'steps/{slots}/{k}': number for k in ('loss', 'dropped')}
   result['whole/bytes'] = result['learning_rate'] = number
   step_keys = ('flops', 'expert_flops', 'optimizer_bytes')
   result |= {f'step/{k}': 1e9 for k in step_keys}
@@ -638,6 +642,7 @@ def measured_routing(study, number: float) -> dict[str, float]:
   for i in range(5):
     parts = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
     places += [f'layer_{i}{part}' for part in parts]
+    places += [f'layer_{i}/{way}' for way in room.WAYS]
   return {
     column.key.replace('*', place): number
     for column in study.columns

@@ -1,0 +1,227 @@
+"""Padding and drops of real routings, and dropless experts against dropping.
+
+    python -m experiments.megablocks_tables --preset=quick
+
+MegaBlocks (https://arxiv.org/abs/2211.15841) drops no token: it sorts choices
+by expert and fills each expert's rows up to whole blocks of a kernel, 128 rows.
+Systems with slots drop what has none, or give all experts those of the fullest
+one (Tutel's dynamic capacity). With 64 experts, top-1, it trains 1.38 to 4.35
+times as fast as the latter, and reaches the loss of the best dropping model
+1.18 to 1.38 times as fast: speeds of systems of GPUs, so that only directions
+are tested.
+
+Here: byte-level decoders of two sparse layers, top-1 of 8 or 32 experts; a
+group is a batch of 2,048 tokens. As in the paper's scripts the balance loss has
+a weight of 0.1 and is averaged over layers. Loads of the dropless models on
+validation batches give the rows that would be multiplied for each choice in
+blocks of 8, 32 and 128, with the slots of the fullest expert, and with 1, 1.5
+or 2 slots a choice, and what these would drop. A block of 128 is half of the
+mean load of 8 experts, and twice that of 32.
+
+Models of 32 experts are also trained with such slots. At equal time the one of
+one slot a choice has more steps, or fewer: its loss at the ratio of step times
+is interpolated between runs of 0.7, 1 and 1.4 times the steps, each annealed; a
+ratio beyond them counts as the nearest. Each seed has the ratio of a burst of
+its own. A CPU's kernels have no blocks, and no array can have the fullest
+expert's load as its shape: neither is timed.
+
+Planned for the full preset: 7 arms of about 400 steps, 5 seeds, 14 minutes on
+two idle cores, and 6 minutes of timing. The quick preset resolves loads, not
+losses. The claims were written before any run.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.study import byte_models, command, room
+from experiments.study.byte_models import top_k
+from experiments.study.parts import (
+  POSITIVE,
+  SHARE,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.room import FACTORS, FULLEST, WAYS
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+from experiments.study.validation_routing import row_at
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+HIDDEN, FEW, MANY = 256, 8, 32
+# Lengths of the runs of one slot a choice, as multiples of the steps.
+LENGTHS = (0.7, 1.0, 1.4)
+DROPPED, ROWS, LOST, TIME = 'dropped', 'rows', 'would drop', 'step time'
+ON_CPU = 'On a CPU, which has nothing in common with the systems there.'
+_BATCHES = 40
+
+
+def served(E: int, way: str) -> str:
+  """Name of the row of a way to serve the dropless model's routing."""
+  return f'{E} experts, {way}'
+
+
+def dropless(E: int) -> str:
+  """Name of the dropless model of E experts."""
+  return f'{E} experts, trained dropless'
+
+
+def slotted(factor: float, length: float = 1.0) -> str:
+  """Name of the model of 32 experts that is trained with slots."""
+  longer = f', {length} of the steps' * (length != 1)
+  return f'{MANY} experts, trained with {factor} slots a choice{longer}'
+
+
+SAME_TIME = f'{slotted(1)}, in the time of dropless'
+
+
+def config(steps: int):
+  """The config that the arms share; a group is the whole batch."""
+  config = byte_models.decoder(
+    steps, hidden=HIDDEN, num_layers=2, num_experts=MANY
+  )
+  moe = config.model.moe
+  moe.layer_reduce = 'mean'
+  moe.router.token_choice.update(balance_weight=0.1, z_weight=0.0)
+  return config
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Models with slots, one of them of three lengths, and dropless ones."""
+  found = []
+  for factor in FACTORS:
+    slots = {'capacity.per_assignment.factor': float(factor)}
+    for length in LENGTHS if factor == 1 else (1.0,):
+      arm = top_k(slotted(factor, length), 1, HIDDEN, slots)
+      steps = {'total_steps': round(length * preset.steps)}
+      found.append(Arm(arm.name, {**arm.overrides, **steps}))
+  room_for_all = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
+  return found + [
+    top_k(dropless(E), 1, HIDDEN, {'num_experts': E, **room_for_all})
+    for E in (FEW, MANY)
+  ]
+
+
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """Rows and drops of the routing of a dropless model; see `room.measure`."""
+  if run.model.moe.capacity.binds:
+    return {}
+  return room.measure(run, state, byte_models.EVAL, _BATCHES)
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """Rows of trained models, of one at equal time, and of ways to serve."""
+  found = []
+  for name, runs in results.items():
+    values = {c.name: [c.of(run) for run in runs] for c in COLUMNS[:2]}
+    if name in times:
+      values[TIME] = list(times[name].ratios)
+    found.append(Row(name, values))
+  by_length = [
+    [byte_models.LOSS.of(run) for run in results[slotted(1, length)]]
+    for length in LENGTHS
+  ]
+  ratios = np.resize(times[dropless(MANY)].ratios, len(by_length[0]))
+  losses = [
+    float(np.interp(np.log(ratio), np.log(LENGTHS), own))
+    for ratio, own in zip(ratios, zip(*by_length, strict=True), strict=True)
+  ]
+  return [
+    *found,
+    Row(SAME_TIME, {byte_models.LOSS.name: losses}),
+    *(
+      row_at(served(E, name), results[dropless(E)], COLUMNS[2:4], f'*/{way}')
+      for E in (FEW, MANY)
+      for way, name in WAYS.items()
+    ),
+  ]
+
+
+def _share(name: str, key: str) -> Column:
+  return Column(name, key, '%', 1, lambda share: 100 * share, bounds=SHARE)
+
+
+COLUMNS = [
+  byte_models.LOSS,
+  _share(DROPPED, f'eval/{byte_models.EVAL}/drop_rate'),
+  Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=POSITIVE),
+  _share(LOST, 'routing/*/dropped'),
+  Column(TIME, '', 'x of 1 slot', 2, bounds=POSITIVE),
+]
+
+
+def claims() -> list[Claim]:
+  """Blocks against slots, few experts against many, quality and time."""
+  one, two, block = (WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32'))
+  return [
+    *(
+      Claim(
+        f'blocks of 32 pad less than the slots of the fullest, {E} experts',
+        f'{ROWS}: {served(E, block)} < {served(E, FULLEST)}',
+      )
+      for E in (FEW, MANY)
+    ),
+    *(
+      Claim(
+        f'more experts pad more: {way}',
+        f'{ROWS}: {served(MANY, way)} > {served(FEW, way)}',
+      )
+      for way in (block, FULLEST)
+    ),
+    Claim(
+      'more experts drop more at one slot a choice',
+      f'{LOST}: {served(MANY, one)} > {served(FEW, one)}',
+    ),
+    Claim('two slots a choice still drop', f'{LOST}: {served(MANY, two)} > 0'),
+    *(
+      Claim(
+        f'dropless is better than {factor} slots a choice, at equal steps',
+        f'loss: {dropless(MANY)} < {slotted(factor)}',
+      )
+      for factor in (1, 1.5)
+    ),
+    Claim(
+      'it is better than one slot a choice in equal time',
+      f'loss: {dropless(MANY)} < {SAME_TIME}',
+      note=ON_CPU,
+    ),
+    Claim(
+      'a dropless step takes less time than one with two slots a choice',
+      f'{TIME}: {dropless(MANY)} < {slotted(2)}',
+      note=ON_CPU,
+    ),
+  ]
+
+
+STUDY = Study(
+  name='megablocks_tables',
+  title='Dropless experts: padding, drops and quality',
+  source='MegaBlocks (directions alone)',
+  config=config,
+  arms=arms,
+  rows=rows,
+  presets={
+    'quick': Preset(
+      100, 3, underpowered='after 100 steps drops have hardly cost anything'
+    ),
+    'full': Preset(400, 5, burst_for_each_seed=True),
+  },
+  columns=COLUMNS,
+  claims=claims(),
+  runner=TrainingRunner(measure),
+  timed=[*map(slotted, FACTORS), dropless(MANY)],
+  figure=Figure(['loss', DROPPED, ROWS, LOST]),
+  remarks='Ways of serving are those of the routing of the dropless models, '
+  'which were trained without them.',
+  written='2026-11-29',
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)

@@ -1,0 +1,39 @@
+"""Rows and drops that follow from loads, on loads that are known."""
+
+import numpy as np
+
+from experiments.study import room
+from moe_jax.analysis.trace_records import LayerChoices, Record
+
+# 12 choices of four experts, one of which is idle.
+LOAD = np.array([7, 0, 4, 1])
+
+
+def test_rows_in_blocks_are_told():
+  # Blocks of 4: two, none, one and one.
+  np.testing.assert_allclose(room.in_blocks(LOAD, 4), 16 / 12)
+  np.testing.assert_allclose(room.in_blocks(LOAD, 1), 1)
+
+
+def test_what_has_no_slot_is_dropped():
+  # Of 3 slots each the first lacks four, the third one.
+  np.testing.assert_allclose(room.dropped(LOAD, 3), 5 / 12)
+  assert room.dropped(LOAD, 7) == 0
+
+
+def test_every_way_has_its_rows_and_drops():
+  found = room.ways(LOAD)
+  assert found.keys() == room.WAYS.keys()
+  # The fullest expert has 7: 28 rows. With 1.5 slots a choice each has 5.
+  np.testing.assert_allclose(found['fullest'], [28 / 12, 0])
+  np.testing.assert_allclose(found['slots_1.5'], [20 / 12, 2 / 12])
+  np.testing.assert_allclose(found['blocks_8'], [24 / 12, 0])
+
+
+def test_a_load_is_of_the_real_tokens_of_a_batch():
+  expert = np.array([[[2, 0], [2, 1], [0, 1]]])
+  documents = np.array([[1, 1, 0]])  # the last token is padding
+  choices = LayerChoices(expert, expert / 9, expert > 1)
+  record = Record('validation', 0, 0, *[documents] * 3, {5: choices})
+  (load,) = room.loads([record], 5, 4)
+  np.testing.assert_array_equal(load, [1, 1, 2, 0])

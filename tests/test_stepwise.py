@@ -1,0 +1,61 @@
+"""Rows that are read token by token, against rows that are read at once."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.study import stepwise
+from moe_jax.data import PackedRows
+from tests.training import tiny
+
+T, B = 6, 5
+
+
+@functools.cache
+def prepared():
+  """A run and a state of random parameters, as `measure` reads them."""
+  moe = dict(layers='all', capacity=dict(kind='all'), num_selected=2)
+  options = tiny.options(
+    data={'seq_len': T}, model={'num_layers': 1, 'moe': moe}
+  )
+  stream = np.random.default_rng(0).integers(0, 257, 2 * B * T + 1)
+  # Of ten rows one has two documents.
+  rows = PackedRows(stream, np.array([0, 2 * T, 2 * T + 3, 3 * T]), T)
+  params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
+  run = types.SimpleNamespace(
+    options=options,
+    model=tiny.model_of(options),
+    dataset=types.SimpleNamespace(splits={'validation': rows}, vocab_size=257),
+    programs=types.SimpleNamespace(variables=lambda state: {'params': params}),
+  )
+  return run, params
+
+
+def test_without_drops_the_loss_is_that_of_whole_rows():
+  run, params = prepared()
+  batch = jax.tree.map(jnp.asarray, stepwise.whole_rows(run, B))
+  assert (batch['segment_ids'] == 1).all()
+  logits, _ = run.model.apply({'params': params}, **run.model.inputs(batch))
+  by_step, _ = stepwise.read(
+    stepwise.stepping_model(run, 0), {'params': params}, batch['tokens']
+  )
+  np.testing.assert_allclose(by_step, logits, atol=1e-4)
+  assert stepwise.measure(run, None, 0, B)['dropped'] == 0
+
+
+def test_the_rows_of_a_step_compete_for_slots():
+  # Five rows make ten choices among four experts of one slot each.
+  run, _ = prepared()
+  found = stepwise.measure(run, None, 1, B)
+  assert 0.59 < found['dropped'] < 0.9
+  free = stepwise.measure(run, None, 0, B)
+  assert abs(found['loss'] - free['loss']) > 1e-3
+
+
+def test_too_few_rows_are_refused():
+  with pytest.raises(ValueError, match='num_rows=10, but 9 rows'):
+    stepwise.whole_rows(prepared()[0], 10)
