@@ -15,7 +15,8 @@ Here: the texts of django's interface are translated from English, as bytes.
 Four languages have all of them; of six others a part is translated. Languages
 are drawn at a temperature of 3, so that small ones are read several times as
 often as large ones. Every second layer of either half has 8 experts, of which a
-token has two that together cost what a dense layer costs, and drops none. With
+token has two that together cost what a dense layer costs, with slots for twice
+the choices. With
 the curriculum a run learns large languages alone for the first half of its
 steps, from the same texts as in the second. All rows have as many steps and
 equal learning rates. The small languages have a few hundred bytes of validation
@@ -83,7 +84,7 @@ def config(steps: int) -> ml_collections.ConfigDict:
   m.moe.layers = 'every 2'
   m.moe.expert.hidden = 128  # two of them are a dense layer's 256
   m.moe.router.token_choice.gates = 'renormalized'
-  byte_models.drop_nothing(m.moe)
+  m.moe.capacity.per_assignment.factor = 2.0
   losses = base.entry(SourceLosses, every_steps=0)
   config.evals = {
     NEW: losses,
@@ -126,7 +127,7 @@ def dropping(rate: float) -> str:
 def arms(preset: Preset) -> list[Arm]:
   """The dense twin, the sparse model, and each way to regularise it."""
   rest = {
-    'total_steps': preset.steps - preset.start_steps,
+    'total_steps': max(preset.steps - preset.start_steps, 1),
     f'{_RATE}.decay_fraction': 1.0,
     f'{_RATE}.warmup_steps': 0,
     'init_from.keep_optimizer': True,
@@ -240,7 +241,7 @@ STUDY = Study(
       without=[dropping(0.1), masked(0.1)],
       underpowered='after 160 steps no language is overfitted',
     ),
-    'full': Preset(700, 5, start_steps=350),
+    'full': Preset(450, 5, start_steps=225),
   },
   columns=COLUMNS,
   claims=claims(),

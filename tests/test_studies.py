@@ -601,7 +601,8 @@ def stand_in(config, number: float) -> dict[str, float]:
     'foreseen',
   )
   counted = ('cost/params', 'cost/flops', 'cost/memory', 'data/epochs')
-  result |= dict.fromkeys((*counted, 'data/distinct'), number)
+  counted += ('cost/activations', 'data/distinct')
+  result |= dict.fromkeys(counted, number)
   balance = ('cv_importance', 'cv_load')
   balance += ('max_over_mean', 'counted_max_over_mean')
   result |= dict.fromkeys(balance, number)
