@@ -16,13 +16,13 @@ Four languages have all of them; of six others a part is translated. Languages
 are drawn at a temperature of 3, so that small ones are read several times as
 often as large ones. Every second layer of either half has 8 experts, of which a
 token has two that together cost what a dense layer costs, with slots for twice
-the choices. With
-the curriculum a run learns large languages alone for the first half of its
-steps, from the same texts as in the second. All rows have as many steps and
-equal learning rates. The small languages have a few hundred bytes of validation
-text each, the same for all rows and seeds: seeds say nothing about other text.
-Not here: masking of the combined output, conditional routing (no option of a
-layer), and chrF++, for which models of minutes are too weak.
+the choices. With the curriculum a run learns large languages alone for the
+first half of its steps, from the same texts as in the second. All rows have as
+many steps and equal learning rates. The small languages have a few hundred
+bytes of validation text each, the same for all rows and seeds: seeds say
+nothing about other text. Not here: masking of the combined output, conditional
+routing (no option of a layer), and chrF++, for which models of minutes are too
+weak.
 
 The quick preset ends before small languages are read often enough to be
 overfitted. Planned for the full preset: 8 arms and one start, 5 seeds, 20

@@ -9,13 +9,13 @@ do not split by language. OpenMoE (https://arxiv.org/abs/2402.01739) finds that
 the id of a token decides more than its domain does. These are directions: the
 tables are of examples.
 
-Here: encoder-decoders of bytes with two sparse layers in either half, 8 experts,
-two a token, and slots for twice the choices, on two mixtures: spans cut out of
-four domains of Python's library, and texts of django's interface translated
-into four languages, whose name begins the encoder's text. What a first choice
-says about a label is its information in per cent of the entropy of experts,
-less what shuffled labels have; sources (a domain or a language) are shuffled by
-document. "Punctuation" is the entropy of all choices less that of
+Here: encoder-decoders of bytes with two sparse layers in either half, 8
+experts, two a token, and slots for twice the choices, on two mixtures: spans
+cut out of four domains of Python's library, and texts of django's interface
+translated into four languages, whose name begins the encoder's text. What a
+first choice says about a label is its information in per cent of the entropy of
+experts, less what shuffled labels have; sources (a domain or a language) are
+shuffled by document. "Punctuation" is the entropy of all choices less that of
 punctuation's. A byte is not a word: its id says less than a word's does, and
 kinds of words cannot be told. All is read from records of routing on validation
 batches, at the end and at two checkpoints: before training and after a fifth.
