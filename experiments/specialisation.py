@@ -236,7 +236,7 @@ STUDY = Study(
   claims=claims(),
   figure=Figure(
     [TOKEN, KIND, PLACE, SOURCE, MARKS],
-    without=['*, at *', '*, learned in *'],
+    without=['*, at *', '*, learned in *', '*coder [0-9]'],
   ),
   runner=TrainingRunner(specialised.measure),
   remarks='Rows of a half are means over its two layers. Losses of the two '
