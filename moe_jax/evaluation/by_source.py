@@ -19,7 +19,7 @@ from moe_jax.evaluation.choice import log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
 from moe_jax.evaluation.prompts import Asked, Asker, AskingEvaluation
 from moe_jax.evaluation.scores import make_scores
-from moe_jax.options import at_least, option
+from moe_jax.options import at_least, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   BatchesEvaluation,
@@ -33,7 +33,14 @@ Questions = dict[str, list[Question]]
 
 @dataclasses.dataclass(frozen=True)
 class SourceLosses(BatchesEvaluation):
-  """The kind 'source_losses': the validation loss of each source by itself."""
+  """The kind 'source_losses': the loss of each source by itself."""
+
+  split: str = option(
+    'validation',
+    "Split of each source whose loss is measured: 'validation', or 'train' for "
+    'how far each is overfitted.',
+    one_of(*data.SPLITS),
+  )
 
   def measure(self, setting: Setting) -> Callable[[Variables, int], Row]:
     """Returns the function that measures the losses.
@@ -49,7 +56,7 @@ class SourceLosses(BatchesEvaluation):
       )
     losses = {
       name: Losses.of(
-        dataclasses.replace(setting, dataset=part), self.num_batches
+        dataclasses.replace(setting, dataset=part), self.num_batches, self.split
       )
       for name, part in parts.items()
     }

@@ -27,7 +27,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.store import Digest
-from moe_jax.options import option, unknown
+from moe_jax.options import at_least, option, unknown
 
 # Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
 MODULES = tuple(
@@ -77,6 +77,12 @@ class PythonStdlibSource(SourceOptions):
     'Names of the top-level modules and packages of the standard library that '
     "are read, separated by commas: 'json,email'; '' is all of the corpus.",
   )
+  train_bytes: int = option(
+    0,
+    'Number of bytes of the training split that are read, its first ones in '
+    'the order of the prepared corpus; the last text is cut. 0 reads all.',
+    at_least(0),
+  )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
     """A document for each file; about one file in 20 is for validation.
@@ -96,10 +102,16 @@ class PythonStdlibSource(SourceOptions):
       )
     digest = content_digest(files)
     read = reader(PythonStdlib, modules, digest, selection, ['text'])
+    part = f', {self.train_bytes} bytes' * bool(self.train_bytes)
+
+    def documents(split):
+      texts = (text for (text,) in read(split))
+      return texts if split != 'train' else first_bytes(texts, self.train_bytes)
+
     return Texts(
-      f'{label} of Python {platform.python_version()}',
-      f'{digest} texts {selection.splits}',
-      lambda split: (text for (text,) in read(split)),
+      f'{label} of Python {platform.python_version()}{part}',
+      f'{digest} texts {selection.splits}{part}',
+      documents,
     )
 
 
@@ -212,6 +224,20 @@ def source_files(
       yield name, path.read_bytes().decode()
     except UnicodeDecodeError:
       continue
+
+
+def first_bytes(texts: Iterable[str], number: int) -> Iterator[str]:
+  """The first texts, of so many bytes in UTF-8; 0 takes all.
+
+  The last text is cut; where the cut is within a character, it is left out.
+  """
+  left = number
+  for text in texts:
+    content = text.encode()
+    yield content[:left].decode(errors='ignore') if number else text
+    left -= len(content)
+    if number and left <= 0:
+      return
 
 
 def split_of(name: str) -> str:

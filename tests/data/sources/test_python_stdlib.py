@@ -89,6 +89,21 @@ def test_a_part_of_the_standard_library():
   assert 'tensorflow' not in sys.modules
 
 
+def test_only_the_first_bytes_are_trained_on():
+  whole = PythonStdlibSource('email,json').texts()
+  part = PythonStdlibSource('email,json', train_bytes=70000).texts()
+  read, every = (''.join(texts(s, 'train')) for s in (part, whole))
+  assert len(read.encode()) == 70000 and every.startswith(read)
+  assert texts(part, 'validation') == texts(whole, 'validation')
+  assert part.identity != whole.identity
+
+
+def test_a_cut_within_a_character_leaves_it_out():
+  assert [*python_stdlib.first_bytes(['ab', 'cé', 'd'], 4)] == ['ab', 'c']
+  assert [*python_stdlib.first_bytes(['ab', 'cé', 'd'], 5)] == ['ab', 'cé']
+  assert [*python_stdlib.first_bytes(['ab', 'cé'], 0)] == ['ab', 'cé']
+
+
 def test_too_few_modules_for_two_splits_are_refused():
   with pytest.raises(ValueError, match=r"python_stdlib:keyword .*\['valid"):
     PythonStdlibSource('keyword').texts()

@@ -1,0 +1,325 @@
+"""Dense or sparse: which wins at equal parameters, FLOPs, memory, time, tokens?
+
+    python -m experiments.dense_or_sparse --preset=quick
+
+The question of a hundred blog posts, which no single table answers, since every
+table holds something else equal, and since repeated text is often counted as if
+it were new.
+
+Here: byte-level decoders of two layers. The sparse one has 4 experts, of which
+a token has one, and drops nothing. Its dense twin has its FLOPs, and a wide
+dense model its parameters, so that weights, gradients and both moments of the
+optimizer take equal memory. Activations do not: at this size they are most of
+the memory, and the wide model keeps the most (counted, see the columns). The
+wide model also stands at as many FLOPs and at as much time as the sparse one,
+and the twin at as much time: losses of runs of other lengths, each annealed by
+itself, are interpolated by the logarithm of the length. Times are those of a
+step on this machine, measured.
+
+Runs read distinct bytes once, or an eighth or a half of them 8 or 2 times.
+Amounts are scaled to minutes on two cores, 0.06 to 1.0 MB in the full preset,
+far from the 0.5 to 20 MB that the question is about; models are as small, so
+that there are 0.5 to 8 bytes for each active parameter. All are evaluated on
+the same validation text.
+
+The quick preset has too little text for any claim. Planned for the full preset:
+17 arms, 5 seeds, 20 minutes on two idle cores. The claims were written before
+any run.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import ml_collections
+import numpy as np
+
+from experiments.study import byte_models, command, counted, finetuned
+from experiments.study.parts import (
+  POSITIVE,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.study import Study
+from experiments.study.tasks import Task
+from moe_jax.analysis import counts, memory, training_cost
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+SPARSE, TWIN, WIDE = 'sparse', 'dense of equal FLOPs', 'wide dense'
+HIDDEN, EXPERTS = 256, 4
+MODELS = {
+  SPARSE: {},
+  TWIN: {'model.moe.num_experts': 0},
+  WIDE: {'model.moe.num_experts': 0, 'model.ffn.hidden': HIDDEN * EXPERTS},
+}
+# Distinct text as a share of what a run of the preset's steps reads, and the
+# number of times that it is read.
+TEXTS = ((1 / 8, 1), (1 / 8, 8), (1 / 2, 2), (1, 1), (2, 1))
+# Lengths of the runs that are interpolated, by model; the last amount is read.
+LENGTHS = {WIDE: (1 / 4, 1 / 2)}
+TOKENS = 1024  # bytes of a step
+GAIN = 'sparse minus dense of equal FLOPs'
+FLOPS, TIME = 'of equal FLOPs', 'in equal time'
+TRAINED = 'trained'
+
+
+def config(steps: int) -> ml_collections.ConfigDict:
+  """The config of the sparse model, which reads every byte once."""
+  config = byte_models.decoder(
+    steps, hidden=HIDDEN, num_layers=2, num_experts=EXPERTS
+  )
+  config.batch_size = TOKENS // config.data.seq_len
+  byte_models.drop_nothing(config.model.moe)
+  config.evals[TRAINED] = byte_models.evaluation(split='train')
+  return config
+
+
+def of_text(model: str, share: float, epochs: int) -> str:
+  """Name of the arm of a model that reads a share of the text some times."""
+  return f'{model}, text x {share:g}, {epochs} epoch{"s" * (epochs > 1)}'
+
+
+def of_length(model: str, length: float) -> str:
+  """Name of the arm of a model that trains for another length, on new text."""
+  return f'{model}, {length:g} x the steps'
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Each model on each text, and other lengths of the dense ones."""
+  made = []
+  for model, changes in MODELS.items():
+    runs = [(of_text(model, *text), *text) for text in TEXTS]
+    runs += [(of_length(model, x), x, 1) for x in LENGTHS.get(model, ())]
+    for name, share, epochs in runs:
+      own = {
+        'data.source.python_stdlib.train_bytes': round(
+          preset.steps * TOKENS * share
+        ),
+        'total_steps': max(round(preset.steps * share * epochs), 2),
+      }
+      made.append(Arm(name, {**changes, **own}))
+  return made
+
+
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """Counts the cost of a run and the text that it has read.
+
+  Returns:
+    Numbers by name: cost/params; cost/flops of training for a token;
+    cost/memory in bytes of weights, gradients and optimizer; cost/activations
+    in bytes for a batch;
+    data/distinct in bytes; data/epochs.
+  """
+  del state
+  options, model = run.options, run.model
+  B, T = options.batch_size, options.data.seq_len
+  counted_cost = counts.count(model, T)
+  trained = training_cost.training_cost(options, model)
+  held = trained.optimizer_bytes + trained.gradient_bytes
+  held += memory.weight_bytes(model, 'float32')
+  rows = len(run.dataset.splits['train'])
+  return {
+    'cost/params': counted_cost.total_params,
+    'cost/flops': counted_cost.training_flops,
+    'cost/memory': held,
+    'cost/activations': sum(memory.activations(model, B, T)),
+    'data/distinct': rows * T,
+    'data/epochs': options.total_steps * B / rows,
+  }
+
+
+DISTINCT, GAP = 'distinct text', finetuned.GAP.name
+COLUMNS = [
+  byte_models.LOSS,
+  Column(
+    finetuned.TRAINED_LOSS.name,
+    f'eval/{TRAINED}/loss',
+    'nats/byte',
+    bounds=POSITIVE,
+  ),
+  Column(GAP, unit='nats/byte'),
+  Column(DISTINCT, 'data/distinct', 'MB', 2, lambda x: x / 1e6),
+  Column('epochs', 'data/epochs', digits=1),
+  Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
+  Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
+  Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
+  Column('of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6),
+]
+TIMED = [of_text(model, 1, 1) for model in MODELS]
+
+
+@functools.cache
+def wide_flops() -> float:
+  """The FLOPs of the wide dense model over those of the sparse one."""
+  wide, sparse = (
+    counted.training_flops(config(8), MODELS[model]) for model in (WIDE, SPARSE)
+  )
+  return wide / sparse
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The arms that were run, gains by text, and rows at equal cost.
+
+  A row at equal FLOPs or in equal time has the loss that a dense model would
+  have after fewer or more steps than the sparse one, on new text.
+  """
+  made = {}
+  for arm in arms(Preset(8, 1)):
+    if arm.name in results:
+      row = STUDY.row_of(arm, results)
+      made[arm.name] = finetuned.with_gap(row)
+  for model in MODELS:
+    for text in TEXTS:
+      if (name := of_text(model, *text)) in made:
+        once = 'read once' if text[1] == 1 else 'read again up to 1 x'
+        x = float(np.mean(made[name].values[DISTINCT]))
+        made[name] = Row(name, made[name].values, f'{model}, {once}', x)
+  for text in TEXTS:
+    pair = [made.get(of_text(model, *text)) for model in (SPARSE, TWIN)]
+    if all(pair):
+      name = of_text(GAIN, *text)
+      gain = finetuned.minus(name, *pair)
+      losses = {c: gain.values[c] for c in (byte_models.LOSS.name, GAP)}
+      made[name] = Row(name, losses)
+  ratio = {m: times[of_text(m, 1, 1)] for m in MODELS if times}
+  made |= {
+    name: Row(name, {byte_models.LOSS.name: _losses_at(made, model, length)})
+    for name, model, length in (
+      (f'{WIDE} {FLOPS}', WIDE, 1 / wide_flops()),
+      *((f'{m} {TIME}', m, ratio[SPARSE] / ratio[m]) for m in ratio),
+    )
+    if model != SPARSE
+  }
+  return list(made.values())
+
+
+def _losses_at(
+  made: Mapping[str, Row], model: str, length: float
+) -> list[float]:
+  """A model's losses at a length of training on new text, by seed."""
+  names = {share: of_text(model, share, 1) for share, n in TEXTS if n == 1}
+  names |= {x: of_length(model, x) for x in LENGTHS.get(model, ())}
+  known = {x: made[name] for x, name in sorted(names.items()) if name in made}
+  losses = [row.values[byte_models.LOSS.name] for row in known.values()]
+  logs = np.log([*known])
+  return [
+    float(np.interp(np.log(length), logs, own))
+    for own in zip(*losses, strict=True)
+  ]
+
+
+def compared(column: str, row: str, sign: str, than: str | float) -> str:
+  """The comparison of a claim."""
+  return f'{column}: {row} {sign} {than}'
+
+
+def claims() -> list[Claim]:
+  """Directions that plain reasoning predicts; no number was published."""
+  new, few, again = (1, 1), (1 / 8, 1), (1 / 8, 8)
+  sparse = of_text(SPARSE, *new)
+  loss = functools.partial(compared, 'loss')
+  return [
+    Claim(
+      'at equal FLOPs and tokens sparse wins',
+      loss(sparse, '<', of_text(TWIN, *new)),
+    ),
+    Claim(
+      'at equal parameters, memory of their state and tokens dense wins',
+      loss(sparse, '>', of_text(WIDE, *new)),
+      note='It costs more FLOPs and time.',
+    ),
+    Claim(
+      'at equal parameters and FLOPs sparse wins',
+      loss(sparse, '<', f'{WIDE} {FLOPS}'),
+      note='The dense model reads fewer tokens.',
+    ),
+    Claim(
+      'at equal parameters, memory of their state and time sparse wins',
+      loss(sparse, '<', f'{WIDE} {TIME}'),
+    ),
+    Claim(
+      'in equal time sparse wins against the twin',
+      loss(sparse, '<', f'{TWIN} {TIME}'),
+      note='The twin reads more tokens.',
+    ),
+    Claim(
+      'sparse gains more from more distinct text than the twin does',
+      loss(of_text(GAIN, *new), '<', of_text(GAIN, *few)),
+    ),
+    Claim(
+      'of eight epochs of an eighth sparse gains less than of new text',
+      loss(of_text(GAIN, *again), '>', of_text(GAIN, *new)),
+    ),
+    *(
+      Claim(
+        f'repeated bytes are worth less than new ones, {model}',
+        loss(of_text(model, *again), '>', of_text(model, *new)),
+      )
+      for model in (SPARSE, TWIN)
+    ),
+    Claim(
+      'yet they are worth something: eight epochs are better than one',
+      loss(of_text(SPARSE, *again), '<', of_text(SPARSE, *few)),
+    ),
+    Claim(
+      'after eight epochs sparse overfits more than its twin',
+      compared(GAP, of_text(GAIN, *again), '>', 0),
+    ),
+    Claim(
+      'two epochs of half of the text are as good as one of all, sparse',
+      loss(of_text(SPARSE, 1 / 2, 2), '=', f'{sparse} within 0.03'),
+      note='That a few epochs are worth nearly as much as new text is said of '
+      'large dense models. The bound is ours: what five paired seeds tell.',
+    ),
+  ]
+
+
+STUDY = Study(
+  name='dense_or_sparse',
+  title='Dense or sparse, by what is held equal and how much text there is',
+  source='a question of many blog posts',
+  config=config,
+  arms=arms,
+  rows=rows,
+  presets={
+    'quick': Preset(
+      150,
+      3,
+      without=['*, text x 2, *', '*, text x 0.5, *'],
+      underpowered='an eighth of the text is 20 kB, and no run is past 150 '
+      'steps',
+    ),
+    'full': Preset(500, 5),
+  },
+  columns=COLUMNS,
+  claims=claims(),
+  figure=Figure(
+    ['loss', GAP],
+    'distinct text, MB',
+    log_x=True,
+    without=[f'{GAIN}*', *(of_length(WIDE, x) for x in LENGTHS[WIDE])],
+  ),
+  runner=TrainingRunner(measure),
+  timed=TIMED,
+  remarks='"Text x 1" is as much text as a run of the usual number of steps '
+  'reads. Text that is read again is read up to that amount. The gap is the '
+  'loss of the validation split less that of the text that was trained on. '
+  'Memory is counted; the state is weights, gradients and moments.',
+  tasks={
+    'text': Task(
+      {'data.source.kind': 'python_stdlib'},
+      'the first bytes of the Python standard library',
+    )
+  },
+  written='2026-11-29',
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)

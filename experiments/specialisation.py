@@ -1,0 +1,257 @@
+"""What experts learn: ids, kinds of characters, domains, languages, positions.
+
+    python -m experiments.specialisation --preset=quick
+
+ST-MoE (https://arxiv.org/abs/2202.08906), Tables 13 and 15: experts of an
+encoder specialise in kinds of tokens, such as punctuation, verbs and numbers,
+those of the decoder in nothing that was found, and experts of several languages
+do not split by language. OpenMoE (https://arxiv.org/abs/2402.01739) finds that
+the id of a token decides more than its domain does. These are directions: the
+tables are of examples.
+
+Here: encoder-decoders of bytes with two sparse layers in either half, 8
+experts, two a token, and slots for twice the choices, on two mixtures: spans
+cut out of four domains of Python's library, and texts of django's interface
+translated into four languages, whose name begins the encoder's text. What a
+first choice says about a label is its information in per cent of the entropy of
+experts, less what shuffled labels have; sources (a domain or a language) are
+shuffled by document. "Punctuation" is the entropy of all choices less that of
+punctuation's. A byte is not a word: its id says less than a word's does, and
+kinds of words cannot be told. All is read from records of routing on validation
+batches, at the end and at two checkpoints: before training and after a fifth.
+
+Planned for the full preset: 5 arms, 5 seeds, 20 minutes on two idle cores. The
+claims were written before any run.
+"""
+
+from collections.abc import Mapping
+
+import ml_collections
+
+from experiments.study import (
+  byte_models,
+  command,
+  domains,
+  finetuned,
+  specialised,
+)
+from experiments.study.parts import (
+  ANY,
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.runner import TrainingRunner
+from experiments.study.specialised import EARLY, HALVES, place
+from experiments.study.study import Study
+from experiments.study.tasks import Task
+from experiments.study.validation_routing import row_at
+
+DOMAINS, LANGUAGES = 'domains', 'languages'
+FREE, RANDOM = 'no balance loss', 'random experts'
+LAYERS = 2
+# Rows of what is learned in two parts of the run.
+FIFTH, REST = (
+  f'{DOMAINS}, encoder, learned in {part}'
+  for part in ('the first fifth', 'the rest')
+)
+CODES = ('de', 'es', 'fr', 'ru')
+# Sources of the mixtures as text, which arms can exchange.
+LINES = {
+  DOMAINS: ', '.join(
+    f"{name}:python_stdlib('{modules}')*1"
+    for name, modules in domains.DOMAINS.items()
+  ),
+  LANGUAGES: ', '.join(f'{code}:django_gettext({code})*1' for code in CODES),
+}
+
+
+def config(steps: int) -> ml_collections.ConfigDict:
+  """The config of the arms on domains; its mixture is written as text."""
+  config = byte_models.decoder(steps, num_layers=LAYERS, num_selected=2)
+  config.batch_size = 16
+  config.data.task.kind = 'span_corruption'
+  config.data.seq_len, config.data.target_len = 128, 32
+  config.data.mixture.lines = LINES[DOMAINS]
+  config.data.mixture.rule = 'given'
+  m = config.model
+  m.kind = 'encoder_decoder'
+  m.positions.kind = 'relative'
+  m.moe.expert.hidden = 128
+  m.moe.layer_reduce = 'mean'
+  m.moe.router.token_choice.gates = 'renormalized'
+  m.moe.capacity.per_assignment.factor = 2.0
+  config.checkpoint.every_steps = max(steps // 5, 1)
+  config.checkpoint.keep_newest = 5
+  return config
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Both mixtures with and without a balance loss, and one control."""
+  del preset
+  translated = {
+    'data.mixture.lines': LINES[LANGUAGES],
+    'data.task.kind': 'seq2seq',
+    'data.seq_len': 64,
+    'data.target_len': 64,
+  }
+  free = {'model.moe.router.token_choice.balance_weight': 0.0}
+  return [
+    Arm(DOMAINS, {}),
+    Arm(f'{DOMAINS}, {FREE}', free),
+    Arm(f'{DOMAINS}, {RANDOM}', {'model.moe.router.kind': 'random'}),
+    Arm(LANGUAGES, translated),
+    Arm(f'{LANGUAGES}, {FREE}', {**translated, **free}),
+  ]
+
+
+TOKEN, KIND, PLACE = 'token id', 'kind of character', 'position'
+SOURCE, MARKS = 'domain or language', 'punctuation'
+LESS = f'token id less {SOURCE}'
+MEASURED = {
+  TOKEN: 'token',
+  KIND: 'kind',
+  PLACE: 'position',
+  SOURCE: 'source',
+  LESS: 'token_less_source',
+}
+COLUMNS = [
+  byte_models.TOKEN_LOSS,
+  *(
+    Column(name, f'routing/*/{key}', '%', 1, lambda x: 100 * x, bounds=ANY)
+    for name, key in MEASURED.items()
+  ),
+  Column(MARKS, 'routing/*/punctuation', 'nats', 2),
+]
+
+
+def row(
+  arm: str, half: str, layer: int | str = '*', share: int | None = None
+) -> str:
+  """Name of the row of a half, one of its layers, or a share of the run."""
+  name = f'{arm}, {half}' + (f' {layer}' if layer != '*' else '')
+  return name + (f', at {share} %' if share is not None else '')
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """Halves of each arm, and layers and early checkpoints of the usual ones."""
+  del times
+  places = [(arm, half, '*', None) for arm in results for half in HALVES]
+  for arm in (DOMAINS, LANGUAGES):
+    for half in HALVES:
+      places += [(arm, half, i + 1, None) for i in range(LAYERS)]
+      places += [(arm, half, '*', share) for share in EARLY]
+  made = {
+    (name := row(*at)): row_at(
+      name,
+      results[at[0]],
+      # The loss is that of the whole model at its end.
+      COLUMNS[at[2:] != ('*', None) :],
+      place(*at[1:]),
+    )
+    for at in places
+  }
+  ends = made[row(DOMAINS, 'encoder')]
+  none, fifth = (made[row(DOMAINS, 'encoder', '*', share)] for share in EARLY)
+  learned = (
+    finetuned.minus(FIFTH, fifth, none),
+    finetuned.minus(REST, ends, fifth),
+  )
+  return [*made.values(), *learned]
+
+
+def claims() -> list[Claim]:
+  """Directions of both papers, and claims on the control."""
+  encoder, decoder = (row(DOMAINS, half) for half in HALVES)
+  theirs = 'The paper has examples of tokens, no measure.'
+  return [
+    *(
+      Claim(
+        f'the id of a token decides more than its {label}, {half}',
+        f'{LESS}: {row(arm, half)} > 0',
+      )
+      for arm, label in ((DOMAINS, 'domain'), (LANGUAGES, 'language'))
+      for half in HALVES
+    ),
+    Claim(
+      'choices follow token ids more in the encoder than in the decoder',
+      f'{TOKEN}: {encoder} > {decoder}',
+      note=theirs,
+    ),
+    Claim(
+      'choices follow kinds of characters more in the encoder',
+      f'{KIND}: {encoder} > {decoder}',
+      note=theirs,
+    ),
+    Claim(
+      'punctuation goes to fewer experts than all tokens do, encoder',
+      f'{MARKS}: {encoder} > 0',
+      note=theirs,
+    ),
+    Claim(
+      'token ids decide less in the last layer of the encoder than in the '
+      'first',
+      f'{TOKEN}: {row(DOMAINS, "encoder", LAYERS)} < '
+      f'{row(DOMAINS, "encoder", 1)}',
+      note='Later layers see more of the context.',
+    ),
+    Claim(
+      'what the encoder says about domains is learned',
+      f'{SOURCE}: {encoder} > {row(DOMAINS, "encoder", "*", 0)}',
+    ),
+    Claim(
+      'a balance loss holds experts back from domains, encoder',
+      f'{SOURCE}: {encoder} < {row(f"{DOMAINS}, {FREE}", "encoder")}',
+    ),
+    Claim(
+      'what choices say about ids is learned early, encoder',
+      f'{TOKEN}: {FIFTH} > {REST}',
+      note='More in the first fifth of the run than in all the rest.',
+    ),
+    *(
+      Claim(
+        f'control: random experts say nothing about the {column}',
+        f'{column}: {row(f"{DOMAINS}, {RANDOM}", "encoder")} = 0 within 0.5',
+        note='Shuffled labels are taken off; the bound is that of '
+        '`openmoe_routing`.',
+      )
+      for column in (TOKEN, SOURCE)
+    ),
+  ]
+
+
+STUDY = Study(
+  name='specialisation',
+  title='What experts specialise in',
+  source='ST-MoE, Tables 13 and 15, and OpenMoE (directions alone)',
+  config=config,
+  arms=arms,
+  rows=rows,
+  presets={'quick': Preset(150, 3), 'full': Preset(450, 5)},
+  columns=COLUMNS,
+  claims=claims(),
+  figure=Figure(
+    [TOKEN, KIND, PLACE, SOURCE, MARKS],
+    without=['*, at *', '*, learned in *', '*coder [0-9]'],
+  ),
+  runner=TrainingRunner(specialised.measure),
+  remarks='Rows of a half are means over its two layers. Losses of the two '
+  'mixtures are of different tasks. Random experts are drawn anew for each '
+  'batch. Rows at 0 % are of the parameters before training.',
+  tasks={
+    'mixtures': Task(
+      {},
+      "four parts of the Python standard library, and django's interface in "
+      'four languages, bytes',
+    )
+  },
+  written='2026-11-29',
+)
+get_config, get_items = STUDY.get_config, STUDY.get_items
+
+if __name__ == '__main__':
+  command.main(STUDY)

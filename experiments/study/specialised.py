@@ -1,0 +1,128 @@
+"""What the first choices of an encoder and a decoder say about tokens.
+
+Measurements of one trained run, by half, by layer and over training, for the
+study `specialisation`. Not here: what any trace of choices says
+(`moe_jax.analysis.route_findings`).
+"""
+
+import string
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.study import byte_models, validation_routing
+from moe_jax.analysis import route_sums
+from moe_jax.analysis.route_findings import (
+  POSITION,
+  SOURCE,
+  TOKEN,
+  specialisation,
+  token_entropy,
+)
+from moe_jax.analysis.route_measures import entropy, information
+from moe_jax.analysis.route_sums import LayerSums
+from moe_jax.analysis.trace_hook import header_of
+from moe_jax.analysis.trace_records import Header, Record
+from moe_jax.shapes import Int
+from moe_jax.training.setup import Run
+from moe_jax.training.step import TrainState
+
+# The halves of a model, and the names of their sequences in records.
+HALVES = {'encoder': 'encoder', 'decoder': ''}
+# Checkpoints that are measured besides the last, in % of the run.
+EARLY = (0, 20)
+PUNCTUATION = tuple(string.punctuation.encode())
+# Bytes by the kind of character; all other ids are a kind of their own.
+KINDS = (
+  tuple(string.ascii_letters.encode()),
+  tuple(string.digits.encode()),
+  tuple(string.whitespace.encode()),
+  PUNCTUATION,
+  tuple(range(128, 256)),
+)
+# Number of batches of each source, at the end and at earlier checkpoints.
+_BATCHES, _EARLY_BATCHES = 10, 4
+
+
+def place(half: str, layer: int | str = '*', share: int | None = None) -> str:
+  """The place of a measurement: a half, its layers from 1, a share of the run.
+
+  Args:
+    half: One of `HALVES`.
+    layer: Number of the layer in its half; '*' stands for all.
+    share: Share of the run in %; None is its end.
+  """
+  before = '' if share is None else f'at_{share}/'
+  return f'{before}{half}_{layer}'
+
+
+def measure(run: Run, state: TrainState) -> dict[str, float]:
+  """Measures a run at its end, and at early checkpoints.
+
+  Returns:
+    Numbers by name, `routing/<place>/<what>`; see `place` and `said`.
+  """
+  model = validation_routing.evaluated_model(run, byte_models.EVAL)
+  header, last = header_of(run), int(state.step)
+  states = dict(validation_routing.states(run, state))
+  chosen = {
+    share: min(states, key=lambda step: abs(100 * step / last - share))
+    for share in EARLY
+  }
+  numbers = {}
+  for share, step in {**chosen, None: last}.items():
+    batches = _BATCHES if share is None else _EARLY_BATCHES
+    records = validation_routing.records(
+      model,
+      states[step],
+      validation_routing.batches(run, batches),
+      step=step,
+      seed=run.options.seed,
+    )
+    found = said(header, [*records])
+    for half, name in HALVES.items():
+      here = [i for i, x in header.layers.items() if x.sequence == name]
+      for number, layer in enumerate(here, start=1):
+        where = f'routing/{place(half, number, share)}'
+        numbers |= {f'{where}/{k}': v for k, v in found[layer].items()}
+  return numbers
+
+
+def said(
+  header: Header, records: Sequence[Record]
+) -> dict[int, dict[str, float]]:
+  """What first choices say about tokens, by layer.
+
+  Returns:
+    For each layer, by name:
+    - token, kind, position, source: information of the expert about the id of
+      the token, the kind of character, the place in the document, and the
+      source of the text, as a share of the entropy of experts, less that of
+      shuffled labels; token_less_source is a difference of them.
+    - punctuation: entropy of the choices of all tokens less that of punctuation
+      in nats; above 0 if punctuation goes to fewer experts.
+  """
+  sums = route_sums.collect(header, records)
+  labels = {'token': TOKEN, 'position': POSITION, 'source': SOURCE}
+  by_label = specialisation(sums)
+  found = {}
+  for number, layer in sums.layers.items():
+    own = {
+      name: by_label[label][number].fraction
+      for name, label in labels.items()
+      if number in by_label.get(label, ())
+    }
+    kinds = information(by_kind(layer), np.random.default_rng(number))
+    marks = token_entropy(layer, [*PUNCTUATION])
+    own |= {'kind': kinds.fraction, 'punctuation': entropy(layer.first) - marks}
+    if 'source' in own:
+      own['token_less_source'] = own['token'] - own['source']
+    found[number] = own
+  return found
+
+
+def by_kind(layer: LayerSums) -> Int[np.ndarray, 'kinds E']:
+  """First choices by the kind of character; the last row is of other ids."""
+  of_kinds = [layer.tokens[[*ids]].sum(0) for ids in KINDS]
+  rest = layer.tokens.sum(0) - sum(of_kinds)
+  return np.stack([*of_kinds, rest]).astype(np.int64)

@@ -1,0 +1,251 @@
+"""Sparse upcycling against training on, and from scratch, at equal cost.
+
+    python -m experiments.upcycling_figures --preset=quick
+
+Sparse upcycling (https://arxiv.org/abs/2212.05055): each expert begins as a
+copy of a trained dense feed-forward. After some more training the upcycled one
+is ahead of the dense model trained on at equal cost, and a sparse model from
+scratch has to train for longer to catch up. No number of the paper was checked,
+so that these are directions.
+
+Here: a byte-level decoder of two layers is trained at a constant rate, which is
+the sunk cost. It then goes on, on other text and at a rate that falls to 0
+over the second half: dense with its optimizer; upcycled with a new one, the
+second layer of 8 experts, two a token, whose gates sum to one; or sparse from
+scratch. An extra cost of 50 % of the sunk one means half of its steps for
+sparse models. Two experts of full size cost more than one dense layer, and no
+token is dropped: dense models, and those with other layers, train for as many
+steps as cost the same FLOPs, counted. Seconds are not compared.
+
+At an extra cost of 50 % the number of experts, the layers, the first scale of
+routers and noise on copied experts vary. Untrained rows take a step at a rate
+of 0. Not here: experts that choose tokens, as in the paper's encoder, which
+leak in a decoder; combined weights of its vision models.
+
+The quick preset's effects are smaller than three seeds resolve. Planned for the
+full preset: 14 arms and their start, 5 seeds, 20 minutes on two idle cores. The
+claims were written before any run.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from experiments.study import byte_models, command, counted, finetuned
+from experiments.study.jobs import layered
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Figure,
+  Preset,
+  Results,
+  Row,
+)
+from experiments.study.starts import Start
+from experiments.study.study import Study
+from experiments.study.tasks import Task
+from moe_jax.run_config import RunConfig
+
+SUNK = 'dense, sunk cost'
+DENSE, UPCYCLED, SCRATCH = 'dense, trained on', 'upcycled', 'from scratch'
+# Extra costs, in % of the sunk cost, and that of the variants.
+EXTRA, USUAL = (50, 100), 50
+OVER_DENSE, OVER_SCRATCH = 'gain over dense', 'gain over scratch'
+_MOE, _TOTAL = 'model.moe', 'total_steps'
+_DENSE = {f'{_MOE}.num_experts': 0, f'{_MOE}.num_selected': 1}
+FEW, MANY = '4 experts', '32 experts'
+FIRST, EVERY = 'first layer instead', 'every layer'
+SMALL_ROUTER, NOISE = 'routers of std 0.02', 'noise of 10 % on experts'
+VARIANTS = {
+  FEW: {f'{_MOE}.num_experts': 4},
+  MANY: {f'{_MOE}.num_experts': 32},
+  FIRST: {f'{_MOE}.layers': '0'},
+  EVERY: {f'{_MOE}.layers': 'all'},
+  SMALL_ROUTER: {'init_from.router_std': 0.02},
+  NOISE: {'init_from.expert_noise': 0.1},
+}
+# Gates of the rows that are not trained.
+GATES = {'renormalized': 'gates sum to one', 'raw': 'raw gates'}
+SAME, EXACT = 0.02, 0.001
+
+
+def config(steps: int) -> ml_collections.ConfigDict:
+  """The config of a sparse model that is trained for so many steps."""
+  config = byte_models.decoder(steps, num_layers=2, num_selected=2)
+  config.batch_size = 16
+  moe = config.model.moe
+  moe.layers = 'every 2'
+  moe.router.token_choice.gates = 'renormalized'
+  byte_models.drop_nothing(moe)
+  falling = {
+    'optimizer.schedule.kind': 'trapezoid',
+    'optimizer.schedule.decay_fraction': 0.5,
+    'optimizer.schedule.warmup_steps': max(steps // 10, 1),
+  }
+  return layered(RunConfig, config, falling)
+
+
+def starts(preset: Preset) -> list[Start]:
+  """The dense model, at a rate that does not fall, on the other text."""
+  rate = {'optimizer.schedule.decay_fraction': 0.0}
+  other = {'data.train_split': 'train[:50%]'}
+  longer = {_TOTAL: preset.start_steps, 'checkpoint.keep_best': False}
+  changes = {**_DENSE, **rate, **other, **longer}
+  return [Start(SUNK, functools.partial(_sunk, changes=changes))]
+
+
+def _sunk(
+  shared: ml_collections.ConfigDict, changes: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  return layered(RunConfig, shared, changes)
+
+
+def at(model: str, extra: int = USUAL) -> str:
+  """Name of the arm of a model after an extra cost in % of the sunk one."""
+  return f'{model}, {extra} % extra'
+
+
+def variant(name: str) -> str:
+  """Name of the arm of an upcycled model that differs from the usual one."""
+  return f'{UPCYCLED}, {name}'
+
+
+def untrained(gates: str) -> str:
+  """Name of the arm of an upcycled model before any training."""
+  return f'{UPCYCLED}, untrained, {GATES[gates]}'
+
+
+@functools.cache
+def _cheaper(name: str) -> float:
+  """The cost of the usual sparse step over that of a dense or other one."""
+  changes = _DENSE if name == DENSE else VARIANTS[name]
+  changes = {k: v for k, v in changes.items() if k.startswith(_MOE)}
+  usual, own = (counted.training_flops(config(1), c) for c in ({}, changes))
+  return usual / own
+
+
+def arms(preset: Preset) -> list[Arm]:
+  """Each model at each cost, the variants, and models before training."""
+  full = preset.start_steps
+  made = []
+  for model, changes in ((DENSE, _DENSE), (UPCYCLED, {}), (SCRATCH, {})):
+    for extra in EXTRA:
+      steps = full * extra / 100 * (_cheaper(DENSE) if model == DENSE else 1)
+      own = {**changes, _TOTAL: max(round(steps), 2)}
+      if model == DENSE:
+        own['init_from.keep_optimizer'] = True
+      start = '' if model == SCRATCH else SUNK
+      made.append(Arm(at(model, extra), own, model, extra, start))
+  for name, changes in VARIANTS.items():
+    steps = max(round(full * USUAL / 100 * _cheaper(name)), 2)
+    made.append(Arm(variant(name), {**changes, _TOTAL: steps}, start=SUNK))
+  for gates in GATES:
+    still = {_TOTAL: 1, 'optimizer.learning_rate': 0.0}
+    router = {f'{_MOE}.router.token_choice.gates': gates}
+    made.append(Arm(untrained(gates), {**router, **still}, start=SUNK))
+  return made
+
+
+def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+  """The start, the arms that were run, and what upcycling gains by cost."""
+  del times
+  ran = [
+    arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
+  ]
+  made = {arm.name: STUDY.row_of(arm, results) for arm in ran}
+  made[SUNK] = STUDY.row_of(Arm(SUNK, {}), results)
+  for gain, other in ((OVER_DENSE, DENSE), (OVER_SCRATCH, SCRATCH)):
+    for extra in EXTRA:
+      name, pair = at(gain, extra), (at(other, extra), at(UPCYCLED, extra))
+      if all(own in made for own in pair):
+        made[name] = finetuned.minus(name, *(made[own] for own in pair))
+  return list(made.values())
+
+
+def better(row: str, than: str, note: str = '', published: str = '') -> Claim:
+  """A claim that one row has a lower loss than another."""
+  cells = [f'upcycling2022/text/{published}/extra_training'] * bool(published)
+  return Claim(
+    f'{row}: better than {than}', f'loss: {row} < {than}', cells, note
+  )
+
+
+def claims() -> list[Claim]:
+  """Directions of the paper, and two exact ones of how gates are scaled."""
+  usual, ends = at(UPCYCLED), (EXTRA[-1], EXTRA[0])
+  return [
+    better(usual, at(DENSE), published='vs continued dense'),
+    better(at(UPCYCLED, 100), at(DENSE, 100)),
+    better(usual, at(SCRATCH)),
+    better(
+      at(UPCYCLED, 100), at(SCRATCH, 100), published='vs sparse from scratch'
+    ),
+    Claim(
+      'what upcycling gains over training on grows with the extra cost',
+      f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
+    ),
+    Claim(
+      'what it gains over a sparse model from scratch shrinks',
+      'loss: {} < {}'.format(*(at(OVER_SCRATCH, x) for x in ends)),
+    ),
+    Claim(
+      'with gates that sum to one the upcycled model begins as the dense one',
+      f'loss: {untrained("renormalized")} = {SUNK} within {EXACT}',
+      note='They are equal but for rounding; the bound is ours.',
+    ),
+    better(untrained('renormalized'), untrained('raw')),
+    better(variant(MANY), variant(FEW), 'More experts have more parameters.'),
+    better(usual, variant(FIRST), 'A guess of ours.'),
+    better(usual, variant(EVERY), 'The paper makes half of the layers sparse.'),
+    *(
+      Claim(
+        f'{name}: no different from the usual way',
+        f'loss: {variant(name)} = {usual} within {SAME}',
+        note='The bound is twice what five paired seeds are expected to tell.',
+      )
+      for name in (SMALL_ROUTER, NOISE)
+    ),
+  ]
+
+
+STUDY = Study(
+  name='upcycling_figures',
+  title='Sparse upcycling against training on, and from scratch',
+  source='Sparse upcycling (directions alone)',
+  config=config,
+  arms=arms,
+  rows=rows,
+  starts=starts,
+  presets={
+    'quick': Preset(
+      75,
+      3,
+      start_steps=150,
+      without=[*map(variant, (FIRST, EVERY, SMALL_ROUTER))],
+      underpowered='after 150 steps hardly anything is sunk into the start',
+    ),
+    'full': Preset(300, 5, start_steps=600),
+  },
+  columns=[byte_models.LOSS],
+  claims=claims(),
+  figure=Figure(
+    ['loss'],
+    'extra cost, % of the sunk one',
+    without=[f'{UPCYCLED}, untrained*', 'gain*'],
+  ),
+  remarks='Extra costs are counted FLOPs. The number of steps of a dense model '
+  'is larger by as much as a sparse step costs more.',
+  tasks={
+    'halves': Task(
+      {'data.train_split': 'train[50%:]'},
+      'Python standard library in two halves, bytes',
+    )
+  },
+  written='2026-11-29',
+)
+get_config = STUDY.get_config
+
+if __name__ == '__main__':
+  command.main(STUDY)

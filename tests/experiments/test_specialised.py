@@ -1,0 +1,52 @@
+"""What first choices say about kinds of characters and about sources."""
+
+import numpy as np
+
+from experiments.study import specialised
+from moe_jax.analysis.trace_records import (
+  Header,
+  LayerChoices,
+  LayerInfo,
+  Record,
+)
+
+
+def test_choices_that_follow_the_kind_of_character():
+  # Letters go to expert 0, commas and digits to 1, other ids to 2, in rows of
+  # two sources that have as much of each.
+  rng = np.random.default_rng(0)
+  letters = np.frombuffer(b'abcxyz', np.uint8).astype(np.int32)
+  tokens = rng.choice([*letters, ord(','), ord('7'), 300], (40, 50))
+  expert = np.where(
+    tokens == 300, 2, (tokens == ord(',')) | (tokens == ord('7'))
+  )
+  expert = expert.astype(np.int32)[..., None]
+  kept = np.ones(expert.shape, bool)
+  rows = np.ones(tokens.shape, np.int32)
+  record = Record(
+    'validation',
+    0,
+    0,
+    tokens=tokens.astype(np.int32),
+    positions=np.cumsum(rows, 1) - 1,
+    documents=rows,
+    sources=np.arange(40, dtype=np.int32)[:, None] % 2 * rows,
+    layers={1: LayerChoices(expert, kept / 2, kept)},
+  )
+  header = Header({1: LayerInfo(3, 1)}, vocab_size=301, sources=('a', 'b'))
+  found = specialised.said(header, [record])[1]
+  np.testing.assert_allclose([found['kind'], found['token']], 1, atol=0.02)
+  np.testing.assert_allclose([found['source'], found['position']], 0, atol=0.02)
+  # All commas have one expert, all tokens three.
+  shares = np.bincount(expert.ravel()) / expert.size
+  np.testing.assert_allclose(
+    found['punctuation'], -(shares * np.log(shares)).sum()
+  )
+  np.testing.assert_allclose(
+    found['token_less_source'], found['token'] - found['source']
+  )
+
+
+def test_places_of_halves_are_not_those_of_checkpoints():
+  assert specialised.place('encoder', 2) == 'encoder_2'
+  assert specialised.place('decoder', share=20) == 'at_20/decoder_*'
