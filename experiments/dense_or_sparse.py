@@ -47,7 +47,6 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from moe_jax.analysis import counts, memory, training_cost
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -111,26 +110,14 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Counts the cost of a run and the text that it has read.
 
   Returns:
-    Numbers by name: cost/params; cost/flops of training for a token;
-    cost/memory in bytes of weights, gradients and optimizer; cost/activations
-    in bytes for a batch;
-    data/distinct in bytes; data/epochs.
+    The numbers of `counted.costs`; data/distinct in bytes; data/epochs.
   """
   del state
-  options, model = run.options, run.model
-  B, T = options.batch_size, options.data.seq_len
-  counted_cost = counts.count(model, T)
-  trained = training_cost.training_cost(options, model)
-  held = trained.optimizer_bytes + trained.gradient_bytes
-  held += memory.weight_bytes(model, 'float32')
-  rows = len(run.dataset.splits['train'])
+  options, rows = run.options, len(run.dataset.splits['train'])
   return {
-    'cost/params': counted_cost.total_params,
-    'cost/flops': counted_cost.training_flops,
-    'cost/memory': held,
-    'cost/activations': sum(memory.activations(model, B, T)),
-    'data/distinct': rows * T,
-    'data/epochs': options.total_steps * B / rows,
+    **counted.costs(run),
+    'data/distinct': rows * options.data.seq_len,
+    'data/epochs': options.total_steps * options.batch_size / rows,
   }
 
 
@@ -146,10 +133,7 @@ COLUMNS = [
   Column(GAP, unit='nats/byte'),
   Column(DISTINCT, 'data/distinct', 'MB', 2, lambda x: x / 1e6),
   Column('epochs', 'data/epochs', digits=1),
-  Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
-  Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
-  Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
-  Column('of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6),
+  *counted.COLUMNS,
 ]
 TIMED = [of_text(model, 1, 1) for model in MODELS]
 
@@ -214,16 +198,11 @@ def _losses_at(
   ]
 
 
-def compared(column: str, row: str, sign: str, than: str | float) -> str:
-  """The comparison of a claim."""
-  return f'{column}: {row} {sign} {than}'
-
-
 def claims() -> list[Claim]:
   """Directions that plain reasoning predicts; no number was published."""
   new, few, again = (1, 1), (1 / 8, 1), (1 / 8, 8)
   sparse = of_text(SPARSE, *new)
-  loss = functools.partial(compared, 'loss')
+  loss = 'loss: {} {} {}'.format
   return [
     Claim(
       'at equal FLOPs and tokens sparse wins',
@@ -269,7 +248,7 @@ def claims() -> list[Claim]:
     ),
     Claim(
       'after eight epochs sparse overfits more than its twin',
-      compared(GAP, of_text(GAIN, *again), '>', 0),
+      f'{GAP}: {of_text(GAIN, *again)} > 0',
     ),
     Claim(
       'two epochs of half of the text are as good as one of all, sparse',

@@ -1,4 +1,4 @@
-"""Costs of arms that a study states before any run, counted from their configs.
+"""Costs that are counted: of arms from their configs, and of runs.
 
 Not here: the counting (`moe_jax.analysis`), and measured times (`times.py`).
 """
@@ -9,9 +9,19 @@ from typing import Any
 import ml_collections
 
 from experiments.study.jobs import layered
+from experiments.study.parts import Column
 from moe_jax import run_config
-from moe_jax.analysis import cost
+from moe_jax.analysis import cost, counts, memory, training_cost
 from moe_jax.run_config import RunConfig
+from moe_jax.training.setup import Run
+
+# Columns of the numbers of `costs`.
+COLUMNS = (
+  Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
+  Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
+  Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
+  Column('of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6),
+)
 
 
 def training_flops(
@@ -30,3 +40,24 @@ def training_flops(
   options = cost.with_own_vocabulary(options)
   lengths = options.data.seq_len, options.data.target_len
   return cost.count(options.build(), *lengths).training_flops
+
+
+def costs(run: Run) -> dict[str, float]:
+  """The costs of training a run's model.
+
+  Returns:
+    Numbers by name: cost/params; cost/flops of training for a token;
+    cost/memory in bytes of weights, gradients and optimizer; cost/activations
+    in bytes for a batch.
+  """
+  options, model = run.options, run.model
+  B, T = options.batch_size, options.data.seq_len
+  count = counts.count(model, T)
+  trained = training_cost.training_cost(options, model)
+  state = trained.optimizer_bytes + trained.gradient_bytes
+  return {
+    'cost/params': count.total_params,
+    'cost/flops': count.training_flops,
+    'cost/memory': state + memory.weight_bytes(model, 'float32'),
+    'cost/activations': sum(memory.activations(model, B, T)),
+  }
