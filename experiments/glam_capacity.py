@@ -157,7 +157,7 @@ def lower(text: str, row: tuple, than: tuple | str, column: str = 'loss'):
 
 
 def claims() -> list[Claim]:
-  """What is dropped in training, later, and in the steps of generation."""
+  """Claims on drops in training, in evaluation and in steps of generation."""
   free = 'no drops'
   return [
     lower(

@@ -1,4 +1,4 @@
-"""What keeps a sparse model from overfitting small languages.
+"""Means that keep a sparse model from overfitting small languages.
 
     python -m experiments.nllb_regularisation --preset=quick
 

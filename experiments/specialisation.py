@@ -1,4 +1,4 @@
-"""What experts learn: ids, kinds of characters, domains, languages, positions.
+"""Experts learn ids, kinds of characters, domains, languages or positions.
 
     python -m experiments.specialisation --preset=quick
 

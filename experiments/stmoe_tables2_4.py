@@ -92,7 +92,7 @@ def arms(preset: Preset) -> list[Arm]:
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
-  """What the losses of the run and the logits of its routers say."""
+  """Measures the losses of a run, and the logits of its routers."""
   return {**stability.measure(run), **router_logits.rounding(run, state)}
 
 

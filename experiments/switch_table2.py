@@ -50,7 +50,7 @@ E = 16
 _DTYPE = 'numerics.dtype'
 _ROUTER = 'moe.router.token_choice.logits_dtype'
 EXACT, LOW, SELECTIVE = 'float32', 'bfloat16', 'selective'
-# What each precision changes in the model; the published row of each.
+# Each precision has its changes of the model and its published row.
 PRECISIONS = {
   EXACT: {_DTYPE: 'float32', _ROUTER: 'float32'},
   LOW: {_DTYPE: 'bfloat16', _ROUTER: 'bfloat16'},

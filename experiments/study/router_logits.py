@@ -97,7 +97,7 @@ def _share(one, other, real) -> float:
 def _layers(
   run: Run, state: TrainState, model: Model, train: bool = False
 ) -> dict[int, tuple[list[Recorded], list[np.ndarray]]]:
-  """What each layer's router made of all batches, and where tokens are real."""
+  """Records of all batches by layer, and masks of their real tokens."""
   layers: dict[int, tuple[list, list]] = {}
   for batch, choices in _recorded(run, state, model, train):
     for layer, found in (choices or {}).items():

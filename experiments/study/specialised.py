@@ -1,4 +1,4 @@
-"""What the first choices of an encoder and a decoder say about tokens.
+"""Information of first choices about tokens, in an encoder and a decoder.
 
 Measurements of one trained run, by half, by layer and over training, for the
 study `specialisation`. Not here: what any trace of choices says
@@ -91,7 +91,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 def said(
   header: Header, records: Sequence[Record]
 ) -> dict[int, dict[str, float]]:
-  """What first choices say about tokens, by layer.
+  """Information of first choices about tokens, by layer.
 
   Returns:
     For each layer, by name:
