@@ -114,6 +114,21 @@ def find_study(name: str) -> Study | None:
   return importlib.import_module(module).STUDY
 
 
+def pending(summaries: Sequence[dict[str, Any]]) -> str:
+  """A sentence that names the studies without a summary; '' if all have one."""
+  done = {summary['name'] for summary in summaries}
+  names = [
+    path.stem
+    for path in sorted(HERE.glob('*.py'))
+    if '\nSTUDY = ' in path.read_text(encoding='utf-8')
+    and path.stem not in done
+  ]
+  if not names:
+    return ''
+  listed = ', '.join(f'`{name}`' for name in names)
+  return f'No result of a full preset is stored yet of {listed}.\n'
+
+
 def today(summary: dict[str, Any]) -> dict[str, Any]:
   """A summary as its study judges it today; see `stored.judged_again`."""
   study = find_study(summary['name'])
@@ -138,6 +153,7 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
   parts = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
+  parts += [left] if (left := pending(summaries)) else []
   for summary in summaries:
     picture = f'{KEPT}/{summary["name"]}.png'
     parts.append(study_results.text_of(summary, picture))
@@ -171,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   summaries = read(output / KEPT, results)
   texts = {
     PAGE: page(summaries),
-    HTML: report_page.html(summaries, _ABOUT, figure_of),
+    HTML: report_page.html(
+      summaries, f'{_ABOUT} {pending(summaries)}', figure_of
+    ),
   }
   collect(results, output / KEPT)
   redraw(summaries, output / KEPT)

@@ -72,3 +72,10 @@ def test_what_is_measured_once_has_no_interval():
 def test_a_study_may_claim_nothing():
   numbers = {**summary('first', 'one'), 'claims': []}
   assert study_results.text_of(numbers).startswith('## About first')
+
+
+def test_studies_without_a_result_are_named():
+  has_result = {**summary('first', 'one'), 'name': 'eigen_2013'}
+  said = report.pending([has_result])
+  assert '`eval_capacity`' in said and '`eigen_2013`' not in said
+  assert 'bench_' not in said and said in report.page([has_result])

@@ -31,6 +31,15 @@ figcaption { color: var(--faint); font-size: 14px; max-width: 50em; }
 .scroll tbody tr:nth-child(even) { background: var(--even); }
 .scroll td:first-child { position: sticky; left: 0; background: inherit;
   white-space: normal; min-width: min(14em, 35vw); }
+@media (max-width: 600px) { /* A row of prose is a card, each cell a line. */
+  .prose thead { display: none; }
+  .prose :is(table, tbody, tr, td) { display: block; }
+  .prose tbody tr { padding: .4em 0; border-top: 1px solid var(--edge); }
+  .prose .scroll td { position: static; text-align: left; padding: .1em .4em; }
+  .prose td:first-child { font-weight: bold; }
+  .prose td:empty { display: none; }
+  .prose td:not(:first-child)::before { color: var(--faint);
+    content: attr(data-heading) ': '; } }
 """
   + inline_svg.STYLE
 )
@@ -57,6 +66,7 @@ for (const table of document.querySelectorAll('table')) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const rows = [...body.rows];
   heads.forEach((head, i) => {
+    for (const row of rows) row.cells[i].dataset.heading = head.textContent;
     const button = document.createElement('button');
     button.type = 'button';
     button.append(head.textContent || 'row');
