@@ -180,7 +180,8 @@ def claims() -> list[Claim]:
       f'loss: {named(WIDE, EVALUATED, "2")} = {named(FREE, EVALUATED, free)} '
       f'within {SAME}',
       note='The bound is half of what experts are worth in such models, about '
-      '0.04 nats a byte.',
+      '0.04 nats a byte. Slots may leak a little of the future; a model that '
+      'drops nothing does not.',
     ),
     lower(
       'the sparse model beats its dense twin',

@@ -50,6 +50,7 @@ from experiments.study.parts import (
 from experiments.study.room import FACTORS, FULLEST, WAYS
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
+from experiments.study.times import StepTime
 from experiments.study.validation_routing import row_at
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -115,7 +116,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   return room.measure(run, state, byte_models.EVAL, _BATCHES)
 
 
-def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
+def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """Rows of trained models, of one at equal time, and of ways to serve."""
   found = []
   for name, runs in results.items():

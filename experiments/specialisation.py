@@ -231,7 +231,14 @@ STUDY = Study(
   config=config,
   arms=arms,
   rows=rows,
-  presets={'quick': Preset(150, 3), 'full': Preset(450, 5)},
+  presets={
+    'quick': Preset(
+      150,
+      3,
+      underpowered='after 150 steps routers have hardly begun to differ',
+    ),
+    'full': Preset(450, 5),
+  },
   columns=COLUMNS,
   claims=claims(),
   figure=Figure(

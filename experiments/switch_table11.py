@@ -66,12 +66,18 @@ def worse(row: str, than: str) -> Claim:
   )
 
 
-def alike(row: str) -> Claim:
-  """A claim that one way to explore is as good as none."""
+def alike(row: str, note: str = '') -> Claim:
+  """A claim that one way to explore is as good as none.
+
+  Args:
+    row: The way to explore.
+    note: The paper's number where it says otherwise, which is then not cited.
+  """
   return Claim(
     f'{row} is as good as none',
     f'loss: {row} = {ARGMAX} within {SAME}',
-    cells(row, ARGMAX),
+    [] if note else cells(row, ARGMAX),
+    note,
   )
 
 
@@ -108,7 +114,7 @@ STUDY = Study(
     worse(SAMPLE, JITTER),
     worse(SAMPLE, DROPOUT),
     alike(JITTER),
-    alike(DROPOUT),
+    alike(DROPOUT, 'The paper has it worse by 0.009 nats a token.'),
     Claim('sparse with argmax beats the dense twin', f'loss: {ARGMAX} < dense'),
     Claim(
       'sampling explores more than input dropout',

@@ -13,9 +13,9 @@ the sunk cost. It then goes on, on other text and at a rate that falls to 0
 over the second half: dense with its optimizer; upcycled with a new one, the
 second layer of 8 experts, two a token, whose gates sum to one; or sparse from
 scratch. An extra cost of 50 % of the sunk one means half of its steps for
-sparse models. Two experts of full size cost more than one dense layer, and no
-token is dropped: dense models, and those with other layers, train for as many
-steps as cost the same FLOPs, counted. Seconds are not compared.
+a dense model. Two experts of full size cost more than one dense layer, and no
+token is dropped: sparse models train for as many steps as cost the same FLOPs,
+counted. Seconds are not compared.
 
 At an extra cost of 50 % the number of experts, the layers, the first scale of
 routers and noise on copied experts vary. Untrained rows take a step at a rate
@@ -120,11 +120,11 @@ def untrained(gates: str) -> str:
 
 @functools.cache
 def _cheaper(name: str) -> float:
-  """The cost of the usual sparse step over that of a dense or other one."""
-  changes = _DENSE if name == DENSE else VARIANTS[name]
+  """The cost of a dense step over that of a sparse one, usual or a variant."""
+  changes = VARIANTS.get(name, {})
   changes = {k: v for k, v in changes.items() if k.startswith(_MOE)}
-  usual, own = (counted.training_flops(config(1), c) for c in ({}, changes))
-  return usual / own
+  dense, own = (counted.training_flops(config(1), c) for c in (_DENSE, changes))
+  return dense / own
 
 
 def arms(preset: Preset) -> list[Arm]:
@@ -133,7 +133,7 @@ def arms(preset: Preset) -> list[Arm]:
   made = []
   for model, changes in ((DENSE, _DENSE), (UPCYCLED, {}), (SCRATCH, {})):
     for extra in EXTRA:
-      steps = full * extra / 100 * (_cheaper(DENSE) if model == DENSE else 1)
+      steps = full * extra / 100 * (1 if model == DENSE else _cheaper(UPCYCLED))
       own = {**changes, _TOTAL: max(round(steps), 2)}
       if model == DENSE:
         own['init_from.keep_optimizer'] = True
@@ -236,8 +236,8 @@ STUDY = Study(
     'extra cost, % of the sunk one',
     without=[f'{UPCYCLED}, untrained*', 'gain*'],
   ),
-  remarks='Extra costs are counted FLOPs. The number of steps of a dense model '
-  'is larger by as much as a sparse step costs more.',
+  remarks='Extra costs are counted FLOPs. Sparse models train for fewer steps, '
+  'by as much as their step costs more.',
   tasks={
     'halves': Task(
       {'data.train_split': 'train[50%:]'},

@@ -75,7 +75,7 @@ def decoder(
 def switch_decoder(
   steps: int, *, rate: float = 0.01, **sizes: int
 ) -> ml_collections.ConfigDict:
-  """Config of a decoder that is trained and served as Switch Transformers.
+  """Config of a decoder that is trained and served as Switch Transformers are.
 
   Updates of Adafactor are relative to the size of a kernel. Embeddings have a
   deviation of 1, and logits are divided by the root of the width. Experts have

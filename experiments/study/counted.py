@@ -20,7 +20,9 @@ COLUMNS = (
   Column('parameters', 'cost/params', 'k', 0, lambda x: x / 1e3),
   Column('FLOPs', 'cost/flops', 'M/byte', 2, lambda x: x / 1e6),
   Column('memory of state', 'cost/memory', 'MB', 1, lambda x: x / 1e6),
-  Column('of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6),
+  Column(
+    'memory of activations', 'cost/activations', 'MB', 1, lambda x: x / 1e6
+  ),
 )
 
 

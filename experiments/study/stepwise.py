@@ -69,7 +69,8 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
   whole = (found['segment_ids'] == 1).all(1)
   if (have := int(whole.sum())) < num_rows:
     raise ValueError(f'num_rows={num_rows}, but {have} rows have one document')
-  return {key: value[whole][:num_rows] for key, value in found.items()}
+  chosen = np.flatnonzero(whole)[np.array(spread(have, num_rows))]
+  return {key: value[chosen] for key, value in found.items()}
 
 
 def stepping_model(run: Run, slots: int) -> Model:

@@ -69,6 +69,22 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
   ]
 
 
+def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
+  """The rows of batches of one source each, in batches of all sources.
+
+  Args:
+    batches: Equally many batches of each source, source by source.
+    num_sources: Number of sources, which take turns from row to row, as in a
+      batch of training.
+  """
+  rows = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+  order = np.arange(len(rows['tokens'])).reshape(num_sources, -1).T.ravel()
+  return [
+    jax.tree.map(lambda x, part=part: x[part], rows)
+    for part in np.split(order, len(batches))
+  ]
+
+
 def evaluation_of(run: Run, name: str) -> OverBatches:
   """An entry of `config.evals`, which may have another capacity than training.
 
@@ -87,7 +103,7 @@ def evaluated_model(run: Run, name: str) -> Model:
 
 
 def last_records(
-  run: Run, state: TrainState, name: str, num_batches: int
+  run: Run, state: TrainState, name: str, num_batches: int, mixed: bool = False
 ) -> Iterator[Record]:
   """The records of a trained run, with the model of an evaluation.
 
@@ -96,11 +112,16 @@ def last_records(
     state: Its last state.
     name: Name of an entry of `config.evals`.
     num_batches: Number of validation batches of each source.
+    mixed: Whether sources take turns from row to row, as in training; otherwise
+      each batch is of one source.
   """
+  found = batches(run, num_batches)
+  if mixed:
+    found = in_turn(found, len(run.dataset.parts or {'': run.dataset}))
   yield from records(
     evaluated_model(run, name),
     run.programs.variables(state),
-    batches(run, num_batches),
+    found,
     step=int(state.step),
     seed=run.options.seed,
   )

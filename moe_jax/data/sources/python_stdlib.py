@@ -80,7 +80,8 @@ class PythonStdlibSource(SourceOptions):
   train_bytes: int = option(
     0,
     'Number of bytes of the training split that are read, its first ones in '
-    'the order of the prepared corpus; the last text is cut. 0 reads all.',
+    'the order of the prepared corpus; the last text is cut, and of a smaller '
+    'split all is read. 0 reads all.',
     at_least(0),
   )
 

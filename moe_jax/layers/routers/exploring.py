@@ -22,8 +22,8 @@ class Exploring(RouterOptions):
     'largest',
     "Experts that a token chooses in training: 'largest' are those of its K "
     "largest scores; 'sampled' are drawn by the router's probabilities, "
-    'without replacement, and their gates are as before. Evaluation always '
-    'takes the largest.',
+    'without replacement; the gate of an expert does not depend on whether it '
+    'was drawn. Evaluation always takes the largest.',
     one_of('largest', 'sampled'),
     how=True,
   )
