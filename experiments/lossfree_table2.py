@@ -178,7 +178,10 @@ STUDY = Study(
   runner=TrainingRunner(max_violation),
   remarks='MaxVio is taken over 40 validation batches, or of each. The balance '
   "loss takes each expert's sigmoid by the sum of all, as DeepSeek-V3's does. "
-  'A bias by error moves by its rate times (mean load - load) / mean load.',
+  'A bias by error moves by its rate times (mean load - load) / mean load. '
+  'Losses of all rows but one lie within 0.01 nats a byte, less than five '
+  'seeds can tell. The smallest rate of the bias turned out not to be slow, and '
+  'the one by error is behind at its single rate, of which no other was run.',
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
