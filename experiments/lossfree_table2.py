@@ -180,8 +180,8 @@ STUDY = Study(
   "loss takes each expert's sigmoid by the sum of all, as DeepSeek-V3's does. "
   'A bias by error moves by its rate times (mean load - load) / mean load. '
   'Losses of all rows but one lie within 0.01 nats a byte, less than five '
-  'seeds can tell. The smallest rate of the bias turned out not to be slow, and '
-  'the one by error is behind at its single rate, of which no other was run.',
+  'seeds can tell. The smallest rate of the bias turned out not to be slow. '
+  'A bias by error was run at a single rate, and is behind at it.',
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
