@@ -202,7 +202,11 @@ STUDY = Study(
   ],
   runner=TrainingRunner(without_shared),
   figure=Figure(['loss', 'largest load'], without=[f'*{REMOVED}']),
-  remarks="Loads are relative to the mean of each row's own experts.",
+  remarks="Loads are relative to the mean of each row's own experts. "
+  'Gates that sum to one may be what puts GShard ahead here, since the other '
+  'learned rows multiply their experts by raw probabilities, which are small '
+  'at first; the hash has gates of one, and bytes are few and tell much about '
+  'the next. Neither guess was tested.',
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
