@@ -33,9 +33,12 @@ class Interval:
     """Both ends of the interval, inside of what the number can be.
 
     Args:
-      bounds: Smallest and largest possible number; None for no bound.
+      bounds: Smallest and largest possible number; None for no bound. They do
+        not concern a mean beyond them, such as that of a difference of losses.
     """
     low, high = bounds or (None, None)
+    low = None if low is not None and self.mean < low else low
+    high = None if high is not None and self.mean > high else high
     ends = self.mean - self.half_width, self.mean + self.half_width
     return (
       ends[0] if low is None else max(ends[0], low),

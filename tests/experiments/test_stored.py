@@ -147,6 +147,8 @@ def test_intervals_end_where_numbers_do():
   assert shares.text('.0f', SHARE) == '96 (88 to 100)'
   assert shares.text('.0f') == '96 ± 8'
   assert Interval(1.0, 3.0).ends([0.0, None]) == (0.0, 4.0)
+  # A difference of losses is in their column, and may be negative.
+  assert Interval(-1.0, 0.5).ends([0.0, None]) == (-1.5, -0.5)
   assert Interval(5.0, 3.0).text('.0f', [0.0, None]) == '5 ± 3'
   below, above = figures.bar(shares, {'bounds': SHARE})
   assert (below, above) == (8.0, 4.0)
