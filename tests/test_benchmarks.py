@@ -65,6 +65,14 @@ def test_ratios_are_taken_within_a_round():
   assert f'{timing.Spread.of([1.0, 2.0, 3.0]):.1f}' == '2.0 (1.5-2.5)'
 
 
+@pytest.mark.parametrize('output', [['--output=/made/here'], ['--output', 'x']])
+def test_a_stored_command_names_no_place_of_a_machine(output):
+  argv = ['/made/here/experiments/bench_loading.py', *output, '--gigabytes=10']
+  assert timing.command_of(argv) == [
+    *('python', '-m', 'experiments.bench_loading', '--gigabytes=10')
+  ]
+
+
 def test_folder_name():
   assert timing.folder_name('NVIDIA H100 80GB HBM3') == 'nvidia_h100_80gb_hbm3'
 

@@ -212,6 +212,23 @@ def facts() -> dict[str, str]:
   }
 
 
+def command_of(argv: Sequence[str]) -> list[str]:
+  """The words of a command that measures the same on any machine.
+
+  Args:
+    argv: The program's path and its arguments. Its module stands in place of
+      the path, and `--output`, the folder of the results, is left out.
+  """
+  words = ['python', '-m', f'experiments.{pathlib.Path(argv[0]).stem}']
+  rest = iter(argv[1:])
+  for word in rest:
+    if word == '--output':
+      next(rest, None)
+    elif not word.startswith('--output='):
+      words.append(word)
+  return words
+
+
 def write(
   output: str,
   name: str,
@@ -236,7 +253,7 @@ def write(
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(rows)
-  made = {**facts(), 'command': ['python', *sys.argv]}
+  made = {**facts(), 'command': command_of(sys.argv)}
   results = {'facts': made, **metadata, 'rows': list(rows)}
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'

@@ -16,7 +16,7 @@ def test_rows_in_blocks_are_told():
 
 
 def test_what_has_no_slot_is_dropped():
-  # Of 3 slots each the first lacks four, the third one.
+  # With 3 slots each, the first expert lacks four and the third one.
   np.testing.assert_allclose(room.dropped(LOAD, 3), 5 / 12)
   assert room.dropped(LOAD, 7) == 0
 

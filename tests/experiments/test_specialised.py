@@ -1,4 +1,4 @@
-"""What first choices say about kinds of characters and about sources."""
+"""Information of first choices about kinds of characters and about sources."""
 
 import numpy as np
 

@@ -23,7 +23,7 @@ def prepared():
     data={'seq_len': T}, model={'num_layers': 1, 'moe': moe}
   )
   stream = np.random.default_rng(0).integers(0, 257, 2 * B * T + 1)
-  # Of ten rows one has two documents.
+  # One of ten rows has two documents.
   rows = PackedRows(stream, np.array([0, 2 * T, 2 * T + 3, 3 * T]), T)
   params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
   run = types.SimpleNamespace(

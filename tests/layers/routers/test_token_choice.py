@@ -114,7 +114,7 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
 
 
 def test_sampled_choices_follow_the_probabilities_in_training_alone():
-  # Of four tokens three, on average, go to the first expert, and one to the
+  # Three of four tokens, on average, go to the first expert, and one to the
   # second; the third is never drawn.
   params = {'w': np.log(np.array([[3.0, 1.0, 1e-9]], np.float32))}
   x = np.ones((G, 400, 1), np.float32)
