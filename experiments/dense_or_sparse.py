@@ -27,6 +27,7 @@ The quick preset has too little text for any claim. Planned for the full preset:
 any run.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -172,7 +173,7 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
       name = of_text(GAIN, *text)
       gain = finetuned.minus(name, *pair)
       losses = {c: gain.values[c] for c in (byte_models.LOSS.name, GAP)}
-      made[name] = Row(name, losses)
+      made[name] = dataclasses.replace(gain, values=losses)
   ratio = {m: times[of_text(m, 1, 1)].ratios for m in MODELS if times}
   made |= {
     name: Row(name, {byte_models.LOSS.name: _losses_at(made, model, lengths)})

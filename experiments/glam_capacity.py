@@ -59,16 +59,7 @@ def config(steps: int):
   moe = config.model.moe
   moe.layers = 'every 2'
   moe.expert.hidden = 128
-  moe.capacity.kind = 'per_token'
-  moe.capacity.per_token.factor = 2.0
-  moe.allow_future_leak = True
-  moe.router.token_choice.update(
-    gates='renormalized',
-    slot_priority='choice_major',
-    second_policy='sampled',
-    balance_choices='first',
-    z_weight=0.0,
-  )
+  byte_models.serve_as_gshard(moe)
   config.evals = {name: _evaluation(slots) for name, slots in _evals().items()}
   return config
 

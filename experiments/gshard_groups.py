@@ -38,7 +38,6 @@ import numpy as np
 from experiments.study import byte_models, command, domains, validation_routing
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
@@ -46,6 +45,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -78,16 +78,7 @@ def config(steps: int):
   moe = config.model.moe
   moe.expert.hidden = 128
   moe.group_size = 128
-  moe.capacity.kind = 'per_token'
-  moe.capacity.per_token.factor = 2.0
-  moe.allow_future_leak = True
-  moe.router.token_choice.update(
-    gates='renormalized',
-    slot_priority='choice_major',
-    second_policy='sampled',
-    balance_choices='first',
-    z_weight=0.0,
-  )
+  byte_models.serve_as_gshard(moe)
   config.evals[_NO_DROPS] = byte_models.no_drops()
   return config
 
@@ -172,15 +163,11 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   return found
 
 
-def _share(name: str, key: str) -> Column:
-  return Column(name, key, '%', 1, lambda share: 100 * share, bounds=SHARE)
-
-
 COLUMNS = [
   byte_models.LOSS,
-  _share(DROPPED, 'train/drop_rate'),
-  _share(SECOND, 'routing/*/second'),
-  _share(UNSERVED, 'routing/*/none'),
+  percent(DROPPED, 'train/drop_rate'),
+  percent(SECOND, 'routing/*/second'),
+  percent(UNSERVED, 'routing/*/none'),
   Column(DOMAIN, 'routing/*/domain', '%', 1, lambda share: 100 * share),
   Column(PRODUCTS, 'routing/*/masks', 'x', 2, bounds=POSITIVE),
   Column(TIME, '', 'x', 2, bounds=POSITIVE),

@@ -38,7 +38,6 @@ from experiments.study import byte_models, command, room
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
@@ -46,6 +45,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.room import FACTORS, FULLEST, WAYS
 from experiments.study.runner import TrainingRunner
@@ -144,15 +144,11 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   ]
 
 
-def _share(name: str, key: str) -> Column:
-  return Column(name, key, '%', 1, lambda share: 100 * share, bounds=SHARE)
-
-
 COLUMNS = [
   byte_models.LOSS,
-  _share(DROPPED, f'eval/{byte_models.EVAL}/drop_rate'),
+  percent(DROPPED, f'eval/{byte_models.EVAL}/drop_rate'),
   Column(ROWS, 'routing/*/rows', 'a choice', 2, bounds=POSITIVE),
-  _share(LOST, 'routing/*/dropped'),
+  percent(LOST, 'routing/*/dropped'),
   Column(TIME, '', 'x of 1 slot', 2, bounds=POSITIVE),
 ]
 

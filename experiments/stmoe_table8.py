@@ -31,14 +31,13 @@ from collections.abc import Mapping
 from experiments.study import byte_models, command
 from experiments.study.byte_models import top_k
 from experiments.study.parts import (
-  SHARE,
   Arm,
   Claim,
-  Column,
   Figure,
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.study import Study
 from experiments.study.tasks import DENOISING_TASKS
@@ -209,14 +208,7 @@ STUDY = Study(
   },
   columns=[
     byte_models.TOKEN_LOSS,
-    Column(
-      DROPPED,
-      f'eval/{byte_models.EVAL}/drop_rate',
-      '% of choices',
-      1,
-      lambda rate: 100 * rate,
-      bounds=SHARE,
-    ),
+    percent(DROPPED, f'eval/{byte_models.EVAL}/drop_rate', '% of choices'),
   ],
   claims=claims(),
   figure=Figure(['loss', DROPPED], rows='CF: slots a token in training'),

@@ -28,12 +28,12 @@ The quick preset decides nothing. Planned for the full preset: 11 arms, 5 seeds,
 from experiments.study import byte_models, command, router_logits, stability
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
   Figure,
   Preset,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -135,14 +135,7 @@ STUDY = Study(
     byte_models.LOSS,
     *stability.COLUMNS,
     Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
-    Column(
-      FLIPPED,
-      'routing/*/rounded',
-      '% of tokens',
-      2,
-      lambda share: 100 * share,
-      bounds=SHARE,
-    ),
+    percent(FLIPPED, 'routing/*/rounded', '% of tokens', 2),
   ],
   claims=[
     *(costs(row) for row in (CLIP, NO_SCALE, NO_GEGLU, DROPOUT, JITTER)),

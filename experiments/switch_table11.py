@@ -23,7 +23,14 @@ The quick preset decides nothing. Planned for the full preset: 6 arms, 5 seeds,
 """
 
 from experiments.study import byte_models, command, router_logits
-from experiments.study.parts import SHARE, Arm, Claim, Column, Figure, Preset
+from experiments.study.parts import (
+  Arm,
+  Claim,
+  Column,
+  Figure,
+  Preset,
+  percent,
+)
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 
@@ -99,14 +106,7 @@ STUDY = Study(
   },
   columns=[
     byte_models.LOSS,
-    Column(
-      EXPLORED,
-      'routing/*/explored',
-      '% of tokens',
-      1,
-      lambda share: 100 * share,
-      bounds=SHARE,
-    ),
+    percent(EXPLORED, 'routing/*/explored', '% of tokens'),
     Column(MAX, 'train/layer_*/load_max_over_mean', digits=2),
   ],
   claims=[

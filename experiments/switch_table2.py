@@ -29,7 +29,6 @@ from collections.abc import Mapping
 from experiments.study import byte_models, command, router_logits, stability
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
@@ -37,6 +36,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -157,10 +157,9 @@ def claims() -> list[Claim]:
   ]
 
 
-def percent(name: str, key: str) -> Column:
+def of_tokens(name: str, key: str) -> Column:
   """A column of shares of tokens."""
-  key = f'routing/*/{key}'
-  return Column(name, key, '% of tokens', 2, lambda x: 100 * x, bounds=SHARE)
+  return percent(name, f'routing/*/{key}', '% of tokens', 2)
 
 
 STUDY = Study(
@@ -184,7 +183,7 @@ STUDY = Study(
     byte_models.LOSS,
     *stability.COLUMNS,
     Column(LOGIT, 'routing/*/largest_logit', '', 1, bounds=POSITIVE),
-    *(percent(column, name) for name, column in FLIPPED.items()),
+    *(of_tokens(column, name) for name, column in FLIPPED.items()),
     Column(MORE, unit='% of tokens', digits=2),
     Column(AFTER, unit='nats/byte'),
     Column(BYTES, 'routing/*/moved', 'bytes a token and layer', 0),

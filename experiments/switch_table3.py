@@ -30,7 +30,6 @@ import numpy as np
 from experiments.study import byte_models, command, finetuned
 from experiments.study.parts import (
   POSITIVE,
-  SHARE,
   Arm,
   Claim,
   Column,
@@ -38,6 +37,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  percent,
 )
 from experiments.study.study import Study
 
@@ -176,14 +176,7 @@ STUDY = Study(
   columns=[
     byte_models.LOSS,
     Column(DISTANCE, unit='nats/byte', bounds=POSITIVE),
-    Column(
-      'dropped in training',
-      'train/drop_rate',
-      '%',
-      1,
-      lambda rate: 100 * rate,
-      bounds=SHARE,
-    ),
+    percent('dropped in training', 'train/drop_rate'),
   ],
   claims=claims(),
   figure=Figure(['loss', DISTANCE], without=['*minus*']),

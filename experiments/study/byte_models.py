@@ -132,6 +132,26 @@ def drop_nothing(moe: ml_collections.ConfigDict) -> None:
   moe.dispatch.kind = 'dropless'
 
 
+def serve_as_gshard(moe: ml_collections.ConfigDict) -> None:
+  """Changes a section `model.moe` to top-2 as GShard's Algorithm 1 serves it.
+
+  First choices are served before second ones, which are sent by chance, two
+  slots a token; the balance loss is of first choices. Which second choices find
+  a slot depends on later tokens.
+  """
+  moe.num_selected = 2
+  moe.capacity.kind = 'per_token'
+  moe.capacity.per_token.factor = 2.0
+  moe.allow_future_leak = True
+  moe.router.token_choice.update(
+    gates='renormalized',
+    slot_priority='choice_major',
+    second_policy='sampled',
+    balance_choices='first',
+    z_weight=0.0,
+  )
+
+
 def evaluation(**model: Any) -> ml_collections.ConfigDict:
   """Config of an evaluation at the end of a run.
 

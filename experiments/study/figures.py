@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from experiments.study import claims
 from experiments.study.parts import Figure
-from experiments.study.tables import Interval
+from experiments.study.tables import Bounds, Interval, bounds_of
 from moe_jax.analysis import plot_style
 
 # Markers by the side of the paper's row: below, above or beside the other row.
@@ -159,11 +159,11 @@ def _shown(row, column) -> Interval | None:
   return Interval.of(values)
 
 
-def bar(interval: Interval, column: Mapping[str, Any]) -> tuple[float, float]:
+def bar(interval: Interval, bounds: Bounds) -> tuple[float, float]:
   """Lengths of an interval's bar below and above the mean, within bounds."""
   if not np.isfinite(interval.half_width):
     return 0.0, 0.0
-  low, high = interval.ends(column.get('bounds'))
+  low, high = interval.ends(bounds)
   return max(interval.mean - low, 0.0), max(high - interval.mean, 0.0)
 
 
@@ -179,7 +179,7 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   lines = dict.fromkeys(row['line'] for row, _ in shown if row['x'] is not None)
   for line in lines:
     points = sorted(
-      (row['x'], interval.mean, bar(interval, column))
+      (row['x'], interval.mean, bar(interval, bounds_of(row, column)))
       for row, interval in shown
       if row['line'] == line and row['x'] is not None
     )
@@ -206,7 +206,7 @@ def _points(ax, rows, column, *, labels: bool) -> None:
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
-      xerr = np.transpose([bar(interval, column)])
+      xerr = np.transpose([bar(interval, bounds_of(row, column))])
       ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
   ax.locator_params(axis='x', nbins=6)  # more labels would touch each other
   names = [_label(row) * labels for row in rows.values()]

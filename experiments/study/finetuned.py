@@ -123,7 +123,7 @@ def minus(name: str, row: Row, other: Row) -> Row:
     for column, own in row.values.items()
     if column in other.values
   }
-  return Row(name, values)
+  return Row(name, values, difference=True)
 
 
 def tasks(learned: str) -> dict[str, Task]:

@@ -91,7 +91,8 @@ def plain(values: Sequence[float]) -> list[float | None]:
 def described_row(row: Row) -> dict[str, Any]:
   """A row as JSON can hold it."""
   values = {name: plain(numbers) for name, numbers in row.values.items()}
-  return {'name': row.name, 'line': row.line, 'x': row.x, 'values': values}
+  place = {'line': row.line, 'x': row.x, 'difference': row.difference}
+  return {'name': row.name, **place, 'values': values}
 
 
 def described_columns(columns: Sequence[Column]) -> list[dict[str, Any]]:

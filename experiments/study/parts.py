@@ -164,6 +164,11 @@ class Column:
     return float(np.mean(values)) if values else float('nan')
 
 
+def percent(name: str, key: str, unit: str = '%', digits: int = 1) -> Column:
+  """A column of a metric that is a share, in per cent; see `Column`."""
+  return Column(name, key, unit, digits, lambda x: 100 * x, bounds=SHARE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """A row of the table; claims compare rows.
@@ -175,12 +180,15 @@ class Row:
       empty.
     line: Name of the figure's line, as in `Arm`.
     x: Coordinate along the x axis, as in `Arm`.
+    difference: Whether the numbers are differences between two rows, which the
+      bounds of a column do not concern.
   """
 
   name: str
   values: Mapping[str, Sequence[float]]
   line: str = ''
   x: float | None = None
+  difference: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from experiments.study.parts import Revision
-from experiments.study.tables import Interval, markdown_table
+from experiments.study.tables import (
+  Bounds,
+  Interval,
+  bounds_of,
+  markdown_table,
+)
 
 OLDER = '†'  # the mark of cells that are older than the study
 
@@ -28,7 +33,7 @@ def result_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     for column in summary['columns']:
       unit = f' ({column["unit"]})' if column['unit'] else ''
       values = row['values'].get(column['name'], [])
-      cell = _cell(values, column)
+      cell = _cell(values, column['digits'], bounds_of(row, column))
       is_old = any(
         Revision(**revision).concerns(row['name'], column['name'])
         for revision in summary.get('outdated', [])
@@ -38,14 +43,13 @@ def result_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
   return lines
 
 
-def _cell(values: Sequence[float], column: Mapping[str, Any]) -> str:
+def _cell(values: Sequence[float], digits: int, bounds: Bounds) -> str:
   """A mean with its interval; both of its ends where it would pass a bound."""
-  digits = column['digits']
   if not values or None in values:
     return ''
   if len(values) > 1 and len(set(values)) == 1:  # measured once for all seeds
     return f'{values[0]:z.{digits}f}'
-  return Interval.of(values).text(f'z.{digits}f', column.get('bounds'))
+  return Interval.of(values).text(f'z.{digits}f', bounds)
 
 
 def claims_table(summary: Mapping[str, Any]) -> str:

@@ -107,7 +107,13 @@ def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
     renamed.get(name, name): [np.nan if v is None else v for v in numbers]
     for name, numbers in stored['values'].items()
   }
-  return Row(stored['name'], values, stored['line'], stored['x'])
+  return Row(
+    stored['name'],
+    values,
+    stored['line'],
+    stored['x'],
+    stored.get('difference', False),
+  )
 
 
 def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:

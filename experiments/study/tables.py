@@ -2,12 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 # Smallest and largest possible number, None for no bound.
 Bounds = Sequence[float | None] | None
+
+
+def bounds_of(row: Mapping[str, Any], column: Mapping[str, Any]) -> Bounds:
+  """The bounds of a stored row's numbers; None for a row of differences."""
+  return None if row.get('difference') else column.get('bounds')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ from experiments.study.parts import (
   Figure,
   Preset,
   Revision,
+  Row,
 )
-from experiments.study.tables import Interval
+from experiments.study.tables import Interval, bounds_of
 from moe_jax.run_config import RunConfig
 from tests import tiny_study
 from tests.training import tiny
@@ -149,8 +150,11 @@ def test_intervals_end_where_numbers_do():
   assert Interval(1.0, 3.0).ends([0.0, None]) == (0.0, 4.0)
   # A difference of losses is in their column, and may be negative.
   assert Interval(-1.0, 0.5).ends([0.0, None]) == (-1.5, -0.5)
+  row = judging.described_row(Row('a minus b', {}, difference=True))
+  assert bounds_of(row, {'bounds': SHARE}) is None
+  assert stored.row_of(row, {}).difference
   assert Interval(5.0, 3.0).text('.0f', [0.0, None]) == '5 ± 3'
-  below, above = figures.bar(shares, {'bounds': SHARE})
+  below, above = figures.bar(shares, SHARE)
   assert (below, above) == (8.0, 4.0)
 
 
