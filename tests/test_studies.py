@@ -817,6 +817,17 @@ def made_by(arm):
   return getattr(arm.change, 'func', arm.change)
 
 
+def brief(config):
+  """A config whose run and evaluations are of few small batches."""
+  config = merge(config, {'batch_size': 4}).unlock()
+  for entry in list(config.evals)[2:-1]:  # of the same kind as the others
+    del config.evals[entry]
+  few = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}
+  for entry in config.evals.values():
+    entry.update({key: few[key] for key in few if key in entry})
+  return sections.lock(RunConfig, config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', STUDIES)
 def test_every_study_runs(name, results_folder, monkeypatch):
@@ -825,23 +836,18 @@ def test_every_study_runs(name, results_folder, monkeypatch):
   quick = dataclasses.replace(
     study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
   )
-  shared = merge(study.shared(quick), {'batch_size': 4}).unlock()
-  for entry in list(shared.evals)[2:-1]:  # of the same kind as the others
-    del shared.evals[entry]
-  few = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}
-  for entry in shared.evals.values():
-    entry.update({key: few[key] for key in few if key in entry})
+  shared = brief(study.shared(quick))
   arms = study.arms_of(quick)
   # One of those that are made by one function, in the same way.
   ways = {(made_by(a), bool(a.start), bool(a.teacher)): a for a in arms}
   kept = [*ways.values()]
-  shared = sections.lock(RunConfig, shared)
   # As in one folder of results, studies share the runs that they begin with.
   output = results_folder / name
   first = study.start_jobs(quick, shared, kept, [0], results_folder)
   for job in itertools.chain(*first):
+    small = dataclasses.replace(job, config=brief(job.config))
     with scheduled_runs.alone(results_folder / 'locks' / job.workdir.name):
-      runner.train(job, None, jax.devices()[:1])
+      runner.train(small, None, jax.devices()[:1])
     assert (job.folder / 'checkpoints').exists()
   for job in study.jobs(shared, kept, [0], output, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
