@@ -363,45 +363,44 @@ def test_results_of_other_data_are_not_mixed(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
-  def command(name):
-    folder = f'--output={tmp_path / name}'
-    return [sys.executable, '-m', 'tests.tiny_study', '--workers=2', folder]
+  folder = tmp_path / 'disturbed'
+  begin = [sys.executable, '-m', 'tests.tiny_study']
+  argv = [*begin, '--workers=2', f'--output={folder}']
 
-  def runs(name):
-    folder = tmp_path / name / tiny_study.STUDY.name / 'runs'
-    return {
-      path: path.stat().st_mtime_ns for path in folder.glob(f'*/*/{RESULT}')
-    }
+  def runs():
+    found = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
+    return {path: path.stat().st_mtime_ns for path in found}
 
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
-  undisturbed = subprocess.Popen(command('undisturbed'), **options)
   # One study is killed, then stopped, then goes on to its end.
-  name, done = 'disturbed', {}
+  done = {}
   ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: command_line.STOPPED}
   for number, status in ends.items():
-    process = subprocess.Popen(command(name), **options)
+    process = subprocess.Popen(argv, **options)
     deadline = time.monotonic() + 300
-    while len(runs(name)) == len(done):
+    while len(runs()) == len(done):
       assert process.poll() is None and time.monotonic() < deadline
-      time.sleep(0.05)
+      time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(timeout=120) == status
     time.sleep(2)  # workers of a killed process notice
-    before, done = done, runs(name)
+    before, done = done, runs()
     assert len(done) < 6
     # Runs that were finished are not made again.
     assert {path: done[path] for path in before} == before
-  again = subprocess.run(command(name), check=True, **options)
+  again = subprocess.run(argv, check=True, **options)
   assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
-  assert {path: runs(name)[path] for path in done} == done
-  undisturbed.communicate()
+  assert {path: runs()[path] for path in done} == done
+  undisturbed = tmp_path / 'undisturbed'
+  argv = [*begin, '--workers=1', f'--output={undisturbed}']
+  subprocess.run(argv, check=True, **options)
   tables = {
-    (tmp_path / name / 'tiny_study' / 'quick' / 'rows.csv').read_text()
-    for name in ('undisturbed', 'disturbed')
+    (path / tiny_study.DENSE.name / 'quick' / 'rows.csv').read_text()
+    for path in (folder, undisturbed)
   }
-  assert undisturbed.returncode == 0 and len(tables) == 1
-  assert len(tables.pop().splitlines()) == 1 + 3 * 2 * 2
+  assert len(tables) == 1
+  assert len(tables.pop().splitlines()) == 1 + 3 * 2
 
 
 @pytest.mark.slow

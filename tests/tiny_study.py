@@ -1,8 +1,11 @@
-"""A study that takes seconds: `python -m tests.tiny_study`."""
+"""Studies of seconds; `python -m tests.tiny_study` runs the dense one."""
+
+import dataclasses
 
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
+from moe_jax.sections import merge
 from tests.training import tiny
 
 EVAL = 'train_capacity'
@@ -50,5 +53,19 @@ STUDY = Study(
   figure=Figure(['loss', 'balance'], 'weight', log_x=True),
 )
 
+# The same of models that compile in no time, and train as any other.
+DENSE = dataclasses.replace(
+  STUDY,
+  name='dense_study',
+  config=lambda steps: merge(config(steps), {'model': tiny.ONE_LAYER}),
+  arms=lambda preset: [
+    Arm(name, {'optimizer.learning_rate': rate}, 'rate', rate)
+    for name, rate in {'slow': 1e-4, 'fast': 1e-3, 'faster': 1e-2}.items()
+  ],
+  columns=STUDY.columns[:1],
+  claims=[Claim('a higher rate is better', 'loss: faster < slow')],
+  figure=Figure(['loss'], 'rate', log_x=True),
+)
+
 if __name__ == '__main__':
-  command.main(STUDY)
+  command.main(DENSE)

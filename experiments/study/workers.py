@@ -184,7 +184,7 @@ def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
-  with contextlib.suppress(EOFError):
+  with contextlib.suppress(EOFError, ConnectionResetError):
     while (task := connection.recv()) is not None:
       connection.send(_outcome(*task))
   # Libraries' threads can crash an interpreter that shuts down normally.

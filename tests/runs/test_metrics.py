@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import resource
 import struct
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +271,16 @@ def test_other_values_are_refused(tmp_path, value):
 def test_a_url_is_no_workdir():
   with pytest.raises(ValueError, match=r'gs://bucket/run.*local'):
     MetricsWriter('gs://bucket/run', resume_step=None)
+
+
+def test_no_run_waits_for_torch(tmp_path):
+  # tensorboardX imports torch where it is installed, which takes seconds.
+  (tmp_path / 'torch.py').write_text('raise AssertionError("torch imported")')
+  code = (
+    'import sys; from moe_jax.runs import metrics; '
+    'metrics.MetricsWriter(sys.argv[1], resume_step=None).close()'
+  )
+  path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+  env = {**os.environ, 'PYTHONPATH': path}
+  argv = [sys.executable, '-c', code, str(tmp_path / 'run')]
+  subprocess.run(argv, env=env, check=True)
