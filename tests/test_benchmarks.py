@@ -199,7 +199,14 @@ def test_groups_that_cannot_be_equal_are_refused():
 
 
 @pytest.mark.slow
-def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
+def test_the_layer_benchmark_writes_every_row(
+  bound, tmp_path, capsys, monkeypatch
+):
+  # Its programs are those of `bound`, as all arrays are drawn from one seed.
+  asked, (drawn, compilations, _) = [], bound
+  monkeypatch.setattr(
+    cases_lib, 'compile_cases', lambda *a, **b: asked.append(a) or compilations
+  )
   bench_moe_layer.main(
     [
       *f'--tokens {N} --width {M} --hidden {F} --experts {E}'.split(),
@@ -208,6 +215,9 @@ def test_the_layer_benchmark_writes_every_row(tmp_path, capsys):
       f'--output={tmp_path}',
     ]
   )
+  ((layer, *passed),) = asked
+  assert passed == [K, True]
+  jax.tree.map(np.testing.assert_array_equal, layer.params, drawn.params)
   (folder,) = (tmp_path / bench_moe_layer.NAME).iterdir()
   results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
   assert results['facts']['device'] in (folder / 'table.md').read_text()
