@@ -57,7 +57,11 @@ def run(workdir, *more, **kwargs):
 def first(tmp_path_factory):
   """The folder of a small first run, and its ended process."""
   folder = tmp_path_factory.mktemp('first')
-  return folder, run(folder)
+  cache = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'], 'data')
+  with pytest.MonkeyPatch.context() as patch:
+    # That of every test, whose data the second run finds.
+    patch.setenv('MOE_JAX_CACHE', str(cache))
+    return folder, run(folder)
 
 
 @pytest.mark.slow
