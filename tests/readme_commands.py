@@ -3,11 +3,13 @@
     python -m tests.readme_commands
 
 Each line of the input is a job, as JSON: `argv`, the words after `python -m`;
-`folder`, to run in; `settings`, values of JAX's options by name. For each, a
-line is printed once it is done: its exit status and its output. A process that
-is forked before a backend starts saves the seconds that an import takes.
+`folder`, to run in; `settings`, values of JAX's options by name; `is_read`,
+whether the command only reads its words and its config. For each, a line is
+printed once it is done: its exit status and its output. A process that is
+forked before a backend starts saves the seconds that an import takes.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -18,7 +20,31 @@ import traceback
 
 import jax
 
-IMPORTED = 'moe_jax.hooks', 'moe_jax.training.loop', 'matplotlib.pyplot'
+from moe_jax import config_file
+
+IMPORTED = (
+  *('moe_jax.hooks', 'moe_jax.training.loop', 'moe_jax.runs.event_records'),
+  *('moe_jax.compression', 'matplotlib.pyplot'),
+)
+
+
+def read_only():
+  """Ends each command once its parser and its config have read all words."""
+  parse, depth = argparse.ArgumentParser.parse_known_args, []
+
+  def outermost(parser, *args, **kwargs):
+    depth.append(parser)
+    options, rest = parse(parser, *args, **kwargs)
+    depth.pop()
+    if depth:  # a subcommand's parser
+      return options, rest
+    if unknown := [w for w in rest if not w.startswith('--config.')]:
+      parser.error(f'unknown arguments {unknown}')
+    if config := getattr(options, 'config', ''):
+      config_file.config_of(config, rest)
+    raise SystemExit(0)
+
+  argparse.ArgumentParser.parse_known_args = outermost
 
 
 def status_of(job):
@@ -26,6 +52,8 @@ def status_of(job):
   os.chdir(job['folder'])
   for name, value in job['settings'].items():
     jax.config.update(name, value)
+  if job['is_read']:
+    read_only()
   sys.argv = job['argv']
   try:
     runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)

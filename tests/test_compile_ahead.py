@@ -97,7 +97,7 @@ def test_a_topology_that_is_none():
 
 
 def run(*flags):
-  foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
+  foreign = ('JAX_PLATFORMS', 'XLA_', 'TPU_', 'LIBTPU_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
   return subprocess.run(
     [sys.executable, '-m', 'experiments.compile_ahead', *flags],

@@ -50,6 +50,7 @@ def test_arms_differ_in_who_may_leave():
 def test_arms_run_and_their_shares_are_those_of_their_limits(tmp_path):
   small = {
     'batch_size': 4,
+    'model': {'num_layers': 1},
     'data': {'source': {'python_stdlib': {'modules': tiny.MODULES}}},
   }
   shared = merge(STUDY.shared(STUDY.presets['quick']), small)

@@ -83,6 +83,14 @@ def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_best_checkpoint_or_the_newest(tmp_path, capsys):
+  folders.write(tmp_path, steps=(3, 5))
+  best = said(capsys, tmp_path, '--prompt=ab', '--best').out
+  assert best == said(capsys, tmp_path, '--prompt=ab', '--step=3').out
+  assert best != said(capsys, tmp_path, '--prompt=ab').out
+
+
+@pytest.mark.slow
 def test_beams(run, capsys):
   flags = '--num_beams=3', '--length_penalty=0.5'
   rows = expected(run, ['ab'], num_beams=3, length_penalty=0.5)

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -249,26 +248,19 @@ def test_overrides_of_all_items_are_those_of_main():
 
 
 @pytest.mark.slow
-def test_runs_train_once_and_another_config_is_refused(tmp_path):
-  output = tmp_path / 'runs'
+def test_a_run_trains_once_and_another_config_is_refused(
+  tmp_path, monkeypatch, capfd
+):
+  monkeypatch.chdir(ROOT)
   command = [
-    *(sys.executable, '-m', 'experiments.launch', f'--config={SHRUNK}'),
-    *('--sweep', 'seed=0,1', '--config.sample.num_tokens=0'),
-    *(f'--output={output}', '--workers=2'),
+    *(f'--config={SHRUNK}', f'--output={tmp_path}', '--sweep', 'seed=1'),
+    '--config.sample.num_tokens=0',
   ]
-
-  def run(*more):
-    return subprocess.run(
-      [*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-  done = run()
-  assert done.returncode == 0, done.stdout + done.stderr
-  noted = json.loads((output / 'seed=1' / item_commands.FINISHED).read_text())
+  status, said = launch.main(command), capfd.readouterr()
+  assert status == 0, said
+  noted = json.loads((tmp_path / 'seed=1' / item_commands.FINISHED).read_text())
   assert noted['overrides'] == {'sample.num_tokens': '0', 'seed': '1'}
-  again = run()
-  assert again.returncode == 0
-  assert again.stdout.count('finished before') == 2
-  other = run('--config.batch_size=8')
-  assert other.returncode == 1
-  assert 'log: moe_jax:' in other.stdout
+  assert launch.main(command) == 0
+  assert capfd.readouterr().out.count('finished before') == 1
+  assert launch.main([*command, '--config.batch_size=8']) == 1
+  assert 'log: moe_jax:' in capfd.readouterr().out

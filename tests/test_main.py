@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,9 +53,20 @@ def run(workdir, *more, **kwargs):
   )
 
 
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+  """The folder of a small first run, and its ended process."""
+  folder = tmp_path_factory.mktemp('first')
+  cache = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'], 'data')
+  with pytest.MonkeyPatch.context() as patch:
+    # That of every test, whose data the second run finds.
+    patch.setenv('MOE_JAX_CACHE', str(cache))
+    return folder, run(folder)
+
+
 @pytest.mark.slow
-def test_the_first_command_small(tmp_path):
-  done = run(tmp_path)
+def test_the_first_command_small(first):
+  folder, done = first
   assert done.returncode == 0, done.stderr
   for name in (
     'config.json',
@@ -69,7 +81,7 @@ def test_the_first_command_small(tmp_path):
     'checkpoints/2',
     'tensorboard',
   ):
-    assert (tmp_path / name).exists(), name
+    assert (folder / name).exists(), name
   for words in ('parameters:', 'FLOPs per token', 'sha256', 'evaluation'):
     assert words in done.stdout, words
 
@@ -377,8 +389,8 @@ def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
-  assert run(tmp_path, '--config.checkpoint.every_steps=1').returncode == 0
+def test_a_full_disk_is_a_line_and_the_run_before_it_intact(first, tmp_path):
+  shutil.copytree(first[0], tmp_path, dirs_exist_ok=True, symlinks=True)
   before = final_arrays(tmp_path)
   limited = (
     'import resource, runpy, signal, sys;'
@@ -387,7 +399,10 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(tmp_path):
     "sys.argv[0] = 'moe_jax.main';"
     "runpy.run_module('moe_jax.main', run_name='__main__')"
   )
-  more = ('--resume', '--config.total_steps=4')
+  more = (
+    *('--resume', '--config.total_steps=4'),
+    '--config.checkpoint.every_steps=1',
+  )
   done = subprocess.run(
     [sys.executable, '-c', limited, *command(tmp_path, *more)[3:]],
     cwd=ROOT,

@@ -2,8 +2,8 @@
 
 Each README begins in a folder with the runs of the first page, as its reader
 does. A run that no other command reads is only described, which reads the flags
-and the config, and a study only asked for help, as tests of its own run it
-small. `NOT_RUN` says what is left out, and why.
+and the config. Of commands in `TESTED_APART`, only the words and the config are
+read. `NOT_RUN` says what is left out, and why.
 """
 
 import gzip
@@ -34,10 +34,30 @@ NOT_RUN = {
   'google/switch-base-8': 'needs the network',
   'runs/switch': 'is made of what comes over the network',
 }
+# Parts of commands, as patterns, that tests of their own run in small sizes.
+TESTED_APART = {
+  r'experiments\.': 'experiments',
+  r'moe_jax\.compression ': 'compression',
+  r'moe_jax\.finetuning ': 'finetuning',
+  r'moe_jax\.interop export --workdir=runs/mixtral ': 'interop/test_main.py',
+  r'moe_jax\.analysis\.explain_cost ': 'analysis/test_explain_cost.py',
+  r'moe_jax\.generate .*--best': 'test_generate.py',
+  r'moe_jax\.generate .*--trace': 'analysis/test_recording.py',
+  r'moe_jax\.generate .*runs/instruct': 'test_generate.py',
+  r'moe_jax\.generate .*runs/lora': 'finetuning/test_adapters.py',
+  r'moe_jax\.main .*lora\.rank=16': 'finetuning/test_adapters.py',
+  r'moe_jax\.main .*--config\.trace\.': 'analysis/test_recording.py',
+  r'moe_jax\.analysis\.record_evaluation .*=traces': (
+    'analysis/test_recording.py'
+  ),
+}
 MODULES = {name: ['python', '-m', module] for module, name in CONSOLE.items()}
-# Sizes of a run that has no config of ours, which shrinks by its argument.
-SMALL = 'total_steps=2', 'batch_size=2', 'optimizer.schedule.warmup_steps=1'
 SHRUNK = r'--config=(configs/\w+\.py|moe_jax:\w+)'
+# What makes a command quick, by its module.
+QUICKER = {
+  'moe_jax.generate': ['--num_tokens=2'],
+  'moe_jax.analysis.record_evaluation': ['--num_batches=1'],
+}
 
 
 def commands(readme):
@@ -60,22 +80,28 @@ def is_run(words):
   return not any(part in ' '.join(words) for part in NOT_RUN)
 
 
+def is_tested_apart(command):
+  return any(re.search(part, command) for part in TESTED_APART)
+
+
 def folder_of(words):
   """The folder that a training command trains in, or ''."""
-  trains = {'moe_jax.main', 'distill'} & {*words}
-  if {'--dry_run', '--describe'} & {*words}:
-    return ''
   folders = [word for word in words if word.startswith('--workdir=')]
-  return folders[0].partition('=')[2] if trains and folders else ''
+  if 'moe_jax.main' not in words or not folders:
+    return ''
+  is_trained = not {'--dry_run', '--describe'} & {*words}
+  return folders[0].partition('=')[2] if is_trained else ''
 
 
 def readers(folder):
-  """Commands that read a run, beside those that train it."""
+  """Commands that run and read a run, beside those that train it."""
   pattern = rf'{re.escape(folder)}(?![\w-])'
   return [
     command
     for command in every_command()
-    if re.search(pattern, command) and folder_of(shlex.split(command)) != folder
+    if re.search(pattern, command)
+    and not folder_of(shlex.split(command))
+    and not is_tested_apart(command)
   ]
 
 
@@ -84,14 +110,16 @@ def smaller(words):
   words = [
     f'{word}:runlocal' if re.fullmatch(SHRUNK, word) else word for word in words
   ]
-  folder = folder_of(words)
-  if words[0].startswith('experiments.'):
-    return [*words, '--help']
-  if 'moe_jax.main' in words and folder and not readers(folder):
+  if folder_of(words) and is_described(words):
     return [*words, '--describe']
-  if folder and not any(word.endswith(':runlocal') for word in words):
-    return [*words, *(f'--config.{change}' for change in SMALL)]
-  return words
+  if 'moe_jax.main' in words and '--workdir=runs/tiny' in ' '.join(words):
+    return [*words, '--config.sample.num_tokens=0']
+  return [*words, *QUICKER.get(words[0], ())]
+
+
+def is_described(words):
+  """Whether a command that trains only describes the run here."""
+  return is_tested_apart(shlex.join(words)) or not readers(folder_of(words))
 
 
 def job(words, folder):
@@ -100,15 +128,17 @@ def job(words, folder):
   assert words[at + 1] == '-m', words
   variables = (word.split('=') for word in words[:at])
   settings = {name.lower(): int(value) for name, value in variables}
-  argv = smaller(words[at + 2 :])
-  return {'argv': argv, 'folder': str(folder), 'settings': settings}
+  is_read = not folder_of(words) and is_tested_apart(shlex.join(words))
+  return {
+    'argv': smaller(words[at + 2 :]),
+    'folder': str(folder),
+    'settings': settings,
+    'is_read': is_read,
+  }
 
 
 def run(server, words, folder):
   """Runs one command; it must end well."""
-  trained = folder / folder_of(words)
-  if trained != folder and '--resume' not in words:
-    shutil.rmtree(trained, ignore_errors=True)
   server.stdin.write(json.dumps(job(words, folder)) + '\n')
   server.stdin.flush()
   code, output = json.loads(server.stdout.readline())
@@ -168,3 +198,6 @@ def test_what_is_not_run_is_named_with_a_reason():
   left_out = [command for command in every_command() if not is_run([command])]
   assert left_out
   assert all(any(part in c for c in left_out) for part in NOT_RUN)
+  for part, tests in TESTED_APART.items():
+    assert any(re.search(part, command) for command in every_command()), part
+    assert (ROOT / 'tests' / tests).exists(), tests

@@ -90,14 +90,14 @@ def test_mistakes_are_told_in_a_line(pattern, tmp_path, capsys):
     assert ended.value.code == 1 and says in said, said
 
 
-# 200 MB follow.
+# 100 MB follow.
 
-SIZE = 200 * 10**6
+SIZE = 100 * 10**6
 
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
-  """A folder with 200 MB of text and of lines of JSON, drawn from a seed."""
+  """A folder with 100 MB of text and of lines of JSON, drawn from a seed."""
   folder = tmp_path_factory.mktemp('large')
   draw = random.Random(0)
   words = re.findall(r'\w+|\W+', pathlib.Path(os.__file__).read_text('utf-8'))
@@ -149,7 +149,7 @@ def whole_pieces(cache):
 
 
 @pytest.mark.slow
-def test_200_mb_are_the_same_by_whomever_and_after_a_kill(large, tmp_path):
+def test_100_mb_are_the_same_by_whomever_and_after_a_kill(large, tmp_path):
   one, two, hosts = (tmp_path / name for name in ('one', 'two', 'hosts'))
   killed = command(large, two, '--processes=2')
   while len(whole_pieces(two)) < 2:

@@ -37,7 +37,12 @@ def write(
     for step in steps:
       # This stands for the optimizer's state, which generation does not read.
       more = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
-      checkpoints.save(step, {'params': params[step], **more})
+      # The first is the best one.
+      checkpoints.save(
+        step,
+        {'params': params[step], **more},
+        metrics={options.checkpoint.best_name: float(step)},
+      )
   return params
 
 
