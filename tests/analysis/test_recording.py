@@ -16,6 +16,7 @@ from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook, set_up
 from moe_jax.training.trace_options import TraceOptions
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 NO_SAMPLE = {'num_tokens': 0}
 EVERY_STEP = {'every_steps': 1, 'logits': True, 'dtype': 'float32'}

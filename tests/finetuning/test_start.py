@@ -15,6 +15,7 @@ from moe_jax.sections import merge
 from moe_jax.training import begin, evaluate, loop, setup
 from tests import golden
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 DENSE = {'moe': {'layers': 'none', 'num_experts': 0}}
 SPARSE = {

@@ -22,6 +22,7 @@ from tests.data.tokenizers import models
 from tests.generation import folders as own_runs
 from tests.interop import folders, oracle
 from tests.training import tiny as tiny_runs
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
