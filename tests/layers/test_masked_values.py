@@ -104,10 +104,11 @@ def told(router):
   return {'router_ids': jnp.asarray(ids)} if router.needs_ids else {}
 
 
-# The layer of token choice is in `test_every_dispatch`. A layer's gradients are
-# those of its router, too, so that only one is in `test_a_router_alone`.
-@pytest.mark.parametrize('name', OTHER_ROUTERS)
-def test_every_other_router(name):
+# The layer of token choice is in `test_every_dispatch`. Tokens that choose move
+# alike, whatever their router, which `test_a_router_alone` has.
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['expert_choice', 'soft'])
+def test_every_other_kind_of_routing(name):
   router = routers()[name]
   layer = moe(router, moe_jax.Einsum() if router.mixes else moe_jax.Gather())
   same(
@@ -135,8 +136,9 @@ def test_every_dispatch(dispatch):
   )
 
 
-def test_a_router_alone():
-  router = moe_jax.TokenChoice()
+@pytest.mark.parametrize('name', ['token_choice', *OTHER_ROUTERS])
+def test_a_router_alone(name):
+  router = routers()[name]
   sizes = moe_jax.Sizes(E, K, moe_jax.All())
   module = router.module(sizes, SHARED)
   call = {'mask': jnp.asarray(MASK), **told(router)}
