@@ -117,18 +117,7 @@ def compare(
     - foreseen: loss of the first halves, with training's choices, where another
       row's second half follows, less that where their own does; in nats a byte.
   """
-
-  @functools.partial(jax.jit, static_argnames='train')
-  def apply(variables, batch, train):
-    (logits, _), collections = model.apply(
-      variables,
-      **model.inputs(batch),
-      train=train,
-      rngs={name: jax.random.key(7) for name in ('router', 'dropout')},
-      mutable=['intermediates'],
-    )
-    return logits, chosen(collections)
-
+  apply = functools.partial(_apply, model)
   real = (batch['segment_ids'] > 0).reshape(-1)
   (as_trained, trained), (as_inferred, inferred) = (
     apply(variables, batch, train) for train in (True, False)
@@ -149,6 +138,21 @@ def compare(
       trained, apply(at_start, batch, False)[1][real]
     )
   return {name: float(value) for name, value in numbers.items()}
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'train'))
+def _apply(
+  model: LstmLm, variables: Variables, batch: Batch, train: bool
+) -> tuple[jax.Array, jax.Array]:
+  """The logits [B, T, V] of a batch, and the choices of the router."""
+  (logits, _), collections = model.apply(
+    variables,
+    **model.inputs(batch),
+    train=train,
+    rngs={name: jax.random.key(7) for name in ('router', 'dropout')},
+    mutable=['intermediates'],
+  )
+  return logits, chosen(collections)
 
 
 def with_thresholds(variables: Variables, value: float) -> Variables:

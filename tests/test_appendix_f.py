@@ -91,14 +91,19 @@ def foreign():
   return batch | {'tokens': tokens}
 
 
+@functools.partial(jax.jit, static_argnames='train')
+def outputs(variables, batch, train):
+  """The logits of a batch, by the model's own call."""
+  model, _, _ = small()
+  keys = {'router': jax.random.key(0)}
+  inputs = model.inputs(batch)
+  return model.apply(variables, **inputs, train=train, rngs=keys)[0]
+
+
 def losses(value, train, own=True):
   """Loss of each token in nats, [B, T], by the model's own call."""
-  model, _, batch = small()
-  inputs = model.inputs(batch if own else foreign())
-  keys = {'router': jax.random.key(0)}
-  logits, _ = model.apply(
-    with_thresholds(value), **inputs, train=train, rngs=keys
-  )
+  _, _, batch = small()
+  logits = outputs(with_thresholds(value), batch if own else foreign(), train)
   return np.asarray(
     optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
   )

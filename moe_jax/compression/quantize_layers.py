@@ -134,17 +134,26 @@ class Layers:
     elif 'w_query' in spots:
       first = {name: spots[name] for name in spots if name != 'w_out'}
       for some in (first, {'w_out': spots['w_out']}):
-        yield {
-          name: compensated(
-            self._matrix(spot), self._hessian(layer, module[0], name), format
-          )
-          for name, spot in some.items()
-        }
+        yield self._projections(layer, module[0], some, format)
     else:
       x, mask = self._inputs(layer, '/'.join(module), 'in')
       rows = Rows(x[None], mask[None])
       p = self._feed_forward(module, spots)
       yield feed_forwards(self._ffn(layer, module), p, rows, format)
+
+  def _projections(self, layer, module, spots, format) -> dict[str, Outcome]:
+    # Keys and values have the same inputs, in self-attention those of queries.
+    # The whole model is run to get inputs, so that they are got once.
+    key = 'key' if module == CROSS_ATTENTION else 'query'
+    read = {'w_query': 'query', 'w_key': key, 'w_value': key, 'w_out': 'out'}
+    hessians = {
+      name: self._hessian(layer, module, name)
+      for name in dict.fromkeys(read[name] for name in spots)
+    }
+    return {
+      name: compensated(self._matrix(spot), hessians[read[name]], format)
+      for name, spot in spots.items()
+    }
 
   def _experts(self, layer, module, spots, format) -> dict[str, Outcome]:
     masks = self._masks(self._run.model.sequence_of(layer))
@@ -188,7 +197,7 @@ class Layers:
     return FfnLayer(ffn, block.shared)
 
   def _hessian(self, layer: int, module: str, name: str) -> jax.Array:
-    x, mask = self._inputs(layer, module, name.removeprefix('w_'))
+    x, mask = self._inputs(layer, module, name)
     return hessian(jnp.asarray(x[None]), jnp.asarray(mask[None]))
 
   def _inputs(self, layer, module, name) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +205,7 @@ class Layers:
     capture = functools.partial(kernel_inputs.capture, module=module, name=name)
     x = map(np.asarray, self._run_batches(layer, capture))
     prefix = self._run.model.sequence_of(layer)
-    if module == CROSS_ATTENTION and name in ('key', 'value'):
+    if module == CROSS_ATTENTION and name == 'key':
       prefix = self._run.model.sequence_of(0)
     masks = self._masks(prefix)
     rows = [own.reshape(mask.size, -1) for own, mask in zip(x, masks)]

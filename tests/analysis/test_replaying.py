@@ -18,6 +18,7 @@ from moe_jax.runs import metrics
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook, set_up
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 from tests.training.test_loop import SigtermAt
 
 TIGHT = {'kind': 'per_token', 'per_token': {'factor': 1.0}}

@@ -86,7 +86,6 @@ def test_a_told_example():
   [
     (dict(trainable='all'), dict(trainable='experts')),
     (dict(), dict(trainable='non_experts')),
-    (dict(trainable='all'), dict(trainable='head')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
     (dict(tie=True), dict(trainable='-embeddings', tie=True)),
   ],

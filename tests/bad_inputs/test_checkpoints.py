@@ -241,7 +241,7 @@ def test_all_not_finite_is_an_error_and_no_fresh_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.data())
 def test_any_change_of_a_manifest_is_found(tmp_path_factory, data):
   """Either the whole content is as it was, or it is refused."""
@@ -267,7 +267,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.slow
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(GOOD)), VALUES, st.booleans())
 def test_sealed_manifests_of_any_values_are_read_or_refused(
   tmp_path_factory, key, value, deeper

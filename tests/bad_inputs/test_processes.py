@@ -137,17 +137,6 @@ def of_several(port, process, count=2):
 
 
 @pytest.mark.slow
-def test_a_port_in_use(tmp_path):
-  with socket.socket() as other:
-    other.bind(('', 0))
-    other.listen()
-    port = other.getsockname()[1]
-    ((status, said),) = run(tmp_path, of_several(port, 0))
-  assert status == 1
-  assert_message(said, ('Address already in use', str(port)), 4)
-
-
-@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer(tmp_path):
   began = time.monotonic()
   ((status, said),) = run(tmp_path, of_several(free_port(), 1), seconds=5)
@@ -183,21 +172,13 @@ def test_a_workdir_in_use_is_said_by_all_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('flag', 'says'),
-  [
-    ('--config.batch_size=3', 'tokens of a microbatch (3 rows'),
-    ('--config.data.source.python_stdlib.modules=no_such_module', 'no_such'),
-  ],
-)
-def test_an_error_in_all_processes_is_said_without_a_stack(
-  tmp_path, flag, says
-):
+def test_an_error_in_all_processes_is_said_without_a_stack(tmp_path):
   port = free_port()
+  flag = '--config.data.source.python_stdlib.modules=no_such_module'
   both = [(*of_several(port, i), flag) for i in (0, 1)]
   ends = run(tmp_path, *both, seconds=100)
   for status, said in ends:
     assert status == 1
     assert_message(said, (), 6)
-  assert any(says in said for _, said in ends), ends
+  assert any('no_such_module' in said for _, said in ends), ends
   assert not (tmp_path / 'run').exists()

@@ -306,7 +306,7 @@ def paths_in(values, at=()):
 
 
 @pytest.mark.slow
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.data())
 def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
   folder = tmp_path_factory.mktemp('run')
@@ -325,7 +325,7 @@ def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
 
 
 @pytest.mark.slow
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.integers(0), st.binary(max_size=3))
 @example(0, b'')
 def test_any_cut_or_flip_of_files_is_read_or_refused(

@@ -25,7 +25,6 @@ command.main(sys.argv[1:])
 COMMANDS = {
   'extract': ['extract', '--task=copy'],
   'merge': ['merge', '--experts=3', '--batches=1', '--group_by=weights'],
-  'prune': ['prune', '--share=0.6', '--batches=1'],
 }
 
 

@@ -46,10 +46,12 @@ def mixtral(tmp_path_factory):
   )
 
 
-@pytest.mark.parametrize(
-  'name',
-  ['merged', 'tied', 'pruned'],
-)
+@pytest.fixture(scope='module')
+def switch(tmp_path_factory):
+  return imported(tmp_path_factory.mktemp('runs'), 'switch_transformers')
+
+
+@pytest.mark.parametrize('name', COMMANDS)
 @pytest.mark.slow
 def test_a_smaller_mixtral_loads_in_transformers(
   name, mixtral, tmp_path, capsys
@@ -102,9 +104,8 @@ def test_uneven_and_masked_models_are_runs_that_transformers_lacks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', COMMANDS)
-def test_a_smaller_switch_loads_in_transformers(name, tmp_path, capsys):
-  switch = imported(tmp_path, 'switch_transformers')
+@pytest.mark.parametrize('name', ['merged', 'pruned'])
+def test_a_smaller_switch_loads_in_transformers(name, switch, tmp_path, capsys):
   verb, *more = COMMANDS[name]
   new = tmp_path / 'new'
   source = [f'--run={switch}', f'--output={new}', '--batches=1']

@@ -19,12 +19,20 @@ pytest.importorskip('transformers')
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('kind', 'format', 'kernels'),
-  [('mixtral', 'ternary', 'experts'), ('switch_transformers', 'int3', 'all')],
+  ('kind', 'sizes', 'format', 'kernels'),
+  [
+    ('mixtral', {'num_hidden_layers': 2}, 'ternary', 'experts'),
+    (
+      'switch_transformers',
+      {'num_layers': 2, 'num_sparse_encoder_layers': 1},
+      'int3',
+      'all',
+    ),
+  ],
 )
-def test_an_imported_checkpoint(kind, format, kernels, tmp_path):
+def test_an_imported_checkpoint(kind, sizes, format, kernels, tmp_path):
   hf, run, new = (tmp_path / name for name in ('hf', 'run', 'new'))
-  folders.write(hf, kind)
+  folders.write(hf, kind, **sizes)
   path = str(folders.write_config(tmp_path / 'configs'))
   options = run_config.read(config_file.load_config(path))
   import_run.import_run(hf, run, options, devices=jax.devices()[:1])

@@ -14,6 +14,7 @@ from moe_jax.training import loop
 from moe_jax.training.evaluate import Setting
 from tests.models import tiny as tiny_models
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 from tests.training.test_loop import SigtermAt, assert_equal
 
 MODULES = 'asyncio,email,json'

@@ -15,6 +15,7 @@ from moe_jax.training import loop
 from moe_jax.training.evaluate import LossEvaluation
 from tests.generation import folders
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 MODEL = dict(num_layers=1, moe=dict(layers='all'))
 LORA = dict(rank=2, parts='attention + experts', dropout=0.1)

@@ -16,6 +16,7 @@ from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from tests.generation import folders
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 LETTERS = tokenizers.Chars('abc \n')
 

@@ -155,8 +155,8 @@ def test_greedy_tokens_are_theirs(pair):
   assert [row.tolist() for row in output.rows] == expected
 
 
-@pytest.mark.parametrize('length_penalty', [1.0, -0.7])
-def test_beams_are_theirs(pair, length_penalty):
+def test_beams_are_theirs(pair):
+  length_penalty = -0.7
   ids, mask = padded(pair.theirs)
   with torch.no_grad():
     their_beams = pair.theirs.generate(

@@ -14,6 +14,7 @@ from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training import loop
 from moe_jax.training.setup import Hook
 from tests.training import tiny
+from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 OPTIONS = tiny.options(
   max_nonfinite_steps=2,

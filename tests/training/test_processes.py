@@ -239,7 +239,6 @@ def test_process_0_alone_speaks_and_writes_rows(two):
     ([1, 'stuck', 3], 'process 1 is stuck: it has got to the data of step 3'),
     ([1, 'SIGSTOP', 3], 'process 1 does not answer'),
     ([0, 'SIGSTOP', 3], 'process 0 does not answer'),
-    ([1, 'error', 3], 'process 1 failed: OSError: the disk is on fire'),
     ([1, 'full_disk', 3], 'process 1 failed: CheckpointError: checkpoint'),
   ],
 )

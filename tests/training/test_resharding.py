@@ -30,10 +30,7 @@ MODEL = {
 }
 OPTIONS = tiny.options(batch_size=8, model=MODEL)
 SOURCE = (1, 2, 2, 2)  # data, fsdp, expert, tensor
-MESHES = [
-  (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 1, 4, 1), (1, 1, 4, 2),
-  (2, 2, 2, 1), (1, 1, 1, 1),
-]  # fmt: skip
+MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 1, 1, 1)]
 
 
 @functools.cache
@@ -146,12 +143,9 @@ def gradient(state, shape):
   return jax.device_get(jax.jit(run)(state, on.put(batch)))
 
 
-@pytest.mark.parametrize(
-  'shape',
-  MESHES,
-)
 @pytest.mark.slow
-def test_the_next_steps_loss_and_gradient(folder, shape):
+def test_the_next_steps_loss_and_gradient(folder):
+  shape = (2, 2, 2, 1)  # `test_mesh_equality.py` has others
   loss, grads = gradient(trained(), SOURCE)
   other, other_grads = gradient(restored(folder, programs(shape)), shape)
   np.testing.assert_allclose(other, loss, rtol=1e-5)

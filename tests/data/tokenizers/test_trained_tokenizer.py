@@ -108,7 +108,7 @@ def test_equal_texts_give_equal_tokenizers_in_any_process():
       text=True,
       check=True,
     ).stdout
-    for seed, threads in (('1', '1'), ('2', '4'), ('3', '2'))
+    for seed, threads in (('1', '1'), ('2', '4'))
   }
   assert len(said) == 1
   assert len(said.pop()) == 2 * (len(hashlib.sha256().hexdigest()) + 1)
