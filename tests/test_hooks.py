@@ -66,6 +66,7 @@ def traced(tmp_path_factory):
   return watch, [line for line in compiled if line.startswith('Compiling')]
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_once(traced):
   _, compiled = traced
   steps = [line for line in compiled if 'train_step' in line]

@@ -158,6 +158,7 @@ def with_rate(options, rate):
   return dataclasses.replace(options, moe=moe)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
   source, workdir = tmp_path / 'theirs', tmp_path / 'run'
   folders.write(source, 'deepseek_v3')

@@ -163,6 +163,7 @@ def test_the_two_stacks_have_their_own_pattern_and_widths():
   assert decoder.cross and not encoder.cross
 
 
+@pytest.mark.slow
 def test_every_parameter_of_both_stacks_gets_a_gradient():
   params, _ = program('nllb')
   model = build('nllb')

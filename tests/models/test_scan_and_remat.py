@@ -72,7 +72,7 @@ def trained(scan_layers, remat, router='sampled'):
   [
     (False, 'none', 'sampled'),
     pytest.param(True, 'full', 'sampled', marks=pytest.mark.slow),
-    (True, 'dots', 'sampled'),
+    pytest.param(True, 'dots', 'sampled', marks=pytest.mark.slow),
     pytest.param(True, 'dots', 'dropless', marks=pytest.mark.slow),
     pytest.param(True, 'dots', 'expert_choice', marks=pytest.mark.slow),
     pytest.param(False, 'full', 'hash', marks=pytest.mark.slow),
