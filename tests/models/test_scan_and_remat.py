@@ -66,20 +66,26 @@ def trained(scan_layers, remat, router='sampled'):
   return step(*args), step.cost_analysis()['flops']
 
 
-@pytest.mark.as_users_compile
 @pytest.mark.parametrize(
   ('scan_layers', 'remat', 'router'),
   [
-    (False, 'none', 'sampled'),
-    pytest.param(True, 'full', 'sampled', marks=pytest.mark.slow),
-    pytest.param(True, 'dots', 'sampled', marks=pytest.mark.slow),
-    pytest.param(True, 'dots', 'dropless', marks=pytest.mark.slow),
-    pytest.param(True, 'dots', 'expert_choice', marks=pytest.mark.slow),
-    pytest.param(False, 'full', 'hash', marks=pytest.mark.slow),
-    pytest.param(False, 'dots', 'random', marks=pytest.mark.slow),
-    pytest.param(False, 'none', 'expert_choice', marks=pytest.mark.slow),
-    pytest.param(True, 'full', 'dropless', marks=pytest.mark.slow),
-    pytest.param(True, 'full', 'noisy', marks=pytest.mark.slow),
+    pytest.param(False, 'none', 'sampled', marks=pytest.mark.as_users_compile),
+    *(
+      pytest.param(
+        *case, marks=[pytest.mark.slow, pytest.mark.as_users_compile]
+      )
+      for case in ((True, 'dots', 'dropless'), (True, 'full', 'noisy'))
+    ),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (True, 'dots', 'sampled'),
+        (True, 'dots', 'expert_choice'),
+        (False, 'full', 'hash'),
+        (False, 'dots', 'random'),
+        (True, 'full', 'dropless'),
+      )
+    ),
   ],
 )
 def test_loss_logits_and_gradients_equal_the_plain_loop(
