@@ -191,16 +191,20 @@ def whole(name, tokens, source, source_mask):
 
 # Others generate in `tests/generation`, or differ from those in one part each.
 FAST = ('mixtral',)
+# One of each kind of model is also compiled with all optimizations.
+OPTIMIZED = ('mixtral', 'switch', 'lstm', 'deepseek')
 
 
-@pytest.mark.as_users_compile
+def marks(name):
+  """The marks of a case: slow, unless it is one of the fast ones."""
+  found = [] if name in FAST else [pytest.mark.slow]
+  return [*found, pytest.mark.as_users_compile] if name in OPTIMIZED else found
+
+
 @pytest.mark.parametrize(
   ('name', 'batch_size'),
   [
-    *(
-      pytest.param(name, 1, marks=() if name in FAST else pytest.mark.slow)
-      for name in CASES
-    ),
+    *(pytest.param(name, 1, marks=marks(name)) for name in CASES),
     pytest.param('mixtral', 7, marks=pytest.mark.slow),
   ],
 )
