@@ -7,7 +7,7 @@ from xdist.scheduler import LoadFileScheduling
 SPREAD = (
   'test_a_studys_arms_are_equal_in_flops',
   'test_a_studys_claims_are_about_its_rows',
-  'test_every_study_runs',
+  'test_every_way_to_make_a_run_runs',
   'test_notebook_runs',
 )
 

@@ -4,6 +4,7 @@ No code of django is imported or run.
 """
 
 import dataclasses
+import functools
 import gettext
 import hashlib
 import importlib.metadata
@@ -108,6 +109,15 @@ def version() -> str:
   return importlib.metadata.version('django')
 
 
+@functools.cache
+def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """The catalogues of each language; a package has thousands of folders."""
+  found = {}
+  for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
+    found.setdefault(path.parts[-3], []).append(path)
+  return found
+
+
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   """The pairs of some languages, in the order of a hash.
 
@@ -121,9 +131,7 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
   Raises:
     ValueError: There is no catalogue of a language.
   """
-  catalogues = {}
-  for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
-    catalogues.setdefault(path.parts[-3], []).append(path)
+  catalogues = _catalogues(root)
   for language in languages:
     if language not in catalogues:
       raise unknown('language of django_gettext', language, catalogues)
