@@ -215,4 +215,4 @@ def test_biases_of_the_parity_cases_change_choices(name):
     if hasattr(module, 'e_score_correction_bias'):
       module.register_forward_hook(compare)
   oracle.logits(model, given)
-  assert len(changed) == 2 and min(changed) > 0.2
+  assert changed and min(changed) > 0.2
