@@ -138,7 +138,6 @@ def test_a_run_is_evaluated_from_its_folder(run):
   assert older == pytest.approx(rows_of(workdir, 'texts')[0][1])
 
 
-@pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_a_run_that_was_stopped_evaluates_as_one_that_was_not(run, tmp_path):
   workdir, state = run
