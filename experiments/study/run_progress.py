@@ -133,7 +133,8 @@ class Progress:
     gone = time.perf_counter() - self._start
     done = sum(_steps(self._calls[name]) for name in self._ended)
     done += sum(_done(self._calls[name]) for name in list(self._running))
-    if not done:
+    # The first steps wait for the compiler, and would tell of hours.
+    if done < 0.02 * self._total or not done:
       return f'{gone / 60:.1f} minutes gone'
     left = gone * max(self._total - done, 0) / done
     return f'{gone / 60:.1f} minutes gone, {left / 60:.1f} left'

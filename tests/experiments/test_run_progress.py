@@ -72,6 +72,18 @@ def test_a_running_call_is_said_with_its_step(jobs, capsys, monkeypatch):
   )
 
 
+def test_the_first_steps_tell_no_time(tmp_path, capsys):
+  config = ml_collections.ConfigDict({'total_steps': 100})
+  job = Job(Arm('dense', {}), 0, config, tmp_path / 'dense')
+  progress = progress_of([job])
+  progress.begins(job.name)
+  for step, is_told in ((1, False), (2, True)):
+    log(job, step, 3.5)
+    capsys.readouterr()
+    progress.tick()
+    assert (' left' in capsys.readouterr().out) == is_told
+
+
 def test_lines_come_while_runs_are_made(jobs, capsys, monkeypatch):
   monkeypatch.setattr(run_progress, 'EVERY_SECONDS', 0.01)
   progress = progress_of(jobs)
