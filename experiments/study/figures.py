@@ -196,8 +196,13 @@ def _lines(ax, spec, rows, column, names: list[str]) -> None:
   if spec.log_x:
     ax.set_xscale('log', base=2)
     ticks = sorted({row['x'] for row, _ in shown if row['x'] is not None})
-    ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    ax.set_xticks(ticks, [_tick_label(tick) for tick in ticks])
   ax.set_xlabel(spec.x_label)
+
+
+def _tick_label(tick: float) -> str:
+  """A whole number as it is, another one to three digits."""
+  return f'{tick:g}' if tick == round(tick) else f'{tick:.3g}'
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:
