@@ -237,7 +237,9 @@ STUDY = Study(
     without=[f'{UPCYCLED}, untrained*', 'gain*'],
   ),
   remarks='Extra costs are counted FLOPs. Sparse models train for fewer steps, '
-  'by as much as their step costs more.',
+  'by as much as their step costs more. Whether the gain over training on '
+  'grows from half to all of the extra cost is open: it is larger on average, '
+  'by slightly less than five seeds can tell.',
   tasks={
     'halves': Task(
       {'data.train_split': 'train[50%:]'},
