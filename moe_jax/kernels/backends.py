@@ -10,6 +10,7 @@ A backend is a module with two functions, equal in value on every shape:
   sum hold.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -48,6 +49,9 @@ def describe(name: str, platform: str) -> str:
   return f'{name}, interpreted: slow' if slow else name
 
 
+# Layers have few shapes of products: `jit` traces those of all platforms once
+# for each.
+@functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
 def matmul(
   x: Float[Array, 'N _'],
   w: Float[Array, 'E _ _'],
@@ -63,6 +67,7 @@ def matmul(
   return choose(run, backend, x, w, group_sizes)
 
 
+@functools.partial(jax.jit, static_argnames='backend')
 def outer(
   x: Float[Array, 'N M'],
   dy: Float[Array, 'N F'],

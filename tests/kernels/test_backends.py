@@ -1,6 +1,7 @@
 """Every backend of the grouped products equals the loops that define them."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +203,25 @@ def test_what_a_run_says_of_its_backend():
   assert backends.describe('ragged_dot', 'cpu') == 'ragged_dot'
   assert backends.describe('megablox', 'tpu') == 'megablox'
   assert 'slow' in backends.describe('pallas_gpu', 'cpu')
+
+
+def test_products_of_one_shape_are_traced_once(monkeypatch):
+  seen = []
+
+  def matmul(x, w, group_sizes, transposed):
+    seen.append(x.shape)
+    return blocks.matmul(x, w, group_sizes, transposed)
+
+  counted = types.SimpleNamespace(matmul=matmul)
+  monkeypatch.setitem(BACKENDS, 'blocks', counted)
+  shape = 29, E, M, M  # that no other test has
+  x, w, _ = arrays(shape)
+  sizes = jnp.array([29, 0, 0, 0, 0], jnp.int32)
+
+  def layers(x):
+    for _ in range(3):
+      x = grouped_matmul(x, w, sizes, 'blocks')
+    return x
+
+  jax.make_jaxpr(layers)(x)
+  assert seen == [(29, M)]
