@@ -56,6 +56,13 @@ if os.environ.get('MOE_JAX_TEST_TYPES') == '1':
 import pytest  # noqa: E402
 
 from moe_jax import host  # noqa: E402
+from moe_jax.kernels import blocks  # noqa: E402
+from tests import block_sizes  # noqa: E402
+
+# Models of tests compile sooner with few sizes of blocks; tests of kernels, and
+# those of programs as users compile them, have all.
+if not _OPTIMIZED:
+  blocks.SIXTEENTHS = block_sizes.FEW
 
 
 def pytest_collection_modifyitems(config, items):

@@ -102,6 +102,7 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
   assert not (tmp_path / 'cache').exists()
 
 
+@pytest.mark.slow
 def test_another_run_that_it_begins_with(tmp_path):
   other = tmp_path / 'other'
   folders.write(other, tokenizer=tokenizers.Chars('abc \n'))

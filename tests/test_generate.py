@@ -73,6 +73,7 @@ def test_a_prompt_is_echoed_where_a_person_reads(run, capsys, monkeypatch):
   assert shown == echoed.replace('def ', '\x1b[2mdef \x1b[0m', 1)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   path = tmp_path / 'prompts.txt'
   path.write_text('ab\n\nc d\n', encoding='utf-8')

@@ -161,6 +161,7 @@ def test_a_trace_that_a_signal_cuts_short_is_written(tmp_path):
   assert len(list(folder.rglob('*.trace.json.gz'))) == 1
 
 
+@pytest.mark.slow
 def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
   source = {'kind': 'instructions', 'instructions': {'task': 'reverse'}}
   loop.train_and_evaluate(

@@ -817,6 +817,10 @@ def bare(function):
   return getattr(function, 'func', function)
 
 
+# Arms whose models `merge_or_prune` makes, and whose measure others have.
+ALIKE = ('pruned to a half', 'merged to a half')
+
+
 def ways():
   """For each study the arms that are not made and measured as earlier ones.
 
@@ -829,7 +833,7 @@ def ways():
     for arm in reversed(study.arms_of(study.presets['quick'])):
       begins = bool(arm.start), bool(arm.teacher)
       way = type(study.runner), measure, bare(arm.change), *begins
-      if way not in seen:
+      if way not in seen and arm.name not in ALIKE:
         seen.add(way)
         found.setdefault(name, []).append(arm.name)
   return found
@@ -839,8 +843,12 @@ WAYS = ways()
 
 
 def brief(config):
-  """A config whose run and evaluations are of few small batches."""
+  """A config of at most two layers and few small batches."""
   config = merge(config, {'batch_size': 4}).unlock()
+  model = config.model
+  model.num_layers = min(2, model.num_layers)
+  if model.moe.layers == 'every 4':
+    model.moe.layers = 'every 2'
   for entry in list(config.evals)[2:-1]:  # of the same kind as the others
     del config.evals[entry]
   few = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}

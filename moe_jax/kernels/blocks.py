@@ -22,7 +22,7 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int32
 # other near the share, where most experts are if the load is balanced, so that
 # a block has 3 % of rows in vain, and far apart below. More sizes compile for
 # longer.
-_SIXTEENTHS = (2, 4, 8, *range(12, 21))
+SIXTEENTHS = (2, 4, 8, *range(12, 21))
 # The largest share whose expert takes one block, and the numbers of which sizes
 # are multiples.
 _MOST_SHARE, _MULTIPLE = 1024, 8
@@ -90,7 +90,7 @@ def block_sizes(num_rows: int, num_experts: int) -> list[int]:
   """
   share = min(-(-num_rows // num_experts), _MOST_SHARE)
   sizes = {
-    -(-share * part // (16 * _MULTIPLE)) * _MULTIPLE for part in _SIXTEENTHS
+    -(-share * part // (16 * _MULTIPLE)) * _MULTIPLE for part in SIXTEENTHS
   }
   return sorted({min(size, num_rows) for size in sizes})
 

@@ -40,6 +40,7 @@ def same_logits(run, options, variables):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('router', ['masked', SHRUNK])
 def test_what_no_task_chooses_is_pruned_without_a_change(router):
   def unloved(name, leaf):

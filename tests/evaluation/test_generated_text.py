@@ -183,6 +183,7 @@ def test_an_example_of_a_mixture_has_the_task_of_its_source(tmp_path, task):
       assert (pair.inputs, pair.target) in set(own)
 
 
+@pytest.mark.slow
 def test_outputs_are_what_the_model_says_alone(tmp_path):
   entry = GenerateEvaluation(num_examples=5, num_tokens=6)
   measure = entry.measure(setting(tmp_path, **PAIRS))

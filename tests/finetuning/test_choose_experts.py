@@ -38,6 +38,7 @@ def test_the_fewest_experts_that_reach_the_share():
     choose_experts.chosen(shares, 1.1)
 
 
+@pytest.mark.slow
 def test_use_is_counted_choice_by_choice():
   model = dict(
     vocab_size=V, num_layers=1, moe=dict(num_selected=2, layers='all')

@@ -68,6 +68,7 @@ def begun_run(config, workdir, devices=1):
     return run, begin.begin(run, finetuning.initial)
 
 
+@pytest.mark.slow
 def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
   run, state = begun_run(config_from(dense), tmp_path)
   rows = evaluate.measured(run.evaluations, run.programs.variables(state), 0)

@@ -136,6 +136,7 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(small, penalty):
   assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_beams_of_an_lstm_move_with_their_states():
   moe = dict(layers='1', capacity=All())
   model = of_five_tokens(moe, kind='lstm')

@@ -49,6 +49,7 @@ def test_bits_of_other_widths_are_jaxs_too():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_no_loop_is_left():
   def draw(impl):
     return jax.random.uniform(jax.random.key(1, impl=impl), (8, 9))

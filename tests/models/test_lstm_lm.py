@@ -43,6 +43,7 @@ def run(model, params, tokens, ids=IDS):
   return tiny.apply(model)(params, tokens, ids, np.zeros_like(tokens))
 
 
+@pytest.mark.slow
 def test_it_is_its_layers_in_a_row():
   params, tokens = tiny.params_of(MODEL), tiny.tokens()
   logits, aux = run(MODEL, params, tokens)

@@ -176,6 +176,7 @@ LATENT = dict(
 )
 
 
+@pytest.mark.slow
 def test_every_matrix_of_a_model():
   """Every kernel's update has the size that one alone has, however stacked."""
   options = tiny.options(

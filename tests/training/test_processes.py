@@ -31,6 +31,8 @@ STEPS = {
   'checkpoint': {'every_steps': 1, 'keep_newest': 99},
 }
 LONG = {**STEPS, 'total_steps': 40}
+# Those that end early have a model that compiles in no time.
+ENDED = {**LONG, 'model': tiny.ONE_LAYER}
 ACROSS = {
   **LONG,
   'mesh': {'data': 2, 'expert': 2, 'tensor': 2},
@@ -243,7 +245,7 @@ def test_process_0_alone_speaks_and_writes_rows(two):
   ],
 )
 def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
-  job = {'workdir': 'run', 'overrides': LONG, 'befalls': befalls}
+  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': befalls}
   who, what, _ = befalls
   # The timeout exceeds the time for compiling the step on a busy machine.
   timeouts = {'stall_timeout_seconds': 25 if what == 'stuck' else 0}
@@ -256,7 +258,7 @@ def test_what_befalls_one_ends_the_other(befalls, message, tmp_path):
 
 
 def test_process_0_dies(tmp_path):
-  job = {'workdir': 'run', 'overrides': LONG, 'befalls': [0, 'SIGKILL', 3]}
+  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
   # JAX's coordinator ends with process 0, and its message may arrive first.
   assert ends[1].status != 0
@@ -265,7 +267,7 @@ def test_process_0_dies(tmp_path):
 
 
 def test_processes_that_differ_are_named(tmp_path):
-  job = {'workdir': 'run', 'overrides': LONG, 'seeds': [0, 3]}
+  job = {'workdir': 'run', 'overrides': ENDED, 'seeds': [0, 3]}
   ends, _ = start(tmp_path, 2, [job])
   assert [end.status for end in ends] == [1, 1]
   for end in ends:
@@ -273,7 +275,7 @@ def test_processes_that_differ_are_named(tmp_path):
 
 
 def test_a_folder_that_is_not_shared(tmp_path):
-  job = {'workdir': ['a', 'b'], 'overrides': LONG}
+  job = {'workdir': ['a', 'b'], 'overrides': ENDED}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
   assert 'process 1 failed: ValueError: process 1 does not see' in (
