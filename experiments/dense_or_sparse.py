@@ -297,9 +297,8 @@ STUDY = Study(
   'Memory is counted; the state is weights, gradients and moments. In equal '
   'time sparse loses to its twin, whose steps take two thirds of the time '
   'here, so that it reads half as many tokens again. The open claims are of '
-  'differences below those between seeds: after so little text a sparse model '
-  'is as good as one that multiplies by all of as many parameters, and after '
-  'an eighth of it no model has learned enough to be told from another.',
+  'differences that are smaller than those between seeds, and say neither '
+  'that models differ nor that they are alike.',
   tasks={
     'text': Task(
       {'data.source.kind': 'python_stdlib'},

@@ -193,10 +193,9 @@ STUDY = Study(
   figure=Figure(['loss', LOGIT, FLIPPED[LOW], FLIPPED[SELECTIVE]]),
   remarks=f'{stability.MEANING} Flipped choices are means over layers, and '
   'those flipped by the router are the ones of bfloat16 less those of '
-  'selective precision. No run is unstable: the loss still falls as the rate '
-  'rises to 0.1, so that these rates are below those at which rounding could '
-  'make a run of this size diverge, and bfloat16 moves the loss by less than '
-  'seeds do. Whether it diverges at still higher rates was not tried.',
+  'selective precision. No run is unstable, and the loss still falls as the '
+  'rate rises to 0.1. A guess, not tested: runs of this size diverge at higher '
+  'rates, if at all. What rounding moves the loss by is less than seeds do.',
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

@@ -308,14 +308,12 @@ def final_arrays(workdir):
   return step, ocp.tree.to_flat_dict(restored)
 
 
-# A period of rows that no checkpoint falls on, no time lost on scores, and a
-# model that compiles sooner.
+# A period of rows that no checkpoint falls on, and no time lost on scores.
 MIXED = (
   '--config.data.mixture.period=50',
   '--config.evals.losses.every_steps=0',
   '--config.evals.scores.every_steps=0',
   '--config.evals.scores.num_tokens=0',
-  '--config.model.num_layers=2',
 )
 
 

@@ -99,14 +99,6 @@ def test_refused(case, tmp_path):
   check(case, tmp_path)
 
 
-# What makes a run quick that is not meant to fail.
-QUICK = (
-  '--config.total_steps=4',
-  '--config.model.num_layers=2',
-  '--config.sample.num_tokens=0',
-)
-
-
 def run(
   folder, *processes, seconds=20, config='configs/tiny_switch.py:runlocal'
 ):
@@ -117,7 +109,6 @@ def run(
         *(sys.executable, '-m', 'moe_jax.main', f'--config={config}'),
         f'--workdir={folder / "run"}',
         f'--config.distributed.initialization_timeout_seconds={seconds}',
-        *QUICK,
         *more,
       ],
       cwd=ROOT,
