@@ -364,8 +364,8 @@ def test_results_of_other_data_are_not_mixed(tmp_path):
 @pytest.mark.slow
 def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
   folder = tmp_path / 'disturbed'
-  begin = [sys.executable, '-m', 'tests.tiny_study']
-  argv = [*begin, '--workers=2', f'--output={folder}']
+  argv = [sys.executable, '-m', 'tests.tiny_study', '--workers=2']
+  argv.append(f'--output={folder}')
 
   def runs():
     found = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
@@ -389,12 +389,14 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
     assert len(done) < 6
     # Runs that were finished are not made again.
     assert {path: done[path] for path in before} == before
-  again = subprocess.run(argv, check=True, **options)
-  assert f'6 runs, {len(done)} of them there' in again.stdout.decode()
-  assert {path: runs()[path] for path in done} == done
   undisturbed = tmp_path / 'undisturbed'
-  argv = [*begin, '--workers=1', f'--output={undisturbed}']
-  subprocess.run(argv, check=True, **options)
+  both = 'import sys; from tests import tiny_study as t\n'
+  both += 'for path in sys.argv[1:]:'
+  both += " t.command.main(t.DENSE, ['--workers=1', f'--output={path}'])"
+  argv = [sys.executable, '-c', both, folder, undisturbed]
+  told = subprocess.run(argv, check=True, **options).stdout.decode()
+  assert f'6 runs, {len(done)} of them there' in told
+  assert {path: runs()[path] for path in done} == done
   tables = {
     (path / tiny_study.DENSE.name / 'quick' / 'rows.csv').read_text()
     for path in (folder, undisturbed)
@@ -405,29 +407,32 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
+  claim = claimed('fast', 'slow', 'lower', ['hash2021/reddit/Hash/ppl'])
+  claims = [*tiny_study.DENSE.claims, claim]
+  study = dataclasses.replace(tiny_study.DENSE, claims=claims)
   argv = ['--workers=1', '--seeds=1', f'--output={tmp_path}']
-  folder = command.main(tiny_study.STUDY, argv)
-  assert folder == tmp_path / 'tiny_study' / 'quick-seeds=1'
+  folder = command.main(study, argv)
+  assert folder == tmp_path / study.name / 'quick-seeds=1'
   text = (folder / study_results.TABLE).read_text()
   assert '± unknown' in text and '**withheld**: 1 of at least 3 seeds' in text
   assert (folder / study_results.PICTURE).stat().st_size > 5000
   config = json.loads((folder / 'configs' / '00.json').read_text())
-  assert config['arm'] == 'dense'
+  assert config['arm'] == 'slow'
   assert config['config']['model']['moe']['num_experts'] == 0
 
   def refuse(*args, **kwargs):
     raise AssertionError('a finished run was trained again')
 
   monkeypatch.setattr(runner, 'train_and_evaluate', refuse)
-  command.main(tiny_study.STUDY, argv)
+  command.main(study, argv)
   assert (folder / study_results.TABLE).read_text().splitlines()[3:] == (
     text.splitlines()[3:]
   )
   folder.rename(folder.with_name('full'))
   report.main([f'--results={tmp_path}', f'--output={tmp_path / "page"}'])
   page = (tmp_path / 'page' / report.PAGE).read_text()
-  assert '| [tiny_study](#a-question) | 0 | 0 | 0 | 0 | 0 | 2 |' in page
-  assert '(results/tiny_study.png)' in page
+  assert '| [dense_study](#a-question) | 0 | 0 | 0 | 0 | 0 | 2 |' in page
+  assert '(results/dense_study.png)' in page
   assert 'unverified, not shown' in page and '23.16' not in page
 
 
@@ -459,7 +464,10 @@ class Losses(setup.Hook):
 @pytest.mark.slow
 def test_a_shared_step_is_the_runs_own(tmp_path):
   router = {'kind': 'noisy_top_k', 'noisy_top_k': {'importance_weight': 0.3}}
-  first = tiny.config(max_nonfinite_steps=1, model={'moe': {'router': router}})
+  moe = {'router': router, 'layers': 'all'}
+  first = tiny.config(
+    total_steps=3, max_nonfinite_steps=1, model={'num_layers': 1, 'moe': moe}
+  )
   key = 'model.moe.router.noisy_top_k.z_weight'
   second = layered(RunConfig, first, {'seed': 1, key: 0.2})
   compiled = []
@@ -492,7 +500,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
       run.train_step = step_and_signal
 
-  shared = tiny_study.STUDY.shared(Preset(2, 1))
+  shared = tiny_study.DENSE.shared(Preset(2, 1))
   (job,) = jobs_of(shared, [Arm('one', {})], tmp_path, [0])
   with monkeypatch.context() as patched:
     patched.setattr(runner, 'SharedStep', Stop)
@@ -709,15 +717,16 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
     assert len(summary['claims']) >= 4
     text = study_results.text_of(summary)
     assert 'nan' not in text and study.title in text
-    figures.draw(study.figure, summary, tmp_path / 'figure.png')
-    assert set(study.figure.columns) <= {c.name for c in study.columns}
-    if study.pictures is not None:
-      study.pictures(results, tmp_path)
     # A column of a metric that no run has would be empty.
     for column in study.columns:
       shown = [row.values.get(column.name, []) for row in rows]
       numbers = np.array([number for values in shown for number in values])
       assert not column.key or np.isfinite(numbers).any(), column.name
+  # The figures of the last preset are drawn.
+  assert set(study.figure.columns) <= {c.name for c in study.columns}
+  figures.draw(study.figure, summary, tmp_path / 'figure.png')
+  if study.pictures is not None:
+    study.pictures(results, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -817,8 +826,8 @@ def bare(function):
   return getattr(function, 'func', function)
 
 
-# Arms whose models `merge_or_prune` makes, and whose measure others have.
-ALIKE = ('pruned to a half', 'merged to a half')
+# Arms whose models other studies make, and whose measure other arms have.
+ALIKE = ('pruned to a half', 'merged to a half', 'distilled, served')
 
 
 def ways():

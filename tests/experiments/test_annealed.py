@@ -22,6 +22,7 @@ def jobs(output, lengths, **overrides) -> list[Job]:
   shared = tiny.config(
     batch_size=8,
     mesh={'data': -1},
+    model=tiny.ONE_LAYER,
     checkpoint={'every_steps': 0},
     optimizer={'schedule': {'kind': 'trapezoid', 'decay_fraction': 0.4}},
   )

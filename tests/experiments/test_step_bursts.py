@@ -18,7 +18,8 @@ def test_bursts_are_kept_and_those_of_a_busy_machine_made_up_for(
   monkeypatch.setattr(times, '_EFFORT', step_bursts.Effort(1, 0.01, quick=True))
   cores = 100  # nothing that other processes use is too much
   monkeypatch.setattr(times.os, 'cpu_count', lambda: cores)
-  shared = tiny.config(batch_size=8, mesh={'data': -1})
+  model = {'num_layers': 1, 'moe': {'layers': 'all'}}
+  shared = tiny.config(batch_size=8, mesh={'data': -1}, model=model)
   arms = [Arm('dense', {'model.moe.num_experts': 0}), Arm('sparse', {})]
   jobs = jobs_of(RunConfig, shared, arms, [3], tmp_path)
   groups = [['dense', 'another', 'sparse']]
