@@ -8,7 +8,7 @@ import pytest
 
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
-from experiments.study import command, runner, step_bursts
+from experiments.study import command, jobs, runner, step_bursts
 from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
 from experiments.study.step_bursts import Burst
@@ -254,6 +254,8 @@ def test_the_command_screens_searches_runs_and_times(tmp_path, monkeypatch):
   # Nothing that other processes use is too much, and a process is enough.
   monkeypatch.setattr(times_lib.os, 'cpu_count', lambda: 100)
   monkeypatch.setattr(step_bursts, 'fresh', lambda call, *args: call(*args))
+  # The programs of steps, which digests are made of, are not traced for them.
+  monkeypatch.setattr(step_bursts, 'program_digest', jobs.config_hash)
   # The trials of the screening are those of the search of rates.
   preset = SpeedPreset(
     10,
