@@ -49,20 +49,14 @@ def batch_of(options, model):
     features = rng.normal(size=ones['features'].shape).astype(np.float32)
     return ones | {'features': features}
   rows = tiny.batch(options)
-  # All tokens are of task 0, where there are tasks.
-  tasks = {
-    name: np.zeros(shape.shape, np.int32)
-    for name, shape in options.batch_shapes(model).items()
-    if name.endswith('task_ids')
-  }
   if not options.model.has_encoder:
-    return rows | tasks
+    return rows
   encoder = {
     f'encoder_{name}': rows[name]
     for name in ('tokens', 'segment_ids', 'positions')
   }
   target = tiny.rows(options.batch_size, options.data.target_len, seed=1)
-  return target | encoder | tasks
+  return target | encoder
 
 
 @pytest.mark.parametrize('name', golden.NAMES)
