@@ -110,15 +110,9 @@ def run(*flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('config', 'more'),
-  [
-    ('switch_c', ['--config.mesh.expert=64']),
-  ],
-)
-def test_the_large_ones_compile_for_64_devices(config, more):
-  path = f'--config=configs/{config}.py'
-  done = run(path, '--topology=cpu:64', '--no-flops', *more)
+def test_a_large_one_compiles_for_64_devices():
+  path = '--config=configs/glam_64b64e.py'
+  done = run(path, '--topology=cpu:64', '--no-flops')
   assert 'needed in all' in done.stdout, done.stderr[-3000:]
   assert 'TPU v5p' in done.stdout
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 FUZZ = settings(
   derandomize=True,
   deadline=None,
-  max_examples=150,
+  max_examples=75,
   suppress_health_check=list(HealthCheck),
 )
 SECRET = b'a secret of this machine'

@@ -205,9 +205,7 @@ TEMPLATES = [
   template('{{ strftime_now(3) }}', 'must be str'),
 ]
 SLOW_TEMPLATES = [
-  template(FOREVER, '1 s of processor time', limits=SMALL),
   template('{{ 9 ** (9 ** 9) }}', '1 s of processor time', limits=SMALL),
-  template('{{ lipsum(n=10**6) }}', '1 s of processor time', limits=SMALL),
   template(
     FOREVER,
     'no answer in 0.2 s',

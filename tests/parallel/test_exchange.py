@@ -10,7 +10,6 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.layers import (
-  Dropless,
   FeedForwardExpert,
   Gather,
   ModuleExpert,
@@ -23,7 +22,6 @@ from moe_jax.parallel import exchange
 from moe_jax.parallel.exchange import AllToAll, Constraint
 from moe_jax.parallel.layout import layout_of
 from moe_jax.partitioning import make_mesh
-from moe_jax.routing.capacity import All
 
 E, M = 4, 3
 EVERY = [Constraint, AllToAll]
@@ -173,28 +171,6 @@ def test_a_custom_expert_travels_too():
   np.testing.assert_allclose(
     run(on(mesh, params), on(mesh, x, 'expert')), run(params, x), atol=1e-5
   )
-
-
-@pytest.mark.slow
-def test_capacity_for_all_is_dropless_across_devices():
-  x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 16, 12)), 'float32')
-  outputs = []
-  for dispatch in (Gather(), Dropless()):
-    layer = MoE(
-      MoeOptions(
-        4,
-        2,
-        router=TokenChoice(gates='renormalized'),
-        capacity=All(),
-        expert=FeedForwardExpert(24),
-        dispatch=dispatch,
-      )
-    )
-    params = layer.init(jax.random.key(0), x)
-    mesh = mesh_of(expert=4)
-    run = jax.jit(lambda params, x, layer=layer: layer.apply(params, x)[0])
-    outputs.append(run(on(mesh, params), on(mesh, x, 'expert')))
-  np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

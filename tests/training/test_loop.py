@@ -177,7 +177,9 @@ def test_a_second_ctrl_c_ends_a_cell_and_not_its_kernel(
   monkeypatch.setattr(sys, 'ps1', '>>> ', raising=False)
   twice = SigtermAt(5, signal.SIGINT, signal.SIGINT)
   with pytest.raises(KeyboardInterrupt) as error:
-    train_and_evaluate(OPTIONS, tmp_path, hooks=[twice])
+    train_and_evaluate(
+      tiny.options(model=tiny.ONE_LAYER), tmp_path, hooks=[twice]
+    )
   assert not isinstance(error.value, loop.Interrupted)
   assert (tmp_path / 'checkpoints' / '4' / 'manifest.json').exists()
 
@@ -294,7 +296,7 @@ def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
 @pytest.mark.slow
 def test_equal_evaluations_run_once_and_agree(tmp_path):
   room = {'capacity': {'per_token': {'factor': 2.0}}}
-  dense = tiny.config(total_steps=2, model={'moe': {'num_experts': 0}})
+  dense = tiny.config(total_steps=1, model=tiny.ONE_LAYER)
   dense.evals = {
     'train_capacity': base.evaluation(every_steps=0, num_batches=2),
     'capacity_2': base.evaluation(every_steps=0, num_batches=2, moe=room),

@@ -139,29 +139,6 @@ def test_a_mesh_changes_no_update():
     np.testing.assert_allclose(together[name], update, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_matrix_as_pytorch_does_it():
-  torch = pytest.importorskip('torch')
-  grad = np.random.default_rng(0).normal(size=(48, 20)).astype(np.float32)
-  weight = torch.nn.Parameter(torch.zeros(20, 48))  # [outputs, inputs]
-  theirs = torch.optim.Muon(
-    [weight], lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw'
-  )
-  weight.grad = torch.tensor(grad.T)
-  theirs.step()
-  o = Muon(learning_rate=1.0, **PLAIN)
-  optimizer = o.transformation(
-    10, {'w': ('embed', 'mlp')}, {'w': Role('ffn', 'kernel')}
-  )
-  tree = {'w': jnp.asarray(grad)}
-  update, _ = optimizer.update(tree, optimizer.init(tree), tree)
-  # Its products are in bfloat16.
-  np.testing.assert_allclose(
-    update['w'], weight.detach().numpy().T, rtol=0, atol=0.03
-  )
-  assert np.abs(update['w']).max() > 0.5
-
-
 def test_inputs_and_outputs_by_axes():
   assert dimensions(('embed', 'heads', 'kv')) == ((0,), (1, 2))
   assert dimensions(('heads', 'kv', 'embed')) == ((0, 1), (2,))

@@ -9,9 +9,7 @@ import pytest
 
 from moe_jax import partitioning
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.training.losses import loss_weights, normalizers
 from moe_jax.training.programs import make_programs
-from moe_jax.training.step import make_grad_fn
 from tests.training import tiny
 
 E, V = 8, 264
@@ -28,7 +26,6 @@ MODEL = {
     )['moe'],
   },
 }
-OPTIONS = tiny.options(batch_size=8, model=MODEL)
 SOURCE = (1, 2, 2, 2)  # data, fsdp, expert, tensor
 MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 1, 1, 1)]
 
@@ -122,39 +119,3 @@ def test_experts_over_two_mesh_axes(folder):
   assert checksums(state) == checksums(trained())
   (shard, *_) = expert_kernel(state).addressable_shards
   assert shard.data.shape == (1, 1, 16, 24)
-
-
-def gradient(state, shape):
-  """Loss and gradient of the next step's batch, on the host."""
-  on = programs(shape)
-  model = OPTIONS.build()
-  grad_fn = make_grad_fn(model, loss_weights(model))
-  places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-
-  def run(state, batch):
-    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    whole = normalizers(model, batch)
-    (loss, _), grads = grad_fn(
-      state.params, batch, whole, key, state.router_state
-    )
-    return loss, jax.lax.with_sharding_constraint(grads, places)
-
-  batch = jax.tree.map(np.asarray, tiny.batch(OPTIONS, vocab_size=V))
-  return jax.device_get(jax.jit(run)(state, on.put(batch)))
-
-
-@pytest.mark.slow
-def test_the_next_steps_loss_and_gradient(folder):
-  shape = (2, 2, 2, 1)  # `test_mesh_equality.py` has others
-  loss, grads = gradient(trained(), SOURCE)
-  other, other_grads = gradient(restored(folder, programs(shape)), shape)
-  np.testing.assert_allclose(other, loss, rtol=1e-5)
-  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-    name = partitioning.path_name(path)
-    norm = np.linalg.norm(grad)
-    off = np.linalg.norm(functools.reduce(getitem, path, other_grads) - grad)
-    assert norm > 0 and off <= 1e-5 * norm, (name, off / norm)
-
-
-def getitem(tree, key):
-  return tree[key.key]

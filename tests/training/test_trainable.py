@@ -26,14 +26,14 @@ PARTS = {
 
 
 @functools.cache
-def programs(expression, devices=1, optimizer='adamw', microbatches=1):
+def programs(expression, devices=1, microbatches=1):
   sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
   options = tiny.options(
     batch_size=8,
     microbatches=microbatches,
     trainable=expression,
     model=dict(vocab_size=V, moe=EVERY_SECOND),
-    optimizer=dict(kind=optimizer, clip_norm=1e3, weight_decay=0.1),
+    optimizer=dict(clip_norm=1e3, weight_decay=0.1),
     **(dict(mesh=sizes) if devices == 8 else {}),
   )
   mesh = options.mesh.make(jax.devices()[:devices])
@@ -121,51 +121,35 @@ def test_what_the_model_lacks_is_refused_by_name(expression, says):
     trainable.select(expression, roles())
 
 
-# Without arguments the steps are those of other tests, and are compiled once.
-@pytest.mark.parametrize(
-  'kwargs',
-  [{}, pytest.param(dict(optimizer='adafactor'), marks=pytest.mark.slow)],
-  ids=str,
-)
-def test_what_does_not_train_keeps_its_bits_and_has_no_state(kwargs):
-  before, after, state, _ = stepped('experts', **kwargs)
+def test_what_does_not_train_keeps_its_bits_and_has_no_state():
+  before, after, state, _ = stepped('experts')
   trained = role_names({'expert'})
   for name, value in after.items():
     assert (value == before[name]).all() == (name not in trained), name
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-  whole = jax.tree.leaves(programs('all', **kwargs)[1].abstract_state.opt_state)
+  whole = jax.tree.leaves(programs('all')[1].abstract_state.opt_state)
   assert 0 < sum(x.size for x in moments) < sum(x.size for x in whole)
-  if not kwargs:  # AdamW
-    size = sum(before[name].size for name in trained)
-    assert sum(leaf.size for leaf in moments) == 2 * size
+  size = sum(before[name].size for name in trained)
+  assert sum(leaf.size for leaf in moments) == 2 * size
 
 
 @pytest.mark.slow
 def test_the_gradient_is_that_of_all_parameters():
   norms = {}
-  for expression in ('all', 'experts', 'non_experts'):
-    norms[expression] = float(stepped(expression)[3].grad_norm)
-  # The second step's, after the first has moved other parameters.
-  assert norms['experts'] < norms['all']
-  first = {}
-  for expression in norms:
+  rest = '-experts - router'
+  for expression in ('all', 'experts + router', rest):
     options, made = programs(expression)
     batch = made.put(batch_of(options))
     metrics = made.train_step(made.init_state(), batch)[1]
-    first[expression] = float(metrics.grad_norm)
-  parts = math.hypot(first['experts'], first['non_experts'])
-  np.testing.assert_allclose(parts, first['all'], rtol=1e-5)
+    norms[expression] = float(metrics.grad_norm)
+  parts = math.hypot(norms['experts + router'], norms[rest])
+  np.testing.assert_allclose(parts, norms['all'], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'kwargs',
-  [dict(devices=8), dict(microbatches=2)],
-  ids=str,
-)
 @pytest.mark.slow
-def test_a_mesh_and_accumulation_change_nothing(kwargs):
+def test_a_mesh_and_accumulation_change_nothing():
   _, expected, *_ = stepped('experts + router')
-  before, after, *_ = stepped('experts + router', **kwargs)
+  before, after, *_ = stepped('experts + router', devices=8, microbatches=2)
   trained = role_names({'expert', 'router'})
   for name, value in after.items():
     if name in trained:
@@ -177,11 +161,11 @@ def test_a_mesh_and_accumulation_change_nothing(kwargs):
 @pytest.mark.slow
 def test_the_backward_pass_is_pruned():
   flops = {}
-  for expression in ('all', 'router', 'embeddings'):
+  for expression in ('all', 'router'):
     options, made = programs(expression)
     batch = made.put(batch_of(options))
     lowered = made.train_step.lower(made.abstract_state, batch)
     flops[expression] = lowered.cost_analysis()['flops']
   # The router's gradient needs those of later layers' inputs, but of no
-  # weights; that of embeddings needs those of all layers' inputs.
-  assert flops['router'] < flops['embeddings'] < flops['all']
+  # weights.
+  assert flops['router'] < 0.8 * flops['all']
