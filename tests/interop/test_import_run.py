@@ -101,15 +101,33 @@ def says_the_same(model, folder, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['deepseek_v3', 'nllb-moe'])
-def test_in_on_and_out(kind, tmp_path, capsys):
+@pytest.mark.parametrize(
+  ('kind', 'sizes'),
+  [
+    ('deepseek_v3', dict(num_hidden_layers=2)),
+    (
+      'nllb-moe',
+      dict(
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_sparse_step=1,
+        decoder_sparse_step=1,
+      ),
+    ),
+  ],
+)
+def test_in_on_and_out(kind, sizes, tmp_path, capsys):
   source, workdir = tmp_path / 'hf', tmp_path / 'run'
-  folders.write(source, kind)
+  folders.write(source, kind, **sizes)
   lines = import_run(source, workdir)
   assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
   # Training starts with the imported parameters and a new optimizer state.
   watch = Watch()
-  state = train(config_of(workdir), workdir, hooks=[watch])
+  bare = dict(
+    evals={}, checkpoint=dict(best_eval='train_capacity', keep_best=False)
+  )
+  config = merge(config_of(workdir), bare)
+  state = train(config, workdir, hooks=[watch], resume=True)
   imported = interop.load(source).variables
   assert_equal(watch.params[0], imported['params'])
   assert_equal(watch.router_state[0], imported.get('router_state', {}))
@@ -122,7 +140,6 @@ def test_in_on_and_out(kind, tmp_path, capsys):
   options = ['--workdir', str(workdir), '--num_tokens', str(NEW)]
   generate.main([*options, '--prompt', PROMPT])
   said = capsys.readouterr().out.removesuffix('\n')
-  generate.main([*options, '--prompt', 'f', '--chat'])
   tokenizer = tokenizers.load(workdir / 'tokenizer.json')
   chat = tokenizer.encode_chat([{'role': 'user', 'content': 'f'}])
   assert chat.tolist() == [2, *tokenizer.encode('f').tolist(), 1]
@@ -164,20 +181,15 @@ def test_going_on_with_other_settings(tmp_path):
     train(other, workdir, resume=True)
 
 
-@pytest.mark.parametrize(
-  'kind', ['mixtral', pytest.param('nllb-moe', marks=pytest.mark.slow)]
-)
-def test_the_default_config_is_one_to_go_on_with(kind, tmp_path, monkeypatch):
+def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # the folder has no configs
-  folders.write(tmp_path / 'hf', kind)
+  folders.write(tmp_path / 'hf', 'mixtral')
   one = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
     tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one
   )
-  config = config_of(tmp_path / 'run')
-  if kind == 'mixtral':  # the other's source is small already
-    source = dict(python_stdlib=dict(modules='email'))
-    config = merge(config, dict(data=dict(source=source)))
+  source = dict(python_stdlib=dict(modules='email'))
+  config = merge(config_of(tmp_path / 'run'), dict(data=dict(source=source)))
   run = setup.set_up(
     run_config.read(config), tmp_path / 'run', resume=True, **one
   )
