@@ -119,10 +119,7 @@ def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
 @pytest.mark.parametrize(
   ('gates', 'router', 'same'),
   [
-    pytest.param('raw', 'masked', True, marks=pytest.mark.slow),
-    pytest.param('renormalized', 'masked', True, marks=pytest.mark.slow),
     ('renormalized', 'shrunk', True),
-    pytest.param('sigmoid', 'shrunk', True, marks=pytest.mark.slow),
     pytest.param('raw', 'shrunk', False, marks=pytest.mark.slow),
   ],
 )

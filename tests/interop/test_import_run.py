@@ -102,9 +102,9 @@ def says_the_same(model, folder, said):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('kind', 'sizes'),
+  ('kind', 'sizes', 'source'),
   [
-    ('deepseek_v3', dict(num_hidden_layers=2)),
+    ('deepseek_v3', dict(num_hidden_layers=2), {}),
     (
       'nllb-moe',
       dict(
@@ -113,22 +113,23 @@ def says_the_same(model, folder, said):
         encoder_sparse_step=1,
         decoder_sparse_step=1,
       ),
+      dict(python_stdlib_docstrings=dict(modules='email,json')),
     ),
   ],
 )
-def test_in_on_and_out(kind, sizes, tmp_path, capsys):
-  source, workdir = tmp_path / 'hf', tmp_path / 'run'
-  folders.write(source, kind, **sizes)
-  lines = import_run(source, workdir)
+def test_in_on_and_out(kind, sizes, source, tmp_path, capsys):
+  theirs, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(theirs, kind, **sizes)
+  lines = import_run(theirs, workdir)
   assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
   # Training starts with the imported parameters and a new optimizer state.
   watch = Watch()
   bare = dict(
     evals={}, checkpoint=dict(best_eval='train_capacity', keep_best=False)
   )
-  config = merge(config_of(workdir), bare)
+  config = merge(config_of(workdir), {'data': {'source': source}, **bare})
   state = train(config, workdir, hooks=[watch], resume=True)
-  imported = interop.load(source).variables
+  imported = interop.load(theirs).variables
   assert_equal(watch.params[0], imported['params'])
   assert_equal(watch.router_state[0], imported.get('router_state', {}))
   assert (len(watch.params), int(state.step)) == (2, 2)
