@@ -1,6 +1,5 @@
 """A checkpoint is imported into a run, trained further, and exported."""
 
-import pathlib
 import re
 import shlex
 
@@ -27,7 +26,6 @@ from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
-ROOT = pathlib.Path(__file__).parents[2]
 PROMPT = 'def f(x):'
 NEW = 6
 # With these options a decoder that was trained here is a Mixtral.
