@@ -137,12 +137,6 @@ def assert_same_step(result, one):
 
 
 @pytest.mark.slow
-def test_microbatches_change_nothing(teacher, one, tmp_path):
-  config = config_of(teacher, **LARGE, microbatches=4)
-  assert_same_step(first_step(config, tmp_path), one)
-
-
-@pytest.mark.slow
 def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
   table = {'sharding': {'expert': '', 'expert_mlp': 'expert'}}
   config = config_of(
@@ -204,7 +198,13 @@ def test_a_sparse_student_begins_with_new_experts(teacher, tmp_path):
 def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
   source = tmp_path / 'source'
   shutil.copytree(teacher, source)
-  config = config_of(source, model={**STUDENT, 'dropout': 0.1})
+  config = config_of(
+    source,
+    model={**STUDENT, 'dropout': 0.1},
+    evals={},
+    checkpoint={'every_steps': 2, 'keep_best': False},
+    total_steps=4,
+  )
   whole = train(config, tmp_path / 'whole')
   assert int(train(config, tmp_path / 'run', SigtermAt(3)).step) == 3
   # The teacher has trained on since; the run keeps to the checkpoint it had.
@@ -309,13 +309,12 @@ def test_the_command_becomes_that_of_training(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('kind', 'start'),
-  [('mixtral', 'concatenated'), ('switch_transformers', 'non_experts')],
-)
-def test_an_imported_model_teaches(kind, start, tmp_path, capsys):
+def test_an_imported_model_teaches(tmp_path, capsys):
   pytest.importorskip('transformers')
-  imported.write(tmp_path / 'hf', kind)
+  sizes = ('num_layers', 'num_sparse_encoder_layers', 'num_decoder_layers')
+  imported.write(
+    tmp_path / 'hf', 'switch_transformers', **dict.fromkeys(sizes, 1)
+  )
   short = config_file.load_config(str(imported.write_config(tmp_path)))
   import_run(
     tmp_path / 'hf',
@@ -326,14 +325,12 @@ def test_an_imported_model_teaches(kind, start, tmp_path, capsys):
   before = config_file.config_of(str(tmp_path / 'teacher' / 'config.py'))
   changes = {
     'model': {'moe': {'num_experts': 0}},
-    'distill': {'teacher': str(tmp_path / 'teacher'), 'start': start},
+    'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
   }
   config = settle(RunConfig, before, merge(before, changes))[0]
-  state = train(config, tmp_path / 'student')
-  assert int(state.step) == 2
-  said = capsys.readouterr().out
+  _, _, said = begun(config, tmp_path / 'student')
   assert 'beginning with the weights of step 0' in said
-  assert ('their outputs averaged' in said) == (start == 'concatenated')
+  assert 'their outputs averaged' in said
   # Its logits are kept by the same command as those of any run.
   config_py = tmp_path / 'teacher' / 'config.py'
   kept = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']

@@ -22,7 +22,6 @@ from moe_jax.models.expert_arrays import (
   assembled,
   assembled_state,
   sparse_layers,
-  untied,
 )
 from moe_jax.models.router_state import init_router_state
 from tests.compression import sparse_runs
@@ -119,10 +118,7 @@ def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
 @pytest.mark.parametrize(
   ('gates', 'router', 'same'),
   [
-    pytest.param('raw', 'masked', True, marks=pytest.mark.slow),
-    pytest.param('renormalized', 'masked', True, marks=pytest.mark.slow),
     ('renormalized', 'shrunk', True),
-    pytest.param('sigmoid', 'shrunk', True, marks=pytest.mark.slow),
     pytest.param('raw', 'shrunk', False, marks=pytest.mark.slow),
   ],
 )
@@ -233,23 +229,6 @@ def test_a_share_is_one_threshold_for_all_layers():
   assert numbers_by_share(1, scores, layers) == {1: 5, 2: 5}
   with pytest.raises(ValueError, match='share=0 not in'):
     numbers_by_share(0, scores, layers)
-
-
-@pytest.mark.slow
-def test_tied_columns_become_copies():
-  own = before()
-  left = merge.merge(own, {1: 3, 2: 3})
-  tied = fewer(own.run, left, 'tied')
-  options, params = untied(tied.options.model, tied.variables['params'])
-  assert options == own.run.options.model
-  copied = own.run._replace(variables={'params': params})
-  for n in (1, 2):
-    np.testing.assert_allclose(
-      outputs(copied, n)[0], outputs(tied, n)[0], rtol=1e-5, atol=1e-6
-    )
-  masked = fewer(own.run, prune.prune(own, {1: 3, 2: 5}), 'masked')
-  with pytest.raises(ValueError, match=r'layers \[1\] are masked'):
-    untied(masked.options.model, masked.variables['params'])
 
 
 @functools.cache

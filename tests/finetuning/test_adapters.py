@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import evaluation, finetuning, generate, generation, run_config
+from moe_jax import evaluation, finetuning, generation, run_config
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import adapters
 from moe_jax.runs import metrics, trained
@@ -65,7 +65,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.slow
-def test_the_run_generates_with_merged_kernels(runs, capsys):
+def test_the_run_is_loaded_with_merged_kernels(runs):
   loaded = generation.load(runs / 'run')
   assert 'lora' not in loaded.variables['params']
   base = generation.load(runs / 'base')
@@ -77,10 +77,6 @@ def test_the_run_generates_with_merged_kernels(runs, capsys):
   flat = jax.tree_util.tree_leaves_with_path(moved)
   names = {jax.tree_util.keystr(path) for path, is_moved in flat if is_moved}
   assert names and all('attention' in n or 'experts' in n for n in names)
-  generate.main(
-    ['--workdir', str(runs / 'run'), '--num_tokens=4', '--prompt=def']
-  )
-  assert capsys.readouterr().out
   # Evaluations of the run are those of merged kernels, too.
   rows = metrics.read_metrics(runs / 'run' / metrics.FILE_NAME)
   (row,) = (r for r in rows if 'eval/train_capacity/loss' in r)

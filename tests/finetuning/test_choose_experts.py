@@ -1,6 +1,5 @@
 """Expert-specialised fine-tuning: who is chosen, and that they train alone."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,7 +10,7 @@ from moe_jax import data, partitioning
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
-from moe_jax.training import chosen_experts, loop
+from moe_jax.training import begin, chosen_experts, loop, setup
 from moe_jax.training.chosen_experts import ChosenExperts
 from moe_jax.training.programs import make_programs
 from tests.generation import folders
@@ -114,10 +113,9 @@ def chosen_file(tmp_path_factory):
   [
     dict(trainable='experts'),
     pytest.param(
-      dict(trainable='experts + router', optimizer='adafactor'),
+      dict(devices=8, trainable='experts + router', optimizer='adafactor'),
       marks=pytest.mark.slow,
     ),
-    pytest.param(dict(devices=8, trainable='experts'), marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -190,22 +188,23 @@ def test_a_file_that_has_changed_is_said(tmp_path, capsys):
   file = tmp_path / 'experts.json'
   ChosenExperts(4, {1: (0,)}).write(file)
   options = tiny.options(
-    total_steps=2, trained_experts=str(file), sample=dict(num_tokens=0)
+    total_steps=1,
+    trained_experts=str(file),
+    evals={},
+    checkpoint=dict(keep_best=False),
+    sample=dict(num_tokens=0),
   )
-  whole = options
-  options = dataclasses.replace(whole, total_steps=1)
+  one = dict(devices=jax.devices()[:1], resume=True)
+  loop.train_and_evaluate(options, tmp_path / 'run', **one)
 
-  def train(options):
-    loop.train_and_evaluate(
-      options, tmp_path / 'run', devices=jax.devices()[:1], resume=True
-    )
+  def begun():
+    capsys.readouterr()
+    begin.begin(setup.set_up(options, tmp_path / 'run', **one))
     return capsys.readouterr().out
 
-  train(options)
-  assert 'WARNING' not in train(whole)
+  assert 'going on from' in (said := begun()) and 'WARNING' not in said
   ChosenExperts(4, {1: (0, 2)}).write(file)
-  longer = dataclasses.replace(whole, total_steps=3)
-  assert 'WARNING: other experts train than before' in train(longer)
+  assert 'WARNING: other experts train than before' in begun()
 
 
 def test_one_command_chooses_from_data(tmp_path, capsys):

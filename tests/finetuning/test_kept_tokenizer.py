@@ -9,6 +9,7 @@ import pytest
 from moe_jax import data, finetuning, generate, run_config
 from moe_jax.analysis import cost
 from moe_jax.compression import calibration, whole_run
+from moe_jax.configs import base
 from moe_jax.data import tokenizers
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
@@ -56,7 +57,13 @@ def one(config, workdir):
 
 @pytest.mark.slow
 def test_other_text_is_learned(letters, tmp_path, capsys):
-  config = begins_with(letters, texts(tmp_path / 'other', 'a cab'))
+  config = merge(
+    begins_with(letters, texts(tmp_path / 'other', 'a cab'), evals={}),
+    {
+      'sample': {'num_tokens': 0, 'prompt': base.get_config().sample.prompt},
+      'checkpoint': {'keep_best': False},
+    },
+  )
   assert cost.with_own_vocabulary(run_config.read(config)).model.vocab_size == 5
   workdir = tmp_path / 'run'
   loop.train_and_evaluate(**one(config, workdir), initial=finetuning.initial)
@@ -69,8 +76,8 @@ def test_other_text_is_learned(letters, tmp_path, capsys):
   # The run needs neither the other, nor a guess, to be read and continued.
   shutil.rmtree(letters)
   again = merge(config, {'total_steps': 2})
-  loop.train_and_evaluate(
-    **one(again, workdir), initial=finetuning.initial, resume=True
+  begin.begin(
+    setup.set_up(**one(again, workdir), resume=True), finetuning.initial
   )
   assert 'going on from the checkpoint of step 1' in capsys.readouterr().out
   generate.main(['--workdir', str(workdir), '--prompt', 'ab', '--num_tokens=3'])

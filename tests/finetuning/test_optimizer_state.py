@@ -15,6 +15,8 @@ from tests.finetuning.test_start import (
 )
 from tests.training import tiny
 
+# Settings of runs that are not evaluated.
+BARE = {'evals': {}, 'checkpoint': {'keep_best': False}}
 KEPT = {'init_from': {'keep_optimizer': True}}
 
 
@@ -104,8 +106,8 @@ def test_a_part_and_a_mesh_take_their_share(source, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_with_the_kept_state_takes_steps(source, tmp_path):
-  kept = train(kept_from(source[0]), tmp_path / 'kept')
-  new = train(config_from(source[0], DENSE), tmp_path / 'new')
+  kept = train(kept_from(source[0], **BARE), tmp_path / 'kept')
+  new = train(config_from(source[0], DENSE, **BARE), tmp_path / 'new')
   assert int(adam_of(kept).count) == 4 and int(adam_of(new).count) == 2
   pairs = zip(*(jax.tree.leaves(s.params) for s in (kept, new)), strict=True)
   assert any((a != b).any() for a, b in pairs)
@@ -129,7 +131,8 @@ def test_what_does_not_fit_is_refused_by_its_name(source, tmp_path):
 @pytest.mark.slow
 def test_the_state_of_a_part_is_not_that_of_all(source, tmp_path):
   part = tmp_path / 'part'
-  train(config_from(source[0], DENSE, trainable='attention'), part)
+  attention = dict(BARE, trainable='attention', total_steps=1)
+  train(config_from(source[0], DENSE, **attention), part)
   message = r"trainable 'attention' there, 'all' here(.|\n)*mu/embedding"
   with pytest.raises(ValueError, match=message):
     begun(kept_from(part), tmp_path / 'run', 1)

@@ -143,7 +143,10 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
     'gates': 'sigmoid', 'balance_bias_rate': 0.01, 'balance_weight': 0.0,
   }  # fmt: skip
   biased = {'moe': {**SPARSE['moe'], 'router': {'token_choice': router}}}
-  four = train(config_from(dense, biased), tmp_path / 'four')
+  config = config_from(
+    dense, biased, evals={}, checkpoint={'keep_best': False}, total_steps=1
+  )
+  four = train(config, tmp_path / 'four')
   # The source has the same model, so that the state of its routers is kept.
   same = begun(config_from(tmp_path / 'four', biased), tmp_path / 'same', 1)
   jax.tree.map(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax import run_config
 from moe_jax.data import tokenizers
+from moe_jax.models.router_state import init_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.models import tiny
@@ -30,6 +31,10 @@ def write(
   options = run_config.read(config)
   model = tiny_runs.model_of(options, tokenizer.vocab_size)
   params = {step: change(tiny.params_of(model, step)) for step in steps}
+  router_state = jax.tree.map(
+    lambda x: jnp.linspace(0, 0.1, x.size, dtype=x.dtype).reshape(x.shape),
+    init_router_state(model),
+  )
   checkpoints = Checkpointer(
     folder / workdir_lib.CHECKPOINTS, keep_newest=3, keep_best=False
   )
@@ -37,6 +42,8 @@ def write(
     for step in steps:
       # This stands for the optimizer's state, which generation does not read.
       more = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
+      if router_state:
+        more['router_state'] = router_state
       # The first is the best one.
       checkpoints.save(
         step,

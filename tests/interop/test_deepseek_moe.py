@@ -34,34 +34,27 @@ BASE = dict(
 FAST = 'a dense layer, two shared experts'
 CASES = {
   FAST: (dict(), 1),
-  'renormalised, grouped keys, three files': (
-    dict(norm_topk_prob=True, num_attention_heads=6, rms_norm_eps=1e-2),
-    3,
-  ),
-  'two dense layers, tied, three shared experts': (
+  'renormalised, tied, biased, two dense layers, every second one': (
     dict(
-      first_k_dense_replace=2,
+      norm_topk_prob=True,
+      num_attention_heads=6,
+      rms_norm_eps=1e-2,
+      first_k_dense_replace=1,
+      moe_layer_freq=2,
       num_hidden_layers=3,
       tie_word_embeddings=True,
+      attention_bias=True,
       n_shared_experts=3,
     ),
-    1,
+    3,
   ),
-  'every second layer from the second on, biased, none shared': (
-    dict(
-      moe_layer_freq=2,
-      num_hidden_layers=4,
-      attention_bias=True,
-      n_shared_experts=None,
-    ),
-    2,
-  ),
-  'one expert a token, whose gate stays as it is, short turns': (
+  'one expert a token, whose gate stays as it is, short turns, none shared': (
     dict(
       num_experts_per_tok=1,
       norm_topk_prob=True,
       first_k_dense_replace=0,
       num_hidden_layers=1,
+      n_shared_experts=None,
       rope_theta=50.0,
     ),
     1,

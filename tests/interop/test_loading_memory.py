@@ -49,20 +49,19 @@ def test_a_config_is_of_the_size_that_was_asked_for():
 
 
 @pytest.mark.slow
-def test_two_gigabytes_on_one_device_and_on_eight(tmp_path, monkeypatch):
+def test_a_gigabyte_and_more_on_eight_devices(tmp_path, monkeypatch):
   # Without XLA's optimizations, which other tests do without, arrays are
   # copied for each tensor that is put into them.
   for name in ('JAX_DISABLE_MOST_OPTIMIZATIONS', 'XLA_FLAGS'):
     monkeypatch.delenv(name, raising=False)
   folder = tmp_path / 'checkpoint'
   try:
-    config = random_checkpoint.config_of(2e9)
-    written = random_checkpoint.write(folder, config, 0.5e9)
-    rows = bench_loading.measure(folder, written, ('', 'fsdp=8'))
+    config = random_checkpoint.config_of(1.3e9)
+    written = random_checkpoint.write(folder, config, 0.2e9)
+    (row,) = bench_loading.measure(folder, written, ['fsdp=8'])
   finally:
     shutil.rmtree(folder)  # pytest would keep it for the next runs
-  for row in rows:
-    assert row['placed'] == pytest.approx(2e9, rel=0.01)
-    assert row['peak'] <= row['placed'] + written.largest_file + 1e9, row
-  text = bench_loading.report(rows, written)
-  assert text.count('| yes |') == 2
+  assert row['placed'] == pytest.approx(1.3e9, rel=0.01)
+  # A second copy of the parameters would not fit into this.
+  assert row['peak'] <= row['placed'] + written.largest_file + 1e9, row
+  assert bench_loading.report([row], written).count('| yes |') == 1

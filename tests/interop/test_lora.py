@@ -1,5 +1,7 @@
 """A Mixtral is adapted here: transformers and peft compute the same logits."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,30 +53,6 @@ def real(values, given):
 
 
 @pytest.mark.slow
-def test_an_adapted_mixtral_has_the_same_logits_in_transformers(
-  source, tmp_path
-):
-  theirs, folder, given = source
-  options, model, variables = interop.load(folder)
-  lora = LoraOptions(rank=3, alpha=5.0, parts='attention + experts')
-  adapted = adapt(lora, models.describe(model))
-  assert len(adapted.kernels) == 7
-  params = adapted.extend(variables['params'], jax.random.key(0))
-  keys = iter(jax.random.split(jax.random.key(1), 14))
-  params['lora'] = jax.tree.map(
-    lambda x: 0.3 * jax.random.normal(next(keys), x.shape), params['lora']
-  )
-  merged = adapted.merged(params)
-  interop.save(options, {'params': merged}, tmp_path / 'out')
-  again = type(theirs).from_pretrained(tmp_path / 'out').eval()
-  expected = real(oracle.logits(again, given), given)
-  ours = real(logits(model, merged, given), given)
-  np.testing.assert_allclose(ours, expected, atol=5e-5)
-  before = real(oracle.logits(theirs, given), given)
-  assert np.abs(expected - before).max() > 0.1
-
-
-@pytest.mark.slow
 def test_the_same_factors_give_pefts_logits(source):
   peft = pytest.importorskip('peft')
   _, folder, given = source
@@ -117,12 +95,18 @@ def test_the_same_factors_give_pefts_logits(source):
 def test_an_imported_run_is_adapted_exported_and_kept_small(tmp_path):
   folders.write(tmp_path / 'hf', 'mixtral')
   workdir, twin = tmp_path / 'run', tmp_path / 'twin'
-  for folder in (workdir, twin):
-    import_run(tmp_path / 'hf', folder)
+  import_run(tmp_path / 'hf', workdir)
+  shutil.copytree(workdir, twin)
   lora = dict(rank=2, parts='attention + experts')
   config = merge(
     config_of(workdir),
-    dict(lora=lora, optimizer=dict(learning_rate=0.05)),
+    dict(
+      lora=lora,
+      optimizer=dict(learning_rate=0.05),
+      evals={},
+      checkpoint=dict(best_eval='train_capacity', keep_best=False),
+      total_steps=1,
+    ),
   )
   options = run_config.read(config)
   state = loop.train_and_evaluate(
@@ -143,4 +127,4 @@ def test_an_imported_run_is_adapted_exported_and_kept_small(tmp_path):
   export_run(tmp_path / 'merged', tmp_path / 'again')
   for name, value in interop.load(tmp_path / 'again').variables.items():
     jax.tree.map(np.testing.assert_array_equal, value, found.state[name])
-  assert int(state.step) == 2
+  assert int(state.step) == 1

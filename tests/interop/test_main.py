@@ -58,8 +58,7 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seen', ['checkpoints/0', 'config.py'])
-def test_an_import_that_is_killed_is_started_again(seen, tmp_path, capsys):
+def test_an_import_that_is_killed_is_started_again(tmp_path, capsys):
   source, workdir = tmp_path / 'hf', tmp_path / 'run'
   folders.write(source, 'mixtral')
   options = ['--workdir', workdir, '--config', folders.write_config(tmp_path)]
@@ -67,7 +66,9 @@ def test_an_import_that_is_killed_is_started_again(seen, tmp_path, capsys):
   command = [sys.executable, '-m', 'moe_jax.interop', *words]
   unfinished = workdir / '.importing'
   with subprocess.Popen(command, cwd=ROOT) as process:
-    while not (unfinished / seen).exists() and process.poll() is None:
+    while (
+      not (unfinished / 'checkpoints' / '0').exists() and process.poll() is None
+    ):
       time.sleep(0.0005)
     process.kill()
   if process.returncode != 0:
@@ -117,18 +118,3 @@ def test_what_is_supported_is_named(tmp_path, capsys):
   status, _, error = run(capsys, 'verify', tmp_path, '--expected', path)
   assert status == 1 and len(error.splitlines()) == 1
   assert all(repr(kind) in error for kind in ARCHITECTURES)
-
-
-@pytest.mark.slow
-def test_in_a_process_of_its_own(tmp_path):
-  # A status of 0 is in `test_in_checked_and_out`.
-  expected = oracle.write(oracle.make('mixtral'), tmp_path)
-  path = tmp_path / 'expected.npz'
-  command = [sys.executable, '-m', 'moe_jax.interop', 'verify', str(tmp_path)]
-  command += ['--expected', str(path)]
-  np.savez(path, **{**expected, 'logits': expected['logits'] + 1e-3})
-  done = subprocess.run(
-    command, cwd=ROOT, capture_output=True, text=True, check=False
-  )
-  assert done.returncode == 1, done.stderr
-  assert 'largest logit difference over 28 real positions' in done.stdout

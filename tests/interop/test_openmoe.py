@@ -39,18 +39,17 @@ BASE = dict(
 FAST = 'slots run out'
 CASES = {
   FAST: (dict(router_capacity_factor_eval=0.8), 1),
-  'grouped keys, three files': (
-    dict(num_attention_heads=6, rms_norm_eps=1e-2, head_dim=4),
-    3,
-  ),
-  'one expert a token, all layers sparse, odd least capacity': (
+  'grouped keys, one expert a token, all layers sparse, odd least capacity': (
     dict(
+      num_attention_heads=6,
+      rms_norm_eps=1e-2,
+      head_dim=4,
       router_topk=1,
       moe_layer_interval=1,
       router_capacity_factor_eval=0.3,
       router_min_capacity=3,
     ),
-    1,
+    3,
   ),
   'tied, a dense layer behind, one key head': (
     dict(
@@ -60,10 +59,6 @@ CASES = {
       router_capacity_factor_eval=1.0,
     ),
     2,
-  ),
-  'two sparse layers, three experts': (
-    dict(num_hidden_layers=4, num_experts=3, router_capacity_factor_eval=0.7),
-    1,
   ),
 }
 

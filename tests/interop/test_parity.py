@@ -37,7 +37,7 @@ LONGROPE = dict(
 CASES = {
   'mixtral': ('mixtral', 'right', dict()),
   'deepseek2': ('deepseek_v2', 'right', dict()),
-  'deepseek2 groups, short queries, biased, two dense layers': (
+  'deepseek2 groups, short queries, biased, all sparse, one shared, YaRN': (
     'deepseek_v2',
     'left',
     dict(
@@ -47,18 +47,10 @@ CASES = {
       q_lora_rank=14,
       attention_bias=True,
       routed_scaling_factor=2.5,
-      first_k_dense_replace=2,
-      rope_parameters=dict(rope_type='default', rope_theta=50.0),
-    ),
-  ),
-  'deepseek2 all sparse, one shared, one chosen, tied, YaRN': (
-    'deepseek_v2',
-    'left',
-    dict(
+      num_hidden_layers=2,
       first_k_dense_replace=0,
       tie_word_embeddings=True,
       n_shared_experts=1,
-      num_experts_per_tok=1,
       rms_norm_eps=1e-2,
       rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2),
     ),
@@ -79,44 +71,29 @@ CASES = {
       first_k_dense_replace=2,
     ),
   ),
-  'deepseek3 not renormalised, halves rotate, biased, YaRN': (
+  'deepseek3 not renormalised, halves rotate, biased, tied, YaRN': (
     'deepseek_v3',
     'right',
     dict(
+      num_hidden_layers=2,
+      first_k_dense_replace=0,
       n_group=2,
       topk_group=1,
       norm_topk_prob=False,
       rope_interleave=False,
       attention_bias=True,
+      tie_word_embeddings=True,
       rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
     ),
   ),
-  'deepseek3 all sparse, all chosen, tied, two shared, YaRN': (
-    'deepseek_v3',
-    'left',
-    dict(
-      first_k_dense_replace=0,
-      tie_word_embeddings=True,
-      n_shared_experts=2,
-      n_group=1,
-      topk_group=1,
-      num_experts_per_tok=8,
-      routed_scaling_factor=1.0,
-      q_lora_rank=None,
-      rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=1.2),
-    ),
-  ),
-  'mixtral window, heads wider than their share': (
+  'mixtral window, wide heads, one key head, tied, gelu, three experts': (
     'mixtral',
     'left',
-    dict(head_dim=10, num_key_value_heads=4, sliding_window=4),
-  ),
-  'mixtral tied, one key head, three experts, gelu, short wavelengths': (
-    'mixtral',
-    'right',
     dict(
-      tie_word_embeddings=True,
+      head_dim=10,
       num_key_value_heads=1,
+      sliding_window=4,
+      tie_word_embeddings=True,
       num_experts_per_tok=3,
       hidden_act='gelu_pytorch_tanh',
       rms_norm_eps=1e-2,
@@ -124,39 +101,23 @@ CASES = {
     ),
   ),
   'gpt-oss': ('gpt_oss', 'right', dict()),
-  'gpt-oss windows in all layers, one narrow key head': (
+  'gpt-oss a window in the first layer, one narrow key head, tied': (
     'gpt_oss',
     'left',
     dict(
-      layer_types=['sliding_attention'] * 3,
+      num_hidden_layers=2,
+      layer_types=['sliding_attention', 'full_attention'],
       num_key_value_heads=1,
       sliding_window=3,
       rope_parameters=dict(rope_type='default', rope_theta=50.0),
       head_dim=4,
       num_experts_per_tok=2,
-    ),
-  ),
-  'gpt-oss no window, no biases of attention': (
-    'gpt_oss',
-    'right',
-    dict(layer_types=['full_attention'] * 3, attention_bias=False),
-  ),
-  'gpt-oss tied, windows in two layers of four': (
-    'gpt_oss',
-    'left',
-    dict(
+      attention_bias=False,
       tie_word_embeddings=True,
-      num_hidden_layers=4,
-      layer_types=[
-        'full_attention',
-        'sliding_attention',
-        'sliding_attention',
-        'full_attention',
-      ],
     ),
   ),
   'granite': ('granitemoe', 'right', dict()),
-  'granite tied, biased, multipliers of one': (
+  'granite tied, biased, gelu, all key heads, all experts chosen, YaRN': (
     'granitemoe',
     'left',
     dict(
@@ -166,12 +127,6 @@ CASES = {
       attention_multiplier=1.0,
       residual_multiplier=1.0,
       logits_scaling=1.0,
-    ),
-  ),
-  'granite gelu, all key heads, all experts chosen, YaRN': (
-    'granitemoe',
-    'left',
-    dict(
       hidden_act='gelu_pytorch_tanh',
       num_key_value_heads=4,
       num_experts_per_tok=6,
@@ -179,117 +134,79 @@ CASES = {
     ),
   ),
   'olmoe': ('olmoe', 'right', dict()),
-  'olmoe renormalised, clipped, biased, all experts chosen': (
+  'olmoe renormalised, clipped, biased, tied, one key head, YaRN': (
     'olmoe',
-    'right',
+    'left',
     dict(
       norm_topk_prob=True,
       clip_qkv=0.4,
       attention_bias=True,
-      num_experts_per_tok=6,
-    ),
-  ),
-  'olmoe tied, one key head, one expert, large epsilon, YaRN': (
-    'olmoe',
-    'left',
-    dict(
       tie_word_embeddings=True,
       num_key_value_heads=1,
-      num_experts_per_tok=1,
       rms_norm_eps=1e-2,
       rope_parameters=YARN,
     ),
   ),
   'phimoe': ('phimoe', 'right', dict()),
-  'phimoe biases, many experts near the best, long by LongRoPE': (
-    'phimoe',
-    'right',
-    dict(
-      lm_head_bias=True,
-      attention_bias=True,
-      router_jitter_noise=0.3,
-      rope_parameters=LONGROPE,
-    ),
-  ),
-  'phimoe tied, window, experts far apart, short by LongRoPE': (
+  'phimoe biases, window, many experts near the best, LongRoPE': (
     'phimoe',
     'left',
     dict(
-      tie_word_embeddings=True,
+      lm_head_bias=True,
+      attention_bias=True,
       sliding_window=4,
-      router_jitter_noise=0.001,
-      rope_parameters=LONGROPE | dict(original_max_position_embeddings=40),
+      router_jitter_noise=0.3,
+      rope_parameters=LONGROPE,
       num_key_value_heads=4,
       rms_norm_eps=1e-2,
     ),
   ),
   'qwen2': ('qwen2_moe', 'right', dict()),
-  'qwen2 two dense layers': (
-    'qwen2_moe',
-    'left',
-    dict(mlp_only_layers=[0, 2], num_hidden_layers=4, norm_topk_prob=True),
-  ),
-  'qwen2 every second layer, no biases, tied, gelu, YaRN': (
+  'qwen2 every second layer, a window, no biases, tied, gelu, YaRN': (
     'qwen2_moe',
     'right',
     dict(
       decoder_sparse_step=2,
-      num_hidden_layers=4,
+      num_hidden_layers=2,
+      norm_topk_prob=True,
       qkv_bias=False,
       tie_word_embeddings=True,
       hidden_act='gelu_pytorch_tanh',
       num_key_value_heads=1,
+      use_sliding_window=True,
+      sliding_window=4,
       rope_parameters=YARN | dict(beta_fast=4.0, attention_factor=1.3),
     ),
   ),
   'qwen3': ('qwen3_moe', 'right', dict()),
-  'qwen3 renormalised, the second layer dense, tied, biased, YaRN': (
+  'qwen3 renormalised, the second layer dense, windows, tied, biased, YaRN': (
     'qwen3_moe',
     'left',
     dict(
       norm_topk_prob=True,
+      num_hidden_layers=2,
       mlp_only_layers=[1],
       tie_word_embeddings=True,
       attention_bias=True,
       head_dim=6,
+      use_sliding_window=True,
+      sliding_window=4,
       rope_parameters=YARN | dict(truncate=False),
     ),
   ),
-  'qwen3 every third layer sparse': (
-    'qwen3_moe',
-    'left',
-    dict(decoder_sparse_step=3, num_hidden_layers=6, num_experts_per_tok=1),
-  ),
   'switch': ('switch_transformers', 'right', dict()),
-  'switch router bias, one slot, none sparse, so one': (
+  'switch router bias, one slot, none sparse, so one, few buckets': (
     'switch_transformers',
-    'right',
+    'left',
     dict(
       router_bias=True,
       expert_capacity=1,
       dense_act_fn='gelu_new',
-      num_layers=3,
+      num_layers=2,
       num_sparse_encoder_layers=0,
       num_sparse_decoder_layers=2,
-    ),
-  ),
-  'switch room for all, nothing tied': (
-    'switch_transformers',
-    'left',
-    dict(
-      expert_capacity=64,
       d_kv=8,
       layer_norm_epsilon=1e-2,
-      tie_word_embeddings=False,
-    ),
-  ),
-  'switch few buckets': (
-    'switch_transformers',
-    'left',
-    dict(
-      num_layers=5,
-      num_decoder_layers=3,
-      num_sparse_decoder_layers=3,
       relative_attention_num_buckets=8,
       relative_attention_max_distance=9,
     ),
@@ -303,24 +220,20 @@ CASES = {
     'nllb-moe',
     'left',
     dict(
+      encoder_layers=2,
       moe_eval_capacity_token_fraction=0.2,
       normalize_router_prob_before_dropping=True,
       batch_prioritized_routing=True,
     ),
   ),
-  'nllb fixed capacity, padding routed': (
+  'nllb fixed capacity, padding routed, all else, nothing tied': (
     'nllb-moe',
     'right',
     dict(
+      encoder_layers=2,
       moe_eval_capacity_token_fraction=-1.0,
       expert_capacity=5,
       router_ignore_padding_tokens=True,
-    ),
-  ),
-  'nllb all else, nothing tied': (
-    'nllb-moe',
-    'left',
-    dict(
       scale_embedding=False,
       tie_word_embeddings=False,
       moe_token_dropout=0.0,
@@ -507,9 +420,9 @@ def drops(model, given) -> float:
   ('name', 'least'),
   [
     ('switch', 0.1),
-    ('switch router bias, one slot, none sparse, so one', 0.2),
+    ('switch router bias, one slot, none sparse, so one, few buckets', 0.2),
     ('nllb overflow', 0.1),
-    ('nllb fixed capacity, padding routed', 0.05),
+    ('nllb fixed capacity, padding routed, all else, nothing tied', 0.05),
   ],
 )
 def test_where_slots_run_out_tokens_are_dropped(name, least):
