@@ -33,6 +33,7 @@ from moe_jax.layers.routers import (
   Sentence,
   Task,
   TokenChoice,
+  TopologyAware,
 )
 from moe_jax.models import router_state
 from moe_jax.parallel.exchange import AllToAll, Constraint, InRing
@@ -120,6 +121,17 @@ WAYS = dict(
   by_expert=BY_EXPERT,
   by_expert_dropless={**BY_EXPERT, **DROPLESS},
   lstms=TWO_LEVELS,
+  topology={
+    'router': TopologyAware(
+      gates='renormalized',
+      devices=4,
+      per_node=2,
+      outgoing_fraction=0.4,
+      jitter=0.01,
+    ),
+    'capacity': TIGHT,
+    'allow_future_leak': True,
+  },
   in_groups={
     'router': IN_GROUPS,
     'capacity': TIGHT,
@@ -302,6 +314,7 @@ CASES = [
   ('in_groups', '2x2x2x1'),
   ('latent', '1x2x2x2'),
   ('lstms', '1x2x2x2'),
+  ('topology', '2x2x2x1'),
 ]
 # Dropless layers on a mesh are in `test_shadowed_experts.py`, too.
 FAST = CASES[0]
