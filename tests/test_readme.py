@@ -25,8 +25,11 @@ ROOMS = (
     'analysis', 'training', 'parallel', 'kernels',
   )),
 )  # fmt: skip
-# The rooms' own tests run the code of these.
-APART = ('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis')
+# Other tests run the code of these.
+APART = (
+  *('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis', 'moe_jax/layers'),
+  'moe_jax/kernels',
+)
 each_readme = pytest.mark.parametrize('readme', READMES, ids=str)
 
 
@@ -99,14 +102,10 @@ def test_the_python_of_a_room_runs(readme, tmp_path):
   scope = run(readme, **given)
   if 'get_config' in scope:
     run_config.read(scope['get_config']())
-  if 'layer' in scope:
-    layer, x = scope['layer'], jax.numpy.ones((2, 8, 16))
-    y, _ = layer.apply(layer.init(jax.random.key(0), x), x)
-    assert y.shape == x.shape
-  if 'output' in scope:
-    assert scope['output'].tokens.shape[0] == 2
   if 'y' in scope:
     assert np.isfinite(scope['y']).all()
+  if 'output' in scope:
+    assert scope['output'].tokens.shape[0] == 2
   if 'losses' in scope:
     assert scope['losses'][-1] < scope['losses'][0]
 
