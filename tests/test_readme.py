@@ -43,11 +43,14 @@ def blocks(readme, language='python'):
   return [block for name, block in found if name == language]
 
 
-def checkpoint(folder, vocab_size=11):
-  """A small Mixtral checkpoint as transformers writes it."""
-  options = run_config.read(mixtral_8x7b.get_config('runlocal')).filled(
-    vocab_size
-  )
+def mixtral(vocab_size):
+  """Options of a small Mixtral."""
+  options = run_config.read(mixtral_8x7b.get_config('runlocal'))
+  return options.filled(vocab_size)
+
+
+def checkpoint(folder, options):
+  """A checkpoint of random parameters as transformers writes it."""
   key = jax.random.key(0)
   params = nn.meta.unbox(models.init_params(options.build(), key))
   interop.save(options.model, {'params': params}, folder)
@@ -98,7 +101,9 @@ def test_the_layer_of_the_readme_has_the_shapes_it_says():
 def test_the_python_of_a_room_runs(readme, tmp_path):
   given = {}
   if 'source' in text_of(readme) and readme.parent.name == 'interop':
-    given = dict(source=checkpoint(tmp_path / 'in'), folder=tmp_path / 'out')
+    given = dict(
+      source=checkpoint(tmp_path / 'in', mixtral(11)), folder=tmp_path / 'out'
+    )
   scope = run(readme, **given)
   if 'get_config' in scope:
     run_config.read(scope['get_config']())
