@@ -16,6 +16,7 @@ import sys
 
 import pytest
 
+from moe_jax import config_file, run_config
 from moe_jax.command_line import CONSOLE
 from tests import test_readme
 from tests.data.tokenizers import models
@@ -40,6 +41,10 @@ TESTED_APART = {
   r'moe_jax\.compression ': 'compression',
   r'moe_jax\.finetuning ': 'finetuning',
   r'moe_jax\.interop export --workdir=runs/mixtral ': 'interop/test_main.py',
+  r'moe_jax\.main .*--workdir=runs/tiny_mixtral': 'test_readme_commands.py',
+  r'moe_jax\.interop export --workdir=runs/tiny_mixtral ': (
+    'test_readme_commands.py'
+  ),
   r'moe_jax\.analysis\.explain_cost ': 'analysis/test_explain_cost.py',
   r'moe_jax\.generate .*--best': 'test_generate.py',
   r'moe_jax\.generate .*--trace': 'analysis/test_recording.py',
@@ -58,6 +63,22 @@ QUICKER = {
   'moe_jax.generate': ['--num_tokens=2'],
   'moe_jax.analysis.record_evaluation': ['--num_batches=1'],
 }
+
+
+# What makes the training of a run quick, by its folder.
+QUICKER_RUNS = {
+  'runs/tiny': (
+    '--config.sample.num_tokens=0',
+    '--config.evals.all_tokens.every_steps=0',
+  )
+}
+# What the first run leaves, and prints.
+FIRST_FILES = (
+  *('config.json', 'metrics.jsonl', 'curves.png', 'index.html', 'load.png'),
+  *('routing_report.md', 'routing_report.json', 'tokenizer.json'),
+  *('checkpoints/2', 'tensorboard'),
+)
+FIRST_WORDS = ('parameters:', 'FLOPs per token', 'sha256', 'evaluation')
 
 
 def commands(readme):
@@ -112,9 +133,12 @@ def smaller(words):
   ]
   if folder_of(words) and is_described(words):
     return [*words, '--describe']
-  if 'moe_jax.main' in words and '--workdir=runs/tiny' in ' '.join(words):
-    return [*words, '--config.sample.num_tokens=0']
-  return [*words, *QUICKER.get(words[0], ())]
+  if words[0] != 'moe_jax.main':
+    return [*words, *QUICKER.get(words[0], ())]
+  for folder, more in QUICKER_RUNS.items():
+    if f'--workdir={folder}' in words:
+      words = [*words, *more]
+  return words
 
 
 def is_described(words):
@@ -138,17 +162,18 @@ def job(words, folder):
 
 
 def run(server, words, folder):
-  """Runs one command; it must end well."""
+  """Runs one command, which must end well; returns what it printed."""
   server.stdin.write(json.dumps(job(words, folder)) + '\n')
   server.stdin.flush()
   code, output = json.loads(server.stdout.readline())
   assert code == 0, f'{shlex.join(words)}\nin {folder.name}\n{output[-3000:]}'
+  return output
 
 
 def write_files(folder):
   """The checkpoints, texts and the tokenizer that commands name."""
-  test_readme.checkpoint(folder / 'folder_of_mixtral', vocab_size=257)
-  test_readme.checkpoint(folder / 'bare_checkpoint', vocab_size=400)
+  test_readme.checkpoint(folder / 'folder_of_mixtral', test_readme.mixtral(257))
+  test_readme.checkpoint(folder / 'bare_checkpoint', test_readme.mixtral(400))
   (folder / 'tokenizer.model').write_bytes(models.bpe())
   for room in ('books', 'code'):
     (folder / room).mkdir()
@@ -162,6 +187,14 @@ def write_files(folder):
       (folder / room / f'{name}.jsonl').write_text(lines)
       packed = folder / room / f'{name}.jsonl.gz'
       packed.write_bytes(gzip.compress(lines.encode()))
+
+
+def assert_first(folder, output):
+  """The first run has left its files and printed its facts."""
+  for name in FIRST_FILES:
+    assert (folder / name).exists(), name
+  for words in FIRST_WORDS:
+    assert words in output, words
 
 
 @pytest.fixture
@@ -189,8 +222,25 @@ def test_commands_run(server, tmp_path):
       folder = tmp_path / str(readme.parent).replace('/', '_')
       shutil.copytree(first, folder, symlinks=True)
     for words in mine:
-      run(server, words, folder)
+      output = run(server, words, folder)
+      if not seen:
+        assert_first(folder / 'runs' / 'tiny', output)
       seen.add(shlex.join(words))
+
+
+@pytest.mark.slow
+def test_the_flags_of_a_mixtral_make_one(tmp_path):
+  (words,) = (
+    words
+    for words in commands(ROOT / 'moe_jax' / 'interop' / 'README.md')
+    if folder_of(words) == 'runs/tiny_mixtral'
+  )
+  flags = [word for word in words if word.startswith('--config.')]
+  config = config_file.config_of('moe_jax:tiny_switch:runlocal', flags)
+  options = run_config.read(config).filled(257)
+  test_readme.checkpoint(tmp_path, options)
+  written = json.loads((tmp_path / 'config.json').read_text())
+  assert written['model_type'] == 'mixtral'
 
 
 def test_what_is_not_run_is_named_with_a_reason():

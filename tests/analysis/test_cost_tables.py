@@ -1,16 +1,13 @@
 """The tables that the cost command prints."""
 
 import io
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from rich.console import Console
 
 from moe_jax import run_config
-from moe_jax.analysis import cost
+from moe_jax.analysis import cost, explain_cost
 from moe_jax.configs import eigen_digits, mixtral_8x7b
 from tests.models import tiny
 from tests.models.tiny import T
@@ -92,30 +89,18 @@ def test_in_bytes(n, expected):
   assert cost.in_bytes(n) == expected
 
 
-def command(*flags, module='cost'):
-  """Runs a command of the room; returns its status, output and errors."""
-  result = subprocess.run(
-    [sys.executable, '-m', f'moe_jax.analysis.{module}', *flags],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'COLUMNS': '120'},
-    timeout=600,
-    check=False,
-  )
-  return result.returncode, result.stdout, result.stderr
-
-
 @pytest.mark.slow
-def test_the_command_prints_the_tables_of_overrides():
-  status, out, errors = command(
-    '--config=configs/switch_c.py',
-    '--batch=4',
-    '--expert_parallel=512',
-    '--config.data.target_len=96',
-    '--config.model.moe.router.kind=hash',
+def test_the_command_prints_the_tables_of_overrides(capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  monkeypatch.setenv('COLUMNS', '120')
+  cost.main(
+    [
+      *('--config=configs/switch_c.py', '--batch=4', '--expert_parallel=512'),
+      '--config.data.target_len=96',
+      '--config.model.moe.router.kind=hash',
+    ]
   )
-  assert status == 0, errors
+  out = capsys.readouterr().out
   # Without the 15 + 15 routers of 2080 x 2048 it is 0.1B less than 1.8B.
   assert '1.57T parameters in memory, 1.67B in compute' in out
   assert 'a batch of 4 x 512 and 96 tokens' in out
@@ -128,19 +113,22 @@ def test_the_command_prints_the_tables_of_overrides():
 # Flags are read as in `tests/test_main.py`, which has more mistakes.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('module', 'flag', 'nearest'),
+  ('main', 'flag', 'nearest'),
   [
-    ('explain_cost', '--config.model.widht=64', 'model.width'),
-    ('cost', '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
+    (explain_cost.main, '--config.model.widht=64', 'model.width'),
+    (cost.main, '--config.model.moe.router.token_choice.jiter=0.1', 'jitter'),
   ],
 )
-def test_an_unknown_key_is_refused_in_one_line(module, flag, nearest):
-  status, out, errors = command(
-    '--config=configs/tiny_switch.py', flag, module=module
-  )
-  assert status == 1
-  assert out == ''
-  (line,) = errors.strip().splitlines()
+def test_an_unknown_key_is_refused_in_one_line(
+  main, flag, nearest, capsys, monkeypatch
+):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as ended:
+    main(['--config=configs/tiny_switch.py', flag])
+  assert ended.value.code == 1
+  said = capsys.readouterr()
+  assert said.out == ''
+  (line,) = said.err.strip().splitlines()
   assert 'unknown config key' in line
   assert f"{nearest}'" in line.split('; have')[0]
 

@@ -103,24 +103,10 @@ def test_choices_of_microbatches_in_loops_on_several_devices(tmp_path):
 
 
 @pytest.mark.slow
-def test_choices_out_of_loops_are_the_same(tmp_path):
-  run, variables, batch, record = first_step(
-    tmp_path,
-    1,
-    microbatches=2,
-    model={'num_layers': 4, 'remat': 'full', 'scan_layers': False},
-  )
-  check_tokens_choose(run, variables, batch, record)
-
-
-@pytest.mark.slow
 def test_choices_of_experts(tmp_path):
-  # Two microbatches on two devices.
   _, _, batch, record = first_step(
     tmp_path,
-    2,
-    microbatches=2,
-    mesh={'data': 2},
+    1,
     model={
       'moe': {'router': {'kind': 'expert_choice'}, 'allow_future_leak': True}
     },

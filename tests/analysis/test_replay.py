@@ -2,13 +2,11 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax import partitioning
 from moe_jax.analysis import replay
-from moe_jax.layers import Dropless, Einsum
+from moe_jax.layers import Dropless
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,
@@ -45,19 +43,12 @@ WAYS = {
     ),
   },
   'still': {**TIGHT, **token_choice()},
-  'choice_major': {
-    **LEAKS,
-    **token_choice(slot_priority='choice_major'),
-    'dispatch': Einsum(),
-  },
   'batch_priority': {**LEAKS, **token_choice(slot_priority='batch_priority')},
-  'sampled': {**TIGHT, **token_choice(second_policy='sampled')},
   'threshold': {
     **TIGHT,
     **token_choice(second_policy='threshold', second_threshold=0.9),
   },
   'noisy': {**TIGHT, 'router': NoisyTopK(gates='renormalized')},
-  'hash': {**TIGHT, 'router': Hash(of='bigram')},
   'expert_choice': {**LEAKS, 'router': ExpertChoice(jitter=0.1)},
   'sentence': {
     'capacity': All(),
@@ -105,7 +96,7 @@ def without_unsent(metrics):
   [
     pytest.param(way, marks=() if way in FAST else pytest.mark.slow)
     for way in WAYS
-    if way not in ('still', 'switch')
+    if way not in ('still', 'switch', 'token_major')
   ],
 )
 def test_three_steps_are_the_recorded_ones_bit_for_bit(way):
@@ -140,41 +131,13 @@ def test_precisions_are_compared_with_the_routing_held_fixed():
   assert 0 < np.abs(np.asarray(logits - rounded)).max() < 0.5
 
 
-@pytest.mark.parametrize(
-  ('mesh', 'microbatches'),
-  [('1x2x2x1', 2)],
-)
-@pytest.mark.slow
-def test_meshes_and_microbatches_replay_what_one_device_chose(
-  mesh, microbatches
-):
-  """Choices come with their rows, whichever device and part these are in."""
-  _, metrics, records = recorded('still')
-  devices = None
-  if mesh:
-    sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh.split('x'))))
-    devices = partitioning.make_mesh(sizes, jax.devices()[:4])
-  _, same, _ = steps.run(
-    model_of('still'),
-    records,
-    microbatches=microbatches,
-    mesh=devices,
-  )
-  for a, b in zip(metrics, same, strict=True):
-    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
-    for name in ('load', 'kept_load', 'overflowed'):
-      np.testing.assert_array_equal(
-        getattr(a.sums.aux.stats, name), getattr(b.sums.aux.stats, name)
-      )
-
-
 @pytest.mark.slow
 def test_layers_in_and_out_of_loops_get_their_own_choices():
-  for layers, scan in (('0,3', True), ('last 1', False)):
-    model = model_of('token_major', layers=layers, scan_layers=scan)
-    state, metrics, records = steps.run(model, steps=2)
-    again, same, _ = steps.run(model, records, steps=2)
-    assert_same((state, metrics), (again, same))
+  model = model_of('token_major', layers='0,3', scan_layers=True)
+  state, metrics, records = steps.run(model, steps=2)
+  assert sum(step.sums.aux.stats.overflowed.sum() for step in metrics) > 0
+  again, same, _ = steps.run(model, records, steps=2)
+  assert_same((state, metrics), (again, same))
 
 
 @pytest.mark.slow
@@ -246,7 +209,7 @@ def test_a_router_says_whether_it_takes_choices():
   sizes = model_of('switch').moe.sizes
   for way in WAYS:
     assert model_of(way).moe.router.replays(sizes) is None
-  for router in (Random(), Task()):
+  for router in (Hash(of='bigram'), Random(), Task()):
     assert router.replays(sizes) is None
   assert 'takes no others' in Hierarchical().replays(sizes)
   with pytest.raises(ValueError, match="replay='x': Hierarchical makes its"):

@@ -160,17 +160,6 @@ def test_two_traces(tmp_path, capsys):
   assert (output / PAGE).read_text().count('<table>') == 2 * 13 + 1
 
 
-@pytest.mark.slow
-def test_one_evaluation_at_some_steps(tmp_path, capsys):
-  trace = write(tmp_path / 'trace', kinds=('valid',))
-  output = tmp_path / 'report'
-  routes.main([trace, f'--output={output}', '--steps=10:'])
-  said = capsys.readouterr().out
-  assert "8 records of 'valid' at 2 steps from 10 to 20" in said
-  assert f'The page is {output / PAGE}' in said
-  assert (output / 'load.csv').exists()
-
-
 def test_a_change_between_traces_that_differ(tmp_path):
   one = traces.read(write(tmp_path / 'one'))
   other = traces.read(write(tmp_path / 'other', seed=1))

@@ -84,7 +84,6 @@ def test_a_told_example():
 @pytest.mark.parametrize(
   ('more', 'less'),
   [
-    (dict(trainable='all'), dict(trainable='experts')),
     (dict(), dict(trainable='non_experts')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
     (dict(tie=True), dict(trainable='-embeddings', tie=True)),

@@ -63,17 +63,11 @@ def folder_in(cache):
   return folder
 
 
-HOSTS = Share(host=1, num_hosts=2), Share(host=0, num_hosts=2)
-
-
-@pytest.mark.parametrize(
-  'shares',
-  [HOSTS, pytest.param((Share(processes=2),), marks=pytest.mark.slow)],
-)
-def test_all_make_what_a_run_makes_by_itself(shares, small_pieces):
+def test_all_make_what_a_run_makes_by_itself(small_pieces):
   dataset = data.load(small_pieces('run'))
   folder = folder_in(small_pieces('run').cache_dir)
   options = small_pieces('theirs')
+  shares = Share(host=1, num_hosts=2), Share(host=0, num_hosts=2)
   made, told = made_by(options, *shares)
   assert not made.missing and told[-1][0] == told[-1][1]
   assert made.folder == folder_in(options.cache_dir)
@@ -240,15 +234,6 @@ def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
   changed = data.load(again)
   assert changed.tokenizer.identity == dataset.tokenizer.identity
   assert changed.digest != dataset.digest
-
-
-@pytest.mark.slow
-def test_a_worker_names_its_error(small_pieces, tmp_path):
-  options = small_pieces('cache')
-  with (tmp_path / 'b.jsonl').open('a') as file:
-    file.write('\n{')
-  with pytest.raises(ValueError, match=r'b\.jsonl, line 121 is no JSON'):
-    made_by(options, Share(processes=2))
 
 
 class Broken(Pieces):

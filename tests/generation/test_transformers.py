@@ -44,7 +44,8 @@ def switch():
   )  # fmt: skip
 
 
-def nllb(**options):
+def nllb():
+  """NLLB with slots for 0.4 of a step's tokens, for which rows compete."""
   return transformers.NllbMoeForConditionalGeneration(
     transformers.NllbMoeConfig(
       vocab_size=V, d_model=24, encoder_layers=2, decoder_layers=2,
@@ -52,14 +53,9 @@ def nllb(**options):
       encoder_ffn_dim=20, decoder_ffn_dim=28, num_experts=3,
       encoder_sparse_step=2, decoder_sparse_step=2, init_std=0.3,
       eos_token_id=None, pad_token_id=1, decoder_start_token_id=START,
-      bos_token_id=None, **options,
+      bos_token_id=None, moe_eval_capacity_token_fraction=0.4,
     )
   )  # fmt: skip
-
-
-def nllb_full():
-  """NLLB with slots for 0.4 of a step's tokens, for which rows compete."""
-  return nllb(moe_eval_capacity_token_fraction=0.4)
 
 
 # With these seeds the greedy tokens of models repeat themselves least.
@@ -67,7 +63,6 @@ MAKERS = {
   'mixtral': (mixtral, 3),
   'switch': (switch, 1),
   'nllb': (nllb, 0),
-  'nllb_full': (nllb_full, 0),
 }
 
 
@@ -105,7 +100,7 @@ def pair(request, tmp_path_factory):
   # The stop token is one that a row reaches halfway. Where rows compete for
   # slots, padding behind an ended row competes too in transformers; so no row
   # ends there.
-  stop = None if make is nllb_full else endless[0][NEW // 2]
+  stop = None if make is nllb else endless[0][NEW // 2]
   return Pair(theirs, model, variables, options, stop)
 
 

@@ -1,8 +1,8 @@
 """Programs compiled for TPUs that are only described: no TPU is needed.
 
-Each compilation is a process of its own, `python -m` of this module: the TPU's
-compiler does not share a process with the tests' fake devices and flags. What
-it reports is printed; `-s` shows it.
+All are compiled by one process, `python -m` of this module: the TPU's compiler
+does not share a process with the tests' fake devices and flags. What it reports
+is printed; `-s` shows it.
 """
 
 import json
@@ -116,92 +116,100 @@ def report(what, **options):
   }
 
 
-def compiled(**request):
-  """The `report` on a request, made by a process of its own."""
+def product(topology, backend, dtype='bfloat16', **sizes):
+  """The request of a grouped product and its gradients."""
+  return {
+    'what': 'product',
+    'topology': topology,
+    'backend': backend,
+    'dtype': dtype,
+    **sizes,
+  }
+
+
+# No size is a multiple of a tile.
+ODD = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
+EVEN = {'N': 4096, 'M': 512, 'F': 1024}
+REQUESTS = {
+  'ragged_dot': product(TOPOLOGIES[0], 'ragged_dot', **ODD),
+  'megablox': product(TOPOLOGIES[1], 'megablox', **ODD),
+  'few experts': product(TOPOLOGIES[0], 'auto', 'float32', E=8, **EVEN),
+  'many experts': product(TOPOLOGIES[0], 'auto', 'float32', E=64, **EVEN),
+  'coded': {
+    'what': 'ternary',
+    'topology': TOPOLOGIES[1],
+    'dtype': 'bfloat16',
+    **{'N': 4, 'E': 3, 'M': 768, 'F': 3072},
+  },
+  # The widest rows that the kernel takes, of the widest type.
+  'coded, widest': {
+    'what': 'ternary',
+    'topology': TOPOLOGIES[0],
+    'dtype': 'float32',
+    **{'N': 300, 'E': 1, 'M': 1 << 14, 'F': 200},
+  },
+  'train step': {
+    'what': 'train_step',
+    'topology': TOPOLOGIES[0],
+    'mesh': {'data': 2, 'expert': 2},
+  },
+}
+
+
+@pytest.fixture(scope='module')
+def reports():
+  """The `report` on each request, made by a process of their own."""
   foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
   # No TPU is opened, so that no lock is needed to share it.
   env |= {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   command = [sys.executable, '-m', 'tests.kernels.test_tpu_compile']
   done = subprocess.run(
-    [*command, json.dumps(request)],
+    command,
     cwd=ROOT,
     env=env,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=400,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  answer = json.loads(done.stdout.splitlines()[-1])
-  print(' '.join(map(str, request.values())), answer)
-  return answer
+  answers = json.loads(done.stdout.splitlines()[-1])
+  for name, answer in answers.items():
+    print(name, answer)
+  return answers
 
 
-@pytest.mark.parametrize(
-  ('topology', 'backend'),
-  [
-    (TOPOLOGIES[0], 'ragged_dot'),
-    *((topology, 'megablox') for topology in TOPOLOGIES),
-  ],
-)
-def test_product_and_gradients(topology, backend):
-  # No size is a multiple of a tile.
-  sizes = {'N': 1000, 'E': 5, 'M': 70, 'F': 300}
-  counts = compiled(
-    what='product',
-    topology=topology,
-    backend=backend,
-    dtype='bfloat16',
-    **sizes,
-  )
+@pytest.mark.parametrize('backend', ['ragged_dot', 'megablox'])
+def test_product_and_gradients(reports, backend):
+  counts = reports[backend]
   assert counts['flops'] >= 3 * 2 * 1000 * 70 * 300
   if backend == 'megablox':
     # y, dx and dw have a kernel each; an interpreted program would have none.
     assert counts['kernels'] == 3
 
 
-WIDEST = {'N': 300, 'E': 1, 'M': 1 << 14, 'F': 200}
-
-
-@pytest.mark.parametrize(
-  ('topology', 'dtype', 'sizes'),
-  [
-    (TOPOLOGIES[1], 'bfloat16', {'N': 4, 'E': 3, 'M': 768, 'F': 3072}),
-    # The widest rows that the kernel takes, of the widest type.
-    (TOPOLOGIES[0], 'float32', WIDEST),
-  ],
-)
-def test_product_with_a_coded_matrix(topology, dtype, sizes):
-  counts = compiled(what='ternary', topology=topology, dtype=dtype, **sizes)
+@pytest.mark.parametrize('name', ['coded', 'coded, widest'])
+def test_product_with_a_coded_matrix(reports, name):
+  counts, sizes = reports[name], REQUESTS[name]
   assert counts['kernels'] == 1
   # No weights are kept outside the kernel, not even in two bits each.
   weights = sizes['E'] * sizes['M'] * sizes['F']
   assert counts['temporary_bytes'] < weights / 4
 
 
-def test_more_experts_at_equal_rows_cost_nothing():
-  few, many = (
-    compiled(
-      what='product',
-      topology=TOPOLOGIES[0],
-      backend='auto',
-      dtype='float32',
-      **{'N': 4096, 'E': E, 'M': 512, 'F': 1024},
-    )
-    for E in (8, 64)
-  )
+def test_more_experts_at_equal_rows_cost_nothing(reports):
+  few, many = reports['few experts'], reports['many experts']
   # XLA uses the FLOPs that a kernel declares, and counts the program around it.
   assert many['flops'] < 1.05 * few['flops']
   assert many['temporary_bytes'] < 1.1 * few['temporary_bytes']
 
 
-@pytest.mark.parametrize('mesh', [{'data': 1}, {'data': 2, 'expert': 2}])
-def test_train_step_of_a_scanned_decoder(mesh):
-  counts = compiled(what='train_step', topology=TOPOLOGIES[0], mesh=mesh)
+def test_train_step_of_a_scanned_decoder(reports):
+  counts = reports['train step']
   assert counts['flops'] > 0
   # The body of the scan over layers has two products with two gradients each.
   assert counts['kernels'] == 6
 
 
 if __name__ == '__main__':
-  print(json.dumps(report(**json.loads(sys.argv[1]))))
+  print(json.dumps({name: report(**r) for name, r in REQUESTS.items()}))

@@ -9,7 +9,7 @@ import pytest
 from moe_jax.layers.experts import Einsum, FeedForwardExpert
 from moe_jax.layers.norms import LayerNorm, RmsNorm
 from moe_jax.layers.positions import Learned, NoPositions, Relative
-from moe_jax.layers.routers import NoisyTopK, TokenChoice
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import RunShape
 from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
@@ -48,14 +48,6 @@ def test_logits_equal_numpy(name):
 
 
 CASES = {
-  'gpt2': dict(
-    positions=Learned(),
-    norm=LayerNorm(),
-    ffn=dict(activation='gelu'),
-    use_bias=True,
-    embedding=dict(tie=False),
-    moe=dict(router=NoisyTopK(gates='renormalized'), layers='last 1'),
-  ),
   'glam': dict(
     positions=Relative(),
     norm=LayerNorm(),
@@ -114,12 +106,7 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   for where, leaf in tiny.leaves(grads).items():
     size = np.abs(np.asarray(leaf))
     assert np.isfinite(size).all(), where
-    # Openmoe's keys are rotated.
-    if where.endswith('b_key') and name != 'openmoe':
-      # The bias adds one number to all scores of a query, which the softmax
-      # ignores.
-      np.testing.assert_allclose(size, 0, atol=1e-3)
-    elif where.startswith('layers/'):
+    if where.startswith('layers/'):
       assert (size.reshape(len(size), -1).max(1) > 1e-5).all(), where
     else:
       assert size.max() > 1e-5, where

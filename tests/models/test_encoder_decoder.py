@@ -86,15 +86,9 @@ def logits_of(kind, one):
   return np.asarray(run(params, one)[0])
 
 
-each_kind = pytest.mark.parametrize(
-  'kind', ['t5', pytest.param('nllb', marks=pytest.mark.slow)]
-)
-
-
-@each_kind
-def test_packed_examples_are_apart(kind):
+def test_packed_examples_are_apart():
   both = batch()
-  packed = logits_of(kind, both)[0]
+  packed = logits_of('t5', both)[0]
   assert packed.std() > 0.1
   for at, to in (((0, 4), (0, 3)), ((4, 7), (3, 7))):
 
@@ -110,30 +104,28 @@ def test_packed_examples_are_apart(kind):
     single |= {
       name: alone(name, S, at) for name in (f'encoder_{n}' for n in names)
     }
-    logits = logits_of(kind, batch(**single))[0]
+    logits = logits_of('t5', batch(**single))[0]
     np.testing.assert_allclose(
       logits[: to[1] - to[0]], packed[slice(*to)], rtol=2e-4, atol=2e-4
     )
 
 
-@each_kind
-def test_a_decoder_sees_no_later_token_and_all_of_its_encoder(kind):
+def test_a_decoder_sees_no_later_token_and_all_of_its_encoder():
   one = batch()
-  before = logits_of(kind, one)
+  before = logits_of('t5', one)
   tokens = np.array(one['tokens'])
   tokens[1, 5] = (tokens[1, 5] + 1) % V
-  after = logits_of(kind, one | {'tokens': jnp.asarray(tokens)})
+  after = logits_of('t5', one | {'tokens': jnp.asarray(tokens)})
   np.testing.assert_array_equal(after[1, :5], before[1, :5])
   assert np.abs(after[1, 5:] - before[1, 5:]).max(-1).min() > 1e-4
   source = np.array(one['encoder_tokens'])
   source[1, 4] = (source[1, 4] + 1) % V  # the last token before padding
-  after = logits_of(kind, one | {'encoder_tokens': jnp.asarray(source)})
+  after = logits_of('t5', one | {'encoder_tokens': jnp.asarray(source)})
   assert np.abs(after[1] - before[1]).max(-1).min() > 1e-5
   np.testing.assert_array_equal(after[2], before[2])
 
 
-@each_kind
-def test_padding_changes_nothing_and_is_not_counted(kind):
+def test_padding_changes_nothing_and_is_not_counted():
   one = batch()
   tokens, source = np.array(one['tokens']), np.array(one['encoder_tokens'])
   tokens[2, 4:], source[1, 5:] = 3, 3
@@ -142,11 +134,11 @@ def test_padding_changes_nothing_and_is_not_counted(kind):
   }  # fmt: skip
   real = np.asarray(one['segment_ids']) > 0
   np.testing.assert_array_equal(
-    logits_of(kind, changed)[real], logits_of(kind, one)[real]
+    logits_of('t5', changed)[real], logits_of('t5', one)[real]
   )
-  params, run = program(kind)
+  params, run = program('t5')
   aux = run(params, one)[1]
-  sparse = [moe is not None for moe in build(kind).moes]
+  sparse = [moe is not None for moe in build('t5').moes]
   encoders = (np.asarray(one['encoder_segment_ids']) > 0).sum()
   counts = [encoders * flag for flag in sparse[:3]]
   counts += [real.sum() * flag for flag in sparse[3:]]

@@ -15,7 +15,6 @@ from tests.models import tiny
   [
     'decoder',
     pytest.param('encoder_decoder', marks=pytest.mark.slow),
-    pytest.param('lstm', marks=pytest.mark.slow),
   ],
 )
 def test_parameters_are_those_of_rows_of_any_length(kind):

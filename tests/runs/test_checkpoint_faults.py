@@ -143,12 +143,6 @@ def kill_and_check(directory, moments) -> None:
   assert str(last + 1) in names and all(name.isdigit() for name in names)
 
 
-@pytest.mark.slow
-def test_killed_while_the_arrays_or_the_manifest_are_written(tmp_path):
-  arrays = '*.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
-  kill_and_check(tmp_path, [arrays, '*/manifest.json.tmp'])
-
-
 def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
   with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
     for step in range(4):
@@ -164,9 +158,8 @@ def test_a_bare_number_has_its_manifest_at_every_moment(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_one_moment_after_another(tmp_path):
-  seen = ['*.saving[0-9]', '*.deleting', '*.orbax-checkpoint-tmp']
-  after_seconds = np.random.default_rng(0).uniform(0, 0.4, size=2).tolist()
-  kill_and_check(tmp_path, seen + after_seconds)
+  arrays = '*.orbax-checkpoint-tmp/ocdbt.process_0/d/*'
+  kill_and_check(tmp_path, [arrays, '*/manifest.json.tmp', '*.deleting', 0.2])
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path):

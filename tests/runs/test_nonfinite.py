@@ -95,20 +95,6 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_state_is_that_of_a_run_that_takes_every_step(tmp_path):
-  whole = train(tmp_path / 'whole')
-  plain = tiny.options(checkpoint={'every_steps': 0}, model={'dropout': 0.1})
-  other = train(tmp_path / 'plain', options=plain)
-  # The two programs can sum in different orders.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-    whole.states[6],
-    other.states[6],
-  )
-  assert not whole.files
-
-
-@pytest.mark.slow
 def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
   with pytest.raises(NonFiniteError, match=r'step 5: loss=(.|\n)*5\.npz') as e:
     train(tmp_path, 2, 4, 5)

@@ -273,13 +273,7 @@ def test_the_array_library_fails_for_a_while(library, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ('name', 'again', 'message'),
-  [('EIO', 2, 'Input/output error'), ('ENOSPC', 0, 'No space left on device')],
-)
-def test_the_array_library_fails_for_good(
-  library, tmp_path, name, again, message
-):
-  last, tried, done = run(library, tmp_path, 'fsync', '.saving', name, 999)
-  assert (last, tried) == ('[]', again)
-  assert message in done.stdout
+def test_the_array_library_fails_for_good(library, tmp_path):
+  last, again, done = run(library, tmp_path, 'fsync', '.saving', 'EIO', 999)
+  assert (last, again) == ('[]', 2)
+  assert 'Input/output error' in done.stdout

@@ -82,8 +82,16 @@ def ids_of(tokenizer):
   return [tokenizer.encode(text).tolist() for text in models.TEXTS[:-1]]
 
 
+def trained(kind):
+  """The identity of a tokenizer that is trained here."""
+  return tokenizers.TrainedOptions(kind, 300).fit(models.WORDS * 4).identity
+
+
 @pytest.mark.slow
-def test_another_process_has_an_equal_tokenizer():
+def test_another_process_has_an_equal_tokenizer(monkeypatch):
+  # The other process has another order of sets, and more threads.
+  monkeypatch.setenv('PYTHONHASHSEED', '1')
+  monkeypatch.setenv('RAYON_NUM_THREADS', '4')
   all_kinds = [
     tokenizers.Bytes(),
     tokenizers.Chars(''.join(models.TEXTS)),
@@ -93,6 +101,8 @@ def test_another_process_has_an_equal_tokenizer():
   spawn = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     assert [*pool.map(ids_of, all_kinds)] == [*map(ids_of, all_kinds)]
+    kinds = 'bpe', 'unigram'
+    assert [*pool.map(trained, kinds)] == [*map(trained, kinds)]
 
 
 def test_pickles_are_states(model):

@@ -1,10 +1,5 @@
 """Tokenizers that are trained on texts: merges by hand, nothing is lost."""
 
-import hashlib
-import os
-import subprocess
-import sys
-
 import pytest
 
 from moe_jax.data import tokenizers
@@ -85,30 +80,3 @@ def test_training_takes_no_more_text_than_it_needs(kind, monkeypatch):
 def test_no_text_is_told():
   with pytest.raises(ValueError, match='no unigram model of vocab_size=300'):
     OPTIONS['unigram'].fit([''])
-
-
-PROGRAM = """
-import hashlib, json
-from moe_jax.data import tokenizers
-from moe_jax.data.tokenizers import trained_tokenizer
-from tests.data.tokenizers import models
-for kind in ('bpe', 'unigram'):
-  fitted = tokenizers.TrainedOptions(kind, 300).fit(models.WORDS * 4)
-  print(hashlib.sha256(json.dumps(fitted.to_json()).encode()).hexdigest())
-"""
-
-
-@pytest.mark.slow
-def test_equal_texts_give_equal_tokenizers_in_any_process():
-  said = {
-    subprocess.run(
-      [sys.executable, '-c', PROGRAM],
-      env={**os.environ, 'PYTHONHASHSEED': seed, 'RAYON_NUM_THREADS': threads},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=True,
-    ).stdout
-    for seed, threads in (('1', '1'), ('2', '4'))
-  }
-  assert len(said) == 1
-  assert len(said.pop()) == 2 * (len(hashlib.sha256().hexdigest()) + 1)

@@ -56,9 +56,8 @@ def contents(attention, sizes, devices):
 
 
 print(json.dumps(dict(
-  auto=contents('auto', dict(), described[:1]),
   einsum=contents('einsum', dict(), described[:1]),
-  mesh=contents('auto', dict(fsdp=2, tensor=2), described),
+  auto=contents('auto', dict(fsdp=2, tensor=2), described),
 )))
 """
 
@@ -87,6 +86,5 @@ def test_auto_compiles_to_the_kernel_and_keeps_no_square_array():
   assert run.returncode == 0, run.stderr
   contents = json.loads(run.stdout.splitlines()[-1])
   assert contents['auto'] == [['dkv', 'dq', 'fwd'], []]
-  assert contents['mesh'] == [['dkv', 'dq', 'fwd'], []]
   kernels, squares = contents['einsum']
   assert not kernels and squares

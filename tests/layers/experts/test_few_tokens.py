@@ -39,12 +39,8 @@ def run(dispatch, layer, params, x, routing):
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
-        (1, True),
-        (FEW_TOKENS, False),
         (FEW_TOKENS, True),
-        (37, True),
         (300, False),
-        (300, True),
       )
     ),
   ],

@@ -78,7 +78,6 @@ def options_of(format, dispatch, capacity=All()):
   ('name', 'dispatch', 'capacity', 'tokens'),
   [
     ('int8', Gather(), PerAssignment(1.0), 23),
-    pytest.param('int2', Dropless(), All(), 70, marks=pytest.mark.slow),
     ('ternary', Dropless(), All(), FEW_TOKENS),
     *(
       pytest.param(name, dispatch, All(), 37, marks=pytest.mark.slow)

@@ -10,8 +10,6 @@ from flax import linen as nn
 
 from moe_jax import (
   All,
-  Dropless,
-  Einsum,
   FeedForwardExpert,
   Fixed,
   Gather,
@@ -26,7 +24,6 @@ from moe_jax.layers.routers import Sizes
 from tests import reference
 from tests.layers.routers.run import draw
 from tests.models import tiny
-from tests.models.tiny import assert_trees_close
 
 B, T, M, F = 2, 9, 6, 11
 
@@ -207,24 +204,6 @@ def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
   for name, leaf in grads.items():
     largest = np.abs(leaf).reshape(3, -1).max(1)
     assert (largest > 1e-3).all(), (name, largest)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dispatch', [Einsum(), Dropless()], ids=type)
-def test_every_dispatcher_serves_two_levels(dispatch):
-  x, mask = x_and_mask()
-  results = []
-  for other in (Gather(), dispatch):
-    moe = layer(two_levels(3, 5), other)
-    params = params_of(moe, x)
-
-    def loss(params, x, moe=moe):
-      y, aux = moe.apply({'params': params}, x, mask)
-      return (y**2).sum(), (y, aux)
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    results.append(gradient(params, x))
-  assert_trees_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def test_gates_start_with_the_fan_in_of_one_branch():

@@ -187,26 +187,3 @@ def test_options_that_do_not_fit_are_refused():
   config = tiny.config(model={'moe': moe})
   with pytest.raises(ValueError, match='4 groups in a microbatch do not divi'):
     run_config.read(config)
-
-
-@pytest.mark.slow
-def test_a_config_trains_two_steps():
-  gate = {'devices': 2, 'gates': 'raw'}
-  moe = {
-    'router': {'kind': 'topology', 'topology': gate},
-    'allow_future_leak': True,
-  }
-  options = tiny.options(model={'moe': moe})
-  params = start = tiny.params_of(options)
-  for seed in range(2):
-    batch = tiny.batch(options, seed=seed)
-    (loss, _), grads = tiny.grads_of(options, params, batch)
-    assert np.isfinite(loss)
-    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-  moved = jax.tree.map(lambda a, b: (a != b).any(), start, params)
-  routers = [
-    leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(moved)
-    if 'router' in partitioning.path_name(path)
-  ]
-  assert routers and all(routers)
