@@ -85,7 +85,7 @@ def test_the_silence_before_the_first_step_is_announced(traced):
   watch, compiled = traced
   (line,) = [line for line in watch.said if line.startswith('compiling')]
   assert 'half a minute' in line
-  # The silence is one: the summary and the trace compile no step of their own.
+  # The step is compiled once: neither summary nor trace compile their own.
   steps = [line for line in compiled if 'train_step' in line]
   assert len(steps) == 1, compiled
 

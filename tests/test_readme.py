@@ -25,7 +25,7 @@ ROOMS = (
     'analysis', 'training', 'parallel', 'kernels',
   )),
 )  # fmt: skip
-# Other tests run the code of these.
+# Other tests run the code of these READMEs.
 APART = (
   *('moe_jax/models', 'moe_jax/data', 'moe_jax/analysis', 'moe_jax/layers'),
   'moe_jax/kernels',
