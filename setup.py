@@ -14,7 +14,7 @@ DJANGO = 'django>=5'  # its gettext catalogues
 PARQUET = 'pyarrow>=16'  # parquet files, and .zst
 PLOTS = ['matplotlib>=3.8']
 NOTEBOOK = ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbformat>=5.10']
-# What checkpoints are compared with, and speed; bugs of that release included.
+# Checkpoints and speed are compared with this release, whose bugs count, too.
 TORCH = 'torch>=2.6'
 TRANSFORMERS = 'transformers==5.24.*'
 PEFT = 'peft>=0.19'  # adapters that ours are compared with
@@ -130,7 +130,7 @@ setup(
     *PLOTS,
   ],
   extras_require={
-    # What jax adds for accelerators, in the release of the jax that is there;
+    # Extras of jax for accelerators, in the release of the jax that is there;
     # its `cuda12` is for drivers that are older than CUDA 13.
     'cuda': ['jax[cuda13]'],
     'cuda12': ['jax[cuda12]'],

@@ -136,7 +136,7 @@ def test_notebook_is_kept_well(path):
 
 
 def address():
-  """Where the repository is, by the one place that says so."""
+  """The address of the repository, which stands in one place."""
   setup = (ROOT / 'setup.py').read_text(encoding='utf-8')
   return re.search(r"^REPOSITORY = '(.+)'$", setup, re.MULTILINE)[1]
 

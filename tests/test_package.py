@@ -26,7 +26,7 @@ def flat(config):
 
 @pytest.fixture
 def packaging(monkeypatch):
-  """What setup.py defines, and `setup`, the arguments of that function."""
+  """The names of setup.py, and as `setup` the arguments of that function."""
   given = {}
   monkeypatch.setattr(
     setuptools, 'setup', lambda **options: given.update(options)
@@ -171,7 +171,7 @@ def test_console_commands_start_what_python_would(packaging):
 
 
 def help_of(typed, entry, *words, monkeypatch, capsys):
-  """What --help of a command prints, started as `typed`."""
+  """The words of --help of a command, started as `typed`."""
   module, function = module_of(entry)
   monkeypatch.setattr(sys, 'argv', [typed, *words, '--help'])
   with pytest.raises(SystemExit) as ended:

@@ -58,21 +58,21 @@ TESTED_APART = {
 }
 MODULES = {name: ['python', '-m', module] for module, name in CONSOLE.items()}
 SHRUNK = r'--config=(configs/\w+\.py|moe_jax:\w+)'
-# What makes a command quick, by its module.
+# The flags that make a command quick, by its module.
 QUICKER = {
   'moe_jax.generate': ['--num_tokens=2'],
   'moe_jax.analysis.record_evaluation': ['--num_batches=1'],
 }
 
 
-# What makes the training of a run quick, by its folder.
+# The flags that make the training of a run quick, by its folder.
 QUICKER_RUNS = {
   'runs/tiny': (
     '--config.sample.num_tokens=0',
     '--config.evals.all_tokens.every_steps=0',
   )
 }
-# What the first run leaves, and prints.
+# The first run leaves these files, and prints these words.
 FIRST_FILES = (
   *('config.json', 'metrics.jsonl', 'curves.png', 'index.html', 'load.png'),
   *('routing_report.md', 'routing_report.json', 'tokenizer.json'),

@@ -1,4 +1,4 @@
-"""What studies of routing measure, on choices that are known."""
+"""Studies measure routing; here choices, and so the numbers, are known."""
 
 import numpy as np
 

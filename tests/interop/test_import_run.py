@@ -359,7 +359,7 @@ def test_what_transformers_has_no_model_of(tmp_path):
 
 
 def refusal(tmp_path, **changes):
-  """What is said of a changed Mixtral, before its parameters are read."""
+  """The words about a changed Mixtral, before its parameters are read."""
   options = tiny_runs.options(model=MIXTRAL | changes).filled(257).model
   with pytest.raises(ValueError) as caught:
     interop.save(options, {'params': {}}, tmp_path / 'out')

@@ -190,7 +190,7 @@ def assert_same(result, one):
 
 
 def told(skew, devices, copies=1, parts=1, shadowed=True):
-  """What Algorithm 1 predicts for the counts of a step.
+  """The prediction of Algorithm 1 for the counts of a step.
 
   Args:
     skew: The kind of routing.

@@ -96,7 +96,7 @@ def test_a_step_with_such_a_state_is_left_out():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OPTIMIZERS.builtin)
 def test_no_optimizer_keeps_an_infinity_on_purpose(name):
-  """So that an infinite leaf is always a fault."""
+  """No moment becomes infinite: an infinite leaf is always a fault."""
   # All layers are sparse, as adafactor takes each expert by itself.
   options = tiny.options(
     optimizer={'kind': name},

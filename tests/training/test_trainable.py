@@ -1,4 +1,4 @@
-"""Which parameters train: expressions, and what a step leaves as it was."""
+"""Expressions choose what trains, and a step leaves all else as it was."""
 
 import functools
 import math
