@@ -141,20 +141,14 @@ ALONE = (0, 5)
 DRAWN = dict(temperature=1.5, top_p=0.9)
 
 
-@pytest.mark.parametrize(
-  ('name', 'options'),
-  [
-    ('rotary', DRAWN),
-    pytest.param('t5', DRAWN, marks=pytest.mark.slow),
-    pytest.param('lstm', DRAWN, marks=pytest.mark.slow),
-  ],
-)
-def test_a_row_alone_is_the_row_in_a_batch(name, options):
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['t5', 'lstm'])
+def test_a_row_alone_is_the_row_in_a_batch(name):
   model, params = built(name, TIGHT)
   seeds = [4, 9, 1, 7, 2, 30]
-  together = generate(model, params, seed=seeds, **options).rows
+  together = generate(model, params, seed=seeds, **DRAWN).rows
   for i in ALONE:
-    alone = generate(model, params, [PROMPTS[i]], seed=seeds[i], **options)
+    alone = generate(model, params, [PROMPTS[i]], seed=seeds[i], **DRAWN)
     np.testing.assert_array_equal(alone.rows[0], together[i])
 
 
@@ -222,7 +216,7 @@ def test_rows_end_with_their_stop_tokens(name):
 
 
 def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
-  options = dict(num_tokens=NEW, temperature=1.0, seed=2, stop_ids=range(9))
+  options = dict(num_tokens=NEW, stop_ids=range(9))
   said = []
   output = generation.generate(
     *prepared,

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.layers.experts import Einsum, FeedForwardExpert
 from moe_jax.layers.norms import LayerNorm, RmsNorm
 from moe_jax.layers.positions import Learned, NoPositions, Relative
 from moe_jax.layers.routers import NoisyTopK, TokenChoice
@@ -28,9 +27,6 @@ ORACLES = {
     ffn=dict(activation='relu'),
     positions=Learned(),
     moe=dict(layers='every 2', capacity=All(), extra_ffn=True),
-  ),
-  'dense': dict(
-    num_layers=3, ffn=dict(activation='relu'), moe=dict(num_experts=0)
   ),
 }
 
@@ -56,23 +52,6 @@ CASES = {
     embedding=dict(tie=False),
     moe=dict(router=NoisyTopK(gates='renormalized'), layers='last 1'),
   ),
-  'glam': dict(
-    positions=Relative(),
-    norm=LayerNorm(),
-    ffn=dict(activation='geglu'),
-    attention=dict(num_kv_heads=2),
-    moe=dict(
-      layers='every 2',
-      expert=FeedForwardExpert(activation='gelu_tanh'),
-      router=TokenChoice(
-        gates='renormalized',
-        second_policy='sampled',
-        slot_priority='choice_major',
-      ),
-      allow_future_leak=True,
-      dispatch=Einsum(),
-    ),
-  ),
   'openmoe': dict(
     ffn=dict(activation='swiglu'),
     use_bias=True,
@@ -88,13 +67,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=() if name == 'glam' else pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
 def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   model = tiny.build(**CASES[name])
   params = tiny.params_of(model)
@@ -167,7 +141,6 @@ def test_every_leaf_of_aux_has_a_row_a_layer_and_dense_rows_are_zero():
 
 
 PACKED = {
-  'dense_rotary': dict(moe=dict(num_experts=0)),
   'dense_relative': dict(positions=Relative(), moe=dict(num_experts=0)),
   'sparse_learned': dict(positions=Learned(), moe=dict(capacity=All())),
 }
