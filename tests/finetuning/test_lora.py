@@ -49,7 +49,7 @@ def arrays(tree):
 def stepped(**kwargs):
   """Parameters before and after three steps, the state, and the losses."""
   options, made = programs(**kwargs)
-  state = made.init_state()
+  state = tiny.first_state(made)
   before, batch, said = arrays(state.params), batch_of(options, made), []
   for _ in range(3):
     state, metrics = made.train_step(state, batch)
@@ -129,7 +129,7 @@ def test_the_first_loss_and_the_factors_gradient_follow_from_the_kernels():
   model, batch = options.build(), batch_of(options, made)
   weights = losses.loss_weights(model, options.logits_z_weight)
   whole = losses.normalizers(model, batch)
-  adapters, state = made.adapters, made.init_state()
+  adapters, state = made.adapters, tiny.first_state(made)
   of_kernels = jax.jit(step.make_grad_fn(model, weights))
   # The first loss is that of the base, bit for bit, with the key of the first
   # step, so that routers draw the same.

@@ -74,15 +74,17 @@ def test_choices_are_served_by_their_rank():
   # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
   # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
-  chosen = token_choice(
-    logits,
-    num_selected=2,
-    capacity=1,
-    gates='renormalized',
-    slot_priority='choice_major',
-  )
+  chosen = jax.jit(
+    functools.partial(
+      token_choice,
+      num_selected=2,
+      capacity=1,
+      gates='renormalized',
+      slot_priority='choice_major',
+    )
+  )(logits)
   np.testing.assert_array_equal(chosen.kept, [[[1, 0], [1, 0]]])
-  ranked = by_rank(chosen)
+  ranked = jax.jit(by_rank)(chosen)
   np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
   np.testing.assert_array_equal(ranked.slot, [[[0, 0], [1, 1]]])
   np.testing.assert_array_equal(ranked.gate, chosen.gate)

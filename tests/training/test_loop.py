@@ -227,14 +227,15 @@ def test_another_runs_workdir(unbroken, tmp_path):
 
 
 def test_resume_goes_on_with_another_config(tmp_path):
-  short = tiny.options(total_steps=1, model=tiny.ONE_LAYER)
-  train_and_evaluate(short, tmp_path)
-  longer = tiny.options(total_steps=2, model=tiny.ONE_LAYER)
-  state = train_and_evaluate(longer, tmp_path, resume=True)
-  assert int(state.step) == 2
-  assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 2
-  old = json.loads((tmp_path / 'config.0.json').read_text())
-  assert old['total_steps'] == 1
+  train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3)])
+  other = tiny.options(model=DROPOUT, checkpoint={'every_steps': 3})
+  state = train_and_evaluate(other, tmp_path, resume=True)
+  assert int(state.step) == 6
+  steps = [
+    json.loads((tmp_path / name).read_text())['checkpoint']['every_steps']
+    for name in ('config.0.json', 'config.json')
+  ]
+  assert steps == [2, 3]
 
 
 def test_other_data_is_refused(unbroken, tmp_path):
@@ -360,7 +361,7 @@ class OwnEvaluation(EvaluationOptions):
 
 
 def own(result):
-  config = tiny.config(total_steps=1, model=tiny.ONE_LAYER)
+  config = tiny.config(model=DROPOUT)
   config.evals = {'mine': base.entry(OwnEvaluation, result=result)}
   config.checkpoint.keep_best = False
   return run_config.read(config)
