@@ -18,7 +18,7 @@ from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 MODEL = dict(num_layers=1, moe=dict(layers='all'))
-LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
+LORA = dict(rank=2, parts='attention + experts')
 
 
 @pytest.fixture(scope='module')
