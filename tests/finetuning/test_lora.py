@@ -18,6 +18,12 @@ from tests.training import tiny
 V = 264
 PARTS = 'attention + ffn + experts'
 RANK, ALPHA = 3, 5.0
+# One layer has all parts.
+MODEL = dict(
+  vocab_size=V,
+  num_layers=1,
+  moe=dict(num_selected=2, layers='all', extra_ffn=True),
+)
 
 
 @functools.cache
@@ -27,7 +33,7 @@ def programs(devices=1, microbatches=1, dropout=0.0):
     batch_size=8,
     microbatches=microbatches,
     lora=dict(rank=RANK, alpha=ALPHA, parts=PARTS, dropout=dropout),
-    model=dict(vocab_size=V, moe=dict(num_selected=2)),
+    model=MODEL,
     optimizer=dict(learning_rate=0.1),
     **(dict(mesh=sizes) if devices == 8 else {}),
   )
@@ -68,9 +74,7 @@ def test_one_pair_for_each_layer_and_expert():
   assert shapes[f'lora/{w_in}/b'] == (layers, E, RANK, F)
   # An attention output contracts heads and their width: [H, D, M].
   (w_out,) = (
-    n
-    for n in shapes
-    if n.endswith('layer_1/attention/w_out') and n[:4] != 'lora'
+    n for n in shapes if n.endswith('attention/w_out') and n[:4] != 'lora'
   )
   layers, H, D, M = shapes[w_out]
   assert shapes[f'lora/{w_out}/a'] == (layers, H, D, RANK)

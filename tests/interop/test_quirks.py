@@ -27,6 +27,7 @@ from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing import token_choice
 from moe_jax.routing.capacity import All, Fixed
 from tests.models import tiny
+from tests.reference import softmax
 from tests.training import tiny as tiny_runs
 
 B, T, E, M, F = 3, 4, 5, 6, 11
@@ -102,10 +103,10 @@ def test_ranks_are_no_columns_that_can_be_tied():
 def test_first_choices_go_through_expert_1():
   layer = make(num_selected=2, router=ServedByRank(gates='renormalized'))
   params, x = params_of(layer), draw(B, T, M)
-  probs = jax.nn.softmax(x @ params['router']['w'])
-  first, second = -np.sort(-np.asarray(probs), -1)[..., :2].transpose(2, 0, 1)
-  w = params['experts']
-  out = [jax.nn.relu(x @ w['w_in'][e]) @ w['w_out'][e] for e in (0, 1)]
+  own, w = np.asarray(x), jax.tree.map(np.asarray, params['experts'])
+  probs = softmax(own @ np.asarray(params['router']['w']))
+  first, second = -np.sort(-probs, -1)[..., :2].transpose(2, 0, 1)
+  out = [np.maximum(own @ w['w_in'][e], 0) @ w['w_out'][e] for e in (0, 1)]
   total = first + second
   expected = (first / total)[..., None] * out[1]
   expected = expected + (second / total)[..., None] * out[0]

@@ -124,22 +124,6 @@ def test_param_dtype_spares_the_router():
     assert kind == ('float32' if full else 'bfloat16'), name
 
 
-def test_every_leaf_of_aux_has_a_row_a_layer_and_dense_rows_are_zero():
-  model = tiny.build(num_layers=4, moe=dict(layers='every 2'))
-  _, aux = tiny.apply(model)(tiny.params_of(model), tiny.tokens())
-  for leaf in jax.tree.leaves(aux):
-    assert leaf.shape[0] == 4
-    assert not np.asarray(leaf)[::2].any()
-  np.testing.assert_array_equal(aux.stats.tokens, [0, B * T, 0, B * T])
-  assert aux.stats.load.shape == (4, 5)
-  np.testing.assert_array_equal(
-    aux.stats.load.sum(1), [0, 2 * B * T, 0, 2 * B * T]
-  )
-  # The two sparse layers have their own parameters and losses.
-  z = np.asarray(aux.z_loss)
-  assert z[1] != z[3]
-
-
 PACKED = {
   'dense_relative': dict(positions=Relative(), moe=dict(num_experts=0)),
   'sparse_learned': dict(positions=Learned(), moe=dict(capacity=All())),
