@@ -196,7 +196,7 @@ def run_options(workdir):
 
 
 @pytest.mark.parametrize(
-  'name', ['deepseek3', 'deepseek3 as Moonlight: one group, two dense layers']
+  'name', [name for name in test_parity.CASES if name.startswith('deepseek3')]
 )
 def test_biases_of_the_parity_cases_change_choices(name):
   model, left = test_parity.model_and_side(name)

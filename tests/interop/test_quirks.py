@@ -153,11 +153,9 @@ def model_options(**quirks):
   return TransformersEncoderDecoder(**fields)
 
 
-@pytest.mark.parametrize(
-  'route_padding', [pytest.param(False, marks=pytest.mark.slow), True]
-)
-def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
-  model = model_options(route_padding=route_padding).build()
+@pytest.mark.slow
+def test_router_losses_are_means_over_the_tokens_that_are_routed():
+  model = model_options().build()
   halves = (tiny_runs.rows(3, 10, seed=i, vocab_size=tiny.V) for i in (0, 1))
   batch = {
     f'{prefix}{name}': values
@@ -168,7 +166,9 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
   _, aux = jax.jit(model.apply)({'params': params}, **model.inputs(batch))
   counted = model.routed_tokens(batch)
   np.testing.assert_array_equal(counted, aux.stats.tokens)
-  assert (counted == 30).all() == route_padding
+  assert (counted < 30).all()
+  every = model_options(route_padding=True).build().routed_tokens(batch)
+  np.testing.assert_array_equal(every, [30] * len(counted))
 
 
 def test_quirks_are_kinds_that_a_config_keeps():

@@ -14,26 +14,17 @@ from moe_jax.routing.capacity import All
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
-ORACLES = {
-  'mixtral': dict(
-    ffn=dict(activation='swiglu'),
-    embedding=dict(tie=False),
-    attention=dict(num_kv_heads=2),
-    norm=RmsNorm(epsilon=1e-2),
-    moe=dict(capacity=All()),
-  ),
-  'openmoe': dict(
-    num_layers=4,
-    ffn=dict(activation='relu'),
-    positions=Learned(),
-    moe=dict(layers='every 2', capacity=All(), extra_ffn=True),
-  ),
-}
+MIXTRAL = dict(
+  ffn=dict(activation='swiglu'),
+  embedding=dict(tie=False),
+  attention=dict(num_kv_heads=2),
+  norm=RmsNorm(epsilon=1e-2),
+  moe=dict(capacity=All()),
+)
 
 
-@pytest.mark.parametrize('name', ORACLES)
-def test_logits_equal_numpy(name):
-  options = tiny.options(**ORACLES[name])
+def test_logits_equal_numpy():
+  options = tiny.options(**MIXTRAL)
   model = options.build()
   params = tiny.params_of(model)
   tokens = tiny.tokens()
@@ -102,14 +93,9 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
 def test_logits_aux_and_parameters_are_float32_in_a_bfloat16_model():
   model = tiny.build(dict(capacity=All()), numerics=dict(dtype='bfloat16'))
   params = tiny.params_of(model)
-  logits, aux = tiny.apply(model)(params, tiny.tokens())
-  kinds = {leaf.dtype for leaf in jax.tree.leaves((logits, aux, params))}
+  outputs = jax.eval_shape(tiny.apply(model), params, tiny.tokens())
+  kinds = {leaf.dtype for leaf in jax.tree.leaves((outputs, params))}
   assert kinds == {jnp.dtype('float32')}
-  full = tiny.build(dict(capacity=All()))
-  exact, _ = tiny.apply(full)(params, tiny.tokens())
-  error = np.abs(np.asarray(logits) - exact)
-  assert error.max() > 0
-  assert np.median(error) < 0.02 * np.std(exact)
 
 
 def test_param_dtype_spares_the_router():
