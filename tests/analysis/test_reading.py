@@ -23,8 +23,8 @@ def batch_of(tokens, seed):
 
 
 def test_losses_and_choices_are_those_of_the_model():
-  moe = {'num_experts': 5, 'num_selected': 2, 'layers': '1'}
-  model = tiny.options(moe).build()
+  moe = {'num_experts': 5, 'num_selected': 2}
+  model = tiny.build(moe, num_layers=1)
   variables = {'params': tiny.params_of(model)}
   batches = [batch_of(tiny.tokens(seed), seed) for seed in range(2)]
 
@@ -40,8 +40,8 @@ def test_losses_and_choices_are_those_of_the_model():
     record = read.record()
     assert (record.kind, record.step, record.batch) == ('read', 7, number)
     (by_layer,) = choices(model, variables, [batch])
-    own = record.layers[1].expert[batch['segment_ids'] > 0]
-    np.testing.assert_array_equal(own.reshape(-1), by_layer[1].expert)
-    assert (record.layers[1].expert[0, 5:] == -1).all()
+    own = record.layers[0].expert[batch['segment_ids'] > 0]
+    np.testing.assert_array_equal(own.reshape(-1), by_layer[0].expert)
+    assert (record.layers[0].expert[0, 5:] == -1).all()
     with pytest.raises(ValueError, match="no sparse layer sees 'encoder'"):
       read.record('encoder')

@@ -59,8 +59,8 @@ def test_two_experts_of_hand_made_numbers():
   np.testing.assert_array_equal(joined['b_out'], [3])
 
 
-@pytest.mark.parametrize('activation', ['gelu', 'swiglu'])
-def test_the_output_is_the_mean_of_the_experts(activation):
+def test_the_output_is_the_mean_of_the_experts():
+  activation = 'swiglu'
   shared = Shared(use_bias=True)
   layer = FfnLayer(FfnOptions(F, activation), shared)
   shapes = layer.axes((E,), M)

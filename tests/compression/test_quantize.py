@@ -82,6 +82,16 @@ def make_all_int8(folder):
   return into(folder, 'all_int8', format, kernels='all', method='rtn')[0]
 
 
+@functools.cache
+def _decoding(options):
+  return jax.jit(lambda params: code_trees.decoded(options, params)[1])
+
+
+def numbers_of(run):
+  """The parameters of a run in codes as numbers."""
+  return _decoding(run.options.model)(run.variables['params'])
+
+
 def before_layer(layer, run, left):
   """The parameters before a layer is rounded, from those that are left."""
 
@@ -98,7 +108,7 @@ def before_layer(layer, run, left):
 @pytest.mark.slow
 def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   run, new = whole_run.read(folder), whole_run.read(int2[0])
-  _, left = code_trees.decoded(new.options.model, new.variables['params'])
+  left = numbers_of(new)
   format = KernelFormat('int2')
   params = before_layer(2, run, left)
   batches = calibration.batches(run, BATCHES)
@@ -266,7 +276,7 @@ def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
   names = {path[-2:] for path in coded}
   assert {('attention', 'w_query'), ('ffn', 'w_out')} <= names
   assert ('experts', 'w_in') in names and ('router', 'w') not in names
-  _, left = code_trees.decoded(new.options.model, new.variables['params'])
+  left = numbers_of(new)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), left, plain
   )
@@ -283,7 +293,7 @@ def test_a_shared_expert_is_rounded_by_what_it_reads(tmp_path):
   format = KernelFormat('int8', group_size=3)
   new, _ = into(folder, 'coded', format, kernels='all', num_batches=1)
   run, coded = (whole_run.read(path) for path in (folder, new))
-  _, left = code_trees.decoded(coded.options.model, coded.variables['params'])
+  left = numbers_of(coded)
   old, own = (
     r.model.layer_trees(tree)[0]['moe']['shared_expert']['ffn']
     for r, tree in ((run, run.variables['params']), (run, left))
@@ -408,9 +418,7 @@ def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
     arguments = ['--format=int8', '--method=rtn', f'--output={output}', *asked]
     command.main(['quantize', f'--run={run}', *arguments])
     new = whole_run.read(output)
-    outputs.append(
-      code_trees.decoded(new.options.model, new.variables['params'])[1]
-    )
+    outputs.append(numbers_of(new))
   for output, own in zip(outputs, params.values(), strict=True):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), output, own

@@ -18,7 +18,7 @@ def test_by_hand():
   assert packed(sizes, (10, 5)) == [[0, 1, 4], [2, 3]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
   st.lists(
     st.tuples(st.integers(1, 11), st.integers(1, 7)), min_size=1, max_size=60

@@ -82,7 +82,7 @@ def test_weights_that_no_period_can_have(weights, message):
     whole_counts(dict(zip('ab', weights)), 10)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 50))
 @example([1, 1, 1, 5], 0)
 def test_weights_are_met_exactly_over_every_period(counts, period):

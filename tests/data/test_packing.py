@@ -104,7 +104,7 @@ def oracle(documents, seq_len):
   return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
   documents=st.lists(
     st.lists(st.integers(1, 300), min_size=1, max_size=9),

@@ -18,7 +18,7 @@ from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 
 MODEL = dict(num_layers=1, moe=dict(layers='all'))
-LORA = dict(rank=2, parts='attention + experts', dropout=0.1)
+LORA = dict(rank=2, parts='experts')
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +76,7 @@ def test_the_run_is_loaded_with_merged_kernels(runs):
   )
   flat = jax.tree_util.tree_leaves_with_path(moved)
   names = {jax.tree_util.keystr(path) for path, is_moved in flat if is_moved}
-  assert names and all('attention' in n or 'experts' in n for n in names)
+  assert names and all('experts' in n for n in names)
   # Evaluations of the run are those of merged kernels, too.
   rows = metrics.read_metrics(runs / 'run' / metrics.FILE_NAME)
   (row,) = (r for r in rows if 'eval/train_capacity/loss' in r)

@@ -88,7 +88,7 @@ def stepped(path, devices=1, optimizer='adamw', **more):
   )
   mesh = options.mesh.make(jax.devices()[:devices])
   made = make_programs(options, options.build(), mesh)
-  state = made.init_state()
+  state = tiny.first_state(made)
   before = arrays(state.params)
   batch = made.put(jax.tree.map(np.asarray, tiny.batch(options, vocab_size=V)))
   for _ in range(2):

@@ -18,6 +18,12 @@ from tests.training import tiny
 V = 264
 PARTS = 'attention + ffn + experts'
 RANK, ALPHA = 3, 5.0
+# One layer has all parts.
+MODEL = dict(
+  vocab_size=V,
+  num_layers=1,
+  moe=dict(num_selected=2, layers='all', extra_ffn=True),
+)
 
 
 @functools.cache
@@ -27,7 +33,7 @@ def programs(devices=1, microbatches=1, dropout=0.0):
     batch_size=8,
     microbatches=microbatches,
     lora=dict(rank=RANK, alpha=ALPHA, parts=PARTS, dropout=dropout),
-    model=dict(vocab_size=V, moe=dict(num_selected=2)),
+    model=MODEL,
     optimizer=dict(learning_rate=0.1),
     **(dict(mesh=sizes) if devices == 8 else {}),
   )
@@ -49,7 +55,7 @@ def arrays(tree):
 def stepped(**kwargs):
   """Parameters before and after three steps, the state, and the losses."""
   options, made = programs(**kwargs)
-  state = made.init_state()
+  state = tiny.first_state(made)
   before, batch, said = arrays(state.params), batch_of(options, made), []
   for _ in range(3):
     state, metrics = made.train_step(state, batch)
@@ -68,9 +74,7 @@ def test_one_pair_for_each_layer_and_expert():
   assert shapes[f'lora/{w_in}/b'] == (layers, E, RANK, F)
   # An attention output contracts heads and their width: [H, D, M].
   (w_out,) = (
-    n
-    for n in shapes
-    if n.endswith('layer_1/attention/w_out') and n[:4] != 'lora'
+    n for n in shapes if n.endswith('attention/w_out') and n[:4] != 'lora'
   )
   layers, H, D, M = shapes[w_out]
   assert shapes[f'lora/{w_out}/a'] == (layers, H, D, RANK)
@@ -129,7 +133,7 @@ def test_the_first_loss_and_the_factors_gradient_follow_from_the_kernels():
   model, batch = options.build(), batch_of(options, made)
   weights = losses.loss_weights(model, options.logits_z_weight)
   whole = losses.normalizers(model, batch)
-  adapters, state = made.adapters, made.init_state()
+  adapters, state = made.adapters, tiny.first_state(made)
   of_kernels = jax.jit(step.make_grad_fn(model, weights))
   # The first loss is that of the base, bit for bit, with the key of the first
   # step, so that routers draw the same.

@@ -19,6 +19,7 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
+from tests.models import tiny as models_tiny
 from tests.training import tiny
 
 V, T = 257, 16
@@ -38,7 +39,7 @@ HALVES = {
   'positions': Relative(),
   'embedding': EmbeddingOptions(tie=False),
 }
-KEY = jax.random.key(3)
+KEY = models_tiny.key(3)
 
 
 def build(moe, model=None):
@@ -148,9 +149,13 @@ def test_what_becomes_of_each_layer():
     for e in range(4):
       equal(kernel[:, e], theirs['ffn'][name][[1, 3]])
   # The router has the initial weights of a run that starts from nothing.
-  init = functools.partial(models.init_params, sparse)
-  drawn = nn.meta.unbox(jax.jit(init)(KEY))['layers']['layer_1']['moe']
-  np.testing.assert_allclose(odd['moe']['router']['w'], drawn['router']['w'])
+
+  @jax.jit  # parameters that are not returned are not compiled
+  def router(key):
+    drawn = nn.meta.unbox(models.init_params(sparse, key))
+    return drawn['layers']['layer_1']['moe']['router']['w']
+
+  np.testing.assert_allclose(odd['moe']['router']['w'], router(KEY))
 
 
 def test_the_publications_router():
@@ -161,7 +166,16 @@ def test_the_publications_router():
 
 def test_some_layers_sparse_already():
   # Layers 1 and 3 keep their experts and routers; layers 0 and 2 become sparse.
-  assert change({**TOP2, 'layers': 'all'}, TOP2) < 1e-6
+  half = build(TOP2)
+  source = params_of(half)['layers']
+  new = convert(build({**TOP2, 'layers': 'all'}), half)['layers']['layer_0']
+  old = source['layer_1']['moe']
+  equal = np.testing.assert_array_equal
+  equal(new['moe']['router']['w'][1::2], old['router']['w'])
+  for name, kernel in new['moe']['experts'].items():
+    equal(kernel[1::2], old['experts'][name])
+    for e in range(4):
+      equal(kernel[::2, e], source['layer_0']['ffn'][name])
 
 
 @pytest.mark.slow

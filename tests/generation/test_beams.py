@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,18 +18,18 @@ from tests.models import tiny
 PROMPTS = [[3, 1], [2], [0, 4, 4]]
 
 
+advance = jax.jit(beams.advance)
+
+
 def start(width, length):
   return beams.first_search(np.array([7]), (), width, length)
 
 
 def step(search, probs, stops=(), penalty=1.0):
   """One step of the search, from next-token probabilities [B, W, V]."""
-  log_probs = jnp.log(jnp.asarray(probs, jnp.float32))
-  return beams.advance(
-    jax.tree.map(jnp.asarray, search),
-    log_probs,
-    jnp.asarray(stops, jnp.int32),
-    jnp.float32(penalty),
+  log_probs = np.log(np.asarray(probs, np.float32))
+  return advance(
+    search, log_probs, np.asarray(stops, np.int32), np.float32(penalty)
   )
 
 

@@ -37,7 +37,11 @@ def with_first(value, params):
 
 
 @pytest.mark.parametrize(
-  'options', [{'temperature': 0.9, 'top_k': 3}, {'num_beams': 2}]
+  'options',
+  [
+    pytest.param({'temperature': 0.9, 'top_k': 3}, marks=pytest.mark.slow),
+    {'num_beams': 2},
+  ],
 )
 def test_logits_that_are_not_finite_are_an_error(model, options):
   params = with_first(np.nan, tiny.params_of(model))

@@ -40,7 +40,7 @@ def test_top_k_and_top_p_told():
   np.testing.assert_array_equal(kept, [[True, True, False, True]])
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(LOGITS, st.integers(1, V + 2), st.floats(0.01, 0.99))
 def test_kept_tokens_are_those_of_the_definition(logits, k, p):
   # No sum may equal p exactly, as sums in float32 and float64 can then differ.
@@ -66,8 +66,6 @@ def test_equals_of_the_last_that_stays_stay_too():
   'options',
   [
     dict(temperature=0.7),
-    dict(temperature=1.3, top_k=3),
-    dict(temperature=0.9, top_p=0.8),
     dict(temperature=1.6, top_k=4, top_p=0.7),
   ],
 )

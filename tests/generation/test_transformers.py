@@ -1,6 +1,6 @@
 """Greedy and beam search give transformers' tokens, from one checkpoint.
 
-Fast tests of greedy tokens are in `tests/interop/test_parity.py`.
+Greedy tokens of every family are in `tests/interop/test_parity.py`.
 """
 
 from typing import NamedTuple

@@ -27,6 +27,7 @@ from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing import token_choice
 from moe_jax.routing.capacity import All, Fixed
 from tests.models import tiny
+from tests.reference import softmax
 from tests.training import tiny as tiny_runs
 
 B, T, E, M, F = 3, 4, 5, 6, 11
@@ -74,15 +75,17 @@ def test_choices_are_served_by_their_rank():
   # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
   # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
-  chosen = token_choice(
-    logits,
-    num_selected=2,
-    capacity=1,
-    gates='renormalized',
-    slot_priority='choice_major',
-  )
+  chosen = jax.jit(
+    functools.partial(
+      token_choice,
+      num_selected=2,
+      capacity=1,
+      gates='renormalized',
+      slot_priority='choice_major',
+    )
+  )(logits)
   np.testing.assert_array_equal(chosen.kept, [[[1, 0], [1, 0]]])
-  ranked = by_rank(chosen)
+  ranked = jax.jit(by_rank)(chosen)
   np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
   np.testing.assert_array_equal(ranked.slot, [[[0, 0], [1, 1]]])
   np.testing.assert_array_equal(ranked.gate, chosen.gate)
@@ -100,10 +103,10 @@ def test_ranks_are_no_columns_that_can_be_tied():
 def test_first_choices_go_through_expert_1():
   layer = make(num_selected=2, router=ServedByRank(gates='renormalized'))
   params, x = params_of(layer), draw(B, T, M)
-  probs = jax.nn.softmax(x @ params['router']['w'])
-  first, second = -np.sort(-np.asarray(probs), -1)[..., :2].transpose(2, 0, 1)
-  w = params['experts']
-  out = [jax.nn.relu(x @ w['w_in'][e]) @ w['w_out'][e] for e in (0, 1)]
+  own, w = np.asarray(x), jax.tree.map(np.asarray, params['experts'])
+  probs = softmax(own @ np.asarray(params['router']['w']))
+  first, second = -np.sort(-probs, -1)[..., :2].transpose(2, 0, 1)
+  out = [np.maximum(own @ w['w_in'][e], 0) @ w['w_out'][e] for e in (0, 1)]
   total = first + second
   expected = (first / total)[..., None] * out[1]
   expected = expected + (second / total)[..., None] * out[0]
@@ -150,11 +153,9 @@ def model_options(**quirks):
   return TransformersEncoderDecoder(**fields)
 
 
-@pytest.mark.parametrize(
-  'route_padding', [pytest.param(False, marks=pytest.mark.slow), True]
-)
-def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
-  model = model_options(route_padding=route_padding).build()
+@pytest.mark.slow
+def test_router_losses_are_means_over_the_tokens_that_are_routed():
+  model = model_options().build()
   halves = (tiny_runs.rows(3, 10, seed=i, vocab_size=tiny.V) for i in (0, 1))
   batch = {
     f'{prefix}{name}': values
@@ -165,7 +166,9 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed(route_padding):
   _, aux = jax.jit(model.apply)({'params': params}, **model.inputs(batch))
   counted = model.routed_tokens(batch)
   np.testing.assert_array_equal(counted, aux.stats.tokens)
-  assert (counted == 30).all() == route_padding
+  assert (counted < 30).all()
+  every = model_options(route_padding=True).build().routed_tokens(batch)
+  np.testing.assert_array_equal(every, [30] * len(counted))
 
 
 def test_quirks_are_kinds_that_a_config_keeps():

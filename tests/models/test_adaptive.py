@@ -14,6 +14,7 @@ loss_of = {name: jax.jit(function) for name, function in errors.LOSSES.items()}
 gradients_of = {
   name: jax.jit(function) for name, function in errors.GRADIENTS.items()
 }
+posterior_of = jax.jit(errors.posterior)
 each_loss = pytest.mark.parametrize('loss', LOSSES)
 
 
@@ -63,7 +64,7 @@ def test_told():
   expected = -np.log((1 + np.exp(-2.0)) / 2)
   np.testing.assert_allclose(loss_of['competitive'](*told), [expected])
   # The posterior of the first expert is 1 / (1 + exp(-2)) = 0.881.
-  posterior = errors.posterior(*told)
+  posterior = posterior_of(*told)
   np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
 
 
@@ -124,8 +125,8 @@ def test_competition_moves_the_best_fitting_expert_fastest():
   # equation 1.5 moves it most.
   outputs = jnp.array([[[1.1], [1.5], [2.0]]])
   told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
-  gated = errors.gated_gradients(*told).expert_outputs[0, :, 0]
-  competitive = errors.competitive_gradients(*told).expert_outputs[0, :, 0]
+  gated = gradients_of['gated'](*told).expert_outputs[0, :, 0]
+  competitive = gradients_of['competitive'](*told).expert_outputs[0, :, 0]
   assert gated.argmin() == 0 and gated.argmax() == 2
   assert competitive.argmax() == 0 and competitive.argmin() == 2
 
@@ -140,7 +141,7 @@ def test_posterior_is_what_competition_learns_from():
       h[n, i] = p[i] * np.exp(-((targets[n] - outputs[n, i]) ** 2).sum() / 2)
     h[n] /= h[n].sum()
   np.testing.assert_allclose(
-    errors.posterior(*arrays((outputs, logits, targets))), h, rtol=1e-5
+    posterior_of(*arrays((outputs, logits, targets))), h, rtol=1e-5
   )
   gradients = gradients_of['competitive'](*arrays((outputs, logits, targets)))
   expected = -h[..., None] * (targets[:, None] - outputs)
@@ -155,7 +156,7 @@ def test_far_targets_stay_finite():
   np.testing.assert_allclose(
     loss_of['competitive'](*told), [expected], rtol=1e-6
   )
-  assert jnp.isfinite(errors.competitive_gradients(*told).gate_logits).all()
+  assert jnp.isfinite(gradients_of['competitive'](*told).gate_logits).all()
 
 
 def weights(**shapes):

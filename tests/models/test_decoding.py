@@ -172,24 +172,19 @@ def whole(name, tokens, source, source_mask):
   return np.asarray(run(params))
 
 
-# Others generate in `tests/generation`, or differ from those in one part each.
-FAST = ('mixtral',)
 # One of each kind of model is also compiled with all optimizations.
 OPTIMIZED = ('mixtral', 'switch', 'lstm')
 # Tokens of such a model, generated, are those of transformers'.
 ELSEWHERE = ('nllb',)
 
 
-def marks(name):
-  """The marks of a case: slow, unless it is one of the fast ones."""
-  found = [] if name in FAST else [pytest.mark.slow]
-  return [*found, pytest.mark.as_users_compile] if name in OPTIMIZED else found
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=marks(name))
+    pytest.param(
+      name, marks=[pytest.mark.as_users_compile] * (name in OPTIMIZED)
+    )
     for name in CASES
     if name not in ELSEWHERE
   ],
@@ -232,26 +227,6 @@ def prepared(name, **options):
   model, params = model_and_params(name)
   model, variables = model.for_decoding({'params': params}, **options)
   return model, variables['params']
-
-
-def test_rows_move_between_the_caches_rows():
-  model, params = model_and_params('mixtral')
-  variables = {'params': params}
-  step = jax.jit(functools.partial(model.apply, method='decode'))
-  tokens = jnp.asarray(tiny.tokens(3, (B, 5)))
-  real = jnp.ones((B, 5), bool)
-  _, cache = step(variables, tokens, real, model.make_cache(B, 8))
-  rows = jnp.array([2, 0, 0])
-  following = jnp.full((B, 1), 5)
-  reordered_logits, _ = step(
-    variables, following, real[:, :1], cache.take(rows)
-  )
-  _, other = step(variables, tokens[rows], real, model.make_cache(B, 8))
-  expected, _ = step(variables, following, real[:, :1], other)
-  np.testing.assert_allclose(reordered_logits, expected, rtol=1e-5, atol=1e-5)
-  assert (
-    np.abs(np.asarray(reordered_logits[0] - reordered_logits[1])).max() > 1e-3
-  )
 
 
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():

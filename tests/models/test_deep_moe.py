@@ -88,8 +88,8 @@ def test_one_expert_is_a_plain_network():
     return model.apply({'params': params}, x)[0][:, 0]
 
   for function, argument in ((mixed, params), (plain, params)):
-    value = jax.jit(lambda p, f=function: (f(p) ** 2).sum())
-    results = value(argument), jax.grad(value)(argument)
+    value = jax.value_and_grad(lambda p, f=function: (f(p) ** 2).sum())
+    results = jax.jit(value)(argument)
     if function is mixed:
       first = results
   np.testing.assert_allclose(first[0], results[0], rtol=1e-5)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import models
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative, Sinusoidal
@@ -194,23 +193,6 @@ def test_a_leak_in_the_encoder_alone_is_none():
   moe['router'] = TokenChoice(slot_priority='batch_priority')
   with pytest.raises(ValueError, match="slot_priority='batch_priority'"):
     build('t5', moe=moe)
-
-
-def test_parameters_are_initialised_for_unscaled_attention():
-  # Scores have a variance of one in both cases: unscaled queries have an
-  # initial variance that is D times smaller.
-  model, scaled = build('t5'), build('t5', attention={})
-
-  def deviation(model):
-    @jax.jit  # outputs that are not returned are not compiled
-    def w_query(key):
-      params = models.init_params(model, key)
-      return params['decoder']['layers']['layer_0']['attention']['w_query']
-
-    return np.asarray(w_query(tiny.key(0)).value).std()
-
-  ratio = deviation(scaled) / deviation(model)
-  np.testing.assert_allclose(ratio, np.sqrt(6), rtol=1e-5)
 
 
 def test_fewer_kv_heads_and_a_window_are_the_decoders_alone():

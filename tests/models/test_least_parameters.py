@@ -27,7 +27,6 @@ def share(options):
 @pytest.mark.parametrize(
   'options',
   [
-    models.DecoderOptions(**TEXT),
     models.DecoderOptions(
       **TEXT,
       attention=LatentOptions(kv_rank=16),

@@ -25,7 +25,8 @@ def test_a_kind_of_ones_own_is_a_language_model():
   options = scope['BagOfTokensOptions'](width=12)
   model = options.filled(tiny.V, (), tiny.T).build()
   tokens = tiny.tokens()
-  params = model.init(jax.random.key(0), **model.example(jnp.asarray(tokens)))
+  example = model.example(jnp.asarray(tokens))
+  params = jax.jit(model.init)(tiny.key(0), **example)
   run = jax.jit(lambda tokens: model.apply(params, tokens))
   logits, aux = run(tokens)
   other = run(tokens[:, [1, 0, *range(2, tiny.T)]])[0]

@@ -10,16 +10,11 @@ from moe_jax import models
 from tests.models import tiny
 
 
-@pytest.mark.parametrize(
-  'kind',
-  [
-    'decoder',
-    pytest.param('encoder_decoder', marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['decoder', 'encoder_decoder'])
 def test_parameters_are_those_of_rows_of_any_length(kind):
   model = tiny.build(kind=kind)
-  key = jax.random.key(3)
+  key = tiny.key(3)
   inputs = model.example(jnp.asarray(tiny.tokens()))  # T=10
   expected = jax.jit(lambda key: model.init(key, **inputs))(key)['params']
   params = models.init_params(model, key)

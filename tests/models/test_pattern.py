@@ -67,7 +67,7 @@ def test_a_dense_first_layer_is_a_segment_of_its_own():
   ]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_segments_put_together_are_the_layers(pattern):
   cut = segments(tuple(pattern))

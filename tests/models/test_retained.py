@@ -36,6 +36,7 @@ def cut(params, whole, model, experts):
     model: The new model.
     experts: The old number of each new expert, by layer that has others.
   """
+  params = jax.tree.map(np.asarray, params)
   layers = [flat_trees.flatten(t) for t in whole.layer_trees(params)]
   shapes = flat_trees.flatten(models.describe(model).shapes)
   flat, old = {}, flat_trees.flatten(params)
@@ -50,7 +51,7 @@ def cut(params, whole, model, experts):
         row[np.array(experts.get(i, range(len(row))))]
         for i, row in zip(place.layers, rows)
       ]
-    flat[path] = jnp.stack(rows)
+    flat[path] = np.stack(rows)
     assert flat[path].shape == shape.shape, path
   return flat_trees.unflatten(flat)
 
@@ -100,18 +101,18 @@ def test_a_masked_column_that_nobody_chooses_changes_nothing():
 
 
 def test_layers_may_have_different_numbers_of_experts_and_columns():
-  model = build(Retained('0:3, 2:4'), num_layers=3)
+  model = build(Retained('1:3'))
   experts = [moe.num_experts for moe in model.moes]
-  assert experts == [3, 5, 4]
+  assert experts == [5, 3]
   params = tiny.params_of(model)
   for tree, E in zip(model.layer_trees(params), experts, strict=True):
     assert tree['moe']['router']['w'].shape == (12, E)
     assert tree['moe']['experts']['w_in'].shape == (E, 12, 20)
   _, aux = tiny.apply(model)(params, tiny.tokens())
   load = np.asarray(aux.stats.load)  # with zeros where a layer has no expert
-  assert load.shape == (3, 5)
+  assert load.shape == (2, 5)
   np.testing.assert_array_equal(load.sum(1), 2 * 30)
-  assert not load[0, 3:].any() and not load[2, 4:].any()
+  assert load[0, 3:].any() and not load[1, 3:].any()
 
 
 def test_parameters_and_flops_are_those_of_the_experts_that_are_left():

@@ -67,13 +67,13 @@ def trained(scan_layers, remat, router='sampled'):
 @pytest.mark.parametrize(
   ('scan_layers', 'remat', 'router'),
   [
-    pytest.param(False, 'none', 'sampled', marks=pytest.mark.as_users_compile),
+    pytest.param(False, 'none', 'hash', marks=pytest.mark.as_users_compile),
     pytest.param(
       *(True, 'dots', 'dropless'),
       marks=[pytest.mark.slow, pytest.mark.as_users_compile],
     ),
     pytest.param(True, 'full', 'expert_choice', marks=pytest.mark.slow),
-    pytest.param(False, 'dots', 'hash', marks=pytest.mark.slow),
+    pytest.param(False, 'dots', 'sampled', marks=pytest.mark.slow),
   ],
 )
 def test_loss_logits_and_gradients_equal_the_plain_loop(
@@ -152,7 +152,8 @@ def test_remat_does_recompute():
 
 def test_only_the_loop_is_a_loop():
   # XLA counts a loop's body once, and two unrolled layers twice.
-  assert trained(False, 'none')[1] > 1.4 * trained(True, 'none')[1]
+  looped, plain = (trained(scan, 'none', 'hash')[1] for scan in (True, False))
+  assert plain > 1.4 * looped
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Layers with windows of their own."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,18 +42,6 @@ def test_a_token_sees_what_the_windows_of_its_layers_let_through():
     assert [n for n, change in enumerate(changed, 1) if change > 1e-4] == [
       *range(1, seen + 1)
     ]
-
-
-def test_scanned_and_unrolled_layers_agree():
-  loop = tiny.build(DENSE, **OPTIONS)
-  straight = tiny.build(DENSE, scan_layers=False, **OPTIONS)
-  params, tokens = tiny.params_of(loop), jnp.asarray(tiny.tokens())
-  np.testing.assert_allclose(
-    tiny.apply(loop)(params, tokens)[0],
-    tiny.apply(straight)(params, tokens)[0],
-    rtol=1e-5,
-    atol=1e-5,
-  )
 
 
 def test_a_window_for_longer_texts_is_also_that_of_full_layers():

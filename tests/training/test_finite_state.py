@@ -38,7 +38,7 @@ class Bursting(AdamW):
 
 
 def bursting(**overrides):
-  options = tiny.options(model=tiny.ONE_LAYER, **overrides)
+  options = tiny.options(total_steps=3, model=tiny.ONE_LAYER, **overrides)
   optimizer = Bursting(schedule=options.optimizer.schedule)
   return dataclasses.replace(options, optimizer=optimizer)
 
@@ -49,11 +49,10 @@ def train(workdir, options, *hooks):
   )
 
 
-@pytest.mark.parametrize('total', [6, 3])
-def test_it_ends_the_run_and_the_step_before_is_good(tmp_path, total):
+def test_it_ends_the_run_and_the_step_before_is_good(tmp_path):
   """The last step is checked, too, after which no loss would tell."""
   with pytest.raises(NonFiniteError) as error:
-    train(tmp_path, bursting(total_steps=total, **STEPS))
+    train(tmp_path, bursting(**STEPS))
   said = str(error.value)
   first = said.splitlines()[0]
   assert first.startswith('step 3: loss=5.') and 'nan' not in first

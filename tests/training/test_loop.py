@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import signal
 import sys
 
@@ -187,9 +188,8 @@ def test_a_second_ctrl_c_ends_a_cell_and_not_its_kernel(
 def test_a_callers_own_handler_of_ctrl_c_stays(ctrl_c, tmp_path):
   received = []
   signal.signal(signal.SIGINT, lambda *_: received.append(True))
-  options = tiny.options(total_steps=2, model=tiny.ONE_LAYER)
   hooks = [SigtermAt(1, signal.SIGINT)]
-  assert int(train_and_evaluate(options, tmp_path, hooks=hooks).step) == 2
+  assert int(train_and_evaluate(OPTIONS, tmp_path, hooks=hooks).step) == 6
   assert received == [True]
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -227,41 +227,54 @@ def test_another_runs_workdir(unbroken, tmp_path):
 
 
 def test_resume_goes_on_with_another_config(tmp_path):
-  short = tiny.options(total_steps=4, model=tiny.ONE_LAYER)
-  train_and_evaluate(short, tmp_path)
-  longer = tiny.options(total_steps=6, model=tiny.ONE_LAYER)
-  state = train_and_evaluate(longer, tmp_path, resume=True)
+  train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3)])
+  other = tiny.options(model=DROPOUT, checkpoint={'every_steps': 3})
+  state = train_and_evaluate(other, tmp_path, resume=True)
   assert int(state.step) == 6
-  assert json.loads((tmp_path / 'config.json').read_text())['total_steps'] == 6
-  old = json.loads((tmp_path / 'config.0.json').read_text())
-  assert old['total_steps'] == 4
+  steps = [
+    json.loads((tmp_path / name).read_text())['checkpoint']['every_steps']
+    for name in ('config.0.json', 'config.json')
+  ]
+  assert steps == [2, 3]
 
 
-def test_other_data_is_refused(tmp_path):
-  small = {'total_steps': 2, 'model': tiny.ONE_LAYER}
-  train_and_evaluate(tiny.options(**small), tmp_path)
+def test_other_data_is_refused(unbroken, tmp_path):
   other = tiny.options(
-    **small,
+    model=DROPOUT,
     data={'source': {'python_stdlib': {'modules': f'{tiny.MODULES},http'}}},
   )
+  workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
   with pytest.raises(ValueError, match='two corpora must not mix'):
-    train_and_evaluate(other, tmp_path, resume=True)
+    train_and_evaluate(other, workdir, resume=True)
+
+
+class NoLoss(Hook):
+  """Gives the third step a batch whose loss is not finite."""
+
+  def start(self, run):
+    train_step = run.train_step
+
+    def step(state, batch):
+      if int(state.step) == 2:
+        weights = jax.numpy.full_like(batch['loss_weights'], np.nan)
+        batch = {**batch, 'loss_weights': weights}
+      return train_step(state, batch)
+
+    run.train_step = step
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  options = tiny.options(optimizer={'learning_rate': 1e30, 'clip_norm': 0.0})
   with pytest.raises(NonFiniteError) as caught:
-    train_and_evaluate(options, tmp_path)
+    train_and_evaluate(OPTIONS, tmp_path, hooks=[NoLoss()])
   text = str(caught.value)
-  assert text.startswith('step ')
+  assert text.startswith('step 3')
   assert 'layer 1: router logit RMS' in text
   assert 'last good checkpoint' in text
-  step = int(text.split()[1].rstrip(':'))
-  assert f'nonfinite/{step}.npz' in text
-  assert (tmp_path / 'nonfinite' / f'{step}.npz').exists()
+  assert 'nonfinite/3.npz' in text
+  assert (tmp_path / 'nonfinite' / '3.npz').exists()
   # Checkpoints are finite: none was written after the loss became NaN.
   for path in pathlib.Path(tmp_path / 'checkpoints').glob('[0-9]*'):
-    assert int(path.name) < step
+    assert int(path.name) < 3
 
 
 class BadRow(Hook):
@@ -286,9 +299,7 @@ class BadRow(Hook):
 def test_a_row_that_cannot_be_read_ends_the_run_with_its_name(error, tmp_path):
   name = type(error).__name__
   with pytest.raises(DataError, match=f'batch 3 could not be made: {name}'):
-    train_and_evaluate(
-      tiny.options(model=tiny.ONE_LAYER), tmp_path, hooks=[BadRow(error)]
-    )
+    train_and_evaluate(OPTIONS, tmp_path, hooks=[BadRow(error)])
   # Three batches were made, and the state after two steps is saved.
   assert (tmp_path / 'checkpoints' / '2' / 'manifest.json').exists()
 
@@ -350,7 +361,7 @@ class OwnEvaluation(EvaluationOptions):
 
 
 def own(result):
-  config = tiny.config(total_steps=1, model=tiny.ONE_LAYER)
+  config = tiny.config(model=DROPOUT)
   config.evals = {'mine': base.entry(OwnEvaluation, result=result)}
   config.checkpoint.keep_best = False
   return run_config.read(config)

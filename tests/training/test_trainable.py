@@ -70,7 +70,7 @@ def role_names(chosen):
 def stepped(expression, **kwargs):
   """The parameters before and after two steps, and the state after them."""
   options, made = programs(expression, **kwargs)
-  state = made.init_state()
+  state = tiny.first_state(made)
   before = names_of(state.params)
   batch = made.put(batch_of(options))
   for _ in range(2):
@@ -140,7 +140,7 @@ def test_the_gradient_is_that_of_all_parameters():
   for expression in ('all', 'experts + router', rest):
     options, made = programs(expression)
     batch = made.put(batch_of(options))
-    metrics = made.train_step(made.init_state(), batch)[1]
+    metrics = made.train_step(tiny.first_state(made), batch)[1]
     norms[expression] = float(metrics.grad_norm)
   parts = math.hypot(norms['experts + router'], norms[rest])
   np.testing.assert_allclose(parts, norms['all'], rtol=1e-5)

@@ -8,11 +8,12 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 
-from moe_jax import models, run_config
+from moe_jax import models, partitioning, run_config
 from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step
+from tests.models import tiny as tiny_models
 
 # Overrides of the model to one dense layer, for runs of any model.
 ONE_LAYER = {'num_layers': 1, 'moe': {'layers': 'none', 'num_experts': 0}}
@@ -90,12 +91,29 @@ def model_of(options: RunConfig, vocab_size: int = 257):
 @functools.cache
 def _params(model):
   init = jax.jit(functools.partial(models.init_params, model))
-  return nn.meta.unbox(init(jax.random.key(0)))
+  return nn.meta.unbox(init(tiny_models.key(0)))
 
 
 def params_of(options: RunConfig):
   """Initial parameters of the model with seed 0, computed once."""
   return _params(model_of(options))
+
+
+def first_state(made):
+  """A state before the first step of programs, for which nothing is compiled.
+
+  Parameters are random; all else, and what adapters add, is zero.
+  """
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    values = np.zeros(leaf.shape, leaf.dtype)
+    name = partitioning.path_name(path)
+    if name.startswith('params/') and not name.endswith('/b'):
+      values[...] = rng.normal(0, 0.2, leaf.shape) + name.endswith('/scale')
+    return jax.device_put(values, leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(draw, made.abstract_state)
 
 
 def grads_of(options: RunConfig, params, batch, key=0):

@@ -24,7 +24,7 @@ def test_windows_are_even_and_stay_in_their_document():
   ]  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(2, 13))
 def test_windows_cover_every_document_once(lengths, longest):
   starts = np.cumsum([0, *lengths[:-1]])

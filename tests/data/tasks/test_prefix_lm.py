@@ -53,7 +53,7 @@ def test_the_decoders_length_bounds_a_suffix():
   assert min(lengths) == 1 and max(lengths) == 20
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
   st.integers(4, 60),
   st.integers(0, 60),

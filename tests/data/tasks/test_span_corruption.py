@@ -95,7 +95,7 @@ spans = st.floats(1, 40)
 seeds = st.integers(0, 2**32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes, densities, spans, seeds)
 def test_filling_the_sentinels_gives_the_window_back(n, density, mean, seed):
   window = 1000 + np.random.default_rng(seed).integers(0, 5, n)
@@ -111,7 +111,7 @@ def test_filling_the_sentinels_gives_the_window_back(n, density, mean, seed):
   assert len(example.targets) == lengths.targets[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes, densities, spans, seeds)
 def test_a_mask_has_the_counted_tokens_in_the_counted_spans(
   n, density, mean, seed
@@ -145,7 +145,7 @@ def test_every_mask_is_equally_likely():
   assert min(seen.values()) > 400 and max(seen.values()) < 600
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
   st.integers(5, 90),
   st.integers(6, 90),
