@@ -12,8 +12,12 @@ _CACHE = os.environ.get(
   'MOE_JAX_TEST_CACHE',
   str(pathlib.Path(tempfile.gettempdir()) / 'moe_jax_test_cache'),
 )
-# This makes XLA's CPU compiler a third faster.
-_FASTER = '--xla_cpu_use_fusion_emitters=false'
+# The first makes XLA's CPU compiler a third faster; the second saves about a
+# tenth of it, as a tiny program is not cut into 32 modules of LLVM.
+_FASTER = (
+  '--xla_cpu_use_fusion_emitters=false',
+  '--xla_cpu_parallel_codegen_split_count=1',
+)
 
 # Tiny models compile for longer than they run, so most of XLA's optimizations
 # are off; tests marked `as_users_compile` run a second time with all of them.
@@ -29,12 +33,11 @@ os.environ |= {
   'OMP_NUM_THREADS': '1',
 }
 _flags = os.environ.get('XLA_FLAGS', '')
-if (
-  not _OPTIMIZED
-  and _FASTER not in _flags
-  and accepted(_FASTER, pathlib.Path(_CACHE) / 'flags')
-):
-  os.environ['XLA_FLAGS'] = f'{_flags} {_FASTER}'.strip()
+if not _OPTIMIZED:
+  for _flag in _FASTER:
+    if _flag not in _flags and accepted(_flag, pathlib.Path(_CACHE) / 'flags'):
+      _flags = f'{_flags} {_flag}'
+  os.environ['XLA_FLAGS'] = _flags.strip()
 # Tracing creates objects by the million, and hardly any garbage.
 gc.set_threshold(50_000, 10, 10)
 

@@ -43,28 +43,39 @@ def line(error=0.08):
   return Problem(cases, cases, 'logistic', error, rates, ('no', 'yes'), 'line')
 
 
-def descend(model, problem, rate, seed, most):
-  """One run by definition, in a Python loop."""
-  params = jax.tree.map(
-    lambda leaf: leaf[0],
-    jacobs_runs.start(model, problem.train.features, jnp.array([seed])),
-  )
-  targets = problem.train.targets
+@functools.partial(jax.jit, static_argnames='model')
+def one_step(model, params, features, targets, rate):
+  """The squared error of one epoch, and the parameters of the next."""
 
   def loss(params):
-    outputs = jacobs_runs.forward(model, params, problem.train.features)
+    outputs = jacobs_runs.forward(model, params, features)
     p, o = outputs.gate_probs, outputs.expert_outputs
     distances = ((targets[:, None] - o) ** 2).sum(-1)
     losses = -jnp.log((p * jnp.exp(-distances / 2)).sum(-1))
     blend = (p[..., None] * o).sum(1)
     return losses.mean(), ((targets - blend) ** 2).sum(-1).mean()
 
-  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  gradient, squared = jax.grad(loss, has_aux=True)(params)
+  new = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+  return squared, new
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def start_of(model, features, seed):
+  return jax.tree.map(
+    lambda leaf: leaf[0], jacobs_runs.start(model, features, seed[None])
+  )
+
+
+def descend(model, problem, rate, seed, most):
+  """One run by definition, in a Python loop."""
+  features, targets = problem.train.features, problem.train.targets
+  params = start_of(model, features, np.int32(seed))
   for epoch in range(most):
-    (_, squared), gradient = step(params)
+    squared, new = one_step(model, params, features, targets, rate)
     if squared <= problem.error:
       return epoch, params
-    params = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+    params = new
   return most, params
 
 

@@ -68,13 +68,12 @@ def test_generated_outputs_are_of_prefixes_alone():
     return run.model.apply(state.variables, **run.model.inputs(batch))[0]
 
   logits = leaks.generated_logits(apply, batch)
-  # Row 2 has two documents. The prefixes here have their own lengths, without
+  # Row 2 has two documents. The prefix here has its own length, without
   # padding.
-  for end in (5, 7):
-    prefix = {key: value[2:3, :end] for key, value in batch.items()}
-    np.testing.assert_allclose(
-      logits[2, end - 1], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
-    )
+  prefix = {key: value[2:3, :7] for key, value in taken.items()}
+  np.testing.assert_allclose(
+    logits[2, 6], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
+  )
 
 
 def test_groups_of_several_rows_are_refused():

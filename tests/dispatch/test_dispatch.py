@@ -25,13 +25,16 @@ def arrays(seed, dtype=jnp.float32, capacity=C):
   return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
+route = jax.jit(token_choice, static_argnames=('num_selected', 'capacity'))
+
+
 def routed(mask=None, capacity=C, K=K):
   logits = np.random.default_rng(7).normal(size=(G, S, E))
   logits -= np.arange(E)  # the first experts are in demand
-  return token_choice(
-    jnp.asarray(logits, jnp.float32),
+  return route(
+    logits.astype(np.float32),
     num_selected=K,
-    mask=mask,
+    mask=np.ones((G, S), bool) if mask is None else mask,
     capacity=capacity,
   )
 
@@ -63,13 +66,13 @@ def by_hand(seed):
   )
 
 
-HALF = jnp.asarray(np.arange(S) < np.array([[6], [5]]))
+HALF = np.arange(S) < np.array([[6], [5]])
 # Two programs of each dispatcher run all of them: of three choices, of which
 # there are more than slots, and of one choice, of which there are fewer.
 SCENARIOS = {
   'drops': routed,
   'padding': lambda: routed(mask=HALF),
-  'nothing but padding': lambda: routed(mask=jnp.zeros((G, S), bool)),
+  'nothing but padding': lambda: routed(mask=np.zeros((G, S), bool)),
   'written by hand': lambda: by_hand(0),
   'one choice': lambda: routed(K=1, capacity=2),
 }
@@ -78,10 +81,10 @@ SCENARIOS = {
 def test_the_scenarios_are_what_they_say():
   kept = {name: np.asarray(make().kept) for name, make in SCENARIOS.items()}
   assert not kept['nothing but padding'].any()
-  assert not kept['padding'][~np.asarray(HALF)].any()
+  assert not kept['padding'][~HALF].any()
   for name in ('drops', 'padding', 'written by hand', 'one choice'):
     real = HALF if name == 'padding' else np.ones((G, S), bool)
-    assert kept[name].any() and not kept[name][np.asarray(real)].all(), name
+    assert kept[name].any() and not kept[name][real].all(), name
   assert G * S * K > G * E * C and G * S < G * E * 2
 
 
@@ -153,7 +156,7 @@ def test_three_tokens_by_hand(name):
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
   dispatcher = MOVERS[name]
-  rows = dispatcher.dispatch(x, routing)
+  rows = np.asarray(jax.jit(dispatcher.dispatch)(x, routing))
   np.testing.assert_array_equal(
     rows,
     [
@@ -162,7 +165,8 @@ def test_three_tokens_by_hand(name):
     ],
   )
   # Expert 0 multiplies its rows by 10, expert 1 by 100.
-  y = dispatcher.combine(rows * jnp.array([[[10.0]], [[100.0]]]), routing)
+  factors = np.float32([[[10.0]], [[100.0]]])
+  y = np.asarray(jax.jit(dispatcher.combine)(rows * factors, routing))
   first = np.array([1, 2, 3]) * (0.75 * 10 + 0.25 * 100)
   second = np.array([4, 5, 6]) * (0.5 * 10)
   np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
@@ -231,7 +235,8 @@ def test_a_routing_knows_the_token_in_each_slot():
   expected = np.full((E, G * C), G * S)
   for g, s, k in zip(*np.nonzero(routing.kept)):
     expected[expert[g, s, k], g * C + slot[g, s, k]] = g * S + s
-  np.testing.assert_array_equal(routing.slot_rows().token, expected)
+  token = jax.jit(lambda routing: routing.slot_rows().token)(routing)
+  np.testing.assert_array_equal(token, expected)
 
 
 @with_slots

@@ -1,6 +1,7 @@
 """Layout of rows sorted by expert; test_dispatch.py has the values."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,15 @@ def test_three_tokens_by_hand():
     capacity=2,
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
-  rows = sorted_rows.dispatch(x, routing)
+  rows, sizes, _ = there_and_back(x, routing)
   # Expert 0 has two rows and expert 1 has one; the fourth slot's row is empty.
   np.testing.assert_array_equal(
     rows, [[1, 2, 3], [4, 5, 6], [1, 2, 3], [0, 0, 0]]
   )
-  np.testing.assert_array_equal(sorted_rows.group_sizes(routing), [2, 1])
+  np.testing.assert_array_equal(sizes, [2, 1])
   # Expert 0 multiplies by 10, expert 1 by 100.
-  scale = jnp.array([[10.0], [10.0], [100.0], [7.0]])
-  y = sorted_rows.combine(rows * scale, routing)
+  scale = np.float32([[10.0], [10.0], [100.0], [7.0]])
+  y = np.asarray(jax.jit(sorted_rows.combine)(rows * scale, routing))
   first = np.array([1, 2, 3]) * (0.75 * 10 + 0.25 * 100)
   second = np.array([4, 5, 6]) * (0.5 * 10)
   np.testing.assert_allclose(y[0], [first, second, [0, 0, 0]], rtol=1e-6)
@@ -43,8 +44,11 @@ G, S, E, K = 2, 7, 5, 3
 def routed(skew=0.0):
   """Unbounded choices of three experts."""
   logits = np.random.default_rng(0).normal(size=(G, S, E))
-  logits = jnp.asarray(logits - skew * np.arange(E), jnp.float32)
-  return token_choice(logits, num_selected=K, capacity=None)
+  logits = (logits - skew * np.arange(E)).astype(np.float32)
+  return choose(logits)
+
+
+choose = jax.jit(functools.partial(token_choice, num_selected=K, capacity=None))
 
 
 @jax.jit

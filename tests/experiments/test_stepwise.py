@@ -39,7 +39,8 @@ def test_without_drops_the_loss_is_that_of_whole_rows():
   run, params = prepared()
   batch = jax.tree.map(jnp.asarray, stepwise.whole_rows(run, B))
   assert (batch['segment_ids'] == 1).all()
-  logits, _ = run.model.apply({'params': params}, **run.model.inputs(batch))
+  apply = jax.jit(run.model.apply)
+  logits, _ = apply({'params': params}, **run.model.inputs(batch))
   by_step, _ = stepwise.read(
     stepwise.stepping_model(run, 0), {'params': params}, batch['tokens']
   )

@@ -82,10 +82,13 @@ def test_no_rows_at_all():
   np.testing.assert_array_equal(dw, np.zeros((2, 5, 3)))
 
 
+row_blocks = jax.jit(pallas_gpu.row_blocks, static_argnums=(1, 2, 3))
+
+
 def blocks(group_sizes, num_blocks):
   """Blocks (expert, first row, end of the expert's rows) of four of 11 rows."""
-  sizes = jnp.array(group_sizes, jnp.int32)
-  return list(zip(*np.array(pallas_gpu.row_blocks(sizes, 11, 4, num_blocks))))
+  sizes = np.array(group_sizes, np.int32)
+  return list(zip(*np.array(row_blocks(sizes, 11, 4, num_blocks))))
 
 
 def test_blocks_of_rows_by_hand():

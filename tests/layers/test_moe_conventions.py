@@ -12,7 +12,7 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.routing.capacity import All, Fixed
 from tests.models import tiny
 
-B, T, E, M, F = 3, 4, 5, 6, 11
+B, T, E, M, F = 3, 50, 5, 6, 11
 
 
 def draw(*shape, seed=0):
@@ -57,7 +57,7 @@ def test_a_bias_moves_tokens_to_its_expert():
 
 
 def test_the_whole_batch_can_be_one_group():
-  # All twelve tokens choose one expert with five slots: it serves the first
+  # All tokens choose one expert with five slots: it serves the first
   # five of the batch.
   layer = make(Fixed(slots=5), group_size=-1)
   x = np.broadcast_to(draw(M)[None, None], (B, T, M))
@@ -68,7 +68,7 @@ def test_the_whole_batch_can_be_one_group():
 def test_outputs_are_masked_in_training_and_scaled_in_evaluation():
   rate = 0.25
   plain, masked = make(), make(output_masking=rate)
-  x = draw(B, 50, M)
+  x = draw(B, T, M)
   whole = np.asarray(run(plain, x)[0])
   scaled = np.asarray(run(masked, x)[0])
   np.testing.assert_allclose(scaled, 0.75 * whole, rtol=1e-5, atol=1e-6)

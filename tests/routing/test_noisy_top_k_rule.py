@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from moe_jax.routing import NoisyLogits, load_loss, noisy_logits
-from moe_jax.routing.noisy_top_k_rule import load_probability
+from moe_jax import routing
+from moe_jax.routing import NoisyLogits, load_loss, noisy_top_k_rule
 from tests import reference
+from tests.models import tiny
 
 G, S, E = 2, 7, 5
+noisy_logits = jax.jit(routing.noisy_logits)
+load_probability = jax.jit(noisy_top_k_rule.load_probability, static_argnums=1)
 
 
 def example(seed):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  clean = jax.random.normal(keys[0], (G, S, E))
-  noise = jax.random.normal(keys[1], (G, S, E))
-  return noisy_logits(clean, noise, keys[2])
+  rng = np.random.default_rng(seed)
+  clean, noise = rng.normal(size=(2, G, S, E)).astype(np.float32)
+  return noisy_logits(clean, noise, tiny.key(seed))
 
 
 def as_float64(logits):
@@ -54,7 +56,8 @@ def test_load_probability_follows_the_definition(K):
 def test_ties_leave_a_rival_of_the_same_height():
   # With initial weights and no noise every logit is 0, and so is its
   # competitor: each expert has a probability of one half, chosen or not.
-  logits = noisy_logits(jnp.zeros((G, S, E)), jnp.zeros((G, S, E)), None)
+  zeros = np.zeros((G, S, E), np.float32)
+  logits = noisy_logits(zeros, zeros, None)
   np.testing.assert_allclose(load_probability(logits, 2), 0.5)
 
 
@@ -63,12 +66,12 @@ def test_all_experts_selected_is_certain():
 
 
 def test_probability_is_the_rate_of_being_chosen_when_its_noise_is_redrawn():
-  logits = jax.tree.map(lambda x: x[:1, :1], example(3))
+  logits = jax.tree.map(np.asarray, example(3))
   redraws, K = 4000, 2
   draw = np.random.default_rng(0).normal(size=(redraws, E))
   rates = []
   for e in range(E):
-    noisy = np.tile(logits.noisy[0], (redraws, 1))
+    noisy = np.tile(logits.noisy[0, :1], (redraws, 1))
     noisy[:, e] = logits.clean[0, 0, e] + draw[:, e] * logits.std[0, 0, e]
     chosen = np.argsort(-noisy)[:, :K]
     rates.append((chosen == e).any(-1).mean())
@@ -79,9 +82,9 @@ def test_probability_is_the_rate_of_being_chosen_when_its_noise_is_redrawn():
 
 
 def test_noise_is_standard_normal_times_softplus():
-  clean = jnp.full((40, 50, E), 3.0)
-  noise = jnp.tile(jnp.array([-1.0, 0.0, 1.0, 2.0, 4.0]), (40, 50, 1))
-  logits = noisy_logits(clean, noise, jax.random.key(5))
+  clean = np.full((40, 50, E), 3.0, np.float32)
+  noise = np.tile(np.float32([-1.0, 0.0, 1.0, 2.0, 4.0]), (40, 50, 1))
+  logits = jax.tree.map(np.asarray, noisy_logits(clean, noise, tiny.key(5)))
   std = np.log1p(np.exp(np.array([-1.0, 0.0, 1.0, 2.0, 4.0])))
   np.testing.assert_array_equal(logits.clean, clean)
   np.testing.assert_allclose(logits.std[0, 0], std, rtol=1e-6)
@@ -93,8 +96,8 @@ def test_noise_is_standard_normal_times_softplus():
 
 
 def test_no_key_no_noise_and_the_deviation_starts_at_ln_2():
-  clean = jax.random.normal(jax.random.key(0), (G, S, E))
-  logits = noisy_logits(clean, jnp.zeros((G, S, E)), None)
+  clean = np.random.default_rng(0).normal(size=(G, S, E)).astype(np.float32)
+  logits = noisy_logits(clean, np.zeros((G, S, E), np.float32), None)
   np.testing.assert_array_equal(logits.noisy, clean)
   np.testing.assert_allclose(logits.std, np.log(2), rtol=1e-6)
 

@@ -53,7 +53,7 @@ def same(routing, expected):
   assert routing.gate.dtype == jnp.float32
 
 
-@pytest.mark.parametrize('K', [1, 2, 3])
+@pytest.mark.parametrize('K', [1, 2])
 def test_follows_the_definition(K):
   for i, options in enumerate(settings(K)):
     logits, mask = example(i % 3)

@@ -40,8 +40,7 @@ E, R, M, F = 5, 3, 6, 11
 
 
 def rows_of(*shape, seed=0):
-  rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 class Experts(nn.Module):
@@ -192,7 +191,7 @@ def test_any_module_can_be_an_expert():
   assert np.unique(scale).size == E * M
   # All tokens choose expert 3 first and expert 1 second; each has two slots.
   w = np.zeros((M, E), np.float32)
-  x = x.at[..., 0].set(1.0)
+  x[..., 0] = 1.0
   w[0] = [0, 1, 0, 2, 0]
   gate = np.exp(w[0]) / np.exp(w[0]).sum()
   expected = (gate[3] * scale[3] + gate[1] * scale[1])[None, None] * x**3
@@ -205,7 +204,7 @@ def test_an_expert_in_float32_serves_rows_of_bfloat16():
   exact = with_expert(ModuleExpert(nn.Dense(M)))
   layer = MoE(exact.options, Shared(Numerics(dtype='bfloat16')))
   x = rows_of(2, 8, M)
-  params = nn.meta.unbox(jax.jit(layer.init)(tiny.key(0), x))['params']
+  params = draw_params(layer, x)['params']
   y = run_moe(layer, params, x.astype(jnp.bfloat16))
   assert y.dtype == jnp.bfloat16
   expected = run_moe(exact, params, x.astype(jnp.bfloat16).astype(jnp.float32))
@@ -329,8 +328,7 @@ SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 @pytest.mark.parametrize(
   ('activation', 'use_bias', 'backend'),
   [
-    ('gelu', False, 'auto'),
-    ('swiglu', False, 'ragged_dot'),
+    ('gelu', False, 'ragged_dot'),
     ('swiglu', True, 'blocks'),
   ],
 )

@@ -76,11 +76,13 @@ def route(
 
 @functools.cache
 def _initial(options, sizes):
-  return jax.jit(
-    lambda key, x, mask, ids: module(options, sizes).init(
-      key, x, mask, router_ids=ids
-    )
-  )
+  @jax.jit
+  def init(key, x, mask, ids):
+    fresh = module(options, sizes).init(key, x, mask, router_ids=ids)
+    # Without what routing gives XLA removes all routing.
+    return {k: v for k, v in fresh.items() if k != 'intermediates'}
+
+  return init
 
 
 def start(options, sizes, x=None, mask=None):
@@ -88,5 +90,4 @@ def start(options, sizes, x=None, mask=None):
   x = draw(G, S, M) if x is None else x
   mask = np.ones(x.shape[:2], bool) if mask is None else mask
   ids = np.zeros(mask.shape, np.uint32)
-  fresh = _initial(options, sizes)(tiny.key(0), x, mask, ids)
-  return nn.meta.unbox({k: v for k, v in fresh.items() if k != 'intermediates'})
+  return nn.meta.unbox(_initial(options, sizes)(tiny.key(0), x, mask, ids))

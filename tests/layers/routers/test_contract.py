@@ -113,10 +113,10 @@ def fresh(options):
 
   @jax.jit
   def init(key, x, ids):
-    return module.init(key, x, jnp.ones((G, S), bool), router_ids=ids)
+    start = module.init(key, x, jnp.ones((G, S), bool), router_ids=ids)
+    return {k: v for k, v in start.items() if k != 'intermediates'}
 
-  start = init(tiny.key(0), *inputs())
-  return {k: v for k, v in start.items() if k != 'intermediates'}
+  return init(tiny.key(0), *inputs())
 
 
 def variables(options):
@@ -187,7 +187,9 @@ def test_causal_is_what_later_tokens_do_not_change(options, sizes):
     difference = np.abs(np.asarray(before) - np.asarray(after))[past]
     return (difference > 1e-5).any()
 
-  assert options.is_causal(sizes) != any(map(changes, (False, True)))
+  # Noise, if there is any, falls on what evaluation does.
+  modes = (False, True) if options in OPTIONS.values() else (True,)
+  assert options.is_causal(sizes) != any(map(changes, modes))
   leak = options.leak(sizes)
   assert leak is None or 'later tokens change earlier outputs' in leak
 
@@ -201,12 +203,16 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
     pytest.skip('the router refuses a capacity that binds')
   serving = options.serving_all(sizes) or sizes
   x, ids = inputs()
-  whole = output(options, serving, False, x, ids, np.ones((G, S), bool))
-  steps = output_alone(options, serving, False)(
-    x.reshape(G * S, 1, M),
-    ids.reshape(G * S, 1),
-    np.ones((G * S, 1), bool),
-  ).reshape(whole.shape)
+  run = functools.partial(output, options, serving, False)
+  whole = run(x, ids, np.ones((G, S), bool))
+  # A step has one token, which padding follows: programs are shared.
+  first = np.arange(S) < np.ones((G, 1))
+  steps = np.stack(
+    [
+      run(np.roll(x, -t, 1), np.roll(ids, -t, 1), first)[:, 0] for t in range(S)
+    ],
+    1,
+  )
   alike = np.allclose(whole, steps, rtol=1e-4, atol=1e-4)
   assert (options.decodes(sizes) is None) == alike
 
