@@ -109,7 +109,7 @@ def test_gates_and_gradients_are_those_of_the_logits():
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
   def output(params):
-    y = layer.apply({'params': params}, x)[0]
+    y = layer.apply({'params': params}, jnp.asarray(x))[0]
     return y.sum(), y
 
   (_, y), grads = output(params)
@@ -155,7 +155,7 @@ def test_routers_that_take_no_even_choices_are_refused():
 
 
 def test_choices_are_imposed_by_one_of_two():
-  x = draw(1, 2, M)
+  x = jnp.asarray(draw(1, 2, M))
   layer, variables = layer_of(EVEN, x)
   given = GivenChoices(jnp.zeros((1, 2, K), jnp.int32))
   with pytest.raises(ValueError, match='and the batch gives choices, too'):

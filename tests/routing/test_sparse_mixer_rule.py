@@ -10,11 +10,11 @@ from tests import reference
 from tests.models import tiny
 
 RULE = dict(num_selected=2, threshold=0.3)
-mix = jax.jit(sparse_mixer, static_argnames='num_selected')
+mix = jax.jit(sparse_mixer, static_argnames=('num_selected', 'threshold'))
 
 
 def logits_of(*values):
-  return np.array([[values]], np.float32)
+  return jnp.asarray(np.array([[values]], np.float32))
 
 
 def test_each_choice_is_a_softmax_of_the_logits_near_the_largest():

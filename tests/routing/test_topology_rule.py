@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -159,7 +160,7 @@ def test_what_fastmoe_ships_follows_its_loops(Q, E, limit):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-  logits, node, mask = example(2, 6)
+  logits, node, mask = map(jnp.asarray, example(2, 6))
   sizes = dict(num_selected=1, num_nodes=2, limit=0)
   for name, value, problem in (
     ('num_nodes', 4, 'num_experts=6 is not divisible by num_nodes=4'),

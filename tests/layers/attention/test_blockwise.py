@@ -83,6 +83,7 @@ def test_a_query_that_sees_no_key_has_the_mean_of_all_values():
   query, key, value = arrays(T, T, 'float32')
   ids, key_ids = np.ones((2, B, T), np.int32)
   key_ids[:, :40] = 0  # queries 0 to 39 see no key
+  ids, key_ids = jnp.asarray(ids), jnp.asarray(key_ids)
   options = dict(segment_ids=ids, key_segment_ids=key_ids)
   toward = np.random.default_rng(1).normal(size=(B, T, H, D))
   run = functools.partial(

@@ -165,7 +165,7 @@ def with_expert(expert, **changes):
 
 
 def run_moe(layer, params, x):
-  return jax.jit(lambda p: layer.apply({'params': p}, x)[0])(params)
+  return jax.jit(lambda p, x: layer.apply({'params': p}, x)[0])(params, x)
 
 
 def test_a_module_given_as_expert_equals_the_built_in_one():
@@ -255,10 +255,13 @@ def test_an_expert_of_ones_own_has_options_and_knows_of_training():
   x = rows_of(2, 8, M)
   params = draw_params(layer, x)['params']
   (kernel,) = jax.tree.leaves(params['experts'])
+  run = jax.jit(
+    lambda p, x, train: layer.apply({'params': p}, x, train=train)[0],
+    static_argnums=2,
+  )
   for train in (False, True):
-    run = jax.jit(lambda p, t=train: layer.apply({'params': p}, x, train=t)[0])
     np.testing.assert_allclose(
-      run(params), x**2 @ kernel[0] + train, rtol=1e-4, atol=1e-4
+      run(params, x, train), x**2 @ kernel[0] + train, rtol=1e-4, atol=1e-4
     )
   with pytest.raises(ValueError, match='NoisyExpert has no dense twin'):
     options.twin()
@@ -278,7 +281,7 @@ def test_a_mixture_can_be_an_expert():
   # Each expert is a mixture of three experts; a token goes to two of the
   # mixtures, and to two experts in each.
   layer = with_expert(MixtureExpert(MoE(INNER)))
-  x = rows_of(2, 8, M)
+  x = jnp.asarray(rows_of(2, 8, M))
   params = draw_params(layer, x)['params']
   mixtures = params['experts']['expert']
   y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
@@ -368,8 +371,10 @@ def test_sorted_rows_meet_the_expert_of_their_group(
 
 def test_dropout_of_sorted_rows():
   layer = FfnLayer(FfnOptions(F, 'relu'), dropout=0.5)
-  rows, sizes = rows_of(10, M), jnp.array(SIZES, jnp.int32)
+  rows = jnp.asarray(rows_of(10, M))
+  sizes = jnp.array(SIZES, jnp.int32)
   params = own_of(draw_params(Experts(layer.options), rows_of(E, R, M)))
+  params = jax.tree.map(jnp.asarray, params)
 
   @jax.jit
   def run(key=None):
