@@ -252,7 +252,12 @@ STUDY = Study(
   figure=Figure([FEW, MANY, GAP]),
   remarks='Losses are means over languages of the loss of the translations. '
   f'Small languages: {", ".join(SMALL)}; large ones: {", ".join(LARGE)}. The '
-  'gap is the loss of new text less that of the text that was learned from.',
+  'gap is the loss of new text less that of the text that was learned from. '
+  'Dropout, and a curriculum, close most of a gap of 0.28 nats or a third of '
+  'it, and cost more on new text than they close; whether longer runs, which '
+  'overfit more, turn this round is not tested. Sparse and dense models differ '
+  'by less than five seeds tell, and masking changes the gap by 0.000 ± 0.031, '
+  'so that five claims are open.',
   tasks={
     'translations': Task(
       {},
