@@ -246,6 +246,15 @@ def test_process_0_that_is_stopped_ends_the_other(tmp_path):
   assert len(other.errors.splitlines()) < 20
 
 
+def test_process_0_dies(tmp_path):
+  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGKILL', 3]}
+  ends, seconds = start(tmp_path, 2, [job])
+  # JAX's coordinator ends with process 0, and its message may arrive first.
+  assert ends[1].status != 0
+  assert 'process 0 died' in ends[1].errors or 'coordination' in ends[1].errors
+  assert seconds < TIMEOUT
+
+
 def test_processes_that_differ_are_named(tmp_path):
   job = {'workdir': 'run', 'overrides': ENDED, 'seeds': [0, 3]}
   ends, _ = start(tmp_path, 2, [job])
