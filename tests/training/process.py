@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -79,6 +80,10 @@ def accident(process, kind, at_step):
     if kind == 'stuck':
       while True:
         time.sleep(0.01)
+    if kind == 'full_disk':
+      signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+      return
     os.kill(os.getpid(), getattr(signal, kind))
 
   class Accident(Hook):

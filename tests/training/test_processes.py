@@ -246,6 +246,14 @@ def test_process_0_that_is_stopped_ends_the_other(tmp_path):
   assert len(other.errors.splitlines()) < 20
 
 
+def test_a_failure_in_one_ends_the_other(tmp_path):
+  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [1, 'full_disk', 3]}
+  (other, _), _ = start(tmp_path, 2, [job])
+  assert other.status == 1
+  assert 'process 1 failed: CheckpointError: checkpoint' in other.errors
+  assert len(other.errors.splitlines()) < 20
+
+
 def test_process_0_dies(tmp_path):
   job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
