@@ -142,6 +142,27 @@ def test_in_on_and_out(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_bias_goes_in_on_and_out(tmp_path):
+  theirs, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(theirs, 'deepseek_v3')
+  import_run(theirs, workdir)
+  source = dict(python_stdlib=dict(modules='email'))
+  bare = dict(
+    evals={}, checkpoint=dict(best_eval='train_capacity', keep_best=False)
+  )
+  config = merge(config_of(workdir), {'data': {'source': source}, **bare})
+  state = train(config, workdir, resume=True)
+  export_run(workdir, tmp_path / 'out')
+  before, after = (
+    interop.load(path).variables['router_state']
+    for path in (theirs, tmp_path / 'out')
+  )
+  assert_equal(after, state.router_state)
+  same = jax.tree.leaves(jax.tree.map(np.array_equal, after, before))
+  assert same and not all(same)
+
+
+@pytest.mark.slow
 def test_going_on_with_other_settings(tmp_path):
   folders.write(tmp_path / 'hf', 'mixtral')
   workdir = tmp_path / 'run'
