@@ -24,7 +24,7 @@ from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.read_only import check_may_prepare
 
 LIST = 'files.json'
-FORMAT = 2  # of folders, a part of their names; the first had no list
+FORMAT = 2  # version of folders, a part of their names; 1 had no list
 SMALL = 2**20
 _Facts = dict[str, list]  # size and sha256 by path
 
@@ -89,7 +89,7 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory(
     prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
   ) as private_parent:
-    # A folder within it, as other users cannot read the temporary folder.
+    # The folder lies within it, as other users cannot read a temporary one.
     folder = pathlib.Path(private_parent) / name
     folder.mkdir()
     yield folder
@@ -145,7 +145,7 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
   try:
     text = read_text(folder / LIST)
     listed_facts = parse_json(text, LIST)
-    # Equal texts, as a changed space or key would otherwise be overlooked.
+    # Texts are compared, as a changed space or key would be overlooked.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise ValueError(f'{LIST} is not as it was written')
     actual_facts = _facts(folder, digests=digests)

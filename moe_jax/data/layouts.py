@@ -100,17 +100,17 @@ class EncoderDecoderLayout(Layout):
 
   @property
   def capacity(self) -> tuple[int, int]:
-    """T_enc and T_dec."""
+    """The lengths T_enc and T_dec of a row."""
     return self.encoder_len, self.decoder_len
 
   @property
   def max_inputs(self) -> int:
-    """T_enc."""
+    """The encoder's length T_enc."""
     return self.encoder_len
 
   @property
   def max_targets(self) -> int:
-    """T_dec."""
+    """The decoder's length T_dec."""
     return self.decoder_len
 
   @property
@@ -167,22 +167,22 @@ class DecoderLayout(Layout):
 
   @property
   def capacity(self) -> tuple[int]:
-    """T, in one dimension."""
+    """The length T of a row, in one dimension."""
     return (self.seq_len,)
 
   @property
   def max_inputs(self) -> int:
-    """T, as only the last target is not in the row's `tokens`."""
+    """The length T, as only the last target is not in the row's `tokens`."""
     return self.seq_len
 
   @property
   def max_targets(self) -> int:
-    """T, as at least one token has to precede the targets."""
+    """The length T, as at least one token has to precede the targets."""
     return self.seq_len
 
   @property
   def longest_text(self) -> int:
-    """T + 1, as the last token is only a target."""
+    """The length T + 1, as the last token is only a target."""
     return self.seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:

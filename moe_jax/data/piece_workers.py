@@ -55,7 +55,7 @@ class Work(NamedTuple):
     return self.folder / f'{number:05}'
 
   def read_tokenizer(self) -> Tokenizer:
-    """The tokenizer."""
+    """The tokenizer, read from its file."""
     for module in self.modules:
       importlib.import_module(module)
     return load(self.tokenizer)

@@ -168,11 +168,11 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       return arrays
   except (MemoryError, PermissionError):
     raise
-  except Exception as error:  # of zip, zlib or numpy, whatever they raise
+  except Exception as error:  # zip, zlib and numpy raise any
     part = f'its array {name!r}' if name else 'it'
     if 'pickle' in str(error):  # numpy's own text advises to unpickle it
       reason = f'{part} holds objects, or no array; objects are never unpickled'
-    elif isinstance(error, AttributeError | TypeError):  # of one bare array
+    elif isinstance(error, AttributeError | TypeError):  # for one bare array
       reason = 'it holds a single array; numpy.savez writes several by name'
     else:
       reason = f'{part} is damaged: {type(error).__name__}: {first_line(error)}'

@@ -118,7 +118,7 @@ def make(
   if pieces is not None and not folder.is_dir():
     check_may_prepare(os.fspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Others wait, but for hosts that work at the same time.
+    # Other processes wait, except hosts that work at the same time.
     alone = share.num_hosts == 1
     with locked(folder) if alone else contextlib.nullcontext():
       if not folder.is_dir():
