@@ -29,7 +29,7 @@ from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.synthetic_lines import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, data
-from moe_jax.data.tokens_folder import Made, Share, make
+from moe_jax.data.tokens_folder import FolderReport, Share, make
 from moe_jax.options import at_least
 
 NAME = 'bench_prepare'
@@ -46,7 +46,7 @@ def train_bpe(corpus: Corpus) -> data.TokenizerOptions:
 
 def prepare_once(
   pattern: str, tokenizer: data.TokenizerOptions, folder: pathlib.Path, n: int
-) -> Made:
+) -> FolderReport:
   """Tokenizes the files into an empty cache by `n` processes."""
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
   options = options_of(pattern, tokenizer, folder)
@@ -121,7 +121,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
     'processes': processes,
     'seconds': seconds,
     'mb_per_second': read / seconds / 1e6,
-    'peak_mib': made.peak / 2**20,
+    'peak_mib': made.peak_bytes / 2**20,
     'load': os.getloadavg()[0],
   }
   print(f'prepared: {facts}', flush=True)

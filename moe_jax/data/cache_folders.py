@@ -24,7 +24,7 @@ from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.read_only import check_may_prepare
 
 LIST = 'files.json'
-FORMAT = 2  # of folders, a part of their names; the first had no list
+FORMAT = 2  # version of folders, a part of their names; 1 had no list
 SMALL = 2**20
 _Facts = dict[str, list]  # size and sha256 by path
 
@@ -78,19 +78,19 @@ def _prepare(
 
 @contextlib.contextmanager
 def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-  """A folder of no other process; the body may give it another place.
+  """A folder of this process alone; the body may move it elsewhere.
 
-  What is there after the body is removed.
+  Whatever the folder still holds after the body is removed.
 
   Args:
     parent: Folder on whose file system the new one is.
-    name: Name of the folder, within one with a name of its own.
+    name: Name of the folder, which lies in a temporary folder.
   """
   with tempfile.TemporaryDirectory(
     prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
-  ) as temporary:
-    # A folder within it, as other users cannot read the temporary folder.
-    folder = pathlib.Path(temporary) / name
+  ) as private_parent:
+    # The folder lies within it, as other users cannot read a temporary one.
+    folder = pathlib.Path(private_parent) / name
     folder.mkdir()
     yield folder
 
@@ -98,17 +98,17 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 def publish(
   unfinished: pathlib.Path,
   folder: pathlib.Path,
-  known: Mapping[str, Sequence] = MappingProxyType({}),
+  old_facts: Mapping[str, Sequence] = MappingProxyType({}),
 ) -> None:
   """Lists the files of a folder and gives it its name, unless it is taken.
 
   Args:
     unfinished: The folder with its files, on the same file system.
-    folder: The name that it gets.
-    known: Size and sha256 of files whose digests need not be read again.
+    folder: Path that the folder gets.
+    old_facts: Size and sha256 of files whose digests are not read again.
   """
-  facts = {name: list(fact) for name, fact in known.items()}
-  facts |= _facts(unfinished, digests=True, known=known)
+  facts = {name: list(fact) for name, fact in old_facts.items()}
+  facts |= _facts(unfinished, digests=True, skipped_names=old_facts)
   (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
   try:
     unfinished.rename(folder)
@@ -144,13 +144,13 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
   """
   try:
     text = read_text(folder / LIST)
-    listed = parse_json(text, LIST)
-    # Equal texts, as a changed space or key would otherwise be overlooked.
-    if not isinstance(listed, dict) or text != _text(listed):
+    listed_facts = parse_json(text, LIST)
+    # Texts are compared, as a changed space or key would be overlooked.
+    if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise ValueError(f'{LIST} is not as it was written')
-    there = _facts(folder, digests=digests)
-    for path in sorted(listed):  # other files harm nobody
-      _check(path, listed.get(path), there.get(path))
+    actual_facts = _facts(folder, digests=digests)
+    for path in sorted(listed_facts):  # other files harm nobody
+      _check(path, listed_facts.get(path), actual_facts.get(path))
   except FileNotFoundError:
     reason = f'{LIST} is missing'
   except ValueError as error:
@@ -162,12 +162,12 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
   )
 
 
-def _check(path: str, was: list | None, now: list | None) -> None:
-  if now is None or not was or not isinstance(was, list):
+def _check(path: str, listed: list | None, actual: list | None) -> None:
+  if actual is None or not listed or not isinstance(listed, list):
     raise ValueError(f'{path} is missing')
-  if was[0] != now[0]:
-    raise ValueError(f'{path} has {now[0]} bytes, not {was[0]}')
-  if now[1] and was != now:
+  if listed[0] != actual[0]:
+    raise ValueError(f'{path} has {actual[0]} bytes, not {listed[0]}')
+  if actual[1] and listed != actual:
     raise ValueError(f'{path} has changed since it was written (sha256)')
 
 
@@ -175,19 +175,19 @@ def _facts(
   folder: pathlib.Path,
   *,
   digests: bool,
-  known: Container[str] = (),
+  skipped_names: Container[str] = (),
 ) -> _Facts:
   """Size and sha256 of each file; '' for a large one without `digests`.
 
-  Digests of large files are remembered beside the folder. Files that are
-  `known` are left out.
+  Digests of large files are remembered beside the folder. Files in
+  `skipped_names` are left out.
   """
   facts, large = {}, {}
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()
     if path.is_dir() or name == LIST or path.name.startswith('.nfs'):
       continue
-    if name in known:
+    if name in skipped_names:
       continue
     size, digest = path.stat().st_size, ''
     if size > SMALL:

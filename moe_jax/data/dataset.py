@@ -45,7 +45,7 @@ from moe_jax.section_reader import CUSTOM
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
 
 
-def _where(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
+def _kind_rule(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
   """The rule that `holds` is true of the class of a chosen kind.
 
   The value is the kind's name in a section, or an instance of its class.
@@ -62,13 +62,13 @@ def _where(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
   return Check(rule, check)
 
 
-_EXAMPLES = _where(
+_EXAMPLES = _kind_rule(
   TASKS,
   lambda task: task.makes_examples,
   'makes examples of inputs and targets',
 )
-_TOKENS = _where(TASKS, lambda task: task.has_tokens, 'has tokens')
-_SPLITS = _where(
+_TOKENS = _kind_rule(TASKS, lambda task: task.has_tokens, 'has tokens')
+_SPLITS = _kind_rule(
   SOURCES, lambda source: source.names_splits, 'has splits to choose from'
 )
 
@@ -171,12 +171,12 @@ class DataOptions(Options):
     """
     if not self.task.has_tokens:
       return self
-    kept = without_endings(tokenizer)
-    if isinstance(kept, Extended) and isinstance(self.task, TokenTask):
-      again = self.task.vocabulary(kept.base, self.shape)
-      if again.ids_identity == kept.ids_identity:
-        kept = kept.base
-    fitted = Fitted(kept, self.tokenizer)
+    run_tokenizer = without_endings(tokenizer)
+    if isinstance(run_tokenizer, Extended) and isinstance(self.task, TokenTask):
+      task_vocabulary = self.task.vocabulary(run_tokenizer.base, self.shape)
+      if task_vocabulary.ids_identity == run_tokenizer.ids_identity:
+        run_tokenizer = run_tokenizer.base
+    fitted = Fitted(run_tokenizer, self.tokenizer)
     return dataclasses.replace(self, tokenizer=fitted)
 
   def problems(self) -> Iterator[str]:
@@ -188,31 +188,31 @@ class DataOptions(Options):
     if not self.mixture.sources:
       yield from self._problems_of(self.source, 'source.', nested=True)
       return
-    usual = default_of(fields_of(DataOptions)['source'])
-    if self.source != usual:
+    default_source = default_of(fields_of(DataOptions)['source'])
+    if self.source != default_source:
       kind = SOURCES.name_of(self.source)
       yield no_effect('source.kind', kind, 'with sources in data.mixture')
     for name, source in self.mixture.sources.items():
-      where = f'mixture.sources.{name}.'
-      yield from self._problems_of(source, where, nested=False)
+      path = f'mixture.sources.{name}.'
+      yield from self._problems_of(source, path, nested=False)
 
   def _problems_of(
-    self, source: SourceOptions, where: str, *, nested: bool
+    self, source: SourceOptions, path: str, *, nested: bool
   ) -> Iterator[str]:
     form, kind = self.task.reads, SOURCES.name_of(source)
     if form not in source.gives():
-      have = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
-      given = source.gives()
-      tasks = sorted(k for k, t in TASKS.builtin.items() if t.reads in given)
+      kinds = sorted(k for k, s in SOURCES.builtin.items() if form in s.gives())
+      forms = source.gives()
+      tasks = sorted(k for k, t in TASKS.builtin.items() if t.reads in forms)
       yield (
-        f'{where}kind={kind!r} gives {" and ".join(given)}, '
+        f'{path}kind={kind!r} gives {" and ".join(forms)}, '
         f'task.kind={TASKS.name_of(self.task)!r} reads {form}; sources that '
-        f'give {form}: {have}; values of task.kind that read '
-        f'{" or ".join(given)}: {tasks}'
+        f'give {form}: {kinds}; values of task.kind that read '
+        f'{" or ".join(forms)}: {tasks}'
       )
     section = kind if kind in SOURCES.builtin else CUSTOM
     yield from source.idle_options(
-      form, f'{where}{section}.' if nested else where
+      form, f'{path}{section}.' if nested else path
     )
 
   def shrunk(self) -> 'DataOptions':
@@ -261,7 +261,7 @@ def load(options: DataOptions) -> Dataset:
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
-  Those of a mixture are the pairs of every source that is learned from in turn.
+  A mixture gives the pairs of every source that is learned from, in turn.
   None where the task's examples are pieces of texts.
   """
   mixture = options.mixture
@@ -270,5 +270,5 @@ def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
     options.task.pairs(source, options.selection, split)
     for source in sources or [options.source]
   ]
-  known = [own for own in pairs if own is not None]
-  return itertools.chain.from_iterable(known) if known == pairs else None
+  existing = [iterator for iterator in pairs if iterator is not None]
+  return itertools.chain.from_iterable(existing) if existing == pairs else None

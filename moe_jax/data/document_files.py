@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from moe_jax.data import file_formats
-from moe_jax.data.file_bytes import PartBytes, continued, decoded
+from moe_jax.data.file_bytes import PartBytes, continuation_length, decoded
 from moe_jax.data.plain_files import parse_json
 
 # Bytes of a file up to which text is one document, if it is not compressed.
@@ -88,7 +88,7 @@ def is_compressed(path: pathlib.Path) -> bool:
 
 
 def spans(
-  path: pathlib.Path, most: int = 0, also: Iterable[int] = ()
+  path: pathlib.Path, most: int = 0, extra_cuts: Iterable[int] = ()
 ) -> list[Span]:
   """The parts of a file that can be read apart, in order.
 
@@ -98,7 +98,7 @@ def spans(
     path: The file.
     most: Number of bytes of a part; 0 makes one part. Row groups of parquet
       are not cut.
-    also: Bytes of text or of lines at which another part begins, too.
+    extra_cuts: More bytes of text or of lines at which a part begins.
   """
   size = path.stat().st_size
   if is_compressed(path):
@@ -108,7 +108,7 @@ def spans(
     return [Span(path, *group) for group in groups]
   if is_text(path) and size <= WHOLE_BYTES:
     return [Span(path, 0, size, size, whole=True)]
-  cuts = sorted({*range(0, size, most or size or 1), *also, size})
+  cuts = sorted({*range(0, size, most or size or 1), *extra_cuts, size})
   return [Span(path, b, e, e - b) for b, e in itertools.pairwise(cuts)]
 
 
@@ -138,12 +138,12 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
   source = PartBytes(path, stream, begin, end)
   texts = _cut_text(source) if is_text(path) else _json_texts(source, field)
   for text in texts:
-    # Of a compressed file, the bytes that were taken out of it count.
+    # The bytes that were read of a compressed file count, not its text.
     yield Document(text, raw.tell() - begin if end is None else source.read)
 
 
 def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
-  """The place where the first line begins at or after a byte.
+  """The offset at which the first line begins at or after a byte.
 
   In text without an end of line for `MOST_BYTES`, a character begins there.
   """
@@ -152,12 +152,12 @@ def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
   raw.seek(offset - 1)
   text = is_text(span.path)
   most = MOST_BYTES if text else MOST_LINE_BYTES
-  rest = raw.readline(most + 1)
-  if rest.endswith(b'\n') or len(rest) <= most:
-    return offset - 1 + len(rest)
+  line_rest = raw.readline(most + 1)
+  if line_rest.endswith(b'\n') or len(line_rest) <= most:
+    return offset - 1 + len(line_rest)
   if not text:
     raise ValueError(_too_long(f'{span.path}, the line at byte {offset}'))
-  return offset + continued(rest[1:])
+  return offset + continuation_length(line_rest[1:])
 
 
 def _too_long(where: str) -> str:
@@ -195,7 +195,7 @@ def _cut(buffer: bytes, at: int) -> int:
     return line + 1
   if len(buffer) <= most:
     return len(buffer)
-  return most + continued(buffer[most : most + 4])
+  return most + continuation_length(buffer[most : most + 4])
 
 
 def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
@@ -227,8 +227,8 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
 def _no_text(value: Any, field: str) -> str:
   """The problem of a line whose value has no text under a key."""
   if not isinstance(value, dict):
-    what = type(value).__name__
-    return f' is no object with a text under the key {field!r}, but a {what}'
+    kind = type(value).__name__
+    return f' is no object with a text under the key {field!r}, but a {kind}'
   if field in value:
     return f': the key {field!r} has no text but {value[field]!r:.80}'
   return (

@@ -109,9 +109,9 @@ def packed(
   rows, open_rows = [], collections.deque(maxlen=_OPEN_ROWS)
   for i, size in enumerate(sizes.tolist()):
     for row in open_rows:
-      left = [room - n for room, n in zip(row.room, size)]
-      if min(left) >= 0:
-        row.room = left
+      room_left = [room - n for room, n in zip(row.room, size)]
+      if min(room_left) >= 0:
+        row.room = room_left
         row.members.append(i)
         break
     else:

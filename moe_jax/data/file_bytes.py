@@ -1,4 +1,4 @@
-"""Bytes of a part of a file, read in order, and where in the file they are.
+"""Bytes of a part of a file, read in order, and their line numbers.
 
 Not here: what the bytes mean (`document_files.py`).
 """
@@ -26,48 +26,48 @@ class PartBytes:
     begin: int,
     end: int | None,
   ):
-    """Takes a stream at the part's begin, and the end; None is the file's."""
+    """Takes a stream at the part's begin, and its end; None is the file's."""
     self.path, self._stream, self._begin, self._end = path, stream, begin, end
     self.read = self.lines = 0
 
-  def take(self, what: str, most: int) -> bytes:
+  def take(self, method: str, most: int) -> bytes:
     """The next bytes; b'' at the end.
 
     Args:
-      what: The stream's method, 'read' or 'readline'.
+      method: The stream's method, 'read' or 'readline'.
       most: Number of bytes to take at most; below 0, any number.
 
     Raises:
       ValueError: The file is damaged.
     """
     if self._end is not None:
-      left = self._end - self._begin - self.read
+      bytes_left = self._end - self._begin - self.read
       # A line is not cut by the end of its span, which is the end of a line.
-      most = min(most, left)
+      most = min(most, bytes_left)
     try:
-      got = getattr(self._stream, what)(most) if most else b''
+      block = getattr(self._stream, method)(most) if most else b''
     except file_formats.DAMAGED as error:
       raise ValueError(
         f'{self.path} is damaged after line {self.line() - 1}: {error}'
       ) from None
-    self.read += len(got)
-    return got
+    self.read += len(block)
+    return block
 
   def line(self) -> int:
     """Number of the line after those that are counted, from 1."""
     with self.path.open('rb') as file:
       blocks = iter(lambda: file.read(2**20), b'')
-      before, left = 0, self._begin
-      for block in blocks if left else ():
-        before += block[:left].count(b'\n')
-        left -= len(block)
-        if left <= 0:
+      lines_before, bytes_left = 0, self._begin
+      for block in blocks if bytes_left else ():
+        lines_before += block[:bytes_left].count(b'\n')
+        bytes_left -= len(block)
+        if bytes_left <= 0:
           break
-    return before + self.lines + 1
+    return lines_before + self.lines + 1
 
 
-def continued(raw: bytes) -> int:
-  """Number of bytes with which a character goes on that began before."""
+def continuation_length(raw: bytes) -> int:
+  """Number of first bytes that continue a character begun before them."""
   count = 0
   while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
     count += 1

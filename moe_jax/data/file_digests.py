@@ -32,19 +32,19 @@ def sha256s(
     memory: File that keeps the digests; it is written anew if one has changed,
       and stays as it is within `reading_only` or where it cannot be written.
   """
-  known, kept, digests = _remembered(memory), {}, {}
+  old_entries, new_entries, digests = _read_entries(memory), {}, {}
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
-    if name in known and known[name][:-1] == stamp:
-      digest = known[name][-1]
+    if name in old_entries and old_entries[name][:-1] == stamp:
+      digest = old_entries[name][-1]
     else:
       with path.open('rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     digests[path] = digest
     if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
-      kept[name] = [*stamp, digest]
-  if kept != known and may_write():
-    _remember(memory, kept)
+      new_entries[name] = [*stamp, digest]
+  if new_entries != old_entries and may_write():
+    _write_entries(memory, new_entries)
   return digests
 
 
@@ -54,20 +54,20 @@ def stamp_of(path: pathlib.Path) -> list[int]:
   return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _remembered(memory: pathlib.Path) -> dict[str, list]:
+def _read_entries(memory: pathlib.Path) -> dict[str, list]:
   try:
-    known = parse_json(read_text(memory), memory)
+    entries = parse_json(read_text(memory), memory)
   except (OSError, ValueError):
     return {}
-  whole = isinstance(known, dict) and all(
-    isinstance(facts, list) and len(facts) == 5 for facts in known.values()
+  is_valid = isinstance(entries, dict) and all(
+    isinstance(entry, list) and len(entry) == 5 for entry in entries.values()
   )
-  return known if whole else {}
+  return entries if is_valid else {}
 
 
-def _remember(memory: pathlib.Path, known: dict[str, list]) -> None:
+def _write_entries(memory: pathlib.Path, entries: dict[str, list]) -> None:
   with contextlib.suppress(OSError):
     memory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = memory.with_name(f'.{memory.name}.{os.getpid()}')
-    unfinished.write_text(json.dumps(known), encoding='utf-8')
+    unfinished.write_text(json.dumps(entries), encoding='utf-8')
     unfinished.replace(memory)

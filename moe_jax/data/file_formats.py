@@ -87,23 +87,23 @@ def parquet_texts(
   file = _parquet(path)
   _check_column(file.schema_arrow, path, column)
   sizes = [file.metadata.row_group(i).num_rows for i in range(end)]
-  first, total, done = sum(sizes[:begin]), sum(sizes[begin:]), 0
+  skipped, total, count = sum(sizes[:begin]), sum(sizes[begin:]), 0
   try:
     for batch in file.iter_batches(
       _ROWS, row_groups=range(begin, end), columns=[column], use_threads=False
     ):
       for text in batch.column(0).to_pylist():
-        done += 1
+        count += 1
         if text is None:
           raise _NoTextError
-        yield text, done / total
+        yield text, count / total
   except _NoTextError:
     raise ValueError(
-      f'{path}, row {first + done} has no text in column {column!r}'
+      f'{path}, row {skipped + count} has no text in column {column!r}'
     ) from None
   except (OSError, ValueError) as error:
     raise ValueError(
-      f'{path} is damaged after row {first + done}: {first_line(error)}'
+      f'{path} is damaged after row {skipped + count}: {first_line(error)}'
     ) from None
 
 
@@ -124,18 +124,18 @@ def _check_column(schema, path: pathlib.Path, column: str) -> None:
 def _parquet(path: pathlib.Path):
   parquet = _library('pyarrow.parquet', 'parquet files')
   try:
-    # The buffer is what of a column is read ahead; otherwise all of it is.
+    # The buffer is read ahead of a column; without it, the whole column is.
     return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
   except (OSError, ValueError) as error:
     reason = first_line(error)
     raise ValueError(f'{path} is no parquet file: {reason}') from None
 
 
-def _library(name: str, what: str) -> types.ModuleType:
+def _library(name: str, file_kind: str) -> types.ModuleType:
   try:
     return importlib.import_module(name)
   except ImportError:
     raise ValueError(
-      f'{what} are read by pyarrow, which is not installed: pip install '
+      f'{file_kind} are read by pyarrow, which is not installed: pip install '
       "'moe_jax[data]', or pip install pyarrow"
     ) from None

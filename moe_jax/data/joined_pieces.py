@@ -24,7 +24,7 @@ _BLOCK = 2**20  # starts of documents that are in memory at once
 def join(
   work: Work, folder: pathlib.Path, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-  """Makes the folder, unless it is there, of its pieces, if none is missing.
+  """Joins the pieces into the folder, unless it exists or a piece is missing.
 
   Returns:
     The numbers of missing pieces, in which case there is no folder yet.
@@ -48,15 +48,15 @@ def join(
             'makes it anew'
           )
         facts.append(fact)
-      with new_folder(work.folder, 'whole') as whole:
-        known = _join(work, whole, tokenizer, facts)
-        publish(whole, folder, known)
+      with new_folder(work.folder, 'whole') as unfinished:
+        token_files = _join(work, unfinished, tokenizer, facts)
+        publish(unfinished, folder, token_files)
   return ()
 
 
 def _join(
   work: Work,
-  whole: pathlib.Path,
+  unfinished: pathlib.Path,
   tokenizer: Tokenizer,
   facts: list[dict[str, Any]],
 ) -> dict[str, list]:
@@ -65,32 +65,32 @@ def _join(
   Returns:
     Size and sha256 of the token files by name.
   """
-  known, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
+  token_files, shards, splits, sha256 = {}, {}, {}, hashlib.sha256()
   for split in SPLITS:
     counts = [fact['splits'][split] for fact in facts]
     splits[split] = {
-      key: sum(c[key] for c in counts)
+      key: sum(piece[key] for piece in counts)
       for key in ('documents', 'bytes', 'tokens')
     }
     store.check_tokens(split, splits[split])
-    shards[split] = [c['tokens'] for c in counts]
-    for number, own in enumerate(counts):
-      sha256.update(f'{split} {number} {own["sha256"]}\n'.encode())
-      if own['tokens']:
-        path = store.shard_path(whole, split, number)
+    shards[split] = [piece['tokens'] for piece in counts]
+    for number, piece_counts in enumerate(counts):
+      sha256.update(f'{split} {number} {piece_counts["sha256"]}\n'.encode())
+      if piece_counts['tokens']:
+        path = store.shard_path(unfinished, split, number)
         link(work.path(number) / f'{split}.tokens', path)
-        known[path.name] = facts[number]['files'][f'{split}.tokens']
-    _join_starts(work, split, shards[split], whole / f'{split}.starts')
+        token_files[path.name] = facts[number]['files'][f'{split}.tokens']
+    _join_starts(work, split, shards[split], unfinished / f'{split}.starts')
   about = {
     'dtype': dtype_of(tokenizer),
     'splits': splits,
     'shards': shards,
     'sha256': sha256.hexdigest(),
   }
-  tokenizer.save(whole / 'tokenizer.json')
+  tokenizer.save(unfinished / 'tokenizer.json')
   text = json.dumps(about, indent=1) + '\n'
-  (whole / 'about.json').write_text(text, encoding='utf-8')
-  return known
+  (unfinished / 'about.json').write_text(text, encoding='utf-8')
+  return token_files
 
 
 def link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -105,10 +105,10 @@ def _join_starts(
   work: Work, split: str, tokens: list[int], path: pathlib.Path
 ) -> None:
   """Writes where every document begins in the stream of all pieces."""
-  before = 0
+  tokens_before = 0
   with path.open('wb') as out:
     for number, count in enumerate(tokens):
       with (work.path(number) / f'{split}.starts').open('rb') as file:
         while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          (starts + before).tofile(out)
-      before += count
+          (starts + tokens_before).tofile(out)
+      tokens_before += count

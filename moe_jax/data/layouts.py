@@ -100,17 +100,17 @@ class EncoderDecoderLayout(Layout):
 
   @property
   def capacity(self) -> tuple[int, int]:
-    """T_enc and T_dec."""
+    """The lengths T_enc and T_dec of a row."""
     return self.encoder_len, self.decoder_len
 
   @property
   def max_inputs(self) -> int:
-    """T_enc."""
+    """The encoder's length T_enc."""
     return self.encoder_len
 
   @property
   def max_targets(self) -> int:
-    """T_dec."""
+    """The decoder's length T_dec."""
     return self.decoder_len
 
   @property
@@ -135,14 +135,14 @@ class EncoderDecoderLayout(Layout):
     encoder = _zeros(('tokens', 'segment_ids', 'positions'), rows, self, 0)
     decoder = _zeros(_DECODER_KEYS, rows, self, 1)
     for b, row in enumerate(rows):
-      at_encoder = at_decoder = 0
+      encoder_end = decoder_end = 0
       for segment, (inputs, targets) in enumerate(row, 1):
         tokens = np.append(self.start_id, targets[:-1])
-        at_encoder = _place(encoder, b, at_encoder, segment, tokens=inputs)
-        at_decoder = _place(
+        encoder_end = _write(encoder, b, encoder_end, segment, tokens=inputs)
+        decoder_end = _write(
           decoder,
           b,
-          at_decoder,
+          decoder_end,
           segment,
           tokens=tokens,
           targets=targets,
@@ -167,22 +167,22 @@ class DecoderLayout(Layout):
 
   @property
   def capacity(self) -> tuple[int]:
-    """T, in one dimension."""
+    """The length T of a row, in one dimension."""
     return (self.seq_len,)
 
   @property
   def max_inputs(self) -> int:
-    """T, as only the last target is not in the row's `tokens`."""
+    """The length T, as only the last target is not in the row's `tokens`."""
     return self.seq_len
 
   @property
   def max_targets(self) -> int:
-    """T, as at least one token has to precede the targets."""
+    """The length T, as at least one token has to precede the targets."""
     return self.seq_len
 
   @property
   def longest_text(self) -> int:
-    """T + 1, as the last token is only a target."""
+    """The length T + 1, as the last token is only a target."""
     return self.seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
@@ -194,8 +194,8 @@ class DecoderLayout(Layout):
   ) -> Lengths:
     """Lengths by which inputs are cut first, to half of the row at least."""
     room = self.seq_len + 1
-    least = np.minimum(inputs, room // 2)
-    targets = np.minimum(targets, room - least)
+    min_inputs = np.minimum(inputs, room // 2)
+    targets = np.minimum(targets, room - min_inputs)
     inputs = np.minimum(inputs, room - targets)
     return Lengths(inputs, targets, inputs + targets)
 
@@ -203,14 +203,14 @@ class DecoderLayout(Layout):
     """The arrays that the class describes."""
     batch = _zeros(_DECODER_KEYS, rows, self, 0)
     for b, row in enumerate(rows):
-      at = 0
+      end = 0
       for segment, (inputs, targets) in enumerate(row, 1):
         text = np.concatenate([inputs, targets])
         learned = np.arange(1, len(text)) >= len(inputs)
-        at = _place(
+        end = _write(
           batch,
           b,
-          at,
+          end,
           segment,
           tokens=text[:-1],
           targets=text[1:],
@@ -240,7 +240,7 @@ def _zeros(names, rows, layout, side) -> dict[str, np.ndarray]:
   }
 
 
-def _place(batch, b, begin, segment, *, tokens, **more) -> int:
+def _write(batch, b, begin, segment, *, tokens, **arrays) -> int:
   """Writes a segment into row `b` from `begin` on; returns where it ends."""
   end = begin + len(tokens)
   if end > batch['tokens'].shape[1]:
@@ -251,7 +251,7 @@ def _place(batch, b, begin, segment, *, tokens, **more) -> int:
   batch['tokens'][b, begin:end] = tokens
   batch['segment_ids'][b, begin:end] = segment
   batch['positions'][b, begin:end] = np.arange(len(tokens))
-  for name, values in more.items():
+  for name, values in arrays.items():
     batch[name][b, begin:end] = values
   return end
 

@@ -26,28 +26,28 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
     ValueError: All weights are 0, or the period is so short that a source with
       a weight has no row in it.
   """
-  given = np.array([*weights.values()], np.float64)
-  if not len(given) or given.min() < 0 or not given.sum():
+  weight_array = np.array([*weights.values()], np.float64)
+  if not len(weight_array) or weight_array.min() < 0 or not weight_array.sum():
     raise ValueError(f'weights={dict(weights)} must be at least 0, one above')
-  wanted = given / given.sum() * period
-  counts = np.floor(wanted + 1e-9).astype(np.int64)
+  exact_counts = weight_array / weight_array.sum() * period
+  counts = np.floor(exact_counts + 1e-9).astype(np.int64)
   # If remainders are equal, the first source's counts as the largest.
-  order = np.argsort(-(wanted - counts), kind='stable')
+  order = np.argsort(-(exact_counts - counts), kind='stable')
   counts[order[: period - counts.sum()]] += 1
   by_name = dict(zip(weights, counts.tolist()))
-  lost = [name for name in weights if weights[name] and not by_name[name]]
-  if lost:
-    share = weights[lost[0]] / given.sum()
+  empty = [name for name in weights if weights[name] and not by_name[name]]
+  if empty:
+    share = weights[empty[0]] / weight_array.sum()
     raise ValueError(
-      f'period={period} has no row of {len(lost)} sources with a weight, such '
-      f'as {lost[0]!r} with a share of {share:.2g}; take a longer period'
+      f'period={period} has no row of {len(empty)} sources with a weight, such '
+      f'as {empty[0]!r} with a share of {share:.2g}; take a longer period'
     )
   return by_name
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The source of each row of an endless stream, and its row there.
+  """The source of each row of an endless stream, and its row in that source.
 
   The rows of every source are spread evenly: after any number of rows, each of
   n sources is at most 1 - 1 / (2n - 2) rows from its share (Tijdeman 1980, The
@@ -58,12 +58,12 @@ class Schedule:
 
   Attributes:
     counts: Number of rows of each source in a period.
-    part: int [period], the source of each row of a period.
+    source: int [period], the source of each row of a period.
     rank: int [period], the number of rows of the same source before it.
   """
 
   counts: Int[np.ndarray, ' P']
-  part: Int[np.ndarray, ' N']
+  source: Int[np.ndarray, ' N']
   rank: Int[np.ndarray, ' N']
 
   @classmethod
@@ -71,26 +71,26 @@ class Schedule:
     """The schedule with these numbers of rows in a period."""
     counts = np.asarray(counts, np.int64)
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
-    part, rank = np.zeros((2, length), np.int64)
-    taken = np.zeros_like(counts)
-    # Of the sources whose share has come up, the one that must come soonest is
-    # next; of equal ones, the first. Equal ratios are equal floats, so that
+    source, rank = np.zeros((2, length), np.int64)
+    rows_so_far = np.zeros_like(counts)
+    # Next is the source that must come soonest, among those whose share has
+    # come up; of equal ones, the first. Equal ratios are equal floats, so that
     # every machine has the same order.
     for row in range(length):
-      due = slack * (counts * (row + 1) - length * taken) >= length
-      last = (slack * (taken + 1) - 1) / np.maximum(counts, 1)
+      due = slack * (counts * (row + 1) - length * rows_so_far) >= length
+      last = (slack * (rows_so_far + 1) - 1) / np.maximum(counts, 1)
       p = int(np.argmin(np.where(due, last, np.inf)))
-      part[row], rank[row] = p, taken[p]
-      taken[p] += 1
-    return cls(counts, part, rank)
+      source[row], rank[row] = p, rows_so_far[p]
+      rows_so_far[p] += 1
+    return cls(counts, source, rank)
 
   def __call__(
-    self, places: Int[np.ndarray, ' R']
+    self, row: Int[np.ndarray, ' R']
   ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
     """The source of each row of the stream, and the number of its own row."""
-    period, place = np.divmod(np.asarray(places, np.int64), len(self.part))
-    part = self.part[place]
-    return part, period * self.counts[part] + self.rank[place]
+    period, offset = np.divmod(np.asarray(row, np.int64), len(self.source))
+    source = self.source[offset]
+    return source, period * self.counts[source] + self.rank[offset]
 
 
 class TaskRows(Rows):
@@ -164,19 +164,19 @@ class MixedRows(Rows):
     return self._parts
 
   def locate(
-    self, places: Int[np.ndarray, ' R']
+    self, row: Int[np.ndarray, ' R']
   ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
     """The source of rows of the training stream; see `Schedule`."""
-    return self._schedule(places)
+    return self._schedule(row)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
   def within(self, index: int) -> tuple[Rows, int]:
     """The rows of the source that has row `index`, and its number there."""
-    part = int(np.searchsorted(self._ends, index, side='right'))
-    begin = self._ends[part - 1] if part else 0
-    return [*self._parts.values()][part].within(int(index - begin))
+    source = int(np.searchsorted(self._ends, index, side='right'))
+    begin = self._ends[source - 1] if source else 0
+    return [*self._parts.values()][source].within(int(index - begin))
 
   def draw(
     self,
@@ -187,12 +187,12 @@ class MixedRows(Rows):
     """The rows at `indices` of all sources in turn."""
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
-    part = np.searchsorted(self._ends[:-1], indices, side='right')
-    own = indices - np.append(0, self._ends)[part]
+    source = np.searchsorted(self._ends[:-1], indices, side='right')
+    row = indices - np.append(0, self._ends)[source]
     sources = [*self._parts.values()]
     return joined(
-      part,
-      lambda p, chosen: sources[p].draw(own[chosen], seed, epochs[chosen]),
+      source,
+      lambda p, chosen: sources[p].draw(row[chosen], seed, epochs[chosen]),
     )
 
   def describe(self) -> str:
@@ -201,13 +201,13 @@ class MixedRows(Rows):
 
 
 def joined(
-  part: Int[np.ndarray, ' R'],
+  source: Int[np.ndarray, ' R'],
   draw: Callable[[int, Int[np.ndarray, ' N']], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
   """A batch whose rows come from several sources.
 
   Args:
-    part: The number of the source of each row.
+    source: The number of the source of each row.
     draw: Function from the number of a source and the numbers of its rows in
       the batch to the batch of these rows alone.
 
@@ -215,10 +215,10 @@ def joined(
     The arrays, [R, ...] each.
   """
   batch: dict[str, np.ndarray] = {}
-  for p in np.unique(part).tolist():
-    chosen = np.flatnonzero(part == p)
+  for p in np.unique(source).tolist():
+    chosen = np.flatnonzero(source == p)
     for name, values in draw(p, chosen).items():
       if name not in batch:
-        batch[name] = np.zeros((len(part), *values.shape[1:]), values.dtype)
+        batch[name] = np.zeros((len(source), *values.shape[1:]), values.dtype)
       batch[name][chosen] = values
   return batch

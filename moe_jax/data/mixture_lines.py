@@ -67,14 +67,14 @@ def spelled_out(
     if weight is not None:
       weights[name] = weight
       rule = 'given' if rule == usual_rule else rule
-  own = {'sources': sources, 'weights': weights, 'rule': rule, 'lines': ''}
-  return {**section, **own}
+  entries = {'sources': sources, 'weights': weights, 'rule': rule, 'lines': ''}
+  return {**section, **entries}
 
 
-def built(
+def source_options(
   sources: Mapping[str, Options | Mapping[str, Any]], kinds: Kinds
 ) -> dict[str, Options]:
-  """The options of all sources, of which some may be sections.
+  """The options of all sources; some may still be sections.
 
   Raises:
     OptionError: An option is wrong.
@@ -86,8 +86,8 @@ def built(
 
 
 def _options(section: Mapping[str, Any], kinds: Kinds) -> Options:
-  own = {key: value for key, value in section.items() if key != KIND}
-  return kinds.get(section[KIND])(**own)
+  options = {key: value for key, value in section.items() if key != KIND}
+  return kinds.get(section[KIND])(**options)
 
 
 def read_entry(
@@ -107,7 +107,7 @@ def read_entry(
     pair = _PAIR.fullmatch(option)
     if pair is None and number:
       raise ValueError(f'option {option!r} has no name; {_FORM}')
-    name, value = pair.groups() if pair else (_first(cls), option)
+    name, value = pair.groups() if pair else (_unnamed_option(cls), option)
     if name not in fields_of(cls):
       raise unknown(f'option of {match["kind"]}', name, fields_of(cls))
     source[name] = _value(value, types_of(cls)[name])
@@ -130,7 +130,7 @@ def split(text: str, separators: str) -> Iterator[str]:
     OptionError: A bracket or quote is not closed.
   """
   text = re.sub(r'^\s*#.*$', '', text, flags=re.MULTILINE)
-  part, depth, quote = '', 0, ''
+  entry, depth, quote = '', 0, ''
   for letter in text:
     if quote:
       quote = '' if letter == quote else quote
@@ -139,20 +139,20 @@ def split(text: str, separators: str) -> Iterator[str]:
     elif letter in '()':
       depth += 1 if letter == '(' else -1
     if letter in separators and not depth and not quote:
-      if part.strip():
-        yield part.strip()
-      part = ''
+      if entry.strip():
+        yield entry.strip()
+      entry = ''
     else:
-      part += letter
+      entry += letter
   if depth or quote:
     raise OptionError(
-      [f'lines: {part.strip()!r:.80} has an open bracket or quote']
+      [f'lines: {entry.strip()!r:.80} has an open bracket or quote']
     )
-  if part.strip():
-    yield part.strip()
+  if entry.strip():
+    yield entry.strip()
 
 
-def _first(cls: type) -> str:
+def _unnamed_option(cls: type) -> str:
   """The option that needs no name: the first that must be given, or any."""
   name = next(iter([*_required(cls), *fields_of(cls)]), None)
   if name is None:

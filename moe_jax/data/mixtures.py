@@ -102,21 +102,21 @@ class MixtureOptions(Options):
 
   def __post_init__(self):
     """Turns `lines` into sources and weights, and checks all."""
-    own = {
+    section = {
       name: getattr(self, name)
       for name in ('sources', 'lines', 'rule', 'weights')
     }
-    for name, value in self.spelled_out(own).items():
+    for name, value in self.spelled_out(section).items():
       if name == 'sources':
-        value = mixture_lines.built(value, SOURCES)
+        value = mixture_lines.source_options(value, SOURCES)
       object.__setattr__(self, name, value)
     super().__post_init__()
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
     """The section with the sources and weights of its `lines`."""
-    usual = default_of(fields_of(cls)['rule'])
-    return mixture_lines.spelled_out(section, SOURCES, usual)
+    default_rule = default_of(fields_of(cls)['rule'])
+    return mixture_lines.spelled_out(section, SOURCES, default_rule)
 
   def problems(self) -> Iterator[str]:
     """The problems of names and weights, a text for each."""
@@ -140,8 +140,8 @@ class MixtureOptions(Options):
     clusters = set(map(self.cluster, self.sources))
     for name in self._held_out():
       if name not in {*self.sources, *clusters}:
-        have = sorted({*self.sources, *clusters})
-        yield f'held_out: {unknown("source or cluster", name, have)}'
+        names = sorted({*self.sources, *clusters})
+        yield f'held_out: {unknown("source or cluster", name, names)}'
     if self.sources and not self.learned():
       yield f'held_out={self.held_out!r} leaves no source to learn from'
 
@@ -155,11 +155,11 @@ class MixtureOptions(Options):
 
   def learned(self) -> list[str]:
     """The names of the sources that are learned from, sorted."""
-    given = self.weights if self.rule == 'given' else {}
+    weights = self.weights if self.rule == 'given' else {}
     return [
       name
       for name in sorted(self.sources)
-      if not self.is_held_out(name) and given.get(name, 1.0)
+      if not self.is_held_out(name) and weights.get(name, 1.0)
     ]
 
   def shares(self, sizes: Mapping[str, int]) -> dict[str, float]:
@@ -203,29 +203,29 @@ class MixedDataset(Dataset):
     lines = [f'mixture, by rows in each period of {period:,}:']
     for name, part in self.parts.items():
       cluster = self.clusters[name]
-      said = '  held out'
+      rate = '  held out'
       if name in self.per_period:
-        said = f'{self.per_period[name]:>10,}'
-      counted = [
+        rate = f'{self.per_period[name]:>10,}'
+      numbers = [
         f'{part.counts["train"][key]:,} {key}'
         for key in ('documents', 'pairs', 'examples', 'truncated')
         if key in part.counts['train']
       ]
-      counted.append(part.splits['train'].describe())
-      of = f' ({cluster})' * (cluster != name)
-      lines.append(f'  {name:{width}}{said}: {", ".join(counted)}{of}')
+      numbers.append(part.splits['train'].describe())
+      note = f' ({cluster})' * (cluster != name)
+      lines.append(f'  {name:{width}}{rate}: {", ".join(numbers)}{note}')
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
     """See `Dataset.tell`; a line for each cluster's sources, then the means."""
-    rest, groups, tell = dict(row), {}, super().tell
+    means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)
-      own = [k for k in rest if k == name or k.startswith(f'{name}.')]
+      keys = [k for k in means if k == name or k.startswith(f'{name}.')]
       group = groups.setdefault(f'{self.clusters[name]}{held_out}', {})
-      group.update({key: rest.pop(key) for key in own})
-    lines = [f'{of}: {tell(own)}' for of, own in groups.items()]
-    last = [tell(rest)] if rest else []
+      group.update({key: means.pop(key) for key in keys})
+    lines = [f'{label}: {text_of(values)}' for label, values in groups.items()]
+    last = [text_of(means)] if means else []
     return '\n  '.join(['', *sorted(lines), *last] if lines else last)
 
 

@@ -31,14 +31,14 @@ class Rows(abc.ABC):
     return {'': self}
 
   def locate(
-    self, places: Int[np.ndarray, ' R']
+    self, row: Int[np.ndarray, ' R']
   ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
-    """The number of the source of rows of the training stream, and its own row.
+    """The source of each row of the training stream, and its row in the source.
 
     Args:
-      places: Numbers of rows of the stream, from 0.
+      row: Numbers of rows of the stream, from 0.
     """
-    return np.zeros_like(places), places
+    return np.zeros_like(row), row
 
   def within(self, index: int) -> tuple['Rows', int]:
     """The rows of the one source that has row `index`, and its number there."""
@@ -159,19 +159,19 @@ class PackedRows(Rows):
     """
     N, T = len(self.tokens), self.seq_len
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]
-    first = row * T + np.reshape(np.asarray(offsets, np.int64), (-1, 1))
-    where = first + np.arange(T + 1)  # [B, T+1]
+    begin = row * T + np.reshape(np.asarray(offsets, np.int64), (-1, 1))
+    index = begin + np.arange(T + 1)  # [B, T+1]
     # A row beyond the last may begin at the stream's last token.
-    real = (where < N) & (row < len(self))
-    stream = self.tokens[np.minimum(where, N - 1)] * real
-    document = np.searchsorted(self.starts, where, side='right')  # from 1
-    start = np.maximum(self.starts[document - 1], first)
+    real = (index < N) & (row < len(self))
+    stream = self.tokens[np.minimum(index, N - 1)] * real
+    document = np.searchsorted(self.starts, index, side='right')  # from 1
+    start = np.maximum(self.starts[document - 1], begin)
     segment = (document - document[:, :1] + 1) * real
     return {
       'tokens': stream[:, :-1].astype(np.int32),
       'targets': stream[:, 1:].astype(np.int32),
       'segment_ids': segment[:, :-1].astype(np.int32),
-      'positions': ((where - start) * real)[:, :-1].astype(np.int32),
+      'positions': ((index - start) * real)[:, :-1].astype(np.int32),
       'loss_weights': (
         real[:, 1:] & (document[:, 1:] == document[:, :-1])
       ).astype(np.float32),
@@ -179,11 +179,11 @@ class PackedRows(Rows):
 
   def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
     """The offset by which each epoch moves the cuts; that of the first is 0."""
-    distinct, place = np.unique(epochs, return_inverse=True)
+    distinct, epoch_index = np.unique(epochs, return_inverse=True)
     draws = [
       np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
       if epoch
       else 0
       for epoch in distinct
     ]
-    return (np.array(draws, np.int64) % self.seq_len)[place]
+    return (np.array(draws, np.int64) % self.seq_len)[epoch_index]

@@ -32,7 +32,7 @@ FACTS = 'piece.json'
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
-_TOLD_BYTES = 2**18  # bytes after which a worker tells how far it is
+_REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
 
 
 class Work(NamedTuple):
@@ -55,7 +55,7 @@ class Work(NamedTuple):
     return self.folder / f'{number:05}'
 
   def read_tokenizer(self) -> Tokenizer:
-    """The tokenizer."""
+    """The tokenizer, read from its file."""
     for module in self.modules:
       importlib.import_module(module)
     return load(self.tokenizer)
@@ -84,37 +84,37 @@ def piece_facts(
       if path.name != FACTS
     }
     whole = sizes == {name: fact[0] for name, fact in facts['files'].items()}
-    whole = whole and (not digests or facts['files'] == _files(folder))
+    whole = whole and (not digests or facts['files'] == _file_facts(folder))
   except (AttributeError, LookupError, OSError, TypeError, ValueError):
     return None
   return facts if whole else None
 
 
 def write_piece(
-  work: Work, number: int, tokenizer: Tokenizer, told: Callable[[int], None]
+  work: Work, number: int, tokenizer: Tokenizer, report: Callable[[int], None]
 ) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
-  A piece that is there and not whole is removed.
+  An existing piece that is not whole is removed.
 
   Args:
     work: The work.
     number: Number of the piece.
     tokenizer: The tokenizer.
-    told: Called with numbers of bytes that have been read since the last call.
+    report: Called with numbers of bytes that were read since the last call.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
   """
   with locked(work.path(number)):
-    there = work.path(number).exists()
+    existed = work.path(number).exists()
     if piece_facts(work, number) is not None:
-      told(work.pieces.sizes[number])
+      report(work.pieces.sizes[number])
       return
-    if there:  # not what was finished since, where there are no locks
+    if existed:  # no piece that was finished since, where there are no locks
       shutil.rmtree(work.path(number), ignore_errors=True)
     with new_folder(work.folder, f'{number:05}') as unfinished:
-      _write_files(unfinished, work.pieces, number, tokenizer, told)
+      _write_files(unfinished, work.pieces, number, tokenizer, report)
       try:
         unfinished.rename(work.path(number))
       except OSError:  # another host was faster, where there are no locks
@@ -122,29 +122,29 @@ def write_piece(
           raise
 
 
-def _write_files(folder, pieces, number, tokenizer, told) -> None:
+def _write_files(folder, pieces, number, tokenizer, report) -> None:
   digests = {split: Digest() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     writers = {}
     for split, digest in digests.items():
       writer = DocumentWriter(folder / split, tokenizer, digest)
       writers[split] = stack.enter_context(writer)
-    before = 0
-    for split, text, read in pieces.read(number):
+    reported = 0
+    for split, text, bytes_read in pieces.read(number):
       writers[split].write(text)
-      if read - before >= _TOLD_BYTES:
-        told(read - before)
-        before = read
+      if bytes_read - reported >= _REPORT_BYTES:
+        report(bytes_read - reported)
+        reported = bytes_read
     splits = {
       split: {**writer.counts(), 'sha256': digests[split].hexdigest()}
       for split, writer in writers.items()
     }
-  facts = {'splits': splits, 'files': _files(folder)}
+  facts = {'splits': splits, 'files': _file_facts(folder)}
   (folder / FACTS).write_text(json.dumps(facts), encoding='utf-8')
-  told(pieces.sizes[number] - before)
+  report(pieces.sizes[number] - reported)
 
 
-def _files(folder: pathlib.Path) -> dict[str, list]:
+def _file_facts(folder: pathlib.Path) -> dict[str, list]:
   """Size and sha256 of the files of a piece, without the list of them."""
   facts = {}
   for path in sorted(folder.iterdir()):
@@ -159,7 +159,7 @@ def write_pieces(
   work: Work,
   numbers: Sequence[int],
   processes: int,
-  told: Callable[[int], None],
+  report: Callable[[int], None],
 ) -> int:
   """Tokenizes pieces by one or several processes.
 
@@ -167,7 +167,7 @@ def write_pieces(
     work: The work.
     numbers: Numbers of the pieces.
     processes: Number of processes; 1 is this one.
-    told: Called with numbers of bytes that have been read since the last call.
+    report: Called with numbers of bytes that were read since the last call.
 
   Returns:
     The most bytes of memory that one process held, as far as the system says.
@@ -178,11 +178,11 @@ def write_pieces(
   if processes == 1 or len(numbers) < 2:
     tokenizer = work.read_tokenizer()
     for number in numbers:
-      write_piece(work, number, tokenizer, told)
+      write_piece(work, number, tokenizer, report)
     return peak_memory()
   context = multiprocessing.get_context('spawn')
   shared = _Shared(
-    next_place=context.Value('q', 0),
+    next_position=context.Value('q', 0),
     read=context.Value('q', 0),
     peak=context.Value('q', 0),
     failures=context.SimpleQueue(),
@@ -194,7 +194,7 @@ def write_pieces(
   try:
     for worker in workers:
       worker.start()
-    _wait(workers, shared, told)
+    _wait(workers, shared, report)
   finally:
     for worker in workers:
       if worker.pid is not None:
@@ -207,26 +207,26 @@ class _Shared(NamedTuple):
   """The values that the workers and their parent share.
 
   Attributes:
-    next_place: Place of the next piece among the numbers.
+    next_position: Index of the next piece in the list of numbers.
     read: Number of bytes that all have read.
     peak: The most bytes of memory that one has held.
     failures: Messages of errors.
   """
 
-  next_place: Any
+  next_position: Any
   read: Any
   peak: Any
   failures: Any
 
 
-def _wait(workers, shared, told) -> None:
-  """Tells how far the workers are until all have ended."""
-  before = 0
+def _wait(workers, shared, report) -> None:
+  """Reports the progress of the workers until all have ended."""
+  reported = 0
   while True:
     running = any(worker.is_alive() for worker in workers)
-    read = shared.read.value
-    told(read - before)
-    before = read
+    bytes_read = shared.read.value
+    report(bytes_read - reported)
+    reported = bytes_read
     if not shared.failures.empty():
       raise ValueError(shared.failures.get())
     for worker in workers:
@@ -239,11 +239,11 @@ def _wait(workers, shared, told) -> None:
 
 def exit_message(status: int) -> str:
   """The message on a process that ended with a status, unlike the others."""
-  killed = ''
+  advice = ''
   if status == -signal.SIGKILL:
-    killed = ' It was killed, maybe for lack of memory: take fewer processes.'
+    advice = ' It was killed, maybe for lack of memory: take fewer processes.'
   return (
-    f'a process ended with status {status} while it tokenized.{killed} '
+    f'a process ended with status {status} while it tokenized.{advice} '
     'Finished pieces are kept: the same command goes on'
   )
 
@@ -254,14 +254,14 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
-  def told(count: int) -> None:
+  def report(count: int) -> None:
     with shared.read.get_lock():
       shared.read.value += count
 
   try:
     tokenizer = work.read_tokenizer()
-    while (number := _next(numbers, shared)) is not None:
-      write_piece(work, number, tokenizer, told)
+    while (number := _next_number(numbers, shared)) is not None:
+      write_piece(work, number, tokenizer, report)
   except (ValueError, OSError) as error:
     shared.failures.put(str(error))
   except Exception as error:  # libraries raise any
@@ -270,11 +270,11 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
     shared.peak.value = max(shared.peak.value, peak_memory())
 
 
-def _next(numbers: list[int], shared: _Shared) -> int | None:
-  with shared.next_place.get_lock():
-    place = shared.next_place.value
-    shared.next_place.value += 1
-  return numbers[place] if place < len(numbers) else None
+def _next_number(numbers: list[int], shared: _Shared) -> int | None:
+  with shared.next_position.get_lock():
+    position = shared.next_position.value
+    shared.next_position.value += 1
+  return numbers[position] if position < len(numbers) else None
 
 
 def _end_with_parent() -> None:

@@ -61,8 +61,8 @@ def batch_dataset(
   streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
-    part, places = rows.locate(i * batch_size + share)
-    return joined(part, lambda p, chosen: streams[p](places[chosen]))
+    source, row = rows.locate(i * batch_size + share)
+    return joined(source, lambda p, chosen: streams[p](row[chosen]))
 
   return grain.MapDataset.range(_ENDLESS_ROWS // batch_size).map(draw)
 
@@ -77,21 +77,21 @@ class _Stream:
     # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
     # same orders, one epoch apart. The order of a source in a mixture depends
     # on its own name alone, not on the other sources.
-    own = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
-    sequence = np.random.SeedSequence([seed, *own] if name else seed)
-    spread = int(sequence.generate_state(1)[0])
-    self._rows, self._seed = rows, spread
+    name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
+    sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
+    stream_seed = int(sequence.generate_state(1)[0])
+    self._rows, self._seed = rows, stream_seed
     self._order = (
       grain.MapDataset.range(len(rows))
-      .shuffle(spread)
+      .shuffle(stream_seed)
       .repeat(_ENDLESS_ROWS // len(rows))
     )
 
-  def __call__(self, places: Int[np.ndarray, ' R']) -> Batch:
-    """The rows at these places of the stream."""
+  def __call__(self, row: Int[np.ndarray, ' R']) -> Batch:
+    """The rows with these numbers in the stream."""
     order = self._order
-    indices = np.array([order[place] for place in places.tolist()], np.int64)
-    return self._rows.draw(indices, self._seed, places // len(self._rows))
+    indices = np.array([order[position] for position in row.tolist()], np.int64)
+    return self._rows.draw(indices, self._seed, row // len(self._rows))
 
 
 def train_batches(
@@ -115,8 +115,8 @@ def train_batches(
     raise ValueError(f'start={start} is negative')
   batches = batch_dataset(rows, batch_size=batch_size, seed=seed, share=share)
   batches = batches.slice(slice(start, None))
-  made = (cast(Batch, batches[i]) for i in range(len(batches)))
-  return prefetch.ahead(made, first=start, most=_PREFETCHED)
+  elements = (cast(Batch, batches[i]) for i in range(len(batches)))
+  return prefetch.ahead(elements, first=start, most=_PREFETCHED)
 
 
 def eval_batches(
@@ -147,8 +147,8 @@ def eval_batches(
 
 def spread(total: int, count: int) -> list[int]:
   """`count` indices below `total`, spread evenly; 0 or too many takes all."""
-  taken = min(count, total) or total
-  return [i * total // taken for i in range(taken)]
+  num_taken = min(count, total) or total
+  return [i * total // num_taken for i in range(num_taken)]
 
 
 def _share(

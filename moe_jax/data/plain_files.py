@@ -73,8 +73,8 @@ def matching(
     ValueError: Something else than a plain file or a folder has such a name.
   """
   for path in sorted(folder.iterdir()):
-    wanted = any(fnmatch.fnmatchcase(path.name, each) for each in patterns)
-    if wanted and (path.is_symlink() or not path.is_dir()):
+    is_match = any(fnmatch.fnmatchcase(path.name, p) for p in patterns)
+    if is_match and (path.is_symlink() or not path.is_dir()):
       yield cast(pathlib.Path, plain(folder, path.name))
 
 
@@ -84,9 +84,9 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
   Raises:
     FileExistsError: Something is there already.
   """
-  with open(source, 'rb') as read, open(target, 'xb') as written:
-    while part := read.read(2**20):
-      written.write(part)
+  with open(source, 'rb') as source_file, open(target, 'xb') as target_file:
+    while block := source_file.read(2**20):
+      target_file.write(block)
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
@@ -117,7 +117,7 @@ def parse_json(text: str, where: str | os.PathLike[str]) -> Any:
 
   Args:
     text: The text.
-    where: What holds the text, for messages.
+    where: Name or path of the holder of the text, for messages.
 
   Raises:
     ValueError: The text is no JSON, has NaN or infinities, or is nested too
@@ -168,14 +168,14 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       return arrays
   except (MemoryError, PermissionError):
     raise
-  except Exception as error:  # of zip, zlib or numpy, whatever they raise
-    what = f'its array {name!r}' if name else 'it'
+  except Exception as error:  # zip, zlib and numpy raise any
+    part = f'its array {name!r}' if name else 'it'
     if 'pickle' in str(error):  # numpy's own text advises to unpickle it
-      reason = f'{what} holds objects, or no array; objects are never unpickled'
-    elif isinstance(error, AttributeError | TypeError):  # of one bare array
+      reason = f'{part} holds objects, or no array; objects are never unpickled'
+    elif isinstance(error, AttributeError | TypeError):  # for one bare array
       reason = 'it holds a single array; numpy.savez writes several by name'
     else:
-      reason = f'{what} is damaged: {type(error).__name__}: {first_line(error)}'
+      reason = f'{part} is damaged: {type(error).__name__}: {first_line(error)}'
     raise ValueError(f'{path} is no npz file of arrays: {reason}') from None
 
 

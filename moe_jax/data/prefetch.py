@@ -32,27 +32,27 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
     DataError: `source` raised an exception, or the thread has died; `next`
       raises it, and the iterator then ends.
   """
-  made: queue.Queue[tuple[T] | None] = queue.Queue(most)
-  given_up = threading.Event()
+  elements: queue.Queue[tuple[T] | None] = queue.Queue(most)
+  closed = threading.Event()
   failures: list[BaseException] = []
 
   def work():
     try:
       for element in source:
-        made.put((element,))
-        if given_up.is_set():
+        elements.put((element,))
+        if closed.is_set():
           return
     except BaseException as error:  # SystemExit, too, must not end the thread
       failures.append(error)
     finally:
-      if not given_up.is_set():
-        made.put(None)
+      if not closed.is_set():
+        elements.put(None)
 
   thread = threading.Thread(target=work, name='batches', daemon=True)
   thread.start()
   number = first
   try:
-    while (element := _next(made, thread)) is not None:
+    while (element := _next(elements, thread)) is not None:
       yield element[0]
       number += 1
     if failures:
@@ -61,16 +61,16 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
         f'batch {number} could not be made: {type(error).__name__}: {error}'
       ) from error
   finally:
-    given_up.set()
-    while not made.empty():  # the thread may be waiting for room
-      made.get_nowait()
+    closed.set()
+    while not elements.empty():  # the thread may be waiting for room
+      elements.get_nowait()
 
 
-def _next(made: queue.Queue, thread: threading.Thread):
+def _next(elements: queue.Queue, thread: threading.Thread):
   while True:
     alive = thread.is_alive()
     try:
-      return made.get(timeout=_LOOK_SECONDS)
+      return elements.get(timeout=_LOOK_SECONDS)
     except queue.Empty:
       if not alive:
         raise DataError('the thread that makes batches is gone') from None

@@ -37,22 +37,22 @@ from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.tasks.contract import TokenTask
-from moe_jax.data.tokens_folder import Made, Share, make
+from moe_jax.data.tokens_folder import FolderReport, Share, make
 
 
 def prepare(
   options: DataOptions, share: Share = Share(), *, console: Console
-) -> dict[str, Made]:
+) -> dict[str, FolderReport]:
   """Makes this host's share of the tokens of every source.
 
   Args:
     options: The data section of a config.
     share: The processes and hosts.
-    console: Where progress is shown.
+    console: Console that shows the progress.
 
   Returns:
-    What was made, by the name of the source in the mixture; '' for a single
-    source.
+    The report on each folder, by the name of the source in the mixture; '' for
+    a single source.
 
   Raises:
     ValueError: The task reads no tokens, or the data is missing or bad.
@@ -63,7 +63,7 @@ def prepare(
       f'data.task {type(task).__name__} reads no tokens: there is nothing to '
       'prepare'
     )
-  tokenizer, made = options.tokenizer, {}
+  tokenizer, reports = options.tokenizer, {}
   if options.mixture.sources:
     tokenizer = shared_tokenizer(
       options.mixture.sources, task, tokenizer, options.selection
@@ -71,13 +71,13 @@ def prepare(
   for name, source in _sources(options):
     try:
       corpus = task.open(source, options.selection)
-      with _bar(corpus.name, console) as told:
-        own = share._replace(told=told)
-        made[name] = make(corpus, tokenizer, options.selection, own)
+      with _bar(corpus.name, console) as on_progress:
+        own_share = share._replace(on_progress=on_progress)
+        reports[name] = make(corpus, tokenizer, options.selection, own_share)
     except ValueError as error:
       where = f'mixture.sources.{name}: ' * bool(name)
       raise ValueError(f'{where}{error}') from error
-  return made
+  return reports
 
 
 def _sources(options: DataOptions) -> list[tuple[str, SourceOptions]]:
@@ -86,7 +86,7 @@ def _sources(options: DataOptions) -> list[tuple[str, SourceOptions]]:
 
 @contextlib.contextmanager
 def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-  """Shows how far a source is; the body gets the function that is told."""
+  """Shows the progress of a source; the body gets the function to call."""
   with Progress(
     TextColumn('{task.description}'),
     BarColumn(),
@@ -97,21 +97,24 @@ def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
     console=console,
   ) as progress:
 
-    def told(done: int, total: int) -> None:
-      if not progress.tasks:  # what was there already has no part in the speed
-        progress.add_task(name, completed=done, total=total)
-      progress.update(progress.tasks[0].id, completed=done)
+    def on_progress(bytes_read: int, total_bytes: int) -> None:
+      if not progress.tasks:  # bytes read before have no part in the speed
+        progress.add_task(name, completed=bytes_read, total=total_bytes)
+      progress.update(progress.tasks[0].id, completed=bytes_read)
 
-    yield told
+    yield on_progress
 
 
 def _lines(
-  options: DataOptions, made: Mapping[str, Made], share: Share, seconds: float
+  options: DataOptions,
+  reports: Mapping[str, FolderReport],
+  share: Share,
+  seconds: float,
 ) -> Iterator[str]:
-  """Lines on what was done, and on the data if all of it is there."""
-  read = sum(each.read for each in made.values())
-  kept = sum(each.kept for each in made.values())
-  peak = max(each.peak for each in made.values())
+  """Lines on the work that was done, and on the data if it is complete."""
+  read = sum(report.bytes_read for report in reports.values())
+  existing = sum(report.num_existing for report in reports.values())
+  peak = max(report.peak_bytes for report in reports.values())
   if read:
     rate = read / seconds / 1e6
     yield (
@@ -119,9 +122,9 @@ def _lines(
       f'{share.processes} processes; at most {peak / 2**20:,.0f} MiB of memory '
       f'in one of them'
     )
-  if kept:
-    yield f'{kept} pieces were there already'
-  missing = {n: len(each.missing) for n, each in made.items() if each.missing}
+  if existing:
+    yield f'{existing} pieces were there already'
+  missing = {n: len(r.missing) for n, r in reports.items() if r.missing}
   if missing:
     yield (
       f'host {share.host} of {share.num_hosts} is done; other hosts have yet '
@@ -130,7 +133,7 @@ def _lines(
     return
   # The first run that uses the folder reads it through, to check its digests.
   yield load(dataclasses.replace(options, cache_digests=False)).describe()
-  folders = sorted({str(each.folder) for each in made.values()})
+  folders = sorted({str(report.folder) for report in reports.values()})
   yield f'tokens: {", ".join(folders)}'
 
 
@@ -177,11 +180,11 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   command_line.say(config_flag.ignored_lines(ignored))
   share = Share(options.processes, options.host, options.num_hosts)
   # A run that begins with another's parameters has its tokenizer, too.
-  read = config.init_from.with_tokenizer(config.data)
-  begin = time.perf_counter()
-  made = prepare(read, share, console=Console())
-  seconds = time.perf_counter() - begin
-  command_line.say(_lines(read, made, share, seconds))
+  data = config.init_from.with_tokenizer(config.data)
+  start = time.perf_counter()
+  reports = prepare(data, share, console=Console())
+  seconds = time.perf_counter() - start
+  command_line.say(_lines(data, reports, share, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,11 +29,11 @@ def may_write() -> bool:
   return not _READ_ONLY.get()
 
 
-def check_may_prepare(what: str) -> None:
+def check_may_prepare(description: str) -> None:
   """Raises NotPreparedError where data is only to be read.
 
   Args:
-    what: The data that would be prepared now, for the message.
+    description: Name of the data that would be prepared, for the message.
   """
   if not may_write():
-    raise NotPreparedError(f'{what} is not prepared yet')
+    raise NotPreparedError(f'{description} is not prepared yet')

@@ -72,15 +72,15 @@ class Shards:
 
   def _gathered(self, flat: Int[np.ndarray, ' N']) -> np.ndarray:
     """The tokens at these indices, file by file."""
-    part = np.searchsorted(self._ends, flat, side='right')
+    file = np.searchsorted(self._ends, flat, side='right')
     tokens = np.empty(flat.size, self.dtype)
     # Sorting small integers takes a fraction of a pass for each file.
-    small = part.astype(np.uint16 if len(self._paths) < 2**16 else np.int64)
+    small = file.astype(np.uint16 if len(self._paths) < 2**16 else np.int64)
     order = np.argsort(small, kind='stable')
-    parts, cuts = np.unique(part[order], return_index=True)
-    for i, chosen in zip(parts.tolist(), np.split(order, cuts[1:])):
-      places = (flat[chosen] - self._begins[i]).astype(np.int64)
-      tokens[chosen] = self._file(i)[places]
+    files, cuts = np.unique(file[order], return_index=True)
+    for i, chosen in zip(files.tolist(), np.split(order, cuts[1:])):
+      offsets = (flat[chosen] - self._begins[i]).astype(np.int64)
+      tokens[chosen] = self._file(i)[offsets]
     return tokens
 
   def _map(self, number: int) -> np.ndarray:

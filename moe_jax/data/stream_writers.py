@@ -30,7 +30,7 @@ class Digest:
     self._sha256.update(encoded)
 
   def hexdigest(self) -> str:
-    """64 hexadecimal digits."""
+    """The digest in 64 hexadecimal digits."""
     return self._sha256.hexdigest()
 
 

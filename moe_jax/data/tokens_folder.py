@@ -46,34 +46,34 @@ class Share(NamedTuple):
     processes: Number of processes of this host.
     host: Number of this host, from 0; it takes every `num_hosts`th piece.
     num_hosts: Number of hosts that share the folder of the cache.
-    told: Called with the number of bytes that are read by now, and with that
-      of all bytes of this host's share.
+    on_progress: Called with the number of bytes that are read by now, and with
+      that of all bytes of this host's share.
   """
 
   processes: int = 1
   host: int = 0
   num_hosts: int = 1
-  told: Callable[[int, int], None] = lambda done, total: None
+  on_progress: Callable[[int, int], None] = lambda read, total: None
 
 
-class Made(NamedTuple):
-  """The outcome of `make`.
+class FolderReport(NamedTuple):
+  """The report of `make` on the folder of a source's tokens.
 
   Attributes:
     folder: The folder of the tokens.
-    new: Whether pieces were made, and have not been verified once more.
+    is_new: Whether pieces were made, and have not been verified once more.
     missing: Numbers of pieces that other hosts have yet to make.
-    kept: Number of pieces that were there already.
-    read: Number of bytes that were read.
-    peak: The most bytes of memory that one process held; 0 if unknown.
+    num_existing: Number of pieces that were there already.
+    bytes_read: Number of bytes that were read.
+    peak_bytes: The most bytes of memory that one process held; 0 if unknown.
   """
 
   folder: pathlib.Path
-  new: bool = False
+  is_new: bool = False
   missing: tuple[int, ...] = ()
-  kept: int = 0
-  read: int = 0
-  peak: int = 0
+  num_existing: int = 0
+  bytes_read: int = 0
+  peak_bytes: int = 0
 
 
 def tokens_folder(
@@ -85,13 +85,13 @@ def tokens_folder(
     ValueError: The data is missing or bad, or the folder is damaged.
     NotPreparedError: The folder is missing within `reading_only`.
   """
-  made = make(corpus, tokenizer, selection, Share())
-  if made.missing:
+  report = make(corpus, tokenizer, selection, Share())
+  if report.missing:
     raise ValueError(
-      f'{made.folder} could not be made: another process has removed the '
-      f'pieces {list(made.missing)}; start again'
+      f'{report.folder} could not be made: another process has removed the '
+      f'pieces {list(report.missing)}; start again'
     )
-  return made.folder
+  return report.folder
 
 
 def make(
@@ -99,13 +99,13 @@ def make(
   tokenizer: TokenizerOptions,
   selection: Selection,
   share: Share,
-) -> Made:
-  """Makes this host's share of the folder, and ends it if it is the last.
+) -> FolderReport:
+  """Makes this host's share of the folder, and joins the pieces if all exist.
 
   Raises:
     ValueError: As `tokens_folder`, or a process was killed.
   """
-  folder = _place(corpus, tokenizer, selection)
+  folder = _folder_of(corpus, tokenizer, selection)
 
   def fit() -> Tokenizer:
     return tokenizer.fit(_all_texts(corpus))
@@ -113,22 +113,22 @@ def make(
   def write(unfinished: pathlib.Path) -> None:
     corpus.write(unfinished, fit())
 
-  made = Made(folder)
+  report = FolderReport(folder)
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
     check_may_prepare(os.fspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Others wait, but for hosts that work at the same time.
+    # Other processes wait, except hosts that work at the same time.
     alone = share.num_hosts == 1
     with locked(folder) if alone else contextlib.nullcontext():
       if not folder.is_dir():
-        made = _make_pieces(folder, pieces, fit, share)
-  if not made.new:
+        report = _make_pieces(folder, pieces, fit, share)
+  if not report.is_new:
     prepared(folder, write, digests=selection.cache_digests)
-  return made
+  return report
 
 
-def _place(
+def _folder_of(
   corpus: Texts | Pairs, tokenizer: TokenizerOptions, selection: Selection
 ) -> pathlib.Path:
   """The folder where the tokens are, or will be.
@@ -138,19 +138,19 @@ def _place(
   """
   root = cache_root(selection.cache_dir) / 'tokens'
 
-  def named(options: TokenizerOptions) -> pathlib.Path:
+  def folder_for(options: TokenizerOptions) -> pathlib.Path:
     key = f'{FORMAT} {corpus.identity} {options.identity()}'
     return root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
-  own = named(tokenizer)
-  if own.is_dir() or not isinstance(tokenizer, Fitted):
-    return own
+  folder = folder_for(tokenizer)
+  if folder.is_dir() or not isinstance(tokenizer, Fitted):
+    return folder
   try:
-    other = named(tokenizer.replaced) if tokenizer.replaced else own
+    other = folder_for(tokenizer.replaced) if tokenizer.replaced else folder
     equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
-  except (ValueError, OSError):  # what was replaced, or its tokens, are gone
-    return own
-  return other if equal else own
+  except (ValueError, OSError):  # the replaced file, or its tokens, are gone
+    return folder
+  return other if equal else folder
 
 
 def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:
@@ -162,53 +162,55 @@ def _make_pieces(
   pieces: Pieces,
   fit: Callable[[], Tokenizer],
   share: Share,
-) -> Made:
-  """The outcome, or the folder that another process has made meanwhile."""
-  parts = folder.with_name(f'{folder.name}.parts')
+) -> FolderReport:
+  """The report on the pieces, or on a folder that another process has made."""
+  piece_dir = folder.with_name(f'{folder.name}.parts')
   try:
-    made = _make_share(folder, parts, pieces, fit, share)
+    report = _make_share(folder, piece_dir, pieces, fit, share)
   except (OSError, ValueError):  # its pieces may be gone, as they were joined
     if not folder.is_dir():
       raise
-    made = Made(folder)
+    report = FolderReport(folder)
   if folder.is_dir():
     verify(folder, digests=False)  # before the pieces are gone
-    shutil.rmtree(parts, ignore_errors=True)
-    made = made._replace(missing=())
-  return made
+    shutil.rmtree(piece_dir, ignore_errors=True)
+    report = report._replace(missing=())
+  return report
 
 
 def _make_share(
   folder: pathlib.Path,
-  parts: pathlib.Path,
+  piece_dir: pathlib.Path,
   pieces: Pieces,
   fit: Callable[[], Tokenizer],
   share: Share,
-) -> Made:
-  parts.mkdir(parents=True, exist_ok=True)
-  tokenizer = _fitted(parts / 'tokenizer.json', fit)
+) -> FolderReport:
+  piece_dir.mkdir(parents=True, exist_ok=True)
+  tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
   work = Work(
-    parts, pieces, parts / 'tokenizer.json', (*modules_of(tokenizer),)
+    piece_dir, pieces, piece_dir / 'tokenizer.json', (*modules_of(tokenizer),)
   )
   sizes = pieces.sizes
-  own = range(share.host, len(sizes), share.num_hosts)
-  todo = [number for number in own if piece_facts(work, number) is None]
-  total = sum(sizes[i] for i in own)
-  begun = done = total - sum(sizes[i] for i in todo)
+  numbers = range(share.host, len(sizes), share.num_hosts)
+  todo = [number for number in numbers if piece_facts(work, number) is None]
+  total = sum(sizes[i] for i in numbers)
+  skipped = bytes_read = total - sum(sizes[i] for i in todo)
 
-  def told(count: int) -> None:
-    nonlocal done
-    done += count
-    share.told(done, total)
+  def report(count: int) -> None:
+    nonlocal bytes_read
+    bytes_read += count
+    share.on_progress(bytes_read, total)
 
-  told(0)
-  peak = piece_workers.write_pieces(work, todo, share.processes, told)
+  report(0)
+  peak = piece_workers.write_pieces(work, todo, share.processes, report)
   missing = joined_pieces.join(work, folder, tokenizer)
-  return Made(folder, True, missing, len(own) - len(todo), total - begun, peak)
+  return FolderReport(
+    folder, True, missing, len(numbers) - len(todo), total - skipped, peak
+  )
 
 
 def modules_of(tokenizer: Tokenizer) -> Iterator[str]:
-  """The modules of the classes of a tokenizer and of that which it extends."""
+  """The modules of the classes of a tokenizer and of those that it extends."""
   yield type(tokenizer).__module__
   if isinstance(tokenizer, Extended):
     yield from modules_of(tokenizer.base)

@@ -90,7 +90,7 @@ def test_parts_of_long_text_are_the_text(most, tmp_path, monkeypatch):
   monkeypatch.setattr(document_files, 'WHOLE_BYTES', 1000)
   path, text = tmp_path / 'a.txt', long_text()
   path.write_bytes(text.encode())
-  spans = document_files.spans(path, most, also=[777])
+  spans = document_files.spans(path, most, extra_cuts=[777])
   assert len(spans) == -(-path.stat().st_size // most) + 1
   parts = [[d.text for d in document_files.read(span)] for span in spans]
   assert ''.join(text for part in parts for text in part) == text

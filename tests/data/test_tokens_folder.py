@@ -44,7 +44,7 @@ def made_by(options, *shares):
   corpus = options.source.texts(options.selection)
   told = []
   for share in shares:
-    share = share._replace(told=lambda *bytes_: told.append(bytes_))
+    share = share._replace(on_progress=lambda *bytes_: told.append(bytes_))
     made = make(corpus, options.tokenizer, options.selection, share)
   return made, told
 
@@ -118,7 +118,7 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
   (parts / '00002' / 'piece.json').write_text('{')
   (parts / 'unfinished-00003-1').mkdir()
   made = make(corpus, options.tokenizer, options.selection, Share())
-  assert made.kept == len(done) - 2
+  assert made.num_existing == len(done) - 2
   kept = (made.folder / 'train.00000.tokens').stat().st_mtime_ns
   assert kept == written
   fresh, _ = made_by(small_pieces('fresh'), Share())
@@ -204,7 +204,7 @@ def test_missing_pieces_of_other_hosts_are_counted(small_pieces, monkeypatch):
     with pytest.raises(ValueError, match=r'removed the pieces \[1, 2'):
       data.load(options)
   # The next command, or a run, makes the rest and joins all.
-  kept = made_by(options, Share())[0].kept
+  kept = made_by(options, Share())[0].num_existing
   assert kept + len(made.missing) == len(sizes)
 
 

@@ -51,7 +51,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
       tfds_reader.open_split(builder, split)
     return ItemSource(
       f'tfds:{builder.info.full_name}',
-      lambda split: _TfdsItems(builder, selection.own(split), features),
+      lambda split: _TfdsItems(builder, selection.name_of(split), features),
     )
 
 

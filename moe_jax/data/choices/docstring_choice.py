@@ -47,8 +47,8 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
   """An item for each pair, with wrong answers from other pairs.
 
-  Of P pairs, the j-th wrong answer to pair i is that of pair i + j P / 4, or of
-  the next pair with another answer. The index of the right answer is i mod 4.
+  The j-th wrong answer to pair i of P is that of pair i + j P / 4, or of the
+  next pair with another answer. The index of the right answer is i mod 4.
 
   Raises:
     ValueError: There are fewer than four different answers.

@@ -111,8 +111,8 @@ def pieces(text: str) -> Iterator[str]:
 
   Characters other than printable ASCII and line ends are left out.
   """
-  kept = ''.join(filter(_KEEP.__contains__, text))
-  return (kept[i : i + PIECE] for i in range(0, len(kept), PIECE))
+  printable = ''.join(filter(_KEEP.__contains__, text))
+  return (printable[i : i + PIECE] for i in range(0, len(printable), PIECE))
 
 
 def encipher(text: str, domain: int) -> str:
@@ -125,7 +125,7 @@ def encipher(text: str, domain: int) -> str:
 
 @functools.lru_cache(maxsize=len(MARKS))
 def _table(domain: int) -> dict[int, int]:
-  # Sorted by a hash, as numpy may change what its generators draw.
+  # A hash sorts the letters, as numpy may change the draws of generators.
   def rank(letter):
     return hashlib.sha256(f'cipher {domain} {letter}'.encode()).digest()
 

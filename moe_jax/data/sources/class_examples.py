@@ -28,7 +28,7 @@ def checked_examples(
   Args:
     features: Numbers [N, ...].
     labels: Integers [N].
-    where: What the arrays are of, for messages.
+    where: Name of the arrays, for messages.
 
   Raises:
     ValueError: The arrays are empty, or not of these types and shapes; or a

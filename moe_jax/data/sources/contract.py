@@ -44,7 +44,7 @@ class Selection:
   cache_dir: str = ''
   cache_digests: bool = True
 
-  def own(self, split: str) -> str:
+  def name_of(self, split: str) -> str:
     """The source's own name of our split."""
     return self.splits[SPLITS.index(split)]
 

@@ -23,7 +23,7 @@ from moe_jax.options import at_least, option, unknown
 from moe_jax.shapes import Float32, Int, Int32
 
 SIDE = 8  # pixels of scikit-learn's images
-EVERY = 5  # of each class, every fifth image is for validation
+EVERY = 5  # every fifth image of each class is for validation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,8 +52,8 @@ class GettextSource(SourceOptions):
       digest.text(pair.translation.encode())
 
     def of_split(split):
-      own = selection.own(split)
-      return ((p.inputs, p.translation) for p in messages if p.split == own)
+      name = selection.name_of(split)
+      return ((p.inputs, p.translation) for p in messages if p.split == name)
 
     part = f':{self.languages}' * bool(self.languages)
     count = len({pair.language for pair in messages})
@@ -112,10 +112,10 @@ def version() -> str:
 @functools.cache
 def _catalogues(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """The catalogues of each language; a package has thousands of folders."""
-  found = {}
+  by_language = {}
   for path in sorted(root.rglob('locale/*/LC_MESSAGES/*.mo')):
-    found.setdefault(path.parts[-3], []).append(path)
-  return found
+    by_language.setdefault(path.parts[-3], []).append(path)
+  return by_language
 
 
 def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
@@ -141,7 +141,7 @@ def pairs(languages: Sequence[str], root: pathlib.Path) -> list[Pair]:
     for message, translation in _merged(catalogues[language]).items()
     if translation.strip()
   ]
-  # The order of a hash, so that neighbours in a row have nothing in common.
+  # A hash orders them, so that neighbours in a row have nothing in common.
   return sorted(
     set(every),
     key=lambda pair: hashlib.sha256(pair.inputs.encode()).digest(),
@@ -152,9 +152,9 @@ def _merged(paths: Sequence[pathlib.Path]) -> dict[str, str]:
   plain, in_context = {}, {}
   for path in paths:
     for key, translation in read_catalogue(path.read_bytes()):
-      _, mark, message = key.rpartition('\x04')
-      into = in_context if mark else plain
-      into.setdefault(message, translation)
+      _, separator, message = key.rpartition('\x04')
+      messages = in_context if separator else plain
+      messages.setdefault(message, translation)
   return in_context | plain
 
 
@@ -169,8 +169,8 @@ def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
   # The library looks messages up but does not list them.
   count, table = struct.unpack(f'{order}2I', content[8:16])
   for i in range(count):
-    length, at = struct.unpack_from(f'{order}2I', content, table + 8 * i)
+    length, offset = struct.unpack_from(f'{order}2I', content, table + 8 * i)
     # A plural may follow the singular after a zero byte.
-    message = content[at : at + length].split(b'\0')[0].decode()
+    message = content[offset : offset + length].split(b'\0')[0].decode()
     if message:
       yield message, catalogue.gettext(message)

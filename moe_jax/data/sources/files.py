@@ -23,7 +23,7 @@ from moe_jax.options import NOT_EMPTY, option
 
 # Bytes of files in a piece, which one process tokenizes at a time.
 PIECE_BYTES = 2**25
-# How a part whose documents are in both splits is split, in place of a split.
+# Rules in place of a split, for a part whose documents are in both splits.
 _BY_HASH, _LAST_TENTH = 'by hash', 'last tenth'
 _FORMAT = 2  # how documents are cut and split, a part of the identity
 
@@ -49,10 +49,10 @@ class FilesSource(SourceOptions):
   def texts(self, selection: Selection = Selection()) -> Texts:
     """The documents, in order of path.
 
-    Of a single file of text, the first 90 % are for training, the rest for
+    A single file of text has its first 90 % for training, the rest for
     validation: by characters if it is one document, else by bytes, at the end
-    of a line. Of several files of text, about one in ten is for validation, by
-    a hash of its name. Of everything else (JSON lines, parquet, a single
+    of a line. Among several files of text, about one in ten is for validation,
+    by a hash of its name. In everything else (JSON lines, parquet, a single
     compressed file, a mixture of these and text), about one document in 20 is
     for validation, by a hash of its text.
 
@@ -63,7 +63,7 @@ class FilesSource(SourceOptions):
     selection.check_splits('files')
     pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
-    # First, so that a file which changes while others are read is noticed.
+    # Stamps come first, so that a change while others are read is noticed.
     stamps = {path: file_digests.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
     digests = file_digests.sha256s(
@@ -122,39 +122,39 @@ class FilePieces(Pieces):
 
   def read(self, number: int) -> Iterator[Located]:
     """See `Pieces.read`."""
-    before = 0
+    bytes_before = 0
     for part in self._pieces[number]:
-      for own, text, read in self._documents(part, SPLITS):
+      for name, text, bytes_read in self._documents(part, SPLITS):
         for split in SPLITS:
-          if self._selection.own(split) == own:
-            yield Located(split, text, before + read)
-      before += part.span.size
+          if self._selection.name_of(split) == name:
+            yield Located(split, text, bytes_before + bytes_read)
+      bytes_before += part.span.size
 
   def documents(self, split: str) -> Iterator[str]:
     """The documents of one of our splits, of all pieces."""
-    own = self._selection.own(split)
+    name = self._selection.name_of(split)
     for piece in self._pieces:
       for part in piece:
-        for _, text, _ in self._documents(part, (own,)):
+        for _, text, _ in self._documents(part, (name,)):
           yield text
 
   def _documents(
-    self, part: Part, wanted: tuple[str, ...]
+    self, part: Part, splits: tuple[str, ...]
   ) -> Iterator[tuple[str, str, int]]:
-    """The wanted split of each document, its text, and the bytes read."""
-    if part.split in SPLITS and part.split not in wanted:
+    """The split, the text and the bytes read, of documents in `splits`."""
+    if part.split in SPLITS and part.split not in splits:
       return
     _check_stamp(part)
-    for text, read in document_files.read(part.span, self._field):
+    for text, bytes_read in document_files.read(part.span, self._field):
       if part.split == _LAST_TENTH:
         cut = int(len(text) * 0.9)
         texts = {'train': text[:cut], 'validation': text[cut:]}
       else:
         by_hash = part.split == _BY_HASH
         texts = {split_of(text) if by_hash else part.split: text}
-      for split, own_text in texts.items():
-        if split in wanted:
-          yield split, own_text, read
+      for split, split_text in texts.items():
+        if split in splits:
+          yield split, split_text, bytes_read
     _check_stamp(part)
 
 
@@ -182,12 +182,12 @@ def matching(pattern: str) -> list[pathlib.Path]:
 def _parts(path: pathlib.Path, split: str, stamp: list[int]) -> Iterator[Part]:
   """The parts of a file with their splits."""
   cut = stamp[0] * 9 // 10
-  also = [cut] if split == _LAST_TENTH else []
-  for span in document_files.spans(path, PIECE_BYTES, also):
-    own = split
+  extra_cuts = [cut] if split == _LAST_TENTH else []
+  for span in document_files.spans(path, PIECE_BYTES, extra_cuts):
+    part_split = split
     if split == _LAST_TENTH and not span.whole:
-      own = 'train' if span.begin < cut else 'validation'
-    yield Part(span, own, stamp)
+      part_split = 'train' if span.begin < cut else 'validation'
+    yield Part(span, part_split, stamp)
 
 
 def _file_splits(
@@ -210,8 +210,8 @@ def _file_splits(
 
   # The lowest rank is always held out and the highest never, so no split is
   # empty.
-  lowest, *others = sorted(paths, key=rank)
-  highest = others[-1]
-  held_out = {p for p in others if p != highest and rank(p)[0] < 256 // 10}
+  lowest, *higher = sorted(paths, key=rank)
+  highest = higher[-1]
+  held_out = {p for p in higher if p != highest and rank(p)[0] < 256 // 10}
   held_out.add(lowest)
   return {p: 'validation' if p in held_out else 'train' for p in paths}

@@ -67,7 +67,7 @@ class InstructionSource(SourceOptions):
       ValueError: A package that the task needs is missing, or a split is
         neither of our two.
     """
-    return list(self._examples(selection.own('validation')))
+    return list(self._examples(selection.name_of('validation')))
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """Instructions and answers; no question is in both splits.
@@ -85,8 +85,8 @@ class InstructionSource(SourceOptions):
     sizes = self.num_train, self.num_validation
 
     def of_split(split: str) -> Iterator[Pair]:
-      examples = self._examples(selection.own(split))
-      return ((each.inputs, each.target) for each in examples)
+      examples = self._examples(selection.name_of(split))
+      return ((question.inputs, question.target) for question in examples)
 
     shots = f', {self.num_shots} shots' * bool(self.num_shots)
     return Pairs(

@@ -73,10 +73,10 @@ class JsonlSource(SourceOptions):
         )
 
     def of_split(split: str) -> Iterator[Pair]:
-      own = selection.own(split)
+      name = selection.name_of(split)
       for path in paths:
         for _, pairs in _lines(path):
-          if _split(pairs) == own:
+          if _split(pairs) == name:
             yield from pairs
 
     return Pairs(
@@ -108,7 +108,7 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
 
   Args:
     value: The value of the line.
-    where: What names the line, for messages.
+    where: Name of the line, for messages.
 
   Raises:
     ValueError: The value is no example.
@@ -129,7 +129,7 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
 def conversation(messages: Any, where: str) -> list[Pair]:
   """A pair for every answer: all that precedes it, and the answer.
 
-  A message before an answer is told as `user: Hello`, each in a line.
+  A message before an answer is written as `user: Hello`, each in a line.
 
   Raises:
     ValueError: The messages are no conversation with an answer.
@@ -138,24 +138,24 @@ def conversation(messages: Any, where: str) -> list[Pair]:
     raise ValueError(f'{where}: messages are no list')
   pairs, before = [], []
   for number, message in enumerate(messages):
-    place = f'{where}: messages[{number}]'
+    entry = f'{where}: messages[{number}]'
     if not isinstance(message, dict) or not {'role', 'content'} <= set(message):
-      raise ValueError(f"{place} is no object with 'role' and 'content'")
+      raise ValueError(f"{entry} is no object with 'role' and 'content'")
     role, content = message['role'], message['content']
     if role not in ROLES:
-      raise ValueError(f'{place}: {unknown("role", role, ROLES)}')
-    _check_text(content, f'{place}.content')
+      raise ValueError(f'{entry}: {unknown("role", role, ROLES)}')
+    _check_text(content, f'{entry}.content')
     if role == _ANSWERS:
       if not before:
-        raise ValueError(f'{place} is an answer, and nothing precedes it')
-      pairs.append((told(before), content))
+        raise ValueError(f'{entry} is an answer, and nothing precedes it')
+      pairs.append((transcript(before), content))
     before.append((role, content))
   if not pairs:
     raise ValueError(f'{where}: no message is of role {_ANSWERS!r}')
   return pairs
 
 
-def told(messages: Sequence[tuple[str, str]]) -> str:
+def transcript(messages: Sequence[tuple[str, str]]) -> str:
   """The text of messages before an answer."""
   return '\n'.join(f'{role}: {content}' for role, content in messages)
 

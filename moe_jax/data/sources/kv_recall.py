@@ -53,7 +53,7 @@ class KvRecallSource(SourceOptions):
     return Pairs(
       f'synthetic: {count} random keys and values, the same in both splits',
       f'kv_recall {FORMAT} {count} {selection.splits}',
-      lambda split: iter(pairs(count, selection.own(split))),
+      lambda split: iter(pairs(count, selection.name_of(split))),
     )
 
 

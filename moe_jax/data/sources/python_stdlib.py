@@ -187,8 +187,10 @@ def reader(
     )
 
   def read(split):
-    own = tfds_reader.own_builder(folder, make, digests=selection.cache_digests)
-    return tfds_reader.texts(own, selection.own(split), features)
+    prepared = tfds_reader.own_builder(
+      folder, make, digests=selection.cache_digests
+    )
+    return tfds_reader.texts(prepared, selection.name_of(split), features)
 
   return read
 
@@ -209,10 +211,10 @@ def source_files(
   Raises:
     ValueError: A module is in neither list.
   """
-  known = MODULES + OPTIONAL_MODULES
+  possible = MODULES + OPTIONAL_MODULES
   for module in modules:
-    if module not in known:
-      raise unknown('standard-library module', module, known)
+    if module not in possible:
+      raise unknown('standard-library module', module, possible)
   root = root or pathlib.Path(sysconfig.get_path('stdlib'))
   paths = {}
   for module in set(modules):
@@ -227,17 +229,17 @@ def source_files(
       continue
 
 
-def first_bytes(texts: Iterable[str], number: int) -> Iterator[str]:
+def first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:
   """The first texts, of so many bytes in UTF-8; 0 takes all.
 
   The last text is cut; where the cut is within a character, it is left out.
   """
-  left = number
+  bytes_left = num_bytes
   for text in texts:
     content = text.encode()
-    yield content[:left].decode(errors='ignore') if number else text
-    left -= len(content)
-    if number and left <= 0:
+    yield content[:bytes_left].decode(errors='ignore') if num_bytes else text
+    bytes_left -= len(content)
+    if num_bytes and bytes_left <= 0:
       return
 
 

@@ -64,8 +64,8 @@ class PythonStdlibDocstrings(python_stdlib.StdlibBuilder):
 
   def _examples(self, name, text):
     for line, inputs, targets in documented_functions(text):
-      place = f'{name}:{line}'
-      yield place, {'inputs': inputs, 'targets': targets, 'name': place}
+      key = f'{name}:{line}'
+      yield key, {'inputs': inputs, 'targets': targets, 'name': key}
 
 
 def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
@@ -105,6 +105,6 @@ def _without_docstring(
   last = cast(int, docstring.end_lineno) - 1
   tail = lines[last].encode()[docstring.end_col_offset :]
   rest = head + tail.decode().lstrip().removeprefix(';').lstrip()
-  kept = [*before, rest, *after] if rest.strip() else [*before, *after]
+  source = [*before, rest, *after] if rest.strip() else [*before, *after]
   indent = ' ' * node.col_offset
-  return '\n'.join(line.removeprefix(indent) for line in kept)
+  return '\n'.join(line.removeprefix(indent) for line in source)

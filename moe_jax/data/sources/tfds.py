@@ -82,7 +82,7 @@ class TfdsSource(SourceOptions):
       lambda split: (
         text
         for (text,) in self._read(
-          builder, selection.own(split), ['text_feature']
+          builder, selection.name_of(split), ['text_feature']
         )
       ),
     )
@@ -100,7 +100,7 @@ class TfdsSource(SourceOptions):
       f'tfds:{builder.info.full_name} ({" to ".join(features)})',
       f'{tfds_reader.identity(builder)} pairs {selection.splits} {features}',
       lambda split: cast(
-        Any, self._read(builder, selection.own(split), options)
+        Any, self._read(builder, selection.name_of(split), options)
       ),
     )
 
@@ -129,7 +129,7 @@ class TfdsSource(SourceOptions):
       )
     features = self.image_feature, self.label_feature
     splits = {
-      split: tfds_reader.images(builder, selection.own(split), *features)
+      split: tfds_reader.images(builder, selection.name_of(split), *features)
       for split in SPLITS
     }
     canvas = shape[0] + 2 * self.max_shift, shape[1] + 2 * self.max_shift

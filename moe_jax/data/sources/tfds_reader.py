@@ -27,7 +27,7 @@ from moe_jax.options import unknown
 
 Builder = tfds.core.DatasetBuilder
 _OPEN = getattr(downloader, '_open_with_requests', lambda url: None)
-_RETRIES = 3  # of a download, within about 3 s
+_RETRIES = 3  # retries of a download, within about 3 s
 _TIMEOUTS = (5, 60)  # seconds for a connection, and between parts of a file
 
 
@@ -39,7 +39,7 @@ def prepared_builder(name: str) -> Builder:
   """
   data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   data_dir = os.path.expanduser(data_dir)
-  elsewhere = (
+  advice = (
     'prepare it on a machine with TensorFlow, by tfds.builder('
     f"{name!r}, file_format='array_record').download_and_prepare(), and set "
     f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
@@ -58,15 +58,15 @@ def prepared_builder(name: str) -> Builder:
   except tfds.core.DatasetNotFoundError as error:
     raise ValueError(
       f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
-      f'nor can it be prepared without TensorFlow; if it exists, {elsewhere}'
+      f'nor can it be prepared without TensorFlow; if it exists, {advice}'
     ) from error
   except Exception as error:  # builders and downloads raise any exception
-    said = str(error).strip()
+    reason = str(error).strip()
     if isinstance(error, requests.exceptions.ConnectionError):
-      said = f'no connection to {_host(error)}'
+      reason = f'no connection to {_host(error)}'
     raise ValueError(
       f'TFDS dataset {name!r} could not be prepared here '
-      f'({type(error).__name__}: {said}); {elsewhere}'
+      f'({type(error).__name__}: {reason}); {advice}'
     ) from error
   return builder
 

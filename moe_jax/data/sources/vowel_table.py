@@ -67,7 +67,7 @@ def _token(file, number: int, fields: Sequence[str]) -> Token | None:
   """The token of a line of group, ..., speaker, number, phoneme, F0, F1, ..."""
   try:
     speaker, phoneme, (f1, f2) = fields[-7], fields[-5], fields[-3:-1]
-    return _made(int(speaker), phoneme, f1, f2)
+    return _vowel_token(int(speaker), phoneme, f1, f2)
   except (IndexError, ValueError) as error:
     raise ValueError(
       f'{file}, line {number}: {" ".join(fields)!r} is not group, speaker, '
@@ -86,7 +86,7 @@ def _with_names(file, lines) -> list[Token | None]:
     try:
       values = (row[name] for name in ('speaker', 'vowel', 'f1', 'f2'))
       speaker, vowel, f1, f2 = values
-      tokens.append(_made(int(speaker), vowel, f1, f2))
+      tokens.append(_vowel_token(int(speaker), vowel, f1, f2))
     except KeyError as error:
       raise unknown(f'column of {file}:', error.args[0], row) from error
     except (TypeError, ValueError) as error:
@@ -94,7 +94,7 @@ def _with_names(file, lines) -> list[Token | None]:
   return tokens
 
 
-def _made(speaker: int, phoneme: str, f1: str, f2: str) -> Token | None:
+def _vowel_token(speaker: int, phoneme: str, f1: str, f2: str) -> Token | None:
   """The token of these fields; None if it is none of the four vowels."""
   code = phoneme.strip('*').lower()
   if code not in ALL_CODES:

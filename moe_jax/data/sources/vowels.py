@@ -113,9 +113,9 @@ class Vowels(ClassSource):
     if split not in self._speakers:
       raise unknown('split', split, SPLITS)
     speakers = set(self._speakers[split])
-    mine = [token for token in self.tokens if token.speaker in speakers]
-    features = np.array([token.formants for token in mine], np.float32) / 1000
-    return Examples(features, np.array([t.vowel for t in mine], np.int32))
+    tokens = [token for token in self.tokens if token.speaker in speakers]
+    features = np.array([token.formants for token in tokens], np.float32) / 1000
+    return Examples(features, np.array([t.vowel for t in tokens], np.int32))
 
 
 class Drawn(Vowels):
@@ -137,10 +137,10 @@ class Drawn(Vowels):
         speaker += 1
         shift = mix @ rng.standard_normal(2) * OF_SPEAKER
         for vowel, mean in enumerate(MEANS[group]):
-          own = rng.standard_normal(2) * OF_VOWEL
+          vowel_shift = rng.standard_normal(2) * OF_VOWEL
           for _ in range(REPETITIONS):
-            said = shift + own + rng.standard_normal(2) * OF_TOKEN
-            f1, f2 = (np.array(mean) * np.exp(said)).tolist()
+            log_factor = shift + vowel_shift + rng.standard_normal(2) * OF_TOKEN
+            f1, f2 = (np.array(mean) * np.exp(log_factor)).tolist()
             tokens.append(Token(speaker, vowel, (f1, f2), misheard=False))
     name = 'vowels, drawn around the means of Peterson and Barney 1952'
     super().__init__(name, tokens)

@@ -105,10 +105,10 @@ class ClassRows(Rows):
       for i, epoch in zip(np.where(real, indices, 0), epochs, strict=True)
     ]
     features = np.concatenate(drawn)
-    there = real.reshape(-1, *[1] * (features.ndim - 1))
+    mask = real.reshape(-1, *[1] * (features.ndim - 1))
     labels = self._labels[np.where(real, indices, 0)] * real
     return {
-      'features': features * there.astype(np.float32),
+      'features': features * mask.astype(np.float32),
       'targets': labels[:, None].astype(np.int32),
       'segment_ids': real[:, None].astype(np.int32),
       'loss_weights': real[:, None].astype(np.float32),

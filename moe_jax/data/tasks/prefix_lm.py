@@ -36,8 +36,8 @@ class PrefixLmTask(TextTask):
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
     """See `TokenTask.rows`."""
-    ends = tokenizer.eos_id if shape.encoder_decoder else None
-    windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=ends)
+    eos_id = tokenizer.eos_id if shape.encoder_decoder else None
+    windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=eos_id)
     return DenoisedRows(*stream, windows, pack=shape.pack)
 
 
@@ -75,14 +75,14 @@ class PrefixLM(WindowTask):
     """
     if not 0 < self.density < 1:
       raise ValueError(f'density={self.density} of a suffix not in (0, 1)')
-    tried = np.arange(2, self.layout.longest_text + 1)
-    shortest, longest = self.suffixes(tried)
-    fits = (shortest <= longest) & self.layout.fits(self.lengths(tried))
+    sizes = np.arange(2, self.layout.longest_text + 1)
+    shortest, longest = self.suffixes(sizes)
+    fits = (shortest <= longest) & self.layout.fits(self.lengths(sizes))
     if not fits.any():
       raise ValueError(
         f'rows of {self.layout.describe()} are too short for a prefix LM'
       )
-    return int(tried[fits][-1])
+    return int(sizes[fits][-1])
 
   def suffixes(
     self, n: Int[np.ndarray, ' P']
@@ -107,12 +107,12 @@ class PrefixLM(WindowTask):
   ) -> Example:
     """One example of the window."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
-    at = len(window) - generator.integers(shortest, longest, endpoint=True)
+    split = len(window) - generator.integers(shortest, longest, endpoint=True)
     mode, eos = (
       [] if mark is None else [mark] for mark in (self.mode_id, self.eos_id)
     )
-    inputs = np.concatenate([mode, window[:at], eos])
-    return Example(inputs.astype(np.int32), window[at:].astype(np.int32))
+    inputs = np.concatenate([mode, window[:split], eos])
+    return Example(inputs.astype(np.int32), window[split:].astype(np.int32))
 
   @property
   def _marks(self) -> int:

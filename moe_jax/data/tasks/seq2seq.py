@@ -101,11 +101,11 @@ class PairRows(ExampleRows):
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
     self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.
-    wanted = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
-    lengths = layout.cut(*wanted)
+    uncut = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
+    lengths = layout.cut(*uncut)
     self._lengths = lengths
-    lost = (lengths.inputs < wanted[0]) | (lengths.targets < wanted[1])
-    self.truncated = int(lost.sum())
+    is_cut = (lengths.inputs < uncut[0]) | (lengths.targets < uncut[1])
+    self.truncated = int(is_cut.sum())
     super().__init__(lengths, layout, pack=pack)
 
   def counts(self) -> dict[str, int]:

@@ -109,17 +109,17 @@ class SpanCorruption(WindowTask):
         f'mean_noise_span={self.mean_span} below 1'
       )
     # Every token of a window is in the inputs or in the targets.
-    tried = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
-    window = int(self.layout.fits(self.lengths(tried)).sum())
+    sizes = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
+    window = int(self.layout.fits(self.lengths(sizes)).sum())
     if window < 2:
       raise ValueError(
         f'rows of {self.layout.describe()} are too short for span corruption'
       )
     _, spans = noise_counts(np.array([window]), self.density, self.mean_span)
-    needed = int(spans[0]) + self.final_sentinel
-    if needed > len(self.sentinels):
+    num_needed = int(spans[0]) + self.final_sentinel
+    if num_needed > len(self.sentinels):
       raise ValueError(
-        f'num_sentinels={len(self.sentinels)} is below the {needed} that a '
+        f'num_sentinels={len(self.sentinels)} is below the {num_needed} that a '
         f'window of {window} tokens needs at noise_density={self.density} and '
         f'mean_noise_span={self.mean_span}'
       )
@@ -141,7 +141,7 @@ class SpanCorruption(WindowTask):
     mask = noise_mask(len(window), generator, self.density, self.mean_span)
     sentinels = np.array(self.sentinels, np.int32)
     inputs, targets = corrupt(window, mask, sentinels)
-    last = [] if not self.final_sentinel else [sentinels[_spans(mask).sum()]]
+    last = [] if not self.final_sentinel else [sentinels[_begins(mask).sum()]]
     mode = [] if self.mode_id is None else [self.mode_id]
     return Example(
       np.concatenate([mode, inputs, [self.eos_id]]).astype(np.int32),
@@ -174,12 +174,12 @@ def noise_mask(
   """
   counts = noise_counts(np.array([n]), density, mean_span)
   noise, spans = (int(count[0]) for count in counts)
-  cut = _parts(noise, spans, generator)
+  noise_lengths = _random_partition(noise, spans, generator)
   # The first and the last stretch of kept tokens may be empty.
-  kept = _parts(n - noise + 2, spans + 1, generator)
-  kept[[0, -1]] -= 1
+  kept_lengths = _random_partition(n - noise + 2, spans + 1, generator)
+  kept_lengths[[0, -1]] -= 1
   lengths = np.zeros(2 * spans + 1, np.int64)
-  lengths[0::2], lengths[1::2] = kept, cut
+  lengths[0::2], lengths[1::2] = kept_lengths, noise_lengths
   return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
 
 
@@ -193,7 +193,7 @@ def corrupt(
   A sentinel replaces each span among the kept tokens, and precedes the span's
   tokens among the others.
   """
-  begins = _spans(mask)
+  begins = _begins(mask)
   marks = sentinels[np.maximum(np.cumsum(begins) - 1, 0)]
   # For every token a sentinel before it and itself, from which masks choose.
   pairs = np.stack([marks, window], axis=1)
@@ -202,12 +202,12 @@ def corrupt(
   return inputs, targets
 
 
-def _spans(mask: np.ndarray) -> np.ndarray:
+def _begins(mask: np.ndarray) -> np.ndarray:
   """A mask that is True at the first token of each span."""
   return mask & ~np.append(False, mask[:-1])
 
 
-def _parts(total: int, count: int, generator: np.random.Generator):
+def _random_partition(total: int, count: int, generator: np.random.Generator):
   """`count` positive numbers of sum `total`, every choice equally likely."""
   cuts = generator.choice(total - 1, count - 1, replace=False)
   return np.diff(np.sort(cuts) + 1, prepend=0, append=total)

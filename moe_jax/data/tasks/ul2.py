@@ -110,13 +110,13 @@ class Ul2Task(TextTask):
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
     """See `TokenTask.rows`."""
-    named = cast(Extended, tokenizer)
+    extended = cast(Extended, tokenizer)
     windows = mixture(
       [Denoiser(*denoiser) for denoiser in self.denoisers],
       shape.layout(tokenizer.start_id),
       sentinels=tokenizer.sentinel_ids[: self.num_sentinels],
       eos_id=cast(int, tokenizer.eos_id),
-      mode_ids={mode: named.token_id(mode_name(mode)) for mode in MODES},
+      mode_ids={mode: extended.token_id(mode_name(mode)) for mode in MODES},
       final_sentinel=self.final_sentinel,
       end_prefix=shape.encoder_decoder,
     )
@@ -151,8 +151,8 @@ class Mixture(WindowTask):
 
   def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
     """The largest lengths of examples of `n` tokens by any denoiser."""
-    each = [task.lengths(n) for task in self.tasks]
-    return Lengths(*(np.max(side, axis=0) for side in zip(*each)))
+    by_task = [task.lengths(n) for task in self.tasks]
+    return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))
 
   def __call__(
     self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator

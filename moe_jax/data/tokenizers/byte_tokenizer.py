@@ -28,8 +28,8 @@ class Bytes(Tokenizer, kind='bytes'):
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     ids = self._in_vocabulary(ids)
-    kept = ids[ids != self.eos_id].astype(np.uint8)
-    return kept.tobytes().decode(errors='replace')
+    text_bytes = ids[ids != self.eos_id].astype(np.uint8)
+    return text_bytes.tobytes().decode(errors='replace')
 
   def token_name(self, token: Token) -> str:
     """The character of an ASCII byte, or else the hexadecimal number."""
@@ -63,5 +63,5 @@ class BytesOptions(TokenizerOptions):
     return Bytes()
 
   def known_vocab_size(self) -> int:
-    """257, for the 256 bytes and the EOS."""
+    """V = 257, for the 256 bytes and the EOS."""
     return Bytes.vocab_size

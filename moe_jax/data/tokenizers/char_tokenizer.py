@@ -42,19 +42,19 @@ class Chars(Tokenizer, kind='chars'):
     unseen = np.flatnonzero(self._points[ids] != points)
     if unseen.size:
       raise ValueError(
-        self._unseen(collections.Counter(text[i] for i in unseen))
+        self._unseen_message(collections.Counter(text[i] for i in unseen))
       )
     return ids.astype(np.int32)
 
-  def _unseen(self, counts: collections.Counter[str]) -> str:
-    named = ', '.join(
+  def _unseen_message(self, counts: collections.Counter[str]) -> str:
+    examples = ', '.join(
       f'{character!r} ({count} times)' if count > 1 else repr(character)
       for character, count in counts.most_common(_NAMED)
     )
     more = f' and {len(counts) - _NAMED} more' * (len(counts) > _NAMED)
     noun = 'character' if len(counts) == 1 else f'{len(counts)} characters'
     return (
-      f'{noun} {named}{more} not in the vocabulary of {self.vocab_size} '
+      f'{noun} {examples}{more} not in the vocabulary of {self.vocab_size} '
       'characters, those of the corpus that it was made of; replace them in '
       "the text, or train on bytes (tokenizer 'bytes'), which know every text"
     )

@@ -29,7 +29,7 @@ from moe_jax.data.tokenizers.chat_child import LENGTH
 Message = Mapping[str, Any]
 PROGRAM = pathlib.Path(__file__).with_name('chat_child.py')
 # Modules that the program needs besides the standard library.
-_NEEDS = ('jinja2', 'markupsafe')
+_MODULES = ('jinja2', 'markupsafe')
 # No other variable of the environment is seen by a template's process.
 _ENVIRONMENT = ('TZ', 'LD_LIBRARY_PATH', 'DYLD_LIBRARY_PATH')
 
@@ -80,13 +80,13 @@ def render(
       bounds of `Limits`; or a value is not of JSON.
   """
   tokens = {f'{role}_token': name for role, name in names.items()}
-  given = {
+  template_values = {
     'messages': [dict(message) for message in messages],
     'add_generation_prompt': add_generation_prompt,
     **tokens,
     **variables,
   }
-  return RENDERER.render(template, given, Limits())
+  return RENDERER.render(template, template_values, Limits())
 
 
 class Renderer:
@@ -110,13 +110,13 @@ class Renderer:
     self, template: str, variables: Mapping[str, Any], limits: Limits
   ) -> str:
     """The text; see the function `render`."""
-    asked = {
+    fields = {
       'template': template,
       'variables': variables,
       'limits': dataclasses.asdict(limits),
     }
     try:
-      request = json.dumps(asked).encode()
+      request = json.dumps(fields).encode()
     except (TypeError, ValueError, RecursionError) as error:
       raise ValueError(
         f'messages and variables of a chat have to be JSON values: {error}'
@@ -137,9 +137,9 @@ class Renderer:
           self.stop()
           return {'error': f'{sys.executable!r} cannot be started: {error}'}
       end = time.monotonic() + limits.wall_seconds
-      line = cast(socket.socket, self._socket)
-      line.settimeout(limits.wall_seconds)
-      line.sendall(LENGTH.pack(len(request)) + request)
+      connection = cast(socket.socket, self._socket)
+      connection.settimeout(limits.wall_seconds)
+      connection.sendall(LENGTH.pack(len(request)) + request)
       (size,) = LENGTH.unpack(self._receive(LENGTH.size, end))
       # A character is at most twelve bytes of JSON.
       if size > 12 * limits.text_length + 2**12:
@@ -149,31 +149,31 @@ class Renderer:
       self.stop()
       return {'error': f'no answer in {limits.wall_seconds:g} s'}
     except (OSError, EOFError):
-      return {'error': self._ended(limits)}
+      return {'error': self._end_reason(limits)}
     except BaseException:
       # A half-read answer would be that of the next request.
       self.stop()
       raise
 
   def _receive(self, size: int, end: float) -> bytes:
-    received, line = bytearray(), cast(socket.socket, self._socket)
+    received, connection = bytearray(), cast(socket.socket, self._socket)
     while len(received) < size:
-      line.settimeout(max(end - time.monotonic(), 1e-3))
-      part = line.recv(min(size - len(received), 2**20))
-      if not part:
+      connection.settimeout(max(end - time.monotonic(), 1e-3))
+      block = connection.recv(min(size - len(received), 2**20))
+      if not block:
         raise EOFError
-      received += part
+      received += block
     return bytes(received)
 
   def _start(self) -> None:
     self.stop()
-    ours, theirs = socket.socketpair()
-    specs: list[Any] = [importlib.util.find_spec(name) for name in _NEEDS]
+    own_end, child_end = socket.socketpair()
+    specs: list[Any] = [importlib.util.find_spec(name) for name in _MODULES]
     folders = [str(pathlib.Path(spec.origin).parents[1]) for spec in specs]
-    with theirs:
+    with child_end:
       self._process = subprocess.Popen(
-        [sys.executable, '-I', str(PROGRAM), str(theirs.fileno()), *folders],
-        pass_fds=[theirs.fileno()],
+        [sys.executable, '-I', str(PROGRAM), str(child_end.fileno()), *folders],
+        pass_fds=[child_end.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -181,10 +181,10 @@ class Renderer:
         cwd='/',
         start_new_session=True,  # Ctrl-C is for this process alone
       )
-    self._socket = ours
+    self._socket = own_end
 
-  def _ended(self, limits: Limits) -> str:
-    """Why the process ended before it answered; it is stopped in any case."""
+  def _end_reason(self, limits: Limits) -> str:
+    """The reason why the process ended; it is stopped in any case."""
     status = None
     if self._process is not None:
       with contextlib.suppress(subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ import struct
 import sys
 
 LENGTH = struct.Struct('>Q')
-_ORPHANED_SECONDS = 5  # how often a process that waits looks for its parent
+_ORPHANED_SECONDS = 5  # between a waiting process's looks for its parent
 _SHOWN = 300  # characters of a template's own message
 
 
@@ -82,15 +82,15 @@ def _receive(descriptor: int, parent: int) -> bytes:
 
 def _answer(environment, request: bytes) -> bytes:
   """The text of a conversation or the reason why there is none, as JSON."""
-  asked = json.loads(request)
-  limits = asked['limits']
+  fields = json.loads(request)
+  limits = fields['limits']
   _limit(resource.RLIMIT_AS, limits['memory_bytes'])
   used = resource.getrusage(resource.RUSAGE_SELF)
   spent = int(used.ru_utime + used.ru_stime)
   _limit(resource.RLIMIT_CPU, spent + 1 + limits['cpu_seconds'])
   try:
-    template = environment.from_string(asked['template'])
-    answer = {'text': template.render(**asked['variables'])}
+    template = environment.from_string(fields['template'])
+    answer = {'text': template.render(**fields['variables'])}
     length = len(answer['text'])
     if length > limits['text_length']:
       answer = {'error': f'it gives a text of {length} characters'}
@@ -99,20 +99,20 @@ def _answer(environment, request: bytes) -> bytes:
     answer = {'error': f'it needs more than {most} MiB of memory'}
   except RecursionError:
     answer = {'error': 'it is nested too deeply, or calls itself'}
-  except Exception as error:  # of Jinja, or of what the template calculates
+  except Exception as error:  # Jinja, or a call in the template, raises any
     message = ' '.join(str(error)[:_SHOWN].split())
     shown = ''.join(c if c.isprintable() else '?' for c in message)
     answer = {'error': shown or type(error).__name__}
   return json.dumps(answer).encode()
 
 
-def _limit(which: int, most: int) -> None:
+def _limit(resource_id: int, most: int) -> None:
   """Sets a soft limit, where the system has it."""
   with contextlib.suppress(OSError, ValueError):
-    hard = resource.getrlimit(which)[1]
+    hard = resource.getrlimit(resource_id)[1]
     if hard != resource.RLIM_INFINITY:
       most = min(most, hard)
-    resource.setrlimit(which, (most, hard))
+    resource.setrlimit(resource_id, (most, hard))
 
 
 if __name__ == '__main__':

@@ -127,7 +127,7 @@ class Tokenizer(abc.ABC):
     pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
 
   def __reduce__(self):
-    """Pickled as its state, so that another process has an equal tokenizer."""
+    """The pickled form is the state, from which an equal tokenizer is made."""
     return type(self).from_state, (self.state(),)
 
   def _in_vocabulary(self, ids: Ids) -> np.ndarray:

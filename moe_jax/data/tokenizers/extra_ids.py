@@ -74,8 +74,8 @@ class Extended(Tokenizer, kind='extended'):
   @property
   def start_id(self) -> int | None:
     """The start id of the tokenizer, or else the EOS."""
-    own = self.base.start_id
-    return self.eos_id if own is None else own
+    base_start = self.base.start_id
+    return self.eos_id if base_start is None else base_start
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
@@ -115,9 +115,9 @@ class Extended(Tokenizer, kind='extended'):
 
     An added name in the text becomes its id.
     """
-    named = '|'.join(map(re.escape, self.names))
-    parts = re.split(f'({named})', text) if named else [text]
-    ids = [self._part(part, options) for part in parts if part]
+    name_pattern = '|'.join(map(re.escape, self.names))
+    pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
+    ids = [self._piece_ids(piece, options) for piece in pieces if piece]
     ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)
 
@@ -128,11 +128,11 @@ class Extended(Tokenizer, kind='extended'):
       ValueError: An id is outside [0, vocab_size).
     """
     ids = self._in_vocabulary(ids).tolist()
-    kept = [i for i in ids if i != self.eos_id]
-    runs = itertools.groupby(kept, lambda i: i >= self.base.vocab_size)
+    text_ids = [i for i in ids if i != self.eos_id]
+    runs = itertools.groupby(text_ids, lambda i: i >= self.base.vocab_size)
     return ''.join(
-      ''.join(map(self.token_name, run)) if named else self.base.decode([*run])
-      for named, run in runs
+      ''.join(map(self.token_name, run)) if added else self.base.decode([*run])
+      for added, run in runs
     )
 
   def token_name(self, token: Token) -> str:
@@ -156,10 +156,10 @@ class Extended(Tokenizer, kind='extended'):
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 
-  def _part(self, part: str, options: dict[str, Any]) -> np.ndarray:
-    if part in self.names:
-      return np.array([self.token_id(part)])
-    ids = self.base.encode_inputs(part, **options)
+  def _piece_ids(self, piece: str, options: dict[str, Any]) -> np.ndarray:
+    if piece in self.names:
+      return np.array([self.token_id(piece)])
+    ids = self.base.encode_inputs(piece, **options)
     return ids[:-1] if ids.size and ids[-1] == self.eos_id else ids
 
 
@@ -182,14 +182,14 @@ def extend(
     modes: Modes of UL2, which get a token each.
     end_inputs: Whether inputs end in an EOS.
   """
-  own = len(base.sentinel_ids)
-  root, given = base, ()
+  num_own = len(base.sentinel_ids)
+  root, added = base, ()
   if isinstance(base, Extended):
-    root, given = base.base, base.names
+    root, added = base.base, base.names
   names = [] if base.eos_id is not None else [EOS]
-  names += [f'{_SENTINEL}{i}>' for i in range(own, num_sentinels)]
-  names += [name for name in map(mode_name, modes) if name not in given]
-  return Extended(root, [*given, *names], end_inputs=end_inputs)
+  names += [f'{_SENTINEL}{i}>' for i in range(num_own, num_sentinels)]
+  names += [name for name in map(mode_name, modes) if name not in added]
+  return Extended(root, [*added, *names], end_inputs=end_inputs)
 
 
 def without_endings(tokenizer: Tokenizer) -> Tokenizer:

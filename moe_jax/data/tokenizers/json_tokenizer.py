@@ -67,14 +67,14 @@ class Json(Tokenizer, kind='json'):
   def __init__(self, text: str, special: SpecialTokens | None = None):
     self._model = read_model(text)
     self._model.encode_special_tokens = True
-    # Another copy, as the flag above is a setting of the model.
+    # Prompts need a copy, as the flag above is a setting of the model.
     self._prompts = read_model(text)
     self._vocabulary = vocabulary_of(self._model)
     self.vocab_size = max(self._vocabulary.values()) + 1
-    self._given = special
+    self._saved_special = special
     if special is None:
-      known = [self._vocabulary.get(name) for name in EOS_NAMES]
-      special = SpecialTokens(eos=tuple(i for i in known if i is not None)[:1])
+      ids = [self._vocabulary.get(name) for name in EOS_NAMES]
+      special = SpecialTokens(eos=tuple(i for i in ids if i is not None)[:1])
     if problems := list(special.problems(self.vocab_size)):
       raise ValueError('special tokens: ' + '; '.join(problems))
     self.special = special
@@ -88,9 +88,9 @@ class Json(Tokenizer, kind='json'):
     self.identity = f'json:{digest(self._model.to_str() + self._roles())}'
 
   def _roles(self) -> str:
-    if self._given is None:
+    if self._saved_special is None:
       return ''
-    roles = {**self._given.to_json(), 'chat_template': '', 'names': {}}
+    roles = {**self._saved_special.to_json(), 'chat_template': '', 'names': {}}
     return json.dumps(roles, sort_keys=True)
 
   @classmethod
@@ -102,18 +102,18 @@ class Json(Tokenizer, kind='json'):
     """
     path = plain(folder, 'tokenizer.json')
     if path is None:
-      others = [name for name in SENTENCEPIECE if plain(folder, name)]
-      only = f', only {others[0]}' if others else ''
-      named = ''
-      if others:
-        named = (
+      models = [name for name in SENTENCEPIECE if plain(folder, name)]
+      note = f', only {models[0]}' if models else ''
+      advice = ''
+      if models:
+        advice = (
           '; or name it, --config.data.tokenizer.kind=file '
-          f'--config.data.tokenizer.file.path={folder / others[0]}'
+          f'--config.data.tokenizer.file.path={folder / models[0]}'
         )
       raise ValueError(
-        f'{folder} has no tokenizer.json{only}. Make one where transformers '
+        f'{folder} has no tokenizer.json{note}. Make one where transformers '
         'and sentencepiece are installed: AutoTokenizer.from_pretrained('
-        f'{str(folder)!r}).save_pretrained({str(folder)!r}){named}'
+        f'{str(folder)!r}).save_pretrained({str(folder)!r}){advice}'
       )
     try:
       text = read_text(path)
@@ -220,8 +220,8 @@ class Json(Tokenizer, kind='json'):
   def state(self) -> dict[str, Any]:
     """The whole model and, where they were given, the special tokens."""
     saved = {'model': json.loads(self._model.to_str())}
-    if self._given is not None:
-      saved['special'] = self._given.to_json()
+    if self._saved_special is not None:
+      saved['special'] = self._saved_special.to_json()
     return saved
 
   @classmethod

@@ -92,39 +92,39 @@ def from_folder(
   Raises:
     ValueError: A file is no plain file or no JSON object.
   """
-  ours = read_json(folder / 'tokenizer_config.json')
-  older = read_json(folder / 'special_tokens_map.json')
+  tokens_config = read_json(folder / 'tokenizer_config.json')
+  tokens_map = read_json(folder / 'special_tokens_map.json')
   config = read_json(folder / 'config.json')
-  ids = {**config, **_set(read_json(folder / 'generation_config.json'))}
+  ids = {**config, **_not_none(read_json(folder / 'generation_config.json'))}
   names = {}
   for role in _NAMES:
     key = f'{role}_token'
-    name = _content(ours.get(key)) or _content(older.get(key))
+    name = _content(tokens_config.get(key)) or _content(tokens_map.get(key))
     if name:
       names[role] = name
 
-  def one(role):
-    given = ids.get(f'{role}_token_id')
-    if given is not None:
-      return given
+  def token_id(role):
+    config_id = ids.get(f'{role}_token_id')
+    if config_id is not None:
+      return config_id
     name = names.get(role)
     return vocabulary.get(name) if isinstance(name, str) else None
 
-  eos = one('eos')
+  eos = token_id('eos')
   eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
   return SpecialTokens(
-    bos=one('bos'),
+    bos=token_id('bos'),
     eos=eos,
-    pad=one('pad'),
+    pad=token_id('pad'),
     start=ids.get('decoder_start_token_id'),
     forced_bos=ids.get('forced_bos_token_id'),
     vocab_size=config.get('vocab_size', 0),
     names=names,
-    chat_template=_chat_template(folder, ours.get('chat_template')),
+    chat_template=_chat_template(folder, tokens_config.get('chat_template')),
   )
 
 
-def _set(values: dict[str, Any]) -> dict[str, Any]:
+def _not_none(values: dict[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in values.items() if value is not None}
 
 
@@ -137,14 +137,14 @@ def _content(token: Any) -> Any:
   return token.get('content', '') if isinstance(token, dict) else token or ''
 
 
-def _chat_template(folder: pathlib.Path, given: Any) -> Any:
+def _chat_template(folder: pathlib.Path, template: Any) -> Any:
   """The template in its own file, or else in `tokenizer_config.json`."""
   path = plain(folder, 'chat_template.jinja')
   if path is not None:
     return read_text(path)
-  if isinstance(given, list):  # several templates, each with a name
-    named = [t for t in given if isinstance(t, dict)]
-    return {str(t.get('name')): t.get('template') for t in named}.get(
+  if isinstance(template, list):  # several templates, each with a name
+    templates = [t for t in template if isinstance(t, dict)]
+    return {str(t.get('name')): t.get('template') for t in templates}.get(
       'default', ''
     )
-  return given or ''
+  return template or ''

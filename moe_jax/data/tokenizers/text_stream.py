@@ -27,18 +27,18 @@ class TextStream:
 
   def __init__(self, tokenizer: Tokenizer, context: Iterable[Token] = ()):
     self._tokenizer = tokenizer
-    self._ids = [i for i in map(int, context) if self._known(i)][-_CONTEXT:]
+    self._ids = [i for i in map(int, context) if self._is_id(i)][-_CONTEXT:]
     self._settled = len(self._ids)  # ids whose text is complete and returned
-    self._said = len(self._text())  # characters that have been returned
+    self._returned = len(self._text())  # characters that have been returned
 
   def add(self, token: Token) -> str:
     """Returns the text that this token completes, which may be ''."""
-    if not self._known(int(token)):
+    if not self._is_id(int(token)):
       return ''
     self._ids.append(int(token))
     text = self._text()
-    complete = max(len(text) - _unfinished(text), self._said)
-    new, self._said = text[self._said : complete], complete
+    complete = max(len(text) - _unfinished(text), self._returned)
+    new, self._returned = text[self._returned : complete], complete
     if complete == len(text):
       self._forget()
     return new
@@ -46,10 +46,10 @@ class TextStream:
   def end(self) -> str:
     """Returns the rest, with bytes that never became a character."""
     text = self._text()
-    new, self._said = text[self._said :], len(text)
+    new, self._returned = text[self._returned :], len(text)
     return new
 
-  def _known(self, token: int) -> bool:
+  def _is_id(self, token: int) -> bool:
     return 0 <= token < self._tokenizer.vocab_size
 
   def _text(self) -> str:
@@ -59,7 +59,7 @@ class TextStream:
     """Drops the tokens on which the next token's text cannot depend."""
     self._ids = self._ids[self._settled :]
     self._settled = len(self._ids)
-    self._said = len(self._text())
+    self._returned = len(self._text())
 
 
 def _unfinished(text: str) -> int:

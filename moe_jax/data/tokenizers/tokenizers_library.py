@@ -21,7 +21,7 @@ def read_model(text: str) -> tokenizers.Tokenizer:
     model.no_truncation()
     model.no_padding()
   except BaseException as error:
-    raise _of_library('not a tokenizers JSON file', error) from None
+    raise _value_error('not a tokenizers JSON file', error) from None
   return model
 
 
@@ -44,7 +44,7 @@ def vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
 
 
 def encoded(
-  model: tokenizers.Tokenizer, text: str, **how: bool
+  model: tokenizers.Tokenizer, text: str, **options: bool
 ) -> tokenizers.Encoding:
   """The encoding of a text.
 
@@ -52,14 +52,14 @@ def encoded(
     ValueError: The model cannot encode it.
   """
   try:
-    return model.encode(text, **how)
+    return model.encode(text, **options)
   except BaseException as error:
-    what = f'the tokenizer cannot encode {text!r:.80}'
-    raise _of_library(what, error) from None
+    problem = f'the tokenizer cannot encode {text!r:.80}'
+    raise _value_error(problem, error) from None
 
 
-def _of_library(what: str, error: BaseException) -> BaseException:
-  """The library's bare Exceptions and panics of Rust as a ValueError."""
+def _value_error(problem: str, error: BaseException) -> BaseException:
+  """A ValueError for the library's bare Exceptions and panics of Rust."""
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
-    return ValueError(f'{what}: {first_line(error)}')
+    return ValueError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

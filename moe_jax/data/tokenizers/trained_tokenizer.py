@@ -33,7 +33,7 @@ MOST = 2**26
 class TrainedOptions(TokenizerOptions):
   """Options of a tokenizer that is trained on the texts of both splits.
 
-  Of more than `MOST` characters every second, fourth, ... document is taken.
+  With more than `MOST` characters every second, fourth, ... document is taken.
   """
 
   model: str = option(
@@ -71,17 +71,17 @@ def spread(texts: Iterable[str], most: int) -> list[str]:
     texts: The documents, which need not fit into memory.
     most: Number of characters that all may have; one document may have more.
   """
-  kept: list[str] = []
+  chosen: list[str] = []
   step, size = 1, 0
   for number, text in enumerate(texts):
     if number % step:
       continue
-    kept.append(text)
+    chosen.append(text)
     size += len(text)
-    while size > most and len(kept) > 1:
-      kept, step = kept[::2], 2 * step
-      size = sum(map(len, kept))
-  return kept
+    while size > most and len(chosen) > 1:
+      chosen, step = chosen[::2], 2 * step
+      size = sum(map(len, chosen))
+  return chosen
 
 
 def _bpe(texts: Iterable[str], vocab_size: int) -> Json:

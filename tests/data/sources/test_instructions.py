@@ -208,7 +208,7 @@ def test_generators_are_left_out():
 def test_dice_are_the_same_on_every_machine():
   dice = Dice('a')
   assert [dice.below(100) for _ in range(4)] == [27, 6, 59, 64]
-  assert sorted(Dice('b').some(range(5), 5)) == list(range(5))
+  assert sorted(Dice('b').sample(range(5), 5)) == list(range(5))
 
 
 def test_a_task_without_an_example_of_a_split():

@@ -18,18 +18,18 @@ _YES_NO = ('yes', 'no')
 
 
 def answers(
-  dice: Dice, right: str, others: Sequence[str], count: int
+  dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
   """Different answers in random order, the right one among them.
 
   Args:
     dice: The dice.
     right: The right answer.
-    others: Texts from which the wrong answers are taken.
+    texts: Texts from which the wrong answers are taken.
     count: Number of answers.
   """
-  wrong = [other for other in dict.fromkeys(others) if other != right]
-  return tuple(dice.some([right, *dice.some(wrong, count - 1)], count))
+  wrong = [text for text in dict.fromkeys(texts) if text != right]
+  return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
 
 def unnamed(function: Function) -> str:
@@ -63,9 +63,9 @@ def _parses(dice: Dice) -> Drawn:
 
 
 def _name_function(dice: Dice) -> Drawn:
-  some = shorter(110, 16, 72)
-  function = dice.one(some)
-  choices = answers(dice, function.name, [f.name for f in some], 4)
+  candidates = shorter(110, 16, 72)
+  function = dice.one(candidates)
+  choices = answers(dice, function.name, [f.name for f in candidates], 4)
   return Drawn(unnamed(function), function.name, choices, key=function.source)
 
 

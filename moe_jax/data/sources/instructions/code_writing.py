@@ -13,9 +13,9 @@ def _write_docstring(dice: Dice) -> Drawn:
 
 
 def _choose_docstring(dice: Dice) -> Drawn:
-  some = shorter(100, 40, 32)
-  function = dice.one(some)
-  choices = answers(dice, function.summary, [f.summary for f in some], 3)
+  candidates = shorter(100, 40, 32)
+  function = dice.one(candidates)
+  choices = answers(dice, function.summary, [f.summary for f in candidates], 3)
   return Drawn(function.source, function.summary, choices)
 
 
@@ -31,10 +31,10 @@ def _finish_line(dice: Dice) -> Drawn:
   function = dice.one(functions())
   lines = [line.rstrip() for line in function.source.split('\n')]
   long = [i for i, line in enumerate(lines) if len(line.strip()) > 12]
-  at = dice.one(long or [0])
-  line, words = lines[at], lines[at].lstrip()
+  index = dice.one(long or [0])
+  line, words = lines[index], lines[index].lstrip()
   cut = len(line) - (len(words) + 1) // 2
-  question = '\n'.join([*lines[:at], line[:cut]])
+  question = '\n'.join([*lines[:index], line[:cut]])
   return Drawn(question, line[cut:], key=function.source)
 
 

@@ -1,4 +1,4 @@
-"""The contract of tasks with instructions, and how their examples are told.
+"""The contract of tasks with instructions, and the texts of their examples.
 
 An example follows from the task, the split and its number alone. Not here: the
 tasks, one file for each cluster.
@@ -38,7 +38,7 @@ class Dice:
     """One of the items."""
     return items[self.below(len(items))]
 
-  def some(self, items: Sequence[T], count: int) -> list[T]:
+  def sample(self, items: Sequence[T], count: int) -> list[T]:
     """Different items, in random order."""
     rest = list(items)
     return [rest.pop(self.below(len(rest))) for _ in range(count)]
@@ -79,7 +79,7 @@ class InstructionTask:
     name: Its name.
     cluster: Name of the cluster of similar tasks.
     templates: Instructions, three or more, each with `{question}` in it.
-    draw: Function that draws what is asked.
+    draw: Function that draws a question and its answer.
     metric: Name of the score of an answer that is no choice.
     needs: Python package without which the task cannot be used; '' for none.
   """
@@ -126,15 +126,15 @@ class InstructionTask:
     """
     drawn, dice = self.drawn(split, index)
     template = dice.one(self.templates)
-    # What is asked about is in no example, which might give the answer away.
-    parts, subjects = [], {drawn.subject}
+    # No example has the subject of the question, as it might give the answer.
+    texts, subjects = [], {drawn.subject}
     for _ in range(num_shots):
       shot = self._other(dice, subjects)
       subjects.add(shot.subject)
-      parts.append(f'{_told(template, shot)}\n{shot.answer}')
-    parts.append(_told(template, drawn))
+      texts.append(f'{_question_text(template, shot)}\n{shot.answer}')
+    texts.append(_question_text(template, drawn))
     return Question(
-      '\n\n'.join(parts), drawn.answer, drawn.choices, self.metric
+      '\n\n'.join(texts), drawn.answer, drawn.choices, self.metric
     )
 
   def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
@@ -149,11 +149,11 @@ class InstructionTask:
     )
 
 
-def _told(template: str, drawn: Drawn) -> str:
-  told = template.format(question=drawn.question)
+def _question_text(template: str, drawn: Drawn) -> str:
+  text = template.format(question=drawn.question)
   if drawn.choices:
-    told += ''.join(f'\n- {choice}' for choice in drawn.choices)
-  return told
+    text += ''.join(f'\n- {choice}' for choice in drawn.choices)
+  return text
 
 
 def cluster_of(

@@ -53,7 +53,7 @@ class Function(NamedTuple):
 @functools.cache
 def functions() -> tuple[Function, ...]:
   """The short functions that have a docstring, each source once."""
-  found = {}
+  by_source = {}
   for _, text in source_files(MODULES):
     for _, source, docstring in documented_functions(text):
       summary = docstring.strip().split('\n')[0].strip()
@@ -62,11 +62,11 @@ def functions() -> tuple[Function, ...]:
       if fits and len(summary.split()) > 1:
         function = function_of(source, summary)
         if function is not None:
-          found.setdefault(function.source, function)
-  # The order of a hash, which does not depend on the modules' names.
+          by_source.setdefault(function.source, function)
+  # A hash orders them, which does not depend on the modules' names.
   return tuple(
     sorted(
-      found.values(),
+      by_source.values(),
       key=lambda f: hashlib.sha256(f.source.encode()).digest(),
     )
   )
@@ -105,16 +105,16 @@ def function_of(source: str, summary: str) -> Function | None:
     return None
   if not isinstance(node, ast.FunctionDef):
     return None
-  every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-  named = [arg for arg in every if arg.arg not in ('self', 'cls')]
+  arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+  counted = [arg for arg in arguments if arg.arg not in ('self', 'cls')]
   starred = [arg for arg in (node.args.vararg, node.args.kwarg) if arg]
-  own = list(_own_nodes(node))
-  if any(isinstance(below, ast.Yield | ast.YieldFrom) for below in own):
+  nodes = list(_own_nodes(node))
+  if any(isinstance(below, ast.Yield | ast.YieldFrom) for below in nodes):
     return None
-  returned = [below.value for below in own if isinstance(below, ast.Return)]
+  returned = [below.value for below in nodes if isinstance(below, ast.Return)]
   returns = any(v and ast.unparse(v) != 'None' for v in returned)
   return Function(
-    source, node.name, len(named) + len(starred), returns, summary
+    source, node.name, len(counted) + len(starred), returns, summary
   )
 
 

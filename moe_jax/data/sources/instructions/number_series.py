@@ -3,34 +3,34 @@
 from moe_jax.data.sources.instructions.contract import Dice, Drawn, cluster_of
 
 
-def _told(numbers) -> str:
+def _series(numbers) -> str:
   return ' '.join(map(str, numbers))
 
 
 def _next_number(dice: Dice) -> Drawn:
   start, step = dice.below(100), dice.between(1, 12)
   numbers = [start + step * i for i in range(5)]
-  return Drawn(_told(numbers[:4]), str(numbers[4]))
+  return Drawn(_series(numbers[:4]), str(numbers[4]))
 
 
 def _next_power(dice: Dice) -> Drawn:
   start, base = dice.between(1, 120), dice.between(2, 5)
   numbers = [start * base**i for i in range(4)]
-  return Drawn(_told(numbers[:3]), str(numbers[3]))
+  return Drawn(_series(numbers[:3]), str(numbers[3]))
 
 
 def _largest(dice: Dice) -> Drawn:
   numbers = [dice.below(100) for _ in range(dice.between(3, 5))]
-  return Drawn(_told(numbers), str(max(numbers)))
+  return Drawn(_series(numbers), str(max(numbers)))
 
 
 def _direction(dice: Dice) -> Drawn:
-  numbers = sorted(dice.some(range(1000), 4))
+  numbers = sorted(dice.sample(range(1000), 4))
   mixed = [*numbers[1:], numbers[0]]
   choices = 'up', 'down', 'neither'
   answer = dice.one(choices)
   row = {'up': numbers, 'down': numbers[::-1], 'neither': mixed}[answer]
-  return Drawn(_told(row), answer, choices)
+  return Drawn(_series(row), answer, choices)
 
 
 TASKS = cluster_of(

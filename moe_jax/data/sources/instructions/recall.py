@@ -7,7 +7,7 @@ from moe_jax.data.sources.instructions.sequences import words
 
 
 def _lookup(dice: Dice) -> Drawn:
-  keys = dice.some(string.ascii_lowercase, dice.between(3, 5))
+  keys = dice.sample(string.ascii_lowercase, dice.between(3, 5))
   values = [str(dice.between(10, 99)) for _ in keys]
   table = ' '.join(f'{key}={value}' for key, value in zip(keys, values))
   at = dice.below(len(keys))
@@ -22,9 +22,9 @@ def _item(dice: Dice) -> Drawn:
 
 def _missing(dice: Dice) -> Drawn:
   drawn = words(dice, 3, 4)
-  gone = dice.one(drawn)
-  rest = dice.some([word for word in drawn if word != gone], len(drawn) - 1)
-  return Drawn(f'{" ".join(drawn)} | {" ".join(rest)}', gone)
+  answer = dice.one(drawn)
+  rest = dice.sample([word for word in drawn if word != answer], len(drawn) - 1)
+  return Drawn(f'{" ".join(drawn)} | {" ".join(rest)}', answer)
 
 
 def _contains(dice: Dice) -> Drawn:
