@@ -47,7 +47,7 @@ def catching_sigterm() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def catching_interrupt() -> Iterator[list[int]]:
-  """Makes the first Ctrl-C a SIGTERM; gives the list of these signals.
+  """Makes the first Ctrl-C a SIGTERM; gives the list of signals caught.
 
   The second Ctrl-C stops at once: in a notebook the cell, elsewhere the process.
   A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
