@@ -49,7 +49,7 @@ def catching_sigterm() -> Iterator[Callable[[], bool]]:
 def catching_interrupt() -> Iterator[list[int]]:
   """Makes the first Ctrl-C a SIGTERM; gives the list of signals caught.
 
-  The second Ctrl-C stops at once: in a notebook the cell, elsewhere the process.
+  The second stops at once: in a notebook the cell, elsewhere the process.
   A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
   """
   old_handler, received = signal.getsignal(signal.SIGINT), []
