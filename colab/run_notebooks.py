@@ -2,9 +2,9 @@
 
     python colab/run_notebooks.py colab/01_routing_tour.ipynb
 
-Widgets are not shown meanwhile: a page cannot move them, and each follows a
-picture that stays. Nor could a program wait for them safely: nbclient sometimes
-waits for ever for a cell that holds one.
+Widgets are not shown in the outputs: a page cannot move them, and each follows
+a picture that stays. Nor could a program wait for them safely: nbclient
+sometimes waits for ever for a cell that holds one.
 """
 
 import os
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
 
 
-def own_kernel() -> AsyncKernelManager:
+def python3_kernel() -> AsyncKernelManager:
   """A manager of 'python3' as the running interpreter.
 
   It has no folders to search, so that the specification is ipykernel's own; a
@@ -52,7 +52,7 @@ def executed(
   env = {'PYTHONPATH': os.pathsep.join(filter(None, search)), **env}
   client = NotebookClient(
     nbformat.read(path, as_version=4),
-    km=own_kernel(),
+    km=python3_kernel(),
     timeout=timeout,
     coalesce_streams=True,
     record_timing=False,

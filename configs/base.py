@@ -122,8 +122,8 @@ def entry(kind: type[EvaluationOptions], **keys: Any) -> ConfigDict:
   Raises:
     ValueError: The message lists all problems of the options, by name.
   """
-  own = {key: keys.pop(key) for key in list(keys) if key in fields_of(kind)}
+  fields = {key: keys.pop(key) for key in list(keys) if key in fields_of(kind)}
   if keys:
-    own['model_overrides'] = {**own.get('model_overrides', {}), **keys}
-  options = sections.read(kind, own)
+    fields['model_overrides'] = {**fields.get('model_overrides', {}), **keys}
+  options = sections.read(kind, fields)
   return sections.entry_section(EVALUATIONS, options)

@@ -75,5 +75,5 @@ def get_config(arg: str = ''):
   o.clip_norm = 0.0
   o.weight_decay = 0.0
   if arg == base.RUNLOCAL:
-    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+    m.moe.group_size = 0  # the shrunk T_enc and T_dec have no common group
   return base.finish(config, arg)

@@ -26,5 +26,5 @@ def get_config(arg: str = ''):
   m.remat = 'full'
   m.moe.num_experts = 64
   if arg == base.RUNLOCAL:
-    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+    m.moe.group_size = 0  # the shrunk T_enc and T_dec have no common group
   return base.finish(config, arg)

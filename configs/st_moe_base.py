@@ -21,9 +21,9 @@ LARGE = 'large'
 
 
 def get_config(arg: str = ''):
-  known = ['', base.RUNLOCAL, LARGE]
-  if arg not in known:
-    raise ValueError(f'unknown config argument {arg!r}; have {known}')
+  known_args = ['', base.RUNLOCAL, LARGE]
+  if arg not in known_args:
+    raise ValueError(f'unknown config argument {arg!r}; have {known_args}')
   config = t5_base.get_config().unlock()
   config.mesh.update(data=1, fsdp=-1, expert=16)
   m = config.model
@@ -61,5 +61,5 @@ def get_config(arg: str = ''):
     m.ffn.hidden = 2816
     m.moe.num_experts = 32
   if arg == base.RUNLOCAL:
-    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+    m.moe.group_size = 0  # the shrunk T_enc and T_dec have no common group
   return base.finish(config, arg if arg == base.RUNLOCAL else '')

@@ -18,9 +18,9 @@ EXPERTS = {f'e{n}': n for n in (8, 16, 32, 64, 128, 256)}
 
 
 def get_config(arg: str = ''):
-  known = ['', base.RUNLOCAL, *EXPERTS]
-  if arg not in known:
-    raise ValueError(f'unknown config argument {arg!r}; have {known}')
+  known_args = ['', base.RUNLOCAL, *EXPERTS]
+  if arg not in known_args:
+    raise ValueError(f'unknown config argument {arg!r}; have {known_args}')
   config = t5_base.get_config().unlock()
   config.mesh.update(data=1, fsdp=-1, expert=8)
   m = config.model
@@ -39,5 +39,5 @@ def get_config(arg: str = ''):
   m.moe.capacity.kind = 'per_token'
   m.moe.capacity.per_token.factor = 1.25
   if arg == base.RUNLOCAL:
-    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+    m.moe.group_size = 0  # the shrunk T_enc and T_dec have no common group
   return base.finish(config, arg if arg == base.RUNLOCAL else '')

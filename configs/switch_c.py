@@ -31,5 +31,5 @@ def get_config(arg: str = ''):
   m.moe.capacity.per_token.factor = 1.0
   m.moe.capacity.per_token.minimum = 2
   if arg == base.RUNLOCAL:
-    m.moe.group_size = 0  # what is left of T_enc and T_dec has no common group
+    m.moe.group_size = 0  # the shrunk T_enc and T_dec have no common group
   return base.finish(config, arg)

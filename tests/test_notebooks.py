@@ -123,7 +123,7 @@ def test_notebook_runs(path):
 
 
 def test_the_kernel_is_this_interpreter():
-  assert run_notebooks.own_kernel().format_kernel_cmd()[0] == sys.executable
+  assert run_notebooks.python3_kernel().format_kernel_cmd()[0] == sys.executable
 
 
 @each_notebook
@@ -162,7 +162,9 @@ def test_an_error_fails_the_run():
   cell = nbformat.v4.new_code_cell('raise ValueError("seven slots")')
   broken = nbformat.v4.new_notebook(cells=[cell])
   with pytest.raises(Exception, match='seven slots'):
-    NotebookClient(broken, km=run_notebooks.own_kernel(), timeout=60).execute()
+    NotebookClient(
+      broken, km=run_notebooks.python3_kernel(), timeout=60
+    ).execute()
 
 
 def test_faults_are_seen():

@@ -53,7 +53,7 @@ class Page(Hook):
     self._run, self._outer = run, sys.exception()
     self._allow = [
       name.partition(':')[0]
-      for name in plugins.names_in(sections.section(run.given))
+      for name in plugins.names_in(sections.section(run.given_options))
     ]
     self._guarded(self._begin)
     self._refresh()

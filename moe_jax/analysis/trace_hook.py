@@ -99,7 +99,9 @@ def header_of(run: Run) -> Header:
     seed=o.seed,
     has_logits=o.trace.logits,
     dtype=o.trace.dtype,
-    config=json.dumps(sections.section(run.given).to_dict(), sort_keys=True),
+    config=json.dumps(
+      sections.section(run.given_options).to_dict(), sort_keys=True
+    ),
   )
 
 

@@ -14,7 +14,7 @@ from moe_jax import data, generation, partitioning
 from moe_jax.distributed import Placing
 from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
-from moe_jax.training.evaluate import EvaluationOptions, measured
+from moe_jax.training.evaluate import EvaluationOptions, evaluation_rows
 from moe_jax.training.evaluation_entries import (
   changed_models,
   make_evaluations,
@@ -87,7 +87,7 @@ def evaluate_all(
     workdir=pathlib.Path(workdir).expanduser(),
     put=Placing(_placement(run, mesh), run.batch_size),
   )
-  return measured(evaluations, run.variables, run.step)
+  return evaluation_rows(evaluations, run.variables, run.step)
 
 
 def _placement(run: Loaded, mesh: Mesh | None) -> jax.sharding.Sharding:

@@ -177,7 +177,7 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
     chosen = plan(run.model, source, options.copies)
   except ValueError as error:
     said = f'init_from.workdir={folder}: {error}'
-    given = run.given.model
+    given = run.given_options.model
     if given == given.shrunk():
       said += (
         "\nThis model is as small as ':runlocal' behind a config's name makes "

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 
-class _AtOnce(ocp.type_handlers.ArrayHandler):
+class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
   """Writes the arrays of a state as one transaction, without further files.
 
   Orbax's default writes small files for each array, and files of shardings and
@@ -31,7 +31,7 @@ class _AtOnce(ocp.type_handlers.ArrayHandler):
 def checkpointer() -> ocp.AsyncCheckpointer:
   """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
   handlers = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, _AtOnce()),
+    (jax.Array, _OneTransactionHandler()),
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
   )
   return ocp.AsyncCheckpointer(
@@ -48,19 +48,19 @@ def checkpointer() -> ocp.AsyncCheckpointer:
   )
 
 
-def to_restore(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
+def restore_args(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
   """Arguments that restore a state with the given dtypes and shardings.
 
   Args:
     abstract_state: A tree of shapes with dtypes; see `Checkpointer.restore`.
     partial: Whether the checkpoint may hold more than these.
   """
-  target = jax.tree.map(_placed, abstract_state)
-  how = ocp.checkpoint_utils.construct_restore_args(target)
-  return ocp.args.PyTreeRestore(target, how, partial_restore=partial)
+  target = jax.tree.map(_with_sharding, abstract_state)
+  array_args = ocp.checkpoint_utils.construct_restore_args(target)
+  return ocp.args.PyTreeRestore(target, array_args, partial_restore=partial)
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   """`leaf` with a sharding; without it Orbax uses the saving run's devices."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:

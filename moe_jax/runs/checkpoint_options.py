@@ -97,7 +97,7 @@ class CheckpointOptions(Options):
 
   @property
   def retry(self) -> Retry:
-    """How often storage is tried again after an error."""
+    """The rule by which storage is tried again after an error."""
     return Retry(self.tries, self.retry_seconds)
 
   def shrunk(self) -> 'CheckpointOptions':

@@ -50,10 +50,10 @@ class Checkpointer(contextlib.AbstractContextManager):
   Args:
     directory: The directory, which the first save makes; for one run at a time.
     keep_newest: Number of the newest checkpoints that are kept, at least 1.
-    keep_best: Whether the one with the best `best_metric` is kept besides.
+    keep_best: Whether the checkpoint with the best `best_metric` is kept, too.
     best_metric: A key of the `metrics` given to `save`; the lowest is the best.
-    best_is_highest: Whether the highest is.
-    retry: How often storage is tried again after a transient error; see
+    best_is_highest: Whether the highest is the best instead.
+    retry: The rule by which storage is tried again after a transient error; see
       `CheckpointOptions.tries`. Several processes try only once to write
       arrays, as they would have to agree on another try.
   """
@@ -78,8 +78,8 @@ class Checkpointer(contextlib.AbstractContextManager):
     self._orbax = array_files.checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
-    self._last: int | None = None  # the step last saved or restored
-    self._saves = 0
+    self._last_step: int | None = None  # the step last saved or restored
+    self._save_count = 0
 
   def save(
     self,
@@ -110,30 +110,30 @@ class Checkpointer(contextlib.AbstractContextManager):
       CheckpointError: A value of `state` is not finite, this save could not
         start, or the one before failed.
     """
-    about = manifest_lib.make(step, state, extra or {}, metrics or {})
+    manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
     if metrics and self._needed_metric not in (None, *metrics):
       raise ValueError(
         f'no best_metric {self._needed_metric!r} in metrics; have '
         f'{sorted(metrics)}'
       )
     self.wait()
-    if step == self._last:
-      self._amend(about)
+    if step == self._last_step:
+      self._amend(manifest)
       return
     if bad := finite.not_finite(state):
       raise self._failure(step, f'not finite: {finite.listed(bad)}')
     try:
       if jax.process_index() == 0:
-        self._retry(self._directory.make_room, step, self._last)
+        self._retry(self._directory.make_room, step, self._last_step)
       if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f'checkpoint {step}')
-      copied = self._copied(state)
-      saving = self._rewriting(copied)(self._write, step, state)
+      copy = self._host_copy(state)
+      folder = self._write_retry(copy)(self._write, step, state)
     except Exception as error:
       raise self._failure(step, describe(error)) from None
     self._pending = (
       step,
-      self._thread.submit(self._finish, saving, about, copied),
+      self._thread.submit(self._finish, folder, manifest, copy),
     )
 
   def wait(self) -> None:
@@ -150,7 +150,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     except Exception as error:
       self._pending = None
       raise self._failure(step, describe(error)) from None
-    self._pending, self._last = None, step
+    self._pending, self._last_step = None, step
 
   def settle(self, seconds: float) -> None:
     """Waits at most so long for a pending save, on any thread; never raises."""
@@ -217,61 +217,61 @@ class Checkpointer(contextlib.AbstractContextManager):
     self.wait()
     skipped: list[tuple[int, str]] = []
     while True:
-      found, skipped = self._directory.find(step, skipped)
-      if found is None:
+      found_step, skipped = self._directory.find(step, skipped)
+      if found_step is None:
         return None
-      manifest, target = self._directory.manifest(found), abstract_state
-      if found == 0 and first is not None:
+      manifest, target = self._directory.manifest(found_step), abstract_state
+      if found_step == 0 and first is not None:
         target = manifest_lib.part_in(manifest, first)
-      folder = self._directory.folder(found)
+      folder = self._directory.folder(found_step)
       manifest_lib.check_tree(manifest, target, folder, partial, cast)
-      state = self._load(found, target, partial)
+      state = self._load(found_step, target, partial)
       if not (bad := finite.not_finite(state)):
-        self._last = found
-        return Restored(state, manifest.extra, found, skipped)
-      skipped = [*skipped, (found, f'not finite: {finite.listed(bad)}')]
+        self._last_step = found_step
+        return Restored(state, manifest.extra, found_step, skipped)
+      skipped = [*skipped, (found_step, f'not finite: {finite.listed(bad)}')]
 
-  def _amend(self, about: manifest_lib.Manifest) -> None:
+  def _amend(self, manifest: manifest_lib.Manifest) -> None:
     """Changes the values beside the arrays of a checkpoint."""
     try:
       if jax.process_index() == 0:
-        self._directory.amend(about)
+        self._directory.amend(manifest)
     except Exception as error:
-      raise self._failure(about.step, describe(error)) from None
+      raise self._failure(manifest.step, describe(error)) from None
 
-  def _copied(self, state: Any) -> Any:
-    """A host copy for other tries, if there are any, else None."""
+  def _host_copy(self, state: Any) -> Any:
+    """A copy on the host for other tries; None if there are no other tries."""
     if self._retry.tries == 1 or jax.process_count() > 1:
       return None
     # On a CPU these are views, which keep the arrays' memory from being reused.
     return jax.device_get(state)
 
-  def _rewriting(self, copied: Any) -> Retry:
-    """How often writing the arrays is tried: once without a host copy."""
-    return self._retry if copied is not None else Retry()
+  def _write_retry(self, copy: Any) -> Retry:
+    """The rule of further tries to write arrays: none without a host copy."""
+    return self._retry if copy is not None else Retry()
 
   def _write(self, step: int, state: Any) -> epath.Path:
     """Lets Orbax begin to write, and returns the folder it writes to."""
-    self._saves += 1  # a new folder, as a failed save may still be writing
-    saving = self._directory.folder(step, f'.saving{self._saves}')
+    self._save_count += 1  # a new folder, as a failed save may still be writing
+    folder = self._directory.folder(step, f'.saving{self._save_count}')
     try:
-      self._orbax.save(saving, ocp.args.PyTreeSave(state))
+      self._orbax.save(folder, ocp.args.PyTreeSave(state))
     except Exception:
       self._clear_away()
       raise
-    return saving
+    return folder
 
-  def _finish(self, saving, manifest: manifest_lib.Manifest, copied) -> None:
+  def _finish(self, folder, manifest: manifest_lib.Manifest, copy) -> None:
     """Waits for Orbax's files, adds the manifest, renames the folder, prunes.
 
     This runs on the thread of this object.
     """
-    writing: list[epath.Path] = [saving]
+    folders: list[epath.Path] = [folder]
     # With a host copy another try repeats all steps, so no step is repeated.
-    retry = self._retry if copied is None else Retry()
+    retry = self._retry if copy is None else Retry()
 
     def finish():
-      folder = writing.pop() if writing else self._write(manifest.step, copied)
+      folder = folders.pop() if folders else self._write(manifest.step, copy)
       try:
         self._orbax.wait_until_finished()
         if jax.process_index() == 0:
@@ -281,7 +281,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self._clear_away()
         raise
 
-    self._rewriting(copied)(finish)
+    self._write_retry(copy)(finish)
     if jax.process_index() == 0:
       self._directory.prune()
 
@@ -293,7 +293,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._directory.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    args = array_files.to_restore(abstract_state, partial)
+    args = array_files.restore_args(abstract_state, partial)
     folder = self._directory.folder(step)
     try:
       return self._retry(self._orbax.restore, folder, args)

@@ -26,8 +26,8 @@ def flags(tree: Any) -> Bool[Array, ' N']:
   return jnp.stack([jnp.isfinite((x - x).sum()) for x in leaves] or [True])
 
 
-def checked(state: Any) -> Any:
-  """The train state without the optimizer's, whose `flags` a step returns.
+def without_opt_state(state: Any) -> Any:
+  """The train state without that of the optimizer, for the `flags` of a step.
 
   Running means of finite gradients and their squares, or of finite updates, are
   finite where they were before. A step whose gradient has a finite norm and
@@ -57,13 +57,13 @@ def not_finite(tree: Any) -> list[str]:
   Every process has to call this, as arrays may be split among them.
   """
   # A program takes arrays of one set of devices.
-  parts: dict[frozenset[jax.Device], dict[str, Any]] = {}
+  groups: dict[frozenset[jax.Device], dict[str, Any]] = {}
   for name, leaf in _floating(tree).items():
-    parts.setdefault(frozenset(leaf.sharding.device_set), {})[name] = leaf
+    groups.setdefault(frozenset(leaf.sharding.device_set), {})[name] = leaf
   return [
     name
-    for part in parts.values()
-    for name in names(part, np.asarray(fetch(_compiled_flags(part))))
+    for group in groups.values()
+    for name in names(group, np.asarray(fetch(_compiled_flags(group))))
   ]
 
 

@@ -38,12 +38,12 @@ class Line:
   def receive(self) -> list[dict[str, Any]] | None:
     """Waits for messages and returns them; None if the connection is lost."""
     try:
-      data = self.socket.recv(2**16)
+      received = self.socket.recv(2**16)
     except OSError:
       return None
-    *lines, self._unread = (self._unread + data).split(b'\n')
+    *lines, self._unread = (self._unread + received).split(b'\n')
     try:
-      messages = [json.loads(line) for line in lines] if data else None
+      messages = [json.loads(line) for line in lines] if received else None
     except (ValueError, RecursionError):  # some other program has connected
       return None
     if messages and not all(isinstance(m, dict) for m in messages):
@@ -76,8 +76,8 @@ def reach(
   Raises:
     ValueError: Process 0 is reached at none of the addresses.
   """
-  until = time.monotonic() + seconds
-  while time.monotonic() < until:
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
     for host in hosts:
       with contextlib.suppress(OSError):
         address = host, port

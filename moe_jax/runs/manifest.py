@@ -88,7 +88,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
     folder: The checkpoint, whose other files are complete.
     manifest: Its manifest; `files` are filled in if it has none.
   """
-  files = manifest.files or _facts(folder)
+  files = manifest.files or _file_facts(folder)
   body = dataclasses.asdict(dataclasses.replace(manifest, files=files))
   body['format'] = _FORMAT
   text = json.dumps({**body, 'sha256': _seal(body)}, indent=1)
@@ -97,7 +97,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
   partial.replace(folder / NAME)
 
 
-def _facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
+def _file_facts(folder: epath.Path) -> dict[str, tuple[int, str]]:
   """The size and digest of every file but the manifest, by its path."""
   paths = sorted(
     str((parent / file).relative_to(folder))
@@ -115,7 +115,7 @@ def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
 
   Args:
     folder: A checkpoint.
-    retry: How often reading is tried again after a storage error.
+    retry: The rule by which reading is tried again after a storage error.
 
   Raises:
     BadCheckpoint: There is no manifest, or it was changed after writing.
@@ -131,22 +131,22 @@ def read(folder: epath.Path, retry: Retry = Retry()) -> Manifest:
       raise BadCheckpoint('manifest altered')
     if version != _FORMAT:
       raise BadCheckpoint(f'manifest format {version}, not {_FORMAT}')
-    body['files'] = {path: tuple(was) for path, was in body['files'].items()}
+    body['files'] = {path: tuple(pair) for path, pair in body['files'].items()}
     return _checked(Manifest(**body))
   except FileNotFoundError:
     raise BadCheckpoint('no manifest') from None
   except (
     *(OSError, ValueError, KeyError, TypeError, AttributeError),
-    *(OverflowError, RecursionError),  # of numbers and of nested lists
+    *(OverflowError, RecursionError),  # large numbers, deeply nested lists
   ) as error:
     raise BadCheckpoint(f'manifest unreadable ({error!r:.80})') from None
 
 
 def _checked(manifest: Manifest) -> Manifest:
-  """The manifest, if everything has its type and files are in the folder.
+  """The manifest, if its values have their types and files are in the folder.
 
   Raises:
-    ValueError: Something is wrong with it.
+    ValueError: A value has another type, or a file is not in the folder.
   """
   if type(manifest.step) is not int or not 0 <= manifest.step < MOST_STEPS:
     raise ValueError(f'step {manifest.step!r:.20}')
@@ -160,8 +160,8 @@ def _checked(manifest: Manifest) -> Manifest:
       raise ValueError(f'metric {key:.30}: {value!r:.20}')
     float(value)  # too large an integer is an OverflowError
   for path, (size, digest) in manifest.files.items():
-    parts = pathlib.PurePosixPath(path).parts
-    if not parts or '..' in parts or path[0] == '/' or '\0' in path:
+    path_parts = pathlib.PurePosixPath(path).parts
+    if not path_parts or '..' in path_parts or path[0] == '/' or '\0' in path:
       raise ValueError(f'file {path!r:.40} is not in the folder')
     if type(size) is not int or size < 0 or type(digest) is not str:
       raise ValueError(f'file {path!r:.40}: {size!r:.20}, {digest!r:.20}')
@@ -179,19 +179,19 @@ def verify(
   Args:
     folder: A checkpoint.
     manifest: The manifest of the checkpoint.
-    retry: How often reading is tried again after a storage error.
+    retry: The rule by which reading is tried again after a storage error.
 
   Raises:
     BadCheckpoint: A file is missing, of another size, or altered.
   """
 
-  def check(item):
-    path, (size, digest) = item
+  def check(entry):
+    path, (size, digest) = entry
     try:
       # Sizes first: a truncated file need not be read to be refused.
-      have = retry((folder / path).stat).length
-      if have != size:
-        return f'{path} has {have} bytes, not {size}'
+      stored_size = retry((folder / path).stat).length
+      if stored_size != size:
+        return f'{path} has {stored_size} bytes, not {size}'
       if retry(_size_and_digest, folder / path)[1] != digest:
         return f'{path} altered'
     except FileNotFoundError:
@@ -215,21 +215,21 @@ def describe(state: Any) -> dict[str, str]:
   }
 
 
-def part_in(manifest: Manifest, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def part_in(manifest: Manifest, target: Mapping[str, Any]) -> dict[str, Any]:
   """The first collection that is wanted, and others that a checkpoint has."""
-  there = {path.split('/')[0] for path in manifest.tree}
-  first = next(iter(wanted), None)
-  return {k: v for k, v in wanted.items() if k == first or k in there}
+  stored = {path.split('/')[0] for path in manifest.tree}
+  first = next(iter(target), None)
+  return {k: v for k, v in target.items() if k == first or k in stored}
 
 
 def check_tree(
-  manifest: Manifest, wanted: Any, folder: epath.Path, partial: bool, cast: bool
+  manifest: Manifest, target: Any, folder: epath.Path, partial: bool, cast: bool
 ) -> None:
   """Checks that a checkpoint has the arrays that are wanted.
 
   Args:
     manifest: The checkpoint's manifest.
-    wanted: The tree that is wanted.
+    target: The tree that is to be restored.
     folder: The checkpoint's folder, for the message.
     partial: Whether the checkpoint may hold more.
     cast: Whether all floating-point types count as equal.
@@ -237,11 +237,11 @@ def check_tree(
   Raises:
     ValueError: Paths, shapes or dtypes differ; they are listed.
   """
-  described, saved = describe(wanted), manifest.tree
+  wanted, saved = describe(target), manifest.tree
   if partial:
-    saved = {path: saved[path] for path in saved if path in described}
-  if listed := difference(saved, described, cast=cast):
-    raise ValueError(f'{folder} holds another state\n{listed}')
+    saved = {path: saved[path] for path in saved if path in wanted}
+  if differences := difference(saved, wanted, cast=cast):
+    raise ValueError(f'{folder} holds another state\n{differences}')
 
 
 def name(path: tuple[Any, ...]) -> str:
@@ -263,24 +263,24 @@ def difference(
     cast: Whether all floating-point types count as equal.
   """
 
-  def same(path):
+  def is_same(path):
     if cast:
       return _FLOAT.sub('float', saved[path]) == _FLOAT.sub(
         'float', wanted[path]
       )
     return saved[path] == wanted[path]
 
-  kinds = {
+  paths_by_kind = {
     'missing': [path for path in wanted if path not in saved],
     'unexpected': [path for path in saved if path not in wanted],
     'different': [
       f'{path} (saved {saved[path]}, wanted {wanted[path]})'
       for path in wanted
-      if path in saved and not same(path)
+      if path in saved and not is_same(path)
     ],
   }
   lines = []
-  for kind, paths in kinds.items():
+  for kind, paths in paths_by_kind.items():
     more = len(paths) - _MOST_LISTED
     rest = f', and {more} more' if more > 0 else ''
     if paths:

@@ -72,8 +72,8 @@ class MetricsWriter:
     self._rows = _AppendOnly(path)
     first_step = 0 if resume_step is None else resume_step + 1
     self._events = _AppendOnly(_new_event_file(folder / 'tensorboard'))
-    # Imported where it is used: most of what imports this file writes none.
-    with _torch_hidden():
+    # Imported where it is used: most users of this module write no metrics.
+    with _without_torch():
       from moe_jax.runs import event_records
 
     self._records = event_records
@@ -93,7 +93,7 @@ class MetricsWriter:
     """
     if 'step' in values:
       raise ValueError("'step' is the row's own key; values cannot set it")
-    row = {key: _plain(key, value) for key, value in values.items()}
+    row = {key: _python_numbers(key, value) for key, value in values.items()}
     step = operator.index(step)
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
@@ -115,8 +115,8 @@ class MetricsWriter:
 
 
 @contextlib.contextmanager
-def _torch_hidden() -> Iterator[None]:
-  """Makes an import of torch fail, unless torch is there already.
+def _without_torch() -> Iterator[None]:
+  """Makes an import of torch fail, unless torch is imported already.
 
   tensorboardX imports torch, where it is installed, for an annotation alone,
   which takes three seconds of each run.
@@ -165,15 +165,15 @@ def _lines(
 def _is_row(row: Any) -> bool:
   if not isinstance(row, dict) or type(row.get('step')) is not int:
     return False
-  values = (v for value in row.values() for v in _listed(value))
-  return all(isinstance(v, int | float) or _is_named(v) for v in values)
+  values = (v for value in row.values() for v in _as_list(value))
+  return all(isinstance(v, int | float) or _is_number_name(v) for v in values)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
   return value if isinstance(value, list) else [value]
 
 
-def _is_named(value: Any) -> bool:
+def _is_number_name(value: Any) -> bool:
   return isinstance(value, str) and value in _NON_FINITE
 
 
@@ -211,32 +211,32 @@ class _AppendOnly:
     # Unbuffered, so that a record is not lost with the process.
     self._file = path.open('ab', buffering=0)
     self._size = path.stat().st_size
-    self._waiting: list[bytes] = []
+    self._unwritten: list[bytes] = []
 
   def append(self, record: bytes) -> None:
-    self._waiting.append(record)
-    data = memoryview(b''.join(self._waiting))
-    size = len(data)
+    self._unwritten.append(record)
+    unwritten_bytes = memoryview(b''.join(self._unwritten))
+    size = len(unwritten_bytes)
     try:
-      while data:
-        data = data[self._file.write(data) :]
+      while unwritten_bytes:
+        unwritten_bytes = unwritten_bytes[self._file.write(unwritten_bytes) :]
     except OSError as error:
       # A part may have been written; the next record must not follow it.
       self._file.truncate(self._size)
-      if len(self._waiting) == 1:
+      if len(self._unwritten) == 1:
         _log.warning('%s: rows wait in memory: %s', self._path, error)
       return
     self._size += size
-    self._waiting.clear()
+    self._unwritten.clear()
 
   def close(self) -> None:
     if self._file.closed:
       return
-    if self._waiting:
+    if self._unwritten:
       self.append(b'')
-    if self._waiting:
-      lost = sum(map(bool, self._waiting))
-      _log.error('%s: lost its last %d records', self._path, lost)
+    if self._unwritten:
+      num_lost = sum(map(bool, self._unwritten))
+      _log.error('%s: lost its last %d records', self._path, num_lost)
     self._file.close()
 
 
@@ -249,7 +249,7 @@ def _new_event_file(folder: pathlib.Path) -> pathlib.Path:
   return folder / f'{name}.{number:04d}'
 
 
-def _plain(key: str, value: Any) -> Any:
+def _python_numbers(key: str, value: Any) -> Any:
   """A metric as a Python number or a list of them; `key` is for messages."""
   try:
     array = np.asarray(value)
@@ -276,4 +276,4 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
   if isinstance(value, list):
     return [_decode(item) for item in value]
-  return float(value) if _is_named(value) else value
+  return float(value) if _is_number_name(value) else value

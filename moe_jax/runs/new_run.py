@@ -27,8 +27,8 @@ from moe_jax.section_reader import Section, plain
 FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'first_config.json'
 _UNFINISHED = '.unfinished'
-# The parts of a new folder, in the order in which they appear there.
-_PARTS = (
+# The entries of a new folder, in the order in which they appear there.
+_ENTRIES = (
   FILES,
   workdir_lib.TOKENIZER,
   workdir_lib.PLUGINS,
@@ -57,14 +57,14 @@ def get_config():
 def check_free(folder: pathlib.Path) -> None:
   """Raises ValueError for a folder that is neither new nor empty.
 
-  What a command that was killed has left there does not count.
+  Entries that a killed command has left in it do not count.
   """
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'{folder} is a file; it must be a folder')
   names = {path.name for path in folder.iterdir()} if folder.exists() else set()
   run = [n for n in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS) if n in names]
   if _UNFINISHED in names and workdir_lib.CONFIG not in names:
-    names -= {_UNFINISHED, *_PARTS}
+    names -= {_UNFINISHED, *_ENTRIES}
     run = []
   if run:
     raise ValueError(f'{folder} holds a run already ({run[0]}); choose another')
@@ -77,28 +77,28 @@ def check_free(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder in which a run is built; then its parts move to `folder`.
+  """A folder in which a run is built; then its entries move to `folder`.
 
-  The config moves last, so that what a killed command left is no run, and the
-  command is simply started again.
+  The config moves last, so that a killed command leaves no run, and is simply
+  started again.
   """
-  new = not folder.exists()
+  is_new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   unfinished = folder / _UNFINISHED
   try:
     with locked(unfinished):
       check_free(folder)
-      for name in (_UNFINISHED, *_PARTS):
+      for name in (_UNFINISHED, *_ENTRIES):
         _remove(folder / name)
       unfinished.mkdir()
       yield unfinished
-      for name in _PARTS:
+      for name in _ENTRIES:
         if (unfinished / name).exists():
           (unfinished / name).rename(folder / name)
       unfinished.rmdir()
   except BaseException:
     _remove(unfinished)
-    if new:
+    if is_new:
       with contextlib.suppress(OSError):
         folder.rmdir()
     raise
@@ -131,10 +131,10 @@ def write(
     folder: The folder that `building` gave.
     config: The config of the run.
     variables: 'params' of its model, and 'router_state' where it keeps one.
-    extra: What the manifest of the checkpoint says beside its usual entries.
+    extra: Entries of the manifest of the checkpoint, beside the usual ones.
   """
-  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as kept:
-    kept.save(0, dict(variables), extra=extra)
+  with Checkpointer(folder / workdir_lib.CHECKPOINTS, keep_best=False) as saver:
+    saver.save(0, dict(variables), extra=extra)
   write_config(folder, config)
 
 
@@ -167,7 +167,7 @@ def derive(
     changes: Sections of the config that replace those of the base, by name.
     packed: Whether the model is one that is not trained, whose variables are
       written without a checkpoint (`packed_weights.py`).
-    router_state: The state of its routers; nothing where they keep none.
+    router_state: The state of its routers; None or empty where they keep none.
 
   Returns:
     The new folder, whole.
@@ -182,7 +182,7 @@ def derive(
     config.pop(section, None)
   config.get('checkpoint', {}).pop('directory', None)
   for name in (FILES, workdir_lib.TOKENIZER):
-    config = _moved(config, str(base / name), str(output / name))
+    config = _with_folder(config, str(base / name), str(output / name))
   with building(output) as unfinished:
     for name in (workdir_lib.TOKENIZER, workdir_lib.PLUGINS):
       if (base / name).exists():
@@ -198,8 +198,8 @@ def derive(
   return output
 
 
-def _moved(values: Any, old: str, new: str) -> Any:
+def _with_folder(values: Any, old: str, new: str) -> Any:
   """The values of a config in which one name of a folder replaces another."""
   if isinstance(values, Mapping):
-    return {key: _moved(value, old, new) for key, value in values.items()}
+    return {key: _with_folder(value, old, new) for key, value in values.items()}
   return new if values == old else values

@@ -17,7 +17,7 @@ FOLDER = 'nonfinite'
 
 
 def steps(workdir: pathlib.Path) -> set[int]:
-  """The steps whose batches are kept, also by a run before it was resumed."""
+  """The steps whose batches are kept, also those from before a restart."""
   numbers = [path.stem for path in (workdir / FOLDER).glob('*.npz')]
   return {int(n) for n in numbers if n.isdigit()}
 
@@ -38,7 +38,7 @@ def keep(
   """
   path = workdir / FOLDER / f'{step}.npz'
   arrays: dict[str, Any] = {
-    name: _whole(array) for name, array in batch.items()
+    name: _host_array(array) for name, array in batch.items()
   }
   if jax.process_index() == 0:
     path.parent.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def keep(
   return path
 
 
-def _whole(array: jax.Array) -> np.ndarray:
+def _host_array(array: jax.Array) -> np.ndarray:
   if array.is_fully_addressable:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,4 +1,4 @@
-"""Who owns a folder: a process, by its machine, its number and its start.
+"""The owner of a folder: a process, by its machine, number and start.
 
 Not here: how a job takes a folder and gives it back (`ownership.py`).
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from etils import epath
 
-OWNED = 'owner.'  # the begin of the names of all files about the owner
-OWNER = f'{OWNED}json'
-BEAT = f'{OWNED}beat'
+FILE_PREFIX = 'owner.'  # the names of all files about the owner begin with it
+OWNER = f'{FILE_PREFIX}json'
+BEAT = f'{FILE_PREFIX}beat'
 _MOST_BYTES = 10_000  # no owner's file is longer
 
 
@@ -41,12 +41,12 @@ class Owner(NamedTuple):
   since: str
 
   @classmethod
-  def here(cls) -> 'Owner':
+  def of_this_process(cls) -> 'Owner':
     """This process, with a new id."""
     return cls(
       id=secrets.token_hex(16),
       host=socket.gethostname(),
-      boot=_boot(),
+      boot=_boot_id(),
       pid=os.getpid(),
       started=process_start(os.getpid()) or '',
       since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
@@ -55,8 +55,8 @@ class Owner(NamedTuple):
   @property
   def alive(self) -> bool | None:
     """Whether the process exists; None if this machine cannot tell."""
-    here = socket.gethostname(), _boot()
-    if not self.boot or (self.host, self.boot) != here:
+    this_machine = socket.gethostname(), _boot_id()
+    if not self.boot or (self.host, self.boot) != this_machine:
       return None
     started = process_start(self.pid)
     return None if started is None else started == self.started
@@ -73,8 +73,8 @@ def read(folder: epath.Path) -> Owner | None:
   except (FileNotFoundError, TypeError, ValueError, RecursionError):
     return None
   expected = Owner.__annotations__.items()
-  good = all(type(getattr(owner, name)) is kind for name, kind in expected)
-  return owner if good and owner.pid > 0 else None
+  has_types = all(type(getattr(owner, name)) is kind for name, kind in expected)
+  return owner if has_types and owner.pid > 0 else None
 
 
 def beat(folder: epath.Path) -> bytes:
@@ -85,7 +85,7 @@ def beat(folder: epath.Path) -> bytes:
   return b''
 
 
-def _boot() -> str:
+def _boot_id() -> str:
   """Text of this machine's start and its namespace of processes, or ''."""
   try:
     boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text()

@@ -3,14 +3,15 @@
 The owner writes `owner.json` once, with a random id, its machine and process,
 and a growing number into `owner.beat` every few seconds. An owner of the same
 machine is dead as soon as its process is gone, and any other once its beat has
-stood still for three periods, by the clock of the one who waits. So a restart
-after a kill is never blocked. The file is also the trial whether the folder can
-be written. Readers of a run ignore both files.
+stood still for three periods, by the clock of the job that waits. A restart
+after a kill is thus never blocked. The file is also the trial whether the
+folder can be written. Readers of a run ignore both files.
 
-Two who start at once take turns by `flock`, where the file system has it. A
-bucket has not: there the last of two writers wins, and who is not that notices.
+Two jobs that start at once take turns by `flock`, where the file system has it.
+A bucket has not: there the last of two writers wins, and the other notices it.
 
-Not here: who an owner is (`owner.py`), and what a workdir holds (`workdir.py`).
+Not here: what identifies an owner (`owner.py`), and what a workdir holds
+(`workdir.py`).
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from moe_jax.runs.storage_errors import describe, storage_path
 
 PERIOD_SECONDS = 10.0
 _MISSED_BEATS = 3
-# Seconds after which two who wrote at once, without `flock`, see who was last.
+# Seconds after which two jobs that wrote at once see which of them was last.
 _SETTLE_SECONDS = 1.0
 # Seconds of waiting for another's turn, which takes milliseconds.
 _TURN_SECONDS = 5.0
@@ -54,12 +55,12 @@ class Ownership:
     *,
     period: float = PERIOD_SECONDS,
   ):
-    self._me = Owner.here()
+    self._owner = Owner.of_this_process()
     self._message, self._period = message, period
     self._folders: list[epath.Path] = []
-    self._made: list[epath.Path] = []
+    self._made_folders: list[epath.Path] = []
     self._end = threading.Event()
-    self._beating = threading.Lock()
+    self._beat_lock = threading.Lock()
     try:
       for folder in folders:
         self._take(folder)
@@ -81,10 +82,10 @@ class Ownership:
         owner = read(folder)
       except Exception:  # file systems of buckets have their own errors
         continue  # storage that fails tells nothing; a save will say so
-      if owner != self._me:
+      if owner != self._owner:
         who = 'nobody: its owner.json is gone' if owner is None else owner
         raise OwnedError(
-          f'{folder} now belongs to {who}; this job ({self._me}) stops and '
+          f'{folder} now belongs to {who}; this job ({self._owner}) stops and '
           'writes nothing more'
         )
 
@@ -92,61 +93,61 @@ class Ownership:
     """Gives the folders back, and removes those that are still empty."""
     self._end.set()
     for folder in self._folders:
-      with self._beating, contextlib.suppress(Exception):
-        if read(folder) in (self._me, None):
+      with self._beat_lock, contextlib.suppress(Exception):
+        if read(folder) in (self._owner, None):
           for name in (BEAT, OWNER):
             (folder / name).unlink(missing_ok=True)
-    for folder in self._made:
+    for folder in self._made_folders:
       with contextlib.suppress(OSError):
         os.rmdir(folder)
 
   def _take(self, folder: epath.Path) -> None:
     """Takes a folder; waits for an owner of whom nothing is known."""
-    self._make(folder)
+    self._make_folder(folder)
     stale: tuple[Owner, bytes] | None = None
     while True:
       with _turn(folder) as alone:
-        found = self._found(folder)
-        free = found is None or found.alive is False
-        if free or (stale is not None and stale == (found, beat(folder))):
+        owner = self._read_owner(folder)
+        free = owner is None or owner.alive is False
+        if free or (stale is not None and stale == (owner, beat(folder))):
           self._folders.append(folder)
-          self._write(folder)
+          self._write_owner(folder)
           break
-      if found is None or found.alive or stale is not None:
-        raise _refusal(folder, found)
-      stale = found, beat(folder)
-      self._watch(folder, found)
+      if owner is None or owner.alive or stale is not None:
+        raise _refusal(folder, owner)
+      stale = owner, beat(folder)
+      self._watch(folder, owner)
     if not alone:
       time.sleep(_SETTLE_SECONDS)
-      if (found := read(folder)) != self._me:
-        raise _refusal(folder, found)
+      if (owner := read(folder)) != self._owner:
+        raise _refusal(folder, owner)
 
-  def _watch(self, folder: epath.Path, found: Owner) -> None:
+  def _watch(self, folder: epath.Path, owner: Owner) -> None:
     seconds = _MISSED_BEATS * self._period
     self._message(
-      f'{folder} belongs to {found}, of which nothing is known here; it is '
+      f'{folder} belongs to {owner}, of which nothing is known here; it is '
       f'taken over in {seconds:.0f} s unless that process is seen to live'
     )
     time.sleep(seconds)
 
-  def _found(self, folder: epath.Path) -> Owner | None:
+  def _read_owner(self, folder: epath.Path) -> Owner | None:
     try:
       return read(folder)
     except Exception as error:
       raise _unwritable(folder, error) from None
 
-  def _make(self, folder: epath.Path) -> None:
+  def _make_folder(self, folder: epath.Path) -> None:
     parents = [] if '://' in os.fspath(folder) else [folder, *folder.parents]
     try:
       missing = [parent for parent in parents if not parent.exists()]
       folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # file systems of buckets have their own
       raise _unwritable(folder, error) from None
-    self._made += missing
+    self._made_folders += missing
 
-  def _write(self, folder: epath.Path) -> None:
-    text = json.dumps(self._me._asdict(), indent=1)
-    partial = folder / f'{OWNER}.{self._me.id}'
+  def _write_owner(self, folder: epath.Path) -> None:
+    text = json.dumps(self._owner._asdict(), indent=1)
+    partial = folder / f'{OWNER}.{self._owner.id}'
     try:
       partial.write_text(text)
       partial.replace(folder / OWNER)
@@ -163,9 +164,9 @@ class Ownership:
 
   def _beat(self, number: int) -> None:
     for folder in self._folders:
-      with self._beating, contextlib.suppress(Exception):
-        if not self._end.is_set() and read(folder) == self._me:
-          (folder / BEAT).write_text(f'{self._me.id} {number}')
+      with self._beat_lock, contextlib.suppress(Exception):
+        if not self._end.is_set() and read(folder) == self._owner:
+          (folder / BEAT).write_text(f'{self._owner.id} {number}')
 
 
 @contextlib.contextmanager
@@ -210,8 +211,8 @@ def _turn(folder: epath.Path) -> Iterator[bool]:
 
 
 def _locked(handle: int) -> bool:
-  until = time.monotonic() + _TURN_SECONDS
-  while time.monotonic() < until:
+  deadline = time.monotonic() + _TURN_SECONDS
+  while time.monotonic() < deadline:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
       return True
@@ -229,8 +230,8 @@ def _refusal(folder: epath.Path, owner: Owner | None) -> OwnedError:
 
 
 def _unwritable(folder: epath.Path, error: Exception) -> ValueError:
-  said = getattr(error, 'strerror', None) or describe(error)
+  cause = getattr(error, 'strerror', None) or describe(error)
   return ValueError(
-    f'{os.fspath(folder)} cannot be made or written: {said}; choose another '
+    f'{os.fspath(folder)} cannot be made or written: {cause}; choose another '
     'folder, or make room there'
   )

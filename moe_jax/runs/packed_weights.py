@@ -1,10 +1,9 @@
 """The variables of a run that is not trained, in one safetensors file.
 
-A run's folder may have them in place of checkpoints: those of a model whose
-kernels are stored in codes of few bits, or of any that is written to be served
-and not to be trained. Sizes and digests are in a manifest
-like that of a checkpoint. Nothing is unpickled. Not here: checkpoints
-(`checkpointer.py`).
+A run's folder may have this file in place of checkpoints: where kernels are
+stored in codes of few bits, or where a model is written to be served and not to
+be trained. Sizes and digests are in a manifest like that of a checkpoint.
+Nothing is unpickled. Not here: checkpoints (`checkpointer.py`).
 """
 
 import pathlib
@@ -34,14 +33,14 @@ def write(folder: pathlib.Path, variables: dict[str, Any]) -> None:
   """
   variables = jax.tree.map(jax.numpy.asarray, variables)
   manifest = manifest_lib.make(0, variables, {}, {})
-  own = folder / FOLDER
-  own.mkdir()
+  subdir = folder / FOLDER
+  subdir.mkdir()
   arrays = {
     manifest_lib.name(path): np.asarray(leaf, order='C')
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
   }
-  save_file(arrays, own / FILE)
-  manifest_lib.write(epath.Path(own), manifest)
+  save_file(arrays, subdir / FILE)
+  manifest_lib.write(epath.Path(subdir), manifest)
 
 
 def are_in(folder: pathlib.Path) -> bool:
@@ -64,21 +63,21 @@ def read(
     ValueError: The step is another one, or the file holds other variables.
     CheckpointError: The file is damaged or missing, or a value is not finite.
   """
-  own = epath.Path(folder / FOLDER)
+  subdir = epath.Path(folder / FOLDER)
   if step:
     raise ValueError(
       f'{folder} has weights without checkpoints, of step 0 alone; step={step} '
       'does not exist'
     )
   try:
-    manifest = manifest_lib.read(own)
-    manifest_lib.verify(own, manifest)
+    manifest = manifest_lib.read(subdir)
+    manifest_lib.verify(subdir, manifest)
   except manifest_lib.BadCheckpoint as error:
-    raise CheckpointError(f'{own} is damaged: {error}') from None
-  manifest_lib.check_tree(manifest, abstract, own, partial=True, cast=True)
+    raise CheckpointError(f'{subdir} is damaged: {error}') from None
+  manifest_lib.check_tree(manifest, abstract, subdir, partial=True, cast=True)
   try:
     # Mapped pages would count as memory of this process until it ends.
-    file = safe_open(own / FILE, framework='numpy', backend='pread')
+    file = safe_open(subdir / FILE, framework='numpy', backend='pread')
     state = jax.tree_util.tree_map_with_path(
       lambda path, leaf: jax.device_put(
         file.get_tensor(manifest_lib.name(path)).astype(leaf.dtype),
@@ -87,7 +86,7 @@ def read(
       abstract,
     )
   except (OSError, SafetensorError) as error:
-    raise CheckpointError(f'{own / FILE} cannot be read: {error}') from None
+    raise CheckpointError(f'{subdir / FILE} cannot be read: {error}') from None
   if bad := finite.not_finite(state):
-    raise CheckpointError(f'{own / FILE}: not finite: {finite.listed(bad)}')
+    raise CheckpointError(f'{subdir / FILE}: not finite: {finite.listed(bad)}')
   return Restored(state, manifest.extra, 0, [])

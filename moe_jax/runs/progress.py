@@ -17,7 +17,7 @@ from rich import console, progress, table
 # Number of last updates whose speed predicts the time left: enough to even out
 # a pause for an evaluation, few enough to follow a machine that slows down.
 _WINDOW = 20
-_SHORT = {'token': 'tok', 'example': 'ex'}  # units of speed on a bar
+_SHORT_UNITS = {'token': 'tok', 'example': 'ex'}  # units of speed on a bar
 
 
 class Progress:
@@ -59,7 +59,7 @@ class Progress:
     self._out = sys.stdout if out is None else out
     self._clock = clock
     self._counted, self._loss_unit = counted, loss_unit
-    self._seen = collections.deque(maxlen=_WINDOW)
+    self._updates = collections.deque(maxlen=_WINDOW)
     self._bar = None
     if self._out.isatty() and os.environ.get('TERM') != 'dumb':
       self._bar = _bar(cast(io.TextIOBase, self._out))
@@ -91,20 +91,20 @@ class Progress:
     # Units are short on a bar, which has to fit into 80 columns with them.
     unit, counted = f' {self._loss_unit}', f'{self._counted}s'
     if self._bar:
-      unit, counted = '', _SHORT.get(self._counted, self._counted)
+      unit, counted = '', _SHORT_UNITS.get(self._counted, self._counted)
     facts = [f'loss {loss:.4f}{unit}']
     if tokens_per_second is not None:
       facts.append(f'{tokens_per_second:,.0f} {counted}/s')
     if drop_rate is not None:
       facts.append(f'dropped {100 * drop_rate:.1f}%')
-    left = self._seconds_left(step)
-    if left is None and step_seconds is not None:
-      left = (self._total_steps - step) * step_seconds
-    if left is not None:
-      facts.append(f'{datetime.timedelta(seconds=round(left))} left')
+    seconds_left = self._seconds_left(step)
+    if seconds_left is None and step_seconds is not None:
+      seconds_left = (self._total_steps - step) * step_seconds
+    if seconds_left is not None:
+      facts.append(f'{datetime.timedelta(seconds=round(seconds_left))} left')
     if self._bar is None:
-      done = f'step {step:,}/{self._total_steps:,}'
-      self.message('  '.join([done, *facts]))
+      position = f'step {step:,}/{self._total_steps:,}'
+      self.message('  '.join([position, *facts]))
     else:
       self._bar.update(self._task, completed=step, facts='  '.join(facts))
       self._bar.refresh()
@@ -124,8 +124,8 @@ class Progress:
 
     The time before the first update is mostly that of compiling.
     """
-    self._seen.append((step, self._clock()))
-    (first_step, first_time), (_, now) = self._seen[0], self._seen[-1]
+    self._updates.append((step, self._clock()))
+    (first_step, first_time), (_, now) = self._updates[0], self._updates[-1]
     if step <= first_step:
       return None
     seconds_per_step = (now - first_time) / (step - first_step)

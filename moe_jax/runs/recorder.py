@@ -24,9 +24,9 @@ from moe_jax.training_types import Batch, LossSums, StepMetrics, add
 
 
 class NonFiniteError(RuntimeError):
-  """Something of a step is not finite, and the step may not be skipped.
+  """A step is not finite, and may not be skipped.
 
-  That is its loss, its gradient or the state after it.
+  Its loss, its gradient or the state after it has a value that is not finite.
   """
 
 
@@ -100,15 +100,15 @@ class Recorder:
     self._run = run
     self._start = start
     self._pending: tuple[int, StepMetrics, Batch] | None = None
-    self._kept = nonfinite.steps(run.workdir)
-    self._skipped = sum(n <= start for n in self._kept)
+    self._kept_steps = nonfinite.steps(run.workdir)
+    self._skipped = sum(n <= start for n in self._kept_steps)
     self._sums: LossSums | None = None
     self._steps = 0
     self._tokens = 0.0
     self._clock: float | None = None  # None until the first step is compiled
-    self._evaluated: dict[int, dict[str, Row]] = {}
+    self._eval_rows: dict[int, dict[str, Row]] = {}
     # The loss, gradient norm and learning rate of the step read last.
-    self._last: tuple[float, float, float] | None = None
+    self._last_scalars: tuple[float, float, float] | None = None
 
   def __enter__(self) -> 'Recorder':
     run = self._run
@@ -157,10 +157,10 @@ class Recorder:
       step: The last step that was added.
     """
     self._flush()
-    began = time.perf_counter()
+    start = time.perf_counter()
     yield
     if self._clock is not None:
-      self._clock += time.perf_counter() - began
+      self._clock += time.perf_counter() - start
 
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
     """Writes and prints the rows of evaluations, given by name."""
@@ -172,24 +172,24 @@ class Recorder:
       if 'loss' in row:
         losses[name] = row['loss']
       else:
-        said = self._run.dataset.tell(row)
-        self._run.message(f'step {step}: evaluation {name}: {said}')
-    self._evaluated = {step: self._evaluated.get(step, {}) | results}
+        text = self._run.dataset.tell(row)
+        self._run.message(f'step {step}: evaluation {name}: {text}')
+    self._eval_rows = {step: self._eval_rows.get(step, {}) | results}
     if losses:
-      said = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+      text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       unit = self._run.dataset.loss_unit
-      self._run.message(f'step {step}: evaluation, {unit}: {said}')
+      self._run.message(f'step {step}: evaluation, {unit}: {text}')
 
   def best_metric(self, step: int) -> dict[str, float] | None:
     """The number that decides the best checkpoint, if measured at `step`."""
     options = self._run.options.checkpoint
-    value = options.best_of(self._evaluated.get(step, {}))
+    value = options.best_of(self._eval_rows.get(step, {}))
     return None if value is None else {options.best_name: value}
 
   def ended(self, step: int) -> None:
     """Writes the averages since the last row, after the run's last step."""
-    if self._sums is not None and self._last is not None:
-      self._row(step, *self._last)
+    if self._sums is not None and self._last_scalars is not None:
+      self._write_averages(step, *self._last_scalars)
 
   def saved(self, step: int) -> None:
     """Prints that the checkpoint of `step` is being saved."""
@@ -203,14 +203,16 @@ class Recorder:
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     state = self._run.programs.abstract_state
     flags = np.asarray(metrics.finite)
-    bad = [] if flags.all() else finite.names(finite.checked(state), flags)
+    bad = []
+    if not flags.all():
+      bad = finite.names(finite.without_opt_state(state), flags)
     if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
-      said = f'step {step}: loss={loss}, gradient norm={grad_norm}'
+      text = f'step {step}: loss={loss}, gradient norm={grad_norm}'
       if bad:
-        said += f', not finite in the new state: {finite.listed(bad)}'
-      self._skip(step, said, sums, batch)
+        text += f', not finite in the new state: {finite.listed(bad)}'
+      self._skip(step, text, sums, batch)
     else:
-      if step in self._kept:
+      if step in self._kept_steps:
         nonfinite.forget(self._run.workdir, step)
       self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
@@ -222,23 +224,23 @@ class Recorder:
       )
     total = self._run.options.total_steps
     due = step % self._run.options.log_every_steps == 0 or step == total
-    self._last = loss, grad_norm, float(metrics.learning_rate)
+    self._last_scalars = loss, grad_norm, float(metrics.learning_rate)
     if due and self._sums is not None:
-      self._row(step, *self._last)
+      self._write_averages(step, *self._last_scalars)
 
-  def _skip(self, step: int, said: str, sums: LossSums, batch: Batch) -> None:
+  def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""
     path = nonfinite.keep(self._run.workdir, step, batch)
-    most = self._run.options.max_nonfinite_steps
-    if self._skipped >= most:
-      raise NonFiniteError(self._describe(said, sums, path))
+    max_skipped = self._run.options.max_nonfinite_steps
+    if self._skipped >= max_skipped:
+      raise NonFiniteError(self._describe(text, sums, path))
     self._skipped += 1
     self._run.message(
-      f'{said}: left out, {self._skipped} of at most {most}; its batch is '
-      f'{path}'
+      f'{text}: left out, {self._skipped} of at most {max_skipped}; its batch '
+      f'is {path}'
     )
 
-  def _row(self, step, loss, grad_norm, learning_rate) -> None:
+  def _write_averages(self, step, loss, grad_norm, learning_rate) -> None:
     now = time.perf_counter()
     seconds = max(now - cast(float, self._clock), 1e-9)
     sums = cast(LossSums, self._sums)
@@ -270,8 +272,8 @@ class Recorder:
       self._run.confirm()
       self._writer.write(step, row)
 
-  def _describe(self, said: str, sums: LossSums, path: pathlib.Path) -> str:
-    lines = [said]
+  def _describe(self, text: str, sums: LossSums, path: pathlib.Path) -> str:
+    lines = [text]
     for i in summary.sparse_layers(sums):
       layer = summary.layer_summary(sums, i, self._run.model.moes)
       lines.append(
@@ -282,11 +284,11 @@ class Recorder:
     with contextlib.suppress(CheckpointError):
       self._run.checkpoints.wait()
     newest = self._run.checkpoints.newest_good()
-    good = 'none' if newest is None else f'step {newest}'
-    then = 'begin anew' if newest is None else 'go on with --resume'
+    newest_text = 'none' if newest is None else f'step {newest}'
+    advice = 'begin anew' if newest is None else 'go on with --resume'
     lines.append(f'its batch is {path}')
     lines.append(
-      f'last good checkpoint: {good} in {self._run.workdir}; lower '
-      f'optimizer.learning_rate or raise moe.z_weight, and {then}'
+      f'last good checkpoint: {newest_text} in {self._run.workdir}; lower '
+      f'optimizer.learning_rate or raise moe.z_weight, and {advice}'
     )
     return '\n'.join(lines)

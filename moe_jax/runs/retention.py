@@ -89,8 +89,8 @@ class Directory:
         continue
       if math.isfinite(value):
         values[step] = value
-    best = max if self._best_is_highest else min
-    return best(values, key=values.__getitem__, default=None)
+    choose = max if self._best_is_highest else min
+    return choose(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
     """The manifest of `step`.
@@ -103,7 +103,7 @@ class Directory:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
 
-  def amend(self, about: Manifest) -> None:
+  def amend(self, additions: Manifest) -> None:
     """Adds values to the manifest of a step, or replaces those of their name.
 
     Args:
@@ -112,14 +112,14 @@ class Directory:
     Raises:
       BadCheckpoint: As `manifest`.
     """
-    old = self.manifest(about.step)
+    old = self.manifest(additions.step)
     new = dataclasses.replace(
       old,
-      extra={**old.extra, **about.extra},
-      metrics={**old.metrics, **about.metrics},
+      extra={**old.extra, **additions.extra},
+      metrics={**old.metrics, **additions.metrics},
     )
     if new != old:
-      self._retry(manifest_lib.write, self.folder(about.step), new)
+      self._retry(manifest_lib.write, self.folder(additions.step), new)
 
   def newest_good(
     self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
@@ -164,17 +164,17 @@ class Directory:
       raise ValueError(
         f'no checkpoint {step} in {self.path}; have {self.steps()}'
       )
-    found, refused = None, list(refused)
+    good, refused = None, list(refused)
     if jax.process_index() == 0:
-      found, refused = self.newest_good(step, refused)
+      good, refused = self.newest_good(step, refused)
     if jax.process_count() > 1:
-      sent = np.array([-1 if found is None else found, bool(folders)], np.int32)
+      pair = np.array([-1 if good is None else good, bool(folders)], np.int32)
       # Others may see a folder later than process 0 does.
-      found, folders = multihost_utils.broadcast_one_to_all(sent).tolist()
-      found = None if found < 0 else found
-    if found is not None or not folders:
-      return found, refused
-    reasons = '; '.join(f'{number}: {why}' for number, why in refused)
+      good, folders = multihost_utils.broadcast_one_to_all(pair).tolist()
+      good = None if good < 0 else good
+    if good is not None or not folders:
+      return good, refused
+    reasons = '; '.join(f'{number}: {reason}' for number, reason in refused)
     message = f'no good checkpoint in {self.path} ({reasons})'
     if step is not None or self.steps():
       raise CheckpointError(f'{message}\nfinished steps: {self.steps()}')
@@ -212,11 +212,11 @@ class Directory:
         if self.path.exists()
         else []
       )
-      left = [name for name in names if _LEFTOVER.match(name)]
-      if not left:
+      leftovers = [name for name in names if _LEFTOVER.match(name)]
+      if not leftovers:
         break
-      removed.update(left)
-      for name in left:
+      removed.update(leftovers)
+      for name in leftovers:
         try:
           (self.path / name).rmtree()
         except OSError:
@@ -226,11 +226,11 @@ class Directory:
   def prune(self) -> None:
     """Deletes all checkpoints except the newest ones and the best."""
     steps = self.steps()
-    kept: set[int | None] = set(steps[-self._keep_newest :])
+    kept_steps: set[int | None] = set(steps[-self._keep_newest :])
     if self._keep_best:
-      kept.add(self.best_step())
+      kept_steps.add(self.best_step())
     for step in steps:
-      if step in kept:
+      if step in kept_steps:
         continue
       try:
         self.folder(step).rename(self.folder(step, '.deleting'))

@@ -1,4 +1,4 @@
-"""Paths and errors of storage: one line on an error, another try after some.
+"""Paths of storage, one line on its errors, and another try after some errors.
 
 Not here: what is tried again (`checkpointer.py`, `manifest.py`).
 """
@@ -95,10 +95,10 @@ def _of_connection(error: BaseException) -> bool:
   names = (kind.__name__ for kind in type(error).__mro__)
   if any(name.endswith('ConnectionError') for name in names):
     return True
-  answers = (getattr(error, name, None) for name in ('code', 'status'))
+  statuses = (getattr(error, name, None) for name in ('code', 'status'))
   return any(
-    isinstance(answer, int | str) and _HTTP.fullmatch(f'{answer}')
-    for answer in answers
+    isinstance(status, int | str) and _HTTP.fullmatch(f'{status}')
+    for status in statuses
   )
 
 
@@ -109,17 +109,17 @@ def storage_path(path: str | os.PathLike[str]) -> epath.Path:
     ValueError: No file system has such URLs.
   """
   try:
-    given = epath.Path(path).expanduser()
+    expanded = epath.Path(path).expanduser()
   except KeyError as error:
     raise ValueError(
       f'{os.fspath(path)}: no file system has URLs that begin with {error}'
     ) from None
   # Resolving `gs://bucket` would give a local folder of that name.
-  return given if '://' in os.fspath(given) else given.resolve()
+  return expanded if '://' in os.fspath(expanded) else expanded.resolve()
 
 
 def describe(error: BaseException) -> str:
-  """One line on an error; of a long one the end, which has the cause."""
+  """One line on an error: the end of a long text, which has the cause."""
   text = str(error).split('\n', 1)[0]
   text = re.split(r" \[\w+='", text)[0]  # tensorstore appends its whole spec
   if len(text) > _LONGEST_CAUSE:

@@ -15,8 +15,8 @@ from moe_jax.routing.load_summary import load_summary
 from moe_jax.routing.stats import LOSSES, MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
 
-# The losses that every row has; others are there if a router computes them.
-_ALWAYS = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
+# The losses that every row has; it has others if a router computes them.
+_ALWAYS_WRITTEN = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
 
 
 def host(sums: LossSums) -> LossSums:
@@ -77,9 +77,9 @@ def layer_summary(
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   stats = of_layer(aux.stats, layer, moes)
   tokens, K = stats.tokens, len(stats.overflowed)
-  by_rank, in_all = drop_rate(stats)
+  by_rank, overall = drop_rate(stats)
   values = {
-    'drop_rate': float(in_all),
+    'drop_rate': float(overall),
     **load_summary(np.asarray(stats.load)),
     'entropy': float(stats.entropy / tokens),
     'router_logit_rms': float(np.sqrt(stats.logit_square / tokens)),
@@ -90,9 +90,9 @@ def layer_summary(
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   values |= exchange_summary(aux)
   for name in LOSSES:
-    total = float(getattr(aux, name) / tokens)
-    if total or name in _ALWAYS:
-      values[name] = total
+    mean = float(getattr(aux, name) / tokens)
+    if mean or name in _ALWAYS_WRITTEN:
+      values[name] = mean
   # Six digits resolve a millionth; more would double the metrics file.
   values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
   values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()
@@ -111,12 +111,12 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
   Args:
     aux: The sums of one layer, as `host` gives them.
   """
-  moved, served = aux.exchange, float(aux.stats.kept_load.sum())
-  if not moved.choices or not served:
+  exchange, served = aux.exchange, float(aux.stats.kept_load.sum())
+  if not exchange.choices or not served:
     return {}
   return {
-    'away_share': float(moved.away / served),
-    'sent_share': float(moved.left / served),
-    'shadowed_experts': float(moved.shadowed / moved.choices),
-    'exchange_overflow': float(moved.overflow / served),
+    'away_share': float(exchange.away / served),
+    'sent_share': float(exchange.left / served),
+    'shadowed_experts': float(exchange.shadowed / exchange.choices),
+    'exchange_overflow': float(exchange.overflow / served),
   }

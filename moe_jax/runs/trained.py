@@ -109,36 +109,36 @@ def read(
       names a class of a module that is not allowed.
   """
   folder = folder_of(workdir)
-  needed = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
-  for name in needed:
+  required_files = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
+  for name in required_files:
     if not (folder / name).exists():
-      why = f'it has no {name}'
+      reason = f'it has no {name}'
       if name == TOKENIZER and (folder / IMPORTED).exists():
-        why += (
+        reason += (
           ', as a checkpoint without one was imported; train it there first, '
           'or import it again, with its own tokenizer: '
           '--config.data.tokenizer.kind=file '
           '--config.data.tokenizer.file.path=TOKENIZER'
         )
       elif name == CONFIG:
-        why += _where_runs_are(folder)
-      raise ValueError(f'{folder} holds no trained run: {why}')
+        reason += _where_runs_are(folder)
+      raise ValueError(f'{folder} holds no trained run: {reason}')
   checkpoints = checkpoints_of(folder)
   try:
-    there = checkpoints.exists()
+    has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
     raise ValueError(f'{checkpoints}: {describe_error(error)}') from None
-  if not there and not packed_weights.are_in(folder):
+  if not has_checkpoints and not packed_weights.are_in(folder):
     raise ValueError(
       f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
     )
   config = kept_config(folder)
-  parts = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
-  plugins.check_allowed(plugins.names_in(parts), allow)
+  stored = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
+  plugins.check_allowed(plugins.names_in(stored), allow)
   try:
-    data = sections.read(DataOptions, parts['data'], 'data.')
-    model: Any = sections.read_choice(MODELS, parts['model'], 'model.')
-    sharding = sections.read(ShardingOptions, parts['sharding'], 'sharding.')
+    data = sections.read(DataOptions, stored['data'], 'data.')
+    model: Any = sections.read_choice(MODELS, stored['model'], 'model.')
+    sharding = sections.read(ShardingOptions, stored['sharding'], 'sharding.')
     batch_size = _batch_size(config)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
@@ -153,11 +153,11 @@ def read(
 
 
 def _where_runs_are(folder: pathlib.Path) -> str:
-  """The end of a message on a folder without a run: where some are."""
+  """The end of a message on a folder without a run: the places of runs."""
   if not folder.exists():
     return ', as there is no such folder; give a --workdir of a training run'
-  inside = sorted(str(path.parent) for path in folder.glob(f'*/{CONFIG}'))
-  return f'; runs are in {inside[:_MOST_LISTED]}' if inside else ''
+  run_folders = sorted(str(path.parent) for path in folder.glob(f'*/{CONFIG}'))
+  return f'; runs are in {run_folders[:_MOST_LISTED]}' if run_folders else ''
 
 
 def _batch_size(config: dict[str, Any]) -> int:
@@ -187,7 +187,7 @@ def restore_variables(
     workdir: The run's folder.
     model: A model with these parameters, which decides their dtypes.
     rules: The table by which arrays are split.
-    mesh: Any mesh; a dimension that its axes do not divide is whole. None is
+    mesh: Any mesh; a dimension that its axes do not divide is whole. None means
       the first local device.
     step: The step of the checkpoint; None is the newest good one.
     cast: Whether other floating-point types may have been saved.
@@ -198,7 +198,7 @@ def restore_variables(
     CheckpointError: No checkpoint is good.
   """
   adapters = adapters_of(workdir, model)
-  found = restore_unmerged(
+  restored = restore_unmerged(
     workdir,
     model,
     rules,
@@ -208,10 +208,10 @@ def restore_variables(
     cast=cast,
     router_state=router_state,
   )
-  if not found.step:  # a checkpoint of step 0 is of a model without adapters
-    return found
-  params = adapters.merged_on_devices(found.state['params'])
-  return found._replace(state={**found.state, 'params': params})
+  if not restored.step:  # a checkpoint of step 0 is of a model without adapters
+    return restored
+  params = adapters.merged_on_devices(restored.state['params'])
+  return restored._replace(state={**restored.state, 'params': params})
 
 
 def best_step(workdir: str | os.PathLike[str]) -> int:
@@ -283,7 +283,7 @@ def restore_unmerged(
 ) -> Restored:
   """Reads the variables of a run, with factors of adapters by themselves.
 
-  A checkpoint of step 0 has none. Other arguments and errors are those of
+  A checkpoint of step 0 has no adapters. Errors are those of
   `restore_variables`.
 
   Args:
@@ -309,37 +309,40 @@ def restore_unmerged(
     trees.shapes,
     trees.axes,
   )
-  kept = jax.tree.map(
+  routers = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=partitioning.sharding(mesh, rules, ())
     ),
     abstract_router_state(model) if router_state else {},
   )
-  run = pathlib.Path(workdir).expanduser()
-  if packed_weights.are_in(run):
-    return packed_weights.read(run, variables(abstract, kept), step)
+  run_folder = pathlib.Path(workdir).expanduser()
+  if packed_weights.are_in(run_folder):
+    return packed_weights.read(run_folder, variables(abstract, routers), step)
   with Checkpointer(folder, keep_best=False) as checkpoints:
-    found = checkpoints.restore(
-      variables(abstract, kept),
+    restored = checkpoints.restore(
+      variables(abstract, routers),
       step=step,
       partial=True,
       cast=cast,
-      first=variables(adapters.base(abstract), kept),
+      first=variables(adapters.base(abstract), routers),
     )
-  if found is None:
+  if restored is None:
     raise ValueError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
-  if kept and COLLECTION not in found.state:  # of a run that begins without it
-    kept = init_router_state(model)
-    found = found._replace(state=variables(found.state['params'], kept))
-  return found
+  # A run may begin without the state of its routers.
+  if routers and COLLECTION not in restored.state:
+    routers = init_router_state(model)
+    restored = restored._replace(
+      state=variables(restored.state['params'], routers)
+    )
+  return restored
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
   """The sharding by the table, with dimensions that do not divide whole."""
   table = dict(rules)
 
-  def parts(axis):
-    return math.prod(mesh.shape[place] for place in table.get(axis, ()))
+  def num_shards(axis):
+    return math.prod(mesh.shape[mesh_axis] for mesh_axis in table.get(axis, ()))
 
-  axes = [a if n % parts(a) == 0 else None for a, n in zip(axes, shape)]
+  axes = [a if n % num_shards(a) == 0 else None for a, n in zip(axes, shape)]
   return partitioning.sharding(mesh, rules, axes, shape)

@@ -50,7 +50,7 @@ class Alone:
 
   before_end: Callable[[float], None] | None = None
 
-  def mark(self, where: str) -> None:
+  def mark(self, stage: str) -> None:
     """Does nothing; see `Watchdog.mark`."""
 
 
@@ -90,7 +90,7 @@ class Watchdog:
     self._index, self._size = jax.process_index(), jax.process_count()
     self._silence = timeouts.heartbeat_timeout_seconds
     self._peers = Peers(self._size, timeouts)
-    self._mine = self._peers[self._index]
+    self._this_peer = self._peers[self._index]
     self._failure = ''  # error of this process, which then ends by itself
     self._over = threading.Event()
     self._connect(float(timeouts.initialization_timeout_seconds))
@@ -99,14 +99,14 @@ class Watchdog:
     )
     self._thread.start()
 
-  def mark(self, where: str) -> None:
-    """Reports that this process begins the stage `where`.
+  def mark(self, stage: str) -> None:
+    """Reports that this process begins a stage, such as `step 3`.
 
     All processes have the same stages in the same order, so the process with
     the fewest is behind.
     """
-    self._mine.where = where
-    self._mine.count += 1
+    self._this_peer.stage = stage
+    self._this_peer.num_stages += 1
 
   def fail(self, text: str) -> None:
     """Makes the other processes end, with this text as the reason."""
@@ -116,7 +116,7 @@ class Watchdog:
   def finish(self) -> None:
     """Waits until all processes have called this."""
     self.mark('the end')
-    self._mine.done = True
+    self._this_peer.is_done = True
     self._over.wait()
 
   def _connect(self, seconds: float) -> None:
@@ -130,12 +130,12 @@ class Watchdog:
       self._token = secrets.token_hex(16)
       port = self._server.getsockname()[1]
       hello = [self._token, port, *addresses()]
-    sent = np.zeros(_HELLO_BYTES, np.uint8)
+    packet = np.zeros(_HELLO_BYTES, np.uint8)
     if self._index == 0:
       text = json.dumps(hello).encode()
-      sent[: len(text)] = np.frombuffer(text, np.uint8)
-    sent = multihost_utils.broadcast_one_to_all(sent)
-    token, port, *hosts = json.loads(bytes(sent).rstrip(b'\0'))
+      packet[: len(text)] = np.frombuffer(text, np.uint8)
+    packet = multihost_utils.broadcast_one_to_all(packet)
+    token, port, *hosts = json.loads(bytes(packet).rstrip(b'\0'))
     if self._index:
       self._hub = reach(
         hosts, port, {'process': self._index, 'token': token}, seconds
@@ -157,7 +157,7 @@ class Watchdog:
 
   def _lead(self) -> None:
     next_send = time.monotonic()
-    all_here = next_send + MOMENT_SECONDS  # one who connects is told, too
+    deadline = next_send + MOMENT_SECONDS  # one who connects is told, too
     while not self._over.is_set():
       lines = [*self._lines.values(), *self._strangers]
       ready = wait(
@@ -173,13 +173,13 @@ class Watchdog:
       for index, line in list(self._lines.items()):
         if line.socket in ready:
           self._listen(index, line)
-      self._mine.heard = time.monotonic()
+      self._this_peer.last_heard = time.monotonic()
       if time.monotonic() >= next_send:
         next_send = time.monotonic() + TICK_SECONDS
         for line in self._lines.values():
           line.send({})
-      here = len(self._lines) + 1 == self._size or time.monotonic() > all_here
-      if here and (reason := self._failure or self._peers.lost()):
+      joined = len(self._lines) + 1 == self._size or time.monotonic() > deadline
+      if joined and (reason := self._failure or self._peers.end_reason()):
         self._end_all(reason)
       elif self._peers.all_done:
         self._tell_all({'over': True})
@@ -188,26 +188,26 @@ class Watchdog:
 
   def _greet(self, line: 'Line') -> None:
     """Accepts a connection if it knows the token, as anybody can connect."""
-    first = line.receive()
-    if first == []:
+    messages = line.receive()
+    if messages == []:
       return
     self._strangers.remove(line)
-    said = first[0] if first else {}
-    token = str(said.get('token')).encode(errors='replace')
+    hello = messages[0] if messages else {}
+    token = str(hello.get('token')).encode(errors='replace')
     if secrets.compare_digest(token, self._token.encode()):
       line.send({'token': self._token})
-      self._lines[int(said['process'])] = line
-      for message in first[1:] if first else ():
-        self._hear(int(said['process']), message)
+      self._lines[int(hello['process'])] = line
+      for message in messages[1:] if messages else ():
+        self._hear(int(hello['process']), message)
     else:
       line.socket.close()
 
   def _listen(self, index: int, line: 'Line') -> None:
     messages = line.receive()
     if messages is None:
-      if not self._peers[index].done:
-        where = self._peers[index].where
-        self._end_all(f'process {index} died; it had got to {where}')
+      if not self._peers[index].is_done:
+        stage = self._peers[index].stage
+        self._end_all(f'process {index} died; it had got to {stage}')
       del self._lines[index]
       return
     for message in messages:
@@ -215,9 +215,9 @@ class Watchdog:
 
   def _hear(self, index: int, message: dict[str, Any]) -> None:
     peer = self._peers[index]
-    peer.heard = time.monotonic()
-    peer.count, peer.where = message['count'], message['where']
-    peer.done = message['done']
+    peer.last_heard = time.monotonic()
+    peer.num_stages, peer.stage = message['count'], message['where']
+    peer.is_done = message['done']
     if message['failed']:
       self._end_all(message['failed'])
 
@@ -231,9 +231,9 @@ class Watchdog:
       line.send(message)
     # Closing a socket with unread data may discard what was sent, so all is
     # read until the other ends are closed.
-    until = time.monotonic() + MOMENT_SECONDS
+    deadline = time.monotonic() + MOMENT_SECONDS
     lines: dict[Any, Any] = {w.socket: w for w in self._lines.values()}
-    while lines and time.monotonic() < until:
+    while lines and time.monotonic() < deadline:
       for ready in wait(list(lines), TICK_SECONDS):
         if lines[ready].receive() is None:
           del lines[ready]
@@ -242,15 +242,15 @@ class Watchdog:
   # All other processes.
 
   def _follow(self) -> None:
-    heard = next_send = time.monotonic()
+    last_heard = next_send = time.monotonic()
     while not self._over.is_set():
       if time.monotonic() >= next_send:
         next_send = time.monotonic() + TICK_SECONDS
         self._hub.send(
           {
-            'count': self._mine.count,
-            'where': self._mine.where,
-            'done': self._mine.done,
+            'count': self._this_peer.num_stages,
+            'where': self._this_peer.stage,
+            'done': self._this_peer.is_done,
             'failed': self._failure,
           }
         )
@@ -259,7 +259,7 @@ class Watchdog:
         if messages is None:
           self._end('process 0 died', settle=False)
           return
-        heard = time.monotonic()
+        last_heard = time.monotonic()
         for message in messages:
           if 'end' in message:
             self._end(message['end'])
@@ -268,7 +268,7 @@ class Watchdog:
             self._hub.socket.close()
             self._over.set()
             return
-      if time.monotonic() - heard > self._silence:
+      if time.monotonic() - last_heard > self._silence:
         reason = f'process 0 does not answer, for {self._silence:.0f} s'
         self._end(reason, settle=False)
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from etils import epath
 
 from moe_jax import plugins, sections
-from moe_jax.runs.owner import OWNED
+from moe_jax.runs.owner import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section, as_mapping
 
@@ -56,7 +56,7 @@ def check(
   config: Section,
   *,
   resume: bool = False,
-  usual: Section | None = None,
+  defaults: Section | None = None,
 ) -> pathlib.Path:
   """The folder, if a run with this config may use it; nothing is written.
 
@@ -64,21 +64,21 @@ def check(
     workdir: A folder of this machine or mounted on it, which need not exist.
     config: The config of the run.
     resume: Whether the folder may belong to another config.
-    usual: The defaults of all keys, which those have that the folder's config
-      lacks; None has none.
+    defaults: A config with the defaults of all keys, for keys that the
+      folder's config lacks; None gives no defaults.
 
   Raises:
-    ValueError: It is no folder's name; its config cannot be read, or is another
-      one, in which case the differences are listed, old before new; its
-      checkpoints are not in the directory that `config` gives; or that
+    ValueError: The name is not that of a folder; the folder's config cannot be
+      read, or differs, in which case the differences are listed, old before
+      new; its checkpoints are not in the directory that `config` gives; or that
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  changed = changes(folder, config, usual)
-  if changed and not resume:
+  differences = changes(folder, config, defaults)
+  if differences and not resume:
     raise ValueError(
       f'{folder} holds a run whose config differs:\n'
-      + '\n'.join(f'  {line}' for line in changed)
+      + '\n'.join(f'  {line}' for line in differences)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
   _check_directory(folder, config, resume)
@@ -86,7 +86,7 @@ def check(
 
 
 def changes(
-  folder: pathlib.Path, config: Section, usual: Section | None = None
+  folder: pathlib.Path, config: Section, defaults: Section | None = None
 ) -> list[str]:
   """Lines on the keys whose values in a folder differ, old before new.
 
@@ -94,14 +94,14 @@ def changes(
   """
   if not (folder / CONFIG).exists():
     return []
-  kept, defaults = (
+  stored, usual_values = (
     sections.flatten(values)
-    for values in (kept_config(folder), _plain(usual or {}))
+    for values in (kept_config(folder), _plain(defaults or {}))
   )
   return [
     f'{key}: {old!r} -> {new!r}'
-    for key, (old, new) in sections.difference(kept, _plain(config)).items()
-    if key in kept or key not in defaults or new != defaults[key]
+    for key, (old, new) in sections.difference(stored, _plain(config)).items()
+    if key in stored or key not in usual_values or new != usual_values[key]
   ]
 
 
@@ -112,17 +112,17 @@ def _check_directory(
 
   Otherwise the run would begin anew, or go on from another run's checkpoints.
   """
-  there = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
-  given = cast(Any, config)['checkpoint']['directory']
-  old, new = checkpoints_of(folder), checkpoints_of(folder, given)
-  if there and old != new:
+  is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
+  directory = cast(Any, config)['checkpoint']['directory']
+  old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
+  if is_used and old != new:
     raise ValueError(
-      f'{folder} has its checkpoints in {old}; checkpoint.directory={given!r} '
-      'says otherwise, and cannot change'
+      f'{folder} has its checkpoints in {old}; checkpoint.directory='
+      f'{directory!r} says otherwise, and cannot change'
     )
-  if there or resume or not new.exists():
+  if is_used or resume or not new.exists():
     return
-  if any(not path.name.startswith(OWNED) for path in new.iterdir()):
+  if any(not path.name.startswith(FILE_PREFIX) for path in new.iterdir()):
     raise ValueError(
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
       'not empty: it may be of another run; choose another, or go on from what '
@@ -174,9 +174,9 @@ def record_plugins(folder: pathlib.Path, config: Section) -> None:
 
 def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
   """A line for each file with a user's own class that has changed."""
-  before = _json(folder / PLUGINS)
+  old_digests = _json(folder / PLUGINS)
   for name, digest in plugins.digests(plugins.names_in(config)).items():
-    old = before.get(name)
+    old = old_digests.get(name)
     if old not in (None, digest):
       yield (
         f'WARNING: the file of {name!r} has changed since the run wrote it '
@@ -202,18 +202,18 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / CONFIG
   config = _json(path)
-  parts = {name: config.get(name, {}) for name in _SECTIONS}
-  for name, values in parts.items():
+  section_values = {name: config.get(name, {}) for name in _SECTIONS}
+  for name, values in section_values.items():
     if not isinstance(values, dict):
       raise ValueError(
         f'{path} is damaged: {name}={values!r:.60} is no section'
       )
-  directory = parts['checkpoint'].get('directory', '')
+  directory = section_values['checkpoint'].get('directory', '')
   if not isinstance(directory, str):
     raise ValueError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
     )
-  if isinstance(parts['data'].get('source'), str):
+  if isinstance(section_values['data'].get('source'), str):
     raise ValueError(
       f'{folder} is a run of an earlier version, whose options had other '
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '

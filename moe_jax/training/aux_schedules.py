@@ -76,7 +76,7 @@ class AuxSchedule(Options):
 
 
 def _product(a: Leaf, b: Leaf) -> Leaf:
-  """The product, which is the number 0 where a factor is."""
+  """The product of two numbers, which is the number 0 if one of them is."""
   if any(not isinstance(x, jax.Array) and x == 0 for x in (a, b)):
     return 0.0
   return a * b
@@ -119,8 +119,8 @@ class Linear(AuxSchedule):
     """Returns the factor on the line."""
     if self.factor == self.final_factor:
       return self.factor
-    done = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)
-    return self.factor + (self.final_factor - self.factor) * done
+    fraction = jnp.clip((step - self.start_step) / self.line_steps, 0.0, 1.0)
+    return self.factor + (self.final_factor - self.factor) * fraction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
 def begin(run: Run, initial: Initial | None = None) -> TrainState:
-  """The state from which the run goes on, or the first one; prints which.
+  """The state from which the run goes on, or its first state; prints which.
 
   A checkpoint of step 0 holds only parameters, such as those of an imported
   model, and perhaps the state of its routers: the optimizer starts anew. The
@@ -59,18 +59,18 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
-  given = None
+  variables_and_note = None
   if restored is None:
-    given = _given(run, initial)
+    variables_and_note = _initial_variables(run, initial)
   if is_first():
-    config = sections.section(run.given)
+    config = sections.section(run.given_options)
     workdir_lib.claim(run.workdir, config)
     workdir_lib.record_plugins(run.workdir, config)
     run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
   check_shared(run.workdir)
-  if given is not None:
-    variables, what = given
-    run.message(what)
+  if variables_and_note is not None:
+    variables, note = variables_and_note
+    run.message(note)
     return _first_state(run, variables)
   if restored is None:
     return run.programs.init_state()
@@ -95,7 +95,7 @@ def _first_state(run: Run, variables: Mapping[str, Any]) -> TrainState:
   )
 
 
-def _given(
+def _initial_variables(
   run: Run, initial: Initial | None
 ) -> tuple[dict[str, Any], str] | None:
   if initial is not None:

@@ -30,7 +30,8 @@ class ChosenExperts:
   Attributes:
     num_experts: E, the number of experts of a layer.
     layers: The numbers of the experts of each sparse layer, by its number.
-    about: Other facts of the file: how and from what they were chosen.
+    about: Other facts of the file, such as the rule and the run by which the
+      experts were chosen.
   """
 
   num_experts: int
@@ -42,13 +43,13 @@ class ChosenExperts:
     values = {
       **self.about,
       'num_experts': self.num_experts,
-      'layers': {str(i): list(own) for i, own in self.layers.items()},
+      'layers': {str(i): list(experts) for i, experts in self.layers.items()},
     }
     path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
   def describe(self) -> str:
     """A line with the counts."""
-    count = sum(len(own) for own in self.layers.values())
+    count = sum(len(experts) for experts in self.layers.values())
     total = self.num_experts * len(self.layers)
     by_layer = ', '.join(f'layer {i}: {len(e)}' for i, e in self.layers.items())
     return f'{count} of {total} experts chosen ({by_layer})'
@@ -61,24 +62,28 @@ def read(path: str) -> ChosenExperts:
     ValueError: There is no such file, or it holds something else.
   """
   file = pathlib.Path(path).expanduser()
-  said = f'trained_experts={path!r}'
+  option = f'trained_experts={path!r}'
   if not file.is_file():
     raise ValueError(
-      f'{said} is no file; `python -m moe_jax.finetuning choose` writes one'
+      f'{option} is no file; `python -m moe_jax.finetuning choose` writes one'
     )
   try:
     values = json.loads(file.read_text(encoding='utf-8'))
     E, layers = values['num_experts'], values['layers']
-    chosen = {int(i): tuple(own) for i, own in layers.items()}
-    for i, own in chosen.items():
-      if len(set(own)) < len(own) or any(
-        type(e) is not int or not 0 <= e < E for e in own
+    chosen = {int(i): tuple(experts) for i, experts in layers.items()}
+    for i, experts in chosen.items():
+      if len(set(experts)) < len(experts) or any(
+        type(e) is not int or not 0 <= e < E for e in experts
       ):
-        raise ValueError(f'layer {i} has {list(own)}, not numbers below {E}')
+        raise ValueError(
+          f'layer {i} has {list(experts)}, not numbers below {E}'
+        )
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{said} is no file of chosen experts: {error}') from None
+    raise ValueError(
+      f'{option} is no file of chosen experts: {error}'
+    ) from None
   if not any(chosen.values()):
-    raise ValueError(f'{said} chooses no expert')
+    raise ValueError(f'{option} chooses no expert')
   about = {
     k: v for k, v in values.items() if k not in ('num_experts', 'layers')
   }
@@ -103,19 +108,19 @@ def masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  have = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
-  given = {i: chosen.num_experts for i in chosen.layers}
-  if have != given:
+  model_E = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
+  file_E = {i: chosen.num_experts for i in chosen.layers}
+  if model_E != file_E:
     raise ValueError(
-      f'trained_experts: the file has numbers of experts by layer {given}, the '
-      f'model has {have}'
+      f'trained_experts: the file has numbers of experts by layer {file_E}, '
+      f'the model has {model_E}'
     )
-  found = dict(_masks(chosen, model, trees, names))
-  if not found:
+  masks_by_name = dict(_masks(chosen, model, trees, names))
+  if not masks_by_name:
     raise ValueError(
       'trained_experts has no effect: no parameter of experts trains'
     )
-  return found
+  return masks_by_name
 
 
 def _masks(
@@ -124,15 +129,15 @@ def _masks(
   for path, axes in flat_trees.flatten(trees.axes).items():
     if '/'.join(path) not in names or _EXPERT not in axes:
       continue
-    own = path[1:-1] if path[0] == TREE else path
-    place = model.place_of(own)
-    if place is None or axes[0] != _LAYERS:
+    kernel_path = path[1:-1] if path[0] == TREE else path
+    stack_place = model.place_of(kernel_path)
+    if stack_place is None or axes[0] != _LAYERS:
       raise ValueError(f'trained_experts: {"/".join(path)} is in no stack')
     shape = [1] * len(axes)
-    shape[0] = len(place.layers)
+    shape[0] = len(stack_place.layers)
     shape[axes.index(_EXPERT)] = chosen.num_experts
     mask = [
       [e in chosen.layers[i] for e in range(chosen.num_experts)]
-      for i in numbers_of(model.stacks, place)
+      for i in numbers_of(model.stacks, stack_place)
     ]
     yield '/'.join(path), np.array(mask).reshape(shape)

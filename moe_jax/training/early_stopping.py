@@ -80,7 +80,7 @@ class EarlyStopping:
     self._state = _State(
       checkpoint.best_name, checkpoint.best_is_highest, options.min_change
     )
-    self._goes_on = False  # whether the state is that of a checkpoint
+    self._is_restored = False  # whether the state is that of a checkpoint
 
   @property
   def ended(self) -> bool:
@@ -91,7 +91,7 @@ class EarlyStopping:
   def ends_now(self) -> bool:
     """Whether the run ends where its checkpoint says that it goes on.
 
-    So it does with less patience than it had when the checkpoint was saved.
+    It does so with less patience than it had when the checkpoint was saved.
     """
     return self.ended and not self._state.ended
 
@@ -106,18 +106,18 @@ class EarlyStopping:
   def restore(self, extra: Mapping[str, Any]) -> None:
     """Goes on with the state of a checkpoint, or counts anew.
 
-    It counts anew where another number decides, or another rule of what is
-    better: the counts would be of other comparisons.
+    It counts anew where another number decides, or another rule says which one
+    is better: the counts would be of other comparisons.
     """
-    kept = extra.get(EXTRA, {})
+    stored = extra.get(EXTRA, {})
     rule = ('metric', 'best_is_highest', 'min_change')
-    if all(kept.get(name) == getattr(self._state, name) for name in rule):
-      self._state, self._goes_on = _State(**kept), True
+    if all(stored.get(name) == getattr(self._state, name) for name in rule):
+      self._state, self._is_restored = _State(**stored), True
 
   def lacks(self, step: int) -> bool:
     """Whether a count that goes on has no measurement of the step."""
-    counts = self._goes_on and bool(self._options.patience)
-    return counts and step > self._state.last_step
+    is_counting = self._is_restored and bool(self._options.patience)
+    return is_counting and step > self._state.last_step
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
     """Takes the rows of the evaluations after a step, given by name.
@@ -150,7 +150,7 @@ class EarlyStopping:
     return sign * value < sign * before - change
 
   def describe(self) -> str:
-    """Words on why the run has ended."""
+    """The reason for which the run has ended, as text."""
     state = self._state
     best = 'never finite'
     if state.best is not None:

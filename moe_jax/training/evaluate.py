@@ -165,21 +165,21 @@ class Evaluation:
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
-def measured(
+def evaluation_rows(
   evaluations: Sequence[Evaluation], variables: Variables, step: int
 ) -> dict[str, Row]:
   """The row of each evaluation, by name; equal ones are measured once.
 
   Raises:
-    ValueError: Some evaluation returns no row of numbers.
+    ValueError: An evaluation returns no row of numbers.
   """
   rows: dict[Any, Row] = {}
-  for each in evaluations:
-    if (key := _key(each.measure)) not in rows:
-      row = each.measure(variables, step)
-      _check_row(each.name, row)
+  for entry in evaluations:
+    if (key := _key(entry.measure)) not in rows:
+      row = entry.measure(variables, step)
+      _check_row(entry.name, row)
       rows[key] = row
-  return {each.name: rows[_key(each.measure)] for each in evaluations}
+  return {entry.name: rows[_key(entry.measure)] for entry in evaluations}
 
 
 def _key(measure: Measure) -> Any:
@@ -192,14 +192,14 @@ def _key(measure: Measure) -> Any:
 
 
 def _check_row(name: str, row: Any) -> None:
-  said = f'evals.{name} returned {row!r:.120}; it must return a row of numbers'
+  text = f'evals.{name} returned {row!r:.120}; it must return a row of numbers'
   if not isinstance(row, Mapping):
-    raise ValueError(f"{said}, {{'accuracy': 0.5}}")
+    raise ValueError(f"{text}, {{'accuracy': 0.5}}")
   for key, value in row.items():
     kind = np.asarray(value).dtype.kind if _is_flat(value) else ''
     if not isinstance(key, str) or kind not in tuple('biufV'):
       raise ValueError(
-        f'{said}, and {key!r}: {value!r:.80} is no name with a number or a '
+        f'{text}, and {key!r}: {value!r:.80} is no name with a number or a '
         'flat list of numbers'
       )
 
@@ -274,10 +274,10 @@ class Losses(OverBatches):
       apply: Applies the model, and may return the choices of experts.
       record: Called with the number, the batch and the choices of each batch.
     """
-    run = compiled_eval_step(self.model, apply, self.put.sharding)
+    compiled_step = compiled_eval_step(self.model, apply, self.put.sharding)
     total: Any = None
     for number, batch in enumerate(self.batches()):
-      sums = run(variables, batch)
+      sums = compiled_step(variables, batch)
       record(number, batch, sums.choices)
       # Sums are added on the host in float64, as a split may have more tokens
       # than float32 can count.
@@ -290,12 +290,12 @@ class Losses(OverBatches):
 def compiled_eval_step(
   model: Model,
   apply: Apply = plainly,
-  rows: jax.sharding.Sharding | None = None,
+  row_sharding: jax.sharding.Sharding | None = None,
 ):
-  """`eval_step`; equal models share it. Choices are split as `rows` says."""
-  nowhere: list[Any] = [None] * len(LossSums._fields)
-  places = LossSums(*nowhere)
+  """`eval_step`; equal models share it. `row_sharding` is that of choices."""
+  unspecified: list[Any] = [None] * len(LossSums._fields)
+  shardings = LossSums(*unspecified)
   return jax.jit(
     functools.partial(eval_step, model=model, apply=apply),
-    out_shardings=places._replace(choices=rows),
+    out_shardings=shardings._replace(choices=row_sharding),
   )

@@ -61,22 +61,22 @@ def changed_models(
     OptionError: Parameters of some models differ from those of the training
       model; they are listed.
   """
-  changed, problems = {}, []
+  entry_models, problems = {}, []
   for name, entry in entries.items():
-    changed[name] = overridden(options, entry)[0].build(rules)
-    if differing := _differing_parameters(model, changed[name]):
+    entry_models[name] = overridden(options, entry)[0].build(rules)
+    if differing := _differing_parameters(model, entry_models[name]):
       problems.append(
         f'evals.{name}.model_overrides changes parameters:\n'
         + '\n'.join(differing[:_MOST_LISTED])
       )
   if problems:
     raise OptionError(problems)
-  return changed
+  return entry_models
 
 
 def make_evaluations(
   entries: Mapping[str, EvaluationOptions],
-  changed: Mapping[str, Model],
+  entry_models: Mapping[str, Model],
   *,
   dataset: Dataset,
   data: DataOptions,
@@ -88,7 +88,7 @@ def make_evaluations(
 
   Args:
     entries: The options of each entry, by name.
-    changed: The model of each entry, by name; see `changed_models`.
+    entry_models: The model of each entry, by name; see `changed_models`.
     dataset: The run's data.
     data: The options of the dataset.
     batch_size: Number of rows in a global batch.
@@ -101,7 +101,7 @@ def make_evaluations(
   evaluations, problems = [], []
   for name, entry in entries.items():
     setting = Setting(
-      name, changed[name], dataset, data, batch_size, workdir, put
+      name, entry_models[name], dataset, data, batch_size, workdir, put
     )
     try:
       measure = entry.measure(setting)
@@ -128,10 +128,10 @@ def _differing_parameters(model: Model, changed: Model) -> list[str]:
     {
       jax.tree_util.keystr(path): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(
-        models.abstract_params(each)
+        models.abstract_params(compared)
       )
     }
-    for each in (model, changed)
+    for compared in (model, changed)
   )
   return [
     f'  {key}: {old.get(key)} -> {new.get(key)}'

@@ -45,22 +45,24 @@ class InitFromOptions(Options):
   )
 
   def with_tokenizer(
-    self, data: DataOptions, own: pathlib.Path | None = None
+    self, data: DataOptions, run_folder: pathlib.Path | None = None
   ) -> DataOptions:
     """The data with the tokenizer of the other run, if it is kept.
 
-    A run that has begun has it in its own folder, and does not need the other.
+    A run that has begun has the tokenizer in its own folder, and does not need
+    the other run.
 
     Args:
       data: The options of the data.
-      own: Folder of the run that begins with the other, which need not exist.
+      run_folder: Folder of the run that begins with the other, which need not
+        exist.
 
     Raises:
       ValueError: The tokenizer cannot be read, or has classes, not tokens.
     """
     if not (self.workdir and self.keep_tokenizer and data.task.has_tokens):
       return data
-    folders = [] if own is None else [own]
+    folders = [] if run_folder is None else [run_folder]
     for folder in (*folders, pathlib.Path(self.workdir).expanduser()):
       path = folder / workdir_lib.TOKENIZER
       if path.is_file():
@@ -68,6 +70,6 @@ class InitFromOptions(Options):
     return data  # the other run, which has none, is refused when it is read
 
   def problems(self) -> Iterator[str]:
-    """A checkpoint is read by its step or as the best."""
+    """The problem of a checkpoint that is named by its step and as the best."""
     if self.best and self.step >= 0:
       yield f'best=True with step={self.step}: give one of them'

@@ -19,7 +19,7 @@ from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training import signals
 from moe_jax.training.begin import EXPERTS, Initial, begin
-from moe_jax.training.evaluate import measured
+from moe_jax.training.evaluate import evaluation_rows
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
@@ -55,7 +55,7 @@ def train_and_evaluate(
     hooks: Hooks that are called before the first step, after the last, and
       when the function returns or raises.
     resume: Whether to go on even where the workdir's options differ.
-    devices: The devices of the mesh; None is all there are.
+    devices: The devices of the mesh; None means all devices.
     initial: Gives the parameters for the section `init_from`; see
       `begin.begin`.
 
@@ -70,11 +70,11 @@ def train_and_evaluate(
   _check_served(options, hooks)
   with (
     watching(options.distributed) as watchdog,
-    owned(_folders(options, workdir)) as owner,
+    owned(_folders(options, workdir)) as ownership,
   ):
     watchdog.mark('the set-up')
     run = set_up(options, workdir, resume=resume, devices=devices)
-    run.hooks, run.confirm = hooks, owner.confirm
+    run.hooks, run.confirm = hooks, ownership.confirm
     for note in run.notes:
       run.message(note)
     for hook in hooks:
@@ -90,9 +90,9 @@ def train_and_evaluate(
 
 def _check_served(options: RunOptions, hooks: Sequence[Hook]) -> None:
   """Raises ValueError for a section that needs a hook which is not there."""
-  if left := set(options.for_hooks) - {hook.serves for hook in hooks}:
+  if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
     raise ValueError(
-      f'the sections {sorted(left)} of the config have no effect without a '
+      f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
 
@@ -117,13 +117,13 @@ def _run(
     watchdog.mark('the restore')
     state = begin(run, initial)
     recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
-    stopped = stack.enter_context(signals.stopped())
+    should_stop = stack.enter_context(signals.catching_sigterm())
     for hook in run.hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
       stack.callback(hook.close)
       hook.start(run)
-    with signals.interrupted() as interrupted:
-      state = _train(run, recorder, state, watchdog, stopped)
+    with signals.catching_interrupt() as interrupted:
+      state = _train(run, recorder, state, watchdog, should_stop)
     run.checkpoints.wait()
     if ended := _has_ended(run, int(state.step)):
       _name_best(run)
@@ -131,8 +131,8 @@ def _run(
         watchdog.mark(f'the end of {type(hook).__name__}')
         hook.end(run, state)
     elif not interrupted:
-      said = f'stopped by a signal at step {int(state.step)}'
-      run.message(f'{said}; saved, will go on here')
+      reason = f'stopped by a signal at step {int(state.step)}'
+      run.message(f'{reason}; saved, will go on here')
   return state, bool(interrupted) and not ended
 
 
@@ -141,12 +141,12 @@ def _train(
   recorder: Recorder,
   state: TrainState,
   watchdog: Alone | Watchdog,
-  stopped: Callable[[], bool],
+  should_stop: Callable[[], bool],
 ) -> TrainState:
   """The state after the last step, or the one at which SIGTERM stops."""
   start, total = int(state.step), run.options.total_steps
   watchdog.mark(f'evaluations of step {start}')
-  _make_up(run, recorder, start, state)
+  _catch_up(run, recorder, start, state)
   if _has_ended(run, start):
     run.message(_nothing_left(run, start))
     return state
@@ -157,7 +157,7 @@ def _train(
     watchdog.mark(f'step {step}')
     state, metrics = run.train_step(state, batch)
     recorder.add(step, metrics, batch)
-    stop, last = stopped(), step == total
+    stop, last = should_stop(), step == total
     if last or not stop:  # after SIGTERM there is no time for evaluations
       watchdog.mark(f'evaluations of step {step}')
       _evaluate(run, recorder, step, state, last)
@@ -193,8 +193,8 @@ def _name_best(run: Run) -> None:
     )
 
 
-def _make_up(run: Run, recorder: Recorder, start, state) -> None:
-  """Does what an early end lacks at the checkpoint that a run goes on from.
+def _catch_up(run: Run, recorder: Recorder, start, state) -> None:
+  """Runs evaluations that early stopping lacks where a run goes on.
 
   An unbroken run has counted the evaluation that SIGTERM left out; and where
   less patience ends the run at once, its last evaluations are still to come.
@@ -236,25 +236,25 @@ def _end_early(run: Run, recorder: Recorder, step, state, recorded) -> None:
     state: The state after it.
     recorded: Names of the evaluations that are recorded.
   """
-  left = [e for e in run.evaluations if e.name not in recorded]
-  _measure(run, recorder, step, state, left)
+  remaining = [e for e in run.evaluations if e.name not in recorded]
+  _measure(run, recorder, step, state, remaining)
   recorder.ended(step)
   run.message(f'step {step}: ending early: {run.early_stopping.describe()}')
 
 
 def _measure(run: Run, recorder: Recorder, step, state, evaluations):
   """The rows of evaluations, which are recorded before anybody judges them."""
-  rows = measured(evaluations, run.programs.variables(state), step)
+  rows = evaluation_rows(evaluations, run.programs.variables(state), step)
   recorder.evaluated(step, rows)
   for hook in run.hooks:
     hook.evaluated()
   return rows
 
 
-def _save(run: Run, recorder: Recorder, step, state, must: bool) -> None:
+def _save(run: Run, recorder: Recorder, step, state, is_required: bool) -> None:
   period = run.options.checkpoint.every_steps
-  must = must or run.early_stopping.is_best(step)
-  if must or (period and step % period == 0):
+  is_required = is_required or run.early_stopping.is_best(step)
+  if is_required or (period and step % period == 0):
     with recorder.paused(step):
       run.confirm()
       for hook in run.hooks:

@@ -93,13 +93,13 @@ def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:
 
 
 def aux_loss(
-  aux: MoeAux, whole: Normalizers, weights: LossWeights
+  aux: MoeAux, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
   """The weighted sum of the routers' losses; those of weight 0 are left out."""
   total = jnp.zeros((), jnp.float32)
   for loss in LOSSES:
     if _counts(weight := getattr(weights, weight_name(loss))):
-      total = total + weight * (getattr(aux, loss) / whole.tokens).sum()
+      total = total + weight * (getattr(aux, loss) / divisors.tokens).sum()
   return total / weights.num_averaged
 
 
@@ -109,10 +109,10 @@ def _counts(weight: Leaf) -> bool:
 
 
 def total_loss(
-  sums: LossSums, whole: Normalizers, weights: LossWeights
+  sums: LossSums, divisors: Normalizers, weights: LossWeights
 ) -> Float32[Array, '']:
   """The part of the whole batch's loss that a (micro)batch contributes."""
-  total = sums.cross_entropy / whole.weight
+  total = sums.cross_entropy / divisors.weight
   if _counts(weights.logits_z):
-    total = total + weights.logits_z * sums.logits_z / whole.weight
-  return total + aux_loss(sums.aux, whole, weights)
+    total = total + weights.logits_z * sums.logits_z / divisors.weight
+  return total + aux_loss(sums.aux, divisors, weights)

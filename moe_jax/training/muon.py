@@ -91,10 +91,10 @@ class Muon(Optimizer):
       optax.scale(self.adam_rate),
     )
 
-    def one(role: Role, names: tuple[str | None, ...]):
+    def transform_of(role: Role, names: tuple[str | None, ...]):
       return self._orthogonal(names) if is_hidden(role, names) else adam
 
-    transforms = jax.tree.map(one, roles, axes, is_leaf=is_role)
+    transforms = jax.tree.map(transform_of, roles, axes, is_leaf=is_role)
     return per_matrix(transforms, axes)
 
   def _orthogonal(
@@ -124,9 +124,9 @@ class Muon(Optimizer):
     return math.sqrt(max(1.0, outputs / inputs))
 
   def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """A line that says how many parameters Muon trains, and what Adam does."""
+    """A line on the number of parameters that Muon and Adam train."""
     counts: collections.Counter[str] = collections.Counter()
-    left: dict[str, None] = {}
+    adam_parts: dict[str, None] = {}
     for role, names, leaf in zip(
       jax.tree.leaves(roles, is_leaf=is_role),
       jax.tree.leaves(axes, is_leaf=is_names),
@@ -136,11 +136,13 @@ class Muon(Optimizer):
       hidden = is_hidden(role, names)
       counts['Muon' if hidden else 'Adam'] += leaf.size
       if not hidden:
-        left[' '.join(filter(None, role)) or 'parameters without a role'] = None
+        adam_parts[
+          ' '.join(filter(None, role)) or 'parameters without a role'
+        ] = None
     yield (
       f'optimizer: Muon trains {counts["Muon"]:,} parameters; Adam trains '
       f'{counts["Adam"]:,}, at {self.adam_rate:g} of the rate'
-      + (f': {", ".join(left)}' if left else '')
+      + (f': {", ".join(adam_parts)}' if adam_parts else '')
     )
 
 

@@ -1,7 +1,7 @@
 """The least memory that a run needs, by arithmetic on its options.
 
 It is counted before a model is built, since with ten million layers even that
-takes minutes. Not here: the memory that there is (`moe_jax.memory_room`), and
+takes minutes. Not here: the memory of the devices (`moe_jax.memory_room`), and
 the exact bytes of a run (`moe_jax.analysis.memory`).
 """
 
@@ -16,7 +16,7 @@ from moe_jax.memory_room import check_room
 from moe_jax.models.feature_models import FeatureModelOptions
 from moe_jax.training.run_options import RunOptions
 
-_ITEM = 4  # bytes of a number of a batch, of a loss and of logits
+_ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
 
 
 def check_fits(options: RunOptions, mesh: Mesh) -> None:
@@ -29,28 +29,28 @@ def check_fits(options: RunOptions, mesh: Mesh) -> None:
   Raises:
     ValueError: One of its parts alone needs more than all devices have.
   """
-  check_room(_needs(options), list(mesh.devices.flat))
+  check_room(_least_bytes(options), list(mesh.devices.flat))
 
 
-def _needs(options: RunOptions) -> Iterator[tuple[str, int]]:
-  """The parts of a run that may be large, each with its least bytes."""
+def _least_bytes(options: RunOptions) -> Iterator[tuple[str, int]]:
+  """The arrays of a run that may be large, each with its least bytes."""
   model, rows = options.model, options.batch_size
-  stored = jnp.dtype(model.param_dtype).itemsize
+  param_bytes = jnp.dtype(model.param_dtype).itemsize
   yield (
     f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
-    stored * model.least_parameters(),
+    param_bytes * model.least_parameters(),
   )
   if model.reads_features:
     size = math.prod(cast(FeatureModelOptions, model).feature_shape)
-    yield f'batch_size={rows} of {size} features', _ITEM * rows * size
+    yield f'batch_size={rows} of {size} features', _ITEM_BYTES * rows * size
     return
   lengths = options.data.seq_len, options.data.target_len
   tokens = rows * sum(lengths)
   # Tokens, segments and positions; targets and weights of the last sequence.
-  yield f'batch_size={rows} of {sum(lengths)} tokens', 3 * _ITEM * tokens
-  last = rows // options.microbatches * (lengths[1] or lengths[0])
+  yield f'batch_size={rows} of {sum(lengths)} tokens', 3 * _ITEM_BYTES * tokens
+  logit_tokens = rows // options.microbatches * (lengths[1] or lengths[0])
   V = model.vocab_size
   yield (
-    f'the logits of {last} tokens of a microbatch, with vocab_size={V}',
-    _ITEM * last * V,
+    f'the logits of {logit_tokens} tokens of a microbatch, with vocab_size={V}',
+    _ITEM_BYTES * logit_tokens * V,
   )

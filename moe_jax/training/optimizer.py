@@ -92,7 +92,7 @@ class Optimizer(Options):
     raise NotImplementedError
 
   def facts(self, shapes: Any, axes: Any, roles: Any) -> Iterator[str]:
-    """Lines on what the optimizer makes of a model, for the start of a run.
+    """Facts about the optimizer of a model, as lines for the start of a run.
 
     Args:
       shapes: A tree like the parameters that train with the shape of each.
@@ -120,7 +120,7 @@ class Optimizer(Options):
       axes: A tree like the parameters that train with a tuple of logical axes
         for each.
       roles: A tree like all parameters with the `Role` of each.
-      part: Returns a tree like all parameters with None for what does not
+      part: Returns a tree like all parameters with None for those that do not
         train.
 
     Raises:
@@ -227,9 +227,9 @@ class Adafactor(Optimizer):
     ]
     if self.b1:
       steps.append(optax.ema(self.b1, debias=False))
-    whole = optax.chain(*steps)
+    transform = optax.chain(*steps)
     return per_matrix(
-      jax.tree.map(lambda _: whole, axes, is_leaf=is_names), axes
+      jax.tree.map(lambda _: transform, axes, is_leaf=is_names), axes
     )
 
 

@@ -29,13 +29,15 @@ class _Rules(Check):
   def problem(self, name: str, value: Any) -> str | None:
     """See `Check.problem`; it says what is wrong in an expression of parts."""
     for pair in value if self.holds(value) else ():
-      parts = _parts(pair[0])
-      if parts is not None and (problem := EXPRESSION.problem(name, parts)):
+      expression = _parts_expression(pair[0])
+      if expression is not None and (
+        problem := EXPRESSION.problem(name, expression)
+      ):
         return problem
     return super().problem(name, value)
 
 
-def _parts(pattern: str) -> str | None:
+def _parts_expression(pattern: str) -> str | None:
   """The expression over parts of a rule; None if it is one of names."""
   if not pattern.startswith(_PART):
     return None
@@ -87,26 +89,26 @@ def rate_factors(rules: Sequence[Pattern], roles: Any) -> Any:
 
 
 def _factors(option, rules, roles, default):
-  chosen = [
+  selectors = [
     (_selects(option, pattern, roles), float(factor))
     for pattern, factor in rules
   ]
 
-  def one(path, role):
+  def factor_of(path, role):
     name = path_name(path)
-    for selects, factor in chosen:
+    for selects, factor in selectors:
       if selects(name):
         return factor
     return default(role)
 
   return jax.tree_util.tree_map_with_path(
-    one, roles, is_leaf=lambda leaf: isinstance(leaf, Role)
+    factor_of, roles, is_leaf=lambda leaf: isinstance(leaf, Role)
   )
 
 
 def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
   """The function that says whether a rule selects the parameter of a name."""
-  if (parts := _parts(pattern)) is None:
-    expression = re.compile(pattern)
-    return lambda name: expression.search(name) is not None
-  return names_of(parts, roles, option).__contains__
+  if (expression := _parts_expression(pattern)) is None:
+    regex = re.compile(pattern)
+    return lambda name: regex.search(name) is not None
+  return names_of(expression, roles, option).__contains__

@@ -107,8 +107,8 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
       ),
       jax.eval_shape(init, seed),
       shardings,
@@ -147,13 +147,13 @@ def make_optimizer(
     chosen = chosen_experts.read(options.trained_experts)
     masks = chosen_experts.masks(chosen, model, trees, trained.names)
     trained = dataclasses.replace(trained, masks=masks)
-  inner = options.optimizer.transformation(
+  transformation = options.optimizer.transformation(
     options.total_steps,
     trained.part(trees.axes, is_leaf=is_names),
     trees.roles,
     trained.part,
   )
-  return trained, trained.optimizer(inner)
+  return trained, trained.optimizer(transformation)
 
 
 def make_step(
@@ -181,8 +181,8 @@ def make_step(
   weights = change(losses.loss_weights(model, options.logits_z_weight))
   adapters = lora.adapt(options.lora, models.describe(model))
 
-  def computed(params, key):
-    return adapters.merged(trained.held(params), key)
+  def merged(params, key):
+    return adapters.merged(trained.stop_gradients(params), key)
 
   step = functools.partial(
     step_lib.train_step,
@@ -191,7 +191,7 @@ def make_step(
       weights,
       options.microbatches,
       trained.part,
-      computed,
+      merged,
       options.aux_losses.weights,
       loss,
       # A replayed run executes the program of a recorded one.
@@ -214,15 +214,14 @@ def make_step(
 def metrics_shardings(mesh: Mesh, rules: Rules) -> StepMetrics:
   """The shardings of a step's metrics.
 
-  Choices are split as the batch is; all else is whole everywhere, as every
-  process reads it.
+  Choices of experts are split as the batch is; all other metrics are whole on
+  every device, as every process reads them.
   """
-  whole = partitioning.sharding(mesh, rules, ())
-  rows = partitioning.sharding(mesh, rules, ('batch', None))
-  everywhere: Any = whole
-  sums = LossSums(*[everywhere] * len(LossSums._fields))
-  sums = sums._replace(choices=rows)
-  metrics = StepMetrics(*[everywhere] * len(StepMetrics._fields))
+  replicated: Any = partitioning.sharding(mesh, rules, ())
+  row_sharding = partitioning.sharding(mesh, rules, ('batch', None))
+  sums = LossSums(*[replicated] * len(LossSums._fields))
+  sums = sums._replace(choices=row_sharding)
+  metrics = StepMetrics(*[replicated] * len(StepMetrics._fields))
   return metrics._replace(sums=sums)
 
 
@@ -242,15 +241,15 @@ def state_shardings(
     optimizer: The optimizer, whose state is split as the parameters are.
     router_state: The state of routers, which is whole on every device.
   """
-  whole = partitioning.sharding(mesh, rules, ())
+  replicated = partitioning.sharding(mesh, rules, ())
   param_shardings = partitioning.tree_shardings(
     mesh, rules, trees.axes, trees.shapes
   )
   opt_state = jax.eval_shape(optimizer.init, trees.shapes)
   return TrainState(
-    step=whole,
-    seed=whole,
+    step=replicated,
+    seed=replicated,
     params=param_shardings,
     opt_state=like_params(mesh, opt_state, trees.shapes, param_shardings),
-    router_state=jax.tree.map(lambda _: whole, router_state),
+    router_state=jax.tree.map(lambda _: replicated, router_state),
   )

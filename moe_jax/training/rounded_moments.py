@@ -33,7 +33,7 @@ def scale_by_adam(
   """
 
   def init(params):
-    # Two trees of arrays of their own: both are donated to a step.
+    # The two trees share no array, as both are donated to a step.
     mu, nu = (
       jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
       for _ in range(2)
@@ -44,14 +44,14 @@ def scale_by_adam(
     del params
     count = jnp.asarray(optax.safe_increment(state.count))
 
-    def kept(decay, power):
-      def one(path, g, old):
+    def moment_update(decay, power):
+      def update_leaf(path, g, old):
         name = f'{path_name(path)} {power}'
         g, old = g.astype(jnp.float32), old.astype(jnp.float32)
         new = decay * old + (1 - decay) * g**power
         return rounded(new, noise(name, count, new.shape))
 
-      return one
+      return update_leaf
 
     def direction(g, m, v):
       m = m.astype(jnp.float32) / (1 - b1**count)
@@ -59,8 +59,8 @@ def scale_by_adam(
       return (m / (jnp.sqrt(v) + epsilon)).astype(g.dtype)
 
     with_path = jax.tree_util.tree_map_with_path
-    mu = with_path(kept(b1, 1), updates, state.mu)
-    nu = with_path(kept(b2, 2), updates, state.nu)
+    mu = with_path(moment_update(b1, 1), updates, state.mu)
+    nu = with_path(moment_update(b2, 2), updates, state.nu)
     updates = jax.tree.map(direction, updates, mu, nu)
     return updates, optax.ScaleByAdamState(count, mu, nu)
 
@@ -92,15 +92,15 @@ def noise(
 
   Args:
     name: A name, on which the seed depends.
-    count: A number, on which it depends, too.
-    shape: The shape of the result.
+    count: A number, on which the seed depends, too.
+    shape: The shape of the array of bits.
   """
-  named = np.uint32(zlib.crc32(name.encode()))
-  seed = _hash(_hash(count.astype(jnp.uint32)) ^ named)
+  name_hash = np.uint32(zlib.crc32(name.encode()))
+  seed = _hash(_hash(count.astype(jnp.uint32)) ^ name_hash)
   index, stride = jnp.zeros(shape, jnp.uint32), 1
   for dim in reversed(range(len(shape))):
-    place = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
-    index = index + place * np.uint32(stride % 2**32)
+    coordinate = jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
+    index = index + coordinate * np.uint32(stride % 2**32)
     stride *= shape[dim]
   return _hash(index + seed)
 

@@ -167,8 +167,8 @@ class RunOptions(Options):
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """Names of the sections that have no effect but through `Hook.serves`."""
-    on = {'trace': self.trace.is_on, REPLAY: bool(self.model.replay)}
-    return tuple(name for name, is_on in on.items() if is_on)
+    switches = {'trace': self.trace.is_on, REPLAY: bool(self.model.replay)}
+    return tuple(name for name, is_on in switches.items() if is_on)
 
   def problems(self) -> Iterator[str]:
     """The problems between several sections, a text for each."""
@@ -241,18 +241,18 @@ class RunOptions(Options):
     ]
 
   def _best_problems(self) -> Iterator[str]:
-    c = self.checkpoint
-    best, losses = c.best_eval, self.loss_evals
-    if c.keep_best and c.best_metric != 'loss':
+    checkpoint = self.checkpoint
+    best, losses = checkpoint.best_eval, self.loss_evals
+    if checkpoint.keep_best and checkpoint.best_metric != 'loss':
       if best not in self.evals:
         yield str(unknown('evaluation checkpoint.best_eval', best, self.evals))
-    elif c.keep_best and best not in losses:
+    elif checkpoint.keep_best and best not in losses:
       yield (
         f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
         f'{sorted(losses)}; or set checkpoint.keep_best=False'
       )
     patience = self.early_stopping.patience
-    if patience and not c.keep_best:
+    if patience and not checkpoint.keep_best:
       yield (
         f'early_stopping.patience={patience} needs checkpoint.keep_best=True, '
         'whose best_eval decides'
@@ -263,11 +263,11 @@ class RunOptions(Options):
         'the evaluation runs only at the end'
       )
 
-  def shape(self, parts: int = 1) -> RunShape:
+  def shape(self, row_parts: int = 1) -> RunShape:
     """The sizes of the run that a model has to fit.
 
     Args:
-      parts: Number of devices that the rows of a microbatch are split over.
+      row_parts: Number of devices that the rows of a microbatch are split over.
     """
     return RunShape(
       total_steps=self.total_steps,
@@ -275,7 +275,7 @@ class RunOptions(Options):
       microbatches=self.microbatches,
       seq_len=self.data.seq_len,
       target_len=self.data.target_len,
-      parts=parts,
+      parts=row_parts,
       packed=self.data.pack,
     )
 
@@ -286,22 +286,22 @@ class RunOptions(Options):
       OptionError: Rows or groups do not divide by the devices.
     """
     rules = self.sharding.rules
-    parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
-    if rows % parts:
+    row_parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
+    if rows % row_parts:
       raise OptionError(
         [
           f'batch_size={self.batch_size} in microbatches={self.microbatches} '
-          f'leaves {rows} sequences, which do not divide by {parts} devices of '
-          f'mesh axes {dict(rules)["batch"]}'
+          f'leaves {rows} sequences, which do not divide by {row_parts} '
+          f'devices of mesh axes {dict(rules)["batch"]}'
         ]
       )
-    if problems := list(self.model.problems_in(self.shape(parts))):
+    if problems := list(self.model.problems_in(self.shape(row_parts))):
       raise OptionError(problems)
 
   def filled(
     self: R, vocab_size: int, feature_shape: tuple[int, ...] = ()
   ) -> R:
-    """The options with those sizes of the model that the data decides.
+    """The options, completed by the sizes of the model that the data decides.
 
     Args:
       vocab_size: The size V of the tokenizer's vocabulary.

@@ -19,8 +19,8 @@ R = TypeVar('R', bound=RunOptions)
 def with_tokenizer(options: R, folder: pathlib.Path) -> R:
   """The options with the tokenizer that a run takes in place of the config's.
 
-  It is that of the run that this one begins with; or that which this run has
-  kept, where the config's cannot be read any more.
+  It is the tokenizer of the run that this one begins with, or the one in this
+  run's folder where that of the config cannot be read any more.
 
   Args:
     options: The options of the run.
@@ -29,51 +29,53 @@ def with_tokenizer(options: R, folder: pathlib.Path) -> R:
   Raises:
     ValueError: The tokenizer cannot be read.
   """
-  taken = options.init_from.with_tokenizer(options.data, folder)
-  if taken is options.data:
+  data_options = options.init_from.with_tokenizer(options.data, folder)
+  if data_options is options.data:
     try:
       options.data.tokenizer.identity()
     except ValueError:
       if not _began_with(options, folder):
         raise
-      kept = tokenizers.read(folder / workdir_lib.TOKENIZER)
-      taken = options.data.with_tokenizer(kept)
-  if taken is options.data:
+      tokenizer = tokenizers.read(folder / workdir_lib.TOKENIZER)
+      data_options = options.data.with_tokenizer(tokenizer)
+  if data_options is options.data:
     return options
-  return dataclasses.replace(options, data=taken)
+  return dataclasses.replace(options, data=data_options)
 
 
 def _began_with(options: RunOptions, folder: pathlib.Path) -> bool:
   """Whether a folder has the tokenizer that the options name."""
   if not (folder / workdir_lib.TOKENIZER).is_file():
     return False
-  before = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
-  now = sections.section(options).to_dict()['data']['tokenizer']
-  return before == now
+  stored = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
+  current = sections.section(options).to_dict()['data']['tokenizer']
+  return stored == current
 
 
-def tokenizer_notes(given: RunOptions, options: RunOptions) -> Iterator[str]:
+def tokenizer_notes(
+  given_options: RunOptions, options: RunOptions
+) -> Iterator[str]:
   """A line about a tokenizer that is taken in place of the config's.
 
   Args:
-    given: The options as they were given.
+    given_options: The options as they were given.
     options: The options `with_tokenizer`.
   """
-  if options.data is given.data:
+  if options.data is given_options.data:
     return
   try:
-    same = given.data.tokenizer.identity()
-    if same == options.data.tokenizer.identity():
+    given_identity = given_options.data.tokenizer.identity()
+    if given_identity == options.data.tokenizer.identity():
       return
     problem = ''
   except ValueError as error:
     problem = str(error)
-  other = given.init_from
-  if not (other.workdir and other.keep_tokenizer):
+  init_from = given_options.init_from
+  if not (init_from.workdir and init_from.keep_tokenizer):
     yield f'tokenizer: that which the run has kept; {problem}'
     return
-  kind = data.TOKENIZERS.name_of(given.data.tokenizer)
+  kind = data.TOKENIZERS.name_of(given_options.data.tokenizer)
   yield (
-    f'tokenizer: that of {other.workdir}; data.tokenizer.kind={kind!r} is not '
-    'used (init_from.keep_tokenizer)'
+    f'tokenizer: that of {init_from.workdir}; data.tokenizer.kind={kind!r} is '
+    'not used (init_from.keep_tokenizer)'
   )

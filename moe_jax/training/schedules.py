@@ -45,9 +45,9 @@ class Schedule(Options):
     warmup = self.warmup_in(total_steps)
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     # Curves may depend on the length of the warm-up.
-    own = dataclasses.replace(self, warmup_steps=warmup)
-    after = own.after_warmup(peak, max(total_steps - warmup, 1))
-    return optax.join_schedules([lambda step: rise(step + 1), after], [warmup])
+    schedule = dataclasses.replace(self, warmup_steps=warmup)
+    curve = schedule.after_warmup(peak, max(total_steps - warmup, 1))
+    return optax.join_schedules([lambda step: rise(step + 1), curve], [warmup])
 
   def shrunk(self) -> Self:
     """The same schedule with a warm-up of one step."""

@@ -44,7 +44,7 @@ class Run:
 
   Attributes:
     options: The options, with the sizes of the model that the data decides.
-    given: The options as they were given, which the workdir keeps.
+    given_options: The options as they were given, which the workdir keeps.
     workdir: The run's folder.
     dataset: The run's data.
     model: The model that is trained.
@@ -63,7 +63,7 @@ class Run:
   """
 
   options: RunOptions
-  given: RunOptions
+  given_options: RunOptions
   workdir: pathlib.Path
   dataset: data.Dataset
   model: Model
@@ -154,9 +154,9 @@ def set_up(
   mesh = options.mesh.make(devices)
   options.check_mesh(mesh)
   config = sections.section(options)
-  usual = sections.section(type(options))
-  folder = workdir_lib.check(workdir, config, resume=resume, usual=usual)
-  given, options = options, with_tokenizer(options, folder)
+  defaults = sections.section(type(options))
+  folder = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
+  given_options, options = options, with_tokenizer(options, folder)
   dataset = data.load(options.data)
   check_same(
     {
@@ -169,14 +169,14 @@ def set_up(
   filled = options.filled(dataset.vocab_size, dataset.feature_shape)
   check_fits(filled, mesh)
   model = filled.build()
-  changed = changed_models(
+  entry_models = changed_models(
     filled.model, model, filled.evals, filled.sharding.rules
   )
   programs = make_programs(filled, model, mesh)
   check_same({'the experts that train': programs.trained.masks_digest})
   evaluations = make_evaluations(
     filled.evals,
-    changed,
+    entry_models,
     dataset=dataset,
     data=filled.data,
     batch_size=filled.batch_size,
@@ -186,7 +186,7 @@ def set_up(
   checkpoint = options.checkpoint
   return Run(
     options=filled,
-    given=given,
+    given_options=given_options,
     workdir=folder,
     dataset=dataset,
     model=model,
@@ -206,9 +206,9 @@ def set_up(
     notes=(
       *(
         f'going on with another config: {line}'
-        for line in workdir_lib.changes(folder, config, usual)
+        for line in workdir_lib.changes(folder, config, defaults)
       ),
-      *tokenizer_notes(given, options),
+      *tokenizer_notes(given_options, options),
       *setup_notes(filled, model),
       *workdir_lib.changed_plugins(folder, config),
     ),
@@ -216,7 +216,7 @@ def set_up(
 
 
 def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
-  """A line for each option without an effect, or with another than it says."""
+  """A line for each option without an effect, or with an unusual one."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
     yield (
@@ -233,8 +233,8 @@ def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
   for name, entry in options.evals.items():
     ignored = overridden(options.model, entry)[1]
     if ignored:
-      said = ', '.join(f'{key}={value!r}' for key, value in ignored.items())
-      yield f'evals.{name}: this model has no use for {said}; ignored'
+      unused = ', '.join(f'{key}={value!r}' for key, value in ignored.items())
+      yield f'evals.{name}: this model has no use for {unused}; ignored'
 
 
 def _check_sample(sample: SampleOptions, tokenizer: Tokenizer) -> None:

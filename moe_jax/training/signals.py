@@ -1,6 +1,6 @@
 """Signals that stop a run after its present step: SIGTERM and Ctrl-C.
 
-Not here: what is done then (`loop.py`).
+Not here: the saving of the run that follows (`loop.py`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _SAVING = 'moe_jax: saving after this step; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
-def stopped() -> Iterator[Callable[[], bool]]:
+def catching_sigterm() -> Iterator[Callable[[], bool]]:
   """Catches SIGTERM; gives a function that says whether to stop now.
 
   The function is called once after each step. With several processes JAX
@@ -35,41 +35,41 @@ def stopped() -> Iterator[Callable[[], bool]]:
     return
   received = []
   try:
-    before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    handler = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
   except ValueError:  # not the main thread: signals are the caller's
     yield lambda: False
     return
   try:
     yield lambda: bool(received)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
-def interrupted() -> Iterator[list[int]]:
-  """Makes the first Ctrl-C a SIGTERM; gives the list of those that came.
+def catching_interrupt() -> Iterator[list[int]]:
+  """Makes the first Ctrl-C a SIGTERM; gives the list of signals caught.
 
-  The second one stops at once: in a notebook the cell, elsewhere the process.
+  The second stops at once: in a notebook the cell, elsewhere the process.
   A caller's own handler stays, and so does that of a job that ignores Ctrl-C.
   """
-  before, received = signal.getsignal(signal.SIGINT), []
+  old_handler, received = signal.getsignal(signal.SIGINT), []
 
-  def first(number, _):
+  def on_first_interrupt(number, _):
     received.append(number)
-    # The prompt ps1 is there where Python is used interactively.
-    then = before if hasattr(sys, 'ps1') else signal.SIG_DFL
-    signal.signal(signal.SIGINT, then)
+    # The prompt ps1 exists where Python is used interactively.
+    next_handler = old_handler if hasattr(sys, 'ps1') else signal.SIG_DFL
+    signal.signal(signal.SIGINT, next_handler)
     signal.raise_signal(signal.SIGTERM)
     # The signal may have come while this stream was written to.
     with contextlib.suppress(RuntimeError):
       print_line(_SAVING, sys.stderr)
 
-  own_thread = threading.current_thread() is threading.main_thread()
-  if before is not signal.default_int_handler or not own_thread:
+  is_main_thread = threading.current_thread() is threading.main_thread()
+  if old_handler is not signal.default_int_handler or not is_main_thread:
     yield received
     return
-  signal.signal(signal.SIGINT, first)
+  signal.signal(signal.SIGINT, on_first_interrupt)
   try:
     yield received
   finally:
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, old_handler)

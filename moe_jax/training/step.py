@@ -63,7 +63,7 @@ Extend = Callable[[Any, PRNGKey], Any]
 # (weights of losses, number of steps taken) -> the weights of the next step.
 Scheduled = Callable[[losses.LossWeights, Leaf], losses.LossWeights]
 # (params, key) -> the parameters that the model's `apply` takes.
-Computed = Callable[[Any, PRNGKey], Any]
+Merged = Callable[[Any, PRNGKey], Any]
 # (outputs, batch) -> the loss of each token.
 Loss = Callable[[Any, Batch], TokenLosses]
 
@@ -73,7 +73,7 @@ def make_grad_fn(
   weights: losses.LossWeights,
   microbatches: int = 1,
   part: Part = lambda params: params,
-  computed: Computed = lambda params, key: params,
+  merged: Merged = lambda params, key: params,
   scheduled: Scheduled = lambda weights, step: weights,
   loss: Loss | None = None,
   apply: Apply = plainly,
@@ -85,8 +85,8 @@ def make_grad_fn(
     weights: The weights of the losses.
     microbatches: The number of slices of the batch.
     part: Returns the parameters that train; the gradient is None for others,
-      and nothing of it is computed.
-    computed: Returns the parameters that the model computes with, such as
+      and is not computed.
+    merged: Returns the parameters that the model computes with, such as
       kernels with their adapters, from those of the train state and a key for
       dropout.
     scheduled: Returns the weights of the losses after a number of steps.
@@ -95,24 +95,24 @@ def make_grad_fn(
   """
   loss = loss or model.loss
 
-  def loss_fn(part, params, batch, whole, key, router_state, step):
+  def loss_fn(part, params, batch, divisors, key, router_state, step):
     params = trainable.whole(part, params)
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
-      router_state_lib.variables(computed(params, dropout_key), router_state),
+      router_state_lib.variables(merged(params, dropout_key), router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
     )
     with jax.named_scope('loss'):
       sums = losses.loss_sums(loss(outputs, batch), batch, aux)
-      total = losses.total_loss(sums, whole, scheduled(weights, step))
+      total = losses.total_loss(sums, divisors, scheduled(weights, step))
     return total, sums._replace(choices=choices)
 
-  def grad_fn(params, batch, whole, key, router_state=None, step=0):
+  def grad_fn(params, batch, divisors, key, router_state=None, step=0):
     return jax.value_and_grad(loss_fn, has_aux=True)(
-      part(params), params, batch, whole, key, router_state, step
+      part(params), params, batch, divisors, key, router_state, step
     )
 
   return grad_fn if microbatches == 1 else _accumulated(grad_fn, microbatches)
@@ -125,28 +125,30 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
   is the whole batch's loss, auxiliary losses included.
   """
 
-  def apart(*arguments):
-    """The result of `grad_fn`, and apart the choices, which are no sums."""
+  def separated(*arguments):
+    """The sums of `grad_fn`, and by themselves the choices, which are none."""
     (loss, sums), grads = grad_fn(*arguments)
     return ((loss, sums._replace(choices=None)), grads), sums.choices
 
-  def accumulated(params, batch, whole, key, router_state=None, step=0):
+  def accumulated(params, batch, divisors, key, router_state=None, step=0):
     slices = jax.tree.map(
       lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
     )
 
-    def one(total, item):
-      index, part = item
-      key_of_part = jax.random.fold_in(key, index)
-      result = apart(params, part, whole, key_of_part, router_state, step)
+    def add_slice(total, numbered_slice):
+      index, batch_slice = numbered_slice
+      slice_key = jax.random.fold_in(key, index)
+      result = separated(
+        params, batch_slice, divisors, slice_key, router_state, step
+      )
       return jax.tree.map(jnp.add, total, result[0]), result[1]
 
-    first = jax.tree.map(lambda x: x[0], slices)
+    first_slice = jax.tree.map(lambda x: x[0], slices)
     shapes, _ = jax.eval_shape(
-      apart, params, first, whole, key, router_state, step
+      separated, params, first_slice, divisors, key, router_state, step
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, choices = jax.lax.scan(one, zeros, (jnp.arange(n), slices))
+    total, choices = jax.lax.scan(add_slice, zeros, (jnp.arange(n), slices))
     (loss, sums), grads = total
     choices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), choices)
     return (loss, sums._replace(choices=choices)), grads
@@ -179,9 +181,9 @@ def train_step(
       the whole batch to the routers' next state.
   """
   key = jax.random.fold_in(threefry.key(state.seed), state.step)
-  whole = normalize(batch)
+  divisors = normalize(batch)
   (loss, sums), grads = grad_fn(
-    state.params, batch, whole, key, state.router_state, state.step
+    state.params, batch, divisors, key, state.router_state, state.step
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -194,15 +196,15 @@ def train_step(
     sums=sums,
     grad_norm=optax.global_norm(grads),
     learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-    finite=finite.flags(finite.checked(new)),
+    finite=finite.flags(finite.without_opt_state(new)),
   )
   return new, metrics
 
 
 def skipping_nonfinite(train_step):
-  """Wraps a step: the state is kept if something of the step is not finite.
+  """Wraps a step: the state is kept if the step is not finite.
 
-  That is its loss, its gradient or the state after it.
+  A step is finite if its loss, its gradient and the state after it are.
 
   The number of the step goes on, and with it data and randomness. Counts within
   the optimizer's state (the schedule's and Adam's step) do not.
@@ -212,8 +214,8 @@ def skipping_nonfinite(train_step):
     new, metrics = train_step(state, batch)
     numbers = jnp.stack([metrics.loss, metrics.grad_norm])
     good = jnp.isfinite(numbers).all() & metrics.finite.all()
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-    return kept.replace(step=new.step), metrics
+    next_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+    return next_state.replace(step=new.step), metrics
 
   return step
 

@@ -11,9 +11,9 @@ from moe_jax.models.recorded import Apply, plainly, recording
 from moe_jax.option_checks import unknown_text
 from moe_jax.options import Options, at_least, no_effect, one_of, option
 
-# Kinds of records that are not those of an evaluation.
-_OTHERS = ('train', 'generate')
-_TRAINS = {'every_steps': at_least(1)}
+# Names of the records that are not those of an evaluation.
+_OTHER_RECORDS = ('train', 'generate')
+_RECORDS_STEPS = {'every_steps': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,14 @@ class TraceOptions(Options):
     1,
     'First optimizer step that is recorded, counted from 1.',
     at_least(1),
-    when=_TRAINS,
+    when=_RECORDS_STEPS,
   )
   num_steps: int = option(
     0,
     'Number of optimizer steps, from start_step on, among which those of '
     'every_steps are recorded; 0: all to the end of the run.',
     at_least(0),
-    when=_TRAINS,
+    when=_RECORDS_STEPS,
   )
   evaluations: str = option(
     '',
@@ -58,7 +58,7 @@ class TraceOptions(Options):
 
   @property
   def is_on(self) -> bool:
-    """Whether something is recorded."""
+    """Whether steps or evaluations are recorded."""
     return bool(self.every_steps or self.evaluations)
 
   @property
@@ -73,33 +73,37 @@ class TraceOptions(Options):
 
   def has_step(self, step: int) -> bool:
     """Whether an optimizer step, counted from 1, is recorded."""
-    after = step - self.start_step
+    steps_since_start = step - self.start_step
     return (
       self.every_steps > 0
-      and after >= 0
-      and after % self.every_steps == 0
-      and (not self.num_steps or after < self.num_steps)
+      and steps_since_start >= 0
+      and steps_since_start % self.every_steps == 0
+      and (not self.num_steps or steps_since_start < self.num_steps)
     )
 
   def names(self, evals: Collection[str]) -> tuple[str, ...]:
     """The names of the evaluations that are recorded.
 
     Args:
-      evals: The names of all that can be.
+      evals: The names of all evaluations that can be recorded.
     """
     if self.evaluations == 'all':
       return tuple(evals)
     return tuple(filter(None, map(str.strip, self.evaluations.split(','))))
 
   def problems_in(self, evals: Collection[str]) -> Iterator[str]:
-    """The problems with the names of the evaluations that there are."""
+    """The problems of the options, a text for each.
+
+    Args:
+      evals: The names of all evaluations that can be recorded.
+    """
     for name in self.names(evals):
       if name not in evals:
         yield unknown_text('evaluation trace.evaluations', name, evals)
-      elif name in _OTHERS:
+      elif name in _OTHER_RECORDS:
         yield (
           f'trace.evaluations={self.evaluations!r}: evaluation {name!r} has a '
-          f'name that other records have; {list(_OTHERS)} are taken'
+          f'name that other records have; {list(_OTHER_RECORDS)} are taken'
         )
     for name in ('logits', 'dtype'):
       value = getattr(self, name)

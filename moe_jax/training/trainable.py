@@ -2,9 +2,9 @@
 
     config.trainable = 'experts + router'
 
-What does not train has no gradient computed, no state in the optimizer and no
-share in clipping or decay. Not here: the expressions (`models/selection.py`),
-and which experts train (`chosen_experts.py`).
+A parameter that does not train has no gradient computed, no state in the
+optimizer and no share in clipping or decay. Not here: the expressions
+(`models/selection.py`), and which experts train (`chosen_experts.py`).
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ class Trained:
   Attributes:
     expression: The expression that selects them.
     names: The names of the parameters that train, such as 'layers/layer_0/w'.
-    masks: Of parameters of which only some experts train, by name: the booleans
-      that say which, with sizes of 1 in dimensions that do not matter.
+    masks: Booleans that say which experts train, by the name of the parameter,
+      for parameters of which only some experts train; dimensions other than
+      those of layers and experts have size 1.
   """
 
   expression: str
@@ -39,12 +40,12 @@ class Trained:
   def part(
     self, tree: Any, is_leaf: Callable[[Any], bool] | None = None
   ) -> Any:
-    """A tree like the parameters, with None for what does not train."""
+    """A tree like the parameters, with None for those that do not train."""
 
-    def one(path, leaf):
+    def trained_leaf(path, leaf):
       return leaf if path_name(path) in self.names else None
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(trained_leaf, tree, is_leaf=is_leaf)
 
   @property
   def masks_digest(self) -> str:
@@ -57,18 +58,18 @@ class Trained:
   def count(self, tree: Any) -> int:
     """The number of values of a tree, without experts that do not train."""
 
-    def one(path, leaf):
+    def size_of(path, leaf):
       mask = self.masks.get(path_name(path))
       share = 1 if mask is None else mask.mean()
       return round(leaf.size * share)
 
-    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size_of, tree)))
 
-  def held(self, params: Any) -> Any:
+  def stop_gradients(self, params: Any) -> Any:
     """The parameters, without a gradient to the experts that do not train.
 
-    Their gradient is exactly zero; it is computed all the same, since experts
-    are stacked in one array.
+    The gradient of these experts is exactly zero; it is computed all the same,
+    since experts are stacked in one array.
     """
     return self._other_experts(params, jax.lax.stop_gradient)
 
@@ -87,7 +88,7 @@ class Trained:
     """An optimizer of all parameters, which keeps state for this part alone.
 
     Args:
-      inner: The optimizer of trees that have None for what does not train.
+      inner: The optimizer of trees with None for parameters that do not train.
     """
 
     def init(params):
@@ -102,9 +103,9 @@ class Trained:
 
 
 def whole(part: Any, params: Any) -> Any:
-  """The parameters, with those of `part` in the places where it has any."""
+  """The parameters, replaced by those of `part` where it has any."""
   return jax.tree.map(
-    lambda own, other: other if own is None else own,
+    lambda trained_leaf, leaf: leaf if trained_leaf is None else trained_leaf,
     part,
     params,
     is_leaf=lambda leaf: leaf is None,
@@ -112,7 +113,7 @@ def whole(part: Any, params: Any) -> Any:
 
 
 def updated(params: Any, updates: Any) -> Any:
-  """The parameters after updates, which are None for what does not train."""
+  """The parameters after updates, which are None where a parameter stays."""
   return jax.tree.map(
     lambda update, param: (
       param if update is None else optax.apply_updates(param, update)

@@ -317,7 +317,7 @@ def test_folders_are_named_without_the_rest_of_the_machine(
 def run(tmp_path):
   """A run that is set up, with a folder, and what it says."""
   run = setup.set_up(tiny.options(), tmp_path, devices=jax.devices()[:1])
-  workdir_lib.claim(tmp_path, sections.section(run.given))
+  workdir_lib.claim(tmp_path, sections.section(run.given_options))
   run.said = []
   run.message = run.said.append
   return run

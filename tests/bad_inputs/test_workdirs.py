@@ -177,7 +177,7 @@ def on_a_full_disk(folder):
 
 def owned_by(folder, **fields):
   """Writes the file of an owner that lives, as it is this process."""
-  values = Owner.here()._asdict() | fields
+  values = Owner.of_this_process()._asdict() | fields
   write(folder / OWNER, json.dumps(values))
 
 

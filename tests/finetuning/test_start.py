@@ -71,7 +71,9 @@ def begun_run(config, workdir, devices=1):
 @pytest.mark.slow
 def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
   run, state = begun_run(config_from(dense), tmp_path)
-  rows = evaluate.measured(run.evaluations, run.programs.variables(state), 0)
+  rows = evaluate.evaluation_rows(
+    run.evaluations, run.programs.variables(state), 0
+  )
   said = capsys.readouterr().out
   assert f'beginning with the parameters of step 2 of {dense}: layers [1]' in (
     said

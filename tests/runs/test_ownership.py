@@ -24,7 +24,7 @@ PERIOD = 0.05
 
 def left_by(folder, **fields):
   """Writes the file of another owner, as one that was killed leaves it."""
-  values = Owner.here()._asdict() | {'id': 'other'} | fields
+  values = Owner.of_this_process()._asdict() | {'id': 'other'} | fields
   (folder / OWNER).write_text(json.dumps(values))
   return values
 

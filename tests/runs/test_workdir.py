@@ -92,10 +92,10 @@ def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
   earlier = config.to_dict()
   del earlier['lora']  # an option that was added since
   workdir.claim(tmp_path, earlier)
-  workdir.check(tmp_path, config, usual=usual)
+  workdir.check(tmp_path, config, defaults=usual)
   adapted = merge(config, {'lora': {'rank': 2}})
   with pytest.raises(ValueError, match=r'lora\.rank: None -> 2'):
-    workdir.check(tmp_path, adapted, usual=usual)
+    workdir.check(tmp_path, adapted, defaults=usual)
   other = merge(config, {'seed': 1})
   with pytest.raises(ValueError, match='seed: 0 -> 1'):
-    workdir.check(tmp_path, other, usual=usual)
+    workdir.check(tmp_path, other, defaults=usual)

@@ -165,7 +165,10 @@ def test_ctrl_c_saves_though_nobody_reads_what_it_says(
 ):
   # The terminal sends the signal to `tee` of `2>&1 | tee log`, too.
   monkeypatch.setattr(sys, 'stderr', closed_pipe)
-  with signals.stopped() as stopped, signals.interrupted() as interrupted:
+  with (
+    signals.catching_sigterm() as stopped,
+    signals.catching_interrupt() as interrupted,
+  ):
     signal.raise_signal(signal.SIGINT)
     assert stopped() and interrupted
   closed_pipe.flush()  # as the interpreter does at its end
