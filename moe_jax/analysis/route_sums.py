@@ -116,7 +116,7 @@ class LayerSums:
     """
     E = self.info.num_experts
     expert, gate, kept = (
-      x.reshape(-1, x.shape[-1])[tokens.place] for x in choices[:3]
+      x.reshape(-1, x.shape[-1])[tokens.flat_index] for x in choices[:3]
     )
     if self.info.by_expert:
       expert, gate, kept = route_counts.by_gate(expert, gate, kept)
@@ -151,7 +151,7 @@ class LayerSums:
     bins = np.clip(bins, 0, GATE_BINS - 1)
     self.gates += np.bincount(bins, minlength=GATE_BINS)
     if logits is not None:
-      real = logits.reshape(-1, logits.shape[-1])[tokens.place]
+      real = logits.reshape(-1, logits.shape[-1])[tokens.flat_index]
       self.logit_entropy += route_counts.logit_entropy(real)
       self.logit_tokens += len(real)
 
@@ -247,7 +247,7 @@ class RouteSums:
           firsts[sums.previous], first, (rows, columns)
         )
     self.records += 1
-    self.tokens += len(tokens.place)
+    self.tokens += len(tokens.flat_index)
 
   def _length_of(self, record: Record) -> int:
     """The places of a row of the sequence; those of its first record."""
