@@ -26,7 +26,8 @@ def information_figure(
   """The picture of the information of labels on experts, and of best guesses.
 
   Args:
-    by_label: `route_findings.specialisation`.
+    by_label: The information by label and layer, as
+      `route_findings.specialisation` returns it.
   """
   figure, (shares, guesses) = _pair()
   first = next(iter(by_label.values()))  # ids of tokens, known in every layer
@@ -62,7 +63,8 @@ def prediction_figure(following: Mapping[int, Information]) -> Figure:
   """The picture of how well one layer predicts the next.
 
   Args:
-    following: `route_findings.transitions`.
+    following: The information on each layer, as `route_findings.transitions`
+      returns it.
   """
   figure, (guesses, shares) = _pair()
   x, infos = np.arange(len(following)), list(following.values())

@@ -122,7 +122,8 @@ def transition_table(
 
   Args:
     sums: The sums.
-    following: `route_findings.transitions`.
+    following: The information on each layer, as `route_findings.transitions`
+      returns it.
   """
   rows = [
     [sums.layers[number].previous, number, *_info_cells(info)]

@@ -95,16 +95,9 @@ def batch_load_table(sums: RouteSums) -> ValueTable:
 def expert_table(sums: RouteSums) -> ValueTable:
   """Choices of every single expert."""
   rows = [
-    [
-      number,
-      expert,
-      int(load),
-      int(served),
-      int(first),
-      _over_mean(layer, load),
-    ]
+    [number, expert, int(load), int(kept), int(first), _over_mean(layer, load)]
     for number, layer in sums.layers.items()
-    for expert, (load, served, first) in enumerate(
+    for expert, (load, kept, first) in enumerate(
       zip(layer.load, layer.kept, layer.first, strict=True)
     )
   ]
