@@ -126,7 +126,7 @@ def _draw(axes: Axes, piece: Piece, expert: int) -> None:
   axes.text(x + 0.15, y + 0.09, number, va='top', fontsize=4.8, color='0.2')
   style = {'family': 'monospace', 'fontsize': 7, 'parse_math': False}
   for offset, character in enumerate(piece.text):
-    # One at a time, as no font is exactly as wide as a cell.
+    # Characters are drawn one by one, as no font is as wide as a cell.
     ink = '0.45' if character in (_NEW_LINE, _INVISIBLE) else 'black'
     point = x + offset + 0.5, y + 0.66
     axes.text(*point, character, ha='center', va='center', color=ink, **style)

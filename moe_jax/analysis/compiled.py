@@ -59,7 +59,7 @@ def counts(compiled: Compiled) -> Counts:
 
 
 def text_of(compiled: Compiled) -> str:
-  """The program's text.
+  """The text of a program.
 
   Raises:
     ValueError: The platform does not give it.

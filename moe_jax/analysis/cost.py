@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     workload(options, arguments.batch or rows, arguments.expert_parallel)
     for rows in (1, options.shape().rows)
   )
-  # The tables have room wherever no terminal limits their width.
+  # No terminal limits the width of the tables in a pipe or a file.
   console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
   console.print(compute_table(model, training_batch))
   if model.stacks:

@@ -43,7 +43,7 @@ class TokenFlops:
 
   @property
   def total(self) -> int:
-    """The sum of all four."""
+    """The sum of the four attributes."""
     return sum(dataclasses.astuple(self))
 
 

@@ -74,7 +74,7 @@ class Peak(NamedTuple):
   Attributes:
     flops_per_second: FLOPs per second of all the devices together, two for a
       multiply-add.
-    source: Where the number comes from, in words.
+    source: The origin of the number, in words.
   """
 
   flops_per_second: float

@@ -78,7 +78,7 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
 
 
 class SizedParameter(NamedTuple):
-  """A parameter with what is needed to count it.
+  """A parameter with its size, role and number of experts.
 
   Attributes:
     path: Path of the parameter in the tree of all parameters, which tells the

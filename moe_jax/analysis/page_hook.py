@@ -17,8 +17,8 @@ from moe_jax.analysis.run_files import PAGE
 from moe_jax.distributed import is_first
 from moe_jax.training.setup import Hook, Run
 
-# A page is drawn beside the training, and not again before so many times the
-# seconds that it took: a hundredth of the time at most.
+# A page is drawn beside the training. The next one waits for this many times
+# the seconds that it took: drawing takes a hundredth of the time at most.
 _PAUSE = 100
 
 

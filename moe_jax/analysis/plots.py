@@ -22,11 +22,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 # With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
-_RASTER_POINTS = 2000  # points that make a line of a vector graphic a picture
+_RASTER_POINTS = 2000  # points, above which a line is drawn as a bitmap
 _WIDTH = 7.2  # inches
 _FEW_ROWS = 500  # rows beside which the best place of a legend is found fast
 _MAX_NAMED = 7  # evaluations that fit into the legend of a small panel
-_MAX_LETTERS = 26  # of a name in a legend
+_MAX_LETTERS = 26  # letters of a name in a legend
 
 
 class Panel(NamedTuple):
@@ -252,20 +252,20 @@ def _draw_load(
   """Draws the panel of one layer; returns the mesh that a colour bar needs."""
   num_experts = load.shape[1]
   spans = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
-  middle = np.array([steps[span].mean() for span in spans])
+  middles = np.array([steps[span].mean() for span in spans])
   relative = np.array([num_experts * load[span].mean(axis=0) for span in spans])
-  mesh = plot_style.heat(axes, _edges(middle), relative.T)
+  mesh = plot_style.heat(axes, _edges(middles), relative.T)
   axes.set_yticks(range(0, num_experts, max(1, num_experts // 4)))
   axes.set_ylabel('expert')
   return mesh
 
 
-def _edges(middle: Float[np.ndarray, 'n']) -> np.ndarray:
+def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
   """The `n + 1` borders of cells with these ascending middles."""
-  if len(middle) == 1:  # a row is about all steps until its own
-    return np.array([0.0, max(middle[0], 1)])
-  inner = (middle[1:] + middle[:-1]) / 2
-  first, last = 2 * middle[0] - inner[0], 2 * middle[-1] - inner[-1]
+  if len(middles) == 1:  # a row is about all steps until its own
+    return np.array([0.0, max(middles[0], 1)])
+  inner = (middles[1:] + middles[:-1]) / 2
+  first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]
   return np.concatenate([[first], inner, [last]])
 
 

@@ -192,7 +192,7 @@ class Recorder:
     self._queue.put((kind, step, number, batch, local))
 
   def flush(self) -> None:
-    """Waits until all that was added is in files."""
+    """Waits until all added records are in files."""
     if self._thread is not None:
       written = threading.Event()
       self._queue.put(written)

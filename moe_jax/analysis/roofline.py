@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 _SIZES = tuple(1 << n for n in range(9, 15))
-_ROWS = {'cpu': 1024}  # rows by platform where one matmul has to do
+_ROWS = {'cpu': 1024}  # rows of the only matmul, by platform
 _DEFAULT_ROWS = 8192
 _MAX_SECONDS = 0.05  # seconds of a product, after which no larger one is tried
 _COPY_BYTES = 1 << 28

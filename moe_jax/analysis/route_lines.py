@@ -36,14 +36,14 @@ def information_figure(
     x = [x_of_layer[number] for number in layers]
     style: dict[str, Any] = plot_style.series(i)
     infos = list(layers.values())
-    share = [one.adjusted for one in infos]
-    error = [_fraction(one.deviation, one.entropy) for one in infos]
+    share = [info.adjusted for info in infos]
+    error = [_fraction(info.deviation, info.entropy) for info in infos]
     shares.errorbar(x, share, error, **style, label=name)
-    accuracy = [one.accuracy for one in infos]
+    accuracy = [info.accuracy for info in infos]
     guesses.plot(x, accuracy, **style, label=name)
-    shuffled = [one.accuracy_shuffled for one in infos]
+    shuffled = [info.accuracy_shuffled for info in infos]
     guesses.plot(x, shuffled, ':', color=style['color'], linewidth=1)
-  base = [one.base_rate for one in first.values()]
+  base = [info.base_rate for info in first.values()]
   guesses.plot(
     range(len(base)), base, color='0.5', linestyle='--', label='base rate'
   )
@@ -70,16 +70,16 @@ def prediction_figure(following: Mapping[int, Information]) -> Figure:
   x, infos = np.arange(len(following)), list(following.values())
   for i, (name, values) in enumerate(
     {
-      'from the expert before': [one.accuracy for one in infos],
-      'base rate': [one.base_rate for one in infos],
+      'from the expert before': [info.accuracy for info in infos],
+      'base rate': [info.base_rate for info in infos],
     }.items()
   ):
     colour = plot_style.BLUE if i == 0 else '0.7'
     guesses.bar(x + 0.4 * i - 0.2, values, 0.4, color=colour, label=name)
   guesses.legend(frameon=False, fontsize='small', ncols=2)
-  guesses.set_ylim(0, 1.2 * max(one.accuracy for one in infos))
+  guesses.set_ylim(0, 1.2 * max(info.accuracy for info in infos))
   guesses.set_ylabel('right guesses')
-  shares.bar(x, [one.fraction for one in infos], 0.6, color=plot_style.BLUE)
+  shares.bar(x, [info.fraction for info in infos], 0.6, color=plot_style.BLUE)
   shares.set_ylabel('share of the entropy of experts')
   _layer_axis(guesses, 'Best guess of the expert in this layer', following)
   title = 'Information from the layer before, less shuffled'

@@ -24,7 +24,7 @@ from moe_jax.analysis import plot_style, route_measures
 from moe_jax.analysis.route_sums import RouteSums
 
 _WIDTH = 10  # inches
-_MIN_CHANCE = 5  # tokens by chance
+_MIN_CHANCE = 5  # tokens, the fewest by chance that tell
 
 
 def load_figure(sums: RouteSums) -> Figure:

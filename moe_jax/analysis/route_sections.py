@@ -63,8 +63,8 @@ def sections(findings: Findings) -> list[Section]:
 def _load(findings: Findings) -> Section:
   sums = findings.sums
   loads = {n: load_summary(layer.load) for n, layer in sums.layers.items()}
-  most = {n: one['load_max_over_mean'] for n, one in loads.items()}
-  unused = sum(one['unused_experts'] for one in loads.values())
+  most = {n: summary['load_max_over_mean'] for n, summary in loads.items()}
+  unused = sum(summary['unused_experts'] for summary in loads.values())
   experts = sum(layer.info.num_experts for layer in sums.layers.values())
   sentences = [
     'Each cell of the first picture is an expert, whose load is over the mean '
@@ -138,8 +138,10 @@ def _layers(findings: Findings) -> Section | None:
   if not findings.following:
     return None
   sums, infos = findings.sums, findings.following
-  net = {n: 100 * one.fraction for n, one in infos.items()}
-  gain = {n: 100 * (one.accuracy - one.base_rate) for n, one in infos.items()}
+  net = {n: 100 * info.fraction for n, info in infos.items()}
+  gain = {
+    n: 100 * (info.accuracy - info.base_rate) for n, info in infos.items()
+  }
   sequences = {sums.layers[n].info.sequence for n in infos}
   flows = {
     f'flow{"_" * bool(s)}{s}': route_plots.flow_figure(sums, s)
@@ -199,7 +201,7 @@ def _neighbours(findings: Findings) -> Section | None:
 def _labels(findings: Findings) -> Section:
   readings = []
   for name, layers in findings.labels.items():
-    share = {n: 100 * one.adjusted for n, one in layers.items()}
+    share = {n: 100 * info.adjusted for n, info in layers.items()}
     readings.append(f'the {name} {span(share, ".1f")} %')
   return Section(
     'labels',

@@ -212,7 +212,7 @@ class RouteSums:
     self.times: Float[np.ndarray, 'bins'] = np.array([s.mean() for s in bins])
     self.length: dict[str, int] = {}
     self.layers: dict[int, LayerSums] = {}
-    last_layer: dict[str, int] = {}  # the last layer of each sequence
+    last_layer: dict[str, int] = {}  # by sequence
     for number, info in sorted(header.layers.items()):
       earlier = last_layer.get(info.sequence)
       experts = header.layers[earlier].num_experts if earlier is not None else 0

@@ -147,7 +147,7 @@ def _text_table(name, title, note, headings, cells) -> ValueTable:
 
 
 def print_report(console: Console, table: Sequence[Row]) -> None:
-  """Prints the two tables of `to_markdown`, and what percentages are."""
+  """Prints the tables of `to_markdown`, and a note on percentages."""
   console.print(*(one.terminal() for one in tables(table)))
   if any(busy['tokens'] for row in table for busy in row['busiest']):
     console.print(_TOKEN_SHARE.replace('\n', ' '), highlight=False)

@@ -89,9 +89,9 @@ def run_cost(options: RunOptions, model: Model) -> RunCost:
   cost = count(model, *lengths, options.batch_size)
   flops = 3 * rows * cost.example_flops
   if len(model.stacks) == 1:
-    trained = training_cost(options, model)
-    row_flops = cost.example_flops + lengths[0] * trained.backward_flops
-    flops = rows * row_flops + steps * trained.step_flops
+    training = training_cost(options, model)
+    row_flops = cost.example_flops + lengths[0] * training.backward_flops
+    flops = rows * row_flops + steps * training.step_flops
   return RunCost(
     steps=steps,
     rows=rows,
@@ -122,7 +122,7 @@ class RunBytes(NamedTuple):
 
   @property
   def total(self) -> int:
-    """The sum on a device."""
+    """The sum of the bytes on a device."""
     return sum(self[:4])
 
   def describe(self) -> str:

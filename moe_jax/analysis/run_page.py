@@ -264,10 +264,10 @@ def _svg(figure: Any) -> str:
   return html_pages.data_uri(plot_style.picture(figure, 'svg'), 'svg')
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _write(path: pathlib.Path, content: bytes) -> None:
   """Writes a file so that at any moment it is the old or the new one."""
   unfinished = path.with_name(path.name + '.tmp')
-  unfinished.write_bytes(data)
+  unfinished.write_bytes(content)
   unfinished.replace(path)
 
 

@@ -60,7 +60,7 @@ class RunFolder:
 
   @property
   def step(self) -> int:
-    """The last step that has a row; 0 without any."""
+    """The last step that has a row; 0 if none has."""
     return max((row['step'] for row in self.rows), default=0)
 
   @property
@@ -146,7 +146,7 @@ def environment(facts: RunFacts) -> list[NamedValue]:
   """Devices, versions and times."""
   pairs = [('devices', facts.devices), ('last start', facts.started)]
   return [
-    NamedValue(*one) for one in [*pairs, *facts.versions.items()] if one[1]
+    NamedValue(*pair) for pair in [*pairs, *facts.versions.items()] if pair[1]
   ]
 
 
@@ -186,7 +186,7 @@ def routing(folder: pathlib.Path) -> tuple[list[ValueTable], list[str]]:
 
 
 def sample(folder: pathlib.Path) -> str:
-  """The text that the model wrote; '' without."""
+  """The text that the model wrote; '' where it wrote none."""
   try:
     text = (folder / SAMPLE).read_text(encoding='utf-8', errors='replace')
   except OSError:

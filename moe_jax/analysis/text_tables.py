@@ -17,7 +17,7 @@ from rich.text import Text
 
 Value = str | int | float | None
 PROSE = 80  # columns of sentences where the output is no terminal
-_WIDE = 1000  # columns, with which no table is cut
+_WIDE = 1000  # columns, enough for every table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
   @classmethod
   def of(cls, values: Sequence[Any]) -> 'Entry':
-    """The entry that JSON has as a list."""
+    """The entry from its list in JSON."""
     return cls._make(tuple(v) if isinstance(v, list) else v for v in values)
 
 

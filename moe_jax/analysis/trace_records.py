@@ -142,7 +142,7 @@ class Header:
     """The header that `to_json` wrote.
 
     Raises:
-      ValueError: The text is no header, or one of another format.
+      ValueError: The text is no header of this format.
     """
     try:
       values: dict[str, Any] = json.loads(text)

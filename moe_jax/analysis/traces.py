@@ -44,7 +44,7 @@ _CACHED_CHUNKS = 2
 
 
 class _Key(NamedTuple):
-  """A record's name; records are ordered by it."""
+  """The key of a record, by which records are ordered."""
 
   step: int
   kind: str
@@ -168,8 +168,8 @@ def _joined(
     shape = np.max([v.shape[1:] for v in values], 0)  # K' may differ
     joined = np.full((batch_size, *shape), filler, values[0].dtype)
     for numbers, array in zip(rows, values, strict=True):
-      inside = tuple(slice(size) for size in array.shape[1:])
-      joined[(list(numbers), *inside)] = array
+      extent = tuple(slice(size) for size in array.shape[1:])
+      joined[(list(numbers), *extent)] = array
     return joined
 
   def layer(number: int) -> LayerChoices:
