@@ -104,7 +104,7 @@ def context(records: Sequence[Record], layer: int) -> Information:
     tokens = route_counts.real_tokens(
       record.tokens, record.positions, record.documents, record.sources, rng
     )
-    first = record.layers[layer].expert[..., 0].reshape(-1)[tokens.place]
+    first = record.layers[layer].expert[..., 0].reshape(-1)[tokens.flat_index]
     here, before = tokens.after, tokens.after - 1
     parts.append((first[here], tokens.token[before], tokens.token[here]))
   expert, before, token = map(np.concatenate, zip(*parts, strict=True))

@@ -75,7 +75,7 @@ def read(text: str) -> Collectives:
   program = parse(text)
   runs = executions(program)
   partitions = _PARTITIONS.search(text)
-  devices = int(partitions[1]) if partitions else 1
+  num_devices = int(partitions[1]) if partitions else 1
   by_kind: dict[str, Traffic] = defaultdict(Traffic)
   unknown_loops = 0
   for instruction in program.values():
@@ -86,9 +86,9 @@ def read(text: str) -> Collectives:
       continue
     if instruction.computation.startswith(_FUSED_SCATTER):
       kind = 'reduce-scatter'
-    sent = _sent_bytes(program, instruction, kind, devices)
-    n, before = runs[instruction.computation], by_kind[kind]
-    by_kind[kind] = Traffic(before.count + n, before.num_bytes + n * sent)
+    sent = _sent_bytes(program, instruction, kind, num_devices)
+    n, so_far = runs[instruction.computation], by_kind[kind]
+    by_kind[kind] = Traffic(so_far.count + n, so_far.num_bytes + n * sent)
   return Collectives(dict(by_kind), unknown_loops)
 
 
@@ -100,19 +100,19 @@ def executions(program: Program) -> dict[str, int]:
     if code.endswith(('-done', '-update')):
       continue  # it names a computation that its start has run
     times = 1
-    if code == 'while' and (known := trips(program, instruction)) is not None:
-      times = known
-    for called in instruction.calls:
-      callers[called].append((instruction.computation, times))
+    if code == 'while' and (rounds := trips(program, instruction)) is not None:
+      times = rounds
+    for callee in instruction.calls:
+      callers[callee].append((instruction.computation, times))
   memo: dict[str, int] = {}
 
   def runs(computation: str) -> int:
     if computation not in memo:
-      calling = callers[computation]
+      call_sites = callers[computation]
       memo[computation] = (
         1
-        if not calling
-        else sum(times * runs(caller) for caller, times in calling)
+        if not call_sites
+        else sum(times * runs(caller) for caller, times in call_sites)
       )
     return memo[computation]
 
@@ -125,8 +125,8 @@ def trips(program: Program, loop: Instruction) -> int | None:
   The compiler for TPUs does not note it. There the condition of the loop,
   `i < 32`, is read; `i` is taken to rise by one, as in every loop of jax.
   """
-  if known := _TRIPS.search(loop.text):
-    return int(known[1])
+  if rounds := _TRIPS.search(loop.text):
+    return int(rounds[1])
   condition = re.search(r'condition=%([\w.\-]+)', loop.text)
   roots = [
     i
@@ -138,10 +138,10 @@ def trips(program: Program, loop: Instruction) -> int | None:
   counter, *limit = _arguments(program, roots[0])
   end = _constant(program, limit[0]) if limit else None
   element = re.search(r'get-tuple-element\(.*index=(\d+)', counter.text)
-  first = _arguments(program, loop)
-  if end is None or not element or not first:
+  state = _arguments(program, loop)
+  if end is None or not element or not state:
     return None
-  start = _constant(program, _arguments(program, first[0])[int(element[1])])
+  start = _constant(program, _arguments(program, state[0])[int(element[1])])
   return None if start is None else max(end - start, 0)
 
 
@@ -183,28 +183,28 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _sent_bytes(
-  program: Program, instruction: Instruction, kind: str, devices: int
+  program: Program, instruction: Instruction, kind: str, num_devices: int
 ) -> int:
   """Bytes that a device sends in one collective."""
-  held = sum(
+  operand_bytes = sum(
     _type_bytes(_split(operand.text)[0])
     for operand in _arguments(program, instruction)
   )
-  size = _group_size(instruction.text, devices)
+  group_size = _group_size(instruction.text, num_devices)
   if kind in ('collective-permute', 'collective-broadcast'):
-    return held
+    return operand_bytes
   if kind == 'all-gather':
-    return (size - 1) * held
+    return (group_size - 1) * operand_bytes
   passes = 2 if kind == 'all-reduce' else 1
-  return passes * held * (size - 1) // size
+  return passes * operand_bytes * (group_size - 1) // group_size
 
 
-def _group_size(text: str, devices: int) -> int:
+def _group_size(text: str, num_devices: int) -> int:
   """The number of devices that take part in a collective.
 
   Args:
     text: Text of the collective's instruction.
-    devices: Number of all devices, which take part where no groups are named.
+    num_devices: Number of all devices; all take part where no group is named.
   """
   if axes := _AXES.search(text):
     mesh = dict(re.findall(r"'([^']*)'=(\d+)", axes[1]))
@@ -213,7 +213,7 @@ def _group_size(text: str, devices: int) -> int:
     )
   groups = _GROUPS.search(text)
   if not groups:
-    return devices
+    return num_devices
   return int(groups[2]) if groups[2] else groups[1].count(',') + 1
 
 

@@ -22,12 +22,12 @@ COLOURS = (
   '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',
   '#F7EC8C', '#7FA8D9', '#F0C25E', '#C4C4C4',
 )  # fmt: skip
-_NONE = '#FFFFFF'  # of a token without a choice
+_NO_CHOICE = '#FFFFFF'  # the colour of a token without a choice
 _NEW_LINE, _INVISIBLE = '\u21b5', '\u00b7'
-_LINE = 0.26  # inches, of a line with its numbers
-_CHARACTER = 0.085  # inches
+_LINE_HEIGHT = 0.26  # inches, with the numbers of experts
+_CHARACTER_WIDTH = 0.085  # inches
 _GAP = 2  # characters between panels
-_DPI = 130  # with which numbers are read
+_DPI = 130  # fine enough for the numbers to be read
 
 
 class Piece(NamedTuple):
@@ -60,16 +60,16 @@ def pieces(texts: Sequence[str], columns: int) -> Iterator[Piece]:
     raise ValueError(f'columns={columns} must be at least 1')
   line = column = 0
   for token, text in enumerate(texts):
-    parts = (text or _INVISIBLE).split('\n')
-    for number, part in enumerate(parts):
-      shown = part + _NEW_LINE * (number < len(parts) - 1)
-      while shown:
+    segments = (text or _INVISIBLE).split('\n')
+    for index, segment in enumerate(segments):
+      rest = segment + _NEW_LINE * (index < len(segments) - 1)
+      while rest:
         if column == columns:
           line, column = line + 1, 0
-        piece, shown = shown[: columns - column], shown[columns - column :]
+        piece, rest = rest[: columns - column], rest[columns - column :]
         yield Piece(line, column, piece, token)
         column += len(piece)
-      if number < len(parts) - 1:
+      if index < len(segments) - 1:
         line, column = line + 1, 0
 
 
@@ -93,25 +93,28 @@ def figure(
   Raises:
     ValueError: A panel has not one expert for each text.
   """
-  for name, chosen in experts.items():
-    _check(texts, chosen, name)
-  every = list(pieces(texts, columns))
-  lines = 1 + max((piece.line for piece in every), default=0)
-  ends = [piece.column + len(piece.text) for piece in every]
+  for name, expert_index in experts.items():
+    _check(texts, expert_index, name)
+  all_pieces = list(pieces(texts, columns))
+  lines = 1 + max((piece.line for piece in all_pieces), default=0)
+  ends = [piece.column + len(piece.text) for piece in all_pieces]
   width = max([*ends, *map(len, experts)], default=1)
   across = max(1, min(len(experts), columns // (width + _GAP)))
   down = math.ceil(len(experts) / across)
-  size = across * _CHARACTER * (width + _GAP), down * (_LINE * lines + 0.35)
+  size = (
+    across * _CHARACTER_WIDTH * (width + _GAP),
+    down * (_LINE_HEIGHT * lines + 0.35),
+  )
   canvas = Figure(figsize=size, dpi=_DPI, layout='constrained')
   panels = canvas.subplots(down, across, squeeze=False).ravel()
   for axes in panels[len(experts) :]:
     axes.remove()
-  for axes, (name, chosen) in zip(panels, experts.items(), strict=False):
+  for axes, (name, expert_index) in zip(panels, experts.items(), strict=False):
     axes.set_title(name, loc='left', fontsize=9)
     axes.set(xlim=(0, width), ylim=(lines, 0))
     axes.axis('off')
-    for piece in every:
-      _draw(axes, piece, int(chosen[piece.token]))
+    for piece in all_pieces:
+      _draw(axes, piece, int(expert_index[piece.token]))
   return canvas
 
 
@@ -122,11 +125,11 @@ def _draw(axes: Axes, piece: Piece, expert: int) -> None:
   number = '' if expert < 0 else str(expert)
   axes.text(x + 0.15, y + 0.09, number, va='top', fontsize=4.8, color='0.2')
   style = {'family': 'monospace', 'fontsize': 7, 'parse_math': False}
-  for place, character in enumerate(piece.text):
-    # One at a time, as no font is exactly as wide as a cell.
+  for offset, character in enumerate(piece.text):
+    # Characters are drawn one by one, as no font is as wide as a cell.
     ink = '0.45' if character in (_NEW_LINE, _INVISIBLE) else 'black'
-    at = x + place + 0.5, y + 0.66
-    axes.text(*at, character, ha='center', va='center', color=ink, **style)
+    point = x + offset + 0.5, y + 0.66
+    axes.text(*point, character, ha='center', va='center', color=ink, **style)
 
 
 def page(texts: Sequence[str], experts: Int[np.ndarray, ' N']) -> str:
@@ -140,17 +143,17 @@ def page(texts: Sequence[str], experts: Int[np.ndarray, ' N']) -> str:
     ValueError: There is not one expert for each text.
   """
   _check(texts, experts, 'experts')
-  parts = []
+  spans = []
   for text, expert in zip(texts, experts, strict=True):
     text = html.escape(text or _INVISIBLE).replace('\n', f'{_NEW_LINE}\n')
     number = '' if expert < 0 else f'<sub>{int(expert)}</sub>'
     style = f'background:{_colour(int(expert))};color:black'
-    parts.append(f'<span style="{style}">{text}{number}</span>')
-  return f'<pre style="line-height:1.7">{"".join(parts)}</pre>'
+    spans.append(f'<span style="{style}">{text}{number}</span>')
+  return f'<pre style="line-height:1.7">{"".join(spans)}</pre>'
 
 
 def _colour(expert: int) -> str:
-  return _NONE if expert < 0 else COLOURS[expert % len(COLOURS)]
+  return _NO_CHOICE if expert < 0 else COLOURS[expert % len(COLOURS)]
 
 
 def _check(

@@ -59,7 +59,7 @@ def counts(compiled: Compiled) -> Counts:
 
 
 def text_of(compiled: Compiled) -> str:
-  """The program's text.
+  """The text of a program.
 
   Raises:
     ValueError: The platform does not give it.
@@ -149,7 +149,7 @@ def op_name_of(program: Program) -> dict[str, str]:
   that of an instruction that reads it, or of one that it reads, over any number
   of steps; else that of the loop or call that it is in; else ''.
   """
-  known = {name: i.op_name for name, i in program.items()}
+  op_names = {name: i.op_name for name, i in program.items()}
   bodies = _by_computation(program)
   readers: dict[str, list[str]] = {name: [] for name in program}
   callers: dict[str, list[str]] = {name: [] for name in bodies}
@@ -160,42 +160,42 @@ def op_name_of(program: Program) -> dict[str, str]:
     for computation in instruction.calls:
       callers.setdefault(computation, []).append(name)
   for name, instruction in program.items():
-    if not known[name]:
-      inside = [
-        known[other]
+    if not op_names[name]:
+      inner_names = [
+        op_names[other]
         for computation in instruction.calls
         for other in bodies.get(computation, [])
       ]
-      known[name] = _commonest(inside)
+      op_names[name] = _commonest(inner_names)
   for neighbours in (
     readers,
     {name: i.operands for name, i in program.items()},
     {name: callers[i.computation] for name, i in program.items()},
   ):
-    _take_from(neighbours, known)
-  return known
+    _fill_from_neighbours(neighbours, op_names)
+  return op_names
 
 
-def _take_from(
-  neighbours: Mapping[str, Sequence[str]], known: dict[str, str]
+def _fill_from_neighbours(
+  neighbours: Mapping[str, Sequence[str]], op_names: dict[str, str]
 ) -> None:
-  """Fills in `known` from neighbours until no instruction changes any more.
+  """Fills in `op_names` from neighbours until no instruction changes any more.
 
   Args:
     neighbours: Names of the neighbours of each instruction.
-    known: The `op_name` of each instruction, '' where it is not known yet.
+    op_names: The `op_name` of each instruction, '' where it is not known yet.
   """
-  unnamed = [name for name, op_name in known.items() if not op_name]
+  unnamed = [name for name, op_name in op_names.items() if not op_name]
   while unnamed:
-    taken = {
-      name: _commonest([known.get(other, '') for other in neighbours[name]])
+    neighbour_names = {
+      name: _commonest([op_names.get(other, '') for other in neighbours[name]])
       for name in unnamed
     }
-    known.update({name: value for name, value in taken.items() if value})
-    left = [name for name in unnamed if not known[name]]
-    if len(left) == len(unnamed):
+    op_names.update({k: v for k, v in neighbour_names.items() if v})
+    still_unnamed = [name for name in unnamed if not op_names[name]]
+    if len(still_unnamed) == len(unnamed):
       return
-    unnamed = left
+    unnamed = still_unnamed
 
 
 def leaves(program: Program, executed: set[str]) -> set[str]:
@@ -217,9 +217,9 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
     if computation not in memo:
       memo[computation] = False  # no computation calls itself
       memo[computation] = computation in busy or any(
-        runs_executed(called)
+        runs_executed(callee)
         for name in bodies.get(computation, [])
-        for called in program[name].calls
+        for callee in program[name].calls
       )
     return memo[computation]
 
@@ -227,7 +227,7 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
     name
     for name in executed
     if name in program
-    and not any(runs_executed(called) for called in program[name].calls)
+    and not any(runs_executed(callee) for callee in program[name].calls)
   }
 
 
@@ -241,5 +241,5 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 def _commonest(names: list[str]) -> str:
   """The most frequent name other than ''; '' where there is none."""
-  named = [name for name in names if name]
-  return max(named, key=named.count) if named else ''
+  nonempty = [name for name in names if name]
+  return max(nonempty, key=nonempty.count) if nonempty else ''

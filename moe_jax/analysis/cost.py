@@ -63,8 +63,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
       f'model.kind={MODELS.name_of(model)!r} reads examples that are no text, '
       'so it has no cost per token; every parameter is used for every example'
     )
-  kept = options.init_from.with_tokenizer(options.data).tokenizer
-  size = model.vocab_size or kept.known_vocab_size()
+  tokenizer = options.init_from.with_tokenizer(options.data).tokenizer
+  size = model.vocab_size or tokenizer.known_vocab_size()
   if not size:
     raise ValueError(
       f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
@@ -85,9 +85,9 @@ def workload(
     num_parts: Number of devices that the experts are split over; 0 takes the
       size of the mesh axis `expert`.
   """
-  parts = num_parts or max(options.mesh.expert, 1)
+  num_devices = num_parts or max(options.mesh.expert, 1)
   lengths = options.data.seq_len, options.data.target_len
-  return Workload(batch_size, *lengths, parts)
+  return Workload(batch_size, *lengths, num_devices)
 
 
 def parse(
@@ -122,15 +122,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   command_line.say(config_flag.ignored_lines(ignored))
   options = with_own_vocabulary(options)
   model = options.build()
-  one_row, trained = (
+  one_row, training_batch = (
     workload(options, arguments.batch or rows, arguments.expert_parallel)
     for rows in (1, options.shape().rows)
   )
-  # As wide as its tables where nobody's terminal limits it.
+  # No terminal limits the width of the tables in a pipe or a file.
   console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-  console.print(compute_table(model, trained))
+  console.print(compute_table(model, training_batch))
   if model.stacks:
-    console.print(memory_table(model, trained))
+    console.print(memory_table(model, training_batch))
     console.print(fit_table(model, one_row))
   if len(model.stacks) == 1:
     console.print(training_table(options, model))

@@ -73,8 +73,8 @@ def compute_table(model: Model, work: Workload) -> Table:
     (written, c.decode_flops),
     ('forward pass, per example', c.example_flops),
   )
-  for (left, n), (right, m) in zip(params, flops, strict=True):
-    table.add_row(left, short(n), right, short(m))
+  for (part, n), (phase, m) in zip(params, flops, strict=True):
+    table.add_row(part, short(n), phase, short(m))
   return table
 
 
@@ -115,31 +115,31 @@ def _as_in_2017(model: Model, seq_len: int) -> str:
 def memory_table(model: Model, work: Workload) -> Table:
   """The table of bytes of activations, expert rows and exchanges of a batch."""
   lengths = f'{work.seq_len}'
-  parts = halves(model, work.seq_len, work.target_len)
-  if len(parts) == 2:
-    lengths += f' and {parts[-1].length}'
+  stacks = halves(model, work.seq_len, work.target_len)
+  if len(stacks) == 2:
+    lengths += f' and {stacks[-1].length}'
   table = Table(
     title=f'Bytes of a training step on a batch of {work.batch_size} x '
-    f'{lengths} tokens, activations in {parts[-1].stack.block.shared.dtype}',
+    f'{lengths} tokens, activations in {stacks[-1].stack.block.shared.dtype}',
     caption='Kept bytes are what the forward pass leaves for the backward '
     'pass. Weights, gradients, the state of the optimizer and temporary arrays '
     'of the compiled program come on top.',
   )
   table.add_column('Arrays')
   table.add_column('Bytes', justify='right')
-  kept = memory.activations(
+  sizes = memory.activations(
     model, work.batch_size, work.seq_len, work.target_len
   )
-  remat = parts[-1].stack.remat
+  remat = stacks[-1].stack.remat
   table.add_row(
     f'kept by all layers, without attention scores (remat={remat!r})',
-    in_bytes(kept.layers),
+    in_bytes(sizes.layers),
   )
   table.add_row(
-    'kept attention scores, unless attention is fused', in_bytes(kept.scores)
+    'kept attention scores, unless attention is fused', in_bytes(sizes.scores)
   )
-  table.add_row('kept output logits, in float32', in_bytes(kept.logits))
-  for half in parts:
+  table.add_row('kept output logits, in float32', in_bytes(sizes.logits))
+  for half in stacks:
     if half.moe is not None:
       for name, value in _expert_cells(half, half.moe, model, work):
         table.add_row(name, value)
@@ -160,16 +160,16 @@ def _expert_cells(
     f'({dispatch}, {rows} rows)',
     in_bytes(memory.dispatch_bytes(half, width, B)),
   )
-  sent = memory.all_to_all_bytes(half, width, B, work.num_parts)
-  if sent:
-    times = 4 * half.num_sparse
+  sent_bytes = memory.all_to_all_bytes(half, width, B, work.num_parts)
+  if sent_bytes:
+    num_exchanges = 4 * half.num_sparse
     yield (
       f'{stack}one all-to-all, as each of {work.num_parts} devices sends it',
-      in_bytes(sent),
+      in_bytes(sent_bytes),
     )
     yield (
-      f'{stack}the {times} all-to-alls of a training step',
-      in_bytes(times * sent),
+      f'{stack}the {num_exchanges} all-to-alls of a training step',
+      in_bytes(num_exchanges * sent_bytes),
     )
 
 
@@ -199,8 +199,8 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'FLOPs\na step',
   ):
     table.add_column(heading, justify='right', no_wrap=True)
-  for name, changed in variants(options, model):
-    c = training_cost(changed, model)
+  for name, variant in variants(options, model):
+    c = training_cost(variant, model)
     table.add_row(
       name,
       short(c.trained_params),
@@ -244,14 +244,14 @@ def fit_table(
   table.add_row(
     'cache', *(in_bytes(totals[dtype] - weights[dtype]) for dtype in totals)
   )
-  whole = {
+  expanded = {
     dtype: memory.serving_bytes(model, dtype, work.batch_size, *lengths, True)
     for dtype in memory.DTYPES
   }
-  if whole != totals:
+  if expanded != totals:
     table.add_row(
       'cache of keys and values of all heads, uncompressed',
-      *(in_bytes(whole[dtype] - weights[dtype]) for dtype in whole),
+      *(in_bytes(expanded[dtype] - weights[dtype]) for dtype in expanded),
     )
   for name in names:
     device = devices.get(name)

@@ -43,7 +43,7 @@ class TokenFlops:
 
   @property
   def total(self) -> int:
-    """The sum of all four."""
+    """The sum of the four attributes."""
     return sum(dataclasses.astuple(self))
 
 
@@ -86,7 +86,7 @@ class Cost:
   @property
   def example_flops(self) -> int:
     """FLOPs of the forward pass for an example, an encoder's included."""
-    return self._of_example('total')
+    return self._per_example('total')
 
   @property
   def forward_flops(self) -> int:
@@ -96,7 +96,7 @@ class Cost:
   @property
   def router_flops(self) -> int:
     """The routers' part of `forward_flops`."""
-    return self._of_example('router') // (self.encoder_len + self.decoder_len)
+    return self._per_example('router') // (self.encoder_len + self.decoder_len)
 
   @property
   def training_flops(self) -> int:
@@ -116,7 +116,7 @@ class Cost:
   @property
   def computed_flops(self) -> int:
     """FLOPs of the forward pass for an example, those of empty slots too."""
-    empty = (self.capacity_slack - 1) * self._of_example('experts')
+    empty = (self.capacity_slack - 1) * self._per_example('experts')
     return self.example_flops + round(empty)
 
   def describe(self) -> str:
@@ -139,10 +139,10 @@ class Cost:
       )
     return '\n'.join(lines)
 
-  def _of_example(self, part: str) -> int:
-    of_encoder = getattr(self.encoder, part) if self.encoder else 0
-    own = getattr(self.decoder, part)
-    return self.encoder_len * of_encoder + self.decoder_len * own
+  def _per_example(self, part: str) -> int:
+    encoder_flops = getattr(self.encoder, part) if self.encoder else 0
+    decoder_flops = getattr(self.decoder, part)
+    return self.encoder_len * encoder_flops + self.decoder_len * decoder_flops
 
 
 def count(
@@ -163,17 +163,17 @@ def count(
   stacks = halves(model, seq_len, target_len) if model.stacks else []
   if stacks:
     flops = [_flops_of_half(parameters, half, width) for half in stacks]
-    own_len, memory_len = stacks[-1].length, stacks[-1].memory_len
+    decoder_len, memory_len = stacks[-1].length, stacks[-1].memory_len
   else:
     layers = [p for p in parameters if not p.outside_layers]
     moes = [moe for moe in model.moes if moe is not None]
     flops = [_products(layers, moes, width)]
-    own_len, memory_len = seq_len, 0
-  cross = sum(_memory_flops(half, width) for half in stacks)
-  logits = 2 * model.vocab_size * width
-  flops[-1] = _with_products(flops[-1], logits - cross)
+    decoder_len, memory_len = seq_len, 0
+  cross_flops = sum(_memory_flops(half, width) for half in stacks)
+  logit_flops = 2 * model.vocab_size * width
+  flops[-1] = _with_products(flops[-1], logit_flops - cross_flops)
   if memory_len:
-    flops[0] = _with_products(flops[0], cross)
+    flops[0] = _with_products(flops[0], cross_flops)
   experts = _size(p for p in parameters if p.of_expert)
   total = _size(parameters)
   return Cost(
@@ -183,7 +183,7 @@ def count(
     embedding_params=_size(p for p in parameters if p.role.role == 'embedding'),
     decoder=flops[-1],
     encoder=flops[0] if memory_len else None,
-    decoder_len=own_len,
+    decoder_len=decoder_len,
     encoder_len=memory_len,
     capacity_slack=_slack(model, stacks, batch_size, seq_len),
     step_attention=_step_attention(stacks[-1], width) if stacks else 0,
@@ -208,7 +208,7 @@ def _active(
   """The parameters of the experts that a token chooses, in all layers."""
   if not stacks:
     return _chosen(parameters, [moe for moe in model.moes if moe is not None])
-  return sum(_chosen(_own(parameters, half), half.moes) for half in stacks)
+  return sum(_chosen(_of_stack(parameters, half), half.moes) for half in stacks)
 
 
 def _flops_of_half(
@@ -216,7 +216,7 @@ def _flops_of_half(
 ) -> TokenFlops:
   """FLOPs of a stack's own parameters, all of them for its own tokens."""
   a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
-  flops = _products(_own(parameters, half), half.moes, width)
+  flops = _products(_of_stack(parameters, half), half.moes, width)
   scores = 2 * layers * half.keys * a.scoring_products
   return dataclasses.replace(flops, attention=scores)
 
@@ -227,7 +227,9 @@ def _step_attention(half: Half, width: int) -> int:
   return 2 * layers * half.keys * a.decoding_products
 
 
-def _own(parameters: list[SizedParameter], half: Half) -> list[SizedParameter]:
+def _of_stack(
+  parameters: list[SizedParameter], half: Half
+) -> list[SizedParameter]:
   """The parameters of a stack."""
   n = len(half.path)
   return [
@@ -248,10 +250,10 @@ def _products(
     width: M, the width of the residual stream.
   """
   kernels = [p for p in parameters if p.role.form == 'kernel']
-  others = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
+  dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(moe.router.multiply_adds(moe.sizes, width) for moe in moes)
   return TokenFlops(
-    products=2 * _size(others),
+    products=2 * _size(dense),
     experts=2 * _chosen(kernels, moes),
     router=2 * router,
   )
@@ -261,12 +263,12 @@ def _chosen(parameters: list[SizedParameter], moes: list[MoeOptions]) -> int:
   """The number of these parameters that belong to a token's K experts."""
   if not moes:
     return 0
-  each = sum(p.size // p.num_experts for p in parameters if p.of_expert)
-  return each * moes[0].num_selected
+  expert_size = sum(p.size // p.num_experts for p in parameters if p.of_expert)
+  return expert_size * moes[0].num_selected
 
 
-def _with_products(flops: TokenFlops, more: int) -> TokenFlops:
-  return dataclasses.replace(flops, products=flops.products + more)
+def _with_products(flops: TokenFlops, extra_flops: int) -> TokenFlops:
+  return dataclasses.replace(flops, products=flops.products + extra_flops)
 
 
 def _memory_flops(half: Half, width: int) -> int:

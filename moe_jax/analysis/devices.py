@@ -33,7 +33,7 @@ class Device:
 
 
 # Memory and speed as vendors print them, in powers of ten, without sparsity.
-_KNOWN = {
+_DEVICES = {
   # NVIDIA H100 Tensor Core GPU data sheet; the speed is that of SXM.
   'h100': Device('H100-80GB', 80 * 10**9, {'bfloat16': 989e12}),
   # NVIDIA H200 Tensor Core GPU data sheet.
@@ -50,9 +50,9 @@ _KNOWN = {
   'v5p': Device('TPU v5p', 95 * 10**9, {'bfloat16': 459e12}),
   'v6e': Device('TPU v6e', 32 * 10**9, {'bfloat16': 918e12}),
 }
-NAMES = (*_KNOWN, HERE)
-# JAX's `device_kind` of those whose speed is known.
-_KINDS = {
+NAMES = (*_DEVICES, HERE)
+# The names of these devices by JAX's `device_kind`.
+_NAME_OF_KIND = {
   'NVIDIA H100 80GB HBM3': 'h100',
   'NVIDIA H200': 'h200',
   'NVIDIA A100-SXM4-40GB': 'a100',
@@ -74,7 +74,7 @@ class Peak(NamedTuple):
   Attributes:
     flops_per_second: FLOPs per second of all the devices together, two for a
       multiply-add.
-    source: Where the number comes from, in words.
+    source: The origin of the number, in words.
   """
 
   flops_per_second: float
@@ -89,8 +89,8 @@ def get(name: str) -> Device:
   """
   if name not in NAMES:
     raise unknown('device', name, NAMES)
-  if name in _KNOWN:
-    return _KNOWN[name]
+  if name in _DEVICES:
+    return _DEVICES[name]
   device = jax.devices()[0]
   if device.platform == 'cpu':
     return Device('this machine', host_bytes())
@@ -152,9 +152,9 @@ def peak(
   """
   devices = jax.devices() if devices is None else devices
   kind, count = devices[0].device_kind, num_processors(devices)
-  vendor = _KNOWN[_KINDS[kind]].peaks if kind in _KINDS else {}
-  if dtype in vendor:
-    return Peak(count * vendor[dtype], f'{count} x {kind} by its data sheet')
+  peaks = _DEVICES[_NAME_OF_KIND[kind]].peaks if kind in _NAME_OF_KIND else {}
+  if dtype in peaks:
+    return Peak(count * peaks[dtype], f'{count} x {kind} by its data sheet')
   measured = measure_peaks(dtype, quick=quick)
   n = measured.matmul_size
   source = f'a measured product of {n} x {n} matrices'

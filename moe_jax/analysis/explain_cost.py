@@ -84,15 +84,15 @@ def explain(
       module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
     )
     input_seconds = _seconds_per_batch(batches)
-  parts, busy = step_parts.by_part(compiled.parse(text), seconds)
+  part_times, busy = step_parts.by_part(compiled.parse(text), seconds)
   step_seconds, wait = float(np.median(times)), float(np.median(waits))
-  least, most = (float(q) for q in np.quantile(times, (0.25, 0.75)))
+  lower, upper = (float(q) for q in np.quantile(times, (0.25, 0.75)))
   return Explanation(
     step_seconds=step_seconds,
-    step_spread=(least, most),
+    step_spread=(lower, upper),
     input_seconds=input_seconds,
     busy_seconds=busy / num_steps,
-    shares=step_parts.shares_of_step(parts, busy, step_seconds, wait),
+    shares=step_parts.shares_of_step(part_times, busy, step_seconds, wait),
   )
 
 
@@ -125,7 +125,7 @@ def table(explanation: Explanation) -> Table:
   """A row for each part of the step, in milliseconds and percent."""
   e = explanation
   low, high = (f'{1e3 * seconds:.1f}' for seconds in e.step_spread)
-  result = Table(
+  part_table = Table(
     title=f'A training step takes {1e3 * e.step_seconds:.1f} ms (quartiles '
     f'{low} and {high} ms)',
     caption=(
@@ -136,18 +136,18 @@ def table(explanation: Explanation) -> Table:
       'background.'
     ),
   )
-  result.add_column('part of the step')
+  part_table.add_column('part of the step')
   for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
-    result.add_column(heading, justify='right')
+    part_table.add_column(heading, justify='right')
   for row in e.shares:
-    result.add_row(
+    part_table.add_row(
       row.part,
       f'{1e3 * row.forward:.2f}',
       f'{1e3 * row.backward:.2f}' if row.backward else '',
       f'{1e3 * row.seconds:.2f}',
       f'{row.seconds / e.step_seconds:.1%}',
     )
-  return result
+  return part_table
 
 
 def parse(

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 ROUTES = 'routes.html'  # name of the page of a trace
-LONG = 80  # rows, from which on a table is folded
+LONG = 80  # tables with more rows are folded
 _TYPES = {'png': 'image/png', 'svg': 'image/svg+xml'}
 
 _BASE = """\
@@ -117,7 +117,7 @@ HEAD = """\
 def render(
   template: str, *, title: str, script: str = '', **values: Any
 ) -> str:
-  """A page.
+  """The HTML of a page.
 
   Args:
     template: The blocks of the page's template, without `HEAD`.

@@ -28,7 +28,7 @@ _LINES = ' '.join(
   f'--series-{i}: light-dark({light}, {dark});'
   for i, (light, dark) in enumerate(_SCHEMES)
 )
-_LEFT_OUT = r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->'
+_REMOVED = r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->'
 # Patterns in tags and their replacements: shorter tags, colours of the page.
 _IN_TAGS = [
   (r'^<g id="[^"]*"', '<g'),
@@ -59,24 +59,24 @@ def inline_svg(figure: Any, name: str, label: str) -> str:
     label: The text that is read to those who do not see the figure.
   """
   settings: dict[Any, Any] = {'svg.fonttype': 'none', 'svg.hashsalt': name}
-  data = io.StringIO()
+  buffer = io.StringIO()
   with matplotlib.rc_context(settings):
     figure.savefig(
-      data, format='svg', transparent=True, metadata={'Date': None}
+      buffer, format='svg', transparent=True, metadata={'Date': None}
     )
-  text = data.getvalue()
+  text = buffer.getvalue()
   text = text[text.index('<svg') :]
-  text = re.sub(_LEFT_OUT, '', text, flags=re.DOTALL)
+  text = re.sub(_REMOVED, '', text, flags=re.DOTALL)
   text = re.sub(r'\s*\n\s*', ' ', text)
-  text = re.sub('<[^>]*>', _shorter, text)
+  text = re.sub('<[^>]*>', _shorten, text)
   text = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{name}-', text)
   title = f'<title>{html.escape(label)}</title>'
   return text.replace('<svg', '<svg role="img"', 1).replace('>', f'>{title}', 1)
 
 
-def _shorter(tag: re.Match[str]) -> str:
-  """A tag with fewer digits, without what nothing needs, in our colours."""
+def _shorten(tag: re.Match[str]) -> str:
+  """A tag in the page's colours, with fewer digits and attributes."""
   text = tag[0]
-  for pattern, instead in _IN_TAGS:
-    text = re.sub(pattern, instead, text, flags=re.IGNORECASE)
+  for pattern, replacement in _IN_TAGS:
+    text = re.sub(pattern, replacement, text, flags=re.IGNORECASE)
   return text

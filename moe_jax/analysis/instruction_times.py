@@ -36,8 +36,8 @@ def measure(run: Callable[[], object], module: str) -> dict[str, float]:
     with jax.profiler.trace(folder, profiler_options=options):
       run()
     (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
-    data = jax.profiler.ProfileData.from_file(path)
-  planes = list(data.planes)
+    profile = jax.profiler.ProfileData.from_file(path)
+  planes = list(profile.planes)
   devices = [plane for plane in planes if plane.name.startswith(_ACCELERATORS)]
   seconds: dict[str, float] = collections.defaultdict(float)
   for plane in devices or planes:

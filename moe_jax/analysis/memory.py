@@ -110,10 +110,10 @@ def serving_bytes(
       stands for `seq_len`.
     uncompressed: See `cache_bytes`.
   """
-  *_, last = halves(model, seq_len, target_len)
+  *_, half = halves(model, seq_len, target_len)
   cache_dtype = 'float32' if dtype == 'float32' else 'bfloat16'
   return weight_bytes(model, dtype) + cache_bytes(
-    model, batch_size, last.length, last.memory_len, cache_dtype, uncompressed
+    model, batch_size, half.length, half.memory_len, cache_dtype, uncompressed
   )
 
 
@@ -141,11 +141,11 @@ def activations(
 ) -> Activations:
   """Bytes of activations in a training step on one batch or microbatch."""
   layers = scores = 0
-  parts = halves(model, seq_len, target_len)
-  for half in parts:
+  stacks = halves(model, seq_len, target_len)
+  for half in stacks:
     layers += _kept_by_layers(half, model.embedding.width, batch_size)
     scores += _kept_scores(half, batch_size)
-  logits = 4 * batch_size * parts[-1].length * model.vocab_size
+  logits = 4 * batch_size * stacks[-1].length * model.vocab_size
   return Activations(layers, scores, logits)
 
 
@@ -182,12 +182,12 @@ def _extra_ffns(half: Half) -> int:
 def _kept_by_dense_layers(half: Half, num_tokens: int) -> int:
   """Bytes kept by feed-forwards without experts, a dense twin's included."""
   c, block = half.stack, half.stack.block
-  every = c.remat == 'none'
+  keeps_all = c.remat == 'none'
   dense = len(c.sparse) - sum(c.sparse) + _extra_ffns(half)
-  total = dense * num_tokens * _kept_hidden(block, block.ffn, every)
+  total = dense * num_tokens * _kept_hidden(block, block.ffn, keeps_all)
   if block.moe is not None and half.moe is None:
     twin = block.moe.twin().ffn
-    total += sum(c.sparse) * num_tokens * _kept_hidden(block, twin, every)
+    total += sum(c.sparse) * num_tokens * _kept_hidden(block, twin, keeps_all)
   return total
 
 
@@ -198,28 +198,28 @@ def _kept_by_sparse_layers(half: Half, M: int, B: int) -> int:
     return 0
   b = jnp.dtype(c.block.shared.dtype).itemsize
   # The products without slots have a gradient that keeps their inputs alone.
-  every = c.remat == 'none' and moe.dispatch.by_slot
-  hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, every)
-  rows = sum(expert_rows(own, B, half.length) for own in half.moes)
-  columns = sum(own.num_experts for own in half.moes)
+  keeps_all = c.remat == 'none' and moe.dispatch.by_slot
+  hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, keeps_all)
+  rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
+  columns = sum(layer_moe.num_experts for layer_moe in half.moes)
   n = B * half.length
   total = rows * (hidden + M * b) + n * 4 * columns
   if (shared := moe.shared_twin) is not None:
-    kept = _kept_hidden(c.block, shared.ffn, c.remat == 'none')
-    total += half.num_sparse * n * kept
+    shared_hidden = _kept_hidden(c.block, shared.ffn, c.remat == 'none')
+    total += half.num_sparse * n * shared_hidden
   return total
 
 
-def _kept_hidden(block: BlockConfig, ffn: FfnOptions, every: bool) -> int:
+def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
   """Bytes of the hidden values kept of each row of a feed-forward.
 
   Args:
     block: The blocks that it belongs to.
     ffn: Its width and activation.
-    every: Whether arrays between products are kept too.
+    keeps_all: Whether arrays between products are kept too.
   """
   b, act = jnp.dtype(block.shared.dtype).itemsize, activation(ffn.activation)
-  if not every:
+  if not keeps_all:
     return len(act.kernels) * ffn.hidden * b
   signs = ffn.hidden if act.cheap else 0
   return act.kept * ffn.hidden * b + signs
@@ -297,5 +297,5 @@ def all_to_all_bytes(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
   rows = expert_rows(moe, batch_size, half.length)
-  sent = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
-  return sent * (num_parts - 1) // num_parts**2
+  row_bytes = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
+  return row_bytes * (num_parts - 1) // num_parts**2

@@ -70,15 +70,15 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
   if len(model.stacks) == 1:
     ((path, stack),) = model.stacks
     return [Half(path, stack, seq_len, 0)]
-  (first, encoder), (second, decoder) = model.stacks
+  (encoder_path, encoder), (decoder_path, decoder) = model.stacks
   return [
-    Half(first, encoder, seq_len, 0),
-    Half(second, decoder, target_len or seq_len, seq_len),
+    Half(encoder_path, encoder, seq_len, 0),
+    Half(decoder_path, decoder, target_len or seq_len, seq_len),
   ]
 
 
 class SizedParameter(NamedTuple):
-  """A parameter with what is needed to count it.
+  """A parameter with its size, role and number of experts.
 
   Attributes:
     path: Path of the parameter in the tree of all parameters, which tells the

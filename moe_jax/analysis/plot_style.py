@@ -46,13 +46,13 @@ def series(number: int) -> dict[str, Any]:
   Markers are hollow, and those of later lines are smaller, so that points at
   one place all show.
   """
-  place = number % len(COLOURS)
+  index = number % len(COLOURS)
   return {
-    'color': COLOURS[place],
-    'linestyle': LINES[place],
+    'color': COLOURS[index],
+    'linestyle': LINES[index],
     'linewidth': 1.4,
-    'marker': MARKERS[place],
-    'markersize': max(3.5, 7.5 - 1.2 * place),
+    'marker': MARKERS[index],
+    'markersize': max(3.5, 7.5 - 1.2 * index),
     'markerfacecolor': 'none',
   }
 
@@ -73,7 +73,7 @@ def heat(
   NaN, and places without a cell, are hatched.
 
   Args:
-    axes: Where they are drawn.
+    axes: The axes that they are drawn on.
     x: The borders of columns.
     ratios: The ratios; NaN are unknown.
   """
@@ -113,7 +113,7 @@ def label_axes(axes: Axes, title: str, unit: str) -> None:
 
 
 def count_steps(axes: Axes, at_most: int) -> None:
-  """Marks steps by at most so many whole numbers."""
+  """Labels the axis of steps with a few whole numbers, at most `at_most`."""
   axes.xaxis.set_major_locator(MaxNLocator(at_most, integer=True))
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
@@ -138,6 +138,6 @@ def room_around(
 
 def picture(figure: Figure, form: str = 'png') -> bytes:
   """The file of a figure, as 'png' or 'svg'."""
-  data = io.BytesIO()
-  figure.savefig(data, format=form, dpi=DPI)
-  return data.getvalue()
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format=form, dpi=DPI)
+  return buffer.getvalue()

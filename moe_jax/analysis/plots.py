@@ -22,11 +22,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 # With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
-_MANY = 2000  # points, from which on a line of a vector graphic is a picture
+_RASTER_POINTS = 2000  # points, above which a line is drawn as a bitmap
 _WIDTH = 7.2  # inches
-_FEW = 500  # rows, beside which the best place of a legend is found quickly
-_NAMED = 7  # evaluations that fit into the legend of a small panel
-_LONGEST = 26  # letters of a name in a legend
+_FEW_ROWS = 500  # rows beside which the best place of a legend is found fast
+_MAX_NAMED = 7  # evaluations that fit into the legend of a small panel
+_MAX_LETTERS = 26  # letters of a name in a legend
 
 
 class Panel(NamedTuple):
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
 def panels(
   rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
 ) -> list[Panel]:
-  """The curves of a run: losses, and those of the others that rows have.
+  """The curves of a run: losses, and the other curves that rows have.
 
   Args:
     rows: Rows of metrics, each with its `step`.
@@ -62,10 +62,10 @@ def panels(
       f"no 'train/loss' and no 'eval/<name>/loss' in {len(rows)} rows; "
       f'have {sorted({key for row in rows for key in row})}'
     )
-  made = [Panel('loss', 'Loss', lambda axes: _losses(axes, rows, evals))]
+  curves = [Panel('loss', 'Loss', lambda axes: _losses(axes, rows, evals))]
   if len(evals) > 1:
     title = f'Evaluations less {_short(evals[0])}'
-    made.append(
+    curves.append(
       Panel('evaluations', title, lambda axes: _differences(axes, rows, evals))
     )
   units = {'loss': loss_unit, 'evaluations': loss_unit}
@@ -77,14 +77,14 @@ def panels(
     if any(f'train/{key}' in row for row in rows):
       units[key] = unit
       draw = _line_of(rows, f'train/{key}', scale)
-      made.append(Panel(key, title, draw))
-  return [_labelled(panel, units[panel.name], rows) for panel in made]
+      curves.append(Panel(key, title, draw))
+  return [_labelled(panel, units[panel.name], rows) for panel in curves]
 
 
 def curves_figure(
   rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
 ) -> Figure:
-  """All `panels` in one figure, the losses on top; errors are theirs."""
+  """All `panels` in one figure, the losses on top, with the same errors."""
   first, *below = panels(rows, loss_unit, counted)
   names = [panel.name for panel in below]
   names += names[-1:] * (len(names) % 2)  # the last of an odd number is wide
@@ -121,8 +121,8 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
   """
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
-    said = f"no 'train/layer_<i>/load' in {len(rows)} rows"
-    raise ValueError(f'{said}; a dense model has none')
+    problem = f"no 'train/layer_<i>/load' in {len(rows)} rows"
+    raise ValueError(f'{problem}; a dense model has none')
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')
@@ -157,12 +157,12 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
     window: Number of values in a window, which is odd.
   """
   half = window // 2
-  result = np.empty(len(values))
+  means = np.empty(len(values))
   for i in range(len(values)):
-    near = values[max(0, i - half) : i + half + 1]
-    near = near[np.isfinite(near)]
-    result[i] = near.mean() if near.size else np.nan
-  return result
+    nearby = values[max(0, i - half) : i + half + 1]
+    nearby = nearby[np.isfinite(nearby)]
+    means[i] = nearby.mean() if nearby.size else np.nan
+  return means
 
 
 def _labelled(panel: Panel, unit: str, rows: Rows) -> Panel:
@@ -183,7 +183,7 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   The last loss in the legend is the logged one, which a run prints too.
   """
   steps, losses = _series(rows, 'train/loss')
-  in_view = []
+  visible_losses = []
   if losses.size:
     window = 2 * (len(losses) // 50) + 1
     smoothed = smooth(losses, window)
@@ -193,35 +193,35 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
     if window > 1:
       label = f'train, mean of {window} rows'
       axes.plot(steps, smoothed, color=plot_style.BLUE, label=label)
-    in_view.append(smoothed[len(losses) // 20 :])
+    visible_losses.append(smoothed[len(losses) // 20 :])
   for i, name in enumerate(evals):
     steps, losses = _series(rows, f'eval/{name}/loss')
     label = _label(name, losses)
     axes.plot(steps, losses, **_marked(i, steps), label=label)
-    in_view.append(losses[len(losses) // 20 :])
+    visible_losses.append(losses[len(losses) // 20 :])
   # The losses of the first steps would press all others into a flat line.
-  plot_style.room_around(axes, np.concatenate(in_view))
-  last = [values[-1] for values in in_view if values.size]
-  falls = max(last, default=0) <= np.mean(axes.get_ylim())
-  where = 'upper right' if falls else 'lower right'
-  where = 'best' if len(rows) < _FEW else where
-  axes.legend(loc=where, fontsize='small', edgecolor='none')
+  plot_style.room_around(axes, np.concatenate(visible_losses))
+  last_losses = [values[-1] for values in visible_losses if values.size]
+  falls = max(last_losses, default=0) <= np.mean(axes.get_ylim())
+  legend_place = 'upper right' if falls else 'lower right'
+  legend_place = 'best' if len(rows) < _FEW_ROWS else legend_place
+  axes.legend(loc=legend_place, fontsize='small', edgecolor='none')
 
 
 def _differences(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   """Draws evaluations less the first of them, where they would coincide."""
   first = dict(zip(*_series(rows, f'eval/{evals[0]}/loss')))
   axes.axhline(0, color=plot_style.series(1)['color'], linewidth=1)
-  drawn = [np.zeros(1)]
+  drawn_values = [np.zeros(1)]
   for i, name in enumerate(evals[1:], 1):
     steps, losses = _series(rows, f'eval/{name}/loss')
-    shared = np.isin(steps, list(first))
-    steps = steps[shared]
-    less = losses[shared] - np.array([first[step] for step in steps])
-    axes.plot(steps, less, **_marked(i, steps), label=_short(name))
-    drawn.append(less[len(less) // 20 :])
-  plot_style.room_around(axes, np.concatenate(drawn), 0.15)
-  if len(evals) <= _NAMED:  # the panel of losses names all
+    is_shared = np.isin(steps, list(first))
+    steps = steps[is_shared]
+    differences = losses[is_shared] - np.array([first[step] for step in steps])
+    axes.plot(steps, differences, **_marked(i, steps), label=_short(name))
+    drawn_values.append(differences[len(differences) // 20 :])
+  plot_style.room_around(axes, np.concatenate(drawn_values), 0.15)
+  if len(evals) <= _MAX_NAMED:  # the panel of losses names all
     low, high = axes.get_ylim()
     axes.set_ylim(top=high + 0.17 * (high - low) * (len(evals) // 2))
     style = {'fontsize': 'x-small', 'edgecolor': 'none'}
@@ -242,8 +242,8 @@ def _line_of(rows: Rows, key: str, scale: float) -> Callable[[Axes], None]:
 
 def _marked(number: int, steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
   """The style of evaluation `number`; training has the first style."""
-  few = {'markevery': max(1, len(steps) // 30)}
-  return plot_style.series(number + 1) | few
+  marker_spacing = {'markevery': max(1, len(steps) // 30)}
+  return plot_style.series(number + 1) | marker_spacing
 
 
 def _draw_load(
@@ -251,21 +251,21 @@ def _draw_load(
 ) -> QuadMesh:
   """Draws the panel of one layer; returns the mesh that a colour bar needs."""
   num_experts = load.shape[1]
-  parts = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
-  middle = np.array([steps[part].mean() for part in parts])
-  relative = np.array([num_experts * load[part].mean(axis=0) for part in parts])
-  mesh = plot_style.heat(axes, _edges(middle), relative.T)
+  spans = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
+  middles = np.array([steps[span].mean() for span in spans])
+  relative = np.array([num_experts * load[span].mean(axis=0) for span in spans])
+  mesh = plot_style.heat(axes, _edges(middles), relative.T)
   axes.set_yticks(range(0, num_experts, max(1, num_experts // 4)))
   axes.set_ylabel('expert')
   return mesh
 
 
-def _edges(middle: Float[np.ndarray, 'n']) -> np.ndarray:
+def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:
   """The `n + 1` borders of cells with these ascending middles."""
-  if len(middle) == 1:  # a row is about all steps until its own
-    return np.array([0.0, max(middle[0], 1)])
-  inner = (middle[1:] + middle[:-1]) / 2
-  first, last = 2 * middle[0] - inner[0], 2 * middle[-1] - inner[-1]
+  if len(middles) == 1:  # a row is about all steps until its own
+    return np.array([0.0, max(middles[0], 1)])
+  inner = (middles[1:] + middles[:-1]) / 2
+  first, last = 2 * middles[0] - inner[0], 2 * middles[-1] - inner[-1]
   return np.concatenate([[first], inner, [last]])
 
 
@@ -288,7 +288,7 @@ def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
 
 
 def _short(name: str) -> str:
-  return name if len(name) <= _LONGEST else f'{name[: _LONGEST - 1]}…'
+  return name if len(name) <= _MAX_LETTERS else f'{name[: _MAX_LETTERS - 1]}…'
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
@@ -297,5 +297,5 @@ def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
     'color': plot_style.BLUE,
     'linewidth': 0.9,
     'marker': '.' if len(steps) < 30 else '',
-    'rasterized': len(steps) > _MANY,
+    'rasterized': len(steps) > _RASTER_POINTS,
   }

@@ -49,8 +49,8 @@ class Reading(NamedTuple):
     for record in self.records:
       if record.sequence == sequence:
         return record
-    have = [record.sequence for record in self.records]
-    raise ValueError(f'no sparse layer sees {sequence!r}, only {have}')
+    sequences = [record.sequence for record in self.records]
+    raise ValueError(f'no sparse layer sees {sequence!r}, only {sequences}')
 
 
 def readings(
@@ -68,11 +68,11 @@ def readings(
     model: The model.
     variables: Its variables.
     batches: Batches of its data.
-    step: The number of optimizer steps before the variables, for records.
+    step: The number of optimizer steps that made the variables, for records.
   """
   for number, batch in enumerate(batches):
-    nats, chosen = jax.device_get(_read(model, variables, batch))
-    records = records_of(model, KIND, step, number, batch, chosen)
+    nats, choices = jax.device_get(_read(model, variables, batch))
+    records = records_of(model, KIND, step, number, batch, choices)
     weights = np.asarray(batch['loss_weights'], np.float32)
     yield Reading(nats, weights, tuple(records))
 
@@ -81,7 +81,7 @@ def readings(
 def _read(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
 ) -> tuple[Float[Array, 'B T'], Choices]:
-  (outputs, _), chosen = recording(
+  (outputs, _), choices = recording(
     model, dict(variables), dtype='float32', **model.inputs(batch)
   )
-  return model.loss(outputs, batch).nats, chosen
+  return model.loss(outputs, batch).nats, choices

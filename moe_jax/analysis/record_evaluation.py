@@ -66,11 +66,11 @@ def record(
   model = model_options.build(run.sharding.rules)
   if not model.sparse_layers:
     raise ValueError(f'{workdir} has a model without sparse layers')
-  found = trained.restore_variables(
+  checkpoint = trained.restore_variables(
     workdir, model, run.sharding.rules, step=step
   )
   dataset = load_data(run.data)
-  put = Placing(
+  placing = Placing(
     jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), run.batch_size
   )
   header = make_header(
@@ -82,7 +82,7 @@ def record(
     data_digest=dataset.digest,
     has_logits=o.logits,
     dtype=o.dtype,
-    note=f'{entry}, step {found.step} of {workdir}',
+    note=f'{entry}, step {checkpoint.step} of {workdir}',
   )
   setting = Setting(
     KIND,
@@ -91,14 +91,14 @@ def record(
     run.data,
     run.batch_size,
     pathlib.Path(workdir).expanduser(),
-    put,
+    placing,
   )
   recorder = Recorder(folder, header, model)
   try:
     measure = RecordedLosses(
       KIND, entry.measure(setting), o.recording, recorder
     )
-    return measure(found.state, found.step)
+    return measure(checkpoint.state, checkpoint.step)
   finally:
     recorder.close()
 
@@ -154,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       allow=options.allow_module,
     )
     note = traces.read(options.trace).header.note
-    said = f'loss {row["loss"]:.4f}; trace in {options.trace}'
-    command_line.say([said, *filter(None, [note])])
+    summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
+    command_line.say([summary, *filter(None, [note])])
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ from moe_jax.models.recorded import Choices, Recorded
 from moe_jax.shapes import Leaf
 
 # Batches that may wait for the thread; the devices hold their arrays meanwhile.
-_WAITING = 8
+_QUEUE_SIZE = 8
 # The keys of a batch from which the fields of a record come.
 _KEYS = {
   'tokens': 'tokens',
@@ -39,16 +39,16 @@ class _Local(NamedTuple):
   """The rows of an array that this process writes, on their way to the host.
 
   Attributes:
-    starts: The number of the first row of each part.
-    parts: The parts, on their devices.
+    starts: The number of the first row of each block.
+    blocks: The blocks of rows, on their devices.
   """
 
   starts: tuple[int, ...]
-  parts: tuple[Leaf, ...]
+  blocks: tuple[Leaf, ...]
 
   @classmethod
   def of(cls, array: Leaf) -> '_Local':
-    """Begins to copy an array; of equal parts one process copies the first."""
+    """Begins to copy an array; one process copies each of equal blocks."""
     if not isinstance(array, jax.Array):
       return cls((0,), (array,))
     shards = [s for s in array.addressable_shards if s.replica_id == 0]
@@ -61,14 +61,14 @@ class _Local(NamedTuple):
   @property
   def rows(self) -> np.ndarray:
     """The numbers of the rows, ascending."""
-    pairs = zip(self.starts, self.parts, strict=True)
-    rows = [np.arange(start, start + part.shape[0]) for start, part in pairs]
+    pairs = zip(self.starts, self.blocks, strict=True)
+    rows = [np.arange(start, start + block.shape[0]) for start, block in pairs]
     return np.concatenate([np.zeros(0, int), *rows])
 
   def host(self) -> np.ndarray:
     """The values of the rows; waits for the device."""
-    parts = [np.asarray(part) for part in self.parts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    blocks = [np.asarray(block) for block in self.blocks]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 def records_of(
@@ -89,8 +89,8 @@ def records_of(
   """
   for prefix in model.sequences:
     layers = {
-      i: _layer_choices(own)
-      for i, own in choices.items()
+      i: _layer_choices(recorded)
+      for i, recorded in choices.items()
       if model.sequence_of(i) == prefix
     }
     if layers:
@@ -102,11 +102,11 @@ def records_of(
       )
 
 
-def _layer_choices(own: Recorded) -> LayerChoices:
-  none = np.iinfo(own.expert.dtype).max
-  expert = own.expert.astype(np.int32)
-  expert[own.expert == none] = -1
-  arrays: Any = expert, *own[1:]
+def _layer_choices(recorded: Recorded) -> LayerChoices:
+  no_choice = np.iinfo(recorded.expert.dtype).max
+  expert = recorded.expert.astype(np.int32)
+  expert[recorded.expert == no_choice] = -1
+  arrays: Any = expert, *recorded[1:]
   return LayerChoices(*arrays)
 
 
@@ -134,10 +134,10 @@ class Recorder:
   ):
     self._folder, self._header = pathlib.Path(folder).expanduser(), header
     self._model, self._message = model, message
-    self._queue: queue.Queue = queue.Queue(_WAITING)
+    self._queue: queue.Queue = queue.Queue(_QUEUE_SIZE)
     self._thread: threading.Thread | None = None
     self._error: Exception | None = None
-    self._said = False
+    self._is_reported = False
     try:
       trace_files.check(self._folder, header)
     except ValueError as error:
@@ -182,25 +182,25 @@ class Recorder:
       choices: The choices that were made in it.
     """
     self._report()
-    wanted = {
+    keys = {
       f'{prefix}{key}'
       for prefix in self._model.sequences
       for key in _KEYS.values()
     }
-    batch = {k: _Local.of(v) for k, v in batch.items() if k in wanted}
+    batch = {k: _Local.of(v) for k, v in batch.items() if k in keys}
     local = jax.tree.map(_Local.of, choices)
     self._queue.put((kind, step, number, batch, local))
 
   def flush(self) -> None:
-    """Waits until all that was added is in files."""
+    """Waits until all added records are in files."""
     if self._thread is not None:
-      done = threading.Event()
-      self._queue.put(done)
-      done.wait()
+      written = threading.Event()
+      self._queue.put(written)
+      written.wait()
     self._report()
 
   def close(self) -> None:
-    """Writes what is left, and ends the thread."""
+    """Writes the records that still wait, and ends the thread."""
     self.flush()
     if self._thread is not None:
       self._queue.put(None)
@@ -208,8 +208,8 @@ class Recorder:
       self._thread = None
 
   def _report(self) -> None:
-    if self._error is not None and not self._said:
-      self._said = True
+    if self._error is not None and not self._is_reported:
+      self._is_reported = True
       text = f'the trace of choices ends: {self._error!r}'
       if jax.process_index():  # whose messages are not shown
         logging.error(text)

@@ -24,7 +24,7 @@ from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 
 TRAIN = 'train'
 # The keys of a batch, and the fields of a record, that have to be the same.
-_SAME = {'tokens': 'tokens', 'segment_ids': 'documents'}
+_COMPARED = {'tokens': 'tokens', 'segment_ids': 'documents'}
 
 
 def imposed(
@@ -45,23 +45,23 @@ def imposed(
   Raises:
     ValueError: The records are of other tokens, documents or layers.
   """
-  wanted = ids(records)
-  differ = [
+  expected = ids(records)
+  lines = [
     f'{key}: {_difference(np.asarray(batch[key]), value)}'
-    for key, value in wanted.items()
+    for key, value in expected.items()
     if not np.array_equal(batch[key], value)
   ]
-  if differ:
-    raise ValueError('\n'.join(['the record is of another batch:', *differ]))
-  given = arrays(model, records) if records else no_choices(model, batch)
-  return {**batch, **given}
+  if lines:
+    raise ValueError('\n'.join(['the record is of another batch:', *lines]))
+  choices = arrays(model, records) if records else no_choices(model, batch)
+  return {**batch, **choices}
 
 
-def _difference(own: np.ndarray, recorded: np.ndarray) -> str:
-  if own.shape != recorded.shape:
-    return f'{recorded.shape} there, {own.shape} here'
-  count = int((own != recorded).sum())
-  return f'{count} of {own.size} are others there'
+def _difference(in_batch: np.ndarray, in_record: np.ndarray) -> str:
+  if in_batch.shape != in_record.shape:
+    return f'{in_record.shape} there, {in_batch.shape} here'
+  count = int((in_batch != in_record).sum())
+  return f'{count} of {in_batch.size} are others there'
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
   return {
     f'{_prefix(record.sequence)}{key}': getattr(record, field)
     for record in records
-    for key, field in _SAME.items()
+    for key, field in _COMPARED.items()
   }
 
 
@@ -88,34 +88,34 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
     ValueError: The records do not have the model's sparse layers, or there is a
       choice more than the layers take.
   """
-  layers, given = _layers(model), {}
+  layers, choices = _layers(model), {}
   for record in records:
     prefix = _prefix(record.sequence)
-    own = layers.pop(prefix, [])
-    if own != sorted(record.layers):
+    numbers = layers.pop(prefix, [])
+    if numbers != sorted(record.layers):
       raise ValueError(
         f'the record of the sequence {record.sequence!r} has layers '
-        f'{sorted(record.layers)}; the sparse layers of the model are {own}'
+        f'{sorted(record.layers)}; the sparse layers of the model are {numbers}'
       )
-    both = zip(*(_choices(model, layer, record) for layer in own))
-    for key, values in zip(REPLAYED, both):
-      given[f'{prefix}{key}'] = np.stack(values, axis=2)
+    per_key = zip(*(_choices(model, layer, record) for layer in numbers))
+    for key, values in zip(REPLAYED, per_key):
+      choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
     raise ValueError(f'no record has the layers {missing}')
-  return given
+  return choices
 
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
-  given = {}
+  choices = {}
   for prefix, layers in _layers(model).items():
     if layers:
-      lengths = len(layers), max(_length(model, layer) for layer in layers)
+      lengths = len(layers), max(_num_choices(model, layer) for layer in layers)
       shape = (*batch[f'{prefix}tokens'].shape, *lengths)
       expert = np.full(shape, OPEN, _expert_type(model))
-      both = expert, np.zeros(shape, bool)
-      given |= zip((f'{prefix}{key}' for key in REPLAYED), both)
-  return given
+      values = expert, np.zeros(shape, bool)
+      choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
+  return choices
 
 
 def _expert_type(model: Model) -> type[np.integer]:
@@ -132,7 +132,7 @@ def _layers(model: Model) -> dict[str, list[int]]:
   return layers
 
 
-def _length(model: Model, layer: int) -> int:
+def _num_choices(model: Model, layer: int) -> int:
   """The number of choices of a token for which a layer has room."""
   moe = model.moe_of(layer)
   return moe.num_experts if moe.router.by_expert else moe.num_selected
@@ -142,7 +142,7 @@ def _choices(
   model: Model, layer: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E, K = model.moe_of(layer).num_experts, _length(model, layer)
+  E, K = model.moe_of(layer).num_experts, _num_choices(model, layer)
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
@@ -150,51 +150,51 @@ def _choices(
       f'layer {layer}: the record has {expert.shape[-1]} choices of a token '
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
-  wide = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
-  kind = _expert_type(model)
+  padding = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
+  dtype = _expert_type(model)
   return (
-    np.pad(expert.astype(kind), wide, constant_values=NO_CHOICE),
-    np.pad(kept, wide),
+    np.pad(expert.astype(dtype), padding, constant_values=NO_CHOICE),
+    np.pad(kept, padding),
   )
 
 
-def check(trace: Trace, own: Header, total_steps: int, name: str) -> None:
+def check(trace: Trace, header: Header, total_steps: int, name: str) -> None:
   """Checks that a trace is of the batches and the layers of a run.
 
   Args:
     trace: The trace.
-    own: The header that a trace of the run would have.
+    header: The header that a trace of the run would have.
     total_steps: The number of steps of the run.
     name: The option that names the trace, with its value, for the error.
 
   Raises:
     ValueError: Something differs; all differences are listed.
   """
-  differ = [*_differences(trace.header, own)]
-  steps = set(range(total_steps)) - {*trace.steps_of(TRAIN)}
-  if steps:
-    differ.append(
-      f'{len(steps)} of {total_steps} steps have no record, the first after '
-      f'{min(steps)} steps; record with trace.every_steps=1'
+  lines = [*_differences(trace.header, header)]
+  missing = set(range(total_steps)) - {*trace.steps_of(TRAIN)}
+  if missing:
+    lines.append(
+      f'{len(missing)} of {total_steps} steps have no record, the first after '
+      f'{min(missing)} steps; record with trace.every_steps=1'
     )
-  if differ:
-    raise ValueError('\n'.join([f'{name} does not fit:', *differ]))
+  if lines:
+    raise ValueError('\n'.join([f'{name} does not fit:', *lines]))
 
 
-def _differences(there: Header, here: Header) -> Iterator[str]:
+def _differences(in_trace: Header, in_run: Header) -> Iterator[str]:
   """A line for each field that has to be the same and is not."""
   for name in ('batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'):
-    yield from _unequal(name, getattr(there, name), getattr(here, name))
-  layers = sorted(there.layers), sorted(here.layers)
+    yield from _unequal(name, getattr(in_trace, name), getattr(in_run, name))
+  layers = sorted(in_trace.layers), sorted(in_run.layers)
   yield from _unequal('sparse layers', *layers)
   for layer in sorted({*layers[0]} & {*layers[1]}):
-    a, b = there.layers[layer], here.layers[layer]
+    a, b = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
     names += [] if a.by_expert else ['num_selected']
     names += ['group_size'] if a.group_size else []
     for name in names:
-      said = f'layer {layer}: {name}'
-      yield from _unequal(said, getattr(a, name), getattr(b, name))
+      label = f'layer {layer}: {name}'
+      yield from _unequal(label, getattr(a, name), getattr(b, name))
     slots = [math.inf if x.capacity is None else x.capacity for x in (a, b)]
     if slots[0] > slots[1]:
       yield (
@@ -203,6 +203,6 @@ def _differences(there: Header, here: Header) -> Iterator[str]:
       )
 
 
-def _unequal(name: str, there: Any, here: Any) -> Iterator[str]:
-  if there != here:
-    yield f'{name}: {there!r} there, {here!r} here'
+def _unequal(name: str, in_trace: Any, in_run: Any) -> Iterator[str]:
+  if in_trace != in_run:
+    yield f'{name}: {in_trace!r} there, {in_run!r} here'

@@ -33,7 +33,7 @@ class Replaying(Hook):
 
   def __init__(self):
     self._trace: Trace | None = None
-    self._source: Open | Recorded | None = None
+    self._source: OpenChoices | RecordedChoices | None = None
 
   def check(self, run: Run) -> None:
     """Reads the trace.
@@ -55,12 +55,12 @@ class Replaying(Hook):
         f'{run.options.model.replay}: its choices of experts are replayed in '
         'training; evaluations choose by themselves'
       )
-      self._source = Recorded(run, self._trace)
+      self._source = RecordedChoices(run, self._trace)
     elif _is_recorded(run):
-      self._source = Open(run)
+      self._source = OpenChoices(run)
     else:
       return
-    step = Replayed(run.programs.train_step, self._source)
+    step = ReplayedStep(run.programs.train_step, self._source)
     run.programs = dataclasses.replace(run.programs, train_step=step)
     run.train_step = step
 
@@ -91,47 +91,47 @@ def _is_recorded(run: Run) -> bool:
   )
 
 
-class Open:
+class OpenChoices:
   """Arrays of choices that leave all of them to the routers of a run."""
 
   def __init__(self, run: Run):
     shapes = run.options.batch_shapes(run.model)
-    self._given = run.programs.put(replay.no_choices(run.model, shapes))
+    self._arrays = run.programs.put(replay.no_choices(run.model, shapes))
 
   def next(
     self, state: Any, batch: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    """The batch with these arrays."""
+    """The batch with the arrays that leave the choices to routers."""
     del state
-    return {**batch, **self._given}
+    return {**batch, **self._arrays}
 
   def shapes(self, batch: dict[str, Any]) -> dict[str, Any]:
     """The shapes of `batch` with those of the arrays."""
-    return {**batch, **_shapes(self._given)}
+    return {**batch, **_shapes(self._arrays)}
 
-  def seen(self, metrics: StepMetrics) -> StepMetrics:
+  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
     """The metrics that the loop gets, which are all of them."""
     return metrics
 
   def settle(self) -> None:
-    """Does nothing, as there is nothing that batches have to be."""
+    """Does nothing, as routers may choose for any batch."""
 
 
-class Recorded:
+class RecordedChoices:
   """The recorded choices for the batches of a run, step by step.
 
-  That a batch has the tokens of its record is checked on the devices: before
+  Whether a batch has the tokens of its record is checked on devices: before
   the first step, and for each later one when the next begins, so that nothing
   waits for a step that runs.
   """
 
   def __init__(self, run: Run, trace: Trace):
     self._run, self._trace = run, trace
-    self._open = Open(run)
+    self._open = OpenChoices(run)
     self._records: Iterator[list[Record]] | None = None
-    self._checked: tuple[int, jax.Array] | None = None
-    whole = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
-    self._equal = jax.jit(_equal, out_shardings=whole)
+    self._unsettled: tuple[int, jax.Array] | None = None
+    replicated = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
+    self._equal = jax.jit(_equal, out_shardings=replicated)
 
   def next(
     self, state: Any, batch: dict[str, jax.Array]
@@ -141,26 +141,26 @@ class Recorded:
     Raises:
       ValueError: The record is of another batch, or its file is damaged.
     """
-    first = self._records is None
+    is_first = self._records is None
     if self._records is None:
       self._records = _by_step(self._trace, int(state.step))
     records = next(self._records)
     self.settle()
     put = self._run.programs.put
-    given, ids = (
+    arrays, record_ids = (
       put.local({name: value[put.rows] for name, value in values.items()})
       for values in (
         replay.arrays(self._run.model, records),
         replay.ids(records),
       )
     )
-    own = {name: batch[name] for name in ids}
-    self._checked = records[0].step, self._equal(own, ids)
-    if first:
+    batch_ids = {name: batch[name] for name in record_ids}
+    self._unsettled = records[0].step, self._equal(batch_ids, record_ids)
+    if is_first:
       self.settle()
-    return {**batch, **given}
+    return {**batch, **arrays}
 
-  def seen(self, metrics: StepMetrics) -> StepMetrics:
+  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
     """The metrics without choices, unless the run is recorded, too."""
     if self._run.options.trace.every_steps:
       return metrics
@@ -168,9 +168,9 @@ class Recorded:
 
   def settle(self) -> None:
     """Raises ValueError if the last batch was another than the recorded one."""
-    if self._checked is None:
+    if self._unsettled is None:
       return
-    (step, equal), self._checked = self._checked, None
+    (step, equal), self._unsettled = self._unsettled, None
     if not bool(equal):
       raise ValueError(
         f'model.moe.replay={self._run.options.model.replay!r}: the batch after '
@@ -182,30 +182,30 @@ class Recorded:
     return self._open.shapes(batch)
 
 
-class Replayed:
+class ReplayedStep:
   """A step (state, batch) whose batches get arrays of choices.
 
   Attributes:
     stage: The step that takes them in its batch, or a stage of its compilation.
-    source: Where the arrays come from.
+    source: The source of the arrays.
   """
 
-  def __init__(self, stage: Any, source: Open | Recorded):
+  def __init__(self, stage: Any, source: OpenChoices | RecordedChoices):
     self.stage, self.source = stage, source
 
   def __call__(self, state: Any, batch: dict[str, jax.Array]) -> Any:
     """The new state and the metrics; see `training.step.train_step`."""
     state, metrics = self.stage(state, self.source.next(state, batch))
-    return state, self.source.seen(metrics)
+    return state, self.source.loop_metrics(metrics)
 
-  def lower(self, state: Any, batch: dict[str, Any]) -> 'Replayed':
+  def lower(self, state: Any, batch: dict[str, Any]) -> 'ReplayedStep':
     """See `jax.stages.Wrapped.lower`."""
     lowered = self.stage.lower(state, self.source.shapes(batch))
-    return Replayed(lowered, self.source)
+    return ReplayedStep(lowered, self.source)
 
-  def compile(self) -> 'Replayed':
+  def compile(self) -> 'ReplayedStep':
     """See `jax.stages.Lowered.compile`."""
-    return Replayed(self.stage.compile(), self.source)
+    return ReplayedStep(self.stage.compile(), self.source)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.stage, name)
@@ -219,14 +219,14 @@ def _shapes(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _equal(
-  own: dict[str, jax.Array], recorded: dict[str, jax.Array]
+  in_batch: dict[str, jax.Array], in_record: dict[str, jax.Array]
 ) -> jax.Array:
-  same = [jnp.all(own[name] == recorded[name]) for name in own]
-  return functools.reduce(jnp.logical_and, same)
+  equal = [jnp.all(in_batch[name] == in_record[name]) for name in in_batch]
+  return functools.reduce(jnp.logical_and, equal)
 
 
 def _by_step(trace: Trace, start: int) -> Iterator[list[Record]]:
   """The records of each training step from `start` on, in order."""
   records = trace.records(replay.TRAIN, range(start, max(trace.steps) + 1))
-  for _, own in itertools.groupby(records, lambda record: record.step):
-    yield list(own)
+  for _, step_records in itertools.groupby(records, lambda record: record.step):
+    yield list(step_records)

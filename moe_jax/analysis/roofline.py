@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_SQUARES = tuple(1 << n for n in range(9, 15))
-_USUAL = {'cpu': 1024}  # rows by platform where one matmul has to do
-_USUAL_SIZE = 8192
-_LONG_ENOUGH = 0.05  # seconds of a product, after which no larger one is tried
+_SIZES = tuple(1 << n for n in range(9, 15))
+_ROWS = {'cpu': 1024}  # rows of the only matmul, by platform
+_DEFAULT_ROWS = 8192
+_MAX_SECONDS = 0.05  # seconds of a product, after which no larger one is tried
 _COPY_BYTES = 1 << 28
 _REPEATS = 7
 
@@ -125,9 +125,9 @@ def measure_peaks(dtype: str = 'float32', *, quick: bool = False) -> Peaks:
     dtype: Type of the operands of the matmul.
     quick: Whether arrays are small, so that caches serve the copy; for tests.
   """
-  rate, best = product_rate(dtype, _SQUARES[:1] if quick else _SQUARES)
+  rate, num_rows = product_rate(dtype, _SIZES[:1] if quick else _SIZES)
   size = _COPY_BYTES >> 8 if quick else _COPY_BYTES
-  return Peaks(rate, 2 * size / _best(_copy(size)), dtype, best, 2 * size)
+  return Peaks(rate, 2 * size / _best(_copy(size)), dtype, num_rows, 2 * size)
 
 
 def product_rate(
@@ -142,15 +142,15 @@ def product_rate(
       less than a second in all.
   """
   if not sizes:
-    sizes = (_USUAL.get(jax.local_devices()[0].platform, _USUAL_SIZE),)
-  rate, best = 0.0, 0
+    sizes = (_ROWS.get(jax.local_devices()[0].platform, _DEFAULT_ROWS),)
+  rate, num_rows = 0.0, 0
   for n in sizes:
     seconds = _best(_matmul(n, dtype))
     if 2 * n**3 / seconds > rate:
-      rate, best = 2 * n**3 / seconds, n
-    if seconds > _LONG_ENOUGH:
+      rate, num_rows = 2 * n**3 / seconds, n
+    if seconds > _MAX_SECONDS:
       break
-  return rate, best
+  return rate, num_rows
 
 
 MATMUL, COPY = 'peak matmul', 'peak copy'

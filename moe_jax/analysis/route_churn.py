@@ -22,10 +22,10 @@ class Agreement(NamedTuple):
 
   Attributes:
     tokens: Number of tokens that have a choice in either.
-    same_first: Number of those with the same first choice.
-    same_all: Number of those that chose the same experts, in any order.
-    chosen: Number of choices of both.
-    common: Number of those whose expert the other one chose, too.
+    same_first: Number of these tokens with the same first choice.
+    same_all: Number of these tokens with the same experts, in any order.
+    chosen: Number of choices of both routings together.
+    common: Number of these choices whose expert the other routing has, too.
   """
 
   tokens: int
@@ -86,23 +86,23 @@ def agreement_of(
 
   Args:
     one: Choices of one routing.
-    other: Those of the other, for the same tokens.
-    real: Whether there is a token.
+    other: Choices of the other routing, for the same tokens.
+    real: Mask of the places that hold a token.
     by_expert: Whether experts chose; the first choice of a token is then that
       with the largest gate.
   """
   a, b = (_experts(choices, real, by_expert) for choices in (one, other))
-  known = (a >= 0).any(1) | (b >= 0).any(1)
-  a, b = a[known], b[known]
-  found = (a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]
-  common = found.sum((1, 2))
-  number_a, number_b = (a >= 0).sum(1), (b >= 0).sum(1)
-  same_all = (common == number_a) & (common == number_b)
+  has_choice = (a >= 0).any(1) | (b >= 0).any(1)
+  a, b = a[has_choice], b[has_choice]
+  matches = (a[:, :, None] == b[:, None, :]) & (a >= 0)[:, :, None]
+  common = matches.sum((1, 2))
+  num_a, num_b = (a >= 0).sum(1), (b >= 0).sum(1)
+  same_all = (common == num_a) & (common == num_b)
   return Agreement(
     tokens=len(a),
     same_first=int((a[:, 0] == b[:, 0]).sum()),
     same_all=int(same_all.sum()),
-    chosen=int(number_a.sum() + number_b.sum()),
+    chosen=int(num_a.sum() + num_b.sum()),
     common=int(2 * common.sum()),
   )
 
@@ -115,27 +115,27 @@ def _experts(
 
 
 def agreement(
-  header: Header, records: Iterable[Record], others: Iterable[Record]
+  header: Header, records: Iterable[Record], other_records: Iterable[Record]
 ) -> dict[int, Agreement]:
   """Compares records of the same batches, layer by layer.
 
   Args:
-    header: The header of the trace of either.
+    header: The header of either trace.
     records: Records at one step, or of one trace.
-    others: Records of the same batches, in the same order.
+    other_records: Records of the same batches, in the same order.
 
   Raises:
     ValueError: The records are not of the same batches and tokens.
   """
   sums: dict[int, Agreement] = {}
-  for one, other in itertools.zip_longest(records, others):
+  for one, other in itertools.zip_longest(records, other_records):
     _check_same(one, other)
     real = one.documents > 0
     for number, choices in one.layers.items():
       by_expert = header.layers[number].by_expert
-      new = agreement_of(choices, other.layers[number], real, by_expert)
-      old = sums.get(number, (0,) * len(new))
-      sums[number] = Agreement(*map(sum, zip(old, new, strict=True)))
+      added = agreement_of(choices, other.layers[number], real, by_expert)
+      total = sums.get(number, (0,) * len(added))
+      sums[number] = Agreement(*map(sum, zip(total, added, strict=True)))
   return dict(sorted(sums.items()))
 
 
@@ -154,12 +154,12 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
   if steps is None:
     steps = trace.steps_of(kind)
   if len(steps) > _MAX_STEPS:
-    chosen = np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)
-    steps = [steps[i] for i in chosen]
+    indices = np.linspace(0, len(steps) - 1, _MAX_STEPS).round().astype(int)
+    steps = [steps[i] for i in indices]
 
   def change(step: int, other: int) -> Change:
-    own, others = (trace.records(kind, (s,)) for s in (step, other))
-    return Change(step, other, agreement(trace.header, own, others))
+    records, other_records = (trace.records(kind, (s,)) for s in (step, other))
+    return Change(step, other, agreement(trace.header, records, other_records))
 
   return Churn(
     [change(after, before) for before, after in itertools.pairwise(steps)],
@@ -170,9 +170,9 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
 def _check_same(one: Record | None, other: Record | None) -> None:
   """Raises ValueError if two records are not of the same tokens."""
   if one is None or other is None:
-    left = cast(Record, one or other)
+    record = cast(Record, one or other)
     raise ValueError(
-      f'batch {left.batch} of {left.kind!r} at step {left.step} has no '
+      f'batch {record.batch} of {record.kind!r} at step {record.step} has no '
       'counterpart; both sides must have the same batches'
     )
   names = [

@@ -19,9 +19,9 @@ from moe_jax.analysis.traces import Trace
 TRAIN = 'train'
 
 
-def churn_section(kind: str, found: Churn) -> Section:
+def churn_section(kind: str, churn: Churn) -> Section:
   """The section on how choices in an evaluation change over steps."""
-  last = found.from_before[-1]
+  last = churn.from_before[-1]
   name = f'churn_{"".join(c if c.isalnum() else "_" for c in kind)}'
   return Section(
     name,
@@ -31,19 +31,19 @@ def churn_section(kind: str, found: Churn) -> Section:
       'few tokens change their expert later on.',
       f'From step {last.other} to step {last.step}, {_changed(last.layers)} of '
       f'tokens changed their first choice; since step '
-      f'{found.to_last[0].step}, {_changed(found.to_last[0].layers)} did.',
+      f'{churn.to_last[0].step}, {_changed(churn.to_last[0].layers)} did.',
     ],
-    {name: route_lines.churn_figure(found)},
+    {name: route_lines.churn_figure(churn)},
     [
       route_tables.churn_table(
         name,
         f'Choices of {kind} that changed since the step before',
-        found.from_before,
+        churn.from_before,
       ),
       route_tables.churn_table(
         f'{name}_to_last',
         f'Choices of {kind} that changed until the last step',
-        found.to_last,
+        churn.to_last,
       ),
     ],
   )
@@ -65,15 +65,15 @@ def churn_sections(
   """
   sections, notes = [], []
   for kind in trace.kinds:
-    own = [s for s in trace.steps_of(kind) if steps is None or s in steps]
-    if kind == TRAIN or len(own) < 2:
+    present = [s for s in trace.steps_of(kind) if steps is None or s in steps]
+    if kind == TRAIN or len(present) < 2:
       continue
     try:
-      found = route_churn.churn(trace, kind, own)
+      churn = route_churn.churn(trace, kind, present)
     except ValueError as error:
       notes.append(f'The churn of {kind!r} is not known: {error}.')
     else:
-      sections.append(churn_section(kind, found))
+      sections.append(churn_section(kind, churn))
   if not sections and not notes:
     notes.append(
       'Churn is not known: it needs an evaluation of the same tokens at two '
@@ -94,32 +94,32 @@ def compare(
     steps: The numbers of steps; None takes all.
 
   Raises:
-    ValueError: They are not of the same tokens, or not of the same layers.
+    ValueError: The traces are not of the same tokens and layers.
   """
-  shapes, ends = [], []
+  sizes, last_steps = [], []
   for trace in (one, other):
     layers = trace.header.layers
-    shapes.append({n: info.num_experts for n, info in layers.items()})
-    own = [s for s in trace.steps_of(kind) if steps is None or s in steps]
-    ends.append(own[-1] if own else 0)
-  if shapes[0] != shapes[1]:
+    sizes.append({n: info.num_experts for n, info in layers.items()})
+    present = [s for s in trace.steps_of(kind) if steps is None or s in steps]
+    last_steps.append(present[-1] if present else 0)
+  if sizes[0] != sizes[1]:
     raise ValueError(
-      f'their experts by layer differ: {shapes[0]} and {shapes[1]}'
+      f'their experts by layer differ: {sizes[0]} and {sizes[1]}'
     )
-  own, others = (trace.records(kind, steps) for trace in (one, other))
-  changes = route_churn.agreement(one.header, own, others)
-  return Change(ends[0], ends[1], changes)
+  first, second = (trace.records(kind, steps) for trace in (one, other))
+  changes = route_churn.agreement(one.header, first, second)
+  return Change(last_steps[0], last_steps[1], changes)
 
 
 def comparison_section(
-  number: int, names: tuple[str, str], found: Change
+  number: int, names: tuple[str, str], change: Change
 ) -> Section:
   """The section on how the choices in two traces differ.
 
   Args:
     number: The number of the second trace, which names the table's file.
     names: The names of both.
-    found: What `compare` returned.
+    change: The change that `compare` returned.
   """
   one, other = names
   name = f'comparison_{number}'
@@ -128,21 +128,21 @@ def comparison_section(
     f'{one} against {other}',
     [
       'Both traces hold the same tokens, so that single choices can be '
-      f'compared. {_changed(found.layers)} of tokens have another first '
+      f'compared. {_changed(change.layers)} of tokens have another first '
       'choice. If the two models were trained apart, their experts have '
       'different numbers, and this says nothing.',
     ],
     {},
     [
       route_tables.churn_table(
-        name, f'Choices of {one} against {other}', [found]
+        name, f'Choices of {one} against {other}', [change]
       )
     ],
   )
 
 
 def comparison_part(
-  opened: Sequence[Trace],
+  traces: Sequence[Trace],
   names: Sequence[str],
   kind: str,
   steps: Container[int] | None = None,
@@ -150,18 +150,18 @@ def comparison_part(
   """The part that compares each trace with the first one.
 
   Args:
-    opened: The traces.
+    traces: The traces.
     names: Their names.
     kind: The kind of records.
     steps: The numbers of steps; None takes all.
   """
   sections, notes = [], []
-  for number, trace in enumerate(opened[1:], 2):
+  for number, trace in enumerate(traces[1:], 2):
     pair = names[0], names[number - 1]
     try:
-      found = compare(opened[0], trace, kind, steps)
+      change = compare(traces[0], trace, kind, steps)
     except ValueError as error:
       notes.append(f'{pair[0]} and {pair[1]} are not compared: {error}.')
     else:
-      sections.append(comparison_section(number, pair, found))
+      sections.append(comparison_section(number, pair, change))
   return Part('', f'Traces against {names[0]}, {kind}', notes, sections)

@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
   """The N real tokens of a batch, row after row, and who follows whom.
 
   Attributes:
-    place: int [N], the place of each token among the B * T of the batch.
+    flat_index: int [N], the index of each token among the B * T of the batch.
     token: int [N], its id.
     column: int [N], its place in its row, from 0.
     position: int [N], its place in its document, from 0.
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
       which takes the place of the token before in a comparison.
   """
 
-  place: Int[np.ndarray, 'N']
+  flat_index: Int[np.ndarray, 'N']
   token: Int[np.ndarray, 'N']
   column: Int[np.ndarray, 'N']
   position: Int[np.ndarray, 'N']
@@ -57,28 +57,28 @@ def real_tokens(
     rng: The generator of random numbers that draws the strangers.
   """
   B, T = tokens.shape
-  place = np.flatnonzero(documents > 0)
-  row, column = np.divmod(place, T)
-  segment = documents.reshape(-1)[place]
-  same = (row[1:] == row[:-1]) & (segment[1:] == segment[:-1])
-  begins = np.concatenate([np.ones(min(len(place), 1), bool), ~same])
-  after = 1 + np.flatnonzero(same & (column[1:] == column[:-1] + 1))
+  flat_index = np.flatnonzero(documents > 0)
+  row, column = np.divmod(flat_index, T)
+  segment = documents.reshape(-1)[flat_index]
+  is_same = (row[1:] == row[:-1]) & (segment[1:] == segment[:-1])
+  is_start = np.concatenate([np.ones(min(len(flat_index), 1), bool), ~is_same])
+  after = 1 + np.flatnonzero(is_same & (column[1:] == column[:-1] + 1))
   source = None
   if sources is not None:
-    spread = sources if sources.ndim == 2 else sources[:, None]
-    spread = np.broadcast_to(spread, (B, T)).reshape(-1)
-    source = spread[place[begins]]
-  N = len(place)
-  step = rng.integers(1, N, len(after)) if N > 1 else np.zeros(0, np.int64)
+    token_sources = sources if sources.ndim == 2 else sources[:, None]
+    token_sources = np.broadcast_to(token_sources, (B, T)).reshape(-1)
+    source = token_sources[flat_index[is_start]]
+  N = len(flat_index)
+  shift = rng.integers(1, N, len(after)) if N > 1 else np.zeros(0, np.int64)
   return Tokens(
-    place=place,
-    token=tokens.reshape(-1)[place],
+    flat_index=flat_index,
+    token=tokens.reshape(-1)[flat_index],
     column=column,
-    position=positions.reshape(-1)[place],
-    document=np.cumsum(begins) - 1,
+    position=positions.reshape(-1)[flat_index],
+    document=np.cumsum(is_start) - 1,
     source=source,
     after=after,
-    stranger=(after + step) % max(N, 1),
+    stranger=(after + shift) % max(N, 1),
   )
 
 
@@ -104,9 +104,9 @@ def joint_counts(
   shape: tuple[int, int],
 ) -> Int[np.ndarray, 'rows columns']:
   """Counts of each pair of numbers; pairs with a -1 are left out."""
-  known = (row >= 0) & (column >= 0)
-  code = row[known].astype(np.int64) * shape[1] + column[known]
-  return np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
+  is_counted = (row >= 0) & (column >= 0)
+  pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
+  return np.bincount(pair_code, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def expert_counts(
@@ -123,9 +123,9 @@ def pair_counts(
   K = expert.shape[1]
   shape = (num_experts, num_experts)
   if K > 8:  # a product of matrices is faster than all pairs of columns
-    chose = np.zeros((len(expert), num_experts + 1), np.float32)
-    np.put_along_axis(chose, expert, 1, 1)  # -1 is the last column
-    pairs = np.rint(chose.T @ chose).astype(np.int64)[:-1, :-1]
+    is_chosen = np.zeros((len(expert), num_experts + 1), np.float32)
+    np.put_along_axis(is_chosen, expert, 1, 1)  # -1 is the last column
+    pairs = np.rint(is_chosen.T @ is_chosen).astype(np.int64)[:-1, :-1]
     return pairs - np.diag(np.diag(pairs))
   pairs = np.zeros(shape, np.int64)
   for i in range(K):
@@ -155,13 +155,13 @@ def repeats(
   one: Int[np.ndarray, 'P K'], other: Int[np.ndarray, 'P K']
 ) -> Repeats:
   """Compares the choices of P pairs of tokens, the first choice in column 0."""
-  both = (one[:, 0] >= 0) & (other[:, 0] >= 0)
-  one, other = one[both], other[both]
+  both_chose = (one[:, 0] >= 0) & (other[:, 0] >= 0)
+  one, other = one[both_chose], other[both_chose]
   common = np.zeros(len(one), bool)
   for column in one.T:  # faster than a reduction over so few columns
-    known = column >= 0
-    for others in other.T:
-      common |= known & (column == others)
+    is_choice = column >= 0
+    for other_column in other.T:
+      common |= is_choice & (column == other_column)
   first = one[:, 0] == other[:, 0]
   return Repeats(len(one), int(first.sum()), int(common.sum()))
 
@@ -174,9 +174,9 @@ def fates(
   No expert served it if none of its choices is kept, or if it has none.
   """
   chosen, served = np.zeros((2, len(expert)), np.int64)
-  for one, other in zip(expert.T, kept.T, strict=True):
-    chosen += one >= 0
-    served += (one >= 0) & other
+  for experts, is_kept in zip(expert.T, kept.T, strict=True):
+    chosen += experts >= 0
+    served += (experts >= 0) & is_kept
   return np.stack(
     [np.ones_like(chosen), chosen, chosen - served, served == 0], 1
   )
@@ -193,7 +193,7 @@ def sums_by_part(
 def parts_of(
   position: Num[np.ndarray, 'N'], length: int, num_parts: int
 ) -> Int[np.ndarray, 'N']:
-  """The part of `length` places that each lies in; later ones in the last."""
+  """The part of `length` places that each lies in, or else the last part."""
   part = position.astype(np.int64) * num_parts // length
   return np.clip(part, 0, num_parts - 1)
 

@@ -1,8 +1,8 @@
 """Findings on each layer from the sums over a trace.
 
 Labels, transitions, repeats, drops and gates: the numbers that tables, pictures
-and studies share. Not here: the
-sums (`route_sums.py`), and the formulas (`route_measures.py`).
+and studies share. Not here: the sums (`route_sums.py`), and the formulas
+(`route_measures.py`).
 """
 
 import math
@@ -47,7 +47,7 @@ def specialisation(
     ValueError: `labels` do not fit the sources of the trace.
   """
   names = [TOKEN, POSITION]
-  found = {
+  by_label = {
     name: {
       number: information(
         layer.tokens if name == TOKEN else layer.positions,
@@ -63,16 +63,16 @@ def specialisation(
       f'labels {sorted(labels)} belong to sources, and this trace has none'
     )
   if len(sources) < 2:
-    return found
+    return by_label
   for name in [SOURCE, *labels]:
-    own = {s: s for s in sources} if name == SOURCE else labels[name]
-    found[name] = {
-      number: information_of(*(grouped(t, sources, own)[0] for t in tables))
+    mapping = {s: s for s in sources} if name == SOURCE else labels[name]
+    by_label[name] = {
+      number: information_of(*(grouped(t, sources, mapping)[0] for t in tables))
       for number, layer in sums.layers.items()
       if layer.documents is not None
       and (tables := layer.documents.tables())[0].any()
     }
-  return {name: layers for name, layers in found.items() if layers}
+  return {name: layers for name, layers in by_label.items() if layers}
 
 
 def transitions(sums: RouteSums, seed: int = 0) -> dict[int, Information]:
@@ -93,8 +93,8 @@ class Findings(NamedTuple):
 
   Attributes:
     sums: The sums over the records of a trace.
-    labels: What labels say about experts; see `specialisation`.
-    following: What layers say about the next; see `transitions`.
+    labels: The information of labels on experts; see `specialisation`.
+    following: The information of layers on the next; see `transitions`.
     expected: The pairs of experts by chance in each layer that has pairs; see
       `route_measures.expected_pairs`.
   """
@@ -214,19 +214,19 @@ class Gates(NamedTuple):
 
 def gates(layer: LayerSums) -> Gates:
   """The gates of one layer; those above 1 count as 1 in the percentiles."""
-  made, drops = layer.by_rank.T
-  ranks = int((made > 0).sum())
-  means = _shares(layer.gate_sums, made - drops)[:ranks]
-  below, total = np.cumsum(layer.gates), layer.gates.sum()
+  choices, drops = layer.by_rank.T
+  ranks = int((choices > 0).sum())
+  means = _shares(layer.gate_sums, choices - drops)[:ranks]
+  cumulative, total = np.cumsum(layer.gates), layer.gates.sum()
   low, median, high = (
-    float(np.searchsorted(below, q * total) + 1) / GATE_BINS
+    float(np.searchsorted(cumulative, q * total) + 1) / GATE_BINS
     if total
     else math.nan
     for q in (0.1, 0.5, 0.9)
   )
-  known = layer.logit_tokens
-  router = layer.logit_entropy / known if known else math.nan
-  return Gates(tuple(map(float, means)), low, median, high, router)
+  num_tokens = layer.logit_tokens
+  router_entropy = layer.logit_entropy / num_tokens if num_tokens else math.nan
+  return Gates(tuple(map(float, means)), low, median, high, router_entropy)
 
 
 def token_entropy(layer: LayerSums, ids: np.ndarray | list[int]) -> float:
@@ -249,8 +249,8 @@ def token_entropy(layer: LayerSums, ids: np.ndarray | list[int]) -> float:
 
 def _merged(counts: np.ndarray, num_parts: int | None) -> np.ndarray:
   if num_parts is not None:
-    parts = np.array_split(counts, num_parts)  # the last may be empty
-    counts = np.array([part.sum(0) for part in parts])
+    groups = np.array_split(counts, num_parts)  # the last may be empty
+    counts = np.array([group.sum(0) for group in groups])
   return counts.T
 
 
@@ -259,5 +259,5 @@ def _share(part: int, whole: int) -> float:
 
 
 def _shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-  nothing = np.full(np.shape(whole), math.nan)
-  return np.divide(part, whole, out=nothing, where=whole > 0)
+  undefined = np.full(np.shape(whole), math.nan)
+  return np.divide(part, whole, out=undefined, where=whole > 0)

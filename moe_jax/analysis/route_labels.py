@@ -93,8 +93,8 @@ def grouped(
       f'{sorted(names)}; each needs one'
     )
   kinds = sorted(set(labels.values()))
-  belongs = np.array([[labels[n] == kind for n in names] for kind in kinds])
-  return np.einsum('kr,...re->...ke', belongs.astype(table.dtype), table), kinds
+  members = np.array([[labels[n] == kind for n in names] for kind in kinds])
+  return np.einsum('kr,...re->...ke', members.astype(table.dtype), table), kinds
 
 
 def read_labels(text: str) -> tuple[str, dict[str, str]]:

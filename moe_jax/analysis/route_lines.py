@@ -21,35 +21,36 @@ _SIZE = (10, 3.6)  # inches
 
 
 def information_figure(
-  found: Mapping[str, Mapping[int, Information]],
+  by_label: Mapping[str, Mapping[int, Information]],
 ) -> Figure:
   """The picture of the information of labels on experts, and of best guesses.
 
   Args:
-    found: `route_findings.specialisation`.
+    by_label: The information by label and layer, as
+      `route_findings.specialisation` returns it.
   """
   figure, (shares, guesses) = _pair()
-  first = next(iter(found.values()))  # ids of tokens, known in every layer
-  place = {number: i for i, number in enumerate(first)}
-  for i, (name, layers) in enumerate(found.items()):
-    x = [place[number] for number in layers]
+  first = next(iter(by_label.values()))  # ids of tokens, known in every layer
+  x_of_layer = {number: i for i, number in enumerate(first)}
+  for i, (name, layers) in enumerate(by_label.items()):
+    x = [x_of_layer[number] for number in layers]
     style: dict[str, Any] = plot_style.series(i)
     infos = list(layers.values())
-    share = [one.adjusted for one in infos]
-    error = [_over(one.deviation, one.entropy) for one in infos]
+    share = [info.adjusted for info in infos]
+    error = [_fraction(info.deviation, info.entropy) for info in infos]
     shares.errorbar(x, share, error, **style, label=name)
-    accuracy = [one.accuracy for one in infos]
+    accuracy = [info.accuracy for info in infos]
     guesses.plot(x, accuracy, **style, label=name)
-    shuffled = [one.accuracy_shuffled for one in infos]
+    shuffled = [info.accuracy_shuffled for info in infos]
     guesses.plot(x, shuffled, ':', color=style['color'], linewidth=1)
-  base = [one.base_rate for one in first.values()]
+  base = [info.base_rate for info in first.values()]
   guesses.plot(
     range(len(base)), base, color='0.5', linestyle='--', label='base rate'
   )
   shares.axhline(0, color='0.5', linewidth=0.8)
   title = 'Information about the expert, less that of shuffled labels'
-  _over_layers(shares, title, first)
-  _over_layers(guesses, 'Best guess of the expert from the label', first)
+  _layer_axis(shares, title, first)
+  _layer_axis(guesses, 'Best guess of the expert from the label', first)
   shares.set_ylabel('share of the most possible')
   guesses.set_ylabel('right guesses')
   guesses.set_ylim(bottom=0)
@@ -62,33 +63,34 @@ def prediction_figure(following: Mapping[int, Information]) -> Figure:
   """The picture of how well one layer predicts the next.
 
   Args:
-    following: `route_findings.transitions`.
+    following: The information on each layer, as `route_findings.transitions`
+      returns it.
   """
   figure, (guesses, shares) = _pair()
   x, infos = np.arange(len(following)), list(following.values())
   for i, (name, values) in enumerate(
     {
-      'from the expert before': [one.accuracy for one in infos],
-      'base rate': [one.base_rate for one in infos],
+      'from the expert before': [info.accuracy for info in infos],
+      'base rate': [info.base_rate for info in infos],
     }.items()
   ):
     colour = plot_style.BLUE if i == 0 else '0.7'
     guesses.bar(x + 0.4 * i - 0.2, values, 0.4, color=colour, label=name)
   guesses.legend(frameon=False, fontsize='small', ncols=2)
-  guesses.set_ylim(0, 1.2 * max(one.accuracy for one in infos))
+  guesses.set_ylim(0, 1.2 * max(info.accuracy for info in infos))
   guesses.set_ylabel('right guesses')
-  shares.bar(x, [one.fraction for one in infos], 0.6, color=plot_style.BLUE)
+  shares.bar(x, [info.fraction for info in infos], 0.6, color=plot_style.BLUE)
   shares.set_ylabel('share of the entropy of experts')
-  _over_layers(guesses, 'Best guess of the expert in this layer', following)
+  _layer_axis(guesses, 'Best guess of the expert in this layer', following)
   title = 'Information from the layer before, less shuffled'
-  _over_layers(shares, title, following)
+  _layer_axis(shares, title, following)
   return figure
 
 
 def repeat_figure(sums: RouteSums) -> Figure:
   """Consecutive tokens with the same experts, against chance and even loads."""
   figure, panels = _pair()
-  found = [route_findings.persistence(s) for s in sums.layers.values()]
+  repeats = [route_findings.persistence(s) for s in sums.layers.values()]
   titles = 'Same first choice', 'Any expert in common'
   for axes, title, name in zip(panels, titles, ('first', 'any'), strict=True):
     lines = {'consecutive tokens': name}
@@ -97,10 +99,10 @@ def repeat_figure(sums: RouteSums) -> Figure:
     lines['random tokens of the batch'] = f'{name}_chance'
     lines['even loads'] = f'{name}_uniform'
     for i, (label, key) in enumerate(lines.items()):
-      values = [getattr(one, key) for one in found]
+      values = [getattr(one, key) for one in repeats]
       if not all(map(math.isnan, values)):
         axes.plot(values, **plot_style.series(i), label=label)
-    _over_layers(axes, title, sums.layers)
+    _layer_axis(axes, title, sums.layers)
     axes.set_ylabel('pairs of tokens')
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize='small')
@@ -110,28 +112,28 @@ def repeat_figure(sums: RouteSums) -> Figure:
 def drop_figure(sums: RouteSums) -> Figure:
   """Drops by place in the row and in the document, a line for each layer.
 
-  Where nothing is dropped, as where experts choose, it is the share of tokens
-  that no expert served.
+  If nothing is dropped, as where experts choose, the lines are the shares of
+  tokens that no expert served.
   """
   layers = sums.layers
   dropped = any(layer.by_rank[:, 1].any() for layer in layers.values())
-  rates, what = route_findings.unserved_rates, 'tokens without expert'
+  rates, y_label = route_findings.unserved_rates, 'tokens without expert'
   if dropped:
-    rates, what = route_findings.drop_rates, 'dropped choices'
+    rates, y_label = route_findings.drop_rates, 'dropped choices'
     if any(s.info.second_policy != 'all' for s in layers.values()):
-      what = 'choices not served'
+      y_label = 'choices not served'
   figure, panels = _pair()
-  for axes, where in zip(panels, ('row', 'document'), strict=True):
+  for axes, container in zip(panels, ('row', 'document'), strict=True):
     for (number, layer), colour in zip(
       layers.items(), plot_style.shades(len(layers)), strict=True
     ):
-      counts = layer.by_column if where == 'row' else layer.by_position
+      counts = layer.by_column if container == 'row' else layer.by_position
       length = sums.length.get(layer.info.sequence, 0)
       middle = (np.arange(len(counts)) + 0.5) / len(counts) * length
       axes.plot(middle, rates(counts), color=colour, label=f'layer {number}')
-    axes.set_title(f'By place in the {where}', loc='left')
-    axes.set_xlabel(f'place in the {where}, tokens')
-    axes.set_ylabel(what)
+    axes.set_title(f'By place in the {container}', loc='left')
+    axes.set_xlabel(f'place in the {container}, tokens')
+    axes.set_ylabel(y_label)
     _percent(axes)
     axes.set_ylim(bottom=0)
   _layer_legend(figure, panels[0], len(layers))
@@ -140,47 +142,47 @@ def drop_figure(sums: RouteSums) -> Figure:
 
 def gate_figure(sums: RouteSums) -> Figure:
   """Gates by layer, and the entropies of loads and of routers."""
-  figure, (values, entropies) = _pair()
+  figure, (gate_axes, entropy_axes) = _pair()
   x = range(len(sums.layers))
-  found = [route_findings.gates(layer) for layer in sums.layers.values()]
-  low, high = [one.low for one in found], [one.high for one in found]
-  values.fill_between(
+  gates = [route_findings.gates(layer) for layer in sums.layers.values()]
+  low, high = [one.low for one in gates], [one.high for one in gates]
+  gate_axes.fill_between(
     x, low, high, color=plot_style.SKY, alpha=0.4, label='first, 10 to 90 %'
   )
-  medians = [one.median for one in found]
-  values.plot(x, medians, **plot_style.series(0), label='first, median')
-  second = [(*one.means, math.nan, math.nan)[1] for one in found]
+  medians = [one.median for one in gates]
+  gate_axes.plot(x, medians, **plot_style.series(0), label='first, median')
+  second = [(*one.means, math.nan, math.nan)[1] for one in gates]
   if not all(map(math.isnan, second)):
-    values.plot(x, second, **plot_style.series(1), label='second, mean')
+    gate_axes.plot(x, second, **plot_style.series(1), label='second, mean')
   most = [math.log(s.info.num_experts) for s in sums.layers.values()]
   load = [entropy(s.load) for s in sums.layers.values()]
-  shares = [*map(_over, load, most)]
-  entropies.plot(x, shares, **plot_style.series(0), label='load')
-  router = [one.router_entropy for one in found]
+  shares = [*map(_fraction, load, most)]
+  entropy_axes.plot(x, shares, **plot_style.series(0), label='load')
+  router = [one.router_entropy for one in gates]
   if not all(map(math.isnan, router)):
-    shares = [*map(_over, router, most)]
+    shares = [*map(_fraction, router, most)]
     label = 'router, mean over tokens'
-    entropies.plot(x, shares, **plot_style.series(1), label=label)
-  _over_layers(values, 'Gates of served choices', sums.layers, percent=False)
-  _over_layers(entropies, 'Entropy / ln E', sums.layers, percent=False)
-  values.set_ylabel('gate')
-  entropies.set_ylabel('entropy / ln E')
-  for axes in (values, entropies):
+    entropy_axes.plot(x, shares, **plot_style.series(1), label=label)
+  _layer_axis(gate_axes, 'Gates of served choices', sums.layers, percent=False)
+  _layer_axis(entropy_axes, 'Entropy / ln E', sums.layers, percent=False)
+  gate_axes.set_ylabel('gate')
+  entropy_axes.set_ylabel('entropy / ln E')
+  for axes in (gate_axes, entropy_axes):
     axes.set_ylim(0, 1.03)
     axes.legend(frameon=False, fontsize='small')
   return figure
 
 
-def churn_figure(found: Churn) -> Figure:
+def churn_figure(churn: Churn) -> Figure:
   """First choices that changed, over steps, a line for each layer."""
   figure, panels = _pair()
-  numbers = [*found.to_last[0].layers]
+  numbers = [*churn.to_last[0].layers]
   for axes, changes, title in zip(
     panels,
-    (found.from_before, found.to_last),
+    (churn.from_before, churn.to_last),
     (
       'Changed since the step before',
-      f'Changed until step {found.to_last[0].other}',
+      f'Changed until step {churn.to_last[0].other}',
     ),
     strict=True,
   ):
@@ -217,7 +219,7 @@ def _pair() -> tuple[Figure, Sequence[Axes]]:
   return figure, panels
 
 
-def _over_layers(
+def _layer_axis(
   axes: Axes, title: str, layers: Collection[int], percent: bool = True
 ) -> None:
   axes.set_title(title, loc='left', fontsize='medium')
@@ -243,5 +245,5 @@ def _layer_legend(figure: Figure, axes: Axes, count: int) -> None:
   )
 
 
-def _over(value: float, most: float) -> float:
-  return value / most if most else math.nan
+def _fraction(value: float, maximum: float) -> float:
+  return value / maximum if maximum else math.nan

@@ -1,4 +1,4 @@
-"""Tables of what goes together: experts, layers, neighbours, labels.
+"""Tables of choices that go together: experts, layers, neighbours, labels.
 
 Not here: loads, drops and churn (`route_tables.py`), and the numbers
 (`route_findings.py`).
@@ -13,7 +13,7 @@ from moe_jax.analysis.route_measures import Information
 from moe_jax.analysis.route_sums import RouteSums
 from moe_jax.analysis.text_tables import Value, ValueTable
 
-_MOST = 5  # pairs and flows that are listed for each layer
+_MAX_LISTED = 5  # pairs and flows that are listed for each layer
 
 
 def co_activation_table(
@@ -29,18 +29,18 @@ def co_activation_table(
   for number, chance in expected.items():
     pairs = sums.layers[number].pairs
     upper = np.triu_indices(len(pairs), 1)
-    seen, chance = pairs[upper], chance[upper]
-    count = max(1, len(seen) // 100)
-    top = np.sort(seen)[::-1][:count].sum() / seen.sum()
+    observed, chance = pairs[upper], chance[upper]
+    count = max(1, len(observed) // 100)
+    top = np.sort(observed)[::-1][:count].sum() / observed.sum()
     rows.append(
       [
         number,
-        int(seen.sum()),
-        len(seen),
-        int((seen == 0).sum()),
+        int(observed.sum()),
+        len(observed),
+        int((observed == 0).sum()),
         float(top),
         float(np.sort(chance)[::-1][:count].sum() / chance.sum()),
-        route_measures.relative_entropy(seen, chance),
+        route_measures.relative_entropy(observed, chance),
       ]
     )
   return ValueTable(
@@ -75,8 +75,8 @@ def pair_table(
     pairs = sums.layers[number].pairs
     excess = np.triu(pairs - chance, 1)
     for a, b in _largest(excess):
-      seen = int(pairs[a, b])
-      rows.append([number, a, b, seen, chance[a, b], seen / chance[a, b]])
+      count = int(pairs[a, b])
+      rows.append([number, a, b, count, chance[a, b], count / chance[a, b]])
   return ValueTable(
     'pairs',
     'Pairs of experts that exceed chance by the most tokens',
@@ -122,11 +122,12 @@ def transition_table(
 
   Args:
     sums: The sums.
-    following: `route_findings.transitions`.
+    following: The information on each layer, as `route_findings.transitions`
+      returns it.
   """
   rows = [
-    [sums.layers[number].previous, number, *_information(found)]
-    for number, found in following.items()
+    [sums.layers[number].previous, number, *_info_cells(info)]
+    for number, info in following.items()
   ]
   columns = {'from layer': 'd', 'to layer': 'd', **_INFORMATION}
   title = 'How well the expert in one layer predicts that in the next'
@@ -169,7 +170,7 @@ def flow_table(sums: RouteSums) -> ValueTable:
 
 def repeat_table(sums: RouteSums) -> ValueTable:
   """The table of consecutive tokens that choose the same experts."""
-  found = {n: route_findings.persistence(s) for n, s in sums.layers.items()}
+  repeats = {n: route_findings.persistence(s) for n, s in sums.layers.items()}
   return ValueTable(
     'repeats',
     'Consecutive tokens with the same expert',
@@ -187,18 +188,18 @@ def repeat_table(sums: RouteSums) -> ValueTable:
       'any, even': '.1%',
       'same first, different ids': '.1%',
     },
-    [[number, *values] for number, values in found.items()],
+    [[number, *values] for number, values in repeats.items()],
   )
 
 
 def specialisation_table(
-  found: Mapping[str, Mapping[int, Information]],
+  by_label: Mapping[str, Mapping[int, Information]],
 ) -> ValueTable:
-  """The table of labels and experts; `found` is from `specialisation`."""
+  """The table of labels and experts; `by_label` is from `specialisation`."""
   rows = [
-    [name, number, one.labels, *_information(one)]
-    for name, layers in found.items()
-    for number, one in layers.items()
+    [name, number, info.labels, *_info_cells(info)]
+    for name, layers in by_label.items()
+    for number, info in layers.items()
   ]
   columns = {'label': '', 'layer': 'd', 'labels': ',d', **_INFORMATION}
   title = 'What a token says about the expert of its first choice'
@@ -211,23 +212,23 @@ def specialisation_table(
   )
 
 
-def _information(found: Information) -> list[Value]:
+def _info_cells(info: Information) -> list[Value]:
   return [
-    found.entropy,
-    found.mutual,
-    found.shuffled,
-    found.deviation,
-    found.net,
-    found.fraction,
-    found.adjusted,
-    found.accuracy,
-    found.accuracy_shuffled,
-    found.base_rate,
+    info.entropy,
+    info.mutual,
+    info.shuffled,
+    info.deviation,
+    info.net,
+    info.fraction,
+    info.adjusted,
+    info.accuracy,
+    info.accuracy_shuffled,
+    info.base_rate,
   ]
 
 
 def _largest(values: np.ndarray) -> list[tuple[int, int]]:
-  """Places of the largest values above 0 of a matrix; ties: the first."""
-  order = np.argsort(-values, axis=None, kind='stable')[:_MOST]
-  places = zip(*np.unravel_index(order, values.shape), strict=True)
-  return [(int(a), int(b)) for a, b in places if values[a, b] > 0]
+  """Indices of the largest values above 0 of a matrix; ties: the first."""
+  order = np.argsort(-values, axis=None, kind='stable')[:_MAX_LISTED]
+  indices = zip(*np.unravel_index(order, values.shape), strict=True)
+  return [(int(a), int(b)) for a, b in indices if values[a, b] > 0]

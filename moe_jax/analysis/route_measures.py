@@ -32,8 +32,8 @@ def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
   It is estimated from the shares of counts alone, so that it is too high by
   about (labels - 1) (E - 1) / (2 N) if the two are independent.
   """
-  both = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
-  return max(both, 0.0)  # rounding may leave less than 0
+  mutual = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
+  return max(mutual, 0.0)  # rounding may leave less than 0
 
 
 class Information(NamedTuple):
@@ -82,8 +82,8 @@ class Information(NamedTuple):
     say. Source: the adjusted mutual information of Vinh, Epps and Bailey (2010)
     with the entropy of the experts as the upper bound.
     """
-    room = self.entropy - self.shuffled
-    return self.net / room if room > 1e-12 else math.nan
+    maximum = self.entropy - self.shuffled
+    return self.net / maximum if maximum > 1e-12 else math.nan
 
 
 def information(
@@ -165,15 +165,15 @@ def expected_pairs(
     pairs: Symmetric counts of pairs, 0 on the diagonal.
     num_rounds: The most rounds of fitting.
   """
-  wanted = pairs.sum(1).astype(np.float64)
-  weight = np.sqrt(wanted / max(wanted.mean(), 1e-300))
+  row_sums = pairs.sum(1).astype(np.float64)
+  weight = np.sqrt(row_sums / max(row_sums.mean(), 1e-300))
   expected = np.zeros(pairs.shape)
   for _ in range(num_rounds):
     expected = np.outer(weight, weight)
     np.fill_diagonal(expected, 0)
     sums = expected.sum(1)
-    ratio = np.divide(wanted, sums, out=np.ones_like(sums), where=sums > 0)
-    if np.abs(ratio[wanted > 0] - 1).max(initial=0) < 1e-9:
+    ratio = np.divide(row_sums, sums, out=np.ones_like(sums), where=sums > 0)
+    if np.abs(ratio[row_sums > 0] - 1).max(initial=0) < 1e-9:
       break
     weight *= np.sqrt(ratio)
   return expected
@@ -183,10 +183,10 @@ def relative_entropy(
   counts: Num[np.ndarray, '...'], expected: Num[np.ndarray, '...']
 ) -> float:
   """Kullback-Leibler divergence in nats of counts from expected counts."""
-  known = counts > 0
-  if not known.any():
+  occurs = counts > 0
+  if not occurs.any():
     return 0.0
-  p, q = counts[known] / counts.sum(), expected[known] / expected.sum()
+  p, q = counts[occurs] / counts.sum(), expected[occurs] / expected.sum()
   return float(max((p * np.log(p / q)).sum(), 0.0))
 
 

@@ -14,8 +14,8 @@ from rich.rule import Rule
 from moe_jax.analysis import html_pages, plot_style, text_tables
 from moe_jax.analysis.route_sections import Section
 
-_PRINTED = 100  # rows of the largest table that is printed
-_UNFOLDED = 4  # texts of a section that are seen at once
+_MAX_PRINTED = 100  # rows of the largest table that is printed
+_NUM_UNFOLDED = 4  # texts of a section that are open from the start
 PAGE, TEXT = html_pages.ROUTES, 'routes.md'
 
 _TEMPLATE = """\
@@ -63,7 +63,7 @@ class Part(NamedTuple):
   Attributes:
     name: The beginning of the names of its files; may be empty.
     title: One line that names the trace.
-    facts: Sentences on what the trace is of.
+    facts: Sentences on the content of the trace.
     sections: Its sections.
   """
 
@@ -88,8 +88,8 @@ def write(folder: pathlib.Path, title: str, parts: Sequence[Part]) -> None:
     pictures.append(
       {name: plot_style.picture(figure) for name, figure in figures.items()}
     )
-    for name, data in pictures[-1].items():
-      (folder / f'{part.name}{name}.png').write_bytes(data)
+    for name, png in pictures[-1].items():
+      (folder / f'{part.name}{name}.png').write_bytes(png)
     for section in part.sections:
       for table in section.tables:
         path = folder / f'{part.name}{table.name}.csv'
@@ -112,15 +112,15 @@ def html(
     pictures: The pictures of each part by their names, as PNG.
   """
   encoded = [
-    {name: html_pages.data_uri(data) for name, data in own.items()}
-    for own in pictures
+    {name: html_pages.data_uri(png) for name, png in part_pictures.items()}
+    for part_pictures in pictures
   ]
   return html_pages.render(
     _TEMPLATE,
     title=title,
     parts=parts,
     pictures=encoded,
-    unfolded=_UNFOLDED,
+    unfolded=_NUM_UNFOLDED,
   )
 
 
@@ -137,29 +137,29 @@ def markdown(title: str, parts: Sequence[Part]) -> str:
         lines += ['', f'![{section.title}: {name.replace("_", " ")}]({path})']
       for table in section.tables:
         name = f'{part.name}{table.name}.csv'
-        long = [f'## {table.title}', '', f'{len(table.rows)} rows: `{name}`']
-        text = table.markdown() if len(table.rows) <= _PRINTED else None
-        lines += ['', text or '\n'.join(long)]
+        pointer = [f'## {table.title}', '', f'{len(table.rows)} rows: `{name}`']
+        text = table.markdown() if len(table.rows) <= _MAX_PRINTED else None
+        lines += ['', text or '\n'.join(pointer)]
   return '\n'.join(lines).rstrip() + '\n'
 
 
 def show(console: Console, parts: Sequence[Part]) -> None:
   """Prints the sentences and tables of a report, without long tables."""
-  prose = None if console.is_terminal else text_tables.PROSE
-  plain = {'markup': False, 'highlight': False, 'width': prose}
+  width = None if console.is_terminal else text_tables.PROSE
+  style = {'markup': False, 'highlight': False, 'width': width}
   for part in parts:
-    console.print(Rule(part.title, align='left'), width=prose)
+    console.print(Rule(part.title, align='left'), width=width)
     for fact in part.facts:
-      console.print(fact, **plain)
+      console.print(fact, **style)
     for section in part.sections:
-      console.print(f'\n{section.title}', style='bold', **plain)
+      console.print(f'\n{section.title}', style='bold', **style)
       for sentence in _sentences(section):
-        console.print(sentence, **plain)
+        console.print(sentence, **style)
       for table in section.tables:
-        if len(table.rows) <= _PRINTED:
+        if len(table.rows) <= _MAX_PRINTED:
           console.print(table.terminal())
 
 
 def _sentences(section: Section) -> list[str]:
-  """The sentences of a section where its texts, which need colours, are not."""
+  """The sentences of a section, with the page that has its coloured texts."""
   return [f'It is in {PAGE}.'] * bool(section.texts) + section.sentences

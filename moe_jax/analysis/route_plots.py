@@ -2,9 +2,8 @@
 
 The colour of a cell is what was counted over what chance gives, on a
 logarithmic scale: `plot_style.HOW_TO_READ`. Hatched cells would hold fewer than
-5 tokens by chance, too few to tell.
-Not here: lines over layers, places and steps (`route_lines.py`), and loads over
-steps (`plots.py`).
+5 tokens by chance, too few to tell. Not here: lines over layers, places and
+steps (`route_lines.py`), and loads over steps (`plots.py`).
 """
 
 import math
@@ -25,7 +24,7 @@ from moe_jax.analysis import plot_style, route_measures
 from moe_jax.analysis.route_sums import RouteSums
 
 _WIDTH = 10  # inches
-_ENOUGH = 5  # tokens by chance
+_MIN_CHANCE = 5  # tokens, the fewest by chance that tell
 
 
 def load_figure(sums: RouteSums) -> Figure:
@@ -44,8 +43,8 @@ def load_figure(sums: RouteSums) -> Figure:
   heat.set_yticks(range(len(loads)), labels=map(str, loads))
   heat.set_ylabel('layer')
   _colour_bar(figure, mesh, heat, 20)
-  found = [route_measures.load_percentiles(load) for load in loads.values()]
-  y, at = np.arange(len(loads)), lambda p: [parts[p] for parts in found]
+  quantiles = [route_measures.load_percentiles(load) for load in loads.values()]
+  y, at = np.arange(len(loads)), lambda p: [layer[p] for layer in quantiles]
   lines.barh(
     y,
     np.subtract(at(90), at(10)),
@@ -117,7 +116,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
     sequence: The sequence whose layers are drawn.
   """
   layers = {n: s for n, s in sums.layers.items() if s.info.sequence == sequence}
-  place = {number: i for i, number in enumerate(layers)}
+  column_of = {number: i for i, number in enumerate(layers)}
   experts = max(layer.info.num_experts for layer in layers.values())
   height = 2 + min(0.11 * experts, 7)
   figure = Figure(figsize=(_WIDTH, height), layout='constrained')
@@ -126,7 +125,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
     share = layer.first / max(layer.first.sum(), 1)
     middle = _heights(layer.info.num_experts)
     axes.scatter(
-      np.full(len(share), place[number]),
+      np.full(len(share), column_of[number]),
       middle,
       s=4 + 600 * share,
       color='0.25',
@@ -134,7 +133,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
       zorder=3,
     )
     if layer.previous in layers and layer.following.any():
-      _draw_flows(axes, layer.following, place[number])
+      _draw_flows(axes, layer.following, column_of[number])
   axes.set_xticks(range(len(layers)), labels=map(str, layers))
   axes.set_xlabel('layer')
   ticks = np.unique(np.linspace(0, experts - 1, min(experts, 9)).astype(int))
@@ -161,10 +160,10 @@ def _draw_flows(
   chance = route_measures.independent(table)
   largest = np.argsort((table - chance), axis=None)[-max(table.shape) :]
   a, b = np.unravel_index(largest, table.shape)
-  more = table[a, b] > chance[a, b]
-  a, b = a[more], b[more]
-  left, ends = (_heights(size) for size in table.shape)
-  flows: Any = [[(right - 1, left[i]), (right, ends[j])] for i, j in zip(a, b)]
+  exceeds = table[a, b] > chance[a, b]
+  a, b = a[exceeds], b[exceeds]
+  tail, head = (_heights(size) for size in table.shape)
+  flows: Any = [[(right - 1, tail[i]), (right, head[j])] for i, j in zip(a, b)]
   lines = LineCollection(
     flows,
     linewidths=0.5 + 60 * table[a, b] / table.sum(),
@@ -229,5 +228,5 @@ def _over_chance(
   chance: Float[np.ndarray, 'rows columns'],
 ) -> Float[np.ndarray, 'rows columns']:
   """Counts over chance, NaN where chance is too little to tell."""
-  nothing = np.full(chance.shape, math.nan)
-  return np.divide(counts, chance, out=nothing, where=chance >= _ENOUGH)
+  undefined = np.full(chance.shape, math.nan)
+  return np.divide(counts, chance, out=undefined, where=chance >= _MIN_CHANCE)

@@ -31,9 +31,9 @@ class Section(NamedTuple):
   Attributes:
     name: A short name, which names of files may have.
     title: One line.
-    sentences: What the pictures mean, and what stands out in them.
+    sentences: Sentences on what the pictures mean and what stands out.
     figures: The pictures by their names.
-    tables: The tables; those whose rows are many come last.
+    tables: The tables; those with many rows come last.
     texts: Coloured texts by their titles, as HTML; the page alone has them.
   """
 
@@ -45,7 +45,7 @@ class Section(NamedTuple):
   texts: Mapping[str, str] = MappingProxyType({})
 
 
-def sections(found: Findings) -> list[Section]:
+def sections(findings: Findings) -> list[Section]:
   """The sections on one trace, without those that it has nothing for."""
   makers: list[Callable[[Findings], Section | None]] = [
     _load,
@@ -56,15 +56,15 @@ def sections(found: Findings) -> list[Section]:
     _drops,
     _gates,
   ]
-  made = (make(found) for make in makers)
-  return [section for section in made if section is not None]
+  candidates = (make(findings) for make in makers)
+  return [section for section in candidates if section is not None]
 
 
-def _load(found: Findings) -> Section:
-  sums = found.sums
+def _load(findings: Findings) -> Section:
+  sums = findings.sums
   loads = {n: load_summary(layer.load) for n, layer in sums.layers.items()}
-  most = {n: one['load_max_over_mean'] for n, one in loads.items()}
-  unused = sum(one['unused_experts'] for one in loads.values())
+  most = {n: summary['load_max_over_mean'] for n, summary in loads.items()}
+  unused = sum(summary['unused_experts'] for summary in loads.values())
   experts = sum(layer.info.num_experts for layer in sums.layers.values())
   sentences = [
     'Each cell of the first picture is an expert, whose load is over the mean '
@@ -80,7 +80,7 @@ def _load(found: Findings) -> Section:
       'The second picture is the load over steps; a router that settles shows '
       'horizontal stripes.'
     )
-    figures['load_over_time'] = plots.load_figure(_load_rows(found))
+    figures['load_over_time'] = plots.load_figure(_load_rows(findings))
   return Section(
     'load',
     'Load',
@@ -94,12 +94,12 @@ def _load(found: Findings) -> Section:
   )
 
 
-def _load_rows(found: Findings) -> list[dict[str, object]]:
+def _load_rows(findings: Findings) -> list[dict[str, object]]:
   """Shares of load as the metrics of a run have them."""
   rows: list[dict[str, object]] = []
-  for i, step in enumerate(found.sums.times):
+  for i, step in enumerate(findings.sums.times):
     row: dict[str, object] = {'step': float(step)}
-    for number, layer in found.sums.layers.items():
+    for number, layer in findings.sums.layers.items():
       load = layer.over_time[i]
       share = load / load.sum() if load.any() else load * math.nan
       row[f'train/layer_{number}/load'] = share
@@ -107,11 +107,13 @@ def _load_rows(found: Findings) -> list[dict[str, object]]:
   return rows
 
 
-def _pairs(found: Findings) -> Section | None:
-  if not found.expected:
+def _pairs(findings: Findings) -> Section | None:
+  if not findings.expected:
     return None
-  table = route_link_tables.co_activation_table(found.sums, found.expected)
-  away: dict[Any, Any] = {row[0]: row[-1] for row in table.rows}
+  table = route_link_tables.co_activation_table(
+    findings.sums, findings.expected
+  )
+  nats: dict[Any, Any] = {row[0]: row[-1] for row in table.rows}
   return Section(
     'pairs',
     'Experts that are chosen together',
@@ -120,24 +122,26 @@ def _pairs(found: Findings) -> Section | None:
       'the number of tokens of a pair over what the loads of the two explain. '
       f'{plot_style.HOW_TO_READ}',
       'Experts that always go together do the work of one.',
-      f'Pairs are {span(away, ".3f")} nats away from what loads explain; 0 '
+      f'Pairs are {span(nats, ".3f")} nats away from what loads explain; 0 '
       'would be no preference at all, beyond the noise of few tokens.',
     ],
     {
       'co_activation': route_plots.co_activation_figure(
-        found.sums, found.expected
+        findings.sums, findings.expected
       )
     },
-    [table, route_link_tables.pair_table(found.sums, found.expected)],
+    [table, route_link_tables.pair_table(findings.sums, findings.expected)],
   )
 
 
-def _layers(found: Findings) -> Section | None:
-  if not found.following:
+def _layers(findings: Findings) -> Section | None:
+  if not findings.following:
     return None
-  sums, infos = found.sums, found.following
-  net = {n: 100 * one.fraction for n, one in infos.items()}
-  gain = {n: 100 * (one.accuracy - one.base_rate) for n, one in infos.items()}
+  sums, infos = findings.sums, findings.following
+  net = {n: 100 * info.fraction for n, info in infos.items()}
+  gain = {
+    n: 100 * (info.accuracy - info.base_rate) for n, info in infos.items()
+  }
   sequences = {sums.layers[n].info.sequence for n in infos}
   flows = {
     f'flow{"_" * bool(s)}{s}': route_plots.flow_figure(sums, s)
@@ -170,8 +174,8 @@ def _layers(found: Findings) -> Section | None:
   )
 
 
-def _neighbours(found: Findings) -> Section | None:
-  layers = found.sums.layers
+def _neighbours(findings: Findings) -> Section | None:
+  layers = findings.sums.layers
   repeats = {n: route_findings.persistence(s) for n, s in layers.items()}
   if not any(one.pairs for one in repeats.values()):
     return None
@@ -189,15 +193,15 @@ def _neighbours(found: Findings) -> Section | None:
       f'{span(any_ratio, ".2f")} times as often. The line for different ids '
       'leaves out runs of one token, such as spaces.',
     ],
-    {'repeats': route_lines.repeat_figure(found.sums)},
-    [route_link_tables.repeat_table(found.sums)],
+    {'repeats': route_lines.repeat_figure(findings.sums)},
+    [route_link_tables.repeat_table(findings.sums)],
   )
 
 
-def _labels(found: Findings) -> Section:
+def _labels(findings: Findings) -> Section:
   readings = []
-  for name, layers in found.labels.items():
-    share = {n: 100 * one.adjusted for n, one in layers.items()}
+  for name, layers in findings.labels.items():
+    share = {n: 100 * info.adjusted for n, info in layers.items()}
     readings.append(f'the {name} {span(share, ".1f")} %')
   return Section(
     'labels',
@@ -212,13 +216,13 @@ def _labels(found: Findings) -> Section:
       + '; '.join(readings)
       + '.',
     ],
-    {'specialisation': route_lines.information_figure(found.labels)},
-    [route_link_tables.specialisation_table(found.labels)],
+    {'specialisation': route_lines.information_figure(findings.labels)},
+    [route_link_tables.specialisation_table(findings.labels)],
   )
 
 
-def _drops(found: Findings) -> Section:
-  layers = found.sums.layers
+def _drops(findings: Findings) -> Section:
+  layers = findings.sums.layers
   unsent = any(s.info.second_policy != 'all' for s in layers.values())
   dropped, unserved = (
     {n: 100 * float(rates(s.by_column, 1)[0]) for n, s in layers.items()}
@@ -226,8 +230,8 @@ def _drops(found: Findings) -> Section:
   )
   title = 'Drops by place'
   if not any(rate > 0 for rate in (*dropped.values(), *unserved.values())):
-    nothing = 'No choice is dropped, and no token is without an expert.'
-    return Section('drops', title, [nothing], {}, [])
+    sentence = 'No choice is dropped, and no token is without an expert.'
+    return Section('drops', title, [sentence], {}, [])
   return Section(
     'drops',
     title,
@@ -240,13 +244,13 @@ def _drops(found: Findings) -> Section:
       f'{span(unserved, ".1f")} % of tokens have no expert at all.',
       *[route_tables.UNSENT] * unsent,
     ],
-    {'drops': route_lines.drop_figure(found.sums)},
-    [route_tables.drop_table(found.sums)],
+    {'drops': route_lines.drop_figure(findings.sums)},
+    [route_tables.drop_table(findings.sums)],
   )
 
 
-def _gates(found: Findings) -> Section:
-  layers = found.sums.layers
+def _gates(findings: Findings) -> Section:
+  layers = findings.sums.layers
   means = {n: route_findings.gates(s).means for n, s in layers.items()}
   first = {n: (*mean, math.nan)[0] for n, mean in means.items()}
   return Section(
@@ -259,8 +263,8 @@ def _gates(found: Findings) -> Section:
       'single tokens, and small if each is sure of its expert.',
       f'The mean gate of served first choices is {span(first, ".2f")}.',
     ],
-    {'gates': route_lines.gate_figure(found.sums)},
-    [route_tables.gate_table(found.sums)],
+    {'gates': route_lines.gate_figure(findings.sums)},
+    [route_tables.gate_table(findings.sums)],
   )
 
 
@@ -271,11 +275,11 @@ def span(values: Mapping[int, float], form: str) -> str:
     values: The values by layer; NaN are left out.
     form: The format of a value.
   """
-  known = {n: v for n, v in values.items() if not math.isnan(v)}
-  if not known:
+  finite = {n: v for n, v in values.items() if not math.isnan(v)}
+  if not finite:
     return 'unknown'
-  low, high = (pick(known, key=lambda n: known[n]) for pick in (min, max))
-  least, most = format(known[low], form), format(known[high], form)
+  low, high = (pick(finite, key=lambda n: finite[n]) for pick in (min, max))
+  least, most = format(finite[low], form), format(finite[high], form)
   if least == most:
     return least
   return f'{least} (layer {low}) to {most} (layer {high})'

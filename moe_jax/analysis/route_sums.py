@@ -1,10 +1,10 @@
 """Sums of the choices in the records of a trace, layer by layer.
 
 Records are read one at a time, so memory does not grow with their number; it
-holds a table of token ids and experts for each layer. Where a token has several
-choices, what it is said to be about is its first one: that with the largest
-gate where experts choose tokens. Not here: counts of one batch
-(`route_counts.py`), and what the sums say (`route_measures.py`).
+holds a table of token ids and experts for each layer. Of a token with several
+choices the first one counts, which is that with the largest gate where experts
+choose tokens. Not here: counts of one batch (`route_counts.py`), and what the
+sums say (`route_measures.py`).
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from moe_jax.analysis.traces import (
 )
 from moe_jax.routing.load_summary import load_summary
 
-NUM_PARTS = 32  # most parts that positions in a row are told apart by
-GATE_BINS = 100  # equal ones between 0 and 1
+NUM_PARTS = 32  # the most parts that a row is divided into
+GATE_BINS = 100  # bins of equal width between 0 and 1
 _TIME_BINS = 200
 
 
@@ -36,7 +36,7 @@ class LayerSums:
   Attributes:
     info: The description of the layer.
     load: [E], choices of each expert before any is dropped.
-    kept: [E], those that are served.
+    kept: [E], served choices of each expert.
     first: [E], first choices of each expert.
     by_rank: [E, 2], choices and drops of the first choices, the second ones ...
     by_column: [parts, 4], counts by place in the row; sums of `fates`.
@@ -52,7 +52,7 @@ class LayerSums:
     previous: Number of the sparse layer before, or None for the first.
     following: [E', E], first choices by that of the same token in `previous`.
     repeats: Comparison of each token with the one before in its document.
-    different: The same where the two are different ids.
+    different: The same for pairs of two different ids.
     chance: Comparison with random other tokens of the batch instead.
     over_time: [bins, E], load by part of the steps.
     evenness: For each batch the numbers of `load_summary`.
@@ -84,15 +84,15 @@ class LayerSums:
     self.gates = zeros(GATE_BINS)
     self.pairs = zeros(E, E)
     self.following = np.zeros((previous_experts, E), np.int64)
-    # Pages of ids that do not occur are never touched.
+    # Memory pages of ids that do not occur are never touched.
     self.tokens = np.zeros((vocab_size, E), np.int32)
     self.over_time = zeros(time_bins, E)
-    self.cut(NUM_PARTS)
+    self.reset_parts(NUM_PARTS)
     self.documents = LabelledDocuments(num_sources, E) if num_sources else None
     self.evenness: list[dict[str, float]] = []
 
-  def cut(self, num_parts: int) -> None:
-    """Begins the sums by place, of so many parts."""
+  def reset_parts(self, num_parts: int) -> None:
+    """Starts the sums by place anew, with `num_parts` parts."""
     self.by_column, self.by_position = np.zeros((2, num_parts, 4), np.int64)
     self.positions = np.zeros((num_parts, self.info.num_experts), np.int64)
 
@@ -100,7 +100,7 @@ class LayerSums:
     self,
     choices: LayerChoices,
     tokens: Tokens,
-    parts: tuple[np.ndarray, np.ndarray],
+    part_indices: tuple[np.ndarray, np.ndarray],
     time_bin: int,
   ) -> Int[np.ndarray, 'N']:
     """Adds the choices of a batch.
@@ -108,7 +108,7 @@ class LayerSums:
     Args:
       choices: The choices.
       tokens: The batch's tokens.
-      parts: The part of the row and of the document that each is in.
+      part_indices: The part of the row and that of the document of each token.
       time_bin: Number of the part of the steps.
 
     Returns:
@@ -116,7 +116,7 @@ class LayerSums:
     """
     E = self.info.num_experts
     expert, gate, kept = (
-      x.reshape(-1, x.shape[-1])[tokens.place] for x in choices[:3]
+      x.reshape(-1, x.shape[-1])[tokens.flat_index] for x in choices[:3]
     )
     if self.info.by_expert:
       expert, gate, kept = route_counts.by_gate(expert, gate, kept)
@@ -127,11 +127,11 @@ class LayerSums:
     self.kept += route_counts.expert_counts(expert[kept], E)
     self._add_gates(expert, gate, kept, choices.logits, tokens)
     fates = route_counts.fates(expert, kept)
-    for sums, part in zip((self.by_column, self.by_position), parts):
+    for sums, part in zip((self.by_column, self.by_position), part_indices):
       sums += route_counts.sums_by_part(fates, part, len(sums))
     self.pairs += route_counts.pair_counts(expert, E)
     first = expert[:, 0]
-    self._add_first(first, tokens, parts[1])
+    self._add_first(first, tokens, part_indices[1])
     self._add_repeats(expert, tokens)
     return first
 
@@ -151,9 +151,9 @@ class LayerSums:
     bins = np.clip(bins, 0, GATE_BINS - 1)
     self.gates += np.bincount(bins, minlength=GATE_BINS)
     if logits is not None:
-      real = logits.reshape(-1, logits.shape[-1])[tokens.place]
-      self.logit_entropy += route_counts.logit_entropy(real)
-      self.logit_tokens += len(real)
+      token_logits = logits.reshape(-1, logits.shape[-1])[tokens.flat_index]
+      self.logit_entropy += route_counts.logit_entropy(token_logits)
+      self.logit_tokens += len(token_logits)
 
   def _add_first(
     self,
@@ -161,8 +161,8 @@ class LayerSums:
     tokens: Tokens,
     part: Int[np.ndarray, 'N'],
   ) -> None:
-    E, chose = self.info.num_experts, first >= 0
-    code = tokens.token[chose].astype(np.int64) * E + first[chose]
+    E, has_choice = self.info.num_experts, first >= 0
+    code = tokens.token[has_choice].astype(np.int64) * E + first[has_choice]
     np.add.at(self.tokens.reshape(-1), code, np.int32(1))
     self.first += route_counts.expert_counts(first, E)
     self.positions += route_counts.joint_counts(
@@ -176,13 +176,13 @@ class LayerSums:
   def _add_repeats(
     self, expert: Int[np.ndarray, 'N K'], tokens: Tokens
   ) -> None:
-    here, before = expert[tokens.after], expert[tokens.after - 1]
+    current, previous = expert[tokens.after], expert[tokens.after - 1]
     ids = tokens.token
-    other = ids[tokens.after] != ids[tokens.after - 1]
+    differs = ids[tokens.after] != ids[tokens.after - 1]
     stranger = expert[tokens.stranger]
-    self.repeats += route_counts.repeats(here, before)
-    self.different += route_counts.repeats(here[other], before[other])
-    self.chance += route_counts.repeats(here, stranger)
+    self.repeats += route_counts.repeats(current, previous)
+    self.different += route_counts.repeats(current[differs], previous[differs])
+    self.chance += route_counts.repeats(current, stranger)
 
 
 class RouteSums:
@@ -205,49 +205,49 @@ class RouteSums:
 
   def __init__(self, header: Header, steps: Sequence[int] = (), seed: int = 0):
     steps = sorted(set(steps)) or [0]
-    split = np.array_split(steps, min(len(steps), _TIME_BINS))
-    self._bins = {int(s): i for i, part in enumerate(split) for s in part}
+    bins = np.array_split(steps, min(len(steps), _TIME_BINS))
+    self._bin_of = {int(s): i for i, part in enumerate(bins) for s in part}
     self._rng = np.random.default_rng(seed)
     self.header, self.records, self.tokens = header, 0, 0
-    self.times: Float[np.ndarray, 'bins'] = np.array([s.mean() for s in split])
+    self.times: Float[np.ndarray, 'bins'] = np.array([s.mean() for s in bins])
     self.length: dict[str, int] = {}
     self.layers: dict[int, LayerSums] = {}
-    before: dict[str, int] = {}  # the last layer of each sequence
+    last_layer: dict[str, int] = {}  # by sequence
     for number, info in sorted(header.layers.items()):
-      last = before.get(info.sequence)
-      experts = header.layers[last].num_experts if last is not None else 0
+      earlier = last_layer.get(info.sequence)
+      experts = header.layers[earlier].num_experts if earlier is not None else 0
       self.layers[number] = LayerSums(
         info,
         header.vocab_size,
         len(header.sources),
-        len(split),
-        previous=last,
+        len(bins),
+        previous=earlier,
         previous_experts=experts,
       )
-      before[info.sequence] = number
+      last_layer[info.sequence] = number
 
   def add(self, record: Record) -> None:
     """Adds the choices in a batch."""
     batch = (record.tokens, record.positions, record.documents, record.sources)
     tokens = route_counts.real_tokens(*batch, self._rng)
     length = self._length_of(record)
-    time_bin = self._bins.get(int(record.step), 0)
+    time_bin = self._bin_of.get(int(record.step), 0)
     firsts: dict[int | None, np.ndarray] = {}
     for number, choices in sorted(record.layers.items()):
       sums = self.layers[number]
       column, position = (
-        route_counts.parts_of(places, length, len(sums.by_column))
-        for places in (tokens.column, tokens.position)
+        route_counts.parts_of(positions, length, len(sums.by_column))
+        for positions in (tokens.column, tokens.position)
       )
-      parts = column, position
-      first = firsts[number] = sums.add(choices, tokens, parts, time_bin)
+      part_indices = column, position
+      first = firsts[number] = sums.add(choices, tokens, part_indices, time_bin)
       if sums.previous in firsts:
         rows, columns = sums.following.shape
         sums.following += route_counts.joint_counts(
           firsts[sums.previous], first, (rows, columns)
         )
     self.records += 1
-    self.tokens += len(tokens.place)
+    self.tokens += len(tokens.flat_index)
 
   def _length_of(self, record: Record) -> int:
     """The places of a row of the sequence; those of its first record."""
@@ -256,7 +256,7 @@ class RouteSums:
       self.length[name] = T = record.tokens.shape[1]
       for layer in self.layers.values():
         if layer.info.sequence == name:
-          layer.cut(min(NUM_PARTS, T))
+          layer.reset_parts(min(NUM_PARTS, T))
     return self.length[name]
 
 

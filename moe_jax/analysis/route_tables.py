@@ -1,8 +1,8 @@
 """Tables of loads, drops, gates and churn, layer by layer.
 
-Not here: tables of what goes together (`route_link_tables.py`), the numbers
-(`route_findings.py`), and the sentences and pictures that
-stand beside them on a page (`route_sections.py`).
+Not here: tables of choices that go together (`route_link_tables.py`), the
+numbers (`route_findings.py`), and the sentences and pictures that stand beside
+them on a page (`route_sections.py`).
 """
 
 import math
@@ -27,17 +27,18 @@ def load_table(sums: RouteSums) -> ValueTable:
   rows = []
   for number, layer in sums.layers.items():
     load = layer.load
-    parts, summary = route_measures.load_percentiles(load), load_summary(load)
-    most = math.log(len(load))
+    percentiles = route_measures.load_percentiles(load)
+    summary = load_summary(load)
+    maximum = math.log(len(load))
     rows.append(
       [
         number,
         len(load),
-        *(parts[p] for p in (0, 10, 50, 90)),
+        *(percentiles[p] for p in (0, 10, 50, 90)),
         summary['load_max_over_mean'],
         summary['load_cv'],
         summary['unused_experts'],
-        route_measures.entropy(load) / most if most else math.nan,
+        route_measures.entropy(load) / maximum if maximum else math.nan,
       ]
     )
   return ValueTable(
@@ -74,7 +75,7 @@ def batch_load_table(sums: RouteSums) -> ValueTable:
     )
     values = [*_percentiles(most, (5, 50, 95, 100)), *_percentiles(cv, (5, 50))]
     rows.append([number, *values, *_percentiles(cv, (95,)), unused.mean()])
-  most = ['5 %', 'median', '95 %', 'largest']
+  headings = ['5 %', 'median', '95 %', 'largest']
   return ValueTable(
     'load_by_batch',
     'Load within single batches',
@@ -83,8 +84,8 @@ def batch_load_table(sums: RouteSums) -> ValueTable:
     'sends, not what the whole trace does.',
     {
       'layer': 'd',
-      **{f'most, {column}': '.2f' for column in most},
-      **{f'CV, {column}': '.3f' for column in most[:3]},
+      **{f'most, {column}': '.2f' for column in headings},
+      **{f'CV, {column}': '.3f' for column in headings[:3]},
       'unused, mean': '.1f',
     },
     rows,
@@ -122,22 +123,22 @@ def drop_table(sums: RouteSums) -> ValueTable:
   ranks = min(2, max(_ranks(layer) for layer in sums.layers.values()))
   rows = []
   for number, layer in sums.layers.items():
-    drops = route_findings.drop_rates
-    by_rank = [
-      dropped / made if made else math.nan
-      for made, dropped in layer.by_rank[:ranks]
+    drop_rates = route_findings.drop_rates
+    rank_rates = [
+      dropped / chosen if chosen else math.nan
+      for chosen, dropped in layer.by_rank[:ranks]
     ]
-    column, place = layer.by_column, layer.by_position
-    unserved = route_findings.unserved_rates
+    by_column, by_position = layer.by_column, layer.by_position
+    unserved_rates = route_findings.unserved_rates
     rows.append(
       [
         number,
-        *map(float, drops(column, 1)),
-        *map(float, by_rank),
-        *map(float, unserved(column, 1)),
-        *map(float, drops(column, _QUARTERS)),
-        *map(float, unserved(column, _QUARTERS)[[0, -1]]),
-        *map(float, drops(place, _QUARTERS)[[0, -1]]),
+        *map(float, drop_rates(by_column, 1)),
+        *map(float, rank_rates),
+        *map(float, unserved_rates(by_column, 1)),
+        *map(float, drop_rates(by_column, _QUARTERS)),
+        *map(float, unserved_rates(by_column, _QUARTERS)[[0, -1]]),
+        *map(float, drop_rates(by_position, _QUARTERS)[[0, -1]]),
       ]
     )
   names = ['first choices', 'second choices'][:ranks]
@@ -169,11 +170,11 @@ def gate_table(sums: RouteSums) -> ValueTable:
   """Gates of the served choices, and how decided the router is."""
   rows = []
   for number, layer in sums.layers.items():
-    found = route_findings.gates(layer)
-    means = (*found.means, math.nan, math.nan)[:2]
-    most = math.log(layer.info.num_experts)
-    router = found.router_entropy / most if most else math.nan
-    values = found.low, found.median, found.high, found.router_entropy
+    gates = route_findings.gates(layer)
+    means = (*gates.means, math.nan, math.nan)[:2]
+    maximum = math.log(layer.info.num_experts)
+    router = gates.router_entropy / maximum if maximum else math.nan
+    values = gates.low, gates.median, gates.high, gates.router_entropy
     rows.append([number, *means, *values, router])
   return ValueTable(
     'gates',
@@ -232,11 +233,11 @@ def _over_mean(layer: LayerSums, load: int) -> float:
   return float(load / mean) if mean else math.nan
 
 
-def _percentiles(values: np.ndarray, which: Sequence[int]) -> list[float]:
-  known = values[np.isfinite(values)]
-  if not known.size:
-    return [math.nan] * len(which)
-  return [float(v) for v in np.percentile(known, which)]
+def _percentiles(values: np.ndarray, percents: Sequence[int]) -> list[float]:
+  finite = values[np.isfinite(values)]
+  if not finite.size:
+    return [math.nan] * len(percents)
+  return [float(v) for v in np.percentile(finite, percents)]
 
 
 def _ranks(layer: LayerSums) -> int:

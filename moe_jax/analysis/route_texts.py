@@ -18,8 +18,8 @@ from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 from moe_jax.runs import workdir
 
-_MOST_TOKENS = 600  # of each sequence, on a page
-_COLOURED = (
+_MAX_TOKENS = 600  # of each sequence, on a page
+_COLOUR_NOTE = (
   'Each token has the colour and the number of the expert that it chose first, '
   'before drops. Colours repeat after eight experts; numbers do not. \u21b5 is '
   'the end of a line, and \u00b7 a token without text, such as the end of a '
@@ -60,14 +60,14 @@ def read_row(
     tokenizer: The tokenizer of the run; None gives ids.
     most: The most tokens; None: all.
   """
-  places = np.flatnonzero(record.documents[row] > 0)[:most]
+  columns = np.flatnonzero(record.documents[row] > 0)[:most]
   experts = {}
-  for number, chosen in record.layers.items():
-    expert, gate, kept = (values[row, places] for values in chosen[:3])
+  for number, choices in record.layers.items():
+    expert, gate, kept = (values[row, columns] for values in choices[:3])
     if header.layers[number].by_expert:
       expert, *_ = route_counts.by_gate(expert, gate, kept)
     experts[number] = expert[:, 0]
-  return RowText(_texts(record.tokens[row, places], tokenizer), experts)
+  return RowText(_texts(record.tokens[row, columns], tokenizer), experts)
 
 
 def _texts(ids: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:
@@ -76,10 +76,10 @@ def _texts(ids: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:
   stream = TextStream(tokenizer)
   texts = [stream.add(number) for number in ids]
   texts[-1] += stream.end()
-  return [''.join(map(_shown, text)) for text in texts]
+  return [''.join(map(_printable, text)) for text in texts]
 
 
-def _shown(character: str) -> str:
+def _printable(character: str) -> str:
   """The character, or one that stands for it where a page cannot have it."""
   return (
     character if character.isprintable() or character in '\n\t' else '\ufffd'
@@ -108,10 +108,10 @@ def find_tokenizer(
   try:
     if not path.exists():
       raise ValueError(f'there is no {path}')
-    found = tokenizers.load(path)
-    if header.tokenizer and found.identity != header.tokenizer:
+    tokenizer = tokenizers.load(path)
+    if header.tokenizer and tokenizer.identity != header.tokenizer:
       raise ValueError(
-        f'{path} is {found.identity}, the trace is of {header.tokenizer}'
+        f'{path} is {tokenizer.identity}, the trace is of {header.tokenizer}'
       )
   except ValueError as error:
     if run:
@@ -120,7 +120,7 @@ def find_tokenizer(
       f'Tokens are shown by their ids, as the tokenizer is not known: {error}. '
       'A --workdir of the run gives it.'
     )
-  return found, ''
+  return tokenizer, ''
 
 
 def section(
@@ -152,13 +152,13 @@ def section(
   }
   if not texts:
     return None
-  of = (
-    f'The text is the first {_MOST_TOKENS} tokens at most of {kind!r} at step'
+  extent = (
+    f'The text is the first {_MAX_TOKENS} tokens at most of {kind!r} at step'
   )
   return Section(
     'text',
     'Text in the colours of its experts',
-    [f'{of} {last:,}. {_COLOURED}', *filter(None, [note])],
+    [f'{extent} {last:,}. {_COLOUR_NOTE}', *filter(None, [note])],
     {},
     [],
     {f'Layer {number}': texts[number] for number in sorted(texts)},
@@ -179,11 +179,13 @@ def _pages(
   header: Header, record: Record, tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, str]]:
   """The number and the HTML of each layer: its first rows, a box for each."""
-  rows, left = [], _MOST_TOKENS
+  row_texts, num_left = [], _MAX_TOKENS
   for row in range(len(record.tokens)):
-    found = read_row(header, record, row, tokenizer=tokenizer, most=left)
-    left -= len(found.texts)
-    rows += [found] if found.texts else []
-  for number in record.layers if rows else []:
-    own = (coloured_text.page(r.texts, r.experts[number]) for r in rows)
-    yield number, '\n'.join(own)
+    row_text = read_row(header, record, row, tokenizer=tokenizer, most=num_left)
+    num_left -= len(row_text.texts)
+    row_texts += [row_text] if row_text.texts else []
+  for number in record.layers if row_texts else []:
+    row_pages = (
+      coloured_text.page(r.texts, r.experts[number]) for r in row_texts
+    )
+    yield number, '\n'.join(row_pages)

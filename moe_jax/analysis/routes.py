@@ -33,7 +33,7 @@ from moe_jax.data.tokenizers import Tokenizer
 
 Labels = dict[str, dict[str, str]]
 # Kinds of records in which a choice is dropped where training drops it.
-_PREFERRED = (TRAIN, 'train_capacity')
+_PREFERRED_KINDS = (TRAIN, 'train_capacity')
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add(
     '--kind',
     default='',
-    help=f'{text}; default: {" or ".join(_PREFERRED)}, if there are any',
+    help=f'{text}; default: {" or ".join(_PREFERRED_KINDS)}, if there are any',
   )
   text = 'steps from FIRST on and before LAST; either may be left out'
   add('--steps', type=_steps, metavar='FIRST:LAST', default=None, help=text)
@@ -97,12 +97,12 @@ def part_of(
     raise ValueError(f'{title} is of a model without sparse layers')
   kind = kind or _default_kind(trace, title)
   records = trace.records(kind, steps)
-  own = [s for s in trace.steps_of(kind) if steps is None or s in steps]
-  sums = route_sums.collect(trace.header, records, own, seed)
-  found = route_findings.find(sums, labels, seed)
-  facts = _facts(trace, kind, sums, own)
-  load, *sections = route_sections.sections(found)
-  text = route_texts.section(trace, kind, own, tokenizer, note)
+  present = [s for s in trace.steps_of(kind) if steps is None or s in steps]
+  sums = route_sums.collect(trace.header, records, present, seed)
+  findings = route_findings.find(sums, labels, seed)
+  facts = _facts(trace, kind, sums, present)
+  load, *sections = route_sections.sections(findings)
+  text = route_texts.section(trace, kind, present, tokenizer, note)
   churn, notes = route_comparisons.churn_sections(trace, steps)
   return Part(
     name,
@@ -115,8 +115,8 @@ def part_of(
 def _default_kind(trace: traces.Trace, title: str) -> str:
   if not trace.kinds:
     raise ValueError(f'{title} has no records')
-  usual = [kind for kind in _PREFERRED if kind in trace.kinds]
-  return (usual or trace.kinds)[0]
+  preferred = [kind for kind in _PREFERRED_KINDS if kind in trace.kinds]
+  return (preferred or trace.kinds)[0]
 
 
 def _facts(
@@ -126,19 +126,19 @@ def _facts(
   steps: Sequence[int],
 ) -> list[str]:
   """Sentences on what is analysed, and what is not."""
-  others = [other for other in trace.kinds if other != kind]
-  when = f'{len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}'
+  other_kinds = [other for other in trace.kinds if other != kind]
+  step_text = f'{len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}'
   if len(steps) == 1:
-    when = f'step {steps[0]:,}'
+    step_text = f'step {steps[0]:,}'
   facts = [
-    f'{sums.records:,} records of {kind!r} at {when} hold {sums.tokens:,} '
+    f'{sums.records:,} records of {kind!r} at {step_text} hold {sums.tokens:,} '
     'tokens. Where a token has several choices, transitions, specialisation '
     'and positions are about its first one.'
   ]
-  if others:
+  if other_kinds:
     facts.append(
       'The trace has other records, too; --kind takes one of '
-      f'{", ".join(others)}.'
+      f'{", ".join(other_kinds)}.'
     )
   if trace.incomplete:
     facts.append(
@@ -161,11 +161,11 @@ def run(options: argparse.Namespace) -> None:
     ValueError: A trace is bad, or does not fit the other options.
   """
   labels = dict(options.label)
-  opened = [traces.read(folder) for folder in options.traces]
-  several = len(opened) > 1
-  known = [
+  open_traces = [traces.read(folder) for folder in options.traces]
+  has_several = len(open_traces) > 1
+  tokenizers = [
     route_texts.find_tokenizer(folder, trace.header, options.workdir)
-    for trace, folder in zip(opened, options.traces)
+    for trace, folder in zip(open_traces, options.traces)
   ]
   parts = [
     part_of(
@@ -174,20 +174,20 @@ def run(options: argparse.Namespace) -> None:
       kind=options.kind,
       steps=options.steps,
       labels=labels,
-      name=f'{i}_' if several else '',
+      name=f'{i}_' if has_several else '',
       seed=options.seed,
       tokenizer=tokenizer,
       note=note,
     )
     for i, (trace, folder, (tokenizer, note)) in enumerate(
-      zip(opened, options.traces, known, strict=True), 1
+      zip(open_traces, options.traces, tokenizers, strict=True), 1
     )
   ]
-  if several:
-    kind = options.kind or _default_kind(opened[0], options.traces[0])
+  if has_several:
+    kind = options.kind or _default_kind(open_traces[0], options.traces[0])
     parts.append(
       route_comparisons.comparison_part(
-        opened, options.traces, kind, options.steps
+        open_traces, options.traces, kind, options.steps
       )
     )
   output = pathlib.Path(options.output).expanduser()

@@ -71,15 +71,15 @@ class LayerStats:
 
   def __post_init__(self):
     """Raises ValueError where two fields differ in E, or more is kept."""
-    where, load, kept = f'layer {self.layer}', self.load, self.kept
+    layer_name, load, kept = f'layer {self.layer}', self.load, self.kept
     if kept.shape != load.shape:
-      raise ValueError(f'{where}: kept {kept.shape} but load {load.shape}')
+      raise ValueError(f'{layer_name}: kept {kept.shape} but load {load.shape}')
     if (kept > load).any():
-      raise ValueError(f'{where}: kept={kept} exceeds load={load}')
+      raise ValueError(f'{layer_name}: kept={kept} exceeds load={load}')
     counts = self.token_counts
     if counts is not None and counts.shape[1:] != load.shape:
       raise ValueError(
-        f'{where}: token_counts {counts.shape} must be [V, E={len(load)}]'
+        f'{layer_name}: token_counts {counts.shape} must be [V, E={len(load)}]'
       )
 
 
@@ -147,7 +147,7 @@ def _text_table(name, title, note, headings, cells) -> ValueTable:
 
 
 def print_report(console: Console, table: Sequence[Row]) -> None:
-  """Prints the two tables of `to_markdown`, and what percentages are."""
+  """Prints the tables of `to_markdown`, and a note on percentages."""
   console.print(*(one.terminal() for one in tables(table)))
   if any(busy['tokens'] for row in table for busy in row['busiest']):
     console.print(_TOKEN_SHARE.replace('\n', ' '), highlight=False)

@@ -13,9 +13,9 @@ from moe_jax.analysis.run_facts import FAILED, RunFacts
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 
-# A config file of the run's own, as commands take the names of such files.
+# The config file of the run itself, for commands that take such files.
 CONFIG_PY = 'this_config.py'
-_TEXT = '''"""The config of the run in this folder, for flags --config."""
+_CONFIG = '''"""The config of the run in this folder, for flags --config."""
 
 import pathlib
 
@@ -31,8 +31,8 @@ class Command(NamedTuple):
   """The commands with which one may go on from a run.
 
   Attributes:
-    title: What it does.
-    note: Sentences on it; may be empty.
+    title: Purpose of the commands, in a few words.
+    note: Sentences on them; may be empty.
     lines: The commands, each of which may have several lines.
   """
 
@@ -44,17 +44,18 @@ class Command(NamedTuple):
 def write_config(folder: pathlib.Path) -> None:
   """Writes the file `this_config.py` into a run's folder."""
   if (folder / workdir_lib.CONFIG).exists():
-    workdir_lib.write_text(folder / CONFIG_PY, _TEXT)
+    workdir_lib.write_text(folder / CONFIG_PY, _CONFIG)
 
 
 def name_of(folder: pathlib.Path) -> str:
-  """A folder as commands name it: from here if it is below, else by its name.
+  """A folder as commands name it: its path from the working directory.
 
-  Names of other folders of a machine stay on it.
+  A folder outside that directory is named by its last part alone, so that names
+  of other folders of a machine stay on it.
   """
-  folder, here = folder.resolve(), pathlib.Path.cwd()
-  if folder != here and folder.is_relative_to(here):
-    return str(folder.relative_to(here))
+  folder, current = folder.resolve(), pathlib.Path.cwd()
+  if folder != current and folder.is_relative_to(current):
+    return str(folder.relative_to(current))
   return folder.name
 
 
@@ -69,54 +70,56 @@ def commands(
 
   Args:
     folder: The run's folder.
-    facts: What is known of it.
+    facts: The known facts of the run.
     config: Its config.
     ended: Whether no step of it is left.
   """
   run = name_of(folder)
-  made = (
+  suitable = (
     []
     if packed_weights.are_in(folder)
-    else _training(run, facts, config, ended)
+    else _train_commands(run, facts, config, ended)
   )
   if facts.generates:
-    prompt = _of(config, 'sample', 'prompt') or 'Once upon a time'
-    line = ['moe_jax.generate', workdir(run), _flag('prompt', prompt)]
+    prompt = _config_text(config, 'sample', 'prompt') or 'Once upon a time'
+    words = ['moe_jax.generate', workdir(run), _flag('prompt', prompt)]
     sample = config.get('sample')
-    heat = sample.get('temperature') if isinstance(sample, Mapping) else 0
-    if heat and isinstance(heat, int | float):
-      line.append(f'--temperature={heat}')
+    temperature = (
+      sample.get('temperature') if isinstance(sample, Mapping) else 0
+    )
+    if temperature and isinstance(temperature, int | float):
+      words.append(f'--temperature={temperature}')
     if facts.by_task:
-      line.append('--task=TASK')
-    made.append(Command('Generate text', '', [_line(*line)]))
+      words.append('--task=TASK')
+    suitable.append(Command('Generate text', '', [_line(*words)]))
   if facts.is_sparse:
-    made.append(_routes(folder, run))
+    suitable.append(_route_command(folder, run))
   if not facts.model or facts.generates:
-    made += _elsewhere(folder, run, facts)
+    suitable += _export_commands(folder, run, facts)
   page = _line('moe_jax.analysis.run_page', shlex.quote(run))
-  return [*made, Command('Make this page anew', '', [page])]
+  return [*suitable, Command('Make this page anew', '', [page])]
 
 
-def _training(
+def _train_commands(
   run: str, facts: RunFacts, config: Mapping[str, Any], ended: bool
 ) -> list[Command]:
   """Commands that train: go on, vary, begin with this run's parameters."""
 
   def train(folder: str, *flags: str) -> str:
-    own = _flag('config', f'{run}/{CONFIG_PY}')
-    return _line('moe_jax.main', own, workdir(folder), *flags)
+    config_flag = _flag('config', f'{run}/{CONFIG_PY}')
+    return _line('moe_jax.main', config_flag, workdir(folder), *flags)
 
   steps = config.get('total_steps')
-  longer = f'--config.total_steps={2 * steps if type(steps) is int else "N"}'
-  made = []
+  length = f'--config.total_steps={2 * steps if type(steps) is int else "N"}'
+  suitable = []
   if not ended:
     note = 'It goes on from the newest good checkpoint.'
     if facts.state == FAILED:
       note += ' Mend first what the error above names.'
-    made.append(Command('Go on with this run', note, [train(run)]))
+    suitable.append(Command('Go on with this run', note, [train(run)]))
   note = 'The schedule of the learning rate is then that of the new length.'
-  made += [
-    Command('Train longer', note, [train(run, longer, '--resume')]),
+  suitable += [
+    Command('Train longer', note, [train(run, length, '--resume')]),
     Command(
       'Train a variant',
       'Any key of the config can be changed; --describe in place of --workdir '
@@ -124,41 +127,41 @@ def _training(
       [train(f'{run}_variant', '--config.seed=1')],
     ),
   ]
-  if not _of(config, 'distill', 'teacher'):
-    start = _flag('config.init_from.workdir', run)
-    made.append(
+  if not _config_text(config, 'distill', 'teacher'):
+    start_flag = _flag('config.init_from.workdir', run)
+    suitable.append(
       Command(
         'Fine-tune: a new run that begins with these parameters',
         'As it stands it trains on the same data; give data, steps and '
         'learning rate of your own with --config.data..., '
         '--config.total_steps=... and --config.optimizer.learning_rate=...',
-        [train(f'{run}_finetuned', start)],
+        [train(f'{run}_finetuned', start_flag)],
       )
     )
-  return made
+  return suitable
 
 
-def _routes(folder: pathlib.Path, run: str) -> Command:
+def _route_command(folder: pathlib.Path, run: str) -> Command:
   """Commands that show routers' choices, from the run's trace or a new one."""
   title, module = 'See what the routers did', 'moe_jax.analysis.routes'
   output = _flag('output', f'{run}/routes')
   if (folder / 'trace').is_dir():
     trace = shlex.quote(f'{run}/trace')
     return Command(title, '', [_line(module, trace, output)])
-  record = 'moe_jax.analysis.record_evaluation'
+  record_module = 'moe_jax.analysis.record_evaluation'
   trace = _flag('trace', f'{run}/choices')
   return Command(
     title,
     'The first records the choices in an evaluation; the second writes a page '
     'with tables and pictures of them.',
     [
-      _line(record, workdir(run), trace),
+      _line(record_module, workdir(run), trace),
       _line(module, shlex.quote(f'{run}/choices'), output),
     ],
   )
 
 
-def _elsewhere(
+def _export_commands(
   folder: pathlib.Path, run: str, facts: RunFacts
 ) -> list[Command]:
   """Commands that write the model in another form."""
@@ -167,15 +170,15 @@ def _elsewhere(
     note = 'Where transformers has no such model, it says what differs.'
   output = _flag('output', f'{run}_exported')
   export = _line('moe_jax.interop export', workdir(run), output)
-  made = [Command('Export for Hugging Face transformers', note, [export])]
+  exports = [Command('Export for Hugging Face transformers', note, [export])]
   if packed_weights.are_in(folder) or (facts.model and not facts.has_blocks):
-    return made
+    return exports
   flags = ['--format=int4', *['--kernels=all'] * (not facts.is_sparse)]
   output = _flag('output', f'{run}_int4')
   line = _line(
     'moe_jax.compression quantize', _flag('run', run), output, *flags
   )
-  return [*made, Command('Quantise to 4 bits', '', [line])]
+  return [*exports, Command('Quantise to 4 bits', '', [line])]
 
 
 def workdir(run: str) -> str:
@@ -199,7 +202,7 @@ def _line(module: str, *words: str) -> str:
   return '\n'.join(lines)
 
 
-def _of(config: Mapping[str, Any], section: str, key: str) -> str:
+def _config_text(config: Mapping[str, Any], section: str, key: str) -> str:
   """A text in a section of a config; '' where there is none."""
   values = config.get(section)
   value = values.get(key) if isinstance(values, Mapping) else ''

@@ -47,12 +47,12 @@ class RunCost:
 
   def describe(self) -> str:
     """The counts in a line."""
-    a_step, noun = self.rows // self.steps, 'examples'
+    per_step, noun = self.rows // self.steps, 'examples'
     if self.row_tokens:
-      a_step, noun = a_step * self.row_tokens, 'tokens'
+      per_step, noun = per_step * self.row_tokens, 'tokens'
     line = (
-      f'{self.steps:,} steps of {a_step:,} {noun}, '
-      f'{short(self.steps * a_step)} in all, with {short(self.total_params)} '
+      f'{self.steps:,} steps of {per_step:,} {noun}, '
+      f'{short(self.steps * per_step)} in all, with {short(self.total_params)} '
       'parameters'
     )
     if self.active_params < self.total_params:
@@ -65,10 +65,10 @@ class RunCost:
     Args:
       rate: FLOPs a second of a large matrix product on all devices.
     """
-    took = datetime.timedelta(seconds=math.ceil(self.flops / rate))
+    delta = datetime.timedelta(seconds=math.ceil(self.flops / rate))
     return (
-      f'{_big(self.flops)}FLOP take {took} at the speed of a large matrix '
-      f'product here and now, {_big(rate)}FLOP/s; a small model often takes '
+      f'{_metric(self.flops)}FLOP take {delta} at the speed of a large matrix '
+      f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
       'several times that, and compiling and evaluations come on top'
     )
 
@@ -89,9 +89,9 @@ def run_cost(options: RunOptions, model: Model) -> RunCost:
   cost = count(model, *lengths, options.batch_size)
   flops = 3 * rows * cost.example_flops
   if len(model.stacks) == 1:
-    trained = training_cost(options, model)
-    a_row = cost.example_flops + lengths[0] * trained.backward_flops
-    flops = rows * a_row + steps * trained.step_flops
+    training = training_cost(options, model)
+    row_flops = cost.example_flops + lengths[0] * training.backward_flops
+    flops = rows * row_flops + steps * training.step_flops
   return RunCost(
     steps=steps,
     rows=rows,
@@ -108,7 +108,7 @@ class RunBytes(NamedTuple):
   Attributes:
     parameters: Bytes of the parameters on a device.
     optimizer: Bytes of the optimizer's state on a device.
-    gradients: Bytes of the gradients of what trains, on a device.
+    gradients: Bytes of the gradients of trained parameters, on a device.
     activations: Bytes that the forward pass of a microbatch leaves for the
       backward pass, by formula; 0 where they are not counted.
     checkpoint: Bytes of a checkpoint, of all devices together.
@@ -122,14 +122,14 @@ class RunBytes(NamedTuple):
 
   @property
   def total(self) -> int:
-    """The sum on a device."""
+    """The sum of the bytes on a device."""
     return sum(self[:4])
 
   def describe(self) -> str:
     """The bytes on a device in a line."""
     names = ('parameters', 'optimizer state', 'gradients', 'activations')
-    parts = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
-    return f'{", ".join(parts)}: about {in_bytes(self.total)} on each device'
+    phrases = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
+    return f'{", ".join(phrases)}: about {in_bytes(self.total)} on each device'
 
 
 def run_bytes(
@@ -144,17 +144,17 @@ def run_bytes(
     mesh: The devices.
   """
   state = programs.abstract_state
-  kept = 0
+  activations = 0
   if model.stacks:
-    parts = partitioning.row_parts(mesh, options.sharding.rules)
-    rows = -(-options.shape().rows // parts)
+    num_parts = partitioning.row_parts(mesh, options.sharding.rules)
+    rows = -(-options.shape().rows // num_parts)
     lengths = options.data.seq_len, options.data.target_len
-    kept = sum(memory.activations(model, rows, *lengths))
+    activations = sum(memory.activations(model, rows, *lengths))
   return RunBytes(
     parameters=sharded.device_bytes(state.params),
     optimizer=sharded.device_bytes(state.opt_state),
     gradients=sharded.device_bytes(programs.trained.part(state.params)),
-    activations=kept,
+    activations=activations,
     checkpoint=_bytes(state),
   )
 
@@ -163,7 +163,7 @@ def _bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _big(n: float) -> str:
+def _metric(n: float) -> str:
   """A number of operations with its prefix: 15.8e9 is '15.8 G'."""
   text = short(n).replace('B', 'G')
   return f'{text[:-1]} {text[-1]}' if text[-1].isalpha() else f'{text} '

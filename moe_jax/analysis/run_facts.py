@@ -1,8 +1,8 @@
 """Facts that a run's folder does not tell by itself: model, machine, state.
 
 They are in `run_facts.json`, which a run writes at its start and its end; for a
-folder without it they are found out from the rest, as far as it says them. Not
-here: the page that shows them (`run_page.py`).
+folder without that file they are worked out from its other files, as far as
+possible. Not here: the page that shows them (`run_page.py`).
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class RunFacts:
   said: str = ''
 
   def write(self, folder: pathlib.Path) -> None:
-    """Writes them into a run's folder."""
+    """Writes the facts into a run's folder."""
     text = json.dumps(dataclasses.asdict(self), indent=2) + '\n'
     workdir_lib.write_text(folder / FILE, text)
 
@@ -83,7 +83,7 @@ def now() -> str:
 def of_run(run: Run, config_name: str = '') -> RunFacts:
   """The facts of a run that begins or goes on."""
   return dataclasses.replace(
-    _of_model(run.model, run.options.model, run.options.data.seq_len),
+    _model_facts(run.model, run.options.model, run.options.data.seq_len),
     loss_unit=run.dataset.loss_unit,
     counted=run.dataset.counted,
     config_name=config_name,
@@ -111,22 +111,22 @@ def read(folder: pathlib.Path, allow: Iterable[str] = ()) -> RunFacts:
   try:
     run = trained.read(folder, allow, tokenizer_needed=False)
     model = run.model.build()
-    return _of_model(model, run.model, run.data.seq_len)
+    return _model_facts(model, run.model, run.data.seq_len)
   except (OSError, ValueError):  # no checkpoint yet, or a damaged folder
     return RunFacts()
 
 
 def _is_whole(facts: RunFacts) -> bool:
   """Whether each value has the type of its default."""
-  kept = dataclasses.asdict(facts)
-  usual = dataclasses.asdict(RunFacts())
-  named = [*facts.versions.items()] if isinstance(facts.versions, dict) else []
-  return all(type(kept[name]) is type(usual[name]) for name in usual) and all(
-    isinstance(text, str) for pair in named for text in pair
-  )
+  stored = dataclasses.asdict(facts)
+  defaults = dataclasses.asdict(RunFacts())
+  pairs = [*facts.versions.items()] if isinstance(facts.versions, dict) else []
+  return all(
+    type(stored[name]) is type(defaults[name]) for name in defaults
+  ) and all(isinstance(text, str) for pair in pairs for text in pair)
 
 
-def _of_model(model: Model, options: ModelOptions, seq_len: int) -> RunFacts:
+def _model_facts(model: Model, options: ModelOptions, seq_len: int) -> RunFacts:
   """The facts of a model."""
   if model.reads_features:
     leaves = jax.tree.leaves(abstract_params(model))
@@ -158,22 +158,24 @@ def _experts(model: Model) -> str:
   moes = {i: moe for i, moe in enumerate(model.moes) if moe is not None}
   if not moes:
     return ''
-  several = {moe.sizes.num_retained for moe in moes.values()}
-  chosen = {moe.num_selected for moe in moes.values()}
+  expert_counts = {moe.sizes.num_retained for moe in moes.values()}
+  choice_counts = {moe.num_selected for moe in moes.values()}
   layers = ', '.join(map(str, moes))
   return (
-    f'{" or ".join(map(str, sorted(several)))} experts, '
-    f'{" or ".join(map(str, sorted(chosen)))} selected, in '
+    f'{" or ".join(map(str, sorted(expert_counts)))} experts, '
+    f'{" or ".join(map(str, sorted(choice_counts)))} selected, in '
     f'layer{"s" * (len(moes) > 1)} {layers}'
   )
 
 
 def _versions() -> dict[str, str]:
   system = f'{platform.system()} {platform.machine()}'
-  found: dict[str, Any] = {'Python': f'{platform.python_version()}, {system}'}
+  versions: dict[str, Any] = {
+    'Python': f'{platform.python_version()}, {system}'
+  }
   for name in _PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
-  return found
+  return versions

@@ -1,4 +1,4 @@
-"""The files in a run's folder, and what they are.
+"""The files in a run's folder, each with its purpose.
 
 Not here: what they contain (`run_sections.py`).
 """
@@ -37,25 +37,25 @@ _FILES = {
 
 
 class FileLine(NamedTuple):
-  """A file or folder of a run: name, what it is, and whether to link it."""
+  """A file or folder of a run: name, purpose, and whether to link it."""
 
   name: str
-  what: str
+  purpose: str
   is_link: bool
 
 
 def files(folder: pathlib.Path) -> list[FileLine]:
   """The files of a run that are there, or will be once the page is written."""
-  there = {path.name: path for path in folder.iterdir()}
+  paths = {path.name: path for path in folder.iterdir()}
   examples = {
     name: 'what the model wrote in an evaluation'
-    for name in sorted(there)
+    for name in sorted(paths)
     if name.endswith('_examples.txt')
   }
   return [
-    FileLine(name, what, not there[name].is_dir())
-    for name, what in (_FILES | examples).items()
-    if name in there and name != PAGE
+    FileLine(name, purpose, not paths[name].is_dir())
+    for name, purpose in (_FILES | examples).items()
+    if name in paths and name != PAGE
   ]
 
 

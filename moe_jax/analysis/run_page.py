@@ -31,7 +31,7 @@ from moe_jax.analysis.run_files import CURVES, LOAD, PAGE
 from moe_jax.analysis.run_sections import RunFolder
 from moe_jax.runs import workdir as workdir_lib
 
-_NARROW = 5.4  # inches: the load's picture on the page
+_LOAD_WIDTH = 5.4  # inches, of the picture of the load on the page
 
 _TEMPLATE = """\
 {% block style %}
@@ -122,7 +122,7 @@ dropped, over the uniform share. {{ how_to_read }}</p>
 {% if linked and file.is_link %}
 <a href="./{{ file.name|urlencode }}">{{ file.name }}</a>
 {% else %}{{ file.name }}{% endif %}</td>
-<td class="left">{{ file.what }}</td></tr>{% endfor %}</tbody></table></div>
+<td class="left">{{ file.purpose }}</td></tr>{% endfor %}</tbody></table></div>
 
 <h2 id="How-to-go-on">How to go on</h2>
 <p class="note">Commands are for the folder in which <code>{{ name }}</code> is,
@@ -184,16 +184,16 @@ def write(
   folder = workdir_lib.folder_of(workdir)
   run = run_sections.read(folder, allow)
   run_commands.write_config(folder)
-  drawn = []
+  figures = []
   if run_sections.curves(run):
     units = run.facts.loss_unit, run.facts.counted
-    drawn.append((CURVES, plots.curves_figure(run.rows, *units)))
+    figures.append((CURVES, plots.curves_figure(run.rows, *units)))
   if _has_load(run):
-    drawn.append((LOAD, plots.load_figure(run.rows)))
-  for name, figure in drawn:
+    figures.append((LOAD, plots.load_figure(run.rows)))
+  for name, figure in figures:
     _write(folder / name, plot_style.picture(figure))
   _write(folder / PAGE, html(run, allow).encode())
-  return [folder / name for name in [PAGE, *(name for name, _ in drawn)]]
+  return [folder / name for name in [PAGE, *(name for name, _ in figures)]]
 
 
 def html(
@@ -202,7 +202,7 @@ def html(
   """The page of a run.
 
   Args:
-    run: What is read from its folder.
+    run: The content of the run's folder.
     allow: Modules whose classes may be imported where the folder names them.
     linked: Whether other files of the folder are linked.
   """
@@ -221,7 +221,9 @@ def html(
       for panel in run_sections.curves(run)
     ],
     evaluations=run_sections.evaluations(run.rows),
-    load=_svg(plots.load_figure(run.rows, _NARROW)) if _has_load(run) else '',
+    load=_svg(plots.load_figure(run.rows, _LOAD_WIDTH))
+    if _has_load(run)
+    else '',
     how_to_read=plot_style.HOW_TO_READ,
     routing=tables,
     warnings=warnings,
@@ -262,10 +264,10 @@ def _svg(figure: Any) -> str:
   return html_pages.data_uri(plot_style.picture(figure, 'svg'), 'svg')
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
+def _write(path: pathlib.Path, content: bytes) -> None:
   """Writes a file so that at any moment it is the old or the new one."""
   unfinished = path.with_name(path.name + '.tmp')
-  unfinished.write_bytes(data)
+  unfinished.write_bytes(content)
   unfinished.replace(path)
 
 
@@ -283,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   logging.set_verbosity(logging.WARNING)
   with command_line.reported(options.traceback):
-    first, *others = write(options.workdir, options.allow_module)
-    print(f'The page is {first}', *others, sep='\n')
+    page_path, *picture_paths = write(options.workdir, options.allow_module)
+    print(f'The page is {page_path}', *picture_paths, sep='\n')
 
 
 if __name__ == '__main__':

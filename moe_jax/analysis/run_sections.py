@@ -23,10 +23,10 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import CheckpointError
 
 Rows = list[dict[str, Any]]
-_MOST_TEXT = 20_000  # letters of a sample that are shown
+_MAX_LETTERS = 20_000  # letters of a sample that are shown
 
 
-class Named(NamedTuple):
+class NamedValue(NamedTuple):
   """A value with its name, both as text."""
 
   name: str
@@ -50,7 +50,7 @@ class RunFolder:
     folder: The folder.
     rows: The rows of its metrics.
     config: Its config; {} where it cannot be read.
-    facts: What else is known of it.
+    facts: Further facts of the run.
   """
 
   folder: pathlib.Path
@@ -60,7 +60,7 @@ class RunFolder:
 
   @property
   def step(self) -> int:
-    """The last step that has a row; 0 without any."""
+    """The last step that has a row; 0 if none has."""
     return max((row['step'] for row in self.rows), default=0)
 
   @property
@@ -97,38 +97,38 @@ def read(folder: pathlib.Path, allow: Iterable[str] = ()) -> RunFolder:
 
 def state(run: RunFolder) -> str:
   """A sentence on how far the run is."""
-  done, total = f'step {run.step:,}', run.total
+  progress, total = f'step {run.step:,}', run.total
   if total is not None:
-    done += f' of {total:,}'
+    progress += f' of {total:,}'
   match run.facts.state:
     case run_facts.FINISHED if total is not None and run.step < total:
-      said = f'Ended early at {done}.'
+      sentence = f'Ended early at {progress}.'
     case run_facts.FINISHED:
-      said = f'Finished at {done}.'
+      sentence = f'Finished at {progress}.'
     case run_facts.STOPPED:
-      said = f'Stopped; logged until {done}. It can go on.'
+      sentence = f'Stopped; logged until {progress}. It can go on.'
     case run_facts.FAILED:
-      said = f'Failed; logged until {done}.'
+      sentence = f'Failed; logged until {progress}.'
     case run_facts.RUNNING:
-      said = f'In training: {done} when this page was written.'
+      sentence = f'In training: {progress} when this page was written.'
     case _ if not run.rows:
-      said = 'Not trained here yet.'
+      sentence = 'Not trained here yet.'
     case _:
-      said = f'{"Finished" if run.ended else "Not finished"}: {done}.'
+      sentence = f'{"Finished" if run.ended else "Not finished"}: {progress}.'
   if skipped := sorted(nonfinite.steps(run.folder)):
     steps = ', '.join(f'{step:,}' for step in skipped[:5])
     more = ', …' * (len(skipped) > 5)
-    said += (
+    sentence += (
       f' Loss, gradient or state of {len(skipped)} '
       f'step{"s" * (len(skipped) > 1)} was not finite: {steps}{more}.'
     )
-  return said
+  return sentence
 
 
-def headline(run: RunFolder) -> list[Named]:
+def headline(run: RunFolder) -> list[NamedValue]:
   """The numbers at the top of the page."""
   facts, unit = run.facts, run.facts.loss_unit
-  found = [
+  pairs = [
     ('config', facts.config_name),
     ('model', facts.model.replace('_', ' ')),
     ('experts', facts.experts or 'none' * facts.has_blocks),
@@ -139,13 +139,15 @@ def headline(run: RunFolder) -> list[Named]:
     ('median speed', _speed(run)),
     ('best checkpoint', _best(run.folder)),
   ]
-  return [Named(name, value) for name, value in found if value]
+  return [NamedValue(name, value) for name, value in pairs if value]
 
 
-def environment(facts: RunFacts) -> list[Named]:
+def environment(facts: RunFacts) -> list[NamedValue]:
   """Devices, versions and times."""
-  found = [('devices', facts.devices), ('last start', facts.started)]
-  return [Named(*one) for one in [*found, *facts.versions.items()] if one[1]]
+  pairs = [('devices', facts.devices), ('last start', facts.started)]
+  return [
+    NamedValue(*pair) for pair in [*pairs, *facts.versions.items()] if pair[1]
+  ]
 
 
 def evaluations(rows: Rows) -> ValueTable | None:
@@ -158,9 +160,9 @@ def evaluations(rows: Rows) -> ValueTable | None:
         values.setdefault((match[1], match[2]), []).append((value, row['step']))
   cells = []
   for (name, measure), pairs in values.items():
-    known = [pair for pair in pairs if math.isfinite(pair[0])]
-    ends = [min(known), max(known, key=lambda p: p[0])] if known else [None] * 2
-    cells.append([name, measure, *map(_at, [pairs[-1], *ends])])
+    valid = [pair for pair in pairs if math.isfinite(pair[0])]
+    ends = [min(valid), max(valid, key=lambda p: p[0])] if valid else [None] * 2
+    cells.append([name, measure, *map(_value_at_step, [pairs[-1], *ends])])
   if not cells:
     return None
   columns = dict.fromkeys(['evaluation', 'measure'], '')
@@ -184,12 +186,12 @@ def routing(folder: pathlib.Path) -> tuple[list[ValueTable], list[str]]:
 
 
 def sample(folder: pathlib.Path) -> str:
-  """The text that the model wrote; '' without."""
+  """The text that the model wrote; '' where it wrote none."""
   try:
     text = (folder / SAMPLE).read_text(encoding='utf-8', errors='replace')
   except OSError:
     return ''
-  return text if len(text) <= _MOST_TEXT else text[:_MOST_TEXT] + '…'
+  return text if len(text) <= _MAX_LETTERS else text[:_MAX_LETTERS] + '…'
 
 
 def changed_options(
@@ -249,7 +251,7 @@ def _best(folder: pathlib.Path) -> str:
     return ''
 
 
-def _at(pair: Sequence[float] | None) -> str:
+def _value_at_step(pair: Sequence[float] | None) -> str:
   if pair is None:
     return '-'
   value, step = pair

@@ -49,8 +49,8 @@ class Sharded:
   @property
   def needed_bytes(self) -> int:
     """Bytes that a device must have free for a step."""
-    held = self.argument_bytes + self.output_bytes - self.alias_bytes
-    return held + self.temp_bytes + self.code_bytes
+    live_bytes = self.argument_bytes + self.output_bytes - self.alias_bytes
+    return live_bytes + self.temp_bytes + self.code_bytes
 
   def describe(self) -> str:
     """The two lines that a run on several devices prints at its start."""
@@ -67,11 +67,11 @@ class Sharded:
 
 def describe_traffic(collectives: collectives_lib.Collectives) -> str:
   """The collectives as text: '12 all-gather (1.5 GB)', or 'nothing'."""
-  parts = [
+  phrases = [
     f'{traffic.count} {kind} ({in_bytes(traffic.num_bytes)})'
     for kind, traffic in sorted(collectives.by_kind.items())
   ]
-  return ', '.join(parts) or 'nothing'
+  return ', '.join(phrases) or 'nothing'
 
 
 def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
@@ -108,7 +108,7 @@ def device_bytes(tree: Any) -> int:
   )
 
 
-def held(
+def holders(
   x: jax.Array | jax.ShapeDtypeStruct, axis: int
 ) -> tuple[list[jax.Device], Bool[np.ndarray, 'D N']]:
   """A table of the entries of one dimension that each device holds.
@@ -120,9 +120,9 @@ def held(
   Returns:
     The D devices in the order of their ids, and whether each holds an entry.
   """
-  places = x.sharding.devices_indices_map(x.shape)
-  devices = sorted(places, key=lambda device: device.id)
+  indices = x.sharding.devices_indices_map(x.shape)
+  devices = sorted(indices, key=lambda device: device.id)
   holds = np.zeros((len(devices), x.shape[axis]), bool)
   for row, device in zip(holds, devices):
-    row[places[device][axis]] = True
+    row[indices[device][axis]] = True
   return devices, holds

@@ -100,13 +100,13 @@ def by_part(
       time of its body. Instructions that the program lacks belong to `OTHER`.
   """
   op_names = compiled.op_name_of(program)
-  counted = compiled.leaves(program, set(seconds))
-  counted |= {name for name in seconds if name not in program}
-  total: dict[tuple[str, bool], float] = collections.defaultdict(float)
-  for name in counted:
+  leaf_names = compiled.leaves(program, set(seconds))
+  leaf_names |= {name for name in seconds if name not in program}
+  times: dict[tuple[str, bool], float] = collections.defaultdict(float)
+  for name in leaf_names:
     op_name = op_names.get(name, '')
-    total[part_of(op_name), is_backward(op_name)] += seconds[name]
-  return dict(total), sum(total.values())
+    times[part_of(op_name), is_backward(op_name)] += seconds[name]
+  return dict(times), sum(times.values())
 
 
 def shares_of_step(

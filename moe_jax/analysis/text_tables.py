@@ -17,7 +17,7 @@ from rich.text import Text
 
 Value = str | int | float | None
 PROSE = 80  # columns of sentences where the output is no terminal
-_WIDE = 1000  # columns, with which no table is cut
+_WIDE = 1000  # columns, enough for every table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,12 @@ class ValueTable:
 
   def csv(self) -> str:
     """The values at full precision; None and NaN are empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator='\n')
     writer.writerow(self.columns)
     for row in self.rows:
-      writer.writerow('' if _missing(value) else value for value in row)
-    return text.getvalue()
+      writer.writerow('' if _is_missing(value) else value for value in row)
+    return buffer.getvalue()
 
   def terminal(self) -> Table:
     """The table for a terminal."""
@@ -131,9 +131,9 @@ def terminal_table(
   return table
 
 
-def _missing(value: Value) -> bool:
+def _is_missing(value: Value) -> bool:
   return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _text(value: Value, form: str) -> str:
-  return '-' if _missing(value) else format(value, form)
+  return '-' if _is_missing(value) else format(value, form)

@@ -83,10 +83,10 @@ def _sown(
   model: Model, variables: dict[str, Any], batch: Batch
 ) -> list[jax.Array | SlotRouting]:
   """The choices of each sparse layer's router, in the order of the layers."""
-  _, kept = model.apply(
+  _, collections = model.apply(
     variables, **model.inputs(batch), mutable=['intermediates']
   )
-  layers = model.layer_trees(kept['intermediates'])
+  layers = model.layer_trees(collections['intermediates'])
   return [sown_choices(layers[i]) for i in model.sparse_layers]
 
 
@@ -95,11 +95,11 @@ def _choices(
 ) -> Choices:
   prefix = model.sequence_of(layer)
   tokens = np.asarray(batch[f'{prefix}tokens']).reshape(-1)
-  real = np.asarray(batch[f'{prefix}segment_ids']).reshape(-1) > 0
+  is_real = np.asarray(batch[f'{prefix}segment_ids']).reshape(-1) > 0
   position, expert = _pairs(chosen)
-  inside = position < len(tokens)  # the last group may be filled up
-  position, expert = position[inside], expert[inside]
-  position, expert = position[real[position]], expert[real[position]]
+  is_inside = position < len(tokens)  # the last group may be filled up
+  position, expert = position[is_inside], expert[is_inside]
+  position, expert = position[is_real[position]], expert[is_real[position]]
   return Choices(position, tokens[position], expert)
 
 

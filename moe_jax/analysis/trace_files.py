@@ -63,28 +63,29 @@ def chunks(folder: pathlib.Path, header: Header) -> list[Chunk]:
   Raises:
     ValueError: A file is damaged, missing, or of another trace.
   """
-  found = []
+  finished = []
   for path in sorted(folder.iterdir()):
     if numbers := _NAME.fullmatch(path.name):
       session, process, part = map(int, numbers.groups())
-      found.append(_chunk(path, session, process, part, header))
-  of_process = lambda chunk: (chunk.session, chunk.process)  # noqa: E731
-  for (_, process), parts in itertools.groupby(found, of_process):
-    numbers = [chunk.part for chunk in parts]
+      finished.append(_chunk(path, session, process, part, header))
+  process_key = lambda chunk: (chunk.session, chunk.process)  # noqa: E731
+  for (_, process), group in itertools.groupby(finished, process_key):
+    numbers = [chunk.part for chunk in group]
     if numbers != [*range(len(numbers))]:
       raise ValueError(f'{folder}: process {process} has parts {numbers} alone')
-  return found
+  return finished
 
 
 def _chunk(path, session: int, process: int, part: int, header: Header):
   try:
     with safe_open(path, 'numpy') as file:
-      notes = file.metadata() or {}
-    entries = [Entry.of(entry) for entry in json.loads(notes['entries'])]
-    own, start = Header.from_json(notes['header']), int(notes['start'])
+      metadata = file.metadata() or {}
+    entries = [Entry.of(entry) for entry in json.loads(metadata['entries'])]
+    file_header = Header.from_json(metadata['header'])
+    start = int(metadata['start'])
   except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} cannot be read: {error!r}') from None
-  header.check_same(own, str(path))
+  header.check_same(file_header, str(path))
   return Chunk(path, session, process, part, start, tuple(entries))
 
 
@@ -98,11 +99,11 @@ def load(path: pathlib.Path) -> list[Arrays]:
     with safe_open(path, 'numpy') as file:
       names = file.keys()
       arrays = {name: file.get_tensor(name) for name in names}
-      notes = file.metadata() or {}
+      metadata = file.metadata() or {}
   except (OSError, SafetensorError) as error:
     raise ValueError(f'{path} cannot be read: {error}') from None
-  entries = notes.get('entries', '[]')
-  if notes.get('sha256') != digest_of(arrays, entries):
+  entries = metadata.get('entries', '[]')
+  if metadata.get('sha256') != digest_of(arrays, entries):
     raise ValueError(f'{path} is damaged: its sha256 is not that of its arrays')
   records = [{} for _ in json.loads(entries)]
   for name, array in arrays.items():
@@ -114,8 +115,8 @@ def load(path: pathlib.Path) -> list[Arrays]:
 def last_session(folder: pathlib.Path) -> int:
   """The number of the newest session with a chunk in a folder; 0 for none."""
   names = os.listdir(folder) if folder.is_dir() else []
-  found = [int(m.group(1)) for m in map(_NAME.fullmatch, names) if m]
-  return max(found, default=0)
+  sessions = [int(m.group(1)) for m in map(_NAME.fullmatch, names) if m]
+  return max(sessions, default=0)
 
 
 class Writer:
@@ -204,14 +205,14 @@ class Writer:
     if not self._entries:
       return
     entries = json.dumps(self._entries)
-    notes = {
+    metadata = {
       'entries': entries,
       'header': self._header.to_json(),
       'start': str(self._start),
       'sha256': digest_of(self._arrays, entries),
     }
     path = self._folder / f'{self._prefix}{self._part:08d}.safetensors'
-    _write_atomically(path, lambda to: save_file(self._arrays, to, notes))
+    _write_atomically(path, lambda to: save_file(self._arrays, to, metadata))
     self._part, self._bytes = self._part + 1, 0
     self._entries, self._arrays = [], {}
 

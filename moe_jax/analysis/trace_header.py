@@ -32,7 +32,7 @@ def make_header(
     tokenizer: Its tokenizer.
     batch_size: The number of rows of a batch.
     microbatches: The number of parts that a batch is computed in.
-    note: What a reader has to know, beside that choices are forced.
+    note: A note for readers, to which one on forced choices is added.
     **fields: Further fields of the header.
   """
   lengths = dict.fromkeys(model.sequences, data.seq_len)
@@ -59,11 +59,11 @@ def make_header(
 def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
   moe = model.moe_of(layer)
   S = rows * length if moe.group_size == -1 else moe.group_size or length
-  bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
+  is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
   return LayerInfo(
     num_experts=moe.sizes.num_retained,
     num_selected=moe.num_selected,
-    capacity=moe.router.training_slots(moe.sizes, S) if bounded else None,
+    capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
     group_size=S,
     by_expert=moe.router.by_expert,
     sequence=model.sequence_of(layer).rstrip('_'),

@@ -37,15 +37,15 @@ class Traces(Hook):
     self._recorder: Recorder | None = None
 
   def check(self, run: Run) -> None:
-    """Finds out whether the choices can be recorded.
+    """Checks that the choices can be recorded.
 
     Raises:
       ValueError: The workdir has the trace of another run.
     """
     if run.options.trace.is_on and run.model.sparse_layers:
-      say = lambda text: run.message(text)  # noqa: E731  hooks change it later
+      log = lambda text: run.message(text)  # noqa: E731  hooks change it later
       folder = run.workdir / FOLDER
-      self._recorder = Recorder(folder, header_of(run), run.model, say)
+      self._recorder = Recorder(folder, header_of(run), run.model, log)
 
   def start(self, run: Run) -> None:
     """Wraps the step and the evaluations that are recorded."""
@@ -61,14 +61,17 @@ class Traces(Hook):
     names = o.names(run.options.loss_evals)
     run.evaluations = [
       dataclasses.replace(
-        each,
+        evaluation,
         measure=RecordedLosses(
-          each.name, cast(Losses, each.measure), o.recording, self._recorder
+          evaluation.name,
+          cast(Losses, evaluation.measure),
+          o.recording,
+          self._recorder,
         ),
       )
-      if each.name in names
-      else each
-      for each in run.evaluations
+      if evaluation.name in names
+      else evaluation
+      for evaluation in run.evaluations
     ]
     run.message(
       f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
@@ -80,7 +83,7 @@ class Traces(Hook):
       self._recorder.flush()
 
   def close(self) -> None:
-    """Writes the records that are left."""
+    """Writes the records that are in no file yet."""
     if self._recorder is not None:
       self._recorder.close()
 
@@ -108,22 +111,22 @@ def header_of(run: Run) -> Header:
 class _RecordedStep:
   """A step (state, batch) whose choices go to a recorder.
 
-  The metrics that it returns are without them.
+  The metrics that it returns are without the choices.
   """
 
   def __init__(self, step: Step, options: TraceOptions, recorder: Recorder):
     self._step, self._options, self._recorder = step, options, recorder
-    self._taken: int | None = None
+    self._num_steps: int | None = None
 
   def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-    if self._taken is None:  # reading `state.step` waits for the device
-      self._taken = int(state.step)
-      self._recorder.begin(self._taken)
-    taken, self._taken = self._taken, self._taken + 1
+    if self._num_steps is None:  # reading `state.step` waits for the device
+      self._num_steps = int(state.step)
+      self._recorder.begin(self._num_steps)
+    num_steps, self._num_steps = self._num_steps, self._num_steps + 1
     state, metrics = self._step(state, batch)
     sums = metrics.sums
-    if self._options.has_step(taken + 1):
-      self._recorder.add('train', taken, 0, batch, sums.choices)
+    if self._options.has_step(num_steps + 1):
+      self._recorder.add('train', num_steps, 0, batch, sums.choices)
     return state, metrics._replace(sums=sums._replace(choices=None))
 
 

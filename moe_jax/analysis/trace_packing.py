@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Entry(NamedTuple):
-  """A record's place in a chunk.
+  """The description of a record in a chunk.
 
   Attributes:
     kind, step, batch, sequence: See `Record`.
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
   @classmethod
   def of(cls, values: Sequence[Any]) -> 'Entry':
-    """The entry that JSON has as a list."""
+    """The entry from its list in JSON."""
     return cls._make(tuple(v) if isinstance(v, list) else v for v in values)
 
 
@@ -57,11 +57,11 @@ def pack(record: Record, header: Header) -> Arrays:
   arrays = {}
   for name in IDS:
     if (values := getattr(record, name)) is not None:
-      arrays[name] = _least(_shaped(name, values, shape))
+      arrays[name] = _smallest(_checked_shape(name, values, shape))
   for number, choices in record.layers.items():
     if (info := header.layers.get(number)) is None:
       raise ValueError(f'layer {number} not in {sorted(header.layers)}')
-    _shaped(f'expert of layer {number}', choices.expert[..., 0], shape)
+    _checked_shape(f'expert of layer {number}', choices.expert[..., 0], shape)
     packed = _pack_layer(choices, info, np.dtype(header.dtype))
     arrays |= {f'{number}/{name}': value for name, value in packed.items()}
   return arrays
@@ -77,23 +77,23 @@ def unpack(arrays: Arrays, entry: Entry, header: Header) -> Record:
   layers = {}
   for number in entry.layers:
     prefix = f'{number}/'
-    own = {
+    layer_arrays = {
       name.removeprefix(prefix): value
       for name, value in arrays.items()
       if name.startswith(prefix)
     }
-    layers[number] = _unpack_layer(own, shape, header.layers[number])
+    layers[number] = _unpack_layer(layer_arrays, shape, header.layers[number])
   kind, step, batch, sequence = entry[:4]
   return Record(kind, step, batch, **ids, layers=layers, sequence=sequence)
 
 
-def _shaped(name: str, values: np.ndarray, shape: tuple[int, ...]):
+def _checked_shape(name: str, values: np.ndarray, shape: tuple[int, ...]):
   if np.shape(values) != shape:
     raise ValueError(f'{name} has shape {np.shape(values)}, tokens {shape}')
   return values
 
 
-def _least(values: np.ndarray) -> np.ndarray:
+def _smallest(values: np.ndarray) -> np.ndarray:
   """The integers in the smallest type that holds them."""
   values = np.asarray(values)
   low, high = (values.min(), values.max()) if values.size else (0, 0)
@@ -111,15 +111,15 @@ def _pack_layer(
 ) -> Arrays:
   expert, kept = np.asarray(choices.expert), np.asarray(choices.kept)
   gate = np.where(kept, choices.gate, 0).astype(dtype)
-  chosen = expert >= 0
+  is_choice = expert >= 0
   if (largest := int(expert.max(initial=-1))) >= info.num_experts:
     raise ValueError(f'expert {largest} not below {info.num_experts}')
   packed = {}
   if info.by_expert:  # tokens have any number of choices, most of them few
-    packed['count'] = _least(chosen.sum(-1))
-    expert, gate, kept = expert[chosen], gate[chosen], kept[chosen]
+    packed['count'] = _smallest(is_choice.sum(-1))
+    expert, gate, kept = expert[is_choice], gate[is_choice], kept[is_choice]
   else:
-    expert = np.where(chosen, expert, np.iinfo(_expert_type(info)).max)
+    expert = np.where(is_choice, expert, np.iinfo(_expert_type(info)).max)
   packed['expert'] = np.ascontiguousarray(expert, _expert_type(info))
   packed['gate'] = np.ascontiguousarray(gate)
   packed['kept'] = np.packbits(kept)
@@ -137,10 +137,10 @@ def _unpack_layer(
   kept = kept.reshape(expert.shape)
   if info.by_expert:
     count = arrays['count'].astype(np.int32)
-    places = np.arange(max(int(count.max(initial=0)), 1)) < count[..., None]
+    is_choice = np.arange(max(int(count.max(initial=0)), 1)) < count[..., None]
     expert, gate, kept = (
-      _spread(values, places, none)
-      for values, none in ((expert, -1), (gate, 0), (kept, False))
+      _spread(values, is_choice, filler)
+      for values, filler in ((expert, -1), (gate, 0), (kept, False))
     )
   else:
     expert[arrays['expert'] == np.iinfo(_expert_type(info)).max] = -1
@@ -150,8 +150,8 @@ def _unpack_layer(
   return LayerChoices(expert, gate, kept, logits)
 
 
-def _spread(values: np.ndarray, places: np.ndarray, none: Any) -> np.ndarray:
-  """The values in the places that are True, and `none` in all others."""
-  spread = np.full(places.shape, none, values.dtype)
-  spread[places] = values
+def _spread(values: np.ndarray, mask: np.ndarray, filler: Any) -> np.ndarray:
+  """An array of the values where `mask` is True, and of `filler` elsewhere."""
+  spread = np.full(mask.shape, filler, values.dtype)
+  spread[mask] = values
   return spread

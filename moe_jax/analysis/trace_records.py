@@ -14,7 +14,7 @@ import numpy as np
 FORMAT = 1
 DTYPES = ('float16', 'float32')
 # Fields of a header that may differ between two parts of one run's trace.
-_FREE = ('config', 'note')
+_VARYING = ('config', 'note')
 
 
 class LayerChoices(NamedTuple):
@@ -27,8 +27,8 @@ class LayerChoices(NamedTuple):
       masking, rounded to the header's dtype; 0 where the choice is not kept.
     kept: bool [B, T, K'], whether the router's queues served the choice. Rows
       for which an exchange had no room count as served.
-    logits: float32 [B, T, E], the logits of which the router's losses are, to
-      which no noise is added, rounded in the same way; None where they were not
+    logits: float32 [B, T, E], the logits that the router's losses are computed
+      from, without noise, rounded in the same way; None where they were not
       recorded or the router has none. E counts columns, where experts share
       them.
   """
@@ -108,8 +108,8 @@ class Header:
     tokenizer: A description of the tokenizer.
     has_logits: Whether records have the logits of routers.
     dtype: The type that gates and logits are stored in, 'float16' or 'float32'.
-    note: What a reader of the choices has to know, such as that generation
-      drops no token.
+    note: A note for readers of the choices, such as that generation drops no
+      token.
     config: The config of the run as JSON; '' if it is not known.
   """
 
@@ -142,12 +142,12 @@ class Header:
     """The header that `to_json` wrote.
 
     Raises:
-      ValueError: It is none, or of another format.
+      ValueError: The text is no header of this format.
     """
     try:
       values: dict[str, Any] = json.loads(text)
-      number = values.pop('format')
-      if number == FORMAT:
+      version = values.pop('format')
+      if version == FORMAT:
         layers = values.pop('layers')
         values['layers'] = {int(i): LayerInfo(**v) for i, v in layers.items()}
         values['sources'] = tuple(values['sources'])
@@ -155,7 +155,7 @@ class Header:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise ValueError(f'no header of a trace: {error!r}') from None
     raise ValueError(
-      f'a trace of format {number}; this version reads {FORMAT} alone'
+      f'a trace of format {version}; this version reads {FORMAT} alone'
     )
 
   def check_same(self, other: 'Header', where: str) -> None:
@@ -168,10 +168,10 @@ class Header:
     Raises:
       ValueError: Fields differ; each is listed with both values.
     """
-    names = [f.name for f in dataclasses.fields(self) if f.name not in _FREE]
+    names = [f.name for f in dataclasses.fields(self) if f.name not in _VARYING]
     pairs = ((n, getattr(self, n), getattr(other, n)) for n in names)
-    differ = [f'  {n}: {a!r} here, {b!r} there' for n, a, b in pairs if a != b]
-    if differ:
+    lines = [f'  {n}: {a!r} here, {b!r} there' for n, a, b in pairs if a != b]
+    if lines:
       raise ValueError(
-        '\n'.join([f'{where} has the trace of something else:', *differ])
+        '\n'.join([f'{where} has the trace of something else:', *lines])
       )

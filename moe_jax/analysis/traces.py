@@ -40,11 +40,11 @@ __all__ = [
 ]
 
 # Chunks that are held in memory for each process that wrote.
-_CACHED = 2
+_CACHED_CHUNKS = 2
 
 
 class _Key(NamedTuple):
-  """A record's name; records are ordered by it."""
+  """The key of a record, by which records are ordered."""
 
   step: int
   kind: str
@@ -52,8 +52,8 @@ class _Key(NamedTuple):
   sequence: str
 
 
-class _Place(NamedTuple):
-  """The place of some rows of a record: a chunk, and the number in it."""
+class _Block(NamedTuple):
+  """A block of rows of a record: its chunk, and its number there."""
 
   chunk: Chunk
   number: int
@@ -73,19 +73,19 @@ class Trace:
   """
 
   def __init__(
-    self, header: Header, places: Mapping[_Key, list[_Place]], processes: int
+    self, header: Header, blocks: Mapping[_Key, list[_Block]], processes: int
   ):
     self.header = header
-    newest = {key: _newest(found) for key, found in places.items()}
-    self._places = {key: newest[key] for key in sorted(newest) if newest[key]}
-    self.incomplete = len(places) - len(self._places)
-    cached = functools.lru_cache(maxsize=_CACHED * max(processes, 1))
+    newest = {key: _newest(copies) for key, copies in blocks.items()}
+    self._blocks = {key: newest[key] for key in sorted(newest) if newest[key]}
+    self.incomplete = len(blocks) - len(self._blocks)
+    cached = functools.lru_cache(maxsize=_CACHED_CHUNKS * max(processes, 1))
     self._load = cached(trace_files.load)
 
   @property
   def kinds(self) -> tuple[str, ...]:
     """The kinds of records that there are, in alphabetical order."""
-    return tuple(sorted({key.kind for key in self._places}))
+    return tuple(sorted({key.kind for key in self._blocks}))
 
   @property
   def steps(self) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ class Trace:
 
   def __len__(self) -> int:
     """The number of records."""
-    return len(self._places)
+    return len(self._blocks)
 
   def records(
     self, kind: str | None = None, steps: Container[int] | None = None
@@ -115,69 +115,71 @@ class Trace:
     if kind is not None and kind not in self.kinds:
       raise ValueError(f'unknown kind {kind!r}; have {[*self.kinds]}')
     for key in self._keys(kind, steps):
-      yield self._record(self._places[key])
+      yield self._record(self._blocks[key])
 
   def _keys(
     self, kind: str | None, steps: Container[int] | None
   ) -> Iterator[_Key]:
-    for key in self._places:
+    for key in self._blocks:
       if kind in (None, key.kind) and (steps is None or key.step in steps):
         yield key
 
-  def _record(self, places: list[_Place]) -> Record:
-    parts = []
-    for place in places:
-      arrays = self._load(place.chunk.path)[place.number]
-      parts.append(unpack(arrays, place.entry, self.header))
-    rows = [place.entry.rows for place in places]
-    batch_size = places[0].entry.batch_size
-    if len(parts) == 1 and rows[0] == tuple(range(batch_size)):
-      return parts[0]
-    return _joined(parts, rows, batch_size)
+  def _record(self, blocks: list[_Block]) -> Record:
+    records = []
+    for block in blocks:
+      arrays = self._load(block.chunk.path)[block.number]
+      records.append(unpack(arrays, block.entry, self.header))
+    rows = [block.entry.rows for block in blocks]
+    batch_size = blocks[0].entry.batch_size
+    if len(records) == 1 and rows[0] == tuple(range(batch_size)):
+      return records[0]
+    return _joined(records, rows, batch_size)
 
 
-def _newest(places: list[_Place]) -> list[_Place]:
-  """The places of the newest session that has all rows; [] if none has.
+def _newest(blocks: list[_Block]) -> list[_Block]:
+  """The blocks of the newest session that has all rows; [] if none has.
 
   Raises:
     ValueError: A session has a row of the record twice.
   """
-  for session in sorted({place.chunk.session for place in places})[::-1]:
-    own = [place for place in places if place.chunk.session == session]
-    rows = sorted(itertools.chain(*(place.entry.rows for place in own)))
+  for session in sorted({block.chunk.session for block in blocks})[::-1]:
+    of_session = [block for block in blocks if block.chunk.session == session]
+    rows = sorted(itertools.chain(*(block.entry.rows for block in of_session)))
     if len(set(rows)) < len(rows):
-      entry = own[0].entry
+      entry, folder = of_session[0].entry, of_session[0].chunk.path.parent
       raise ValueError(
-        f'{own[0].chunk.path.parent}: session {session} has rows of batch '
+        f'{folder}: session {session} has rows of batch '
         f'{entry.batch} of {entry.kind!r} at step {entry.step} twice'
       )
-    if rows == [*range(own[0].entry.batch_size)]:
-      return own
+    if rows == [*range(of_session[0].entry.batch_size)]:
+      return of_session
   return []
 
 
 def _joined(
-  parts: list[Record], rows: list[tuple[int, ...]], batch_size: int
+  records: list[Record], rows: list[tuple[int, ...]], batch_size: int
 ) -> Record:
   """The record of a whole batch from the rows that processes have of it."""
 
-  def join(values: Iterable[Any], none=0) -> Any:
+  def join(values: Iterable[Any], filler=0) -> Any:
     values = [*values]
     if values[0] is None:
       return None
     shape = np.max([v.shape[1:] for v in values], 0)  # K' may differ
-    whole = np.full((batch_size, *shape), none, values[0].dtype)
-    for own, value in zip(rows, values, strict=True):
-      inside = tuple(slice(size) for size in value.shape[1:])
-      whole[(list(own), *inside)] = value
-    return whole
+    joined = np.full((batch_size, *shape), filler, values[0].dtype)
+    for numbers, array in zip(rows, values, strict=True):
+      extent = tuple(slice(size) for size in array.shape[1:])
+      joined[(list(numbers), *extent)] = array
+    return joined
 
   def layer(number: int) -> LayerChoices:
-    experts, *others = zip(*(part.layers[number] for part in parts))
-    return LayerChoices(join(experts, -1), *map(join, others))
+    experts, *fields = zip(*(r.layers[number] for r in records))
+    return LayerChoices(join(experts, -1), *map(join, fields))
 
-  ids = {name: join(getattr(p, name) for p in parts) for name in IDS}
-  return parts[0]._replace(**ids, layers={i: layer(i) for i in parts[0].layers})
+  ids = {name: join(getattr(r, name) for r in records) for name in IDS}
+  return records[0]._replace(
+    **ids, layers={i: layer(i) for i in records[0].layers}
+  )
 
 
 def read(folder: str | os.PathLike[str]) -> Trace:
@@ -191,17 +193,17 @@ def read(folder: str | os.PathLike[str]) -> Trace:
   header = trace_files.read_header(folder)
   chunks = trace_files.chunks(folder, header)
   starts = {chunk.session: chunk.start for chunk in chunks}
-  places = defaultdict(list)
+  blocks = defaultdict(list)
   for chunk in chunks:
-    later = [s for number, s in starts.items() if number > chunk.session]
+    later_starts = [s for number, s in starts.items() if number > chunk.session]
     for number, entry in enumerate(chunk.entries):
       # A later session went on from a checkpoint, and took its steps anew. What
       # was evaluated before the checkpoint was saved may stand there alone.
       last = entry.step - (entry.kind != 'train')
-      if last < min(later, default=np.inf):
+      if last < min(later_starts, default=np.inf):
         key = _Key(entry.step, entry.kind, entry.batch, entry.sequence)
-        places[key].append(_Place(chunk, number))
-  return Trace(header, places, len({chunk.process for chunk in chunks}))
+        blocks[key].append(_Block(chunk, number))
+  return Trace(header, blocks, len({chunk.process for chunk in chunks}))
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:

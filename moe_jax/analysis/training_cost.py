@@ -3,9 +3,8 @@
 Nothing is allocated. The backward pass multiplies, for each token, gradients of
 outputs with every kernel of all layers (also where only upper layers train, as
 layers are scanned), and with the inputs of every kernel whose gradient is
-needed. Not here: the forward
-pass (`counts.py`), bytes of activations (`memory.py`), the table
-(`cost_tables.py`).
+needed. Not here: the forward pass (`counts.py`), bytes of activations
+(`memory.py`), the table (`cost_tables.py`).
 """
 
 import dataclasses
@@ -68,24 +67,24 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   trained, optimizer = make_optimizer(options, model)
   shapes = adapters.trees.shapes
   state = jax.eval_shape(optimizer.init, shapes)
-  part = flat_trees.flatten(trained.part(shapes))
-  leaves = {path: x for path, x in part.items() if x is not None}
-  needed = {path: x for path, x in leaves.items() if path[0] != lora.TREE}
-  flat = flat_trees.flatten(shapes)
-  needed |= {path: flat[path] for path in adapters.kernels}
-  values = [*{**leaves, **needed}.values()]
+  trained_part = flat_trees.flatten(trained.part(shapes))
+  leaves = {path: x for path, x in trained_part.items() if x is not None}
+  grad_leaves = {path: x for path, x in leaves.items() if path[0] != lora.TREE}
+  flat_shapes = flat_trees.flatten(shapes)
+  grad_leaves |= {path: flat_shapes[path] for path in adapters.kernels}
+  gradients = [*{**leaves, **grad_leaves}.values()]
   return TrainingCost(
     trained_params=trained.count(trained.part(shapes)),
     optimizer_bytes=_bytes(jax.tree.leaves(state)),
-    gradient_bytes=_bytes(values),
-    backward_flops=_backward(
+    gradient_bytes=_bytes(gradients),
+    backward_flops=_backward_flops(
       options,
       model,
-      needed,
+      grad_leaves,
       flat_trees.flatten(adapters.trees.roles),
       flat_trees.flatten(adapters.trees.axes),
     ),
-    step_flops=_of_factors(adapters),
+    step_flops=_factor_flops(adapters),
   )
 
 
@@ -103,39 +102,39 @@ def variants(options: RunOptions, model: Model, rank: int = 16):
   )
   for name in ('all', *(('experts', 'non_experts') if sparse else ())):
     yield name, dataclasses.replace(plain, trainable=name)
-  for parts in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):
-    adapted = LoraOptions(rank=rank, parts=parts)
-    name = f'LoRA of rank {rank}, {parts}'
-    yield name, dataclasses.replace(plain, lora=adapted)
+  for roles in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):
+    lora_options = LoraOptions(rank=rank, parts=roles)
+    name = f'LoRA of rank {rank}, {roles}'
+    yield name, dataclasses.replace(plain, lora=lora_options)
 
 
-def _backward(
+def _backward_flops(
   options: RunOptions,
   model: Model,
-  needed: dict[tuple[str, ...], Any],
+  grad_leaves: dict[tuple[str, ...], Any],
   roles: dict[tuple[str, ...], Role],
   axes: dict[tuple[str, ...], Names],
 ) -> int:
-  """FLOPs for a token, where these parameters have gradients."""
+  """FLOPs of the backward pass for a token, with gradients of these leaves."""
   flops = count(model, options.data.seq_len).decoder
   logits = 2 * model.vocab_size * model.embedding.width
   total, moe = 0, model.moe
-  for path, leaf in needed.items():
+  for path, leaf in grad_leaves.items():
     if roles[path].form == 'kernel':
       share = 1.0
       if roles[path].role == EXPERT and moe is not None:
         share = moe.num_selected / leaf.shape[axes[path].index(EXPERT)]
       total += round(2 * math.prod(leaf.shape) * share)
-  tables = [path for path in needed if roles[path].role == 'embedding']
-  tied = not any(role == Role('head', 'kernel') for role in roles.values())
-  if tables and tied:  # the table is the kernel of the logits, too
+  tables = [path for path in grad_leaves if roles[path].role == 'embedding']
+  is_tied = not any(role == Role('head', 'kernel') for role in roles.values())
+  if tables and is_tied:  # the table is the kernel of the logits, too
     total += logits
-  if tables or any(roles[path].role not in _OUTSIDE for path in needed):
+  if tables or any(roles[path].role not in _OUTSIDE for path in grad_leaves):
     total += flops.total + flops.attention
   return total
 
 
-def _of_factors(adapters: Adapters) -> int:
+def _factor_flops(adapters: Adapters) -> int:
   """FLOPs of A B, and of the gradients of A and of B, in a step."""
   rank = adapters.options.rank
   sizes = (math.prod(kernel.shape) for kernel in adapters.kernels.values())

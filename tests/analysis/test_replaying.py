@@ -144,7 +144,7 @@ def test_batches_get_the_records_of_their_steps(run, tmp_path):
   new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
   seen = []
   new.train_step.stage = lambda state, batch: (state, seen.append(batch))
-  new.train_step.source.seen = lambda metrics: metrics
+  new.train_step.source.loop_metrics = lambda metrics: metrics
   state = new.programs.abstract_state.replace(step=1)
   for batch in itertools.islice(new.batches(1), 2):
     new.train_step(state, batch)
@@ -167,7 +167,7 @@ def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, wrong):
   new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
   taken = []
   new.train_step.stage = lambda state, batch: (state, taken.append(batch))
-  new.train_step.source.seen = lambda metrics: metrics
+  new.train_step.source.loop_metrics = lambda metrics: metrics
   state = new.programs.abstract_state.replace(step=0)
   with pytest.raises(ValueError, match=f'after {wrong} steps is another one'):
     for batch in new.batches(0):

@@ -22,7 +22,7 @@ def real(sources=SOURCES):
 
 def test_tokens_of_a_batch():
   found = real()
-  np.testing.assert_array_equal(found.place, [0, 1, 2, 3, 4, 5, 6, 7])
+  np.testing.assert_array_equal(found.flat_index, [0, 1, 2, 3, 4, 5, 6, 7])
   np.testing.assert_array_equal(found.token, [7, 8, 9, 7, 7, 4, 4, 5])
   np.testing.assert_array_equal(found.column, [0, 1, 2, 3, 4, 0, 1, 2])
   np.testing.assert_array_equal(found.position, [0, 1, 2, 0, 1, 0, 1, 2])

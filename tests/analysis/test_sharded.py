@@ -12,14 +12,14 @@ def test_two_copies_of_four_experts_on_eight_devices():
   mesh = MeshOptions(data=2, expert=4).make()
   place = NamedSharding(mesh, PartitionSpec(None, 'expert'))
   kernels = jax.ShapeDtypeStruct((3, 4, 5), 'float32', sharding=place)
-  devices, holds = sharded.held(kernels, 1)
+  devices, holds = sharded.holders(kernels, 1)
   assert [device.id for device in devices] == list(range(8))
   np.testing.assert_array_equal(holds, np.tile(np.eye(4, dtype=bool), (2, 1)))
   # No device lacks anything of the dimensions that are not split.
-  assert sharded.held(kernels, 0)[1].all()
+  assert sharded.holders(kernels, 0)[1].all()
 
 
 def test_one_device_holds_all():
-  devices, holds = sharded.held(jax.numpy.zeros((2, 6)), 1)
+  devices, holds = sharded.holders(jax.numpy.zeros((2, 6)), 1)
   assert devices == jax.devices()[:1]
   np.testing.assert_array_equal(holds, np.ones((1, 6), bool))
