@@ -1,6 +1,6 @@
 """Preparation of a model for generation, and of its cache.
 
-Not here: how parameters are laid out for it (`moe_jax.models.decoding`).
+Not here: the layout of parameters in generation (`moe_jax.models.decoding`).
 """
 
 import functools
@@ -80,7 +80,7 @@ def begin_with(
     model, variables, prefix, num_slots: See `begin`.
   """
   B, P = prefix.tokens.shape
-  found = []
+  choices = []
   if prefix.encoder_tokens is None:
     cache = model.make_cache(B, num_slots)
     if prefix.task_ids is not None:
@@ -96,7 +96,7 @@ def begin_with(
       task_ids=prefix.task_ids,
       method='encode',
     )
-    found.append(chosen)
+    choices.append(chosen)
     # A start and forced tokens are steps, as if the model had chosen them, as
     # tokens of one step compete for slots where capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
@@ -105,5 +105,5 @@ def begin_with(
     (_, cache), chosen = apply(
       model, variables, tokens, mask, cache, method='decode'
     )
-    found.append(chosen)
-  return cache, found
+    choices.append(chosen)
+  return cache, choices
