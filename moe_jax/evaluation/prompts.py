@@ -114,8 +114,8 @@ class Asker:
 
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
-      # Prompt and answer are encoded together, as a token may span their border;
-      # the inputs are the tokens in common with those of the prompt alone.
+      # Prompt and answer are encoded together, as a token may span their
+      # border; the inputs are the tokens in common with the prompt alone.
       prompt_ids = self._encode(prompt + self.answer_prefix)
       all_ids = self._encode(prompt + self.answer_prefix + answer)
       n = min(len(prompt_ids), len(all_ids))

@@ -225,8 +225,8 @@ def _search(
     cache = any_cache.replace(memory=None).take((first_row + beam).reshape(-1))
     return search, cache.replace(memory=memory), finite
 
-  first = search, cache, jnp.bool_(True)
-  search, _, finite = jax.lax.while_loop(goes_on, step, first)
+  initial = search, cache, jnp.bool_(True)
+  search, _, finite = jax.lax.while_loop(goes_on, step, initial)
   return search, finite
 
 

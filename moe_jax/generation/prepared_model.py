@@ -87,7 +87,7 @@ def begin_with(
       cache = cache.replace(task_ids=prefix.task_ids)
     pieces = [slice(0, P - 1)] if P > 1 else []
   else:
-    cache, chosen = apply(
+    cache, recorded = apply(
       model,
       variables,
       prefix.encoder_tokens,
@@ -96,14 +96,14 @@ def begin_with(
       task_ids=prefix.task_ids,
       method='encode',
     )
-    choices.append(chosen)
+    choices.append(recorded)
     # A start and forced tokens are steps, as if the model had chosen them, as
     # tokens of one step compete for slots where capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]
-    (_, cache), chosen = apply(
+    (_, cache), recorded = apply(
       model, variables, tokens, mask, cache, method='decode'
     )
-    choices.append(chosen)
+    choices.append(recorded)
   return cache, choices

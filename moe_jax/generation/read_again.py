@@ -94,21 +94,21 @@ def _read(
   [B, S, K] in an encoder's.
   """
   slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
-  cache, recorded = begin_with(apply, model, variables, prefix, slots)
+  cache, choices_by_call = begin_with(apply, model, variables, prefix, slots)
 
   def step(cache, token_and_mask):
     token, is_real = token_and_mask
-    (_, cache), chosen = apply(
+    (_, cache), recorded = apply(
       model, variables, token[:, None], is_real[:, None], cache, method='decode'
     )
-    return cache, jax.tree.map(lambda x: x[:, 0], chosen)
+    return cache, jax.tree.map(lambda x: x[:, 0], recorded)
 
   steps = jax.lax.scan(step, cache, (tokens.T, mask.T))[1]
-  recorded.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
+  choices_by_call.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
   return {
     layer: jax.tree.map(
       lambda *pieces: jnp.concatenate(pieces, 1),
-      *(call[layer] for call in recorded if call and layer in call),
+      *(call[layer] for call in choices_by_call if call and layer in call),
     )
     for layer in model.sparse_layers
   }

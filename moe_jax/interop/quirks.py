@@ -62,8 +62,8 @@ class ServedByRankRouter(TokenChoiceRouter):
 
   def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    chosen, aux = super().route(x, mask, train, router_ids, layer)
-    return by_rank(chosen), aux
+    routing, aux = super().route(x, mask, train, router_ids, layer)
+    return by_rank(routing), aux
 
 
 def by_rank(routing: Routing) -> Routing:

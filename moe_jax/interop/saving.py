@@ -153,8 +153,8 @@ def describe(
   Raises:
     ValueError: No model of that architecture computes the same function.
   """
-  kind = architecture.model_type
-  refusal = f'the model is no {kind} model of transformers'
+  model_type = architecture.model_type
+  refusal = f'the model is no {model_type} model of transformers'
   counts = [m.num_experts for m in options.build().moes if m is not None]
   if len(set(counts)) > 1:
     raise ValueError(
@@ -171,7 +171,7 @@ def describe(
     **_neutral_values(architecture, decided),
     **other_keys,
     **decided,
-    'model_type': architecture.borrowed_type or kind,
+    'model_type': architecture.borrowed_type or model_type,
     'architectures': [architecture.classes[0]],
     'dtype': cast(Any, options).numerics.param_dtype,
   }
@@ -182,7 +182,8 @@ def describe(
   if differences := _differences(options, reread_options):
     raise _DiffersError(
       problem_text(
-        f'transformers cannot compute this model as {kind}; the model has',
+        f'transformers cannot compute this model as {model_type}; '
+        'the model has',
         differences,
       )
     )

@@ -122,8 +122,8 @@ def verify(
     _start(greedy, generation) if has_encoder else _prompt(greedy, arrays)
   )
   variables = loading.load_variables(checkpoint)
-  our_logits, real = logits(model, variables, arrays, pad_id)
-  error = np.abs(our_logits - arrays['logits'])[real]
+  our_logits, is_real = logits(model, variables, arrays, pad_id)
+  error = np.abs(our_logits - arrays['logits'])[is_real]
   if has_encoder:
     cache = _encode(model, variables, arrays, pad_id)
   else:
@@ -132,7 +132,7 @@ def verify(
   first_difference, count = _compare(tokens, greedy, prompt.shape[1])
   # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
-  return Verdict(largest, int(real.sum()), count, first_difference)
+  return Verdict(largest, int(is_real.sum()), count, first_difference)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'method', 'max_len'))
