@@ -204,7 +204,7 @@ class Scores:
   generate: Callable[[Variables], list[str]] | None
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `summarized`, scores in percent.
+    """The row of `summary_row`, scores in percent.
 
     Where a source has choices, `<source>.chance` is the score of guessing and
     `<source>.nats` the mean negative log-likelihood of the right answer.

@@ -164,7 +164,7 @@ class Choice:
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `judged`.
+    """The row of `accuracy_row`.
 
     It also has `cut_items`, the number of questions that had to be cut to fit a
     row, and, with examples, `shots`, the mean number of examples that fitted.
