@@ -17,7 +17,7 @@ from moe_jax.data import Question
 from moe_jax.data.layouts import Layout
 from moe_jax.evaluation.choice import log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
-from moe_jax.evaluation.prompts import Asked, Asker, AskingEvaluation
+from moe_jax.evaluation.prompts import Asker, AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import make_scores
 from moe_jax.options import at_least, one_of, option
 from moe_jax.runs.metrics import Row
@@ -48,28 +48,28 @@ class SourceLosses(BatchesEvaluation):
     Raises:
       ValueError: The run's data is no mixture.
     """
-    parts = setting.dataset.parts
-    if not parts:
+    datasets = setting.dataset.parts
+    if not datasets:
       raise ValueError(
         "kind 'source_losses' needs a mixture, data.mixture.sources; of a "
         "single source, kind 'loss' measures the loss"
       )
-    losses = {
+    loss_functions = {
       name: Losses.of(
         dataclasses.replace(setting, dataset=part), self.num_batches, self.split
       )
-      for name, part in parts.items()
+      for name, part in datasets.items()
     }
     mixture = setting.data.mixture
 
-    def measured(variables: Variables, step: int) -> Row:
+    def losses_row(variables: Variables, step: int) -> Row:
       values = {
-        name: float(of_source(variables, step)['loss'])
-        for name, of_source in losses.items()
+        name: float(loss_of(variables, step)['loss'])
+        for name, loss_of in loss_functions.items()
       }
-      return summarized(values, mixture)
+      return summary_row(values, mixture)
 
-    return measured
+    return losses_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ class SourceScores(AskingEvaluation):
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
-        has characters that the tokenizer lacks, or those of one source are
-        judged by several scores.
+        has characters that the tokenizer lacks, or the questions of one source
+        are judged by several scores.
     """
     task = setting.data.task
     if task.reads != 'pairs':
@@ -106,39 +106,40 @@ class SourceScores(AskingEvaluation):
     questions = self._questions(setting)
     if not self.num_tokens:
       questions = {
-        name: [question for question in of_source if question.choices]
-        for name, of_source in questions.items()
+        name: [question for question in source_questions if question.choices]
+        for name, source_questions in questions.items()
       }
     if not any(questions.values()):
       raise ValueError('no source has a validation question that is asked')
     asker = self.asker(setting)
-    chosen = _chosen(questions, asker)
-    written = _written(questions, asker, self.num_tokens)
+    choices = _choices(questions, asker)
+    prompts = _prompts(questions, asker, self.num_tokens)
     generate = None
-    if any(written.values()):
-      pairs = [p for of_source in written.values() for p in of_source]
-      made = generator(setting, {}, lambda: pairs, self.num_tokens)
-      generate = made.outputs
-    return Scores(setting, questions, chosen, written, asker.layout, generate)
+    if any(prompts.values()):
+      pairs = [p for source_pairs in prompts.values() for p in source_pairs]
+      measurement = generator(setting, {}, lambda: pairs, self.num_tokens)
+      generate = measurement.outputs
+    return Scores(setting, questions, choices, prompts, asker.layout, generate)
 
   def _questions(self, setting: Setting) -> Questions:
     """The questions of every source, spread over its validation split."""
     options = setting.data
     sources = options.mixture.sources or {'source': options.source}
-    prefix, some = options.task.input_prefix, {}
+    prefix, questions = options.task.input_prefix, {}
     for name, source in sorted(sources.items()):
-      every = source.questions(options.selection)
-      judged = {'choice' if q.choices else q.metric for q in every}
-      if len(judged) > 1:
+      all_questions = source.questions(options.selection)
+      metrics = {'choice' if q.choices else q.metric for q in all_questions}
+      if len(metrics) > 1:
         raise ValueError(
-          f'the questions of source {name!r} are judged by {sorted(judged)}; '
+          f'the questions of source {name!r} are judged by {sorted(metrics)}; '
           'make it a source for each'
         )
-      places = data.spread(len(every), self.num_questions)
-      some[name] = [
-        every[i]._replace(inputs=prefix + every[i].inputs) for i in places
+      indices = data.spread(len(all_questions), self.num_questions)
+      questions[name] = [
+        all_questions[i]._replace(inputs=prefix + all_questions[i].inputs)
+        for i in indices
       ]
-    return some
+    return questions
 
   def shrunk(self) -> Self:
     """The same evaluation of two questions and short answers."""
@@ -150,34 +151,34 @@ class SourceScores(AskingEvaluation):
 class _Choice(NamedTuple):
   """A question with choices in token ids, and the number of the right one."""
 
-  asked: Asked
+  encoded: EncodedQuestion
   label: int
 
 
-def _chosen(questions: Questions, asker: Asker) -> dict[str, list[_Choice]]:
+def _choices(questions: Questions, asker: Asker) -> dict[str, list[_Choice]]:
   return {
     name: [
       _Choice(
         asker(data.Item(q.inputs, q.choices, 0), ()),
         q.choices.index(q.target),
       )
-      for q in of_source
+      for q in source_questions
       if q.choices
     ]
-    for name, of_source in questions.items()
+    for name, source_questions in questions.items()
   }
 
 
-def _written(
+def _prompts(
   questions: Questions, asker: Asker, num_tokens: int
 ) -> dict[str, list[Pair]]:
   return {
     name: [
       Pair(asker.inputs(q.inputs, num_tokens), q.inputs, q.target, name)
-      for q in of_source
+      for q in source_questions
       if not q.choices
     ]
-    for name, of_source in questions.items()
+    for name, source_questions in questions.items()
   }
 
 
@@ -188,8 +189,8 @@ class Scores:
   Attributes:
     setting: The parts of the run.
     questions: The questions of each source.
-    chosen: Those with choices, in token ids.
-    written: Those whose answer is any text, as prompts.
+    choices: The questions with choices, in token ids.
+    prompts: The questions whose answer is any text, as prompts.
     layout: The layout of rows.
     generate: The function that answers the prompts of all sources, in order;
       None without prompts.
@@ -197,38 +198,38 @@ class Scores:
 
   setting: Setting
   questions: Questions
-  chosen: dict[str, list[_Choice]]
-  written: dict[str, list[Pair]]
+  choices: dict[str, list[_Choice]]
+  prompts: dict[str, list[Pair]]
   layout: Layout
   generate: Callable[[Variables], list[str]] | None
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `summarized`, scores in percent.
+    """The row of `summary_row`, scores in percent.
 
     Where a source has choices, `<source>.chance` is the score of guessing and
     `<source>.nats` the mean negative log-likelihood of the right answer.
     """
     del step
-    scores, more = self._by_choice(variables)
+    scores, details = self._by_choice(variables)
     scores |= self._by_text(variables)
     in_order = {name: scores[name] for name in self.questions if name in scores}
-    row = summarized(in_order, self.setting.data.mixture)
-    return {**row, **more}
+    row = summary_row(in_order, self.setting.data.mixture)
+    return {**row, **details}
 
   def _by_choice(self, variables: Variables) -> tuple[Row, Row]:
-    every = [c for of_source in self.chosen.values() for c in of_source]
-    examples = [e for choice in every for e in choice.asked.examples]
+    all_choices = [c for choices in self.choices.values() for c in choices]
+    examples = [e for c in all_choices for e in c.encoded.examples]
     if not examples:
       return {}, {}
     numbers = {name: i for i, name in enumerate(self.setting.data.tasks)}
     tasks = [
       numbers[name]
-      for name, of_source in self.chosen.items()
+      for name, choices in self.choices.items()
       if numbers
-      for choice in of_source
-      for _ in choice.asked.examples
+      for c in choices
+      for _ in c.encoded.examples
     ]
-    found = log_likelihoods(
+    log_probs = log_likelihoods(
       self.setting.model,
       variables,
       examples,
@@ -238,26 +239,30 @@ class Scores:
       task_ids=tasks,
     )
     # As in the kind 'choice', a long answer is no worse for being long.
-    per_token = found / [len(example.targets) for example in examples]
-    ends = np.cumsum([len(choice.asked.examples) for choice in every])[:-1]
-    judged = iter(zip(np.split(found, ends), np.split(per_token, ends), every))
-    scores, more = {}, {}
-    for name, of_source in self.chosen.items():
-      taken = [next(judged) for _ in of_source]
-      if not taken:
+    per_token = log_probs / [len(example.targets) for example in examples]
+    ends = np.cumsum([len(c.encoded.examples) for c in all_choices])[:-1]
+    judgements = iter(
+      zip(np.split(log_probs, ends), np.split(per_token, ends), all_choices)
+    )
+    scores, details = {}, {}
+    for name, choices in self.choices.items():
+      results = [next(judgements) for _ in choices]
+      if not results:
         continue
-      right = [int(np.argmax(n)) == c.label for _, n, c in taken]
+      right = [int(np.argmax(n)) == c.label for _, n, c in results]
       scores[name] = 100 * float(np.mean(right))
-      chance = np.mean([1 / len(n) for _, n, _ in taken])
-      more[f'{name}.chance'] = 100 * float(chance)
-      more[f'{name}.nats'] = -float(np.mean([t[c.label] for t, _, c in taken]))
-    return scores, more
+      chance = np.mean([1 / len(n) for _, n, _ in results])
+      details[f'{name}.chance'] = 100 * float(chance)
+      details[f'{name}.nats'] = -float(
+        np.mean([t[c.label] for t, _, c in results])
+      )
+    return scores, details
 
   def _by_text(self, variables: Variables) -> Row:
     if self.generate is None:
       return {}
     outputs, scores = iter(self.generate(variables)), {}
-    for name, pairs in self.written.items():
+    for name, pairs in self.prompts.items():
       if pairs:
         metric = self.questions[name][0].metric
         (score,) = make_scores(metric).values()
@@ -267,7 +272,7 @@ class Scores:
     return scores
 
 
-def summarized(
+def summary_row(
   values: Mapping[str, float], mixture: data.MixtureOptions
 ) -> Row:
   """A row: each source's value, and means over sources and over clusters.
@@ -285,15 +290,15 @@ def summarized(
   learned = set(mixture.learned() if mixture.sources else values)
   clusters: dict[str, dict[str, float]] = {}
   for name, value in values.items():
-    of = mixture.cluster(name) if mixture.sources else name
-    clusters.setdefault(of, {})[name] = value
-  for cluster, own in clusters.items():
-    if len(own) > 1:
-      row[f'cluster.{cluster}'] = float(np.mean([*own.values()]))
-  for prefix, wanted in (('', True), ('held_out_', False)):
+    cluster = mixture.cluster(name) if mixture.sources else name
+    clusters.setdefault(cluster, {})[name] = value
+  for cluster, members in clusters.items():
+    if len(members) > 1:
+      row[f'cluster.{cluster}'] = float(np.mean([*members.values()]))
+  for prefix, learns in (('', True), ('held_out_', False)):
     groups = [
-      [value for name, value in own.items() if (name in learned) == wanted]
-      for own in clusters.values()
+      [value for name, value in members.items() if (name in learned) == learns]
+      for members in clusters.values()
     ]
     groups = [group for group in groups if group]
     if groups:

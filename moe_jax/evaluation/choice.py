@@ -21,7 +21,7 @@ from moe_jax.data import ChoiceSourceOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
-from moe_jax.evaluation.prompts import Asked, AskingEvaluation
+from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import accuracy
 from moe_jax.models import Model
 from moe_jax.options import at_least, choice, one_of, option
@@ -99,8 +99,10 @@ class ChoiceEvaluation(AskingEvaluation):
       )
     items, shots = self._items(setting.data.cache_dir)
     asker = self.asker(setting)
-    asked = [asker(item, own) for item, own in zip(items, shots)]
-    return Choice(setting, self, items, asked, asker.layout)
+    questions = [
+      asker(item, item_shots) for item, item_shots in zip(items, shots)
+    ]
+    return Choice(setting, self, items, questions, asker.layout)
 
   def _items(
     self, cache_dir: str
@@ -112,8 +114,8 @@ class ChoiceEvaluation(AskingEvaluation):
     judged_items = source.items('validation')
     if not len(judged_items):
       raise ValueError(f'{source.name} has no items')
-    places = data.spread(len(judged_items), self.num_items)
-    items = [judged_items[i] for i in places]
+    item_indices = data.spread(len(judged_items), self.num_items)
+    items = [judged_items[i] for i in item_indices]
     N, K = len(items), self.num_shots
     if not K:
       return items, [[] for _ in items]
@@ -125,8 +127,8 @@ class ChoiceEvaluation(AskingEvaluation):
     if P < K:
       raise ValueError(f'num_shots={K} of {P} train items of {source.name}')
     # N K indices spread over the pool, so that a question's examples differ.
-    spread = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
-    return items, [[pool[at] for at in own] for own in spread]
+    indices = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
+    return items, [[pool[index] for index in row] for row in indices]
 
   def shrunk(self) -> Self:
     """The same evaluation of three questions about the embedded corpus."""
@@ -151,32 +153,34 @@ class Choice:
     setting: The parts of the run.
     options: The options of the evaluation.
     items: The questions.
-    asked: The questions in token ids.
+    questions: The questions in token ids.
     layout: The layout of rows.
   """
 
   setting: Setting
   options: ChoiceEvaluation
   items: list[data.Item]
-  asked: list[Asked]
+  questions: list[EncodedQuestion]
   layout: Layout
 
   def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `judged`.
+    """The row of `accuracy_row`.
 
     It also has `cut_items`, the number of questions that had to be cut to fit a
     row, and, with examples, `shots`, the mean number of examples that fitted.
     """
     del step
-    row = judged(self.scores(variables), [item.label for item in self.items])
-    row['cut_items'] = sum(asked.is_cut for asked in self.asked)
+    row = accuracy_row(
+      self.scores(variables), [item.label for item in self.items]
+    )
+    row['cut_items'] = sum(q.is_cut for q in self.questions)
     if self.options.num_shots:
-      row['shots'] = float(np.mean([asked.num_shots for asked in self.asked]))
+      row['shots'] = float(np.mean([q.num_shots for q in self.questions]))
     return row
 
   def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
     """The normalised log-likelihoods of each question's answers."""
-    examples = [e for asked in self.asked for e in asked.examples]
+    examples = [e for question in self.questions for e in question.examples]
     scores = log_likelihoods(
       self.setting.model,
       variables,
@@ -194,7 +198,7 @@ class Choice:
     return np.split(scores, ends[:-1])
 
 
-def judged(
+def accuracy_row(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
   """The row of `scores.accuracy`; of equal answers the first counts as chosen.
@@ -234,14 +238,16 @@ def log_likelihoods(
   rows = packed(layout.sizes(lengths), layout.capacity)
   totals = np.zeros(len(examples), np.float64)
   for begin in range(0, len(rows), batch_size):
-    taken = rows[begin : begin + batch_size]
-    filled = taken + [[]] * (batch_size - len(taken))
-    batch = layout.assemble([[examples[i] for i in row] for row in filled])
+    batch_rows = rows[begin : begin + batch_size]
+    padded_rows = batch_rows + [[]] * (batch_size - len(batch_rows))
+    batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])
     if task_ids:
-      batch |= _tasks(batch, [[task_ids[i] for i in row] for row in filled])
+      batch |= _tasks(
+        batch, [[task_ids[i] for i in row] for row in padded_rows]
+      )
     log_probs = fetch(_compiled(model)(variables, put(batch)))
     log_probs = log_probs.astype(np.float64)
-    for b, row in enumerate(taken):
+    for b, row in enumerate(batch_rows):
       for segment, i in enumerate(row, 1):
         totals[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
   return totals
@@ -251,11 +257,11 @@ def _tasks(
   batch: dict[str, np.ndarray], rows: Sequence[Sequence[int]]
 ) -> dict[str, np.ndarray]:
   """The arrays of the task of each token, from those of each row's examples."""
-  of_segment = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
+  task_of_segment = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
   for b, row in enumerate(rows):
-    of_segment[b, 1 : 1 + len(row)] = row
+    task_of_segment[b, 1 : 1 + len(row)] = row
   return {
-    name.replace('segment', 'task'): np.take_along_axis(of_segment, ids, 1)
+    name.replace('segment', 'task'): np.take_along_axis(task_of_segment, ids, 1)
     for name, ids in batch.items()
     if name.endswith('segment_ids')
   }

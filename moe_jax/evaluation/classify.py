@@ -59,8 +59,8 @@ def _compiled(model: Model):
     """The numbers of right answers and of real examples, int32 [] each."""
     outputs, _ = model.apply(variables, **model.inputs(batch))
     answer = jnp.argmax(model.class_scores(outputs), axis=-1)
-    real = batch['segment_ids'][:, 0] > 0
-    right = (answer == batch['targets'][:, 0]) & real
-    return right.sum(), real.sum()
+    is_real = batch['segment_ids'][:, 0] > 0
+    is_right = (answer == batch['targets'][:, 0]) & is_real
+    return is_right.sum(), is_real.sum()
 
   return run

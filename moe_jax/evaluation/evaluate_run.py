@@ -38,9 +38,9 @@ def evaluate(
     workdir: The run's folder.
     entry: The options of the evaluation; its period is ignored.
     step: The optimizer step of the checkpoint, as in `evaluate_all`.
-    dtype: Another dtype of parameters and products, as there.
-    mesh: The devices of the parameters, as there.
-    allow: Modules of the user's own classes, as there.
+    dtype: Another dtype of parameters and products; see `evaluate_all`.
+    mesh: The devices of the parameters; see `evaluate_all`.
+    allow: Modules of the user's own classes; see `evaluate_all`.
 
   Raises:
     ValueError: As `evaluate_all`.

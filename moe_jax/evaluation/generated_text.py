@@ -1,6 +1,6 @@
 """The kind 'generate': generated outputs, compared with validation targets.
 
-Not here: the scores (`scores.py`), and how text is generated
+Not here: the scores (`scores.py`), and the generation of text
 (`moe_jax.generation`).
 """
 
@@ -123,12 +123,12 @@ class GenerateEvaluation(EvaluationOptions):
       )
     texts = data.read_pairs(setting.data, 'validation')
     if texts is not None:
-      return self._of_texts(setting, texts)
+      return self._text_pairs(setting, texts)
     rows = setting.dataset.splits['validation']
-    places = data.spread(len(rows), self.num_examples)
-    return [_of_window(setting, rows, i) for i in places]
+    indices = data.spread(len(rows), self.num_examples)
+    return [_window_pair(setting, rows, i) for i in indices]
 
-  def _of_texts(
+  def _text_pairs(
     self, setting: Setting, texts: Iterator[tuple[str, str]]
   ) -> list[Pair]:
     tokenizer = setting.dataset.tokenizer
@@ -140,16 +140,16 @@ class GenerateEvaluation(EvaluationOptions):
       for name in setting.data.mixture.learned()
       for _ in range(setting.dataset.parts[name].counts['validation']['pairs'])
     ]
-    places = set(data.spread(total, self.num_examples))
+    indices = set(data.spread(total, self.num_examples))
     pairs = []
     for i, (inputs, target) in enumerate(texts):
-      if i in places:
+      if i in indices:
         ids = trained_run.encode(
           setting.data.task, tokenizer, inputs, imported=imported
         )
         lengths = np.array([len(ids)]), np.array([self.num_tokens])
-        most = int(layout.cut(*lengths).inputs[0])
-        ids = cut_as_trained(setting.data.task, ids, most, tokenizer.eos_id)
+        room = int(layout.cut(*lengths).inputs[0])
+        ids = cut_as_trained(setting.data.task, ids, room, tokenizer.eos_id)
         pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
     return pairs
 
@@ -188,23 +188,23 @@ def generator(
       f'num_tokens={num_tokens} leaves none to choose after {len(forced)} that '
       'the tokenizer forces'
     )
-  pairs, fitted = [], []
+  pairs, token_counts = [], []
   for pair in read_pairs():
-    ids, room = trained_run.fit(model, pair.ids, num_tokens)
+    ids, num_new = trained_run.fit(model, pair.ids, num_tokens)
     pairs.append(pair._replace(ids=ids))
-    fitted.append(room)
+    token_counts.append(num_new)
   return Generate(
-    setting, scores, pairs, arguments | {'num_tokens': min(fitted)}
+    setting, scores, pairs, arguments | {'num_tokens': min(token_counts)}
   )
 
 
-def _of_window(setting: Setting, rows: data.Rows, row: int) -> Pair:
+def _window_pair(setting: Setting, rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split as in every evaluation."""
   tokenizer, task = setting.dataset.tokenizer, ''
   if setting.data.tasks:
     task = setting.data.tasks[rows[row]['task_ids'][0]]
-  own, row = rows.within(row)
-  windows = cast(ExampleRows, own)
+  source_rows, row = rows.within(row)
+  windows = cast(ExampleRows, source_rows)
   generator = np.random.default_rng([0, 0, row])
   example = windows.example(windows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)
@@ -256,18 +256,18 @@ class Generate:
     )
     size = min(setting.batch_size, len(self.pairs))
     texts = []
-    for begin in range(0, len(self.pairs), size):
+    for start in range(0, len(self.pairs), size):
       # The last batch is filled up, as another size would compile again.
-      batch = self.pairs[begin : begin + size]
-      filled = batch + self.pairs[: size - len(batch)]
+      batch = self.pairs[start : start + size]
+      padded_batch = batch + self.pairs[: size - len(batch)]
       tasks = None
       if model.task_sequences:
-        names = [pair.task for pair in filled]
+        names = [pair.task for pair in padded_batch]
         tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
       rows = generation.generate(
         model,
         variables,
-        [pair.ids for pair in filled],
+        [pair.ids for pair in padded_batch],
         task_ids=tasks,
         **self.arguments,
       ).rows[: len(batch)]

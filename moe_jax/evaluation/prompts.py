@@ -24,18 +24,18 @@ from moe_jax.training.evaluate import (
   Setting,
 )
 
-_BETWEEN = '\n\n'
+_SEPARATOR = '\n\n'
 
 
 def few_shot_prompt(
   shots: Sequence[data.Item], prompt: str, answer_prefix: str
 ) -> str:
   """The prompt after examples, each of which has its right answer."""
-  told = [s.prompt + answer_prefix + s.answers[s.label] for s in shots]
-  return _BETWEEN.join([*told, prompt])
+  shot_texts = [s.prompt + answer_prefix + s.answers[s.label] for s in shots]
+  return _SEPARATOR.join([*shot_texts, prompt])
 
 
-class Asked(NamedTuple):
+class EncodedQuestion(NamedTuple):
   """A question in token ids.
 
   Attributes:
@@ -78,7 +78,9 @@ class Asker:
     one_text = isinstance(self.layout, DecoderLayout)
     return one_text and self.task.answers_go_on
 
-  def __call__(self, item: data.Item, shots: Sequence[data.Item]) -> Asked:
+  def __call__(
+    self, item: data.Item, shots: Sequence[data.Item]
+  ) -> EncodedQuestion:
     """The question with as many of the last examples as fit into a row.
 
     A prompt that alone is too long loses its beginning if the answer continues
@@ -91,14 +93,16 @@ class Asker:
       text = few_shot_prompt(
         shots[len(shots) - n :], item.prompt, self.answer_prefix
       )
-      whole = [self._example(text, answer) for answer in item.answers]
-      cut = [self._cut(example) for example in whole]
-      sizes = [(len(a.inputs), len(b.inputs)) for a, b in zip(whole, cut)]
-      if all(was == now for was, now in sizes):
+      examples = [self._example(text, answer) for answer in item.answers]
+      cut_examples = [self._cut(example) for example in examples]
+      sizes = [
+        (len(a.inputs), len(b.inputs)) for a, b in zip(examples, cut_examples)
+      ]
+      if all(size == cut_size for size, cut_size in sizes):
         break
-    pairs = zip(whole, cut)
+    pairs = zip(examples, cut_examples)
     is_cut = any(sum(map(len, a)) > sum(map(len, b)) for a, b in pairs)
-    return Asked(cut, n, is_cut)
+    return EncodedQuestion(cut_examples, n, is_cut)
 
   def inputs(self, prompt: str, num_tokens: int) -> Int[np.ndarray, ' N']:
     """The ids of a prompt, cut so that `num_tokens` of an answer fit a row."""
@@ -110,17 +114,17 @@ class Asker:
 
   def _example(self, prompt: str, answer: str) -> Example:
     if self.goes_on:
-      # Both are encoded together, as a token may span their border; the inputs
-      # are the tokens that they have in common with the prompt alone.
-      given = self._encode(prompt + self.answer_prefix)
-      both = self._encode(prompt + self.answer_prefix + answer)
-      n = min(len(given), len(both))
-      same = int(np.cumprod(given[:n] == both[:n]).sum())
-      inputs, targets = both[:same], both[same:]
+      # Prompt and answer are encoded together, as a token may span their
+      # border; the inputs are the tokens in common with the prompt alone.
+      prompt_ids = self._encode(prompt + self.answer_prefix)
+      all_ids = self._encode(prompt + self.answer_prefix + answer)
+      n = min(len(prompt_ids), len(all_ids))
+      num_common = int(np.cumprod(prompt_ids[:n] == all_ids[:n]).sum())
+      inputs, targets = all_ids[:num_common], all_ids[num_common:]
     else:
       inputs = self._encode(prompt)
-      end: Any = self.tokenizer.eos_id
-      targets = np.append(self.tokenizer.encode(answer), end)
+      eos_id: Any = self.tokenizer.eos_id
+      targets = np.append(self.tokenizer.encode(answer), eos_id)
     if not len(inputs) or not len(targets):
       raise ValueError(f'no tokens in prompt {prompt!r} or answer {answer!r}')
     return Example(inputs.astype(np.int32), targets.astype(np.int32))

@@ -26,7 +26,7 @@ class Score:
   Attributes:
     compute: Function from outputs and as many targets, at least one, to
       percent.
-    signature: Function that returns a text on how the score was computed, for
+    signature: Function that returns a text on the computation of the score, for
       printing; it may be called after the first `compute`.
   """
 
@@ -69,8 +69,8 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
     ValueError: A name is unknown, or sacrebleu has no such tokenizer here.
   """
   makers = {
-    'bleu': lambda: _of_sacrebleu('BLEU', tokenize=bleu_tokenizer),
-    'chrf': lambda: _of_sacrebleu('CHRF'),
+    'bleu': lambda: _sacrebleu_score('BLEU', tokenize=bleu_tokenizer),
+    'chrf': lambda: _sacrebleu_score('CHRF'),
     'rouge_l': lambda: Score(rouge_l, lambda: 'F1, lower case, no stemming'),
     'exact_match': lambda: Score(exact_match, lambda: 'but for outer spaces'),
   }
@@ -82,14 +82,14 @@ def make_scores(names: str, bleu_tokenizer: str = '13a') -> dict[str, Score]:
   return scores
 
 
-def _of_sacrebleu(kind: str, **options: Any) -> Score:
+def _sacrebleu_score(kind: str, **options: Any) -> Score:
   # Imported here, as few runs score texts and all would wait for it.
   from sacrebleu import metrics as sacrebleu_metrics
   from sacrebleu.metrics.bleu import BLEU
 
-  have = BLEU.TOKENIZERS
-  if options.get('tokenize', '13a') not in have:
-    raise unknown('bleu_tokenizer', options['tokenize'], have)
+  tokenizers = BLEU.TOKENIZERS
+  if options.get('tokenize', '13a') not in tokenizers:
+    raise unknown('bleu_tokenizer', options['tokenize'], tokenizers)
   try:
     metric = getattr(sacrebleu_metrics, kind)(**options)
   except Exception as error:  # a package or a download that is missing

@@ -11,11 +11,11 @@ from moe_jax.models import Model
 from moe_jax.shape_checks import is_whole
 
 Ids = Sequence[int] | np.ndarray
-_MOST = np.iinfo(np.int32).max
+_MAX = np.iinfo(np.int32).max
 
 
 def check_whole(
-  name: str, value: int, low: int = -_MOST, high: int = _MOST
+  name: str, value: int, low: int = -_MAX, high: int = _MAX
 ) -> None:
   """Raises ValueError unless a value is an integer in [low, high]."""
   if not is_whole(value):
@@ -39,7 +39,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_model(model: Model) -> None:
-  """Raises ValueError for what is no model."""
+  """Raises ValueError for anything but a model."""
   if not isinstance(model, Model):
     raise ValueError(
       f'model is a {type(model).__name__}; it must be a moe_jax.models.Model, '
@@ -58,30 +58,30 @@ def check_ends(model: Model, stop_ids: Ids, pad_id: int) -> None:
   """Raises ValueError for a wrong model, stop ids or id of padding."""
   check_model(model)
   as_ids('stop_ids', stop_ids, model.vocab_size)
-  check_whole('pad_id', pad_id, -_MOST)
+  check_whole('pad_id', pad_id, -_MAX)
 
 
 def check_variables(variables: dict) -> None:
   """Raises ValueError where there are no parameters under 'params'."""
   if 'params' not in getattr(variables, 'keys', list)():
-    have = sorted(variables) if isinstance(variables, dict) else variables
+    names = sorted(variables) if isinstance(variables, dict) else variables
     raise ValueError(
       f"variables have no 'params', the parameters of the model; have "
-      f'{str(have)[:80]}'
+      f'{str(names)[:80]}'
     )
 
 
 def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
-  """Ids as an array; they may be none.
+  """Ids as an array, which may be empty.
 
   Args:
     name: The name of the argument, for messages.
     ids: The ids.
-    count: The number of ids that there are, such as the size of a vocabulary.
-    noun: What has an id, 'token' or 'task'.
+    count: The number of possible ids, such as the size of a vocabulary.
+    noun: The noun for messages, 'token' or 'task'.
 
   Raises:
-    ValueError: They are not a list of integers in [0, count).
+    ValueError: The ids are not a list of integers in [0, count).
   """
   if isinstance(ids, str | bytes):
     raise ValueError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
@@ -99,7 +99,7 @@ def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
       f'{noun} ids are integers'
     )
   sizes = 'vocab_size' if noun == 'token' else 'num_tasks'
-  wrong = row[(row < 0) | (row >= count)]
-  if wrong.size:
-    raise ValueError(f'{name}: {noun} {wrong[0]} not in [0, {sizes}={count})')
+  bad_ids = row[(row < 0) | (row >= count)]
+  if bad_ids.size:
+    raise ValueError(f'{name}: {noun} {bad_ids[0]} not in [0, {sizes}={count})')
   return row.astype(np.int64)

@@ -118,8 +118,8 @@ def beam_search(
     (search.ended, search.step, finite)
   )
   check_finite(finite, step)
-  behind = np.arange(num_tokens) >= lengths[..., None]
-  tokens = np.where(behind, np.int32(pad_id), tokens)
+  is_padding = np.arange(num_tokens) >= lengths[..., None]
+  tokens = np.where(is_padding, np.int32(pad_id), tokens)
   return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
 
 
@@ -186,8 +186,8 @@ def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
     np.where(np.arange(W)[None] == 0, np.float32(0), scores),
     np.repeat(last[:, None], W, axis=1),
   )
-  none: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
-  state: Any = np.int32(n), Running(*beams), Ended(*none), np.ones(B, bool)
+  empty: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
+  state: Any = np.int32(n), Running(*beams), Ended(*empty), np.ones(B, bool)
   return Search(*state)
 
 
@@ -215,18 +215,18 @@ def _search(
     logits, cache = model.apply(
       variables, last, jnp.ones_like(last, bool), cache, method='decode'
     )
-    good = jnp.isfinite(logits).reshape(B, -1).all(-1)
-    finite = (good | ~search.open).all()
+    row_finite = jnp.isfinite(logits).reshape(B, -1).all(-1)
+    finite = (row_finite | ~search.open).all()
     log_probs = jax.nn.log_softmax(logits).reshape(B, W, -1)
     search, beam = advance(search, log_probs, stop_ids, length_penalty)
     # Beams of a prompt share the encoder's output, which need not be moved.
-    after: Any = cache
-    memory = after.memory
-    cache = after.replace(memory=None).take((first_row + beam).reshape(-1))
+    any_cache: Any = cache
+    memory = any_cache.memory
+    cache = any_cache.replace(memory=None).take((first_row + beam).reshape(-1))
     return search, cache.replace(memory=memory), finite
 
-  first = search, cache, jnp.bool_(True)
-  search, _, finite = jax.lax.while_loop(goes_on, step, first)
+  initial = search, cache, jnp.bool_(True)
+  search, _, finite = jax.lax.while_loop(goes_on, step, initial)
   return search, finite
 
 
@@ -234,7 +234,7 @@ def check_finite(finite: np.ndarray, number: np.ndarray | int) -> None:
   """Raises ValueError unless the logits of a new token were finite.
 
   Args:
-    finite: bool [], whether they were.
+    finite: bool [], whether the logits were finite.
     number: The number of the token, from 1.
   """
   if not finite:
@@ -266,37 +266,39 @@ def advance(
   beam, token = index // V, index % V
   length = search.step + 1
   tokens = jnp.take_along_axis(running.tokens, beam[..., None], axis=1)
-  place = (0, 0, search.step)
-  tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], place)
+  start = (0, 0, search.step)
+  tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], start)
   ends = jnp.isin(token, stop_ids) | (length == N)
   among_best = jnp.arange(count, dtype=jnp.int32)[None] < W
-  counts = ends & among_best & search.open[:, None]
+  is_result = ends & among_best & search.open[:, None]
   penalty = length.astype(jnp.float32) ** length_penalty
   ended = _best_ended(
     search.ended,
     Ended(
       tokens,
       jnp.full((B, count), length, jnp.int32),
-      jnp.where(counts, scores / penalty, -jnp.inf),
+      jnp.where(is_result, scores / penalty, -jnp.inf),
     ),
   )
-  going, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
+  running_scores, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), W)
 
   def pick(leaf):
     return jnp.take_along_axis(leaf, chosen, axis=1)
 
-  kept = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
-  best, worst = going[:, 0], ended.scores[:, -1]
+  running_tokens = jnp.take_along_axis(tokens, chosen[..., None], axis=1)
+  best, worst = running_scores[:, 0], ended.scores[:, -1]
   # With fewer than W results the worst is -inf, and any beam is better.
   is_open = search.open & (best / penalty > worst)
-  new = Search(length, Running(kept, going, pick(token)), ended, is_open)
-  return new, pick(beam)
+  next_search = Search(
+    length, Running(running_tokens, running_scores, pick(token)), ended, is_open
+  )
+  return next_search, pick(beam)
 
 
 def _best_ended(old: Ended, new: Ended) -> Ended:
   W = old.scores.shape[1]
-  both = [jnp.concatenate(pair, axis=1) for pair in zip(old, new)]
-  tokens, lengths, scores = both
+  merged = [jnp.concatenate(pair, axis=1) for pair in zip(old, new)]
+  tokens, lengths, scores = merged
   scores, chosen = jax.lax.top_k(scores, W)
   lengths = jnp.take_along_axis(lengths, chosen, axis=1)
   lengths = jnp.where(jnp.isneginf(scores), 0, lengths)

@@ -239,12 +239,12 @@ def _advance(
     keys = step_keys(rules.keys, state.step)
     token = rules.sampler(logits[:, 0], keys)
     token = jnp.where(state.ended, rules.pad_id, token)
-    place = (0, state.step)
+    start = (0, state.step)
     return State(
       step=state.step + 1,
       token=token,
       ended=state.ended | jnp.isin(token, rules.stop_ids),
-      tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], place),
+      tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], start),
       lengths=state.lengths + ~state.ended,
       finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),
       cache=cast(Cache, cache),

@@ -21,7 +21,7 @@ _LEAST_LENGTH = 8
 
 
 class Prefix(NamedTuple):
-  """The tokens before the first that the model chooses.
+  """The tokens before the first token that the model chooses.
 
   Attributes:
     tokens: int32 [B, P], the tokens that the decoder reads.
@@ -77,7 +77,7 @@ def make_prefix(
       f'num_tokens={num_tokens} leaves none to choose after '
       f'{len(forced)} forced_ids'
     )
-  grows = num_tokens - len(forced)
+  steps = num_tokens - len(forced)
   if not model.has_encoder:
     if start_id is not None:
       raise ValueError(
@@ -85,23 +85,23 @@ def make_prefix(
         'prompt'
       )
     rows = [np.append(row, forced) for row in rows]
-    _check_length(model, 'prompt', max(map(len, rows)) + grows - 1)
+    _check_length(model, 'prompt', max(map(len, rows)) + steps - 1)
     # All but the last token are read at once.
-    check_change(model, [(len(row) - 1, len(row) + grows - 1) for row in rows])
+    check_change(model, [(len(row) - 1, len(row) + steps - 1) for row in rows])
     # The last token is a step of its own.
-    length = _length(model, max(map(len, rows)) - 1) + 1
-    _check_room(model, len(rows), length + grows, num_tokens)
+    length = _padded_length(model, max(map(len, rows)) - 1) + 1
+    _check_room(model, len(rows), length + steps, num_tokens)
     return Prefix(*_padded(rows, length, front=True), task_ids=tasks)
   if start_id is None:
     raise ValueError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
   _check_length(model, 'output', num_tokens)
   check_change(model, [(0, num_tokens)])
-  begin = [np.array([start_id, *forced])] * len(rows)
-  length = _length(model, max(map(len, rows)))
+  starts = [np.array([start_id, *forced])] * len(rows)
+  length = _padded_length(model, max(map(len, rows)))
   _check_room(model, len(rows), num_tokens, num_tokens)
   return Prefix(
-    *_padded(begin, 1 + len(forced), front=True),
+    *_padded(starts, 1 + len(forced), front=True),
     *_padded(rows, length, front=False),
     task_ids=tasks,
   )
@@ -127,8 +127,8 @@ def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
   if not is_list(prompt[0]):
     prompt = [prompt]
   rows = []
-  for i, given in enumerate(prompt):
-    row = as_ids(f'prompt {i} of {len(prompt)}', given, vocab_size)
+  for i, ids in enumerate(prompt):
+    row = as_ids(f'prompt {i} of {len(prompt)}', ids, vocab_size)
     if not len(row):
       raise ValueError(
         f'prompt {i} of {len(prompt)} has shape (0,); each needs at least one '
@@ -161,30 +161,30 @@ def _tasks(
 
 def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:
   """Raises ValueError where tokens or cache are larger than the memory."""
-  needs = [(f'num_tokens={num_tokens} of {rows} rows', 4 * rows * num_tokens)]
+  sizes = [(f'num_tokens={num_tokens} of {rows} rows', 4 * rows * num_tokens)]
   if not model.has_encoder:
     cache = jax.eval_shape(lambda: model.make_cache(rows, slots))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    needs.append((f'the cache of {rows} rows of {slots} tokens', size))
-  check_room(needs)
+    sizes.append((f'the cache of {rows} rows of {slots} tokens', size))
+  check_room(sizes)
 
 
-def _check_length(model: Model, what: str, needed: int) -> None:
-  most = model.longest
-  if most is not None and needed > most:
+def _check_length(model: Model, noun: str, num_positions: int) -> None:
+  longest = model.longest
+  if longest is not None and num_positions > longest:
     raise ValueError(
-      f'{what} of {needed} positions (new tokens included) > max_len={most} of '
-      'the learned positions'
+      f'{noun} of {num_positions} positions (new tokens included) > '
+      f'max_len={longest} of the learned positions'
     )
 
 
-def _length(model: Model, needed: int) -> int:
+def _padded_length(model: Model, num_tokens: int) -> int:
   """The length of padded rows: rounded up, unless padding changes results."""
   if model.capacity_binds:
-    return needed
-  most = model.longest
-  rounded = round_up(needed)
-  return rounded if most is None else max(min(rounded, most), needed)
+    return num_tokens
+  longest = model.longest
+  rounded = round_up(num_tokens)
+  return rounded if longest is None else max(min(rounded, longest), num_tokens)
 
 
 def round_up(length: int) -> int:
@@ -199,6 +199,6 @@ def _padded(
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):
-    place = slice(length - len(row), None) if front else slice(len(row))
-    tokens[i, place], mask[i, place] = row, True
+    columns = slice(length - len(row), None) if front else slice(len(row))
+    tokens[i, columns], mask[i, columns] = row, True
   return tokens, mask

@@ -1,6 +1,6 @@
 """Preparation of a model for generation, and of its cache.
 
-Not here: how parameters are laid out for it (`moe_jax.models.decoding`).
+Not here: the layout of parameters in generation (`moe_jax.models.decoding`).
 """
 
 import functools
@@ -80,14 +80,14 @@ def begin_with(
     model, variables, prefix, num_slots: See `begin`.
   """
   B, P = prefix.tokens.shape
-  found = []
+  choices = []
   if prefix.encoder_tokens is None:
     cache = model.make_cache(B, num_slots)
     if prefix.task_ids is not None:
       cache = cache.replace(task_ids=prefix.task_ids)
     pieces = [slice(0, P - 1)] if P > 1 else []
   else:
-    cache, chosen = apply(
+    cache, recorded = apply(
       model,
       variables,
       prefix.encoder_tokens,
@@ -96,14 +96,14 @@ def begin_with(
       task_ids=prefix.task_ids,
       method='encode',
     )
-    found.append(chosen)
+    choices.append(recorded)
     # A start and forced tokens are steps, as if the model had chosen them, as
     # tokens of one step compete for slots where capacity binds.
     pieces = [slice(i, i + 1) for i in range(P - 1)]
   for piece in pieces:
     tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]
-    (_, cache), chosen = apply(
+    (_, cache), recorded = apply(
       model, variables, tokens, mask, cache, method='decode'
     )
-    found.append(chosen)
-  return cache, found
+    choices.append(recorded)
+  return cache, choices

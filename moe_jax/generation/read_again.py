@@ -32,9 +32,9 @@ def choices(
   start_id: int | None = None,
   task_ids: Ids | None = None,
 ) -> tuple[Batch, Mapping[int, Recorded]]:
-  """The tokens that the model read in a generation, and what each layer chose.
+  """The tokens that the model read in a generation, and each layer's choices.
 
-  The last new token of a row is not among them: no model has read it.
+  The last new token of a row is left out, as the model has not read it.
 
   Args:
     model: A prepared model.
@@ -62,11 +62,13 @@ def choices(
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):
     tokens[i, : len(row)], mask[i, : len(row)] = row, True
-  read = np.concatenate([prefix.tokens, tokens[:, :-1]], 1)
+  read_tokens = np.concatenate([prefix.tokens, tokens[:, :-1]], 1)
   # The step that makes a row's new token reads the token before it.
-  seen = np.concatenate([prefix.mask[:, :-1], mask], 1)
-  found = fetch(_read(model, variables, prefix, read[:, -N:], mask, apply))
-  batch = _batch('', read, seen)
+  read_mask = np.concatenate([prefix.mask[:, :-1], mask], 1)
+  choices_by_layer = fetch(
+    _read(model, variables, prefix, read_tokens[:, -N:], mask, apply)
+  )
+  batch = _batch('', read_tokens, read_mask)
   if prefix.encoder_tokens is not None:
     batch |= _batch('encoder_', prefix.encoder_tokens, prefix.encoder_mask)
   if prefix.task_ids is not None:
@@ -74,7 +76,7 @@ def choices(
       shape = batch[f'{key}tokens'].shape
       tasks = np.broadcast_to(prefix.task_ids[:, None], shape)
       batch[f'{key}task_ids'] = tasks
-  return batch, found
+  return batch, choices_by_layer
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'apply'))
@@ -88,25 +90,25 @@ def _read(
 ) -> dict[int, Recorded]:
   """The choices for a prefix and for N tokens, its last one the first.
 
-  They are [B, P - 1 + N, K] in a decoder's layers, and [B, S, K] in those of an
-  encoder.
+  The choices have the shape [B, P - 1 + N, K] in a decoder's layers, and
+  [B, S, K] in an encoder's.
   """
   slots = prefix.tokens.shape[1] - 1 + tokens.shape[1]
-  cache, found = begin_with(apply, model, variables, prefix, slots)
+  cache, choices_by_call = begin_with(apply, model, variables, prefix, slots)
 
-  def step(cache, item):
-    token, real = item
-    (_, cache), chosen = apply(
-      model, variables, token[:, None], real[:, None], cache, method='decode'
+  def step(cache, token_and_mask):
+    token, is_real = token_and_mask
+    (_, cache), recorded = apply(
+      model, variables, token[:, None], is_real[:, None], cache, method='decode'
     )
-    return cache, jax.tree.map(lambda x: x[:, 0], chosen)
+    return cache, jax.tree.map(lambda x: x[:, 0], recorded)
 
   steps = jax.lax.scan(step, cache, (tokens.T, mask.T))[1]
-  found.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
+  choices_by_call.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), steps))
   return {
     layer: jax.tree.map(
-      lambda *parts: jnp.concatenate(parts, 1),
-      *(part[layer] for part in found if part and layer in part),
+      lambda *pieces: jnp.concatenate(pieces, 1),
+      *(call[layer] for call in choices_by_call if call and layer in call),
     )
     for layer in model.sparse_layers
   }

@@ -24,11 +24,11 @@ from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf
 
 @checked
 def keep_top_k(logits: Float32[Array, 'B V'], k: int) -> Float32[Array, 'B V']:
-  """Sets all logits of a row to -inf but the k largest and equals of these."""
+  """Sets all logits of a row to -inf but the k largest and equal ones."""
   check_whole('top_k', k, 1)
   k = min(k, logits.shape[-1])
-  least = jax.lax.top_k(logits, k)[0][:, -1:]
-  return jnp.where(logits >= least, logits, -jnp.inf)
+  threshold = jax.lax.top_k(logits, k)[0][:, -1:]
+  return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 @checked
@@ -41,12 +41,14 @@ def keep_top_p(
   (nucleus sampling, section 3.1 of arXiv:1904.09751). The likeliest always
   stays, and so do tokens that are as likely as the last that stays.
   """
-  falling = -jnp.sort(-logits, axis=-1)
-  probs = jax.nn.softmax(falling)
-  likelier = jnp.cumsum(probs, axis=-1) - probs
-  stays = (likelier < p).at[:, 0].set(True)
-  least = jnp.where(stays, falling, jnp.inf).min(axis=-1, keepdims=True)
-  return jnp.where(logits >= least, logits, -jnp.inf)
+  sorted_logits = -jnp.sort(-logits, axis=-1)
+  probs = jax.nn.softmax(sorted_logits)
+  likelier_prob = jnp.cumsum(probs, axis=-1) - probs
+  is_kept = (likelier_prob < p).at[:, 0].set(True)
+  threshold = jnp.where(is_kept, sorted_logits, jnp.inf).min(
+    axis=-1, keepdims=True
+  )
+  return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 class Sampler(flax.struct.PyTreeNode):
@@ -108,8 +110,8 @@ class Sampler(flax.struct.PyTreeNode):
       logits = keep_top_k(logits, self.top_k)
     if self.top_p is not None:
       logits = keep_top_p(logits, self.top_p)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits)
-    return drawn.astype(jnp.int32)
+    token = jax.vmap(jax.random.categorical)(keys, logits)
+    return token.astype(jnp.int32)
 
 
 def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
@@ -128,8 +130,8 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     check_seed(cast(int, seed))
     return _row_keys(seed, num_rows)
   seeds = cast(Sequence[int], seed)
-  for own in seeds:
-    check_seed(own)
+  for row_seed in seeds:
+    check_seed(row_seed)
   if len(seeds) != num_rows:
     raise ValueError(f'{len(seeds)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])

@@ -103,9 +103,9 @@ def load(
 
 def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
   """The same model with another dtype of parameters and products."""
-  numerics = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
-  changed, _ = sections.overridden(models.MODELS, options, numerics, 'model.')
-  return changed
+  changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
+  model, _ = sections.overridden(models.MODELS, options, changes, 'model.')
+  return model
 
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:
@@ -161,14 +161,14 @@ def fit(
   fill half of the positions. In an encoder-decoder, encoder and decoder each
   have all positions.
   """
-  room = model.longest
-  if room is None:
+  num_positions = model.longest
+  if num_positions is None:
     return prompt, num_tokens
   if model.has_encoder:
-    return prompt[:room], min(num_tokens, room)
-  kept = max(room // 2, room - num_tokens + 1, 1)
-  prompt = prompt[-kept:]
-  return prompt, min(num_tokens, room - len(prompt) + 1)
+    return prompt[:num_positions], min(num_tokens, num_positions)
+  prompt_len = max(num_positions // 2, num_positions - num_tokens + 1, 1)
+  prompt = prompt[-prompt_len:]
+  return prompt, min(num_tokens, num_positions - len(prompt) + 1)
 
 
 def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def task_ids(
 
   Args:
     model: The model.
-    data: The options of the run's data, whose tasks they are.
+    data: The options of the run's data, which has the tasks.
     names: The name of the task of each row; '' where none is given.
     option: The option that gives the name, for messages.
 

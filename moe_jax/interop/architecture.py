@@ -25,13 +25,13 @@ ACTIVATIONS = {
 }
 
 
-def _numbered(options: ModelOptions) -> None:
+def _no_id(options: ModelOptions) -> None:
   """Returns None: every token has a position of its own."""
   del options
 
 
-def _nothing(values: Values) -> tuple[str, ...]:
-  """Returns no pattern: every tensor is of the model."""
+def _no_patterns(values: Values) -> tuple[str, ...]:
+  """Returns no pattern: every tensor is a part of the model."""
   del values
   return ()
 
@@ -57,15 +57,15 @@ class Architecture:
     needs_code: Whether transformers has no class for it, so that checkpoints
       bring their own code.
     prefix: Prefix of tensor names that a model without head does not have.
-    computed: Patterns of the names of tensors that need not be read, as their
-      values are computed.
-    left_out: Returns the patterns of the names of tensors that are no part of
-      the model, for the values of the keys.
+    computed_tensors: Patterns of the names of tensors that need not be read, as
+      their values are computed.
+    skipped_tensors: Returns the patterns of the names of tensors that are no
+      part of the model, for the values of the keys.
     fills_gaps: Whether the checkpoints were trained to fill gaps in text that
       are marked by sentinels (T5).
     files: Opens the tensors in the files of a folder.
-    unnumbered: Returns the id of the tokens that have no position of their own;
-      None if there is none.
+    unnumbered_id: Returns the id of the tokens that have no position of their
+      own; None if all tokens have one.
   """
 
   model_type: str
@@ -79,11 +79,11 @@ class Architecture:
   borrowed_type: str = ''
   needs_code: bool = False
   prefix: str = ''
-  computed: tuple[str, ...] = ()
-  left_out: Callable[[Values], tuple[str, ...]] = _nothing
+  computed_tensors: tuple[str, ...] = ()
+  skipped_tensors: Callable[[Values], tuple[str, ...]] = _no_patterns
   fills_gaps: bool = False
   files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
-  unnumbered: Callable[[Any], int | None] = _numbered
+  unnumbered_id: Callable[[Any], int | None] = _no_id
 
 
 def decoder(
@@ -94,25 +94,26 @@ def decoder(
   options: Callable[[Values], ModelOptions],
   describe: Callable[[Any], dict[str, Any]],
   names: Names,
-  **more: Any,
+  **overrides: Any,
 ) -> Architecture:
   """The architecture of a decoder with rotary positions.
 
   Args:
-    model_type: See `Architecture`, as for all others.
+    model_type: The name in config.json; see `Architecture`, also for the rest.
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
     problems: Returns a text for each value that our models cannot express.
     options: Returns the options of the model.
     describe: Returns the keys of config.json that a model decides.
     names: The tensors of our variables.
-    **more: Attributes of `Architecture` with other values than decoders have.
+    **overrides: Attributes of `Architecture` with other values than those of
+      most decoders.
   """
-  decoders: dict[str, Any] = dict(
+  decoder_attributes: dict[str, Any] = dict(
     classes=(f'{stem}ForCausalLM', f'{stem}Model'),
     suits=lambda o: not o.has_encoder,
     prefix='model.',
-    computed=(r'rotary_emb\.inv_freq$',),
+    computed_tensors=(r'rotary_emb\.inv_freq$',),
   )
   return Architecture(
     model_type=model_type,
@@ -121,34 +122,36 @@ def decoder(
     options=options,
     describe=describe,
     names=names,
-    **{**decoders, **more},
+    **{**decoder_attributes, **overrides},
   )
 
 
-def unsupported(key: str, name: str, table: Mapping[str, str]) -> list[str]:
+def activation_problems(
+  key: str, name: str, table: Mapping[str, str]
+) -> list[str]:
   """The problem of an activation that is not in `table`, or an empty list."""
   if name in table:
     return []
   return [f'{key}={name!r} is not supported, only {sorted(table)}']
 
 
-def written(name: str, table: Mapping[str, str]) -> str:
-  """The first name that `table` has for our activation, or our own name."""
+def their_activation(name: str, table: Mapping[str, str]) -> str:
+  """The first name that `table` has for our activation, or else our name."""
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
-def filled(
-  half: StackOptions, width: int
+def attention_and_moe(
+  stack: StackOptions, width: int
 ) -> tuple[AttentionOptions, MoeOptions]:
   """Attention and experts of a stack, with defaults for sizes of 0.
 
   Raises:
     ValueError: The attention is latent.
   """
-  attention = half.attention.within(width)
+  attention = stack.attention.within(width)
   if not isinstance(attention, AttentionOptions):
     raise ValueError('its attention is not that of heads of their own')
-  return attention, half.moe.within(half.ffn, half.dropout)
+  return attention, stack.moe.within(stack.ffn, stack.dropout)
 
 
 def layers(num_layers: int, step: int, first: int) -> str:

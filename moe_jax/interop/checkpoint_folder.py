@@ -26,7 +26,7 @@ from moe_jax.interop import (
   switch_transformers,
 )
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.tensor_files import FLOATS, TensorFiles, listed
+from moe_jax.interop.tensor_files import FLOATS, TensorFiles, problem_text
 from moe_jax.models import ModelOptions
 from moe_jax.options import unknown
 
@@ -61,7 +61,7 @@ class Checkpoint:
     options: The options of the model.
     notes: A line for each value that acts only in training and is not carried
       over.
-    left_out: Patterns of the names of tensors that are not read.
+    skipped_tensors: Patterns of the names of tensors that are not read.
   """
 
   folder: pathlib.Path
@@ -69,7 +69,7 @@ class Checkpoint:
   config: Mapping[str, Any]
   options: ModelOptions
   notes: tuple[str, ...]
-  left_out: tuple[str, ...] = ()
+  skipped_tensors: tuple[str, ...] = ()
 
   def open_files(self) -> TensorFiles:
     """The tensors in the folder's files."""
@@ -92,14 +92,14 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
   if plain(folder, path.name) is None:
     raise ValueError(f'{folder} has no config.json')
   config = read_json(path)
-  read = _read(config, path)
-  dtype = dtype or held_in(_dtype(config, path))
-  options: Any = read.options
+  checkpoint = _read_checkpoint(config, path)
+  dtype = dtype or param_dtype_for(_dtype(config, path))
+  options: Any = checkpoint.options
   numerics = dataclasses.replace(
     options.numerics, dtype=dtype, param_dtype=dtype
   )
   options = dataclasses.replace(options, numerics=numerics)
-  return dataclasses.replace(read, options=options)
+  return dataclasses.replace(checkpoint, options=options)
 
 
 def from_config(config: Mapping[str, Any]) -> ModelOptions:
@@ -109,19 +109,21 @@ def from_config(config: Mapping[str, Any]) -> ModelOptions:
     ValueError: As `open_checkpoint`.
   """
   path = pathlib.Path('config.json')
-  return _read(config, path, 'what would be written there').options
+  return _read_checkpoint(config, path, 'what would be written there').options
 
 
-def _read(
+def _read_checkpoint(
   config: Mapping[str, Any], path: pathlib.Path, subject: str = ''
 ) -> Checkpoint:
-  architecture = _architecture(config, path)
+  architecture = _checked_architecture(config, path)
   subject = subject or f'this {architecture.model_type} checkpoint'
   values, problems, notes = config_keys.read(architecture.keys, config)
   problems += config_keys.bad_ids(config, values.vocab_size)
   problems += architecture.problems(values)
   if problems:
-    raise ValueError(listed(f'{path}: {subject} is not supported', problems))
+    raise ValueError(
+      problem_text(f'{path}: {subject} is not supported', problems)
+    )
   try:
     return Checkpoint(
       path.parent,
@@ -129,61 +131,67 @@ def _read(
       config,
       architecture.options(values),
       tuple(notes),
-      architecture.left_out(values),
+      architecture.skipped_tensors(values),
     )
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 
 
-def named(kind: Any, where: str = '') -> Architecture:
+def by_model_type(model_type: Any, location: str = '') -> Architecture:
   """The architecture of a `model_type`.
 
   Raises:
-    ValueError: It is not supported; all supported ones are listed.
+    ValueError: The `model_type` is not supported; the message lists all that
+      are.
   """
   by_name = {name.replace('-', '_'): a for name, a in ARCHITECTURES.items()}
-  if (name := str(kind).replace('-', '_')) not in by_name:
+  if (name := str(model_type).replace('-', '_')) not in by_name:
     borrowed = (
       f'{a.borrowed_type} of class {a.classes[0]}'
       for a in ARCHITECTURES.values()
       if a.borrowed_type
     )
-    raise unknown(f'model_type{where}', kind, [*ARCHITECTURES, *borrowed])
+    raise unknown(
+      f'model_type{location}', model_type, [*ARCHITECTURES, *borrowed]
+    )
   return by_name[name]
 
 
-def chosen(config: Mapping[str, Any], where: str = '') -> Architecture:
+def architecture_of(
+  config: Mapping[str, Any], location: str = ''
+) -> Architecture:
   """The architecture that `architectures` and `model_type` of a config name.
 
   Raises:
-    ValueError: It is not supported; all supported ones are listed.
+    ValueError: The architecture is not supported; the message lists all that
+      are.
   """
-  kind, given = config.get('model_type'), config.get('architectures')
+  model_type, classes = config.get('model_type'), config.get('architectures')
   for architecture in ARCHITECTURES.values():
-    borrowed = architecture.borrowed_type
-    names = given if isinstance(given, list) and borrowed else []
-    known = any(name in architecture.classes for name in names)
-    if known and kind in (borrowed, None):
+    borrowed_type = architecture.borrowed_type
+    names = classes if isinstance(classes, list) and borrowed_type else []
+    has_class = any(name in architecture.classes for name in names)
+    if has_class and model_type in (borrowed_type, None):
       return architecture
-  return named(kind, where)
+  return by_model_type(model_type, location)
 
 
-def _architecture(
+def _checked_architecture(
   config: Mapping[str, Any], path: pathlib.Path
 ) -> Architecture:
-  architecture = chosen(config, f' in {path}')
-  given = config.get('architectures') or []
-  if not isinstance(given, list):
-    raise ValueError(f'{path}: architectures={given!r} is no list of names')
-  for name in given:
+  architecture = architecture_of(config, f' in {path}')
+  classes = config.get('architectures') or []
+  if not isinstance(classes, list):
+    raise ValueError(f'{path}: architectures={classes!r} is no list of names')
+  for name in classes:
     if name not in architecture.classes:
       raise unknown(f'architecture in {path}', name, architecture.classes)
   return architecture
 
 
-def held_in(stored: str) -> str:
+def param_dtype_for(stored_dtype: str) -> str:
   """The dtype of parameters for one of `FLOATS`: float32 for float16."""
-  return 'float32' if stored == 'float16' else stored
+  return 'float32' if stored_dtype == 'float16' else stored_dtype
 
 
 def named_dtype(config: Mapping[str, Any]) -> Any:
@@ -192,8 +200,8 @@ def named_dtype(config: Mapping[str, Any]) -> Any:
 
 
 def _dtype(config: Mapping[str, Any], path: pathlib.Path) -> str:
-  given = named_dtype(config) or 'float32'
-  name = str(given).removeprefix('torch.')
+  dtype = named_dtype(config) or 'float32'
+  name = str(dtype).removeprefix('torch.')
   if name not in FLOATS:
-    raise unknown(f'dtype in {path}', given, FLOATS)
+    raise unknown(f'dtype in {path}', dtype, FLOATS)
   return name

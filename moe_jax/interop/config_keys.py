@@ -14,7 +14,7 @@ from moe_jax.option_checks import unknown_text
 
 _LARGEST = 3.4e38  # of float32
 _INTEGERS = 2**31  # int32 is below this
-# Layers are counted one by one before any tensor is known.
+# The limit is low, as layers are counted one by one before tensors are known.
 _LAYERS = 2**16
 
 
@@ -42,11 +42,11 @@ class Number:
     """Whether a value of a JSON file is of the kind."""
     if value is None:
       return self.optional
-    types_ = int if self.whole else int | float
-    if isinstance(value, bool) or not isinstance(value, types_):
+    number_types = int if self.whole else int | float
+    if isinstance(value, bool) or not isinstance(value, number_types):
       return False
-    inside = self.low < value if self.above else self.low <= value
-    return inside and value < self.below
+    is_above_low = self.low < value if self.above else self.low <= value
+    return is_above_low and value < self.below
 
 
 SIZE = Number('integer of at least 1 in int32', 1, _INTEGERS, whole=True)
@@ -73,12 +73,12 @@ OPTIONAL_POSITIVE = dataclasses.replace(
   POSITIVE, rule=f'{POSITIVE.rule}, or null', optional=True
 )
 RATE = Number('number in [0, 1)', 0, 1)
-_WHO = 'transformers 5.24'
+_LIBRARY = 'transformers 5.24'
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """The keys of one architecture.
+  """The keys of one architecture, sorted by how they are treated.
 
   Attributes:
     honoured: For each key that shapes the model, its type and transformers'
@@ -91,21 +91,27 @@ class Keys:
       default first.
     ignored: For each other key, the reason why it changes neither inference nor
       training.
-    spelled: Other spellings of keys, each with the key that it stands for.
+    spellings: Other spellings of keys, each with the key that it stands for.
   """
 
   honoured: Mapping[str, tuple[Any, Any]]
   training: Mapping[str, tuple[Any, Any, Any, str]]
   fixed: Mapping[str, tuple[Any, ...]]
   ignored: Mapping[str, str]
-  spelled: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    sorts = self.honoured, self.training, self.fixed, self.ignored, self.spelled
-    names = [name for sort in sorts for name in sort]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-      raise ValueError(f'keys {twice} are sorted twice')
+    groups = (
+      self.honoured,
+      self.training,
+      self.fixed,
+      self.ignored,
+      self.spellings,
+    )
+    names = [name for group in groups for name in group]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+      raise ValueError(f'keys {duplicates} are sorted twice')
 
 
 class Values(types.SimpleNamespace):
@@ -127,11 +133,11 @@ def read(
   """
   values, notes = Values(), []
   config, problems = _one_spelling(keys, config)
-  known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
+  known_keys = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
   for name in config:
-    if name not in known:
-      error = unknown_text('key', name, known)
-      problems.append(error.split('have [')[0].rstrip('; '))
+    if name not in known_keys:
+      message = unknown_text('key', name, known_keys)
+      problems.append(message.split('have [')[0].rstrip('; '))
   for name, (kind, default, *_) in {**keys.honoured, **keys.training}.items():
     value = config.get(name, default)
     if not is_kind(value, kind):
@@ -141,14 +147,14 @@ def read(
   for name, supported in keys.fixed.items():
     value = config.get(name, supported[0])
     if value not in supported:
-      have = ' or '.join(map(repr, supported))
-      problems.append(f'{name}={value!r} is not supported, only {have}')
-  for name, (_, _, neutral, why) in keys.training.items():
+      choices = ' or '.join(map(repr, supported))
+      problems.append(f'{name}={value!r} is not supported, only {choices}')
+  for name, (_, _, neutral, reason) in keys.training.items():
     value = getattr(values, name)
     if isinstance(neutral, str):
       neutral = getattr(values, neutral)
     if neutral is not ... and value != neutral:
-      notes.append(f'{name}={value!r} is not carried over: {why}')
+      notes.append(f'{name}={value!r} is not carried over: {reason}')
   return values, problems, notes
 
 
@@ -156,13 +162,15 @@ def _one_spelling(
   keys: Keys, config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
   """The config with one spelling of each key, and a text for each conflict."""
-  spelled = {keys.spelled.get(name, name): v for name, v in config.items()}
+  unified_config = {
+    keys.spellings.get(name, name): v for name, v in config.items()
+  }
   problems = [
     f'{name}={config[name]!r:.80} differs from {key}={config[key]!r:.80}'
-    for name, key in keys.spelled.items()
+    for name, key in keys.spellings.items()
     if {name, key} <= config.keys() and config[name] != config[key]
   ]
-  return spelled, problems
+  return unified_config, problems
 
 
 def bad_ids(config: Mapping[str, Any], vocab_size: int) -> list[str]:
@@ -194,7 +202,7 @@ def kind_name(kind: Any) -> str:
   return getattr(kind, '__name__', str(kind))
 
 
-_GENERATION = f'generation reads it, as {_WHO} does'
+_GENERATION = f'generation reads it, as {_LIBRARY} does'
 _NO_NUMBER = 'no number of the model depends on it'
 # Keys that every architecture may have.
 COMMON_FIXED = {
@@ -284,6 +292,6 @@ COMMON_IGNORED = {
   ),
   **dict.fromkeys(
     ('prefix', 'task_specific_params', 'tf_legacy_loss', 'tokenizer_class'),
-    f'{_WHO} does nothing with it in a model',
+    f'{_LIBRARY} does nothing with it in a model',
   ),
 }

@@ -2,7 +2,7 @@
 
 These decoders have pre-norm blocks with root mean square norms, rotary
 positions, grouped keys and gated feed-forwards, and drop no token. Not here:
-what an architecture has beside them (`mixtral.py` and its siblings).
+further keys of an architecture (`mixtral.py` and its siblings).
 """
 
 import dataclasses
@@ -10,7 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.interop import rotary_keys
-from moe_jax.interop.architecture import filled, unsupported, written
+from moe_jax.interop.architecture import (
+  activation_problems,
+  attention_and_moe,
+  their_activation,
+)
 from moe_jax.interop.config_keys import (
   AMOUNT,
   COMMON_FIXED,
@@ -51,7 +55,7 @@ def keys(
   training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
   fixed: Mapping[str, tuple[Any, ...]] | None = None,
   ignored: Mapping[str, str] | None = None,
-  spelled: Mapping[str, str] | None = None,
+  spellings: Mapping[str, str] | None = None,
 ) -> Keys:
   """The keys of an architecture: the shared ones, and those of its own.
 
@@ -61,11 +65,11 @@ def keys(
     training: The other keys that act only in training.
     fixed: The other keys with only some supported values.
     ignored: The other keys that change nothing, with the reason.
-    spelled: Other spellings of keys.
+    spellings: Other spellings of keys.
   """
   d = {'num_key_value_heads': None, 'tie_word_embeddings': False, **defaults}
-  own = {*honoured, *(fixed or {}), *(ignored or {})}
-  common = {k: v for k, v in COMMON_FIXED.items() if k not in own}
+  replaced_keys = {*honoured, *(fixed or {}), *(ignored or {})}
+  common = {k: v for k, v in COMMON_FIXED.items() if k not in replaced_keys}
   return Keys(
     honoured={
       'vocab_size': (SIZE, d['vocab_size']),
@@ -101,7 +105,7 @@ def keys(
       'pad_token_id': 'masks say what padding is',
       **(ignored or {}),
     },
-    spelled=spelled or {},
+    spellings=spellings or {},
   )
 
 
@@ -121,7 +125,7 @@ def problems(
     activations: Our names of the activations that it has, by theirs.
   """
   return [
-    *unsupported('hidden_act', c.hidden_act, activations),
+    *activation_problems('hidden_act', c.hidden_act, activations),
     *rotary_keys.problems(c, theta, rope_types),
   ]
 
@@ -173,18 +177,18 @@ def options(
   )
 
 
-def heads(c: Values, **more: Any) -> AttentionOptions:
+def heads(c: Values, **overrides: Any) -> AttentionOptions:
   """Attention whose heads have keys and values of their own, or share them.
 
   Args:
     c: The values of config.json.
-    **more: Options of attention beside the numbers of heads; without a
+    **overrides: Options of attention beside the numbers of heads; without a
       `head_width` the heads multiply to the width.
   """
   return AttentionOptions(
     num_heads=c.num_attention_heads,
     num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
-    **{'head_width': c.hidden_size // c.num_attention_heads, **more},
+    **{'head_width': c.hidden_size // c.num_attention_heads, **overrides},
   )
 
 
@@ -202,42 +206,42 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     raise ValueError('it has an encoder, or no blocks')
   if not o.has_experts:
     raise ValueError(f'it is dense; {architecture} has experts')
-  attention, moe = o.attention.within(o.width), sparse(o)
+  attention, moe = o.attention.within(o.width), moe_options(o)
   return dict(
     vocab_size=o.vocab_size,
     hidden_size=o.width,
     num_hidden_layers=o.num_layers,
     num_attention_heads=attention.num_heads,
     num_key_value_heads=getattr(attention, 'num_kv_heads', attention.num_heads),
-    hidden_act=written(expert_of(o).activation, ACTIVATIONS),
+    hidden_act=their_activation(expert_of(o).activation, ACTIVATIONS),
     rms_norm_eps=o.norm.epsilon,
     tie_word_embeddings=o.embedding.tie,
     num_experts_per_tok=moe.num_selected,
-    rope_parameters=rotary_keys.written(o.positions),
+    rope_parameters=rotary_keys.rope_parameters(o.positions),
   )
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """Attention, with defaults for sizes of 0.
+  """The options of attention, with defaults for sizes of 0.
 
   Raises:
     ValueError: The attention is latent.
   """
-  return filled(o, o.width)[0]
+  return attention_and_moe(o, o.width)[0]
 
 
-def sparse(o: DecoderOptions) -> MoeOptions:
-  """The sparse layers, with defaults for sizes of 0."""
+def moe_options(o: DecoderOptions) -> MoeOptions:
+  """The options of the sparse layers, with defaults for sizes of 0."""
   return o.moe.within(o.ffn, o.dropout)
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
-  """The experts, with defaults for sizes of 0.
+  """The options of the experts, with defaults for sizes of 0.
 
   Raises:
-    ValueError: They are no feed-forwards.
+    ValueError: The experts are no feed-forwards.
   """
-  expert = sparse(o).expert
+  expert = moe_options(o).expert
   if not isinstance(expert, FeedForwardExpert):
     raise ValueError(f'its experts are {type(expert).__name__}')
   return expert
@@ -247,9 +251,9 @@ def token_choice(o: DecoderOptions) -> TokenChoice:
   """The router of the sparse layers.
 
   Raises:
-    ValueError: It is of another kind.
+    ValueError: The router is of another kind.
   """
-  router = sparse(o).router
+  router = moe_options(o).router
   if not isinstance(router, TokenChoice):
     raise ValueError(f'its router is {type(router).__name__}')
   return router
@@ -276,17 +280,17 @@ def gates(c: Values) -> str:
   return 'renormalized' if c.norm_topk_prob else 'raw'
 
 
-def renormalized(router: RouterOptions) -> bool:
+def is_renormalized(router: RouterOptions) -> bool:
   """Whether gates of the softmax of all experts are divided by their sum.
 
   Raises:
     ValueError: The router has other gates.
   """
-  known = {'raw': False, 'renormalized': True}
+  flags = {'raw': False, 'renormalized': True}
   gates = getattr(router, 'gates', None)
-  if gates not in known:
+  if gates not in flags:
     raise ValueError(
       f'its router is {type(router).__name__} with gates {gates!r}, not one of '
-      f'{sorted(known)}'
+      f'{sorted(flags)}'
     )
-  return known[gates]
+  return flags[gates]

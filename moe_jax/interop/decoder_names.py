@@ -17,18 +17,18 @@ ENDS: Table = {
 
 
 def layer(path: str, *names: Name) -> Table:
-  """A parameter of a layer, whose names are given from the layer on."""
+  """A parameter of a layer, whose names begin behind the layer's."""
   return {
     f'layer/{path}': tuple(
-      name._replace(theirs=f'model.layers.{{layer}}.{name.theirs}')
+      name._replace(template=f'model.layers.{{layer}}.{name.template}')
       for name in names
     )
   }
 
 
-def weight(path: str, theirs: str, form: str) -> Table:
+def weight(path: str, module: str, form: str) -> Table:
   """The weight of a module of a layer."""
-  return layer(path, Name(f'{theirs}.weight', form))
+  return layer(path, Name(f'{module}.weight', form))
 
 
 # The norms before attention and before feed-forwards.
@@ -50,47 +50,50 @@ BLOCK: Table = {
 }
 
 
-def gated_ffn(path: str, theirs: str) -> Table:
-  """A gated feed-forward."""
+def gated_ffn(path: str, module: str) -> Table:
+  """The weights of a gated feed-forward."""
   return {
-    **weight(f'{path}/w_gate', f'{theirs}.gate_proj', 'F M -> M F'),
-    **weight(f'{path}/w_in', f'{theirs}.up_proj', 'F M -> M F'),
-    **weight(f'{path}/w_out', f'{theirs}.down_proj', 'M F -> F M'),
+    **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
+    **weight(f'{path}/w_in', f'{module}.up_proj', 'F M -> M F'),
+    **weight(f'{path}/w_out', f'{module}.down_proj', 'M F -> F M'),
   }
 
 
 def experts(
-  theirs: str = 'mlp.experts',
+  module: str = 'mlp.experts',
   gate: str = 'gate_proj',
   up: str = 'up_proj',
   down: str = 'down_proj',
 ) -> Table:
   """Gated experts, each with tensors of its own in files that are written.
 
-  Files may also have those of memory, in which experts are stacked and gate and
-  up are one tensor, or the names of memory for each expert.
+  Files may also have the tensors that transformers has in memory, in which
+  experts are stacked and gate and up are one tensor, or the names of those
+  tensors for each expert.
 
   Args:
-    theirs: The experts in files.
-    gate: The tensor of an expert's gate in files; `up` and `down` likewise.
+    module: The name of the experts in files.
+    gate: The name of an expert's gate in files; `up` and `down` likewise.
   """
 
-  def names(number: str, form: str, fused: str, fused_form: str) -> list[Name]:
-    paths = dict.fromkeys((theirs, 'mlp.experts'))
+  def names(
+    projection: str, form: str, fused: str, fused_form: str
+  ) -> list[Name]:
+    paths = dict.fromkeys((module, 'mlp.experts'))
     return [
-      *(Name(f'{path}.{{expert}}.{number}.weight', form) for path in paths),
+      *(Name(f'{path}.{{expert}}.{projection}.weight', form) for path in paths),
       Name(f'mlp.experts.{fused}', fused_form),
     ]
 
-  halves = 'gate_up_proj'
+  gate_up = 'gate_up_proj'
   return {
     **layer(
       'moe/experts/w_gate',
-      *names(gate, 'F M -> M F', halves, 'E (0/2 F) M -> E M F'),
+      *names(gate, 'F M -> M F', gate_up, 'E (0/2 F) M -> E M F'),
     ),
     **layer(
       'moe/experts/w_in',
-      *names(up, 'F M -> M F', halves, 'E (1/2 F) M -> E M F'),
+      *names(up, 'F M -> M F', gate_up, 'E (1/2 F) M -> E M F'),
     ),
     **layer(
       'moe/experts/w_out',

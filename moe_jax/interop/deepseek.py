@@ -58,7 +58,7 @@ KEYS = decoder_keys.keys(
   training={'seq_aux': (bool, True, ..., '')},
   # The published code cannot split the products of experts.
   fixed={'pretraining_tp': (1,), 'scoring_func': ('softmax',)},
-  spelled={'aux_loss_alpha': 'router_aux_loss_coef'},
+  spellings={'aux_loss_alpha': 'router_aux_loss_coef'},
 )
 
 
@@ -86,7 +86,7 @@ def _sparse(num_layers: int, first: int, step: int) -> tuple[bool, ...]:
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
   several = c.num_experts_per_tok > 1
-  whole = decoder_keys.options(
+  base_options = decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.n_routed_experts,
@@ -105,20 +105,20 @@ def options(c: Values) -> DecoderOptions:
     ),
   )
   if not c.seq_aux:
-    return whole
-  router = decoder_keys.token_choice(whole)
+    return base_options
+  router = decoder_keys.token_choice(base_options)
   router = dataclasses.replace(
     router, balance_weight=0.0, sequence_balance_weight=router.balance_weight
   )
   return dataclasses.replace(
-    whole, moe=dataclasses.replace(whole.moe, router=router)
+    base_options, moe=dataclasses.replace(base_options.moe, router=router)
   )
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = decoder_keys.describe(o, 'DeepSeekMoE')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   router = decoder_keys.token_choice(o)
   first, L = o.sparse.index(True), o.num_layers
   steps = (n for n in range(1, L + 1) if _sparse(L, first, n) == o.sparse)
@@ -134,7 +134,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
     n_shared_experts=deepseek_keys.num_shared(o) or None,
     first_k_dense_replace=first,
     moe_layer_freq=step,
-    norm_topk_prob=decoder_keys.renormalized(router),
+    norm_topk_prob=decoder_keys.is_renormalized(router),
     attention_bias=attention.has_bias('query', use_bias=False),
     aux_loss_alpha=by_sequence or router.balance_weight,
     seq_aux=bool(by_sequence),

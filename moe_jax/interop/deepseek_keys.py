@@ -34,7 +34,7 @@ from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
 
-# transformers' norms of short vectors have it, whatever rms_norm_eps is.
+# The epsilon of transformers' norms of short vectors, whatever rms_norm_eps is.
 _EPSILON = 1e-6
 _BIASED = 'query_down, kv_down, out'
 _REMOTE = "only the model's own remote code reads it"
@@ -45,7 +45,7 @@ def keys(
   honoured: Mapping[str, tuple[Any, Any]],
   fixed: Mapping[str, tuple[Any, ...]],
   training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
-  spelled: Mapping[str, str] | None = None,
+  spellings: Mapping[str, str] | None = None,
 ) -> Keys:
   """The keys of an architecture; see `decoder_keys.keys`.
 
@@ -54,10 +54,10 @@ def keys(
     honoured: The keys of its own that shape the model.
     fixed: The keys of its own with only some supported values.
     training: The keys of its own that act only in training.
-    spelled: Other spellings of its keys.
+    spellings: Other spellings of its keys.
   """
   d = defaults
-  own: dict[str, tuple[Any, Any]] = {
+  shared_keys: dict[str, tuple[Any, Any]] = {
     name: (kind, d[name])
     for name, kind in (
       ('intermediate_size', SIZE),
@@ -74,7 +74,7 @@ def keys(
   return decoder_keys.keys(
     {'rms_norm_eps': 1e-6, 'router_aux_loss_coef': 0.0, **d},
     honoured={
-      **own,
+      **shared_keys,
       'q_lora_rank': (OPTIONAL_SIZE, 1536),
       'qk_nope_head_dim': (SIZE, 128),
       'qk_rope_head_dim': (SIZE, 64),
@@ -102,7 +102,7 @@ def keys(
         ('head_dim', 'qk_head_dim'), 'it follows from the widths of the parts'
       ),
     },
-    spelled=spelled or {},
+    spellings=spellings or {},
   )
 
 
@@ -145,8 +145,8 @@ def options(
     groups: The options of the groups, if there are several.
     interleaved: Whether the pairs that rotate are neighbours.
   """
-  dense = c.first_k_dense_replace
-  whole = decoder_keys.options(
+  num_dense = c.first_k_dense_replace
+  base_options = decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.n_routed_experts,
@@ -163,7 +163,7 @@ def options(
     ),
     moe=dict(
       layers=decoder_keys.layers(
-        [i >= dense for i in range(c.num_hidden_layers)]
+        [i >= num_dense for i in range(c.num_hidden_layers)]
       ),
       expert=FeedForwardExpert(hidden=c.moe_intermediate_size),
       shared_expert=SharedExpertOptions(
@@ -172,11 +172,11 @@ def options(
     ),
   )
   positions = rotary_keys.rotary(c, 10_000.0, interleaved=interleaved)
-  return dataclasses.replace(whole, positions=positions)
+  return dataclasses.replace(base_options, positions=positions)
 
 
 def _biases(c: Values) -> str:
-  """The projections that have a bias if any has."""
+  """The names of the projections that have a bias if any has one."""
   return _BIASED if c.q_lora_rank else _BIASED.removeprefix('query_down, ')
 
 
@@ -184,12 +184,12 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   """The keys that both architectures have, of a model.
 
   Raises:
-    ValueError: As `decoder_keys.describe`, or there is no such model.
+    ValueError: As `decoder_keys.describe`, or the attention is not latent.
   """
   decided = decoder_keys.describe(o, architecture)
   if not isinstance(o.attention, LatentOptions):
     raise ValueError(f'its attention is not latent; that of {architecture} is')
-  attention, moe = o.attention, decoder_keys.sparse(o)
+  attention, moe = o.attention, decoder_keys.moe_options(o)
   router = decoder_keys.token_choice(o)
   first = o.sparse.index(True)
   groups = router.expert_groups
@@ -217,7 +217,7 @@ def num_shared(o: DecoderOptions) -> int:
   Raises:
     ValueError: The shared expert has no multiple of that width.
   """
-  shared = decoder_keys.sparse(o).shared_expert.hidden
+  shared = decoder_keys.moe_options(o).shared_expert.hidden
   hidden = decoder_keys.expert_of(o).hidden
   if shared % hidden:
     raise ValueError(

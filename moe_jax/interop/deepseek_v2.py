@@ -44,7 +44,7 @@ KEYS = deepseek_keys.keys(
     'norm_topk_prob': (False, None),
     'scoring_func': ('softmax',),
   },
-  spelled={'num_experts': 'n_routed_experts'},
+  spellings={'num_experts': 'n_routed_experts'},
 )
 
 
@@ -57,8 +57,8 @@ def problems(c: Values) -> Iterator[str]:
       f'hidden_size={c.hidden_size}, as transformers asks for'
     )
   if c.topk_method not in (_GREEDY, _GROUPED):
-    have = f'only {_GREEDY!r} or {_GROUPED!r}'
-    yield f'topk_method={c.topk_method!r:.80} is not supported, {have}'
+    choices = f'only {_GREEDY!r} or {_GROUPED!r}'
+    yield f'topk_method={c.topk_method!r:.80} is not supported, {choices}'
   if c.topk_method == _GROUPED and not (c.n_group and c.topk_group):
     yield f'topk_method={_GROUPED!r} needs n_group and topk_group'
 

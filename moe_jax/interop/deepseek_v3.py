@@ -27,9 +27,9 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.balancing import PUBLISHED_RATE
 from moe_jax.models import DecoderOptions
 
-# transformers leaves this layer out of every checkpoint, as DeepSeek-V3's own
-# has it behind its 61 layers.
-_PUBLISHED = 61
+# transformers leaves layer 61 out of every checkpoint, as DeepSeek-V3's own has
+# it behind its 61 layers.
+_PUBLISHED_LAYERS = 61
 _GATES = {True: 'sigmoid_renormalized', False: 'sigmoid'}
 KEYS = deepseek_keys.keys(
   dict(
@@ -60,7 +60,7 @@ KEYS = deepseek_keys.keys(
       'the layers that predict further tokens are left out',
     )
   },
-  spelled={
+  spellings={
     'num_local_experts': 'n_routed_experts',
     'num_mtp_layers': 'num_nextn_predict_layers',
   },
@@ -100,23 +100,23 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = deepseek_keys.describe(o, 'DeepSeek-V3')
-  normed = {ours: flag for flag, ours in _GATES.items()}
+  flags = {gates: flag for flag, gates in _GATES.items()}
   gates = decoder_keys.token_choice(o).gates
-  if gates not in normed:
-    raise ValueError(f'its gates are {gates!r}, not one of {sorted(normed)}')
+  if gates not in flags:
+    raise ValueError(f'its gates are {gates!r}, not one of {sorted(flags)}')
   return decided | dict(
-    norm_topk_prob=normed[gates],
+    norm_topk_prob=flags[gates],
     rope_interleave=isinstance(o.positions, Rotary) and o.positions.interleaved,
     num_nextn_predict_layers=0,
   )
 
 
-def left_out(c: Values) -> tuple[str, ...]:
+def further_layers(c: Values) -> tuple[str, ...]:
   """The patterns of the tensors of layers behind the last one."""
-  last = c.num_hidden_layers
-  behind = {*range(last, last + c.num_nextn_predict_layers), _PUBLISHED}
+  L = c.num_hidden_layers
+  further = {*range(L, L + c.num_nextn_predict_layers), _PUBLISHED_LAYERS}
   return tuple(
-    rf'(^|\.)layers\.{number}\.' for number in behind if number >= last
+    rf'(^|\.)layers\.{number}\.' for number in further if number >= L
   )
 
 
@@ -135,5 +135,5 @@ ARCHITECTURE = decoder(
   options,
   describe,
   NAMES,
-  left_out=left_out,
+  skipped_tensors=further_layers,
 )

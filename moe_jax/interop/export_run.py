@@ -10,7 +10,7 @@ from moe_jax import sections
 from moe_jax.data import plain_files
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import exported_tokenizer, hub
-from moe_jax.interop.checkpoint_folder import chosen
+from moe_jax.interop.checkpoint_folder import architecture_of
 from moe_jax.interop.saving import save
 from moe_jax.models import code_trees
 from moe_jax.models.expert_arrays import has_tied
@@ -42,13 +42,13 @@ def export_run(
     rules,
     mesh=_mesh(folder),
   )
-  files, output = (
+  imported_folder, output = (
     folder / workdir_lib.IMPORTED,
     pathlib.Path(output).expanduser(),
   )
-  known = plain_files.read_json(files / 'config.json')
-  config = known or _special(run.tokenizer)
-  imported = _imported(files)
+  imported_config = plain_files.read_json(imported_folder / 'config.json')
+  config = imported_config or _special_ids(run.tokenizer)
+  imported_files = _imported_files(imported_folder)
   model, params, lines = run.model, restored.state['params'], []
   if code_trees.has_codes(model):
     code_trees.check_codes(model, params)
@@ -61,29 +61,29 @@ def export_run(
       'fall'
     )
   save(model, {**restored.state, 'params': params}, output, config=config)
-  theirs = chosen(plain_files.read_json(output / 'config.json'))
-  if theirs.needs_code:
+  target = architecture_of(plain_files.read_json(output / 'config.json'))
+  if target.needs_code:
     lines.append(
-      f'it is written as {theirs.model_type}, for which transformers has no '
+      f'it is written as {target.model_type}, for which transformers has no '
       'class: copy the published configuration and modeling files to the '
       'folder, and name them in auto_map of config.json'
     )
   return [
     f'checkpoint of step {restored.step} written to {output}',
     *lines,
-    _export_tokenizer(imported, output, run.tokenizer),
+    _export_tokenizer(imported_files, output, run.tokenizer),
   ]
 
 
-def _imported(files: pathlib.Path) -> list[pathlib.Path]:
+def _imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files that came with an imported checkpoint, besides its config."""
-  if files.is_symlink():
-    raise ValueError(f'{files} is a link, which is not followed')
-  if not files.is_dir():
+  if folder.is_symlink():
+    raise ValueError(f'{folder} is a link, which is not followed')
+  if not folder.is_dir():
     return []
-  small = hub.small_files(files)
+  paths = hub.small_files(folder)
   # Some file systems do not tell upper from lower case.
-  return [path for path in small if path.name.casefold() != 'config.json']
+  return [path for path in paths if path.name.casefold() != 'config.json']
 
 
 def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
@@ -95,7 +95,7 @@ def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
     return None
 
 
-def _special(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
   """The keys of config.json that a run's own tokenizer decides."""
   if tokenizer is None:
     return {}

@@ -29,26 +29,26 @@ def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   name of a special token in a text is text, as here; unless a task added ids,
   whose names transformers reads as these ids, as inputs here do.
   """
-  base, names, ends = _parts(tokenizer)
+  base, names, ends_in_eos = _without_task_ids(tokenizer)
   if isinstance(base, tokenizers.SentencePiece):
     (output / _MODEL).write_bytes(base.file_content())
     return (
       f'{_MODEL} is the SentencePiece model; transformers converts it by rules '
       'of its own: compare its ids'
       + ', and it is without the ids that the task added' * bool(names)
-      + '; inputs here end in an EOS' * ends
+      + '; inputs here end in an EOS' * ends_in_eos
     )
   model = _model(base)
   if model is None:
     return 'transformers has no such tokenizer; the folder has none'
-  named = _add(model, tokenizer, names)
+  has_names = _add_names(model, tokenizer, names)
   roles = {
     f'{role}_token': token
     for role in _ROLES
-    if (i := getattr(tokenizer, f'{role}_id')) is not None
-    and (token := model.id_to_token(i)) is not None  # one of the task's
+    if (token_id := getattr(tokenizer, f'{role}_id')) is not None
+    and (token := model.id_to_token(token_id)) is not None  # one of the task's
   }
-  if ends and named and model.post_processor is None:
+  if ends_in_eos and has_names and model.post_processor is None:
     eos_id = cast(Any, tokenizer).eos_id
     eos = model.id_to_token(eos_id)
     model.post_processor = library.processors.TemplateProcessing(
@@ -65,12 +65,12 @@ def write(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   if not isinstance(base, tokenizers.Json) and not names:
     config['split_special_tokens'] = True
   (output / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-  if not named:
+  if not has_names:
     return 'the tokenizer is there too, without the ids that the task added'
   return 'the tokenizer is there too'
 
 
-def _parts(
+def _without_task_ids(
   tokenizer: Tokenizer | None,
 ) -> tuple[Tokenizer | None, tuple[str, ...], bool]:
   """The tokenizer below the ids of a task, their names, and inputs' ending."""
@@ -80,24 +80,26 @@ def _parts(
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
-  """The model of the `tokenizers` library; None if it has no such model."""
+  """The tokenizer as the `tokenizers` library has it; None if it has none."""
   if isinstance(tokenizer, tokenizers.Json):
     return library.Tokenizer.from_str(tokenizer.model_json())
   if isinstance(tokenizer, tokenizers.Bytes):
-    return _bytes()
+    return _byte_model()
   if isinstance(tokenizer, tokenizers.Chars):
-    return _characters(tokenizer.characters)
+    return _character_model(tokenizer.characters)
   return None
 
 
-def _bytes() -> library.Tokenizer:
-  """A byte-level model without merges, in which a token is the byte's id."""
+def _byte_model() -> library.Tokenizer:
+  """A byte-level model without merges; the id of a token is its byte."""
   alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-  # Printable bytes stand for themselves; all others, in order, are the
-  # characters from U+0100.
-  rest = iter(character for character in alphabet if ord(character) > 0xFF)
+  # Printable bytes stand for themselves; the others, in order, for the
+  # characters from U+0100 on.
+  other_characters = iter(
+    character for character in alphabet if ord(character) > 0xFF
+  )
   vocabulary = {
-    chr(byte) if chr(byte) in alphabet else next(rest): byte
+    chr(byte) if chr(byte) in alphabet else next(other_characters): byte
     for byte in range(256)
   }
   model = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
@@ -109,8 +111,8 @@ def _bytes() -> library.Tokenizer:
   return model
 
 
-def _characters(characters: str) -> library.Tokenizer:
-  """A model of characters, which refuses those that it does not know."""
+def _character_model(characters: str) -> library.Tokenizer:
+  """A model of characters, which refuses unknown characters."""
   vocabulary = {character: i for i, character in enumerate(characters)}
   model = library.Tokenizer(library.models.WordLevel(vocabulary, _EOS))
   model.pre_tokenizer = library.pre_tokenizers.Split(
@@ -120,10 +122,10 @@ def _characters(characters: str) -> library.Tokenizer:
   return model
 
 
-def _add(
+def _add_names(
   model: library.Tokenizer, tokenizer: Tokenizer | None, names: Sequence[str]
 ) -> bool:
-  """Adds named ids of a task to a model, if they are the model's next.
+  """Adds the names of a task's ids to a model whose next ids they are.
 
   Returns whether the model has them all.
   """

@@ -37,15 +37,16 @@ class Form:
   @functools.cache
   def parse(cls, text: str) -> 'Form':
     """Parses 'theirs -> ours'; without an arrow both layouts are equal."""
-    left, _, right = text.partition('->')
+    their_text, _, our_text = text.partition('->')
     groups = [
-      tuple((inside or alone).split()) for inside, alone in _GROUP.findall(left)
+      tuple((inside or alone).split())
+      for inside, alone in _GROUP.findall(their_text)
     ]
-    ours = tuple((right or left).split())
+    our_letters = tuple((our_text or their_text).split())
     letters = [part for group in groups for part in group if '/' not in part]
-    if sorted(letters) != sorted(ours):
+    if sorted(letters) != sorted(our_letters):
       raise ValueError(f'form {text!r}: the two sides differ in their letters')
-    return cls(tuple(groups), ours)
+    return cls(tuple(groups), our_letters)
 
   def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of their tensor if ours has `shape`."""
@@ -55,59 +56,62 @@ class Form:
     )
 
   def read(
-    self, get: Callable[[Index], np.ndarray], shape: Sequence[int], index: Index
+    self,
+    read_slice: Callable[[Index], np.ndarray],
+    shape: Sequence[int],
+    index: Index,
   ) -> np.ndarray:
-    """Reads a slice of our tensor, and of theirs only what it needs.
+    """Reads a slice of our tensor, and only the necessary slice of theirs.
 
     Args:
-      get: Returns a copy of a slice of their tensor.
+      read_slice: Returns a copy of a slice of their tensor.
       shape: The shape of our whole tensor.
       index: The slice of each dimension of our tensor, with plain bounds.
     """
     sizes = self._sizes(shape)
-    wanted = {
+    letter_bounds = {
       letter: (part.start, part.stop)
       for letter, part in zip(self.ours, index, strict=True)
     }
-    bounds = {part: wanted.get(part) or _block(part) for part in sizes}
-    rows, split, inner = [], [], []
+    bounds = {part: letter_bounds.get(part) or _block(part) for part in sizes}
+    slices, split_shape, inner_index = [], [], []
     for group in self.theirs:
       first, *rest = group
       low, high = bounds[first]
       stride = int(np.prod([sizes[part] for part in rest], dtype=np.int64))
-      rows.append(slice(low * stride, high * stride))
-      split += [high - low, *(sizes[part] for part in rest)]
-      inner += [slice(None), *(slice(*bounds[part]) for part in rest)]
-    part = get(tuple(rows)).reshape(split)[tuple(inner)]
+      slices.append(slice(low * stride, high * stride))
+      split_shape += [high - low, *(sizes[part] for part in rest)]
+      inner_index += [slice(None), *(slice(*bounds[part]) for part in rest)]
+    part = read_slice(tuple(slices)).reshape(split_shape)[tuple(inner_index)]
     letters = [letter for group in self.theirs for letter in group]
-    fixed = tuple(i for i, letter in enumerate(letters) if '/' in letter)
+    block_axes = tuple(i for i, letter in enumerate(letters) if '/' in letter)
     letters = [letter for letter in letters if '/' not in letter]
-    order = [letters.index(letter) for letter in self.ours]
-    return part.squeeze(axis=fixed).transpose(order)
+    axes = [letters.index(letter) for letter in self.ours]
+    return part.squeeze(axis=block_axes).transpose(axes)
 
   @property
   def num_blocks(self) -> int:
-    """The number of our tensors of which theirs is made."""
+    """The number of our tensors that are blocks of theirs."""
     parts = [part for group in self.theirs for part in group if '/' in part]
     return math.prod(int(part.split('/')[1]) for part in parts)
 
   def write(self, array: np.ndarray) -> np.ndarray:
     """Their contiguous tensor from our whole one, if it has no blocks."""
     letters = [letter for group in self.theirs for letter in group]
-    order = [self.ours.index(letter) for letter in letters]
+    axes = [self.ours.index(letter) for letter in letters]
     shape = self.their_shape(array.shape)
-    return np.ascontiguousarray(array.transpose(order)).reshape(shape)
+    return np.ascontiguousarray(array.transpose(axes)).reshape(shape)
 
-  def put(self, theirs: np.ndarray, array: np.ndarray) -> None:
+  def write_block(self, tensor: np.ndarray, array: np.ndarray) -> None:
     """Writes our whole tensor into its block of their contiguous one."""
     sizes = self._sizes(array.shape)
     parts = [part for group in self.theirs for part in group]
-    split = theirs.reshape([sizes[part] for part in parts])
-    order = [self.ours.index(part) for part in parts if '/' not in part]
+    blocks = tensor.reshape([sizes[part] for part in parts])
+    axes = [self.ours.index(part) for part in parts if '/' not in part]
     block = tuple(
       _block(part)[0] if '/' in part else slice(None) for part in parts
     )
-    split[block] = array.transpose(order)
+    blocks[block] = array.transpose(axes)
 
   def _sizes(self, shape: Sequence[int]) -> Mapping[str, int]:
     sizes = dict(zip(self.ours, shape, strict=True))

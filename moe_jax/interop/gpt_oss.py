@@ -61,7 +61,7 @@ KEYS = decoder_keys.keys(
     'initial_context_length': 'rope_scaling has it',
     'experts_per_token': 'it repeats num_experts_per_tok',
   },
-  spelled={'num_experts': 'num_local_experts'},
+  spellings={'num_experts': 'num_local_experts'},
 )
 
 
@@ -118,7 +118,7 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'gpt-oss')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   activation = decoder_keys.expert_of(o).activation
   if activation != _ACTIVATION:
     raise ValueError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
@@ -128,7 +128,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
     num_local_experts=moe.num_experts,
     head_dim=attention.head_width,
     sliding_window=attention.window or 128,
-    layer_types=window_keys.written(o),
+    layer_types=window_keys.layer_types(o),
     attention_bias=attention.has_bias('query', use_bias=False),
   )
 

@@ -40,23 +40,23 @@ KEYS = decoder_keys.keys(
     'residual_multiplier': (POSITIVE, 1.0),
     'logits_scaling': (POSITIVE, 1.0),
   },
-  spelled={'num_experts': 'num_local_experts'},
+  spellings={'num_experts': 'num_local_experts'},
 )
 
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our decoders cannot express."""
-  wrong = decoder_keys.problems(c)
+  errors = decoder_keys.problems(c)
   if c.num_experts_per_tok == 1:
-    wrong.append(
+    errors.append(
       'num_experts_per_tok=1 is not supported: every gate would be 1'
     )
-  return wrong
+  return errors
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  whole = decoder_keys.options(
+  base_options = decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_local_experts,
@@ -69,10 +69,10 @@ def options(c: Values) -> DecoderOptions:
     ),
   )
   return dataclasses.replace(
-    whole,
+    base_options,
     residual_multiplier=float(c.residual_multiplier),
     embedding=dataclasses.replace(
-      whole.embedding,
+      base_options.embedding,
       multiplier=float(c.embedding_multiplier),
       logits_divisor=float(c.logits_scaling),
     ),
@@ -86,7 +86,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   scale = attention.score_scale or attention.head_width**-0.5
   return shared | dict(
     intermediate_size=decoder_keys.expert_of(o).hidden,
-    num_local_experts=decoder_keys.sparse(o).num_experts,
+    num_local_experts=decoder_keys.moe_options(o).num_experts,
     attention_bias=attention.has_bias('query', use_bias=False),
     embedding_multiplier=o.embedding.multiplier,
     attention_multiplier=scale,

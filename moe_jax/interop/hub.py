@@ -28,7 +28,7 @@ def fetch(
     revision: A branch, tag or commit; '' is the main branch.
 
   Raises:
-    ValueError: There is neither such a folder nor such a repository.
+    ValueError: The source is neither a folder nor a repository.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -63,9 +63,9 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
       name, revision=revision or None, allow_patterns=[*SMALL, *patterns]
     )
   except Exception as error:  # of the client, of HTTP or of the network
-    first = str(error).strip().split('\n', 1)[0]
+    first_line = str(error).strip().split('\n', 1)[0]
     raise ValueError(
       f'{name} is no folder in {os.getcwd()}, and the hub does not give it: '
-      f'{first}'
+      f'{first_line}'
     ) from error
   return pathlib.Path(folder)

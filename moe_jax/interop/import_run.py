@@ -57,7 +57,7 @@ def import_run(
       computes, which the checkpoint decides.
     dtype: Dtype of parameters and products; '' is the checkpoint's own.
     revision: A branch, tag or commit of a repository; '' is its main branch.
-    devices: The devices of the mesh; None is all there are.
+    devices: The devices of the mesh; None is all devices.
 
   Returns:
     Lines about the import, for printing.
@@ -69,42 +69,45 @@ def import_run(
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
   new_run.check_free(folder)
-  small_files = hub.fetch(source, weights=False, revision=revision)
-  given = options.data
-  tokenizer = _tokenizer(small_files, given)
+  config_folder = hub.fetch(source, weights=False, revision=revision)
+  data = options.data
+  tokenizer = _tokenizer(config_folder, data)
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
-  small = hub.small_files(checkpoint.folder)
+  small_files = hub.small_files(checkpoint.folder)
   _check_vocabulary(tokenizer, checkpoint)
   model = _model(checkpoint.options, options.model)
   checkpoint = dataclasses.replace(checkpoint, options=model)
   options = dataclasses.replace(
     options,
     model=model,
-    data=_data(given, checkpoint, folder, tokenizer),
+    data=_fitting_data(data, checkpoint, folder, tokenizer),
   )
-  mesh, before = options.mesh.make(devices), _peak_bytes()
+  mesh, peak_before = options.mesh.make(devices), _peak_bytes()
   with new_run.building(folder) as unfinished:
     variables = loading.load_variables(
       checkpoint, mesh=mesh, rules=options.sharding.rules
     )
-    facts = [_size(variables['params'], mesh), _memory(before, checkpoint)]
-    new_run.copy_files(small, unfinished / new_run.FILES)
+    lines = [
+      _size_line(variables['params'], mesh),
+      _memory_line(peak_before, checkpoint),
+    ]
+    new_run.copy_files(small_files, unfinished / new_run.FILES)
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
-    extra = {'imported': checkpoint.architecture.model_type}
-    new_run.write(unfinished, sections.section(options), variables, extra)
-  notes = *checkpoint.notes, *_unused(small_files, given)
-  return [*facts, *notes, *_next(folder, tokenizer)]
+    metadata = {'imported': checkpoint.architecture.model_type}
+    new_run.write(unfinished, sections.section(options), variables, metadata)
+  notes = *checkpoint.notes, *_unused_tokenizer(config_folder, data)
+  return [*lines, *notes, *_advice(folder, tokenizer)]
 
 
 def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
-  """The tokenizer.json of a folder, or else what the config names.
+  """The tokenizer.json of a folder, or else the tokenizer of the config.
 
   A SentencePiece model in the folder is not guessed to be the tokenizer: that
   of transformers may have other ids.
   """
-  named = isinstance(data.tokenizer, FileOptions | JsonOptions)
-  if named and not plain_files.plain(folder, 'tokenizer.json'):
+  names_file = isinstance(data.tokenizer, FileOptions | JsonOptions)
+  if names_file and not plain_files.plain(folder, 'tokenizer.json'):
     return data.tokenizer.fit([])
   names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
   if not any(plain_files.plain(folder, name) for name in names):
@@ -112,10 +115,10 @@ def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
   return tokenizers.Json.from_folder(folder)
 
 
-def _unused(folder: pathlib.Path, data: DataOptions) -> list[str]:
+def _unused_tokenizer(folder: pathlib.Path, data: DataOptions) -> list[str]:
   """A line if the config names a tokenizer that is not used."""
-  named = isinstance(data.tokenizer, FileOptions | JsonOptions)
-  if not named or not plain_files.plain(folder, 'tokenizer.json'):
+  names_file = isinstance(data.tokenizer, FileOptions | JsonOptions)
+  if not names_file or not plain_files.plain(folder, 'tokenizer.json'):
     return []
   return [
     'the tokenizer is the tokenizer.json of the checkpoint; data.tokenizer.kind'
@@ -123,45 +126,45 @@ def _unused(folder: pathlib.Path, data: DataOptions) -> list[str]:
   ]
 
 
-def _model(theirs: ModelOptions, ours: ModelOptions) -> ModelOptions:
+def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
   """The checkpoint's model, computed and trained by a run's options.
 
   The checkpoint's own dropout, losses and dtypes take precedence.
   """
-  model: Any = _computed_as(theirs, ours)
-  stored = cast(Any, theirs).numerics
+  model: Any = _computed_as(imported, configured)
+  stored_numerics = cast(Any, imported).numerics
   numerics = dataclasses.replace(
     model.numerics,
-    dtype=stored.dtype,
-    param_dtype=stored.param_dtype,
+    dtype=stored_numerics.dtype,
+    param_dtype=stored_numerics.param_dtype,
   )
   return dataclasses.replace(model, numerics=numerics)
 
 
-def _computed_as(theirs: O, ours: Options, how: bool = False) -> O:
-  """`theirs` with our values of options that only say how it is computed.
+def _computed_as(imported: O, configured: Options, how: bool = False) -> O:
+  """The imported options, with configured values of those on computation.
 
-  See `Spec.how`. Options that `theirs` has at another value than the default
-  are kept.
+  Options on computation only say how something is computed; see `Spec.how`.
+  Those that have another value than the default in `imported` are kept.
 
   Args:
-    theirs: Options.
-    ours: Options of which some may have the same names.
-    how: Whether all of them only say how something is computed.
+    imported: The options of the checkpoint.
+    configured: The options of the run, of which some may have the same names.
+    how: Whether all options of `imported` are on computation.
   """
   changes = {}
-  for name, field in fields_of(type(theirs)).items():
-    old, new = getattr(theirs, name), getattr(ours, name, None)
+  for name, field in fields_of(type(imported)).items():
+    old, new = getattr(imported, name), getattr(configured, name, None)
     only_how = how or spec_of(field).how
     if isinstance(old, Options):
       if type(old) is type(new):
         changes[name] = _computed_as(old, cast(Options, new), only_how)
     elif only_how and old == default_of(field) and new is not None:
       changes[name] = new
-  return dataclasses.replace(cast(Any, theirs), **changes)
+  return dataclasses.replace(cast(Any, imported), **changes)
 
 
-def _data(
+def _fitting_data(
   data: DataOptions,
   checkpoint: Checkpoint,
   folder: pathlib.Path,
@@ -175,19 +178,19 @@ def _data(
   """
   changes: dict[str, Any] = {}
   if tokenizer is not None:
-    theirs = plain_files.plain(checkpoint.folder, 'tokenizer.json')
+    tokenizer_file = plain_files.plain(checkpoint.folder, 'tokenizer.json')
     changes['tokenizer'] = (
       JsonOptions(str(folder / new_run.FILES))
-      if theirs
+      if tokenizer_file
       else FileOptions(str(folder / TOKENIZER))
     )
   if checkpoint.options.has_encoder and not data.task.makes_examples:
     changes['target_len'] = max(data.seq_len // 4, 1)
-    gaps = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
-    if gaps and checkpoint.architecture.fills_gaps:
-      most = SpanCorruptionTask().num_sentinels
+    num_sentinels = len(tokenizer.sentinel_ids) if tokenizer is not None else 0
+    if num_sentinels and checkpoint.architecture.fills_gaps:
+      max_sentinels = SpanCorruptionTask().num_sentinels
       changes['task'] = SpanCorruptionTask(
-        num_sentinels=min(gaps, most), final_sentinel=False
+        num_sentinels=min(num_sentinels, max_sentinels), final_sentinel=False
       )
     else:
       changes |= {'task': Seq2SeqTask(), 'source': DocstringsSource()}
@@ -210,7 +213,7 @@ def _check_vocabulary(
     )
 
 
-def _size(params, mesh) -> str:
+def _size_line(params, mesh) -> str:
   leaves = jax.tree.leaves(params)
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   return (
@@ -219,11 +222,11 @@ def _size(params, mesh) -> str:
   )
 
 
-def _memory(before: int, checkpoint: Checkpoint) -> str:
+def _memory_line(peak_before: int, checkpoint: Checkpoint) -> str:
   peak, largest = _peak_bytes(), checkpoint.open_files().largest
   on_host = jax.devices()[0].platform == 'cpu'
   return (
-    f'peak host memory {peak / 2**20:,.1f} MiB, {before / 2**20:,.1f} MiB '
+    f'peak host memory {peak / 2**20:,.1f} MiB, {peak_before / 2**20:,.1f} MiB '
     f'before the parameters{" (which are in it here)" if on_host else ""}; '
     f'largest tensor {largest / 2**20:,.1f} MiB'
   )
@@ -234,8 +237,8 @@ def _peak_bytes() -> int:
   return peak if sys.platform == 'darwin' else 1024 * peak
 
 
-def _next(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
-  """The command with which the run goes on."""
+def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
+  """Lines on the command that continues the run."""
   command = (
     f'go on: {command_line.program("moe_jax.main")} '
     f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
@@ -243,14 +246,14 @@ def _next(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
   )
   if tokenizer is not None:
     return [f'{command}; with other settings, add --resume']
-  named = (
+  flags = (
     '--config.data.tokenizer.kind=file --config.data.tokenizer.file.path='
     'TOKENIZER'
   )
   return [
     'the checkpoint came without a tokenizer, and its ids have no text; '
     'TOKENIZER is to be the path of its own: a tokenizer.json, a SentencePiece '
-    f'model, or a folder with one. An import with {named} keeps it with the '
+    f'model, or a folder with one. An import with {flags} keeps it with the '
     'run, which can then generate',
-    f'{command} --resume {named}',
+    f'{command} --resume {flags}',
   ]

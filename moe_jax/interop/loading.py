@@ -2,7 +2,7 @@
 
 Besides finished arrays, the host holds about as much as the checkpoint's
 largest tensor, whatever the size of the model and of its stacked parameters.
-Not here: which tensors belong to a variable (`mapping.py`).
+Not here: the tensors that belong to a variable (`mapping.py`).
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from moe_jax import models, partitioning
 from moe_jax.interop import hub
 from moe_jax.interop.checkpoint_folder import (
   Checkpoint,
-  held_in,
   named_dtype,
   open_checkpoint,
+  param_dtype_for,
 )
 from moe_jax.interop.config_keys import OPTIONAL_SIZE, SIZE
 from moe_jax.interop.mapping import (
@@ -37,7 +37,7 @@ from moe_jax.interop.mapping import (
   with_encoder_table,
   without_prefix,
 )
-from moe_jax.interop.tensor_files import Index, TensorFiles, listed
+from moe_jax.interop.tensor_files import Index, TensorFiles, problem_text
 from moe_jax.layers.shared import RULES
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.router_state import abstract_router_state
@@ -46,7 +46,7 @@ from moe_jax.partitioning import Rules
 
 # A model that is this many times larger than the files is not compared name by
 # name with them.
-_LARGER = 4
+_MAX_RATIO = 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -116,13 +116,15 @@ def fetch(
   folder = hub.fetch(source, revision=revision)
   checkpoint = open_checkpoint(folder, dtype)
   if not dtype and named_dtype(checkpoint.config) is None:
-    checkpoint = open_checkpoint(folder, held_in(checkpoint.open_files().dtype))
+    checkpoint = open_checkpoint(
+      folder, param_dtype_for(checkpoint.open_files().dtype)
+    )
   names = checkpoint.architecture.names
   options: Any = checkpoint.options
   if options.embedding.tie or not options.has_encoder:
     return checkpoint
-  own = has_encoder_table(names, checkpoint.open_files())
-  options = dataclasses.replace(options, encoder_table=own)
+  has_own_table = has_encoder_table(names, checkpoint.open_files())
+  options = dataclasses.replace(options, encoder_table=has_own_table)
   return dataclasses.replace(checkpoint, options=options)
 
 
@@ -135,7 +137,7 @@ def load_variables(
 ) -> dict[str, Any]:
   """The sharded parameters, and the state of routers, by collection.
 
-  The state of routers is whole on every device. See `load`.
+  Every device holds the whole state of routers. See `load`.
   """
   files = checkpoint.open_files()
   _check_keys(checkpoint, files)
@@ -143,23 +145,23 @@ def load_variables(
   trees, state = models.describe(model), abstract_router_state(model)
   shapes = as_variables(trees.shapes, state)
   _check_count(checkpoint, files, shapes)
-  leaves_by_path = _checked(checkpoint, model, shapes, files)
+  leaves_by_path = _checked_leaves(checkpoint, model, shapes, files)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-  whole = partitioning.sharding(mesh, rules, ())
-  places = as_variables(
+  replicated = partitioning.sharding(mesh, rules, ())
+  shardings = as_variables(
     partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes),
-    jax.tree.map(lambda _: whole, state),
+    jax.tree.map(lambda _: replicated, state),
   )
 
-  def one(path, shape, place):
+  def load_one(path, shape, sharding):
     leaf = leaves_by_path[path_in_collection(path)]
-    return load_leaf(leaf, files, place, shape.dtype)
+    return load_leaf(leaf, files, sharding, shape.dtype)
 
-  variables = jax.tree_util.tree_map_with_path(one, shapes, places)
+  variables = jax.tree_util.tree_map_with_path(load_one, shapes, shardings)
   if files.nonfinite and not allow_nonfinite:
     raise ValueError(
-      listed(
+      problem_text(
         f'{checkpoint.folder} has weights that are not finite, with which no '
         'run can begin (interop.load reads them with allow_nonfinite=True)',
         [f'{name}: {n} values' for name, n in sorted(files.nonfinite.items())],
@@ -170,17 +172,17 @@ def load_variables(
 
 def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
   """Refuses a size that the files do not have, before a model is built."""
-  most = files.num_values
+  num_values = files.num_values
   problems = [
     f'{name}={checkpoint.config[name]}'
     for name, (kind, *_) in checkpoint.architecture.keys.honoured.items()
     if kind in (SIZE, OPTIONAL_SIZE)
-    and (checkpoint.config.get(name) or 0) > most
+    and (checkpoint.config.get(name) or 0) > num_values
   ]
   if problems:
     raise ValueError(
       f'{checkpoint.folder}: config.json has {", ".join(problems)}, more than '
-      f'the {most} values of all tensors'
+      f'the {num_values} values of all tensors'
     )
 
 
@@ -189,14 +191,14 @@ def _check_count(
 ) -> None:
   """Refuses a much larger model, before its tensors are named one by one."""
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-  if count > _LARGER * files.num_values:
+  if count > _MAX_RATIO * files.num_values:
     raise ValueError(
       f'{checkpoint.folder}: config.json describes a model of {count} '
       f'parameters, the tensors have {files.num_values} values'
     )
 
 
-def _checked(
+def _checked_leaves(
   checkpoint: Checkpoint, model: Model, shapes: Any, files: TensorFiles
 ) -> dict[str, Leaf]:
   """The tensors of every variable, by path, checked against the files.
@@ -209,21 +211,21 @@ def _checked(
   prefix = architecture.prefix
   if prefix and not any(name.startswith(prefix) for name in files.specs):
     names = without_prefix(names, prefix)
-  computed = (*architecture.computed, *checkpoint.left_out)
+  patterns = (*architecture.computed_tensors, *checkpoint.skipped_tensors)
   if model.embedding.encoder_table:
-    shared = re.escape(names['embedding'][0].theirs)
-    computed, names = (*computed, f'^{shared}$'), with_encoder_table(names)
-  every = leaves(names, model, shapes, list(files.specs))
-  problems = check(every, files, copies(names, every), computed)
+    table_name = re.escape(names['embedding'][0].template)
+    patterns, names = (*patterns, f'^{table_name}$'), with_encoder_table(names)
+  our_leaves = leaves(names, model, shapes, list(files.specs))
+  problems = check(our_leaves, files, copies(names, our_leaves), patterns)
   if problems:
     raise ValueError(
-      listed(
+      problem_text(
         f'{checkpoint.folder} does not hold the {architecture.model_type} model'
         ' that its config.json describes',
         problems,
       )
     )
-  return {leaf.path: leaf for leaf in every}
+  return {leaf.path: leaf for leaf in our_leaves}
 
 
 def load_leaf(
@@ -231,13 +233,13 @@ def load_leaf(
 ) -> jax.Array:
   """One sharded variable; only the slices that devices keep are read.
 
-  A shard of one tensor goes to its device as it was read. One of several is
-  assembled on the host if it is not larger than the checkpoint's largest
-  tensor, or else on its device, piece by piece.
+  A shard of one tensor goes to its device as it was read. A shard of several
+  tensors is assembled on the host if it is not larger than the checkpoint's
+  largest tensor, or else on its device, piece by piece.
   """
-  places = sharding.addressable_devices_indices_map(leaf.shape)
+  index_by_device = sharding.addressable_devices_indices_map(leaf.shape)
   by_bounds: dict[tuple, list[jax.Device]] = {}
-  for device, index in places.items():
+  for device, index in index_by_device.items():
     bounds = tuple(
       part.indices(size)[:2] for part, size in zip(index or (), leaf.shape)
     )
@@ -245,53 +247,53 @@ def load_leaf(
   arrays = {}
   for bounds, devices in by_bounds.items():
     index = tuple(slice(*pair) for pair in bounds)
-    first = _shard(leaf, files, index, np.dtype(dtype), devices[0])
-    arrays |= {device: jax.device_put(first, device) for device in devices}
+    shard = _shard(leaf, files, index, np.dtype(dtype), devices[0])
+    arrays |= {device: jax.device_put(shard, device) for device in devices}
   return jax.make_array_from_single_device_arrays(
-    leaf.shape, sharding, [arrays[device] for device in places]
+    leaf.shape, sharding, [arrays[device] for device in index_by_device]
   )
 
 
 def _shard(leaf, files, index, dtype, device) -> jax.Array:
   shape = tuple(part.stop - part.start for part in index)
   arrays = (
-    (place, piece[(None,) * len(place)].astype(dtype, copy=False))
-    for place, piece in _pieces(leaf, files, index)
+    (start, piece[(None,) * len(start)].astype(dtype, copy=False))
+    for start, piece in _pieces(leaf, files, index)
   )
   # Without waiting, several copies would be in host memory at once.
   if math.prod(shape[: leaf.num_stacked]) == 1:
-    ((_, whole),) = arrays
-    return jax.block_until_ready(jax.device_put(whole, device))
+    ((_, shard),) = arrays
+    return jax.block_until_ready(jax.device_put(shard, device))
   if math.prod(shape) * dtype.itemsize <= files.largest:
-    whole = np.empty(shape, dtype)
-    for place, piece in arrays:
-      whole[place] = piece
-    return jax.block_until_ready(jax.device_put(whole, device))
+    shard = np.empty(shape, dtype)
+    for start, piece in arrays:
+      shard[start] = piece
+    return jax.block_until_ready(jax.device_put(shard, device))
   with jax.default_device(device):
-    whole = jax.numpy.zeros(shape, dtype)
-    for place, piece in arrays:
-      whole = jax.block_until_ready(_put(whole, piece, place))
-  return whole
+    shard = jax.numpy.zeros(shape, dtype)
+    for start, piece in arrays:
+      shard = jax.block_until_ready(_insert(shard, piece, start))
+  return shard
 
 
 def _pieces(leaf: Leaf, files: TensorFiles, index: Index):
   """Yields each tensor's leading indices within the shard, and its array."""
-  n = leaf.num_stacked
-  rest, shape = index[n:], leaf.shape[n:]
-  ranges = [range(part.start, part.stop) for part in index[:n]]
-  for where in itertools.product(*ranges):
-    get = functools.partial(files.read, leaf.tensors[where])
-    place = tuple(i - part.start for i, part in zip(where, index))
-    piece = leaf.form.read(get, shape, rest)
-    files.note_nonfinite(leaf.tensors[where], piece)
-    yield place, piece
+  num_stacked = leaf.num_stacked
+  piece_index, piece_shape = index[num_stacked:], leaf.shape[num_stacked:]
+  ranges = [range(part.start, part.stop) for part in index[:num_stacked]]
+  for leading_index in itertools.product(*ranges):
+    read_slice = functools.partial(files.read, leaf.tensors[leading_index])
+    start = tuple(i - part.start for i, part in zip(leading_index, index))
+    piece = leaf.form.read(read_slice, piece_shape, piece_index)
+    files.note_nonfinite(leaf.tensors[leading_index], piece)
+    yield start, piece
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, piece: jax.Array, place) -> jax.Array:
+def _insert(shard: jax.Array, piece: jax.Array, start) -> jax.Array:
   # XLA's CPU compiler computes bfloat16 in float32: unless they are mere bits,
-  # every number of `whole` would be converted and written for each piece.
-  bits = jax.numpy.dtype(f'uint{8 * whole.itemsize}')
-  starts = (*place, *[0] * (whole.ndim - len(place)))
-  put = jax.lax.dynamic_update_slice(whole.view(bits), piece.view(bits), starts)
-  return put.view(whole.dtype)
+  # every number of `shard` would be converted and written for each piece.
+  bits = jax.numpy.dtype(f'uint{8 * shard.itemsize}')
+  starts = (*start, *[0] * (shard.ndim - len(start)))
+  new = jax.lax.dynamic_update_slice(shard.view(bits), piece.view(bits), starts)
+  return new.view(shard.dtype)

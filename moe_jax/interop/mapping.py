@@ -20,19 +20,19 @@ from moe_jax.interop.tensor_files import FLOATS, TensorFiles
 from moe_jax.models import Model
 from moe_jax.partitioning import path_name
 
-_ROWS = 1024  # rows of two tensors that are compared at a time
+_CHUNK_ROWS = 1024  # rows of two tensors that are compared at a time
 
 
 class Name(NamedTuple):
   """A tensor of a checkpoint.
 
   Attributes:
-    theirs: The name of the tensor, with {layer} and {expert} if there is one
+    template: The name of the tensor, with {layer} and {expert} if there is one
       for each.
     form: The layout in the checkpoint and here; see `Form`.
   """
 
-  theirs: str
+  template: str
   form: str
 
 
@@ -44,14 +44,14 @@ Names = Mapping[str, tuple[Name, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our variables, and the tensors from which it is made.
+  """One of our variables, and the tensors that it consists of.
 
   Attributes:
     path: The path of the variable, 'layers/layer_1/moe/experts/w_in'; no two
       collections have the same.
     shape: The shape of the variable.
     tensors: The name of each tensor, by the leading indices (of layers and
-      experts) of its part of the parameter.
+      experts) of its part of the variable.
     form: The layout of each tensor.
   """
 
@@ -87,32 +87,35 @@ def leaves(
       alternative names.
 
   Raises:
-    ValueError: The architecture has no such parameters; they are listed.
+    ValueError: The architecture lacks some of the variables; they are listed.
   """
-  have, every, without = set(tensors), [], []
+  tensor_set, our_leaves, unknown_paths = set(tensors), [], []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
     path = path_in_collection(keys)
     key, layers = path, (None,)
-    place = model.place_of(tuple(path.split('/')))
-    if place is not None:
-      layers = place.layers
-      key = '/'.join((*place.stack, 'layer', *place.name))
+    layer_place = model.place_of(tuple(path.split('/')))
+    if layer_place is not None:
+      layers = layer_place.layers
+      key = '/'.join((*layer_place.stack, 'layer', *layer_place.name))
     if key not in names:
-      without.append(path)
+      unknown_paths.append(path)
       continue
-    spelled = [
+    alternatives = [
       Leaf(
-        path, leaf.shape, _numbered(name, leaf.shape, layers),
+        path, leaf.shape, _tensor_names(name, leaf.shape, layers),
         Form.parse(name.form),
       )
       for name in names[key]
     ]  # fmt: skip
-    every.append(
-      next((s for s in spelled if have & set(s.tensors.values())), spelled[0])
+    our_leaves.append(
+      next(
+        (s for s in alternatives if tensor_set & set(s.tensors.values())),
+        alternatives[0],
+      )
     )
-  if without:
-    raise ValueError(f'variables {without} have no name there')
-  return every
+  if unknown_paths:
+    raise ValueError(f'variables {unknown_paths} have no name there')
+  return our_leaves
 
 
 def path_in_collection(keys: tuple[Any, ...]) -> str:
@@ -120,25 +123,26 @@ def path_in_collection(keys: tuple[Any, ...]) -> str:
   return path_name(keys[1:])
 
 
-def _numbered(name, shape, layers) -> dict[tuple[int, ...], str]:
+def _tensor_names(name, shape, layers) -> dict[tuple[int, ...], str]:
   experts = (None,)
-  if '{expert}' in name.theirs:
+  if '{expert}' in name.template:
     experts = range(shape[0 if layers == (None,) else 1])
-  numbered = {}
-  for (r, layer), expert in itertools.product(enumerate(layers), experts):
-    index = () if layer is None else (r,)
+  names_by_index = {}
+  for (row, layer), expert in itertools.product(enumerate(layers), experts):
+    index = () if layer is None else (row,)
     index += () if expert is None else (expert,)
-    numbered[index] = name.theirs.format(layer=layer, expert=expert)
-  return numbered
+    names_by_index[index] = name.template.format(layer=layer, expert=expert)
+  return names_by_index
 
 
 def without_prefix(names: Names, prefix: str) -> Names:
   """The names of tensors in a checkpoint of the model without its head."""
   return {
     path: tuple(
-      name._replace(theirs=name.theirs.removeprefix(prefix)) for name in spelled
+      name._replace(template=name.template.removeprefix(prefix))
+      for name in alternatives
     )
-    for path, spelled in names.items()
+    for path, alternatives in names.items()
   }
 
 
@@ -157,8 +161,11 @@ def embedding_tables(prefix: str = '') -> dict[str, tuple[Name, ...]]:
 def with_encoder_table(names: Names) -> Names:
   """The names of tensors if the encoder has an embedding of its own."""
   table = names['encoder_embedding'][0]
-  _, *halves = names['embedding']
-  return {**names, 'embedding': tuple(h for h in halves if h != table)}
+  _, *alternatives = names['embedding']
+  return {
+    **names,
+    'embedding': tuple(name for name in alternatives if name != table),
+  }
 
 
 def has_encoder_table(names: Names, files: TensorFiles) -> bool:
@@ -167,61 +174,64 @@ def has_encoder_table(names: Names, files: TensorFiles) -> bool:
   This is for embeddings that are not tied to logits: transformers then reads
   those of encoder and decoder, and not the shared one.
   """
-  tables = [name.theirs for name in names['embedding']]
-  first, *others = [name for name in tables if name in files.specs] or tables
-  return any(not equal(files, first, other) for other in others)
+  tables = [name.template for name in names['embedding']]
+  first, *rest = [name for name in tables if name in files.specs] or tables
+  return any(not equal(files, first, table) for table in rest)
 
 
-def copies(names: Names, found: Sequence[Leaf]) -> dict[str, str]:
+def copies(names: Names, our_leaves: Sequence[Leaf]) -> dict[str, str]:
   """Tensors that may repeat the embedding, each with the one that is read.
 
-  They are the alternatives of the embedding and, if it is tied to logits, the
-  logits kernel.
+  The copies are the alternatives of the embedding and, if it is tied to logits,
+  the logits kernel.
   """
-  read = {leaf.path: leaf for leaf in found}
-  spelled = list(names['embedding'])
-  if 'w_logits' not in read:
-    spelled += names['w_logits']
-  used = read['embedding'].tensors[()]
-  return {name.theirs: used for name in spelled if name.theirs != used}
+  leaf_by_path = {leaf.path: leaf for leaf in our_leaves}
+  alternatives = list(names['embedding'])
+  if 'w_logits' not in leaf_by_path:
+    alternatives += names['w_logits']
+  table_name = leaf_by_path['embedding'].tensors[()]
+  return {
+    name.template: table_name
+    for name in alternatives
+    if name.template != table_name
+  }
 
 
 def check(
-  found: Sequence[Leaf],
+  our_leaves: Sequence[Leaf],
   files: TensorFiles,
   copies: Mapping[str, str],
-  computed: Sequence[str],
+  unread_patterns: Sequence[str],
 ) -> list[str]:
-  """The problems between our parameters and a checkpoint's tensors, as texts.
+  """The problems between our variables and a checkpoint's tensors, as texts.
 
   Args:
-    found: Our parameters.
+    our_leaves: Our variables.
     files: The files of the checkpoint.
     copies: For tensors that may repeat another, the tensor that they have to
       equal; see `copies`.
-    computed: Patterns of the names of tensors that need not be read, as their
-      values are computed.
+    unread_patterns: Patterns of the names of tensors that need not be read.
   """
-  problems, used = [], set()
-  for leaf in found:
-    wanted = leaf.tensor_shape
+  problems, used_names = [], set()
+  for leaf in our_leaves:
+    shape = leaf.tensor_shape
     for name in leaf.tensors.values():
-      used.add(name)
+      used_names.add(name)
       spec = files.specs.get(name)
       if spec is None:
-        problems.append(f'missing: {name} {list(wanted)}, for {leaf.path}')
+        problems.append(f'missing: {name} {list(shape)}, for {leaf.path}')
       elif spec.dtype not in FLOATS:
         problems.append(f'type: {name} is {spec.dtype}, none of {list(FLOATS)}')
-      elif spec.shape != wanted:
+      elif spec.shape != shape:
         problems.append(
           f'shape: {name} is {list(spec.shape)}, the config asks for '
-          f'{list(wanted)}'
+          f'{list(shape)}'
         )
-  for name in files.specs.keys() - used:
+  for name in files.specs.keys() - used_names:
     if name in copies and copies[name] in files.specs:
       if not equal(files, name, copies[name]):
         problems.append(f'tied: {name} differs from {copies[name]}')
-    elif not any(re.search(pattern, name) for pattern in computed):
+    elif not any(re.search(pattern, name) for pattern in unread_patterns):
       problems.append(f'unknown: {name} {list(files.specs[name].shape)}')
   return sorted(problems)
 
@@ -231,9 +241,9 @@ def equal(files: TensorFiles, a: str, b: str) -> bool:
   if files.specs[a].shape != files.specs[b].shape:
     return False
   rows, *rest = files.specs[a].shape
-  for start in range(0, rows, _ROWS):
+  for start in range(0, rows, _CHUNK_ROWS):
     index = (
-      slice(start, min(start + _ROWS, rows)),
+      slice(start, min(start + _CHUNK_ROWS, rows)),
       *(slice(0, size) for size in rest),
     )
     if not np.array_equal(files.read(a, index), files.read(b, index)):

@@ -53,20 +53,20 @@ KEYS = decoder_keys.keys(
       'it multiplies what the experts see too; see moe.jitter for the router',
     ),
   },
-  spelled={'num_experts': 'num_local_experts'},
+  spellings={'num_experts': 'num_local_experts'},
 )
 
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our decoders cannot express."""
-  wrong = decoder_keys.problems(c, theta=_THETA)
+  errors = decoder_keys.problems(c, theta=_THETA)
   if c.num_experts_per_tok == 1:
-    wrong.append(
+    errors.append(
       'num_experts_per_tok=1 is not supported: every gate would be 1'
     )
   if c.sliding_window is not None and c.sliding_window < 1:
-    wrong.append(f'sliding_window={c.sliding_window} must be at least 1')
-  return wrong
+    errors.append(f'sliding_window={c.sliding_window} must be at least 1')
+  return errors
 
 
 def options(c: Values) -> DecoderOptions:
@@ -88,7 +88,7 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'Mixtral')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   return shared | dict(
     intermediate_size=decoder_keys.expert_of(o).hidden,
     head_dim=attention.head_width,

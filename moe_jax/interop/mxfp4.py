@@ -13,7 +13,12 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
-from moe_jax.interop.tensor_files import Index, TensorFiles, TensorSpec, listed
+from moe_jax.interop.tensor_files import (
+  Index,
+  TensorFiles,
+  TensorSpec,
+  problem_text,
+)
 
 _BLOCK = 32
 _BLOCKS, _SCALES = '_blocks', '_scales'
@@ -36,16 +41,16 @@ class Mxfp4Files(TensorFiles):
     problems = []
     for blocks in [name for name in self.specs if name.endswith(_BLOCKS)]:
       name = blocks.removesuffix(_BLOCKS)
-      wrong = self._problem(name)
-      if wrong:
-        problems.append(wrong)
+      problem = self._problem(name)
+      if problem:
+        problems.append(problem)
         continue
       E, N, count, _ = self.specs.pop(blocks).shape
       del self.specs[name + _SCALES]
       self.specs[name] = TensorSpec((E, count * _BLOCK, N), 'bfloat16')
       self._packed.add(name)
     if problems:
-      raise ValueError(listed(f'{folder} cannot be read', problems))
+      raise ValueError(problem_text(f'{folder} cannot be read', problems))
 
   def _problem(self, name: str) -> str:
     """A text if a tensor cannot be decoded, else ''."""
@@ -66,7 +71,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """See `TensorFiles.read`; of a tensor in MXFP4 only its blocks are read."""
+    """See `TensorFiles.read`; only the needed blocks of MXFP4 are read."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:
@@ -75,24 +80,24 @@ class Mxfp4Files(TensorFiles):
       slice(*part.indices(size)[:2])
       for part, size in zip(index, self.specs[name].shape, strict=True)
     )
-    first = inputs.start // _BLOCK
-    rows = slice(first, -(-inputs.stop // _BLOCK))
-    start = inputs.start - first * _BLOCK
+    first_block = inputs.start // _BLOCK
+    rows = slice(first_block, -(-inputs.stop // _BLOCK))
+    start = inputs.start - first_block * _BLOCK
     stop = start + inputs.stop - inputs.start
     sizes = (part.stop - part.start for part in (experts, inputs, outputs))
-    whole = np.empty(tuple(sizes), ml_dtypes.bfloat16)
+    numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
     # One expert at a time, as decoding takes some five times its bytes.
     for i, expert in enumerate(range(experts.start, experts.stop)):
       index = slice(expert, expert + 1), outputs, rows
       scales = super().read(name + _SCALES, index)
       nibbles = slice(0, _BLOCK // 2)
       blocks = super().read(name + _BLOCKS, (*index, nibbles))
-      whole[i] = decoded(blocks, scales)[0, :, start:stop].T
-    return whole
+      numbers[i] = decode(blocks, scales)[0, :, start:stop].T
+    return numbers
 
 
-def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-  """The numbers of blocks.
+def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  """The numbers in blocks of MXFP4.
 
   Args:
     blocks: Two numbers a byte, uint8 [..., C, 16].

@@ -24,11 +24,11 @@ from typing import Any
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
-  filled,
+  activation_problems,
+  attention_and_moe,
   layers,
   period,
-  unsupported,
-  written,
+  their_activation,
 )
 from moe_jax.interop.config_keys import (
   AMOUNT,
@@ -56,7 +56,7 @@ from moe_jax.models.stack_options import StackOptions
 from moe_jax.routing.capacity import All, Capacity, Fixed, Fraction
 
 _LAST = 0  # the sparse layer of a period is its last
-_EPSILON = 1e-5  # default of PyTorch's LayerNorm, which no key changes
+_EPSILON = 1e-5  # the default of PyTorch's LayerNorm, which no key changes
 _ONE_RATE = 'our rates of dropout are one, model.dropout'
 _WHOLE = 'whole layers are never dropped here'
 KEYS = Keys(
@@ -112,18 +112,20 @@ KEYS = Keys(
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our models cannot express."""
-  wrong = unsupported('activation_function', c.activation_function, ACTIVATIONS)
+  errors = activation_problems(
+    'activation_function', c.activation_function, ACTIVATIONS
+  )
   if c.num_experts < 2:
-    wrong.append(f'num_experts={c.num_experts} must be at least 2')
+    errors.append(f'num_experts={c.num_experts} must be at least 2')
   for half in ('encoder', 'decoder'):
     heads = getattr(c, f'{half}_attention_heads')
     if heads < 1 or c.d_model % heads:
-      wrong.append(
+      errors.append(
         f'{half}_attention_heads={heads} does not divide d_model={c.d_model}'
       )
   if c.moe_eval_capacity_token_fraction <= 0 and c.expert_capacity < 1:
-    wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
-  return wrong
+    errors.append(f'expert_capacity={c.expert_capacity} must be at least 1')
+  return errors
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
@@ -134,7 +136,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
     'ffn': {'hidden': c.encoder_ffn_dim},
     'moe': {'layers': sparse},
   }
-  before = c.normalize_router_prob_before_dropping
+  norm_first = c.normalize_router_prob_before_dropping
   by_batch = c.batch_prioritized_routing
   return TransformersEncoderDecoder(
     vocab_size=c.vocab_size,
@@ -161,7 +163,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
       # Slots may run out if an evaluation changes the capacity.
       allow_future_leak=True,
       router=ServedByRank(
-        gates='renormalized' if before else 'renormalized_after_drop',
+        gates='renormalized' if norm_first else 'renormalized_after_drop',
         slot_priority='batch_priority' if by_batch else 'choice_major',
         use_bias=c.router_bias,
         balance_weight=float(c.router_aux_loss_coef),
@@ -180,7 +182,7 @@ def _capacity(c: Values) -> Capacity:
   return Fraction(fraction) if fraction > 0 else Fixed(c.expert_capacity)
 
 
-def _written_capacity(capacity: Capacity) -> dict[str, Any]:
+def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
   """The keys of config.json that a capacity decides."""
   fraction, keys = 1.0, {}
   if isinstance(capacity, Fraction):
@@ -203,7 +205,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   )
   return dict(
     vocab_size=o.vocab_size,
-    activation_function=written(o.ffn.activation, ACTIVATIONS),
+    activation_function=their_activation(o.ffn.activation, ACTIVATIONS),
     d_model=o.width,
     scale_embedding=o.embedding.scale == 'sqrt_width',
     router_bias=getattr(router, 'use_bias', False),
@@ -216,22 +218,22 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
     tie_word_embeddings=o.embedding.tie,
     dropout=o.dropout,
     is_encoder_decoder=True,
-    **_written_capacity(o.moe.capacity),
-    **_half('encoder', encoder, o.width),
-    **_half('decoder', o, o.width),
+    **_capacity_keys(o.moe.capacity),
+    **_stack_keys('encoder', encoder, o.width),
+    **_stack_keys('decoder', o, o.width),
   )
 
 
-def _half(name: str, half: StackOptions, width: int) -> dict[str, Any]:
-  step = period(half.sparse, _LAST)
+def _stack_keys(name: str, stack: StackOptions, width: int) -> dict[str, Any]:
+  step = period(stack.sparse, _LAST)
   if step is None:
     raise ValueError(
-      f'sparse layers {half.sparse} of the {name} are not those of any step'
+      f'sparse layers {stack.sparse} of the {name} are not those of any step'
     )
-  attention, _ = filled(half, width)
+  attention, _ = attention_and_moe(stack, width)
   return {
-    f'{name}_layers': half.num_layers,
-    f'{name}_ffn_dim': half.ffn.hidden,
+    f'{name}_layers': stack.num_layers,
+    f'{name}_ffn_dim': stack.ffn.hidden,
     f'{name}_attention_heads': attention.num_heads,
     f'{name}_sparse_step': step,
   }
@@ -240,23 +242,23 @@ def _half(name: str, half: StackOptions, width: int) -> dict[str, Any]:
 def _stack(half: str) -> dict[str, tuple[Name, ...]]:
   names = {}
 
-  def pair(path, theirs, weight, bias, weight_form, bias_form):
-    names[f'{half}/{path}/{weight}'] = Name(f'{theirs}.weight', weight_form)
-    names[f'{half}/{path}/{bias}'] = Name(f'{theirs}.bias', bias_form)
+  def pair(path, module, weight, bias, weight_form, bias_form):
+    names[f'{half}/{path}/{weight}'] = Name(f'{module}.weight', weight_form)
+    names[f'{half}/{path}/{bias}'] = Name(f'{module}.bias', bias_form)
 
-  def norm(path, theirs):
-    pair(path, f'model.{half}.{theirs}', 'scale', 'bias', 'M', 'M')
+  def norm(path, module):
+    pair(path, f'model.{half}.{module}', 'scale', 'bias', 'M', 'M')
 
-  def attention(path, theirs):
-    norm(f'layer/{path}_norm', f'layers.{{layer}}.{theirs}_layer_norm')
-    theirs = f'model.{half}.layers.{{layer}}.{theirs}'
+  def attention(path, module):
+    norm(f'layer/{path}_norm', f'layers.{{layer}}.{module}_layer_norm')
+    module = f'model.{half}.layers.{{layer}}.{module}'
     path = f'layer/{path}'
     for name, letter in (('query', 'q'), ('key', 'k'), ('value', 'v')):
       pair(
-        path, f'{theirs}.{letter}_proj', f'w_{name}', f'b_{name}',
+        path, f'{module}.{letter}_proj', f'w_{name}', f'b_{name}',
         '(H D) M -> M H D', '(H D) -> H D',
       )  # fmt: skip
-    pair(path, f'{theirs}.out_proj', 'w_out', 'b_out', 'M (H D) -> H D M', 'M')
+    pair(path, f'{module}.out_proj', 'w_out', 'b_out', 'M (H D) -> H D M', 'M')
 
   norm('final_norm', 'layer_norm')
   attention('attention', 'self_attn')
@@ -264,12 +266,12 @@ def _stack(half: str) -> dict[str, tuple[Name, ...]]:
     attention('cross_attention', 'cross_attention')
   norm('layer/ffn_norm', 'layers.{layer}.ff_layer_norm')
   ffn = f'model.{half}.layers.{{layer}}.ffn'
-  for path, theirs in (
+  for path, module in (
     ('layer/ffn', ffn),
     ('layer/moe/experts', f'{ffn}.experts.expert_{{expert}}'),
   ):
-    pair(path, f'{theirs}.fc1', 'w_in', 'b_in', 'F M -> M F', 'F')
-    pair(path, f'{theirs}.fc2', 'w_out', 'b_out', 'M F -> F M', 'M')
+    pair(path, f'{module}.fc1', 'w_in', 'b_in', 'F M -> M F', 'F')
+    pair(path, f'{module}.fc2', 'w_out', 'b_out', 'M F -> F M', 'M')
   pair(
     'layer/moe/router', f'{ffn}.router.classifier', 'w', 'b', 'E M -> M E', 'E'
   )
@@ -284,9 +286,9 @@ ARCHITECTURE = Architecture(
   options=options,
   describe=describe,
   suits=lambda o: o.has_encoder and not isinstance(o.positions, Relative),
-  unnumbered=lambda o: o.positions.offset - 1,
+  unnumbered_id=lambda o: o.positions.offset - 1,
   prefix='model.',
-  computed=(r'embed_positions\.weights$', r'\.version$'),
+  computed_tensors=(r'embed_positions\.weights$', r'\.version$'),
   names={
     **embedding_tables('model.'),
     **_stack('encoder'),

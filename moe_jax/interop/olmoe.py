@@ -35,7 +35,7 @@ KEYS = decoder_keys.keys(
     'clip_qkv': (OPTIONAL_POSITIVE, None),
     'attention_bias': (bool, False),
   },
-  spelled={'num_local_experts': 'num_experts'},
+  spellings={'num_local_experts': 'num_experts'},
 )
 
 
@@ -64,11 +64,11 @@ def options(c: Values) -> DecoderOptions:
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   shared = decoder_keys.describe(o, 'OLMoE')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   return shared | dict(
     intermediate_size=decoder_keys.expert_of(o).hidden,
     num_experts=moe.num_experts,
-    norm_topk_prob=decoder_keys.renormalized(moe.router),
+    norm_topk_prob=decoder_keys.is_renormalized(moe.router),
     clip_qkv=attention.clip or None,
     attention_bias=attention.has_bias('query', use_bias=False),
   )

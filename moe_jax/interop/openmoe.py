@@ -100,7 +100,7 @@ KEYS = decoder_keys.keys(
     ),
     'layer_norm_epsilon': 'the published code reads rms_norm_eps',
   },
-  spelled={
+  spellings={
     'router_topk': 'num_experts_per_tok',
     'router_aux_loss_factor': 'router_aux_loss_coef',
   },
@@ -109,14 +109,14 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
-  wrong = decoder_keys.problems(
+  errors = decoder_keys.problems(
     c, rope_types=('default',), activations=_ACTIVATIONS
   )
-  yield from wrong
-  if not wrong and (theta := rotary_keys.rotary(c, _THETA).theta) != _THETA:
+  yield from errors
+  if not errors and (theta := rotary_keys.rotary(c, _THETA).theta) != _THETA:
     yield f'rope_theta={theta} is not supported, only {_THETA}'
-  if (chosen := c.num_experts_per_tok) > 2:
-    yield f'router_topk={chosen} is not supported, only 1 or 2'
+  if (num_selected := c.num_experts_per_tok) > 2:
+    yield f'router_topk={num_selected} is not supported, only 1 or 2'
   if (interval := c.moe_layer_interval) and interval > c.num_hidden_layers:
     yield (
       f'moe_layer_interval={interval} leaves no layer sparse of '
@@ -126,7 +126,7 @@ def problems(c: Values) -> Iterator[str]:
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  whole = decoder_keys.options(
+  base_options = decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_experts,
@@ -151,20 +151,20 @@ def options(c: Values) -> DecoderOptions:
       dispatch=Gather(),
     ),
   )
-  # There an even load of K choices costs K.
+  # In the published code an even load of K choices costs K.
   router = dataclasses.replace(
-    decoder_keys.token_choice(whole),
+    decoder_keys.token_choice(base_options),
     balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
     z_weight=float(c.router_z_loss_factor),
   )
-  moe = dataclasses.replace(whole.moe, router=router)
-  return dataclasses.replace(whole, moe=moe)
+  moe = dataclasses.replace(base_options.moe, router=router)
+  return dataclasses.replace(base_options, moe=moe)
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   decided = decoder_keys.describe(o, 'OpenMoE')
-  moe, router = decoder_keys.sparse(o), decoder_keys.token_choice(o)
+  moe, router = decoder_keys.moe_options(o), decoder_keys.token_choice(o)
   capacity = moe.capacity
   if not isinstance(capacity, EvenSlots):
     raise ValueError(
@@ -177,7 +177,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
     )
   K = decided.pop('num_experts_per_tok')
   return decided | dict(
-    hidden_act=architecture.written(
+    hidden_act=architecture.their_activation(
       decoder_keys.expert_of(o).activation, _ACTIVATIONS
     ),
     intermediate_size=o.ffn.hidden,
@@ -194,18 +194,18 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
 
 
-def _ffn(path: str, theirs: str) -> Table:
+def _ffn(path: str, module: str) -> Table:
   """A feed-forward whose SwiGLU has one tensor, the linear product first."""
-  gate = f'{theirs}.gate_proj'
+  gate = f'{module}.gate_proj'
   return {
     **weight(f'{path}/w_gate', gate, '(1/2 F) M -> M F'),
     **weight(f'{path}/w_factor', gate, '(0/2 F) M -> M F'),
-    **weight(f'{path}/w_in', f'{theirs}.up_proj', 'F M -> M F'),
-    **weight(f'{path}/w_out', f'{theirs}.down_proj', 'M F -> F M'),
+    **weight(f'{path}/w_in', f'{module}.up_proj', 'F M -> M F'),
+    **weight(f'{path}/w_out', f'{module}.down_proj', 'M F -> F M'),
   }
 
 
-_WIDE = 'mlp.experts.wi_gate'
+_GATE_TENSOR = 'mlp.experts.wi_gate'
 NAMES: Table = {
   **ENDS,
   **BLOCK,
@@ -213,8 +213,8 @@ NAMES: Table = {
   **_ffn('ffn', 'mlp'),
   **_ffn('extra_ffn', 'extra_mlp'),
   **layer('moe/router/w', Name('mlp.gate_weight', 'E M -> M E')),
-  **layer('moe/experts/w_gate', Name(_WIDE, 'E M (1/2 F) -> E M F')),
-  **layer('moe/experts/w_factor', Name(_WIDE, 'E M (0/2 F) -> E M F')),
+  **layer('moe/experts/w_gate', Name(_GATE_TENSOR, 'E M (1/2 F) -> E M F')),
+  **layer('moe/experts/w_factor', Name(_GATE_TENSOR, 'E M (0/2 F) -> E M F')),
   **layer('moe/experts/w_in', Name('mlp.experts.wi_up', 'E M F')),
   **layer('moe/experts/w_out', Name('mlp.experts.wo', 'E F M')),
 }

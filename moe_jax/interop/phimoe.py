@@ -58,7 +58,7 @@ KEYS = decoder_keys.keys(
     ),
   },
   ignored={'hidden_dropout': 'transformers 5.24 does nothing with it'},
-  spelled={'num_experts': 'num_local_experts'},
+  spellings={'num_experts': 'num_local_experts'},
 )
 
 
@@ -66,20 +66,20 @@ def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from decoder_keys.problems(c, theta=_THETA, rope_types=_ROPES)
   if c.num_experts_per_tok != 2:
-    given = c.num_experts_per_tok
-    yield f'num_experts_per_tok={given} is not supported, only 2'
+    num_selected = c.num_experts_per_tok
+    yield f'num_experts_per_tok={num_selected} is not supported, only 2'
   if c.sliding_window is not None and c.sliding_window < 1:
     yield f'sliding_window={c.sliding_window} must be at least 1'
-  given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
-  if given.get('rope_type', given.get('type')) == 'longrope':
+  rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  if rope.get('rope_type', rope.get('type')) == 'longrope':
     for name in ('short_mscale', 'long_mscale'):
-      if given.get(name) is None:
+      if rope.get(name) is None:
         yield f"rope type 'longrope' lacks {name!r}"
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  whole = decoder_keys.options(
+  base_options = decoder_keys.options(
     c,
     ffn_hidden=c.intermediate_size,
     num_experts=c.num_local_experts,
@@ -98,10 +98,12 @@ def options(c: Values) -> DecoderOptions:
       **{name: getattr(scaling, name) for name in fields_of(LongRope)}
     )
   return dataclasses.replace(
-    whole,
+    base_options,
     norm=LayerNorm(float(c.rms_norm_eps), bias='always'),
     positions=dataclasses.replace(positions, scaling=scaling),
-    embedding=dataclasses.replace(whole.embedding, logits_bias=c.lm_head_bias),
+    embedding=dataclasses.replace(
+      base_options.embedding, logits_bias=c.lm_head_bias
+    ),
   )
 
 
@@ -118,7 +120,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   shared = decoder_keys.describe(
     dataclasses.replace(o, positions=positions), 'Phi-3.5-MoE'
   )
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   if not isinstance(moe.router, SparseMixer):
     raise ValueError(f'its router is {type(moe.router).__name__}')
   return shared | dict(

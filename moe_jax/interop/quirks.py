@@ -1,8 +1,8 @@
 """Peculiarities of transformers' models, as kinds for a config.
 
 The config of an imported run names them, 'moe_jax.interop.quirks:ServedByRank',
-so they also apply to its training, generation and export. Not here: which
-checkpoint has which peculiarity (`mixtral.py` and its siblings).
+so they also apply to its training, generation and export. Not here: the
+peculiarities of each checkpoint (`mixtral.py` and its siblings).
 """
 
 import dataclasses
@@ -62,8 +62,8 @@ class ServedByRankRouter(TokenChoiceRouter):
 
   def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
-    chosen, aux = super().route(x, mask, train, router_ids, layer)
-    return by_rank(chosen), aux
+    routing, aux = super().route(x, mask, train, router_ids, layer)
+    return by_rank(routing), aux
 
 
 def by_rank(routing: Routing) -> Routing:
@@ -134,7 +134,7 @@ class RoutedPadding(Padding):
   """Padding that is routed, takes slots and attends to real tokens."""
 
   def context(self, context: Context) -> Context:
-    """Lets padding attend to the first segment; no real token attends to it."""
+    """Lets padding attend to the first segment; no token attends to padding."""
     context = context._replace(routed_mask=jnp.ones_like(context.token_mask))
     if context.segment_ids is None:
       return context

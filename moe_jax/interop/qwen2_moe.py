@@ -53,7 +53,7 @@ KEYS = decoder_keys.keys(
     'max_window_layers': (COUNT, 28),
     'layer_types': (list | None, None),
   },
-  spelled={'num_local_experts': 'num_experts'},
+  spellings={'num_local_experts': 'num_experts'},
 )
 
 
@@ -73,9 +73,9 @@ def problems(c: Values) -> Iterator[str]:
 def _layer_types(c: Values) -> list[Any]:
   if c.layer_types is not None:
     return c.layer_types
-  below = c.max_window_layers if c.use_sliding_window else 0
+  num_window_layers = c.max_window_layers if c.use_sliding_window else 0
   return [
-    window_keys.FULL if i % 2 or i >= below else window_keys.WINDOW
+    window_keys.FULL if i % 2 or i >= num_window_layers else window_keys.WINDOW
     for i in range(c.num_hidden_layers)
   ]
 
@@ -104,11 +104,11 @@ def options(c: Values) -> DecoderOptions:
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.sparse(o)
+  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   return qwen_keys.describe(o, 'Qwen2-MoE') | dict(
     shared_expert_intermediate_size=moe.shared_expert.hidden,
     qkv_bias=attention.has_bias('query', use_bias=False),
-    layer_types=window_keys.written(o),
+    layer_types=window_keys.layer_types(o),
   )
 
 

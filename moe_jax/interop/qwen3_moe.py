@@ -53,7 +53,7 @@ KEYS = decoder_keys.keys(
     'use_qk_norm': (True,),
   },
   ignored={'max_window_layers': 'transformers does not read it'},
-  spelled={'num_local_experts': 'num_experts'},
+  spellings={'num_local_experts': 'num_experts'},
 )
 
 

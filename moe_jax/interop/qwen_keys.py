@@ -1,7 +1,7 @@
 """Keys of config.json that Qwen2-MoE and Qwen3-MoE share.
 
-Which layers are sparse, the width of experts, and the width of windows. Not
-here: the architectures (`qwen2_moe.py`, `qwen3_moe.py`).
+The keys decide the sparse layers, the width of experts, and the width of
+windows. Not here: the architectures (`qwen2_moe.py`, `qwen3_moe.py`).
 """
 
 from collections.abc import Iterator
@@ -58,14 +58,14 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     ValueError: As `decoder_keys.describe`.
   """
   shared = decoder_keys.describe(o, architecture)
-  moe = decoder_keys.sparse(o)
+  moe = decoder_keys.moe_options(o)
   return shared | dict(
     intermediate_size=o.ffn.hidden,
     moe_intermediate_size=decoder_keys.expert_of(o).hidden,
     decoder_sparse_step=1,
     mlp_only_layers=[i for i, flag in enumerate(o.sparse) if not flag],
     num_experts=moe.num_experts,
-    norm_topk_prob=decoder_keys.renormalized(moe.router),
+    norm_topk_prob=decoder_keys.is_renormalized(moe.router),
     use_sliding_window=any(o.windows),
     sliding_window=o.attention.window or None,
   )

@@ -41,12 +41,12 @@ class _Parameter:
   Attributes:
     option: The name of our option.
     kind: The kind of its values; see `config_keys`.
-    needed: Whether every config must have it.
+    required: Whether every config must have it.
   """
 
   option: str
   kind: Any
-  needed: bool = False
+  required: bool = False
 
 
 _LENGTH = {_ORIGINAL: _Parameter('original_len', LENGTH)}
@@ -56,7 +56,7 @@ _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
   'default': {},
   'yarn': {
     **_LENGTH,
-    'factor': _Parameter('factor', POSITIVE, needed=True),
+    'factor': _Parameter('factor', POSITIVE, required=True),
     'beta_fast': _Parameter('beta_fast', POSITIVE),
     'beta_slow': _Parameter('beta_slow', POSITIVE),
     'truncate': _Parameter('truncate', bool),
@@ -67,8 +67,8 @@ _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
   'longrope': {
     **_LENGTH,
     'factor': _Parameter('factor', POSITIVE),
-    'short_factor': _Parameter('short_factor', list, needed=True),
-    'long_factor': _Parameter('long_factor', list, needed=True),
+    'short_factor': _Parameter('short_factor', list, required=True),
+    'long_factor': _Parameter('long_factor', list, required=True),
     'short_mscale': _Parameter('short_mscale', POSITIVE),
     'long_mscale': _Parameter('long_mscale', POSITIVE),
   },
@@ -86,30 +86,32 @@ def problems(
     theta: The base where the config has none.
     types: The rope types that the architecture has, of those known here.
   """
-  kind, given = _given(c, theta)
-  if kind not in types:
-    yield f'rope type {kind!r} is not supported, only {" or ".join(types)}'
+  rope_type, parameters = _parameters(c, theta)
+  if rope_type not in types:
+    yield f'rope type {rope_type!r} is not supported, only {" or ".join(types)}'
     return
-  if not is_kind(given['rope_theta'], POSITIVE):
-    yield f'rope_theta={given["rope_theta"]!r:.80} is no {POSITIVE.rule}'
-  if (fraction := given.get(_FRACTION, 1)) != 1:
+  if not is_kind(parameters['rope_theta'], POSITIVE):
+    yield f'rope_theta={parameters["rope_theta"]!r:.80} is no {POSITIVE.rule}'
+  if (fraction := parameters.get(_FRACTION, 1)) != 1:
     yield f'{_FRACTION}={fraction!r:.80} is not supported, only 1'
-  known = _TYPES[kind]
-  for name, value in given.items():
+  known_parameters = _TYPES[rope_type]
+  for name, value in parameters.items():
     if name in ('rope_theta', _FRACTION):
       continue
-    if name not in known:
-      yield f'{name}={value!r:.80} of rope type {kind!r} is not known'
-    elif not is_kind(value, known[name].kind):
-      rule = kind_name(known[name].kind)
-      yield f'{name}={value!r:.80} of rope type {kind!r} is no {rule}'
+    if name not in known_parameters:
+      yield f'{name}={value!r:.80} of rope type {rope_type!r} is not known'
+    elif not is_kind(value, known_parameters[name].kind):
+      rule = kind_name(known_parameters[name].kind)
+      yield f'{name}={value!r:.80} of rope type {rope_type!r} is no {rule}'
     elif isinstance(value, list) and not all(
       is_kind(number, POSITIVE) for number in value
     ):
       yield f'{name}={value!r:.80} is no list of numbers above 0'
-  needed = {name for name, parameter in known.items() if parameter.needed}
-  if missing := sorted(needed - given.keys()):
-    yield f'rope type {kind!r} lacks {missing}'
+  required = {
+    name for name, parameter in known_parameters.items() if parameter.required
+  }
+  if missing := sorted(required - parameters.keys()):
+    yield f'rope type {rope_type!r} lacks {missing}'
 
 
 def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
@@ -120,22 +122,23 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
     theta: The base where the config has none.
     interleaved: Whether the pairs that rotate are neighbours.
   """
-  kind, given = _given(c, theta)
+  rope_type, parameters = _parameters(c, theta)
   scaling: dict[str, Any] = {}
-  for name, parameter in _TYPES[kind].items():
-    if isinstance(value := given.get(name), list):
+  for name, parameter in _TYPES[rope_type].items():
+    if isinstance(value := parameters.get(name), list):
       scaling[parameter.option] = tuple(map(float, value))
     elif value is not None:
-      number = parameter.kind in (AMOUNT, POSITIVE)  # JSON may have an integer
-      scaling[parameter.option] = float(value) if number else value
+      # JSON may have an integer for these.
+      is_float = parameter.kind in (AMOUNT, POSITIVE)
+      scaling[parameter.option] = float(value) if is_float else value
   return Rotary(
-    theta=float(given['rope_theta']),
+    theta=float(parameters['rope_theta']),
     interleaved=interleaved,
-    scaling=SCALINGS.get(_SCALINGS.get(kind, kind))(**scaling),
+    scaling=SCALINGS.get(_SCALINGS.get(rope_type, rope_type))(**scaling),
   )
 
 
-def written(positions: Positions) -> dict[str, Any]:
+def rope_parameters(positions: Positions) -> dict[str, Any]:
   """The value of `rope_parameters` for positions.
 
   Raises:
@@ -149,43 +152,50 @@ def written(positions: Positions) -> dict[str, Any]:
     raise ValueError(
       f'positions.fraction={positions.fraction}: there whole heads rotate'
     )
-  name = SCALINGS.name_of(positions.scaling)
-  kind = next((k for k, ours in _SCALINGS.items() if ours == name), name)
-  if kind not in _TYPES:
-    raise ValueError(f'rotary positions have scaling {name!r}')
-  found: dict[str, Any] = {'rope_type': kind, 'rope_theta': positions.theta}
-  for theirs, parameter in _TYPES[kind].items():
+  scaling_name = SCALINGS.name_of(positions.scaling)
+  rope_type = next(
+    (type_ for type_, scaling in _SCALINGS.items() if scaling == scaling_name),
+    scaling_name,
+  )
+  if rope_type not in _TYPES:
+    raise ValueError(f'rotary positions have scaling {scaling_name!r}')
+  parameters: dict[str, Any] = {
+    'rope_type': rope_type,
+    'rope_theta': positions.theta,
+  }
+  for key, parameter in _TYPES[rope_type].items():
     value = getattr(positions.scaling, parameter.option)
-    if value or isinstance(
-      value, bool
-    ):  # 0 stands for what follows from others
-      found[theirs] = list(value) if isinstance(value, tuple) else value
-  return found
+    # 0 stands for a value that follows from others.
+    if value or isinstance(value, bool):
+      parameters[key] = list(value) if isinstance(value, tuple) else value
+  return parameters
 
 
-def _given(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
+def _parameters(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
   """The rope type, and its parameters that are not null."""
-  given = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
-  old = given.pop('type', 'default')
-  kind = str(given.pop('rope_type', old))
-  given = {key: value for key, value in given.items() if value is not None}
+  parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  old_type = parameters.pop('type', 'default')
+  rope_type = str(parameters.pop('rope_type', old_type))
+  parameters = {
+    key: value for key, value in parameters.items() if value is not None
+  }
   for name, value in (
     ('rope_theta', c.rope_theta or theta),
     (_FRACTION, c.partial_rotary_factor),
   ):
     if value is not None:
-      given.setdefault(name, value)
-  if kind not in _TYPES or _ORIGINAL not in _TYPES[kind]:
-    return kind, given
+      parameters.setdefault(name, value)
+  if rope_type not in _TYPES or _ORIGINAL not in _TYPES[rope_type]:
+    return rope_type, parameters
   # A key beside the object comes first, as in Phi's checkpoints.
   longest = c.max_position_embeddings
-  original = getattr(c, _ORIGINAL) or given.get(_ORIGINAL) or longest
+  original = getattr(c, _ORIGINAL) or parameters.get(_ORIGINAL) or longest
   if original is not None:
-    given[_ORIGINAL] = original
+    parameters[_ORIGINAL] = original
     if (
-      not _TYPES[kind]['factor'].needed
+      not _TYPES[rope_type]['factor'].required
       and longest is not None
       and is_kind(original, LENGTH)
     ):
-      given.setdefault('factor', longest / original)
-  return kind, given
+      parameters.setdefault('factor', longest / original)
+  return rope_type, parameters

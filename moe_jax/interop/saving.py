@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.checkpoint_folder import (
   ARCHITECTURES,
-  chosen,
+  architecture_of,
   from_config,
 )
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.quirks import TransformersEncoderDecoder
-from moe_jax.interop.tensor_files import SAFETENSORS, listed
+from moe_jax.interop.tensor_files import SAFETENSORS, problem_text
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import assembled_state, has_tied, untied
 from moe_jax.models.meaning import difference
@@ -34,7 +34,7 @@ from moe_jax.models.router_state import variables as as_variables
 _SHARD_BYTES = 2**31
 # Keys that are not carried over: those of older versions of transformers, in
 # whose place others are written, and that of quantized tensors.
-_REPLACED = (
+_REPLACED_KEYS = (
   'torch_dtype',
   'rope_theta',
   'rope_scaling',
@@ -42,8 +42,8 @@ _REPLACED = (
   'original_max_position_embeddings',
   'quantization_config',
 )
-# Options that are told by what they decide.
-_SPELLED = {
+# Texts that stand for options in messages: what each option decides.
+_OPTION_TEXTS = {
   f'{half}sparse': f'{half}moe.layers, which layers are sparse'
   for half in ('', 'encoder.')
 }
@@ -81,23 +81,23 @@ def save(
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'{folder} is there already; give a new or empty folder')
   params, state = variables['params'], variables.get(COLLECTION, {})
-  if has_tied(tied := options.build()):
+  if has_tied(tied_model := options.build()):
     options, params = untied(options, params)
-    state = assembled_state(tied, state, options.build())
-  architecture, written = _choose(options, config or {})
+    state = assembled_state(tied_model, state, options.build())
+  architecture, config_json = _choose(options, config or {})
   model = options.build()
   if model.keeps_router_state and not state:
     raise ValueError(
       f'the routers keep a balancing bias, and the variables {[*variables]} '
       f'have no {COLLECTION!r}'
     )
-  kept = as_variables(params, state)
-  every = leaves(architecture.names, model, kept)
-  tensors = list(_tensors(every, architecture, kept))
+  exported = as_variables(params, state)
+  our_leaves = leaves(architecture.names, model, exported)
+  tensors = list(_tensors(our_leaves, architecture, exported))
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
   # Last, as without config.json a folder is not read.
-  text = json.dumps(written, indent=2, sort_keys=True)
+  text = json.dumps(config_json, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
 
 
@@ -106,15 +106,15 @@ def _choose(
 ) -> tuple[Architecture, dict[str, Any]]:
   """The architecture of a model, and the content of its config.json.
 
-  It is that of the config, or else the first that computes the same function;
-  those that transformers has no class for come last.
+  The architecture is that of the config, or else the first that computes the
+  same function; architectures without a class in transformers come last.
 
   Raises:
-    ValueError: None does. What differs from the nearest one is listed, or what
-      the first one does not have.
+    ValueError: No architecture computes it. The message lists how the nearest
+      architecture differs, or what the first one lacks.
   """
   if config.get('model_type') is not None:
-    architecture = chosen(config)
+    architecture = architecture_of(config)
     return architecture, describe(options, architecture, config)
   errors = []
   for architecture in sorted(ARCHITECTURES.values(), key=_needs_code):
@@ -139,7 +139,7 @@ class _DiffersError(_UnsupportedError):
 
 
 def _distance(error: ValueError) -> tuple[bool, bool, int]:
-  """The order of errors: first that of the architecture that lacks least."""
+  """The sort key of errors: the architecture that lacks least comes first."""
   kinds = _DiffersError, _UnsupportedError
   no_model, no_parts = (not isinstance(error, kind) for kind in kinds)
   return no_model, no_parts, str(error).count('\n')
@@ -153,43 +153,44 @@ def describe(
   Raises:
     ValueError: No model of that architecture computes the same function.
   """
-  kind = architecture.model_type
-  none = f'the model is no {kind} model of transformers'
+  model_type = architecture.model_type
+  refusal = f'the model is no {model_type} model of transformers'
   counts = [m.num_experts for m in options.build().moes if m is not None]
   if len(set(counts)) > 1:
     raise ValueError(
-      f'{none}: its sparse layers have {counts} experts, where transformers '
+      f'{refusal}: its sparse layers have {counts} experts, where transformers '
       'has one number for all; merge or prune with one number, --experts=N'
     )
   try:
     decided = architecture.describe(options)
   except ValueError as error:
-    raise ValueError(f'{none}: {error}') from error
-  left = {*_REPLACED, *architecture.keys.spelled}
-  given = {key: v for key, v in config.items() if key not in left}
-  written = {
-    **_untouched(architecture, decided),
-    **given,
+    raise ValueError(f'{refusal}: {error}') from error
+  replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
+  other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
+  config_json = {
+    **_neutral_values(architecture, decided),
+    **other_keys,
     **decided,
-    'model_type': architecture.borrowed_type or kind,
+    'model_type': architecture.borrowed_type or model_type,
     'architectures': [architecture.classes[0]],
     'dtype': cast(Any, options).numerics.param_dtype,
   }
   try:
-    theirs = from_config(written)
+    reread_options = from_config(config_json)
   except ValueError as error:
-    raise _UnsupportedError(f'{none}: {error}') from error
-  if different := _different(options, theirs):
+    raise _UnsupportedError(f'{refusal}: {error}') from error
+  if differences := _differences(options, reread_options):
     raise _DiffersError(
-      listed(
-        f'transformers cannot compute this model as {kind}; the model has',
-        different,
+      problem_text(
+        f'transformers cannot compute this model as {model_type}; '
+        'the model has',
+        differences,
       )
     )
-  return written
+  return config_json
 
 
-def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
+def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
   """A line for each option by which the models compute different functions."""
   if ours.has_encoder:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
@@ -198,16 +199,16 @@ def _different(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
     if not ours.build().capacity_binds:
       # With slots for all tokens, those that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
-  found = difference(ours, theirs)
-  # What theirs does not have follows from another choice, which is listed.
-  causes = {name: pair for name, pair in found.items() if pair[1] is not None}
+  pairs = difference(ours, theirs)
+  # An option that theirs lacks follows from another choice, which is listed.
+  causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
   return [
-    f'{_SPELLED.get(name, name)}: {old!r}, not {new!r}'
-    for name, (old, new) in (causes or found).items()
+    f'{_OPTION_TEXTS.get(name, name)}: {old!r}, not {new!r}'
+    for name, (old, new) in (causes or pairs).items()
   ]
 
 
-def _untouched(
+def _neutral_values(
   architecture: Architecture, decided: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Keys for training that our models do not have, with neutral values."""
@@ -237,47 +238,51 @@ class _Part(NamedTuple):
 
   Attributes:
     array: The variable.
-    leaf: Its tensors.
-    where: The leading indices of the part, of a layer and an expert.
+    leaf: The tensors of the variable.
+    index: The leading indices of the part, of a layer and an expert.
   """
 
   array: jax.Array
   leaf: Leaf
-  where: tuple[int, ...]
+  index: tuple[int, ...]
 
   def fetch(self) -> np.ndarray:
     """The part on the host."""
-    part = _take(self.array, self.where) if self.where else self.array
+    part = _take(self.array, self.index) if self.index else self.array
     return np.asarray(part)
 
 
 def _tensors(
-  found: Sequence[Leaf], architecture: Architecture, variables: Any
+  our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
 ) -> Iterator[_Tensor]:
   arrays = {
     path_in_collection(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
   }
-  tables = _tables(architecture.names, arrays)
-  blocks: dict[str, list[_Part]] = {}
-  for leaf in found:
-    for where, name in leaf.tensors.items():
-      for each in tables.get(leaf.path, [name]):
-        part = _Part(arrays[leaf.path], leaf, where)
-        blocks.setdefault(each, []).append(part)
-  for name, parts in blocks.items():
-    wanted = parts[0].leaf.form.num_blocks
-    if len(parts) != wanted:
-      have = [part.leaf.path for part in parts]
-      raise ValueError(f'{name} is made of {wanted} parameters, not of {have}')
+  names_by_table = _table_names(architecture.names, arrays)
+  parts_of_tensor: dict[str, list[_Part]] = {}
+  for leaf in our_leaves:
+    for index, name in leaf.tensors.items():
+      for tensor in names_by_table.get(leaf.path, [name]):
+        part = _Part(arrays[leaf.path], leaf, index)
+        parts_of_tensor.setdefault(tensor, []).append(part)
+  for name, parts in parts_of_tensor.items():
+    num_blocks = parts[0].leaf.form.num_blocks
+    if len(parts) != num_blocks:
+      paths = [part.leaf.path for part in parts]
+      raise ValueError(
+        f'{name} is made of {num_blocks} parameters, not of {paths}'
+      )
     dtype = np.result_type(*(part.array.dtype for part in parts))
     count = math.prod(parts[0].leaf.tensor_shape)
-    make = functools.partial(_assembled, parts, dtype)
+    make = functools.partial(_assemble, parts, dtype)
     yield _Tensor(name, count * dtype.itemsize, make)
 
 
-def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
-  """Names of the tensors of each embedding that is not tied to the logits.
+def _table_names(
+  names: Names, arrays: Mapping[str, Any]
+) -> dict[str, list[str]]:
+  """The tensors of each embedding that is not tied to the logits, by name.
 
   transformers then has one embedding for the encoder and one for the decoder. A
   third, the shared one, exists but is not read; it is written like the
@@ -285,28 +290,28 @@ def _tables(names: Names, arrays: Mapping[str, Any]) -> dict[str, list[str]]:
   """
   if 'w_logits' not in arrays:
     return {}
-  spelled = [name.theirs for name in names['embedding']]
+  all_tables = [name.template for name in names['embedding']]
   if 'encoder_embedding' not in arrays:
-    return {'embedding': spelled}
-  own = [name.theirs for name in names['encoder_embedding']]
-  shared = [name for name in spelled if name not in own]
-  return {'embedding': shared, 'encoder_embedding': own}
+    return {'embedding': all_tables}
+  encoder_tables = [name.template for name in names['encoder_embedding']]
+  decoder_tables = [name for name in all_tables if name not in encoder_tables]
+  return {'embedding': decoder_tables, 'encoder_embedding': encoder_tables}
 
 
-def _assembled(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
-  """The tensor of which each part is a block."""
+def _assemble(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
+  """The tensor whose blocks are the parts."""
   if len(parts) == 1:
     return parts[0].leaf.form.write(parts[0].fetch())
-  whole = np.empty(parts[0].leaf.tensor_shape, dtype)
+  tensor = np.empty(parts[0].leaf.tensor_shape, dtype)
   for part in parts:
-    part.leaf.form.put(whole, part.fetch())
-  return whole
+    part.leaf.form.write_block(tensor, part.fetch())
+  return tensor
 
 
 @jax.jit
-def _take(array: jax.Array, where: tuple[Any, ...]) -> jax.Array:
+def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
   """The part array[where], by one compiled program for all indices."""
-  for i in where:
+  for i in index:
     array = jax.lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
   return array
 

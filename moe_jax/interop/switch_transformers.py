@@ -19,11 +19,11 @@ from typing import Any
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
-  filled,
+  activation_problems,
+  attention_and_moe,
   layers,
   period,
-  unsupported,
-  written,
+  their_activation,
 )
 from moe_jax.interop.config_keys import (
   AMOUNT,
@@ -103,15 +103,15 @@ KEYS = Keys(
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our models cannot express."""
-  wrong = unsupported('dense_act_fn', c.dense_act_fn, ACTIVATIONS)
+  errors = activation_problems('dense_act_fn', c.dense_act_fn, ACTIVATIONS)
   if c.expert_capacity < 1:
-    wrong.append(f'expert_capacity={c.expert_capacity} must be at least 1')
+    errors.append(f'expert_capacity={c.expert_capacity} must be at least 1')
   if c.feed_forward_proj not in (None, c.dense_act_fn):
-    wrong.append(
+    errors.append(
       f'feed_forward_proj={c.feed_forward_proj!r} is not dense_act_fn='
       f'{c.dense_act_fn!r}; gated feed-forwards are not supported'
     )
-  return wrong
+  return errors
 
 
 def options(c: Values) -> TransformersEncoderDecoder:
@@ -173,7 +173,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():
     raise ValueError(f'sparse layers {sparse} are not those of any sparse step')
-  attention, moe = filled(o, o.width)
+  attention, moe = attention_and_moe(o, o.width)
   return dict(
     vocab_size=o.vocab_size,
     d_model=o.width,
@@ -192,7 +192,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
     relative_attention_num_buckets=getattr(o.positions, 'buckets', 32),
     relative_attention_max_distance=getattr(o.positions, 'max_distance', 128),
     layer_norm_epsilon=o.norm.epsilon,
-    dense_act_fn=written(o.ffn.activation, ACTIVATIONS),
+    dense_act_fn=their_activation(o.ffn.activation, ACTIVATIONS),
     tie_word_embeddings=o.embedding.tie,
     dropout_rate=o.dropout,
     router_jitter_noise=getattr(moe.router, 'jitter', 0.0),
@@ -209,17 +209,17 @@ def _stack(half: str) -> dict[str, tuple[Name, ...]]:
     f'{half}/final_norm/scale': Name(f'{half}.final_layer_norm.weight', 'M'),
   }
 
-  def layer(path, theirs, form):
-    theirs = f'{half}.block.{{layer}}.layer.{theirs}.weight'
-    names[f'{half}/layer/{path}'] = Name(theirs, form)
+  def layer(path, module, form):
+    tensor = f'{half}.block.{{layer}}.layer.{module}.weight'
+    names[f'{half}/layer/{path}'] = Name(tensor, form)
 
-  def attention(ours, number, theirs):
-    layer(f'{ours}_norm/scale', f'{number}.layer_norm', 'M')
+  def attention(path, number, module):
+    layer(f'{path}_norm/scale', f'{number}.layer_norm', 'M')
     for name, letter in (('query', 'q'), ('key', 'k'), ('value', 'v')):
       layer(
-        f'{ours}/w_{name}', f'{number}.{theirs}.{letter}', '(H D) M -> M H D'
+        f'{path}/w_{name}', f'{number}.{module}.{letter}', '(H D) M -> M H D'
       )
-    layer(f'{ours}/w_out', f'{number}.{theirs}.o', 'M (H D) -> H D M')
+    layer(f'{path}/w_out', f'{number}.{module}.o', 'M (H D) -> H D M')
 
   attention('attention', 0, 'SelfAttention')
   last = 1
@@ -227,12 +227,12 @@ def _stack(half: str) -> dict[str, tuple[Name, ...]]:
     attention('cross_attention', 1, 'EncDecAttention')
     last = 2
   layer('ffn_norm/scale', f'{last}.layer_norm', 'M')
-  for ours, theirs in (
+  for path, module in (
     ('ffn', f'{last}.mlp'),
     ('moe/experts', f'{last}.mlp.experts.expert_{{expert}}'),
   ):
-    layer(f'{ours}/w_in', f'{theirs}.wi', 'F M -> M F')
-    layer(f'{ours}/w_out', f'{theirs}.wo', 'M F -> F M')
+    layer(f'{path}/w_in', f'{module}.wi', 'F M -> M F')
+    layer(f'{path}/w_out', f'{module}.wo', 'M F -> F M')
   router = f'{last}.mlp.router.classifier'
   layer('moe/router/w', router, 'E M -> M E')
   bias = f'{half}.block.{{layer}}.layer.{router}.bias'

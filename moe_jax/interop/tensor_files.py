@@ -68,7 +68,7 @@ class TensorFiles:
     self.specs: dict[str, TensorSpec] = {}
     self._file_of: dict[str, str] = {}
     self.nonfinite: dict[str, int] = {}
-    names, index = _files(folder)
+    names, index = _weight_files(folder)
     problems, unread = [], set()
     for name in names:
       try:
@@ -89,7 +89,7 @@ class TensorFiles:
       if tensor not in self.specs and name not in unread
     ]
     if problems:
-      raise ValueError(listed(f'{folder} cannot be read', problems))
+      raise ValueError(problem_text(f'{folder} cannot be read', problems))
 
   @functools.cached_property
   def num_values(self) -> int:
@@ -137,8 +137,8 @@ class TensorFiles:
       path = plain(self.folder, file)
       if path is None:
         raise ValueError('there is no such file')
-      kind = _SafeTensors if file.endswith('.safetensors') else _Torch
-      self._readers[file] = kind(path)
+      reader_class = _SafeTensors if file.endswith('.safetensors') else _Torch
+      self._readers[file] = reader_class(path)
     return self._readers[file]
 
 
@@ -221,23 +221,23 @@ def count_nonfinite(array: np.ndarray) -> int:
   )
 
 
-def _files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
+def _weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
   """The names of the files of weights, and an index's file of each tensor."""
   for name in (SAFETENSORS, TORCH):
     if plain(folder, name) is not None:
       return [name], {}
     path = plain(folder, f'{name}.index.json')
     if path is not None:
-      index = _index(path, pathlib.PurePath(name).suffix)
+      index = _read_index(path, pathlib.PurePath(name).suffix)
       return sorted(set(index.values())), index
-  there = sorted(p.name for p in folder.iterdir())[:_SHOWN]
+  file_names = sorted(p.name for p in folder.iterdir())[:_SHOWN]
   raise ValueError(
     f'{folder} has no weights: none of {SAFETENSORS}, {SAFETENSORS}.index.json,'
-    f' {TORCH}, {TORCH}.index.json; it has {there}'
+    f' {TORCH}, {TORCH}.index.json; it has {file_names}'
   )
 
 
-def _index(path: pathlib.Path, ending: str) -> dict[str, str]:
+def _read_index(path: pathlib.Path, ending: str) -> dict[str, str]:
   index = read_json(path).get('weight_map')
   if not isinstance(index, dict) or not index:
     raise ValueError(f"{path} is damaged: it has no object 'weight_map'")
@@ -252,9 +252,9 @@ def _index(path: pathlib.Path, ending: str) -> dict[str, str]:
   return index
 
 
-def listed(what: str, problems: list[str]) -> str:
+def problem_text(headline: str, problems: list[str]) -> str:
   """A text with a line for each problem; of very many, the first ones."""
-  lines = [f'{what}:', *(f'  {problem}' for problem in problems[:_LISTED])]
+  lines = [f'{headline}:', *(f'  {problem}' for problem in problems[:_LISTED])]
   if len(problems) > _LISTED:
     lines.append(f'  and {len(problems) - _LISTED} more')
   return '\n'.join(lines)

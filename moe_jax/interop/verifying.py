@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.data.plain_files import read_json, read_npz
 from moe_jax.interop import loading
-from moe_jax.interop.tensor_files import listed
+from moe_jax.interop.tensor_files import problem_text
 from moe_jax.models import Model
 from moe_jax.models.text_model import check_change
 
@@ -49,37 +49,36 @@ class Verdict:
   """Result of a comparison with transformers.
 
   Attributes:
-    largest: The largest difference of a logit at a position without padding.
-    places: The number of positions that were compared.
-    tokens: The number of greedy tokens that agree before the first that
-      differs.
-    differing: The first greedy token that differs, (row, position, ours,
+    largest_difference: The largest difference of a logit outside of padding.
+    num_positions: The number of positions that were compared.
+    num_equal_tokens: The number of greedy tokens before the first that differs.
+    first_difference: The first greedy token that differs, (row, position, ours,
       theirs); None if all agree.
   """
 
-  largest: float
-  places: int
-  tokens: int
-  differing: tuple[int, int, int, int] | None
+  largest_difference: float
+  num_positions: int
+  num_equal_tokens: int
+  first_difference: tuple[int, int, int, int] | None
 
   @property
   def good(self) -> bool:
     """Whether logits are within `BOUND` and all greedy tokens agree."""
-    return self.largest <= BOUND and self.differing is None
+    return self.largest_difference <= BOUND and self.first_difference is None
 
   def describe(self) -> str:
     """Two lines on logits and on tokens."""
-    tokens = f'greedy tokens: all {self.tokens} agree'
-    if self.differing:
-      row, place, ours, theirs = self.differing
+    tokens = f'greedy tokens: all {self.num_equal_tokens} agree'
+    if self.first_difference:
+      row, position, ours, theirs = self.first_difference
       tokens = (
-        f'greedy tokens: row {row} differs at place {place}: {ours} here, '
-        f'{theirs} expected, after {self.tokens} that agree'
+        f'greedy tokens: row {row} differs at place {position}: {ours} here, '
+        f'{theirs} expected, after {self.num_equal_tokens} that agree'
       )
-    sign = '<=' if self.largest <= BOUND else '>'
+    sign = '<=' if self.largest_difference <= BOUND else '>'
     return (
-      f'largest logit difference over {self.places} real positions: '
-      f'{self.largest:.2e} {sign} {BOUND:.0e}\n{tokens}'
+      f'largest logit difference over {self.num_positions} real positions: '
+      f'{self.largest_difference:.2e} {sign} {BOUND:.0e}\n{tokens}'
     )
 
 
@@ -105,33 +104,35 @@ def verify(
       generation config has options that change greedy tokens; or `greedy` has
       a length at which the keys of its prompt would turn otherwise.
   """
-  given = read_npz(pathlib.Path(expected).expanduser())
+  arrays = read_npz(pathlib.Path(expected).expanduser())
   checkpoint = loading.fetch(source, dtype='float32', revision=revision)
   path = checkpoint.folder / 'generation_config.json'
   generation = read_json(path) or checkpoint.config
   _check_generation(checkpoint.folder, generation)
   model = checkpoint.options.build()
-  pad = checkpoint.architecture.unnumbered(checkpoint.options)
-  halves = model.has_encoder
-  _check_arrays(given, halves, model.vocab_size)
-  at_once = 1 if halves else int(given['attention_mask'][0].sum())
-  check_change(model, [(at_once, given['greedy'].shape[1] - 1)])
+  pad_id = checkpoint.architecture.unnumbered_id(checkpoint.options)
+  has_encoder = model.has_encoder
+  _check_arrays(arrays, has_encoder, model.vocab_size)
+  prompt_length = 1 if has_encoder else int(arrays['attention_mask'][0].sum())
+  check_change(model, [(prompt_length, arrays['greedy'].shape[1] - 1)])
   # A decoder-only model continues the first row alone.
-  rows = None if halves else 1
-  greedy = given['greedy'][:rows].astype(np.int32)
-  prompts = _start(greedy, generation) if halves else _prompt(greedy, given)
+  rows = None if has_encoder else 1
+  greedy = arrays['greedy'][:rows].astype(np.int32)
+  prompt = (
+    _start(greedy, generation) if has_encoder else _prompt(greedy, arrays)
+  )
   variables = loading.load_variables(checkpoint)
-  ours, real = logits(model, variables, given, pad)
-  error = np.abs(ours - given['logits'])[real]
-  if halves:
-    cache = _encoded(model, variables, given, pad)
+  our_logits, is_real = logits(model, variables, arrays, pad_id)
+  error = np.abs(our_logits - arrays['logits'])[is_real]
+  if has_encoder:
+    cache = _encode(model, variables, arrays, pad_id)
   else:
     cache = model.make_cache(1, greedy.shape[1])
-  ours = _greedy(model, variables, cache, prompts, greedy.shape[1], generation)
-  differing, count = _compare(ours, greedy, prompts.shape[1])
+  tokens = _greedy(model, variables, cache, prompt, greedy.shape[1], generation)
+  first_difference, count = _compare(tokens, greedy, prompt.shape[1])
   # A difference that is not finite counts as infinite.
   largest = float(error.max()) if np.isfinite(error).all() else float('inf')
-  return Verdict(largest, int(real.sum()), count, differing)
+  return Verdict(largest, int(is_real.sum()), count, first_difference)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'method', 'max_len'))
@@ -148,7 +149,7 @@ def _check_generation(folder, generation) -> None:
   ]
   if problems:
     raise ValueError(
-      listed(
+      problem_text(
         f"{folder}: 'greedy' of transformers depends on generation options "
         'that are not reproduced here',
         problems,
@@ -156,110 +157,109 @@ def _check_generation(folder, generation) -> None:
     )
 
 
-def _check_arrays(given, halves: bool, vocab_size: int) -> None:
+def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
   names = ['input_ids', 'attention_mask', 'logits', 'greedy']
-  names += ['decoder_input_ids'] if halves else []
-  missing = [name for name in names if name not in given]
+  names += ['decoder_input_ids'] if has_encoder else []
+  missing = [name for name in names if name not in arrays]
   if missing:
     raise ValueError(f'expected arrays {missing} are missing; need {names}')
-  read = given['decoder_input_ids' if halves else 'input_ids']
+  decoder_ids = arrays['decoder_input_ids' if has_encoder else 'input_ids']
   shapes = {
-    'attention_mask': given['input_ids'].shape,
-    'logits': (*read.shape, vocab_size),
-    'decoder_attention_mask': read.shape,
+    'attention_mask': arrays['input_ids'].shape,
+    'logits': (*decoder_ids.shape, vocab_size),
+    'decoder_attention_mask': decoder_ids.shape,
   }
-  wrong = [
-    f'{name} is {list(given[name].shape)}, not {list(shape)}'
+  shape_errors = [
+    f'{name} is {list(arrays[name].shape)}, not {list(shape)}'
     for name, shape in shapes.items()
-    if name in given and given[name].shape != shape
+    if name in arrays and arrays[name].shape != shape
   ]
-  if wrong:
-    raise ValueError(listed('expected arrays do not fit', wrong))
-  if given['greedy'].ndim == 1:
-    given['greedy'] = given['greedy'][None]
+  if shape_errors:
+    raise ValueError(problem_text('expected arrays do not fit', shape_errors))
+  if arrays['greedy'].ndim == 1:
+    arrays['greedy'] = arrays['greedy'][None]
 
 
-def _positions(tokens: np.ndarray, pad: int | None) -> np.ndarray:
+def _positions(tokens: np.ndarray, pad_id: int | None) -> np.ndarray:
   """The positions of tokens in transformers.
 
   Args:
     tokens: Token ids.
-    pad: The id of tokens that have no position of their own, whatever the mask;
-      None if there is none.
+    pad_id: The id of tokens without a position of their own, or None.
   """
-  if pad is None:
+  if pad_id is None:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  return np.maximum(np.cumsum(tokens != pad, axis=1) - 1, 0)
+  return np.maximum(np.cumsum(tokens != pad_id, axis=1) - 1, 0)
 
 
 def logits(
-  model: Model, variables, given, pad: int | None
+  model: Model, variables, arrays, pad_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Our logits, and a mask of the positions without padding.
 
   Args:
     model: The model.
     variables: Its variables.
-    given: The inputs that `verify` reads.
-    pad: The id of tokens without a position of their own, or None.
+    arrays: The inputs that `verify` reads.
+    pad_id: The id of tokens without a position of their own, or None.
 
   Returns:
     The logits, float32 [B, T, V], and the mask, bool [B, T].
   """
 
-  def inputs(prefix, tokens, mask):
+  def stream_inputs(prefix, tokens, mask):
     values = dict(
-      tokens=tokens, segment_ids=mask, positions=_positions(tokens, pad)
+      tokens=tokens, segment_ids=mask, positions=_positions(tokens, pad_id)
     )
     return {prefix + name: x.astype(np.int32) for name, x in values.items()}
 
-  ids, mask = given['input_ids'], given['attention_mask'].astype(bool)
+  ids, mask = arrays['input_ids'], arrays['attention_mask'].astype(bool)
   if not model.has_encoder:
-    called = inputs('', ids, mask)
+    model_inputs = stream_inputs('', ids, mask)
   else:
-    called = inputs('encoder_', ids, mask)
-    ids = given['decoder_input_ids']
-    mask = given.get('decoder_attention_mask', np.ones(ids.shape)).astype(bool)
-    called |= inputs('', ids, mask)
-  ours, _ = _apply(model, variables, **called)
-  return np.asarray(ours), mask
+    model_inputs = stream_inputs('encoder_', ids, mask)
+    ids = arrays['decoder_input_ids']
+    mask = arrays.get('decoder_attention_mask', np.ones(ids.shape)).astype(bool)
+    model_inputs |= stream_inputs('', ids, mask)
+  our_logits, _ = _apply(model, variables, **model_inputs)
+  return np.asarray(our_logits), mask
 
 
-def _prompt(greedy, given) -> np.ndarray:
+def _prompt(greedy, arrays) -> np.ndarray:
   """The first row without its padding, [1, S]; `greedy` continues it."""
-  prompt = given['input_ids'][0][given['attention_mask'][0].astype(bool)]
-  begins = greedy[0, : len(prompt)]
-  if not np.array_equal(begins, prompt):
+  prompt = arrays['input_ids'][0][arrays['attention_mask'][0].astype(bool)]
+  first_ids = greedy[0, : len(prompt)]
+  if not np.array_equal(first_ids, prompt):
     raise ValueError(
       "'greedy' does not begin with the first row's prompt: "
-      f'{begins} is not {prompt}'
+      f'{first_ids} is not {prompt}'
     )
   return greedy[:, : len(prompt)]
 
 
 def _start(greedy, generation) -> np.ndarray:
   """The id that begins the decoder's rows, [B, 1]."""
-  begins = greedy[:, :1]
-  start = generation.get('decoder_start_token_id')
-  start = generation.get('bos_token_id') if start is None else start
-  if not (begins == start).all():
+  first_ids = greedy[:, :1]
+  start_id = generation.get('decoder_start_token_id')
+  start_id = generation.get('bos_token_id') if start_id is None else start_id
+  if not (first_ids == start_id).all():
     raise ValueError(
-      f"'greedy' does not begin with the decoder's start id {start}: "
-      f'{begins[:, 0]}'
+      f"'greedy' does not begin with the decoder's start id {start_id}: "
+      f'{first_ids[:, 0]}'
     )
-  return begins
+  return first_ids
 
 
-def _encoded(model, variables, given, pad: int | None):
+def _encode(model, variables, arrays, pad_id: int | None):
   """The cache of an encoder-decoder that has read its inputs."""
-  ids = given['input_ids'].astype(np.int32)
+  ids = arrays['input_ids'].astype(np.int32)
   return _apply(
     model,
     variables,
     ids,
-    given['attention_mask'].astype(bool),
-    encoder_positions=_positions(ids, pad).astype(np.int32),
-    max_len=given['greedy'].shape[1],
+    arrays['attention_mask'].astype(bool),
+    encoder_positions=_positions(ids, pad_id).astype(np.int32),
+    max_len=arrays['greedy'].shape[1],
     method='encode',
   )
 
@@ -269,21 +269,21 @@ def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:
 
   A row that has ended is padded but still routed, as in transformers.
   """
-  ends = generation.get('eos_token_id')
-  ends = [] if ends is None else np.atleast_1d(ends).tolist()
-  pad = generation.get('pad_token_id')
-  pad = next(iter(ends), 0) if pad is None else pad
+  stop_ids = generation.get('eos_token_id')
+  stop_ids = [] if stop_ids is None else np.atleast_1d(stop_ids).tolist()
+  pad_id = generation.get('pad_token_id')
+  pad_id = next(iter(stop_ids), 0) if pad_id is None else pad_id
   new, tokens, open_rows = prompt, prompt, np.ones(len(prompt), bool)
-  forced = generation.get('forced_bos_token_id')
+  forced_id = generation.get('forced_bos_token_id')
   while tokens.shape[1] < length:
     mask = np.ones(new.shape, bool)
     logits, cache = _apply(model, variables, new, mask, cache, method='decode')
-    best = np.asarray(logits[:, -1].argmax(-1), np.int32)
-    if forced is not None and tokens.shape[1] == 1:
-      best[:] = forced
-    best = np.where(open_rows, best, pad)
-    open_rows &= ~np.isin(best, ends)
-    new = best[:, None]
+    token = np.asarray(logits[:, -1].argmax(-1), np.int32)
+    if forced_id is not None and tokens.shape[1] == 1:
+      token[:] = forced_id
+    token = np.where(open_rows, token, pad_id)
+    open_rows &= ~np.isin(token, stop_ids)
+    new = token[:, None]
     tokens = np.concatenate([tokens, new], axis=1)
   return tokens
 
@@ -293,8 +293,8 @@ def _compare(ours, theirs, start):
 
   Tokens are in the order of positions, and then of rows.
   """
-  for place in range(start, theirs.shape[1]):
-    for row in np.flatnonzero(ours[:, place] != theirs[:, place]):
-      pair = int(ours[row, place]), int(theirs[row, place])
-      return (int(row), place, *pair), (place - start) * len(theirs)
+  for position in range(start, theirs.shape[1]):
+    for row in np.flatnonzero(ours[:, position] != theirs[:, position]):
+      pair = int(ours[row, position]), int(theirs[row, position])
+      return (int(row), position, *pair), (position - start) * len(theirs)
   return None, (theirs.shape[1] - start) * len(theirs)

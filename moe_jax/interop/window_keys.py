@@ -13,10 +13,10 @@ WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
 def problems(kinds: Sequence[Any], num_layers: int) -> Iterator[str]:
-  """A text for each kind of a layer that is not known, and for their number.
+  """A text for each unknown kind of a layer, and one for a wrong number.
 
   Args:
-    kinds: The value of `layer_types`, or what stands for it.
+    kinds: The value of `layer_types`, or the kinds that other keys decide.
     num_layers: The number of layers.
   """
   for kind in kinds:
@@ -42,6 +42,6 @@ def options(kinds: Sequence[str], window: int) -> dict[str, Any]:
   return dict(window=window, full_layers=layers)
 
 
-def written(o: DecoderOptions) -> list[str]:
+def layer_types(o: DecoderOptions) -> list[str]:
   """The value of `layer_types` for a model."""
   return [WINDOW if window else FULL for window in o.windows]

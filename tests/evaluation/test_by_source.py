@@ -75,7 +75,7 @@ def test_a_told_summary():
   # Two sources of one cluster, one of another, and a held-out one.
   mixed = mixture(held_out='c')
   values = {'a': 10.0, 'b': 40.0, 'c': 70.0, 'd': 30.0}
-  row = by_source.summarized(values, mixed)
+  row = by_source.summary_row(values, mixed)
   assert row == {
     **values,
     'cluster.sequences': 20.0,
@@ -85,7 +85,7 @@ def test_a_told_summary():
     'held_out_mean': 70.0,
     'held_out_cluster_mean': 70.0,
   }
-  alone = by_source.summarized({'x': 3.0}, MixtureOptions())
+  alone = by_source.summary_row({'x': 3.0}, MixtureOptions())
   assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
   # No source may have the name of a mean.
   means = [name for name in row if name.endswith('mean')]

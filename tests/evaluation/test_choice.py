@@ -124,7 +124,7 @@ def test_how_often_the_right_answer_is_the_likeliest():
   scores = [np.log(p) for p in ([0.2, 0.5], [0.6, 0.1], [0.3, 0.3, 0.2])]
   scores.append(np.log([0.1, 0.2, 0.3, 0.4]))
   # The four are right, wrong, right (the first of two equals) and wrong.
-  metrics = choice.judged(scores, [1, 1, 0, 2])
+  metrics = choice.accuracy_row(scores, [1, 1, 0, 2])
   assert metrics['accuracy'] == 50 and metrics['items'] == 4
   assert metrics['standard_error'] == pytest.approx(100 * (0.25 / 4) ** 0.5)
   assert metrics['chance'] == pytest.approx(
@@ -193,7 +193,8 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
     answer_prefix='=',
   )
   given = [
-    bytes(asked.examples[0].inputs.tolist()).decode() for asked in measure.asked
+    bytes(asked.examples[0].inputs.tolist()).decode()
+    for asked in measure.questions
   ]
   # 12 examples for 3 questions with 2 each are taken in steps of 2. A row of 15
   # has room for 16 tokens with the answer, one too few for 's4=v' before the

@@ -227,8 +227,10 @@ def check(folder, config, tensors, compute, files=1, fast=False):
     np.testing.assert_allclose(logits, expected['logits'], rtol=0, atol=5e-5)
   else:
     verdict = verify(theirs, theirs / 'expected.npz')
-    assert verdict.largest < 5e-5, verdict.describe()
-    assert verdict.differing is None and verdict.tokens == N, verdict
+    assert verdict.largest_difference < 5e-5, verdict.describe()
+    assert verdict.first_difference is None and verdict.num_equal_tokens == N, (
+      verdict
+    )
   # Exported again, the model has the same weights and options.
   interop.save(options, variables, ours, shard_bytes=2**14 // files)
   assert len([*ours.glob('*.safetensors')]) >= min(files, 2)

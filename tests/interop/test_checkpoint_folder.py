@@ -22,7 +22,7 @@ def open_config(folder, **config):
 def test_every_key_of_transformers_is_sorted(kind):
   keys = checkpoint_folder.ARCHITECTURES[kind].keys
   known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
-  known |= keys.spelled
+  known |= keys.spellings
   config = oracle.CLASSES[kind].config_class()
   assert not set(config.to_dict()) - set(known)
 

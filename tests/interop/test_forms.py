@@ -69,7 +69,7 @@ def test_every_slice_is_that_of_the_whole(text, data):
   )
   assert form.num_blocks == (2 if '/' in text else 1)
   again = np.zeros_like(theirs)
-  form.put(again, ours)
+  form.write_block(again, ours)
   assert np.count_nonzero(again) == ours.size
   np.testing.assert_array_equal(convert(again), ours)
   if '/' not in text:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe_jax.interop.mxfp4 import Mxfp4Files, decoded
+from moe_jax.interop.mxfp4 import Mxfp4Files, decode
 
 E, N, C = 3, 5, 2  # experts, outputs, blocks of 32 inputs
 
@@ -17,7 +17,7 @@ def packed(rng, low=100, high=140):
 def test_a_told_block():
   blocks = np.zeros((1, 16), np.uint8)
   blocks[0, :3] = [0x21, 0xF7, 0x0A]  # 0.5 and 1, 6 and -6, -1 and 0
-  values = decoded(blocks, np.array([128], np.uint8)).astype(np.float32)
+  values = decode(blocks, np.array([128], np.uint8)).astype(np.float32)
   assert values.shape == (32,)
   np.testing.assert_array_equal(values[:6], [1, 2, 12, -12, -2, 0])
   assert not values[6:].any()
@@ -31,7 +31,7 @@ def test_numbers_are_those_of_transformers():
     torch.tensor(blocks), torch.tensor(scales), dtype=torch.bfloat16
   )
   np.testing.assert_array_equal(
-    decoded(blocks, scales).swapaxes(1, 2).astype(np.float32),
+    decode(blocks, scales).swapaxes(1, 2).astype(np.float32),
     expected.float().numpy(),
   )
 

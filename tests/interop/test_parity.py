@@ -263,9 +263,9 @@ def test_logits_tokens_and_weights(name, tmp_path):
   source, ours = tmp_path / 'theirs', tmp_path / 'ours'
   expected = oracle.write(model, source, seed=len(name), left=left)
   verdict = verifying.verify(source, source / 'expected.npz')
-  assert verdict.largest < 5e-5  # half of the allowed difference
-  assert verdict.differing is None, verdict.describe()
-  assert verdict.tokens >= 8
+  assert verdict.largest_difference < 5e-5  # half of the allowed difference
+  assert verdict.first_difference is None, verdict.describe()
+  assert verdict.num_equal_tokens >= 8
   # Outputs must vary, or any model would agree.
   assert len(np.unique(expected['greedy'])) >= 4
   assert expected['logits'].std() > 0.1
@@ -381,7 +381,7 @@ def test_logits(name, tmp_path):
     ours.options.build(),
     loading.load_variables(ours),
     given,
-    ours.architecture.unnumbered(ours.options),
+    ours.architecture.unnumbered_id(ours.options),
   )
   assert expected[real].std() > 0.1
   np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=5e-5)

@@ -35,8 +35,8 @@ def test_a_logit_that_is_off(pair, tmp_path):
   logits = pair[1]['logits'].copy()
   logits[1, 2, 3] += 2e-4
   verdict = verify(pair, tmp_path, logits=logits)
-  assert not verdict.good and verdict.differing is None
-  assert 1.9e-4 < verdict.largest < 2.1e-4
+  assert not verdict.good and verdict.first_difference is None
+  assert 1.9e-4 < verdict.largest_difference < 2.1e-4
   assert 'over 21 real positions: ' in verdict.describe()
   assert ' > 1e-04' in verdict.describe()
 
@@ -46,9 +46,12 @@ def test_a_token_that_differs(pair, tmp_path):
   ours = int(greedy[2, 4])
   greedy[2, 4] = greedy[1, 6] = 52
   verdict = verify(pair, tmp_path, greedy=greedy)
-  assert not verdict.good and verdict.largest <= verifying.BOUND
+  assert not verdict.good and verdict.largest_difference <= verifying.BOUND
   # In the three rows three positions agree before the first difference.
-  assert verdict.differing == (2, 4, ours, 52) and verdict.tokens == 9
+  assert (
+    verdict.first_difference == (2, 4, ours, 52)
+    and verdict.num_equal_tokens == 9
+  )
   assert 'row 2 differs at place 4' in verdict.describe()
 
 
@@ -59,10 +62,10 @@ def test_what_is_masked_is_not_compared_and_no_number_agrees(pair, tmp_path):
   logits = pair[1]['logits'].copy()
   logits[:, -1] = np.nan
   verdict = verify(pair, tmp_path, logits=logits, decoder_attention_mask=mask)
-  assert verdict.good and verdict.places == 18
+  assert verdict.good and verdict.num_positions == 18
   logits[0, 0, 0] = np.nan
   verdict = verify(pair, tmp_path, logits=logits)
-  assert verdict.largest == float('inf') and not verdict.good
+  assert verdict.largest_difference == float('inf') and not verdict.good
 
 
 @pytest.mark.parametrize(
