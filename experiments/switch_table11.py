@@ -14,7 +14,7 @@ as that of the paper is not known to us, and jitter 0.01, the paper's; a second
 row has 0.1. What a router explores is the share of tokens that its noise sends
 elsewhere than to the expert of evaluation, by the same parameters at the end of
 training; noise in one layer also changes what the next one sees. That rows are
-alike is judged by 0.01 nats a byte, which five paired seeds could not tell; the
+alike is judged by 0.01 nats a byte, less than five paired seeds can tell; the
 paper's differences between them are 0.003 and 0.009 nats a token, of several
 bytes each.
 
