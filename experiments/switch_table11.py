@@ -14,7 +14,7 @@ as that of the paper is not known to us, and jitter 0.01, the paper's; a second
 row has 0.1. What a router explores is the share of tokens that its noise sends
 elsewhere than to the expert of evaluation, by the same parameters at the end of
 training; noise in one layer also changes what the next one sees. That rows are
-alike is judged by 0.01 nats a byte, which five paired seeds could not tell; the
+alike is judged by 0.01 nats a byte, less than five paired seeds can tell; the
 paper's differences between them are 0.003 and 0.009 nats a token, of several
 bytes each.
 
@@ -136,13 +136,13 @@ STUDY = Study(
   ],
   runner=TrainingRunner(router_logits.explored),
   figure=Figure(['loss', EXPLORED, MAX]),
-  remarks='Noise is of training alone; loads are those of training, with it. '
-  'Three claims are open: five seeds tell 0.02 nats a byte here, twice what was '
-  'planned for, so that neither jitter nor input dropout can be said to be '
-  'within 0.01 of argmax, and the sparse model is not told from its dense twin '
-  'after 800 steps, in which its experts have each seen a sixteenth of the '
-  'bytes. That the twin is so near for this reason is a guess that was not '
-  'tested.',
+  remarks='Noise is of training alone; loads are those of training, with '
+  'it. Three claims are open: five seeds tell 0.02 nats a byte here, twice '
+  'what was planned for, so that neither jitter nor input dropout can be '
+  'said to be within 0.01 of argmax, and the sparse model is not told from '
+  'its dense twin after 800 steps, in which its experts have each seen a '
+  'sixteenth of the bytes. That the twin is so near for this reason is a '
+  'guess that was not tested.',
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
