@@ -159,7 +159,7 @@ class Layers:
     masks = self._masks(self._run.model.sequence_of(layer))
     reached = self._run_batches(layer, calibration.capture)
     tokens = ExpertTokens(reached, masks)
-    self.without_tokens[layer] = tokens.without
+    self.without_tokens[layer] = tokens.without_tokens
     p = self._feed_forward(module, spots)
     parts = []
     for first in range(0, tokens.num_experts, _TOGETHER):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.compression.calibration import Reached, capture
+from moe_jax.compression.calibration import RoutedTokens, capture
 from moe_jax.layers.experts import Gather
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.models import Model
@@ -125,7 +125,7 @@ def _measure(
 
 
 def _of_layer(
-  run: Callable[[Arrays, Array], Array], experts: Arrays, reached: Reached
+  run: Callable[[Arrays, Array], Array], experts: Arrays, reached: RoutedTokens
 ) -> Usage:
   routing = cast(Routing, reached.routing)
   kept = routing.kept.reshape(-1, routing.kept.shape[-1])  # [N, K]
