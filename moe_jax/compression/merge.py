@@ -115,7 +115,7 @@ def _mean_expert(
 
 
 def _mean(arrays: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-  """The weighted mean along an axis: computed in float64, of the arrays' dtype."""
+  """The weighted mean along an axis, by float64, in the dtype of the arrays."""
   if len(weights) == 1:
     return np.take(arrays, 0, axis)
   wide = np.moveaxis(arrays, axis, -1).astype(np.float64)
