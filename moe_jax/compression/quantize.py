@@ -248,10 +248,7 @@ def _stacked(kernels: Sequence[Rounded], matrix: tuple[int, ...]) -> Rounded:
 def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
   """The tree with another value at a path."""
   name, rest = path[0], path[1:]
-  return {
-    **tree,
-    name: _set_at(tree[name], rest, value) if rest else value,
-  }
+  return {**tree, name: _set_at(tree[name], rest, value) if rest else value}
 
 
 def _is_written(

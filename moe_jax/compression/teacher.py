@@ -49,11 +49,7 @@ class Teacher:
   @functools.cached_property
   def _restored(self) -> Restored:
     return trained.restore_variables(
-      self.folder,
-      self.model,
-      self.rules,
-      mesh=self.mesh,
-      step=self.pinned_step,
+      self.folder, self.model, self.rules, mesh=self.mesh, step=self.pinned_step
     )
 
   @property
@@ -113,10 +109,7 @@ def read(
 
 
 def _problems(
-  run: Run,
-  options: DistillOptions,
-  settings: trained.Described,
-  model: Model,
+  run: Run, options: DistillOptions, settings: trained.Described, model: Model
 ) -> Iterator[str]:
   yield from settings.token_problems(run.dataset.tokenizer)
   if model.has_encoder != run.model.has_encoder or model.reads_features:

@@ -160,7 +160,7 @@ def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
     G, S, _ = x.shape
     slot = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (G, S))
     ones = jnp.ones((G, S, 1), jnp.float32)
-    to_all = Routing(
+    full_routing = Routing(
       expert_index=jnp.zeros((G, S, 1), jnp.int32),
       slot=slot[..., None],
       gate=ones,
@@ -168,7 +168,7 @@ def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
       num_experts=1,
       capacity=S,
     )
-    return module.apply({'params': _tree(params)}, x, to_all)[0]
+    return module.apply({'params': _tree(params)}, x, full_routing)[0]
 
   return apply_expert
 
