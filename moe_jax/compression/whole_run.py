@@ -21,8 +21,9 @@ class WholeRun(NamedTuple):
     folder: The run's folder.
     options: Its options and its tokenizer, if it has one.
     model: Its model.
-    variables: What the model's `apply` takes: 'params', with the run's adapters
-      merged into the kernels, and 'router_state' where the model has it.
+    variables: The variables that `model.apply` takes: 'params', with the run's
+      adapters merged into the kernels, and 'router_state' where the model has
+      it.
     step: The step of the checkpoint.
   """
 

@@ -183,7 +183,7 @@ def merge(
     A line about the new folder.
 
   Raises:
-    ValueError: As `read`; the folder holds no run; the base has adapters or
+    ValueError: See `read`; or the folder holds no run; the base has adapters or
       state of routers; or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """

@@ -133,8 +133,8 @@ def choose(
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: As `shares` and `chosen`, the folder holds no run, or the task's
-      tokenizer is another.
+    ValueError: See `shares` and `chosen`; or the folder holds no run, or the
+      task's tokenizer is another.
     CheckpointError: No checkpoint is good.
   """
   _check_share(share)

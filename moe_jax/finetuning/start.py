@@ -197,7 +197,7 @@ def _restore(
 ) -> Restored:
   """Reads the other run's variables from the checkpoint that is asked for.
 
-  Those that are only copied are read as this run's, in its dtypes.
+  Variables that are only copied are read as this run's, in its dtypes.
   """
   options, as_is = run.options.init_from, copy_plan.copies_all
   step = None if options.step < 0 else options.step
