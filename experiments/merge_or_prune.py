@@ -126,7 +126,7 @@ def pruned(
 
 def _written(
   before: fewer.Calibrated,
-  left: Mapping[int, fewer.Fewer],
+  left: Mapping[int, fewer.SmallerLayer],
   router: str,
   new: pathlib.Path,
   packed: bool,

@@ -2,10 +2,10 @@
 
 A feed-forward computes the same whatever the order of its hidden units, so two
 experts are compared and averaged after those of one are permuted: step 1 of
-M-SMoE (https://arxiv.org/abs/2310.01334). Two units fit by the products of all
-their weights, where its code takes those of the first and last kernel: gated
-experts have a third, and there may be biases. Not here: which experts are
-merged (`grouping.py`, `merge.py`).
+M-SMoE (https://arxiv.org/abs/2310.01334). The fit of two units is the sum of
+the products of all their weights. The paper's code takes the weights of the
+first and last kernel alone, but gated experts have a third kernel, and there
+may be biases. Not here: which experts are merged (`grouping.py`, `merge.py`).
 """
 
 from collections.abc import Mapping
@@ -70,16 +70,19 @@ def aligned(
 ) -> dict[Path, np.ndarray]:
   """The parameters [E, ...] of experts, all aligned to one of them."""
   one_axes = {path: axes[path][1:] for path in experts}
-  each = [of_expert(experts, e) for e in range(_count(experts))]
-  every = [
+  originals = [of_expert(experts, e) for e in range(_count(experts))]
+  aligned_experts = [
     expert
     if e == reference
     else permuted(
-      expert, permutation(each[reference], expert, one_axes), one_axes
+      expert, permutation(originals[reference], expert, one_axes), one_axes
     )
-    for e, expert in enumerate(each)
+    for e, expert in enumerate(originals)
   ]
-  return {path: np.stack([own[path] for own in every]) for path in experts}
+  return {
+    path: np.stack([expert[path] for expert in aligned_experts])
+    for path in experts
+  }
 
 
 def of_expert(experts: Expert, expert: int) -> dict[Path, np.ndarray]:

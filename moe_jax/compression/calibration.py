@@ -1,6 +1,6 @@
-"""Calibration: what reaches the experts of a model for batches of some data.
+"""Calibration: the tokens that reach the experts of a model on batches of data.
 
-Not here: the measures that are made of it.
+Not here: the statistics of these tokens (`usage.py`, `kernel_inputs.py`).
 """
 
 import functools
@@ -18,10 +18,10 @@ from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
 from moe_jax.shapes import Array, Leaf
 
-_SOWN = 'reached'
+_SOWN_NAME = 'reached'
 
 
-class Reached(flax.struct.PyTreeNode):
+class RoutedTokens(flax.struct.PyTreeNode):
   """The tokens that reach a sparse layer, and where its router sends them.
 
   Attributes:
@@ -41,9 +41,9 @@ def batches(
   No batch of another split is among them, so measures on those stay honest.
 
   Args:
-    run: The run, whose batch size they have.
+    run: The run; the batches have its batch size.
     num_batches: The number of batches, at least 1.
-    options: The data; None is that of the run.
+    options: The options of the data; None takes those of the run.
 
   Raises:
     ValueError: `num_batches` is below 1, or the tokens or tasks of the data
@@ -70,11 +70,11 @@ def batches(
 @functools.partial(jax.jit, static_argnames='model')
 def capture(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
-) -> dict[int, Reached]:
+) -> dict[int, RoutedTokens]:
   """The tokens that reach each sparse layer of a model, by layer number.
 
-  Dropout and noise are off. Layers whose experts are mixtures themselves give
-  the outer layer's.
+  Dropout and noise are off. A layer whose experts are mixtures themselves gives
+  the tokens of the outer mixture.
 
   Args:
     model: The model.
@@ -82,24 +82,30 @@ def capture(
     batch: A batch of its data.
   """
 
-  def sown(call, args, kwargs, context):
+  def sow_tokens(call, args, kwargs, context):
     module = context.module
     if isinstance(module, Experts) and context.method_name == '__call__':
-      reached = Reached(*args[:2])
-      module.sow('intermediates', _SOWN, reached)
+      tokens = RoutedTokens(*args[:2])
+      module.sow('intermediates', _SOWN_NAME, tokens)
     return call(*args, **kwargs)
 
-  with nn.intercept_methods(sown):
-    _, kept = model.apply(
+  with nn.intercept_methods(sow_tokens):
+    _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-  layers = model.layer_trees(kept['intermediates'])
-  return {i: cast(Reached, _first(layers[i])) for i in model.sparse_layers}
+  layers = model.layer_trees(collections['intermediates'])
+  return {
+    i: cast(RoutedTokens, _outermost(layers[i])) for i in model.sparse_layers
+  }
 
 
-def _first(tree: Mapping[str, Any]) -> Reached | None:
+def _outermost(tree: Mapping[str, Any]) -> RoutedTokens | None:
   """The sown value of the outermost module of a layer that has one."""
-  if _SOWN in tree:
-    return tree[_SOWN][0]
-  below = (_first(own) for own in tree.values() if isinstance(own, Mapping))
-  return next((found for found in below if found is not None), None)
+  if _SOWN_NAME in tree:
+    return tree[_SOWN_NAME][0]
+  inner = (
+    _outermost(subtree)
+    for subtree in tree.values()
+    if isinstance(subtree, Mapping)
+  )
+  return next((tokens for tokens in inner if tokens is not None), None)

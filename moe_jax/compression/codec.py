@@ -16,8 +16,8 @@ from moe_jax.kernels.ternary_dictionary import (
   dictionary,
 )
 
-# The number of rows that step through the dictionary together: what they need
-# of it stays in the cache.
+# The number of rows that step through the dictionary together. The entries
+# that so many rows need stay in the cache.
 ROWS = 4096
 
 
@@ -29,7 +29,7 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
-    p0: The probability of a zero of which the dictionary is made.
+    p0: The probability of a zero from which the dictionary is made.
 
   Raises:
     ValueError: The weights are not int8, are others than -1, 0 and 1, or are
@@ -43,16 +43,16 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
     )
   least, most = ternary.min(), ternary.max()
   if least < -1 or most > 1:
-    wrong = least if least < -1 else most
-    raise ValueError(f'weight {wrong} is not one of -1, 0, 1')
-  experts, (R, M) = ternary.shape[:-2], ternary.shape[-2:]
-  matrices = [_encode(one, p0) for one in ternary.reshape(-1, R, M)]
-  longest = max(codes.size for codes, _ in matrices)
-  padded = [np.pad(codes, (0, longest - codes.size)) for codes, _ in matrices]
-  offsets = np.stack([own for _, own in matrices])
+    weight = least if least < -1 else most
+    raise ValueError(f'weight {weight} is not one of -1, 0, 1')
+  expert_shape, (R, M) = ternary.shape[:-2], ternary.shape[-2:]
+  encoded = [_encode(matrix, p0) for matrix in ternary.reshape(-1, R, M)]
+  longest = max(codes.size for codes, _ in encoded)
+  padded = [np.pad(codes, (0, longest - codes.size)) for codes, _ in encoded]
+  offsets = np.stack([row_offsets for _, row_offsets in encoded])
   arrays: Any = (
-    np.stack(padded).reshape(*experts, longest),
-    offsets.reshape(*experts, R + 1),
+    np.stack(padded).reshape(*expert_shape, longest),
+    offsets.reshape(*expert_shape, R + 1),
   )
   return Codes(*arrays)
 
@@ -73,7 +73,7 @@ def _encode(ternary: np.ndarray, p0: float) -> tuple[np.ndarray, np.ndarray]:
 def _parse(
   ternary: np.ndarray, table: Dictionary
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Codes of some rows, and each row's number of them."""
+  """The codes of some rows, and the number of codes of each row."""
   R, M = ternary.shape
   bits = np.zeros((R, M + M % 2), np.int8)
   bits[:, :M] = ternary & 3
@@ -81,13 +81,13 @@ def _parse(
   # The longest sequence that each row has read so far, [steps, R].
   codes = np.empty(pairs.shape, np.uint16)
   steps = table.steps.reshape(-1)
-  code, at = table.pairs[pairs[0]], np.empty(R, np.int64)
-  codes[0] = code
+  prefixes, index = table.pairs[pairs[0]], np.empty(R, np.int64)
+  codes[0] = prefixes
   for step in range(1, len(pairs)):
-    np.multiply(code, table.steps.shape[1], out=at)
-    np.add(at, pairs[step], out=at)
-    steps.take(at, out=code, mode='clip')  # 'raise' would copy `out`
-    codes[step] = code
+    np.multiply(prefixes, table.steps.shape[1], out=index)
+    np.add(index, pairs[step], out=index)
+    steps.take(index, out=prefixes, mode='clip')  # 'raise' would copy `out`
+    codes[step] = prefixes
   # A sequence of one pair begins a new code.
   ends = np.ones(codes.shape, bool)
   ends[:-1] = (table.lengths == 2)[codes[1:]]

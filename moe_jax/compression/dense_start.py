@@ -27,7 +27,8 @@ from moe_jax.models.layer_trees import LayerPlace, numbers_of
 from moe_jax.routing import TokenRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
-_OUTPUTS = ('w_out', 'b_out')  # what the output is a sum of
+# The parameters whose products are added up in the output.
+_OUTPUTS = ('w_out', 'b_out')
 _FFN = 'ffn'
 
 
@@ -58,12 +59,12 @@ def rank(
 
 
 @dataclasses.dataclass(frozen=True)
-class Concatenated:
+class ConcatenationPlan:
   """A plan of feed-forwards that are made of a model's experts.
 
   Attributes:
     model: The dense model.
-    source: The sparse one.
+    source: The sparse model.
     experts: The experts of each layer, in the order in which they stand side by
       side.
   """
@@ -74,44 +75,46 @@ class Concatenated:
 
   def describe(self) -> str:
     """A line on the experts that are concatenated."""
-    said = ', '.join(
+    experts_text = ', '.join(
       f'{list(experts)} of layer {layer}'
       for layer, experts in self.experts.items()
     )
-    return f'then made of experts {said}, their outputs averaged'
+    return f'then made of experts {experts_text}, their outputs averaged'
 
   def apply(
     self,
-    rest: Callable[[Any, PRNGKey], dict[str, Any]],
+    convert: Callable[[Any, PRNGKey], dict[str, Any]],
     params: Mapping[str, Any],
     key: PRNGKey,
   ) -> dict[str, Any]:
     """The parameters of the dense model; a pure function, to be jitted.
 
     Args:
-      rest: A function from `params` and a key to all parameters of the dense
-        model, of which those feed-forwards are replaced.
+      convert: A function from `params` and a key to all parameters of the dense
+        model; the planned feed-forwards replace its own.
       params: The parameters of the sparse model, unboxed.
-      key: The key of `rest`.
+      key: The key that `convert` gets.
     """
     layers = self.source.layer_trees(params)
-    arrays = flat_trees.flatten(rest(params, key))
-    for path, old in arrays.items():
-      place = self.model.place_of(path)
-      if place is None or place.name[0] != _FFN:
+    arrays = flat_trees.flatten(convert(params, key))
+    for path, array in arrays.items():
+      layer_place = self.model.place_of(path)
+      if layer_place is None or layer_place.name[0] != _FFN:
         continue
-      arrays[path] = self._joined(place, old, layers)
+      arrays[path] = self._join_layers(layer_place, array, layers)
     return flat_trees.unflatten(arrays)
 
-  def _joined(self, place: LayerPlace, old: Array, layers: Any) -> Array:
-    """One parameter of stacked layers, of which some are made of experts."""
+  def _join_layers(
+    self, layer_place: LayerPlace, stacked: Array, layers: Any
+  ) -> Array:
+    """One parameter of stacked layers, some of which are made of experts."""
     periods = []
-    for period, layer in enumerate(numbers_of(self.model.stacks, place)):
-      value = old[period]
+    for period, layer in enumerate(numbers_of(self.model.stacks, layer_place)):
+      array = stacked[period]
       if layer in self.experts:
         experts = layers[layer]['moe'][SCOPE]
-        value = joined(experts, place.name[-1], self.experts[layer])
-      periods.append(value.astype(old.dtype))
+        array = joined(experts, layer_place.name[-1], self.experts[layer])
+      periods.append(array.astype(stacked.dtype))
     return jnp.stack(periods)
 
 
@@ -120,18 +123,18 @@ def joined(
   name: str,
   numbers: tuple[int, ...],
 ) -> Float[Array, '...']:
-  """A parameter of the feed-forward that N experts side by side are.
+  """A parameter of the feed-forward that is N experts side by side.
 
   Args:
     experts: The parameters of all experts, each [E, ...].
     name: The name of the parameter, as `FfnLayer` has it.
     numbers: The numbers of the N experts, in order.
   """
-  chosen = [experts[name][e] for e in numbers]
+  parameters = [experts[name][e] for e in numbers]
   if name == 'b_out':
-    return sum(chosen[1:], chosen[0]) / len(chosen)
-  whole = jnp.concatenate(chosen, axis=0 if name == 'w_out' else -1)
-  return whole / len(chosen) if name in _OUTPUTS else whole
+    return sum(parameters[1:], parameters[0]) / len(parameters)
+  whole = jnp.concatenate(parameters, axis=0 if name == 'w_out' else -1)
+  return whole / len(parameters) if name in _OUTPUTS else whole
 
 
 def plan(
@@ -139,15 +142,15 @@ def plan(
   source: Model,
   variables: Mapping[str, Any],
   batches: Iterable[Mapping[str, Leaf]],
-) -> Concatenated:
+) -> ConcatenationPlan:
   """The plan for a dense model, with experts ranked on batches of data.
 
-  As many experts are taken as the feed-forward is wider than one of them: the
-  K of a dense twin, or another number.
+  The number of experts taken is the feed-forward's width over an expert's: K
+  for a dense twin, or another number.
 
   Args:
     model: The dense model.
-    source: The sparse one.
+    source: The sparse model.
     variables: The variables of the sparse model.
     batches: The batches.
 
@@ -155,10 +158,10 @@ def plan(
     ValueError: The models do not fit, a feed-forward has no multiple of the
       width of an expert, or there are no batches.
   """
-  numbers = {
-    layer: _count(model, source, layer) for layer in source.sparse_layers
+  counts = {
+    layer: _num_experts(model, source, layer) for layer in source.sparse_layers
   }
-  if not numbers:
+  if not counts:
     raise ValueError('the teacher has no sparse layers, so no experts')
   measure = jax.jit(
     lambda variables, batch: {
@@ -176,19 +179,19 @@ def plan(
   if not total:
     raise ValueError('no batches to rank experts on')
   ranked = {layer: rank(*sums) for layer, sums in total.items()}
-  experts = {layer: ranked[layer][:n] for layer, n in numbers.items()}
-  return Concatenated(model, source, experts)
+  experts = {layer: ranked[layer][:n] for layer, n in counts.items()}
+  return ConcatenationPlan(model, source, experts)
 
 
-def _count(model: Model, source: Model, layer: int) -> int:
-  """The number of experts that the feed-forward of a layer is as wide as.
+def _num_experts(model: Model, source: Model, layer: int) -> int:
+  """The number of experts whose joint width is that of a layer's feed-forward.
 
   Raises:
     ValueError: There is no such number, or the layer is not dense.
   """
   options = source.moe_of(layer)
   expert = options.expert.twin(1).ffn
-  dense = _dense(model, layer)
+  dense = _dense_ffn(model, layer)
   if options.shared_expert.hidden:
     raise ValueError(
       f'layer {layer} of the teacher has a shared expert, which no student '
@@ -209,11 +212,11 @@ def _count(model: Model, source: Model, layer: int) -> int:
 
 def _check_alike(layer: int, expert: FfnLayer, dense: FfnLayer) -> None:
   """Raises ValueError for another activation, or for other biases."""
-  own, other = expert.options.activation, dense.options.activation
-  if own != other:
+  activations = [x.options.activation for x in (expert, dense)]
+  if activations[0] != activations[1]:
     raise ValueError(
-      f'layer {layer}: experts have activation={own!r}, the '
-      f"student's feed-forward has {other!r}"
+      f'layer {layer}: experts have activation={activations[0]!r}, the '
+      f"student's feed-forward has {activations[1]!r}"
     )
   biases = [(x.use_bias, x.gate_bias) for x in (expert, dense)]
   if biases[0] != biases[1]:
@@ -224,7 +227,7 @@ def _check_alike(layer: int, expert: FfnLayer, dense: FfnLayer) -> None:
     )
 
 
-def _dense(model: Model, layer: int) -> FfnLayer | None:
+def _dense_ffn(model: Model, layer: int) -> FfnLayer | None:
   """The feed-forward of a layer; None for a sparse one, or without blocks."""
   if (moe := model.moes[layer]) is not None and moe.num_experts:
     return None
@@ -238,6 +241,7 @@ def _dense(model: Model, layer: int) -> FfnLayer | None:
 def _block(model: Model, layer: int) -> tuple[BlockConfig, bool]:
   """The options of the block of a layer, and whether its layer is sparse."""
   stacks = [stack for _, stack in model.stacks]
-  return [(stack.block, flag) for stack in stacks for flag in stack.sparse][
-    layer
+  blocks = [
+    (stack.block, sparse) for stack in stacks for sparse in stack.sparse
   ]
+  return blocks[layer]

@@ -54,9 +54,9 @@ class Distilling(Hook):
     self._teacher: Teacher | None = None
 
   def check(self, run: Run) -> None:
-    """Finds out whether the other run fits, of which no array is read.
+    """Checks that the other run fits, without reading any of its arrays.
 
-    A run that has begun needs the one that it began with no more.
+    A run that has begun no longer needs the run that it began with.
 
     Raises:
       ValueError: See `initial`.
@@ -96,13 +96,13 @@ class Distilling(Hook):
     if not options.teacher:
       return
     teacher = self._read(run)
-    self._teacher = None  # what the step needs stays in the step
+    self._teacher = None  # the step keeps the arrays that it needs
     teacher_lib.keep_to(run, options, teacher)
-    run.message(_described(options, teacher))
+    run.message(_description(options, teacher))
     if not options.soft_weight:
       return
-    step = _kept(run, options, teacher) if options.logits else None
-    step = step or _beside(run, options, teacher)
+    make = _stored_logits_step if options.logits else _computed_logits_step
+    step = make(run, options, teacher)
     run.programs = dataclasses.replace(run.programs, train_step=step)
     run.train_step = step
 
@@ -114,7 +114,7 @@ class Distilling(Hook):
 
 
 def _options(run: Run) -> DistillOptions:
-  """The run's section `distill`, with the step of logits that are kept."""
+  """The run's section `distill`; its step is that of stored logits, if any."""
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options
@@ -122,15 +122,15 @@ def _options(run: Run) -> DistillOptions:
   return dataclasses.replace(options, step=step)
 
 
-def _described(o: DistillOptions, teacher: Teacher) -> str:
-  said = f'teacher: step {teacher.step} of {teacher.folder}'
+def _description(o: DistillOptions, teacher: Teacher) -> str:
+  description = f'teacher: step {teacher.step} of {teacher.folder}'
   if not o.soft_weight:
-    return f'{said}, which gives parameters to begin with and no labels'
-  said += (
+    return f'{description}, which gives parameters to begin with and no labels'
+  description += (
     f'; {o.hard_weight:g} hard and {o.soft_weight:g} soft labels, temperature '
     f'{o.temperature:g}'
   )
-  return said + f'\n{LEAK}' * teacher.model.leaks_future
+  return description + f'\n{LEAK}' * teacher.model.leaks_future
 
 
 def begin_with(
@@ -154,14 +154,14 @@ def begin_with(
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
-    apply, said = plan.apply, plan.describe()
+    apply, description = plan.apply, plan.describe()
     if options.start == CONCATENATED:
       batches = _first_batches(run, options.start_batches)
-      joined = dense_start.plan(
+      concatenation = dense_start.plan(
         run.model, teacher.model, teacher.variables, batches
       )
-      apply = functools.partial(joined.apply, apply)
-      said = f'{said}; {joined.describe()}'
+      apply = functools.partial(concatenation.apply, apply)
+      description += f'; {concatenation.describe()}'
   except ValueError as error:
     raise ValueError(
       f'distill.start={options.start!r} with distill.teacher='
@@ -169,24 +169,24 @@ def begin_with(
       'with parameters of its own'
     ) from None
   params = start_lib.convert(run, apply, teacher.variables['params'])
-  said = (
+  line = (
     f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
-    f'{said}; the optimizer is new'
+    f'{description}; the optimizer is new'
   )
   if changes := ', '.join(_changes(run, teacher)):
-    said += f'; WARNING: settings differ: {changes}'
-  return {'params': params}, said
+    line += f'; WARNING: settings differ: {changes}'
+  return {'params': params}, line
 
 
 def _changes(run: Run, teacher: Teacher) -> Iterator[str]:
-  """Differing settings of what is copied, which feed-forwards may not be."""
-  for said in start_lib.changes(teacher.options.model, run.options.model):
+  """Differing settings of what is copied, so without feed-forwards."""
+  for change in start_lib.changes(teacher.options.model, run.options.model):
     if (
-      not said.removeprefix('model.')
+      not change.removeprefix('model.')
       .removeprefix('encoder.')
       .startswith('ffn.')
     ):
-      yield said
+      yield change
 
 
 def _first_batches(run: Run, count: int) -> list[dict[str, jax.Array]]:
@@ -194,54 +194,56 @@ def _first_batches(run: Run, count: int) -> list[dict[str, jax.Array]]:
   return [next(batches) for _ in range(count)]
 
 
-class Taught:
-  """A step (state, batch) of a compiled one that takes what a teacher gives.
+class TaughtStep:
+  """A step (state, batch) around one that takes arrays of a teacher, too.
 
   Attributes:
-    stage: The function (given, state, batch), or a stage of its compilation.
-    given: Function from the state to what the teacher gives for its step.
-    shapes: The shapes of what is given, with shardings.
+    stage: The function (teacher_arrays, state, batch), or a compiled stage.
+    arrays_of: Function from the state to the teacher's variables or logits.
+    shapes: The shapes of the teacher's arrays, with shardings.
   """
 
-  def __init__(self, stage: Any, given: Callable[[TrainState], Any], shapes):
-    self.stage, self.given, self.shapes = stage, given, shapes
+  def __init__(
+    self, stage: Any, arrays_of: Callable[[TrainState], Any], shapes
+  ):
+    self.stage, self.arrays_of, self.shapes = stage, arrays_of, shapes
 
   def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
     """The new state and the metrics; see `training.step.train_step`."""
-    return self.stage(self.given(state), state, batch)
+    return self.stage(self.arrays_of(state), state, batch)
 
-  def lower(self, state: Any, batch: Any) -> 'Taught':
+  def lower(self, state: Any, batch: Any) -> 'TaughtStep':
     """See `jax.stages.Wrapped.lower`."""
     lowered = self.stage.lower(self.shapes, state, batch)
-    return Taught(lowered, self.given, self.shapes)
+    return TaughtStep(lowered, self.arrays_of, self.shapes)
 
-  def compile(self) -> 'Taught':
+  def compile(self) -> 'TaughtStep':
     """See `jax.stages.Lowered.compile`."""
-    return Taught(self.stage.compile(), self.given, self.shapes)
+    return TaughtStep(self.stage.compile(), self.arrays_of, self.shapes)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.stage, name)
 
 
-def _shapes(tree: Any) -> Any:
+def _shapes_of(tree: Any) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
   )
 
 
-def _compiled(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
-  """The jitted function (given, state, batch) -> (state, metrics).
+def _compile_step(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
+  """The jitted function (teacher_arrays, state, batch) -> (state, metrics).
 
   Args:
     run: The run.
     options: Its section `distill`.
-    soft: Function from what is given to the soft loss, and the entries that it
-      adds to the batch.
-    shapes: The shapes of what is given, with shardings.
+    soft: Function from the teacher's arrays to the soft loss, and the entries
+      that it adds to the batch.
+    shapes: The shapes of the teacher's arrays, with shardings.
   """
 
-  def train_step(given, state, batch):
-    soft_loss, more = soft(given)
+  def train_step(teacher_arrays, state, batch):
+    soft_loss, entries = soft(teacher_arrays)
     loss = soft_labels.mixed(
       run.model, options.hard_weight, options.soft_weight, soft_loss
     )
@@ -252,42 +254,46 @@ def _compiled(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
       run.programs.trained,
       loss=loss,
     )
-    return step(state, {**batch, **more})
+    return step(state, {**batch, **entries})
 
-  places = jax.tree.map(lambda x: x.sharding, run.programs.abstract_state)
+  state_layout = jax.tree.map(lambda x: x.sharding, run.programs.abstract_state)
   metrics = metrics_shardings(run.mesh, run.options.sharding.rules)
-  given = jax.tree.map(lambda x: x.sharding, shapes)
+  teacher_layout = jax.tree.map(lambda x: x.sharding, shapes)
   return jax.jit(
     train_step,
-    in_shardings=(given, places, run.programs.put.sharding),
-    out_shardings=(places, metrics),
+    in_shardings=(teacher_layout, state_layout, run.programs.put.sharding),
+    out_shardings=(state_layout, metrics),
     donate_argnums=1,
   )
 
 
-def _beside(run: Run, options: DistillOptions, teacher: Teacher) -> Taught:
+def _computed_logits_step(
+  run: Run, options: DistillOptions, teacher: Teacher
+) -> TaughtStep:
   """The step that computes the teacher's logits of each (micro)batch."""
   variables = teacher.variables
-  model, shapes = teacher.model, _shapes(variables)
+  model, shapes = teacher.model, _shapes_of(variables)
 
   def soft(variables):
     return soft_labels.computed_beside(
       model, variables, options.temperature
     ), {}
 
-  step = _compiled(run, options, soft, shapes)
-  return Taught(step, lambda state: variables, shapes)
+  step = _compile_step(run, options, soft, shapes)
+  return TaughtStep(step, lambda state: variables, shapes)
 
 
-def _kept(run: Run, options: DistillOptions, teacher: Teacher) -> Taught:
+def _stored_logits_step(
+  run: Run, options: DistillOptions, teacher: Teacher
+) -> TaughtStep:
   """The step that reads the teacher's largest logits from a folder."""
-  kept = teacher_logits.read(options.logits)
-  kept.check(run, teacher)
-  run.message(kept.describe())
-  shapes = kept.shapes(run.programs.put.sharding)
+  logits = teacher_logits.read(options.logits)
+  logits.check(run, teacher)
+  run.message(logits.describe())
+  shapes = logits.shapes(run.programs.put.sharding)
 
-  def soft(given):
-    return soft_labels.read_from_batch(options.temperature), given
+  def soft(teacher_arrays):
+    return soft_labels.read_from_batch(options.temperature), teacher_arrays
 
-  step = _compiled(run, options, soft, shapes)
-  return Taught(step, kept.reader(run), shapes)
+  step = _compile_step(run, options, soft, shapes)
+  return TaughtStep(step, logits.reader(run), shapes)

@@ -18,8 +18,8 @@ from moe_jax.options import (
 from moe_jax.partitioning import ShardingOptions
 
 NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
-_GIVEN = {'teacher': NOT_EMPTY}
-_LEARNED = {**_GIVEN, 'soft_weight': above(0)}
+_HAS_TEACHER = {'teacher': NOT_EMPTY}
+_HAS_SOFT_LABELS = {**_HAS_TEACHER, 'soft_weight': above(0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DistillOptions(Options):
     'imported one; -1 is the newest good one when the run begins, which it '
     'then keeps to.',
     at_least(-1),
-    when=_GIVEN,
+    when=_HAS_TEACHER,
   )
   start: str = option(
     NON_EXPERTS,
@@ -46,47 +46,47 @@ class DistillOptions(Options):
     "the teacher's experts of the highest conditional probability, too; "
     "'none' takes none.",
     one_of(NONE, NON_EXPERTS, CONCATENATED),
-    when=_GIVEN,
+    when=_HAS_TEACHER,
   )
   start_batches: int = option(
     8,
     'Number of training batches on which the conditional probability of the '
     "teacher's experts is measured.",
     at_least(1),
-    when={**_GIVEN, 'start': (CONCATENATED,)},
+    when={**_HAS_TEACHER, 'start': (CONCATENATED,)},
   )
   hard_weight: float = option(
     0.75,
     'Weight in the loss of the cross-entropy of the targets (hard labels); 0 '
     'leaves them out.',
     at_least(0),
-    when=_GIVEN,
+    when=_HAS_TEACHER,
   )
   soft_weight: float = option(
     0.25,
     "Weight in the loss of the cross-entropy of the teacher's probabilities "
     '(soft labels); with 0 the teacher only gives parameters to begin with.',
     at_least(0),
-    when=_GIVEN,
+    when=_HAS_TEACHER,
   )
   temperature: float = option(
     1.0,
     'Number that the logits of both models are divided by in the soft loss, '
     'which is multiplied by its square.',
     above(0),
-    when=_LEARNED,
+    when=_HAS_SOFT_LABELS,
   )
   logits: str = option(
     '',
     "Folder of the teacher's largest logits for the batches of this run, as "
     '`python -m moe_jax.compression keep_logits` writes it; with an empty '
     "string the teacher is computed beside the student's step.",
-    when=_LEARNED,
+    when=_HAS_SOFT_LABELS,
   )
   sharding: ShardingOptions = nested(
     ShardingOptions(),
     "Mesh axes over which dimensions of the teacher's arrays are split.",
-    when=_GIVEN,
+    when=_HAS_TEACHER,
   )
 
   def problems(self) -> Iterator[str]:

@@ -72,23 +72,23 @@ def extract(
   code_trees.check_plain(options, 'the model')
   model = options.build()
   if not options.routes_by_task:
-    have = {ROUTERS.name_of(m.router) for m in model.moes if m is not None}
+    routers = {ROUTERS.name_of(m.router) for m in model.moes if m is not None}
     raise ValueError(
       'the model has no router by task, so no task has a part of its own; its '
-      f'routers: {sorted(have) or "none, as it is dense"}'
+      f'routers: {sorted(routers) or "none, as it is dense"}'
     )
-  small = dict(params)
+  new_params = dict(params)
   for path, stack in model.stacks:
-    if stack.experts is None or not _by_task(stack.experts):
+    if stack.experts is None or not _routes_by_task(stack.experts):
       continue
-    own = small[path[0]] if path else small
-    own = _with_dense_layers(own, stack.experts, task)
-    small = {**small, path[0]: own} if path else own
-  layers = [i for i, moe in enumerate(model.moes) if _by_task(moe)]
-  return Extracted(_small(options), small, tuple(layers))
+    stack_params = new_params[path[0]] if path else new_params
+    stack_params = _with_dense_layers(stack_params, stack.experts, task)
+    new_params = {**new_params, path[0]: stack_params} if path else stack_params
+  layers = [i for i, moe in enumerate(model.moes) if _routes_by_task(moe)]
+  return Extracted(_extracted_options(options), new_params, tuple(layers))
 
 
-def _by_task(moe: MoeOptions | None) -> bool:
+def _routes_by_task(moe: MoeOptions | None) -> bool:
   return moe is not None and moe.router.needs_tasks
 
 
@@ -126,8 +126,8 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
     if not isinstance(tree, Mapping):
       return tree
     if 'moe' not in tree:
-      return {name: converted(value) for name, value in tree.items()}
-    rest = {name: value for name, value in tree.items() if name != 'moe'}
+      return {name: converted(subtree) for name, subtree in tree.items()}
+    rest = {name: subtree for name, subtree in tree.items() if name != 'moe'}
     # Layers of one pattern are stacked.
     return {**rest, 'ffn': jax.vmap(dense)(tree['moe'])}
 
@@ -144,40 +144,41 @@ def as_one(
   Args:
     experts: The parameters of E feed-forwards, [E, ...] each; see `FfnLayer`.
     index: The numbers of the experts.
-    gate: The weight of each in the sum.
+    gate: The weight of each expert in the sum.
   """
-  own = {name: value[index] for name, value in experts.items()}  # [K, ...]
-  K, M, F = own['w_in'].shape
+  # The parameters of the K chosen experts, [K, ...] each.
+  chosen_experts = {name: array[index] for name, array in experts.items()}
+  K, M, F = chosen_experts['w_in'].shape
   dense = {}
-  for name, value in own.items():
-    if name in ('w_out', 'b_out'):  # what is added to the output
-      scaled = gate.reshape(-1, *[1] * (value.ndim - 1)) * value
+  for name, array in chosen_experts.items():
+    if name in ('w_out', 'b_out'):  # these are weighted by the gate
+      scaled = gate.reshape(-1, *[1] * (array.ndim - 1)) * array
       scaled = scaled.sum(0) if name == 'b_out' else scaled.reshape(K * F, M)
-      dense[name] = scaled.astype(value.dtype)
-    elif value.ndim == 3:
-      dense[name] = value.swapaxes(0, 1).reshape(M, K * F)
+      dense[name] = scaled.astype(array.dtype)
+    elif array.ndim == 3:
+      dense[name] = array.swapaxes(0, 1).reshape(M, K * F)
     else:
-      dense[name] = value.reshape(K * F)
+      dense[name] = array.reshape(K * F)
   return dense
 
 
-def _small(options: ModelOptions) -> ModelOptions:
+def _extracted_options(options: ModelOptions) -> ModelOptions:
   """The options in which layers by task are their dense twins."""
   decoder = cast(TransformerOptions, options)
-  small: dict[str, Any] = {'moe': _dense_by_task(decoder), 'num_tasks': 0}
+  changes: dict[str, Any] = {'moe': _moe_options(decoder), 'num_tasks': 0}
   if not isinstance(options, EncoderDecoderOptions):
-    return dataclasses.replace(options, **small)
+    return dataclasses.replace(options, **changes)
   half = options.encoder_half()
-  half = dataclasses.replace(half, moe=_dense_by_task(half))
-  plain = type(options.encoder)()
-  options = dataclasses.replace(options, encoder=plain, **small)
+  half = dataclasses.replace(half, moe=_moe_options(half))
+  default_encoder = type(options.encoder)()
+  options = dataclasses.replace(options, encoder=default_encoder, **changes)
   return options.with_encoder(half)
 
 
-def _dense_by_task(half: StackOptions) -> MoeOptions:
+def _moe_options(half: StackOptions) -> MoeOptions:
   """The options of a stack's mixtures, or of their twins if it goes by task."""
   moe = half.moe
-  if not half.has_experts or not _by_task(moe):
+  if not half.has_experts or not _routes_by_task(moe):
     return moe
   return MoeOptions(
     num_experts=0,
@@ -201,18 +202,18 @@ def of_run(run: WholeRun, task: str) -> Extracted:
   return extract(run.options.model, run.variables['params'], number)
 
 
-def describe(run: WholeRun, small: Extracted) -> str:
-  """Lines on what was kept, and on the bytes of parameters before and after."""
+def describe(run: WholeRun, extracted: Extracted) -> str:
+  """Lines on the experts kept, and on parameters and bytes before and after."""
   lines = []
-  for layer in small.layers:
+  for layer in extracted.layers:
     moe = run.model.moe_of(layer)
     lines.append(
       f'layer {layer}: {moe.num_selected} of {moe.num_experts} experts kept, a '
       f'dense feed-forward of width {moe.twin().ffn.hidden}'
     )
-  both = run.variables['params'], small.params
-  counts = [sum(x.size for x in jax.tree.leaves(params)) for params in both]
-  sizes = [bytes_in_memory(params) for params in both]
+  versions = run.variables['params'], extracted.params
+  counts = [sum(x.size for x in jax.tree.leaves(params)) for params in versions]
+  sizes = [bytes_in_memory(params) for params in versions]
   lines.append(
     f'{counts[0]:,} parameters of {sizes[0]:,} bytes became {counts[1]:,} of '
     f'{sizes[1]:,} ({sizes[0] / sizes[1]:.2f} times fewer bytes)'
@@ -245,6 +246,6 @@ def _command(options: argparse.Namespace, overrides: list[str]) -> str:
   run = whole_run.read(
     options.folder, step=options.step, allow=options.allow_module
   )
-  small = of_run(run, options.task)
-  folder = whole_run.write(run, options.output, small.params, small.options)
-  return f'{describe(run, small)}\n{folder} has the model of {options.task!r}'
+  model = of_run(run, options.task)
+  folder = whole_run.write(run, options.output, model.params, model.options)
+  return f'{describe(run, model)}\n{folder} has the model of {options.task!r}'

@@ -1,8 +1,8 @@
-"""Parts that merging and pruning share: numbers, and the smaller model.
+"""Steps that merging and pruning share: numbers of experts, the smaller model.
 
 Routers keep their E columns, each of which leads to an expert that is left or
-to none, or they shrink to a column for each. Not here: which experts are left
-(`merge.py`, `prune.py`).
+to none, or they shrink to a column for each expert that is left. Not here: the
+choice of these experts (`merge.py`, `prune.py`).
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ from moe_jax.models.text_options import LayerOptions
 SHRUNK = 'shrunk'
 
 
-class Fewer(NamedTuple):
+class SmallerLayer(NamedTuple):
   """A sparse layer with the experts that are left of it.
 
   Attributes:
     experts: The parameters of these experts, [E', ...].
-    columns: The router's parameters with a column for each of them.
+    columns: The router's parameters with a column for each of these experts.
     row: The expert of each of the E old columns, or `MASKED`.
     share: The weight of each old column in the mean that `columns` has; () if
-      it has old columns as they were.
+      `columns` has old columns as they were.
   """
 
   experts: Arrays
@@ -60,8 +60,8 @@ class Fewer(NamedTuple):
   def mix(self) -> Float[np.ndarray, 'N E']:
     """The weights of the E old columns in each of the N = E' new ones."""
     row, mix = np.array(self.row), np.zeros((self.num_experts, len(self.row)))
-    kept = np.flatnonzero(row >= 0)
-    mix[row[kept], kept] = np.array(self.share)[kept] if self.share else 1.0
+    index = np.flatnonzero(row >= 0)  # of columns that lead to an expert
+    mix[row[index], index] = np.array(self.share)[index] if self.share else 1.0
     return mix
 
 
@@ -71,7 +71,7 @@ class Calibrated(NamedTuple):
   Attributes:
     run: The run.
     layers: Its sparse layers, by number.
-    usage: The statistics of each of them.
+    usage: The statistics of each sparse layer.
     batches: The batches of the data.
   """
 
@@ -89,7 +89,7 @@ def calibrated(
   Args:
     run: The run.
     num_batches: The number of batches.
-    options: Other data; None is that of the run.
+    options: The options of other data; None takes those of the run.
 
   Raises:
     ValueError: The model's experts cannot be merged or pruned, or as
@@ -107,11 +107,11 @@ def calibrated(
 def check_layer(layer: SparseLayer) -> None:
   """Raises ValueError where experts of a layer cannot be merged or pruned."""
   router = layer.moe.router
-  said = f'layer {layer.number}: {type(router).__name__}'
+  label = f'layer {layer.number}: {type(router).__name__}'
   if not router.has_columns:
     raise ValueError(
-      f'{said} has no column for each expert, by which its tokens would choose '
-      'among those that are left'
+      f'{label} has no column for each expert, by which its tokens would '
+      'choose among those that are left'
     )
   if layer.moe.retained.rows:
     raise ValueError(
@@ -158,30 +158,30 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   Raises:
     ValueError: The text is neither, or a number is not in [K, E].
   """
-  parts = [part.strip() for part in text.split(',')]
-  if not all(part.isdigit() for part in parts):
+  entries = [entry.strip() for entry in text.split(',')]
+  if not all(entry.isdigit() for entry in entries):
     raise ValueError(f"experts={text!r} is neither a number nor '4,6,4'")
-  if len(parts) not in (1, len(layers)):
+  if len(entries) not in (1, len(layers)):
     raise ValueError(
-      f'experts={text!r} has {len(parts)} numbers, and the model has the '
+      f'experts={text!r} has {len(entries)} numbers, and the model has the '
       f'sparse layers {list(layers)}; give one number, or one for each'
     )
-  counts = [int(part) for part in parts] * (
-    len(layers) if len(parts) == 1 else 1
+  counts = [int(entry) for entry in entries] * (
+    len(layers) if len(entries) == 1 else 1
   )
-  found = dict(zip(layers, counts, strict=True))
-  for number, count in found.items():
+  counts_by_layer = dict(zip(layers, counts, strict=True))
+  for number, count in counts_by_layer.items():
     moe = layers[number].moe
     if not moe.num_selected <= count <= moe.num_experts:
       raise ValueError(
         f'experts={text!r}: {count} in layer {number} is not in '
         f'[num_selected={moe.num_selected}, num_experts={moe.num_experts}]'
       )
-  return found
+  return counts_by_layer
 
 
 def smaller(
-  run: WholeRun, left: Mapping[int, Fewer], router: str
+  run: WholeRun, new_layers: Mapping[int, SmallerLayer], router: str
 ) -> tuple[ModelOptions, dict[str, Any]]:
   """The options and the variables of the model with the experts that are left.
 
@@ -189,51 +189,51 @@ def smaller(
 
   Args:
     run: The run.
-    left: Each sparse layer with the experts that stay, by number.
+    new_layers: Each sparse layer with the experts that stay, by number.
     router: 'shrunk' makes columns as few as experts; otherwise routers keep
-      all of theirs.
+      all of their columns.
   """
   model, params = run.model, run.variables['params']
   layers = sparse_layers(model, params)
 
   def change(first: int, half: LayerOptions) -> MoeOptions:
-    own = {
-      layers[n].in_stack: fewer
-      for n, fewer in left.items()
+    by_index = {
+      layers[n].in_stack: new_layer
+      for n, new_layer in new_layers.items()
       if first <= n < first + half.num_layers
     }
-    if not own:
+    if not by_index:
       return half.moe
     if router == SHRUNK:
-      counts = {i: fewer.num_experts for i, fewer in own.items()}
+      counts = {i: x.num_experts for i, x in by_index.items()}
       E = max(counts.values())
-      lost = retained({i: count for i, count in counts.items() if count < E})
-      return dataclasses.replace(half.moe, num_experts=E, retained=lost)
-    rows = {i: f.row for i, f in own.items() if f.num_experts < len(f.row)}
-    lost = retained(half.moe.retained.counts, rows)
-    return dataclasses.replace(half.moe, retained=lost)
+      retention = retained({i: n for i, n in counts.items() if n < E})
+      return dataclasses.replace(half.moe, num_experts=E, retained=retention)
+    rows = {i: x.row for i, x in by_index.items() if x.num_experts < len(x.row)}
+    retention = retained(half.moe.retained.counts, rows)
+    return dataclasses.replace(half.moe, retained=retention)
 
   options = with_moes(run.options.model, change)
-  changes = {
-    n: {**fewer.experts, **(fewer.columns if router == SHRUNK else {})}
-    for n, fewer in left.items()
-    if fewer.num_experts < layers[n].moe.num_experts
+  changed_arrays = {
+    n: {**new_layer.experts, **(new_layer.columns if router == SHRUNK else {})}
+    for n, new_layer in new_layers.items()
+    if new_layer.num_experts < layers[n].moe.num_experts
   }
-  new = options.build(run.options.sharding.rules)
-  mixes = {n: left[n].mix for n in changes if router == SHRUNK}
+  new_model = options.build(run.options.sharding.rules)
+  mixes = {n: new_layers[n].mix for n in changed_arrays if router == SHRUNK}
   state = run.variables.get(COLLECTION, {})
   return options, as_variables(
-    assembled(model, params, new, changes),
-    assembled_state(model, state, new, mixes),
+    assembled(model, params, new_model, changed_arrays),
+    assembled_state(model, state, new_model, mixes),
   )
 
 
-def only(layer: SparseLayer, experts: list[int]) -> Fewer:
+def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
   """The layer with these experts alone, the columns of others masked."""
   row = np.full(layer.moe.num_experts, MASKED)
   row[experts] = np.arange(len(experts))
   index = np.array(experts)
-  return Fewer(
+  return SmallerLayer(
     {path: x[index] for path, x in layer.experts.items()},
     layer.taken(index),
     tuple(row.tolist()),
@@ -247,30 +247,30 @@ def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
 
   Args:
     run: The run.
-    lost: The experts that are lost, by the number of the layer.
+    lost: The experts to remove, by the number of their layer.
 
   Raises:
     ValueError: A layer is not sparse, has no such expert or would keep fewer
       than a token chooses, or as `check_layer`.
   """
   layers = sparse_layers(run.model, run.variables['params'])
-  left = {}
-  for number, experts in lost.items():
+  new_layers = {}
+  for number, lost_experts in lost.items():
     if number not in layers:
       raise ValueError(f'layer {number} is not sparse; {[*layers]} are')
-    layer, gone = layers[number], set(experts)
+    layer, lost_experts = layers[number], set(lost_experts)
     check_layer(layer)
     E, K = layer.moe.num_experts, layer.moe.num_selected
-    kept = [e for e in range(E) if e not in gone]
-    if wrong := sorted(gone - set(range(E))):
-      raise ValueError(f'layer {number} has no experts {wrong}, only {E}')
-    if len(kept) < K:
+    remaining = [e for e in range(E) if e not in lost_experts]
+    if unknown := sorted(lost_experts - set(range(E))):
+      raise ValueError(f'layer {number} has no experts {unknown}, only {E}')
+    if len(remaining) < K:
       raise ValueError(
-        f'layer {number} would keep {len(kept)} experts, and a token chooses '
-        f'num_selected={K}'
+        f'layer {number} would keep {len(remaining)} experts, and a token '
+        f'chooses num_selected={K}'
       )
-    left[number] = only(layer, kept)
-  options, variables = smaller(run, left, 'masked')
+    new_layers[number] = only(layer, remaining)
+  options, variables = smaller(run, new_layers, 'masked')
   return run._replace(
     options=run.options._replace(model=options),
     model=options.build(run.options.sharding.rules),

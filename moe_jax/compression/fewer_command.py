@@ -1,6 +1,6 @@
 """The arguments and the report that the commands merge and prune share.
 
-Not here: what the commands do (`merge.py`, `prune.py`).
+Not here: merging and pruning (`merge.py`, `prune.py`).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from moe_jax.compression import whole_run
 from moe_jax.compression.fewer import (
   SHRUNK,
   Calibrated,
-  Fewer,
+  SmallerLayer,
   calibrated,
   check_columns,
   numbers,
@@ -72,10 +72,10 @@ def read(
     score: The score by which a share of all experts is chosen, of `SCORES`.
   """
   new_run.check_free(pathlib.Path(options.output).expanduser())
-  data = None
+  data_options = None
   if options.config:
     section = config_file.config_of(options.config, overrides).data
-    data = sections.read(DataOptions, section, 'data.')
+    data_options = sections.read(DataOptions, section, 'data.')
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )
@@ -85,11 +85,11 @@ def read(
     counts = numbers(options.experts, layers)
   if options.router != SHRUNK:
     check_columns(run, counts)
-  before = calibrated(run, options.batches, data)
+  original = calibrated(run, options.batches, data_options)
   if not counts:
-    scores = {n: SCORES[score](usage) for n, usage in before.usage.items()}
-    counts = numbers_by_share(options.share, scores, before.layers)
-  return before, counts
+    scores = {n: SCORES[score](usage) for n, usage in original.usage.items()}
+    counts = numbers_by_share(options.share, scores, original.layers)
+  return original, counts
 
 
 def numbers_by_share(
@@ -111,20 +111,20 @@ def numbers_by_share(
     raise ValueError(f'share={share} {SHARE.rule}')
   relative = {n: s / max(s.max(), 1e-30) for n, s in scores.items()}
   least = {n: layer.moe.num_selected for n, layer in layers.items()}
-  order = {n: np.sort(s)[::-1] for n, s in relative.items()}
-  free = sorted(
-    ((s, -n) for n, own in order.items() for s in own[least[n] :]), reverse=True
+  ranked = {n: np.sort(s)[::-1] for n, s in relative.items()}
+  candidates = sorted(
+    ((s, -n) for n, x in ranked.items() for s in x[least[n] :]), reverse=True
   )
   total = sum(len(s) for s in scores.values())
-  left = max(math.floor(share * total + 0.5) - sum(least.values()), 0)
+  num_extra = max(math.floor(share * total + 0.5) - sum(least.values()), 0)
   counts = dict(least)
-  for _, negative in free[:left]:
+  for _, negative in candidates[:num_extra]:
     counts[-negative] += 1
   return counts
 
 
 def write(
-  before: Calibrated,
+  original: Calibrated,
   output: str,
   model: ModelOptions,
   variables: Mapping[str, Any],
@@ -132,40 +132,42 @@ def write(
   """Writes the smaller model as a new run; see `whole_run.write`."""
   state = variables.get(COLLECTION)
   return whole_run.write(
-    before.run, output, variables['params'], model, router_state=state
+    original.run, output, variables['params'], model, router_state=state
   )
 
 
-def described(
-  before: Calibrated, params: Mapping[str, Any], left: Mapping[int, Fewer]
+def report_lines(
+  original: Calibrated,
+  params: Mapping[str, Any],
+  new_layers: Mapping[int, SmallerLayer],
 ) -> list[str]:
   """Lines on experts and bytes before and after, and on unused experts.
 
   Args:
-    before: The run, measured.
+    original: The run with the statistics of its experts.
     params: The parameters of the smaller model.
-    left: Each sparse layer with the experts that stay, by number.
+    new_layers: Each sparse layer with the experts that stay, by number.
   """
-  lines, parts = [], []
-  for n, fewer in left.items():
-    parts.append(f'layer {n}: {fewer.num_experts} of {len(fewer.row)}')
-  lines.append('experts left: ' + ', '.join(parts))
-  for n, usage in before.usage.items():
+  lines, counts = [], []
+  for n, new_layer in new_layers.items():
+    counts.append(f'layer {n}: {new_layer.num_experts} of {len(new_layer.row)}')
+  lines.append('experts left: ' + ', '.join(counts))
+  for n, usage in original.usage.items():
     if usage.unused:
       lines.append(
         f'layer {n}: no calibration token reached experts {usage.unused}'
       )
-  old = bytes_in_memory(before.run.variables['params'])
-  new = bytes_in_memory(params)
-  lines.append(f'bytes of parameters: {old:,} before, {new:,} now')
+  old_bytes = bytes_in_memory(original.run.variables['params'])
+  new_bytes = bytes_in_memory(params)
+  lines.append(f'bytes of parameters: {old_bytes:,} before, {new_bytes:,} now')
   return lines
 
 
-def written_to(folder: pathlib.Path, before: Calibrated) -> str:
-  """The last lines of a command, with the one that may follow."""
-  words = [
+def closing_lines(folder: pathlib.Path, original: Calibrated) -> str:
+  """The last lines of a command, with the command that may follow."""
+  command = [
     *(*command_line.program('moe_jax.compression').split(), 'distill'),
-    f'--teacher={before.run.folder}',
+    f'--teacher={original.run.folder}',
     f'--config={folder / new_run.CONFIG_PY}',
     f'--workdir={folder}-recovered',
     f'--config.init_from.workdir={folder}',
@@ -173,5 +175,5 @@ def written_to(folder: pathlib.Path, before: Calibrated) -> str:
   ]
   return (
     f'written to {folder}; what was lost is recovered by distillation with the '
-    f'original run as the teacher:\n{shlex.join(words)}'
+    f'original run as the teacher:\n{shlex.join(command)}'
   )

@@ -3,7 +3,7 @@
 GPTQ is https://arxiv.org/abs/2210.17323; damping, fallback and experts without
 tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
 [*E, I, O], for I inputs and O output units, which are the rows of the papers.
-Not here: grids (`grids.py`), and which inputs are taken (`kernel_inputs.py`).
+Not here: grids (`grids.py`), and the choice of inputs (`kernel_inputs.py`).
 """
 
 import functools
@@ -17,7 +17,7 @@ from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32
 
 # The share of the mean of the Hessian's diagonal that is added to it, and the
-# least that is.
+# least number that is added.
 DAMPING, LEAST_DAMPING = 0.1, 1e-6
 # The number of inputs whose errors are passed on to all later ones together.
 BLOCK = 128
@@ -95,19 +95,19 @@ def _sweep(w, grid, upper):
   # Inputs that are padding have no error to divide by zero.
   upper = upper + jnp.diag((jnp.arange(len(w)) >= inputs).astype(jnp.float32))
 
-  def one_input(rows, i, first, own):
-    here = grid.of_input(first + i, inputs)
+  def one_input(rows, i, first, block_factor):
+    input_grid = grid.of_input(first + i, inputs)
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
-    codes = here.codes(row)
-    factors = own[i]
-    error = (row - here.values(codes)) / factors[i]
+    codes = input_grid.codes(row)
+    factors = block_factor[i]
+    error = (row - input_grid.values(codes)) / factors[i]
     return rows - factors[:, None] * error, (codes[0], error[0])
 
   def one_block(w, first):
     rows = jax.lax.dynamic_slice_in_dim(w, first, block)
     ahead = jax.lax.dynamic_slice_in_dim(upper, first, block)  # [block, I]
-    own = jax.lax.dynamic_slice_in_dim(ahead, first, block, 1)
-    step = functools.partial(one_input, first=first, own=own)
+    block_factor = jax.lax.dynamic_slice_in_dim(ahead, first, block, 1)
+    step = functools.partial(one_input, first=first, block_factor=block_factor)
     _, (codes, errors) = jax.lax.scan(step, rows, jnp.arange(block))
     return w - jnp.matmul(ahead.T, errors, precision=_EXACT), codes
 
@@ -130,5 +130,5 @@ def error(
     h: The Hessians of their inputs, undamped.
   """
   change = w.astype(jnp.float32) - values
-  moved = jnp.matmul(h, change, precision=_EXACT)
-  return (change * moved).sum((-2, -1))
+  weighted_change = jnp.matmul(h, change, precision=_EXACT)
+  return (change * weighted_change).sum((-2, -1))

@@ -1,8 +1,8 @@
 """Grids of few values for kernels, and rounding to the nearest of them.
 
 A kernel is [*E, I, O], for I inputs and O output units; a row of the papers is
-one output unit. Not here: rounding that minds the inputs (`gptq.py`), and what
-codes stand for (`kernels/quantized.py`).
+one output unit. Not here: rounding that minds the inputs (`gptq.py`), and the
+values that codes stand for (`kernels/quantized.py`).
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Rounded(NamedTuple):
 
   @property
   def values(self) -> Float32[Array, '*E I O']:
-    """The weights that are left."""
+    """The weights after rounding."""
     return _values(self.codes, self.grid)
 
 

@@ -1,4 +1,4 @@
-"""Groups of similar experts, each of which becomes one.
+"""Groups of similar experts, each of which becomes one expert.
 
 The similarity is that of mean outputs on data (HC-SMoE), of weights, or of
 router columns: their weights, unlike the router logits on data of M-SMoE.
@@ -25,9 +25,9 @@ class Similarity(NamedTuple):
   """A property by which experts are compared.
 
   Attributes:
-    features: The function features(layer, usage) to rows [E, N], an expert's
-      each.
-    metric: The distance of two rows, of scipy's `pdist`.
+    features: The function features(layer, usage) that returns rows [E, N], one
+      for each expert.
+    metric: The name of the distance of two rows in scipy's `pdist`.
     meaning: A phrase for the help of commands.
   """
 
@@ -50,9 +50,9 @@ def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
   experts = {
     path: np.asarray(x, np.float32) for path, x in layer.experts.items()
   }
-  fitting = aligned(experts, int(np.argmax(usage.choices)), layer.axes)
+  aligned_experts = aligned(experts, int(np.argmax(usage.choices)), layer.axes)
   return np.concatenate(
-    [x.reshape(len(x), -1) for x in fitting.values()], axis=1
+    [x.reshape(len(x), -1) for x in aligned_experts.values()], axis=1
   )
 
 
@@ -86,7 +86,7 @@ def distances(
     raise unknown('group_by', group_by, SIMILARITIES)
   similarity = SIMILARITIES[group_by]
   rows = similarity.features(layer, usage)
-  # A column of zeros has no direction; it is as far from any as can be.
+  # A column of zeros has no direction; its distance to any other is 1.
   metric: Any = similarity.metric
   return squareform(np.nan_to_num(pdist(rows, metric), nan=1.0))
 
@@ -98,7 +98,7 @@ def clusters(
 
   Args:
     distance: The distance of each two experts.
-    usage: Not used; it is there as `cores` takes it.
+    usage: Not used; an argument of every function in `GROUPINGS`.
     num_groups: E', in [1, E].
   """
   del usage

@@ -30,7 +30,7 @@ from moe_jax.compression.teacher_logits import (
   MANIFEST,
   TARGETS,
   About,
-  Kept,
+  StoredLogits,
   digest_of,
   load,
   read,
@@ -64,10 +64,10 @@ def largest(
   """
   logits, _ = model.apply(variables, **model.inputs(batch))
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  values, ids = jax.lax.top_k(log_probs, top)
-  left_out = jnp.maximum(1.0 - jnp.exp(values).sum(-1), 0.0)
+  top_log_probs, ids = jax.lax.top_k(log_probs, top)
+  left_out = jnp.maximum(1.0 - jnp.exp(top_log_probs).sum(-1), 0.0)
   left_out = jnp.where(batch['loss_weights'] != 0, left_out, 0.0)
-  return ids.astype(jnp.int32), values, left_out
+  return ids.astype(jnp.int32), top_log_probs, left_out
 
 
 def write(
@@ -83,23 +83,23 @@ def write(
   step: int | None = None,
   each: int = 16,
   allow: Iterable[str] = (),
-) -> Kept:
+) -> StoredLogits:
   """Writes a teacher's largest logits for batches of a run that is to come.
 
-  One process computes them, on its first device. Files that are there, of the
-  same teacher, data and sizes, are kept.
+  One process computes them, on its first device. Files that are there already
+  stay if they are of the same teacher, data and sizes.
 
   Args:
     teacher: The folder of the teacher.
     output: The folder to write, new or left by the same command.
-    options: The data of the run.
-    seed: Its seed.
-    batch_size: Its number of rows in a batch.
+    options: The options of the run's data.
+    seed: The run's seed.
+    batch_size: The number of rows in a batch of the run.
     batches: The number of batches, from that of step 0 on.
     top: The number of logits to keep for each token, at most V.
-    dtype: The type in which they are kept.
+    dtype: The type in which logits are stored.
     step: The step of the teacher's checkpoint; None is the newest good one.
-    each: The number of batches in a file.
+    each: The number of batches in each file.
     allow: Modules whose classes, named in the teacher's folder, may be
       imported.
 
@@ -134,10 +134,10 @@ def write(
   _check_folder(folder, about)
   folder.mkdir(parents=True, exist_ok=True)
   compute = jax.jit(functools.partial(largest, run.model, top=top))
-  for name, numbers in about.parts():
+  for name, numbers in about.files():
     if not _is_whole(folder / name, about):
-      some = (stream[number] for number in numbers)
-      arrays = _arrays(about, some, functools.partial(compute, run.variables))
+      chunk = (stream[number] for number in numbers)
+      arrays = _arrays(about, chunk, functools.partial(compute, run.variables))
       _save(folder / name, arrays, about)
   _write_manifest(folder, about)
   return read(folder)
@@ -159,39 +159,39 @@ def _check_folder(folder: pathlib.Path, about: About) -> None:
   """Raises ValueError where a folder holds something else."""
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'{folder} is a file; it must be a folder')
-  there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-  names = {name for name, _ in about.parts()}
-  if other := there - names - {MANIFEST} - {f'{n}.tmp' for n in names}:
+  files = {path.name for path in folder.iterdir()} if folder.exists() else set()
+  names = {name for name, _ in about.files()}
+  if extra := files - names - {MANIFEST} - {f'{n}.tmp' for n in names}:
     raise ValueError(
-      f'{folder} has {min(other)!r}, which these logits have not; give a new '
+      f'{folder} has {min(extra)!r}, which these logits have not; give a new '
       'folder'
     )
-  if MANIFEST in there and (kept := read(folder).about) != about:
-    differ = [
-      f'{key}: {getattr(kept, key)!r} -> {value!r}'
+  if MANIFEST in files and (stored_about := read(folder).about) != about:
+    differences = [
+      f'{key}: {getattr(stored_about, key)!r} -> {value!r}'
       for key, value in dataclasses.asdict(about).items()
-      if getattr(kept, key) != value
+      if getattr(stored_about, key) != value
     ]
-    raise ValueError(f'{folder} holds other logits: {"; ".join(differ)}')
+    raise ValueError(f'{folder} holds other logits: {"; ".join(differences)}')
 
 
 def _arrays(about: About, batches, compute) -> dict[str, Any]:
   """The arrays of a file, for consecutive batches."""
-  small = about.vocab_size <= 2**16
+  fits_uint16 = about.vocab_size <= 2**16
   columns: dict[str, list] = {
     name: [] for name in (IDS, LOG_PROBS, TARGETS, 'left_out', 'weight')
   }
   for batch in batches:
-    ids, values, left_out = jax.device_get(compute(batch))
-    columns[IDS].append(ids.astype(np.uint16 if small else np.int32))
-    columns[LOG_PROBS].append(values.astype(about.dtype))
+    ids, log_probs, left_out = jax.device_get(compute(batch))
+    columns[IDS].append(ids.astype(np.uint16 if fits_uint16 else np.int32))
+    columns[LOG_PROBS].append(log_probs.astype(about.dtype))
     columns[TARGETS].append(row_digests(batch['targets']))
     columns['left_out'].append(left_out.astype(np.float32))
     columns['weight'].append(np.sum(np.asarray(batch['loss_weights']) != 0))
   arrays = {name: np.stack(column) for name, column in columns.items()}
   left_out = arrays.pop('left_out')
   tokens = arrays.pop('weight').sum()
-  # The sum, the largest and the number of what is left out.
+  # The sum and the largest of the probabilities left out, and their number.
   arrays['left_out'] = np.array(
     [left_out.sum(dtype=np.float64), left_out.max(), tokens], np.float64
   )
@@ -215,21 +215,21 @@ def _is_whole(path: pathlib.Path, about: About) -> bool:
 
 
 def _write_manifest(folder: pathlib.Path, about: About) -> None:
-  """Writes the manifest, with the size of all and what is left out."""
-  total, largest_one, tokens, size = 0.0, 0.0, 0.0, 0
-  for name, _ in about.parts():
-    own, most, count = load(folder / name)[0]['left_out'].tolist()
-    total, tokens = total + own, tokens + count
-    largest_one = max(largest_one, most)
+  """Writes the manifest, with the size of all files and what they leave out."""
+  left_out_sum, left_out_max, tokens, size = 0.0, 0.0, 0.0, 0
+  for name, _ in about.files():
+    left_out, file_max, count = load(folder / name)[0]['left_out'].tolist()
+    left_out_sum, tokens = left_out_sum + left_out, tokens + count
+    left_out_max = max(left_out_max, file_max)
     size += (folder / name).stat().st_size
-  values = {
+  fields = {
     'format': FORMAT,
     'about': dataclasses.asdict(about),
     'bytes': size,
-    'left_out_mean': total / max(tokens, 1),
-    'left_out_max': largest_one,
+    'left_out_mean': left_out_sum / max(tokens, 1),
+    'left_out_max': left_out_max,
   }
-  workdir_lib.write_text(folder / MANIFEST, json.dumps(values, indent=2) + '\n')
+  workdir_lib.write_text(folder / MANIFEST, json.dumps(fields, indent=2) + '\n')
 
 
 def add(commands: Any) -> None:

@@ -1,8 +1,8 @@
-"""The inputs of kernels on calibration data, of tokens that count.
+"""The inputs of kernels on calibration data, for tokens that count.
 
 Special tokens do not count, as in QMoE (https://arxiv.org/abs/2310.16795):
 their inputs are large and their outputs do not matter. Not here: batches
-(`calibration.py`), and what is made of the inputs (`gptq.py`).
+(`calibration.py`), and rounding by these inputs (`gptq.py`).
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.compression.calibration import Reached
+from moe_jax.compression.calibration import RoutedTokens
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import FeedForward
@@ -64,22 +64,22 @@ def capture(
     float [B, T, ...], the inputs of each token.
   """
 
-  def sown(call, args, kwargs, context):
-    own, method = context.module, context.method_name
-    if isinstance(own, Attention) and method == 'project':
-      own.sow('intermediates', f'{args[1]}_inputs', args[0])
-    if isinstance(own, Attention) and method == 'project_back':
-      own.sow('intermediates', 'out_inputs', args[0])
-    if isinstance(own, FeedForward) and method == '__call__':
-      own.sow('intermediates', 'in_inputs', args[0])
+  def sow_inputs(call, args, kwargs, context):
+    callee, method = context.module, context.method_name
+    if isinstance(callee, Attention) and method == 'project':
+      callee.sow('intermediates', f'{args[1]}_inputs', args[0])
+    if isinstance(callee, Attention) and method == 'project_back':
+      callee.sow('intermediates', 'out_inputs', args[0])
+    if isinstance(callee, FeedForward) and method == '__call__':
+      callee.sow('intermediates', 'in_inputs', args[0])
     return call(*args, **kwargs)
 
-  with nn.intercept_methods(sown):
-    _, kept = model.apply(
+  with nn.intercept_methods(sow_inputs):
+    _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
   inputs = {}
-  for i, tree in enumerate(model.layer_trees(kept['intermediates'])):
+  for i, tree in enumerate(model.layer_trees(collections['intermediates'])):
     for step in module.split('/'):
       tree = tree.get(step, {})
     if f'{name}_inputs' in tree:
@@ -98,45 +98,47 @@ def counted(
   Args:
     batch: A batch.
     prefix: The prefix of the sequence's keys.
-    tokenizer: The tokenizer of the batch; None knows no special tokens.
+    tokenizer: The tokenizer of the batch; with None no token is special.
   """
-  real = np.asarray(batch[f'{prefix}segment_ids']) > 0
+  is_counted = np.asarray(batch[f'{prefix}segment_ids']) > 0
   if tokenizer is None:
-    return real
+    return is_counted
   t = tokenizer
   special = {*t.eos_ids, t.bos_id, t.pad_id, t.start_id, t.forced_bos_id}
   special = [*(special - {None}), *t.sentinel_ids]
-  real &= ~np.isin(batch[f'{prefix}tokens'], special)
+  is_counted &= ~np.isin(batch[f'{prefix}tokens'], special)
   if not prefix and 'targets' in batch:
-    real &= ~np.isin(batch['targets'], t.sentinel_ids)
-  return real
+    is_counted &= ~np.isin(batch['targets'], t.sentinel_ids)
+  return is_counted
 
 
 class ExpertTokens:
   """The tokens that reach the experts of a layer, over all batches.
 
   Attributes:
-    without: The numbers of the experts that no token that counts reaches.
+    without_tokens: The experts that no token that counts reaches.
     num_experts: E, the number of experts.
   """
 
-  def __init__(self, reached: Sequence[Reached], masks: Sequence[np.ndarray]):
-    """Sorts tokens by expert; of each at most `MOST_TOKENS` times the mean.
+  def __init__(
+    self, batches: Sequence[RoutedTokens], masks: Sequence[np.ndarray]
+  ):
+    """Sorts tokens by expert, each with at most `MOST_TOKENS` times the mean.
 
     Args:
-      reached: The inputs and the routing of each batch.
+      batches: The tokens of each batch with their routing.
       masks: Whether each token of the batches counts, bool [B, T].
     """
-    M = reached[0].x.shape[-1]
-    self._x = np.concatenate([np.asarray(r.x).reshape(-1, M) for r in reached])
-    chosen = np.concatenate(
-      [_chosen(r, mask) for r, mask in zip(reached, masks, strict=True)]
+    M = batches[0].x.shape[-1]
+    self._x = np.concatenate([np.asarray(b.x).reshape(-1, M) for b in batches])
+    is_chosen = np.concatenate(
+      [_chosen(b, mask) for b, mask in zip(batches, masks, strict=True)]
     )  # [N, E]
-    most = -(-MOST_TOKENS * chosen.sum() // chosen.shape[1])
-    self._tokens = [np.flatnonzero(one)[:most] for one in chosen.T]
+    max_tokens = -(-MOST_TOKENS * is_chosen.sum() // is_chosen.shape[1])
+    self._tokens = [np.flatnonzero(x)[:max_tokens] for x in is_chosen.T]
     self.num_experts = len(self._tokens)
-    self.without = [e for e, own in enumerate(self._tokens) if not own.size]
-    longest = max(own.size for own in self._tokens)
+    self.without_tokens = [e for e, t in enumerate(self._tokens) if not t.size]
+    longest = max(tokens.size for tokens in self._tokens)
     self._num_rows = max(-(-longest // _ROWS_STEP), 1) * _ROWS_STEP
 
   def rows(self, experts: slice) -> Rows:
@@ -145,14 +147,14 @@ class ExpertTokens:
     shape = len(tokens), self._num_rows
     x = np.zeros((*shape, self._x.shape[1]), self._x.dtype)
     filled = np.zeros(shape, bool)
-    for e, own in enumerate(tokens):
-      x[e, : own.size] = self._x[own]
-      filled[e, : own.size] = True
+    for e, indices in enumerate(tokens):
+      x[e, : indices.size] = self._x[indices]
+      filled[e, : indices.size] = True
     return Rows(x, filled)
 
 
-def _chosen(reached: Reached, mask: np.ndarray) -> np.ndarray:
+def _chosen(routed_tokens: RoutedTokens, mask: np.ndarray) -> np.ndarray:
   """Whether an expert serves a token that counts, bool [N, E]."""
-  gates = np.asarray(reached.routing.token_gates())
-  own = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
-  return ((gates != 0) & own[..., None]).reshape(-1, gates.shape[-1])
+  gates = np.asarray(routed_tokens.routing.token_gates())
+  is_counted = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
+  return ((gates != 0) & is_counted[..., None]).reshape(-1, gates.shape[-1])

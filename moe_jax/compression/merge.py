@@ -25,15 +25,15 @@ from moe_jax.compression.align import of_expert, permutation, permuted
 from moe_jax.compression.fewer import (
   SHRUNK,
   Calibrated,
-  Fewer,
+  SmallerLayer,
   smaller,
 )
 from moe_jax.compression.fewer_command import (
   add_arguments,
-  described,
+  closing_lines,
   read,
+  report_lines,
   write,
-  written_to,
 )
 from moe_jax.compression.usage import Usage
 from moe_jax.models.expert_arrays import COLUMN, Arrays, SparseLayer
@@ -42,13 +42,15 @@ TIED = 'tied'
 ROUTERS = (TIED, SHRUNK)
 
 
-def merged(layer: SparseLayer, usage: Usage, groups: grouping.Groups) -> Fewer:
+def merged(
+  layer: SparseLayer, usage: Usage, groups: grouping.Groups
+) -> SmallerLayer:
   """A layer whose groups of experts are one expert each.
 
   A group of one keeps its bits. Column g of a router that shrinks is the mean
-  of its group's, weighted like the experts, and so is its balancing bias: an
-  expert that is hardly used has one that has risen for long, which a plain mean
-  would give to the whole group.
+  of its group's columns, weighted like the experts, and so is its balancing
+  bias: the bias of an expert that is hardly used has risen for long, and a
+  plain mean would give it to the whole group.
 
   Args:
     layer: The layer.
@@ -57,25 +59,25 @@ def merged(layer: SparseLayer, usage: Usage, groups: grouping.Groups) -> Fewer:
   """
   weights = [_weights(usage, group) for group in groups]
   experts = {path: np.asarray(x) for path, x in layer.experts.items()}
-  each = [
-    _mean_expert(experts, usage, group, own, layer)
-    for group, own in zip(groups, weights, strict=True)
+  mean_experts = [
+    _mean_expert(experts, usage, group, group_weights, layer)
+    for group, group_weights in zip(groups, weights, strict=True)
   ]
   columns = {}
   for path, x in layer.columns.items():
     axis = layer.axes[path].index(COLUMN)
-    parts = [
-      _mean(np.take(np.asarray(x), group, axis), own, axis)
-      for group, own in zip(groups, weights, strict=True)
+    mean_columns = [
+      _mean(np.take(np.asarray(x), group, axis), group_weights, axis)
+      for group, group_weights in zip(groups, weights, strict=True)
     ]
-    columns[path] = jnp.asarray(np.stack(parts, axis))
+    columns[path] = jnp.asarray(np.stack(mean_columns, axis))
   row, share = np.zeros(layer.moe.num_experts, int), [0.0] * len(usage.choices)
   for g, group in enumerate(groups):
     row[list(group)] = g
     for expert, weight in zip(group, weights[g], strict=True):
       share[expert] = float(weight)
-  return Fewer(
-    {path: jnp.stack([own[path] for own in each]) for path in experts},
+  return SmallerLayer(
+    {path: jnp.stack([x[path] for x in mean_experts]) for path in experts},
     columns,
     tuple(row.tolist()),
     tuple(share),
@@ -101,19 +103,19 @@ def _mean_expert(
     return of_expert(experts, group[0])
   axes = {path: layer.axes[path][1:] for path in experts}
   reference = of_expert(experts, group[int(np.argmax(weights))])
-  every = []
+  aligned_experts = []
   for e in group:
     expert = of_expert(experts, e)
     order = permutation(reference, expert, axes)
-    every.append(permuted(expert, order, axes))
+    aligned_experts.append(permuted(expert, order, axes))
   return {
-    path: _mean(np.stack([own[path] for own in every]), weights, 0)
+    path: _mean(np.stack([x[path] for x in aligned_experts]), weights, 0)
     for path in experts
   }
 
 
 def _mean(arrays: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-  """The weighted mean along an axis, in float64, of the arrays' own type."""
+  """The weighted mean along an axis, by float64, in the dtype of the arrays."""
   if len(weights) == 1:
     return np.take(arrays, 0, axis)
   wide = np.moveaxis(arrays, axis, -1).astype(np.float64)
@@ -121,26 +123,27 @@ def _mean(arrays: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
 
 
 def merge(
-  before: Calibrated,
+  original: Calibrated,
   counts: Mapping[int, int],
   *,
   group_by: str = 'outputs',
   rule: str = 'clusters',
-) -> dict[int, Fewer]:
+) -> dict[int, SmallerLayer]:
   """The layers of a run with groups of experts merged, by number.
 
   Args:
-    before: The run, measured.
+    original: The run with the statistics of its experts.
     counts: The number of experts that stay in each sparse layer.
     group_by: One of `grouping.SIMILARITIES`.
     rule: One of `grouping.GROUPINGS`.
   """
-  grouped, left = grouping.GROUPINGS[rule], {}
-  for n, layer in before.layers.items():
-    usage = before.usage[n]
+  group_experts, new_layers = grouping.GROUPINGS[rule], {}
+  for n, layer in original.layers.items():
+    usage = original.usage[n]
     distance = grouping.distances(layer, usage, group_by)
-    left[n] = merged(layer, usage, grouped(distance, usage, counts[n]))
-  return left
+    groups = group_experts(distance, usage, counts[n])
+    new_layers[n] = merged(layer, usage, groups)
+  return new_layers
 
 
 def add(commands: Any) -> None:
@@ -170,19 +173,23 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  before, counts = read(options, overrides, 'usage')
-  left = merge(before, counts, group_by=options.group_by, rule=options.grouping)
-  model, variables = smaller(before.run, left, options.router)
-  folder = write(before, options.output, model, variables)
-  groups = [f'layer {n}: {_groups(fewer)}' for n, fewer in left.items()]
-  lines = described(before, variables['params'], left)
+  original, counts = read(options, overrides, 'usage')
+  new_layers = merge(
+    original, counts, group_by=options.group_by, rule=options.grouping
+  )
+  model, variables = smaller(original.run, new_layers, options.router)
+  folder = write(original, options.output, model, variables)
+  groups = [
+    f'layer {n}: {_groups_text(layer)}' for n, layer in new_layers.items()
+  ]
+  lines = report_lines(original, variables['params'], new_layers)
   lines += ['groups of experts: ' + '; '.join(groups)]
-  return '\n'.join([*lines, written_to(folder, before)])
+  return '\n'.join([*lines, closing_lines(folder, original)])
 
 
-def _groups(fewer: Fewer) -> str:
-  row = np.array(fewer.row)
+def _groups_text(layer: SmallerLayer) -> str:
+  row = np.array(layer.row)
   return ' '.join(
     '+'.join(map(str, np.flatnonzero(row == g)))
-    for g in range(fewer.num_experts)
+    for g in range(layer.num_experts)
   )

@@ -15,17 +15,21 @@ from moe_jax.runs.workdir import CHECKPOINTS
 
 
 def bytes_in_memory(variables: Mapping[str, Any]) -> int:
-  """The bytes of all arrays of a model's variables, codes as they are kept."""
+  """The bytes of all arrays of a model's variables, codes included."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
 
 
 def bytes_on_disk(workdir: str | os.PathLike[str]) -> int:
   """The bytes of the files with a run's variables.
 
-  Those of checkpoints include the optimizer's state.
+  Files of checkpoints include the optimizer's state.
   """
   folder = pathlib.Path(workdir).expanduser()
-  own = packed_weights.FOLDER if packed_weights.are_in(folder) else CHECKPOINTS
+  subfolder = (
+    packed_weights.FOLDER if packed_weights.are_in(folder) else CHECKPOINTS
+  )
   return sum(
-    path.stat().st_size for path in (folder / own).rglob('*') if path.is_file()
+    path.stat().st_size
+    for path in (folder / subfolder).rglob('*')
+    if path.is_file()
   )

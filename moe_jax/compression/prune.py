@@ -34,16 +34,16 @@ from moe_jax.compression.calibration import capture
 from moe_jax.compression.fewer import (
   SHRUNK,
   Calibrated,
-  Fewer,
+  SmallerLayer,
   only,
   smaller,
 )
 from moe_jax.compression.fewer_command import (
   add_arguments,
-  described,
+  closing_lines,
   read,
+  report_lines,
   write,
-  written_to,
 )
 from moe_jax.compression.usage import SCORES
 from moe_jax.layers.routers.contract import ROUTER_STATE
@@ -58,20 +58,20 @@ ROUTERS = ('masked', SHRUNK)
 
 
 def prune(
-  before: Calibrated, counts: Mapping[int, int], *, score: str = 'reap'
-) -> dict[int, Fewer]:
+  original: Calibrated, counts: Mapping[int, int], *, score: str = 'reap'
+) -> dict[int, SmallerLayer]:
   """The layers of a run with the experts of the highest scores, by number.
 
   Args:
-    before: The run, measured.
+    original: The run with the statistics of its experts.
     counts: The number of experts that stay in each sparse layer.
     score: One of `usage.SCORES`.
   """
-  left = {}
-  for n, layer in before.layers.items():
-    order = np.argsort(-SCORES[score](before.usage[n]), kind='stable')
-    left[n] = only(layer, sorted(order[: counts[n]].tolist()))
-  return left
+  new_layers = {}
+  for n, layer in original.layers.items():
+    order = np.argsort(-SCORES[score](original.usage[n]), kind='stable')
+    new_layers[n] = only(layer, sorted(order[: counts[n]].tolist()))
+  return new_layers
 
 
 def probabilities(
@@ -79,13 +79,12 @@ def probabilities(
 ) -> Float[Array, 'G S E']:
   """The softmax over all columns of a layer's router, for each token.
 
-  It is what the router's gates are if they are raw and a token chooses every
-  column.
+  They are the router's gates if gates are raw and a token chooses every column.
   """
-  old: Any = layer.moe.router
-  raw = {'gates': 'raw', 'second_policy': 'all'}
-  usual = default_of(fields_of(type(old))['second_threshold'])
-  router = dataclasses.replace(old, second_threshold=usual, **raw)
+  options: Any = layer.moe.router
+  changes = {'gates': 'raw', 'second_policy': 'all'}
+  threshold = default_of(fields_of(type(options))['second_threshold'])
+  router = dataclasses.replace(options, second_threshold=threshold, **changes)
   E = layer.moe.num_experts
   module = router.module(Sizes(E, E, All()), layer.shared)
   params = {path[-1]: array for path, array in layer.columns.items()}
@@ -101,56 +100,59 @@ class Growth(NamedTuple):
   """The change of raw gates where a router shrinks.
 
   Attributes:
-    kept: The share of tokens that choose no expert that is gone.
+    token_share: The share of tokens that choose no expert that is gone.
     growth: The mean of 1 / (1 - p) - 1 over these tokens.
   """
 
-  kept: float
+  token_share: float
   growth: float
 
 
-def growth(before: Calibrated, left: Mapping[int, Fewer]) -> dict[int, Growth]:
+def growth(
+  original: Calibrated, new_layers: Mapping[int, SmallerLayer]
+) -> dict[int, Growth]:
   """The growth of raw gates on the calibration data, by layer.
 
-  It is for layers that lose experts and whose gates are a softmax over all
+  The layers are those that lose experts and whose gates are a softmax over all
   logits, of routers that read the token alone and not its sentence or task.
   """
-  wanted = tuple(
-    (n, fewer.row)
-    for n, fewer in left.items()
-    if fewer.num_experts < len(fewer.row)
-    and getattr(before.layers[n].moe.router, 'gates', '') == 'raw'
-    and not before.layers[n].moe.router.needs_ids
+  rows = tuple(
+    (n, layer.row)
+    for n, layer in new_layers.items()
+    if layer.num_experts < len(layer.row)
+    and getattr(original.layers[n].moe.router, 'gates', '') == 'raw'
+    and not original.layers[n].moe.router.needs_ids
   )
   sums = [
-    _growth(before.run.model, before.run.variables, batch, wanted)
-    for batch in before.batches
-    if wanted
+    _growth(original.run.model, original.run.variables, batch, rows)
+    for batch in original.batches
+    if rows
   ]
-  found = {}
-  for n, _ in wanted:
-    tokens, kept, grown = np.sum([np.asarray(own[n]) for own in sums], axis=0)
-    found[n] = Growth(kept / max(tokens, 1), grown / max(kept, 1))
-  return found
+  growths = {}
+  for n, _ in rows:
+    tokens, intact, total = np.sum([np.asarray(s[n]) for s in sums], axis=0)
+    growths[n] = Growth(intact / max(tokens, 1), total / max(intact, 1))
+  return growths
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'wanted'))
+@functools.partial(jax.jit, static_argnames=('model', 'rows'))
 def _growth(
   model: Model,
   variables: Mapping[str, Any],
   batch: Mapping[str, Leaf],
-  wanted: tuple[tuple[int, tuple[int, ...]], ...],
+  rows: tuple[tuple[int, tuple[int, ...]], ...],
 ) -> dict[int, Float[Array, ' 3']]:
-  reached = capture(model, variables, batch)
+  tokens = capture(model, variables, batch)
   layers = sparse_layers(model, variables['params'])
   sums = {}
-  for n, row in wanted:
-    routing, gone = reached[n].routing, jnp.array(row) < 0  # [E]
-    p = jnp.where(gone, probabilities(layers[n], reached[n].x), 0.0).sum(-1)
-    seen = routing.kept.any(-1)
-    kept = seen & ~(gone[routing.expert_index] & routing.kept).any(-1)
-    grown = jnp.where(kept, p / (1 - p), 0.0).sum()
-    sums[n] = jnp.stack([seen.sum(), kept.sum(), grown])
+  for n, row in rows:
+    routing, is_gone = tokens[n].routing, jnp.array(row) < 0  # [E]
+    p = jnp.where(is_gone, probabilities(layers[n], tokens[n].x), 0.0).sum(-1)
+    is_served = routing.kept.any(-1)
+    lost_choices = is_gone[routing.expert_index] & routing.kept
+    is_intact = is_served & ~lost_choices.any(-1)
+    growth_sum = jnp.where(is_intact, p / (1 - p), 0.0).sum()
+    sums[n] = jnp.stack([is_served.sum(), is_intact.sum(), growth_sum])
   return sums
 
 
@@ -173,20 +175,20 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  before, counts = read(options, overrides, options.score)
-  left = prune(before, counts, score=options.score)
-  model, variables = smaller(before.run, left, options.router)
-  folder = write(before, options.output, model, variables)
-  lines = described(before, variables['params'], left)
-  for n, fewer in left.items():
-    gone = [e for e, to in enumerate(fewer.row) if to < 0]
-    lines.append(f'layer {n}: without experts {gone}')
+  original, counts = read(options, overrides, options.score)
+  new_layers = prune(original, counts, score=options.score)
+  model, variables = smaller(original.run, new_layers, options.router)
+  folder = write(original, options.output, model, variables)
+  lines = report_lines(original, variables['params'], new_layers)
+  for n, layer in new_layers.items():
+    lost = [e for e, index in enumerate(layer.row) if index < 0]
+    lines.append(f'layer {n}: without experts {lost}')
   if options.router == SHRUNK:
     lines += [
       f'layer {n}: raw gates become those of a softmax over what stays; '
-      f'{own.kept:.1%} of tokens choose no expert that is gone, and their '
-      f'outputs grow by 1 / (1 - p) - 1 = {own.growth:.2%} in the mean, p '
-      'being the probability of what is gone'
-      for n, own in growth(before, left).items()
+      f'{change.token_share:.1%} of tokens choose no expert that is gone, and '
+      f'their outputs grow by 1 / (1 - p) - 1 = {change.growth:.2%} in the '
+      'mean, p being the probability of what is gone'
+      for n, change in growth(original, new_layers).items()
     ]
-  return '\n'.join([*lines, written_to(folder, before)])
+  return '\n'.join([*lines, closing_lines(folder, original)])

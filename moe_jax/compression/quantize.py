@@ -1,7 +1,7 @@
 """Quantises a run: its experts, or all of its kernels, in codes of few bits.
 
 The new folder is evaluated, generated from and exported like any run's, but it
-is not trained. Not here: which value a weight is rounded to
+is not trained. Not here: the rounding of kernels
 (`quantize_kernels.py`), the order of the kernels (`quantize_layers.py`), and
 the command line (`quantize_command.py`).
 """
@@ -74,18 +74,18 @@ def quantize(
     kernels: 'experts', or 'all' for those of attention and of dense
       feed-forward layers too.
     num_batches: The number of batches of calibration data, for 'gptq'.
-    data: The calibration data, for 'gptq'; None is that of the run. It is
-      always the split that is trained on.
+    data: The options of the calibration data, for 'gptq'; None takes those of
+      the run. The split is always the one that is trained on.
     allow: Modules whose classes, named in the run's folder, may be imported.
     message: The function that prints a line for each layer.
 
   Returns:
     Numbers about all kernels: 'rtn error' and 'gptq error', the mean over
     kernels of the squared change of outputs over the squared outputs; 'zeros',
-    the share of weights that are 0; 'code bits' a weight, and 'metadata bits',
-    of all else that is stored, such as scales, offsets and what fills up
-    kernels of fewer codes; 'bytes' and 'bytes before', of all parameters in
-    memory.
+    the share of weights that are 0; 'code bits', the bits of codes for each
+    weight; 'metadata bits', those of all else that is stored, such as scales,
+    offsets and what fills up kernels of fewer codes; 'bytes' and 'bytes
+    before', of all parameters in memory.
 
   Raises:
     ValueError: The run cannot be quantised so, or a folder is not free.
@@ -94,7 +94,7 @@ def quantize(
   run = whole_run.read(workdir, step=step, allow=allow)
   output = pathlib.Path(output).expanduser()
   quantize_work.check_free(output)
-  options, coded = _coded(run, format, kernels)
+  options, coded = _coded_options(run, format, kernels)
   batches = []
   if method == 'gptq':
     _check_calibrated(options, kernels)
@@ -127,14 +127,14 @@ def quantize(
 
 
 def _check(format: KernelFormat, method: str, kernels: str) -> None:
-  """Raises ValueError for arguments that do not exist or go together."""
-  for what, name, names in (
+  """Raises ValueError for values that are unknown or do not go together."""
+  for argument, name, names in (
     ('format', format.name, FORMATS),
     ('method', method, METHODS),
     ('kernels', kernels, KERNELS),
   ):
     if name not in names:
-      raise unknown(what, name, names)
+      raise unknown(argument, name, names)
   if kernels == 'all' and format.name == TERNARY:
     raise ValueError(
       "format 'ternary' with kernels='all': the codes of less than a bit are "
@@ -154,7 +154,7 @@ def _check_calibrated(options: ModelOptions, kernels: str) -> None:
       )
 
 
-def _coded(
+def _coded_options(
   run: WholeRun, format: KernelFormat, kernels: str
 ) -> tuple[ModelOptions, dict[Path, Coded]]:
   """The options of the new model, and the kernels that get codes.
@@ -168,8 +168,8 @@ def _coded(
       f'{run.folder} has kernels in codes already; quantise the run that it '
       'was made of'
     )
-  others = format if kernels == 'all' else KernelFormat()
-  options = code_trees.with_formats(model, format, others)
+  other_format = format if kernels == 'all' else KernelFormat()
+  options = code_trees.with_formats(model, format, other_format)
   if coded := code_trees.coded_kernels(options):
     return options, coded
   raise ValueError(f"{run.folder} has no experts; use kernels='all'")
@@ -191,25 +191,26 @@ def _all_layers(
   rounded: dict[Spot, Rounded] = {}
   reports = {}
   for layer, spots in layers.spots.items():
-    every = [spot for own in spots.values() for spot in own.values()]
-    done = work.load(layer, every, layers.format_of)
-    if done is None:
+    layer_spots = [spot for x in spots.values() for spot in x.values()]
+    saved = work.load(layer, layer_spots, layers.format_of)
+    if saved is None:
       outcomes = layers.quantize(layer)
-      kernels = {spot: own.rounded for spot, own in outcomes.items()}
-      own = report.report_of(
+      kernels = {spot: x.rounded for spot, x in outcomes.items()}
+      layer_report = report.report_of(
         outcomes,
-        layers.format_of(every[0]),
+        layers.format_of(layer_spots[0]),
         by_data=layers.by_data,
         without_tokens=layers.without_tokens.get(layer, ()),
       )
-      work.save(layer, kernels, own)
+      work.save(layer, kernels, layer_report)
     else:
-      kernels, own = done
+      kernels, layer_report = saved
       for spot, kernel in kernels.items():
-        layers.put(spot, kernel)
-    message(f'layer {layer}: {own.text()}{" (done before)" * bool(done)}')
+        layers.replace(spot, kernel)
+    note = ' (done before)' if saved else ''
+    message(f'layer {layer}: {layer_report.text()}{note}')
     rounded |= kernels
-    reports[layer] = own
+    reports[layer] = layer_report
   return rounded, reports
 
 
@@ -223,12 +224,12 @@ def _assembled(
   by_path: dict[Path, list[Rounded]] = {path: [] for path in coded}
   for spot in sorted(rounded, key=lambda spot: spot.index):
     by_path[spot.path].append(rounded[spot])
-  stacked = [_stacked(own, coded[path].matrix) for path, own in by_path.items()]
+  stacked = [_stacked(x, coded[path].matrix) for path, x in by_path.items()]
   format = next(iter(coded.values())).format
   arrays, format = stored.store(stacked, format)
   params = dict(run.variables['params'])
-  for path, parts in zip(by_path, arrays, strict=True):
-    params = _with(params, path, parts)
+  for path, kernel_arrays in zip(by_path, arrays, strict=True):
+    params = _set_at(params, path, kernel_arrays)
   if format.name == TERNARY:
     options = code_trees.with_formats(options, format)
   return params, options
@@ -238,16 +239,16 @@ def _stacked(kernels: Sequence[Rounded], matrix: tuple[int, ...]) -> Rounded:
   """The kernels of the layers of one parameter, as one [*E, I, O]."""
 
   def stack(*leaves):
-    whole = np.stack([np.asarray(leaf) for leaf in leaves])
-    return whole.reshape(*matrix[:-2], *whole.shape[-2:])
+    stacked = np.stack([np.asarray(leaf) for leaf in leaves])
+    return stacked.reshape(*matrix[:-2], *stacked.shape[-2:])
 
   return jax.tree.map(stack, *kernels)
 
 
-def _with(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
+def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
   """The tree with another value at a path."""
   name, rest = path[0], path[1:]
-  return {**tree, name: _with(tree[name], rest, value) if rest else value}
+  return {**tree, name: _set_at(tree[name], rest, value) if rest else value}
 
 
 def _is_written(
@@ -256,7 +257,7 @@ def _is_written(
   """Whether a folder holds a run of these parameters already."""
   if not (output / CONFIG).exists():
     return False
-  there = whole_run.read(output, allow=allow).variables['params']
-  if jax.tree.structure(there) != jax.tree.structure(params):
+  stored_params = whole_run.read(output, allow=allow).variables['params']
+  if jax.tree.structure(stored_params) != jax.tree.structure(params):
     return False
-  return jax.tree.all(jax.tree.map(np.array_equal, there, params))
+  return jax.tree.all(jax.tree.map(np.array_equal, stored_params, params))

@@ -1,7 +1,7 @@
 """Rounding of the kernels of one layer, with the errors of both methods.
 
-Not here: the order of layers and what is kept of a command that was killed
-(`quantize.py`).
+Not here: the order of layers (`quantize_layers.py`), and the finished layers of
+a command that was killed (`quantize_work.py`).
 """
 
 import functools
@@ -22,12 +22,12 @@ from moe_jax.shapes import Array, Float, Float32, Leaf
 
 
 class Outcome(NamedTuple):
-  """Some kernels on a grid, and what both methods lose.
+  """Some kernels on a grid, and the errors of both methods.
 
   Attributes:
     rounded: The kernels, as the chosen method rounds them.
     rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
-    gptq: float32 [E], that of GPTQ.
+    gptq: float32 [E], the same error of rounding by GPTQ.
     total: float32 [E], tr(W H W^T).
     plain: bool [E], whether GPTQ took the identity for H.
   """
@@ -61,12 +61,12 @@ def compensated(
   """Rounds by GPTQ."""
   grid = grid_of(w, format)
   factor = gptq.factor(hessian)
-  best = gptq.gptq(w, grid, factor)
-  near = grids.nearest(w, grid)
+  rounded = gptq.gptq(w, grid, factor)
+  nearest = grids.nearest(w, grid)
   return Outcome(
-    best,
-    gptq.error(w, near.values, hessian),
-    gptq.error(w, best.values, hessian),
+    rounded,
+    gptq.error(w, nearest.values, hessian),
+    gptq.error(w, rounded.values, hessian),
     gptq.error(w, jnp.zeros_like(w), hessian),
     factor.plain,
   )
@@ -84,7 +84,7 @@ def feed_forwards(
   Args:
     layer: The computation of one layer.
     p: The parameters of the layers, each [E, ...].
-    rows: Their inputs.
+    rows: The inputs of the layers.
     format: The format that kernels get.
   """
   p, hessian = dict(p), gptq.hessian(*rows)
@@ -100,6 +100,6 @@ def feed_forwards(
 
 
 def joined(outcomes: Iterable[Outcome]) -> Outcome:
-  """The outcomes of all experts from those of some at a time, on the host."""
-  parts = [jax.tree.map(np.asarray, own) for own in outcomes]
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+  """The outcome of all experts, joined from those of groups, on the host."""
+  on_host = [jax.tree.map(np.asarray, outcome) for outcome in outcomes]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *on_host)

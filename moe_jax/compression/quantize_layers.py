@@ -35,7 +35,7 @@ from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace
 
 # The number of experts that are rounded together, as in QMoE.
-_TOGETHER = 16
+_GROUP_SIZE = 16
 
 
 class Spot(NamedTuple):
@@ -43,9 +43,9 @@ class Spot(NamedTuple):
 
   Attributes:
     path: The path of the parameter, in which layers are stacked.
-    index: The number of the layer among those.
+    index: The number of the layer among the stacked ones.
     module: The path of the kernel's module within a layer.
-    name: The name of the kernel there.
+    name: The name of the kernel in its module.
   """
 
   path: Path
@@ -54,7 +54,7 @@ class Spot(NamedTuple):
   name: str
 
 
-Spots = dict[Path, dict[str, Spot]]  # by module, and by name there
+Spots = dict[Path, dict[str, Spot]]  # by module, then by the kernel's name
 Outcomes = dict[Spot, Outcome]
 
 
@@ -98,14 +98,14 @@ class Layers:
     """Rounds the kernels of a layer, from the first on."""
     outcomes: Outcomes = {}
     for module, spots in self.spots[layer].items():
-      for some in self._rounded(layer, module, spots):
-        for name, outcome in some.items():
+      for group in self._rounded(layer, module, spots):
+        for name, outcome in group.items():
           outcomes[spots[name]] = outcome
-          self.put(spots[name], outcome.rounded)
+          self.replace(spots[name], outcome.rounded)
     return outcomes
 
-  def put(self, spot: Spot, rounded: Rounded) -> None:
-    """Replaces a kernel by what is left of it."""
+  def replace(self, spot: Spot, rounded: Rounded) -> None:
+    """Replaces a kernel by its rounded values."""
     stacked = self._stacked(spot)
     values = np.asarray(rounded.values).reshape(stacked.shape[1:])
     stacked[spot.index] = values.astype(stacked.dtype)
@@ -117,12 +117,12 @@ class Layers:
     return tree
 
   def _matrix(self, spot: Spot) -> np.ndarray:
-    """A kernel [E, I, O]; E = 1 for one that is no expert's."""
+    """A kernel [E, I, O], with E = 1 for a kernel outside of experts."""
     shape = self._kernels[spot.path].matrix
     return self._stacked(spot)[spot.index].reshape(-1, *shape[-2:])
 
   def _rounded(self, layer, module, spots) -> Iterator[dict[str, Outcome]]:
-    """The outcomes of a module's kernels, those of equal inputs together."""
+    """The outcomes of a module's kernels, grouped by equal inputs."""
     format = self.format_of(next(iter(spots.values())))
     if not self._batches:
       yield {
@@ -132,9 +132,9 @@ class Layers:
     elif module[-1] == SCOPE:
       yield self._experts(layer, module, spots, format)
     elif 'w_query' in spots:
-      first = {name: spots[name] for name in spots if name != 'w_out'}
-      for some in (first, {'w_out': spots['w_out']}):
-        yield self._projections(layer, module[0], some, format)
+      inner = {name: spots[name] for name in spots if name != 'w_out'}
+      for group in (inner, {'w_out': spots['w_out']}):
+        yield self._projections(layer, module[0], group, format)
     else:
       x, mask = self._inputs(layer, '/'.join(module), 'in')
       rows = Rows(x[None], mask[None])
@@ -143,31 +143,31 @@ class Layers:
 
   def _projections(self, layer, module, spots, format) -> dict[str, Outcome]:
     # Keys and values have the same inputs, in self-attention those of queries.
-    # The whole model is run to get inputs, so that they are got once.
+    # To get inputs the whole model runs, so equal inputs are computed once.
     key = 'key' if module == CROSS_ATTENTION else 'query'
-    read = {'w_query': 'query', 'w_key': key, 'w_value': key, 'w_out': 'out'}
+    inputs = {'w_query': 'query', 'w_key': key, 'w_value': key, 'w_out': 'out'}
     hessians = {
       name: self._hessian(layer, module, name)
-      for name in dict.fromkeys(read[name] for name in spots)
+      for name in dict.fromkeys(inputs[name] for name in spots)
     }
     return {
-      name: compensated(self._matrix(spot), hessians[read[name]], format)
+      name: compensated(self._matrix(spot), hessians[inputs[name]], format)
       for name, spot in spots.items()
     }
 
   def _experts(self, layer, module, spots, format) -> dict[str, Outcome]:
     masks = self._masks(self._run.model.sequence_of(layer))
-    reached = self._run_batches(layer, calibration.capture)
-    tokens = ExpertTokens(reached, masks)
-    self.without_tokens[layer] = tokens.without
+    batches = self._run_batches(layer, calibration.capture)
+    tokens = ExpertTokens(batches, masks)
+    self.without_tokens[layer] = tokens.without_tokens
     p = self._feed_forward(module, spots)
-    parts = []
-    for first in range(0, tokens.num_experts, _TOGETHER):
-      some = slice(first, first + _TOGETHER)
-      own = {name: x[some] for name, x in p.items()}
-      rows = tokens.rows(some)
-      parts.append(feed_forwards(self._ffn(layer, module), own, rows, format))
-    return {name: joined(part[name] for part in parts) for name in spots}
+    outcomes = []
+    for first in range(0, tokens.num_experts, _GROUP_SIZE):
+      group = slice(first, first + _GROUP_SIZE)
+      params = {name: x[group] for name, x in p.items()}
+      rows, ffn = tokens.rows(group), self._ffn(layer, module)
+      outcomes.append(feed_forwards(ffn, params, rows, format))
+    return {name: joined(group[name] for group in outcomes) for name in spots}
 
   def _feed_forward(self, module, spots) -> dict[str, np.ndarray]:
     """The parameters of a feed-forward, biases included, each [E, ...]."""
@@ -201,14 +201,14 @@ class Layers:
     return hessian(jnp.asarray(x[None]), jnp.asarray(mask[None]))
 
   def _inputs(self, layer, module, name) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs [N, I] of a kernel over all batches, and which count."""
+    """The inputs [N, I] of a kernel over all batches, and their mask [N]."""
     capture = functools.partial(kernel_inputs.capture, module=module, name=name)
     x = map(np.asarray, self._run_batches(layer, capture))
     prefix = self._run.model.sequence_of(layer)
     if module == CROSS_ATTENTION and name == 'key':
       prefix = self._run.model.sequence_of(0)
     masks = self._masks(prefix)
-    rows = [own.reshape(mask.size, -1) for own, mask in zip(x, masks)]
+    rows = [array.reshape(mask.size, -1) for array, mask in zip(x, masks)]
     return np.concatenate(rows), np.concatenate([m.ravel() for m in masks])
 
   def _masks(self, prefix: str) -> list[np.ndarray]:
@@ -234,14 +234,14 @@ def _spots(run: WholeRun, kernels: dict[Path, Coded]) -> dict[int, Spots]:
     count += len(stack.sparse)
   spots: dict[int, Spots] = {}
   for path in kernels:
-    place = cast(LayerPlace, run.model.place_of(path))
-    for index, layer in enumerate(place.layers):
-      *module, name = place.name
+    layer_place = cast(LayerPlace, run.model.place_of(path))
+    for index, layer in enumerate(layer_place.layers):
+      *module, name = layer_place.name
       spot = Spot(path, index, tuple(module), name)
-      own = spots.setdefault(first[place.stack] + layer, {})
-      own.setdefault(tuple(module), {})[name] = spot
+      by_module = spots.setdefault(first[layer_place.stack] + layer, {})
+      by_module.setdefault(tuple(module), {})[name] = spot
   order = ('attention', CROSS_ATTENTION, 'moe', 'ffn', 'extra_ffn')
   return {
-    layer: dict(sorted(own.items(), key=lambda x: order.index(x[0][0])))
-    for layer, own in sorted(spots.items())
+    layer: dict(sorted(by_module.items(), key=lambda x: order.index(x[0][0])))
+    for layer, by_module in sorted(spots.items())
   }

@@ -42,7 +42,7 @@ class Report:
 
   def text(self) -> str:
     """The numbers in one line."""
-    parts = [
+    phrases = [
       f'error of RTN {self.rtn:.3g}, of GPTQ {self.gptq:.3g}',
       f'zeros {100 * self.zeros / self.weights:.1f} %',
       f'bits a weight {self.code_bits / self.weights:.2f} of codes and '
@@ -50,10 +50,10 @@ class Report:
     ]
     if self.without_tokens:
       experts = list(self.without_tokens)
-      parts.append(f'H = I for experts {experts} (no tokens)')
+      phrases.append(f'H = I for experts {experts} (no tokens)')
     if self.not_factored:
-      parts.append(f'H = I for {", ".join(self.not_factored)} (no factor)')
-    return '; '.join(parts)
+      phrases.append(f'H = I for {", ".join(self.not_factored)} (no factor)')
+    return '; '.join(phrases)
 
 
 def report_of(
@@ -66,24 +66,24 @@ def report_of(
   """The report of the kernels of a layer.
 
   Args:
-    outcomes: The kernels.
-    format: Their format.
-    by_data: Whether inputs were read, so that H = I is worth a word.
+    outcomes: The outcome of each kernel.
+    format: The format of the kernels.
+    by_data: Whether inputs were read, so that H = I is reported.
     without_tokens: The experts of the layer that no token that counts reaches.
   """
-  each = outcomes.values()
-  total = sum(float(own.total.sum()) for own in each)
-  bits = [_bits(own, format) for own in each]
+  all_outcomes = outcomes.values()
+  total = sum(float(x.total.sum()) for x in all_outcomes)
+  bits = [_bits(x, format) for x in all_outcomes]
   plain = dict.fromkeys(
     name
-    for spot, own in outcomes.items()
-    for name in _plain(spot, own, without_tokens)
+    for spot, x in outcomes.items()
+    for name in _plain(spot, x, without_tokens)
   )
   return Report(
-    rtn=sum(float(own.rtn.sum()) for own in each) / (total or 1.0),
-    gptq=sum(float(own.gptq.sum()) for own in each) / (total or 1.0),
-    weights=sum(own.rounded.codes.size for own in each),
-    zeros=sum(int((own.rounded.values == 0).sum()) for own in each),
+    rtn=sum(float(x.rtn.sum()) for x in all_outcomes) / (total or 1.0),
+    gptq=sum(float(x.gptq.sum()) for x in all_outcomes) / (total or 1.0),
+    weights=sum(x.rounded.codes.size for x in all_outcomes),
+    zeros=sum(int((x.rounded.values == 0).sum()) for x in all_outcomes),
     code_bits=sum(codes for codes, _ in bits),
     metadata_bits=sum(metadata for _, metadata in bits),
     without_tokens=without_tokens,
@@ -103,12 +103,12 @@ def _plain(
 
 def _bits(outcome: Outcome, format: KernelFormat) -> tuple[int, int]:
   """The bits of the codes of some kernels, and of their metadata."""
-  (parts,), _ = stored.store([outcome.rounded], format)
-  codes = 8 * parts['codes'].nbytes
-  if 'offsets' in parts:  # what fills up shorter experts is no code
-    codes = 16 * int(parts['offsets'][..., -1].sum())
-  rest = sum(8 * x.nbytes for name, x in parts.items() if name != 'codes')
-  return codes, rest
+  (arrays,), _ = stored.store([outcome.rounded], format)
+  codes = 8 * arrays['codes'].nbytes
+  if 'offsets' in arrays:  # the padding of shorter experts is no code
+    codes = 16 * int(arrays['offsets'][..., -1].sum())
+  metadata = sum(8 * x.nbytes for name, x in arrays.items() if name != 'codes')
+  return codes, metadata
 
 
 def numbers_of(
@@ -121,13 +121,13 @@ def numbers_of(
     stored_bytes: The bytes of all arrays that store their kernels. All that is
       no code counts as metadata.
   """
-  each = reports.values()
-  weights = sum(report.weights for report in each)
-  code_bits = sum(report.code_bits for report in each)
+  layer_reports = reports.values()
+  weights = sum(report.weights for report in layer_reports)
+  code_bits = sum(report.code_bits for report in layer_reports)
   return {
-    'rtn error': sum(report.rtn for report in each) / len(reports),
-    'gptq error': sum(report.gptq for report in each) / len(reports),
-    'zeros': sum(report.zeros for report in each) / weights,
+    'rtn error': sum(report.rtn for report in layer_reports) / len(reports),
+    'gptq error': sum(report.gptq for report in layer_reports) / len(reports),
+    'zeros': sum(report.zeros for report in layer_reports) / weights,
     'code bits': code_bits / weights,
     'metadata bits': (8 * stored_bytes - code_bits) / weights,
   }

@@ -44,20 +44,20 @@ class Work:
     self.folder = folder
     path, settings = self.folder / _SETTINGS, json.loads(json.dumps(settings))
     if path.exists():
-      before = json.loads(path.read_text(encoding='utf-8'))
+      stored_settings = json.loads(path.read_text(encoding='utf-8'))
       changed = sorted(
         key
-        for key in before.keys() | settings.keys()
-        if before.get(key) != settings.get(key)
+        for key in stored_settings.keys() | settings.keys()
+        if stored_settings.get(key) != settings.get(key)
       )
       if changed:
-        told = '; '.join(
-          f'{key}: {before.get(key)!r} -> {settings.get(key)!r}'
+        differences = '; '.join(
+          f'{key}: {stored_settings.get(key)!r} -> {settings.get(key)!r}'
           for key in changed
         )
         raise ValueError(
           f'{self.folder} has the work of another command that was killed '
-          f'({told}); give its arguments, or remove that folder'
+          f'({differences}); give its arguments, or remove that folder'
         )
     self.folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + '\n')
@@ -65,7 +65,7 @@ class Work:
   def save(
     self, layer: int, kernels: Mapping[Spot, Rounded], report: Report
   ) -> None:
-    """Keeps a layer, and the report about it."""
+    """Saves a layer, and the report about it."""
     arrays = {
       f'{_name(spot)}:{part}': np.ascontiguousarray(array)
       for spot, rounded in kernels.items()
@@ -109,7 +109,7 @@ class Work:
       ) from None
 
   def remove(self) -> None:
-    """Removes the folder; half of one is never taken for work."""
+    """Removes the folder, so that half of it is never read as work."""
     removed = self.folder.with_name(f'.{self.folder.name}.removed')
     shutil.rmtree(removed, ignore_errors=True)
     self.folder.rename(removed)
@@ -169,11 +169,11 @@ def _arrays(rounded: Rounded) -> dict[str, np.ndarray]:
 
 
 def _rounded(file: Any, name: str, format: KernelFormat) -> Rounded:
-  def part(name_of_part):
-    return file.get_tensor(f'{name}:{name_of_part}')
+  def tensor(part):
+    return file.get_tensor(f'{name}:{part}')
 
   if format.name in BITS:
-    grid = UniformGrid(part('scale'), part('zero'), BITS[format.name])
+    grid = UniformGrid(tensor('scale'), tensor('zero'), BITS[format.name])
   else:
-    grid = TernaryGrid(part('low'), part('high'))
-  return Rounded(part('codes'), grid)
+    grid = TernaryGrid(tensor('low'), tensor('high'))
+  return Rounded(tensor('codes'), grid)

@@ -60,7 +60,7 @@ class Layer(NamedTuple):
 
   Attributes:
     weights: The number of weights.
-    bits: The bits of each.
+    bits: The bits of each weight.
     encode_seconds: Time to encode all, on the host.
     decode_seconds: Time to decode all, one matrix after the other, compiled.
   """
@@ -89,11 +89,11 @@ def stored(counts: Sequence[int], rows: int, width: int) -> Bits:
     width: The number of weights of a row.
   """
   weights = len(counts) * rows * width
-  filling = max(counts) * len(counts) - sum(counts)
+  padding = max(counts) * len(counts) - sum(counts)
   metadata = len(counts) * (rows * _ROW_BITS + _OFFSET_BITS)
   return Bits(
     _CODE_BITS * sum(counts) / weights,
-    (metadata + _CODE_BITS * filling) / weights,
+    (metadata + _CODE_BITS * padding) / weights,
   )
 
 
@@ -120,7 +120,7 @@ def layer(
     width: The width M of the model.
     hidden: The width F of an expert.
     zeros: The probability of a zero.
-    p0: The probability of which the dictionary is made.
+    p0: The probability of a zero from which the dictionary is made.
     seed: Seed of the weights.
 
   Raises:
@@ -136,8 +136,8 @@ def layer(
       codes = codec.encode(weights, p0)
       seconds[0] += time.perf_counter() - start
       counts.append(codes.codes.size)
-      decoded, taken = _decoded(codes, cols, p0)
-      seconds[1] += taken
+      decoded, decode_seconds = _decoded(codes, cols, p0)
+      seconds[1] += decode_seconds
       if not np.array_equal(decoded, weights):
         raise ValueError(f'expert {expert} was decoded to other weights')
     bits += np.array(stored(counts, rows, cols)) / 2
@@ -149,8 +149,8 @@ def _decoded(codes, width, p0) -> tuple[np.ndarray, float]:
   """The weights, and the seconds that decoding took once it was compiled."""
   # Matrices of one shape have about as many codes: with some more, of which
   # nothing is decoded, one program does for all.
-  missing = -codes.codes.size % (1 << 13)
-  codes = codes._replace(codes=np.pad(codes.codes, (0, missing)))
+  padding = -codes.codes.size % (1 << 13)
+  codes = codes._replace(codes=np.pad(codes.codes, (0, padding)))
   codes = jax.device_put(codes)
   jax.block_until_ready(ternary.decode(codes, width, p0))
   start = time.perf_counter()
@@ -168,13 +168,13 @@ def predicted(width: int, zeros: float, p0: float = P0) -> float:
   Args:
     width: The number of weights of a row.
     zeros: The probability of a zero; 1 and -1 share the rest.
-    p0: The probability of which the dictionary was made.
+    p0: The probability of a zero from which the dictionary was made.
   """
-  one = np.array([zeros, (1 - zeros) / 2, 0, (1 - zeros) / 2])  # by low bits
-  pair = np.outer(one, one).reshape(-1)
+  weight = np.array([zeros, (1 - zeros) / 2, 0, (1 - zeros) / 2])  # by low bits
+  pair = np.outer(weight, weight).reshape(-1)
   # In a row of odd width, the last pair ends in a zero that is not its own.
-  last = np.outer(one, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
-  ends = _ends(one, p0)
+  last = np.outer(weight, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
+  ends = _ends(weight, p0)
   steps = -(-width // 2)
   # begins[t, a]: the probability that a code begins at pair t, which is a.
   # In front of it are as many steps as a code may have pairs.
@@ -186,7 +186,7 @@ def predicted(width: int, zeros: float, p0: float = P0) -> float:
   return 16 * begins.sum() / width
 
 
-def _ends(one: np.ndarray, p0: float) -> np.ndarray:
+def _ends(weight: np.ndarray, p0: float) -> np.ndarray:
   """The chance that a code that begins with pair a ends before pair b.
 
   Returns:
@@ -198,7 +198,7 @@ def _ends(one: np.ndarray, p0: float) -> np.ndarray:
   bits = words[0] + (words[1] << 2 * WORD_WEIGHTS)
   after = np.arange(MOST_WEIGHTS)  # the number of weights behind each
   follows = after < (table.lengths - 2)[:, None]
-  chance = np.where(follows, one[bits[:, None] >> 2 * after & 3], 1).prod(1)
+  chance = np.where(follows, weight[bits[:, None] >> 2 * after & 3], 1).prod(1)
   first = bits >> (2 * table.lengths - 4)
   state = (table.lengths // 2 - 1) * 16 + first
   lacks = table.steps == table.pairs
@@ -210,28 +210,28 @@ def _ends(one: np.ndarray, p0: float) -> np.ndarray:
 
 def add(commands: Any) -> None:
   """Adds the command `rates`."""
-  added = commands.add_parser(
+  command = commands.add_parser(
     'rates',
     help='prints the bits of ternary weights',
     **command_line.about(__doc__),
   )
   share = command_line.number(float, within('[0, 1]'))
-  added.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
-  added.add_argument(
+  command.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
+  command.add_argument(
     '--widths', type=command_line.POSITIVE, nargs='+', default=WIDTHS
   )
-  added.add_argument(
+  command.add_argument(
     '--p0',
     type=command_line.number(float, within('(0, 1)')),
     default=P0,
     help='share of zeros of which the dictionary is made',
   )
-  added.add_argument(
+  command.add_argument(
     '--layer',
     type=_sizes,
     help='E,M,F: encodes and decodes a layer of E experts from M to F and back',
   )
-  added.set_defaults(run=_run)
+  command.set_defaults(run=_run)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -244,8 +244,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _run(options: argparse.Namespace, _: list[str]) -> str:
   if options.layer:
     E, M, F = options.layer
-    made = [(z, layer(E, M, F, z, options.p0)) for z in options.zeros]
-    return '\n'.join(_told(options.layer, zeros, one) for zeros, one in made)
+    layers = [(z, layer(E, M, F, z, options.p0)) for z in options.zeros]
+    return '\n'.join(_layer_line(options.layer, z, x) for z, x in layers)
   lines = [
     f'Bits a weight, dictionary of p0={options.p0}; zeros are independent.',
     f'{"width":>6} {"zeros":>6} {"codes":>7} {"predicted":>10} '
@@ -262,11 +262,11 @@ def _run(options: argparse.Namespace, _: list[str]) -> str:
   return '\n'.join(lines)
 
 
-def _told(sizes: tuple[int, ...], zeros: float, made: Layer) -> str:
+def _layer_line(sizes: tuple[int, ...], zeros: float, layer: Layer) -> str:
   E, M, F = sizes
   return (
-    f'E={E} M={M} F={F}, zeros {zeros:g}: {made.weights:,} weights; '
-    f'{made.bits.codes:.3f} bits a weight of codes, {made.bits.metadata:.3f} '
-    f'of metadata, {made.bits.total:.3f} in all; encoded in '
-    f'{made.encode_seconds:.1f} s, decoded in {made.decode_seconds:.1f} s'
+    f'E={E} M={M} F={F}, zeros {zeros:g}: {layer.weights:,} weights; '
+    f'{layer.bits.codes:.3f} bits a weight of codes, {layer.bits.metadata:.3f} '
+    f'of metadata, {layer.bits.total:.3f} in all; encoded in '
+    f'{layer.encode_seconds:.1f} s, decoded in {layer.decode_seconds:.1f} s'
   )

@@ -28,13 +28,13 @@ def soft_cross_entropy(
 ) -> Float32[Array, '*B']:
   """T^2 times the cross-entropy of softmax(logits / T), for each token.
 
-  The square keeps the size of the gradient as the temperature T grows. Of the
-  Kullback-Leibler divergence it differs by the teacher's own entropy, which
-  has no gradient here.
+  The square keeps the size of the gradient as the temperature T grows. The
+  Kullback-Leibler divergence differs from this loss by the teacher's entropy,
+  which has no gradient here.
 
   Args:
     outputs: The student's logits.
-    logits: The teacher's, through which no gradient flows.
+    logits: The teacher's logits, through which no gradient flows.
     temperature: T.
   """
   labels = jax.nn.softmax(jax.lax.stop_gradient(logits) / temperature)
@@ -60,9 +60,9 @@ def kept_cross_entropy(
     temperature: T.
   """
   labels = jax.nn.softmax(jax.lax.stop_gradient(log_probs) / temperature)
-  own = jax.nn.log_softmax(outputs / temperature)
-  own = jnp.take_along_axis(own, ids, axis=-1)
-  return -(temperature**2) * (labels * own).sum(-1)
+  student_log_probs = jax.nn.log_softmax(outputs / temperature)
+  student_log_probs = jnp.take_along_axis(student_log_probs, ids, axis=-1)
+  return -(temperature**2) * (labels * student_log_probs).sum(-1)
 
 
 def mixed(
@@ -75,17 +75,17 @@ def mixed(
 
   Args:
     model: The student.
-    hard_weight: The weight of its own loss.
+    hard_weight: The weight of the student's own loss.
     soft_weight: The weight of `soft`.
     soft: The loss of soft labels.
   """
 
   def loss(outputs: Array, batch: Batch) -> TokenLosses:
-    own = model.loss(outputs, batch)
-    nats = [hard_weight * own.nats] if hard_weight else []
+    hard_loss = model.loss(outputs, batch)
+    nats = [hard_weight * hard_loss.nats] if hard_weight else []
     if soft_weight:
       nats.append(soft_weight * soft(counted(outputs, batch), batch))
-    return own._replace(nats=sum(nats[1:], nats[0]))
+    return hard_loss._replace(nats=sum(nats[1:], nats[0]))
 
   return loss
 
@@ -95,12 +95,12 @@ def computed_beside(
 ) -> SoftLoss:
   """The soft loss with the teacher's logits, computed for the same batch.
 
-  Its dropout and its routers' noise are off; tokens that its capacity drops in
-  its evaluation are dropped here, too.
+  The teacher's dropout and its routers' noise are off; tokens that its capacity
+  drops in its evaluation are dropped here, too.
 
   Args:
     teacher: The teacher.
-    variables: Its variables, of which nothing is differentiated.
+    variables: The teacher's variables, which are not differentiated.
     temperature: The temperature of the labels.
   """
 

@@ -48,10 +48,10 @@ def store(
   for kernel in kernels:
     grid = cast(UniformGrid, kernel.grid)
     codes = _pack(kernel.codes, BITS[format.name])
-    parts = {'codes': codes, 'scale': grid.scale}
+    arrays = {'codes': codes, 'scale': grid.scale}
     if not format.symmetric:
-      parts['zero'] = grid.zero
-    stored.append(jax.tree.map(np.asarray, parts))
+      arrays['zero'] = grid.zero
+    stored.append(jax.tree.map(np.asarray, arrays))
   return stored, format
 
 
@@ -63,8 +63,8 @@ def _ternary(kernels, format):
   longest = max(codes.codes.shape[-1] for codes in encoded)
   stored: list[dict[str, Any]] = []
   for kernel, codes in zip(kernels, encoded, strict=True):
-    missing = longest - codes.codes.shape[-1]
-    widths = [(0, 0)] * (codes.codes.ndim - 1) + [(0, missing)]
+    padding = longest - codes.codes.shape[-1]
+    widths = [(0, 0)] * (codes.codes.ndim - 1) + [(0, padding)]
     stored.append(
       {
         'codes': np.pad(codes.codes, widths),

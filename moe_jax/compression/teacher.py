@@ -1,6 +1,7 @@
 """The teacher of a run: read, checked, and kept to until the run ends.
 
-Not here: what it teaches (`soft_labels.py`), and when (`distill.py`).
+Not here: the labels that it gives (`soft_labels.py`), and the hook that reads
+it (`distill.py`).
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class Teacher:
     model: Its model, built with the sharding table `distill.sharding`.
     rules: The sharding table by which the model's arrays are split.
     mesh: The run's devices.
-    asked: The step of the checkpoint; None is the newest good one.
+    pinned_step: The step of the checkpoint; None is the newest good one.
   """
 
   folder: pathlib.Path
@@ -43,12 +44,12 @@ class Teacher:
   model: Model
   rules: partitioning.Rules
   mesh: Mesh
-  asked: int | None
+  pinned_step: int | None
 
   @functools.cached_property
   def _restored(self) -> Restored:
     return trained.restore_variables(
-      self.folder, self.model, self.rules, mesh=self.mesh, step=self.asked
+      self.folder, self.model, self.rules, mesh=self.mesh, step=self.pinned_step
     )
 
   @property
@@ -57,18 +58,18 @@ class Teacher:
 
     Raises:
       ValueError: There is no such checkpoint, or it is of another model.
-      CheckpointError: It is not good.
+      CheckpointError: The checkpoint is not good.
     """
     return self._restored.state
 
   @property
   def step(self) -> int:
-    """The step of the checkpoint, which is read unless its step is asked."""
-    return self._restored.step if self.asked is None else self.asked
+    """The step of the checkpoint, which is read unless the step is pinned."""
+    return self._restored.step if self.pinned_step is None else self.pinned_step
 
   @property
   def digest(self) -> str:
-    """The sha256 of the checkpoint's manifest, which has those of its files.
+    """The sha256 of the checkpoint's manifest, which has the files' own sha256.
 
     Raises:
       ValueError: There is no such checkpoint.
@@ -93,24 +94,24 @@ def read(
       reasons are listed.
   """
   folder = pathlib.Path(options.teacher).expanduser()
-  theirs = trained.read(folder, allow)
-  code_trees.check_plain(theirs.model, f'distill.teacher={options.teacher}')
-  model = theirs.model.build(options.sharding.rules)
-  if problems := list(_problems(run, options, theirs, model)):
+  settings = trained.read(folder, allow)
+  code_trees.check_plain(settings.model, f'distill.teacher={options.teacher}')
+  model = settings.model.build(options.sharding.rules)
+  if problems := list(_problems(run, options, settings, model)):
     raise ValueError(
       '\n'.join([f'distill.teacher={options.teacher} does not fit:', *problems])
     )
-  asked = None if options.step < 0 else options.step
-  if (kept := _kept(run)) and kept['asked'] == _asked(options):
-    asked = kept['step']
+  pinned_step = None if options.step < 0 else options.step
+  if (note := _stored_note(run)) and note['asked'] == _request(options):
+    pinned_step = note['step']
   rules = options.sharding.rules
-  return Teacher(folder, theirs, model, rules, run.mesh, asked)
+  return Teacher(folder, settings, model, rules, run.mesh, pinned_step)
 
 
 def _problems(
-  run: Run, options: DistillOptions, theirs: trained.Described, model: Model
+  run: Run, options: DistillOptions, settings: trained.Described, model: Model
 ) -> Iterator[str]:
-  yield from theirs.token_problems(run.dataset.tokenizer)
+  yield from settings.token_problems(run.dataset.tokenizer)
   if model.has_encoder != run.model.has_encoder or model.reads_features:
     kinds = type(model).__name__, type(run.model).__name__
     yield f'it is a {kinds[0]}, which does not read the batches of {kinds[1]}'
@@ -120,10 +121,10 @@ def _problems(
       f'it has logits of vocab_size={model.vocab_size}, this model of '
       f'{run.model.vocab_size}'
     )
-  yield from theirs.task_problems(run.options.data)
+  yield from settings.task_problems(run.options.data)
   if options.soft_weight and not options.logits:
-    parts = partitioning.row_parts(run.mesh, options.sharding.rules)
-    yield from theirs.model.problems_in(run.options.shape(parts))
+    num_parts = partitioning.row_parts(run.mesh, options.sharding.rules)
+    yield from settings.model.problems_in(run.options.shape(num_parts))
 
 
 def keep_to(run: Run, options: DistillOptions, teacher: Teacher) -> None:
@@ -134,27 +135,27 @@ def keep_to(run: Run, options: DistillOptions, teacher: Teacher) -> None:
       contents.
   """
   path, digest = run.workdir / FILE, teacher.digest
-  kept = _kept(run)
-  if kept and kept['asked'] == _asked(options):
-    if kept['sha256'] != digest:
+  note, request = _stored_note(run), _request(options)
+  if note and note['asked'] == request:
+    if note['sha256'] != digest:
       raise ValueError(
         f'the checkpoint of step {teacher.step} in {teacher.folder} is not '
         f'that which taught {run.workdir} before: the sha256 of its manifest '
-        f'was {kept["sha256"]}, and is {digest}'
+        f'was {note["sha256"]}, and is {digest}'
       )
     return
-  if kept:
-    run.message(f'WARNING: another teacher than before: {kept["asked"]}')
+  if note:
+    run.message(f'WARNING: another teacher than before: {note["asked"]}')
   if is_first():
-    values = {'asked': _asked(options), 'step': teacher.step, 'sha256': digest}
-    workdir_lib.write_text(path, json.dumps(values, indent=2) + '\n')
+    fields = {'asked': request, 'step': teacher.step, 'sha256': digest}
+    workdir_lib.write_text(path, json.dumps(fields, indent=2) + '\n')
 
 
-def _asked(options: DistillOptions) -> dict[str, Any]:
+def _request(options: DistillOptions) -> dict[str, Any]:
   return {'teacher': options.teacher, 'step': options.step}
 
 
-def _kept(run: Run) -> dict[str, Any]:
+def _stored_note(run: Run) -> dict[str, Any]:
   """The values that `keep_to` wrote; {} where there is no file.
 
   Raises:
@@ -164,7 +165,7 @@ def _kept(run: Run) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-    return {key: values[key] for key in ('asked', 'step', 'sha256')}
+    fields = json.loads(path.read_text(encoding='utf-8'))
+    return {key: fields[key] for key in ('asked', 'step', 'sha256')}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} cannot be read: {error!r}') from None

@@ -40,7 +40,7 @@ class About:
 
   Attributes:
     teacher: The folder of the teacher.
-    step: The step of its checkpoint.
+    step: The step of the teacher's checkpoint.
     sha256: The sha256 of the manifest of that checkpoint.
     data_digest: The sha256 of the data.
     seed: The seed of the order of the data.
@@ -48,7 +48,7 @@ class About:
     length: The number T of tokens of a row.
     vocab_size: The number V of tokens that the teacher tells apart.
     top: The number of logits that are kept for each token.
-    dtype: Their type, 'float16' or 'float32'.
+    dtype: The type of the logits, 'float16' or 'float32'.
     batches: The number of batches, from that of step 0 on.
     each: The number of batches in a file; the last may have fewer.
   """
@@ -73,11 +73,11 @@ class About:
 
   @property
   def digest(self) -> str:
-    """The sha256 of all of these."""
+    """The sha256 of all attributes."""
     text = json.dumps(dataclasses.asdict(self), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
-  def parts(self) -> Iterator[tuple[str, range]]:
+  def files(self) -> Iterator[tuple[str, range]]:
     """The name of each file, and the numbers of its batches."""
     for start in range(0, self.batches, self.each):
       numbers = range(start, min(start + self.each, self.batches))
@@ -100,7 +100,7 @@ def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """The arrays of a file and what it says of them.
+  """The arrays of a file, and its metadata.
 
   Raises:
     ValueError: The file is not there, is damaged, or was changed.
@@ -109,16 +109,16 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safe_open(path, 'numpy') as file:
       names = file.keys()
       arrays = {name: file.get_tensor(name) for name in names}
-      notes = file.metadata() or {}
+      metadata = file.metadata() or {}
   except (OSError, SafetensorError) as error:
     raise ValueError(f'{path} cannot be read: {error}') from None
-  if notes.get('sha256') != digest_of(arrays):
+  if metadata.get('sha256') != digest_of(arrays):
     raise ValueError(f'{path} is damaged: its sha256 is not that of its arrays')
-  return arrays, notes
+  return arrays, metadata
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class StoredLogits:
   """A folder of logits, whose files are checked as they are read.
 
   Attributes:
@@ -127,7 +127,7 @@ class Kept:
     size: Bytes of all files.
     left_out_mean: Probability that is left out at temperature 1, averaged over
       tokens.
-    left_out_max: The most that is left out for a token, at temperature 1.
+    left_out_max: The most probability left out for a token, at temperature 1.
   """
 
   folder: pathlib.Path
@@ -137,13 +137,13 @@ class Kept:
   left_out_max: float
 
   def describe(self) -> str:
-    """A line on their size and their error."""
+    """A line on the size of the logits, and on the probability left out."""
     a = self.about
-    whole = 4 * a.batches * a.batch_size * a.length * a.vocab_size
+    full_size = 4 * a.batches * a.batch_size * a.length * a.vocab_size
     return (
       f'{self.folder}: the {a.top} largest of {a.vocab_size} logits for '
       f'{a.batches} batches, {in_bytes(self.size)} '
-      f'({self.size / whole:.1%} of all logits in float32); they leave out '
+      f'({self.size / full_size:.1%} of all logits in float32); they leave out '
       f'{self.left_out_mean:.3%} of the probability on average, '
       f'{self.left_out_max:.1%} at most, at temperature 1'
     )
@@ -155,7 +155,7 @@ class Kept:
       ValueError: Something differs; all differences are listed.
     """
     a, o = self.about, run.options
-    wanted = {
+    expected = {
       'data_digest': run.dataset.digest,
       'seed': o.seed,
       'batch_size': o.batch_size,
@@ -164,25 +164,27 @@ class Kept:
       'step': teacher.step,
       'sha256': teacher.digest,
     }
-    differ = [
+    differences = [
       f'{key}: {getattr(a, key)!r} there, {value!r} here'
-      for key, value in wanted.items()
+      for key, value in expected.items()
       if getattr(a, key) != value
     ]
     if a.batches < o.total_steps:
-      differ.append(f'{a.batches} batches there, {o.total_steps} steps here')
-    if differ:
+      differences.append(
+        f'{a.batches} batches there, {o.total_steps} steps here'
+      )
+    if differences:
       raise ValueError(
-        '\n'.join([f'distill.logits={self.folder} does not fit:', *differ])
+        '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
 
-  def shapes(self, place: jax.sharding.Sharding) -> dict[str, Any]:
-    """The shapes of what a batch gets of them, sharded as batches are."""
+  def shapes(self, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """The shapes of the arrays that a batch gets, with their sharding."""
     a = self.about
     shape = (a.batch_size, a.length, a.top)
     return {
-      IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
-      LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
+      IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
+      LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
     }
 
   def batch(self, number: int) -> dict[str, np.ndarray]:
@@ -196,12 +198,12 @@ class Kept:
       raise ValueError(
         f'{self.folder} has batches 0 to {a.batches - 1}, not {number}'
       )
-    part, within = divmod(number, a.each)
-    arrays = _part(self.folder, a, part)
+    file_number, index = divmod(number, a.each)
+    arrays = _arrays(self.folder, a, file_number)
     return {
-      IDS: arrays[IDS][within].astype(np.int32),
-      LOG_PROBS: arrays[LOG_PROBS][within].astype(np.float32),
-      TARGETS: arrays[TARGETS][within],
+      IDS: arrays[IDS][index].astype(np.int32),
+      LOG_PROBS: arrays[LOG_PROBS][index].astype(np.float32),
+      TARGETS: arrays[TARGETS][index],
     }
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
@@ -211,7 +213,7 @@ class Kept:
     the targets of the run's own batch are those that the logits are for, and is
     then counted, since a number on a device would have to be waited for.
     """
-    put, number = run.programs.put, None
+    layout, number = run.programs.put, None
 
     def next_batch(state: TrainState) -> dict[str, jax.Array]:
       nonlocal number
@@ -220,7 +222,7 @@ class Kept:
         self._check_targets(run, number)
       arrays = self.batch(number)
       number += 1
-      return put.local({n: arrays[n][put.rows] for n in (IDS, LOG_PROBS)})
+      return layout.local({n: arrays[n][layout.rows] for n in (IDS, LOG_PROBS)})
 
     return next_batch
 
@@ -228,14 +230,14 @@ class Kept:
     """Raises ValueError where batch `number` of a run has other targets."""
     rows = run.programs.put.rows
     dataset = run.dataset.splits['train']
-    own: Any = data.batch_dataset(
+    run_batches: Any = data.batch_dataset(
       dataset,
       batch_size=self.about.batch_size,
       seed=self.about.seed,
       share=rows,
     )[number]
     digests = self.batch(number)[TARGETS][rows]
-    if not np.array_equal(row_digests(own['targets']), digests):
+    if not np.array_equal(row_digests(run_batches['targets']), digests):
       raise ValueError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
@@ -243,22 +245,22 @@ class Kept:
 
 
 @functools.lru_cache(maxsize=2)
-def _part(folder: pathlib.Path, about: About, part: int) -> dict[str, Any]:
-  """The arrays of a file, of which the last ones are remembered."""
-  name, numbers = [*about.parts()][part]
-  arrays, notes = load(folder / name)
+def _arrays(folder: pathlib.Path, about: About, number: int) -> dict[str, Any]:
+  """The arrays of file `number`; those of the last files are remembered."""
+  name, numbers = [*about.files()][number]
+  arrays, metadata = load(folder / name)
   shape = (len(numbers), about.batch_size, about.length, about.top)
   shapes = {arrays[name].shape for name in (IDS, LOG_PROBS) if name in arrays}
-  if notes.get('about') != about.digest or shapes != {shape}:
+  if metadata.get('about') != about.digest or shapes != {shape}:
     raise ValueError(f'{folder / name} has other logits than the manifest says')
   return arrays
 
 
-def read(folder: str | os.PathLike[str]) -> Kept:
+def read(folder: str | os.PathLike[str]) -> StoredLogits:
   """Reads the manifest of a folder of logits.
 
   Raises:
-    ValueError: There is none, or it cannot be read.
+    ValueError: There is no manifest, or it cannot be read.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / MANIFEST
@@ -269,15 +271,15 @@ def read(folder: str | os.PathLike[str]) -> Kept:
       'stopped'
     )
   try:
-    values = json.loads(path.read_text(encoding='utf-8'))
-    if values['format'] != FORMAT:
-      raise ValueError(f'format {values["format"]}, not {FORMAT}')
-    return Kept(
+    fields = json.loads(path.read_text(encoding='utf-8'))
+    if fields['format'] != FORMAT:
+      raise ValueError(f'format {fields["format"]}, not {FORMAT}')
+    return StoredLogits(
       folder,
-      About(**values['about']),
-      int(values['bytes']),
-      float(values['left_out_mean']),
-      float(values['left_out_max']),
+      About(**fields['about']),
+      int(fields['bytes']),
+      float(fields['left_out_mean']),
+      float(fields['left_out_max']),
     )
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f'{path} cannot be read: {error!r}') from None

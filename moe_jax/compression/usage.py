@@ -1,7 +1,7 @@
 """Statistics of experts on calibration data, by which they are ranked.
 
-Not here: what reaches them (`calibration.py`), and what is done with the ranks
-(`merge.py`, `prune.py`).
+Not here: the tokens that reach them (`calibration.py`), and the use of the
+ranks (`merge.py`, `prune.py`).
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from moe_jax.compression.calibration import Reached, capture
+from moe_jax.compression.calibration import RoutedTokens, capture
 from moe_jax.layers.experts import Gather
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.models import Model
@@ -91,15 +91,16 @@ def measure(
   Raises:
     ValueError: Experts choose tokens, or there is no sparse layer or no batch.
   """
-  wrong = [
+  expert_choice_layers = [
     i
     for i, moe in enumerate(model.moes)
     if moe is not None and moe.router.by_expert
   ]
-  if wrong:
+  if expert_choice_layers:
     raise ValueError(
-      f'the experts of layers {wrong} choose tokens, so that all are used '
-      'equally; only experts that tokens choose are merged and pruned'
+      f'the experts of layers {expert_choice_layers} choose tokens, so that '
+      'all are used equally; only experts that tokens choose are merged and '
+      'pruned'
     )
   total = None
   for batch in batches:
@@ -116,34 +117,34 @@ def measure(
 def _measure(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
 ) -> dict[int, Usage]:
-  reached = capture(model, variables, batch)
+  tokens = capture(model, variables, batch)
   layers = sparse_layers(model, variables['params'])
   return {
-    number: _of_layer(_expert(layer), layer.experts, reached[number])
+    number: _layer_usage(_expert_function(layer), layer.experts, tokens[number])
     for number, layer in layers.items()
   }
 
 
-def _of_layer(
-  run: Callable[[Arrays, Array], Array], experts: Arrays, reached: Reached
+def _layer_usage(
+  apply: Callable[[Arrays, Array], Array], experts: Arrays, tokens: RoutedTokens
 ) -> Usage:
-  routing = cast(Routing, reached.routing)
-  kept = routing.kept.reshape(-1, routing.kept.shape[-1])  # [N, K]
-  index = routing.expert_index.reshape(kept.shape)
-  gate = routing.token_gates().reshape(len(kept), -1)  # [N, E]
-  seen = kept.any(-1)
+  routing = cast(Routing, tokens.routing)
+  is_kept = routing.kept.reshape(-1, routing.kept.shape[-1])  # [N, K]
+  index = routing.expert_index.reshape(is_kept.shape)
+  gate = routing.token_gates().reshape(len(is_kept), -1)  # [N, E]
+  is_served = is_kept.any(-1)
 
-  def one(numbered):
-    e, own = numbered
-    y = run(own, reached.x).astype(jnp.float32).reshape(len(kept), -1)
-    y = jnp.where(seen[:, None], y, 0.0)
+  def sums_of(numbered_params):
+    e, params = numbered_params
+    y = apply(params, tokens.x).astype(jnp.float32).reshape(len(is_kept), -1)
+    y = jnp.where(is_served[:, None], y, 0.0)
     return y.sum(0), (gate[:, e] * jnp.linalg.norm(y, axis=-1)).sum()
 
   E = routing.num_experts
-  output, gated_norm = jax.lax.map(one, (jnp.arange(E), experts))
-  served = kept[..., None] & jax.nn.one_hot(index, E, dtype=bool)
+  output, gated_norm = jax.lax.map(sums_of, (jnp.arange(E), experts))
+  served = is_kept[..., None] & jax.nn.one_hot(index, E, dtype=bool)
   return Usage(
-    tokens=seen.sum(),
+    tokens=is_served.sum(),
     choices=served.sum((0, 1)),
     gate=gate.sum(0),
     gated_norm=gated_norm,
@@ -151,15 +152,15 @@ def _of_layer(
   )
 
 
-def _expert(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
+def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
   """The function from one expert's parameters and groups to its outputs."""
   module = layer.moe.expert.experts(Gather(), layer.shared)
 
-  def run(own: Arrays, x: Float[Array, 'G S M']) -> Array:
+  def apply_expert(params: Arrays, x: Float[Array, 'G S M']) -> Array:
     G, S, _ = x.shape
     slot = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[None], (G, S))
     ones = jnp.ones((G, S, 1), jnp.float32)
-    everyone = Routing(
+    full_routing = Routing(
       expert_index=jnp.zeros((G, S, 1), jnp.int32),
       slot=slot[..., None],
       gate=ones,
@@ -167,18 +168,18 @@ def _expert(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
       num_experts=1,
       capacity=S,
     )
-    return module.apply({'params': _tree(own)}, x, everyone)[0]
+    return module.apply({'params': _tree(params)}, x, full_routing)[0]
 
-  return run
+  return apply_expert
 
 
-def _tree(own: Arrays) -> dict[str, Any]:
+def _tree(params: Arrays) -> dict[str, Any]:
   """The parameters of one expert as those of a layer of one expert."""
   tree: dict[str, Any] = {}
-  for path, array in own.items():
-    *above, name = path[path.index(SCOPE) + 1 :]
-    below = tree
-    for part in above:
-      below = below.setdefault(part, {})
-    below[name] = array[None]
+  for path, array in params.items():
+    *modules, name = path[path.index(SCOPE) + 1 :]
+    subtree = tree
+    for module in modules:
+      subtree = subtree.setdefault(module, {})
+    subtree[name] = array[None]
   return tree

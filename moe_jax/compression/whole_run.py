@@ -1,6 +1,6 @@
 """A trained run as compression reads it, and the new run that it writes.
 
-Not here: what is made of the parameters in between.
+Not here: the changes of the parameters in between.
 """
 
 import os
@@ -21,8 +21,9 @@ class WholeRun(NamedTuple):
     folder: The run's folder.
     options: Its options and its tokenizer, if it has one.
     model: Its model.
-    variables: What the model's `apply` takes: 'params', with the run's adapters
-      merged into the kernels, and 'router_state' where the model has it.
+    variables: The variables that `model.apply` takes: 'params', with the run's
+      adapters merged into the kernels, and 'router_state' where the model has
+      it.
     step: The step of the checkpoint.
   """
 
@@ -55,9 +56,9 @@ def read(
   options = trained.read(folder, allow, tokenizer_needed=False)
   rules = options.sharding.rules
   model = options.model.build(rules)
-  found = trained.restore_variables(folder, model, rules, step=step)
-  code_trees.check_codes(options.model, found.state['params'])
-  return WholeRun(folder, options, model, found.state, found.step)
+  restored = trained.restore_variables(folder, model, rules, step=step)
+  code_trees.check_codes(options.model, restored.state['params'])
+  return WholeRun(folder, options, model, restored.state, restored.step)
 
 
 def write(
@@ -79,8 +80,8 @@ def write(
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     model: The options of the new model; None keeps those of the run.
-    packed: Whether the new model is one that is not trained, whose variables
-      are written as one file of weights.
+    packed: Whether the variables are written as one file of weights, for a
+      model that is not trained.
     router_state: The state of the new model's routers; None keeps that of the
       run.
 

@@ -31,13 +31,15 @@ def parse(
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text, workdir, output):
-    added = commands.add_parser(name, help=text, **command_line.about(__doc__))
-    added.set_defaults(run=run)
-    added.add_argument('--workdir', required=True, help=workdir)
-    added.add_argument('--output', required=True, help=output)
-    added.add_argument('--traceback', action='store_true')
-    added.add_argument('--allow_module', action='append', default=[])
-    return added.add_argument
+    subparser = commands.add_parser(
+      name, help=text, **command_line.about(__doc__)
+    )
+    subparser.set_defaults(run=run)
+    subparser.add_argument('--workdir', required=True, help=workdir)
+    subparser.add_argument('--output', required=True, help=output)
+    subparser.add_argument('--traceback', action='store_true')
+    subparser.add_argument('--allow_module', action='append', default=[])
+    return subparser.add_argument
 
   def add_step(add):
     text = 'step of the checkpoint; default: the newest good one'
@@ -72,24 +74,24 @@ def parse(
 
 
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
-  data = None
+  data_options = None
   if options.config:
     section = config_file.config_of(options.config, overrides).data
-    data = sections.read(DataOptions, section, 'data.')
+    data_options = sections.read(DataOptions, section, 'data.')
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
     raise ValueError(f'{output} is there already; give a new file')
-  found = choose_experts.choose(
+  experts = choose_experts.choose(
     options.workdir,
     share=options.share,
     score=options.score,
     num_batches=options.batches,
-    options=data,
+    options=data_options,
     allow=options.allow_module,
   )
-  found.write(output)
+  experts.write(output)
   return (
-    f'{found.describe()}; train them alone with --config.trainable=experts '
+    f'{experts.describe()}; train them alone with --config.trainable=experts '
     f'--config.trained_experts={output}'
   )
 

@@ -32,7 +32,7 @@ WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
 _FORMAT = 1
 
 
-class _Read(NamedTuple):
+class _LoadedRun(NamedTuple):
   """A run's model with its parameters, and its adapters if it has any."""
 
   model: Model
@@ -75,14 +75,14 @@ def save(
       routers, which training moves too, or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """
-  run = _read(workdir, step, allow)
+  run = _load(workdir, step, allow)
   if not run.adapters.kernels or not run.step:
     raise ValueError(
       f'{workdir} holds no trained adapter: lora.rank='
       f'{run.adapters.options.rank}, step {run.step}'
     )
   _check_stateless(run.model)
-  folder = _free(output)
+  folder = _new_folder(output)
   flat = flat_trees.flatten(run.params)
   factors = {
     '/'.join(path): np.asarray(leaf)
@@ -97,7 +97,7 @@ def save(
   }
   folder.mkdir(parents=True, exist_ok=True)
   save_file(factors, folder / WEIGHTS)
-  # Last, as without it a folder is not read.
+  # This file is written last, since a folder without it is not read.
   text = json.dumps(about, indent=2, sort_keys=True) + '\n'
   (folder / ABOUT).write_text(text, encoding='utf-8')
   size = sum(factor.nbytes for factor in factors.values())
@@ -137,16 +137,16 @@ def read(
     ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError
   ) as error:  # fmt: skip
     raise ValueError(f'{path} holds no adapter: {error!r}') from None
-  if base != (own := digest(params)):
+  if base != (params_digest := digest(params)):
     raise ValueError(
       f'{path} is an adapter of the base with sha256 {base!s:.12}; these '
-      f'parameters have {own:.12}'
+      f'parameters have {params_digest:.12}'
     )
   adapters = adapt(options, describe(model))
   shapes = {
-    '/'.join(where): leaf.shape
-    for where, leaf in flat_trees.flatten(adapters.trees.shapes).items()
-    if '/'.join(where) in adapters.names
+    '/'.join(leaf_path): leaf.shape
+    for leaf_path, leaf in flat_trees.flatten(adapters.trees.shapes).items()
+    if '/'.join(leaf_path) in adapters.names
   }
   if {name: x.shape for name, x in factors.items()} != shapes or not all(
     x.dtype == np.float32 and np.isfinite(x).all() for x in factors.values()
@@ -180,14 +180,14 @@ def merge(
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Returns:
-    A line about it.
+    A line about the new folder.
 
   Raises:
-    ValueError: As `read`; the folder holds no run; the base has adapters or
+    ValueError: See `read`; or the folder holds no run; the base has adapters or
       state of routers; or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """
-  run, base = _read(workdir, step, allow), pathlib.Path(workdir).expanduser()
+  run, base = _load(workdir, step, allow), pathlib.Path(workdir).expanduser()
   if run.step and run.adapters.kernels:
     raise ValueError(
       f'{workdir} has an adapter itself, which all that reads it merges; give '
@@ -196,22 +196,22 @@ def merge(
   _check_stateless(run.model)
   adapters, params = read(folder, run.model, run.params)
   merged = adapters.merged_on_devices(params)
-  new = new_run.derive(base, output, merged)
+  new_folder = new_run.derive(base, output, merged)
   return (
-    f'step {run.step} of {base} with the adapter of {folder} is in {new}; its '
-    'data, task and tokenizer are those of the base'
+    f'step {run.step} of {base} with the adapter of {folder} is in '
+    f'{new_folder}; its data, task and tokenizer are those of the base'
   )
 
 
-def _read(workdir, step, allow) -> _Read:
+def _load(workdir, step, allow) -> _LoadedRun:
   run = trained.read(workdir, allow, tokenizer_needed=False)
   rules = run.sharding.rules
   model = run.model.build(rules)
   adapters = trained.adapters_of(workdir, model)
-  found = trained.restore_unmerged(
+  restored = trained.restore_unmerged(
     workdir, model, rules, adapters, step=step, router_state=False
   )
-  return _Read(model, adapters, found.state['params'], found.step)
+  return _LoadedRun(model, adapters, restored.state['params'], restored.step)
 
 
 def _check_stateless(model: Model) -> None:
@@ -222,7 +222,7 @@ def _check_stateless(model: Model) -> None:
     )
 
 
-def _free(output: str | os.PathLike[str]) -> pathlib.Path:
+def _new_folder(output: str | os.PathLike[str]) -> pathlib.Path:
   folder = pathlib.Path(output).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f'{folder} is there already; give a new or empty folder')

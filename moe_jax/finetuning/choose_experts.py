@@ -4,8 +4,8 @@ Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906: in each layer
 the fewest experts whose shares of the use reach p. The use of an expert is its
 mean gate, or the share of choices that fall on it. Unlike in the paper, means
 are over all tokens of packed rows, not first over those of each sample, and
-shares of gates are of the sum of a layer's gates. Not here: how the chosen
-train alone (`training/chosen_experts.py`).
+shares of gates are of the sum of a layer's gates. Not here: training of the
+chosen experts alone (`training/chosen_experts.py`).
 """
 
 import functools
@@ -30,7 +30,7 @@ from moe_jax.training.chosen_experts import ChosenExperts
 
 # The use of experts by one batch: {layer: float [E]}, sums over its tokens.
 Use = dict[int, np.ndarray]
-_SOWN = 'use'
+_SOWN_NAME = 'use'
 
 
 def _gates(routing, aux) -> Array:
@@ -81,8 +81,8 @@ def shares(
   if total is None or not total.sum(1).all():
     raise ValueError('no batch, or none with a token that reaches an expert')
   return {
-    layer: own / own.sum()
-    for layer, own in zip(model.sparse_layers, total, strict=True)
+    layer: layer_use / layer_use.sum()
+    for layer, layer_use in zip(model.sparse_layers, total, strict=True)
   }
 
 
@@ -91,18 +91,19 @@ def chosen(
 ) -> dict[int, tuple[int, ...]]:
   """The fewest experts of each layer whose shares sum up to `share` or more.
 
-  Those of the largest shares are taken first, and the lower number of equals.
+  Experts of the largest shares are taken first; of equal ones, that of the
+  lower number.
 
   Raises:
     ValueError: `share` is not in (0, 1].
   """
   _check_share(share)
   layers = {}
-  for layer, own in shares_of.items():
-    order = np.argsort(-own, kind='stable')
+  for layer, layer_shares in shares_of.items():
+    order = np.argsort(-layer_shares, kind='stable')
     # Rounding must not add an expert where a sum is the share itself.
-    reached = np.cumsum(own[order]) >= share - 1e-9
-    layers[layer] = tuple(sorted(map(int, order[: 1 + reached.argmax()])))
+    is_reached = np.cumsum(layer_shares[order]) >= share - 1e-9
+    layers[layer] = tuple(sorted(map(int, order[: 1 + is_reached.argmax()])))
   return layers
 
 
@@ -128,35 +129,37 @@ def choose(
     score: 'gate' or 'tokens'; see `shares`.
     num_batches: Number of batches of the training split, as a run that begins
       with the seed 0 reads them.
-    options: The data of the task; None is that of the run.
+    options: The options of the task's data; None takes those of the run.
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: As `shares` and `chosen`, the folder holds no run, or the task's
-      tokenizer is another.
+    ValueError: See `shares` and `chosen`; or the folder holds no run, or the
+      task's tokenizer is another.
     CheckpointError: No checkpoint is good.
   """
   _check_share(share)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
-  found = trained.restore_variables(workdir, model, run.sharding.rules)
+  restored = trained.restore_variables(workdir, model, run.sharding.rules)
   dataset = data.load(options or run.data)
-  # As where a run begins with another's parameters: a task may add an EOS.
+  # The same check as for a run that begins with another's parameters: a task
+  # may add an EOS.
   for problem in run.token_problems(dataset.tokenizer):
     raise ValueError(f'{workdir} does not fit the data: {problem}')
   stream = data.train_batches(
     dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
   )
   batches = [next(stream) for _ in range(num_batches)]
-  by_layer = shares(model, found.state, batches, score)
+  by_layer = shares(model, restored.state, batches, score)
   about = {
     'score': score,
     'share': share,
-    'workdir_step': found.step,
+    'workdir_step': restored.step,
     'data_digest': dataset.digest,
     'num_batches': num_batches,
     'shares': {
-      str(i): [round(float(x), 6) for x in own] for i, own in by_layer.items()
+      str(i): [round(float(x), 6) for x in layer_shares]
+      for i, layer_shares in by_layer.items()
     },
   }
   E = model.moe_of(model.sparse_layers[-1]).num_experts
@@ -167,27 +170,27 @@ def _use(model: Model, score: str, variables, batch) -> list[Array]:
   """The use of the experts of each sparse layer, [E], over a batch."""
   measure = SCORES[score]
 
-  def sown(call, args, kwargs, context):
-    result = call(*args, **kwargs)
+  def sow_use(call, args, kwargs, context):
+    outputs = call(*args, **kwargs)
     if isinstance(context.module, Router) and context.method_name == '__call__':
-      value = jax.lax.stop_gradient(measure(*result))
-      context.module.sow('intermediates', _SOWN, value.astype(jnp.float32))
-    return result
+      use = jax.lax.stop_gradient(measure(*outputs))
+      context.module.sow('intermediates', _SOWN_NAME, use.astype(jnp.float32))
+    return outputs
 
-  with nn.intercept_methods(sown):
-    _, kept = model.apply(
+  with nn.intercept_methods(sow_use):
+    _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-  layers = model.layer_trees(kept['intermediates'])
-  return [_found(layers[i]) for i in model.sparse_layers]
+  layers = model.layer_trees(collections['intermediates'])
+  return [_sown_use(layers[i]) for i in model.sparse_layers]
 
 
-def _found(tree: Mapping[str, Any]) -> Array:
+def _sown_use(tree: Mapping[str, Any]) -> Array:
   """The value that a layer's only router has sown."""
-  if _SOWN in tree:
-    return tree[_SOWN][0]
+  if _SOWN_NAME in tree:
+    return tree[_SOWN_NAME][0]
   return next(
-    found
-    for below in tree.values()
-    if isinstance(below, Mapping) and (found := _found(below)) is not None
+    use
+    for subtree in tree.values()
+    if isinstance(subtree, Mapping) and (use := _sown_use(subtree)) is not None
   )

@@ -1,6 +1,6 @@
 """Matching of a model's parameters with those of another model.
 
-Not here: how the arrays are made (`upcycling.py`).
+Not here: the computation of the new arrays (`upcycling.py`).
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from moe_jax.models.layer_trees import LayerPlace, numbers_of
 _SPARSE = ('expert', 'router', 'shared_expert')
 
 
-class _Described(NamedTuple):
+class _Parameter(NamedTuple):
   """Description of a parameter.
 
   Attributes:
@@ -49,7 +49,7 @@ def plan(
   Args:
     model: The new model.
     source: The other model.
-    copies: How experts are copied.
+    copies: The options of how experts are copied.
     experts: Whether experts and routers are copied; otherwise the feed-forward
       of a layer that is sparse in `source` is new, dense or sparse.
 
@@ -59,33 +59,34 @@ def plan(
       other widths, parameters that only one model has, or `copies.experts` that
       do not fit.
   """
-  have, wanted = _described(source), _described(model)
+  old, new = _parameters(source), _parameters(model)
   if not experts:
-    have = {p: x for p, x in have.items() if x.role.role not in _SPARSE}
-  layers = _Layers(source, have)
+    old = {p: x for p, x in old.items() if x.role.role not in _SPARSE}
+  layers = _Layers(source, old)
   numbers = _experts(model, source, copies) if experts else ()
   drawn = () if experts else source.sparse_layers
   pieces, sizes, problems, used = {}, [], [], set()
-  for path, one in wanted.items():
-    sources, numbered = [Piece(path if path in have else None)], [None]
+  for path, parameter in new.items():
+    role = parameter.role
+    sources, numbered = [Piece(path if path in old else None)], [None]
     if (place := model.place_of(path)) is not None:
-      sources = [layers.find(n, place, one.role) for n in place.layers]
+      sources = [layers.find(n, place, role) for n in place.layers]
       numbered = numbers_of(model.stacks, place)
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
       # A layer between LSTMs is in no stack and has no number.
-      new = number in (None, *drawn) and one.role.role in ('ffn', *_SPARSE)
-      if piece.path is None and new and drawn:
+      is_new = number in (None, *drawn) and role.role in ('ffn', *_SPARSE)
+      if piece.path is None and is_new and drawn:
         continue
-      found = sizes if piece.path else problems
-      found += _problem(path, piece, one, have, len(numbers))
-  problems += [f'{_name(p)}: not in this model' for p in have if p not in used]
+      listed = sizes if piece.path else problems
+      listed += _problem(path, piece, parameter, old, len(numbers))
+  problems += [f'{_name(p)}: not in this model' for p in old if p not in used]
   # Parameters of layers that one model lacks say no more than their number.
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
-    said = ['the models do not fit:', *dict.fromkeys(problems)]
-    raise ValueError('\n'.join(said))
+    lines = ['the models do not fit:', *dict.fromkeys(problems)]
+    raise ValueError('\n'.join(lines))
   return Plan(
     model=model,
     pieces=pieces,
@@ -104,18 +105,18 @@ def plan(
 class _Layers:
   """The pieces of arrays that hold the parameters of a model's layers."""
 
-  def __init__(self, model: Model, have: Mapping[Path, _Described]):
+  def __init__(self, model: Model, parameters: Mapping[Path, _Parameter]):
     # The key is (stack, layer, name of the parameter within a layer).
     self._pieces: dict[tuple, Piece] = {}
     # Dense feed-forwards alone, by keys with only the last part of the name.
     self._dense: dict[tuple, list[Piece]] = {}
-    for path, one in have.items():
+    for path, parameter in parameters.items():
       if (place := model.place_of(path)) is None:
         continue
       for period, layer in enumerate(place.layers):
         piece = Piece(path, period)
         self._pieces[place.stack, layer, place.name] = piece
-        if one.role.role == 'ffn':
+        if parameter.role.role == 'ffn':
           key = place.stack, layer, place.name[-1]
           self._dense.setdefault(key, []).append(piece)
 
@@ -138,16 +139,16 @@ class _Layers:
 def _problem(
   path: Path,
   piece: Piece,
-  wanted: _Described,
-  have: Mapping[Path, _Described],
+  parameter: _Parameter,
+  old_parameters: Mapping[Path, _Parameter],
   num_experts: int,
 ) -> list[str]:
   """The reason why a parameter cannot be made from its piece, if any."""
   if piece.path is None:
-    is_new = wanted.role.role == 'router'
+    is_new = parameter.role.role == 'router'
     return [] if is_new else [f'{_name(path)}: not in the other model']
-  old, new = list(have[piece.path].shape), list(wanted.shape)
-  axes = wanted.axes
+  old, new = list(old_parameters[piece.path].shape), list(parameter.shape)
+  axes = parameter.axes
   if piece.period is not None:
     old, new, axes = old[1:], new[1:], axes[1:]
     axis = expert_axis(axes)
@@ -163,42 +164,42 @@ def _problem(
 def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
   """The number of each expert's source.
 
-  It is () where every expert is its own source, or there is none: unless both
-  models have experts, in equal numbers in all of a model's sparse layers.
+  It is () unless both models have experts, in equal numbers in all of a model's
+  sparse layers: then every expert is its own source, or there is none.
   """
-  theirs, ours = _num_experts(source), _num_experts(model)
-  equal = equal_experts(model) and equal_experts(source)
-  if not theirs or not ours or not equal:
-    if theirs and ours and not equal:
+  num_old, num_new = _num_experts(source), _num_experts(model)
+  are_equal = equal_experts(model) and equal_experts(source)
+  if not num_old or not num_new or not are_equal:
+    if num_old and num_new and not are_equal:
       _check_columns(model, source)
-    if copies.experts and not equal:
+    if copies.experts and not are_equal:
       raise ValueError(
         f'init_from.experts={copies.experts}: one of the models has layers '
         'with other numbers of experts than others, or than columns'
       )
     if copies.experts:
       raise ValueError(
-        f'init_from.experts={copies.experts} with {theirs} experts there and '
-        f'{ours} here; it is for two sparse models'
+        f'init_from.experts={copies.experts} with {num_old} experts there and '
+        f'{num_new} here; it is for two sparse models'
       )
     return ()
-  experts = copies.experts or sources_of(ours, theirs)
-  if len(experts) != ours or not all(0 <= e < theirs for e in experts):
+  experts = copies.experts or sources_of(num_new, num_old)
+  if len(experts) != num_new or not all(0 <= e < num_old for e in experts):
     raise ValueError(
-      f'init_from.experts={experts} are not {ours} numbers in [0, {theirs})'
+      f'init_from.experts={experts} are not {num_new} numbers in [0, {num_old})'
     )
   return experts
 
 
 def _check_columns(model: Model, source: Model) -> None:
   """Raises ValueError where columns of routers lead to other experts."""
-  for (_, new), (_, old) in zip(model.stacks, source.stacks):
-    if not (new.experts and old.experts):
+  for (_, new_stack), (_, old_stack) in zip(model.stacks, source.stacks):
+    if not (new_stack.experts and old_stack.experts):
       continue
-    there, here = old.experts.retained, new.experts.retained
-    if there.rows != here.rows or there.counts != here.counts:
+    old, new = old_stack.experts.retained, new_stack.experts.retained
+    if old.rows != new.rows or old.counts != new.counts:
       raise ValueError(
-        f'moe.retained is {there} there and {here} here: give both the same, '
+        f'moe.retained is {old} there and {new} here: give both the same, '
         'as experts are copied by number where layers have lost some'
       )
 
@@ -206,7 +207,7 @@ def _check_columns(model: Model, source: Model) -> None:
 def equal_experts(model: Model) -> bool:
   """Whether all sparse layers have E experts and a router column for each."""
   sizes = [moe.sizes for moe in model.moes if moe is not None]
-  counts = {n for own in sizes for n in (own.num_experts, own.num_retained)}
+  counts = {n for x in sizes for n in (x.num_experts, x.num_retained)}
   return len(counts) <= 1
 
 
@@ -216,25 +217,24 @@ def _num_experts(model: Model) -> int:
 
 def _lengths(model: Model, source: Model) -> list[str]:
   """Lines on stacks whose numbers of layers differ between two models."""
-  theirs, ours = (
+  old, new = (
     {path: len(stack.sparse) for path, stack in m.stacks}
     for m in (source, model)
   )
-  if theirs.keys() != ours.keys():
+  if old.keys() != new.keys():
     return ['one of the two is an encoder-decoder']
   return [
-    f'{"/".join(path) or "layers"}: {theirs[path]} layers there, '
-    f'{ours[path]} here'
-    for path in ours
-    if theirs[path] != ours[path]
+    f'{"/".join(path) or "layers"}: {old[path]} layers there, {new[path]} here'
+    for path in new
+    if old[path] != new[path]
   ]
 
 
-def _described(model: Model) -> dict[Path, _Described]:
+def _parameters(model: Model) -> dict[Path, _Parameter]:
   """The description of every parameter, by its path."""
   shapes, axes, roles = map(flat, models.describe(model))
   return {
-    path: _Described(leaf.shape, axes[path], roles[path])
+    path: _Parameter(leaf.shape, axes[path], roles[path])
     for path, leaf in shapes.items()
   }
 

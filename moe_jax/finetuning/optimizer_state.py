@@ -34,7 +34,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
     step: The step of its checkpoint.
 
   Returns:
-    The state and words about it.
+    The state and a phrase about it.
 
   Raises:
     ValueError: The other run's state does not fit: its optimizer is another, it
@@ -44,13 +44,13 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   directory = checkpoints_of(folder)
   saved = Directory(directory, 1, False, '').manifest(step).tree
   abstract = run.programs.abstract_state
-  ours = abstract.opt_state
+  opt_state = abstract.opt_state
   try:
     if run.options.lora.rank:
       raise ValueError('the factors of adapters are new, and so is their state')
-    here = {'params': abstract.params, 'opt_state': ours}
-    places = paired_links(manifest_lib.describe(here), saved)
-    target = _target(ours, places, saved)
+    arrays = {'params': abstract.params, 'opt_state': opt_state}
+    link_pairs = paired_links(manifest_lib.describe(arrays), saved)
+    target = _target(opt_state, link_pairs, saved)
   except ValueError as error:
     raise ValueError(
       f'init_from.keep_optimizer=True: the state of the optimizer in the '
@@ -58,27 +58,27 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
       f'{_settings(run, folder)}; set it to False for a new optimizer\n{error}'
     ) from None
   with Checkpointer(directory, keep_best=False) as checkpoints:
-    found = checkpoints.restore(
+    restored = checkpoints.restore(
       {'opt_state': target}, step=step, partial=True, cast=True
     )
   schedule = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    ours[-1],
+    opt_state[-1],
   )
-  state = [*ours[:-1], schedule]
-  for own, theirs in places.items():
-    if own != len(ours) - 1:
-      state[own] = found.state['opt_state'][theirs]
-  count = len(jax.tree.leaves(ours[:-1]))
-  said = (
+  state = [*opt_state[:-1], schedule]
+  for link, saved_link in link_pairs.items():
+    if link != len(opt_state) - 1:
+      state[link] = restored.state['opt_state'][saved_link]
+  count = len(jax.tree.leaves(opt_state[:-1]))
+  description = (
     f'the optimizer keeps its {count} arrays of moments and their counts, and '
     'its schedule begins anew'
   )
-  return tuple(state), said
+  return tuple(state), description
 
 
 def paired_links(
-  ours: Mapping[str, str], theirs: Mapping[str, str]
+  arrays: Mapping[str, str], saved: Mapping[str, str]
 ) -> dict[int, int]:
   """Pairs the links of two optimizers' chains that keep the same.
 
@@ -88,25 +88,23 @@ def paired_links(
   keep the same are paired in their order.
 
   Args:
-    ours: The arrays of a run in `params` and `opt_state`, described as in a
+    arrays: The arrays of a run in `params` and `opt_state`, described as in a
       checkpoint's manifest.
-    theirs: Those of another run.
+    saved: The arrays of another run, described in the same way.
 
   Returns:
-    The number of a link there, by its number here.
+    The number of a link in the other run's chain, by its number in this one's.
 
   Raises:
-    ValueError: Not as many links keep the same there as here.
+    ValueError: The other chain does not have as many links that keep the same.
   """
-  here, there = _links(ours), _links(theirs)
-  if Counter(here.values()) != Counter(there.values()):
+  links, saved_links = _links(arrays), _links(saved)
+  if Counter(links.values()) != Counter(saved_links.values()):
     raise ValueError(
-      f'the links of its optimizer keep {_listed(there)} there and '
-      f'{_listed(here)} here (* is a parameter)'
+      f'the links of its optimizer keep {_listed(saved_links)} there and '
+      f'{_listed(links)} here (* is a parameter)'
     )
-  orders = (
-    sorted(links, key=lambda n: (links[n], n)) for links in (here, there)
-  )
+  orders = (sorted(x, key=lambda n: (x[n], n)) for x in (links, saved_links))
   return dict(zip(*orders, strict=True))
 
 
@@ -135,14 +133,14 @@ def _name(path: Sequence[str], parameters: Set[str]) -> str:
 
 
 def _listed(links: Mapping[int, tuple[str, ...]]) -> str:
-  said = [f'[{", ".join(names)}]' for _, names in sorted(links.items())]
-  return ' and '.join(said) or 'nothing'
+  texts = [f'[{", ".join(names)}]' for _, names in sorted(links.items())]
+  return ' and '.join(texts) or 'nothing'
 
 
 def _target(
-  ours: Any, places: Mapping[int, int], saved: Mapping[str, str]
+  opt_state: Any, link_pairs: Mapping[int, int], saved: Mapping[str, str]
 ) -> tuple[Any, ...]:
-  """The part of the other run's state that is read, with our shapes.
+  """The part of the other run's state that is read, with this run's shapes.
 
   The last link is the schedule, which Orbax reads with the others.
 
@@ -150,13 +148,13 @@ def _target(
     ValueError: The other run lacks some of it.
   """
   target = [
-    optax.EmptyState() for _ in range(max(places.values(), default=-1) + 1)
+    optax.EmptyState() for _ in range(max(link_pairs.values(), default=-1) + 1)
   ]
-  for here, there in places.items():
-    target[there] = ours[here]
-  wanted = manifest_lib.describe({'opt_state': tuple(target)})
-  have = {path: saved[path] for path in wanted if path in saved}
-  if differences := manifest_lib.difference(have, wanted, cast=True):
+  for link, saved_link in link_pairs.items():
+    target[saved_link] = opt_state[link]
+  expected = manifest_lib.describe({'opt_state': tuple(target)})
+  present = {path: saved[path] for path in expected if path in saved}
+  if differences := manifest_lib.difference(present, expected, cast=True):
     raise ValueError(differences)
   return tuple(target)
 
@@ -164,11 +162,11 @@ def _target(
 def _settings(run: Run, folder: pathlib.Path) -> str:
   """The settings of both runs on which the state depends."""
   config = kept_config(folder)
-  there = (config.get('optimizer', {}).get('kind'), config.get('trainable'))
+  old = (config.get('optimizer', {}).get('kind'), config.get('trainable'))
   rank = config.get('lora', {}).get('rank', 0)
-  here = (type(run.options.optimizer).__name__, run.options.trainable)
+  new = (type(run.options.optimizer).__name__, run.options.trainable)
   return (
-    f'(optimizer {there[0]!r} there, {here[0]} here; trainable {there[1]!r} '
-    f'there, {here[1]!r} here; lora.rank {rank} there, '
+    f'(optimizer {old[0]!r} there, {new[0]} here; trainable {old[1]!r} '
+    f'there, {new[1]!r} here; lora.rank {rank} there, '
     f'{run.options.lora.rank} here)'
   )

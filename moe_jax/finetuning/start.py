@@ -1,6 +1,6 @@
 """Reading and converting of the parameters that `config.init_from` names.
 
-Not here: which parameters become which (`matching.py`).
+Not here: the matching of parameters (`matching.py`).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from moe_jax.shapes import PRNGKey
 from moe_jax.training.init_from_options import InitFromOptions
 from moe_jax.training.setup import Run
 
-_GIVEN = {'workdir': NOT_EMPTY}
+_HAS_WORKDIR = {'workdir': NOT_EMPTY}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +36,20 @@ class InitFrom(InitFromOptions):
     'counts, where all parameters are copied and its optimizer is the same; '
     'the schedule of the learning rate begins anew. Otherwise the optimizer is '
     'new.',
-    when=_GIVEN,
+    when=_HAS_WORKDIR,
   )
   experts: str = option(
     '',
     "Numbers of the other run's experts that this run's experts are copies of, "
     "separated by commas: '0,1,0,1'; an empty string takes them in turn.",
-    when=_GIVEN,
+    when=_HAS_WORKDIR,
   )
   router_std: float = option(
     0.0,
     'Standard deviation of the kernels of routers that the other run does not '
     'have (0.02 in sparse upcycling); 0 draws them as the model does.',
     at_least(0),
-    when=_GIVEN,
+    when=_HAS_WORKDIR,
   )
   expert_noise: float = option(
     0.0,
@@ -57,7 +57,7 @@ class InitFrom(InitFromOptions):
     "except the first, as a fraction of a kernel's root mean square; 0 adds "
     'none.',
     at_least(0),
-    when=_GIVEN,
+    when=_HAS_WORKDIR,
   )
   router_noise: float = option(
     0.0,
@@ -65,7 +65,7 @@ class InitFrom(InitFromOptions):
     'all copies of an expert except the first, as a fraction of the '
     "router's root mean square; with 0 the copies have equal logits.",
     at_least(0),
-    when=_GIVEN,
+    when=_HAS_WORKDIR,
   )
 
   def problems(self) -> Iterator[str]:
@@ -113,28 +113,28 @@ def initial(
   options = cast(InitFrom, run.options.init_from)
   if not options.workdir:
     return None
-  folder, theirs, source, chosen = _read(run, allow)
-  restored = _restore(run, source, chosen, folder)
-  begun, optimizer = restored.state, 'the optimizer is new'
-  if not chosen.copies_all:
-    begun = {'params': convert(run, chosen.apply, begun['params'])}
+  folder, source_run, source, copy_plan = _read(run, allow)
+  restored = _restore(run, source, copy_plan, folder)
+  variables, optimizer = restored.state, 'the optimizer is new'
+  if not copy_plan.copies_all:
+    variables = {'params': convert(run, copy_plan.apply, variables['params'])}
   if options.keep_optimizer:
     state, optimizer = optimizer_state.restore(run, folder, restored.step)
-    begun = {**begun, 'opt_state': state}
-  said = (
+    variables = {**variables, 'opt_state': state}
+  line = (
     f'beginning with the parameters of step {restored.step} of {folder}: '
-    f'{chosen.describe()}; {optimizer}'
+    f'{copy_plan.describe()}; {optimizer}'
   )
-  settings = list(changes(theirs.model, run.options.model))
-  if chosen.upcycled:
+  settings = list(changes(source_run.model, run.options.model))
+  if copy_plan.upcycled:
     settings += _expert_changes(source, run.model)
   if settings:
-    said += f'; WARNING: settings differ: {", ".join(settings)}'
-  return begun, said
+    line += f'; WARNING: settings differ: {", ".join(settings)}'
+  return variables, line
 
 
 def check(run: Run, allow: Iterable[str] = ()) -> None:
-  """Checks what `initial` will read, if a folder is given, but its arrays.
+  """Checks all but the arrays that `initial` will read, if a folder is given.
 
   Arguments and errors are those of `initial`.
   """
@@ -145,26 +145,26 @@ def check(run: Run, allow: Iterable[str] = ()) -> None:
 def _read(
   run: Run, allow: Iterable[str]
 ) -> tuple[pathlib.Path, trained.Described, Model, Plan]:
-  """The other run: its folder, its options, its model, and how it is copied."""
+  """The other run's folder, options and model, and the plan of copying it."""
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
-  theirs = trained.read(folder, allow)
-  if code_trees.has_codes(theirs.model):
+  source_run = trained.read(folder, allow)
+  if code_trees.has_codes(source_run.model):
     raise ValueError(
       f'init_from.workdir={folder}: its kernels are in codes of few bits, '
       'which are not trained; begin with the run that they were made of'
     )
-  _check_tokens(run, theirs, folder)
-  source = theirs.model.build(run.options.sharding.rules)
-  return folder, theirs, source, _plan(run, source, folder)
+  _check_tokens(run, source_run, folder)
+  source = source_run.model.build(run.options.sharding.rules)
+  return folder, source_run, source, _plan(run, source, folder)
 
 
 def _check_tokens(
-  run: Run, theirs: trained.Described, folder: pathlib.Path
+  run: Run, source_run: trained.Described, folder: pathlib.Path
 ) -> None:
   """Checks that both runs' tokens and tasks mean the same."""
   problems = (
-    *theirs.token_problems(run.dataset.tokenizer),
-    *theirs.task_problems(run.options.data),
+    *source_run.token_problems(run.dataset.tokenizer),
+    *source_run.task_problems(run.options.data),
   )
   for problem in problems:
     raise ValueError(f'init_from.workdir={folder}: {problem}')
@@ -174,32 +174,32 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   """The plan by which the other run's parameters become those of this one."""
   options = cast(InitFrom, run.options.init_from)
   try:
-    chosen = plan(run.model, source, options.copies)
+    copy_plan = plan(run.model, source, options.copies)
   except ValueError as error:
-    said = f'init_from.workdir={folder}: {error}'
-    given = run.given_options.model
-    if given == given.shrunk():
-      said += (
+    message = f'init_from.workdir={folder}: {error}'
+    given_model = run.given_options.model
+    if given_model == given_model.shrunk():
+      message += (
         "\nThis model is as small as ':runlocal' behind a config's name makes "
         'it: leave that out, or train the other run with it, too'
       )
-    raise ValueError(said) from None
-  if options.keep_optimizer and not chosen.copies_all:
+    raise ValueError(message) from None
+  if options.keep_optimizer and not copy_plan.copies_all:
     raise ValueError(
       'init_from.keep_optimizer=True: the parameters are converted, '
-      f'{chosen.describe()}, and the state of the optimizer cannot be'
+      f'{copy_plan.describe()}, and the state of the optimizer cannot be'
     )
-  return chosen
+  return copy_plan
 
 
 def _restore(
-  run: Run, source: Model, chosen: Plan, folder: pathlib.Path
+  run: Run, source: Model, copy_plan: Plan, folder: pathlib.Path
 ) -> Restored:
   """Reads the other run's variables from the checkpoint that is asked for.
 
-  Those that are only copied are read as this run's, in its dtypes.
+  Variables that are only copied are read as this run's, in its dtypes.
   """
-  options, as_is = run.options.init_from, chosen.copies_all
+  options, as_is = run.options.init_from, copy_plan.copies_all
   step = None if options.step < 0 else options.step
   has_state = all(abstract_router_state(m) for m in (source, run.model))
   return trained.restore_variables(
@@ -222,24 +222,24 @@ def convert(
 
   Args:
     run: The run, whose seed gives the key.
-    apply: A pure function from the other's parameters and a key; see
+    apply: A pure function from the other run's parameters and a key; see
       `Plan.apply`.
     params: The parameters of the other run.
   """
-  places = jax.tree.map(
+  shardings = jax.tree.map(
     lambda leaf: leaf.sharding,
     run.programs.adapters.base(run.programs.abstract_state.params),
   )
-  return jax.jit(apply, out_shardings=places)(
+  return jax.jit(apply, out_shardings=shardings)(
     params, jax.random.key(run.options.seed)
   )
 
 
 def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
   """Differing settings, apart from experts, that change what is computed."""
-  for name, (theirs, ours) in difference(old, new).items():
+  for name, (old_value, new_value) in difference(old, new).items():
     if name.removeprefix('encoder.').split('.')[0] not in ('moe', 'sparse'):
-      yield f'model.{name} {theirs!r} -> {ours!r}'
+      yield f'model.{name} {old_value!r} -> {new_value!r}'
 
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:

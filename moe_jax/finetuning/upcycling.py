@@ -15,8 +15,8 @@ With room for every token and without noise, the new model computes
   raw gate;
 - with fewer experts: another function.
 
-Not here: which parameters become which (`matching.py`), and reading the other
-run (`start.py`).
+Not here: the matching of parameters (`matching.py`), and reading the other run
+(`start.py`).
 """
 
 import collections
@@ -116,25 +116,25 @@ class Plan:
 
   def describe(self) -> str:
     """A line on how the parameters are made."""
-    c, said = self.copies, []
+    c, phrases = self.copies, []
     if self.upcycled:
       E = self.model.moe_of(self.model.sparse_layers[-1]).num_experts
       drawn = f' with std {c.router_std:g}' if c.router_std else ''
-      said.append(
+      phrases.append(
         f'layers {list(self.upcycled)} made sparse, {E} copies of each dense '
         f'feed-forward, routers drawn{drawn}'
       )
     if self.experts != tuple(range(self.num_source_experts)):
-      said.append(
+      phrases.append(
         f'{self.num_source_experts} experts made {len(self.experts)}, copies '
         f'of {list(self.experts)}'
       )
     if self.drawn:
-      said.append(f'feed-forwards of layers {list(self.drawn)} drawn anew')
+      phrases.append(f'feed-forwards of layers {list(self.drawn)} drawn anew')
     for name in ('expert_noise', 'router_noise'):
       if getattr(c, name):
-        said.append(f'{name} {getattr(c, name):g}')
-    return '; '.join([*said, 'the rest copied' if said else 'all copied'])
+        phrases.append(f'{name} {getattr(c, name):g}')
+    return '; '.join([*phrases, 'the rest copied' if phrases else 'all copied'])
 
   def apply(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
     """The new model's parameters; a pure function, to be jitted.
@@ -169,20 +169,20 @@ class Plan:
   def _piece(self, piece, period, source, new, axes, role, key) -> Array:
     if piece.path is None:
       return new[period]
-    value = source[piece.path][piece.period]
+    array = source[piece.path][piece.period]
     if (axis := expert_axis(axes)) is None:
-      return value
+      return array
     if piece.stacked:
       experts = (0,) * new.shape[1]
-      value = jnp.broadcast_to(value[None], new.shape[1:])
+      array = jnp.broadcast_to(array[None], new.shape[1:])
     else:
       experts = self.experts
-      if experts and experts != tuple(range(value.shape[axis])):
-        value = jnp.take(value, jnp.array(experts), axis)
+      if experts and experts != tuple(range(array.shape[axis])):
+        array = jnp.take(array, jnp.array(experts), axis)
     is_router = role.role == 'router'
     noise = self.copies.router_noise if is_router else self.copies.expert_noise
     key = jax.random.fold_in(key, period)
-    return _noisy(value, experts, axis, noise, key)
+    return _noisy(array, experts, axis, noise, key)
 
 
 def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
@@ -191,18 +191,18 @@ def sources_of(num_experts: int, source_experts: int) -> tuple[int, ...]:
 
 
 def _noisy(
-  value: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
+  array: Array, experts: Sequence[int], axis: int, noise: float, key: PRNGKey
 ) -> Array:
-  """The value with noise on all copies of an expert except the first."""
-  first = collections.Counter()
-  copy = [first.update([e]) or first[e] > 1 for e in experts]
-  if not noise or not any(copy):
-    return value
-  std = noise * jnp.sqrt(jnp.mean(jnp.square(value.astype(jnp.float32))))
-  shape = [1] * value.ndim
-  shape[axis] = len(copy)
-  draw = std * jax.random.normal(key, value.shape)
-  return value + jnp.array(copy).reshape(shape) * draw
+  """The array with noise on all copies of an expert except the first."""
+  counts = collections.Counter()
+  is_later_copy = [counts.update([e]) or counts[e] > 1 for e in experts]
+  if not noise or not any(is_later_copy):
+    return array
+  std = noise * jnp.sqrt(jnp.mean(jnp.square(array.astype(jnp.float32))))
+  shape = [1] * array.ndim
+  shape[axis] = len(is_later_copy)
+  drawn_noise = std * jax.random.normal(key, array.shape)
+  return array + jnp.array(is_later_copy).reshape(shape) * drawn_noise
 
 
 def expert_axis(axes: Sequence[str | None]) -> int | None:

@@ -150,7 +150,7 @@ def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
   run, state, batch = started(config, tmp_path, 8)
   assert 'teacher: step 3' in capsys.readouterr().out
   # The teacher's table splits the width of its experts, not their number.
-  (variables,) = run.train_step.given(state).values()
+  (variables,) = run.train_step.arrays_of(state).values()
   kernel = variables['layers']['layer_1']['moe']['experts']['w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 4, 8, 5)
   compiled = run.train_step.lower(
@@ -166,7 +166,7 @@ def test_hard_labels_alone_are_ordinary_training(teacher, tmp_path):
   # No teacher is computed: the step is the run's own.
   step = taught.programs.train_step
   assert taught.train_step is step
-  assert not isinstance(step, distill.Taught)
+  assert not isinstance(step, distill.TaughtStep)
 
 
 def test_all_but_experts_begin_as_the_teachers(teacher, tmp_path):

@@ -146,7 +146,7 @@ def test_the_growth_of_raw_gates_is_measured_on_calibration_data():
   assert left[1].row == (0, -1, 1, 2, 3)
   found = prune.growth(own, left)
   assert list(found) == [1]  # layer 2 keeps all of its experts
-  assert found[1].kept == 1 and 1e-4 < found[1].growth < 0.5
+  assert found[1].token_share == 1 and 1e-4 < found[1].growth < 0.5
   renormalized = with_layers(run_of(gates='renormalized'), unloved)
   assert (
     prune.growth(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import extract
-from moe_jax.compression.fewer import SHRUNK, Fewer, only, smaller
+from moe_jax.compression.fewer import SHRUNK, SmallerLayer, only, smaller
 from moe_jax.compression.merge import TIED
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
@@ -72,7 +72,9 @@ def test_equal_experts_are_merged_without_a_change():
   run = run_of(twins)
   layers = sparse_layers(run.model, run.variables['params'])
   row = (0, 1, 2, 1, 3)  # column 3 leads to expert 1
-  left = {n: Fewer(*only(layer, LEFT)[:2], row) for n, layer in layers.items()}
+  left = {
+    n: SmallerLayer(*only(layer, LEFT)[:2], row) for n, layer in layers.items()
+  }
   same_logits(run, *smaller(run, left, TIED))
   # Behind the same columns, experts that differ change the logits.
   with pytest.raises(AssertionError):

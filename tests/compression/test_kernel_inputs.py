@@ -41,7 +41,7 @@ def test_an_expert_has_at_most_four_times_the_mean():
   choose = functools.partial(token_choice, num_selected=1, capacity=None)
   routing = jax.jit(choose)(logits)
   x = jnp.asarray(np.arange(S, dtype=np.float32)[None, :, None])
-  reached = calibration.Reached(x, routing)
+  reached = calibration.RoutedTokens(x, routing)
   counted = np.arange(S)[None] >= 5
   tokens = ExpertTokens([reached], [counted])
   # 35 tokens count, so that the cap is 4 * 35 / 8, rounded up: 18 of 25.
@@ -49,7 +49,7 @@ def test_an_expert_has_at_most_four_times_the_mean():
   assert rows.filled.sum(1).tolist() == [18, 10, 0]
   assert rows.x[0, :18, 0].tolist() == list(range(5, 23))
   assert rows.x[1, :10, 0].tolist() == list(range(30, 40))
-  assert tokens.without == [2, 3, 4, 5, 6, 7]
+  assert tokens.without_tokens == [2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.slow
