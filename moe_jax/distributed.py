@@ -79,7 +79,7 @@ def start(
   not started in time, this process prints so and ends with status 1.
 
   Args:
-    timeouts: How long to wait for the others.
+    timeouts: The timeouts of the run.
     coordinator: 'host:port' of process 0, which listens there.
     num_processes: Number of processes of the run.
     process_id: Number of this process, from 0.

@@ -44,7 +44,7 @@ class DryRun:
 
   Args:
     options: The options of the run.
-    workdir: Its folder, which need not exist; '' if none is given.
+    workdir: The folder of the run, which need not exist; '' for none.
     resume: Whether the folder's config may differ.
     hooks: The hooks of the run, which check it as they would.
 
@@ -280,7 +280,7 @@ class DryRun:
       self._refuse(error)
       return
     if step is None and self.problems:
-      return  # that there is no run is said already
+      return  # a problem says already that there is no run
     if step is None:
       self._refuse(
         ValueError(f'init_from.workdir={folder} has no finished checkpoint')

@@ -106,8 +106,8 @@ def choice(
     kinds: The kinds to choose from.
     default: The name of the default kind, or its options.
     sentence: A sentence on what is chosen.
-    when: As in `option`.
-    how: As in `option`.
+    when: The same as in `option`.
+    how: The same as in `option`.
   """
   if isinstance(default, str):
     default = kinds.builtin[default]()
@@ -200,7 +200,7 @@ class Kinds:
     """The class of options of that name.
 
     Raises:
-      ValueError: It does not exist, or a user's class breaks the contract.
+      ValueError: No kind has this name, or a user's class breaks the contract.
     """
     if isinstance(name, str):
       if name in self.builtin:

@@ -132,7 +132,7 @@ def _settle_overrides(
     config: The config with the later layer, which is changed.
 
   Returns:
-    The values that are removed, by name.
+    The removed values, by name.
   """
   overrides = MODELS.get(config.model.kind).settle_overrides(
     before, config.model

@@ -41,11 +41,11 @@ class Leaf(NamedTuple):
   """One key of a config.
 
   Attributes:
-    path: Its dotted name.
-    value: Its value.
-    default: Its default; `dataclasses.MISSING` where a value is required.
-    spec: The description of its option; of a choice, for the key 'kind'.
-    idle: The reason why it 'has no effect', in words after these, or None.
+    path: The dotted name of the key.
+    value: The value of the key.
+    default: The default; `dataclasses.MISSING` where a value is required.
+    spec: The description of the option; of a choice, for the key 'kind'.
+    idle: The reason why the key 'has no effect', in words after these, or None.
   """
 
   path: str
@@ -111,7 +111,7 @@ class Reader:
       cls: The class of the options.
       default: An instance with the defaults; None takes those of the class.
       config: The section.
-      path: Its dotted name, with a dot at the end.
+      path: The dotted name of the section, with a dot at the end.
       idle: The reason why the section has no effect; None where it has one.
       extra: Keys of the section that are no options of the class.
     """

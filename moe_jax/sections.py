@@ -58,7 +58,7 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
 
   Args:
     cls: The class.
-    config: Its section; keys that are not there have their defaults.
+    config: The section; keys that it lacks have their defaults.
     path: Prefix of names in messages, such as 'model.'.
 
   Raises:
@@ -164,7 +164,7 @@ def settle_overrides(
 
   Args:
     list_leaves: Lists the keys of the section to which overrides apply.
-    before: That section of the config of the earlier layers.
+    before: The section in the config of the earlier layers.
     after: The same section with the later layer, too.
     overrides: The overrides of the earlier layers, nested.
 

@@ -40,8 +40,8 @@ def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
 
   Args:
     options: The options of the run, after `filled`.
-    model: Its model.
-    mesh: Its mesh.
+    model: The model of the run.
+    mesh: The mesh of the run.
   """
   total_cost = run_cost.run_cost(options, model)
   if not total_cost.flops:

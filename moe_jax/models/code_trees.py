@@ -37,8 +37,9 @@ class Coded(NamedTuple):
   """A kernel that is stored in codes.
 
   Attributes:
-    shape: Its shape as a parameter that is stored as it is.
-    matrix: Its shape as matrices [*E, I, O], for I inputs and O output units.
+    shape: The shape of the kernel as a plain parameter, without codes.
+    matrix: The shape of the kernel as matrices [*E, I, O], for I inputs and O
+      output units.
     format: The format of the codes.
   """
 
@@ -188,7 +189,7 @@ def decoded(
 
   Args:
     options: The options of a model with kernels in codes.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Returns:
     The options of the model without codes, and its parameters, of the type

@@ -47,8 +47,8 @@ def stack_for_decoding(
 
   Args:
     stack: The stack as trained or imported.
-    params: Its parameters, unboxed.
-    router_state: The state of its routers.
+    params: The stack's parameters, unboxed.
+    router_state: The state of the stack's routers.
     few_rows: The number of rows that take a step together, if experts are to be
       laid out for steps of few tokens; 0: they are not.
     window: See `Model.for_decoding`.

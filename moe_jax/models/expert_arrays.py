@@ -43,7 +43,7 @@ class SparseLayer(NamedTuple):
 
   Attributes:
     number: The number of the layer in the model, an encoder's counted first.
-    in_stack: Its number in the encoder or decoder.
+    in_stack: The number of the layer in its encoder or decoder.
     moe: The options of its mixture.
     shared: The settings that all layers of the model share.
     experts: The parameters of experts, with the experts in front: [E, ...].
@@ -74,7 +74,7 @@ def sparse_layers(
 
   Args:
     model: A model of blocks.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Raises:
     ValueError: The model has no blocks, or no sparse layer.
@@ -123,7 +123,7 @@ def _by_layer_path(model: Model) -> tuple[dict[Path, Names], dict[Path, str]]:
   for path, names in all_axes.items():
     layer_place = model.place_of(path)
     if layer_place is not None:
-      axes[layer_place.name] = names[1:]  # without the axis of stacked layers
+      axes[layer_place.name] = names[1:]  # the first is that of layers
       roles[layer_place.name] = all_roles[path].role
   return axes, roles
 
@@ -138,7 +138,7 @@ def assembled(
 
   Args:
     model: The model of the parameters.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
     new: The new model, whose layers may be stacked in other loops.
     changes: The new arrays of layers, by number and by path in the layer; all
       others are the same bits as before.
@@ -254,7 +254,7 @@ def untied(
 
   Args:
     options: The options of a model, perhaps with tied columns.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Raises:
     ValueError: A column is masked, so that it leads to no expert.

@@ -78,7 +78,7 @@ class _Kernel(NamedTuple):
   Attributes:
     shape: The shape of the kernel.
     axes: The logical names of its dimensions.
-    role: Its role.
+    role: The role of the kernel.
     stacked: The number of leading dimensions that stack kernels.
     inputs: The number of dimensions that are contracted with activations.
   """

@@ -59,7 +59,7 @@ def recording(
 
   Args:
     model: The model.
-    variables: Its variables.
+    variables: The variables of the model.
     *args: Further arguments of `model.apply`.
     logits: Whether the routers' logits are returned, too.
     dtype: The type of gates and logits.
