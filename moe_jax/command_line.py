@@ -68,8 +68,8 @@ def about(text: str | None) -> dict[str, Any]:
   """Arguments of a parser whose help ends with the examples of a docstring.
 
   Args:
-    text: The docstring of the command's module: a sentence, and examples. What
-      follows 'Not here:' in a paragraph is for readers of the code.
+    text: The docstring of the command's module: a sentence, and examples. Text
+      after 'Not here:' in a paragraph is for readers of the code.
   """
   text = text or ''  # python -OO keeps no docstrings
   text = re.sub(r'\s*Not here:.*?(?=\n\n|$)', '', text, flags=re.DOTALL)
@@ -131,8 +131,8 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     complain('interrupted')
     sys.exit(INTERRUPTED)
   except (*REPORTED, RuntimeError) as error:
-    mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
-    if show_traceback or not mistake:
+    is_mistake = isinstance(error, REPORTED) or str(error).startswith(_PLATFORM)
+    if show_traceback or not is_mistake:
       raise
     fail(str(error))
 
@@ -198,11 +198,11 @@ def ignore_closed_loops() -> None:
   Threads of the storage library that still write when a save has failed each
   report that the event loop they belong to is closed.
   """
-  before = sys.unraisablehook
+  old_hook = sys.unraisablehook
 
   def hook(unraisable):
     if str(unraisable.exc_value) != 'Event loop is closed':
-      before(unraisable)
+      old_hook(unraisable)
 
   sys.unraisablehook = hook
 
@@ -222,11 +222,11 @@ def parse_command(
   Returns:
     The options, and the overrides, words that begin with --config.
   """
-  options, rest = parser.parse_known_args(argv)
-  unknown = [word for word in rest if not word.startswith('--config.')]
-  if unknown or (rest and not has_config(options)):
-    parser.error(f'unknown arguments {unknown or rest}')
-  return options, rest
+  options, overrides = parser.parse_known_args(argv)
+  unknown = [word for word in overrides if not word.startswith('--config.')]
+  if unknown or (overrides and not has_config(options)):
+    parser.error(f'unknown arguments {unknown or overrides}')
+  return options, overrides
 
 
 def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
@@ -262,15 +262,15 @@ def parse(
     fail(config_file.flag_problem(error))
 
 
-def _flags_help(text: str | None, typed: str) -> Iterator[str]:
+def _flags_help(text: str | None, program_name: str) -> Iterator[str]:
   """Lines on a command and its own flags; those of libraries are left out."""
-  parts = about(text)
-  yield from (parts['description'], '', parts['epilog'], '', 'flags:')
-  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+  texts = about(text)
+  yield from (texts['description'], '', texts['epilog'], '', 'flags:')
+  for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
     # absl knows a module that was started by the name of the program.
-    if module != typed and not module.startswith('moe_jax.'):
+    if module != program_name and not module.startswith('moe_jax.'):
       continue
-    for flag in defined:
+    for flag in module_flags:
       sentence = flag.help.partition(';\n')[0]  # absl adds how to repeat it
       line = f'  --{flag.name}: {sentence}'
       yield from textwrap.wrap(line, width=80, subsequent_indent='      ')

@@ -30,11 +30,11 @@ HELP = (
 )
 # In seconds; programs that compile faster than this are not kept.
 _LEAST_TIME = 0.1
-_TIME = 'jax_persistent_cache_min_compile_time_secs'
+_TIME_OPTION = 'jax_persistent_cache_min_compile_time_secs'
 
 
 def use(folder: str = '') -> str:
-  """Makes this process keep compiled programs; before it compiles the first.
+  """Makes this process keep compiled programs; call it before any is compiled.
 
   A folder that JAX was told of (by $JAX_COMPILATION_CACHE_DIR) is left as it
   is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. The default folder is
@@ -55,10 +55,10 @@ def use(folder: str = '') -> str:
     return ''
   if not jax.config.values['jax_enable_compilation_cache']:
     return folder and _not_kept('JAX_ENABLE_COMPILATION_CACHE is false')
-  known = jax.config.values['jax_compilation_cache_dir']
-  if not folder and (known or jax.distributed.is_initialized()):
+  jax_folder = jax.config.values['jax_compilation_cache_dir']
+  if not folder and (jax_folder or jax.distributed.is_initialized()):
     return ''
-  place = folder
+  cache_folder = folder
   if '://' not in folder:
     try:
       path = pathlib.Path(folder or cache_root() / 'compiled').expanduser()
@@ -68,10 +68,10 @@ def use(folder: str = '') -> str:
       return _not_kept(error)
     if not folder:
       _delete_oldest(path)
-    place = str(path)
-  jax.config.update('jax_compilation_cache_dir', place)
-  if _TIME.upper() not in os.environ:
-    jax.config.update(_TIME, _LEAST_TIME)
+    cache_folder = str(path)
+  jax.config.update('jax_compilation_cache_dir', cache_folder)
+  if _TIME_OPTION.upper() not in os.environ:
+    jax.config.update(_TIME_OPTION, _LEAST_TIME)
   return ''
 
 
@@ -81,14 +81,14 @@ def _not_kept(reason: object) -> str:
 
 def _delete_oldest(folder: pathlib.Path) -> None:
   """Deletes the programs that nobody used for longest, beyond `MOST_BYTES`."""
-  facts = []
+  programs = []
   for path in folder.glob('*-cache'):
     with contextlib.suppress(OSError):  # another process has deleted it
       stat = path.stat()
-      used = max(stat.st_mtime, stat.st_atime)
-      facts.append((used, stat.st_size, path))
+      last_used = max(stat.st_mtime, stat.st_atime)
+      programs.append((last_used, stat.st_size, path))
   total = 0
-  for _, size, path in sorted(facts, reverse=True):
+  for _, size, path in sorted(programs, reverse=True):
     total += size
     if total > MOST_BYTES:
       with contextlib.suppress(OSError):

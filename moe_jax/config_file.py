@@ -33,7 +33,7 @@ from moe_jax.option_checks import (
 )
 from moe_jax.sections import flatten
 
-_OWN = 'moe_jax'
+_MOE_JAX = 'moe_jax'
 _PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
 _NO_BOOLEAN = re.compile(r"\('Non-boolean argument to boolean flag', (.*)\)")
 _NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
@@ -74,14 +74,14 @@ def config_of(
 
 def flag_problem(error: Exception) -> str:
   """A line on a wrong flag, which says what it should be."""
-  said = str(error).strip().splitlines()[0]
-  if said.startswith('flag --config=None:'):
+  message = str(error).strip().splitlines()[0]
+  if message.startswith('flag --config=None:'):
     return (
       '--config is missing: the config of the run, such as '
       '--config=moe_jax:tiny_switch'
     )
-  said = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', said)
-  return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', said)
+  message = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', message)
+  return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', message)
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -95,7 +95,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     ValueError: The file does not exist, cannot be run, has no `get_config`,
       refuses the argument, or returns something else than a config.
   """
-  file, path, argument = _found(spec)
+  file, path, argument = _locate(spec)
   module = _run(file, path)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'{file} defines no get_config(arg)')
@@ -104,7 +104,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
   except Exception as error:
-    raise ValueError(_in_file(file, path, error)) from error
+    raise ValueError(_error_text(file, path, error)) from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
       f'{file}: get_config returned a {type(config).__name__}, not a ConfigDict'
@@ -112,7 +112,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   return config
 
 
-def _found(spec: str) -> tuple[str, pathlib.Path, str]:
+def _locate(spec: str) -> tuple[str, pathlib.Path, str]:
   """The name of a config's file in messages, its path, and the argument.
 
   Raises:
@@ -124,21 +124,21 @@ def _found(spec: str) -> tuple[str, pathlib.Path, str]:
     return file, path, argument
   if _PACKAGE.fullmatch(file) and path.suffix != '.py' and ':' in spec:
     name, _, argument = argument.partition(':')
-    files = named(file)
+    files = package_configs(file)
     if name not in files:
       raise unknown(f'config of {file}', name, files)
     return f'{file}:{name}', files[name], argument
-  files = named(_OWN)
-  hint = f'{_OWN}:{path.stem} works in every folder'
+  files = package_configs(_MOE_JAX)
+  hint = f'{_MOE_JAX}:{path.stem} works in every folder'
   if path.stem not in files:
-    hint = f'{_OWN}:NAME works in every folder, for NAME: '
+    hint = f'{_MOE_JAX}:NAME works in every folder, for NAME: '
     hint += unknown_text('config', path.stem, files)
   raise ValueError(
     f'config file {file!r} does not exist under {os.getcwd()}; {hint}'
   )
 
 
-def named(package: str) -> dict[str, pathlib.Path]:
+def package_configs(package: str) -> dict[str, pathlib.Path]:
   """The files of a package's configs by name, sorted.
 
   Args:
@@ -153,7 +153,7 @@ def named(package: str) -> dict[str, pathlib.Path]:
   except (ImportError, AttributeError) as error:
     raise ValueError(
       f'package {package!r} has no configs: {error}; a config is a file, '
-      f'configs/own.py, or a name, {_OWN}:tiny_switch'
+      f'configs/own.py, or a name, {_MOE_JAX}:tiny_switch'
     ) from None
   files = {
     path.stem: path
@@ -177,7 +177,7 @@ def with_paths(argv: Sequence[str]) -> list[str]:
     flag, equals, spec = word.partition('=')
     if word.startswith('-') and flag.lstrip('-') == 'config':
       at = i if equals else i + 1
-      _, path, argument = _found(spec if equals else words[at])
+      _, path, argument = _locate(spec if equals else words[at])
       words[at] = f'{flag}=' * bool(equals) + f'{path}:{argument}'.rstrip(':')
   return words
 
@@ -195,11 +195,11 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
       f'{os.getcwd()} and PYTHONPATH'
     ) from None
   except Exception as error:
-    raise ValueError(_in_file(file, path, error)) from error
+    raise ValueError(_error_text(file, path, error)) from error
   return module
 
 
-def _in_file(file: str, path: pathlib.Path, error: Exception) -> str:
+def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
   """The message for an error of a config file, with the line it is in."""
   lines = [
     frame.lineno
@@ -207,9 +207,9 @@ def _in_file(file: str, path: pathlib.Path, error: Exception) -> str:
     if pathlib.Path(frame.filename) == path
   ]
   line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
-  where = file if line is None else f'{file}, line {line}'
-  what = getattr(error, 'msg', None) or str(error)
-  return f'{where}: {type(error).__name__}: {what}'
+  location = file if line is None else f'{file}, line {line}'
+  message = getattr(error, 'msg', None) or str(error)
+  return f'{location}: {type(error).__name__}: {message}'
 
 
 def check_flags(argv: Sequence[str]) -> None:
@@ -229,9 +229,9 @@ def _check_keys(
   config: ml_collections.ConfigDict, options: Mapping[str, str]
 ) -> None:
   """Raises OptionError with all options that are no keys of the config."""
-  known = flatten(config)
+  config_keys = flatten(config)
   problems = [
-    unknown_key_text(name, _siblings(name, known))
+    unknown_key_text(name, _siblings(name, config_keys))
     for name in _unknown_keys(config, options)
   ]
   if problems:
@@ -242,10 +242,10 @@ def _unknown_keys(
   config: ml_collections.ConfigDict, options: Iterable[str]
 ) -> Iterator[str]:
   """The names of options that are no keys of the config."""
-  known = flatten(config)
+  config_keys = flatten(config)
   for key in options:
     name = key.removeprefix('config.')
-    if name != key and name not in known and not _is_open(config, name):
+    if name != key and name not in config_keys and not _is_open(config, name):
       yield name
 
 
@@ -270,10 +270,10 @@ def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
   """Whether `name` may be a new key: its section exists and is not locked."""
   *parents, key = name.split('.')
   for part in parents:
-    below = config.get(part)
-    if not isinstance(below, ml_collections.ConfigDict):
+    section = config.get(part)
+    if not isinstance(section, ml_collections.ConfigDict):
       return False
-    config = below
+    config = section
   return key not in config and not config.is_locked
 
 
@@ -287,14 +287,14 @@ def _options(argv: Sequence[str]):
       yield name, value
 
 
-def _siblings(name: str, known: dict[str, Any]) -> list[str]:
+def _siblings(name: str, config_keys: dict[str, Any]) -> list[str]:
   """The existing keys beside the first part of `name` that does not exist."""
-  parts = name.split('.')
-  right = ''
-  for part in parts:
-    if not any(key.startswith(f'{right}{part}.') for key in known):
+  name_parts = name.split('.')
+  prefix = ''
+  for part in name_parts:
+    if not any(key.startswith(f'{prefix}{part}.') for key in config_keys):
       break
-    right += f'{part}.'
-  depth = right.count('.') + 1
-  beside = [key for key in known if key.startswith(right)]
-  return sorted({'.'.join(key.split('.')[:depth]) for key in beside})
+    prefix += f'{part}.'
+  depth = prefix.count('.') + 1
+  siblings = [key for key in config_keys if key.startswith(prefix)]
+  return sorted({'.'.join(key.split('.')[:depth]) for key in siblings})

@@ -58,17 +58,17 @@ def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
 def replaced_lines() -> Iterator[str]:
   """A line for each part of the data that ':runlocal' has replaced."""
   spec = config_flags.get_config_filename(flags.FLAGS[_NAME])
-  whole, colon, argument = spec.rpartition(':')
+  base_spec, colon, argument = spec.rpartition(':')
   if not colon or argument != _RUNLOCAL:
     return
   before, after = (
     config_file.flatten(config_file.load_config(name).data)
-    for name in (whole, spec)
+    for name in (base_spec, spec)
   )
-  chosen = config_file.flatten(value().data)
+  chosen_values = config_file.flatten(value().data)
   for key, new in after.items():
     old = before.get(key, new)
-    if key.endswith('kind') and old != new == chosen.get(key):
+    if key.endswith('kind') and old != new == chosen_values.get(key):
       yield f'{_RUNLOCAL}: data.{key} {old!r} -> {new!r}'
 
 

@@ -57,9 +57,9 @@ class MeshOptions(Options):
 
   def problems(self):
     """At most one axis may have the size -1."""
-    rest = [name for name in MESH_AXES if getattr(self, name) == -1]
-    for name in rest[1:]:
-      yield f'{name}=-1, and {rest[0]}=-1 takes what is left already'
+    open_axes = [name for name in MESH_AXES if getattr(self, name) == -1]
+    for name in open_axes[1:]:
+      yield f'{name}=-1, and {open_axes[0]}=-1 takes what is left already'
 
   @classmethod
   def for_experts(cls, num_experts: int, num_devices: int) -> 'MeshOptions':
@@ -109,21 +109,21 @@ def make_mesh(
       TPUs are in several slices and no dcn_ size says so.
   """
   devices = jax.devices() if devices is None else list(devices)
-  known = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
+  axis_names = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
   for name in sizes:
-    if name not in known:
-      raise unknown('mesh axis', name, known)
+    if name not in axis_names:
+      raise unknown('mesh axis', name, axis_names)
   for name, size in sizes.items():
     if not isinstance(size, numbers.Integral) or isinstance(size, bool):
       raise ValueError(f'mesh axis {name}={size!r} must be an integer')
   if not devices:
     raise ValueError(f'mesh={dict(sizes)} of no devices; give at least one')
-  across = [sizes.get(DCN + name, 1) for name in MESH_AXES]
-  if min(across) < 1:
+  spans = [sizes.get(DCN + name, 1) for name in MESH_AXES]
+  if min(spans) < 1:
     raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
-  shape = _filled(sizes, len(devices), math.prod(across))
-  if math.prod(across) > 1:
-    grid = _across(across, shape, devices)
+  shape = _filled(sizes, len(devices), math.prod(spans))
+  if math.prod(spans) > 1:
+    grid = _grid_over_slices(spans, shape, devices)
   elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
     raise ValueError(
       f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
@@ -131,29 +131,29 @@ def make_mesh(
       f'of the {DCN} sizes'
     )
   else:
-    grid = _within(shape, devices)
+    grid = _grid_in_slice(shape, devices)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _filled(sizes, count: int, slices: int) -> list[int]:
+def _filled(sizes, num_devices: int, num_slices: int) -> list[int]:
   """The sizes of the axes within a slice, with -1 replaced by a number."""
   shape = [sizes.get(name, 1) for name in MESH_AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
     raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
-  known = math.prod(size for size in shape if size != -1)
+  product = math.prod(size for size in shape if size != -1)
   if -1 in shape:
-    shape[shape.index(-1)] = count // slices // known
-  if math.prod(shape) * slices != count:
-    given = {name: size for name, size in sizes.items() if size != 1}
-    hint = '' if -1 in given.values() else '; -1 takes what is left of them'
+    shape[shape.index(-1)] = num_devices // num_slices // product
+  if math.prod(shape) * num_slices != num_devices:
+    stated = {name: size for name, size in sizes.items() if size != 1}
+    hint = '' if -1 in stated.values() else '; -1 takes what is left of them'
     raise ValueError(
-      f'mesh={given}: the sizes given multiply to {known * slices}, which does '
-      f'not fit {count} devices{hint}'
+      f'mesh={stated}: the sizes given multiply to {product * num_slices}, '
+      f'which does not fit {num_devices} devices{hint}'
     )
   return shape
 
 
-def _within(shape, devices) -> np.ndarray:
+def _grid_in_slice(shape, devices) -> np.ndarray:
   try:
     # An axis may be a side of the torus and a part of another: 8 of 4 x 4 x 4.
     return mesh_utils.create_device_mesh(
@@ -167,30 +167,30 @@ def _within(shape, devices) -> np.ndarray:
     ) from error
 
 
-def _across(across, shape, devices) -> np.ndarray:
+def _grid_over_slices(spans, shape, devices) -> np.ndarray:
   """The devices of a mesh over slices; those of a slice are neighbours."""
   by_slice = _slices(devices)
   if len(by_slice) == 1:
-    by_slice = np.split(np.asarray(devices), math.prod(across))
-  elif len(by_slice) != math.prod(across):
+    by_slice = np.split(np.asarray(devices), math.prod(spans))
+  elif len(by_slice) != math.prod(spans):
     raise ValueError(
-      f'{DCN} sizes {dict(zip(MESH_AXES, across))} multiply to '
-      f'{math.prod(across)}, and the devices are in {len(by_slice)} slices'
+      f'{DCN} sizes {dict(zip(MESH_AXES, spans))} multiply to '
+      f'{math.prod(spans)}, and the devices are in {len(by_slice)} slices'
     )
-  inside = [_within(shape, list(part)) for part in by_slice]
-  # [across..., within...] -> each axis' slices before its own devices.
-  grid = np.stack(inside).reshape(*across, *shape)
+  slice_grids = [_grid_in_slice(shape, list(part)) for part in by_slice]
+  # [spans..., shape...] -> each axis' slices before its own devices.
+  grid = np.stack(slice_grids).reshape(*spans, *shape)
   n = len(shape)
   grid = grid.transpose(
     [i for pair in zip(range(n), range(n, 2 * n)) for i in pair]
   )
-  return grid.reshape([a * b for a, b in zip(across, shape)])
+  return grid.reshape([a * b for a, b in zip(spans, shape)])
 
 
 def _slices(devices) -> list[list]:
   """The devices of each slice: of a TPU slice, or else of a process."""
   slices = collections.defaultdict(list)
   for device in devices:
-    own = getattr(device, 'slice_index', None)
-    slices[device.process_index if own is None else own].append(device)
+    index = getattr(device, 'slice_index', None)
+    slices[device.process_index if index is None else index].append(device)
   return [slices[key] for key in sorted(slices)]

@@ -79,7 +79,7 @@ def start(
   not started in time, this process prints so and ends with status 1.
 
   Args:
-    timeouts: How long to wait for the others.
+    timeouts: The timeouts of the run.
     coordinator: 'host:port' of process 0, which listens there.
     num_processes: Number of processes of the run.
     process_id: Number of this process, from 0.
@@ -90,31 +90,31 @@ def start(
   Raises:
     ValueError: Some arguments are missing or out of range.
   """
-  given = checked_flags(coordinator, num_processes, process_id)
+  flags = checked_flags(coordinator, num_processes, process_id)
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
-  if num_processes == 1 or (given is None and launcher() is None):
+  if num_processes == 1 or (flags is None and launcher() is None):
     return False
-  if given and coordinator is not None and process_id is not None:
+  if flags and coordinator is not None and process_id is not None:
     claim(coordinator, process_id)
   seconds = timeouts.initialization_timeout_seconds
-  who = f'process {process_id} of {num_processes}' if given else launcher()
-  where = coordinator or 'the coordinator that JAX found'
-  late = (
-    f'{who}, at {where}: not all processes were there within '
+  who = f'process {process_id} of {num_processes}' if flags else launcher()
+  address = coordinator or 'the coordinator that JAX found'
+  late_message = (
+    f'{who}, at {address}: not all processes were there within '
     f'distributed.initialization_timeout_seconds={seconds}'
   )
-  note = f'{who} waits for the others, at {where}, for {seconds} s at most'
+  note = f'{who} waits for the others, at {address}, for {seconds} s at most'
   alarms = (
-    threading.Timer(seconds, _give_up, [late]),  # JAX would abort
-    threading.Timer(_NOTE_SECONDS, _say, [note]),
+    threading.Timer(seconds, _give_up, [late_message]),  # JAX would abort
+    threading.Timer(_NOTE_SECONDS, _print_note, [note]),
   )
   for alarm in alarms:
     alarm.daemon = True
     alarm.start()
   try:
     jax.distributed.initialize(
-      **given or {},
+      **flags or {},
       initialization_timeout=2 * seconds,
       heartbeat_timeout_seconds=_JAX_TIMEOUTS
       * timeouts.heartbeat_timeout_seconds,
@@ -123,7 +123,7 @@ def start(
   finally:
     for alarm in alarms:
       alarm.cancel()
-  if given and jax.process_count() != num_processes:
+  if flags and jax.process_count() != num_processes:
     _give_up(
       f'--num_processes={num_processes} of process {process_id}, and '
       f'{jax.process_count()} of process 0: give all the same'
@@ -160,12 +160,12 @@ def joined(*args: Any) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _say(text: str) -> None:
+def _print_note(text: str) -> None:
   print(f'moe_jax: {text}', file=sys.stderr, flush=True)
 
 
 def _give_up(reason: str) -> None:
-  _say(reason)
+  _print_note(reason)
   os._exit(1)
 
 
@@ -194,11 +194,11 @@ class Placing:
   def rows(self) -> Int[np.ndarray, ' R']:
     """Numbers of the rows that this process' devices hold, ascending."""
     # Only rows matter here, so any size does for the second dimension.
-    places = self.sharding.addressable_devices_indices_map((self.batch_size, 1))
-    held = np.zeros(self.batch_size, bool)
-    for rows, *_ in filter(None, places.values()):
-      held[rows] = True
-    return np.flatnonzero(held)
+    slices = self.sharding.addressable_devices_indices_map((self.batch_size, 1))
+    is_held = np.zeros(self.batch_size, bool)
+    for rows, *_ in filter(None, slices.values()):
+      is_held[rows] = True
+    return np.flatnonzero(is_held)
 
   def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Moves a batch of which this process has all rows."""
@@ -208,17 +208,17 @@ class Placing:
 
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Moves a batch of which this process has only `rows`, in their order."""
-    return {name: self._place(values) for name, values in batch.items()}
+    return {name: self._on_devices(values) for name, values in batch.items()}
 
-  def _place(self, values: np.ndarray) -> jax.Array:
-    def part(index):
+  def _on_devices(self, values: np.ndarray) -> jax.Array:
+    def device_rows(index):
       first, last, _ = index[0].indices(self.batch_size)
       # The rows of one device are consecutive, here as in the batch.
       begin = int(np.searchsorted(self.rows, first))
       return values[(slice(begin, begin + last - first), *index[1:])]
 
     shape = (self.batch_size, *values.shape[1:])
-    return jax.make_array_from_callback(shape, self.sharding, part)
+    return jax.make_array_from_callback(shape, self.sharding, device_rows)
 
 
 def fetch(tree: Any) -> Any:
@@ -243,15 +243,15 @@ def check_same(facts: Mapping[str, str]) -> None:
   if jax.process_count() == 1:
     return
   digests = [hashlib.sha256(v.encode()).digest() for v in facts.values()]
-  mine = np.frombuffer(b''.join(digests), np.uint8).reshape(len(facts), -1)
-  all_ = multihost_utils.process_allgather(mine)  # [processes, facts, 32]
-  differs = (all_ != all_[0]).any(-1)
+  rows = np.frombuffer(b''.join(digests), np.uint8).reshape(len(facts), -1)
+  all_rows = multihost_utils.process_allgather(rows)  # [processes, facts, 32]
+  differs = (all_rows != all_rows[0]).any(-1)
   for name, column in zip(facts, differs.T):
     if column.any():
-      who = ', '.join(map(str, np.flatnonzero(column)))
+      processes = ', '.join(map(str, np.flatnonzero(column)))
       raise ValueError(
-        f'{name} of process {who} is not that of process 0; here, in process '
-        f'{jax.process_index()}, it is {facts[name]:.80}'
+        f'{name} of process {processes} is not that of process 0; here, in '
+        f'process {jax.process_index()}, it is {facts[name]:.80}'
       )
 
 
@@ -259,9 +259,9 @@ def from_first(number: float) -> float:
   """The number that process 0 has, to the last bit; every one calls this."""
   if jax.process_count() == 1:
     return number
-  word = np.frombuffer(np.float64(number).tobytes(), np.uint8)
-  word = multihost_utils.broadcast_one_to_all(word).tobytes()
-  return float(np.frombuffer(word, np.float64)[0])
+  number_bytes = np.frombuffer(np.float64(number).tobytes(), np.uint8)
+  number_bytes = multihost_utils.broadcast_one_to_all(number_bytes).tobytes()
+  return float(np.frombuffer(number_bytes, np.float64)[0])
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -275,14 +275,14 @@ def check_shared(folder: pathlib.Path) -> None:
   """
   if jax.process_count() == 1:
     return
-  word = np.frombuffer(secrets.token_bytes(16), np.uint8)
-  word = multihost_utils.broadcast_one_to_all(word).tobytes().hex()
-  path = folder / f'.shared-{word}'
+  token = np.frombuffer(secrets.token_bytes(16), np.uint8)
+  token = multihost_utils.broadcast_one_to_all(token).tobytes().hex()
+  path = folder / f'.shared-{token}'
   if is_first():
     path.touch()
-  began = time.monotonic()
+  start_time = time.monotonic()
   while not path.exists():
-    if time.monotonic() - began > SHARED_SECONDS:
+    if time.monotonic() - start_time > SHARED_SECONDS:
       raise ValueError(
         f'process {jax.process_index()} does not see what process 0 writes to '
         f'{folder}: --workdir must be on storage that all processes share'

@@ -44,7 +44,7 @@ class DryRun:
 
   Args:
     options: The options of the run.
-    workdir: Its folder, which need not exist; '' if none is given.
+    workdir: The folder of the run, which need not exist; '' for none.
     resume: Whether the folder's config may differ.
     hooks: The hooks of the run, which check it as they would.
 
@@ -60,7 +60,7 @@ class DryRun:
     resume: bool = False,
     hooks: Sequence[Hook] = (),
   ):
-    self._given, self._options, self._workdir = options, options, workdir
+    self._config, self._options, self._workdir = options, options, workdir
     self._resume, self._hooks = resume, hooks
     self.problems: list[str] = []
 
@@ -70,7 +70,7 @@ class DryRun:
     run = self._set_up()
     try:
       folder = workdir_lib.folder_of(self._workdir or _NOWHERE)
-      self._options = with_tokenizer(self._given, folder)
+      self._options = with_tokenizer(self._config, folder)
     except ValueError as error:
       self._refuse(error)
     dataset = run.dataset if run else self._dataset()
@@ -82,16 +82,16 @@ class DryRun:
         'data is prepared; --config.model.vocab_size=... gives it'
       )
     else:
-      yield from self._of_model(options, run, dataset)
-    yield from self._evaluations()
-    yield from self._of_workdir(run)
+      yield from self._model_lines(options, run, dataset)
+    yield from self._evaluation_lines()
+    yield from self._workdir_lines(run)
 
   def _set_up(self) -> Run | None:
     """The run, if it would not be refused and its data is prepared."""
     folder = self._workdir or _NOWHERE
     try:
       with reading_only():
-        run = set_up(self._given, folder, resume=self._resume)
+        run = set_up(self._config, folder, resume=self._resume)
     except NotPreparedError:
       return None
     except (ValueError, OSError) as error:
@@ -103,13 +103,13 @@ class DryRun:
 
   def _check(self, run: Run) -> None:
     """Lets the hooks check the run, without a line about it."""
-    say, run.message = run.message, lambda text: None
+    print_message, run.message = run.message, lambda text: None
     for hook in self._hooks:
       try:
         hook.check(run)
       except (ValueError, OSError) as error:
         self._refuse(error)
-    run.message = say
+    run.message = print_message
 
   def _dataset(self) -> data.Dataset | None:
     """The data, if it is prepared."""
@@ -124,16 +124,16 @@ class DryRun:
 
   def _filled(self, dataset: data.Dataset | None) -> RunConfig | None:
     """The options with the vocabulary of the data, or one that is known."""
-    given = self._options
+    options = self._options
     if dataset is not None:
       size, shape = dataset.vocab_size, dataset.feature_shape
     else:
-      size, shape = given.data.tokenizer.known_vocab_size(), ()
-    size = given.model.vocab_size or size
-    if not size or (given.model.reads_features and not shape):
+      size, shape = options.data.tokenizer.known_vocab_size(), ()
+    size = options.model.vocab_size or size
+    if not size or (options.model.reads_features and not shape):
       return None
     try:
-      return given.filled(size, shape)
+      return options.filled(size, shape)
     except ValueError as error:
       self._refuse(error)
       return None
@@ -142,7 +142,7 @@ class DryRun:
     if str(error) not in self.problems:
       self.problems.append(str(error))
 
-  def _of_model(
+  def _model_lines(
     self, options: RunConfig, run: Run | None, dataset: data.Dataset | None
   ) -> Iterator[str]:
     """Lines on what the run takes, its data, its model and its devices."""
@@ -151,11 +151,11 @@ class DryRun:
       run.notes
       if run
       else (
-        *tokenizer_notes(self._given, options),
+        *tokenizer_notes(self._config, options),
         *setup_notes(options, model),
       )
     )
-    yield start_facts.takes(options, model, mesh)
+    yield start_facts.cost_line(options, model, mesh)
     if run is not None:
       yield from start_facts.facts(run)
     else:
@@ -166,12 +166,12 @@ class DryRun:
         ).describe()
       yield start_facts.devices_line(mesh)
     if dataset is not None:
-      yield self._passes(dataset)
+      yield self._passes_line(dataset)
     programs = make_programs(options, model, mesh)
     if run is None:
       yield from start_facts.trained_lines(options, programs)
       yield from start_facts.optimizer_lines(options, programs)
-    yield from self._bytes(options, model, programs, mesh)
+    yield from self._memory_lines(options, model, programs, mesh)
 
   def _mesh(self) -> Mesh:
     """The mesh, or one device where it does not fit those of this machine."""
@@ -181,15 +181,15 @@ class DryRun:
       self._refuse(error)
       return device_mesh.make_mesh(dict(data=1), jax.local_devices()[:1])
 
-  def _passes(self, dataset: data.Dataset) -> str:
+  def _passes_line(self, dataset: data.Dataset) -> str:
     rows = self._options.total_steps * self._options.batch_size
-    there = len(dataset.splits['train'])
+    stored = len(dataset.splits['train'])
     return (
-      f'passes: {rows:,} rows are learned from, and the data has {there:,}: '
-      f'{rows / there:.3g} passes over it'
+      f'passes: {rows:,} rows are learned from, and the data has {stored:,}: '
+      f'{rows / stored:.3g} passes over it'
     )
 
-  def _bytes(
+  def _memory_lines(
     self, options: RunConfig, model: Model, programs: Programs, mesh: Mesh
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
@@ -205,31 +205,31 @@ class DryRun:
         'WARNING: that does not fit; a smaller batch_size / microbatches, '
         "model.remat='full', or more devices (mesh.fsdp) need less on each"
       )
-    yield from self._disk(needs.checkpoint)
+    yield from self._disk_lines(needs.checkpoint)
 
-  def _disk(self, size: int) -> Iterator[str]:
+  def _disk_lines(self, size: int) -> Iterator[str]:
     c, total = self._options.checkpoint, self._options.total_steps
-    written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
+    num_written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
     # One is being written while the older ones are still there.
-    kept = min(written, c.keep_newest + c.keep_best) + 1
-    where = storage_path(c.directory or self._workdir or _NOWHERE)
+    num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
+    folder = storage_path(c.directory or self._workdir or _NOWHERE)
     line = (
-      f'checkpoints: {written} of {in_bytes(size)} each, for which there has '
-      f'to be room for {kept}, as one is written while {kept - 1} '
-      f'{"is" if kept == 2 else "are"} there: {in_bytes(kept * size)}'
+      f'checkpoints: {num_written} of {in_bytes(size)} each, for which there '
+      f'has to be room for {num_kept}, as one is written while {num_kept - 1} '
+      f'{"is" if num_kept == 2 else "are"} there: {in_bytes(num_kept * size)}'
     )
-    if '://' in os.fspath(where):
+    if '://' in os.fspath(folder):
       yield line
       return
-    free = shutil.disk_usage(_existing(pathlib.Path(where))).free
+    free = shutil.disk_usage(_existing(pathlib.Path(folder))).free
     yield f'{line}; {in_bytes(free)} are free'
-    if kept * size > free:
+    if num_kept * size > free:
       yield (
         'WARNING: the disk is too small for them; give another folder or '
         'bucket as checkpoint.directory, or keep fewer (checkpoint.keep_newest)'
       )
 
-  def _evaluations(self) -> Iterator[str]:
+  def _evaluation_lines(self) -> Iterator[str]:
     total = self._options.total_steps
     for name, entry in self._options.evals.items():
       times = 1 + (total - 1) // entry.every_steps if entry.every_steps else 1
@@ -241,21 +241,21 @@ class DryRun:
         line += f', of {entry.num_batches or "all"} batches of the split'
       yield line
 
-  def _of_workdir(self, run: Run | None) -> Iterator[str]:
+  def _workdir_lines(self, run: Run | None) -> Iterator[str]:
     """Lines on what is in the folder already."""
     if not self._workdir:
-      yield from self._begins()
+      yield from self._start_lines()
       yield 'workdir: none is given; a run needs --workdir'
       return
     folder = workdir_lib.folder_of(self._workdir)
-    found = owner.read(storage_path(folder)) if folder.exists() else None
-    if found is not None and found.alive:
-      self.problems.append(f'{folder} is in use by {found}; wait for its end')
+    holder = owner.read(storage_path(folder)) if folder.exists() else None
+    if holder is not None and holder.alive:
+      self.problems.append(f'{folder} is in use by {holder}; wait for its end')
     if run is None or not run.checkpoints.steps():
-      yield from self._begins()
+      yield from self._start_lines()
     if run is None or not (folder / workdir_lib.CONFIG).exists():
-      there = 'exists' if folder.exists() else 'is new'
-      yield f'workdir: {folder} {there}'
+      status = 'exists' if folder.exists() else 'is new'
+      yield f'workdir: {folder} {status}'
       return
     steps = run.checkpoints.steps()
     if not steps:
@@ -265,14 +265,14 @@ class DryRun:
     else:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'
 
-  def _begins(self) -> Iterator[str]:
+  def _start_lines(self) -> Iterator[str]:
     """A line on the run whose parameters this one begins with."""
-    o = self._options.init_from
-    if not o.workdir:
+    init_from = self._options.init_from
+    if not init_from.workdir:
       return
-    folder = workdir_lib.folder_of(o.workdir)
+    folder = workdir_lib.folder_of(init_from.workdir)
     try:
-      step = trained.best_step(folder) if o.best else o.step
+      step = trained.best_step(folder) if init_from.best else init_from.step
       if step < 0:
         with Checkpointer(workdir_lib.checkpoints_of(folder)) as checkpoints:
           step = max(checkpoints.steps(), default=None)
@@ -280,7 +280,7 @@ class DryRun:
       self._refuse(error)
       return
     if step is None and self.problems:
-      return  # that there is no run is said already
+      return  # a problem says already that there is no run
     if step is None:
       self._refuse(
         ValueError(f'init_from.workdir={folder} has no finished checkpoint')
@@ -290,10 +290,10 @@ class DryRun:
 
 
 def _not_prepared(options: RunConfig) -> str:
-  where = cache_root(options.data.cache_dir)
+  folder = cache_root(options.data.cache_dir)
   return (
     'data: not prepared yet; a run first reads all texts once and keeps their '
-    f'tokens in {where}'
+    f'tokens in {folder}'
   )
 
 

@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
   if len(texts) == 1 and options.num_beams == 1:
     context = () if model.has_encoder else prompts[0]
     stream = generation.TextStream(loaded.tokenizer, context)
-    arguments['on_token'] = lambda _, tokens: _say(stream.add(int(tokens[0])))
+    arguments['on_token'] = lambda _, tokens: _show(stream.add(int(tokens[0])))
   generated = generation.generate(
     model, variables, prompts, num_tokens=num_tokens, **arguments
   )
@@ -176,12 +176,12 @@ def run(options: argparse.Namespace) -> None:
       ),
     )  # fmt: skip
   if stream is not None:
-    _say(stream.end() + '\n')
+    _show(stream.end() + '\n')
     return
   for (number, text), ids in zip(numbered.items(), generated.rows):
     if len(texts) > 1:
-      _say(f'[{number}] {text}\n')
-    _say(trained_run.decode(loaded.tokenizer, ids) + '\n')
+      _show(f'[{number}] {text}\n')
+    _show(trained_run.decode(loaded.tokenizer, ids) + '\n')
 
 
 def _prompts(options: argparse.Namespace) -> dict[int, str]:
@@ -204,15 +204,15 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
   for text, ids in zip(texts, encoded):
     if not len(ids):
       raise ValueError(f'prompt {text!r} has no tokens; give it some text')
-  wanted = options.num_tokens
-  fitted = [trained_run.fit(loaded.model, ids, wanted) for ids in encoded]
+  requested = options.num_tokens
+  fitted = [trained_run.fit(loaded.model, ids, requested) for ids in encoded]
   num_tokens = min(n for _, n in fitted)
   prompts = [ids for ids, _ in fitted]
-  cut = sum(map(len, encoded)) - sum(map(len, prompts))
-  if cut or num_tokens < wanted:
+  num_cut = sum(map(len, encoded)) - sum(map(len, prompts))
+  if num_cut or num_tokens < requested:
     _note(
-      f'learned positions have room for {num_tokens} new tokens of {wanted}; '
-      f'{cut} tokens of prompts are left out'
+      f'learned positions have room for {num_tokens} new tokens of '
+      f'{requested}; {num_cut} tokens of prompts are left out'
     )
   return prompts, num_tokens
 
@@ -224,9 +224,9 @@ def _encode(loaded, text: str, options) -> np.ndarray:
     _needs(tokenizer, 'encode_chat', '--chat or --source_language')
   if options.chat:
     return tokenizer.encode_chat([{'role': 'user', 'content': text}])
-  more = {'language': language} if language else {}
+  keywords = {'language': language} if language else {}
   return trained_run.encode(
-    loaded.data.task, tokenizer, text, imported=loaded.imported, **more
+    loaded.data.task, tokenizer, text, imported=loaded.imported, **keywords
   )
 
 
@@ -242,12 +242,12 @@ def _arguments(
     _needs(tokenizer, 'token_id', '--target_language')
     ids['forced_ids'] = (tokenizer.token_id(options.target_language),)
   names = ('temperature', 'top_k', 'top_p', 'seed', 'num_beams')
-  chosen = {name: getattr(options, name) for name in names}
+  sampling = {name: getattr(options, name) for name in names}
   task_ids = trained_run.task_ids(
     loaded.model, loaded.data, [options.task] * num_prompts, '--task'
   )
-  chosen['length_penalty'] = options.length_penalty
-  return {**ids, **chosen, 'task_ids': task_ids}
+  sampling['length_penalty'] = options.length_penalty
+  return {**ids, **sampling, 'task_ids': task_ids}
 
 
 def _trace(folder: str, loaded, model, batch, choices) -> None:
@@ -289,22 +289,22 @@ def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
     )
 
 
-def _say(text: str) -> None:
+def _show(text: str) -> None:
   print(text, end='', flush=True)
 
 
-def _echo(prompt: str, wanted: bool | None, *, goes_on: bool) -> None:
-  """Prints a prompt, dim on a terminal, unless it is not wanted.
+def _echo(prompt: str, is_shown: bool | None, *, goes_on: bool) -> None:
+  """Prints a prompt, dim on a terminal, if it is to be shown.
 
   Args:
     prompt: The text.
-    wanted: Whether it is printed; None prints it on a terminal alone.
+    is_shown: Whether it is printed; None prints it on a terminal alone.
     goes_on: Whether the new text continues it on the same line.
   """
   terminal = sys.stdout.isatty()
-  if wanted or (wanted is None and terminal):
-    _say(_DIM.format(prompt) if terminal else prompt)
-    _say('' if goes_on else '\n')
+  if is_shown or (is_shown is None and terminal):
+    _show(_DIM.format(prompt) if terminal else prompt)
+    _show('' if goes_on else '\n')
 
 
 def _note(text: str) -> None:

@@ -34,11 +34,11 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      took = start_facts.takes(run.options, run.model, run.mesh)
-      run.message(f'{took}; writes to {run.workdir}')
+      cost_line = start_facts.cost_line(run.options, run.model, run.mesh)
+      run.message(f'{cost_line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
-    """Prints a line for each, and warns of a model that is not causal."""
+    """Prints lines on data, model and devices; warns if it is not causal."""
     for line in start_facts.facts(run):
       run.message(line)
 
@@ -158,9 +158,9 @@ class Sample(Hook):
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
     if model.has_encoder or run.options.data.task.reads == 'pairs':
-      given = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
-      wanted = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
-      text = '\n\n'.join(map(_answered, given, answers, wanted))
+      inputs = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
+      targets = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
+      text = '\n\n'.join(map(_answer_text, inputs, answers, targets))
     if forced := run.model.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
@@ -189,12 +189,12 @@ def first_pairs(
     batch['encoder_tokens'], encoder, batch['targets'], decoder, tasks
   )
   return [
-    SamplePair(inputs[a], targets[b], int(task))
-    for inputs, a, targets, b, task in pairs
+    SamplePair(inputs[is_input], targets[is_target], int(task))
+    for inputs, is_input, targets, is_target, task in pairs
   ]
 
 
-def _answered(inputs: str, answer: str, target: str) -> str:
+def _answer_text(inputs: str, answer: str, target: str) -> str:
   text = f'inputs: {inputs}\noutputs: {answer}'
   return f'{text}\ntargets: {target}' if target else text
 
@@ -212,8 +212,8 @@ class RoutingReport(Hook):
     table = routing_report.routing_table(
       layers, run.dataset.tokenizer.token_name
     )
-    if said := '; '.join(start_facts.warnings(run.model)):
-      table = [{**row, 'warning': said} for row in table]
+    if warning := '; '.join(start_facts.warnings(run.model)):
+      table = [{**row, 'warning': warning} for row in table]
     routing_report.write_report(run.workdir, table)
     routing_report.print_report(text_tables.wide_console(), table)
 
@@ -239,22 +239,22 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
   counts = token_counts(run.model, variables, batches)
   layers = list(summary.sparse_layers(sums))
   stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
-  own = [
+  layer_summaries = [
     summary.of_layer(
       jax.tree.map(lambda leaf, i=i: leaf[i], stats), layer, run.model.moes
     )
     for i, layer in enumerate(layers)
   ]
-  by_rank, in_all = drop_rate(stats)
+  drop_rate_by_rank, total_drop_rate = drop_rate(stats)
   entropy = stats.entropy / stats.tokens
   logit_rms = np.sqrt(stats.logit_square / stats.tokens)
   return [
     routing_report.LayerStats(
       layer=layer,
-      load=np.asarray(own[i].load),
-      kept=np.asarray(own[i].kept_load),
-      drop_rate=float(in_all[i]),
-      drop_rate_by_choice=by_rank[i],
+      load=np.asarray(layer_summaries[i].load),
+      kept=np.asarray(layer_summaries[i].kept_load),
+      drop_rate=float(total_drop_rate[i]),
+      drop_rate_by_choice=drop_rate_by_rank[i],
       entropy=float(entropy[i]),
       router_logit_rms=float(logit_rms[i]),
       token_counts=counts[layer],

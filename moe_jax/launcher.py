@@ -18,7 +18,7 @@ _claims: dict[str, socket.socket] = {}  # held until the process ends
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str | None:
-  """Name of what started several processes; None for a single process.
+  """The launcher that started several processes; None for a single one.
 
   On a machine with TPU chips Google Cloud's metadata server is asked; no other
   machine sends a request.
@@ -101,8 +101,8 @@ def checked_flags(
       f'--process_id={process_id} not in [0, num_processes={num_processes})'
     )
   host, _, port = coordinator.rpartition(':')
-  good = port.isascii() and port.isdigit() and len(port) < 6
-  if not host or not good or not 0 < int(port) < 2**16:
+  is_number = port.isascii() and port.isdigit() and len(port) < 6
+  if not host or not is_number or not 0 < int(port) < 2**16:
     raise ValueError(
       f'--coordinator={coordinator!r} is not host:port, of process 0'
     )
@@ -128,15 +128,15 @@ def claim(coordinator: str, process_id: int) -> None:
   name = f'\0moe_jax {coordinator} {process_id}'
   # On Linux the name is no file's, and ends with the process.
   if sys.platform == 'linux' and name not in _claims:
-    claimed = socket.socket(socket.AF_UNIX)
+    name_socket = socket.socket(socket.AF_UNIX)
     try:
-      claimed.bind(name)
+      name_socket.bind(name)
     except OSError:
       raise ValueError(
         f'{flags}: another process of this machine has the same number; each '
         'needs its own, from 0'
       ) from None
-    _claims[name] = claimed
+    _claims[name] = name_socket
   if process_id:
     return
   try:

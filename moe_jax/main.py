@@ -125,8 +125,8 @@ def _dry_run() -> None:
   )
   command_line.say(trial.lines())
   if trial.problems:
-    said = '\n'.join(trial.problems)
-    command_line.fail(f'this run would be refused:\n{said}')
+    reasons = '\n'.join(trial.problems)
+    command_line.fail(f'this run would be refused:\n{reasons}')
 
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:

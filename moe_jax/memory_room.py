@@ -26,12 +26,12 @@ def check_room(
   """
   devices = jax.devices() if devices is None else devices
   room = memory_of(devices)
-  for what, needed in needs:
-    if room and needed > room:
+  for purpose, num_bytes in needs:
+    if room and num_bytes > room:
       kind = devices[0].device_kind
       raise ValueError(
-        f'{what}: at least {in_bytes(needed)}, and {len(devices)} devices of '
-        f'kind {kind!r} have {in_bytes(room)} of memory together; '
+        f'{purpose}: at least {in_bytes(num_bytes)}, and {len(devices)} '
+        f'devices of kind {kind!r} have {in_bytes(room)} of memory together; '
         'make it smaller, or take more devices'
       )
 
@@ -43,9 +43,9 @@ def memory_of(devices: Sequence[jax.Device]) -> int:
   """
   if devices[0].platform == 'cpu':
     return host_bytes() * len({device.process_index for device in devices})
-  own = [d for d in devices if d.process_index == jax.process_index()]
+  local_devices = [d for d in devices if d.process_index == jax.process_index()]
   try:
-    stats = (own[0].memory_stats() if own else None) or {}
+    stats = (local_devices[0].memory_stats() if local_devices else None) or {}
   except (RuntimeError, NotImplementedError):  # a described topology
     return 0
   return stats.get('bytes_limit', 0) * len(devices)

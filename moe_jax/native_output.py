@@ -22,44 +22,47 @@ def without_gloo() -> Iterator[None]:
   Where Python's standard output is not that of the process, as in a notebook or
   a test, nothing is changed.
   """
-  if not _is_own():
+  if not _python_writes_stdout():
     yield
     return
   sys.stdout.flush()
-  own, before = os.dup(_STDOUT), sys.stdout
-  read, write = os.pipe()
-  os.dup2(write, _STDOUT)
-  os.close(write)
+  stdout_fd, python_stdout = os.dup(_STDOUT), sys.stdout
+  read_fd, write_fd = os.pipe()
+  os.dup2(write_fd, _STDOUT)
+  os.close(write_fd)
   sys.stdout = open(  # noqa: SIM115 - closed below
-    own,
+    stdout_fd,
     'w',
-    encoding=before.encoding,
-    errors=before.errors,
-    buffering=1 if os.isatty(own) else -1,
+    encoding=python_stdout.encoding,
+    errors=python_stdout.errors,
+    buffering=1 if os.isatty(stdout_fd) else -1,
     closefd=False,
   )
-  thread = threading.Thread(target=_forward, args=(read, own), daemon=True)
+  thread = threading.Thread(
+    target=_forward, args=(read_fd, stdout_fd), daemon=True
+  )
   thread.start()
   try:
     yield
   finally:
     sys.stdout.flush()
-    sys.stdout = before
-    os.dup2(own, _STDOUT)  # the pipe has no writer now, and the thread ends
+    sys.stdout = python_stdout
+    # After this the pipe has no writer, and the thread ends.
+    os.dup2(stdout_fd, _STDOUT)
     thread.join(timeout=1.0)
-    os.close(own)
+    os.close(stdout_fd)
 
 
-def _is_own() -> bool:
+def _python_writes_stdout() -> bool:
   try:
     return sys.stdout.fileno() == _STDOUT
   except (AttributeError, OSError, ValueError):
     return False
 
 
-def _forward(read: int, write: int) -> None:
+def _forward(read_fd: int, target_fd: int) -> None:
   """Copies lines from a pipe to a file, without those of Gloo."""
-  with open(read, 'rb') as lines, contextlib.suppress(OSError):
+  with open(read_fd, 'rb') as lines, contextlib.suppress(OSError):
     for line in lines:
       if not line.startswith(_GLOO):
-        os.write(write, line)
+        os.write(target_fd, line)

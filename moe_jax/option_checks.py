@@ -18,31 +18,31 @@ UNLESS = 'unless'
 _FEW = 8  # names that are listed even where one of them is near
 
 
-def unknown(what: str, value: Any, have: Iterable[Any]) -> ValueError:
+def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
   """The error for a name that does not exist; it lists all, nearest first."""
-  return ValueError(unknown_text(what, value, have))
+  return ValueError(unknown_text(noun, value, names))
 
 
-def unknown_text(what: str, value: Any, have: Iterable[Any]) -> str:
+def unknown_text(noun: str, value: Any, names: Iterable[Any]) -> str:
   """The message of `unknown`."""
-  have = sorted(str(name) for name in have)
-  near = difflib.get_close_matches(str(value), have, n=1)
+  names = sorted(str(name) for name in names)
+  near = difflib.get_close_matches(str(value), names, n=1)
   hint = f'did you mean {near[0]!r}? ' if near else ''
-  return f'unknown {what} {value!r}; {hint}have {have}'
+  return f'unknown {noun} {value!r}; {hint}have {names}'
 
 
-def unknown_key_text(name: str, have: Iterable[str]) -> str:
+def unknown_key_text(name: str, names: Iterable[str]) -> str:
   """The message for a key that no config has.
 
   Args:
     name: The dotted name of the key.
-    have: The dotted names beside it; a long list is left out where one of them
+    names: The dotted names beside it; a long list is left out where one of them
       is near.
   """
-  have = sorted(have)
-  near = difflib.get_close_matches(name, have, n=1)
-  if not near or len(have) <= _FEW:
-    return unknown_text('config key', name, have)
+  names = sorted(names)
+  near = difflib.get_close_matches(name, names, n=1)
+  if not near or len(names) <= _FEW:
+    return unknown_text('config key', name, names)
   return (
     f'unknown config key {name!r}; did you mean {near[0]!r}? --describe prints '
     'all keys'
@@ -159,10 +159,10 @@ def of_type(value: Any, hint: Any) -> bool:
   return isinstance(value, hint)
 
 
-def _items_fit(value, parts) -> bool:
-  if len(parts) == 2 and parts[1] is Ellipsis:
-    return all(of_type(item, parts[0]) for item in value)
-  return len(value) == len(parts) and all(map(of_type, value, parts))
+def _items_fit(value, hints) -> bool:
+  if len(hints) == 2 and hints[1] is Ellipsis:
+    return all(of_type(item, hints[0]) for item in value)
+  return len(value) == len(hints) and all(map(of_type, value, hints))
 
 
 def number_problem(
@@ -201,15 +201,15 @@ def type_name(hint: Any) -> str:
   return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def in_force(values: Callable[[str], Any], when: When) -> bool:
+def in_force(value_of: Callable[[str], Any], when: When) -> bool:
   """Whether a condition holds.
 
   Args:
-    values: Returns the value of the option of a name.
+    value_of: Returns the value of the option of a name.
     when: The condition; see `When`.
   """
   for name, allowed in when.items():
-    value = values(name)
+    value = value_of(name)
     if isinstance(allowed, Check):
       if not allowed.holds(value):
         return False
@@ -225,10 +225,10 @@ def no_effect(name: str, value: Any, why: str) -> str:
 
 def needs(when: When, prefix: str = '') -> str:
   """The reason, after 'has no effect', where the condition does not hold."""
-  parts = (
-    f'{prefix}{other} {allowed.rule.replace("must be", "is")}'
+  conditions = (
+    f'{prefix}{name} {allowed.rule.replace("must be", "is")}'
     if isinstance(allowed, Check)
-    else f'{prefix}{other} in {list(allowed)}'
-    for other, allowed in when.items()
+    else f'{prefix}{name} in {list(allowed)}'
+    for name, allowed in when.items()
   )
-  return f'{UNLESS} {" and ".join(parts)}'
+  return f'{UNLESS} {" and ".join(conditions)}'

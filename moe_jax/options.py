@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar, cast
 
 from moe_jax import plugins
-from moe_jax.option_checks import (  # noqa: F401 - rules, for who uses options
+from moe_jax.option_checks import (  # noqa: F401 - for users of options
   NOT_EMPTY,
   SEED,
   Check,
@@ -50,7 +50,7 @@ class Spec:
     when: Values of its neighbours under which it has an effect; with {} it
       always has.
     kinds: The kinds to choose from; None for an option that is no choice.
-    many: Whether it holds several choices, each by a name of the user's.
+    holds_entries: Whether it holds several choices, each by a user's name.
     infinite: Whether infinity is a value.
     how: Whether it only says how something is computed, started or trained, so
       that outside of training it does not change what the parameters compute.
@@ -60,7 +60,7 @@ class Spec:
   checks: tuple[Check, ...] = ()
   when: When = dataclasses.field(default_factory=dict)
   kinds: 'Kinds | None' = None
-  many: bool = False
+  holds_entries: bool = False
   infinite: bool = False
   how: bool = False
 
@@ -106,8 +106,8 @@ def choice(
     kinds: The kinds to choose from.
     default: The name of the default kind, or its options.
     sentence: A sentence on what is chosen.
-    when: As in `option`.
-    how: As in `option`.
+    when: The same as in `option`.
+    how: The same as in `option`.
   """
   if isinstance(default, str):
     default = kinds.builtin[default]()
@@ -122,7 +122,7 @@ def entries(
   Its section is open: a config adds entries, each with its `kind` and the
   options of that kind beside it.
   """
-  return _field(default, Spec(sentence, kinds=kinds, many=True))
+  return _field(default, Spec(sentence, kinds=kinds, holds_entries=True))
 
 
 def nested(
@@ -175,7 +175,7 @@ class Kinds:
   A config names a built-in class, or a user's own as 'module:name'.
 
   Attributes:
-    what: Noun for what is chosen, for messages: 'router'.
+    noun: The noun for a kind in messages: 'router'.
     base: The class that every kind extends: the contract.
     builtin: The built-in classes, by name.
     inline: Whether the options of all kinds stand beside `kind` in one section,
@@ -185,13 +185,13 @@ class Kinds:
 
   def __init__(
     self,
-    what: str,
+    noun: str,
     base: type,
     builtin: Mapping[str, type],
     *,
     inline: bool = False,
   ):
-    self.what = what
+    self.noun = noun
     self.base = base
     self.builtin = dict(builtin)
     self.inline = inline
@@ -200,14 +200,14 @@ class Kinds:
     """The class of options of that name.
 
     Raises:
-      ValueError: It does not exist, or a user's class breaks the contract.
+      ValueError: No kind has this name, or a user's class breaks the contract.
     """
     if isinstance(name, str):
       if name in self.builtin:
         return self.builtin[name]
       if ':' in name:
-        return plugins.load(name, self.what, self.base)
-    raise unknown(self.what, name, [*self.builtin, 'module:name'])
+        return plugins.load(name, self.noun, self.base)
+    raise unknown(self.noun, name, [*self.builtin, 'module:name'])
 
   def name_of(self, chosen: Any) -> str:
     """The name that a config has for the class of the chosen options."""
@@ -280,24 +280,24 @@ class Options:
 
 def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
   """The problem of one value by itself; None for a valid one."""
-  if spec.many and spec.kinds is not None:
-    wrong = [n for n, v in value.items() if not isinstance(v, spec.kinds.base)]
-    return f'{name}.{wrong[0]} is no {spec.kinds.what}' if wrong else None
-  said = f'{name}={value!r}'
+  if spec.holds_entries and spec.kinds is not None:
+    bad = [n for n, v in value.items() if not isinstance(v, spec.kinds.base)]
+    return f'{name}.{bad[0]} is no {spec.kinds.noun}' if bad else None
+  assignment = f'{name}={value!r}'
   if spec.kinds is not None:
     if isinstance(value, spec.kinds.base):
       return None
-    have = sorted(cls.__name__ for cls in spec.kinds.builtin.values())
-    return f'{said} is no {spec.kinds.base.__name__}; have {have}'
+    class_names = sorted(cls.__name__ for cls in spec.kinds.builtin.values())
+    return f'{assignment} is no {spec.kinds.base.__name__}; have {class_names}'
   if not of_type(value, hint):
-    return f'{said} is a {type(value).__name__}, not {type_name(hint)}'
+    return f'{assignment} is a {type(value).__name__}, not {type_name(hint)}'
   if rule := number_problem(
     value,
     whole=hint is not float,
     unsigned=SEED in spec.checks,
     infinite=spec.infinite,
   ):
-    return f'{said} {rule}'
+    return f'{assignment} {rule}'
   problems = (check.problem(name, value) for check in spec.checks)
   return next(filter(None, problems), None)
 

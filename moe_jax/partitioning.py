@@ -38,10 +38,10 @@ __all__ = [
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def _mesh_axes(what: str, default: str) -> Any:
+def _mesh_axes(dim: str, default: str) -> Any:
   return option(
     default,
-    f'Mesh axes, separated by commas, over which {what} is split; an empty '
+    f'Mesh axes, separated by commas, over which {dim} is split; an empty '
     'string keeps it whole on every device.',
   )
 
@@ -70,12 +70,12 @@ class ShardingOptions(Options):
   def problems(self):
     """Every name must be that of a mesh axis."""
     for logical, axes in dataclasses.asdict(self).items():
-      for name in _named(axes):
+      for name in _axis_names(axes):
         if name not in MESH_AXES:
           yield f'{logical}={axes!r}: ' + unknown_text(
             'mesh axis', name, MESH_AXES
           )
-      for name in _twice(_named(axes)):
+      for name in _repeated(_axis_names(axes)):
         yield f'{logical}={axes!r} has the mesh axis {name!r} twice'
 
   @property
@@ -110,10 +110,10 @@ def stated(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
   spec = []
   for size, names in zip(x.shape, axes):
     names = tuple(name for name in names if name in sizes)
-    whole = size % math.prod(sizes[name] for name in names)
-    spec.append(None if whole else names or None)
-  place = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
-  return jax.lax.with_sharding_constraint(x, place)
+    remainder = size % math.prod(sizes[name] for name in names)
+    spec.append(None if remainder else names or None)
+  layout = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
+  return jax.lax.with_sharding_constraint(x, layout)
 
 
 def on_each_device(
@@ -153,12 +153,12 @@ def on_each_device(
 
 def make_rules(table: Mapping[str, str]) -> Rules:
   """Parses `{'batch': 'data,fsdp', 'kv': ''}` into tuples of mesh axes."""
-  rules = {logical: _named(axes) for logical, axes in table.items()}
+  rules = {logical: _axis_names(axes) for logical, axes in table.items()}
   for logical, names in rules.items():
     for name in names:
       if name not in MESH_AXES:
         raise unknown(f'mesh axis in sharding.{logical}', name, MESH_AXES)
-    for name in _twice(names):
+    for name in _repeated(names):
       raise ValueError(
         f'sharding.{logical}={table[logical]!r} has the mesh axis {name!r} '
         'twice'
@@ -166,12 +166,12 @@ def make_rules(table: Mapping[str, str]) -> Rules:
   return tuple(rules.items())
 
 
-def _twice(names: tuple[str, ...]) -> list[str]:
+def _repeated(names: tuple[str, ...]) -> list[str]:
   """The names that come more than once, which splits nothing further."""
   return sorted({name for name in names if names.count(name) > 1})
 
 
-def _named(axes: str) -> tuple[str, ...]:
+def _axis_names(axes: str) -> tuple[str, ...]:
   if not isinstance(axes, str):
     raise ValueError(
       f"mesh axes {axes!r} must be one text, with commas: 'data,fsdp'"
@@ -207,23 +207,21 @@ def sharding(
   for i, axis in enumerate(axes):
     if axis is not None and axis not in table:
       raise unknown(f'logical axis of {name}', axis, table)
-    places = tuple(
-      place for place in table.get(axis, ()) if mesh.shape[place] > 1
-    )
-    for place in places:
-      if place in used:
+    mesh_axes = tuple(a for a in table.get(axis, ()) if mesh.shape[a] > 1)
+    for axis_name in mesh_axes:
+      if axis_name in used:
         raise ValueError(
-          f'{name}: sharding maps {used[place]!r} and {axis!r} to mesh axis '
-          f'{place!r}'
+          f'{name}: sharding maps {used[axis_name]!r} and {axis!r} to mesh '
+          f'axis {axis_name!r}'
         )
-      used[place] = axis
-    parts = math.prod(mesh.shape[place] for place in places)
-    if shape is not None and shape[i] % parts:
+      used[axis_name] = axis
+    num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)
+    if shape is not None and shape[i] % num_devices:
       raise ValueError(
-        f'{name}: {axis}={shape[i]} does not divide by {parts} devices of mesh '
-        f'axes {places}'
+        f'{name}: {axis}={shape[i]} does not divide by {num_devices} devices '
+        f'of mesh axes {mesh_axes}'
       )
-    spec.append(places or None)
+    spec.append(mesh_axes or None)
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -237,12 +235,12 @@ def tree_shardings(mesh: Mesh, rules: Rules, axes, shapes):
     shapes: A tree like the parameters, of anything with a `shape`.
   """
 
-  def one(path, shape, names):
+  def leaf_sharding(path, shape, names):
     name = path_name(path)
     return sharding(mesh, rules, names, shape.shape, name)
 
   # `shapes` leads, so that each tuple of names arrives whole.
-  return jax.tree_util.tree_map_with_path(one, shapes, axes)
+  return jax.tree_util.tree_map_with_path(leaf_sharding, shapes, axes)
 
 
 def path_name(path) -> str:

@@ -12,15 +12,15 @@ from typing import Any
 
 import ml_collections
 
-_OURS = 'moe_jax'
+_MOE_JAX = 'moe_jax'
 
 
-def load(name: str, what: str, base: type) -> type:
+def load(name: str, noun: str, base: type) -> type:
   """The class that 'module:name' names.
 
   Args:
     name: An importable module and a class in it, 'package.module:Class'.
-    what: Noun for what the class is, for messages: 'router'.
+    noun: The noun for the class in messages: 'router'.
     base: The class that it has to extend.
 
   Raises:
@@ -32,34 +32,34 @@ def load(name: str, what: str, base: type) -> type:
   try:
     module = importlib.import_module(module_name)
   except ImportError as error:
-    raise ValueError(f'{what} {name!r} cannot be imported: {error}') from None
-  chosen = getattr(module, attribute, None)
-  if chosen is None:
-    raise ValueError(f'{what} {name!r}: {module_name} has no {attribute!r}')
-  if not (isinstance(chosen, type) and issubclass(chosen, base)):
+    raise ValueError(f'{noun} {name!r} cannot be imported: {error}') from None
+  cls = getattr(module, attribute, None)
+  if cls is None:
+    raise ValueError(f'{noun} {name!r}: {module_name} has no {attribute!r}')
+  if not (isinstance(cls, type) and issubclass(cls, base)):
     raise ValueError(
-      f'{what} {name!r} does not extend {base.__module__}.{base.__name__}'
+      f'{noun} {name!r} does not extend {base.__module__}.{base.__name__}'
     )
-  _check_contract(f'{what} {name!r}', chosen, base)
-  return chosen
+  _check_contract(f'{noun} {name!r}', cls, base)
+  return cls
 
 
-def _check_contract(said: str, chosen: type, base: type) -> None:
+def _check_contract(label: str, cls: type, base: type) -> None:
   """Raises ValueError for a class that does not keep the contract `base`."""
-  if '__dataclass_fields__' not in vars(chosen):
+  if '__dataclass_fields__' not in vars(cls):
     raise ValueError(
-      f'{said} is no dataclass, so that its options are unknown; put '
+      f'{label} is no dataclass, so that its options are unknown; put '
       '@dataclasses.dataclass(frozen=True) above it'
     )
   missing = [
     name
     for name in dir(base)
     if getattr(getattr(base, name), 'is_required', False)
-    and getattr(chosen, name) is getattr(base, name)
+    and getattr(cls, name) is getattr(base, name)
   ]
   if missing:
     raise ValueError(
-      f'{said} does not define {", ".join(missing)}, which '
+      f'{label} does not define {", ".join(missing)}, which '
       f'{base.__module__}.{base.__name__} asks of it'
     )
 
@@ -74,7 +74,7 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
     names: Names of classes, 'module:name'.
     allowed: Modules and packages that the user allows.
   """
-  allowed = {_OURS, *allowed}
+  allowed = {_MOE_JAX, *allowed}
   for name in names:
     module = name.partition(':')[0]
     parents = module.split('.')
@@ -115,7 +115,7 @@ def digests(names: Iterable[str]) -> dict[str, str]:
   sha256 = {}
   for name in names:
     module = name.partition(':')[0]
-    if module.split('.')[0] == _OURS:
+    if module.split('.')[0] == _MOE_JAX:
       continue
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:

@@ -50,8 +50,8 @@ class RunConfig(RunOptions):
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """See `RunOptions.for_hooks`."""
-    own = ('distill',) if self.distill.teacher else ()
-    return (*super().for_hooks, *own)
+    distill_section = ('distill',) if self.distill.teacher else ()
+    return (*super().for_hooks, *distill_section)
 
   def problems(self) -> Iterator[str]:
     """The problems of all runs, and of the teacher with other sections."""
@@ -132,7 +132,7 @@ def _settle_overrides(
     config: The config with the later layer, which is changed.
 
   Returns:
-    The values that are removed, by name.
+    The removed values, by name.
   """
   overrides = MODELS.get(config.model.kind).settle_overrides(
     before, config.model
@@ -142,15 +142,15 @@ def _settle_overrides(
   for name, entry in evals.items():
     if not isinstance(entry, ml_collections.ConfigDict):
       continue
-    left, given_up = sections.settle_overrides(
+    remaining, dropped = sections.settle_overrides(
       functools.partial(sections.choice_leaves, MODELS),
       before,
       config.model,
       cast(Any, entry.get('model_overrides', {})),
     )
-    entry.model_overrides = left
-    where = f'evals.{name}.model_overrides'
-    ignored |= {f'{where}.{key}': value for key, value in given_up.items()}
+    entry.model_overrides = remaining
+    path = f'evals.{name}.model_overrides'
+    ignored |= {f'{path}.{key}': value for key, value in dropped.items()}
   return ignored
 
 

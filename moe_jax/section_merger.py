@@ -33,7 +33,7 @@ def unlocked_copy(
   """A deep copy of a section, unlocked.
 
   `copy.deepcopy` takes several times as long: it asks each section for
-  attributes that there are not, and the section then looks for similar names.
+  attributes that do not exist, and the section then looks for similar names.
 
   Args:
     config: The section.
@@ -57,21 +57,21 @@ def _merge_into(
 ) -> None:
   """Merges `overrides` into an unlocked copy of `config`; see `merge`."""
   for key, value in overrides.items():
-    where = f'{path}{key}'
+    key_path = f'{path}{key}'
     if key not in merged:
       if not config.is_locked and path:  # an open section
         merged[key] = value
         continue
-      have = [f'{path}{k}' for k in merged]
-      raise OptionError([unknown_text('config key', where, have)])
+      keys = [f'{path}{k}' for k in merged]
+      raise OptionError([unknown_text('config key', key_path, keys)])
     old = config[key]
     if not isinstance(old, ConfigDict):
-      merged[key] = _replaced(old, value, where)
+      merged[key] = _replaced(old, value, key_path)
     elif isinstance(value, Mapping | ConfigDict):
-      _merge_into(cast(ConfigDict, merged[key]), old, value, f'{where}.')
+      _merge_into(cast(ConfigDict, merged[key]), old, value, f'{key_path}.')
     else:
       raise OptionError(
-        [f'{where}={value!r} replaces a section; give its keys: {[*old]}']
+        [f'{key_path}={value!r} replaces a section; give its keys: {[*old]}']
       )
 
 
@@ -79,16 +79,16 @@ def locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
   """`merged`, a copy with all keys of `config`, locked wherever that is."""
   if config.is_locked:
     merged.lock()  # sections below it, too
-  for key, below in config.items():
-    if isinstance(below, ConfigDict):
-      merged_below = cast(ConfigDict, merged[key])
-      if not below.is_locked:
-        merged_below.unlock()
-      locked_like(merged_below, below)
+  for key, subsection in config.items():
+    if isinstance(subsection, ConfigDict):
+      merged_subsection = cast(ConfigDict, merged[key])
+      if not subsection.is_locked:
+        merged_subsection.unlock()
+      locked_like(merged_subsection, subsection)
   return merged
 
 
-def _replaced(old: Any, value: Any, where: str) -> Any:
+def _replaced(old: Any, value: Any, key_path: str) -> Any:
   if isinstance(old, float) and type(value) is int:
     value = float(value)
   if isinstance(old, tuple) and isinstance(value, list):
@@ -96,7 +96,7 @@ def _replaced(old: Any, value: Any, where: str) -> Any:
   if old is not None and type(old) is not type(value):
     raise OptionError(
       [
-        f'{where}={value!r} is a {type(value).__name__}, '
+        f'{key_path}={value!r} is a {type(value).__name__}, '
         f'its default {old!r} a {type(old).__name__}'
       ]
     )

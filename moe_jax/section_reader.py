@@ -41,11 +41,11 @@ class Leaf(NamedTuple):
   """One key of a config.
 
   Attributes:
-    path: Its dotted name.
-    value: Its value.
-    default: Its default; `dataclasses.MISSING` where a value is required.
-    spec: The description of its option; of a choice, for the key 'kind'.
-    idle: The reason why it 'has no effect', in words after these, or None.
+    path: The dotted name of the key.
+    value: The value of the key.
+    default: The default; `dataclasses.MISSING` where a value is required.
+    spec: The description of the option; of a choice, for the key 'kind'.
+    idle: The reason why the key 'has no effect', in words after these, or None.
   """
 
   path: str
@@ -103,7 +103,7 @@ class Reader:
     config: Mapping[str, Any],
     path: str,
     idle: str | None = None,
-    others: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (),
   ) -> T | None:
     """The options of a section; None where it has a problem.
 
@@ -111,26 +111,26 @@ class Reader:
       cls: The class of the options.
       default: An instance with the defaults; None takes those of the class.
       config: The section.
-      path: Its dotted name, with a dot at the end.
+      path: The dotted name of the section, with a dot at the end.
       idle: The reason why the section has no effect; None where it has one.
-      others: Keys of the section that are no options of the class.
+      extra: Keys of the section that are no options of the class.
     """
     before = len(self.problems)
     try:
       config = cls.spelled_out(config)
     except OptionError as error:
       self.problems += error.below(path).problems
-    self._unknown(cls, config, path, others)
+    self._check_keys(cls, config, path, extra)
     values = {}
     for name, field in fields_of(cls).items():
-      spec, own = spec_of(field), default_of(field)
+      spec, usual = spec_of(field), default_of(field)
       if default is not None:
-        own = getattr(default, name)
-      why = idle
-      if why is None and not in_force(_values(cls, config), spec.when):
-        why = needs(spec.when, path)
-      value = self._field(cls, field, own, config, path, why)
-      values[name] = own if why is not None and idle is None else value
+        usual = getattr(default, name)
+      reason = idle
+      if reason is None and not in_force(_values(cls, config), spec.when):
+        reason = needs(spec.when, path)
+      value = self._field(cls, field, usual, config, path, reason)
+      values[name] = usual if reason is not None and idle is None else value
     if self._only_keys or idle is not None or len(self.problems) > before:
       return None
     try:
@@ -139,40 +139,40 @@ class Reader:
       self.problems += error.below(path).problems
     return None
 
-  def _unknown(self, cls, config, path, others):
-    have = [*fields_of(cls), *others]
+  def _check_keys(self, cls, config, path, extra):
+    allowed_keys = [*fields_of(cls), *extra]
     for key in config:
-      if key not in have:
-        names = [f'{path}{name}' for name in have]
+      if key not in allowed_keys:
+        names = [f'{path}{name}' for name in allowed_keys]
         self.problems.append(unknown_key_text(f'{path}{key}', names))
 
   def _field(self, cls, field, default, config, path, idle):
     name, spec = field.name, spec_of(field)
-    where = f'{path}{name}'
-    if spec.many:
-      return self._entries(spec, default, config.get(name), f'{where}.')
+    key = f'{path}{name}'
+    if spec.holds_entries:
+      return self._entries(spec, default, config.get(name), f'{key}.')
     if spec.kinds is not None or isinstance(default, Options):
-      below = config.get(name, {})
-      if not isinstance(below, Mapping):
-        self.problems.append(f'{where}={below!r} is no section')
+      section = config.get(name, {})
+      if not isinstance(section, Mapping):
+        self.problems.append(f'{key}={section!r} is no section')
         return None
       if spec.kinds is not None:
-        return self.choice(spec.kinds, default, below, f'{where}.', idle, spec)
-      return self.options(type(default), default, below, f'{where}.', idle)
+        return self.choice(spec.kinds, default, section, f'{key}.', idle, spec)
+      return self.options(type(default), default, section, f'{key}.', idle)
     value = config.get(name, default)
     hint = types_of(cls)[name]
     if isinstance(value, list):  # JSON has no tuples
       value = _tuples(value)
-    self.leaves.append(Leaf(where, value, default, spec, idle))
+    self.leaves.append(Leaf(key, value, default, spec, idle))
     if idle is not None:
       return default
     if value is None and default in (dataclasses.MISSING, None):
       if default is dataclasses.MISSING:
         self.problems.append(
-          f'{where} is missing: it has no default; give --config.{where}=...'
+          f'{key} is missing: it has no default; give --config.{key}=...'
         )
       return None
-    problem = value_problem(where, value, hint, spec)
+    problem = value_problem(key, value, hint, spec)
     if problem is not None:
       self.problems.append(problem)
     elif hint is float:
@@ -182,9 +182,9 @@ class Reader:
   def _entries(self, spec, default, config, path):
     if config is None:
       return default
-    chosen = {}
+    entries = {}
     for name, entry in config.items():
-      where = f'{path}{name}.'
+      prefix = f'{path}{name}.'
       if not isinstance(entry, Mapping):
         self.problems.append(f'{path}{name}={entry!r} is no section')
         continue
@@ -192,12 +192,12 @@ class Reader:
         self.problems.append(f'{path}{name} has no {KIND!r}')
         continue
       self.leaves.append(
-        Leaf(f'{where}{KIND}', entry[KIND], entry[KIND], spec, None)
+        Leaf(f'{prefix}{KIND}', entry[KIND], entry[KIND], spec, None)
       )
-      cls = self._class(spec.kinds, entry[KIND], where)
+      cls = self._class(spec.kinds, entry[KIND], prefix)
       if cls is not None:
-        chosen[name] = self.options(cls, None, entry, where, others=(KIND,))
-    return chosen
+        entries[name] = self.options(cls, None, entry, prefix, extra=(KIND,))
+    return entries
 
   def _class(self, kinds, name, path):
     try:
@@ -233,41 +233,41 @@ class Reader:
       return None
     if kinds.inline:
       return self._inline(kinds, cls, name, default, config, path, idle)
-    have = [KIND, CUSTOM, *kinds.builtin]
+    allowed_keys = [KIND, CUSTOM, *kinds.builtin]
     for key in config:
-      if key not in have:
-        names = [f'{path}{n}' for n in have]
+      if key not in allowed_keys:
+        names = [f'{path}{n}' for n in allowed_keys]
         self.problems.append(unknown_key_text(f'{path}{key}', names))
-    own = CUSTOM if name not in kinds.builtin else name
-    if own != CUSTOM:
+    section_key = CUSTOM if name not in kinds.builtin else name
+    if section_key != CUSTOM:
       self._no_custom(config, path, name)
-    like = default if type(default) is cls else None
-    below = config.get(own, {})
-    chosen = self.options(cls, like, below, f'{path}{own}.', idle)
-    why = idle or f'with {path}{KIND}={name!r}'
+    defaults = default if type(default) is cls else None
+    section = config.get(section_key, {})
+    chosen = self.options(cls, defaults, section, f'{path}{section_key}.', idle)
+    reason = idle or f'with {path}{KIND}={name!r}'
     for other, other_cls in kinds.builtin.items():
       if other != name:
-        below = config.get(other, {})
-        self.options(other_cls, None, below, f'{path}{other}.', why)
+        section = config.get(other, {})
+        self.options(other_cls, None, section, f'{path}{other}.', reason)
     return chosen
 
   def _inline(self, kinds, cls, name, default, config, path, idle):
     """The options of a kind that stand beside `kind`, or in `custom`."""
-    known, foreign = fields_of(cls), {}
+    kind_fields, foreign = fields_of(cls), {}
     for other in kinds.builtin.values():
       for key, field in fields_of(other).items():
-        if key not in known:
+        if key not in kind_fields:
           foreign.setdefault(key, (other, field))
-    like = default if isinstance(default, cls) else None
-    below = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
+    defaults = default if isinstance(default, cls) else None
+    section = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
     if name in kinds.builtin:
       self._no_custom(config, path, name)
     else:
-      below |= dict(config.get(CUSTOM, {}).items())
-    chosen = self.options(cls, like, below, path, idle, tuple(foreign))
-    why = idle or f'with {path}{KIND}={name!r}'
+      section |= dict(config.get(CUSTOM, {}).items())
+    chosen = self.options(cls, defaults, section, path, idle, tuple(foreign))
+    reason = idle or f'with {path}{KIND}={name!r}'
     for other, field in foreign.values():
-      self._field(other, field, default_of(field), config, path, why)
+      self._field(other, field, default_of(field), config, path, reason)
     return chosen
 
   def _no_custom(self, config, path, name):

@@ -89,7 +89,7 @@ def _section(options: type[Options] | Options) -> dict[str, Any]:
     if not isinstance(options, type):
       value = getattr(options, name)
     spec = spec_of(field)
-    if spec.many and spec.kinds is not None:
+    if spec.holds_entries and spec.kinds is not None:
       values[name] = {
         key: {KIND: spec.kinds.name_of(entry), **_section(entry)}
         for key, entry in value.items()
@@ -109,34 +109,36 @@ def _section(options: type[Options] | Options) -> dict[str, Any]:
 def _choice_section(kinds: Kinds, chosen: Options) -> dict[str, Any]:
   name = kinds.name_of(chosen)
   values: dict[str, Any] = {KIND: name}
-  own, custom = _section(chosen), {}
+  chosen_values, custom_values = _section(chosen), {}
   for kind, cls in kinds.builtin.items():
     if not kinds.inline:
-      values[kind] = own if kind == name else _section(cls)
+      values[kind] = chosen_values if kind == name else _section(cls)
     else:
       values |= {k: v for k, v in _section(cls).items() if k not in values}
   if kinds.inline:
-    values |= {k: v for k, v in own.items() if k in values}
+    values |= {k: v for k, v in chosen_values.items() if k in values}
   if name not in kinds.builtin:
-    custom = {
-      k: v for k, v in own.items() if not kinds.inline or k not in values
+    custom_values = {
+      k: v
+      for k, v in chosen_values.items()
+      if not kinds.inline or k not in values
     }
-  return {**values, CUSTOM: custom}
+  return {**values, CUSTOM: custom_values}
 
 
 def _unlock_open(cls: type, config: ConfigDict) -> None:
   for name, field in fields_of(cls).items():
-    spec, below = spec_of(field), config[name]
-    if not isinstance(below, ConfigDict):
+    spec, subsection = spec_of(field), config[name]
+    if not isinstance(subsection, ConfigDict):
       continue
-    if spec.many:
-      below.unlock()
+    if spec.holds_entries:
+      subsection.unlock()
     elif spec.kinds is not None:
-      _unlock_choice(spec.kinds, below)
+      _unlock_choice(spec.kinds, subsection)
     elif isinstance(default_of(field), Mapping):
-      below.unlock()
+      subsection.unlock()
     else:
-      _unlock_open(type(default_of(field)), below)
+      _unlock_open(type(default_of(field)), subsection)
 
 
 def _unlock_choice(kinds: Kinds, config: ConfigDict) -> None:

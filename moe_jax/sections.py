@@ -58,7 +58,7 @@ def read(cls: type[T], config: Section, path: str = '') -> T:
 
   Args:
     cls: The class.
-    config: Its section; keys that are not there have their defaults.
+    config: The section; keys that it lacks have their defaults.
     path: Prefix of names in messages, such as 'model.'.
 
   Raises:
@@ -111,9 +111,11 @@ def settle(
   Returns:
     A locked copy of `after`, and by name the values that got their defaults.
   """
-  known = {leaf.path: leaf for leaf in leaves(cls, before)}
+  earlier = {leaf.path: leaf for leaf in leaves(cls, before)}
   ignored = {
-    leaf.path: leaf for leaf in leaves(cls, after) if _switched_off(leaf, known)
+    leaf.path: leaf
+    for leaf in leaves(cls, after)
+    if _switched_off(leaf, earlier)
   }
   return _without(after, ignored), {p: x.value for p, x in ignored.items()}
 
@@ -142,11 +144,11 @@ def overridden(
     return chosen, {}
   before = choice_section(kinds, chosen)
   after = merge(before, overrides, path)
-  known = {leaf.path: leaf for leaf in choice_leaves(kinds, before, path)}
+  earlier = {leaf.path: leaf for leaf in choice_leaves(kinds, before, path)}
   ignored = {
     leaf.path: leaf
     for leaf in choice_leaves(kinds, after, path)
-    if _switched_off(leaf, known) or _never_on(leaf, known)
+    if _switched_off(leaf, earlier) or _never_on(leaf, earlier)
   }
   options: Any = read_choice(kinds, _without(after, ignored, path), path)
   return options, {p: leaf.value for p, leaf in ignored.items()}
@@ -162,16 +164,16 @@ def settle_overrides(
 
   Args:
     list_leaves: Lists the keys of the section to which overrides apply.
-    before: That section of the config of the earlier layers.
+    before: The section in the config of the earlier layers.
     after: The same section with the later layer, too.
     overrides: The overrides of the earlier layers, nested.
 
   Returns:
-    The overrides that are left, and by name those that are not.
+    The overrides that remain, and by name those that are removed.
   """
   settled, ignored = ConfigDict(cast(Any, overrides)).to_dict(), {}
   try:
-    old, new = (
+    old_leaves, new_leaves = (
       {leaf.path: leaf for leaf in list_leaves(merge(base, settled))}
       for base in (
         ConfigDict(cast(Any, before)).lock(),
@@ -181,45 +183,45 @@ def settle_overrides(
   except OptionError:  # raised again where the overrides are read
     return settled, {}
   for path, value in flatten(settled).items():
-    if path not in new or path not in old:
+    if path not in new_leaves or path not in old_leaves:
       continue
-    if new[path].idle is not None and old[path].idle is None:
+    if new_leaves[path].idle is not None and old_leaves[path].idle is None:
       ignored[path] = value
       *parents, key = path.split('.')
-      below = settled
+      subsection = settled
       for parent in parents:
-        below = below[parent]
-      del below[key]
+        subsection = subsection[parent]
+      del subsection[key]
   return settled, ignored
 
 
-def _switched_off(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
+def _switched_off(leaf: Leaf, earlier: Mapping[str, Leaf]) -> bool:
   """Whether an earlier layer set the key and a later took its effect."""
-  old = known.get(leaf.path)
+  old = earlier.get(leaf.path)
   if leaf.idle is None or not leaf.changed or old is None:
     return False
   return old.idle is None and plain(old.value) == plain(leaf.value)
 
 
-def _never_on(leaf: Leaf, known: Mapping[str, Leaf]) -> bool:
+def _never_on(leaf: Leaf, earlier: Mapping[str, Leaf]) -> bool:
   """Whether the key belongs to a part that the options lack, and is set."""
-  old = known.get(leaf.path)
+  old = earlier.get(leaf.path)
   return leaf.idle is not None and leaf.changed and bool(old and old.unmet)
 
 
 def _without(
-  config: ConfigDict, given_up: Mapping[str, Leaf], path: str = ''
+  config: ConfigDict, ignored: Mapping[str, Leaf], path: str = ''
 ) -> ConfigDict:
-  """A locked copy in which the keys `given_up` have their defaults."""
+  """A locked copy in which the keys `ignored` have their defaults."""
   copied = unlocked_copy(config)
-  for name, leaf in given_up.items():
-    _put(copied, name.removeprefix(path), leaf.default)
+  for name, leaf in ignored.items():
+    _set_value(copied, name.removeprefix(path), leaf.default)
   if config.is_locked:  # sections that are open in it stay open
     return locked_like(copied, config)
   return copied.lock()
 
 
-def _put(config: ConfigDict, path: str, value: Any) -> None:
+def _set_value(config: ConfigDict, path: str, value: Any) -> None:
   *parents, key = path.split('.')
   for parent in parents:
     config = cast(ConfigDict, config[parent])

@@ -60,7 +60,7 @@ class Shape(NamedTuple):
     return set(re.findall(r'[A-Za-z]\w*', self.hints[0].dim_str))
 
   @property
-  def told(self) -> str:
+  def text(self) -> str:
     """The argument with its shape, as a part of a message."""
     return f'{self.name} has shape {np.shape(self.value)} as {self.dims}'
 
@@ -82,12 +82,12 @@ def checked(f: F) -> F:
   @functools.wraps(f)
   def call(*args, **kwargs):
     try:
-      given = signature.bind(*args, **kwargs).arguments
+      arguments = signature.bind(*args, **kwargs).arguments
     except TypeError:
       return f(*args, **kwargs)  # Python's own error names the argument
     check_shapes(
       shape
-      for name, value in given.items()
+      for name, value in arguments.items()
       for shape in readers[name].shapes(name, value)
     )
     return f(*args, **kwargs)
@@ -97,13 +97,13 @@ def checked(f: F) -> F:
 
 def check_shapes(shapes: Iterable[Shape]) -> None:
   """Raises ValueError where shapes are wrong or do not fit each other."""
-  before: list[Shape] = []
+  earlier_shapes: list[Shape] = []
   with jaxtyping.jaxtyped('context'):
     for shape in shapes:
       array = _as_struct(shape)
       if not any(isinstance(array, hint) for hint in shape.hints):
-        raise ValueError(_problem(shape, array, before))
-      before.append(shape)
+        raise ValueError(_problem(shape, array, earlier_shapes))
+      earlier_shapes.append(shape)
 
 
 def shapes_in(name: str, value: HasShapes) -> Iterator[Shape]:
@@ -121,13 +121,13 @@ def array_of(name: str, value: Any, hint: Any) -> Shape:
   return Shape(name, value, (_any_array(hint),))
 
 
-def told(result: Any) -> str:
-  """The result of a user's function, for messages: 'float32[8, 16]'."""
-  if type(result) is tuple:
-    return f'({", ".join(map(told, result))})'
-  if hasattr(result, 'shape') and hasattr(result, 'dtype'):
-    return f'{result.dtype}{list(result.shape)}'
-  return type(result).__name__
+def type_text(output: Any) -> str:
+  """The type of a user's output, for messages: 'float32[8, 16]'."""
+  if type(output) is tuple:
+    return f'({", ".join(map(type_text, output))})'
+  if hasattr(output, 'shape') and hasattr(output, 'dtype'):
+    return f'{output.dtype}{list(output.shape)}'
+  return type(output).__name__
 
 
 class _Reader(NamedTuple):
@@ -148,11 +148,13 @@ class _Reader(NamedTuple):
   @classmethod
   def of(cls, annotation: Any) -> '_Reader':
     """The reader of an annotation."""
-    parts = typing.get_args(annotation) if _is_union(annotation) else ()
-    parts = parts or (annotation,)
-    others = [p for p in parts if not _is_array(p) and p not in (int, _NONE)]
-    hints = tuple(_any_array(part) for part in parts if _is_array(part))
-    return cls(hints, int in parts, bool(others), _NONE in parts)
+    types = typing.get_args(annotation) if _is_union(annotation) else ()
+    types = types or (annotation,)
+    other_types = [
+      hint for hint in types if not _is_array(hint) and hint not in (int, _NONE)
+    ]
+    hints = tuple(_any_array(hint) for hint in types if _is_array(hint))
+    return cls(hints, int in types, bool(other_types), _NONE in types)
 
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
     """The shapes to check of an argument, after a check of its type."""
@@ -165,9 +167,9 @@ class _Reader(NamedTuple):
       or (self.optional and value is None)
       or (self.whole and is_whole(value))
     ):
-      raise ValueError(f'{name}={_short(value)} must be {self._needed()}')
+      raise ValueError(f'{name}={_short(value)} must be {self._requirement()}')
 
-  def _needed(self) -> str:
+  def _requirement(self) -> str:
     if not self.hints:
       return 'an integer or None' if self.optional else 'an integer'
     return f'an array {Shape("", None, self.hints).dims}'
@@ -192,8 +194,8 @@ def _is_union(annotation: Any) -> bool:
 
 def _is_array(hint: Any) -> bool:
   # Keys are left to jax.random, which takes two kinds of them.
-  named = isinstance(hint, type) and hasattr(hint, 'dim_str')
-  return named and hint.dtype is not jaxtyping.Key
+  has_dims = isinstance(hint, type) and hasattr(hint, 'dim_str')
+  return has_dims and hint.dtype is not jaxtyping.Key
 
 
 def _any_array(hint: Any) -> Any:
@@ -211,13 +213,13 @@ def _as_struct(shape: Shape) -> Any:
     )
   open_ended = '*' in shape.dims or '...' in shape.dims
   if 0 in np.shape(value) and not open_ended:
-    raise ValueError(f'{shape.told} is empty; each size must be at least 1')
+    raise ValueError(f'{shape.text} is empty; each size must be at least 1')
   # JAX takes numpy's float64 as float32 by default.
   dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
   return jax.ShapeDtypeStruct(np.shape(value), dtype)
 
 
-def _problem(shape: Shape, array: Any, before: list[Shape]) -> str:
+def _problem(shape: Shape, array: Any, earlier_shapes: list[Shape]) -> str:
   """The message for a shape that fits none of its types."""
   hint = shape.hints[0]
   any_type = hint.dtype is jaxtyping.Shaped
@@ -226,12 +228,12 @@ def _problem(shape: Shape, array: Any, before: list[Shape]) -> str:
       f'{shape.name} has type {array.dtype}; it must be '
       f'{hint.dtype.__name__.lower()}'
     )
-  said = f'{shape.name} has shape {array.shape}, and {shape.dims} is needed'
+  message = f'{shape.name} has shape {array.shape}, and {shape.dims} is needed'
   if '=' in shape.name:
-    said = shape.name
-  untold, others = set(shape.letters), []
-  for other in before:
-    if other.letters & untold:
-      untold -= other.letters
-      others.append(other.name if '=' in other.name else other.told)
-  return f'{said}; {", ".join(others)}' if others else said
+    message = shape.name
+  unexplained, sources = set(shape.letters), []
+  for earlier in earlier_shapes:
+    if earlier.letters & unexplained:
+      unexplained -= earlier.letters
+      sources.append(earlier.name if '=' in earlier.name else earlier.text)
+  return f'{message}; {", ".join(sources)}' if sources else message

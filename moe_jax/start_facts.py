@@ -31,25 +31,25 @@ LEAK = (
 
 def warnings(model: models.Model) -> list[str]:
   """Warnings on a model that every result has to give."""
-  said = [LEAK] if model.leaks_future else []
-  return said + [model.forced_balance] * bool(model.forced_balance)
+  texts = [LEAK] if model.leaks_future else []
+  return texts + [model.forced_balance] * bool(model.forced_balance)
 
 
-def takes(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
+def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
   """A line on what a run takes; matrix products of a device are timed for it.
 
   Args:
     options: The options of the run, after `filled`.
-    model: Its model.
-    mesh: Its mesh.
+    model: The model of the run.
+    mesh: The mesh of the run.
   """
-  took = run_cost.run_cost(options, model)
-  if not took.flops:
-    return f'run: {took.describe()}'
+  total_cost = run_cost.run_cost(options, model)
+  if not total_cost.flops:
+    return f'run: {total_cost.describe()}'
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate, _ = roofline.product_rate(dtype)
   rate *= devices.num_processors(list(mesh.devices.flat))
-  return f'run: {took.describe()}; {took.time(rate)}'
+  return f'run: {total_cost.describe()}; {total_cost.time(rate)}'
 
 
 def facts(run: Run) -> Iterator[str]:
@@ -83,14 +83,14 @@ def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
     return
   count = trained.count(trained.part(params))
   file = options.trained_experts
-  whole = sum(leaf.size for leaf in jax.tree.leaves(params))
-  said, o = f'trainable={options.trainable!r}', options.lora
-  if o.rank:
-    said = f'adapters of rank {o.rank} on {o.parts!r}'
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  subset, lora = f'trainable={options.trainable!r}', options.lora
+  if lora.rank:
+    subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
   if file:
-    said += f', {chosen_experts.read(file).describe()}'
+    subset += f', {chosen_experts.read(file).describe()}'
   yield (
-    f'{said}: {count:,} of {whole:,} parameters train ({count / whole:.1%}); '
+    f'{subset}: {count:,} of {total:,} parameters train ({count / total:.1%}); '
     'the others keep their values'
   )
 

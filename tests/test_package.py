@@ -50,7 +50,7 @@ def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
 
 def test_every_config_of_the_folder_has_a_name():
   files = {path.stem: path for path in (ROOT / 'configs').glob('*.py')}
-  assert config_file.named('moe_jax') == files
+  assert config_file.package_configs('moe_jax') == files
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_names_of_configs_in_texts_exist():
       text = path.read_text(encoding='utf-8')
       seen |= set(re.findall(r'--config[= ]moe_jax:(\w+)', text))
   assert 'tiny_switch' in seen
-  assert seen <= set(config_file.named('moe_jax'))
+  assert seen <= set(config_file.package_configs('moe_jax'))
 
 
 @pytest.mark.parametrize(

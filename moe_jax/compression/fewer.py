@@ -235,7 +235,7 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
   index = np.array(experts)
   return SmallerLayer(
     {path: x[index] for path, x in layer.experts.items()},
-    layer.taken(index),
+    layer.selected_columns(index),
     tuple(row.tolist()),
   )
 

@@ -29,7 +29,7 @@ from moe_jax.models.parameter_trees import (
 )
 from moe_jax.models.pattern import sparse_pattern
 
-Cache = KVCache | LstmCache  # what a model that generates keeps between steps
+Cache = KVCache | LstmCache  # the state between decoding steps
 
 __all__ = [
   'MODELS',

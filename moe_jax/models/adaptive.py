@@ -103,8 +103,8 @@ class AdaptiveOptions(FeatureModelOptions):
     """See `ModelOptions.least_parameters`."""
     c, M, V = self.adaptive, self.num_features, self.vocab_size
     F, gate = c.expert_hidden, c.gate_hidden
-    each = F * (M + V) if F else M * V
-    return c.num_experts * (each + (gate or M)) + gate * M
+    expert_values = F * (M + V) if F else M * V
+    return c.num_experts * (expert_values + (gate or M)) + gate * M
 
   def build(self, rules: Rules = RULES) -> 'AdaptiveMixture':
     """See `ModelOptions.build`."""
@@ -149,10 +149,10 @@ class AdaptiveMixture(FeatureModel):
     def uniform(key, shape, dtype):
       return jax.random.uniform(key, shape, dtype, -scale, scale)
 
-    start = nn.initializers.zeros if zero else uniform
-    kernel = parameters.boxed(start, axes, role=role, form='kernel')
+    init = nn.initializers.zeros if zero else uniform
+    kernel = parameters.boxed(init, axes, role=role, form='kernel')
     bias_axes = (*axes[:-2], axes[-1])
-    bias = parameters.boxed(start, bias_axes, role=role, form='bias')
+    bias = parameters.boxed(init, bias_axes, role=role, form='bias')
     bias_shape = (*shape[:-2], shape[-1])
     return (
       self.param(name, kernel, shape, jnp.float32),
@@ -165,12 +165,12 @@ class AdaptiveMixture(FeatureModel):
     axes = ('expert', None, None)
     if F:
       kernel, bias = self._layer('expert_in', 'expert', (E, M, F), axes)
-      rows = jnp.einsum('NM,EMF->NEF', x, kernel) + bias[None]
-      x, letters = jax.nn.sigmoid(rows), 'NEF,EFV->NEV'
+      hidden = jnp.einsum('NM,EMF->NEF', x, kernel) + bias[None]
+      x, equation = jax.nn.sigmoid(hidden), 'NEF,EFV->NEV'
     else:
-      letters = 'NF,EFV->NEV'
+      equation = 'NF,EFV->NEV'
     kernel, bias = self._layer('expert_out', 'expert', (E, F or M, V), axes)
-    return jnp.einsum(letters, x, kernel) + bias[None]
+    return jnp.einsum(equation, x, kernel) + bias[None]
 
   def _gate(self, x: Float32[Array, 'N M']) -> Logits:
     c, axes = self.options.adaptive, (None, None)

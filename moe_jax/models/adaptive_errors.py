@@ -93,8 +93,8 @@ def cooperative_gradients(
   probs = jax.nn.softmax(gate_logits)
   prediction = blend(outputs, probs)
   error = (targets - prediction)[:, None, :]  # [N, 1, V]
-  along = jnp.sum(error * (outputs - prediction[:, None, :]), axis=-1)
-  return Gradients(-2 * probs[..., None] * error, -2 * probs * along)
+  projections = jnp.sum(error * (outputs - prediction[:, None, :]), axis=-1)
+  return Gradients(-2 * probs[..., None] * error, -2 * probs * projections)
 
 
 def gated_gradients(

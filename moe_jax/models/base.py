@@ -52,7 +52,7 @@ class Model(nn.Module):
   has_encoder: ClassVar[bool] = False
   generates: ClassVar[bool] = False
 
-  if TYPE_CHECKING:  # flax makes it, unseen by checkers
+  if TYPE_CHECKING:  # type checkers do not see that flax defines it
 
     def __hash__(self) -> int: ...
 
@@ -179,8 +179,10 @@ class Model(nn.Module):
 
     See `layers.imposed.ImposedOptions.forced`.
     """
-    said = [moe.forced for moe in self.moes if moe is not None and moe.forced]
-    return said[0] if said else ''
+    warnings = [
+      moe.forced for moe in self.moes if moe is not None and moe.forced
+    ]
+    return warnings[0] if warnings else ''
 
   # The routers' losses and state.
 

@@ -37,8 +37,9 @@ class Coded(NamedTuple):
   """A kernel that is stored in codes.
 
   Attributes:
-    shape: Its shape as a parameter that is stored as it is.
-    matrix: Its shape as matrices [*E, I, O], for I inputs and O output units.
+    shape: The shape of the kernel as a plain parameter, without codes.
+    matrix: The shape of the kernel as matrices [*E, I, O], for I inputs and O
+      output units.
     format: The format of the codes.
   """
 
@@ -70,32 +71,36 @@ def with_formats(
     )
   numerics = dataclasses.replace(options.numerics, kernels=kernels)
   changed = dataclasses.replace(
-    _of_experts(options, experts), numerics=numerics
+    _with_expert_format(options, experts), numerics=numerics
   )
   if isinstance(options, EncoderDecoderOptions):
-    half = _of_experts(options.encoder_half(), experts)
+    half = _with_expert_format(options.encoder_half(), experts)
     return cast(EncoderDecoderOptions, changed).with_encoder(half)
   return cast(TransformerOptions, changed)
 
 
-def _of_experts(options: StackOptions, format: KernelFormat):
+def _with_expert_format(options: StackOptions, format: KernelFormat):
   moe = options.moe
   if options.has_experts:
-    expert = _expert(moe.expert, format)
+    expert = _expert_in_format(moe.expert, format)
     moe = dataclasses.replace(moe, expert=expert)
   return dataclasses.replace(options, moe=moe)
 
 
-def _expert(expert: ExpertOptions, format: KernelFormat) -> FeedForwardExpert:
+def _expert_in_format(
+  expert: ExpertOptions, format: KernelFormat
+) -> FeedForwardExpert:
   if type(expert) not in (FeedForwardExpert, QuantizedExpert):
     raise ValueError(
       f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
       f'codes; have {[*EXPERTS.builtin]}'
     )
-  own = {name: getattr(expert, name) for name in fields_of(FeedForwardExpert)}
+  fields = {
+    name: getattr(expert, name) for name in fields_of(FeedForwardExpert)
+  }
   if format.is_plain:
-    return FeedForwardExpert(**own)
-  return QuantizedExpert(**own, format=format)
+    return FeedForwardExpert(**fields)
+  return QuantizedExpert(**fields, format=format)
 
 
 def has_codes(options: ModelOptions) -> bool:
@@ -122,7 +127,7 @@ def coded_kernels(options: TransformerOptions) -> dict[Path, Coded]:
   """
   plain = describe(with_formats(options).build())
   model = options.build()
-  of_experts = [
+  expert_formats = [
     (stack, half.moe.expert.format)
     for (stack, _), half in zip(model.stacks, options.halves, strict=True)
   ]
@@ -131,26 +136,26 @@ def coded_kernels(options: TransformerOptions) -> dict[Path, Coded]:
   def format_of(path: Path) -> KernelFormat:
     if SCOPE not in path:
       return options.numerics.kernels
-    return next(f for stack, f in of_experts if path[: len(stack)] == stack)
+    return next(f for stack, f in expert_formats if path[: len(stack)] == stack)
 
-  def walk(path: Path, own: Any, stored: Any) -> None:
+  def walk(path: Path, node: Any, stored: Any) -> None:
     if not isinstance(stored, Mapping):
       return
-    if isinstance(own, Mapping):
-      for name, below in own.items():
-        walk((*path, name), below, stored[name])
+    if isinstance(node, Mapping):
+      for name, subtree in node.items():
+        walk((*path, name), subtree, stored[name])
       return
     # Metadata are [*E, groups, O] in every format.
     (*stack, _, units) = stored['low' if 'low' in stored else 'scale'].shape
-    inputs = math.prod(own.shape) // math.prod([*stack, units])
-    kernels[path] = Coded(own.shape, (*stack, inputs, units), format_of(path))
+    inputs = math.prod(node.shape) // math.prod([*stack, units])
+    kernels[path] = Coded(node.shape, (*stack, inputs, units), format_of(path))
 
   walk((), plain.shapes, describe(model).shapes)
   return kernels
 
 
 def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
-  """Checks the ternary codes of a model that was read from somewhere.
+  """Checks the ternary codes of a model that was read from files.
 
   Other codes cannot be wrong. Arrays that other processes hold parts of are not
   checked.
@@ -184,7 +189,7 @@ def decoded(
 
   Args:
     options: The options of a model with kernels in codes.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Returns:
     The options of the model without codes, and its parameters, of the type
@@ -192,13 +197,15 @@ def decoded(
   """
   kernels, dtype = coded_kernels(options), options.numerics.param_dtype
 
-  def walk(path: Path, own: Any) -> Any:
+  def walk(path: Path, node: Any) -> Any:
     if path in kernels:
       kernel = kernels[path]
-      w: Array = kernel.format.decoded(own, kernel.matrix[-2])
+      w: Array = kernel.format.decoded(node, kernel.matrix[-2])
       return w.reshape(kernel.shape).astype(dtype)
-    if isinstance(own, Mapping):
-      return {name: walk((*path, name), below) for name, below in own.items()}
-    return own
+    if isinstance(node, Mapping):
+      return {
+        name: walk((*path, name), subtree) for name, subtree in node.items()
+      }
+    return node
 
   return with_formats(options), walk((), params)

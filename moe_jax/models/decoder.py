@@ -56,7 +56,7 @@ class Decoder(Transformer):
   blocks: StackConfig
 
   def setup(self) -> None:
-    """Makes the parts, whose parameters are in the model's own scope."""
+    """Makes the submodules, whose parameters are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     self.decoder = Stack(self.blocks)
     nn.share_scope(self, self.embeddings)

@@ -47,8 +47,8 @@ def stack_for_decoding(
 
   Args:
     stack: The stack as trained or imported.
-    params: Its parameters, unboxed.
-    router_state: The state of its routers.
+    params: The stack's parameters, unboxed.
+    router_state: The state of the stack's routers.
     few_rows: The number of rows that take a step together, if experts are to be
       laid out for steps of few tokens; 0: they are not.
     window: See `Model.for_decoding`.
@@ -60,7 +60,7 @@ def stack_for_decoding(
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
   if window and block.causal:
-    windows = tuple(min(window, own or window) for own in stack.layer_windows)
+    windows = tuple(min(window, w or window) for w in stack.layer_windows)
     stack = dataclasses.replace(stack, windows=windows)
     window = min(window, attention.window or window)
     attention = dataclasses.replace(attention, window=window)
@@ -71,8 +71,8 @@ def stack_for_decoding(
       check_decodes(moe)
     moe = serving_all(moe, causal=block.causal)
     block = dataclasses.replace(block, moe=moe)
-  plain = dataclasses.replace(stack, block=block, remat='none')
-  plain, params = unstack(plain, params)
+  decoding = dataclasses.replace(stack, block=block, remat='none')
+  decoding, params = unstack(decoding, params)
   _, router_state = unstack(stack, router_state)
   if (
     few_rows
@@ -80,8 +80,8 @@ def stack_for_decoding(
     and moe.expert.own_arrays
     and isinstance(moe.dispatch, Dropless)
   ):
-    plain, params = _for_few_tokens(plain, moe, params, few_rows)
-  return DecodingStack(plain, params, router_state)
+    decoding, params = _for_few_tokens(decoding, moe, params, few_rows)
+  return DecodingStack(decoding, params, router_state)
 
 
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
@@ -108,21 +108,25 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
 def _for_few_tokens(stack, moe, params, rows):
   K = moe.num_selected
-  experts = [own.sizes.num_retained for own in stack.moes if own is not None]
-  choosers = rows
+  expert_counts = [
+    layer.sizes.num_retained for layer in stack.moes if layer is not None
+  ]
+  distinct_rows = rows
   if moe.router.needs_tasks:  # all rows of a task choose alike
-    choosers = min(rows, stack.block.shared.num_tasks)
-  if cpu.most_are_chosen(choosers, K, max(experts)):
+    distinct_rows = min(rows, stack.block.shared.num_tasks)
+  if cpu.most_are_chosen(distinct_rows, K, max(expert_counts)):
     return _with_dispatch(stack, moe, few_tokens.Batched), params
-  if sum(experts) > cpu.MOST_UNROLLED:
+  if sum(expert_counts) > cpu.MOST_UNROLLED:
     return stack, params
   stack = _with_dispatch(stack, moe, few_tokens.Unrolled)
   return stack, few_tokens.unrolled(params)
 
 
-def _with_dispatch(stack, moe, dispatch):
-  before = moe.dispatch
-  dispatch = dispatch(before.backend, before.exchange, before.shadowing)
+def _with_dispatch(stack, moe, dispatch_class):
+  old_dispatch = moe.dispatch
+  dispatch = dispatch_class(
+    old_dispatch.backend, old_dispatch.exchange, old_dispatch.shadowing
+  )
   moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)
   return dataclasses.replace(stack, block=block)

@@ -118,10 +118,10 @@ class DeepMoeOptions(FeatureModelOptions):
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """See `ModelOptions.problems_in`; the constraint ends within the run."""
-    early = self.deep_moe.balance_steps
-    if early > run.total_steps:
+    balance_steps = self.deep_moe.balance_steps
+    if balance_steps > run.total_steps:
       yield (
-        f'model.deep_moe.balance_steps={early} > total_steps='
+        f'model.deep_moe.balance_steps={balance_steps} > total_steps='
         f'{run.total_steps}: the constraint would never be lifted; lower it, '
         'or say so with -1'
       )
@@ -189,8 +189,8 @@ class GatedLayer(nn.Module):
       totals = self.variable(
         ROUTER_STATE, TOTALS, jnp.zeros, (self.num_experts,), jnp.float32
       )
-      out = running_totals.overused(totals.value, self.margin) & balanced
-      gate = running_totals.constrained_gates(logits, out)
+      overused = running_totals.overused(totals.value, self.margin) & balanced
+      gate = running_totals.constrained_gates(logits, overused)
     self.sow('intermediates', 'gates', gate)
     shape = (self.num_experts, x.shape[-1], self.hidden)
     axes = ('expert', 'embed', 'expert_mlp')
@@ -198,12 +198,12 @@ class GatedLayer(nn.Module):
     w = self.param('w_in', init, shape)
     init = parameters.bias(axes[::2], role='expert')
     b = self.param('b_in', init, shape[::2])
-    experts = nn.relu(jnp.einsum('BM,EMF->BEF', x, w) + b[None])
+    expert_outputs = nn.relu(jnp.einsum('BM,EMF->BEF', x, w) + b[None])
     stats = routing.mixture_stats(
       gate[None], logits[None], mask[None], self.largest
     )
     aux = routing.empty_aux(self.largest, 1)._replace(stats=stats)
-    return jnp.einsum('BE,BEF->BF', gate, experts), aux
+    return jnp.einsum('BE,BEF->BF', gate, expert_outputs), aux
 
   def _gate_logits(self, x):
     dense = functools.partial(_dense, self.shared, 'gate')
@@ -243,9 +243,10 @@ class DeepMoe(FeatureModel):
       x = without_nan(mask, x)
     c, shared = self.options.deep_moe, Shared(self.options.numerics)
     sizes = zip(c.num_experts, c.hidden, c.gate_hidden, strict=True)
-    last, auxes = (c.margin, max(c.num_experts), shared), []
-    for i, own in enumerate(sizes):
-      x, aux = GatedLayer(*own, *last, name=f'layer_{i}')(x, mask, balanced)
+    common, auxes = (c.margin, max(c.num_experts), shared), []
+    for i, layer_sizes in enumerate(sizes):
+      layer = GatedLayer(*layer_sizes, *common, name=f'layer_{i}')
+      x, aux = layer(x, mask, balanced)
       auxes.append(aux)
     classifier = _dense(
       shared, 'head', self.vocab_size, ('embed', 'vocab'), 'classifier'
@@ -257,9 +258,9 @@ class DeepMoe(FeatureModel):
     """Whether the constraint is in force; None where it never is."""
     if not self.keeps_router_state:
       return None
-    early = self.options.deep_moe.balance_steps
+    balance_steps = self.options.deep_moe.balance_steps
     steps = self.variable(ROUTER_STATE, STEPS, jnp.zeros, (), jnp.int32)
-    return ((steps.value < early) | (early < 0)) & train
+    return ((steps.value < balance_steps) | (balance_steps < 0)) & train
 
   @property
   def moes(self) -> tuple[None, ...]:
@@ -277,12 +278,12 @@ class DeepMoe(FeatureModel):
     del rate
     if not router_state:
       return router_state
-    moved = {STEPS: router_state[STEPS] + 1}
+    new_state = {STEPS: router_state[STEPS] + 1}
     num_experts = self.options.deep_moe.num_experts
     for i, (row, E) in enumerate(zip(load, num_experts, strict=True)):
       totals = router_state[f'layer_{i}'][TOTALS]
-      moved[f'layer_{i}'] = {TOTALS: running_totals.moved(totals, row[:E])}
-    return moved
+      new_state[f'layer_{i}'] = {TOTALS: running_totals.moved(totals, row[:E])}
+    return new_state
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -122,8 +122,8 @@ class Embeddings(nn.Module):
   ) -> Float[Array, 'B T M']:
     """The residual stream before the first block of the encoder or decoder."""
     c, shared = self.config, self.config.shared
-    own = encoder and c.encoder_table
-    table = self.encoder_embedding if own else self.embedding
+    uses_encoder_table = encoder and c.encoder_table
+    table = self.encoder_embedding if uses_encoder_table else self.embedding
     # Rows stay whole along M: the axes that split M may split the batch of x.
     table = stated(table, shared.mesh_axes('vocab'))
     x = jnp.take(table, tokens, axis=0)

@@ -40,7 +40,7 @@ class EncoderDecoder(Transformer):
   has_encoder: ClassVar[bool] = True
 
   def setup(self) -> None:
-    """Makes the parts; tables are in the model's own scope."""
+    """Makes the submodules; tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     self.encoder = Stack(self.encoder_blocks)
@@ -91,7 +91,7 @@ class EncoderDecoder(Transformer):
       raise ValueError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
-    source = make_context(
+    encoder_context = make_context(
       self.encoder_blocks,
       encoder_tokens,
       encoder_segment_ids,
@@ -99,18 +99,18 @@ class EncoderDecoder(Transformer):
       encoder_task_ids,
       encoder_given,
     )
-    memory, encoder_aux = self._encode(encoder_tokens, source, train)
+    memory, encoder_aux = self._encode(encoder_tokens, encoder_context, train)
     context = make_context(
       self.decoder_blocks, tokens, segment_ids, positions, task_ids, given
     )
     context = context._replace(
-      memory=memory, memory_segment_ids=source.segment_ids
+      memory=memory, memory_segment_ids=encoder_context.segment_ids
     )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
     x, aux, _ = self.decoder(x, context, train)
-    return self.embeddings.logits(x), _joined(encoder_aux, aux)
+    return self.embeddings.logits(x), _concatenated(encoder_aux, aux)
 
   @checked
   def encode(
@@ -135,19 +135,19 @@ class EncoderDecoder(Transformer):
       encoder_task_ids = jnp.broadcast_to(
         task_ids[:, None], encoder_tokens.shape
       )
-    source = make_context(
+    encoder_context = make_context(
       self.encoder_blocks,
       encoder_tokens,
       encoder_mask.astype(jnp.int32),
       encoder_positions,
       encoder_task_ids,
     )
-    memory, _ = self._encode(encoder_tokens, source, train=False)
+    memory, _ = self._encode(encoder_tokens, encoder_context, train=False)
     params = nn.meta.unbox(self.variables['params']['decoder'])
-    projected = [
+    key_value_pairs = [
       self._project(layers, memory) for layers in periods_of(c, params)
     ]
-    keys, values = zip(*projected)
+    keys, values = zip(*key_value_pairs)
     keys, values = jnp.concatenate(keys), jnp.concatenate(values)
     if not c.stacked:
       keys, values = tuple(keys), tuple(values)
@@ -170,13 +170,13 @@ class EncoderDecoder(Transformer):
       raise ValueError(
         f'{type(options).__name__} has no attention to an encoder'
       )
-    pairs = [
+    key_value_pairs = [
       project_memory(shared, options, params[CROSS_ATTENTION], memory)
       for params in layers
     ]
     return tuple(
-      jnp.stack(kind, axis=1).reshape(-1, *kind[0].shape[1:])
-      for kind in zip(*pairs)
+      jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+      for arrays in zip(*key_value_pairs)
     )
 
   @property
@@ -204,16 +204,16 @@ class EncoderDecoder(Transformer):
     return 'encoder_' if layer < len(self.encoder_blocks.sparse) else ''
 
 
-def _joined(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
+def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
   """The aux of both stacks, with zeros for experts that one of them lacks."""
 
   def join(a, b):
-    wide = [max(x) for x in zip(a.shape[1:], b.shape[1:])]
+    largest = [max(x) for x in zip(a.shape[1:], b.shape[1:])]
 
-    def filled(x):
-      missing = [(0, n - m) for n, m in zip(wide, x.shape[1:])]
-      return jnp.pad(x, [(0, 0), *missing])
+    def padded(x):
+      padding = [(0, n - m) for n, m in zip(largest, x.shape[1:])]
+      return jnp.pad(x, [(0, 0), *padding])
 
-    return jnp.concatenate([filled(a), filled(b)])
+    return jnp.concatenate([padded(a), padded(b)])
 
   return jax.tree.map(join, encoder_aux, aux)

@@ -76,7 +76,7 @@ class EncoderDecoderOptions(TransformerOptions):
 
   @functools.cached_property
   def _encoder_half(self) -> StackOptions:
-    """See `encoder_half`; kept, as each build reads it ten times."""
+    """See `encoder_half`; cached, as each build reads it ten times."""
     config = sections.section(self._plain_encoder())
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
@@ -92,14 +92,14 @@ class EncoderDecoderOptions(TransformerOptions):
   ) -> dict[str, Any]:
     """See `ModelOptions.settle_overrides`."""
     layers = fields_of(StackOptions)
-    left, given_up = sections.settle_overrides(
+    remaining, dropped = sections.settle_overrides(
       functools.partial(sections.leaves, StackOptions),
       {name: before[name] for name in layers},
       {name: after[name] for name in layers},
       after.encoder.overrides,
     )
-    after.encoder.overrides = left
-    return {f'encoder.overrides.{key}': v for key, v in given_up.items()}
+    after.encoder.overrides = remaining
+    return {f'encoder.overrides.{key}': v for key, v in dropped.items()}
 
   def _plain_encoder(self) -> StackOptions:
     """The encoder's layers without overrides, as many as the decoder's."""
@@ -119,16 +119,16 @@ class EncoderDecoderOptions(TransformerOptions):
       sections.leaves(StackOptions, sections.section(layers))
       for layers in (self._plain_encoder(), half)
     )
-    known = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
+    base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
     overrides: dict[str, Any] = {}
     for leaf in changed:
-      if leaf.idle is not None or known.get(leaf.path) == leaf.value:
+      if leaf.idle is not None or base_values.get(leaf.path) == leaf.value:
         continue
       *parents, key = leaf.path.split('.')
-      below = overrides
+      section = overrides
       for name in parents:
-        below = below.setdefault(name, {})
-      below[key] = leaf.value
+        section = section.setdefault(name, {})
+      section[key] = leaf.value
     encoder = EncoderOptions(0 if self.num_layers == L else L, overrides)
     return dataclasses.replace(self, encoder=encoder)
 
@@ -141,9 +141,9 @@ class EncoderDecoderOptions(TransformerOptions):
   def kernel_formats(self) -> dict[str, KernelFormat]:
     """See `TextModelOptions.kernel_formats`."""
     formats = super().kernel_formats
-    own = self.encoder_half().moe.expert.format
-    if own not in formats.values():
-      formats['encoder.overrides.moe.expert.format'] = own
+    encoder_format = self.encoder_half().moe.expert.format
+    if encoder_format not in formats.values():
+      formats['encoder.overrides.moe.expert.format'] = encoder_format
     return formats
 
   def problems(self) -> Iterator[str]:
@@ -161,7 +161,7 @@ class EncoderDecoderOptions(TransformerOptions):
       yield from error.below('encoder.overrides: ').problems
       return
     yield from self.task_problems()
-    yield from _two_weights(half, self)
+    yield from _weight_conflicts(half, self)
     for problem in self.half_problems(half, causal=False):
       yield f'encoder.overrides: {problem}'
     if half.attention.window:
@@ -195,12 +195,14 @@ class EncoderDecoderOptions(TransformerOptions):
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""
-    alone = dataclasses.replace(self, encoder=EncoderOptions())
-    small = super(EncoderDecoderOptions, alone).shrunk()
+    without_overrides = dataclasses.replace(self, encoder=EncoderOptions())
+    small = super(EncoderDecoderOptions, without_overrides).shrunk()
     return small.with_encoder(self.encoder_half().shrunk())
 
 
-def _two_weights(encoder: StackOptions, decoder: StackOptions) -> Iterator[str]:
+def _weight_conflicts(
+  encoder: StackOptions, decoder: StackOptions
+) -> Iterator[str]:
   """The problem of a loss with one weight in an encoder, another in a decoder.
 
   A model has one weight for each of the routers' losses.

@@ -1,4 +1,4 @@
-"""The arrays of sparse layers by themselves, and models with others instead.
+"""The arrays of single sparse layers, and models that have other arrays there.
 
 Merging, pruning and exports read a model layer by layer and build one with
 fewer experts, or with copies. Arrays are told apart by roles and axes, never by
@@ -43,7 +43,7 @@ class SparseLayer(NamedTuple):
 
   Attributes:
     number: The number of the layer in the model, an encoder's counted first.
-    in_stack: Its number in the encoder or decoder.
+    in_stack: The number of the layer in its encoder or decoder.
     moe: The options of its mixture.
     shared: The settings that all layers of the model share.
     experts: The parameters of experts, with the experts in front: [E, ...].
@@ -59,10 +59,10 @@ class SparseLayer(NamedTuple):
   columns: Arrays
   axes: Mapping[Path, Names]
 
-  def taken(self, columns: np.ndarray) -> Arrays:
-    """The router's arrays with these columns of it, in this order."""
+  def selected_columns(self, column_index: np.ndarray) -> Arrays:
+    """The router's arrays with only these of its columns, in this order."""
     return {
-      path: jnp.take(array, columns, self.axes[path].index(COLUMN))
+      path: jnp.take(array, column_index, self.axes[path].index(COLUMN))
       for path, array in self.columns.items()
     }
 
@@ -74,7 +74,7 @@ def sparse_layers(
 
   Args:
     model: A model of blocks.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Raises:
     ValueError: The model has no blocks, or no sparse layer.
@@ -86,7 +86,7 @@ def sparse_layers(
     )
   axes, roles = _by_layer_path(model)
   trees = _trees(model, params)
-  places = [
+  stack_layers = [
     (i, stack.block.shared)
     for _, stack in model.stacks
     for i in range(len(stack.sparse))
@@ -94,16 +94,16 @@ def sparse_layers(
   layers = {}
   for number in model.sparse_layers:
     flat = flat_trees.flatten(trees[number])
-    own = {path: axes[path] for path in flat}
-    in_stack, shared = places[number]
+    layer_axes = {path: axes[path] for path in flat}
+    in_stack, shared = stack_layers[number]
     layers[number] = SparseLayer(
       number,
       in_stack,
       model.moe_of(number),
       shared,
       {p: x for p, x in flat.items() if roles[p] == EXPERT},
-      {p: x for p, x in flat.items() if COLUMN in own[p]},
-      own,
+      {p: x for p, x in flat.items() if COLUMN in layer_axes[p]},
+      layer_axes,
     )
   return layers
 
@@ -121,10 +121,10 @@ def _by_layer_path(model: Model) -> tuple[dict[Path, Names], dict[Path, str]]:
   all_roles = flat_trees.flatten(trees.roles)
   axes, roles = {}, {}
   for path, names in all_axes.items():
-    place = model.place_of(path)
-    if place is not None:
-      axes[place.name] = names[1:]  # without that of stacked layers
-      roles[place.name] = all_roles[path].role
+    layer_place = model.place_of(path)
+    if layer_place is not None:
+      axes[layer_place.name] = names[1:]  # the first is that of layers
+      roles[layer_place.name] = all_roles[path].role
   return axes, roles
 
 
@@ -138,7 +138,7 @@ def assembled(
 
   Args:
     model: The model of the parameters.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
     new: The new model, whose layers may be stacked in other loops.
     changes: The new arrays of layers, by number and by path in the layer; all
       others are the same bits as before.
@@ -180,7 +180,7 @@ def _mixed(
   """Mixes a router's state, the highest level of the tree with arrays."""
   if any(not isinstance(value, Mapping) for value in state.values()):
     return router.mixed_state(dict(state), mix)
-  return {name: _mixed(router, own, mix) for name, own in state.items()}
+  return {name: _mixed(router, subtree, mix) for name, subtree in state.items()}
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'new', 'is_state'))
@@ -192,11 +192,11 @@ def _assembled(
   is_state: bool = False,
 ) -> dict[str, Any]:
   shapes = abstract_router_state(new) if is_state else describe(new).shapes
-  old = flat_trees.flatten(collection)
+  old_arrays = flat_trees.flatten(collection)
   layers = [flat_trees.flatten(t) for t in model.layer_trees(collection)]
-  first, firsts = 0, {}
+  first, first_layers = 0, {}
   for path, stack in model.stacks:
-    firsts[path] = first
+    first_layers[path] = first
     first += len(stack.sparse)
 
   def row(number: int, path: Path, shape: tuple[int, ...]) -> Array:
@@ -210,12 +210,12 @@ def _assembled(
 
   arrays = {}
   for path, leaf in flat_trees.flatten(shapes).items():
-    place = new.place_of(path)
-    if place is None:
-      arrays[path] = old[path]
+    layer_place = new.place_of(path)
+    if layer_place is None:
+      arrays[path] = old_arrays[path]
       continue
-    numbers = [firsts[place.stack] + i for i in place.layers]
-    rows = [row(n, place.name, leaf.shape[1:]) for n in numbers]
+    numbers = [first_layers[layer_place.stack] + i for i in layer_place.layers]
+    rows = [row(n, layer_place.name, leaf.shape[1:]) for n in numbers]
     arrays[path] = jnp.stack(rows).astype(leaf.dtype)
   return flat_trees.unflatten(arrays)
 
@@ -234,8 +234,8 @@ def with_moes(
     return _with_moe(options, change(0, options))
   encoder = options.encoder_half()
   moe = change(encoder.num_layers, options)
-  alone = dataclasses.replace(options, encoder=EncoderOptions(), moe=moe)
-  return alone.with_encoder(_with_moe(encoder, change(0, encoder)))
+  decoder = dataclasses.replace(options, encoder=EncoderOptions(), moe=moe)
+  return decoder.with_encoder(_with_moe(encoder, change(0, encoder)))
 
 
 def _with_moe(half: Any, moe: MoeOptions) -> Any:
@@ -254,13 +254,13 @@ def untied(
 
   Args:
     options: The options of a model, perhaps with tied columns.
-    params: Its parameters, unboxed.
+    params: The model's parameters, unboxed.
 
   Raises:
     ValueError: A column is masked, so that it leads to no expert.
   """
 
-  def plain(first: int, half: LayerOptions) -> MoeOptions:
+  def untied_moe(first: int, half: LayerOptions) -> MoeOptions:
     tied = half.moe.retained.tied
     if tied is not None and tied.masks:
       masked = [first + i for i, row in tied.rows if min(row) < 0]
@@ -268,10 +268,10 @@ def untied(
         f'columns of the routers of layers {masked} are masked, and lead to no '
         "expert; pruning with --router=shrunk makes a router's columns fewer"
       )
-    lost = Retained(half.moe.retained.experts)
-    return dataclasses.replace(half.moe, retained=lost)
+    retained = Retained(half.moe.retained.experts)
+    return dataclasses.replace(half.moe, retained=retained)
 
-  model, new = options.build(), with_moes(options, plain)
+  model, new = options.build(), with_moes(options, untied_moe)
   changes = {}
   for number, layer in sparse_layers(model, params).items():
     row = layer.moe.retained.rows.get(layer.in_stack)

@@ -39,10 +39,10 @@ class FeatureModelOptions(ModelOptions):
   ) -> Self:
     """See `ModelOptions.filled`."""
     options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
-    own, shape = self.feature_shape, tuple(feature_shape)
-    if own and own != shape:
+    configured, shape = self.feature_shape, tuple(feature_shape)
+    if configured and configured != shape:
       raise ValueError(
-        f'model.feature_shape={own} is not that of the data, {shape}'
+        f'model.feature_shape={configured} is not that of the data, {shape}'
       )
     return dataclasses.replace(options, feature_shape=shape)
 
@@ -84,12 +84,12 @@ class FeatureModel(Model):
     """See `Model.batch_shapes`; an example has one class."""
     del seq_len, target_len
     B = batch_size
-    one = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    column = jax.ShapeDtypeStruct((B, 1), jnp.int32)
     shape = (B, *self.options.feature_shape)
     return {
       'features': jax.ShapeDtypeStruct(shape, jnp.float32),
-      'targets': one,
-      'segment_ids': one,
+      'targets': column,
+      'segment_ids': column,
       'loss_weights': jax.ShapeDtypeStruct((B, 1), jnp.float32),
     }
 

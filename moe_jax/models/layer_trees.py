@@ -31,7 +31,7 @@ class LayerPlace(NamedTuple):
 
 
 def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
-  """The variables of each layer in a stack's tree; {} for a layer without."""
+  """Each layer's variables in a stack's tree; {} for a layer that has none."""
   layers = []
   for segment in segments(c.kinds):
     for i in range(segment.repeats):
@@ -39,8 +39,8 @@ def layer_trees(c: StackConfig, tree: Mapping[str, Any]) -> list[Any]:
         period = _slice(tree.get(segment.name, {}), i)
       else:
         period = tree.get(period_name(segment, i), {})
-      places = range(len(segment.pattern))
-      layers += [period.get(layer_name(place), {}) for place in places]
+      indices = range(len(segment.pattern))
+      layers += [period.get(layer_name(j), {}) for j in indices]
   return layers
 
 
@@ -49,16 +49,16 @@ def periods_of(c: StackConfig, params: Mapping[str, Any]) -> list[list[Any]]:
 
   The leaves of each tree are [R, ...], for R periods that are stacked.
   """
-  found = []
+  trees = []
   for segment in segments(c.kinds):
     if c.stacked:
       periods = [params[segment.name]]
     else:
       names = [period_name(segment, i) for i in range(segment.repeats)]
       periods = [jax.tree.map(lambda x: x[None], params[n]) for n in names]
-    places = range(len(segment.pattern))
-    found += [[own[layer_name(i)] for i in places] for own in periods]
-  return found
+    indices = range(len(segment.pattern))
+    trees += [[period[layer_name(j)] for j in indices] for period in periods]
+  return trees
 
 
 def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
@@ -73,28 +73,28 @@ def place_of(c: StackConfig, stack: Path, path: Path) -> LayerPlace | None:
   for segment in segments(c.kinds):
     if path[: n + 1] == (*stack, segment.name):
       period = len(segment.pattern)
-      place = [layer_name(i) for i in range(period)].index(path[n + 1])
-      layers = range(first + place, first + segment.num_layers, period)
+      index = [layer_name(i) for i in range(period)].index(path[n + 1])
+      layers = range(first + index, first + segment.num_layers, period)
       return LayerPlace(stack, path[n + 2 :], tuple(layers))
     first += segment.num_layers
   return None
 
 
 def numbers_of(
-  stacks: Iterable[tuple[Path, StackConfig]], place: LayerPlace
+  stacks: Iterable[tuple[Path, StackConfig]], layer_place: LayerPlace
 ) -> tuple[int, ...]:
   """The numbers of a parameter's layers in the model, an encoder's first.
 
   Args:
     stacks: `Model.stacks`.
-    place: The place of the parameter.
+    layer_place: The place of the parameter.
   """
   first = 0
   for path, stack in stacks:
-    if path == place.stack:
+    if path == layer_place.stack:
       break
     first += len(stack.sparse)
-  return tuple(first + i for i in place.layers)
+  return tuple(first + i for i in layer_place.layers)
 
 
 def map_layers(
@@ -115,12 +115,12 @@ def map_layers(
   for segment in segments(c.kinds):
     rows = per_layer[first : first + segment.num_layers]
     rows = rows.reshape(segment.repeats, -1, *rows.shape[1:])
-    own = tree.get(segment.name, {})
+    segment_tree = tree.get(segment.name, {})
     names = [layer_name(i) for i in range(len(segment.pattern))]
     layers = {
-      name: f(own[name], rows[:, i])
+      name: f(segment_tree[name], rows[:, i])
       for i, name in enumerate(names)
-      if name in own
+      if name in segment_tree
     }
     if layers:
       mapped[segment.name] = layers
@@ -141,7 +141,7 @@ def unstack(
   Args:
     c: The stack.
     tree: The tree of the stack in any collection.
-    take: The function take(tree, i) that gives the part of period i.
+    take: The function take(tree, i) that returns the variables of period i.
   """
   tree = dict(tree)
   for segment in segments(c.kinds):

@@ -33,7 +33,7 @@ from moe_jax.shapes import Array, PRNGKey
 
 TREE = 'lora'  # the name of the tree of factors among the parameters
 _STACKED = ('layers', 'expert')
-_GIVEN = {'rank': at_least(1)}
+_WITH_ADAPTERS = {'rank': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,14 @@ class LoraOptions(Options):
     "of `trainable`: 'attention', 'ffn', 'experts', 'attention + experts' or "
     "'re:' and a regular expression of names.",
     EXPRESSION,
-    when=_GIVEN,
+    when=_WITH_ADAPTERS,
   )
   alpha: float = option(
     16.0,
     "Number that, divided by the rank, multiplies the product of an adapter's "
     'factors before it is added to the kernel.',
     above(0),
-    when=_GIVEN,
+    when=_WITH_ADAPTERS,
   )
   dropout: float = option(
     0.0,
@@ -68,7 +68,7 @@ class LoraOptions(Options):
     'and the others are scaled up. Unlike in the paper, all tokens lose the '
     'same directions; 0 leaves out none.',
     within('[0, 1)'),
-    when=_GIVEN,
+    when=_WITH_ADAPTERS,
   )
 
 
@@ -78,7 +78,7 @@ class _Kernel(NamedTuple):
   Attributes:
     shape: The shape of the kernel.
     axes: The logical names of its dimensions.
-    role: Its role.
+    role: The role of the kernel.
     stacked: The number of leading dimensions that stack kernels.
     inputs: The number of dimensions that are contracted with activations.
   """
@@ -90,7 +90,7 @@ class _Kernel(NamedTuple):
   inputs: int
 
   def factors(self, values: tuple[Any, ...], rank: Any) -> dict[str, Any]:
-    """The part for each factor of one value for each dimension."""
+    """Splits a value for each dimension of the kernel between its factors."""
     stack, rest = values[: self.stacked], values[self.stacked :]
     return {
       'a': (*stack, *rest[: self.inputs], rank),
@@ -151,11 +151,11 @@ class Adapters:
     factors = {}
     for path, kernel in self.kernels.items():
       shapes = kernel.factors(kernel.shape, self.options.rank)
-      size = 1
+      fan_in = 1
       for n in kernel.shape[kernel.stacked :][: kernel.inputs]:
-        size *= n
+        fan_in *= n
       draw = jax.random.normal(_key_of(key, path), shapes['a'])
-      factors[*path, 'a'] = draw / size**0.5
+      factors[*path, 'a'] = draw / fan_in**0.5
       factors[*path, 'b'] = jnp.zeros(shapes['b'])
     return {**params, TREE: flat_trees.unflatten(factors)}
 
@@ -172,10 +172,10 @@ class Adapters:
     """
     if not self.kernels:
       return dict(params)
-    own = flat_trees.flatten(self.base(params))
+    flat = flat_trees.flatten(self.base(params))
     for path, kernel in self.merged_kernels(params, key).items():
-      own[path] = kernel
-    return flat_trees.unflatten(own)
+      flat[path] = kernel
+    return flat_trees.unflatten(flat)
 
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
@@ -186,7 +186,7 @@ class Adapters:
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
       if key is not None and self.options.dropout:
-        a = a * self._left(kernel, _key_of(key, path))
+        a = a * self._dropout_factors(kernel, _key_of(key, path))
       scale = self.options.alpha / self.options.rank
       old = flat[path]
       sum_of_both = old.astype(jnp.float32) + scale * kernel.product(a, b)
@@ -197,17 +197,17 @@ class Adapters:
     """`merged` of arrays on any mesh; kernels keep their shardings."""
     if not self.kernels:
       return dict(params)
-    own = flat_trees.flatten(self.base(params))
-    places = {path: own[path].sharding for path in self.kernels}
-    own |= jax.jit(self.merged_kernels, out_shardings=places)(params)
-    return flat_trees.unflatten(own)
+    flat = flat_trees.flatten(self.base(params))
+    shardings = {path: flat[path].sharding for path in self.kernels}
+    flat |= jax.jit(self.merged_kernels, out_shardings=shardings)(params)
+    return flat_trees.unflatten(flat)
 
-  def _left(self, kernel: _Kernel, key: PRNGKey) -> Array:
-    """Factors of the directions that are left, 0 where one is dropped."""
-    left = 1 - self.options.dropout
+  def _dropout_factors(self, kernel: _Kernel, key: PRNGKey) -> Array:
+    """The factor of each direction of an adapter: 0 where it is dropped."""
+    keep_prob = 1 - self.options.dropout
     stack = kernel.shape[: kernel.stacked]
     shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
-    return jax.random.bernoulli(key, left, shape) / left
+    return jax.random.bernoulli(key, keep_prob, shape) / keep_prob
 
 
 def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
@@ -236,9 +236,9 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
     sizes = kernel.factors(kernel.shape, options.rank)
     names_of_dims = kernel.factors(kernel.axes, None)
     for factor in 'ab':
-      place = (TREE, *path, factor)
-      shapes[place] = jax.ShapeDtypeStruct(sizes[factor], jnp.float32)
-      axes[place], roles[place] = names_of_dims[factor], kernel.role
+      factor_path = (TREE, *path, factor)
+      shapes[factor_path] = jax.ShapeDtypeStruct(sizes[factor], jnp.float32)
+      axes[factor_path], roles[factor_path] = names_of_dims[factor], kernel.role
   extended = map(flat_trees.unflatten, (shapes, axes, roles))
   return Adapters(options, kernels, ParameterTrees(*extended))
 
@@ -248,14 +248,14 @@ def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   stacked = 0
   while axes[stacked] in _STACKED:
     stacked += 1
-  own = axes[stacked:]
-  if len(own) == 2 or own[0] in ('embed', 'latent'):
+  dims = axes[stacked:]
+  if len(dims) == 2 or dims[0] in ('embed', 'latent'):
     inputs = 1
-  elif own[-1] == 'embed':
-    inputs = len(own) - 1
+  elif dims[-1] == 'embed':
+    inputs = len(dims) - 1
   else:
     raise ValueError(
-      f'lora.parts: {"/".join(path)} has dimensions {own}; an adapter needs '
+      f'lora.parts: {"/".join(path)} has dimensions {dims}; an adapter needs '
       "two, or 'embed' or 'latent' as the first, or 'embed' as the last"
     )
   return _Kernel(shape, axes, role, stacked, inputs)

@@ -76,9 +76,9 @@ class LstmLmOptions(TextModelOptions):
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs have no attention, which alone reads positions that are not added.
-    usual = default_of(fields_of(type(self))['positions'])
+    default_positions = default_of(fields_of(type(self))['positions'])
     if not self.positions.added and self.positions not in (
-      usual,
+      default_positions,
       NoPositions(),
     ):
       yield (
@@ -163,7 +163,7 @@ class LstmLm(TextModel):
   between: LstmLayersConfig
 
   def setup(self) -> None:
-    """Makes the parts; tables are in the model's own scope."""
+    """Makes the submodules; tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     c = self.between
@@ -195,9 +195,9 @@ class LstmLm(TextModel):
       segment_ids = jnp.ones((B, T), jnp.int32)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    nothing = (None,) * len(self.layers)
+    no_states = (None,) * len(self.layers)
     logits, aux, _ = self._run(
-      tokens, segment_ids, positions, train, nothing, given
+      tokens, segment_ids, positions, train, no_states, given
     )
     return logits, aux
 
@@ -207,14 +207,14 @@ class LstmLm(TextModel):
     check_given(given, sparse if self.between.moe else ())
     x = self.embeddings.embed(tokens, segment_ids > 0, positions, train)
     x = without_nan(segment_ids > 0, x)
-    auxes, left = [], []
+    auxes, new_states = [], []
     for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
-      own = given_to_layer(given, sparse, i) if sparse[i] else None
-      x, aux, state = layer(x, segment_ids, train, state, own)
+      layer_choices = given_to_layer(given, sparse, i) if sparse[i] else None
+      x, aux, state = layer(x, segment_ids, train, state, layer_choices)
       auxes.append(aux)
-      left.append(state)
+      new_states.append(state)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
-    return self.embeddings.logits(x), aux, tuple(left)
+    return self.embeddings.logits(x), aux, tuple(new_states)
 
   @checked
   def decode(

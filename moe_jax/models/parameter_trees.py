@@ -53,7 +53,7 @@ def init_params(model: Model, key: PRNGKey) -> Any:
 def abstract_variables(model: Model) -> dict[str, Any]:
   """The shapes of all collections, in boxes, without computing arrays."""
   shapes = _initializer(model).eval_shape(jax.random.key(0))
-  return jax.tree.map(lambda leaf: leaf, shapes)  # the caller's own to change
+  return jax.tree.map(lambda leaf: leaf, shapes)  # a copy
 
 
 def abstract_params(model: Model) -> Any:
@@ -82,13 +82,13 @@ def _initializer(model: Model) -> Any:
   Tracing a model takes seconds, so that equal models share it.
   """
   try:
-    return _remembered(cast(Hashable, model))
+    return _cached_initializer(cast(Hashable, model))
   except TypeError:  # a user's model may hold what has no hash
-    return _remembered.__wrapped__(model)
+    return _cached_initializer.__wrapped__(model)
 
 
 @functools.lru_cache(maxsize=64)
-def _remembered(model: Any):
+def _cached_initializer(model: Any):
   return jax.jit(functools.partial(_init, model))
 
 

@@ -53,12 +53,12 @@ def _sparse_numbers(
     if n > L:
       raise ValueError(f'{name}={layers!r} with num_layers={L}')
     return range(n - 1, L, n) if word == 'every' else range(L - n, L)
-  parts = [part.strip() for part in layers.split(',')]
-  if not all(part.isdigit() for part in parts):
+  entries = [entry.strip() for entry in layers.split(',')]
+  if not all(entry.isdigit() for entry in entries):
     raise ValueError(
       f"{name}={layers!r} is none of 'all', 'none', 'every N', 'last N', '1,3'"
     )
-  indices = {int(part) for part in parts}
+  indices = {int(entry) for entry in entries}
   if max(indices) >= L:
     raise ValueError(f'{name}={layers!r} not in [0, num_layers={L})')
   return indices
@@ -72,12 +72,12 @@ def shrunk_pattern(layers: str, num_layers: int) -> tuple[str, int]:
   """
   word, _, number = layers.strip().partition(' ')
   if word == 'last':
-    kept = min(int(number), 2)
-    return f'last {kept}', max(kept + (num_layers > int(number)), 2)
+    num_sparse = min(int(number), 2)
+    return f'last {num_sparse}', max(num_sparse + (num_layers > int(number)), 2)
   if word == 'every':
     return layers, max(int(number), 2)
-  named = [int(part) for part in layers.split(',') if part.strip().isdigit()]
-  return layers, max(*named, 1, 1) + 1
+  indices = [int(part) for part in layers.split(',') if part.strip().isdigit()]
+  return layers, max(*indices, 1, 1) + 1
 
 
 class Segment(NamedTuple):
@@ -112,21 +112,21 @@ def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
   period = shortest_period(kinds)
   if period <= MAX_PERIOD:
     return [Segment('layers', kinds[:period], len(kinds) // period)]
-  cut, start = [], 0
+  loops, start = [], 0
   while start < len(kinds):
     rest = kinds[start:]
     pattern, repeats = max(
-      ((rest[:p], _repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
-      key=lambda found: (_covered(*found), -len(found[0])),
+      ((rest[:p], _count_repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
+      key=lambda cut: (_num_covered(*cut), -len(cut[0])),
     )
-    cut.append(Segment(f'layers_{len(cut)}', pattern, repeats))
+    loops.append(Segment(f'layers_{len(loops)}', pattern, repeats))
     start += len(pattern) * repeats
-  return cut
+  return loops
 
 
-def layer_name(place: int) -> str:
-  """The name of the parameters of a layer, given its place in the period."""
-  return f'layer_{place}'
+def layer_name(index: int) -> str:
+  """The name of the parameters of a layer, given its index in the period."""
+  return f'layer_{index}'
 
 
 def period_name(segment: Segment, period: int) -> str:
@@ -138,11 +138,13 @@ def shortest_period(kinds: tuple[Hashable, ...]) -> int:
   """The least p that divides L with kinds[i] == kinds[i % p]."""
   L = len(kinds)
   return next(
-    p for p in range(1, L + 1) if L % p == 0 and p * _repeats(kinds, p) == L
+    p
+    for p in range(1, L + 1)
+    if L % p == 0 and p * _count_repeats(kinds, p) == L
   )
 
 
-def _repeats(kinds, p):
+def _count_repeats(kinds, p):
   """The number of times that the first p layers occur in a row at the front."""
   n = 0
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
@@ -150,6 +152,6 @@ def _repeats(kinds, p):
   return n
 
 
-def _covered(pattern, repeats):
+def _num_covered(pattern, repeats):
   """The number of layers that a loop covers; 1 if it has a single period."""
   return len(pattern) * repeats if repeats > 1 else min(repeats, 1)

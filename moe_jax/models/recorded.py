@@ -24,8 +24,8 @@ class Recorded(NamedTuple):
       choose tokens.
     gate: float16 or float32 [B, T, N], the weight; 0 where it is not kept.
     kept: bool [B, T, N], whether the choice is served.
-    logits: float16 or float32 [B, T, E], of which the router's losses are;
-      None where they are not asked for or the router has none.
+    logits: float16 or float32 [B, T, E], from which the router computes
+      its losses; None where they are not asked for or the router has none.
   """
 
   expert: Array
@@ -41,16 +41,16 @@ Apply = Callable[..., tuple[Any, Choices]]
 
 
 def plainly(
-  model: Model, variables: dict[str, Any], *given: Any, **arguments: Any
+  model: Model, variables: dict[str, Any], *args: Any, **arguments: Any
 ) -> tuple[Any, None]:
   """The result of `model.apply`, and no choices."""
-  return model.apply(variables, *given, **arguments), None
+  return model.apply(variables, *args, **arguments), None
 
 
 def recording(
   model: Model,
   variables: dict[str, Any],
-  *given: Any,
+  *args: Any,
   logits: bool = False,
   dtype: str = 'float16',
   **arguments: Any,
@@ -59,20 +59,22 @@ def recording(
 
   Args:
     model: The model.
-    variables: Its variables.
-    *given: Further arguments of `model.apply`.
+    variables: The variables of the model.
+    *args: Further arguments of `model.apply`.
     logits: Whether the routers' logits are returned, too.
     dtype: The type of gates and logits.
     **arguments: Further arguments of `model.apply`, by name.
   """
-  result, kept = model.apply(variables, *given, **arguments, mutable=[SOWN])
-  if SOWN not in kept:
+  result, collections = model.apply(
+    variables, *args, **arguments, mutable=[SOWN]
+  )
+  if SOWN not in collections:
     return result, {}
-  layers = map(sown, model.layer_trees(kept[SOWN]))
+  layers = map(sown, model.layer_trees(collections[SOWN]))
   return result, {
-    i: _recorded(model, i, found, logits, jnp.dtype(dtype))
-    for i, found in enumerate(layers)
-    if CHOICES in found
+    i: _recorded_choices(model, i, sown_values, logits, jnp.dtype(dtype))
+    for i, sown_values in enumerate(layers)
+    if CHOICES in sown_values
   }
 
 
@@ -81,17 +83,21 @@ def expert_type(num_experts: int) -> jnp.dtype:
   return jnp.dtype(jnp.uint8 if num_experts < 256 else jnp.uint16)
 
 
-def _recorded(model: Model, layer: int, found, logits: bool, dtype) -> Recorded:
-  chosen, own = found[CHOICES], None
-  kind = expert_type(model.moe_of(layer).sizes.num_retained)
-  none = jnp.iinfo(kind).max
-  if logits and LOGITS in found:
-    own = to_rows(found[LOGITS], *chosen.gate.shape[:2])
-    most = jnp.finfo(dtype).max  # so that none becomes infinite
-    own = jnp.clip(own, -most, most).astype(dtype)
+def _recorded_choices(
+  model: Model, layer: int, sown_values, logits: bool, dtype
+) -> Recorded:
+  choices, router_logits = sown_values[CHOICES], None
+  index_type = expert_type(model.moe_of(layer).sizes.num_retained)
+  no_expert = jnp.iinfo(index_type).max
+  if logits and LOGITS in sown_values:
+    router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
+    largest = jnp.finfo(dtype).max  # so that no logit becomes infinite
+    router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
   return Recorded(
-    expert=jnp.where(chosen.expert < 0, none, chosen.expert).astype(kind),
-    gate=chosen.gate.astype(dtype),
-    kept=chosen.kept,
-    logits=own,
+    expert=jnp.where(choices.expert < 0, no_expert, choices.expert).astype(
+      index_type
+    ),
+    gate=choices.gate.astype(dtype),
+    kept=choices.kept,
+    logits=router_logits,
   )

@@ -37,5 +37,5 @@ def init_router_state(model: Model) -> dict[str, Any]:
 
 def variables(params: Any, router_state: Any) -> dict[str, Any]:
   """The variables that `apply` takes, without an empty collection."""
-  kept = {COLLECTION: router_state} if router_state else {}
-  return {'params': params, **kept}
+  collections = {COLLECTION: router_state} if router_state else {}
+  return {'params': params, **collections}

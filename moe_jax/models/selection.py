@@ -41,10 +41,12 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
   Raises:
     ValueError: The text is no expression.
   """
-  at = 0
-  while at < len(text) or not at:
-    match = _TERM.match(text, at)
-    if match is None or (match['sign'] == '+' if not at else not match['sign']):
+  start = 0
+  while start < len(text) or not start:
+    match = _TERM.match(text, start)
+    if match is None or (
+      match['sign'] == '+' if not start else not match['sign']
+    ):
       raise ValueError(
         f"{text!r} is no sum of parts, such as 'experts + router' or "
         f"'all - embeddings'; have {list(NAMES)}, or 're:' and a regular "
@@ -56,7 +58,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
     elif term not in NAMES:
       raise unknown('part of a model', term, [*NAMES, 're:...'])
     yield match['sign'] != '-', term
-    at = match.end()
+    start = match.end()
 
 
 def _problem(text: str) -> str | None:

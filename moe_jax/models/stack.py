@@ -159,8 +159,8 @@ def run_stack(
     block.attention.num_heads, block.causal, 'relative_positions'
   )
   if bias is not None:
-    places = (T, T) if cache is None else (T, cache.max_len, cache.length)
-    context = context._replace(bias=bias(*places))
+    bias_sizes = (T, T) if cache is None else (T, cache.max_len, cache.length)
+    context = context._replace(bias=bias(*bias_sizes))
   context = c.padding.context(context)
   x = without_nan(context.routed, x)
   auxes, first = [], 0
@@ -217,15 +217,15 @@ class Period(nn.Module):
     auxes = []
     for i, (moe, window) in enumerate(self.pattern):
       attention = dataclasses.replace(c.block.attention, window=window)
-      own = dataclasses.replace(
+      config = dataclasses.replace(
         c.block, moe=moe or c.block.moe, attention=attention
       )
-      layer = block(own, moe is not None, self.train, name=layer_name(i))
-      own = None
+      layer = block(config, moe is not None, self.train, name=layer_name(i))
+      layer_choices = None
       if moe is not None:
-        own = given_to_layer(context.given, c.sparse, numbers[i])
-      seen = context._replace(given=own)
-      x, cache, aux = layer(x, seen, cache, numbers[i])
+        layer_choices = given_to_layer(context.given, c.sparse, numbers[i])
+      layer_context = context._replace(given=layer_choices)
+      x, cache, aux = layer(x, layer_context, cache, numbers[i])
       if c.experts is not None:
         aux = with_room(aux, c.experts.num_experts)
       auxes.append(aux)

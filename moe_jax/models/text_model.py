@@ -50,18 +50,22 @@ class TextModel(Model):
 
     They are under the names `REPLAYED`.
     """
-    plain = {
+    sequence_arrays = {
       f'{prefix}{key}': batch[f'{prefix}{key}']
       for prefix in self.sequences
       for key in _KEYS
     }
     tasks = [f'{prefix}task_ids' for prefix in self.task_sequences]
-    given = {
+    imposed = {
       f'{prefix}given': GivenChoices(*(batch[f'{prefix}{k}'] for k in REPLAYED))
       for prefix in self.sequences
       if f'{prefix}{REPLAYED[0]}' in batch
     }
-    return {**plain, **given, **{name: batch.get(name) for name in tasks}}
+    return {
+      **sequence_arrays,
+      **imposed,
+      **{name: batch.get(name) for name in tasks},
+    }
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
@@ -84,12 +88,15 @@ class TextModel(Model):
     }
     for prefix in self.task_sequences:
       shapes[f'{prefix}task_ids'] = (batch_size, lengths[prefix])
-    last = (batch_size, lengths[''])
+    target_shape = (batch_size, lengths[''])
     ints = {
       name: jax.ShapeDtypeStruct(shape, jnp.int32)
-      for name, shape in {**shapes, 'targets': last}.items()
+      for name, shape in {**shapes, 'targets': target_shape}.items()
     }
-    return {**ints, 'loss_weights': jax.ShapeDtypeStruct(last, jnp.float32)}
+    return {
+      **ints,
+      'loss_weights': jax.ShapeDtypeStruct(target_shape, jnp.float32),
+    }
 
   @nn.nowrap
   def loss(self, outputs: Float32[Array, 'B T V'], batch: Batch) -> TokenLosses:

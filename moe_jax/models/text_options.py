@@ -50,7 +50,7 @@ class LayerOptions(Options):
 
   @property
   def num_sparse(self) -> int:
-    """The number of sparse layers, which no list of them is made for."""
+    """The number of sparse layers, counted without a list of them."""
     return count_sparse(self.moe.layers, self.num_layers)
 
   def feed_forward_parameters(
@@ -66,14 +66,14 @@ class LayerOptions(Options):
     moe, sparse = self.moe.within(self.ffn, self.dropout), self.num_sparse
     dense = self.num_layers - sparse if dense is None else dense
     try:
-      each, copies = moe.expert.twin(1).ffn, moe.num_experts
-      each = each if copies else moe.twin().ffn
+      ffn, num_experts = moe.expert.twin(1).ffn, moe.num_experts
+      ffn = ffn if num_experts else moe.twin().ffn
     except ValueError:  # experts without a known width
-      each, copies = FfnOptions(1), moe.num_experts
+      ffn, num_experts = FfnOptions(1), moe.num_experts
     total = dense * self.ffn.kernel_values(width)
-    if copies and (shared := moe.shared_twin) is not None:
+    if num_experts and (shared := moe.shared_twin) is not None:
       total += sparse * shared.ffn.kernel_values(width)
-    return total + sparse * max(copies, 1) * each.kernel_values(width)
+    return total + sparse * max(num_experts, 1) * ffn.kernel_values(width)
 
   @property
   def has_experts(self) -> bool:
@@ -88,13 +88,13 @@ class LayerOptions(Options):
     except ValueError as error:
       yield str(error)
       return
-    named = self.moe.retained.layers
-    if not named:
+    retained = self.moe.retained.layers
+    if not retained:
       return
     sparse = [i for i, flag in enumerate(self.sparse) if flag]
-    if other := sorted(named - set(sparse)):
+    if invalid := sorted(retained - set(sparse)):
       yield (
-        f'moe.retained names layers {other}, which are not among the sparse '
+        f'moe.retained names layers {invalid}, which are not among the sparse '
         f'layers {sparse}'
       )
 
@@ -251,7 +251,7 @@ class TextModelOptions(ModelOptions, LayerOptions):
         )
 
   def position_problems(self, name: str, length: int) -> Iterator[str]:
-    """Whether rows of the length that a config gives as `name` fit."""
+    """The problem of rows whose length, the option `name`, is too large."""
     if 0 < self.positions.table_len < length:
       yield (
         f'{name}={length} is more than the {self.positions.table_len} '

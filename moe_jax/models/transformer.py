@@ -105,16 +105,16 @@ class Transformer(TextModel):
     """See `Model.move_router_state`."""
     if not router_state:
       return router_state
-    moved, first = dict(router_state), 0
+    new_state, first = dict(router_state), 0
     for path, stack in self.stacks:
       rows = load[first : first + len(stack.sparse)]
       first += len(stack.sparse)
       if not path:
         return _moved_stack(stack, router_state, rows, rate)
       (name,) = path
-      if name in moved:
-        moved[name] = _moved_stack(stack, moved[name], rows, rate)
-    return moved
+      if name in new_state:
+        new_state[name] = _moved_stack(stack, new_state[name], rows, rate)
+    return new_state
 
   @nn.nowrap
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -122,14 +122,16 @@ class Transformer(TextModel):
     return tuple(
       layer
       for path, stack in self.stacks
-      for layer in layer_trees(stack, _at(collection, path))
+      for layer in layer_trees(stack, _subtree(collection, path))
     )
 
   @nn.nowrap
   def place_of(self, path: Path) -> LayerPlace | None:
     """See `Model.place_of`."""
-    places = (place_of(stack, own, path) for own, stack in self.stacks)
-    return next((place for place in places if place is not None), None)
+    layer_places = (
+      place_of(stack, stack_path, path) for stack_path, stack in self.stacks
+    )
+    return next((p for p in layer_places if p is not None), None)
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
@@ -148,14 +150,14 @@ class Transformer(TextModel):
     for path, stack in self.stacks:
       decoding = stack_for_decoding(
         stack,
-        _at(params, path),
-        _at(state, path),
+        _subtree(params, path),
+        _subtree(state, path),
         few_rows=batch_size if on_cpu else 0,
         window=window,
       )
       stacks.append(decoding.stack)
-      params = _put(params, path, decoding.params)
-      state = _put(state, path, decoding.router_state)
+      params = _with_subtree(params, path, decoding.params)
+      state = _with_subtree(state, path, decoding.router_state)
     return self.with_stacks(tuple(stacks)), as_variables(params, state)
 
   @property
@@ -164,17 +166,17 @@ class Transformer(TextModel):
     return not any(stack.stacked for _, stack in self.stacks)
 
 
-def _at(tree: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def _subtree(tree: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
   for name in path:
     tree = tree.get(name, {})
   return tree
 
 
-def _put(tree: dict[str, Any], path: Path, own: dict[str, Any]):
+def _with_subtree(tree: dict[str, Any], path: Path, subtree: dict[str, Any]):
   if not path:
-    return own
+    return subtree
   (name,) = path
-  return {**tree, name: own} if own else tree
+  return {**tree, name: subtree} if subtree else tree
 
 
 def _moved_stack(stack, router_state, rows, rate):
@@ -185,7 +187,7 @@ def _moved_stack(stack, router_state, rows, rate):
     """Moves a router's state, the highest level of the tree with arrays."""
     if any(not isinstance(value, Mapping) for value in state.values()):
       return router.move_state(state, load, rate)
-    return {name: move(own, load) for name, own in state.items()}
+    return {name: move(substate, load) for name, substate in state.items()}
 
   return map_layers(stack, router_state, rows, move)
 

@@ -17,7 +17,7 @@ from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
 from moe_jax.routing import AnyRouting, ExchangeStats, MoeAux
-from moe_jax.shape_checks import checked, told
+from moe_jax.shape_checks import checked, type_text
 from moe_jax.shapes import Array, Float
 
 # The name of the experts' module in a sparse layer.
@@ -51,8 +51,8 @@ class Experts(nn.Module):
     y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
     if getattr(y, 'shape', None) != x.shape:
       raise ValueError(
-        f'{type(self).__name__}.serve returned {told(result)}; Experts return '
-        f'(groups of shape {x.shape}, MoeAux, ExchangeStats or None)'
+        f'{type(self).__name__}.serve returned {type_text(result)}; Experts '
+        f'return (groups of shape {x.shape}, MoeAux, ExchangeStats or None)'
       )
     return result
 

@@ -31,7 +31,7 @@ from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowed_experts import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
 from moe_jax.routing import AnyRouting, ExchangeStats, of_whole_tokens
-from moe_jax.shape_checks import told
+from moe_jax.shape_checks import type_text
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
 
@@ -268,7 +268,7 @@ class MixtureSlots(SlotExperts):
       result = moe(rows[None], filled[None], train)
       if type(result) is not tuple or len(result) != 2:
         raise ValueError(
-          f'expert {type(moe).__name__} returned {told(result)}; a '
+          f'expert {type(moe).__name__} returned {type_text(result)}; a '
           'MixtureExpert is an MoE, which returns (rows, MoeAux)'
         )
       rows = as_rows(type(moe).__name__, result[0], rows[None])
@@ -307,8 +307,8 @@ def as_rows(name: str, y: Any, rows: Array) -> Array:
   fits = jnp.issubdtype(dtype, jnp.floating) and y.shape == rows.shape
   if not fits:
     raise ValueError(
-      f'expert {name} returned {told(y)} for rows {told(rows)}; an expert '
-      'returns rows [R, M] of the same shape'
+      f'expert {name} returned {type_text(y)} for rows {type_text(rows)}; an '
+      'expert returns rows [R, M] of the same shape'
     )
   return y.astype(rows.dtype)
 

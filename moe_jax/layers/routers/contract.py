@@ -25,7 +25,7 @@ from moe_jax.shape_checks import (
   check_shapes,
   checked,
   shapes_in,
-  told,
+  type_text,
 )
 from moe_jax.shapes import (
   Array,
@@ -173,7 +173,7 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
     and isinstance(result[1], MoeAux)
   ):
     raise ValueError(
-      f'{name}.route returned {told(result)}; a Router returns (Routing, '
+      f'{name}.route returned {type_text(result)}; a Router returns (Routing, '
       'SlotRouting or SoftRouting, MoeAux)'
     )
   chosen, aux = result
