@@ -121,7 +121,9 @@ def agreement(share: int) -> str:
 
 
 LATE, SHUFFLED = 'last less first quarter', 'the same in random order'
-MORE_THAN = {label: f'token less {label}' for label in token_routing.OTHERS}
+MORE_THAN = {
+  label: f'token less {label}' for label in token_routing.OTHER_LABELS
+}
 # Names of columns, and the last part of their keys.
 MEASURED = {
   'token': 'token',
@@ -242,7 +244,7 @@ def claims() -> list[Claim]:
         f'control: a random router knows nothing of the {label}',
         f'{label}: {RANDOM} = 0 within 0.5',
       )
-      for label in ('token', *token_routing.OTHERS)
+      for label in ('token', *token_routing.OTHER_LABELS)
     ),
     Claim(
       'control: a random router has no favourites',

@@ -46,7 +46,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.runner import TrainingRunner
-from experiments.study.specialised import EARLY, HALVES, place
+from experiments.study.specialised import EARLY, HALVES, layer_key
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.validation_routing import row_at
@@ -151,7 +151,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
       results[at[0]],
       # The loss is that of the whole model at its end.
       COLUMNS[at[2:] != ('*', None) :],
-      place(*at[1:]),
+      layer_key(*at[1:]),
     )
     for at in places
   }

@@ -159,17 +159,17 @@ def _timed(
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:
   """Arguments, other than the preset, that differ from their defaults."""
-  named = [
+  arguments = [
     f'--{name}={value}'
     for name in ('seeds', 'steps', 'start_steps', 'task')
     if (value := getattr(options, name)) not in (0, study.task)
   ]
-  return [*named, *options.flags]
+  return [*arguments, *options.flags]
 
 
 def _arguments(
   study: Study, options: argparse.Namespace, changed: Sequence[str]
 ) -> list[str]:
   """Arguments of the command that reproduces the table."""
-  named = [f'--preset={options.preset}'] * (len(study.presets) > 1)
-  return [*named, *changed]
+  preset_argument = [f'--preset={options.preset}'] * (len(study.presets) > 1)
+  return [*preset_argument, *changed]

@@ -48,11 +48,11 @@ def entropy(p: Float[np.ndarray, '... E']) -> np.ndarray:
 
 
 def mutual_information(
-  given: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
+  conditional: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
 ) -> float:
   """The mutual information I(e; c), from p(e | c) and p(c)."""
-  mean = weight @ given
-  return float(entropy(mean) - weight @ entropy(given))
+  mean = weight @ conditional
+  return float(entropy(mean) - weight @ entropy(conditional))
 
 
 def by_class(

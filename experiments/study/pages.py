@@ -119,11 +119,11 @@ def code(text: str) -> markupsafe.Markup:
 def table(
   name: str,
   lines: Sequence[dict[str, str]],
-  left: Sequence[str] = (),
+  left_aligned: Sequence[str] = (),
   title: str = '',
   note: str = '',
 ) -> ValueTable:
-  """A table of lines of cells by heading; those of `left` are aligned left."""
-  columns = {key: '' if key in left else '>' for key in lines[0]}
+  """A table of lines of cells by heading; `left_aligned` has headings."""
+  columns = {key: '' if key in left_aligned else '>' for key in lines[0]}
   rows = [list(line.values()) for line in lines]
   return ValueTable(name, title, note, columns, rows)

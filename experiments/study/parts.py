@@ -60,8 +60,8 @@ class Arm:
   @property
   def runs_before(self) -> dict[str, str]:
     """Names of the starts that the runs need, by the key of their folder."""
-    named = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
-    return {key: name for key, name in named.items() if name}
+    starts = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
+    return {key: name for key, name in starts.items() if name}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,8 +106,8 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     '',
     result_tables.claims_table(summary),
   ]
-  for said in caveats(summary):
-    lines += ['', said]
+  for paragraph in caveats(summary):
+    lines += ['', paragraph]
   lines += ['', f'![{summary["title"]}]({picture})', '']
   return '\n'.join(lines)
 
@@ -128,14 +128,14 @@ def conditions(summary: Mapping[str, Any]) -> str:
 
 def caveats(summary: Mapping[str, Any]) -> list[str]:
   """The step times and the remarks, a paragraph each, in Markdown."""
-  said = []
+  paragraphs = []
   if summary['times']:
     times = [
       f'{name} {step_time}' for name, step_time in summary['times'].items()
     ]
     listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
-    said.append(f'{listed} {summary.get("timing", "")}'.rstrip())
-  return said + [summary['remarks']] * bool(summary['remarks'])
+    paragraphs.append(f'{listed} {summary.get("timing", "")}'.rstrip())
+  return paragraphs + [summary['remarks']] * bool(summary['remarks'])
 
 
 def command(summary: Mapping[str, Any]) -> str:

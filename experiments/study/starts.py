@@ -95,12 +95,12 @@ def start_jobs(
   """
   jobs: list[list[Job]] = []
   for level in levels:
-    before, own = started(jobs), []
+    before, level_jobs = started(jobs), []
     for start in level:
       config = start.config(shared)
       folder = results / FOLDER
-      own += jobs_of(cls, config, [start.arm], seeds, folder, before)
-    jobs.append([dataclasses.replace(job, keeps=True) for job in own])
+      level_jobs += jobs_of(cls, config, [start.arm], seeds, folder, before)
+    jobs.append([dataclasses.replace(job, keeps=True) for job in level_jobs])
   return jobs
 
 

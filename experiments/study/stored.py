@@ -118,19 +118,26 @@ def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
 
 def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
   """Revisions since the result, and one for configs that are others today."""
-  kept, preset = summary.get('configs'), study.presets.get(preset_of(summary))
+  digests, preset = (
+    summary.get('configs'),
+    study.presets.get(preset_of(summary)),
+  )
   day = summary['date'][:10]
   # Results of a revision's day are newer than it if they keep digests.
   later = [
-    r for r in study.revisions if day < r.date or (day == r.date and not kept)
+    r
+    for r in study.revisions
+    if day < r.date or (day == r.date and not digests)
   ]
   if preset is None:
     later.append(Revision('', 'The study has no such preset any more.'))
-  elif kept:
+  elif digests:
     today = study.digests(preset)
-    others = sorted(name for name in kept if today.get(name) != kept[name])
-    if others:
-      names = ', '.join(others)
+    changed = sorted(
+      name for name in digests if today.get(name) != digests[name]
+    )
+    if changed:
+      names = ', '.join(changed)
       later.append(Revision('', f'Configs of today are others: {names}.'))
   return later
 
