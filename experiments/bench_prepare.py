@@ -82,7 +82,7 @@ def measure(
     }
     times = timing.interleave(cases, seconds=0, least=rounds, most=rounds)
     for n, durations in times.items():
-      made = timing.Spread.of([total / t / 1e6 for t in durations])
+      speed = timing.Spread.of([total / t / 1e6 for t in durations])
       speed_up = timing.ratio(times[processes[0]], durations)
       rows.append(
         {
@@ -90,9 +90,9 @@ def measure(
           'processes': n,
           'megabytes': total / 1e6,
           'rounds': rounds,
-          'mb_per_second': made.median,
-          'mb_per_second_low': made.low,
-          'mb_per_second_high': made.high,
+          'mb_per_second': speed.median,
+          'mb_per_second_low': speed.low,
+          'mb_per_second_high': speed.high,
           'speed_up': speed_up.median,
           'speed_up_low': speed_up.low,
           'speed_up_high': speed_up.high,
@@ -108,7 +108,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   training = corpus.write(folder / 'large', int(gigabytes * 1e9))
   tokenizer = data.BytesOptions()
   begin = time.perf_counter()
-  made = prepare_once(
+  preparation = prepare_once(
     f'{folder}/large/*.jsonl', tokenizer, folder / 'cache', processes
   )
   seconds = time.perf_counter() - begin
@@ -117,17 +117,17 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   facts = {
     'gigabytes': read / 1e9,
     'documents': len(training),
-    'token_gigabytes': _size(made.folder) / 1e9,
+    'token_gigabytes': _size(preparation.folder) / 1e9,
     'processes': processes,
     'seconds': seconds,
     'mb_per_second': read / seconds / 1e6,
-    'peak_mib': made.peak / 2**20,
+    'peak_mib': preparation.peak / 2**20,
     'load': os.getloadavg()[0],
   }
   print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
-    own = dataclasses.replace(options, cache_digests=digests)
-    reads = random_reads.read_at_random(own, corpus, training)
+    case_options = dataclasses.replace(options, cache_digests=digests)
+    reads = random_reads.read_at_random(case_options, corpus, training)
     facts[name] = [dataclasses.asdict(read) for read in reads]
   return facts
 

@@ -120,15 +120,17 @@ def without_shared(run: Run, state: TrainState) -> dict[str, float]:
     model=options.build(),
   )
   variables = run.programs.variables(state)
-  left = variables | {'params': _left(variables['params'])}
-  return {WITHOUT: evaluation(left, int(state.step))['loss']}
+  reduced = variables | {'params': _without_shared(variables['params'])}
+  return {WITHOUT: evaluation(reduced, int(state.step))['loss']}
 
 
-def _left(params: Any) -> Any:
+def _without_shared(params: Any) -> Any:
   """A tree of parameters without those of shared experts."""
   if not isinstance(params, Mapping):
     return params
-  return {k: _left(v) for k, v in params.items() if k != SHARED_EXPERT}
+  return {
+    k: _without_shared(v) for k, v in params.items() if k != SHARED_EXPERT
+  }
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:

@@ -128,25 +128,27 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       run, state, byte_models.EVAL, _BATCHES, mixed=True
     )
   header, numbers = header_of(run), {}
-  said = specialisation(route_sums.collect(header, records)) if records else {}
+  findings = (
+    specialisation(route_sums.collect(header, records)) if records else {}
+  )
   for layer, info in header.layers.items():
-    own = {}
+    shares = {}
     if slots := info.capacity:
-      own['masks'] = 4 * info.num_experts * slots * width / experts
+      shares['masks'] = 4 * info.num_experts * slots * width / experts
     if records:
       kept = np.concatenate(
         [r.layers[layer].kept[r.documents > 0] for r in records]
       )
-      own['second'] = float(kept[:, 1].mean())
-      own['none'] = float((~kept).all(1).mean())
-      own['domain'] = said[SOURCE][layer].fraction
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in own.items()}
+      shares['second'] = float(kept[:, 1].mean())
+      shares['none'] = float((~kept).all(1).mean())
+      shares['domain'] = findings[SOURCE][layer].fraction
+    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in shares.items()}
   return numbers
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """A row for each arm, and for three of them as evaluated without drops."""
-  found = []
+  table = []
   for name, runs in results.items():
     shown = [c for c in COLUMNS if c.key]
     if name in MASKS.values():
@@ -156,11 +158,11 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
     values = {c.name: [c.of(run) for run in runs] for c in shown}
     if name in times:
       values[TIME] = list(times[name].ratios)
-    found.append(Row(name, values))
+    table.append(Row(name, values))
     if name in (SMALL, BATCH, BATCH_ALL):
       served = [run[f'eval/{_NO_DROPS}/loss'] for run in runs]
-      found.append(Row(f'{name}, {SERVED}', {'loss': served}))
-  return found
+      table.append(Row(f'{name}, {SERVED}', {'loss': served}))
+  return table
 
 
 COLUMNS = [

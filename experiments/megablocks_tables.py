@@ -95,15 +95,15 @@ def config(steps: int):
 
 def arms(preset: Preset) -> list[Arm]:
   """Models with slots, one of them of three lengths, and dropless ones."""
-  found = []
+  slotted_arms = []
   for factor in FACTORS:
     slots = {'capacity.per_assignment.factor': float(factor)}
     for length in LENGTHS if factor == 1 else (1.0,):
       arm = top_k(slotted(factor, length), 1, HIDDEN, slots)
       steps = {'total_steps': round(length * preset.steps)}
-      found.append(Arm(arm.name, {**arm.overrides, **steps}))
+      slotted_arms.append(Arm(arm.name, {**arm.overrides, **steps}))
   room_for_all = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
-  return found + [
+  return slotted_arms + [
     top_k(dropless(E), 1, HIDDEN, {'num_experts': E, **room_for_all})
     for E in (FEW, MANY)
   ]
@@ -118,23 +118,25 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """Rows of trained models, of one at equal time, and of ways to serve."""
-  found = []
+  trained_rows = []
   for name, runs in results.items():
     values = {c.name: [c.of(run) for run in runs] for c in COLUMNS[:2]}
     if name in times:
       values[TIME] = list(times[name].ratios)
-    found.append(Row(name, values))
+    trained_rows.append(Row(name, values))
   by_length = [
     [byte_models.LOSS.of(run) for run in results[slotted(1, length)]]
     for length in LENGTHS
   ]
   ratios = np.resize(times[dropless(MANY)].ratios, len(by_length[0]))
   losses = [
-    float(np.interp(np.log(ratio), np.log(LENGTHS), own))
-    for ratio, own in zip(ratios, zip(*by_length, strict=True), strict=True)
+    float(np.interp(np.log(ratio), np.log(LENGTHS), seed_losses))
+    for ratio, seed_losses in zip(
+      ratios, zip(*by_length, strict=True), strict=True
+    )
   ]
   return [
-    *found,
+    *trained_rows,
     Row(SAME_TIME, {byte_models.LOSS.name: losses}),
     *(
       row_at(served(E, name), results[dropless(E)], COLUMNS[2:4], f'*/{way}')

@@ -98,7 +98,7 @@ def merged(
     new: The folder of the new one.
     left: The number of experts that stay in each layer.
     batches: The number of batches on which experts are measured.
-    group_by: What experts are compared by.
+    group_by: Name of the quantity by which experts are compared.
     rule: The rule of grouping.
     packed: Whether the new run is written to be served, not trained.
   """
@@ -126,12 +126,12 @@ def pruned(
 
 def _written(
   before: fewer.Calibrated,
-  left: Mapping[int, fewer.Fewer],
+  layers: Mapping[int, fewer.Fewer],
   router: str,
   new: pathlib.Path,
   packed: bool,
 ) -> Mapping[str, float]:
-  options, variables = fewer.smaller(before.run, left, router)
+  options, variables = fewer.smaller(before.run, layers, router)
   params = variables['params']
   state = variables.get('router_state')
   whole_run.write(
@@ -144,9 +144,9 @@ def _written(
   }
 
 
-def row_name(way: str, removed: int) -> str:
-  """The name of the row of a way with a share removed, in per cent."""
-  return f'{way}, {removed} %'
+def row_name(method: str, removed: int) -> str:
+  """The name of the row of a method with a share removed, in per cent."""
+  return f'{method}, {removed} %'
 
 
 def starts(preset: Preset) -> list[Start]:
@@ -179,32 +179,33 @@ def trained_on(preset: Preset) -> list[Arm]:
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """An arm for each way and number of experts, and arms trained on."""
+  """An arm for each method and number of experts, and arms trained on."""
   changes = {
-    way: functools.partial(merged, group_by=group_by, rule=rule)
-    for way, (group_by, rule) in MERGES.items()
+    method: functools.partial(merged, group_by=group_by, rule=rule)
+    for method, (group_by, rule) in MERGES.items()
   } | {
-    way: functools.partial(pruned, score=score) for way, score in PRUNES.items()
+    method: functools.partial(pruned, score=score)
+    for method, score in PRUNES.items()
   }
   return [
     Arm(
-      row_name(way, removed),
+      row_name(method, removed),
       {},
-      line=way,
+      line=method,
       x=removed,
       start=TRAINED,
-      change=functools.partial(change, left=left, batches=BATCHES),
+      change=functools.partial(change, left=num_left, batches=BATCHES),
     )
-    for way, change in changes.items()
-    for removed, left in LEFT.items()
+    for method, change in changes.items()
+    for removed, num_left in LEFT.items()
   ] + trained_on(preset)
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """The trained run, each way of making it smaller, and runs trained on.
+  """The trained run, each method that makes it smaller, and runs trained on.
 
-  What a run that is trained on adds to the loss is compared with the whole run
-  of as many steps.
+  The loss that a run that is trained on adds is compared with the whole run of
+  as many steps.
   """
   del times
   loss = byte_models.LOSS
@@ -213,20 +214,20 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   small = [*map(BYTES.of, results[PRUNED])]
   all_bytes = [100.0] * len(whole)
 
-  def row(name: str, base: list[float], sizes: list[float], *place) -> Row:
-    own = [*map(loss.of, results[name])]
-    added = [after - before for after, before in zip(own, base, strict=True)]
-    values = {loss.name: own, ADDED.name: added, BYTES.name: sizes}
+  def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
+    losses = [*map(loss.of, results[name])]
+    added = [after - before for after, before in zip(losses, base, strict=True)]
+    values = {loss.name: losses, ADDED.name: added, BYTES.name: sizes}
     unused = [*map(UNUSED.of, results[name])]
     if not np.isnan(unused).any():
       values[UNUSED.name] = unused
-    return Row(name, values, *place)
+    return Row(name, values, *point)
 
   smaller = [
-    row(name, whole, [*map(BYTES.of, results[name])], way, removed)
-    for way in (*MERGES, *PRUNES)
+    row(name, whole, [*map(BYTES.of, results[name])], method, removed)
+    for method in (*MERGES, *PRUNES)
     for removed in LEFT
-    for name in [row_name(way, removed)]
+    for name in [row_name(method, removed)]
   ]
   return [
     row(TRAINED, whole, all_bytes),
@@ -237,9 +238,9 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   ]
 
 
-def compared(way: str, than: str, removed: int) -> str:
-  """A claim's comparison: the first way has a lower loss than the second."""
-  return f'loss: {row_name(way, removed)} < {row_name(than, removed)}'
+def compared(method: str, than: str, removed: int) -> str:
+  """A claim's comparison: one method has a lower loss than another."""
+  return f'loss: {row_name(method, removed)} < {row_name(than, removed)}'
 
 
 def by_similarity(better: str, worse: str, removed: int) -> Claim:
@@ -261,7 +262,7 @@ def by_similarity(better: str, worse: str, removed: int) -> Claim:
 
 def claims() -> list[Claim]:
   """Outputs are the best similarity, and pruning beats merging."""
-  found = [
+  paper_claims = [
     by_similarity(better, worse, removed)
     for better, worse in (
       ('outputs', 'weights'),
@@ -270,7 +271,7 @@ def claims() -> list[Claim]:
     )
     for removed in LEFT
   ]
-  found += [
+  paper_claims += [
     Claim(
       f'REAP prunes better than merging by outputs, {removed} % removed',
       compared('prune by REAP', 'merge by outputs', removed),
@@ -279,7 +280,7 @@ def claims() -> list[Claim]:
     for removed in LEFT
   ]
   return (
-    found
+    paper_claims
     + [
       Claim(
         f'REAP prunes better than {score} does, {removed} % removed',

@@ -177,9 +177,11 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
   ):
     for i, arm in enumerate(results):
       row = row_at(arm, results[arm], columns(), 'layer_*')
-      found = [Interval.of(row.values[name]) for name in points.values()]
-      bars = [i.half_width if np.isfinite(i.half_width) else 0 for i in found]
-      means = [interval.mean for interval in found]
+      intervals = [Interval.of(row.values[name]) for name in points.values()]
+      bars = [
+        i.half_width if np.isfinite(i.half_width) else 0 for i in intervals
+      ]
+      means = [interval.mean for interval in intervals]
       style = plot_style.series(i)
       ax.errorbar([*points], means, bars, **style, capsize=3, label=arm)
     ax.set_xlabel(x_label)

@@ -112,7 +112,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
         for column in (byte_models.LOSS, ZEROS, CODES, METADATA)
       }
       values[ADDED.name] = [
-        after - own for after, own in zip(values[loss], before, strict=True)
+        after - base for after, base in zip(values[loss], before, strict=True)
       ]
       table.append(Row(arm, values, name, bits))
   return table

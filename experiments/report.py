@@ -143,7 +143,7 @@ def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
   """Draws the figures anew, but for those that a study draws from its runs."""
   for summary in summaries:
     study = find_study(summary['name'])
-    if study is not None and not study.figure.own:
+    if study is not None and not study.figure.from_runs:
       figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 

@@ -89,14 +89,14 @@ def balance(model: Model):
 
   @functools.partial(jax.jit, static_argnames='train')
   def numbers(variables, batch, key, train):
-    (_, aux), kept = model.apply(
+    (_, aux), collections = model.apply(
       variables,
       **model.inputs(batch),
       train=train,
       rngs={'router': key, 'dropout': key},
       mutable=['intermediates'],
     )
-    layers = model.layer_trees(kept['intermediates'])
+    layers = model.layer_trees(collections['intermediates'])
     load = jnp.stack(
       [sown(layers[i])[SOWN_LOAD][0] for i in model.sparse_layers]
     )  # [L, E], as all tokens of a batch are one group

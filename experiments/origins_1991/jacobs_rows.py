@@ -63,11 +63,11 @@ def chosen(
   del times
   of_arms = sweeps(results)
   shared = best_rate(list(of_arms.values()))
-  own = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
+  best = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
   return [
     Arm(
       arm.name + suffix,
-      {**arm.overrides, 'learning_rate': shared if suffix else own[arm.name]},
+      {**arm.overrides, 'learning_rate': shared if suffix else best[arm.name]},
       arm.name,
     )
     for suffix in ('', SHARED)

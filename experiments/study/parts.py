@@ -268,7 +268,7 @@ class Figure:
       `*` stands for any text.
     rows: Meaning of the rows' names, which stands beside them; '' where names
       speak for themselves.
-    own: Whether `Study.pictures` draws the figure itself, from the runs.
+    from_runs: Whether `Study.pictures` draws the figure, from the runs.
   """
 
   columns: Sequence[str]
@@ -276,7 +276,7 @@ class Figure:
   log_x: bool = False
   without: Sequence[str] = ()
   rows: str = ''
-  own: bool = False
+  from_runs: bool = False
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""

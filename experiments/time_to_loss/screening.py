@@ -149,10 +149,10 @@ def predictions(
     model, length, rate = parsed(name)
     twin = twin_of(model)
     lengths = [length * factor for factor in _TWIN_LENGTHS]
-    twins = [arm_name(twin, own, rate) for own in lengths]
+    twins = [arm_name(twin, x, rate) for x in lengths]
     if not rate or model == twin or not results.keys() >= {name, *twins}:
       continue
-    losses = [loss_of(results[own]) for own in twins]
+    losses = [loss_of(results[arm]) for arm in twins]
     steps = length / ratio_to(loss_of(results[name]), lengths, losses)
     predicted[model] = Prediction(steps, float(time), steps * float(time))
   return predicted

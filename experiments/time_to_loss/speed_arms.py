@@ -169,7 +169,9 @@ def reported(names: Sequence[str]) -> dict[str, list[float]]:
     model, length, rate = parsed(name)
     if not rate:
       lengths.setdefault(model, []).append(length)
-  return {model: sorted(own) for model, own in lengths.items()}
+  return {
+    model: sorted(model_lengths) for model, model_lengths in lengths.items()
+  }
 
 
 def twin_of(model: str) -> str:
@@ -193,10 +195,10 @@ def groups(arms: Sequence[Arm]) -> list[list[str]]:
 
 def not_run(names: Mapping[str, Any]) -> Iterator[str]:
   """The models of the grid without any arm, a text for each family."""
-  there = {parsed(name)[0] for name in names}
+  models_run = {parsed(name)[0] for name in names}
   missing: dict[str, list[str]] = {}
   for model in GRID:
-    if model.name not in there:
+    if model.name not in models_run:
       short = f'{model.num_selected} of {model.num_experts}'
       missing.setdefault(model.family, []).append(short)
   for family, models in missing.items():
