@@ -42,7 +42,7 @@ ROW, TWO, BATCH, NONE = 'a row', 'two rows', 'the batch', 'no loss'
 SCOPES = {ROW: 'sequence', TWO: 'batch', BATCH: 'global'}
 WEIGHTS = (0.01, 0.1)
 DOMAIN, EVEN, EVEN_IN_ROWS = 'domain', 'MaxVio', 'MaxVio in a row'
-_BATCHES = 10  # of each domain
+_BATCHES = 10  # number of batches of each domain
 
 
 def config(steps: int):

@@ -32,7 +32,7 @@ from moe_jax.options import above
 
 NAME = 'bench_loading'
 CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
-ROOM = 10**9  # bytes beside the parameters and one file
+ROOM = 10**9  # bytes allowed beside the parameters and one file
 _CASE = 'experiments.benchmarks.loading_case'
 
 

@@ -137,7 +137,7 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def report(
-  rows: Sequence[Mapping[str, Any]], once: Mapping[str, Any] | None
+  rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any] | None
 ) -> str:
   """The tables, in Markdown."""
   f = timing.facts()
@@ -162,7 +162,7 @@ def report(
       '(quartiles in brackets); the load is the mean number of processes that '
       f'wanted a core.\n\n{markdown_table(lines)}\n'
     )
-  return text + (_large_text(once) if once else '')
+  return text + (_large_text(run) if run else '')
 
 
 def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
@@ -170,18 +170,18 @@ def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
   return format(spread, form)
 
 
-def _large_text(once: Mapping[str, Any]) -> str:
-  reads = [*once['first'], *once['unchecked']]
-  rates = [f'{read["rows_per_second"]:,.0f}' for read in once['unchecked']]
+def _large_text(run: Mapping[str, Any]) -> str:
+  reads = [*run['first'], *run['unchecked']]
+  rates = [f'{read["rows_per_second"]:,.0f}' for read in run['unchecked']]
   return (
-    f'\n{once["gigabytes"]:.2f} GB, {once["documents"]:,} documents, by '
-    f'{once["processes"]} processes in {once["seconds"]:.0f} s: '
-    f'{once["mb_per_second"]:.1f} MB/s into {once["token_gigabytes"]:.1f} GB, '
-    f'at most {once["peak_mib"]:.0f} MiB of memory in a process (load '
-    f'{once["load"]:.1f}). Read at random by {len(once["unchecked"])} '
+    f'\n{run["gigabytes"]:.2f} GB, {run["documents"]:,} documents, by '
+    f'{run["processes"]} processes in {run["seconds"]:.0f} s: '
+    f'{run["mb_per_second"]:.1f} MB/s into {run["token_gigabytes"]:.1f} GB, '
+    f'at most {run["peak_mib"]:.0f} MiB of memory in a process (load '
+    f'{run["load"]:.1f}). Read at random by {len(run["unchecked"])} '
     f'processes: {" and ".join(rates)} rows of 512 tokens a second; opened in '
-    f'{_most(once["first"], "open_seconds"):.1f} s where digests are checked, '
-    f'in {_most(once["unchecked"], "open_seconds"):.1f} s where not; '
+    f'{_most(run["first"], "open_seconds"):.1f} s where digests are checked, '
+    f'in {_most(run["unchecked"], "open_seconds"):.1f} s where not; '
     f'{sum(read["checked"] for read in reads):,} documents were those of the '
     f'source, {sum(read["wrong"] for read in reads)} were not.\n'
   )
@@ -221,7 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the tables."""
   options = parse(argv)
-  rows, once = [], None
+  rows, large_run = [], None
   with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
     folder = pathlib.Path(name)
     if options.rounds:
@@ -229,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       size = options.mb * 10**6
       rows = measure(folder, size, processes, options.rounds)
     if options.large_gb:
-      once = large(folder, options.large_gb, options.processes)
-  text = report(rows, once)
-  written = timing.write(options.output, NAME, text, rows, {'large': once})
+      large_run = large(folder, options.large_gb, options.processes)
+  text = report(rows, large_run)
+  written = timing.write(options.output, NAME, text, rows, {'large': large_run})
   print(f'{text}\nwritten: {written}')
 
 

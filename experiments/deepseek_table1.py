@@ -51,7 +51,7 @@ from moe_jax.layers.experts.shared_expert import (
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-HIDDEN = 256  # of the experts that a token passes, together
+HIDDEN = 256  # hidden width of all experts together that a token passes
 SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'
 FINE = 'fine-grained'
 DEEPSEEK = 'DeepSeekMoE'

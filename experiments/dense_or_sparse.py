@@ -60,12 +60,12 @@ MODELS = {
   TWIN: {'model.moe.num_experts': 0},
   WIDE: {'model.moe.num_experts': 0, 'model.ffn.hidden': HIDDEN * EXPERTS},
 }
-# Distinct text as a share of what a run of the preset's steps reads, and the
+# Distinct text as a share of the text that a run of full length reads, and the
 # number of times that it is read.
 TEXTS = ((1 / 8, 1), (1 / 8, 8), (1 / 2, 2), (1, 1), (2, 1))
 # Lengths of the runs that are interpolated, by model; the last amount is read.
 LENGTHS = {WIDE: (1 / 4, 1 / 2)}
-TOKENS = 1024  # bytes of a step
+TOKENS = 1024  # number of bytes that a step reads
 GAIN = 'sparse minus dense of equal FLOPs'
 FLOPS, TIME = 'of equal FLOPs', 'in equal time'
 TRAINED = 'trained'

@@ -1,4 +1,4 @@
-"""What FasterMoE's parts would save, SIMULATED, and what its gate costs.
+"""Savings of FasterMoE's parts, SIMULATED, and the cost of its gate.
 
     python -m experiments.fastermoe_tables --preset=quick
 
@@ -76,7 +76,7 @@ SHOWN = {
   (JOHNNY, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
   (TREVOR, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
 }
-RECORDED = 40  # about as many batches of a run
+RECORDED = 40  # approximate number of recorded batches of a run
 _CONSTRUCTED = (
   'SIMULATED, and by construction never slower: how much is the finding.'
 )
@@ -183,7 +183,7 @@ def _compared(
 
 
 def claims() -> list[Claim]:
-  """The paper's claims, simulated; what its rule misses; the gate's cost."""
+  """The paper's claims, simulated; gaps of its rule; the cost of its gate."""
   simulated_claims = []
   for cluster in (JOHNNY, TREVOR):
     simulated_claims += [

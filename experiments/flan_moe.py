@@ -232,8 +232,8 @@ def _choices(results: Results, name: str) -> dict[str, list[float]]:
 
 def _over(task: str) -> Callable[[Result], float]:
   """Function from a result to the points of a task's accuracy over chance."""
-  of = f'eval/choices/{task}'
-  return lambda run: run[of] - run[f'{of}.chance']
+  prefix = f'eval/choices/{task}'
+  return lambda run: run[prefix] - run[f'{prefix}.chance']
 
 
 def beats_chance(results: Results, task: str) -> bool:

@@ -139,8 +139,8 @@ def lower(text: str, row: tuple, than: tuple | str, column: str = 'loss'):
 
   Args:
     text: Text of the claim.
-    row: Arguments of `named` of the row.
-    than: Those of the other row, or its name.
+    row: Arguments of `row_name` for the row.
+    than: Arguments of `row_name` for the other row, or its name.
     column: Name of the column.
   """
   other = than if isinstance(than, str) else row_name(*than)

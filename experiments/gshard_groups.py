@@ -67,7 +67,8 @@ TIMED = [BATCH, SMALL, *MASKS.values()]
 DROPPED, SECOND, UNSERVED = 'dropped', 'second served', 'without expert'
 DOMAIN, PRODUCTS, TIME = 'domain', 'masks / experts', 'step time / 2048'
 SAME = 0.02
-_NO_DROPS, _BATCHES = 'no_drops', 10  # of each domain
+_NO_DROPS = 'no_drops'
+_BATCHES = 10  # number of batches of each domain
 
 
 def config(steps: int):
@@ -87,19 +88,21 @@ def arms(preset: Preset) -> list[Arm]:
   """Groups of four sizes, two of them with all choices sent; timed steps."""
   del preset
   size = 'model.moe.group_size'
-  every = {'model.moe.router.token_choice.second_policy': 'all'}
-  short = {
+  send_all = {'model.moe.router.token_choice.second_policy': 'all'}
+  timed_alone = {
     'model.moe.dispatch.kind': 'einsum',
     'total_steps': 8,
     'log_every_steps': 8,
     'optimizer.schedule.warmup_steps': 1,
   }
-  short |= {f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)}
+  timed_alone |= {
+    f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)
+  }
   room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
   return [
-    *(Arm(name, {size: GROUPS[S], **short}) for S, name in MASKS.items()),
-    Arm(SMALL_ALL, {size: 32, **every}),
-    Arm(BATCH_ALL, {size: -1, **every}),
+    *(Arm(name, {size: GROUPS[S], **timed_alone}) for S, name in MASKS.items()),
+    Arm(SMALL_ALL, {size: 32, **send_all}),
+    Arm(BATCH_ALL, {size: -1, **send_all}),
     Arm(ROOMY, {size: -1} | {f'model.moe.{k}': v for k, v in room.items()}),
     *(
       Arm(name, {size: S})

@@ -157,12 +157,14 @@ COLUMNS = [
 
 def claims() -> list[Claim]:
   """Blocks against slots, few experts against many, quality and time."""
-  one, two, block = (WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32'))
+  one_slot, two_slots, blocks = (
+    WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32')
+  )
   return [
     *(
       Claim(
         f'blocks of 32 pad less than the slots of the fullest, {E} experts',
-        f'{ROWS}: {served(E, block)} < {served(E, FULLEST)}',
+        f'{ROWS}: {served(E, blocks)} < {served(E, FULLEST)}',
       )
       for E in (FEW, MANY)
     ),
@@ -171,13 +173,15 @@ def claims() -> list[Claim]:
         f'more experts pad more: {way}',
         f'{ROWS}: {served(MANY, way)} > {served(FEW, way)}',
       )
-      for way in (block, FULLEST)
+      for way in (blocks, FULLEST)
     ),
     Claim(
       'more experts drop more at one slot a choice',
-      f'{LOST}: {served(MANY, one)} > {served(FEW, one)}',
+      f'{LOST}: {served(MANY, one_slot)} > {served(FEW, one_slot)}',
     ),
-    Claim('two slots a choice still drop', f'{LOST}: {served(MANY, two)} > 0'),
+    Claim(
+      'two slots a choice still drop', f'{LOST}: {served(MANY, two_slots)} > 0'
+    ),
     *(
       Claim(
         f'dropless is better than {factor} slots a choice, at equal steps',

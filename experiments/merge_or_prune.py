@@ -46,7 +46,7 @@ TRAINED = 'trained'
 EXPERTS = 16
 # The number of experts that stay, by the share that is removed in per cent.
 LEFT = {50: 8, 75: 4}
-# Similarity and rule of grouping, by the name of the way of merging.
+# Similarity and rule of grouping, by the name of the method of merging.
 MERGES = {
   'merge by outputs': ('outputs', 'clusters'),
   'merge by weights': ('weights', 'clusters'),
@@ -61,12 +61,12 @@ PRUNES = {
 ADDED = Column('added loss', unit='nats/byte')
 BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
 UNUSED = Column('unused', 'unused', 'experts', 1)
-BATCHES = 16  # of the training split, on which experts are measured
+BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on
-WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
+METHOD, REMOVED = 'prune by REAP', 75  # the pruning that makes that start
 LONGER = f'{TRAINED}, trained on'
-ALONE = f'{WAY}, {REMOVED} %, trained on'
-TAUGHT = f'{WAY}, {REMOVED} %, distilled'
+ALONE = f'{METHOD}, {REMOVED} %, trained on'
+TAUGHT = f'{METHOD}, {REMOVED} %, distilled'
 
 
 def config(steps: int):
@@ -153,7 +153,7 @@ def starts(preset: Preset) -> list[Start]:
   """The run that all arms make smaller, and one that is trained on."""
   del preset
   change = functools.partial(
-    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[WAY]
+    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
   )
   return [
     Start(TRAINED, lambda shared: shared),
@@ -292,7 +292,7 @@ def claims() -> list[Claim]:
     + [
       Claim(
         'a pruned model that is trained on is better than before',
-        f'loss: {ALONE} < {row_name(WAY, REMOVED)}',
+        f'loss: {ALONE} < {row_name(METHOD, REMOVED)}',
       ),
       Claim(
         'a pruned model recovers better with the whole one as its teacher',

@@ -99,7 +99,7 @@ MEASURED = {
   EITHER: 'any',
   f'{EITHER}, {ABOVE}': 'any_above',
 }
-_BATCHES = 10  # of each domain, that are measured
+_BATCHES = 10  # number of measured batches of each domain
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -178,13 +178,13 @@ def claims() -> list[Claim]:
   """More repeats than by chance, but for the first layer, in all domains."""
   first, middle, last = map(row_name, LAYERS)
   published = 'mixtral2024/repeats/layer 15, {}/low'.format
-  paper_claims = []
+  repeat_claims = []
   for column, share, paper_column in (
     (FIRST, FIRST_CHANCE, 'first choice'),
     (EITHER, EITHER_CHANCE, 'first or second choice'),
   ):
     chance = f'{share:.4g}'
-    paper_claims += [
+    repeat_claims += [
       Claim(
         f'{column}: more repeats than of random choices, middle layer',
         f'{column}: {middle} > {chance}',
@@ -201,27 +201,27 @@ def claims() -> list[Claim]:
       ),
     ]
   for row, name in ((middle, 'middle'), (last, 'last')):
-    paper_claims.append(
+    repeat_claims.append(
       Claim(
         f'there are more repeats in the {name} layer than in the first',
         f'{FIRST}, {ABOVE}: {row} > {first}',
       )
     )
-  paper_claims += [
+  repeat_claims += [
     Claim(
       f'more than by uneven loads and repeated bytes, {layer}',
       f'{FIRST}, {DIFFERENT}, {ABOVE}: {row_name(layer)} > 0',
     )
     for layer in LAYERS
   ]
-  paper_claims += [
+  repeat_claims += [
     Claim(
       f'more than by chance in every domain: {domain}',
       f'{FIRST}, {ABOVE}: {row_name("middle layer", domain)} > 0',
     )
     for domain in domains.DOMAINS
   ]
-  return paper_claims + [
+  return repeat_claims + [
     Claim(
       'control: random choices repeat as often as computed',
       f'{FIRST}: {RANDOM} = {FIRST_CHANCE:.4g} within 1',

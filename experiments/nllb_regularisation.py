@@ -126,7 +126,7 @@ def dropping(rate: float) -> str:
 
 def arms(preset: Preset) -> list[Arm]:
   """The dense twin, the sparse model, and each way to regularise it."""
-  rest = {
+  second_part = {
     'total_steps': max(preset.steps - preset.start_steps, 1),
     f'{_RATE}.decay_fraction': 1.0,
     f'{_RATE}.warmup_steps': 0,
@@ -138,7 +138,7 @@ def arms(preset: Preset) -> list[Arm]:
     *(Arm(dropping(x), {_DROPOUT: x}) for x in DROPOUTS),
     *(Arm(masked(x), {_MASKING: x}) for x in MASKINGS),
     Arm(BEST, {_DROPOUT: 0.3, _MASKING: 0.1}),
-    Arm(CURRICULUM, rest, start=LARGE_ALONE),
+    Arm(CURRICULUM, second_part, start=LARGE_ALONE),
   ]
 
 

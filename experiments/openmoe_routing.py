@@ -145,10 +145,10 @@ MEASURED = {
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
   del times
-  every = [
+  arm_rows = [
     row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
   ]
-  return every + [
+  return arm_rows + [
     row_at(of_layer(name), results[TOP2], columns(), f'layer_{layer}')
     for layer, name in LAYERS.items()
   ]

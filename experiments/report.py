@@ -69,7 +69,7 @@ def collect(results: pathlib.Path, archive: pathlib.Path) -> None:
     )
   for path in sorted(results.glob('bench_*/*/results.json')):
     (archive / BENCHMARKS).mkdir(exist_ok=True)
-    name = '-'.join(path.parts[-3:-1])  # of the benchmark and of the device
+    name = '-'.join(path.parts[-3:-1])  # the benchmark and the device
     shutil.copyfile(path, archive / BENCHMARKS / f'{name}.json')
 
 

@@ -175,8 +175,10 @@ def merged(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
   """Merges the experts whose outputs are alike, as a change of an arm."""
-  by = dict(group_by='outputs', rule='clusters')
-  merge_or_prune.merged(run, new, left=left, batches=batches, packed=True, **by)
+  grouping = dict(group_by='outputs', rule='clusters')
+  merge_or_prune.merged(
+    run, new, left=left, batches=batches, packed=True, **grouping
+  )
   return _measured(run, new)
 
 
@@ -292,7 +294,7 @@ _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
 
 
 def _claims() -> list[Claim]:
-  """What the papers say of each way, as far as it can be compared here."""
+  """The papers' claims on each method, as far as they can be compared here."""
   table6 = 'switch2021/table6'
   return [
     Claim(

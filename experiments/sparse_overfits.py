@@ -43,7 +43,7 @@ TASKS = {'reasoning': REASONING, 'knowledge': (KNOWLEDGE,)}
 MORE = 'sparse minus dense'
 # Loss of a model that knows no value: four letters of 16, and a sure end.
 CHANCE = math.log(16) * VALUE_LETTERS / (VALUE_LETTERS + 1)
-_ABOVE_FLOOR = 0.01  # nats per token below chance
+_ABOVE_FLOOR = 0.01  # least distance of a loss below chance, in nats/token
 
 
 def config(steps: int) -> ml_collections.ConfigDict:

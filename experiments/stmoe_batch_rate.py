@@ -96,8 +96,8 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   return list(by_name.values())
 
 
-def _mean(name: str, of: Iterable[Row]) -> Row:
-  losses = [row.values[finetuned.LOSS.name] for row in of]
+def _mean(name: str, cell_rows: Iterable[Row]) -> Row:
+  losses = [row.values[finetuned.LOSS.name] for row in cell_rows]
   return Row(name, {finetuned.LOSS.name: [*np.mean(losses, axis=0)]})
 
 

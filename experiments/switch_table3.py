@@ -97,9 +97,9 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
     for rate in RATES:
       usual, small = (by_name.get(arm_name(model, s, rate)) for s in SCALES)
       if usual and small:
-        whole = finetuned.minus(gain(model, rate), usual, small)
-        only = {'loss': whole.values['loss']}
-        gains.append(dataclasses.replace(whole, values=only))
+        difference = finetuned.minus(gain(model, rate), usual, small)
+        only = {'loss': difference.values['loss']}
+        gains.append(dataclasses.replace(difference, values=only))
   return [*by_name.values(), *gains]
 
 

@@ -1,4 +1,4 @@
-"""How much of the gain does a student keep, of larger and larger teachers?
+"""Shares of the gain that a student keeps, of larger and larger teachers.
 
     python -m experiments.switch_table7 --preset=quick
 

@@ -25,7 +25,7 @@ ABOUT = (
   'M=128, F=512, 4 layers, 12 rows of 64 characters, float32: forward, '
   "backward, clipping, AdamW; PyTorch's step in a process of its own.",
 )
-_CHARACTERS = 65  # of tiny Shakespeare
+_CHARACTERS = 65  # number of different characters in tiny Shakespeare
 
 
 def config() -> ml_collections.ConfigDict:

@@ -47,7 +47,7 @@ _BY_LINK = '; the rules of shadowing are given one link as that of each device'
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """A described machine, with what FasterMoE's rules know of it.
+  """A described machine, with the numbers that FasterMoE's rules read.
 
   Attributes:
     topology: Devices and links.

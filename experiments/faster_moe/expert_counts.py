@@ -273,7 +273,7 @@ def _stand_in(
 ) -> Float[np.ndarray, 'N E']:
   """Logits whose probabilities are the gates, and below them chance.
 
-  The other experts share what is left of the probability, in a random order.
+  The other experts share the remaining probability, in a random order.
   """
   (N, K), E = chosen.expert.shape, chosen.num_experts
   gates = np.clip(np.where(chosen.expert >= 0, chosen.gate, 1.0), 1e-6, 1.0)

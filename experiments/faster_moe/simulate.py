@@ -150,7 +150,7 @@ def _best(
 ) -> Bool[np.ndarray, 'R E']:
   """The most popular experts, up to half of them, that save most seconds."""
   order = np.argsort(-counts.sum(-1), axis=-1, kind='stable')
-  rank = np.argsort(order, axis=-1)  # of each expert by popularity
+  rank = np.argsort(order, axis=-1)  # each expert's, by popularity
   seconds = [
     schedule_model.step(
       cluster.topology, counts, sizes, shadowed=rank < r

@@ -123,19 +123,19 @@ def _epochs(runs: Sequence[Result]) -> np.ndarray:
 
 def remarks(results: Results) -> str:
   """Text below the table: runs that failed, and what the columns mean."""
-  never, most = [], 0
+  failures, last = [], 0
   for suffix in ('', SHARED):
     for name in SYSTEMS:
       runs = results[name + suffix]
       missed = [run['epochs'] for run in runs if not run['reached']]
       if missed:
-        most = int(max(missed))
-        never.append(f'{name}{suffix}: {len(missed)} of {len(runs)}')
+        last = int(max(missed))
+        failures.append(f'{name}{suffix}: {len(missed)} of {len(runs)}')
   failed = 'All runs reached the criterion.'
-  if never:
+  if failures:
     failed = (
-      f'Runs that did not reach the criterion in {most:,} epochs, and count as '
-      f'if they did at the last: {"; ".join(never)}.'
+      f'Runs that did not reach the criterion in {last:,} epochs, and count as '
+      f'if they did at the last: {"; ".join(failures)}.'
     )
   sweep = next(iter(sweeps(results).values()))
   rates = ', '.join(f'{rate:g}' for rate in sweep)

@@ -94,8 +94,8 @@ class DescentRunner(Runner):
       model, learned, rates, seeds, first.total_steps, first.patience
     )
     measures = [measured(model, learned, runs.at(r)) for r in range(len(rates))]
-    made = provenance(start)
-    made['minutes'] /= len(jobs)
+    facts = provenance(start)
+    facts['minutes'] /= len(jobs)
     digest = _digest(first.data.classes())
     for job, o in zip(jobs, options, strict=True):
       r, s = rates.index(o.learning_rate), seeds.index(o.seed)
@@ -107,7 +107,7 @@ class DescentRunner(Runner):
           **{name: float(v[s]) for name, v in measures[r].items()},
           'expert output': learned.expert_output,
           'data_digest': digest,
-          'made': made,
+          'made': facts,
         }
       )
 

@@ -175,9 +175,7 @@ def _path(model, params, cases, rate, every, count):
 
   last, before = jax.lax.scan(train_epochs, params, length=count)
   return jax.tree.map(
-    lambda many, train_epoch: jnp.concatenate([many, train_epoch[None]]),
-    before,
-    last,
+    lambda stack, end: jnp.concatenate([stack, end[None]]), before, last
   )
 
 

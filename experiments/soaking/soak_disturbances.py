@@ -141,12 +141,12 @@ def contest(first: Processes, second: Processes, tally: Tally) -> Processes:
   pair = (first, second)
   while all(side.running() for side in pair) and time.monotonic() < deadline:
     time.sleep(0.1)
-  over = [side for side in pair if not side.running()]
-  refused = [side for side in over if any(p.returncode for p in side.all)]
-  if not over or len(refused) == 2:
+  ended = [side for side in pair if not side.running()]
+  refused = [side for side in ended if any(p.returncode for p in side.all)]
+  if not ended or len(refused) == 2:
     tally.fault(f'of two who started at once {len(refused)} were refused')
   tally.counts['starters refused'] += len(refused)
-  loser = (refused or over or [second])[0]
+  loser = (refused or ended or [second])[0]
   loser.wait(0)
   return first if loser is second else second
 

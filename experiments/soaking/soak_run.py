@@ -45,7 +45,7 @@ def make_options(
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
-  # How long processes wait for one that was killed while it started.
+  # Seconds that processes wait for one that was killed while it started.
   config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
   corpus = {'modules': 'email,json,asyncio,unittest'}
@@ -149,9 +149,9 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   )
   def compute(state, batch):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    whole = normalizers(run.model, batch)
+    denominators = normalizers(run.model, batch)
     (loss, _), grads = grad_fn(
-      state.params, batch, whole, key, state.router_state
+      state.params, batch, denominators, key, state.router_state
     )
     return loss, grads
 

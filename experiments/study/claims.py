@@ -54,7 +54,7 @@ class Published:
       or '~', '<', '<=', '>' or '>='.
     unit: Unit of the number: '%', 'nats/token', 'x' (a ratio), 'B parameters'.
     better: Direction of better numbers, 'lower' or 'higher'; None for neither.
-    mark: How the number was verified, one of `MARKS`.
+    mark: Degree to which the number was verified, one of `MARKS`.
     note: Warning that is printed with the number, or ''.
 
   Raises:

@@ -130,7 +130,7 @@ def tasks(learned: str) -> dict[str, Task]:
   """The one task of a study, which names what is learned after pre-training.
 
   Args:
-    learned: What is learned; studies of equal words have equal examples.
+    learned: Examples that are learned, in words; equal words have equal ones.
   """
   label = f'{learned}, after the Python standard library as bytes'
   return {'instructions': Task({}, label)}

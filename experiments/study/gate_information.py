@@ -72,11 +72,11 @@ def about_class(
   _, counts = np.unique(labels, return_counts=True)
   weight, rng = counts / len(labels), np.random.default_rng(seed)
 
-  def of(labels):
+  def class_information(labels):
     return mutual_information(by_class(gates, labels), weight)
 
-  chance = [of(rng.permutation(labels)) for _ in range(SHUFFLES)]
-  return Information(of(labels), float(np.mean(chance)))
+  chance = [class_information(rng.permutation(labels)) for _ in range(SHUFFLES)]
+  return Information(class_information(labels), float(np.mean(chance)))
 
 
 def about_place(

@@ -201,7 +201,7 @@ class Claim:
       column, the row, and the other row or a number. A claim that two rows do
       not differ says by how much they may: 'loss: top-2 = top-1 within 0.01'.
     published: Addresses in `claims.json` of the two published numbers.
-    note: How the comparison differs from the paper's; '' where it does not.
+    note: Difference of the comparison from the paper's; '' where there is none.
     changes: Sentences that the table prints, one for each change of the claim
       after it was first written, with its date and whether results were known.
     withheld: Reason why the study's arms, as they are, cannot decide the claim;

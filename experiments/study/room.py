@@ -19,7 +19,7 @@ from moe_jax.training.step import TrainState
 
 BLOCKS, FACTORS = (8, 32, 128), (1, 1.5, 2)
 FULLEST = 'slots of the fullest'
-# Ways of serving a routing, by the place of their numbers in a run's metrics.
+# Ways of serving a routing, by the part of the metrics' names for each.
 WAYS = {
   **{f'blocks_{block}': f'blocks of {block}' for block in BLOCKS},
   'fullest': FULLEST,

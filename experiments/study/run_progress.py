@@ -49,7 +49,7 @@ class Progress:
     self._start = time.perf_counter()
     # A run that is made in this process has its own standard output.
     self._output = sys.stdout
-    missing_jobs = [job for of_call in calls.values() for job in of_call]
+    missing_jobs = [job for call_jobs in calls.values() for job in call_jobs]
     arms = dict.fromkeys(job.arm.name for job in missing_jobs)
     seeds = dict.fromkeys(str(job.seed) for job in missing_jobs)
     self._print(
@@ -148,7 +148,7 @@ class Progress:
 
 
 def _last_rows(jobs: Sequence[Job]) -> list[metrics.Row]:
-  """The last row of each run's metrics, of those that have one."""
+  """The last row of each run's metrics, if it has one."""
   last = []
   for job in jobs:
     with contextlib.suppress(OSError, ValueError):  # not there, or half a row

@@ -71,7 +71,7 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
     for name in arm.runs_before.values():
       level(name)
   return [
-    [by_name[name] for name, at in levels.items() if at == number]
+    [by_name[name] for name, depth in levels.items() if depth == number]
     for number in range(max(levels.values(), default=-1) + 1)
   ]
 

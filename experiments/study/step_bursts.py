@@ -104,14 +104,16 @@ def measured(
   peaks = roofline.measure_peaks(quick=effort.quick)
   for case in cases.values():  # compiles, which is no part of a burst
     case()
-  begin, cpu_begin, used = (
+  begin, cpu_begin, used_begin = (
     time.perf_counter(),
     time.process_time(),
     used_seconds(),
   )
   seconds, by_round = timing.with_probes(cases, peaks, seconds=effort.seconds)
   elapsed = time.perf_counter() - begin
-  other_seconds = used_seconds() - used - (time.process_time() - cpu_begin)
+  other_seconds = (
+    used_seconds() - used_begin - (time.process_time() - cpu_begin)
+  )
   return Burst(
     {name: [s / effort.steps for s in x] for name, x in seconds.items()},
     median_peaks(by_round),

@@ -40,12 +40,12 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
   preset = study.presets.get(preset_of(summary))
   if preset is None:
     preset = next(iter(study.presets.values()))
-  ran = dataclasses.replace(preset, steps=summary['steps'])
+  ran_preset = dataclasses.replace(preset, steps=summary['steps'])
   task = _task(summary, study)
   columns, renamed = _columns(summary, study)
   rows = [row_of(row, renamed) for row in summary['rows']]
   outdated = _outdated(summary, study)
-  weak = judging.underpowered(study, ran)
+  weak = judging.underpowered(study, ran_preset)
   return {
     **summary,
     **{'title': study.title, 'source': study.source, 'columns': columns},
@@ -84,8 +84,8 @@ def _task(summary: Mapping[str, Any], study: Study) -> Task:
 
 def _remarks(summary: Mapping[str, Any], study: Study) -> str:
   """The remarks of today, or where they are of the runs' results, as stored."""
-  words = study.remarks
-  return words if isinstance(words, str) else summary['remarks']
+  remarks = study.remarks
+  return remarks if isinstance(remarks, str) else summary['remarks']
 
 
 def _columns(
@@ -162,8 +162,8 @@ def _marks(summary: Mapping[str, Any], study: Study) -> list[str]:
   """Sentences on a preset, or code, that is another today."""
   marks, preset = [], study.presets.get(preset_of(summary))
   if preset is not None:
-    ran = summary['steps'], len(summary['seeds'])
-    if (preset.steps, preset.seeds) != ran:
+    stored_size = summary['steps'], len(summary['seeds'])
+    if (preset.steps, preset.seeds) != stored_size:
       marks.append(
         f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
       )

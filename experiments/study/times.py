@@ -117,7 +117,7 @@ def describe(times: Mapping[str, StepTime]) -> str:
   numbers = sorted({len(t.ratios) for t in times.values()})
   other_cores = max(t.others for t in times.values())
   dates = sorted({date for t in times.values() for date in t.dates})
-  used = (
+  cores_text = (
     'an unknown number'
     if np.isnan(other_cores)
     else f'at most {other_cores:.2f}'
@@ -125,7 +125,7 @@ def describe(times: Mapping[str, StepTime]) -> str:
   sentence = (
     f'They are of {" or ".join(map(str, numbers))} '
     f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
-    f'processes used {used} of {os.cpu_count()} cores'
+    f'processes used {cores_text} of {os.cpu_count()} cores'
   )
   busy = [name for name, t in times.items() if _is_busy(t.others)]
   if busy:
@@ -176,9 +176,9 @@ def _is_busy(other_cores: float) -> bool:
 
 def _warning() -> str:
   """Words on a machine that other processes are using now, if they are."""
-  begin, used = time.perf_counter(), step_bursts.used_seconds()
+  begin, used_before = time.perf_counter(), step_bursts.used_seconds()
   time.sleep(_LOOK_SECONDS)
-  other_cores = (step_bursts.used_seconds() - used) / (
+  other_cores = (step_bursts.used_seconds() - used_before) / (
     time.perf_counter() - begin
   )
   if not _is_busy(other_cores):

@@ -91,7 +91,7 @@ def information(
   shares = {}
   for layer in header.layers:
     fractions = {
-      name: findings[of][layer].fraction for name, of in names.items()
+      name: findings[label][layer].fraction for name, label in names.items()
     }
     fractions['context'] = context(records, layer).fraction
     differences = {
@@ -168,13 +168,13 @@ def changes(
   }
   numbers: dict[int, dict[str, float]] = {layer: {} for layer in header.layers}
   for layer, measures in numbers.items():
-    end = sums[last].layers[layer].tokens
+    last_tokens = sums[last].layers[layer].tokens
     for share in EARLY:
       step = min(steps, key=lambda step: abs(100 * step / last - share))
-      then = sums[step].layers[layer].tokens
-      same = then.argmax(1) == end.argmax(1)
+      early_tokens = sums[step].layers[layer].tokens
+      same = early_tokens.argmax(1) == last_tokens.argmax(1)
       measures[f'agreement_{share}'] = float(
-        np.average(same, weights=end.sum(1))
+        np.average(same, weights=last_tokens.sum(1))
       )
     halves: dict[str, list[float]] = {'churn_early': [], 'churn_late': []}
     for step, of_layers in churn.items():
@@ -200,8 +200,10 @@ def drops(
     layers = {layer: choices._replace(kept=kept)}
     reordered.append(record._replace(layers=layers))
   in_order, shuffled = (
-    drop_rates(route_sums.collect(header, of).layers[layer].by_column, QUARTERS)
-    for of in (records, reordered)
+    drop_rates(
+      route_sums.collect(header, series).layers[layer].by_column, QUARTERS
+    )
+    for series in (records, reordered)
   )
   return {
     **{f'dropped_{i + 1}': float(share) for i, share in enumerate(in_order)},

@@ -130,9 +130,12 @@ def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
       losses.setdefault((model, length), {})[rate] = loss_of(runs)
   return {
     # A run that diverged has no loss.
-    model: min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
-    for (model, _), tried in losses.items()
-    if len(tried) == len(rates)
+    model: min(
+      loss_by_rate,
+      key=lambda rate: np.nan_to_num(loss_by_rate[rate], nan=np.inf),
+    )
+    for (model, _), loss_by_rate in losses.items()
+    if len(loss_by_rate) == len(rates)
   }
 
 

@@ -141,8 +141,8 @@ GRID = [
 
 def arm_name(model: str, length: float, rate: float = 0.0) -> str:
   """Name of an arm; see `SpeedModel.arm`."""
-  tried = f', rate {rate:g}' if rate else ''
-  return f'{model}{tried}, {length:g} of the steps'
+  rate_text = f', rate {rate:g}' if rate else ''
+  return f'{model}{rate_text}, {length:g} of the steps'
 
 
 def parsed(name: str) -> tuple[str, float, float]:
@@ -199,8 +199,8 @@ def not_run(names: Mapping[str, Any]) -> Iterator[str]:
   missing: dict[str, list[str]] = {}
   for model in GRID:
     if model.name not in models_run:
-      short = f'{model.num_selected} of {model.num_experts}'
-      missing.setdefault(model.family, []).append(short)
+      choices = f'{model.num_selected} of {model.num_experts}'
+      missing.setdefault(model.family, []).append(choices)
   for family, models in missing.items():
-    of_all = len(models) == 2 * len(EXPERTS)
-    yield family + ('' if of_all else f': top-{", ".join(models)}')
+    whole_family = len(models) == 2 * len(EXPERTS)
+    yield family + ('' if whole_family else f': top-{", ".join(models)}')
