@@ -110,15 +110,15 @@ def _losses(groups: Groups) -> ValueTable:
   return _texts('losses', 'Losses over steps', note, columns, rows)
 
 
-def _until(one: Compared, key: str, step: int) -> Sequence[float]:
+def _until(member: Compared, key: str, step: int) -> Sequence[float]:
   """The last value until a step, or nothing."""
-  steps, values = _curve(one, key)
+  steps, values = _curve(member, key)
   return values[steps <= step][-1:].tolist()
 
 
-def _curve(one: Compared, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(member: Compared, key: str) -> tuple[np.ndarray, np.ndarray]:
   """The steps at which a run has a metric, and its values."""
-  rows = [(row['step'], row[key]) for row in one.run.rows if key in row]
+  rows = [(row['step'], row[key]) for row in member.run.rows if key in row]
   pairs = np.array(rows, np.float64).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 

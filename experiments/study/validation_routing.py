@@ -77,7 +77,7 @@ def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
     num_sources: Number of sources, which take turns from row to row, as in a
       batch of training.
   """
-  rows = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+  rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
   order = np.arange(len(rows['tokens'])).reshape(num_sources, -1).T.ravel()
   return [
     jax.tree.map(lambda x, part=part: x[part], rows)
