@@ -42,7 +42,7 @@ ROW, TWO, BATCH, NONE = 'a row', 'two rows', 'the batch', 'no loss'
 SCOPES = {ROW: 'sequence', TWO: 'batch', BATCH: 'global'}
 WEIGHTS = (0.01, 0.1)
 DOMAIN, EVEN, EVEN_IN_ROWS = 'domain', 'MaxVio', 'MaxVio in a row'
-_BATCHES = 10  # of each domain
+_BATCHES = 10  # number of batches of each domain
 
 
 def config(steps: int):
@@ -64,14 +64,14 @@ def arms(preset: Preset) -> list[Arm]:
   """An arm for each scope and weight of the loss, and one without any."""
   del preset
   router = 'model.moe.router.token_choice'
-  found = [Arm(NONE, {})]
+  all_arms = [Arm(NONE, {})]
   for scope, name in SCOPES.items():
     two = {f'{router}.batch_balance_rows': 2} if scope == TWO else {}
-    found += [
+    all_arms += [
       Arm(f'{scope} {w}', {f'{router}.{name}_balance_weight': w, **two})
       for w in (WEIGHTS[-1:] if scope == TWO else WEIGHTS)
     ]
-  return found
+  return all_arms
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -86,19 +86,19 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   records = [
     *validation_routing.last_records(run, state, byte_models.EVAL, _BATCHES)
   ]
-  said = specialisation(route_sums.collect(header, records))
+  findings = specialisation(route_sums.collect(header, records))
   numbers = {}
   for layer, info in header.layers.items():
-    uneven = [
+    summaries = [
       load_summary(np.bincount(row.ravel(), minlength=info.num_experts))
       for record in records
       for row in record.layers[layer].expert
     ]
     numbers |= {
-      f'routing/layer_{layer}/domain': said[SOURCE][layer].fraction,
-      f'routing/layer_{layer}/token': said[TOKEN][layer].fraction,
+      f'routing/layer_{layer}/domain': findings[SOURCE][layer].fraction,
+      f'routing/layer_{layer}/token': findings[TOKEN][layer].fraction,
       f'routing/layer_{layer}/row': float(
-        np.mean([row['load_max_over_mean'] - 1 for row in uneven])
+        np.mean([row['load_max_over_mean'] - 1 for row in summaries])
       ),
     }
   return numbers
@@ -106,10 +106,10 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 def claims() -> list[Claim]:
   """Directions of the paper at both weights, and what each loss evens."""
-  found = []
+  paper_claims = []
   for w in WEIGHTS:
     for narrow in (ROW, TWO) if w == WEIGHTS[-1] else (ROW,):
-      found += [
+      paper_claims += [
         Claim(
           f'of weight {w}, a loss of the batch lets experts specialise more '
           f'than one of {narrow}',
@@ -122,7 +122,7 @@ def claims() -> list[Claim]:
         ),
       ]
   return [
-    *found,
+    *paper_claims,
     Claim(
       'a loss of each row takes specialisation away',
       f'{DOMAIN}: {ROW} 0.1 < {NONE}',

@@ -62,13 +62,13 @@ def program(implementation: str, case: Case) -> Callable[[], Any]:
     B, T = shape[:2]
     ids = jnp.broadcast_to(jnp.arange(T) // -(-T // 3) + 1, (B, T))
 
-  def both(query, key, value, ids, toward):
+  def forward_backward(query, key, value, ids, toward):
     f = functools.partial(attend, implementation=implementation)
     y, pull = jax.vjp(lambda *x: f(*x, ids), query, key, value)
     return y, pull(toward)
 
   arguments = query, key, value, ids, toward
-  return timing.compile_ahead(both, *arguments).on(*arguments).run
+  return timing.compile_ahead(forward_backward, *arguments).on(*arguments).run
 
 
 def measure(

@@ -100,7 +100,9 @@ def measure(
       contextlib.redirect_stdout(io.StringIO()),
     ):
       train_and_evaluate(options, folder, devices=on)
-      seen = metrics.read_metrics(pathlib.Path(folder) / metrics.FILE_NAME)
+      metric_rows = metrics.read_metrics(
+        pathlib.Path(folder) / metrics.FILE_NAME
+      )
     options = cost.with_own_vocabulary(options)
     compiled, _ = compile_step(options, mesh_of(options, on))
     sent = collectives.read(compiled.as_text()).by_kind
@@ -108,10 +110,12 @@ def measure(
       {
         'shadowed at most': shadowed,
         'room': fraction,
-        **{name: _mean(seen, name) for name in _COLUMNS},
+        **{name: _mean(metric_rows, name) for name in _COLUMNS},
         **{f'{kind} bytes': sent[kind].num_bytes for kind in sorted(sent)},
         'temporary bytes': compiled.memory_analysis().temp_size_in_bytes,
-        'loss': [row['train/loss'] for row in seen if 'train/loss' in row][-1],
+        'loss': [
+          row['train/loss'] for row in metric_rows if 'train/loss' in row
+        ][-1],
       }
     )
   return rows
@@ -136,9 +140,9 @@ def report(title: str, devices: int, rows: Sequence[Mapping[str, Any]]) -> str:
       'shadowed at most': str(row['shadowed at most']),
       'room of the exchange': f'{row["room"]:g}',
       **{
-        said: f'{row[name]:.2f}' if name == 'shadowed_experts'
+        heading: f'{row[name]:.2f}' if name == 'shadowed_experts'
         else f'{row[name]:.1%}'
-        for name, said in _COLUMNS.items()
+        for name, heading in _COLUMNS.items()
       },
       **{
         kind.replace(' bytes', ', MB'): f'{row.get(kind, 0) / 1e6:.2f}'

@@ -140,8 +140,8 @@ def measure(
   tokens = {name: run() for name, run in cases.items()}
   default = next(iter(peers))
   same_tokens = {
-    name: float((made == tokens[default]).mean())
-    for name, made in tokens.items()
+    name: float((generated == tokens[default]).mean())
+    for name, generated in tokens.items()
   }
   cases[LIMIT] = decoding_products.products(
     sizes, batch_size, prompt_len, num_tokens

@@ -32,7 +32,7 @@ from moe_jax.options import above
 
 NAME = 'bench_loading'
 CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
-ROOM = 10**9  # bytes beside the parameters and one file
+ROOM = 10**9  # bytes allowed beside the parameters and one file
 _CASE = 'experiments.benchmarks.loading_case'
 
 
@@ -53,16 +53,16 @@ def measure(
   """
   rows = []
   for mesh in cases:
-    found = subprocess.run(
+    child = subprocess.run(
       [sys.executable, '-m', _CASE, str(folder), mesh],
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
       stdout=subprocess.PIPE,
       text=True,
       check=False,
     )
-    if found.returncode:
-      raise RuntimeError(f'loading onto {mesh!r} failed: {found.returncode}')
-    row = json.loads(found.stdout.splitlines()[-1])
+    if child.returncode:
+      raise RuntimeError(f'loading onto {mesh!r} failed: {child.returncode}')
+    row = json.loads(child.stdout.splitlines()[-1])
     if row['digest'] != written.digest:
       raise RuntimeError(
         f'the sum of all bits is {row["digest"]} on {mesh!r}, and '

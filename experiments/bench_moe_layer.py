@@ -184,7 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
-  """The preset with the values that the command line gives in their place."""
+  """The preset, with the values of the command line in place of its own."""
   overrides = {k: v for k, v in vars(options).items() if v is not None}
   overrides = {
     k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()

@@ -82,7 +82,7 @@ def measure(
     }
     times = timing.interleave(cases, seconds=0, least=rounds, most=rounds)
     for n, durations in times.items():
-      made = timing.Spread.of([total / t / 1e6 for t in durations])
+      speed = timing.Spread.of([total / t / 1e6 for t in durations])
       speed_up = timing.ratio(times[processes[0]], durations)
       rows.append(
         {
@@ -90,9 +90,9 @@ def measure(
           'processes': n,
           'megabytes': total / 1e6,
           'rounds': rounds,
-          'mb_per_second': made.median,
-          'mb_per_second_low': made.low,
-          'mb_per_second_high': made.high,
+          'mb_per_second': speed.median,
+          'mb_per_second_low': speed.low,
+          'mb_per_second_high': speed.high,
           'speed_up': speed_up.median,
           'speed_up_low': speed_up.low,
           'speed_up_high': speed_up.high,
@@ -108,7 +108,7 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   training = corpus.write(folder / 'large', int(gigabytes * 1e9))
   tokenizer = data.BytesOptions()
   begin = time.perf_counter()
-  made = prepare_once(
+  preparation = prepare_once(
     f'{folder}/large/*.jsonl', tokenizer, folder / 'cache', processes
   )
   seconds = time.perf_counter() - begin
@@ -117,17 +117,17 @@ def large(folder: pathlib.Path, gigabytes: float, processes: int) -> dict:
   facts = {
     'gigabytes': read / 1e9,
     'documents': len(training),
-    'token_gigabytes': _size(made.folder) / 1e9,
+    'token_gigabytes': _size(preparation.folder) / 1e9,
     'processes': processes,
     'seconds': seconds,
     'mb_per_second': read / seconds / 1e6,
-    'peak_mib': made.peak_bytes / 2**20,
+    'peak_mib': preparation.peak_bytes / 2**20,
     'load': os.getloadavg()[0],
   }
   print(f'prepared: {facts}', flush=True)
   for name, digests in (('first', True), ('unchecked', False)):
-    own = dataclasses.replace(options, cache_digests=digests)
-    reads = random_reads.read_at_random(own, corpus, training)
+    case_options = dataclasses.replace(options, cache_digests=digests)
+    reads = random_reads.read_at_random(case_options, corpus, training)
     facts[name] = [dataclasses.asdict(read) for read in reads]
   return facts
 
@@ -137,7 +137,7 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def report(
-  rows: Sequence[Mapping[str, Any]], once: Mapping[str, Any] | None
+  rows: Sequence[Mapping[str, Any]], run: Mapping[str, Any] | None
 ) -> str:
   """The tables, in Markdown."""
   f = timing.facts()
@@ -162,7 +162,7 @@ def report(
       '(quartiles in brackets); the load is the mean number of processes that '
       f'wanted a core.\n\n{markdown_table(lines)}\n'
     )
-  return text + (_large_text(once) if once else '')
+  return text + (_large_text(run) if run else '')
 
 
 def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
@@ -170,18 +170,18 @@ def _spread(row: Mapping[str, Any], name: str, form: str) -> str:
   return format(spread, form)
 
 
-def _large_text(once: Mapping[str, Any]) -> str:
-  reads = [*once['first'], *once['unchecked']]
-  rates = [f'{read["rows_per_second"]:,.0f}' for read in once['unchecked']]
+def _large_text(run: Mapping[str, Any]) -> str:
+  reads = [*run['first'], *run['unchecked']]
+  rates = [f'{read["rows_per_second"]:,.0f}' for read in run['unchecked']]
   return (
-    f'\n{once["gigabytes"]:.2f} GB, {once["documents"]:,} documents, by '
-    f'{once["processes"]} processes in {once["seconds"]:.0f} s: '
-    f'{once["mb_per_second"]:.1f} MB/s into {once["token_gigabytes"]:.1f} GB, '
-    f'at most {once["peak_mib"]:.0f} MiB of memory in a process (load '
-    f'{once["load"]:.1f}). Read at random by {len(once["unchecked"])} '
+    f'\n{run["gigabytes"]:.2f} GB, {run["documents"]:,} documents, by '
+    f'{run["processes"]} processes in {run["seconds"]:.0f} s: '
+    f'{run["mb_per_second"]:.1f} MB/s into {run["token_gigabytes"]:.1f} GB, '
+    f'at most {run["peak_mib"]:.0f} MiB of memory in a process (load '
+    f'{run["load"]:.1f}). Read at random by {len(run["unchecked"])} '
     f'processes: {" and ".join(rates)} rows of 512 tokens a second; opened in '
-    f'{_most(once["first"], "open_seconds"):.1f} s where digests are checked, '
-    f'in {_most(once["unchecked"], "open_seconds"):.1f} s where not; '
+    f'{_most(run["first"], "open_seconds"):.1f} s where digests are checked, '
+    f'in {_most(run["unchecked"], "open_seconds"):.1f} s where not; '
     f'{sum(read["checked"] for read in reads):,} documents were those of the '
     f'source, {sum(read["wrong"] for read in reads)} were not.\n'
   )
@@ -221,7 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the tables."""
   options = parse(argv)
-  rows, once = [], None
+  rows, large_run = [], None
   with tempfile.TemporaryDirectory(dir=options.folder or None) as name:
     folder = pathlib.Path(name)
     if options.rounds:
@@ -229,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
       size = options.mb * 10**6
       rows = measure(folder, size, processes, options.rounds)
     if options.large_gb:
-      once = large(folder, options.large_gb, options.processes)
-  text = report(rows, once)
-  written = timing.write(options.output, NAME, text, rows, {'large': once})
+      large_run = large(folder, options.large_gb, options.processes)
+  text = report(rows, large_run)
+  written = timing.write(options.output, NAME, text, rows, {'large': large_run})
   print(f'{text}\nwritten: {written}')
 
 

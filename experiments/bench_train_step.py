@@ -130,8 +130,8 @@ def measure_peer(
   options = prepared(config, {})
   programs = functools.partial(peers.programs, options, random_batch(options))
   check_installed(*peers.LIBRARIES)
-  with turns(programs) as others:
-    runs = {name: step.run for name, step in steps.items()} | dict(others)
+  with turns(programs) as peer_runs:
+    runs = {name: step.run for name, step in steps.items()} | dict(peer_runs)
     times, rounds = timing.with_probes(runs, peaks, seconds=seconds)
   times.pop(PAUSE)
   work = next(iter(steps.values())).work

@@ -51,7 +51,7 @@ from moe_jax.layers.experts.shared_expert import (
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-HIDDEN = 256  # of the experts that a token passes, together
+HIDDEN = 256  # hidden width of all experts together that a token passes
 SWITCH, GSHARD, HASH = 'Switch', 'GShard', 'hash'
 FINE = 'fine-grained'
 DEEPSEEK = 'DeepSeekMoE'
@@ -120,15 +120,17 @@ def without_shared(run: Run, state: TrainState) -> dict[str, float]:
     model=options.build(),
   )
   variables = run.programs.variables(state)
-  left = variables | {'params': _left(variables['params'])}
-  return {WITHOUT: evaluation(left, int(state.step))['loss']}
+  reduced = variables | {'params': _without_shared(variables['params'])}
+  return {WITHOUT: evaluation(reduced, int(state.step))['loss']}
 
 
-def _left(params: Any) -> Any:
+def _without_shared(params: Any) -> Any:
   """A tree of parameters without those of shared experts."""
   if not isinstance(params, Mapping):
     return params
-  return {k: _left(v) for k, v in params.items() if k != SHARED_EXPERT}
+  return {
+    k: _without_shared(v) for k, v in params.items() if k != SHARED_EXPERT
+  }
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:

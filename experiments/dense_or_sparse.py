@@ -60,12 +60,12 @@ MODELS = {
   TWIN: {'model.moe.num_experts': 0},
   WIDE: {'model.moe.num_experts': 0, 'model.ffn.hidden': HIDDEN * EXPERTS},
 }
-# Distinct text as a share of what a run of the preset's steps reads, and the
+# Distinct text as a share of the text that a run of full length reads, and the
 # number of times that it is read.
 TEXTS = ((1 / 8, 1), (1 / 8, 8), (1 / 2, 2), (1, 1), (2, 1))
 # Lengths of the runs that are interpolated, by model; the last amount is read.
 LENGTHS = {WIDE: (1 / 4, 1 / 2)}
-TOKENS = 1024  # bytes of a step
+TOKENS = 1024  # number of bytes that a step reads
 GAIN = 'sparse minus dense of equal FLOPs'
 FLOPS, TIME = 'of equal FLOPs', 'in equal time'
 TRAINED = 'trained'
@@ -94,19 +94,19 @@ def of_length(model: str, length: float) -> str:
 
 def arms(preset: Preset) -> list[Arm]:
   """Each model on each text, and other lengths of the dense ones."""
-  made = []
+  all_arms = []
   for model, changes in MODELS.items():
     runs = [(of_text(model, *text), *text) for text in TEXTS]
     runs += [(of_length(model, x), x, 1) for x in LENGTHS.get(model, ())]
     for name, share, epochs in runs:
-      own = {
+      lengths = {
         'data.source.python_stdlib.train_bytes': round(
           preset.steps * TOKENS * share
         ),
         'total_steps': max(round(preset.steps * share * epochs), 2),
       }
-      made.append(Arm(name, {**changes, **own}))
-  return made
+      all_arms.append(Arm(name, {**changes, **lengths}))
+  return all_arms
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -156,48 +156,52 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   A row at equal FLOPs or in equal time has the loss that a dense model would
   have after fewer or more steps than the sparse one, on new text.
   """
-  made = {}
+  by_name = {}
   for arm in arms(Preset(8, 1)):
     if arm.name in results:
       row = STUDY.row_of(arm, results)
-      made[arm.name] = finetuned.with_gap(row)
+      by_name[arm.name] = finetuned.with_gap(row)
   for model in MODELS:
     for text in TEXTS:
-      if (name := of_text(model, *text)) in made:
+      if (name := of_text(model, *text)) in by_name:
         once = 'read once' if text[1] == 1 else 'read again up to 1 x'
-        x = float(np.mean(made[name].values[DISTINCT]))
-        made[name] = Row(name, made[name].values, f'{model}, {once}', x)
+        x = float(np.mean(by_name[name].values[DISTINCT]))
+        by_name[name] = Row(name, by_name[name].values, f'{model}, {once}', x)
   for text in TEXTS:
-    pair = [made.get(of_text(model, *text)) for model in (SPARSE, TWIN)]
+    pair = [by_name.get(of_text(model, *text)) for model in (SPARSE, TWIN)]
     if all(pair):
       name = of_text(GAIN, *text)
       gain = finetuned.minus(name, *pair)
       losses = {c: gain.values[c] for c in (byte_models.LOSS.name, GAP)}
-      made[name] = dataclasses.replace(gain, values=losses)
+      by_name[name] = dataclasses.replace(gain, values=losses)
   ratio = {m: times[of_text(m, 1, 1)].ratios for m in MODELS if times}
-  made |= {
-    name: Row(name, {byte_models.LOSS.name: _losses_at(made, model, lengths)})
+  by_name |= {
+    name: Row(
+      name, {byte_models.LOSS.name: _losses_at(by_name, model, lengths)}
+    )
     for name, model, lengths in (
       (f'{WIDE} {FLOPS}', WIDE, [1 / wide_flops()]),
       *((f'{m} {TIME}', m, np.divide(ratio[SPARSE], ratio[m])) for m in ratio),
     )
     if model != SPARSE
   }
-  return list(made.values())
+  return list(by_name.values())
 
 
 def _losses_at(
-  made: Mapping[str, Row], model: str, lengths: Sequence[float]
+  by_name: Mapping[str, Row], model: str, lengths: Sequence[float]
 ) -> list[float]:
   """Losses of a model on new text by seed, at the lengths in turn."""
   names = {share: of_text(model, share, 1) for share, n in TEXTS if n == 1}
   names |= {x: of_length(model, x) for x in LENGTHS.get(model, ())}
-  known = {x: made[name] for x, name in sorted(names.items()) if name in made}
-  losses = [row.values[byte_models.LOSS.name] for row in known.values()]
-  logs = np.log([*known])
+  row_by_length = {
+    x: by_name[name] for x, name in sorted(names.items()) if name in by_name
+  }
+  losses = [row.values[byte_models.LOSS.name] for row in row_by_length.values()]
+  logs = np.log([*row_by_length])
   return [
-    float(np.interp(np.log(length), logs, own))
-    for length, own in zip(
+    float(np.interp(np.log(length), logs, seed_losses))
+    for length, seed_losses in zip(
       itertools.cycle(lengths), zip(*losses, strict=True), strict=False
     )
   ]
@@ -205,17 +209,17 @@ def _losses_at(
 
 def claims() -> list[Claim]:
   """Directions that plain reasoning predicts; no number was published."""
-  new, few, again = (1, 1), (1 / 8, 1), (1 / 8, 8)
-  sparse = of_text(SPARSE, *new)
+  once, eighth, repeated = (1, 1), (1 / 8, 1), (1 / 8, 8)
+  sparse = of_text(SPARSE, *once)
   loss = 'loss: {} {} {}'.format
   return [
     Claim(
       'at equal FLOPs and tokens sparse wins',
-      loss(sparse, '<', of_text(TWIN, *new)),
+      loss(sparse, '<', of_text(TWIN, *once)),
     ),
     Claim(
       'at equal parameters, memory of their state and tokens dense wins',
-      loss(sparse, '>', of_text(WIDE, *new)),
+      loss(sparse, '>', of_text(WIDE, *once)),
       note='It costs more FLOPs and time.',
     ),
     Claim(
@@ -234,26 +238,26 @@ def claims() -> list[Claim]:
     ),
     Claim(
       'read once, eight times the text in as many more steps favours sparse',
-      loss(of_text(GAIN, *new), '<', of_text(GAIN, *few)),
+      loss(of_text(GAIN, *once), '<', of_text(GAIN, *eighth)),
     ),
     Claim(
       'of eight epochs of an eighth sparse gains less than of new text',
-      loss(of_text(GAIN, *again), '>', of_text(GAIN, *new)),
+      loss(of_text(GAIN, *repeated), '>', of_text(GAIN, *once)),
     ),
     *(
       Claim(
         f'repeated bytes are worth less than new ones, {model}',
-        loss(of_text(model, *again), '>', of_text(model, *new)),
+        loss(of_text(model, *repeated), '>', of_text(model, *once)),
       )
       for model in (SPARSE, TWIN)
     ),
     Claim(
       'yet they are worth something: eight epochs are better than one',
-      loss(of_text(SPARSE, *again), '<', of_text(SPARSE, *few)),
+      loss(of_text(SPARSE, *repeated), '<', of_text(SPARSE, *eighth)),
     ),
     Claim(
       'after eight epochs sparse overfits more than its twin',
-      f'{GAP}: {of_text(GAIN, *again)} > 0',
+      f'{GAP}: {of_text(GAIN, *repeated)} > 0',
     ),
     Claim(
       'two epochs of half of the text are as good as one of all, sparse',

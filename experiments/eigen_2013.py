@@ -148,11 +148,11 @@ STUDY = Study(
     ),
     *(
       Claim(
-        f'without the constraint the gates of layer {i} collapse: {what}',
+        f'without the constraint the gates of layer {i} collapse: {effect}',
         f'{column} {i}: {FREE} {sign} {BALANCED}',
       )
       for i in LAYERS
-      for what, column, sign in (
+      for effect, column, sign in (
         ('their sums are less even', 'CV', '>'),
         ('fewer experts are in use', 'experts in use', '<'),
       )

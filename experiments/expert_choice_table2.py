@@ -97,15 +97,15 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   for record in validation_routing.last_records(
     run, state, byte_models.EVAL, _BATCHES
   ):
-    for layer, own in record.layers.items():
-      served = (own.kept & (own.expert >= 0)).sum(-1)
+    for layer, choices in record.layers.items():
+      served = (choices.kept & (choices.expert >= 0)).sum(-1)
       counts.setdefault(layer, []).append(served[record.documents > 0])
   numbers = {}
-  for layer, parts in counts.items():
-    served = np.concatenate(parts)
+  for layer, served_counts in counts.items():
+    served = np.concatenate(served_counts)
     numbers[f'routing/layer_{layer}/none'] = float((served == 0).mean())
-    many = (served == 3) | (served == 4)
-    numbers[f'routing/layer_{layer}/many'] = float(many.mean())
+    three_or_four = (served == 3) | (served == 4)
+    numbers[f'routing/layer_{layer}/many'] = float(three_or_four.mean())
   return numbers
 
 

@@ -174,7 +174,7 @@ def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
     The cases, and remarks on traces and on what cannot be simulated.
   """
   layer = sizes_of(options)
-  made: list[Case] = []
+  simulated: list[Case] = []
   remarks = [expert_counts.about(folder) for folder in options.trace]
   for source in (*options.trace, *options.counts):
     for name in options.topology:
@@ -192,8 +192,8 @@ def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
         continue
       arms = simulate.simulate(cluster, counts, sizes)
       simulate.check_bound(arms)
-      made.append(Case(source, cluster, sizes, counts, arms))
-  return made, remarks
+      simulated.append(Case(source, cluster, sizes, counts, arms))
+  return simulated, remarks
 
 
 def command_of(argv: Sequence[str] | None) -> str:
@@ -208,16 +208,16 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   options = parse(argv)
   folder = pathlib.Path(options.output)
   folder.mkdir(parents=True, exist_ok=True)
-  made, remarks = cases(options)
-  if not made:
+  simulated, remarks = cases(options)
+  if not simulated:
     raise ValueError('nothing can be simulated: ' + '; '.join(remarks))
-  simulated_figures.roofline(made, folder / 'roofline.png')
+  simulated_figures.roofline(simulated, folder / 'roofline.png')
   if not options.roofline:
-    text = simulated_tables.page(made, command_of(argv), remarks)
+    text = simulated_tables.page(simulated, command_of(argv), remarks)
     (folder / 'table.md').write_text(text, encoding='utf-8')
-    simulated_tables.write_csv(folder / 'rows.csv', made)
-    simulated_figures.speed_ups(made, folder / 'speed_ups.png')
-    simulated_figures.seconds_by_step(made, folder / 'seconds.png')
+    simulated_tables.write_csv(folder / 'rows.csv', simulated)
+    simulated_figures.speed_ups(simulated, folder / 'speed_ups.png')
+    simulated_figures.seconds_by_step(simulated, folder / 'seconds.png')
     command_line.say([text])
   print(f'written: {folder}')
   return folder

@@ -1,4 +1,4 @@
-"""What FasterMoE's parts would save, SIMULATED, and what its gate costs.
+"""Savings of FasterMoE's parts, SIMULATED, and the cost of its gate.
 
     python -m experiments.fastermoe_tables --preset=quick
 
@@ -76,7 +76,7 @@ SHOWN = {
   (JOHNNY, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
   (TREVOR, SKEWED): [SHADOWED, BEST_NUMBER, BOTH],
 }
-RECORDED = 40  # about as many batches of a run
+RECORDED = 40  # approximate number of recorded batches of a run
 _CONSTRUCTED = (
   'SIMULATED, and by construction never slower: how much is the finding.'
 )
@@ -118,7 +118,7 @@ def row_name(cluster: str, kind: str, arm: str) -> str:
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """Rows of the simulated arms, of the trained models and of the gate."""
   del times
-  made = []
+  table = []
   for (cluster, kind), shown in SHOWN.items():
     trained = TRAINED[cluster, FREE if kind == SKEWED else kind]
     source = SKEWED if kind == SKEWED else TRACE
@@ -126,13 +126,17 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
       prefix = simulated_runs.prefix_of(cluster, source, arm)
       runs = [simulated_runs.values(run, prefix) for run in results[trained]]
       values = {name: [run[name] for run in runs] for name in runs[0]}
-      made.append(Row(row_name(cluster, kind, arm), values))
+      table.append(Row(row_name(cluster, kind, arm), values))
   for arm in (*dict.fromkeys(TRAINED.values()), *_gate_names()):
     columns = gate_arms.COLUMNS
     values = {c.name: [*map(c.of, results[arm])] for c in columns}
-    real = {name: own for name, own in values.items() if own[0] == own[0]}
-    made.append(Row(arm, real))
-  return made
+    real = {
+      name: numbers
+      for name, numbers in values.items()
+      if numbers[0] == numbers[0]
+    }
+    table.append(Row(arm, real))
+  return table
 
 
 def _gate_names() -> list[str]:
@@ -148,17 +152,17 @@ def _faster(
   cluster: str,
   arm: str,
   column: str,
-  what: str,
+  text: str,
   kind: str = FREE,
   note: str = '',
 ) -> Claim:
   """A claim that an arm is faster than the synchronous one."""
-  there = 'up to that, ' if column == 'shadowing_alone' else ''
+  extent = 'up to that, ' if column == 'shadowing_alone' else ''
   return Claim(
-    f'{what}, on {cluster}',
+    f'{text}, on {cluster}',
     f'{SPEED_UP}: {row_name(cluster, kind, arm)} > 1',
     [_cell(cluster, column)],
-    f'There {there}of whole iterations, measured; here the mean of layers, '
+    f'There {extent}of whole iterations, measured; here the mean of layers, '
     f'SIMULATED.{note}',
   )
 
@@ -179,10 +183,10 @@ def _compared(
 
 
 def claims() -> list[Claim]:
-  """The paper's claims, simulated; what its rule misses; the gate's cost."""
-  found = []
+  """The paper's claims, simulated; gaps of its rule; the cost of its gate."""
+  simulated_claims = []
   for cluster in (JOHNNY, TREVOR):
-    found += [
+    simulated_claims += [
       _faster(cluster, SHADOWED, 'shadowing_alone', 'shadowing is faster'),
       _faster(cluster, SCHEDULED, 'schedule_alone', 'the schedule is faster'),
       _faster(
@@ -247,7 +251,7 @@ def claims() -> list[Claim]:
       ),
     ]
   shadowed = (row_name(c, FREE, SHADOWED) for c in (TREVOR, JOHNNY))
-  found.append(
+  simulated_claims.append(
     Claim(
       'shadowing saves more on trevor than on johnny',
       f'{SPEED_UP}: {" > ".join(shadowed)}',
@@ -255,12 +259,12 @@ def claims() -> list[Claim]:
       'SIMULATED. They differ in devices, experts, links and peaks.',
     )
   )
-  return found + _gate_claims()
+  return simulated_claims + _gate_claims()
 
 
 def _gate_claims() -> list[Claim]:
   """Claims on the quality that the gate costs, which is trained for real."""
-  first, *others = gate_arms.CLAIMS
+  first, *other_claims = gate_arms.CLAIMS
   cells = [
     f'fastermoe2022/table3/FasterMoE {name} the gate/iterations'
     for name in ('with', 'without')
@@ -270,7 +274,7 @@ def _gate_claims() -> list[Claim]:
     published=cells,
     note='Thousand iterations to a loss there; trained for real here.',
   )
-  return [first, *others]
+  return [first, *other_claims]
 
 
 STUDY = Study(

@@ -145,9 +145,9 @@ def arms(preset: Preset) -> list[Arm]:
     'optimizer.schedule.warmup_steps': 0,
   }
   steps = max(preset.steps // 4, 2)
-  others = (*LEARNED, *(c for c in HELD_OUT if c != TARGET))
+  excluded = (*LEARNED, *(c for c in HELD_OUT if c != TARGET))
   target = {
-    'data.mixture.held_out': ','.join(others),
+    'data.mixture.held_out': ','.join(excluded),
     'total_steps': steps,
     'optimizer.schedule.warmup_steps': steps // 10,
     'log_every_steps': steps,
@@ -155,10 +155,10 @@ def arms(preset: Preset) -> list[Arm]:
   for name, task in instructions.TASKS.items():
     if task.cluster == TARGET:
       target[f'data.mixture.sources.{name}.num_train'] = 50
-  some = []
+  all_arms = []
   for model in MODELS:
     start, changes = finetuned.MODELS[model]
-    some += [
+    all_arms += [
       Arm(not_instructed(model), {**changes, **as_it_is}, start=start),
       Arm(tuned(model, first=False), {**changes, **target}, start=start),
       Arm(
@@ -167,22 +167,22 @@ def arms(preset: Preset) -> list[Arm]:
         start=instructed(model),
       ),
     ]
-  some += [
+  all_arms += [
     Arm(name, changes, start=finetuned.SPARSE)
     for name, changes in ABLATIONS.items()
   ]
-  return some
+  return all_arms
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """Rows of all runs, and of what sparse has over dense."""
   del times
-  made = {}
+  by_name = {}
 
   def add(name: str, columns: Sequence[Column]) -> None:
     values = {c.name: [c.of(run) for run in results[name]] for c in columns}
     values |= _choices(results, name) if ZERO_SHOT in columns else {}
-    made[name] = Row(name, values)
+    by_name[name] = Row(name, values)
 
   for model in MODELS:
     add(not_instructed(model), [ZERO_SHOT])
@@ -193,7 +193,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   for first in (False, True):
     for model in MODELS:
       add(tuned(model, first=first), [TUNED_LOSS])
-  for name, of in (
+  for name, name_of in (
     (f'not instructed: {MORE}', not_instructed),
     (f'instructed: {MORE}', instructed),
     (f'fine-tuned directly: {MORE}', functools.partial(tuned, first=False)),
@@ -202,14 +202,18 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
       functools.partial(tuned, first=True),
     ),
   ):
-    made[name] = finetuned.minus(name, *(made[of(model)] for model in MODELS))
+    by_name[name] = finetuned.minus(
+      name, *(by_name[name_of(model)] for model in MODELS)
+    )
   for name, after, before in (
     ('zero-shot: ', 'instructed: ', 'not instructed: '),
     ('fine-tuned: ', 'instructed, then fine-tuned: ', 'fine-tuned directly: '),
   ):
     name += ADDED
-    made[name] = finetuned.minus(name, made[after + MORE], made[before + MORE])
-  return list(made.values())
+    by_name[name] = finetuned.minus(
+      name, by_name[after + MORE], by_name[before + MORE]
+    )
+  return list(by_name.values())
 
 
 def _choices(results: Results, name: str) -> dict[str, list[float]]:
@@ -228,8 +232,8 @@ def _choices(results: Results, name: str) -> dict[str, list[float]]:
 
 def _over(task: str) -> Callable[[Result], float]:
   """Function from a result to the points of a task's accuracy over chance."""
-  of = f'eval/choices/{task}'
-  return lambda run: run[of] - run[f'{of}.chance']
+  prefix = f'eval/choices/{task}'
+  return lambda run: run[prefix] - run[f'{prefix}.chance']
 
 
 def beats_chance(results: Results, task: str) -> bool:

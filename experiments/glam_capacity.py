@@ -108,9 +108,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
 
 
-def named(arm: str, way: str, room: str) -> str:
-  """Name of the row of a model with a capacity in evaluation or generation."""
-  return f'{arm}; {way} {room}'
+def row_name(arm: str, mode: str, room: str) -> str:
+  """Name of a model's row, with a capacity in evaluation or generation."""
+  return f'{arm}; {mode} {room}'
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
@@ -118,20 +118,20 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   del times
   dense, *sparse = results
   twin = [run[f'eval/{byte_models.EVAL}/loss'] for run in results[dense]]
-  found = [Row(dense, {'loss': twin})]
+  table = [Row(dense, {'loss': twin})]
   for arm in sparse:
-    for way, key, lost in (
+    for mode, key, lost in (
       (EVALUATED, 'eval/slots_{}', 'drop_rate'),
       (GENERATED, 'steps/{}', 'dropped'),
     ):
       for name, slots in ROOM.items():
-        of = key.format(slots)
+        prefix = key.format(slots)
         values = {
-          'loss': [run[f'{of}/loss'] for run in results[arm]],
-          DROPPED: [100 * run[f'{of}/{lost}'] for run in results[arm]],
+          'loss': [run[f'{prefix}/loss'] for run in results[arm]],
+          DROPPED: [100 * run[f'{prefix}/{lost}'] for run in results[arm]],
         }
-        found.append(Row(named(arm, way, name), values))
-  return found
+        table.append(Row(row_name(arm, mode, name), values))
+  return table
 
 
 def lower(text: str, row: tuple, than: tuple | str, column: str = 'loss'):
@@ -139,12 +139,12 @@ def lower(text: str, row: tuple, than: tuple | str, column: str = 'loss'):
 
   Args:
     text: Text of the claim.
-    row: Arguments of `named` of the row.
-    than: Those of the other row, or its name.
+    row: Arguments of `row_name` for the row.
+    than: Arguments of `row_name` for the other row, or its name.
     column: Name of the column.
   """
-  other = than if isinstance(than, str) else named(*than)
-  return Claim(text, f'{column}: {named(*row)} < {other}')
+  other = than if isinstance(than, str) else row_name(*than)
+  return Claim(text, f'{column}: {row_name(*row)} < {other}')
 
 
 def claims() -> list[Claim]:
@@ -168,7 +168,8 @@ def claims() -> list[Claim]:
     ),
     Claim(
       "GShard's two slots a token lose nothing",
-      f'loss: {named(WIDE, EVALUATED, "2")} = {named(FREE, EVALUATED, free)} '
+      f'loss: {row_name(WIDE, EVALUATED, "2")} = '
+      f'{row_name(FREE, EVALUATED, free)} '
       f'within {SAME}',
       note='The bound is half of what experts are worth in such models, about '
       '0.04 nats a byte. Slots may leak a little of the future; a model that '

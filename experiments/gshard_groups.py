@@ -67,7 +67,8 @@ TIMED = [BATCH, SMALL, *MASKS.values()]
 DROPPED, SECOND, UNSERVED = 'dropped', 'second served', 'without expert'
 DOMAIN, PRODUCTS, TIME = 'domain', 'masks / experts', 'step time / 2048'
 SAME = 0.02
-_NO_DROPS, _BATCHES = 'no_drops', 10  # of each domain
+_NO_DROPS = 'no_drops'
+_BATCHES = 10  # number of batches of each domain
 
 
 def config(steps: int):
@@ -87,19 +88,21 @@ def arms(preset: Preset) -> list[Arm]:
   """Groups of four sizes, two of them with all choices sent; timed steps."""
   del preset
   size = 'model.moe.group_size'
-  every = {'model.moe.router.token_choice.second_policy': 'all'}
-  short = {
+  send_all = {'model.moe.router.token_choice.second_policy': 'all'}
+  timed_alone = {
     'model.moe.dispatch.kind': 'einsum',
     'total_steps': 8,
     'log_every_steps': 8,
     'optimizer.schedule.warmup_steps': 1,
   }
-  short |= {f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)}
+  timed_alone |= {
+    f'evals.{x}.num_batches': 1 for x in (byte_models.EVAL, _NO_DROPS)
+  }
   room = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
   return [
-    *(Arm(name, {size: GROUPS[S], **short}) for S, name in MASKS.items()),
-    Arm(SMALL_ALL, {size: 32, **every}),
-    Arm(BATCH_ALL, {size: -1, **every}),
+    *(Arm(name, {size: GROUPS[S], **timed_alone}) for S, name in MASKS.items()),
+    Arm(SMALL_ALL, {size: 32, **send_all}),
+    Arm(BATCH_ALL, {size: -1, **send_all}),
     Arm(ROOMY, {size: -1} | {f'model.moe.{k}': v for k, v in room.items()}),
     *(
       Arm(name, {size: S})
@@ -128,25 +131,27 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       run, state, byte_models.EVAL, _BATCHES, mixed=True
     )
   header, numbers = header_of(run), {}
-  said = specialisation(route_sums.collect(header, records)) if records else {}
+  findings = (
+    specialisation(route_sums.collect(header, records)) if records else {}
+  )
   for layer, info in header.layers.items():
-    own = {}
+    shares = {}
     if slots := info.capacity:
-      own['masks'] = 4 * info.num_experts * slots * width / experts
+      shares['masks'] = 4 * info.num_experts * slots * width / experts
     if records:
       kept = np.concatenate(
         [r.layers[layer].kept[r.documents > 0] for r in records]
       )
-      own['second'] = float(kept[:, 1].mean())
-      own['none'] = float((~kept).all(1).mean())
-      own['domain'] = said[SOURCE][layer].fraction
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in own.items()}
+      shares['second'] = float(kept[:, 1].mean())
+      shares['none'] = float((~kept).all(1).mean())
+      shares['domain'] = findings[SOURCE][layer].fraction
+    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in shares.items()}
   return numbers
 
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """A row for each arm, and for three of them as evaluated without drops."""
-  found = []
+  table = []
   for name, runs in results.items():
     shown = [c for c in COLUMNS if c.key]
     if name in MASKS.values():
@@ -156,11 +161,11 @@ def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
     values = {c.name: [c.of(run) for run in runs] for c in shown}
     if name in times:
       values[TIME] = list(times[name].ratios)
-    found.append(Row(name, values))
+    table.append(Row(name, values))
     if name in (SMALL, BATCH, BATCH_ALL):
       served = [run[f'eval/{_NO_DROPS}/loss'] for run in runs]
-      found.append(Row(f'{name}, {SERVED}', {'loss': served}))
-  return found
+      table.append(Row(f'{name}, {SERVED}', {'loss': served}))
+  return table
 
 
 COLUMNS = [

@@ -128,7 +128,9 @@ STUDY = Study(
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,
   claims=CLAIMS,
-  figure=Figure(['epochs', 'I(expert; case)', 'experts in use'], own=True),
+  figure=Figure(
+    ['epochs', 'I(expert; case)', 'experts in use'], from_runs=True
+  ),
   rows=jacobs_rows.rows,
   runner=DescentRunner(),
   explorations=lambda preset: [

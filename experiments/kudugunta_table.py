@@ -116,17 +116,17 @@ OWN = ', own model'  # the end of the name of a row of extracted models
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each arm, and one for the extracted models of its languages."""
   del times
-  made = []
+  table = []
   for name, runs in results.items():
-    made.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))
+    table.append(Row(name, _values([LOSS, CHRF, BLEU, BYTES], runs)))
     if not name.endswith('/ task'):
       continue
-    own = {
+    extracted = {
       column: dataclasses.replace(column, key=f'extracted/{key}')
       for column, key in ((LOSS, 'loss'), (BYTES, 'bytes'), (SPEED, 'speed'))
     }
-    made.append(Row(name + OWN, _values([*own.values()], runs)))
-  return made
+    table.append(Row(name + OWN, _values([*extracted.values()], runs)))
+  return table
 
 
 def _values(columns, runs: list[Result]) -> dict[str, list[float]]:
@@ -139,12 +139,12 @@ PAPER = 'taskmoe2021/routing'
 BEST = 'token / task'
 
 
-def better(row: str, than: str, theirs: str, their_than: str) -> Claim:
+def better(row: str, than: str, paper_row: str, paper_than: str) -> Claim:
   """A claim that a row has the lower loss where the paper's has more BLEU."""
   return Claim(
     f'{row} beats {than}',
     f'loss: {row} < {than}',
-    [f'{PAPER}/{name}/bleu' for name in (theirs, their_than)],
+    [f'{PAPER}/{name}/bleu' for name in (paper_row, paper_than)],
     'BLEU there, where higher is better; loss here.',
   )
 

@@ -54,8 +54,8 @@ def _end_of(log: pathlib.Path) -> str:
   """Last line of a log, or its last message of this package if it has one."""
   text = log.read_text(encoding='utf-8', errors='replace')
   lines = [line for line in text.splitlines() if line.strip()] or ['(empty)']
-  ours = [line for line in lines if line.startswith(_OURS)]
-  return (ours or lines)[-1][:_LONGEST]
+  messages = [line for line in lines if line.startswith(_OURS)]
+  return (messages or lines)[-1][:_LONGEST]
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -197,11 +197,11 @@ def run(
   Returns:
     The outcome of every item, by the name of its command.
   """
-  say = functools.partial(print, flush=True)
+  print_now = functools.partial(print, flush=True)
   outcomes, tasks = {}, {}
   for item, command in zip(items, commands, strict=True):
     if is_finished(item):
-      say(f'{command.name}: finished before')
+      print_now(f'{command.name}: finished before')
       outcomes[command.name] = scheduler.DONE
     else:
       tasks[command.name] = command.begin
@@ -209,9 +209,9 @@ def run(
     tasks,
     environments,
     grace_seconds=grace_seconds,
-    message=say,
-    begins=lambda name: say(f'{name}: starts'),
-    ends=lambda name, outcome, _: say(f'{name}: {outcome}'),
+    message=print_now,
+    begins=lambda name: print_now(f'{name}: starts'),
+    ends=lambda name, outcome, _: print_now(f'{name}: {outcome}'),
   )
 
 

@@ -95,15 +95,15 @@ def config(steps: int):
 
 def arms(preset: Preset) -> list[Arm]:
   """Models with slots, one of them of three lengths, and dropless ones."""
-  found = []
+  slotted_arms = []
   for factor in FACTORS:
     slots = {'capacity.per_assignment.factor': float(factor)}
     for length in LENGTHS if factor == 1 else (1.0,):
       arm = top_k(slotted(factor, length), 1, HIDDEN, slots)
       steps = {'total_steps': round(length * preset.steps)}
-      found.append(Arm(arm.name, {**arm.overrides, **steps}))
+      slotted_arms.append(Arm(arm.name, {**arm.overrides, **steps}))
   room_for_all = {'capacity.kind': 'all', 'dispatch.kind': 'dropless'}
-  return found + [
+  return slotted_arms + [
     top_k(dropless(E), 1, HIDDEN, {'num_experts': E, **room_for_all})
     for E in (FEW, MANY)
   ]
@@ -118,23 +118,25 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 def rows(results: Results, times: Mapping[str, StepTime]) -> list[Row]:
   """Rows of trained models, of one at equal time, and of ways to serve."""
-  found = []
+  trained_rows = []
   for name, runs in results.items():
     values = {c.name: [c.of(run) for run in runs] for c in COLUMNS[:2]}
     if name in times:
       values[TIME] = list(times[name].ratios)
-    found.append(Row(name, values))
+    trained_rows.append(Row(name, values))
   by_length = [
     [byte_models.LOSS.of(run) for run in results[slotted(1, length)]]
     for length in LENGTHS
   ]
   ratios = np.resize(times[dropless(MANY)].ratios, len(by_length[0]))
   losses = [
-    float(np.interp(np.log(ratio), np.log(LENGTHS), own))
-    for ratio, own in zip(ratios, zip(*by_length, strict=True), strict=True)
+    float(np.interp(np.log(ratio), np.log(LENGTHS), seed_losses))
+    for ratio, seed_losses in zip(
+      ratios, zip(*by_length, strict=True), strict=True
+    )
   ]
   return [
-    *found,
+    *trained_rows,
     Row(SAME_TIME, {byte_models.LOSS.name: losses}),
     *(
       row_at(served(E, name), results[dropless(E)], COLUMNS[2:4], f'*/{way}')
@@ -155,12 +157,14 @@ COLUMNS = [
 
 def claims() -> list[Claim]:
   """Blocks against slots, few experts against many, quality and time."""
-  one, two, block = (WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32'))
+  one_slot, two_slots, blocks = (
+    WAYS[x] for x in ('slots_1', 'slots_2', 'blocks_32')
+  )
   return [
     *(
       Claim(
         f'blocks of 32 pad less than the slots of the fullest, {E} experts',
-        f'{ROWS}: {served(E, block)} < {served(E, FULLEST)}',
+        f'{ROWS}: {served(E, blocks)} < {served(E, FULLEST)}',
       )
       for E in (FEW, MANY)
     ),
@@ -169,13 +173,15 @@ def claims() -> list[Claim]:
         f'more experts pad more: {way}',
         f'{ROWS}: {served(MANY, way)} > {served(FEW, way)}',
       )
-      for way in (block, FULLEST)
+      for way in (blocks, FULLEST)
     ),
     Claim(
       'more experts drop more at one slot a choice',
-      f'{LOST}: {served(MANY, one)} > {served(FEW, one)}',
+      f'{LOST}: {served(MANY, one_slot)} > {served(FEW, one_slot)}',
     ),
-    Claim('two slots a choice still drop', f'{LOST}: {served(MANY, two)} > 0'),
+    Claim(
+      'two slots a choice still drop', f'{LOST}: {served(MANY, two_slots)} > 0'
+    ),
     *(
       Claim(
         f'dropless is better than {factor} slots a choice, at equal steps',

@@ -46,7 +46,7 @@ TRAINED = 'trained'
 EXPERTS = 16
 # The number of experts that stay, by the share that is removed in per cent.
 LEFT = {50: 8, 75: 4}
-# Similarity and rule of grouping, by the name of the way of merging.
+# Similarity and rule of grouping, by the name of the method of merging.
 MERGES = {
   'merge by outputs': ('outputs', 'clusters'),
   'merge by weights': ('weights', 'clusters'),
@@ -61,12 +61,12 @@ PRUNES = {
 ADDED = Column('added loss', unit='nats/byte')
 BYTES = Column('bytes', 'bytes', '%', 1, lambda share: 100 * share)
 UNUSED = Column('unused', 'unused', 'experts', 1)
-BATCHES = 16  # of the training split, on which experts are measured
+BATCHES = 16  # number of training batches on which experts are measured
 PRUNED = 'pruned'  # the start of runs that are trained on
-WAY, REMOVED = 'prune by REAP', 75  # by which that start was made
+METHOD, REMOVED = 'prune by REAP', 75  # the pruning that makes that start
 LONGER = f'{TRAINED}, trained on'
-ALONE = f'{WAY}, {REMOVED} %, trained on'
-TAUGHT = f'{WAY}, {REMOVED} %, distilled'
+ALONE = f'{METHOD}, {REMOVED} %, trained on'
+TAUGHT = f'{METHOD}, {REMOVED} %, distilled'
 
 
 def config(steps: int):
@@ -98,7 +98,7 @@ def merged(
     new: The folder of the new one.
     left: The number of experts that stay in each layer.
     batches: The number of batches on which experts are measured.
-    group_by: What experts are compared by.
+    group_by: Name of the quantity by which experts are compared.
     rule: The rule of grouping.
     packed: Whether the new run is written to be served, not trained.
   """
@@ -126,12 +126,12 @@ def pruned(
 
 def _written(
   before: fewer.Calibrated,
-  left: Mapping[int, fewer.SmallerLayer],
+  layers: Mapping[int, fewer.SmallerLayer],
   router: str,
   new: pathlib.Path,
   packed: bool,
 ) -> Mapping[str, float]:
-  options, variables = fewer.smaller(before.run, left, router)
+  options, variables = fewer.smaller(before.run, layers, router)
   params = variables['params']
   state = variables.get('router_state')
   whole_run.write(
@@ -144,16 +144,16 @@ def _written(
   }
 
 
-def row_name(way: str, removed: int) -> str:
-  """The name of the row of a way with a share removed, in per cent."""
-  return f'{way}, {removed} %'
+def row_name(method: str, removed: int) -> str:
+  """The name of the row of a method with a share removed, in per cent."""
+  return f'{method}, {removed} %'
 
 
 def starts(preset: Preset) -> list[Start]:
   """The run that all arms make smaller, and one that is trained on."""
   del preset
   change = functools.partial(
-    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[WAY]
+    pruned, left=LEFT[REMOVED], batches=BATCHES, score=PRUNES[METHOD]
   )
   return [
     Start(TRAINED, lambda shared: shared),
@@ -179,32 +179,33 @@ def trained_on(preset: Preset) -> list[Arm]:
 
 
 def arms(preset: Preset) -> list[Arm]:
-  """An arm for each way and number of experts, and arms trained on."""
+  """An arm for each method and number of experts, and arms trained on."""
   changes = {
-    way: functools.partial(merged, group_by=group_by, rule=rule)
-    for way, (group_by, rule) in MERGES.items()
+    method: functools.partial(merged, group_by=group_by, rule=rule)
+    for method, (group_by, rule) in MERGES.items()
   } | {
-    way: functools.partial(pruned, score=score) for way, score in PRUNES.items()
+    method: functools.partial(pruned, score=score)
+    for method, score in PRUNES.items()
   }
   return [
     Arm(
-      row_name(way, removed),
+      row_name(method, removed),
       {},
-      line=way,
+      line=method,
       x=removed,
       start=TRAINED,
-      change=functools.partial(change, left=left, batches=BATCHES),
+      change=functools.partial(change, left=num_left, batches=BATCHES),
     )
-    for way, change in changes.items()
-    for removed, left in LEFT.items()
+    for method, change in changes.items()
+    for removed, num_left in LEFT.items()
   ] + trained_on(preset)
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
-  """The trained run, each way of making it smaller, and runs trained on.
+  """The trained run, each method that makes it smaller, and runs trained on.
 
-  What a run that is trained on adds to the loss is compared with the whole run
-  of as many steps.
+  The loss that a run that is trained on adds is compared with the whole run of
+  as many steps.
   """
   del times
   loss = byte_models.LOSS
@@ -213,20 +214,20 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   small = [*map(BYTES.of, results[PRUNED])]
   all_bytes = [100.0] * len(whole)
 
-  def row(name: str, base: list[float], sizes: list[float], *place) -> Row:
-    own = [*map(loss.of, results[name])]
-    added = [after - before for after, before in zip(own, base, strict=True)]
-    values = {loss.name: own, ADDED.name: added, BYTES.name: sizes}
+  def row(name: str, base: list[float], sizes: list[float], *point) -> Row:
+    losses = [*map(loss.of, results[name])]
+    added = [after - before for after, before in zip(losses, base, strict=True)]
+    values = {loss.name: losses, ADDED.name: added, BYTES.name: sizes}
     unused = [*map(UNUSED.of, results[name])]
     if not np.isnan(unused).any():
       values[UNUSED.name] = unused
-    return Row(name, values, *place)
+    return Row(name, values, *point)
 
   smaller = [
-    row(name, whole, [*map(BYTES.of, results[name])], way, removed)
-    for way in (*MERGES, *PRUNES)
+    row(name, whole, [*map(BYTES.of, results[name])], method, removed)
+    for method in (*MERGES, *PRUNES)
     for removed in LEFT
-    for name in [row_name(way, removed)]
+    for name in [row_name(method, removed)]
   ]
   return [
     row(TRAINED, whole, all_bytes),
@@ -237,9 +238,9 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   ]
 
 
-def compared(way: str, than: str, removed: int) -> str:
-  """A claim's comparison: the first way has a lower loss than the second."""
-  return f'loss: {row_name(way, removed)} < {row_name(than, removed)}'
+def compared(method: str, than: str, removed: int) -> str:
+  """A claim's comparison: one method has a lower loss than another."""
+  return f'loss: {row_name(method, removed)} < {row_name(than, removed)}'
 
 
 def by_similarity(better: str, worse: str, removed: int) -> Claim:
@@ -261,7 +262,7 @@ def by_similarity(better: str, worse: str, removed: int) -> Claim:
 
 def claims() -> list[Claim]:
   """Outputs are the best similarity, and pruning beats merging."""
-  found = [
+  paper_claims = [
     by_similarity(better, worse, removed)
     for better, worse in (
       ('outputs', 'weights'),
@@ -270,7 +271,7 @@ def claims() -> list[Claim]:
     )
     for removed in LEFT
   ]
-  found += [
+  paper_claims += [
     Claim(
       f'REAP prunes better than merging by outputs, {removed} % removed',
       compared('prune by REAP', 'merge by outputs', removed),
@@ -279,7 +280,7 @@ def claims() -> list[Claim]:
     for removed in LEFT
   ]
   return (
-    found
+    paper_claims
     + [
       Claim(
         f'REAP prunes better than {score} does, {removed} % removed',
@@ -291,7 +292,7 @@ def claims() -> list[Claim]:
     + [
       Claim(
         'a pruned model that is trained on is better than before',
-        f'loss: {ALONE} < {row_name(WAY, REMOVED)}',
+        f'loss: {ALONE} < {row_name(METHOD, REMOVED)}',
       ),
       Claim(
         'a pruned model recovers better with the whole one as its teacher',

@@ -99,7 +99,7 @@ MEASURED = {
   EITHER: 'any',
   f'{EITHER}, {ABOVE}': 'any_above',
 }
-_BATCHES = 10  # of each domain, that are measured
+_BATCHES = 10  # number of measured batches of each domain
 
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
@@ -109,7 +109,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     Shares by name, `routing/layer_<i>/<domain>/<what>` with the domain 'all',
     too: see `MEASURED`, and `Persistence` for what they are.
   """
-  header, parts = header_of(run), defaultdict(list)
+  header, by_domain = header_of(run), defaultdict(list)
   for record in validation_routing.records(
     validation_routing.evaluated_model(run, byte_models.EVAL),
     run.programs.variables(state),
@@ -117,23 +117,23 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     step=int(state.step),
     seed=run.options.seed,
   ):
-    for part in (header.sources[record.sources[0, 0]], 'all'):
-      parts[part].append(record)
+    for subset in (header.sources[record.sources[0, 0]], 'all'):
+      by_domain[subset].append(record)
   numbers = {}
-  for domain, records in parts.items():
+  for domain, records in by_domain.items():
     sums = route_sums.collect(header, records, seed=run.options.seed)
-    for layer, own in sums.layers.items():
-      said = persistence(own)
-      found = {
-        'first': said.first,
-        'first_above': said.first - said.first_chance,
-        'different': said.different,
-        'different_above': said.different - said.first_chance,
-        'any': said.any,
-        'any_above': said.any - said.any_chance,
+    for layer, layer_sums in sums.layers.items():
+      repeats = persistence(layer_sums)
+      shares = {
+        'first': repeats.first,
+        'first_above': repeats.first - repeats.first_chance,
+        'different': repeats.different,
+        'different_above': repeats.different - repeats.first_chance,
+        'any': repeats.any,
+        'any_above': repeats.any - repeats.any_chance,
       }
-      place = f'routing/layer_{layer}/{domain}'
-      numbers |= {f'{place}/{name}': x for name, x in found.items()}
+      prefix = f'routing/layer_{layer}/{domain}'
+      numbers |= {f'{prefix}/{name}': x for name, x in shares.items()}
   return numbers
 
 
@@ -157,16 +157,18 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each arm, layer of the first arm, and domain in the middle."""
   del times
   middle = LAYERS['middle layer']
-  places = {row_name(layer): f'layer_{i}/all' for layer, i in LAYERS.items()}
-  places |= {
+  key_of_row = {
+    row_name(layer): f'layer_{i}/all' for layer, i in LAYERS.items()
+  }
+  key_of_row |= {
     row_name('middle layer', domain): f'layer_{middle}/{domain}'
     for domain in domains.DOMAINS
   }
-  found = [
-    row_at(name, results[TOP2], columns(), place)
-    for name, place in places.items()
+  layer_rows = [
+    row_at(name, results[TOP2], columns(), layer_key)
+    for name, layer_key in key_of_row.items()
   ]
-  return found + [
+  return layer_rows + [
     row_at(name, runs, columns(), 'layer_*/all')
     for name, runs in results.items()
   ]
@@ -176,50 +178,50 @@ def claims() -> list[Claim]:
   """More repeats than by chance, but for the first layer, in all domains."""
   first, middle, last = map(row_name, LAYERS)
   published = 'mixtral2024/repeats/layer 15, {}/low'.format
-  some = []
-  for what, share, there in (
+  repeat_claims = []
+  for column, share, paper_column in (
     (FIRST, FIRST_CHANCE, 'first choice'),
     (EITHER, EITHER_CHANCE, 'first or second choice'),
   ):
     chance = f'{share:.4g}'
-    some += [
+    repeat_claims += [
       Claim(
-        f'{what}: more repeats than of random choices, middle layer',
-        f'{what}: {middle} > {chance}',
-        [published(there)],
+        f'{column}: more repeats than of random choices, middle layer',
+        f'{column}: {middle} > {chance}',
+        [published(paper_column)],
       ),
       Claim(
-        f'{what}: more repeats than of random choices, last layer',
-        f'{what}: {last} > {chance}',
+        f'{column}: more repeats than of random choices, last layer',
+        f'{column}: {last} > {chance}',
       ),
       Claim(
-        f'{what}: about as many as of random choices, first layer',
-        f'{what}: {first} = {chance} within {NEAR}',
+        f'{column}: about as many as of random choices, first layer',
+        f'{column}: {first} = {chance} within {NEAR}',
         note='The bound is ours.',
       ),
     ]
   for row, name in ((middle, 'middle'), (last, 'last')):
-    some.append(
+    repeat_claims.append(
       Claim(
         f'there are more repeats in the {name} layer than in the first',
         f'{FIRST}, {ABOVE}: {row} > {first}',
       )
     )
-  some += [
+  repeat_claims += [
     Claim(
       f'more than by uneven loads and repeated bytes, {layer}',
       f'{FIRST}, {DIFFERENT}, {ABOVE}: {row_name(layer)} > 0',
     )
     for layer in LAYERS
   ]
-  some += [
+  repeat_claims += [
     Claim(
       f'more than by chance in every domain: {domain}',
       f'{FIRST}, {ABOVE}: {row_name("middle layer", domain)} > 0',
     )
     for domain in domains.DOMAINS
   ]
-  return some + [
+  return repeat_claims + [
     Claim(
       'control: random choices repeat as often as computed',
       f'{FIRST}: {RANDOM} = {FIRST_CHANCE:.4g} within 1',

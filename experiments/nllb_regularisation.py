@@ -126,7 +126,7 @@ def dropping(rate: float) -> str:
 
 def arms(preset: Preset) -> list[Arm]:
   """The dense twin, the sparse model, and each way to regularise it."""
-  rest = {
+  second_part = {
     'total_steps': max(preset.steps - preset.start_steps, 1),
     f'{_RATE}.decay_fraction': 1.0,
     f'{_RATE}.warmup_steps': 0,
@@ -138,7 +138,7 @@ def arms(preset: Preset) -> list[Arm]:
     *(Arm(dropping(x), {_DROPOUT: x}) for x in DROPOUTS),
     *(Arm(masked(x), {_MASKING: x}) for x in MASKINGS),
     Arm(BEST, {_DROPOUT: 0.3, _MASKING: 0.1}),
-    Arm(CURRICULUM, rest, start=LARGE_ALONE),
+    Arm(CURRICULUM, second_part, start=LARGE_ALONE),
   ]
 
 
@@ -163,17 +163,17 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   def mean(run, evaluation, languages):
     return float(np.mean([run[f'eval/{evaluation}/{x}'] for x in languages]))
 
-  made = []
+  table = []
   for name, runs in results.items():
     if name != LARGE_ALONE:
-      few = [mean(run, NEW, SMALL) for run in runs]
+      small = [mean(run, NEW, SMALL) for run in runs]
       learned = [mean(run, LEARNED, SMALL) for run in runs]
-      gaps = [a - b for a, b in zip(few, learned, strict=True)]
+      gaps = [a - b for a, b in zip(small, learned, strict=True)]
       large = [mean(run, NEW, LARGE) for run in runs]
-      values = {FEW: few, MANY: large, FEW_LEARNED: learned, GAP: gaps}
+      values = {FEW: small, MANY: large, FEW_LEARNED: learned, GAP: gaps}
       values[ALL] = [COLUMNS[-1].of(run) for run in runs]
-      made.append(Row(name, values))
-  return made
+      table.append(Row(name, values))
+  return table
 
 
 SCORES = 'chrF++ there, where higher is better; loss here.'

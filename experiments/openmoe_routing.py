@@ -121,7 +121,9 @@ def agreement(share: int) -> str:
 
 
 LATE, SHUFFLED = 'last less first quarter', 'the same in random order'
-MORE_THAN = {label: f'token less {label}' for label in token_routing.OTHERS}
+MORE_THAN = {
+  label: f'token less {label}' for label in token_routing.OTHER_LABELS
+}
 # Names of columns, and the last part of their keys.
 MEASURED = {
   'token': 'token',
@@ -143,10 +145,10 @@ MEASURED = {
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each arm, and for each sparse layer of the first one."""
   del times
-  every = [
+  arm_rows = [
     row_at(name, runs, columns(), 'layer_*') for name, runs in results.items()
   ]
-  return every + [
+  return arm_rows + [
     row_at(of_layer(name), results[TOP2], columns(), f'layer_{layer}')
     for layer, name in LAYERS.items()
   ]
@@ -175,9 +177,11 @@ def pictures(results: Results, folder: pathlib.Path) -> None:
   ):
     for i, arm in enumerate(results):
       row = row_at(arm, results[arm], columns(), 'layer_*')
-      found = [Interval.of(row.values[name]) for name in points.values()]
-      bars = [i.half_width if np.isfinite(i.half_width) else 0 for i in found]
-      means = [interval.mean for interval in found]
+      intervals = [Interval.of(row.values[name]) for name in points.values()]
+      bars = [
+        i.half_width if np.isfinite(i.half_width) else 0 for i in intervals
+      ]
+      means = [interval.mean for interval in intervals]
       style = plot_style.series(i)
       ax.errorbar([*points], means, bars, **style, capsize=3, label=arm)
     ax.set_xlabel(x_label)
@@ -242,7 +246,7 @@ def claims() -> list[Claim]:
         f'control: a random router knows nothing of the {label}',
         f'{label}: {RANDOM} = 0 within 0.5',
       )
-      for label in ('token', *token_routing.OTHERS)
+      for label in ('token', *token_routing.OTHER_LABELS)
     ),
     Claim(
       'control: a random router has no favourites',

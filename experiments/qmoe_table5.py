@@ -41,7 +41,7 @@ TRAINED = 'trained'
 FORMATS = {'int8': 8.0, 'int4': 4.0, 'int2': 2.0, 'ternary': 1.5}
 METHODS = {'RTN': 'rtn', 'GPTQ': 'gptq'}
 SAME = 0.002
-BATCHES = 16  # of the training split, which GPTQ reads
+BATCHES = 16  # number of training batches that GPTQ reads
 ADDED = Column('added loss', unit='nats/byte')
 ZEROS = Column('zeros', 'zeros', '%', 1, lambda share: 100 * share)
 CODES = Column('codes', 'code bits', 'bits/weight', 2)
@@ -112,7 +112,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
         for column in (byte_models.LOSS, ZEROS, CODES, METADATA)
       }
       values[ADDED.name] = [
-        after - own for after, own in zip(values[loss], before, strict=True)
+        after - base for after, base in zip(values[loss], before, strict=True)
       ]
       table.append(Row(arm, values, name, bits))
   return table

@@ -59,39 +59,43 @@ def summaries_of(results: pathlib.Path) -> dict[str, pathlib.Path]:
   }
 
 
-def collect(results: pathlib.Path, kept: pathlib.Path) -> None:
-  """Copies reported summaries, figures and benchmarks to the folder `kept`."""
-  kept.mkdir(parents=True, exist_ok=True)
+def collect(results: pathlib.Path, archive: pathlib.Path) -> None:
+  """Copies reported summaries, figures and benchmarks to the archive."""
+  archive.mkdir(parents=True, exist_ok=True)
   for name, path in summaries_of(results).items():
-    shutil.copyfile(path, kept / f'{name}.json')
-    shutil.copyfile(path.with_name(study_results.PICTURE), kept / f'{name}.png')
+    shutil.copyfile(path, archive / f'{name}.json')
+    shutil.copyfile(
+      path.with_name(study_results.PICTURE), archive / f'{name}.png'
+    )
   for path in sorted(results.glob('bench_*/*/results.json')):
-    (kept / BENCHMARKS).mkdir(exist_ok=True)
-    name = '-'.join(path.parts[-3:-1])  # of the benchmark and of the device
-    shutil.copyfile(path, kept / BENCHMARKS / f'{name}.json')
+    (archive / BENCHMARKS).mkdir(exist_ok=True)
+    name = '-'.join(path.parts[-3:-1])  # the benchmark and the device
+    shutil.copyfile(path, archive / BENCHMARKS / f'{name}.json')
 
 
 def read(
-  kept: pathlib.Path, results: pathlib.Path | None = None
+  archive: pathlib.Path, results: pathlib.Path | None = None
 ) -> list[dict[str, Any]]:
   """Reads the summaries of all studies, in the order of their names.
 
   Args:
-    kept: Folder of the summaries that were copied before.
+    archive: Folder of the summaries that were copied before.
     results: Folder of new results, which replace those copied before.
 
   Raises:
     ValueError: There is no summary, or two studies of one task saw different
       data.
   """
-  paths = {path.stem: path for path in kept.glob('*.json')}
+  paths = {path.stem: path for path in archive.glob('*.json')}
   paths |= summaries_of(results) if results else {}
   summaries = [
     today(json.loads(path.read_text(encoding='utf-8')))
     for _, path in sorted(paths.items())
   ]
   if not summaries:
-    folders = [str(folder) for folder in (results, kept) if folder is not None]
+    folders = [
+      str(folder) for folder in (results, archive) if folder is not None
+    ]
     raise ValueError(
       f'no results of a study with --preset={PRESETS[0]} in '
       f'{" or ".join(folders)}'
@@ -116,12 +120,12 @@ def find_study(name: str) -> Study | None:
 
 def pending(summaries: Sequence[dict[str, Any]]) -> str:
   """A sentence that names the studies without a summary; '' if all have one."""
-  done = {summary['name'] for summary in summaries}
+  stored_names = {summary['name'] for summary in summaries}
   names = [
     path.stem
     for path in sorted(HERE.glob('*.py'))
     if '\nSTUDY = ' in path.read_text(encoding='utf-8')
-    and path.stem not in done
+    and path.stem not in stored_names
   ]
   if not names:
     return ''
@@ -135,12 +139,12 @@ def today(summary: dict[str, Any]) -> dict[str, Any]:
   return summary if study is None else stored.judged_again(summary, study)
 
 
-def redraw(summaries: Sequence[dict[str, Any]], kept: pathlib.Path) -> None:
+def redraw(summaries: Sequence[dict[str, Any]], archive: pathlib.Path) -> None:
   """Draws the figures anew, but for those that a study draws from its runs."""
   for summary in summaries:
     study = find_study(summary['name'])
-    if study is not None and not study.figure.own:
-      figures.draw(study.figure, summary, kept / f'{summary["name"]}.png')
+    if study is not None and not study.figure.from_runs:
+      figures.draw(study.figure, summary, archive / f'{summary["name"]}.png')
 
 
 def page(summaries: Sequence[dict[str, Any]]) -> str:
@@ -152,12 +156,12 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
     for word in verdicts.WORDS:
       row[word] = str(words.count(word))
     overview.append({**row, 'core minutes': f'{summary["minutes"]:g}'})
-  parts = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
-  parts += [left] if (left := pending(summaries)) else []
+  sections = [f'# Results\n\n{_ABOUT}', markdown_table(overview)]
+  sections += [pending_text] if (pending_text := pending(summaries)) else []
   for summary in summaries:
     picture = f'{KEPT}/{summary["name"]}.png'
-    parts.append(study_results.text_of(summary, picture))
-  return '\n'.join(parts)
+    sections.append(study_results.text_of(summary, picture))
+  return '\n'.join(sections)
 
 
 def figure_of(name: str) -> Figure | None:
@@ -168,8 +172,8 @@ def figure_of(name: str) -> Figure | None:
 
 def _anchor(title: str) -> str:
   """The anchor that GitHub makes of a heading."""
-  kept = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
-  return kept.replace(' ', '-')
+  characters = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
+  return characters.replace(' ', '-')
 
 
 @command_line.reported()

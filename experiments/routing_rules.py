@@ -43,9 +43,9 @@ def _expert_choice(factor: int) -> Arm:
   return byte_models.expert_choice(name, factor, HIDDEN, leak)
 
 
-def _hash(what: str) -> Arm:
-  router = {'router.kind': 'hash', 'router.hash.of': what}
-  return top_k(f'hash of {what}', 1, HIDDEN, router)
+def _hash(source: str) -> Arm:
+  router = {'router.kind': 'hash', 'router.hash.of': source}
+  return top_k(f'hash of {source}', 1, HIDDEN, router)
 
 
 def arms(preset: Preset) -> list[Arm]:

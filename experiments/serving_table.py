@@ -150,8 +150,8 @@ def starts(preset: Preset) -> list[Start]:
 
 def _measured(run: pathlib.Path, new: pathlib.Path) -> dict[str, float]:
   """Measures a model; the unit is the twin of the run that it is made of."""
-  own = run_config.from_file(run / workdir.CONFIG)
-  return served.measure(new, dense_twin(own))
+  options = run_config.from_file(run / workdir.CONFIG)
+  return served.measure(new, dense_twin(options))
 
 
 def copied(run: pathlib.Path, new: pathlib.Path) -> Mapping[str, float]:
@@ -166,8 +166,8 @@ def extracted(
 ) -> Mapping[str, float]:
   """Extracts the model of one language, as a change of an arm."""
   whole = whole_run.read(run)
-  own = extract.of_run(whole, task)
-  whole_run.write(whole, new, own.params, own.options, packed=True)
+  small = extract.of_run(whole, task)
+  whole_run.write(whole, new, small.params, small.options, packed=True)
   return _measured(run, new)
 
 
@@ -175,8 +175,10 @@ def merged(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
   """Merges the experts whose outputs are alike, as a change of an arm."""
-  by = dict(group_by='outputs', rule='clusters')
-  merge_or_prune.merged(run, new, left=left, batches=batches, packed=True, **by)
+  grouping = dict(group_by='outputs', rule='clusters')
+  merge_or_prune.merged(
+    run, new, left=left, batches=batches, packed=True, **grouping
+  )
   return _measured(run, new)
 
 
@@ -203,16 +205,16 @@ def extracted_name(task: str) -> str:
   return f'extracted {task}'
 
 
-def _made_of_it() -> dict[str, Change]:
+def _changes() -> dict[str, Change]:
   """The changes of the trained sparse model, by the name of the arm."""
   changes: dict[str, Change] = {
     extracted_name(task): functools.partial(extracted, task=task)
     for task in LANGUAGES
   }
   for name, change in {'merged': merged, 'pruned': pruned}.items():
-    for share, left in LEFT.items():
+    for share, num_left in LEFT.items():
       changes[f'{name} to {share}'] = functools.partial(
-        change, left=left, batches=BATCHES
+        change, left=num_left, batches=BATCHES
       )
   for format in FORMATS:
     changes[format] = functools.partial(
@@ -229,32 +231,35 @@ def arms(preset: Preset) -> list[Arm]:
   ]
   return as_trained + [
     Arm(name, {}, start=SPARSE, change=change)
-    for name, change in _made_of_it().items()
+    for name, change in _changes().items()
   ]
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for each model; those that are extracted have two together."""
   del times
-  every = (LOSS, SCORE, *SIZES)
-  made = [
-    Row(name, _values(every, results[f'{name}, served'])) for name in TRAINED
+  columns = (LOSS, SCORE, *SIZES)
+  table = [
+    Row(name, _values(columns, results[f'{name}, served'])) for name in TRAINED
   ]
-  own = [
+  by_language = [
     _values((*_of_each(task), *SIZES), results[extracted_name(task)])
     for task in LANGUAGES
   ]
   means, sums = (
-    {c.name: f([values[c.name] for values in own], 0).tolist() for c in every}
+    {
+      c.name: f([values[c.name] for values in by_language], 0).tolist()
+      for c in columns
+    }
     for f in (np.mean, np.sum)
   )
   together = {c.name: sums[c.name] for c in (DISK, MEMORY)}
   quality = {c.name: means[c.name] for c in (LOSS, SCORE)}
-  made += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
+  table += [Row(EXTRACTED, means), Row(ALL_EXTRACTED, quality | together)]
   names = {extracted_name(task) for task in LANGUAGES}
-  return made + [
-    Row(name, _values(every, results[name]))
-    for name in _made_of_it()
+  return table + [
+    Row(name, _values(columns, results[name]))
+    for name in _changes()
     if name in results and name not in names
   ]
 
@@ -289,7 +294,7 @@ _TRIAL = 'Changed on 2026-11-27, after trial runs of 10 and 20 steps'
 
 
 def _claims() -> list[Claim]:
-  """What the papers say of each way, as far as it can be compared here."""
+  """The papers' claims on each method, as far as they can be compared here."""
   table6 = 'switch2021/table6'
   return [
     Claim(
@@ -328,10 +333,12 @@ def _claims() -> list[Claim]:
         note='REAP says so of models that generate. In the decoder four '
         f'languages use {IN_USE} of the {EXPERTS} experts at most'
         + (
-          ', so that it loses in the encoder alone.' if left >= IN_USE else '.'
+          ', so that it loses in the encoder alone.'
+          if num_left >= IN_USE
+          else '.'
         ),
       )
-      for share, left in LEFT.items()
+      for share, num_left in LEFT.items()
     ),
     Claim(
       'experts in 8 bits lose nothing', f'loss: int8 = {SPARSE} within {SAME}'
@@ -366,7 +373,7 @@ STUDY = Study(
   },
   columns=[LOSS, SCORE, *SIZES],
   claims=_claims(),
-  figure=Figure(['loss', 'memory', 'speed'], own=True),
+  figure=Figure(['loss', 'memory', 'speed'], from_runs=True),
   pictures=pictures,
   written='2026-11-27',
   remarks='Sizes are those of all parameters as they are stored, float32 where '

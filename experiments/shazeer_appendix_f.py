@@ -83,13 +83,13 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   rows, B = run.dataset.splits['validation'], run.options.batch_size
   examples = rows.take(np.array(spread(len(rows), 2 * B)))
-  batch, others = (
+  batch, other_batch = (
     {key: jnp.asarray(value[part]) for key, value in examples.items()}
     for part in (slice(None, B), slice(B, None))
   )
   half = batch['tokens'].shape[1] // 2
   elsewhere = batch | {
-    'tokens': batch['tokens'].at[:, half:].set(others['tokens'][:, half:])
+    'tokens': batch['tokens'].at[:, half:].set(other_batch['tokens'][:, half:])
   }
   return compare(run.model, state.variables, batch, elsewhere)
 

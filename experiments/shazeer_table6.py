@@ -89,14 +89,14 @@ def balance(model: Model):
 
   @functools.partial(jax.jit, static_argnames='train')
   def numbers(variables, batch, key, train):
-    (_, aux), kept = model.apply(
+    (_, aux), collections = model.apply(
       variables,
       **model.inputs(batch),
       train=train,
       rngs={'router': key, 'dropout': key},
       mutable=['intermediates'],
     )
-    layers = model.layer_trees(kept['intermediates'])
+    layers = model.layer_trees(collections['intermediates'])
     load = jnp.stack(
       [sown(layers[i])[SOWN_LOAD][0] for i in model.sparse_layers]
     )  # [L, E], as all tokens of a batch are one group
@@ -121,9 +121,11 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   batches = run.batches(0)
   for i in range(_BATCHES):
     batch, key = next(batches), jax.random.key(i)
-    of = functools.partial(balance(run.model), state.variables, batch, key)
-    noisy.append(of(train=True))
-    quiet.append(of(train=False)[3])
+    numbers_of = functools.partial(
+      balance(run.model), state.variables, batch, key
+    )
+    noisy.append(numbers_of(train=True))
+    quiet.append(numbers_of(train=False)[3])
   importance, load, largest, _ = np.mean(noisy, axis=(0, 2))
   return {
     'cv_importance': float(importance),

@@ -91,7 +91,7 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
   checkpoint = {'begin': number, 'arrays': soak_run.digests(state)}
   if spec['gradients'] and number <= spec['total_steps']:
     batch = next(run.batches(number - 1))
-    checkpoint['first'] = soak_run.named(
+    checkpoint['first'] = soak_run.by_path(
       soak_run.first_gradient(run, state, batch)
     )
   return checkpoint
@@ -124,14 +124,14 @@ def disturbed(
     if expected['begin'] > spec['total_steps']:
       return tally
     attempt, alone = attempt + 1, time.monotonic() > deadline
-    own = {**spec, 'mesh': mesh, 'attempt': attempt}
+    attempt_spec = {**spec, 'mesh': mesh, 'attempt': attempt}
     variables = {}
     if not alone and draw.random() < 0.25:
       variables = failing_storage(workdir.parent, draw)
       tally.counts['failing storages'] += bool(variables)
-    processes = Processes(workdir, own, count, variables)
+    processes = Processes(workdir, attempt_spec, count, variables)
     if not alone and not variables and draw.random() < 0.25:
-      second = Processes(workdir, own, count, variables)
+      second = Processes(workdir, attempt_spec, count, variables)
       processes = contest(processes, second, tally)
     if alone:
       processes.wait(3600)

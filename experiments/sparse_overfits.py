@@ -43,7 +43,7 @@ TASKS = {'reasoning': REASONING, 'knowledge': (KNOWLEDGE,)}
 MORE = 'sparse minus dense'
 # Loss of a model that knows no value: four letters of 16, and a sure end.
 CHANCE = math.log(16) * VALUE_LETTERS / (VALUE_LETTERS + 1)
-_ABOVE_FLOOR = 0.01  # nats per token below chance
+_ABOVE_FLOOR = 0.01  # least distance of a loss below chance, in nats/token
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
@@ -66,20 +66,20 @@ def row(task: str, size: int, model: str) -> str:
 def arms(preset: Preset) -> list[Arm]:
   """An arm for each task, size and model."""
   del preset
-  some = []
+  all_arms = []
   for task, size, model in itertools.product(TASKS, SIZES, finetuned.MODELS):
     start, overrides = finetuned.MODELS[model]
     sources = 'data.mixture.sources'
     if task == 'knowledge':
       sized = {f'{sources}.{KNOWLEDGE}.num_pairs': size}
     else:
-      each = round(size / len(REASONING))
-      sized = {f'{sources}.{name}.num_train': each for name in REASONING}
+      num_train = round(size / len(REASONING))
+      sized = {f'{sources}.{name}.num_train': num_train for name in REASONING}
     weights = {
       f'data.mixture.weights.{name}': float(name in TASKS[task])
       for name in (*REASONING, KNOWLEDGE)
     }
-    some.append(
+    all_arms.append(
       Arm(
         row(task, size, model),
         {**overrides, **sized, **weights},
@@ -88,36 +88,39 @@ def arms(preset: Preset) -> list[Arm]:
         start=start,
       )
     )
-  return some
+  return all_arms
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """The arms that were run, and the difference of the models by size."""
   del times
-  made = {}
+  by_name = {}
   for arm in arms(Preset(1, 1)):
     if arm.name in results:
-      own = STUDY.row_of(arm, results)
+      arm_row = STUDY.row_of(arm, results)
       is_gap = arm.name.startswith('reasoning')
-      made[arm.name] = finetuned.with_gap(own) if is_gap else own
+      by_name[arm.name] = finetuned.with_gap(arm_row) if is_gap else arm_row
   for task, size in itertools.product(TASKS, SIZES):
-    if row(task, size, 'sparse') in made:
-      pair = [made[row(task, size, model)] for model in finetuned.MODELS]
+    if row(task, size, 'sparse') in by_name:
+      pair = [by_name[row(task, size, model)] for model in finetuned.MODELS]
       name = row(task, size, MORE)
-      made[name] = finetuned.minus(name, *pair)
+      by_name[name] = finetuned.minus(name, *pair)
       if task == 'knowledge' and all(map(_at_floor, pair)):
-        made[name] = Row(
-          name, {c: [math.nan] * len(v) for c, v in made[name].values.items()}
+        by_name[name] = Row(
+          name,
+          {c: [math.nan] * len(v) for c, v in by_name[name].values.items()},
         )
   for task in TASKS:
     name = f'{task}, from {SIZES[0]:,} to {SIZES[-1]:,}, {MORE}'
-    ends = [made[row(task, SIZES[i], MORE)] for i in (-1, 0)]
-    made[name] = finetuned.minus(name, *ends)
-  return list(made.values())
+    ends = [by_name[row(task, SIZES[i], MORE)] for i in (-1, 0)]
+    by_name[name] = finetuned.minus(name, *ends)
+  return list(by_name.values())
 
 
-def _at_floor(known: Row) -> bool:
-  return np.mean(known.values[finetuned.LOSS.name]) > CHANCE - _ABOVE_FLOOR
+def _at_floor(knowledge_row: Row) -> bool:
+  return (
+    np.mean(knowledge_row.values[finetuned.LOSS.name]) > CHANCE - _ABOVE_FLOOR
+  )
 
 
 def compared(column: str, task: str, size: int, sign: str) -> str:

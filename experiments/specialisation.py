@@ -46,7 +46,7 @@ from experiments.study.parts import (
   Row,
 )
 from experiments.study.runner import TrainingRunner
-from experiments.study.specialised import EARLY, HALVES, place
+from experiments.study.specialised import EARLY, HALVES, layer_key
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.validation_routing import row_at
@@ -140,34 +140,36 @@ def row(
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """Halves of each arm, and layers and early checkpoints of the usual ones."""
   del times
-  places = [(arm, half, '*', None) for arm in results for half in HALVES]
+  cells = [(arm, half, '*', None) for arm in results for half in HALVES]
   for arm in (DOMAINS, LANGUAGES):
     for half in HALVES:
-      places += [(arm, half, i + 1, None) for i in range(LAYERS)]
-      places += [(arm, half, '*', share) for share in EARLY]
-  made = {
-    (name := row(*at)): row_at(
+      cells += [(arm, half, i + 1, None) for i in range(LAYERS)]
+      cells += [(arm, half, '*', share) for share in EARLY]
+  by_cell = {
+    (name := row(*cell)): row_at(
       name,
-      results[at[0]],
+      results[cell[0]],
       # The loss is that of the whole model at its end.
-      COLUMNS[at[2:] != ('*', None) :],
-      place(*at[1:]),
+      COLUMNS[cell[2:] != ('*', None) :],
+      layer_key(*cell[1:]),
     )
-    for at in places
+    for cell in cells
   }
-  ends = made[row(DOMAINS, 'encoder')]
-  none, fifth = (made[row(DOMAINS, 'encoder', '*', share)] for share in EARLY)
+  ends = by_cell[row(DOMAINS, 'encoder')]
+  none, fifth = (
+    by_cell[row(DOMAINS, 'encoder', '*', share)] for share in EARLY
+  )
   learned = (
     finetuned.minus(FIFTH, fifth, none),
     finetuned.minus(REST, ends, fifth),
   )
-  return [*made.values(), *learned]
+  return [*by_cell.values(), *learned]
 
 
 def claims() -> list[Claim]:
   """Directions of both papers, and claims on the control."""
   encoder, decoder = (row(DOMAINS, half) for half in HALVES)
-  theirs = 'The paper has examples of tokens, no measure.'
+  paper_note = 'The paper has examples of tokens, no measure.'
   return [
     *(
       Claim(
@@ -180,17 +182,17 @@ def claims() -> list[Claim]:
     Claim(
       'choices follow token ids more in the encoder than in the decoder',
       f'{TOKEN}: {encoder} > {decoder}',
-      note=theirs,
+      note=paper_note,
     ),
     Claim(
       'choices follow kinds of characters more in the encoder',
       f'{KIND}: {encoder} > {decoder}',
-      note=theirs,
+      note=paper_note,
     ),
     Claim(
       'punctuation goes to fewer experts than all tokens do, encoder',
       f'{MARKS}: {encoder} > 0',
-      note=theirs,
+      note=paper_note,
     ),
     Claim(
       'token ids decide less in the last layer of the encoder than in the '

@@ -44,7 +44,7 @@ def cell(model: str, batch: int | str = '*', rate: float | str = '*') -> str:
 
 def arms(preset: Preset) -> list[Arm]:
   """An arm for each model, batch size and rate, all on equally many rows."""
-  some = []
+  all_arms = []
   for model, batch, rate in itertools.product(MODELS, BATCHES, RATES):
     steps = preset.steps * 16 // batch
     start, overrides = MODELS[model]
@@ -56,7 +56,7 @@ def arms(preset: Preset) -> list[Arm]:
       'optimizer.schedule.warmup_steps': steps // 10,
       'log_every_steps': max(steps // 10, 1),
     }
-    some.append(
+    all_arms.append(
       Arm(
         cell(model, batch, rate),
         overrides,
@@ -65,45 +65,45 @@ def arms(preset: Preset) -> list[Arm]:
         start=start,
       )
     )
-  kept = {'init_from.keep_optimizer': True, 'optimizer.learning_rate': 1e-3}
-  return [*some, Arm(KEPT, kept, start=finetuned.SPARSE)]
+  changes = {'init_from.keep_optimizer': True, 'optimizer.learning_rate': 1e-3}
+  return [*all_arms, Arm(KEPT, changes, start=finetuned.SPARSE)]
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """The cells that were run, their means, and what sparse gains over dense."""
   del times
   ran = [arm for arm in arms(Preset(1, 1)) if arm.name in results]
-  made = {arm.name: STUDY.row_of(arm, results) for arm in ran}
-  batches = [b for b in BATCHES if cell('dense', b, RATES[0]) in made]
-  rates = [r for r in RATES if cell('dense', batches[0], r) in made]
+  by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
+  batches = [b for b in BATCHES if cell('dense', b, RATES[0]) in by_name]
+  rates = [r for r in RATES if cell('dense', batches[0], r) in by_name]
   for model in MODELS:
     for batch in batches:
-      own = [made[cell(model, batch, rate)] for rate in rates]
-      made[cell(model, batch)] = _mean(cell(model, batch), own)
+      cell_rows = [by_name[cell(model, batch, rate)] for rate in rates]
+      by_name[cell(model, batch)] = _mean(cell(model, batch), cell_rows)
     for rate in rates:
-      own = [made[cell(model, batch, rate)] for batch in batches]
-      made[cell(model, rate=rate)] = _mean(cell(model, rate=rate), own)
+      cell_rows = [by_name[cell(model, batch, rate)] for batch in batches]
+      by_name[cell(model, rate=rate)] = _mean(cell(model, rate=rate), cell_rows)
   for name, before, after in (
     (SMALL, {'batch': batches[-1]}, {'batch': batches[0]}),
     (HIGH, {'rate': rates[0]}, {'rate': rates[-1]}),
   ):
     for model in MODELS:
       gain = f'{name}, {model}'
-      one, other = made[cell(model, **before)], made[cell(model, **after)]
-      made[gain] = finetuned.minus(gain, one, other)
-    sparse, dense = (made[f'{name}, {model}'] for model in MODELS)
-    made[name + MORE] = finetuned.minus(name + MORE, sparse, dense)
-  return list(made.values())
+      one, other = by_name[cell(model, **before)], by_name[cell(model, **after)]
+      by_name[gain] = finetuned.minus(gain, one, other)
+    sparse, dense = (by_name[f'{name}, {model}'] for model in MODELS)
+    by_name[name + MORE] = finetuned.minus(name + MORE, sparse, dense)
+  return list(by_name.values())
 
 
-def _mean(name: str, of: Iterable[Row]) -> Row:
-  losses = [row.values[finetuned.LOSS.name] for row in of]
+def _mean(name: str, cell_rows: Iterable[Row]) -> Row:
+  losses = [row.values[finetuned.LOSS.name] for row in cell_rows]
   return Row(name, {finetuned.LOSS.name: [*np.mean(losses, axis=0)]})
 
 
 def best_cells(results: Results) -> str:
   """A sentence on each model's best cell, by the mean over seeds."""
-  said = []
+  sentences = []
   for model in MODELS:
     means = {
       arm.name: np.mean([finetuned.LOSS.of(r) for r in results[arm.name]])
@@ -111,11 +111,11 @@ def best_cells(results: Results) -> str:
       if arm.name in results and arm.line.startswith(model)
     }
     best = min(means, key=means.__getitem__)
-    said.append(
+    sentences.append(
       f'The best cell of the {model} model is "{best}", with '
       f'{means[best]:.4f} nats a token.'
     )
-  return ' '.join([*said, _MISSES])
+  return ' '.join([*sentences, _MISSES])
 
 
 _MISSES = (

@@ -1,4 +1,4 @@
-"""What trains in fine-tuning: all, experts, or everything but experts.
+"""Parts that train in fine-tuning: all, experts, or everything but experts.
 
     python -m experiments.stmoe_freezing --preset=quick
 

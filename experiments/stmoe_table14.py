@@ -114,20 +114,20 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   about_token = specialisation(sums)[TOKEN]
   ids, numbers = [*run.dataset.tokenizer.sentinel_ids], {}
   for half in HALVES:
-    here = [
+    layers = [
       i for i, info in header.layers.items() if HALVES[half] == info.sequence
     ]
-    for i, layer in enumerate(here):
-      own = sums.layers[layer]
-      sentinels, every = token_entropy(own, ids), entropy(own.first)
-      found = {
+    for i, layer in enumerate(layers):
+      counts = sums.layers[layer]
+      sentinels, overall = token_entropy(counts, ids), entropy(counts.first)
+      measures = {
         'sentinels': sentinels,
-        'all': every,
-        'concentration': every - sentinels,
+        'all': overall,
+        'concentration': overall - sentinels,
         'token': about_token[layer].fraction,
       }
-      place = f'routing/{half}_{i + 1}'
-      numbers |= {f'{place}/{name}': x for name, x in found.items()}
+      prefix = f'routing/{half}_{i + 1}'
+      numbers |= {f'{prefix}/{name}': x for name, x in measures.items()}
   return numbers
 
 

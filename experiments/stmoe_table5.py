@@ -78,11 +78,11 @@ def cells(column: str, *rows: str) -> list[str]:
 def claims() -> list[Claim]:
   """Scores do not depend on capacity or loss; what is dropped does."""
   fullest = {aux: row(*FACTORS[-1], aux) for aux in AUX}
-  some = []
+  all_claims = []
   for aux in AUX:
     for factors in FACTORS[:-1]:
       name = row(*factors, aux)
-      some.append(
+      all_claims.append(
         Claim(
           f'capacity factor {factors[0]:g}, {aux}, is as good as 4',
           f'loss: {name} = {fullest[aux]} within {SAME}',
@@ -91,7 +91,7 @@ def claims() -> list[Claim]:
       )
   for factors in FACTORS:
     with_loss, without = (row(*factors, aux) for aux in AUX)
-    some.append(
+    all_claims.append(
       Claim(
         f'at capacity factor {factors[0]:g} it is as good without the loss',
         f'loss: {without} = {with_loss} within {SAME}',
@@ -100,14 +100,14 @@ def claims() -> list[Claim]:
     )
   for factors in FACTORS[:2]:
     with_loss, without = (row(*factors, aux) for aux in AUX)
-    some.append(
+    all_claims.append(
       Claim(
         f'at capacity factor {factors[0]:g} more is dropped without the loss',
         f'{finetuned.DROPPED.name}: {without} > {with_loss}',
         cells('dropped', without, with_loss),
       )
     )
-  return some
+  return all_claims
 
 
 STUDY = Study(

@@ -64,7 +64,7 @@ def config(steps: int):
   return config
 
 
-def named(K: int, slots: float, priority: bool = False) -> str:
+def model_name(K: int, slots: float, priority: bool = False) -> str:
   """Name of a model, by its choices and slots a token in training."""
   return f'top-{K}, CF {slots:g}{PRIORITY * priority}'
 
@@ -77,7 +77,7 @@ def _arm(K: int, slots: float, priority: bool) -> Arm:
     changes[f'{router}.second_policy'] = 'threshold'
   if priority:
     changes[f'{router}.slot_priority'] = 'batch_priority'
-  name = named(K, slots, priority)
+  name = model_name(K, slots, priority)
   # All experts are as wide as the dense layer.
   return top_k('wide ' * (K > 1) + name, K, K * HIDDEN, changes)
 
@@ -100,10 +100,10 @@ def row(model: str, slots: int | str = OWN) -> str:
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row for the dense twin, and one for each model and capacity."""
   del times
-  found = []
+  table = []
   for arm, runs in results.items():
     if arm == 'dense':
-      found.append(Row(arm, {'loss': list(map(byte_models.LOSS.of, runs))}))
+      table.append(Row(arm, {'loss': list(map(byte_models.LOSS.of, runs))}))
       continue
     model = arm.removeprefix('wide ')
     evals: dict[int | str, str] = {OWN: byte_models.EVAL}
@@ -113,8 +113,8 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
         'loss': [run[f'eval/{key}/loss'] for run in runs],
         DROPPED: [100 * run[f'eval/{key}/drop_rate'] for run in runs],
       }
-      found.append(Row(row(model, slots), values))
-  return found
+      table.append(Row(row(model, slots), values))
+  return table
 
 
 def cell(model: str, slots: int | str = OWN) -> str:
@@ -126,17 +126,21 @@ def cell(model: str, slots: int | str = OWN) -> str:
   return f'stmoe2022/table8/{model}/{column}'
 
 
-def better(text: str, own: tuple, other: tuple, note: str = '') -> Claim:
+def better(
+  text: str, better_row: tuple, worse_row: tuple, note: str = ''
+) -> Claim:
   """A claim that a row has a lower loss than another, with published numbers.
 
   Args:
     text: Text of the claim.
-    own: Arguments of `row` of the better row.
-    other: Those of the other one.
+    better_row: Arguments of `row` for the better row.
+    worse_row: Arguments of `row` for the other one.
     note: Reason why there are no published numbers; '' where there are.
   """
-  published = [] if note else [cell(*own), cell(*other)]
-  return Claim(text, f'loss: {row(*own)} < {row(*other)}', published, note)
+  published = [] if note else [cell(*better_row), cell(*worse_row)]
+  return Claim(
+    text, f'loss: {row(*better_row)} < {row(*worse_row)}', published, note
+  )
 
 
 def claims() -> list[Claim]:
@@ -147,31 +151,33 @@ def claims() -> list[Claim]:
       (model, 2),
       (model, OWN),
     )
-    for model in (named(1, 0.75), named(2, 0.75), named(2, 1.25))
+    for model in (model_name(1, 0.75), model_name(2, 0.75), model_name(2, 1.25))
   ]
   more += [
     better(
       f'top-{K}: 1.25 slots are better than 0.75',
-      (named(K, 1.25), OWN),
-      (named(K, 0.75), OWN),
+      (model_name(K, 1.25), OWN),
+      (model_name(K, 0.75), OWN),
     )
     for K in (1, 2)
   ]
   dense = ['stmoe2022/table8/top-1, CF 1.25/nlp_train_cf']
   dense.append('stmoe2022/table8/Dense-L/nlp_train_cf')
-  top1, top2 = named(1, 0.75), named(2, 0.75)
-  first, second = (named(K, 0.75, True) for K in (1, 2))
+  top1, top2 = model_name(1, 0.75), model_name(2, 0.75)
+  first, second = (model_name(K, 0.75, True) for K in (1, 2))
   return more + [
-    better('top-2 with two slots is better', (named(2, 2), OWN), (top2, OWN)),
+    better(
+      'top-2 with two slots is better', (model_name(2, 2), OWN), (top2, OWN)
+    ),
     Claim(
       'top-3 is as good as top-2 with two slots',
-      f'loss: {row(named(3, 2))} = {row(named(2, 2))} within {SAME}',
-      [cell(named(3, 2)), cell(named(2, 2))],
+      f'loss: {row(model_name(3, 2))} = {row(model_name(2, 2))} within {SAME}',
+      [cell(model_name(3, 2)), cell(model_name(2, 2))],
       'Experts are worth 0.096 nats a token there; the bound is half of that.',
     ),
     Claim(
       'top-1 beats the dense twin',
-      f'loss: {row(named(1, 1.25))} < dense',
+      f'loss: {row(model_name(1, 1.25))} < dense',
       dense,
     ),
     better('top-1: priority helps at 0.75', (first, OWN), (top1, OWN)),

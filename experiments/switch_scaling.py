@@ -92,7 +92,7 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
       for goal, *by_length in zip(target, *losses, strict=True)
     ]
     shorter, whole = (
-      [mine - twin for mine, twin in zip(of_length, target, strict=True)]
+      [loss - twin for loss, twin in zip(of_length, target, strict=True)]
       for of_length in (losses[1], losses[-1])
     )
     values = {

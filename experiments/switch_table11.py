@@ -1,4 +1,4 @@
-"""How a top-1 router explores: argmax, sampling, input dropout, input jitter.
+"""Exploration by a top-1 router: argmax, sampling, input dropout or jitter.
 
     python -m experiments.switch_table11 --preset=quick
 

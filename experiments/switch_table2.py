@@ -102,34 +102,36 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       numbers[f'routing/layer_{layer}/{name}'] = share
   (half,) = model_parts.halves(run.model, run.options.data.seq_len)
   size = run.options.batch_size
-  each = memory.all_to_all_bytes(half, run.options.model.width, size, E)
+  exchange_bytes = memory.all_to_all_bytes(
+    half, run.options.model.width, size, E
+  )
   tokens = size * run.options.data.seq_len
   for layer in run.model.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
-    numbers[f'routing/layer_{layer}/moved'] = 4 * E * each / tokens
+    numbers[f'routing/layer_{layer}/moved'] = 4 * E * exchange_bytes / tokens
   return numbers
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row of each arm, with what the router adds and what evaluation does."""
   del times
-  made = []
+  table = []
   for name, runs in results.items():
     row = STUDY.row_of(Arm(name, {}), results)
     whole, outside = (row.values[column] for column in FLIPPED.values())
-    own = {
+    differences = {
       MORE: [a - b for a, b in zip(whole, outside, strict=True)],
       AFTER: [
         run[f'eval/{LOW}/loss'] - run[f'eval/{EXACT}/loss'] for run in runs
       ],
     }
-    made.append(dataclasses.replace(row, values={**row.values, **own}))
-  return made
+    table.append(dataclasses.replace(row, values={**row.values, **differences}))
+  return table
 
 
 def claims() -> list[Claim]:
   """The paper's claims at both rates, and ours on what rounding does."""
-  found = []
+  paper_claims = []
   for rate in RATES:
     for text, sign, one, other in (
       ('bfloat16 is worse than float32', '>', LOW, EXACT),
@@ -139,9 +141,9 @@ def claims() -> list[Claim]:
       within = f' within {SAME}' if sign == '=' else ''
       cells = [f'switch2021/table2/{PAPER[name]}/nlp' for name in (one, other)]
       compared = f'loss: {one}{rate} {sign} {other}{rate}{within}'
-      found.append(Claim(text + rate, compared, cells))
+      paper_claims.append(Claim(text + rate, compared, cells))
   return [
-    *found,
+    *paper_claims,
     Claim(
       'a rounded router flips choices that the rest does not',
       f'{MORE}: {EXACT}{FIRST} > 0',

@@ -85,22 +85,22 @@ def arms(preset: Preset) -> list[Arm]:
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row of each arm with its spread, and of what the scale is worth."""
   del times
-  made = {}
+  by_name = {}
   for name in results:
     row = STUDY.row_of(Arm(name, {}), results)
     losses = np.array(row.values['loss'])
     distance = np.abs(losses - np.median(losses)).tolist()
     values = {**row.values, DISTANCE: distance}
-    made[name] = dataclasses.replace(row, values=values)
+    by_name[name] = dataclasses.replace(row, values=values)
   gains = []
   for model in MODELS:
     for rate in RATES:
-      usual, small = (made.get(arm_name(model, s, rate)) for s in SCALES)
+      usual, small = (by_name.get(arm_name(model, s, rate)) for s in SCALES)
       if usual and small:
-        whole = finetuned.minus(gain(model, rate), usual, small)
-        only = {'loss': whole.values['loss']}
-        gains.append(dataclasses.replace(whole, values=only))
-  return [*made.values(), *gains]
+        difference = finetuned.minus(gain(model, rate), usual, small)
+        only = {'loss': difference.values['loss']}
+        gains.append(dataclasses.replace(difference, values=only))
+  return [*by_name.values(), *gains]
 
 
 def claim(
@@ -122,10 +122,10 @@ def claim(
 
 def claims() -> list[Claim]:
   """The paper's claims at both rates, and ours about the dense twin."""
-  found = []
+  paper_claims = []
   for rate in RATES:
     small, usual = (arm_name('sparse', s, rate) for s in ('0.1x', '1.0x'))
-    found += [
+    paper_claims += [
       claim(f'0.1x has a lower loss{rate}', 'loss', small, usual, 'nlp'),
       claim(f'0.1x has less spread{rate}', DISTANCE, small, usual, 'sd'),
       claim(
@@ -137,7 +137,7 @@ def claims() -> list[Claim]:
     ]
   raised = ', raised rate'
   return [
-    *found,
+    *paper_claims,
     claim(
       'the dense model has a lower loss at 0.1x, too, at the raised rate',
       'loss',

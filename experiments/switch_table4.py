@@ -64,8 +64,8 @@ def arms(preset: Preset) -> list[Arm]:
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   """A row of each arm, with the gap of its two splits."""
   del times
-  made = (STUDY.row_of(arm, results) for arm in arms(Preset(1, 1)))
-  return [finetuned.with_gap(row) for row in made]
+  table = (STUDY.row_of(arm, results) for arm in arms(Preset(1, 1)))
+  return [finetuned.with_gap(row) for row in table]
 
 
 def cells(task: str, *rows: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""How much of a sparse teacher's gain does a dense student keep?
+"""Shares of a sparse teacher's gain that a dense student keeps.
 
     python -m experiments.switch_table6 --preset=quick
 
@@ -171,10 +171,10 @@ def row_of(results: Results, name: str, teacher: str, **row: Any) -> Row:
   if name != DENSE:
     values[GAIN.name] = gain.tolist()
   if name not in (DENSE, teacher):
-    whole = gain_of(results, teacher)
+    teacher_gain = gain_of(results, teacher)
     share = np.full_like(gain, np.nan)
-    if Interval.of(whole).sign() > 0:
-      share = 100 * ratios(gain, whole)
+    if Interval.of(teacher_gain).sign() > 0:
+      share = 100 * ratios(gain, teacher_gain)
     values[SHARE.name] = share.tolist()
   return Row(name, values, **row)
 

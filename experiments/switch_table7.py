@@ -1,4 +1,4 @@
-"""How much of the gain does a student keep, of larger and larger teachers?
+"""Shares of the gain that a student keeps, of larger and larger teachers.
 
     python -m experiments.switch_table7 --preset=quick
 
@@ -53,20 +53,20 @@ def arms(preset: Preset) -> list[Arm]:
 def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
   """Rows of the dense twins, of the teachers and of their students."""
   del times
-  made = [switch_table6.row_of(results, n, n) for n in (DENSE, LONG)]
+  table = [switch_table6.row_of(results, n, n) for n in (DENSE, LONG)]
   key = switch_table6.PARAMETERS
   for E in EXPERTS:
     teacher, student = teacher_of(E), student_of(E)
     if student not in results:  # a quick preset leaves some out
       continue
-    made.append(
+    table.append(
       switch_table6.row_of(results, teacher, teacher, line='teacher', x=E)
     )
     compression = [
       100 * (1 - small[key] / large[key])
       for small, large in zip(results[student], results[teacher], strict=True)
     ]
-    made.append(
+    table.append(
       switch_table6.row_of(
         results,
         student,
@@ -76,19 +76,19 @@ def rows(results: Results, times: Mapping[str, float]) -> Sequence[Row]:
         values={COMPRESSION.name: compression},
       )
     )
-  return made
+  return table
 
 
 def remarks(results: Results) -> str:
   """The denominators of the shares, and the control of the students."""
-  said = []
+  gains = []
   for E in EXPERTS:
     if teacher_of(E) in results:
       gain = Interval.of(switch_table6.gain_of(results, teacher_of(E)))
-      said.append(f'{gain:.4f} with {E} experts')
+      gains.append(f'{gain:.4f} with {E} experts')
   return (
     "Shares are of each teacher's gain over the dense twin, in nats a byte: "
-    f'{", ".join(said)}. {switch_table6.UNCLEAR} {switch_table6.BEHIND}'
+    f'{", ".join(gains)}. {switch_table6.UNCLEAR} {switch_table6.BEHIND}'
   )
 
 

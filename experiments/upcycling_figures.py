@@ -119,34 +119,40 @@ def untrained(gates: str) -> str:
 
 
 @functools.cache
-def _cheaper(name: str) -> float:
+def _cost_ratio(name: str) -> float:
   """The cost of a dense step over that of a sparse one, usual or a variant."""
   changes = VARIANTS.get(name, {})
   changes = {k: v for k, v in changes.items() if k.startswith(_MOE)}
-  dense, own = (counted.training_flops(config(1), c) for c in (_DENSE, changes))
-  return dense / own
+  dense, sparse = (
+    counted.training_flops(config(1), c) for c in (_DENSE, changes)
+  )
+  return dense / sparse
 
 
 def arms(preset: Preset) -> list[Arm]:
   """Each model at each cost, the variants, and models before training."""
   full = preset.start_steps
-  made = []
+  all_arms = []
   for model, changes in ((DENSE, _DENSE), (UPCYCLED, {}), (SCRATCH, {})):
     for extra in EXTRA:
-      steps = full * extra / 100 * (1 if model == DENSE else _cheaper(UPCYCLED))
-      own = {**changes, _TOTAL: max(round(steps), 2)}
+      steps = (
+        full * extra / 100 * (1 if model == DENSE else _cost_ratio(UPCYCLED))
+      )
+      overrides = {**changes, _TOTAL: max(round(steps), 2)}
       if model == DENSE:
-        own['init_from.keep_optimizer'] = True
+        overrides['init_from.keep_optimizer'] = True
       start = '' if model == SCRATCH else SUNK
-      made.append(Arm(at(model, extra), own, model, extra, start))
+      all_arms.append(Arm(at(model, extra), overrides, model, extra, start))
   for name, changes in VARIANTS.items():
-    steps = max(round(full * USUAL / 100 * _cheaper(name)), 2)
-    made.append(Arm(variant(name), {**changes, _TOTAL: steps}, start=SUNK))
+    steps = max(round(full * USUAL / 100 * _cost_ratio(name)), 2)
+    all_arms.append(Arm(variant(name), {**changes, _TOTAL: steps}, start=SUNK))
   for gates in GATES:
-    still = {_TOTAL: 1, 'optimizer.learning_rate': 0.0}
+    no_training = {_TOTAL: 1, 'optimizer.learning_rate': 0.0}
     router = {f'{_MOE}.router.token_choice.gates': gates}
-    made.append(Arm(untrained(gates), {**router, **still}, start=SUNK))
-  return made
+    all_arms.append(
+      Arm(untrained(gates), {**router, **no_training}, start=SUNK)
+    )
+  return all_arms
 
 
 def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
@@ -155,14 +161,16 @@ def rows(results: Results, times: Mapping[str, float]) -> list[Row]:
   ran = [
     arm for arm in arms(Preset(1, 1, start_steps=1)) if arm.name in results
   ]
-  made = {arm.name: STUDY.row_of(arm, results) for arm in ran}
-  made[SUNK] = STUDY.row_of(Arm(SUNK, {}), results)
+  by_name = {arm.name: STUDY.row_of(arm, results) for arm in ran}
+  by_name[SUNK] = STUDY.row_of(Arm(SUNK, {}), results)
   for gain, other in ((OVER_DENSE, DENSE), (OVER_SCRATCH, SCRATCH)):
     for extra in EXTRA:
       name, pair = at(gain, extra), (at(other, extra), at(UPCYCLED, extra))
-      if all(own in made for own in pair):
-        made[name] = finetuned.minus(name, *(made[own] for own in pair))
-  return list(made.values())
+      if all(arm_name in by_name for arm_name in pair):
+        by_name[name] = finetuned.minus(
+          name, *(by_name[arm_name] for arm_name in pair)
+        )
+  return list(by_name.values())
 
 
 def better(row: str, than: str, note: str = '', published: str = '') -> Claim:

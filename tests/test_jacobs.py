@@ -178,7 +178,7 @@ def test_targets_of_every_kind():
   linear = jacobs_problems.problem(source, 'linear_pairs', 0.2)
   np.testing.assert_array_equal(linear.train.targets, pairs)
   assert linear.expert_output == 'linear' and linear.error == 0.2
-  assert 'linear outputs' in linear.says and max(linear.rates) == 2
+  assert 'linear outputs' in linear.description and max(linear.rates) == 2
   one_hot = jacobs_problems.problem(source, 'one_hot').train.targets
   np.testing.assert_array_equal(one_hot.argmax(-1), labels)
   assert (one_hot.sum(-1) == 1).all()

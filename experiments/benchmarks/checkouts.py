@@ -118,8 +118,8 @@ def compare(
     )
     for case in cases
   ]
-  more = [arrays[side, other] - arrays[side, base] for side in sides]
-  return [*rows, _row(f'{other} minus {base}', *more, None)]
+  differences = [arrays[side, other] - arrays[side, base] for side in sides]
+  return [*rows, _row(f'{other} minus {base}', *differences, None)]
 
 
 def _row(case, old, new, same_losses) -> dict[str, Any]:

@@ -64,14 +64,14 @@ def _caption(report: Report) -> str:
   return text
 
 
-def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
+def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
   """Lines that say whether the step fits, and the answer of each.
 
   Args:
     topology: Topology that the step was compiled for.
     device: Name of the device whose memory is compared; '' takes the
       topology's device, or where that is a CPU every known device.
-    needed: Bytes that the step needs on a device.
+    needed_bytes: Bytes that the step needs on a device.
 
   Raises:
     ValueError: The device is unknown.
@@ -83,10 +83,10 @@ def verdicts(topology: str, device: str, needed: int) -> dict[str, bool]:
   lines = {}
   for name in names:
     candidate = devices.get(name)
-    fits = needed <= candidate.num_bytes
+    fits = needed_bytes <= candidate.num_bytes
     lines[
       f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '
-      f'{cost.in_bytes(needed)} of {cost.in_bytes(candidate.num_bytes)} '
-      f'({needed / max(candidate.num_bytes, 1):.0%})'
+      f'{cost.in_bytes(needed_bytes)} of {cost.in_bytes(candidate.num_bytes)} '
+      f'({needed_bytes / max(candidate.num_bytes, 1):.0%})'
     ] = fits
   return lines

@@ -51,7 +51,7 @@ def products(
   share = sizes['num_experts_per_tok'] / sizes['num_local_experts']
 
   def through_layers(x, served, rows):
-    """Multiplies x by every kernel; its first rows by those of experts."""
+    """Multiplies x by every kernel, and its first rows by experts' kernels."""
     for kernels, experts in layers:
       for kernel in kernels:
         x = _changed(x, x @ kernel)

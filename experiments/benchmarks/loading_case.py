@@ -26,8 +26,8 @@ from moe_jax import interop, partitioning
 def memory() -> dict[str, int]:
   """The resident bytes of this process by Linux' names; VmHWM is the peak."""
   text = pathlib.Path('/proc/self/status').read_text(encoding='utf-8')
-  found = re.findall(r'^(VmHWM|VmRSS|RssAnon):\s+(\d+) kB$', text, re.MULTILINE)
-  return {name: 1024 * int(kilobytes) for name, kilobytes in found}
+  rows = re.findall(r'^(VmHWM|VmRSS|RssAnon):\s+(\d+) kB$', text, re.MULTILINE)
+  return {name: 1024 * int(kilobytes) for name, kilobytes in rows}
 
 
 def measure(folder: str, axes: dict[str, int]) -> dict[str, Any]:

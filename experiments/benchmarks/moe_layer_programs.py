@@ -127,16 +127,16 @@ def layer_function(module: MoE, backward: bool) -> Callable[..., Any]:
     y, aux = module.apply({'params': params}, x)
     return (y, aux.balance_loss), aux
 
-  def both(params, x, dy):
+  def forward_backward(params, x, dy):
     (y, _), pull, aux = jax.vjp(forward, params, x, has_aux=True)
     return y, aux, pull((dy, _BALANCE_WEIGHT / aux.stats.tokens))
 
-  def alone(params, x, dy):
+  def forward_only(params, x, dy):
     del dy
     (y, _), aux = forward(params, x)
     return y, aux
 
-  return both if backward else alone
+  return forward_backward if backward else forward_only
 
 
 def with_gradient(function: Callable[..., Array], backward: bool):
@@ -145,11 +145,13 @@ def with_gradient(function: Callable[..., Array], backward: bool):
   With `backward` it returns the gradients of params and x too.
   """
 
-  def both(params, x, dy, *more):
+  def gradients(params, x, dy, *more):
     y, pull = jax.vjp(lambda p, x: function(p, x, *more), params, x)
     return y, pull(dy)
 
-  return both if backward else lambda p, x, dy, *more: function(p, x, *more)
+  return (
+    gradients if backward else lambda p, x, dy, *more: function(p, x, *more)
+  )
 
 
 def dense_functions(sizes: Sizes) -> dict[str, Callable[..., Array]]:

@@ -168,7 +168,7 @@ def measure_scaling(
     seconds=seconds,
     least=3,
   )
-  over = {
+  over_roofline = {
     key: [
       t / works[key].seconds(p)
       for t, p in zip(times[key], peaks_by_round, strict=True)
@@ -182,8 +182,11 @@ def measure_scaling(
       'tokens': E * rows_per_expert,
       **_numbers(times[E, name], program),
       **timing.reached(times[E, name], works[E, name], peaks_by_round),
-      **_columns('over_roofline', timing.Spread.of(over[E, name])),
-      **_columns('growth', timing.ratio(over[E, name], over[experts[0], name])),
+      **_columns('over_roofline', timing.Spread.of(over_roofline[E, name])),
+      **_columns(
+        'growth',
+        timing.ratio(over_roofline[E, name], over_roofline[experts[0], name]),
+      ),
       'gradient_bytes': sizes.kernel_bytes(E),
     }
     for (E, name), program in programs.items()

@@ -30,7 +30,7 @@ def report(
   """All tables and the meaning of their columns, in Markdown."""
   f = timing.facts()
   s = sizes
-  parts = [
+  sections = [
     '# One sparse layer against dense layers and bare products\n\n'
     f'{f["device"]} ({f["devices"]}, {f["cores"]} cores), {f["date"]}, jax '
     f'{f["jax"]}. N={s.num_tokens:,} tokens, M={s.width:,}, F={s.hidden:,}, '
@@ -55,13 +55,13 @@ def report(
     bare_table(rows),
   ]
   if scaling:
-    parts += [
+    sections += [
       '## Growth with E\n\n'
       f'{scaling[0]["tokens"] // scaling[0]["E"]} tokens an expert, K=1, '
       'uniform routing, forward+backward; all rows interleaved.\n',
       scaling_table(scaling),
     ]
-  return '\n'.join(parts)
+  return '\n'.join(sections)
 
 
 FOOTNOTE = (

@@ -25,7 +25,7 @@ ABOUT = (
   'M=128, F=512, 4 layers, 12 rows of 64 characters, float32: forward, '
   "backward, clipping, AdamW; PyTorch's step in a process of its own.",
 )
-_CHARACTERS = 65  # of tiny Shakespeare
+_CHARACTERS = 65  # number of different characters in tiny Shakespeare
 
 
 def config() -> ml_collections.ConfigDict:
@@ -67,8 +67,8 @@ def nanogpt_model(options: RunConfig) -> Any:
 
     def forward(self, x):
       B, T, M = x.shape
-      parts = self.qkv(self.norms[0](x)).split(M, dim=2)
-      heads = (part.view(B, T, H, M // H).transpose(1, 2) for part in parts)
+      qkv = self.qkv(self.norms[0](x)).split(M, dim=2)
+      heads = (part.view(B, T, H, M // H).transpose(1, 2) for part in qkv)
       attend = nn.functional.scaled_dot_product_attention
       y = attend(*heads, is_causal=True).transpose(1, 2).reshape(B, T, M)
       x = x + self.out(y)

@@ -33,9 +33,9 @@ SIZES = {
   'data': {'seq_len': 256, 'target_len': 64},
   'optimizer': {
     'kind': 'adamw',
-    # So small that routing stays as it begins: at a rate that learns, a few
-    # steps on one batch leave every token of a layer to one expert, and
-    # PyTorch's optimizer passes over those without a gradient.
+    # The rate is so small that routing stays as it begins: at a rate that
+    # learns, a few steps on one batch leave every token of a layer to one
+    # expert, and PyTorch's optimizer passes over those without a gradient.
     'learning_rate': 1e-8,
     'schedule': {'kind': 'constant'},
     'b1': 0.9,

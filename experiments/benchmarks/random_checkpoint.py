@@ -119,16 +119,16 @@ def _files(
   shapes: Mapping[str, tuple[int, ...]], file_bytes: float
 ) -> Iterator[dict[str, tuple[int, ...]]]:
   """The tensors of each file, in the order of their names."""
-  held: dict[str, tuple[int, ...]] = {}
+  tensors: dict[str, tuple[int, ...]] = {}
   size = 0
   for name, shape in sorted(shapes.items()):
-    own = 2 * math.prod(shape)
-    if held and size + own > file_bytes:
-      yield held
-      held, size = {}, 0
-    held[name] = shape
-    size += own
-  yield held
+    num_bytes = 2 * math.prod(shape)
+    if tensors and size + num_bytes > file_bytes:
+      yield tensors
+      tensors, size = {}, 0
+    tensors[name] = shape
+    size += num_bytes
+  yield tensors
 
 
 def _drawn(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -114,9 +114,9 @@ def _wrong(
   assert len(numbers) == len(starts), (len(numbers), len(starts))
   ends = np.append(starts[1:], len(tokens))
   wrong = 0
-  for place in np.random.default_rng().integers(0, len(starts), count):
-    ids = tokens[starts[place] : ends[place]]
-    expected = tokenizer.encode(corpus.document(int(numbers[place])))
+  for index in np.random.default_rng().integers(0, len(starts), count):
+    ids = tokens[starts[index] : ends[index]]
+    expected = tokenizer.encode(corpus.document(int(numbers[index])))
     wrong += not np.array_equal(ids, np.append(expected, tokenizer.eos_id))
   return wrong
 

@@ -15,7 +15,7 @@ from moe_jax.data import SPLITS, PythonStdlibSource
 from moe_jax.data.sources.python_stdlib import split_of
 
 _FILE_BYTES = 2**28
-_LONGEST = 6000  # characters of a document
+_LONGEST = 6000  # largest number of characters of a document
 
 
 @functools.cache

@@ -253,8 +253,8 @@ def write(
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
     writer.writerows(rows)
-  made = {**facts(), 'command': command_of(sys.argv)}
-  results = {'facts': made, **metadata, 'rows': list(rows)}
+  provenance = {**facts(), 'command': command_of(sys.argv)}
+  results = {'facts': provenance, **metadata, 'rows': list(rows)}
   (folder / 'results.json').write_text(
     json.dumps(results, indent=2) + '\n', encoding='utf-8'
   )

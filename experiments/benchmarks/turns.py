@@ -21,7 +21,7 @@ PAUSE = 'pause'
 def turns(programs: Callable[[], Runs]) -> Iterator[Runs]:
   """The programs as functions that run them in the other process.
 
-  The last of them is a pause, as the threads of PyTorch wait for their next
+  The last function is a pause, as the threads of PyTorch wait for their next
   work on the processors: let no other case follow the programs at once.
 
   Args:
@@ -29,21 +29,23 @@ def turns(programs: Callable[[], Runs]) -> Iterator[Runs]:
       for the programs by name.
   """
   context = multiprocessing.get_context('spawn')
-  here, there = context.Pipe()
-  process = context.Process(target=_serve, args=(there, programs), daemon=True)
+  parent_end, child_end = context.Pipe()
+  process = context.Process(
+    target=_serve, args=(child_end, programs), daemon=True
+  )
   process.start()
-  there.close()
+  child_end.close()
 
   def run(name):
-    here.send(name)
-    here.recv()
+    parent_end.send(name)
+    parent_end.recv()
 
   try:
-    names = here.recv()
+    names = parent_end.recv()
     pause = {PAUSE: functools.partial(time.sleep, 0.1)}
     yield {name: functools.partial(run, name) for name in names} | pause
   finally:
-    here.close()
+    parent_end.close()
     process.join()
 
 
@@ -57,12 +59,12 @@ def check_installed(*names: str) -> None:
 
 
 def _serve(connection: Connection, programs: Callable[[], Runs]) -> None:
-  made = programs()
-  connection.send(list(made))
+  runs = programs()
+  connection.send(list(runs))
   while True:
     try:
       name = connection.recv()
     except EOFError:
       return
-    made[name]()
+    runs[name]()
     connection.send(None)

@@ -47,7 +47,7 @@ _BY_LINK = '; the rules of shadowing are given one link as that of each device'
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """A described machine, with what FasterMoE's rules know of it.
+  """A described machine, with the numbers that FasterMoE's rules read.
 
   Attributes:
     topology: Devices and links.
@@ -149,14 +149,14 @@ def _v100s(
   )
   kind = 'V100-PCIe' if name == 'johnny' else 'V100-SXM2'
   row = 'johnny, 16xV100' if name == 'johnny' else 'trevor, 64 GPUs'
-  said = (
+  words = (
     f'{name}: {num_nodes} nodes of {per_node} {kind}, EDR at '
     f'{network * 8e-9:g} Gb/s a node, products at {GEMM:.0%} of the peak (from '
     f'the paper); peak {peak / 1e12:g} TFLOP/s of {dtype} (assumed: nominal, '
     f'NVIDIA), {link} {local / 1e9:g} GB/s each way between a device and the '
     f'switch of its node (assumed: nominal){_BY_NODE}'
   )
-  return Cluster(machine, network, local, num_nodes, BYTES[dtype], row, said)
+  return Cluster(machine, network, local, num_nodes, BYTES[dtype], row, words)
 
 
 def _nodes(
@@ -190,7 +190,7 @@ def _nodes(
 def _torus(name: str, shape: list[int]) -> Cluster:
   peak, link = 197e12, 50e9
   machine = topology.torus(name, shape, link=link, flops_per_second=GEMM * peak)
-  said = (
+  words = (
     f'{name}: a torus of {"x".join(map(str, shape))} TPU v5e (described; none '
     f'in the paper), peak {peak / 1e12:g} TFLOP/s of bfloat16 (assumed: '
     f'nominal, Google) at {GEMM:.0%}, {link / 1e9:g} GB/s each way on a link '
@@ -198,4 +198,4 @@ def _torus(name: str, shape: list[int]) -> Cluster:
     'from the last coordinate to the first (assumed; a small slice may lack '
     f'it){_BY_LINK}'
   )
-  return Cluster(machine, link, link, 1, 2, '', said)
+  return Cluster(machine, link, link, 1, 2, '', words)

@@ -93,8 +93,8 @@ def recorded(
   kind = kind or ('train' if 'train' in trace.kinds else trace.kinds[0])
   steps = trace.steps_of(kind)
   if most:
-    places = np.linspace(0, len(steps) - 1, min(most, len(steps)))
-    steps = {steps[round(place)] for place in places}
+    positions = np.linspace(0, len(steps) - 1, min(most, len(steps)))
+    steps = {steps[round(position)] for position in positions}
   for record in trace.records(kind, steps):
     if record.sequence:
       continue
@@ -273,12 +273,12 @@ def _stand_in(
 ) -> Float[np.ndarray, 'N E']:
   """Logits whose probabilities are the gates, and below them chance.
 
-  The other experts share what is left of the probability, in a random order.
+  The other experts share the remaining probability, in a random order.
   """
   (N, K), E = chosen.expert.shape, chosen.num_experts
   gates = np.clip(np.where(chosen.expert >= 0, chosen.gate, 1.0), 1e-6, 1.0)
-  left = np.clip(1 - gates.sum(-1), 1e-9, 1) / max(E - K, 1)
-  below = np.log(np.minimum(left, gates.min(-1)))[:, None]
+  remaining = np.clip(1 - gates.sum(-1), 1e-9, 1) / max(E - K, 1)
+  below = np.log(np.minimum(remaining, gates.min(-1)))[:, None]
   logits = below - 1e-3 * (1 + rng.random((N, E), np.float32))
   tokens, k = np.nonzero(chosen.expert >= 0)
   logits[tokens, chosen.expert[tokens, k]] = np.log(gates[tokens, k])

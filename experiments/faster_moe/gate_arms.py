@@ -109,10 +109,10 @@ def _counter(model):
 
   @jax.jit
   def counts(variables, batch):
-    _, kept = model.apply(
+    _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-    layers = model.layer_trees(kept['intermediates'])
+    layers = model.layer_trees(collections['intermediates'])
     counted = [sown_leaving(layers[i]) for i in model.sparse_layers]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).sum(), *counted)
 

@@ -108,12 +108,12 @@ def _simulate(
   arm: Arm, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
 ) -> Simulated:
   shadowed = _shadowed(arm.rule, cluster, counts, sizes)
-  parts = [
+  chunks = [
     _steps(arm, cluster, counts[i : i + _AT_ONCE], mask, sizes)
     for i in range(0, len(counts), _AT_ONCE)
     for mask in [shadowed[i : i + _AT_ONCE]]
   ]
-  seconds, bound, ratio = map(np.concatenate, zip(*parts, strict=True))
+  seconds, bound, ratio = map(np.concatenate, zip(*chunks, strict=True))
   number = shadowed.sum(-1)
   largest = np.array([shadowing.rows_of(one).max() for one in counts])
   rows = counts.sum((1, 2))
@@ -150,14 +150,14 @@ def _best(
 ) -> Bool[np.ndarray, 'R E']:
   """The most popular experts, up to half of them, that save most seconds."""
   order = np.argsort(-counts.sum(-1), axis=-1, kind='stable')
-  place = np.argsort(order, axis=-1)  # of each expert by popularity
+  rank = np.argsort(order, axis=-1)  # each expert's, by popularity
   seconds = [
     schedule_model.step(
-      cluster.topology, counts, sizes, shadowed=place < r
+      cluster.topology, counts, sizes, shadowed=rank < r
     ).sequential
     for r in range(counts.shape[1] // 2 + 1)
   ]
-  return place < np.argmin(seconds, 0)[:, None]
+  return rank < np.argmin(seconds, 0)[:, None]
 
 
 def _steps(arm, cluster, counts, shadowed, sizes) -> tuple[np.ndarray, ...]:

@@ -122,8 +122,8 @@ def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
       f'F={case.sizes.F:,}',
       fontsize=8,
     )
-    own, labels = ax.get_legend_handles_labels()
-    handles |= dict(zip(labels, own, strict=True))
+    ax_handles, labels = ax.get_legend_handles_labels()
+    handles |= dict(zip(labels, ax_handles, strict=True))
   axes[0].set_ylabel('SIMULATED TFLOP/s of a device', fontsize=8)
   figure.legend(
     handles.values(), handles, loc='outside lower center', ncols=4, fontsize=7

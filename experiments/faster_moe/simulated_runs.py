@@ -53,15 +53,15 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   if not run.options.trace.every_steps:
     return gate_arms.shares(run, state)
-  found: dict[str, float] = {}
+  all_numbers: dict[str, float] = {}
   for name in clusters.NAMES:
     cluster = clusters.get(name)
     if cluster.num_devices == run.model.moe.num_experts:
       for source, counts in _sources(run, cluster):
         for arm, numbers in of_counts(cluster, counts).items():
           beginning = prefix_of(name, source, arm)
-          found |= {f'{beginning}/{k}': v for k, v in numbers.items()}
-  return found
+          all_numbers |= {f'{beginning}/{k}': v for k, v in numbers.items()}
+  return all_numbers
 
 
 def _sources(run: Run, cluster: Cluster) -> Iterator[tuple[str, Counts]]:

@@ -43,14 +43,14 @@ CSV_COLUMNS = (
 
 
 class Case(NamedTuple):
-  """Some counts on a cluster, and what is simulated for them.
+  """Counts on a cluster, and the training steps simulated for them.
 
   Attributes:
     source: Name of the trace or of the drawn counts.
     cluster: The machine.
     sizes: The sizes of the simulated experts.
     counts: The rows of each device that choose each expert.
-    arms: What was simulated, by name of the arm.
+    arms: Simulated training steps, by name of the arm.
   """
 
   source: str

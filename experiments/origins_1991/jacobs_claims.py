@@ -51,7 +51,7 @@ def _epochs(text: str, row: str, sign: str, than: str, note: str = '') -> Claim:
   return Claim(text, f'epochs: {row} {sign} {than}', cells, note)
 
 
-def _ours(text: str, compared: str, changes: Sequence[str] = ()) -> Claim:
+def _own_claim(text: str, compared: str, changes: Sequence[str] = ()) -> Claim:
   """A claim of our own, which the paper has no number for."""
   return Claim(text, compared, note='The paper has no number.', changes=changes)
 
@@ -98,36 +98,36 @@ CLAIMS = (
       ('8 experts need fewer than 4', _EIGHT, _FOUR),
     )
   ),
-  _ours(
+  _own_claim(
     'equation 1.3 needs fewer epochs than equation 1.2',
     f'epochs: {_FOUR} < 4 experts, gated',
   ),
   *(
-    _ours(
-      f'a gate decides more with equation 1.{mine} than 1.{other}',
-      f'gate entropy: 4 experts, {LOSSES[mine - 1]} < '
+    _own_claim(
+      f'a gate decides more with equation 1.{number} than 1.{other}',
+      f'gate entropy: 4 experts, {LOSSES[number - 1]} < '
       f'4 experts, {LOSSES[other - 1]}',
     )
-    for mine, other in _ORDER
+    for number, other in _ORDER
   ),
   *(
-    _ours(
-      f'who is chosen says more of a case with 1.{mine} than with 1.{other}',
-      f'I(expert; case): 4 experts, {LOSSES[mine - 1]} > '
+    _own_claim(
+      f'who is chosen says more of a case with 1.{number} than with 1.{other}',
+      f'I(expert; case): 4 experts, {LOSSES[number - 1]} > '
       f'4 experts, {LOSSES[other - 1]}',
       _ADDED,
     )
-    for mine, other in _ORDER
+    for number, other in _ORDER
   ),
   *(
-    _ours(
+    _own_claim(
       f'more experts are in use with equation 1.3 than 1.{other}',
       f'experts in use: {_FOUR} > 4 experts, {LOSSES[other - 1]}',
       _ADDED,
     )
     for other in (1, 2)
   ),
-  _ours(
+  _own_claim(
     "a case's likeliest expert does better alone with equation 1.3 than 1.1",
     f'alone: {_FOUR} > 4 experts, cooperative',
   ),

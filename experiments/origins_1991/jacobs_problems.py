@@ -63,7 +63,7 @@ class Problem:
       training cases, of the mixture's outputs y and the targets d.
     rates: Learning rates to choose from, ascending.
     classes: Names of the classes.
-    says: Description of the targets in words.
+    description: Description of the targets in words.
   """
 
   train: Cases
@@ -72,7 +72,7 @@ class Problem:
   error: float
   rates: tuple[float, ...]
   classes: tuple[str, ...]
-  says: str
+  description: str
 
   def model(
     self, num_experts: int, loss: str, expert_hidden: int = 0
@@ -130,10 +130,12 @@ def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
     return Cases(features.reshape(len(labels), -1), targets, labels)
 
   names = source.classes
-  says = f'{len(names)} classes'
+  description = f'{len(names)} classes'
   if not one_hot:
-    says = f'[{names[0]}], [{names[2]}] against [{names[1]}], [{names[3]}]'
-    says += ', linear outputs' * (kind.expert_output == 'linear')
+    description = (
+      f'[{names[0]}], [{names[2]}] against [{names[1]}], [{names[3]}]'
+    )
+    description += ', linear outputs' * (kind.expert_output == 'linear')
   splits = cases('train'), cases('validation')
   kind = kind._replace(error=error or kind.error)
-  return Problem(*splits, *kind, names, says)
+  return Problem(*splits, *kind, names, description)

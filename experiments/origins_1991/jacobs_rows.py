@@ -63,11 +63,11 @@ def chosen(
   del times
   of_arms = sweeps(results)
   shared = best_rate(list(of_arms.values()))
-  own = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
+  best = {arm.name: best_rate([of_arms[arm.name]]) for arm in arms}
   return [
     Arm(
       arm.name + suffix,
-      {**arm.overrides, 'learning_rate': shared if suffix else own[arm.name]},
+      {**arm.overrides, 'learning_rate': shared if suffix else best[arm.name]},
       arm.name,
     )
     for suffix in ('', SHARED)
@@ -123,19 +123,19 @@ def _epochs(runs: Sequence[Result]) -> np.ndarray:
 
 def remarks(results: Results) -> str:
   """Text below the table: runs that failed, and what the columns mean."""
-  never, most = [], 0
+  failures, last = [], 0
   for suffix in ('', SHARED):
     for name in SYSTEMS:
       runs = results[name + suffix]
       missed = [run['epochs'] for run in runs if not run['reached']]
       if missed:
-        most = int(max(missed))
-        never.append(f'{name}{suffix}: {len(missed)} of {len(runs)}')
+        last = int(max(missed))
+        failures.append(f'{name}{suffix}: {len(missed)} of {len(runs)}')
   failed = 'All runs reached the criterion.'
-  if never:
+  if failures:
     failed = (
-      f'Runs that did not reach the criterion in {most:,} epochs, and count as '
-      f'if they did at the last: {"; ".join(never)}.'
+      f'Runs that did not reach the criterion in {last:,} epochs, and count as '
+      f'if they did at the last: {"; ".join(failures)}.'
     )
   sweep = next(iter(sweeps(results).values()))
   rates = ', '.join(f'{rate:g}' for rate in sweep)

@@ -17,7 +17,7 @@ from experiments.origins_1991.jacobs_problems import (
 )
 from experiments.origins_1991.jacobs_runs import train
 from experiments.study.jobs import Job
-from experiments.study.runner import Runner, made_in
+from experiments.study.runner import Runner, provenance
 from moe_jax import sections
 from moe_jax.data import SOURCES, ClassRows, ClassSource, SourceOptions
 from moe_jax.data.tasks.classes import digest_of
@@ -94,8 +94,8 @@ class DescentRunner(Runner):
       model, learned, rates, seeds, first.total_steps, first.patience
     )
     measures = [measured(model, learned, runs.at(r)) for r in range(len(rates))]
-    provenance = made_in(start)
-    provenance['minutes'] /= len(jobs)
+    facts = provenance(start)
+    facts['minutes'] /= len(jobs)
     digest = _digest(first.data.classes())
     for job, o in zip(jobs, options, strict=True):
       r, s = rates.index(o.learning_rate), seeds.index(o.seed)
@@ -107,7 +107,7 @@ class DescentRunner(Runner):
           **{name: float(v[s]) for name, v in measures[r].items()},
           'expert output': learned.expert_output,
           'data_digest': digest,
-          'made': provenance,
+          'made': facts,
         }
       )
 

@@ -98,12 +98,12 @@ def _epoch(model, cases, error, rate, state):
 @functools.partial(jax.jit, static_argnames=('model', 'most', 'patience'))
 def _train(model, params, cases, error, rates, most, patience):
   def at(least, rate):
-    many = jax.vmap(functools.partial(_epoch, model, cases, error, rate))
+    train_epoch = jax.vmap(functools.partial(_epoch, model, cases, error, rate))
 
     def chunk(carry):
       epochs, state = carry
       state, _ = jax.lax.scan(
-        lambda state, _: (many(state), None), state, length=CHUNK
+        lambda state, _: (train_epoch(state), None), state, length=CHUNK
       )
       return epochs + CHUNK, state
 
@@ -166,16 +166,16 @@ def train(
 def _path(model, params, cases, rate, every, count):
   nothing = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
 
-  def some(params, _):
-    one = functools.partial(_epoch, model, cases, -1.0, rate)
+  def train_epochs(params, _):
+    train_epoch = functools.partial(_epoch, model, cases, -1.0, rate)
     state = jax.lax.fori_loop(
-      0, every, lambda _, state: one(state), (params, *nothing)
+      0, every, lambda _, state: train_epoch(state), (params, *nothing)
     )
     return state[0], params
 
-  last, before = jax.lax.scan(some, params, length=count)
+  last, before = jax.lax.scan(train_epochs, params, length=count)
   return jax.tree.map(
-    lambda many, one: jnp.concatenate([many, one[None]]), before, last
+    lambda stack, end: jnp.concatenate([stack, end[None]]), before, last
   )
 
 

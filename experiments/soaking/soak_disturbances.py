@@ -75,13 +75,13 @@ class Processes:
         )
       self.all.append(process)
 
-  def left(self) -> list[subprocess.Popen]:
+  def running(self) -> list[subprocess.Popen]:
     """The processes that have not ended."""
     return [process for process in self.all if process.poll() is None]
 
-  def send(self, number: int, some: Sequence[subprocess.Popen]) -> None:
-    """Sends a signal to those of `some` that have not ended."""
-    for process in some:
+  def send(self, number: int, processes: Sequence[subprocess.Popen]) -> None:
+    """Sends a signal to those of the processes that have not ended."""
+    for process in processes:
       if process.poll() is None:
         process.send_signal(number)
 
@@ -92,10 +92,10 @@ class Processes:
       Whether all ended in time.
     """
     deadline = time.monotonic() + seconds
-    while self.left() and time.monotonic() < deadline:
+    while self.running() and time.monotonic() < deadline:
       time.sleep(0.05)
-    in_time = not self.left()
-    self.send(signal.SIGKILL, self.left())
+    in_time = not self.running()
+    self.send(signal.SIGKILL, self.running())
     for process in self.all:
       process.wait()
     return in_time
@@ -111,15 +111,15 @@ def disturb(
   """Sends a random signal to one or all processes at a random moment."""
   when = draw.choice(MOMENTS)
   sign = {'training': 'step', 'evaluation': 'evaluating'}.get(when)
-  while processes.left() and sign:
+  while processes.running() and sign:
     if any(sign in line for line in of_attempt(workdir, attempt)):
       break
     time.sleep(0.02)
   last = 0.1 if when == 'evaluation' else 6
   moment = time.monotonic() + draw.uniform(0, last)
-  while processes.left() and time.monotonic() < moment:
+  while processes.running() and time.monotonic() < moment:
     time.sleep(0.02)
-  if not processes.left():
+  if not processes.running():
     return  # the run finished before the moment came
   disturbance = draw.choice(DISTURBANCES)
   tally.counts[disturbance] += 1
@@ -138,15 +138,15 @@ def disturb(
 def contest(first: Processes, second: Processes, tally: Tally) -> Processes:
   """Waits until one of two who started at once is refused; gives the other."""
   deadline = time.monotonic() + HANG_SECONDS
-  both = (first, second)
-  while all(each.left() for each in both) and time.monotonic() < deadline:
+  pair = (first, second)
+  while all(side.running() for side in pair) and time.monotonic() < deadline:
     time.sleep(0.1)
-  over = [each for each in both if not each.left()]
-  refused = [each for each in over if any(p.returncode for p in each.all)]
-  if not over or len(refused) == 2:
+  ended = [side for side in pair if not side.running()]
+  refused = [side for side in ended if any(p.returncode for p in side.all)]
+  if not ended or len(refused) == 2:
     tally.fault(f'of two who started at once {len(refused)} were refused')
   tally.counts['starters refused'] += len(refused)
-  loser = (refused or over or [second])[0]
+  loser = (refused or ended or [second])[0]
   loser.wait(0)
   return first if loser is second else second
 

@@ -137,14 +137,16 @@ def count_batches(workdir, reference: dict[int, dict], tally: Tally) -> None:
   timeline, num_steps = {}, 0
   lines = witnessed(workdir)
   for attempt in sorted({line['attempt'] for line in lines}):
-    own = [line for line in lines if line['attempt'] == attempt]
-    begin = min([x['begin'] for x in own if 'begin' in x], default=None)
+    attempt_lines = [line for line in lines if line['attempt'] == attempt]
+    begin = min(
+      [x['begin'] for x in attempt_lines if 'begin' in x], default=None
+    )
     if begin is None:
       continue
     timeline = {k: v for k, v in timeline.items() if k < begin}
     if begin > 1 and begin - 1 not in timeline:
       tally.fault(f'step {begin - 1} is nowhere')
-    steps = batches_of(own)
+    steps = batches_of(attempt_lines)
     num_steps += len(steps)
     doubled = len(timeline.keys() & steps.keys())
     tally.counts['batches doubled'] += doubled

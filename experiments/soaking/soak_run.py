@@ -45,7 +45,7 @@ def make_options(
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
   config.distributed.heartbeat_timeout_seconds = 10
-  # How long processes wait for one that was killed while it started.
+  # Seconds that processes wait for one that was killed while it started.
   config.distributed.initialization_timeout_seconds = 45
   config.distributed.stall_timeout_seconds = 120
   corpus = {'modules': 'email,json,asyncio,unittest'}
@@ -97,8 +97,10 @@ class Witness(Hook):
 
     run.train_step = step
     run.evaluations = [
-      dataclasses.replace(each, measure=self._witnessed(each.measure))
-      for each in run.evaluations
+      dataclasses.replace(
+        evaluation, measure=self._witnessed(evaluation.measure)
+      )
+      for evaluation in run.evaluations
     ]
 
   def _witnessed(self, measure: Measure) -> Measure:
@@ -123,7 +125,7 @@ class Witness(Hook):
     if self._gradients:
       gradient = distributed.fetch(first_gradient(run, state, batch))
       if distributed.is_first():
-        np.savez(run.workdir / f'gradient_{number}.npz', **named(gradient))
+        np.savez(run.workdir / f'gradient_{number}.npz', **by_path(gradient))
     self._write(line)
 
   def _write(self, line: dict[str, Any]) -> None:
@@ -147,9 +149,9 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   )
   def compute(state, batch):
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    whole = normalizers(run.model, batch)
+    denominators = normalizers(run.model, batch)
     (loss, _), grads = grad_fn(
-      state.params, batch, whole, key, state.router_state
+      state.params, batch, denominators, key, state.router_state
     )
     return loss, grads
 
@@ -157,7 +159,7 @@ def first_gradient(run: Run, state: Any, batch: Any) -> dict[str, Any]:
   return {'loss': loss, 'grads': grads}
 
 
-def named(tree: Any) -> dict[str, np.ndarray]:
+def by_path(tree: Any) -> dict[str, np.ndarray]:
   """The leaves of a tree as numpy arrays, by path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
@@ -167,7 +169,7 @@ def digests(tree: Any) -> dict[str, str]:
   """The sha256 of every global array, by path; all processes must call this."""
   return {
     path: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
-    for path, leaf in named(distributed.fetch(tree)).items()
+    for path, leaf in by_path(distributed.fetch(tree)).items()
   }
 
 

@@ -65,12 +65,12 @@ def reached_at(
     losses: Final loss at each length.
   """
   lowest = np.fmin.accumulate(losses)
-  there = np.isfinite(lowest)
-  if not there.any():
+  is_finite = np.isfinite(lowest)
+  if not is_finite.any():
     return lengths[-1]
   # `interp` needs ascending points, and keeps the first and last value beyond.
-  logs = np.log(lengths)[there]
-  return float(np.exp(np.interp(-target, -lowest[there], logs)))
+  logs = np.log(lengths)[is_finite]
+  return float(np.exp(np.interp(-target, -lowest[is_finite], logs)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +109,21 @@ class Branch(Hook):
   """
 
   def __init__(self, job: Job, longer: Job):
-    own, other = (run_config.read(j.config) for j in (job, longer))
-    self._at = _stable_steps(own)
-    alike = dataclasses.replace(
-      other,
-      total_steps=own.total_steps,
-      log_every_steps=own.log_every_steps,
+    short, long = (run_config.read(j.config) for j in (job, longer))
+    self._at = _stable_steps(short)
+    expected = dataclasses.replace(
+      long,
+      total_steps=short.total_steps,
+      log_every_steps=short.log_every_steps,
     )
     warmups = {
-      o.optimizer.schedule.warmup_in(o.total_steps) for o in (own, other)
+      o.optimizer.schedule.warmup_in(o.total_steps) for o in (short, long)
     }
-    if own != alike or len(warmups) > 1 or self._at > _stable_steps(other):
+    if short != expected or len(warmups) > 1 or self._at > _stable_steps(long):
       raise ValueError(
         f'{job.name} and {longer.name} are no runs of one model and schedule '
-        f'that differ in total_steps={own.total_steps} and '
-        f'{other.total_steps} alone; their warm-ups have {sorted(warmups)} '
+        f'that differ in total_steps={short.total_steps} and '
+        f'{long.total_steps} alone; their warm-ups have {sorted(warmups)} '
         'steps'
       )
     self._longer = longer
@@ -152,10 +152,10 @@ class Branch(Hook):
     }
     with Checkpointer(
       checkpoints_of(self._longer.workdir, ''), keep_best=False
-    ) as given:
-      newest = given.newest_good()
+    ) as checkpointer:
+      newest = checkpointer.newest_good()
       if newest is None or newest < self._at:
-        given.save(self._at, state, extra=extra)
+        checkpointer.save(self._at, state, extra=extra)
 
 
 def _stable_steps(options: RunOptions) -> int:

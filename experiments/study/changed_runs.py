@@ -18,9 +18,9 @@ from moe_jax import data, evaluation, run_config
 def changed(job: Job) -> dict[str, Any]:
   """Makes a run of another one; returns its metrics.
 
-  They are those of the evaluations, named as in training, and the numbers that
-  the change returns, by the names that these have there. What a killed call has
-  left in the run's folder is removed first.
+  The metrics are those of the evaluations, named as in training, and the
+  numbers that the change returns, by the names that it gives them. Files that a
+  killed call has left in the run's folder are removed first.
 
   Args:
     job: A run whose arm has a change.

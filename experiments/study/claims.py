@@ -54,7 +54,7 @@ class Published:
       or '~', '<', '<=', '>' or '>='.
     unit: Unit of the number: '%', 'nats/token', 'x' (a ratio), 'B parameters'.
     better: Direction of better numbers, 'lower' or 'higher'; None for neither.
-    mark: How the number was verified, one of `MARKS`.
+    mark: Degree to which the number was verified, one of `MARKS`.
     note: Warning that is printed with the number, or ''.
 
   Raises:
@@ -129,13 +129,15 @@ def find(address: str) -> Published:
   """
   if address in load():
     return load()[address]
-  known = [name.split('/') for name in load()]
-  parts = address.split('/') + [''] * len(LEVELS)
+  known_paths = [name.split('/') for name in load()]
+  path = address.split('/') + [''] * len(LEVELS)
   for depth, level in enumerate(LEVELS):
-    have = {names[depth] for names in known}
-    if parts[depth] not in have:
-      raise unknown(f'{level} in {address!r}:', parts[depth], have)
-    known = [names for names in known if names[depth] == parts[depth]]
+    choices = {names[depth] for names in known_paths}
+    if path[depth] not in choices:
+      raise unknown(f'{level} in {address!r}:', path[depth], choices)
+    known_paths = [
+      names for names in known_paths if names[depth] == path[depth]
+    ]
   raise ValueError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
 
 

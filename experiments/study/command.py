@@ -36,8 +36,8 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
-  shown = argparse.SUPPRESS if study.starts is None else _START_HELP
-  add('--start_steps', type=count, default=0, help=shown)
+  start_help = argparse.SUPPRESS if study.starts is None else _START_HELP
+  add('--start_steps', type=count, default=0, help=start_help)
   add('--workers', type=count, default=0, help='runs at a time; 0: one a core')
   add('--task', default=study.task, choices=list(study.tasks), help='data set')
   add('--output', default='results', help='folder of results and runs')
@@ -120,13 +120,13 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   make = functools.partial(
     scheduled_runs.run_all, study.runner, num_workers=options.workers
   )
-  began: Results = {}
+  start_results: Results = {}
 
   def run(arms: Sequence[Arm], seeds: Sequence[int]) -> list[Job]:
     first = study.start_jobs(preset, shared, arms, seeds, output.parent)
     for level in first:
       make(jobs=level, column=_START_COLUMN)
-      began.update(scheduled_runs.read_all(level))
+      start_results.update(scheduled_runs.read_all(level))
     jobs = study.jobs(shared, arms, seeds, output, started(first))
     make(jobs=jobs, column=study.progress_column)
     return jobs
@@ -134,14 +134,14 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   explored: Results = {}
   timed: dict[str, times.StepTime] = {}
   for stage in study.explorations(preset) if study.explorations else []:
-    tried = stage.arms(arms, shared)
-    jobs = run(tried, stage.seeds)
+    trial_arms = stage.arms(arms, shared)
+    jobs = run(trial_arms, stage.seeds)
     explored = {**explored, **scheduled_runs.read_all(jobs)}
     if stage.timed is not None:
-      timed |= times.step_times(stage.timed(tried), jobs, output)
+      timed |= times.step_times(stage.timed(trial_arms), jobs, output)
     arms = stage.chosen(arms, explored, timed)
   jobs = run(arms, range(preset.seeds))
-  results = {**explored, **began, **scheduled_runs.read_all(jobs)}
+  results = {**explored, **start_results, **scheduled_runs.read_all(jobs)}
   return _Runs(arms, jobs, results, timed)
 
 
@@ -159,17 +159,17 @@ def _timed(
 
 def _changed(study: Study, options: argparse.Namespace) -> list[str]:
   """Arguments, other than the preset, that differ from their defaults."""
-  named = [
+  arguments = [
     f'--{name}={value}'
     for name in ('seeds', 'steps', 'start_steps', 'task')
     if (value := getattr(options, name)) not in (0, study.task)
   ]
-  return [*named, *options.flags]
+  return [*arguments, *options.flags]
 
 
 def _arguments(
   study: Study, options: argparse.Namespace, changed: Sequence[str]
 ) -> list[str]:
   """Arguments of the command that reproduces the table."""
-  named = [f'--preset={options.preset}'] * (len(study.presets) > 1)
-  return [*named, *changed]
+  preset_argument = [f'--preset={options.preset}'] * (len(study.presets) > 1)
+  return [*preset_argument, *changed]

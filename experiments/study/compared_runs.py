@@ -57,9 +57,9 @@ def read(folders: Sequence[pathlib.Path]) -> Groups:
     ValueError: A folder is given twice, holds no run or has no metrics; or
       losses of the runs are of other tokens or in other units.
   """
-  twice = {str(f) for f in folders if folders.count(f) > 1}
-  if twice:
-    raise ValueError(f'runs are given twice: {sorted(twice)}')
+  repeated = {str(f) for f in folders if folders.count(f) > 1}
+  if repeated:
+    raise ValueError(f'runs are given twice: {sorted(repeated)}')
   runs = [run_sections.read(folder) for folder in folders]
   for run in runs:
     if not run.rows:
@@ -69,29 +69,30 @@ def read(folders: Sequence[pathlib.Path]) -> Groups:
       )
   _check_losses(runs)
   groups: dict[tuple[str, int], list[Compared]] = {}
-  times: dict[tuple[str, int], int] = {}
+  repeats: dict[tuple[str, int], int] = {}
   for run in runs:
     config, seed = _config_text(run), run.config.get('seed', 0)
-    times[config, seed] = times.get((config, seed), -1) + 1
-    key = config, times[config, seed]
+    repeats[config, seed] = repeats.get((config, seed), -1) + 1
+    key = config, repeats[config, seed]
     groups.setdefault(key, []).append(Compared(run, seed, _last(run.rows)))
   return {_letter(i): group for i, group in enumerate(groups.values())}
 
 
 def _letter(number: int) -> str:
-  """'A' to 'Z', then 'A1' and so on."""
-  round_, place = divmod(number, 26)
-  return chr(ord('A') + place) + (str(round_) if round_ else '')
+  """The letter of a group: 'A' to 'Z', then 'A1' and so on."""
+  round_, index = divmod(number, 26)
+  return chr(ord('A') + index) + (str(round_) if round_ else '')
 
 
 def _check_losses(runs: Sequence[RunFolder]) -> None:
   """Raises ValueError where losses of two runs are of different things."""
+  readers = {'tokenizers': _tokenizer, 'units of losses': _unit}
   for run in runs[1:]:
-    for what, of in (('tokenizers', _tokenizer), ('units of losses', _unit)):
-      first, other = of(runs[0]), of(run)
+    for noun, read_of in readers.items():
+      first, other = read_of(runs[0]), read_of(run)
       if first != other:
         raise ValueError(
-          f'runs with different {what} cannot be compared: {runs[0].folder} '
+          f'runs with different {noun} cannot be compared: {runs[0].folder} '
           f'has {first:.60}, and {run.folder} has {other:.60}'
         )
 

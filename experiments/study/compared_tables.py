@@ -23,7 +23,7 @@ _QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 def tables(groups: Groups) -> list[ValueTable]:
   """The tables of a comparison, without those that would be empty."""
-  made = [
+  candidates = [
     _runs(groups),
     _configs(groups),
     _metrics(groups),
@@ -31,12 +31,12 @@ def tables(groups: Groups) -> list[ValueTable]:
     _paired(groups),
     *_routing(groups),
   ]
-  return [table for table in made if table.rows]
+  return [table for table in candidates if table.rows]
 
 
-def _texts(name, title, note, columns, rows, left=1) -> ValueTable:
-  """A table of texts, of which the first `left` columns are aligned left."""
-  forms = {key: '>' * (i >= left) for i, key in enumerate(columns)}
+def _texts(name, title, note, columns, rows, num_left=1) -> ValueTable:
+  """A table of texts, whose first `num_left` columns are aligned left."""
+  forms = {key: '>' * (i >= num_left) for i, key in enumerate(columns)}
   return ValueTable(name, title, note, forms, rows)
 
 
@@ -51,7 +51,7 @@ def _runs(groups: Groups) -> ValueTable:
   if len(ends) > 1:
     note += ' Runs end at different steps: last values are of those.'
   columns = ['group', 'run', 'seed', 'state']
-  return _texts('runs', 'Runs', note, columns, rows, left=4)
+  return _texts('runs', 'Runs', note, columns, rows, num_left=4)
 
 
 def _configs(groups: Groups) -> ValueTable:
@@ -64,7 +64,7 @@ def _configs(groups: Groups) -> ValueTable:
   ]
   title = 'Differences of the configs'
   columns = ['key', *groups]
-  return _texts('configs', title, '', columns, rows, left=len(columns))
+  return _texts('configs', title, '', columns, rows, num_left=len(columns))
 
 
 def _number(key: str, values: Sequence[float], sign: str = '') -> str:
@@ -110,15 +110,15 @@ def _losses(groups: Groups) -> ValueTable:
   return _texts('losses', 'Losses over steps', note, columns, rows)
 
 
-def _until(one: Compared, key: str, step: int) -> Sequence[float]:
+def _until(member: Compared, key: str, step: int) -> Sequence[float]:
   """The last value until a step, or nothing."""
-  steps, values = _curve(one, key)
+  steps, values = _curve(member, key)
   return values[steps <= step][-1:].tolist()
 
 
-def _curve(one: Compared, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(member: Compared, key: str) -> tuple[np.ndarray, np.ndarray]:
   """The steps at which a run has a metric, and its values."""
-  rows = [(row['step'], row[key]) for row in one.run.rows if key in row]
+  rows = [(row['step'], row[key]) for row in member.run.rows if key in row]
   pairs = np.array(rows, np.float64).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 
@@ -130,20 +130,22 @@ def _loss_keys(groups: Groups) -> list[str]:
 
 def _paired(groups: Groups) -> ValueTable:
   """Differences of each group to the first, of runs of equal seeds."""
-  (first, base), *others = groups.items()
-  of_seed = {one.seed: one.last for one in base}
+  (first, base), *other_groups = groups.items()
+  base_of = {one.seed: one.last for one in base}
   rows = []
-  for letter, group in others:
+  for letter, group in other_groups:
     pairs = [
-      (one.last, of_seed[one.seed]) for one in group if one.seed in of_seed
+      (one.last, base_of[one.seed]) for one in group if one.seed in base_of
     ]
     for key in _metrics_of_all(pairs):
-      differences = [mine[key] - other[key] for mine, other in pairs]
-      said = {-1: 'lower', 0: 'not told apart', 1: 'higher'}
+      differences = [
+        values[key] - base_values[key] for values, base_values in pairs
+      ]
+      words = {-1: 'lower', 0: 'not told apart', 1: 'higher'}
       sign = Interval.of(differences).sign()
       number = _number(key, differences, '+')
       rows.append(
-        [f'{letter} minus {first}', key, str(len(pairs)), number, said[sign]]
+        [f'{letter} minus {first}', key, str(len(pairs)), number, words[sign]]
       )
   note = (
     'Last values of runs of equal seeds; with a single one there is no '
@@ -151,7 +153,7 @@ def _paired(groups: Groups) -> ValueTable:
     'zero.'
   )
   columns = ['groups', 'metric', 'seeds', 'difference', 'so']
-  return _texts('paired', 'Paired differences', note, columns, rows, left=2)
+  return _texts('paired', 'Paired differences', note, columns, rows, num_left=2)
 
 
 def _metrics_of_all(pairs: Sequence[tuple[Mapping, Mapping]]) -> Iterator[str]:
@@ -167,12 +169,12 @@ def _routing(groups: Groups) -> Iterator[ValueTable]:
   reports: dict[str, list[tuple[str, ValueTable]]] = {}
   for letter, group in groups.items():
     for one in group:
-      of_seed = f', seed {one.seed}' * (len(group) > 1)
+      seed_text = f', seed {one.seed}' * (len(group) > 1)
       for table in run_sections.routing(one.run.folder)[0]:
-        reports.setdefault(table.name, []).append((letter + of_seed, table))
-  for found in reports.values():
-    table = found[0][1]
-    rows = [[label, *row] for label, one in found for row in one.rows]
+        reports.setdefault(table.name, []).append((letter + seed_text, table))
+  for labelled in reports.values():
+    table = labelled[0][1]
+    rows = [[label, *row] for label, one in labelled for row in one.rows]
     layer = list(table.columns).index('layer') + 1
     rows.sort(key=lambda row: int(row[layer]))
     columns = {'run': '', **table.columns}
@@ -197,8 +199,8 @@ def _figure(groups: Groups, key: str, unit: str) -> Canvas:
         continue
       values = plots.smooth(values, 2 * (len(values) // 50) + 1)
       label = letter if j == 0 else '_'
-      few = max(1, len(steps) // 12)
-      axes.plot(steps, values, **style, markevery=few, label=label)
+      mark_spacing = max(1, len(steps) // 12)
+      axes.plot(steps, values, **style, markevery=mark_spacing, label=label)
       in_view.append(values[len(values) // 20 :])
   plot_style.label_axes(axes, key, unit)
   plot_style.room_around(axes, np.concatenate(in_view))

@@ -33,7 +33,7 @@ def training_flops(
 
   Args:
     config: The config that the arms of a study share.
-    overrides: What an arm changes in it, by dotted name.
+    overrides: Values that an arm changes in the config, by dotted name.
 
   Raises:
     ValueError: The overrides do not fit, or the model reads no tokens.

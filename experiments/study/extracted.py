@@ -65,26 +65,30 @@ def _extraction(setting: Setting, options, variables) -> dict[str, float]:
     part = dataclasses.replace(
       setting, model=model, dataset=setting.dataset.parts[language]
     )
-    own = {'params': small.params}
-    losses.append(float(Losses.of(part, 0)(own, 0)['loss']))
+    small_variables = {'params': small.params}
+    losses.append(float(Losses.of(part, 0)(small_variables, 0)['loss']))
     sizes.append(bytes_in_memory(small.params['decoder']))
   return {
     'extracted/loss': float(np.mean(losses)),
     'extracted/bytes': float(np.mean(sizes)),
-    'extracted/speed': _speed(setting, variables, model, own, number),
+    'extracted/speed': _speed(
+      setting, variables, model, small_variables, number
+    ),
   }
 
 
-def _speed(setting: Setting, variables, model, own, task: int) -> float:
-  """Tokens a second of one task's own model over those of the whole one."""
+def _speed(
+  setting: Setting, variables, model, small_variables, task: int
+) -> float:
+  """Tokens a second of one task's extracted model over the whole model's."""
   prompts = served.prompts_of(setting.dataset.splits['validation'])
-  given = setting.dataset.tokenizer, prompts
+  inputs = setting.dataset.tokenizer, prompts
   times = timing.interleave(
     {
       'whole': served.generating(
-        setting.model, variables, *given, [task] * len(prompts)
+        setting.model, variables, *inputs, [task] * len(prompts)
       ),
-      'own': served.generating(model, own, *given),
+      'own': served.generating(model, small_variables, *inputs),
     },
     seconds=served.SECONDS,
   )

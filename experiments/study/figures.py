@@ -16,7 +16,7 @@ from moe_jax.analysis import plot_style
 # Markers by the side of the paper's row: below, above or beside the other row.
 _SIDES = {'lower': '<v', 'higher': '>^', 'equal': 'DD'}
 PAPER = 'side on which the paper has a row (checked)'
-_LETTERS = 34  # in a line of a label
+_LETTERS = 34  # number of letters in a line of a label
 
 
 def draw(spec: Figure, summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -46,12 +46,12 @@ def canvas(
   rows = [row for row in summary['rows'] if spec.keeps(row['name'])]
   names = _names(rows)
   lines, across = grid(len(panels))
-  beside = [
-    _beside(rows, panels[line * across :][:across]) for line in range(lines)
+  rows_by_line = [
+    _shown_rows(rows, panels[line * across :][:across]) for line in range(lines)
   ]
   heights = [3.6 + 0.2 * len(names) / len(panels)] * lines
   if not spec.x_label:
-    heights = [1.2 + _spacing(shown) * len(shown) for shown in beside]
+    heights = [1.2 + _spacing(shown) * len(shown) for shown in rows_by_line]
   figure = Canvas(figsize=(4.8 * across, sum(heights)), layout='constrained')
   axes = figure.subplots(
     lines, across, squeeze=False, height_ratios=heights
@@ -66,8 +66,8 @@ def canvas(
       _lines(ax, spec, rows, column, names)
       ax.set_ylabel(label)
     else:
-      place = ax.get_subplotspec()
-      first, shown = place.is_first_col(), beside[place.rowspan.start]
+      subplot = ax.get_subplotspec()
+      first, shown = subplot.is_first_col(), rows_by_line[subplot.rowspan.start]
       _points(ax, shown, column, labels=first)
       drawn = list(shown.values())
       ax.set_xlabel(label)
@@ -77,8 +77,8 @@ def canvas(
   return figure
 
 
-def _beside(rows, panels) -> dict[int, Mapping[str, Any]]:
-  """The rows, by number, that any of the panels of a line has numbers of."""
+def _shown_rows(rows, panels) -> dict[int, Mapping[str, Any]]:
+  """The rows, by their index, of which any panel of a line has numbers."""
   return {
     i: row
     for i, row in enumerate(rows)
@@ -97,7 +97,7 @@ def _spacing(rows: Mapping[int, Mapping[str, Any]]) -> float:
 
 
 def _legend(figure: Canvas, axes, columns: int) -> None:
-  """One legend below all panels, of what any of them names."""
+  """Draws one legend below all panels, with the names that any of them has."""
   handle_of = {}
   for ax in axes:
     handles, labels = ax.get_legend_handles_labels()
@@ -206,13 +206,13 @@ def _tick_label(tick: float) -> str:
 
 
 def _points(ax, rows, column, *, labels: bool) -> None:
-  for place, (i, row) in enumerate(rows.items()):
+  for y, (i, row) in enumerate(rows.items()):
     interval = _shown(row, column)
     if interval is not None:
       # A row has one style in all panels.
       style = plot_style.series(i)
       xerr = np.transpose([bar(interval, bounds_of(row, column))])
-      ax.errorbar(interval.mean, place, xerr=xerr, **style, capsize=3)
+      ax.errorbar(interval.mean, y, xerr=xerr, **style, capsize=3)
   ax.locator_params(axis='x', nbins=6)  # more labels would touch each other
   names = [_label(row) * labels for row in rows.values()]
   ax.set_yticks(range(len(rows)), names, fontsize=8)

@@ -119,8 +119,8 @@ def with_gap(row: Row) -> Row:
 def minus(name: str, row: Row, other: Row) -> Row:
   """A row of differences, paired by seed, in all columns of both rows."""
   values = {
-    column: [a - b for a, b in zip(own, other.values[column], strict=True)]
-    for column, own in row.values.items()
+    column: [a - b for a, b in zip(numbers, other.values[column], strict=True)]
+    for column, numbers in row.values.items()
     if column in other.values
   }
   return Row(name, values, difference=True)
@@ -130,7 +130,7 @@ def tasks(learned: str) -> dict[str, Task]:
   """The one task of a study, which names what is learned after pre-training.
 
   Args:
-    learned: What is learned; studies of equal words have equal examples.
+    learned: Examples that are learned, in words; equal words have equal ones.
   """
   label = f'{learned}, after the Python standard library as bytes'
   return {'instructions': Task({}, label)}

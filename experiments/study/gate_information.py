@@ -48,11 +48,11 @@ def entropy(p: Float[np.ndarray, '... E']) -> np.ndarray:
 
 
 def mutual_information(
-  given: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
+  conditional: Float[np.ndarray, 'C E'], weight: Float[np.ndarray, ' C']
 ) -> float:
   """The mutual information I(e; c), from p(e | c) and p(c)."""
-  mean = weight @ given
-  return float(entropy(mean) - weight @ entropy(given))
+  mean = weight @ conditional
+  return float(entropy(mean) - weight @ entropy(conditional))
 
 
 def by_class(
@@ -72,11 +72,11 @@ def about_class(
   _, counts = np.unique(labels, return_counts=True)
   weight, rng = counts / len(labels), np.random.default_rng(seed)
 
-  def of(labels):
+  def class_information(labels):
     return mutual_information(by_class(gates, labels), weight)
 
-  chance = [of(rng.permutation(labels)) for _ in range(SHUFFLES)]
-  return Information(of(labels), float(np.mean(chance)))
+  chance = [class_information(rng.permutation(labels)) for _ in range(SHUFFLES)]
+  return Information(class_information(labels), float(np.mean(chance)))
 
 
 def about_place(

@@ -97,7 +97,7 @@ def _described(item: Item) -> dict[str, Any]:
 def make_command(
   item: Item, processes: int = 1, devices_per_process: int = 0
 ) -> Command:
-  """The commands of an item's processes, and what belongs to them.
+  """The commands of an item's processes, with their logs and environment.
 
   Args:
     item: The run.

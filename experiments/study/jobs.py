@@ -157,19 +157,19 @@ def jobs_of(
   jobs = []
   for seed in seeds:
     for arm, config in zip(arms, configs, strict=True):
-      named, changes = {'seed': seed}, {'seed': seed}
+      hashed, changes = {'seed': seed}, {'seed': seed}
       for key, name in arm.runs_before.items():
         start = started[name, seed]
         # Names, not the path, are hashed: results may be moved.
-        own = start.workdir
-        named[key] = f'{own.parent.name}/{own.name}'
+        workdir = start.workdir
+        hashed[key] = f'{workdir.parent.name}/{workdir.name}'
         changes[key] = str(start.folder)
-      hashed = config_hash(
-        sections.merge(config, nested(named)), text_of(arm.change)
+      digest = config_hash(
+        sections.merge(config, nested(hashed)), text_of(arm.change)
       )
       config = sections.merge(config, nested(changes))
       short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
-      folder = f'seed{seed}-{hashed}'
+      folder = f'seed{seed}-{digest}'
       jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))
   return jobs
 
@@ -193,8 +193,8 @@ def settings_digest(cls: type[Options], job: Job) -> str:
   }
   for key in ('seed', *arm.runs_before):  # paths, which say where results are
     stated.pop(key, None)
-  begun = [arm.start, arm.teacher, text_of(arm.change)]
-  text = json.dumps([begun, stated], sort_keys=True, default=list)
+  origin = [arm.start, arm.teacher, text_of(arm.change)]
+  text = json.dumps([origin, stated], sort_keys=True, default=list)
   return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -203,8 +203,8 @@ def text_of(change: Change | None) -> str:
   if change is None:
     return ''
   if isinstance(change, functools.partial):
-    given = sorted(change.keywords.items())
-    return f'{text_of(change.func)}{change.args}{given}'
+    keywords = sorted(change.keywords.items())
+    return f'{text_of(change.func)}{change.args}{keywords}'
   return f'{change.__module__}.{change.__qualname__}'
 
 

@@ -56,11 +56,11 @@ def claims_of(
   study: Study, preset: Preset, task: Task, rows: Sequence[Row]
 ) -> list[Claim]:
   """The claims that a table is judged by; see `judged`."""
-  there = {row.name for row in rows}
+  row_names = {row.name for row in rows}
   return [
     claim if task.comparable else dataclasses.replace(claim, published=())
     for claim in study.claims
-    if not preset.without or claim.rows() <= there
+    if not preset.without or claim.rows() <= row_names
   ]
 
 
@@ -91,8 +91,8 @@ def plain(values: Sequence[float]) -> list[float | None]:
 def described_row(row: Row) -> dict[str, Any]:
   """A row as JSON can hold it."""
   values = {name: plain(numbers) for name, numbers in row.values.items()}
-  place = {'line': row.line, 'x': row.x, 'difference': row.difference}
-  return {'name': row.name, **place, 'values': values}
+  point = {'line': row.line, 'x': row.x, 'difference': row.difference}
+  return {'name': row.name, **point, 'values': values}
 
 
 def described_columns(columns: Sequence[Column]) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ def svg(figure: Any, name: str, label: str) -> markupsafe.Markup:
 
 
 def code(text: str) -> markupsafe.Markup:
-  """Text as HTML, in which what stands in backticks is code."""
+  """Text as HTML, in which words in backticks are code."""
   escaped = str(markupsafe.escape(text))
   return markupsafe.Markup(re.sub('`([^`]+)`', r'<code>\1</code>', escaped))
 
@@ -119,11 +119,19 @@ def code(text: str) -> markupsafe.Markup:
 def table(
   name: str,
   lines: Sequence[dict[str, str]],
-  left: Sequence[str] = (),
+  left_aligned: Sequence[str] = (),
   title: str = '',
   note: str = '',
 ) -> ValueTable:
-  """A table of lines of cells by heading; those of `left` are aligned left."""
-  columns = {key: '' if key in left else '>' for key in lines[0]}
+  """A table of lines of cells by heading.
+
+  Args:
+    name: Name of the table.
+    lines: The lines, each with its cells by heading.
+    left_aligned: Headings of the columns that are aligned left.
+    title: Title of the table.
+    note: Text that stands with the table.
+  """
+  columns = {key: '' if key in left_aligned else '>' for key in lines[0]}
   rows = [list(line.values()) for line in lines]
   return ValueTable(name, title, note, columns, rows)

@@ -60,8 +60,8 @@ class Arm:
   @property
   def runs_before(self) -> dict[str, str]:
     """Names of the starts that the runs need, by the key of their folder."""
-    named = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
-    return {key: name for key, name in named.items() if name}
+    starts = {'init_from.workdir': self.start, 'distill.teacher': self.teacher}
+    return {key: name for key, name in starts.items() if name}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Claim:
       column, the row, and the other row or a number. A claim that two rows do
       not differ says by how much they may: 'loss: top-2 = top-1 within 0.01'.
     published: Addresses in `claims.json` of the two published numbers.
-    note: How the comparison differs from the paper's; '' where it does not.
+    note: Difference of the comparison from the paper's; '' where there is none.
     changes: Sentences that the table prints, one for each change of the claim
       after it was first written, with its date and whether results were known.
     withheld: Reason why the study's arms, as they are, cannot decide the claim;
@@ -268,7 +268,7 @@ class Figure:
       `*` stands for any text.
     rows: Meaning of the rows' names, which stands beside them; '' where names
       speak for themselves.
-    own: Whether `Study.pictures` draws the figure itself, from the runs.
+    from_runs: Whether `Study.pictures` draws the figure, from the runs.
   """
 
   columns: Sequence[str]
@@ -276,7 +276,7 @@ class Figure:
   log_x: bool = False
   without: Sequence[str] = ()
   rows: str = ''
-  own: bool = False
+  from_runs: bool = False
 
   def keeps(self, row: str) -> bool:
     """Whether the row of that name is drawn."""

@@ -26,7 +26,7 @@ MARKS = {
   verdicts.WITHHELD: ('-', 'open'),
 }
 _HELD = (verdicts.REPRODUCED, verdicts.SHOWN)
-_LISTED = 2  # claims of a kind that an answer quotes
+_LISTED = 2  # number of claims of a kind that an answer quotes
 
 _STYLE = """\
 .papers { display: grid; grid-template-columns: minmax(9em, 15em) 1fr;
@@ -83,7 +83,7 @@ diamond says that the paper has no difference.{% endif %}
 <div class="prose">{{ show(one.claims) }}</div>{% endif %}
 
 <h3>Caveats and command</h3>
-{% for said in one.caveats %}<p class="caveat">{{ said }}</p>{% endfor %}
+{% for text in one.caveats %}<p class="caveat">{{ text }}</p>{% endfor %}
 <p class="caveat">{{ one.conditions }}</p>
 <pre>{{ one.command }}</pre>
 {% endfor %}
@@ -126,38 +126,38 @@ def paper_of(source: str) -> str:
 
 def answer(summary: Summary) -> str:
   """Two sentences: how many claims hold, and which do not or are left open."""
-  every = summary['claims']
-  if not every:
+  all_claims = summary['claims']
+  if not all_claims:
     return 'The study claims nothing. Its numbers are in the table.'
-  told = [c for c in every if c['verdict'] != verdicts.WITHHELD]
-  if not told:
-    texts = _quoted([c['text'] for c in every])
+  judged = [c for c in all_claims if c['verdict'] != verdicts.WITHHELD]
+  if not judged:
+    texts = _quoted([c['text'] for c in all_claims])
     return f'No claim is judged. Withheld is the verdict on {texts}.'
-  held = [claim for claim in told if claim['verdict'] in _HELD]
+  held = [claim for claim in judged if claim['verdict'] in _HELD]
   counts = []
   for words, published in (('published', True), ('of our own', False)):
-    of_kind = [claim for claim in told if _is_published(claim) == published]
-    there = sum(claim in held for claim in of_kind)
-    if len(of_kind) == len(told):
+    of_kind = [claim for claim in judged if _is_published(claim) == published]
+    count = sum(claim in held for claim in of_kind)
+    if len(of_kind) == len(judged):
       counts = [f'all are {words}']
     elif of_kind:
-      counts.append(f'{there} of {len(of_kind)} {words}')
+      counts.append(f'{count} of {len(of_kind)} {words}')
   verb = 'holds' if len(held) == 1 else 'hold'
-  judged = 'judged claims' if len(told) < len(every) else 'claims'
+  noun = 'judged claims' if len(judged) < len(all_claims) else 'claims'
   first = (
-    f'{len(held)} of {len(told)} {judged} {verb} here ({", ".join(counts)})'
+    f'{len(held)} of {len(judged)} {noun} {verb} here ({", ".join(counts)})'
   )
   first += f', such as {_measured(held[0], summary)}.' if held else '.'
-  others = []
+  clauses = []
   for words, kinds in (
     ('The opposite is true of', (verdicts.OPPOSITE, verdicts.REFUTED)),
     ('not resolved is', (verdicts.UNRESOLVED,)),
     ('withheld is the verdict on', (verdicts.WITHHELD,)),
   ):
-    texts = [c['text'] for c in every if c['verdict'] in kinds]
+    texts = [c['text'] for c in all_claims if c['verdict'] in kinds]
     if texts:
-      others.append(f'{words} {_quoted(texts)}')
-  second = '; '.join(others) or 'None is refuted, and none is left open'
+      clauses.append(f'{words} {_quoted(texts)}')
+  second = '; '.join(clauses) or 'None is refuted, and none is left open'
   return f'{first} {second[0].upper()}{second[1:]}.'
 
 
@@ -186,8 +186,8 @@ def _totals(summaries: Sequence[Summary]) -> str:
   """A sentence that counts verdicts of all studies."""
   words = [claim['verdict'] for one in summaries for claim in one['claims']]
   counts = [f'{w} {words.count(w)}' for w in verdicts.WORDS if w in words]
-  said = f'{len(words)} claims of {len(summaries)} studies. '
-  return said + f'Verdicts: {", ".join(counts)}.' * bool(counts)
+  total = f'{len(words)} claims of {len(summaries)} studies. '
+  return total + f'Verdicts: {", ".join(counts)}.' * bool(counts)
 
 
 def _grid(summary: Summary) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _grid(summary: Summary) -> dict[str, Any]:
 def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
   """The parts of a study's section."""
   name = summary['name']
-  told = result_tables.claim_lines(summary)
+  claim_lines = result_tables.claim_lines(summary)
   panels = _panels(summary, spec) if spec else []
   prose = ['claim', 'published', 'here', 'verdict']
   return {
@@ -214,11 +214,11 @@ def _section(summary: Summary, spec: Figure | None) -> dict[str, Any]:
     'panels': panels,
     'has_paper': any(figures.PAPER in panel for panel in panels),
     'rows': pages.table(name, result_tables.result_lines(summary), ['']),
-    'claims': pages.table(name, told, prose) if told else None,
+    'claims': pages.table(name, claim_lines, prose) if claim_lines else None,
     'caveats': [
-      pages.code(said)
-      for said in study_results.aged(summary) + study_results.caveats(summary)
-      if said
+      pages.code(text)
+      for text in study_results.aged(summary) + study_results.caveats(summary)
+      if text
     ],
     'conditions': pages.code(study_results.conditions(summary)),
     'command': study_results.command(summary),

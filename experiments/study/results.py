@@ -106,8 +106,8 @@ def text_of(summary: Mapping[str, Any], picture: str = PICTURE) -> str:
     '',
     result_tables.claims_table(summary),
   ]
-  for said in caveats(summary):
-    lines += ['', said]
+  for paragraph in caveats(summary):
+    lines += ['', paragraph]
   lines += ['', f'![{summary["title"]}]({picture})', '']
   return '\n'.join(lines)
 
@@ -128,14 +128,14 @@ def conditions(summary: Mapping[str, Any]) -> str:
 
 def caveats(summary: Mapping[str, Any]) -> list[str]:
   """The step times and the remarks, a paragraph each, in Markdown."""
-  said = []
+  paragraphs = []
   if summary['times']:
     times = [
       f'{name} {step_time}' for name, step_time in summary['times'].items()
     ]
     listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
-    said.append(f'{listed} {summary.get("timing", "")}'.rstrip())
-  return said + [summary['remarks']] * bool(summary['remarks'])
+    paragraphs.append(f'{listed} {summary.get("timing", "")}'.rstrip())
+  return paragraphs + [summary['remarks']] * bool(summary['remarks'])
 
 
 def command(summary: Mapping[str, Any]) -> str:
@@ -159,9 +159,9 @@ def aged(summary: Mapping[str, Any]) -> list[str]:
   """
   paragraphs = list(summary.get('marks', []))
   for revision in summary.get('outdated', []):
-    since = f' of {revision["date"]}' if revision['date'] else ''
+    date_text = f' of {revision["date"]}' if revision['date'] else ''
     paragraphs.append(
-      f'{OLDER} These results are older than the study{since}: '
+      f'{OLDER} These results are older than the study{date_text}: '
       f'{revision["what"]} Verdicts that rest on them are withheld until '
       f'`{command(summary)}` has run again, about '
       f'{summary["minutes"] / 2:.0f} minutes on two cores.'
@@ -196,8 +196,8 @@ def write(
   (folder / TABLE).write_text(text, encoding='utf-8')
   for i, (name, config) in enumerate(configs.items()):
     path = folder / 'configs' / f'{i:02d}.json'
-    about = {'arm': name, 'config': config.to_dict()}
-    path.write_text(json.dumps(about, indent=2, default=list) + '\n')
+    entry = {'arm': name, 'config': config.to_dict()}
+    path.write_text(json.dumps(entry, indent=2, default=list) + '\n')
   _write_csv(folder / 'rows.csv', summary)
   figures.draw(figure, summary, folder / PICTURE)
   # The summary is written last and atomically: wherever `report` finds one, it
@@ -224,6 +224,6 @@ def read_configs(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
   """Reads the configs that `write` wrote to a study's folder, by arm."""
   configs = {}
   for path in sorted((folder / 'configs').glob('*.json')):
-    about = json.loads(path.read_text(encoding='utf-8'))
-    configs[about['arm']] = about['config']
+    entry = json.loads(path.read_text(encoding='utf-8'))
+    configs[entry['arm']] = entry['config']
   return configs

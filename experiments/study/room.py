@@ -19,7 +19,7 @@ from moe_jax.training.step import TrainState
 
 BLOCKS, FACTORS = (8, 32, 128), (1, 1.5, 2)
 FULLEST = 'slots of the fullest'
-# Ways of serving a routing, by the place of their numbers in a run's metrics.
+# Ways of serving a routing, by the part of the metrics' names for each.
 WAYS = {
   **{f'blocks_{block}': f'blocks of {block}' for block in BLOCKS},
   'fullest': FULLEST,
@@ -46,7 +46,9 @@ def dropped(load: Int[np.ndarray, ' E'], slots: int) -> float:
   return float(np.maximum(load - slots, 0).sum() / load.sum())
 
 
-def ways(load: Int[np.ndarray, ' E']) -> dict[str, tuple[float, float]]:
+def rows_and_drops(
+  load: Int[np.ndarray, ' E'],
+) -> dict[str, tuple[float, float]]:
   """Rows for each choice, and the share that is dropped, by way of serving."""
   mean = load.sum() / len(load)
   slots = {factor: int(np.ceil(factor * mean)) for factor in FACTORS}
@@ -71,16 +73,16 @@ def measure(
     num_batches: Number of validation batches.
 
   Returns:
-    Means over batches, `routing/layer_<i>/<way>/<what>`: rows, those that are
-    multiplied for each choice; dropped, the share of choices that would be.
+    Means over batches, `routing/layer_<i>/<way>/<what>`: rows, the number that
+    is multiplied for each choice; dropped, the share of choices that would be.
   """
   records = [*validation_routing.last_records(run, state, name, num_batches)]
   numbers = {}
   for layer in run.model.sparse_layers:
     E = run.model.moe_of(layer).num_experts
-    found = [ways(load) for load in loads(records, layer, E)]
+    by_batch = [rows_and_drops(load) for load in loads(records, layer, E)]
     for way in WAYS:
-      rows, lost = np.mean([each[way] for each in found], 0)
-      place = f'routing/layer_{layer}/{way}'
-      numbers |= {f'{place}/rows': float(rows), f'{place}/dropped': float(lost)}
+      rows, lost = np.mean([shares[way] for shares in by_batch], 0)
+      key = f'routing/layer_{layer}/{way}'
+      numbers |= {f'{key}/rows': float(rows), f'{key}/dropped': float(lost)}
   return numbers

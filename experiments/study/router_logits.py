@@ -33,8 +33,8 @@ def rounding(run: Run, state: TrainState) -> dict[str, float]:
     another where their logits are rounded to bfloat16.
   """
   numbers = {}
-  for layer, (found, real) in _layers(run, state, run.model).items():
-    logits = np.concatenate([f.logits[r] for f, r in zip(found, real)])
+  for layer, (records, masks) in _layers(run, state, run.model).items():
+    logits = np.concatenate([r.logits[m] for r, m in zip(records, masks)])
     numbers[f'routing/layer_{layer}/largest_logit'] = float(
       np.abs(logits).max()
     )
@@ -67,8 +67,8 @@ def changed(
   first = _layers(run, state, one)
   second = _layers(run, state, other)
   return {
-    layer: _share(found, second[layer][0], real)
-    for layer, (found, real) in first.items()
+    layer: _share(records, second[layer][0], masks)
+    for layer, (records, masks) in first.items()
   }
 
 
@@ -81,15 +81,15 @@ def explored(run: Run, state: TrainState) -> dict[str, float]:
   """
   noisy = _layers(run, state, run.model, train=True)
   return {
-    f'routing/layer_{layer}/explored': _share(found, noisy[layer][0], real)
-    for layer, (found, real) in _layers(run, state, run.model).items()
+    f'routing/layer_{layer}/explored': _share(records, noisy[layer][0], masks)
+    for layer, (records, masks) in _layers(run, state, run.model).items()
   }
 
 
-def _share(one, other, real) -> float:
+def _share(one, other, masks) -> float:
   different = [
     (a.expert[..., 0] != b.expert[..., 0])[mask]
-    for a, b, mask in zip(one, other, real, strict=True)
+    for a, b, mask in zip(one, other, masks, strict=True)
   ]
   return float(np.concatenate(different).mean())
 
@@ -100,10 +100,10 @@ def _layers(
   """Records of all batches by layer, and masks of their real tokens."""
   layers: dict[int, tuple[list, list]] = {}
   for batch, choices in _recorded(run, state, model, train):
-    for layer, found in (choices or {}).items():
-      recorded, real = layers.setdefault(layer, ([], []))
-      recorded.append(found)
-      real.append(batch['segment_ids'] > 0)
+    for layer, record in (choices or {}).items():
+      records, masks = layers.setdefault(layer, ([], []))
+      records.append(record)
+      masks.append(batch['segment_ids'] > 0)
   return layers
 
 
@@ -113,9 +113,9 @@ def _recorded(
   variables = run.programs.variables(state)
   key = jax.random.key(run.options.seed)
   for number, batch in enumerate(validation_routing.batches(run, _BATCHES)):
-    of_batch = jax.random.fold_in(key, number)
-    found = _choices(model, variables, batch, of_batch, train)
-    yield batch, jax.device_get(found)
+    batch_key = jax.random.fold_in(key, number)
+    choices = _choices(model, variables, batch, batch_key, train)
+    yield batch, jax.device_get(choices)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'train'))

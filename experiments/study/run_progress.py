@@ -34,7 +34,7 @@ class Progress:
     num_workers: int,
     jobs: Sequence[Job],
   ):
-    """Prints a line on what is to be done.
+    """Prints a line on the calls, steps, seeds and arms that are missing.
 
     Args:
       calls: The runs of each call, by its name.
@@ -43,15 +43,15 @@ class Progress:
       jobs: All runs of the study, those that are finished among them.
     """
     self._calls, self._column, self._jobs = calls, column, jobs
-    self._total = sum(map(_steps, calls.values()))
+    self._total = sum(map(_total_steps, calls.values()))
     self._ended: list[str] = []
     self._running: dict[str, float] = {}
     self._start = time.perf_counter()
     # A run that is made in this process has its own standard output.
     self._output = sys.stdout
-    left = [job for of_call in calls.values() for job in of_call]
-    arms = dict.fromkeys(job.arm.name for job in left)
-    seeds = dict.fromkeys(str(job.seed) for job in left)
+    missing_jobs = [job for call_jobs in calls.values() for job in call_jobs]
+    arms = dict.fromkeys(job.arm.name for job in missing_jobs)
+    seeds = dict.fromkeys(str(job.seed) for job in missing_jobs)
     self._print(
       f'{num_workers} at a time, {self._total:,} steps; seeds '
       f'{", ".join(seeds)} of the arms {"; ".join(arms)}'
@@ -97,8 +97,10 @@ class Progress:
   def tick(self) -> None:
     """Prints a line on the running calls."""
     if running := list(self._running):
-      said = '; '.join(f'{name} {self._how_far(name)}' for name in running)
-      self._print(f'running: {said}; {self._times()}')
+      calls_text = '; '.join(
+        f'{name} {self._how_far(name)}' for name in running
+      )
+      self._print(f'running: {calls_text}; {self._times()}')
 
   def _print(self, text: str) -> None:
     print(text, file=self._output, flush=True)
@@ -110,9 +112,12 @@ class Progress:
       age = time.perf_counter() - self._running.get(name, self._start)
       return f'began {age / 60:.1f} minutes ago'
     loss = rows[-1].get('train/loss')
-    said = f', loss {loss:.4f}' if isinstance(loss, float) else ''
-    done, total = _done(self._calls[name]), _steps(self._calls[name])
-    return f'at step {done:,} of {total:,}{said}'
+    loss_text = f', loss {loss:.4f}' if isinstance(loss, float) else ''
+    step, total = (
+      _logged_steps(self._calls[name]),
+      _total_steps(self._calls[name]),
+    )
+    return f'at step {step:,} of {total:,}{loss_text}'
 
   def _so_far(self, jobs: Sequence[Job]) -> str:
     """The mean of an arm over its finished seeds, from the second one on."""
@@ -129,19 +134,21 @@ class Progress:
     return f' ({len(numbers)} seeds: {Interval.of(numbers):.4f})'
 
   def _times(self) -> str:
-    """Minutes that are gone, and those that are left at the same speed."""
-    gone = time.perf_counter() - self._start
-    done = sum(_steps(self._calls[name]) for name in self._ended)
-    done += sum(_done(self._calls[name]) for name in list(self._running))
+    """The minutes that have passed, and those that remain at the same speed."""
+    elapsed = time.perf_counter() - self._start
+    done_steps = sum(_total_steps(self._calls[name]) for name in self._ended)
+    done_steps += sum(
+      _logged_steps(self._calls[name]) for name in list(self._running)
+    )
     # The first steps wait for the compiler, and would tell of hours.
-    if done < 0.02 * self._total or not done:
-      return f'{gone / 60:.1f} minutes gone'
-    left = gone * max(self._total - done, 0) / done
-    return f'{gone / 60:.1f} minutes gone, {left / 60:.1f} left'
+    if done_steps < 0.02 * self._total or not done_steps:
+      return f'{elapsed / 60:.1f} minutes gone'
+    remaining = elapsed * max(self._total - done_steps, 0) / done_steps
+    return f'{elapsed / 60:.1f} minutes gone, {remaining / 60:.1f} left'
 
 
 def _last_rows(jobs: Sequence[Job]) -> list[metrics.Row]:
-  """The last row of each run's metrics, of those that have one."""
+  """The last row of each run's metrics, if it has one."""
   last = []
   for job in jobs:
     with contextlib.suppress(OSError, ValueError):  # not there, or half a row
@@ -149,12 +156,12 @@ def _last_rows(jobs: Sequence[Job]) -> list[metrics.Row]:
   return last
 
 
-def _done(jobs: Sequence[Job]) -> int:
+def _logged_steps(jobs: Sequence[Job]) -> int:
   """The steps that a running call has logged."""
-  return min(sum(row['step'] for row in _last_rows(jobs)), _steps(jobs))
+  return min(sum(row['step'] for row in _last_rows(jobs)), _total_steps(jobs))
 
 
-def _steps(jobs: Sequence[Job]) -> int:
+def _total_steps(jobs: Sequence[Job]) -> int:
   """The steps of training; a run that is made of another one counts as one."""
   return sum(
     1 if job.arm.change is not None else job.config.total_steps for job in jobs

@@ -133,7 +133,7 @@ def train(
     last = changed_runs.changed(job)
   else:
     last = _trained(job, measure, devices, hooks)
-  job.write_result({**last, 'made': made_in(start)})
+  job.write_result({**last, 'made': provenance(start)})
   if not job.keeps:
     _remove_parameters(job)
   return job.result()
@@ -157,7 +157,7 @@ def _trained(job, measure, devices, hooks) -> dict[str, Any]:
   return {**last, **ending.numbers}
 
 
-def made_in(start: float) -> dict[str, Any]:
+def provenance(start: float) -> dict[str, Any]:
   """Device, date, versions and code of a run that ends now, and its minutes.
 
   Args:
@@ -170,6 +170,6 @@ def made_in(start: float) -> dict[str, Any]:
 
 def _remove_parameters(job: Job) -> None:
   """Removes a run's parameters: those of all runs would fill a disk."""
-  made = job.arm.change is not None
-  folder = job.folder if made else job.workdir / workdir_lib.CHECKPOINTS
+  has_change = job.arm.change is not None
+  folder = job.folder if has_change else job.workdir / workdir_lib.CHECKPOINTS
   shutil.rmtree(folder, ignore_errors=True)

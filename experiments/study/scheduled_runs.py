@@ -44,16 +44,16 @@ def run_all(
   with contextlib.ExitStack() as stack:
     if not all(job.is_finished for job in jobs):
       stack.enter_context(alone(jobs[0].workdir.parents[2]))
-    left = [job for job in jobs if not job.is_finished]
-    there = len(jobs) - len(left)
-    print(f'{len(jobs)} runs, {there} of them there', flush=True)
-    if not left:
+    missing = [job for job in jobs if not job.is_finished]
+    num_finished = len(jobs) - len(missing)
+    print(f'{len(jobs)} runs, {num_finished} of them there', flush=True)
+    if not missing:
       return
     calls: dict[str, list[Job]] = {}
-    for job in left:
+    for job in missing:
       calls.setdefault(runner.together(job), []).append(job)
     count = min(num_workers or workers.usual(), len(calls))
-    runner.prepare(left)
+    runner.prepare(missing)
     progress = Progress(calls, column, count, jobs)
     with workers.places(count) as places, progress.ticking():
       tasks = {

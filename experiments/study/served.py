@@ -56,16 +56,16 @@ def measure(
   options = run_config.read(twin).filled(run.tokenizer.vocab_size)
   dense = options.build()
   params = init_params(dense, jax.random.key(0))
-  parts = data.load(run.data).parts
-  each, left = divmod(PROMPTS, len(parts))
-  if left:
+  datasets = data.load(run.data).parts
+  prompts_per_task, remainder = divmod(PROMPTS, len(datasets))
+  if remainder:
     raise ValueError(
-      f'{PROMPTS} prompts cannot be divided over {len(parts)} tasks'
+      f'{PROMPTS} prompts cannot be divided over {len(datasets)} tasks'
     )
   prompts, tasks = [], []
   for number, name in enumerate(run.data.tasks):
-    prompts += prompts_of(parts[name].splits['validation'], each)
-    tasks += [number] * each
+    prompts += prompts_of(datasets[name].splits['validation'], prompts_per_task)
+    tasks += [number] * prompts_per_task
   times = timing.interleave(
     {
       'twin': generating(dense, {'params': params}, run.tokenizer, prompts),
@@ -102,11 +102,11 @@ def prompts_of(
       f'{count} prompts are needed to measure speed, and validation has '
       f'{len(rows)} rows'
     )
-  taken = rows.take(np.arange(count))
+  batch = rows.take(np.arange(count))
   return [
     tokens[ids == 1]
     for tokens, ids in zip(
-      taken['encoder_tokens'], taken['encoder_segment_ids']
+      batch['encoder_tokens'], batch['encoder_segment_ids']
     )
   ]
 

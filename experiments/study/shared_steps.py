@@ -57,13 +57,13 @@ class SharedStep(Hook):
 
 def _key(options: dict[str, Any]) -> str:
   """A key that is equal for runs that can share a step."""
-  kept = {k: v for k, v in options.items() if not k.startswith(_OTHER)}
-  given = {
+  relevant = {k: v for k, v in options.items() if not k.startswith(_OTHER)}
+  placeholders = {
     k: 'given'
-    for k, v in kept.items()
+    for k, v in relevant.items()
     if v and '.router.' in k and k.endswith((_WEIGHT, _RATE))
   }
-  return json.dumps(kept | given, sort_keys=True, default=str)
+  return json.dumps(relevant | placeholders, sort_keys=True, default=str)
 
 
 def _compiled(run: Run):

@@ -44,8 +44,10 @@ KINDS = (
 _BATCHES, _EARLY_BATCHES = 10, 4
 
 
-def place(half: str, layer: int | str = '*', share: int | None = None) -> str:
-  """The place of a measurement: a half, its layers from 1, a share of the run.
+def layer_key(
+  half: str, layer: int | str = '*', share: int | None = None
+) -> str:
+  """The key of measured layers: a half, a layer from 1, a share of the run.
 
   Args:
     half: One of `HALVES`.
@@ -60,7 +62,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Measures a run at its end, and at early checkpoints.
 
   Returns:
-    Numbers by name, `routing/<place>/<what>`; see `place` and `said`.
+    Numbers by name, `routing/<layer key>/<what>`; see `layer_key` and
+    `layer_information`.
   """
   model = validation_routing.evaluated_model(run, byte_models.EVAL)
   header, last = header_of(run), int(state.step)
@@ -79,16 +82,16 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       step=step,
       seed=run.options.seed,
     )
-    found = said(header, [*records])
+    by_layer = layer_information(header, [*records])
     for half, name in HALVES.items():
-      here = [i for i, x in header.layers.items() if x.sequence == name]
-      for number, layer in enumerate(here, start=1):
-        where = f'routing/{place(half, number, share)}'
-        numbers |= {f'{where}/{k}': v for k, v in found[layer].items()}
+      layers = [i for i, x in header.layers.items() if x.sequence == name]
+      for number, layer in enumerate(layers, start=1):
+        prefix = f'routing/{layer_key(half, number, share)}'
+        numbers |= {f'{prefix}/{k}': v for k, v in by_layer[layer].items()}
   return numbers
 
 
-def said(
+def layer_information(
   header: Header, records: Sequence[Record]
 ) -> dict[int, dict[str, float]]:
   """Information of first choices about tokens, by layer.
@@ -105,20 +108,23 @@ def said(
   sums = route_sums.collect(header, records)
   labels = {'token': TOKEN, 'position': POSITION, 'source': SOURCE}
   by_label = specialisation(sums)
-  found = {}
+  by_layer = {}
   for number, layer in sums.layers.items():
-    own = {
+    measures = {
       name: by_label[label][number].fraction
       for name, label in labels.items()
       if number in by_label.get(label, ())
     }
     kinds = information(by_kind(layer), np.random.default_rng(number))
     marks = token_entropy(layer, [*PUNCTUATION])
-    own |= {'kind': kinds.fraction, 'punctuation': entropy(layer.first) - marks}
-    if 'source' in own:
-      own['token_less_source'] = own['token'] - own['source']
-    found[number] = own
-  return found
+    measures |= {
+      'kind': kinds.fraction,
+      'punctuation': entropy(layer.first) - marks,
+    }
+    if 'source' in measures:
+      measures['token_less_source'] = measures['token'] - measures['source']
+    by_layer[number] = measures
+  return by_layer
 
 
 def by_kind(layer: LayerSums) -> Int[np.ndarray, 'kinds E']:

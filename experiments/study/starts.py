@@ -71,7 +71,7 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
     for name in arm.runs_before.values():
       level(name)
   return [
-    [by_name[name] for name, at in levels.items() if at == number]
+    [by_name[name] for name, depth in levels.items() if depth == number]
     for number in range(max(levels.values(), default=-1) + 1)
   ]
 
@@ -95,12 +95,12 @@ def start_jobs(
   """
   jobs: list[list[Job]] = []
   for level in levels:
-    before, own = started(jobs), []
+    before, level_jobs = started(jobs), []
     for start in level:
       config = start.config(shared)
       folder = results / FOLDER
-      own += jobs_of(cls, config, [start.arm], seeds, folder, before)
-    jobs.append([dataclasses.replace(job, keeps=True) for job in own])
+      level_jobs += jobs_of(cls, config, [start.arm], seeds, folder, before)
+    jobs.append([dataclasses.replace(job, keeps=True) for job in level_jobs])
   return jobs
 
 

@@ -74,13 +74,13 @@ def fresh(function: Callable[..., Burst], *args: Any) -> Burst:
   """
   if jax.default_backend() != 'cpu':
     return function(*args)
-  ours, theirs = _SPAWN.Pipe(duplex=False)
-  process = _SPAWN.Process(target=_send, args=(theirs, function, args))
+  receiver, sender = _SPAWN.Pipe(duplex=False)
+  process = _SPAWN.Process(target=_send, args=(sender, function, args))
   process.start()
-  theirs.close()
+  sender.close()
   burst = None
   with contextlib.suppress(EOFError):
-    burst = ours.recv()
+    burst = receiver.recv()
   process.join()
   if burst is None:
     raise RuntimeError(
@@ -104,14 +104,20 @@ def measured(
   peaks = roofline.measure_peaks(quick=effort.quick)
   for case in cases.values():  # compiles, which is no part of a burst
     case()
-  begin, own, used = time.perf_counter(), time.process_time(), used_seconds()
+  begin, cpu_begin, used_begin = (
+    time.perf_counter(),
+    time.process_time(),
+    used_seconds(),
+  )
   seconds, by_round = timing.with_probes(cases, peaks, seconds=effort.seconds)
   elapsed = time.perf_counter() - begin
-  others = used_seconds() - used - (time.process_time() - own)
+  other_seconds = (
+    used_seconds() - used_begin - (time.process_time() - cpu_begin)
+  )
   return Burst(
     {name: [s / effort.steps for s in x] for name, x in seconds.items()},
     median_peaks(by_round),
-    float(np.maximum(0.0, others / elapsed)),  # keeps NaN
+    float(np.maximum(0.0, other_seconds / elapsed)),  # keeps NaN
     timing.facts()['date'],
   )
 

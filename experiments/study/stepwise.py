@@ -52,10 +52,10 @@ def measure(
     logits, batch['targets']
   )
   weights = batch['loss_weights']
-  kept = [np.asarray(own.kept) for own in (chosen or {}).values()]
+  masks = [np.asarray(layer.kept) for layer in (chosen or {}).values()]
   return {
     'loss': float((nats * weights).sum() / weights.sum()),
-    'dropped': float(1 - np.mean(kept)) if kept else 0.0,
+    'dropped': float(1 - np.mean(masks)) if masks else 0.0,
   }
 
 
@@ -65,12 +65,14 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
   A model that decodes takes a row for one document.
   """
   rows = run.dataset.splits['validation']
-  found = rows.take(np.array(spread(len(rows), 2 * num_rows)))
-  whole = (found['segment_ids'] == 1).all(1)
-  if (have := int(whole.sum())) < num_rows:
-    raise ValueError(f'num_rows={num_rows}, but {have} rows have one document')
-  chosen = np.flatnonzero(whole)[np.array(spread(have, num_rows))]
-  return {key: value[chosen] for key, value in found.items()}
+  examples = rows.take(np.array(spread(len(rows), 2 * num_rows)))
+  is_whole = (examples['segment_ids'] == 1).all(1)
+  if (num_whole := int(is_whole.sum())) < num_rows:
+    raise ValueError(
+      f'num_rows={num_rows}, but {num_whole} rows have one document'
+    )
+  chosen = np.flatnonzero(is_whole)[np.array(spread(num_whole, num_rows))]
+  return {key: value[chosen] for key, value in examples.items()}
 
 
 def stepping_model(run: Run, slots: int) -> Model:

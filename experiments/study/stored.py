@@ -40,12 +40,12 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
   preset = study.presets.get(preset_of(summary))
   if preset is None:
     preset = next(iter(study.presets.values()))
-  ran = dataclasses.replace(preset, steps=summary['steps'])
+  ran_preset = dataclasses.replace(preset, steps=summary['steps'])
   task = _task(summary, study)
   columns, renamed = _columns(summary, study)
   rows = [row_of(row, renamed) for row in summary['rows']]
   outdated = _outdated(summary, study)
-  weak = judging.underpowered(study, ran)
+  weak = judging.underpowered(study, ran_preset)
   return {
     **summary,
     **{'title': study.title, 'source': study.source, 'columns': columns},
@@ -84,8 +84,8 @@ def _task(summary: Mapping[str, Any], study: Study) -> Task:
 
 def _remarks(summary: Mapping[str, Any], study: Study) -> str:
   """The remarks of today, or where they are of the runs' results, as stored."""
-  words = study.remarks
-  return words if isinstance(words, str) else summary['remarks']
+  remarks = study.remarks
+  return remarks if isinstance(remarks, str) else summary['remarks']
 
 
 def _columns(
@@ -118,19 +118,26 @@ def row_of(stored: Mapping[str, Any], renamed: Mapping[str, str]) -> Row:
 
 def _outdated(summary: Mapping[str, Any], study: Study) -> list[Revision]:
   """Revisions since the result, and one for configs that are others today."""
-  kept, preset = summary.get('configs'), study.presets.get(preset_of(summary))
+  digests, preset = (
+    summary.get('configs'),
+    study.presets.get(preset_of(summary)),
+  )
   day = summary['date'][:10]
   # Results of a revision's day are newer than it if they keep digests.
   later = [
-    r for r in study.revisions if day < r.date or (day == r.date and not kept)
+    r
+    for r in study.revisions
+    if day < r.date or (day == r.date and not digests)
   ]
   if preset is None:
     later.append(Revision('', 'The study has no such preset any more.'))
-  elif kept:
+  elif digests:
     today = study.digests(preset)
-    others = sorted(name for name in kept if today.get(name) != kept[name])
-    if others:
-      names = ', '.join(others)
+    changed = sorted(
+      name for name in digests if today.get(name) != digests[name]
+    )
+    if changed:
+      names = ', '.join(changed)
       later.append(Revision('', f'Configs of today are others: {names}.'))
   return later
 
@@ -155,8 +162,8 @@ def _marks(summary: Mapping[str, Any], study: Study) -> list[str]:
   """Sentences on a preset, or code, that is another today."""
   marks, preset = [], study.presets.get(preset_of(summary))
   if preset is not None:
-    ran = summary['steps'], len(summary['seeds'])
-    if (preset.steps, preset.seeds) != ran:
+    stored_size = summary['steps'], len(summary['seeds'])
+    if (preset.steps, preset.seeds) != stored_size:
       marks.append(
         f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
       )

@@ -209,11 +209,11 @@ class Study:
     """
     shared, arms = self.shared(preset, task), self.arms_of(preset)
     folder = pathlib.Path('results')
-    first = self.start_jobs(preset, shared, arms, [0], folder)
-    own = self.jobs(shared, arms, [0], folder / self.name, started(first))
+    starts = self.start_jobs(preset, shared, arms, [0], folder)
+    jobs = self.jobs(shared, arms, [0], folder / self.name, started(starts))
     return {
       job.arm.name: settings_digest(self.runner.options, job)
-      for job in itertools.chain(*first, own)
+      for job in itertools.chain(*starts, jobs)
     }
 
   def get_config(self, arg: str = '') -> ml_collections.ConfigDict:

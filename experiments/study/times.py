@@ -106,28 +106,32 @@ def step_times(
   for group in groups:
     timed = {name: first[name] for name in group if name in first}
     if timed:
-      taken = _bursts(timed, output, bursts)
+      group_bursts = _bursts(timed, output, bursts)
       base = next(iter(timed))
-      by_name |= {name: StepTime.of(name, base, taken) for name in timed}
+      by_name |= {name: StepTime.of(name, base, group_bursts) for name in timed}
   return by_name
 
 
 def describe(times: Mapping[str, StepTime]) -> str:
   """A sentence on how many bursts there were, and how busy the machine was."""
   numbers = sorted({len(t.ratios) for t in times.values()})
-  others = max(t.others for t in times.values())
+  other_cores = max(t.others for t in times.values())
   dates = sorted({date for t in times.values() for date in t.dates})
-  used = 'an unknown number' if np.isnan(others) else f'at most {others:.2f}'
-  said = (
+  cores_text = (
+    'an unknown number'
+    if np.isnan(other_cores)
+    else f'at most {other_cores:.2f}'
+  )
+  sentence = (
     f'They are of {" or ".join(map(str, numbers))} '
     f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
-    f'processes used {used} of {os.cpu_count()} cores'
+    f'processes used {cores_text} of {os.cpu_count()} cores'
   )
   busy = [name for name, t in times.items() if _is_busy(t.others)]
   if busy:
-    said += ': the machine was BUSY'
-    said += f' for {"; ".join(busy)}' * (len(busy) < len(times))
-  return f'{said}.'
+    sentence += ': the machine was BUSY'
+    sentence += f' for {"; ".join(busy)}' * (len(busy) < len(times))
+  return f'{sentence}.'
 
 
 def _bursts(
@@ -145,37 +149,41 @@ def _bursts(
   name = hashlib.sha256(key.encode()).hexdigest()[:10]
   path = output / f'step_bursts-{name}.json'
   with scheduled_runs.alone(output):
-    kept = []
+    bursts = []
     if path.exists():
-      kept = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
-    if _missing(kept, number):
+      bursts = [Burst.read(x) for x in json.loads(path.read_text('utf-8'))]
+    if _needs_burst(bursts, number):
       print(f'timing the steps of {len(timed)} arms{_warning()}', flush=True)
-    while _missing(kept, number):
-      kept.append(step_bursts.fresh(step_bursts.measured, configs, _EFFORT))
-      text = json.dumps([dataclasses.asdict(burst) for burst in kept], indent=1)
+    while _needs_burst(bursts, number):
+      bursts.append(step_bursts.fresh(step_bursts.measured, configs, _EFFORT))
+      text = json.dumps(
+        [dataclasses.asdict(burst) for burst in bursts], indent=1
+      )
       workdir_lib.write_text(path, text + '\n')
-  return sorted(kept, key=lambda burst: burst.others)[:number]
+  return sorted(bursts, key=lambda burst: burst.others)[:number]
 
 
-def _missing(kept: Sequence[Burst], number: int) -> bool:
+def _needs_burst(bursts: Sequence[Burst], number: int) -> bool:
   """Whether another burst is measured."""
-  good = sum(not _is_busy(burst.others) for burst in kept)
-  return good < number and len(kept) < _MOST * number
+  num_undisturbed = sum(not _is_busy(burst.others) for burst in bursts)
+  return num_undisturbed < number and len(bursts) < _MOST * number
 
 
-def _is_busy(others: float) -> bool:
+def _is_busy(other_cores: float) -> bool:
   """Whether other processes use so many cores that steps are disturbed."""
-  return others > _IDLE * (os.cpu_count() or 1)
+  return other_cores > _IDLE * (os.cpu_count() or 1)
 
 
 def _warning() -> str:
   """Words on a machine that other processes are using now, if they are."""
-  begin, used = time.perf_counter(), step_bursts.used_seconds()
+  begin, used_before = time.perf_counter(), step_bursts.used_seconds()
   time.sleep(_LOOK_SECONDS)
-  others = (step_bursts.used_seconds() - used) / (time.perf_counter() - begin)
-  if not _is_busy(others):
+  other_cores = (step_bursts.used_seconds() - used_before) / (
+    time.perf_counter() - begin
+  )
+  if not _is_busy(other_cores):
     return ''
   return (
-    f'; WARNING: other processes use {others:.1f} of {os.cpu_count()} cores, '
-    'which the table will say if it goes on'
+    f'; WARNING: other processes use {other_cores:.1f} of {os.cpu_count()} '
+    'cores, which the table will say if it goes on'
   )

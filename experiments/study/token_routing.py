@@ -33,7 +33,7 @@ from moe_jax.training.step import TrainState
 EARLY = (0, 10, 20, 50)
 QUARTERS = 4
 # Labels besides the token id that the expert may depend on.
-OTHERS = ('context', 'position', 'domain')
+OTHER_LABELS = ('context', 'position', 'domain')
 # Number of batches of each source, at the end and at earlier checkpoints.
 _BATCHES, _EARLY_BATCHES = 10, 2
 _SHUFFLES = 8
@@ -73,12 +73,12 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   }
   last = run.programs.variables(state)
   records = recorded(last, int(state.step), _BATCHES)
-  said, over_time = information(header, records), changes(header, history)
+  shares, over_time = information(header, records), changes(header, history)
   numbers = {}
   for layer in model.sparse_layers:
     dropped = drops(header, records, layer, model.moe_of(layer))
-    own = said[layer] | over_time[layer] | dropped
-    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in own.items()}
+    measures = shares[layer] | over_time[layer] | dropped
+    numbers |= {f'routing/layer_{layer}/{k}': v for k, v in measures.items()}
   return numbers
 
 
@@ -86,57 +86,65 @@ def information(
   header: Header, records: Sequence[Record]
 ) -> dict[int, dict[str, float]]:
   """The information in first choices, as shares of their entropy, by layer."""
-  found = specialisation(route_sums.collect(header, records))
+  findings = specialisation(route_sums.collect(header, records))
   names = {'token': TOKEN, 'position': POSITION, 'domain': SOURCE}
   shares = {}
   for layer in header.layers:
-    own = {name: found[of][layer].fraction for name, of in names.items()}
-    own['context'] = context(records, layer).fraction
-    less = {f'token_less_{n}': own['token'] - own[n] for n in OTHERS}
-    shares[layer] = own | less
+    fractions = {
+      name: findings[label][layer].fraction for name, label in names.items()
+    }
+    fractions['context'] = context(records, layer).fraction
+    differences = {
+      f'token_less_{n}': fractions['token'] - fractions[n] for n in OTHER_LABELS
+    }
+    shares[layer] = fractions | differences
   return shares
 
 
 def context(records: Sequence[Record], layer: int) -> Information:
   """The information of first choices on the token before a known token."""
-  rng, parts = np.random.default_rng(0), []
+  rng, triples = np.random.default_rng(0), []
   for record in records:
     tokens = route_counts.real_tokens(
       record.tokens, record.positions, record.documents, record.sources, rng
     )
     first = record.layers[layer].expert[..., 0].reshape(-1)[tokens.flat_index]
-    here, before = tokens.after, tokens.after - 1
-    parts.append((first[here], tokens.token[before], tokens.token[here]))
-  expert, before, token = map(np.concatenate, zip(*parts, strict=True))
-  return where_known(expert, before, token, rng)
+    current, previous = tokens.after, tokens.after - 1
+    triples.append(
+      (first[current], tokens.token[previous], tokens.token[current])
+    )
+  expert, previous, token = map(np.concatenate, zip(*triples, strict=True))
+  return where_known(expert, previous, token, rng)
 
 
 def where_known(
   expert: Int[np.ndarray, ' N'],
   label: Int[np.ndarray, ' N'],
-  known: Int[np.ndarray, ' N'],
+  condition: Int[np.ndarray, ' N'],
   rng: np.random.Generator,
 ) -> Information:
   """The information of a label on experts where another label is known.
 
-  Experts are shuffled among tokens of equal `known`. That changes nothing but
-  what the label adds, so that the net information is I(expert; label | known),
-  less that of chance.
+  Experts are shuffled among tokens of an equal `condition`, the known label.
+  Shuffling changes nothing but what the label adds, so that the net information
+  is I(expert; label | condition), less that of chance.
 
   Args:
     expert: The expert of each token.
     label: The label.
-    known: The other label.
+    condition: The other label, which is known.
     rng: The generator of random numbers.
   """
-  _, pair = np.unique(np.stack([known, label]), axis=1, return_inverse=True)
-  pair, grouped = pair.reshape(-1), np.argsort(known, kind='stable')
+  _, pair = np.unique(np.stack([condition, label]), axis=1, return_inverse=True)
+  pair, grouped = pair.reshape(-1), np.argsort(condition, kind='stable')
   shape = int(pair.max()) + 1, int(expert.max()) + 1
 
   def shuffled() -> Int[np.ndarray, 'pairs E']:
-    others = np.empty_like(expert)
-    others[grouped] = expert[np.lexsort((rng.random(len(known)), known))]
-    return route_counts.joint_counts(pair, others, shape)
+    permuted = np.empty_like(expert)
+    permuted[grouped] = expert[
+      np.lexsort((rng.random(len(condition)), condition))
+    ]
+    return route_counts.joint_counts(pair, permuted, shape)
 
   table = route_counts.joint_counts(pair, expert, shape)
   return information_of(table, [shuffled() for _ in range(_SHUFFLES)])
@@ -159,20 +167,22 @@ def changes(
     if old  # what the first steps change, from nothing, is not counted
   }
   numbers: dict[int, dict[str, float]] = {layer: {} for layer in header.layers}
-  for layer, own in numbers.items():
-    end = sums[last].layers[layer].tokens
+  for layer, measures in numbers.items():
+    last_tokens = sums[last].layers[layer].tokens
     for share in EARLY:
       step = min(steps, key=lambda step: abs(100 * step / last - share))
-      then = sums[step].layers[layer].tokens
-      same = then.argmax(1) == end.argmax(1)
-      own[f'agreement_{share}'] = float(np.average(same, weights=end.sum(1)))
+      early_tokens = sums[step].layers[layer].tokens
+      same = early_tokens.argmax(1) == last_tokens.argmax(1)
+      measures[f'agreement_{share}'] = float(
+        np.average(same, weights=last_tokens.sum(1))
+      )
     halves: dict[str, list[float]] = {'churn_early': [], 'churn_late': []}
     for step, of_layers in churn.items():
       half = 'churn_late' if 2 * step > last else 'churn_early'
       halves[half].append(of_layers[layer].churn)
     if all(halves.values()):
-      own |= {name: float(np.mean(half)) for name, half in halves.items()}
-      own['churn_ends'] = own['churn_early'] - own['churn_late']
+      measures |= {name: float(np.mean(half)) for name, half in halves.items()}
+      measures['churn_ends'] = measures['churn_early'] - measures['churn_late']
   return numbers
 
 
@@ -183,15 +193,17 @@ def drops(
 
   Groups are single rows. The random order is another one in each row.
   """
-  rng, otherwise = np.random.default_rng(0), []
+  rng, reordered = np.random.default_rng(0), []
   for record in records:
     choices = record.layers[layer]
     kept = in_random_order(choices.expert, record.documents > 0, moe, rng)
     layers = {layer: choices._replace(kept=kept)}
-    otherwise.append(record._replace(layers=layers))
+    reordered.append(record._replace(layers=layers))
   in_order, shuffled = (
-    drop_rates(route_sums.collect(header, of).layers[layer].by_column, QUARTERS)
-    for of in (records, otherwise)
+    drop_rates(
+      route_sums.collect(header, series).layers[layer].by_column, QUARTERS
+    )
+    for series in (records, reordered)
   )
   return {
     **{f'dropped_{i + 1}': float(share) for i, share in enumerate(in_order)},

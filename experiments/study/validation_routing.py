@@ -43,10 +43,10 @@ def states(run: Run, state: TrainState) -> Iterator[tuple[int, Variables]]:
   yield 0, run.programs.variables(run.programs.init_state())
   for step in run.checkpoints.steps():
     if 0 < step < last:
-      found = trained.restore_variables(
+      restored = trained.restore_variables(
         run.workdir, run.model, run.options.sharding.rules, step=step
       )
-      yield step, found.state
+      yield step, restored.state
   yield last, run.programs.variables(state)
 
 
@@ -57,12 +57,12 @@ def batches(run: Run, num_batches: int) -> list[Batch]:
     run: The run.
     num_batches: Number of batches of each source.
   """
-  parts = run.dataset.parts or {'': run.dataset}
+  datasets = run.dataset.parts or {'': run.dataset}
   return [
     batch
-    for part in parts.values()
+    for dataset in datasets.values()
     for batch in data.eval_batches(
-      part.splits['validation'],
+      dataset.splits['validation'],
       batch_size=run.options.batch_size,
       num_batches=num_batches,
     )
@@ -77,7 +77,7 @@ def in_turn(batches: Sequence[Batch], num_sources: int) -> list[Batch]:
     num_sources: Number of sources, which take turns from row to row, as in a
       batch of training.
   """
-  rows = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+  rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
   order = np.arange(len(rows['tokens'])).reshape(num_sources, -1).T.ravel()
   return [
     jax.tree.map(lambda x, part=part: x[part], rows)
@@ -115,13 +115,13 @@ def last_records(
     mixed: Whether sources take turns from row to row, as in training; otherwise
       each batch is of one source.
   """
-  found = batches(run, num_batches)
+  inputs = batches(run, num_batches)
   if mixed:
-    found = in_turn(found, len(run.dataset.parts or {'': run.dataset}))
+    inputs = in_turn(inputs, len(run.dataset.parts or {'': run.dataset}))
   yield from records(
     evaluated_model(run, name),
     run.programs.variables(state),
-    found,
+    inputs,
     step=int(state.step),
     seed=run.options.seed,
   )
@@ -172,9 +172,9 @@ def _choices(
 
 
 def row_at(
-  name: str, runs: Sequence[Result], columns: Sequence[Column], place: str
+  name: str, runs: Sequence[Result], columns: Sequence[Column], layer_key: str
 ) -> Row:
-  """The row of what was measured at one place in the model.
+  """The row of the measurements of one layer, or of several.
 
   A column that a run has no number for is left out.
 
@@ -182,11 +182,11 @@ def row_at(
     name: The name of the row.
     runs: The results of an arm.
     columns: Columns; the key 'routing/*/<what>' is one of a measurement.
-    place: What stands in the place of the `*`, such as 'layer_1'.
+    layer_key: Text that replaces the `*`, such as 'layer_1'.
   """
   values = {}
   for column in columns:
-    key = column.key.replace('routing/*', f'routing/{place}')
+    key = column.key.replace('routing/*', f'routing/{layer_key}')
     numbers = [dataclasses.replace(column, key=key).of(run) for run in runs]
     if not np.isnan(numbers).any():
       values[column.name] = numbers

@@ -65,19 +65,21 @@ def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   Raises:
     ValueError: The claim names a row or column that does not exist.
   """
-  mine = _values(claim.row, claim.column, rows)
+  numbers = _values(claim.row, claim.column, rows)
   if isinstance(claim.than, str):
-    others = _values(claim.than, claim.column, rows)
+    other_numbers = _values(claim.than, claim.column, rows)
   else:
-    others = [claim.than] * len(mine)
-  difference = Interval.of([a - b for a, b in zip(mine, others, strict=True)])
-  few = f'{len(mine)} of at least {LEAST_SEEDS} seeds'
-  few *= len(mine) < LEAST_SEEDS
-  if withheld := '; '.join(filter(None, (claim.withheld, few, withheld))):
+    other_numbers = [claim.than] * len(numbers)
+  difference = Interval.of(
+    [a - b for a, b in zip(numbers, other_numbers, strict=True)]
+  )
+  shortage = f'{len(numbers)} of at least {LEAST_SEEDS} seeds'
+  shortage *= len(numbers) < LEAST_SEEDS
+  if withheld := '; '.join(filter(None, (claim.withheld, shortage, withheld))):
     return Verdict(claim, difference, WITHHELD, withheld)
   marks = {claims.find(address).mark for address in claim.published}
-  known = bool(marks) and 'unverified' not in marks
-  yes, no = (REPRODUCED, OPPOSITE) if known else (SHOWN, REFUTED)
+  is_published = bool(marks) and 'unverified' not in marks
+  yes, no = (REPRODUCED, OPPOSITE) if is_published else (SHOWN, REFUTED)
   return Verdict(
     claim, difference, {1: yes, -1: no, 0: UNRESOLVED}[_side(claim, difference)]
   )
@@ -101,9 +103,9 @@ def _side(claim: Claim, difference: Interval) -> int:
 
 
 def _values(name: str, column: str, rows: Sequence[Row]) -> Sequence[float]:
-  named = [row for row in rows if row.name == name]
-  if not named:
+  matching = [row for row in rows if row.name == name]
+  if not matching:
     raise unknown('row', name, [row.name for row in rows])
-  if column not in named[0].values:
-    raise unknown('column', column, named[0].values)
-  return named[0].values[column]
+  if column not in matching[0].values:
+    raise unknown('column', column, matching[0].values)
+  return matching[0].values[column]

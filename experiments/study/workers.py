@@ -37,7 +37,7 @@ def usual() -> int:
 
 
 @contextlib.contextmanager
-def places(workers: int) -> Iterator[Sequence['Worker | Here']]:
+def places(workers: int) -> Iterator[Sequence['Worker | ThisProcess']]:
   """Starts a number of workers that share a cache of compiled programs.
 
   With one worker, functions are called in this process.
@@ -45,7 +45,7 @@ def places(workers: int) -> Iterator[Sequence['Worker | Here']]:
   with tempfile.TemporaryDirectory() as cache:
     if workers == 1:
       with _sharing_compiled(cache):
-        yield [Here()]
+        yield [ThisProcess()]
       return
     cores = _cores()
     pool = [Worker(cache, cores[i % len(cores)]) for i in range(workers)]
@@ -77,7 +77,7 @@ class Call:
     """See `scheduler.Running`."""
 
 
-class Here:
+class ThisProcess:
   """This process as a place: functions are called at once, in it."""
 
   def call(self, function: Callable[..., Any], *args: Any) -> Call:
@@ -113,10 +113,12 @@ class Worker:
     The function must be that of a module, and arguments must be picklable.
     """
     if self._process is None or not self._process.is_alive():
-      self._connection, theirs = _SPAWN.Pipe()
-      self._process = _SPAWN.Process(target=_serve, args=(theirs, *self._args))
+      self._connection, worker_end = _SPAWN.Pipe()
+      self._process = _SPAWN.Process(
+        target=_serve, args=(worker_end, *self._args)
+      )
       self._process.start()
-      theirs.close()
+      worker_end.close()
     self._connection.send((function, args))
     return _Called(self._process, self._connection)
 

@@ -130,9 +130,12 @@ def best_rates(results: Results, rates: Sequence[float]) -> dict[str, float]:
       losses.setdefault((model, length), {})[rate] = loss_of(runs)
   return {
     # A run that diverged has no loss.
-    model: min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
-    for (model, _), tried in losses.items()
-    if len(tried) == len(rates)
+    model: min(
+      loss_by_rate,
+      key=lambda rate: np.nan_to_num(loss_by_rate[rate], nan=np.inf),
+    )
+    for (model, _), loss_by_rate in losses.items()
+    if len(loss_by_rate) == len(rates)
   }
 
 
@@ -149,10 +152,10 @@ def predictions(
     model, length, rate = parsed(name)
     twin = twin_of(model)
     lengths = [length * factor for factor in _TWIN_LENGTHS]
-    twins = [arm_name(twin, own, rate) for own in lengths]
+    twins = [arm_name(twin, x, rate) for x in lengths]
     if not rate or model == twin or not results.keys() >= {name, *twins}:
       continue
-    losses = [loss_of(results[own]) for own in twins]
+    losses = [loss_of(results[arm]) for arm in twins]
     steps = length / ratio_to(loss_of(results[name]), lengths, losses)
     predicted[model] = Prediction(steps, float(time), steps * float(time))
   return predicted

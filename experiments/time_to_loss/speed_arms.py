@@ -141,8 +141,8 @@ GRID = [
 
 def arm_name(model: str, length: float, rate: float = 0.0) -> str:
   """Name of an arm; see `SpeedModel.arm`."""
-  tried = f', rate {rate:g}' if rate else ''
-  return f'{model}{tried}, {length:g} of the steps'
+  rate_text = f', rate {rate:g}' if rate else ''
+  return f'{model}{rate_text}, {length:g} of the steps'
 
 
 def parsed(name: str) -> tuple[str, float, float]:
@@ -169,7 +169,9 @@ def reported(names: Sequence[str]) -> dict[str, list[float]]:
     model, length, rate = parsed(name)
     if not rate:
       lengths.setdefault(model, []).append(length)
-  return {model: sorted(own) for model, own in lengths.items()}
+  return {
+    model: sorted(model_lengths) for model, model_lengths in lengths.items()
+  }
 
 
 def twin_of(model: str) -> str:
@@ -193,12 +195,12 @@ def groups(arms: Sequence[Arm]) -> list[list[str]]:
 
 def not_run(names: Mapping[str, Any]) -> Iterator[str]:
   """The models of the grid without any arm, a text for each family."""
-  there = {parsed(name)[0] for name in names}
+  models_run = {parsed(name)[0] for name in names}
   missing: dict[str, list[str]] = {}
   for model in GRID:
-    if model.name not in there:
-      short = f'{model.num_selected} of {model.num_experts}'
-      missing.setdefault(model.family, []).append(short)
+    if model.name not in models_run:
+      choices = f'{model.num_selected} of {model.num_experts}'
+      missing.setdefault(model.family, []).append(choices)
   for family, models in missing.items():
-    of_all = len(models) == 2 * len(EXPERTS)
-    yield family + ('' if of_all else f': top-{", ".join(models)}')
+    whole_family = len(models) == 2 * len(EXPERTS)
+    yield family + ('' if whole_family else f': top-{", ".join(models)}')

@@ -65,14 +65,14 @@ def measured(run: Run, state: TrainState) -> dict[str, float]:
   rows, length = options.batch_size, options.data.seq_len
   # A causal token attends to half of the others, on average.
   counted = cost.count(run.model, length, batch_size=rows).decoder
-  others = counted.total - counted.experts - counted.attention // 2
+  other_flops = counted.total - counted.experts - counted.attention // 2
   params, moments = (
     sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     for tree in (state.params, state.opt_state)
   )
   return {
     RATE.key: options.optimizer.learning_rate,
-    _FLOPS: 3.0 * rows * length * others,
+    _FLOPS: 3.0 * rows * length * other_flops,
     _EXPERT_FLOPS: 3.0 * rows * length * counted.experts,
     # Parameters and moments are read and written, and gradients are read.
     _BYTES: float(2 * (params + moments) + params),
@@ -171,8 +171,8 @@ def _steps(
   target = _by_run(LOSS, results[arm_name(twin_of(model), 1.0)])
   losses = [_by_run(LOSS, results[arm_name(model, x)]) for x in lengths]
   return [
-    reached_at(goal, lengths, own)
-    for goal, *own in zip(target, *losses, strict=True)
+    reached_at(goal, lengths, seed_losses)
+    for goal, *seed_losses in zip(target, *losses, strict=True)
   ]
 
 
@@ -208,7 +208,7 @@ def remarks(results: Results) -> str:
   lengths = reported(list(results))
   first = next((m for m in lengths if m != twin_of(m)), 'none')
   rates = sorted({rate for name in results if (rate := parsed(name)[2])})
-  parts = [
+  paragraphs = [
     'Losses are those of an evaluation that drops no token; those with the '
     'capacity of training stand beside them. The seconds of each seed are its '
     'ratio of steps times the ratio of step times in a burst of its own, so '
@@ -223,31 +223,34 @@ def remarks(results: Results) -> str:
     *_ends(results, lengths),
     *_searched(results, rates),
   ]
-  if left := list(not_run(results)):
-    parts.append(f'Not run: {"; ".join(left)}.')
-  return ' '.join(parts)
+  if missing := list(not_run(results)):
+    paragraphs.append(f'Not run: {"; ".join(missing)}.')
+  return ' '.join(paragraphs)
 
 
 def _ends(
   results: Results, lengths: Mapping[str, Sequence[float]]
 ) -> Iterator[str]:
   """Sentences on the seeds that reach the loss at an end of the lengths."""
-  for model, own in lengths.items():
+  for model, model_lengths in lengths.items():
     if model == twin_of(model):
       continue
-    steps = _steps(model, own, results)
+    steps = _steps(model, model_lengths, results)
     early, never = (
-      int(np.isclose(steps, end).sum()) for end in (own[0], own[-1])
+      int(np.isclose(steps, end).sum())
+      for end in (model_lengths[0], model_lengths[-1])
     )
     if early:
       yield (
         f'{early} of {len(steps)} seeds of {model} have the dense loss at the '
-        f'shortest length already and count as {own[0]:g}, more than the truth.'
+        f'shortest length already and count as {model_lengths[0]:g}, more than '
+        'the truth.'
       )
     if never:
       yield (
         f'{never} of {len(steps)} seeds of {model} do not reach it and count '
-        f'as {own[-1]:g}: its means of steps and seconds are lower bounds.'
+        f'as {model_lengths[-1]:g}: its means of steps and seconds are lower '
+        'bounds.'
       )
 
 

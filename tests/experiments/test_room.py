@@ -22,7 +22,7 @@ def test_what_has_no_slot_is_dropped():
 
 
 def test_every_way_has_its_rows_and_drops():
-  found = room.ways(LOAD)
+  found = room.rows_and_drops(LOAD)
   assert found.keys() == room.WAYS.keys()
   # The fullest expert has 7: 28 rows. With 1.5 slots a choice each has 5.
   np.testing.assert_allclose(found['fullest'], [28 / 12, 0])

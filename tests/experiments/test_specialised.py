@@ -34,7 +34,7 @@ def test_choices_that_follow_the_kind_of_character():
     layers={1: LayerChoices(expert, kept / 2, kept)},
   )
   header = Header({1: LayerInfo(3, 1)}, vocab_size=301, sources=('a', 'b'))
-  found = specialised.said(header, [record])[1]
+  found = specialised.layer_information(header, [record])[1]
   np.testing.assert_allclose([found['kind'], found['token']], 1, atol=0.02)
   np.testing.assert_allclose([found['source'], found['position']], 0, atol=0.02)
   # All commas have one expert, all tokens three.
@@ -48,5 +48,5 @@ def test_choices_that_follow_the_kind_of_character():
 
 
 def test_places_of_halves_are_not_those_of_checkpoints():
-  assert specialised.place('encoder', 2) == 'encoder_2'
-  assert specialised.place('decoder', share=20) == 'at_20/decoder_*'
+  assert specialised.layer_key('encoder', 2) == 'encoder_2'
+  assert specialised.layer_key('decoder', share=20) == 'at_20/decoder_*'
