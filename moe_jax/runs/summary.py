@@ -116,7 +116,7 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
     return {}
   return {
     'away_share': float(moved.away / served),
-    'sent_share': float(moved.left / served),
+    'sent_share': float(moved.sent / served),
     'shadowed_experts': float(moved.shadowed / moved.choices),
     'exchange_overflow': float(moved.overflow / served),
   }
