@@ -103,11 +103,11 @@ def own_blocks(
   device's part.
   """
   sizes = [layout.sizes[name] for name in layout.experts]
-  rest = x.shape[1:]
-  x = x.reshape(*sizes, -1, *rest)
+  row_shape = x.shape[1:]
+  x = x.reshape(*sizes, -1, *row_shape)
   J = x.shape[len(sizes)]
   for i, name in reversed(list(enumerate(layout.experts))):
     if name not in layout.exchanged:
       index = jax.lax.axis_index(name)
       x = jax.lax.dynamic_index_in_dim(x, index, i, keepdims=False)
-  return x.reshape(layout.devices(layout.exchanged), J, *rest)
+  return x.reshape(layout.devices(layout.exchanged), J, *row_shape)

@@ -165,7 +165,7 @@ def serve_sorted(
   travel_dtype = dtype or rows.dtype
   with jax.named_scope('exchange'):
     arrivals = [
-      ring.permuted(window.of(padded).astype(travel_dtype), number)
+      ring.permuted(window.read(padded).astype(travel_dtype), number)
       for number, window in enumerate(windows)
     ]
   outputs = [
@@ -179,7 +179,7 @@ def serve_sorted(
     ]
   total = jnp.zeros_like(padded)
   for window, piece in zip(windows, returns):
-    total = window.added(total, piece.astype(rows.dtype))
+    total = window.add(total, piece.astype(rows.dtype))
   return total[: len(rows)], (blocks - sent).sum()
 
 
@@ -196,12 +196,12 @@ class _Window(NamedTuple):
   count: Array
   bound: int
 
-  def of(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
+  def read(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """The rows of the window, then zeros."""
     at, shape = (self.start, jnp.int32(0)), (self.bound, rows.shape[1])
     return self._real(jax.lax.dynamic_slice(rows, at, shape))
 
-  def added(
+  def add(
     self, rows: Float[Array, 'N M'], piece: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
     """All rows, with a piece added to those of the window."""

@@ -217,8 +217,10 @@ def nodes(
 
   def path(source: int, target: int) -> list[Link]:
     ends = f'node {source // per_node}', f'node {target // per_node}'
-    between = [ends[0]] if ends[0] == ends[1] else [ends[0], 'network', ends[1]]
-    return list(itertools.pairwise([source, *between, target]))
+    switches = (
+      [ends[0]] if ends[0] == ends[1] else [ends[0], 'network', ends[1]]
+    )
+    return list(itertools.pairwise([source, *switches, target]))
 
   pairs = itertools.permutations(range(num_nodes * per_node), 2)
   paths = {pair: path(*pair) for pair in pairs}

@@ -56,18 +56,20 @@ def sparse_mixer(
     largest = open_logits.max(-1, keepdims=True)
     scale = jnp.maximum(jnp.abs(router_logits), largest)
     # If both are zero, the quotient is NaN, and the expert takes part.
-    far = (largest - router_logits) / scale > threshold
-    near = jnp.where(jax.lax.stop_gradient(far), -jnp.inf, open_logits)
+    is_far = (largest - router_logits) / scale > threshold
+    near_logits = jnp.where(
+      jax.lax.stop_gradient(is_far), -jnp.inf, open_logits
+    )
     best = expert = open_logits.argmax(-1).astype(jnp.int32)
     if key is not None:
       key, noise_key, whole_key = jax.random.split(key, 3)
-      noise = jax.random.gumbel(noise_key, near.shape, near.dtype)
-      expert = (near + noise).argmax(-1).astype(jnp.int32)
+      noise = jax.random.gumbel(noise_key, near_logits.shape, near_logits.dtype)
+      expert = (near_logits + noise).argmax(-1).astype(jnp.int32)
     if imposed is not None:
       imposed_expert = imposed[..., k]
       expert = jnp.where(imposed_expert >= 0, imposed_expert, expert)
     expert = decided(expert)
-    gate = at_choices(jax.nn.softmax(near), expert[..., None])[..., 0]
+    gate = at_choices(jax.nn.softmax(near_logits), expert[..., None])[..., 0]
     if key is not None:
       is_whole = jax.random.bernoulli(whole_key, _WHOLE, expert.shape)
       lost_share = jnp.where(is_whole | (expert == best), 0.0, 1 - _SHARE)
