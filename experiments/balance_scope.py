@@ -169,10 +169,10 @@ STUDY = Study(
   runner=TrainingRunner(measure),
   figure=Figure(['loss', DOMAIN, EVEN, EVEN_IN_ROWS]),
   remarks='"Domain" and "token" are information of first choices, in per cent '
-  'of their entropy. One claim is open: with a weight of 0.01 the losses of the '
-  'two scopes are 0.004 nats a byte apart, and five seeds tell 0.012; ten times '
-  'that weight resolves it. Experts still specialise by bytes where those of '
-  'domains are gone: a loss of each row of 128 bytes leaves 54 % of "token".',
+  'of their entropy. One claim is open: with a weight of 0.01 the losses of '
+  'the two scopes are 0.004 nats a byte apart, and five seeds tell 0.012; ten '
+  'times that weight resolves it. A loss of each row takes the information '
+  'about domains away, and leaves most of that about tokens.',
   tasks=domains.TASKS,
   written='2026-11-28',
 )

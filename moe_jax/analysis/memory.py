@@ -222,7 +222,7 @@ def _kept_hidden(block: BlockConfig, ffn: FfnOptions, keeps_all: bool) -> int:
   if not keeps_all:
     return len(act.kernels) * ffn.hidden * b
   signs = ffn.hidden if act.cheap else 0
-  return act.kept * ffn.hidden * b + signs
+  return act.saved_arrays * ffn.hidden * b + signs
 
 
 def _kept_scores(half: Half, B: int) -> int:

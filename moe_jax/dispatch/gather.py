@@ -1,9 +1,8 @@
 """Dispatch by index into static capacity buffers: the default, O(S K M).
 
 Every expert has C rows in each group, filled or not; further choices are
-dropped.
-Which token is in which row is `moe_jax.routing.rows`; how rows move, and their
-gradients, is `movement.py`.
+dropped. `moe_jax.routing.rows` decides the token in each row; `movement.py`
+moves rows, and has their gradients.
 """
 
 from moe_jax.dispatch import movement

@@ -60,8 +60,8 @@ def take_rows(
   The indices are those of `take_tokens`.
   """
   flat = rows.reshape(-1, rows.shape[-1])  # [R, M]
-  taken = take_or_zero(flat, row_index)  # [N, K, M]
-  return (gate[..., None].astype(rows.dtype) * taken).sum(-2)
+  choice_rows = take_or_zero(flat, row_index)  # [N, K, M]
+  return (gate[..., None].astype(rows.dtype) * choice_rows).sum(-2)
 
 
 def _take_rows_fwd(rows, gate, choice_index, row_index):
@@ -73,17 +73,17 @@ def _take_rows_bwd(saved, dy):
   rows, gate, choice_index, row_index = saved
   # Both gradients come from the rows of dy: to take the rows of experts again
   # would move as many bytes once more.
-  taken = take_or_zero(dy, choice_index // gate.shape[-1])  # [*R, M]
+  row_dy = take_or_zero(dy, choice_index // gate.shape[-1])  # [*R, M]
   d_row_gate = jnp.einsum(
     '...M,...M->...',
     rows,
-    taken,
+    row_dy,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
   d_gate = take_or_zero(d_row_gate.reshape(-1), row_index)  # [N, K]
   row_gate = take_or_zero(gate.reshape(-1), choice_index)[..., None]
-  d_rows = row_gate.astype(dy.dtype) * taken
+  d_rows = row_gate.astype(dy.dtype) * row_dy
   return d_rows, d_gate.astype(gate.dtype), None, None
 
 

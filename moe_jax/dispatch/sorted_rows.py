@@ -2,9 +2,9 @@
 
 MegaBlocks, https://arxiv.org/abs/2211.15841. No expert has a capacity of its
 own; all choices that the routing kept are moved, so a routing with room for
-everyone drops nothing. The rows go to the products of `moe_jax.kernels`. Which
-token is in which row is `moe_jax.routing.rows`; how rows move, and their
-gradients, is `movement.py`.
+everyone drops nothing. The rows go to the products of `moe_jax.kernels`.
+`moe_jax.routing.rows` decides the token in each row; `movement.py` moves rows,
+and has their gradients.
 """
 
 from moe_jax.dispatch import movement

@@ -37,8 +37,8 @@ class Block(NamedTuple):
     first_own: int32 [], the first row that belongs to the expert.
     stop: int32 [], the row after the last that belongs to the expert.
     size: The number of rows that the block multiplies.
-    first: Whether it is its expert's first block, the only one with rows
-      that are not the expert's.
+    is_first: Whether the block is its expert's first one, the only one with
+      rows that are not the expert's.
   """
 
   expert: Array
@@ -46,7 +46,7 @@ class Block(NamedTuple):
   first_own: Array
   stop: Array
   size: int
-  first: bool
+  is_first: bool
 
   def rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """The block's rows of x, whichever expert they belong to."""
@@ -55,25 +55,25 @@ class Block(NamedTuple):
   def own_rows(self, x: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """The block's rows of x; those of other experts are zero."""
     rows = self.rows(x)
-    return jnp.where(self._own(), rows, 0) if self.first else rows
+    return jnp.where(self._own_mask(), rows, 0) if self.is_first else rows
 
-  def put(
+  def write(
     self, x: Float[Array, 'N M'], rows: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
     """x with the block's rows written; those of other experts stay."""
-    if self.first:
-      rows = jnp.where(self._own(), rows, self.rows(x))
+    if self.is_first:
+      rows = jnp.where(self._own_mask(), rows, self.rows(x))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, self.start, 0)
 
   def add(
     self, total: Float[Array, 'E M F'], part: Float[Array, 'M F']
   ) -> Float[Array, 'E M F']:
     """Adds `part` to total[expert]; the first block overwrites it."""
-    if not self.first:
+    if not self.is_first:
       part = part + jax.lax.dynamic_index_in_dim(total, self.expert, 0, False)
     return jax.lax.dynamic_update_index_in_dim(total, part, self.expert, 0)
 
-  def _own(self) -> Bool[Array, 'R 1']:
+  def _own_mask(self) -> Bool[Array, 'R 1']:
     row = self.start + jnp.arange(self.size, dtype=jnp.int32)
     return ((row >= self.first_own) & (row < self.stop))[:, None]
 
@@ -110,41 +110,41 @@ def for_each_block(
   sizes = block_sizes(N, E)
   full = sizes[-1]
   stops = jnp.cumsum(group_sizes)
-  busy = jnp.flatnonzero(group_sizes > 0, size=E, fill_value=0)
+  used_experts = jnp.flatnonzero(group_sizes > 0, size=E, fill_value=0)
 
-  def expert(i, carry):
-    e = busy[i].astype(jnp.int32)
+  def serve_expert(i, carry):
+    e = used_experts[i].astype(jnp.int32)
     n, begin = group_sizes[e], stops[e] - group_sizes[e]
     # The barrier keeps one slice for all blocks, where fusion would copy it
     # into each.
-    own = jax.lax.optimization_barrier(
+    slices = jax.lax.optimization_barrier(
       tuple(jax.lax.dynamic_index_in_dim(w, e, 0, False) for w in kernels)
     )
-    others = (n - 1) // full
-    first_rows = n - others * full
+    num_full = (n - 1) // full
+    first_rows = n - num_full * full
     # Each size is a loop of one round or none: unlike a conditional, a loop
-    # carries its buffers without a copy. What it computes depends on its
-    # counter, or it would be hoisted out and always be computed.
+    # carries its buffers without a copy. Its computation depends on its
+    # counter, or it would be hoisted out and always be done.
     smaller = 0
     for size in sizes:
       fits = (first_rows <= size) & (first_rows > smaller)
 
-      def first(j, carry, size=size):
+      def first_block(j, carry, size=size):
         start = jnp.minimum(begin + j, N - size)
         stop = begin + first_rows
-        return body(Block(e + j, start, begin, stop, size, True), own, carry)
+        return body(Block(e + j, start, begin, stop, size, True), slices, carry)
 
-      carry = jax.lax.fori_loop(0, fits.astype(jnp.int32), first, carry)
+      carry = jax.lax.fori_loop(0, fits.astype(jnp.int32), first_block, carry)
       smaller = size
 
-    def other(j, carry):
+    def full_block(j, carry):
       start = begin + first_rows + j * full
       block = Block(e, start, start, start + full, full, False)
-      return body(block, own, carry)
+      return body(block, slices, carry)
 
-    return jax.lax.fori_loop(0, others, other, carry)
+    return jax.lax.fori_loop(0, num_full, full_block, carry)
 
-  return jax.lax.fori_loop(0, (group_sizes > 0).sum(), expert, carry)
+  return jax.lax.fori_loop(0, (group_sizes > 0).sum(), serve_expert, carry)
 
 
 def dot(
@@ -181,7 +181,7 @@ def matmul(
   def body(block, kernels, y):
     (kernel,) = kernels
     product = dot(block.rows(x), kernel, (1, 1 if transposed else 0))
-    return block.put(y, product)
+    return block.write(y, product)
 
   y = jnp.zeros((N, w.shape[1 if transposed else 2]), x.dtype)
   return for_each_block(body, y, (w,), group_sizes, N)

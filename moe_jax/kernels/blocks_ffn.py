@@ -29,8 +29,8 @@ def forward(
     y, firsts = carry
     rows = block.rows(x)
     products = [blocks.dot(rows, w, (1, 0)) for w in ins]
-    firsts = tuple(block.put(z, p) for z, p in zip(firsts, products))
-    return block.put(y, blocks.dot(hidden(*products), out, (1, 0))), firsts
+    firsts = tuple(block.write(z, p) for z, p in zip(firsts, products))
+    return block.write(y, blocks.dot(hidden(*products), out, (1, 0))), firsts
 
   firsts = tuple(jnp.zeros((N, F), x.dtype) for _ in w_ins)
   carry = (jnp.zeros_like(x), firsts)
@@ -63,7 +63,7 @@ def backward(
       for dw, d in zip(dw_ins, d_firsts)
     )
     dw_out = block.add(dw_out, blocks.dot_over_rows(h, d_rows))
-    return block.put(dx, sum(d_rows_in)), dw_ins, dw_out
+    return block.write(dx, sum(d_rows_in)), dw_ins, dw_out
 
   dw_ins = tuple(jnp.zeros(w.shape, jnp.float32) for w in w_ins)
   carry = (jnp.zeros_like(x), dw_ins, jnp.zeros(w_out.shape, jnp.float32))

@@ -61,9 +61,9 @@ def _add_to_each_forward(x, bias):
 
 
 def _add_to_each_backward(_, d_sum):
-  B, *rest = d_sum.shape
+  B, *shape = d_sum.shape
   ones = jnp.ones((1, B), d_sum.dtype)
-  return d_sum, (ones @ d_sum.reshape(B, -1)).reshape(rest)
+  return d_sum, (ones @ d_sum.reshape(B, -1)).reshape(shape)
 
 
 add_to_each.defvjp(_add_to_each_forward, _add_to_each_backward)

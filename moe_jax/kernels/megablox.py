@@ -96,14 +96,14 @@ def outer(
 
 def _width(lanes: int, most: int) -> int:
   """The widest tile, at most `most`, that divides a width of 128 * lanes."""
-  fits = range(1, most // _LANES + 1)
-  return _LANES * max(n for n in fits if lanes % n == 0)
+  tile_lanes = range(1, most // _LANES + 1)
+  return _LANES * max(n for n in tile_lanes if lanes % n == 0)
 
 
 def _padded(x: Array, tile: tuple[int, ...]) -> Array:
   """x with zeros behind each axis up to a multiple of the tile, never zero."""
-  whole = [max(-(-size // t), 1) * t for size, t in zip(x.shape, tile)]
-  missing = [n - size for n, size in zip(whole, x.shape)]
+  padded_sizes = [max(-(-size // t), 1) * t for size, t in zip(x.shape, tile)]
+  missing = [n - size for n, size in zip(padded_sizes, x.shape)]
   return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x
 
 

@@ -1,8 +1,8 @@
 """Kernels of few bits: the values that codes stand for, and codes in bytes.
 
-A kernel is [*E, I, O], for I inputs and O output units. What papers on
-quantisation call a row is one output unit. Not here: how a grid is chosen for a
-kernel (`compression/grids.py`), and codes of less than a bit (`ternary.py`).
+A kernel is [*E, I, O], for I inputs and O output units. An output unit is a row
+in papers on quantisation. Not here: how a grid is chosen for a kernel
+(`compression/grids.py`), and codes of less than a bit (`ternary.py`).
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ class UniformGrid:
 
   def _of_inputs(self, inputs):
     """Scale and zero of each input, float32 [*E, I or 1, O]."""
-    parts = self.scale.astype(jnp.float32), self.zero.astype(jnp.float32)
+    grid = self.scale.astype(jnp.float32), self.zero.astype(jnp.float32)
     groups = self.scale.shape[-2]
     if groups == 1:
-      return parts
+      return grid
     length = group_len(inputs, groups)
-    return tuple(jnp.repeat(x, length, axis=-2)[..., :inputs, :] for x in parts)
+    return tuple(jnp.repeat(x, length, axis=-2)[..., :inputs, :] for x in grid)
 
 
 @functools.partial(
@@ -86,7 +86,7 @@ class TernaryGrid:
   high: Leaf
 
   def codes(self, w: Float[Array, '*E I O']) -> Int8[Array, '*E I O']:
-    """The code of the value nearest to each weight; 0 where two are."""
+    """The code of the value nearest to each weight; 0 where two are as near."""
     w = w.astype(jnp.float32)
     above = w > self.high.astype(jnp.float32) / 2
     below = w < self.low.astype(jnp.float32) / 2
@@ -127,19 +127,19 @@ def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
     codes: Codes below 2 ** bits.
     bits: The number of bits of a code, one of `BITS`.
   """
-  parts, shift = [], 0
+  packed_parts, shift = [], 0
   for width in _PARTS[bits]:
     part = codes >> shift & (1 << width) - 1
-    each = 8 // width
-    padding = [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % each)]
+    per_byte = 8 // width
+    padding = [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % per_byte)]
     part = jnp.pad(part, [*padding, (0, 0)])
     *stack, inputs, units = part.shape
-    part = part.reshape(*stack, inputs // each, each, units)
+    part = part.reshape(*stack, inputs // per_byte, per_byte, units)
     # No two of the shifted codes have a bit in common.
     shifted = part << _shifts(width, part.ndim)
-    parts.append(shifted.sum(-2, dtype=jnp.uint8))
+    packed_parts.append(shifted.sum(-2, dtype=jnp.uint8))
     shift += width
-  return jnp.concatenate(parts, axis=-2)
+  return jnp.concatenate(packed_parts, axis=-2)
 
 
 def unpack(
@@ -154,11 +154,11 @@ def unpack(
   """
   codes, shift, first = jnp.zeros((), packed.dtype), 0, 0
   for width in _PARTS[bits]:
-    each = 8 // width
-    rows = -(-inputs // each)
+    per_byte = 8 // width
+    rows = -(-inputs // per_byte)
     part = packed[..., first : first + rows, None, :]
     part = part >> _shifts(width, part.ndim) & (1 << width) - 1
-    part = part.reshape(*packed.shape[:-2], rows * each, packed.shape[-1])
+    part = part.reshape(*packed.shape[:-2], rows * per_byte, packed.shape[-1])
     codes = codes + (part[..., :inputs, :] << shift)
     shift, first = shift + width, first + rows
   return codes

@@ -52,15 +52,15 @@ def decode(codes: Codes, width: int, p0: float = P0) -> Int8[Array, '*E R M']:
     p0: The probability of a zero of which the dictionary was made.
   """
   if codes.offsets.ndim > 1:
-    return jax.vmap(lambda one: decode(one, width, p0))(codes)
+    return jax.vmap(lambda expert_codes: decode(expert_codes, width, p0))(codes)
   R, padded = codes.offsets.shape[0] - 1, width + width % 2
   lengths = jnp.asarray(dictionary(p0).lengths)[codes.codes]
   weights = jnp.zeros(MOST_WEIGHTS + R * padded, jnp.int8)
-  weights = placed(codes.codes, jnp.cumsum(lengths), weights, p0)
+  weights = place_codes(codes.codes, jnp.cumsum(lengths), weights, p0)
   return weights[MOST_WEIGHTS:].reshape(R, padded)[:, :width]
 
 
-def placed(
+def place_codes(
   codes: UInt16[Array, ' N'],
   ends: Int32[Array, ' N'],
   weights: Int8[Array, ' W'],

@@ -80,5 +80,5 @@ def _check_one(values, offsets, width, p0, where) -> None:
     )
 
 
-def _first(wrong: np.ndarray) -> int | None:
-  return int(wrong.argmax()) if wrong.any() else None
+def _first(mask: np.ndarray) -> int | None:
+  return int(mask.argmax()) if mask.any() else None

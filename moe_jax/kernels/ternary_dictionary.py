@@ -38,7 +38,7 @@ class SequenceClass(NamedTuple):
   Attributes:
     first: The code of the first sequence.
     weights: The number of weights of a sequence, twice its pairs.
-    nonzeros: How many of them are not zero.
+    nonzeros: The number of weights that are not zero.
   """
 
   first: int
@@ -96,8 +96,8 @@ def classes(p0: float = P0) -> tuple[SequenceClass, ...]:
       break
     chosen.append(SequenceClass(first, weights, nonzeros))
     first += num_sequences(weights, nonzeros)
-  whole = {c[1:] for c in chosen if first <= NUM_CODES or c != chosen[-1]}
-  if not {(2, 0), (2, 1), (2, 2)} <= whole:
+  complete = {c[1:] for c in chosen if first <= NUM_CODES or c != chosen[-1]}
+  if not {(2, 0), (2, 1), (2, 2)} <= complete:
     raise ValueError(
       f'p0={p0} is too small: the dictionary lacks a pair of weights'
     )
@@ -116,30 +116,31 @@ def unrank(codes, p0: float, where: Callable):
     The two words and the length of each code, int32, as in `Dictionary`.
   """
   table = classes(p0)
-  rank, length, left = (codes * 0 for _ in range(3))
+  rank, length, nonzeros_left = (codes * 0 for _ in range(3))
   for first, weights, nonzeros in table:
     inside = codes >= first
     rank = where(inside, codes - first, rank)
     length = where(inside, weights, length)
-    left = where(inside, nonzeros, left)
+    nonzeros_left = where(inside, nonzeros, nonzeros_left)
   most = max(c.nonzeros for c in table)
   words = [codes * 0, codes * 0]
   for after in reversed(range(MOST_WEIGHTS)):  # the number of weights behind
-    # Of the sequences that agree so far, those with a zero here come first,
-    # then those with 1; what follows has `left` non-zeros, or one fewer.
+    # The sequences that agree so far come in order: first those with a zero
+    # here, then those with 1. The weights behind have `nonzeros_left`
+    # non-zeros, or one fewer.
     zeros, ones = codes * 0, codes * 0
     for n in range(most + 1):
-      zeros = where(left == n, _capped(after, n), zeros)
+      zeros = where(nonzeros_left == n, _capped(after, n), zeros)
       if n:
-        ones = where(left == n, _capped(after, n - 1), ones)
+        ones = where(nonzeros_left == n, _capped(after, n - 1), ones)
     nonzero = (length > after) & (rank >= zeros)
     rank = where(nonzero, rank - zeros, rank)
     negative = nonzero & (rank >= ones)
     rank = where(negative, rank - ones, rank)
-    left = where(nonzero, left - 1, left)
+    nonzeros_left = where(nonzero, nonzeros_left - 1, nonzeros_left)
     bits = where(negative, 3, where(nonzero, 1, 0))
-    word, place = divmod(after, WORD_WEIGHTS)
-    words[word] = words[word] + bits * (1 << 2 * place)
+    word, position = divmod(after, WORD_WEIGHTS)
+    words[word] = words[word] + bits * (1 << 2 * position)
   return words[0], words[1], length
 
 
@@ -167,9 +168,9 @@ def dictionary(p0: float = P0) -> Dictionary:
 
   pairs = code_of(16 + np.arange(16), 0)
   steps = code_of(16 * keys[:, None] + np.arange(16), pairs)
-  made = Dictionary(
+  tables = Dictionary(
     np.stack(words).astype(np.uint32), lengths.astype(np.int32), steps, pairs
   )
-  for array in made:
+  for array in tables:
     array.flags.writeable = False
-  return made
+  return tables

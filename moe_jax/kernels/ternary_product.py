@@ -76,10 +76,10 @@ def plain(
   (N, M), R = x.shape, low.shape[0]
   rows = min(max(BLOCK_WEIGHTS // M, 1), R)
   blocks = -(-R // rows)
-  missing = blocks * rows - R
-  edges = jnp.pad(codes.offsets, (0, missing), mode='edge')[::rows]
+  padding = blocks * rows - R
+  edges = jnp.pad(codes.offsets, (0, padding), mode='edge')[::rows]
   values = [
-    jnp.pad(v.astype(x.dtype), (0, missing)).reshape(blocks, rows, 1)
+    jnp.pad(v.astype(x.dtype), (0, padding)).reshape(blocks, rows, 1)
     for v in (low, high)
   ]
 
@@ -93,19 +93,19 @@ def plain(
 
 
 def _decoded(codes, start, stop, rows, width, p0):
-  """The rows whose codes are start, ..., stop - 1, some at a time."""
+  """The rows whose codes are start, ..., stop - 1, decoded in chunks."""
   padded = width + width % 2
   chunk = min(CHUNK, codes.shape[0])
 
   def add(i, decoded):
     end, weights = decoded
-    at = start + i * chunk + jnp.arange(chunk)
-    some = jnp.take(codes, at, mode='clip')
-    lengths = jnp.asarray(dictionary(p0).lengths)[some]
-    ends = end + jnp.cumsum(jnp.where(at < stop, lengths, 0))
+    index = start + i * chunk + jnp.arange(chunk)
+    chunk_codes = jnp.take(codes, index, mode='clip')
+    lengths = jnp.asarray(dictionary(p0).lengths)[chunk_codes]
+    ends = end + jnp.cumsum(jnp.where(index < stop, lengths, 0))
     # Codes of other blocks are placed past the end, where they are lost.
-    ends_inside = jnp.where(at < stop, ends, weights.size + 1)
-    weights = ternary.placed(some, ends_inside, weights, p0)
+    ends_inside = jnp.where(index < stop, ends, weights.size + 1)
+    weights = ternary.place_codes(chunk_codes, ends_inside, weights, p0)
     return ends[-1], weights
 
   weights = jnp.zeros(ternary.MOST_WEIGHTS + rows * padded, jnp.int8)

@@ -2,10 +2,10 @@
 
 A TPU cannot look codes up in a table of 2^16 entries inside a kernel, and need
 not: the dictionary is ordered, so that a code's weights follow from the code by
-counting (`ternary_dictionary.unrank`), in vectors of 1024 codes. The rest is
-where weights go. Rows follow each other without gaps, so that a block of rows
-is one run of positions; each position finds its code by bisection among the
-ends of 128 codes, which one register holds.
+counting (`ternary_dictionary.unrank`), in vectors of 1024 codes. The rest of
+the work is to find the position of each weight. Rows follow each other without
+gaps, so that a block of rows is one run of positions; each position finds its
+code by bisection among the ends of 128 codes, which one register holds.
 
 On a CPU the same kernel is interpreted, slowly, for tests. It is compiled for
 TPUs ahead of time by tests; its speed on one was never measured.
@@ -144,10 +144,10 @@ def _kernel(
       copy.wait()
       _unpack(codes_ref, *decoded_refs, p0=p0)
       first = block * (_ROWS * width)
-      place = functools.partial(
-        _place, starts_ref, *decoded_refs, weights_ref, g, first
+      write_row = functools.partial(
+        _write_weights, starts_ref, *decoded_refs, weights_ref, g, first
       )
-      jax.lax.fori_loop(0, _CODE_ROWS, lambda row, _: place(row), None)
+      jax.lax.fori_loop(0, _CODE_ROWS, lambda row, _: write_row(row), None)
 
     last = jnp.minimum(
       groups_ref[block + 1] + 1, tiles_ref.shape[0] // _CODE_ROWS
@@ -169,7 +169,7 @@ def _unpack(codes_ref, last_ref, first_ref, ends_ref, p0):
   ends_ref[...] = ends.astype(jnp.int32)
 
 
-def _place(
+def _write_weights(
   starts_ref, last_ref, first_ref, ends_ref, weights_ref, group, first, row
 ):
   """Writes the weights of 128 codes at their positions in the block."""
@@ -177,10 +177,10 @@ def _place(
   stop = starts_ref[group * _CODE_ROWS + row + 1] - first
   size = weights_ref.shape[0] * _LANES
 
-  def of_each(ref):
+  def row_of(ref):
     return jnp.broadcast_to(ref[pl.ds(row, 1), :], (8, _LANES))
 
-  words, ends = (of_each(last_ref), of_each(first_ref)), of_each(ends_ref)
+  words, ends = (row_of(last_ref), row_of(first_ref)), row_of(ends_ref)
   ends = ends + start
 
   def tile(t, _):
@@ -217,8 +217,8 @@ def _weights_at(position, words, ends):
   in_last = after < WORD_WEIGHTS
   word = jnp.where(in_last, last, first)
   # Positions of other codes are not written; their shift must be valid.
-  place = jnp.clip(jnp.where(in_last, after, after - WORD_WEIGHTS), 0, 15)
-  bits = jax.lax.shift_right_logical(word, 2 * place)
+  offset = jnp.clip(jnp.where(in_last, after, after - WORD_WEIGHTS), 0, 15)
+  bits = jax.lax.shift_right_logical(word, 2 * offset)
   return ((bits & 1) - (bits & 2)).astype(jnp.float32)
 
 

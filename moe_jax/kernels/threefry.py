@@ -58,16 +58,16 @@ def _random_bits(key, bit_width, shape):
 
 def _columns(key, shape, first, width):
   """The bits of `width` columns of an array of that shape, from `first` on."""
-  part = (*shape[:-1], width) if shape else shape
-  low, stride = jnp.zeros(part, jnp.uint32), 1
+  part_shape = (*shape[:-1], width) if shape else shape
+  low, stride = jnp.zeros(part_shape, jnp.uint32), 1
   # A sum over dimensions, which devices that share the array can split.
   for dim in reversed(range(len(shape))):
-    place = jax.lax.broadcasted_iota(jnp.uint32, part, dim)
+    index = jax.lax.broadcasted_iota(jnp.uint32, part_shape, dim)
     if dim == len(shape) - 1:
-      place = place + jnp.uint32(first)
-    low = low + place * np.uint32(stride % 2**32)
+      index = index + jnp.uint32(first)
+    low = low + index * np.uint32(stride % 2**32)
     stride *= shape[dim]
-  high, low = _threefry(key, jnp.zeros(part, jnp.uint32), low)
+  high, low = _threefry(key, jnp.zeros(part_shape, jnp.uint32), low)
   return high ^ low
 
 

@@ -21,40 +21,40 @@ class Activation(NamedTuple):
   Attributes:
     function: The elementwise function.
     gated: Whether the hidden values are function(x W_gate) * x W_in.
-    cheap: Whether XLA computes it again rather than read its result.
-    kept: The number of arrays as wide as the hidden values that the forward
-      pass keeps for the backward pass, products included.
+    cheap: Whether XLA computes the function again rather than read its result.
+    saved_arrays: The number of arrays as wide as the hidden values that the
+      forward pass keeps for the backward pass, products included.
     limit: The largest value of the gate's product, and the largest size of the
-      other one's; None: there is none.
-    shift: Number that is added to the product that is gated.
-    doubly: Whether the hidden values are multiplied by x W_factor, too.
+      other one's; None for no limit.
+    shift: The number that is added to the product that is gated.
+    doubly_gated: Whether the hidden values are multiplied by x W_factor, too.
   """
 
   function: Callable[[Array], Array]
   gated: bool
   cheap: bool = False
-  kept: int = 4
+  saved_arrays: int = 4
   limit: float | None = None
   shift: float = 0.0
-  doubly: bool = False
+  doubly_gated: bool = False
 
   @property
   def kernels(self) -> tuple[str, ...]:
     """Names of the kernels that multiply x, in the order of `hidden`."""
     gate = ('w_gate',) if self.gated else ()
-    return (*gate, 'w_in', *(('w_factor',) if self.doubly else ()))
+    return (*gate, 'w_in', *(('w_factor',) if self.doubly_gated else ()))
 
   def hidden(self, *products: Array) -> Array:
     """The hidden values of the products of x with `kernels`."""
-    first, *rest = products
+    argument, *factors = products
     if self.limit is not None:
-      first = jnp.minimum(first, self.limit)
-      rest = [jnp.clip(other, -self.limit, self.limit) for other in rest]
-    h = self.function(first)
+      argument = jnp.minimum(argument, self.limit)
+      factors = [jnp.clip(value, -self.limit, self.limit) for value in factors]
+    h = self.function(argument)
     if self.shift:
-      rest[0] += self.shift
-    for product in rest:
-      h = h * product
+      factors[0] += self.shift
+    for value in factors:
+      h = h * value
     return h
 
 
@@ -65,15 +65,19 @@ def _quick_gelu(x: Array) -> Array:
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
-  'relu': Activation(jax.nn.relu, False, cheap=True, kept=1),
+  'relu': Activation(jax.nn.relu, False, cheap=True, saved_arrays=1),
   'gelu': Activation(cpu.gelu, False),
-  'gelu_tanh': Activation(_gelu_tanh, False, kept=6),
-  'geglu': Activation(_gelu_tanh, True, kept=8),  # arXiv:2002.05202
-  'swiglu': Activation(jax.nn.silu, True, kept=6),
+  'gelu_tanh': Activation(_gelu_tanh, False, saved_arrays=6),
+  'geglu': Activation(_gelu_tanh, True, saved_arrays=8),  # arXiv:2002.05202
+  'swiglu': Activation(jax.nn.silu, True, saved_arrays=6),
   # gpt-oss has it, with swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
-  'clamped_swiglu': Activation(_quick_gelu, True, kept=9, limit=7.0, shift=1.0),
+  'clamped_swiglu': Activation(
+    _quick_gelu, True, saved_arrays=9, limit=7.0, shift=1.0
+  ),
   # OpenMoE has it: a third product multiplies a SwiGLU.
-  'doubly_gated_swiglu': Activation(jax.nn.silu, True, kept=8, doubly=True),
+  'doubly_gated_swiglu': Activation(
+    jax.nn.silu, True, saved_arrays=8, doubly_gated=True
+  ),
 }
 
 

@@ -123,17 +123,17 @@ class Block(nn.Module):
     """
     c = self.config
     y, cache = self._attention(x, context, cache, layer, cross=False)
-    x = self._joined(x, y)
+    x = self._residual_sum(x, y)
     if c.cross:
       y, cache = self._attention(x, context, cache, layer, cross=True)
-      x = self._joined(x, y)
+      x = self._residual_sum(x, y)
     h = self._norm(x, 'ffn_norm')
     y, aux = self._feed_forward(h, context, layer)
-    x = self._joined(x, y)
+    x = self._residual_sum(x, y)
     if self.sparse and c.moe is not None and c.moe.extra_ffn:
       h = self._norm(x, 'extra_ffn_norm')
       y = self._dense(c.ffn, c.dropout, 'extra_ffn')(h, self.train)
-      x = self._joined(x, y)
+      x = self._residual_sum(x, y)
     return x, cache, aux
 
   def _feed_forward(self, h, context, layer):
@@ -184,7 +184,7 @@ class Block(nn.Module):
   def _norm(self, x, name):
     return self.config.norm.module(self.config.shared, name)(x)
 
-  def _joined(self, x, y):
+  def _residual_sum(self, x, y):
     """The residual stream x with the output y of one of the block's layers."""
     c = self.config
     y = nn.Dropout(c.dropout, deterministic=not self.train)(y)

@@ -59,8 +59,8 @@ class FfnLayer:
     options: The width and activation of the layer.
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
-    role: The role of its parameters.
-    format: The format in which its kernels are stored.
+    role: The role of the parameters.
+    format: The format in which the kernels are stored.
   """
 
   options: FfnOptions
@@ -97,9 +97,9 @@ class FfnLayer:
     """
     shared = self.shared
     p = {}
-    for name, (shape, axes, form) in self._parts(stack, width).items():
+    for name, (shape, axes, form) in self._specs(stack, width).items():
       if form != 'bias' and not self.format.is_plain:
-        p[name] = parameters.stored(
+        p[name] = parameters.coded_kernel(
           module, name, self.format, shape, role=self.role
         )
         continue
@@ -126,42 +126,42 @@ class FfnLayer:
       return p
     return {
       name: self.format.decoded(
-        own, self.options.hidden if name == 'w_out' else width
+        value, self.options.hidden if name == 'w_out' else width
       )
-      if isinstance(own, Mapping)
-      else own
-      for name, own in p.items()
+      if isinstance(value, Mapping)
+      else value
+      for name, value in p.items()
     }
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
     """The logical axes of `parameters`."""
-    return {name: p[1] for name, p in self._parts(stack, width).items()}
+    return {name: p[1] for name, p in self._specs(stack, width).items()}
 
-  def _parts(self, stack, width):
+  def _specs(self, stack, width):
     """The shape, axes and form of each parameter, in the order of their draws.
 
     The form 'residual' is a kernel whose product is added to the residual.
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
-    parts: dict[str, tuple[tuple[int, ...], Names, str]] = {
+    specs: dict[str, tuple[tuple[int, ...], Names, str]] = {
       'w_in': ((M, F), ('embed', mlp), 'kernel')
     }
     if self.use_bias:
-      parts['b_in'] = ((F,), (mlp,), 'bias')
+      specs['b_in'] = ((F,), (mlp,), 'bias')
     for name in self.first_kernels:
       if name == 'w_in':
         continue
-      parts[name] = ((M, F), ('embed', mlp), 'kernel')
+      specs[name] = ((M, F), ('embed', mlp), 'kernel')
       if self.gate_bias:
-        parts[f'b{name[1:]}'] = ((F,), (mlp,), 'bias')
-    parts['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
+        specs[f'b{name[1:]}'] = ((F,), (mlp,), 'bias')
+    specs['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
     if self.use_bias:
-      parts['b_out'] = ((M,), ('embed',), 'bias')
+      specs['b_out'] = ((M,), ('embed',), 'bias')
     experts = ('expert',) * len(stack)
     return {
       name: ((*stack, *shape), (*experts, *axes), form)
-      for name, (shape, axes, form) in parts.items()
+      for name, (shape, axes, form) in specs.items()
     }
 
   def kernels(self, p: dict[str, Any]) -> tuple[tuple[Array, ...], Array]:
@@ -218,7 +218,7 @@ class FfnLayer:
       dropout=dropout,
     )
 
-  def dropped(self, module: nn.Module, train: bool) -> nn.Dropout:
+  def dropout_module(self, module: nn.Module, train: bool) -> nn.Dropout:
     """The dropout of hidden values, as a submodule of `module`."""
     return nn.Dropout(self.dropout, deterministic=not train, parent=module)
 
@@ -260,10 +260,10 @@ class FeedForward(nn.Module):
     p = layer.decoded(layer.parameters(self, (), M), M)
 
     def after_first(h):
-      h = layer.dropped(self, train)(h)
+      h = layer.dropout_module(self, train)(h)
       for i in range(1, self.depth):
         h = layer.activation.hidden(self._hidden_product(h, i, layer.use_bias))
-        h = layer.dropped(self, train)(h)
+        h = layer.dropout_module(self, train)(h)
       return h
 
     return layer.compute_stacked(p, rows, after_first).reshape(x.shape)

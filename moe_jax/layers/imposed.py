@@ -55,23 +55,25 @@ class ImposedOptions(Options):
     self, router: RouterOptions, sizes: Sizes
   ) -> Iterator[str]:
     """The problems of imposing choices on a router."""
-    named = {'force_balance': self.force_balance, 'replay': self.replay}
-    if all(named.values()):
-      said = ' with '.join(f'{name}={value!r}' for name, value in named.items())
-      yield f'{said}: experts are chosen by one of them'
+    values = {'force_balance': self.force_balance, 'replay': self.replay}
+    if all(values.values()):
+      settings = ' with '.join(
+        f'{name}={value!r}' for name, value in values.items()
+      )
+      yield f'{settings}: experts are chosen by one of them'
       return
-    reasons = {
+    checks = {
       'force_balance': router.takes_balanced, 'replay': router.replays
     }  # fmt: skip
-    for name, value in named.items():
-      if value and (reason := reasons[name](sizes)) is not None:
+    for name, value in values.items():
+      if value and (reason := checks[name](sizes)) is not None:
         yield f'{name}={value!r}: {reason}'
 
   @property
   def forced(self) -> str:
     """The warning on forced choices for readers of results; '' if none are.
 
-    Every output of a model with them has to say it.
+    Every output of a model with forced choices has to show it.
     """
     if not self.force_balance:
       return ''
@@ -137,7 +139,7 @@ def given_to_layer(
   """The choices [B, T, K] of one sparse layer, whose number may be traced."""
   if given is None:
     return None
-  place = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]
+  index = jnp.asarray(np.cumsum(sparse, dtype=np.int32) - 1)[layer]
   return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, place, 2, keepdims=False), given
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, 2, keepdims=False), given
   )

@@ -23,13 +23,13 @@ FORMATS = (*BITS, TERNARY)
 _UNIFORM = {'name': tuple(BITS)}
 
 
-class Part(NamedTuple):
+class StoredArray(NamedTuple):
   """One of the arrays in which a kernel is stored.
 
   Attributes:
     shape: The shape of the array.
-    dtype: Its type.
-    form: Its use, one of `parameters.FORMS`.
+    dtype: The type of the array.
+    form: The use of the array, one of `parameters.FORMS`.
   """
 
   shape: tuple[int, ...]
@@ -73,27 +73,27 @@ class KernelFormat(Options):
     """Whether kernels are stored as they are."""
     return not self.name
 
-  def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+  def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:
     """The arrays that store a kernel [*E, I, O], in this format of codes."""
     *stack, inputs, units = shape
     if self.name == TERNARY:
-      ends = Part((*stack, 1, units), 'bfloat16', 'scale')
+      bound = StoredArray((*stack, 1, units), 'bfloat16', 'scale')
       return {
-        'codes': Part((*stack, self.num_codes), 'uint16', 'kernel'),
-        'offsets': Part((*stack, units + 1), 'int32', 'table'),
-        'low': ends,
-        'high': ends,
+        'codes': StoredArray((*stack, self.num_codes), 'uint16', 'kernel'),
+        'offsets': StoredArray((*stack, units + 1), 'int32', 'table'),
+        'low': bound,
+        'high': bound,
       }
     bits = BITS[self.name]
     rows = quantized.packed_rows(inputs, bits)
-    of_groups = (*stack, quantized.num_groups(inputs, self.group_size), units)
-    parts = {
-      'codes': Part((*stack, rows, units), 'uint8', 'kernel'),
-      'scale': Part(of_groups, 'bfloat16', 'scale'),
+    group_shape = (*stack, quantized.num_groups(inputs, self.group_size), units)
+    arrays = {
+      'codes': StoredArray((*stack, rows, units), 'uint8', 'kernel'),
+      'scale': StoredArray(group_shape, 'bfloat16', 'scale'),
     }
     if not self.symmetric:
-      parts['zero'] = Part(of_groups, 'uint8', 'scale')
-    return parts
+      arrays['zero'] = StoredArray(group_shape, 'uint8', 'scale')
+    return arrays
 
   def decoded(
     self, stored: Mapping[str, Array], inputs: int
@@ -101,7 +101,7 @@ class KernelFormat(Options):
     """The kernel that arrays store.
 
     Args:
-      stored: The arrays, named as in `parts`.
+      stored: The arrays, named as in `stored_arrays`.
       inputs: I, the number of inputs.
     """
     if self.name == TERNARY:

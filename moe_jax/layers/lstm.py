@@ -134,25 +134,25 @@ class Lstm(nn.Module):
   def _parameters(self, M):
     """w_in and w_state [M, 4 * H], the bias, w_out [H, M] or None."""
     shared, H = self.shared, self.options.cells(M)
-    dtype, stored = shared.dtype, shared.param_dtype
+    dtype, param_dtype = shared.dtype, shared.param_dtype
     axes, shape = ('embed', None, 'mlp'), (M, GATES, H)
     init = parameters.kernel(
       shared, axes, role=_ROLE, in_axis=0, out_axis=(1, 2)
     )
-    w_in = self.param('w_in', init, shape, stored).reshape(M, -1)
-    w_state = self.param('w_state', init, shape, stored).reshape(M, -1)
+    w_in = self.param('w_in', init, shape, param_dtype).reshape(M, -1)
+    w_state = self.param('w_state', init, shape, param_dtype).reshape(M, -1)
 
-    def remember(key, shape, dtype):
+    def forget_bias(key, shape, dtype):
       del key
-      start_at = self.options.forget_bias
-      return jnp.zeros(shape, dtype).at[_FORGET].set(start_at)
+      initial_bias = self.options.forget_bias
+      return jnp.zeros(shape, dtype).at[_FORGET].set(initial_bias)
 
-    init = parameters.boxed(remember, axes[1:], role=_ROLE, form='bias')
-    bias = self.param('b_gates', init, shape[1:], stored)
+    init = parameters.boxed(forget_bias, axes[1:], role=_ROLE, form='bias')
+    bias = self.param('b_gates', init, shape[1:], param_dtype)
     w_out = None
     if H != M:
       init = parameters.kernel(shared, ('mlp', 'embed'), role=_ROLE)
-      w_out = self.param('w_out', init, (H, M), stored).astype(dtype)
+      w_out = self.param('w_out', init, (H, M), param_dtype).astype(dtype)
     return (w_in, w_state.astype(dtype), bias.reshape(-1).astype(dtype), w_out)
 
 

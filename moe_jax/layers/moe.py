@@ -80,11 +80,11 @@ class MoE(nn.Module):
       router_ids = in_groups(router_ids, groups.shape[1])
     sizes = dataclasses.replace(o.sizes, row_length=T)
     router = o.router.module(sizes, self.shared, name='router')
-    given = self._imposed(given, mask, train, layer)
+    given = self._imposed_choices(given, mask, train, layer)
     routing, aux = router(groups, mask, train, router_ids, layer, given)
     if self.is_mutable_collection(SOWN):
-      chosen = routing.by_token(mask)
-      self.sow(SOWN, CHOICES, jax.tree.map(lambda x: to_rows(x, B, T), chosen))
+      choices = routing.by_token(mask)
+      self.sow(SOWN, CHOICES, jax.tree.map(lambda x: to_rows(x, B, T), choices))
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
@@ -98,7 +98,7 @@ class MoE(nn.Module):
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
     return y, _with_inner(aux, inner)
 
-  def _imposed(self, given, mask, train, layer):
+  def _imposed_choices(self, given, mask, train, layer):
     """The choices of groups that are imposed on the router, or None."""
     kind = self.options.force_balance
     if given is not None:
@@ -117,11 +117,11 @@ class MoE(nn.Module):
     rate = self.options.output_masking
     if not rate:
       return routing
-    left = 1.0 - rate
+    scale = 1.0 - rate
     if train:
       key, shape = self.make_rng(NOISE), routing.gate.shape
-      left = jax.random.bernoulli(key, left, shape).astype(jnp.float32)
-    return dataclasses.replace(routing, gate=routing.gate * left)
+      scale = jax.random.bernoulli(key, scale, shape).astype(jnp.float32)
+    return dataclasses.replace(routing, gate=routing.gate * scale)
 
 
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:

@@ -135,13 +135,13 @@ class MoeOptions(ImposedOptions):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    It is that of the router, of the dispatch on a mesh, or of experts that are
-    mixtures themselves.
+    The reason is the router's, that of the dispatch on a mesh, or that of
+    experts that are mixtures themselves.
     """
     reason = self.router.leak(self.sizes) or self.dispatch.leak()
-    if reason or self.inner is None or (own := self.inner.leak()) is None:
+    if reason or self.inner is None or (leak := self.inner.leak()) is None:
       return reason
-    return f'expert: {own}'
+    return f'expert: {leak}'
 
   @property
   def inner(self) -> 'MoeOptions | None':
@@ -157,8 +157,8 @@ class MoeOptions(ImposedOptions):
     if not self.retained.layers:
       return self
     E = self.retained.counts.get(layer, self.num_experts)
-    like = self.retained.like(layer)
-    return dataclasses.replace(self, num_experts=E, retained=like)
+    retained = self.retained.like(layer)
+    return dataclasses.replace(self, num_experts=E, retained=retained)
 
   def problems(self) -> Iterator[str]:
     """The problems of router, capacity, dispatch and experts together."""

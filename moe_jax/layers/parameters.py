@@ -20,8 +20,8 @@ from moe_jax.shapes import Array, Float
 
 Names = tuple[str | None, ...]
 
-# A function of a key, a shape and a dtype. What it returns may be in a box, out
-# of which flax takes it.
+# A function of a key, a shape and a dtype. Its result may be in a box, out of
+# which flax takes it.
 Initializer = Callable[..., Any]
 ROLES = (
   'attention',
@@ -78,11 +78,11 @@ def boxed(
     form: One of `FORMS`.
   """
 
-  def make(*args: Any, **kwargs: Any) -> Parameter:
+  def make_box(*args: Any, **kwargs: Any) -> Parameter:
     array = init(*args, **kwargs)
     return Parameter(array, tuple(axes), role=role, form=form)
 
-  return make
+  return make_box
 
 
 def kernel(
@@ -145,7 +145,7 @@ def table(
   return boxed(init, axes, role=role, form='table')
 
 
-def stored(
+def coded_kernel(
   module: nn.Module,
   name: str,
   format: KernelFormat,
@@ -166,19 +166,19 @@ def stored(
     role: One of `ROLES`.
   """
 
-  def make(key) -> dict[str, Any]:
+  def make_arrays(key) -> dict[str, Any]:
     del key
     return {
-      part: Parameter(
-        jnp.zeros(p.shape, p.dtype),
-        (None,) * len(p.shape),
+      array_name: Parameter(
+        jnp.zeros(array.shape, array.dtype),
+        (None,) * len(array.shape),
         role=role,
-        form=p.form,
+        form=array.form,
       )
-      for part, p in format.parts(shape).items()
+      for array_name, array in format.stored_arrays(shape).items()
     }
 
-  return module.param(name, make)
+  return module.param(name, make_arrays)
 
 
 def matrix(
@@ -205,8 +205,8 @@ def matrix(
   sizes = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
   if shared.kernels.is_plain:
     return module.param(name, init, shape, shared.param_dtype).reshape(sizes)
-  parts = stored(module, name, shared.kernels, sizes, role=role)
-  return shared.kernels.decoded(parts, sizes[0])
+  code_arrays = coded_kernel(module, name, shared.kernels, sizes, role=role)
+  return shared.kernels.decoded(code_arrays, sizes[0])
 
 
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
@@ -229,9 +229,9 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
       return leaf
     names = getattr(leaf, 'names', None) if _is_box(leaf) else None
     array: Any = nn.meta.unbox(leaf) if _is_box(leaf) else leaf
-    own = array.ndim - len(stacked)
-    form = 'bias' if own <= 1 else 'kernel'
-    names = names or (*stacked, *(None,) * own)
+    rank = array.ndim - len(stacked)
+    form = 'bias' if rank <= 1 else 'kernel'
+    names = names or (*stacked, *(None,) * rank)
     return Parameter(array, names, role=role, form=form)
 
   return jax.tree.map(box, variables, is_leaf=_is_box)
@@ -241,8 +241,8 @@ def axes_of(abstract_variables: Any) -> Any:
   """The logical axes of every variable: a tree of tuples, without boxes."""
 
   def names(leaf):
-    found = getattr(leaf, 'names', None) if _is_box(leaf) else None
-    return (None,) * leaf.ndim if found is None else found
+    axis_names = getattr(leaf, 'names', None) if _is_box(leaf) else None
+    return (None,) * leaf.ndim if axis_names is None else axis_names
 
   return jax.tree.map(names, abstract_variables, is_leaf=_is_box)
 

@@ -73,7 +73,7 @@ class Positions(Options):
 
   @property
   def changes_at(self) -> int | None:
-    """The position that a document reaches to turn otherwise as a whole."""
+    """The position at which documents become long, if they turn otherwise."""
 
   @property
   def table_len(self) -> int:
@@ -148,8 +148,8 @@ class Rotary(Positions):
     del causal
     width = self._width(head_width)
     if width % 2 or not width:
-      part = '' if self.fraction == 1 else f' * fraction={self.fraction}'
-      yield f'{name}={head_width}{part} must be even under rotary positions'
+      factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
+      yield f'{name}={head_width}{factor} must be even under rotary positions'
       return
     for problem in self.scaling.problems_with(self.theta, width):
       yield f'scaling: {problem}'
@@ -176,12 +176,12 @@ class Rotary(Positions):
       self.scaling, self.theta, width, positions, segment_ids
     )
     angle = positions[..., None].astype(jnp.float32) * frequency
-    part = rotary.rotate(
+    rotated = rotary.rotate(
       x[..., :width], angle, factor=factor, interleaved=self.interleaved
     )
     if width == x.shape[-1]:
-      return part
-    return jnp.concatenate([part, x[..., width:]], axis=-1)
+      return rotated
+    return jnp.concatenate([rotated, x[..., width:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +238,9 @@ class Sinusoidal(Positions):
 
   def add(self, x, tokens, token_mask, positions, table=None):
     """See `Positions.add` and the function `sinusoids`."""
-    added = sinusoids(positions + self.offset, x.shape[-1])
-    placed = token_mask & (tokens != self.offset - 1)
-    return x + jnp.where(placed[..., None], added, 0).astype(x.dtype)
+    vectors = sinusoids(positions + self.offset, x.shape[-1])
+    has_position = token_mask & (tokens != self.offset - 1)
+    return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,20 +42,20 @@ class RelativePositionBias(nn.Module):
     table = self.param('table', init, shape, jnp.float32)
     T, S = query_len, key_len
     # All differences of a key's and a query's position, in ascending order.
-    ahead = jnp.arange(T + S - 1, dtype=jnp.int32) - (T - 1) - start
-    bias = jnp.take(table, self._bucket(ahead), axis=1)  # [H, T + S - 1]
+    delta = jnp.arange(T + S - 1, dtype=jnp.int32) - (T - 1) - start
+    bias = jnp.take(table, self._bucket(delta), axis=1)  # [H, T + S - 1]
     return _toeplitz(bias, T, S)
 
-  def _bucket(self, ahead):
+  def _bucket(self, delta):
     N = self.num_buckets // 2 if self.bidirectional else self.num_buckets
-    behind = distance_bucket(
+    bucket_table = distance_bucket(
       np.arange(self.max_distance + 1), N, self.max_distance
     )
-    distance = jnp.abs(ahead) if self.bidirectional else jnp.maximum(-ahead, 0)
-    bucket = jnp.take(behind, jnp.minimum(distance, self.max_distance))
+    distance = jnp.abs(delta) if self.bidirectional else jnp.maximum(-delta, 0)
+    bucket = jnp.take(bucket_table, jnp.minimum(distance, self.max_distance))
     if not self.bidirectional:
       return bucket
-    return bucket + jnp.where(ahead > 0, N, 0)
+    return bucket + jnp.where(delta > 0, N, 0)
 
 
 def _toeplitz(

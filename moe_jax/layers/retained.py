@@ -65,9 +65,9 @@ class Retained(Options):
       rows={i: row for i, row in self.rows.items() if max(row) == experts}
     )
 
-  def renumbered(self, old: tuple[int, ...]) -> 'Retained':
-    """The options of a stack whose layer i is layer old[i] of this one."""
-    pairs = list(enumerate(old))
+  def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
+    """The options of a stack whose layer i is layer old_layers[i] here."""
+    pairs = list(enumerate(old_layers))
     return retained(
       {i: self.counts[j] for i, j in pairs if j in self.counts},
       {i: self.rows[j] for i, j in pairs if j in self.rows},
@@ -161,8 +161,8 @@ def _rows(text: str) -> dict[int, tuple[int, ...]]:
   entries = _entries(text, ';', "a list such as '1: 0 1 1 2; 3: 0 - 1 2'")
   rows = {
     layer: tuple(
-      MASKED if part == _MASKED_TEXT else _number(part)
-      for part in value.split()
+      MASKED if column == _MASKED_TEXT else _number(column)
+      for column in value.split()
     )
     for layer, value in entries
   }
@@ -172,17 +172,17 @@ def _rows(text: str) -> dict[int, tuple[int, ...]]:
   return rows
 
 
-def _entries(text: str, between: str, form: str) -> list[tuple[int, str]]:
+def _entries(text: str, separator: str, form: str) -> list[tuple[int, str]]:
   """The entries of a text, in the order of their layers."""
   entries = []
-  for entry in text.split(between) if text.strip() else ():
+  for entry in text.split(separator) if text.strip() else ():
     layer, colon, value = entry.partition(':')
     if not colon:
       raise ValueError(f'{entry.strip()!r} is no entry of {form}')
     entries.append((_number(layer), value.strip()))
   layers = [layer for layer, _ in entries]
-  if twice := sorted({i for i in layers if layers.count(i) > 1}):
-    raise ValueError(f'layers {twice} come twice')
+  if repeated := sorted({i for i in layers if layers.count(i) > 1}):
+    raise ValueError(f'layers {repeated} come twice')
   return sorted(entries)
 
 

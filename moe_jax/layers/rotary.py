@@ -22,10 +22,10 @@ def turns_of(
   short = scaling.turns(theta, width)
   frequency = jnp.asarray(short.frequency)[None, None]
   factor = jnp.full((1, 1), short.factor, jnp.float32)
-  if (found := scaling.long_turns(theta, width)) is None:
+  if (long_turns := scaling.long_turns(theta, width)) is None:
     return frequency, None if short.factor == 1 else factor
-  first, long = found
-  is_long = _last_positions(positions, segment_ids) >= first  # [B, t]
+  long_start, long = long_turns
+  is_long = _last_positions(positions, segment_ids) >= long_start  # [B, t]
   long_frequency = jnp.asarray(long.frequency)[None, None]
   return (
     jnp.where(is_long[..., None], long_frequency, frequency),

@@ -135,12 +135,12 @@ class Yarn(RotaryScaling):
     high += 0.001 if low == high else 0
     pair = np.arange(width // 2, dtype=np.float32)
     slow = np.clip((pair - low) / np.float32(high - low), 0, 1)
-    plain = frequencies(theta, width)
-    mixed = plain / np.float32(self.factor) * slow + plain * (1 - slow)
+    frequency = frequencies(theta, width)
+    mixed = frequency / np.float32(self.factor) * slow + frequency * (1 - slow)
     return Turns(mixed.astype(np.float32), self._factor())
 
   def _pair(self, theta: float, width: int, num_turns: float) -> float:
-    """The place of the pair that turns so often in `original_len` tokens."""
+    """The number of the pair that turns so often in `original_len` tokens."""
     wavelength = self.original_len / (num_turns * 2 * math.pi)
     return width * math.log(wavelength) / (2 * math.log(theta))
 
@@ -148,16 +148,17 @@ class Yarn(RotaryScaling):
     if self.attention_factor:
       return self.attention_factor
     if self.mscale and self.mscale_all_dim:
-      return self._grown(self.mscale) / self._grown(self.mscale_all_dim)
-    return self._grown(1.0)
+      return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+    return self._mscale(1.0)
 
-  def _grown(self, multiple: float) -> float:
+  def _mscale(self, multiple: float) -> float:
+    """0.1 * multiple * ln(factor) + 1; 1 for a factor below 1."""
     return 0.1 * multiple * math.log(max(self.factor, 1.0)) + 1.0
 
   @property
   def latent_factor(self) -> float:
     """See `RotaryScaling.latent_factor`."""
-    return self._grown(self.mscale_all_dim) ** 2
+    return self._mscale(self.mscale_all_dim) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +232,10 @@ class LongRope(RotaryScaling):
     return self.original_len, turns
 
   def _turns(self, theta, width, factors, mscale) -> Turns:
-    slower = np.asarray(factors, np.float32)
-    grown = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
+    divisors = np.asarray(factors, np.float32)
+    log_ratio = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
     return Turns(
-      frequencies(theta, width) / slower, mscale or math.sqrt(1 + grown)
+      frequencies(theta, width) / divisors, mscale or math.sqrt(1 + log_ratio)
     )
 
 

@@ -1,4 +1,4 @@
-"""What a layer whose experts are on many devices costs, from a cost model.
+"""The cost of a layer whose experts are on many devices, from a cost model.
 
 FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418) takes
 a layer's computation to last as long as that of its slowest device, and an
@@ -159,13 +159,13 @@ def latency(
     )
   received = received_rows(counts)
   rows = received.sum(1).max(initial=0)
-  ways = [
+  way_seconds = [
     topology.seconds(topology.all_to_all(sent * float(sizes.row_bytes)))
     for sent in (received.T, received)
   ]
   return Latency(
     comp=float(rows * sizes.row_flops / topology.flops_per_second),
-    comm=sum(ways) / 2,
+    comm=sum(way_seconds) / 2,
     rows=int(counts.sum()),
   )
 

@@ -3,8 +3,7 @@
 GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
 some mesh axes and experts over others; a row is filled on the device of its
 group, and multiplied on that of its expert. Rows are `[E, R, M]`, R for each
-expert.
-Not here: where groups and experts are (`layout.py`), rows without slots
+expert. Not here: where groups and experts are (`layout.py`), rows without slots
 (`ragged.py`), and how tokens become rows (`moe_jax.dispatch`).
 """
 
@@ -92,24 +91,24 @@ class Exchange(Options):
       number: The number of the piece in the list that `cut` returned.
     """
     packed = piece.astype(self.dtype or piece.dtype)
-    return self.there(layout, packed, number).astype(piece.dtype)
+    return self.move_to_experts(layout, packed, number).astype(piece.dtype)
 
   def to_groups(
     self, layout: Layout, rows: Float[Array, 'E _ M'], number: int = 0
   ) -> Float[Array, '_ _ M']:
     """Undoes `to_experts`: moves rows split over experts back to groups."""
     packed = rows.astype(self.dtype or rows.dtype)
-    return self.back(layout, packed, number).astype(rows.dtype)
+    return self.move_to_groups(layout, packed, number).astype(rows.dtype)
 
   @required
-  def there(
+  def move_to_experts(
     self, layout: Layout, piece: Float[Array, '_ _ M'], number: int
   ) -> Float[Array, 'E _ M']:
     """`to_experts` in the type in which rows travel."""
     raise NotImplementedError
 
   @required
-  def back(
+  def move_to_groups(
     self, layout: Layout, rows: Float[Array, 'E _ M'], number: int
   ) -> Float[Array, '_ _ M']:
     """`to_groups` in the type in which rows travel."""
@@ -128,7 +127,7 @@ class InChunks(Exchange):
   )
 
   def cut(self, layout, rows):
-    """Equal pieces of each expert's rows, if there is anywhere to go."""
+    """Equal pieces of each expert's rows; one piece if no rows travel."""
     pieces = min(self.chunks if layout.exchanged else 1, rows.shape[1])
     return jnp.array_split(rows, pieces, axis=1)
 
@@ -140,35 +139,35 @@ class Constraint(InChunks):
   Source: GShard.
   """
 
-  def there(self, layout, piece, number):
-    """See `Exchange.there`."""
-    return _constrained(layout, piece, there=True)
+  def move_to_experts(self, layout, piece, number):
+    """See `Exchange.move_to_experts`."""
+    return _constrained(layout, piece, to_experts=True)
 
-  def back(self, layout, rows, number):
-    """See `Exchange.back`."""
-    return _constrained(layout, rows, there=False)
+  def move_to_groups(self, layout, rows, number):
+    """See `Exchange.move_to_groups`."""
+    return _constrained(layout, rows, to_experts=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll(InChunks):
   """An exchange by an all-to-all that is written out under `shard_map`."""
 
-  def there(self, layout, piece, number):
-    """See `Exchange.there`."""
+  def move_to_experts(self, layout, piece, number):
+    """See `Exchange.move_to_experts`."""
     return jax.shard_map(
       functools.partial(_send, layout),
       mesh=layout.mesh,
       in_specs=layout.spec((), layout.groups),
-      out_specs=layout.spec(layout.experts, layout.kept),
+      out_specs=layout.spec(layout.experts, layout.group_only),
       check_vma=False,
     )(piece)
 
-  def back(self, layout, rows, number):
-    """See `Exchange.back`."""
+  def move_to_groups(self, layout, rows, number):
+    """See `Exchange.move_to_groups`."""
     return jax.shard_map(
       functools.partial(_send_back, layout),
       mesh=layout.mesh,
-      in_specs=layout.spec(layout.experts, layout.kept),
+      in_specs=layout.spec(layout.experts, layout.group_only),
       out_specs=layout.spec((), layout.groups),
       check_vma=False,
     )(rows)
@@ -210,29 +209,29 @@ class InRing(Exchange):
     hops = [hop for step in range(ring.num_steps) for hop in ring.hops(step)]
     targets = jnp.stack([hop.target for hop in hops])
     rows = jnp.stack(  # [X, J, R, M], in the order of the hops
-      [part for piece in pieces for part in ring.parts(piece)]
+      [part for piece in pieces for part in ring.split(piece)]
     )
     return _all_blocks(layout, jnp.zeros_like(rows).at[targets].set(rows))
 
   def pieces_spec(self, layout):
     """See `Exchange.pieces_spec`; `cut` takes a device's part of experts."""
-    apart = layout.apart if layout.exchanged else ()
-    return layout.spec(apart, layout.groups)
+    expert_axes = layout.expert_only if layout.exchanged else ()
+    return layout.spec(expert_axes, layout.groups)
 
   def _ring(self, layout):
     return Ring(layout, self.ring_group)
 
-  def there(self, layout, piece, number):
-    """See `Exchange.there`."""
+  def move_to_experts(self, layout, piece, number):
+    """See `Exchange.move_to_experts`."""
     return self._moved(layout, piece, number, back=False)
 
-  def back(self, layout, rows, number):
-    """See `Exchange.back`."""
+  def move_to_groups(self, layout, rows, number):
+    """See `Exchange.move_to_groups`."""
     return self._moved(layout, rows, number, back=True)
 
   def _moved(self, layout, piece, number, back):
     at_groups = self.pieces_spec(layout)
-    at_experts = layout.spec(layout.experts, layout.kept)
+    at_experts = layout.spec(layout.experts, layout.group_only)
     source, target = at_groups, at_experts
     if back:
       source, target = target, source
@@ -257,7 +256,7 @@ EXCHANGES = Kinds(
 )
 
 
-def _constrained(layout, rows, there):
+def _constrained(layout, rows, to_experts):
   """The same rows with their sharding stated before and after.
 
   R is split into a dimension for each axis of the groups. So the compiler sees
@@ -265,9 +264,9 @@ def _constrained(layout, rows, there):
   """
   E, R, M = rows.shape
   devices = [layout.sizes[name] for name in layout.groups]
-  split = rows.reshape(E, *devices, R // math.prod(devices), M)
+  split_rows = rows.reshape(E, *devices, R // math.prod(devices), M)
 
-  def stated(x, experts, groups):
+  def constrained(x, experts, groups):
     spec = [names or None for names in (experts, *groups)]
     spec = PartitionSpec(*spec, None, None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
@@ -275,11 +274,13 @@ def _constrained(layout, rows, there):
   at_groups = (), [(name,) for name in layout.groups]
   at_experts = (
     layout.experts,
-    [(name,) if name in layout.kept else () for name in layout.groups],
+    [(name,) if name in layout.group_only else () for name in layout.groups],
   )
-  before, after = (at_groups, at_experts) if there else (at_experts, at_groups)
-  split = stated(stated(split, *before), *after)
-  return split.reshape(E, R, M)
+  before, after = (
+    (at_groups, at_experts) if to_experts else (at_experts, at_groups)
+  )
+  split_rows = constrained(constrained(split_rows, *before), *after)
+  return split_rows.reshape(E, R, M)
 
 
 def _send(layout, rows):

@@ -34,12 +34,12 @@ class Layout:
     return tuple(name for name in self.experts if name in self.groups)
 
   @property
-  def kept(self) -> tuple[str, ...]:
-    """The axes that split an expert's rows also after the exchange."""
+  def group_only(self) -> tuple[str, ...]:
+    """The axes that split groups and not experts, also after the exchange."""
     return tuple(name for name in self.groups if name not in self.experts)
 
   @property
-  def apart(self) -> tuple[str, ...]:
+  def expert_only(self) -> tuple[str, ...]:
     """The axes that split experts and not groups: rows are whole along them."""
     return tuple(name for name in self.experts if name not in self.groups)
 
@@ -75,21 +75,21 @@ def layout_of(
     return None
   table = dict(rules)
 
-  def dividing(names, size):
+  def dividing_axes(names, size):
     names = tuple(name for name in names if name in axes)
-    whole = size % math.prod(axes[name] for name in names)
-    return () if whole else names
+    remainder = size % math.prod(axes[name] for name in names)
+    return () if remainder else names
 
-  experts = dividing(table['expert'], num_experts)
-  groups = dividing(table['batch'], x.shape[0])
-  taken = {*experts, *groups}
-  splits = tuple(name for name in table['expert_mlp'] if name not in taken)
+  experts = dividing_axes(table['expert'], num_experts)
+  groups = dividing_axes(table['batch'], x.shape[0])
+  used = {*experts, *groups}
+  mlp_axes = tuple(name for name in table['expert_mlp'] if name not in used)
   return Layout(
     mesh=jax.typeof(x).sharding.mesh,
     sizes=axes,
     groups=groups,
     experts=experts,
-    hidden=dividing(splits, hidden),
+    hidden=dividing_axes(mlp_axes, hidden),
   )
 
 
@@ -103,11 +103,11 @@ def own_blocks(
   device's part.
   """
   sizes = [layout.sizes[name] for name in layout.experts]
-  rest = x.shape[1:]
-  x = x.reshape(*sizes, -1, *rest)
+  row_shape = x.shape[1:]
+  x = x.reshape(*sizes, -1, *row_shape)
   J = x.shape[len(sizes)]
   for i, name in reversed(list(enumerate(layout.experts))):
     if name not in layout.exchanged:
       index = jax.lax.axis_index(name)
       x = jax.lax.dynamic_index_in_dim(x, index, i, keepdims=False)
-  return x.reshape(layout.devices(layout.exchanged), J, *rest)
+  return x.reshape(layout.devices(layout.exchanged), J, *row_shape)

@@ -22,7 +22,7 @@ Axes = tuple[str, ...]
 
 
 class Trip(NamedTuple):
-  """A plan for the way of one device's rows to their experts and back.
+  """A plan of the way of one device's rows to their experts and back.
 
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
@@ -43,14 +43,14 @@ class Trip(NamedTuple):
   target: Array
   overflow: Array
 
-  def there(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
+  def to_experts(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """All rows of the experts of this device, sorted by expert; then zeros."""
     if self.traffic is not None:
       rows = send(rows, self.traffic, len(self.source), self.axes)
     return take_tokens(rows, self.source, self.target[:, None])
 
-  def back(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
-    """Undoes `there`; rows of other devices' experts are zero."""
+  def to_groups(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
+    """Undoes `to_experts`; rows of other devices' experts are zero."""
     rows = take_tokens(rows, self.target, self.source[:, None])
     if self.traffic is None:
       return rows
@@ -79,20 +79,20 @@ def plan(
   starts = jnp.cumsum(sizes) - sizes
   sizes = own_blocks(layout, sizes)  # [X, J]
   starts = own_blocks(layout, starts)  # [X, J]
-  axes, between = layout.exchanged, None
+  axes, flows = layout.exchanged, None
   R = num_rows * layout.devices(axes)
   overflow = jnp.int32(0)
   if axes:
-    between = traffic(sizes.sum(1), starts[:, 0], axes)
+    flows = traffic(sizes.sum(1), starts[:, 0], axes)
     sizes = jax.lax.all_to_all(sizes, axes, 0, 0)  # [from X, J]
     if bound is not None and bound < R:
-      R, whole = bound, between.sizes
+      R, unbounded_sizes = bound, flows.sizes
       sizes = jnp.diff(
         jnp.minimum(jnp.cumsum(sizes.reshape(-1)), R), prepend=0
       ).reshape(sizes.shape)
-      ends = jnp.minimum(jnp.cumsum(whole, axis=0), R)
-      between = between._replace(sizes=jnp.diff(ends, axis=0, prepend=0))
-      overflow = (whole - between.sizes)[jax.lax.axis_index(axes)].sum()
+      ends = jnp.minimum(jnp.cumsum(unbounded_sizes, axis=0), R)
+      flows = flows._replace(sizes=jnp.diff(ends, axis=0, prepend=0))
+      overflow = (unbounded_sizes - flows.sizes)[jax.lax.axis_index(axes)].sum()
     flat = sizes.reshape(-1)
     starts = (jnp.cumsum(flat) - flat).reshape(sizes.shape)
   # Received rows stand by device, then expert; sorted ones the other way.
@@ -104,12 +104,12 @@ def plan(
   source = decided(jnp.where(row < blocks.sum(), source, R))
   target = jnp.full(R, R, jnp.int32).at[source].set(row, mode='drop')
   return Trip(
-    between, axes, num_rows, sizes.sum(0), source, decided(target), overflow
+    flows, axes, num_rows, sizes.sum(0), source, decided(target), overflow
   )
 
 
 class Traffic(NamedTuple):
-  """How many rows each of P devices sends to each; equal on all devices.
+  """The numbers of rows from each of P devices to each; equal on all devices.
 
   Attributes:
     sizes: int32 [P, P], the number of rows from device i to device j.
@@ -164,32 +164,32 @@ def send_back(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _move(rows, plan, there, lengths, axes):
+def _move(rows, plan, to_experts, lengths, axes):
   me = jax.lax.axis_index(axes)
-  out = jnp.zeros((lengths[there], rows.shape[-1]), rows.dtype)
+  out = jnp.zeros((lengths[to_experts], rows.shape[-1]), rows.dtype)
   arrivals = jnp.cumsum(plan.sizes, axis=0) - plan.sizes
-  if there:
-    mine = plan.starts[me], plan.sizes[me], arrivals[me], plan.sizes[:, me]
+  if to_experts:
+    blocks = plan.starts[me], plan.sizes[me], arrivals[me], plan.sizes[:, me]
   else:
     sent = plan.sizes[:, me]
-    mine = arrivals[:, me], sent, plan.starts[:, me], plan.sizes[me]
+    blocks = arrivals[:, me], sent, plan.starts[:, me], plan.sizes[me]
   exchange = functools.partial(jax.lax.ragged_all_to_all, axis_name=axes)
   return jax.lax.platform_dependent(
     rows,
     out,
-    *mine,
+    *blocks,
     tpu=exchange,
     cuda=exchange,
     default=functools.partial(all_gather_reference, axis_name=axes),
   )
 
 
-def _forward(rows, plan, there, lengths, axes):
-  return _move(rows, plan, there, lengths, axes), plan
+def _forward(rows, plan, to_experts, lengths, axes):
+  return _move(rows, plan, to_experts, lengths, axes), plan
 
 
-def _backward(there, lengths, axes, plan, d_rows):
-  return _move(d_rows, plan, not there, lengths, axes), None
+def _backward(to_experts, lengths, axes, plan, d_rows):
+  return _move(d_rows, plan, not to_experts, lengths, axes), None
 
 
 _move.defvjp(_forward, _backward)
@@ -208,16 +208,16 @@ def all_gather_reference(
   """`jax.lax.ragged_all_to_all` by gathering everything on every device."""
   del recv_sizes  # the same numbers are in the senders' sizes
   P, N = send_sizes.size, len(operand)
-  everything = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)
+  all_rows = jax.lax.all_gather(operand, axis_name).reshape(P * N, -1)
   me = jax.lax.axis_index(axis_name)
-  mine = (input_offsets, send_sizes, output_offsets)
+  blocks = (input_offsets, send_sizes, output_offsets)
   starts, sizes, offsets = (
-    jax.lax.all_gather(x, axis_name).reshape(P, P)[:, me] for x in mine
+    jax.lax.all_gather(x, axis_name).reshape(P, P)[:, me] for x in blocks
   )
   column = jnp.arange(len(output), dtype=jnp.int32)[None] - offsets[:, None]
   inside = (column >= 0) & (column < sizes[:, None])  # [P, R]
   source = jnp.argmax(inside, axis=0)
   row = jnp.take_along_axis(column, source[None], axis=0)[0]
   row = row + starts[source] + source * N
-  taken = jnp.take(everything, row, axis=0, mode='clip')
-  return jnp.where(inside.any(0)[:, None], taken, output)
+  gathered_rows = jnp.take(all_rows, row, axis=0, mode='clip')
+  return jnp.where(inside.any(0)[:, None], gathered_rows, output)

@@ -68,11 +68,11 @@ class RaggedAllToAll(RaggedExchange):
     with jax.named_scope('exchange'):
       trip = plan(layout, len(rows), sizes, self.bound(X * len(rows)))
       packed = rows.astype(self.dtype or rows.dtype)
-      there = trip.there(packed).astype(rows.dtype)
-    served = experts(there, trip.local_sizes)
+      expert_rows = trip.to_experts(packed).astype(rows.dtype)
+    outputs = experts(expert_rows, trip.local_sizes)
     with jax.named_scope('exchange'):
-      back = trip.back(served.astype(packed.dtype))
-    return back.astype(rows.dtype), trip.overflow
+      group_rows = trip.to_groups(outputs.astype(packed.dtype))
+    return group_rows.astype(rows.dtype), trip.overflow
 
 
 @dataclasses.dataclass(frozen=True)

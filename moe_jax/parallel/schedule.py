@@ -3,17 +3,16 @@
 He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2. The
 W devices are g groups on a ring. In step j group i does S_j: it sends rows to
 the experts of group i - j and receives from group i + j; C_j: its experts
-multiply what came; and R_j: it returns the results. Step 0 stays within groups.
-S_j, C_j, R_j depend on one another, and steps do not, so that a compiler may
-send in one step while experts multiply in another. All S_j are asked for first,
-then all C_j, then all R_j, as published.
+multiply these rows; and R_j: it returns the results. Step 0 stays within
+groups. S_j, C_j, R_j depend on one another, and steps do not, so that a
+compiler may send in one step while experts multiply in another. All S_j are
+asked for first, then all C_j, then all R_j, as published.
 
 A step is as many permutations as a group has devices, one for each device of
 the other group; with groups of one device, one. Rows in slots are multiplied
 together for all devices of a group; sorted rows, which would have to be sorted
-anew, for each device by itself.
-Not here: rows in slots (`exchange.py`), and what the schedule takes on a
-described machine (`schedule_model.py`).
+anew, for each device by itself. Not here: rows in slots (`exchange.py`), and
+the seconds of the schedule on a described machine (`schedule_model.py`).
 """
 
 import dataclasses
@@ -77,8 +76,8 @@ class Ring:
   def _shifted(self, device, number, sign):
     s, g = self.group, self.num_steps
     j, b = divmod(number, s)
-    place, within = device // s, device % s
-    return (place + sign * j) % g * s + (within - sign * b) % s
+    ring_place, within = device // s, device % s
+    return (ring_place + sign * j) % g * s + (within - sign * b) % s
 
   @property
   def num_steps(self) -> int:
@@ -91,7 +90,7 @@ class Ring:
     numbers = range(step * self.group, (step + 1) * self.group)
     return [Hop(self.target(me, n), self.source(me, n)) for n in numbers]
 
-  def parts(self, piece: Float[Array, 'J R M']) -> list[Float[Array, 'J _ M']]:
+  def split(self, piece: Float[Array, 'J R M']) -> list[Float[Array, 'J _ M']]:
     """The rows of each permutation of a step."""
     return jnp.split(piece, self.group, axis=1)
 
@@ -108,11 +107,11 @@ class Ring:
       back: Whether rows return.
     """
     first = step * self.group
-    parts = [
+    pieces = [
       self.permuted(part, first + i, back)
-      for i, part in enumerate(self.parts(piece))
+      for i, part in enumerate(self.split(piece))
     ]
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(pieces, axis=1)
 
   def permuted(
     self, rows: Float[Array, '*R M'], number: int, back: bool = False
@@ -163,33 +162,33 @@ def serve_sorted(
     _Window(starts[hop.target], sent[hop.target].sum(), bound) for hop in hops
   ]
   padded = jnp.pad(rows, ((0, bound), (0, 0)))
-  travels = dtype or rows.dtype
+  travel_dtype = dtype or rows.dtype
   with jax.named_scope('exchange'):
-    there = [
-      ring.permuted(window.of(padded).astype(travels), number)
+    arrivals = [
+      ring.permuted(window.read(padded).astype(travel_dtype), number)
       for number, window in enumerate(windows)
     ]
   outputs = [
     serve(piece.astype(rows.dtype), received[hop.source])
-    for piece, hop in zip(there, hops)
+    for piece, hop in zip(arrivals, hops)
   ]
   with jax.named_scope('exchange'):
-    back = [
-      ring.permuted(output.astype(travels), number, back=True)
+    returns = [
+      ring.permuted(output.astype(travel_dtype), number, back=True)
       for number, output in enumerate(outputs)
     ]
-  result = jnp.zeros_like(padded)
-  for window, piece in zip(windows, back):
-    result = window.added(result, piece.astype(rows.dtype))
-  return result[: len(rows)], (blocks - sent).sum()
+  total = jnp.zeros_like(padded)
+  for window, piece in zip(windows, returns):
+    total = window.add(total, piece.astype(rows.dtype))
+  return total[: len(rows)], (blocks - sent).sum()
 
 
 class _Window(NamedTuple):
   """Some of a device's sorted rows, in a buffer with room for more.
 
   Attributes:
-    start: int32 [], the first of them.
-    count: int32 [], the number of them.
+    start: int32 [], the first row of the window.
+    count: int32 [], the number of rows of the window.
     bound: The number of rows of the buffer.
   """
 
@@ -197,18 +196,18 @@ class _Window(NamedTuple):
   count: Array
   bound: int
 
-  def of(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """These rows, then zeros."""
+  def read(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
+    """The rows of the window, then zeros."""
     at, shape = (self.start, jnp.int32(0)), (self.bound, rows.shape[1])
     return self._real(jax.lax.dynamic_slice(rows, at, shape))
 
-  def added(
+  def add(
     self, rows: Float[Array, 'N M'], piece: Float[Array, 'R M']
   ) -> Float[Array, 'N M']:
-    """All rows, with a piece added to these."""
+    """All rows, with a piece added to those of the window."""
     at = self.start, jnp.int32(0)
-    here = jax.lax.dynamic_slice(rows, at, piece.shape) + self._real(piece)
-    return jax.lax.dynamic_update_slice(rows, here, at)
+    window = jax.lax.dynamic_slice(rows, at, piece.shape) + self._real(piece)
+    return jax.lax.dynamic_update_slice(rows, window, at)
 
   def _real(self, piece):
     # Outputs and gradients of rows that belong to no expert are undefined.

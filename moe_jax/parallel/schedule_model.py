@@ -143,19 +143,20 @@ def step(
     shadowed = np.zeros(counts.shape[:-1], bool)
   received = received_rows(np.where(shadowed[..., None], 0, counts))
   masks = _masks(W, num_groups)  # [g, W, W]
-  parts = received[..., None, :, :] * masks
-  row = sizes.row_flops / topology.flops_per_second
+  step_rows = received[..., None, :, :] * masks
+  row_seconds = sizes.row_flops / topology.flops_per_second
   roots = np.eye(W)[owners(E, W)]  # [E, W]
   forward = Stages(
     send=topology.all_to_all_seconds(
-      np.swapaxes(parts, -1, -2) * float(sizes.row_bytes)
+      np.swapaxes(step_rows, -1, -2) * float(sizes.row_bytes)
     ),
-    compute=parts.sum(-1) * row,
-    give_back=topology.all_to_all_seconds(parts * float(sizes.row_bytes)),
+    compute=step_rows.sum(-1) * row_seconds,
+    give_back=topology.all_to_all_seconds(step_rows * float(sizes.row_bytes)),
     shadow_send=topology.broadcast_seconds(
       shadowed @ roots * sizes.expert_bytes
     ),
-    shadow_compute=np.where(shadowed[..., None], counts, 0).sum(-2) * row,
+    shadow_compute=np.where(shadowed[..., None], counts, 0).sum(-2)
+    * row_seconds,
   )
   backward = forward._replace(
     compute=2 * forward.compute, shadow_compute=2 * forward.shadow_compute
@@ -166,8 +167,8 @@ def step(
 def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
   """Whether rows of a device (columns) for another (rows) are of step j."""
   group = np.arange(W) // (W // g)
-  difference = (group[None] - group[:, None]) % g  # the sender's minus the own
-  return (difference == np.arange(g)[:, None, None]).astype(int)
+  step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
+  return (step == np.arange(g)[:, None, None]).astype(int)
 
 
 def forward_seconds(stages: Stages) -> Float[np.ndarray, ' N']:
@@ -207,6 +208,6 @@ def _give_back(
   stages: Stages, sent: np.ndarray, ready: list[np.ndarray]
 ) -> Float[np.ndarray, ' N']:
   """The end of the last R, which follow `sent` in the stream."""
-  for j, done in enumerate(ready):
-    sent = np.maximum(sent, done) + stages.give_back[..., j]
+  for j, products_end in enumerate(ready):
+    sent = np.maximum(sent, products_end) + stages.give_back[..., j]
   return sent

@@ -86,7 +86,7 @@ class Shadowing(Options):
     E = len(counts)
     if not self.experts or not layout.exchanged or sizes is None:
       return jnp.zeros(0, jnp.int32)
-    if layout.apart:
+    if layout.expert_only:
       raise ValueError(
         f'shadowing.experts={self.experts} needs experts that are split over '
         f'axes of groups alone; they are split over {layout.experts}, groups '
@@ -103,20 +103,20 @@ class Shadowing(Options):
     return decided(chosen.astype(jnp.int32))
 
 
-class Parts(NamedTuple):
+class SplitRouting(NamedTuple):
   """The choices of a routing that travel, and those that stay.
 
   Attributes:
     sent: The choices whose rows go to their experts' devices, of E experts.
-    stay: The choices of the R shadowed experts, under the numbers 0 to R - 1;
-      None if nothing can be shadowed.
+    staying: The choices of the R shadowed experts, under the numbers 0 to
+      R - 1; None if nothing can be shadowed.
   """
 
   sent: AnyRouting
-  stay: AnyRouting | None
+  staying: AnyRouting | None
 
 
-def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> Parts:
+def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> SplitRouting:
   """The choices of a device that travel, and those that stay.
 
   Args:
@@ -125,12 +125,12 @@ def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> Parts:
   """
   E, R = routing.num_experts, len(shadowed)
   if not R:
-    return Parts(routing, None)
+    return SplitRouting(routing, None)
   number = jnp.full(E, R, jnp.int32)
   number = number.at[shadowed].set(jnp.arange(R, dtype=jnp.int32), mode='drop')
   experts = jnp.arange(E, dtype=jnp.int32)
   sent = routing.of_experts(jnp.where(number < R, E, experts), E)
-  return Parts(sent, routing.of_experts(number, R))
+  return SplitRouting(sent, routing.of_experts(number, R))
 
 
 def gathered(
@@ -147,17 +147,17 @@ def gathered(
     shadowed: The experts that are shadowed, then E.
   """
 
-  def of_all(x):
+  def sum_over_devices(x):
     J = len(x)
     first = J * jax.lax.axis_index(layout.exchanged)
     index = shadowed - first
-    mine = (index >= 0) & (index < J)
-    own = x[jnp.where(mine, index, 0)]
-    own = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), own, 0)
-    return jax.lax.psum(own, layout.exchanged)
+    is_local = (index >= 0) & (index < J)
+    local = x[jnp.where(is_local, index, 0)]
+    local = jnp.where(is_local.reshape(-1, *[1] * (x.ndim - 1)), local, 0)
+    return jax.lax.psum(local, layout.exchanged)
 
   with jax.named_scope('shadow'):
-    return {name: of_all(x) for name, x in p.items()}
+    return {name: sum_over_devices(x) for name, x in p.items()}
 
 
 def moved_rows(
@@ -167,15 +167,15 @@ def moved_rows(
   shadowed: Int32[Array, ' R'],
   overflow: Leaf,
 ) -> ExchangeStats:
-  """Counts of what the exchange moves from one device, under `shard_map`.
+  """The counts of rows that one device sends, under `shard_map`.
 
   Args:
     layout: The layout of groups and experts.
     counts: The number of this device's rows of each expert.
-    sent: The number of those that are not of shadowed experts.
+    sent: The same without the rows of shadowed experts.
     shadowed: The experts that are shadowed, then E.
     overflow: The number of its rows for which the exchange had no room; where
-      experts are split over axes of `apart`, of those for this part of them.
+      experts are split over `expert_only` axes, of those for this part of them.
   """
   if not layout.exchanged:
     return no_exchange()
@@ -186,8 +186,9 @@ def moved_rows(
     return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
 
   values = [away(counts), away(sent), overflow]
-  if layout.apart:  # each of these devices has counted its part of the experts
-    values = jax.lax.psum(values, layout.apart)
+  # Each device along these axes has counted its part of the experts.
+  if layout.expert_only:
+    values = jax.lax.psum(values, layout.expert_only)
   # Every device of those that exchange rows has chosen the same experts.
   share = 1.0 / layout.devices(layout.exchanged)
   chosen = share * (shadowed < len(counts)).sum()

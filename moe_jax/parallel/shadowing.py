@@ -1,10 +1,10 @@
 """Dynamic shadowing: which experts are worth sending to all devices.
 
 FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418),
-section 4.1. The parameters of a shadowed
-expert go to every device, whose tokens for it stay, and its gradients go back
-to the device that has it. That pays where an expert has so many tokens that all
-wait for its device. Counts of one step decide for the same step.
+section 4.1. The parameters of a shadowed expert go to every device, whose
+tokens for it stay, and its gradients go back to the device that has it. This
+pays where an expert has so many tokens that all wait for its device. Counts of
+one step decide for the same step.
 
 The seconds of a training step in which nothing is shadowed, Lat_imbl, are those
 of the products of the device with the most rows, three times, and of its four
@@ -58,13 +58,13 @@ class Speeds:
 
 
 class Choice(NamedTuple):
-  """The experts that are shadowed, and what the model says of it.
+  """The experts that are shadowed, and the seconds by the cost model.
 
   Attributes:
-    experts: Their numbers, in the order in which they were chosen.
+    experts: The numbers of the experts, in the order of their choice.
     rows: Number of rows of each device once they are shadowed, [W].
     seconds: Seconds of a training step of the layer's experts with them.
-    seconds_before: Seconds without any.
+    seconds_before: Seconds of such a step without shadowed experts.
   """
 
   experts: tuple[int, ...]
@@ -105,10 +105,10 @@ class _Prefixes(NamedTuple):
   """The most popular experts, shadowed one after another.
 
   Attributes:
-    experts: Their numbers, by number of tokens, [R].
+    experts: The numbers of the experts, by their number of tokens, [R].
     rows: Number of rows of each device with none to R of them, [R + 1, W].
     seconds: The seconds with none to R of them, [R + 1].
-    number: r, how many of them Algorithm 1 shadows: as long as each pays.
+    number: r, the number that Algorithm 1 shadows: as long as each pays.
   """
 
   experts: Any
@@ -147,14 +147,14 @@ def _prefixes(
 ) -> _Prefixes:
   """The choices that Algorithm 1 compares, by numpy or by `jax.numpy`."""
   W = counts.shape[1]
-  own, totals, experts = by_popularity(counts, most, xp)
+  owner, totals, experts = by_popularity(counts, most, xp)
   device = xp.arange(W)[None]
-  has = own[:, None] == device  # [E, W]
+  is_owner = owner[:, None] == device  # [E, W]
   # Where an expert is shadowed, its device loses all of its rows, and every
   # device keeps its own.
-  change = counts - has * totals[:, None]
-  none = (has * totals[:, None]).sum(0, keepdims=True)
-  rows = xp.concatenate([none, none + xp.cumsum(change[experts], 0)])
+  change = counts - is_owner * totals[:, None]
+  baseline = (is_owner * totals[:, None]).sum(0, keepdims=True)
+  rows = xp.concatenate([baseline, baseline + xp.cumsum(change[experts], 0)])
   comp = 3 * sizes.row_flops / speeds.flops * rows.max(1)
   numbers = xp.arange(len(experts) + 1)
   comm = 2 * numbers * (sizes.expert_rows / speeds.elements)
@@ -189,13 +189,13 @@ def choose(
   """
   counts = np.asarray(counts)
   most = len(counts) if most is None else most
-  found = _prefixes(counts, sizes, speeds, most, np)
-  r = int(found.number)
+  prefixes = _prefixes(counts, sizes, speeds, most, np)
+  r = int(prefixes.number)
   return Choice(
-    tuple(found.experts[:r].tolist()),
-    found.rows[r],
-    float(found.seconds[r]),
-    float(found.seconds[0]),
+    tuple(prefixes.experts[:r].tolist()),
+    prefixes.rows[r],
+    float(prefixes.seconds[r]),
+    float(prefixes.seconds[0]),
   )
 
 
@@ -220,9 +220,9 @@ def choose_in_step(
     ValueError: As `choose`.
   """
   E = counts.shape[0]
-  found = _prefixes(counts, sizes, speeds, most, jnp)
-  used = jnp.arange(len(found.experts)) < found.number
-  return jnp.where(used, found.experts, E)
+  prefixes = _prefixes(counts, sizes, speeds, most, jnp)
+  used = jnp.arange(len(prefixes.experts)) < prefixes.number
+  return jnp.where(used, prefixes.experts, E)
 
 
 def least_rows(

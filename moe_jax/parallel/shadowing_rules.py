@@ -39,9 +39,9 @@ def _fastmoe_prefixes(
   numbers = xp.arange(min(most, len(totals) - 1) + 1)
   largest = -xp.sort(-totals)[: len(numbers)]
   flops = sizes.row_flops * (sizes.bytes_per_element if overcounts else 1)
-  row = 3 * flops / speeds.flops + 4 * sizes.M / speeds.elements
-  sent = sizes.expert_rows / speeds.elements
-  seconds = row * largest + sent * numbers
+  row_seconds = 3 * flops / speeds.flops + 4 * sizes.M / speeds.elements
+  send_seconds = sizes.expert_rows / speeds.elements
+  seconds = row_seconds * largest + send_seconds * numbers
   return experts, seconds, xp.cumprod(seconds[1:] < seconds[:-1]).sum()
 
 

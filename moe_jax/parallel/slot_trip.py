@@ -1,7 +1,7 @@
-"""Moves tokens to experts with slots over a mesh, and sums what comes back.
+"""Moves tokens to experts with slots over a mesh, and sums their outputs.
 
 Each device moves its groups' tokens to rows, rows travel as an exchange says,
-experts multiply those that they have, and each device sums what comes back. Not
+experts multiply those that they have, and each device sums their outputs. Not
 here: how rows travel (`exchange.py`), and which experts are sent to all devices
 (`shadowed_experts.py`).
 """
@@ -17,8 +17,8 @@ from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.shadowed_experts import (
-  Parts,
   Shadowing,
+  SplitRouting,
   gathered,
   moved_rows,
   split,
@@ -29,7 +29,7 @@ from moe_jax.shapes import Array, Float
 
 @runtime_checkable
 class Mover(Protocol):
-  """The contract of what moves tokens, as modules of `moe_jax.dispatch` do."""
+  """The contract of movers of tokens, such as modules of `moe_jax.dispatch`."""
 
   def dispatch(
     self, x: Float[Array, 'G S M'], routing: AnyRouting
@@ -108,21 +108,21 @@ class SlotTrip:
         f'shadowing.experts={self.shadowing.experts} needs feed-forward '
         'experts, whose parameters are arrays; these are modules'
       )
-    groups = layout.spec(layout.groups)
-    in_pieces = exchange.pieces_spec(layout)
-    copies = layout.spec(layout.kept)
-    stays = layout.spec(layout.kept, (), layout.exchanged)
+    groups_spec = layout.spec(layout.groups)
+    pieces_spec = exchange.pieces_spec(layout)
+    copies_spec = layout.spec(layout.group_only)
+    staying_spec = layout.spec(layout.group_only, (), layout.exchanged)
     with jax.named_scope('dispatch'):
-      pieces, own_rows, shadowed, parts, stats = self._mapped(
+      pieces, staying_rows, shadowed, choices, stats = self._mapped(
         functools.partial(self._depart, sizes),
-        (groups, groups),
-        (in_pieces, stays, copies, groups, groups),
+        (groups_spec, groups_spec),
+        (pieces_spec, staying_spec, copies_spec, groups_spec, groups_spec),
       )(x, routing)
     with jax.named_scope('exchange'):
-      there = [exchange.to_experts(layout, p, i) for i, p in enumerate(pieces)]
-    outputs = [experts(rows) for rows in there]
-    if own_rows is not None:
-      own_rows = self._in_shadow(experts, own_rows, shadowed)
+      inputs = [exchange.to_experts(layout, p, i) for i, p in enumerate(pieces)]
+    outputs = [experts(rows) for rows in inputs]
+    if staying_rows is not None:
+      staying_rows = self._in_shadow(experts, staying_rows, shadowed)
     with jax.named_scope('exchange'):
       pieces = [
         exchange.to_groups(layout, rows, i) for i, rows in enumerate(outputs)
@@ -130,9 +130,9 @@ class SlotTrip:
     with jax.named_scope('combine'):
       y = self._mapped(
         functools.partial(self._arrive, x.shape),
-        (in_pieces, stays, groups),
-        groups,
-      )(pieces, own_rows, parts)
+        (pieces_spec, staying_spec, groups_spec),
+        groups_spec,
+      )(pieces, staying_rows, choices)
     return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
 
   def _mapped(self, function, in_specs, out_specs):
@@ -145,33 +145,37 @@ class SlotTrip:
     )
 
   def _depart(self, sizes, x, routing):
-    """Splits one device's choices, fills rows of both parts, counts moves."""
+    """Splits one device's choices, fills rows of both kinds, counts moves."""
     counts = routing.rows_per_expert()
     shadowed = self.shadowing.choose(self.layout, counts, sizes)
-    parts = split(routing, shadowed)
-    sent_counts = parts.sent.rows_per_expert()
-    sent = self._fitted(parts.sent)
+    choices = split(routing, shadowed)
+    sent_counts = choices.sent.rows_per_expert()
+    sent = self._fitted(choices.sent)
     overflow = own_blocks(self.layout, sent_counts - sent.rows_per_expert())
     stats = moved_rows(
       self.layout, counts, sent_counts, shadowed, overflow.sum()
     )
     rows = self._dispatched(x, sent)
-    stay = None if parts.stay is None else self._dispatched(x, parts.stay)[None]
+    staying = (
+      None
+      if choices.staying is None
+      else self._dispatched(x, choices.staying)[None]
+    )
     return (
       self.exchange.cut(self.layout, rows),
-      stay,
+      staying,
       shadowed[None],
-      Parts(sent, parts.stay),
+      SplitRouting(sent, choices.staying),
       jax.tree.map(lambda leaf: leaf[None], stats),
     )
 
-  def _arrive(self, shape, pieces, stay, parts):
+  def _arrive(self, shape, pieces, staying, choices):
     """The sums of one device's tokens."""
     shape = (-1, *shape[1:])
     rows = self.exchange.joined(self.layout, pieces)
-    y = self.mover.combine(rows, parts.sent).reshape(shape)
-    if stay is not None:
-      y = y + self.mover.combine(stay[0], parts.stay).reshape(shape)
+    y = self.mover.combine(rows, choices.sent).reshape(shape)
+    if staying is not None:
+      y = y + self.mover.combine(staying[0], choices.staying).reshape(shape)
     return y
 
   def _dispatched(self, x, routing):
@@ -212,9 +216,9 @@ class SlotTrip:
       local,
       (
         {name: spec(name, [layout.experts]) for name in experts.p},
-        layout.spec(layout.kept),
+        layout.spec(layout.group_only),
       ),
-      {name: spec(name, [layout.kept, ()]) for name in experts.p},
+      {name: spec(name, [layout.group_only, ()]) for name in experts.p},
     )(experts.p, shadowed)
     D, R, N, M = rows.shape
     p = {name: x.reshape(D * R, *x.shape[2:]) for name, x in p.items()}

@@ -65,15 +65,15 @@ class Topology:
     return 1 + max((max(pair) for pair in self.paths), default=0)
 
   def _check_path(self, source: int, target: int) -> None:
-    said = f'topology {self.name!r}: the path from device {source} to {target}'
+    text = f'topology {self.name!r}: the path from device {source} to {target}'
     path = self.paths.get((source, target))
     if not path:
-      raise ValueError(f'{said} is missing')
+      raise ValueError(f'{text} is missing')
     if unknown := [link for link in path if link not in self.links]:
-      raise ValueError(f'{said} has {unknown[0]}, which is no link')
+      raise ValueError(f'{text} has {unknown[0]}, which is no link')
     places = [source, *(end for _, end in path)]
     if [begin for begin, _ in path] != places[:-1] or places[-1] != target:
-      raise ValueError(f'{said} does not lead there: {list(path)}')
+      raise ValueError(f'{text} does not lead there: {list(path)}')
 
   def seconds(self, traffic: Mapping[Link, float]) -> float:
     """The time in which the slowest link carries its bytes."""
@@ -118,8 +118,8 @@ class Topology:
     Each link of the tree of paths carries them once. To sum as many bytes to
     the device takes the same links the other way round.
     """
-    others = (target for target in range(self.num_devices) if target != root)
-    tree = itertools.chain.from_iterable(self.paths[root, t] for t in others)
+    targets = (target for target in range(self.num_devices) if target != root)
+    tree = itertools.chain.from_iterable(self.paths[root, t] for t in targets)
     return dict.fromkeys(tree, float(size))
 
   def all_to_all_seconds(
@@ -165,13 +165,13 @@ class Topology:
       {root: self.broadcast(1.0, root) for root in range(W)}, W
     )
 
-  def _per_byte(self, taken: Mapping[int, Iterable[Link]], size: int):
+  def _per_byte(self, link_sets: Mapping[int, Iterable[Link]], size: int):
     """A sparse array of the seconds of each link, [L, size]."""
     # Imported here, as it is a twentieth of the time of `import moe_jax`.
     from scipy import sparse
 
     number = {link: i for i, link in enumerate(self.links)}
-    cells = [(number[k], i) for i, links in taken.items() for k in links]
+    cells = [(number[k], i) for i, links in link_sets.items() for k in links]
     speeds = np.array([*self.links.values()], float)
     rows, columns = np.array(cells, int).reshape(-1, 2).T
     return sparse.csr_array(
@@ -217,8 +217,10 @@ def nodes(
 
   def path(source: int, target: int) -> list[Link]:
     ends = f'node {source // per_node}', f'node {target // per_node}'
-    between = [ends[0]] if ends[0] == ends[1] else [ends[0], 'network', ends[1]]
-    return list(itertools.pairwise([source, *between, target]))
+    switches = (
+      [ends[0]] if ends[0] == ends[1] else [ends[0], 'network', ends[1]]
+    )
+    return list(itertools.pairwise([source, *switches, target]))
 
   pairs = itertools.permutations(range(num_nodes * per_node), 2)
   paths = {pair: path(*pair) for pair in pairs}

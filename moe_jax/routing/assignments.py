@@ -242,9 +242,9 @@ class SlotRouting:
     """Each token with all E experts, -1 for those that did not take it."""
     (G, E, _), S = self.token_index.shape, self.group_size
     groups, experts = jnp.arange(G)[:, None, None], jnp.arange(E)[:, None]
-    places = (groups, self.token_index, experts)
-    gate = jnp.zeros((G, S, E)).at[places].set(self.gate, mode='drop')
-    kept = jnp.zeros((G, S, E), bool).at[places].set(True, mode='drop')
+    indices = (groups, self.token_index, experts)
+    gate = jnp.zeros((G, S, E)).at[indices].set(self.gate, mode='drop')
+    kept = jnp.zeros((G, S, E), bool).at[indices].set(True, mode='drop')
     kept &= mask[..., None]
     expert = jnp.where(kept, jnp.arange(E, dtype=jnp.int32), -1)
     return TokenChoices(expert, jnp.where(kept, gate, 0.0), kept)
@@ -259,16 +259,16 @@ class SlotRouting:
   ) -> 'SlotRouting':
     """See `Routing.of_experts`."""
     E = self.num_experts
-    old = jnp.full(num_experts, E, jnp.int32)
-    old = old.at[number].set(jnp.arange(E, dtype=jnp.int32), mode='drop')
+    source = jnp.full(num_experts, E, jnp.int32)
+    source = source.at[number].set(jnp.arange(E, dtype=jnp.int32), mode='drop')
 
-    def taken(x, fill):
-      return jnp.take(x, old, axis=1, mode='fill', fill_value=fill)
+    def take_experts(x, fill):
+      return jnp.take(x, source, axis=1, mode='fill', fill_value=fill)
 
     return dataclasses.replace(
       self,
-      token_index=taken(self.token_index, self.group_size),
-      gate=taken(self.gate, 0.0),
+      token_index=take_experts(self.token_index, self.group_size),
+      gate=take_experts(self.gate, 0.0),
     )
 
   def slot_rows(self) -> rows.Rows:

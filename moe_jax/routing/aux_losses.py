@@ -102,12 +102,12 @@ def balance_of_parts(sums: BalanceSums, count: int) -> Float32[Array, '']:
   them is the mean. The last one may have fewer parts.
   """
 
-  def together(x):
-    rest = -len(x) % count
-    x = jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1))
+  def sum_parts(x):
+    padding = -len(x) % count
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, count, *x.shape[1:]).sum(1)
 
-  load, prob, tokens = map(together, sums[:3])
+  load, prob, tokens = map(sum_parts, sums[:3])
   E, real = load.shape[-1], jnp.maximum(tokens, 1.0)[:, None]
   share = load / (real * sums.num_choices)
   return (E * (share * prob / real).sum(-1) * tokens).sum()
@@ -165,8 +165,8 @@ def load_loss(
 def cv_squared(x: Float32[Array, 'G E']) -> Float32[Array, ' G']:
   """The squared coefficient of variation, (std / mean)^2; 0 for all zeros."""
   mean = x.mean(-1)
-  safe = jnp.where(mean == 0, 1.0, mean)
-  return jnp.where(mean == 0, 0.0, x.var(-1) / safe**2)
+  safe_mean = jnp.where(mean == 0, 1.0, mean)
+  return jnp.where(mean == 0, 0.0, x.var(-1) / safe_mean**2)
 
 
 def load_per_expert(

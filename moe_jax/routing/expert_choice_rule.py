@@ -1,8 +1,8 @@
 """Expert choice: each expert picks the tokens it wants most.
 
 https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
-as many experts as pick it, or none. Which tokens are picked depends on all
-tokens of the group: not causal. Not here: the paper's capped variant.
+as many experts as pick it, or none. The picks depend on all tokens of the
+group: not causal. Not here: the paper's capped variant.
 """
 
 import jax
@@ -50,18 +50,18 @@ def expert_choice(
   logits = router_logits.astype(jnp.float32)
   probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
   share = shares(mask.sum(-1, dtype=jnp.int32), S, C)[:, None, None]
-  wanted = mask[:, None]
+  may_take = mask[:, None]
   if taken_by is not None:
-    wanted = wanted & taken_by.swapaxes(1, 2)  # [G, E, S]
-    allowed = wanted.sum(-1, keepdims=True, dtype=jnp.int32)
-    share = jnp.minimum(share, allowed)
-  order = jnp.where(wanted, jax.lax.stop_gradient(probs), -1.0)
-  index = decided(jax.lax.top_k(order, C)[1])  # [G, E, C]
-  taken = jnp.arange(C, dtype=jnp.int32)[None, None] < share
+    may_take = may_take & taken_by.swapaxes(1, 2)  # [G, E, S]
+    num_allowed = may_take.sum(-1, keepdims=True, dtype=jnp.int32)
+    share = jnp.minimum(share, num_allowed)
+  scores = jnp.where(may_take, jax.lax.stop_gradient(probs), -1.0)
+  index = decided(jax.lax.top_k(scores, C)[1])  # [G, E, C]
+  filled = jnp.arange(C, dtype=jnp.int32)[None, None] < share
   gate = jnp.take_along_axis(probs, index, axis=2, mode='clip')
   return SlotRouting(
-    token_index=jnp.where(taken, index, S),
-    gate=jnp.where(taken, gate, 0.0),
+    token_index=jnp.where(filled, index, S),
+    gate=jnp.where(filled, gate, 0.0),
     group_size=S,
   )
 

@@ -40,21 +40,21 @@ def limited_scores(
     scores: The scores of all experts, with a bias if they have one.
     num_groups: The number of groups, which divides E.
     chosen_groups: The number of groups that a token chooses among.
-    group_score: What rates a group: its 'best' score (DeepSeek-V2), or the sum
-      of its 'two_best' (DeepSeek-V3).
-    outside: What replaces scores outside of the chosen groups:
+    group_score: The score that rates a group: its 'best' (DeepSeek-V2), or the
+      sum of its 'two_best' (DeepSeek-V3).
+    outside: The score that replaces those outside of the chosen groups:
       'minus_infinity', or 'zero' (DeepSeek-V2), which an expert inside whose
       score is negative loses to.
 
   Raises:
     ValueError: An option is unknown, or the sizes do not fit.
   """
-  for name, value, have in (
+  for name, value, allowed in (
     ('group_score', group_score, GROUP_SCORES),
     ('outside', outside, OUTSIDE),
   ):
-    if value not in have:
-      raise unknown(name, value, have)
+    if value not in allowed:
+      raise unknown(name, value, allowed)
   E = scores.shape[-1]
   for problem in group_problems(E, num_groups, group_score):
     raise ValueError(problem)
@@ -75,11 +75,11 @@ def group_problems(
   num_experts: int, num_groups: int, group_score: str
 ) -> Iterator[str]:
   """The problems of groups with E, before arrays exist."""
-  each, rest = divmod(num_experts, num_groups)
-  if rest:
+  size, remainder = divmod(num_experts, num_groups)
+  if remainder:
     yield f'num_experts={num_experts} does not divide by {num_groups} groups'
-  elif each < GROUP_SCORES[group_score]:
+  elif size < GROUP_SCORES[group_score]:
     yield (
-      f'num_experts={num_experts} in {num_groups} groups: each has {each}, and '
+      f'num_experts={num_experts} in {num_groups} groups: each has {size}, and '
       f'{group_score!r} needs {GROUP_SCORES[group_score]}'
     )

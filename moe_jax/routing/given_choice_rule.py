@@ -38,9 +38,9 @@ class GivenChoices(NamedTuple):
   expert: Leaf
   kept: Leaf = None
 
-  def in_place_of(self, own: Int32[Array, 'G S K']) -> Int32[Array, 'G S K']:
-    """These experts, or a router's own where it has the choice."""
-    return jnp.where(self.expert >= 0, self.expert.astype(own.dtype), own)
+  def in_place_of(self, index: Int32[Array, 'G S K']) -> Int32[Array, 'G S K']:
+    """These experts, or those of a router's `index` where it has the choice."""
+    return jnp.where(self.expert >= 0, self.expert.astype(index.dtype), index)
 
 
 @checked
@@ -125,8 +125,8 @@ def to_experts(
 ) -> Routing:
   """A routing in which several of E columns may lead to the same expert.
 
-  Which choices are served, and their gates, stay those of the columns, each of
-  which has had a queue and a capacity of its own. A token that chose two
+  The served choices and their gates stay those of the columns, each of which
+  has had a queue and a capacity of its own. A token that chose two
   columns of an expert is in two of its slots.
 
   Args:
@@ -197,21 +197,21 @@ def queue_choices(
   """
   real = jnp.broadcast_to(mask[..., None], expert_index.shape)
   served = real if sent is None else real & sent
-  queued, fixed = real if holds_place else served, None
+  queued, is_imposed = real if holds_place else served, None
   if given is not None and given.kept is not None:
-    fixed = given.expert != OPEN
-    served = jnp.where(fixed, real & given.kept, served)
+    is_imposed = given.expert != OPEN
+    served = jnp.where(is_imposed, real & given.kept, served)
     # In an order by probabilities it is not known who held a place.
     if not holds_place or order is not None:
-      queued = jnp.where(fixed, served, queued)
+      queued = jnp.where(is_imposed, served, queued)
   slot = queue_slots(expert_index, queued, num_experts, slot_priority, order)
   if capacity is None:
     return decided(slot), served
-  if fixed is not None:
-    lost = fixed & real & ~served
+  if is_imposed is not None:
+    dropped = is_imposed & real & ~served
     if sent is not None:
-      lost = lost & _is_full(expert_index, served, num_experts, capacity)
-    slot = jnp.where(lost, jnp.maximum(slot, capacity), slot)
+      dropped = dropped & _is_full(expert_index, served, num_experts, capacity)
+    slot = jnp.where(dropped, jnp.maximum(slot, capacity), slot)
   slot = decided(slot)
   return slot, served & (slot < capacity)
 
@@ -247,7 +247,7 @@ def queue_slots(
   if slot_priority != 'token_major':
     expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
     queued = queued.swapaxes(1, 2)
-  slot = jax.vmap(functools.partial(_places, num_experts=E))(
+  slot = jax.vmap(functools.partial(_queue_places, num_experts=E))(
     expert_index.reshape(G, S * K), queued.reshape(G, S * K)
   )
   if slot_priority == 'token_major':
@@ -259,7 +259,7 @@ def queue_slots(
   return slot
 
 
-def _places(
+def _queue_places(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
   """The number of queued choices of the same expert before each; else 0."""
@@ -290,9 +290,9 @@ def places_by_sort(
   """
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
-  line = key[order]
-  number = jnp.arange(len(line), dtype=jnp.int32)
-  first = jnp.append(True, line[1:] != line[:-1])
-  first = jax.lax.cummax(jnp.where(first, number, 0))
-  place = jnp.where(line < num_experts, number - first, 0)
-  return jnp.zeros_like(number).at[order].set(place, unique_indices=True)
+  sorted_key = key[order]
+  number = jnp.arange(len(sorted_key), dtype=jnp.int32)
+  group_start = jnp.append(True, sorted_key[1:] != sorted_key[:-1])
+  group_start = jax.lax.cummax(jnp.where(group_start, number, 0))
+  queue_place = jnp.where(sorted_key < num_experts, number - group_start, 0)
+  return jnp.zeros_like(number).at[order].set(queue_place, unique_indices=True)

@@ -85,8 +85,8 @@ def previous_tokens(
   previous = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   if segment_ids is None:
     return previous
-  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  return jnp.where(segment_ids == before, previous, -1)
+  shifted = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  return jnp.where(segment_ids == shifted, previous, -1)
 
 
 def distinct(
@@ -98,11 +98,12 @@ def distinct(
   """
   K, experts = draws.shape[-1], []
   for k in range(K):
-    left = (draws[..., k] % jnp.uint32(num_experts - k)).astype(jnp.int32)
-    # The draw counts the experts that are left; this counts them among all.
-    for taken in jnp.sort(jnp.stack(experts), axis=0) if experts else ():
-      left = left + (left >= taken)
-    experts.append(left)
+    expert = (draws[..., k] % jnp.uint32(num_experts - k)).astype(jnp.int32)
+    # The draw is a number among the experts that are left; the loop makes it
+    # the number among all.
+    for chosen in jnp.sort(jnp.stack(experts), axis=0) if experts else ():
+      expert = expert + (expert >= chosen)
+    experts.append(expert)
   return decided(jnp.stack(experts, axis=-1))
 
 

@@ -68,14 +68,14 @@ def hierarchical_load(
   real = mask[..., None]
   branch_load = jnp.where(real, branch_probability, 0.0).sum(1)  # [G, A]
   chosen = jax.nn.one_hot(branch_index, A) * real[..., None]  # [G, S, K1, A]
-  number = chosen.sum((1, 2))  # [G, A]
+  num_chosen = chosen.sum((1, 2))  # [G, A]
   expert_load = jnp.einsum(
     'GSKA,GSKB->GAB',
     chosen,
     jnp.where(real[..., None], expert_probability, 0.0),
     precision=jax.lax.Precision.HIGHEST,
   )
-  share = branch_load / jnp.maximum(number, 1.0)
+  share = branch_load / jnp.maximum(num_chosen, 1.0)
   return (share[..., None] * expert_load).reshape(G, -1)
 
 
@@ -116,5 +116,5 @@ def over_levels(
   """
   inner = per_token(expert_logits).reshape(branch_gate.shape)
   gate = jax.lax.stop_gradient(branch_gate)
-  both = per_token(branch_logits) + (gate * inner).sum(-1)  # [G, S]
-  return jnp.where(mask, both, 0.0).sum()
+  measure = per_token(branch_logits) + (gate * inner).sum(-1)  # [G, S]
+  return jnp.where(mask, measure, 0.0).sum()

@@ -1,7 +1,7 @@
 """Three numbers for the evenness of a load.
 
 Not here: loads inside a jitted step, which stay jax arrays; this is numpy, for
-what a person reads.
+reports.
 """
 
 import numpy as np

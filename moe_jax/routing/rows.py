@@ -60,11 +60,11 @@ def decided(index: Leaf) -> Leaf:
 def without_nan(
   mask: Bool[Array, '*G'], x: Float[Array, '*G M']
 ) -> Float[Array, '*G M']:
-  """x, with zeros for what is not finite where the mask is False.
+  """x, with zeros for NaN and infinities where the mask is False.
 
   It stands before products, not behind them: a NaN or an infinity of a token
-  that is padding would reach the gradients of kernels as 0 * NaN. What is
-  finite stays, so that outputs at padding are what they are without a mask.
+  that is padding would reach the gradients of kernels as 0 * NaN. Finite
+  numbers stay, so that outputs at padding are the same as without a mask.
   """
   return _without_nan(mask, x)
 
@@ -153,14 +153,14 @@ def sorted_rows_of_slots(
   """The rows [N] sorted by expert, N = E * G * C; empty rows are last."""
   slots = rows_of_slots(token_index, gate, group_size)
   with jax.named_scope('index'):
-    N, nobody = slots.token.size, slots.num_tokens
-    filled = slots.token.reshape(-1) < nobody
+    N, no_token = slots.token.size, slots.num_tokens
+    filled = slots.token.reshape(-1) < no_token
     row = jnp.where(filled, jnp.cumsum(filled, dtype=jnp.int32) - 1, N)
     slot = jnp.arange(N, dtype=jnp.int32)
     slot = jnp.full(N, N, jnp.int32).at[row].set(slot, mode='drop')
     row, slot = decided(row), decided(slot)
-    token = jnp.append(slots.token, jnp.int32(nobody))[slot]
-  return Rows(decided(token), slot, row, slots.gate, nobody)
+    token = jnp.append(slots.token, jnp.int32(no_token))[slot]
+  return Rows(decided(token), slot, row, slots.gate, no_token)
 
 
 def _by_expert(x: Shaped[Array, 'G E C']) -> Shaped[Array, 'E R']:

@@ -20,7 +20,8 @@ def overused(totals: Float32[Array, ' E'], margin: float) -> Bool[Array, ' E']:
   Args:
     totals: G_i, the gates of expert i summed over all examples so far. A
       constant added to all of them changes nothing.
-    margin: How far a total may exceed the mean, in examples; at least 0.
+    margin: The number of examples by which a total may exceed the mean; at
+      least 0.
   """
   # No one is above the mean where all are equal, but for a rounded mean.
   return (totals - totals.mean() > margin) & (totals > totals.min())
@@ -32,11 +33,11 @@ def constrained_gates(
 ) -> Float32[Array, 'B E']:
   """Softmax gates: 0 for overused experts, those of the others sum to 1.
 
-  Overused experts get no gradient. To leave their logits out equals to
+  Overused experts get no gradient. To leave out their logits is to
   renormalise the gates, but for gates too small for float32 to divide by.
   """
-  left = jnp.where(overused[None], -jnp.inf, router_logits)
-  return jax.nn.softmax(left, axis=-1)
+  open_logits = jnp.where(overused[None], -jnp.inf, router_logits)
+  return jax.nn.softmax(open_logits, axis=-1)
 
 
 @checked

@@ -100,12 +100,12 @@ class SoftRouting:
   ) -> 'SoftRouting':
     """See `Routing.of_experts`."""
     E = self.num_experts
-    old = jnp.full(num_experts, E, jnp.int32)
-    old = decided(old.at[number].set(jnp.arange(E), mode='drop'))
-    taken = functools.partial(
-      jnp.take, indices=old, axis=2, mode='fill', fill_value=0.0
+    source = jnp.full(num_experts, E, jnp.int32)
+    source = decided(source.at[number].set(jnp.arange(E), mode='drop'))
+    take_experts = functools.partial(
+      jnp.take, indices=source, axis=2, mode='fill', fill_value=0.0
     )
-    return SoftRouting(taken(self.share), taken(self.gate))
+    return SoftRouting(take_experts(self.share), take_experts(self.gate))
 
 
 # All routings that a router returns; a dispatch by slots takes them.

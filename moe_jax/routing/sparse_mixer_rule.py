@@ -51,29 +51,31 @@ def sparse_mixer(
   """
   E, K = router_logits.shape[-1], num_selected
   check_selected(K, E)
-  left, experts, gates = router_logits, [], []
+  open_logits, experts, gates = router_logits, [], []
   for k in range(K):
-    largest = left.max(-1, keepdims=True)
+    largest = open_logits.max(-1, keepdims=True)
     scale = jnp.maximum(jnp.abs(router_logits), largest)
-    # Where both are zero it is no number, and the expert takes part.
-    far = (largest - router_logits) / scale > threshold
-    near = jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left)
-    best = expert = left.argmax(-1).astype(jnp.int32)
+    # If both are zero, the quotient is NaN, and the expert takes part.
+    is_far = (largest - router_logits) / scale > threshold
+    near_logits = jnp.where(
+      jax.lax.stop_gradient(is_far), -jnp.inf, open_logits
+    )
+    best = expert = open_logits.argmax(-1).astype(jnp.int32)
     if key is not None:
       key, noise_key, whole_key = jax.random.split(key, 3)
-      noise = jax.random.gumbel(noise_key, near.shape, near.dtype)
-      expert = (near + noise).argmax(-1).astype(jnp.int32)
+      noise = jax.random.gumbel(noise_key, near_logits.shape, near_logits.dtype)
+      expert = (near_logits + noise).argmax(-1).astype(jnp.int32)
     if imposed is not None:
-      given = imposed[..., k]
-      expert = jnp.where(given >= 0, given, expert)
+      imposed_expert = imposed[..., k]
+      expert = jnp.where(imposed_expert >= 0, imposed_expert, expert)
     expert = decided(expert)
-    gate = at_choices(jax.nn.softmax(near), expert[..., None])[..., 0]
+    gate = at_choices(jax.nn.softmax(near_logits), expert[..., None])[..., 0]
     if key is not None:
-      whole = jax.random.bernoulli(whole_key, _WHOLE, expert.shape)
-      lost = jnp.where(whole | (expert == best), 0.0, 1 - _SHARE)
-      gate = gate - jax.lax.stop_gradient(gate * lost)
+      is_whole = jax.random.bernoulli(whole_key, _WHOLE, expert.shape)
+      lost_share = jnp.where(is_whole | (expert == best), 0.0, 1 - _SHARE)
+      gate = gate - jax.lax.stop_gradient(gate * lost_share)
     experts.append(expert)
     gates.append(gate)
     chosen = jax.nn.one_hot(expert, E, dtype=jnp.bool_)
-    left = jnp.where(chosen, -jnp.inf, left)
+    open_logits = jnp.where(chosen, -jnp.inf, open_logits)
   return jnp.stack(experts, -1), jnp.stack(gates, -1)

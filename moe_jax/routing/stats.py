@@ -86,7 +86,7 @@ def routing_stats(
     kept_load=load_per_expert(routing.expert_index, routing.kept, E).sum(0),
     overflowed=(choice_mask & full).sum((0, 1)).astype(jnp.float32),
     unsent=unsent.sum((0, 1)).astype(jnp.float32),
-    **_of_logits(router_logits, mask),
+    **_logit_sums(router_logits, mask),
   )
 
 
@@ -109,15 +109,15 @@ def slot_stats(
   group = jnp.arange(G)[:, None, None]
   covered = jnp.zeros((G, S), bool)
   covered = covered.at[group, routing.token_index].set(True, mode='drop')
-  lost = (mask & ~covered).sum().astype(jnp.float32)
+  num_lost = (mask & ~covered).sum().astype(jnp.float32)
   load = routing.filled.sum((0, 2)).astype(jnp.float32)
   return RoutingStats(
     tokens=mask.sum().astype(jnp.float32),
     load=load,
     kept_load=load,
-    overflowed=jnp.broadcast_to(lost, (num_selected,)),
+    overflowed=jnp.broadcast_to(num_lost, (num_selected,)),
     unsent=jnp.zeros((num_selected,), jnp.float32),
-    **_of_logits(router_logits, mask),
+    **_logit_sums(router_logits, mask),
   )
 
 
@@ -140,18 +140,18 @@ def mixture_stats(
   gate = jax.lax.stop_gradient(gate)
   load = jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
   load = jnp.pad(load, (0, num_experts - len(load)))
-  none = jnp.zeros((1,), jnp.float32)
+  zeros = jnp.zeros((1,), jnp.float32)
   return RoutingStats(
     tokens=mask.sum().astype(jnp.float32),
     load=load,
     kept_load=load,
-    overflowed=none,
-    unsent=none,
-    **_of_logits(router_logits, mask),
+    overflowed=zeros,
+    unsent=zeros,
+    **_logit_sums(router_logits, mask),
   )
 
 
-def _of_logits(router_logits, mask) -> dict[str, Array]:
+def _logit_sums(router_logits, mask) -> dict[str, Array]:
   zero = jnp.zeros((), jnp.float32)
   if router_logits is None:
     return {'entropy': zero, 'logit_square': zero}
@@ -186,7 +186,7 @@ class ExchangeStats(NamedTuple):
 
   Attributes:
     away: float32 [], rows whose expert is on another device.
-    left: float32 [], rows that had to go to another device: those of `away`
+    sent: float32 [], rows that had to go to another device: those of `away`
       whose expert was not sent to all devices instead.
     shadowed: float32 [], experts that were sent to all devices.
     choices: float32 [], the number of sets of devices that exchange rows,
@@ -198,7 +198,7 @@ class ExchangeStats(NamedTuple):
   """
 
   away: Array
-  left: Array
+  sent: Array
   shadowed: Array
   choices: Array
   overflow: Array

@@ -59,14 +59,14 @@ def threshold_choice(
   check_slots(capacity, S)
   probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
   above = (probs > thresholds[None, :, None]) & mask[:, None]
-  wanted = jnp.where(above, jax.lax.stop_gradient(probs), -1.0)
-  index = decided(jax.lax.top_k(wanted, capacity)[1])  # [G, E, C]
-  taken = jnp.take_along_axis(above, index, axis=2)
+  scores = jnp.where(above, jax.lax.stop_gradient(probs), -1.0)
+  index = decided(jax.lax.top_k(scores, capacity)[1])  # [G, E, C]
+  filled = jnp.take_along_axis(above, index, axis=2)
   gate = jnp.take_along_axis(probs, index, axis=2)
   return _renormalized(
     SlotRouting(
-      token_index=jnp.where(taken, index, S),
-      gate=jnp.where(taken, gate, 0.0),
+      token_index=jnp.where(filled, index, S),
+      gate=jnp.where(filled, gate, 0.0),
       group_size=S,
     )
   )
@@ -95,8 +95,8 @@ def batchwise_loss(
   """
   probs = jax.nn.softmax(router_logits)  # [G, S, E]
   difference = probs - thresholds[None, None]
-  taken = _token_mask(chosen)
-  signs = (difference > 0).astype(jnp.float32) - taken.astype(jnp.float32)
+  token_mask = _token_mask(chosen)
+  signs = (difference > 0).astype(jnp.float32) - token_mask.astype(jnp.float32)
   per_token = (jax.lax.stop_gradient(signs) * difference).sum(-1)
   real = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
   return jnp.where(mask, per_token, 0.0).sum(-1) / real
@@ -106,8 +106,8 @@ def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
   """Whether each expert took each token."""
   G, E, _ = chosen.token_index.shape
   group, expert = _indices(G, E)
-  taken = jnp.zeros((G, chosen.group_size, E), bool)
-  return taken.at[group, chosen.token_index, expert].set(True, mode='drop')
+  mask = jnp.zeros((G, chosen.group_size, E), bool)
+  return mask.at[group, chosen.token_index, expert].set(True, mode='drop')
 
 
 def _renormalized(chosen: SlotRouting) -> SlotRouting:
@@ -116,8 +116,10 @@ def _renormalized(chosen: SlotRouting) -> SlotRouting:
   group, _ = _indices(G, E)
   total = jnp.zeros((G, chosen.group_size), jnp.float32)
   total = total.at[group, chosen.token_index].add(chosen.gate, mode='drop')
-  own = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
-  gate = jnp.where(chosen.filled, chosen.gate / jnp.where(own > 0, own, 1.0), 0)
+  divisor = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
+  gate = jnp.where(
+    chosen.filled, chosen.gate / jnp.where(divisor > 0, divisor, 1.0), 0
+  )
   return SlotRouting(chosen.token_index, gate, chosen.group_size)
 
 

@@ -185,10 +185,10 @@ def choice_problems(
   if not 1 <= K <= E:
     yield f'num_selected={K} not in [1, num_experts={E}]'
   if K == 1 and GATES[gates].normalizes:
-    can = [name for name, gate in GATES.items() if not gate.normalizes]
+    allowed = [name for name, gate in GATES.items() if not gate.normalizes]
     yield (
       f'num_selected=1 with gates={gates!r} makes every gate 1 and takes the '
-      f"router's gradient away; use gates={' or '.join(map(repr, can))}"
+      f"router's gradient away; use gates={' or '.join(map(repr, allowed))}"
     )
   if second_policy == 'sampled' and K != 2:
     yield (
@@ -200,13 +200,13 @@ def choice_problems(
 def _check(slot_priority: str, second_threshold: float, **sizes: Any) -> None:
   """Raises ValueError where an argument of `token_choice` is wrong."""
   values = {'slot_priority': slot_priority, **sizes}
-  for name, have in (
+  for name, allowed in (
     ('gates', GATES),
     ('slot_priority', SLOT_PRIORITIES),
     ('second_policy', SECOND_POLICIES),
   ):
-    if values[name] not in have:
-      raise unknown(name, values[name], have)
+    if values[name] not in allowed:
+      raise unknown(name, values[name], allowed)
   problems = list(choice_problems(**sizes))
   if values['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
     problems.append(f'second_threshold={second_threshold} not in (0, 1]')

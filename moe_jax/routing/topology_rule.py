@@ -56,14 +56,14 @@ def limited_choice(
   """
   _check(router_logits.shape[-1], num_selected, num_nodes, limit)
   router_logits = jax.lax.stop_gradient(router_logits)
-  wanted = choose(router_logits, num_selected)
-  remote = _is_remote(wanted, node, router_logits.shape[-1] // num_nodes)
+  free_choice = choose(router_logits, num_selected)
+  remote = _is_remote(free_choice, node, router_logits.shape[-1] // num_nodes)
   probs = jax.nn.log_softmax(router_logits)
-  score = jnp.where(remote, at_choices(probs, wanted), -jnp.inf).max(-1)
+  score = jnp.where(remote, at_choices(probs, free_choice), -jnp.inf).max(-1)
   wants = remote.any(-1) & mask
   leaves = wants & _are_highest(jnp.where(wants, score, -jnp.inf), limit)
   local = _local_choice(router_logits, node, num_selected, num_nodes)
-  return decided(jnp.where((wants & ~leaves)[..., None], local, wanted))
+  return decided(jnp.where((wants & ~leaves)[..., None], local, free_choice))
 
 
 @checked
@@ -92,8 +92,8 @@ def fastmoe_choice(
   """
   _check(router_logits.shape[-1], 2, num_nodes, limit)
   router_logits = jax.lax.stop_gradient(router_logits)
-  wanted = choose(router_logits, 2)
-  first = wanted[..., :1]
+  free_choice = choose(router_logits, 2)
+  first = free_choice[..., :1]
   remote = _is_remote(first, node, router_logits.shape[-1] // num_nodes)
   wants = remote[..., 0] & mask
   score = jnp.where(wants, at_choices(router_logits, first)[..., 0], -jnp.inf)
@@ -102,7 +102,7 @@ def fastmoe_choice(
   second = jnp.where(leaves[..., None], first, local[..., 1:])
   limited = jnp.concatenate([local[..., :1], second], -1)
   binds = wants.sum(-1) >= limit  # [G]
-  return decided(jnp.where(binds[:, None, None], limited, wanted))
+  return decided(jnp.where(binds[:, None, None], limited, free_choice))
 
 
 class Leaving(NamedTuple):
@@ -140,14 +140,14 @@ def leaving(
     num_nodes: Q, a divisor of E.
   """
   per_node = router_logits.shape[-1] // num_nodes
-  wanted = choose(router_logits, expert_index.shape[-1])
+  free_choice = choose(router_logits, expert_index.shape[-1])
 
-  def remote(index):
-    away = _is_remote(index, node, per_node).any(-1) & mask
-    return away.sum(-1).astype(jnp.float32)
+  def count_remote(index):
+    is_remote = _is_remote(index, node, per_node).any(-1) & mask
+    return is_remote.sum(-1).astype(jnp.float32)
 
   tokens = mask.sum(-1).astype(jnp.float32)
-  return Leaving(tokens, remote(wanted), remote(expert_index))
+  return Leaving(tokens, count_remote(free_choice), count_remote(expert_index))
 
 
 def _check(E: int, K: int, Q: int, limit: int) -> None:
@@ -170,8 +170,8 @@ def _local_choice(router_logits, node, K, Q):
   """The K largest logits among the experts of the group's own node."""
   E = router_logits.shape[-1]
   experts = jnp.arange(E, dtype=jnp.int32)[None, None]
-  away = _is_remote(experts, node, E // Q)  # [G, 1, E]
-  return choose(jnp.where(away, -jnp.inf, router_logits), K)
+  is_remote = _is_remote(experts, node, E // Q)  # [G, 1, E]
+  return choose(jnp.where(is_remote, -jnp.inf, router_logits), K)
 
 
 def _are_highest(score, count):

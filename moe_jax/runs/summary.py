@@ -116,7 +116,7 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
     return {}
   return {
     'away_share': float(exchange.away / served),
-    'sent_share': float(exchange.left / served),
+    'sent_share': float(exchange.sent / served),
     'shadowed_experts': float(exchange.shadowed / exchange.choices),
     'exchange_overflow': float(exchange.overflow / served),
   }

@@ -166,7 +166,7 @@ def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   def body(block, kernels, carry):
     seen, visits, rows = carry
     ones = block.own_rows(jnp.ones((num_rows, 1)))
-    seen = block.put(seen, block.rows(seen) + ones)
+    seen = block.write(seen, block.rows(seen) + ones)
     visits = visits.at[block.expert].add(1)
     return seen, visits, rows + block.size
 

@@ -50,7 +50,7 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
   @jax.jit
   def there_and_back(x, rows):
     layout = layout_of(RULES, x, num_experts=E)
-    assert layout.exchanged == ('expert',) and layout.kept == ()
+    assert layout.exchanged == ('expert',) and layout.group_only == ()
     at_experts = travel.to_experts(layout, rows)
     return at_experts, travel.to_groups(layout, at_experts)
 

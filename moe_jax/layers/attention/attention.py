@@ -113,39 +113,39 @@ class Attention(nn.Module):
       cache: The cache as `KVCache.begin` returned it.
       layer: The layer's number.
     """
-    dtype, kept = self.shared.dtype, [cache]
+    dtype, cache_holder = self.shared.dtype, [cache]
     segment_ids = token_mask.astype(jnp.int32)
 
     def attend(query, key, value):
       if self.cross:
         slots = cast(Memory, cache.memory).at(layer)
       else:
-        kept[0], slots = cache.append(layer, key, value)
+        cache_holder[0], slots = cache.append(layer, key, value)
       return dot_product.cached(
         query,
         slots.key.astype(dtype),
         slots.value.astype(dtype),
-        # What padded queries see does not matter, but they must see something.
+        # Padded queries must see some keys; which ones does not matter.
         jnp.ones_like(positions) if self.cross else segment_ids,
         slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
         bias=bias,
         sinks=self._sinks(),
-        places=slots.places,
+        slot_numbers=slots.numbers,
       )
 
     x = without_nan(token_mask, x)
     source = None if self.cross else x
     y = self._project_all(x, source, (positions, segment_ids), attend)
-    return y, kept[0]
+    return y, cache_holder[0]
 
   @nn.compact
-  def _project_all(self, x, source, places, attend):
+  def _project_all(self, x, source, position_args, attend):
     """Projects x to queries, and the output of `attend` back.
 
     The source is projected to keys and values; without one they are None.
-    Places are the positions of tokens and their segments.
+    `position_args` are the positions of tokens and their segments.
     """
     M = x.shape[-1]
     c, dtype = self.options.within(M), self.shared.dtype
@@ -153,18 +153,18 @@ class Attention(nn.Module):
     query, key, value = self._query(x, c), None, None
     if source is not None:
       source = source.astype(dtype)
-      for_key, for_value = c.cached_shapes
-      key = self._key_or_value(source, 'key', *for_key)  # [B, S, N, D]
-      value = self._key_or_value(source, 'value', *for_value)
+      key_shape, value_shape = c.cached_shapes
+      key = self._key_or_value(source, 'key', *key_shape)  # [B, S, N, D]
+      value = self._key_or_value(source, 'value', *value_shape)
     if not self.cross:
-      query = self.positions.rotate(query, *places)
-      key = key if key is None else self.positions.rotate(key, *places)
+      query = self.positions.rotate(query, *position_args)
+      key = key if key is None else self.positions.rotate(key, *position_args)
     return self.project_back(attend(query, key, value), M)
 
   def project_back(
     self, y: Float[Array, 'B T H D'], width: int
   ) -> Float[Array, 'B T M']:
-    """The output of the layer for what its heads found."""
+    """The output of the layer, projected from the outputs of its heads."""
     (B, T, H, D), M = y.shape, width
     axes = ('heads', 'kv', 'embed')
     init = parameters.kernel(
@@ -190,13 +190,13 @@ class Attention(nn.Module):
     width = c.head_widths.scored
     shrink = self._keys.scale**2 * width or 1.0
     y = self.project(x, 'query', ('heads', c.num_heads), width, shrink)
-    return self._finished(y, 'query', 'heads')
+    return self._norm_and_clip(y, 'query', 'heads')
 
   def _key_or_value(self, x, name, heads, width):
     y = self.project(x, name, ('kv_heads', heads), width)
-    return self._finished(y, name, 'kv_heads')
+    return self._norm_and_clip(y, name, 'kv_heads')
 
-  def _finished(self, y, name, heads):
+  def _norm_and_clip(self, y, name, heads):
     shape, scale = self.options.norm_shape(name, y.shape[-2:]), None
     if shape:
       axes = (heads, 'kv')[-len(shape) :]

@@ -39,8 +39,8 @@ class AttentionBase(Options):
 
   Attributes:
     PROJECTIONS: The projections that may add a bias.
-    ROTATED: The option of the width of the part that positions rotate.
-    crosses: Whether a decoder's layers can attend to an encoder so.
+    ROTATED: The name of the option of the width that positions rotate.
+    crosses: Whether a decoder's layers can attend to an encoder by this kind.
     captures_inputs: Whether the inputs of all kernels can be captured, from
       which GPTQ quantises them.
   """
@@ -92,16 +92,16 @@ class AttentionBase(Options):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of biases of projections that there are none of."""
-    known = ['model', 'all', 'none'], self.PROJECTIONS
-    if self.biases not in known[0] and not self._biased <= {*known[1]}:
+    """The problem of a bias for a projection that does not exist."""
+    keywords, projections = ['model', 'all', 'none'], self.PROJECTIONS
+    if self.biases not in keywords and not self._bias_names <= {*projections}:
       yield (
-        f'biases={self.biases!r} must be one of {known[0]}, or names of '
-        f'{[*known[1]]} with commas between'
+        f'biases={self.biases!r} must be one of {keywords}, or names of '
+        f'{[*projections]} with commas between'
       )
 
   @property
-  def _biased(self) -> set[str]:
+  def _bias_names(self) -> set[str]:
     return {name.strip() for name in self.biases.split(',')}
 
   def has_bias(self, projection: str, use_bias: bool) -> bool:
@@ -115,7 +115,7 @@ class AttentionBase(Options):
       return False
     if self.biases == 'model':
       return use_bias
-    return self.biases == 'all' or projection in self._biased
+    return self.biases == 'all' or projection in self._bias_names
 
   @property
   def module(self) -> type[nn.Module]:
@@ -135,7 +135,7 @@ class AttentionBase(Options):
   def finished(
     self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
   ) -> Float[Array, '*B N D']:
-    """Queries, keys or values as they meet; here, as they are projected.
+    """Queries, keys or values with norms and clipping; by default, with none.
 
     Args:
       x: The output of a projection.

@@ -1,4 +1,4 @@
-"""Attention over blocks of queries, which keeps no scores: the CPU's own.
+"""Attention over blocks of queries, which keeps no scores, for CPUs.
 
 Each block of queries meets the keys that it may see alone, so that a causal
 layer computes about half of the scores. Kept for the backward pass are the
@@ -19,7 +19,7 @@ from moe_jax.layers.attention.keys import Keys, hidden, visible
 from moe_jax.shapes import Array, Float, Float32, Int
 
 # Queries of a block: small ones compute fewer scores that causality hides, and
-# their products are slower. No more than so many blocks are compiled.
+# their products are slower. There are at most `_MOST_BLOCKS` blocks.
 _LEAST_QUERIES, _MOST_BLOCKS = 64, 8
 # Keys that a window hides are left out in multiples of this number.
 _KEY_STEP = 16
@@ -59,12 +59,12 @@ def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
 
 def _blocks(T: int, S: int, size: int, keys: Keys) -> Iterator[Block]:
   for first in range(0, T, size):
-    stop, low, high = min(first + size, T), 0, S
+    stop, first_key, stop_key = min(first + size, T), 0, S
     if keys.causal:
-      high = min(stop, S)
+      stop_key = min(stop, S)
     if keys.window:
-      low = max(first - keys.window + 1, 0) // _KEY_STEP * _KEY_STEP
-    yield Block(first, stop, min(low, high - 1), high)
+      first_key = max(first - keys.window + 1, 0) // _KEY_STEP * _KEY_STEP
+    yield Block(first, stop, min(first_key, stop_key - 1), stop_key)
 
 
 class Statistics(NamedTuple):
@@ -94,21 +94,21 @@ def blocks(
   ids = (segment_ids, key_segment_ids)
   # A query that may see no key has the mean of all values, as in `einsum`; it
   # always sees its own where the two are the same array.
-  rules = keys
+  block_rules = keys
   if key_segment_ids is not segment_ids:
-    rules = keys._replace(causal=False, window=0)
-  parts = tuple(blocks_of(query.shape[1], key.shape[1], rules))
-  return _attend(query, key, value, bias, sinks, ids, keys, parts)
+    block_rules = keys._replace(causal=False, window=0)
+  query_blocks = tuple(blocks_of(query.shape[1], key.shape[1], block_rules))
+  return _attend(query, key, value, bias, sinks, ids, keys, query_blocks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(query, key, value, bias, sinks, ids, keys, parts):
-  return _forward(query, key, value, bias, sinks, ids, keys, parts)[0]
+def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
+  return _forward(query, key, value, bias, sinks, ids, keys, query_blocks)[0]
 
 
-def _forward(query, key, value, bias, sinks, ids, keys, parts):
+def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
   outputs, statistics = [], []
-  for block in parts:
+  for block in query_blocks:
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     largest = scores.max(-1, keepdims=True)
@@ -126,7 +126,7 @@ def _forward(query, key, value, bias, sinks, ids, keys, parts):
   return y, (query, key, value, bias, sinks, ids, y, statistics)
 
 
-def _backward(keys, parts, saved, dy):
+def _backward(keys, query_blocks, saved, dy):
   # The barrier keeps the compiler from finding the scores of the forward pass
   # again where layers are no loop, and from keeping them until here.
   saved = jax.lax.optimization_barrier(saved)
@@ -135,30 +135,30 @@ def _backward(keys, parts, saved, dy):
   d_query, d_bias = [], []
   d_key = d_value = jnp.float32(0)
   d_sinks = None
-  for block, (largest, total) in zip(parts, statistics, strict=True):
+  for block, (largest, total) in zip(query_blocks, statistics, strict=True):
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     weights = jnp.exp(scores - largest) / total
     q = _queries_by_head(block, query, key.shape[2])
     d_y = _queries_by_head(block, dy, key.shape[2])
-    own = _queries_by_head(block, y, key.shape[2])
-    mean = _float32(d_y) * _float32(own)
+    block_output = _queries_by_head(block, y, key.shape[2])
+    mean = _float32(d_y) * _float32(block_output)
     mean = mean.sum(-1, keepdims=True)
     d_scores = weights * (_product(d_y, v, (3, 3)) - mean)
     if sinks is not None:
       sink = _sink_of_rows(block, sinks, key.shape[2])
-      weight = jnp.exp(sink - largest) / total
-      less = _sum_of_heads(weight * mean, len(sinks))
-      d_sinks = -less if d_sinks is None else d_sinks - less
+      sink_weight = jnp.exp(sink - largest) / total
+      head_sums = _sum_of_heads(sink_weight * mean, len(sinks))
+      d_sinks = -head_sums if d_sinks is None else d_sinks - head_sums
     if bias is not None:
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
     d_query.append(_by_token(_product(d_scores, k, (3, 2)), H))
     # As [B, N, D, S]: the compiler transposes the queries in the product, which
     # are fewer numbers than the weights, and multiplies faster.
-    around = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
-    d_key += jnp.pad(_product(keys.scaled(q), d_scores, (2, 2)), around)
-    d_value += jnp.pad(_product(d_y, weights, (2, 2)), around)
+    padding = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
+    d_key += jnp.pad(_product(keys.scaled(q), d_scores, (2, 2)), padding)
+    d_value += jnp.pad(_product(d_y, weights, (2, 2)), padding)
   d_query = keys.scaled(jnp.concatenate(d_query, axis=1))
   if bias is not None:
     d_bias = jnp.concatenate(d_bias, axis=2).reshape(bias.shape)
@@ -219,8 +219,8 @@ def _sink_of_rows(
   block: Block, sinks: Float32[Array, ' H'], num_heads: int
 ) -> Float32[Array, 'b N R 1']:
   """The sink of each of the block's queries, as `_queries_by_head` has them."""
-  of_heads = sinks.reshape(num_heads, -1)
-  rows = jnp.repeat(of_heads, block.stop - block.first, axis=1)
+  head_sinks = sinks.reshape(num_heads, -1)
+  rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
@@ -247,8 +247,8 @@ def _scores(
   t = block.stop - block.first
   scores = scores.reshape(B, N, -1, t, s)  # [B, N, J, t, s]
   if bias is not None:
-    part = block.keys(block.queries(bias), 2)  # [H, t, s]
-    scores += part.reshape(1, N, -1, t, s)
+    bias_block = block.keys(block.queries(bias), 2)  # [H, t, s]
+    scores += bias_block.reshape(1, N, -1, t, s)
   if (mask := _mask(block, ids, keys)) is not None:
     scores += mask[:, None, None]
   return scores.reshape(B, N, -1, s)
@@ -281,5 +281,5 @@ def _rows_of_bias(
   total = (ones @ d_scores.reshape(B, -1)).reshape(
     N, -1, block.stop - block.first, s
   )
-  around = (block.first_key, num_keys - block.stop_key)
-  return jnp.pad(total, ((0, 0), (0, 0), (0, 0), around))
+  padding = (block.first_key, num_keys - block.stop_key)
+  return jnp.pad(total, ((0, 0), (0, 0), (0, 0), padding))

@@ -44,13 +44,13 @@ class Slots(NamedTuple):
     key: The keys, [B, N, S, D].
     value: The values, [B, N, S, U].
     filled: bool [B, S], whether there is a token of the row.
-    places: int32 [S], the number of each slot; None: 0, 1, 2, ...
+    numbers: int32 [S], the number of each slot; None for 0, 1, 2, ...
   """
 
   key: Array
   value: Array
   filled: Array
-  places: Array | None = None
+  numbers: Array | None = None
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -159,43 +159,43 @@ class KVCache(flax.struct.PyTreeNode):
     key: Float[Array, 'B T N D'],
     value: Float[Array, 'B T N U'],
   ) -> tuple['KVCache', Slots]:
-    """Fills the slots that `begin` reserved, and returns what the layer sees.
+    """Fills the slots that `begin` reserved, and returns all that it sees.
 
     Tokens of one step may be more than a layer keeps: each then sees those
     before it all the same.
     """
-    T, length = key.shape[1], self._kept_slots(layer)
+    T, length = key.shape[1], self._num_slots(layer)
     if length == self.max_len or T == 1:
       cache = self.write(layer, key, value)
       slots = Slots(*cache._at(layer), self.filled)
       if length == self.max_len:
         return cache, slots
-      return cache, self._placed(slots, _places(self.length, length))
+      return cache, self._numbered(slots, _ring_numbers(self.length, length))
     first = self.length - length  # the number of the oldest slot
     key, value = (
-      _behind(old, new, self.length)
+      _in_order(old, new, self.length)
       for old, new in zip(self._at(layer), (key, value))
     )
-    places = first + jnp.arange(length + T, dtype=jnp.int32)
-    slots = self._placed(Slots(key, value, self.filled), places)
+    numbers = first + jnp.arange(length + T, dtype=jnp.int32)
+    slots = self._numbered(Slots(key, value, self.filled), numbers)
     cache = self.replace(
       key=_with_layer(self.key, layer, _as_ring(key, length, first + T)),
       value=_with_layer(self.value, layer, _as_ring(value, length, first + T)),
     )
     return cache, slots
 
-  def _kept_slots(self, layer: int | Int[Array, '']) -> int:
+  def _num_slots(self, layer: int | Int[Array, '']) -> int:
     """The number of slots that a layer keeps."""
-    own = self.key[layer] if isinstance(self.key, tuple) else self.key
-    return own.shape[-2]
+    layer_keys = self.key[layer] if isinstance(self.key, tuple) else self.key
+    return layer_keys.shape[-2]
 
   def _at(self, layer: int | Int[Array, '']) -> tuple[Array, Array]:
     return at_layer(self.key, layer), at_layer(self.value, layer)
 
-  def _placed(self, slots: Slots, places: Int32[Array, ' S']) -> Slots:
+  def _numbered(self, slots: Slots, numbers: Int32[Array, ' S']) -> Slots:
     """Slots with their numbers; those below 0 are empty."""
-    filled = jnp.take(self.filled, jnp.maximum(places, 0), axis=1)
-    return slots._replace(filled=filled & (places >= 0)[None], places=places)
+    filled = jnp.take(self.filled, jnp.maximum(numbers, 0), axis=1)
+    return slots._replace(filled=filled & (numbers >= 0)[None], numbers=numbers)
 
   def write(
     self,
@@ -205,19 +205,19 @@ class KVCache(flax.struct.PyTreeNode):
   ) -> 'KVCache':
     """Fills the slots that `begin` reserved, in one layer."""
     slot = self.length
-    if (length := self._kept_slots(layer)) < self.max_len:
+    if (length := self._num_slots(layer)) < self.max_len:
       slot = slot % length
 
-    def put(kept, new):
-      new, place = new.swapaxes(1, 2), (0, 0, slot, 0)
-      if isinstance(kept, tuple):
-        own = kept[layer]
-        own = jax.lax.dynamic_update_slice(own, new.astype(own.dtype), place)
-        return (*kept[:layer], own, *kept[layer + 1 :])
-      new = new[None].astype(kept.dtype)
-      return jax.lax.dynamic_update_slice(kept, new, (layer, *place))
+    def fill(cached, new):
+      new, start = new.swapaxes(1, 2), (0, 0, slot, 0)
+      if isinstance(cached, tuple):
+        ring = cached[layer]
+        ring = jax.lax.dynamic_update_slice(ring, new.astype(ring.dtype), start)
+        return (*cached[:layer], ring, *cached[layer + 1 :])
+      new = new[None].astype(cached.dtype)
+      return jax.lax.dynamic_update_slice(cached, new, (layer, *start))
 
-    return self.replace(key=put(self.key, key), value=put(self.value, value))
+    return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
   def advance(self, num_tokens: int) -> 'KVCache':
     """Ends a step of T tokens."""
@@ -250,18 +250,18 @@ class KVCache(flax.struct.PyTreeNode):
     )
 
 
-def _places(last: Int[Array, ''], length: int) -> Int32[Array, ' S']:
+def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
   """The number of the slot at each place of a ring, below 0 for none.
 
   Args:
-    last: The number of the newest slot.
+    newest: The number of the newest slot.
     length: The number of slots that the ring keeps.
   """
-  place = jnp.arange(length, dtype=jnp.int32)
-  return last - (last - place) % length
+  ring_index = jnp.arange(length, dtype=jnp.int32)
+  return newest - (newest - ring_index) % length
 
 
-def _behind(
+def _in_order(
   ring: Float[Array, 'B N S D'],
   new: Float[Array, 'B T N D'],
   length: Int[Array, ''],
@@ -278,18 +278,18 @@ def _as_ring(
   return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
 
 
-def _with_layer(kept, layer, own):
-  """Keys or values with `own` in the place of one layer's."""
-  if isinstance(kept, tuple):
-    return (*kept[:layer], own, *kept[layer + 1 :])
-  return jax.lax.dynamic_update_index_in_dim(kept, own, layer, 0)
+def _with_layer(cached, layer, layer_array):
+  """Keys or values with `layer_array` in the place of one layer's."""
+  if isinstance(cached, tuple):
+    return (*cached[:layer], layer_array, *cached[layer + 1 :])
+  return jax.lax.dynamic_update_index_in_dim(cached, layer_array, layer, 0)
 
 
 def at_layer(
-  kept: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N _ D'], ...],
+  cached: Float[Array, 'L B N S D'] | tuple[Float[Array, 'B N _ D'], ...],
   layer: int | Int[Array, ''],
 ) -> Float[Array, 'B N _ D']:
-  """One layer's keys or values; `layer` is an int where `kept` is a tuple."""
-  if isinstance(kept, tuple):
-    return kept[layer]
-  return jax.lax.dynamic_index_in_dim(kept, layer, 0, keepdims=False)
+  """One layer's keys or values; `layer` is an int where `cached` is a tuple."""
+  if isinstance(cached, tuple):
+    return cached[layer]
+  return jax.lax.dynamic_index_in_dim(cached, layer, 0, keepdims=False)

@@ -70,11 +70,11 @@ def attend(
   )
   if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
-  plain = functools.partial(
+  plain_einsum = functools.partial(
     einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
   )
   candidates = {
-    'einsum': plain,
+    'einsum': plain_einsum,
     'blocks': functools.partial(blocks, keys=keys, bias=bias, sinks=sinks),
     'library': functools.partial(_of_one_width, jax_nn, keys=keys, bias=bias),
     'splash': functools.partial(_of_one_width, splash, keys=keys, sinks=sinks),
@@ -91,8 +91,8 @@ def _of_one_width(f, query, key, value, *ids, keys, **options):
   keys = keys._replace(scale=keys.scale or scored**-0.5)
 
   def widened(x):
-    more = max(scored, width) - x.shape[3]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
+    padding = max(scored, width) - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
   y = f(*map(widened, (query, key, value)), *ids, keys=keys, **options)
   return y[..., :width]
@@ -114,14 +114,14 @@ def _choose(name, options, candidates):
     return _by_platform(emulated, tpu=kernel)
   if name != 'auto':
     return candidates[name]
-  own = {'cpu': 'blocks', 'tpu': 'splash'}
-  served = {
+  preferred = {'cpu': 'blocks', 'tpu': 'splash'}
+  by_platform = {
     platform: candidates[name]
-    for platform, name in own.items()
+    for platform, name in preferred.items()
     if not misfit(name, **options)
   }
   plain = candidates['einsum']
-  return _by_platform(plain, **served) if served else plain
+  return _by_platform(plain, **by_platform) if by_platform else plain
 
 
 def misfit(
@@ -161,13 +161,13 @@ def misfit(
     ),
     'xla': (no_dropout, no_sinks),
   }
-  return next((why for unmet, why in rules.get(name, ()) if unmet), '')
+  return next((reason for unmet, reason in rules.get(name, ()) if unmet), '')
 
 
 def check(name: str, **options) -> None:
   """Raises ValueError where `misfit` has a reason."""
-  if why := misfit(name, **options):
-    raise ValueError(f"attention={name!r}: {why}; 'auto' serves it")
+  if reason := misfit(name, **options):
+    raise ValueError(f"attention={name!r}: {reason}; 'auto' serves it")
 
 
 def _cudnn_serves(options) -> bool:
@@ -235,12 +235,13 @@ def cached(
   start: Int[Array, ''],
   bias: Float32[Array, 'H T _'] | None = None,
   sinks: Float32[Array, ' H'] | None = None,
-  places: Int[Array, ' S'] | None = None,
+  slot_numbers: Int[Array, ' S'] | None = None,
 ) -> Float[Array, 'B T H U']:
   """`attend` to a cache [B, N, S, D]; the first query is at slot `start`.
 
-  A causal query sees no slots behind its own, filled or not. With `places`, key
-  s is that of slot places[s], and the bias has all slots.
+  A causal query sees no slots behind its own, filled or not. With
+  `slot_numbers`, key s is that of slot slot_numbers[s], and the bias has all
+  slots.
   """
   B, T, H, D = query.shape
   (N, S), U = key.shape[1:3], value.shape[3]
@@ -251,10 +252,12 @@ def cached(
   )
   scores = scores.reshape(B, N, H // N, T, S)
   if bias is not None:
-    if places is not None:
-      bias = jnp.take(bias, jnp.maximum(places, 0), axis=2)
+    if slot_numbers is not None:
+      bias = jnp.take(bias, jnp.maximum(slot_numbers, 0), axis=2)
     scores = scores + bias.reshape(1, N, H // N, T, S)
-  mask = visible(segment_ids, key_segment_ids, (T, S), keys, start, places)
+  mask = visible(
+    segment_ids, key_segment_ids, (T, S), keys, start, slot_numbers
+  )
   if sinks is not None:
     sinks = sinks.reshape(1, N, H // N, 1, 1)
   weights = masked_softmax(scores, mask[:, None, None], sinks)
@@ -272,8 +275,8 @@ def jax_nn(
   mask = None
   if segment_ids is not None:
     lengths = query.shape[1], key.shape[1]
-    everything = Keys(causal=False)
-    mask = visible(segment_ids, key_segment_ids, lengths, everything)[:, None]
+    all_keys = Keys(causal=False)
+    mask = visible(segment_ids, key_segment_ids, lengths, all_keys)[:, None]
   return jax.nn.dot_product_attention(
     query,
     key,

@@ -35,26 +35,26 @@ def visible(
   lengths: tuple[int, int],
   keys: Keys,
   start: int | Int[Array, ''] = 0,
-  places: Int[Array, ' S'] | None = None,
+  key_positions: Int[Array, ' S'] | None = None,
 ) -> Bool[Array, 'b T S']:
   """Whether the query at position start + t sees the key at position s.
 
   Call it where the mask is used, so that it is fused and never stored. With
-  `places`, key s is at position places[s].
+  `key_positions`, key s is at position key_positions[s].
   """
   T, S = lengths
-  place = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
-  if places is None:
-    places = jnp.arange(S, dtype=jnp.int32)
-  key_place = places[None, None, :]
-  seen = jnp.ones((1, T, S), bool)
+  query_position = start + jnp.arange(T, dtype=jnp.int32)[None, :, None]
+  if key_positions is None:
+    key_positions = jnp.arange(S, dtype=jnp.int32)
+  key_position = key_positions[None, None, :]
+  mask = jnp.ones((1, T, S), bool)
   if keys.causal:
-    seen = seen & (place >= key_place)
+    mask = mask & (query_position >= key_position)
   if keys.window:
-    seen = seen & (place - key_place < keys.window)
+    mask = mask & (query_position - key_position < keys.window)
   if segment_ids is not None and key_segment_ids is not None:
-    seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
-  return seen
+    mask = mask & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
+  return mask
 
 
 def masked_softmax(

@@ -70,9 +70,9 @@ class LatentOptions(AttentionBase):
   )
 
   def problems(self) -> Iterator[str]:
-    """The problem of a bias of a projection that is left out."""
+    """The problem of a bias for a projection that is left out."""
     yield from super().problems()
-    if 'query_down' in self._biased and not self.query_rank:
+    if 'query_down' in self._bias_names and not self.query_rank:
       yield (
         f"biases={self.biases!r} names 'query_down', which query_rank=0 leaves "
         'out'
@@ -100,7 +100,7 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """See `AttentionBase.cached_shapes`: all stands in the place of keys."""
+    """See `AttentionBase.cached_shapes`: keys alone are stored."""
     return (1, self.cached_width), (1, 0)
 
   @property
@@ -149,9 +149,9 @@ class LatentOptions(AttentionBase):
     Multiply-adds decide: a query has longer products with the short vectors,
     but to expand these costs as much for one query as for many.
     """
-    expanded = self.kv_rank * (self.plain_width + self.value_width)
-    each = 2 * self.cached_width - sum(self.head_widths)
-    return num_queries * each <= expanded
+    expansion_cost = self.kv_rank * (self.plain_width + self.value_width)
+    extra_per_query = 2 * self.cached_width - sum(self.head_widths)
+    return num_queries * extra_per_query <= expansion_cost
 
 
 class LatentAttention(Attention):
@@ -174,11 +174,11 @@ class LatentAttention(Attention):
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
     """See `Attention.decode`."""
-    kept, segment_ids = [cache], token_mask.astype(jnp.int32)
+    cache_holder, segment_ids = [cache], token_mask.astype(jnp.int32)
 
     def attend(query, short, kernel):
       short = short[:, :, None]  # [B, T, 1, R + r]
-      kept[0], slots = cache.append(layer, short, short[..., :0])
+      cache_holder[0], slots = cache.append(layer, short, short[..., :0])
       source = slots.key.astype(query.dtype)
       attention = functools.partial(
         dot_product.cached,
@@ -188,7 +188,7 @@ class LatentAttention(Attention):
         start=cache.length,
         bias=bias,
         sinks=self._sinks(),
-        places=slots.places,
+        slot_numbers=slots.numbers,
       )
       if self.options.absorbs(x.shape[1]):
         return self._absorbed(query, source, kernel, attention)
@@ -197,22 +197,22 @@ class LatentAttention(Attention):
 
     x = without_nan(token_mask, x)
     y = self._project_short(x, (positions, segment_ids), attend)
-    return y, kept[0]
+    return y, cache_holder[0]
 
-  def _project_all(self, x, source, places, attend):
+  def _project_all(self, x, source, position_args, attend):
     """See `Attention._project_all`; keys and values are expanded."""
     del source  # it is x
 
     def attend_expanded(query, short, kernel):
       return attend(query, *self._expanded(short, kernel))
 
-    return self._project_short(x, places, attend_expanded)
+    return self._project_short(x, position_args, attend_expanded)
 
   @nn.compact
-  def _project_short(self, x, places, attend):
+  def _project_short(self, x, position_args, attend):
     """Projects x to queries and short vectors, and the output of `attend` back.
 
-    Places are the positions of tokens and their segments.
+    `position_args` are the positions of tokens and their segments.
     `attend` gets queries [B, T, H, n + r], short vectors [B, T, R + r], of
     which r numbers are the rotated key of all heads, and the kernel
     [R, H, n + v] that expands the others.
@@ -221,11 +221,11 @@ class LatentAttention(Attention):
     x = x.astype(self.shared.dtype)
     query = self._queries(x)
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
-    rotary = self.positions.rotate(rotary, *places)
+    rotary = self.positions.rotate(rotary, *position_args)
     query = jnp.concatenate([plain, rotary], axis=-1)
     short = self.project_down(x, 'kv_down', c.cached_width)
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
-    key = self.positions.rotate(key[:, :, None], *places)[:, :, 0]
+    key = self.positions.rotate(key[:, :, None], *position_args)[:, :, 0]
     vector = self._normed(vector, 'kv_norm')
     short = jnp.concatenate([vector, key], axis=-1)
     kernel = self._expanding_kernel().astype(x.dtype)
@@ -291,10 +291,12 @@ class LatentAttention(Attention):
     c = self.options
     vector, rotary = jnp.split(short, [c.kv_rank], axis=-1)
     (B, S, R), (H, D) = vector.shape, kernel.shape[1:]
-    both = rows_matmul(vector.reshape(B * S, R), kernel.reshape(R, H * D))
-    key, value = jnp.split(both.reshape(B, S, H, D), [c.plain_width], axis=-1)
-    shared = jnp.broadcast_to(rotary[:, :, None], (B, S, H, c.rotary_width))
-    return jnp.concatenate([key, shared], axis=-1), value
+    kv = rows_matmul(vector.reshape(B * S, R), kernel.reshape(R, H * D))
+    key, value = jnp.split(kv.reshape(B, S, H, D), [c.plain_width], axis=-1)
+    rotary_keys = jnp.broadcast_to(
+      rotary[:, :, None], (B, S, H, c.rotary_width)
+    )
+    return jnp.concatenate([key, rotary_keys], axis=-1), value
 
   def _absorbed(self, query, short, kernel, attention):
     """Attention to short vectors [B, 1, S, R + r], which stay as they are.

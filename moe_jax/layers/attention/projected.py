@@ -23,9 +23,9 @@ def rms_normed(
   The mean is over as many of the last dimensions as the scale has, on all
   devices that they are split over.
   """
-  over = tuple(range(-scale.ndim, 0))
+  axes = tuple(range(-scale.ndim, 0))
   x32 = x.astype(jnp.float32)
-  mean = jnp.mean(jnp.square(x32), axis=over, keepdims=True)
+  mean = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
   scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
   return (x32 * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
 

@@ -46,15 +46,15 @@ def splash(
 
 
 def _splash_kernel(T, H, keys, interpret):
-  one = splash_attention.FullMask((T, T))
+  mask = splash_attention.FullMask((T, T))
   if keys.window:
     window = (keys.window - 1, 0)
-    one = splash_attention.LocalMask((T, T), window, offset=0)
+    mask = splash_attention.LocalMask((T, T), window, offset=0)
   elif keys.causal:
-    one = splash_attention.CausalMask((T, T))
+    mask = splash_attention.CausalMask((T, T))
   side = next(block for block in _BLOCKS if T % block == 0)
   return splash_attention.make_splash_mha(
-    mask=splash_attention.MultiHeadMask([one] * H),
+    mask=splash_attention.MultiHeadMask([mask] * H),
     head_shards=1,
     q_seq_shards=1,
     block_sizes=splash_attention.BlockSizes(
@@ -75,23 +75,23 @@ def _on_each_device(f, query, key, value, segment_ids, sinks):
   Rows or heads that do not divide by their mesh axes are computed whole on each
   device.
   """
-  size = spread(query)
-  if not size:
+  axis_sizes = spread(query)
+  if not axis_sizes:
     return f(query, key, value, segment_ids, sinks)
-  *rows, heads = MESH_AXES
-  rows = tuple(name for name in rows if name in size)
-  if query.shape[0] % math.prod(size[name] for name in rows):
-    rows = ()
-  if heads not in size or key.shape[2] % size[heads]:
-    heads = None
-  heads_spec = PartitionSpec(rows or None, None, heads, None)
+  *row_axes, head_axis = MESH_AXES
+  row_axes = tuple(name for name in row_axes if name in axis_sizes)
+  if query.shape[0] % math.prod(axis_sizes[name] for name in row_axes):
+    row_axes = ()
+  if head_axis not in axis_sizes or key.shape[2] % axis_sizes[head_axis]:
+    head_axis = None
+  heads_spec = PartitionSpec(row_axes or None, None, head_axis, None)
   return jax.shard_map(
     f,
     mesh=jax.typeof(query).sharding.mesh,
     in_specs=(
       *[heads_spec] * 3,
-      PartitionSpec(rows or None, None),
-      PartitionSpec(heads),
+      PartitionSpec(row_axes or None, None),
+      PartitionSpec(head_axis),
     ),
     out_specs=heads_spec,
     check_vma=False,

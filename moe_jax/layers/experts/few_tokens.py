@@ -32,7 +32,7 @@ _LEAST_BLOCK, _MOST_BLOCK = 8, 256
 
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Dropless):
-  """The dispatch of experts with arrays of their own, as from `unrolled`."""
+  """The dispatch of experts with arrays of their own, made by `unrolled`."""
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
@@ -121,8 +121,8 @@ def unrolled(params: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(tree, dict):
       return tree
     return {
-      name: unstack(below) if name == SCOPE else walk(below)
-      for name, below in tree.items()
+      name: unstack(subtree) if name == SCOPE else walk(subtree)
+      for name, subtree in tree.items()
     }
 
   return walk(params)
@@ -177,17 +177,17 @@ def _all_rows(
   stops = jnp.cumsum(group_sizes)
   y = jnp.zeros_like(x)
   for e, p in enumerate(experts):
-    y = own_rows(layer, p, x, y, stops[e] - group_sizes[e], stops[e], size)
+    y = serve_rows(layer, p, x, y, stops[e] - group_sizes[e], stops[e], size)
   return y
 
 
 def block_of(num_rows: int, num_experts: int) -> int:
-  """The number of rows that `own_rows` multiplies at a time."""
+  """The number of rows that `serve_rows` multiplies at a time."""
   share = -(-num_rows // num_experts // _LEAST_BLOCK) * _LEAST_BLOCK
   return min(max(share, _LEAST_BLOCK), _MOST_BLOCK, num_rows)
 
 
-def own_rows(
+def serve_rows(
   layer: FfnLayer,
   p: dict[str, Any],
   x: Float[Array, 'N M'],
@@ -200,18 +200,18 @@ def own_rows(
 
   Args:
     layer: The computation of the expert.
-    p: Its parameters.
+    p: The parameters of the expert.
     x: The rows of all experts.
-    y: The outputs, as far as they are there.
-    begin: The number of its first row.
+    y: The outputs so far.
+    begin: The number of the expert's first row.
     stop: The number of the row after its last one.
     size: The number of rows of a block.
   """
 
-  def one(i, y):
+  def serve_block(i, y):
     first = begin + i * size
     start = jnp.minimum(first, len(x) - size)
     block = Block(jnp.int32(0), start, first, stop, size, True)
-    return block.put(y, layer.compute_stacked(p, block.rows(x)))
+    return block.write(y, layer.compute_stacked(p, block.rows(x)))
 
-  return jax.lax.fori_loop(0, -(-(stop - begin) // size), one, y)
+  return jax.lax.fori_loop(0, -(-(stop - begin) // size), serve_block, y)

@@ -72,13 +72,13 @@ class QuantizedSlots(Experts):
     layer, M = self.layer, x.shape[-1]
     p = layer.parameters(self, (routing.num_experts,), M)
 
-    def one(expert):
-      own, rows = expert
-      return layer.compute_stacked(layer.decoded(own, M), rows)
+    def compute_expert(expert):
+      p_e, rows = expert
+      return layer.compute_stacked(layer.decoded(p_e, M), rows)
 
     with jax.named_scope('dispatch'):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
-    rows = jax.lax.map(one, (p, rows))
+    rows = jax.lax.map(compute_expert, (p, rows))
     with jax.named_scope('combine'):
       return self.dispatch.combine(rows, routing), None
 
@@ -107,11 +107,11 @@ class QuantizedRows(Experts):
     block = few_tokens.block_of(len(rows), len(sizes))
 
     def serve(e, y):
-      own = layer.decoded(_of_expert(p, e), M)
+      p_e = layer.decoded(_of_expert(p, e), M)
       begin = stops[e] - sizes[e]
-      return few_tokens.own_rows(layer, own, rows, y, begin, stops[e], block)
+      return few_tokens.serve_rows(layer, p_e, rows, y, begin, stops[e], block)
 
-    y = _each(sizes > 0, serve, jnp.zeros_like(rows))
+    y = _fold(sizes > 0, serve, jnp.zeros_like(rows))
     return sorted_rows.combine(y, routing), None
 
   def _all_tokens(self, p, x, gate):
@@ -120,10 +120,10 @@ class QuantizedRows(Experts):
     rows = x.reshape(-1, M)
 
     def serve(e, y):
-      own = layer.decoded(_of_expert(p, e), M)
-      return y + layer.compute_stacked(own, rows) * gate[:, e, None]
+      p_e = layer.decoded(_of_expert(p, e), M)
+      return y + layer.compute_stacked(p_e, rows) * gate[:, e, None]
 
-    y = _each((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))
+    y = _fold((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))
     return y.astype(layer.shared.dtype).reshape(x.shape)
 
 
@@ -134,7 +134,7 @@ def _of_expert(p: dict[str, Any], e: Leaf) -> dict[str, Any]:
   )
 
 
-def _each(used, serve, y: Float[Array, 'N M']) -> Float[Array, 'N M']:
-  """serve(e, y) for each expert e that is used, in order."""
+def _fold(used, serve, y: Float[Array, 'N M']) -> Float[Array, 'N M']:
+  """The fold y = serve(e, y) over the experts e that are used, in order."""
   order = jnp.argsort(~used)  # stable: those that are used come first
   return jax.lax.fori_loop(0, used.sum(), lambda i, y: serve(order[i], y), y)

@@ -133,7 +133,7 @@ class SlotExperts(Experts):
     Args:
       experts: The function of rows.
       x: The groups.
-      routing: Their routing.
+      routing: The routing of the groups.
       hidden: The hidden width F of an expert; 1 where it is not to be split.
     """
     layout = layout_of(
@@ -167,7 +167,7 @@ class FeedForwardSlots(SlotExperts):
     layer, E, M = self.layer, routing.num_experts, x.shape[-1]
     experts = StackedExperts(
       functools.partial(
-        layer.compute_stacked, dropout=layer.dropped(self, train)
+        layer.compute_stacked, dropout=layer.dropout_module(self, train)
       ),
       layer.parameters(self, (E,), M),
       layer.axes((E,), M),
@@ -193,9 +193,9 @@ class ModuleSlots(SlotExperts):
       y = self.options.call(module, rows, train)
       return as_rows(type(module).__name__, y, rows)
 
-    served = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
+    output = self._in_slots(lambda rows: copied(call, module, rows), x, routing)
     give_role(self)
-    return served
+    return output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +317,6 @@ def give_role(experts: nn.Module) -> None:
   """Gives the parameters of a user's module boxes with the role of experts."""
   if not experts.is_initializing():
     return
-  for name, own in experts.variables['params'].items():
-    own = parameters.with_role(own, ROLE, stacked=('expert',))
-    experts.put_variable('params', name, own)
+  for name, subtree in experts.variables['params'].items():
+    subtree = parameters.with_role(subtree, ROLE, stacked=('expert',))
+    experts.put_variable('params', name, subtree)

@@ -112,7 +112,7 @@ class SortedRowsExperts(Experts):
       shared.rules, x, num_experts=E, hidden=layer.options.hidden
     )
     if layout is None or self.is_initializing():
-      return self._serve_here(x, routing, p, key), None
+      return self._serve_local(x, routing, p, key), None
     if layer.use_bias:
       # A bias added on every device would be summed with the parts of F.
       layout = dataclasses.replace(layout, hidden=())
@@ -126,7 +126,7 @@ class SortedRowsExperts(Experts):
     }
     groups = layout.spec(layout.groups)
     y, stats = jax.shard_map(
-      functools.partial(self._serve_on_each, layout),
+      functools.partial(self._serve_sharded, layout),
       mesh=layout.mesh,
       in_specs=(groups, groups, specs, PartitionSpec()),
       out_specs=groups,
@@ -134,7 +134,7 @@ class SortedRowsExperts(Experts):
     )(x, routing, p, key)
     return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
 
-  def _serve_here(self, x, routing, p, key):
+  def _serve_local(self, x, routing, p, key):
     """The output for all groups of one device, which has all experts."""
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, routing)
@@ -143,26 +143,27 @@ class SortedRowsExperts(Experts):
     with jax.named_scope('combine'):
       return sorted_rows.combine(rows, routing)
 
-  def _serve_on_each(self, layout, x, routing, p, key):
-    """The output for one device's groups, and what left the device.
+  def _serve_sharded(self, layout, x, routing, p, key):
+    """The output for one device's groups, and the counts of rows that left it.
 
     The device has its own experts, or its part of F.
     """
-    o, key = self.dispatch, _own_key(key, layout)
+    o, key = self.dispatch, _device_key(key, layout)
     counts = sorted_rows.group_sizes(routing)
     sizes = self.layer.sizes(x.shape[-1], x.dtype)
     sizes = sizes.that_travel(o.exchange.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
-    sent, stay = split(routing, shadowed)
+    sent, staying = split(routing, shadowed)
     sent = of_whole_tokens(sent)
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, sent)
     sent_counts = sorted_rows.group_sizes(sent)
 
-    numbers = itertools.count(1)  # of the products, which drop by themselves
+    # Each call of the products has a number, and with it dropout of its own.
+    numbers = itertools.count(1)
 
     def serve(rows, sizes):
-      return self._products(p, rows, sizes, _folded(key, next(numbers)))
+      return self._products(p, rows, sizes, _product_key(key, next(numbers)))
 
     overflow = jnp.int32(0)
     if layout.experts:
@@ -171,12 +172,12 @@ class SortedRowsExperts(Experts):
       rows = serve(rows, sent_counts)
     with jax.named_scope('combine'):
       y = sorted_rows.combine(rows, sent)
-    if stay is not None:
+    if staying is not None:
       p = gathered(layout, p, shadowed)
-      y = y + self._serve_here(x, stay, p, _folded(key, 0))
+      y = y + self._serve_local(x, staying, p, _product_key(key, 0))
     # Each device has only summed its part of F, or of the experts.
-    parts = (*layout.hidden, *layout.apart)
-    y = jax.lax.psum(y, parts) if parts else y
+    partial_axes = (*layout.hidden, *layout.expert_only)
+    y = jax.lax.psum(y, partial_axes) if partial_axes else y
     stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
     return y, jax.tree.map(lambda leaf: leaf[None], stats)
 
@@ -186,7 +187,7 @@ class SortedRowsExperts(Experts):
     )
 
 
-def _own_key(key, layout):
+def _device_key(key, layout):
   """The key of one device, whose rows or part of F no other device has."""
   if key is None:
     return None
@@ -195,8 +196,8 @@ def _own_key(key, layout):
   return key
 
 
-def _folded(key, number):
-  """The key of the products of that number."""
+def _product_key(key, number):
+  """The key of the dropout of the products with that number."""
   return None if key is None else jax.random.fold_in(key, number)
 
 
@@ -229,9 +230,9 @@ def sorted_feed_forward(
   def dropout(h):
     if dropout_key is None:
       return h
-    left = 1 - layer.dropout
-    kept = jax.random.bernoulli(dropout_key, left, h.shape)
-    return jnp.where(kept, h / left, 0)
+    keep_rate = 1 - layer.dropout
+    keep_mask = jax.random.bernoulli(dropout_key, keep_rate, h.shape)
+    return jnp.where(keep_mask, h / keep_rate, 0)
 
   return layer.compute(
     p,

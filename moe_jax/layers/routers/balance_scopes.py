@@ -74,8 +74,8 @@ class ScopedBalanceLoss(BalanceLoss):
         'the batch; use batch_balance_weight with batch_balance_rows, or '
         'microbatches=1'
       )
-    parted = self.batch_balance_weight and rows % self.batch_balance_rows
-    if not parted:
+    remainder = self.batch_balance_weight and rows % self.batch_balance_rows
+    if not remainder:
       return None
     return (
       f'batch_balance_rows={self.batch_balance_rows} does not divide the '
@@ -112,9 +112,9 @@ def scoped_losses(
   rows = {name: n for name, n in rows.items() if getattr(o, f'{name}_weight')}
   if not rows:
     return {}
-  there = open_columns(module, layer)
-  if there is not None:
-    logits = jnp.where(there, logits, -jnp.inf)
+  is_open = open_columns(module, layer)
+  if is_open is not None:
+    logits = jnp.where(is_open, logits, -jnp.inf)
   if expert_index is None:
     expert_index = largest(logits, module.sizes.num_selected)
   # Rows and groups are cut into parts that lie in one of each.
@@ -122,7 +122,7 @@ def scoped_losses(
   sums = balance_sums(
     o.balance_probs(logits), expert_index, mask, unit, o.balance_choices
   )
-  share = 1.0 if there is None else there.mean()
+  share = 1.0 if is_open is None else is_open.mean()
   return {
     f'{name}_loss': share * balance_of_parts(sums, n * T // unit)
     for name, n in rows.items()

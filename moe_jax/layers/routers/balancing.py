@@ -126,14 +126,14 @@ class BalanceBias(RouterOptions):
     if rate is None:
       rate = self.balance_bias_rate
     bias = state[_BIAS]
-    own = load[..., : bias.shape[-1]]
+    router_load = load[..., : bias.shape[-1]]
     rule = self.balance_bias_rule
-    return {_BIAS: balance_bias.moved(bias, own, rate, rule)}
+    return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
 
   def mixed_state(self, state, mix):
     """The bias of other columns, each the weighted mean of old ones."""
-    wide = mix @ np.asarray(state[_BIAS], np.float64)
-    return {_BIAS: jnp.asarray(wide, jnp.float32)}
+    bias = mix @ np.asarray(state[_BIAS], np.float64)
+    return {_BIAS: jnp.asarray(bias, jnp.float32)}
 
 
 def bias_of(module: Router) -> Float32[Array, ' E'] | None:

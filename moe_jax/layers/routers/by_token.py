@@ -63,8 +63,8 @@ class Queued(RouterOptions):
     second, and batch priority sorts by the whole group.
     """
     K = sizes.num_selected
-    first_come = ('token_major', 'choice_major') if K == 1 else ('token_major',)
-    if not sizes.capacity.binds or self.slot_priority in first_come:
+    priorities = ('token_major', 'choice_major') if K == 1 else ('token_major',)
+    if not sizes.capacity.binds or self.slot_priority in priorities:
       return None
     return (
       f'slot_priority={self.slot_priority!r} with num_selected={K} lets later '
@@ -195,8 +195,8 @@ def serve(
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
   scores = logits if scores is None else scores
-  if (chosen_from := open_columns(module, layer)) is not None:
-    scores = jnp.where(chosen_from, scores, -jnp.inf)
+  if (is_open := open_columns(module, layer)) is not None:
+    scores = jnp.where(is_open, scores, -jnp.inf)
   if (ranked := expert_index) is None:
     ranked = largest(scores, min(K + spare, E))
   index = ranked[..., :K]
@@ -278,15 +278,15 @@ def logits_aux(
   """
   module.sow(SOWN, LOGITS, clean)
   o, index, E = module.options, chosen.expert_index, chosen.num_experts
-  balanced, there = clean, open_columns(module, layer)
-  if there is not None:
-    balanced = jnp.where(there, clean, -jnp.inf)
-  probs = o.balance_probs(balanced)
+  open_logits, is_open = clean, open_columns(module, layer)
+  if is_open is not None:
+    open_logits = jnp.where(is_open, clean, -jnp.inf)
+  probs = o.balance_probs(open_logits)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
   importance = routing.importance_loss(gate, index, mask, E)
-  if there is not None:
-    balance = balance * there.mean()
-    importance = of_open_columns(importance, there)
+  if is_open is not None:
+    balance = balance * is_open.mean()
+    importance = of_open_columns(importance, is_open)
   return routing.empty_aux(E, index.shape[-1])._replace(
     balance_loss=over_groups(balance, mask),
     z_loss=over_groups(routing.z_loss(clean, mask), mask),
@@ -306,16 +306,16 @@ def gates_of(
 
 
 def of_open_columns(
-  cv_squared: Float32[Array, ' G'], there: Bool[Array, '1 1 E']
+  cv_squared: Float32[Array, ' G'], is_open: Bool[Array, '1 1 E']
 ) -> Float32[Array, ' G']:
-  """The squared coefficient of variation over the columns that are there.
+  """The squared coefficient of variation over the columns that are not masked.
 
   Args:
     cv_squared: The same over all E columns, of which masked ones are 0: E times
       the sum of squares by the square of the sum, minus 1.
-    there: False for masked columns.
+    is_open: False for masked columns.
   """
-  return (cv_squared + 1.0) * there.mean() - 1.0
+  return (cv_squared + 1.0) * is_open.mean() - 1.0
 
 
 def serve_evenly(

@@ -392,11 +392,11 @@ def sown(layer: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     layer: The variables of one layer in the collection 'intermediates'.
   """
-  found = {}
-  for name, below in layer.items():
+  values = {}
+  for name, entry in layer.items():
     # Flax keeps what is sown in tuples.
-    found |= {name: below[0]} if isinstance(below, tuple) else sown(below)
-  return found
+    values |= {name: entry[0]} if isinstance(entry, tuple) else sown(entry)
+  return values
 
 
 def sown_choices(layer: Mapping[str, Any]) -> Any:
@@ -412,8 +412,8 @@ def sown_choices(layer: Mapping[str, Any]) -> Any:
   Raises:
     ValueError: The layer kept nothing.
   """
-  found = sown(layer)
+  values = sown(layer)
   for name in ('expert_index', 'slots'):
-    if name in found:
-      return found[name]
+    if name in values:
+      return values[name]
   raise ValueError('the layer has a router that kept no choices')

@@ -60,11 +60,11 @@ class ExpertChoiceRouter(Router):
     logits = linear_logits(self, jittered(self, x, train))
     capacity = self.sizes.slots(x.shape[1])
 
-    def choose(logits, mask, taken):
+    def choose(logits, mask, may_take):
       return routing.expert_choice(
-        logits, capacity=capacity, mask=mask, taken_by=taken
+        logits, capacity=capacity, mask=mask, taken_by=may_take
       )
 
-    taken = taken_by(given, self.sizes.num_experts)
-    chosen = on_each_device(choose, (logits, mask, taken))
+    may_take = taken_by(given, self.sizes.num_experts)
+    chosen = on_each_device(choose, (logits, mask, may_take))
     return chosen, slot_aux(self, chosen, logits, mask)

@@ -68,10 +68,10 @@ class ExpertGroups(RouterOptions):
       return
     problems = list(group_problems(E, groups, self.expert_group_score))
     yield from (f'{problem} of router.expert_groups' for problem in problems)
-    open_to = self.chosen_expert_groups * E // groups
-    if open_to < K and not problems:
+    open_experts = self.chosen_expert_groups * E // groups
+    if open_experts < K and not problems:
       yield (
-        f'num_selected={K} is more than the {open_to} experts of the '
+        f'num_selected={K} is more than the {open_experts} experts of the '
         f'chosen_expert_groups={self.chosen_expert_groups}'
       )
     if sizes.tied is not None and sizes.tied.masks:

@@ -43,8 +43,8 @@ def with_dropout(
   rate = module.options.input_dropout
   if not train or rate == 0:
     return x
-  kept = jax.random.bernoulli(module.make_rng(NOISE), 1.0 - rate, x.shape)
-  return jnp.where(kept, x / (1.0 - rate), 0.0)
+  keep_mask = jax.random.bernoulli(module.make_rng(NOISE), 1.0 - rate, x.shape)
+  return jnp.where(keep_mask, x / (1.0 - rate), 0.0)
 
 
 def sampled(

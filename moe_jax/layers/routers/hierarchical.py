@@ -83,10 +83,10 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
       yield f'num_selected={K} does not divide by branches_selected={K1}'
     if E % a or K % K1:
       return
-    both = zip(self.levels(sizes), ('among branches', 'in each branch'))
-    for level, where in both:
+    named_levels = zip(self.levels(sizes), ('among branches', 'in each branch'))
+    for level, level_name in named_levels:
       for text in choice_problems(**level._asdict()):
-        yield f'{text} ({where})'
+        yield f'{text} ({level_name})'
 
   def module(self, sizes, shared, name=None):
     """The router's linen module."""
@@ -148,12 +148,12 @@ class HierarchicalRouter(Router):
     branch = _level(primary, logits, noise)
     logits, noise = self._branch_logits(x, branch.index, secondary, train)
     expert = _level(secondary, logits, noise)
-    inner = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
+    choice_shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
     index, gate = hierarchical_rule.flat_choices(
       branch.index,
       branch.gate,
-      expert.index.reshape(inner),
-      expert.gate.reshape(inner),
+      expert.index.reshape(choice_shape),
+      expert.gate.reshape(choice_shape),
       secondary.num_experts,
     )
     chosen = routing.given_choice(
@@ -186,13 +186,13 @@ class HierarchicalRouter(Router):
     if self.options.noisy:
       w_noise = self.param('w_branch_noise', init, shape, jnp.float32)
       w = jnp.concatenate([w, w_noise], -1)
-    both = on_each_device(
-      _of_chosen, (x, branch_index), (w,), (PartitionSpec(),)
+    products = on_each_device(
+      _branch_products, (x, branch_index), (w,), (PartitionSpec(),)
     )
     if not self.options.noisy:
-      return both, None
-    noise = self._noisy(both[..., :b], both[..., b:], train)
-    return both[..., :b], noise
+      return products, None
+    noise = self._noisy(products[..., :b], products[..., b:], train)
+    return products[..., :b], noise
 
   def _init(self, axes, shrink=1.0):
     if self.options.noisy:
@@ -239,7 +239,7 @@ def _level(
   return _Level(clean, index, gate, probability)
 
 
-def _of_chosen(
+def _branch_products(
   x: Float32[Array, 'G S M'],
   branch_index: Int32[Array, 'G S K1'],
   w: Float32[Array, 'A M N'],

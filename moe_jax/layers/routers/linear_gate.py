@@ -16,8 +16,8 @@ from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.options import option, within
 from moe_jax.shapes import Array, Float, Float32
 
-# Functions that round float32 numbers to those of a type, by its name. What the
-# compiler computes of them stays float32.
+# Functions that round float32 numbers to those of a type, by its name. The
+# results that the compiler computes from them stay float32.
 ROUNDINGS = {
   'float32': lambda x: x,
   'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),
@@ -29,7 +29,7 @@ ROLE = 'router'
 
 @dataclasses.dataclass(frozen=True)
 class Jitter(RouterOptions):
-  """The options of a router with noise on what its logits are made of."""
+  """The options of a router with noise on the input of its logits."""
 
   jitter: float = option(
     0.0,

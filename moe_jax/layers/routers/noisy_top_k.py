@@ -79,11 +79,11 @@ class NoisyTopKRouter(Router):
     aux = logits_aux(self, chosen, clean, gate, mask, layer)
     K = self.sizes.num_selected
     probability = routing.load_probability(logits, K, largest)
-    if (there := open_columns(self, layer)) is None:
+    if (is_open := open_columns(self, layer)) is None:
       load = routing.load_loss(probability, mask)
     else:
-      probability = jnp.where(there, probability, 0.0)
-      load = of_open_columns(routing.load_loss(probability, mask), there)
+      probability = jnp.where(is_open, probability, 0.0)
+      load = of_open_columns(routing.load_loss(probability, mask), is_open)
     aux = aux._replace(load_loss=over_groups(load, mask))
     # Load is sown for analysis alone; it is kept if the caller makes
     # 'intermediates' mutable.

@@ -104,19 +104,19 @@ def sentence_means(
     the row of each token's sentence.
   """
   S = x.shape[1]
-  places = jnp.where(mask, jnp.arange(S)[None], 0)
-  last = jax.lax.cummax(places, axis=1)  # the real token at or before each
+  real_index = jnp.where(mask, jnp.arange(S)[None], 0)
+  last = jax.lax.cummax(real_index, axis=1)  # the real token at or before each
   ids = jnp.take_along_axis(ids, last, axis=1)
   begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
   sentence = jnp.cumsum(begins.astype(jnp.int32), axis=1)  # [G, S], from 0
 
-  def of_group(x, sentence, mask):
+  def group_means(x, sentence, mask):
     real = mask.astype(jnp.float32)[:, None]
     total = jax.ops.segment_sum(x * real, sentence, S)
     count = jax.ops.segment_sum(real, sentence, S)
     return total / jnp.maximum(count, 1.0)
 
-  return jax.vmap(of_group)(x, sentence, mask), sentence
+  return jax.vmap(group_means)(x, sentence, mask), sentence
 
 
 @checked

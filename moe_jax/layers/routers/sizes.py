@@ -47,7 +47,7 @@ class TiedColumns:
     return any(MASKED in row for _, row in self.rows)
 
   def at(self, layer: int | Int[Array, '']) -> Int32[Array, ' E']:
-    """The entries of one layer, whose number a loop may have traced."""
+    """The entries of one layer, whose number may be traced by a loop."""
     numbers, rows = zip(*self.rows)
     if len(rows) == 1:
       return jnp.asarray(rows[0], jnp.int32)

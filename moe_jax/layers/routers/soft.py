@@ -110,7 +110,7 @@ class SoftRouter(Router):
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
     gates = chosen.token_gates()
-    none = jnp.zeros((K,), jnp.float32)
+    zeros = jnp.zeros((K,), jnp.float32)
     stats = routing.mixture_stats(
       gates, jnp.log(jnp.maximum(gates, 1e-30)), mask, E
     )
@@ -118,7 +118,7 @@ class SoftRouter(Router):
     load = K * stats.load
     return chosen, routing.empty_aux(E, K)._replace(
       stats=stats._replace(
-        load=load, kept_load=load, overflowed=none, unsent=none
+        load=load, kept_load=load, overflowed=zeros, unsent=zeros
       )
     )
 

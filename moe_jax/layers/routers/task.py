@@ -110,20 +110,20 @@ def _each_task_once(
   """
   sizes = module.sizes
   E, K = sizes.num_experts, sizes.num_selected
-  once = jnp.ones(table.shape[:2], bool)
-  balanced, there = table, open_columns(module, layer)
-  if there is not None:
-    balanced = jnp.where(there, table, -jnp.inf)
+  task_mask = jnp.ones(table.shape[:2], bool)
+  open_logits, is_open = table, open_columns(module, layer)
+  if is_open is not None:
+    open_logits = jnp.where(is_open, table, -jnp.inf)
   balance = routing.balance_loss(
-    jax.nn.softmax(balanced),
-    routing.choose(balanced, K),
-    once,
+    jax.nn.softmax(open_logits),
+    routing.choose(open_logits, K),
+    task_mask,
     module.options.balance_choices,
   )
-  if there is not None:
-    balance = balance * there.mean()
+  if is_open is not None:
+    balance = balance * is_open.mean()
   tokens = mask.sum().astype(jnp.float32)
   return routing.empty_aux(E, K)._replace(
     balance_loss=balance[0] * tokens,
-    z_loss=routing.z_loss(table, once)[0] * tokens,
+    z_loss=routing.z_loss(table, task_mask)[0] * tokens,
   )

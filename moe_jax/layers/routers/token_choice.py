@@ -92,8 +92,8 @@ class TokenChoice(
   def problems(self) -> Iterator[str]:
     """The problems of groups, of biased scores, and of drawn choices."""
     yield from super().problems()
-    by_other = self.keeps_state or self.expert_groups > 1
-    if self.choice_policy == 'sampled' and by_other:
+    has_other_scores = self.keeps_state or self.expert_groups > 1
+    if self.choice_policy == 'sampled' and has_other_scores:
       yield (
         "choice_policy='sampled' draws by the softmax of the logits, not by "
         f'balance_bias_rate={self.balance_bias_rate} or '

@@ -156,8 +156,8 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     """
     if self.limit_by == 'fraction':
       return self.outgoing_fraction
-    whole = self.per_node * self.local_gb_per_second
-    return min(1.0, self.network_gb_per_second / whole)
+    node_gb_per_second = self.per_node * self.local_gb_per_second
+    return min(1.0, self.network_gb_per_second / node_gb_per_second)
 
   def limit(self, group_size: int) -> int:
     """L, the number of tokens that may leave a group of that many.

@@ -92,7 +92,7 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
   def step(cache, real, keys):
     cache, _ = cache.begin(real)
     cache, slots = cache.append(layer, keys, keys[..., :0])
-    seen = slots.places, slots.filled, slots.key
+    seen = slots.numbers, slots.filled, slots.key
     return cache.advance(real.shape[1]), *seen
 
   first = 0
