@@ -54,10 +54,10 @@ def train(config, workdir):
 def params_of(workdir, **kwargs):
   run = trained.read(workdir)
   model = run.model.build(run.sharding.rules)
-  found = trained.restore_variables(
+  restored = trained.restore_variables(
     workdir, model, run.sharding.rules, **kwargs
   )
-  return model, found.state['params']
+  return model, restored.state['params']
 
 
 def assert_equal(a, b):
@@ -80,31 +80,33 @@ def test_the_run_is_loaded_with_merged_kernels(runs):
   # Evaluations of the run are those of merged kernels, too.
   rows = metrics.read_metrics(runs / 'run' / metrics.FILE_NAME)
   (row,) = (r for r in rows if 'eval/train_capacity/loss' in r)
-  again = evaluation.evaluate(runs / 'run', LossEvaluation(num_batches=2))
+  metrics_again = evaluation.evaluate(
+    runs / 'run', LossEvaluation(num_batches=2)
+  )
   np.testing.assert_allclose(
-    row['eval/train_capacity/loss'], again['loss'], rtol=1e-5
+    row['eval/train_capacity/loss'], metrics_again['loss'], rtol=1e-5
   )
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped(runs, tmp_path):
-  longer = config_of(runs / 'base')
-  longer = merge(longer, dict(checkpoint=dict(every_steps=1)))
-  whole = train(longer, tmp_path / 'whole')
+  config = config_of(runs / 'base')
+  config = merge(config, dict(checkpoint=dict(every_steps=1)))
+  unbroken = train(config, tmp_path / 'whole')
   folders.damage(tmp_path / 'whole', 2)
-  again = train(longer, tmp_path / 'whole')
-  assert_equal(whole.params, again.params)
+  resumed = train(config, tmp_path / 'whole')
+  assert_equal(unbroken.params, resumed.params)
 
 
 def test_an_adapter_is_kept_alone_and_merged_into_its_base(
   runs, tmp_path, capsys
 ):
   adapter, merged = tmp_path / 'adapter', tmp_path / 'merged'
-  where = f'--workdir={runs / "run"}', f'--output={adapter}'
+  flags = f'--workdir={runs / "run"}', f'--output={adapter}'
   with pytest.raises(SystemExit, match='1'):
-    command.main(['save', *where, '--step=7'])
+    command.main(['save', *flags, '--step=7'])
   assert 'no checkpoint 7 in' in capsys.readouterr().err
-  command.main(['save', *where, '--step=2'])
+  command.main(['save', *flags, '--step=2'])
   files = sum(path.stat().st_size for path in adapter.iterdir())
   model, expected = params_of(runs / 'run')
   size = sum(x.nbytes for x in jax.tree.leaves(expected))
@@ -118,8 +120,8 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
       '--step=3',
     ]
   )
-  said = capsys.readouterr().out
-  assert 'with the adapter of' in said and 'tokenizer are those of' in said
+  output = capsys.readouterr().out
+  assert 'with the adapter of' in output and 'tokenizer are those of' in output
   assert_equal(params_of(merged)[1], expected)
   # Onto the base in memory, too; never onto another.
   _, base = params_of(runs / 'base')
@@ -142,19 +144,19 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
 
 
 @pytest.mark.parametrize(
-  ('change', 'says'),
+  ('change', 'message'),
   [
     (lambda about: about.pop('lora'), 'holds no adapter'),
     (lambda about: about.update(format=2), 'format 2 is not 1'),
     (lambda about: about['lora'].update(rank=3), 'does not hold finite'),
   ],
 )
-def test_a_damaged_adapter_is_refused(runs, tmp_path, change, says):
+def test_a_damaged_adapter_is_refused(runs, tmp_path, change, message):
   adapters.save(runs / 'run', tmp_path / 'adapter')
   path = tmp_path / 'adapter' / adapters.ABOUT
   about = json.loads(path.read_text())
   change(about)
   path.write_text(json.dumps(about))
   model, base = params_of(runs / 'base')
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     adapters.read(tmp_path / 'adapter', model, base)

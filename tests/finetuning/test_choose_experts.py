@@ -1,4 +1,4 @@
-"""Expert-specialised fine-tuning: who is chosen, and that they train alone."""
+"""Expert-specialised fine-tuning: experts are chosen and train alone."""
 
 import functools
 
@@ -47,7 +47,7 @@ def test_use_is_counted_choice_by_choice():
   variables = {'params': tiny.params_of(options.filled(V))}
 
   @jax.jit
-  def captured(variables, batch):
+  def intermediates_of(variables, batch):
     return model.apply(
       variables,
       **model.inputs(batch),
@@ -55,27 +55,27 @@ def test_use_is_counted_choice_by_choice():
       mutable=['intermediates'],
     )
 
-  _, kept = jax.device_get(captured(variables, batch))
-  layers = model.layer_trees(kept['intermediates'])
-  found = {
+  _, collections = jax.device_get(intermediates_of(variables, batch))
+  layers = model.layer_trees(collections['intermediates'])
+  shares = {
     score: choose_experts.shares(model, variables, [batch, batch], score)
     for score in choose_experts.SCORES
   }
   routing, _ = layers[0]['moe']['router']['__call__'][0]
   gates, tokens = np.zeros(4), np.zeros(4)
-  real = np.asarray(batch['segment_ids']).reshape(routing.gate.shape[:2]) > 0
+  is_real = np.asarray(batch['segment_ids']).reshape(routing.gate.shape[:2]) > 0
   for g, s, k in np.ndindex(*routing.gate.shape):
     expert = routing.expert_index[g, s, k]
-    tokens[expert] += real[g, s]
+    tokens[expert] += is_real[g, s]
     gates[expert] += routing.kept[g, s, k] * routing.gate[g, s, k]
-  by_tokens, by_gate = found['tokens'][0], found['gate'][0]
+  by_tokens, by_gate = shares['tokens'][0], shares['gate'][0]
   np.testing.assert_allclose(by_tokens, tokens / tokens.sum(), rtol=1e-6)
   np.testing.assert_allclose(by_gate, gates / gates.sum(), rtol=1e-5)
   assert np.abs(by_gate - by_tokens).max() > 1e-3
 
 
 @functools.cache
-def stepped(path, devices=1, optimizer='adamw', **more):
+def train_two_steps(path, devices=1, optimizer='adamw', **overrides):
   """Parameters before and after two steps, and the state after them."""
   sizes = dict(zip(partitioning.MESH_AXES, (1, 2, 2, 2)))
   options = tiny.options(
@@ -83,17 +83,19 @@ def stepped(path, devices=1, optimizer='adamw', **more):
     trained_experts=path,
     model=MODEL,
     optimizer=dict(kind=optimizer, weight_decay=0.1),
-    **dict(more),
+    **dict(overrides),
     **(dict(mesh=sizes) if devices == 8 else {}),
   )
   mesh = options.mesh.make(jax.devices()[:devices])
-  made = make_programs(options, options.build(), mesh)
-  state = tiny.first_state(made)
+  programs = make_programs(options, options.build(), mesh)
+  state = tiny.first_state(programs)
   before = arrays(state.params)
-  batch = made.put(jax.tree.map(np.asarray, tiny.batch(options, vocab_size=V)))
+  batch = programs.put(
+    jax.tree.map(np.asarray, tiny.batch(options, vocab_size=V))
+  )
   for _ in range(2):
-    state, _ = made.train_step(state, batch)
-  return before, arrays(state.params), state, made
+    state, _ = programs.train_step(state, batch)
+  return before, arrays(state.params), state, programs
 
 
 def arrays(tree):
@@ -120,8 +122,8 @@ def chosen_file(tmp_path_factory):
   ids=str,
 )
 def test_only_chosen_experts_train(chosen_file, kwargs):
-  before, after, state, made = stepped(chosen_file, **kwargs)
-  moved = 0
+  before, after, state, programs = train_two_steps(chosen_file, **kwargs)
+  num_trained = 0
   for name, value in after.items():
     if '/experts/' not in name:
       changed = (value != before[name]).any()
@@ -131,11 +133,13 @@ def test_only_chosen_experts_train(chosen_file, kwargs):
     for i, layer in enumerate(CHOSEN):  # [R, E, ...]: a period for each
       for e in range(4):
         old, new = before[name][i, e], value[i, e]
-        same = old.tobytes() == new.tobytes()
-        assert same == (e not in CHOSEN[layer]), (name, layer, e)
-        moved += 0 if same else new.size
+        unchanged = old.tobytes() == new.tobytes()
+        assert unchanged == (e not in CHOSEN[layer]), (name, layer, e)
+        num_trained += 0 if unchanged else new.size
   if kwargs['trainable'] == 'experts':
-    assert made.trained.count(made.trained.part(state.params)) == moved
+    assert (
+      programs.trained.count(programs.trained.part(state.params)) == num_trained
+    )
   if 'optimizer' not in kwargs:  # moments are there, and are zero
     moments = arrays(state.opt_state)
     (mu,) = (x for n, x in moments.items() if n.endswith('mu/' + _W_IN))
@@ -148,7 +152,7 @@ _W_IN = 'layers/layer_1/moe/experts/w_in'
 @pytest.mark.slow
 def test_adapters_of_chosen_experts_alone_train(chosen_file):
   path = chosen_file
-  before, after, *_ = stepped(
+  before, after, *_ = train_two_steps(
     path, lora=_Hashable(rank=2, parts='experts + attention')
   )
   b = f'lora/{_W_IN}/b'
@@ -167,7 +171,7 @@ class _Hashable(dict):
 
 
 @pytest.mark.parametrize(
-  ('layers', 'trainable', 'says'),
+  ('layers', 'trainable', 'message'),
   [
     ({1: (0,)}, 'experts', r'by layer \{1: 4\}, the model has \{1: 4, 3: 4\}'),
     ({1: (), 3: ()}, 'experts', 'chooses no expert'),
@@ -175,10 +179,12 @@ class _Hashable(dict):
     (CHOSEN, 'attention', 'trained_experts has no effect'),
   ],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path, layers, trainable, says):
+def test_a_file_that_does_not_fit_is_refused(
+  tmp_path, layers, trainable, message
+):
   ChosenExperts(4, layers).write(tmp_path / 'experts.json')
-  with pytest.raises(ValueError, match=says):
-    stepped(str(tmp_path / 'experts.json'), trainable=trainable)
+  with pytest.raises(ValueError, match=message):
+    train_two_steps(str(tmp_path / 'experts.json'), trainable=trainable)
   with pytest.raises(ValueError, match='is no file; `python -m'):
     chosen_experts.read(str(tmp_path / 'none.json'))
 
@@ -194,17 +200,19 @@ def test_a_file_that_has_changed_is_said(tmp_path, capsys):
     checkpoint=dict(keep_best=False),
     sample=dict(num_tokens=0),
   )
-  one = dict(devices=jax.devices()[:1], resume=True)
-  loop.train_and_evaluate(options, tmp_path / 'run', **one)
+  setup_kwargs = dict(devices=jax.devices()[:1], resume=True)
+  loop.train_and_evaluate(options, tmp_path / 'run', **setup_kwargs)
 
-  def begun():
+  def begin_output():
     capsys.readouterr()
-    begin.begin(setup.set_up(options, tmp_path / 'run', **one))
+    begin.begin(setup.set_up(options, tmp_path / 'run', **setup_kwargs))
     return capsys.readouterr().out
 
-  assert 'going on from' in (said := begun()) and 'WARNING' not in said
+  assert (
+    'going on from' in (output := begin_output()) and 'WARNING' not in output
+  )
   ChosenExperts(4, {1: (0, 2)}).write(file)
-  assert 'WARNING: other experts train than before' in begun()
+  assert 'WARNING: other experts train than before' in begin_output()
 
 
 def test_one_command_chooses_from_data(tmp_path, capsys):
@@ -213,12 +221,17 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   file = tmp_path / 'experts.json'
   args = ['choose', f'--workdir={tmp_path / "run"}', '--share=0.6']
   command.main([*args, f'--output={file}', '--batches=2', '--score=tokens'])
-  said = capsys.readouterr().out
-  found = chosen_experts.read(str(file))
-  assert found.describe() in said and f'--config.trained_experts={file}' in said
-  shares = {int(i): np.array(own) for i, own in found.about['shares'].items()}
-  assert found.layers == choose_experts.chosen(shares, 0.6)
-  assert set(found.layers) == {1, 3}
+  output = capsys.readouterr().out
+  choice = chosen_experts.read(str(file))
+  assert (
+    choice.describe() in output and f'--config.trained_experts={file}' in output
+  )
+  shares = {
+    int(i): np.array(layer_shares)
+    for i, layer_shares in choice.about['shares'].items()
+  }
+  assert choice.layers == choose_experts.chosen(shares, 0.6)
+  assert set(choice.layers) == {1, 3}
   # The task may read pairs, whose inputs end in an EOS; the ids are the same.
   task = data.DataOptions(
     source=data.InstructionSource('copy', num_train=40, num_validation=4),

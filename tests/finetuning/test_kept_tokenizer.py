@@ -30,13 +30,13 @@ def texts(folder, line):
   return {'source': {'kind': 'files', 'files': {'pattern': f'{folder}/*.txt'}}}
 
 
-def begins_with(folder, source, **more):
+def config_from(folder, source, **overrides):
   return tiny.config(
     total_steps=1,
     init_from={'workdir': str(folder)},
     data=source,
     sample={'prompt': 'ab', 'num_tokens': 4},
-    **more,
+    **overrides,
   )
 
 
@@ -47,7 +47,7 @@ def letters(tmp_path):
   return tmp_path / 'letters'
 
 
-def one(config, workdir):
+def run_kwargs(config, workdir):
   return dict(
     options=run_config.read(config),
     workdir=workdir,
@@ -58,7 +58,7 @@ def one(config, workdir):
 @pytest.mark.slow
 def test_other_text_is_learned(letters, tmp_path, capsys):
   config = merge(
-    begins_with(letters, texts(tmp_path / 'other', 'a cab'), evals={}),
+    config_from(letters, texts(tmp_path / 'other', 'a cab'), evals={}),
     {
       'sample': {'num_tokens': 0, 'prompt': base.get_config().sample.prompt},
       'checkpoint': {'keep_best': False},
@@ -66,18 +66,21 @@ def test_other_text_is_learned(letters, tmp_path, capsys):
   )
   assert cost.with_own_vocabulary(run_config.read(config)).model.vocab_size == 5
   workdir = tmp_path / 'run'
-  loop.train_and_evaluate(**one(config, workdir), initial=finetuning.initial)
-  said = capsys.readouterr().out
+  loop.train_and_evaluate(
+    **run_kwargs(config, workdir), initial=finetuning.initial
+  )
+  output = capsys.readouterr().out
   assert (
     f"tokenizer: that of {letters}; data.tokenizer.kind='bytes' is not used"
-  ) in said
-  assert f'of step 3 of {letters}: all copied' in said
+  ) in output
+  assert f'of step 3 of {letters}: all copied' in output
   assert tokenizers.load(workdir / 'tokenizer.json').characters == '\n abc'
   # The run needs neither the other, nor a guess, to be read and continued.
   shutil.rmtree(letters)
-  again = merge(config, {'total_steps': 2})
+  longer_config = merge(config, {'total_steps': 2})
   begin.begin(
-    setup.set_up(**one(again, workdir), resume=True), finetuning.initial
+    setup.set_up(**run_kwargs(longer_config, workdir), resume=True),
+    finetuning.initial,
   )
   assert 'going on from the checkpoint of step 1' in capsys.readouterr().out
   generate.main(['--workdir', str(workdir), '--prompt', 'ab', '--num_tokens=3'])
@@ -103,17 +106,17 @@ def test_a_run_goes_on_with_its_own_where_the_file_is_gone(tmp_path):
     {'data': {'tokenizer': {'kind': 'file', 'file': {'path': str(file)}}}},
   )
   folder = tmp_path / 'run'
-  first = setup.set_up(**one(config, folder))
+  first = setup.set_up(**run_kwargs(config, folder))
   workdir_lib.claim(folder, config)
   first.dataset.tokenizer.save(folder / workdir_lib.TOKENIZER)
   file.unlink()
-  again = setup.set_up(**one(config, folder))
-  assert again.dataset.digest == first.dataset.digest
-  assert again.notes[0].startswith('tokenizer: that which the run has kept; ')
+  resumed = setup.set_up(**run_kwargs(config, folder))
+  assert resumed.dataset.digest == first.dataset.digest
+  assert resumed.notes[0].startswith('tokenizer: that which the run has kept; ')
   # A path that the run did not begin with is no file of its own.
   with pytest.raises(ValueError, match=r'no file .*other\.json'):
     setup.set_up(
-      **one(
+      **run_kwargs(
         merge(
           config,
           {'data': {'tokenizer': {'file': {'path': f'{tmp_path}/other.json'}}}},
@@ -126,35 +129,35 @@ def test_a_run_goes_on_with_its_own_where_the_file_is_gone(tmp_path):
 
 def test_an_equal_tokenizer_is_not_said_to_be_unused(letters, tmp_path):
   config = merge(
-    begins_with(letters, texts(tmp_path / 'other', 'a cab')),
+    config_from(letters, texts(tmp_path / 'other', 'a cab')),
     {'data': {'tokenizer': {'kind': 'file', 'file': {'path': str(letters)}}}},
   )
-  notes = setup.set_up(**one(config, tmp_path / 'run')).notes
+  notes = setup.set_up(**run_kwargs(config, tmp_path / 'run')).notes
   assert not any(note.startswith('tokenizer:') for note in notes)
 
 
 def test_unknown_characters_are_named(letters, tmp_path):
-  config = begins_with(letters, texts(tmp_path / 'other', 'a bad dog'))
-  says = (
+  config = config_from(letters, texts(tmp_path / 'other', 'a bad dog'))
+  message = (
     r"3 characters 'd' \(80 times\), 'o' \(40 times\), 'g' \(40 times\) not in "
     r'the vocabulary of 5 characters.*replace them'
   )
-  with pytest.raises(ValueError, match=says):
-    setup.set_up(**one(config, tmp_path / 'run'))
+  with pytest.raises(ValueError, match=message):
+    setup.set_up(**run_kwargs(config, tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
 
 def test_a_config_may_choose_and_then_has_to_fit(letters, tmp_path):
-  config = begins_with(letters, texts(tmp_path / 'other', 'a cab'))
+  config = config_from(letters, texts(tmp_path / 'other', 'a cab'))
   config = merge(config, {'init_from': {'keep_tokenizer': False}})
-  run = setup.set_up(**one(config, tmp_path / 'run'))
+  run = setup.set_up(**run_kwargs(config, tmp_path / 'run'))
   with pytest.raises(
     ValueError, match=r'tokens of chars:.* of bytes; to take its tokenizer'
   ):
     begin.begin(run, finetuning.initial)
-  named = {'kind': 'file', 'file': {'path': str(letters)}}
-  config = merge(config, {'data': {'tokenizer': named}})
-  run = setup.set_up(**one(config, tmp_path / 'run'))
+  file_tokenizer = {'kind': 'file', 'file': {'path': str(letters)}}
+  config = merge(config, {'data': {'tokenizer': file_tokenizer}})
+  run = setup.set_up(**run_kwargs(config, tmp_path / 'run'))
   assert 'all copied' in finetuning.initial(run)[1]
 
 
@@ -165,8 +168,8 @@ def test_the_task_ends_inputs_anew(letters, tmp_path):
     tokenizer=tokenizers.Extended(LETTERS, ['<eos>'], end_inputs=True),
     data={'task': {'kind': 'prefix_lm'}},
   )
-  config = begins_with(tmp_path / 'pairs', texts(tmp_path / 'other', 'a cab'))
-  run = setup.set_up(**one(config, tmp_path / 'run'))
+  config = config_from(tmp_path / 'pairs', texts(tmp_path / 'other', 'a cab'))
+  run = setup.set_up(**run_kwargs(config, tmp_path / 'run'))
   assert run.dataset.tokenizer.encode_inputs('ab').tolist() == [2, 3]
   assert (run.dataset.vocab_size, run.dataset.tokenizer.eos_id) == (6, 5)
   assert 'all copied' in finetuning.initial(run)[1]
@@ -178,6 +181,6 @@ def test_the_task_ends_inputs_anew(letters, tmp_path):
 
 def test_classes_are_no_tokens(tmp_path):
   folders.write(tmp_path / 'run', tokenizer=tokenizers.ClassNames(['a', 'b']))
-  config = begins_with(tmp_path / 'run', {})
+  config = config_from(tmp_path / 'run', {})
   with pytest.raises(ValueError, match='the names of 2 classes'):
-    setup.set_up(**one(config, tmp_path / 'new'))
+    setup.set_up(**run_kwargs(config, tmp_path / 'new'))

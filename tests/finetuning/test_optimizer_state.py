@@ -9,19 +9,19 @@ from moe_jax.sections import merge
 from tests.finetuning.test_start import (
   DENSE,
   SPARSE,
-  begun,
   config_from,
+  initial_state,
   train,
 )
 from tests.training import tiny
 
 # Settings of runs that are not evaluated.
 BARE = {'evals': {}, 'checkpoint': {'keep_best': False}}
-KEPT = {'init_from': {'keep_optimizer': True}}
+KEEP_OPTIMIZER = {'init_from': {'keep_optimizer': True}}
 
 
-def kept_from(workdir, model=DENSE, **overrides):
-  return merge(config_from(workdir, model, **overrides), KEPT)
+def config_with_state_of(workdir, model=DENSE, **overrides):
+  return merge(config_from(workdir, model, **overrides), KEEP_OPTIMIZER)
 
 
 @pytest.fixture(scope='module')
@@ -44,19 +44,21 @@ def adam_of(state):
 def test_moments_and_their_count_are_kept_and_the_schedule_is_new(
   source, tmp_path, capsys
 ):
-  workdir, last = source
+  workdir, source_state = source
   # Without clipping Adam is another link of the chain.
-  config = kept_from(workdir, optimizer={'clip_norm': 0.0})
-  state = begun(config, tmp_path / 'kept', 1)
-  said = capsys.readouterr().out
-  assert 'arrays of moments and their counts, and its schedule beg' in said
-  jax.tree.map(np.testing.assert_array_equal, adam_of(state), adam_of(last))
+  config = config_with_state_of(workdir, optimizer={'clip_norm': 0.0})
+  state = initial_state(config, tmp_path / 'kept', 1)
+  output = capsys.readouterr().out
+  assert 'arrays of moments and their counts, and its schedule beg' in output
+  jax.tree.map(
+    np.testing.assert_array_equal, adam_of(state), adam_of(source_state)
+  )
   assert int(adam_of(state).count) == 2
   assert int(state.opt_state[-1].count) == 0 == int(state.step)
   assert any(leaf.any() for leaf in jax.tree.leaves(adam_of(state).mu))
-  new = begun(config_from(workdir, DENSE), tmp_path / 'new', 1)
+  fresh_state = initial_state(config_from(workdir, DENSE), tmp_path / 'new', 1)
   assert 'the optimizer is new' in capsys.readouterr().out
-  assert not any(leaf.any() for leaf in jax.tree.leaves(adam_of(new)))
+  assert not any(leaf.any() for leaf in jax.tree.leaves(adam_of(fresh_state)))
 
 
 def chain(*links, part=('a/w', 'b/w')):
@@ -75,41 +77,43 @@ ADAM, EMA, COUNT = 'count mu/* nu/*', 'count ema/*', 'count'
 
 
 def test_links_are_paired_by_what_they_keep():
-  ours = chain((0, COUNT), (2, ADAM), (3, EMA), (5, COUNT), part=('b/w',))
-  theirs = chain((1, EMA), (2, COUNT), (3, ADAM), (4, COUNT))
-  places = optimizer_state.paired_links(ours, theirs)
-  assert places == {0: 2, 2: 3, 3: 1, 5: 4}
+  links = chain((0, COUNT), (2, ADAM), (3, EMA), (5, COUNT), part=('b/w',))
+  source_links = chain((1, EMA), (2, COUNT), (3, ADAM), (4, COUNT))
+  pairs = optimizer_state.paired_links(links, source_links)
+  assert pairs == {0: 2, 2: 3, 3: 1, 5: 4}
   # A schedule's count is in Adam's state, too, and is not Adam's.
-  for less in (chain((2, ADAM)), chain((0, COUNT)), {}):
+  for fewer_links in (chain((2, ADAM)), chain((0, COUNT)), {}):
     with pytest.raises(ValueError, match=r'keep .* there and \[count\] and \['):
-      optimizer_state.paired_links(chain((0, COUNT), (1, ADAM)), less)
+      optimizer_state.paired_links(chain((0, COUNT), (1, ADAM)), fewer_links)
 
 
 def test_a_part_and_a_mesh_take_their_share(source, tmp_path):
-  workdir, last = source
+  workdir, source_state = source
   mesh = {'data': 2, 'fsdp': 2}
-  config = kept_from(workdir, trainable='attention', mesh=mesh)
-  state = begun(config, tmp_path, 4)
-  ours, theirs = (
-    jax.tree.leaves(adam_of(s).mu['layers']) for s in (state, last)
+  config = config_with_state_of(workdir, trainable='attention', mesh=mesh)
+  state = initial_state(config, tmp_path, 4)
+  leaves, source_leaves = (
+    jax.tree.leaves(adam_of(s).mu['layers']) for s in (state, source_state)
   )
-  assert 0 < len(ours) < len(theirs)
-  whole = adam_of(last).mu['layers']
+  assert 0 < len(leaves) < len(source_leaves)
+  source_moments = adam_of(source_state).mu['layers']
   for path, leaf in jax.tree_util.tree_leaves_with_path(
     adam_of(state).mu['layers']
   ):
-    other = whole
+    source_leaf = source_moments
     for key in path:
-      other = other[key.key]
-    np.testing.assert_array_equal(leaf, other)
+      source_leaf = source_leaf[key.key]
+    np.testing.assert_array_equal(leaf, source_leaf)
 
 
 @pytest.mark.slow
 def test_a_run_with_the_kept_state_takes_steps(source, tmp_path):
-  kept = train(kept_from(source[0], **BARE), tmp_path / 'kept')
-  new = train(config_from(source[0], DENSE, **BARE), tmp_path / 'new')
-  assert int(adam_of(kept).count) == 4 and int(adam_of(new).count) == 2
-  pairs = zip(*(jax.tree.leaves(s.params) for s in (kept, new)), strict=True)
+  state = train(config_with_state_of(source[0], **BARE), tmp_path / 'kept')
+  fresh_state = train(config_from(source[0], DENSE, **BARE), tmp_path / 'new')
+  assert int(adam_of(state).count) == 4 and int(adam_of(fresh_state).count) == 2
+  pairs = zip(
+    *(jax.tree.leaves(s.params) for s in (state, fresh_state)), strict=True
+  )
   assert any((a != b).any() for a, b in pairs)
 
 
@@ -117,14 +121,16 @@ def test_what_does_not_fit_is_refused_by_its_name(source, tmp_path):
   workdir, _ = source
   cases = {
     r"'adamw' there, Adafactor here(.|\n)*mu/\*, nu/\*\] and \[count\] there": (
-      kept_from(workdir, optimizer={'kind': 'adafactor'})
+      config_with_state_of(workdir, optimizer={'kind': 'adafactor'})
     ),
-    'factors of adapters are new': kept_from(workdir, lora={'rank': 2}),
-    'converted.*made sparse': kept_from(workdir, SPARSE),
+    'factors of adapters are new': config_with_state_of(
+      workdir, lora={'rank': 2}
+    ),
+    'converted.*made sparse': config_with_state_of(workdir, SPARSE),
   }
   for message, config in cases.items():
     with pytest.raises(ValueError, match=message):
-      begun(config, tmp_path / 'run', 1)
+      initial_state(config, tmp_path / 'run', 1)
     assert not (tmp_path / 'run').exists()
 
 
@@ -135,5 +141,5 @@ def test_the_state_of_a_part_is_not_that_of_all(source, tmp_path):
   train(config_from(source[0], DENSE, **attention), part)
   message = r"trainable 'attention' there, 'all' here(.|\n)*mu/embedding"
   with pytest.raises(ValueError, match=message):
-    begun(kept_from(part), tmp_path / 'run', 1)
+    initial_state(config_with_state_of(part), tmp_path / 'run', 1)
   assert not (tmp_path / 'run').exists()

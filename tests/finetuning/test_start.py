@@ -55,12 +55,12 @@ def dense(tmp_path_factory):
   return workdir
 
 
-def begun(config, workdir, devices=1):
+def initial_state(config, workdir, devices=1):
   """The initial state of a run of the config, before any step."""
-  return begun_run(config, workdir, devices)[1]
+  return run_and_initial_state(config, workdir, devices)[1]
 
 
-def begun_run(config, workdir, devices=1):
+def run_and_initial_state(config, workdir, devices=1):
   """A run of the config and its initial state."""
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
@@ -70,15 +70,15 @@ def begun_run(config, workdir, devices=1):
 
 @pytest.mark.slow
 def test_a_sparse_run_begins_at_the_dense_ones_loss(dense, tmp_path, capsys):
-  run, state = begun_run(config_from(dense), tmp_path)
+  run, state = run_and_initial_state(config_from(dense), tmp_path)
   rows = evaluate.evaluation_rows(
     run.evaluations, run.programs.variables(state), 0
   )
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   assert f'beginning with the parameters of step 2 of {dense}: layers [1]' in (
-    said
+    output
   )
-  assert 'made sparse, 4 copies of each dense feed-forward' in said
+  assert 'made sparse, 4 copies of each dense feed-forward' in output
   name = 'eval/train_capacity/loss'
   *_, last = (
     row
@@ -98,22 +98,24 @@ def test_a_restart_goes_on_from_its_own_checkpoint(dense, tmp_path, capsys):
   capsys.readouterr()
   state = train(config_from(source, DENSE), tmp_path / 'run')
   assert int(state.step) == 2
-  said = capsys.readouterr().out
-  assert 'going on from the checkpoint of step 2' in said
-  assert 'beginning' not in said
+  output = capsys.readouterr().out
+  assert 'going on from the checkpoint of step 2' in output
+  assert 'beginning' not in output
 
 
 @pytest.mark.slow
 def test_the_same_model_and_an_earlier_step(dense, tmp_path, capsys):
   config = merge(config_from(dense, DENSE), {'init_from': {'step': 1}})
-  state = begun(config, tmp_path)
+  state = initial_state(config, tmp_path)
   assert f'step 1 of {dense}: all copied; the opt' in capsys.readouterr().out
   with Checkpointer(dense / workdir_lib.CHECKPOINTS) as checkpoints:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.params
     )
-    old = checkpoints.restore({'params': abstract}, step=1, partial=True)
-  jax.tree.map(np.testing.assert_array_equal, state.params, old.state['params'])
+    restored = checkpoints.restore({'params': abstract}, step=1, partial=True)
+  jax.tree.map(
+    np.testing.assert_array_equal, state.params, restored.state['params']
+  )
 
 
 @pytest.mark.slow
@@ -124,13 +126,15 @@ def test_arrays_are_converted_in_their_shards(dense, tmp_path):
   moe = {'moe': {**SPARSE['moe'], 'num_experts': num_experts}}
   mesh = {'data': 1, 'fsdp': 2, 'expert': num_experts // 2, 'tensor': 1}
   config = merge(config_from(dense, moe, batch_size=8), {'mesh': mesh})
-  state = begun(config, tmp_path / 'mesh', num_experts)
-  one = merge(config, {'mesh': {'data': 1, 'fsdp': 1, 'expert': 1}})
-  alone = begun(one, tmp_path / 'one', 1)
+  state = initial_state(config, tmp_path / 'mesh', num_experts)
+  one_device_config = merge(
+    config, {'mesh': {'data': 1, 'fsdp': 1, 'expert': 1}}
+  )
+  one_device_state = initial_state(one_device_config, tmp_path / 'one', 1)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
     state.params,
-    alone.params,
+    one_device_state.params,
   )
   kernel = state.params['layers']['layer_1']['moe']['experts']['w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 2, 8, 20)
@@ -148,19 +152,23 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   config = config_from(
     dense, biased, evals={}, checkpoint={'keep_best': False}, total_steps=1
   )
-  four = train(config, tmp_path / 'four')
+  source_state = train(config, tmp_path / 'four')
   # The source has the same model, so that the state of its routers is kept.
-  same = begun(config_from(tmp_path / 'four', biased), tmp_path / 'same', 1)
-  jax.tree.map(
-    np.testing.assert_array_equal, same.router_state, four.router_state
+  same_state = initial_state(
+    config_from(tmp_path / 'four', biased), tmp_path / 'same', 1
   )
-  assert any(x.any() for x in jax.tree.leaves(same.router_state))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    same_state.router_state,
+    source_state.router_state,
+  )
+  assert any(x.any() for x in jax.tree.leaves(same_state.router_state))
   capsys.readouterr()
   moe = {'moe': {**SPARSE['moe'], 'num_experts': 8}}
   config = config_from(tmp_path / 'four', moe, batch_size=8)
   # The source's four experts are not divisible by 8.
   mesh = {'data': 1, 'expert': 8}
-  state = begun(merge(config, {'mesh': mesh}), tmp_path / 'eight', 8)
+  state = initial_state(merge(config, {'mesh': mesh}), tmp_path / 'eight', 8)
   assert '4 experts made 8, copies of [0, 1, 2, 3, 0, 1, 2, 3]' in (
     capsys.readouterr().out
   )
@@ -174,7 +182,7 @@ def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
   del config.evals.classes
   first = train(config.lock(), tmp_path / 'first')
   source = {'init_from': {'workdir': str(tmp_path / 'first')}}
-  state = begun(merge(config, source), tmp_path / 'second', 1)
+  state = initial_state(merge(config, source), tmp_path / 'second', 1)
   jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
   assert 'all copied' in capsys.readouterr().out
 
@@ -220,7 +228,7 @@ def test_served_weights_are_begun_with_in_another_folder_alone(dense, tmp_path):
     ValueError, match='are served and not trained; begin anot'
   ):
     train(config, served)
-  state = begun(config_from(served, DENSE), tmp_path / 'new')
+  state = initial_state(config_from(served, DENSE), tmp_path / 'new')
   jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
@@ -240,10 +248,10 @@ def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):
 def test_settings_that_differ_are_said_and_data_may(dense, tmp_path, capsys):
   relu = {**SPARSE, 'ffn': {'activation': 'relu'}}
   config = config_from(dense, relu, data=OTHER_DATA)
-  begun(config, tmp_path, 1)
-  said = capsys.readouterr().out
+  initial_state(config, tmp_path, 1)
+  output = capsys.readouterr().out
   for name in ('ffn', 'moe.expert'):
-    assert f"model.{name}.activation 'gelu' -> 'relu'" in said
+    assert f"model.{name}.activation 'gelu' -> 'relu'" in output
 
 
 def test_options_without_a_source_are_refused():

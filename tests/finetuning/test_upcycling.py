@@ -100,10 +100,12 @@ def convert(model, source, **copies):
 
 def change(moe, source_moe, model=None, **copies):
   """Largest change of a logit by the conversion, over the largest logit."""
-  ours, theirs = build(moe, model), build(source_moe, model)
-  old = logits_of(theirs, params_of(theirs))
-  new = logits_of(ours, convert(ours, theirs, **copies))
-  return np.abs(new - old).max() / np.abs(old).max()
+  target, source = build(moe, model), build(source_moe, model)
+  source_logits = logits_of(source, params_of(source))
+  target_logits = logits_of(target, convert(target, source, **copies))
+  return (
+    np.abs(target_logits - source_logits).max() / np.abs(source_logits).max()
+  )
 
 
 @pytest.mark.parametrize(
@@ -136,18 +138,18 @@ def test_what_becomes_of_each_layer():
     convert(sparse, dense, router_std=0.0),
   )
   # The dense model is one period of one layer, repeated four times.
-  theirs = source['layers']['layer_0']
+  dense_layer = source['layers']['layer_0']
   even, odd = (
     upcycled_params['layers']['layer_0'],
     upcycled_params['layers']['layer_1'],
   )
   equal = np.testing.assert_array_equal
   equal(upcycled_params['embedding'], source['embedding'])
-  equal(even['ffn']['w_in'], theirs['ffn']['w_in'][[0, 2]])
-  equal(odd['ffn_norm']['scale'], theirs['ffn_norm']['scale'][[1, 3]])
+  equal(even['ffn']['w_in'], dense_layer['ffn']['w_in'][[0, 2]])
+  equal(odd['ffn_norm']['scale'], dense_layer['ffn_norm']['scale'][[1, 3]])
   for name, kernel in odd['moe']['experts'].items():
     for e in range(4):
-      equal(kernel[:, e], theirs['ffn'][name][[1, 3]])
+      equal(kernel[:, e], dense_layer['ffn'][name][[1, 3]])
   # The router has the initial weights of a run that starts from nothing.
 
   @jax.jit  # parameters that are not returned are not compiled
@@ -168,12 +170,12 @@ def test_some_layers_sparse_already():
   # Layers 1 and 3 keep their experts and routers; layers 0 and 2 become sparse.
   half = build(TOP2)
   source = params_of(half)['layers']
-  new = convert(build({**TOP2, 'layers': 'all'}), half)['layers']['layer_0']
-  old = source['layer_1']['moe']
+  layer = convert(build({**TOP2, 'layers': 'all'}), half)['layers']['layer_0']
+  source_moe = source['layer_1']['moe']
   equal = np.testing.assert_array_equal
-  equal(new['moe']['router']['w'][1::2], old['router']['w'])
-  for name, kernel in new['moe']['experts'].items():
-    equal(kernel[1::2], old['experts'][name])
+  equal(layer['moe']['router']['w'][1::2], source_moe['router']['w'])
+  for name, kernel in layer['moe']['experts'].items():
+    equal(kernel[1::2], source_moe['experts'][name])
     for e in range(4):
       equal(kernel[::2, e], source['layer_0']['ffn'][name])
 
@@ -187,42 +189,47 @@ def test_twice_the_experts_and_choices_are_the_same_model():
 
 
 def test_noise_tells_copies_apart_and_leaves_the_first():
-  few, many = build(TOP2), build({**TOP2, 'num_experts': 6})
-  upcycled_params = convert(many, few, expert_noise=0.1, router_noise=0.2)
-  upcycled_params, old = (
-    p['layers']['layer_1']['moe'] for p in (upcycled_params, params_of(few))
+  source, model = build(TOP2), build({**TOP2, 'num_experts': 6})
+  upcycled_params = convert(model, source, expert_noise=0.1, router_noise=0.2)
+  upcycled_params, source_moe = (
+    p['layers']['layer_1']['moe'] for p in (upcycled_params, params_of(source))
   )
-  w, v = upcycled_params['experts']['w_in'], old['experts']['w_in']
+  w, v = upcycled_params['experts']['w_in'], source_moe['experts']['w_in']
   np.testing.assert_array_equal(w[:, :4], v)
-  for axis, (new, was, noise) in enumerate(
-    [(upcycled_params['router']['w'], old['router']['w'], 0.2), (w, v, 0.1)]
+  for axis, (copied, original, noise) in enumerate(
+    [
+      (upcycled_params['router']['w'], source_moe['router']['w'], 0.2),
+      (w, v, 0.1),
+    ]
   ):
-    new, was = (np.moveaxis(x, -1 if axis == 0 else 1, 0) for x in (new, was))
-    np.testing.assert_array_equal(new[:4], was)
-    added = new[4:] - was[:2]
-    rms = np.sqrt(np.mean(np.square(was)))
+    copied, original = (
+      np.moveaxis(x, -1 if axis == 0 else 1, 0) for x in (copied, original)
+    )
+    np.testing.assert_array_equal(copied[:4], original)
+    added = copied[4:] - original[:2]
+    rms = np.sqrt(np.mean(np.square(original)))
     np.testing.assert_allclose(added.std(), noise * rms, rtol=0.3)
     assert np.abs(added[0] - added[1]).min() > 0
 
 
 def test_fewer_experts_are_the_first_or_those_named():
-  many, few = build(TOP2), build({**TOP2, 'num_experts': 3})
-  old = params_of(many)['layers']['layer_1']['moe']
-  for experts, kept in (((), [0, 1, 2]), ((3, 1, 3), [3, 1, 3])):
-    new = convert(few, many, experts=experts)['layers']['layer_1']['moe']
+  source, model = build(TOP2), build({**TOP2, 'num_experts': 3})
+  source_moe = params_of(source)['layers']['layer_1']['moe']
+  for experts, source_index in (((), [0, 1, 2]), ((3, 1, 3), [3, 1, 3])):
+    moe = convert(model, source, experts=experts)['layers']['layer_1']['moe']
     np.testing.assert_array_equal(
-      new['experts']['w_out'], old['experts']['w_out'][:, kept]
+      moe['experts']['w_out'], source_moe['experts']['w_out'][:, source_index]
     )
     np.testing.assert_array_equal(
-      new['router']['w'], old['router']['w'][..., kept]
+      moe['router']['w'], source_moe['router']['w'][..., source_index]
     )
   assert sources_of(7, 3) == (0, 1, 2, 0, 1, 2, 0)
 
 
 def test_the_same_model_is_copied_whatever_its_experts_are_called():
   sparse = build(TOP2)
-  same = plan(build({**TOP2, **RAW}), sparse, Copies())
-  assert same.copies_all and same.describe() == 'all copied'
+  conversion = plan(build({**TOP2, **RAW}), sparse, Copies())
+  assert conversion.copies_all and conversion.describe() == 'all copied'
   assert not plan(sparse, sparse, Copies(experts=(1, 0, 2, 3))).copies_all
   assert not plan(sparse, build(DENSE), Copies()).copies_all
 
@@ -272,9 +279,9 @@ def test_all_that_does_not_fit_is_listed():
 def test_what_has_no_meaning_is_refused(
   moe, model, source_moe, source_model, copies, message
 ):
-  ours, theirs = build(moe, model), build(source_moe, source_model)
+  target, source = build(moe, model), build(source_moe, source_model)
   with pytest.raises(ValueError, match=message):
-    plan(ours, theirs, Copies(**copies))
+    plan(target, source, Copies(**copies))
 
 
 def test_negative_noise_is_refused():
@@ -284,10 +291,10 @@ def test_negative_noise_is_refused():
 
 def test_columns_must_lead_to_the_same_experts():
   # Both layers have three experts, which are those of other columns.
-  there, here = (
+  source, target = (
     build({**TOP2, 'retained': Retained('', f'1: {row}; 3: {row}')})
     for row in ('0 1 2 2', '0 0 1 2')
   )
-  assert plan(there, there).copies_all
+  assert plan(source, source).copies_all
   with pytest.raises(ValueError, match=r'1: 0 1 2 2.* there and .*1: 0 0 1 2'):
-    plan(here, there)
+    plan(target, source)
