@@ -53,15 +53,15 @@ def batch(seed=0):
 
 
 def calibrated(run):
-  found = sparse_layers(run.model, run.variables['params'])
+  layers_by_number = sparse_layers(run.model, run.variables['params'])
   batches = [batch(0), batch(1)]
   usage = measure(run.model, run.variables, batches)
-  return Calibrated(run, found, usage, batches)
+  return Calibrated(run, layers_by_number, usage, batches)
 
 
-def fewer(run, left, router):
-  """The run with the experts that are left."""
-  options, variables = smaller(run, left, router)
+def smaller_run(run, smaller_layers, router):
+  """The run with fewer experts, which are given for each layer."""
+  options, variables = smaller(run, smaller_layers, router)
   described = run.options._replace(model=options)
   return WholeRun(run.folder, described, options.build(), variables, 0)
 

@@ -14,11 +14,14 @@ def shuffled(layer, seed=0):
   rng = np.random.default_rng(seed)
   axes = {path: layer.axes[path][1:] for path in layer.experts}
   experts = {path: np.asarray(x) for path, x in layer.experts.items()}
-  every = [
+  shuffled_experts = [
     align.permuted(align.of_expert(experts, e), rng.permutation(F), axes)
     for e in range(E)
   ]
-  return {path: np.stack([own[path] for own in every]) for path in experts}
+  return {
+    path: np.stack([expert[path] for expert in shuffled_experts])
+    for path in experts
+  }
 
 
 def test_permuted_experts_give_the_same_layer():
@@ -32,18 +35,29 @@ def test_permuted_experts_give_the_same_layer():
     'b_in',
     'b_out',
   }
-  new = {path: jnp.asarray(x) for path, x in shuffled(layer).items()}
-  other = assembled(run.model, params, run.model, {1: new})
+  shuffled_experts = {
+    path: jnp.asarray(x) for path, x in shuffled(layer).items()
+  }
+  shuffled_params = assembled(
+    run.model, params, run.model, {1: shuffled_experts}
+  )
   y, _ = outputs(run, 1)
-  same, _ = outputs(run._replace(variables={'params': other}), 1)
-  np.testing.assert_allclose(same, y, atol=1e-6)
+  shuffled_y, _ = outputs(
+    run._replace(variables={'params': shuffled_params}), 1
+  )
+  np.testing.assert_allclose(shuffled_y, y, atol=1e-6)
   # Without the gate's kernel in the same order it is another layer.
   path = ('moe', 'experts', 'w_gate')
-  half = assembled(
-    run.model, params, run.model, {1: {**new, path: layer.experts[path]}}
+  mismatched_params = assembled(
+    run.model,
+    params,
+    run.model,
+    {1: {**shuffled_experts, path: layer.experts[path]}},
   )
-  wrong, _ = outputs(run._replace(variables={'params': half}), 1)
-  assert np.abs(wrong - y).max() > 1e-2
+  mismatched_y, _ = outputs(
+    run._replace(variables={'params': mismatched_params}), 1
+  )
+  assert np.abs(mismatched_y - y).max() > 1e-2
 
 
 def test_the_order_of_a_permuted_copy_is_found():
@@ -55,12 +69,12 @@ def test_the_order_of_a_permuted_copy_is_found():
   mixed = shuffled(layer._replace(experts=copies))
   path = ('moe', 'experts', 'w_in')
   assert (mixed[path][1] != mixed[path][3]).any()
-  found = align.aligned(mixed, 3, layer.axes)
-  for path, x in found.items():
+  aligned = align.aligned(mixed, 3, layer.axes)
+  for path, x in aligned.items():
     np.testing.assert_array_equal(x, np.stack([mixed[path][3]] * E))
 
 
 def test_experts_without_hidden_units_are_refused():
-  one = {('scale',): np.ones(3)}
+  experts = {('scale',): np.ones(3)}
   with pytest.raises(ValueError, match='none of which has hidden units'):
-    align.permutation(one, one, {('scale',): ('embed',)})
+    align.permutation(experts, experts, {('scale',): ('embed',)})

@@ -1,4 +1,4 @@
-"""The run that compression reads and writes, and what reaches its experts."""
+"""The run that compression reads and writes, and the inputs of its experts."""
 
 import jax
 import numpy as np
@@ -25,30 +25,30 @@ def run(tmp_path_factory):
 @pytest.mark.slow
 def test_the_inputs_of_experts_are_captured(run):
   batch = tiny.batch(tiny.options(model=MODEL), vocab_size=run.model.vocab_size)
-  reached = calibration.capture(run.model, run.variables, batch)
-  assert list(reached) == [1, 3, 4]
+  inputs_by_layer = calibration.capture(run.model, run.variables, batch)
+  assert list(inputs_by_layer) == [1, 3, 4]
 
   @jax.jit
   def outputs(variables, batch):
-    _, kept = run.model.apply(
+    _, collections = run.model.apply(
       variables,
       **run.model.inputs(batch),
       capture_intermediates=lambda module, _: isinstance(module, Experts),
       mutable=['intermediates'],
     )
-    return run.model.layer_trees(kept['intermediates'])
+    return run.model.layer_trees(collections['intermediates'])
 
   layers = outputs(run.variables, batch)
   params = run.model.layer_trees(run.variables['params'])
-  for i, own in reached.items():
+  for i, inputs in inputs_by_layer.items():
     experts = params[i]['moe']['experts']
-    h = np.einsum('gsm,emf->gsef', own.x, experts['w_in'])
+    h = np.einsum('gsm,emf->gsef', inputs.x, experts['w_in'])
     h = jax.nn.gelu(h, approximate=False)
     y = np.einsum('gsef,efm->gsem', h, experts['w_out'])
-    y = np.einsum('gsem,gse->gsm', y, own.routing.token_gates())
+    y = np.einsum('gsem,gse->gsm', y, inputs.routing.token_gates())
     expected = layers[i]['moe']['experts']['__call__'][0][0]
     np.testing.assert_allclose(y, expected, atol=1e-5)
-  assert np.abs(reached[1].x - reached[3].x).max() > 0.1
+  assert np.abs(inputs_by_layer[1].x - inputs_by_layer[3].x).max() > 0.1
 
 
 def test_batches_are_of_training_with_the_same_tokens(run):
@@ -60,19 +60,21 @@ def test_batches_are_of_training_with_the_same_tokens(run):
   )
   with pytest.raises(ValueError, match='num_batches=0 must be at least 1'):
     calibration.batches(run, 0)
-  other = tokenizers.Chars('abc')
-  other = run._replace(options=run.options._replace(tokenizer=other))
+  tokenizer = tokenizers.Chars('abc')
+  other_run = run._replace(options=run.options._replace(tokenizer=tokenizer))
   with pytest.raises(ValueError, match='was trained on tokens of'):
-    calibration.batches(other, 1)
+    calibration.batches(other_run, 1)
 
 
 def test_a_run_is_written_with_other_parameters(run, tmp_path):
   params = jax.tree.map(lambda x: 2 * x, run.variables['params'])
-  new = whole_run.read(whole_run.write(run, tmp_path / 'new', params))
-  assert (new.step, new.options.model) == (0, run.options.model)
-  jax.tree.map(np.testing.assert_array_equal, new.variables['params'], params)
+  written = whole_run.read(whole_run.write(run, tmp_path / 'new', params))
+  assert (written.step, written.options.model) == (0, run.options.model)
+  jax.tree.map(
+    np.testing.assert_array_equal, written.variables['params'], params
+  )
   with pytest.raises(ValueError, match='holds a run already'):
-    whole_run.write(run, new.folder, params)
+    whole_run.write(run, written.folder, params)
 
 
 def test_commands_refuse_what_no_command_takes(capsys):

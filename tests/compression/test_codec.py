@@ -25,16 +25,16 @@ def test_codes_by_hand():
   # more than it shows. An expert with fewer codes is filled with 0.
   experts = np.stack([np.zeros((1, 31), np.int8), np.ones((1, 31), np.int8)])
   codes = codec.encode(experts)
-  most = codes.codes.shape[1]
-  assert codes.codes[0].tolist() == [25, 1] + [0] * (most - 2)
-  assert codes.offsets.tolist() == [[0, 2], [0, most]] and most > 2
+  max_codes = codes.codes.shape[1]
+  assert codes.codes[0].tolist() == [25, 1] + [0] * (max_codes - 2)
+  assert codes.offsets.tolist() == [[0, 2], [0, max_codes]] and max_codes > 2
 
 
 def test_each_code_is_the_longest_that_fits():
-  numbered = {weights: c for c, weights in enumerate(sequences(0.885))}
+  code_of = {weights: c for c, weights in enumerate(sequences(0.885))}
   weights = reference.random(0.8, 20, 151)
   codes = codec.encode(weights)
-  rows = [reference.greedy(row, numbered) for row in weights]
+  rows = [reference.greedy(row, code_of) for row in weights]
   np.testing.assert_array_equal(codes.codes, np.concatenate(rows))
   np.testing.assert_array_equal(np.diff(codes.offsets), list(map(len, rows)))
 

@@ -9,7 +9,7 @@ from moe_jax.compression import dense_start
 from moe_jax.layers.ffn import FeedForward, FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import Routing
-from tests.compression.test_distill import begun, config_of
+from tests.compression.test_distill import begin_run, config_of
 from tests.generation import folders
 from tests.training import tiny
 
@@ -75,12 +75,12 @@ def test_the_output_is_the_mean_of_the_experts():
   dense = {n: dense_start.joined(experts, n, numbers) for n in experts}
   wide = FeedForward(FfnOptions(3 * F, activation), shared)
   y = wide.apply({'params': dense}, x)
-  each = FeedForward(FfnOptions(F, activation), shared)
-  alone = [
-    each.apply({'params': {n: p[e] for n, p in experts.items()}}, x)
+  expert = FeedForward(FfnOptions(F, activation), shared)
+  expert_outputs = [
+    expert.apply({'params': {n: p[e] for n, p in experts.items()}}, x)
     for e in numbers
   ]
-  np.testing.assert_allclose(y, sum(alone) / 3, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(y, sum(expert_outputs) / 3, rtol=1e-5, atol=1e-5)
 
 
 # Both halves of an encoder-decoder are a sparse layer.
@@ -107,7 +107,7 @@ def with_even_routers(params):
 
 
 @pytest.mark.parametrize(
-  ('model', 'says'),
+  ('model', 'message'),
   [
     ({'moe': {'num_experts': 0, 'num_selected': 8}}, 'width 160 of a feed-fo'),
     ({'ffn': {'hidden': 24, 'activation': 'swiglu'}}, 'not dense'),
@@ -122,9 +122,9 @@ def with_even_routers(params):
     ),
   ],
 )
-def test_what_cannot_be_concatenated_is_refused(model, says):
+def test_what_cannot_be_concatenated_is_refused(model, message):
   options = (tiny.options(model=m) for m in ({**TEACHER, **model}, TEACHER))
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     dense_start.plan(*map(tiny.model_of, options), {}, [])
 
 
@@ -140,16 +140,18 @@ def test_a_twin_of_a_teacher_with_even_gates_is_the_teacher(tmp_path):
   twin = {'num_experts': 0, 'num_selected': 2, 'layers': 'all'}
   dense = {**sparse, 'moe': twin}
   options = {'start': 'concatenated', 'start_batches': 2}
-  run, own, said = begun(
+  run, student_params, line = begin_run(
     config_of(teacher, **{**pair, 'model': dense}, distil=options),
     tmp_path / 'run',
   )
-  assert 'experts [0, 1] of layer 0, [0, 1] of layer 1' in said
+  assert 'experts [0, 1] of layer 0, [0, 1] of layer 1' in line
   batch = next(run.batches(0))
   sparse = tiny.model_of(tiny.options(**pair), run.dataset.vocab_size)
   outputs = [
     jax.jit(lambda p, m=m: m.apply({'params': p}, **m.inputs(batch)))(p)[0]
-    for m, p in ((run.model, own), (sparse, params))
+    for m, p in ((run.model, student_params), (sparse, params))
   ]
-  real = np.asarray(batch['segment_ids']) > 0
-  np.testing.assert_allclose(outputs[0][real], outputs[1][real], atol=2e-5)
+  is_real = np.asarray(batch['segment_ids']) > 0
+  np.testing.assert_allclose(
+    outputs[0][is_real], outputs[1][is_real], atol=2e-5
+  )

@@ -21,7 +21,7 @@ from moe_jax.runs import metrics
 from moe_jax.sections import merge, settle
 from moe_jax.training import begin, loop, setup
 from tests.generation import folders
-from tests.interop import folders as imported
+from tests.interop import folders as interop_folders
 from tests.training import tiny
 from tests.training.test_loop import SigtermAt
 
@@ -45,7 +45,7 @@ def config_of(teacher, *, model=STUDENT, distil=(), **overrides):
   return merge(config, {'distill': options})
 
 
-def started(config, workdir, devices=1):
+def start_run(config, workdir, devices=1):
   """A run with its hook started, its first state and its first batch."""
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
@@ -56,17 +56,17 @@ def started(config, workdir, devices=1):
   return run, state, next(run.batches(0))
 
 
-def begun(config, workdir):
-  """A run, and the parameters and the line with which it begins."""
+def begin_run(config, workdir):
+  """A run, and the parameters and the printed line with which it begins."""
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:1])
-  variables, said = distill.Distilling().initial(run)
-  return run, variables['params'], said
+  variables, line = distill.Distilling().initial(run)
+  return run, variables['params'], line
 
 
 def first_step(config, workdir, devices=1):
   """The state and the metrics after one step, on the host."""
-  run, state, batch = started(config, workdir, devices)
+  run, state, batch = start_run(config, workdir, devices)
   return jax.device_get(run.train_step(state, batch))
 
 
@@ -91,24 +91,24 @@ LARGE = {'batch_size': 16, 'distil': MIX}
 
 
 @pytest.fixture(scope='module')
-def one(teacher, tmp_path_factory):
+def one_step(teacher, tmp_path_factory):
   """The first parameters, the batch, and the results of one step."""
   config = config_of(teacher, **LARGE)
-  run, state, batch = started(config, tmp_path_factory.mktemp('one'))
+  run, state, batch = start_run(config, tmp_path_factory.mktemp('one'))
   params = jax.device_get(state.params)
   return params, batch, jax.device_get(run.train_step(state, batch))
 
 
-def test_the_step_has_the_loss_of_the_definition(teacher, one, tmp_path):
-  params, batch, (_, step) = one
+def test_the_step_has_the_loss_of_the_definition(teacher, one_step, tmp_path):
+  params, batch, (_, step) = one_step
   outputs = []
-  for kind, own in (
+  for overrides, model_params in (
     (STUDENT, params),
     (TEACHER, folders.write(tmp_path, model=TEACHER)[3]),
   ):
-    model = tiny.model_of(tiny.options(model=kind))
+    model = tiny.model_of(tiny.options(model=overrides))
     apply = jax.jit(functools.partial(model.apply, **model.inputs(batch)))
-    outputs.append(np.asarray(apply({'params': own})[0], np.float64))
+    outputs.append(np.asarray(apply({'params': model_params})[0], np.float64))
   nats = weights = 0.0
   for b, t in np.ndindex(*batch['tokens'].shape):
     w = float(batch['loss_weights'][b, t])
@@ -129,8 +129,8 @@ def log_softmax(x):
   return np.log(softmax(x))
 
 
-def assert_same_step(result, one):
-  (state, step), (first, expected) = result, one[2]
+def assert_same_step(result, one_step):
+  (state, step), (first, expected) = result, one_step[2]
   np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-5)
   np.testing.assert_allclose(step.grad_norm, expected.grad_norm, rtol=1e-4)
   # Its moments are those of the gradient.
@@ -138,7 +138,9 @@ def assert_same_step(result, one):
 
 
 @pytest.mark.slow
-def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
+def test_a_mesh_and_microbatches_change_nothing(
+  teacher, one_step, tmp_path, capsys
+):
   table = {'sharding': {'expert': '', 'expert_mlp': 'expert'}}
   config = config_of(
     teacher,
@@ -147,7 +149,7 @@ def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
     distil={**MIX, **table},
     mesh={'data': 1, 'fsdp': 2, 'expert': 4},
   )
-  run, state, batch = started(config, tmp_path, 8)
+  run, state, batch = start_run(config, tmp_path, 8)
   assert 'teacher: step 3' in capsys.readouterr().out
   # The teacher's table splits the width of its experts, not their number.
   (variables,) = run.train_step.arrays_of(state).values()
@@ -157,12 +159,12 @@ def test_a_mesh_and_microbatches_change_nothing(teacher, one, tmp_path, capsys):
     run.programs.abstract_state, run.options.batch_shapes(run.model)
   ).compile()
   assert compiled.memory_analysis().temp_size_in_bytes
-  assert_same_step(jax.device_get(compiled(state, batch)), one)
+  assert_same_step(jax.device_get(compiled(state, batch)), one_step)
 
 
 def test_hard_labels_alone_are_ordinary_training(teacher, tmp_path):
   hard = {'hard_weight': 1.0, 'soft_weight': 0.0}
-  taught = started(config_of(teacher, distil=hard), tmp_path / 'taught')[0]
+  taught = start_run(config_of(teacher, distil=hard), tmp_path / 'taught')[0]
   # No teacher is computed: the step is the run's own.
   step = taught.programs.train_step
   assert taught.train_step is step
@@ -171,29 +173,33 @@ def test_hard_labels_alone_are_ordinary_training(teacher, tmp_path):
 
 def test_all_but_experts_begin_as_the_teachers(teacher, tmp_path):
   params = folders.write(tmp_path / 'again', model=TEACHER)[3]
-  _, own, said = begun(config_of(teacher), tmp_path / 'run')
-  assert 'beginning with the weights of step 3' in said
-  assert 'feed-forwards of layers [1] drawn anew' in said
-  sparse = params['layers'].pop('layer_1')
-  dense = own['layers'].pop('layer_1')
-  jax.tree.map(np.testing.assert_array_equal, own, params)
-  assert sparse.pop('moe').keys() == {'experts', 'router'}
-  new = dense.pop('ffn')
-  jax.tree.map(np.testing.assert_array_equal, dense, sparse)
+  _, student_params, line = begin_run(config_of(teacher), tmp_path / 'run')
+  assert 'beginning with the weights of step 3' in line
+  assert 'feed-forwards of layers [1] drawn anew' in line
+  teacher_layer = params['layers'].pop('layer_1')
+  student_layer = student_params['layers'].pop('layer_1')
+  jax.tree.map(np.testing.assert_array_equal, student_params, params)
+  assert teacher_layer.pop('moe').keys() == {'experts', 'router'}
+  student_ffn = student_layer.pop('ffn')
+  jax.tree.map(np.testing.assert_array_equal, student_layer, teacher_layer)
   # The twin's feed-forward is that of a run without a teacher.
   model = tiny.model_of(tiny.options(model=STUDENT))
   init = jax.jit(functools.partial(models.init_params, model))
-  own = nn.meta.unbox(init(jax.random.key(0)))['layers']['layer_1']['ffn']
-  jax.tree.map(np.testing.assert_array_equal, new, own)
+  fresh_ffn = nn.meta.unbox(init(jax.random.key(0)))['layers']['layer_1']['ffn']
+  jax.tree.map(np.testing.assert_array_equal, student_ffn, fresh_ffn)
 
 
 @pytest.mark.slow
 def test_a_sparse_student_begins_with_new_experts(teacher, tmp_path):
   moe = {'moe': {'num_experts': 2, 'num_selected': 1}}
-  _, own, _ = begun(config_of(teacher, model=moe), tmp_path / 'run')
+  _, student_params, _ = begin_run(
+    config_of(teacher, model=moe), tmp_path / 'run'
+  )
   params = folders.write(tmp_path / 'again', model=TEACHER)[3]
-  np.testing.assert_array_equal(own['embedding'], params['embedding'])
-  kernel = own['layers']['layer_1']['moe']['experts']['w_in']
+  np.testing.assert_array_equal(
+    student_params['embedding'], params['embedding']
+  )
+  kernel = student_params['layers']['layer_1']['moe']['experts']['w_in']
   assert kernel.shape == (1, 2, 16, 20)
 
 
@@ -208,7 +214,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
     checkpoint={'every_steps': 2, 'keep_best': False},
     total_steps=4,
   )
-  whole = train(config, tmp_path / 'whole')
+  unbroken = train(config, tmp_path / 'whole')
   assert int(train(config, tmp_path / 'run', SigtermAt(3)).step) == 3
   # The teacher has trained on since; the run keeps to the checkpoint it had.
   folders.write(tmp_path / 'newer', steps=(9,), model=TEACHER)
@@ -216,7 +222,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path):
     tmp_path / 'newer' / 'checkpoints' / '9', source / 'checkpoints' / '9'
   )
   resumed = train(config, tmp_path / 'run')
-  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  jax.tree.map(np.testing.assert_array_equal, resumed, unbroken)
   rows = metrics.read_metrics(tmp_path / 'whole' / metrics.FILE_NAME)
   assert all(np.isfinite(row['train/loss']) for row in rows if 'loss' in row)
   shutil.rmtree(source / 'checkpoints' / '3')
@@ -229,9 +235,11 @@ def test_what_does_not_fit_is_refused(teacher, tmp_path):
   run = setup.set_up(options, tmp_path / 'run', devices=jax.devices()[:1])
 
   def refused(message, folder=teacher, model=STUDENT, **changes):
-    own = run_config.read(config_of(folder, model=model, **changes))
-    model = own.filled(257).build()
-    changed = dataclasses.replace(run, options=own.filled(257), model=model)
+    changed_options = run_config.read(config_of(folder, model=model, **changes))
+    model = changed_options.filled(257).build()
+    changed = dataclasses.replace(
+      run, options=changed_options.filled(257), model=model
+    )
     with pytest.raises(ValueError, match=message):
       distill.Distilling().initial(changed)
     assert not (tmp_path / 'run').exists()
@@ -272,15 +280,15 @@ def test_options_that_contradict_are_refused(teacher):
     read(soft_weight=0.0, start='none')
   with pytest.raises(OptionError, match=r'temperature=2\.0 has no effect'):
     read(soft_weight=0.0, temperature=2.0)
-  begins = {'init_from': {'workdir': 'runs/other'}}
+  init_from = {'init_from': {'workdir': 'runs/other'}}
   with pytest.raises(OptionError, match='a run begins with one of them'):
-    run_config.read(merge(config_of(teacher), begins))
+    run_config.read(merge(config_of(teacher), init_from))
 
 
 def test_another_teacher_of_the_same_step_is_noticed(teacher, tmp_path):
   source = tmp_path / 'source'
   shutil.copytree(teacher, source)
-  run, _, _ = started(config_of(source), tmp_path / 'run')
+  run, _, _ = start_run(config_of(source), tmp_path / 'run')
   path = source / 'checkpoints' / '3' / 'manifest.json'
   path.write_text(path.read_text() + '\n')
   with pytest.raises(ValueError, match='is not that which taught'):
@@ -288,8 +296,8 @@ def test_another_teacher_of_the_same_step_is_noticed(teacher, tmp_path):
 
 
 def test_the_command_becomes_that_of_training(monkeypatch):
-  became = []
-  monkeypatch.setattr('os.execv', lambda *command: became.append(command))
+  calls = []
+  monkeypatch.setattr('os.execv', lambda *command: calls.append(command))
   command.main(
     [
       'distill',
@@ -308,35 +316,39 @@ def test_the_command_becomes_that_of_training(monkeypatch):
     '--config.seed=3',
     '--resume',
   ]
-  assert became == [(sys.executable, [*program, *arguments])]
+  assert calls == [(sys.executable, [*program, *arguments])]
 
 
 @pytest.mark.slow
 def test_an_imported_model_teaches(tmp_path, capsys):
   pytest.importorskip('transformers')
   sizes = ('num_layers', 'num_sparse_encoder_layers', 'num_decoder_layers')
-  imported.write(
+  interop_folders.write(
     tmp_path / 'hf', 'switch_transformers', **dict.fromkeys(sizes, 1)
   )
-  short = config_file.load_config(str(imported.write_config(tmp_path)))
+  import_config = config_file.load_config(
+    str(interop_folders.write_config(tmp_path))
+  )
   import_run(
     tmp_path / 'hf',
     tmp_path / 'teacher',
-    run_config.read(short),
+    run_config.read(import_config),
     devices=jax.devices()[:1],
   )
-  before = config_file.config_of(str(tmp_path / 'teacher' / 'config.py'))
+  teacher_config = config_file.config_of(
+    str(tmp_path / 'teacher' / 'config.py')
+  )
   changes = {
     'model': {'moe': {'num_experts': 0}},
     'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
   }
-  config = settle(RunConfig, before, merge(before, changes))[0]
-  _, _, said = begun(config, tmp_path / 'student')
-  assert 'beginning with the weights of step 0' in said
-  assert 'their outputs averaged' in said
+  config = settle(RunConfig, teacher_config, merge(teacher_config, changes))[0]
+  _, _, line = begin_run(config, tmp_path / 'student')
+  assert 'beginning with the weights of step 0' in line
+  assert 'their outputs averaged' in line
   # Its logits are kept by the same command as those of any run.
   config_py = tmp_path / 'teacher' / 'config.py'
-  kept = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
-  more = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
-  command.main(['keep_logits', *kept, *more])
+  source_flags = [f'--teacher={tmp_path / "teacher"}', f'--config={config_py}']
+  size_flags = [f'--output={tmp_path / "kept"}', '--batches=1', '--top=3']
+  command.main(['keep_logits', *source_flags, *size_flags])
   assert 'the 3 largest of' in capsys.readouterr().out

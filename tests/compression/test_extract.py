@@ -1,4 +1,4 @@
-"""A model of one task computes what the whole one does for that task."""
+"""A model of one task has the logits of the whole model for that task."""
 
 import dataclasses
 import functools
@@ -54,13 +54,13 @@ def inputs(model, task=None):
 
 @functools.cache
 def applied(model):
-  return jax.jit(lambda params, given: model.apply({'params': params}, **given))
+  return jax.jit(lambda params, batch: model.apply({'params': params}, **batch))
 
 
 def logits(model, params, task=None):
-  given = inputs(model, task)
-  real = np.asarray(given['segment_ids']) > 0  # padding meets no expert
-  return np.asarray(applied(model)(params, given)[0])[real]
+  batch = inputs(model, task)
+  is_real = np.asarray(batch['segment_ids']) > 0  # padding meets no expert
+  return np.asarray(applied(model)(params, batch)[0])[is_real]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_whole_model(name):
   options = options_of(**KINDS[name])
   whole = options.build()
   params = tiny.params_of(whole)
-  every = []
+  outputs = []
   for task in range(N):
     small = extract.extract(options, params, task)
     model = small.options.build()
@@ -85,9 +85,9 @@ def test_logits_are_those_of_the_whole_model(name):
     np.testing.assert_allclose(
       logits(model, small.params), expected, atol=1e-5, rtol=1e-5
     )
-    every.append(expected)
+    outputs.append(expected)
   # The tasks differ, so that the gates of another would have been seen.
-  assert min(np.abs(every[0] - other).max() for other in every[1:]) > 1e-2
+  assert min(np.abs(outputs[0] - other).max() for other in outputs[1:]) > 1e-2
   # The options are those of a run: what a config says of them is read again.
   section = sections.choice_section(MODELS, small.options)
   assert sections.read_choice(MODELS, section, 'model.') == small.options
@@ -96,12 +96,12 @@ def test_logits_are_those_of_the_whole_model(name):
 def test_a_model_that_lost_experts_is_refused():
   options = options_of(**KINDS['decoder'])
   retained = Retained(experts='1:3')
-  fewer = dataclasses.replace(
+  retained_options = dataclasses.replace(
     options, moe=dataclasses.replace(options.moe, retained=retained)
   )
-  params = tiny.params_of(fewer.build())
+  params = tiny.params_of(retained_options.build())
   with pytest.raises(ValueError, match='tied or masked columns or uneven'):
-    extract.extract(fewer, params, 0)
+    extract.extract(retained_options, params, 0)
 
 
 def test_a_layer_of_two_experts_by_hand():
@@ -193,18 +193,20 @@ def languages_of(names, encoder=None):
 
 
 def extracted(capsys, folder, task, output):
-  """The run that the command writes, and what it says."""
+  """The run that the command writes, and the command's output."""
   flags = f'--run={folder}', f'--task={task}', f'--output={output}'
   command.main(['extract', *flags])
   return whole_run.read(output), capsys.readouterr().out
 
 
-def answer(capsys, folder, *more):
-  generate.main([f'--workdir={folder}', '--prompt=ab', '--num_tokens=5', *more])
+def answer(capsys, folder, *flags):
+  generate.main(
+    [f'--workdir={folder}', '--prompt=ab', '--num_tokens=5', *flags]
+  )
   return capsys.readouterr().out
 
 
-def refused(capsys, main, argv):
+def error_of(capsys, main, argv):
   with pytest.raises(SystemExit):
     main(argv)
   return capsys.readouterr().err
@@ -233,41 +235,43 @@ def test_the_commands(tmp_path, capsys):
     change=loud_experts,
   )
   run = whole_run.read(tmp_path / 'run')
-  new, said = extracted(capsys, run.folder, 'reverse', tmp_path / 'new')
+  new_run, output = extracted(capsys, run.folder, 'reverse', tmp_path / 'new')
   small = extract.extract(run.options.model, run.variables['params'], 1)
   jax.tree.map(
     np.testing.assert_array_equal,
-    new.variables,
+    new_run.variables,
     {**run.variables, 'params': small.params},
   )
-  assert any(x.any() for x in jax.tree.leaves(new.variables['router_state']))
-  assert (
-    'layer 3: 2 of 4 experts kept, a dense feed-forward of width 40' in said
+  assert any(
+    x.any() for x in jax.tree.leaves(new_run.variables['router_state'])
   )
-  assert 'times fewer bytes' in said
-  whole = answer(capsys, run.folder, '--task=reverse')
-  assert answer(capsys, new.folder) == whole
-  assert answer(capsys, run.folder, '--task=copy') != whole
+  assert (
+    'layer 3: 2 of 4 experts kept, a dense feed-forward of width 40' in output
+  )
+  assert 'times fewer bytes' in output
+  expected_text = answer(capsys, run.folder, '--task=reverse')
+  assert answer(capsys, new_run.folder) == expected_text
+  assert answer(capsys, run.folder, '--task=copy') != expected_text
   prompt = [f'--workdir={run.folder}', '--prompt=ab']
-  said = refused(capsys, generate.main, prompt)
-  assert "give --task, one of ['copy', 'reverse']" in said
-  said = refused(capsys, generate.main, [*prompt, '--task=copie'])
-  assert "did you mean 'copy'?" in said
-  prompt[0] = f'--workdir={new.folder}'
-  said = refused(capsys, generate.main, [*prompt, '--task=copy'])
-  assert 'no router of the model goes by task' in said
+  error = error_of(capsys, generate.main, prompt)
+  assert "give --task, one of ['copy', 'reverse']" in error
+  error = error_of(capsys, generate.main, [*prompt, '--task=copie'])
+  assert "did you mean 'copy'?" in error
+  prompt[0] = f'--workdir={new_run.folder}'
+  error = error_of(capsys, generate.main, [*prompt, '--task=copy'])
+  assert 'no router of the model goes by task' in error
   flags = ['extract', f'--run={run.folder}', f'--output={tmp_path / "x"}']
-  said = refused(capsys, command.main, [*flags, '--task=recopy'])
-  assert "have ['copy', 'reverse']" in said
-  flags[1] = f'--run={new.folder}'
-  said = refused(capsys, command.main, [*flags, '--task=copy'])
-  assert 'no router by task' in said
+  error = error_of(capsys, command.main, [*flags, '--task=recopy'])
+  assert "have ['copy', 'reverse']" in error
+  flags[1] = f'--run={new_run.folder}'
+  error = error_of(capsys, command.main, [*flags, '--task=copy'])
+  assert 'no router by task' in error
   # The run of one task trains on, with its own config.
   config = run_config.from_file(tmp_path / 'new' / 'first_config.json')
   config.total_steps = 1
   state = train_and_evaluate(
     run_config.read(config),
-    new.folder,
+    new_run.folder,
     resume=True,
     devices=jax.devices()[:1],
   )

@@ -1,4 +1,4 @@
-"""Merging and pruning: what stays the same, what changes, and by how much."""
+"""Merging and pruning: outputs that stay, and the sizes of changes."""
 
 import functools
 
@@ -25,13 +25,13 @@ from moe_jax.models.expert_arrays import (
 )
 from moe_jax.models.router_state import init_router_state
 from tests.compression import sparse_runs
-from tests.compression.sparse_runs import E, fewer, outputs, run_of
+from tests.compression.sparse_runs import E, outputs, run_of, smaller_run
 from tests.compression.test_align import shuffled
 from tests.models import tiny
 
 
 @functools.cache
-def before(**moe):
+def calibrate(**moe):
   return sparse_runs.calibrated(run_of(**moe))
 
 
@@ -54,13 +54,16 @@ def unloved(layer, expert=1):
 
 @pytest.mark.parametrize('router', ['tied', 'shrunk'])
 def test_as_many_experts_as_before_are_the_same_bits(router):
-  own = before()
+  calibrated = calibrate()
   counts = {1: E, 2: E}
-  for left in (merge.merge(own, counts), prune.prune(own, counts)):
-    same = fewer(own.run, left, router)
-    assert same.options.model == own.run.options.model
-    old = tiny.leaves(own.run.variables['params'])
-    new = tiny.leaves(same.variables['params'])
+  for smaller_layers in (
+    merge.merge(calibrated, counts),
+    prune.prune(calibrated, counts),
+  ):
+    same_run = smaller_run(calibrated.run, smaller_layers, router)
+    assert same_run.options.model == calibrated.run.options.model
+    old = tiny.leaves(calibrated.run.variables['params'])
+    new = tiny.leaves(same_run.variables['params'])
     assert old.keys() == new.keys()
     for name in old:
       np.testing.assert_array_equal(old[name], new[name])
@@ -75,30 +78,33 @@ def test_merging_equal_experts_under_tied_columns_changes_nothing():
     return shuffled(layer._replace(experts=experts), layer.number)
 
   run = with_layers(run_of(), doubled)
-  own = sparse_runs.calibrated(run)
+  calibrated = sparse_runs.calibrated(run)
   for group_by in ('outputs', 'weights'):
-    left = merge.merge(own, {1: 3, 2: 4}, group_by=group_by)
-    assert left[1].row == (0, 1, 2, 0, 2)
-  new = fewer(run, left, 'tied')
-  assert new.options.model.moe.retained.rows == {1: left[1].row, 2: left[2].row}
+    smaller_layers = merge.merge(calibrated, {1: 3, 2: 4}, group_by=group_by)
+    assert smaller_layers[1].row == (0, 1, 2, 0, 2)
+  merged_run = smaller_run(run, smaller_layers, 'tied')
+  assert merged_run.options.model.moe.retained.rows == {
+    1: smaller_layers[1].row,
+    2: smaller_layers[2].row,
+  }
   for n in (1, 2):
     y, load = outputs(run, n)
-    same, same_load = outputs(new, n)
+    same, same_load = outputs(merged_run, n)
     np.testing.assert_allclose(same, y, atol=1e-5)
     np.testing.assert_array_equal(same_load, load)
   # A shrunk router has lost columns, so that tokens choose otherwise.
-  shrunk, _ = outputs(fewer(run, left, 'shrunk'), 1)
+  shrunk, _ = outputs(smaller_run(run, smaller_layers, 'shrunk'), 1)
   assert np.abs(shrunk - y).max() > 1e-2
 
 
 def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
-  own = before()
-  layer, usage = own.layers[1], own.usage[1]
+  calibrated = calibrate()
+  layer, usage = calibrated.layers[1], calibrated.usage[1]
   usage = usage._replace(choices=np.array([6.0, 0, 2, 0, 0]))
-  left = merge.merged(layer, usage, ((0, 2), (1, 3), (4,)))
-  assert left.row == (0, 1, 0, 1, 2)
+  smaller_layer = merge.merged(layer, usage, ((0, 2), (1, 3), (4,)))
+  assert smaller_layer.row == (0, 1, 0, 1, 2)
   w = ('moe', 'router', 'w')
-  old, new = np.asarray(layer.columns[w]), np.asarray(left.columns[w])
+  old, new = np.asarray(layer.columns[w]), np.asarray(smaller_layer.columns[w])
   np.testing.assert_allclose(
     new[:, 0], 0.75 * old[:, 0] + 0.25 * old[:, 2], rtol=1e-6
   )
@@ -106,12 +112,12 @@ def test_a_merged_expert_is_the_mean_by_usage_of_aligned_ones():
   np.testing.assert_allclose(new[:, 1], (old[:, 1] + old[:, 3]) / 2, rtol=1e-6)
   np.testing.assert_array_equal(new[:, 2], old[:, 4])
   b = ('moe', 'experts', 'b_out')  # it has no hidden units to align
-  old, new = np.asarray(layer.experts[b]), np.asarray(left.experts[b])
+  old, new = np.asarray(layer.experts[b]), np.asarray(smaller_layer.experts[b])
   np.testing.assert_allclose(new[0], 0.75 * old[0] + 0.25 * old[2], rtol=1e-6)
   np.testing.assert_array_equal(new[2], old[4])
   # An expert that no token reached has no weight beside one that is used.
-  left = merge.merged(layer, usage, ((0, 1), (2,), (3,), (4,)))
-  for path, x in left.experts.items():
+  smaller_layer = merge.merged(layer, usage, ((0, 1), (2,), (3,), (4,)))
+  for path, x in smaller_layer.experts.items():
     np.testing.assert_array_equal(x[0], layer.experts[path][0])
 
 
@@ -120,10 +126,10 @@ def test_pruning_what_nobody_chooses_lets_raw_gates_grow():
   run = with_layers(run_of(), unloved)
   y, load = outputs(run, 1)
   assert load[1] == 0
-  stay = [0, 2, 3, 4]
+  remaining = [0, 2, 3, 4]
   layers = sparse_layers(run.model, run.variables['params'])
-  left = {n: only(layer, stay) for n, layer in layers.items()}
-  pruned, _ = outputs(fewer(run, left, 'shrunk'), 1)
+  smaller_layers = {n: only(layer, remaining) for n, layer in layers.items()}
+  pruned, _ = outputs(smaller_run(run, smaller_layers, 'shrunk'), 1)
   # The formula: outputs grow by 1 / (1 - p).
   x = sparse_runs.X
   p = np.asarray(prune.probabilities(layers[1], jnp.asarray(x)))
@@ -141,43 +147,46 @@ def test_pruning_what_nobody_chooses_lets_raw_gates_grow():
 
 def test_the_growth_of_raw_gates_is_measured_on_calibration_data():
   run = with_layers(run_of(), unloved)
-  own = sparse_runs.calibrated(run)
-  left = prune.prune(own, {1: 4, 2: 5}, score='usage')
-  assert left[1].row == (0, -1, 1, 2, 3)
-  found = prune.growth(own, left)
-  assert list(found) == [1]  # layer 2 keeps all of its experts
-  assert found[1].token_share == 1 and 1e-4 < found[1].growth < 0.5
+  calibrated = sparse_runs.calibrated(run)
+  smaller_layers = prune.prune(calibrated, {1: 4, 2: 5}, score='usage')
+  assert smaller_layers[1].row == (0, -1, 1, 2, 3)
+  growth_by_layer = prune.growth(calibrated, smaller_layers)
+  assert list(growth_by_layer) == [1]  # layer 2 keeps all of its experts
+  assert (
+    growth_by_layer[1].token_share == 1
+    and 1e-4 < growth_by_layer[1].growth < 0.5
+  )
   renormalized = with_layers(run_of(gates='renormalized'), unloved)
   assert (
     prune.growth(
-      own._replace(
+      calibrated._replace(
         run=renormalized,
         layers=sparse_layers(
           renormalized.model, renormalized.variables['params']
         ),
       ),
-      left,
+      smaller_layers,
     )
     == {}
   )
 
 
 def test_layers_keep_the_experts_of_the_largest_scores():
-  own = before()
+  calibrated = calibrate()
   scores = {
     n: usage.gated_norm / np.maximum(usage.choices, 1)
-    for n, usage in own.usage.items()
+    for n, usage in calibrated.usage.items()
   }
-  left = prune.prune(own, {1: 2, 2: 4})
+  smaller_layers = prune.prune(calibrated, {1: 2, 2: 4})
   for n, count in {1: 2, 2: 4}.items():
-    stay = [e for e, to in enumerate(left[n].row) if to >= 0]
-    assert set(stay) == set(np.argsort(-scores[n])[:count])
-  new = fewer(own.run, left, 'shrunk')
-  moe = new.options.model.moe
+    remaining = [e for e, to in enumerate(smaller_layers[n].row) if to >= 0]
+    assert set(remaining) == set(np.argsort(-scores[n])[:count])
+  pruned = smaller_run(calibrated.run, smaller_layers, 'shrunk')
+  moe = pruned.options.model.moe
   assert (moe.num_experts, moe.retained) == (4, Retained('1:2'))
-  assert [m and m.num_experts for m in new.model.moes] == [None, 2, 4]
-  even = prune.prune(own, {1: 3, 2: 3})
-  moe = fewer(own.run, even, 'shrunk').options.model.moe
+  assert [m and m.num_experts for m in pruned.model.moes] == [None, 2, 4]
+  even = prune.prune(calibrated, {1: 3, 2: 3})
+  moe = smaller_run(calibrated.run, even, 'shrunk').options.model.moe
   assert (moe.num_experts, moe.retained) == (3, Retained())
 
 
@@ -185,9 +194,12 @@ def test_routers_keep_columns_where_all_of_their_stack_have_as_many():
   # Layer 1 has lost two of five experts and their columns.
   run = run_of(retained=Retained('1:3'))
   layers = sparse_layers(run.model, run.variables['params'])
-  left = {1: only(layers[1], [0, 1, 2]), 2: only(layers[2], [0, 1, 2, 4])}
+  smaller_layers = {
+    1: only(layers[1], [0, 1, 2]),
+    2: only(layers[2], [0, 1, 2, 4]),
+  }
   check_columns(run, {1: 3, 2: 4})
-  moe = fewer(run, left, 'masked').options.model.moe
+  moe = smaller_run(run, smaller_layers, 'masked').options.model.moe
   assert moe.retained == Retained('1:3', '2: 0 1 2 - 3')
   for counts in ({1: 2, 2: 4}, {}):
     with pytest.raises(ValueError, match='layer 1 has 3 columns and other lay'):
@@ -195,7 +207,7 @@ def test_routers_keep_columns_where_all_of_their_stack_have_as_many():
 
 
 def test_numbers_are_one_for_all_or_one_for_each_layer():
-  layers = before().layers
+  layers = calibrate().layers
   assert numbers('3', layers) == {1: 3, 2: 3}
   assert numbers('4, 2', layers) == {1: 4, 2: 2}
   for text, problem in {
@@ -209,7 +221,7 @@ def test_numbers_are_one_for_all_or_one_for_each_layer():
 
 
 def test_a_share_is_one_threshold_for_all_layers():
-  layers = before().layers
+  layers = calibrate().layers
   scores = {1: np.array([8, 4, 2, 1, 0.0]), 2: np.array([1, 1, 0.9, 0.8, 0.0])}
   # In proportion to the largest: 1, .5, .25, .125, 0 and 1, 1, .9, .8, 0.
   assert numbers_by_share(0.6, scores, layers) == {1: 2, 2: 4}
@@ -242,32 +254,38 @@ def bias_of(run, layer):
 
 @pytest.mark.parametrize('router', ['masked', 'shrunk'])
 def test_the_bias_of_experts_that_stay_stays(router):
-  run, stay = biased(), [0, 2, 3, 4]
+  run, remaining = biased(), [0, 2, 3, 4]
   layers = sparse_layers(run.model, run.variables['params'])
-  left = {1: only(layers[1], stay), 2: only(layers[2], [*range(E)])}
-  new = fewer(run, left, router)
-  kept = stay if router == 'shrunk' else slice(None)
-  np.testing.assert_array_equal(bias_of(new, 1), bias_of(run, 1)[kept])
-  np.testing.assert_array_equal(bias_of(new, 2), bias_of(run, 2))
+  smaller_layers = {
+    1: only(layers[1], remaining),
+    2: only(layers[2], [*range(E)]),
+  }
+  pruned = smaller_run(run, smaller_layers, router)
+  columns = remaining if router == 'shrunk' else slice(None)
+  np.testing.assert_array_equal(bias_of(pruned, 1), bias_of(run, 1)[columns])
+  np.testing.assert_array_equal(bias_of(pruned, 2), bias_of(run, 2))
   if router == 'shrunk':
     y, load = outputs(run, 1)
     assert load[1] == 0
-    np.testing.assert_allclose(outputs(new, 1)[0], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs(pruned, 1)[0], y, rtol=1e-5, atol=1e-5)
 
 
 def test_the_bias_of_merged_experts_is_their_mean_by_usage():
   run = biased()
   layers = sparse_layers(run.model, run.variables['params'])
-  usage = before().usage[1]._replace(choices=np.array([6.0, 0, 2, 0, 0]))
-  left = {
+  usage = calibrate().usage[1]._replace(choices=np.array([6.0, 0, 2, 0, 0]))
+  smaller_layers = {
     1: merge.merged(layers[1], usage, ((0, 2), (1, 3), (4,))),
     2: only(layers[2], [*range(E)]),
   }
-  old, new = bias_of(run, 1), bias_of(fewer(run, left, 'shrunk'), 1)
+  old, new = (
+    bias_of(run, 1),
+    bias_of(smaller_run(run, smaller_layers, 'shrunk'), 1),
+  )
   expected = [0.75 * old[0] + 0.25 * old[2], (old[1] + old[3]) / 2, old[4]]
   np.testing.assert_allclose(new, expected, rtol=1e-6)
-  # Tied columns keep theirs, as do the copies that are exported.
-  tied = fewer(run, left, 'tied')
+  # Tied columns keep their biases, as do the copies that are exported.
+  tied = smaller_run(run, smaller_layers, 'tied')
   np.testing.assert_array_equal(bias_of(tied, 1), old)
   state = run.variables['router_state']
   copied = assembled_state(
@@ -279,7 +297,7 @@ def test_the_bias_of_merged_experts_is_their_mean_by_usage():
 def test_masked_columns_do_not_count_where_a_bias_moves():
   run = biased()
   layers = sparse_layers(run.model, run.variables['params'])
-  new = fewer(run, {1: only(layers[1], [0, 2, 3, 4])}, 'masked')
+  new = smaller_run(run, {1: only(layers[1], [0, 2, 3, 4])}, 'masked')
   # The experts that are left have 5 choices in the mean; all columns have 4.
   load = jnp.tile(jnp.array([4.0, 0, 4, 4, 8]), (3, 1))
   state = new.variables['router_state']
@@ -296,7 +314,9 @@ def test_routers_without_columns_or_with_tied_ones_are_refused():
   layer = sparse_layers(model, tiny.params_of(model))[0]
   with pytest.raises(ValueError, match='layer 0: Hash has no column for each'):
     check_layer(layer)
-  tied = fewer(before().run, merge.merge(before(), {1: 3, 2: 3}), 'tied')
+  tied = smaller_run(
+    calibrate().run, merge.merge(calibrate(), {1: 3, 2: 3}), 'tied'
+  )
   layers = sparse_layers(tied.model, tied.variables['params'])
   with pytest.raises(ValueError, match='layer 2 has tied columns already'):
     check_layer(layers[2])
@@ -307,11 +327,11 @@ def test_tokens_of_a_lost_expert_take_their_next_choice():
   _, load = outputs(run, 1)
   new = without(run, {1: [3]})
   assert new.options.model.moe.retained.rows == {1: (0, 1, 2, -1, 3)}
-  _, left = outputs(new, 1)
+  _, new_load = outputs(new, 1)
   assert load[3] > 0
-  assert left[3] == 0
-  assert left.sum() == load.sum()
-  assert (left >= load)[[0, 1, 2, 4]].all()
+  assert new_load[3] == 0
+  assert new_load.sum() == load.sum()
+  assert (new_load >= load)[[0, 1, 2, 4]].all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Merging and pruning behind routers by task, told by the model's logits."""
+"""Merging and pruning behind routers by task, checked by logits."""
 
 import pathlib
 
@@ -17,7 +17,7 @@ from moe_jax.runs.trained import Described
 from tests.compression.test_extract import KINDS, N, logits, options_of
 from tests.models import tiny
 
-LEFT, LOST = [0, 1, 2, 4], 3
+REMAINING, LOST = [0, 1, 2, 4], 3
 
 
 def run_of(change):
@@ -31,7 +31,7 @@ def run_of(change):
   return WholeRun(pathlib.Path('run'), described, model, {'params': params}, 1)
 
 
-def same_logits(run, options, variables):
+def assert_same_logits(run, options, variables):
   model, params = options.build(), variables['params']
   for task in range(N):
     expected = logits(run.model, run.variables['params'], task)
@@ -47,19 +47,19 @@ def test_what_no_task_chooses_is_pruned_without_a_change():
 
   run = run_of(unloved)
   layers = sparse_layers(run.model, run.variables['params'])
-  left = {n: only(layer, LEFT) for n, layer in layers.items()}
-  options, variables = smaller(run, left, SHRUNK)
-  same_logits(run, options, variables)
+  smaller_layers = {n: only(layer, REMAINING) for n, layer in layers.items()}
+  options, variables = smaller(run, smaller_layers, SHRUNK)
+  assert_same_logits(run, options, variables)
   # As all layers have as many experts, the part of a task is taken out.
-  assert options.moe.num_experts == len(LEFT)
-  own = extract.extract(options, variables['params'], 2)
+  assert options.moe.num_experts == len(REMAINING)
+  extracted = extract.extract(options, variables['params'], 2)
   np.testing.assert_allclose(
-    logits(own.options.build(), own.params),
+    logits(extracted.options.build(), extracted.params),
     logits(run.model, run.variables['params'], 2),
     rtol=1e-5,
     atol=1e-5,
   )
-  options, variables = smaller(run, left, 'masked')
+  options, variables = smaller(run, smaller_layers, 'masked')
   with pytest.raises(ValueError, match='tied or masked columns'):
     extract.extract(options, variables['params'], 2)
 
@@ -72,10 +72,13 @@ def test_equal_experts_are_merged_without_a_change():
   run = run_of(twins)
   layers = sparse_layers(run.model, run.variables['params'])
   row = (0, 1, 2, 1, 3)  # column 3 leads to expert 1
-  left = {
-    n: SmallerLayer(*only(layer, LEFT)[:2], row) for n, layer in layers.items()
+  smaller_layers = {
+    n: SmallerLayer(*only(layer, REMAINING)[:2], row)
+    for n, layer in layers.items()
   }
-  same_logits(run, *smaller(run, left, TIED))
+  assert_same_logits(run, *smaller(run, smaller_layers, TIED))
   # Behind the same columns, experts that differ change the logits.
   with pytest.raises(AssertionError):
-    same_logits(run_of(lambda _, leaf: leaf), *smaller(run, left, TIED))
+    assert_same_logits(
+      run_of(lambda _, leaf: leaf), *smaller(run, smaller_layers, TIED)
+    )

@@ -27,35 +27,38 @@ def correlated(seed, inputs=I, units=O, rows=R):
 
 
 @functools.partial(jax.jit, static_argnames='make')
-def both(w, h, make):
-  """Both ways of rounding, and whether the first has to be the second."""
+def round_both_ways(w, h, make):
+  """Weights rounded by GPTQ and to nearest, and whether the two must agree."""
   grid, factor = make(w), gptq.factor(h)
   return gptq.gptq(w, grid, factor), grids.nearest(w, grid), factor.plain
 
 
-@pytest.fixture(scope='module', name='many')
-def make_many():
+@pytest.fixture(scope='module', name='roundings')
+def make_roundings():
   w, x = map(jnp.stack, zip(*map(correlated, range(SEEDS))))
   h = gptq.hessian(x, jnp.ones(x.shape[:-1], bool))
-  return {name: (w, *both(w, h, make)[:2], h) for name, make in GRIDS.items()}
+  return {
+    name: (w, *round_both_ways(w, h, make)[:2], h)
+    for name, make in GRIDS.items()
+  }
 
 
 @jax.jit
 def nearest_of(grid, i, row):
-  here = grid.of_input(i, I)
-  return here.values(here.codes(row[None]))[0]
+  input_grid = grid.of_input(i, I)
+  return input_grid.values(input_grid.codes(row[None]))[0]
 
 
 @pytest.mark.parametrize('name', GRIDS)
-def test_gptq_is_its_definition(name, many):
-  w, rounded, _, h = many[name]
+def test_gptq_is_its_definition(name, roundings):
+  w, rounded, _, h = roundings[name]
   grid, values = jax.device_get((rounded.grid, rounded.values))
   w, h = np.asarray(w), np.asarray(h)
   for e in range(5):
-    own = jax.tree.map(lambda leaf, e=e: leaf[e], grid)
+    expert_grid = jax.tree.map(lambda leaf, e=e: leaf[e], grid)
 
-    def nearest(row, i, own=own):
-      return np.asarray(nearest_of(own, i, row.astype(np.float32)))
+    def nearest(row, i, expert_grid=expert_grid):
+      return np.asarray(nearest_of(expert_grid, i, row.astype(np.float32)))
 
     damping = gptq.DAMPING * np.diag(h[e]).mean()
     expected = reference.gptq(w[e], h[e] + damping * np.eye(I), nearest)
@@ -63,26 +66,30 @@ def test_gptq_is_its_definition(name, many):
 
 
 @pytest.mark.parametrize('name', GRIDS)
-def test_gptq_loses_less_over_all_seeds(name, many):
-  w, rounded, nearest, h = many[name]
-  own = np.asarray(gptq.error(w, rounded.values, h))
+def test_gptq_loses_less_over_all_seeds(name, roundings):
+  w, rounded, nearest, h = roundings[name]
+  gptq_error = np.asarray(gptq.error(w, rounded.values, h))
   plain = np.asarray(gptq.error(w, nearest.values, h))
   for e in range(3):
     change = (w[e] - rounded.values[e]).T
     np.testing.assert_allclose(
-      own[e], np.trace(change @ h[e] @ change.T), rtol=1e-3
+      gptq_error[e], np.trace(change @ h[e] @ change.T), rtol=1e-3
     )
-  assert own.sum() < 0.9 * plain.sum()
+  assert gptq_error.sum() < 0.9 * plain.sum()
   # It is greedy, so that single matrices may come out worse.
-  print(f'{name}: GPTQ is not better in {100 * (own >= plain).mean():.1f} %')
+  print(
+    f'{name}: GPTQ is not better in {100 * (gptq_error >= plain).mean():.1f} %'
+  )
 
 
 @pytest.mark.parametrize('name', GRIDS)
-def test_without_correlation_it_rounds_to_nearest(name, many):
+def test_without_correlation_it_rounds_to_nearest(name, roundings):
   # The second expert has no token, and the third's Hessian is damaged.
   h = np.tile(np.eye(I, dtype=np.float32), (SEEDS, 1, 1))
   h[1], h[2, 0, 0] = 0, np.nan
-  rounded, nearest, plain = both(many[name][0], jnp.asarray(h), GRIDS[name])
+  rounded, nearest, plain = round_both_ways(
+    roundings[name][0], jnp.asarray(h), GRIDS[name]
+  )
   assert np.flatnonzero(plain).tolist() == [1, 2]
   np.testing.assert_array_equal(rounded.codes, nearest.codes)
 
@@ -90,10 +97,10 @@ def test_without_correlation_it_rounds_to_nearest(name, many):
 def test_blocks_of_inputs_change_nothing(monkeypatch):
   w, x = correlated(3)
   h = gptq.hessian(x, jnp.ones(R, bool))
-  whole = both(w, h, GRIDS['int4'])[0]
+  unblocked = round_both_ways(w, h, GRIDS['int4'])[0]
   monkeypatch.setattr(gptq, 'BLOCK', 4)  # 11 inputs: the last block has three
-  blocks = jax.jit(gptq.gptq)(w, whole.grid, gptq.factor(h))
-  np.testing.assert_array_equal(blocks.codes, whole.codes)
+  blocks = jax.jit(gptq.gptq)(w, unblocked.grid, gptq.factor(h))
+  np.testing.assert_array_equal(blocks.codes, unblocked.codes)
 
 
 def test_rows_that_do_not_count_are_left_out():

@@ -41,9 +41,9 @@ def test_an_expert_has_at_most_four_times_the_mean():
   choose = functools.partial(token_choice, num_selected=1, capacity=None)
   routing = jax.jit(choose)(logits)
   x = jnp.asarray(np.arange(S, dtype=np.float32)[None, :, None])
-  reached = calibration.RoutedTokens(x, routing)
+  routed_tokens = calibration.RoutedTokens(x, routing)
   counted = np.arange(S)[None] >= 5
-  tokens = ExpertTokens([reached], [counted])
+  tokens = ExpertTokens([routed_tokens], [counted])
   # 35 tokens count, so that the cap is 4 * 35 / 8, rounded up: 18 of 25.
   rows = tokens.rows(slice(0, 3))
   assert rows.filled.sum(1).tolist() == [18, 10, 0]
@@ -54,7 +54,7 @@ def test_an_expert_has_at_most_four_times_the_mean():
 
 @pytest.mark.slow
 def test_keys_and_values_have_the_same_inputs():
-  """Those of queries, or of cross attention the encoder's outputs."""
+  """They are those of queries; in cross attention, the encoder's outputs."""
   model = tiny.build({'num_experts': 0}, 'encoder_decoder', num_layers=1)
   variables, batch = {'params': tiny.params_of(model)}, {}
   for i, prefix in enumerate(model.sequences):
@@ -62,11 +62,15 @@ def test_keys_and_values_have_the_same_inputs():
     batch[f'{prefix}segment_ids'] = np.ones_like(tiny.tokens())
     batch[f'{prefix}positions'] = np.tile(np.arange(tiny.T), (tiny.B, 1))
 
-  def of(module, name):
-    found = kernel_inputs.capture(model, variables, batch, module, name)
-    return np.asarray(found[max(found)])
+  def inputs_of(module, name):
+    inputs_by_layer = kernel_inputs.capture(
+      model, variables, batch, module, name
+    )
+    return np.asarray(inputs_by_layer[max(inputs_by_layer)])
 
   for module in ('attention', 'cross_attention'):
-    query, key, value = (of(module, n) for n in ('query', 'key', 'value'))
+    query, key, value = (
+      inputs_of(module, n) for n in ('query', 'key', 'value')
+    )
     np.testing.assert_array_equal(key, value)
     assert np.array_equal(query, key) == (module == 'attention')

@@ -38,6 +38,8 @@ def test_killed_at_its_end_it_is_started_again(tmp_path):
     whole_run.read(killed)
   for folder in (killed, whole):
     command.main([*argv, f'--output={folder}'])
-  mine, other = whole_run.read(killed), whole_run.read(whole)
-  assert mine.options.model == other.options.model
-  jax.tree.map(np.testing.assert_array_equal, mine.variables, other.variables)
+  restarted, unbroken = whole_run.read(killed), whole_run.read(whole)
+  assert restarted.options.model == unbroken.options.model
+  jax.tree.map(
+    np.testing.assert_array_equal, restarted.variables, unbroken.variables
+  )

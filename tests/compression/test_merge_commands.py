@@ -12,7 +12,7 @@ from moe_jax.compression import whole_run
 from moe_jax.interop.export_run import export_run
 from moe_jax.interop.import_run import import_run
 from moe_jax.layers.retained import Retained
-from tests.generation import folders as own_runs
+from tests.generation import folders as run_folders
 from tests.interop import folders, oracle
 
 torch = pytest.importorskip('torch')
@@ -51,26 +51,29 @@ def mixtral(tmp_path_factory):
 def test_a_smaller_mixtral_loads_in_transformers(
   name, mixtral, tmp_path, capsys
 ):
-  verb, *more = COMMANDS[name]
+  verb, *flags = COMMANDS[name]
   new = tmp_path / 'new'
-  said = run(
-    capsys, verb, f'--run={mixtral}', f'--output={new}', '--batches=1', *more
+  output = run(
+    capsys, verb, f'--run={mixtral}', f'--output={new}', '--batches=1', *flags
   )
-  assert 'experts left: layer 0: 3 of 5, layer 1: 3 of 5' in said
-  own, old = whole_run.read(new), whole_run.read(mixtral)
+  assert 'experts left: layer 0: 3 of 5, layer 1: 3 of 5' in output
+  new_run, old_run = whole_run.read(new), whole_run.read(mixtral)
   before, after = (
-    sum(x.nbytes for x in jax.tree.leaves(r.variables)) for r in (old, own)
+    sum(x.nbytes for x in jax.tree.leaves(r.variables))
+    for r in (old_run, new_run)
   )
-  assert f'{before:,} before, {after:,} now' in said
+  assert f'{before:,} before, {after:,} now' in output
   expert = 4 * 3 * 24 * 20
   assert before - after == 2 * 2 * (expert + 4 * 24 * (name != 'tied'))
   lines = export_run(new, tmp_path / 'hf')
   assert any('do not fall' in line for line in lines) == (name == 'tied')
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
-  assert theirs.config.num_local_experts == (5 if name == 'tied' else 3)
+  hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+  assert hf_model.config.num_local_experts == (5 if name == 'tied' else 3)
   tokens = np.random.default_rng(0).integers(0, 264, (2, 9))
-  expected = theirs.eval()(torch.tensor(tokens)).logits.detach().numpy()
-  logits, _ = jax.jit(own.model.apply)(own.variables, tokens.astype(np.int32))
+  expected = hf_model.eval()(torch.tensor(tokens)).logits.detach().numpy()
+  logits, _ = jax.jit(new_run.model.apply)(
+    new_run.variables, tokens.astype(np.int32)
+  )
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -108,19 +111,21 @@ def test_a_smaller_switch_loads_in_transformers(tmp_path, capsys):
   )
   new = tmp_path / 'new'
   source = [f'--run={switch}', f'--output={new}', '--batches=1']
-  said = run(capsys, *COMMANDS['pruned'], *source)
-  assert 'layer 1: 3 of 5, layer 3: 3 of 5' in said
-  assert 'layer 3: raw gates become those of a softmax over what stays' in said
+  output = run(capsys, *COMMANDS['pruned'], *source)
+  assert 'layer 1: 3 of 5, layer 3: 3 of 5' in output
+  assert (
+    'layer 3: raw gates become those of a softmax over what stays' in output
+  )
   export_run(new, tmp_path / 'hf')
-  theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'hf')
-  own, given = whole_run.read(new), oracle.inputs(theirs.eval())
-  expected = oracle.logits(theirs, given)
-  tokens = given['decoder_input_ids'].astype(np.int32)
-  logits, _ = jax.jit(own.model.apply)(
-    own.variables,
-    encoder_tokens=given['input_ids'].astype(np.int32),
+  hf_model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'hf')
+  new_run, inputs = whole_run.read(new), oracle.inputs(hf_model.eval())
+  expected = oracle.logits(hf_model, inputs)
+  tokens = inputs['decoder_input_ids'].astype(np.int32)
+  logits, _ = jax.jit(new_run.model.apply)(
+    new_run.variables,
+    encoder_tokens=inputs['input_ids'].astype(np.int32),
     tokens=tokens,
-    encoder_segment_ids=given['attention_mask'].astype(np.int32),
+    encoder_segment_ids=inputs['attention_mask'].astype(np.int32),
     segment_ids=np.ones_like(tokens),
   )
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -128,9 +133,9 @@ def test_a_smaller_switch_loads_in_transformers(tmp_path, capsys):
 
 def test_a_trained_run_is_merged_on_other_data(tmp_path, capsys):
   old, new = tmp_path / 'run', tmp_path / 'new'
-  own_runs.write(old, model={'moe': {'num_experts': 4}})
+  run_folders.write(old, model={'moe': {'num_experts': 4}})
   path = folders.write_config(tmp_path)
-  said = run(
+  output = run(
     capsys,
     'merge',
     f'--run={old}',
@@ -140,17 +145,17 @@ def test_a_trained_run_is_merged_on_other_data(tmp_path, capsys):
     f'--config={path}',
     '--config.data.seq_len=16',
   )
-  assert 'experts left: layer 1: 2 of 4' in said
-  assert 'groups of experts: layer 1: ' in said
+  assert 'experts left: layer 1: 2 of 4' in output
+  assert 'groups of experts: layer 1: ' in output
   model = whole_run.read(new).options.model
   assert model.moe.num_experts == 4 and list(model.moe.retained.rows) == [1]
   # The last line is the command that recovers what was lost.
-  words = shlex.split(said.splitlines()[-1])
+  words = shlex.split(output.splitlines()[-1])
   assert words[:3] == ['python', '-m', 'moe_jax.compression']
-  given, overrides = command.parse(words[3:])
-  assert (given.teacher, given.workdir) == (str(old), f'{new}-recovered')
+  flags, overrides = command.parse(words[3:])
+  assert (flags.teacher, flags.workdir) == (str(old), f'{new}-recovered')
   config = config_file.config_of(
-    given.config, [*overrides, f'--config.distill.teacher={given.teacher}']
+    flags.config, [*overrides, f'--config.distill.teacher={flags.teacher}']
   )
   options = run_config.read(config)
   assert (options.distill.start, options.init_from.workdir) == (

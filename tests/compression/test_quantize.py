@@ -57,29 +57,29 @@ def make_folder(tmp_path_factory):
   return folder
 
 
-def into(folder, name, format, **more):
+def encode(folder, name, format, **options):
   """The folder of the run in a format, and the lines about its layers."""
   new, lines = folder.with_name(name), []
   format = KernelFormat(format) if isinstance(format, str) else format
-  more = {'num_batches': BATCHES, **more}
-  quantize.quantize(folder, new, format, message=lines.append, **more)
+  options = {'num_batches': BATCHES, **options}
+  quantize.quantize(folder, new, format, message=lines.append, **options)
   return new, lines
 
 
 @pytest.fixture(scope='module', name='int2')
 def make_int2(folder):
-  return into(folder, 'int2', 'int2')
+  return encode(folder, 'int2', 'int2')
 
 
 @pytest.fixture(scope='module', name='ternary')
 def make_ternary(folder):
-  return into(folder, 'ternary', 'ternary', method='rtn')[0]
+  return encode(folder, 'ternary', 'ternary', method='rtn')[0]
 
 
 @pytest.fixture(scope='module', name='all_int8')
 def make_all_int8(folder):
   format = KernelFormat('int8', group_size=9)
-  return into(folder, 'all_int8', format, kernels='all', method='rtn')[0]
+  return encode(folder, 'all_int8', format, kernels='all', method='rtn')[0]
 
 
 @functools.cache
@@ -92,8 +92,8 @@ def numbers_of(run):
   return _decoding(run.options.model)(run.variables['params'])
 
 
-def before_layer(layer, run, left):
-  """The parameters before a layer is rounded, from those that are left."""
+def params_before_layer(layer, run, decoded):
+  """The decoded parameters, with those of one layer before its rounding."""
 
   def choose(path, new, old):
     place = run.model.place_of(tuple(key.key for key in path))
@@ -102,35 +102,35 @@ def before_layer(layer, run, left):
     return new.at[place.layers.index(layer)].set(old[place.layers.index(layer)])
 
   old = run.variables['params']
-  return jax.tree_util.tree_map_with_path(choose, left, old)
+  return jax.tree_util.tree_map_with_path(choose, decoded, old)
 
 
 @pytest.mark.slow
 def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   run, new = whole_run.read(folder), whole_run.read(int2[0])
-  left = numbers_of(new)
+  decoded = numbers_of(new)
   format = KernelFormat('int2')
-  params = before_layer(2, run, left)
+  params = params_before_layer(2, run, decoded)
   batches = calibration.batches(run, BATCHES)
-  reached = [
+  inputs = [
     calibration.capture(run.model, {'params': params}, batch)[2]
     for batch in batches
   ]
   masks = [
     kernel_inputs.counted(batch, '', run.options.tokenizer) for batch in batches
   ]
-  rows = ExpertTokens(reached, masks).rows(slice(None))
-  old, own = (
+  rows = ExpertTokens(inputs, masks).rows(slice(None))
+  old, rounded = (
     run.model.layer_trees(tree)[2]['moe']['experts']
-    for tree in (run.variables['params'], left)
+    for tree in (run.variables['params'], decoded)
   )
   h = gptq.hessian(jnp.asarray(rows.x), jnp.asarray(rows.filled))
   for name in ('w_in', 'w_out'):
     grid = stored.grid_of(old[name], format)
     factor = jax.jit(gptq.factor)(h)
     expected = jax.jit(gptq.gptq)(old[name], grid, factor).values
-    np.testing.assert_allclose(own[name], expected, atol=1e-6)
-    hidden = jax.nn.gelu(rows.x @ own['w_in'], approximate=False)
+    np.testing.assert_allclose(rounded[name], expected, atol=1e-6)
+    hidden = jax.nn.gelu(rows.x @ rounded['w_in'], approximate=False)
     h = gptq.hessian(hidden, jnp.asarray(rows.filled))
 
 
@@ -227,17 +227,18 @@ def test_a_command_that_was_killed_at_its_end_ends(
 
 
 def test_one_command_at_a_time_has_a_folder(folder, tmp_path):
-  own, waits = tmp_path / '.new.unfinished.lock', []
-  lock = f'import fcntl; fcntl.lockf(open({str(own)!r}, "a"), 6)'  # EX and NB
+  lock_file, waits = tmp_path / '.new.unfinished.lock', []
+  # The operation 6 is LOCK_EX | LOCK_NB.
+  lock = f'import fcntl; fcntl.lockf(open({str(lock_file)!r}, "a"), 6)'
 
-  def another(_):
-    process = [sys.executable, '-c', lock]
-    ended = subprocess.run(process, capture_output=True, text=True)
-    waits.append('BlockingIOError' in ended.stderr)
+  def try_lock(_):
+    argv = [sys.executable, '-c', lock]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    waits.append('BlockingIOError' in process.stderr)
 
   new, format = tmp_path / 'new', KernelFormat('int2')
-  quantize.quantize(folder, new, format, method='rtn', message=another)
-  assert waits == [True, True] and not own.exists()
+  quantize.quantize(folder, new, format, method='rtn', message=try_lock)
+  assert waits == [True, True] and not lock_file.exists()
 
 
 @pytest.mark.slow
@@ -255,17 +256,17 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   ]
   np.testing.assert_array_equal(*texts)
   prepared = generation.prepare(run.model, run.variables)[1]
-  kept = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
-  assert kept & {'uint8', 'uint16'}
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
+  assert dtypes & {'uint8', 'uint16'}
   # Codes alone are in memory, before and after the layout for decoding.
   assert model_bytes.bytes_in_memory(prepared) == model_bytes.bytes_in_memory(
     run.variables
   )
   entry = evaluation.LossEvaluation(num_batches=1)
-  of_numbers = whole_run.write(
+  numbers_run = whole_run.write(
     whole_run.read(new), tmp_path / 'numbers', params, options
   )
-  losses = [evaluation.evaluate(f, entry)['loss'] for f in (new, of_numbers)]
+  losses = [evaluation.evaluate(f, entry)['loss'] for f in (new, numbers_run)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -276,9 +277,9 @@ def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
   names = {path[-2:] for path in coded}
   assert {('attention', 'w_query'), ('ffn', 'w_out')} <= names
   assert ('experts', 'w_in') in names and ('router', 'w') not in names
-  left = numbers_of(new)
+  decoded = numbers_of(new)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), left, plain
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), decoded, plain
   )
   # Beside the arrays, there are their names and the manifest.
   disk = model_bytes.bytes_on_disk(all_int8)
@@ -291,16 +292,16 @@ def test_a_shared_expert_is_rounded_by_what_it_reads(tmp_path):
   moe = {'layers': 'all', 'num_selected': 2, 'shared_expert': {'hidden': 9}}
   folders.write(folder, model={'num_layers': 1, 'moe': moe})
   format = KernelFormat('int8', group_size=3)
-  new, _ = into(folder, 'coded', format, kernels='all', num_batches=1)
+  new, _ = encode(folder, 'coded', format, kernels='all', num_batches=1)
   run, coded = (whole_run.read(path) for path in (folder, new))
-  left = numbers_of(coded)
-  old, own = (
+  decoded = numbers_of(coded)
+  old, rounded = (
     r.model.layer_trees(tree)[0]['moe']['shared_expert']['ffn']
-    for r, tree in ((run, run.variables['params']), (run, left))
+    for r, tree in ((run, run.variables['params']), (run, decoded))
   )
-  assert any((old[name] != own[name]).any() for name in old)
+  assert any((old[name] != rounded[name]).any() for name in old)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), own, old
+    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), rounded, old
   )
 
 
@@ -334,7 +335,7 @@ def test_experts_without_codes_of_their_own_are_none_in_codes():
 
 
 @pytest.mark.parametrize(
-  ('format', 'more', 'message'),
+  ('format', 'options', 'message'),
   [
     ('ternary', {'kernels': 'all'}, "all kernels can be in .'int8'"),
     ('int8', {'method': 'obq'}, "unknown method 'obq'.*'gptq'"),
@@ -342,22 +343,22 @@ def test_experts_without_codes_of_their_own_are_none_in_codes():
     ('int8', {'num_batches': 0}, 'num_batches=0 must be at least 1'),
   ],
 )
-def test_what_cannot_be_is_refused(folder, format, more, message):
+def test_what_cannot_be_is_refused(folder, format, options, message):
   with pytest.raises(ValueError, match=message):
-    into(folder, 'refused', format, **more)
+    encode(folder, 'refused', format, **options)
 
 
 def test_runs_without_kernels_to_round_are_refused(int2, tmp_path):
   with pytest.raises(ValueError, match='in codes already'):
-    into(int2[0], 'again', 'int8')
+    encode(int2[0], 'again', 'int8')
   dense = tmp_path / 'dense'
   folders.write(dense, model={'moe': {'num_experts': 0}})
   with pytest.raises(ValueError, match="no experts; use kernels='all'"):
-    into(dense, 'new', 'int8')
+    encode(dense, 'new', 'int8')
 
 
 def test_a_damaged_file_is_refused(folder, tmp_path):
-  new, _ = into(folder, 'damaged', 'int4', method='rtn')
+  new, _ = encode(folder, 'damaged', 'int4', method='rtn')
   model, rules = trained.read(new).model.build(), RULES
   with pytest.raises(ValueError, match='step=3 does not exist'):
     trained.restore_variables(new, model, rules, step=3)
@@ -414,14 +415,22 @@ def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
   params = folders.write(run, steps=(2, 3), model=MODEL)
   for step in (2, 3):
     output = tmp_path / f'int8_{step}'
-    asked = [f'--step={step}'] * (step == 2)  # the newest is that of step 3
-    arguments = ['--format=int8', '--method=rtn', f'--output={output}', *asked]
+    # Without a flag it is the newest checkpoint, that of step 3.
+    step_flags = [f'--step={step}'] * (step == 2)
+    arguments = [
+      '--format=int8',
+      '--method=rtn',
+      f'--output={output}',
+      *step_flags,
+    ]
     command.main(['quantize', f'--run={run}', *arguments])
     new = whole_run.read(output)
     outputs.append(numbers_of(new))
-  for output, own in zip(outputs, params.values(), strict=True):
+  for output, step_params in zip(outputs, params.values(), strict=True):
     jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), output, own
+      lambda a, b: np.testing.assert_allclose(a, b, atol=0.03),
+      output,
+      step_params,
     )
 
 
@@ -438,7 +447,7 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
   run = tmp_path / 'run'
 
   def without_expert_3(params):
-    """Of v, -v, 0 and 0, the two largest are always among the first three."""
+    """The two largest of v, -v, 0 and 0 are always among the first three."""
 
     def change(path, leaf):
       if [key.key for key in path[-2:]] != ['router', 'w']:
@@ -451,11 +460,11 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
   folders.write(run, model=MODEL, change=without_expert_3)
   experts = {}
   for method in ('rtn', 'gptq'):
-    new, lines = into(run, method, 'int2', method=method)
-    told = [
+    new, lines = encode(run, method, 'int2', method=method)
+    has_note = [
       line.endswith('; H = I for experts [3] (no tokens)') for line in lines
     ]
-    assert told == [method == 'gptq'] * 2
+    assert has_note == [method == 'gptq'] * 2
     loaded = whole_run.read(new)
     trees = loaded.model.layer_trees(loaded.variables['params'])
     experts[method] = [trees[layer]['moe']['experts'] for layer in (1, 2)]
@@ -474,16 +483,16 @@ def test_no_run_begins_with_codes(int2, tmp_path):
 
 
 def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
-  run, here = whole_run.read(int2[0]), 'has kernels in codes of few bits'
-  with pytest.raises(ValueError, match=f'int2 {here}'):
+  run, reason = whole_run.read(int2[0]), 'has kernels in codes of few bits'
+  with pytest.raises(ValueError, match=f'int2 {reason}'):
     fewer.calibrated(run, 1)
-  with pytest.raises(ValueError, match=f'the model {here}'):
+  with pytest.raises(ValueError, match=f'the model {reason}'):
     extract.extract(run.options.model, run.variables['params'], 0)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
-  with pytest.raises(ValueError, match=f'int2 {here}'):
+  with pytest.raises(ValueError, match=f'int2 {reason}'):
     keep_logits.write(int2[0], tmp_path, run.options.data, **numbers)
   config = test_distill.config_of(int2[0])
   student = run_config.read(config)
   student = setup.set_up(student, tmp_path / 'a', devices=jax.devices()[:1])
-  with pytest.raises(ValueError, match=f'distill.teacher=.*int2 {here}'):
+  with pytest.raises(ValueError, match=f'distill.teacher=.*int2 {reason}'):
     distill.Distilling().initial(student)

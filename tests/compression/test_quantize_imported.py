@@ -36,15 +36,19 @@ def test_an_imported_checkpoint(tmp_path):
   )
   assert numbers['bytes'] < numbers['bytes before']
   assert 0 < numbers['gptq error'] < numbers['rtn error']
-  own = generation.load(new)
-  assert len(lines) >= len(own.model.sparse_layers)
-  options, params = code_trees.decoded(own.options, own.variables['params'])
+  quantized = generation.load(new)
+  assert len(lines) >= len(quantized.model.sparse_layers)
+  options, params = code_trees.decoded(
+    quantized.options, quantized.variables['params']
+  )
   variables = {'params': params}
-  ids = trained_run.special_ids(own.model, own.tokenizer)
+  ids = trained_run.special_ids(quantized.model, quantized.tokenizer)
   texts = [
-    generation.generate(model, own_variables, [[5, 6, 7]], num_tokens=5, **ids)
-    for model, own_variables in (
-      (own.model, own.variables),
+    generation.generate(
+      model, model_variables, [[5, 6, 7]], num_tokens=5, **ids
+    )
+    for model, model_variables in (
+      (quantized.model, quantized.variables),
       (options.build(), variables),
     )
   ]

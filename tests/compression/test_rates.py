@@ -51,8 +51,8 @@ def test_the_command_prints_a_rate_at_its_own_width(capsys):
 
 def test_the_command_encodes_a_layer(capsys):
   __main__.main(['rates', '--layer=3,16,40', '--zeros', '0.885'])
-  printed = capsys.readouterr().out
-  assert printed.startswith('E=3 M=16 F=40, zeros 0.885: 3,840 weights; ')
+  output = capsys.readouterr().out
+  assert output.startswith('E=3 M=16 F=40, zeros 0.885: 3,840 weights; ')
 
 
 @pytest.mark.parametrize('layer', ['3,16', '3,0,4', 'x'])

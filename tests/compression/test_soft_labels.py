@@ -23,7 +23,7 @@ def logits(seed):
 
 
 def test_a_told_example():
-  # Of two words the teacher gives the first 3 to 1, the student 1 to 1: both
+  # The teacher prefers the first of two words 3 to 1, the student 1 to 1: both
   # cost the student log 2. With three hard parts of four and the first word as
   # the target, all of the loss is log 2.
   student = jnp.array([[[0.0, 0.0]]])
@@ -64,13 +64,13 @@ def test_nothing_is_differentiated_in_the_teacher():
 def test_all_kept_logits_are_the_whole_loss(temperature):
   student, teacher = logits(0), logits(1)
   values, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), V)
-  whole = soft_of(student, teacher, temperature)
-  kept = kept_of(student, ids, values, temperature)
-  np.testing.assert_allclose(kept, whole, rtol=1e-5)
+  whole_loss = soft_of(student, teacher, temperature)
+  kept_loss = kept_of(student, ids, values, temperature)
+  np.testing.assert_allclose(kept_loss, whole_loss, rtol=1e-5)
 
 
 def test_a_part_of_the_logits_sums_to_one():
-  # Of the probabilities 1/2, 1/3, 1/6 the first two become 3/5 and 2/5.
+  # The first two of the probabilities 1/2, 1/3, 1/6 become 3/5 and 2/5.
   teacher = jnp.log(jnp.array([[0.5, 1 / 3]]))
   student = jnp.log(jnp.array([[0.2, 0.3, 0.5]]))
   ids = jnp.array([[2, 0]])
@@ -86,23 +86,27 @@ def test_both_parts_are_weighted_and_one_alone_is_left():
   student, teacher = logits(0), logits(1)
 
   def loss(hard, soft):
-    made = soft_labels.mixed(
+    loss_fn = soft_labels.mixed(
       model,
       hard,
       soft,
       lambda outputs, batch: soft_of(outputs, teacher),
     )
-    return made(student, batch)
+    return loss_fn(student, batch)
 
-  own = model.loss(student, batch)
-  np.testing.assert_array_equal(loss(1.0, 0.0).nats, own.nats)
-  real = np.asarray(batch['loss_weights']) != 0
-  assert real.any()
-  assert not real.all()
+  hard_loss = model.loss(student, batch)
+  np.testing.assert_array_equal(loss(1.0, 0.0).nats, hard_loss.nats)
+  is_real = np.asarray(batch['loss_weights']) != 0
+  assert is_real.any()
+  assert not is_real.all()
   soft = soft_of(student, teacher)
-  np.testing.assert_allclose(loss(0.0, 1.0).nats[real], soft[real], rtol=1e-6)
-  both = loss(0.75, 0.25)
   np.testing.assert_allclose(
-    both.nats[real], (0.75 * own.nats + 0.25 * soft)[real], rtol=1e-6
+    loss(0.0, 1.0).nats[is_real], soft[is_real], rtol=1e-6
   )
-  np.testing.assert_array_equal(both.logits_z, own.logits_z)
+  mixed_loss = loss(0.75, 0.25)
+  np.testing.assert_allclose(
+    mixed_loss.nats[is_real],
+    (0.75 * hard_loss.nats + 0.25 * soft)[is_real],
+    rtol=1e-6,
+  )
+  np.testing.assert_array_equal(mixed_loss.logits_z, hard_loss.logits_z)

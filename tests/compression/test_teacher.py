@@ -46,18 +46,18 @@ def by_task(tmp_path_factory):
 def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
   # Task 0 of this data is fr, which the other run knows as task 1.
   config = config_of(by_task, data=mixture('fr'))
-  here = r"by the tasks \['de', 'fr'\], and the data has \['fr'\]"
-  one = {'devices': jax.devices()[:1]}
-  run = setup.set_up(run_config.read(config), tmp_path / 'a', **one)
-  with pytest.raises(ValueError, match=here):
+  message = r"by the tasks \['de', 'fr'\], and the data has \['fr'\]"
+  one_device = {'devices': jax.devices()[:1]}
+  run = setup.set_up(run_config.read(config), tmp_path / 'a', **one_device)
+  with pytest.raises(ValueError, match=message):
     distill.Distilling().initial(run)
   config = config_from(by_task, BY_TASK, data=mixture('fr'))
-  run = setup.set_up(run_config.read(config), tmp_path / 'b', **one)
-  with pytest.raises(ValueError, match=here):
+  run = setup.set_up(run_config.read(config), tmp_path / 'b', **one_device)
+  with pytest.raises(ValueError, match=message):
     finetuning.initial(run)
   options = sections.read(DataOptions, config.data, 'data.')
-  with pytest.raises(ValueError, match=here):
+  with pytest.raises(ValueError, match=message):
     calibration.batches(whole_run.read(by_task), 1, options)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
-  with pytest.raises(ValueError, match=here):
+  with pytest.raises(ValueError, match=message):
     keep_logits.write(by_task, tmp_path / 'c', options, **numbers)

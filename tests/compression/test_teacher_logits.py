@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: what is kept, and runs that learn from them."""
+"""A teacher's logits on disk: the largest are kept, and runs learn from them."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from tests.compression.test_distill import (
   MIX,
   TEACHER,
   config_of,
-  started,
+  start_run,
 )
 from tests.generation import folders
 from tests.training import tiny
@@ -42,19 +42,21 @@ def write(teacher, output, **changes):
 
 
 @pytest.fixture(scope='module')
-def whole(teacher, tmp_path_factory):
+def all_logits(teacher, tmp_path_factory):
   """All 257 logits of six batches, in two files."""
   return write(teacher, tmp_path_factory.mktemp('kept') / 'whole')
 
 
-def kept_config(teacher, kept, **overrides):
-  options = {**MIX, 'logits': str(kept.folder)}
+def config_with_logits(teacher, logits, **overrides):
+  options = {**MIX, 'logits': str(logits.folder)}
   return config_of(teacher, distil=options, **overrides)
 
 
 @pytest.mark.slow
-def test_all_logits_from_disk_are_those_beside(teacher, whole, tmp_path):
-  run, state, _ = started(kept_config(teacher, whole), tmp_path / 'run')
+def test_all_logits_from_disk_are_those_beside(teacher, all_logits, tmp_path):
+  run, state, _ = start_run(
+    config_with_logits(teacher, all_logits), tmp_path / 'run'
+  )
   params = folders.write(tmp_path / 'again', model=TEACHER)[3]
   sparse = tiny.model_of(tiny.options(model=TEACHER))
 
@@ -76,30 +78,36 @@ def test_all_logits_from_disk_are_those_beside(teacher, whole, tmp_path):
     expected = beside(state.params, batch)
     state, step = run.train_step(state, batch)
     np.testing.assert_allclose(step.loss, expected, rtol=1e-5)
-  assert whole.left_out_max < 1e-5
+  assert all_logits.left_out_max < 1e-5
 
 
-def test_the_largest_are_kept_and_the_rest_is_told(teacher, tmp_path, whole):
-  some = write(teacher, tmp_path / 'some', top=3, batches=1, dtype='float16')
-  batch, part = whole.batch(0), some.batch(0)
+def test_the_largest_are_kept_and_the_rest_is_told(
+  teacher, tmp_path, all_logits
+):
+  largest = write(teacher, tmp_path / 'some', top=3, batches=1, dtype='float16')
+  batch, largest_batch = all_logits.batch(0), largest.batch(0)
   np.testing.assert_array_equal(
-    part['teacher_ids'], batch['teacher_ids'][..., :3]
+    largest_batch['teacher_ids'], batch['teacher_ids'][..., :3]
   )
   probs = np.exp(batch['teacher_log_probs'].astype(np.float64))
   np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
-  _, _, first = started(config_of(teacher), tmp_path / 'run')
-  real = np.asarray(first['loss_weights']) != 0
-  left_out = 1 - probs[..., :3].sum(-1)[real]
-  np.testing.assert_allclose(some.left_out_mean, left_out.mean(), rtol=1e-4)
-  np.testing.assert_allclose(some.left_out_max, left_out.max(), rtol=1e-4)
-  size = sum(p.stat().st_size for p in some.folder.glob('*.safetensors'))
-  assert some.size == size
-  said = some.describe()
-  assert 'the 3 largest of 257 logits for 1 batches' in said
-  assert f'{some.left_out_mean:.3%} of the probability on average' in said
+  _, _, first = start_run(config_of(teacher), tmp_path / 'run')
+  is_real = np.asarray(first['loss_weights']) != 0
+  left_out = 1 - probs[..., :3].sum(-1)[is_real]
+  np.testing.assert_allclose(largest.left_out_mean, left_out.mean(), rtol=1e-4)
+  np.testing.assert_allclose(largest.left_out_max, left_out.max(), rtol=1e-4)
+  size = sum(p.stat().st_size for p in largest.folder.glob('*.safetensors'))
+  assert largest.size == size
+  description = largest.describe()
+  assert 'the 3 largest of 257 logits for 1 batches' in description
+  assert (
+    f'{largest.left_out_mean:.3%} of the probability on average' in description
+  )
 
 
-def test_what_a_killed_command_left_is_gone_on_with(teacher, whole, tmp_path):
+def test_what_a_killed_command_left_is_gone_on_with(
+  teacher, all_logits, tmp_path
+):
   folder = tmp_path / 'kept'
   write(teacher, folder)
   first, second = sorted(folder.glob('*.safetensors'))
@@ -107,40 +115,46 @@ def test_what_a_killed_command_left_is_gone_on_with(teacher, whole, tmp_path):
   second.write_bytes(second.read_bytes()[:-1])
   with pytest.raises(ValueError, match='has no finished logits'):
     teacher_logits.read(folder)
-  before = first.stat().st_mtime_ns
-  again = write(teacher, folder)
-  assert first.stat().st_mtime_ns == before
+  modified_ns = first.stat().st_mtime_ns
+  finished = write(teacher, folder)
+  assert first.stat().st_mtime_ns == modified_ns
   for number in range(STEPS):
     jax.tree.map(
-      np.testing.assert_array_equal, again.batch(number), whole.batch(number)
+      np.testing.assert_array_equal,
+      finished.batch(number),
+      all_logits.batch(number),
     )
 
 
-def test_other_runs_and_damage_are_refused(teacher, whole, tmp_path):
+def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
   cases = {
     'seed: 0 there, 1 here': {'seed': 1},
     'batch_size: 4 there, 8 here': {'batch_size': 8},
     '6 batches there, 7 steps here': {'total_steps': 7},
   }
-  kept = teacher_logits.read(whole.folder)
-  run, _, _ = started(kept_config(teacher, whole), tmp_path / 'run')
+  stored_logits = teacher_logits.read(all_logits.folder)
+  run, _, _ = start_run(
+    config_with_logits(teacher, all_logits), tmp_path / 'run'
+  )
   for message, changes in cases.items():
-    options = run_config.read(kept_config(teacher, whole, **changes))
+    options = run_config.read(
+      config_with_logits(teacher, all_logits, **changes)
+    )
     run.options = options.filled(257)
     with pytest.raises(ValueError, match=message):
-      kept.check(run, teacher_lib.read(run, options.distill))
+      stored_logits.check(run, teacher_lib.read(run, options.distill))
   with pytest.raises(ValueError, match='has batches 0 to 5, not 6'):
-    kept.batch(6)
+    stored_logits.batch(6)
   with pytest.raises(ValueError, match='holds other logits: top: 257 -> 4'):
-    write(teacher, whole.folder, top=4)
+    write(teacher, all_logits.folder, top=4)
   with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
     write(teacher, tmp_path / 'more', top=258)
   with pytest.raises(ValueError, match='was trained on tokens of bytes'):
-    other = tiny.config(data={'tokenizer': {'kind': 'chars'}}).data
+    other_data = tiny.config(data={'tokenizer': {'kind': 'chars'}}).data
     keep_logits.write(
       teacher,
       tmp_path / 'chars',
-      sections.read(DataOptions, other, 'data.'),
+      sections.read(DataOptions, other_data, 'data.'),
       seed=0,
       batch_size=4,
       batches=1,

@@ -1,4 +1,4 @@
-"""Statistics of experts against a loop over tokens, and the scores of it."""
+"""Statistics of experts against a loop over tokens, and scores of experts."""
 
 import functools
 
@@ -21,9 +21,9 @@ def measured():
 
 
 def test_statistics_are_those_of_a_loop_over_tokens():
-  run, before = measured()
+  run, calibrated = measured()
   params = run.model.layer_trees(run.variables['params'])
-  want = {
+  expected = {
     n: dict(
       tokens=0,
       choices=np.zeros(E),
@@ -33,12 +33,12 @@ def test_statistics_are_those_of_a_loop_over_tokens():
     )
     for n in (1, 2)
   }
-  for batch in before.batches:
-    for n, reached in capture(run.model, run.variables, batch).items():
+  for batch in calibrated.batches:
+    for n, inputs in capture(run.model, run.variables, batch).items():
       p = jax.tree.map(np.asarray, params[n]['moe']['experts'])
-      real = np.asarray(batch['segment_ids']) > 0
-      for token in np.argwhere(real):
-        x, sums = np.asarray(reached.x)[tuple(token)], want[n]
+      is_real = np.asarray(batch['segment_ids']) > 0
+      for token in np.argwhere(is_real):
+        x, sums = np.asarray(inputs.x)[tuple(token)], expected[n]
         h = x @ p['w_in'] + p['b_in']
         gated = x @ p['w_gate']
         h *= gated / (1 + np.exp(-gated))
@@ -46,15 +46,15 @@ def test_statistics_are_those_of_a_loop_over_tokens():
         sums['tokens'] += 1
         sums['output'] += y
         for k in range(K):
-          e = int(reached.routing.expert_index[tuple(token)][k])
-          gate = float(reached.routing.gate[tuple(token)][k])
+          e = int(inputs.routing.expert_index[tuple(token)][k])
+          gate = float(inputs.routing.gate[tuple(token)][k])
           sums['choices'][e] += 1
           sums['gate'][e] += gate
           sums['gated_norm'][e] += gate * np.linalg.norm(y[e])
-  for n, sums in want.items():
+  for n, sums in expected.items():
     for name, value in sums.items():
       np.testing.assert_allclose(
-        getattr(before.usage[n], name), value, rtol=1e-4, atol=1e-4
+        getattr(calibrated.usage[n], name), value, rtol=1e-4, atol=1e-4
       )
 
 
