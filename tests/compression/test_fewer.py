@@ -89,9 +89,9 @@ def test_merging_equal_experts_under_tied_columns_changes_nothing():
   }
   for n in (1, 2):
     y, load = outputs(run, n)
-    same, same_load = outputs(merged_run, n)
-    np.testing.assert_allclose(same, y, atol=1e-5)
-    np.testing.assert_array_equal(same_load, load)
+    merged_y, merged_load = outputs(merged_run, n)
+    np.testing.assert_allclose(merged_y, y, atol=1e-5)
+    np.testing.assert_array_equal(merged_load, load)
   # A shrunk router has lost columns, so that tokens choose otherwise.
   shrunk, _ = outputs(smaller_run(run, smaller_layers, 'shrunk'), 1)
   assert np.abs(shrunk - y).max() > 1e-2

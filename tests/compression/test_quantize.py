@@ -404,9 +404,9 @@ def test_the_command_says_what_it_made(folder, tmp_path, capsys):
       '--symmetric',
     ]
   )
-  out = capsys.readouterr().out
-  assert 'layer 2: error of RTN' in out
-  assert '4.00 bits a weight of codes and ' in out
+  output = capsys.readouterr().out
+  assert 'layer 2: error of RTN' in output
+  assert '4.00 bits a weight of codes and ' in output
   assert whole_run.read(new).options.model.moe.expert.format.symmetric
 
 

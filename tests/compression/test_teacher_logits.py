@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: the largest are kept, and runs learn from them."""
+"""A teacher's largest logits on disk, and runs that learn from them."""
 
 import jax
 import numpy as np

@@ -152,13 +152,19 @@ def test_the_first_loss_and_the_factors_gradient_follow_from_the_kernels():
   factor_grad_fn = step.make_grad_fn(
     model, weights, 1, programs.trained.part, adapters.merged
   )
-  grads = jax.jit(factor_grad_fn)(params, batch, normalizers, key)[1]
-  assert set(arrays(grads)) == adapters.names
-  full = kernel_grad_fn(adapters.merged(params), batch, normalizers, key)[1]
-  full, grads, params_by_name = arrays(full), arrays(grads), arrays(params)
+  factor_grads = jax.jit(factor_grad_fn)(params, batch, normalizers, key)[1]
+  assert set(arrays(factor_grads)) == adapters.names
+  kernel_grads = kernel_grad_fn(
+    adapters.merged(params), batch, normalizers, key
+  )[1]
+  kernel_grads, factor_grads, params_by_name = (
+    arrays(kernel_grads),
+    arrays(factor_grads),
+    arrays(params),
+  )
   s = ALPHA / RANK
-  for name in (n for n in full if f'lora/{n}/a' in params_by_name):
-    kernel, g = adapters.kernels[tuple(name.split('/'))], full[name]
+  for name in (n for n in kernel_grads if f'lora/{n}/a' in params_by_name):
+    kernel, g = adapters.kernels[tuple(name.split('/'))], kernel_grads[name]
     stack = g.shape[: kernel.stacked]
     inputs = int(np.prod(g.shape[kernel.stacked :][: kernel.inputs]))
     g = g.reshape(*stack, inputs, -1)
@@ -168,7 +174,7 @@ def test_the_first_loss_and_the_factors_gradient_follow_from_the_kernels():
       ('a', s * g @ b.swapaxes(-1, -2)),
       ('b', s * a.swapaxes(-1, -2) @ g),
     ):
-      gradient = grads[f'lora/{name}/{factor}']
+      gradient = factor_grads[f'lora/{name}/{factor}']
       np.testing.assert_allclose(
         gradient.reshape(expected.shape), expected, rtol=1e-4, atol=1e-6
       )

@@ -153,15 +153,17 @@ def make(kind: str, seed: int = 0, **options):
       if name.endswith('bias') or 'norm' in name:
         value += 0.2 * torch.randn_like(value)  # else all would start equal
       else:
-        loud = LOUD[kind]
-        value *= next(f for part, f in loud.items() if part in name)
+        factors = LOUD[kind]
+        value *= next(f for part, f in factors.items() if part in name)
     for name, value in model.named_buffers():
       if name.endswith('e_score_correction_bias'):
         value += 0.2 * torch.randn_like(value)  # as scores differ by less
   return model
 
 
-def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
+def inputs(
+  model, seed: int = 0, pad_left: bool = False
+) -> dict[str, np.ndarray]:
   """Token ids and masks of rows of different lengths; the first is full.
 
   Some ids of padding are not masked: NLLB counts positions by ids.
@@ -172,29 +174,29 @@ def inputs(model, seed: int = 0, left: bool = False) -> dict[str, np.ndarray]:
   low = 3  # special ids are below 3
   ids = rng.integers(low, V, (B, S))
   mask = np.arange(S) < np.array([[S], [S - 4], [S - 1]])
-  if left:
+  if pad_left:
     mask = mask[:, ::-1]
   ids = np.where(mask, ids, pad)
   ids[0, 5] = pad
-  given = dict(input_ids=ids, attention_mask=mask.astype(np.int64))
+  batch = dict(input_ids=ids, attention_mask=mask.astype(np.int64))
   if model.config.is_encoder_decoder:
     start = model.generation_config.decoder_start_token_id
     decoder = rng.integers(low, V, (B, T))
     decoder[:, 0], decoder[1, 3] = start, pad
-    given['decoder_input_ids'] = decoder
-  return given
+    batch['decoder_input_ids'] = decoder
+  return batch
 
 
-def logits(model, given: dict[str, np.ndarray]) -> np.ndarray:
+def logits(model, batch: dict[str, np.ndarray]) -> np.ndarray:
   """Logits of transformers' model, float32 [B, T, V]."""
   with torch.no_grad():
     output = model(
-      **{name: torch.tensor(value) for name, value in given.items()}
+      **{name: torch.tensor(value) for name, value in batch.items()}
     )
   return output.logits.numpy()
 
 
-def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
+def greedy(model, batch: dict[str, np.ndarray]) -> np.ndarray:
   """Greedy tokens of transformers' model; a decoder continues the first row.
 
   Where an encoder-decoder generates a token in the first row only, and not at
@@ -202,7 +204,7 @@ def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
   padding.
   """
   ids, mask = (
-    torch.tensor(given[name]) for name in ('input_ids', 'attention_mask')
+    torch.tensor(batch[name]) for name in ('input_ids', 'attention_mask')
   )
   if not model.config.is_encoder_decoder:
     prompt = ids[:1, mask[0].bool()]
@@ -210,21 +212,23 @@ def greedy(model, given: dict[str, np.ndarray]) -> np.ndarray:
   options = dict(attention_mask=mask, do_sample=False, max_length=N)
   model.generation_config.eos_token_id = None
   endless = model.generate(ids, **options).numpy()
-  first, others = endless[0], endless[1:]
-  ends = [x for x in first[3:-2] if x not in first[:3] and x not in others]
-  if not ends:
+  first_row, other_rows = endless[0], endless[1:]
+  end_tokens = [
+    x for x in first_row[3:-2] if x not in first_row[:3] and x not in other_rows
+  ]
+  if not end_tokens:
     return endless
-  model.generation_config.eos_token_id = int(ends[0])
+  model.generation_config.eos_token_id = int(end_tokens[0])
   return model.generate(ids, **options).numpy()
 
 
-def write(model, folder: pathlib.Path, seed: int = 0, left: bool = False):
+def write(model, folder: pathlib.Path, seed: int = 0, pad_left: bool = False):
   """Writes the checkpoint and `expected.npz`; returns the latter's arrays."""
-  given = inputs(model, seed, left)
+  batch = inputs(model, seed, pad_left)
   expected = {
-    **given,
-    'logits': logits(model, given),
-    'greedy': greedy(model, given),
+    **batch,
+    'logits': logits(model, batch),
+    'greedy': greedy(model, batch),
   }
   model.save_pretrained(folder)
   np.savez(folder / 'expected.npz', **expected)

@@ -34,13 +34,13 @@ def normed(x, scale, epsilon):
 def turned(x, position, theta):
   """A query or key whose two halves are turned by its position."""
   half = len(x) // 2
-  out = np.empty_like(x)
+  y = np.empty_like(x)
   for i in range(half):
     angle = position * theta ** (-2 * i / len(x))
     a, b = x[i], x[half + i]
-    out[i] = a * np.cos(angle) - b * np.sin(angle)
-    out[half + i] = b * np.cos(angle) + a * np.sin(angle)
-  return out
+    y[i] = a * np.cos(angle) - b * np.sin(angle)
+    y[half + i] = b * np.cos(angle) + a * np.sin(angle)
+  return y
 
 
 def attention(rows, w, prefix, *, heads, kv_heads, theta, scale):
@@ -56,14 +56,14 @@ def attention(rows, w, prefix, *, heads, kv_heads, theta, scale):
   )
   outputs = []
   for t in range(len(rows)):
-    parts = []
+    head_outputs = []
     for h in range(heads):
       n = h * kv_heads // heads  # the key that several queries share
       query = turned(queries[t][h], t, theta)
       scores = [query @ turned(keys[s][n], s, theta) for s in range(t + 1)]
       weights = softmax(np.array(scores) * scale)
-      parts.append(sum(weights[s] * values[s][n] for s in range(t + 1)))
-    outputs.append(projected(np.concatenate(parts), 'o'))
+      head_outputs.append(sum(weights[s] * values[s][n] for s in range(t + 1)))
+    outputs.append(projected(np.concatenate(head_outputs), 'o'))
   return np.array(outputs)
 
 
@@ -114,14 +114,14 @@ def draw(shapes, seed):
   rng = np.random.default_rng(seed)
   tensors = {}
   for name, shape in shapes.items():
-    value = rng.normal(size=shape)
+    tensor = rng.normal(size=shape)
     if name.endswith('norm.weight'):
-      value = 1 + 0.2 * value
+      tensor = 1 + 0.2 * tensor
     elif 'embed' in name or name.endswith('bias'):
-      value *= 0.3  # else a token would lead to itself
+      tensor *= 0.3  # else a token would lead to itself
     else:
-      value *= 2 / np.sqrt(shape[-2 if 'experts.w' in name else -1])
-    tensors[name] = value.astype(np.float32)
+      tensor *= 2 / np.sqrt(shape[-2 if 'experts.w' in name else -1])
+    tensors[name] = tensor.astype(np.float32)
   return tensors
 
 
@@ -155,13 +155,13 @@ def write(folder, config, tensors, shards=1):
   if shards == 1:
     save_file(tensors, folder / 'model.safetensors')
     return
-  where = {}
+  file_of = {}
   for k in range(shards):
     name = f'model-{k + 1:05}-of-{shards:05}.safetensors'
     part = {key: tensors[key] for key in sorted(tensors)[k::shards]}
     save_file(part, folder / name)
-    where |= dict.fromkeys(part, name)
-  index = {'metadata': {}, 'weight_map': where}
+    file_of |= dict.fromkeys(part, name)
+  index = {'metadata': {}, 'weight_map': file_of}
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
 
 
@@ -198,7 +198,7 @@ def expect(folder, compute, vocab_size):
 
 
 def check(folder, config, tensors, compute, files=1, fast=False):
-  """Compares an imported checkpoint with loops, and what is exported with it.
+  """Compares an imported checkpoint with loops, and its exported copy with it.
 
   Args:
     folder: An empty folder.
@@ -209,16 +209,18 @@ def check(folder, config, tensors, compute, files=1, fast=False):
     files: The number of files of the checkpoint.
     fast: Whether only the logits of prompts in a cache are compared.
   """
-  theirs, ours = folder / 'theirs', folder / 'ours'
-  write(theirs, config, tensors, files)
-  wide = {name: value.astype(np.float64) for name, value in tensors.items()}
+  source, exported = folder / 'theirs', folder / 'ours'
+  write(source, config, tensors, files)
+  wide_tensors = {
+    name: value.astype(np.float64) for name, value in tensors.items()
+  }
   expected = expect(
-    theirs, functools.partial(compute, wide), config['vocab_size']
+    source, functools.partial(compute, wide_tensors), config['vocab_size']
   )
   # Outputs must vary, or any model would agree.
   assert len(np.unique(expected['greedy'][0, T:])) >= 3
   assert expected['logits'].std() > 0.1
-  options, model, variables = interop.load(theirs)
+  options, model, variables = interop.load(source)
   if fast:
     decode = jax.jit(functools.partial(model.apply, method='decode'))
     ids = expected['input_ids'].astype(np.int32)
@@ -226,16 +228,16 @@ def check(folder, config, tensors, compute, files=1, fast=False):
     logits, _ = decode(variables, ids, mask, model.make_cache(B, T))
     np.testing.assert_allclose(logits, expected['logits'], rtol=0, atol=5e-5)
   else:
-    verdict = verify(theirs, theirs / 'expected.npz')
+    verdict = verify(source, source / 'expected.npz')
     assert verdict.largest_difference < 5e-5, verdict.describe()
     assert verdict.first_difference is None and verdict.num_equal_tokens == N, (
       verdict
     )
   # Exported again, the model has the same weights and options.
-  interop.save(options, variables, ours, shard_bytes=2**14 // files)
-  assert len([*ours.glob('*.safetensors')]) >= min(files, 2)
-  again = read(ours)
-  assert again.keys() == tensors.keys()
+  interop.save(options, variables, exported, shard_bytes=2**14 // files)
+  assert len([*exported.glob('*.safetensors')]) >= min(files, 2)
+  exported_tensors = read(exported)
+  assert exported_tensors.keys() == tensors.keys()
   for name, value in tensors.items():
-    np.testing.assert_array_equal(again[name], value, err_msg=name)
-  assert checkpoint_folder.open_checkpoint(ours).options == options
+    np.testing.assert_array_equal(exported_tensors[name], value, err_msg=name)
+  assert checkpoint_folder.open_checkpoint(exported).options == options

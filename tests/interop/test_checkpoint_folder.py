@@ -21,10 +21,10 @@ def open_config(folder, **config):
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_key_of_transformers_is_sorted(kind):
   keys = checkpoint_folder.ARCHITECTURES[kind].keys
-  known = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
-  known |= keys.spellings
+  sorted_keys = {**keys.honoured, **keys.training, **keys.fixed, **keys.ignored}
+  sorted_keys |= keys.spellings
   config = oracle.CLASSES[kind].config_class()
-  assert not set(config.to_dict()) - set(known)
+  assert not set(config.to_dict()) - set(sorted_keys)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -186,7 +186,7 @@ def test_an_nllb_of_2023(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('kind', 'options', 'said'),
+  ('kind', 'options', 'messages'),
   [
     (
       'mixtral',
@@ -340,14 +340,14 @@ def test_an_nllb_of_2023(tmp_path):
     ),
   ],
 )
-def test_all_that_is_wrong_is_listed(kind, options, said, tmp_path):
+def test_all_that_is_wrong_is_listed(kind, options, messages, tmp_path):
   config = {**oracle.BASE[kind], **options, 'model_type': kind}
   with pytest.raises(ValueError, match='checkpoint is not supported') as caught:
     open_config(tmp_path, **config)
   lines = str(caught.value).splitlines()
-  assert len(lines) == 1 + len(said)
-  for words in said:
-    assert words in str(caught.value)
+  assert len(lines) == 1 + len(messages)
+  for message in messages:
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -110,27 +110,29 @@ def test_what_is_refused(tmp_path):
     open_config(tmp_path, config)
   _, *lines = str(caught.value).splitlines()
   assert len(lines) == 4
-  for words in (
+  for message in (
     "quant_method='fp8': tensors that are quantized are not read; convert them",
     "scoring_func='softmax' is not supported, only 'sigmoid'",
     "topk_method='greedy' is not supported, only 'noaux_tc'",
     'n_group=None is not supported; all experts are one group with 1',
   ):
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_layers_for_further_tokens_are_left_out(tmp_path):
   oracle.make('deepseek_v3').save_pretrained(tmp_path)
   path = tmp_path / 'model.safetensors'
   tensors = files.load_file(path)
-  # One is behind the last layer, and one is where DeepSeek-V3 has it. If there
-  # are others, the config has fewer layers than the model.
+  # One such layer is behind the last one, and one is where DeepSeek-V3 has it.
+  # If there are others, the config has fewer layers than the model.
   for layer in (3, 61, 4):
     tensors[f'model.layers.{layer}.eh_proj.weight'] = torch.zeros(24, 48)
   files.save_file(tensors, path)
-  with pytest.raises(ValueError, match='does not hold the deepseek_v3') as no:
+  with pytest.raises(
+    ValueError, match='does not hold the deepseek_v3'
+  ) as caught:
     interop.load(tmp_path)
-  _, line = str(no.value).splitlines()
+  _, line = str(caught.value).splitlines()
   assert line.strip() == 'unknown: model.layers.4.eh_proj.weight [24, 48]'
 
 
@@ -141,15 +143,15 @@ def test_what_is_saved(tmp_path):
   with pytest.raises(ValueError, match=r"\['params'\] have no 'router_state'"):
     interop.save(options, params, tmp_path / 'ours')
   # The rate of the bias acts only in training; without one there is no bias.
-  other = with_rate(options, 0.02)
-  interop.save(other, variables, tmp_path / 'ours')
-  again = interop.load(tmp_path / 'ours')
-  assert again.options == options
+  changed_options = with_rate(options, 0.02)
+  interop.save(changed_options, variables, tmp_path / 'ours')
+  reloaded = interop.load(tmp_path / 'ours')
+  assert reloaded.options == options
   assert all(bias.any() for bias in biases(variables))
-  jax.tree.map(np.testing.assert_array_equal, again.variables, variables)
-  without = with_rate(options, 0.0)
+  jax.tree.map(np.testing.assert_array_equal, reloaded.variables, variables)
+  unbiased_options = with_rate(options, 0.0)
   with pytest.raises(ValueError, match=r'balance_bias_rate: 0\.0, not 0\.001'):
-    interop.save(without, params, tmp_path / 'other')
+    interop.save(unbiased_options, params, tmp_path / 'other')
 
 
 def with_rate(options, rate):
@@ -162,31 +164,31 @@ def with_rate(options, rate):
 def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
   source, workdir = tmp_path / 'theirs', tmp_path / 'run'
   folders.write(source, 'deepseek_v3')
-  one = dict(devices=jax.devices()[:1])
-  import_run.import_run(source, workdir, RunConfig(), **one)
+  one_device = dict(devices=jax.devices()[:1])
+  import_run.import_run(source, workdir, RunConfig(), **one_device)
   imported = interop.load(source).variables
 
-  def begun():
+  def initial_variables():
     # A reader of the run and the run itself begin with the same.
     run = trained.read(workdir)
     model = run.model.build(run.sharding.rules)
-    read = trained.restore_variables(workdir, model, run.sharding.rules).state
+    stored = trained.restore_variables(workdir, model, run.sharding.rules).state
     state = begin.begin(
-      setup.set_up(run_options(workdir), workdir, resume=True, **one)
+      setup.set_up(run_options(workdir), workdir, resume=True, **one_device)
     )
-    jax.tree.map(np.testing.assert_array_equal, read['params'], state.params)
-    found = {'router_state': state.router_state}
-    np.testing.assert_array_equal(biases(read), biases(found))
-    return found
+    jax.tree.map(np.testing.assert_array_equal, stored['params'], state.params)
+    variables = {'router_state': state.router_state}
+    np.testing.assert_array_equal(biases(stored), biases(variables))
+    return variables
 
-  np.testing.assert_array_equal(biases(begun()), biases(imported))
+  np.testing.assert_array_equal(biases(initial_variables()), biases(imported))
   export_run(workdir, tmp_path / 'out')
-  out = interop.load(tmp_path / 'out').variables
-  jax.tree.map(np.testing.assert_array_equal, out, imported)
+  exported = interop.load(tmp_path / 'out').variables
+  jax.tree.map(np.testing.assert_array_equal, exported, imported)
   # A checkpoint of step 0 without a bias, which other commands may write.
   with Checkpointer(checkpoints_of(workdir), keep_best=False) as checkpoints:
     checkpoints.save(0, {'params': imported['params']})
-  assert not any(bias.any() for bias in biases(begun()))
+  assert not any(bias.any() for bias in biases(initial_variables()))
 
 
 def run_options(workdir):
@@ -197,20 +199,20 @@ def run_options(workdir):
 
 def test_biases_of_the_parity_case_change_choices():
   name = 'deepseek3 as Moonlight: one group, two dense layers'
-  model, left = test_parity.model_and_side(name)
-  given = oracle.inputs(model, seed=len(name), left=left)
+  model, pad_left = test_parity.model_and_side(name)
+  batch = oracle.inputs(model, seed=len(name), pad_left=pad_left)
   changed = []
 
   def compare(router, inputs, output):
     bias = router.e_score_correction_bias.clone()
     router.e_score_correction_bias.zero_()
-    without = router.forward(*inputs)[2]
+    unbiased = router.forward(*inputs)[2]
     router.e_score_correction_bias.copy_(bias)
-    pairs = output[2].sort(-1)[0] != without.sort(-1)[0]
+    pairs = output[2].sort(-1)[0] != unbiased.sort(-1)[0]
     changed.append(float(pairs.any(-1).float().mean()))
 
   for module in model.modules():
     if hasattr(module, 'e_score_correction_bias'):
       module.register_forward_hook(compare)
-  oracle.logits(model, given)
+  oracle.logits(model, batch)
   assert changed and min(changed) > 0.2

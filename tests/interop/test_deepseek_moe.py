@@ -88,9 +88,9 @@ def shapes_of(c):
   return shapes
 
 
-def compute(c, w, batch, read):
+def compute(c, w, batch, num_read):
   """The logits of the published model, however many tokens are read at once."""
-  del read
+  del num_read
 
   def ffn(path, h):
     gate, up, down = (
@@ -129,8 +129,8 @@ def compute(c, w, batch, read):
   ],
 )
 def test_logits_tokens_and_weights(name, tmp_path):
-  more, files = CASES[name]
-  config = BASE | more
+  overrides, files = CASES[name]
+  config = BASE | overrides
   tensors = plain.draw(shapes_of(config), seed=len(name))
   plain.check(
     tmp_path,
@@ -189,10 +189,10 @@ PUBLISHED = dict(
 def test_the_published_config_is_that_of_our_config(tmp_path):
   imported = open_config(tmp_path, PUBLISHED).options
   config = config_file.load_config('moe_jax:deepseek_moe_16b')
-  ours = run_config.read(config).model
-  assert difference(imported, ours) == {}
+  our_options = run_config.read(config).model
+  assert difference(imported, our_options) == {}
   router = imported.moe.router
-  assert router == ours.moe.router
+  assert router == our_options.moe.router
   # A batch has one balance loss if sequences have none.
   router = open_config(tmp_path, PUBLISHED | dict(seq_aux=False)).options
   router = router.moe.router
@@ -214,7 +214,7 @@ def test_what_is_refused(tmp_path):
     open_config(tmp_path, config)
   _, *lines = str(caught.value).splitlines()
   assert len(lines) == 7, lines
-  for words in (
+  for message in (
     'num_attention_heads=16 does not divide hidden_size=2047',
     'first_k_dense_replace=27 and moe_layer_freq=28 leave no layer sparse',
     'n_routed_experts=None is no integer',
@@ -223,7 +223,7 @@ def test_what_is_refused(tmp_path):
     "rope type 'linear' is not supported, only default",
     "scoring_func='sigmoid' is not supported, only 'softmax'",
   ):
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_sparse_layers_that_no_number_divides_are_not_written(tmp_path):

@@ -10,13 +10,13 @@ from moe_jax.interop.forms import Form
 H, D, M, E, F = 3, 4, 5, 2, 7
 
 
-def reader(theirs, read=None):
+def reader(tensor, sizes=None):
   """A source of a tensor that records how much of it is read."""
 
   def get(index):
-    part = theirs[index].copy()
-    if read is not None:
-      read.append(part.size)
+    part = tensor[index].copy()
+    if sizes is not None:
+      sizes.append(part.size)
     return part
 
   return get
@@ -57,33 +57,33 @@ def test_every_slice_is_that_of_the_whole(text, data):
   their_shape, shape, convert = CASES[text]
   form = Form.parse(text)
   assert form.their_shape(shape) == their_shape
-  theirs = np.random.default_rng(0).normal(size=their_shape)
-  ours = convert(theirs)
+  tensor = np.random.default_rng(0).normal(size=their_shape)
+  converted = convert(tensor)
   index = []
   for size in shape:
     low = data.draw(st.integers(0, size - 1))
     index.append(slice(low, data.draw(st.integers(low + 1, size))))
   index = tuple(index)
   np.testing.assert_array_equal(
-    form.read(reader(theirs), shape, index), ours[index]
+    form.read(reader(tensor), shape, index), converted[index]
   )
   assert form.num_blocks == (2 if '/' in text else 1)
-  again = np.zeros_like(theirs)
-  form.write_block(again, ours)
-  assert np.count_nonzero(again) == ours.size
-  np.testing.assert_array_equal(convert(again), ours)
+  rewritten = np.zeros_like(tensor)
+  form.write_block(rewritten, converted)
+  assert np.count_nonzero(rewritten) == converted.size
+  np.testing.assert_array_equal(convert(rewritten), converted)
   if '/' not in text:
-    whole = form.write(ours)
-    np.testing.assert_array_equal(whole, theirs)
-    assert whole.flags.c_contiguous
+    written = form.write(converted)
+    np.testing.assert_array_equal(written, tensor)
+    assert written.flags.c_contiguous
 
 
 def test_no_more_is_read_than_the_slice_needs():
-  theirs = np.zeros((H * D, M))
-  read = []
-  part = (slice(1, 3), slice(2, 3), slice(0, D))
-  Form.parse('(H D) M -> M H D').read(reader(theirs, read), (M, H, D), part)
-  assert read == [D * 2]
+  tensor = np.zeros((H * D, M))
+  sizes = []
+  index = (slice(1, 3), slice(2, 3), slice(0, D))
+  Form.parse('(H D) M -> M H D').read(reader(tensor, sizes), (M, H, D), index)
+  assert sizes == [D * 2]
 
 
 def test_sides_that_differ():

@@ -35,8 +35,8 @@ def repository(cache, name) -> pathlib.Path:
 def test_a_repository_is_loaded_like_a_folder(cache, tmp_path):
   model = oracle.make('mixtral')
   model.save_pretrained(repository(cache, 'who/what'))
-  _, ours, variables = interop.load('who/what')
-  assert ours.vocab_size == model.config.vocab_size
+  _, imported, variables = interop.load('who/what')
+  assert imported.vocab_size == model.config.vocab_size
   assert variables['params']['embedding'].shape == (53, 24)
   with pytest.raises(ValueError, match='the hub does not give it'):
     interop.load('who/what', revision='other')
@@ -50,27 +50,27 @@ def test_a_config_is_refused_before_weights_are_fetched(cache):
 
 
 @pytest.mark.parametrize(
-  ('files', 'asked'),
+  ('files', 'stems'),
   [
     (['model.safetensors', 'pytorch_model.bin'], ['model']),
     (['model-1-of-2.safetensors', 'pytorch_model.bin'], ['model']),
     (['pytorch_model-1-of-2.bin'], ['model', 'pytorch_model']),
   ],
 )
-def test_safetensors_are_asked_for_first(files, asked, tmp_path, monkeypatch):
+def test_safetensors_are_asked_for_first(files, stems, tmp_path, monkeypatch):
   for name in files:
     (tmp_path / name).touch()
-  asks = []
+  requests = []
 
   def snapshot_download(name, revision, allow_patterns):
     assert (name, revision) == ('who/what', 'v2')
-    asks.append(allow_patterns)
+    requests.append(allow_patterns)
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
   assert hub.fetch('who/what', revision='v2') == tmp_path
-  assert [patterns[-1].split('-')[0] for patterns in asks] == asked
-  assert all({'*.json', '*.jinja'} <= set(patterns) for patterns in asks)
+  assert [patterns[-1].split('-')[0] for patterns in requests] == stems
+  assert all({'*.json', '*.jinja'} <= set(patterns) for patterns in requests)
 
 
 def test_neither_folder_nor_repository(cache, tmp_path):

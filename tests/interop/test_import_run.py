@@ -18,7 +18,7 @@ from moe_jax.sections import merge
 from moe_jax.training import begin, loop, setup
 from moe_jax.training.setup import Hook
 from tests.data.tokenizers import models
-from tests.generation import folders as own_runs
+from tests.generation import folders as run_folders
 from tests.interop import folders, oracle
 from tests.training import tiny as tiny_runs
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -43,20 +43,20 @@ MIXTRAL = dict(
 )
 
 
-def import_run(source, workdir, tokenizer=None, **more):
+def import_run(source, workdir, tokenizer=None, **kwargs):
   path = str(folders.write_config(workdir.parent))
   data = {'tokenizer': tokenizer} if tokenizer else {}
   options = run_config.read(
     merge(config_file.load_config(path), {'data': data})
   )
   return import_run_lib.import_run(
-    source, workdir, options, devices=jax.devices()[:1], **more
+    source, workdir, options, devices=jax.devices()[:1], **kwargs
   )
 
 
-def train(config, workdir, **more):
+def train(config, workdir, **kwargs):
   return loop.train_and_evaluate(
-    run_config.read(config), workdir, devices=jax.devices()[:1], **more
+    run_config.read(config), workdir, devices=jax.devices()[:1], **kwargs
   )
 
 
@@ -85,37 +85,37 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def says_the_same(model, folder, said):
+def continues_with(model, folder, text):
   """Whether transformers continues the prompt with this text."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   inputs = tokenizer(PROMPT, return_tensors='pt')
   with torch.no_grad():
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
-  return tokenizer.decode(tokens, skip_special_tokens=True) == said
+  return tokenizer.decode(tokens, skip_special_tokens=True) == text
 
 
 @pytest.mark.slow
 def test_in_on_and_out(tmp_path, capsys):
-  theirs, workdir = tmp_path / 'hf', tmp_path / 'run'
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
   folders.write(
-    theirs,
+    source,
     'nllb-moe',
     encoder_layers=1,
     decoder_layers=1,
     encoder_sparse_step=1,
     decoder_sparse_step=1,
   )
-  lines = import_run(theirs, workdir)
+  lines = import_run(source, workdir)
   assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
   # Training starts with the imported parameters and a new optimizer state.
   watch = Watch()
-  source = dict(python_stdlib_docstrings=dict(modules='email,json'))
+  corpus = dict(python_stdlib_docstrings=dict(modules='email,json'))
   bare = dict(
     evals={}, checkpoint=dict(best_eval='train_capacity', keep_best=False)
   )
-  config = merge(config_of(workdir), {'data': {'source': source}, **bare})
+  config = merge(config_of(workdir), {'data': {'source': corpus}, **bare})
   state = train(config, workdir, hooks=[watch], resume=True)
-  imported = interop.load(theirs).variables
+  imported = interop.load(source).variables
   assert_equal(watch.params[0], imported['params'])
   assert (len(watch.params), int(state.step)) == (2, 2)
   assert not np.array_equal(
@@ -125,7 +125,7 @@ def test_in_on_and_out(tmp_path, capsys):
   # The tokenizer with its roles was imported too, and generation uses them.
   options = ['--workdir', str(workdir), '--num_tokens', str(NEW)]
   generate.main([*options, '--prompt', PROMPT])
-  said = capsys.readouterr().out.removesuffix('\n')
+  text = capsys.readouterr().out.removesuffix('\n')
   tokenizer = tokenizers.load(workdir / 'tokenizer.json')
   chat = tokenizer.encode_chat([{'role': 'user', 'content': 'f'}])
   assert chat.tolist() == [2, *tokenizer.encode('f').tolist(), 1]
@@ -136,30 +136,30 @@ def test_in_on_and_out(tmp_path, capsys):
     output, output_loading_info=True
   )
   assert not any(info.values())
-  assert says_the_same(model.eval(), output, said)
-  out = interop.load(output).variables
-  assert_equal(out['params'], state.params)
+  assert continues_with(model.eval(), output, text)
+  exported = interop.load(output).variables
+  assert_equal(exported['params'], state.params)
 
 
 @pytest.mark.slow
 def test_a_bias_goes_in_on_and_out(tmp_path):
-  theirs, workdir = tmp_path / 'hf', tmp_path / 'run'
-  folders.write(theirs, 'deepseek_v3')
-  import_run(theirs, workdir)
-  source = dict(python_stdlib=dict(modules='email'))
+  source, workdir = tmp_path / 'hf', tmp_path / 'run'
+  folders.write(source, 'deepseek_v3')
+  import_run(source, workdir)
+  corpus = dict(python_stdlib=dict(modules='email'))
   bare = dict(
     evals={}, checkpoint=dict(best_eval='train_capacity', keep_best=False)
   )
-  config = merge(config_of(workdir), {'data': {'source': source}, **bare})
+  config = merge(config_of(workdir), {'data': {'source': corpus}, **bare})
   state = train(config, workdir, resume=True)
   export_run(workdir, tmp_path / 'out')
   before, after = (
     interop.load(path).variables['router_state']
-    for path in (theirs, tmp_path / 'out')
+    for path in (source, tmp_path / 'out')
   )
   assert_equal(after, state.router_state)
-  same = jax.tree.leaves(jax.tree.map(np.array_equal, after, before))
-  assert same and not all(same)
+  is_equal = jax.tree.leaves(jax.tree.map(np.array_equal, after, before))
+  assert is_equal and not all(is_equal)
 
 
 @pytest.mark.slow
@@ -176,28 +176,28 @@ def test_going_on_with_other_settings(tmp_path):
   imported = interop.load(tmp_path / 'hf').variables
   assert_equal(watch.params[0], imported['params'])
   # A damaged checkpoint is skipped; the one before it is the imported one.
-  own_runs.damage(workdir, 1)
+  run_folders.damage(workdir, 1)
   watch = Watch()
   train(config, workdir, hooks=[watch], resume=True)
   assert_equal(watch.params[0], imported['params'])
   # The parameters of another model are refused.
   hidden = dict(ffn=dict(hidden=21))
-  other = merge(config, dict(model=hidden, total_steps=2))
+  other_config = merge(config, dict(model=hidden, total_steps=2))
   with pytest.raises(ValueError, match='holds another state'):
-    train(other, workdir, resume=True)
+    train(other_config, workdir, resume=True)
 
 
 def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # the folder has no configs
   folders.write(tmp_path / 'hf', 'mixtral')
-  one = dict(devices=jax.devices()[:1])
+  one_device = dict(devices=jax.devices()[:1])
   import_run_lib.import_run(
-    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one
+    tmp_path / 'hf', tmp_path / 'run', RunConfig(), **one_device
   )
-  source = dict(python_stdlib=dict(modules='email'))
-  config = merge(config_of(tmp_path / 'run'), dict(data=dict(source=source)))
+  corpus = dict(python_stdlib=dict(modules='email'))
+  config = merge(config_of(tmp_path / 'run'), dict(data=dict(source=corpus)))
   run = setup.set_up(
-    run_config.read(config), tmp_path / 'run', resume=True, **one
+    run_config.read(config), tmp_path / 'run', resume=True, **one_device
   )
   assert int(begin.begin(run).step) == 0
   assert len(run.evaluations) == 3
@@ -221,13 +221,13 @@ def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
     devices=jax.devices()[:1],
   )
   run = trained.read(workdir, tokenizer_needed=False).model
-  theirs = interop.load(tmp_path / 'hf').options
+  imported = interop.load(tmp_path / 'hf').options
   assert (run.remat, run.scan_layers) == ('full', False)
   assert run.attention.implementation == 'einsum'
   # Training options that the checkpoint has are kept.
-  assert run.dropout == theirs.dropout == 0.1
-  assert run.moe == theirs.moe
-  assert meaning.difference(run, theirs) == {}
+  assert run.dropout == imported.dropout == 0.1
+  assert run.moe == imported.moe
+  assert meaning.difference(run, imported) == {}
 
 
 def test_what_is_refused(tmp_path):
@@ -243,7 +243,7 @@ def test_what_is_refused(tmp_path):
   assert 'the checkpoint came without a tokenizer' in lines[-2]
   with pytest.raises(ValueError, match='without one was imported; train it'):
     trained.read(tmp_path / 'run')
-  # What is printed works once the path of a tokenizer is in it.
+  # The printed command works once the path of a tokenizer is in it.
   assert lines[-1].endswith('tokenizer.file.path=TOKENIZER')
   with pytest.raises(ValueError, match=r'holds a run already \(config\.json\)'):
     import_run(source, tmp_path / 'run')
@@ -262,22 +262,24 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   (source / 'tokenizer_config.json').unlink()
   *_, line = import_run(source, workdir)
   command = shlex.split(line.removeprefix('go on: python -m moe_jax.main '))
-  config, _, resume, *named = [
+  config_flag, _, resume, *overrides = [
     word.replace('TOKENIZER', str(tmp_path / 'tokenizer.json'))
     for word in command
   ]
   assert resume == '--resume'
-  named = config_file.config_of(config.removeprefix('--config='), named)
+  config = config_file.config_of(
+    config_flag.removeprefix('--config='), overrides
+  )
   run = setup.set_up(
-    run_config.read(named), workdir, resume=True, devices=jax.devices()[:1]
+    run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
   )
   assert int(begin.begin(run).step) == 0
-  # The same at the import, after which the run can be read at once.
+  # A tokenizer that is given to the import makes the run readable at once.
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
   import_run(source, tmp_path / 'second', tokenizer=file)
-  theirs = tokenizers.read(tmp_path / 'tokenizer.json')
+  tokenizer = tokenizers.read(tmp_path / 'tokenizer.json')
   for folder in (workdir, tmp_path / 'second'):
-    assert trained.read(folder).tokenizer.identity == theirs.identity
+    assert trained.read(folder).tokenizer.identity == tokenizer.identity
   assert config_of(tmp_path / 'second').data.tokenizer.file.path == str(
     (tmp_path / 'second' / 'tokenizer.json').resolve()
   )
@@ -291,8 +293,8 @@ def test_half_precision_and_an_embedding_for_each_half_go_in_and_out(tmp_path):
   imported = interop.load(source, dtype='bfloat16').variables
   assert 'encoder_embedding' in imported['params']
   export_run(workdir, tmp_path / 'out')
-  out = interop.load(tmp_path / 'out').variables
-  assert_equal(out['params'], imported['params'])
+  exported = interop.load(tmp_path / 'out').variables
+  assert_equal(exported['params'], imported['params'])
   kind = oracle.CLASSES['switch_transformers']
   model = kind.from_pretrained(tmp_path / 'out')
   assert model.dtype == torch.bfloat16
@@ -304,8 +306,10 @@ def test_weights_of_other_libraries_stay_behind(tmp_path):
   (source / 'tf_model.h5').write_bytes(b'')
   (source / 'pytorch_model.bin.index.json').write_text('{}')
   import_run(source, tmp_path / 'run')
-  kept = {path.name for path in (tmp_path / 'run' / 'huggingface').iterdir()}
-  assert kept == {
+  file_names = {
+    path.name for path in (tmp_path / 'run' / 'huggingface').iterdir()
+  }
+  assert file_names == {
     'chat_template.jinja', 'config.json', 'generation_config.json',
     'tokenizer.json', 'tokenizer_config.json',
   }  # fmt: skip
@@ -314,46 +318,52 @@ def test_weights_of_other_libraries_stay_behind(tmp_path):
 def test_out_of_a_run_that_began_here(tmp_path):
   folders.write_tokenizer(tmp_path, 'mixtral')
   tokenizer = tokenizers.Json.from_folder(tmp_path)
-  params = own_runs.write(tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL)
+  params = run_folders.write(
+    tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL
+  )
   export_run(tmp_path / 'run', tmp_path / 'out')
-  _, model, out = interop.load(tmp_path / 'out')
-  assert_equal(out['params'], params[3])
-  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-  assert (theirs.bos_token, theirs.eos_token) == ('<s>', '</s>')
-  assert theirs(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
+  _, model, exported = interop.load(tmp_path / 'out')
+  assert_equal(exported['params'], params[3])
+  hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token) == ('<s>', '</s>')
+  assert hf_tokenizer(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
   assert model.vocab_size == tokenizer.vocab_size
 
 
 def test_sentencepiece_goes_out_and_comes_back_by_its_name(tmp_path):
-  ours = tokenizers.SentencePiece(models.bpe())
-  own_runs.write(tmp_path / 'run', tokenizer=ours, model=MIXTRAL)
+  tokenizer = tokenizers.SentencePiece(models.bpe())
+  run_folders.write(tmp_path / 'run', tokenizer=tokenizer, model=MIXTRAL)
   lines = export_run(tmp_path / 'run', tmp_path / 'out')
   assert 'tokenizer.model is the SentencePiece model' in lines[-1]
   path = str(tmp_path / 'out' / 'tokenizer.model')
   flag = f'--config.data.tokenizer.file.path={re.escape(path)}'
   with pytest.raises(ValueError, match=f'kind=file {flag}$'):
     import_run(tmp_path / 'out', tmp_path / 'back')
-  named = {'kind': 'file', 'file': {'path': path}}
-  import_run(tmp_path / 'out', tmp_path / 'back', tokenizer=named)
-  assert trained.read(tmp_path / 'back').tokenizer.identity == ours.identity
+  file_tokenizer = {'kind': 'file', 'file': {'path': path}}
+  import_run(tmp_path / 'out', tmp_path / 'back', tokenizer=file_tokenizer)
+  assert (
+    trained.read(tmp_path / 'back').tokenizer.identity == tokenizer.identity
+  )
 
 
 def test_bytes_go_out_and_come_back(tmp_path):
-  own_runs.write(tmp_path / 'run', model=MIXTRAL)
+  run_folders.write(tmp_path / 'run', model=MIXTRAL)
   lines = export_run(tmp_path / 'run', tmp_path / 'out')
   assert lines[-1] == 'the tokenizer is there too'
-  own = {'kind': 'file', 'file': {'path': str(tmp_path / 'run')}}
-  *_, said, _ = import_run(tmp_path / 'out', tmp_path / 'back', tokenizer=own)
-  assert said.endswith("data.tokenizer.kind='file' is not used")
-  back = trained.read(tmp_path / 'back')
+  run_tokenizer = {'kind': 'file', 'file': {'path': str(tmp_path / 'run')}}
+  *_, line, _ = import_run(
+    tmp_path / 'out', tmp_path / 'back', tokenizer=run_tokenizer
+  )
+  assert line.endswith("data.tokenizer.kind='file' is not used")
+  reimported = trained.read(tmp_path / 'back')
   text = 'Größe\n'
-  assert back.tokenizer.encode(text).tolist() == list(text.encode())
-  assert back.tokenizer.eos_ids == (256,)
-  assert back.model.vocab_size == 257
+  assert reimported.tokenizer.encode(text).tolist() == list(text.encode())
+  assert reimported.tokenizer.eos_ids == (256,)
+  assert reimported.model.vocab_size == 257
 
 
 def test_what_transformers_has_no_model_of(tmp_path):
-  own_runs.write(tmp_path / 'run')
+  run_folders.write(tmp_path / 'run')
   with pytest.raises(ValueError, match='no olmoe model of tra') as caught:
     export_run(tmp_path / 'run', tmp_path / 'out')
   assert 'checkpoint' not in str(caught.value)
@@ -364,23 +374,25 @@ def test_what_transformers_has_no_model_of(tmp_path):
     dispatch=dict(kind='gather'),
   )
   norm = dict(kind='layernorm', epsilon=1e-5)
-  said = refusal(tmp_path, norm=norm, moe=dict(MIXTRAL['moe'], **drops))
-  for words in (
+  message = refusal(tmp_path, norm=norm, moe=dict(MIXTRAL['moe'], **drops))
+  for part in (
     'as mixtral; the model has',
     "norm.kind: 'layernorm', not 'rmsnorm'",
     "capacity.kind: 'per_token', not 'all'",
     "gates: 'raw', not 'renormalized'",
   ):
-    assert words in said
-  # The factor of a capacity is there as its kind is another, which is listed.
-  assert 'not None' not in said
-  said = refusal(tmp_path, num_layers=3, moe=dict(MIXTRAL['moe'], layers='0,1'))
-  assert 'which layers are sparse: (True, True, False), not (True, T' in said
+    assert part in message
+  # The factor differs only as the capacity's kind does, which is listed.
+  assert 'not None' not in message
+  message = refusal(
+    tmp_path, num_layers=3, moe=dict(MIXTRAL['moe'], layers='0,1')
+  )
+  assert 'which layers are sparse: (True, True, False), not (True, T' in message
   assert not (tmp_path / 'out').exists()
 
 
 def refusal(tmp_path, **changes):
-  """The words about a changed Mixtral, before its parameters are read."""
+  """The error of exporting a changed Mixtral, before parameters are read."""
   options = tiny_runs.options(model=MIXTRAL | changes).filled(257).model
   with pytest.raises(ValueError) as caught:
     interop.save(options, {'params': {}}, tmp_path / 'out')
@@ -388,8 +400,8 @@ def refusal(tmp_path, **changes):
 
 
 def test_a_run_that_only_published_code_computes_says_so(tmp_path):
-  half = dict(MIXTRAL, moe=dict(MIXTRAL['moe'], layers='last 1'))
-  own_runs.write(tmp_path / 'half', model=half)
+  partly_sparse = dict(MIXTRAL, moe=dict(MIXTRAL['moe'], layers='last 1'))
+  run_folders.write(tmp_path / 'half', model=partly_sparse)
   lines = export_run(tmp_path / 'half', tmp_path / 'out')
   assert any(
     'as deepseek, for which transformers has no class' in x for x in lines

@@ -86,11 +86,11 @@ def test_a_mesh_of_eight_devices(sharded, staged, capsys):
     assert len(shards) == 8, name
     assert all(8 * shard.data.nbytes == value.nbytes for shard in shards), name
   # Every shard equals that part of the array on a single device.
-  whole = interop.load(sharded).variables['params']
+  expected = interop.load(sharded).variables['params']
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
     params,
-    whole,
+    expected,
   )
 
 
@@ -163,25 +163,30 @@ def test_spellings_of_other_releases(kind, tmp_path):
   old.mkdir()
   pickled(model, old)
   model.save_pretrained(new)
-  a, b = interop.load(old).variables, interop.load(new).variables
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+  old_variables, new_variables = (
+    interop.load(old).variables,
+    interop.load(new).variables,
+  )
+  jax.tree.map(np.testing.assert_array_equal, old_variables, new_variables)
 
 
 def test_a_model_without_its_head(tmp_path):
   model = oracle.make('mixtral', tie_word_embeddings=True)
   model.model.save_pretrained(tmp_path / 'bare')
   model.save_pretrained(tmp_path / 'whole')
-  a = interop.load(tmp_path / 'bare').variables
+  variables = interop.load(tmp_path / 'bare').variables
   jax.tree.map(
-    np.testing.assert_array_equal, a, interop.load(tmp_path / 'whole').variables
+    np.testing.assert_array_equal,
+    variables,
+    interop.load(tmp_path / 'whole').variables,
   )
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
   model = oracle.make('mixtral')
   pickled(model, tmp_path)
-  held = {**model.state_dict(), 'x': folders.Runs(tmp_path / 'ran')}
-  torch.save(held, tmp_path / 'pytorch_model.bin')
+  tensors = {**model.state_dict(), 'x': folders.Runs(tmp_path / 'ran')}
+  torch.save(tensors, tmp_path / 'pytorch_model.bin')
   with pytest.raises(ValueError, match='no file of PyTorch weights'):
     interop.load(tmp_path)
   assert not (tmp_path / 'ran').exists()

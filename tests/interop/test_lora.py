@@ -20,7 +20,7 @@ from tests.interop.test_import_run import config_of, import_run
 
 torch = pytest.importorskip('torch')
 # Our name of each of transformers' projections.
-OURS = {
+KERNEL_NAMES = {
   'q_proj': 'w_query',
   'k_proj': 'w_key',
   'v_proj': 'w_value',
@@ -37,10 +37,10 @@ def source(tmp_path_factory):
   return model, folder, oracle.inputs(model)
 
 
-def logits(model, params, given):
-  mask = jnp.asarray(given['attention_mask'])
+def logits(model, params, inputs):
+  mask = jnp.asarray(inputs['attention_mask'])
   batch = dict(
-    tokens=jnp.asarray(given['input_ids'], jnp.int32),
+    tokens=jnp.asarray(inputs['input_ids'], jnp.int32),
     segment_ids=mask.astype(jnp.int32),
     positions=(jnp.cumsum(mask, 1) - 1).astype(jnp.int32),
   )
@@ -48,20 +48,20 @@ def logits(model, params, given):
   return np.asarray(apply(params))
 
 
-def real(values, given):
-  return values[given['attention_mask'] > 0]
+def unpadded(values, inputs):
+  return values[inputs['attention_mask'] > 0]
 
 
 @pytest.mark.slow
 def test_the_same_factors_give_pefts_logits(source):
   peft = pytest.importorskip('peft')
-  _, folder, given = source
+  _, folder, inputs = source
   base = oracle.CLASSES['mixtral'].from_pretrained(folder).eval()
   config = peft.LoraConfig(
-    r=3, lora_alpha=5, target_modules=[*OURS], init_lora_weights=False
+    r=3, lora_alpha=5, target_modules=[*KERNEL_NAMES], init_lora_weights=False
   )
   torch.manual_seed(3)
-  theirs = peft.get_peft_model(base, config).eval()
+  peft_model = peft.get_peft_model(base, config).eval()
   _, model, variables = interop.load(folder)
   adapted = adapt(
     LoraOptions(rank=3, alpha=5.0, parts='attention'), models.describe(model)
@@ -69,11 +69,11 @@ def test_the_same_factors_give_pefts_logits(source):
   flat = flat_trees.flatten(
     adapted.extend(variables['params'], jax.random.key(0))
   )
-  state = {k: v.numpy() for k, v in theirs.state_dict().items()}
-  place = ('lora', 'layers', 'layer_0', 'attention')
-  for projection, name in OURS.items():
+  state = {k: v.numpy() for k, v in peft_model.state_dict().items()}
+  prefix = ('lora', 'layers', 'layer_0', 'attention')
+  for projection, name in KERNEL_NAMES.items():
     for factor in 'AB':
-      where = (*place, name, factor.lower())
+      path = (*prefix, name, factor.lower())
       rows = [
         state[
           f'base_model.model.model.layers.{i}.self_attn.{projection}.lora_'
@@ -81,13 +81,13 @@ def test_the_same_factors_give_pefts_logits(source):
         ].T
         for i in range(3)
       ]
-      flat[where] = jnp.asarray(np.stack(rows)).reshape(flat[where].shape)
+      flat[path] = jnp.asarray(np.stack(rows)).reshape(flat[path].shape)
   merged = adapted.merged(flat_trees.unflatten(flat))
-  expected = real(oracle.logits(theirs, given), given)
-  ours = real(logits(model, merged, given), given)
-  np.testing.assert_allclose(ours, expected, atol=5e-5)
-  with theirs.disable_adapter():
-    before = real(oracle.logits(theirs, given), given)
+  expected = unpadded(oracle.logits(peft_model, inputs), inputs)
+  merged_logits = unpadded(logits(model, merged, inputs), inputs)
+  np.testing.assert_allclose(merged_logits, expected, atol=5e-5)
+  with peft_model.disable_adapter():
+    before = unpadded(oracle.logits(peft_model, inputs), inputs)
   assert np.abs(expected - before).max() > 0.1
 
 
@@ -116,15 +116,15 @@ def test_an_imported_run_is_adapted_exported_and_kept_small(tmp_path):
   model = oracle.CLASSES['mixtral'].from_pretrained(tmp_path / 'out').eval()
   run = trained.read(workdir)
   built = run.model.build(run.sharding.rules)
-  found = trained.restore_variables(workdir, built, run.sharding.rules)
-  given = oracle.inputs(model)
-  ours = logits(built, found.state['params'], given)
-  expected = real(oracle.logits(model, given), given)
-  np.testing.assert_allclose(real(ours, given), expected, atol=5e-5)
+  restored = trained.restore_variables(workdir, built, run.sharding.rules)
+  inputs = oracle.inputs(model)
+  run_logits = logits(built, restored.state['params'], inputs)
+  expected = unpadded(oracle.logits(model, inputs), inputs)
+  np.testing.assert_allclose(unpadded(run_logits, inputs), expected, atol=5e-5)
   # The small folder on the imported base is the same model again.
   assert 'factors' in adapters.save(workdir, tmp_path / 'adapter')
   adapters.merge(tmp_path / 'adapter', twin, tmp_path / 'merged')
   export_run(tmp_path / 'merged', tmp_path / 'again')
   for name, value in interop.load(tmp_path / 'again').variables.items():
-    jax.tree.map(np.testing.assert_array_equal, value, found.state[name])
+    jax.tree.map(np.testing.assert_array_equal, value, restored.state[name])
   assert int(state.step) == 1

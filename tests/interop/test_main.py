@@ -20,10 +20,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def run(capsys, *argv):
   """Runs a command; returns (status, printed text, errors)."""
-  with pytest.raises(SystemExit) as ended:
+  with pytest.raises(SystemExit) as exit_info:
     cli.main([str(word) for word in argv])
-  said = capsys.readouterr()
-  return ended.value.code, said.out, said.err
+  captured = capsys.readouterr()
+  return exit_info.value.code, captured.out, captured.err
 
 
 @pytest.mark.slow
@@ -35,26 +35,26 @@ def test_in_checked_and_out(tmp_path, capsys, monkeypatch):
   # The mesh has all of the tests' devices.
   options += ['--config.mesh.data=2', '--config.mesh.expert=1']
   options += ['--config.mesh.tensor=4', '--config.seed=3']
-  status, said, _ = run(capsys, 'import', source, *options)
-  assert status == 0 and 'on 8 x cpu' in said
-  assert f'go on: python -m moe_jax.main --config={workdir}/config.py' in said
+  status, text, _ = run(capsys, 'import', source, *options)
+  assert status == 0 and 'on 8 x cpu' in text
+  assert f'go on: python -m moe_jax.main --config={workdir}/config.py' in text
   status, _, error = run(capsys, 'import', source, *options)
   assert status == 1 and 'holds a run already' in error
-  status, said, _ = run(
+  status, text, _ = run(
     capsys, 'export', '--workdir', workdir, '--output', output
   )
-  assert status == 0 and f'step 0 written to {output}' in said
+  assert status == 0 and f'step 0 written to {output}' in text
   # The exported checkpoint equals the imported one, in transformers and here.
-  theirs = oracle.CLASSES['mixtral'].from_pretrained(output)
-  expected = oracle.write(theirs.eval(), tmp_path / 'again')
+  hf_model = oracle.CLASSES['mixtral'].from_pretrained(output)
+  expected = oracle.write(hf_model.eval(), tmp_path / 'again')
   path = tmp_path / 'again' / 'expected.npz'
-  status, said, _ = run(capsys, 'verify', output, '--expected', path)
-  assert status == 0 and 'all 9 agree' in said
+  status, text, _ = run(capsys, 'verify', output, '--expected', path)
+  assert status == 0 and 'all 9 agree' in text
   expected['logits'][0, 0, 0] += 1
   expected['greedy'][0, -1] += 1
   np.savez(path, **expected)
-  status, said, _ = run(capsys, 'verify', output, '--expected', path)
-  assert status == 1 and ' > 1e-04' in said and 'differs at place 19' in said
+  status, text, _ = run(capsys, 'verify', output, '--expected', path)
+  assert status == 1 and ' > 1e-04' in text and 'differs at place 19' in text
 
 
 @pytest.mark.slow

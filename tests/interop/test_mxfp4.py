@@ -25,9 +25,9 @@ def test_a_told_block():
 
 def test_numbers_are_those_of_transformers():
   torch = pytest.importorskip('torch')
-  theirs = pytest.importorskip('transformers.integrations.mxfp4')
+  hf_mxfp4 = pytest.importorskip('transformers.integrations.mxfp4')
   blocks, scales = packed(np.random.default_rng(0))
-  expected = theirs.convert_moe_packed_tensors(
+  expected = hf_mxfp4.convert_moe_packed_tensors(
     torch.tensor(blocks), torch.tensor(scales), dtype=torch.bfloat16
   )
   np.testing.assert_array_equal(

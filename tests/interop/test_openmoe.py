@@ -106,25 +106,25 @@ def slots_of(c, tokens):
 
 
 def served(c, probs):
-  """The experts that have a slot for each token, and the number of drops.
+  """The pairs (token, expert) that have a slot, and the number of drops.
 
   Args:
     c: The config.
     probs: The probabilities of experts for each token of the batch.
   """
   order = [np.argsort(-p)[: c['router_topk']] for p in probs]
-  load, kept, dropped = np.zeros(c['num_experts'], int), [], 0
+  load, assignments, dropped = np.zeros(c['num_experts'], int), [], 0
   for k in range(c['router_topk']):  # first choices first
     for token, chosen in enumerate(order):
       if load[chosen[k]] < slots_of(c, len(probs)):
-        kept.append((token, chosen[k]))
+        assignments.append((token, chosen[k]))
       else:
         dropped += 1
       load[chosen[k]] += 1
-  return kept, dropped
+  return assignments, dropped
 
 
-def compute(c, w, batch, read, drops=None):
+def compute(c, w, batch, num_read, drops=None):
   """The logits of the published code.
 
   Args:
@@ -148,8 +148,8 @@ def compute(c, w, batch, read, drops=None):
     gate, experts = w[f'{layer}.gate_weight'], f'{layer}.experts'
     probs = [plain.softmax(gate @ h) for h in hidden]
     y = np.zeros_like(hidden)
-    kept, dropped = served(c, probs)
-    for token, e in kept:
+    assignments, dropped = served(c, probs)
+    for token, e in assignments:
       kernels = (w[f'{experts}.{n}'][e].T for n in ('wi_gate', 'wi_up', 'wo'))
       y[token] += probs[token][e] * doubly_gated(*kernels, hidden[token])
     if drops is not None:
@@ -162,7 +162,7 @@ def compute(c, w, batch, read, drops=None):
     hidden = np.array([norm(row, path) for row in rows])
     if not is_sparse(c, i):
       return np.array([dense(f'{layer}.mlp', h) for h in hidden])
-    first = read * len(batch)
+    first = num_read * len(batch)
     singles = [hidden[k : k + 1] for k in range(first, len(hidden))]
     groups = [hidden[:first], *singles]
     y = np.concatenate([sparse(f'{layer}.mlp', group) for group in groups])
@@ -212,9 +212,9 @@ def test_generation_drops_tokens_of_prompts(tmp_path):
   plain.write(tmp_path / 'theirs', config, tensors)
   _, model, variables = interop.load(tmp_path / 'theirs')
   ids = np.random.default_rng(0).integers(0, V, (1, plain.T))
-  new = generation.generate(model, variables, ids[0], num_tokens=plain.N)
+  generated = generation.generate(model, variables, ids[0], num_tokens=plain.N)
   drops = []
-  for token in new.tokens[0]:
+  for token in generated.tokens[0]:
     logits = compute(config, tensors, ids, plain.T - 1, drops)
     assert token == logits[0, -1].argmax()
     ids = np.append(ids, [[token]], axis=1)
@@ -283,18 +283,18 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
   checkpoint = open_config(tmp_path, PUBLISHED)
   imported = checkpoint.options
   config = config_file.load_config('moe_jax:openmoe_8b')
-  ours = run_config.read(config).model
-  found = {
+  our_options = run_config.read(config).model
+  differences = {
     name
-    for name in difference(imported, ours)
+    for name in difference(imported, our_options)
     if not name.startswith('moe.capacity.')
   }
-  assert found == {'moe.group_size', 'moe.router.slot_priority'}
+  assert differences == {'moe.group_size', 'moe.router.slot_priority'}
   assert imported.moe.capacity == EvenSlots(2.0, 4)
   assert imported.moe.capacity.keeps_in_generation(single=True)
   router = imported.moe.router
   assert (router.balance_weight, router.z_weight) == (0.02, 0.0001)
-  assert imported.moe.layer_reduce == ours.moe.layer_reduce
+  assert imported.moe.layer_reduce == our_options.moe.layer_reduce
   for key in ('capacity_factor_train=1.25', 'label_smoothing', 'z_loss_factor'):
     assert any(key in note for note in checkpoint.notes), key
   assert len(checkpoint.notes) == 3
@@ -304,8 +304,8 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
     imported, checkpoint.architecture, checkpoint.config
   )
   renamed = {'rope_scaling', 'rope_theta', 'torch_dtype'}
-  kept = {k: v for k, v in PUBLISHED.items() if k not in renamed}
-  assert kept == {key: written[key] for key in kept}
+  expected = {k: v for k, v in PUBLISHED.items() if k not in renamed}
+  assert expected == {key: written[key] for key in expected}
 
 
 def test_llama_without_experts_is_no_openmoe(tmp_path):
@@ -315,10 +315,14 @@ def test_llama_without_experts_is_no_openmoe(tmp_path):
   with pytest.raises(ValueError, match=message):
     open_config(tmp_path, PUBLISHED | dict(architectures=['LlamaForCausalLM']))
   # Older configs have no model_type.
-  older = {k: v for k, v in PUBLISHED.items() if k != 'model_type'}
-  assert open_config(tmp_path, older).architecture.model_type == 'openmoe'
-  named = PUBLISHED | dict(model_type='openmoe')
-  assert open_config(tmp_path, named).architecture.model_type == 'openmoe'
+  older_config = {k: v for k, v in PUBLISHED.items() if k != 'model_type'}
+  assert (
+    open_config(tmp_path, older_config).architecture.model_type == 'openmoe'
+  )
+  openmoe_config = PUBLISHED | dict(model_type='openmoe')
+  assert (
+    open_config(tmp_path, openmoe_config).architecture.model_type == 'openmoe'
+  )
 
 
 def test_what_is_refused(tmp_path):
@@ -335,7 +339,7 @@ def test_what_is_refused(tmp_path):
     open_config(tmp_path, config)
   _, *lines = str(caught.value).splitlines()
   assert len(lines) == 7, lines
-  for words in (
+  for message in (
     "hidden_act='silu' is not supported, only ['swiglu']",
     'mlp_gated=False is not supported, only True',
     'moe_layer_interval=25 leaves no layer sparse of 24',
@@ -344,7 +348,7 @@ def test_what_is_refused(tmp_path):
     'router_min_capacity=0 is no integer of at least 1',
     'router_topk=3 is not supported, only 1 or 2',
   ):
-    assert words in str(caught.value)
+    assert message in str(caught.value)
   for theta in (
     dict(rope_theta=5e5),
     dict(rope_parameters={'rope_theta': 5e5}),

@@ -259,9 +259,9 @@ LOGITS_ALONE = ('deepseek2', 'gpt-oss', 'granite')
   ],
 )
 def test_logits_tokens_and_weights(name, tmp_path):
-  model, left = model_and_side(name)
-  source, ours = tmp_path / 'theirs', tmp_path / 'ours'
-  expected = oracle.write(model, source, seed=len(name), left=left)
+  model, pad_left = model_and_side(name)
+  source, exported = tmp_path / 'theirs', tmp_path / 'ours'
+  expected = oracle.write(model, source, seed=len(name), pad_left=pad_left)
   verdict = verifying.verify(source, source / 'expected.npz')
   assert verdict.largest_difference < 5e-5  # half of the allowed difference
   assert verdict.first_difference is None, verdict.describe()
@@ -271,19 +271,21 @@ def test_logits_tokens_and_weights(name, tmp_path):
   assert expected['logits'].std() > 0.1
   # Exported again, the model has the same weights and options.
   options, _, variables = interop.load(source)
-  interop.save(options, variables, ours)
-  again, info = type(model).from_pretrained(ours, output_loading_info=True)
+  interop.save(options, variables, exported)
+  reloaded, info = type(model).from_pretrained(
+    exported, output_loading_info=True
+  )
   assert not any(info.values())
-  old, new = model.state_dict(), again.state_dict()
+  old, new = model.state_dict(), reloaded.state_dict()
   assert old.keys() == new.keys()
   if not model.config.tie_word_embeddings and model.config.is_encoder_decoder:
     # This weight is not used: with zero the logits are the same, see below.
     for weights in (old, new):
       weights.pop(next(key for key in weights if 'shared' in key)).zero_()
   assert all(torch.equal(old[key], new[key]) for key in old)
-  given = {key: expected[key] for key in oracle.inputs(model)}
+  batch = {key: expected[key] for key in oracle.inputs(model)}
   np.testing.assert_allclose(
-    oracle.logits(again.eval(), given), expected['logits'], rtol=0, atol=1e-5
+    oracle.logits(reloaded.eval(), batch), expected['logits'], rtol=0, atol=1e-5
   )
 
 
@@ -301,13 +303,13 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
   model.save_pretrained(stacked, save_original_format=False)
   config = read_json(stacked / 'config.json')
   # Older files have the other spelling of the number of experts.
-  for name, other in (
+  for name, other_name in (
     ('num_experts', 'num_local_experts'),
     ('num_local_experts', 'num_experts'),
     ('n_routed_experts', 'num_experts'),
   ):
     if name in config:
-      config[other] = config.pop(name)
+      config[other_name] = config.pop(name)
       break
   (stacked / 'config.json').write_text(json.dumps(config))
   assert [
@@ -317,17 +319,19 @@ def test_experts_that_are_stacked_in_files(kind, tmp_path):
     )
     for folder in (plain, stacked)
   ] == [False, True]
-  ours, theirs = interop.load(stacked), interop.load(plain)
-  assert ours.options == theirs.options
-  jax.tree.map(np.testing.assert_array_equal, ours.variables, theirs.variables)
+  from_stacked, from_plain = interop.load(stacked), interop.load(plain)
+  assert from_stacked.options == from_plain.options
+  jax.tree.map(
+    np.testing.assert_array_equal, from_stacked.variables, from_plain.variables
+  )
 
 
 @pytest.mark.slow
 def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
   """The same blocks, as they are and decoded by transformers."""
   mxfp4 = pytest.importorskip('transformers.integrations.mxfp4')
-  wide = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-  model = oracle.make('gpt_oss', **wide).to(torch.bfloat16)
+  sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+  model = oracle.make('gpt_oss', **sizes).to(torch.bfloat16)
   rng, packed = np.random.default_rng(0), {}
   with torch.no_grad():
     for name, value in model.named_parameters():
@@ -338,25 +342,33 @@ def test_experts_in_mxfp4_are_those_in_bfloat16(tmp_path):
         scales = torch.tensor(rng.integers(121, 126, shape, np.uint8))
         value.copy_(mxfp4.convert_moe_packed_tensors(blocks, scales))
         packed[name] = dict(blocks=blocks, scales=scales)
-  plain, quantized, out = (tmp_path / name for name in 'abc')
+  plain, quantized, exported = (tmp_path / name for name in 'abc')
   model.save_pretrained(plain)
   tensors = load_file(plain / 'model.safetensors')
-  for name, parts in packed.items():
+  for name, arrays in packed.items():
     del tensors[name]
-    tensors |= {f'{name}_{part}': value for part, value in parts.items()}
+    tensors |= {f'{name}_{suffix}': value for suffix, value in arrays.items()}
   quantized.mkdir()
   save_file(tensors, quantized / 'model.safetensors')
   config = read_json(plain / 'config.json')
   config['quantization_config'] = {'quant_method': 'mxfp4'}
   (quantized / 'config.json').write_text(json.dumps(config))
-  ours, theirs = interop.load(quantized), interop.load(plain)
-  jax.tree.map(np.testing.assert_array_equal, ours.variables, theirs.variables)
+  from_quantized, from_plain = interop.load(quantized), interop.load(plain)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    from_quantized.variables,
+    from_plain.variables,
+  )
   # The exported tensors are in bfloat16, as transformers would write them.
-  interop.save(ours.options, ours.variables, out, config=config)
-  assert 'quantization_config' not in read_json(out / 'config.json')
-  again, info = type(model).from_pretrained(out, output_loading_info=True)
+  interop.save(
+    from_quantized.options, from_quantized.variables, exported, config=config
+  )
+  assert 'quantization_config' not in read_json(exported / 'config.json')
+  reloaded, info = type(model).from_pretrained(
+    exported, output_loading_info=True
+  )
   assert not any(info.values())
-  old, new = model.state_dict(), again.state_dict()
+  old, new = model.state_dict(), reloaded.state_dict()
   assert all(torch.equal(old[key], new[key].to(old[key])) for key in old)
 
 
@@ -373,43 +385,45 @@ def test_logits(name, tmp_path):
     'granitemoe': dict(num_hidden_layers=1),
   }.get(kind, dict(num_hidden_layers=2))
   model = oracle.make(kind, seed=len(name), **options, **few_layers)
-  given = oracle.inputs(model, seed=len(name), left=side == 'left')
-  expected = oracle.logits(model, given)
+  batch = oracle.inputs(model, seed=len(name), pad_left=side == 'left')
+  expected = oracle.logits(model, batch)
   model.save_pretrained(tmp_path)
-  ours = loading.fetch(tmp_path, dtype='float32')
-  logits, real = verifying.logits(
-    ours.options.build(),
-    loading.load_variables(ours),
-    given,
-    ours.architecture.unnumbered_id(ours.options),
+  checkpoint = loading.fetch(tmp_path, dtype='float32')
+  logits, is_real = verifying.logits(
+    checkpoint.options.build(),
+    loading.load_variables(checkpoint),
+    batch,
+    checkpoint.architecture.unnumbered_id(checkpoint.options),
   )
-  assert expected[real].std() > 0.1
-  np.testing.assert_allclose(logits[real], expected[real], rtol=0, atol=5e-5)
+  assert expected[is_real].std() > 0.1
+  np.testing.assert_allclose(
+    logits[is_real], expected[is_real], rtol=0, atol=5e-5
+  )
 
 
-def drops(model, given) -> float:
+def drops(model, batch) -> float:
   """Share of tokens, padding included, that get no slot at all."""
-  missed, routed = 0, 0
+  num_dropped, num_routed = 0, 0
 
   def count(module, inputs, output):
-    nonlocal missed, routed
-    kept = output[0].reshape(-1, output[0].shape[-1]).sum(-1)
-    missed += int((kept == 0).sum())
-    routed += len(kept)
+    nonlocal num_dropped, num_routed
+    slots_per_token = output[0].reshape(-1, output[0].shape[-1]).sum(-1)
+    num_dropped += int((slots_per_token == 0).sum())
+    num_routed += len(slots_per_token)
 
   hooks = [
     module.register_forward_hook(count)
     for name, module in model.named_modules()
     if name.endswith('.router')
   ]
-  oracle.logits(model, given)
+  oracle.logits(model, batch)
   for hook in hooks:
     hook.remove()
-  return missed / routed
+  return num_dropped / num_routed
 
 
 @pytest.mark.parametrize(
-  ('name', 'least'),
+  ('name', 'min_share'),
   [
     ('switch', 0.1),
     ('switch router bias, one slot, none sparse, so one, few buckets', 0.2),
@@ -417,7 +431,7 @@ def drops(model, given) -> float:
     ('nllb fixed capacity, padding routed, all else, nothing tied', 0.05),
   ],
 )
-def test_where_slots_run_out_tokens_are_dropped(name, least):
-  model, left = model_and_side(name)
-  given = oracle.inputs(model, seed=len(name), left=left)
-  assert drops(model, given) > least
+def test_where_slots_run_out_tokens_are_dropped(name, min_share):
+  model, pad_left = model_and_side(name)
+  batch = oracle.inputs(model, seed=len(name), pad_left=pad_left)
+  assert drops(model, batch) > min_share

@@ -75,7 +75,7 @@ def test_choices_are_served_by_their_rank():
   # Token 0 chooses experts 4 and 2, token 1 experts 2 and 4. Experts have one
   # slot, and token 1's first choice is served before token 0's second.
   logits = jnp.array([[[0, 0, 2.0, 0, 3], [0, 0, 4, 0, 2]]])
-  chosen = jax.jit(
+  routing = jax.jit(
     functools.partial(
       token_choice,
       num_selected=2,
@@ -84,12 +84,12 @@ def test_choices_are_served_by_their_rank():
       slot_priority='choice_major',
     )
   )(logits)
-  np.testing.assert_array_equal(chosen.kept, [[[1, 0], [1, 0]]])
-  ranked = jax.jit(by_rank)(chosen)
+  np.testing.assert_array_equal(routing.kept, [[[1, 0], [1, 0]]])
+  ranked = jax.jit(by_rank)(routing)
   np.testing.assert_array_equal(ranked.expert_index, [[[1, 0], [1, 0]]])
   np.testing.assert_array_equal(ranked.slot, [[[0, 0], [1, 1]]])
-  np.testing.assert_array_equal(ranked.gate, chosen.gate)
-  np.testing.assert_array_equal(ranked.kept, chosen.kept)
+  np.testing.assert_array_equal(ranked.gate, routing.gate)
+  np.testing.assert_array_equal(ranked.kept, routing.kept)
   assert ranked.capacity == 2
 
 
@@ -103,13 +103,15 @@ def test_ranks_are_no_columns_that_can_be_tied():
 def test_first_choices_go_through_expert_1():
   layer = make(num_selected=2, router=ServedByRank(gates='renormalized'))
   params, x = params_of(layer), draw(B, T, M)
-  own, w = np.asarray(x), jax.tree.map(np.asarray, params['experts'])
-  probs = softmax(own @ np.asarray(params['router']['w']))
+  tokens, w = np.asarray(x), jax.tree.map(np.asarray, params['experts'])
+  probs = softmax(tokens @ np.asarray(params['router']['w']))
   first, second = -np.sort(-probs, -1)[..., :2].transpose(2, 0, 1)
-  out = [np.maximum(own @ w['w_in'][e], 0) @ w['w_out'][e] for e in (0, 1)]
+  expert_outputs = [
+    np.maximum(tokens @ w['w_in'][e], 0) @ w['w_out'][e] for e in (0, 1)
+  ]
   total = first + second
-  expected = (first / total)[..., None] * out[1]
-  expected = expected + (second / total)[..., None] * out[0]
+  expected = (first / total)[..., None] * expert_outputs[1]
+  expected = expected + (second / total)[..., None] * expert_outputs[0]
   y, aux = run(layer, x)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   assert aux.stats.load[2:].sum() > 0  # the load counts chosen experts
@@ -147,9 +149,9 @@ def model_options(**quirks):
     positions=Relative(),
     embedding=EmbeddingOptions(tie=False),
   )
-  same = TransformersEncoderDecoder.of(plain)
-  names = (field.name for field in dataclasses.fields(same))
-  fields = {name: getattr(same, name) for name in names} | quirks
+  quirky = TransformersEncoderDecoder.of(plain)
+  names = (field.name for field in dataclasses.fields(quirky))
+  fields = {name: getattr(quirky, name) for name in names} | quirks
   return TransformersEncoderDecoder(**fields)
 
 
@@ -164,11 +166,11 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
   }
   params = tiny.params_of(model)
   _, aux = jax.jit(model.apply)({'params': params}, **model.inputs(batch))
-  counted = model.routed_tokens(batch)
-  np.testing.assert_array_equal(counted, aux.stats.tokens)
-  assert (counted < 30).all()
-  every = model_options(route_padding=True).build().routed_tokens(batch)
-  np.testing.assert_array_equal(every, [30] * len(counted))
+  counts = model.routed_tokens(batch)
+  np.testing.assert_array_equal(counts, aux.stats.tokens)
+  assert (counts < 30).all()
+  padded_counts = model_options(route_padding=True).build().routed_tokens(batch)
+  np.testing.assert_array_equal(padded_counts, [30] * len(counts))
 
 
 def test_quirks_are_kinds_that_a_config_keeps():
@@ -179,11 +181,11 @@ def test_quirks_are_kinds_that_a_config_keeps():
     'route_padding': True,
     'encoder_table': True,
   }
-  kept = json.loads(json.dumps(config.to_dict()))
+  section = json.loads(json.dumps(config.to_dict()))
   # Configs in a folder may name this class without permission, since it is
   # ours.
-  plugins.check_allowed(plugins.names_in(kept), ())
-  assert sections.read_choice(MODELS, kept) == options
+  plugins.check_allowed(plugins.names_in(section), ())
+  assert sections.read_choice(MODELS, section) == options
 
 
 def test_a_table_of_the_encoders_own_needs_logits_of_their_own():

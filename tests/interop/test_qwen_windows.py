@@ -23,13 +23,13 @@ WINDOWED = dict(use_sliding_window=True, sliding_window=4)
 )
 def test_layers_with_a_window(layers):
   cls = oracle.CLASSES['qwen2_moe'].config_class
-  theirs = cls(num_hidden_layers=5, **layers)
-  ours = checkpoint_folder.from_config(
+  hf_config = cls(num_hidden_layers=5, **layers)
+  options = checkpoint_folder.from_config(
     dict(model_type='qwen2_moe', num_hidden_layers=5, **layers)
   )
-  kinds = [WINDOW if window else FULL for window in ours.windows]
-  assert kinds == theirs.layer_types
-  assert max(ours.windows) == (4 if WINDOW in kinds else 0)
+  kinds = [WINDOW if window else FULL for window in options.windows]
+  assert kinds == hf_config.layer_types
+  assert max(options.windows) == (4 if WINDOW in kinds else 0)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def sharded(folder):
   files = {'a': 'x-1.safetensors', 'b': 'x-2.safetensors'}
   files |= {'c': 'x-1.safetensors', 'd': 'x-2.safetensors'}
   for file in set(files.values()):
-    held = {n: t for n, t in TENSORS.items() if files[n] == file}
-    save_file(held, folder / file)
+    tensors = {n: t for n, t in TENSORS.items() if files[n] == file}
+    save_file(tensors, folder / file)
   index(folder / 'model.safetensors.index.json', files)
 
 
@@ -118,8 +118,8 @@ def test_what_is_no_tensor_has_a_name_for_a_type(tmp_path):
 
 
 def test_all_that_is_wrong_is_listed(tmp_path):
-  held = {'a': torch.zeros(1), 'e': torch.zeros(1)}
-  save_file(held, tmp_path / 'x.safetensors')
+  tensors = {'a': torch.zeros(1), 'e': torch.zeros(1)}
+  save_file(tensors, tmp_path / 'x.safetensors')
   (tmp_path / 'junk.safetensors').write_bytes(b'no header' * 9)
   index(
     tmp_path / 'model.safetensors.index.json',
@@ -132,14 +132,14 @@ def test_all_that_is_wrong_is_listed(tmp_path):
   )
   with pytest.raises(ValueError, match='cannot be read') as caught:
     TensorFiles(tmp_path)
-  said = str(caught.value)
-  for words in (
+  message = str(caught.value)
+  for part in (
     "x.safetensors holds 'e', which the index does not",
     "the index has 'b' in x.safetensors, which does not hold it",
     'gone.safetensors: ',
     'junk.safetensors: no safetensors file',
   ):
-    assert words in said
+    assert part in message
 
 
 @pytest.mark.parametrize(

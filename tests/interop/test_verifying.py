@@ -43,13 +43,13 @@ def test_a_logit_that_is_off(pair, tmp_path):
 
 def test_a_token_that_differs(pair, tmp_path):
   greedy = pair[1]['greedy'].copy()
-  ours = int(greedy[2, 4])
+  our_token = int(greedy[2, 4])
   greedy[2, 4] = greedy[1, 6] = 52
   verdict = verify(pair, tmp_path, greedy=greedy)
   assert not verdict.good and verdict.largest_difference <= verifying.BOUND
   # In the three rows three positions agree before the first difference.
   assert (
-    verdict.first_difference == (2, 4, ours, 52)
+    verdict.first_difference == (2, 4, our_token, 52)
     and verdict.num_equal_tokens == 9
   )
   assert 'row 2 differs at place 4' in verdict.describe()
