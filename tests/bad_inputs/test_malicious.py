@@ -280,7 +280,7 @@ def test_names_of_folders_are_never_run(name, tmp_path, monkeypatch):
   spec.loader.exec_module(module)
   config = module.get_config()
   assert config.data.tokenizer.json.path == str(workdir / 'huggingface')
-  # What is printed for a shell has the folder in quotes.
+  # The command that is printed for a shell has the folder in quotes.
   command = lines[-1].removeprefix('go on: ').rpartition('; with')[0]
   assert shlex.split(command)[3:] == [
     f'--config={workdir}/config.py', f'--workdir={workdir}'

@@ -70,7 +70,7 @@ def test_splits_have_no_question_in_common(name):
 
 
 def test_told_examples():
-  # These are the same on every machine.
+  # These examples are the same on every machine.
   assert TASKS['reverse']('validation', 0)[:2] == (
     'Reverse: tlvtm',
     'mtvlt',
@@ -281,7 +281,7 @@ def subjects(names, split, count):
 
 
 def test_what_is_read_is_of_one_split_in_all_tasks():
-  # What one task learns about a function is not asked by another.
+  # No task asks about a function that another one learns from.
   code_tasks = [n for n, t in TASKS.items() if t.cluster.startswith('code_')]
   assert len(code_tasks) == 8
   train = subjects(code_tasks, 'train', 150)

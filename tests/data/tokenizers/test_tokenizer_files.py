@@ -68,7 +68,7 @@ def test_models_of_others(tmp_path):
     from_folder.special.chat_template and from_file.eos_id == from_folder.eos_id
   )
   assert from_folder.encode(TEXT).tolist() == from_file.encode(TEXT).tolist()
-  # Where there is a tokenizer.json it is read, whatever else is there.
+  # A tokenizer.json is read before any other file of its folder.
   (tmp_path / 'tokenizer.model').write_bytes(b'')
   assert tokenizers.read(tmp_path).identity == from_folder.identity
 
