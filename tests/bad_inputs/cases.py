@@ -37,14 +37,14 @@ class Case:
   Attributes:
     name: Name of the case in the list of tests.
     call: Gets an empty folder, and gives the bad input to what refuses it.
-    says: Parts of the message: the value, the rule, the name of a file.
+    phrases: Parts of the message: the value, the rule, the name of a file.
     errors: Types of the error.
     most_lines: The most lines that the message may have.
   """
 
   name: str
   call: Callable[[pathlib.Path], Any]
-  says: tuple[str, ...]
+  phrases: tuple[str, ...]
   errors: tuple[type[Exception], ...] = REPORTED
   most_lines: int = _MOST_LINES
 
@@ -60,7 +60,7 @@ def frozen(folder: pathlib.Path) -> pathlib.Path:
 
 
 def check(case: Case, folder: pathlib.Path) -> None:
-  """Checks that the case is refused as it says, and that nothing is written."""
+  """Checks that the message has the phrases, and that nothing is written."""
   try:
     with pytest.raises(case.errors) as error:
       case.call(folder)
@@ -68,14 +68,14 @@ def check(case: Case, folder: pathlib.Path) -> None:
     before = _snapshots.get(folder, {})
   finally:
     _snapshots.pop(folder, None)
-  assert_message(str(error.value), case.says, case.most_lines)
+  assert_message(str(error.value), case.phrases, case.most_lines)
   assert after == before, 'the refusal changed files'
 
 
 def check_command(
   main: Callable[[list[str]], Any],
   argv: list[str],
-  says: tuple[str, ...],
+  phrases: tuple[str, ...],
   capsys,
   *,
   status: int = 1,
@@ -85,7 +85,7 @@ def check_command(
   Args:
     main: Runs the command with these arguments, in this process.
     argv: The arguments.
-    says: Parts of the message on standard error.
+    phrases: Parts of the message on standard error.
     capsys: The fixture of pytest.
     status: The status with which the command ends.
   """
@@ -94,20 +94,22 @@ def check_command(
     main(argv)
   errors = capsys.readouterr().err
   assert ended.value.code == status, errors
-  assert_message(errors, says, _MOST_LINES)
+  assert_message(errors, phrases, _MOST_LINES)
 
 
-def assert_message(text: str, says: tuple[str, ...], most_lines: int) -> None:
-  """Checks that a message has its parts, few lines and no traceback."""
+def assert_message(
+  text: str, phrases: tuple[str, ...], most_lines: int
+) -> None:
+  """Checks that a message has the phrases, few lines and no traceback."""
   assert 'Traceback' not in text, text
   assert not re.search(r'site-packages|File ".*", line \d', text), text
   assert len(text.strip().splitlines()) <= most_lines, text
-  for part in says:
-    assert part in text, f'{part!r} is not in: {text}'
+  for phrase in phrases:
+    assert phrase in text, f'{phrase!r} is not in: {text}'
 
 
 def _content(folder: pathlib.Path) -> dict[str, str]:
-  """A digest of every file below a folder, by path; of a link its target."""
+  """Returns a file's digest or a link's target, by path below a folder."""
   content = {}
   for path in sorted(folder.rglob('*')):
     name = str(path.relative_to(folder))

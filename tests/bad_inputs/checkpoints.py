@@ -40,7 +40,7 @@ WEIGHTS = 'model.safetensors'
 
 
 def tensors() -> dict[str, np.ndarray]:
-  """The weights, by name."""
+  """Returns the weights, by name."""
   rng = np.random.default_rng(0)
   return {
     name: rng.normal(size=shape).astype(np.float32)
@@ -49,14 +49,14 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def write_config(folder: pathlib.Path, **changes) -> None:
-  """Writes a config.json with changed keys; those that are ... are left out."""
+  """Writes a config.json with changes; keys with the value ... are left out."""
   values = {k: v for k, v in {**CONFIG, **changes}.items() if v is not ...}
   (folder / 'config.json').write_text(json.dumps(values))
 
 
 @functools.cache
 def tokenizer_text(size: int = 11) -> str:
-  """A tokenizer.json with so many words, the second of which is </s>."""
+  """Returns a tokenizer.json of `size` words, the second of which is </s>."""
   names = ['a', '</s>', *(f'w{i}' for i in range(size - 2))]
   model = tokenizers.models.WordLevel(
     {name: i for i, name in enumerate(names)}, unk_token='a'

@@ -31,19 +31,19 @@ DIGEST = hashlib.sha256(b'').hexdigest()
 
 
 def sealed(body) -> str:
-  """The text of a manifest with its own digest, which anyone can compute."""
+  """Returns a manifest's text with its digest, which anyone can compute."""
   text = json.dumps(body, sort_keys=True)
   seal = hashlib.sha256(text.encode()).hexdigest()
   return json.dumps({**body, 'sha256': seal}, indent=1)
 
 
-def reads(content):
-  """A call that reads a manifest of this content."""
+def reading(content):
+  """Returns a call that reads a manifest of this content."""
 
   def call(folder):
-    data = content if isinstance(content, bytes) else content.encode()
+    raw = content if isinstance(content, bytes) else content.encode()
     path = folder / manifest.NAME
-    path.write_bytes(data)
+    path.write_bytes(raw)
     try:
       manifest.read(epath.Path(folder))
     finally:
@@ -84,34 +84,40 @@ OUTSIDE = [
 BAD = (BadCheckpoint,)
 
 
-def cases_of_manifests():
+def manifest_cases():
   for name, content in UNREADABLE.items():
-    yield Case(f'manifest_{name}', reads(content), ('manifest',), BAD)
+    yield Case(f'manifest_{name}', reading(content), ('manifest',), BAD)
   for key, values in WRONG.items():
     for value in values:
       yield Case(
         f'manifest_{key}_{value!r:.20}',
-        reads(sealed({**GOOD, key: value})),
+        reading(sealed({**GOOD, key: value})),
         ('manifest',),
         BAD,
       )
-    rest = {name: value for name, value in GOOD.items() if name != key}
+    other_values = {name: value for name, value in GOOD.items() if name != key}
     yield Case(
-      f'manifest_without_{key}', reads(sealed(rest)), ('manifest',), BAD
+      f'manifest_without_{key}',
+      reading(sealed(other_values)),
+      ('manifest',),
+      BAD,
     )
   yield Case(
-    'manifest_unknown_key', reads(sealed({**GOOD, 'x': 1})), ('manifest',), BAD
+    'manifest_unknown_key',
+    reading(sealed({**GOOD, 'x': 1})),
+    ('manifest',),
+    BAD,
   )
   for path in OUTSIDE:
     yield Case(
       f'manifest_file_{path!r}',
-      reads(sealed({**GOOD, 'files': {path: [0, DIGEST]}})),
+      reading(sealed({**GOOD, 'files': {path: [0, DIGEST]}})),
       ('manifest', 'not in the folder'),
       BAD,
     )
 
 
-CASES = list(cases_of_manifests())
+CASES = list(manifest_cases())
 
 
 @pytest.mark.parametrize('case', CASES, ids=Case.id)
@@ -143,7 +149,7 @@ ABSTRACT = jax.eval_shape(functools.partial(state, 0))
 
 
 @pytest.fixture(scope='module')
-def saved(tmp_path_factory):
+def saved_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('saved')
   with Checkpointer(folder, keep_newest=9) as checkpoints:
     for step in (1, 2):
@@ -152,20 +158,20 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(saved, tmp_path):
-  shutil.copytree(saved, tmp_path / 'c')
+def folder(saved_folder, tmp_path):
+  shutil.copytree(saved_folder, tmp_path / 'c')
   return tmp_path / 'c'
 
 
 @pytest.mark.parametrize('name', [*UNREADABLE, 'negative', 'outside'])
 def test_a_damaged_newest_is_passed_over(folder, name):
-  made = {
+  sealed_texts = {
     'negative': sealed({**GOOD, 'step': -2}),
     'outside': sealed({**GOOD, 'step': 2, 'files': {'../1/x': [0, DIGEST]}}),
   }
-  content = (UNREADABLE | made)[name]
-  data = content if isinstance(content, bytes) else content.encode()
-  (folder / '2' / manifest.NAME).write_bytes(data)
+  content = (UNREADABLE | sealed_texts)[name]
+  raw = content if isinstance(content, bytes) else content.encode()
+  (folder / '2' / manifest.NAME).write_bytes(raw)
   with Checkpointer(folder) as checkpoints:
     assert checkpoints.newest_good() == 1
     assert checkpoints.best_step() is None
@@ -191,25 +197,25 @@ def test_names_that_are_no_steps_are_ignored(folder, name):
   ],
 )
 def test_a_state_that_is_not_finite_is_not_saved(folder, path, name, value):
-  bad = state(3)
-  leaf = bad[path[0]][path[1]]
-  bad[path[0]][path[1]] = leaf.at[-1].set(value)
+  bad_state = state(3)
+  leaf = bad_state[path[0]][path[1]]
+  bad_state[path[0]][path[1]] = leaf.at[-1].set(value)
   with Checkpointer(folder) as checkpoints:
     with pytest.raises(CheckpointError) as error:
-      checkpoints.save(3, bad)
+      checkpoints.save(3, bad_state)
     assert f'not saved to {folder}: not finite: {name}\n' in str(error.value)
     assert 'last good step: 2' in str(error.value)
     assert checkpoints.steps() == [1, 2]
 
 
-def unchecked_save(folder, step, bad, monkeypatch):
-  """Saves as versions did that did not look at the values."""
+def unchecked_save(folder, step, bad_state, monkeypatch):
+  """Saves as versions did that did not check whether values are finite."""
   with (
     monkeypatch.context() as patched,
     Checkpointer(folder, keep_newest=9) as checkpoints,
   ):
     patched.setattr('moe_jax.runs.finite.not_finite', lambda state: [])
-    checkpoints.save(step, bad)
+    checkpoints.save(step, bad_state)
 
 
 def test_one_that_is_not_finite_is_passed_over(folder, monkeypatch):
@@ -223,9 +229,9 @@ def test_one_that_is_not_finite_is_passed_over(folder, monkeypatch):
     ]
     with pytest.raises(CheckpointError, match='4: not finite: params/w'):
       checkpoints.restore(ABSTRACT, step=4)
-    # Those who read a part are not stopped by the rest.
-    part = {'router_state': ABSTRACT['router_state']}
-    assert checkpoints.restore(part, step=4, partial=True).step == 4
+    # A reader of a part is not stopped by the rest.
+    router_state = {'router_state': ABSTRACT['router_state']}
+    assert checkpoints.restore(router_state, step=4, partial=True).step == 4
 
 
 def test_all_not_finite_is_an_error_and_no_fresh_start(tmp_path, monkeypatch):
@@ -235,9 +241,9 @@ def test_all_not_finite_is_an_error_and_no_fresh_start(tmp_path, monkeypatch):
     pytest.raises(CheckpointError) as error,
   ):
     checkpoints.restore(ABSTRACT)
-  said = str(error.value)
-  assert f'no good checkpoint in {tmp_path}' in said
-  assert '3: not finite: params/w' in said
+  message = str(error.value)
+  assert f'no good checkpoint in {tmp_path}' in message
+  assert '3: not finite: params/w' in message
 
 
 @pytest.mark.slow
@@ -247,16 +253,16 @@ def test_any_change_of_a_manifest_is_found(tmp_path_factory, data):
   """Either the whole content is as it was, or it is refused."""
   folder = epath.Path(tmp_path_factory.mktemp('manifest'))
   text = sealed(GOOD).encode()
-  at = data.draw(st.integers(0, len(text)))
-  new = data.draw(st.binary(max_size=6))
-  cut = data.draw(st.integers(0, 6))
-  changed = text[:at] + new + text[at + cut :]
+  position = data.draw(st.integers(0, len(text)))
+  inserted = data.draw(st.binary(max_size=6))
+  num_removed = data.draw(st.integers(0, 6))
+  changed = text[:position] + inserted + text[position + num_removed :]
   (folder / manifest.NAME).write_bytes(changed)
   try:
-    found = manifest.read(folder)
+    restored = manifest.read(folder)
   except BadCheckpoint:
     return
-  assert (found.step, found.tree) == (7, GOOD['tree']), os.fspath(folder)
+  assert (restored.step, restored.tree) == (7, GOOD['tree']), os.fspath(folder)
 
 
 VALUES = st.recursive(
@@ -277,7 +283,7 @@ def test_sealed_manifests_of_any_values_are_read_or_refused(
     value = {**GOOD[key], 'x': value}
   (folder / manifest.NAME).write_text(sealed({**GOOD, key: value}))
   try:
-    found = manifest.read(folder)
-    manifest.verify(folder, found)
+    restored = manifest.read(folder)
+    manifest.verify(folder, restored)
   except BadCheckpoint:
     pass

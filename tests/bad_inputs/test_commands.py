@@ -171,13 +171,13 @@ TRAINING = {
 }
 
 
-@pytest.mark.parametrize(('argv', 'says'), TRAINING.values(), ids=TRAINING)
-def test_training(argv, says, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('argv', 'phrases'), TRAINING.values(), ids=TRAINING)
+def test_training(argv, phrases, capsys, tmp_path, monkeypatch):
   # A run that is not refused would begin in this folder.
   argv = [
     word.replace('--workdir=x', f'--workdir={tmp_path}/x') for word in argv
   ]
-  check_command(train, argv, says, capsys)
+  check_command(train, argv, phrases, capsys)
   assert not any(tmp_path.iterdir())
 
 
@@ -251,10 +251,10 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(('text', 'says'), FILES.values(), ids=FILES)
-def test_a_config_file(text, says, capsys, tmp_path):
+@pytest.mark.parametrize(('text', 'phrases'), FILES.values(), ids=FILES)
+def test_a_config_file(text, phrases, capsys, tmp_path):
   argv = [config_file(tmp_path, text), f'--workdir={tmp_path}/run']
-  check_command(train, argv, says, capsys)
+  check_command(train, argv, phrases, capsys)
   assert not (tmp_path / 'run').exists()
 
 
@@ -274,9 +274,9 @@ GENERATING = {
   **{
     f'{flag}={value}': (
       ['--workdir=x', PROMPT, f'--{flag}={value}'],
-      (f'--{flag}', said),
+      (f'--{flag}', phrase),
     )
-    for flag, value, said in [
+    for flag, value, phrase in [
       ('temperature', 'nan', 'must be finite'),
       ('temperature', 'inf', 'must be finite'),
       ('temperature', '-1', 'must be at least 0'),
@@ -304,9 +304,11 @@ GENERATING = {
 }
 
 
-@pytest.mark.parametrize(('argv', 'says'), GENERATING.values(), ids=GENERATING)
-def test_generating(argv, says, capsys):
-  check_command(moe_jax.generate.main, argv, says, capsys)
+@pytest.mark.parametrize(
+  ('argv', 'phrases'), GENERATING.values(), ids=GENERATING
+)
+def test_generating(argv, phrases, capsys):
+  check_command(moe_jax.generate.main, argv, phrases, capsys)
 
 
 PROMPTS = {
@@ -317,13 +319,13 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize(('content', 'says'), PROMPTS.values(), ids=PROMPTS)
-def test_a_file_of_prompts(content, says, capsys, tmp_path):
+@pytest.mark.parametrize(('content', 'phrases'), PROMPTS.values(), ids=PROMPTS)
+def test_a_file_of_prompts(content, phrases, capsys, tmp_path):
   path = tmp_path / 'prompts.txt'
   if content is not None:
     path.write_bytes(content)
   argv = ['--workdir=x', f'--prompts_file={path}']
-  check_command(moe_jax.generate.main, argv, says, capsys)
+  check_command(moe_jax.generate.main, argv, phrases, capsys)
 
 
 INTEROP = {
@@ -373,9 +375,9 @@ INTEROP = {
 }
 
 
-@pytest.mark.parametrize(('argv', 'says'), INTEROP.values(), ids=INTEROP)
-def test_interop(argv, says, capsys):
-  check_command(moe_jax.interop.__main__.main, argv, says, capsys)
+@pytest.mark.parametrize(('argv', 'phrases'), INTEROP.values(), ids=INTEROP)
+def test_interop(argv, phrases, capsys):
+  check_command(moe_jax.interop.__main__.main, argv, phrases, capsys)
 
 
 def test_an_error_in_the_program_keeps_its_traceback():

@@ -35,7 +35,7 @@ GOOD = {
 }
 
 
-def npz(name, says, **changes):
+def npz(name, phrases, **changes):
   def call(folder):
     arrays = {k: v for k, v in {**GOOD, **changes}.items() if v is not None}
     path = folder / 'a.npz'
@@ -43,18 +43,18 @@ def npz(name, says, **changes):
     frozen(folder)
     NpzSource(str(path)).classes()
 
-  return Case(f'npz:{name}', call, ('a.npz', *says))
+  return Case(f'npz:{name}', call, ('a.npz', *phrases))
 
 
-def labels(values, *says, dtype=None, **more):
+def labels(values, *phrases, dtype=None, **more):
   array = np.array(values, dtype)
-  return npz(f'labels {values}', says, train_labels=array, **more)
+  return npz(f'labels {values}', phrases, train_labels=array, **more)
 
 
-def features(values, *says, dtype=None):
+def features(values, *phrases, dtype=None):
   array = np.array(values, dtype)
   name = f'features {array.dtype} {array.shape} {values!r:.30}'
-  return npz(name, says, train_features=array)
+  return npz(name, phrases, train_features=array)
 
 
 NPZ = [
@@ -100,31 +100,33 @@ NPZ = [
 ]
 
 
-def whole_file(name, content, *says):
+def npz_file(name, content, *phrases):
   def call(folder):
     path = folder / 'a.npz'
     path.write_bytes(content)
     frozen(folder)
     NpzSource(str(path)).classes()
 
-  return Case(f'npz file: {name}', call, ('a.npz', 'npz file of arrays', *says))
+  return Case(
+    f'npz file: {name}', call, ('a.npz', 'npz file of arrays', *phrases)
+  )
 
 
-def npy(array, **how):
+def npy(array, **options):
   import io
 
   file = io.BytesIO()
-  np.save(file, array, **how)
+  np.save(file, array, **options)
   return file.getvalue()
 
 
-WHOLE = [
-  whole_file('empty', b''),
-  whole_file('text', b'hello'),
-  whole_file('zip cut', b'PK\x03\x04' + bytes(40)),
-  whole_file('one array', npy(np.zeros(3)), 'a single array'),
-  whole_file('one pickle', npy(np.array([{}]), allow_pickle=True), 'never'),
-  whole_file('pickle', b'\x80\x04}\x94.', 'objects are never unpickled'),
+NPZ_FILES = [
+  npz_file('empty', b''),
+  npz_file('text', b'hello'),
+  npz_file('zip cut', b'PK\x03\x04' + bytes(40)),
+  npz_file('one array', npy(np.zeros(3)), 'a single array'),
+  npz_file('one pickle', npy(np.array([{}]), allow_pickle=True), 'never'),
+  npz_file('pickle', b'\x80\x04}\x94.', 'objects are never unpickled'),
   Case('npz file: folder', lambda f: NpzSource(str(f)).classes(), ('no file',)),
   Case(
     'npz file: pipe',
@@ -134,35 +136,37 @@ WHOLE = [
 ]
 
 
-class Own(ClassSource):
+class OwnSource(ClassSource):
   """A source of a user's own, which keeps no contract."""
 
   name, classes = 'own', ('a', 'b')
 
   def __init__(self, features, labels):
-    self.both = features, labels
+    self.features_and_labels = features, labels
 
   def examples(self, split):
     del split
-    return Examples(*self.both)
+    return Examples(*self.features_and_labels)
 
 
-def own(name, features, labels, *says):
+def own_source(name, features, labels, *phrases):
   def call(folder):
     del folder
-    ClassRows(Own(features, labels), 'train')
+    ClassRows(OwnSource(features, labels), 'train')
 
-  return Case(f'own: {name}', call, ("'train' of own", *says))
+  return Case(f'own: {name}', call, ("'train' of own", *phrases))
 
 
-OWN = [
-  own('nan', np.full((2, 1), NAN), np.zeros(2, int), '2 values'),
-  own('label', np.zeros((2, 1)), np.array([0, 2]), 'label 2 is none of 2'),
-  own('wrapped', np.zeros((2, 1)), np.array([0, 2**32]), 'int32'),
-  own('booleans', np.zeros((2, 1), bool), np.array([0, 1]), 'of bool'),
-  own('floats', np.zeros((2, 1)), np.array([0.0, 1.0]), 'of float64'),
-  own('empty', np.zeros((0, 1)), np.zeros(0, int), '0 labels'),
-  own('lists', [[0.0], [1.0]], ['a', 'b'], 'of <U1'),
+OWN_SOURCES = [
+  own_source('nan', np.full((2, 1), NAN), np.zeros(2, int), '2 values'),
+  own_source(
+    'label', np.zeros((2, 1)), np.array([0, 2]), 'label 2 is none of 2'
+  ),
+  own_source('wrapped', np.zeros((2, 1)), np.array([0, 2**32]), 'int32'),
+  own_source('booleans', np.zeros((2, 1), bool), np.array([0, 1]), 'of bool'),
+  own_source('floats', np.zeros((2, 1)), np.array([0.0, 1.0]), 'of float64'),
+  own_source('empty', np.zeros((0, 1)), np.zeros(0, int), '0 labels'),
+  own_source('lists', [[0.0], [1.0]], ['a', 'b'], 'of <U1'),
 ]
 
 
@@ -177,7 +181,7 @@ class Ids(tokenizers.Bytes, kind='ids of a test'):
     return self.ids
 
 
-def stored(name, texts, tokenizer, *says, pairs=False):
+def token_stream(name, texts, tokenizer, *phrases, pairs=False):
   def call(folder):
     write = store.write_pairs if pairs else store.write_tokens
     try:
@@ -186,27 +190,27 @@ def stored(name, texts, tokenizer, *says, pairs=False):
       for path in folder.iterdir():  # begun files are those of `prepared`
         path.unlink()
 
-  return Case(f'stored: {name}', call, says)
+  return Case(f'stored: {name}', call, phrases)
 
 
 IN_RANGE = '[0, vocab_size=257)'
 STORED = [
-  stored('ids beyond', ['a'], Ids(1, 257), 'from 1 to 257', IN_RANGE),
-  stored('ids that wrap', ['a'], Ids(2**16), 'to 65536', IN_RANGE),
-  stored('ids of 4e9', ['a'], Ids(4 * 10**9), '4000000000', IN_RANGE),
-  stored('negative ids', ['a'], Ids(1, -1), 'from -1', IN_RANGE),
-  stored('ids of floats', ['a'], Ids(1, dtype=float), 'float64'),
-  stored('ids of booleans', ['a'], Ids(1, dtype=bool), 'bool'),
-  stored('numbers', ['a', 3], tokenizers.Bytes(), '3, which is no text'),
-  stored('null', [None], tokenizers.Bytes(), 'None, which is no text'),
-  stored('bytes', [b'a'], tokenizers.Bytes(), "b'a', which is no text"),
-  stored('half a pair', ['a\ud800'], tokenizers.Bytes(), 'surrogates'),
-  stored('pairs', [('a', 3)], tokenizers.Bytes(), '3, which', pairs=True),
-  stored('empty', [], tokenizers.Bytes(), "'train' has 0 tokens"),
+  token_stream('ids beyond', ['a'], Ids(1, 257), 'from 1 to 257', IN_RANGE),
+  token_stream('ids that wrap', ['a'], Ids(2**16), 'to 65536', IN_RANGE),
+  token_stream('ids of 4e9', ['a'], Ids(4 * 10**9), '4000000000', IN_RANGE),
+  token_stream('negative ids', ['a'], Ids(1, -1), 'from -1', IN_RANGE),
+  token_stream('ids of floats', ['a'], Ids(1, dtype=float), 'float64'),
+  token_stream('ids of booleans', ['a'], Ids(1, dtype=bool), 'bool'),
+  token_stream('numbers', ['a', 3], tokenizers.Bytes(), '3, which is no text'),
+  token_stream('null', [None], tokenizers.Bytes(), 'None, which is no text'),
+  token_stream('bytes', [b'a'], tokenizers.Bytes(), "b'a', which is no text"),
+  token_stream('half a pair', ['a\ud800'], tokenizers.Bytes(), 'surrogates'),
+  token_stream('pairs', [('a', 3)], tokenizers.Bytes(), '3, which', pairs=True),
+  token_stream('empty', [], tokenizers.Bytes(), "'train' has 0 tokens"),
 ]
 
 
-def lines(content, *says):
+def lines(content, *phrases):
   def call(folder):
     path = folder / 'q.jsonl'
     raw = content if isinstance(content, bytes) else content.encode()
@@ -214,7 +218,7 @@ def lines(content, *says):
     frozen(folder)
     ChoiceFilesSource(str(path)).items()
 
-  return Case(f'jsonl:{content[:70]!r}', call, ('q.jsonl', *says))
+  return Case(f'jsonl:{content[:70]!r}', call, ('q.jsonl', *phrases))
 
 
 def item(**changes):
@@ -251,7 +255,7 @@ JSONL = [
 ]
 
 
-def text_files(name, write, *says):
+def text_files(name, write, *phrases):
   def call(folder):
     write(folder)
     options = DataOptions(
@@ -264,7 +268,7 @@ def text_files(name, write, *says):
       for path in sorted(folder.rglob('*'), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
 
-  return Case(f'files: {name}', call, says)
+  return Case(f'files: {name}', call, phrases)
 
 
 def bytes_of(content, *names):
@@ -284,7 +288,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(
-  'case', [*NPZ, *WHOLE, *OWN, *STORED, *JSONL, *FILES], ids=Case.id
+  'case', [*NPZ, *NPZ_FILES, *OWN_SOURCES, *STORED, *JSONL, *FILES], ids=Case.id
 )
 def test_refused(case, tmp_path):
   check(case, tmp_path)
@@ -319,21 +323,21 @@ def flips(tokens: pathlib.Path, step: int):
   for path in sorted(tokens.iterdir()):
     good = path.read_bytes()
     assert good or path.suffix == '.lock'
-    for place in range(0, len(good), step):
+    for index in range(0, len(good), step):
       changed = bytearray(good)
-      changed[place] ^= 1 << (place % 8)
+      changed[index] ^= 1 << (index % 8)
       path.write_bytes(changed)
-      yield path, place
+      yield path, index
     path.write_bytes(good)
 
 
 def test_a_bit_flip_anywhere_in_the_cache_is_found(tmp_path):
   options, tokens = cached(tmp_path)
   count = 0
-  for path, place in flips(tokens, 53):
+  for path, index in flips(tokens, 53):
     with pytest.raises(ValueError, match='is damaged') as error:
       load(options)
-    assert f'{tokens} is damaged' in str(error.value), (path, place)
+    assert f'{tokens} is damaged' in str(error.value), (path, index)
     assert 'delete the folder, and it is made anew' in str(error.value)
     count += 1
   assert count > 30
@@ -349,7 +353,7 @@ def test_every_byte_of_the_cache_counts(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('damage', 'says'),
+  ('damage', 'phrase'),
   [
     (lambda t: (t / 'files.json').unlink(), 'files.json is missing'),
     (lambda t: (t / 'files.json').write_text(''), 'is no JSON'),
@@ -363,12 +367,12 @@ def test_every_byte_of_the_cache_counts(tmp_path):
     (lambda t: os.truncate(t / 'train.tokens', 4), 'train.tokens has 4 bytes'),
   ],
 )
-def test_a_damaged_cache_is_named(damage, says, tmp_path):
+def test_a_damaged_cache_is_named(damage, phrase, tmp_path):
   options, tokens = cached(tmp_path)
   damage(tokens)
   with pytest.raises(ValueError, match='delete the folder') as error:
     load(options)
-  assert says in str(error.value)
+  assert phrase in str(error.value)
   for path in tokens.iterdir():
     path.unlink()
   tokens.rmdir()

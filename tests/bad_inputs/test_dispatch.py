@@ -36,8 +36,8 @@ X = jnp.ones((G, S, M))
 MOVERS = {'einsum': einsum, 'gather': gather, 'sorted': sorted_rows}
 
 
-def case(name, f, *arguments, says):
-  return Case(name, lambda folder: f(*arguments), says)
+def case(name, f, *arguments, phrases):
+  return Case(name, lambda folder: f(*arguments), phrases)
 
 
 def changed(**changes):
@@ -49,9 +49,9 @@ def changed(**changes):
 
 
 CASES = [
-  case(f'{name}-{what}', mover.dispatch, x, chosen, says=says)
+  case(f'{name}-{defect}', mover.dispatch, x, chosen, phrases=phrases)
   for name, mover in MOVERS.items()
-  for what, x, chosen, says in (
+  for defect, x, chosen, phrases in (
     ('tokens', X[:, 1:], CHOSEN, ('(2, 6, 8)', '(2, 7, 3)')),
     ('groups', X[:1], CHOSEN, ('(1, 7, 8)', '(2, 7, 3)')),
     ('rank', X[0], CHOSEN, ('(7, 8)', '[G, S, M]')),
@@ -79,7 +79,11 @@ CASES = [
 ]
 CASES += [
   case(
-    f'{name}-rows {shape}', mover.combine, jnp.ones(shape), CHOSEN, says=says
+    f'{name}-rows {shape}',
+    mover.combine,
+    jnp.ones(shape),
+    CHOSEN,
+    phrases=phrases,
   )
   for name, mover, shapes in (
     (
@@ -98,7 +102,7 @@ CASES += [
       {(3, M): ('(3, 8)', '(40,)'), (E, 8, M): ('(5, 8, 8)', '[N, M]')},
     ),
   )
-  for shape, says in shapes.items()
+  for shape, phrases in shapes.items()
 ]
 CASES += [
   case(
@@ -106,7 +110,7 @@ CASES += [
     mover.dispatch,
     X,
     changed(capacity=None),
-    says=('capacity=None', 'All()'),
+    phrases=('capacity=None', 'All()'),
   )
   for name, mover in MOVERS.items()
   if name != 'sorted'
@@ -114,8 +118,8 @@ CASES += [
 ROWS, KERNEL = jnp.ones((9, M)), jnp.ones((E, M, 6))
 SIZES = jnp.ones(E, jnp.int32)
 CASES += [
-  case(f'product-{name}', check_shapes, *arguments, says=says)
-  for name, arguments, says in (
+  case(f'product-{name}', check_shapes, *arguments, phrases=phrases)
+  for name, arguments, phrases in (
     ('sizes', (ROWS, KERNEL, SIZES[1:]), ('4 group sizes', '5 experts')),
     ('width', (ROWS[:, 1:], KERNEL, SIZES), ('width 7', 'M=8')),
     ('rank of rows', (ROWS[0], KERNEL, SIZES), ('(8,)', '[N, M]')),
@@ -129,7 +133,7 @@ CASES += [
     'product-backend',
     kernels.grouped_matmul,
     *(ROWS, KERNEL, SIZES, 'cuda'),
-    says=("'cuda'", "'blocks'"),
+    phrases=("'cuda'", "'blocks'"),
   )
 ]
 CASES += [
@@ -139,9 +143,9 @@ CASES += [
     CHOSEN,
     logits,
     mask,
-    says=says,
+    phrases=phrases,
   )
-  for name, logits, mask, says in (
+  for name, logits, mask, phrases in (
     ('mask', None, bool_ones(G, 6), ('(2, 6)', '(2, 7, 3)')),
     ('logits', jnp.ones((G, S, 4)), bool_ones(G, S), ('(2, 7, 4)', 'E=5')),
   )

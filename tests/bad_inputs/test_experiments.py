@@ -72,22 +72,22 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(
-  ('name', 'flag', 'value', 'says'),
+  ('name', 'flag', 'value', 'phrase'),
   [
-    (name, flag, value, says)
+    (name, flag, value, phrase)
     for name, by_flag in NUMBERS.items()
     for flag, values in by_flag.items()
-    for value, says in values
+    for value, phrase in values
   ],
 )
-def test_a_number(name, flag, value, says, capsys):
+def test_a_number(name, flag, value, phrase, capsys):
   argv = [SWITCH] if name in ('launch', 'compile_ahead') else []
   argv = [*argv, f'--{flag}={value}']
-  check_command(main_of(name), argv, (f'--{flag}', says), capsys)
+  check_command(main_of(name), argv, (f'--{flag}', phrase), capsys)
 
 
 def main_of(name):
-  """The `main` of a command of experiments."""
+  """Returns the `main` of a command of experiments."""
   module = importlib.import_module(f'experiments.{name}')
   if hasattr(module, 'main'):
     return module.main
@@ -95,7 +95,7 @@ def main_of(name):
 
 
 STUDIES = ('switch_table1', 'jacobs_table1', 'shazeer_appendix_f')
-OF_STUDIES = {
+STUDY_FLAGS = {
   'seeds': COUNT[:4],
   'steps': COUNT[:3],
   'workers': COUNT[:3],
@@ -106,12 +106,12 @@ OF_STUDIES = {
 
 @pytest.mark.parametrize('name', STUDIES)
 @pytest.mark.parametrize(
-  ('flag', 'value', 'says'),
-  [(flag, *pair) for flag, pairs in OF_STUDIES.items() for pair in pairs],
+  ('flag', 'value', 'phrase'),
+  [(flag, *pair) for flag, pairs in STUDY_FLAGS.items() for pair in pairs],
 )
-def test_a_study(name, flag, value, says, capsys):
+def test_a_study(name, flag, value, phrase, capsys):
   argv = [f'--{flag}={value}']
-  check_command(main_of(name), argv, (f'--{flag}', says), capsys)
+  check_command(main_of(name), argv, (f'--{flag}', phrase), capsys)
 
 
 OTHERS = {
@@ -233,8 +233,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(('name', 'argv', 'says'), OTHERS.values(), ids=OTHERS)
-def test_other_arguments(name, argv, says, capsys, tmp_path):
+@pytest.mark.parametrize(
+  ('name', 'argv', 'phrases'), OTHERS.values(), ids=OTHERS
+)
+def test_other_arguments(name, argv, phrases, capsys, tmp_path):
   argv = [word.format(folder=tmp_path) for word in argv]
-  check_command(main_of(name), argv, says, capsys)
+  check_command(main_of(name), argv, phrases, capsys)
   assert not any(tmp_path.iterdir())

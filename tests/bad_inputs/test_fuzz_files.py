@@ -1,4 +1,4 @@
-"""Files of others cut, flipped and rewritten at random: only our own errors.
+"""Files cut, flipped and rewritten at random raise only errors of this project.
 
 A Rust panic, a crash of the process and a hang would all end these tests; a
 read outside the folder would find the secret beside it.
@@ -56,25 +56,25 @@ def damaged(draw, good: bytes) -> bytes:
   """Bytes that were cut, flipped, repeated or overwritten somewhere."""
   data = bytearray(good)
   for _ in range(draw(st.integers(1, 4))):
-    place = draw(st.integers(0, max(len(data) - 1, 0)))
+    position = draw(st.integers(0, max(len(data) - 1, 0)))
     change = draw(st.sampled_from(('cut', 'flip', 'insert', 'write', 'repeat')))
     if change == 'cut':
-      del data[place : place + draw(st.integers(1, 4000))]
+      del data[position : position + draw(st.integers(1, 4000))]
     elif change == 'flip' and data:
-      data[place] ^= 1 << draw(st.integers(0, 7))
+      data[position] ^= 1 << draw(st.integers(0, 7))
     elif change == 'insert':
-      data[place:place] = draw(st.binary(max_size=9))
+      data[position:position] = draw(st.binary(max_size=9))
     elif change == 'write':
       text = draw(st.sampled_from((b'"', b'{', b'[', b'-', b'9' * 20, b'null')))
-      data[place : place + len(text)] = text
+      data[position : position + len(text)] = text
     else:
-      data[place:place] = data[max(place - 9, 0) : place] * 20
+      data[position:position] = data[max(position - 9, 0) : position] * 20
   return bytes(data)
 
 
 @st.composite
 def rewritten(draw, good) -> bytes:
-  """A JSON object in which values, also nested ones, are others."""
+  """A JSON object in which some values, also nested ones, are changed."""
   value = json.loads(json.dumps(good))
   for _ in range(draw(st.integers(1, 3))):
     inner = value

@@ -40,12 +40,12 @@ def beams(prompt=PROMPT, **options):
   return generation.beam_search(*prepared(), prompt, **options)
 
 
-def case(name, f, *says, **options):
-  return Case(name, lambda folder: f(**options), says)
+def case(name, f, *phrases, **options):
+  return Case(name, lambda folder: f(**options), phrases)
 
 
 CASES = [
-  case(f'{name}={value!r}', generate, *says, **{name: value, **more})
+  case(f'{name}={value!r}', generate, *phrases, **{name: value, **more})
   for name, more, values in (
     (
       'temperature',
@@ -167,11 +167,11 @@ CASES = [
       {1: ('start_id=1', 'decoder-only'), 1.5: ('start_id=1.5', 'integer')},
     ),
   )
-  for value, says in values.items()
+  for value, phrases in values.items()
 ]
 CASES += [
-  case(f'prompt-{name}', generate, *says, prompt=prompt)
-  for name, prompt, says in (
+  case(f'prompt-{name}', generate, *phrases, prompt=prompt)
+  for name, prompt, phrases in (
     ('no rows', [], ('no rows',)),
     ('an empty row', [[1], []], ('prompt 1 of 2', '(0,)')),
     ('negative', [[1, -2]], ('token -2', 'vocab_size=11')),
@@ -223,8 +223,12 @@ CASES += [
   case('greedy-top_k', generate, 'top_k=3', 'temperature above 0', top_k=3),
 ]
 CASES += [
-  Case(f'prepare-{name}', lambda folder, a=arguments: generation.prepare(*a), s)
-  for name, arguments, s in (
+  Case(
+    f'prepare-{name}',
+    lambda folder, a=arguments: generation.prepare(*a),
+    phrases,
+  )
+  for name, arguments, phrases in (
     ('a dict', ({}, {'params': {}}), ('model is a dict', 'Model')),
     ('options', (models.DecoderOptions(), {}), ('DecoderOptions', 'Model')),
     ('a module', (nn.Dense(3), {'params': {}}), ('model is a Dense', 'Model')),
@@ -240,8 +244,8 @@ CASES += [
   )
 ]  # fmt: skip
 CASES += [
-  Case(name, lambda folder, f=f, a=arguments: f(*a), says)
-  for name, f, arguments, says in (
+  Case(name, lambda folder, f=f, a=arguments: f(*a), phrases)
+  for name, f, arguments, phrases in (
     ('keep k=0', keep_top_k, (LOGITS, 0), ('top_k=0', 'at least 1')),
     ('keep k=half', keep_top_k, (LOGITS, 0.5), ('k=0.5', 'integer')),
     ('keep k of a row', keep_top_k, (LOGITS[0], 2), ('(11,)', '[B, V]')),

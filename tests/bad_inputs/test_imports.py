@@ -23,7 +23,7 @@ NAN, INFINITY = float('nan'), float('inf')
 # These values are in no kind of number, of whatever range.
 NEVER = (True, 'x', [1], {'a': 1}, 10**400, -1.5)
 BELOW_ZERO = (-1, -(10**30))
-# Values that mean something for a key.
+# These values have a meaning for the key.
 MEANINGFUL = {'moe_eval_capacity_token_fraction': (*BELOW_ZERO, -1.5)}
 
 
@@ -41,7 +41,7 @@ def bad_values(number: Number):
     yield 1.0
 
 
-def of_config(kind, name, value):
+def config_case(kind, name, value):
   def call(folder):
     config = {'model_type': kind, name: value}
     (folder / 'config.json').write_text(json.dumps(config))
@@ -53,7 +53,7 @@ def of_config(kind, name, value):
 
 
 NUMBERS = [
-  of_config(kind, name, value)
+  config_case(kind, name, value)
   for kind, architecture in ARCHITECTURES.items()
   for name, (number, *_) in {
     **architecture.keys.honoured,
@@ -65,7 +65,7 @@ NUMBERS = [
 ]
 
 IDS = [
-  of_config('mixtral', name, value)
+  config_case('mixtral', name, value)
   for name in (
     'bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id',
     'forced_bos_token_id', 'forced_eos_token_id', 'sep_token_id',
@@ -75,18 +75,18 @@ IDS = [
 ]  # fmt: skip
 
 
-def text(name, content, says, **more):
-  """A file with this content beside good files."""
+def file_case(name, content, phrases, **options):
+  """A case of a file with this content beside good files."""
 
   def call(folder):
     checkpoints.write(folder)
     write = folder.joinpath(name).write_bytes
     write(content if isinstance(content, bytes) else content.encode())
-    if name != checkpoints.WEIGHTS and 'weights' in more:
+    if name != checkpoints.WEIGHTS and 'weights' in options:
       (folder / checkpoints.WEIGHTS).unlink()
     interop.load(frozen(folder))
 
-  return Case(f'{name}:{content[:16]!r}', call, (name, *says))
+  return Case(f'{name}:{content[:16]!r}', call, (name, *phrases))
 
 
 NO_JSON = {
@@ -107,15 +107,20 @@ NO_JSON = {
   '{}{}': 'is no JSON',
   '\ufeff{}': 'is no JSON',
 }
-FILES = [text('config.json', content, [s]) for content, s in NO_JSON.items()]
+FILES = [
+  file_case('config.json', content, [phrase])
+  for content, phrase in NO_JSON.items()
+]
 FILES += [
-  text(checkpoints.WEIGHTS + '.index.json', content, [s], weights=False)
-  for content, s in NO_JSON.items()
+  file_case(
+    checkpoints.WEIGHTS + '.index.json', content, [phrase], weights=False
+  )
+  for content, phrase in NO_JSON.items()
 ]
 INDEX = checkpoints.WEIGHTS + '.index.json'
 FILES += [
-  text(INDEX, json.dumps(value), [said], weights=False)
-  for value, said in [
+  file_case(INDEX, json.dumps(value), [phrase], weights=False)
+  for value, phrase in [
     ({}, 'is damaged'),
     ({'weight_map': {}}, 'is damaged'),
     ({'weight_map': []}, 'is damaged'),
@@ -154,66 +159,66 @@ WEIGHTS = [
   header(tensor(), after=bytes(9)),
 ]  # fmt: skip
 FILES += [
-  text(checkpoints.WEIGHTS, content, ['no safetensors file'])
+  file_case(checkpoints.WEIGHTS, content, ['no safetensors file'])
   for content in WEIGHTS
 ]
 
 
-def changed(name, change, says):
-  """Weights of which some are changed."""
+def weights_case(name, change, phrases):
+  """A case of weights, some of which are changed."""
 
   def call(folder):
     checkpoints.write(folder)
-    held = checkpoints.tensors()
-    change(held)
-    save_file(held, folder / checkpoints.WEIGHTS)
+    tensors = checkpoints.tensors()
+    change(tensors)
+    save_file(tensors, folder / checkpoints.WEIGHTS)
     interop.load(frozen(folder))
 
-  return Case(name, call, says)
+  return Case(name, call, phrases)
 
 
 GATE = 'model.layers.0.block_sparse_moe.gate.weight'
 
 
 def fill(value, *names, dtype=np.float32):
-  def change(held):
+  def change(tensors):
     for name in names:
-      held[name] = held[name].astype(dtype)
-      held[name].flat[1:3] = value
+      tensors[name] = tensors[name].astype(dtype)
+      tensors[name].flat[1:3] = value
 
   return change
 
 
 TENSORS = [
-  changed('nan', fill(NAN, GATE), ('not finite', f'{GATE}: 2 values')),
-  changed('infinity', fill(-INFINITY, GATE), (f'{GATE}: 2 values',)),
-  changed(
+  weights_case('nan', fill(NAN, GATE), ('not finite', f'{GATE}: 2 values')),
+  weights_case('infinity', fill(-INFINITY, GATE), (f'{GATE}: 2 values',)),
+  weights_case(
     'infinity of float16',
     fill(INFINITY, GATE, dtype=np.float16),
     (f'{GATE}: 2 values',),
   ),
-  changed(
+  weights_case(
     'two tensors',
     fill(NAN, GATE, 'lm_head.weight'),
     (f'{GATE}: 2 values', 'lm_head.weight: 2 values', 'allow_nonfinite=True'),
   ),
-  changed('missing', lambda h: h.pop(GATE), (f'missing: {GATE} [3, 8]',)),
-  changed(
+  weights_case('missing', lambda h: h.pop(GATE), (f'missing: {GATE} [3, 8]',)),
+  weights_case(
     'unknown',
     lambda h: h.update({'x\n\x1b[31m': np.zeros(2)}),
     ("has a tensor with the name 'x\\n\\x1b[31m'",),
   ),
-  changed(
+  weights_case(
     'integers',
     lambda h: h.update({GATE: np.zeros((3, 8), np.int32)}),
     (f'type: {GATE} is I32',),
   ),
-  changed(
+  weights_case(
     'complex',
     lambda h: h.update({GATE: np.zeros((3, 8), np.complex64)}),
     (GATE, 'none of'),
   ),
-  changed(
+  weights_case(
     'scalar',
     lambda h: h.update({GATE: np.zeros((), np.float32)}),
     (f'shape: {GATE} is []',),
@@ -221,8 +226,8 @@ TENSORS = [
 ]
 
 
-def sized(**changes):
-  """Sizes that the files do not have; they are not allocated."""
+def size_case(**changes):
+  """A case of sizes that the files do not have; they are not allocated."""
 
   def call(folder):
     interop.load(frozen(checkpoints.write(folder, **changes)))
@@ -232,7 +237,7 @@ def sized(**changes):
 
 
 SIZES = [
-  sized(**{name: value})
+  size_case(**{name: value})
   for name in (
     'vocab_size', 'hidden_size', 'intermediate_size', 'head_dim',
     'num_local_experts', 'num_attention_heads', 'num_key_value_heads',
@@ -242,7 +247,7 @@ SIZES = [
 ]  # fmt: skip
 
 
-def experts(folder):
+def many_layers(folder):
   write = functools.partial(checkpoints.write, num_hidden_layers=60_000)
   interop.load(frozen(write(folder)))
 
@@ -276,7 +281,7 @@ def deflated(folder):
 
 
 OTHERS = [
-  Case('layers', experts, ('describes a model of', 'parameters')),
+  Case('layers', many_layers, ('describes a model of', 'parameters')),
   Case(
     'a tokenizer larger than the model',
     small_vocabulary,
@@ -330,7 +335,7 @@ def test_refused(case, tmp_path):
   check(case, tmp_path)
 
 
-# There are some hundred of these; each takes a millisecond.
+# There are some hundred such cases; each takes a millisecond.
 @pytest.mark.parametrize('kind', sorted(ARCHITECTURES))
 def test_numbers_are_refused_by_name(kind, tmp_path):
   cases = [case for case in NUMBERS if case.name.startswith(kind)]
@@ -342,10 +347,10 @@ def test_numbers_are_refused_by_name(kind, tmp_path):
 
 
 def test_nonfinite_weights_are_read_when_asked_for(tmp_path):
-  held = checkpoints.tensors()
-  fill(NAN, GATE)(held)
+  tensors = checkpoints.tensors()
+  fill(NAN, GATE)(tensors)
   checkpoints.write(tmp_path)
-  save_file(held, tmp_path / checkpoints.WEIGHTS)
+  save_file(tensors, tmp_path / checkpoints.WEIGHTS)
   loaded = interop.load(tmp_path, allow_nonfinite=True)
   leaves = [np.asarray(x) for x in jax_leaves(loaded.variables)]
   assert sum(np.isnan(leaf).sum() for leaf in leaves) == 2

@@ -25,7 +25,7 @@ OPTIONS = moe_jax.MoeOptions(
 MOE = moe_jax.MoE(OPTIONS)
 
 
-def case(name, module, *arguments, says, **keywords):
+def case(name, module, *arguments, phrases, **keywords):
   """A case of a layer's initialisation, which is traced and not computed."""
 
   def call(folder):
@@ -33,7 +33,7 @@ def case(name, module, *arguments, says, **keywords):
       lambda: module.init(jax.random.key(0), *arguments, **keywords)
     )
 
-  return Case(name, call, says)
+  return Case(name, call, phrases)
 
 
 def moe(**changes):
@@ -48,60 +48,64 @@ ATTENTION = Attention(AttentionOptions(num_heads=2))
 FFN = moe_jax.FeedForward(moe_jax.FfnOptions(hidden=5))
 LSTM = Lstm(LstmOptions(hidden=5))
 CASES = [
-  case('moe-rank 1', MOE, X[0, 0], says=('(8,)', '[B, T, M]')),
-  case('moe-rank 2', MOE, X[0], says=('(6, 8)', '[B, T, M]')),
-  case('moe-rank 4', MOE, X[None], says=('(1, 2, 6, 8)', '[B, T, M]')),
-  case('moe-no rows', MOE, X[:0], says=('(0, 6, 8)', 'at least 1')),
-  case('moe-no tokens', MOE, X[:, :0], says=('(2, 0, 8)', 'at least 1')),
-  case('moe-no width', MOE, X[..., :0], says=('(2, 6, 0)', 'at least 1')),
-  case('moe-integers', MOE, IDS[..., None], says=('int32', 'float')),
-  case('moe-a list', MOE, [[[1.0]]], says=('[[[1.0]]]', '[B, T, M]')),
-  case('moe-none', MOE, None, says=('None', '[B, T, M]')),
-  case('moe-mask of rows', MOE, X, MASK[:1], says=('(1, 6)', '(2, 6, 8)')),
-  case('moe-mask of tokens', MOE, X, MASK[:, 1:], says=('(2, 5)', '(2, 6, 8)')),
-  case('moe-mask of rank 3', MOE, X, MASK[..., None], says=('(2, 6, 1)',)),
-  case('moe-mask of ids', MOE, X, IDS, says=('token_mask', 'int32', 'bool')),
-  case('moe-flat mask', MOE, X, MASK.reshape(-1), says=('(12,)', '[B, T]')),
+  case('moe-rank 1', MOE, X[0, 0], phrases=('(8,)', '[B, T, M]')),
+  case('moe-rank 2', MOE, X[0], phrases=('(6, 8)', '[B, T, M]')),
+  case('moe-rank 4', MOE, X[None], phrases=('(1, 2, 6, 8)', '[B, T, M]')),
+  case('moe-no rows', MOE, X[:0], phrases=('(0, 6, 8)', 'at least 1')),
+  case('moe-no tokens', MOE, X[:, :0], phrases=('(2, 0, 8)', 'at least 1')),
+  case('moe-no width', MOE, X[..., :0], phrases=('(2, 6, 0)', 'at least 1')),
+  case('moe-integers', MOE, IDS[..., None], phrases=('int32', 'float')),
+  case('moe-a list', MOE, [[[1.0]]], phrases=('[[[1.0]]]', '[B, T, M]')),
+  case('moe-none', MOE, None, phrases=('None', '[B, T, M]')),
+  case('moe-mask of rows', MOE, X, MASK[:1], phrases=('(1, 6)', '(2, 6, 8)')),
+  case(
+    'moe-mask of tokens', MOE, X, MASK[:, 1:], phrases=('(2, 5)', '(2, 6, 8)')
+  ),
+  case('moe-mask of rank 3', MOE, X, MASK[..., None], phrases=('(2, 6, 1)',)),
+  case('moe-mask of ids', MOE, X, IDS, phrases=('token_mask', 'int32', 'bool')),
+  case('moe-flat mask', MOE, X, MASK.reshape(-1), phrases=('(12,)', '[B, T]')),
   case(
     'moe-hash ids',
     hashed(),
     X,
     router_ids=HASH[:, 1:],
-    says=('(2, 5)', '(2, 6'),
+    phrases=('(2, 5)', '(2, 6'),
   ),
-  case('moe-signed ids', hashed(), X, router_ids=IDS, says=('int32', 'uint32')),
-  case('moe-no ids', hashed(), X, says=('router_ids',)),
-  case('moe-layer', MOE, X, layer=1.5, says=('layer=1.5',)),
+  case(
+    'moe-signed ids', hashed(), X, router_ids=IDS, phrases=('int32', 'uint32')
+  ),
+  case('moe-no ids', hashed(), X, phrases=('router_ids',)),
+  case('moe-layer', MOE, X, layer=1.5, phrases=('layer=1.5',)),
   case(
     'moe-group size',
     moe(group_size=4),
     X,
-    says=('group_size=4', 'seq_len=6'),
+    phrases=('group_size=4', 'seq_len=6'),
   ),
-  case('moe-dense twin', moe(num_experts=0), X, says=('num_experts=0',)),
-  case('ffn-scalar', FFN, jnp.float32(1), says=('()', 'M')),
-  case('ffn-integers', FFN, IDS, says=('int32', 'float')),
-  case('lstm-rank', LSTM, X[0], says=('(6, 8)', '[B, T, M]')),
-  case('lstm-ids', LSTM, X, IDS[:, 1:], says=('(2, 5)', '(2, 6, 8)')),
-  case('lstm-empty', LSTM, X[:, :0], says=('(2, 0, 8)', 'at least 1')),
-  case('attention-rank', ATTENTION, X[0], None, IDS, says=('(6, 8)',)),
+  case('moe-dense twin', moe(num_experts=0), X, phrases=('num_experts=0',)),
+  case('ffn-scalar', FFN, jnp.float32(1), phrases=('()', 'M')),
+  case('ffn-integers', FFN, IDS, phrases=('int32', 'float')),
+  case('lstm-rank', LSTM, X[0], phrases=('(6, 8)', '[B, T, M]')),
+  case('lstm-ids', LSTM, X, IDS[:, 1:], phrases=('(2, 5)', '(2, 6, 8)')),
+  case('lstm-empty', LSTM, X[:, :0], phrases=('(2, 0, 8)', 'at least 1')),
+  case('attention-rank', ATTENTION, X[0], None, IDS, phrases=('(6, 8)',)),
   case(
     'attention-segments',
     ATTENTION,
     *(X, IDS[:1], IDS),
-    says=('segment_ids', '(1, 6)', '(2, 6, 8)'),
+    phrases=('segment_ids', '(1, 6)', '(2, 6, 8)'),
   ),
   case(
     'attention-positions',
     ATTENTION,
     *(X, None, IDS[:, 1:]),
-    says=('positions', '(2, 5)', '(2, 6, 8)'),
+    phrases=('positions', '(2, 5)', '(2, 6, 8)'),
   ),
   case(
     'attention-mask for ids',
     ATTENTION,
     *(X, MASK, IDS),
-    says=('segment_ids', 'bool', 'int'),
+    phrases=('segment_ids', 'bool', 'int'),
   ),
 ]
 
@@ -121,9 +125,9 @@ CASES += [
     f'expert-{name}',
     moe(expert=moe_jax.ModuleExpert(Returns(output))),
     X,
-    says=('expert Returns', says, 'rows [R, M]'),
+    phrases=('expert Returns', phrase, 'rows [R, M]'),
   )
-  for name, output, says in (
+  for name, output, phrase in (
     ('wider', lambda rows: jnp.concatenate([rows, rows], -1), '[4, 16]'),
     ('narrower', lambda rows: rows[:, 1:], '[4, 7]'),
     ('one row', lambda rows: rows[:1], '[1, 8]'),
@@ -141,13 +145,13 @@ CASES += [
     'expert-dense',
     moe(expert=moe_jax.ModuleExpert(nn.Dense(3))),
     X,
-    says=('expert Dense', '[4, 3]', '[4, 8]'),
+    phrases=('expert Dense', '[4, 3]', '[4, 8]'),
   ),
   case(
     'mixture-dense',
     moe(expert=moe_jax.ModuleExpert(moe_jax.MoE(OPTIONS))),
     X,
-    says=('[B, T, M]',),
+    phrases=('[B, T, M]',),
   ),
 ]
 
@@ -198,8 +202,8 @@ def replaced(**changes):
 
 
 CASES += [
-  case(f'router-{name}', users(change), X, says=('UsersRouter', *says))
-  for name, change, says in (
+  case(f'router-{name}', users(change), X, phrases=('UsersRouter', *phrases))
+  for name, change, phrases in (
     ('nothing', lambda chosen, aux: None, ('NoneType', 'a Router returns')),
     ('no aux', lambda chosen, aux: chosen, ('Routing', 'a Router returns')),
     ('swapped', lambda chosen, aux: (aux, chosen), ('(MoeAux, Routing)',)),
@@ -215,7 +219,10 @@ CASES += [
 ]
 CASES += [
   case(
-    'router-capacity', users(replaced(capacity=2.5)), X, says=('capacity=2.5',)
+    'router-capacity',
+    users(replaced(capacity=2.5)),
+    X,
+    phrases=('capacity=2.5',),
   )
 ]
 
@@ -240,20 +247,22 @@ class UsersDispatch(Dispatch):
 RESULTS = [None]
 
 
-def served(name, result, says):
+def experts_case(name, result, phrase):
   layer = moe(dispatch=UsersDispatch())
 
   def call(folder):
     RESULTS[0] = result
     jax.eval_shape(lambda: layer.init(jax.random.key(0), X))
 
-  return Case(name, call, ('UsersExperts', 'Experts return', says))
+  return Case(name, call, ('UsersExperts', 'Experts return', phrase))
 
 
 CASES += [
-  served('experts-width', lambda x: (x[..., 1:], None), 'float32[2, 6, 7]'),
-  served('experts-no aux', lambda x: x, 'float32[2, 6, 8]'),
-  served('experts-nothing', lambda x: None, 'NoneType'),
+  experts_case(
+    'experts-width', lambda x: (x[..., 1:], None), 'float32[2, 6, 7]'
+  ),
+  experts_case('experts-no aux', lambda x: x, 'float32[2, 6, 8]'),
+  experts_case('experts-nothing', lambda x: None, 'NoneType'),
 ]
 
 

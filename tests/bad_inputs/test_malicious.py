@@ -43,7 +43,7 @@ READERS = {
 
 
 def checkpoint(folder: pathlib.Path) -> pathlib.Path:
-  """A good checkpoint with a tokenizer, and a secret beside its folder."""
+  """Writes a checkpoint with a tokenizer, and a secret beside its folder."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   (folder.parent / 'secret').write_text(json.dumps({'key': SECRET}))
   checkpoints.write(folder)
@@ -51,22 +51,22 @@ def checkpoint(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def replaced(name, put):
-  """The checkpoint, in which `put` makes something of a file's name."""
+def replaced_entry(name, create):
+  """A call that reads a checkpoint in which `create` makes one of the paths."""
 
   def call(folder):
     source = checkpoint(folder / 'hf')
     if name.endswith('.index.json'):
       (source / 'model.safetensors').unlink()
     (source / name).unlink(missing_ok=True)
-    put(source / name)
+    create(source / name)
     frozen(folder)
     READERS[name](source)
 
   return call
 
 
-def special(path):
+def make_pipe(path):
   os.mkfifo(path)
 
 
@@ -82,32 +82,36 @@ LINKS = {
 CASES = [
   Case(
     f'{name} -> {kind}',
-    replaced(name, lambda path, target=target: path.symlink_to(target)),
+    replaced_entry(name, lambda path, target=target: path.symlink_to(target)),
     (f'{name} is a link to {target!r}', 'not followed'),
   )
   for name in READERS
   for kind, target in LINKS.items()
 ]
 CASES += [
-  Case(f'{name} is a {what}', replaced(name, put), (name, f'is a {what}, not'))
+  Case(
+    f'{name} is a {kind}',
+    replaced_entry(name, create),
+    (name, f'is a {kind}, not'),
+  )
   for name in READERS
-  for what, put in (('pipe', special), ('folder', pathlib.Path.mkdir))
-  if not (what == 'folder' and READERS[name] is hub.small_files)
+  for kind, create in (('pipe', make_pipe), ('folder', pathlib.Path.mkdir))
+  if not (kind == 'folder' and READERS[name] is hub.small_files)
 ]
 
 
-def loop(path):
+def make_loop(path):
   path.symlink_to(path.name)
 
 
 CASES += [
-  Case(f'{n} is a loop', replaced(n, loop), (f'{n} is a link',))
+  Case(f'{n} is a loop', replaced_entry(n, make_loop), (f'{n} is a link',))
   for n in READERS
 ]
 
 
 def in_hub(target):
-  """The layout of the hub's cache, with a link to `target`."""
+  """A case of the layout of the hub's cache, with a link to `target`."""
 
   def call(folder):
     repository = folder / 'models--who--what'
@@ -136,7 +140,7 @@ CASES += [
 
 
 def pickled(name, content):
-  """A file of weights that would make a file when it is unpickled."""
+  """A case of weights that would make a file when they are unpickled."""
 
   def call(folder):
     source = checkpoints.write(folder / 'hf')
@@ -186,8 +190,8 @@ CASES += [
 MODULE = "open({!r}, 'w').close()\nfrom tests.data.own_kinds import *\n"
 
 
-def foreign(where, value, canary_module=True):
-  """A workdir of somebody else whose config names a class."""
+def foreign(keys, value, canary_module=True):
+  """A case of somebody else's workdir whose config names a class."""
 
   def call(folder):
     if canary_module:
@@ -195,7 +199,7 @@ def foreign(where, value, canary_module=True):
       module.write_text(MODULE.format(str(folder / 'ran')))
     config = sections.section(RunOptions()).to_dict()
     section = config
-    for key in where:
+    for key in keys:
       section = section.setdefault(key, {})
     section['kind'] = value
     workdir = folder / 'run'
@@ -206,17 +210,17 @@ def foreign(where, value, canary_module=True):
     trained.read(workdir)
 
   return Case(
-    f'foreign: {".".join(where)}={value}', call, (f'{value!r}', 'not allowed')
+    f'foreign: {".".join(keys)}={value}', call, (f'{value!r}', 'not allowed')
   )
 
 
-PLACES = (
+SECTION_KEYS = (
   ('model',), ('model', 'decoder', 'moe', 'router'), ('data', 'source'),
   ('data', 'task'), ('data', 'tokenizer'),
 )  # fmt: skip
 CASES += [
-  foreign(place, value)
-  for place in PLACES
+  foreign(keys, value)
+  for keys in SECTION_KEYS
   for value in ('os:system', 'moe_jax_canary:Counting')
 ]
 
@@ -276,7 +280,7 @@ def test_names_of_folders_are_never_run(name, tmp_path, monkeypatch):
   spec.loader.exec_module(module)
   config = module.get_config()
   assert config.data.tokenizer.json.path == str(workdir / 'huggingface')
-  # What is printed for a shell has the folder in quotes.
+  # The command that is printed for a shell has the folder in quotes.
   command = lines[-1].removeprefix('go on: ').rpartition('; with')[0]
   assert shlex.split(command)[3:] == [
     f'--config={workdir}/config.py', f'--workdir={workdir}'
@@ -290,7 +294,7 @@ def test_an_export_of_a_foreign_run_copies_only_its_own(tmp_path):
   source, workdir = checkpoint(tmp_path / 'hf'), tmp_path / 'run'
   import_run.import_run(source, workdir, RunOptions())
   files = workdir / 'huggingface'
-  # None of these is copied: code, a pickle, weights, another config.
+  # No code, pickle, weights or other config is copied.
   for name in ('modeling.py', 'pytorch_model.bin', 'x.safetensors', 'run.sh'):
     (files / name).write_text(SECRET)
   (files / 'Config.json').write_text(json.dumps({'auto_map': {'a': 'b.C'}}))

@@ -26,19 +26,19 @@ ADAPTIVE = models.AdaptiveOptions(vocab_size=V, feature_shape=(5,)).build()
 DEEP = models.DeepMoeOptions(vocab_size=V, feature_shape=(5,)).build()
 
 
-def case(name, model, says, *arguments, **keywords):
+def case(name, model, phrases, *arguments, **keywords):
   def call(folder):
     jax.eval_shape(
       lambda: model.init(jax.random.key(0), *arguments, **keywords)
     )
 
-  return Case(name, call, says)
+  return Case(name, call, phrases)
 
 
 CASES = [
-  case(f'{name}-{what}', model, says, *arguments)
+  case(f'{name}-{defect}', model, phrases, *arguments)
   for name, model in {'decoder': DECODER, 'lstm': LSTM}.items()
-  for what, says, arguments in (
+  for defect, phrases, arguments in (
     ('rank 1', ('(6,)', '[B, T]'), (TOKENS[0],)),
     ('rank 3', ('(1, 2, 6)', '[B, T]'), (TOKENS[None],)),
     ('no rows', ('(0, 6)', 'at least 1'), (TOKENS[:0],)),
@@ -74,35 +74,37 @@ CASES += [
 ]
 
 
-def pattern(layers, num_layers, *says):
+def pattern_cases(layers, num_layers, *phrases):
   return [
     Case(
       f'{f.__name__}-{layers}',
       lambda folder, f=f: f(layers, num_layers),
-      says,
+      phrases,
     )
     for f in (sparse_pattern, count_sparse)
   ]
 
 
-CASES += pattern('every 9', 4, "'every 9'", 'num_layers=4')
-CASES += pattern('last 9', 1, "'last 9'", 'num_layers=1')
-CASES += pattern('1,7', 4, "'1,7'", 'num_layers=4')
-CASES += pattern('odd', 4, "'odd'", "'every N'")
-CASES += pattern('all', 0, 'num_layers=0')
-CASES += pattern('every 0', 4, "'every 0'")
+CASES += pattern_cases('every 9', 4, "'every 9'", 'num_layers=4')
+CASES += pattern_cases('last 9', 1, "'last 9'", 'num_layers=1')
+CASES += pattern_cases('1,7', 4, "'1,7'", 'num_layers=4')
+CASES += pattern_cases('odd', 4, "'odd'", "'every N'")
+CASES += pattern_cases('all', 0, 'num_layers=0')
+CASES += pattern_cases('every 0', 4, "'every 0'")
 
 
-def run(model, batch_size=8, seq_len=16, **options):
+def check_run(model, batch_size=8, seq_len=16, **options):
   data = DataOptions(seq_len=seq_len)
-  made = RunOptions(model=model, batch_size=batch_size, data=data, **options)
-  check_fits(made, make_mesh({}, jax.devices()[:1]))
+  run_options = RunOptions(
+    model=model, batch_size=batch_size, data=data, **options
+  )
+  check_fits(run_options, make_mesh({}, jax.devices()[:1]))
 
 
-def big(name, says, kind=models.DecoderOptions, **changes):
+def big(name, phrases, kind=models.DecoderOptions, **changes):
   sizes = {k: changes.pop(k) for k in ('batch_size', 'seq_len') if k in changes}
   model = {**TINY, **changes}
-  return Case(name, lambda folder: run(kind(**model), **sizes), says)
+  return Case(name, lambda folder: check_run(kind(**model), **sizes), phrases)
 
 
 HUGE = 2 * 10**9  # options are integers of 32 bits
@@ -159,11 +161,12 @@ CASES += [
 def _features(kind, **changes):
   adaptive = dataclasses.replace(kind().adaptive, **changes)
   model = kind(vocab_size=10**6, feature_shape=(5,), adaptive=adaptive)
-  made = object.__new__(RunOptions)  # its data would have to be features, too
+  # Checked options would need data with features, too.
+  run_options = object.__new__(RunOptions)
   for name in ('batch_size', 'microbatches'):
-    object.__setattr__(made, name, 1)
-  object.__setattr__(made, 'model', model)
-  check_fits(made, make_mesh({}, jax.devices()[:1]))
+    object.__setattr__(run_options, name, 1)
+  object.__setattr__(run_options, 'model', model)
+  check_fits(run_options, make_mesh({}, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize('case', CASES, ids=Case.id)

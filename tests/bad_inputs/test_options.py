@@ -19,7 +19,7 @@ from moe_jax.options import (
 from moe_jax.run_config import RunConfig
 from tests.test_option_walk import CLASSES, LEAVES
 
-# These are no number of the field's type, or none that arrays can hold.
+# These values are no number of the field's type, or none that arrays can hold.
 NEVER = {
   'NaN': math.nan,
   'infinity': math.inf,
@@ -41,14 +41,16 @@ NUMBERS = {
 
 
 def refusal(cls, name, value) -> str:
-  """The message for one value in Python; '' if it is accepted."""
+  """Returns the message for one value in Python; '' if it is accepted."""
   # Tests check the types of arguments, which users of Python do not have.
   options = object.__new__(cls)
-  for other, field in fields_of(cls).items():
-    given = default_of(field)
-    if given is dataclasses.MISSING:
-      given = 'x' if types_of(cls)[other] is str else 1
-    object.__setattr__(options, other, value if other == name else given)
+  for field_name, field in fields_of(cls).items():
+    default = default_of(field)
+    if default is dataclasses.MISSING:
+      default = 'x' if types_of(cls)[field_name] is str else 1
+    object.__setattr__(
+      options, field_name, value if field_name == name else default
+    )
   try:
     options.__post_init__()
   except OptionError as error:
@@ -82,24 +84,24 @@ def test_a_switch_takes_only_booleans(name):
   for cls in CLASSES:
     for option, hint in types_of(cls).items():
       if option in fields_of(cls) and hint is bool:
-        fine = isinstance(value, bool)
+        is_boolean = isinstance(value, bool)
         message = refusal(cls, option, value)
-        assert fine == ('not bool' not in message), (cls, option)
+        assert is_boolean == ('not bool' not in message), (cls, option)
 
 
 @pytest.mark.parametrize(
-  ('value', 'said'),
+  ('value', 'pattern'),
   [(0, r'(?<![\d.])0(\.0)?(?![\d.]*\d)|zero'), (-1, r'-1|negative')],
   ids=['zero', 'minus one'],
 )
-def test_a_sentence_says_what_an_unusual_number_means(value, said):
+def test_a_sentence_says_what_an_unusual_number_means(value, pattern):
   for cls, name in NUMBERS:
     field = fields_of(cls)[name]
     checks, sentence = spec_of(field).checks, spec_of(field).sentence
     if sentence.startswith('Seed'):
       continue
     if all(check.holds(value) for check in checks):
-      assert re.search(said, sentence), f'{cls.__name__}.{name}: {sentence}'
+      assert re.search(pattern, sentence), f'{cls.__name__}.{name}: {sentence}'
     else:
       assert f'{name}={value}' in refusal(cls, name, value), (cls, name)
 
@@ -108,8 +110,8 @@ BASE = sections.section(RunConfig)
 
 
 @functools.cache
-def of_command_line(text: str) -> tuple[str, ...]:
-  """The problems where every number of the defaults has one text as value."""
+def problems_of_flags(text: str) -> tuple[str, ...]:
+  """Returns the problems when every number of the defaults has this text."""
   flags = [f'--config.{path}={text}' for path in numbers_of_config()]
   config = config_file.config_of(BASE, flags)
   with pytest.raises(OptionError) as error:
@@ -118,20 +120,20 @@ def of_command_line(text: str) -> tuple[str, ...]:
 
 
 def numbers_of_config() -> list[str]:
-  """The dotted keys of numbers that may have a fraction."""
+  """Returns the dotted keys of numbers that may have a fraction."""
   return [p for p, leaf in LEAVES.items() if isinstance(leaf.value, float)]
 
 
 @pytest.mark.parametrize('text', ['nan', 'inf', '-inf', '1e39', '-1e39'])
 def test_flags_are_refused_by_their_dotted_names(text):
-  refused = {problem.partition('=')[0] for problem in of_command_line(text)}
+  refused = {problem.partition('=')[0] for problem in problems_of_flags(text)}
   assert set(numbers_of_config()) - refused == set()
 
 
 @pytest.mark.parametrize('path', numbers_of_config())
 def test_a_flag_says_the_rule(path):
   (problem,) = (
-    text for text in of_command_line('nan') if text.startswith(f'{path}=')
+    text for text in problems_of_flags('nan') if text.startswith(f'{path}=')
   )
   assert re.search('must be finite|has no effect', problem)
 

@@ -21,10 +21,10 @@ def flags(*values):
 
 
 def claimed_twice(folder):
-  where = f'127.0.0.1:{free_port()}'
+  address = f'127.0.0.1:{free_port()}'
   with socket.socket(socket.AF_UNIX) as twin:  # as another process claims it
-    twin.bind(f'\0moe_jax {where} 3')
-    launcher.claim(where, 3)
+    twin.bind(f'\0moe_jax {address} 3')
+    launcher.claim(address, 3)
 
 
 def port_in_use(folder):
@@ -102,14 +102,14 @@ def test_refused(case, tmp_path):
 def run(
   folder, *processes, seconds=20, config='configs/tiny_switch.py:runlocal'
 ):
-  """Trains in processes with these flags; the (status, errors) of each."""
+  """Trains in processes with these flags; returns each (status, errors)."""
   children = [
     subprocess.Popen(
       [
         *(sys.executable, '-m', 'moe_jax.main', f'--config={config}'),
         f'--workdir={folder / "run"}',
         f'--config.distributed.initialization_timeout_seconds={seconds}',
-        *more,
+        *process_flags,
       ],
       cwd=ROOT,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
@@ -117,17 +117,17 @@ def run(
       stderr=subprocess.PIPE,
       text=True,
     )
-    for more in processes
+    for process_flags in processes
   ]
   try:
-    ends = [child.communicate(timeout=200)[1] for child in children]
+    error_texts = [child.communicate(timeout=200)[1] for child in children]
   finally:
     for child in children:
       child.kill()
-  return [(c.returncode, said) for c, said in zip(children, ends)]
+  return [(c.returncode, errors) for c, errors in zip(children, error_texts)]
 
 
-def of_several(port, process, count=2):
+def flags_of(port, process, count=2):
   return (
     f'--coordinator=127.0.0.1:{port}',
     f'--num_processes={count}',
@@ -137,46 +137,46 @@ def of_several(port, process, count=2):
 
 
 def test_a_number_stays_this_process_own():
-  where = f'127.0.0.1:{free_port()}'
-  launcher.claim(where, 3)
-  launcher.claim(where, 3)
+  address = f'127.0.0.1:{free_port()}'
+  launcher.claim(address, 3)
+  launcher.claim(address, 3)
 
 
 @pytest.mark.slow
 def test_twins_whose_coordinator_does_not_answer(tmp_path):
   """One of them is refused; the other waits as if it were alone."""
   began, port = time.monotonic(), free_port()
-  ends = run(tmp_path, of_several(port, 1), of_several(port, 1), seconds=15)
+  outcomes = run(tmp_path, flags_of(port, 1), flags_of(port, 1), seconds=15)
   assert time.monotonic() - began < 100
-  assert [status for status, _ in ends] == [1, 1], ends
-  refused, waited = sorted((said for _, said in ends), key=is_of_alone)
+  assert [status for status, _ in outcomes] == [1, 1], outcomes
+  refused, waited = sorted((errors for _, errors in outcomes), key=has_waited)
   assert_message(refused, ('--process_id=1', 'same number'), 4)
   assert_message(waited, ('not all processes were there',), 4)
 
 
-def is_of_alone(said):
-  return 'not all processes' in said
+def has_waited(errors):
+  return 'not all processes' in errors
 
 
 @pytest.mark.slow
 def test_a_workdir_in_use_is_said_by_all_processes(tmp_path):
-  """A process that is told before it has connected says it, too."""
+  """A process that learns this before it has connected reports it, too."""
   port = free_port()
   with owned([tmp_path / 'run']):
-    ends = run(tmp_path, of_several(port, 0), of_several(port, 1), seconds=100)
-  for status, said in ends:
+    outcomes = run(tmp_path, flags_of(port, 0), flags_of(port, 1), seconds=100)
+  for status, errors in outcomes:
     assert status == 1
-    assert_message(said, ('run is in use by', str(os.getpid())), 6)
+    assert_message(errors, ('run is in use by', str(os.getpid())), 6)
 
 
 @pytest.mark.slow
 def test_an_error_in_all_processes_is_said_without_a_stack(tmp_path):
   port = free_port()
   flag = '--config.data.source.python_stdlib.modules=no_such_module'
-  both = [(*of_several(port, i), flag) for i in (0, 1)]
-  ends = run(tmp_path, *both, seconds=100)
-  for status, said in ends:
+  process_flags = [(*flags_of(port, i), flag) for i in (0, 1)]
+  outcomes = run(tmp_path, *process_flags, seconds=100)
+  for status, errors in outcomes:
     assert status == 1
-    assert_message(said, (), 6)
-  assert any('no_such_module' in said for _, said in ends), ends
+    assert_message(errors, (), 6)
+  assert any('no_such_module' in errors for _, errors in outcomes), outcomes
   assert not (tmp_path / 'run').exists()

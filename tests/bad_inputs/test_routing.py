@@ -24,11 +24,11 @@ BIAS = jnp.zeros(E, jnp.float32)
 TOKENS = jnp.zeros((G, S), jnp.int32)
 
 
-def case(name, f, arguments, says, **changes):
+def case(name, f, arguments, phrases, **changes):
   """A case of a function whose good arguments have some changes."""
-  if isinstance(says, str):
-    says = (says,)
-  return Case(name, lambda folder: f(**{**arguments, **changes}), says)
+  if isinstance(phrases, str):
+    phrases = (phrases,)
+  return Case(name, lambda folder: f(**{**arguments, **changes}), phrases)
 
 
 def ones(*shape, dtype=jnp.float32):
@@ -73,9 +73,9 @@ RANDOM = {
 }
 
 CASES = [
-  case(f'{name}-{what}', *RULES[name], says, **{argument: value})
+  case(f'{name}-{defect}', *RULES[name], phrases, **{argument: value})
   for name in RULES
-  for what, argument, value, says in (
+  for defect, argument, value, phrases in (
     ('rank 1', 'router_logits', ones(E), ('(5,)', '[G, S, E]')),
     ('rank 2', 'router_logits', ones(S, E), ('(7, 5)', '[G, S, E]')),
     ('rank 4', 'router_logits', ones(1, G, S, E), ('(1, 2, 7, 5)',)),
@@ -106,9 +106,9 @@ CASES = [
   )
 ]
 CASES += [
-  case(f'{name}-capacity {value!r}', *RULES[name], says, capacity=value)
+  case(f'{name}-capacity {value!r}', *RULES[name], phrases, capacity=value)
   for name in ('token_choice', 'expert_choice', 'threshold_choice')
-  for value, says in (
+  for value, phrases in (
     (0, 'capacity=0'),
     (-2, 'capacity=-2'),
     (1.5, 'capacity=1.5'),
@@ -118,19 +118,21 @@ CASES += [
   )
 ]
 CASES += [
-  case(f'{name}-capacity above S', *RULES[name], says, capacity=8)
+  case(f'{name}-capacity above S', *RULES[name], phrases, capacity=8)
   for name in ('expert_choice', 'threshold_choice')
-  for says in [('capacity=8', 'group_size=7')]
+  for phrases in [('capacity=8', 'group_size=7')]
 ]
 CASES += [
-  case(f'{name}-num_selected {value!r}', f, good, says, num_selected=value)
-  for name, (f, good) in {
+  case(
+    f'{name}-num_selected {value!r}', f, arguments, phrases, num_selected=value
+  )
+  for name, (f, arguments) in {
     'token_choice': RULES['token_choice'],
     'batchwise_choice': RULES['batchwise_choice'],
     'hash_choice': (routing.hash_choice, HASH),
     'random_choice': (routing.random_choice, RANDOM),
   }.items()
-  for value, says in (
+  for value, phrases in (
     (0, ('num_selected=0', 'num_experts=5')),
     (-1, ('num_selected=-1', 'num_experts=5')),
     (6, ('num_selected=6', 'num_experts=5')),

@@ -13,22 +13,22 @@ from moe_jax.partitioning import (
 from tests.bad_inputs.cases import Case, check
 
 
-def case(name, f, *says):
-  return Case(name, lambda folder: f(), says)
+def case(name, f, *phrases):
+  return Case(name, lambda folder: f(), phrases)
 
 
 def mesh(count=4, **sizes):
   return make_mesh(sizes, jax.devices()[:count])
 
 
-def placed(axes, shape=None, **table):
+def shard(axes, shape=None, **table):
   rules = make_rules({'batch': 'data', 'embed': 'fsdp', **table})
   return sharding(mesh(data=2, fsdp=2), rules, axes, shape, 'w')
 
 
 CASES = [
-  case(f'mesh-{sizes}', lambda sizes=sizes: mesh(**sizes), *says)
-  for sizes, says in (
+  case(f'mesh-{sizes}', lambda sizes=sizes: mesh(**sizes), *phrases)
+  for sizes, phrases in (
     ({'data': 0}, ("'data': 0", 'positive')),
     ({'data': -2}, ("'data': -2", 'positive')),
     ({'fsdp': 3}, ('multiply to 3', '4 devices')),
@@ -47,8 +47,8 @@ CASES = [
   )
 ]
 CASES += [
-  case(f'options-{sizes}', lambda sizes=sizes: MeshOptions(**sizes), *says)
-  for sizes, says in (
+  case(f'options-{sizes}', lambda sizes=sizes: MeshOptions(**sizes), *phrases)
+  for sizes, phrases in (
     ({'data': 0}, ('data=0', 'at least 1')),
     ({'expert': -3}, ('expert=-3', '-1')),
     ({'data': -1, 'fsdp': -1}, ('fsdp=-1', 'data=-1')),
@@ -58,8 +58,8 @@ CASES += [
   )
 ]
 CASES += [
-  case(f'table-{axes!r}', lambda axes=axes: ShardingOptions(mlp=axes), *says)
-  for axes, says in (
+  case(f'table-{axes!r}', lambda axes=axes: ShardingOptions(mlp=axes), *phrases)
+  for axes, phrases in (
     ('tensor,tensor', ("mlp='tensor,tensor'", "'tensor' twice")),
     ('fsdp, data ,fsdp', ("'fsdp' twice",)),
     ('tensr', ("mlp='tensr'", "'tensor'")),
@@ -69,8 +69,8 @@ CASES += [
   )
 ]
 CASES += [
-  case(f'rules-{axes!r}', lambda axes=axes: make_rules({'mlp': axes}), *says)
-  for axes, says in (
+  case(f'rules-{axes!r}', lambda axes=axes: make_rules({'mlp': axes}), *phrases)
+  for axes, phrases in (
     ('data,data', ('sharding.mlp', "'data' twice")),
     ('model', ('sharding.mlp', "'model'", "'tensor'")),
     (('data',), ("('data',)", 'one text')),
@@ -79,11 +79,14 @@ CASES += [
 ]
 CASES += [
   case(
-    'two dimensions', lambda: placed(('batch', 'batch')), "'batch'", "'data'"
+    'two dimensions',
+    lambda: shard(('batch', 'batch')),
+    "'batch'",
+    "'data'",
   ),
-  case('no rule', lambda: placed(('heads',)), "'heads'", "'batch'", 'w'),
-  case('odd', lambda: placed(('batch',), (3,)), 'batch=3', '2 devices', 'w'),
-  case('rank', lambda: placed(('batch',), (4, 4)), '(4, 4)', "('batch',)"),
+  case('no rule', lambda: shard(('heads',)), "'heads'", "'batch'", 'w'),
+  case('odd', lambda: shard(('batch',), (3,)), 'batch=3', '2 devices', 'w'),
+  case('rank', lambda: shard(('batch',), (4, 4)), '(4, 4)', "('batch',)"),
 ]
 
 

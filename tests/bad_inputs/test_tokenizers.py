@@ -19,8 +19,8 @@ from tests.bad_inputs.cases import Case, check, frozen
 CHAT = [{'role': 'user', 'content': 'hi'}]
 
 
-def folder_with(name, values, says):
-  """A model's folder in which one file has these values."""
+def folder_with(name, values, phrases):
+  """A case of a model's folder in which one file has these values."""
 
   def call(folder):
     (folder / 'tokenizer.json').write_text(checkpoints.tokenizer_text())
@@ -28,7 +28,7 @@ def folder_with(name, values, says):
     (folder / name).write_text(content)
     tokenizers.Json.from_folder(frozen(folder))
 
-  return Case(f'{name}:{values!r:.60}', call, says)
+  return Case(f'{name}:{values!r:.60}', call, phrases)
 
 
 IDS = [
@@ -64,7 +64,7 @@ FOLDERS += [
 ]  # fmt: skip
 
 
-def tokenizer_file(content, says):
+def tokenizer_file(content, phrases):
   def call(folder):
     path = folder / 'tokenizer.json'
     path.write_bytes(
@@ -74,38 +74,38 @@ def tokenizer_file(content, says):
     JsonOptions(str(path)).fit([])
 
   return Case(
-    f'tokenizer.json:{content[:30]!r}', call, ('tokenizer.json', *says)
+    f'tokenizer.json:{content[:30]!r}', call, ('tokenizer.json', *phrases)
   )
 
 
-def changed(**vocabulary):
+def tokenizer_with(**vocabulary):
   content = json.loads(checkpoints.tokenizer_text())
   content['model']['vocab'] = vocabulary
   return json.dumps(content)
 
 
 FILES = [
-  tokenizer_file(content, [said])
-  for content, said in [
+  tokenizer_file(content, [phrase])
+  for content, phrase in [
     ('', 'not a tokenizers JSON file'),
     ('{}', 'not a tokenizers JSON file'),
     ('[]', 'not a tokenizers JSON file'),
     ('[' * 10**5, 'not a tokenizers JSON file'),
     ('{"model":' * 10**5, 'not a tokenizers JSON file'),
     (b'\xff\xfe', 'is not UTF-8'),
-    (changed(), 'has no tokens'),
-    (changed(a=0, b=4 * 10**9), "token 'b' has the id 4000000000"),
-    (changed(a=2**31), 'above the largest int32'),
-    (changed(a=2**32), 'not a tokenizers JSON file'),
-    (changed(a=-1), 'not a tokenizers JSON file'),
-    (changed(a='x'), 'not a tokenizers JSON file'),
-    (changed(a=1.5), 'not a tokenizers JSON file'),
+    (tokenizer_with(), 'has no tokens'),
+    (tokenizer_with(a=0, b=4 * 10**9), "token 'b' has the id 4000000000"),
+    (tokenizer_with(a=2**31), 'above the largest int32'),
+    (tokenizer_with(a=2**32), 'not a tokenizers JSON file'),
+    (tokenizer_with(a=-1), 'not a tokenizers JSON file'),
+    (tokenizer_with(a='x'), 'not a tokenizers JSON file'),
+    (tokenizer_with(a=1.5), 'not a tokenizers JSON file'),
   ]
 ]
 
 
-def saved(content, says):
-  """The tokenizer.json in a run's folder."""
+def saved_tokenizer(content, phrases):
+  """A case of a run's folder whose tokenizer.json has this content."""
 
   def call(folder):
     path = folder / 'tokenizer.json'
@@ -115,14 +115,14 @@ def saved(content, says):
     frozen(folder)
     tokenizers.load(path)
 
-  return Case(f'saved:{content!r:.70}', call, ('tokenizer.json', *says))
+  return Case(f'saved:{content!r:.70}', call, ('tokenizer.json', *phrases))
 
 
 JSON = {'kind': 'json', 'model': json.loads(checkpoints.tokenizer_text())}
 SPECIAL = {'bos': None, 'eos': [1], 'pad': None, 'vocab_size': 11}
 SAVED = [
-  saved(content, says)
-  for content, says in [
+  saved_tokenizer(content, phrases)
+  for content, phrases in [
     ('', ['is no JSON']),
     ('[' * 10**5, ['nested too deeply']),
     ([], ['no saved tokenizer']),
@@ -158,14 +158,14 @@ SAVED = [
 ]
 
 
-def template(text, *says, limits=None):
+def template(text, *phrases, limits=None):
   def call(folder):
     del folder
     values = {'messages': CHAT, 'bos_token': '<s>'}
     renderer = chat.RENDERER
     renderer.render(text, values, limits or chat.Limits())
 
-  return Case(f'template:{text[:50]}', call, ('chat template: ', *says))
+  return Case(f'template:{text[:50]}', call, ('chat template: ', *phrases))
 
 
 SMALL = chat.Limits(cpu_seconds=1, memory_bytes=2**28, text_length=10**5)
@@ -256,27 +256,29 @@ def test_a_template_sees_neither_environment_nor_limits_of_others(monkeypatch):
 
 
 def test_threads_take_turns():
-  def one(i):
+  def render_number(i):
     return chat.render('{{ n }}', CHAT, names={}, n=i)
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    assert list(pool.map(one, range(64))) == [str(i) for i in range(64)]
+    assert list(pool.map(render_number, range(64))) == [
+      str(i) for i in range(64)
+    ]
 
 
 def test_a_process_that_was_killed_is_started_again():
   render('x')
-  first = chat.RENDERER.pid
+  first_pid = chat.RENDERER.pid
   render('x')
-  assert chat.RENDERER.pid == first  # it is reused
-  os.kill(first, signal.SIGKILL)
-  os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-  assert render('x') == 'x' and chat.RENDERER.pid != first
+  assert chat.RENDERER.pid == first_pid  # it is reused
+  os.kill(first_pid, signal.SIGKILL)
+  os.waitid(os.P_PID, first_pid, os.WEXITED | os.WNOWAIT)
+  assert render('x') == 'x' and chat.RENDERER.pid != first_pid
 
 
 @pytest.mark.slow
 def test_a_fork_has_a_process_of_its_own():
   render('x')
-  first = chat.RENDERER.pid
+  parents_pid = chat.RENDERER.pid
   reader, writer = os.pipe()
   child = os.fork()
   if not child:
@@ -288,7 +290,7 @@ def test_a_fork_has_a_process_of_its_own():
   os.waitpid(child, 0)
   assert os.read(reader, 9) == b'1'
   os.close(reader), os.close(writer)
-  assert render('x') == 'x' and chat.RENDERER.pid == first
+  assert render('x') == 'x' and chat.RENDERER.pid == parents_pid
 
 
 def test_modules_that_were_never_compiled(tmp_path, monkeypatch):
@@ -318,15 +320,15 @@ def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):
     'print(chat.RENDERER.pid, flush=True)\n'
     f'{end}\n'
   )
-  done = subprocess.run(
+  process = subprocess.run(
     [sys.executable, script],
     capture_output=True,
     text=True,
     check=False,
     env={**os.environ, 'PYTHONPATH': os.getcwd()},
   )
-  (line,) = done.stdout.splitlines()
-  assert 'Traceback' not in done.stderr
+  (line,) = process.stdout.splitlines()
+  assert 'Traceback' not in process.stderr
   for _ in range(100):
     if not os.path.exists(f'/proc/{line}'):
       return
@@ -336,14 +338,14 @@ def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):
 
 @pytest.mark.slow
 def test_the_program_imports_no_library_but_jinja():
-  done = subprocess.run(
+  process = subprocess.run(
     [sys.executable, '-X', 'importtime', chat.PROGRAM, '0'],
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,
     check=False,
   )
-  names = {line.split('|')[-1].strip() for line in done.stderr.splitlines()}
+  names = {line.split('|')[-1].strip() for line in process.stderr.splitlines()}
   roots = {name.split('.')[0] for name in names}
   assert 'jinja2' in roots
   assert not roots & {'moe_jax', 'jax', 'numpy', 'tokenizers'}

@@ -46,18 +46,18 @@ def config():
 
 
 @functools.cache
-def plain() -> str:
+def config_text() -> str:
   return json.dumps(config().to_dict())
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  data = content if isinstance(content, bytes) else content.encode()
-  path.write_bytes(data)
+  raw = content if isinstance(content, bytes) else content.encode()
+  path.write_bytes(raw)
 
 
-def damaged(content: str | bytes, read):
-  """A call that reads a run with this `config.json`."""
+def reading(content: str | bytes, read):
+  """Returns a call that reads a run with this `config.json`."""
 
   def call(folder):
     write(folder / workdir.CONFIG, content)
@@ -73,15 +73,15 @@ def start(folder):
 
 
 def edited(**changes) -> str:
-  return json.dumps(json.loads(plain()) | changes)
+  return json.dumps(json.loads(config_text()) | changes)
 
 
-def cases_of_configs():
+def config_cases():
   for name, content in DAMAGES.items():
     for read in (start, trained.read):
       yield Case(
         f'config_{name}_{read.__name__}',
-        damaged(content, read),
+        reading(content, read),
         ('config.json', 'damaged'),
       )
   for section, values in WRONG_SECTIONS.items():
@@ -89,29 +89,29 @@ def cases_of_configs():
       for read in (start, trained.read):
         yield Case(
           f'config_{section}_{value}_{read.__name__}',
-          damaged(edited(**{section: value}), read),
+          reading(edited(**{section: value}), read),
           ('config.json', 'damaged', section),
         )
   for value in (None, 0, -1, 1.5, 'x', [], {}, True):
     yield Case(
       f'config_batch_size_{value}',
-      damaged(edited(batch_size=value), trained.read),
+      reading(edited(batch_size=value), trained.read),
       ('config.json', f'batch_size={value!r}'),
     )
   yield Case(
     'config_of_another_run',
-    damaged(edited(seed=7), start),
+    reading(edited(seed=7), start),
     ('config differs', 'seed: 7 -> 0', '--resume'),
   )
   yield Case(
     'config_of_an_earlier_version',
-    damaged(edited(data={'source': 'files'}), start),
+    reading(edited(data={'source': 'files'}), start),
     ('earlier version',),
   )
 
 
-def own(name):
-  """A call that owns a folder, or a URL, of this name."""
+def owning(name):
+  """Returns a call that owns a folder, or a URL, of this name."""
 
   def call(folder):
     write(folder / 'file', '')
@@ -122,8 +122,8 @@ def own(name):
   return call
 
 
-def cases_of_names():
-  for name, says in {
+def name_cases():
+  for name, phrases in {
     '': ("--workdir=''", 'empty'),
     'gs://bucket/run': ('--workdir=gs://bucket/run', 'checkpoint.directory'),
     'none://x': ('--workdir=none://x',),
@@ -133,7 +133,7 @@ def cases_of_names():
       yield Case(
         f'workdir_{name}_{use.__name__}',
         lambda folder, use=use, name=name: use(name),
-        says,
+        phrases,
       )
   for use in (workdir.folder_of, start, trained.read):
 
@@ -147,7 +147,7 @@ def cases_of_names():
     on_a_full_disk,
     ('new/run cannot be made or written', 'File too large'),
   )
-  for name, says in {
+  for name, phrases in {
     '{}/file': ('/file cannot be made or written', 'File exists'),
     '{}/file/run': ('/file/run cannot be made', 'Not a directory'),
     '/proc/no/run': ('/proc/no/run cannot be made', 'No such file'),
@@ -159,20 +159,20 @@ def cases_of_names():
     's3://bucket/run': ('s3://bucket/run cannot be made', 's3fs'),
     'none://bucket/run': ('none://bucket/run', 'no file system'),
   }.items():
-    yield Case(f'owned_{name[:40]!a}', own(name), says)
+    yield Case(f'owned_{name[:40]!a}', owning(name), phrases)
 
 
 def on_a_full_disk(folder):
   """A limit on the size of files stands for a disk without room."""
-  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+  old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (9, old_limits[1]))
   try:
     with owned([folder / 'new' / 'run']):
       pass
   finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
+    signal.signal(signal.SIGXFSZ, old_handler)
 
 
 def owned_by(folder, **fields):
@@ -181,7 +181,7 @@ def owned_by(folder, **fields):
   write(folder / OWNER, json.dumps(values))
 
 
-def cases_of_owners():
+def owner_cases():
   def twice(folder):
     owned_by(folder)
     with owned([frozen(folder)]):
@@ -194,24 +194,26 @@ def cases_of_owners():
       pass
 
   def replaced(folder):
-    with owned([folder]) as mine:
+    with owned([folder]) as ownership:
       owned_by(folder, host='elsewhere', pid=7)
       frozen(folder)
-      mine.confirm()
+      ownership.confirm()
 
   def removed(folder):
-    with owned([folder]) as mine:
+    with owned([folder]) as ownership:
       (folder / OWNER).unlink()
-      mine.confirm()
+      ownership.confirm()
 
   def damaged_owner(folder):
-    with owned([folder]) as mine:
+    with owned([folder]) as ownership:
       write(folder / OWNER, '[' * 9999)
-      mine.confirm()
+      ownership.confirm()
 
-  here = f'process {os.getpid()} on {os.uname().nodename} since '
-  yield Case('in_use', twice, ('is in use by', here))
-  yield Case('checkpoints_in_use', checkpoints_too, ('bucket is in use', here))
+  this_owner = f'process {os.getpid()} on {os.uname().nodename} since '
+  yield Case('in_use', twice, ('is in use by', this_owner))
+  yield Case(
+    'checkpoints_in_use', checkpoints_too, ('bucket is in use', this_owner)
+  )
   yield Case('replaced', replaced, ('now belongs to process 7 on elsewhere',))
   yield Case('removed', removed, ('nobody: its owner.json is gone',))
   yield Case('damaged_owner', damaged_owner, ('owner.json is gone',))
@@ -225,7 +227,7 @@ def read_metrics_of(content):
   return call
 
 
-def cases_of_metrics():
+def metrics_cases():
   for name, line in {
     'text': 'hello',
     'empty_line': '',
@@ -242,19 +244,19 @@ def cases_of_metrics():
     'binary': b'\xff\x00\x80',
     'huge': '{"step": ' + '9' * 9999 + '}',
   }.items():
-    data = line if isinstance(line, bytes) else line.encode()
+    raw = line if isinstance(line, bytes) else line.encode()
     yield Case(
       f'metrics_{name}',
-      read_metrics_of(b'{"step": 1, "a": 0.5}\n' + data + b'\n{"step": 2}\n'),
+      read_metrics_of(b'{"step": 1, "a": 0.5}\n' + raw + b'\n{"step": 2}\n'),
       ('metrics.jsonl', 'line 2 is not a row of metrics'),
     )
 
 
 CASES = [
-  *cases_of_configs(),
-  *cases_of_names(),
-  *cases_of_owners(),
-  *cases_of_metrics(),
+  *config_cases(),
+  *name_cases(),
+  *owner_cases(),
+  *metrics_cases(),
 ]
 
 
@@ -277,8 +279,8 @@ def test_metrics_cut_anywhere_are_read_up_to_there(tmp_path):
   for size in range(len(whole) + 1):
     path.write_bytes(whole[:size])
     steps = [row['step'] for row in metrics.read_metrics(path)]
-    ends = [len(lines[0]), len(whole) - 1]
-    assert steps == [i + 1 for i, end in enumerate(ends) if size >= end]
+    line_ends = [len(lines[0]), len(whole) - 1]
+    assert steps == [i + 1 for i, end in enumerate(line_ends) if size >= end]
 
 
 def test_a_url_stays_a_url():
@@ -298,7 +300,7 @@ JSON = st.recursive(
 
 
 def paths_in(values, at=()):
-  """The path of every value in nested objects."""
+  """Yields the path of every value in nested objects."""
   for key, value in values.items():
     yield (*at, key)
     if isinstance(value, dict):
@@ -310,15 +312,15 @@ def paths_in(values, at=()):
 @given(st.data())
 def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
   folder = tmp_path_factory.mktemp('run')
-  values = json.loads(plain())
+  values = json.loads(config_text())
   path = data.draw(st.sampled_from(list(paths_in(values))))
-  at = values
+  section = values
   for key in path[:-1]:
-    at = at[key]
-  at[path[-1]] = data.draw(JSON)
+    section = section[key]
+  section[path[-1]] = data.draw(JSON)
   for read in (start, trained.read):
     try:
-      damaged(json.dumps(values), read)(folder)
+      reading(json.dumps(values), read)(folder)
     except REPORTED as error:
       assert os.fspath(folder) in str(error), error
     (folder / workdir.CHECKPOINTS).rmdir()
@@ -329,14 +331,16 @@ def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory, data):
 @given(st.integers(0), st.binary(max_size=3))
 @example(0, b'')
 def test_any_cut_or_flip_of_files_is_read_or_refused(
-  tmp_path_factory, place, new
+  tmp_path_factory, position, replacement
 ):
   folder = tmp_path_factory.mktemp('run')
   rows = b'{"step": 1, "a": [1, 2]}\n{"step": 2, "a": "NaN"}\n'
-  for content in (plain().encode(), rows):
-    i = place % len(content)
+  for content in (config_text().encode(), rows):
+    index = position % len(content)
     changed = (
-      content[:i] + new + content[i + len(new) :] if new else content[:i]
+      content[:index] + replacement + content[index + len(replacement) :]
+      if replacement
+      else content[:index]
     )
     for read, name in ((start, workdir.CONFIG), (_rows, metrics.FILE_NAME)):
       write(folder / name, changed)

@@ -1,4 +1,4 @@
-"""A user's own source, tokenizer and task, named in a config."""
+"""A source, a tokenizer and a task of a user, which a config names."""
 
 import dataclasses
 

@@ -33,11 +33,11 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
 
 
 def test_the_loser_of_a_race_takes_the_winners(tmp_path):
-  def overtaken(folder):
+  def write_late(folder):
     (folder / 'a').write_text('late')
     prepared(tmp_path / 'x', write)
 
-  folder = prepared(tmp_path / 'x', overtaken)
+  folder = prepared(tmp_path / 'x', write_late)
   assert (folder / 'a').read_text() == 'whole'
   assert os.listdir(tmp_path) == ['x']
 
@@ -54,14 +54,14 @@ def test_others_wait_for_who_prepares(tmp_path):
     'prepared(pathlib.Path(sys.argv[1]), write)\n'
   )
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
-  other = subprocess.Popen(
+  process = subprocess.Popen(
     [sys.executable, '-c', script, str(tmp_path / 'x')],
     env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
   )  # fmt: skip
-  with other:
-    assert other.stdout.readline() == 'writing\n'
-    waiting = threading.Timer(0.3, other.stdin.close)
-    waiting.start()
+  with process:
+    assert process.stdout.readline() == 'writing\n'
+    timer = threading.Timer(0.3, process.stdin.close)
+    timer.start()
     folder = prepared(tmp_path / 'x', lambda _: pytest.fail('twice'))
   assert (folder / 'a').read_text() == 'theirs'
   assert os.listdir(tmp_path) == ['x']
@@ -79,8 +79,8 @@ def test_a_killed_preparation_is_made_anew(tmp_path):
   )
   command = [sys.executable, '-c', script, str(tmp_path / 'x')]
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
-  killed = subprocess.run(command, env=environment)
-  assert killed.returncode == -signal.SIGKILL
+  process = subprocess.run(command, env=environment)
+  assert process.returncode == -signal.SIGKILL
   assert not (tmp_path / 'x').exists()
   folder = prepared(tmp_path / 'x', write)
   assert (folder / 'a').read_text() == 'whole'

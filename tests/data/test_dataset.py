@@ -79,10 +79,10 @@ def test_tokens_are_kept_until_the_content_changes(config, tmp_path):
 
   path.write_text('abcdefghij' * 2)
   first = load(config())
-  (about,) = streams.glob('*/about.json')
-  written = about.stat().st_mtime_ns
+  (about_file,) = streams.glob('*/about.json')
+  written_ns = about_file.stat().st_mtime_ns
   assert load(config(seq_len=7)).digest == first.digest
-  assert about.stat().st_mtime_ns == written and count() == 1
+  assert about_file.stat().st_mtime_ns == written_ns and count() == 1
   load(config(CHARS))
   assert count() == 2
   path.write_text('abcdefghiJ' * 2)
@@ -118,11 +118,11 @@ def section(**changes):
   """The default options as a config section, with changes by dotted key."""
   config = sections.section(DataOptions)
   for key, value in changes.items():
-    *parents, last = key.replace('__', '.').split('.')
-    below = config
+    *parents, key_name = key.replace('__', '.').split('.')
+    subsection = config
     for parent in parents:
-      below = below[parent]
-    below[last] = value
+      subsection = subsection[parent]
+    subsection[key_name] = value
   return config
 
 

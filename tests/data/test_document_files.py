@@ -21,7 +21,7 @@ def zst(raw):
   return arrow.compress(raw, 'zstd', asbytes=True)
 
 
-PACKED = {
+COMPRESSORS = {
   '': bytes,
   '.gz': gzip.compress,
   '.bz2': bz2.compress,
@@ -30,24 +30,24 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize('suffix', PACKED)
+@pytest.mark.parametrize('suffix', COMPRESSORS)
 def test_lines_of_json(suffix, tmp_path):
   path = tmp_path / f'a.jsonl{suffix}'
-  path.write_bytes(PACKED[suffix](f'\n{LINES}'.encode()))
+  path.write_bytes(COMPRESSORS[suffix](f'\n{LINES}'.encode()))
   assert list(documents(path, 'body')) == TEXTS
 
 
-@pytest.mark.parametrize('suffix', PACKED)
+@pytest.mark.parametrize('suffix', COMPRESSORS)
 def test_short_text_is_one_document(suffix, tmp_path):
   path = tmp_path / f'a.txt{suffix}'
-  path.write_bytes(PACKED[suffix]('ä\r\n\r\nb'.encode()))
+  path.write_bytes(COMPRESSORS[suffix]('ä\r\n\r\nb'.encode()))
   assert list(documents(path)) == ['ä\r\n\r\nb']
 
 
 def test_streams_one_after_another_are_one(tmp_path):
-  for suffix, pack in PACKED.items():
+  for suffix, compress in COMPRESSORS.items():
     path = tmp_path / f'a.txt{suffix}'
-    path.write_bytes(pack(b'ab') + pack(b'cd'))
+    path.write_bytes(compress(b'ab') + compress(b'cd'))
     assert list(documents(path)) == ['abcd'], suffix
 
 
@@ -61,12 +61,12 @@ def test_rows_of_parquet(tmp_path):
   assert list(documents(tmp_path / 'a.parquet', 'body')) == TEXTS
   spans = document_files.spans(tmp_path / 'a.parquet', 1)
   assert [(s.begin, s.end) for s in spans] == [(0, 1), (1, 2)]
-  read = [d.text for d in document_files.read(spans[1], 'body')]
-  assert read == TEXTS[2:]
+  texts = [d.text for d in document_files.read(spans[1], 'body')]
+  assert texts == TEXTS[2:]
 
 
 def long_text():
-  """Lines with an empty one now and then, then one line, then characters."""
+  """Returns lines and a few empty ones, then a huge line and a short one."""
   lines = [f'{i} ' + 'ä' * (i % 50) + '\n' * (1 + (i % 40 == 0))
            for i in range(20_000)]  # fmt: skip
   return ''.join(lines) + 'ö' * MOST_BYTES + '\nend'
@@ -75,41 +75,41 @@ def long_text():
 def test_long_text_is_cut_at_empty_lines_then_lines_then_anywhere(tmp_path):
   text = long_text()
   (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(text.encode(), 1))
-  cut = list(documents(tmp_path / 'a.txt.gz'))
-  assert ''.join(cut) == text
-  sizes = [len(document.encode()) for document in cut]
+  pieces = list(documents(tmp_path / 'a.txt.gz'))
+  assert ''.join(pieces) == text
+  sizes = [len(document.encode()) for document in pieces]
   assert all(LEAST_BYTES <= size <= MOST_BYTES + 3 for size in sizes[:-1])
-  at_empty_lines = [d.endswith('\n\n') for d in cut]
-  assert all(at_empty_lines[:10]) and len(cut) > 12
-  longest = [d for d, size in zip(cut, sizes) if size >= MOST_BYTES]
+  at_empty_lines = [d.endswith('\n\n') for d in pieces]
+  assert all(at_empty_lines[:10]) and len(pieces) > 12
+  longest = [d for d, size in zip(pieces, sizes) if size >= MOST_BYTES]
   assert longest and all(d.endswith('ö') for d in longest)
 
 
-@pytest.mark.parametrize('most', [2**17, 2**18 + 1, 2**21])
-def test_parts_of_long_text_are_the_text(most, tmp_path, monkeypatch):
+@pytest.mark.parametrize('max_bytes', [2**17, 2**18 + 1, 2**21])
+def test_parts_of_long_text_are_the_text(max_bytes, tmp_path, monkeypatch):
   monkeypatch.setattr(document_files, 'WHOLE_BYTES', 1000)
   path, text = tmp_path / 'a.txt', long_text()
   path.write_bytes(text.encode())
-  spans = document_files.spans(path, most, extra_cuts=[777])
-  assert len(spans) == -(-path.stat().st_size // most) + 1
-  parts = [[d.text for d in document_files.read(span)] for span in spans]
-  assert ''.join(text for part in parts for text in part) == text
-  assert parts[0] and parts[0][0].endswith('\n')
+  spans = document_files.spans(path, max_bytes, extra_cuts=[777])
+  assert len(spans) == -(-path.stat().st_size // max_bytes) + 1
+  span_texts = [[d.text for d in document_files.read(span)] for span in spans]
+  assert ''.join(text for texts in span_texts for text in texts) == text
+  assert span_texts[0] and span_texts[0][0].endswith('\n')
 
 
-@pytest.mark.parametrize('most', [1, 2, 17, 50, 63, 64, 400])
-def test_parts_of_lines_have_every_line_once(most, tmp_path):
+@pytest.mark.parametrize('max_bytes', [1, 2, 17, 50, 63, 64, 400])
+def test_parts_of_lines_have_every_line_once(max_bytes, tmp_path):
   path = tmp_path / 'a.jsonl'
   for i in range(20):
     texts = [f'{i}' * (j * i % 13) for j in range(i)]
     lines = [json.dumps({'text': text}) for text in texts]
     path.write_text('\n'.join(lines) + '\n' * (i % 3))
-    read = [
+    texts_read = [
       document.text
-      for span in document_files.spans(path, most)
+      for span in document_files.spans(path, max_bytes)
       for document in document_files.read(span)
     ]
-    assert read == texts
+    assert texts_read == texts
 
 
 def test_the_bytes_that_are_read_grow_to_the_size(tmp_path):
@@ -119,27 +119,27 @@ def test_the_bytes_that_are_read_grow_to_the_size(tmp_path):
   ):
     (tmp_path / name).write_bytes(content)
     spans = document_files.spans(tmp_path / name, 2000)
-    read = [[d.read for d in document_files.read(s, 'body')] for s in spans]
-    assert all(part == sorted(part) for part in read)
+    ends = [[d.read for d in document_files.read(s, 'body')] for s in spans]
+    assert all(part == sorted(part) for part in ends)
     # Lines belong to the part in which they begin.
-    assert sum(part[-1] for part in read) == sum(s.size for s in spans)
+    assert sum(part[-1] for part in ends) == sum(s.size for s in spans)
 
 
 # Damaged files follow.
 
 
-def refused(path, content, *says, field='body'):
+def assert_refused(path, content, *phrases, field='body'):
   path.write_bytes(content)
   with pytest.raises(ValueError) as error:
     for span in document_files.spans(path, 200):
       for document in document_files.read(span, field):
         assert isinstance(document.text, str)
-  for text in (path.name, *says):
-    assert text in str(error.value)
+  for phrase in (path.name, *phrases):
+    assert phrase in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ('line', 'says'),
+  ('line', 'phrase'),
   [
     (b'{', 'line 9 is no JSON'),
     (b'[3]', "line 9 is no object with a text under the key 'body', but a li"),
@@ -149,47 +149,53 @@ def refused(path, content, *says, field='body'):
     (b'\xff', 'line 9 is not UTF-8'),
   ],
 )
-def test_a_bad_line_is_named_in_every_part(line, says, tmp_path):
+def test_a_bad_line_is_named_in_every_part(line, phrase, tmp_path):
   content = (LINES * 2).encode() + line + b'\n' + LINES.encode()
-  refused(tmp_path / 'a.jsonl', content, says)
-  refused(tmp_path / 'a.jsonl.bz2', bz2.compress(content), says)
+  assert_refused(tmp_path / 'a.jsonl', content, phrase)
+  assert_refused(tmp_path / 'a.jsonl.bz2', bz2.compress(content), phrase)
 
 
 @pytest.mark.parametrize('suffix', ['.gz', '.bz2', '.xz', '.zst'])
 def test_a_cut_stream_is_named_with_its_line(suffix, tmp_path):
-  many = ''.join(json.dumps({'body': f'{i * 7**9}'}) + '\n' for i in range(900))
-  whole = PACKED[suffix](many.encode())
-  refused(tmp_path / f'a.jsonl{suffix}', whole[:-20], 'damaged after line')
-  refused(tmp_path / f'b.jsonl{suffix}', b'no stream of it', 'damaged after')
+  text = ''.join(json.dumps({'body': f'{i * 7**9}'}) + '\n' for i in range(900))
+  compressed = COMPRESSORS[suffix](text.encode())
+  assert_refused(
+    tmp_path / f'a.jsonl{suffix}', compressed[:-20], 'damaged after line'
+  )
+  assert_refused(
+    tmp_path / f'b.jsonl{suffix}', b'no stream of it', 'damaged after'
+  )
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
-  refused(tmp_path / 'a.txt', b'a\nb\n\xff', 'not UTF-8 in line 3')
-  refused(tmp_path / 'a.txt.gz', gzip.compress(b'a\n\xff'), 'in line 2')
+  assert_refused(tmp_path / 'a.txt', b'a\nb\n\xff', 'not UTF-8 in line 3')
+  assert_refused(tmp_path / 'a.txt.gz', gzip.compress(b'a\n\xff'), 'in line 2')
 
 
 def test_bad_parquet_is_named_with_its_row(tmp_path):
   path = tmp_path / 'a.parquet'
-  refused(path, b'PAR1 no', 'is no parquet file')
+  assert_refused(path, b'PAR1 no', 'is no parquet file')
   write_parquet(path, ['a', 'b', None])
-  refused(path, path.read_bytes(), 'row 3 has no text')
-  refused(path, path.read_bytes(), "no column 'text'; it has", field='text')
-  refused(path, path.read_bytes(), "'n'", 'int64, no texts', field='n')
+  assert_refused(path, path.read_bytes(), 'row 3 has no text')
+  assert_refused(
+    path, path.read_bytes(), "no column 'text'; it has", field='text'
+  )
+  assert_refused(path, path.read_bytes(), "'n'", 'int64, no texts', field='n')
   write_parquet(path, [f'{i}' * 99 for i in range(400)], rows=100)
   damaged = bytearray(path.read_bytes())
   damaged[len(damaged) // 2 :][:200] = bytes(200)
   middle = len(damaged) // 2
   damaged[middle : middle + 200] = bytes(200)
-  refused(path, bytes(damaged), 'damaged after row')
+  assert_refused(path, bytes(damaged), 'damaged after row')
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
   write_parquet(tmp_path / 'a.parquet', TEXTS)
 
-  def missing(name):
+  def fail_to_import(name):
     raise ImportError(name)
 
-  monkeypatch.setattr(importlib, 'import_module', missing)
+  monkeypatch.setattr(importlib, 'import_module', fail_to_import)
   with pytest.raises(ValueError, match=r"pip install 'moe_jax\[data\]'"):
     list(documents(tmp_path / 'a.parquet'))
   (tmp_path / 'a.txt.zst').write_bytes(b'')
@@ -200,9 +206,11 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 def test_a_line_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(document_files, 'MOST_LINE_BYTES', 100)
   line = json.dumps({'body': 'a' * 500}).encode()
-  refused(tmp_path / 'a.jsonl', line, 'more than 100 bytes')
-  refused(tmp_path / 'b.jsonl', b'{}\n' * 40 + line, 'more than 100 bytes')
+  assert_refused(tmp_path / 'a.jsonl', line, 'more than 100 bytes')
+  assert_refused(
+    tmp_path / 'b.jsonl', b'{}\n' * 40 + line, 'more than 100 bytes'
+  )
 
 
 def test_every_codec_is_tried():
-  assert set(file_formats.CODECS) == set(PACKED) - {''}
+  assert set(file_formats.CODECS) == set(COMPRESSORS) - {''}

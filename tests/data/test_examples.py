@@ -71,12 +71,12 @@ def test_noise_follows_seed_epoch_and_row_alone():
 
 def test_an_evaluation_reads_the_same_at_every_call():
   rows = Noisy()
-  once, again = (rows.take(np.array([3, 4])) for _ in range(2))
-  for name in once:
-    np.testing.assert_array_equal(once[name], again[name])
-  one = rows[3]
-  for name in once:
-    np.testing.assert_array_equal(once[name][0], one[name])
+  batch, same_batch = (rows.take(np.array([3, 4])) for _ in range(2))
+  for name in batch:
+    np.testing.assert_array_equal(batch[name], same_batch[name])
+  row = rows[3]
+  for name in batch:
+    np.testing.assert_array_equal(batch[name][0], row[name])
 
 
 def test_rows_beyond_the_end_are_padding():

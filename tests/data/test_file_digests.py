@@ -20,7 +20,7 @@ def digest_of(path, memory):
   return file_digests.sha256s([path], memory)[path]
 
 
-def at_rest(monkeypatch):
+def age_files(monkeypatch):
   """Lets files look as if they had been written a while ago."""
   now = time.time_ns
   monkeypatch.setattr(file_digests.time, 'time_ns', lambda: now() + 10**10)
@@ -30,7 +30,7 @@ def test_a_file_at_rest_is_read_once(path, tmp_path, monkeypatch):
   memory = tmp_path / 'deep' / 'memory.json'
   digest = hashlib.sha256(b'abc').hexdigest()
   assert digest_of(path, memory) == digest
-  at_rest(monkeypatch)
+  age_files(monkeypatch)
   assert digest_of(path, memory) == digest
   with monkeypatch.context() as reading:
     reading.setattr(hashlib, 'file_digest', lambda *_: pytest.fail('read'))
@@ -45,11 +45,11 @@ def test_a_change_is_noticed_even_with_the_old_size_and_time(
   path, tmp_path, monkeypatch
 ):
   memory = tmp_path / 'memory.json'
-  at_rest(monkeypatch)
+  age_files(monkeypatch)
   digest_of(path, memory)
-  before = path.stat()
+  old_stat = path.stat()
   path.write_text('xyz')
-  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+  os.utime(path, ns=(old_stat.st_atime_ns, old_stat.st_mtime_ns))
   assert digest_of(path, memory) == hashlib.sha256(b'xyz').hexdigest()
 
 

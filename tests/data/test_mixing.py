@@ -1,4 +1,4 @@
-"""Rows of several sources: who comes when, exactly, for everyone the same."""
+"""Rows of several sources come in an exact order, the same for everyone."""
 
 import itertools
 
@@ -11,25 +11,25 @@ from moe_jax.data import MixedRows, PackedRows, batch_dataset, train_batches
 from moe_jax.data.mixing import Schedule, whole_counts
 
 T = 4
-# Small ones would be slow, as grain draws until a number is in range.
+# Small sizes would be slow, as grain draws until a number is in range.
 SIZES = {'a': 70, 'b': 50, 'c': 30}
 COUNTS = np.array([3, 2, 1])
 
 
 def rows_of(name, size):
-  """Rows, of which row r begins with a token that names source and row."""
+  """Returns rows that begin with a token that names their source and number."""
   first = 1000 * (1 + 'abcd'.index(name))
   tokens = first + np.arange(size * T + 1)
   return PackedRows(tokens, np.array([0]), T)
 
 
-def mixed(sizes=SIZES, counts=COUNTS):
-  parts = {name: rows_of(name, size) for name, size in sizes.items()}
-  return MixedRows(parts, Schedule.of(counts))
+def mixed_rows(sizes=SIZES, counts=COUNTS):
+  rows_by_source = {name: rows_of(name, size) for name, size in sizes.items()}
+  return MixedRows(rows_by_source, Schedule.of(counts))
 
 
-def told(batch):
-  """The source and the row of every row of a batch in the first epoch."""
+def origins(batch):
+  """Returns source and row number of each row of a batch of the first epoch."""
   first = batch['tokens'][:, 0]
   return [('abcd'[t // 1000 - 1], t % 1000 // T) for t in first.tolist()]
 
@@ -65,8 +65,8 @@ def test_a_told_schedule():
   ],
 )
 def test_largest_remainders(weights, period, counts):
-  found = whole_counts(dict(zip('abc', weights)), period)
-  assert found == dict(zip('abc', counts))
+  row_counts = whole_counts(dict(zip('abc', weights)), period)
+  assert row_counts == dict(zip('abc', counts))
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,16 @@ def test_weights_are_met_exactly_over_every_period(counts, period):
     expected = np.arange(period * count, (period + 1) * count)
     np.testing.assert_array_equal(number[part == p], expected)
     # Rows are spread evenly: no prefix is a whole row from its share.
-    seen = np.cumsum(part == p)
+    num_rows_so_far = np.cumsum(part == p)
     share = np.arange(1, length + 1) * count / length
     n = max(len(counts), 2)
-    assert np.abs(seen - share).max() <= 1 - 1 / (2 * n - 2) + 1e-9
+    assert np.abs(num_rows_so_far - share).max() <= 1 - 1 / (2 * n - 2) + 1e-9
 
 
 def test_a_batch_has_the_rows_that_the_schedule_says():
-  batches = batch_dataset(mixed(), batch_size=6, seed=0)
-  assert [name for name, _ in told(batches[0])] == list('abacba')
-  stream = [row for i in range(25) for row in told(batches[i])]
+  batches = batch_dataset(mixed_rows(), batch_size=6, seed=0)
+  assert [name for name, _ in origins(batches[0])] == list('abacba')
+  stream = [row for i in range(25) for row in origins(batches[i])]
   # Each row of a source comes once in its first epoch, in its own order.
   of_b = [row for name, row in stream if name == 'b']
   assert sorted(of_b[:50]) == list(range(50))
@@ -112,30 +112,30 @@ def test_a_batch_has_the_rows_that_the_schedule_says():
 
 
 def test_a_source_has_an_order_of_its_own():
-  def of_b(rows):
+  def first_rows_of_b(rows):
     batches = batch_dataset(rows, batch_size=12, seed=4)
-    return [row for name, row in told(batches[0]) if name == 'b'][:3]
+    return [row for name, row in origins(batches[0]) if name == 'b'][:3]
 
-  two = mixed({'b': 50, 'd': 90}, np.array([1, 2]))
-  assert of_b(mixed()) == of_b(two)
-  batches = batch_dataset(mixed(), batch_size=12, seed=5)
-  assert told(batches[0]) != told(
-    batch_dataset(mixed(), batch_size=12, seed=4)[0]
+  mixture_of_two = mixed_rows({'b': 50, 'd': 90}, np.array([1, 2]))
+  assert first_rows_of_b(mixed_rows()) == first_rows_of_b(mixture_of_two)
+  batches = batch_dataset(mixed_rows(), batch_size=12, seed=5)
+  assert origins(batches[0]) != origins(
+    batch_dataset(mixed_rows(), batch_size=12, seed=4)[0]
   )
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_the_same_for_any_number_of_processes(processes):
-  whole = batch_dataset(mixed(), batch_size=8, seed=3)
+  whole = batch_dataset(mixed_rows(), batch_size=8, seed=3)
   shares = np.split(np.arange(8), processes)
-  parts = [
-    batch_dataset(mixed(), batch_size=8, seed=3, share=share)
+  datasets = [
+    batch_dataset(mixed_rows(), batch_size=8, seed=3, share=share)
     for share in shares
   ]
   for i in (0, 1, 20, 10**9):
     assert len(whole[i]['tokens']) == 8
     joined = {
-      name: np.concatenate([part[i][name] for part in parts])
+      name: np.concatenate([dataset[i][name] for dataset in datasets])
       for name in whole[i]
     }
     assert_equal(joined, whole[i])
@@ -143,19 +143,19 @@ def test_the_same_for_any_number_of_processes(processes):
 
 @pytest.mark.parametrize('killed_after', [1, 5])
 def test_a_killed_run_goes_on_with_the_same_batches(killed_after):
-  unbroken = train_batches(mixed(), batch_size=5, seed=2, start=0)
+  unbroken = train_batches(mixed_rows(), batch_size=5, seed=2, start=0)
   unbroken = list(itertools.islice(unbroken, 9))
-  again = train_batches(mixed(), batch_size=5, seed=2, start=killed_after)
+  later = train_batches(mixed_rows(), batch_size=5, seed=2, start=killed_after)
   for batch in unbroken[killed_after:]:
-    assert_equal(next(again), batch)
+    assert_equal(next(later), batch)
 
 
 def test_an_evaluation_has_every_row_once():
-  rows = mixed()
+  rows = mixed_rows()
   assert len(rows) == 150
   batch = rows.take(np.arange(151))
   expected = [(n, r) for n, size in SIZES.items() for r in range(size)]
-  assert told({'tokens': batch['tokens'][:150]}) == expected
+  assert origins({'tokens': batch['tokens'][:150]}) == expected
   assert not batch['segment_ids'][150].any()  # beyond the last is padding
   part, number = rows.within(71)
   assert part is rows.parts['b'] and number == 1
@@ -163,7 +163,7 @@ def test_an_evaluation_has_every_row_once():
 
 def test_as_many_counts_as_sources():
   with pytest.raises(ValueError, match='3 sources of 2 counts'):
-    mixed(SIZES, np.array([1, 2]))
+    mixed_rows(SIZES, np.array([1, 2]))
 
 
 def test_a_source_without_rows_is_named():

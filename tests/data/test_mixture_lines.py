@@ -26,8 +26,8 @@ def test_entries_have_a_kind_options_and_a_weight():
     'books:files(books/*.jsonl, field=body) * 2, py : python_stdlib(json), '
     'all:python_stdlib, secret:cipher(num_ciphers=3, marked=True)*.5,'
   )
-  ours = mixture(f'--config.data.mixture.lines={lines}')
-  assert ours == MixtureOptions(
+  options = mixture(f'--config.data.mixture.lines={lines}')
+  assert options == MixtureOptions(
     sources={
       'books': FilesSource('books/*.jsonl', 'body'),
       'py': PythonStdlibSource('json'),
@@ -37,11 +37,11 @@ def test_entries_have_a_kind_options_and_a_weight():
     rule='given',
     weights={'books': 2.0, 'secret': 0.5},
   )
-  # In Python it is the same; what is kept of a run has the sources alone.
-  assert MixtureOptions(lines=lines) == ours
-  section = sections.section(DataOptions(mixture=ours)).mixture
+  # In Python it is the same; the section of a run stores the sources alone.
+  assert MixtureOptions(lines=lines) == options
+  section = sections.section(DataOptions(mixture=options)).mixture
   assert section.lines == '' and section.sources.py.kind == 'python_stdlib'
-  assert sections.read(MixtureOptions, section) == ours
+  assert sections.read(MixtureOptions, section) == options
 
 
 def test_lines_of_a_file_with_comments_and_quotes():
@@ -57,20 +57,26 @@ def test_lines_add_to_the_sources_of_a_file():
   config = sections.section(run_config.RunConfig)
   config.data.mixture.sources.py = {'kind': 'python_stdlib'}
   lines = '--config.data.mixture.lines=x:files(y)*3'
-  ours = mixture(lines, config=config)
-  assert sorted(ours.sources) == ['py', 'x'] and ours.weights == {'x': 3.0}
+  options = mixture(lines, config=config)
+  assert sorted(options.sources) == ['py', 'x'] and options.weights == {
+    'x': 3.0
+  }
   with pytest.raises(OptionError, match=r"'py:cipher': there is a source 'py'"):
     mixture('--config.data.mixture.lines=py:cipher', config=config)
 
 
 def test_options_of_a_mixture_have_an_effect_with_lines():
-  ours = mixture(
+  options = mixture(
     '--config.data.mixture.lines=a:files(x),b:python_stdlib',
     '--config.data.mixture.rule=temperature',
     '--config.data.mixture.temperature=3.0',
     '--config.data.mixture.period=10',
   )
-  assert (ours.rule, ours.temperature, ours.period) == ('temperature', 3.0, 10)
+  assert (options.rule, options.temperature, options.period) == (
+    'temperature',
+    3.0,
+    10,
+  )
 
 
 def test_a_class_of_ones_own():
@@ -79,7 +85,7 @@ def test_a_class_of_ones_own():
 
 
 @pytest.mark.parametrize(
-  ('lines', 'says'),
+  ('lines', 'phrase'),
   [
     ('a:fils(x)', "entry 'a:fils(x)': unknown source 'fils'; did you mean"),
     ('a:files(x), b', "entry 'b': it is not of the form name:kind"),
@@ -95,8 +101,8 @@ def test_a_class_of_ones_own():
     ('1:files(x)', 'not of the form'),
   ],
 )
-def test_wrong_entries_are_named(lines, says):
+def test_wrong_entries_are_named(lines, phrase):
   with pytest.raises(OptionError) as error:
     mixture(f'--config.data.mixture.lines={lines}')
-  assert says in str(error.value)
+  assert phrase in str(error.value)
   assert 'data.mixture.' in str(error.value)

@@ -68,10 +68,12 @@ def test_a_mixture_is_read_from_a_config():
   config.mixture.sources.sums = {'kind': 'instructions', 'task': 'add'}
   config.mixture.sources.rest = {'kind': 'instructions', 'task': 'subtract'}
   config.mixture.held_out = 'rest'
-  read = sections.read(DataOptions, config)
-  assert read.mixture.learned() == ['sums']
-  assert read.mixture.cluster('rest') == 'arithmetic'
-  assert sections.read(DataOptions, sections.section(read)) == read
+  data_options = sections.read(DataOptions, config)
+  assert data_options.mixture.learned() == ['sums']
+  assert data_options.mixture.cluster('rest') == 'arithmetic'
+  assert (
+    sections.read(DataOptions, sections.section(data_options)) == data_options
+  )
   config.source.kind = 'kv_recall'
   with pytest.raises(
     ValueError, match=r"source.kind='kv_recall' has no effect"
@@ -97,11 +99,11 @@ def test_pairs_for_both_kinds_of_model(tmp_path, target_len):
     period=3,
   )
   dataset = data.load(options(tmp_path, mixture, target_len=target_len))
-  said = dataset.describe()
-  assert 'mixture of 2 sources, 70 pairs' in said
-  assert 'mixture, by rows in each period of 3:' in said
-  assert '\n  a         2: 30 pairs' in said and '(sequences)' in said
-  assert '\n  c  held out: 30 pairs' in said
+  text = dataset.describe()
+  assert 'mixture of 2 sources, 70 pairs' in text
+  assert 'mixture, by rows in each period of 3:' in text
+  assert '\n  a         2: 30 pairs' in text and '(sequences)' in text
+  assert '\n  c  held out: 30 pairs' in text
   row = {'a': 1.5, 'b': 2.0, 'c': 50.0, 'c.chance': 25.0, 'mean': 1.75}
   assert dataset.tell(row).splitlines() == [
     '',
@@ -126,9 +128,9 @@ def test_every_token_has_the_task_of_its_source(tmp_path, target_len):
   mixture = MixtureOptions(
     sources=suite(c='copy', a='reverse', b='add'), held_out='b', period=4
   )
-  given = options(tmp_path, mixture, target_len=target_len)
-  assert given.tasks == ('a', 'b', 'c')
-  dataset = data.load(given)
+  data_options = options(tmp_path, mixture, target_len=target_len)
+  assert data_options.tasks == ('a', 'b', 'c')
+  dataset = data.load(data_options)
   rows = dataset.splits['train']
   batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
   assert batch['task_ids'][:, 0].tolist() == [0, 2, 0, 2]
@@ -142,9 +144,9 @@ def test_every_token_has_the_task_of_its_source(tmp_path, target_len):
     assert (ids == batch['task_ids'][:, :1]).all()
   held_out = dataset.parts['b'].splits['validation'].take(np.array([0]))
   assert (held_out['task_ids'] == 1).all()
-  every = dataset.splits['validation']
-  tasks = every.take(np.arange(len(every)))['task_ids'][:, 0]
-  lengths = [len(part) for part in every.parts.values()]
+  eval_rows = dataset.splits['validation']
+  tasks = eval_rows.take(np.arange(len(eval_rows)))['task_ids'][:, 0]
+  lengths = [len(part) for part in eval_rows.parts.values()]
   assert tasks.tolist() == [0] * lengths[0] + [2] * lengths[1]
 
 
@@ -175,7 +177,7 @@ def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
   mixture = MixtureOptions(
     sources=sources, rule='given', weights={'two': 3.0}, period=4
   )
-  given = options(
+  data_options = options(
     tmp_path / 'cache',
     mixture,
     task=data.LmTask(),
@@ -183,7 +185,7 @@ def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
     seq_len=8,
   )
   for _ in range(2):  # first fresh, then from the cache
-    dataset = data.load(given)
+    dataset = data.load(data_options)
     assert dataset.vocab_size >= len(set('abc xyz.'))
     rows = dataset.splits['train']
     batch = next(train_batches(rows, batch_size=4, seed=0, start=0))
@@ -194,16 +196,16 @@ def test_texts_for_pretraining_share_one_tokenizer(tmp_path):
 
 
 def test_the_tokenizer_of_a_mixture_is_fitted_once(tmp_path, monkeypatch):
-  def loaded(**tasks):
+  def load_tokenizer(**tasks):
     mixture = MixtureOptions(sources=suite(**tasks))
     tokenizer = data.CharsOptions()
     return data.load(options(tmp_path, mixture, tokenizer=tokenizer)).tokenizer
 
-  first = loaded(a='copy', b='reverse')
-  with monkeypatch.context() as reading:
-    reading.setattr(data.CharsOptions, 'fit', lambda *_: pytest.fail('again'))
-    assert loaded(a='copy', b='reverse').identity == first.identity
-  assert loaded(a='add', b='reverse').identity != first.identity
+  first = load_tokenizer(a='copy', b='reverse')
+  with monkeypatch.context() as patch:
+    patch.setattr(data.CharsOptions, 'fit', lambda *_: pytest.fail('again'))
+    assert load_tokenizer(a='copy', b='reverse').identity == first.identity
+  assert load_tokenizer(a='add', b='reverse').identity != first.identity
 
 
 def test_a_bad_source_is_named(tmp_path):

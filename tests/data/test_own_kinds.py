@@ -9,13 +9,13 @@ from moe_jax import sections
 from moe_jax.data import DataOptions, load, tokenizers
 from tests.data import own_kinds
 
-HERE = 'tests.data.own_kinds'
+MODULE = 'tests.data.own_kinds'
 
 
 def section(**kinds):
   config = sections.section(DataOptions)
   for name, kind in kinds.items():
-    config[name].kind = f'{HERE}:{kind}'
+    config[name].kind = f'{MODULE}:{kind}'
   config.seq_len = 4
   return config
 
@@ -38,9 +38,9 @@ def test_a_users_own_source_tokenizer_and_task(tmp_path):
     assert dataset.tokenizer.decode(row['tokens']) == '3 2 1 2'
     assert dataset.tokenizer.decode(row['targets']) == '2 1 2 1'
     assert len(dataset.splits['train']) == 3  # 11 predictions, 4 in a row
-  said = dataset.describe()
-  assert 'data: counting to 3, 6 documents' in said
-  assert '\ntask: backwards\n' in said and 'V=3' in said
+  description = dataset.describe()
+  assert 'data: counting to 3, 6 documents' in description
+  assert '\ntask: backwards\n' in description and 'V=3' in description
 
 
 def test_each_alone_beside_ours(tmp_path):
@@ -85,11 +85,11 @@ def test_what_is_no_such_kind_is_refused(kinds, message):
 def test_a_file_never_imports_a_users_tokenizer(tmp_path, monkeypatch):
   path = tmp_path / 'tokenizer.json'
   own_kinds.Words('ab').save(path)
-  assert json.loads(path.read_text())['kind'] == f'{HERE}:Words'
+  assert json.loads(path.read_text())['kind'] == f'{MODULE}:Words'
   assert tokenizers.load(path).decode([1, 0]) == 'b a'
   (tmp_path / 'never_read.py').write_text('raise RuntimeError("imported")\n')
   monkeypatch.syspath_prepend(tmp_path)
-  path.write_text(path.read_text().replace(HERE, 'never_read'))
+  path.write_text(path.read_text().replace(MODULE, 'never_read'))
   with pytest.raises(ValueError, match="unknown tokenizer kind 'never_read:Wo"):
     tokenizers.load(path)
   assert 'never_read' not in sys.modules

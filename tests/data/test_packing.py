@@ -21,11 +21,14 @@ def as_lists(row):
 # Documents 'a b .' and 'c d e f g .' (9 ends one) make the stream
 # 1 2 9 3 4 5 6 7 9, cut every 4: the second row goes on in the second document
 # and its targets reach the 9; nothing is left for a third row.
-TWO = [np.array([1, 2, 9], np.uint16), np.array([3, 4, 5, 6, 7, 9], np.uint16)]
+DOCUMENTS = [
+  np.array([1, 2, 9], np.uint16),
+  np.array([3, 4, 5, 6, 7, 9], np.uint16),
+]
 
 
 def test_a_boundary_inside_a_row():
-  rows = pack(TWO, 4)
+  rows = pack(DOCUMENTS, 4)
   assert len(rows) == 2
   assert as_lists(rows[0]) == {
     'tokens': [1, 2, 9, 3],
@@ -46,7 +49,7 @@ def test_a_boundary_inside_a_row():
 
 
 def test_the_last_row_is_padded():
-  rows = pack([*TWO, np.array([8, 9], np.uint16)], 4)
+  rows = pack([*DOCUMENTS, np.array([8, 9], np.uint16)], 4)
   assert len(rows) == 3
   # The stream ends with 9, which is an input without a target.
   assert as_lists(rows[2]) == {
@@ -66,7 +69,7 @@ def test_a_document_that_ends_with_its_row():
 
 
 def test_dtypes_and_indices():
-  rows = pack(TWO, 4)
+  rows = pack(DOCUMENTS, 4)
   dtypes = {name: values.dtype.name for name, values in rows[0].items()}
   assert dtypes.pop('loss_weights') == 'float32'
   assert set(dtypes.values()) == {'int32'}
@@ -77,7 +80,7 @@ def test_dtypes_and_indices():
 
 
 def test_rows_beyond_the_end_are_padding():
-  batch = pack(TWO, 4).take(np.array([0, 2, 5]))
+  batch = pack(DOCUMENTS, 4).take(np.array([0, 2, 5]))
   for values in batch.values():
     assert values.shape == (3, 4)
     assert values[0].any()
@@ -85,21 +88,21 @@ def test_rows_beyond_the_end_are_padding():
 
 
 def oracle(documents, seq_len):
-  """The rows by definition, token by token: a dict of lists for each row."""
+  """Makes the rows token by token, by definition; a row is a dict of lists."""
   stream = [(d, t) for d, doc in enumerate(documents) for t in doc]
   rows = []
   for begin in range(0, len(stream) - 1, seq_len):
-    row = {name: [] for name in pack(TWO, 4)[0]}
+    row = {name: [] for name in pack(DOCUMENTS, 4)[0]}
     for i in range(begin, begin + seq_len):
       document, token = stream[i] if i < len(stream) else (None, 0)
-      after, target = stream[i + 1] if i + 1 < len(stream) else (None, 0)
-      seen = [d for d, _ in stream[begin : min(i, len(stream)) + 1]]
+      next_doc, target = stream[i + 1] if i + 1 < len(stream) else (None, 0)
+      row_documents = [d for d, _ in stream[begin : min(i, len(stream)) + 1]]
       real = document is not None
       row['tokens'].append(token)
       row['targets'].append(target)
-      row['segment_ids'].append(len(set(seen)) if real else 0)
-      row['positions'].append(seen.count(document) - 1 if real else 0)
-      row['loss_weights'].append(float(real and document == after))
+      row['segment_ids'].append(len(set(row_documents)) if real else 0)
+      row['positions'].append(row_documents.count(document) - 1 if real else 0)
+      row['loss_weights'].append(float(real and document == next_doc))
     rows.append(row)
   return rows
 

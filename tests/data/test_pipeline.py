@@ -18,7 +18,7 @@ NUM_ROWS = 23  # with T=4 and B=6 no epoch ends with a batch
 
 
 def numbered_rows(num_rows=NUM_ROWS, seq_len=4):
-  """Full rows, of which row r begins with the token r * seq_len."""
+  """Returns full rows; row r begins with the token r * seq_len."""
   tokens = np.arange(num_rows * seq_len + 1)
   return PackedRows(tokens, np.array([0, 7]), seq_len)
 
@@ -66,14 +66,14 @@ def test_later_epochs_cut_the_stream_elsewhere():
 
 
 def test_a_batch_depends_on_its_number_and_the_seed_alone():
-  def make(seed):
+  def make_dataset(seed):
     return batch_dataset(numbered_rows(), batch_size=6, seed=seed)
 
-  forwards = [make(5)[i] for i in range(9)]
-  again = make(5)
+  forwards = [make_dataset(5)[i] for i in range(9)]
+  dataset = make_dataset(5)
   for i in reversed(range(9)):
-    assert_equal(again[i], forwards[i])
-  assert row_numbers(make(6)[0]) != row_numbers(forwards[0])
+    assert_equal(dataset[i], forwards[i])
+  assert row_numbers(make_dataset(6)[0]) != row_numbers(forwards[0])
 
 
 def test_neighbouring_seeds_share_no_epoch():
@@ -116,8 +116,8 @@ class CountingRows(PackedRows):
 
 
 def test_rows_of_others_are_not_read():
-  good = numbered_rows()
-  rows = CountingRows(good.tokens, good.starts, good.seq_len)
+  all_rows = numbered_rows()
+  rows = CountingRows(all_rows.tokens, all_rows.starts, all_rows.seq_len)
   batch_dataset(rows, batch_size=6, seed=3, share=np.array([1, 4]))[7]
   list(eval_batches(rows, batch_size=6, num_batches=2, share=np.array([5])))
   assert rows.count == 2 + 2
@@ -149,7 +149,7 @@ def test_fewer_rows_than_a_batch():
 
 
 class FailingRows(PackedRows):
-  """Rows that fail to read the one beginning with token 0."""
+  """Rows that cannot read the row that begins with token 0."""
 
   def take(self, indices, offsets=0):
     if 0 in indices:
@@ -158,18 +158,18 @@ class FailingRows(PackedRows):
 
 
 def test_a_background_error_is_raised_and_ends_the_stream():
-  good = numbered_rows()
-  rows = FailingRows(good.tokens, good.starts, good.seq_len)
-  before = next(
+  all_rows = numbered_rows()
+  rows = FailingRows(all_rows.tokens, all_rows.starts, all_rows.seq_len)
+  num_good = next(
     i
     for i, batch in enumerate(
-      train_batches(good, batch_size=6, seed=0, start=0)
+      train_batches(all_rows, batch_size=6, seed=0, start=0)
     )
     if 0 in row_numbers(batch)
   )
   stream = train_batches(rows, batch_size=6, seed=0, start=0)
-  assert len(list(itertools.islice(stream, before))) == before
-  with pytest.raises(DataError, match=f'batch {before} .*OSError: disk gone'):
+  assert len(list(itertools.islice(stream, num_good))) == num_good
+  with pytest.raises(DataError, match=f'batch {num_good} .*OSError: disk gone'):
     next(stream)
   with pytest.raises(StopIteration):  # not the batch after the lost one
     next(stream)
@@ -203,11 +203,11 @@ def test_some_batches_are_spread_evenly(num_batches, first_rows):
 
 def test_processes_share_an_evaluation():
   rows = numbered_rows()
-  parts = [
+  streams = [
     eval_batches(rows, batch_size=6, share=np.arange(2 * p, 2 * p + 2))
     for p in range(3)
   ]
-  for whole, *shares in zip(eval_batches(rows, batch_size=6), *parts):
+  for whole, *shares in zip(eval_batches(rows, batch_size=6), *streams):
     joined = {n: np.concatenate([s[n] for s in shares]) for n in whole}
     assert_equal(joined, whole)
 

@@ -12,20 +12,20 @@ from moe_jax.data.prefetch import DataError, ahead
 
 
 @pytest.fixture(autouse=True)
-def others():
+def other_threads():
   """Threads of other tests' streams that have not been collected yet."""
-  _others[:] = threading.enumerate()
+  _other_threads[:] = threading.enumerate()
 
 
-_others = []
+_other_threads = []
 
 
 def threads():
-  new_threads = [t for t in threading.enumerate() if t not in _others]
+  new_threads = [t for t in threading.enumerate() if t not in _other_threads]
   return [t for t in new_threads if t.name == 'batches']
 
 
-def ended():
+def wait_for_end():
   deadline = time.monotonic() + 20
   while threads():
     assert time.monotonic() < deadline, 'the thread goes on'
@@ -34,21 +34,21 @@ def ended():
 
 
 def test_elements_come_in_order_and_a_few_ahead():
-  asked = []
+  elements = []
 
   def source():
     for i in range(9):
-      asked.append(i)
+      elements.append(i)
       yield i
 
   stream = ahead(source(), first=0, most=2)
-  assert not asked
+  assert not elements
   assert next(stream) == 0
   time.sleep(0.2)
   # At most two elements wait in the queue, and the thread holds another.
-  assert len(asked) <= 4
+  assert len(elements) <= 4
   assert [0, *stream] == list(range(9))
-  assert ended()
+  assert wait_for_end()
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_a_stream_that_is_given_up_ends_its_thread():
   assert next(stream) == 0
   assert threads()
   stream.close()
-  assert ended()
+  assert wait_for_end()

@@ -23,7 +23,7 @@ PATTERN = '--config.data.source.files.pattern'
 
 @pytest.fixture
 def pattern(tmp_path, monkeypatch):
-  """A pattern of small files in several pieces."""
+  """A pattern that matches two small files, each of several pieces."""
   monkeypatch.setattr(files, 'PIECE_BYTES', 2**12)
   for name in 'ab':
     lines = [json.dumps({'text': f'{name}{i} ' * (i % 37)}) for i in range(120)]
@@ -37,18 +37,18 @@ def run(capsys, tmp_path, *flags):
 
 
 def test_a_run_finds_what_was_prepared(pattern, tmp_path, capsys):
-  said = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}', '--processes=1')
-  assert 'train: ' in said and 'MB/s by 1 proc' in said
+  output = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}', '--processes=1')
+  assert 'train: ' in output and 'MB/s by 1 proc' in output
   (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
-  assert str(folder) in said.replace('\n', '')
-  before = folder.stat().st_mtime_ns
+  assert str(folder) in output.replace('\n', '')
+  mtime_ns = folder.stat().st_mtime_ns
   options = data.DataOptions(
     source=data.FilesSource(pattern), cache_dir=f'{tmp_path}/cache'
   )
   data.load(options)
-  assert folder.stat().st_mtime_ns == before
-  again = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}')
-  assert 'train: ' in again and 'MB/s by' not in again
+  assert folder.stat().st_mtime_ns == mtime_ns
+  second_output = run(capsys, tmp_path, KIND, f'{PATTERN}={pattern}')
+  assert 'train: ' in second_output and 'MB/s by' not in second_output
 
 
 def test_a_run_that_begins_with_another_has_its_tokenizer(
@@ -56,8 +56,8 @@ def test_a_run_that_begins_with_another_has_its_tokenizer(
 ):
   tokenizers.Chars('ab0123456789 ').save(tmp_path / 'tokenizer.json')
   flags = [KIND, f'{PATTERN}={pattern}', '--processes=1']
-  other = f'--config.init_from.workdir={tmp_path}'
-  assert 'tokenizer: chars' in run(capsys, tmp_path, other, *flags)
+  init_flag = f'--config.init_from.workdir={tmp_path}'
+  assert 'tokenizer: chars' in run(capsys, tmp_path, init_flag, *flags)
   (folder,) = (tmp_path / 'cache' / 'tokens').iterdir()
   assert tokenizers.load(folder / 'tokenizer.json').vocab_size == 13
 
@@ -72,12 +72,12 @@ def test_every_source_of_a_mixture_is_prepared(pattern, tmp_path, capsys):
   ]
   first = run(capsys, tmp_path, *flags, '--host=0', '--num_hosts=2')
   assert 'host 0 of 2 is done; other hosts have yet to make 4 pieces' in first
-  said = run(capsys, tmp_path, *flags, '--host=1', '--num_hosts=2')
-  assert 'mixture of 2 sources' in said and 'one' in said
+  output = run(capsys, tmp_path, *flags, '--host=1', '--num_hosts=2')
+  assert 'mixture of 2 sources' in output and 'one' in output
 
 
 def test_mistakes_are_told_in_a_line(pattern, tmp_path, capsys):
-  for flags, says in (
+  for flags, phrase in (
     (['--host=2', '--num_hosts=2'], '--host=2 not in [0, num_hosts=2)'),
     (['--processes=0'], 'must be at least 1'),
     (['--config.data.source.kind=file'], "unknown source 'file'"),
@@ -86,8 +86,8 @@ def test_mistakes_are_told_in_a_line(pattern, tmp_path, capsys):
   ):
     with pytest.raises(SystemExit) as ended:
       run(capsys, tmp_path, *flags)
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and says in said, said
+    errors = capsys.readouterr().err
+    assert ended.value.code == 1 and phrase in errors, errors
 
 
 SIZE = 100 * 10**6
@@ -102,19 +102,19 @@ def large(tmp_path_factory):
   block = ''.join(draw.choices(words, k=400_000))
   with (
     (folder / 'a.jsonl').open('w') as lines,
-    (folder / 'b.txt').open('w') as b,
+    (folder / 'b.txt').open('w') as text_file,
   ):
-    while lines.tell() + b.tell() < SIZE:
+    while lines.tell() + text_file.tell() < SIZE:
       for _ in range(200):
         begin = draw.randrange(len(block))
         text = block[begin : begin + draw.randrange(4000)]
         lines.write(json.dumps({'text': text}) + '\n')
-        b.write(f'{text}\n\n{begin}')
+        text_file.write(f'{text}\n\n{begin}')
   return folder
 
 
 def command(large, cache, *flags):
-  """A process of the command, on the data in `large`."""
+  """Starts a process of the command on the data in `large`."""
   flags = [
     CONFIG, KIND, f'{PATTERN}={large}/*', *flags,
     f'--config.data.cache_dir={cache}',
@@ -127,8 +127,8 @@ def command(large, cache, *flags):
   )  # fmt: skip
 
 
-def said(process):
-  """What a process says; it ends well."""
+def output_of(process):
+  """Returns the output of a process, which has to end with status 0."""
   text, _ = process.communicate()
   assert process.returncode == 0, text
   return text
@@ -155,12 +155,13 @@ def test_100_mb_are_the_same_by_whomever_and_after_a_kill(large, tmp_path):
     time.sleep(0.05)
   killed.kill()  # -9, and only the parent: its workers end by themselves
   killed.communicate()
-  kept = len(whole_pieces(two))
-  resumed = said(command(large, two, '--processes=2'))
+  num_pieces = len(whole_pieces(two))
+  resumed = output_of(command(large, two, '--processes=2'))
   assert int(re.search(r'(\d+) pieces were there already', resumed)[1]) >= 2
-  assert kept >= 2
-  alone = said(command(large, one, '--processes=1'))
+  assert num_pieces >= 2
+  alone = output_of(command(large, one, '--processes=1'))
   assert digests_of(one) == digests_of(two)
-  # Most of it are libraries: pieces of 32 MiB would be ten times as many.
+  # Libraries have most of this memory: pieces of 32 MiB would be ten times as
+  # many.
   for text in (resumed, alone):
     assert int(re.search(r'at most ([\d,]+) MiB', text)[1]) < 700

@@ -1,4 +1,4 @@
-"""The examples in the room's README run."""
+"""The examples in the README of `moe_jax/data` run."""
 
 import pathlib
 import re
@@ -12,27 +12,27 @@ README = pathlib.Path(data.__file__).parent / 'README.md'
 
 
 def test_the_printed_code_runs(tmp_path, monkeypatch):
-  in_config, in_python, mixed, asked, own = re.findall(
-    r'```python\n(.*?)```', README.read_text(), re.DOTALL
+  config_code, python_code, mixture_code, questions_code, own_kind_code = (
+    re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
   )
   (tmp_path / 'books').mkdir()
   for name in ('a', 'b'):
     (tmp_path / 'books' / f'{name}.txt').write_text('abcdefgh ' * 50)
   monkeypatch.chdir(tmp_path)
   names = {}
-  exec(in_python, names)
+  exec(python_code, names)
   assert next(names['batches'])['tokens'].shape == (8, 128)
   options = {}
-  exec(asked, {})
-  for code in (in_config, mixed, own):
+  exec(questions_code, {})
+  for code in (config_code, mixture_code, own_kind_code):
     config = types.SimpleNamespace(data=sections.section(data.DataOptions))
     exec(code, {'config': config})
     options[code] = sections.read(data.DataOptions, config.data)
-  dataset = data.load(options[in_config])
+  dataset = data.load(options[config_code])
   assert dataset.digest == names['dataset'].digest
-  assert data.load(options[own]).source == 'counting to 3'
+  assert data.load(options[own_kind_code]).source == 'counting to 3'
   # The printed order of sources is that of the mixture; sorted, 0 is reverse.
-  mixture = data.load(options[mixed])
+  mixture = data.load(options[mixture_code])
   part, number = mixture.splits['train'].locate(np.arange(8))
   assert part.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
   assert number.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]

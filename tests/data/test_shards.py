@@ -8,8 +8,8 @@ from moe_jax.data.shards import Shards
 
 
 @pytest.fixture
-def both(tmp_path):
-  """An array, and the same in four files."""
+def array_and_shards(tmp_path):
+  """An array, and shards of the same array in four files."""
   whole = np.random.default_rng(0).integers(0, 999, 100).astype(np.uint16)
   counts = [7, 60, 1, 32]
   paths = [tmp_path / f'{i}.tokens' for i in range(4)]
@@ -18,8 +18,8 @@ def both(tmp_path):
   return whole, Shards(paths, 'uint16', counts)
 
 
-def test_indexing_is_that_of_an_array(both):
-  whole, shards = both
+def test_indexing_is_that_of_an_array(array_and_shards):
+  whole, shards = array_and_shards
   assert (len(shards), shards.shape, shards.dtype) == (100, (100,), np.uint16)
   rng = np.random.default_rng(1)
   for index in (
@@ -42,19 +42,19 @@ def test_indexing_is_that_of_an_array(both):
       shards[index]
 
 
-def test_rows_cross_files(both):
-  whole, shards = both
+def test_rows_cross_files(array_and_shards):
+  whole, shards = array_and_shards
   starts = np.array([0, 5, 66, 67, 68, 90])
   rows = np.array([12, 0, 9, 4, 20])
-  ours = PackedRows(shards, starts, 7).take(rows, offsets=3)
+  batch = PackedRows(shards, starts, 7).take(rows, offsets=3)
   for name, values in (
     PackedRows(whole, starts, 7).take(rows, offsets=3).items()
   ):
-    np.testing.assert_array_equal(ours[name], values)
+    np.testing.assert_array_equal(batch[name], values)
 
 
-def test_a_file_is_opened_when_it_is_read(both, tmp_path):
-  _, shards = both
+def test_a_file_is_opened_when_it_is_read(array_and_shards, tmp_path):
+  _, shards = array_and_shards
   (tmp_path / '2.tokens').write_bytes(b'')
   assert len(shards[:67]) == 67
   with pytest.raises(ValueError, match=r'2\.tokens is missing or not of its 2'):

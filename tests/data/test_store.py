@@ -43,15 +43,15 @@ def digest_of(**splits):
 def test_digest_tells_boundaries_apart(tmp_path):
   texts = {'train': ['ab', 'c'], 'validation': ['dd']}
   store.write_tokens(tmp_path, texts, tokenizers.Bytes())
-  written = store.read_about(tmp_path)['sha256']
-  assert written == digest_of(**texts)
-  others = [
+  stored_digest = store.read_about(tmp_path)['sha256']
+  assert stored_digest == digest_of(**texts)
+  other_digests = [
     digest_of(train=['a', 'bc'], validation=['dd']),
     digest_of(train=['abc'], validation=['dd']),
     digest_of(train=['ab'], validation=['c', 'dd']),
     digest_of(train=['c', 'ab'], validation=['dd']),
   ]
-  assert len({written, *others}) == 5
+  assert len({stored_digest, *other_digests}) == 5
 
 
 @pytest.mark.parametrize('texts', [[], [''], ['', '']])
@@ -99,14 +99,14 @@ def test_pairs_have_two_streams_and_no_eos(tmp_path):
 
 
 def test_the_digest_tells_sides_apart(tmp_path):
-  seen = set()
+  digests = set()
   for i, pair in enumerate([('ab', 'c'), ('a', 'bc'), ('c', 'ab')]):
     folder = tmp_path / str(i)
     folder.mkdir()
-    both = {'train': [pair], 'validation': [pair]}
-    store.write_pairs(folder, both, tokenizers.Bytes())
-    seen.add(store.read_about(folder)['sha256'])
-  assert len(seen) == 3
+    splits = {'train': [pair], 'validation': [pair]}
+    store.write_pairs(folder, splits, tokenizers.Bytes())
+    digests.add(store.read_about(folder)['sha256'])
+  assert len(digests) == 3
 
 
 def test_a_split_without_pairs_is_refused(tmp_path):
@@ -116,8 +116,8 @@ def test_a_split_without_pairs_is_refused(tmp_path):
 
 
 def test_a_cut_stream_of_pairs_is_named(tmp_path):
-  both = {'train': [('ab', 'c')], 'validation': [('d', 'e')]}
-  store.write_pairs(tmp_path, both, tokenizers.Bytes())
+  splits = {'train': [('ab', 'c')], 'validation': [('d', 'e')]}
+  store.write_pairs(tmp_path, splits, tokenizers.Bytes())
   (tmp_path / 'train.targets.starts').write_bytes(b'')
   with pytest.raises(ValueError, match=r'train\.targets\.starts is missing'):
     store.read_pairs(tmp_path, 'train')

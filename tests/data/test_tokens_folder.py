@@ -23,7 +23,7 @@ from tests.data.own_kinds import Words
 
 @pytest.fixture
 def small_pieces(tmp_path, monkeypatch):
-  """Lines of JSON in six pieces; gives a function to options of a cache."""
+  """A function from a cache's name to options, for lines in six pieces."""
   monkeypatch.setattr(files, 'PIECE_BYTES', 2**12)
   for name in 'ab':
     lines = [json.dumps({'text': f'{name}{i} ' * (i % 37)}) for i in range(120)]
@@ -39,18 +39,18 @@ def small_pieces(tmp_path, monkeypatch):
   return options
 
 
-def made_by(options, *shares):
-  """What the last of some shares made, and what it told."""
+def report_of_shares(options, *shares):
+  """Makes the shares; returns the last one's report and all progress."""
   corpus = options.source.texts(options.selection)
-  told = []
+  progress = []
   for share in shares:
-    share = share._replace(on_progress=lambda *bytes_: told.append(bytes_))
-    made = make(corpus, options.tokenizer, options.selection, share)
-  return made, told
+    share = share._replace(on_progress=lambda *bytes_: progress.append(bytes_))
+    report = make(corpus, options.tokenizer, options.selection, share)
+  return report, progress
 
 
 def digests_of(folder):
-  """The sha256 of every file of a folder, by name."""
+  """Returns the sha256 of every file of a folder, by name."""
   return {
     path.name: hashlib.sha256(path.read_bytes()).hexdigest()
     for path in folder.iterdir()
@@ -58,7 +58,7 @@ def digests_of(folder):
 
 
 def folder_in(cache):
-  """The only folder of tokens in a cache, with nothing beside it."""
+  """Returns the only folder of tokens in a cache, which is alone there."""
   (folder,) = (pathlib.Path(cache) / 'tokens').iterdir()
   return folder
 
@@ -68,14 +68,14 @@ def test_all_make_what_a_run_makes_by_itself(small_pieces):
   folder = folder_in(small_pieces('run').cache_dir)
   options = small_pieces('theirs')
   shares = Share(host=1, num_hosts=2), Share(host=0, num_hosts=2)
-  made, told = made_by(options, *shares)
-  assert not made.missing and told[-1][0] == told[-1][1]
-  assert made.folder == folder_in(options.cache_dir)
-  assert made.folder.name == folder.name
-  assert digests_of(made.folder) == digests_of(folder)
+  report, progress = report_of_shares(options, *shares)
+  assert not report.missing and progress[-1][0] == progress[-1][1]
+  assert report.folder == folder_in(options.cache_dir)
+  assert report.folder.name == folder.name
+  assert digests_of(report.folder) == digests_of(folder)
   # A run that finds the folder learns from the same rows.
-  found = data.load(options)
-  assert (found.digest, found.counts) == (dataset.digest, dataset.counts)
+  loaded = data.load(options)
+  assert (loaded.digest, loaded.counts) == (dataset.digest, dataset.counts)
   assert len([p for p in folder.iterdir() if p.match('train.0*')]) >= 6
 
 
@@ -85,11 +85,11 @@ def test_rows_are_those_of_one_piece(small_pieces, monkeypatch):
   whole = data.load(small_pieces('one'))
   assert pieces.counts == whole.counts
   for split in data.SPLITS:
-    ours, theirs = pieces.splits[split], whole.splits[split]
-    assert len(ours) == len(theirs)
-    rows = np.random.default_rng(0).integers(0, len(ours), 200)
-    for name, values in ours.take(rows).items():
-      np.testing.assert_array_equal(values, theirs.take(rows)[name])
+    piece_rows, whole_rows = pieces.splits[split], whole.splits[split]
+    assert len(piece_rows) == len(whole_rows)
+    rows = np.random.default_rng(0).integers(0, len(piece_rows), 200)
+    for name, values in piece_rows.take(rows).items():
+      np.testing.assert_array_equal(values, whole_rows.take(rows)[name])
 
 
 def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
@@ -108,21 +108,24 @@ def test_what_was_finished_is_kept_and_what_is_damaged_is_not(
     stopping.setattr(tokenizers.Bytes, 'encode', stop)
     with pytest.raises(ValueError, match='stopped'):
       make(corpus, options.tokenizer, options.selection, Share())
-  parts = folder_in(options.cache_dir)
-  assert parts.suffix == '.parts'
-  done = sorted(path.name for path in parts.iterdir() if path.is_dir())
-  assert done == [f'{i:05}' for i in range(len(done))] and 3 <= len(done) < 6
-  written = (parts / '00000' / 'train.tokens').stat().st_mtime_ns
-  damaged = parts / '00001' / 'train.tokens'
-  damaged.write_bytes(damaged.read_bytes()[::-1])
-  (parts / '00002' / 'piece.json').write_text('{')
-  (parts / 'unfinished-00003-1').mkdir()
-  made = make(corpus, options.tokenizer, options.selection, Share())
-  assert made.num_existing == len(done) - 2
-  kept = (made.folder / 'train.00000.tokens').stat().st_mtime_ns
-  assert kept == written
-  fresh, _ = made_by(small_pieces('fresh'), Share())
-  assert digests_of(made.folder) == digests_of(fresh.folder)
+  folder = folder_in(options.cache_dir)
+  assert folder.suffix == '.parts'
+  finished = sorted(path.name for path in folder.iterdir() if path.is_dir())
+  assert (
+    finished == [f'{i:05}' for i in range(len(finished))]
+    and 3 <= len(finished) < 6
+  )
+  written_ns = (folder / '00000' / 'train.tokens').stat().st_mtime_ns
+  damaged_file = folder / '00001' / 'train.tokens'
+  damaged_file.write_bytes(damaged_file.read_bytes()[::-1])
+  (folder / '00002' / 'piece.json').write_text('{')
+  (folder / 'unfinished-00003-1').mkdir()
+  report = make(corpus, options.tokenizer, options.selection, Share())
+  assert report.num_existing == len(finished) - 2
+  kept_ns = (report.folder / 'train.00000.tokens').stat().st_mtime_ns
+  assert kept_ns == written_ns
+  fresh, _ = report_of_shares(small_pieces('fresh'), Share())
+  assert digests_of(report.folder) == digests_of(fresh.folder)
 
 
 def test_a_piece_that_another_process_has_just_finished_is_kept(
@@ -130,21 +133,21 @@ def test_a_piece_that_another_process_has_just_finished_is_kept(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  look, looked = tokens_folder.piece_facts, []
+  piece_facts, calls = tokens_folder.piece_facts, []
 
-  def others_are_faster(work, number, **digests):
-    found = look(work, number, **digests)
-    if not looked:  # the other process finishes the piece after this look
-      looked.append(number)
+  def finish_meanwhile(work, number, **digests):
+    facts = piece_facts(work, number, **digests)
+    if not calls:  # the other process finishes the piece after this look
+      calls.append(number)
       tokenizer = work.read_tokenizer()
       piece_workers.write_piece(work, number, tokenizer, lambda count: None)
-      looked.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
-    return found
+      calls.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
+    return facts
 
-  monkeypatch.setattr(tokens_folder, 'piece_facts', others_are_faster)
-  made = make(corpus, options.tokenizer, options.selection, Share())
-  finished = made.folder / 'train.00000.tokens'
-  assert looked == [0, finished.stat().st_mtime_ns]
+  monkeypatch.setattr(tokens_folder, 'piece_facts', finish_meanwhile)
+  report = make(corpus, options.tokenizer, options.selection, Share())
+  tokens_file = report.folder / 'train.00000.tokens'
+  assert calls == [0, tokens_file.stat().st_mtime_ns]
 
 
 def test_two_that_join_the_pieces_do_not_disturb_each_other(
@@ -152,22 +155,22 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  link, linked = joined_pieces.link, []
+  link, targets = joined_pieces.link, []
 
-  def other_begins_too(source, target):
-    linked.append(target)
-    if len(linked) == 3:
+  def link_beside_another(source, target):
+    targets.append(target)
+    if len(targets) == 3:
       with pytest.raises(RuntimeError, match='killed'):
         make(corpus, options.tokenizer, options.selection, Share())
-    elif len(linked) == 4:  # this is the other process
+    elif len(targets) == 4:  # this is the other process
       raise RuntimeError('killed')
     link(source, target)
 
-  monkeypatch.setattr(joined_pieces, 'link', other_begins_too)
-  made = make(corpus, options.tokenizer, options.selection, Share())
-  assert len(linked) > 4
-  fresh, _ = made_by(small_pieces('fresh'), Share())
-  assert digests_of(made.folder) == digests_of(fresh.folder)
+  monkeypatch.setattr(joined_pieces, 'link', link_beside_another)
+  report = make(corpus, options.tokenizer, options.selection, Share())
+  assert len(targets) > 4
+  fresh, _ = report_of_shares(small_pieces('fresh'), Share())
+  assert digests_of(report.folder) == digests_of(fresh.folder)
 
 
 @pytest.mark.parametrize('share', [Share(), Share(host=1, num_hosts=2)])
@@ -179,33 +182,33 @@ def test_the_folder_that_another_process_made_meanwhile_is_taken(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  continued = getattr(*before)
+  original = getattr(*before)
 
-  def the_other_ends_first(*args):
-    with monkeypatch.context() as other:
-      other.setattr(*before, continued)
+  def finish_other_first(*args):
+    with monkeypatch.context() as patch:
+      patch.setattr(*before, original)
       make(corpus, options.tokenizer, options.selection, Share())
-    return continued(*args)
+    return original(*args)
 
-  monkeypatch.setattr(*before, the_other_ends_first)
-  made = make(corpus, options.tokenizer, options.selection, share)
-  assert not made.missing and made.folder == folder_in(options.cache_dir)
+  monkeypatch.setattr(*before, finish_other_first)
+  report = make(corpus, options.tokenizer, options.selection, share)
+  assert not report.missing and report.folder == folder_in(options.cache_dir)
   assert len(data.load(options).splits['train'])
 
 
 def test_missing_pieces_of_other_hosts_are_counted(small_pieces, monkeypatch):
   options = small_pieces('cache')
-  made, told = made_by(options, Share(host=0, num_hosts=3))
-  assert made.missing and not made.folder.exists()
+  report, progress = report_of_shares(options, Share(host=0, num_hosts=3))
+  assert report.missing and not report.folder.exists()
   sizes = options.source.texts(options.selection).pieces.sizes
-  assert told[-1] == (sum(sizes[::3]), sum(sizes[::3]))
-  with monkeypatch.context() as others:
-    others.setattr(tokens_folder, 'make', lambda *_: made)
+  assert progress[-1] == (sum(sizes[::3]), sum(sizes[::3]))
+  with monkeypatch.context() as patch:
+    patch.setattr(tokens_folder, 'make', lambda *_: report)
     with pytest.raises(ValueError, match=r'removed the pieces \[1, 2'):
       data.load(options)
   # The next command, or a run, makes the rest and joins all.
-  kept = made_by(options, Share())[0].num_existing
-  assert kept + len(made.missing) == len(sizes)
+  num_kept = report_of_shares(options, Share())[0].num_existing
+  assert num_kept + len(report.missing) == len(sizes)
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
@@ -223,15 +226,15 @@ def test_a_file_that_changes_meanwhile_is_noticed(small_pieces, tmp_path):
 def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
   options, small_pieces, tmp_path
 ):
-  given = dataclasses.replace(small_pieces('cache'), tokenizer=options)
-  dataset = data.load(given)
-  folder = folder_in(given.cache_dir)
-  again = given.with_tokenizer(dataset.tokenizer)
-  assert data.load(again).digest == dataset.digest
-  assert folder_in(given.cache_dir) == folder
+  data_options = dataclasses.replace(small_pieces('cache'), tokenizer=options)
+  dataset = data.load(data_options)
+  folder = folder_in(data_options.cache_dir)
+  fitted_options = data_options.with_tokenizer(dataset.tokenizer)
+  assert data.load(fitted_options).digest == dataset.digest
+  assert folder_in(data_options.cache_dir) == folder
   # Other texts have other characters, and keep the tokenizer of the run.
   (tmp_path / 'b.jsonl').write_text('{"text": "b0 b1"}\n' * 99)
-  changed = data.load(again)
+  changed = data.load(fitted_options)
   assert changed.tokenizer.identity == dataset.tokenizer.identity
   assert changed.digest != dataset.digest
 
@@ -266,8 +269,8 @@ def test_modules_of_extended_tokenizers_and_memory_in_messages():
 def test_pairs_have_their_folder(small_pieces):
   options = small_pieces('cache')
   pairs = data.KvRecallSource(16).pairs(options.selection)
-  made = make(pairs, options.tokenizer, options.selection, Share(processes=2))
-  assert (made.folder / 'train.inputs.tokens').exists()
+  report = make(pairs, options.tokenizer, options.selection, Share(processes=2))
+  assert (report.folder / 'train.inputs.tokens').exists()
 
 
 def test_the_peak_of_memory_is_that_of_this_process():

@@ -29,9 +29,9 @@ def test_wrong_answers_are_those_of_pairs_far_away():
   assert items[1] == Item('p1', ('a3', 'a1', 'a5', 'a7'), 1)
   assert items[7] == Item('p7', ('a1', 'a3', 'a5', 'a7'), 3)
   # An answer that is already among the item's is skipped for the next pair's.
-  same = [(f'p{i}', f'a{i}') for i in range(8)]
-  same[2] = ('p2', 'a0')
-  assert with_distractors(same)[0].answers == ('a0', 'a3', 'a4', 'a6')
+  pairs = [(f'p{i}', f'a{i}') for i in range(8)]
+  pairs[2] = ('p2', 'a0')
+  assert with_distractors(pairs)[0].answers == ('a0', 'a3', 'a4', 'a6')
   with pytest.raises(ValueError, match='5 pairs have fewer than 4 answers'):
     with_distractors([('p', a) for a in 'abcaa'])
 
@@ -154,15 +154,15 @@ def test_features_of_a_tfds_dataset(folder, monkeypatch):
     source = ChoiceTfdsSource('quiz', 'goal', answers, label)
     return list(source.items(Selection(splits)).items(split))
 
-  listed = items('train', 'choices', 'key') + items(
+  items_of_choices = items('train', 'choices', 'key') + items(
     'validation', 'choices', 'key'
   )
-  assert sorted(listed) == [
+  assert sorted(items_of_choices) == [
     Item(f'goal {i} ü', (f'a{i}', f'b{i}', f'c{i}'), i % 3) for i in range(9)
   ]
-  named = items('validation', 'sol1,sol2', 'truth')
-  assert len(named) == 3
-  for item in named:
+  items_of_features = items('validation', 'sol1,sol2', 'truth')
+  assert len(items_of_features) == 3
+  for item in items_of_features:
     i = int(item.prompt.split()[1])
     assert item == Item(f'goal {i} ü', (f'no {i}', f'yes {i}'), i % 2)
   with pytest.raises(

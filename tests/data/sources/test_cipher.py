@@ -1,4 +1,4 @@
-"""CIPHER-K: pieces of one text, each in the alphabet of its domain."""
+"""The CIPHER-K source: pieces of a text, each in its domain's alphabet."""
 
 import collections
 
@@ -25,8 +25,8 @@ def texts(source, split):
 def decipher(text, domain):
   """Returns the plain text of a piece of one domain."""
   alphabet = cipher.encipher(ALPHABET, domain)
-  back = {alphabet[i]: ALPHABET[i] for i in range(len(ALPHABET))}
-  return ''.join(back.get(letter, letter) for letter in text)
+  plain_letters = {alphabet[i]: ALPHABET[i] for i in range(len(ALPHABET))}
+  return ''.join(plain_letters.get(letter, letter) for letter in text)
 
 
 def test_a_text_in_two_alphabets():
@@ -79,22 +79,22 @@ def test_the_whole_text_is_there_in_its_own_split(source):
   for split in ('train', 'validation'):
     pieces = texts(CipherSource(5, True, PART).texts(), split)
     plain_texts[split] = [decipher(p[1:], MARKS.index(p[0])) for p in pieces]
-    kept = ''.join(c for t in texts(plain, split) for c in t)
-    kept = ''.join(c for c in kept if c in f'{ALPHABET}\n')
-    assert ''.join(plain_texts[split]) == kept
+    plain_text = ''.join(c for t in texts(plain, split) for c in t)
+    plain_text = ''.join(c for c in plain_text if c in f'{ALPHABET}\n')
+    assert ''.join(plain_texts[split]) == plain_text
     assert texts(source, split) == [piece[1:] for piece in pieces]
     assert max(map(len, plain_texts[split])) == PIECE
-  long = {
+  full = {
     s: {p for p in plain_texts[s] if len(p) == PIECE} for s in plain_texts
   }
-  assert long['validation'] and not long['validation'] & long['train']
+  assert full['validation'] and not full['validation'] & full['train']
 
 
 def test_identity_and_name(source):
-  chosen = [(5, False, PART), (6, False, PART), (5, True, PART)]
+  option_sets = [(5, False, PART), (6, False, PART), (5, True, PART)]
   for modules in ('email', 'json,email'):
-    chosen.append((5, False, PythonStdlibSource(modules)))
-  sources = [CipherSource(*options).texts() for options in chosen]
+    option_sets.append((5, False, PythonStdlibSource(modules)))
+  sources = [CipherSource(*options).texts() for options in option_sets]
   # The last source lists the modules of the first in another order.
   assert len({s.identity for s in sources}) == 4
   assert sources[0].identity == sources[4].identity == source.identity
@@ -111,8 +111,8 @@ def test_most_rows_are_of_one_domain_and_even_neighbours_of_all():
   assert (batch['segment_ids'].max(1) == 1).mean() > 0.6
   # Every piece begins with a mark, but that of the row's start, which may be
   # the rest of a piece.
-  begins = (batch['positions'] == 0) & (batch['segment_ids'] > 1)
-  marks = collections.Counter(map(chr, batch['tokens'][begins].tolist()))
+  is_start = (batch['positions'] == 0) & (batch['segment_ids'] > 1)
+  marks = collections.Counter(map(chr, batch['tokens'][is_start].tolist()))
   assert set(marks) == set(MARKS[:5])
 
 

@@ -15,7 +15,7 @@ SPLITS = Selection(('train', 'test'))
 
 
 @pytest.fixture(scope='module')
-def jittered():
+def jittered_source():
   return DigitsSource(canvas=14).classes()
 
 
@@ -23,8 +23,8 @@ def test_an_image_is_put_where_it_is_told():
   # Two images of 1x2 pixels stand in opposite corners of canvases of 2x3.
   images = np.array([[[1, 2]], [[3, 4]]], np.float32)
   canvases = digits.placed(images, np.array([[0, 1], [1, 0]]), (2, 3))
-  want = [[[0, 1, 2], [0, 0, 0]], [[0, 0, 0], [3, 4, 0]]]
-  np.testing.assert_array_equal(canvases, want)
+  expected = [[[0, 1, 2], [0, 0, 0]], [[0, 0, 0], [3, 4, 0]]]
+  np.testing.assert_array_equal(canvases, expected)
   for offset in ([0, 2], [-1, 0]):
     with pytest.raises(ValueError, match=r'not in \[0, \[1, 1\]\].* of 2x3'):
       digits.placed(images, np.array([offset, offset]), (2, 3))
@@ -41,9 +41,9 @@ def test_the_splits_are_apart_stratified_and_fixed():
   source = DigitsSource().classes()
   splits = [source.examples(split) for split in ('train', 'validation')]
   counts = np.array([np.bincount(e.labels, minlength=10) for e in splits])
-  whole = counts.sum(0)
-  assert whole.sum() == 1797
-  np.testing.assert_array_equal(counts[1], whole // 5)
+  class_counts = counts.sum(0)
+  assert class_counts.sum() == 1797
+  np.testing.assert_array_equal(counts[1], class_counts // 5)
   train, validation = (
     {image.tobytes() for image in e.features} for e in splits
   )
@@ -56,39 +56,39 @@ def test_the_splits_are_apart_stratified_and_fixed():
   with pytest.raises(ValueError, match=r"'test'; have \['train'"):
     source.examples('test')
   # Rows of a source without jitter are its images unchanged.
-  drawn = ClassRows(source, 'train').take(np.array([3]))
-  np.testing.assert_array_equal(drawn['features'][0], splits[0].features[3])
+  batch = ClassRows(source, 'train').take(np.array([3]))
+  np.testing.assert_array_equal(batch['features'][0], splits[0].features[3])
 
 
-def test_jitter_moves_whole_images_to_every_place(jittered):
-  image = jittered.examples('train').features[:1]
+def test_jitter_moves_whole_images_to_every_place(jittered_source):
+  image = jittered_source.examples('train').features[:1]
   image = image + 0.5  # no pixel is background, so that the place shows
-  shifted_images = jittered.jittered(
+  shifted_images = jittered_source.jittered(
     np.repeat(image, 2000, axis=0), np.random.default_rng(0)
   )
   assert shifted_images.shape == (2000, 14, 14)
   ink = shifted_images > 0
   rows, columns = ink.any(2).argmax(1), ink.any(1).argmax(1)
   for i in range(20):
-    part = shifted_images[i, rows[i] : rows[i] + 8, columns[i] : columns[i] + 8]
-    np.testing.assert_array_equal(part, image[0])
+    crop = shifted_images[i, rows[i] : rows[i] + 8, columns[i] : columns[i] + 8]
+    np.testing.assert_array_equal(crop, image[0])
   np.testing.assert_array_equal(ink.sum((1, 2)), 64)
   counts = np.bincount(7 * rows + columns, minlength=49)
   # Each place is expected 41 times; five standard deviations are 32.
   assert len(counts) == 49 and counts.min() > 9 and counts.max() < 73
 
 
-def test_training_sees_new_places_and_evaluation_the_same(jittered):
-  rows = ClassRows(jittered, 'train')
-  few = np.arange(5)
-  first = rows.draw(few, 1, np.full(5, 0))
-  later = rows.draw(few, 1, np.full(5, 1))
+def test_training_sees_new_places_and_evaluation_the_same(jittered_source):
+  rows = ClassRows(jittered_source, 'train')
+  indices = np.arange(5)
+  first = rows.draw(indices, 1, np.full(5, 0))
+  later = rows.draw(indices, 1, np.full(5, 1))
   np.testing.assert_array_equal(first['targets'], later['targets'])
   assert (first['features'] != later['features']).any((1, 2)).sum() >= 4
-  total = first['features'].sum((1, 2)), later['features'].sum((1, 2))
-  np.testing.assert_allclose(*total, rtol=1e-5)
-  again = [rows.take(few)['features'] for _ in range(2)]
-  np.testing.assert_array_equal(*again)
+  ink_sums = first['features'].sum((1, 2)), later['features'].sum((1, 2))
+  np.testing.assert_allclose(*ink_sums, rtol=1e-5)
+  repeated = [rows.take(indices)['features'] for _ in range(2)]
+  np.testing.assert_array_equal(*repeated)
 
 
 def test_a_canvas_has_room():
@@ -159,9 +159,9 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
     np.repeat(train.features[:1], 500, axis=0), rng
   )
   assert shifted_images.shape == (500, 11, 12)
-  still = TfdsSource('spots', max_shift=0).classes(SPLITS)
+  unshifted_source = TfdsSource('spots', max_shift=0).classes(SPLITS)
   np.testing.assert_array_equal(
-    still.jittered(train.features, rng), train.features
+    unshifted_source.jittered(train.features, rng), train.features
   )
   # Shifts go from 4 pixels up to 4 down, and from 4 left to 4 right.
   row, column = np.divmod(train.features[0].argmax(), 4)

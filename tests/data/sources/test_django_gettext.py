@@ -12,17 +12,21 @@ from moe_jax.data.sources.django_gettext import Pair, read_catalogue
 
 
 def catalogue(entries, order='<'):
-  """Bytes of a compiled catalogue, in the format of the gettext manual."""
+  """Returns the bytes of a compiled catalogue, as the gettext manual says."""
   entries = sorted((k.encode(), v.encode()) for k, v in entries.items())
   n = len(entries)
-  at = 28 + 16 * n
+  offset = 28 + 16 * n
   tables, texts = [b'', b''], b''
   for column in (0, 1):
     for entry in entries:
       text = entry[column]
-      tables[column] += struct.pack(f'{order}2I', len(text), at + len(texts))
+      tables[column] += struct.pack(
+        f'{order}2I', len(text), offset + len(texts)
+      )
       texts += text + b'\0'
-  header = struct.pack(f'{order}7I', 0x950412DE, 0, n, 28, 28 + 8 * n, 0, at)
+  header = struct.pack(
+    f'{order}7I', 0x950412DE, 0, n, 28, 28 + 8 * n, 0, offset
+  )
   return header + tables[0] + tables[1] + texts
 
 
@@ -72,11 +76,11 @@ def test_one_translation_a_message(package):
 
 
 def test_all_languages_or_those_named(package):
-  every = django_gettext.pairs([], package)
-  assert {pair.language for pair in every} == {'de', 'fr'}
+  all_pairs = django_gettext.pairs([], package)
+  assert {pair.language for pair in all_pairs} == {'de', 'fr'}
   french = django_gettext.pairs(['fr'], package)
   assert french == [Pair('fr', 'Save', 'Enregistrer')]
-  assert django_gettext.pairs(['de', 'fr'], package) == every
+  assert django_gettext.pairs(['de', 'fr'], package) == all_pairs
   with pytest.raises(ValueError, match=r"'dr'.*have \['de', 'fr'\]"):
     django_gettext.pairs(['dr'], package)
 
@@ -95,8 +99,8 @@ def test_djangos_own():
   assert not messages['train'] & messages['validation']
   assert 0.03 < splits['validation'] / len(pairs) < 0.08
   # Neighbouring rows differ in language, as the order is shuffled.
-  same = sum(a.language == b.language for a, b in itertools.pairwise(pairs))
-  assert same / len(pairs) < 0.05
+  repeats = sum(a.language == b.language for a, b in itertools.pairwise(pairs))
+  assert repeats / len(pairs) < 0.05
 
 
 def test_without_django_the_extra_is_named(monkeypatch):

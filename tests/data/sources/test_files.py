@@ -114,14 +114,14 @@ def test_a_file_that_changes_while_others_are_read_is_noticed(
   tmp_path, monkeypatch
 ):
   make_files(tmp_path, 3)
-  digests = file_digests.sha256s
+  sha256s = file_digests.sha256s
 
-  def then_changed(paths, memory):
-    found = digests(paths, memory)
+  def change_after_digests(paths, memory):
+    digests_by_path = sha256s(paths, memory)
     paths[0].write_text('changed')
-    return found
+    return digests_by_path
 
-  monkeypatch.setattr(file_digests, 'sha256s', then_changed)
+  monkeypatch.setattr(file_digests, 'sha256s', change_after_digests)
   source = FilesSource(f'{tmp_path}/*/*').texts()
   with pytest.raises(ValueError, match=r'0\.txt was changed while'):
     [texts(source, split) for split in ('train', 'validation')]

@@ -1,4 +1,4 @@
-"""Tasks with instructions: told examples, right answers, disjoint splits."""
+"""Tasks with instructions: fixed examples, right answers, disjoint splits."""
 
 import ast
 import codecs
@@ -45,7 +45,7 @@ def test_every_task_keeps_the_contract(name):
   assert task.name == name and task.metric in METRICS
   assert len(set(task.templates)) >= 3
   assert all(template.count('{question}') == 1 for template in task.templates)
-  seen = set()
+  unique_inputs = set()
   for split in ('train', 'validation'):
     for i in range(12):
       question = task(split, i)
@@ -55,22 +55,22 @@ def test_every_task_keeps_the_contract(name):
         assert question.target in question.choices
         assert len(set(question.choices)) == len(question.choices) > 1
         assert all(f'\n- {c}' in question.inputs for c in question.choices)
-      seen.add(question.inputs)
-  assert len(seen) > 12
+      unique_inputs.add(question.inputs)
+  assert len(unique_inputs) > 12
 
 
 @each_task
 def test_splits_have_no_question_in_common(name):
   def keys(split, count):
-    drawn = (TASKS[name].drawn(split, i)[0] for i in range(count))
-    return {each.key or each.question for each in drawn}
+    draws = (TASKS[name].drawn(split, i)[0] for i in range(count))
+    return {draw.key or draw.question for draw in draws}
 
-  # As many as a small space of questions has would meet without the rule.
+  # Without the rule, splits of a task with few questions would share some.
   assert not keys('train', 150) & keys('validation', 30)
 
 
 def test_told_examples():
-  # These are the same on every machine.
+  # These examples are the same on every machine.
   assert TASKS['reverse']('validation', 0)[:2] == (
     'Reverse: tlvtm',
     'mtvlt',
@@ -89,19 +89,19 @@ def test_told_examples():
 def test_examples_before_the_question_are_of_the_training_split():
   task = TASKS['add']
   question = task('validation', 3, num_shots=2)
-  one, two, asked = question.inputs.split('\n\n')
-  for shot in (one, two):
-    told, answer = shot.rsplit('\n', 1)
-    a, _, b = (word for word in told.replace('?', '').split() if word[-1] in
+  first_shot, second_shot, final_question = question.inputs.split('\n\n')
+  for shot in (first_shot, second_shot):
+    sum_text, answer = shot.rsplit('\n', 1)
+    a, _, b = (word for word in sum_text.replace('?', '').split() if word[-1] in
                '0123456789+')  # fmt: skip
     assert int(a) + int(b) == int(answer)
   # The same instruction as without examples, and the same answer.
-  assert asked == task('validation', 3).inputs
+  assert final_question == task('validation', 3).inputs
   assert question.target == task('validation', 3).target
-  assert one != two
+  assert first_shot != second_shot
 
 
-# The answers by another way than that of the tasks.
+# Each function finds the answer in another way than its task does.
 SOLVERS = {
   'copy': lambda q: q,
   'reverse': lambda q: ''.join(reversed(q)),
@@ -160,8 +160,8 @@ def test_answers_are_right(name):
 
 
 def test_morse_code_is_the_standards():
-  told = {'e': '.', 't': '-', 's': '...', 'o': '---', 'q': '--.-', 'z': '--..'}
-  assert {letter: ciphers.MORSE[letter] for letter in told} == told
+  code = {'e': '.', 't': '-', 's': '...', 'o': '---', 'q': '--.-', 'z': '--..'}
+  assert {letter: ciphers.MORSE[letter] for letter in code} == code
 
 
 def test_answers_on_code_are_right():
@@ -217,16 +217,16 @@ def test_a_task_without_an_example_of_a_split():
     task('train', -1)
   with pytest.raises(ValueError, match="unknown split of a task 'test'"):
     TASKS['add']('test', 0)
-  one = 'train' if split_of('q') == 'train' else 'validation'
-  (other,) = {'train', 'validation'} - {one}
+  split = 'train' if split_of('q') == 'train' else 'validation'
+  (empty,) = {'train', 'validation'} - {split}
   task = InstructionTask('x', 'y', ('{question}',), lambda _: Drawn('q', 'a'))
-  assert task(one, 3).inputs == 'q'
-  with pytest.raises(ValueError, match=f'no example of split {other!r} in'):
-    task(other, 0)
+  assert task(split, 3).inputs == 'q'
+  with pytest.raises(ValueError, match=f'no example of split {empty!r} in'):
+    task(empty, 0)
 
 
 def test_a_task_with_too_few_examples_to_show():
-  # Its two training examples are all that there is to learn from.
+  # The task has only two training examples to show.
   keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:2]
   task = InstructionTask(
     'x', 'y', ('{question}',), lambda dice: Drawn(dice.one(keys), 'a')
@@ -246,8 +246,8 @@ def test_no_example_is_about_what_is_asked():
   keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:4]
   task = InstructionTask('x', 'y', ('{question}',), draw)
   for i in range(20):
-    parts = task('train', i, num_shots=3).inputs.split('\n\n')
-    assert len({part[0] for part in parts}) == 4
+    questions = task('train', i, num_shots=3).inputs.split('\n\n')
+    assert len({question[0] for question in questions}) == 4
 
 
 def test_a_source_has_the_examples_of_its_task():
@@ -257,9 +257,9 @@ def test_a_source_has_the_examples_of_its_task():
   questions = source.questions()
   assert [tuple(q[:2]) for q in questions] == list(pairs.pairs('validation'))
   assert source.cluster == 'ciphers'
-  more = InstructionSource('rot13', num_train=7).pairs()
-  assert list(more.pairs('train'))[:5] == list(pairs.pairs('train'))
-  assert more.identity != pairs.identity
+  more_pairs = InstructionSource('rot13', num_train=7).pairs()
+  assert list(more_pairs.pairs('train'))[:5] == list(pairs.pairs('train'))
+  assert more_pairs.identity != pairs.identity
   with pytest.raises(ValueError, match=r"'rot12'; did you mean 'rot13'"):
     InstructionSource('rot12')
 
@@ -281,11 +281,11 @@ def subjects(names, split, count):
 
 
 def test_what_is_read_is_of_one_split_in_all_tasks():
-  # What one task learns about a function is not asked by another.
-  on_code = [n for n, t in TASKS.items() if t.cluster.startswith('code_')]
-  assert len(on_code) == 8
-  train = subjects(on_code, 'train', 150)
-  assert not train & subjects(on_code, 'validation', 30)
+  # No task asks about a function that another one learns from.
+  code_tasks = [n for n, t in TASKS.items() if t.cluster.startswith('code_')]
+  assert len(code_tasks) == 8
+  train = subjects(code_tasks, 'train', 150)
+  assert not train & subjects(code_tasks, 'validation', 30)
   assert train <= {f.source for f in library.functions()}
 
 
@@ -305,10 +305,10 @@ def test_a_text_of_several_languages_is_no_question():
     for i in range(300):
       drawn, _ = task.drawn('train', i)
       languages[drawn.answer].add(name)
-  twice = {text for text, own in languages.items() if len(own) > 1}
-  assert twice  # such as names, which stay as they are
-  asked = {TASKS['language'].drawn('train', i)[0].question for i in range(300)}
-  assert not asked & twice
+  shared_texts = {text for text, names in languages.items() if len(names) > 1}
+  assert shared_texts  # such as names, which stay as they are
+  texts = {TASKS['language'].drawn('train', i)[0].question for i in range(300)}
+  assert not texts & shared_texts
 
 
 def test_the_table_has_every_task():

@@ -19,7 +19,7 @@ CHAT = [
 
 
 def line_of(value, split):
-  """The line of a value, whose inputs are in a split."""
+  """Returns the line of a value whose inputs must be in this split."""
   assert split_of(pairs_of(value, '')[0][0]) == split
   return json.dumps(value)
 
@@ -30,7 +30,7 @@ VALIDATION = next(c for c in 'abcdefghijklmnopqrstuvwxyzABCDEFGH'
 
 
 def write(folder, *values):
-  """A file of training lines, and one line for validation."""
+  """Writes training lines and a validation line; returns their source."""
   lines = [line_of(value, 'train') for value in values]
   lines.append(line_of({'inputs': VALIDATION, 'targets': 'w'}, 'validation'))
   (folder / 'a.jsonl').write_text('\n\n'.join(lines) + '\n')
@@ -50,9 +50,9 @@ def test_lines_of_both_kinds(tmp_path):
   assert [target for _, target in pairs.pairs('train')] == ['b', 'yo', 'ok']
   assert list(pairs.pairs('validation')) == [(VALIDATION, 'w')]
   assert '1 files, 3 lines' in pairs.name
-  before = pairs.identity
+  old_identity = pairs.identity
   write(tmp_path, {'inputs': 'a', 'targets': 'c'})
-  assert source.pairs().identity != before
+  assert source.pairs().identity != old_identity
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path, line, message):
 
 def test_what_is_asked_is_in_one_split(tmp_path):
   # Other answers and other keys do not move a line to the other split.
-  asked = [VALIDATION, 'abc']
+  questions = [VALIDATION, 'abc']
   lines = [
     json.dumps({'inputs': text, 'targets': f't{n}', 'id': n})
     for n in range(30)
-    for text in asked
+    for text in questions
   ]
   (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
   pairs = JsonlSource(str(tmp_path / '*.jsonl')).pairs()
@@ -119,13 +119,13 @@ def test_a_split_without_a_line(tmp_path):
 
 
 def rows_of(tmp_path, source, **changes):
-  given = dict(source=source, cache_dir=str(tmp_path / 'cache')) | changes
-  dataset = data.load(DataOptions(**given))
+  options = dict(source=source, cache_dir=str(tmp_path / 'cache')) | changes
+  dataset = data.load(DataOptions(**options))
   return dataset.splits['train'], dataset.tokenizer
 
 
-def marked(row, tokenizer):
-  """A row's targets: '.' where one does not count, '$' for an end."""
+def loss_marks(row, tokenizer):
+  """Returns a row's targets, with '.' if one does not count, '$' for an end."""
   marks = [
     ('$' if t == tokenizer.eos_id else tokenizer.decode([t])) if weight else '.'
     for t, weight in zip(row['targets'].tolist(), row['loss_weights'].tolist())
@@ -143,12 +143,12 @@ def test_only_answers_count_with_packing(tmp_path):
   assert len(rows) == 1
   # Inputs a b c $ predict b c $ x: the first target that counts is x. After
   # 'xy$', whose end is no input, the second example is d e $ z.
-  assert marked(rows[0], tokenizer) == '...xy$..z$....'
+  assert loss_marks(rows[0], tokenizer) == '...xy$..z$....'
   assert rows[0]['segment_ids'].tolist() == [1] * 6 + [2] * 4 + [0] * 4
   rows, _ = rows_of(
     tmp_path, source, task=Seq2SeqTask(), seq_len=14, pack=False
   )
-  assert [marked(row, tokenizer) for row in (rows[0], rows[1])] == [
+  assert [loss_marks(row, tokenizer) for row in (rows[0], rows[1])] == [
     '...xy$........', '..z$..........',
   ]  # fmt: skip
 
@@ -158,10 +158,10 @@ def test_only_answers_count_in_a_conversation(tmp_path):
   rows, tokenizer = rows_of(tmp_path, source, task=Seq2SeqTask(), seq_len=40)
   # 'user: hi$' is 9 tokens, and the second has the first answer in its inputs,
   # 'user: hi\nassistant: yo\nuser: bye$', where it does not count again.
-  assert [marked(row, tokenizer).strip('.') for row in rows] == [
+  assert [loss_marks(row, tokenizer).strip('.') for row in rows] == [
     'yo$', 'ok$',
   ]  # fmt: skip
-  assert marked(rows[0], tokenizer).index('y') == 8
+  assert loss_marks(rows[0], tokenizer).index('y') == 8
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_truncation_keeps_the_answer(tmp_path, keep_end, inputs):
   # Six characters of inputs, an end, and 'ok$' of which the end is no input.
   assert tokenizer.decode(row['tokens'][:6]) == inputs
   assert row['tokens'][6] == tokenizer.eos_id
-  assert marked(row, tokenizer) == '......ok$'
+  assert loss_marks(row, tokenizer) == '......ok$'
 
 
 def test_a_long_answer_loses_its_end(tmp_path):
   source = write(tmp_path, {'inputs': 'abcdefgh', 'targets': 'stuvwxyz'})
   rows, tokenizer = rows_of(tmp_path, source, task=Seq2SeqTask(), seq_len=9)
   # Half of the row is for inputs, and no false end is learned.
-  assert marked(rows[0], tokenizer) == '....stuvw'
+  assert loss_marks(rows[0], tokenizer) == '....stuvw'
 
 
 def test_an_encoder_has_the_inputs(tmp_path):
@@ -193,9 +193,9 @@ def test_an_encoder_has_the_inputs(tmp_path):
   )
   row = rows[0]
   # The answers of two pairs share a row of the decoder.
-  assert marked(row, tokenizer) == 'yo$ok$.'
-  told = row['encoder_tokens'][row['encoder_segment_ids'] == 1]
-  assert tokenizer.decode(told) == 'system: be brief\nuser: hi'
+  assert loss_marks(row, tokenizer) == 'yo$ok$.'
+  encoder_ids = row['encoder_tokens'][row['encoder_segment_ids'] == 1]
+  assert tokenizer.decode(encoder_ids) == 'system: be brief\nuser: hi'
 
 
 def test_of_a_template_with_examples_only_the_last_answer_counts(tmp_path):
@@ -206,5 +206,5 @@ def test_of_a_template_with_examples_only_the_last_answer_counts(tmp_path):
   for i, (inputs, answer) in enumerate(source.pairs().pairs('train')):
     # The example has an answer of its own before the question's.
     assert inputs.split('\n\n')[0].split('\n')[-1].isdigit()
-    assert marked(rows[i], tokenizer).strip('.') == f'{answer}$'
-    assert marked(rows[i], tokenizer).index(answer) == len(inputs)
+    assert loss_marks(rows[i], tokenizer).strip('.') == f'{answer}$'
+    assert loss_marks(rows[i], tokenizer).index(answer) == len(inputs)

@@ -1,4 +1,4 @@
-"""KV-RECALL: both splits have the same random pairs, packed into short rows."""
+"""The KV-RECALL source: equal random pairs in both splits, in short rows."""
 
 import collections
 
@@ -57,22 +57,22 @@ def test_both_splits_have_the_same_pairs_in_another_order():
 
 
 def test_a_key_that_is_drawn_twice_keeps_its_first_value():
-  drawn = [('aa', 'x'), ('bb', 'y'), ('aa', 'z'), ('cc', 'x'), ('dd', 'y')]
-  value_of = kv_recall.distinct(drawn, 3)
+  draws = [('aa', 'x'), ('bb', 'y'), ('aa', 'z'), ('cc', 'x'), ('dd', 'y')]
+  value_of = kv_recall.distinct(draws, 3)
   assert value_of == {'aa': 'x', 'bb': 'y', 'cc': 'x'}
 
 
 def test_identity_and_name():
   source = KvRecallSource(200).pairs()
   assert source.name.startswith('synthetic: 200 random keys and values')
-  others = [
+  other_sources = [
     KvRecallSource(201).pairs(),
     source.with_prefix('say '),
     KvRecallSource(200).pairs(),
   ]
-  identities = [source.identity, *(s.identity for s in others)]
+  identities = [source.identity, *(s.identity for s in other_sources)]
   assert len(set(identities)) == 3 and identities[0] == identities[3]
-  assert pairs(others[1], 'train')[0][0].startswith('say ')
+  assert pairs(other_sources[1], 'train')[0][0].startswith('say ')
 
 
 def test_five_pairs_share_a_row_and_an_epoch_has_every_pair_once():
@@ -87,20 +87,20 @@ def test_five_pairs_share_a_row_and_an_epoch_has_every_pair_once():
   for i, (key, value) in enumerate(pairs(source, 'train')[:5]):
     # A row has the key with its end, then the value, whose end is a target
     # only.
-    mine = row['segment_ids'] == i + 1
-    text = [*key.encode(), EOS, *value.encode(), EOS]
-    assert row['tokens'][mine].tolist() == text[:-1]
-    assert row['targets'][mine].tolist() == text[1:]
-    assert row['loss_weights'][mine].tolist() == [0] * 6 + [1] * 5
+    in_segment = row['segment_ids'] == i + 1
+    token_ids = [*key.encode(), EOS, *value.encode(), EOS]
+    assert row['tokens'][in_segment].tolist() == token_ids[:-1]
+    assert row['targets'][in_segment].tolist() == token_ids[1:]
+    assert row['loss_weights'][in_segment].tolist() == [0] * 6 + [1] * 5
   assert not row['loss_weights'][55:].any()
   batches = batch_dataset(rows, batch_size=4, seed=1)
   epochs = [[batches[3 * e + i] for i in range(3)] for e in range(2)]
-  seen = [
+  orders = [
     [tuple(row) for batch in epoch for row in batch['tokens'][:, :6].tolist()]
     for epoch in epochs
   ]
-  assert sorted(seen[0]) == sorted(seen[1]) and seen[0] != seen[1]
-  assert len(set(seen[0])) == 12
+  assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+  assert len(set(orders[0])) == 12
 
 
 @pytest.mark.parametrize('count', [0, -3, 1048577])

@@ -16,8 +16,8 @@ from moe_jax.data import (
 )
 
 
-def written(path, **changes):
-  """Writes three training and two validation examples of two classes."""
+def write_npz(path, **changes):
+  """Writes three training and two validation examples; returns the source."""
   arrays = {
     'train_features': np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
     'train_labels': np.array([0, 1, 1]),
@@ -35,7 +35,7 @@ def dataset_of(source):
 
 
 def test_examples_are_rows_of_one(tmp_path):
-  dataset = dataset_of(written(tmp_path / 'a.npz'))
+  dataset = dataset_of(write_npz(tmp_path / 'a.npz'))
   assert dataset.vocab_size == 2 and dataset.feature_shape == (2,)
   batch = dataset.splits['train'].take(np.array([2, 0, 3]))
   # There are three examples, so that the fourth row is padding.
@@ -44,14 +44,14 @@ def test_examples_are_rows_of_one(tmp_path):
   np.testing.assert_array_equal(batch['segment_ids'], [[1], [1], [0]])
   np.testing.assert_array_equal(batch['loss_weights'], [[1], [1], [0]])
   assert batch['features'].dtype == batch['loss_weights'].dtype == np.float32
-  said = dataset.describe()
-  assert 'data: classes of a.npz, 5 examples, sha256 ' in said
-  assert 'train: 3 examples, 3 examples of (2,)' in said
+  description = dataset.describe()
+  assert 'data: classes of a.npz, 5 examples, sha256 ' in description
+  assert 'train: 3 examples, 3 examples of (2,)' in description
 
 
 def test_the_digest_is_of_all_that_is_learned(tmp_path):
   def digest(**changes):
-    return dataset_of(written(tmp_path / 'a.npz', **changes)).digest
+    return dataset_of(write_npz(tmp_path / 'a.npz', **changes)).digest
 
   first = digest()
   assert digest() == first
@@ -73,7 +73,7 @@ def test_the_digest_is_of_all_that_is_learned(tmp_path):
   ],
 )
 def test_a_bad_file_is_refused(changes, message, tmp_path):
-  source = written(tmp_path / 'a.npz', **changes)
+  source = write_npz(tmp_path / 'a.npz', **changes)
   with pytest.raises(ValueError, match=message):
     source.classes()
 
@@ -99,18 +99,18 @@ class Noisy(ClassSource):
 def test_what_moves_is_a_function_of_row_epoch_and_seed():
   rows = ClassRows(Noisy(), 'train')
 
-  def drawn(indices, seed, epochs):
+  def draw(indices, seed, epochs):
     batch = rows.draw(np.array(indices), seed, np.array(epochs))
     return batch['features'][:, 0].tolist()
 
-  one, two = drawn([1, 2], 7, [4, 4])
-  assert drawn([2, 0, 1], 7, [4, 4, 4])[::2] == [two, one]
-  different = drawn([1, 1, 0], 7, [4, 5, 4]) + drawn([1], 8, [4])
-  assert different[0] == one and len(set(different)) == 4
+  row_1, row_2 = draw([1, 2], 7, [4, 4])
+  assert draw([2, 0, 1], 7, [4, 4, 4])[::2] == [row_2, row_1]
+  other_draws = draw([1, 1, 0], 7, [4, 5, 4]) + draw([1], 8, [4])
+  assert other_draws[0] == row_1 and len(set(other_draws)) == 4
   # An evaluation gets the same examples each time.
   for _ in range(2):
-    taken = rows.take(np.array([1, 5]))['features'][:, 0].tolist()
-    assert taken == [drawn([1], 0, [0])[0], 0.0]
+    eval_features = rows.take(np.array([1, 5]))['features'][:, 0].tolist()
+    assert eval_features == [draw([1], 0, [0])[0], 0.0]
 
 
 def test_batches_of_classes_are_drawn_anew_each_epoch():
@@ -125,10 +125,10 @@ def test_batches_of_classes_are_drawn_anew_each_epoch():
 def test_names_of_classes_are_a_vocabulary(tmp_path):
   class_names = tokenizers.ClassNames(('ah', 'ee'), (2,))
   class_names.save(tmp_path / 't.json')
-  read = tokenizers.load(tmp_path / 't.json')
-  assert read.identity == class_names.identity and read.vocab_size == 2
-  assert read.feature_shape == (2,)
-  assert read.identity != tokenizers.ClassNames(('ee', 'ah')).identity
-  assert read.encode('ee').tolist() == [1] and read.decode([1, 0]) == 'ee ah'
+  copy = tokenizers.load(tmp_path / 't.json')
+  assert copy.identity == class_names.identity and copy.vocab_size == 2
+  assert copy.feature_shape == (2,)
+  assert copy.identity != tokenizers.ClassNames(('ee', 'ah')).identity
+  assert copy.encode('ee').tolist() == [1] and copy.decode([1, 0]) == 'ee ah'
   with pytest.raises(ValueError, match=r"class 'oo' not in \['ah', 'ee'\]"):
-    read.encode('oo')
+    copy.encode('oo')

@@ -106,11 +106,11 @@ def folder(tmp_path_factory):
 def open_tfds(folder, monkeypatch):
   monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
 
-  def make(inputs, targets, name='phrases'):
+  def open_pairs(inputs, targets, name='phrases'):
     source = TfdsSource(name, input_feature=inputs, target_feature=targets)
     return source.pairs(Selection(('train[:75%]', 'train[75%:]')))
 
-  return make
+  return open_pairs
 
 
 def test_features_of_a_tfds_dataset(open_tfds):

@@ -58,8 +58,8 @@ def test_the_builder_splits_by_name(fake_stdlib, tmp_path):
   ]
   assert sorted(names['train'] + names['validation']) == expected
   assert names['validation']
-  for split, own in names.items():
-    assert {python_stdlib.split_of(name) for name in own} == {split}
+  for split, split_names in names.items():
+    assert {python_stdlib.split_of(name) for name in split_names} == {split}
 
 
 def test_the_digest_follows_names_and_text(fake_stdlib):
@@ -67,14 +67,14 @@ def test_the_digest_follows_names_and_text(fake_stdlib):
     files = python_stdlib.source_files(['json'], fake_stdlib)
     return python_stdlib.content_digest(files)
 
-  seen = {digest()}
+  digests = {digest()}
   (fake_stdlib / 'json' / 'a.py').write_text('changed')
-  seen.add(digest())
+  digests.add(digest())
   (fake_stdlib / 'json' / 'a.py').rename(fake_stdlib / 'json' / 'b.py')
-  seen.add(digest())
-  assert len(seen) == 3
+  digests.add(digest())
+  assert len(digests) == 3
   (fake_stdlib / 'os.py').write_text('another module')
-  assert digest() in seen
+  assert digest() in digests
 
 
 def test_a_part_of_the_standard_library():
@@ -92,8 +92,8 @@ def test_a_part_of_the_standard_library():
 def test_only_the_first_bytes_are_trained_on():
   whole = PythonStdlibSource('email,json').texts()
   part = PythonStdlibSource('email,json', train_bytes=70000).texts()
-  read, every = (''.join(texts(s, 'train')) for s in (part, whole))
-  assert len(read.encode()) == 70000 and every.startswith(read)
+  part_text, whole_text = (''.join(texts(s, 'train')) for s in (part, whole))
+  assert len(part_text.encode()) == 70000 and whole_text.startswith(part_text)
   assert texts(part, 'validation') == texts(whole, 'validation')
   assert part.identity != whole.identity
 
@@ -118,5 +118,5 @@ def test_modules_that_distributions_leave_out_are_only_had_by_name():
   assert not set(python_stdlib.MODULES) & set(python_stdlib.OPTIONAL_MODULES)
   names = [name for name, _ in python_stdlib.source_files(['encodings'])]
   assert 'encodings/ascii.py' in names
-  everything = [name for name, _ in python_stdlib.source_files()]
-  assert not set(names) & set(everything)
+  default_names = [name for name, _ in python_stdlib.source_files()]
+  assert not set(names) & set(default_names)

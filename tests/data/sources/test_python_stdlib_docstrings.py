@@ -132,8 +132,8 @@ def test_the_builder_keeps_a_file_in_one_split(tmp_path):
       name, _, line = example['name'].decode().partition(':')
       assert python_stdlib.split_of(name) == split
       i = name[len('json/m') : -len('.py')]
-      which = {'1': ('f', 'D'), '4': ('g', 'E')}[line]
-      assert example['inputs'].decode() == f'def {which[0]}():\n  return {i}'
-      assert example['targets'].decode() == f'{which[1]}{i}.'
+      letters = {'1': ('f', 'D'), '4': ('g', 'E')}[line]
+      assert example['inputs'].decode() == f'def {letters[0]}():\n  return {i}'
+      assert example['targets'].decode() == f'{letters[1]}{i}.'
       split_of[name, line] = split
   assert len(split_of) == 80 and len(set(split_of.values())) == 2

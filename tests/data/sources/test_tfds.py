@@ -105,29 +105,29 @@ def test_a_dataset_that_needs_a_manual_download(tmp_path, monkeypatch):
 
 
 def test_what_is_prepared_is_locked_even_in_a_new_folder(tmp_path, monkeypatch):
-  folder, locks = tmp_path / 'new' / 'tfds', []
+  folder, is_locked = tmp_path / 'new' / 'tfds', []
   generate = Poems._generate_examples
 
-  def watched(*args):
-    locks.append((folder / '.poems.lock').exists())
+  def record_lock(*args):
+    is_locked.append((folder / '.poems.lock').exists())
     return generate(*args)
 
-  monkeypatch.setattr(Poems, '_generate_examples', watched)
+  monkeypatch.setattr(Poems, '_generate_examples', record_lock)
   monkeypatch.setenv('TFDS_DATA_DIR', str(folder))
   TfdsSource('poems', text_feature='line').texts(TWICE)
-  assert locks == [True]
+  assert is_locked == [True]
 
 
 def test_a_dataset_in_another_format(tmp_path, monkeypatch, poems_folder):
   # This is TensorFlow's own default.
-  own = tmp_path / 'poems' / '1.2.0'
-  own.mkdir(parents=True)
+  version_folder = tmp_path / 'poems' / '1.2.0'
+  version_folder.mkdir(parents=True)
   for path in (poems_folder / 'poems' / '1.2.0').iterdir():
     name = path.name.replace('array_record', 'tfrecord')
     content = path.read_bytes()
     if path.suffix == '.json':
       content = content.replace(b'array_record', b'tfrecord')
-    (own / name).write_bytes(content)
+    (version_folder / name).write_bytes(content)
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   with pytest.raises(ValueError, match=r"'poems'.*array_record"):
     TfdsSource('poems', text_feature='line').texts(TWICE)

@@ -18,17 +18,17 @@ ONES = [
 
 
 def table(speakers=52):
-  """Lines of a table with a number of speakers, each with equal vowels."""
+  """Returns lines of a table in which all speakers have equal vowels."""
   return [(a, n + 1, *rest) for n in range(speakers) for a, _, *rest in ONES]
 
 
-def written(path, lines):
+def write_table(path, lines):
   path.write_text('\n'.join(' '.join(map(str, line)) for line in lines))
   return VowelsSource(str(path))
 
 
 def test_a_table_is_read(tmp_path):
-  source = written(tmp_path / 'pb.data', table()).classes()
+  source = write_table(tmp_path / 'pb.data', table()).classes()
   train, validation = (source.examples(s) for s in ('train', 'validation'))
   # The first 50 of 52 speakers are for training; each has three vowels of the
   # four classes.
@@ -42,27 +42,27 @@ def test_a_table_is_read(tmp_path):
 
 
 def test_forms_of_the_table_say_the_same(tmp_path):
-  plain = written(tmp_path / 'a', table()).classes()
+  plain = write_table(tmp_path / 'a', table()).classes()
   # This file has a header and a column for the sex.
   lines = [['#', 'Peterson', 'and', 'Barney']]
   lines += [(group, 'm', *rest) for group, *rest in table()]
-  more = written(tmp_path / 'b', lines).classes()
+  source_with_sex = write_table(tmp_path / 'b', lines).classes()
   # Praat and other programs write a header with such names.
-  named = [('Type', 'Sex', 'Speaker', 'Vowel', 'IPA', 'F0', 'F1', 'F2', 'F3')]
-  named += [(g, 'm', s, v.strip('*'), 'x', *f) for g, s, _, v, *f in table()]
+  rows = [('Type', 'Sex', 'Speaker', 'Vowel', 'IPA', 'F0', 'F1', 'F2', 'F3')]
+  rows += [(g, 'm', s, v.strip('*'), 'x', *f) for g, s, _, v, *f in table()]
   for delimiter in ('\t', ','):
-    text = '\n'.join(delimiter.join(map(str, line)) for line in named)
+    text = '\n'.join(delimiter.join(map(str, line)) for line in rows)
     path = tmp_path / 'c'
     path.write_text(text + '\n')
-    for source in (more, VowelsSource(str(path)).classes()):
+    for source in (source_with_sex, VowelsSource(str(path)).classes()):
       for split in SPLITS:
-        for mine, theirs in zip(
+        for array, plain_array in zip(
           source.examples(split), plain.examples(split), strict=True
         ):
-          np.testing.assert_array_equal(mine, theirs)
+          np.testing.assert_array_equal(array, plain_array)
 
 
-def changed(column, value):
+def table_with(column, value):
   lines = [list(line) for line in table()]
   lines[5][column] = value
   return lines
@@ -71,9 +71,9 @@ def changed(column, value):
 @pytest.mark.parametrize(
   ('lines', 'message'),
   [
-    (changed(5, 'x'), 'line 6: .*could not convert'),
-    (changed(6, 0), 'line 6: .*F2=0 Hz are not above 0'),
-    (changed(3, 'zz'), "line 6: .*unknown phoneme 'zz'"),
+    (table_with(5, 'x'), 'line 6: .*could not convert'),
+    (table_with(6, 0), 'line 6: .*F2=0 Hz are not above 0'),
+    (table_with(3, 'zz'), "line 6: .*unknown phoneme 'zz'"),
     (table(50), '50 speakers; 50 are to train on and at least one'),
     ([('m', 1, 'iy')], 'line 1: .*is not group, speaker'),
     ([('Speaker', 'Vowel', 'F1'), (1, 'iy', 3)], "unknown column.*'f2'"),
@@ -82,7 +82,7 @@ def changed(column, value):
 )
 def test_a_bad_table_is_refused(lines, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    written(tmp_path / 'bad', lines).classes()
+    write_table(tmp_path / 'bad', lines).classes()
 
 
 def test_a_missing_table_is_named(tmp_path):
@@ -102,7 +102,7 @@ def test_drawn_speakers_say_that_they_are():
 
 
 def formants(group, draws=40):
-  """Formants of many simulated studies, [speakers, vowels, repetitions, 2]."""
+  """Returns formants of simulated studies, [speakers, vowels, repeats, 2]."""
   first, counts = 0, list(vowels.SPEAKERS.items())
   for name, count in counts:
     if name == group:
@@ -124,13 +124,15 @@ def test_drawn_vowels_have_the_published_means_and_the_stated_spreads(group):
   mean = samples.mean((0, 2))
   np.testing.assert_allclose(mean, vowels.MEANS[group], rtol=0.02)
   logs = np.log(samples)
-  token = (logs[:, :, 0] - logs[:, :, 1]).std((0, 1)) / 2**0.5
-  np.testing.assert_allclose(token, vowels.OF_TOKEN, rtol=0.06)
-  total = np.square([*zip(vowels.OF_SPEAKER, vowels.OF_VOWEL, vowels.OF_TOKEN)])
+  token_spread = (logs[:, :, 0] - logs[:, :, 1]).std((0, 1)) / 2**0.5
+  np.testing.assert_allclose(token_spread, vowels.OF_TOKEN, rtol=0.06)
+  variances = np.square(
+    [*zip(vowels.OF_SPEAKER, vowels.OF_VOWEL, vowels.OF_TOKEN)]
+  )
   np.testing.assert_allclose(
-    logs.std((0, 2)), [np.sqrt(total.sum(1))] * 4, rtol=0.08
+    logs.std((0, 2)), [np.sqrt(variances.sum(1))] * 4, rtol=0.08
   )
   # The covariance of a speaker's different vowels is the speaker's own
   # variance.
-  between = np.cov(logs[:, 0, 0, 0], logs[:, 3, 0, 0])[0, 1] ** 0.5
-  np.testing.assert_allclose(between, vowels.OF_SPEAKER[0], rtol=0.15)
+  speaker_spread = np.cov(logs[:, 0, 0, 0], logs[:, 3, 0, 0])[0, 1] ** 0.5
+  np.testing.assert_allclose(speaker_spread, vowels.OF_SPEAKER[0], rtol=0.15)

@@ -38,14 +38,14 @@ def test_windows_cover_every_document_once(lengths, longest):
   if longest > 2:
     assert sorted({*covered, *short}) == list(range(sum(lengths)))
   assert len(covered) == len(set(covered))
-  inside = np.searchsorted(starts, bounds[:, 0], side='right')
+  document_index = np.searchsorted(starts, bounds[:, 0], side='right')
   assert (
-    inside == np.searchsorted(starts, bounds[:, 1] - 1, side='right')
+    document_index == np.searchsorted(starts, bounds[:, 1] - 1, side='right')
   ).all()
 
 
 def corpus(lengths=(150, 37, 3, 60, 9, 2, 200), seed=0):
-  """Random documents, each with an end of text."""
+  """Returns a stream of random documents, their starts and their texts."""
   generator = np.random.default_rng(seed)
   texts = [np.append(generator.integers(10, 99, n), EOS) for n in lengths]
   starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
@@ -60,19 +60,19 @@ def span_rows(pack=True, T_enc=32, T_dec=18):
 
 
 def texts_of(batch):
-  """The text of each segment of a batch, with its sentinels filled in."""
+  """Returns the text of each segment of a batch, its sentinels filled in."""
   texts = []
   for b in range(len(batch['tokens'])):
     for segment in range(1, batch['segment_ids'][b].max() + 1):
-      here = batch['segment_ids'][b] == segment
-      there = batch['encoder_segment_ids'][b] == segment
+      in_decoder = batch['segment_ids'][b] == segment
+      in_encoder = batch['encoder_segment_ids'][b] == segment
       spans, span = {}, None
-      for token in batch['targets'][b][here].tolist():
+      for token in batch['targets'][b][in_decoder].tolist():
         if token in SENTINELS:
           span = spans.setdefault(token, [])
         elif token != EOS:
           span.append(token)
-      *inputs, eos = batch['encoder_tokens'][b][there].tolist()
+      *inputs, eos = batch['encoder_tokens'][b][in_encoder].tolist()
       assert eos == EOS
       texts.append([u for t in inputs for u in spans.get(t, [t])])
   return texts
@@ -91,8 +91,8 @@ def test_epochs_differ_in_noise_and_not_in_text():
   all_rows, ones = np.arange(len(rows)), np.ones(len(rows), np.int64)
   first, second = (rows.draw(all_rows, 5, e * ones) for e in (0, 1))
   assert texts_of(first) == texts_of(second)
-  same = (first['encoder_tokens'] == second['encoder_tokens']).all(1)
-  assert same.mean() < 0.3
+  is_same_row = (first['encoder_tokens'] == second['encoder_tokens']).all(1)
+  assert is_same_row.mean() < 0.3
 
 
 @pytest.mark.parametrize('shares', [[[0, 1, 2], [3, 4, 5]], [[0, 4], [4, 5]]])
@@ -118,9 +118,9 @@ def test_an_evaluation_sees_every_row_once():
 def test_noise_is_as_dense_as_asked():
   rows = span_rows(T_enc=60, T_dec=30)
   batch = rows.take(np.arange(len(rows)))
-  cut = np.isin(batch['targets'], (0, EOS, *SENTINELS), invert=True).sum()
-  text = sum(len(text) for text in texts_of(batch))
-  assert abs(cut / text - 0.15) < 0.02
+  num_noise = np.isin(batch['targets'], (0, EOS, *SENTINELS), invert=True).sum()
+  num_tokens = sum(len(text) for text in texts_of(batch))
+  assert abs(num_noise / num_tokens - 0.15) < 0.02
 
 
 def test_a_document_ends_in_the_targets_of_a_prefix_lm():

@@ -9,8 +9,8 @@ from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 
 
-def splits(task, n, count=400):
-  """The lengths of targets in many draws."""
+def target_lengths(task, n, count=400):
+  """Returns the lengths of targets in many draws."""
   generator = np.random.default_rng(0)
   window = np.arange(50, 50 + n)
   lengths = []
@@ -34,7 +34,7 @@ def test_the_text_goes_on_in_the_targets():
 def test_every_split_of_a_decoders_row_is_equally_likely():
   task = PrefixLM(DecoderLayout(9))
   assert task.window == 10
-  counts = np.bincount(splits(task, 10, 1800), minlength=10)
+  counts = np.bincount(target_lengths(task, 10, 1800), minlength=10)
   assert counts[0] == 0 and len(counts) == 10
   assert counts[1:].min() > 140 and counts[1:].max() < 260
 
@@ -42,14 +42,14 @@ def test_every_split_of_a_decoders_row_is_equally_likely():
 def test_a_suffix_is_as_long_as_asked_on_average():
   task = PrefixLM(EncoderDecoderLayout(200, 150, 0), density=0.25)
   assert task.window == 200
-  lengths = splits(task, 200, 1000)
+  lengths = target_lengths(task, 200, 1000)
   assert abs(np.mean(lengths) - 50) < 3
   assert min(lengths) < 5 and max(lengths) > 95
 
 
 def test_the_decoders_length_bounds_a_suffix():
   task = PrefixLM(EncoderDecoderLayout(100, 20, 0), density=0.5)
-  lengths = splits(task, task.window)
+  lengths = target_lengths(task, task.window)
   assert min(lengths) == 1 and max(lengths) == 20
 
 

@@ -1,4 +1,4 @@
-"""Rows of pairs: which tokens are kept, which cut, and counts of those."""
+"""Rows of pairs: the tokens that are kept, those cut, and their counts."""
 
 import numpy as np
 import pytest
@@ -91,11 +91,11 @@ def test_an_epoch_has_every_pair_once():
   pairs = {}
   for b in range(len(rows)):
     for s in range(1, batch['segment_ids'][b].max() + 1):
-      here = batch['segment_ids'][b] == s
-      there = batch['encoder_segment_ids'][b] == s
-      *inputs, end = batch['encoder_tokens'][b][there].tolist()
-      *targets, stop = batch['targets'][b][here].tolist()
-      assert end == stop == EOS and inputs[0] not in pairs
+      in_decoder = batch['segment_ids'][b] == s
+      in_encoder = batch['encoder_segment_ids'][b] == s
+      *inputs, inputs_end = batch['encoder_tokens'][b][in_encoder].tolist()
+      *targets, targets_end = batch['targets'][b][in_decoder].tolist()
+      assert inputs_end == targets_end == EOS and inputs[0] not in pairs
       pairs[inputs[0]] = inputs, targets
   assert [pairs[i + 1][0] for i in range(50)] == texts[0]
   assert [pairs[i + 1][1] for i in range(50)] == texts[1]

@@ -17,7 +17,7 @@ EOS = 9
 SENTINELS = tuple(range(100, 150))
 
 
-def make(layout=None, **options):
+def make_task(layout=None, **options):
   layout = layout or EncoderDecoderLayout(64, 48, start_id=EOS)
   return SpanCorruption(layout, SENTINELS, EOS, **options)
 
@@ -45,7 +45,7 @@ def test_spans_at_both_ends():
 
 
 class Chosen(np.random.Generator):
-  """A random generator that returns given draws."""
+  """A generator of random numbers that returns the draws of its arguments."""
 
   def __init__(self, *draws):
     super().__init__(np.random.PCG64())
@@ -64,19 +64,19 @@ def test_an_example_by_hand():
   counts = noise_counts(np.array([7]), 0.4, 1.5)
   assert [c.tolist() for c in counts] == [[3], [2]]
   draws = [0], [3, 1]
-  example = make(density=0.4, mean_span=1.5)(WINDOW, Chosen(*draws))
+  example = make_task(density=0.4, mean_span=1.5)(WINDOW, Chosen(*draws))
   assert example.inputs.tolist() == [10, 100, 12, 13, 101, 16, EOS]
   assert example.targets.tolist() == [100, 11, 101, 14, 15, 102, EOS]
   # T5's checkpoints expect this form. The window here begins with a mode token
   # and ends with an end of text, which is not corrupted.
-  task = make(density=0.4, mean_span=1.5, final_sentinel=False, mode_id=77)
+  task = make_task(density=0.4, mean_span=1.5, final_sentinel=False, mode_id=77)
   example = task(np.append(WINDOW, EOS), Chosen(*draws))
   assert example.inputs.tolist() == [77, 10, 100, 12, 13, 101, 16, EOS]
   assert example.targets.tolist() == [100, 11, 101, 14, 15, EOS]
 
 
-def filled(example, sentinels=SENTINELS):
-  """The original text: each sentinel replaced by the targets that follow it."""
+def restored_text(example, sentinels=SENTINELS):
+  """Returns the text with each sentinel replaced by the targets after it."""
   spans, span = {}, None
   for token in example.targets.tolist():
     if token in sentinels:
@@ -104,7 +104,7 @@ def test_filling_the_sentinels_gives_the_window_back(n, density, mean, seed):
     DecoderLayout(9), sentinels, EOS, density=density, mean_span=mean
   )
   example = task(window, np.random.default_rng(seed))
-  assert filled(example, sentinels) == window.tolist()
+  assert restored_text(example, sentinels) == window.tolist()
   # The example has exactly the planned lengths.
   lengths = task.lengths(np.array([n]))
   assert len(example.inputs) == lengths.inputs[0]
@@ -137,12 +137,12 @@ def test_every_mask_is_equally_likely():
   # Two spans have 3 of 6 tokens. There are 2 ways to cut the noise, and C(4, 2)
   # ways to cut 3 kept tokens into 3 stretches of which the outer may be empty.
   generator = np.random.default_rng(0)
-  seen = {}
+  mask_counts = {}
   for _ in range(6000):
     mask = tuple(noise_mask(6, generator, 0.5, 1.5).tolist())
-    seen[mask] = seen.get(mask, 0) + 1
-  assert len(seen) == 12
-  assert min(seen.values()) > 400 and max(seen.values()) < 600
+    mask_counts[mask] = mask_counts.get(mask, 0) + 1
+  assert len(mask_counts) == 12
+  assert min(mask_counts.values()) > 400 and max(mask_counts.values()) < 600
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,7 +166,7 @@ def test_the_window_is_the_largest_that_fits(T_enc, T_dec, density, mean, last):
 def test_t5s_lengths():
   # In T5's pre-training 568 tokens become 512 inputs and 114 targets.
   layout = EncoderDecoderLayout(512, 114, start_id=0)
-  task = make(layout, final_sentinel=False)
+  task = make_task(layout, final_sentinel=False)
   assert task.window == 568
   lengths = task.lengths(np.array([568]))
   assert (lengths.inputs[0], lengths.targets[0]) == (512, 114)
@@ -174,7 +174,7 @@ def test_t5s_lengths():
 
 def test_both_sides_in_one_row():
   layout = DecoderLayout(30)
-  task = make(layout)
+  task = make_task(layout)
   n = np.array([task.window, task.window + 1])
   total = task.lengths(n).total
   assert total[0] <= 31 < total[1]
@@ -195,4 +195,4 @@ def test_both_sides_in_one_row():
 )
 def test_what_cannot_be_is_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
-    _ = make(**wrong).window
+    _ = make_task(**wrong).window

@@ -27,7 +27,7 @@ ENCODER = {'encoder_tokens', 'encoder_segment_ids', 'encoder_positions'}
 
 
 def config(task, **more):
-  """Options with a task, given by its kind or by its own options."""
+  """Returns options with a task, which is a kind or the task's options."""
   task = TASKS.get(task)() if isinstance(task, str) else task
   source = PAIRS if 'pairs' in task.reads else PART
   return DataOptions(source=source, seq_len=60, task=task, **more)
@@ -73,11 +73,11 @@ def test_batches_are_as_promised(task, V, target_len):
     np.testing.assert_array_equal(
       batch['tokens'][:, 1:][inside], batch['targets'][:, :-1][inside]
     )
-    most = batch['encoder_segment_ids'].max(1)
-    assert (batch['segment_ids'].max(1) == most).all()
+    num_segments = batch['encoder_segment_ids'].max(1)
+    assert (batch['segment_ids'].max(1) == num_segments).all()
   else:
-    learned = batch['loss_weights'].sum() / real.sum()
-    assert 0.05 < learned < 0.95
+    learned_share = batch['loss_weights'].sum() / real.sum()
+    assert 0.05 < learned_share < 0.95
   assert dataset.tokenizer.decode(batch['targets'].reshape(-1))
 
 
@@ -132,7 +132,7 @@ def test_describe_says_what_is_learned():
 
 
 def pairs_of(dataset):
-  """The texts of all inputs and of all targets of the training split."""
+  """Returns the texts of all inputs and of all targets for training."""
   rows = dataset.splits['train']
   batch = rows.take(np.arange(len(rows)))
   sides = []

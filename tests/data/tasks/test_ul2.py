@@ -13,7 +13,7 @@ MODES = {'R': 70, 'S': 71, 'X': 72}
 SENTINELS = tuple(range(100, 200))
 
 
-def make(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
+def make_task(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
   return ul2.mixture(
     [ul2.Denoiser(*denoiser) for denoiser in denoisers],
     layout or EncoderDecoderLayout(120, 110, start_id=EOS),
@@ -39,7 +39,7 @@ def test_the_papers_seven():
 
 
 def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
-  task = make(
+  task = make_task(
     [('R', 4.0, 0.1, 3.0), ('S', 0.0, 0.3, 2.0), ('X', 4.0, 0.5, 1.0)]
   )
   generator = np.random.default_rng(0)
@@ -47,8 +47,8 @@ def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
   shares = collections.defaultdict(list)
   for _ in range(1200):
     example = task(window, generator)
-    learned = (example.targets == 5).mean() * len(example.targets)
-    shares[int(example.inputs[0])].append(learned / len(window))
+    num_learned = (example.targets == 5).mean() * len(example.targets)
+    shares[int(example.inputs[0])].append(num_learned / len(window))
   counts = {mode: len(share) for mode, share in shares.items()}
   assert abs(counts[70] - 600) < 60
   assert abs(counts[71] - 400) < 60
@@ -61,13 +61,13 @@ def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
 
 
 def test_s_is_a_prefix_and_its_text_in_order():
-  task = make([('R', 3.0, 0.15, 0.0), ('S', 0.0, 0.25, 1.0)])
+  task = make_task([('R', 3.0, 0.15, 0.0), ('S', 0.0, 0.25, 1.0)])
   inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
   assert inputs[0] == MODES['S'] and inputs[-1] == EOS
   assert [*inputs[1:-1], *targets] == list(range(10, 40))
   # In a row of a decoder-only model no end of text stands between prefix and
   # suffix.
-  task = make([('S', 0.0, 0.25, 1.0)], DecoderLayout(50), end_prefix=False)
+  task = make_task([('S', 0.0, 0.25, 1.0)], DecoderLayout(50), end_prefix=False)
   inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
   assert [*inputs[1:], *targets] == list(range(10, 40))
 
@@ -76,16 +76,16 @@ def test_s_is_a_prefix_and_its_text_in_order():
   'layout', [EncoderDecoderLayout(40, 30, 0), DecoderLayout(50)]
 )
 def test_no_window_overflows_whatever_is_drawn(layout):
-  task = make(layout=layout, end_prefix=isinstance(layout, DecoderLayout))
+  task = make_task(layout=layout, end_prefix=isinstance(layout, DecoderLayout))
   generator = np.random.default_rng(2)
   for n in range(2, task.window + 1):
-    most = task.lengths(np.array([n]))
-    assert layout.fits(most).all()
+    bounds = task.lengths(np.array([n]))
+    assert layout.fits(bounds).all()
     for _ in range(8):
       example = task(np.arange(n), generator)
-      assert len(example.inputs) <= most.inputs[0]
-      assert len(example.targets) <= most.targets[0]
-      assert len(example.inputs) + len(example.targets) <= most.total[0]
+      assert len(example.inputs) <= bounds.inputs[0]
+      assert len(example.targets) <= bounds.targets[0]
+      assert len(example.inputs) + len(example.targets) <= bounds.total[0]
 
 
 @pytest.mark.parametrize(

@@ -20,30 +20,30 @@ TEXTS = [
 
 
 @functools.cache
-def trained(**options: str | int | bool) -> bytes:
-  """The content of a model's file."""
-  written = io.BytesIO()
+def model_bytes(**options: str | int | bool) -> bytes:
+  """Trains a model; returns the content of its file."""
+  model_file = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(WORDS * 4),
-    model_writer=written,
+    model_writer=model_file,
     hard_vocab_limit=False,
     minloglevel=2,
     num_threads=1,
     **options,
   )
-  return written.getvalue()
+  return model_file.getvalue()
 
 
 def unigram() -> bytes:
-  """A model as that of T5: NFKC, a space before, an unknown id, padding."""
-  return trained(
+  """Trains a model like T5's: NFKC, a first space, an unknown id, padding."""
+  return model_bytes(
     model_type='unigram', vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1
   )
 
 
 def bpe() -> bytes:
-  """A model as that of Mixtral: as written, bytes, and a symbol of a user."""
-  return trained(
+  """Trains a model like Mixtral's: text as it is, bytes, a user's symbol."""
+  return model_bytes(
     model_type='bpe',
     vocab_size=320,
     byte_fallback=True,

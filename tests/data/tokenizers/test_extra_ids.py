@@ -9,7 +9,7 @@ from moe_jax.data.tokenizers.extra_ids import Extended, extend
 
 
 def t5_like(names=('<extra_id_0>', '<extra_id_1>'), end_inputs=False):
-  """A tokenizer of words that has sentinels, counting down as T5's do."""
+  """Makes a tokenizer of words whose sentinels count down, as those of T5."""
   vocabulary = {'</s>': 0, 'a': 1, 'b': 2, '<unk>': 3}
   vocabulary |= {name: 10 - i for i, name in enumerate(names)}
   model = hf.models.WordLevel(vocabulary, unk_token='<unk>')
@@ -53,11 +53,11 @@ def test_an_eos_is_added_where_there_is_none():
 
 
 def test_own_sentinels_come_first():
-  own = t5_like()
-  tokenizer = extend(own, num_sentinels=4, modes='R', end_inputs=True)
+  base = t5_like()
+  tokenizer = extend(base, num_sentinels=4, modes='R', end_inputs=True)
   assert tokenizer.sentinel_ids == (10, 9, 11, 12)
   assert tokenizer.names == ('<extra_id_2>', '<extra_id_3>', '[R]')
-  assert extend(own, num_sentinels=1, end_inputs=True).vocab_size == 11
+  assert extend(base, num_sentinels=1, end_inputs=True).vocab_size == 11
 
 
 def test_text_spells_them_in_inputs_alone():
@@ -72,10 +72,10 @@ def test_text_spells_them_in_inputs_alone():
 
 
 def test_inputs_end_once():
-  own = t5_like(end_inputs=True)
-  assert own.encode_inputs('a b').tolist() == [1, 2, 0]
+  base = t5_like(end_inputs=True)
+  assert base.encode_inputs('a b').tolist() == [1, 2, 0]
   for end_inputs, end in ((True, [0]), (False, [])):
-    tokenizer = extend(own, modes='R', end_inputs=end_inputs)
+    tokenizer = extend(base, modes='R', end_inputs=end_inputs)
     ids = tokenizer.encode_inputs('[R] a <extra_id_1> b').tolist()
     assert ids == [11, 1, 9, 2, *end]
 
@@ -101,5 +101,5 @@ def test_ids_that_mean_the_same_may_end_inputs_differently():
   plain, ended = (extend(Bytes(), end_inputs=ends) for ends in (False, True))
   assert plain.identity != ended.identity
   assert plain.ids_identity == ended.ids_identity == Bytes().ids_identity
-  more = extend(Bytes(), num_sentinels=1, end_inputs=True)
-  assert more.ids_identity != ended.ids_identity
+  with_sentinel = extend(Bytes(), num_sentinels=1, end_inputs=True)
+  assert with_sentinel.ids_identity != ended.ids_identity

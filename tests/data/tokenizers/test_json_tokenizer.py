@@ -27,7 +27,7 @@ CHAT = [
 
 
 def model():
-  """A byte-level BPE model with the post-processor of NLLB."""
+  """Trains a byte-level BPE model with the post-processor of NLLB."""
   tokenizer = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
   tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = hf.decoders.ByteLevel()
@@ -45,7 +45,7 @@ def model():
   return tokenizer
 
 
-def opened(path):
+def open_tokenizer(path):
   return tokenizers.JsonOptions(str(path)).fit([])
 
 
@@ -63,7 +63,7 @@ def theirs():
 
 @pytest.fixture(scope='module')
 def folder(theirs, tmp_path_factory):
-  """A folder as transformers writes it."""
+  """A folder with the tokenizer, written by transformers."""
   path = tmp_path_factory.mktemp('tokenizer')
   theirs.save_pretrained(path)
   return path
@@ -74,7 +74,7 @@ def write(path, name, **values):
 
 
 def test_prompts_are_those_of_transformers(folder, theirs):
-  ours = opened(folder)
+  ours = open_tokenizer(folder)
   for text in ('the cat', '', 'a</s>b <extra_id_1> é'):
     assert ours.encode_inputs(text).tolist() == theirs(text).input_ids
   # A document is encoded unlike a prompt: no special token is added, and none
@@ -85,14 +85,14 @@ def test_prompts_are_those_of_transformers(folder, theirs):
 
 
 def test_special_tokens_by_hand(folder):
-  ours = opened(folder)
-  assert (ours.pad_id, ours.eos_id, ours.bos_id) == (0, 1, 3)
-  assert (ours.start_id, ours.forced_bos_id) == (1, None)
-  assert ours.eos_ids == (1,)
-  assert ours.sentinel_ids == (8, 7, 6)
-  assert ours.token_id('fra_Latn') == 5
+  tokenizer = open_tokenizer(folder)
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3)
+  assert (tokenizer.start_id, tokenizer.forced_bos_id) == (1, None)
+  assert tokenizer.eos_ids == (1,)
+  assert tokenizer.sentinel_ids == (8, 7, 6)
+  assert tokenizer.token_id('fra_Latn') == 5
   with pytest.raises(ValueError, match="unknown token 'fra_Latin'; did you me"):
-    ours.token_id('fra_Latin')
+    tokenizer.token_id('fra_Latin')
 
 
 def test_configs_come_before_names(folder, tmp_path):
@@ -113,57 +113,62 @@ def test_configs_come_before_names(folder, tmp_path):
     pad_token_id=None,
     forced_bos_token_id=5,
   )
-  ours = opened(tmp_path)
-  assert (ours.eos_ids, ours.eos_id) == ((7, 1), 7)
-  assert (ours.pad_id, ours.bos_id) == (2, 3)
-  assert (ours.start_id, ours.forced_bos_id) == (0, 5)
+  tokenizer = open_tokenizer(tmp_path)
+  assert (tokenizer.eos_ids, tokenizer.eos_id) == ((7, 1), 7)
+  assert (tokenizer.pad_id, tokenizer.bos_id) == (2, 3)
+  assert (tokenizer.start_id, tokenizer.forced_bos_id) == (0, 5)
   # A model may have more rows than the tokenizer has tokens: their ids are
   # valid and have no text.
-  assert ours.vocab_size == 321
-  assert ours.decode([320, *ours.encode('cat')]) == 'cat'
-  assert ours.token_name(320) == '<320>'
+  assert tokenizer.vocab_size == 321
+  assert tokenizer.decode([320, *tokenizer.encode('cat')]) == 'cat'
+  assert tokenizer.token_name(320) == '<320>'
 
 
 def test_all_comes_back_from_the_workdir(folder, tmp_path):
-  ours = opened(folder)
-  ours.save(tmp_path / 'tokenizer.json')
-  again = tokenizers.load(tmp_path / 'tokenizer.json')
-  assert again.special == ours.special
-  assert again.identity == ours.identity
-  assert again.encode_chat(CHAT).tolist() == ours.encode_chat(CHAT).tolist()
+  tokenizer = open_tokenizer(folder)
+  tokenizer.save(tmp_path / 'tokenizer.json')
+  restored = tokenizers.load(tmp_path / 'tokenizer.json')
+  assert restored.special == tokenizer.special
+  assert restored.identity == tokenizer.identity
   assert (
-    again.encode_inputs('cat').tolist() == ours.encode_inputs('cat').tolist()
+    restored.encode_chat(CHAT).tolist() == tokenizer.encode_chat(CHAT).tolist()
+  )
+  assert (
+    restored.encode_inputs('cat').tolist()
+    == tokenizer.encode_inputs('cat').tolist()
   )
 
 
 def test_the_file_alone_stays_what_it_was(folder):
-  alone = opened(folder / 'tokenizer.json')
-  assert alone.eos_id == 1  # '</s>' is one of the well-known names
-  assert (alone.bos_id, alone.pad_id) == (None, None)
-  assert 'special' not in alone.to_json()
-  whole = opened(folder)
+  from_file = open_tokenizer(folder / 'tokenizer.json')
+  assert from_file.eos_id == 1  # '</s>' is one of the well-known names
+  assert (from_file.bos_id, from_file.pad_id) == (None, None)
+  assert 'special' not in from_file.to_json()
+  from_folder = open_tokenizer(folder)
   # Another end of text makes other data.
-  assert alone.identity != whole.identity
+  assert from_file.identity != from_folder.identity
   with pytest.raises(ValueError, match='without a chat template'):
-    alone.encode_chat(CHAT)
+    from_file.encode_chat(CHAT)
 
 
-@pytest.mark.parametrize('asked', [True, False])
-def test_conversations_are_those_of_transformers(folder, theirs, asked):
-  ours = opened(folder)
-  for more in ({}, {'stop': '</s>'}):
+@pytest.mark.parametrize('add_prompt', [True, False])
+def test_conversations_are_those_of_transformers(folder, theirs, add_prompt):
+  ours = open_tokenizer(folder)
+  for variables in ({}, {'stop': '</s>'}):
     expected = theirs.apply_chat_template(
-      CHAT, add_generation_prompt=asked, return_dict=False, **more
+      CHAT, add_generation_prompt=add_prompt, return_dict=False, **variables
     )
-    token_ids = ours.encode_chat(CHAT, add_generation_prompt=asked, **more)
+    token_ids = ours.encode_chat(
+      CHAT, add_generation_prompt=add_prompt, **variables
+    )
     assert token_ids.dtype == np.int32
     assert token_ids.tolist() == expected
 
 
 def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
-  ours = opened(folder)
+  tokenizer = open_tokenizer(folder)
   with pytest.raises(ValueError, match='no role system'):
-    ours.encode_chat([{'role': 'system', 'content': 'x'}])
+    tokenizer.encode_chat([{'role': 'system', 'content': 'x'}])
   for template in (
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     '{{ messages.append(1) }}',
@@ -177,15 +182,15 @@ def test_a_template_refuses_and_reaches_nothing(folder, tmp_path):
 
 
 def test_languages(folder, theirs):
-  ours = opened(folder)
+  ours = open_tokenizer(folder)
   english = theirs('the cat').input_ids
   assert english[0] == 4
   french = ours.encode_inputs('the cat', language='fra_Latn')
   assert french.tolist() == [5, *english[1:]]
   # A language that the text itself names is kept; only the post-processor's is
   # replaced.
-  spelled = ours.encode_inputs('eng_Latn', language='fra_Latn').tolist()
-  assert spelled == [5, 4, 1]
+  spelled_ids = ours.encode_inputs('eng_Latn', language='fra_Latn').tolist()
+  assert spelled_ids == [5, 4, 1]
   with pytest.raises(ValueError, match="unknown token 'fr'"):
     ours.encode_inputs('the cat', language='fr')
   bare = model()
@@ -216,4 +221,4 @@ def test_bad_folders(files, message, tmp_path):
   for name, text in files.items():
     (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=message):
-    opened(tmp_path)
+    open_tokenizer(tmp_path)

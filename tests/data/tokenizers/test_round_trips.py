@@ -14,7 +14,7 @@ TEXT = 'Größe: 10 €, 日本\n\t👍'
 
 
 def bpe(eos='<|endoftext|>'):
-  """A small byte-level BPE model whose end of text `eos` has id 0."""
+  """Trains a small byte-level BPE model whose end of text `eos` has id 0."""
   model = hf.Tokenizer(hf.models.BPE())
   model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = hf.decoders.ByteLevel()
@@ -97,14 +97,14 @@ def test_json_by_hand(tmp_path):
   assert tokenizer.eos_id == 0
   assert tokenizer.token_name(0) == '<eos>'
   assert tokenizer.decode([0]) == ''
-  (the,) = tokenizer.encode('the')  # the most frequent word is one token
-  assert tokenizer.token_name(the) == "'the'"
-  half = tokenizer.encode('é')[0]
-  assert '\ufffd' not in tokenizer.token_name(half)
+  (the_id,) = tokenizer.encode('the')  # the most frequent word is one token
+  assert tokenizer.token_name(the_id) == "'the'"
+  half_id = tokenizer.encode('é')[0]
+  assert '\ufffd' not in tokenizer.token_name(half_id)
   # A document's text cannot contain the token of its end.
-  forged = tokenizer.encode('a</s>b')
-  assert 0 not in forged
-  assert tokenizer.decode(forged) == 'a</s>b'
+  forged_ids = tokenizer.encode('a</s>b')
+  assert 0 not in forged_ids
+  assert tokenizer.decode(forged_ids) == 'a</s>b'
 
 
 def test_json_ignores_truncation_padding_and_unusual_eos():
@@ -120,10 +120,10 @@ def test_identities_tell_tokenizers_apart(tmp_path):
   paths = [tmp_path / 'a.json', tmp_path / 'b.json']
   for path, eos in zip(paths, ['</s>', '<eos>']):
     bpe(eos).save(str(path))
-  files = [tokenizers.JsonOptions(str(path)) for path in paths]
-  chosen = [tokenizers.BytesOptions(), tokenizers.CharsOptions(), *files]
-  assert len({options.identity() for options in chosen}) == 4
-  assert [options.known_vocab_size() for options in chosen] == [
+  file_options = [tokenizers.JsonOptions(str(path)) for path in paths]
+  kinds = [tokenizers.BytesOptions(), tokenizers.CharsOptions(), *file_options]
+  assert len({options.identity() for options in kinds}) == 4
+  assert [options.known_vocab_size() for options in kinds] == [
     257, None, 270, 270
   ]  # fmt: skip
   assert tokenizers.Chars('ab').identity != tokenizers.Chars('ac').identity

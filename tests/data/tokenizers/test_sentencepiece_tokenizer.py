@@ -41,7 +41,7 @@ def test_ids_and_texts_are_those_of_the_library(model, tmp_path):
 
 
 def test_ids_are_those_of_transformers(model, tmp_path):
-  # It converts the model into one of another library.
+  # The library `transformers` converts the model into one of `tokenizers`.
   (tmp_path / 'tokenizer.model').write_bytes(model)
   (tmp_path / 'config.json').write_text('{"model_type": "mixtral"}')
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -53,37 +53,40 @@ def test_ids_are_those_of_transformers(model, tmp_path):
 
 
 def test_bytes_and_symbols_by_hand():
-  ours = tokenizers.SentencePiece(models.bpe())
-  names = [ours.token_name(i) for i in ours.encode('a<sep>é\tthe')]
+  tokenizer = tokenizers.SentencePiece(models.bpe())
+  names = [tokenizer.token_name(i) for i in tokenizer.encode('a<sep>é\tthe')]
   # A space comes before a text; é is unknown, and two bytes.
   assert names == [
     "' '", "'a'", "'<sep>'", '<0xC3>', '<0xA9>', '<0x09>', "'t'", "'he'"
   ]  # fmt: skip
-  assert ours.token_name(ours.eos_id) == '<eos>'
-  assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, None)
+  assert tokenizer.token_name(tokenizer.eos_id) == '<eos>'
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
   # Whatever is written comes back, and no document forges its end.
   for text in models.TEXTS[:-2]:
-    assert ours.decode(ours.encode(text)) == text
-  assert ours.eos_id not in ours.encode('a</s>b')
-  assert ours.decode([*ours.encode('a</s>b'), ours.eos_id]) == 'a</s>b'
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+  assert tokenizer.eos_id not in tokenizer.encode('a</s>b')
+  assert (
+    tokenizer.decode([*tokenizer.encode('a</s>b'), tokenizer.eos_id])
+    == 'a</s>b'
+  )
 
 
 def test_normalisation_and_unknown_characters_by_hand():
-  ours = tokenizers.SentencePiece(models.unigram())
-  assert (ours.pad_id, ours.eos_id, ours.bos_id) == (0, 1, None)
+  tokenizer = tokenizers.SentencePiece(models.unigram())
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, None)
   # Spaces, tabs and newlines become one space, and 'ﬁ' two letters.
-  assert ours.decode(ours.encode(' the\t\n cat ')) == 'the cat'
-  assert ours.encode('\ufb01').tolist() == ours.encode('fi').tolist()
-  assert 2 in ours.encode('the 👍')
-  assert ours.token_name(2) == '<unk>'
+  assert tokenizer.decode(tokenizer.encode(' the\t\n cat ')) == 'the cat'
+  assert tokenizer.encode('\ufb01').tolist() == tokenizer.encode('fi').tolist()
+  assert 2 in tokenizer.encode('the 👍')
+  assert tokenizer.token_name(2) == '<unk>'
 
 
 def ids_of(tokenizer):
   return [tokenizer.encode(text).tolist() for text in models.TEXTS[:-1]]
 
 
-def trained(kind):
-  """The identity of a tokenizer that is trained here."""
+def identity_of(kind):
+  """Returns the identity of a tokenizer that this process trains."""
   return tokenizers.TrainedOptions(kind, 300).fit(models.WORDS * 4).identity
 
 
@@ -102,14 +105,14 @@ def test_another_process_has_an_equal_tokenizer(monkeypatch):
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     assert [*pool.map(ids_of, all_kinds)] == [*map(ids_of, all_kinds)]
     kinds = 'bpe', 'unigram'
-    assert [*pool.map(trained, kinds)] == [*map(trained, kinds)]
+    assert [*pool.map(identity_of, kinds)] == [*map(identity_of, kinds)]
 
 
 def test_pickles_are_states(model):
-  ours = tokenizers.SentencePiece(model)
+  base = tokenizers.SentencePiece(model)
   for tokenizer in (
-    ours,
-    tokenizers.Extended(ours, ['[S]'], end_inputs=True),
+    base,
+    tokenizers.Extended(base, ['[S]'], end_inputs=True),
     tokenizers.ClassNames(['a', 'b']),
     tokenizers.TrainedOptions('bpe', 270).fit(models.WORDS),
   ):
@@ -118,11 +121,11 @@ def test_pickles_are_states(model):
     assert again.identity == tokenizer.identity
 
 
-def damaged(model, seed):
-  """Several damaged models: cut, or with other bytes at some places."""
+def damaged_models(model, seed):
+  """Yields damaged models: cut, or with other bytes at some positions."""
   draw = random.Random(seed)
-  for place in (0, 1, len(model) // 2, len(model) - 1):
-    yield model[:place]
+  for size in (0, 1, len(model) // 2, len(model) - 1):
+    yield model[:size]
   for count in (1, 3, 40):
     changed = bytearray(model)
     for _ in range(count):
@@ -132,15 +135,15 @@ def damaged(model, seed):
 
 def test_damaged_models_are_read_or_refused(model, tmp_path):
   path = tmp_path / 'spiece.model'
-  refused = 0
+  num_refused = 0
   for seed in range(4):
-    for content in damaged(model, seed):
+    for content in damaged_models(model, seed):
       path.write_bytes(content)
       try:
-        ours = tokenizers.read(path)
+        tokenizer = tokenizers.read(path)
       except ValueError as error:
         assert 'spiece.model is no SentencePiece model' in str(error)
-        refused += 1
+        num_refused += 1
       else:
-        ours.decode(ours.encode('the cat 👍'))
-  assert refused >= 12
+        tokenizer.decode(tokenizer.encode('the cat 👍'))
+  assert num_refused >= 12

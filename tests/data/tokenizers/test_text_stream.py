@@ -12,38 +12,38 @@ from moe_jax.data.tokenizers import TextStream
 TEXT = 'a é € 😀 b'
 
 
-def said(tokenizer, ids, context=()):
-  """The text streamed with each token, then that at the end."""
+def texts_of(tokenizer, ids, context=()):
+  """Returns the text streamed with each token, then the text at the end."""
   stream = TextStream(tokenizer, context)
   return [*map(stream.add, ids), stream.end()]
 
 
 def test_bytes_are_said_character_by_character():
-  parts = said(tokenizers.Bytes(), 'é€'.encode())
-  assert parts == ['', 'é', '', '', '€', '']
+  texts = texts_of(tokenizers.Bytes(), 'é€'.encode())
+  assert texts == ['', 'é', '', '', '€', '']
 
 
 def test_bytes_that_are_no_character():
   # The first byte of a second é never gets its second one: it is streamed once
   # the next byte shows this, or at the end.
-  first = 'é'.encode()[0]
+  byte = 'é'.encode()[0]
   tokenizer = tokenizers.Bytes()
-  assert ''.join(said(tokenizer, [first, ord('a'), first])) == '\ufffda\ufffd'
-  assert said(tokenizer, [first])[-1] == '\ufffd'
-  many = said(tokenizer, [0x80] * 9)
-  assert ''.join(many) == '\ufffd' * 9
-  assert many[-1] == '\ufffd' * 3
+  assert ''.join(texts_of(tokenizer, [byte, ord('a'), byte])) == '\ufffda\ufffd'
+  assert texts_of(tokenizer, [byte])[-1] == '\ufffd'
+  texts = texts_of(tokenizer, [0x80] * 9)
+  assert ''.join(texts) == '\ufffd' * 9
+  assert texts[-1] == '\ufffd' * 3
 
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(st.binary(max_size=40))
 def test_any_bytes_are_in_the_end_what_the_tokenizer_says(raw):
   tokenizer = tokenizers.Bytes()
-  assert ''.join(said(tokenizer, raw)) == tokenizer.decode(list(raw))
+  assert ''.join(texts_of(tokenizer, raw)) == tokenizer.decode(list(raw))
 
 
 def metaspace():
-  """A tokenizer as SentencePiece's, with marked words and bytes."""
+  """Makes a tokenizer like SentencePiece's, with marked words and bytes."""
   vocab = {'▁a': 0, '▁b': 1, 'b': 2, '▁': 3}
   vocab |= {f'<0x{byte:02X}>': 4 + byte for byte in range(256)}
   model = hf.Tokenizer(
@@ -61,7 +61,7 @@ def metaspace():
 
 
 def byte_level():
-  """A tokenizer as GPT-2's: each byte is a token, spelled by one letter."""
+  """Makes a tokenizer like GPT-2's: a letter and a token for each byte."""
   alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
   vocab = {letter: i for i, letter in enumerate(alphabet)}
   model = hf.Tokenizer(hf.models.BPE(vocab, []))
@@ -74,31 +74,31 @@ def test_a_byte_level_vocabulary():
   tokenizer = byte_level()
   ids = tokenizer.encode(TEXT)
   assert len(ids) == len(TEXT.encode())
-  parts = said(tokenizer, ids)
-  assert ''.join(parts) == TEXT
-  assert '\ufffd' not in ''.join(parts)
-  assert [part for part in parts if part] == list(TEXT)
+  texts = texts_of(tokenizer, ids)
+  assert ''.join(texts) == TEXT
+  assert '\ufffd' not in ''.join(texts)
+  assert [text for text in texts if text] == list(TEXT)
 
 
 def test_a_vocabulary_with_fallback_to_bytes():
   tokenizer = metaspace()
-  spelled = [4 + byte for byte in '€é'.encode()]
-  parts = said(tokenizer, [0, *spelled, 1, 2])
-  assert parts == ['a', '', '', '€', '', 'é', ' b', 'b', '']
+  byte_ids = [4 + byte for byte in '€é'.encode()]
+  texts = texts_of(tokenizer, [0, *byte_ids, 1, 2])
+  assert texts == ['a', '', '', '€', '', 'é', ' b', 'b', '']
 
 
 @pytest.mark.parametrize('n', [1, 30])
 def test_the_context_decides_on_the_first_space(n):
   # A decoded word loses the space before it, unless it follows a prompt.
   tokenizer = metaspace()
-  assert said(tokenizer, [1, 1]) == ['b', ' b', '']
-  assert said(tokenizer, [1, 1], context=[0] * n) == [' b', ' b', '']
+  assert texts_of(tokenizer, [1, 1]) == ['b', ' b', '']
+  assert texts_of(tokenizer, [1, 1], context=[0] * n) == [' b', ' b', '']
 
 
 def test_ids_that_the_tokenizer_lacks_say_nothing():
   tokenizer = tokenizers.Bytes()
   ids = [104, tokenizer.vocab_size, tokenizer.eos_id, 105]
-  assert said(tokenizer, ids, context=[tokenizer.vocab_size + 3]) == [
+  assert texts_of(tokenizer, ids, context=[tokenizer.vocab_size + 3]) == [
     'h', '', '', 'i', '',
   ]  # fmt: skip
 
@@ -115,5 +115,5 @@ def test_only_a_few_tokens_are_decoded_again():
       longest = max(longest, len(ids))
       return decode(ids)
 
-  assert ''.join(said(Counting(), (TEXT * 30).encode())) == TEXT * 30
+  assert ''.join(texts_of(Counting(), (TEXT * 30).encode())) == TEXT * 30
   assert longest < 20

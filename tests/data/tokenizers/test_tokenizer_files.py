@@ -31,17 +31,17 @@ def run_folder(path, tokenizer):
   ids=lambda t: t.kind,
 )
 def test_runs(tokenizer, tmp_path):
-  """The run's folder and its file; the task's EOS after inputs is left out."""
-  ended = extra_ids.extend(tokenizer, end_inputs=True)
-  folder = run_folder(tmp_path, ended)
+  """A run's folder and file give its tokenizer without the EOS after inputs."""
+  extended = extra_ids.extend(tokenizer, end_inputs=True)
+  folder = run_folder(tmp_path, extended)
   for path in (folder, folder / 'tokenizer.json'):
     options = tokenizers.FileOptions(str(path))
-    ours = options.fit(iter(['no text is read']))
-    assert ours.encode_inputs(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    copy = options.fit(iter(['no text is read']))
+    assert copy.encode_inputs(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
     # The next task finds the ids of the last one, with the same meaning.
-    again = extra_ids.extend(ours, end_inputs=True)
-    assert again.identity == ended.identity
-    assert again.vocab_size == options.known_vocab_size() == ended.vocab_size
+    again = extra_ids.extend(copy, end_inputs=True)
+    assert again.identity == extended.identity
+    assert again.vocab_size == options.known_vocab_size() == extended.vocab_size
 
 
 def test_ids_of_tasks_are_not_added_twice():
@@ -50,9 +50,11 @@ def test_ids_of_tasks_are_not_added_twice():
     letters, num_sentinels=2, modes=('S', 'X'), end_inputs=True
   )
   assert first.names == ('<eos>', '<extra_id_0>', '<extra_id_1>', '[S]', '[X]')
-  kept = extra_ids.without_endings(first)
-  assert kept.encode_inputs('a[S]').tolist() == [0, 5]
-  again = extra_ids.extend(kept, num_sentinels=3, modes=('S',), end_inputs=True)
+  plain = extra_ids.without_endings(first)
+  assert plain.encode_inputs('a[S]').tolist() == [0, 5]
+  again = extra_ids.extend(
+    plain, num_sentinels=3, modes=('S',), end_inputs=True
+  )
   assert again.names == (*first.names, '<extra_id_2>')
   assert again.sentinel_ids == (3, 4, 7)
   assert again.eos_id == first.eos_id == 2
@@ -60,13 +62,15 @@ def test_ids_of_tasks_are_not_added_twice():
 
 def test_models_of_others(tmp_path):
   write_tokenizer(tmp_path, 'mixtral')
-  folder = tokenizers.read(tmp_path)
-  alone = tokenizers.read(tmp_path / 'tokenizer.json')
-  assert folder.special.chat_template and alone.eos_id == folder.eos_id
-  assert folder.encode(TEXT).tolist() == alone.encode(TEXT).tolist()
-  # Where there is a tokenizer.json it is read, whatever else is there.
+  from_folder = tokenizers.read(tmp_path)
+  from_file = tokenizers.read(tmp_path / 'tokenizer.json')
+  assert (
+    from_folder.special.chat_template and from_file.eos_id == from_folder.eos_id
+  )
+  assert from_folder.encode(TEXT).tolist() == from_file.encode(TEXT).tolist()
+  # A tokenizer.json is read before any other file of its folder.
   (tmp_path / 'tokenizer.model').write_bytes(b'')
-  assert tokenizers.read(tmp_path).identity == folder.identity
+  assert tokenizers.read(tmp_path).identity == from_folder.identity
 
 
 def folder_of(tmp_path, files):

@@ -22,28 +22,31 @@ def trained():
 @pytest.mark.parametrize('kind', OPTIONS)
 def test_every_text_comes_back(kind, trained, tmp_path):
   trained[kind].save(tmp_path / 'tokenizer.json')
-  for ours in (trained[kind], tokenizers.load(tmp_path / 'tokenizer.json')):
-    assert ours.vocab_size <= 300
-    assert ours.eos_id is not None
+  for tokenizer in (
+    trained[kind],
+    tokenizers.load(tmp_path / 'tokenizer.json'),
+  ):
+    assert tokenizer.vocab_size <= 300
+    assert tokenizer.eos_id is not None
     for text in models.TEXTS:
-      assert ours.decode(ours.encode(text)) == text.replace('\u2581', ' ') or (
-        kind == 'bpe' and ours.decode(ours.encode(text)) == text
-      )
-      assert ours.eos_id not in ours.encode(f'{text}<eos>')
+      assert tokenizer.decode(tokenizer.encode(text)) == text.replace(
+        '\u2581', ' '
+      ) or (kind == 'bpe' and tokenizer.decode(tokenizer.encode(text)) == text)
+      assert tokenizer.eos_id not in tokenizer.encode(f'{text}<eos>')
 
 
 def test_merges_by_hand():
   # 'ab' is the most frequent pair, then 'ab' with 'c', so these are tokens.
-  ours = tokenizers.TrainedOptions('bpe', 260).fit(['abc,abc,abc,ab'])
-  names = [ours.token_name(i) for i in ours.encode('abcab c')]
+  tokenizer = tokenizers.TrainedOptions('bpe', 260).fit(['abc,abc,abc,ab'])
+  names = [tokenizer.token_name(i) for i in tokenizer.encode('abcab c')]
   assert names == ["'abc'", "'ab'", "' '", "'c'"]
-  assert (ours.eos_id, ours.vocab_size) == (0, 259)
-  assert ours.encode('abc').tolist() == [258]
+  assert (tokenizer.eos_id, tokenizer.vocab_size) == (0, 259)
+  assert tokenizer.encode('abc').tolist() == [258]
 
 
 def test_frequent_words_are_pieces():
-  ours = tokenizers.TrainedOptions('unigram', 400).fit(['the cat\n'] * 99)
-  names = [ours.token_name(i) for i in ours.encode('the cat\n')]
+  tokenizer = tokenizers.TrainedOptions('unigram', 400).fit(['the cat\n'] * 99)
+  names = [tokenizer.token_name(i) for i in tokenizer.encode('the cat\n')]
   assert names[-2:] == ["' cat'", "'\\n'"]
 
 
@@ -65,8 +68,8 @@ def test_bad_options(options, message):
 )
 def test_documents_are_taken_evenly_where_there_are_too_many(count, most, kept):
   texts = (f'{number:02}' for number in range(count))  # read once
-  got = trained_tokenizer.spread(texts, most)
-  assert got == [f'{number:02}' for number in kept]
+  spread_texts = trained_tokenizer.spread(texts, most)
+  assert spread_texts == [f'{number:02}' for number in kept]
 
 
 @pytest.mark.parametrize('kind', OPTIONS)
