@@ -57,11 +57,11 @@ def test_both_halves_have_their_own_loops():
       'target_len': 16,
     },
   )
-  seen = []
+  short_halves = []
 
   def record(short):
     decoder, encoder = short.model, short.model.encoder_half()
-    seen.append(
+    short_halves.append(
       (
         decoder.num_layers,
         decoder.moe.layers,
@@ -76,7 +76,7 @@ def test_both_halves_have_their_own_loops():
   assert periods.extrapolate(options, record) == 100 + 60 + 11
   # With 'last 1' eleven layers are a loop of ten dense layers and one sparse
   # layer.
-  assert seen == [
+  assert short_halves == [
     (2, '1', 2, '1'),
     (4, '1,3', 2, '1'),
     (2, '1', 3, '2'),

@@ -145,9 +145,11 @@ def test_one_row_has_whole_axes():
 
 
 def test_panels_are_drawn_one_by_one():
-  made = {panel.name: panel for panel in panels(ROWS, 'per example', 'example')}
-  assert list(made) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
-  (axes,) = panel_figure(made['loss']).axes
+  by_name = {
+    panel.name: panel for panel in panels(ROWS, 'per example', 'example')
+  }
+  assert list(by_name) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
+  (axes,) = panel_figure(by_name['loss']).axes
   assert axes.get_ylabel() == 'per example'
   assert b'<script' not in picture(axes.figure, 'svg')
 

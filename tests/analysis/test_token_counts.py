@@ -73,8 +73,8 @@ def test_where_experts_choose_it_counts_whom_they_took():
   real = np.bincount(batch['tokens'][batch['segment_ids'] > 0], minlength=V)
   for i in (0, 1):
     np.testing.assert_array_equal(counts[i], np.tile(real[:, None], (1, 5)))
-  few = tiny.build(moe | dict(capacity=Fixed(slots=3)))
-  counts = token_counts(few, variables, [batch])
+  fixed_model = tiny.build(moe | dict(capacity=Fixed(slots=3)))
+  counts = token_counts(fixed_model, variables, [batch])
   # In each group of 20 tokens an expert takes ceil(3 * 13 / 20) = 2 of the 13
   # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)

@@ -37,20 +37,20 @@ def options_of(trainable='all', lora=(), tie=False):
   ).filled(V)
 
 
-def counted(*args, **kwargs):
+def cost_of(*args, **kwargs):
   options = options_of(*args, **kwargs)
   return training_cost.training_cost(options, options.build())
 
 
 @functools.cache
-def xla(*args, **kwargs):
+def xla_flops(*args, **kwargs):
   """FLOPs of the lowered step, elementwise operations included."""
   options = options_of(*args, **kwargs)
   model = options.build()
   mesh = make_mesh({'data': 1}, jax.devices()[:1])
-  made = make_programs(options, model, mesh)
-  lowered = made.train_step.lower(
-    made.abstract_state, options.batch_shapes(model)
+  programs = make_programs(options, model, mesh)
+  lowered = programs.train_step.lower(
+    programs.abstract_state, options.batch_shapes(model)
   )
   return float(lowered.cost_analysis()['flops'])
 
@@ -58,20 +58,20 @@ def xla(*args, **kwargs):
 def test_a_told_example():
   # Two layers, the second sparse: kernels of experts hold E pairs, and a token
   # meets K of them, once for its own gradient and once for the kernel's.
-  experts = counted('experts')
+  experts = cost_of('experts')
   assert experts.trained_params == E * KERNELS['experts']
   assert experts.optimizer_bytes == 2 * 4 * experts.trained_params + 2 * 4
   assert experts.gradient_bytes == 4 * experts.trained_params
-  everything, others = counted('all'), counted('non_experts')
-  own = 2 * K * KERNELS['experts']
+  all_parts, non_experts = cost_of('all'), cost_of('non_experts')
+  kernel_flops = 2 * K * KERNELS['experts']
   outputs = 2 * (
     2 * KERNELS['attention'] + KERNELS['ffn'] + K * KERNELS['experts']
   )
   outputs += 2 * M * E + 2 * V * M + 2 * (4 * 2 * T * H * D)
-  assert experts.backward_flops == outputs + own
-  assert everything.backward_flops == others.backward_flops + own
+  assert experts.backward_flops == outputs + kernel_flops
+  assert all_parts.backward_flops == non_experts.backward_flops + kernel_flops
   # Adapters of attention: a pair for each of four kernels in two layers.
-  lora = counted(lora=(('rank', 5),))
+  lora = cost_of(lora=(('rank', 5),))
   assert lora.trained_params == 2 * 4 * 5 * (M + H * D)
   assert lora.backward_flops == outputs + 2 * 2 * KERNELS['attention']
   assert lora.gradient_bytes == 4 * (
@@ -91,12 +91,14 @@ def test_a_told_example():
   ids=str,
 )
 def test_the_compiler_counts_the_same_difference(more, less):
-  a, b = counted(**more), counted(**less)
-  expected = ROWS * T * (a.backward_flops - b.backward_flops)
-  expected += a.step_flops - b.step_flops
+  more_cost, less_cost = cost_of(**more), cost_of(**less)
+  expected = ROWS * T * (more_cost.backward_flops - less_cost.backward_flops)
+  expected += more_cost.step_flops - less_cost.step_flops
   # The rest is elementwise (the optimizer, softmax, activations); compilers
   # of different age count between 4 % and 7 % for it.
-  assert xla(**more) - xla(**less) == pytest.approx(expected, rel=0.1)
+  assert xla_flops(**more) - xla_flops(**less) == pytest.approx(
+    expected, rel=0.1
+  )
 
 
 def test_each_usual_choice_costs_less_than_all():

@@ -38,10 +38,10 @@ def mixture(names='abcd', **changes):
 @functools.cache
 def run_of(names, held_out=''):
   """A run on a mixture: options, model, variables."""
-  chosen = {'source': mixture(names).sources[names[0]]}
+  changes = {'source': mixture(names).sources[names[0]]}
   if len(names) > 1:
     mixed = mixture(names, held_out=held_out)
-    chosen = {'source': data.PythonStdlibSource(), 'mixture': mixed}
+    changes = {'source': data.PythonStdlibSource(), 'mixture': mixed}
   run = tiny.options(
     data={
       'task': {'kind': 'seq2seq'},
@@ -49,7 +49,7 @@ def run_of(names, held_out=''):
       'seq_len': 40,
     }
   ).filled(257)
-  run = dataclasses.replace(run, data=dataclasses.replace(run.data, **chosen))
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, **changes))
   model = run.build()
   variables = {'params': tiny_models.params_of(model)}
   return run, model, variables
@@ -58,7 +58,7 @@ def run_of(names, held_out=''):
 def measure(folder, entry, names=tuple('abcd'), **changes):
   run, model, variables = run_of(names, **changes)
   entries, rules = {'it': entry}, run.sharding.rules
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   (evaluation,) = make_evaluations(
     entries,
     changed_models(run.model, model, entries, rules),
@@ -66,7 +66,7 @@ def measure(folder, entry, names=tuple('abcd'), **changes):
     data=run.data,
     batch_size=run.batch_size,
     workdir=folder,
-    put=Placing(one, run.batch_size),
+    put=Placing(sharding, run.batch_size),
   )
   return evaluation.measure(variables, 0)
 
@@ -127,8 +127,8 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
 def test_told_answers_are_counted_in_percent():
   questions = [data.Question('q', target) for target in ('x', 'y', 'x', 'z')]
   pairs = [
-    by_source.Pair(np.zeros(1, np.int32), 'q', each.target)
-    for each in questions
+    by_source.Pair(np.zeros(1, np.int32), 'q', question.target)
+    for question in questions
   ]
   scores = by_source.Scores(
     types.SimpleNamespace(data=data.DataOptions()),
@@ -149,7 +149,7 @@ def test_a_task_without_pairs():
 
 
 def test_a_source_that_is_judged_in_two_ways():
-  # Which of two scores would be the source's?
+  # Either of two scores could be the source's.
   questions = [data.Question('q', 'a'), data.Question('q', 'a', ('a', 'b'))]
   source = types.SimpleNamespace(questions=lambda selection: questions)
   options = types.SimpleNamespace(
