@@ -19,7 +19,7 @@ from tests.models import tiny
 from tests.models.tiny import T
 
 
-def counted(config, vocab_size=0):
+def cost_of(config, vocab_size=0):
   """The cost of a config's model; the size completes one that names none."""
   options = run_config.read(config)
   if vocab_size:
@@ -29,13 +29,13 @@ def counted(config, vocab_size=0):
 
 
 def test_mixtral_has_the_published_counts():
-  mixtral = counted(mixtral_8x7b.get_config())
+  mixtral = cost_of(mixtral_8x7b.get_config())
   assert cost.short(mixtral.total_params) == '46.7B'
   assert cost.short(mixtral.active_params) == '12.9B'
 
 
 def test_glam_has_the_published_counts():
-  glam = counted(glam_64b64e.get_config())
+  glam = cost_of(glam_64b64e.get_config())
   assert cost.short(glam.total_params) == '1.16T'
   assert cost.short(glam.active_params) == '96.6B'
 
@@ -53,7 +53,7 @@ def test_glam_has_the_published_counts():
 def test_encoder_decoders_have_the_published_counts(
   name, arg, billions, digits
 ):
-  total = counted(golden.config(name, arg)).total_params
+  total = cost_of(golden.config(name, arg)).total_params
   assert round(total / 1e9, digits) == billions
 
 
@@ -70,7 +70,7 @@ def test_encoder_decoders_have_the_published_counts(
 def test_decoders_have_the_published_counts(name, total, active, with_table):
   # DeepSeek since V2 and gpt-oss leave the table of embeddings, of which tokens
   # use one row, out of active parameters. Qwen's 3.35 is cut, not rounded.
-  counts = counted(golden.config(name))
+  counts = cost_of(golden.config(name))
   table = 0 if with_table else counts.embedding_params
   for text, counted_params in (
     (total, counts.total_params),
@@ -82,7 +82,7 @@ def test_decoders_have_the_published_counts(name, total, active, with_table):
 
 def test_fine_grained_experts_cost_what_those_of_switch_do_but_the_router():
   fine, switch = (
-    counted(golden.config(name), 257)
+    cost_of(golden.config(name), 257)
     for name in ('tiny_finegrained', 'tiny_switch')
   )
   assert fine.expert_params == switch.expert_params
@@ -100,7 +100,7 @@ def test_openmoe_is_the_sum_of_its_parts():
   # The model has 20 dense layers, and 4 sparse ones with a dense feed-forward
   # beside the experts.
   outside += (20 + 4) * ffn + 4 * M * 32 + (2 * 24 + 4 + 1) * M
-  openmoe = counted(openmoe_8b.get_config())
+  openmoe = cost_of(openmoe_8b.get_config())
   assert openmoe.expert_params == 4 * 32 * ffn
   assert openmoe.total_params == outside + 4 * 32 * ffn
   assert openmoe.active_params == outside + 4 * 2 * ffn

@@ -28,8 +28,10 @@ def options_of(**overrides):
 def test_extrapolated_is_what_the_unrolled_model_has():
   model = {'num_layers': 4, 'moe': {'layers': 'all'}}
   looped = options_of(model=model)
-  whole = flops(options_of(model={**model, 'scan_layers': False}))
-  assert periods.extrapolate(looped, flops) == pytest.approx(whole, rel=1e-3)
+  unrolled_flops = flops(options_of(model={**model, 'scan_layers': False}))
+  assert periods.extrapolate(looped, flops) == pytest.approx(
+    unrolled_flops, rel=1e-3
+  )
 
 
 def test_microbatches_repeat_all_but_the_optimizer():

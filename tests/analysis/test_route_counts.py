@@ -72,15 +72,15 @@ def test_pairs_are_those_of_a_loop(K):
 
 
 def test_repeats_are_those_of_a_loop():
-  one, other = choices(1), choices(2)
+  experts, next_experts = choices(1), choices(2)
   pairs = first = common = 0
-  for a, b in zip(one, other, strict=True):
+  for a, b in zip(experts, next_experts, strict=True):
     if a[0] < 0 or b[0] < 0:
       continue
     pairs += 1
     first += a[0] == b[0]
     common += bool({*a} & {*b} - {-1})
-  assert route_counts.repeats(one, other) == (pairs, first, common)
+  assert route_counts.repeats(experts, next_experts) == (pairs, first, common)
   assert 0 < first < common < pairs
 
 

@@ -103,21 +103,21 @@ def test_tables_are_those_of_a_loop():
 def test_repeats_and_drops_of_a_loop():
   record = make_record()
   layer = route_sums.collect(make_header(), [record]).layers[1]
-  pairs = same = common = different = 0
+  pairs = same_first = common = different = 0
   for b, t in itertools.product(range(B), range(1, 17)):
     if t == 8:  # the first token of the second document
       continue
     expert = record.layers[1].expert[b]
     pairs += 1
-    same += expert[t, 0] == expert[t - 1, 0]
+    same_first += expert[t, 0] == expert[t - 1, 0]
     common += bool({*expert[t]} & {*expert[t - 1]})
-    other = record.tokens[b, t] != record.tokens[b, t - 1]
-    different += other and expert[t, 0] == expert[t - 1, 0]
-  assert layer.repeats == (pairs, same, common)
+    differs = record.tokens[b, t] != record.tokens[b, t - 1]
+    different += differs and expert[t, 0] == expert[t - 1, 0]
+  assert layer.repeats == (pairs, same_first, common)
   assert layer.different.first == different
   assert layer.chance.pairs == pairs
   persistence = route_findings.persistence(layer)
-  assert persistence.first == same / pairs
+  assert persistence.first == same_first / pairs
   assert persistence.first_uniform == 1 / E
   kept, real = record.layers[1].kept, record.documents > 0
   halves = [1 - kept[:, :10].mean(), 1 - kept[:, 10:17].mean()]

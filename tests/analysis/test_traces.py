@@ -179,16 +179,16 @@ def test_an_unfinished_chunk_is_ignored(three_chunks):
 
 
 @pytest.mark.parametrize(
-  ('name', 'bad', 'message'),
+  ('name', 'damage', 'message'),
   [
     ('damaged', lambda b: b[:-1] + bytes([b[-1] ^ 1]), 'damaged: its sha256'),
     ('truncated', lambda b: b[:-9], 'cannot be read'),
     ('no trace', lambda b: b'nothing', 'cannot be read'),
   ],
 )
-def test_a_bad_chunk_is_refused(three_chunks, name, bad, message):
+def test_a_bad_chunk_is_refused(three_chunks, name, damage, message):
   path = chunks(three_chunks)[1]
-  path.write_bytes(bad(path.read_bytes()))
+  path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(ValueError, match=f'part_00000001.*{message}'):
     list(traces.read(three_chunks).records())
 

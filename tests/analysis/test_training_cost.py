@@ -82,7 +82,7 @@ def test_a_told_example():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('more', 'less'),
+  ('costly', 'cheap'),
   [
     (dict(), dict(trainable='non_experts')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
@@ -90,13 +90,13 @@ def test_a_told_example():
   ],
   ids=str,
 )
-def test_the_compiler_counts_the_same_difference(more, less):
-  more_cost, less_cost = cost_of(**more), cost_of(**less)
-  expected = ROWS * T * (more_cost.backward_flops - less_cost.backward_flops)
-  expected += more_cost.step_flops - less_cost.step_flops
+def test_the_compiler_counts_the_same_difference(costly, cheap):
+  high_cost, low_cost = cost_of(**costly), cost_of(**cheap)
+  expected = ROWS * T * (high_cost.backward_flops - low_cost.backward_flops)
+  expected += high_cost.step_flops - low_cost.step_flops
   # The rest is elementwise (the optimizer, softmax, activations); compilers
   # of different age count between 4 % and 7 % for it.
-  assert xla_flops(**more) - xla_flops(**less) == pytest.approx(
+  assert xla_flops(**costly) - xla_flops(**cheap) == pytest.approx(
     expected, rel=0.1
   )
 
@@ -105,14 +105,14 @@ def test_each_usual_choice_costs_less_than_all():
   options = options_of()
   model = options.build()
   costs = {
-    name: training_cost.training_cost(changed, model)
-    for name, changed in training_cost.variants(options, model)
+    name: training_cost.training_cost(variant, model)
+    for name, variant in training_cost.variants(options, model)
   }
   assert len(costs) == 5
-  whole = costs.pop('all')
-  for name, c in costs.items():
-    assert c.optimizer_bytes < whole.optimizer_bytes, name
-    assert c.backward_flops < whole.backward_flops, name
+  all_cost = costs.pop('all')
+  for name, cost in costs.items():
+    assert cost.optimizer_bytes < all_cost.optimizer_bytes, name
+    assert cost.backward_flops < all_cost.backward_flops, name
 
 
 def test_a_model_of_two_stacks_is_refused():

@@ -85,8 +85,8 @@ def test_a_told_summary():
     'held_out_mean': 70.0,
     'held_out_cluster_mean': 70.0,
   }
-  alone = by_source.summary_row({'x': 3.0}, MixtureOptions())
-  assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
+  single_row = by_source.summary_row({'x': 3.0}, MixtureOptions())
+  assert single_row == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
   # No source may have the name of a mean.
   means = [name for name in row if name.endswith('mean')]
   assert len(means) == 4
@@ -100,8 +100,8 @@ def test_a_told_summary():
 def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   for split in ('validation', 'train'):  # `row` is of the training split below
     row = measure(tmp_path, SourceLosses(split=split), held_out='c')
-    alone = measure(tmp_path, LossEvaluation(split=split), ('a',))
-    assert row['a'] == pytest.approx(alone['loss'], rel=1e-6)
+    single_row = measure(tmp_path, LossEvaluation(split=split), ('a',))
+    assert row['a'] == pytest.approx(single_row['loss'], rel=1e-6)
   assert len({row[name] for name in 'abcd'}) == 4
   assert row['held_out_mean'] == row['c']
   assert row['mean'] == pytest.approx(np.mean([row[n] for n in 'abd']))
@@ -115,10 +115,12 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   names, entry = 'ab', SourceScores(num_questions=3, num_tokens=4)
   row = measure(tmp_path, entry, tuple(names))
   for name in names:
-    alone = measure(tmp_path, entry, (name,))
-    assert row[name] == alone['source'] == alone['mean']
+    single_row = measure(tmp_path, entry, (name,))
+    assert row[name] == single_row['source'] == single_row['mean']
     # With choices, the likelihood of the right one is measured too.
-    assert row.get(f'{name}.nats') == pytest.approx(alone.get('source.nats'))
+    assert row.get(f'{name}.nats') == pytest.approx(
+      single_row.get('source.nats')
+    )
     assert (row.get(f'{name}.chance') == 50) == (name != 'a')
   mean = np.mean([row[name] for name in names])
   assert row['mean'] == pytest.approx(mean)

@@ -73,8 +73,8 @@ def test_log_likelihoods_of_a_decoder():
     batch_size=2,
     put=placing(2),
   )
-  whole = [np.concatenate(example) for example in examples]
-  tokens, mask = padded(whole, tiny.T)
+  token_rows = [np.concatenate(example) for example in examples]
+  tokens, mask = padded(token_rows, tiny.T)
   logits, _ = tiny.apply(model)(params, tokens, mask)
   # The logits at the token before the answer predict its first token.
   starts = [len(e.inputs) - 1 for e in examples]
@@ -115,10 +115,10 @@ def test_log_likelihoods_of_examples_of_several_tasks():
       task_ids=task_ids,
     )
 
-  alone = np.stack([likelihoods_of([0] * 5), likelihoods_of([1] * 5)])
-  assert (np.abs(alone[0] - alone[1]) > 1e-2).all()
+  by_task = np.stack([likelihoods_of([0] * 5), likelihoods_of([1] * 5)])
+  assert (np.abs(by_task[0] - by_task[1]) > 1e-2).all()
   np.testing.assert_allclose(
-    likelihoods_of(tasks), alone[tasks, range(5)], rtol=1e-5
+    likelihoods_of(tasks), by_task[tasks, range(5)], rtol=1e-5
   )
 
 
@@ -215,8 +215,8 @@ def test_without_overrides_nothing_is_dropped(bench):
   bench.model = {'moe': {'capacity': {'per_token': {'factor': 0.3}}}}
   assert bench.choice(source=source).setting.model.moe.capacity == All()
   overrides = {'moe': {'capacity': {'per_token': {'factor': 0.7}}}}
-  changed = bench.choice(source=source, model_overrides=overrides)
-  assert changed.setting.model.moe.capacity == PerToken(0.7)
+  measure = bench.choice(source=source, model_overrides=overrides)
+  assert measure.setting.model.moe.capacity == PerToken(0.7)
 
 
 @pytest.mark.parametrize(

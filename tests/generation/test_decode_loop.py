@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-def built(name, moe):
+def model_and_params(name, moe):
   # With tied embeddings a random model repeats itself.
   options = dict(KINDS[name])
   options['embedding'] = {'tie': False, **options.get('embedding', {})}
@@ -73,7 +73,7 @@ def generate(model, params, prompts=PROMPTS, **options):
 
 def likeliest(name, params, new_rows):
   """The likeliest token after each prefix of the answers, by one pass."""
-  model, _ = built(name, ROOM)
+  model, _ = model_and_params(name, ROOM)
   answers = [row.tolist() for row in new_rows]
   if model.has_encoder:
     rows = [[START, *answer[:-1]] for answer in answers]
@@ -113,7 +113,7 @@ FAST = ('rotary',)
   ],
 )
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
-  model, params = built(name, TIGHT)
+  model, params = model_and_params(name, TIGHT)
   output = generate(model, params)
   np.testing.assert_array_equal(output.lengths, [NEW] * 6)
   expected = likeliest(name, params, output.rows)
@@ -129,7 +129,7 @@ DRAWN = dict(temperature=1.5, top_p=0.9)
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['rotary', 't5'])
 def test_a_row_alone_is_the_row_in_a_batch(name):
-  model, params = built(name, TIGHT)
+  model, params = model_and_params(name, TIGHT)
   seeds = [4, 9, 1, 7, 2, 30]
   together = generate(model, params, seed=seeds, **DRAWN).rows
   for i in ALONE:
@@ -140,7 +140,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @pytest.fixture(scope='module')
 def prepared():
   """A prepared decoder, which tests share."""
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   return generation.prepare(model, {'params': params})
 
 
@@ -158,7 +158,7 @@ def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
 
 
 def test_rows_end_with_their_stop_tokens():
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   endless = generate(model, params).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
   output = generate(model, params, stop_ids=stops, pad_id=22)
@@ -201,7 +201,7 @@ def test_a_true_answer_ends_the_stream(prepared):
 
 
 def test_forced_tokens_come_first():
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   streamed = []
   output = generate(
     model,
@@ -237,7 +237,7 @@ def test_a_checkpoints_own_capacity_binds_in_its_encoder():
 
 @pytest.mark.slow
 def test_boxed_and_prepared_parameters_do(prepared):
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   boxed = jax.jit(model.init)(tiny.key(0), jnp.zeros((1, T), jnp.int32))
   boxed = jax.tree.map(
     lambda box, value: box.replace_boxed(value),
@@ -253,7 +253,7 @@ def test_boxed_and_prepared_parameters_do(prepared):
 
 @pytest.mark.slow
 def test_sharded_parameters_generate_the_same(prepared):
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   tokens = generate(model, jax.device_put(params, whole)).tokens

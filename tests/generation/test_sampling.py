@@ -75,8 +75,8 @@ def test_draws_follow_the_softmax_of_what_is_kept(options):
   N = 4000
   sampler = sampling.Sampler.make(**options)
   keys = sampling.row_keys(3, N)
-  drawn = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
-  share = np.bincount(drawn, minlength=V) / N
+  tokens = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
+  share = np.bincount(tokens, minlength=V) / N
   # The definition is temperature first, then top-k, then top-p.
   scaled = row / options['temperature']
   if 'top_k' in options:

@@ -373,6 +373,6 @@ def test_the_normaliser_of_router_losses_is_what_routers_counted():
   tokens, segments = tiny.tokens(), np.ones((tiny.B, tiny.T), np.int32)
   segments[0, 4:] = segments[2] = 0
   _, aux = tiny.apply(model)(tiny.params_of(model), tokens, segments)
-  counted = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
-  np.testing.assert_array_equal(counted, aux.stats.tokens)
-  assert counted[0] == tiny.B * tiny.T
+  counts = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
+  np.testing.assert_array_equal(counts, aux.stats.tokens)
+  assert counts[0] == tiny.B * tiny.T

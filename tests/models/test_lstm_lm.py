@@ -128,8 +128,8 @@ def test_a_deep_feed_forward_is_its_products():
   deep = FeedForward(c, biased, depth=3)
   shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
   leaves, tree = jax.tree.flatten(shapes)
-  drawn = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  params = tree.unflatten(drawn)
+  arrays = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  params = tree.unflatten(arrays)
   p = nn.meta.unbox(params)['params']
   h = x
   for w, b in (
