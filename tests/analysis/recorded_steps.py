@@ -1,6 +1,6 @@
 """Training steps of tiny models whose choices of experts are recorded.
 
-Not here: any test.
+This module has no tests.
 """
 
 import functools
@@ -81,8 +81,8 @@ def records(model, batch, choices, step=0):
 
 def record(model, batch, choices, step=0):
   """The record of the choices that a step made in a batch of one sequence."""
-  (own,) = records(model, batch, choices, step)
-  return own
+  (only_record,) = records(model, batch, choices, step)
+  return only_record
 
 
 @functools.cache
@@ -91,8 +91,8 @@ def forward(model):
   state = first_state(model)
 
   def apply(batch):
-    result, choices = RECORDED(model, state.variables, **model.inputs(batch))
-    return *result, choices
+    outputs, choices = RECORDED(model, state.variables, **model.inputs(batch))
+    return *outputs, choices
 
   return jax.jit(apply)
 
@@ -108,26 +108,26 @@ def run(model, records=(), *, steps=3, microbatches=1, mesh=None):
     microbatches: The number of microbatches.
     mesh: The devices; None: one.
   """
-  state, metrics, made = first_state(model), [], []
-  place = None
+  state, metrics, new_records = first_state(model), [], []
+  batch_sharding = None
   if mesh is not None:
-    state = jax.device_put(state, _places(model, mesh, state))
-    place = partitioning.sharding(mesh, RULES, ('batch', None))
+    state = jax.device_put(state, _state_shardings(model, mesh, state))
+    batch_sharding = partitioning.sharding(mesh, RULES, ('batch', None))
   for step in range(steps):
     batch = batch_of(step)
-    given = replay.imposed(model, batch, *records[step : step + 1])
+    imposed_batch = replay.imposed(model, batch, *records[step : step + 1])
     if mesh is not None:
-      given = jax.device_put(given, place)
-    state, own = compiled(model, microbatches)(state, given)
-    made.append(record(model, batch, own.sums.choices, step))
-    sums = own.sums._replace(choices=None)
-    metrics.append(jax.device_get(own._replace(sums=sums)))
-  return jax.device_get(state), metrics, made
+      imposed_batch = jax.device_put(imposed_batch, batch_sharding)
+    state, step_metrics = compiled(model, microbatches)(state, imposed_batch)
+    new_records.append(record(model, batch, step_metrics.sums.choices, step))
+    sums = step_metrics.sums._replace(choices=None)
+    metrics.append(jax.device_get(step_metrics._replace(sums=sums)))
+  return jax.device_get(state), metrics, new_records
 
 
-def _places(model, mesh, state):
+def _state_shardings(model, mesh, state):
   trees = models.describe(model)
   params = partitioning.tree_shardings(mesh, RULES, trees.axes, trees.shapes)
-  whole = partitioning.sharding(mesh, RULES, ())
-  places = jax.tree.map(lambda _: whole, state)
-  return places.replace(params=params)
+  replicated = partitioning.sharding(mesh, RULES, ())
+  shardings = jax.tree.map(lambda _: replicated, state)
+  return shardings.replace(params=params)

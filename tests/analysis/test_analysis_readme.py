@@ -48,15 +48,15 @@ def test_the_example_says_what_ids_tell(capsys):
     compile(example('specialisation'), str(README), 'exec'),
     {'__name__': 'readme'},
   )
-  told, shared = capsys.readouterr().out.splitlines()
-  assert told.endswith('nats, adjusted 100%')
-  assert 0.15 < float(shared) < 0.35  # ids are random, so about 1 / 4
+  information_line, repeat_rate = capsys.readouterr().out.splitlines()
+  assert information_line.endswith('nats, adjusted 100%')
+  assert 0.15 < float(repeat_rate) < 0.35  # ids are random, so about 1 / 4
 
 
 def test_the_example_reads_a_trace(capsys):
   exec(compile(example('traces.write'), str(README), 'exec'), {})
-  said = capsys.readouterr().out
-  assert said == 'layer 1: load [0 0 4 0], 25% dropped\n'
+  printed = capsys.readouterr().out
+  assert printed == 'layer 1: load [0 0 4 0], 25% dropped\n'
 
 
 def test_the_example_colours_a_text(tmp_path, monkeypatch, capsys):
@@ -66,10 +66,10 @@ def test_the_example_colours_a_text(tmp_path, monkeypatch, capsys):
   tokenizer.save(run / 'tokenizer.json')
   ids = tokenizer.encode('a<b')[None]
   expert = np.array([[[3], [0], [3]]])
-  chose = {1: traces.LayerChoices(expert, np.ones(expert.shape), expert >= 0)}
-  places = np.arange(3)[None]
+  layers = {1: traces.LayerChoices(expert, np.ones(expert.shape), expert >= 0)}
+  positions = np.arange(3)[None]
   record = traces.Record(
-    'train_capacity', 0, 0, ids, places, np.ones_like(ids), chose
+    'train_capacity', 0, 0, ids, positions, np.ones_like(ids), layers
   )
   header = traces.Header({1: traces.LayerInfo(4, 1)}, 1, 3, vocab_size=300)
   traces.write(run / 'trace', header, [record])
@@ -86,7 +86,9 @@ def test_the_example_replays_a_batch():
   scope = {}
   exec(compile(example('replay.imposed'), str(README), 'exec'), scope)
   assert 0 < scope['error'] < 0.1
-  assert not all(own.kept.all() for own in scope['record'].layers.values())
+  assert not all(
+    choices.kept.all() for choices in scope['record'].layers.values()
+  )
 
 
 def test_every_file_is_named():

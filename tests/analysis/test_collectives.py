@@ -148,9 +148,9 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
 
   x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
   w = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
-  whole = NamedSharding(mesh, PartitionSpec())
+  replicated = NamedSharding(mesh, PartitionSpec())
   compiled = (
-    jax.jit(f, in_shardings=(split, whole), out_shardings=split)
+    jax.jit(f, in_shardings=(split, replicated), out_shardings=split)
     .lower(x, w)
     .compile()
   )

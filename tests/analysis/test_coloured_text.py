@@ -36,20 +36,20 @@ def test_a_panel_has_the_colours_and_numbers_of_its_layer():
   assert boxes == [expected[token] for token in token_of]
   numbers = [t.get_text() for t in second.texts if t.get_fontsize() < 5]
   assert numbers == [str(token) for token in token_of]
-  shown = ''.join(t.get_text() for t in first.texts if t.get_fontsize() > 5)
-  assert shown == 'if x:\u21b5  \u00b7f($_)'
+  text = ''.join(t.get_text() for t in first.texts if t.get_fontsize() > 5)
+  assert text == 'if x:\u21b5  \u00b7f($_)'
   canvas.savefig('/dev/null', format='png')  # '$' is no formula
 
 
 def test_panels_are_as_wide_as_their_text_and_stand_side_by_side():
   experts = {f'layer {n}': np.zeros(5, int) for n in range(3)}
-  two, one = (figure(TEXTS, experts, columns=n) for n in (20, 12))
+  wide, narrow = (figure(TEXTS, experts, columns=n) for n in (20, 12))
   # The longest line has 8 characters with those that are shown for nothing.
-  assert [axes.get_xlim() for axes in two.axes] == [(0, 8)] * 3
-  for canvas, rows in ((two, [0, 0, 1]), (one, [0, 1, 2])):
-    places = [axes.get_subplotspec() for axes in canvas.axes]
-    assert [place.rowspan.start for place in places] == rows
-  assert two.get_figwidth() == pytest.approx(2 * one.get_figwidth())
+  assert [axes.get_xlim() for axes in wide.axes] == [(0, 8)] * 3
+  for canvas, rows in ((wide, [0, 0, 1]), (narrow, [0, 1, 2])):
+    grid_cells = [axes.get_subplotspec() for axes in canvas.axes]
+    assert [cell.rowspan.start for cell in grid_cells] == rows
+  assert wide.get_figwidth() == pytest.approx(2 * narrow.get_figwidth())
 
 
 def test_html_escapes_text_and_numbers_tokens():

@@ -19,7 +19,7 @@ from tests.models import tiny
 from tests.models.tiny import T
 
 
-def counted(config, vocab_size=0):
+def cost_of(config, vocab_size=0):
   """The cost of a config's model; the size completes one that names none."""
   options = run_config.read(config)
   if vocab_size:
@@ -29,13 +29,13 @@ def counted(config, vocab_size=0):
 
 
 def test_mixtral_has_the_published_counts():
-  mixtral = counted(mixtral_8x7b.get_config())
+  mixtral = cost_of(mixtral_8x7b.get_config())
   assert cost.short(mixtral.total_params) == '46.7B'
   assert cost.short(mixtral.active_params) == '12.9B'
 
 
 def test_glam_has_the_published_counts():
-  glam = counted(glam_64b64e.get_config())
+  glam = cost_of(glam_64b64e.get_config())
   assert cost.short(glam.total_params) == '1.16T'
   assert cost.short(glam.active_params) == '96.6B'
 
@@ -53,7 +53,7 @@ def test_glam_has_the_published_counts():
 def test_encoder_decoders_have_the_published_counts(
   name, arg, billions, digits
 ):
-  total = counted(golden.config(name, arg)).total_params
+  total = cost_of(golden.config(name, arg)).total_params
   assert round(total / 1e9, digits) == billions
 
 
@@ -70,19 +70,19 @@ def test_encoder_decoders_have_the_published_counts(
 def test_decoders_have_the_published_counts(name, total, active, with_table):
   # DeepSeek since V2 and gpt-oss leave the table of embeddings, of which tokens
   # use one row, out of active parameters. Qwen's 3.35 is cut, not rounded.
-  counts = counted(golden.config(name))
+  counts = cost_of(golden.config(name))
   table = 0 if with_table else counts.embedding_params
-  for text, ours in (
+  for text, counted_params in (
     (total, counts.total_params),
     (active, counts.active_params - table),
   ):
     last_digit = 0.1 if '.' in text else 1
-    assert abs(ours / 1e9 - float(text)) < 0.55 * last_digit
+    assert abs(counted_params / 1e9 - float(text)) < 0.55 * last_digit
 
 
 def test_fine_grained_experts_cost_what_those_of_switch_do_but_the_router():
   fine, switch = (
-    counted(golden.config(name), 257)
+    cost_of(golden.config(name), 257)
     for name in ('tiny_finegrained', 'tiny_switch')
   )
   assert fine.expert_params == switch.expert_params
@@ -100,7 +100,7 @@ def test_openmoe_is_the_sum_of_its_parts():
   # The model has 20 dense layers, and 4 sparse ones with a dense feed-forward
   # beside the experts.
   outside += (20 + 4) * ffn + 4 * M * 32 + (2 * 24 + 4 + 1) * M
-  openmoe = counted(openmoe_8b.get_config())
+  openmoe = cost_of(openmoe_8b.get_config())
   assert openmoe.expert_params == 4 * 32 * ffn
   assert openmoe.total_params == outside + 4 * 32 * ffn
   assert openmoe.active_params == outside + 4 * 2 * ffn
@@ -140,9 +140,9 @@ def test_counts_of_a_tiny_model_by_hand():
 @pytest.mark.parametrize('positions', [Learned(), Relative()])
 def test_what_is_looked_up_or_added_is_not_multiplied(positions):
   plain = cost.count(tiny.build(positions=NoPositions()), T)
-  more = cost.count(tiny.build(positions=positions, use_bias=True), T)
-  assert more.total_params > plain.total_params
-  assert more.forward_flops == plain.forward_flops
+  extended = cost.count(tiny.build(positions=positions, use_bias=True), T)
+  assert extended.total_params > plain.total_params
+  assert extended.forward_flops == plain.forward_flops
 
 
 def test_total_is_the_size_of_parameters_that_the_model_takes():
@@ -221,13 +221,15 @@ def test_an_encoder_decoders_tokens_are_counted_by_half():
   # 300: a token costs 180 on average.
   encoder = cost.TokenFlops(products=90, router=10)
   decoder = cost.TokenFlops(products=280, router=20)
-  both = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
-  assert both.example_flops == 900
-  assert both.forward_flops == 180
-  assert both.training_flops == 540
-  assert both.router_flops == 14
-  assert (both.prefill_flops, both.decode_flops) == (100, 300)
-  assert '100 for a token of the encoder, 300 for one of' in both.describe()
+  model_cost = cost.Cost(9, 9, 0, 0, decoder, encoder, 2, 3, 1.0)
+  assert model_cost.example_flops == 900
+  assert model_cost.forward_flops == 180
+  assert model_cost.training_flops == 540
+  assert model_cost.router_flops == 14
+  assert (model_cost.prefill_flops, model_cost.decode_flops) == (100, 300)
+  assert (
+    '100 for a token of the encoder, 300 for one of' in model_cost.describe()
+  )
 
 
 def test_counts_of_a_tiny_encoder_decoder_by_hand():
@@ -236,14 +238,14 @@ def test_counts_of_a_tiny_encoder_decoder_by_hand():
     kind='encoder_decoder',
     encoder=dict(num_layers=3, overrides={'moe': {'layers': 'none'}}),
   )
-  both = cost.count(model, seq_len=T, target_len=7)
+  model_cost = cost.count(model, seq_len=T, target_len=7)
   # The sum is of queries, keys, values and outputs, a feed-forward, a router
   # and the logits.
   attention, ffn, router, logits = 4 * 12 * 24, 2 * 12 * 20, 12 * 5, 12 * 23
   # Each of the decoder's two layers computes keys and values of the encoder's
   # output.
   cross_keys = 2 * 2 * 12 * 24
-  encoder, decoder = both.encoder, both.decoder
+  encoder, decoder = model_cost.encoder, model_cost.decoder
   assert encoder.products == 2 * (3 * (attention + ffn) + cross_keys)
   assert encoder.attention == 3 * 4 * T * 24
   assert (encoder.experts, encoder.router) == (0, 0)
@@ -253,12 +255,12 @@ def test_counts_of_a_tiny_encoder_decoder_by_hand():
   assert decoder.attention == 2 * 4 * (7 + T) * 24
   norms = (3 * 2 + 2 * 3 + 2) * 12
   assert (
-    both.active_params
+    model_cost.active_params
     == (3 * (attention + ffn) + 2 * (2 * attention + 2 * ffn + router))
     + norms
     + logits
   )
-  assert both.total_params == both.active_params + 2 * 3 * ffn
+  assert model_cost.total_params == model_cost.active_params + 2 * 3 * ffn
 
 
 LARGER = dict(
@@ -286,11 +288,13 @@ def test_an_encoder_decoder_is_what_xla_counts():
   ffn = dict(hidden=192, activation='swiglu')
   options = {**LARGER, 'ffn': ffn}
   model = tiny.build(moe, kind='encoder_decoder', **options)
-  ours = cost.count(model, LONG, SHORT)
-  assert ours.capacity_slack != 1
+  model_cost = cost.count(model, LONG, SHORT)
+  assert model_cost.capacity_slack != 1
   # XLA also counts softmaxes and norms.
-  xla = flops_of(model.apply, abstract(model), ints(3, LONG), ints(3, SHORT))
-  assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+  xla_flops = flops_of(
+    model.apply, abstract(model), ints(3, LONG), ints(3, SHORT)
+  )
+  assert model_cost.computed_flops * 3 == pytest.approx(xla_flops, rel=0.04)
 
 
 def test_a_decoding_step_is_what_xla_counts():
@@ -301,9 +305,9 @@ def test_a_decoding_step_is_what_xla_counts():
   def step(variables, tokens, mask, cache):
     return model.apply(variables, tokens, mask, cache, method='decode')
 
-  xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
-  ours = cost.count(model, LONG)
-  assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+  xla_flops = flops_of(step, abstract(model), ints(3, 1), mask, cache)
+  model_cost = cost.count(model, LONG)
+  assert model_cost.decode_flops * 3 == pytest.approx(xla_flops, rel=0.04)
 
 
 def test_latent_attention_is_what_xla_counts():
@@ -313,20 +317,20 @@ def test_latent_attention_is_what_xla_counts():
   )  # fmt: skip
   options = {**LARGER, 'attention': latent}
   model = tiny.build(dict(layers='none'), **options)
-  ours = cost.count(model, LONG)
-  xla = flops_of(model.apply, abstract(model), ints(3, LONG))
-  assert ours.computed_flops * 3 == pytest.approx(xla, rel=0.04)
+  model_cost = cost.count(model, LONG)
+  xla_flops = flops_of(model.apply, abstract(model), ints(3, LONG))
+  assert model_cost.computed_flops * 3 == pytest.approx(xla_flops, rel=0.04)
   cache = jax.eval_shape(lambda: model.make_cache(3, LONG))
   mask = jax.ShapeDtypeStruct((3, 1), jnp.bool_)
 
   def step(variables, tokens, mask, cache):
     return model.apply(variables, tokens, mask, cache, method='decode')
 
-  xla = flops_of(step, abstract(model), ints(3, 1), mask, cache)
-  assert ours.decode_flops * 3 == pytest.approx(xla, rel=0.04)
+  xla_flops = flops_of(step, abstract(model), ints(3, 1), mask, cache)
+  assert model_cost.decode_flops * 3 == pytest.approx(xla_flops, rel=0.04)
   # Sums have 48 + 8 numbers for each head, not 24, scores 56, not 16 + 8.
-  more = 2 * LONG * 4 * (2 * 56 - 48)
-  assert ours.decode_flops - ours.decoder.total == more
+  extra_flops = 2 * LONG * 4 * (2 * 56 - 48)
+  assert model_cost.decode_flops - model_cost.decoder.total == extra_flops
 
 
 @pytest.mark.parametrize('part', ['experts', 'kernels'])

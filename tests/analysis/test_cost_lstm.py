@@ -65,10 +65,10 @@ def test_the_count_is_what_xla_counts():
   params = tiny.params_of(model)
   tokens = jnp.zeros((64, 1), jnp.int32)
   run = jax.jit(lambda p, t: model.apply({'params': p}, t)[0])
-  counted = run.lower(params, tokens).compile().cost_analysis()['flops'] / 64
+  xla_flops = run.lower(params, tokens).compile().cost_analysis()['flops'] / 64
   # Every expert is chosen and has one slot; einsum multiplies all of them.
-  ours = cost.count(model, 1).forward_flops
-  assert abs(counted / ours - 1) < 0.1
+  formula_flops = cost.count(model, 1).forward_flops
+  assert abs(xla_flops / formula_flops - 1) < 0.1
 
 
 def test_the_table_says_it():

@@ -123,12 +123,12 @@ def test_an_unknown_key_is_refused_in_one_line(
   main, flag, nearest, capsys, monkeypatch
 ):
   monkeypatch.chdir(ROOT)
-  with pytest.raises(SystemExit) as ended:
+  with pytest.raises(SystemExit) as exit_info:
     main(['--config=configs/tiny_switch.py', flag])
-  assert ended.value.code == 1
-  said = capsys.readouterr()
-  assert said.out == ''
-  (line,) = said.err.strip().splitlines()
+  assert exit_info.value.code == 1
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  (line,) = captured.err.strip().splitlines()
   assert 'unknown config key' in line
   assert f"{nearest}'" in line.split('; have')[0]
 
@@ -137,11 +137,11 @@ def test_a_vocabulary_that_depends_on_the_data_is_asked_for():
   config = tiny_run.config()
   options = run_config.read(config)
   assert cost.with_own_vocabulary(options).model.vocab_size == 257
-  given = tiny_run.options(model={'vocab_size': 300})
-  assert cost.with_own_vocabulary(given).model.vocab_size == 300
-  chars = tiny_run.options(data={'tokenizer': {'kind': 'chars'}})
+  sized_options = tiny_run.options(model={'vocab_size': 300})
+  assert cost.with_own_vocabulary(sized_options).model.vocab_size == 300
+  chars_options = tiny_run.options(data={'tokenizer': {'kind': 'chars'}})
   with pytest.raises(ValueError, match=r'Chars.*--config.model.vocab_size'):
-    cost.with_own_vocabulary(chars)
+    cost.with_own_vocabulary(chars_options)
 
 
 def test_a_model_of_features_has_no_cost_per_token():

@@ -17,18 +17,18 @@ def test_known_devices_have_their_vendors_capacity():
 
 
 def test_this_machine_has_memory_but_not_more_than_there_is():
-  here = devices.get(devices.HERE)
+  this_machine = devices.get(devices.HERE)
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  assert 2**28 < here.num_bytes <= physical
+  assert 2**28 < this_machine.num_bytes <= physical
 
 
 @pytest.mark.parametrize(
-  ('written', 'expected'), [('4096\n', 4096), ('max\n', None), (None, None)]
+  ('file_text', 'expected'), [('4096\n', 4096), ('max\n', None), (None, None)]
 )
-def test_a_limit_of_the_process_group_counts(tmp_path, written, expected):
+def test_a_limit_of_the_process_group_counts(tmp_path, file_text, expected):
   file = tmp_path / 'memory.max'
-  if written is not None:
-    file.write_text(written)
+  if file_text is not None:
+    file.write_text(file_text)
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   assert devices.host_bytes(file) == (expected or physical)
 

@@ -43,7 +43,7 @@ def rates(options, folder):
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
   state, rows = run.programs.init_state(), run.dataset.splits['validation']
   report = routing_table(hooks.layer_stats(run, state), str)
-  evaluated = Losses(
+  eval_metrics = Losses(
     model=run.model,
     num_batches=BATCHES,
     batch_size=options.batch_size,
@@ -59,17 +59,19 @@ def rates(options, folder):
     )
     sums = summary.host(sums)
     total = sums if total is None else add(total, sums)
-  trained = summary.summarize(total)
+  train_metrics = summary.summarize(total)
   keys = [
     'drop_rate', 'drop_rate_choice_1', 'drop_rate_choice_2'
   ]  # fmt: skip
-  reported = [[row['drop_rate'], *row['drop_rate_by_choice']] for row in report]
-  others = [
-    [[metrics[f'layer_{i}/{key}'] for key in keys] for i in range(2)]
-    for metrics in (evaluated, trained)
+  report_rates = [
+    [row['drop_rate'], *row['drop_rate_by_choice']] for row in report
   ]
-  unsent = [trained[f'layer_{i}/unsent_rate_choice_2'] for i in range(2)]
-  return np.array([reported, *others]), np.array(unsent)
+  metric_rates = [
+    [[metrics[f'layer_{i}/{key}'] for key in keys] for i in range(2)]
+    for metrics in (eval_metrics, train_metrics)
+  ]
+  unsent = [train_metrics[f'layer_{i}/unsent_rate_choice_2'] for i in range(2)]
+  return np.array([report_rates, *metric_rates]), np.array(unsent)
 
 
 @pytest.mark.slow

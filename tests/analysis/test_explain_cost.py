@@ -97,25 +97,25 @@ def test_a_loop_is_not_counted_beside_its_body():
     'dot.1': 2.0,
     'not of this program': 1.0,
   }
-  parts, busy = step_parts.by_part(PROGRAM, seconds)
-  assert busy == 12
-  assert parts == {('experts', False): 9.0, (step_parts.OTHER, False): 3.0}
+  times, busy_time = step_parts.by_part(PROGRAM, seconds)
+  assert busy_time == 12
+  assert times == {('experts', False): 9.0, (step_parts.OTHER, False): 3.0}
 
 
 def test_a_call_that_shows_no_inside_is_counted():
-  parts, busy = step_parts.by_part(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
-  assert busy == 4
-  assert parts == {('router', False): 3.0, (step_parts.OTHER, False): 1.0}
+  times, busy_time = step_parts.by_part(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
+  assert busy_time == 4
+  assert times == {('router', False): 3.0, (step_parts.OTHER, False): 1.0}
 
 
 def test_shares_scale_to_the_step():
-  parts = {
+  times = {
     ('router', False): 1.0,
     ('router', True): 2.0,
     ('experts', False): 5.0,
   }
   # A step of 3 s has 8 s of work, which overlaps, and 1 s of waiting for input.
-  shares = step_parts.shares_of_step(parts, 8.0, step_seconds=4.0, wait=1.0)
+  shares = step_parts.shares_of_step(times, 8.0, step_seconds=4.0, wait=1.0)
   assert [s.part for s in shares] == [
     'router',
     'experts',
@@ -129,7 +129,7 @@ def test_shares_scale_to_the_step():
 
 @pytest.mark.slow
 def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
-  done = subprocess.run(
+  process = subprocess.run(
     [
       sys.executable,
       '-m',
@@ -150,14 +150,16 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
     timeout=300,
     check=False,
   )
-  assert done.returncode == 0, done.stderr
-  step = float(re.search(r'A training step takes ([\d.]+) ms', done.stdout)[1])
-  rows = re.findall(r'│ (\D+?) +│.* ([\d.]+) │ +([\d.]+)% │', done.stdout)
-  parts = {name: float(ms) for name, ms, _ in rows}
-  named = {'router', 'experts', 'attention', 'norms'}
-  assert named | {step_parts.OTHER, step_parts.INPUT} <= set(parts)
-  assert parts['router'] > 0 and parts['experts'] > 0
+  assert process.returncode == 0, process.stderr
+  step_ms = float(
+    re.search(r'A training step takes ([\d.]+) ms', process.stdout)[1]
+  )
+  rows = re.findall(r'│ (\D+?) +│.* ([\d.]+) │ +([\d.]+)% │', process.stdout)
+  part_ms = {name: float(ms) for name, ms, _ in rows}
+  scopes = {'router', 'experts', 'attention', 'norms'}
+  assert scopes | {step_parts.OTHER, step_parts.INPUT} <= set(part_ms)
+  assert part_ms['router'] > 0 and part_ms['experts'] > 0
   # Parts are rounded to 0.01 ms, the step to 0.1 ms.
-  assert sum(parts.values()) == pytest.approx(
-    step, abs=0.05 + 0.005 * len(rows)
+  assert sum(part_ms.values()) == pytest.approx(
+    step_ms, abs=0.05 + 0.005 * len(rows)
   )

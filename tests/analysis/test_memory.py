@@ -75,8 +75,8 @@ def test_the_cache_of_latent_attention_has_one_short_vector_a_token():
   cache = jax.eval_shape(lambda: model.make_cache(B, T))
   assert num_bytes((cache.key, cache.value)) == 3 * B * T * (7 + 2) * 4
   assert memory.cache_bytes(model, B, T) == num_bytes(cache)
-  whole = memory.cache_bytes(model, B, T, uncompressed=True)
-  assert whole - num_bytes(cache) == 3 * B * T * (4 * (6 + 2 + 5) - 9) * 4
+  expanded = memory.cache_bytes(model, B, T, uncompressed=True)
+  assert expanded - num_bytes(cache) == 3 * B * T * (4 * (6 + 2 + 5) - 9) * 4
   plain = tiny.build(attention=dict(head_width=6))
   assert memory.cache_bytes(plain, B, T) == memory.cache_bytes(
     plain, B, T, uncompressed=True
@@ -88,12 +88,12 @@ def test_layers_with_a_window_keep_as_many_slots():
   model = tiny.build(attention=attention, num_layers=4)
   prepared, _ = model.for_decoding({'params': tiny.params_of(model)})
   cache = jax.eval_shape(lambda: prepared.make_cache(B, T))
-  sizes = num_bytes((cache.key, cache.value))
-  assert sizes == 2 * B * 2 * 6 * 4 * 2 * (3 + T)
+  slot_bytes = num_bytes((cache.key, cache.value))
+  assert slot_bytes == 2 * B * 2 * 6 * 4 * 2 * (3 + T)
   assert memory.cache_bytes(model, B, T) == num_bytes(cache)
-  alike = tiny.build(attention=dict(window=3), num_layers=4)
-  cache = jax.eval_shape(lambda: alike.make_cache(B, T))
-  assert memory.cache_bytes(alike, B, T) == num_bytes(cache)
+  uniform = tiny.build(attention=dict(window=3), num_layers=4)
+  cache = jax.eval_shape(lambda: uniform.make_cache(B, T))
+  assert memory.cache_bytes(uniform, B, T) == num_bytes(cache)
 
 
 def test_the_cache_of_an_encoder_decoder_has_the_encoders_too():
@@ -184,7 +184,7 @@ def test_what_a_device_sends_to_the_experts_of_others():
     memory.all_to_all_bytes(half, 12, 4, 2)
 
 
-def kept_between_passes(model, lengths):
+def residual_bytes(model, lengths):
   """Bytes that the forward pass keeps for the backward pass."""
   params = nn.meta.unbox(models.abstract_params(model))
   tokens = [jax.ShapeDtypeStruct((B, n), jnp.int32) for n in lengths]
@@ -196,17 +196,17 @@ def kept_between_passes(model, lengths):
     return jax.vjp(forward, params)[1]
 
   jaxpr = jax.make_jaxpr(passes)(params, *tokens).jaxpr
-  given = {id(v) for v in jaxpr.invars}
+  input_ids = {id(v) for v in jaxpr.invars}
   kernels = {leaf.shape for leaf in jax.tree.leaves(params)}
   # An unrolled stack of kernels is read in slices of one layer.
   kernels |= {shape[1:] for shape in kernels}
-  kept = {
+  residuals = {
     id(v): v.aval
     for v in jaxpr.outvars
-    if not isinstance(v, Literal) and id(v) not in given
+    if not isinstance(v, Literal) and id(v) not in input_ids
   }
   # Kernels cast to another type are not activations.
-  return num_bytes([a for a in kept.values() if a.shape not in kernels])
+  return num_bytes([a for a in residuals.values() if a.shape not in kernels])
 
 
 WIDE = dict(width=32, num_layers=4, embedding=dict(tie=False))
@@ -258,10 +258,12 @@ def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
     attention=dict(implementation='einsum'),
   )
   lengths = LENGTHS[: len(model.stacks)]
-  kept = memory.activations(model, B, *lengths)
-  expected = kept_between_passes(model, lengths)
-  assert kept.layers + kept.scores == pytest.approx(expected, rel=0.11)
-  assert kept.logits == 4 * B * lengths[-1] * tiny.V
+  activations = memory.activations(model, B, *lengths)
+  expected = residual_bytes(model, lengths)
+  assert activations.layers + activations.scores == pytest.approx(
+    expected, rel=0.11
+  )
+  assert activations.logits == 4 * B * lengths[-1] * tiny.V
 
 
 def test_less_is_kept_the_more_is_computed_again():

@@ -50,14 +50,14 @@ class OtherNamesRouter(Router):
     logits = x.astype(jnp.float32) @ w
     if self.options.use_bias:
       logits += self.param('offsets', bias, (E,), jnp.float32)[None, None]
-    chosen = token_choice(
+    routing = token_choice(
       logits,
       num_selected=K,
       capacity=self.sizes.slots(x.shape[1]),
       mask=mask,
       gates=self.options.gates,
     )
-    return chosen, empty_aux(E, K)
+    return routing, empty_aux(E, K)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +82,19 @@ class TwoLayers(nn.Module):
 
 def test_a_router_and_an_expert_with_other_names_cost_the_same():
   options = dict(gates='renormalized', use_bias=True)
-  ours = tiny.build(
+  usual_model = tiny.build(
     dict(router=TokenChoice(**options), expert=FeedForwardExpert(hidden=20))
   )
-  theirs = tiny.build(dict(router=OtherNames(**options), expert=OtherExpert()))
-  ours_names, theirs_names = (
-    set(tiny.leaves(describe(model).shapes)) for model in (ours, theirs)
+  custom_model = tiny.build(
+    dict(router=OtherNames(**options), expert=OtherExpert())
   )
-  assert any('switchboard' in name for name in theirs_names - ours_names)
-  assert any('down' in name for name in theirs_names - ours_names)
-  assert figures(ours) == figures(theirs)
+  usual_names, custom_names = (
+    set(tiny.leaves(describe(model).shapes))
+    for model in (usual_model, custom_model)
+  )
+  assert any('switchboard' in name for name in custom_names - usual_names)
+  assert any('down' in name for name in custom_names - usual_names)
+  assert figures(usual_model) == figures(custom_model)
 
 
 @pytest.mark.parametrize(
@@ -111,22 +114,22 @@ def test_a_router_and_an_expert_with_other_names_cost_the_same():
 def test_names_may_be_scrambled(model, monkeypatch):
   paths = {path for path, _ in model.stacks}
   before = figures(model)
-  renamed = {}
+  new_names = {}
 
   def scramble(tree, path=()):
     """The tree with other names, except those of the stacks' scopes."""
     if not isinstance(tree, dict):
       return tree
-    below = {}
+    new_subtree = {}
     for name, value in tree.items():
-      other = name
+      new_name = name
       if (*path, name) not in paths:
-        other = renamed.setdefault(name, f'name_{len(renamed)}')
-      below[other] = scramble(value, (*path, name))
-    return below
+        new_name = new_names.setdefault(name, f'name_{len(new_names)}')
+      new_subtree[new_name] = scramble(value, (*path, name))
+    return new_subtree
 
   trees = describe(model)
   trees = ParameterTrees(*map(scramble, trees))
   monkeypatch.setattr(model_parts, 'describe', lambda model: trees)
   assert figures(model) == before
-  assert len(renamed) > 10
+  assert len(new_names) > 10

@@ -28,8 +28,10 @@ def options_of(**overrides):
 def test_extrapolated_is_what_the_unrolled_model_has():
   model = {'num_layers': 4, 'moe': {'layers': 'all'}}
   looped = options_of(model=model)
-  whole = flops(options_of(model={**model, 'scan_layers': False}))
-  assert periods.extrapolate(looped, flops) == pytest.approx(whole, rel=1e-3)
+  unrolled_flops = flops(options_of(model={**model, 'scan_layers': False}))
+  assert periods.extrapolate(looped, flops) == pytest.approx(
+    unrolled_flops, rel=1e-3
+  )
 
 
 def test_microbatches_repeat_all_but_the_optimizer():
@@ -57,11 +59,11 @@ def test_both_halves_have_their_own_loops():
       'target_len': 16,
     },
   )
-  seen = []
+  short_halves = []
 
   def record(short):
     decoder, encoder = short.model, short.model.encoder_half()
-    seen.append(
+    short_halves.append(
       (
         decoder.num_layers,
         decoder.moe.layers,
@@ -76,7 +78,7 @@ def test_both_halves_have_their_own_loops():
   assert periods.extrapolate(options, record) == 100 + 60 + 11
   # With 'last 1' eleven layers are a loop of ten dense layers and one sparse
   # layer.
-  assert seen == [
+  assert short_halves == [
     (2, '1', 2, '1'),
     (4, '1,3', 2, '1'),
     (2, '1', 3, '2'),

@@ -52,8 +52,8 @@ def lab(colour, viewer='all'):
   """CIELAB of a colour as somebody sees it."""
   rgb = np.array(to_rgb(colour))
   linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-  seen = np.clip(SEEN_BY[viewer] @ linear, 0, 1)
-  x, y, z = TO_XYZ @ seen / (TO_XYZ @ np.ones(3))
+  perceived = np.clip(SEEN_BY[viewer] @ linear, 0, 1)
+  x, y, z = TO_XYZ @ perceived / (TO_XYZ @ np.ones(3))
   x, y, z = (
     np.cbrt(v) if v > (6 / 29) ** 3 else v / (3 * (6 / 29) ** 2) + 4 / 29
     for v in (x, y, z)
@@ -70,8 +70,8 @@ def test_lab_of_known_colours():
 
 @each_viewer
 def test_colours_of_lines_are_told_apart(viewer):
-  seen = [lab(colour, viewer) for colour in plot_style.COLOURS]
-  for a, b in itertools.combinations(seen, 2):
+  lab_colours = [lab(colour, viewer) for colour in plot_style.COLOURS]
+  for a, b in itertools.combinations(lab_colours, 2):
     assert np.linalg.norm(a - b) > 15
 
 
@@ -87,7 +87,7 @@ def test_lines_of_one_grey_differ_in_dashes_and_marker():
   for a, b in itertools.combinations(styles, 2):
     assert a['linestyle'] != b['linestyle']
     assert a['marker'] != b['marker']
-    # Where lines meet, hollow markers within each other all show.
+    # If lines meet, hollow markers within each other all show.
     assert a['markerfacecolor'] == 'none'
 
 

@@ -44,7 +44,7 @@ def axes_titled(figure, title):
   )
 
 
-def drawn(axes):
+def points_of(axes):
   """The points of every line."""
   return [line.get_xydata().tolist() for line in axes.lines]
 
@@ -59,7 +59,7 @@ def test_curves_show_losses_drops_and_schedule():
   figure = curves_figure(ROWS)
   loss = axes_titled(figure, 'Loss')
   train = [[10, 3.0], [30, 2.0]]
-  assert drawn(loss) == [
+  assert points_of(loss) == [
     train,  # two rows are too few to smooth
     [[10, 2.75], [30, 2.5]],
     [[30, 2.625]],
@@ -72,10 +72,10 @@ def test_curves_show_losses_drops_and_schedule():
   ]
   assert loss.get_ylabel() == 'nats/token'
   drops = axes_titled(figure, 'Dropped choices of experts')
-  assert drawn(drops) == [[[10, 50.0], [30, 25.0]]]
+  assert points_of(drops) == [[[10, 50.0], [30, 25.0]]]
   assert drops.get_ylabel() == 'percent'
   schedule = axes_titled(figure, 'Learning rate schedule')
-  assert drawn(schedule) == [[[10, 0.1], [30, 0.05]]]
+  assert points_of(schedule) == [[[10, 0.1], [30, 0.05]]]
   assert schedule.get_ylabel() == 'learning rate'
   assert {axes.get_xlabel() for axes in figure.axes} == {'step'}
 
@@ -89,7 +89,7 @@ def test_the_view_is_not_pressed_flat_by_the_first_steps():
   low, high = axes.get_ylim()
   assert 1.4 < low < 1.52
   assert 1.9 < high < 2.2
-  raw, smoothed = drawn(axes)
+  raw, smoothed = points_of(axes)
   assert raw[0] == [0, 10.0]  # drawn all the same
   # The smoothed value is drawn although it is outside the limits.
   assert smoothed[50] == [50, pytest.approx(1.75)]
@@ -145,9 +145,11 @@ def test_one_row_has_whole_axes():
 
 
 def test_panels_are_drawn_one_by_one():
-  made = {panel.name: panel for panel in panels(ROWS, 'per example', 'example')}
-  assert list(made) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
-  (axes,) = panel_figure(made['loss']).axes
+  by_name = {
+    panel.name: panel for panel in panels(ROWS, 'per example', 'example')
+  }
+  assert list(by_name) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
+  (axes,) = panel_figure(by_name['loss']).axes
   assert axes.get_ylabel() == 'per example'
   assert b'<script' not in picture(axes.figure, 'svg')
 

@@ -33,15 +33,19 @@ def test_losses_and_choices_are_those_of_the_model():
     logits, _ = model.apply(variables, **model.inputs(batch))
     return model.loss(logits, batch).nats
 
-  every = list(reading.readings(model, variables, batches, step=7))
-  for number, (read, batch) in enumerate(zip(every, batches, strict=True)):
-    np.testing.assert_allclose(read.nats, nats(variables, batch), atol=1e-5)
-    np.testing.assert_array_equal(read.weights, batch['loss_weights'])
-    record = read.record()
+  readings = list(reading.readings(model, variables, batches, step=7))
+  for number, (batch_reading, batch) in enumerate(
+    zip(readings, batches, strict=True)
+  ):
+    np.testing.assert_allclose(
+      batch_reading.nats, nats(variables, batch), atol=1e-5
+    )
+    np.testing.assert_array_equal(batch_reading.weights, batch['loss_weights'])
+    record = batch_reading.record()
     assert (record.kind, record.step, record.batch) == ('read', 7, number)
-    (by_layer,) = choices(model, variables, [batch])
-    own = record.layers[0].expert[batch['segment_ids'] > 0]
-    np.testing.assert_array_equal(own.reshape(-1), by_layer[0].expert)
+    (expected,) = choices(model, variables, [batch])
+    experts = record.layers[0].expert[batch['segment_ids'] > 0]
+    np.testing.assert_array_equal(experts.reshape(-1), expected[0].expert)
     assert (record.layers[0].expert[0, 5:] == -1).all()
     with pytest.raises(ValueError, match="no sparse layer sees 'encoder'"):
-      read.record('encoder')
+      batch_reading.record('encoder')

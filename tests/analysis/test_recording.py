@@ -32,26 +32,26 @@ def first_step(folder, devices, **overrides):
   hook.check(run)
   hook.start(run)
   batch = next(run.batches(0))
-  host = {name: np.asarray(values) for name, values in batch.items()}
+  host_batch = {name: np.asarray(values) for name, values in batch.items()}
   _, metrics = run.train_step(state, batch)
   assert metrics.sums.choices is None
   hook.close()
   (record,) = traces.read(folder / 'trace').records()
   assert (record.kind, record.step, record.batch) == ('train', 0, 0)
   for name, key in (('tokens', 'tokens'), ('documents', 'segment_ids')):
-    np.testing.assert_array_equal(getattr(record, name), host[key])
-  np.testing.assert_array_equal(record.positions, host['positions'])
-  return run, variables, host, record
+    np.testing.assert_array_equal(getattr(record, name), host_batch[key])
+  np.testing.assert_array_equal(record.positions, host_batch['positions'])
+  return run, variables, host_batch, record
 
 
 def served_in_order(expert, capacity):
-  """Whether each choice of a group, bool [S, K], finds a slot: a plain loop."""
-  taken, kept = {}, np.zeros(expert.shape, bool)
-  for place in np.ndindex(*expert.shape):
-    if (e := expert[place]) >= 0:
-      kept[place] = taken.get(e, 0) < capacity
-      taken[e] = taken.get(e, 0) + 1
-  return kept
+  """Marks choices of a group that find a slot, bool [S, K], in a plain loop."""
+  loads, is_kept = {}, np.zeros(expert.shape, bool)
+  for index in np.ndindex(*expert.shape):
+    if (e := expert[index]) >= 0:
+      is_kept[index] = loads.get(e, 0) < capacity
+      loads[e] = loads.get(e, 0) + 1
+  return is_kept
 
 
 def check_tokens_choose(run, variables, batch, record):
@@ -59,24 +59,28 @@ def check_tokens_choose(run, variables, batch, record):
   (expected,) = choices(run.model, variables, [batch])
   header = traces.read(run.workdir / 'trace').header
   assert list(record.layers) == list(run.model.sparse_layers)
-  for layer, own in record.layers.items():
+  for layer, routing in record.layers.items():
     K, S = header.layers[layer].num_selected, header.layers[layer].group_size
-    assert own.expert.shape == (*batch['tokens'].shape, K)
+    assert routing.expert.shape == (*batch['tokens'].shape, K)
     real = batch['segment_ids'] > 0
-    assert (own.expert[~real] == -1).all() and (own.expert[real] >= 0).all()
+    assert (routing.expert[~real] == -1).all() and (
+      routing.expert[real] >= 0
+    ).all()
     np.testing.assert_array_equal(
-      own.expert[real].reshape(-1), expected[layer].expert
+      routing.expert[real].reshape(-1), expected[layer].expert
     )
-    groups = own.expert.reshape(-1, S, K)
-    kept = [served_in_order(g, header.layers[layer].capacity) for g in groups]
+    groups = routing.expert.reshape(-1, S, K)
+    is_kept = [
+      served_in_order(g, header.layers[layer].capacity) for g in groups
+    ]
     np.testing.assert_array_equal(
-      own.kept[real], np.reshape(kept, (*real.shape, K))[real]
+      routing.kept[real], np.reshape(is_kept, (*real.shape, K))[real]
     )
-    shifted = np.exp(own.logits - own.logits.max(-1, keepdims=True))
+    shifted = np.exp(routing.logits - routing.logits.max(-1, keepdims=True))
     probs = shifted / shifted.sum(-1, keepdims=True)
-    gate = np.take_along_axis(probs, np.maximum(own.expert, 0), -1)
+    gate = np.take_along_axis(probs, np.maximum(routing.expert, 0), -1)
     np.testing.assert_allclose(
-      own.gate, np.where(own.kept, gate, 0), atol=1e-6
+      routing.gate, np.where(routing.kept, gate, 0), atol=1e-6
     )  # fmt: skip
 
 
@@ -112,17 +116,19 @@ def test_choices_of_experts(tmp_path):
     },
   )
   info = traces.read(tmp_path / 'trace').header.layers[1]
-  own, real = record.layers[1], batch['segment_ids'] > 0
-  assert info.by_expert and (own.kept == (own.expert >= 0)).all()
-  exp = np.exp(own.logits)
+  routing, real = record.layers[1], batch['segment_ids'] > 0
+  assert info.by_expert and (routing.kept == (routing.expert >= 0)).all()
+  exp = np.exp(routing.logits)
   probs = exp / exp.sum(-1, keepdims=True)
   for row, expert in np.ndindex(len(real), info.num_experts):
-    took = (own.expert[row] == expert).any(-1)
-    assert took.sum() == min(info.capacity, real[row].sum())
-    others = probs[row, real[row] & ~took, expert]
-    assert probs[row, took, expert].min() >= others.max(initial=0.0) - 1e-7
-    gate = own.gate[row][own.expert[row] == expert]
-    np.testing.assert_allclose(gate, probs[row, took, expert], atol=1e-6)
+    is_chosen = (routing.expert[row] == expert).any(-1)
+    assert is_chosen.sum() == min(info.capacity, real[row].sum())
+    other_probs = probs[row, real[row] & ~is_chosen, expert]
+    assert (
+      probs[row, is_chosen, expert].min() >= other_probs.max(initial=0.0) - 1e-7
+    )
+    gate = routing.gate[row][routing.expert[row] == expert]
+    np.testing.assert_allclose(gate, probs[row, is_chosen, expert], atol=1e-6)
 
 
 def test_a_foreign_trace_is_refused_before_a_run_begins(tmp_path):
@@ -198,23 +204,23 @@ def _check_finished_run(workdir, trace, folder):
   """An evaluation and text of a finished run are recorded, too."""
   argv = ['--workdir', str(workdir), '--num_batches', '2']
   record_evaluation.main([*argv, '--trace', str(folder / 'again')])
-  again = traces.read(folder / 'again')
-  own = trace.records('train_capacity', [6])
-  for a, b in zip(again.records('loss'), own, strict=True):
+  new_trace = traces.read(folder / 'again')
+  final_records = trace.records('train_capacity', [6])
+  for a, b in zip(new_trace.records('loss'), final_records, strict=True):
     for x, y in zip(a.layers[1], b.layers[1], strict=True):
       np.testing.assert_array_equal(x, y)
   argv += ['--room_for_all', '--trace', str(folder / 'room')]
   record_evaluation.main(argv)
   for record in traces.read(folder / 'room').records():
-    own = record.layers[1]
-    np.testing.assert_array_equal(own.kept, own.expert >= 0)
+    layer = record.layers[1]
+    np.testing.assert_array_equal(layer.kept, layer.expert >= 0)
   generate.main(
     f'--workdir {workdir} --prompt hello --num_tokens 6 --trace '
     f'{folder / "text"}'.split()
   )
-  text = traces.read(folder / 'text')
-  assert 'room for all' in text.header.note
-  (record,) = text.records('generate')
+  text_trace = traces.read(folder / 'text')
+  assert 'room for all' in text_trace.header.note
+  (record,) = text_trace.records('generate')
   assert record.step == 6
   real = record.documents > 0
   assert bytes(record.tokens[real][:5].tolist()) == b'hello'

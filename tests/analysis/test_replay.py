@@ -31,7 +31,7 @@ def token_choice(**options):
   return {'router': TokenChoice(gates='renormalized', **options)}
 
 
-WAYS = {
+ROUTERS = {
   'token_major': {
     **TIGHT,
     'router': TokenChoice(
@@ -58,16 +58,16 @@ WAYS = {
 }
 
 
-def model_of(way, layers='every 2', num_experts=E, **model):
+def model_of(name, layers='every 2', num_experts=E, **model):
   moe = dict(num_experts=num_experts, num_selected=K, layers=layers)
   sizes = dict(vocab_size=V, num_layers=4, width=12, ffn={'hidden': 16})
-  model = tiny.options({**moe, **WAYS[way]}, **{**sizes, **model})
+  model = tiny.options({**moe, **ROUTERS[name]}, **{**sizes, **model})
   return model.build(steps.RULES)
 
 
 @functools.cache
-def recorded(way, microbatches=1):
-  return steps.run(model_of(way), microbatches=microbatches)
+def recorded(name, microbatches=1):
+  return steps.run(model_of(name), microbatches=microbatches)
 
 
 def assert_same(a, b):
@@ -78,56 +78,61 @@ def assert_same(a, b):
 
 
 def without_unsent(metrics):
-  """Metrics in which what was not sent counts as dropped."""
+  """Metrics in which choices that were not sent count as dropped."""
 
-  def changed(step):
+  def with_all_dropped(step):
     aux = step.sums.aux
-    lost = aux.stats.overflowed + aux.stats.unsent
-    stats = aux.stats._replace(overflowed=lost, unsent=0 * lost)
+    dropped = aux.stats.overflowed + aux.stats.unsent
+    stats = aux.stats._replace(overflowed=dropped, unsent=0 * dropped)
     return step._replace(sums=step.sums._replace(aux=aux._replace(stats=stats)))
 
-  return [changed(step) for step in metrics]
+  return [with_all_dropped(step) for step in metrics]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'way',
+  'name',
   [
-    way
-    for way in WAYS
-    if way not in ('still', 'switch', 'token_major', 'batch_priority')
+    name
+    for name in ROUTERS
+    if name not in ('still', 'switch', 'token_major', 'batch_priority')
   ],
 )
-def test_three_steps_are_the_recorded_ones_bit_for_bit(way):
-  state, metrics, records = recorded(way)
+def test_three_steps_are_the_recorded_ones_bit_for_bit(name):
+  state, metrics, records = recorded(name)
   dropped = sum(step.sums.aux.stats.overflowed.sum() for step in metrics)
-  assert (dropped > 0) == (way != 'sentence')
-  again, same, _ = steps.run(model_of(way), records)
-  assert_same(state, again)
-  if way == 'threshold':  # a full expert does not say who was sent to it
-    metrics, same = without_unsent(metrics), without_unsent(same)
-  assert_same(metrics, same)
+  assert (dropped > 0) == (name != 'sentence')
+  new_state, new_metrics, _ = steps.run(model_of(name), records)
+  assert_same(state, new_state)
+  if name == 'threshold':  # a full expert does not say who was sent to it
+    metrics, new_metrics = (
+      without_unsent(metrics),
+      without_unsent(new_metrics),
+    )
+  assert_same(metrics, new_metrics)
 
 
 @pytest.mark.slow
 def test_precisions_are_compared_with_the_routing_held_fixed():
   """A model in bfloat16 makes the choices and drops of one in float32."""
-  whole = model_of('token_major')
-  half = model_of('token_major', numerics={'dtype': 'bfloat16'})
+  float32 = model_of('token_major')
+  bfloat16 = model_of('token_major', numerics={'dtype': 'bfloat16'})
   batch = batch_of()
-  logits, _, choices = steps.forward(whole)(replay.imposed(whole, batch))
-  _, _, own = steps.forward(half)(replay.imposed(half, batch))
-  record = steps.record(whole, batch, choices)
-  given = replay.imposed(half, batch, record)
-  rounded, _, again = steps.forward(half)(given)
-  kept = []
-  for i in whole.sparse_layers:
-    np.testing.assert_array_equal(choices[i].expert, again[i].expert)
-    np.testing.assert_array_equal(choices[i].kept, again[i].kept)
-    kept.append(np.asarray(choices[i].kept).all())
-  assert not all(kept)
-  assert any((choices[i].expert != own[i].expert).any() for i in own)
-  assert 0 < np.abs(np.asarray(logits - rounded)).max() < 0.5
+  logits, _, choices = steps.forward(float32)(replay.imposed(float32, batch))
+  _, _, free_choices = steps.forward(bfloat16)(replay.imposed(bfloat16, batch))
+  record = steps.record(float32, batch, choices)
+  imposed_batch = replay.imposed(bfloat16, batch, record)
+  rounded_logits, _, replayed_choices = steps.forward(bfloat16)(imposed_batch)
+  all_kept = []
+  for i in float32.sparse_layers:
+    np.testing.assert_array_equal(choices[i].expert, replayed_choices[i].expert)
+    np.testing.assert_array_equal(choices[i].kept, replayed_choices[i].kept)
+    all_kept.append(np.asarray(choices[i].kept).all())
+  assert not all(all_kept)
+  assert any(
+    (choices[i].expert != free_choices[i].expert).any() for i in free_choices
+  )
+  assert 0 < np.abs(np.asarray(logits - rounded_logits)).max() < 0.5
 
 
 @pytest.mark.slow
@@ -135,8 +140,8 @@ def test_layers_in_and_out_of_loops_get_their_own_choices():
   model = model_of('token_major', layers='0,3', scan_layers=True)
   state, metrics, records = steps.run(model, steps=2)
   assert sum(step.sums.aux.stats.overflowed.sum() for step in metrics) > 0
-  again, same, _ = steps.run(model, records, steps=2)
-  assert_same((state, metrics), (again, same))
+  replayed_state, replayed_metrics, _ = steps.run(model, records, steps=2)
+  assert_same((state, metrics), (replayed_state, replayed_metrics))
 
 
 @pytest.mark.slow
@@ -151,16 +156,20 @@ def test_every_kind_of_model_replays_its_layers(kind):
   records = steps.records(model, batch, choices)
   assert len(records) == len(model.sequences)
   assert sum(len(r.layers) for r in records) == len(model.sparse_layers)
-  again, same, _ = run(replay.imposed(model, batch, *records))
-  assert_same((logits, aux), (again, same))
+  replayed_logits, replayed_aux, _ = run(replay.imposed(model, batch, *records))
+  assert_same((logits, aux), (replayed_logits, replayed_aux))
   # Choices of other layers give another result.
-  turned = [
+  swapped_records = [
     r._replace(layers=dict(zip(r.layers, [*r.layers.values()][::-1])))
     for r in records
   ]
-  other, _, made = run(replay.imposed(model, batch, *turned))
-  assert np.abs(np.asarray(logits - other)).max() > 1e-3
-  for before, after in zip(turned, steps.records(model, batch, made)):
+  swapped_logits, _, swapped_choices = run(
+    replay.imposed(model, batch, *swapped_records)
+  )
+  assert np.abs(np.asarray(logits - swapped_logits)).max() > 1e-3
+  for before, after in zip(
+    swapped_records, steps.records(model, batch, swapped_choices)
+  ):
     for i in before.layers:
       np.testing.assert_array_equal(
         before.layers[i].expert, after.layers[i].expert
@@ -170,19 +179,25 @@ def test_every_kind_of_model_replays_its_layers(kind):
 def test_other_choices_than_a_routers_own_change_what_it_computes():
   model = model_of('batch_priority')
   batch, run = batch_of(), steps.forward(model)
-  usual, aux, choices = run(replay.imposed(model, batch))
+  usual_logits, aux, choices = run(replay.imposed(model, batch))
   record = steps.record(model, batch, choices)
-  turned = {
-    i: own._replace(expert=np.where(own.expert < 0, -1, E - 1 - own.expert))
-    for i, own in record.layers.items()
+  mirrored_layers = {
+    i: layer._replace(
+      expert=np.where(layer.expert < 0, -1, E - 1 - layer.expert)
+    )
+    for i, layer in record.layers.items()
   }
-  same, _, again = run(replay.imposed(model, batch, record))
-  assert_same((usual, choices), (same, again))
-  given = replay.imposed(model, batch, record._replace(layers=turned))
-  other, changed, _ = run(given)
-  assert np.abs(np.asarray(usual - other)).max() > 1e-2
+  replayed_logits, _, replayed_choices = run(
+    replay.imposed(model, batch, record)
+  )
+  assert_same((usual_logits, choices), (replayed_logits, replayed_choices))
+  imposed_batch = replay.imposed(
+    model, batch, record._replace(layers=mirrored_layers)
+  )
+  mirrored_logits, mirrored_aux, _ = run(imposed_batch)
+  assert np.abs(np.asarray(usual_logits - mirrored_logits)).max() > 1e-2
   load = np.asarray(aux.stats.load)
-  np.testing.assert_array_equal(load[..., ::-1], changed.stats.load)
+  np.testing.assert_array_equal(load[..., ::-1], mirrored_aux.stats.load)
   assert (load[..., ::-1] != load).any()
 
 
@@ -194,22 +209,22 @@ def test_a_record_of_another_batch_is_refused():
   with pytest.raises(ValueError, match='of 48 are others'):
     replay.imposed(model, batch_of(1), record)
   with pytest.raises(ValueError, match=r'\(8, 6\) there, \(4, 6\) here'):
-    half = {name: value[:4] for name, value in batch.items()}
-    replay.imposed(model, half, record)
-  one = record._replace(layers={1: record.layers[1]})
+    half_batch = {name: value[:4] for name, value in batch.items()}
+    replay.imposed(model, half_batch, record)
+  one_layer = record._replace(layers={1: record.layers[1]})
   with pytest.raises(ValueError, match=r'has layers \[1\]; the sparse layers'):
-    replay.imposed(model, batch, one)
+    replay.imposed(model, batch, one_layer)
   with pytest.raises(ValueError, match='no record has the layers'):
     replay.arrays(model, [])
   with pytest.raises(ValueError, match='layer 1: the record has'):
-    fewer = model_of('batch_priority', num_experts=2)
-    replay.imposed(fewer, batch, record)
+    small_model = model_of('batch_priority', num_experts=2)
+    replay.imposed(small_model, batch, record)
 
 
 def test_a_router_says_whether_it_takes_choices():
   sizes = model_of('batch_priority').moe.sizes
-  for way in WAYS:
-    assert model_of(way).moe.router.replays(sizes) is None
+  for name in ROUTERS:
+    assert model_of(name).moe.router.replays(sizes) is None
   for router in (Hash(of='bigram'), Random(), Task()):
     assert router.replays(sizes) is None
   assert 'takes no others' in Hierarchical().replays(sizes)

@@ -34,8 +34,10 @@ PLAIN = {'sample': {'num_tokens': 0}, 'batch_size': 8}
 def config(trace='', moe=(), record=False, **overrides):
   """The config of a run that replays a trace, or that is recorded."""
   moe = {**MOE, **dict(moe), 'replay': str(trace)}
-  more = {'trace': {'every_steps': 1}} if record else {}
-  return tiny.config(**{**PLAIN, 'model': {'moe': moe}, **more, **overrides})
+  trace_overrides = {'trace': {'every_steps': 1}} if record else {}
+  return tiny.config(
+    **{**PLAIN, 'model': {'moe': moe}, **trace_overrides, **overrides}
+  )
 
 
 def train(folder, *hooks, devices=1, **overrides):
@@ -49,9 +51,9 @@ def train(folder, *hooks, devices=1, **overrides):
 
 def rows(folder):
   """The metrics of a run without its times."""
-  found = metrics.read_metrics(folder / metrics.FILE_NAME)
+  metric_rows = metrics.read_metrics(folder / metrics.FILE_NAME)
   times = ('train/tokens_per_second', 'train/step_seconds', 'time')
-  return [{k: v for k, v in r.items() if k not in times} for r in found]
+  return [{k: v for k, v in r.items() if k not in times} for r in metric_rows]
 
 
 def assert_equal(a, b):
@@ -69,20 +71,22 @@ def recorded(tmp_path_factory):
 def test_a_replayed_run_is_the_recorded_one_bit_for_bit(recorded, tmp_path):
   folder, state = recorded
   trace = folder / 'trace'
-  whole = train(tmp_path / 'whole', trace=trace, record=True)
-  assert_equal(whole, state)
+  replayed_state = train(tmp_path / 'whole', trace=trace, record=True)
+  assert_equal(replayed_state, state)
   assert rows(tmp_path / 'whole') == rows(folder)
   # A run that is stopped goes on in the record of its step.
-  first = train(tmp_path / 'parts', SigtermAt(3), trace=trace, record=True)
-  assert int(first.step) == 3
+  stopped_state = train(
+    tmp_path / 'parts', SigtermAt(3), trace=trace, record=True
+  )
+  assert int(stopped_state.step) == 3
   assert_equal(train(tmp_path / 'parts', trace=trace, record=True), state)
-  # What a replayed run records is what it was given.
-  both = zip(
+  # A replayed run records the choices that it replays.
+  record_pairs = zip(
     traces.read(trace).records(),
     traces.read(tmp_path / 'whole' / 'trace').records(),
     strict=True,
   )
-  for a, b in both:
+  for a, b in record_pairs:
     assert not a.layers[1].kept.all()
     assert_equal(a.layers[1], b.layers[1])
 
@@ -100,10 +104,10 @@ def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
     checkpoint={'keep_best': False},
     moe={'router': {'token_choice': {'gates': 'renormalized', 'jitter': 0.0}}},
   )
-  for own, there in zip(rows(tmp_path), rows(folder), strict=True):
+  for new_row, recorded_row in zip(rows(tmp_path), rows(folder), strict=True):
     for name in ('load', 'drop_rate', 'kept_load'):
       name = f'train/layer_1/{name}'
-      assert own.get(name) == there.get(name)
+      assert new_row.get(name) == recorded_row.get(name)
 
 
 def started(folder, trace, **overrides):
@@ -116,7 +120,7 @@ def started(folder, trace, **overrides):
   return run, hook
 
 
-def some_records(run, steps):
+def random_records(run, steps):
   """Records of steps of a run's own batches, with arbitrary choices."""
   rng = np.random.default_rng(0)
   layers = header_of(run).layers
@@ -126,8 +130,8 @@ def some_records(run, steps):
     expert = rng.integers(0, 4, (*shape, 1)) + np.arange(2)
     expert = np.where(ids[2][..., None] > 0, expert % 4, -1).astype(np.int32)
     kept = (rng.random(expert.shape) < 0.3) & (expert >= 0)
-    own = LayerChoices(expert, kept.astype(np.float32), kept)
-    yield Record('train', step, 0, *ids, dict.fromkeys(layers, own))
+    choices = LayerChoices(expert, kept.astype(np.float32), kept)
+    yield Record('train', step, 0, *ids, dict.fromkeys(layers, choices))
 
 
 @pytest.fixture(scope='module')
@@ -139,54 +143,54 @@ def run(tmp_path_factory):
 
 
 def test_batches_get_the_records_of_their_steps(run, tmp_path):
-  records = list(some_records(run, 3))
+  records = list(random_records(run, 3))
   traces.write(tmp_path / 'trace', header_of(run), records)
-  new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
-  seen = []
-  new.train_step.stage = lambda state, batch: (state, seen.append(batch))
-  new.train_step.source.loop_metrics = lambda metrics: metrics
-  state = new.programs.abstract_state.replace(step=1)
-  for batch in itertools.islice(new.batches(1), 2):
-    new.train_step(state, batch)
-  hook.end(new, state)
-  for batch, record in zip(seen, records[1:], strict=True):
+  new_run, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
+  batches = []
+  new_run.train_step.stage = lambda state, batch: (state, batches.append(batch))
+  new_run.train_step.source.loop_metrics = lambda metrics: metrics
+  state = new_run.programs.abstract_state.replace(step=1)
+  for batch in itertools.islice(new_run.batches(1), 2):
+    new_run.train_step(state, batch)
+  hook.end(new_run, state)
+  for batch, record in zip(batches, records[1:], strict=True):
     for key, name in zip(REPLAYED, ('expert', 'kept'), strict=True):
-      given = np.stack([getattr(x, name) for x in record.layers.values()], 2)
-      np.testing.assert_array_equal(batch[key], given)
+      expected = np.stack([getattr(x, name) for x in record.layers.values()], 2)
+      np.testing.assert_array_equal(batch[key], expected)
 
 
 @pytest.mark.parametrize(
-  'wrong', [0, pytest.param(1, marks=pytest.mark.slow), 2]
+  'step', [0, pytest.param(1, marks=pytest.mark.slow), 2]
 )
-def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, wrong):
-  records = list(some_records(run, 3))
-  tokens = records[wrong].tokens.copy()
+def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, step):
+  records = list(random_records(run, 3))
+  tokens = records[step].tokens.copy()
   tokens[-1, -1] ^= 1
-  records[wrong] = records[wrong]._replace(tokens=tokens)
+  records[step] = records[step]._replace(tokens=tokens)
   traces.write(tmp_path / 'trace', header_of(run), records)
-  new, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
-  taken = []
-  new.train_step.stage = lambda state, batch: (state, taken.append(batch))
-  new.train_step.source.loop_metrics = lambda metrics: metrics
-  state = new.programs.abstract_state.replace(step=0)
-  with pytest.raises(ValueError, match=f'after {wrong} steps is another one'):
-    for batch in new.batches(0):
-      if len(taken) == 3:
+  new_run, hook = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
+  batches = []
+  new_run.train_step.stage = lambda state, batch: (state, batches.append(batch))
+  new_run.train_step.source.loop_metrics = lambda metrics: metrics
+  state = new_run.programs.abstract_state.replace(step=0)
+  with pytest.raises(ValueError, match=f'after {step} steps is another one'):
+    for batch in new_run.batches(0):
+      if len(batches) == 3:
         hook.saving()
-      new.train_step(state, batch)
+      new_run.train_step(state, batch)
   # The first one is found before its step, others before the next or before
   # the state is saved.
-  assert len(taken) == (wrong + 1 if wrong else 0)
+  assert len(batches) == (step + 1 if step else 0)
 
 
 def test_a_foreign_trace_is_refused_with_all_that_differs(run, tmp_path):
   header = header_of(run)
-  there = dataclasses.replace(
+  foreign_layer = dataclasses.replace(
     header.layers[1], num_experts=8, num_selected=1, group_size=4, capacity=99
   )
   header = dataclasses.replace(
     header,
-    layers={1: there, 3: there},
+    layers={1: foreign_layer, 3: foreign_layer},
     batch_size=5,
     seq_len=10,
     data_digest='x',
@@ -216,7 +220,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path):
     )
   with pytest.raises(ValueError, match='has no trace'):
     train(tmp_path, trace=tmp_path / 'nothing')
-  for more, message in (
+  for overrides, message in (
     ({'moe': {'force_balance': 'random'}}, "force_balance='random' with repla"),
     ({'distill': {'teacher': 'x'}}, 'would be given the same choices'),
     (
@@ -225,4 +229,4 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path):
     ),
   ):
     with pytest.raises(OptionError, match=message):
-      run_config.read(config('t', **more))
+      run_config.read(config('t', **overrides))

@@ -9,8 +9,8 @@ from moe_jax.analysis import roofline
 N, M, F, E, K = 10, 3, 7, 5, 2
 
 
-def work(**more):
-  return roofline.ffn_work(num_tokens=N, width=M, hidden=F, **more)
+def work(**options):
+  return roofline.ffn_work(num_tokens=N, width=M, hidden=F, **options)
 
 
 def test_a_dense_layer_forward():

@@ -19,10 +19,10 @@ def test_information_by_hand():
   entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
   mutual = route_measures.mutual_information(table)
   assert mutual == pytest.approx(entropy - math.log(2) / 2)
-  found = route_measures.information(table, RNG)
-  assert found.entropy == pytest.approx(entropy)
-  assert found.accuracy == found.base_rate == 0.75
-  assert (found.choices, found.labels) == (4, 2)
+  information = route_measures.information(table, RNG)
+  assert information.entropy == pytest.approx(entropy)
+  assert information.accuracy == information.base_rate == 0.75
+  assert (information.choices, information.labels) == (4, 2)
 
 
 def test_information_is_that_of_a_loop():
@@ -40,35 +40,35 @@ def test_independent_labels_say_nothing():
   # 89 * 15 / 6000 nats; shuffled labels do so, too.
   code = RNG.integers(0, 90, 3000) * 16 + RNG.integers(0, 16, 3000)
   table = np.bincount(code, minlength=90 * 16).reshape(90, 16)
-  found = route_measures.information(table, RNG)
-  assert found.mutual > 0.2
-  assert abs(found.net) < 5 * found.deviation < 0.05
-  assert abs(found.adjusted) < 0.03
-  assert abs(found.accuracy - found.accuracy_shuffled) < 0.03
+  information = route_measures.information(table, RNG)
+  assert information.mutual > 0.2
+  assert abs(information.net) < 5 * information.deviation < 0.05
+  assert abs(information.adjusted) < 0.03
+  assert abs(information.accuracy - information.accuracy_shuffled) < 0.03
 
 
 def test_labels_that_determine_the_expert():
   table = np.zeros((12, 4), int)
   table[np.arange(12), np.arange(12) % 4] = RNG.integers(100, 900, 12)
-  found = route_measures.information(table, RNG)
-  assert found.mutual == pytest.approx(found.entropy)
-  assert found.fraction == pytest.approx(1, abs=0.01)
+  information = route_measures.information(table, RNG)
+  assert information.mutual == pytest.approx(information.entropy)
+  assert information.fraction == pytest.approx(1, abs=0.01)
   # With one choice of each label the label always seems to tell all: shuffles
   # show that it says nothing.
-  alone = route_measures.information(np.eye(5, dtype=int), RNG)
-  assert alone.mutual == pytest.approx(alone.entropy)
-  assert alone.net == pytest.approx(0, abs=1e-12)
-  assert math.isnan(alone.adjusted)
+  singles = route_measures.information(np.eye(5, dtype=int), RNG)
+  assert singles.mutual == pytest.approx(singles.entropy)
+  assert singles.net == pytest.approx(0, abs=1e-12)
+  assert math.isnan(singles.adjusted)
   # Adjusted, few choices of labels that determine the expert still say all.
-  few = route_measures.information(3 * np.sign(table), RNG)
-  assert few.fraction < 0.8
-  assert few.adjusted == pytest.approx(1)
+  few_choices = route_measures.information(3 * np.sign(table), RNG)
+  assert few_choices.fraction < 0.8
+  assert few_choices.adjusted == pytest.approx(1)
 
 
 @pytest.mark.parametrize('table', [np.zeros((3, 4), int), np.ones((1, 1), int)])
 def test_information_of_nothing(table):
-  found = route_measures.information(table, RNG)
-  assert found.net == found.deviation == 0
+  information = route_measures.information(table, RNG)
+  assert information.net == information.deviation == 0
 
 
 def test_a_shuffle_at_least():
@@ -88,13 +88,13 @@ def test_pairs_by_chance():
   np.testing.assert_allclose(expected, pairs, rtol=1e-6)
   assert route_measures.relative_entropy(pairs, expected) < 1e-12
   # Pairs that avoid each other keep their sums, but not their places.
-  apart = np.zeros((5, 5), int)
-  apart[0, 1] = apart[1, 0] = apart[2, 3] = apart[3, 2] = 9
-  expected = route_measures.expected_pairs(apart)
-  np.testing.assert_allclose(expected.sum(1), apart.sum(1))
+  split = np.zeros((5, 5), int)
+  split[0, 1] = split[1, 0] = split[2, 3] = split[3, 2] = 9
+  expected = route_measures.expected_pairs(split)
+  np.testing.assert_allclose(expected.sum(1), split.sum(1))
   np.testing.assert_allclose(expected[0, 1:4], 3)
-  away = route_measures.relative_entropy(apart, expected)
-  assert away == pytest.approx(math.log(3))
+  divergence = route_measures.relative_entropy(split, expected)
+  assert divergence == pytest.approx(math.log(3))
 
 
 def test_an_expert_in_every_pair():
@@ -110,15 +110,17 @@ def test_repeats_of_mixtral():
   assert first == 0.125
   assert common == pytest.approx(0.464, abs=5e-4)
   sets = [*itertools.combinations(range(6), 3)]
-  meet = [bool({*a} & {*b}) for a, b in itertools.product(sets, sets)]
-  assert route_measures.uniform_repeats(6, 3)[1] == pytest.approx(np.mean(meet))
+  overlaps = [bool({*a} & {*b}) for a, b in itertools.product(sets, sets)]
+  assert route_measures.uniform_repeats(6, 3)[1] == pytest.approx(
+    np.mean(overlaps)
+  )
   with pytest.raises(ValueError, match='num_selected=9 not in'):
     route_measures.uniform_repeats(8, 9)
 
 
 def test_percentiles_of_load():
-  found = route_measures.load_percentiles(np.array([0, 1, 2, 3, 4]))
-  assert (found[0], found[50], found[100]) == (0, 1, 2)
+  percentiles = route_measures.load_percentiles(np.array([0, 1, 2, 3, 4]))
+  assert (percentiles[0], percentiles[50], percentiles[100]) == (0, 1, 2)
   assert math.isnan(route_measures.load_percentiles(np.zeros(3))[50])
 
 
@@ -131,25 +133,27 @@ def test_labels_of_documents_are_shuffled_as_documents():
   table, shuffled = sums.tables()
   np.testing.assert_array_equal(table, [[50, 0, 50, 0], [0, 50, 0, 50]])
   assert (shuffled.sum((1, 2)) == 200).all()
-  found = route_measures.information_of(table, shuffled)
-  assert found.mutual == pytest.approx(math.log(2))
-  assert found.net == pytest.approx(0, abs=1e-12)
+  information = route_measures.information_of(table, shuffled)
+  assert information.mutual == pytest.approx(math.log(2))
+  assert information.net == pytest.approx(0, abs=1e-12)
 
 
 def test_sources_with_one_label_are_summed():
   table = np.array([[1, 2], [3, 4], [5, 6]])
   labels = {'a': 'one', 'b': 'two', 'c': 'one'}
-  found, names = route_labels.grouped(table, ['a', 'b', 'c'], labels)
-  np.testing.assert_array_equal(found, [[6, 8], [3, 4]])
+  grouped_table, names = route_labels.grouped(table, ['a', 'b', 'c'], labels)
+  np.testing.assert_array_equal(grouped_table, [[6, 8], [3, 4]])
   assert names == ['one', 'two']
   with pytest.raises(ValueError, match=r"given to .'a'.*sources are .'a', 'b'"):
     route_labels.grouped(table, ['a', 'b'], {'a': 'one'})
 
 
 def test_labels_as_text():
-  found = route_labels.read_labels('language=web:de:German,books:English')
-  told = {'web:de': 'German', 'books': 'English'}
-  assert found == ('language', told)
+  parsed_labels = route_labels.read_labels(
+    'language=web:de:German,books:English'
+  )
+  label_of_source = {'web:de': 'German', 'books': 'English'}
+  assert parsed_labels == ('language', label_of_source)
   for text in ('', 'language', 'language=', 'language=web', '=web:German'):
     with pytest.raises(ValueError, match='not of the form'):
       route_labels.read_labels(text)

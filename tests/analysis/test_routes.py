@@ -43,12 +43,12 @@ HEADER = Header(
 def records(kind, step, seed=0, batches=2):
   """Random choices; the tokens of an evaluation are the same at all steps."""
   for batch in range(batches):
-    data = np.random.default_rng((seed, batch, step * (kind == 'train')))
+    data_rng = np.random.default_rng((seed, batch, step * (kind == 'train')))
     rng = np.random.default_rng((seed, batch, step))
     documents = np.ones((B, T), np.int32)
     documents[:, 20:] = 0
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    sources = np.tile(data.integers(0, 2, (B, 1), np.int32), T)
+    sources = np.tile(data_rng.integers(0, 2, (B, 1), np.int32), T)
     for sequence in ('encoder', ''):
       layers = {}
       for number, info in LAYERS.items():
@@ -63,15 +63,15 @@ def records(kind, step, seed=0, batches=2):
           kept &= rng.random(expert.shape) < 0.8
         gate = np.where(kept, rng.random(expert.shape), 0).astype(np.float32)
         layers[number] = LayerChoices(expert.astype(np.int32), gate, kept)
-      tokens = data.integers(0, V, (B, T)).astype(np.int32)
-      batch_of = tokens, positions, documents, layers, sources, sequence
-      yield Record(kind, step, batch, *batch_of)
+      tokens = data_rng.integers(0, V, (B, T)).astype(np.int32)
+      batch_fields = tokens, positions, documents, layers, sources, sequence
+      yield Record(kind, step, batch, *batch_fields)
 
 
 def write(folder, header=HEADER, seed=0, kinds=('train', 'valid')):
   steps = [0, 10, 20]
-  found = (r for step in steps for k in kinds for r in records(k, step, seed))
-  traces.write(folder, header, found)
+  stream = (r for step in steps for k in kinds for r in records(k, step, seed))
+  traces.write(folder, header, stream)
   return str(folder)
 
 
@@ -102,8 +102,8 @@ def test_the_page_has_every_table_and_nothing_from_elsewhere(report):
   assert not re.search(r'https?:|<script|<link|@import|url\(', page)
   assert set(re.findall(r'(?:href|src)="(.)', page)) == {'#', 'd'}
   # Every place that is linked to exists.
-  places = set(re.findall(r'id="([^"]+)"', page))
-  assert set(re.findall(r'href="#([^"]+)"', page)) <= places
+  anchor_ids = set(re.findall(r'id="([^"]+)"', page))
+  assert set(re.findall(r'href="#([^"]+)"', page)) <= anchor_ids
   assert 'A note &amp; more.' in page
   layers = re.findall(r'<summary>Layer (\d)</summary>\s*<pre', page)
   assert layers == ['1', '3', '5']
@@ -149,23 +149,23 @@ def test_values_of_the_tables(report):
 
 @pytest.mark.slow
 def test_two_traces(tmp_path, capsys):
-  both = [write(tmp_path / name) for name in ('one', 'other')]
+  folders = [write(tmp_path / name) for name in ('one', 'other')]
   output = tmp_path / 'report'
-  routes.main([*both, f'--output={output}', '--kind=valid'])
+  routes.main([*folders, f'--output={output}', '--kind=valid'])
   text = (output / TEXT).read_text(encoding='utf-8')
   assert '0.0 % of tokens have another first choice' in text
   assert (output / 'comparison_2.csv').exists()
-  one, other = ((output / f'{i}_load.csv').read_bytes() for i in (1, 2))
-  assert one == other
+  load, other_load = ((output / f'{i}_load.csv').read_bytes() for i in (1, 2))
+  assert load == other_load
   assert (output / PAGE).read_text().count('<table>') == 2 * 13 + 1
 
 
 def test_a_change_between_traces_that_differ(tmp_path):
-  one = traces.read(write(tmp_path / 'one'))
-  other = traces.read(write(tmp_path / 'other', seed=1))
+  trace = traces.read(write(tmp_path / 'one'))
+  other_trace = traces.read(write(tmp_path / 'other', seed=1))
   with pytest.raises(ValueError, match='hold different tokens'):
-    route_comparisons.compare(one, other, 'valid')
-  part = route_comparisons.comparison_part([one, other], 'ab', 'valid')
+    route_comparisons.compare(trace, other_trace, 'valid')
+  part = route_comparisons.comparison_part([trace, other_trace], 'ab', 'valid')
   assert part.sections == []
   assert part.facts[0].startswith('a and b are not compared: batch 0')
 
@@ -180,13 +180,13 @@ def test_a_trace_without_sparse_layers(tmp_path):
 def test_nothing_but_padding():
   """Sums, sections and pictures of a trace in which no token is real."""
   layers = {0: LayerInfo(3, 1), 1: LayerInfo(1, 1)}
-  nothing = np.zeros((1, 4), np.int32)
-  none = LayerChoices(
+  zeros = np.zeros((1, 4), np.int32)
+  empty = LayerChoices(
     np.full((1, 4, 1), -1, np.int32),
     np.zeros((1, 4, 1), np.float32),
     np.zeros((1, 4, 1), bool),
   )
-  one = Record('train', 0, 0, nothing, nothing, nothing, {0: none, 1: none})
+  record = Record('train', 0, 0, zeros, zeros, zeros, {0: empty, 1: empty})
 
   class Empty(traces.Trace):
     def __init__(self):
@@ -195,7 +195,7 @@ def test_nothing_but_padding():
     header = Header(layers, 1, 4, 7)
     kinds, incomplete = ('train',), 2
     steps_of = staticmethod(lambda kind: (0,))
-    records = staticmethod(lambda *args: iter([one]))
+    records = staticmethod(lambda *args: iter([record]))
 
   part = routes.part_of(Empty(), 'padding')
   names = [section.name for section in part.sections]
@@ -208,9 +208,9 @@ def test_nothing_but_padding():
 def test_choices_that_were_not_sent_are_not_called_dropped(tmp_path):
   layers = {3: LayerInfo(6, 2, second_policy='sampled')}
   header = dataclasses.replace(HEADER, layers=layers)
-  own = [r for r in records('train', 0) if not r.sequence]
+  decoder_records = [r for r in records('train', 0) if not r.sequence]
   sums = route_sums.collect(
-    header, [r._replace(layers={3: r.layers[3]}) for r in own]
+    header, [r._replace(layers={3: r.layers[3]}) for r in decoder_records]
   )
   table = route_tables.drop_table(sums)
   assert 'not served' in table.columns and 'dropped' not in table.columns
@@ -218,14 +218,14 @@ def test_choices_that_were_not_sent_are_not_called_dropped(tmp_path):
 
 
 def test_nothing_is_drawn_where_nothing_is_dropped():
-  served = [
+  served_records = [
     r._replace(layers={3: r.layers[3]._replace(kept=r.layers[3].expert >= 0)})
     for r in records('all_tokens', 0)
     if not r.sequence
   ]
   header = dataclasses.replace(HEADER, layers={3: LAYERS[3]})
-  found = route_findings.find(route_sums.collect(header, served))
-  (drops,) = (s for s in route_sections.sections(found) if s.name == 'drops')
+  findings = route_findings.find(route_sums.collect(header, served_records))
+  (drops,) = (s for s in route_sections.sections(findings) if s.name == 'drops')
   assert not drops.figures and not drops.tables
   assert drops.sentences[0].startswith('No choice is dropped')
 
@@ -275,20 +275,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(('argv', 'says'), BAD.values(), ids=BAD)
-def test_bad_arguments(argv, says, capsys):
-  check_command(routes.main, argv, says, capsys)
+@pytest.mark.parametrize(('argv', 'messages'), BAD.values(), ids=BAD)
+def test_bad_arguments(argv, messages, capsys):
+  check_command(routes.main, argv, messages, capsys)
 
 
 def test_arguments_that_do_not_fit_the_trace(tmp_path, capsys):
   trace = write(tmp_path / 'trace')
-  given = [trace, f'--output={tmp_path / "report"}']
-  for more, says in {
+  usual_argv = [trace, f'--output={tmp_path / "report"}']
+  for flag, messages in {
     '--kind=test': ("unknown kind 'test'", "'valid'"),
     '--steps=100:': ('no records', 'kind and steps'),
     '--label=language=c:x': ("'c'", "'a<b'"),
   }.items():
-    check_command(routes.main, [*given, more], says, capsys)
+    check_command(routes.main, [*usual_argv, flag], messages, capsys)
   assert not (tmp_path / 'report').exists()
 
 

@@ -109,9 +109,9 @@ def test_a_page_has_everything_and_needs_nothing(tmp_path):
     'python -m moe_jax.main --config=run/this_config.py --workdir=run',
   ):
     assert words in page.text, f'{words!r} not in {page.text}'
-  outside = [x for x in page.links if not x.startswith(('data:', '#'))]
-  assert all((folder / name).exists() for name in outside), outside
-  assert './routes/routes.html' in outside
+  linked_files = [x for x in page.links if not x.startswith(('data:', '#'))]
+  assert all((folder / name).exists() for name in linked_files), linked_files
+  assert './routes/routes.html' in linked_files
   assert 'script' not in page.tags
   assert page.tags.count('img') == 4  # loss, drops, speed; load
   assert (folder / 'curves.png').exists()
@@ -143,13 +143,13 @@ def test_hostile_text_stays_text(tmp_path):
   charts = len(run_sections.curves(run_sections.read(folder)))
   assert page.tags.count('img') == charts + 1
   # The frame of a notebook holds it as one attribute.
-  shown = run_page.page(folder)
-  frame = Reader(shown._repr_html_())
+  shown_page = run_page.page(folder)
+  frame = Reader(shown_page._repr_html_())
   assert frame.tags == ['iframe']
 
 
 @pytest.mark.parametrize(
-  ('facts', 'rows', 'said'),
+  ('facts', 'rows', 'status'),
   [
     (FACTS, [(6, ROW)], 'Finished at step 6 of 6.'),
     (FACTS, [(4, ROW)], 'Ended early at step 4 of 6.'),
@@ -164,9 +164,9 @@ def test_hostile_text_stays_text(tmp_path):
     (RunFacts(state=run_facts.RUNNING), [(2, ROW)], 'In training: step 2 of 6'),
   ],
 )
-def test_the_state_of_a_run(facts, rows, said, tmp_path):
+def test_the_state_of_a_run(facts, rows, status, tmp_path):
   run = run_sections.read(folder_of(tmp_path, rows, facts))
-  assert run_sections.state(run).startswith(said)
+  assert run_sections.state(run).startswith(status)
 
 
 def test_a_run_that_failed_says_why(tmp_path):
@@ -214,11 +214,11 @@ def test_damaged_facts_are_left_out(tmp_path):
 
 def test_commands_are_those_that_fit(tmp_path, monkeypatch):
   def titles(facts, ended=True, config=None):
-    made = run_commands.commands(tmp_path, facts, config or {}, ended=ended)
-    return {command.title.split(':')[0] for command in made}
+    commands = run_commands.commands(tmp_path, facts, config or {}, ended=ended)
+    return {command.title.split(':')[0] for command in commands}
 
-  everything = titles(FACTS, ended=False)
-  assert everything == {
+  all_titles = titles(FACTS, ended=False)
+  assert all_titles == {
     'Go on with this run',
     'Train longer',
     'Train a variant',
@@ -237,9 +237,9 @@ def test_commands_are_those_that_fit(tmp_path, monkeypatch):
     'Make this page anew',
   }
   lstm = titles(RunFacts(model='lstm_lm', generates=True, is_sparse=True))
-  assert everything - lstm == {'Go on with this run', 'Quantise to 4 bits'}
-  taught = titles(FACTS, config={'distill': {'teacher': 'runs/large'}})
-  assert 'Fine-tune' not in taught
+  assert all_titles - lstm == {'Go on with this run', 'Quantise to 4 bits'}
+  distilled = titles(FACTS, config={'distill': {'teacher': 'runs/large'}})
+  assert 'Fine-tune' not in distilled
   (tmp_path / 'weights').mkdir()  # codes of few bits do not train
   assert 'Train longer' not in titles(FACTS)
 
@@ -251,12 +251,12 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
   folder = folder_of(tmp_path / name, sample=sample)
   run_commands.write_config(folder)
   config = workdir_lib.kept_config(folder)
-  made = run_commands.commands(folder, FACTS, config, ended=False)
-  seen = set()
-  for line in (line for command in made for line in command.lines):
-    python, m, module, *words = shlex.split(line.replace('\\\n', ' '))
-    assert (python, m) == ('python', '-m')
-    seen.add(module)
+  commands = run_commands.commands(folder, FACTS, config, ended=False)
+  modules = set()
+  for line in (line for command in commands for line in command.lines):
+    python, option, module, *words = shlex.split(line.replace('\\\n', ' '))
+    assert (python, option) == ('python', '-m')
+    modules.add(module)
     match module:
       case 'moe_jax.main':
         check_flags(words, name)
@@ -273,7 +273,7 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
         assert compression.parse(words)[0].format == 'int4'
       case 'moe_jax.analysis.run_page':
         assert words == [name]
-  assert len(seen) == 7
+  assert len(modules) == 7
 
 
 def check_flags(words, name):
@@ -315,11 +315,11 @@ def test_folders_are_named_without_the_rest_of_the_machine(
 
 @pytest.fixture
 def run(tmp_path):
-  """A run that is set up, with a folder, and what it says."""
+  """A run that is set up, with a folder and a list of its messages."""
   run = setup.set_up(tiny.options(), tmp_path, devices=jax.devices()[:1])
   workdir_lib.claim(tmp_path, sections.section(run.given_options))
-  run.said = []
-  run.message = run.said.append
+  run.messages = []
+  run.message = run.messages.append
   return run
 
 
@@ -338,7 +338,7 @@ def test_a_run_keeps_its_page(run):
   page.saving()
   text, facts = finish(page, run)
   assert 'Nothing has been logged yet.' in text
-  assert run.said == [f'page: {run.workdir / "index.html"}']
+  assert run.messages == [f'page: {run.workdir / "index.html"}']
   parameters = sum(
     leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.params)
   )
@@ -359,21 +359,21 @@ def test_one_hook_serves_two_runs(run, monkeypatch):
     page.saving()
     _, facts = finish(page, run)
     assert facts['state'] == run_facts.FINISHED
-  assert len(run.said) == 2
+  assert len(run.messages) == 2
 
 
 @pytest.mark.parametrize(
-  ('error', 'state', 'said'),
+  ('error', 'state', 'message'),
   [
     (None, run_facts.STOPPED, ''),
     (KeyboardInterrupt(), run_facts.STOPPED, 'interrupted'),
     (ValueError('loss=nan in {}'), run_facts.FAILED, 'loss=nan in {}'),
   ],
 )
-def test_a_run_that_does_not_end_says_so(error, state, said, run):
+def test_a_run_that_does_not_end_says_so(error, state, message, run):
   if error and error.args:
     error.args = (error.args[0].format(run.workdir),)
-    said = said.format(run.workdir.name)
+    message = message.format(run.workdir.name)
   page = Page()
   with contextlib.suppress(BaseException), contextlib.ExitStack() as stack:
     stack.callback(page.close)
@@ -381,7 +381,7 @@ def test_a_run_that_does_not_end_says_so(error, state, said, run):
     if error:
       raise error
   facts = json.loads((run.workdir / 'run_facts.json').read_text())
-  assert (facts['state'], facts['said']) == (state, said)
+  assert (facts['state'], facts['said']) == (state, message)
 
 
 def test_a_page_that_cannot_be_written_ends_nothing(run):
@@ -390,5 +390,5 @@ def test_a_page_that_cannot_be_written_ends_nothing(run):
   page.start(run)
   page.end(run, None)
   page.close()
-  (said,) = run.said
-  assert said.startswith('index.html was not written: IsADirectoryError')
+  (message,) = run.messages
+  assert message.startswith('index.html was not written: IsADirectoryError')

@@ -1,4 +1,4 @@
-"""Which device holds what of an array."""
+"""The parts of an array that each device holds."""
 
 import jax
 import numpy as np
@@ -10,8 +10,8 @@ from moe_jax.partitioning import MeshOptions
 
 def test_two_copies_of_four_experts_on_eight_devices():
   mesh = MeshOptions(data=2, expert=4).make()
-  place = NamedSharding(mesh, PartitionSpec(None, 'expert'))
-  kernels = jax.ShapeDtypeStruct((3, 4, 5), 'float32', sharding=place)
+  kernel_sharding = NamedSharding(mesh, PartitionSpec(None, 'expert'))
+  kernels = jax.ShapeDtypeStruct((3, 4, 5), 'float32', sharding=kernel_sharding)
   devices, holds = sharded.holders(kernels, 1)
   assert [device.id for device in devices] == list(range(8))
   np.testing.assert_array_equal(holds, np.tile(np.eye(4, dtype=bool), (2, 1)))

@@ -47,9 +47,9 @@ def test_counts_equal_a_slow_loop(layers):
     for row, documents in enumerate(DOCUMENTS):
       for start, stop in documents:
         tokens = batch['tokens'][row, start:stop]
-        _, chosen = oracle.decode(options, params, tokens)
+        _, expert_index = oracle.decode(options, params, tokens)
         for i in sparse:
-          for token, experts in zip(tokens, chosen[i]):
+          for token, experts in zip(tokens, expert_index[i]):
             for e in experts:
               expected[i][token, e] += 1
   counts = token_counts(model, {'params': params}, batches)
@@ -73,8 +73,8 @@ def test_where_experts_choose_it_counts_whom_they_took():
   real = np.bincount(batch['tokens'][batch['segment_ids'] > 0], minlength=V)
   for i in (0, 1):
     np.testing.assert_array_equal(counts[i], np.tile(real[:, None], (1, 5)))
-  few = tiny.build(moe | dict(capacity=Fixed(slots=3)))
-  counts = token_counts(few, variables, [batch])
+  fixed_model = tiny.build(moe | dict(capacity=Fixed(slots=3)))
+  counts = token_counts(fixed_model, variables, [batch])
   # In each group of 20 tokens an expert takes ceil(3 * 13 / 20) = 2 of the 13
   # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
@@ -89,10 +89,10 @@ def test_a_dense_model_has_none():
 def test_choices_say_where_each_token_stands():
   model, batch = tiny.build(dict(group_size=2 * T)), make_batch(0)
   variables = {'params': tiny.params_of(model)}
-  (chosen,) = choices(model, variables, [batch])
+  (by_layer,) = choices(model, variables, [batch])
   real = np.flatnonzero(batch['segment_ids'])
   for layer in (0, 1):
-    position, token, expert = chosen[layer]
+    position, token, expert = by_layer[layer]
     # Every real token chooses two experts, and padding none.
     np.testing.assert_array_equal(np.sort(position), np.repeat(real, 2))
     np.testing.assert_array_equal(token, batch['tokens'].reshape(-1)[position])

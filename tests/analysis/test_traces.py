@@ -35,12 +35,12 @@ def make(step=0, kind='train', batch=0, seed=0, **changes):
   gate = np.where(kept, rng.random((B, T, K)), 0).astype(np.float32)
   logits = rng.normal(size=(B, T, E)).astype(np.float32)
   # Experts 299 and 6 take tokens 0 and 2 of row 1; no other token is taken.
-  taken = np.full((B, T, 300), -1, np.int32)
-  taken[1, 0, 299] = 299
-  taken[1, 2, [6, 299]] = 6, 299
+  chosen = np.full((B, T, 300), -1, np.int32)
+  chosen[1, 0, 299] = 299
+  chosen[1, 2, [6, 299]] = 6, 299
   layers = {
     1: LayerChoices(expert, gate, kept, logits),
-    4: LayerChoices(taken, np.where(taken >= 0, 0.25, 0.0), taken >= 0),
+    4: LayerChoices(chosen, np.where(chosen >= 0, 0.25, 0.0), chosen >= 0),
   }
   record = Record(
     kind,
@@ -57,15 +57,15 @@ def make(step=0, kind='train', batch=0, seed=0, **changes):
 
 def rows_of(record, rows):
   """The record of some rows."""
-  cut = {
+  fields = {
     name: getattr(record, name)[rows]
     for name in ('tokens', 'positions', 'documents', 'sources')
   }
   layers = {
-    i: LayerChoices(*(None if x is None else x[rows] for x in own))
-    for i, own in record.layers.items()
+    i: LayerChoices(*(None if x is None else x[rows] for x in choices))
+    for i, choices in record.layers.items()
   }
-  return record._replace(layers=layers, **cut)
+  return record._replace(layers=layers, **fields)
 
 
 def assert_equal(read, written):
@@ -74,18 +74,18 @@ def assert_equal(read, written):
   for name in ('tokens', 'positions', 'documents', 'sources'):
     np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
     assert getattr(read, name).dtype == np.int32
-  own, other = read.layers[1], written.layers[1]
-  np.testing.assert_array_equal(own.expert, other.expert)
-  np.testing.assert_array_equal(own.kept, other.kept)
-  np.testing.assert_array_equal(own.gate, np.float16(other.gate))
-  np.testing.assert_array_equal(own.logits, np.float16(other.logits))
-  # Where experts choose, what exists is moved to the front.
-  own = read.layers[4]
-  assert own.expert.shape == (B, T, 2)
-  assert own.expert[1, 0].tolist() == [299, -1]
-  assert own.expert[1, 2].tolist() == [6, 299]
-  assert own.kept.sum() == (own.expert >= 0).sum() == 3
-  assert own.gate[1, 2].tolist() == [0.25, 0.25]
+  choices, expected = read.layers[1], written.layers[1]
+  np.testing.assert_array_equal(choices.expert, expected.expert)
+  np.testing.assert_array_equal(choices.kept, expected.kept)
+  np.testing.assert_array_equal(choices.gate, np.float16(expected.gate))
+  np.testing.assert_array_equal(choices.logits, np.float16(expected.logits))
+  # If experts choose, the choices that exist are moved to the front.
+  choices = read.layers[4]
+  assert choices.expert.shape == (B, T, 2)
+  assert choices.expert[1, 0].tolist() == [299, -1]
+  assert choices.expert[1, 2].tolist() == [6, 299]
+  assert choices.kept.sum() == (choices.expert >= 0).sum() == 3
+  assert choices.gate[1, 2].tolist() == [0.25, 0.25]
 
 
 def test_records_are_read_as_written(tmp_path):
@@ -128,15 +128,15 @@ def test_float32_loses_nothing(tmp_path):
 
 
 def test_rows_of_two_processes_are_joined(tmp_path):
-  whole, shares = make(3), ([0, 2], [1])
-  for process, rows in enumerate(shares):
+  whole_record, rows_by_process = make(3), ([0, 2], [1])
+  for process, rows in enumerate(rows_by_process):
     with Writer(tmp_path, HEADER, process=process, session=1) as writer:
-      writer.add(rows_of(whole, rows), rows, B)
+      writer.add(rows_of(whole_record, rows), rows, B)
       if process == 0:  # process 1 was killed before it wrote this one
         writer.add(rows_of(make(4), rows), rows, B)
   trace = traces.read(tmp_path)
   (record,) = trace.records()
-  assert_equal(record, whole)
+  assert_equal(record, whole_record)
   assert trace.incomplete == 1
 
 
@@ -151,10 +151,10 @@ def test_a_run_that_goes_on_replaces_its_later_steps(tmp_path):
   with Writer(tmp_path, HEADER, start=2) as writer:
     writer.add(make(2, seed=2))
   trace = traces.read(tmp_path)
-  # What was evaluated before the checkpoint stays.
+  # Evaluations before the checkpoint stay.
   for record, seed in zip(trace.records(), (1, 1, 2, 1), strict=True):
-    own = make(record.step, record.kind, seed=seed)
-    np.testing.assert_array_equal(record.tokens, own.tokens)
+    expected = make(record.step, record.kind, seed=seed)
+    np.testing.assert_array_equal(record.tokens, expected.tokens)
   assert [r.step for r in trace.records('train')] == [0, 1, 2]
   assert [r.step for r in trace.records('validation')] == [2]
 
@@ -179,16 +179,16 @@ def test_an_unfinished_chunk_is_ignored(three_chunks):
 
 
 @pytest.mark.parametrize(
-  ('name', 'bad', 'message'),
+  ('name', 'damage', 'message'),
   [
     ('damaged', lambda b: b[:-1] + bytes([b[-1] ^ 1]), 'damaged: its sha256'),
     ('truncated', lambda b: b[:-9], 'cannot be read'),
     ('no trace', lambda b: b'nothing', 'cannot be read'),
   ],
 )
-def test_a_bad_chunk_is_refused(three_chunks, name, bad, message):
+def test_a_bad_chunk_is_refused(three_chunks, name, damage, message):
   path = chunks(three_chunks)[1]
-  path.write_bytes(bad(path.read_bytes()))
+  path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(ValueError, match=f'part_00000001.*{message}'):
     list(traces.read(three_chunks).records())
 
@@ -200,16 +200,16 @@ def test_a_missing_chunk_is_refused(three_chunks):
 
 
 def test_another_trace_is_refused_with_what_differs(three_chunks, tmp_path):
-  other = dataclasses.replace(HEADER, seed=8, data_digest='abc', note='told')
-  differ = r"data_digest: '' here, 'abc' there\n  seed: 0 here, 8 there"
+  header = dataclasses.replace(HEADER, seed=8, data_digest='abc', note='told')
+  message = r"data_digest: '' here, 'abc' there\n  seed: 0 here, 8 there"
   with pytest.raises(ValueError, match='abc') as error:
-    Writer(three_chunks, other)
+    Writer(three_chunks, header)
   assert 'seed: 8 here, 0 there' in str(error.value)
   assert 'note' not in str(error.value)
-  traces.write(tmp_path / 'other', other, [make()])
+  traces.write(tmp_path / 'other', header, [make()])
   (chunk,) = chunks(tmp_path / 'other')
   chunk.rename(three_chunks / chunk.name.replace('session_00001', 'session_2'))
-  with pytest.raises(ValueError, match=differ):
+  with pytest.raises(ValueError, match=message):
     traces.read(three_chunks)
 
 

@@ -37,20 +37,20 @@ def options_of(trainable='all', lora=(), tie=False):
   ).filled(V)
 
 
-def counted(*args, **kwargs):
+def cost_of(*args, **kwargs):
   options = options_of(*args, **kwargs)
   return training_cost.training_cost(options, options.build())
 
 
 @functools.cache
-def xla(*args, **kwargs):
+def xla_flops(*args, **kwargs):
   """FLOPs of the lowered step, elementwise operations included."""
   options = options_of(*args, **kwargs)
   model = options.build()
   mesh = make_mesh({'data': 1}, jax.devices()[:1])
-  made = make_programs(options, model, mesh)
-  lowered = made.train_step.lower(
-    made.abstract_state, options.batch_shapes(model)
+  programs = make_programs(options, model, mesh)
+  lowered = programs.train_step.lower(
+    programs.abstract_state, options.batch_shapes(model)
   )
   return float(lowered.cost_analysis()['flops'])
 
@@ -58,20 +58,20 @@ def xla(*args, **kwargs):
 def test_a_told_example():
   # Two layers, the second sparse: kernels of experts hold E pairs, and a token
   # meets K of them, once for its own gradient and once for the kernel's.
-  experts = counted('experts')
+  experts = cost_of('experts')
   assert experts.trained_params == E * KERNELS['experts']
   assert experts.optimizer_bytes == 2 * 4 * experts.trained_params + 2 * 4
   assert experts.gradient_bytes == 4 * experts.trained_params
-  everything, others = counted('all'), counted('non_experts')
-  own = 2 * K * KERNELS['experts']
+  all_parts, non_experts = cost_of('all'), cost_of('non_experts')
+  kernel_flops = 2 * K * KERNELS['experts']
   outputs = 2 * (
     2 * KERNELS['attention'] + KERNELS['ffn'] + K * KERNELS['experts']
   )
   outputs += 2 * M * E + 2 * V * M + 2 * (4 * 2 * T * H * D)
-  assert experts.backward_flops == outputs + own
-  assert everything.backward_flops == others.backward_flops + own
+  assert experts.backward_flops == outputs + kernel_flops
+  assert all_parts.backward_flops == non_experts.backward_flops + kernel_flops
   # Adapters of attention: a pair for each of four kernels in two layers.
-  lora = counted(lora=(('rank', 5),))
+  lora = cost_of(lora=(('rank', 5),))
   assert lora.trained_params == 2 * 4 * 5 * (M + H * D)
   assert lora.backward_flops == outputs + 2 * 2 * KERNELS['attention']
   assert lora.gradient_bytes == 4 * (
@@ -82,7 +82,7 @@ def test_a_told_example():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('more', 'less'),
+  ('costly', 'cheap'),
   [
     (dict(), dict(trainable='non_experts')),
     (dict(lora=(('rank', 40), ('parts', 'experts'))), dict(trainable='norms')),
@@ -90,27 +90,29 @@ def test_a_told_example():
   ],
   ids=str,
 )
-def test_the_compiler_counts_the_same_difference(more, less):
-  a, b = counted(**more), counted(**less)
-  expected = ROWS * T * (a.backward_flops - b.backward_flops)
-  expected += a.step_flops - b.step_flops
+def test_the_compiler_counts_the_same_difference(costly, cheap):
+  high_cost, low_cost = cost_of(**costly), cost_of(**cheap)
+  expected = ROWS * T * (high_cost.backward_flops - low_cost.backward_flops)
+  expected += high_cost.step_flops - low_cost.step_flops
   # The rest is elementwise (the optimizer, softmax, activations); compilers
   # of different age count between 4 % and 7 % for it.
-  assert xla(**more) - xla(**less) == pytest.approx(expected, rel=0.1)
+  assert xla_flops(**costly) - xla_flops(**cheap) == pytest.approx(
+    expected, rel=0.1
+  )
 
 
 def test_each_usual_choice_costs_less_than_all():
   options = options_of()
   model = options.build()
   costs = {
-    name: training_cost.training_cost(changed, model)
-    for name, changed in training_cost.variants(options, model)
+    name: training_cost.training_cost(variant, model)
+    for name, variant in training_cost.variants(options, model)
   }
   assert len(costs) == 5
-  whole = costs.pop('all')
-  for name, c in costs.items():
-    assert c.optimizer_bytes < whole.optimizer_bytes, name
-    assert c.backward_flops < whole.backward_flops, name
+  all_cost = costs.pop('all')
+  for name, cost in costs.items():
+    assert cost.optimizer_bytes < all_cost.optimizer_bytes, name
+    assert cost.backward_flops < all_cost.backward_flops, name
 
 
 def test_a_model_of_two_stacks_is_refused():

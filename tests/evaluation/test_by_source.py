@@ -38,10 +38,10 @@ def mixture(names='abcd', **changes):
 @functools.cache
 def run_of(names, held_out=''):
   """A run on a mixture: options, model, variables."""
-  chosen = {'source': mixture(names).sources[names[0]]}
+  changes = {'source': mixture(names).sources[names[0]]}
   if len(names) > 1:
     mixed = mixture(names, held_out=held_out)
-    chosen = {'source': data.PythonStdlibSource(), 'mixture': mixed}
+    changes = {'source': data.PythonStdlibSource(), 'mixture': mixed}
   run = tiny.options(
     data={
       'task': {'kind': 'seq2seq'},
@@ -49,7 +49,7 @@ def run_of(names, held_out=''):
       'seq_len': 40,
     }
   ).filled(257)
-  run = dataclasses.replace(run, data=dataclasses.replace(run.data, **chosen))
+  run = dataclasses.replace(run, data=dataclasses.replace(run.data, **changes))
   model = run.build()
   variables = {'params': tiny_models.params_of(model)}
   return run, model, variables
@@ -58,7 +58,7 @@ def run_of(names, held_out=''):
 def measure(folder, entry, names=tuple('abcd'), **changes):
   run, model, variables = run_of(names, **changes)
   entries, rules = {'it': entry}, run.sharding.rules
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   (evaluation,) = make_evaluations(
     entries,
     changed_models(run.model, model, entries, rules),
@@ -66,7 +66,7 @@ def measure(folder, entry, names=tuple('abcd'), **changes):
     data=run.data,
     batch_size=run.batch_size,
     workdir=folder,
-    put=Placing(one, run.batch_size),
+    put=Placing(sharding, run.batch_size),
   )
   return evaluation.measure(variables, 0)
 
@@ -85,8 +85,8 @@ def test_a_told_summary():
     'held_out_mean': 70.0,
     'held_out_cluster_mean': 70.0,
   }
-  alone = by_source.summary_row({'x': 3.0}, MixtureOptions())
-  assert alone == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
+  single_row = by_source.summary_row({'x': 3.0}, MixtureOptions())
+  assert single_row == {'x': 3.0, 'mean': 3.0, 'cluster_mean': 3.0}
   # No source may have the name of a mean.
   means = [name for name in row if name.endswith('mean')]
   assert len(means) == 4
@@ -100,8 +100,8 @@ def test_a_told_summary():
 def test_the_loss_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   for split in ('validation', 'train'):  # `row` is of the training split below
     row = measure(tmp_path, SourceLosses(split=split), held_out='c')
-    alone = measure(tmp_path, LossEvaluation(split=split), ('a',))
-    assert row['a'] == pytest.approx(alone['loss'], rel=1e-6)
+    single_row = measure(tmp_path, LossEvaluation(split=split), ('a',))
+    assert row['a'] == pytest.approx(single_row['loss'], rel=1e-6)
   assert len({row[name] for name in 'abcd'}) == 4
   assert row['held_out_mean'] == row['c']
   assert row['mean'] == pytest.approx(np.mean([row[n] for n in 'abd']))
@@ -115,10 +115,12 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
   names, entry = 'ab', SourceScores(num_questions=3, num_tokens=4)
   row = measure(tmp_path, entry, tuple(names))
   for name in names:
-    alone = measure(tmp_path, entry, (name,))
-    assert row[name] == alone['source'] == alone['mean']
+    single_row = measure(tmp_path, entry, (name,))
+    assert row[name] == single_row['source'] == single_row['mean']
     # With choices, the likelihood of the right one is measured too.
-    assert row.get(f'{name}.nats') == pytest.approx(alone.get('source.nats'))
+    assert row.get(f'{name}.nats') == pytest.approx(
+      single_row.get('source.nats')
+    )
     assert (row.get(f'{name}.chance') == 50) == (name != 'a')
   mean = np.mean([row[name] for name in names])
   assert row['mean'] == pytest.approx(mean)
@@ -127,8 +129,8 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
 def test_told_answers_are_counted_in_percent():
   questions = [data.Question('q', target) for target in ('x', 'y', 'x', 'z')]
   pairs = [
-    by_source.Pair(np.zeros(1, np.int32), 'q', each.target)
-    for each in questions
+    by_source.Pair(np.zeros(1, np.int32), 'q', question.target)
+    for question in questions
   ]
   scores = by_source.Scores(
     types.SimpleNamespace(data=data.DataOptions()),
@@ -149,7 +151,7 @@ def test_a_task_without_pairs():
 
 
 def test_a_source_that_is_judged_in_two_ways():
-  # Which of two scores would be the source's?
+  # Either of two scores could be the source's.
   questions = [data.Question('q', 'a'), data.Question('q', 'a', ('a', 'b'))]
   source = types.SimpleNamespace(questions=lambda selection: questions)
   options = types.SimpleNamespace(

@@ -25,7 +25,7 @@ ALL = dict(capacity=All())
 START = 3
 
 
-def examples():
+def make_examples():
   """Random examples of different lengths, so that some share a row."""
   rng = np.random.default_rng(5)
   sizes = [(3, 2), (1, 1), (6, 4), (2, 5), (4, 1)]
@@ -35,9 +35,9 @@ def examples():
   ]
 
 
-def put(batch_size):
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return Placing(one, batch_size)
+def placing(batch_size):
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return Placing(sharding, batch_size)
 
 
 def padded(rows, length):
@@ -64,37 +64,37 @@ def by_loop(logits, starts, targets):
 
 def test_log_likelihoods_of_a_decoder():
   model = tiny.build(ALL)
-  params, given = tiny.params_of(model), examples()
+  params, examples = tiny.params_of(model), make_examples()
   log_likelihoods = choice.log_likelihoods(
     model,
     {'params': params},
-    given,
+    examples,
     DecoderLayout(tiny.T),
     batch_size=2,
-    put=put(2),
+    put=placing(2),
   )
-  whole = [np.concatenate(example) for example in given]
-  tokens, mask = padded(whole, tiny.T)
+  token_rows = [np.concatenate(example) for example in examples]
+  tokens, mask = padded(token_rows, tiny.T)
   logits, _ = tiny.apply(model)(params, tokens, mask)
   # The logits at the token before the answer predict its first token.
-  starts = [len(e.inputs) - 1 for e in given]
-  expected = by_loop(logits, starts, [e.targets for e in given])
+  starts = [len(e.inputs) - 1 for e in examples]
+  expected = by_loop(logits, starts, [e.targets for e in examples])
   np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_log_likelihoods_of_an_encoder_decoder():
   model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
-  params, given = tiny.params_of(model), examples()
+  params, examples = tiny.params_of(model), make_examples()
   layout = EncoderDecoderLayout(8, 6, START)
   log_likelihoods = choice.log_likelihoods(
-    model, {'params': params}, given, layout, batch_size=2, put=put(2)
+    model, {'params': params}, examples, layout, batch_size=2, put=placing(2)
   )
-  inputs, inputs_mask = padded([e.inputs for e in given], 8)
-  shifted = [np.append(START, e.targets[:-1]) for e in given]
+  inputs, inputs_mask = padded([e.inputs for e in examples], 8)
+  shifted = [np.append(START, e.targets[:-1]) for e in examples]
   tokens, mask = padded(shifted, 6)
   logits, _ = tiny.apply(model)(params, inputs, tokens, inputs_mask, mask)
-  expected = by_loop(logits, [0] * len(given), [e.targets for e in given])
+  expected = by_loop(logits, [0] * len(examples), [e.targets for e in examples])
   np.testing.assert_allclose(log_likelihoods, expected, rtol=1e-5)
 
 
@@ -104,20 +104,22 @@ def test_log_likelihoods_of_examples_of_several_tasks():
   options = dataclasses.replace(tiny.options(moe), num_tasks=2)
   model, tasks = options.build(), [0, 1, 1, 0, 1]
 
-  def of(task_ids):
+  def likelihoods_of(task_ids):
     return choice.log_likelihoods(
       model,
       {'params': tiny.params_of(model)},
-      examples(),
+      make_examples(),
       DecoderLayout(tiny.T),
       batch_size=2,
-      put=put(2),
+      put=placing(2),
       task_ids=task_ids,
     )
 
-  alone = np.stack([of([0] * 5), of([1] * 5)])
-  assert (np.abs(alone[0] - alone[1]) > 1e-2).all()
-  np.testing.assert_allclose(of(tasks), alone[tasks, range(5)], rtol=1e-5)
+  by_task = np.stack([likelihoods_of([0] * 5), likelihoods_of([1] * 5)])
+  assert (np.abs(by_task[0] - by_task[1]) > 1e-2).all()
+  np.testing.assert_allclose(
+    likelihoods_of(tasks), by_task[tasks, range(5)], rtol=1e-5
+  )
 
 
 def test_how_often_the_right_answer_is_the_likeliest():
@@ -156,7 +158,7 @@ class Bench:
       data=run.data,
       batch_size=run.batch_size,
       workdir=self.folder,
-      put=put(run.batch_size),
+      put=placing(run.batch_size),
     )
     return evaluation.measure
 
@@ -192,29 +194,29 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
     shots_source=bench.write('s.jsonl', *shots),
     answer_prefix='=',
   )
-  given = [
-    bytes(asked.examples[0].inputs.tolist()).decode()
-    for asked in measure.questions
+  prompts = [
+    bytes(question.examples[0].inputs.tolist()).decode()
+    for question in measure.questions
   ]
   # 12 examples for 3 questions with 2 each are taken in steps of 2. A row of 15
   # has room for 16 tokens with the answer, one too few for 's4=v' before the
   # last question.
-  assert given == [
+  assert prompts == [
     's0=v\n\ns6=v\n\nq0=', 's2=v\n\ns8=v\n\nq1=', 's10=v\n\nq2='
   ]  # fmt: skip
   row = measure({'params': tiny.params_of(measure.setting.model)}, 7)
   assert (row['shots'], row['cut_items'], row['items']) == (5 / 3, 0, 3)
-  few = bench.choice(source=source, num_items=2)
-  assert [item.prompt for item in few.items] == ['q0', 'q1']
+  limited = bench.choice(source=source, num_items=2)
+  assert [item.prompt for item in limited.items] == ['q0', 'q1']
 
 
 def test_without_overrides_nothing_is_dropped(bench):
   source = bench.write('q.jsonl', ('ab', ['x', 'y'], 1))
   bench.model = {'moe': {'capacity': {'per_token': {'factor': 0.3}}}}
   assert bench.choice(source=source).setting.model.moe.capacity == All()
-  own = {'moe': {'capacity': {'per_token': {'factor': 0.7}}}}
-  changed = bench.choice(source=source, model_overrides=own)
-  assert changed.setting.model.moe.capacity == PerToken(0.7)
+  overrides = {'moe': {'capacity': {'per_token': {'factor': 0.7}}}}
+  measure = bench.choice(source=source, model_overrides=overrides)
+  assert measure.setting.model.moe.capacity == PerToken(0.7)
 
 
 @pytest.mark.parametrize(

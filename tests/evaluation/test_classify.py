@@ -19,7 +19,7 @@ from tests import golden
 from tests.training import tiny
 
 
-def put():
+def placing():
   device = jax.local_devices()[0]
   return Placing(jax.sharding.SingleDeviceSharding(device), 3)
 
@@ -50,7 +50,7 @@ def test_told(tmp_path):
   }
   # Batches have three rows; the second batch has one row of padding, which does
   # not count.
-  measure = classify.Classify(model, 0, 3, rows, put())
+  measure = classify.Classify(model, 0, 3, rows, placing())
   metrics = measure({'params': params}, 7)
   assert metrics == {
     'accuracy': pytest.approx(80.0),
@@ -65,9 +65,9 @@ def test_a_finished_run_is_asked_again(tmp_path, capsys):
   loop.train_and_evaluate(
     run_config.read(config), tmp_path, devices=jax.devices()[:1]
   )
-  said = capsys.readouterr().out
+  printed = capsys.readouterr().out
   metrics = evaluation.evaluate(tmp_path, ClassifyEvaluation())
-  assert f'evaluation classes: accuracy {metrics["accuracy"]:.4g}, ' in said
+  assert f'evaluation classes: accuracy {metrics["accuracy"]:.4g}, ' in printed
   assert metrics['items'] == 200 and metrics['chance'] == 25
   loss = evaluation.evaluate(tmp_path, LossEvaluation())
   assert np.isfinite(loss['loss'])

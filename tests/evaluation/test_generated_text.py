@@ -62,9 +62,9 @@ def without_its_corpus(overrides):
 
 
 def train(config, workdir, **kwargs):
-  one = jax.devices()[:1]
+  devices = jax.devices()[:1]
   return loop.train_and_evaluate(
-    run_config.read(config), workdir, devices=one, **kwargs
+    run_config.read(config), workdir, devices=devices, **kwargs
   )
 
 
@@ -143,8 +143,8 @@ def test_a_run_is_evaluated_from_its_folder(run):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_evaluates_as_one_that_was_not(run, tmp_path):
   workdir, state = run
-  stopped = train(config(), tmp_path, hooks=[SigtermAt(3)])
-  assert int(stopped.step) == 3
+  stopped_state = train(config(), tmp_path, hooks=[SigtermAt(3)])
+  assert int(stopped_state.step) == 3
   assert_equal(train(config(), tmp_path), state)
   for name in ('train_capacity', 'texts', 'choice'):
     assert rows_of(tmp_path, name) == rows_of(workdir, name)
@@ -152,7 +152,7 @@ def test_a_run_that_was_stopped_evaluates_as_one_that_was_not(run, tmp_path):
 
 def setting(tmp_path, **overrides):
   options = tiny.options(**without_its_corpus(overrides)).filled(258)
-  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return Setting(
     name='x',
     model=options.build(),
@@ -160,7 +160,7 @@ def setting(tmp_path, **overrides):
     data=options.data,
     batch_size=options.batch_size,
     workdir=tmp_path,
-    put=Placing(one, options.batch_size),
+    put=Placing(sharding, options.batch_size),
   )
 
 
@@ -172,17 +172,17 @@ def test_an_example_of_a_mixture_has_the_task_of_its_source(tmp_path, task):
   }
   kind, key, names = kinds[task]
   sources = {name: {'kind': kind, key: name} for name in names}
-  given = dict(source=dict(python_stdlib=dict(modules='')))
-  given |= dict(task=dict(kind=task), mixture=dict(sources=sources))
-  made = setting(tmp_path, data=given | dict(seq_len=64))
-  pairs = GenerateEvaluation(num_examples=6).pairs(made)
+  data_overrides = dict(source=dict(python_stdlib=dict(modules='')))
+  data_overrides |= dict(task=dict(kind=task), mixture=dict(sources=sources))
+  run_setting = setting(tmp_path, data=data_overrides | dict(seq_len=64))
+  pairs = GenerateEvaluation(num_examples=6).pairs(run_setting)
   tasks = [pair.task for pair in pairs]
   assert tasks == sorted(tasks) and set(tasks) == set(names)
   if task == 'seq2seq':
-    options = made.data.mixture.sources
+    options = run_setting.data.mixture.sources
     for pair in pairs:
-      own = options[pair.task].pairs().pairs('validation')
-      assert (pair.inputs, pair.target) in set(own)
+      source_pairs = options[pair.task].pairs().pairs('validation')
+      assert (pair.inputs, pair.target) in set(source_pairs)
 
 
 @pytest.mark.slow
@@ -220,9 +220,9 @@ def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
   measure = entry.measure(prefix_run)
   corpus = prefix_run.dataset.splits['validation']
   assert len(measure.pairs) == 4
-  again = entry.measure(prefix_run).pairs
-  for i, (pair, other) in enumerate(zip(measure.pairs, again)):
-    np.testing.assert_array_equal(pair.ids, other.ids)
+  second_pairs = entry.measure(prefix_run).pairs
+  for i, (pair, second_pair) in enumerate(zip(measure.pairs, second_pairs)):
+    np.testing.assert_array_equal(pair.ids, second_pair.ids)
     # The text is that of the row that `loss` reads: the inputs and then the
     # targets of its first example.
     row = corpus[i * len(corpus) // 4]

@@ -28,13 +28,13 @@ def pairs_asker(layout, tokenizer=None):
   return Asker(Seq2SeqTask(), tokenizer, layout, '=')
 
 
-def texts(asked):
+def texts(encoded):
   """Pairs (prompt, answer) as text, with '$' for the end of text."""
 
   def text(ids):
     return ''.join('$' if i == EOS else chr(i) for i in ids)
 
-  return [(text(e.inputs), text(e.targets)) for e in asked.examples]
+  return [(text(e.inputs), text(e.targets)) for e in encoded.examples]
 
 
 def test_examples_with_their_answers_stand_before_the_prompt():
@@ -44,10 +44,10 @@ def test_examples_with_their_answers_stand_before_the_prompt():
 
 
 def test_a_language_model_goes_on_from_the_prompt():
-  asked = asker(30)(SUM, SHOTS)
+  encoded = asker(30)(SUM, SHOTS)
   prompt = '2+2=4\n\n3+3=6\n\n1+1='
-  assert texts(asked) == [(prompt, '1'), (prompt, '2'), (prompt, '33')]
-  assert asked[1:] == (2, False)
+  assert texts(encoded) == [(prompt, '1'), (prompt, '2'), (prompt, '33')]
+  assert encoded[1:] == (2, False)
 
 
 def test_pairs_are_inputs_and_targets_that_end():
@@ -60,9 +60,9 @@ def test_examples_without_room_are_left_out_the_first_ones_first():
   # Two examples of 7 bytes and the prompt of 4 are 18 tokens. The answer '33'
   # has 2, of which the last is never an input: a row of 19 has room for all.
   assert asker(19)(SUM, SHOTS).num_shots == 2
-  asked = asker(18)(SUM, SHOTS)
-  assert asked.num_shots == 1 and not asked.is_cut
-  assert texts(asked)[2] == ('3+3=6\n\n1+1=', '33')
+  encoded = asker(18)(SUM, SHOTS)
+  assert encoded.num_shots == 1 and not encoded.is_cut
+  assert texts(encoded)[2] == ('3+3=6\n\n1+1=', '33')
   # An encoder of 10 has room for the prompt and its end of text only, one of 11
   # also for an example of 7.
   for room, num_shots in ((10, 0), (11, 1)):
@@ -71,24 +71,24 @@ def test_examples_without_room_are_left_out_the_first_ones_first():
 
 
 def test_a_prompt_that_is_too_long_keeps_what_matters():
-  long = Item('abcdefgh', ('x', 'yz'), 0)
-  asked = asker(6)(long, SHOTS)
-  # Where the answer continues the prompt, a cut prompt keeps its end: 7 tokens
+  long_item = Item('abcdefgh', ('x', 'yz'), 0)
+  encoded = asker(6)(long_item, SHOTS)
+  # If the answer continues the prompt, a cut prompt keeps its end: 7 tokens
   # less those of the answer.
-  assert texts(asked) == [('defgh=', 'x'), ('efgh=', 'yz')]
-  assert asked[1:] == (0, True)
+  assert texts(encoded) == [('defgh=', 'x'), ('efgh=', 'yz')]
+  assert encoded[1:] == (0, True)
   # An encoder's prompt keeps its beginning and gets an end of text, as in
   # training; answers lose their end.
-  asked = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long, SHOTS)
-  assert texts(asked) == [('abcd$', 'x$'), ('abcd$', 'yz')]
-  assert asked.is_cut
+  encoded = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long_item, SHOTS)
+  assert texts(encoded) == [('abcd$', 'x$'), ('abcd$', 'yz')]
+  assert encoded.is_cut
 
 
 def test_inputs_are_cut_as_in_training():
   ids = np.array([1, 2, 3, EOS])
-  for keep_end, kept in ((False, [1, 2, EOS]), (True, [2, 3, EOS])):
+  for keep_end, expected in ((False, [1, 2, EOS]), (True, [2, 3, EOS])):
     task = Seq2SeqTask(keep_end=keep_end)
-    assert cut_as_trained(task, ids, 3, EOS).tolist() == kept
+    assert cut_as_trained(task, ids, 3, EOS).tolist() == expected
     assert cut_as_trained(task, ids, 4, EOS).tolist() == ids.tolist()
   assert cut_as_trained(LmTask(), ids[:3], 2, EOS).tolist() == [1, 2]
 
@@ -96,14 +96,16 @@ def test_inputs_are_cut_as_in_training():
 def test_words_that_begin_with_a_space_are_the_answers():
   vocabulary = {t: i for i, t in enumerate(['q', 'y', 'n', 'Ġ', 'Ġy', 'Ġn'])}
   model = hf.models.BPE(vocabulary, [('Ġ', 'y'), ('Ġ', 'n')])
-  words = hf.Tokenizer(model)
-  words.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer = tokenizers.Json(json.dumps(json.loads(words.to_str())))
+  word_tokenizer = hf.Tokenizer(model)
+  word_tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  tokenizer = tokenizers.Json(json.dumps(json.loads(word_tokenizer.to_str())))
   ask = Asker(LmTask(), tokenizer, DecoderLayout(9), ' ')
-  asked = ask(Item('q', ('y', 'n'), 0), [])
+  encoded = ask(Item('q', ('y', 'n'), 0), [])
   # The space before an answer belongs to the token of the answer.
-  assert [e.inputs.tolist() for e in asked.examples] == [[0], [0]]
-  assert [e.targets.tolist() for e in asked.examples] == [[4], [5]]
+  assert [e.inputs.tolist() for e in encoded.examples] == [[0], [0]]
+  assert [e.targets.tolist() for e in encoded.examples] == [[4], [5]]
 
 
 def test_a_prompt_without_tokens():

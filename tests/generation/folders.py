@@ -41,13 +41,13 @@ def write(
   with checkpoints:
     for step in steps:
       # This stands for the optimizer's state, which generation does not read.
-      more = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
+      other_trees = {'opt_state': jax.tree.map(jnp.zeros_like, params[step])}
       if router_state:
-        more['router_state'] = router_state
+        other_trees['router_state'] = router_state
       # The first is the best one.
       checkpoints.save(
         step,
-        {'params': params[step], **more},
+        {'params': params[step], **other_trees},
         metrics={options.checkpoint.best_name: float(step)},
       )
   return params

@@ -73,8 +73,8 @@ def test_a_search_ends_when_no_beam_can_reach_the_results():
   search, _ = step(start(1, 5), [[[0.9, 0.06, 0.04]]], stops=[0])
   assert not search.open.any()
   # A closed search keeps its results.
-  later, _ = step(search, [[[0.99, 0.005, 0.005]]], stops=[0])
-  np.testing.assert_array_equal(later.ended.tokens, search.ended.tokens)
+  later_search, _ = step(search, [[[0.99, 0.005, 0.005]]], stops=[0])
+  np.testing.assert_array_equal(later_search.ended.tokens, search.ended.tokens)
 
 
 def of_five_tokens(moe, **model):
@@ -165,11 +165,11 @@ def test_forced_tokens_count_as_length_and_cost_nothing(small):
     model, {'params': params}, [[3, 1]], forced_ids=[2], num_tokens=4,
     **options,
   )  # fmt: skip
-  given = generation.beam_search(
+  prompted = generation.beam_search(
     model, {'params': params}, [[3, 1, 2]], num_tokens=3, **options
   )
-  assert forced.tokens[0, 0].tolist() == [2, *given.tokens[0, 0].tolist()]
-  np.testing.assert_allclose(forced.scores * 4, given.scores * 3, rtol=1e-5)
+  assert forced.tokens[0, 0].tolist() == [2, *prompted.tokens[0, 0].tolist()]
+  np.testing.assert_allclose(forced.scores * 4, prompted.scores * 3, rtol=1e-5)
 
 
 def test_more_than_are_followed_cannot_be_returned(small):

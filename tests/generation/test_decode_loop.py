@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-def built(name, moe):
+def model_and_params(name, moe):
   # With tied embeddings a random model repeats itself.
   options = dict(KINDS[name])
   options['embedding'] = {'tie': False, **options.get('embedding', {})}
@@ -71,10 +71,10 @@ def generate(model, params, prompts=PROMPTS, **options):
   return generation.generate(model, {'params': params}, prompts, **options)
 
 
-def likeliest(name, params, new):
+def likeliest(name, params, new_rows):
   """The likeliest token after each prefix of the answers, by one pass."""
-  model, _ = built(name, ROOM)
-  answers = [row.tolist() for row in new]
+  model, _ = model_and_params(name, ROOM)
+  answers = [row.tolist() for row in new_rows]
   if model.has_encoder:
     rows = [[START, *answer[:-1]] for answer in answers]
     halves = zip(rows_of(PROMPTS), rows_of(rows))
@@ -83,10 +83,10 @@ def likeliest(name, params, new):
   else:
     rows = [prompt + answer[:-1] for prompt, answer in zip(PROMPTS, answers)]
     logits = tiny.apply(model)(params, *rows_of(rows))[0]
-  best = np.asarray(logits.argmax(-1))
+  best_tokens = np.asarray(logits.argmax(-1))
   return [
-    row[len(given) - len(answer) : len(given)]
-    for row, given, answer in zip(best, rows, answers)
+    row[len(tokens) - len(answer) : len(tokens)]
+    for row, tokens, answer in zip(best_tokens, rows, answers)
   ]
 
 
@@ -113,7 +113,7 @@ FAST = ('rotary',)
   ],
 )
 def test_greedy_tokens_are_the_likeliest_of_the_whole_forward(name):
-  model, params = built(name, TIGHT)
+  model, params = model_and_params(name, TIGHT)
   output = generate(model, params)
   np.testing.assert_array_equal(output.lengths, [NEW] * 6)
   expected = likeliest(name, params, output.rows)
@@ -129,7 +129,7 @@ DRAWN = dict(temperature=1.5, top_p=0.9)
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['rotary', 't5'])
 def test_a_row_alone_is_the_row_in_a_batch(name):
-  model, params = built(name, TIGHT)
+  model, params = model_and_params(name, TIGHT)
   seeds = [4, 9, 1, 7, 2, 30]
   together = generate(model, params, seed=seeds, **DRAWN).rows
   for i in ALONE:
@@ -140,52 +140,52 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @pytest.fixture(scope='module')
 def prepared():
   """A prepared decoder, which tests share."""
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   return generation.prepare(model, {'params': params})
 
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
-  draw = dict(num_tokens=NEW, temperature=4.0)
+  options = dict(num_tokens=NEW, temperature=4.0)
   first, again, other = (
-    generation.generate(*prepared, PROMPTS, seed=seed, **draw).tokens
+    generation.generate(*prepared, PROMPTS, seed=seed, **options).tokens
     for seed in (3, 3, 4)
   )
   np.testing.assert_array_equal(first, again)
   assert (first != other).any(axis=1).all()
-  same = generation.generate(*prepared, [[7]] * 4, seed=3, **draw).tokens
+  same = generation.generate(*prepared, [[7]] * 4, seed=3, **options).tokens
   assert len(np.unique(same, axis=0)) == 4
 
 
 def test_rows_end_with_their_stop_tokens():
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   endless = generate(model, params).tokens.tolist()
   stops = [endless[0][1], endless[1][4]]
   output = generate(model, params, stop_ids=stops, pad_id=22)
-  for row, length, free in zip(output.tokens, output.lengths, endless):
-    ends = [i for i, token in enumerate(free) if token in stops]
+  for row, length, free_row in zip(output.tokens, output.lengths, endless):
+    ends = [i for i, token in enumerate(free_row) if token in stops]
     assert length == (ends[0] + 1 if ends else NEW)
-    np.testing.assert_array_equal(row[:length], free[:length])
+    np.testing.assert_array_equal(row[:length], free_row[:length])
     assert (row[length:] == 22).all()
   assert len(set(output.lengths.tolist())) > 1
 
 
 def test_streamed_tokens_are_the_same_and_ended_rows_are_minus_one(prepared):
   options = dict(num_tokens=NEW, stop_ids=range(9))
-  said = []
+  streamed = []
   output = generation.generate(
     *prepared,
     PROMPTS,
-    on_token=lambda n, tokens: said.append((n, tokens)),
+    on_token=lambda n, tokens: streamed.append((n, tokens)),
     **options,
   )
-  quiet = generation.generate(*prepared, PROMPTS, **options)
-  np.testing.assert_array_equal(output.tokens, quiet.tokens)
-  np.testing.assert_array_equal(output.lengths, quiet.lengths)
-  assert [n for n, _ in said] == list(range(output.lengths.max()))
-  for n, tokens in said:
-    here = np.where(n < output.lengths, output.tokens[:, n], -1)
-    np.testing.assert_array_equal(tokens, here)
+  plain_output = generation.generate(*prepared, PROMPTS, **options)
+  np.testing.assert_array_equal(output.tokens, plain_output.tokens)
+  np.testing.assert_array_equal(output.lengths, plain_output.lengths)
+  assert [n for n, _ in streamed] == list(range(output.lengths.max()))
+  for n, tokens in streamed:
+    expected = np.where(n < output.lengths, output.tokens[:, n], -1)
+    np.testing.assert_array_equal(tokens, expected)
   assert output.lengths.min() < output.lengths.max()
 
 
@@ -194,23 +194,23 @@ def test_a_true_answer_ends_the_stream(prepared):
   output = generation.generate(
     *prepared, PROMPTS, on_token=lambda n, _: n == 2, **options
   )
-  whole = generation.generate(*prepared, PROMPTS, **options)
-  np.testing.assert_array_equal(output.lengths, np.minimum(whole.lengths, 3))
-  assert (whole.lengths > 3).any()
-  np.testing.assert_array_equal(output.tokens[:, :3], whole.tokens[:, :3])
+  full = generation.generate(*prepared, PROMPTS, **options)
+  np.testing.assert_array_equal(output.lengths, np.minimum(full.lengths, 3))
+  assert (full.lengths > 3).any()
+  np.testing.assert_array_equal(output.tokens[:, :3], full.tokens[:, :3])
 
 
 def test_forced_tokens_come_first():
-  model, params = built('rotary', TIGHT)
-  said = []
+  model, params = model_and_params('rotary', TIGHT)
+  streamed = []
   output = generate(
     model,
     params,
     forced_ids=[14, 9],
-    on_token=lambda n, tokens: said.append(tokens.tolist()),
+    on_token=lambda n, tokens: streamed.append(tokens.tolist()),
   )
   np.testing.assert_array_equal(output.tokens[:, :2], [[14, 9]] * 6)
-  np.testing.assert_array_equal(np.array(said).T, output.tokens)
+  np.testing.assert_array_equal(np.array(streamed).T, output.tokens)
   expected = np.array(likeliest('rotary', params, output.rows))
   np.testing.assert_array_equal(output.tokens[:, 2:], expected[:, 2:])
   assert (output.tokens[:, :2] != expected[:, :2]).any(axis=1).all()
@@ -221,23 +221,23 @@ def test_a_checkpoints_own_capacity_binds_in_its_encoder():
   # An expert has one slot for each row. The encoder drops tokens as in the
   # forward pass; a decoder's step of one token always fits.
   options = dict(kind='encoder_decoder', positions=Relative())
-  own = dict(capacity=Fixed(1))
-  model = tiny.build(own, **options)
+  tight = dict(capacity=Fixed(1))
+  model = tiny.build(tight, **options)
   params = tiny.params_of(model, seed=5)
   prompts = [[3, 17, 5, 8, 3, 9], [11, 4, 4]]
   output = generate(model, params, prompts, num_tokens=2)
-  room = tiny.build(ROOM, **options)
+  roomy_model = tiny.build(ROOM, **options)
   halves = [rows_of(rows) for rows in (prompts, [[START]] * 2)]
   inputs = [array for pair in zip(*halves) for array in pair]
   first = tiny.apply(model)(params, *inputs)[0][:, 0].argmax(-1)
   np.testing.assert_array_equal(output.tokens[:, 0], first)
-  roomy = generate(room, params, prompts, num_tokens=2)
-  assert (roomy.tokens != output.tokens).any()
+  roomy_output = generate(roomy_model, params, prompts, num_tokens=2)
+  assert (roomy_output.tokens != output.tokens).any()
 
 
 @pytest.mark.slow
 def test_boxed_and_prepared_parameters_do(prepared):
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   boxed = jax.jit(model.init)(tiny.key(0), jnp.zeros((1, T), jnp.int32))
   boxed = jax.tree.map(
     lambda box, value: box.replace_boxed(value),
@@ -253,7 +253,7 @@ def test_boxed_and_prepared_parameters_do(prepared):
 
 @pytest.mark.slow
 def test_sharded_parameters_generate_the_same(prepared):
-  model, params = built('rotary', TIGHT)
+  model, params = model_and_params('rotary', TIGHT)
   mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   tokens = generate(model, jax.device_put(params, whole)).tokens

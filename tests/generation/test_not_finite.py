@@ -1,4 +1,4 @@
-"""What is not finite generates nothing: neither token 0 nor any other."""
+"""Logits that are not finite generate no token, not even token 0."""
 
 import jax
 import jax.numpy as jnp
@@ -53,18 +53,20 @@ def test_logits_that_are_not_finite_are_an_error(model, options):
 def test_a_stream_ends_before_such_a_token(model):
   """The model reads the first new token, whose embedding is not finite."""
   params = tiny.params_of(model)
-  good = generation.generate(model, {'params': params}, [11], num_tokens=1)
-  table = params['embedding'].at[good.tokens[0, 0]].set(jnp.nan)
-  said = []
+  first_output = generation.generate(
+    model, {'params': params}, [11], num_tokens=1
+  )
+  table = params['embedding'].at[first_output.tokens[0, 0]].set(jnp.nan)
+  streamed = []
   with pytest.raises(ValueError, match='logits of new token 2 are not finite'):
     generation.generate(
       model,
       {'params': {**params, 'embedding': table}},
       [11],
       num_tokens=4,
-      on_token=lambda n, tokens: said.append((n, *tokens)),
+      on_token=lambda n, tokens: streamed.append((n, *tokens)),
     )
-  assert said == [(0, good.tokens[0, 0])]
+  assert streamed == [(0, first_output.tokens[0, 0])]
 
 
 def test_a_run_that_is_not_finite_is_refused_by_name(
@@ -73,16 +75,16 @@ def test_a_run_that_is_not_finite_is_refused_by_name(
   folders.write(tmp_path)
   loaded = generation.load(tmp_path)
   params = loaded.variables['params']
-  bad = with_first(np.nan, params)
+  nan_params = with_first(np.nan, params)
   with monkeypatch.context() as patched:
     patched.setattr(finite, 'not_finite', lambda tree: [])
     with Checkpointer(tmp_path / CHECKPOINTS, keep_best=False) as checkpoints:
-      checkpoints.save(99, {'params': bad})
+      checkpoints.save(99, {'params': nan_params})
   with pytest.raises(CheckpointError, match='99: not finite: params/'):
     generation.load(tmp_path, 99)
   assert generation.load(tmp_path).skipped[0][0] == 99
-  with pytest.raises(SystemExit) as ended:
+  with pytest.raises(SystemExit) as exit_info:
     command.main([f'--workdir={tmp_path}', '--step=99', '--prompt=a'])
-  told = capsys.readouterr()
-  assert ended.value.code == 1 and told.out == ''
-  assert '99: not finite: params/' in told.err
+  captured = capsys.readouterr()
+  assert exit_info.value.code == 1 and captured.out == ''
+  assert '99: not finite: params/' in captured.err

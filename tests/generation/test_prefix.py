@@ -58,8 +58,8 @@ def test_an_encoders_rows_begin_together(halves):
 
 def test_one_row_alone_is_a_batch_of_one(decoder):
   np.testing.assert_array_equal(make(decoder, [3, 4]).tokens[:, -2:], [[3, 4]])
-  same = make(decoder, np.array([3, 4])), make(decoder, [[3, 4]])
-  np.testing.assert_array_equal(same[0].tokens, same[1].tokens)
+  prefixes = make(decoder, np.array([3, 4])), make(decoder, [[3, 4]])
+  np.testing.assert_array_equal(prefixes[0].tokens, prefixes[1].tokens)
 
 
 def test_lengths_are_few_and_not_much_longer():

@@ -24,20 +24,20 @@ def kept_top_p(row, p):
   """Marks tokens whose likelier tokens have a probability below p in total."""
   probs = np.exp(row - row.max())
   probs = probs / probs.sum()
-  kept = [probs[row > logit].sum() < p for logit in row]
-  return np.array(kept) | (row == row.max())
+  is_kept = [probs[row > logit].sum() < p for logit in row]
+  return np.array(is_kept) | (row == row.max())
 
 
 def test_top_k_and_top_p_told():
   # Probabilities are 0.5, 0.3, 0.15 and 0.05: for p = 0.6 the first is not
   # enough and the second is, and for p = 0.5 the first is exactly enough.
   logits = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
-  kept = jnp.isfinite(sampling.keep_top_p(logits, 0.6))
-  np.testing.assert_array_equal(kept, [[False, True, False, True]])
-  kept = jnp.isfinite(sampling.keep_top_p(logits, 0.49))
-  np.testing.assert_array_equal(kept, [[False, True, False, False]])
-  kept = jnp.isfinite(sampling.keep_top_k(logits, 3))
-  np.testing.assert_array_equal(kept, [[True, True, False, True]])
+  is_kept = jnp.isfinite(sampling.keep_top_p(logits, 0.6))
+  np.testing.assert_array_equal(is_kept, [[False, True, False, True]])
+  is_kept = jnp.isfinite(sampling.keep_top_p(logits, 0.49))
+  np.testing.assert_array_equal(is_kept, [[False, True, False, False]])
+  is_kept = jnp.isfinite(sampling.keep_top_k(logits, 3))
+  np.testing.assert_array_equal(is_kept, [[True, True, False, True]])
 
 
 @hypothesis.settings(max_examples=20, deadline=None)
@@ -46,20 +46,20 @@ def test_kept_tokens_are_those_of_the_definition(logits, k, p):
   # No sum may equal p exactly, as sums in float32 and float64 can then differ.
   logits = np.array(logits, np.float32)
   logits += np.arange(V, dtype=np.float32) / 1000
-  for f, definition, n in (
+  for keep, definition, limit in (
     (sampling.keep_top_k, kept_top_k, k),
     (sampling.keep_top_p, kept_top_p, p),
   ):
-    masked_logits = np.asarray(f(jnp.asarray(logits), n))
-    expected = np.array([definition(row, n) for row in logits])
+    masked_logits = np.asarray(keep(jnp.asarray(logits), limit))
+    expected = np.array([definition(row, limit) for row in logits])
     np.testing.assert_array_equal(np.isfinite(masked_logits), expected)
     np.testing.assert_array_equal(masked_logits[expected], logits[expected])
 
 
 def test_equals_of_the_last_that_stays_stay_too():
   logits = jnp.array([[1.0, 3.0, 1.0, 0.0]])
-  kept = jnp.isfinite(sampling.keep_top_k(logits, 2))
-  np.testing.assert_array_equal(kept, [[True, True, True, False]])
+  is_kept = jnp.isfinite(sampling.keep_top_k(logits, 2))
+  np.testing.assert_array_equal(is_kept, [[True, True, True, False]])
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_draws_follow_the_softmax_of_what_is_kept(options):
   N = 4000
   sampler = sampling.Sampler.make(**options)
   keys = sampling.row_keys(3, N)
-  drawn = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
-  share = np.bincount(drawn, minlength=V) / N
+  tokens = sampler(jnp.broadcast_to(jnp.asarray(row)[None], (N, V)), keys)
+  share = np.bincount(tokens, minlength=V) / N
   # The definition is temperature first, then top-k, then top-p.
   scaled = row / options['temperature']
   if 'top_k' in options:
@@ -97,14 +97,18 @@ def test_greedy_is_the_largest_and_uses_no_key():
 
 
 def test_a_rows_key_depends_on_no_other_row():
-  data = jax.random.key_data
-  many, few = sampling.row_keys(5, 4), sampling.row_keys(5, 2)
-  np.testing.assert_array_equal(data(many)[:2], data(few))
-  own = sampling.row_keys([8, 5], 2)
-  np.testing.assert_array_equal(data(own)[1:], data(sampling.row_keys(5, 1)))
-  assert len({tuple(key) for key in np.asarray(data(many)).tolist()}) == 4
-  steps = [sampling.step_keys(few, jnp.int32(n)) for n in range(3)]
-  rows = np.concatenate([data(keys) for keys in steps]).tolist()
+  key_data = jax.random.key_data
+  four_keys, two_keys = sampling.row_keys(5, 4), sampling.row_keys(5, 2)
+  np.testing.assert_array_equal(key_data(four_keys)[:2], key_data(two_keys))
+  seeded_keys = sampling.row_keys([8, 5], 2)
+  np.testing.assert_array_equal(
+    key_data(seeded_keys)[1:], key_data(sampling.row_keys(5, 1))
+  )
+  assert (
+    len({tuple(key) for key in np.asarray(key_data(four_keys)).tolist()}) == 4
+  )
+  steps = [sampling.step_keys(two_keys, jnp.int32(n)) for n in range(3)]
+  rows = np.concatenate([key_data(keys) for keys in steps]).tolist()
   assert len({tuple(row) for row in rows}) == 6
 
 

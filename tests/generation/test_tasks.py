@@ -30,26 +30,26 @@ def built(kind):
   return options, model, tiny.params_of(model)
 
 
-def rows(kind, model, params, prompts=PROMPTS, **more):
-  made = generation.generate(
-    model, {'params': params}, prompts, num_tokens=6, **KINDS[kind], **more
+def rows(kind, model, params, prompts=PROMPTS, **options):
+  output = generation.generate(
+    model, {'params': params}, prompts, num_tokens=6, **KINDS[kind], **options
   )
-  return [row.tolist() for row in made.rows]
+  return [row.tolist() for row in output.rows]
 
 
 @pytest.mark.slow
 def test_each_row_has_its_own_task():
   kind = 'encoder_decoder'
   options, model, params = built(kind)
-  both = rows(kind, model, params, task_ids=[2, 0])
-  assert both != rows(kind, model, params, task_ids=[1, 1])
-  small = extract.extract(options, params, 2)
-  small_model = small.options.build()
-  assert both[0] == rows(kind, small_model, small.params)[0]
+  row_pair = rows(kind, model, params, task_ids=[2, 0])
+  assert row_pair != rows(kind, model, params, task_ids=[1, 1])
+  extracted = extract.extract(options, params, 2)
+  extracted_model = extracted.options.build()
+  assert row_pair[0] == rows(kind, extracted_model, extracted.params)[0]
   beams = dict(num_beams=2)
   assert (
     rows(kind, model, params, task_ids=[2, 2], **beams)
-    == rows(kind, small_model, small.params, **beams)
+    == rows(kind, extracted_model, extracted.params, **beams)
   )  # fmt: skip
 
 

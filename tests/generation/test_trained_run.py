@@ -28,8 +28,8 @@ def test_the_newest_good_checkpoints_parameters_are_read(tmp_path):
   )
   assert loaded.tokenizer.identity == 'bytes'
   assert loaded.options.vocab_size == 257
-  old = trained_run.load(tmp_path, step=2).variables['params']
-  jax.tree.map(np.testing.assert_array_equal, old, params[2])
+  old_params = trained_run.load(tmp_path, step=2).variables['params']
+  jax.tree.map(np.testing.assert_array_equal, old_params, params[2])
   folders.damage(tmp_path, 5)
   loaded = trained_run.load(tmp_path)
   assert loaded.step == 2 and loaded.skipped[0][0] == 5
@@ -42,15 +42,15 @@ def test_parameters_alone_in_another_type_on_a_mesh(tmp_path):
   )
   loaded = trained_run.load(tmp_path, dtype='bfloat16', mesh=mesh)
   types = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
-  same = tiny_runs.options(model={'numerics': types})
-  assert loaded.model == tiny_runs.model_of(same)
+  bfloat16_options = tiny_runs.options(model={'numerics': types})
+  assert loaded.model == tiny_runs.model_of(bfloat16_options)
   loaded_params, saved = (
     tiny.leaves(p) for p in (loaded.variables['params'], params)
   )
   for name, array in loaded_params.items():
     # Parameters that the model always keeps in float32 are not rounded.
-    kept = array.dtype == jnp.float32
-    assert kept == ('router' in name or 'norm' in name), name
+    is_float32 = array.dtype == jnp.float32
+    assert is_float32 == ('router' in name or 'norm' in name), name
     np.testing.assert_array_equal(array, saved[name].astype(array.dtype))
   kernel = loaded_params['layers/layer_1/moe/experts/w_in']
   assert kernel.addressable_shards[0].data.shape == (1, 1, 8, 20)
@@ -67,15 +67,15 @@ def test_what_training_alone_needs_is_not_read(tmp_path):
   state = {'params': params, 'opt_state': {'m': jnp.asarray(moments)}}
   with Checkpointer(tmp_path, keep_best=False) as checkpoints:
     checkpoints.save(1, state)
-    wanted = {'params': {'w': jax.ShapeDtypeStruct((1000,), jnp.bfloat16)}}
-    read = {}
-    for name, abstract in (('params', wanted), ('all', state)):
+    weights = {'params': {'w': jax.ShapeDtypeStruct((1000,), jnp.bfloat16)}}
+    num_read = {}
+    for name, abstract in (('params', weights), ('all', state)):
       before = bytes_read()
-      got = checkpoints.restore(abstract, partial=True, cast=True).state
-      read[name] = bytes_read() - before
-  np.testing.assert_array_equal(got['opt_state']['m'], moments)
-  assert read['all'] > moments.nbytes * 0.8
-  assert read['params'] < 100_000
+      restored = checkpoints.restore(abstract, partial=True, cast=True).state
+      num_read[name] = bytes_read() - before
+  np.testing.assert_array_equal(restored['opt_state']['m'], moments)
+  assert num_read['all'] > moments.nbytes * 0.8
+  assert num_read['params'] < 100_000
 
 
 def bytes_read():
@@ -145,12 +145,12 @@ def test_the_window_is_a_row_where_positions_are_distances(model, expected):
 def test_what_fits_learned_positions():
   # There are T=10 positions; the last new token is never read.
   model = tiny.build(positions=Learned())
-  for length, wanted, kept, num_tokens in (
+  for length, max_tokens, num_kept, num_tokens in (
     (3, 5, 3, 5), (4, 7, 4, 7), (4, 8, 4, 7), (9, 40, 5, 6), (30, 1, 10, 1),
   ):  # fmt: skip
     prompt = np.arange(length)
-    fitting_prompt, n = trained_run.fit(model, prompt, wanted)
-    np.testing.assert_array_equal(fitting_prompt, prompt[length - kept :])
+    fitting_prompt, n = trained_run.fit(model, prompt, max_tokens)
+    np.testing.assert_array_equal(fitting_prompt, prompt[length - num_kept :])
     assert n == num_tokens
     assert len(fitting_prompt) + n - 1 <= 10
   fitting_prompt, n = trained_run.fit(tiny.build(), np.arange(30), 50)

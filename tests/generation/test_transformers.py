@@ -69,7 +69,7 @@ MAKERS = {
 class Pair(NamedTuple):
   """A random model of transformers and ours with its weights."""
 
-  theirs: torch.nn.Module
+  their_model: torch.nn.Module
   model: models.Model
   variables: dict
   options: dict
@@ -83,52 +83,52 @@ class Pair(NamedTuple):
 @pytest.fixture(scope='module', params=MAKERS)
 def pair(request, tmp_path_factory):
   make, seed = MAKERS[request.param]
-  theirs = make().eval()
+  their_model = make().eval()
   torch.manual_seed(seed)
   with torch.no_grad():
-    for name, weights in theirs.named_parameters():
+    for name, weights in their_model.named_parameters():
       if weights.ndim > 1:
         small = 'shared' in name or 'embed' in name
         weights.normal_(0, 0.05 if small else 0.5)
   folder = tmp_path_factory.mktemp(request.param)
-  theirs.save_pretrained(folder)
+  their_model.save_pretrained(folder)
   model, variables = generation.prepare(*interop.load(folder)[1:])
-  options = {'start_id': START} if theirs.config.is_encoder_decoder else {}
-  endless = their_tokens(theirs, *padded(theirs))
+  options = {'start_id': START} if their_model.config.is_encoder_decoder else {}
+  endless = their_tokens(their_model, *padded(their_model))
   # Models must not always give the same answer.
   assert len(set().union(*endless)) > 5
   # The stop token is one that a row reaches halfway. Where rows compete for
   # slots, padding behind an ended row competes too in transformers; so no row
   # ends there.
   stop = None if make is nllb else endless[0][NEW // 2]
-  return Pair(theirs, model, variables, options, stop)
+  return Pair(their_model, model, variables, options, stop)
 
 
-def padded(theirs):
+def padded(their_model):
   """Prompts as tensors, padded at the start, or for an encoder at the end."""
-  front = not theirs.config.is_encoder_decoder
+  front = not their_model.config.is_encoder_decoder
   length = max(map(len, PROMPTS))
   rows, mask = [], []
   for row in PROMPTS:
-    fill = [theirs.config.pad_token_id] * (length - len(row))
+    fill = [their_model.config.pad_token_id] * (length - len(row))
     rows.append(fill + row if front else row + fill)
-    seen = [0] * len(fill), [1] * len(row)
-    mask.append(seen[0] + seen[1] if front else seen[1] + seen[0])
+    flags = [0] * len(fill), [1] * len(row)
+    mask.append(flags[0] + flags[1] if front else flags[1] + flags[0])
   return torch.tensor(rows), torch.tensor(mask)
 
 
-def their_tokens(theirs, ids, mask, stop=None):
+def their_tokens(their_model, ids, mask, stop=None):
   """New tokens of each row, without those behind its end."""
   with torch.no_grad():
-    sequences = theirs.generate(
+    sequences = their_model.generate(
       ids,
       attention_mask=mask,
       max_new_tokens=NEW,
       do_sample=False,
       eos_token_id=stop,
     )
-  given = 1 if theirs.config.is_encoder_decoder else ids.shape[1]
-  return [until(stop, row[given:].tolist()) for row in sequences]
+  prompt_len = 1 if their_model.config.is_encoder_decoder else ids.shape[1]
+  return [until(stop, row[prompt_len:].tolist()) for row in sequences]
 
 
 def until(stop, row):
@@ -136,7 +136,9 @@ def until(stop, row):
 
 
 def test_greedy_tokens_are_theirs(pair):
-  expected = their_tokens(pair.theirs, *padded(pair.theirs), pair.stop)
+  expected = their_tokens(
+    pair.their_model, *padded(pair.their_model), pair.stop
+  )
   lengths = list(map(len, expected))
   assert (min(lengths) < max(lengths)) == bool(pair.stop_ids)
   output = generation.generate(
@@ -152,9 +154,9 @@ def test_greedy_tokens_are_theirs(pair):
 
 def test_beams_are_theirs(pair):
   length_penalty = -0.7
-  ids, mask = padded(pair.theirs)
+  ids, mask = padded(pair.their_model)
   with torch.no_grad():
-    their_beams = pair.theirs.generate(
+    their_beams = pair.their_model.generate(
       ids,
       attention_mask=mask,
       max_new_tokens=NEW,
@@ -166,9 +168,9 @@ def test_beams_are_theirs(pair):
       return_dict_in_generate=True,
       output_scores=True,
     )
-  given = 1 if pair.theirs.config.is_encoder_decoder else ids.shape[1]
+  prompt_len = 1 if pair.their_model.config.is_encoder_decoder else ids.shape[1]
   expected = [
-    until(pair.stop, row[given:].tolist()) for row in their_beams.sequences
+    until(pair.stop, row[prompt_len:].tolist()) for row in their_beams.sequences
   ]
   beams = generation.beam_search(
     pair.model,
@@ -181,12 +183,12 @@ def test_beams_are_theirs(pair):
     stop_ids=pair.stop_ids,
     **pair.options,
   )
-  ours = [
+  new_tokens = [
     row[:n].tolist()
     for rows, lengths in zip(beams.tokens, beams.lengths)
     for row, n in zip(rows, lengths)
   ]
-  assert ours == expected
+  assert new_tokens == expected
   np.testing.assert_allclose(
     beams.scores.reshape(-1), their_beams.sequences_scores, rtol=2e-4
   )

@@ -1,8 +1,8 @@
 """The function of a decoder in numpy, one document at a time, in float64.
 
 Covers rmsnorm, rotary or learned positions, grouped heads without bias, relu,
-swiglu, and token choice without drops (gates renormalised). Not here: dropping,
-noise, losses.
+swiglu, and token choice without drops (gates renormalised). It leaves out
+dropping, noise and losses.
 """
 
 import numpy as np
@@ -50,16 +50,16 @@ def layers_of(flat):
   loops = sorted({k.split('/')[0] for k in flat if k.startswith('layers')})
   layers = []
   for loop in loops:
-    own = {k: v for k, v in flat.items() if k.startswith(loop + '/')}
-    repeats = len(next(iter(own.values())))
-    period = len({k.split('/')[1] for k in own})
+    loop_params = {k: v for k, v in flat.items() if k.startswith(loop + '/')}
+    repeats = len(next(iter(loop_params.values())))
+    period = len({k.split('/')[1] for k in loop_params})
     for i in range(repeats * period):
-      start = f'{loop}/layer_{i % period}/'
+      prefix = f'{loop}/layer_{i % period}/'
       layers.append(
         {
-          k.removeprefix(start): v[i // period]
-          for k, v in own.items()
-          if k.startswith(start)
+          k.removeprefix(prefix): v[i // period]
+          for k, v in loop_params.items()
+          if k.startswith(prefix)
         }
       )
   return layers
@@ -84,7 +84,7 @@ def attention(x, layer, c):
     for name in ('query', 'key', 'value')
   )
   if hasattr(c.positions, 'theta'):
-    query, key = turn(query, c.positions.theta), turn(key, c.positions.theta)
+    query, key = (turn(query, c.positions.theta), turn(key, c.positions.theta))
   y = np.zeros(x.shape)
   H, D = query.shape[1:]
   for h in range(H):
@@ -92,8 +92,8 @@ def attention(x, layer, c):
     for t in range(len(x)):
       score = key[: t + 1, n] @ query[t, h] / np.sqrt(D)
       weight = np.exp(score - score.max())
-      seen = weight @ value[: t + 1, n] / weight.sum()
-      y[t] += seen @ layer['attention/w_out'][h]
+      head_output = weight @ value[: t + 1, n] / weight.sum()
+      y[t] += head_output @ layer['attention/w_out'][h]
   return y
 
 
@@ -109,9 +109,9 @@ def ffn(x, weights, prefix, c, expert=...):
 
 def moe(x, layer, c):
   logits = x @ layer['moe/router/w']
-  chosen = np.array([choose(row, c.moe.num_selected) for row in logits])
+  expert_index = np.array([choose(row, c.moe.num_selected) for row in logits])
   y = np.zeros(x.shape)
-  for t, experts in enumerate(chosen):
+  for t, experts in enumerate(expert_index):
     for gate, e in zip(relative_gates(logits[t], experts), experts):
       y[t] += gate * ffn(x[t], layer, 'moe/experts/', c, e)
-  return y, chosen
+  return y, expert_index

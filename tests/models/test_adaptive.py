@@ -23,10 +23,10 @@ def mixture(classes, shape, **options):
   return AdaptiveOptions(classes, shape, options).build()
 
 
-def case(seed=0, far=1.5):
+def case(seed=0, spread=1.5):
   """Random outputs, gate logits and targets."""
   rng = np.random.default_rng(seed)
-  outputs = rng.normal(0, far, (N, E, V))
+  outputs = rng.normal(0, spread, (N, E, V))
   return outputs, rng.normal(0, 1, (N, E)), rng.normal(0, 1, (N, V))
 
 
@@ -55,25 +55,25 @@ def test_told():
   # and 3, so that their weighted sum is 2.
   outputs = jnp.array([[[1.0], [3.0]]])
   logits, targets = jnp.zeros((1, 2)), jnp.array([[1.0]])
-  told = outputs, logits, targets
+  example = outputs, logits, targets
   # The weighted sum is wrong by 1.
-  np.testing.assert_allclose(loss_of['cooperative'](*told), [1.0])
+  np.testing.assert_allclose(loss_of['cooperative'](*example), [1.0])
   # A drawn expert is wrong by 2 half of the time.
-  np.testing.assert_allclose(loss_of['gated'](*told), [2.0])
+  np.testing.assert_allclose(loss_of['gated'](*example), [2.0])
   # The likelihood is exp(0) / 2 + exp(-2) / 2.
   expected = -np.log((1 + np.exp(-2.0)) / 2)
-  np.testing.assert_allclose(loss_of['competitive'](*told), [expected])
+  np.testing.assert_allclose(loss_of['competitive'](*example), [expected])
   # The posterior of the first expert is 1 / (1 + exp(-2)) = 0.881.
-  posterior = posterior_of(*told)
+  posterior = posterior_of(*example)
   np.testing.assert_allclose(posterior, [[0.8808, 0.1192]], atol=1e-4)
 
 
 def test_who_is_moved_by_whose_error():
   # Outputs are as above. The first expert is right, and only the cooperative
   # error changes it, to make up for the second.
-  told = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
+  example = jnp.array([[[1.0], [3.0]]]), jnp.zeros((1, 2)), jnp.array([[1.0]])
   gradients = {
-    loss: gradients_of[loss](*told).expert_outputs[0, :, 0].tolist()
+    loss: gradients_of[loss](*example).expert_outputs[0, :, 0].tolist()
     for loss in LOSSES
   }
   assert gradients['cooperative'] == [1.0, 1.0]
@@ -98,22 +98,22 @@ def test_gradients_are_the_published_ones(loss):
 
   by_autodiff = jax.jit(jax.grad(total, argnums=(0, 1)))(outputs, logits)
   published = gradients_of[loss](outputs, logits, targets)
-  for mine, theirs in zip(published, by_autodiff, strict=True):
-    np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-6)
+  for gradient, expected in zip(published, by_autodiff, strict=True):
+    np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=2e-6)
 
 
 @each_loss
-@pytest.mark.parametrize('which', ['expert_outputs', 'gate_logits'])
-def test_gradients_are_finite_differences(loss, which):
+@pytest.mark.parametrize('argument', ['expert_outputs', 'gate_logits'])
+def test_gradients_are_finite_differences(loss, argument):
   values = case(seed=1)
-  gradient = getattr(gradients_of[loss](*arrays(values)), which)
-  at = ('expert_outputs', 'gate_logits').index(which)
-  step, differences = 1e-5, np.zeros_like(values[at])
+  gradient = getattr(gradients_of[loss](*arrays(values)), argument)
+  position = ('expert_outputs', 'gate_logits').index(argument)
+  step, differences = 1e-5, np.zeros_like(values[position])
   for index in np.ndindex(*differences.shape):
     sums = []
     for sign in (1, -1):
       shifted_values = [value.copy() for value in values]
-      shifted_values[at][index] += sign * step
+      shifted_values[position][index] += sign * step
       sums.append(by_hand(loss, *shifted_values).sum())
     differences[index] = (sums[0] - sums[1]) / (2 * step)
   np.testing.assert_allclose(gradient, differences, rtol=1e-4, atol=1e-5)
@@ -124,9 +124,9 @@ def test_competition_moves_the_best_fitting_expert_fastest():
   # all distances above 1, equation 1.4 moves the nearest expert least and
   # equation 1.5 moves it most.
   outputs = jnp.array([[[1.1], [1.5], [2.0]]])
-  told = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
-  gated = gradients_of['gated'](*told).expert_outputs[0, :, 0]
-  competitive = gradients_of['competitive'](*told).expert_outputs[0, :, 0]
+  example = outputs, jnp.zeros((1, 3)), jnp.zeros((1, 1))
+  gated = gradients_of['gated'](*example).expert_outputs[0, :, 0]
+  competitive = gradients_of['competitive'](*example).expert_outputs[0, :, 0]
   assert gated.argmin() == 0 and gated.argmax() == 2
   assert competitive.argmax() == 0 and competitive.argmin() == 2
 
@@ -150,13 +150,13 @@ def test_posterior_is_what_competition_learns_from():
 
 def test_far_targets_stay_finite():
   # exp(-||d - o||^2 / 2) is 0 in float32, but the log of the sum is finite.
-  told = jnp.array([[[0.0], [1.0]]]), jnp.zeros((1, 2)), jnp.array([[30.0]])
+  example = jnp.array([[[0.0], [1.0]]]), jnp.zeros((1, 2)), jnp.array([[30.0]])
   # The nearer expert has all of the posterior.
   expected = 29.0**2 / 2 + np.log(2)
   np.testing.assert_allclose(
-    loss_of['competitive'](*told), [expected], rtol=1e-6
+    loss_of['competitive'](*example), [expected], rtol=1e-6
   )
-  assert jnp.isfinite(gradients_of['competitive'](*told).gate_logits).all()
+  assert jnp.isfinite(gradients_of['competitive'](*example).gate_logits).all()
 
 
 def weights(**shapes):
@@ -193,15 +193,19 @@ def test_mixture_is_a_loop_over_its_experts():
   for n in range(N):
     hidden = logistic(x[n] @ w['gate_in'] + w['gate_in_bias'])
     p = softmax(hidden @ w['gate_out'] + w['gate_out_bias'])
-    said = []
+    expert_outputs = []
     for i in range(E):
       hidden = logistic(x[n] @ w['expert_in'][i] + w['expert_in_bias'][i])
       o = hidden @ w['expert_out'][i] + w['expert_out_bias'][i]
-      said.append(softmax(o))
+      expert_outputs.append(softmax(o))
     tolerance = dict(rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(outputs.expert_outputs[n], said, **tolerance)
+    np.testing.assert_allclose(
+      outputs.expert_outputs[n], expert_outputs, **tolerance
+    )
     np.testing.assert_allclose(outputs.gate_probs[n], p, **tolerance)
-    np.testing.assert_allclose(outputs.prediction[n], p @ said, **tolerance)
+    np.testing.assert_allclose(
+      outputs.prediction[n], p @ expert_outputs, **tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +226,7 @@ def test_what_a_linear_expert_says(output, expected):
   np.testing.assert_allclose(outputs.prediction, [[expected]], atol=1e-4)
 
 
-def with_initial_parameters(model, x):
+def initial_outputs(model, x):
   """The outputs of a model before its first step."""
   run = jax.jit(lambda key, x: model.init_with_output(key, x)[0])
   return run(jax.random.key(1), x)[0]
@@ -231,21 +235,23 @@ def with_initial_parameters(model, x):
 def test_it_starts_with_equal_proportions_and_different_experts():
   model = mixture(V, (2, 3), num_experts=E)
   x = np.random.default_rng(0).normal(size=(N, 2, 3)).astype(np.float32)
-  outputs = with_initial_parameters(model, x)
+  outputs = initial_outputs(model, x)
   np.testing.assert_array_equal(outputs.gate_probs, np.full((N, E), 1 / E))
-  said = np.asarray(outputs.expert_outputs)
-  assert all((said[:, 0] != said[:, i]).all() for i in range(1, E))
+  expert_outputs = np.asarray(outputs.expert_outputs)
+  assert all(
+    (expert_outputs[:, 0] != expert_outputs[:, i]).all() for i in range(1, E)
+  )
 
 
 def test_targets_are_one_at_their_class():
   models = {loss: mixture(3, (2,), loss=loss, num_experts=E) for loss in LOSSES}
   x = np.random.default_rng(5).normal(size=(2, 2)).astype(np.float32)
-  outputs = with_initial_parameters(models['gated'], x)
-  said = [np.asarray(array, float) for array in outputs[:2]]
+  outputs = initial_outputs(models['gated'], x)
+  host_outputs = [np.asarray(array, float) for array in outputs[:2]]
   for loss, model in models.items():
     model_loss = jax.jit(model.loss)(outputs, {'targets': np.array([[2], [0]])})
     assert model_loss.logits_z is None
-    expected = by_hand(loss, *said, np.array([[0, 0, 1], [1, 0, 0]]))
+    expected = by_hand(loss, *host_outputs, np.array([[0, 0, 1], [1, 0, 0]]))
     np.testing.assert_allclose(model_loss.nats[:, 0], expected, rtol=1e-5)
 
 

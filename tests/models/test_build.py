@@ -128,13 +128,13 @@ def test_bad_models_are_refused(message):
 
 def test_options_of_another_kind_are_refused():
   read({'lstm': {'hidden': 7}, 'positions': {'kind': 'none'}}, kind='lstm')
-  for other in (
+  for section in (
     {'attention': {'num_heads': 3}},
     {'remat': 'full'},
     {'norm': {'epsilon': 1e-3}},
   ):
     with pytest.raises(ValueError, match="has no effect with kind='lstm'"):
-      read(other, kind='lstm')
+      read(section, kind='lstm')
 
 
 REFUSED_MOE = {
@@ -169,12 +169,12 @@ LEAKS = [
 def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   with pytest.raises(ValueError, match='allow_future_leak=True'):
     tiny.build(moe=moe)
-  built = tiny.build(moe={**moe, 'allow_future_leak': True})
-  assert built.leaks_future and built.moe.router == moe['router']
-  # Where capacity is unlimited no choice can be evicted; dense models have
-  # none.
-  roomy = tiny.build(moe={**moe, 'capacity': All()})
-  assert not roomy.leaks_future
+  model = tiny.build(moe={**moe, 'allow_future_leak': True})
+  assert model.leaks_future and model.moe.router == moe['router']
+  # With unlimited capacity no choice can be evicted; dense models have no
+  # choices.
+  roomy_model = tiny.build(moe={**moe, 'capacity': All()})
+  assert not roomy_model.leaks_future
   tiny.build(moe={**moe, 'layers': 'none'})
 
 
@@ -185,11 +185,11 @@ def test_experts_that_choose_leak_in_a_decoder_alone():
   tiny.build(moe=moe | dict(allow_future_leak=True))
   tiny.build(moe=moe | dict(capacity=All()))
   encoder = EncoderOptions(2, {'moe': {'layers': '1'}})
-  both = dict(kind='encoder_decoder', encoder=encoder)
-  model = tiny.build(moe | dict(layers='none'), **both)
+  kind_options = dict(kind='encoder_decoder', encoder=encoder)
+  model = tiny.build(moe | dict(layers='none'), **kind_options)
   assert not model.leaks_future and model.moe.router == ExpertChoice()
   with pytest.raises(ValueError, match='allow_future_leak=True'):
-    tiny.build(moe | dict(layers='1'), **both)
+    tiny.build(moe | dict(layers='1'), **kind_options)
 
 
 def test_the_two_halves_hash_by_tables_of_their_own():
@@ -213,8 +213,8 @@ def test_zero_means_what_the_config_says_it_means():
     dataclasses.replace(learned, vocab_size=0).build()
   with pytest.raises(ValueError, match="smaller than the tokenizer's 24"):
     learned.filled(24, (), tiny.T)
-  other = tiny.build(moe=dict(expert=FeedForwardExpert(7, 'relu')))
-  expert, ffn = other.moe.expert, other.blocks.block.ffn
+  relu_model = tiny.build(moe=dict(expert=FeedForwardExpert(7, 'relu')))
+  expert, ffn = relu_model.moe.expert, relu_model.blocks.block.ffn
   assert (expert.hidden, expert.activation) == (7, 'relu')
   assert (ffn.hidden, ffn.activation) == (20, 'gelu')
 
@@ -303,14 +303,16 @@ def test_routers_count_what_they_see():
 
 
 def test_a_batch_is_what_a_model_takes():
-  pairs = tiny.build(kind='encoder_decoder')
-  shapes = pairs.batch_shapes(2, 7, 5)
+  pair_model = tiny.build(kind='encoder_decoder')
+  shapes = pair_model.batch_shapes(2, 7, 5)
   assert shapes['encoder_tokens'].shape == (2, 7)
   assert shapes['targets'].shape == shapes['loss_weights'].shape == (2, 5)
   batch = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
-  assert {*batch} - {*pairs.inputs(batch)} == {'targets', 'loss_weights'}
-  alone = tiny.build().batch_shapes(2, 7)
-  assert alone['tokens'].shape == alone['targets'].shape == (2, 7)
+  assert {*batch} - {*pair_model.inputs(batch)} == {'targets', 'loss_weights'}
+  decoder_shapes = tiny.build().batch_shapes(2, 7)
+  assert (
+    decoder_shapes['tokens'].shape == decoder_shapes['targets'].shape == (2, 7)
+  )
 
 
 def test_layers_are_taken_out_of_a_models_trees():
@@ -323,8 +325,8 @@ def test_layers_are_taken_out_of_a_models_trees():
   assert len(layers) == model.num_layers == 7
   sparse = tuple(i for i, layer in enumerate(layers) if 'moe' in layer)
   assert sparse == model.sparse_layers == (1, 4, 6)
-  own = params['decoder']['layers']['layer_1']['ffn_norm']['scale']
-  np.testing.assert_array_equal(layers[6]['ffn_norm']['scale'], own[1])
+  scales = params['decoder']['layers']['layer_1']['ffn_norm']['scale']
+  np.testing.assert_array_equal(layers[6]['ffn_norm']['scale'], scales[1])
   location = model.place_of(
     ('decoder', 'layers', 'layer_1', 'moe', 'router', 'w')
   )
@@ -371,6 +373,6 @@ def test_the_normaliser_of_router_losses_is_what_routers_counted():
   tokens, segments = tiny.tokens(), np.ones((tiny.B, tiny.T), np.int32)
   segments[0, 4:] = segments[2] = 0
   _, aux = tiny.apply(model)(tiny.params_of(model), tokens, segments)
-  counted = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
-  np.testing.assert_array_equal(counted, aux.stats.tokens)
-  assert counted[0] == tiny.B * tiny.T
+  counts = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
+  np.testing.assert_array_equal(counts, aux.stats.tokens)
+  assert counts[0] == tiny.B * tiny.T

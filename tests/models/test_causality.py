@@ -65,11 +65,16 @@ def trials(model, num_trials, train=False):
   rng = np.random.default_rng(0)
   for _ in range(num_trials):
     tokens = rng.integers(0, V, (B, T), np.int32)
-    other = tokens.copy()
+    edited = tokens.copy()
     row, t = rng.integers(B), rng.integers(T - 1)
-    other[row, t + 1 :] = (tokens[row, t + 1 :] + 1 + rng.integers(V - 1)) % V
-    (logits, aux), (changed, _) = run(params, tokens), run(params, other)
-    change = np.abs(np.asarray(logits[row]) - np.asarray(changed[row])).max(-1)
+    edited[row, t + 1 :] = (tokens[row, t + 1 :] + 1 + rng.integers(V - 1)) % V
+    (logits, aux), (changed_logits, _) = (
+      run(params, tokens),
+      run(params, edited),
+    )
+    change = np.abs(
+      np.asarray(logits[row]) - np.asarray(changed_logits[row])
+    ).max(-1)
     dropped = float(aux.stats.overflowed.sum())
     yield change[: t + 1].max(), change[t + 1 :].max(), dropped
 

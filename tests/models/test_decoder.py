@@ -86,33 +86,33 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
   grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
   assert logits.shape == (B, T, V)
   assert np.isfinite(logits).all()
-  for where, leaf in tiny.leaves(grads).items():
+  for path, leaf in tiny.leaves(grads).items():
     size = np.abs(np.asarray(leaf))
-    assert np.isfinite(size).all(), where
-    if where.startswith('layers/'):
-      assert (size.reshape(len(size), -1).max(1) > 1e-5).all(), where
+    assert np.isfinite(size).all(), path
+    if path.startswith('layers/'):
+      assert (size.reshape(len(size), -1).max(1) > 1e-5).all(), path
     else:
-      assert size.max() > 1e-5, where
+      assert size.max() > 1e-5, path
 
 
 def test_logits_aux_and_parameters_are_float32_in_a_bfloat16_model():
   model = tiny.build(dict(capacity=All()), numerics=dict(dtype='bfloat16'))
   params = tiny.params_of(model)
   outputs = jax.eval_shape(tiny.apply(model), params, tiny.tokens())
-  kinds = {leaf.dtype for leaf in jax.tree.leaves((outputs, params))}
-  assert kinds == {jnp.dtype('float32')}
+  dtypes = {leaf.dtype for leaf in jax.tree.leaves((outputs, params))}
+  assert dtypes == {jnp.dtype('float32')}
 
 
 def test_param_dtype_spares_the_router():
   model = tiny.build(numerics=dict(param_dtype='bfloat16'))
   shapes = tiny.leaves(jax.eval_shape(lambda: tiny.params_of(model)))
-  kinds = {name: leaf.dtype.name for name, leaf in shapes.items()}
-  routers = {name for name in kinds if 'router' in name}
-  norms = {name for name in kinds if 'norm' in name}
+  dtypes = {name: leaf.dtype.name for name, leaf in shapes.items()}
+  routers = {name for name in dtypes if 'router' in name}
+  norms = {name for name in dtypes if 'norm' in name}
   assert routers
-  for name, kind in kinds.items():
-    full = name in routers | norms
-    assert kind == ('float32' if full else 'bfloat16'), name
+  for name, dtype in dtypes.items():
+    is_float32 = name in routers | norms
+    assert dtype == ('float32' if is_float32 else 'bfloat16'), name
 
 
 PACKED = {
@@ -131,24 +131,30 @@ def test_packed_documents_have_the_logits_they_have_alone(name):
   segments, positions = np.zeros((2, B, T), np.int32)
   segments[0] = [1] * 4 + [2] * 3 + [3] * 2 + [0]
   positions[0] = [0, 1, 2, 3, 0, 1, 2, 0, 1, 0]
-  packed, aux = run(params, tokens, segments, positions)
-  assert np.isfinite(packed).all()
-  alone = np.zeros((3, T), np.int32)
+  packed_logits, packed_aux = run(params, tokens, segments, positions)
+  assert np.isfinite(packed_logits).all()
+  alone_tokens = np.zeros((3, T), np.int32)
   ends = [(0, 4), (4, 7), (7, 9)]
   for row, (start, stop) in enumerate(ends):
-    alone[row, : stop - start] = tokens[0, start:stop]
-  own = (np.arange(T) < np.array([[4], [3], [2]])).astype(np.int32)
-  logits, own_aux = run(
-    params, alone, own, np.tile(np.arange(T, dtype=np.int32), (3, 1))
+    alone_tokens[row, : stop - start] = tokens[0, start:stop]
+  alone_segments = (np.arange(T) < np.array([[4], [3], [2]])).astype(np.int32)
+  alone_logits, alone_aux = run(
+    params,
+    alone_tokens,
+    alone_segments,
+    np.tile(np.arange(T, dtype=np.int32), (3, 1)),
   )
   for row, (start, stop) in enumerate(ends):
     np.testing.assert_allclose(
-      packed[0, start:stop], logits[row, : stop - start], rtol=1e-4, atol=1e-4
+      packed_logits[0, start:stop],
+      alone_logits[row, : stop - start],
+      rtol=1e-4,
+      atol=1e-4,
     )
-  np.testing.assert_allclose(aux.stats.load, own_aux.stats.load)
+  np.testing.assert_allclose(packed_aux.stats.load, alone_aux.stats.load)
   # Documents do change each other where nothing separates them.
-  joined, _ = run(params, tokens, np.minimum(segments, 1), positions)
-  assert np.abs(np.asarray(joined) - packed)[0, 4:9].max() > 0.01
+  joined_logits, _ = run(params, tokens, np.minimum(segments, 1), positions)
+  assert np.abs(np.asarray(joined_logits) - packed_logits)[0, 4:9].max() > 0.01
 
 
 def test_padding_changes_no_other_token_and_no_statistic():
@@ -158,13 +164,13 @@ def test_padding_changes_no_other_token_and_no_statistic():
   tokens = tiny.tokens()
   segments = np.ones((B, T), np.int32)
   segments[0, 7:] = segments[1, :2] = segments[2] = 0
-  places = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
   real = segments > 0
-  other = np.where(real, tokens, tiny.tokens(seed=1))
-  logits, aux = run(params, tokens, segments, places)
-  changed, changed_aux = run(params, other, segments, places)
+  changed_tokens = np.where(real, tokens, tiny.tokens(seed=1))
+  logits, aux = run(params, tokens, segments, positions)
+  changed_logits, changed_aux = run(params, changed_tokens, segments, positions)
   np.testing.assert_array_equal(
-    np.asarray(logits)[real], np.asarray(changed)[real]
+    np.asarray(logits)[real], np.asarray(changed_logits)[real]
   )
   tiny.assert_trees_close(aux, changed_aux)
   np.testing.assert_array_equal(aux.stats.tokens, [7 + 8] * 2)
@@ -177,8 +183,8 @@ def test_learned_positions_refuse_a_longer_row():
   with pytest.raises(ValueError, match='seq_len=10 > max_len=8'):
     jax.eval_shape(model.init, tiny.key(0), tiny.tokens())
   # A run with such rows is refused earlier.
-  rows = RunShape(
+  run_shape = RunShape(
     total_steps=1, rows=3, microbatches=1, seq_len=10, target_len=0, parts=1
   )
-  [problem] = options.problems_in(rows)
+  [problem] = options.problems_in(run_shape)
   assert 'data.seq_len=10 is more than the 8 positions' in problem

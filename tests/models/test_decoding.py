@@ -152,7 +152,7 @@ def model_and_params(name):
   return model, tiny.params_of(model)
 
 
-def whole(name, tokens, source, source_mask):
+def whole_logits(name, tokens, source, source_mask):
   """Logits of whole sequences; the decoder drops no token."""
   model, params = model_and_params(name)
   if name == 'switch':  # a step of one token cannot fill an expert
@@ -202,19 +202,19 @@ def test_steps_equal_the_whole_sequence(name):
     cache = jax.jit(encode)(variables, source, source_mask)
   else:
     cache = model.make_cache(B, T + 2)
-  expected = whole(name, tokens, source, source_mask)
+  expected = whole_logits(name, tokens, source, source_mask)
   assert np.std(expected) > 0.1
   step_logits = []
   # Prompts have four tokens, and rows are padded at their start.
   if source is None:
-    front = jnp.zeros((B, 2), jnp.int32)
-    prompt = jnp.concatenate([front, tokens[:, :4]], axis=1)
+    padding = jnp.zeros((B, 2), jnp.int32)
+    prompt = jnp.concatenate([padding, tokens[:, :4]], axis=1)
     mask = jnp.arange(6)[None] >= jnp.full((B, 1), 2)
     logits, cache = step(variables, prompt, mask, cache)
     step_logits.append(logits[:, 2:])
-  at = 0 if source is not None else 4
+  start = 0 if source is not None else 4
   real = jnp.ones((B, 1), bool)
-  for t in range(at, T):
+  for t in range(start, T):
     logits, cache = step(variables, tokens[:, t : t + 1], real, cache)
     step_logits.append(logits)
   np.testing.assert_allclose(
@@ -231,14 +231,14 @@ def prepared(name, **options):
 
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
   _, params = model_and_params('mixtral')
-  few, own = prepared('mixtral', platform='cpu')
-  assert isinstance(few.moe.dispatch, few_tokens.Unrolled)
-  layer = own['layers_period_1']['layer_0']['moe']['experts']
+  small_model, small_params = prepared('mixtral', platform='cpu')
+  assert isinstance(small_model.moe.dispatch, few_tokens.Unrolled)
+  layer = small_params['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['expert_3']['w_in'], stacked[1, 3])
-  other, _ = prepared('mixtral', platform='tpu')
-  many, _ = prepared('learned', platform='cpu')
-  assert other.moe.dispatch == many.moe.dispatch == Dropless()
+  tpu_model, _ = prepared('mixtral', platform='tpu')
+  large_model, _ = prepared('learned', platform='cpu')
+  assert tpu_model.moe.dispatch == large_model.moe.dispatch == Dropless()
 
 
 def test_experts_are_batched_where_a_step_chooses_most():
@@ -246,9 +246,11 @@ def test_experts_are_batched_where_a_step_chooses_most():
   E, K = model.moe.num_experts, model.moe.num_selected
   for rows, dispatch in ((1, few_tokens.Unrolled), (7, few_tokens.Batched)):
     assert ((1 - K / E) ** rows < 0.5) == (dispatch is few_tokens.Batched)
-    served_model, own = prepared('mixtral', batch_size=rows, platform='cpu')
+    served_model, served_params = prepared(
+      'mixtral', batch_size=rows, platform='cpu'
+    )
     assert type(served_model.moe.dispatch) is dispatch
-  layer = own['layers_period_1']['layer_0']['moe']['experts']
+  layer = served_params['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['w_in'], stacked[1])
 
@@ -286,16 +288,16 @@ def test_what_is_prepared_passes_through():
   trained = tiny.build()
   model, variables = trained.for_decoding({'params': tiny.params_of(trained)})
   assert model.is_for_decoding and not trained.is_for_decoding
-  again, same = model.for_decoding(variables)
-  assert again is model and same is variables
+  same_model, same_variables = model.for_decoding(variables)
+  assert same_model is model and same_variables is variables
 
 
 def test_a_window_is_never_wider_than_the_models_own():
   windows = {}
-  for own in (0, 4):
-    model = tiny.build(attention=dict(window=own))
+  for model_window in (0, 4):
+    model = tiny.build(attention=dict(window=model_window))
     variables = {'params': tiny.params_of(model)}
-    windows[own] = [
+    windows[model_window] = [
       generation.prepare(model, variables, window=window)[
         0
       ].blocks.block.attention
@@ -322,8 +324,8 @@ def test_how_far_text_may_go_is_the_positions_to_say(
   assert model.longest == longest
   # Rows of an encoder-decoder have no text before them; an LSTM sees its state
   # only.
-  pairs = tiny.build(kind='encoder_decoder', positions=positions)
-  assert pairs.window_beyond(10) == 0
+  pair_model = tiny.build(kind='encoder_decoder', positions=positions)
+  assert pair_model.window_beyond(10) == 0
 
 
 def test_a_decoder_whose_experts_choose_does_not_decode():
@@ -335,9 +337,12 @@ def test_a_decoder_whose_experts_choose_does_not_decode():
     model.make_cache(B, T)
   models.check_generates(tiny.build(moe=moe | dict(capacity=All())))
   lstm = tiny.build(moe | dict(layers='1'), kind='lstm')
-  for refused in (lstm.make_cache, lambda *_: models.check_generates(lstm)):
+  for refused_call in (
+    lstm.make_cache,
+    lambda *_: models.check_generates(lstm),
+  ):
     with pytest.raises(ValueError, match='does not decode token by token'):
-      refused(B, T)
+      refused_call(B, T)
 
 
 def test_a_model_of_classes_does_not_generate():

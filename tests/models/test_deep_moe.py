@@ -40,15 +40,17 @@ def features(seed=0):
 
 def layer(p, x):
   """sum_i g_i(x) f_i(x), one example and one expert at a time."""
-  mixed, gates = [], []
+  mixtures, gates = [], []
   for row in x:
     h = np.maximum(row @ p['gate_in']['kernel'] + p['gate_in']['bias'], 0)
     g = softmax(h @ p['gate_out']['kernel'] + p['gate_out']['bias'])
     experts = zip(p['w_in'], p['b_in'], strict=True)
-    outs = [np.maximum(row @ w + b, 0) for w, b in experts]
-    mixed.append(sum(weight * out for weight, out in zip(g, outs, strict=True)))
+    outputs = [np.maximum(row @ w + b, 0) for w, b in experts]
+    mixtures.append(
+      sum(weight * out for weight, out in zip(g, outputs, strict=True))
+    )
     gates.append(g)
-  return np.array(mixed), np.array(gates)
+  return np.array(mixtures), np.array(gates)
 
 
 def test_it_is_the_papers_equations():
@@ -58,13 +60,13 @@ def test_it_is_the_papers_equations():
   x = features()
   z1, g1 = layer(p['layer_0'], x.reshape(B, -1).astype(np.float64))
   z2, g2 = layer(p['layer_1'], z1)
-  want = z2 @ p['classifier']['kernel'] + p['classifier']['bias']
+  expected = z2 @ p['classifier']['kernel'] + p['classifier']['bias']
   mask = np.array([1, 1, 0, 1, 0, 1])
   apply = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
-  (logits, aux), kept = apply({'params': params}, x, mask[:, None])
-  np.testing.assert_allclose(logits[:, 0], want, rtol=1e-4, atol=1e-5)
+  (logits, aux), state = apply({'params': params}, x, mask[:, None])
+  np.testing.assert_allclose(logits[:, 0], expected, rtol=1e-4, atol=1e-5)
   for i, g in enumerate((g1, g2)):
-    gates = kept['intermediates'][f'layer_{i}']['gates'][0]
+    gates = state['intermediates'][f'layer_{i}']['gates'][0]
     np.testing.assert_allclose(gates, g, rtol=1e-4, atol=1e-6)
   # Loads are sums over examples that are not padding, padded to the larger E.
   loads = [mask @ g1, [*(mask @ g2), 0.0]]
@@ -91,13 +93,15 @@ def test_one_expert_is_a_plain_network():
     value = jax.value_and_grad(lambda p, f=function: (f(p) ** 2).sum())
     results = jax.jit(value)(argument)
     if function is mixed:
-      first = results
-  np.testing.assert_allclose(first[0], results[0], rtol=1e-5)
-  tiny.assert_trees_close(first[1], results[1], rtol=1e-4, atol=1e-5)
+      mixed_results = results
+  np.testing.assert_allclose(mixed_results[0], results[0], rtol=1e-5)
+  tiny.assert_trees_close(mixed_results[1], results[1], rtol=1e-4, atol=1e-5)
 
 
-def batch_loss(model, params, kept, x, targets):
-  logits, aux = model.apply(router_state.variables(params, kept), x, train=True)
+def batch_loss(model, params, state, x, targets):
+  logits, aux = model.apply(
+    router_state.variables(params, state), x, train=True
+  )
   losses = model.loss(logits, {'targets': targets})
   return losses.nats.mean(), aux
 
@@ -111,12 +115,12 @@ def targets(seed=1):
 )
 def test_gradients_are_finite_differences(balance_steps):
   model = build(balance_steps=balance_steps)
-  params, kept = tiny.params_of(model), {}
+  params, state = tiny.params_of(model), {}
   if balance_steps:
-    kept = router_state.init_router_state(model)
-    kept['layer_0'][TOTALS] = jnp.array([9.0, -4.0, -5.0])
+    state = router_state.init_router_state(model)
+    state['layer_0'][TOTALS] = jnp.array([9.0, -4.0, -5.0])
   x, y = jnp.asarray(features()), jnp.asarray(targets())
-  loss = jax.jit(lambda p: batch_loss(model, p, kept, x, y)[0])
+  loss = jax.jit(lambda p: batch_loss(model, p, state, x, y)[0])
   gradient = jax.device_get(jax.jit(jax.grad(loss))(params))
   params = jax.device_get(params)
   rng = np.random.default_rng(0)
@@ -130,11 +134,11 @@ def test_gradients_are_finite_differences(balance_steps):
     )
     step = 4e-4
 
-    def at(t, direction=direction):
+    def loss_at(t, direction=direction):
       shifted_params = jax.tree.map(lambda p, d: p + t * d, params, direction)
       return float(loss(shifted_params))
 
-    slope = (at(step) - at(-step)) / (2 * step)
+    slope = (loss_at(step) - loss_at(-step)) / (2 * step)
     products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
     np.testing.assert_allclose(
       sum(jax.tree.leaves(products)), slope, rtol=1e-2, atol=2e-3
@@ -150,37 +154,37 @@ def test_gradients_are_finite_differences(balance_steps):
 def test_the_constraint_holds_until_it_is_lifted_and_in_training_alone():
   model = build(balance_steps=2)
   params = tiny.params_of(model)
-  free, kept = build(), router_state.init_router_state(model)
+  free, state = build(), router_state.init_router_state(model)
   x, y = jnp.asarray(features()), jnp.asarray(targets())
   step = jax.jit(functools.partial(batch_loss, model))
-  want = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
+  expected = jax.jit(functools.partial(batch_loss, free))(params, {}, x, y)
   loads = []
   # Before every step expert 1 of the first layer is ahead by more than the
   # margin.
   ahead = {TOTALS: jnp.array([-4.0, 9.0, -5.0])}
   for _ in range(3):
-    loss, aux = step(params, kept | {'layer_0': ahead}, x, y)
+    loss, aux = step(params, state | {'layer_0': ahead}, x, y)
     loads.append(np.asarray(aux.stats.load))
-    kept = model.move_router_state(kept, aux.stats.load)
+    state = model.move_router_state(state, aux.stats.load)
   assert [load[0, 1] == 0 for load in loads] == [True, True, False]
   np.testing.assert_allclose(loads[0].sum(-1), B, rtol=1e-5)
-  np.testing.assert_allclose(loads[2], want[1].stats.load, rtol=1e-5)
-  np.testing.assert_allclose(loss, want[0], rtol=1e-5)
+  np.testing.assert_allclose(loads[2], expected[1].stats.load, rtol=1e-5)
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
   start = router_state.init_router_state(model) | {'layer_0': ahead}
   _, aux = jax.jit(model.apply)(router_state.variables(params, start), x)
-  np.testing.assert_allclose(aux.stats.load, want[1].stats.load, rtol=1e-5)
+  np.testing.assert_allclose(aux.stats.load, expected[1].stats.load, rtol=1e-5)
 
 
 def test_totals_move_by_each_layers_load():
   model = build(balance_steps=-1)
-  kept = router_state.init_router_state(model)
+  state = router_state.init_router_state(model)
   # The second layer has two experts, and its load is padded.
   load = jnp.array([[6.0, 0.0, 0.0], [1.0, 5.0, 0.0]])
   for _ in range(2):
-    kept = model.move_router_state(kept, load)
-  assert kept[STEPS] == 2 and kept[STEPS].dtype == jnp.int32
-  np.testing.assert_allclose(kept['layer_0'][TOTALS], [8, -4, -4])
-  np.testing.assert_allclose(kept['layer_1'][TOTALS], [-4, 4])
+    state = model.move_router_state(state, load)
+  assert state[STEPS] == 2 and state[STEPS].dtype == jnp.int32
+  np.testing.assert_allclose(state['layer_0'][TOTALS], [8, -4, -4])
+  np.testing.assert_allclose(state['layer_1'][TOTALS], [-4, 4])
   assert router_state.init_router_state(build()) == {}
 
 
@@ -195,9 +199,9 @@ def test_a_step_moves_totals_by_the_whole_batch():
     'segment_ids': jnp.asarray(real, jnp.int32),
     'loss_weights': jnp.asarray(real, jnp.float32),
   }
-  kept = router_state.init_router_state(model)
+  first_state = router_state.init_router_state(model)
   _, aux = jax.jit(model.apply)(
-    router_state.variables(params, kept), **model.inputs(batch)
+    router_state.variables(params, first_state), **model.inputs(batch)
   )
   load = np.asarray(aux.stats.load)
   optimizer = optax.sgd(0.1)
@@ -213,15 +217,15 @@ def test_a_step_moves_totals_by_the_whole_batch():
       )
     )
     state = step_lib.state_of(
-      jnp.uint32(0), params, optimizer=optimizer, router_state=kept
+      jnp.uint32(0), params, optimizer=optimizer, router_state=first_state
     )
     state, metrics = step(state, batch)
     np.testing.assert_allclose(metrics.sums.aux.stats.tokens, [5, 5])
     new_state = state.router_state
     assert new_state[STEPS] == 1
     for row, name, E in zip(load, ('layer_0', 'layer_1'), (3, 2), strict=True):
-      want = row[:E] - row[:E].mean()
-      np.testing.assert_allclose(new_state[name][TOTALS], want, atol=1e-5)
+      expected = row[:E] - row[:E].mean()
+      np.testing.assert_allclose(new_state[name][TOTALS], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +255,12 @@ def test_what_the_data_decides_is_filled_in():
 
 
 def test_it_has_one_type_of_numbers():
-  half = Numerics(dtype='bfloat16')
+  bfloat16 = Numerics(dtype='bfloat16')
   with pytest.raises(ValueError, match=r"numerics.dtype='bfloat16' has no"):
-    dataclasses.replace(options(), numerics=half)
-  codes = Numerics(kernels=KernelFormat('int8'))
+    dataclasses.replace(options(), numerics=bfloat16)
+  int8_kernels = Numerics(kernels=KernelFormat('int8'))
   with pytest.raises(ValueError, match=r"numerics.kernels.name='int8' has no"):
-    dataclasses.replace(options(), numerics=codes)
+    dataclasses.replace(options(), numerics=int8_kernels)
 
 
 def test_a_constraint_that_outlives_the_run_is_refused():

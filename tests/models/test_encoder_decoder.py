@@ -1,6 +1,6 @@
 """The encoder-decoder: attention, packed examples, routing of both stacks.
 
-Against another implementation: `tests/interop`.
+`tests/interop` compares it to another implementation.
 """
 
 import dataclasses
@@ -59,13 +59,13 @@ def program(kind):
   return tiny.params_of(model), run
 
 
-def batch(seed=0, **changes):
+def make_batch(seed=0, **changes):
   """A batch of two examples in the first row and one in the others, padded."""
   rng = np.random.default_rng(seed)
   encoder_ids = [[1] * 4 + [2] * 3, [1] * 5 + [0] * 2, [1] * 7]
   ids = [[1] * 3 + [2] * 4 + [0] * 2, [1] * 9, [1] * 2 + [0] * 7]
 
-  def places(rows):
+  def positions_of(rows):
     return [[row[:i].count(x) for i, x in enumerate(row)] for row in rows]
 
   arrays = {
@@ -73,73 +73,77 @@ def batch(seed=0, **changes):
     'tokens': rng.integers(0, V, (B, T)),
     'encoder_segment_ids': encoder_ids,
     'segment_ids': ids,
-    'encoder_positions': places(encoder_ids),
-    'positions': places(ids),
+    'encoder_positions': positions_of(encoder_ids),
+    'positions': positions_of(ids),
   }
   arrays |= changes
   return {key: jnp.asarray(value, jnp.int32) for key, value in arrays.items()}
 
 
-def logits_of(kind, one):
+def logits_of(kind, batch):
   params, run = program(kind)
-  return np.asarray(run(params, one)[0])
+  return np.asarray(run(params, batch)[0])
 
 
 def test_packed_examples_are_apart():
-  both = batch()
-  packed = logits_of('t5', both)[0]
-  assert packed.std() > 0.1
-  for at, to in (((0, 4), (0, 3)), ((4, 7), (3, 7))):
+  packed = make_batch()
+  packed_logits = logits_of('t5', packed)[0]
+  assert packed_logits.std() > 0.1
+  for encoder_span, decoder_span in (((0, 4), (0, 3)), ((4, 7), (3, 7))):
 
-    def alone(name, length, cut):
+    def single_row(name, length, span):
       row = np.zeros((B, length), np.int32)
-      row[0, : cut[1] - cut[0]] = np.asarray(both[name])[0, slice(*cut)]
+      row[0, : span[1] - span[0]] = np.asarray(packed[name])[0, slice(*span)]
       if name.endswith('segment_ids'):
         row[0] = row[0] > 0
       return row
 
     names = ('tokens', 'segment_ids', 'positions')
-    single = {name: alone(name, T, to) for name in names}
-    single |= {
-      name: alone(name, S, at) for name in (f'encoder_{n}' for n in names)
+    single_rows = {name: single_row(name, T, decoder_span) for name in names}
+    single_rows |= {
+      name: single_row(name, S, encoder_span)
+      for name in (f'encoder_{n}' for n in names)
     }
-    logits = logits_of('t5', batch(**single))[0]
+    logits = logits_of('t5', make_batch(**single_rows))[0]
     np.testing.assert_allclose(
-      logits[: to[1] - to[0]], packed[slice(*to)], rtol=2e-4, atol=2e-4
+      logits[: decoder_span[1] - decoder_span[0]],
+      packed_logits[slice(*decoder_span)],
+      rtol=2e-4,
+      atol=2e-4,
     )
 
 
 def test_a_decoder_sees_no_later_token_and_all_of_its_encoder():
-  one = batch()
-  before = logits_of('t5', one)
-  tokens = np.array(one['tokens'])
+  batch = make_batch()
+  before = logits_of('t5', batch)
+  tokens = np.array(batch['tokens'])
   tokens[1, 5] = (tokens[1, 5] + 1) % V
-  after = logits_of('t5', one | {'tokens': jnp.asarray(tokens)})
+  after = logits_of('t5', batch | {'tokens': jnp.asarray(tokens)})
   np.testing.assert_array_equal(after[1, :5], before[1, :5])
   assert np.abs(after[1, 5:] - before[1, 5:]).max(-1).min() > 1e-4
-  source = np.array(one['encoder_tokens'])
+  source = np.array(batch['encoder_tokens'])
   source[1, 4] = (source[1, 4] + 1) % V  # the last token before padding
-  after = logits_of('t5', one | {'encoder_tokens': jnp.asarray(source)})
+  after = logits_of('t5', batch | {'encoder_tokens': jnp.asarray(source)})
   assert np.abs(after[1] - before[1]).max(-1).min() > 1e-5
   np.testing.assert_array_equal(after[2], before[2])
 
 
 def test_padding_changes_nothing_and_is_not_counted():
-  one = batch()
-  tokens, source = np.array(one['tokens']), np.array(one['encoder_tokens'])
+  batch = make_batch()
+  tokens, source = np.array(batch['tokens']), np.array(batch['encoder_tokens'])
   tokens[2, 4:], source[1, 5:] = 3, 3
-  changed = one | {
+  changed_batch = batch | {
     'tokens': jnp.asarray(tokens), 'encoder_tokens': jnp.asarray(source)
   }  # fmt: skip
-  real = np.asarray(one['segment_ids']) > 0
+  real = np.asarray(batch['segment_ids']) > 0
   np.testing.assert_array_equal(
-    logits_of('t5', changed)[real], logits_of('t5', one)[real]
+    logits_of('t5', changed_batch)[real], logits_of('t5', batch)[real]
   )
   params, run = program('t5')
-  aux = run(params, one)[1]
+  aux = run(params, batch)[1]
   sparse = [moe is not None for moe in build('t5').moes]
-  encoders = (np.asarray(one['encoder_segment_ids']) > 0).sum()
-  counts = [encoders * flag for flag in sparse[:3]]
+  encoder_tokens = (np.asarray(batch['encoder_segment_ids']) > 0).sum()
+  counts = [encoder_tokens * flag for flag in sparse[:3]]
   counts += [real.sum() * flag for flag in sparse[3:]]
   np.testing.assert_array_equal(aux.stats.tokens, counts)
 
@@ -162,7 +166,7 @@ def test_every_parameter_of_both_stacks_gets_a_gradient():
   @jax.jit
   def gradient(params):
     def loss(params):
-      logits, aux = model.apply({'params': params}, **batch())
+      logits, aux = model.apply({'params': params}, **make_batch())
       return (logits**2).mean() + aux.z_loss.sum()
 
     return jax.grad(loss)(params)
@@ -175,11 +179,11 @@ def test_every_parameter_of_both_stacks_gets_a_gradient():
 
 
 def test_one_half_without_segments_is_refused():
-  model, one = build('t5'), batch()
-  del one['segment_ids'], one['positions']
+  model, batch = build('t5'), make_batch()
+  del batch['segment_ids'], batch['positions']
   with pytest.raises(ValueError, match='given together or not at all'):
     jax.eval_shape(
-      lambda p: model.apply({'params': p}, **one), tiny.params_of(model)
+      lambda p: model.apply({'params': p}, **batch), tiny.params_of(model)
     )
 
 

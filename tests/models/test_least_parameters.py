@@ -20,8 +20,8 @@ MOE = dataclasses.replace(models.DecoderOptions(**TEXT).moe, num_experts=3)
 
 def share(options):
   """The counted part of all parameters."""
-  there = sum(p.size for p in sized_parameters(options.build()))
-  return options.least_parameters() / there
+  num_parameters = sum(p.size for p in sized_parameters(options.build()))
+  return options.least_parameters() / num_parameters
 
 
 @pytest.mark.parametrize(

@@ -52,18 +52,18 @@ def test_it_is_its_layers_in_a_row():
   def expected(params, tokens):
     x = params['embedding'][tokens]
     for i, name in enumerate(['lstm', 'moe', 'lstm']):
-      own = {'params': params[f'layers_{i}'][name]}
+      variables = {'params': params[f'layers_{i}'][name]}
       if name == 'lstm':
-        y = Lstm(MODEL.between.lstm).apply(own, x, jnp.asarray(IDS))[0]
+        y = Lstm(MODEL.between.lstm).apply(variables, x, jnp.asarray(IDS))[0]
       else:
         layer = MoE(MODEL.moe)
-        y, moe_aux = layer.apply(own, x, jnp.asarray(IDS) > 0)
+        y, moe_aux = layer.apply(variables, x, jnp.asarray(IDS) > 0)
         y = jax.nn.sigmoid(y)
       x = x + y
     return x @ params['embedding'].T, moe_aux
 
-  wanted, moe_aux = expected(params, tokens)
-  np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+  expected_logits, moe_aux = expected(params, tokens)
+  np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-4)
   for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(moe_aux)):
     np.testing.assert_allclose(a[1], b, rtol=1e-4)
     assert a.shape[0] == 3 and not np.any(a[::2])
@@ -73,15 +73,15 @@ def test_it_is_its_layers_in_a_row():
 def test_later_tokens_and_other_documents_change_nothing():
   params, tokens = tiny.params_of(MODEL), tiny.tokens()
   logits, _ = run(MODEL, params, tokens)
-  changed = tokens.copy()
-  changed[0, 6:] = (changed[0, 6:] + 1) % V  # tokens after position 5
-  changed[1, :4] = (changed[1, :4] + 1) % V  # the first document of two
-  changed[2, 7:] = (changed[2, 7:] + 1) % V  # padding
-  other, _ = run(MODEL, params, changed)
-  np.testing.assert_allclose(other[0, :6], logits[0, :6], atol=1e-6)
-  np.testing.assert_allclose(other[1, 4:], logits[1, 4:], atol=1e-6)
-  np.testing.assert_allclose(other[2, :7], logits[2, :7], atol=1e-6)
-  assert np.abs(other[0, 6:] - logits[0, 6:]).max() > 0.1
+  edited = tokens.copy()
+  edited[0, 6:] = (edited[0, 6:] + 1) % V  # tokens after position 5
+  edited[1, :4] = (edited[1, :4] + 1) % V  # the first document of two
+  edited[2, 7:] = (edited[2, 7:] + 1) % V  # padding
+  changed_logits, _ = run(MODEL, params, edited)
+  np.testing.assert_allclose(changed_logits[0, :6], logits[0, :6], atol=1e-6)
+  np.testing.assert_allclose(changed_logits[1, 4:], logits[1, 4:], atol=1e-6)
+  np.testing.assert_allclose(changed_logits[2, :7], logits[2, :7], atol=1e-6)
+  assert np.abs(changed_logits[0, 6:] - logits[0, 6:]).max() > 0.1
 
 
 @pytest.mark.slow
@@ -89,14 +89,14 @@ def test_dropout_is_of_each_layer_and_of_training_alone():
   model = build(dropout=0.5)
   params, tokens = tiny.params_of(model), tiny.tokens()
   rngs = {'dropout': tiny.key(0), 'router': tiny.key(1)}
-  trained, _ = jax.jit(
+  train_logits, _ = jax.jit(
     lambda p, t: model.apply({'params': p}, t, train=True, rngs=rngs)
   )(params, tokens)
-  still = run(model, params, tokens, np.ones_like(tokens))[0]
+  eval_logits = run(model, params, tokens, np.ones_like(tokens))[0]
   np.testing.assert_allclose(
-    still, run(MODEL, params, tokens, np.ones_like(tokens))[0], atol=1e-6
+    eval_logits, run(MODEL, params, tokens, np.ones_like(tokens))[0], atol=1e-6
   )
-  assert np.abs(trained - still).max() > 0.1
+  assert np.abs(train_logits - eval_logits).max() > 0.1
 
 
 def test_dense_twins_are_wide_or_deep():
@@ -128,8 +128,8 @@ def test_a_deep_feed_forward_is_its_products():
   deep = FeedForward(c, biased, depth=3)
   shapes = jax.eval_shape(deep.init, jax.random.key(0), jnp.asarray(x))
   leaves, tree = jax.tree.flatten(shapes)
-  drawn = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-  params = tree.unflatten(drawn)
+  arrays = [draw(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+  params = tree.unflatten(arrays)
   p = nn.meta.unbox(params)['params']
   h = x
   for w, b in (

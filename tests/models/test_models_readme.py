@@ -29,8 +29,8 @@ def test_a_kind_of_ones_own_is_a_language_model():
   params = jax.jit(model.init)(tiny.key(0), **example)
   run = jax.jit(lambda tokens: model.apply(params, tokens))
   logits, aux = run(tokens)
-  other = run(tokens[:, [1, 0, *range(2, tiny.T)]])[0]
-  np.testing.assert_allclose(other[:, 1:], logits[:, 1:], atol=1e-6)
+  swapped_logits = run(tokens[:, [1, 0, *range(2, tiny.T)]])[0]
+  np.testing.assert_allclose(swapped_logits[:, 1:], logits[:, 1:], atol=1e-6)
   batch = {'targets': jnp.asarray(tokens)}
   assert model.loss(logits, batch).nats.shape == tokens.shape
   assert aux.stats.tokens.shape == (model.num_layers,) == (1,)

@@ -14,12 +14,12 @@ DENSE = dict(layers='none')
 def test_multipliers_are_those_of_kernels():
   # A number before a product is one in its kernel; tied logits also have that
   # of the embeddings, so that embeddings are not tied here.
-  given = dict(
+  multipliers = dict(
     embedding=dict(tie=False, multiplier=3.0, logits_divisor=0.5),
     residual_multiplier=0.25,
     attention=dict(scale='fixed', fixed_scale=0.2),
   )
-  scaled = tiny.build(DENSE, **given)
+  scaled = tiny.build(DENSE, **multipliers)
   plain = tiny.build(
     DENSE, embedding=dict(tie=False), attention=dict(scale='none')
   )
@@ -29,19 +29,22 @@ def test_multipliers_are_those_of_kernels():
   def multiplied(path, leaf):
     return factors.get(path[-1].key, 1.0) * leaf
 
-  same = jax.tree_util.tree_map_with_path(multiplied, params)
+  new_params = jax.tree_util.tree_map_with_path(multiplied, params)
   tokens = jnp.asarray(tiny.tokens())
   logits = tiny.apply(scaled)(params, tokens)[0]
   assert np.std(logits) > 0.1
   np.testing.assert_allclose(
-    logits, tiny.apply(plain)(same, tokens)[0], rtol=1e-4, atol=1e-4
+    logits,
+    tiny.apply(plain)(new_params, tokens)[0],
+    rtol=1e-4,
+    atol=1e-4,
   )
 
 
 def test_logits_have_a_bias_before_they_are_divided():
-  given = dict(logits_divisor=4.0)
-  biased = tiny.build(DENSE, embedding=dict(logits_bias=True, **given))
-  plain = tiny.build(DENSE, embedding=given)
+  embedding = dict(logits_divisor=4.0)
+  biased = tiny.build(DENSE, embedding=dict(logits_bias=True, **embedding))
+  plain = tiny.build(DENSE, embedding=embedding)
   params = tiny.params_of(biased)
   bias = params['b_logits']
   assert bias.shape == (tiny.V,)

@@ -19,8 +19,8 @@ def test_parameters_are_those_of_rows_of_any_length(kind):
   expected = jax.jit(lambda key: model.init(key, **inputs))(key)['params']
   params = models.init_params(model, key)
   for name, leaf in tiny.leaves(nn.meta.unbox(params)).items():
-    other = tiny.leaves(nn.meta.unbox(expected))[name]
-    np.testing.assert_array_equal(leaf, other, err_msg=name)
+    expected_leaf = tiny.leaves(nn.meta.unbox(expected))[name]
+    np.testing.assert_array_equal(leaf, expected_leaf, err_msg=name)
   shapes = nn.meta.unbox(models.abstract_params(model))
   assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(
     jnp.shape, nn.meta.unbox(expected)

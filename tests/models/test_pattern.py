@@ -43,7 +43,7 @@ def test_shortest_period(pattern, expected):
     ('last 2', 24, [('layers_0', 'D', 22), ('layers_1', 'S', 2)]),
     ('last 2', 4, [('layers', 'DDSS', 1)]),
     ('every 2', 25, [('layers_0', 'DS', 12), ('layers_1', 'D', 1)]),
-    # Here two layers are chosen by number.
+    # Two layers are chosen by number.
     (
       '9,11',
       24,
@@ -70,12 +70,12 @@ def test_a_dense_first_layer_is_a_segment_of_its_own():
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_segments_put_together_are_the_layers(pattern):
-  cut = segments(tuple(pattern))
-  whole = [flag for s in cut for flag in s.pattern * s.repeats]
-  assert whole == pattern
-  assert sum(s.num_layers for s in cut) == len(pattern)
-  assert all(1 <= len(s.pattern) <= MAX_PERIOD for s in cut)
-  assert len({s.name for s in cut}) == len(cut)
+  loops = segments(tuple(pattern))
+  layers = [flag for s in loops for flag in s.pattern * s.repeats]
+  assert layers == pattern
+  assert sum(s.num_layers for s in loops) == len(pattern)
+  assert all(1 <= len(s.pattern) <= MAX_PERIOD for s in loops)
+  assert len({s.name for s in loops}) == len(loops)
 
 
 def test_a_model_of_segments_equals_the_oracle():

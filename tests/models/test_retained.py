@@ -22,8 +22,8 @@ ROWS = {0: (0, 1, 1, 2, 0), 1: (2, 2, 1, 0, 1)}
 TIED = Retained('', '0: 0 1 1 2 0; 1: 2 2 1 0 1')
 
 
-def build(lost=None, num_layers=2, **moe):
-  moe = {'capacity': All(), 'retained': lost or Retained(), **moe}
+def build(retained_experts=None, num_layers=2, **moe):
+  moe = {'capacity': All(), 'retained': retained_experts or Retained(), **moe}
   return tiny.build(moe, num_layers=num_layers)
 
 
@@ -39,21 +39,21 @@ def cut(params, whole, model, experts):
   params = jax.tree.map(np.asarray, params)
   layers = [flat_trees.flatten(t) for t in whole.layer_trees(params)]
   shapes = flat_trees.flatten(models.describe(model).shapes)
-  flat, old = {}, flat_trees.flatten(params)
+  new_params, old_params = {}, flat_trees.flatten(params)
   for path, shape in shapes.items():
-    place = model.place_of(path)
-    if place is None:
-      flat[path] = old[path]
+    location = model.place_of(path)
+    if location is None:
+      new_params[path] = old_params[path]
       continue
-    rows = [layers[i][place.name] for i in place.layers]
+    rows = [layers[i][location.name] for i in location.layers]
     if 'experts' in path:
       rows = [
         row[np.array(experts.get(i, range(len(row))))]
-        for i, row in zip(place.layers, rows)
+        for i, row in zip(location.layers, rows)
       ]
-    flat[path] = np.stack(rows)
-    assert flat[path].shape == shape.shape, path
-  return flat_trees.unflatten(flat)
+    new_params[path] = np.stack(rows)
+    assert new_params[path].shape == shape.shape, path
+  return flat_trees.unflatten(new_params)
 
 
 def test_tied_columns_equal_copies_of_experts():
@@ -63,15 +63,17 @@ def test_tied_columns_equal_copies_of_experts():
   (loop,) = models.pattern.segments(stack.kinds)
   assert loop.repeats == 2  # each of its layers finds a row of its own
   params = tiny.params_of(whole)
-  # Of the old experts 0, 3 and 4 stay; the copies stand where columns lead to.
-  left = {0: (0, 3, 4), 1: (0, 3, 4)}
-  copies = {i: [left[i][e] for e in row] for i, row in ROWS.items()}
+  # Old experts 0, 3 and 4 stay; the copies are those that columns lead to.
+  remaining = {0: (0, 3, 4), 1: (0, 3, 4)}
+  copies = {i: [remaining[i][e] for e in row] for i, row in ROWS.items()}
   batch = tiny.tokens()
   logits, aux = tiny.apply(whole)(cut(params, whole, whole, copies), batch)
-  own, own_aux = tiny.apply(model)(cut(params, whole, model, left), batch)
-  np.testing.assert_allclose(own, logits, rtol=1e-5, atol=1e-6)
+  tied_logits, tied_aux = tiny.apply(model)(
+    cut(params, whole, model, remaining), batch
+  )
+  np.testing.assert_allclose(tied_logits, logits, rtol=1e-5, atol=1e-6)
   # Columns have queues of their own, so that the same choices are dropped.
-  tiny.assert_trees_close(own_aux._asdict(), aux._asdict())
+  tiny.assert_trees_close(tied_aux._asdict(), aux._asdict())
   assert aux.stats.load.shape == (2, 5) and aux.stats.overflowed.min() > 0
 
 
@@ -82,22 +84,24 @@ def test_a_masked_column_that_nobody_chooses_changes_nothing():
   whole = build(**options)
   params = tiny.params_of(whole)
   w = params['layers']['layer_0']['moe']['router']['w']
-  others = w[..., jnp.array([0, 2, 3, 4])].mean(-1)
-  params['layers']['layer_0']['moe']['router']['w'] = w.at[..., 1].set(others)
+  mean_column = w[..., jnp.array([0, 2, 3, 4])].mean(-1)
+  params['layers']['layer_0']['moe']['router']['w'] = w.at[..., 1].set(
+    mean_column
+  )
   batch = tiny.tokens()
   logits, aux = tiny.apply(whole)(params, batch)
   assert aux.stats.load[0, 1] == 0
   model = build(retained(rows={0: (0, -1, 1, 2, 3)}), **options)
-  left = cut(params, whole, model, {0: (0, 2, 3, 4)})
-  own, own_aux = tiny.apply(model)(left, batch)
-  np.testing.assert_allclose(own, logits, rtol=1e-5, atol=1e-6)
-  tiny.assert_trees_close(own_aux.stats._asdict(), aux.stats._asdict())
+  cut_params = cut(params, whole, model, {0: (0, 2, 3, 4)})
+  cut_logits, cut_aux = tiny.apply(model)(cut_params, batch)
+  np.testing.assert_allclose(cut_logits, logits, rtol=1e-5, atol=1e-6)
+  tiny.assert_trees_close(cut_aux.stats._asdict(), aux.stats._asdict())
   # Another column than the one that nobody chooses does matter.
   model = build(retained(rows={0: (-1, 0, 1, 2, 3)}), **options)
-  left = cut(params, whole, model, {0: (1, 2, 3, 4)})
-  other, other_aux = tiny.apply(model)(left, batch)
+  cut_params = cut(params, whole, model, {0: (1, 2, 3, 4)})
+  other_logits, other_aux = tiny.apply(model)(cut_params, batch)
   assert other_aux.stats.load[0, 0] == 0
-  assert abs(other - logits).max() > 1e-3
+  assert abs(other_logits - logits).max() > 1e-3
 
 
 def test_layers_may_have_different_numbers_of_experts_and_columns():
@@ -196,9 +200,9 @@ def test_an_encoder_has_lost_experts_of_its_own():
 )
 def test_bad_numbers_and_columns_are_refused_by_name(problem, changes):
   texts = {n: changes[n] for n in ('experts', 'expert_of') if n in changes}
-  others = {n: v for n, v in changes.items() if n not in texts}
+  moe = {n: v for n, v in changes.items() if n not in texts}
   with pytest.raises(ValueError) as error:
-    tiny.build({'retained': Retained(**texts), 'num_selected': 2, **others})
+    tiny.build({'retained': Retained(**texts), 'num_selected': 2, **moe})
   assert problem in str(error.value)
 
 

@@ -76,8 +76,8 @@ def test_a_model_generates_by_its_bias():
   # In each layer one expert's bias is above all others and one's is below.
   state = jax.tree.map(lambda x: x.at[:, 1].set(9.0).at[:, 3].set(-9.0), state)
   outputs, apply = {}, jax.jit(model.apply)
-  for name, kept in (('zero', filled(model)), ('pushed', state)):
-    variables = router_state.variables(params, kept)
+  for name, biases in (('zero', filled(model)), ('pushed', state)):
+    variables = router_state.variables(params, biases)
     logits, aux = apply(variables, tokens)
     load = np.asarray(aux.stats.load)
     if name == 'pushed':

@@ -126,7 +126,7 @@ def equations_of_gradient(dispatch, remat):
 def test_the_backward_pass_does_not_route_again(remat, dispatch):
   names = ('none', remat)
   counts = {name: equations_of_gradient(dispatch, name) for name in names}
-  again = counts[remat] - counts['none']
+  repeated = counts[remat] - counts['none']
   assert counts['none']['top_k'] > 0
   assert (counts['none']['cumsum'] > 0) == (dispatch != 'expert_choice')
   decisions = ['top_k', 'sort']
@@ -134,12 +134,12 @@ def test_the_backward_pass_does_not_route_again(remat, dispatch):
   if dispatch != 'dropless':
     decisions += ['cumsum', 'scatter']
   for decision in decisions:
-    assert not again[decision], decision
+    assert not repeated[decision], decision
   # The layer does run again, with its noise. What 'dots' keeps, including the
   # loops over blocks, does not run again.
-  assert again['dot_general'] > 0 and again['random_bits'] > 0
+  assert repeated['dot_general'] > 0 and repeated['random_bits'] > 0
   if dispatch == 'dropless':
-    assert (again['while'] > 0) == (remat == 'full')
+    assert (repeated['while'] > 0) == (remat == 'full')
 
 
 @pytest.mark.as_users_compile

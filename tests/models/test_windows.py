@@ -27,20 +27,20 @@ def test_a_token_sees_what_the_windows_of_its_layers_let_through():
   # With windows alone, token 9 is reached by those of 2 (3 - 1) = 4 tokens
   # before it; with one full layer by all.
   tokens = tiny.tokens()
-  for full, seen in (('none', 4), ('0', 9)):
-    attention = dict(window=3, full_layers=full)
+  for full_layers, reach in (('none', 4), ('0', 9)):
+    attention = dict(window=3, full_layers=full_layers)
     model = tiny.build(DENSE, attention=attention)
     params = tiny.params_of(model)
     run = tiny.apply(model)
-    last = np.asarray(run(params, tokens)[0])[:, -1]
-    changed = []
+    last_logits = np.asarray(run(params, tokens)[0])[:, -1]
+    changes = []
     for n in range(1, 10):
-      other = tokens.copy()
-      other[:, 9 - n] = (tokens[:, 9 - n] + 1) % tiny.V
-      logits = np.asarray(run(params, other)[0])
-      changed.append(np.abs(logits[:, -1] - last).max())
-    assert [n for n, change in enumerate(changed, 1) if change > 1e-4] == [
-      *range(1, seen + 1)
+      changed_tokens = tokens.copy()
+      changed_tokens[:, 9 - n] = (tokens[:, 9 - n] + 1) % tiny.V
+      logits = np.asarray(run(params, changed_tokens)[0])
+      changes.append(np.abs(logits[:, -1] - last_logits).max())
+    assert [n for n, change in enumerate(changes, 1) if change > 1e-4] == [
+      *range(1, reach + 1)
     ]
 
 

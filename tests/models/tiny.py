@@ -1,6 +1,6 @@
 """Models small enough to compile in a second; their sizes differ pairwise.
 
-B=3, T=10, M=12, H=4, D=6, F=20, E=5, K=2, V=23. Not here: any test.
+B=3, T=10, M=12, H=4, D=6, F=20, E=5, K=2, V=23. This module has no tests.
 """
 
 import dataclasses
@@ -44,10 +44,12 @@ def options(moe=None, kind='decoder', **model):
     )
   if hasattr(cls(), 'attention'):
     base['attention'] = AttentionOptions(num_heads=4, head_width=6)
-  usual = cls()
+  defaults = cls()
   for name, value in model.items():
     if isinstance(value, dict):
-      value = dataclasses.replace(base.get(name, getattr(usual, name)), **value)
+      value = dataclasses.replace(
+        base.get(name, getattr(defaults, name)), **value
+      )
     base[name] = value
   model_options = cls(**base)
   return (
