@@ -124,12 +124,12 @@ def variables(options):
   start = fresh(options)
   rng = np.random.default_rng(1)
 
-  def drawn(leaf, role):
+  def with_noise(leaf, role):
     noise = rng.normal(size=leaf.shape) if role.form == 'kernel' else 0.0
     return jnp.asarray(leaf + np.float32(noise))
 
   start_values = jax.tree.map(np.asarray, nn.meta.unbox(start))
-  return jax.tree.map(drawn, start_values, roles_of(start))
+  return jax.tree.map(with_noise, start_values, roles_of(start))
 
 
 def program(options, sizes, train):
@@ -204,7 +204,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
   serving = options.serving_all(sizes) or sizes
   x, ids = inputs()
   run = functools.partial(output, options, serving, False)
-  whole = run(x, ids, np.ones((G, S), bool))
+  row_outputs = run(x, ids, np.ones((G, S), bool))
   # A step has one token, which padding follows: programs are shared.
   first = np.arange(S) < np.ones((G, 1))
   steps = np.stack(
@@ -213,7 +213,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
     ],
     1,
   )
-  alike = np.allclose(whole, steps, rtol=1e-4, atol=1e-4)
+  alike = np.allclose(row_outputs, steps, rtol=1e-4, atol=1e-4)
   assert (options.decodes(sizes) is None) == alike
 
 
@@ -229,10 +229,10 @@ def test_the_losses_that_a_router_names_are_those_it_has(kind):
   for name in LOSSES:
     field = fields_of(type(options)).get(name.replace('_loss', '_weight'))
     assert (name in weights) == (field is not None)
-    has = field is not None and in_force(
+    has_loss = field is not None and in_force(
       functools.partial(getattr, options), spec_of(field).when
     )
-    assert (getattr(aux, name) > 0) == has, name
+    assert (getattr(aux, name) > 0) == has_loss, name
 
 
 @pytest.mark.parametrize('train', [False, True])
@@ -289,10 +289,10 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
 def test_state_is_kept_where_it_is_said_and_moves(kind):
   options = OPTIONS[kind]
   assert not options.keeps_state and 'router_state' not in fresh(options)
-  can = type(options).keeps_state is not RouterOptions.keeps_state
+  can_keep = type(options).keeps_state is not RouterOptions.keeps_state
   options = stateful(options)
-  assert (options is not None) == can
-  if not can:
+  assert (options is not None) == can_keep
+  if not can_keep:
     return
   assert options.keeps_state
   state = fresh(options)['router_state']
@@ -305,13 +305,13 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   # 0 none moves.
   stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
   loads = jnp.stack([load, load[::-1]])
-  both = options.move_state(stack, loads)
+  moved = options.move_state(stack, loads)
   for i in range(2):
-    one = options.move_state(state, loads[i])
-    layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], both)
-    jax.tree.map(np.testing.assert_array_equal, layer, one)
-  still = options.move_state(state, load, 0.0)
-  jax.tree.map(np.testing.assert_array_equal, still, state)
+    layer_state = options.move_state(state, loads[i])
+    layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], moved)
+    jax.tree.map(np.testing.assert_array_equal, layer, layer_state)
+  unmoved = options.move_state(state, load, 0.0)
+  jax.tree.map(np.testing.assert_array_equal, unmoved, state)
 
 
 @pytest.mark.parametrize('kind', KINDS)

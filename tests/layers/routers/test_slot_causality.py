@@ -69,13 +69,13 @@ def before_and_after(
     )
     rows = gather.dispatch(jnp.asarray(x), routing)
     rows = rows * np.arange(1, E + 1, dtype=np.float32)[:, None, None]
-    seen = {
+    outputs = {
       'kept': routing.kept,
       'slot': routing.slot,
       'gate': routing.gate,
       'y': gather.combine(rows, routing),
     }
-    return {name: np.where(past, value, 0) for name, value in seen.items()}
+    return {name: np.where(past, value, 0) for name, value in outputs.items()}
 
   return run(old, x), run(np.where(past, old, new), np.where(past, x, other))
 
