@@ -50,9 +50,9 @@ def test_values_of_a_uniform_grid():
   w = jnp.array([-9.0, 0.3, 3.1])[:, None]
   assert grid.codes(w).ravel().tolist() == [0, 2, 2]
   for i in range(3):
-    own = grid.of_input(i, 3)
+    input_grid = grid.of_input(i, 3)
     np.testing.assert_array_equal(
-      own.codes(w[i : i + 1]), grid.codes(w)[i : i + 1]
+      input_grid.codes(w[i : i + 1]), grid.codes(w)[i : i + 1]
     )
 
 
