@@ -202,14 +202,14 @@ def test_a_run_that_has_ended_early_says_so_and_may_go_on(
   early, tmp_path, capsys
 ):
   workdir, _ = early
-  before = rows_of(workdir)
+  rows = rows_of(workdir)
   assert train(options(), workdir) == (5, True)
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   assert 'ended early at step 5: scripted/score has not been better in 3' in (
-    said
+    output
   )
-  assert 'the best checkpoint by scripted/score is that of step 2' in said
-  assert rows_of(workdir) == before
+  assert 'the best checkpoint by scripted/score is that of step 2' in output
+  assert rows_of(workdir) == rows
 
 
 def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):

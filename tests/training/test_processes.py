@@ -45,7 +45,7 @@ class Ended(NamedTuple):
   """The end of a process: its status, output and results."""
 
   status: int
-  said: str
+  output: str
   errors: str
   results: list[dict]
 
@@ -66,8 +66,8 @@ def start(folder, count, jobs, frozen=None, **spec):
   """
   path = folder / 'jobs.json'
   path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
-  where = f'127.0.0.1:{free_port()}'
-  command = [sys.executable, '-m', 'tests.training.process', where, str(count)]
+  server = f'127.0.0.1:{free_port()}'
+  command = [sys.executable, '-m', 'tests.training.process', server, str(count)]
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   running = []
   try:
@@ -175,14 +175,14 @@ def test_two_processes_train_as_one(one, two):
 
 
 def test_one_goes_on_from_a_checkpoint_of_two_as_two_did(two, tmp_path, capsys):
-  theirs, workdir = two[0] / 'run', tmp_path / 'run'
-  shutil.copytree(theirs, workdir)
+  source_run, workdir = two[0] / 'run', tmp_path / 'run'
+  shutil.copytree(source_run, workdir)
   for path in (workdir / 'checkpoints').iterdir():
     if path.name not in ('1', '2'):
       shutil.rmtree(path)
   loop.train_and_evaluate(tiny.options(**STEPS), workdir, resume=True)
   assert 'going on from the checkpoint of step 2' in capsys.readouterr().out
-  assert_close(saved(workdir, 3), saved(theirs, 3))
+  assert_close(saved(workdir, 3), saved(source_run, 3))
 
 
 def test_the_stream_is_that_of_one_process(two, stream):
@@ -198,8 +198,8 @@ def test_sigterm_to_one_saves_in_all_at_one_step(two):
   (step,) = steps
   assert 4 <= step < 8
   words = f'stopped by a signal at step {step}; saved, will go on here'
-  assert words in ends[0].said
-  assert f'going on from the checkpoint of step {step}' in ends[0].said
+  assert words in ends[0].output
+  assert f'going on from the checkpoint of step {step}' in ends[0].output
 
 
 def test_a_death_ends_the_others_and_is_named(two):
@@ -212,7 +212,7 @@ def test_a_death_ends_the_others_and_is_named(two):
 
 def test_process_0_alone_speaks_and_writes_rows(two):
   folder, ends, _ = two
-  assert 'loss' in ends[0].said and 'loss' not in ends[1].said
+  assert 'loss' in ends[0].output and 'loss' not in ends[1].output
   assert 8 <= len(losses(folder / 'run')) <= 10
   # There is a file for each life, and none of process 1.
   assert len(list((folder / 'run' / 'tensorboard').iterdir())) == 2

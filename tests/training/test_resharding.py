@@ -75,8 +75,8 @@ def checksums(state):
 def restored(folder, on):
   with Checkpointer(folder) as checkpoints:
     state = checkpoints.restore(on.abstract_state).state
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  assert places == jax.tree.map(lambda x: x.sharding, on.abstract_state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  assert shardings == jax.tree.map(lambda x: x.sharding, on.abstract_state)
   return state
 
 
@@ -98,19 +98,19 @@ def expert_kernel(state):
 
 @pytest.mark.slow
 def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
-  want = checksums(trained())
-  assert any(name.startswith('router_state/') for name in want)
-  experts = [name for name in want if name.endswith('expert 7')]
+  saved = checksums(trained())
+  assert any(name.startswith('router_state/') for name in saved)
+  experts = [name for name in saved if name.endswith('expert 7')]
   assert len(experts) == 6  # two kernels with two moments each
-  assert len({want[name] for name in want if 'w_in, expert' in name}) == 3 * E
+  assert len({saved[name] for name in saved if 'w_in, expert' in name}) == 3 * E
   for shape in MESHES:
     state = restored(folder, programs(shape))
-    assert checksums(state) == want, shape
+    assert checksums(state) == saved, shape
     (shard, *_) = expert_kernel(state).addressable_shards
     _, fsdp, expert, tensor = shape
     assert shard.data.shape == (1, E // expert, 16 // fsdp, 24 // tensor)
   save(tmp_path, state)  # from one device to the mesh again
-  assert checksums(restored(tmp_path, programs(SOURCE))) == want
+  assert checksums(restored(tmp_path, programs(SOURCE))) == saved
 
 
 def test_experts_over_two_mesh_axes():

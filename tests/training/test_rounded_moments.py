@@ -94,9 +94,9 @@ def test_on_a_mesh_the_noise_is_that_of_one_device():
   devices = np.array(jax.devices()[:4]).reshape(2, 2)
   mesh = jax.sharding.Mesh(devices, ('expert', 'tensor'))
   spec = PartitionSpec(None, 'expert', None, 'tensor')
-  alone, split = (
+  unsharded, split = (
     jax.jit(lambda count: noise('w', count, (3, 4, 5, 8)), out_shardings=s)(7)
     for s in (None, NamedSharding(mesh, spec))
   )
   assert len(split.addressable_shards) == 4
-  np.testing.assert_array_equal(np.asarray(alone), np.asarray(split))
+  np.testing.assert_array_equal(np.asarray(unsharded), np.asarray(split))
