@@ -47,9 +47,9 @@ def process(monkeypatch):
 
 def test_strangers_do_not_end_the_watch(process):
   watchdog, _, port = process(0, 1)
-  for said in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
+  for message in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
     with socket.create_connection(('127.0.0.1', port), 5.0) as stranger:
-      stranger.sendall(said)
+      stranger.sendall(message)
       assert stranger.recv(9) == b''
   assert any(thread.name == 'watchdog' for thread in threading.enumerate())
   watchdog.finish()
