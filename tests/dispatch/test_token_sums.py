@@ -1,4 +1,4 @@
-"""Where experts choose, every dispatcher equals the loops that define it."""
+"""Dispatchers equal the loops that define them when experts choose tokens."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What padding holds, NaN or infinity, reaches no output, loss or gradient.
+"""NaN or infinity in padding reaches no output, loss or gradient.
 
 Each function is called with zeros at padding, and then with something worse.
 All that it returns for real tokens has to be the same, bit for bit, and so
@@ -40,12 +40,12 @@ def tokens(at_padding, width=M):
 
 
 def real(y):
-  """The outputs of real tokens; a NaN of padding would stay in its place."""
+  """The outputs of real tokens, without those of padding, which may be NaN."""
   return jnp.where(MASK[..., None], y, 0)
 
 
 def assert_same(f, *, worse=(np.nan,)):
-  """Checks that f(x) is finite and the same for zeros and worse at padding."""
+  """Checks that f(x) is finite, and equal for zeros and `worse` at padding."""
   expected = jax.tree.leaves(f(tokens(0.0)))
   for value in worse:
     other = jax.tree.leaves(f(tokens(value)))
@@ -118,7 +118,7 @@ def test_every_other_kind_of_routing(name):
   )
 
 
-# How the others move tokens is in `test_moving_tokens`.
+# `test_moving_tokens` covers how the other dispatchers move tokens.
 @pytest.mark.parametrize(
   'dispatch',
   [
@@ -170,11 +170,11 @@ def test_moving_tokens(mover):
       logits, num_selected=K, capacity=3, mask=jnp.asarray(MASK)
     )
 
-    def there_and_back(x):
+    def round_trip(x):
       rows = mover.dispatch(x, chosen)
       return (rows**2).sum(), (rows, mover.combine(rows, chosen))
 
-    dx, values = jax.grad(there_and_back, has_aux=True)(x)
+    dx, values = jax.grad(round_trip, has_aux=True)(x)
     return real(dx), values
 
   assert_same(jax.jit(move))

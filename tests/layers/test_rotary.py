@@ -25,7 +25,7 @@ def test_yarn_by_hand():
   assert 0.6 < slow < 0.7
   np.testing.assert_allclose(frequency, expected, rtol=1e-6)
   assert factor == pytest.approx(0.1 * np.log(4) + 1)
-  # Rounded, the pairs between are those from 1 to 3: pair 2 is half way.
+  # Bounds that are rounded are pairs 1 and 3, and pair 2 is half way.
   rounded = Yarn(factor=4.0, original_len=32, beta_fast=2.0).turns(16.0, 8)
   assert rounded.frequency[2] == pytest.approx(0.25 * 0.5 + 0.0625 * 0.5)
 

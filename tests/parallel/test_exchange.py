@@ -33,7 +33,7 @@ def mesh_of(**sizes):
   return make_mesh(sizes, jax.devices()[:count])
 
 
-def on(mesh, x, *axes):
+def put(mesh, x, *axes):
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
@@ -48,14 +48,14 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
   travel, rows_by_device = kind(), []
 
   @jax.jit
-  def there_and_back(x, rows):
+  def round_trip(x, rows):
     layout = layout_of(RULES, x, num_experts=E)
     assert layout.exchanged == ('expert',) and layout.group_only == ()
     at_experts = travel.to_experts(layout, rows)
     return at_experts, travel.to_groups(layout, at_experts)
 
-  x = on(mesh, jnp.zeros((2, 6, M)), 'expert')
-  arrived, returned = there_and_back(x, on(mesh, rows, None, 'expert'))
+  x = put(mesh, jnp.zeros((2, 6, M)), 'expert')
+  arrived, returned = round_trip(x, put(mesh, rows, None, 'expert'))
   for shard in arrived.addressable_shards:
     rows_by_device.append(np.sort(np.asarray(shard.data)[..., 0], 1).tolist())
   assert rows_by_device == [[[0, 1], [10, 11]], [[20, 21], [30, 31]]]
@@ -73,7 +73,7 @@ def test_a_layout_leaves_whole_what_does_not_divide():
       )
       return x
 
-    x = on(mesh, jnp.zeros((groups, 5, M)))
+    x = put(mesh, jnp.zeros((groups, 5, M)))
     jax.jit(run).lower(x)
     return layouts['layout']
 
@@ -131,11 +131,11 @@ def test_no_piece_travels_after_anothers_product(kind):
   mesh = mesh_of(expert=8)
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (8, 16, 12)), 'float32')
   params = layer.init(jax.random.key(0), x)
-  split = on(mesh, x, 'expert')
+  split = put(mesh, x, 'expert')
   run = jax.jit(lambda params, x: layer.apply(params, x)[0])
-  compiled = run.lower(on(mesh, params), split).compile()
+  compiled = run.lower(put(mesh, params), split).compile()
   np.testing.assert_allclose(
-    compiled(on(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
+    compiled(put(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
   )
   program = instructions(compiled.as_text())
   travels = [name for name, line in program.items() if line[0] == 'all-to-all']
@@ -169,7 +169,7 @@ def test_a_custom_expert_travels_too():
   mesh = mesh_of(expert=4)
   run = jax.jit(lambda params, x: layer.apply(params, x)[0])
   np.testing.assert_allclose(
-    run(on(mesh, params), on(mesh, x, 'expert')), run(params, x), atol=1e-5
+    run(put(mesh, params), put(mesh, x, 'expert')), run(params, x), atol=1e-5
   )
 
 

@@ -283,7 +283,7 @@ def step_of(
 
 def assert_equal(result: Result, one: Result):
   np.testing.assert_allclose(result.loss, one.loss, rtol=1e-5)
-  # What moves between devices is theirs alone.
+  # The counts of rows that move between devices depend on the mesh.
   sums = [
     r.sums._replace(aux=r.sums.aux._replace(exchange=())) for r in (result, one)
   ]
@@ -301,7 +301,7 @@ def collectives(text) -> dict[str, int]:
   return dict(collections.Counter(operations))
 
 
-# Other tests run ways to exchange rows on more meshes. Each kind of attention
+# Other tests cover the exchange of rows on more meshes. Each kind of attention
 # and layer has a router of its own.
 CASES = [
   ('gather', '1x2x2x2'),
@@ -336,7 +336,7 @@ def test_a_step_equals_one_device(kind, mesh_shape, capfd):
   np.testing.assert_allclose(optax.global_norm(one.update), CLIP, rtol=1e-3)
   assert np.ptp(stats.load) > 0
   capfd.readouterr()
-  # What the compiler says would be missing if it found the program in a cache.
+  # The compiler's messages would be missing if the program came from a cache.
   salt = time.time() % 1000 if kind == 'gather' else 0.0
   assert_equal(step_of(kind, mesh_shape, salt=salt), one)
   assert 'rematerialization' not in capfd.readouterr().err

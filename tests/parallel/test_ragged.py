@@ -40,12 +40,12 @@ def traffic(seed):
 def received(rows, sizes, starts, bound):
   """Rows that each device receives from the others, in order, by a loop."""
   out = np.zeros((P, bound, M), np.float32)
-  for me in range(P):
+  for j in range(P):
     blocks = [
-      rows[i, starts[i, me] : starts[i, me] + sizes[i, me]] for i in range(P)
+      rows[i, starts[i, j] : starts[i, j] + sizes[i, j]] for i in range(P)
     ]
     block = np.concatenate(blocks)
-    out[me, : len(block)] = block
+    out[j, : len(block)] = block
   return out
 
 

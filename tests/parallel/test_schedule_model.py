@@ -54,7 +54,7 @@ def in_events(stages: Stages, backward: bool) -> float:
     computations = [('C', j, stages.compute[j, w]) for j in range(g)]
     shadow = [('X', 0, stages.shadow_compute[w])] * shadows
     streams[w] = shadow + computations if backward else computations + shadow
-  ends, free = {}, dict.fromkeys(streams, 0.0)
+  ends, free_at = {}, dict.fromkeys(streams, 0.0)
   dependencies = {'C': lambda j, w: [('comm', 'S', j)]}
   dependencies['R'] = lambda j, w: [(v, 'C', j) for v in range(W)]
   if backward:
@@ -68,10 +68,10 @@ def in_events(stages: Stages, backward: bool) -> float:
         waits = dependencies[kind](j, name) if kind in dependencies else []
         if any(wait not in ends for wait in waits):
           break
-        begin = max([free[name], *(ends[wait] for wait in waits)])
-        free[name] = ends[name, kind, j] = begin + seconds
+        begin = max([free_at[name], *(ends[wait] for wait in waits)])
+        free_at[name] = ends[name, kind, j] = begin + seconds
         operations.pop(0)
-  return max(free.values())
+  return max(free_at.values())
 
 
 def test_passes_are_those_of_a_simulation_of_events():

@@ -45,7 +45,7 @@ SHADOWING = Shadowing(experts=R, teraflops=2e-5, gigabytes=1e-5)
 
 @dataclasses.dataclass(frozen=True)
 class ById(RouterOptions):
-  """The expert of a token is its id."""
+  """A router that sends each token to the expert with the token's id."""
 
   needs_ids: ClassVar[bool] = True
 
@@ -54,16 +54,16 @@ class ById(RouterOptions):
     return ByIdRouter(self, sizes, shared, name=name)
 
   def leak(self, sizes):
-    """Nothing: tokens queue in their order."""
+    """Returns None: tokens queue in their order, so that nothing leaks."""
     return None
 
   def multiply_adds(self, sizes, width):
-    """Zero: there are no products."""
+    """Returns zero: the router has no products."""
     return 0
 
 
 class ByIdRouter(Router):
-  """Gates that are learned, so that a wrong sum would be seen."""
+  """A router with learned gates, so that a wrong sum would be seen."""
 
   def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
@@ -195,8 +195,8 @@ def prediction(skew, devices, copies=1, expert_shards=1, shadowed=True):
   Args:
     skew: The kind of routing.
     devices: The number of devices that exchange rows.
-    copies: The number of sets of these.
-    parts: The number of devices that share an expert.
+    copies: The number of sets of such devices.
+    expert_shards: The number of devices that share an expert.
     shadowed: Whether experts are shadowed.
   """
   rows_before = rows_after = number = 0
@@ -213,7 +213,7 @@ def prediction(skew, devices, copies=1, expert_shards=1, shadowed=True):
   return rows_before, rows_after, number, copies, 0
 
 
-# The two kinds of routing of a way on `data` are one program. Dropless rings
+# A dispatch has one program for both kinds of routing on `data`. Dropless rings
 # without shadowed experts are in `test_mesh_equality.py`.
 CASES = [
   *((kind, skew, 'data') for kind in SLOTS for skew in ('zipf', 'one')),
@@ -285,7 +285,7 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
   travels = [
     name for name, line in program.items() if line[0] == 'collective-permute'
   ]
-  # One there and one back for each other device.
+  # Rows travel to each other device and back.
   assert len(travels) == 2 * (devices - 1)
   before = {name: ancestors(program, name) for name in travels}
   products = {
@@ -298,8 +298,8 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
   assert not any(before[name] & products for name in outgoing)
   multiplied = []
   for name in set(travels) - outgoing:
-    # What comes back was multiplied after one step alone: its products are its
-    # own, and wait for no other exchange.
+    # Rows that come back were multiplied after one step alone: their products
+    # are their own, and wait for no other exchange.
     assert len(before[name] & outgoing) == 1
     waits = {
       product: ancestors(program, product) & set(travels)

@@ -119,9 +119,9 @@ def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
   stats = measure(routing, logits, mask)
   fate, real = by_loops.fate, np.asarray(mask)
   full = np.array([(fate[..., k] == 'full')[real].mean() for k in range(3)])
-  by_rank, in_all = drop_rate(stats)
+  by_rank, overall = drop_rate(stats)
   np.testing.assert_allclose(by_rank, full, rtol=1e-6)
-  np.testing.assert_allclose(in_all, full.mean(), rtol=1e-6)
+  np.testing.assert_allclose(overall, full.mean(), rtol=1e-6)
   # A choice that was not sent is not dropped: without a capacity the rate is 0.
   routing, _, logits, mask = example(1, capacity=None)
   stats = measure(routing, logits, mask)
@@ -139,9 +139,9 @@ def test_the_drop_rate_where_experts_choose_is_of_tokens_that_none_took():
     return drop_rate(slot_stats(routing, logits, mask, 3))
 
   logits = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]])
-  by_rank, in_all = rates(logits, jnp.ones((1, 4), bool))
+  by_rank, overall = rates(logits, jnp.ones((1, 4), bool))
   np.testing.assert_array_equal(by_rank, [0.5] * 3)
-  assert in_all == 0.5
+  assert overall == 0.5
 
 
 def test_the_drop_rate_of_stacked_layers_on_the_host():
@@ -150,9 +150,9 @@ def test_the_drop_rate_of_stacked_layers_on_the_host():
   none = jax.tree.map(np.asarray, empty_aux(E, 3).stats)
   layers = jax.tree.map(lambda a, b: np.stack([a, b]), layer, none)
   with np.errstate(invalid='ignore'):
-    by_rank, in_all = drop_rate(layers)
+    by_rank, overall = drop_rate(layers)
   np.testing.assert_allclose(by_rank[0], drop_rate(layer)[0])
-  assert by_rank.shape == (2, 3) and np.isnan(in_all[1])
+  assert by_rank.shape == (2, 3) and np.isnan(overall[1])
 
 
 def test_rms_of_the_logits():

@@ -55,8 +55,8 @@ def test_the_published_gate_is_told():
   assert choices_of(1, 3) == [[2], [3], [2], [0]]
   # A token that is padding leaves its place to the next.
   assert choices_of(1, 1, PADDED)[2] == [2]
-  # Of two choices the last token wants a remote expert, too, with 0.25, which
-  # is the lowest score. Who stays chooses both at home.
+  # With two choices the last token, too, wants a remote expert, with 0.25, the
+  # lowest score. A token that stays has both choices in its own node.
   assert choices_of(2, 3) == [[2, 0], [3, 1], [2, 1], [0, 1]]
   assert choices_of(2, 4)[3] == [0, 2]
 

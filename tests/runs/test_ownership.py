@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PERIOD = 0.05
 
 
-def left_by(folder, **fields):
+def write_owner(folder, **fields):
   """Writes the file of another owner, as one that was killed leaves it."""
   values = Owner.of_this_process()._asdict() | {'id': 'other'} | fields
   (folder / OWNER).write_text(json.dumps(values))
@@ -75,7 +75,7 @@ def test_several_folders_are_owned_or_none(tmp_path):
   ],
 )
 def test_an_owner_of_this_machine_is_dead_at_once(tmp_path, fields):
-  left_by(tmp_path, **fields)
+  write_owner(tmp_path, **fields)
   lines = []
   take(tmp_path, lines.append).release()
   assert not lines and names(tmp_path) == []
@@ -96,14 +96,14 @@ def test_a_process_that_ended_and_was_not_waited_for_is_dead():
 def test_a_damaged_file_blocks_nobody(tmp_path, text):
   (tmp_path / OWNER).write_text(text)
   take(tmp_path).release()
-  values = left_by(tmp_path)
+  values = write_owner(tmp_path)
   for name in ('pid', 'id', 'host'):
     (tmp_path / OWNER).write_text(json.dumps(values | {name: None}))
     take(tmp_path).release()
 
 
 def test_an_owner_elsewhere_is_waited_for_and_announced_in_one_line(tmp_path):
-  left_by(tmp_path, host='elsewhere', pid=7)
+  write_owner(tmp_path, host='elsewhere', pid=7)
   lines, began = [], time.monotonic()
   claim = take(tmp_path, lines.append)
   assert time.monotonic() - began >= 3 * PERIOD
@@ -115,25 +115,25 @@ def test_an_owner_elsewhere_is_waited_for_and_announced_in_one_line(tmp_path):
 
 @pytest.mark.parametrize('changes', [BEAT, OWNER])
 def test_an_owner_elsewhere_that_lives_is_not_taken_over(tmp_path, changes):
-  left_by(tmp_path, host='elsewhere')
+  write_owner(tmp_path, host='elsewhere')
 
-  def goes_on(line):
+  def renew(line):
     if changes == BEAT:
       (tmp_path / BEAT).write_text('other 2')
     else:
-      left_by(tmp_path, host='elsewhere', id='third')
+      write_owner(tmp_path, host='elsewhere', id='third')
 
   with pytest.raises(OwnedError, match='on elsewhere'):
-    take(tmp_path, goes_on)
+    take(tmp_path, renew)
   assert json.loads((tmp_path / OWNER).read_text())['host'] == 'elsewhere'
 
 
 def test_an_owner_that_was_replaced_stops(tmp_path):
   claim = take(tmp_path)
-  left_by(tmp_path, host='elsewhere', pid=7)
+  write_owner(tmp_path, host='elsewhere', pid=7)
   with pytest.raises(OwnedError, match='now belongs to process 7 on elsewh'):
     claim.confirm()
-  claim.release()  # and leaves what is not its own
+  claim.release()  # and leaves the file of the new owner
   assert OWNER in names(tmp_path)
   claim = take(tmp_path)
   (tmp_path / OWNER).unlink()
@@ -163,7 +163,7 @@ def test_of_two_who_start_at_once_one_wins(tmp_path, monkeypatch, turns):
   if not turns:
     monkeypatch.setattr(ownership.fcntl, 'flock', no_locks)
     monkeypatch.setattr(ownership, '_SETTLE_SECONDS', 0.3)
-  left_by(tmp_path, pid=4_000_000)
+  write_owner(tmp_path, pid=4_000_000)
   gate = threading.Barrier(8)
 
   def start(_):

@@ -15,8 +15,8 @@ from moe_jax.runs.lines import Line, reach
 from moe_jax.runs.watchdog import Watchdog
 
 TICK, SECONDS = 0.1, 1.0
-MOST = SECONDS / TICK + 3
-SAYS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
+MAX_MESSAGES = SECONDS / TICK + 3
+STATUS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
 
 
 @pytest.fixture
@@ -60,10 +60,10 @@ def test_process_0_answers_once_a_tick(process):
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
   answers, until = 0, time.monotonic() + SECONDS
   while time.monotonic() < until:
-    line.send(SAYS)  # without waiting for an answer
+    line.send(STATUS)  # without waiting for an answer
     answers += len(line.receive())
-  assert 2 <= answers <= MOST
-  line.send({**SAYS, 'done': True})
+  assert 2 <= answers <= MAX_MESSAGES
+  line.send({**STATUS, 'done': True})
   line.socket.shutdown(socket.SHUT_WR)
   watchdog.finish()
 
@@ -88,7 +88,7 @@ def test_others_speak_once_a_tick(process):
     watchdog, _, _ = process(1, 2, hello=text)
     watchdog.finish()
     thread.join()
-  assert 2 <= len(heard) <= MOST
+  assert 2 <= len(heard) <= MAX_MESSAGES
 
 
 def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
@@ -99,7 +99,7 @@ def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
   answers, until = [], time.monotonic() + 20
   while not any(answers) and time.monotonic() < until:
-    line.send({**SAYS, 'count': 0, 'where': 'the start'})
+    line.send({**STATUS, 'count': 0, 'where': 'the start'})
     answers = line.receive() or []
     time.sleep(TICK / 4)
   line.socket.close()

@@ -74,7 +74,7 @@ def test_a_factor_of_zero_leaves_the_losses_out():
 
 
 @functools.cache
-def stepped(microbatches=1, devices=1, weighted=True, **aux):
+def step_losses(microbatches=1, devices=1, weighted=True, **aux):
   """The total losses of three steps of a tiny run."""
   mesh = dict(data=1, fsdp=2, expert=2) if devices > 1 else {}
   options = tiny.options(
@@ -102,17 +102,17 @@ AUX = dict(kind='linear', factor=0.0, final_factor=2.0, line_steps=2)
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 4])
 def test_accumulation_and_meshes_change_nothing(devices):
-  unsplit = stepped(**AUX)
-  split = stepped(microbatches=2, devices=devices, **AUX)
+  unsplit = step_losses(**AUX)
+  split = step_losses(microbatches=2, devices=devices, **AUX)
   np.testing.assert_allclose(split, unsplit, rtol=1e-5)
 
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_a_step_has_the_factor_of_its_number():
-  scheduled = stepped(**AUX)
+  scheduled = step_losses(**AUX)
   # The first step has no auxiliary loss, the second the given weights.
-  first = stepped(factor=0.0)[0]
+  first = step_losses(factor=0.0)[0]
   np.testing.assert_allclose(scheduled[0], first, rtol=1e-6)
   assert scheduled[1] > first + 0.5
 
@@ -127,9 +127,9 @@ def test_a_step_has_the_factor_of_its_number():
   ],
 )
 def test_zero_throughout_is_the_run_without_weights(zero):
-  without = stepped(weighted=False)
-  assert stepped(**zero) == without
-  assert stepped(**AUX) != without
+  without = step_losses(weighted=False)
+  assert step_losses(**zero) == without
+  assert step_losses(**AUX) != without
 
 
 def made_run(tmp_path, **overrides):

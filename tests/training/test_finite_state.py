@@ -50,7 +50,7 @@ def train(workdir, options, *hooks):
 
 
 def test_it_ends_the_run_and_the_step_before_is_good(tmp_path):
-  """The last step is checked, too, after which no loss would tell."""
+  """The last step is checked, too, although no later loss would reveal it."""
   with pytest.raises(NonFiniteError) as error:
     train(tmp_path, bursting(**STEPS))
   message = str(error.value)
@@ -115,7 +115,7 @@ def test_no_optimizer_keeps_an_infinity_on_purpose(name):
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_one_value_of_many_is_found(value, dtype):
-  """Also beside the largest numbers, whose sum would be infinite."""
+  """The value is found among the largest numbers, whose sum overflows, too."""
   most = float(jnp.finfo(dtype).max)
   large = jnp.full((7, 33), most, dtype).at[2].set(-most)
   flags = jax.jit(finite.flags)([large, large.at[3, 5].set(value)])

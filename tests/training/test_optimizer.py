@@ -97,7 +97,7 @@ def test_schedule_by_formula(schedule, step, expected):
 
 @pytest.mark.parametrize('schedule', [Cosine, Constant, InverseSqrt, Trapezoid])
 def test_a_warmup_is_at_most_half_of_the_run(schedule):
-  # Of nine steps four warm up, also where a hundred would.
+  # Four of nine steps warm up, even if a hundred are asked for.
   steps = jnp.arange(9)
   long, cut = (
     np.asarray(jax.jit(schedule(warmup_steps=n).rate(1.0, 9))(steps))
@@ -145,7 +145,7 @@ def test_adafactor_clips_each_update_at_its_option(params, grads):
 
 
 def decayed(params, **options):
-  """Fraction of each parameter that is left by a step without a gradient."""
+  """Fraction of each parameter that a step without a gradient leaves."""
   zeros = jax.tree.map(np.zeros_like, params)
   o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
   new_params = run(transformation(o), params, zeros, steps=1)
@@ -200,7 +200,7 @@ def test_a_part_that_the_model_lacks_is_refused_by_the_rule(name):
 
 
 def test_rates_by_part_are_those_of_a_run():
-  """The router moves a tenth as far as with the full rate, others as far."""
+  """The router moves a tenth as far as at the full rate, the rest as far."""
   layer_updates = []
   for rules in ((), (('part:router', 0.1),)):
     options = tiny.options(
@@ -257,7 +257,7 @@ def test_clipping_is_by_the_global_norm(params, grads):
 
 @pytest.mark.parametrize('largest', [0.5, 1e9])
 def test_clipping_is_that_of_optax(grads, largest):
-  """To rounding where it clips, and to the bit where it does not."""
+  """Equal up to rounding if it clips, and bit for bit if it does not."""
   grads = {**grads, 'half': grads['w'].astype(jnp.bfloat16)}
   a, b = (
     jax.jit(transform.update)(grads, transform.init(grads))[0]

@@ -32,7 +32,7 @@ STEPS = {
   'checkpoint': {'every_steps': 1, 'keep_newest': 99},
 }
 LONG = {**STEPS, 'total_steps': 40}
-# Those that end early have a model that compiles in no time.
+# Runs that end early have a model that compiles in no time.
 ENDED = {**LONG, 'model': tiny.ONE_LAYER}
 ACROSS = {
   **LONG,
@@ -315,7 +315,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
   rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
   keys = {key for row in rows for key in row}
   assert {'eval/generate/chrf', 'eval/train_capacity/loss'} <= keys
-  # Both have written their rows of the trace, which make whole batches.
+  # Both processes wrote their rows of the trace, which make whole batches.
   folder = tmp_path / 'run' / 'trace'
   for process_id in (0, 1):
     assert [*folder.glob(f'*_process_0000{process_id}_*')]

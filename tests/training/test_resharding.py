@@ -32,7 +32,7 @@ MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 1, 1, 1)]
 
 @functools.cache
 def programs(shape, **sharding):
-  """The programs of a run on a mesh of that shape."""
+  """The programs of a run on a mesh of the given shape."""
   sizes = dict(zip(partitioning.MESH_AXES, shape))
   options = tiny.options(
     batch_size=8, model=MODEL, mesh=sizes, sharding=sharding
@@ -72,11 +72,11 @@ def checksums(state):
   return sums
 
 
-def restored(folder, on):
+def restored(folder, target):
   with Checkpointer(folder) as checkpoints:
-    state = checkpoints.restore(on.abstract_state).state
+    state = checkpoints.restore(target.abstract_state).state
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  assert shardings == jax.tree.map(lambda x: x.sharding, on.abstract_state)
+  assert shardings == jax.tree.map(lambda x: x.sharding, target.abstract_state)
   return state
 
 
@@ -114,6 +114,6 @@ def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
 
 
 def test_experts_over_two_mesh_axes():
-  on = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
-  kernel = expert_kernel(on.abstract_state)
+  target = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
+  kernel = expert_kernel(target.abstract_state)
   assert kernel.sharding.shard_shape(kernel.shape) == (1, 1, 16, 24)

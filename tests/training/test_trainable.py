@@ -67,7 +67,7 @@ def role_names(chosen):
 
 
 @functools.cache
-def stepped(expression, **kwargs):
+def two_steps(expression, **kwargs):
   """The parameters before and after two steps, and the state after them."""
   options, run_programs = programs(expression, **kwargs)
   state = tiny.first_state(run_programs)
@@ -122,7 +122,7 @@ def test_what_the_model_lacks_is_refused_by_name(expression, message):
 
 
 def test_what_does_not_train_keeps_its_bits_and_has_no_state():
-  before, after, state, _ = stepped('experts')
+  before, after, state, _ = two_steps('experts')
   trained = role_names({'expert'})
   for name, value in after.items():
     assert (value == before[name]).all() == (name not in trained), name
@@ -148,8 +148,8 @@ def test_the_gradient_is_that_of_all_parameters():
 
 @pytest.mark.slow
 def test_a_mesh_and_accumulation_change_nothing():
-  _, expected, *_ = stepped('experts + router')
-  before, after, *_ = stepped('experts + router', devices=8, microbatches=2)
+  _, expected, *_ = two_steps('experts + router')
+  before, after, *_ = two_steps('experts + router', devices=8, microbatches=2)
   trained = role_names({'expert', 'router'})
   for name, value in after.items():
     if name in trained:

@@ -47,10 +47,10 @@ def with_gradients(implementation, arguments, bias, toward, **options):
     (150, 150, Keys(), True, True, 'float32'),
     # The window leaves keys out on both sides.
     (150, 150, Keys(window=37, scale=1.0), False, False, 'float32'),
-    # A decoder that reads what an encoder gives.
+    # A decoder that reads the output of an encoder.
     (70, 90, Keys(causal=False, cross=True), True, True, 'float32'),
     (70, 70, Keys(), True, False, 'bfloat16'),
-    # One token.
+    # A row of one token.
     (1, 1, Keys(), True, False, 'float32'),
   ],
 )

@@ -102,7 +102,7 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
     keys = np.broadcast_to(new[None, :, None, None], (B, count, N, D))
     cache, *slots = step(cache, real[:, first:stop], keys)
     tokens, filled, key = map(np.asarray, slots)
-    # All that the window of the step's first token holds are there, and more.
+    # The slots hold all tokens in the window of the step's first one, and more.
     window_tokens = set(range(max(first - 2, 0), stop))
     assert window_tokens <= set(tokens.tolist())
     for slot, token in enumerate(tokens):

@@ -43,7 +43,7 @@ def inputs():
 
 
 def library_output(module, rotary, x, positions, window=0):
-  """The output of their module for causal rows, and its weights by name."""
+  """The output of the library's module for causal rows, and its weights."""
   index = np.arange(T)
   hidden = index[None] > index[:, None]
   if window:

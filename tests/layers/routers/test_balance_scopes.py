@@ -154,11 +154,11 @@ def test_the_batch_is_that_of_all_devices():
   w = jnp.asarray(draw(M, E, seed=1))
   unsharded = losses_and_gradient(w, jnp.asarray(x), jnp.asarray(mask))
   sharding = NamedSharding(mesh, PartitionSpec('data'))
-  spread = losses_and_gradient(w, *jax.device_put((x, mask), sharding))
+  sharded = losses_and_gradient(w, *jax.device_put((x, mask), sharding))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     unsharded,
-    spread,
+    sharded,
   )
   # Rows of one device alone have another loss.
   loss = aux_of(options, x[:1], mask[:1], w).global_balance_loss / mask[0].sum()

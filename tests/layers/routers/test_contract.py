@@ -280,7 +280,7 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   ]
   total = sum(kernel.size for kernel in kernels)
   cost = options.multiply_adds(TIGHT, M)
-  # Where kernels are stacked, a token is multiplied by some of them.
+  # A token is multiplied by only some of the kernels that are stacked.
   assert (cost == total) or any(kernel.ndim > 2 for kernel in kernels)
   assert cost <= total and (cost > 0) == (total > 0)
 
@@ -348,7 +348,7 @@ def test_sizes_and_other_forms_of_the_options(kind):
   for other in (options.for_encoder(), options.shrunk()):
     assert type(other) is type(options)
   if 'slot_priority' in fields_of(type(options)):
-    # Where nothing is dropped, the order of service does not matter.
+    # The order of service does not matter if nothing is dropped.
     other = dataclasses.replace(options, slot_priority='choice_major')
     assert other.canonical(ROOMY) == options.canonical(ROOMY) == options
     assert other.canonical(TIGHT) == other != options.canonical(TIGHT)

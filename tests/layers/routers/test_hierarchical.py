@@ -278,8 +278,8 @@ def test_noise_is_drawn_at_both_levels_in_training_alone():
   ],
 )
 def test_sizes_that_do_not_fit_are_said(sizes, message):
-  router, fits = two_levels(3, 4)
-  assert not list(router.problems_with(fits))
+  router, valid_sizes = two_levels(3, 4)
+  assert not list(router.problems_with(valid_sizes))
   with pytest.raises(ValueError, match=message):
     raise ValueError('; '.join(router.problems_with(sizes)))
 

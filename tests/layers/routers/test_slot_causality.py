@@ -88,7 +88,7 @@ def test_a_causal_setting_does_not_see_later_tokens(priority, sizes):
     # Each policy meets each number of slots, and gates of most kinds.
     policy = policies[(i + slots) % len(policies)]
     old, new = before_and_after(priority, K, slots, gates, policy)
-    # Where nothing is dropped, a later token can move an earlier one to another
+    # If nothing is dropped, a later token can move an earlier one to another
     # slot of the same expert, which changes no output.
     free = {'slot'} if not sizes.capacity.binds else set()
     for name in old.keys() - free:

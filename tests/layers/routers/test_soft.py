@@ -125,8 +125,8 @@ def test_a_layer_on_a_mesh_equals_one_device(sizes):
     for n in (2, 1)
   ]
   x, mask = map(jax.device_put, (draw(B, T, M), MASK), shardings)
-  spread = value_and_gradient(params, x, mask)
-  tiny.assert_trees_close(unsharded, spread, rtol=1e-3, atol=1e-4)
+  sharded = value_and_gradient(params, x, mask)
+  tiny.assert_trees_close(unsharded, sharded, rtol=1e-3, atol=1e-4)
 
 
 def test_other_rows_change_nothing_and_are_never_in_one_group():

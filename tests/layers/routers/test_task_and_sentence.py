@@ -51,7 +51,7 @@ def test_tokens_go_where_their_task_goes():
     rtol=1e-6,
   )
   assert aux.stats.load.tolist() == [6.0, 2.0, 4.0]
-  other, _ = routed(x=run.draw(2, 3, M, seed=1))  # what tokens are is no matter
+  other, _ = routed(x=run.draw(2, 3, M, seed=1))  # contents do not matter
   np.testing.assert_array_equal(other.gate, chosen.gate)
   even, _ = routed(Task(gates='renormalized'))
   np.testing.assert_allclose(even.gate[0, 0], [2 / 3, 1 / 3], rtol=1e-6)

@@ -38,7 +38,7 @@ def route(options, x=X, **kwargs):
 
 
 def expected_index(options, logits, mask=MASK):
-  """The choices of the definition."""
+  """The choices by the definition, [G, S, K]."""
   node = [reference.node_of_group(g, G, 4, 2) for g in range(G)]
   limit = int(options.outgoing_fraction * S)
   if options.variant == 'fastmoe':
@@ -156,7 +156,7 @@ def test_a_mesh_changes_nothing(options):
   np.testing.assert_array_equal(one[0][0].expert_index, many[0][0].expert_index)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, one, many)
-  # What is kept for analysis are the choices, and who left.
+  # The choices and the numbers of leaving tokens are sown for analysis.
   sown = one[1]['intermediates']
   np.testing.assert_array_equal(sown_choices(sown), one[0][0].expert_index)
   counts = sown_leaving(sown)
