@@ -231,8 +231,8 @@ def test_a_step_down_the_balance_loss_evens_the_probabilities():
     return loss, probs[..., 0].mean()
 
   (loss, crowded), gradient = loss_and_gradient(logits)
-  stepped = jnp.asarray(np.asarray(logits) - 3.0 * np.asarray(gradient))
-  (loss_after, crowded_after), _ = loss_and_gradient(stepped)
+  moved_logits = jnp.asarray(np.asarray(logits) - 3.0 * np.asarray(gradient))
+  (loss_after, crowded_after), _ = loss_and_gradient(moved_logits)
   assert loss_after < loss and crowded_after < crowded
 
 

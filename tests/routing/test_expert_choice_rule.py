@@ -91,8 +91,8 @@ def test_contract(logits, mask, capacity):
       assert len(tokens) == -(-capacity * len(real) // S)
       np.testing.assert_allclose(gate[: len(tokens)], probs[g, tokens, e], 1e-5)
       assert not gate[len(tokens) :].any()
-      passed = [(-probs[g, s, e], s) for s in real - set(tokens)]
-      assert all((-probs[g, s, e], s) < p for s in tokens for p in passed)
+      refused = [(-probs[g, s, e], s) for s in real - set(tokens)]
+      assert all((-probs[g, s, e], s) < p for s in tokens for p in refused)
 
 
 def test_a_padded_prefix_is_routed_as_a_group_of_its_own():

@@ -104,9 +104,9 @@ def test_a_damaged_file_blocks_nobody(tmp_path, text):
 
 def test_an_owner_elsewhere_is_waited_for_and_announced_in_one_line(tmp_path):
   write_owner(tmp_path, host='elsewhere', pid=7)
-  lines, began = [], time.monotonic()
+  lines, start = [], time.monotonic()
   claim = take(tmp_path, lines.append)
-  assert time.monotonic() - began >= 3 * PERIOD
+  assert time.monotonic() - start >= 3 * PERIOD
   (line,) = lines
   assert str(tmp_path) in line and 'process 7 on elsewhere' in line
   claim.confirm()
@@ -181,8 +181,8 @@ def test_of_two_who_start_at_once_one_wins(tmp_path, monkeypatch, turns):
   assert names(tmp_path) == []
 
 
-def child(folder, until):
-  time.sleep(max(0.0, until - time.time()))
+def child(folder, start_time):
+  time.sleep(max(0.0, start_time - time.time()))
   try:
     with owned([folder]) as claim:
       print('won', flush=True)
@@ -195,9 +195,9 @@ def child(folder, until):
 @pytest.mark.slow
 def test_processes_that_start_at_once_and_are_killed(tmp_path):
   for _ in range(2):  # the second time after owners that were killed
-    until = time.time() + 6
+    start_time = time.time() + 6
     module = 'tests.runs.test_ownership'
-    code = f'import {module} as m; m.child({str(tmp_path)!r}, {until})'
+    code = f'import {module} as m; m.child({str(tmp_path)!r}, {start_time})'
     children = [
       subprocess.Popen(
         [sys.executable, '-c', code],

@@ -33,7 +33,7 @@ STEPS = {
 }
 LONG = {**STEPS, 'total_steps': 40}
 # Runs that end early have a model that compiles in no time.
-ENDED = {**LONG, 'model': tiny.ONE_LAYER}
+SMALL = {**LONG, 'model': tiny.ONE_LAYER}
 ACROSS = {
   **LONG,
   'mesh': {'data': 2, 'expert': 2, 'tensor': 2},
@@ -62,7 +62,7 @@ def start(folder, count, jobs, frozen=None, **spec):
   The end of the process with number `frozen` is not waited for.
 
   Returns:
-    Their ends, and the seconds between the first and the last.
+    The ends of the processes, and the seconds between the first and the last.
   """
   path = folder / 'jobs.json'
   path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
@@ -219,9 +219,9 @@ def test_process_0_alone_speaks_and_writes_rows(two):
 
 
 def test_a_run_that_goes_on_obeys_sigterm_and_names_who_is_stuck(tmp_path):
-  short = tiny.options(**{**ENDED, 'total_steps': 3})
+  short = tiny.options(**{**SMALL, 'total_steps': 3})
   loop.train_and_evaluate(short, tmp_path / 'run')
-  job = {'workdir': 'run', 'overrides': ENDED}
+  job = {'workdir': 'run', 'overrides': SMALL}
   jobs = [
     {**job, 'befalls': [1, 'SIGTERM', 0]},  # before any step of these processes
     {**job, 'befalls': [1, 'stuck', 12]},
@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_obeys_sigterm_and_names_who_is_stuck(tmp_path):
 
 
 def test_process_0_that_is_stopped_ends_the_other(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGSTOP', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [0, 'SIGSTOP', 3]}
   timeouts = {'stall_timeout_seconds': 0}
   (_, other), _ = start(tmp_path, 2, [job], frozen=0, timeouts=timeouts)
   assert other.status == 1
@@ -247,7 +247,7 @@ def test_process_0_that_is_stopped_ends_the_other(tmp_path):
 
 
 def test_a_failure_in_one_ends_the_other(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [1, 'full_disk', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [1, 'full_disk', 3]}
   (other, _), _ = start(tmp_path, 2, [job])
   assert other.status == 1
   assert 'process 1 failed: CheckpointError: checkpoint' in other.errors
@@ -255,7 +255,7 @@ def test_a_failure_in_one_ends_the_other(tmp_path):
 
 
 def test_process_0_dies(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGKILL', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
   # JAX's coordinator ends with process 0, and its message may arrive first.
   assert ends[1].status != 0
@@ -264,7 +264,7 @@ def test_process_0_dies(tmp_path):
 
 
 def test_processes_that_differ_are_named(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'seeds': [0, 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'seeds': [0, 3]}
   ends, _ = start(tmp_path, 2, [job])
   assert [end.status for end in ends] == [1, 1]
   for end in ends:
@@ -272,7 +272,7 @@ def test_processes_that_differ_are_named(tmp_path):
 
 
 def test_a_folder_that_is_not_shared(tmp_path):
-  job = {'workdir': ['a', 'b'], 'overrides': ENDED}
+  job = {'workdir': ['a', 'b'], 'overrides': SMALL}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
   assert 'process 1 failed: ValueError: process 1 does not see' in (

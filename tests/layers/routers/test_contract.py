@@ -76,7 +76,7 @@ def with_losses(options):
   return dataclasses.replace(options, **dict.fromkeys(weights, 0.1))
 
 
-# Their weights change no program, so that the tests share them.
+# Weights of losses change no program, so that the tests share the programs.
 OPTIONS = {kind: with_losses(ROUTERS.builtin[kind]()) for kind in KINDS}
 
 
