@@ -1,4 +1,4 @@
-"""Modules of the dispatchers by name. Not here: any test."""
+"""Modules of the dispatchers by name; this module has no tests."""
 
 from moe_jax.dispatch import einsum, gather, sorted_rows
 
@@ -8,5 +8,5 @@ WITH_SLOTS = ('einsum', 'gather')
 
 
 def group_sizes(name, routing):
-  """Number of rows of each expert, or None where every expert has R."""
+  """Number of rows of each expert, or None if every expert has R rows."""
   return None if name in WITH_SLOTS else sorted_rows.group_sizes(routing)

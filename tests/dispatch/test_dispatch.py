@@ -88,7 +88,7 @@ def test_the_scenarios_are_what_they_say():
   assert G * S * K > G * E * C and G * S < G * E * 2
 
 
-def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
+def both_directions(name, routing, slot_of_row, x, dy, rows, d_rows):
   """Both directions of one dispatcher, with all gradients.
 
   The caller's rows are [E, R, M] with every dispatcher; `slot_of_row` gives the
@@ -110,12 +110,12 @@ def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
       rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
     return dispatcher.combine(rows, dataclasses.replace(routing, gate=gate))
 
-  sent, back = jax.vjp(send, x)
-  y, combine_back = jax.vjp(combine, rows, routing.gate)
-  return sent, back(d_rows)[0], y, *combine_back(dy)
+  sent, dispatch_vjp = jax.vjp(send, x)
+  y, combine_vjp = jax.vjp(combine, rows, routing.gate)
+  return sent, dispatch_vjp(d_rows)[0], y, *combine_vjp(dy)
 
 
-compiled = jax.jit(everything, static_argnums=0)
+compiled = jax.jit(both_directions, static_argnums=0)
 
 
 def jitted(name, routing, *case):
@@ -134,9 +134,9 @@ def by_loops(routing, x, dy, rows, d_rows):
   )
 
 
-def same(name, got, expected, **tolerance):
-  parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
-  for part, a, b in zip(parts, got, expected, strict=True):
+def compare(name, actual, expected, **tolerance):
+  part_names = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
+  for part, a, b in zip(part_names, actual, expected, strict=True):
     np.testing.assert_allclose(
       np.asarray(a, np.float64), b, err_msg=f'{part} of {name}', **tolerance
     )
@@ -178,7 +178,7 @@ def test_rows_outputs_and_gradients(scenario):
   case = arrays(1, capacity=routing.capacity)
   expected = by_loops(routing, *case)
   for name in MOVERS:
-    same(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-6)
+    compare(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -187,18 +187,18 @@ def test_any_legal_routing(seed):
   routing, case = by_hand(seed), arrays(seed)
   expected = by_loops(routing, *case)
   for name in MOVERS:
-    same(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-5)
+    compare(name, jitted(name, routing, *case), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_dispatcher
 def test_bfloat16_stays_bfloat16(name):
   routing, case = routed(), arrays(4, jnp.bfloat16)
-  got = jitted(name, routing, *case)
-  dtypes = [x.dtype for x in got]
+  actual = jitted(name, routing, *case)
+  dtypes = [x.dtype for x in actual]
   assert dtypes == [jnp.bfloat16] * 4 + [jnp.float32]  # gates keep float32
   # bfloat16 has eight bits of mantissa, and sums have up to six terms.
-  same(name, got, by_loops(routing, *case), rtol=0.02, atol=0.04)
-  np.testing.assert_array_equal(got[0], reference.dispatch(case[0], routing))
+  compare(name, actual, by_loops(routing, *case), rtol=0.02, atol=0.04)
+  np.testing.assert_array_equal(actual[0], reference.dispatch(case[0], routing))
 
 
 @every_dispatcher
@@ -208,8 +208,8 @@ def test_a_dropped_token_gives_exactly_zero_and_an_empty_slot_is_zero(name):
   dropped, filled = ~kept.any(-1), kept.sum()
   assert dropped.any() and filled < E * G * 2
   x, _, rows, _ = arrays(5, capacity=2)
-  got = jitted(name, routing, x, x, rows, rows)
-  sent, _, y, d_rows, _ = (np.asarray(part) for part in got)
+  actual = jitted(name, routing, x, x, rows, rows)
+  sent, _, y, d_rows, _ = (np.asarray(part) for part in actual)
   assert not y[dropped].any() and y[~dropped].any(-1).all()
   assert sent.any(-1).sum() == d_rows.any(-1).sum() == filled
 

@@ -51,10 +51,10 @@ def test_dispatchers_agree_from_logits_to_loss():
   expected = layer_gradients('einsum', logits, x, w)
   assert all(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(expected))
   for name in MOVERS:
-    got = layer_gradients(name, logits, x, w)
+    gradients = layer_gradients(name, logits, x, w)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-      got,
+      gradients,
       expected,
     )
 

@@ -24,7 +24,7 @@ def test_three_tokens_by_hand():
     capacity=2,
   )
   x = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])
-  rows, sizes, _ = there_and_back(x, routing)
+  rows, sizes, _ = round_trip(x, routing)
   # Expert 0 has two rows and expert 1 has one; the fourth slot's row is empty.
   np.testing.assert_array_equal(
     rows, [[1, 2, 3], [4, 5, 6], [1, 2, 3], [0, 0, 0]]
@@ -52,7 +52,7 @@ choose = jax.jit(functools.partial(token_choice, num_selected=K, capacity=None))
 
 
 @jax.jit
-def there_and_back(x, routing):
+def round_trip(x, routing):
   rows = sorted_rows.dispatch(x, routing)
   sizes = sorted_rows.group_sizes(routing)
   return rows, sizes, sorted_rows.combine(rows, routing)
@@ -61,7 +61,7 @@ def there_and_back(x, routing):
 def test_experts_without_a_bound_take_all_choices_in_order():
   x = np.random.default_rng(1).normal(size=(G, S, 6)).astype(np.float32)
   routing = routed()
-  rows, sizes, y = there_and_back(x, routing)
+  rows, sizes, y = round_trip(x, routing)
   expert, gate = np.asarray(routing.expert_index), np.asarray(routing.gate)
   order = np.argsort(expert.ravel(), kind='stable')
   np.testing.assert_array_equal(rows, x.reshape(-1, 6)[order // K])
@@ -72,7 +72,7 @@ def test_experts_without_a_bound_take_all_choices_in_order():
 def test_no_row_is_lost_however_skewed():
   # Every token chooses experts 0, 1 and 2, far more than an even share.
   ones = np.ones((G, S, 6), np.float32)
-  rows, sizes, _ = there_and_back(ones, routed(skew=30.0))
+  rows, sizes, _ = round_trip(ones, routed(skew=30.0))
   np.testing.assert_array_equal(sizes, [14, 14, 14, 0, 0])
   assert np.all(rows)
 
@@ -82,7 +82,7 @@ def test_what_is_not_kept_is_not_sent():
   kept, x = np.array(routing.kept), np.ones((G, S, 6), np.float32)
   kept[0, 3], x[0, 3] = False, np.nan
   routing = dataclasses.replace(routing, kept=jnp.asarray(kept))
-  rows, sizes, _ = there_and_back(x, routing)
+  rows, sizes, _ = round_trip(x, routing)
   assert np.isfinite(rows).all() and np.sum(sizes) == 42 - 3
 
 

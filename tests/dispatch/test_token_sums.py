@@ -1,4 +1,4 @@
-"""Where experts choose, every dispatcher equals the loops that define it."""
+"""Dispatchers equal the loops that define them when experts choose tokens."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def arrays(seed, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
+def both_directions(name, routing, slot_of_row, x, dy, rows, d_rows):
   """Both directions with all gradients; the caller's rows are [E, R, M]."""
   mover = MOVERS[name]
   slotted = group_sizes(name, routing) is None
@@ -57,12 +57,12 @@ def everything(name, routing, slot_of_row, x, dy, rows, d_rows):
       rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
     return mover.combine(rows, dataclasses.replace(routing, gate=gate))
 
-  sent, back = jax.vjp(send, x)
-  y, combine_back = jax.vjp(combine, rows, routing.gate)
-  return sent, back(d_rows)[0], y, *combine_back(dy)
+  sent, dispatch_vjp = jax.vjp(send, x)
+  y, combine_vjp = jax.vjp(combine, rows, routing.gate)
+  return sent, dispatch_vjp(d_rows)[0], y, *combine_vjp(dy)
 
 
-compiled = jax.jit(everything, static_argnums=0)
+compiled = jax.jit(both_directions, static_argnums=0)
 
 
 def slot_of_row(routing):
@@ -79,14 +79,14 @@ def check(routing, case, names=tuple(MOVERS), **tolerance):
   case = [np.asarray(a, np.float64) for a in case]
   expected = reference.slots_gradients(routing, *case)
   # The gradient of an empty slot's gate is arbitrary.
-  parts = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
+  part_names = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
   for name in names:
-    got = compiled(name, routing, slots, *routing_case)
-    for part, a, b in zip(parts, got, expected, strict=True):
+    actual = compiled(name, routing, slots, *routing_case)
+    for part, a, b in zip(part_names, actual, expected, strict=True):
       a = np.asarray(a, np.float64)
       message = f'{part} of {name}'
       np.testing.assert_allclose(a, b, err_msg=message, **tolerance)
-  return got
+  return actual
 
 
 @every_dispatcher
@@ -132,8 +132,8 @@ def test_any_legal_routing(seed):
 @every_dispatcher
 def test_bfloat16_stays_bfloat16(name):
   case = arrays(4, jnp.bfloat16)
-  got = check(by_hand(5), case, [name], rtol=0.02, atol=0.04)
-  assert [a.dtype for a in got] == [jnp.bfloat16] * 4 + [jnp.float32]
+  actual = check(by_hand(5), case, [name], rtol=0.02, atol=0.04)
+  assert [a.dtype for a in actual] == [jnp.bfloat16] * 4 + [jnp.float32]
 
 
 @pytest.mark.parametrize('name', ['gather', 'sorted_rows'])

@@ -47,10 +47,10 @@ def by_definition(x, w, group_sizes, dy):
 def check(name, x, w, group_sizes, dy):
   results = program(name)(x, w, jnp.array(group_sizes, jnp.int32), dy)
   expected = by_definition(x, w, group_sizes, dy)
-  for what, value, by_loops in zip(('y', 'dx', 'dw'), results, expected):
+  for part, value, by_loops in zip(('y', 'dx', 'dw'), results, expected):
     # Sums are of float32, and are compared on the scale of their terms.
     np.testing.assert_allclose(
-      value, by_loops, rtol=1e-5, atol=1e-4, err_msg=what
+      value, by_loops, rtol=1e-5, atol=1e-4, err_msg=part
     )
   return results
 
@@ -196,7 +196,7 @@ def test_no_rows_at_all(name):
 def test_a_batch_of_products_is_one_after_the_other(name):
   sizes = jnp.array([[7, 3, 11, 4, 5], [0, 0, 30, 0, 0]], jnp.int32)
   cases = [arrays(seed=seed) for seed in range(2)]
-  x, w, dy = (np.stack(each) for each in zip(*cases))
+  x, w, dy = (np.stack(batch) for batch in zip(*cases))
   results = jax.vmap(program(name))(x, w, sizes, dy)
   results, sizes = jax.tree.map(np.asarray, (results, sizes))
   for i, (x, w, dy) in enumerate(cases):
@@ -214,10 +214,10 @@ def test_what_a_run_says_of_its_backend():
 
 
 def test_products_of_one_shape_are_traced_once(monkeypatch):
-  seen = []
+  traced_shapes = []
 
   def matmul(x, w, group_sizes, transposed):
-    seen.append(x.shape)
+    traced_shapes.append(x.shape)
     return blocks.matmul(x, w, group_sizes, transposed)
 
   counted = types.SimpleNamespace(matmul=matmul)
@@ -232,4 +232,4 @@ def test_products_of_one_shape_are_traced_once(monkeypatch):
     return x
 
   jax.make_jaxpr(layers)(x)
-  assert seen == [(29, M)]
+  assert traced_shapes == [(29, M)]

@@ -36,5 +36,5 @@ def test_the_gradient_of_what_is_added_to_each_is_that_of_a_sum():
 
   gradients = jax.grad(loss(cpu.add_to_each), (0, 1))(scores, bias)
   expected = jax.grad(loss(lambda s, b: s + b[None]), (0, 1))(scores, bias)
-  for ours, theirs in zip(gradients, expected):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  for leaf, expected_leaf in zip(gradients, expected):
+    np.testing.assert_allclose(leaf, expected_leaf, rtol=1e-5, atol=1e-6)

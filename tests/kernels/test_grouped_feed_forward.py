@@ -116,7 +116,7 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
   # One expert has width one, and its gate is the identity on ones: the gradient
   # of w_out is 1 + 2^-10, which bfloat16 rounds to 1.
   x = jnp.ones((2, 1), jnp.bfloat16)
-  one = jnp.ones((1, 1, 1), jnp.float32)
+  kernel = jnp.ones((1, 1, 1), jnp.float32)
   dy = jnp.array([[1], [2.0**-10]], jnp.bfloat16)
   sizes = jnp.array([2], jnp.int32)
 
@@ -130,7 +130,7 @@ def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
     )
     return y, *pull(dy)
 
-  y, dx, dw_in, dw_out = run(x, one, one, dy)
+  y, dx, dw_in, dw_out = run(x, kernel, kernel, dy)
   assert y.dtype == dx.dtype == jnp.bfloat16
   assert dw_in.dtype == dw_out.dtype == jnp.float32
   np.testing.assert_array_equal(dw_out, [[[1 + 2.0**-10]]])
@@ -164,18 +164,18 @@ def test_block_sizes(num_rows, num_experts, expected):
 )
 def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   def body(block, kernels, carry):
-    seen, visits, rows = carry
+    coverage, visits, rows = carry
     ones = block.own_rows(jnp.ones((num_rows, 1)))
-    seen = block.write(seen, block.rows(seen) + ones)
+    coverage = block.write(coverage, block.rows(coverage) + ones)
     visits = visits.at[block.expert].add(1)
-    return seen, visits, rows + block.size
+    return coverage, visits, rows + block.size
 
   carry = (jnp.zeros((num_rows, 1)), jnp.zeros(4, jnp.int32), jnp.int32(0))
-  seen, visits, rows = jax.jit(
+  coverage, visits, rows = jax.jit(
     lambda sizes: blocks.for_each_block(body, carry, (), sizes, num_rows)
   )(jnp.array(group_sizes, jnp.int32))
   n = sum(group_sizes)
-  np.testing.assert_array_equal(seen[:, 0], [1] * n + [0] * (num_rows - n))
+  np.testing.assert_array_equal(coverage[:, 0], [1] * n + [0] * (num_rows - n))
   full = blocks.full_block_rows(num_rows, 4)
   np.testing.assert_array_equal(visits, [-(-g // full) for g in group_sizes])
   # Sizes of such small blocks are multiples of 8, so that an expert with rows

@@ -95,8 +95,8 @@ def test_blocks_of_rows_by_hand():
   # Expert 0 has three rows, expert 1 none, and expert 2 six, which are two
   # blocks. The last two rows belong to no group and count as expert 3's, and
   # the last two blocks have no row.
-  used = [(0, 0, 3), (2, 3, 9), (2, 7, 9), (3, 9, 11)]
-  assert blocks((3, 0, 6), 6) == [*used, (3, 13, 11), (3, 17, 11)]
+  row_blocks = [(0, 0, 3), (2, 3, 9), (2, 7, 9), (3, 9, 11)]
+  assert blocks((3, 0, 6), 6) == [*row_blocks, (3, 13, 11), (3, 17, 11)]
   # Wrong group sizes must not lead to a write out of bounds.
   assert blocks((3, 99, 6), 4) == [
     (0, 0, 3),
@@ -209,10 +209,10 @@ def test_rows_and_edges_are_masked_in_what_is_written():
   # row.
   for name, module in lowered(RAGGED, 'float32', 'pallas_gpu')[1]:
     (mask,) = re.findall(r'tt\.store %\w+, %\w+, (%\w+) :', module)
-    both = re.search(rf'{mask} = arith\.andi (%\w+), (%\w+)', module).groups()
+    masks = re.search(rf'{mask} = arith\.andi (%\w+), (%\w+)', module).groups()
     mask_shapes = [
       re.search(rf'{part} = tt\.broadcast .*: tensor<(\w+)xi1>', module)[1]
-      for part in both
+      for part in masks
     ]
     rows = {'_matmul_kernel': '64x1', '_outer_kernel': '128x1'}[name]
     assert mask_shapes == [rows, '1x128']

@@ -21,13 +21,13 @@ def test_codes_of_two_bits_share_bytes():
 )
 def test_packed_codes_come_back(bits, inputs):
   @jax.jit
-  def there_and_back(codes):
+  def round_trip(codes):
     packed = quantized.pack(codes, bits)
     return packed, quantized.unpack(packed, bits, inputs)
 
   shape = (2, inputs, 3)
   codes = np.random.default_rng(bits).integers(0, 2**bits, shape, np.uint8)
-  packed, unpacked = there_and_back(codes)
+  packed, unpacked = round_trip(codes)
   assert packed.shape == (2, quantized.packed_rows(inputs, bits), 3)
   np.testing.assert_array_equal(unpacked, codes)
 
@@ -50,9 +50,9 @@ def test_values_of_a_uniform_grid():
   w = jnp.array([-9.0, 0.3, 3.1])[:, None]
   assert grid.codes(w).ravel().tolist() == [0, 2, 2]
   for i in range(3):
-    own = grid.of_input(i, 3)
+    input_grid = grid.of_input(i, 3)
     np.testing.assert_array_equal(
-      own.codes(w[i : i + 1]), grid.codes(w)[i : i + 1]
+      input_grid.codes(w[i : i + 1]), grid.codes(w)[i : i + 1]
     )
 
 

@@ -15,7 +15,7 @@ def sequence(words, length):
   bits = int(words[0]) | int(words[1]) << 28
   values = {0: 0, 1: 1, 3: -1}
   return tuple(
-    values[bits >> 2 * after & 3] for after in reversed(range(int(length)))
+    values[bits >> 2 * shift & 3] for shift in reversed(range(int(length)))
   )
 
 
@@ -57,9 +57,9 @@ def test_steps_add_a_pair_or_begin_anew(p0):
     for a in (0, 1, -1):
       for b in (0, 1, -1):
         number = 4 * (a & 3) + (b & 3)
-        alone = numbered[a, b]
-        assert table.pairs[number] == alone
-        longer = numbered.get((*weights, a, b), alone)
+        pair_code = numbered[a, b]
+        assert table.pairs[number] == pair_code
+        longer = numbered.get((*weights, a, b), pair_code)
         assert table.steps[code, number] == longer
 
 

@@ -68,9 +68,9 @@ def test_the_memory_of_a_product_is_that_of_a_block():
     jax.ShapeDtypeStruct((8193,), jnp.int32),
   )
   program = jax.jit(ternary_matmul).lower(x, codes, low, high).compile()
-  needed = program.memory_analysis().temp_size_in_bytes
+  temporary_bytes = program.memory_analysis().temp_size_in_bytes
   # A block is int8 and float32 for a moment; the table has 512 KiB.
-  assert needed < 16 * ternary_product.BLOCK_WEIGHTS < 8192 * 4096
+  assert temporary_bytes < 16 * ternary_product.BLOCK_WEIGHTS < 8192 * 4096
 
 
 def test_the_kernel_interpreted():

@@ -16,9 +16,9 @@ def test_numbers_are_those_of_jax(draw):
       jax.random.split(second, 6)
     )
 
-  mine = jax.jit(lambda: numbers(threefry.UNROLLED))()
-  theirs = jax.jit(lambda: numbers('threefry2x32'))()
-  for a, b in zip(mine, theirs, strict=True):
+  unrolled = jax.jit(lambda: numbers(threefry.UNROLLED))()
+  expected = jax.jit(lambda: numbers('threefry2x32'))()
+  for a, b in zip(unrolled, expected, strict=True):
     np.testing.assert_array_equal(a, b)
 
 

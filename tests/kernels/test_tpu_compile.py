@@ -100,14 +100,14 @@ def compile_train_step(topology, mesh):
   return programs.train_step.lower(programs.abstract_state, batch).compile()
 
 
-def report(what, **options):
+def report(program, **options):
   """The compiler's report on one program."""
   programs = {
     'product': compile_product,
     'ternary': compile_ternary,
     'train_step': compile_train_step,
   }
-  compiled = programs[what](**options)
+  compiled = programs[program](**options)
   text = compiled.as_text()
   return {
     'flops': compiled.cost_analysis()['flops'],
@@ -119,7 +119,7 @@ def report(what, **options):
 def product(topology, backend, dtype='bfloat16', **sizes):
   """The request of a grouped product and its gradients."""
   return {
-    'what': 'product',
+    'program': 'product',
     'topology': topology,
     'backend': backend,
     'dtype': dtype,
@@ -136,20 +136,20 @@ REQUESTS = {
   'few experts': product(TOPOLOGIES[0], 'auto', 'float32', E=8, **EVEN),
   'many experts': product(TOPOLOGIES[0], 'auto', 'float32', E=64, **EVEN),
   'coded': {
-    'what': 'ternary',
+    'program': 'ternary',
     'topology': TOPOLOGIES[1],
     'dtype': 'bfloat16',
     **{'N': 4, 'E': 3, 'M': 768, 'F': 3072},
   },
   # The widest rows that the kernel takes, of the widest type.
   'coded, widest': {
-    'what': 'ternary',
+    'program': 'ternary',
     'topology': TOPOLOGIES[0],
     'dtype': 'float32',
     **{'N': 300, 'E': 1, 'M': 1 << 14, 'F': 200},
   },
   'train step': {
-    'what': 'train_step',
+    'program': 'train_step',
     'topology': TOPOLOGIES[0],
     'mesh': {'data': 2, 'expert': 2},
   },
@@ -164,7 +164,7 @@ def reports():
   # No TPU is opened, so that no lock is needed to share it.
   env |= {'JAX_PLATFORMS': 'cpu', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   command = [sys.executable, '-m', 'tests.kernels.test_tpu_compile']
-  done = subprocess.run(
+  process = subprocess.run(
     command,
     cwd=ROOT,
     env=env,
@@ -172,8 +172,8 @@ def reports():
     text=True,
     timeout=400,
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  answers = json.loads(done.stdout.splitlines()[-1])
+  assert process.returncode == 0, process.stderr[-3000:]
+  answers = json.loads(process.stdout.splitlines()[-1])
   for name, answer in answers.items():
     print(name, answer)
   return answers

@@ -47,14 +47,14 @@ FORMULAS = {
 }
 
 
-def draw_params(others, bias):
+def draw_params(gates, bias):
   rng = np.random.default_rng(0)
   shapes = {'w_in': (M, F), 'w_out': (F, M)}
-  shapes |= {f'w_{name}': (M, F) for name in others}
+  shapes |= {f'w_{name}': (M, F) for name in gates}
   if bias != 'none':
     shapes |= {'b_in': (F,), 'b_out': (M,)}
   if bias == 'all':
-    shapes |= {f'b_{name}': (F,) for name in others}
+    shapes |= {f'b_{name}': (F,) for name in gates}
   return {
     name: rng.normal(size=shape).astype(np.float32)
     for name, shape in shapes.items()
@@ -71,8 +71,8 @@ def test_every_activation_has_a_formula_here():
   + [(name, 'all') for name in FORMULAS],
 )
 def test_feed_forward_equals_its_formula(name, bias):
-  function, others = FORMULAS[name]
-  p = draw_params(others, bias)
+  function, gates = FORMULAS[name]
+  p = draw_params(gates, bias)
   # Products are so large that limits matter.
   x = np.random.default_rng(1).normal(size=(2, 3, M)).astype(np.float32) * 3
   layer = FeedForward(FfnOptions(F, name, bias), Shared(use_bias=True))
@@ -80,7 +80,7 @@ def test_feed_forward_equals_its_formula(name, bias):
   assert set(shapes['params']) == set(p)
   # The activation applies to the gate's product, not to the other ones.
   h = function(
-    *(x @ p[f'w_{name}'] + p.get(f'b_{name}', 0) for name in ('in', *others))
+    *(x @ p[f'w_{name}'] + p.get(f'b_{name}', 0) for name in ('in', *gates))
   )
   expected = h @ p['w_out'] + p.get('b_out', 0)
   y = jax.jit(layer.apply)({'params': p}, x)
@@ -99,21 +99,21 @@ def test_limits_of_the_clamped_activation_by_hand():
 
 
 @pytest.mark.parametrize(
-  ('bias', 'whole', 'has'),
+  ('bias', 'model', 'has'),
   # Runs that were saved before the gate could have a bias have these alone.
   [('', True, {'b_in', 'b_out'}), ('', False, set()),
    ('all', False, {'b_in', 'b_out', 'b_gate'}), ('none', True, set())],
 )  # fmt: skip
-def test_biases_are_those_of_the_model_unless_the_layer_says(bias, whole, has):
-  layer = FeedForward(FfnOptions(F, 'swiglu', bias), Shared(use_bias=whole))
+def test_biases_are_those_of_the_model_unless_the_layer_says(bias, model, has):
+  layer = FeedForward(FfnOptions(F, 'swiglu', bias), Shared(use_bias=model))
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((2, M)))
   names = {'w_in', 'w_gate', 'w_out'}
   assert set(shapes['params']) == names | has
   # Experts follow the dense layers unless they say otherwise.
   expert = FeedForwardExpert().within(FfnOptions(F, 'swiglu', bias), 0.0)
   assert expert.twin(2).ffn == FfnOptions(2 * F, 'swiglu', bias)
-  own = FeedForwardExpert(bias='none').within(FfnOptions(F, bias='all'), 0.0)
-  assert own.bias == 'none'
+  plain = FeedForwardExpert(bias='none').within(FfnOptions(F, bias='all'), 0.0)
+  assert plain.bias == 'none'
 
 
 def test_dropout_zeroes_hidden_values_and_scales_the_rest():

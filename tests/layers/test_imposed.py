@@ -126,8 +126,8 @@ def test_gates_and_gradients_are_those_of_the_logits():
 
 def test_random_choices_are_new_in_training_and_fixed_in_evaluation():
   options = dataclasses.replace(EVEN, force_balance='random')
-  first, again, other = (run(options, key=key)[0] for key in (1, 1, 2))
-  np.testing.assert_array_equal(first, again)
+  first, repeated, other = (run(options, key=key)[0] for key in (1, 1, 2))
+  np.testing.assert_array_equal(first, repeated)
   assert (first != other).any()
   np.testing.assert_array_equal(run(options)[0], run(options)[0])
   # Layers of a stack differ.
@@ -157,9 +157,9 @@ def test_routers_that_take_no_even_choices_are_refused():
 def test_choices_are_imposed_by_one_of_two():
   x = jnp.asarray(draw(1, 2, M))
   layer, variables = layer_of(EVEN, x)
-  given = GivenChoices(jnp.zeros((1, 2, K), jnp.int32))
+  choices = GivenChoices(jnp.zeros((1, 2, K), jnp.int32))
   with pytest.raises(ValueError, match='and the batch gives choices, too'):
-    layer.apply(variables, x, given=given)
+    layer.apply(variables, x, given=choices)
 
 
 def test_what_reads_a_model_is_told_of_forced_choices():

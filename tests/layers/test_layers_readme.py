@@ -16,10 +16,10 @@ TEXT = README.read_text(encoding='utf-8')
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other():
   scope = {'__name__': 'readme'}
-  use, router = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
-  exec(compile(use, str(README), 'exec'), scope)
+  layer_code, router_code = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+  exec(compile(layer_code, str(README), 'exec'), scope)
   assert scope['y'].shape == scope['x'].shape
-  exec(compile(router, str(README), 'exec'), scope)
+  exec(compile(router_code, str(README), 'exec'), scope)
   layer, x = scope['layer'], scope['x']
   run = jax.jit(lambda key: layer.init_with_output(key, x)[0][1])
   load = run(jax.random.key(0)).stats.load

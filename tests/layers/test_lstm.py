@@ -57,25 +57,25 @@ def test_each_step_is_the_equations(hidden):
 
 def test_without_projection_it_is_flaxs_cell():
   params = params_of(M)
-  theirs = {}
+  cell_params = {}
   for n, gate in enumerate('ifgo'):
-    theirs[f'i{gate}'] = {'kernel': params['w_in'][:, n]}
-    theirs[f'h{gate}'] = {
+    cell_params[f'i{gate}'] = {'kernel': params['w_in'][:, n]}
+    cell_params[f'h{gate}'] = {
       'kernel': params['w_state'][:, n], 'bias': params['b_gates'][n],
     }  # fmt: skip
   rnn = nn.RNN(nn.OptimizedLSTMCell(M))
-  expected = rnn.apply({'params': {'cell': theirs}}, X)
-  ones = np.ones((B, T), np.int32)
+  expected = rnn.apply({'params': {'cell': cell_params}}, X)
+  one_document = np.ones((B, T), np.int32)
   np.testing.assert_allclose(
-    compiled(M)(params, X, ones), expected, rtol=1e-4, atol=1e-5
+    compiled(M)(params, X, one_document), expected, rtol=1e-4, atol=1e-5
   )
 
 
 def test_a_document_knows_nothing_of_the_one_before():
   params = params_of(7)
   y = compiled(7)(params, X, IDS)
-  alone = compiled(7)(params, X[1:2, 3:7], np.ones((1, 4), np.int32))
-  np.testing.assert_allclose(y[1, 3:7], alone[0], rtol=1e-5, atol=1e-6)
+  document = compiled(7)(params, X[1:2, 3:7], np.ones((1, 4), np.int32))
+  np.testing.assert_allclose(y[1, 3:7], document[0], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_the_equations_slope():

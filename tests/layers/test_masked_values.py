@@ -1,4 +1,4 @@
-"""What padding holds, NaN or infinity, reaches no output, loss or gradient.
+"""NaN or infinity in padding reaches no output, loss or gradient.
 
 Each function is called with zeros at padding, and then with something worse.
 All that it returns for real tokens has to be the same, bit for bit, and so
@@ -40,16 +40,16 @@ def tokens(at_padding, width=M):
 
 
 def real(y):
-  """The outputs of real tokens; a NaN of padding would stay in its place."""
+  """The outputs of real tokens, without those of padding, which may be NaN."""
   return jnp.where(MASK[..., None], y, 0)
 
 
-def same(f, *, worse=(np.nan,)):
-  """Checks that f(x) is finite and the same for zeros and worse at padding."""
-  usual = jax.tree.leaves(f(tokens(0.0)))
+def assert_same(f, *, worse=(np.nan,)):
+  """Checks that f(x) is finite, and equal for zeros and `worse` at padding."""
+  expected = jax.tree.leaves(f(tokens(0.0)))
   for value in worse:
     other = jax.tree.leaves(f(tokens(value)))
-    for a, b in zip(usual, other, strict=True):
+    for a, b in zip(expected, other, strict=True):
       assert np.isfinite(b).all()
       np.testing.assert_array_equal(a, b)
 
@@ -62,9 +62,9 @@ def values_and_gradients(layer, call):
 
   def loss(params, x):
     result = layer.apply(params, x, **call)
-    y, rest = result if isinstance(result, tuple) else (result, ())
-    aux = sum(leaf.sum() for leaf in jax.tree.leaves(rest))
-    return (real(y) ** 2).sum() + aux, (real(y), rest)
+    y, extra = result if isinstance(result, tuple) else (result, ())
+    aux = sum(leaf.sum() for leaf in jax.tree.leaves(extra))
+    return (real(y) ** 2).sum() + aux, (real(y), extra)
 
   @jax.jit
   def run(x):
@@ -91,14 +91,14 @@ def moe(router, dispatch, **options):
 
 
 def routers():
-  made = {name: kind() for name, kind in ROUTERS.builtin.items()}
-  made['hierarchical'] = dataclasses.replace(
-    made['hierarchical'], noisy=True, branches_selected=2
+  options = {name: kind() for name, kind in ROUTERS.builtin.items()}
+  options['hierarchical'] = dataclasses.replace(
+    options['hierarchical'], noisy=True, branches_selected=2
   )
-  return made
+  return options
 
 
-def told(router):
+def id_arguments(router):
   """The ids that a router that hashes needs."""
   ids = np.arange(B * T, dtype=np.uint32).reshape(B, T)
   return {'router_ids': jnp.asarray(ids)} if router.needs_ids else {}
@@ -111,14 +111,14 @@ def told(router):
 def test_every_other_kind_of_routing(name):
   router = routers()[name]
   layer = moe(router, moe_jax.Einsum() if router.mixes else moe_jax.Gather())
-  same(
+  assert_same(
     values_and_gradients(
-      layer, {'token_mask': jnp.asarray(MASK), **told(router)}
+      layer, {'token_mask': jnp.asarray(MASK), **id_arguments(router)}
     )
   )
 
 
-# How the others move tokens is in `test_moving_tokens`.
+# `test_moving_tokens` covers how the other dispatchers move tokens.
 @pytest.mark.parametrize(
   'dispatch',
   [
@@ -130,7 +130,7 @@ def test_every_dispatch(dispatch):
   # A shared expert takes tokens past the router, which has no say in them.
   shared = moe_jax.SharedExpertOptions(hidden=3)
   layer = moe(moe_jax.TokenChoice(), dispatch, shared_expert=shared)
-  same(
+  assert_same(
     values_and_gradients(layer, {'token_mask': jnp.asarray(MASK)}), worse=WORSE
   )
 
@@ -146,7 +146,7 @@ def test_a_router_alone(name):
   router = routers()[name]
   sizes = moe_jax.Sizes(E, K, moe_jax.All())
   module = router.module(sizes, SHARED)
-  call = {'mask': jnp.asarray(MASK), **told(router)}
+  call = {'mask': jnp.asarray(MASK), **id_arguments(router)}
   params = jax.jit(lambda key, x: module.init(key, x, **call))(
     tiny.key(0), tokens(0.0)
   )
@@ -158,7 +158,7 @@ def test_a_router_alone(name):
     losses = [v for k, v in aux._asdict().items() if k.endswith('_loss')]
     return (chosen.gate**2).sum() + sum(losses)
 
-  same(lambda x: gradient(params, x))
+  assert_same(lambda x: gradient(params, x))
 
 
 @pytest.mark.parametrize('mover', [einsum, gather, sorted_rows])
@@ -170,14 +170,14 @@ def test_moving_tokens(mover):
       logits, num_selected=K, capacity=3, mask=jnp.asarray(MASK)
     )
 
-    def there_and_back(x):
+    def round_trip(x):
       rows = mover.dispatch(x, chosen)
       return (rows**2).sum(), (rows, mover.combine(rows, chosen))
 
-    dx, values = jax.grad(there_and_back, has_aux=True)(x)
+    dx, values = jax.grad(round_trip, has_aux=True)(x)
     return real(dx), values
 
-  same(jax.jit(move))
+  assert_same(jax.jit(move))
 
 
 def test_self_attention():
@@ -186,7 +186,7 @@ def test_self_attention():
     'segment_ids': jnp.asarray(MASK, jnp.int32),
     'positions': jnp.tile(jnp.arange(T), (B, 1)),
   }
-  same(values_and_gradients(layer, call), worse=WORSE)
+  assert_same(values_and_gradients(layer, call), worse=WORSE)
 
 
 @pytest.mark.slow
@@ -208,14 +208,14 @@ def test_attention_to_a_memory():
     return (y**2).sum(), y
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
-  same(lambda memory: gradient(params, memory))
+  assert_same(lambda memory: gradient(params, memory))
 
 
 @pytest.mark.slow
 def test_an_lstm():
   layer = Lstm(LstmOptions(hidden=5))
   call = {'segment_ids': jnp.asarray(MASK, jnp.int32)}
-  same(values_and_gradients(layer, call))
+  assert_same(values_and_gradients(layer, call))
 
 
 def test_load_of_two_levels():
@@ -228,7 +228,7 @@ def test_load_of_two_levels():
       probability, inner, index, jnp.asarray(MASK)
     )
 
-  same(load)
+  assert_same(load)
 
 
 @pytest.mark.slow

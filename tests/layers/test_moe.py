@@ -96,9 +96,9 @@ def test_layer_equals_a_loop_over_tokens():
     expected[g, s] += routing.gate[g, s, k] * served
   np.testing.assert_allclose(y, expected.reshape(B, T, M), rtol=1e-4, atol=1e-4)
   # Padding and tokens without any slot get zeros, without a bias.
-  lost = ~routing.kept.any(-1).reshape(B, T)
-  assert (lost & mask).any()
-  assert not np.asarray(y)[lost].any()
+  unserved = ~routing.kept.any(-1).reshape(B, T)
+  assert (unserved & mask).any()
+  assert not np.asarray(y)[unserved].any()
   stats = reference.routing_stats(
     routing, tokens @ p['router']['w'], mask.reshape(-1, 4)
   )
@@ -108,10 +108,10 @@ def test_layer_equals_a_loop_over_tokens():
 def test_identical_experts_with_room_for_all_are_the_dense_layer():
   layer = make(TokenChoice(gates='renormalized'), capacity=All())
   params, x = draw_params(layer), draw(B, T, M, seed=9)
-  one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
-  params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), one)
+  expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
+  params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), expert)
   y, _ = run(layer, params, x)
-  np.testing.assert_allclose(y, dense(one, x), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(y, dense(expert, x), rtol=1e-4, atol=1e-4)
 
 
 def test_one_expert_is_the_dense_layer():
@@ -119,8 +119,8 @@ def test_one_expert_is_the_dense_layer():
   layer = make(num_experts=1, num_selected=1)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, _ = run(layer, params, x)
-  one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
-  np.testing.assert_allclose(y, dense(one, x), rtol=1e-5, atol=1e-5)
+  expert = jax.tree.map(lambda leaf: leaf[0], params['experts'])
+  np.testing.assert_allclose(y, dense(expert, x), rtol=1e-5, atol=1e-5)
 
 
 def gradients_by_dispatch(dispatches, **options):
@@ -294,7 +294,7 @@ def test_the_dense_twin_has_the_width_of_the_experts_chosen():
   )
   ffn, dropout = options.within(FfnOptions(64, 'swiglu'), 0.25).twin()
   assert ffn == FfnOptions(21, 'swiglu') and dropout == 0.25
-  own = FeedForwardExpert(0, 'relu', 0.0)
-  options = MoeOptions(num_experts=0, num_selected=3, expert=own)
+  expert = FeedForwardExpert(0, 'relu', 0.0)
+  options = MoeOptions(num_experts=0, num_selected=3, expert=expert)
   ffn, dropout = options.within(FfnOptions(64, 'swiglu'), 0.25).twin()
   assert ffn == FfnOptions(192, 'relu') and dropout == 0

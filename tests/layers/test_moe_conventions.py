@@ -69,12 +69,12 @@ def test_outputs_are_masked_in_training_and_scaled_in_evaluation():
   rate = 0.25
   plain, masked = make(), make(output_masking=rate)
   x = draw(B, T, M)
-  whole = np.asarray(run(plain, x)[0])
+  clean = np.asarray(run(plain, x)[0])
   scaled = np.asarray(run(masked, x)[0])
-  np.testing.assert_allclose(scaled, 0.75 * whole, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(scaled, 0.75 * clean, rtol=1e-5, atol=1e-6)
   rngs = {'router': tiny.key(1)}
   trained = np.asarray(run(masked, x, train=True, rngs=rngs)[0])
-  gone = np.abs(trained).max(-1) == 0
-  np.testing.assert_allclose(trained[~gone], whole[~gone], rtol=1e-5, atol=1e-6)
+  zero = np.abs(trained).max(-1) == 0
+  np.testing.assert_allclose(trained[~zero], clean[~zero], rtol=1e-5, atol=1e-6)
   # With 150 draws four standard deviations are 0.14.
-  assert abs(gone.mean() - rate) < 0.14
+  assert abs(zero.mean() - rate) < 0.14

@@ -84,9 +84,9 @@ def gradients(router, dispatch, capacity):
 def test_dispatchers_agree_in_outputs_and_all_gradients(
   router, dispatch, capacity
 ):
-  grads, (y, aux) = one = gradients(router, Gather(), capacity)
+  grads, (y, aux) = expected = gradients(router, Gather(), capacity)
   assert_trees_close(
-    gradients(router, dispatch, capacity), one, rtol=1e-4, atol=1e-4
+    gradients(router, dispatch, capacity), expected, rtol=1e-4, atol=1e-4
   )
   assert np.abs(y).max() > 1
   assert (aux.stats.overflowed.sum() > 0) == capacity.binds
@@ -114,11 +114,11 @@ def test_steps_of_few_tokens_are_the_same_where_experts_choose(
 def test_where_all_take_all_every_token_is_weighed_by_its_probabilities():
   layer = make(ExpertChoice(), All(), dispatch=Dropless())
   params, x = draw_params(layer), draw(B, T, M, seed=9)
-  one = jax.tree.map(lambda leaf: leaf[0], params['experts'])
-  params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), one)
+  ffn = jax.tree.map(lambda leaf: leaf[0], params['experts'])
+  params['experts'] = jax.tree.map(lambda leaf: np.stack([leaf] * E), ffn)
   y, _ = jax.jit(layer.apply)({'params': params}, x)
-  h = np.maximum(x @ one['w_in'] + one['b_in'], 0)
-  expected = h @ one['w_out'] + one['b_out']  # since probabilities sum to one
+  h = np.maximum(x @ ffn['w_in'] + ffn['b_in'], 0)
+  expected = h @ ffn['w_out'] + ffn['b_out']  # since probabilities sum to one
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -46,13 +46,13 @@ def test_axes_and_roles_survive_a_scan_over_layers():
 
 def test_the_parent_gives_roles_to_those_without():
   shapes = jax.eval_shape(Layer().init, jax.random.key(0), jnp.ones((2, 4)))
-  given = parameters.with_role(shapes['params'], 'expert')
-  assert parameters.roles_of(given) == {
+  params = parameters.with_role(shapes['params'], 'expert')
+  assert parameters.roles_of(params) == {
     'own': (ROLE, 'kernel'),
     'plain': ('expert', 'kernel'),
     'linen': ('expert', 'bias'),
   }
-  assert parameters.axes_of(given)['linen'] == ('mlp',)
+  assert parameters.axes_of(params)['linen'] == ('mlp',)
 
 
 @pytest.mark.parametrize('init', [FanIn(), Gpt2()])

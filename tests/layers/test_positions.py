@@ -91,12 +91,12 @@ def test_attention_uses_positions_only_if_rotary(rotary):
   positions = Rotary() if rotary else NoPositions()
   layer = Attention(AttentionOptions(H, head_width=D), positions=positions)
   x = draw(B, T, 7)
-  near = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-  params = jax.eval_shape(layer.init, jax.random.key(0), x, None, near)
+  ids = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+  params = jax.eval_shape(layer.init, jax.random.key(0), x, None, ids)
   params = jax.tree.map(lambda leaf: draw(*leaf.shape), nn.meta.unbox(params))
   run = jax.jit(lambda positions: layer.apply(params, x, None, positions))
-  np.testing.assert_allclose(run(near), run(near + 40), rtol=1e-4, atol=1e-4)
-  changed = np.abs(np.asarray(run(near)) - run(2 * near)).max() > 1e-3
+  np.testing.assert_allclose(run(ids), run(ids + 40), rtol=1e-4, atol=1e-4)
+  changed = np.abs(np.asarray(run(ids)) - run(2 * ids)).max() > 1e-3
   assert changed == rotary
 
 
@@ -131,18 +131,18 @@ def test_both_ways_later_keys_have_buckets_of_their_own():
   # 3.46.
   bucket = np.array([0, 1, 2, 2, 3, 3, 3, 3, 3])
   for t, s in np.ndindex(5, 9):
-    one = bucket[abs(t - s)] + (4 if s > t else 0)
-    np.testing.assert_array_equal(bias[:, t, s], np.asarray(table)[:, one])
+    index = bucket[abs(t - s)] + (4 if s > t else 0)
+    np.testing.assert_array_equal(bias[:, t, s], np.asarray(table)[:, index])
 
 
 def test_a_steps_bias_is_a_row_of_the_whole():
   layer = RelativePositionBias(H, 8, 6)
   variables = {'params': {'table': draw(H, 8)}}
-  whole = np.asarray(layer.apply(variables, 9, 9))
+  row_bias = np.asarray(layer.apply(variables, 9, 9))
   step = jax.jit(lambda start: layer.apply(variables, 2, 9, start))
   for start in (0, 3, 7):
-    seen = np.asarray(step(start))
-    np.testing.assert_array_equal(seen, whole[:, start : start + 2])
+    step_bias = np.asarray(step(start))
+    np.testing.assert_array_equal(step_bias, row_bias[:, start : start + 2])
 
 
 def test_sinusoids_by_hand():
@@ -158,12 +158,12 @@ def test_sinusoids_by_hand():
 
 def test_each_kind_adds_what_it_should_to_the_embedding():
   x, tokens = draw(1, 3, 4), jnp.array([[7, 2, 0]])
-  places = jnp.array([[0, 1, 1]])
+  ids = jnp.array([[0, 1, 1]])
   mask = jnp.array([[True, True, False]])
   table = draw(5, 4, seed=1)
 
   def added(positions):
-    return np.asarray(positions.add(x, tokens, mask, places, table) - x)[0]
+    return np.asarray(positions.add(x, tokens, mask, ids, table) - x)[0]
 
   for kind in POSITIONS.builtin.values():
     assert kind().added == (kind in (Learned, Sinusoidal))
@@ -198,7 +198,7 @@ def test_buckets_that_cannot_be_are_refused(buckets, max_distance, message):
 
 
 def test_an_encoder_needs_two_buckets_a_side():
-  few = Relative(buckets=2)
-  assert not list(few.problems_with(head_width=D, causal=True))
-  (problem,) = few.problems_with(head_width=D, causal=False)
+  options = Relative(buckets=2)
+  assert not list(options.problems_with(head_width=D, causal=True))
+  (problem,) = options.problems_with(head_width=D, causal=False)
   assert problem == 'buckets=2 must be at least 4 in an encoder'

@@ -25,7 +25,7 @@ def test_yarn_by_hand():
   assert 0.6 < slow < 0.7
   np.testing.assert_allclose(frequency, expected, rtol=1e-6)
   assert factor == pytest.approx(0.1 * np.log(4) + 1)
-  # Rounded, the pairs between are those from 1 to 3: pair 2 is half way.
+  # Bounds that are rounded are pairs 1 and 3, and pair 2 is half way.
   rounded = Yarn(factor=4.0, original_len=32, beta_fast=2.0).turns(16.0, 8)
   assert rounded.frequency[2] == pytest.approx(0.25 * 0.5 + 0.0625 * 0.5)
 
@@ -156,7 +156,7 @@ def config_of(rope_type, original_len, **rope):
   )
 
 
-def theirs(config, **length):
+def library_frequency(config, **length):
   pytest.importorskip('torch')
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -170,7 +170,7 @@ def theirs(config, **length):
 @pytest.mark.parametrize('name', THEIRS)
 def test_yarn_equals_transformers(name, original_len):
   rope = dict(THEIRS[name])
-  frequency, factor = theirs(config_of('yarn', original_len, **rope))
+  frequency, factor = library_frequency(config_of('yarn', original_len, **rope))
   width = int(32 * rope.pop('partial_rotary_factor', 1))
   turns = Yarn(original_len=original_len, **rope).turns(5e4, width)
   np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
@@ -185,9 +185,9 @@ def test_longrope_equals_transformers(factor):
   config = config_of(
     'longrope', 64, factor=factor, short_factor=short, long_factor=long
   )
-  ours = LongRope(short, long, 64, factor)
-  first, long_turns = ours.long_turns(5e4, 32)
-  for seq_len, turns in ((first, ours.turns(5e4, 32)), (first + 1, long_turns)):
-    frequency, mscale = theirs(config, seq_len=seq_len)
+  rope = LongRope(short, long, 64, factor)
+  first, long_turns = rope.long_turns(5e4, 32)
+  for seq_len, turns in ((first, rope.turns(5e4, 32)), (first + 1, long_turns)):
+    frequency, mscale = library_frequency(config, seq_len=seq_len)
     np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
     assert turns.factor == pytest.approx(mscale, rel=1e-6)

@@ -53,8 +53,8 @@ def test_sums_in_a_ring_and_broadcasts():
   assert set(tree.values()) == {40.0}
   assert (1, 'node 0') in tree and ('network', 'node 1') in tree
   assert ('node 0', 1) not in tree and len(tree) == 6
-  alone = topology.torus('one', (1,), link=1.0, flops_per_second=1.0)
-  assert alone.ring_all_reduce(9.0) == alone.broadcast(9.0, 0) == {}
+  device = topology.torus('one', (1,), link=1.0, flops_per_second=1.0)
+  assert device.ring_all_reduce(9.0) == device.broadcast(9.0, 0) == {}
 
 
 @pytest.mark.parametrize('machine', [TWO_BY_TWO, RING])
@@ -105,9 +105,9 @@ def test_synchronous_steps_of_even_rows_lie_on_the_semi_ideal_curve(rows):
 
 
 def test_a_device_alone_reaches_its_peak():
-  alone = topology.torus('one', (1,), link=1.0, flops_per_second=7.0)
+  device = topology.torus('one', (1,), link=1.0, flops_per_second=7.0)
   # A single device has no path, and so one device is what the topology has.
-  latency = cost_model.latency(alone, np.array([[5]]), SIZES)
+  latency = cost_model.latency(device, np.array([[5]]), SIZES)
   assert latency.comm == 0 and latency.ratio == np.inf
   for curve in (cost_model.ideal, cost_model.semi_ideal):
     assert curve(7.0, np.array([latency.ratio])) == 7.0
@@ -130,15 +130,15 @@ def test_a_device_alone_reaches_its_peak():
   ],
 )
 def test_a_topology_that_cannot_be_is_refused(change, message):
-  whole = dict(
+  fields = dict(
     name='two',
     flops_per_second=1.0,
     links={(0, 1): 1.0, (1, 0): 1.0},
     paths={(0, 1): [(0, 1)], (1, 0): [(1, 0)]},
   )
-  Topology(**whole)
+  Topology(**fields)
   with pytest.raises(ValueError, match=f"topology 'two': .*{message}"):
-    Topology(**whole | change)
+    Topology(**fields | change)
 
 
 def test_a_machine_without_devices_is_refused():

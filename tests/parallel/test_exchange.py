@@ -33,7 +33,7 @@ def mesh_of(**sizes):
   return make_mesh(sizes, jax.devices()[:count])
 
 
-def on(mesh, x, *axes):
+def put(mesh, x, *axes):
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
@@ -45,21 +45,21 @@ def test_told_rows_go_to_their_experts_and_come_back(kind):
   mesh = mesh_of(expert=2)
   rows = np.array([[10 * e + g for g in range(2)] for e in range(E)], float)
   rows = jnp.asarray(rows[..., None] * np.ones(M), jnp.float32)
-  travel, seen = kind(), []
+  travel, rows_by_device = kind(), []
 
   @jax.jit
-  def there_and_back(x, rows):
+  def round_trip(x, rows):
     layout = layout_of(RULES, x, num_experts=E)
     assert layout.exchanged == ('expert',) and layout.group_only == ()
     at_experts = travel.to_experts(layout, rows)
     return at_experts, travel.to_groups(layout, at_experts)
 
-  x = on(mesh, jnp.zeros((2, 6, M)), 'expert')
-  there, back = there_and_back(x, on(mesh, rows, None, 'expert'))
-  for shard in there.addressable_shards:
-    seen.append(np.sort(np.asarray(shard.data)[..., 0], 1).tolist())
-  assert seen == [[[0, 1], [10, 11]], [[20, 21], [30, 31]]]
-  np.testing.assert_array_equal(back, rows)
+  x = put(mesh, jnp.zeros((2, 6, M)), 'expert')
+  arrived, returned = round_trip(x, put(mesh, rows, None, 'expert'))
+  for shard in arrived.addressable_shards:
+    rows_by_device.append(np.sort(np.asarray(shard.data)[..., 0], 1).tolist())
+  assert rows_by_device == [[[0, 1], [10, 11]], [[20, 21], [30, 31]]]
+  np.testing.assert_array_equal(returned, rows)
 
 
 def test_a_layout_leaves_whole_what_does_not_divide():
@@ -73,7 +73,7 @@ def test_a_layout_leaves_whole_what_does_not_divide():
       )
       return x
 
-    x = on(mesh, jnp.zeros((groups, 5, M)))
+    x = put(mesh, jnp.zeros((groups, 5, M)))
     jax.jit(run).lower(x)
     return layouts['layout']
 
@@ -107,13 +107,13 @@ def instructions(text):
 
 
 def ancestors(program, name):
-  seen, left = set(), [name]
-  while left:
-    for operand in program[left.pop()][1]:
-      if operand in program and operand not in seen:
-        seen.add(operand)
-        left.append(operand)
-  return seen
+  names, pending = set(), [name]
+  while pending:
+    for operand in program[pending.pop()][1]:
+      if operand in program and operand not in names:
+        names.add(operand)
+        pending.append(operand)
+  return names
 
 
 @pytest.mark.slow
@@ -131,11 +131,11 @@ def test_no_piece_travels_after_anothers_product(kind):
   mesh = mesh_of(expert=8)
   x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (8, 16, 12)), 'float32')
   params = layer.init(jax.random.key(0), x)
-  split = on(mesh, x, 'expert')
+  split = put(mesh, x, 'expert')
   run = jax.jit(lambda params, x: layer.apply(params, x)[0])
-  compiled = run.lower(on(mesh, params), split).compile()
+  compiled = run.lower(put(mesh, params), split).compile()
   np.testing.assert_allclose(
-    compiled(on(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
+    compiled(put(mesh, params), split), run(params, x), rtol=1e-4, atol=1e-5
   )
   program = instructions(compiled.as_text())
   travels = [name for name, line in program.items() if line[0] == 'all-to-all']
@@ -146,11 +146,11 @@ def test_no_piece_travels_after_anothers_product(kind):
   }
   assert len(travels) == 2 * chunks and products
   before = {name: ancestors(program, name) for name in travels}
-  there = [name for name in travels if not before[name] & products]
-  assert len(there) == chunks  # no piece waits for a product
-  for name in set(travels) - set(there):
+  outgoing = [name for name in travels if not before[name] & products]
+  assert len(outgoing) == chunks  # no piece waits for a product
+  for name in set(travels) - set(outgoing):
     # Each product waits for one piece.
-    assert len(before[name] & set(there)) == 1
+    assert len(before[name] & set(outgoing)) == 1
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_a_custom_expert_travels_too():
   mesh = mesh_of(expert=4)
   run = jax.jit(lambda params, x: layer.apply(params, x)[0])
   np.testing.assert_allclose(
-    run(on(mesh, params), on(mesh, x, 'expert')), run(params, x), atol=1e-5
+    run(put(mesh, params), put(mesh, x, 'expert')), run(params, x), atol=1e-5
   )
 
 

@@ -107,7 +107,7 @@ ATTENTIONS = {
   ),
 }
 LSTMS = {'kind': 'lstm', 'num_layers': 3, 'lstm': {'hidden': 24}}
-WAYS = dict(
+LAYERS = dict(
   gather=GATHER,
   written_out={**GATHER, **WRITTEN_OUT},
   dropless={'router': BIASED, 'capacity': All(), **DROPLESS},
@@ -171,17 +171,17 @@ class Result(NamedTuple):
   text: str
 
 
-def model_of(way, rules, remat='', **moe):
+def model_of(kind, rules, remat='', **moe):
   sparse = dict(layers='every 2', num_experts=E, num_selected=K)
   sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
   if remat:
     sizes['remat'] = remat
-  if way == 'lstms':
+  if kind == 'lstms':
     sizes |= LSTMS
-  sizes |= ATTENTIONS.get(way, {})
-  if way == 'by_task':
+  sizes |= ATTENTIONS.get(kind, {})
+  if kind == 'by_task':
     sizes['num_tasks'] = 4
-  return tiny.options({**sparse, **WAYS[way], **moe}, **sizes).build(rules)
+  return tiny.options({**sparse, **LAYERS[kind], **moe}, **sizes).build(rules)
 
 
 def make_batch():
@@ -237,28 +237,28 @@ def first_state(model):
 
 @functools.cache
 def step_of(
-  way, mesh_shape='', sharding=(), microbatches=1, salt=0.0, **moe
+  kind, mesh_shape='', sharding=(), microbatches=1, salt=0.0, **moe
 ) -> Result:
   """The result of a step on a mesh, or without its shape on one device."""
   rules = ShardingOptions(**dict(sharding)).rules
-  model = model_of(way, rules, **moe)
+  model = model_of(kind, rules, **moe)
   # Neither rules nor recomputation change the parameters.
-  usual = model_of(way, ShardingOptions().rules, **{**moe, 'remat': ''})
-  state, batch = first_state(usual), make_batch()
-  places = None
+  plain_model = model_of(kind, ShardingOptions().rules, **{**moe, 'remat': ''})
+  state, batch = first_state(plain_model), make_batch()
+  shardings = None
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
     mesh = partitioning.make_mesh(sizes)
     trees = models.describe(model)
     params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: whole, state)
-    places = places.replace(
-      params=params, opt_state=(params, *places.opt_state[1:])
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: replicated, state)
+    shardings = shardings.replace(
+      params=params, opt_state=(params, *shardings.opt_state[1:])
     )
-    state = jax.device_put(state, places)
-    batch_place = partitioning.sharding(mesh, rules, ('batch', None), (B, T))
-    batch = jax.device_put(batch, batch_place)
+    state = jax.device_put(state, shardings)
+    batch_sharding = partitioning.sharding(mesh, rules, ('batch', None), (B, T))
+    batch = jax.device_put(batch, batch_sharding)
   run = functools.partial(
     train_step,
     grad_fn=make_grad_fn(model, WEIGHTS, microbatches),
@@ -268,7 +268,7 @@ def step_of(
     normalize=functools.partial(normalizers, model),
     move_router_state=model.move_router_state,
   )
-  run = jax.jit(run, out_shardings=(places, None)).lower(state, batch)
+  run = jax.jit(run, out_shardings=(shardings, None)).lower(state, batch)
   compiled = run.compile()
   new, metrics = jax.device_get(compiled(state, batch))
   return Result(
@@ -283,7 +283,7 @@ def step_of(
 
 def assert_equal(result: Result, one: Result):
   np.testing.assert_allclose(result.loss, one.loss, rtol=1e-5)
-  # What moves between devices is theirs alone.
+  # The counts of rows that move between devices depend on the mesh.
   sums = [
     r.sums._replace(aux=r.sums.aux._replace(exchange=())) for r in (result, one)
   ]
@@ -301,7 +301,7 @@ def collectives(text) -> dict[str, int]:
   return dict(collections.Counter(operations))
 
 
-# Other tests run ways to exchange rows on more meshes. Each kind of attention
+# Other tests cover the exchange of rows on more meshes. Each kind of attention
 # and layer has a router of its own.
 CASES = [
   ('gather', '1x2x2x2'),
@@ -321,24 +321,24 @@ FAST = CASES[0]
 
 
 @pytest.mark.parametrize(
-  ('way', 'mesh_shape'),
+  ('kind', 'mesh_shape'),
   [
     pytest.param(*case, marks=() if case == FAST else pytest.mark.slow)
     for case in CASES
   ],
 )
-def test_a_step_equals_one_device(way, mesh_shape, capfd):
-  one = step_of(PLAIN.get(way, way))
+def test_a_step_equals_one_device(kind, mesh_shape, capfd):
+  one = step_of(PLAIN.get(kind, kind))
   stats = one.sums.aux.stats
-  assert (stats.overflowed.sum() > 0) == (way not in ROOMY)
+  assert (stats.overflowed.sum() > 0) == (kind not in ROOMY)
   norm = optax.global_norm(one.grads)
   assert norm > 2 * CLIP
   np.testing.assert_allclose(optax.global_norm(one.update), CLIP, rtol=1e-3)
   assert np.ptp(stats.load) > 0
   capfd.readouterr()
-  # What the compiler says would be missing if it found the program in a cache.
-  salt = time.time() % 1000 if way == 'gather' else 0.0
-  assert_equal(step_of(way, mesh_shape, salt=salt), one)
+  # The compiler's messages would be missing if the program came from a cache.
+  salt = time.time() % 1000 if kind == 'gather' else 0.0
+  assert_equal(step_of(kind, mesh_shape, salt=salt), one)
   assert 'rematerialization' not in capfd.readouterr().err
 
 
@@ -346,9 +346,9 @@ SPREAD = (('expert', 'expert,tensor'), ('expert_mlp', ''))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['written_out', 'dropless_ring'])
-def test_experts_are_split_over_two_axes(way):
-  assert_equal(step_of(way, '2x1x2x2', SPREAD), step_of(PLAIN[way]))
+@pytest.mark.parametrize('kind', ['written_out', 'dropless_ring'])
+def test_experts_are_split_over_two_axes(kind):
+  assert_equal(step_of(kind, '2x1x2x2', SPREAD), step_of(PLAIN[kind]))
 
 
 @pytest.mark.slow
@@ -367,13 +367,13 @@ def test_shadowed_experts_are_chosen_once_by_each_microbatch_under_remat():
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['gather', 'dropless', 'by_task'])
-def test_microbatches_change_nothing_on_a_mesh(way):
+@pytest.mark.parametrize('kind', ['gather', 'dropless', 'by_task'])
+def test_microbatches_change_nothing_on_a_mesh(kind):
   # Each microbatch would draw its own noise.
-  router = WAYS[way]['router']
+  router = LAYERS[kind]['router']
   quiet = dict(router=dataclasses.replace(router, jitter=0.0))
-  one = step_of(way, **quiet)
-  assert_equal(step_of(way, '2x1x2x2', microbatches=2, **quiet), one)
+  one = step_of(kind, **quiet)
+  assert_equal(step_of(kind, '2x1x2x2', microbatches=2, **quiet), one)
 
 
 @pytest.mark.slow
@@ -400,20 +400,20 @@ def test_rows_travel_in_bfloat16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['gather', 'written_out'])
+@pytest.mark.parametrize('kind', ['gather', 'written_out'])
 def test_the_program_has_the_stated_all_to_alls_and_gathers_no_kernel(
-  way, capfd
+  kind, capfd
 ):
   capfd.readouterr()
-  result = step_of(way, '1x1x8x1', salt=time.time() % 1000)
+  result = step_of(kind, '1x1x8x1', salt=time.time() % 1000)
   assert_equal(result, step_of('gather'))
-  told = capfd.readouterr().err
-  assert 'rematerialization' not in told, told
+  messages = capfd.readouterr().err
+  assert 'rematerialization' not in messages, messages
   counts = collectives(result.text)
   assert counts['all-to-all'] == 4
   assert 'all-gather' not in counts and 'collective-permute' not in counts
-  whole = re.escape(f'f32[{E},16,24]'), re.escape(f'f32[{E},24,16]')
-  for kernel in whole:
+  kernel_shapes = re.escape(f'f32[{E},16,24]'), re.escape(f'f32[{E},24,16]')
+  for kernel in kernel_shapes:
     assert not re.search(kernel, result.text)
 
 

@@ -12,8 +12,8 @@ TEXT = README.read_text(encoding='utf-8')
 def test_the_example_splits_a_kernel(capsys):
   (code,) = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
   exec(compile(code, str(README), 'exec'), {})
-  told = capsys.readouterr().out
-  assert "'expert'" in told and told.count('None') == 2
+  output = capsys.readouterr().out
+  assert "'expert'" in output and output.count('None') == 2
 
 
 def test_every_file_is_named():

@@ -16,7 +16,7 @@ MESH = make_mesh(dict(expert=P), jax.devices()[:P])
 AXES = ('expert',)
 
 
-def everywhere(f):
+def per_device(f):
   """Applies f to each device's own part, split along the leading axis."""
   spec = PartitionSpec('expert')
   return jax.jit(
@@ -40,12 +40,12 @@ def traffic(seed):
 def received(rows, sizes, starts, bound):
   """Rows that each device receives from the others, in order, by a loop."""
   out = np.zeros((P, bound, M), np.float32)
-  for me in range(P):
+  for j in range(P):
     blocks = [
-      rows[i, starts[i, me] : starts[i, me] + sizes[i, me]] for i in range(P)
+      rows[i, starts[i, j] : starts[i, j] + sizes[i, j]] for i in range(P)
     ]
     block = np.concatenate(blocks)
-    out[me, : len(block)] = block
+    out[j, : len(block)] = block
   return out
 
 
@@ -63,7 +63,7 @@ def test_told_rows():
     plan = ragged.traffic(sizes[0], starts[0], AXES)
     return ragged.send(rows[0], plan, 5, AXES)[None]
 
-  received_rows = everywhere(send)(rows, sizes, starts)
+  received_rows = per_device(send)(rows, sizes, starts)
   np.testing.assert_array_equal(received_rows[0, :3], [a, d, 0 * a])
   np.testing.assert_array_equal(received_rows[1, :3], [b, c, 0 * a])
   assert not received_rows[2:].any()
@@ -73,22 +73,22 @@ def test_told_rows():
 def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
   rows, sizes, starts = traffic(seed)
   bound = P * N
-  want = received(rows, sizes, starts, bound)
+  expected_arrived = received(rows, sizes, starts, bound)
   rng = np.random.default_rng(9)
-  weight = rng.normal(0, 1, want.shape).astype(np.float32)
+  weight = rng.normal(0, 1, expected_arrived.shape).astype(np.float32)
 
   def trip(rows, sizes, starts, weight):
     plan = ragged.traffic(sizes[0], starts[0], AXES)
-    there = ragged.send(rows[0], plan, bound, AXES)
-    back = ragged.send_back(there, plan, N, AXES)
+    arrived = ragged.send(rows[0], plan, bound, AXES)
+    returned = ragged.send_back(arrived, plan, N, AXES)
 
     def total(x):
       return (ragged.send(x, plan, bound, AXES) * weight[0]).sum()
 
-    return there[None], back[None], jax.grad(total)(rows[0])[None]
+    return arrived[None], returned[None], jax.grad(total)(rows[0])[None]
 
-  there, back, d_rows = everywhere(trip)(rows, sizes, starts, weight)
-  np.testing.assert_array_equal(there, want)
+  arrived, returned, d_rows = per_device(trip)(rows, sizes, starts, weight)
+  np.testing.assert_array_equal(arrived, expected_arrived)
   expected = np.zeros_like(rows)
   d_expected = np.zeros_like(rows)
   offsets = np.zeros(P, int)
@@ -98,7 +98,7 @@ def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
       expected[i, block] = rows[i, block]
       d_expected[i, block] = weight[j, offsets[j] : offsets[j] + sizes[i, j]]
       offsets[j] += sizes[i, j]
-  np.testing.assert_array_equal(back, expected)
+  np.testing.assert_array_equal(returned, expected)
   np.testing.assert_array_equal(d_rows, d_expected)
 
 
@@ -109,10 +109,10 @@ def test_an_accelerator_gets_the_ragged_exchange():
     plan = ragged.traffic(sizes[0], starts[0], AXES)
     return ragged.send(rows[0], plan, P * N, AXES)[None]
 
-  lower = functools.partial(everywhere(send).trace(rows, sizes, starts).lower)
-  for platform, there in (('tpu', True), ('cuda', True), ('cpu', False)):
+  lower = functools.partial(per_device(send).trace(rows, sizes, starts).lower)
+  for platform, is_ragged in (('tpu', True), ('cuda', True), ('cpu', False)):
     text = lower(lowering_platforms=(platform,)).as_text()
-    assert ('ragged_all_to_all' in text) == there
+    assert ('ragged_all_to_all' in text) == is_ragged
 
 
 def test_the_stand_in_leaves_the_rest_of_its_output_alone():
@@ -132,6 +132,6 @@ def test_the_stand_in_leaves_the_rest_of_its_output_alone():
       axis_name=AXES,
     )[None]
 
-  output = np.asarray(everywhere(run)(rows, sizes, starts))
+  output = np.asarray(per_device(run)(rows, sizes, starts))
   for me in range(P):
     assert (output[me, sizes[:, me].sum() :] == 7).all()

@@ -51,27 +51,27 @@ def in_events(stages: Stages, backward: bool) -> float:
   comm += [('R', j, stages.give_back[j]) for j in range(g)]
   streams = {'comm': comm}
   for w in range(W):
-    own = [('C', j, stages.compute[j, w]) for j in range(g)]
+    computations = [('C', j, stages.compute[j, w]) for j in range(g)]
     shadow = [('X', 0, stages.shadow_compute[w])] * shadows
-    streams[w] = shadow + own if backward else own + shadow
-  ends, free = {}, dict.fromkeys(streams, 0.0)
-  after = {'C': lambda j, w: [('comm', 'S', j)]}
-  after['R'] = lambda j, w: [(v, 'C', j) for v in range(W)]
+    streams[w] = shadow + computations if backward else computations + shadow
+  ends, free_at = {}, dict.fromkeys(streams, 0.0)
+  dependencies = {'C': lambda j, w: [('comm', 'S', j)]}
+  dependencies['R'] = lambda j, w: [(v, 'C', j) for v in range(W)]
   if backward:
-    after['B'] = lambda j, w: [(v, 'X', 0) for v in range(W)]
+    dependencies['B'] = lambda j, w: [(v, 'X', 0) for v in range(W)]
   else:
-    after['X'] = lambda j, w: [('comm', 'B', 0)]
+    dependencies['X'] = lambda j, w: [('comm', 'B', 0)]
   while any(streams.values()):
     for name, operations in streams.items():
       while operations:
         kind, j, seconds = operations[0]
-        waits = after[kind](j, name) if kind in after else []
+        waits = dependencies[kind](j, name) if kind in dependencies else []
         if any(wait not in ends for wait in waits):
           break
-        begin = max([free[name], *(ends[wait] for wait in waits)])
-        free[name] = ends[name, kind, j] = begin + seconds
+        begin = max([free_at[name], *(ends[wait] for wait in waits)])
+        free_at[name] = ends[name, kind, j] = begin + seconds
         operations.pop(0)
-  return max(free.values())
+  return max(free_at.values())
 
 
 def test_passes_are_those_of_a_simulation_of_events():
@@ -98,21 +98,21 @@ def test_passes_are_those_of_a_simulation_of_events():
 def test_the_stages_of_two_nodes_by_hand():
   # Expert e is on device e; node 0 has devices 0 and 1. Rows of experts 0 to 3:
   counts = np.array([[4, 0, 0, 0], [3, 0, 0, 0], [6, 0, 0, 1], [0, 5, 0, 0]])
-  both = schedule_model.step(TWO_BY_TWO, counts[None], SIZES, num_groups=2)
+  plain = schedule_model.step(TWO_BY_TWO, counts[None], SIZES, num_groups=2)
   # In S_0 device 0 sends 3 rows of 20 bytes to device 1, by links of 100 bytes
   # a second, and device 3 sends 1 to device 2. In S_1 node 0 sends 6 + 5 rows
   # by a link of 50 bytes a second.
-  np.testing.assert_allclose(both.forward.send[0], [0.6, 4.4])
-  np.testing.assert_allclose(both.forward.give_back[0], [0.6, 4.4])
+  np.testing.assert_allclose(plain.forward.send[0], [0.6, 4.4])
+  np.testing.assert_allclose(plain.forward.give_back[0], [0.6, 4.4])
   # A row takes 0.2 s. Device 2 gets 1 row of its node and 6 of the other.
   np.testing.assert_allclose(
-    both.forward.compute[0], [[0.8, 0.6, 0.2, 0], [0, 0, 1.2, 1]]
+    plain.forward.compute[0], [[0.8, 0.6, 0.2, 0], [0, 0, 1.2, 1]]
   )
   # S_0 0-0.6, S_1 0.6-5, C_1 of device 2 5-6.2, R_0 5-5.6, R_1 6.2-10.6.
-  seconds = schedule_model.forward_seconds(both.forward)
+  seconds = schedule_model.forward_seconds(plain.forward)
   np.testing.assert_allclose(seconds, 10.6)
-  np.testing.assert_allclose(both.backward.compute, 2 * both.forward.compute)
-  np.testing.assert_allclose(both.scheduled, 10.6 + 11.8)
+  np.testing.assert_allclose(plain.backward.compute, 2 * plain.forward.compute)
+  np.testing.assert_allclose(plain.scheduled, 10.6 + 11.8)
   # Expert 2 has 100 parameters, 200 bytes; the slowest link takes 4 s for them.
   shadow = np.arange(4) == 2
   step = schedule_model.step(
@@ -139,20 +139,20 @@ def test_bounds_on_draws(machine):
   W = machine.num_devices
   counts = rng.integers(0, 30, (20, 2 * W, W)) ** 2
   shadowed = rng.random((20, 2 * W)) < 0.1
-  one = schedule_model.step(machine, counts, SIZES)
-  many = schedule_model.step(machine, counts, SIZES, num_groups=W // 2)
+  one_group = schedule_model.step(machine, counts, SIZES)
+  grouped = schedule_model.step(machine, counts, SIZES, num_groups=W // 2)
   for i, layer in enumerate(counts):
     plain = cost_model.latency(machine, layer, SIZES)
-    np.testing.assert_allclose(one.sequential[i], plain.synchronous)
-    np.testing.assert_allclose(one.overlapped[i], plain.overlapped)
+    np.testing.assert_allclose(one_group.sequential[i], plain.synchronous)
+    np.testing.assert_allclose(one_group.overlapped[i], plain.overlapped)
   # A sum of slowest links is no less than the slowest link of the sum.
-  assert (many.comm >= one.comm * (1 - 1e-12)).all()
-  assert (many.scheduled >= one.overlapped * (1 - 1e-12)).all()
-  np.testing.assert_allclose(one.scheduled, one.sequential)
+  assert (grouped.comm >= one_group.comm * (1 - 1e-12)).all()
+  assert (grouped.scheduled >= one_group.overlapped * (1 - 1e-12)).all()
+  np.testing.assert_allclose(one_group.scheduled, one_group.sequential)
   options = dict(num_groups=W // 2, shadowed=shadowed)
-  both = schedule_model.step(machine, counts, SIZES, **options)
-  assert (both.scheduled >= both.overlapped * (1 - 1e-12)).all()
-  assert (both.scheduled <= both.sequential * (1 + 1e-12)).all()
+  shadow = schedule_model.step(machine, counts, SIZES, **options)
+  assert (shadow.scheduled >= shadow.overlapped * (1 - 1e-12)).all()
+  assert (shadow.scheduled <= shadow.sequential * (1 + 1e-12)).all()
 
 
 @pytest.mark.parametrize('machine', MACHINES)
@@ -163,19 +163,19 @@ def test_many_exchanges_at_once_are_those_one_by_one(machine):
   seconds = machine.all_to_all_seconds(sent)
   sizes = rng.integers(0, 9, (3, 2, W)).astype(float)
   trees = machine.broadcast_seconds(sizes)
-  for place in np.ndindex(3, 2):
-    expected = machine.seconds(machine.all_to_all(sent[place]))
-    np.testing.assert_allclose(seconds[place], expected)
+  for index in np.ndindex(3, 2):
+    expected = machine.seconds(machine.all_to_all(sent[index]))
+    np.testing.assert_allclose(seconds[index], expected)
     total = {}
-    for root, size in enumerate(sizes[place]):
+    for root, size in enumerate(sizes[index]):
       for link, carried in machine.broadcast(size, root).items():
         total[link] = total.get(link, 0.0) + carried
-    np.testing.assert_allclose(trees[place], machine.seconds(total))
+    np.testing.assert_allclose(trees[index], machine.seconds(total))
 
 
 def test_a_device_alone_sends_nothing():
-  alone = topology.torus('one', (1,), link=1.0, flops_per_second=200.0)
-  step = schedule_model.step(alone, np.array([[[3], [4]]]), SIZES)
+  device = topology.torus('one', (1,), link=1.0, flops_per_second=200.0)
+  step = schedule_model.step(device, np.array([[[3], [4]]]), SIZES)
   assert (step.comm, step.comp, step.scheduled) == (0, 21, 21)
 
 

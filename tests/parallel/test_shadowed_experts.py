@@ -45,7 +45,7 @@ SHADOWING = Shadowing(experts=R, teraflops=2e-5, gigabytes=1e-5)
 
 @dataclasses.dataclass(frozen=True)
 class ById(RouterOptions):
-  """The expert of a token is its id."""
+  """A router that sends each token to the expert with the token's id."""
 
   needs_ids: ClassVar[bool] = True
 
@@ -54,16 +54,16 @@ class ById(RouterOptions):
     return ByIdRouter(self, sizes, shared, name=name)
 
   def leak(self, sizes):
-    """Nothing: tokens queue in their order."""
+    """Returns None: tokens queue in their order, so that nothing leaks."""
     return None
 
   def multiply_adds(self, sizes, width):
-    """Zero: there are no products."""
+    """Returns zero: the router has no products."""
     return 0
 
 
 class ByIdRouter(Router):
-  """Gates that are learned, so that a wrong sum would be seen."""
+  """A router with learned gates, so that a wrong sum would be seen."""
 
   def route(self, x, mask, train, router_ids, layer):
     """Routes each group by itself; see `Router`."""
@@ -101,7 +101,7 @@ SORTED = dict(
   ragged=Dropless(shadowing=SHADOWING),
   ragged_ring=Dropless(exchange=RaggedRing(ring_group=2), shadowing=SHADOWING),
 )
-WAYS = SLOTS | SORTED
+DISPATCHES = SLOTS | SORTED
 MESHES = dict(
   four=dict(expert=4),
   eight=dict(expert=8),
@@ -163,8 +163,8 @@ def compiled(dispatch, mesh, use_bias):
   if mesh:
     mesh = mesh_of(**MESHES[mesh])
     batch = NamedSharding(mesh, PartitionSpec(('data', 'fsdp', 'expert')))
-    whole = NamedSharding(mesh, PartitionSpec())
-    args = jax.device_put(args, (whole, batch, batch))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    args = jax.device_put(args, (replicated, batch, batch))
   run = jax.jit(
     jax.value_and_grad(functools.partial(loss, layer), (0, 1), has_aux=True)
   )
@@ -179,44 +179,44 @@ def result_of(dispatch, skew, mesh=None, use_bias=True):
   return value, aux, grads
 
 
-def assert_same(result, one):
+def assert_same(result, expected):
   """Asserts that loss and gradients are those of one device."""
-  np.testing.assert_allclose(result[0], one[0], rtol=1e-5)
+  np.testing.assert_allclose(result[0], expected[0], rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
     result[2],
-    one[2],
+    expected[2],
   )
 
 
-def told(skew, devices, copies=1, parts=1, shadowed=True):
+def prediction(skew, devices, copies=1, expert_shards=1, shadowed=True):
   """The prediction of Algorithm 1 for the counts of a step.
 
   Args:
     skew: The kind of routing.
     devices: The number of devices that exchange rows.
-    copies: The number of sets of these.
-    parts: The number of devices that share an expert.
+    copies: The number of sets of such devices.
+    expert_shards: The number of devices that share an expert.
     shadowed: Whether experts are shadowed.
   """
-  away = left = number = 0
-  sizes = SIZES._replace(kernels=3, F=F // parts)
+  rows_before = rows_after = number = 0
+  sizes = SIZES._replace(kernels=3, F=F // expert_shards)
   speeds = Speeds.of_bytes(
     SHADOWING.teraflops * 1e12, SHADOWING.gigabytes * 1e9, sizes
   )
   for ids in ids_of(skew).reshape(copies, devices, -1):
     counts = np.stack([np.bincount(row, minlength=E) for row in ids], axis=1)
     chosen = choose(counts, sizes, speeds, most=R).experts if shadowed else ()
-    away += leaving(counts)
-    left += leaving(counts, chosen)
+    rows_before += leaving(counts)
+    rows_after += leaving(counts, chosen)
     number += len(chosen)
-  return away, left, number, copies, 0
+  return rows_before, rows_after, number, copies, 0
 
 
-# The two kinds of routing of a way on `data` are one program. Dropless rings
+# A dispatch has one program for both kinds of routing on `data`. Dropless rings
 # without shadowed experts are in `test_mesh_equality.py`.
 CASES = [
-  *((way, skew, 'data') for way in SLOTS for skew in ('zipf', 'one')),
+  *((kind, skew, 'data') for kind in SLOTS for skew in ('zipf', 'one')),
   *(('ragged_ring', skew, 'data') for skew in ('zipf', 'one')),
   ('constraint', 'zipf', 'tensor'),
   ('ring_alone', 'uniform', 'eight'),
@@ -225,22 +225,22 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('way', 'skew', 'mesh'), CASES)
-def test_loss_gradients_and_rows_that_leave(way, skew, mesh):
+@pytest.mark.parametrize(('kind', 'skew', 'mesh'), CASES)
+def test_loss_gradients_and_rows_that_leave(kind, skew, mesh):
   # Dropless experts with biases would not split their hidden width.
   use_bias = mesh != 'tensor'
-  result = result_of(WAYS[way], skew, mesh, use_bias)
+  result = result_of(DISPATCHES[kind], skew, mesh, use_bias)
   assert_same(result, result_of(Gather(), skew, None, use_bias))
   sizes = MESHES[mesh]
-  expected = told(
+  expected = prediction(
     skew,
     sizes['expert'],
     sizes.get('data', 1),
     sizes.get('tensor', 1),
-    'alone' not in way,
+    'alone' not in kind,
   )
   np.testing.assert_allclose(result[1].exchange, expected, rtol=1e-6)
-  if skew == 'zipf' and 'alone' not in way:
+  if skew == 'zipf' and 'alone' not in kind:
     assert 0 < expected[1] < expected[0] and 0 < expected[2] < R * expected[3]
 
 
@@ -285,7 +285,7 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
   travels = [
     name for name, line in program.items() if line[0] == 'collective-permute'
   ]
-  # One there and one back for each other device.
+  # Rows travel to each other device and back.
   assert len(travels) == 2 * (devices - 1)
   before = {name: ancestors(program, name) for name in travels}
   products = {
@@ -293,19 +293,19 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
     for name, (_, _, line) in program.items()
     if re.search(r'op_name="[^"]*experts(?:/[\w.]+)*/dot_general', line)
   }
-  there = {name for name in travels if not before[name] & set(travels)}
-  assert len(there) == devices - 1  # no step waits for another one
-  assert not any(before[name] & products for name in there)
+  outgoing = {name for name in travels if not before[name] & set(travels)}
+  assert len(outgoing) == devices - 1  # no step waits for another one
+  assert not any(before[name] & products for name in outgoing)
   multiplied = []
-  for name in set(travels) - there:
-    # What comes back was multiplied after one step alone: its products are its
-    # own, and wait for no other exchange.
-    assert len(before[name] & there) == 1
+  for name in set(travels) - outgoing:
+    # Rows that come back were multiplied after one step alone: their products
+    # are their own, and wait for no other exchange.
+    assert len(before[name] & outgoing) == 1
     waits = {
       product: ancestors(program, product) & set(travels)
       for product in before[name] & products
     }
-    assert all(wait <= before[name] & there for wait in waits.values())
+    assert all(wait <= before[name] & outgoing for wait in waits.values())
     # Kernels are read at once for all steps, and wait for none.
     multiplied.append({product for product, wait in waits.items() if wait})
   if kind == 'slots':  # sorted rows are multiplied in loops

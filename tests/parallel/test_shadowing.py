@@ -99,8 +99,8 @@ def test_its_distance_to_the_best_subset():
     ]
     assert (np.diff(costs) < 0).all()
   # The figures of the docstring of `shadowing`.
-  told = shadowing.__doc__.split('On 200\ndraws')[1].split('\n\n')[0]
-  share, mean, largest = re.findall(r'[\d.]+(?= %)', told)
+  figures = shadowing.__doc__.split('On 200\ndraws')[1].split('\n\n')[0]
+  share, mean, largest = re.findall(r'[\d.]+(?= %)', figures)
   assert round(100 * np.mean(np.array(gaps) < 1e-9)) == int(share)
   assert round(100 * np.mean(gaps), 1) == float(mean)
   assert round(100 * max(gaps)) == int(largest)
@@ -128,13 +128,13 @@ def test_rows_and_costs_by_hand():
   sizes, speeds = Sizes(M=2, F=3), Speeds(flops=24.0, elements=8.0)
   # A row has 4 * 2 * 3 = 24 FLOPs, three times in a step: 3 s of products, and
   # 1 s of exchanges. An expert's 12 parameters take 3 s there and back.
-  alone = shadowing.choose(counts, sizes, speeds, most=1)
-  assert (alone.experts, alone.rows.tolist()) == ((0,), [10, 36])
-  assert alone.seconds_before == 40 * 3 + 40 * 1
-  assert alone.seconds == 36 * 3 + 3
+  single = shadowing.choose(counts, sizes, speeds, most=1)
+  assert (single.experts, single.rows.tolist()) == ((0,), [10, 36])
+  assert single.seconds_before == 40 * 3 + 40 * 1
+  assert single.seconds == 36 * 3 + 3
   # With both, devices keep the 12 and 34 rows that they have.
-  both = shadowing.choose(counts, sizes, speeds)
-  assert (both.experts, both.seconds) == ((0, 1), 34 * 3 + 6)
+  pair = shadowing.choose(counts, sizes, speeds)
+  assert (pair.experts, pair.seconds) == ((0, 1), 34 * 3 + 6)
   none = shadowing.choose(counts, sizes, speeds, most=0)
   assert (none.experts, none.seconds) == ((), none.seconds_before)
   assert shadowing.least_rows(13, sizes) == 39
@@ -151,8 +151,8 @@ def test_in_a_step_it_is_the_same():
   for _ in range(100):
     counts = draw(rng, 8, 4)
     expected = shadowing.choose(counts, SIZES, SPEEDS, most=most).experts
-    rest = (8,) * (most - len(expected))
-    assert tuple(choose(jnp.asarray(counts)).tolist()) == expected + rest
+    filler = (8,) * (most - len(expected))
+    assert tuple(choose(jnp.asarray(counts)).tolist()) == expected + filler
     used.add(len(expected))
   assert used == {0, 1, 2, 3}
 

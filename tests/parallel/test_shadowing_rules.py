@@ -35,7 +35,7 @@ def fastmoe_in_loops(counts, sizes, speeds, factor):
 @pytest.mark.parametrize('overcounts', [False, True])
 def test_the_rule_of_fastmoes_code_on_draws(overcounts):
   rng = np.random.default_rng(3)
-  most, lengths, others = 3, set(), 0
+  most, lengths, num_other = 3, set(), 0
   in_step = jax.jit(
     functools.partial(
       shadowing_rules.choose_fastmoe_in_step,
@@ -59,8 +59,8 @@ def test_the_rule_of_fastmoes_code_on_draws(overcounts):
     expected = tuple(chosen[:most]) + (8,) * (most - len(chosen))
     assert tuple(in_step(jnp.asarray(counts)).tolist()) == expected
     lengths.add(len(chosen))
-    others += chosen != list(shadowing.choose(counts, SIZES, SPEEDS).experts)
-  assert {0, 1, 2} <= lengths and others > 10
+    num_other += chosen != list(shadowing.choose(counts, SIZES, SPEEDS).experts)
+  assert {0, 1, 2} <= lengths and num_other > 10
 
 
 def test_fastmoes_code_by_hand():
@@ -73,12 +73,12 @@ def test_fastmoes_code_by_hand():
   # The two devices have 12 and 34 rows then, which the rule does not see.
   assert choice.experts == (0, 1) and choice.rows.tolist() == [12, 34, 5]
   # The last expert is never shadowed.
-  alone = shadowing_rules.choose_fastmoe(np.array([[9]]), sizes, speeds)
-  assert alone.experts == ()
-  every = shadowing_rules.choose_fastmoe_in_step(
+  single = shadowing_rules.choose_fastmoe(np.array([[9]]), sizes, speeds)
+  assert single.experts == ()
+  in_step = shadowing_rules.choose_fastmoe_in_step(
     jnp.asarray(counts), sizes, speeds, most=3
   )
-  assert every.tolist() == [0, 1, 3]
+  assert in_step.tolist() == [0, 1, 3]
   # The prototype takes a row's products for 12 s.
   prototype = shadowing_rules.choose_fastmoe(
     counts, sizes, speeds, overcounts=True

@@ -38,16 +38,16 @@ def by_slot(routing):
 def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
   routing = by_token()
   assert len(jax.tree.leaves(routing)) == 4
-  seen = []
+  traced_sizes = []
 
   @jax.jit
   def double_gates(routing):
-    seen.append((routing.num_experts, routing.capacity))
+    traced_sizes.append((routing.num_experts, routing.capacity))
     return jax.tree.map(lambda x: x * 2, routing)
 
   out = double_gates(routing)
   assert isinstance(out, Routing)
-  assert seen == [(E, C)]
+  assert traced_sizes == [(E, C)]
   assert (out.num_experts, out.capacity, out.group_size) == (E, C, S)
   np.testing.assert_array_equal(out.gate, 2 * np.asarray(routing.gate))
 
@@ -59,10 +59,12 @@ def test_both_views_answer_alike():
   for name in ('num_experts', 'capacity', 'group_size'):
     assert getattr(routing, name) == getattr(slots, name)
   names = 'slot_mask', 'slot_weights', 'token_gates', 'rows_per_expert'
-  told = jax.jit(lambda view: {name: getattr(view, name)() for name in names})
-  ours, theirs = told(routing), told(slots)
+  calls = jax.jit(lambda view: {name: getattr(view, name)() for name in names})
+  token_view, slot_view = calls(routing), calls(slots)
   for name in names:
-    np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    np.testing.assert_array_equal(
+      token_view[name], slot_view[name], err_msg=name
+    )
   for name in ('slot_rows', 'sorted_rows'):
     one, other = getattr(routing, name)(), getattr(slots, name)()
     assert (one.by_token, other.by_token) == (True, False)
@@ -77,9 +79,9 @@ def test_both_views_answer_alike():
       np.testing.assert_array_equal(np.sort(rows[:served] < G * S), True)
       assert (rows[served:] == G * S).all() and (others[served:] == G * S).all()
       begin = 0
-      for count in np.asarray(ours['rows_per_expert']):
-        own = slice(begin, begin + count)
-        assert sorted(rows[own]) == sorted(others[own])
+      for count in np.asarray(token_view['rows_per_expert']):
+        span = slice(begin, begin + count)
+        assert sorted(rows[span]) == sorted(others[span])
         begin += count
 
 

@@ -113,9 +113,9 @@ def test_every_loss_follows_the_definition(K):
     logits, mask, probs, routing = example(seed, K)
     args = logits, probs, routing.gate, routing.expert_index, mask
     expected = definitions(*map(np.asarray, args))
-    for got, by_loops in zip(all_losses(*args), expected, strict=True):
-      assert got.dtype == jnp.float32 and got.shape == (G,)
-      np.testing.assert_allclose(got, by_loops, rtol=1e-5)
+    for loss, by_loops in zip(all_losses(*args), expected, strict=True):
+      assert loss.dtype == jnp.float32 and loss.shape == (G,)
+      np.testing.assert_allclose(loss, by_loops, rtol=1e-5)
 
 
 def test_z_loss_of_zero_logits_is_log_of_the_experts_squared():
@@ -134,8 +134,8 @@ def test_importance_loss_at_balance_and_at_collapse():
   gate = jnp.full((1, E, K), 1 / K)
   even = importance_loss(gate, round_robin(K), mask, E)
   np.testing.assert_allclose(even, [0.0], atol=1e-6)
-  same = jnp.asarray(np.tile(np.arange(K, dtype=np.int32), (1, E, 1)))
-  collapsed = importance_loss(gate, same, mask, E)
+  same_choices = jnp.asarray(np.tile(np.arange(K, dtype=np.int32), (1, E, 1)))
+  collapsed = importance_loss(gate, same_choices, mask, E)
   np.testing.assert_allclose(collapsed, [E / K - 1], rtol=1e-5)
 
 
@@ -176,11 +176,11 @@ def test_masked_tokens_change_nothing():
   index = routing.expert_index
   other_logits = np.where(real[..., None], logits, 50 - 9 * np.asarray(logits))
   other_index = np.where(real[..., None], index, E - 1 - np.asarray(index))
-  others = jnp.asarray(other_logits), jnp.asarray(other_index)
+  other_inputs = jnp.asarray(other_logits), jnp.asarray(other_index)
   np.testing.assert_array_equal(
-    losses_of(logits, index, mask), losses_of(*others, mask)
+    losses_of(logits, index, mask), losses_of(*other_inputs, mask)
   )
-  gradient = np.asarray(gradients_of(*others, mask))
+  gradient = np.asarray(gradients_of(*other_inputs, mask))
   assert not gradient[..., ~real, :].any()
   per_loss = np.abs(gradient.sum(1)).max((1, 2, 3))  # [5]
   assert (per_loss > 1e-4).all()
@@ -231,8 +231,8 @@ def test_a_step_down_the_balance_loss_evens_the_probabilities():
     return loss, probs[..., 0].mean()
 
   (loss, crowded), gradient = loss_and_gradient(logits)
-  stepped = jnp.asarray(np.asarray(logits) - 3.0 * np.asarray(gradient))
-  (loss_after, crowded_after), _ = loss_and_gradient(stepped)
+  moved_logits = jnp.asarray(np.asarray(logits) - 3.0 * np.asarray(gradient))
+  (loss_after, crowded_after), _ = loss_and_gradient(moved_logits)
   assert loss_after < loss and crowded_after < crowded
 
 

@@ -48,13 +48,13 @@ def test_a_bias_moves_against_the_load():
   load = jnp.array([[9, 1, 2, 4], [4, 4, 4, 4]], jnp.float32)
   bias = jnp.full((2, 4), 0.5, jnp.float32)
   new_bias = balance_bias.moved(bias, load, 0.01)
-  want = [[0.49, 0.51, 0.51, 0.5], [0.5] * 4]
-  np.testing.assert_allclose(new_bias, want, rtol=1e-6)
+  expected = [[0.49, 0.51, 0.51, 0.5], [0.5] * 4]
+  np.testing.assert_allclose(new_bias, expected, rtol=1e-6)
   # By the rule 'error' a step is as long as the load is wrong, relative to the
   # mean: -5/4, 3/4, 2/4 and 0.
   new_bias = balance_bias.moved(bias, load, 0.01, 'error')
-  want = [[0.4875, 0.5075, 0.505, 0.5], [0.5] * 4]
-  np.testing.assert_allclose(new_bias, want, rtol=1e-6)
+  expected = [[0.4875, 0.5075, 0.505, 0.5], [0.5] * 4]
+  np.testing.assert_allclose(new_bias, expected, rtol=1e-6)
   with pytest.raises(ValueError, match="unknown rule 'signs'"):
     balance_bias.moved(bias, load, 0.01, 'signs')
 

@@ -72,9 +72,9 @@ def test_capacity_follows_the_definition(rule, rounding):
       'fixed': dict(slots=9),
       'all': {},
     }[rule]
-    got = slots(S, E, K, CAPACITIES.builtin[rule](**options))
-    assert isinstance(got, int) and 1 <= got <= S
-    assert got == reference.capacity(
+    num_slots = slots(S, E, K, CAPACITIES.builtin[rule](**options))
+    assert isinstance(num_slots, int) and 1 <= num_slots <= S
+    assert num_slots == reference.capacity(
       rule, factor, rounding, multiple, minimum, 9, S=S, E=E, K=K
     ), (factor, multiple, minimum, S, E, K)
 

@@ -70,11 +70,11 @@ def test_the_definition(capacity):
 
 
 # Logits are small whole numbers, so that equal probabilities are frequent.
-few = settings(max_examples=20, deadline=None, derandomize=True)
+few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 some_logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
 
 
-@few
+@few_examples
 @given(some_logits, st_np.arrays(bool, (G, S)), st.sampled_from([1, C, S]))
 def test_contract(logits, mask, capacity):
   routing = jax.tree.map(np.asarray, compiled(logits, mask, capacity))
@@ -83,16 +83,16 @@ def test_contract(logits, mask, capacity):
     real = set(np.flatnonzero(mask[g]))
     for e in range(E):
       index, gate = routing.token_index[g, e], routing.gate[g, e]
-      taken = [int(s) for s in index if s < S]
+      tokens = [int(s) for s in index if s < S]
       # Each slot has at most one token, none has padding, and empty slots are
       # last.
-      assert len(taken) == len(set(taken)) and set(taken) <= real
-      assert list(index) == taken + [S] * (capacity - len(taken))
-      assert len(taken) == -(-capacity * len(real) // S)
-      np.testing.assert_allclose(gate[: len(taken)], probs[g, taken, e], 1e-5)
-      assert not gate[len(taken) :].any()
-      passed = [(-probs[g, s, e], s) for s in real - set(taken)]
-      assert all((-probs[g, s, e], s) < p for s in taken for p in passed)
+      assert len(tokens) == len(set(tokens)) and set(tokens) <= real
+      assert list(index) == tokens + [S] * (capacity - len(tokens))
+      assert len(tokens) == -(-capacity * len(real) // S)
+      np.testing.assert_allclose(gate[: len(tokens)], probs[g, tokens, e], 1e-5)
+      assert not gate[len(tokens) :].any()
+      refused = [(-probs[g, s, e], s) for s in real - set(tokens)]
+      assert all((-probs[g, s, e], s) < p for s in tokens for p in refused)
 
 
 def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
@@ -100,10 +100,10 @@ def test_a_padded_prefix_is_routed_as_a_group_of_its_own():
   logits = draw(0, G, 8, E)
   mask = np.tile(np.arange(8) < 6, (G, 1))
   padded = compiled(logits, mask, 4)
-  alone = compiled(logits[:, :6], mask[:, :6], 3)
+  unpadded = compiled(logits[:, :6], mask[:, :6], 3)
   token, gate = np.asarray(padded.token_index), np.asarray(padded.gate)
-  np.testing.assert_array_equal(token[..., :3], alone.token_index)
-  np.testing.assert_array_equal(gate[..., :3], alone.gate)
+  np.testing.assert_array_equal(token[..., :3], unpadded.token_index)
+  np.testing.assert_array_equal(gate[..., :3], unpadded.gate)
   assert (token[..., 3] == 8).all()
 
 
@@ -119,8 +119,8 @@ def test_a_later_token_takes_an_earlier_ones_place():
   # The rule really is not causal, and not only declared so.
   logits = np.zeros((1, S, E), np.float32)
   logits[0, 0, 2] = 1.0  # the first token wants expert 2 ...
-  alone = compiled(logits, np.ones((1, S), bool), 1)
-  assert alone.token_index[0, 2, 0] == 0
+  earlier = compiled(logits, np.ones((1, S), bool), 1)
+  assert earlier.token_index[0, 2, 0] == 0
   logits[0, S - 1, 2] = 2.0  # ... and the last one wants it more
   later = compiled(logits, np.ones((1, S), bool), 1)
   assert later.token_index[0, 2, 0] == S - 1
@@ -130,13 +130,13 @@ def test_where_all_take_all_an_earlier_token_sees_no_later_one():
   old, new = draw(0), draw(1)
   new[:, :4] = old[:, :4]
 
-  def given(token, logits):
+  def gates_of(token, logits):
     routing = compiled(logits, np.ones((G, S), bool), S)
     return np.where(routing.token_index == token, routing.gate, 0).sum(-1)
 
   for token in range(4):
-    np.testing.assert_array_equal(given(token, old), given(token, new))
-    np.testing.assert_allclose(given(token, old).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(gates_of(token, old), gates_of(token, new))
+    np.testing.assert_allclose(gates_of(token, old).sum(-1), 1, rtol=1e-6)
 
 
 def test_logits_of_half_precision_are_routed_in_float32():
@@ -159,12 +159,12 @@ def test_gates_teach_the_router_about_those_taken():
     return jax.grad(total, has_aux=True)(logits)
 
   gradient, routing = gradient_and_routing(draw(3))
-  taken = np.zeros((G, S), bool)
+  is_taken = np.zeros((G, S), bool)
   for g in range(G):
-    taken[g, np.asarray(routing.token_index[g]).ravel()] = True
+    is_taken[g, np.asarray(routing.token_index[g]).ravel()] = True
   size = np.abs(gradient).max(-1)
-  assert (size[taken] > 1e-4).all() and not size[~taken].any()
-  assert taken.any() and not taken.all()
+  assert (size[is_taken] > 1e-4).all() and not size[~is_taken].any()
+  assert is_taken.any() and not is_taken.all()
 
 
 @pytest.mark.parametrize('capacity', [0, S + 1])

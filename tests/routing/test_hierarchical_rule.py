@@ -79,17 +79,17 @@ def test_load_loss_follows_the_definition_with_noise():
   mask[1, 3:] = False
   for seed in range(3):
     branch, experts = example(seed)
-    got = losses(branch, experts, jnp.asarray(mask))
+    loss = losses(branch, experts, jnp.asarray(mask))
     for g in range(G):
-      three = [
+      fields = [
         (
           np.asarray(getattr(branch, name), np.float64)[g],
           np.asarray(getattr(experts, name), np.float64)[g].reshape(S, A, B),
         )
         for name in ('clean', 'noisy', 'std')
       ]
-      _, expected = reference.two_level_losses(*three, K1, K2, mask[g])
-      np.testing.assert_allclose(got[g], expected, rtol=1e-4)
+      _, expected = reference.two_level_losses(*fields, K1, K2, mask[g])
+      np.testing.assert_allclose(loss[g], expected, rtol=1e-4)
 
 
 def test_load_loss_has_a_gradient_to_the_primary_gate():

@@ -46,10 +46,10 @@ def test_one_token_by_hand():
 def test_load_probability_follows_the_definition(K):
   for seed in range(3):
     logits = example(seed)
-    got = load_probability(logits, K)
-    assert got.dtype == jnp.float32
+    probability = load_probability(logits, K)
+    assert probability.dtype == jnp.float32
     np.testing.assert_allclose(
-      got, reference.load_probability(*as_float64(logits), K), atol=1e-6
+      probability, reference.load_probability(*as_float64(logits), K), atol=1e-6
     )
 
 

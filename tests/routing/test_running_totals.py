@@ -46,10 +46,10 @@ def test_steps_follow_the_definition(E, margin):
     return running_totals.moved(totals, gates.sum(0)), gates
 
   _, balanced_gates = jax.lax.scan(step, jnp.zeros(E), jnp.asarray(logits))
-  want = reference.balanced_gates(logits, margin)
-  np.testing.assert_allclose(balanced_gates, want, rtol=1e-4, atol=1e-6)
+  expected = reference.balanced_gates(logits, margin)
+  np.testing.assert_allclose(balanced_gates, expected, rtol=1e-4, atol=1e-6)
   # With a large margin no expert sits out.
-  assert (want == 0).any() == (margin < 1000)
+  assert (expected == 0).any() == (margin < 1000)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,8 +71,8 @@ def test_gates_sum_to_one_and_never_all_sit_out(totals, logits, margin):
   # The mean is taken in float32, in which numbers below 1e-38 are 0.
   slack = 1e-6 * np.abs(exact).max() + 1e-37
   assert (lead[out] > margin - slack).all()
-  kept = ~out & (exact > exact.min())
-  assert (lead[kept] <= margin + slack).all()
+  allowed = ~out & (exact > exact.min())
+  assert (lead[allowed] <= margin + slack).all()
 
 
 def test_equal_totals_whose_mean_is_rounded_let_all_in():

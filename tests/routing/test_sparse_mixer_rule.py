@@ -67,9 +67,9 @@ def test_choices_that_are_drawn_equal_a_loop_over_tokens(trained):
     return
   # A drawn expert takes part; a third of some gates of lesser ones is taken.
   assert want.min() > 0 and (index[..., 0] != logits.argmax(-1)).any()
-  parts = gate / want
-  np.testing.assert_allclose(parts, np.where(parts > 0.5, 1, 1 / 3), rtol=1e-4)
-  assert (parts < 0.5).any() and (parts > 0.5).any()
+  ratio = gate / want
+  np.testing.assert_allclose(ratio, np.where(ratio > 0.5, 1, 1 / 3), rtol=1e-4)
+  assert (ratio < 0.5).any() and (ratio > 0.5).any()
 
 
 def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
@@ -83,10 +83,10 @@ def test_training_draws_from_the_softmax_and_keeps_a_third_of_some_gates():
   np.testing.assert_allclose(frequency, [*probs, 0], atol=0.024)
   np.testing.assert_allclose(share[first == 0], probs[0], rtol=1e-5)
   for e in (1, 2):
-    parts = share[first == e] / probs[e]
-    whole = np.isclose(parts, 1, atol=1e-4)
-    np.testing.assert_allclose(parts[~whole], 1 / 3, rtol=1e-4)
-    assert abs(whole.mean() - 0.25) < 0.05
+    ratio = share[first == e] / probs[e]
+    is_whole = np.isclose(ratio, 1, atol=1e-4)
+    np.testing.assert_allclose(ratio[~is_whole], 1 / 3, rtol=1e-4)
+    assert abs(is_whole.mean() - 0.25) < 0.05
   # No token has the same expert twice.
   assert (index[0, :, 0] != index[0, :, 1]).all()
 
@@ -103,11 +103,11 @@ def test_the_gradient_is_that_of_the_whole_gate():
   results = [run(logits, tiny.key(seed)) for seed in range(12)]
   p, q = (reference.softmax(np.array(v)) for v in ([4.0, 3.5, 3], [4, 3.0]))
   # d gate_e / d logit_j is gate_e (1[e=j] - p_j), for both choices.
-  want = 2 * p[1] * (np.array([0, 1, 0]) - p)
-  want[[0, 2]] += 3 * q[0] * (np.array([1, 0]) - q)
+  expected = 2 * p[1] * (np.array([0, 1, 0]) - p)
+  expected[[0, 2]] += 3 * q[0] * (np.array([1, 0]) - q)
   for (_, (index, gate)), gradient in results:
     assert index.tolist() == [[[1, 0]]]
-    np.testing.assert_allclose(gradient[0, 0], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient[0, 0], expected, rtol=1e-4, atol=1e-6)
     assert np.isclose(gate[0, 0, 0], [p[1], p[1] / 3], rtol=1e-4).any()
     np.testing.assert_allclose(gate[0, 0, 1], q[0], rtol=1e-5)
   assert len({float(r[0][1][1][0, 0, 0]) for r in results}) == 2

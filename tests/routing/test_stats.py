@@ -109,9 +109,9 @@ def test_follows_the_definition(K, policy, capacity):
 def test_every_choice_of_a_real_token_has_one_fate():
   routing, _, logits, mask = example(1)
   stats = jax.tree.map(np.asarray, measure(routing, logits, mask))
-  gone = stats.overflowed.sum() + stats.unsent.sum()
+  missing = stats.overflowed.sum() + stats.unsent.sum()
   assert stats.overflowed.sum() > 0 and stats.unsent.sum() > 0
-  assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + gone
+  assert stats.load.sum() == 3 * stats.tokens == stats.kept_load.sum() + missing
 
 
 def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
@@ -119,9 +119,9 @@ def test_the_drop_rate_is_of_choices_that_found_their_expert_full():
   stats = measure(routing, logits, mask)
   fate, real = by_loops.fate, np.asarray(mask)
   full = np.array([(fate[..., k] == 'full')[real].mean() for k in range(3)])
-  by_rank, in_all = drop_rate(stats)
+  by_rank, overall = drop_rate(stats)
   np.testing.assert_allclose(by_rank, full, rtol=1e-6)
-  np.testing.assert_allclose(in_all, full.mean(), rtol=1e-6)
+  np.testing.assert_allclose(overall, full.mean(), rtol=1e-6)
   # A choice that was not sent is not dropped: without a capacity the rate is 0.
   routing, _, logits, mask = example(1, capacity=None)
   stats = measure(routing, logits, mask)
@@ -139,20 +139,20 @@ def test_the_drop_rate_where_experts_choose_is_of_tokens_that_none_took():
     return drop_rate(slot_stats(routing, logits, mask, 3))
 
   logits = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]])
-  by_rank, in_all = rates(logits, jnp.ones((1, 4), bool))
+  by_rank, overall = rates(logits, jnp.ones((1, 4), bool))
   np.testing.assert_array_equal(by_rank, [0.5] * 3)
-  assert in_all == 0.5
+  assert overall == 0.5
 
 
 def test_the_drop_rate_of_stacked_layers_on_the_host():
   routing, _, logits, mask = example(1)
-  one = jax.tree.map(np.asarray, measure(routing, logits, mask))
+  layer = jax.tree.map(np.asarray, measure(routing, logits, mask))
   none = jax.tree.map(np.asarray, empty_aux(E, 3).stats)
-  both = jax.tree.map(lambda a, b: np.stack([a, b]), one, none)
+  layers = jax.tree.map(lambda a, b: np.stack([a, b]), layer, none)
   with np.errstate(invalid='ignore'):
-    by_rank, in_all = drop_rate(both)
-  np.testing.assert_allclose(by_rank[0], drop_rate(one)[0])
-  assert by_rank.shape == (2, 3) and np.isnan(in_all[1])
+    by_rank, overall = drop_rate(layers)
+  np.testing.assert_allclose(by_rank[0], drop_rate(layer)[0])
+  assert by_rank.shape == (2, 3) and np.isnan(overall[1])
 
 
 def test_rms_of_the_logits():
@@ -192,16 +192,16 @@ def test_adding_two_is_measuring_both():
     measure(first, first_logits, first_mask),
     measure(second, second_logits, second_mask),
   )
-  both = measure(
+  joint = measure(
     *jax.tree.map(
       lambda a, b: jnp.asarray(np.concatenate([a, b])),
       (first, first_logits, first_mask),
       (second, second_logits, second_mask),
     )
   )
-  for name in both._fields:
+  for name in joint._fields:
     np.testing.assert_allclose(
-      getattr(added, name), getattr(both, name), rtol=1e-6, err_msg=name
+      getattr(added, name), getattr(joint, name), rtol=1e-6, err_msg=name
     )
 
 

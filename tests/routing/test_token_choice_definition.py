@@ -43,7 +43,7 @@ def example(seed):
   return jnp.asarray(logits), jnp.asarray(mask)
 
 
-def same(routing, expected):
+def assert_same(routing, expected):
   for name in ('expert_index', 'slot', 'kept'):
     np.testing.assert_array_equal(
       getattr(routing, name), getattr(expected, name), err_msg=name
@@ -59,7 +59,7 @@ def test_follows_the_definition(K):
     logits, mask = example(i % 3)
     key = jax.random.key(i % 3)
     draws = np.asarray(jax.random.uniform(key, (G, S, K)))
-    same(
+    assert_same(
       token_choice(logits, mask=mask, key=key, **options),
       reference.token_choice(logits, mask=mask, draws=draws, **options),
     )
@@ -85,7 +85,7 @@ def test_gshards_two_loops_as_printed(capacity):
       reference.gshard_top_2(logits[g], capacity, draws[g]) for g in range(G)
     ]
     stacked = [np.stack(field) for field in list(zip(*groups))[:4]]
-    same(routing, reference.Reference(*stacked, None))
+    assert_same(routing, reference.Reference(*stacked, None))
     kept, slot = np.asarray(routing.kept), np.asarray(routing.slot)
     unsent_in_queue += (~kept & (slot < capacity)).sum()
   assert unsent_in_queue > 0  # only then policies differ

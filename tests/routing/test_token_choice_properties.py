@@ -16,7 +16,7 @@ from moe_jax.routing import (
 )
 
 G, S, E, C = 2, 7, 5, 3
-few = settings(max_examples=20, deadline=None, derandomize=True)
+few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 # Logits are small whole numbers, so that ties are frequent.
 logits = st_np.arrays(np.float32, (G, S, E), elements=st.integers(-2, 2))
@@ -36,7 +36,7 @@ def options(draw):
   )
 
 
-@few
+@few_examples
 @given(logits, masks, options(), st.sampled_from([1, C, None]))
 def test_contract(logits, mask, options, capacity):
   routing = token_choice(
@@ -67,11 +67,11 @@ def test_contract(logits, mask, options, capacity):
       served = np.bincount(expert[g][kept[g]], minlength=E)
       assert (served <= capacity).all()
       if options['key'] is None:  # Only a full expert drops a choice.
-        wanted = np.bincount(expert[g][mask[g]].ravel(), minlength=E)
-        np.testing.assert_array_equal(served, np.minimum(wanted, capacity))
+        demand = np.bincount(expert[g][mask[g]].ravel(), minlength=E)
+        np.testing.assert_array_equal(served, np.minimum(demand, capacity))
 
 
-@few
+@few_examples
 @given(logits, options(), st.permutations(range(S)))
 def test_without_drops_a_token_is_routed_alone(logits, options, order):
   # Permuting a group permutes what its tokens get, and changes nothing else.

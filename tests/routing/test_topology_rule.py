@@ -25,7 +25,7 @@ def log(probs):
 
 # Four experts are on two nodes, 0 and 1 on the first, where the group is. The
 # first three tokens like an expert of the other node best.
-TOLD = log(
+EXAMPLE = log(
   [
     [0.30, 0.10, 0.40, 0.20],
     [0.05, 0.15, 0.10, 0.70],
@@ -33,37 +33,37 @@ TOLD = log(
     [0.60, 0.10, 0.25, 0.05],
   ]
 )
-HERE = np.zeros(1, np.int32)
+FIRST_NODE = np.zeros(1, np.int32)
 REAL = np.ones((1, 4), bool)
 # The second token is padding.
 PADDED = np.array([[True, False, True, True]])
 
 
-def told(K, limit, mask=REAL):
+def choices_of(K, limit, mask=REAL):
   index = limited_choice(
-    TOLD, HERE, mask, num_selected=K, num_nodes=2, limit=limit
+    EXAMPLE, FIRST_NODE, mask, num_selected=K, num_nodes=2, limit=limit
   )
   return np.asarray(index)[0].tolist()
 
 
 def test_the_published_gate_is_told():
   # Nobody may leave: each has its best expert of 0 and 1.
-  assert told(1, 0) == [[0], [1], [1], [0]]
+  assert choices_of(1, 0) == [[0], [1], [1], [0]]
   # The second token, with 0.7, may leave alone; then the third, with 0.5.
-  assert told(1, 1) == [[0], [3], [1], [0]]
-  assert told(1, 2) == [[0], [3], [2], [0]]
-  assert told(1, 3) == [[2], [3], [2], [0]]
+  assert choices_of(1, 1) == [[0], [3], [1], [0]]
+  assert choices_of(1, 2) == [[0], [3], [2], [0]]
+  assert choices_of(1, 3) == [[2], [3], [2], [0]]
   # A token that is padding leaves its place to the next.
-  assert told(1, 1, PADDED)[2] == [2]
-  # Of two choices the last token wants a remote expert, too, with 0.25, which
-  # is the lowest score. Who stays chooses both at home.
-  assert told(2, 3) == [[2, 0], [3, 1], [2, 1], [0, 1]]
-  assert told(2, 4)[3] == [0, 2]
+  assert choices_of(1, 1, PADDED)[2] == [2]
+  # With two choices the last token, too, wants a remote expert, with 0.25, the
+  # lowest score. A token that stays has both choices in its own node.
+  assert choices_of(2, 3) == [[2, 0], [3, 1], [2, 1], [0, 1]]
+  assert choices_of(2, 4)[3] == [0, 2]
 
 
 def test_what_fastmoe_ships_is_told():
   def ships(limit):
-    index = fastmoe_choice(TOLD, HERE, REAL, num_nodes=2, limit=limit)
+    index = fastmoe_choice(EXAMPLE, FIRST_NODE, REAL, num_nodes=2, limit=limit)
     return np.asarray(index)[0].tolist()
 
   # Three first choices are remote, which is fewer than four: plain top-2, in
@@ -80,9 +80,9 @@ def test_what_fastmoe_ships_is_told():
 def test_who_leaves_is_counted():
   def counted(K, limit, mask=REAL):
     index = limited_choice(
-      TOLD, HERE, mask, num_selected=K, num_nodes=2, limit=limit
+      EXAMPLE, FIRST_NODE, mask, num_selected=K, num_nodes=2, limit=limit
     )
-    counts = leaving(TOLD, index, HERE, mask, num_nodes=2)
+    counts = leaving(EXAMPLE, index, FIRST_NODE, mask, num_nodes=2)
     return [int(np.asarray(count)[0]) for count in counts]
 
   assert counted(1, 1) == [4, 3, 1]
@@ -124,11 +124,11 @@ def test_follows_the_definition_and_keeps_the_limit(Q, m, E, K, limit):
     np.float64(logits), node, mask, K, Q, limit
   )
   np.testing.assert_array_equal(index, expected)
-  away = owner[index] // m != node[:, None, None]
-  left = (away.any(-1) & mask).sum(1)
-  assert left.max() <= limit
+  is_remote = owner[index] // m != node[:, None, None]
+  num_leaving = (is_remote.any(-1) & mask).sum(1)
+  assert num_leaving.max() <= limit
   counts = jax.device_get(leaving(logits, index, node, mask, num_nodes=Q))
-  np.testing.assert_array_equal(counts.leaving, left)
+  np.testing.assert_array_equal(counts.leaving, num_leaving)
   np.testing.assert_array_equal(
     counts.leaving, np.minimum(counts.wanting, limit)
   )
@@ -154,9 +154,9 @@ def test_what_fastmoe_ships_follows_its_loops(Q, E, limit):
   assert limited.any() == (limit <= S) and (limit != 0 or limited.all())
   if 0 < limit <= S:
     second = index[limited][..., 1] // (E // Q)
-    away = second != node[limited][:, None]
-    away &= mask[limited]
-    assert (away.sum(1) == limit).all()
+    is_remote = second != node[limited][:, None]
+    is_remote &= mask[limited]
+    assert (is_remote.sum(1) == limit).all()
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -35,8 +35,8 @@ def restore_and_check(checkpointer: Checkpointer) -> int:
     'w': jax.ShapeDtypeStruct((SIZE,), jnp.float32),
   }
   restored = checkpointer.restore(target)
-  want = make_state(restored.step)
-  for name, array in want.items():
+  expected = make_state(restored.step)
+  for name, array in expected.items():
     np.testing.assert_array_equal(restored.state[name], array)
   return restored.step
 
@@ -66,8 +66,8 @@ def child_fills_the_disk(directory: str) -> None:
       checkpointer.wait()
     except CheckpointError as error:
       print(error)
-    left = pathlib.Path(directory).glob('2*/**/*')
-    print(sum(path.stat().st_size for path in left) < 1_000_000)
+    remains = pathlib.Path(directory).glob('2*/**/*')
+    print(sum(path.stat().st_size for path in remains) < 1_000_000)
     checkpointer.save(3, make_state(3))
     try:
       checkpointer.save(4, make_state(4))

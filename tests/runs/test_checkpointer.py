@@ -46,9 +46,9 @@ def abstract(state, sharding=None):
 ABSTRACT = abstract(make_state())
 
 
-def assert_same_bits(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+def assert_same_bits(state, expected):
+  assert jax.tree.structure(state) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected)):
     assert a.dtype == b.dtype and a.shape == b.shape
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -143,13 +143,13 @@ def test_any_mesh_reads_what_one_device_wrote_and_back(tmp_path):
     NamedSharding(mesh, P()),
     SingleDeviceSharding(jax.devices()[3]),
   ]
-  want = np.asarray(state['w'])
+  expected = np.asarray(state['w'])
   for step, sharding in enumerate(shardings):
     with Checkpointer(tmp_path) as checkpointer:
       checkpointer.save(step, state)
       state = checkpointer.restore(abstract(state, sharding)).state
     assert state['w'].sharding == sharding
-    np.testing.assert_array_equal(state['w'], want)
+    np.testing.assert_array_equal(state['w'], expected)
   # The state was saved sharded, and is restored without a mesh.
   with Checkpointer(tmp_path) as checkpointer:
     state = checkpointer.restore(abstract(state), step=2).state
@@ -186,8 +186,8 @@ def test_parameters_alone_are_read_from_a_train_state(tmp_path):
   save_all(tmp_path, [4])
   params = {'params': {'embed': ABSTRACT.params['embed']}}
   with Checkpointer(tmp_path) as checkpointer:
-    got = checkpointer.restore(params, partial=True).state
-    assert_same_bits(got['params']['embed'], make_state(4).params['embed'])
+    restored = checkpointer.restore(params, partial=True).state
+    assert_same_bits(restored['params']['embed'], make_state(4).params['embed'])
     with pytest.raises(ValueError, match='missing: params/embedding'):
       checkpointer.restore(
         {'params': {'embedding': ABSTRACT.step}}, partial=True
@@ -200,9 +200,9 @@ def test_another_tree_is_refused_in_a_few_lines(tmp_path):
   params['router'] = params.pop('embed')
   params['experts'] = jax.ShapeDtypeStruct((8, 3, 6), jnp.float32)
   step = jax.ShapeDtypeStruct((), jnp.float32)
-  wanted = ABSTRACT.replace(params=params, step=step)
+  target = ABSTRACT.replace(params=params, step=step)
   with pytest.raises(ValueError, match='holds another state') as error:
-    Checkpointer(tmp_path).restore(wanted)
+    Checkpointer(tmp_path).restore(target)
   assert str(error.value).splitlines()[1:] == [
     'missing: params/router',
     'unexpected: params/embed',
@@ -295,20 +295,20 @@ def test_leftovers_are_removed_in_one_line_by_a_save_alone(tmp_path, caplog):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
   losses = [3.0, 1.0, float('nan'), 2.0, 1.0, 1.5]
-  kept = []
+  kept_steps = []
   with Checkpointer(tmp_path, keep_newest=2) as checkpointer:
     assert checkpointer.best_step() is None
     for step, loss in enumerate(losses):
       checkpointer.save(step, make_state(), metrics={'loss': loss})
       checkpointer.wait()
-      kept.append(checkpointer.steps())
+      kept_steps.append(checkpointer.steps())
     assert checkpointer.best_step() == 1
     # Without metrics it is the newest, and never the best.
     checkpointer.save(6, make_state())
     checkpointer.save(7, make_state())
     checkpointer.wait()
     assert checkpointer.steps() == [1, 6, 7]
-  assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [1, 4, 5]]
+  assert kept_steps == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [1, 4, 5]]
   assert save_all(tmp_path, [8], keep_best=False) == ['7', '8']
 
 

@@ -31,11 +31,11 @@ def test_messages_arrive_whole_however_they_are_cut(pair):
 
 
 @pytest.mark.parametrize(
-  'said', [b'GET / HTTP/1.1\r\n', b'1\n', b'\xff\n', b'[' * 9999 + b'\n']
+  'message', [b'GET / HTTP/1.1\r\n', b'1\n', b'\xff\n', b'[' * 9999 + b'\n']
 )
-def test_a_closed_line_is_none_and_a_stranger_too(said, pair):
+def test_a_closed_line_is_none_and_a_stranger_too(message, pair):
   line, other = pair
-  line.socket.sendall(said)
+  line.socket.sendall(message)
   assert other.receive() is None
   line.socket.close()
   assert other.receive() is None

@@ -53,15 +53,15 @@ def test_extra_files_are_ignored(folder):
 
 @pytest.mark.parametrize('path', ['d/arrays', 'meta', 'manifest.json'])
 def test_any_flipped_bit_is_found(folder, path):
-  whole = (folder / path).read_bytes()
-  for position in range(0, len(whole), max(1, len(whole) // 41)):
+  content = (folder / path).read_bytes()
+  for position in range(0, len(content), max(1, len(content) // 41)):
     for bit in (0, 3, 5, 7):
-      flipped = bytearray(whole)
+      flipped = bytearray(content)
       flipped[position] ^= 1 << bit
       (folder / path).write_bytes(bytes(flipped))
       with pytest.raises(BadCheckpoint, match=r'altered|unreadable'):
         verify(folder)
-  (folder / path).write_bytes(whole)
+  (folder / path).write_bytes(content)
   verify(folder)
 
 

@@ -133,12 +133,12 @@ def test_a_kill_anywhere_in_the_last_row_is_mended(tmp_path):
     writer.write(1, {'a': 1})
     writer.write(2, {'a': [2.5, 3]})
   path = tmp_path / 'metrics.jsonl'
-  whole = path.read_bytes()
-  first, last = whole.splitlines(keepends=True)
-  for size in range(len(first), len(whole)):
-    path.write_bytes(whole[:size])
+  content = path.read_bytes()
+  first, last = content.splitlines(keepends=True)
+  for size in range(len(first), len(content)):
+    path.write_bytes(content[:size])
     # The last row is complete even without its newline.
-    steps = [1, 2] if size == len(whole) - 1 else [1]
+    steps = [1, 2] if size == len(content) - 1 else [1]
     assert [row['step'] for row in read_metrics(path)] == steps
     with MetricsWriter(tmp_path, resume_step=1) as writer:
       assert path.read_bytes() == first
@@ -191,10 +191,10 @@ def test_event_files_hold_the_scalars(tmp_path):
   # Every byte, with checksums, is as tensorboardX's writer writes the same
   # events.
   copy = tmp_path / 'copy'
-  theirs = RecordWriter(str(copy))
+  record_writer = RecordWriter(str(copy))
   for event in events(path):
-    theirs.write(event.SerializeToString())
-  theirs.close()
+    record_writer.write(event.SerializeToString())
+  record_writer.close()
   assert path.read_bytes() == copy.read_bytes()
 
 
@@ -248,12 +248,12 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, file_limit):
   with MetricsWriter(tmp_path, resume_step=None) as writer:
     for step in range(5):
       writer.write(step, {'a': 1})
-  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  content = (tmp_path / 'metrics.jsonl').read_bytes()
   file_limit(20)
   with pytest.raises(OSError):
     MetricsWriter(tmp_path, resume_step=3)
   file_limit(None)
-  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == content
 
 
 @pytest.mark.parametrize(

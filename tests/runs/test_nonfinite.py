@@ -31,7 +31,7 @@ class Poison(Hook):
 
   def start(self, run):
     self.states, self.lines = {}, []
-    train_step, say = run.train_step, run.message
+    train_step, run_message = run.train_step, run.message
 
     def step_on(state, batch):
       if int(state.step) + 1 in self.steps:
@@ -43,7 +43,7 @@ class Poison(Hook):
 
     def message(text):
       self.lines.append(text)
-      say(text)
+      run_message(text)
 
     run.train_step, run.message = step_on, message
 
@@ -77,14 +77,14 @@ def test_a_step_is_left_out_and_all_else_goes_on(tmp_path):
     )
   )
   assert [path.name for path in hook.files] == ['3.npz']
-  kept = np.load(hook.files[0])
+  saved_batch = np.load(hook.files[0])
   batches = data.train_batches(
     data.load(OPTIONS.data).splits['train'],
     batch_size=OPTIONS.batch_size,
     seed=OPTIONS.seed,
     start=2,
   )
-  assert_equal(dict(kept), next(batches))
+  assert_equal(dict(saved_batch), next(batches))
   (line,) = [line for line in hook.lines if 'left out' in line]
   assert line.startswith('step 3: loss=') and '1 of at most 2' in line
   assert str(hook.files[0]) in line
@@ -104,7 +104,7 @@ def test_one_too_many_stops_the_run_and_a_restart_remembers(tmp_path):
     train(tmp_path, 6)
   # The step that stopped the run before was finite this time, and does not
   # count.
-  kept = {path.name for path in (tmp_path / 'nonfinite').iterdir()}
-  assert kept == {'2.npz', '4.npz', '6.npz'}
+  file_names = {path.name for path in (tmp_path / 'nonfinite').iterdir()}
+  assert file_names == {'2.npz', '4.npz', '6.npz'}
   hook = train(tmp_path)
   assert hook.states.keys() == {6}

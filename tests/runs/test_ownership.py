@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PERIOD = 0.05
 
 
-def left_by(folder, **fields):
+def write_owner(folder, **fields):
   """Writes the file of another owner, as one that was killed leaves it."""
   values = Owner.of_this_process()._asdict() | {'id': 'other'} | fields
   (folder / OWNER).write_text(json.dumps(values))
@@ -39,14 +39,14 @@ def names(folder):
 
 def test_it_is_owned_while_it_is_used_and_free_afterwards(tmp_path):
   folder = tmp_path / 'a' / 'run'
-  with owned([folder]) as mine:
-    mine.confirm()
+  with owned([folder]) as claim:
+    claim.confirm()
     assert OWNER in names(folder)
     with pytest.raises(
       OwnedError, match=rf'run is in use by process {os.getpid()} on .* since '
     ):
       take(folder)
-    mine.confirm()
+    claim.confirm()
   # A job that wrote nothing leaves no folder.
   assert names(tmp_path) == []
   with pytest.raises(RuntimeError), owned([tmp_path]):
@@ -75,7 +75,7 @@ def test_several_folders_are_owned_or_none(tmp_path):
   ],
 )
 def test_an_owner_of_this_machine_is_dead_at_once(tmp_path, fields):
-  left_by(tmp_path, **fields)
+  write_owner(tmp_path, **fields)
   lines = []
   take(tmp_path, lines.append).release()
   assert not lines and names(tmp_path) == []
@@ -96,60 +96,60 @@ def test_a_process_that_ended_and_was_not_waited_for_is_dead():
 def test_a_damaged_file_blocks_nobody(tmp_path, text):
   (tmp_path / OWNER).write_text(text)
   take(tmp_path).release()
-  values = left_by(tmp_path)
+  values = write_owner(tmp_path)
   for name in ('pid', 'id', 'host'):
     (tmp_path / OWNER).write_text(json.dumps(values | {name: None}))
     take(tmp_path).release()
 
 
 def test_an_owner_elsewhere_is_waited_for_and_announced_in_one_line(tmp_path):
-  left_by(tmp_path, host='elsewhere', pid=7)
-  lines, began = [], time.monotonic()
-  mine = take(tmp_path, lines.append)
-  assert time.monotonic() - began >= 3 * PERIOD
+  write_owner(tmp_path, host='elsewhere', pid=7)
+  lines, start = [], time.monotonic()
+  claim = take(tmp_path, lines.append)
+  assert time.monotonic() - start >= 3 * PERIOD
   (line,) = lines
   assert str(tmp_path) in line and 'process 7 on elsewhere' in line
-  mine.confirm()
-  mine.release()
+  claim.confirm()
+  claim.release()
 
 
 @pytest.mark.parametrize('changes', [BEAT, OWNER])
 def test_an_owner_elsewhere_that_lives_is_not_taken_over(tmp_path, changes):
-  left_by(tmp_path, host='elsewhere')
+  write_owner(tmp_path, host='elsewhere')
 
-  def goes_on(line):
+  def renew(line):
     if changes == BEAT:
       (tmp_path / BEAT).write_text('other 2')
     else:
-      left_by(tmp_path, host='elsewhere', id='third')
+      write_owner(tmp_path, host='elsewhere', id='third')
 
   with pytest.raises(OwnedError, match='on elsewhere'):
-    take(tmp_path, goes_on)
+    take(tmp_path, renew)
   assert json.loads((tmp_path / OWNER).read_text())['host'] == 'elsewhere'
 
 
 def test_an_owner_that_was_replaced_stops(tmp_path):
-  mine = take(tmp_path)
-  left_by(tmp_path, host='elsewhere', pid=7)
+  claim = take(tmp_path)
+  write_owner(tmp_path, host='elsewhere', pid=7)
   with pytest.raises(OwnedError, match='now belongs to process 7 on elsewh'):
-    mine.confirm()
-  mine.release()  # and leaves what is not its own
+    claim.confirm()
+  claim.release()  # and leaves the file of the new owner
   assert OWNER in names(tmp_path)
-  mine = take(tmp_path)
+  claim = take(tmp_path)
   (tmp_path / OWNER).unlink()
   with pytest.raises(OwnedError, match=r'nobody: its owner\.json is gone'):
-    mine.confirm()
-  mine.release()
+    claim.confirm()
+  claim.release()
 
 
 def test_it_beats(tmp_path):
-  mine, beats = take(tmp_path), set()
+  claim, beats = take(tmp_path), set()
   deadline = time.monotonic() + 20
   while len(beats) < 3:
     beats.add(owner_lib.beat(storage_path(tmp_path)))
     assert time.monotonic() < deadline
     time.sleep(PERIOD / 5)
-  mine.release()
+  claim.release()
   assert names(tmp_path) == []
 
 
@@ -163,7 +163,7 @@ def test_of_two_who_start_at_once_one_wins(tmp_path, monkeypatch, turns):
   if not turns:
     monkeypatch.setattr(ownership.fcntl, 'flock', no_locks)
     monkeypatch.setattr(ownership, '_SETTLE_SECONDS', 0.3)
-  left_by(tmp_path, pid=4_000_000)
+  write_owner(tmp_path, pid=4_000_000)
   gate = threading.Barrier(8)
 
   def start(_):
@@ -174,20 +174,20 @@ def test_of_two_who_start_at_once_one_wins(tmp_path, monkeypatch, turns):
       return None
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    winners = [each for each in pool.map(start, range(8)) if each]
+    winners = [claim for claim in pool.map(start, range(8)) if claim]
   assert len(winners) == 1
   winners[0].confirm()
   winners[0].release()
   assert names(tmp_path) == []
 
 
-def child(folder, until):
-  time.sleep(max(0.0, until - time.time()))
+def child(folder, start_time):
+  time.sleep(max(0.0, start_time - time.time()))
   try:
-    with owned([folder]) as mine:
+    with owned([folder]) as claim:
       print('won', flush=True)
       sys.stdin.read()
-      mine.confirm()
+      claim.confirm()
   except OwnedError as error:
     print(error)
 
@@ -195,9 +195,9 @@ def child(folder, until):
 @pytest.mark.slow
 def test_processes_that_start_at_once_and_are_killed(tmp_path):
   for _ in range(2):  # the second time after owners that were killed
-    until = time.time() + 6
+    start_time = time.time() + 6
     module = 'tests.runs.test_ownership'
-    code = f'import {module} as m; m.child({str(tmp_path)!r}, {until})'
+    code = f'import {module} as m; m.child({str(tmp_path)!r}, {start_time})'
     children = [
       subprocess.Popen(
         [sys.executable, '-c', code],
@@ -208,13 +208,13 @@ def test_processes_that_start_at_once_and_are_killed(tmp_path):
       )
       for _ in range(2)
     ]
-    said = [each.stdout.readline() for each in children]
-    assert sorted('won' in line for line in said) == [False, True], said
-    for each in children:
-      each.send_signal(signal.SIGKILL)
-      each.wait()
-      each.stdout.close()
-      each.stdin.close()
+    answers = [process.stdout.readline() for process in children]
+    assert sorted('won' in line for line in answers) == [False, True], answers
+    for process in children:
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      process.stdout.close()
+      process.stdin.close()
   began = time.monotonic()
   take(tmp_path).release()
   assert time.monotonic() - began < 1
@@ -222,7 +222,7 @@ def test_processes_that_start_at_once_and_are_killed(tmp_path):
 
 def test_folders_that_cannot_be_written_are_said(tmp_path, monkeypatch):
   (tmp_path / 'file').touch()
-  for folder, why in [
+  for folder, reason in [
     (tmp_path / 'file', 'File exists'),
     (tmp_path / 'file' / 'run', 'Not a directory'),
     ('gs://bucket/run', 'gcsfs'),
@@ -230,7 +230,7 @@ def test_folders_that_cannot_be_written_are_said(tmp_path, monkeypatch):
     (tmp_path / ('long' * 99), 'too long'),
     ('/proc/run', 'No such file'),
   ]:
-    with pytest.raises(ValueError, match=why) as error, owned([folder]):
+    with pytest.raises(ValueError, match=reason) as error, owned([folder]):
       pass
     assert str(folder) in str(error.value)
   assert names(tmp_path) == ['file']

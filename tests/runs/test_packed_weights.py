@@ -14,9 +14,9 @@ def test_arrays_of_any_shape_and_order_are_read_as_written(tmp_path):
     'scale': np.float32(1.5),  # of shape ()
   }
   packed_weights.write(tmp_path, {'params': params})
-  place = sharding(make_mesh({'data': 1}, jax.devices()[:1]), (), ())
+  on_device = sharding(make_mesh({'data': 1}, jax.devices()[:1]), (), ())
   abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(np.shape(x), 'float32', sharding=place),
+    lambda x: jax.ShapeDtypeStruct(np.shape(x), 'float32', sharding=on_device),
     params,
   )
   read = packed_weights.read(tmp_path, {'params': abstract}).state['params']

@@ -119,8 +119,8 @@ ABSTRACT = {
 }
 
 
-def next_state(given):
-  return jax.tree.map(lambda x: x * 3 + 1, given)
+def next_state(arrays):
+  return jax.tree.map(lambda x: x * 3 + 1, arrays)
 
 
 def restored(checkpoints):
@@ -147,9 +147,9 @@ def test_a_save_is_tried_again(tmp_path, monkeypatch, caplog, function):
   with Checkpointer(tmp_path) as checkpoints:
     assert restored(checkpoints)[2:] == (2, [])
   assert [path.name for path in tmp_path.iterdir()] == ['2']
-  said = [r.getMessage() for r in caplog.records if 'again' in r.getMessage()]
-  assert 'Stale file handle; trying again in 0.01 s (try 2 of 3)' in said[0]
-  assert 'in 0.02 s (try 3 of 3)' in said[1]
+  logs = [r.getMessage() for r in caplog.records if 'again' in r.getMessage()]
+  assert 'Stale file handle; trying again in 0.01 s (try 2 of 3)' in logs[0]
+  assert 'in 0.02 s (try 3 of 3)' in logs[1]
 
 
 class OneOfSeveral(Checkpointer):
@@ -192,11 +192,11 @@ def test_what_is_written_again_is_what_was_given(tmp_path, monkeypatch):
   failing = Failing(os.rename, '2.saving', 'EIO', failures=1)
   monkeypatch.setattr(os, 'rename', failing)
   with Checkpointer(tmp_path, retry=Retry(2, 0.5)) as checkpoints:
-    given = state(2)
-    checkpoints.save(2, given)
+    arrays = state(2)
+    checkpoints.save(2, arrays)
     for _ in range(3):  # unless its memory is held, this reuses it
-      given = jax.jit(next_state, donate_argnums=0)(given)
-    jax.tree.map(lambda x: x.delete(), given)
+      arrays = jax.jit(next_state, donate_argnums=0)(arrays)
+    jax.tree.map(lambda x: x.delete(), arrays)
     assert restored(checkpoints).step == 2
   assert failing.calls > 1
 
@@ -251,7 +251,7 @@ def run(library, folder, function, match, name, failures):
     'FAILURES': str(failures),
   }  # fmt: skip
   module = 'tests.runs.test_storage_errors'
-  done = subprocess.run(
+  proc = subprocess.run(
     [sys.executable, '-c', f'import {module} as m; m.child({str(folder)!r})'],
     cwd=ROOT,
     env={**os.environ, **environment},
@@ -260,20 +260,20 @@ def run(library, folder, function, match, name, failures):
     timeout=100,
     check=True,
   )
-  return done.stdout.splitlines()[-1], done.stderr.count('trying again'), done
+  return proc.stdout.splitlines()[-1], proc.stderr.count('trying again'), proc
 
 
 @pytest.mark.slow
 def test_the_array_library_fails_for_a_while(library, tmp_path):
   # Two threads can get one of the two failures each, in the same attempt.
-  last, again, _ = run(library, tmp_path, 'fsync', '.saving', 'EIO', 2)
-  assert last == '[1]' and again in (1, 2)
-  last, again, _ = run(library, tmp_path, 'pread', '/1/', 'ESTALE', 1)
-  assert (last, again) == ('[1]', 1)
+  last, tries, _ = run(library, tmp_path, 'fsync', '.saving', 'EIO', 2)
+  assert last == '[1]' and tries in (1, 2)
+  last, tries, _ = run(library, tmp_path, 'pread', '/1/', 'ESTALE', 1)
+  assert (last, tries) == ('[1]', 1)
 
 
 @pytest.mark.slow
 def test_the_array_library_fails_for_good(library, tmp_path):
-  last, again, done = run(library, tmp_path, 'fsync', '.saving', 'EIO', 999)
-  assert (last, again) == ('[]', 2)
-  assert 'Input/output error' in done.stdout
+  last, tries, proc = run(library, tmp_path, 'fsync', '.saving', 'EIO', 999)
+  assert (last, tries) == ('[]', 2)
+  assert 'Input/output error' in proc.stdout

@@ -15,8 +15,8 @@ from moe_jax.runs.lines import Line, reach
 from moe_jax.runs.watchdog import Watchdog
 
 TICK, SECONDS = 0.1, 1.0
-MOST = SECONDS / TICK + 3
-SAYS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
+MAX_MESSAGES = SECONDS / TICK + 3
+STATUS = {'count': 1, 'where': 'here', 'done': False, 'failed': ''}
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def process(monkeypatch):
 
 def test_strangers_do_not_end_the_watch(process):
   watchdog, _, port = process(0, 1)
-  for said in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
+  for message in (b'1\n', b'{"token": "\xc3\xa9"}\n', b'{}\n', b'{"a": 1}\n'):
     with socket.create_connection(('127.0.0.1', port), 5.0) as stranger:
-      stranger.sendall(said)
+      stranger.sendall(message)
       assert stranger.recv(9) == b''
   assert any(thread.name == 'watchdog' for thread in threading.enumerate())
   watchdog.finish()
@@ -58,12 +58,12 @@ def test_strangers_do_not_end_the_watch(process):
 def test_process_0_answers_once_a_tick(process):
   watchdog, token, port = process(0, 2)
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
-  answers, until = 0, time.monotonic() + SECONDS
-  while time.monotonic() < until:
-    line.send(SAYS)  # without waiting for an answer
+  answers, deadline = 0, time.monotonic() + SECONDS
+  while time.monotonic() < deadline:
+    line.send(STATUS)  # without waiting for an answer
     answers += len(line.receive())
-  assert 2 <= answers <= MOST
-  line.send({**SAYS, 'done': True})
+  assert 2 <= answers <= MAX_MESSAGES
+  line.send({**STATUS, 'done': True})
   line.socket.shutdown(socket.SHUT_WR)
   watchdog.finish()
 
@@ -71,14 +71,14 @@ def test_process_0_answers_once_a_tick(process):
 def test_others_speak_once_a_tick(process):
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
-    heard = []
+    messages = []
 
     def answer():
       line = Line(server.accept()[0])
       line.send(line.receive()[0])
-      until = time.monotonic() + SECONDS
-      while time.monotonic() < until:
-        heard.extend(line.receive())
+      deadline = time.monotonic() + SECONDS
+      while time.monotonic() < deadline:
+        messages.extend(line.receive())
         line.send({})
       line.send({'over': True})
 
@@ -88,7 +88,7 @@ def test_others_speak_once_a_tick(process):
     watchdog, _, _ = process(1, 2, hello=text)
     watchdog.finish()
     thread.join()
-  assert 2 <= len(heard) <= MOST
+  assert 2 <= len(messages) <= MAX_MESSAGES
 
 
 def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
@@ -97,9 +97,9 @@ def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
   monkeypatch.setattr(os, '_exit', statuses.append)
   _, token, port = process(0, 2, stall_timeout_seconds=1)
   line = reach(['127.0.0.1'], port, {'process': 1, 'token': token}, 5.0)
-  answers, until = [], time.monotonic() + 20
-  while not any(answers) and time.monotonic() < until:
-    line.send({**SAYS, 'count': 0, 'where': 'the start'})
+  answers, deadline = [], time.monotonic() + 20
+  while not any(answers) and time.monotonic() < deadline:
+    line.send({**STATUS, 'count': 0, 'where': 'the start'})
     answers = line.receive() or []
     time.sleep(TICK / 4)
   line.socket.close()
@@ -107,7 +107,7 @@ def test_a_stall_before_the_first_mark_is_seen(process, monkeypatch, capfd):
     'nothing moved for 1 s; no process is behind: all have got to the start'
   )
   assert {'end': reason} in answers
-  while not statuses and time.monotonic() < until:
+  while not statuses and time.monotonic() < deadline:
     time.sleep(TICK)
   assert statuses == [1]
   assert f'process 0 of 2 ends: {reason}' in capfd.readouterr().err

@@ -29,15 +29,15 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
     checkpoint={'keep_best': False, 'directory': str(elsewhere)},
   )
   config.evals = {}
-  options, one = run_config.read(config), jax.devices()[:1]
-  state = loop.train_and_evaluate(options, folder, devices=one)
+  options, cpu = run_config.read(config), jax.devices()[:1]
+  state = loop.train_and_evaluate(options, folder, devices=cpu)
   assert not (folder / workdir.CHECKPOINTS).exists()
   assert (elsewhere / '2').is_dir()
   # Readers of a run find its checkpoints from its folder alone.
   run = trained.read(folder)
   assert run.model == options.filled(257).model
-  kept = run.data.tokenizer.identity()
-  assert kept == options.data.tokenizer.identity()
+  tokenizer_id = run.data.tokenizer.identity()
+  assert tokenizer_id == options.data.tokenizer.identity()
   data = dataclasses.replace(run.data, tokenizer=options.data.tokenizer)
   assert (data, run.batch_size) == (options.data, 4)
   rules = run.sharding.rules
@@ -58,7 +58,7 @@ def test_checkpoints_in_a_folder_of_their_own(tmp_path):
   # The run continues from these checkpoints.
   longer = merge(config, {'total_steps': 3})
   longer_run = run_config.read(longer)
-  state = loop.train_and_evaluate(longer_run, folder, devices=one, resume=True)
+  state = loop.train_and_evaluate(longer_run, folder, devices=cpu, resume=True)
   assert int(state.step) == 3
   relocated_config = merge(longer, {'checkpoint': {'directory': ''}})
   with pytest.raises(ValueError, match=r'bucket/run; checkpoint\.directory='):
@@ -88,14 +88,14 @@ def test_a_folder_of_an_earlier_version_is_refused_by_its_last_commit(tmp_path):
 
 
 def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
-  config, usual = tiny.config(), sections.section(run_config.RunConfig)
+  config, defaults = tiny.config(), sections.section(run_config.RunConfig)
   earlier = config.to_dict()
   del earlier['lora']  # an option that was added since
   workdir.claim(tmp_path, earlier)
-  workdir.check(tmp_path, config, defaults=usual)
+  workdir.check(tmp_path, config, defaults=defaults)
   adapted = merge(config, {'lora': {'rank': 2}})
   with pytest.raises(ValueError, match=r'lora\.rank: None -> 2'):
-    workdir.check(tmp_path, adapted, defaults=usual)
+    workdir.check(tmp_path, adapted, defaults=defaults)
   other = merge(config, {'seed': 1})
   with pytest.raises(ValueError, match='seed: 0 -> 1'):
-    workdir.check(tmp_path, other, defaults=usual)
+    workdir.check(tmp_path, other, defaults=defaults)

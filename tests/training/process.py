@@ -137,20 +137,20 @@ def run(
   for kind, options in dict(evals).items():
     config.evals[kind] = getattr(base, f'{kind}_evaluation')(**options)
   recorded = recorder()
-  more = [recorded]
+  run_hooks = [recorded]
   if hooks:
     from moe_jax import hooks as hooks_lib
 
-    more += hooks_lib.default_hooks()
+    run_hooks += hooks_lib.default_hooks()
   if befalls:
-    more.append(accident(*befalls))
+    run_hooks.append(accident(*befalls))
   if isinstance(workdir, list):
     workdir = workdir[jax.process_index()]
   folder = pathlib.Path(within) / workdir
   state = train_and_evaluate(
     run_config.read(config),
     folder,
-    hooks=more,
+    hooks=run_hooks,
     resume=True,
     devices=interleaved(jax.devices()) if order else None,
   )
@@ -172,12 +172,12 @@ def main(coordinator, num_processes, process_id, path):
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
   if 'shared_seconds' in spec:
     distributed.SHARED_SECONDS = spec['shared_seconds']
-  where = coordinator, int(num_processes), int(process_id)
-  with distributed.joined(distributed.Timeouts(**timeouts), *where):
+  address = coordinator, int(num_processes), int(process_id)
+  with distributed.joined(distributed.Timeouts(**timeouts), *address):
     for job in spec['jobs']:
       job['overrides'] |= {'distributed': timeouts}
-      with open(f'{path}.{process_id}', 'a') as results:
-        results.write(json.dumps(run(within, **job)) + '\n')
+      with open(f'{path}.{process_id}', 'a') as file:
+        file.write(json.dumps(run(within, **job)) + '\n')
 
 
 if __name__ == '__main__':

@@ -74,7 +74,7 @@ def test_a_factor_of_zero_leaves_the_losses_out():
 
 
 @functools.cache
-def stepped(microbatches=1, devices=1, weighted=True, **aux):
+def step_losses(microbatches=1, devices=1, weighted=True, **aux):
   """The total losses of three steps of a tiny run."""
   mesh = dict(data=1, fsdp=2, expert=2) if devices > 1 else {}
   options = tiny.options(
@@ -86,11 +86,11 @@ def stepped(microbatches=1, devices=1, weighted=True, **aux):
   )
   devices = jax.devices()[:devices]
   mesh = options.mesh.make(devices)
-  made = programs.make_programs(options, options.build(), mesh)
-  state, by_step = made.init_state(), []
-  batch = made.put(jax.tree.map(np.asarray, tiny.batch(options)))
+  run_programs = programs.make_programs(options, options.build(), mesh)
+  state, by_step = run_programs.init_state(), []
+  batch = run_programs.put(jax.tree.map(np.asarray, tiny.batch(options)))
   for _ in range(3):
-    state, metrics = made.train_step(state, batch)
+    state, metrics = run_programs.train_step(state, batch)
     by_step.append(float(metrics.loss))
   return by_step
 
@@ -102,19 +102,19 @@ AUX = dict(kind='linear', factor=0.0, final_factor=2.0, line_steps=2)
 @pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 4])
 def test_accumulation_and_meshes_change_nothing(devices):
-  alone = stepped(**AUX)
-  split = stepped(microbatches=2, devices=devices, **AUX)
-  np.testing.assert_allclose(split, alone, rtol=1e-5)
+  unsplit = step_losses(**AUX)
+  split = step_losses(microbatches=2, devices=devices, **AUX)
+  np.testing.assert_allclose(split, unsplit, rtol=1e-5)
 
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_a_step_has_the_factor_of_its_number():
-  alone = stepped(**AUX)
+  scheduled = step_losses(**AUX)
   # The first step has no auxiliary loss, the second the given weights.
-  first = stepped(factor=0.0)[0]
-  np.testing.assert_allclose(alone[0], first, rtol=1e-6)
-  assert alone[1] > first + 0.5
+  first = step_losses(factor=0.0)[0]
+  np.testing.assert_allclose(scheduled[0], first, rtol=1e-6)
+  assert scheduled[1] > first + 0.5
 
 
 @pytest.mark.as_users_compile
@@ -127,9 +127,9 @@ def test_a_step_has_the_factor_of_its_number():
   ],
 )
 def test_zero_throughout_is_the_run_without_weights(zero):
-  without = stepped(weighted=False)
-  assert stepped(**zero) == without
-  assert stepped(**AUX) != without
+  without = step_losses(weighted=False)
+  assert step_losses(**zero) == without
+  assert step_losses(**AUX) != without
 
 
 def made_run(tmp_path, **overrides):
@@ -141,12 +141,12 @@ def made_run(tmp_path, **overrides):
 def test_a_shared_step_has_the_schedule(tmp_path):
   run = made_run(tmp_path, model=HEAVY, aux_losses=AUX)
   batch = next(run.batches(0))
-  own = run.train_step(run.programs.init_state(), batch)
-  own = run.train_step(own[0], batch)[1]
+  plain = run.train_step(run.programs.init_state(), batch)
+  plain = run.train_step(plain[0], batch)[1]
   shared_steps.SharedStep().start(run)
   shared = run.train_step(run.programs.init_state(), batch)
   shared = run.train_step(shared[0], batch)[1]
-  np.testing.assert_allclose(shared.loss, own.loss, rtol=1e-6)
+  np.testing.assert_allclose(shared.loss, plain.loss, rtol=1e-6)
 
 
 def test_a_schedule_of_weights_that_the_model_lacks_is_said(tmp_path):

@@ -157,7 +157,7 @@ def train(options, workdir, *hooks, **kwargs):
 
 
 def final_steps(workdir):
-  """The steps at which the evaluation ran that runs only at the end."""
+  """The steps at which the evaluation for the end of a run took place."""
   return [r['step'] for r in rows_of(workdir) if 'eval/final/loss' in r]
 
 
@@ -190,7 +190,7 @@ def test_a_run_ends_early_with_all_evaluations(early):
   assert ended == (5, True)
   rows = rows_of(workdir)
   assert scores_of(workdir) == list(enumerate(SCORES[:5], 1))
-  # What runs only at the end has run, and the last averages are written.
+  # The evaluation at the end has run, and the last averages are written.
   assert final_steps(workdir) == [5]
   assert [r['step'] for r in rows if 'train/loss' in r] == [3, 5]
   with Checkpointer(workdir / 'checkpoints') as checkpoints:
@@ -202,21 +202,21 @@ def test_a_run_that_has_ended_early_says_so_and_may_go_on(
   early, tmp_path, capsys
 ):
   workdir, _ = early
-  before = rows_of(workdir)
+  rows = rows_of(workdir)
   assert train(options(), workdir) == (5, True)
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   assert 'ended early at step 5: scripted/score has not been better in 3' in (
-    said
+    output
   )
-  assert 'the best checkpoint by scripted/score is that of step 2' in said
-  assert rows_of(workdir) == before
+  assert 'the best checkpoint by scripted/score is that of step 2' in output
+  assert rows_of(workdir) == rows
 
 
 def test_a_killed_run_ends_where_the_unbroken_one_did(early, tmp_path):
   workdir, _ = early
   with pytest.raises(KeyboardInterrupt):
     train(options(), tmp_path, Kill(5))
-  # It goes on from the best, that of step 2; the counts are those of then.
+  # The run goes on from the best checkpoint, of step 2, with its counts.
   with Checkpointer(tmp_path / 'checkpoints') as checkpoints:
     assert checkpoints.steps() == [2]
   assert train(options(), tmp_path) == (5, True)
@@ -302,6 +302,6 @@ def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
   message = "unknown checkpoint.best_metric 'lose'; did you mean 'loss'"
   with pytest.raises(ValueError, match=message):
     train(run_config.read(config), tmp_path)
-  # The numbers that it has are written.
+  # The numbers that the evaluation has are written.
   (row,) = (r for r in rows_of(tmp_path) if 'eval/train_capacity/loss' in r)
   assert row['step'] == 3

@@ -50,15 +50,15 @@ def train(workdir, options, *hooks):
 
 
 def test_it_ends_the_run_and_the_step_before_is_good(tmp_path):
-  """The last step is checked, too, after which no loss would tell."""
+  """The last step is checked, too, although no later loss would reveal it."""
   with pytest.raises(NonFiniteError) as error:
     train(tmp_path, bursting(**STEPS))
-  said = str(error.value)
-  first = said.splitlines()[0]
+  message = str(error.value)
+  first = message.splitlines()[0]
   assert first.startswith('step 3: loss=5.') and 'nan' not in first
   assert 'not finite in the new state: params/' in first and ' more' in first
-  assert 'last good checkpoint: step 2' in said
-  assert 'and go on with --resume' in said
+  assert 'last good checkpoint: step 2' in message
+  assert 'and go on with --resume' in message
   with Checkpointer(tmp_path / CHECKPOINTS) as checkpoints:
     assert checkpoints.steps() == [1, 2]
     assert checkpoints.newest_good() == 2
@@ -74,7 +74,7 @@ def test_a_step_with_such_a_state_is_left_out():
   old = {'w': jnp.ones(2), 'n': jnp.int32(1)}
   state = step.TrainState(jnp.int32(4), jnp.uint32(0), old, {})
 
-  def made(state, batch):
+  def train_step(state, batch):
     w = jnp.stack([jnp.float32(1), batch['value']])
     new = state.replace(step=state.step + 1, params={**old, 'w': w})
     numbers = dict(loss=jnp.float32(1), grad_norm=jnp.float32(2))
@@ -82,14 +82,14 @@ def test_a_step_with_such_a_state_is_left_out():
       **numbers, sums=None, learning_rate=None, finite=finite.flags(new)
     )
 
-  for value, kept in ((3.0, [1, 3]), (np.nan, [1, 1]), (-np.inf, [1, 1])):
-    new, metrics = step.skipping_nonfinite(made)(
+  for value, expected in ((3.0, [1, 3]), (np.nan, [1, 1]), (-np.inf, [1, 1])):
+    new, metrics = step.skipping_nonfinite(train_step)(
       state, {'value': jnp.float32(value)}
     )
-    np.testing.assert_array_equal(new.params['w'], kept)
+    np.testing.assert_array_equal(new.params['w'], expected)
     assert int(new.step) == 5
-    wrong = [] if np.isfinite(value) else ['params/w']
-    assert finite.names(state, np.asarray(metrics.finite)) == wrong
+    bad_names = [] if np.isfinite(value) else ['params/w']
+    assert finite.names(state, np.asarray(metrics.finite)) == bad_names
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_no_optimizer_keeps_an_infinity_on_purpose(name):
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_one_value_of_many_is_found(value, dtype):
-  """Also beside the largest numbers, whose sum would be infinite."""
+  """The value is found among the largest numbers, whose sum overflows, too."""
   most = float(jnp.finfo(dtype).max)
   large = jnp.full((7, 33), most, dtype).at[2].set(-most)
   flags = jax.jit(finite.flags)([large, large.at[3, 5].set(value)])

@@ -29,8 +29,8 @@ OPTIONS = tiny.options(model=DROPOUT)
 
 
 def train_and_evaluate(options, workdir, **kwargs):
-  one = jax.devices()[:1]
-  return loop.train_and_evaluate(options, workdir, devices=one, **kwargs)
+  devices = jax.devices()[:1]
+  return loop.train_and_evaluate(options, workdir, devices=devices, **kwargs)
 
 
 class SigtermAt(Hook):
@@ -56,11 +56,11 @@ class Messages(Hook):
 
   def start(self, run):
     self.lines = []
-    say = run.message
+    run_message = run.message
 
     def message(text):
       self.lines.append(text)
-      say(text)
+      run_message(text)
 
     run.message = message
 
@@ -146,10 +146,10 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
 @pytest.fixture
 def ctrl_c():
   """Handles SIGINT as a new interpreter does."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  signal.signal(signal.SIGINT, before)
+  signal.signal(signal.SIGINT, old_handler)
 
 
 @pytest.mark.as_users_compile
@@ -212,21 +212,21 @@ def test_a_flipped_bit_is_passed_over(unbroken, tmp_path, capsys):
   largest.write_bytes(bytes(content))
   capsys.readouterr()
   resumed = train_and_evaluate(OPTIONS, tmp_path)
-  said = capsys.readouterr().out
-  assert 'passed over the checkpoint of step 5' in said
-  assert 'going on from the checkpoint of step 4' in said
+  output = capsys.readouterr().out
+  assert 'passed over the checkpoint of step 5' in output
+  assert 'going on from the checkpoint of step 4' in output
   assert_equal(resumed, state)
 
 
 def test_another_runs_workdir(unbroken, tmp_path):
   workdir, _ = unbroken
   other = tiny.options(total_steps=8, model=DROPOUT)
-  before = (workdir / 'config.json').read_text()
+  stored_config = (workdir / 'config.json').read_text()
   with pytest.raises(
     ValueError, match=r'config differs(.|\n)*total_steps: 6 -> 8'
   ):
     train_and_evaluate(other, workdir)
-  assert (workdir / 'config.json').read_text() == before
+  assert (workdir / 'config.json').read_text() == stored_config
 
 
 def test_resume_goes_on_with_another_config(tmp_path):
@@ -267,9 +267,9 @@ class NoLoss(Hook):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  with pytest.raises(NonFiniteError) as caught:
+  with pytest.raises(NonFiniteError) as error:
     train_and_evaluate(OPTIONS, tmp_path, hooks=[NoLoss()])
-  text = str(caught.value)
+  text = str(error.value)
   assert text.startswith('step 3')
   assert 'layer 1: router logit RMS' in text
   assert 'last good checkpoint' in text
@@ -315,8 +315,8 @@ def test_equal_evaluations_run_once_and_agree(tmp_path):
     'train_capacity': base.evaluation(every_steps=0, num_batches=2),
     'capacity_2': base.evaluation(every_steps=0, num_batches=2, moe=room),
   }
-  said = Messages()
-  train_and_evaluate(run_config.read(dense), tmp_path, hooks=[said])
+  messages = Messages()
+  train_and_evaluate(run_config.read(dense), tmp_path, hooks=[messages])
   last = {}
   for row in metrics.read_metrics(tmp_path / metrics.FILE_NAME):
     last |= row
@@ -363,7 +363,7 @@ class OwnEvaluation(EvaluationOptions):
     return lambda variables, step: results[self.result]
 
 
-def own(result):
+def own_options(result):
   config = tiny.config(model=DROPOUT)
   config.evals = {'mine': base.entry(OwnEvaluation, result=result)}
   config.checkpoint.keep_best = False
@@ -371,7 +371,7 @@ def own(result):
 
 
 def test_a_users_own_kind_of_evaluation(tmp_path):
-  train_and_evaluate(own('row'), tmp_path)
+  train_and_evaluate(own_options('row'), tmp_path)
   rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)
   assert [r['eval/mine/answer'] for r in rows if 'eval/mine/answer' in r] == [
     42
@@ -389,7 +389,7 @@ def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
   result, message, tmp_path
 ):
   with pytest.raises(ValueError, match=message):
-    train_and_evaluate(own(result), tmp_path)
+    train_and_evaluate(own_options(result), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,13 @@ def aux(z_losses):
 
 def test_each_stack_is_divided_by_its_own_tokens():
   model = tiny.model_of(ENCODER_DECODER)
-  whole = losses.normalizers(model, batch())
-  assert whole.weight == 3
+  totals = losses.normalizers(model, batch())
+  assert totals.weight == 3
   # The encoder's layers come first.
-  assert whole.tokens.tolist() == [7, 7, 4, 4]
+  assert totals.tokens.tolist() == [7, 7, 4, 4]
   # Z-losses are 14 and 0 over 7 tokens, and 8 and 0 over 4: means are 2 and 2.
   weights = losses.LossWeights(z=0.5)
-  total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), whole, weights)
+  total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), totals, weights)
   np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2 + 0), rtol=1e-6)
 
 
@@ -49,17 +49,17 @@ def test_the_logits_z_loss_is_weighted_like_the_cross_entropy():
   first = [[1.0, 1, 2], [9, 9, 9], [3, 1, 0.5]]
   second = [[1.0, 2, 4], [1, 1, 1], [1, 1, 1]]
   logits = jnp.log(jnp.array([first, second]))
-  one, model = batch(), tiny.model_of(tiny.options())
-  sums = losses.loss_sums(model.loss(logits, one), one, aux([0.0, 0.0]))
+  rows, model = batch(), tiny.model_of(tiny.options())
+  sums = losses.loss_sums(model.loss(logits, rows), rows, aux([0.0, 0.0]))
   z = np.log([4, 4.5, 7.0])
   nats = -np.log([1 / 4, 0.5 / 4.5, 4 / 7])
   np.testing.assert_allclose(sums.logits_z, (z**2).sum(), rtol=1e-5)
-  whole = losses.normalizers(model, one)
+  totals = losses.normalizers(model, rows)
   weights = losses.LossWeights(logits_z=0.1)
   expected = nats.mean() + 0.1 * (z**2).mean()
-  total = losses.total_loss(sums, whole, weights)
+  total = losses.total_loss(sums, totals, weights)
   np.testing.assert_allclose(total, expected, rtol=1e-5)
-  plain = losses.total_loss(sums, whole, losses.LossWeights())
+  plain = losses.total_loss(sums, totals, losses.LossWeights())
   np.testing.assert_allclose(plain, nats.mean(), rtol=1e-5)
 
 

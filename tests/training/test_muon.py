@@ -84,8 +84,8 @@ def expected(grads, momentum, rms, steps):
       if rms
       else np.sqrt(max(1, outputs / inputs))
     )
-    whole = [scale * orthogonal(m, steps) for m in ahead]
-    updates[name] = np.stack(whole).reshape(SHAPES[name])
+    matrices = [scale * orthogonal(m, steps) for m in ahead]
+    updates[name] = np.stack(matrices).reshape(SHAPES[name])
   return updates
 
 
@@ -96,20 +96,20 @@ def test_each_matrix_by_the_published_iteration(rms):
   update = jax.jit(optimizer.update)
   params, grads = arrays(0), arrays(1)
   # Kernels have equal gradients twice; those that Adam trains change.
-  left = {name: grads[name] for name in SHAPES if name not in FLAT}
+  adam_grads = {name: grads[name] for name in SHAPES if name not in FLAT}
   adam = optax.scale_by_adam(o.b1, o.b2, o.epsilon)
-  state, own_state = optimizer.init(params), adam.init(left)
+  state, own_state = optimizer.init(params), adam.init(adam_grads)
   for size in (1.0, -0.3):
-    given = jax.tree.map(lambda g: size * g, left)  # noqa: B023
-    updates, state = update({**grads, **given}, state, params)
-    theirs, own_state = jax.jit(adam.update)(given, own_state)
-  for name, want in expected(grads, 0.9, rms, 5).items():
-    np.testing.assert_allclose(-updates[name], want, rtol=0, atol=2e-3)
+    scaled_grads = jax.tree.map(lambda g: size * g, adam_grads)  # noqa: B023
+    updates, state = update({**grads, **scaled_grads}, state, params)
+    by_adam, own_state = jax.jit(adam.update)(scaled_grads, own_state)
+  for name, reference in expected(grads, 0.9, rms, 5).items():
+    np.testing.assert_allclose(-updates[name], reference, rtol=0, atol=2e-3)
     if rms:
-      own = np.sqrt(np.mean(np.square(want)))
-      assert own == pytest.approx(rms, rel=0.4), name
-  for name in left:
-    np.testing.assert_allclose(-updates[name], 0.5 * theirs[name], rtol=1e-5)
+      update_rms = np.sqrt(np.mean(np.square(reference)))
+      assert update_rms == pytest.approx(rms, rel=0.4), name
+  for name in adam_grads:
+    np.testing.assert_allclose(-updates[name], 0.5 * by_adam[name], rtol=1e-5)
 
 
 def test_a_mesh_changes_no_update():
@@ -128,15 +128,15 @@ def test_a_mesh_changes_no_update():
   optimizer = Muon(**PLAIN).transformation(10, AXES, ROLES)
   update = jax.jit(optimizer.update)
   params, grads = arrays(0), arrays(1)
-  alone, _ = update(grads, optimizer.init(params), params)
+  unsharded, _ = update(grads, optimizer.init(params), params)
   params, grads = (
     {name: placed(name, array) for name, array in tree.items()}
     for tree in (params, grads)
   )
   state = jax.jit(optimizer.init)(params)
   together, _ = update(grads, state, params)
-  for name, own in alone.items():
-    np.testing.assert_allclose(together[name], own, rtol=0, atol=1e-5)
+  for name, reference in unsharded.items():
+    np.testing.assert_allclose(together[name], reference, rtol=0, atol=1e-5)
 
 
 def test_inputs_and_outputs_by_axes():
@@ -161,7 +161,7 @@ def test_every_matrix_of_a_model():
   )
   model = tiny.model_of(options)
   mesh = make_mesh(dict(data=1), jax.devices()[:1])
-  made = programs.make_programs(options, model, mesh)
+  run_programs = programs.make_programs(options, model, mesh)
   trees = models.describe(model)
   rng = np.random.default_rng(0)
   grads = jax.tree.map(
@@ -171,7 +171,9 @@ def test_every_matrix_of_a_model():
   @jax.jit
   def first_updates(grads):
     params = jax.tree.map(jnp.zeros_like, grads)
-    return made.optimizer.update(grads, made.optimizer.init(params), params)[0]
+    return run_programs.optimizer.update(
+      grads, run_programs.optimizer.init(params), params
+    )[0]
 
   rate = float(options.optimizer.rate(options.total_steps)(0))
   sizes = [
@@ -187,6 +189,6 @@ def test_every_matrix_of_a_model():
   ]
   assert len(sizes) >= 6
   np.testing.assert_allclose(sizes, 0.2, rtol=0.35)
-  (line,) = start_facts.optimizer_lines(options, made)
+  (line,) = start_facts.optimizer_lines(options, run_programs)
   assert 'Adam trains' in line and 'router kernel' in line
   assert 'attention kernel' not in line and 'embedding table' in line

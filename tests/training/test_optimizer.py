@@ -36,7 +36,7 @@ def transformation(options):
   return options.transformation(10, AXES, ROLES)
 
 
-def drawn(seed, size=1.0):
+def random_tree(seed, size=1.0):
   rng = np.random.default_rng(seed)
   return {
     'w': rng.normal(size=(6, 5)).astype(np.float32),
@@ -49,13 +49,13 @@ def drawn(seed, size=1.0):
 
 @pytest.fixture(scope='module')
 def params():
-  return drawn(0) | {'scale': np.ones(6, np.float32)}
+  return random_tree(0) | {'scale': np.ones(6, np.float32)}
 
 
 @pytest.fixture(scope='module')
 def grads():
   # Experts have very different sizes, so that a shared statistic would show.
-  return drawn(1, size=10.0 ** np.arange(3).reshape(1, 3, 1, 1))
+  return random_tree(1, size=10.0 ** np.arange(3).reshape(1, 3, 1, 1))
 
 
 def program(transform, steps=3):
@@ -97,7 +97,7 @@ def test_schedule_by_formula(schedule, step, expected):
 
 @pytest.mark.parametrize('schedule', [Cosine, Constant, InverseSqrt, Trapezoid])
 def test_a_warmup_is_at_most_half_of_the_run(schedule):
-  # Of nine steps four warm up, also where a hundred would.
+  # Four of nine steps warm up, even if a hundred are asked for.
   steps = jnp.arange(9)
   long, cut = (
     np.asarray(jax.jit(schedule(warmup_steps=n).rate(1.0, 9))(steps))
@@ -119,12 +119,12 @@ def test_runs_are_equal_until_the_shorter_one_decays():
 
 def test_adamw_is_optax_adamw(params, grads):
   o = AdamW(schedule=AT_ONCE, clip_norm=0.0, decay_rules=(('', 1.0),))
-  theirs = optax.adamw(
+  reference = optax.adamw(
     o.learning_rate, o.b1, o.b2, o.epsilon, weight_decay=o.weight_decay
   )
   for a, b in zip(
     jax.tree.leaves(run(transformation(o), params, grads)),
-    jax.tree.leaves(run(theirs, params, grads)),
+    jax.tree.leaves(run(reference, params, grads)),
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -140,12 +140,12 @@ def test_adafactor_clips_each_update_at_its_option(params, grads):
     )  # fmt: skip
     new = run(transformation(o), params, grads, steps=1)
     steps[clip] = jax.tree.map(lambda a, b: np.asarray(a - b), new, params)
-  for whole, clipped_one in zip(*map(jax.tree.leaves, steps.values())):
-    np.testing.assert_allclose(clipped_one, whole / 10, rtol=1e-2, atol=1e-6)
+  for update, limited in zip(*map(jax.tree.leaves, steps.values())):
+    np.testing.assert_allclose(limited, update / 10, rtol=1e-2, atol=1e-6)
 
 
 def decayed(params, **options):
-  """Fraction of each parameter that is left by a step without a gradient."""
+  """Fraction of each parameter that a step without a gradient leaves."""
   zeros = jax.tree.map(np.zeros_like, params)
   o = AdamW(schedule=AT_ONCE, learning_rate=1.0, weight_decay=0.5, **options)
   new_params = run(transformation(o), params, zeros, steps=1)
@@ -155,30 +155,30 @@ def decayed(params, **options):
 
 
 def test_kernels_decay_and_nothing_else_does(params):
-  left = decayed(params)
-  assert left == {'w': 0.5, 'layers': {'experts': 0.5}, 'scale': 1.0}
+  fractions = decayed(params)
+  assert fractions == {'w': 0.5, 'layers': {'experts': 0.5}, 'scale': 1.0}
 
 
 def test_patterns_of_a_users_own_come_first(params):
-  left = decayed(params, rate_rules=(('experts', 0.1),))
-  np.testing.assert_allclose(left['layers']['experts'], 0.95, rtol=1e-5)
-  assert (left['w'], left['scale']) == (0.5, 1.0)
-  left = decayed(params, decay_rules=(('^w$', 0.0), ('scale', 2.0)))
-  np.testing.assert_allclose(left['scale'], 0.0, atol=1e-6)
-  assert (left['w'], left['layers']['experts']) == (1.0, 0.5)
+  fractions = decayed(params, rate_rules=(('experts', 0.1),))
+  np.testing.assert_allclose(fractions['layers']['experts'], 0.95, rtol=1e-5)
+  assert (fractions['w'], fractions['scale']) == (0.5, 1.0)
+  fractions = decayed(params, decay_rules=(('^w$', 0.0), ('scale', 2.0)))
+  np.testing.assert_allclose(fractions['scale'], 0.0, atol=1e-6)
+  assert (fractions['w'], fractions['layers']['experts']) == (1.0, 0.5)
 
 
 def test_rules_select_parts_of_the_model_too(params):
   # 'experts' is the role here, and 'ffn' is in no name.
-  left = decayed(
+  fractions = decayed(
     params,
     rate_rules=(('part:ffn + norms', 0.1), ('', 0.2)),
     decay_rules=(('part:all - experts', 1.0),),
   )
-  assert left == {'w': 0.95, 'layers': {'experts': 0.9}, 'scale': 0.95}
+  assert fractions == {'w': 0.95, 'layers': {'experts': 0.9}, 'scale': 0.95}
   # The first that selects a parameter counts, whatever its form.
-  left = decayed(params, rate_rules=(('^w$', 0.0), ('part:all', 0.1)))
-  assert (left['w'], left['layers']['experts']) == (1.0, 0.95)
+  fractions = decayed(params, rate_rules=(('^w$', 0.0), ('part:all', 0.1)))
+  assert (fractions['w'], fractions['layers']['experts']) == (1.0, 0.95)
   # A part that does not train may be named, as long as the model has it.
   frozen = {'w': None, 'layers': params['layers'], 'scale': None}
   axes = {'w': None, 'layers': AXES['layers'], 'scale': None}
@@ -200,8 +200,8 @@ def test_a_part_that_the_model_lacks_is_refused_by_the_rule(name):
 
 
 def test_rates_by_part_are_those_of_a_run():
-  """The router moves a tenth as far as with the full rate, others as far."""
-  moved = []
+  """The router moves a tenth as far as at the full rate, the rest as far."""
+  layer_updates = []
   for rules in ((), (('part:router', 0.1),)):
     options = tiny.options(
       trainable='non_experts', optimizer=dict(rate_rules=rules, clip_norm=0.0)
@@ -215,10 +215,10 @@ def test_rates_by_part_are_those_of_a_run():
         grads, optimizer.init(params), params
       )
     )(grads, params)
-    moved.append(updates[0]['layers']['layer_1'])
-  router = [layer['moe']['router']['w'] for layer in moved]
+    layer_updates.append(updates[0]['layers']['layer_1'])
+  router = [layer['moe']['router']['w'] for layer in layer_updates]
   np.testing.assert_allclose(router[1], 0.1 * router[0], rtol=1e-5)
-  attention = [jax.tree.leaves(layer['attention']) for layer in moved]
+  attention = [jax.tree.leaves(layer['attention']) for layer in layer_updates]
   for a, b in zip(*attention, strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -257,7 +257,7 @@ def test_clipping_is_by_the_global_norm(params, grads):
 
 @pytest.mark.parametrize('largest', [0.5, 1e9])
 def test_clipping_is_that_of_optax(grads, largest):
-  """To rounding where it clips, and to the bit where it does not."""
+  """Equal up to rounding if it clips, and bit for bit if it does not."""
   grads = {**grads, 'half': grads['w'].astype(jnp.bfloat16)}
   a, b = (
     jax.jit(transform.update)(grads, transform.init(grads))[0]
@@ -281,22 +281,22 @@ ADAFACTOR = Adafactor(
 
 def test_adafactor_is_optax_adafactor_on_each_matrix(params, grads):
   new_params = run(transformation(ADAFACTOR), params, grads)
-  theirs = optax.adafactor(
+  reference = optax.adafactor(
     ADAFACTOR.learning_rate,
     min_dim_size_to_factor=2,
     decay_rate=0.8,
     multiply_by_parameter_scale=True,
     weight_decay_rate=None,
   )
-  alone = jax.vmap(jax.vmap(program(theirs)))(
+  expected = jax.vmap(jax.vmap(program(reference)))(
     params['layers']['experts'], grads['layers']['experts']
   )
   np.testing.assert_allclose(
-    new_params['layers']['experts'], alone, rtol=1e-4, atol=1e-6
+    new_params['layers']['experts'], expected, rtol=1e-4, atol=1e-6
   )
   # On the whole stack optax computes another update, which is why it is split.
-  whole = run(theirs, params, grads)
-  difference = whole['layers']['experts'] - new_params['layers']['experts']
+  unsplit = run(reference, params, grads)
+  difference = unsplit['layers']['experts'] - new_params['layers']['experts']
   assert np.abs(difference).max() > 1e-4
 
 

@@ -32,8 +32,8 @@ STEPS = {
   'checkpoint': {'every_steps': 1, 'keep_newest': 99},
 }
 LONG = {**STEPS, 'total_steps': 40}
-# Those that end early have a model that compiles in no time.
-ENDED = {**LONG, 'model': tiny.ONE_LAYER}
+# Runs that end early have a model that compiles in no time.
+SMALL = {**LONG, 'model': tiny.ONE_LAYER}
 ACROSS = {
   **LONG,
   'mesh': {'data': 2, 'expert': 2, 'tensor': 2},
@@ -45,7 +45,7 @@ class Ended(NamedTuple):
   """The end of a process: its status, output and results."""
 
   status: int
-  said: str
+  output: str
   errors: str
   results: list[dict]
 
@@ -62,12 +62,12 @@ def start(folder, count, jobs, frozen=None, **spec):
   The end of the process with number `frozen` is not waited for.
 
   Returns:
-    Their ends, and the seconds between the first and the last.
+    The ends of the processes, and the seconds between the first and the last.
   """
   path = folder / 'jobs.json'
   path.write_text(json.dumps({'devices': 8 // count, 'jobs': jobs, **spec}))
-  where = f'127.0.0.1:{free_port()}'
-  command = [sys.executable, '-m', 'tests.training.process', where, str(count)]
+  server = f'127.0.0.1:{free_port()}'
+  command = [sys.executable, '-m', 'tests.training.process', server, str(count)]
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   running = []
   try:
@@ -175,14 +175,14 @@ def test_two_processes_train_as_one(one, two):
 
 
 def test_one_goes_on_from_a_checkpoint_of_two_as_two_did(two, tmp_path, capsys):
-  theirs, workdir = two[0] / 'run', tmp_path / 'run'
-  shutil.copytree(theirs, workdir)
+  source_run, workdir = two[0] / 'run', tmp_path / 'run'
+  shutil.copytree(source_run, workdir)
   for path in (workdir / 'checkpoints').iterdir():
     if path.name not in ('1', '2'):
       shutil.rmtree(path)
   loop.train_and_evaluate(tiny.options(**STEPS), workdir, resume=True)
   assert 'going on from the checkpoint of step 2' in capsys.readouterr().out
-  assert_close(saved(workdir, 3), saved(theirs, 3))
+  assert_close(saved(workdir, 3), saved(source_run, 3))
 
 
 def test_the_stream_is_that_of_one_process(two, stream):
@@ -198,8 +198,8 @@ def test_sigterm_to_one_saves_in_all_at_one_step(two):
   (step,) = steps
   assert 4 <= step < 8
   words = f'stopped by a signal at step {step}; saved, will go on here'
-  assert words in ends[0].said
-  assert f'going on from the checkpoint of step {step}' in ends[0].said
+  assert words in ends[0].output
+  assert f'going on from the checkpoint of step {step}' in ends[0].output
 
 
 def test_a_death_ends_the_others_and_is_named(two):
@@ -212,16 +212,16 @@ def test_a_death_ends_the_others_and_is_named(two):
 
 def test_process_0_alone_speaks_and_writes_rows(two):
   folder, ends, _ = two
-  assert 'loss' in ends[0].said and 'loss' not in ends[1].said
+  assert 'loss' in ends[0].output and 'loss' not in ends[1].output
   assert 8 <= len(losses(folder / 'run')) <= 10
   # There is a file for each life, and none of process 1.
   assert len(list((folder / 'run' / 'tensorboard').iterdir())) == 2
 
 
 def test_a_run_that_goes_on_obeys_sigterm_and_names_who_is_stuck(tmp_path):
-  short = tiny.options(**{**ENDED, 'total_steps': 3})
+  short = tiny.options(**{**SMALL, 'total_steps': 3})
   loop.train_and_evaluate(short, tmp_path / 'run')
-  job = {'workdir': 'run', 'overrides': ENDED}
+  job = {'workdir': 'run', 'overrides': SMALL}
   jobs = [
     {**job, 'befalls': [1, 'SIGTERM', 0]},  # before any step of these processes
     {**job, 'befalls': [1, 'stuck', 12]},
@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_obeys_sigterm_and_names_who_is_stuck(tmp_path):
 
 
 def test_process_0_that_is_stopped_ends_the_other(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGSTOP', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [0, 'SIGSTOP', 3]}
   timeouts = {'stall_timeout_seconds': 0}
   (_, other), _ = start(tmp_path, 2, [job], frozen=0, timeouts=timeouts)
   assert other.status == 1
@@ -247,7 +247,7 @@ def test_process_0_that_is_stopped_ends_the_other(tmp_path):
 
 
 def test_a_failure_in_one_ends_the_other(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [1, 'full_disk', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [1, 'full_disk', 3]}
   (other, _), _ = start(tmp_path, 2, [job])
   assert other.status == 1
   assert 'process 1 failed: CheckpointError: checkpoint' in other.errors
@@ -255,7 +255,7 @@ def test_a_failure_in_one_ends_the_other(tmp_path):
 
 
 def test_process_0_dies(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'befalls': [0, 'SIGKILL', 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [0, 'SIGKILL', 3]}
   ends, seconds = start(tmp_path, 2, [job])
   # JAX's coordinator ends with process 0, and its message may arrive first.
   assert ends[1].status != 0
@@ -264,7 +264,7 @@ def test_process_0_dies(tmp_path):
 
 
 def test_processes_that_differ_are_named(tmp_path):
-  job = {'workdir': 'run', 'overrides': ENDED, 'seeds': [0, 3]}
+  job = {'workdir': 'run', 'overrides': SMALL, 'seeds': [0, 3]}
   ends, _ = start(tmp_path, 2, [job])
   assert [end.status for end in ends] == [1, 1]
   for end in ends:
@@ -272,7 +272,7 @@ def test_processes_that_differ_are_named(tmp_path):
 
 
 def test_a_folder_that_is_not_shared(tmp_path):
-  job = {'workdir': ['a', 'b'], 'overrides': ENDED}
+  job = {'workdir': ['a', 'b'], 'overrides': SMALL}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
   assert 'process 1 failed: ValueError: process 1 does not see' in (
@@ -315,7 +315,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
   rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
   keys = {key for row in rows for key in row}
   assert {'eval/generate/chrf', 'eval/train_capacity/loss'} <= keys
-  # Both have written their rows of the trace, which make whole batches.
+  # Both processes wrote their rows of the trace, which make whole batches.
   folder = tmp_path / 'run' / 'trace'
   for process_id in (0, 1):
     assert [*folder.glob(f'*_process_0000{process_id}_*')]

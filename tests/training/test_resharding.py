@@ -32,7 +32,7 @@ MESHES = [(8, 1, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 1, 1, 1)]
 
 @functools.cache
 def programs(shape, **sharding):
-  """The programs of a run on a mesh of that shape."""
+  """The programs of a run on a mesh of the given shape."""
   sizes = dict(zip(partitioning.MESH_AXES, shape))
   options = tiny.options(
     batch_size=8, model=MODEL, mesh=sizes, sharding=sharding
@@ -72,11 +72,11 @@ def checksums(state):
   return sums
 
 
-def restored(folder, on):
+def restored(folder, target):
   with Checkpointer(folder) as checkpoints:
-    state = checkpoints.restore(on.abstract_state).state
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  assert places == jax.tree.map(lambda x: x.sharding, on.abstract_state)
+    state = checkpoints.restore(target.abstract_state).state
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  assert shardings == jax.tree.map(lambda x: x.sharding, target.abstract_state)
   return state
 
 
@@ -98,22 +98,22 @@ def expert_kernel(state):
 
 @pytest.mark.slow
 def test_every_array_and_expert_on_every_mesh(folder, tmp_path):
-  want = checksums(trained())
-  assert any(name.startswith('router_state/') for name in want)
-  experts = [name for name in want if name.endswith('expert 7')]
+  saved = checksums(trained())
+  assert any(name.startswith('router_state/') for name in saved)
+  experts = [name for name in saved if name.endswith('expert 7')]
   assert len(experts) == 6  # two kernels with two moments each
-  assert len({want[name] for name in want if 'w_in, expert' in name}) == 3 * E
+  assert len({saved[name] for name in saved if 'w_in, expert' in name}) == 3 * E
   for shape in MESHES:
     state = restored(folder, programs(shape))
-    assert checksums(state) == want, shape
+    assert checksums(state) == saved, shape
     (shard, *_) = expert_kernel(state).addressable_shards
     _, fsdp, expert, tensor = shape
     assert shard.data.shape == (1, E // expert, 16 // fsdp, 24 // tensor)
   save(tmp_path, state)  # from one device to the mesh again
-  assert checksums(restored(tmp_path, programs(SOURCE))) == want
+  assert checksums(restored(tmp_path, programs(SOURCE))) == saved
 
 
 def test_experts_over_two_mesh_axes():
-  on = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
-  kernel = expert_kernel(on.abstract_state)
+  target = programs((1, 1, 4, 2), expert='expert,tensor', expert_mlp='')
+  kernel = expert_kernel(target.abstract_state)
   assert kernel.sharding.shard_shape(kernel.shape) == (1, 1, 16, 24)

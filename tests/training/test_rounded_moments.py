@@ -38,7 +38,7 @@ def test_a_number_is_rounded_to_a_neighbour_and_on_average_to_itself():
   assert {-1.0, -(1 + 2.0**-7)} == set(np.unique(rounded).tolist())
   up = (rounded != -1).mean()
   assert abs(up - 0.25) < 5 * (0.25 * 0.75 / x.size) ** 0.5
-  # So in each row and in each column: neighbours are independent.
+  # Each row and each column has this share, too: neighbours are independent.
   for axis in (0, 1):
     shares = (rounded != -1).mean(axis)
     assert shares.std() < 1.4 * (0.25 * 0.75 / x.shape[axis]) ** 0.5
@@ -72,13 +72,14 @@ def params():
 
 
 def test_a_small_change_moves_the_second_moment_on_average(params):
-  """Rounded to the nearest, a thousandth of it would change nothing."""
+  """A change of a thousandth would be lost in rounding to the nearest."""
   grads = jax.tree.map(np.ones_like, params)
   adam = HALVES.preconditioner(AXES, None)
   state = adam.init(params)
-  # Both may be donated.
+  # The moments are two arrays, as both may be donated.
   assert state.mu['w'] is not state.nu['w']
-  # Its value after many steps with gradients of 0.9; now they are 1.
+  # The second moment has its value after many steps with gradients of 0.9; now
+  # gradients are 1.
   state = state._replace(nu=optax.tree.full_like(state.nu, 0.8125))
   update = jax.jit(adam.update)
   for _ in range(100):
@@ -94,9 +95,9 @@ def test_on_a_mesh_the_noise_is_that_of_one_device():
   devices = np.array(jax.devices()[:4]).reshape(2, 2)
   mesh = jax.sharding.Mesh(devices, ('expert', 'tensor'))
   spec = PartitionSpec(None, 'expert', None, 'tensor')
-  alone, split = (
+  unsharded, split = (
     jax.jit(lambda count: noise('w', count, (3, 4, 5, 8)), out_shardings=s)(7)
     for s in (None, NamedSharding(mesh, spec))
   )
   assert len(split.addressable_shards) == 4
-  np.testing.assert_array_equal(np.asarray(alone), np.asarray(split))
+  np.testing.assert_array_equal(np.asarray(unsharded), np.asarray(split))

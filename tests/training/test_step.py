@@ -20,14 +20,14 @@ def assert_close(a, b, tolerance=2e-6):
 
 
 @pytest.fixture(scope='module')
-def whole():
+def whole_batch():
   params, batch = tiny.params_of(OPTIONS), tiny.batch(OPTIONS)
   return params, batch, tiny.grads_of(OPTIONS, params, batch)
 
 
 @pytest.mark.as_users_compile
-def test_loss_is_cross_entropy_plus_weighted_losses(whole):
-  params, batch, ((loss, sums), _) = whole
+def test_loss_is_cross_entropy_plus_weighted_losses(whole_batch):
+  params, batch, ((loss, sums), _) = whole_batch
   logits, aux = tiny_models.apply(tiny.model_of(OPTIONS))(
     params, batch['tokens'], batch['segment_ids'], batch['positions']
   )
@@ -49,13 +49,13 @@ def test_loss_is_cross_entropy_plus_weighted_losses(whole):
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
-def test_accumulated_equals_the_whole_batch(whole):
-  params, batch, ((loss, sums), grads) = whole
+def test_accumulated_equals_the_whole_batch(whole_batch):
+  params, batch, ((loss, sums), grads) = whole_batch
   n = 4
   options = tiny.options(batch_size=8, microbatches=n, model=HEAVY)
   # Microbatches have different padding, so that a mean of means would differ.
-  parts = np.asarray(batch['loss_weights']).reshape(n, -1).sum(1)
-  assert len(set(parts.tolist())) == n
+  part_weights = np.asarray(batch['loss_weights']).reshape(n, -1).sum(1)
+  assert len(set(part_weights.tolist())) == n
   (part_loss, part_sums), part_grads = tiny.grads_of(options, params, batch)
   np.testing.assert_allclose(part_loss, loss, rtol=1e-5)
   assert_close(part_sums, sums, 1e-3)
@@ -64,9 +64,9 @@ def test_accumulated_equals_the_whole_batch(whole):
 
 @pytest.mark.as_users_compile
 @pytest.mark.slow
-def test_aux_losses_are_in_the_accumulated_gradient(whole):
+def test_aux_losses_are_in_the_accumulated_gradient(whole_batch):
   # Without auxiliary losses the router's gradient would differ.
-  params, batch, (_, grads) = whole
+  params, batch, (_, grads) = whole_batch
   options = tiny.options(
     batch_size=8,
     microbatches=4,
@@ -80,8 +80,8 @@ def test_aux_losses_are_in_the_accumulated_gradient(whole):
 
 
 @pytest.mark.as_users_compile
-def test_padding_changes_nothing(whole):
-  params, batch, result = whole
+def test_padding_changes_nothing(whole_batch):
+  params, batch, before = whole_batch
   batch = jax.device_get(batch)
   padding = batch['segment_ids'] == 0
   assert padding.any()
@@ -92,8 +92,8 @@ def test_padding_changes_nothing(whole):
     positions=np.where(padding, 3, batch['positions']),
   )
   other = jax.tree.map(jnp.asarray, other)
-  again = tiny.grads_of(OPTIONS, params, other)
-  for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(again), strict=True):
+  after = tiny.grads_of(OPTIONS, params, other)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
     np.testing.assert_array_equal(a, b)
 
 

@@ -67,14 +67,14 @@ def role_names(chosen):
 
 
 @functools.cache
-def stepped(expression, **kwargs):
+def two_steps(expression, **kwargs):
   """The parameters before and after two steps, and the state after them."""
-  options, made = programs(expression, **kwargs)
-  state = tiny.first_state(made)
+  options, run_programs = programs(expression, **kwargs)
+  state = tiny.first_state(run_programs)
   before = names_of(state.params)
-  batch = made.put(batch_of(options))
+  batch = run_programs.put(batch_of(options))
   for _ in range(2):
-    state, metrics = made.train_step(state, batch)
+    state, metrics = run_programs.train_step(state, batch)
   return before, names_of(state.params), state, metrics
 
 
@@ -90,7 +90,7 @@ def test_a_pattern_selects_by_name():
 
 
 @pytest.mark.parametrize(
-  ('expression', 'says'),
+  ('expression', 'message'),
   [
     ('', 'is no sum of parts'),
     ('expert', "did you mean 'experts'"),
@@ -102,13 +102,13 @@ def test_a_pattern_selects_by_name():
     ('re:', "unknown part of a model 're'"),
   ],
 )
-def test_what_is_no_expression_is_refused_with_the_options(expression, says):
-  with pytest.raises(OptionError, match=f'trainable=.*{says}'):
+def test_what_is_no_expression_is_refused_with_the_options(expression, message):
+  with pytest.raises(OptionError, match=f'trainable=.*{message}'):
     tiny.options(trainable=expression)
 
 
 @pytest.mark.parametrize(
-  ('expression', 'says'),
+  ('expression', 'message'),
   [
     ('lstm', "no parameter of 'lstm'; have .*'attention'"),
     ('re:w_none', "no parameter of 're:w_none'"),
@@ -116,19 +116,19 @@ def test_what_is_no_expression_is_refused_with_the_options(expression, says):
     ('-all', 'selects no parameter'),
   ],
 )
-def test_what_the_model_lacks_is_refused_by_name(expression, says):
-  with pytest.raises(ValueError, match=says):
+def test_what_the_model_lacks_is_refused_by_name(expression, message):
+  with pytest.raises(ValueError, match=message):
     trainable.select(expression, roles())
 
 
 def test_what_does_not_train_keeps_its_bits_and_has_no_state():
-  before, after, state, _ = stepped('experts')
+  before, after, state, _ = two_steps('experts')
   trained = role_names({'expert'})
   for name, value in after.items():
     assert (value == before[name]).all() == (name not in trained), name
   moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-  whole = jax.tree.leaves(programs('all')[1].abstract_state.opt_state)
-  assert 0 < sum(x.size for x in moments) < sum(x.size for x in whole)
+  all_moments = jax.tree.leaves(programs('all')[1].abstract_state.opt_state)
+  assert 0 < sum(x.size for x in moments) < sum(x.size for x in all_moments)
   size = sum(before[name].size for name in trained)
   assert sum(leaf.size for leaf in moments) == 2 * size
 
@@ -138,18 +138,18 @@ def test_the_gradient_is_that_of_all_parameters():
   norms = {}
   rest = '-experts - router'
   for expression in ('all', 'experts + router', rest):
-    options, made = programs(expression)
-    batch = made.put(batch_of(options))
-    metrics = made.train_step(tiny.first_state(made), batch)[1]
+    options, run_programs = programs(expression)
+    batch = run_programs.put(batch_of(options))
+    metrics = run_programs.train_step(tiny.first_state(run_programs), batch)[1]
     norms[expression] = float(metrics.grad_norm)
-  parts = math.hypot(norms['experts + router'], norms[rest])
-  np.testing.assert_allclose(parts, norms['all'], rtol=1e-5)
+  joint_norm = math.hypot(norms['experts + router'], norms[rest])
+  np.testing.assert_allclose(joint_norm, norms['all'], rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_mesh_and_accumulation_change_nothing():
-  _, expected, *_ = stepped('experts + router')
-  before, after, *_ = stepped('experts + router', devices=8, microbatches=2)
+  _, expected, *_ = two_steps('experts + router')
+  before, after, *_ = two_steps('experts + router', devices=8, microbatches=2)
   trained = role_names({'expert', 'router'})
   for name, value in after.items():
     if name in trained:
@@ -162,9 +162,9 @@ def test_a_mesh_and_accumulation_change_nothing():
 def test_the_backward_pass_is_pruned():
   flops = {}
   for expression in ('all', 'router'):
-    options, made = programs(expression)
-    batch = made.put(batch_of(options))
-    lowered = made.train_step.lower(made.abstract_state, batch)
+    options, run_programs = programs(expression)
+    batch = run_programs.put(batch_of(options))
+    lowered = run_programs.train_step.lower(run_programs.abstract_state, batch)
     flops[expression] = lowered.cost_analysis()['flops']
   # The router's gradient needs those of later layers' inputs, but of no
   # weights.

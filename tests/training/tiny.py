@@ -42,8 +42,8 @@ def config(**overrides) -> ml_collections.ConfigDict:
   c.mesh.data = 1
   c.evals = {'train_capacity': base.evaluation(every_steps=3, num_batches=2)}
   c.sample.num_tokens = 8
-  before = base.finish(c)
-  return settle(RunConfig, before, merge(before, overrides))[0]
+  defaults = base.finish(c)
+  return settle(RunConfig, defaults, merge(defaults, overrides))[0]
 
 
 def options(**overrides) -> RunConfig:
@@ -99,7 +99,7 @@ def params_of(options: RunConfig):
   return _params(model_of(options))
 
 
-def first_state(made):
+def first_state(programs):
   """A state before the first step of programs, for which nothing is compiled.
 
   Parameters are random; all else, and what adapters add, is zero.
@@ -113,7 +113,7 @@ def first_state(made):
       values[...] = rng.normal(0, 0.2, leaf.shape) + name.endswith('/scale')
     return jax.device_put(values, leaf.sharding)
 
-  return jax.tree_util.tree_map_with_path(draw, made.abstract_state)
+  return jax.tree_util.tree_map_with_path(draw, programs.abstract_state)
 
 
 def grads_of(options: RunConfig, params, batch, key=0):
@@ -121,8 +121,8 @@ def grads_of(options: RunConfig, params, batch, key=0):
   model = model_of(options)
   weights = losses.loss_weights(model, options.logits_z_weight)
   fn = _grad_fn(model, weights, options.microbatches)
-  whole = losses.normalizers(model, batch)
-  return fn(params, batch, whole, jax.random.key(key))
+  totals = losses.normalizers(model, batch)
+  return fn(params, batch, totals, jax.random.key(key))
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def inputs(seed=0):
   return tuple(map(jnp.asarray, (x, segment_ids, positions)))
 
 
-def told_mask(segment_ids, causal=True):
+def defined_mask(segment_ids, causal=True):
   """The mask by definition, token by token, [B, 1, T, T]."""
   ids, mask = np.asarray(segment_ids), np.zeros((B, 1, T, T), bool)
   for b, t, s in np.ndindex(B, T, T):
@@ -93,7 +93,7 @@ def test_equals_jax_dot_product_attention(kv_heads, causal):
       for name in ('query', 'key', 'value')
     )
     y = jax.nn.dot_product_attention(
-      query, key, value, bias=bias[None], mask=told_mask(segment_ids, causal)
+      query, key, value, bias=bias[None], mask=defined_mask(segment_ids, causal)
     )
     return jnp.einsum('bthd,hdm->btm', y, p['w_out'])
 
@@ -105,22 +105,22 @@ def test_equals_jax_dot_product_attention(kv_heads, causal):
 @pytest.mark.parametrize('use_bias', [False, True])
 def test_equals_linen_with_its_weights_copied(use_bias):
   x, segment_ids, positions = inputs()
-  ours = kernels(kv_heads=H)
+  params = kernels(kv_heads=H)
   if use_bias:
-    ours |= biases(kv_heads=H)
-  theirs = {}
+    params |= biases(kv_heads=H)
+  linen_params = {}
   for name in ('query', 'key', 'value', 'out'):
-    theirs[name] = {'kernel': ours[f'w_{name}']}
+    linen_params[name] = {'kernel': params[f'w_{name}']}
     if use_bias:
-      theirs[name]['bias'] = ours[f'b_{name}']
+      linen_params[name]['bias'] = params[f'b_{name}']
   linen = nn.MultiHeadDotProductAttention(
     num_heads=H, qkv_features=H * D, out_features=M, use_bias=use_bias
   )
   run = jax.jit(
-    lambda p: linen.apply({'params': p}, x, mask=told_mask(segment_ids))
+    lambda p: linen.apply({'params': p}, x, mask=defined_mask(segment_ids))
   )
-  y = attend(ours, x, segment_ids, positions, kv_heads=H, use_bias=use_bias)
-  np.testing.assert_allclose(y, run(theirs), rtol=1e-5, atol=1e-5)
+  y = attend(params, x, segment_ids, positions, kv_heads=H, use_bias=use_bias)
+  np.testing.assert_allclose(y, run(linen_params), rtol=1e-5, atol=1e-5)
 
 
 def test_a_kv_head_serves_adjacent_query_heads():
@@ -182,10 +182,10 @@ def test_dropout_is_unbiased_and_only_in_training():
   np.testing.assert_array_equal(plain, evaluated)
   rngs = {'dropout': tiny.key(0)}
   args = (jnp.tile(x[:1], (n, 1, 1)), None, jnp.tile(positions[:1], (n, 1)))
-  drawn = np.asarray(attend(p, *args, dropout=0.5, train=True, rngs=rngs))
-  assert np.abs(drawn[0] - plain[0]).max() > 0.1
-  error = drawn.std(0) / np.sqrt(n)
-  np.testing.assert_array_less(abs(drawn.mean(0) - plain[0]), 5 * error + 1e-5)
+  draws = np.asarray(attend(p, *args, dropout=0.5, train=True, rngs=rngs))
+  assert np.abs(draws[0] - plain[0]).max() > 0.1
+  error = draws.std(0) / np.sqrt(n)
+  np.testing.assert_array_less(abs(draws.mean(0) - plain[0]), 5 * error + 1e-5)
 
 
 def test_scores_that_are_not_scaled_start_as_those_that_are():
@@ -224,8 +224,8 @@ def test_its_parameters_are_those_of_attention():
 def test_sizes_that_are_zero_are_those_of_the_model():
   options = AttentionOptions(num_heads=4).within(24)
   assert (options.num_kv_heads, options.head_width) == (4, 6)
-  own = AttentionOptions(num_heads=4, num_kv_heads=2, head_width=5)
-  assert own.within(24) == own
+  explicit = AttentionOptions(num_heads=4, num_kv_heads=2, head_width=5)
+  assert explicit.within(24) == explicit
   with pytest.raises(ValueError, match='num_heads=4 does not divide width=10'):
     AttentionOptions(num_heads=4).within(10)
 

@@ -65,8 +65,8 @@ print(json.dumps(dict(
 @pytest.mark.slow
 def test_auto_compiles_to_the_kernel_and_keeps_no_square_array():
   pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
-  own = ('JAX_', 'TPU_', 'XLA_')
-  env = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+  prefixes = ('JAX_', 'TPU_', 'XLA_')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
   env |= dict(
     # No device is opened, so that no lock is needed.
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',

@@ -28,15 +28,15 @@ def segments(length, seed):
   return jnp.asarray(ids, jnp.int32)
 
 
-def results(implementation, arguments, bias, toward, **options):
+def with_gradients(implementation, arguments, bias, toward, **options):
   """The output, and the gradients of queries, keys, values and the bias."""
 
   def loss(arguments, bias):
     y = attend(*arguments, implementation=implementation, bias=bias, **options)
     return (y.astype(jnp.float32) * toward).sum(), y
 
-  both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  (_, y), grads = jax.jit(both)(tuple(arguments), bias)
+  value_and_gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  (_, y), grads = jax.jit(value_and_gradient)(tuple(arguments), bias)
   return y, *grads
 
 
@@ -47,10 +47,10 @@ def results(implementation, arguments, bias, toward, **options):
     (150, 150, Keys(), True, True, 'float32'),
     # The window leaves keys out on both sides.
     (150, 150, Keys(window=37, scale=1.0), False, False, 'float32'),
-    # A decoder that reads what an encoder gives.
+    # A decoder that reads the output of an encoder.
     (70, 90, Keys(causal=False, cross=True), True, True, 'float32'),
     (70, 70, Keys(), True, False, 'bfloat16'),
-    # One token.
+    # A row of one token.
     (1, 1, Keys(), True, False, 'float32'),
   ],
 )
@@ -66,7 +66,7 @@ def test_equals_einsum_in_value_and_gradient(T, S, keys, packed, biased, dtype):
   if packed and keys.cross:
     # Some queries see no key at all, as their document has none.
     options['key_segment_ids'] = segments(S, 3).at[0].set(1)
-  run = functools.partial(results, bias=bias, toward=toward, **options)
+  run = functools.partial(with_gradients, bias=bias, toward=toward, **options)
   tolerance = 2e-5 if dtype == 'float32' else 0.05
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
@@ -87,14 +87,14 @@ def test_a_query_that_sees_no_key_has_the_mean_of_all_values():
   options = dict(segment_ids=ids, key_segment_ids=key_ids)
   toward = np.random.default_rng(1).normal(size=(B, T, H, D))
   run = functools.partial(
-    results, bias=None, toward=toward.astype(np.float32), **options
+    with_gradients, bias=None, toward=toward.astype(np.float32), **options
   )
-  y, *_ = mine = run('blocks', (query, key, value))
+  y, *_ = by_blocks = run('blocks', (query, key, value))
   mean = np.repeat(np.asarray(value).mean(1), H // N, axis=1)
   np.testing.assert_allclose(y[:, 5], mean, atol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
-    mine,
+    by_blocks,
     run('einsum', (query, key, value)),
   )
 
@@ -115,13 +115,13 @@ def test_a_memory_without_segments_is_one_segment():
 
 
 def test_hidden_keys_are_left_out():
-  told = [tuple(b) for b in blocks_of(150, 150, Keys())]
-  assert told == [(0, 64, 0, 64), (64, 128, 0, 128), (128, 150, 0, 150)]
+  bounds = [tuple(b) for b in blocks_of(150, 150, Keys())]
+  assert bounds == [(0, 64, 0, 64), (64, 128, 0, 128), (128, 150, 0, 150)]
   # Query 64 is the first of its block; with 20 keys it sees 45 to 64.
-  told = [tuple(b) for b in blocks_of(150, 150, Keys(window=20))]
-  assert told[1] == (64, 128, 32, 128)
-  told = [tuple(b) for b in blocks_of(100, 90, Keys(causal=False))]
-  assert told == [(0, 64, 0, 90), (64, 100, 0, 90)]
+  bounds = [tuple(b) for b in blocks_of(150, 150, Keys(window=20))]
+  assert bounds[1] == (64, 128, 32, 128)
+  bounds = [tuple(b) for b in blocks_of(100, 90, Keys(causal=False))]
+  assert bounds == [(0, 64, 0, 90), (64, 100, 0, 90)]
   # A window that is longer than the row hides nothing.
   assert blocks_of(70, 70, Keys(window=99)) == blocks_of(70, 70, Keys())
   # A long row has few blocks, as each is compiled.

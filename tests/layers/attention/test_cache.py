@@ -35,10 +35,10 @@ def test_rows_of_unequal_length_share_their_slots(stacked):
     cache.filled, [[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]]
   )
   np.testing.assert_array_equal(cache.next_position, [4, 2])
-  kept = np.asarray(at_layer(cache.key, layer))  # the cached keys, [B, N, S, D]
-  np.testing.assert_array_equal(kept[:, :, :3], keys.swapaxes(1, 2))
-  np.testing.assert_array_equal(kept[:, 0, 3], keys[:, 0, 0] + 100)
-  assert not kept[:, :, 4].any()
+  cached_keys = np.asarray(at_layer(cache.key, layer))  # [B, N, S, D]
+  np.testing.assert_array_equal(cached_keys[:, :, :3], keys.swapaxes(1, 2))
+  np.testing.assert_array_equal(cached_keys[:, 0, 3], keys[:, 0, 0] + 100)
+  assert not cached_keys[:, :, 4].any()
   assert not np.asarray(cache.key[0]).any()
   assert not np.asarray(cache.key[2]).any()
 
@@ -50,12 +50,12 @@ def test_take_repeats_and_reorders_rows(stacked):
   cache = empty(stacked).replace(
     key=keys if stacked else tuple(keys), next_position=jnp.array([7, 9])
   )
-  taken = cache.take(jnp.array([1, 1, 0]))
-  np.testing.assert_array_equal(taken.next_position, [9, 9, 7])
+  reordered = cache.take(jnp.array([1, 1, 0]))
+  np.testing.assert_array_equal(reordered.next_position, [9, 9, 7])
   for row, source in enumerate([1, 1, 0]):
     for i in range(L):
-      np.testing.assert_array_equal(taken.key[i][row], keys[i, source])
-  assert taken.filled.shape == (3, S)
+      np.testing.assert_array_equal(reordered.key[i][row], keys[i, source])
+  assert reordered.filled.shape == (3, S)
 
 
 def test_it_remembers_what_stands_before_each_token():
@@ -92,8 +92,8 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
   def step(cache, real, keys):
     cache, _ = cache.begin(real)
     cache, slots = cache.append(layer, keys, keys[..., :0])
-    seen = slots.numbers, slots.filled, slots.key
-    return cache.advance(real.shape[1]), *seen
+    slot_arrays = slots.numbers, slots.filled, slots.key
+    return cache.advance(real.shape[1]), *slot_arrays
 
   first = 0
   for count in (4, 1, 2, 1):
@@ -101,17 +101,17 @@ def test_a_layer_with_a_window_keeps_as_many_slots(stacked):
     new = np.arange(first, stop, dtype=np.float32) + 1
     keys = np.broadcast_to(new[None, :, None, None], (B, count, N, D))
     cache, *slots = step(cache, real[:, first:stop], keys)
-    places, filled, key = map(np.asarray, slots)
-    # All that the window of the step's first token holds are there, and more.
-    seen = set(range(max(first - 2, 0), stop))
-    assert seen <= set(places.tolist())
-    for slot, place in enumerate(places):
-      expected = np.array([place >= 0, place >= 2])
+    tokens, filled, key = map(np.asarray, slots)
+    # The slots hold all tokens in the window of the step's first one, and more.
+    window_tokens = set(range(max(first - 2, 0), stop))
+    assert window_tokens <= set(tokens.tolist())
+    for slot, token in enumerate(tokens):
+      expected = np.array([token >= 0, token >= 2])
       np.testing.assert_array_equal(filled[:, slot], expected)
-      if place >= 0:
-        assert key[0, 0, slot, 0] == place + 1
-    kept = np.asarray(at_layer(cache.key, layer))
-    assert kept.shape == (B, N, length, D)
-    for place in range(max(stop - length, 0), stop):
-      assert kept[0, 0, place % length, 0] == place + 1
+      if token >= 0:
+        assert key[0, 0, slot, 0] == token + 1
+    cached_keys = np.asarray(at_layer(cache.key, layer))
+    assert cached_keys.shape == (B, N, length, D)
+    for token in range(max(stop - length, 0), stop):
+      assert cached_keys[0, 0, token % length, 0] == token + 1
     first = stop

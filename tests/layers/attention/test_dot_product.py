@@ -138,8 +138,8 @@ def test_a_mesh_changes_nothing():
   expected = program('einsum', True, T)(*args)
   mesh = make_mesh(dict(data=2, expert=2, tensor=2))
   rows = NamedSharding(mesh, PartitionSpec(('data', 'expert')))
-  whole = NamedSharding(mesh, PartitionSpec())
-  args = jax.device_put(args, (whole, rows, rows))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  args = jax.device_put(args, (replicated, rows, rows))
   results = program('splash', True, T)(*args)
   tiny.assert_trees_close(results[1], expected[1], rtol=1e-4, atol=1e-4)
 
@@ -275,16 +275,16 @@ def test_who_sees_whom():
   def visible_to(ids, **keys):
     return np.asarray(visible(ids, ids, (5, 5), Keys(**keys)))
 
-  seen = visible_to(segment_ids, causal=False)
-  np.testing.assert_array_equal(seen, np.array([both_ways], bool))
-  seen = visible_to(segment_ids)
-  np.testing.assert_array_equal(seen, np.tril(np.array([both_ways], bool)))
-  alone = visible_to(None)
-  np.testing.assert_array_equal(alone, np.tri(5, dtype=bool)[None])
+  mask = visible_to(segment_ids, causal=False)
+  np.testing.assert_array_equal(mask, np.array([both_ways], bool))
+  mask = visible_to(segment_ids)
+  np.testing.assert_array_equal(mask, np.tril(np.array([both_ways], bool)))
+  one_document = visible_to(None)
+  np.testing.assert_array_equal(one_document, np.tri(5, dtype=bool)[None])
   assert visible_to(None, causal=False).all()
   # A window of three tokens has the query's own and the two before it.
-  near = np.tri(5, dtype=bool) & ~np.tri(5, k=-3, dtype=bool)
-  np.testing.assert_array_equal(visible_to(None, window=3), near[None])
+  in_window = np.tri(5, dtype=bool) & ~np.tri(5, k=-3, dtype=bool)
+  np.testing.assert_array_equal(visible_to(None, window=3), in_window[None])
 
 
 def test_masked_softmax_gives_hidden_keys_exactly_nothing():
@@ -305,8 +305,8 @@ def test_the_backward_pass_keeps_the_weights_and_no_mask():
   def run(x):
     return layer().apply({'params': kernels()}, x, segment_ids, positions)
 
-  kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(run, x)[1], x))
-  square = [leaf for leaf in kept if leaf.shape[-2:] == (7, 7)]
+  residuals = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(run, x)[1], x))
+  square = [leaf for leaf in residuals if leaf.shape[-2:] == (7, 7)]
   assert square
   for leaf in square:
     assert (leaf.dtype, leaf.size) == (jnp.float32, B * H * 7 * 7)

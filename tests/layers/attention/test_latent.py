@@ -21,7 +21,7 @@ from moe_jax.layers.parameters import roles_of
 from moe_jax.models import lora
 from moe_jax.options import fields_of
 from moe_jax.partitioning import make_mesh
-from tests.layers.attention.test_attention import draw, inputs, told_mask
+from tests.layers.attention.test_attention import defined_mask, draw, inputs
 from tests.models import tiny
 
 B, T, M, H = 3, 7, 10, 4
@@ -70,7 +70,7 @@ def normed(x, scale):
   return scale * x / np.sqrt(np.mean(x**2) + EPSILON)
 
 
-def told(p, x, segment_ids, positions):
+def output_by_loops(p, x, segment_ids, positions):
   """The output token by token and head by head, in float64.
 
   The one pair of two numbers turns by 1 radian a position at first. In 4 tokens
@@ -83,19 +83,19 @@ def told(p, x, segment_ids, positions):
   grown = 0.05 * np.log(8) + 1
   factor = (0.1 * np.log(8) + 1) / grown
 
-  def turned(y, place):
+  def rotated(y, position):
     pairs = y[0::2] + 1j * y[1::2]
-    pairs = pairs * factor * np.exp(1j * place)
+    pairs = pairs * factor * np.exp(1j * position)
     return np.stack([pairs.real, pairs.imag], -1).ravel()
 
   scale = (PLAIN + ROTARY) ** -0.5 * grown**2
-  mask = np.asarray(told_mask(segment_ids))[:, 0]
+  mask = np.asarray(defined_mask(segment_ids))[:, 0]
   y = np.zeros((B, T, M))
   for b in range(B):
     short = x[b] @ p['w_kv_down']
-    vectors = [normed(own, p['kv_norm']) for own in short[:, :R]]
+    vectors = [normed(row, p['kv_norm']) for row in short[:, :R]]
     shared = [
-      turned(own, positions[b, t]) for t, own in enumerate(short[:, R:])
+      rotated(row, positions[b, t]) for t, row in enumerate(short[:, R:])
     ]
     for t, h in np.ndindex(T, H):
       if 'w_query' in p:
@@ -103,13 +103,13 @@ def told(p, x, segment_ids, positions):
       else:
         vector = normed(x[b, t] @ p['w_query_down'], p['query_norm'])
         query = vector @ p['w_query_up'][:, h]
-      query = np.append(query[:PLAIN], turned(query[PLAIN:], positions[b, t]))
+      query = np.append(query[:PLAIN], rotated(query[PLAIN:], positions[b, t]))
       up, scores, values = p['w_kv_up'][:, h], [], []
       for s in np.flatnonzero(mask[b, t]):
-        both = vectors[s] @ up
-        key = np.append(both[:PLAIN], shared[s])
+        expanded = vectors[s] @ up
+        key = np.append(expanded[:PLAIN], shared[s])
         scores.append(scale * query @ key)
-        values.append(both[PLAIN:])
+        values.append(expanded[PLAIN:])
       weights = np.exp(scores - np.max(scores))
       mean = weights @ np.array(values) / weights.sum()
       y[b, t] += mean @ p['w_out'][h]
@@ -120,13 +120,13 @@ def told(p, x, segment_ids, positions):
 def test_equals_its_definition(query_rank):
   x, segment_ids, positions = inputs()
   module, p = layer(query_rank), kernels(query_rank)
-  made = jax.eval_shape(module.init, jax.random.key(0), *inputs())['params']
-  assert roles_of(made)['kv_norm'] == ('norm', 'scale')
-  assert roles_of(made)['w_kv_up'] == ('attention', 'kernel')
-  shapes = {k: v.shape for k, v in nn.meta.unbox(made).items()}
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs())['params']
+  assert roles_of(boxed)['kv_norm'] == ('norm', 'scale')
+  assert roles_of(boxed)['w_kv_up'] == ('attention', 'kernel')
+  shapes = {k: v.shape for k, v in nn.meta.unbox(boxed).items()}
   assert shapes == {k: v.shape for k, v in p.items()}
   y = jax.jit(module.apply)({'params': p}, x, segment_ids, positions)
-  expected = told(p, np.asarray(x), segment_ids, positions)
+  expected = output_by_loops(p, np.asarray(x), segment_ids, positions)
   assert np.std(expected) > 0.5
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -186,26 +186,26 @@ def test_the_cache_as_it_is_gives_what_it_expands_to():
     fields = {name: getattr(o, name) for name in fields_of(LatentOptions)}
     module = LatentAttention(cls(**fields), Shared(), POSITIONS)
     step = jax.jit(
-      lambda x, mask, where, cache, module=module: module.apply(
-        {'params': kernels()}, x, mask, where, None, cache, 1, method='decode'
+      lambda x, mask, indices, cache, module=module: module.apply(
+        {'params': kernels()}, x, mask, indices, None, cache, 1, method='decode'
       )
     )
-    own, parts = cache, []
+    filled, outputs = cache, []
     for part in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
       mask = jnp.ones_like(positions[:, part], bool)
-      own, where = own.begin(mask)
-      y, own = step(x[:, part], mask, where, own)
-      own = own.advance(mask.shape[1])
-      parts.append(y)
-    results.append((np.concatenate(parts, 1), own))
-  (y, own), (expanded, other) = results
+      filled, indices = filled.begin(mask)
+      y, filled = step(x[:, part], mask, indices, filled)
+      filled = filled.advance(mask.shape[1])
+      outputs.append(y)
+    results.append((np.concatenate(outputs, 1), filled))
+  (y, filled), (expanded, other) = results
   np.testing.assert_allclose(y, expanded, rtol=1e-4, atol=1e-5)
-  tiny.assert_trees_close(own.key, other.key)
+  tiny.assert_trees_close(filled.key, other.key)
   rows = jnp.tile(jnp.arange(T)[None], (B, 1))
   module = LatentAttention(o, Shared(), POSITIONS)
-  whole = jax.jit(module.apply)({'params': kernels()}, x, None, rows)
-  np.testing.assert_allclose(y, whole, rtol=1e-4, atol=1e-4)
-  sizes = [leaf.size for leaf in jax.tree.leaves((own.key, own.value))]
+  uncached = jax.jit(module.apply)({'params': kernels()}, x, None, rows)
+  np.testing.assert_allclose(y, uncached, rtol=1e-4, atol=1e-4)
+  sizes = [leaf.size for leaf in jax.tree.leaves((filled.key, filled.value))]
   assert sum(sizes) == 2 * B * T * (R + ROTARY)
 
 
@@ -220,11 +220,11 @@ def test_heads_on_several_devices_change_nothing():
   expected = run(p, x)
   mesh = make_mesh(dict(tensor=2), jax.devices()[:2])
 
-  def place(leaf):
+  def shard(leaf):
     spec = ['tensor' if size == H else None for size in leaf.shape]
     return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
-  result = run(jax.tree.map(place, p), place(x))
+  result = run(jax.tree.map(shard, p), shard(x))
   np.testing.assert_allclose(result[0], expected[0], rtol=1e-5)
   tiny.assert_trees_close(result[1], expected[1], rtol=1e-3, atol=1e-3)
 
@@ -242,8 +242,8 @@ def test_a_bfloat16_layer_is_close_to_a_float32_one():
 
 def test_biases_are_those_of_the_checkpoints():
   module = layer(biases='all')
-  made = jax.eval_shape(module.init, jax.random.key(0), *inputs())
-  shapes = {k: v.shape for k, v in nn.meta.unbox(made)['params'].items()}
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs())
+  shapes = {k: v.shape for k, v in nn.meta.unbox(boxed)['params'].items()}
   assert {k: v for k, v in shapes.items() if k.startswith('b_')} == {
     'b_query_down': (Q,),
     'b_kv_down': (R + ROTARY,),

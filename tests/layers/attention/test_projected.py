@@ -16,10 +16,10 @@ from tests.layers.attention.test_attention import (
   H,
   N,
   biases,
+  defined_mask,
   draw,
   inputs,
   kernels,
-  told_mask,
 )
 
 SCALES = {
@@ -44,7 +44,7 @@ def normed(x, scale):
   return y
 
 
-def told(p, x, segment_ids, clip):
+def defined_output(p, x, segment_ids, clip):
   heads = {}
   for name in ('query', 'key', 'value'):
     y = np.einsum('btm,mhd->bthd', x, p[f'w_{name}'])
@@ -54,7 +54,7 @@ def told(p, x, segment_ids, clip):
     if clip:
       y = np.minimum(np.maximum(y, -clip), clip)
     heads[name] = jnp.asarray(y, jnp.float32)
-  y = jax.nn.dot_product_attention(**heads, mask=told_mask(segment_ids))
+  y = jax.nn.dot_product_attention(**heads, mask=defined_mask(segment_ids))
   y = np.einsum('bthd,hdm->btm', y, p['w_out'])
   return y + np.asarray(p.get('b_out', 0))
 
@@ -79,22 +79,22 @@ def test_equals_its_definition(options, biased):
   p = kernels() | draw(SCALES[options.get('qk_norm', 'none')], seed=3)
   p |= {f'b_{name}': biases()[f'b_{name}'] for name in biased}
   module = layer(**options)
-  made = jax.eval_shape(module.init, jax.random.key(0), *inputs())
-  made = nn.meta.unbox(made)['params']
-  assert {k: v.shape for k, v in made.items()} == {
+  initial = jax.eval_shape(module.init, jax.random.key(0), *inputs())
+  initial = nn.meta.unbox(initial)['params']
+  assert {k: v.shape for k, v in initial.items()} == {
     k: v.shape for k, v in p.items()
   }
   y = jax.jit(module.apply)({'params': p}, x, segment_ids, positions)
-  expected = told(p, x, segment_ids, options.get('clip', 0.0))
+  expected = defined_output(p, x, segment_ids, options.get('clip', 0.0))
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_biases_follow_the_model_unless_they_are_named():
-  usual, none = AttentionOptions(), AttentionOptions(biases='none')
-  some = AttentionOptions(biases='query,out')
-  assert usual.has_bias('key', True) and not usual.has_bias('key', False)
+  default, none = AttentionOptions(), AttentionOptions(biases='none')
+  partial = AttentionOptions(biases='query,out')
+  assert default.has_bias('key', True) and not default.has_bias('key', False)
   assert not none.has_bias('out', True)
-  assert [some.has_bias(name, True) for name in ('query', 'key', 'out')] == [
+  assert [partial.has_bias(name, True) for name in ('query', 'key', 'out')] == [
     True,
     False,
     True,
@@ -151,13 +151,13 @@ def test_heads_on_several_devices_change_nothing(qk_norm):
   expected = run(p, x)
   mesh = make_mesh(dict(tensor=2), jax.devices()[:2])
 
-  def place(name, leaf):
+  def shard(name, leaf):
     # Heads are the last but one dimension, in w_out the first.
     spec = ['tensor' if size in (H, N) else None for size in leaf.shape]
     return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
   x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
-  split = {name: place(name, leaf) for name, leaf in p.items()}
+  split = {name: shard(name, leaf) for name, leaf in p.items()}
   result = run(split, x)
   assert split['w_query'].sharding.spec[1] == 'tensor'
   jax.tree.map(

@@ -80,8 +80,8 @@ def test_implementations_agree_in_value_and_gradient(
   (_, expected), expected_gradient = program('einsum', window)(*args)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
   assert np.abs(gradient[3]).min() > 1e-3
-  for own, other in zip(gradient, expected_gradient, strict=True):
-    np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4)
+  for leaf, expected_leaf in zip(gradient, expected_gradient, strict=True):
+    np.testing.assert_allclose(leaf, expected_leaf, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_heads_on_several_devices_change_nothing(implementation):
   expected = program('einsum')(arguments, segment_ids)
   mesh = make_mesh(dict(tensor=2, data=2), jax.devices()[:4])
 
-  def place(leaf, *spec):
+  def shard(leaf, *spec):
     return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
   *rows, sinks = arguments
-  split = [place(leaf, 'data', None, 'tensor') for leaf in rows]
+  split = [shard(leaf, 'data', None, 'tensor') for leaf in rows]
   result = program(implementation)(
-    [*split, place(sinks, 'tensor')], place(segment_ids, 'data')
+    [*split, shard(sinks, 'tensor')], shard(segment_ids, 'data')
   )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),

@@ -42,33 +42,33 @@ def inputs():
   return x, positions
 
 
-def theirs(module, rotary, x, positions, window=0):
-  """The output of their module for causal rows, and its weights by name."""
-  place = np.arange(T)
-  hidden = place[None] > place[:, None]
+def library_output(module, rotary, x, positions, window=0):
+  """The output of the library's module for causal rows, and its weights."""
+  index = np.arange(T)
+  hidden = index[None] > index[:, None]
   if window:
-    hidden |= place[:, None] - place[None] >= window
+    hidden |= index[:, None] - index[None] >= window
   mask = torch.zeros(1, 1, T, T)
   mask[0, 0, torch.tensor(hidden)] = torch.finfo(torch.float32).min
   with torch.no_grad():
-    given = torch.tensor(x)
-    angles = rotary(given, torch.tensor(positions))
-    y, _ = module(given, position_embeddings=angles, attention_mask=mask)
+    tensor = torch.tensor(x)
+    angles = rotary(tensor, torch.tensor(positions))
+    y, _ = module(tensor, position_embeddings=angles, attention_mask=mask)
   return y.numpy(), {k: v.numpy() for k, v in module.state_dict().items()}
 
 
-def ours(weights, x, places, options, positions):
+def our_output(weights, x, ids, options, positions):
   """The output of our layer with these weights."""
   p = {}
   names = {'q': ('query', H), 'k': ('key', N), 'v': ('value', N)}
-  for name, (own, heads) in names.items():
-    p[f'w_{own}'] = weights[f'{name}_proj.weight'].T.reshape(M, heads, -1)
+  for name, (our_name, heads) in names.items():
+    p[f'w_{our_name}'] = weights[f'{name}_proj.weight'].T.reshape(M, heads, -1)
     if f'{name}_proj.bias' in weights:
-      p[f'b_{own}'] = weights[f'{name}_proj.bias'].reshape(heads, -1)
+      p[f'b_{our_name}'] = weights[f'{name}_proj.bias'].reshape(heads, -1)
     if f'{name}_norm.weight' in weights:
       scale = weights[f'{name}_norm.weight']
-      width = p[f'w_{own}'].shape[2]
-      p[f'{own}_norm'] = (
+      width = p[f'w_{our_name}'].shape[2]
+      p[f'{our_name}_norm'] = (
         scale if len(scale) == width else scale.reshape(heads, width)
       )
   p['w_out'] = weights['o_proj.weight'].T.reshape(H, -1, M)
@@ -77,14 +77,14 @@ def ours(weights, x, places, options, positions):
   if 'o_proj.bias' in weights:
     p['b_out'] = weights['o_proj.bias']
   layer = Attention(options, positions=positions)
-  p, x, places = jax.tree.map(jnp.asarray, (p, x, places))
-  return layer.apply({'params': p}, x, None, places)
+  p, x, ids = jax.tree.map(jnp.asarray, (p, x, ids))
+  return layer.apply({'params': p}, x, None, ids)
 
 
 def assert_equal(module, rotary, options, positions=Rotary(), window=0):
-  x, where = inputs()
-  expected, weights = theirs(random(module), rotary, x, where, window)
-  y = ours(weights, x, where, options, positions)
+  x, ids = inputs()
+  expected, weights = library_output(random(module), rotary, x, ids, window)
+  y = our_output(weights, x, ids, options, positions)
   assert np.std(expected) > 0.1
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -175,20 +175,20 @@ def test_deepseek(version, query_rank, biased, yarn):
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as m
   else:
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
-  given = dict(rope_type='default', rope_theta=100.0)
+  rope = dict(rope_type='default', rope_theta=100.0)
   if yarn:
-    given |= dict(YARN, rope_type='yarn', original_max_position_embeddings=8)
+    rope |= dict(YARN, rope_type='yarn', original_max_position_embeddings=8)
   config = getattr(transformers, f'DeepseekV{version}Config')(
     **{**SIZES, 'num_key_value_heads': H},
     **LATENT,
     q_lora_rank=query_rank,
     attention_bias=biased,
-    rope_parameters=given,
+    rope_parameters=rope,
   )
   module = random(getattr(m, f'DeepseekV{version}Attention')(config, 0))
   rotary = getattr(m, f'DeepseekV{version}RotaryEmbedding')(config)
-  x, places = inputs()
-  expected, weights = theirs(module, rotary, x, places)
+  x, ids = inputs()
+  expected, weights = library_output(module, rotary, x, ids)
   options = LatentOptions(
     H,
     query_rank=query_rank or 0,
@@ -216,12 +216,12 @@ def test_deepseek(version, query_rank, biased, yarn):
     'b_out': ('o_proj.bias', (M,)),
   }
   p = {
-    own: jnp.asarray(weights[name].T.reshape(shape))
-    for own, (name, shape) in names.items()
+    our_name: jnp.asarray(weights[name].T.reshape(shape))
+    for our_name, (name, shape) in names.items()
     if name in weights
   }
   assert len(p) == len(weights)
   layer = LatentAttention(options, positions=positions)
-  y = layer.apply({'params': p}, jnp.asarray(x), None, jnp.asarray(places))
+  y = layer.apply({'params': p}, jnp.asarray(x), None, jnp.asarray(ids))
   assert np.std(expected) > 0.1
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

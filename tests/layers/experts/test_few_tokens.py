@@ -64,8 +64,8 @@ def test_equals_stacked_experts(tokens, use_bias):
     for name, shape in shapes.items()
   }
   expected = run(Dropless(), layer, params, x, routing)
-  own = unrolled({'experts': params})['experts']
-  output = run(Unrolled(), layer, own, x, routing)
+  unstacked = unrolled({'experts': params})['experts']
+  output = run(Unrolled(), layer, unstacked, x, routing)
   np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
   assert np.abs(np.asarray(output)[0, -1]).max() > 0.01
   output = run(Batched(), layer, params, x, routing)
@@ -81,6 +81,6 @@ def test_experts_that_nobody_chose_are_not_read():
   routing = token_choice(logits, num_selected=K, capacity=None)
   kernels = {'w_in': jnp.ones((E, M, F)), 'w_out': jnp.ones((E, F, M))}
   kernels = {k: w.at[2:].set(jnp.nan) for k, w in kernels.items()}
-  own = unrolled({'experts': kernels})['experts']
-  y = run(Unrolled(), FfnLayer(FfnOptions(F)), own, x, routing)
+  unstacked = unrolled({'experts': kernels})['experts']
+  y = run(Unrolled(), FfnLayer(FfnOptions(F)), unstacked, x, routing)
   assert np.isfinite(np.asarray(y)).all()

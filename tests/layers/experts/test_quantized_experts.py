@@ -52,7 +52,7 @@ def params_of(format):
     for name in KERNELS
   ]
   codes, format = stored.store(rounded, format)
-  numbers = {n: own.values for n, own in zip(KERNELS, rounded, strict=True)}
+  numbers = {n: w.values for n, w in zip(KERNELS, rounded, strict=True)}
   codes = dict(zip(KERNELS, codes, strict=True))
   return (
     {**params, 'experts': {**experts, **codes}},
@@ -107,10 +107,10 @@ def test_groups_of_inputs_and_symmetric_grids_are_read():
   format = KernelFormat('int4', group_size=5, symmetric=True)
   codes, numbers, format = params_of(format)
   # 12 inputs have three groups, and 20 have four; no zero is stored.
-  own = codes['experts']
-  assert own['w_in']['scale'].shape == (E, 3, F)
-  assert own['w_out']['scale'].shape == (E, 4, M)
-  assert set(own['w_in']) == {'codes', 'scale'}
+  experts = codes['experts']
+  assert experts['w_in']['scale'].shape == (E, 3, F)
+  assert experts['w_out']['scale'].shape == (E, 4, M)
+  assert set(experts['w_in']) == {'codes', 'scale'}
   options, plain = options_of(format, Gather())
   x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 7, M)), jnp.float32)
   np.testing.assert_allclose(
@@ -122,12 +122,12 @@ def test_groups_of_inputs_and_symmetric_grids_are_read():
 def test_parameters_have_the_shapes_of_the_format(name):
   codes, _, format = params_of(KernelFormat(name))
   layer = MoE(options_of(format, Gather())[0], SHARED)
-  own = nn.meta.unbox(
+  initial = nn.meta.unbox(
     jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, M)))
   )['params']
   described = [
     jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-    for tree in (own, codes)
+    for tree in (initial, codes)
   ]
   assert described[0] == described[1]
 

@@ -53,7 +53,7 @@ def compiled(layer):
   return jax.jit(lambda p, x, mask: layer.apply({'params': p}, x, mask))
 
 
-def drawn(layer):
+def random_params(layer):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((B, T, M)))
   leaves, tree = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
   return tree.unflatten([draw(*x.shape, seed=i) for i, x in enumerate(leaves)])
@@ -69,29 +69,31 @@ def feed_forward(p, x):
 
 
 @pytest.mark.parametrize(
-  ('gated', 'more'),
+  ('gated', 'overrides'),
   [
     (True, {}),
     pytest.param(False, {'dispatch': Dropless()}, marks=pytest.mark.slow),
   ],
 )
-def test_it_adds_a_feed_forward_of_every_token(gated, more):
-  shared = options(shared_expert=SharedExpertOptions(H, gated), **more)
+def test_it_adds_a_feed_forward_of_every_token(gated, overrides):
+  shared = options(shared_expert=SharedExpertOptions(H, gated), **overrides)
   layer = MoE(shared)
-  params, x = drawn(layer), draw(B, T, M)
+  params, x = random_params(layer), draw(B, T, M)
   y, aux = compiled(layer)(params, x, np.ones((B, T), bool))
-  own = {n: p for n, p in params.items() if n != 'shared_expert'}
-  routed, same = compiled(MoE(options(**more)))(own, x, np.ones((B, T), bool))
+  routed_params = {n: p for n, p in params.items() if n != 'shared_expert'}
+  routed, routed_aux = compiled(MoE(options(**overrides)))(
+    routed_params, x, np.ones((B, T), bool)
+  )
   p = params['shared_expert']
   for b, t in np.ndindex(B, T):
     token = x[b, t].astype(np.float64)
-    want = feed_forward(p['ffn'], token)
+    expected = feed_forward(p['ffn'], token)
     if gated:
-      want = want / (1 + np.exp(-(token @ p['w_gate'][:, 0])))
+      expected = expected / (1 + np.exp(-(token @ p['w_gate'][:, 0])))
     np.testing.assert_allclose(
-      y[b, t] - routed[b, t], want, rtol=1e-3, atol=1e-4
+      y[b, t] - routed[b, t], expected, rtol=1e-3, atol=1e-4
     )
-  jax.tree.map(np.testing.assert_array_equal, aux, same)
+  jax.tree.map(np.testing.assert_array_equal, aux, routed_aux)
 
 
 def test_a_dropped_token_still_meets_it_and_padding_does_not():
@@ -101,13 +103,13 @@ def test_a_dropped_token_still_meets_it_and_padding_does_not():
     options('relu', shared_expert=SharedExpertOptions(H), capacity=Fixed(1)),
     Shared(use_bias=True),
   )
-  params, x = drawn(layer), draw(B, T, M)
+  params, x = random_params(layer), draw(B, T, M)
   mask = np.arange(T)[None] < np.array([[T], [4]])
   y, aux = compiled(layer)(params, x, mask)
-  lone = FeedForward(FfnOptions(H, 'relu'), Shared(use_bias=True))
-  want = lone.apply({'params': params['shared_expert']['ffn']}, jnp.asarray(x))
+  ffn = FeedForward(FfnOptions(H, 'relu'), Shared(use_bias=True))
+  ffn_y = ffn.apply({'params': params['shared_expert']['ffn']}, jnp.asarray(x))
   assert aux.stats.overflowed.sum() > 0
-  np.testing.assert_allclose(y[0, -1], want[0, -1], rtol=1e-5)
+  np.testing.assert_allclose(y[0, -1], ffn_y[0, -1], rtol=1e-5)
   np.testing.assert_array_equal(y[~mask], np.zeros((T - 4, M)))
 
 
@@ -115,24 +117,24 @@ def test_a_dropped_token_still_meets_it_and_padding_does_not():
 def test_equal_experts_and_a_shared_one_are_the_dense_twin():
   # Gates sum to one, so that equal experts are one of their width. It and the
   # shared one are a single feed-forward of both widths.
-  one = dataclasses.replace(
+  moe_options = dataclasses.replace(
     options(shared_expert=SharedExpertOptions(H)), num_selected=K
   )
-  layer = MoE(one)
-  params, x = drawn(layer), draw(B, T, M)
+  layer = MoE(moe_options)
+  params, x = random_params(layer), draw(B, T, M)
   params['experts'] = jax.tree.map(
     lambda w: np.broadcast_to(w[:1], w.shape), params['experts']
   )
   y, _ = compiled(layer)(params, x, np.ones((B, T), bool))
-  both = [jax.tree.map(lambda w: w[0], params['experts'])]
-  both.append(params['shared_expert']['ffn'])
+  networks = [jax.tree.map(lambda w: w[0], params['experts'])]
+  networks.append(params['shared_expert']['ffn'])
   joined = {
-    name: np.concatenate([p[name] for p in both], int(name != 'w_out'))
-    for name in both[0]
+    name: np.concatenate([p[name] for p in networks], int(name != 'w_out'))
+    for name in networks[0]
   }
   twin = FeedForward(FfnOptions(F + H, 'swiglu'))
-  want = twin.apply({'params': joined}, jnp.asarray(x))
-  np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-4)
+  expected = twin.apply({'params': joined}, jnp.asarray(x))
+  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_dense_twin_is_wider_by_it():
@@ -156,12 +158,12 @@ def test_costs_count_it_as_a_dense_part_of_every_token():
   without = cost.count(tiny.build(ffn=dict(hidden=F)), 10)
   for model, kernels in ((plain, 2 * 12 * H), (gated, 2 * 12 * H + 12)):
     counted = cost.count(model, 10)
-    more = 2 * kernels  # in each of two layers
-    assert counted.total_params == without.total_params + more
-    assert counted.active_params == without.active_params + more
+    added = 2 * kernels  # in each of two layers
+    assert counted.total_params == without.total_params + added
+    assert counted.active_params == without.active_params + added
     assert counted.expert_params == without.expert_params
     assert counted.decoder.experts == without.decoder.experts
-    assert counted.decoder.products == without.decoder.products + 2 * more
+    assert counted.decoder.products == without.decoder.products + 2 * added
 
 
 def test_its_parameters_have_a_role_of_their_own():
@@ -207,12 +209,12 @@ def test_fine_grained_experts_cost_the_same_but_for_the_router():
   fine = dataclasses.replace(wide, moe=wide.moe.fine_grained(3))
   assert (fine.moe.num_experts, fine.moe.num_selected) == (15, 6)
   assert fine.moe.expert.hidden == 8
-  before, after = (cost.count(o.build(), 10) for o in (wide, fine))
+  coarse, split = (cost.count(o.build(), 10) for o in (wide, fine))
   router = 2 * 12 * 10  # ten more columns in each of two layers
-  assert after.expert_params == before.expert_params
-  assert after.active_params == before.active_params + router
-  assert after.decoder.experts == before.decoder.experts
-  assert after.capacity_slack == pytest.approx(before.capacity_slack, rel=0.2)
+  assert split.expert_params == coarse.expert_params
+  assert split.active_params == coarse.active_params + router
+  assert split.decoder.experts == coarse.decoder.experts
+  assert split.capacity_slack == pytest.approx(coarse.capacity_slack, rel=0.2)
 
 
 @pytest.mark.parametrize(

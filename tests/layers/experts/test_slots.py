@@ -94,8 +94,8 @@ def test_expert_e_is_a_feed_forward_with_its_parameters(activation, use_bias):
   y = np.asarray(jax.jit(Experts(options, shared).apply)(params, rows))
   dense = jax.jit(FeedForward(options, shared).apply)
   for e in range(E):
-    own = jax.tree.map(lambda leaf, e=e: leaf[e], own_of(params))
-    expected = dense({'params': own}, rows[e])
+    expert_params = jax.tree.map(lambda leaf, e=e: leaf[e], own_of(params))
+    expected = dense({'params': expert_params}, rows[e])
     np.testing.assert_allclose(y[e], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -139,10 +139,10 @@ def test_dropout_falls_on_each_expert_by_itself():
   variables = {'params': {'experts': params}}
   rngs = {'dropout': tiny.key(0)}
   run = jax.jit(lambda v: layer.apply(v, rows, train=True, rngs=rngs))
-  # `kept` is the number of the F hidden values that were kept, [E, R].
-  kept = np.asarray(run(variables))[..., 0] / (2 * M)
-  np.testing.assert_allclose(kept, kept.round(), atol=1e-5)
-  assert len(set(kept.round().ravel())) > 2
+  # `num_kept` is the number of the F hidden values that were kept, [E, R].
+  num_kept = np.asarray(run(variables))[..., 0] / (2 * M)
+  np.testing.assert_allclose(num_kept, num_kept.round(), atol=1e-5)
+  assert len(set(num_kept.round().ravel())) > 2
   evaluated = jax.jit(layer.apply)(variables, rows)
   np.testing.assert_allclose(evaluated, F * M, rtol=1e-5)
 
@@ -170,14 +170,14 @@ def run_moe(layer, params, x):
 
 def test_a_module_given_as_expert_equals_the_built_in_one():
   x = rows_of(2, 8, M)
-  own = MoE(MOE)
-  params = draw_params(own, x)['params']
-  given = with_expert(ModuleExpert(FeedForward(FfnOptions(F, 'gelu'))))
+  built_in = MoE(MOE)
+  params = draw_params(built_in, x)['params']
+  custom = with_expert(ModuleExpert(FeedForward(FfnOptions(F, 'gelu'))))
   nested_params = {**params, 'experts': {'expert': params['experts']}}
-  y = run_moe(own, params, x)
+  y = run_moe(built_in, params, x)
   assert np.abs(y).max() > 0.1
   np.testing.assert_allclose(
-    run_moe(given, nested_params, x), y, rtol=1e-5, atol=1e-5
+    run_moe(custom, nested_params, x), y, rtol=1e-5, atol=1e-5
   )
 
 
@@ -287,22 +287,22 @@ def test_a_mixture_can_be_an_expert():
   y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
   # The definition applies one inner mixture after the other to its own tokens.
   route = jax.jit(MOE.router.module(MOE.sizes, Shared()).apply)
-  routed, own = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
+  routed, outer = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
   serve = jax.jit(lambda p, mask: MoE(INNER).apply({'params': p}, x, mask))
   expected, losses = np.zeros(x.shape), 0.0
   for e in range(E):
-    has = np.asarray((routed.expert_index == e) & routed.kept)
-    gate = np.where(has, routed.gate, 0).sum(-1, keepdims=True)
-    one = jax.tree.map(lambda leaf, e=e: leaf[e], mixtures)
-    served, inner_aux = serve(one, has.any(-1))
+    is_chosen = np.asarray((routed.expert_index == e) & routed.kept)
+    gate = np.where(is_chosen, routed.gate, 0).sum(-1, keepdims=True)
+    mixture = jax.tree.map(lambda leaf, e=e: leaf[e], mixtures)
+    served, inner_aux = serve(mixture, is_chosen.any(-1))
     expected += gate * served
     losses += inner_aux.balance_loss
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
   assert losses > 1
   np.testing.assert_allclose(
-    aux.balance_loss, own.balance_loss + losses, rtol=1e-5
+    aux.balance_loss, outer.balance_loss + losses, rtol=1e-5
   )
-  np.testing.assert_array_equal(aux.stats.load, own.stats.load)
+  np.testing.assert_array_equal(aux.stats.load, outer.stats.load)
   assert mixtures['experts']['w_in'].shape == (E, 3, M, F)
 
 
@@ -362,11 +362,11 @@ def test_sorted_rows_meet_the_expert_of_their_group(
     y = jnp.concatenate([*y, jnp.zeros((2, M))])
     return (y * target).sum(), y
 
-  got, wanted = (
+  by_sorted, by_dense = (
     jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(params, rows)
     for f in (loss, expected)
   )
-  tiny.assert_trees_close(got, wanted, rtol=1e-4, atol=1e-4)
+  tiny.assert_trees_close(by_sorted, by_dense, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_of_sorted_rows():
@@ -380,10 +380,10 @@ def test_dropout_of_sorted_rows():
   def run(key=None):
     return sorted_feed_forward(layer, params, rows, sizes, 'auto', key)
 
-  kept = run()
-  drawn = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
-  assert np.abs(np.asarray(run(tiny.key(0))) - kept).max() > 0.1
-  np.testing.assert_allclose(drawn, kept, atol=0.35 * np.abs(kept).max())
+  plain = run()
+  mean = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
+  assert np.abs(np.asarray(run(tiny.key(0))) - plain).max() > 0.1
+  np.testing.assert_allclose(mean, plain, atol=0.35 * np.abs(plain).max())
 
 
 def test_experts_start_alike_whoever_serves_them():

@@ -79,7 +79,7 @@ def _initial(options, sizes):
   @jax.jit
   def init(key, x, mask, ids):
     fresh = module(options, sizes).init(key, x, mask, router_ids=ids)
-    # Without what routing gives XLA removes all routing.
+    # XLA removes all routing if nothing that routing returns is used.
     return {k: v for k, v in fresh.items() if k != 'intermediates'}
 
   return init

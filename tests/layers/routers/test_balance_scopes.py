@@ -81,10 +81,10 @@ def test_losses_are_those_of_rows_whatever_the_groups(
   for name, rows in zip(NAMES, (1, 3, B), strict=True):
     total = 0.0
     for b in range(0, B, rows):
-      some = [a[b : b + rows] for a in (probs, index, mask)]
-      some = [a.reshape(1, -1, *a.shape[2:]) for a in some]
-      (loss,) = reference.balance_loss(*some, choices=choices)
-      total += loss * some[2].sum()
+      block = [a[b : b + rows] for a in (probs, index, mask)]
+      block = [a.reshape(1, -1, *a.shape[2:]) for a in block]
+      (loss,) = reference.balance_loss(*block, choices=choices)
+      total += loss * block[2].sum()
     value = getattr(aux, f'{name}_loss')
     np.testing.assert_allclose(value, total, rtol=1e-5, err_msg=name)
 
@@ -152,17 +152,17 @@ def test_the_batch_is_that_of_all_devices():
     return jax.jacrev(losses, has_aux=True)(w)
 
   w = jnp.asarray(draw(M, E, seed=1))
-  one = losses_and_gradient(w, jnp.asarray(x), jnp.asarray(mask))
-  place = NamedSharding(mesh, PartitionSpec('data'))
-  spread = losses_and_gradient(w, *jax.device_put((x, mask), place))
+  unsharded = losses_and_gradient(w, jnp.asarray(x), jnp.asarray(mask))
+  sharding = NamedSharding(mesh, PartitionSpec('data'))
+  sharded = losses_and_gradient(w, *jax.device_put((x, mask), sharding))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    one,
-    spread,
+    unsharded,
+    sharded,
   )
   # Rows of one device alone have another loss.
-  own = aux_of(options, x[:1], mask[:1], w).global_balance_loss / mask[0].sum()
-  assert abs(own - one[1][2] / mask.sum()) > 0.01
+  loss = aux_of(options, x[:1], mask[:1], w).global_balance_loss / mask[0].sum()
+  assert abs(loss - unsharded[1][2] / mask.sum()) > 0.01
 
 
 def problems(router, **run):

@@ -76,7 +76,7 @@ def with_losses(options):
   return dataclasses.replace(options, **dict.fromkeys(weights, 0.1))
 
 
-# Their weights change no program, so that the tests share them.
+# Weights of losses change no program, so that the tests share the programs.
 OPTIONS = {kind: with_losses(ROUTERS.builtin[kind]()) for kind in KINDS}
 
 
@@ -124,12 +124,12 @@ def variables(options):
   start = fresh(options)
   rng = np.random.default_rng(1)
 
-  def drawn(leaf, role):
+  def with_noise(leaf, role):
     noise = rng.normal(size=leaf.shape) if role.form == 'kernel' else 0.0
     return jnp.asarray(leaf + np.float32(noise))
 
   start_values = jax.tree.map(np.asarray, nn.meta.unbox(start))
-  return jax.tree.map(drawn, start_values, roles_of(start))
+  return jax.tree.map(with_noise, start_values, roles_of(start))
 
 
 def program(options, sizes, train):
@@ -204,7 +204,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
   serving = options.serving_all(sizes) or sizes
   x, ids = inputs()
   run = functools.partial(output, options, serving, False)
-  whole = run(x, ids, np.ones((G, S), bool))
+  row_outputs = run(x, ids, np.ones((G, S), bool))
   # A step has one token, which padding follows: programs are shared.
   first = np.arange(S) < np.ones((G, 1))
   steps = np.stack(
@@ -213,7 +213,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
     ],
     1,
   )
-  alike = np.allclose(whole, steps, rtol=1e-4, atol=1e-4)
+  alike = np.allclose(row_outputs, steps, rtol=1e-4, atol=1e-4)
   assert (options.decodes(sizes) is None) == alike
 
 
@@ -229,10 +229,10 @@ def test_the_losses_that_a_router_names_are_those_it_has(kind):
   for name in LOSSES:
     field = fields_of(type(options)).get(name.replace('_loss', '_weight'))
     assert (name in weights) == (field is not None)
-    has = field is not None and in_force(
+    has_loss = field is not None and in_force(
       functools.partial(getattr, options), spec_of(field).when
     )
-    assert (getattr(aux, name) > 0) == has, name
+    assert (getattr(aux, name) > 0) == has_loss, name
 
 
 @pytest.mark.parametrize('train', [False, True])
@@ -280,7 +280,7 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
   ]
   total = sum(kernel.size for kernel in kernels)
   cost = options.multiply_adds(TIGHT, M)
-  # Where kernels are stacked, a token is multiplied by some of them.
+  # A token is multiplied by only some of the kernels that are stacked.
   assert (cost == total) or any(kernel.ndim > 2 for kernel in kernels)
   assert cost <= total and (cost > 0) == (total > 0)
 
@@ -289,10 +289,10 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
 def test_state_is_kept_where_it_is_said_and_moves(kind):
   options = OPTIONS[kind]
   assert not options.keeps_state and 'router_state' not in fresh(options)
-  can = type(options).keeps_state is not RouterOptions.keeps_state
+  can_keep = type(options).keeps_state is not RouterOptions.keeps_state
   options = stateful(options)
-  assert (options is not None) == can
-  if not can:
+  assert (options is not None) == can_keep
+  if not can_keep:
     return
   assert options.keeps_state
   state = fresh(options)['router_state']
@@ -305,13 +305,13 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
   # 0 none moves.
   stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
   loads = jnp.stack([load, load[::-1]])
-  both = options.move_state(stack, loads)
+  moved = options.move_state(stack, loads)
   for i in range(2):
-    one = options.move_state(state, loads[i])
-    layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], both)
-    jax.tree.map(np.testing.assert_array_equal, layer, one)
-  still = options.move_state(state, load, 0.0)
-  jax.tree.map(np.testing.assert_array_equal, still, state)
+    layer_state = options.move_state(state, loads[i])
+    layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], moved)
+    jax.tree.map(np.testing.assert_array_equal, layer, layer_state)
+  unmoved = options.move_state(state, load, 0.0)
+  jax.tree.map(np.testing.assert_array_equal, unmoved, state)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -348,7 +348,7 @@ def test_sizes_and_other_forms_of_the_options(kind):
   for other in (options.for_encoder(), options.shrunk()):
     assert type(other) is type(options)
   if 'slot_priority' in fields_of(type(options)):
-    # Where nothing is dropped, the order of service does not matter.
+    # The order of service does not matter if nothing is dropped.
     other = dataclasses.replace(options, slot_priority='choice_major')
     assert other.canonical(ROOMY) == options.canonical(ROOMY) == options
     assert other.canonical(TIGHT) == other != options.canonical(TIGHT)

@@ -140,11 +140,11 @@ def test_dropless_is_a_capacity_with_room_for_all(router):
   dropless = dataclasses.replace(options, dispatch=Dropless())
 
   @jax.jit
-  def both(key, x):
+  def outputs(key, x):
     variables = MoE(options).init(key, x)
     return [MoE(o).apply(variables, x)[0] for o in (options, dropless)]
 
-  y, other = both(tiny.key(0), jnp.asarray(draw(G, S, M)))
+  y, other = outputs(tiny.key(0), jnp.asarray(draw(G, S, M)))
   np.testing.assert_allclose(y, other, rtol=1e-4, atol=1e-5)
 
 

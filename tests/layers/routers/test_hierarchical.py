@@ -54,7 +54,7 @@ def layer(router_and_sizes, dispatch=Gather()):
   )
 
 
-def alone(router_and_sizes):
+def build(router_and_sizes):
   router, sizes = router_and_sizes
   return router.module(sizes, Shared())
 
@@ -83,15 +83,15 @@ def x_and_mask():
 
 def test_one_branch_is_the_flat_layer():
   x, mask = x_and_mask()
-  two, one = alone(two_levels(1, 5, K1=1, K2=3)), alone(flat(5, 3))
-  own = params_of_router(one)
+  nested, single = build(two_levels(1, 5, K1=1, K2=3)), build(flat(5, 3))
+  flat_params = params_of_router(single)
   branch = {'w': draw(M, 1), 'w_noise': draw(M, 1, seed=1)}
   branch |= {
-    'w_branch': own['w'][None],
-    'w_branch_noise': own['w_noise'][None],
+    'w_branch': flat_params['w'][None],
+    'w_branch_noise': flat_params['w_noise'][None],
   }
-  chosen, aux = compiled(two)(branch, x, mask)
-  expected, flat_aux = compiled(one)(own, x, mask)
+  chosen, aux = compiled(nested)(branch, x, mask)
+  expected, flat_aux = compiled(single)(flat_params, x, mask)
   np.testing.assert_array_equal(chosen.expert_index, expected.expert_index)
   np.testing.assert_allclose(chosen.gate, expected.gate, rtol=1e-5)
   for name in ('importance_loss', 'load_loss'):
@@ -110,17 +110,17 @@ def test_branches_that_are_copies_are_the_flat_layer_of_one():
   # The gates of branches sum to one, and all branches have equal outputs.
   a, b = 3, 4
   x, mask = x_and_mask()
-  two, one = layer(two_levels(a, b)), layer(flat(b, 2))
-  params = params_of(one, x)
+  nested, single = layer(two_levels(a, b)), layer(flat(b, 2))
+  params = params_of(single, x)
   copies = {k: np.concatenate([v] * a) for k, v in params['experts'].items()}
-  own = params['router']
+  router_params = params['router']
   branch = {'w': draw(M, a), 'w_noise': draw(M, a, seed=1)}
   branch |= {
-    'w_branch': np.stack([own['w']] * a),
-    'w_branch_noise': np.stack([own['w_noise']] * a),
+    'w_branch': np.stack([router_params['w']] * a),
+    'w_branch_noise': np.stack([router_params['w_noise']] * a),
   }
-  y, aux = compiled(two)({'router': branch, 'experts': copies}, x, mask)
-  expected, _ = compiled(one)(params, x, mask)
+  y, aux = compiled(nested)({'router': branch, 'experts': copies}, x, mask)
+  expected, _ = compiled(single)(params, x, mask)
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   assert (np.asarray(aux.stats.load).reshape(a, b).sum(1) > 0).all()
 
@@ -130,13 +130,13 @@ def test_all_choices_with_gates_that_are_copies_are_the_flat_product():
   # logits.
   a, b = 3, 2
   x, mask = x_and_mask()
-  two = alone(two_levels(a, b, K1=a, K2=b, noisy=False, gates='raw'))
-  one = alone(flat(a * b, a * b, TokenChoice, 'raw'))
+  nested = build(two_levels(a, b, K1=a, K2=b, noisy=False, gates='raw'))
+  single = build(flat(a * b, a * b, TokenChoice, 'raw'))
   w, inner = draw(M, a), draw(M, b, seed=1)
-  own = {'w': (w[..., None] + inner[:, None]).reshape(M, a * b)}
+  flat_params = {'w': (w[..., None] + inner[:, None]).reshape(M, a * b)}
   branch = {'w': w, 'w_branch': np.stack([inner] * a)}
-  chosen, aux = compiled(two)(branch, x, mask)
-  expected, flat_aux = compiled(one)(own, x, mask)
+  chosen, aux = compiled(nested)(branch, x, mask)
+  expected, flat_aux = compiled(single)(flat_params, x, mask)
   gates, flat_gates = (
     np.take_along_axis(
       np.asarray(r.gate), np.asarray(r.expert_index).argsort(-1), -1
@@ -166,7 +166,7 @@ def in_numpy(params, x):
 def test_choices_gates_and_losses_are_those_of_the_book():
   a, b, K1, K2 = 3, 5, 2, 3
   x, mask = x_and_mask()
-  module = alone(two_levels(a, b, K1, K2))
+  module = build(two_levels(a, b, K1, K2))
   params = params_of_router(module)
   chosen, aux = compiled(module)(params, x, mask)
   clean, std = in_numpy(params, x)
@@ -177,7 +177,7 @@ def test_choices_gates_and_losses_are_those_of_the_book():
       np.testing.assert_array_equal(chosen.expert_index[g, s], index)
       if mask[g, s]:
         np.testing.assert_allclose(chosen.gate[g, s], gate, rtol=1e-4)
-    one = [tuple(level[g] for level in both) for both in (clean, std)]
+    one = [tuple(level[g] for level in levels) for levels in (clean, std)]
     losses = reference.two_level_losses(one[0], one[0], one[1], K1, K2, mask[g])
     importance += losses[0] * mask[g].sum()
     load += losses[1] * mask[g].sum()
@@ -194,17 +194,17 @@ def params_of_router(module):
 
 
 def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
-  module = alone(two_levels(3, 5))
+  module = build(two_levels(3, 5))
   x, mask = x_and_mask()
 
-  def parts(params):
+  def output_and_losses(params):
     chosen, aux = module.apply(
       {'params': params}, x, mask, True, rngs={'router': tiny.key(0)}
     )
     output = (chosen.gate * chosen.expert_index).sum()
     return jnp.stack([output, aux.importance_loss, aux.load_loss])
 
-  grads = jax.jit(jax.jacrev(parts))(params_of_router(module))
+  grads = jax.jit(jax.jacrev(output_and_losses))(params_of_router(module))
   for name, leaf in grads.items():
     largest = np.abs(leaf).reshape(3, -1).max(1)
     assert (largest > 1e-3).all(), (name, largest)
@@ -213,20 +213,20 @@ def test_gradients_reach_both_gates_by_the_output_and_by_either_loss():
 def test_gates_start_with_the_fan_in_of_one_branch():
   x, mask = jnp.ones((1, 3, 50)), jnp.ones((1, 3), bool)
   for noisy in (False, True):
-    module = alone(two_levels(8, 40, noisy=noisy))
+    module = build(two_levels(8, 40, noisy=noisy))
     init = jax.jit(lambda key, m=module: m.init(key, x, mask)['params'])
     start = nn.meta.unbox(init(tiny.key(0)))
-    wanted = 0 if noisy else 50**-0.5
+    expected = 0 if noisy else 50**-0.5
     for name in ('w', 'w_branch'):
-      np.testing.assert_allclose(start[name].std(), wanted, rtol=0.1)
+      np.testing.assert_allclose(start[name].std(), expected, rtol=0.1)
 
 
 @pytest.mark.slow
 def test_full_experts_drop_later_choices():
-  module = alone(two_levels(2, 3, capacity=Fixed(slots=2)))
+  module = build(two_levels(2, 3, capacity=Fixed(slots=2)))
   x, mask = x_and_mask()
   chosen, aux = compiled(module)(params_of_router(module), x, mask)
-  free, _ = compiled(alone(two_levels(2, 3)))(params_of_router(module), x, mask)
+  free, _ = compiled(build(two_levels(2, 3)))(params_of_router(module), x, mask)
   counts = np.zeros((B, 6), int)
   for g, s in zip(*np.nonzero(mask)):
     for k, e in enumerate(chosen.expert_index[g, s]):
@@ -240,32 +240,32 @@ def test_full_experts_drop_later_choices():
 def test_work_does_not_grow_with_the_branches():
   # A gate over all 512 experts would multiply each token by 512 columns.
   x, mask = jnp.ones((B, T, M)), jnp.ones((B, T), bool)
-  module = alone(two_levels(32, 16))
+  module = build(two_levels(32, 16))
   text = str(
     jax.make_jaxpr(
       lambda x: module.init_with_output(jax.random.key(0), x, mask)[0][0].gate
     )(x)
   )
   assert f'{B},{T},512]' not in text
-  one = alone(flat(512, 4))
+  single = build(flat(512, 4))
   text = str(
     jax.make_jaxpr(
-      lambda x: one.init_with_output(jax.random.key(0), x, mask)[0][0].gate
+      lambda x: single.init_with_output(jax.random.key(0), x, mask)[0][0].gate
     )(x)
   )
   assert f'{B},{T},512]' in text
 
 
 def test_noise_is_drawn_at_both_levels_in_training_alone():
-  module = alone(two_levels(3, 5, 2, 3))  # as in the test of the definitions
+  module = build(two_levels(3, 5, 2, 3))  # as in the test of the definitions
   x, mask = x_and_mask()
   params = params_of_router(module)
-  still, _ = compiled(module)(params, x, mask)
-  drawn, _ = compiled(module, True)(params, x, mask)
-  still, drawn = (np.asarray(r.expert_index) for r in (still, drawn))
-  assert (still // 5 != drawn // 5).any()
-  same = (still // 5 == drawn // 5).all(-1)
-  assert same.any() and (still != drawn)[same].any()
+  clean, _ = compiled(module)(params, x, mask)
+  noisy, _ = compiled(module, True)(params, x, mask)
+  clean, noisy = (np.asarray(r.expert_index) for r in (clean, noisy))
+  assert (clean // 5 != noisy // 5).any()
+  same_branch = (clean // 5 == noisy // 5).all(-1)
+  assert same_branch.any() and (clean != noisy)[same_branch].any()
 
 
 @pytest.mark.parametrize(
@@ -278,8 +278,8 @@ def test_noise_is_drawn_at_both_levels_in_training_alone():
   ],
 )
 def test_sizes_that_do_not_fit_are_said(sizes, message):
-  router, fits = two_levels(3, 4)
-  assert not list(router.problems_with(fits))
+  router, valid_sizes = two_levels(3, 4)
+  assert not list(router.problems_with(valid_sizes))
   with pytest.raises(ValueError, match=message):
     raise ValueError('; '.join(router.problems_with(sizes)))
 

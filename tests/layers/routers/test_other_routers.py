@@ -23,10 +23,10 @@ TIGHT = Fixed(slots=2)
 X = draw(G, S, M)
 
 
-def route(options, params=None, key=None, **more):
+def route(options, params=None, key=None, **kwargs):
   """Routes one input, in training if there is a key; returns (routing, aux)."""
-  more = {'mask': some_mask(), 'num_selected': K, 'capacity': TIGHT, **more}
-  return run.route(options, params, X, key=key, train=key is not None, **more)
+  kwargs = {'mask': some_mask(), 'num_selected': K, 'capacity': TIGHT, **kwargs}
+  return run.route(options, params, X, key=key, train=key is not None, **kwargs)
 
 
 @pytest.mark.parametrize('options', [Hash(), Random()], ids=['hash', 'random'])
@@ -49,8 +49,8 @@ def test_without_logits_there_is_nothing_to_learn_or_to_balance(options):
   for name in ('tokens', 'load', 'kept_load', 'overflowed'):
     np.testing.assert_array_equal(getattr(aux.stats, name), stats[name])
   assert aux.stats.entropy == aux.stats.logit_square == 0
-  one, _ = route(options, num_selected=1)
-  assert set(np.unique(one.gate)) == {0, 1}
+  top_1, _ = route(options, num_selected=1)
+  assert set(np.unique(top_1.gate)) == {0, 1}
 
 
 def test_hash_follows_the_ids_alone():
@@ -71,14 +71,14 @@ def test_hash_follows_the_ids_alone():
 
 
 def test_random_is_drawn_anew_in_training_alone():
-  def index(options=Random(), **more):
-    return np.asarray(route(options, **more)[0].expert_index)
+  def index(options=Random(), **kwargs):
+    return np.asarray(route(options, **kwargs)[0].expert_index)
 
-  others = [index(key=0), index(key=1), index(layer=1)]
-  others.append(index(Random(seed=1)))
-  for other in others:
+  other_choices = [index(key=0), index(key=1), index(layer=1)]
+  other_choices.append(index(Random(seed=1)))
+  for other in other_choices:
     assert (other != index()).mean() > 0.5
-  assert (others[0] != others[1]).mean() > 0.5
+  assert (other_choices[0] != other_choices[1]).mean() > 0.5
   with pytest.raises(InvalidRngError, match='router'):
     run.route(Random(), x=X, train=True)
 
@@ -114,20 +114,22 @@ def test_strict_balance_is_of_training_and_thresholds_of_inference():
   params = {'w': w, 'b_threshold': thresholds}
   logits = np.asarray(X, np.float64) @ np.asarray(w, np.float64)
   trained, aux = route(options, params, key=0, capacity=All())
-  inference_routing, same = route(options, params, capacity=All())
+  inference_routing, inference_aux = route(options, params, capacity=All())
   loss = 0.0
   for g in range(G):
     real, full = mask[g].sum(), -(-K * S // E)
     m = -(-full * real // S)
-    *gates, own = reference.strictly_balanced(logits[g], m, mask[g], thresholds)
-    loss += own
+    *gates, group_loss = reference.strictly_balanced(
+      logits[g], m, mask[g], thresholds
+    )
+    loss += group_loss
     for chosen, gate in zip((trained, inference_routing), gates):
       for e in range(E):
-        who = np.asarray(chosen.token_index[g, e])
-        who = who[who < S]
-        np.testing.assert_array_equal(np.sort(who), np.flatnonzero(gate[:, e]))
+        ids = np.asarray(chosen.token_index[g, e])
+        ids = ids[ids < S]
+        np.testing.assert_array_equal(np.sort(ids), np.flatnonzero(gate[:, e]))
   np.testing.assert_allclose(aux.load_loss, loss, rtol=1e-3)
-  np.testing.assert_allclose(same.load_loss, loss, rtol=1e-3)
+  np.testing.assert_allclose(inference_aux.load_loss, loss, rtol=1e-3)
   assert (aux.stats.load == aux.stats.load[0]).all()
   start = run.start(options, Sizes(E, K, All()))['params']
   np.testing.assert_allclose(start['b_threshold'], 1 / E)

@@ -69,13 +69,13 @@ def before_and_after(
     )
     rows = gather.dispatch(jnp.asarray(x), routing)
     rows = rows * np.arange(1, E + 1, dtype=np.float32)[:, None, None]
-    seen = {
+    outputs = {
       'kept': routing.kept,
       'slot': routing.slot,
       'gate': routing.gate,
       'y': gather.combine(rows, routing),
     }
-    return {name: np.where(past, value, 0) for name, value in seen.items()}
+    return {name: np.where(past, value, 0) for name, value in outputs.items()}
 
   return run(old, x), run(np.where(past, old, new), np.where(past, x, other))
 
@@ -88,7 +88,7 @@ def test_a_causal_setting_does_not_see_later_tokens(priority, sizes):
     # Each policy meets each number of slots, and gates of most kinds.
     policy = policies[(i + slots) % len(policies)]
     old, new = before_and_after(priority, K, slots, gates, policy)
-    # Where nothing is dropped, a later token can move an earlier one to another
+    # If nothing is dropped, a later token can move an earlier one to another
     # slot of the same expert, which changes no output.
     free = {'slot'} if not sizes.capacity.binds else set()
     for name in old.keys() - free:

@@ -82,8 +82,8 @@ def test_a_layer_equals_a_loop_over_slots():
   for b in range(B):
     real = x[b, MASK[b]].astype(np.float64)
     if len(real):
-      want = reference.soft_moe(real, PARAMS['router']['w'], 2.5, experts)
-      np.testing.assert_allclose(y[b, MASK[b]], want, rtol=1e-3, atol=1e-4)
+      expected = reference.soft_moe(real, PARAMS['router']['w'], 2.5, experts)
+      np.testing.assert_allclose(y[b, MASK[b]], expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(y[b, ~MASK[b]], 0)
   np.testing.assert_allclose(aux.stats.load.sum(), MASK.sum(), rtol=1e-5)
   assert aux.stats.overflowed.sum() == 0
@@ -119,23 +119,23 @@ def test_a_layer_on_a_mesh_equals_one_device(sizes):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
   params = jax.tree.map(jnp.asarray, PARAMS)
-  one = value_and_gradient(params, jnp.asarray(draw(B, T, M)), MASK)
-  places = [
+  unsharded = value_and_gradient(params, jnp.asarray(draw(B, T, M)), MASK)
+  shardings = [
     partitioning.sharding(mesh, RULES, ('batch', *[None] * n), (B, *[T] * n))
     for n in (2, 1)
   ]
-  x, mask = map(jax.device_put, (draw(B, T, M), MASK), places)
-  spread = value_and_gradient(params, x, mask)
-  tiny.assert_trees_close(one, spread, rtol=1e-3, atol=1e-4)
+  x, mask = map(jax.device_put, (draw(B, T, M), MASK), shardings)
+  sharded = value_and_gradient(params, x, mask)
+  tiny.assert_trees_close(unsharded, sharded, rtol=1e-3, atol=1e-4)
 
 
 def test_other_rows_change_nothing_and_are_never_in_one_group():
   x = draw(B, T, M)
   other = np.concatenate([x[:1], draw(B - 1, T, M, seed=7)])
   mask = jnp.ones((B, T), bool)
-  one, two = (run(PARAMS, jnp.asarray(rows), mask)[0] for rows in (x, other))
-  np.testing.assert_array_equal(one[0], two[0])
-  assert np.abs(one[1:] - two[1:]).max() > 0.1
+  y, other_y = (run(PARAMS, jnp.asarray(rows), mask)[0] for rows in (x, other))
+  np.testing.assert_array_equal(y[0], other_y[0])
+  assert np.abs(y[1:] - other_y[1:]).max() > 0.1
   for size, tokens in ((2 * T, 2 * T), (-1, B * T)):
     layer = MoE(dataclasses.replace(OPTIONS, group_size=size))
     with pytest.raises(ValueError, match=f'the {tokens} tokens of a group are'):

@@ -23,7 +23,7 @@ TASKS = np.array([[0, 0, 1], [2, 2, 2]], np.uint32)
 X = run.draw(2, 3, M)
 
 
-def routed(options=Task(), mask=None, ids=TASKS, x=X, **more):
+def routed(options=Task(), mask=None, ids=TASKS, x=X, **kwargs):
   return run.route(
     options,
     {'tasks': jnp.asarray(TABLE)},
@@ -32,7 +32,7 @@ def routed(options=Task(), mask=None, ids=TASKS, x=X, **more):
     num_experts=E,
     num_selected=K,
     ids=ids,
-    **more,
+    **kwargs,
   )
 
 
@@ -51,7 +51,7 @@ def test_tokens_go_where_their_task_goes():
     rtol=1e-6,
   )
   assert aux.stats.load.tolist() == [6.0, 2.0, 4.0]
-  other, _ = routed(x=run.draw(2, 3, M, seed=1))  # what tokens are is no matter
+  other, _ = routed(x=run.draw(2, 3, M, seed=1))  # contents do not matter
   np.testing.assert_array_equal(other.gate, chosen.gate)
   even, _ = routed(Task(gates='renormalized'))
   np.testing.assert_allclose(even.gate[0, 0], [2 / 3, 1 / 3], rtol=1e-6)
@@ -110,8 +110,8 @@ def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
     real, [third, third, third, 12.5, 12.5, 36.0], rtol=1e-6
   )
   ids[0, 5] = 9
-  again = mean_of_each(x, ids, mask)
-  np.testing.assert_array_equal(np.asarray(again)[0][mask[0]][:, 0], real)
+  new_means = mean_of_each(x, ids, mask)
+  np.testing.assert_array_equal(np.asarray(new_means)[0][mask[0]][:, 0], real)
 
 
 def test_sentences_of_neighbouring_rows_are_apart():
@@ -132,12 +132,12 @@ def test_a_sentence_is_routed_as_one_token_that_is_its_mean():
       [x[1, :2].mean(0)] * 2 + [x[1, 2:].mean(0)] * 2,
     ]
   )
-  more = dict(mask=mask, num_experts=E, num_selected=K)
-  chosen, aux = run.route(Sentence(), params, x, ids=ids, **more)
-  expected, same = run.route(TokenChoice(), params, means, ids=None, **more)
+  args = dict(mask=mask, num_experts=E, num_selected=K)
+  chosen, aux = run.route(Sentence(), params, x, ids=ids, **args)
+  expected, mean_aux = run.route(TokenChoice(), params, means, ids=None, **args)
   np.testing.assert_array_equal(chosen.expert_index, expected.expert_index)
   np.testing.assert_allclose(chosen.gate, expected.gate, rtol=1e-5)
-  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(same)):
+  for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(mean_aux)):
     np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
@@ -145,11 +145,11 @@ def test_noise_is_of_the_sentence_not_of_its_tokens():
   x = run.draw(2, 4, M)
   ids = np.array([[1, 1, 1, 2], [8, 8, 9, 9]], np.uint32)
   params = run.start(Sentence(), Sizes(E, K, All()), x)['params']
-  more = dict(num_experts=E, num_selected=K, ids=ids)
+  kwargs = dict(num_experts=E, num_selected=K, ids=ids)
   chosen, _ = run.route(
-    Sentence(jitter=0.5), params, x, train=True, key=0, **more
+    Sentence(jitter=0.5), params, x, train=True, key=0, **kwargs
   )
-  clean, _ = run.route(Sentence(), params, x, **more)
+  clean, _ = run.route(Sentence(), params, x, **kwargs)
   gates = np.asarray(chosen.gate)
   np.testing.assert_array_equal(gates[0, 0], gates[0, 2])
   assert (gates != np.asarray(clean.gate)).any()
@@ -163,8 +163,8 @@ def test_tokens_of_sentences_go_to_the_experts_behind_tied_columns():
   sizes = Sizes(E, 1, All(), TiedColumns(((0, tuple(row.tolist())),)))
   params = run.start(router, Sizes(E, 1, All()), x)
   plain, tied = (
-    run.compiled(router, own, False)(params, x, mask, None, ids, 0)[0]
-    for own in (Sizes(E, 1, All()), sizes)
+    run.compiled(router, router_sizes, False)(params, x, mask, None, ids, 0)[0]
+    for router_sizes in (Sizes(E, 1, All()), sizes)
   )
   np.testing.assert_array_equal(tied.expert_index, row[plain.expert_index])
   np.testing.assert_array_equal(tied.gate, plain.gate)

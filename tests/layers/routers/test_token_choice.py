@@ -93,9 +93,9 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
   params = {'w': np.array([[3.0, 0.0]], np.float32)}
   x = np.ones((G, 100, 1), np.float32)
 
-  def factor(**more):
+  def factor(**kwargs):
     chosen, _ = route(
-      TokenChoice(jitter=0.2), params, x, num_experts=2, ids=None, **more
+      TokenChoice(jitter=0.2), params, x, num_experts=2, ids=None, **kwargs
     )
     gate = np.asarray(chosen.gate, np.float64)
     return np.log(gate / (1 - gate)).ravel() / 3
@@ -103,14 +103,14 @@ def test_jitter_multiplies_the_router_input_in_training_alone():
   np.testing.assert_allclose(factor(), 1, rtol=1e-5)
   with pytest.raises(InvalidRngError, match='router'):
     factor(train=True)
-  drawn = factor(train=True, key=0)
-  assert 0.8 - 1e-4 < drawn.min() < 0.82
-  assert 1.18 < drawn.max() < 1.2 + 1e-4
+  factors = factor(train=True, key=0)
+  assert 0.8 - 1e-4 < factors.min() < 0.82
+  assert 1.18 < factors.max() < 1.2 + 1e-4
   # The standard deviation of U[0.8, 1.2] is 0.115, and that of a mean of 300
   # draws 0.0067.
-  np.testing.assert_allclose(drawn.mean(), 1, atol=0.03)
-  assert len(np.unique(drawn)) > 250
-  assert np.abs(factor(train=True, key=1) - drawn).max() > 0.1
+  np.testing.assert_allclose(factors.mean(), 1, atol=0.03)
+  assert len(np.unique(factors)) > 250
+  assert np.abs(factor(train=True, key=1) - factors).max() > 0.1
 
 
 def test_sampled_choices_follow_the_probabilities_in_training_alone():
@@ -119,9 +119,9 @@ def test_sampled_choices_follow_the_probabilities_in_training_alone():
   params = {'w': np.log(np.array([[3.0, 1.0, 1e-9]], np.float32))}
   x = np.ones((G, 400, 1), np.float32)
 
-  def routed(**more):
+  def routed(**kwargs):
     options = TokenChoice(choice_policy='sampled')
-    chosen, _ = route(options, params, x, num_experts=3, ids=None, **more)
+    chosen, _ = route(options, params, x, num_experts=3, ids=None, **kwargs)
     return np.asarray(chosen.expert_index).ravel(), np.asarray(chosen.gate)
 
   index, _ = routed()
@@ -134,8 +134,8 @@ def test_sampled_choices_follow_the_probabilities_in_training_alone():
   np.testing.assert_allclose(
     gate.ravel(), np.where(index, 0.25, 0.75), rtol=1e-5
   )
-  both, _ = routed(train=True, key=0, num_selected=2)
-  assert (np.sort(both.reshape(-1, 2)) == [0, 1]).all()
+  top_2, _ = routed(train=True, key=0, num_selected=2)
+  assert (np.sort(top_2.reshape(-1, 2)) == [0, 1]).all()
 
 
 def test_sampled_choices_need_the_softmax_alone():
@@ -150,16 +150,16 @@ def test_dropout_of_the_input_is_of_the_router_in_training_alone():
   params = {'w': np.array([[3.0, 0.0]], np.float32)}
   x = np.ones((G, 100, 1), np.float32)
 
-  def difference(**more):
+  def difference(**kwargs):
     options = TokenChoice(input_dropout=0.2)
-    chosen, _ = route(options, params, x, num_experts=2, ids=None, **more)
+    chosen, _ = route(options, params, x, num_experts=2, ids=None, **kwargs)
     gate = np.asarray(chosen.gate, np.float64).ravel()
     return np.log(gate / (1 - gate))
 
   np.testing.assert_allclose(difference(), 3, rtol=1e-5)
-  drawn = difference(train=True, key=0)
-  dropped = np.isclose(drawn, 0, atol=1e-5)
-  np.testing.assert_allclose(drawn[~dropped], 3 / 0.8, rtol=1e-4)
+  differences = difference(train=True, key=0)
+  dropped = np.isclose(differences, 0, atol=1e-5)
+  np.testing.assert_allclose(differences[~dropped], 3 / 0.8, rtol=1e-4)
   # The standard deviation of a share of 300 draws is 0.023.
   np.testing.assert_allclose(dropped.mean(), 0.2, atol=0.09)
 
@@ -170,22 +170,22 @@ def test_rounded_logits_are_those_of_bfloat16():
   w = np.full((1, 11), 128, np.float32)
   w[0, 10] = 128.5
   x = np.ones((1, 1, 1), np.float32)
-  found = {}
+  choices = {}
   for dtype in ('float32', 'bfloat16'):
     options = TokenChoice(logits_dtype=dtype)
     chosen, _ = route(options, {'w': w}, x, num_experts=11, ids=None)
-    found[dtype] = int(chosen.expert_index.item()), float(chosen.gate.item())
-  assert found['float32'][0] == 10 and found['bfloat16'][0] == 0
-  np.testing.assert_allclose(found['float32'][1], 0.1415, atol=1e-3)
+    choices[dtype] = int(chosen.expert_index.item()), float(chosen.gate.item())
+  assert choices['float32'][0] == 10 and choices['bfloat16'][0] == 0
+  np.testing.assert_allclose(choices['float32'][1], 0.1415, atol=1e-3)
   expected = float(jnp.float32(1 / 11).astype(jnp.bfloat16))
-  assert found['bfloat16'][1] == expected
+  assert choices['bfloat16'][1] == expected
 
 
-@pytest.mark.parametrize('of', ['input', 'kernel'])
-def test_what_logits_are_made_of_is_rounded_too(of):
+@pytest.mark.parametrize('rounded', ['input', 'kernel'])
+def test_what_logits_are_made_of_is_rounded_too(rounded):
   # The first logit is 128.5 - 128, or 128 - 128 once a factor is rounded.
-  near, ones = np.array([128.5, 128]), np.array([1.0, -1.0])
-  x, column = (near, ones) if of == 'input' else (ones, near)
+  large, signs = np.array([128.5, 128]), np.array([1.0, -1.0])
+  x, column = (large, signs) if rounded == 'input' else (signs, large)
   w = np.stack([column, np.zeros(2)], 1).astype(np.float32)
   x = x.astype(np.float32)[None, None]
   gates = [
@@ -216,14 +216,14 @@ def test_noise_is_drawn_from_its_stream_in_training_alone(name):
   with pytest.raises(InvalidRngError, match='router'):
     route(options, params, x, train=True, **sizes)
 
-  def outcome(**more):
-    chosen, _ = route(options, params, x, **sizes, **more)
+  def routed(**kwargs):
+    chosen, _ = route(options, params, x, **sizes, **kwargs)
     return np.asarray(chosen.gate), np.asarray(chosen.kept)
 
-  gate, kept = outcome()
+  gate, kept = routed()
   assert kept.all()
-  first, again, other = (outcome(train=True, key=i)[0] for i in (0, 0, 1))
-  np.testing.assert_array_equal(first, again)
+  first, repeated, other = (routed(train=True, key=i)[0] for i in (0, 0, 1))
+  np.testing.assert_array_equal(first, repeated)
   assert np.abs(first - gate).max() > 1e-3
   assert np.abs(first - other).max() > 1e-3
 
@@ -247,9 +247,9 @@ def test_noisy_top_k_starts_from_zero_and_spreads_by_noise_alone():
   assert not params['w'].any()
   assert not params['w_noise'].any()
   options = dict(num_selected=K, ids=None)
-  _, still = route(NoisyTopK(), params, x, **options)
+  _, clean = route(NoisyTopK(), params, x, **options)
   # Logits are equal: ties go to experts of lower number.
-  np.testing.assert_array_equal(still.stats.load, [300, 300, 0, 0, 0])
+  np.testing.assert_array_equal(clean.stats.load, [300, 300, 0, 0, 0])
   _, noisy = route(NoisyTopK(), params, x, train=True, key=0, **options)
   # 600 choices with K/E = 0.4 give 120 to an expert, with a standard deviation
   # of sqrt(300 * .24) = 8.5.

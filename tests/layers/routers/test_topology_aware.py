@@ -32,13 +32,13 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-def route(options, x=X, **more):
-  more = {'num_experts': E, 'num_selected': K, 'mask': MASK, **more}
-  return run.route(options, {'w': W}, x, ids=None, **more)
+def route(options, x=X, **kwargs):
+  kwargs = {'num_experts': E, 'num_selected': K, 'mask': MASK, **kwargs}
+  return run.route(options, {'w': W}, x, ids=None, **kwargs)
 
 
 def expected_index(options, logits, mask=MASK):
-  """The choices of the definition."""
+  """The choices by the definition, [G, S, K]."""
   node = [reference.node_of_group(g, G, 4, 2) for g in range(G)]
   limit = int(options.outgoing_fraction * S)
   if options.variant == 'fastmoe':
@@ -81,8 +81,8 @@ def test_without_a_limit_it_is_token_choice():
 def test_groups_lie_on_devices_in_order():
   for W, m in ((1, 1), (4, 2), (6, 2), (6, 6), (8, 1)):
     nodes = TopologyAware(devices=W, per_node=m).nodes(24)
-    told = [reference.node_of_group(g, 24, W, m) for g in range(24)]
-    np.testing.assert_array_equal(nodes, told)
+    expected = [reference.node_of_group(g, 24, W, m) for g in range(24)]
+    np.testing.assert_array_equal(nodes, expected)
   # Devices that do not divide the groups have as even parts as can be.
   assert TopologyAware(devices=4, per_node=2).nodes(3).tolist() == [0, 0, 1]
   assert TopologyAware(devices=4, per_node=2).nodes(1).tolist() == [0]
@@ -121,8 +121,8 @@ def test_what_depends_on_later_tokens_is_said():
   )
   for options in (none_leave, GATE):
     before, after = (route(options, x)[0] for x in (X, later))
-    same = before.expert_index[:, :4] == after.expert_index[:, :4]
-    assert same.all() == (options.leak(sizes) is None)
+    unchanged = before.expert_index[:, :4] == after.expert_index[:, :4]
+    assert unchanged.all() == (options.leak(sizes) is None)
   # Slots leak as they do in other routers.
   slots = dataclasses.replace(UNLIMITED, slot_priority='choice_major')
   assert 'slot_priority' in slots.leak(Sizes(E, K, Fixed(slots=2)))
@@ -150,16 +150,16 @@ def test_a_mesh_changes_nothing(options):
   apply = jax.jit(functools.partial(module.apply, mutable=['intermediates']))
   mesh = partitioning.make_mesh({'data': 2, 'expert': 2}, jax.devices()[:4])
   split = NamedSharding(mesh, PartitionSpec(('data', 'expert')))
-  whole = jax.device_put(W, NamedSharding(mesh, PartitionSpec()))
+  replicated = jax.device_put(W, NamedSharding(mesh, PartitionSpec()))
   one = apply({'params': {'w': W}}, X, MASK)
-  many = apply({'params': {'w': whole}}, *jax.device_put((X, MASK), split))
+  many = apply({'params': {'w': replicated}}, *jax.device_put((X, MASK), split))
   np.testing.assert_array_equal(one[0][0].expert_index, many[0][0].expert_index)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, one, many)
-  # What is kept for analysis are the choices, and who left.
-  kept = one[1]['intermediates']
-  np.testing.assert_array_equal(sown_choices(kept), one[0][0].expert_index)
-  counts = sown_leaving(kept)
+  # The choices and the numbers of leaving tokens are sown for analysis.
+  sown = one[1]['intermediates']
+  np.testing.assert_array_equal(sown_choices(sown), one[0][0].expert_index)
+  counts = sown_leaving(sown)
   np.testing.assert_array_equal(counts.tokens, MASK.sum(1))
   if options.variant == 'published':
     assert counts.leaving.max() == options.limit(S) < counts.wanting.max()
@@ -177,8 +177,8 @@ def test_options_that_do_not_fit_are_refused():
     (GATE, Sizes(8, 5), 'num_selected=5 is more than the 4 experts of a node'),
     (SHIPPED, Sizes(8, 3), "num_selected=3, but variant='fastmoe' is defined"),
   ):
-    (told,) = options.problems_with(sizes)
-    assert told.startswith(problem)
+    (message,) = options.problems_with(sizes)
+    assert message.startswith(problem)
   moe = {
     'router': {'kind': 'topology', 'topology': {'devices': 8}},
     'num_experts': 8,

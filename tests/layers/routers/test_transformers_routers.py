@@ -118,26 +118,26 @@ ROUTERS = {
 @pytest.mark.parametrize('name', ROUTERS)
 def test_a_router_of_transformers_has_the_same_choices_and_gates(name):
   make, options = ROUTERS[name]
-  theirs, x = make().eval(), draw(G, S, M)
+  module, x = make().eval(), draw(G, S, M)
   params, state = {'w': draw(M, E, seed=1)}, None
-  theirs.weight.data = torch.tensor(params['w'].T.copy())
+  module.weight.data = torch.tensor(params['w'].T.copy())
   bias = draw(E, seed=2)
   if options.use_bias:
     params['b'] = bias
-    theirs.bias.data = torch.tensor(bias)
+    module.bias.data = torch.tensor(bias)
   if options.keeps_state:
     state = {'balance_bias': jnp.asarray(bias)}
-    theirs.e_score_correction_bias[:] = torch.tensor(bias)
+    module.e_score_correction_bias[:] = torch.tensor(bias)
   with torch.no_grad():
-    _, weights, index = theirs(torch.tensor(x.reshape(-1, M)))
+    _, weights, index = module(torch.tensor(x.reshape(-1, M)))
   chosen, _ = route(
     options, params, x, num_experts=E, num_selected=K, state=state
   )
-  want = np.zeros((G * S, E))
-  np.put_along_axis(want, index.numpy(), weights.numpy(), 1)
+  expected = np.zeros((G * S, E))
+  np.put_along_axis(expected, index.numpy(), weights.numpy(), 1)
   gates = np.asarray(chosen.token_gates()).reshape(-1, E)
-  assert (want > 0).sum() == G * S * K
-  np.testing.assert_allclose(gates, want, rtol=1e-5, atol=1e-6)
+  assert (expected > 0).sum() == G * S * K
+  np.testing.assert_allclose(gates, expected, rtol=1e-5, atol=1e-6)
 
 
 def swiglu(prefix, state, *names):
@@ -149,8 +149,8 @@ def swiglu(prefix, state, *names):
 
 
 def experts_of(state):
-  both = state['experts.gate_up_proj'].numpy().swapaxes(1, 2)
-  gate, up = np.split(both, 2, -1)
+  gate_up = state['experts.gate_up_proj'].numpy().swapaxes(1, 2)
+  gate, up = np.split(gate_up, 2, -1)
   down = state['experts.down_proj'].numpy().swapaxes(1, 2)
   return {'w_gate': gate, 'w_in': up, 'w_out': down}
 
@@ -190,15 +190,15 @@ def deepseek_v3_block():
 
 @pytest.mark.parametrize('make', [qwen2_block, deepseek_v3_block])
 def test_a_sparse_block_of_transformers_has_the_same_outputs(make):
-  theirs, router, shared_expert = make()
+  block, router, shared_expert = make()
   torch.manual_seed(0)
   with torch.no_grad():
-    for value in [*theirs.parameters(), *theirs.buffers()]:
+    for value in [*block.parameters(), *block.buffers()]:
       value.copy_(torch.randn_like(value))
-  x, state = draw(G, S, M), theirs.state_dict()
+  x, state = draw(G, S, M), block.state_dict()
   with torch.no_grad():
-    want = theirs.eval()(torch.tensor(x))
-  want = (want[0] if isinstance(want, tuple) else want).numpy()
+    expected = block.eval()(torch.tensor(x))
+  expected = (expected[0] if isinstance(expected, tuple) else expected).numpy()
   name = 'shared_expert' if shared_expert.gated else 'shared_experts'
   mlp = swiglu(f'{name}.', state, 'gate_proj', 'up_proj', 'down_proj')
   params = {
@@ -224,7 +224,7 @@ def test_a_sparse_block_of_transformers_has_the_same_outputs(make):
     )
   )
   y, _ = layer.apply(jax.tree.map(jnp.asarray, variables), jnp.asarray(x))
-  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -232,9 +232,9 @@ def test_sparse_mixer_of_transformers_has_the_same_gates_and_gradient(training):
   from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
   logits, weights = draw(G * S, E) + 1, draw(G * S, 2, seed=1)
-  theirs = torch.tensor(logits, requires_grad=True)
+  torch_logits = torch.tensor(logits, requires_grad=True)
   torch.manual_seed(0)
-  gates, index = sparsemixer(theirs, jitter_eps=0.2, training=training)
+  gates, index = sparsemixer(torch_logits, jitter_eps=0.2, training=training)
   (gates * torch.tensor(weights)).sum().backward()
 
   def total(logits):
@@ -250,12 +250,12 @@ def test_sparse_mixer_of_transformers_has_the_same_gates_and_gradient(training):
     return (gate.reshape(-1, 2) * weights).sum(), (chosen, gate)
 
   gradient, (chosen, gate) = jax.grad(total, has_aux=True)(jnp.asarray(logits))
-  assert (index[:, 0] != theirs.argmax(-1)).any() == training
+  assert (index[:, 0] != torch_logits.argmax(-1)).any() == training
   np.testing.assert_array_equal(chosen.reshape(-1, 2), index)
   if not training:
     gates = gates.detach().numpy()
     np.testing.assert_allclose(gate.reshape(-1, 2), gates, rtol=1e-5)
-  np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(gradient, torch_logits.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_of_gpt_oss_have_biases_and_limits():
@@ -268,21 +268,21 @@ def test_experts_of_gpt_oss_have_biases_and_limits():
     num_experts_per_tok=K,
     experts_implementation='eager',
   )
-  theirs = library.GptOssMLP(config).eval()
+  block = library.GptOssMLP(config).eval()
   torch.manual_seed(0)
   with torch.no_grad():
-    for value in theirs.parameters():
+    for value in block.parameters():
       value.copy_(2 * torch.randn_like(value))
-  x, state = draw(G, S, M), theirs.state_dict()
+  x, state = draw(G, S, M), block.state_dict()
   with torch.no_grad():
-    want = theirs(torch.tensor(x))[0].numpy()
+    expected = block(torch.tensor(x))[0].numpy()
   state = {name: value.numpy() for name, value in state.items()}
-  both, bias = (state[f'experts.gate_up_proj{s}'] for s in ('', '_bias'))
+  gate_up, bias = (state[f'experts.gate_up_proj{s}'] for s in ('', '_bias'))
   params = {
     'router': {'w': state['router.weight'].T, 'b': state['router.bias']},
     'experts': {
-      'w_gate': both[..., 0::2],
-      'w_in': both[..., 1::2],
+      'w_gate': gate_up[..., 0::2],
+      'w_in': gate_up[..., 1::2],
       'b_gate': bias[..., 0::2],
       'b_in': bias[..., 1::2],
       'w_out': state['experts.down_proj'],
@@ -303,4 +303,4 @@ def test_experts_of_gpt_oss_have_biases_and_limits():
     y, _ = MoE(options).apply(
       jax.tree.map(jnp.asarray, {'params': params}), jnp.asarray(x)
     )
-    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)
