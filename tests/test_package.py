@@ -171,7 +171,7 @@ def test_console_commands_start_what_python_would(packaging):
 
 
 def help_of(program, entry, *words, monkeypatch, capsys):
-  """The words of --help of a command, started as `typed`."""
+  """The words of --help of a command, started as `program`."""
   module, function = module_of(entry)
   monkeypatch.setattr(sys, 'argv', [program, *words, '--help'])
   with pytest.raises(SystemExit) as exit_error:
