@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 
 from tests import type_checker
-from tests.xla_flags import accepted
+from tests.xla_flags import accepts
 
 _CACHE = os.environ.get(
   'MOE_JAX_TEST_CACHE',
@@ -35,7 +35,7 @@ os.environ |= {
 _flags = os.environ.get('XLA_FLAGS', '')
 if not _OPTIMIZED:
   for _flag in _FASTER:
-    if _flag not in _flags and accepted(_flag, pathlib.Path(_CACHE) / 'flags'):
+    if _flag not in _flags and accepts(_flag, pathlib.Path(_CACHE) / 'flags'):
       _flags = f'{_flags} {_flag}'
   os.environ['XLA_FLAGS'] = _flags.strip()
 # Tracing creates objects by the million, and hardly any garbage.

@@ -74,8 +74,8 @@ class Counting(SourceOptions):
 
   def texts(self, selection=Selection()):
     def documents(split):
-      own = range(0, self.count, 2) if split == 'train' else range(9)
-      return (f'{n} and {n + 1} ' * 9 for n in own)
+      numbers = range(0, self.count, 2) if split == 'train' else range(9)
+      return (f'{n} and {n + 1} ' * 9 for n in numbers)
 
     return Texts('counting', f'counting {self.count}', documents)
 

@@ -30,13 +30,13 @@ IMPORTED = (
 
 def read_only():
   """Ends each command once its parser and its config have read all words."""
-  parse, depth = argparse.ArgumentParser.parse_known_args, []
+  parse, open_parsers = argparse.ArgumentParser.parse_known_args, []
 
   def outermost(parser, *args, **kwargs):
-    depth.append(parser)
+    open_parsers.append(parser)
     options, rest = parse(parser, *args, **kwargs)
-    depth.pop()
-    if depth:  # a subcommand's parser
+    open_parsers.pop()
+    if open_parsers:  # a subcommand's parser
       return options, rest
     if unknown := [w for w in rest if not w.startswith('--config.')]:
       parser.error(f'unknown arguments {unknown}')
@@ -68,7 +68,7 @@ def status_of(job):
   return 0
 
 
-def ran(job):
+def outcome(job):
   """Exit status and output of a job in a process of its own."""
   with tempfile.TemporaryFile() as log:
     child = os.fork()
@@ -88,4 +88,4 @@ if __name__ == '__main__':
   for module in IMPORTED:
     importlib.import_module(module)
   for line in sys.stdin:
-    print(json.dumps(ran(json.loads(line))), flush=True)
+    print(json.dumps(outcome(json.loads(line))), flush=True)

@@ -1,7 +1,7 @@
 """Definitions of routing and dispatch from papers, in numpy and plain loops.
 
 The code is tested against these, which handle one token and one choice at a
-time, in float64. Not here: anything fast, and anything taken from `moe_jax`.
+time, in float64. Nothing here is fast, and nothing is taken from `moe_jax`.
 """
 
 import math
@@ -66,12 +66,12 @@ def limited_scores(scores, num_groups, chosen_groups, best, outside):
   A group of consecutive experts is as good as the sum of its `best` largest
   scores; ties go to the lower group.
   """
-  each = len(scores) // num_groups
-  members = [range(g * each, (g + 1) * each) for g in range(num_groups)]
+  size = len(scores) // num_groups
+  members = [range(g * size, (g + 1) * size) for g in range(num_groups)]
   rates = [sum(sorted(scores[e] for e in m)[-best:]) for m in members]
   chosen = choose(rates, chosen_groups)
   return np.array(
-    [s if e // each in chosen else outside for e, s in enumerate(scores)]
+    [s if e // size in chosen else outside for e, s in enumerate(scores)]
   )
 
 
@@ -135,7 +135,7 @@ def token_choice(
   logits = np.asarray(logits, np.float64)
   (G, S, _), K = logits.shape, num_selected
   mask = np.ones((G, S), bool) if mask is None else np.asarray(mask)
-  room = math.inf if capacity is None else capacity
+  num_slots = math.inf if capacity is None else capacity
   expert_index = np.zeros((G, S, K), int)
   slot = np.zeros((G, S, K), int)
   gate = np.zeros((G, S, K))
@@ -155,7 +155,7 @@ def token_choice(
         continue
       expert = expert_index[g, s, k]
       slot[g, s, k], queue[expert] = queue[expert], queue[expert] + 1
-      if slot[g, s, k] >= room:
+      if slot[g, s, k] >= num_slots:
         fate[g, s, k] = 'full'
       elif sent:
         fate[g, s, k] = 'served'
@@ -189,24 +189,24 @@ def token_gates(gates, logits, chosen, served):
 def sparse_mixer(logits, K, threshold, draws=None):
   """The experts of one token and their gates under SparseMixer.
 
-  Each choice takes the largest logit that is left, or the next of `draws`. Its
+  Each choice takes the largest remaining logit, or the next of `draws`. Its
   gate is its share of exp(logit) among the logits near the largest one.
   """
-  left = list(range(len(logits)))
+  candidates = list(range(len(logits)))
   experts, gates = [], []
   for k in range(K):
-    top = max(logits[e] for e in left)
+    top = max(logits[e] for e in candidates)
     near = [
       e
-      for e in left
+      for e in candidates
       if not top - logits[e] > threshold * max(abs(logits[e]), top)
     ]
-    best = choose([logits[e] for e in left], 1)[0]
-    expert = left[best] if draws is None else draws[k]
+    best = choose([logits[e] for e in candidates], 1)[0]
+    expert = candidates[best] if draws is None else draws[k]
     total = sum(math.exp(logits[e]) for e in near)
     gates.append(math.exp(logits[expert]) / total if expert in near else 0.0)
     experts.append(expert)
-    left.remove(expert)
+    candidates.remove(expert)
   return experts, gates
 
 
@@ -223,8 +223,8 @@ def gshard_top_2(logits, capacity, draws) -> Reference:
       e = index[s, k]
       share = g[s, e] / (g[s, index[s, 0]] + g[s, index[s, 1]])
       slot[s, k] = count[e]
-      drawn = k == 0 or 2 * share > draws[s, 1]
-      if count[e] < capacity and drawn:
+      is_drawn = k == 0 or 2 * share > draws[s, 1]
+      if count[e] < capacity and is_drawn:
         gate[s, k] = share
       count[e] += 1  # counted even where the draw did not send it
   return Reference(index, slot, gate, gate > 0, None)
@@ -450,8 +450,8 @@ def expert_choice(logits, capacity, mask):
     real = [s for s in range(S) if mask[g, s]]
     for e in range(E):
       p = {s: softmax(logits[g, s])[e] for s in real}
-      wanted = sorted(real, key=lambda s: (-p[s], s))
-      for c, s in enumerate(wanted[: math.ceil(capacity * len(real) / S)]):
+      ranking = sorted(real, key=lambda s: (-p[s], s))
+      for c, s in enumerate(ranking[: math.ceil(capacity * len(real) / S)]):
         token_index[g, e, c], gate[g, e, c] = s, p[s]
   return token_index, gate
 
@@ -463,9 +463,9 @@ def slots_gradients(routing, x, dy, rows, d_rows):
   gates.
   """
   G, E, C = routing.gate.shape
-  sent, d_x = np.zeros(rows.shape), np.zeros(x.shape)
-  y, by_rows = np.zeros(x.shape), np.zeros(rows.shape)
-  by_gate = np.zeros(routing.gate.shape)
+  dispatched, d_x = np.zeros(rows.shape), np.zeros(x.shape)
+  y, rows_gradient = np.zeros(x.shape), np.zeros(rows.shape)
+  gate_gradient = np.zeros(routing.gate.shape)
   for g in range(G):
     for e in range(E):
       for c in range(C):
@@ -473,12 +473,12 @@ def slots_gradients(routing, x, dy, rows, d_rows):
         gate = float(routing.gate[g, e, c])
         if s == routing.group_size:
           continue
-        sent[e, r] = x[g, s]
+        dispatched[e, r] = x[g, s]
         d_x[g, s] += d_rows[e, r]
         y[g, s] += gate * rows[e, r]
-        by_rows[e, r] = gate * dy[g, s]
-        by_gate[g, e, c] = rows[e, r] @ dy[g, s]
-  return sent, d_x, y, by_rows, by_gate
+        rows_gradient[e, r] = gate * dy[g, s]
+        gate_gradient[g, e, c] = rows[e, r] @ dy[g, s]
+  return dispatched, d_x, y, rows_gradient, gate_gradient
 
 
 def scrambled(x: int) -> int:
@@ -497,9 +497,9 @@ def hash_choice(number, *, E, K, seed, layer):
 
 
 def drawn(draws, E):
-  """Experts by draws, each among those that the row does not have yet."""
-  left = list(range(E))
-  return [left.pop(draw % len(left)) for draw in draws]
+  """Experts by draws, each among those that the token does not have yet."""
+  candidates = list(range(E))
+  return [candidates.pop(draw % len(candidates)) for draw in draws]
 
 
 def balanced_gates(logits, margin):
@@ -514,9 +514,9 @@ def balanced_gates(logits, margin):
     mean = sum(totals) / E
     allowed = [e for e in range(E) if totals[e] - mean <= margin]
     for b in range(B):
-      whole = softmax(np.asarray(logits[t][b], np.float64))
+      probs = softmax(np.asarray(logits[t][b], np.float64))
       for e in allowed:
-        gates[t, b, e] = whole[e] / sum(whole[i] for i in allowed)
+        gates[t, b, e] = probs[e] / sum(probs[i] for i in allowed)
     for e in range(E):
       totals[e] += gates[t, :, e].sum()
   return gates
@@ -576,25 +576,25 @@ def strictly_balanced(logits, m, mask, thresholds):
 
 
 def node_of_group(group, groups, devices, per_node):
-  """The node of a group: device after device has as many groups in order."""
+  """The node of a group; devices in order have equally many groups each."""
   owner = [d for d in range(devices) for _ in range(groups // devices)]
   return owner[group] // per_node
 
 
 def limited_choice(logits, node, mask, K, Q, limit):
-  """FasterMoE's gate for K choices, of which any remote one makes one leave."""
+  """FasterMoE's gate: `limit` tokens of a group may choose remote experts."""
   G, S, E = logits.shape
   index = np.zeros((G, S, K), int)
   for g in range(G):
-    own = [e for e in range(E) if e // (E // Q) == node[g]]
-    score = {}  # of each token that wants to leave
+    local = [e for e in range(E) if e // (E // Q) == node[g]]
+    scores = {}  # of the tokens that want to leave
     for s in range(S):
       index[g, s] = choose(logits[g, s], K)
-      away = [e for e in index[g, s] if e not in own]
-      if mask[g, s] and away:
-        score[s] = softmax(logits[g, s])[away].max()
-    for s in sorted(score, key=lambda s: (-score[s], s))[limit:]:
-      index[g, s] = _best_of(own, logits[g, s], K)
+      remote = [e for e in index[g, s] if e not in local]
+      if mask[g, s] and remote:
+        scores[s] = softmax(logits[g, s])[remote].max()
+    for s in sorted(scores, key=lambda s: (-scores[s], s))[limit:]:
+      index[g, s] = _best_of(local, logits[g, s], K)
   return index
 
 
@@ -603,22 +603,22 @@ def fastmoe_choice(logits, node, mask, Q, limit):
   G, S, E = logits.shape
   index = np.zeros((G, S, 2), int)
   for g in range(G):
-    own = [e for e in range(E) if e // (E // Q) == node[g]]
-    best = [choose(logits[g, s], 2) for s in range(S)]
-    going = [s for s in range(S) if mask[g, s] and best[s][0] not in own]
-    index[g] = best
-    if len(going) < limit:
+    local = [e for e in range(E) if e // (E // Q) == node[g]]
+    top_2 = [choose(logits[g, s], 2) for s in range(S)]
+    leaving = [s for s in range(S) if mask[g, s] and top_2[s][0] not in local]
+    index[g] = top_2
+    if len(leaving) < limit:
       continue
-    going.sort(key=lambda s: (-logits[g, s, best[s][0]], s))
+    leaving.sort(key=lambda s: (-logits[g, s, top_2[s][0]], s))
     for s in range(S):
-      index[g, s] = _best_of(own, logits[g, s], 2)
-      if s in going[:limit]:
-        index[g, s, 1] = best[s][0]
+      index[g, s] = _best_of(local, logits[g, s], 2)
+      if s in leaving[:limit]:
+        index[g, s, 1] = top_2[s][0]
   return index
 
 
 def _best_of(experts, logits, K):
-  """The K experts of largest logits among some; ties go to the lower."""
+  """The K of these experts with the largest logits; ties go to the lower."""
   return sorted(experts, key=lambda e: (-logits[e], e))[:K]
 
 

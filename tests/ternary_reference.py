@@ -24,35 +24,35 @@ def dictionary(p0, size=NUM_CODES):
     for pair in itertools.product(DIGITS, DIGITS)
   ]
   # Negative log-probability, length, number of non-zeros, digits.
-  heap, popped = [(0.0, 0, 0, ())], []
-  while len(popped) < size:
+  heap, sequences = [(0.0, 0, 0, ())], []
+  while len(sequences) < size:
     _, length, nonzeros, digits = heapq.heappop(heap)
     if digits:
-      popped.append(tuple(DIGITS[digit] for digit in digits))
+      sequences.append(tuple(DIGITS[digit] for digit in digits))
     if length == 2 * MOST_PAIRS:
       continue
-    for pair, more in pairs:
-      n = nonzeros + more
+    for pair, pair_nonzeros in pairs:
+      n = nonzeros + pair_nonzeros
       logit = zero * (length + 2 - n) + other * n
-      item = -round(logit, 9), length + 2, n, digits + pair
-      heapq.heappush(heap, item)
-  return popped
+      entry = -round(logit, 9), length + 2, n, digits + pair
+      heapq.heappush(heap, entry)
+  return sequences
 
 
-def greedy(row, numbered):
-  """The codes of one row, each the longest that fits; `numbered` has all."""
+def greedy(row, code_of):
+  """The codes of one row, each of the longest sequence that fits."""
   codes = []
   row = tuple(int(weight) for weight in row) + (0,) * (len(row) % 2)
   while row:
     lengths = range(2, min(len(row), 2 * MOST_PAIRS) + 1, 2)
-    length = max(n for n in lengths if row[:n] in numbered)
-    codes.append(numbered[row[:length]])
+    length = max(n for n in lengths if row[:n] in code_of)
+    codes.append(code_of[row[:length]])
     row = row[length:]
   return codes
 
 
 def random(zeros, *shape, seed=0):
-  """Independent weights of that share of zeros, int8."""
+  """Independent int8 weights; a share `zeros` of them is 0."""
   half = (1 - zeros) / 2
   rng = np.random.default_rng(seed)
   values = np.array([0, 1, -1], np.int8)

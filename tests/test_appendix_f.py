@@ -20,14 +20,14 @@ from tests.models.tiny import B, T
 E, K = shazeer_appendix_f.E, shazeer_appendix_f.K
 
 
-def kept(**router):
-  """Intermediates that the middle layer of three has sown."""
+def sown(**router):
+  """Intermediates as a router in the middle of three layers has sown them."""
   return {'intermediates': {'layers_1': {'moe': {'router': router}}}}
 
 
 def test_choices_of_tokens_are_a_mask():
   index = np.array([[[3, 0, 5, 15]], [[2, 1, 0, 7]]])  # [G, S, K]
-  mask = shazeer_appendix_f.chosen(kept(expert_index=(jnp.array(index),)))
+  mask = shazeer_appendix_f.chosen(sown(expert_index=(jnp.array(index),)))
   expected = np.zeros((2, E), bool)
   expected[0, [3, 0, 5, 15]] = expected[1, [2, 1, 0, 7]] = True
   np.testing.assert_array_equal(mask, expected)
@@ -41,11 +41,11 @@ def test_choices_of_experts_are_a_mask():
   index[1, 4] = [1, 3]
   index[1, 9] = [1, 2]
   slots = SlotRouting(jnp.array(index, jnp.int32), jnp.ones((2, E, 2)), 3)
-  mask = np.asarray(shazeer_appendix_f.chosen(kept(slots=(slots,))))
+  mask = np.asarray(shazeer_appendix_f.chosen(sown(slots=(slots,))))
   assert mask.shape == (6, E)
   rows, experts = np.nonzero(mask)
-  taken = sorted(zip(rows.tolist(), experts.tolist(), strict=True))
-  assert taken == [(0, 4), (2, 4), (4, 4), (4, 9), (5, 9)]
+  pairs = sorted(zip(rows.tolist(), experts.tolist(), strict=True))
+  assert pairs == [(0, 4), (2, 4), (4, 4), (4, 9), (5, 9)]
 
 
 def test_agreement_is_of_the_pairs_that_either_makes():
@@ -100,10 +100,12 @@ def outputs(variables, batch, train):
   return model.apply(variables, **inputs, train=train, rngs=keys)[0]
 
 
-def losses(value, train, own=True):
+def losses(value, train, is_own=True):
   """Loss of each token in nats, [B, T], by the model's own call."""
   _, _, batch = small()
-  logits = outputs(with_thresholds(value), batch if own else foreign(), train)
+  logits = outputs(
+    with_thresholds(value), batch if is_own else foreign(), train
+  )
   return np.asarray(
     optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
   )
@@ -116,15 +118,15 @@ def test_thresholds_that_all_or_none_pass(value):
   metrics = shazeer_appendix_f.compare(
     model, with_thresholds(value), batch, batch
   )
-  everyone = value == 0
-  assert metrics['experts'] == (E if everyone else 0)
-  assert metrics['none'] == 1 - everyone
+  all_pass = value == 0
+  assert metrics['experts'] == (E if all_pass else 0)
+  assert metrics['none'] == 1 - all_pass
   # In training each expert takes m = ceil(K T / E) of a row's T tokens, and the
   # same share of the shorter row.
   m = -(-K * T // E)
   short = -(-m * (T - 2) // T)
   share = ((B - 1) * m + short) / (B * T - 2)
-  np.testing.assert_allclose(metrics['agreement'], share * everyone, rtol=1e-6)
+  np.testing.assert_allclose(metrics['agreement'], share * all_pass, rtol=1e-6)
   assert 0 < metrics['unlearned'] < 1 and metrics['foreseen'] == 0
 
 
@@ -140,7 +142,7 @@ def test_losses_are_those_of_each_choice():
   np.testing.assert_allclose(metrics['lost'], expected, atol=1e-5)
   # The last token of the first half is left out, since its target is in the
   # second half.
-  foreseen = losses(0.1, True, own=False) - losses(0.1, True)
+  foreseen = losses(0.1, True, is_own=False) - losses(0.1, True)
   expected = foreseen[:, : T // 2 - 1].mean()
   np.testing.assert_allclose(metrics['foreseen'], expected, atol=1e-5)
   assert min(abs(metrics['lost']), abs(metrics['foreseen'])) > 1e-4

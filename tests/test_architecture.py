@@ -183,7 +183,7 @@ def nodes_of(text: str) -> list[ast.AST]:
   return [n for n in ast.walk(ast.parse(text)) if isinstance(n, kinds)]
 
 
-def imported(path: pathlib.Path) -> set[str]:
+def imports(path: pathlib.Path) -> set[str]:
   """Dotted names that a file imports, anywhere in it."""
   names = set()
   for node in nodes_of(path.read_text(encoding='utf-8')):
@@ -197,20 +197,20 @@ def imported(path: pathlib.Path) -> set[str]:
 
 def broken_rules(part: str, names: set[str], file: str = '') -> list[str]:
   """The imports of one file in `part` that the layout forbids."""
-  broken, allowed = [], COMMANDS.get(file, ALLOWED[part])
+  forbidden, allowed = [], COMMANDS.get(file, ALLOWED[part])
   for name in names:
     top, _, rest = name.partition('.')
     if top in ('configs', 'experiments', 'tests'):
-      broken.append(name)
+      forbidden.append(name)
     if top != 'moe_jax':
       continue
     target = rest.split('.')[0]
     if target == part:
       continue
-    starts = NARROW.get(part, {}).get(target, ('',))
-    if target not in allowed or not name.startswith(starts):
-      broken.append(name)
-  return sorted(broken)
+    prefixes = NARROW.get(part, {}).get(target, ('',))
+    if target not in allowed or not name.startswith(prefixes):
+      forbidden.append(name)
+  return sorted(forbidden)
 
 
 def test_imports_point_down():
@@ -219,7 +219,7 @@ def test_imports_point_down():
     part = path.relative_to(ROOT / 'moe_jax').parts[0].removesuffix('.py')
     assert part in ALLOWED, f'moe_jax/{part} has no import rule'
     file = path.relative_to(ROOT / 'moe_jax').as_posix()
-    if broken := broken_rules(part, imported(path), file):
+    if broken := broken_rules(part, imports(path), file):
       violations[str(path.relative_to(ROOT))] = broken
   assert not violations
 
@@ -227,7 +227,7 @@ def test_imports_point_down():
 def test_configs_import_nothing_above_the_package():
   allowed = {'ml_collections', 'moe_jax', 'typing'}
   for path in sorted((ROOT / 'configs').glob('*.py')):
-    assert {name.split('.')[0] for name in imported(path)} <= allowed, path.name
+    assert {name.split('.')[0] for name in imports(path)} <= allowed, path.name
 
 
 # JAX removes such modules without notice; their replacements are listed too.
@@ -243,13 +243,13 @@ PRIVATE_NAME = re.compile(
 
 def dotted(node: ast.Attribute) -> str:
   """The source of an attribute; `ast.unparse` is slow."""
-  parts, below = [node.attr], node.value
-  while isinstance(below, ast.Attribute):
-    parts.append(below.attr)
-    below = below.value
-  if not isinstance(below, ast.Name):
+  names, inner = [node.attr], node.value
+  while isinstance(inner, ast.Attribute):
+    names.append(inner.attr)
+    inner = inner.value
+  if not isinstance(inner, ast.Name):
     return ast.unparse(node)
-  return '.'.join([below.id, *reversed(parts)])
+  return '.'.join([inner.id, *reversed(names)])
 
 
 def private_names(text: str) -> set[str]:
@@ -265,7 +265,7 @@ def private_names(text: str) -> set[str]:
   return {
     name
     for name in names
-    if f'{name}.'.startswith(tuple(f'{start}.' for start in PRIVATE))
+    if f'{name}.'.startswith(tuple(f'{prefix}.' for prefix in PRIVATE))
     or re.match(r'(jax|flax|optax|orbax|grain)\b.*\._(?!_)', name)
   }
 
@@ -354,12 +354,12 @@ def test_top_level_is_settled():
     'README.md',
   }  # fmt: skip
   outputs = {'runs', 'results', 'build', 'moe_jax.egg-info'}
-  here = {p.name for p in ROOT.iterdir() if not p.name.startswith('.')}
-  assert here - outputs - {'__pycache__'} == settled
+  entries = {p.name for p in ROOT.iterdir() if not p.name.startswith('.')}
+  assert entries - outputs - {'__pycache__'} == settled
 
 
 def test_no_two_files_share_a_name():
   names = [path.name for path in (ROOT / 'moe_jax').rglob('*.py')]
-  twice = {name for name in names if names.count(name) > 1}
+  shared_names = {name for name in names if names.count(name) > 1}
   # Each room has an `__init__.py`, and may have a contract.
-  assert twice <= {'__init__.py', '__main__.py', 'contract.py'}
+  assert shared_names <= {'__init__.py', '__main__.py', 'contract.py'}

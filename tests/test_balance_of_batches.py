@@ -27,8 +27,8 @@ def test_importance_and_loads_are_of_one_batch():
   )
   model = tiny.build(moe)
   tokens = jnp.asarray(tiny.tokens(3))
-  ones = jnp.ones(tokens.shape, jnp.int32).at[0, -2:].set(0)
-  batch = dict(tokens=tokens, segment_ids=ones, positions=0 * ones)
+  segments = jnp.ones(tokens.shape, jnp.int32).at[0, -2:].set(0)
+  batch = dict(tokens=tokens, segment_ids=segments, positions=0 * segments)
   variables = {'params': tiny.params_of(model)}
   key = jax.random.key(3)
   numbers = np.asarray(
@@ -40,9 +40,9 @@ def test_importance_and_loads_are_of_one_batch():
     rngs={'router': key, 'dropout': key},
     mutable=['intermediates'],
   )
-  (_, aux), kept = jax.jit(apply)(variables, **model.inputs(batch))
-  real = np.asarray(ones).reshape(-1) > 0
-  for i, layer in enumerate(model.layer_trees(kept['intermediates'])):
+  (_, aux), collections = jax.jit(apply)(variables, **model.inputs(batch))
+  real = np.asarray(segments).reshape(-1) > 0
+  for i, layer in enumerate(model.layer_trees(collections['intermediates'])):
     (index,) = layer['moe']['router']['expert_index']
     counts = np.bincount(np.asarray(index).reshape(-1, K)[real].ravel())
     np.testing.assert_allclose(numbers[3, i], counts.max() / counts.mean())

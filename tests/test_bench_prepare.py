@@ -35,9 +35,9 @@ def test_documents_can_be_made_again_by_their_number(tmp_path):
   corpus = Corpus()
   training = corpus.write(tmp_path / 'lines', 200_000)
   texts = data.FilesSource(f'{tmp_path}/lines/*.jsonl').texts()
-  made = [corpus.document(i) for i in range(len(training))]
-  for split, wanted in zip(data.SPLITS, (True, False)):
-    expected = [t for t, own in zip(made, training) if own == wanted]
+  docs = [corpus.document(i) for i in range(len(training))]
+  for split, train in zip(data.SPLITS, (True, False)):
+    expected = [t for t, is_train in zip(docs, training) if is_train == train]
     assert list(texts.documents(split)) == expected
 
 

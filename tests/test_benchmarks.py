@@ -42,10 +42,10 @@ SIZES = programs_lib.Sizes(num_tokens=N, width=M, hidden=F)
 
 
 def test_every_case_runs_once_a_round_and_the_first_one_turns():
-  ran = []
-  cases = {name: lambda name=name: ran.append(name) for name in 'abc'}
+  calls = []
+  cases = {name: lambda name=name: calls.append(name) for name in 'abc'}
   times = timing.interleave(cases, seconds=0, least=4)
-  rounds = [''.join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+  rounds = [''.join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
   # The first round warms up.
   assert rounds == ['abc', 'abc', 'bca', 'cab', 'abc']
   assert {
@@ -100,8 +100,8 @@ def test_an_unknown_routing_names_those_that_exist():
 
 
 @pytest.fixture(scope='module')
-def bound():
-  """All cases on both routings, compiled once: (layer, inputs, programs)."""
+def bound_cases():
+  """All cases, compiled once: (layer, compilations, inputs and outputs)."""
   layer = cases_lib.Layer.draw(SIZES, E)
   compilations = cases_lib.compile_cases(layer, K, backward=True, ragged=True)
   by_routing = {}
@@ -113,8 +113,8 @@ def bound():
 
 
 @pytest.mark.slow
-def test_the_router_sends_tokens_where_the_draw_says(bound):
-  _, _, by_routing = bound
+def test_the_router_sends_tokens_where_the_draw_says(bound_cases):
+  _, _, by_routing = bound_cases
   for inputs, results in by_routing.values():
     for name in programs_lib.LAYERS:
       load = results[name][1].stats.load
@@ -125,8 +125,8 @@ def test_the_router_sends_tokens_where_the_draw_says(bound):
 
 
 @pytest.mark.slow
-def test_a_router_that_chooses_otherwise_is_an_error(bound):
-  layer, compilations, by_routing = bound
+def test_a_router_that_chooses_otherwise_is_an_error(bound_cases):
+  layer, compilations, by_routing = bound_cases
   inputs, _ = by_routing['zipf']
   other = dataclasses.replace(inputs, load=inputs.load[::-1])
   with pytest.raises(ValueError, match=r'not the .* that were drawn'):
@@ -140,9 +140,9 @@ def assert_same(a, b):
 
 
 @pytest.mark.slow
-def test_products_of_the_same_groups_compute_the_same(bound):
+def test_products_of_the_same_groups_compute_the_same(bound_cases):
   # A baseline with less work would make the layer look slow, or fast.
-  _, _, by_routing = bound
+  _, _, by_routing = bound_cases
   _, results = by_routing['zipf']
   ffn = programs_lib.GROUPED[0]
   for name in (programs_lib.GROUPED[1], programs_lib.RAGGED):
@@ -155,10 +155,10 @@ def test_products_of_the_same_groups_compute_the_same(bound):
 
 
 @pytest.mark.slow
-def test_the_layer_is_its_experts_on_its_choices(bound):
+def test_the_layer_is_its_experts_on_its_choices(bound_cases):
   # The dropless layer equals a plain loop over the drawn choices and the
   # router's gates.
-  layer, _, by_routing = bound
+  layer, _, by_routing = bound_cases
   inputs, results = by_routing['zipf']
   y = results['dropless'][0][0]
   x = inputs.x[0]
@@ -201,12 +201,12 @@ def test_groups_that_cannot_be_equal_are_refused():
 
 @pytest.mark.slow
 def test_the_layer_benchmark_writes_every_row(
-  bound, tmp_path, capsys, monkeypatch
+  bound_cases, tmp_path, capsys, monkeypatch
 ):
-  # Its programs are those of `bound`, as all arrays are drawn from one seed.
-  asked, (drawn, compilations, _) = [], bound
+  # Its programs are those of `bound_cases`, as all have arrays of one seed.
+  calls, (drawn_layer, compilations, _) = [], bound_cases
   monkeypatch.setattr(
-    cases_lib, 'compile_cases', lambda *a, **b: asked.append(a) or compilations
+    cases_lib, 'compile_cases', lambda *a, **b: calls.append(a) or compilations
   )
   bench_moe_layer.main(
     [
@@ -216,9 +216,9 @@ def test_the_layer_benchmark_writes_every_row(
       f'--output={tmp_path}',
     ]
   )
-  ((layer, *passed),) = asked
-  assert passed == [K, True]
-  jax.tree.map(np.testing.assert_array_equal, layer.params, drawn.params)
+  ((layer, *arguments),) = calls
+  assert arguments == [K, True]
+  jax.tree.map(np.testing.assert_array_equal, layer.params, drawn_layer.params)
   (folder,) = (tmp_path / bench_moe_layer.NAME).iterdir()
   results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
   assert results['facts']['device'] in (folder / 'table.md').read_text()
@@ -309,8 +309,8 @@ def one_layer(tmp_path_factory):
 @pytest.mark.slow
 def test_the_step_benchmark_writes_every_row(one_layer, tmp_path, monkeypatch):
   # Models that are computed anew in the backward pass are not compiled here.
-  kept = [*bench_train_step.variants().items()][:3]
-  monkeypatch.setattr(bench_train_step, 'variants', lambda: dict(kept))
+  variants = [*bench_train_step.variants().items()][:3]
+  monkeypatch.setattr(bench_train_step, 'variants', lambda: dict(variants))
   bench_train_step.main(
     [
       *[one_layer, '--seconds', '0', '--depths', '2', '--rough_peaks'],
@@ -333,11 +333,11 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   steps = []
   save = Checkpointer.save
 
-  def counted(self, step, *args, **kwargs):
+  def counting_save(self, step, *args, **kwargs):
     steps.append(step)
     save(self, step, *args, **kwargs)
 
-  monkeypatch.setattr(Checkpointer, 'save', counted)
+  monkeypatch.setattr(Checkpointer, 'save', counting_save)
   bench_overhead.main(
     [
       one_layer,
@@ -436,13 +436,13 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
     },
   }  # fmt: skip
   monkeypatch.setattr(peer_steps, 'SIZES', sizes)
-  ours = peer_steps.cases()
-  for overrides in ours.values():
+  our_cases = peer_steps.cases()
+  for overrides in our_cases.values():
     train_step_programs.prepared(peer_steps.config(), overrides)
   # The others are programs of steps that other tests take.
-  first = dict([*ours.items()][:1])
+  first = dict([*our_cases.items()][:1])
   monkeypatch.setattr(peer_steps, 'cases', lambda: first)
-  # Those of attention and generation have a process for their peers.
+  # Tests of attention and generation run their peers in another process.
   monkeypatch.setattr(
     bench_train_step,
     'turns',
@@ -452,9 +452,9 @@ def test_a_peers_step_is_of_the_same_model(tmp_path, monkeypatch):
   )
   options = train_step_programs.prepared(peer_steps.config(), {})
   peer = peer_steps.transformers_model(options)
-  theirs = sum(p.numel() for p in peer.parameters())
+  peer_size = sum(p.numel() for p in peer.parameters())
   shapes = models.abstract_params(options.build())
-  assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert peer_size == sum(leaf.size for leaf in jax.tree.leaves(shapes))
   output = ['--peer', '--seconds', '0', '--rough_peaks']
   bench_train_step.main([*output, f'--output={tmp_path}'])
   (table,) = tmp_path.glob('*/*/table.md')
@@ -470,23 +470,23 @@ def test_nanogpts_model_is_ours_without_what_it_lacks():
   torch = pytest.importorskip('torch')
   options = train_step_programs.prepared(nanogpt_steps.config(), {})
   model = nanogpt_steps.nanogpt_model(options)
-  theirs = sum(p.numel() for p in model.parameters())
+  peer_size = sum(p.numel() for p in model.parameters())
   shapes = models.abstract_params(options.build())
-  assert theirs == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert peer_size == sum(leaf.size for leaf in jax.tree.leaves(shapes))
   rows = torch.arange(2 * 64).reshape(2, 64) % 65
   later = rows.clone()
   later[:, 40:] += 1
-  first, other = model(rows), model(later)
-  assert first.shape == (2, 64, 65)
-  torch.testing.assert_close(first[:, :40], other[:, :40])
-  assert not torch.allclose(first[:, 40:], other[:, 40:])
+  outputs, shifted = model(rows), model(later)
+  assert outputs.shape == (2, 64, 65)
+  torch.testing.assert_close(outputs[:, :40], shifted[:, :40])
+  assert not torch.allclose(outputs[:, 40:], shifted[:, 40:])
   assert set(nanogpt_steps.cases()) == {
     'shakespeare_dense',
     'shakespeare_switch',
   }
   for case, changes in nanogpt_steps.cases().items():
-    made = train_step_programs.prepared(nanogpt_steps.config(), changes)
-    assert bool(made.model.moe.num_experts) == (case == 'shakespeare_switch')
+    variant = train_step_programs.prepared(nanogpt_steps.config(), changes)
+    assert bool(variant.model.moe.num_experts) == (case == 'shakespeare_switch')
   (step,) = nanogpt_steps.programs(
     options, train_step_programs.random_batch(options)
   ).values()
@@ -505,7 +505,7 @@ def test_a_peers_routing_stays_as_it_began(monkeypatch):
   batch = train_step_programs.random_batch(options)
   step = peer_steps.transformers_step(options, batch)
 
-  def reached():
+  def used_kernels():
     return [
       name
       for name, p in model.named_parameters()
@@ -513,10 +513,10 @@ def test_a_peers_routing_stays_as_it_began(monkeypatch):
     ]
 
   step()
-  first = reached()
+  first = used_kernels()
   for _ in range(3):
     step()
-  assert reached() == first and len(first) == 4 * 8 * 2
+  assert used_kernels() == first and len(first) == 4 * 8 * 2
 
 
 @pytest.mark.slow
@@ -530,8 +530,8 @@ def test_attention_is_timed_beside_pytorchs(tmp_path, monkeypatch):
   names = [row['implementation'] for row in rows]
   assert names == ['einsum', 'blocks', 'xla', 'PyTorch'] * 2
   for row in rows:
-    of = row['implementation'].lower()
-    assert row['ms'] > 0 and row.get(f'per_{of}', 1) == 1
+    name = row['implementation'].lower()
+    assert row['ms'] > 0 and row.get(f'per_{name}', 1) == 1
   (table,) = tmp_path.glob('*/*/table.md')
   assert '| B=2 T=70 H=2 D=8 | 3 | PyTorch |' in table.read_text('utf-8')
 
@@ -547,8 +547,8 @@ def test_experts_that_a_step_reads_are_those_of_random_choices(
     np.tile(np.arange(sizes['num_local_experts']), (200, num_tokens, 1)),
     axis=-1,
   )[..., : sizes['num_experts_per_tok']]
-  drawn = np.mean([len(np.unique(draw)) for draw in choices])
-  assert abs(drawn - read) < 0.6
+  mean_count = np.mean([len(np.unique(draw)) for draw in choices])
+  assert abs(mean_count - read) < 0.6
 
 
 @pytest.mark.slow
@@ -571,10 +571,10 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   )
   (results,) = tmp_path.glob('*/*/results.json')
   rows = json.loads(results.read_text(encoding='utf-8'))['rows']
-  ours = [bench_generation.OURS, bench_generation.STREAMED]
+  our_cases = [bench_generation.OURS, bench_generation.STREAMED]
   assert {row['batch'] for row in rows} == {3}
   by_case = {row['case']: row for row in rows}
-  assert [*by_case][:2] == ours and len(by_case) > 2
+  assert [*by_case][:2] == our_cases and len(by_case) > 2
   limit = by_case.pop(bench_generation.LIMIT)
   assert limit['over_limit'] == 1 and limit['same_tokens'] is None
   assert all(row['same_tokens'] == 1 for row in by_case.values())
@@ -585,5 +585,5 @@ def test_generation_is_timed_on_the_same_tokens(tmp_path, monkeypatch):
   assert fastest['tokens_per_second'] == max(
     row['tokens_per_second']
     for name, row in by_case.items()
-    if name not in ours
+    if name not in our_cases
   )

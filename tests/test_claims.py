@@ -38,11 +38,11 @@ PRINTED = {
 def test_numbers_are_as_printed():
   printed_values = {}
   for address, cell in claims.load().items():
-    where, row, _ = address.rsplit('/', 2)
-    printed_values.setdefault(where, {}).setdefault(row, []).append(cell.value)
-  for where, rows in PRINTED.items():
+    table, row, _ = address.rsplit('/', 2)
+    printed_values.setdefault(table, {}).setdefault(row, []).append(cell.value)
+  for table, rows in PRINTED.items():
     for row, values in rows.items():
-      assert tuple(printed_values[where][row]) == values, f'{where}/{row}'
+      assert tuple(printed_values[table][row]) == values, f'{table}/{row}'
 
 
 def test_a_cell_has_its_place_and_its_columns_unit():
@@ -56,7 +56,7 @@ def test_a_cell_has_its_place_and_its_columns_unit():
 
 
 @pytest.mark.parametrize(
-  ('address', 'cited'),
+  ('address', 'citation'),
   [
     ('shazeer2017/table6/(0.0, 0.0)/max_over_mean', '17.8 (Table 6)'),
     ('gshard2020/table3/dense T(96L)/core_years', '~235.5 (Table 3)'),
@@ -75,8 +75,8 @@ def test_a_cell_has_its_place_and_its_columns_unit():
     ('nllb2022/models/NLLB-200 MoE/E', '128 (configurations)'),
   ],
 )
-def test_cite_follows_the_mark(address, cited):
-  assert claims.find(address).cite() == cited
+def test_cite_follows_the_mark(address, citation):
+  assert claims.find(address).cite() == citation
 
 
 def test_slips_of_a_paper_are_kept_with_a_note():
@@ -93,8 +93,8 @@ def test_an_unverified_value_is_in_no_text():
   for cell in cells:
     unsure = dataclasses.replace(cell, mark='unverified')
     assert unsure.cite() == 'unverified, not shown'
-    shown = {str(unsure), repr(unsure), f'{unsure}', f'{[unsure]}'}
-    for text in shown:
+    texts = {str(unsure), repr(unsure), f'{unsure}', f'{[unsure]}'}
+    for text in texts:
       assert str(cell.value) not in text.replace(cell.address, '')
     if cell.mark == 'unverified':
       assert not re.search(rf'(?<!\d){cell.value}(?!\d)', cell.note)
@@ -116,7 +116,7 @@ def test_every_cell_has_a_paper_and_a_place_of_its_own():
 
 
 @pytest.mark.parametrize(
-  ('address', 'says'),
+  ('address', 'message'),
   [
     ('shazer2017/table6', "did you mean 'shazeer2017'"),
     ('switch2021/tabel1/T5-Base/nlp', "did you mean 'table1'"),
@@ -126,8 +126,8 @@ def test_every_cell_has_a_paper_and_a_place_of_its_own():
     ('switch2021/table3/0.1x/nlp/more', 'is longer'),
   ],
 )
-def test_find_names_what_exists(address, says):
-  with pytest.raises(ValueError, match=says):
+def test_find_names_what_exists(address, message):
+  with pytest.raises(ValueError, match=message):
     claims.find(address)
 
 
@@ -146,15 +146,15 @@ def test_rows_read_in_the_order_of_the_columns(tmp_path):
   cells = claims.load(path)
   # The paper does not print b/ppl, so that there is no such cell.
   assert list(cells) == ['p2020/t/a/ppl', 'p2020/t/a/size', 'p2020/t/b/size']
-  _, least, own = cells.values()
-  assert (least.relation, least.value, least.unit) == ('<=', 30, 'M')
-  assert least.better is None
-  assert (own.relation, own.value, own.unit) == ('~', 2, 'B')
-  assert own.cite() == '~2 (Table 1, secondary source)'
+  _, bound, approx = cells.values()
+  assert (bound.relation, bound.value, bound.unit) == ('<=', 30, 'M')
+  assert bound.better is None
+  assert (approx.relation, approx.value, approx.unit) == ('~', 2, 'B')
+  assert approx.cite() == '~2 (Table 1, secondary source)'
 
 
 @pytest.mark.parametrize(
-  ('old', 'new', 'says'),
+  ('old', 'new', 'message'),
   [
     ('"checked"', '"check"', 'p2020/t/a/ppl.*did you mean .checked'),
     ('"secondary"', '"sure"', 'p2020/t/b/size.*sure'),
@@ -174,9 +174,9 @@ def test_rows_read_in_the_order_of_the_columns(tmp_path):
     ('"unit": "B"', '"units": "B"', "p2020/t/b/size.*did you mean 'unit'"),
   ],
 )
-def test_a_broken_file_is_refused_by_its_cell(tmp_path, old, new, says):
+def test_a_broken_file_is_refused_by_its_cell(tmp_path, old, new, message):
   assert GOOD.count(old) == 1
   path = tmp_path / 'claims.json'
   path.write_text(GOOD.replace(old, new))
-  with pytest.raises(ValueError, match=says):
+  with pytest.raises(ValueError, match=message):
     claims.load(path)

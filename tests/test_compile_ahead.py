@@ -41,8 +41,8 @@ def test_the_report_is_of_one_device(four_devices):
   assert 'all-reduce' in step.collectives.by_kind
   # The state is donated: the only new arrays are the metrics.
   assert step.alias_bytes > 0.9 * step.argument_bytes
-  needed = step.argument_bytes + step.temp_bytes
-  assert step.needed_bytes == pytest.approx(needed, rel=0.1)
+  needed_bytes = step.argument_bytes + step.temp_bytes
+  assert step.needed_bytes == pytest.approx(needed_bytes, rel=0.1)
 
 
 @pytest.mark.slow
@@ -67,8 +67,8 @@ def test_a_verdict_names_the_device_and_both_numbers():
   lines = tables.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
   assert lines == {'DOES NOT FIT TPU v5e: 20 GB of 16 GB (125%)': False}
   # CPUs stand in for any device.
-  known = set(devices.NAMES) - {devices.HERE}
-  assert len(tables.verdicts('cpu:64', '', 10**10)) == len(known)
+  names = set(devices.NAMES) - {devices.HERE}
+  assert len(tables.verdicts('cpu:64', '', 10**10)) == len(names)
 
 
 def test_flops_by_formula_are_split_over_devices():
@@ -112,22 +112,22 @@ def run(*flags):
 @pytest.mark.slow
 def test_a_large_one_compiles_for_64_devices():
   path = '--config=configs/glam_64b64e.py'
-  done = run(path, '--topology=cpu:64', '--no-flops')
-  assert 'needed in all' in done.stdout, done.stderr[-3000:]
-  assert 'TPU v5p' in done.stdout
+  process = run(path, '--topology=cpu:64', '--no-flops')
+  assert 'needed in all' in process.stdout, process.stderr[-3000:]
+  assert 'TPU v5p' in process.stdout
 
 
 @pytest.mark.slow
 def test_a_described_tpu():
   pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
-  done = run(
+  process = run(
     '--config=configs/tiny_switch.py:runlocal',
     '--topology=v5e:2x2',
     '--config.batch_size=8',
     '--config.mesh.data=2',
     '--config.mesh.expert=2',
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert '4 x TPU v5 lite: data 2, fsdp 1, expert 2, tensor 1' in done.stdout
-  assert 'fits TPU v5e' in done.stdout
-  assert 'FLOPs as XLA counts: ' in done.stdout
+  assert process.returncode == 0, process.stderr[-3000:]
+  assert '4 x TPU v5 lite: data 2, fsdp 1, expert 2, tensor 1' in process.stdout
+  assert 'fits TPU v5e' in process.stdout
+  assert 'FLOPs as XLA counts: ' in process.stdout

@@ -1,4 +1,4 @@
-"""Compiled programs on disk: where, how many, and the same results."""
+"""Compiled programs on disk: their folder, their number, equal results."""
 
 import os
 import warnings
@@ -20,7 +20,7 @@ SETTINGS = (
 
 @pytest.fixture(autouse=True)
 def _as_without_settings(monkeypatch):
-  """JAX's settings as in a process of its own, and the tests' after it."""
+  """Resets JAX's settings for a test, and restores those of the others."""
   before = {name: getattr(jax.config, name) for name in SETTINGS}
   jax.config.update('jax_compilation_cache_dir', None)
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
@@ -47,14 +47,14 @@ def test_a_program_is_found_again_and_computes_the_same_bits(tmp_path):
   x = np.linspace(-1, 1, 35, dtype=np.float32).reshape(5, 7)
   assert compile_cache.use(str(tmp_path / 'kept')) == ''
   compiled = run(x)
-  kept = files(tmp_path / 'kept')
-  assert kept
-  found = []
-  jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+  programs = files(tmp_path / 'kept')
+  assert programs
+  events = []
+  jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
   np.testing.assert_array_equal(run(x), compiled)
-  assert '/jax/compilation_cache/cache_hits' in found
+  assert '/jax/compilation_cache/cache_hits' in events
   # A file that was cut short costs a warning and the time of compiling.
-  for name in kept:
+  for name in programs:
     (tmp_path / 'kept' / name).write_bytes(b'cut')
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
@@ -128,5 +128,5 @@ def test_the_oldest_programs_are_deleted_beyond_the_bound(
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
   jax.config.update('jax_compilation_cache_dir', None)
   assert compile_cache.use() == ''
-  left = sorted(path.name for path in folder.iterdir())
-  assert left == ['middle-cache', 'new-cache']
+  names = sorted(path.name for path in folder.iterdir())
+  assert names == ['middle-cache', 'new-cache']

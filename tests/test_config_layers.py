@@ -8,7 +8,7 @@ from moe_jax.options import unknown
 from moe_jax.sections import difference, flatten, merge
 
 
-def some_config():
+def example():
   nested = dict(
     depth=2, rate=0.5, name='a', on=False, inner=dict(x=1, pair=(1, 2))
   )
@@ -16,7 +16,7 @@ def some_config():
 
 
 def test_merge_changes_only_what_is_named():
-  config = some_config()
+  config = example()
   merged = merge(config, {'model': {'depth': 3, 'inner': {'pair': (3,)}}})
   expected = config.to_dict()
   expected['model']['depth'] = 3
@@ -29,22 +29,22 @@ def test_merge_changes_only_what_is_named():
 
 
 def test_merged_configs_are_locked_at_every_level():
-  for merged in (merge(some_config(), {}), merge(some_config(), {'seed': 1})):
+  for merged in (merge(example(), {}), merge(example(), {'seed': 1})):
     for section in (merged, merged.model, merged.model.inner):
       assert section.is_locked
       with pytest.raises(AttributeError):
         section.typo = 1
   with pytest.raises(AttributeError):
-    merge(some_config(), {'model': {'inner': {'x': 2}}}).model.inner.typo = 1
+    merge(example(), {'model': {'inner': {'x': 2}}}).model.inner.typo = 1
 
 
 def test_merge_takes_config_dicts_and_widens_int_to_float():
   override = ml_collections.ConfigDict({'model': {'rate': 1}})
-  rate = merge(some_config(), override).model.rate
+  rate = merge(example(), override).model.rate
   assert rate == 1.0
   assert isinstance(rate, float)
   # JSON has no tuples.
-  pair = merge(some_config(), {'model': {'inner': {'pair': [3]}}})
+  pair = merge(example(), {'model': {'inner': {'pair': [3]}}})
   assert pair.model.inner.pair == (3,)
 
 
@@ -69,7 +69,7 @@ def test_merge_takes_config_dicts_and_widens_int_to_float():
 )
 def test_overrides_that_do_not_fit_are_refused(override, message):
   with pytest.raises(ValueError, match=message):
-    merge(some_config(), override)
+    merge(example(), override)
 
 
 def test_merge_into_the_defaults():
@@ -89,7 +89,7 @@ def test_unknown_names_the_nearest_and_all():
 
 
 def test_flatten_names_leaves_by_their_path():
-  assert flatten(some_config()) == {
+  assert flatten(example()) == {
     'seed': 0,
     'model.depth': 2,
     'model.rate': 0.5,

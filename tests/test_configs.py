@@ -34,8 +34,8 @@ def options_of(name, *arguments):
 
 def filled(options, vocab_size):
   """Options with a vocabulary and, if they need one, a shape of examples."""
-  of_features = options.model.reads_features
-  return options.filled(vocab_size, (7,) if of_features else ())
+  reads_features = options.model.reads_features
+  return options.filled(vocab_size, (7,) if reads_features else ())
 
 
 def batch_of(options, model):
@@ -173,7 +173,7 @@ def test_two_steps_shrunk(name):
   )
   state = jax.jit(init)(jnp.asarray(options.seed, jnp.uint32))
   weights = losses.loss_weights(model, options.logits_z_weight)
-  run = jax.jit(
+  jitted_step = jax.jit(
     functools.partial(
       step.train_step,
       grad_fn=step.make_grad_fn(model, weights, options.microbatches),
@@ -183,13 +183,13 @@ def test_two_steps_shrunk(name):
       move_router_state=model.move_router_state,
     )
   )
-  values = []
+  loss_values = []
   for _ in range(2):
-    state, metrics = run(state, batch)
-    values.append(float(metrics.loss))
+    state, metrics = jitted_step(state, batch)
+    loss_values.append(float(metrics.loss))
   assert int(state.step) == 2
-  assert np.isfinite(values).all()
-  assert values[0] != values[1]
+  assert np.isfinite(loss_values).all()
+  assert loss_values[0] != loss_values[1]
 
 
 def test_shrinking_keeps_what_is_sparse():
@@ -227,12 +227,12 @@ def test_arguments_name_published_sizes():
   assert (large.num_layers, large.moe.num_experts) == (24, 32)
   two_levels = golden.config('shazeer_lstm', 'MoE-256-h').model.moe
   assert two_levels.router.hierarchical.branching == 16
-  for name, known in (
+  for name, argument in (
     ('switch_base', 'e64'),
     ('st_moe_base', 'large'),
     ('shazeer_lstm', 'MoE-34M'),
   ):
-    with pytest.raises(ValueError, match=f"'e7'.* have .*'{known}'"):
+    with pytest.raises(ValueError, match=f"'e7'.* have .*'{argument}'"):
       golden.config(name, 'e7')
 
 

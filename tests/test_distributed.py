@@ -57,16 +57,16 @@ def test_timeouts_out_of_range(name, value):
 def test_a_batch_is_placed_as_it_is(spec):
   mesh = partitioning.make_mesh({'data': 2, 'expert': 2, 'tensor': 2})
   sharding = NamedSharding(mesh, PartitionSpec(spec))
-  put = distributed.Placing(sharding, 8)
+  placing = distributed.Placing(sharding, 8)
   batch = {
     'tokens': np.arange(24).reshape(8, 3),
     'weights': np.arange(16.0, dtype=np.float32).reshape(8, 2),
   }
-  np.testing.assert_array_equal(put.rows, np.arange(8))
-  for placed in (put(batch), put.local(batch)):
+  np.testing.assert_array_equal(placing.rows, np.arange(8))
+  for placed_batch in (placing(batch), placing.local(batch)):
     for name, values in batch.items():
-      assert placed[name].sharding.is_equivalent_to(sharding, 2)
-      np.testing.assert_array_equal(placed[name], values)
+      assert placed_batch[name].sharding.is_equivalent_to(sharding, 2)
+      np.testing.assert_array_equal(placed_batch[name], values)
   np.testing.assert_array_equal(
-    distributed.fetch(put(batch))['tokens'], batch['tokens']
+    distributed.fetch(placing(batch))['tokens'], batch['tokens']
   )

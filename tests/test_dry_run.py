@@ -1,4 +1,4 @@
-"""What `--dry_run` says of a run, and that it leaves no trace."""
+"""The option `--dry_run` describes a run and leaves no trace."""
 
 import dataclasses
 import os
@@ -28,16 +28,16 @@ OPTIONS = tiny.options(
 @pytest.fixture(autouse=True)
 def _one_device_and_data(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: jax.local_devices()[:1])
-  data.load(OPTIONS.data)  # of data that is not prepared, it says less
+  data.load(OPTIONS.data)  # a dry run says less of data that is not prepared
 
 
-def said(options, folder, **kwargs):
+def report(options, folder, **kwargs):
   trial = DryRun(options, str(folder), **kwargs)
   return '\n'.join(trial.lines()), trial.problems
 
 
 def test_a_run_that_could_begin(tmp_path):
-  text, problems = said(OPTIONS, tmp_path / 'run')
+  text, problems = report(OPTIONS, tmp_path / 'run')
   assert not problems
   assert not any(tmp_path.iterdir())
   for words in (
@@ -45,7 +45,8 @@ def test_a_run_that_could_begin(tmp_path):
     'run: 7 steps of 96 tokens, 672 in all, with',
     'sha256',
     'FLOPs per token:',
-    # Of steps 2, 4, 6 and 7; there may be the best, two others and a new one.
+    # They are of steps 2, 4, 6 and 7; the best, two others and a new one need
+    # room.
     'checkpoints: 4 of',
     'room for 4, as one is written while 3 are there',
     "evaluation train_capacity: 'loss' every 3 steps and at the end, 3 in all",
@@ -58,7 +59,7 @@ def test_data_that_is_not_prepared_stays_so(tmp_path):
   options = dataclasses.replace(
     OPTIONS, data=dataclasses.replace(OPTIONS.data, cache_dir=str(tmp_path))
   )
-  text, problems = said(options, '')
+  text, problems = report(options, '')
   assert not problems
   assert 'data: not prepared yet; a run first reads all texts' in text
   assert 'parameters:' in text  # bytes have a known vocabulary
@@ -66,7 +67,7 @@ def test_data_that_is_not_prepared_stays_so(tmp_path):
   chars = tiny.options(
     data={'tokenizer': {'kind': 'chars'}, 'cache_dir': str(tmp_path)}
   )
-  assert 'depends on the vocabulary' in said(chars, '')[0]
+  assert 'depends on the vocabulary' in report(chars, '')[0]
   sources = {'a': options.data.source}
   mixed = dataclasses.replace(
     options.data,
@@ -74,7 +75,7 @@ def test_data_that_is_not_prepared_stays_so(tmp_path):
     mixture=data.MixtureOptions(sources=sources),
   )
   mixture = dataclasses.replace(OPTIONS, data=mixed)
-  text, problems = said(mixture, '')
+  text, problems = report(mixture, '')
   assert not problems
   assert 'data: not prepared yet' in text
   assert not any(tmp_path.iterdir())
@@ -96,7 +97,7 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
   monkeypatch.setattr(file_digests.time, 'time_ns', lambda: now() + 10**10)
   for tokenizer in ('bytes', 'chars'):
     options = tiny.options(data={**changes, 'tokenizer': {'kind': tokenizer}})
-    text, problems = said(options, '')
+    text, problems = report(options, '')
     assert not problems
     assert 'data: not prepared yet' in text
   assert not (tmp_path / 'cache').exists()
@@ -106,49 +107,49 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
 def test_another_run_that_it_begins_with(tmp_path):
   other = tmp_path / 'other'
   folders.write(other, tokenizer=tokenizers.Chars('abc \n'))
-  given = {
+  overrides = {
     'init_from': {'workdir': str(other)},
     'sample': {'prompt': 'ab'},
     'data': {'cache_dir': str(tmp_path / 'cache')},
   }
   # Its tokenizer is kept although the data is not prepared.
-  text, problems = said(tiny.options(**given), '', hooks=[Distilling()])
+  text, problems = report(tiny.options(**overrides), '', hooks=[Distilling()])
   assert not problems
   assert f"that of {other}; data.tokenizer.kind='bytes' is not used" in text
   model = OPTIONS.filled(5).build()
   assert cost.count(model, 24).describe().splitlines()[0] in text
-  texts = {
-    **given['data'],
+  data_overrides = {
+    **overrides['data'],
     'source': {'kind': 'files', 'files': {'pattern': f'{tmp_path}/*.txt'}},
   }
   for name in 'xy':
     (tmp_path / f'{name}.txt').write_text('a cab\n' * 40)
   # The hooks check a run whose data is prepared.
-  options = tiny.options(**{**given, 'data': texts})
+  options = tiny.options(**{**overrides, 'data': data_overrides})
   data.load(options.data)
   data.load(with_tokenizer(options, other).data)
   narrow = {'model': {'width': 24}}
-  for more, problem in (
+  for changes, problem in (
     ({}, ''),
     (narrow, f'init_from.workdir={other}: '),
     ({'init_from': {'workdir': f'{tmp_path}/no'}}, 'holds no trained run'),
   ):
-    options = tiny.options(**{**given, 'data': texts, **more})
-    _, problems = said(options, '', hooks=[Distilling()])
+    options = tiny.options(**{**overrides, 'data': data_overrides, **changes})
+    _, problems = report(options, '', hooks=[Distilling()])
     assert len(problems) == bool(problem), problems
     assert problem in ''.join(problems)
 
 
 def test_a_folder_of_a_run(tmp_path):
   workdir.claim(tmp_path, sections.section(OPTIONS))
-  text, problems = said(OPTIONS, tmp_path)
+  text, problems = report(OPTIONS, tmp_path)
   assert not problems
   assert 'a run without checkpoints: it begins anew' in text
   other = dataclasses.replace(OPTIONS, seed=3)
-  text, (problem,) = said(other, tmp_path)
+  text, (problem,) = report(other, tmp_path)
   assert 'a run whose config differs' in problem and 'seed: 0 -> 3' in problem
   assert 'run: 7 steps' in text  # the costs are said all the same
-  text, problems = said(other, tmp_path, resume=True)
+  text, problems = report(other, tmp_path, resume=True)
   assert not problems
   assert 'going on with another config: seed: 0 -> 3' in text
   assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
@@ -160,17 +161,17 @@ def test_what_trains_and_what_it_begins_with_is_said(tmp_path):
     init_from={'workdir': str(tmp_path / 'other')},
     data={'cache_dir': str(tmp_path / 'cache')},
   )
-  text, problems = said(options, tmp_path / 'run')
+  text, problems = report(options, tmp_path / 'run')
   assert "trainable='norms': " in text and ' parameters train (' in text
   assert [p for p in problems if 'other has no finished checkpoint' in p]
 
 
 def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
-  text, (problem,) = said(tiny.options(mesh={'data': 2}), tmp_path)
+  text, (problem,) = report(tiny.options(mesh={'data': 2}), tmp_path)
   assert 'does not fit 1 devices' in problem
   assert 'memory:' in text
   monkeypatch.setattr(memory_room, 'host_bytes', lambda: 200_000)
-  text, problems = said(OPTIONS, '')
+  text, problems = report(OPTIONS, '')
   assert not problems  # it is not certain
   assert 'it has 200 kB\nWARNING: that does not fit' in text
 
@@ -178,19 +179,19 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
 def test_flops_and_bytes_by_formula():
   options = OPTIONS.filled(257)
   model = options.build()
-  counted = cost.count(model, 24)
+  model_cost = cost.count(model, 24)
   # Seven steps of four rows; the backward pass is twice the forward pass.
-  taken = run_cost.run_cost(options, model)
-  assert taken.flops == 3 * 7 * 4 * counted.example_flops
+  full_cost = run_cost.run_cost(options, model)
+  assert full_cost.flops == 3 * 7 * 4 * model_cost.example_flops
   frozen = tiny.options(total_steps=7, trainable='norms').filled(257)
-  part = run_cost.run_cost(frozen, model)
-  # Of kernels no gradient is computed, and gradients pass through all of them.
-  assert 0.6 * taken.flops < part.flops < 0.8 * taken.flops
+  frozen_cost = run_cost.run_cost(frozen, model)
+  # Kernels get no gradients, which still pass through all of them.
+  assert 0.6 * full_cost.flops < frozen_cost.flops < 0.8 * full_cost.flops
   mesh = options.mesh.make(jax.devices())
   needs = run_cost.run_bytes(
     options, model, make_programs(options, model, mesh), mesh
   )
-  assert needs.parameters == needs.gradients == 4 * counted.total_params
+  assert needs.parameters == needs.gradients == 4 * model_cost.total_params
   # Two moments of each parameter, and counts of steps.
   moments = needs.optimizer - 2 * needs.parameters
   assert 0 <= moments < 100
@@ -200,6 +201,6 @@ def test_flops_and_bytes_by_formula():
 
 def test_examples_without_tokens_are_counted_too(tmp_path):
   options = run_config.read(jacobs_vowels.get_config())
-  text, problems = said(options, tmp_path)
+  text, problems = report(options, tmp_path)
   assert not problems
   assert 'run: 400 steps of 50 examples, 20k in all, with 60 param' in text

@@ -23,12 +23,12 @@ def test_information_of_two_labels_by_hand():
   # Two labels are equally likely. One has gates of 0.9 and 0.1, and the other
   # 0.1 and 0.9: the information is ln 2, the entropy of the mean, less the
   # entropy for each label.
-  given = np.array([[0.9, 0.1], [0.1, 0.9]])
-  information = gate_information.mutual_information(given, np.array([0.5, 0.5]))
+  gates = np.array([[0.9, 0.1], [0.1, 0.9]])
+  information = gate_information.mutual_information(gates, np.array([0.5, 0.5]))
   np.testing.assert_allclose(information, math.log(2) - entropy(0.9, 0.1))
   # A rare label carries less information; mean gates are 0.7 and 0.3.
   information = gate_information.mutual_information(
-    given, np.array([0.75, 0.25])
+    gates, np.array([0.75, 0.25])
   )
   np.testing.assert_allclose(information, entropy(0.7, 0.3) - entropy(0.9, 0.1))
   certain = np.eye(4)
@@ -36,7 +36,7 @@ def test_information_of_two_labels_by_hand():
   np.testing.assert_allclose(information, math.log(4))
 
 
-def labelled(N=60, C=4):
+def cyclic_labels(N=60, C=4):
   return np.arange(N) % C
 
 
@@ -47,14 +47,14 @@ def test_gates_that_follow_the_place_say_nothing_of_the_class():
   information = gate_information.about_place(gates)
   np.testing.assert_allclose(information.measured, math.log(3))
   assert 0 < information.by_chance < 0.1
-  assert gate_information.about_class(gates, labelled()) == (0.0, 0.0)
+  assert gate_information.about_class(gates, cyclic_labels()) == (0.0, 0.0)
 
 
 def test_gates_that_follow_the_class_say_nothing_of_the_place():
   # Expert 0 has classes 0 and 1, expert 1 class 2, and expert 2 class 3.
-  labels = labelled()
-  of_class = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
-  gates = np.repeat(of_class[:, None], 6, axis=1)
+  labels = cyclic_labels()
+  label_gates = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
+  gates = np.repeat(label_gates[:, None], 6, axis=1)
   information = gate_information.about_class(gates, labels)
   np.testing.assert_allclose(information.measured, entropy(0.5, 0.25, 0.25))
   assert 0 < information.by_chance < 0.1
@@ -66,7 +66,7 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
 def test_independent_gates_have_no_excess(images):
   # Gates are random for every image, so that the estimate is only bias: (E -
   # 1)(C - 1) / 2N in the limit of one-hot gates, and none in the excess.
-  rng, labels = np.random.default_rng(0), labelled(images)
+  rng, labels = np.random.default_rng(0), cyclic_labels(images)
   excess, measured = [], []
   for seed in range(20):
     one_hot = np.eye(3)[rng.integers(0, 3, images)]
@@ -101,11 +101,11 @@ def results(tmp_path_factory):
   for arm in STUDY.arms_of(preset):
     if arm.name.startswith('lifted'):
       units = {'hidden': (12, 8), 'gate_hidden': (6, 5)}
-      few = {
+      small_sizes = {
         f'model.deep_moe.{name}': sizes[: depth_of(arm)]
         for name, sizes in units.items()
       }
-      arm = Arm(arm.name, {**arm.overrides, **few, 'batch_size': 8})
+      arm = Arm(arm.name, {**arm.overrides, **small_sizes, 'batch_size': 8})
       (job,) = STUDY.jobs(STUDY.shared(preset), [arm], [0], folder)
       result = runner.train(job, STUDY.runner.measure, jax.devices()[:1])
       by_arm[arm.name] = [result]
@@ -139,14 +139,14 @@ def test_a_run_has_what_the_table_shows(results):
 def test_its_pictures_are_of_its_gates(results, tmp_path):
   deep = results[eigen_2013.BALANCED][0]
   figure = gate_pictures.picture(deep, 'a title')
-  drawn = [
+  images = [
     np.asarray(image.get_array())
     for axes in figure.axes
     for image in axes.get_images()
   ]
-  assert len(drawn) == 2 * (4 + 1)
-  np.testing.assert_array_equal(drawn[2], deep['layer_1/by_place'][2])
-  np.testing.assert_array_equal(drawn[-1], deep['layer_2/by_class'])
+  assert len(images) == 2 * (4 + 1)
+  np.testing.assert_array_equal(images[2], deep['layer_1/by_place'][2])
+  np.testing.assert_array_equal(images[-1], deep['layer_2/by_class'])
   gate_pictures.pictures(results, tmp_path)
   assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
 

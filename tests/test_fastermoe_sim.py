@@ -46,19 +46,19 @@ def test_the_clusters_are_the_papers():
 
 
 def test_any_nodes_can_be_described():
-  made = clusters.get('nodes:2x4:local=100:network=20:teraflops=10')
-  assert (made.num_devices, made.num_nodes) == (8, 2)
+  cluster = clusters.get('nodes:2x4:local=100:network=20:teraflops=10')
+  assert (cluster.num_devices, cluster.num_nodes) == (8, 2)
   # 8 GB from each device of a node to the other node's: 32 GB on its uplink.
-  sent = np.zeros((8, 8))
-  sent[:4, 4] = 8e9
-  traffic = made.topology.all_to_all(sent)
-  assert made.topology.seconds(traffic) == 32e9 / 20e9
-  assert made.topology.flops_per_second == 1e13
+  sent_bytes = np.zeros((8, 8))
+  sent_bytes[:4, 4] = 8e9
+  traffic = cluster.topology.all_to_all(sent_bytes)
+  assert cluster.topology.seconds(traffic) == 32e9 / 20e9
+  assert cluster.topology.flops_per_second == 1e13
   with pytest.raises(ValueError, match='nodes:2x4:local=0'):
     clusters.get('nodes:2x4:local=0:network=20:teraflops=10')
 
 
-def chosen(expert, gate=None, logits=None, E=4) -> Chosen:
+def choices_of(expert, gate=None, logits=None, E=4) -> Chosen:
   expert = np.array(expert)
   gate = np.ones(expert.shape) if gate is None else np.array(gate, float)
   return Chosen(0, 0, expert, gate, logits, E)
@@ -68,7 +68,7 @@ def test_tokens_are_laid_over_devices_in_blocks():
   # Devices have tokens 0-1, 2-3, 4-5 and 6-7; token 6 is padding.
   experts = [[0, 1], [0, 2], [1, 0], [3, 0], [2, 3], [2, 0], [-1, -1], [3, 0]]
   counts = expert_counts.counts_of(
-    [chosen(experts)], SMALL, tokens_per_device=6, outgoing=1.0
+    [choices_of(experts)], SMALL, tokens_per_device=6, outgoing=1.0
   )
   expected = [[2, 2, 1, 1], [1, 1, 0, 0], [1, 0, 2, 0], [0, 1, 1, 1]]
   assert (counts.counts[0] == 3 * np.array(expected)).all()
@@ -82,7 +82,7 @@ def test_the_gate_keeps_the_highest_scores_and_what_is_local():
   experts = [[2], [3], [0], [2], [0], [1], [2], [3]]
   gates = [[0.9], [0.8], [0.4], [0.4], [0.4], [0.9], [0.5], [0.5]]
   counts = expert_counts.counts_of(
-    [chosen(experts, gates)], SMALL, outgoing=0.5
+    [choices_of(experts, gates)], SMALL, outgoing=0.5
   ).gated[0]
   assert counts.sum() == 8
   # Device 0 sends token 0 to expert 2, and device 2 has one remote token only,
@@ -96,15 +96,15 @@ def test_the_gate_keeps_the_highest_scores_and_what_is_local():
 def test_with_logits_tokens_choose_their_best_local_expert():
   logits = np.array([[1, 2, 9, 0], [2, 1, 8, 0]] * 4, float)
   counts = expert_counts.counts_of(
-    [chosen([[2]] * 8, logits=logits)], SMALL, outgoing=0.0
+    [choices_of([[2]] * 8, logits=logits)], SMALL, outgoing=0.0
   ).gated[0]
   expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 2, 2], [0, 0, 0, 0]]
   assert (counts == expected).all()
 
 
 def test_draws_have_the_skew_of_the_paper():
-  (one,) = expert_counts.drawn('skewed', 16, 20000, 1)
-  shares = np.sort(np.bincount(one.expert[:, 0], minlength=16) / 20000)
+  (draw,) = expert_counts.drawn('skewed', 16, 20000, 1)
+  shares = np.sort(np.bincount(draw.expert[:, 0], minlength=16) / 20000)
   np.testing.assert_allclose(shares[-4:], 0.2, atol=0.02)
   np.testing.assert_allclose(shares[:-4], 0.2 / 12, atol=0.005)
   with pytest.raises(ValueError, match="unknown counts 'zipf'"):
@@ -112,11 +112,11 @@ def test_draws_have_the_skew_of_the_paper():
 
 
 def test_what_does_not_divide_is_refused():
-  three = [chosen([[0]] * 8, E=6)]
+  indivisible = [choices_of([[0]] * 8, E=6)]
   with pytest.raises(ValueError, match='num_experts=6 is not divisible by the'):
-    expert_counts.counts_of(three, SMALL)
+    expert_counts.counts_of(indivisible, SMALL)
   with pytest.raises(ValueError, match='tokens of a batch=7 is not divisible'):
-    expert_counts.counts_of([chosen([[0]] * 7)], SMALL)
+    expert_counts.counts_of([choices_of([[0]] * 7)], SMALL)
   with pytest.raises(ValueError, match='no choices'):
     expert_counts.counts_of([], SMALL)
 
@@ -153,8 +153,8 @@ def test_a_trace_is_read_as_counts(tmp_path):
   assert counts.layer.tolist() == [1, 3, 1, 3]
   expert = records[2].layers[3].expert.reshape(16, 2 * 2)  # 2 tokens a device
   for w in range(16):
-    own = np.bincount(expert[w], minlength=16)
-    assert (counts.counts[3, :, w] == own).all()
+    expected = np.bincount(expert[w], minlength=16)
+    assert (counts.counts[3, :, w] == expected).all()
 
 
 def test_arms_by_formula():
@@ -170,10 +170,10 @@ def test_arms_by_formula():
     latency = cost_model.latency(TWO_BY_TWO, layer, SIZES)
     np.testing.assert_allclose(base.seconds[i], latency.synchronous)
     np.testing.assert_allclose(base.ratio[i], latency.ratio)
-    reached = cost_model.achieved(
+    achieved = cost_model.achieved(
       TWO_BY_TWO, SIZES, latency.rows, latency.synchronous
     )
-    np.testing.assert_allclose(base.flops[i], reached)
+    np.testing.assert_allclose(base.flops[i], achieved)
     assert base.largest[i] == layer.sum(1).max()
   best = arms[simulate.BEST_NUMBER]
   assert (best.seconds <= base.seconds * (1 + 1e-12)).all()
@@ -236,22 +236,22 @@ def test_the_command_says_that_all_is_simulated(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  ('topology', 'outgoing', 'applied', 'said'),
+  ('topology', 'outgoing', 'applied', 'note'),
   [
-    # Of 16 tokens 0.3 are 4, and the 0.0496 of the formula none.
+    # A share of 0.3 is 4 of 16 tokens, and the formula's 0.0496 is none.
     ('johnny', 0.3, 0.25, 'lets 25.0 % of '),
     ('johnny', 0.3, 0.25, ' (as given, rounded down to whole tokens).'),
     ('johnny', -1, 0.0, " (by the paper's formula, rounded down to whole "),
     ('tpu:2x2', 0.3, 1.0, 'No gate: tpu:2x2 is not divided into nodes.'),
   ],
 )
-def test_headings_tell_the_gate(topology, outgoing, applied, said, monkeypatch):
+def test_headings_tell_the_gate(topology, outgoing, applied, note, monkeypatch):
   monkeypatch.setattr(fastermoe_sim, 'DRAWN', 16)
   argv = ['--counts=uniform', '--steps=1', f'--topology={topology}']
   options = fastermoe_sim.parse([*argv, f'--outgoing={outgoing}'])
   ((case,), _) = fastermoe_sim.cases(options)
   text = simulated_tables.heading(case)
-  assert said in text and ', 1 step of 1 layer, ' in text
+  assert note in text and ', 1 step of 1 layer, ' in text
   assert case.counts.outgoing == applied
 
 
@@ -268,11 +268,11 @@ def test_a_roofline_of_any_config(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_refused(capsys):
-  for argument, said in (
+  for argument, message in (
     ('--outgoing=2', '--outgoing=2.0 is no share'),
     ('--topology=here', "unknown topology 'here'"),
     ('--config.seed=1', 'unknown arguments'),
   ):
     with pytest.raises(SystemExit):
       fastermoe_sim.main([argument, '--output=/nowhere'])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

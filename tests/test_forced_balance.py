@@ -21,21 +21,21 @@ MOE = {
   'force_balance': 'round_robin',
   'capacity': {'kind': 'per_assignment', 'per_assignment': {'factor': 1.0}},
 }
-SAID = "moe.force_balance='round_robin': experts are chosen whatever"
+NOTE = "moe.force_balance='round_robin': experts are chosen whatever"
 
 
 class Listen(Hook):
   """Keeps the messages of a run."""
 
   def start(self, run):
-    self.said = []
-    run.message = self.said.append
+    self.messages = []
+    run.message = self.messages.append
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """The folder of a short run, and what it said."""
-  folder, listen = tmp_path_factory.mktemp('run'), Listen()
+  """The folder of a short run, and its messages."""
+  folder, listener = tmp_path_factory.mktemp('run'), Listen()
   options = run_config.read(
     tiny.config(
       total_steps=2,
@@ -44,33 +44,33 @@ def run(tmp_path_factory):
       trace={'every_steps': 1},
     )
   )
-  others = [hooks.Facts(), hooks.RoutingReport(), hooks.Sample()]
-  others += [Replaying(), Traces()]
+  report_hooks = [hooks.Facts(), hooks.RoutingReport(), hooks.Sample()]
+  report_hooks += [Replaying(), Traces()]
   train_and_evaluate(
-    options, folder, hooks=[listen, *others], devices=jax.devices()[:1]
+    options, folder, hooks=[listener, *report_hooks], devices=jax.devices()[:1]
   )
-  return folder, '\n'.join(listen.said)
+  return folder, '\n'.join(listener.messages)
 
 
 @pytest.mark.slow
 def test_a_run_says_that_its_balance_is_forced(run, capsys):
-  folder, said = run
-  assert f'WARNING: {SAID}' in said
+  folder, messages = run
+  assert f'WARNING: {NOTE}' in messages
   rows = metrics.read_metrics(folder / metrics.FILE_NAME)
   assert any(row.get('train/forced_balance') == 1 for row in rows)
   assert rows[-1]['eval/train_capacity/forced_balance'] == 1
   drops = [row['train/drop_rate'] for row in rows if 'train/drop_rate' in row]
   assert drops and max(drops) == 0
-  assert SAID in (folder / 'routing_report.md').read_text()
-  assert SAID in json.dumps(
+  assert NOTE in (folder / 'routing_report.md').read_text()
+  assert NOTE in json.dumps(
     json.loads((folder / 'routing_report.json').read_text())
   )
-  assert (folder / 'sample.txt').read_text().startswith(f'[{SAID}')
+  assert (folder / 'sample.txt').read_text().startswith(f'[{NOTE}')
   config = json.loads((folder / 'config.json').read_text())
   assert config['model']['moe']['force_balance'] == 'round_robin'
   capsys.readouterr()
   generate.main([f'--workdir={folder}', '--prompt=a', '--num_tokens=2'])
-  assert f'WARNING: {SAID}' in capsys.readouterr().err
+  assert f'WARNING: {NOTE}' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -78,19 +78,19 @@ def test_records_of_a_finished_run_say_it(run, tmp_path, capsys):
   workdir = f'--workdir={run[0]}'
   text, again = tmp_path / 'text', tmp_path / 'again'
   generate.main([workdir, '--prompt=a', '--num_tokens=2', f'--trace={text}'])
-  assert f'; {SAID}' in traces.read(text).header.note
+  assert f'; {NOTE}' in traces.read(text).header.note
   capsys.readouterr()
   record_evaluation.main([workdir, f'--trace={again}', '--num_batches=1'])
-  assert f'; {SAID}' in traces.read(again).header.note
-  assert SAID in ' '.join(capsys.readouterr().out.split())
+  assert f'; {NOTE}' in traces.read(again).header.note
+  assert NOTE in ' '.join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
 def test_steps_that_are_recorded_have_even_loads(run):
   folder, _ = run
   trace = traces.read(folder / 'trace')
-  assert trace.header.note.startswith(SAID)
-  assert SAID in '\n'.join(routes.part_of(trace, 'it').facts)
+  assert trace.header.note.startswith(NOTE)
+  assert NOTE in '\n'.join(routes.part_of(trace, 'it').facts)
   records = [*trace.records('train')]
   assert len(records) == 2
   for record in records:
@@ -102,11 +102,11 @@ def test_steps_that_are_recorded_have_even_loads(run):
 def test_a_model_says_what_its_results_have_to():
   leaks = {'router': {'token_choice': {'slot_priority': 'batch_priority'}}}
   plain = tiny.model_of(tiny.options())
-  both = tiny.model_of(
+  leaking = tiny.model_of(
     tiny.options(model={'moe': {**MOE, **leaks, 'allow_future_leak': True}})
   )
   assert start_facts.warnings(plain) == []
-  assert [text[:17] for text in start_facts.warnings(both)] == [
+  assert [text[:17] for text in start_facts.warnings(leaking)] == [
     'moe.allow_future_', 'moe.force_balance'
   ]  # fmt: skip
 
@@ -114,5 +114,5 @@ def test_a_model_says_what_its_results_have_to():
 def test_the_table_of_a_benchmark_says_it():
   row = collections.defaultdict(float, case='sparse')
   peaks = roofline.Peaks(1.0, 1.0, 'float32', 1, 1)
-  text = train_step_tables.report('a.py', peaks, [row], [row], SAID)
-  assert f'# A training step of a.py\n\n{SAID}. ' in text
+  text = train_step_tables.report('a.py', peaks, [row], [row], NOTE)
+  assert f'# A training step of a.py\n\n{NOTE}. ' in text

@@ -29,16 +29,16 @@ def run(tmp_path_factory):
   return folder
 
 
-def said(capsys, folder, *more):
+def output_of(capsys, folder, *flags):
   """The text that the command prints to both streams."""
-  generate.main([f'--workdir={folder}', '--num_tokens=9', *more])
+  generate.main([f'--workdir={folder}', '--num_tokens=9', *flags])
   return capsys.readouterr()
 
 
-def refused(capsys, *argv):
-  with pytest.raises(SystemExit) as ended:
+def error_of(capsys, *argv):
+  with pytest.raises(SystemExit) as exit_error:
     generate.main(argv)
-  assert ended.value.code == 1
+  assert exit_error.value.code == 1
   return capsys.readouterr().err
 
 
@@ -55,19 +55,19 @@ def expected(folder, prompts, **options):
 def test_one_prompt_is_streamed(run, capsys):
   likely = expected(run, ['def '])[0]
   text = tokenizers.Bytes().decode(likely)
-  assert said(capsys, run, '--prompt=def ').out == text + '\n'
-  drawn = expected(run, ['def '], temperature=1.4, top_k=50, seed=6)[0]
+  assert output_of(capsys, run, '--prompt=def ').out == text + '\n'
+  sampled = expected(run, ['def '], temperature=1.4, top_k=50, seed=6)[0]
   flags = '--temperature=1.4', '--top_k=50', '--seed=6'
-  out = said(capsys, run, '--prompt=def ', *flags).out
-  assert out == tokenizers.Bytes().decode(drawn) + '\n'
-  assert (drawn != likely[: len(drawn)]).any()
+  out = output_of(capsys, run, '--prompt=def ', *flags).out
+  assert out == tokenizers.Bytes().decode(sampled) + '\n'
+  assert (sampled != likely[: len(sampled)]).any()
 
 
 def test_a_prompt_is_echoed_where_a_person_reads(run, capsys, monkeypatch):
-  echoed = said(capsys, run, '--prompt=def ', '--echo').out
+  echoed = output_of(capsys, run, '--prompt=def ', '--echo').out
   assert echoed.startswith('def ')
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-  shown = said(capsys, run, '--prompt=def ').out
+  shown = output_of(capsys, run, '--prompt=def ').out
   assert shown == echoed.replace('def ', '\x1b[2mdef \x1b[0m', 1)
 
 
@@ -77,28 +77,28 @@ def test_prompts_of_a_file_are_one_batch(run, capsys, tmp_path):
   path.write_text('ab\n\nc d\n', encoding='utf-8')
   rows = expected(run, ['ab', 'c d'])
   first, second = map(tokenizers.Bytes().decode, rows)
-  out = said(capsys, run, f'--prompts_file={path}').out
+  out = output_of(capsys, run, f'--prompts_file={path}').out
   assert out == f'[1] ab\n{first}\n[3] c d\n{second}\n'  # prompts are lines
 
 
 @pytest.mark.slow
 def test_the_best_checkpoint_or_the_newest(tmp_path, capsys):
   folders.write(tmp_path, steps=(3, 5))
-  best = said(capsys, tmp_path, '--prompt=ab', '--best').out
-  assert best == said(capsys, tmp_path, '--prompt=ab', '--step=3').out
-  newest = said(capsys, tmp_path, '--prompt=ab')
+  best = output_of(capsys, tmp_path, '--prompt=ab', '--best').out
+  assert best == output_of(capsys, tmp_path, '--prompt=ab', '--step=3').out
+  newest = output_of(capsys, tmp_path, '--prompt=ab')
   assert best != newest.out and newest.err == ''
   folders.damage(tmp_path, 5)
-  told = said(capsys, tmp_path, '--prompt=ab')
-  assert 'passed over the checkpoint of step 5' in told.err
-  assert told.out == best
+  output = output_of(capsys, tmp_path, '--prompt=ab')
+  assert 'passed over the checkpoint of step 5' in output.err
+  assert output.out == best
 
 
 @pytest.mark.slow
 def test_beams(run, capsys):
   flags = '--num_beams=3', '--length_penalty=0.5'
   rows = expected(run, ['ab'], num_beams=3, length_penalty=0.5)
-  out = said(capsys, run, '--prompt=ab', *flags).out
+  out = output_of(capsys, run, '--prompt=ab', *flags).out
   assert out == tokenizers.Bytes().decode(rows[0]) + '\n'
 
 
@@ -106,8 +106,8 @@ def test_beams(run, capsys):
 def test_a_stop_token_by_its_text(run, capsys):
   flags = '--temperature=2.0', '--seed=1', '--num_tokens=40'
   ascii_flags = [f'--stop={chr(i)}' for i in range(32, 127)]
-  free = said(capsys, run, '--prompt=a', *flags).out
-  out = said(capsys, run, '--prompt=a', *flags, *ascii_flags).out
+  free = output_of(capsys, run, '--prompt=a', *flags).out
+  out = output_of(capsys, run, '--prompt=a', *flags, *ascii_flags).out
   stop = next(i for i, c in enumerate(free) if ' ' <= c <= '~')
   assert out == free[: stop + 1] + '\n'
 
@@ -145,7 +145,7 @@ def test_chats_and_languages_are_the_tokenizers(tmp_path, capsys):
     (['--chat'], answer([5, 1])),
   )
   for flags, text in cases:
-    assert said(capsys, tmp_path, '--prompt=hi', *flags).out == text
+    assert output_of(capsys, tmp_path, '--prompt=hi', *flags).out == text
 
 
 @pytest.mark.slow
@@ -153,38 +153,40 @@ def test_learned_positions_shorten_the_text(tmp_path, capsys):
   # 24 positions hold a prompt of 4 and 21 new tokens, of which the last is
   # never read.
   folders.write(tmp_path, model=dict(positions=dict(kind='learned')))
-  told = said(capsys, tmp_path, '--prompt=abcd', '--num_tokens=50')
-  assert 'room for 21 new tokens of 50; 0 tokens of prompts' in told.err
-  told = said(capsys, tmp_path, '--prompt=' + 'x' * 40, '--num_tokens=50')
-  assert 'room for 13 new tokens of 50; 28 tokens of prompts' in told.err
+  output = output_of(capsys, tmp_path, '--prompt=abcd', '--num_tokens=50')
+  assert 'room for 21 new tokens of 50; 0 tokens of prompts' in output.err
+  output = output_of(
+    capsys, tmp_path, '--prompt=' + 'x' * 40, '--num_tokens=50'
+  )
+  assert 'room for 13 new tokens of 50; 28 tokens of prompts' in output.err
 
 
 def test_mistakes_are_a_line(run, capsys, tmp_path):
-  where = f'--workdir={run}'
+  flag = f'--workdir={run}'
   empty = tmp_path / 'empty.txt'
   empty.write_text('\n')
   for argv, message in (
     ([f'--workdir={tmp_path}', '--prompt=a'], 'it has no config.json'),
-    ([where, '--prompt='], "prompt '' has no tokens"),
-    ([where], 'one of the arguments --prompt --prompts_file is required'),
-    ([where, f'--prompts_file={empty}'], 'has no prompts, one a line'),
-    ([where, f'--prompts_file={empty}x'], 'No such file'),
-    ([where, '--prompt=a', '--chat'], '--chat or --source_language: tokenizer'),
-    ([where, '--prompt=a', '--target_language=x'], '--target_language: token'),
-    ([where, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
-    ([where, '--prompt=a', '--step=4'], 'no checkpoint 4'),
+    ([flag, '--prompt='], "prompt '' has no tokens"),
+    ([flag], 'one of the arguments --prompt --prompts_file is required'),
+    ([flag, f'--prompts_file={empty}'], 'has no prompts, one a line'),
+    ([flag, f'--prompts_file={empty}x'], 'No such file'),
+    ([flag, '--prompt=a', '--chat'], '--chat or --source_language: tokenizer'),
+    ([flag, '--prompt=a', '--target_language=x'], '--target_language: token'),
+    ([flag, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
+    ([flag, '--prompt=a', '--step=4'], 'no checkpoint 4'),
     (
-      [where, '--prompt=a', '--stop=ab'],
+      [flag, '--prompt=a', '--stop=ab'],
       "moe_jax: --stop='ab' is not one token but 2: [\"'a'\", \"'b'\"]",
     ),
-    ([where, '--prompt=a', '--beams=4'], 'unrecognized arguments: --beams=4'),
+    ([flag, '--prompt=a', '--beams=4'], 'unrecognized arguments: --beams=4'),
     (
-      [where, '--prompt=a', '--num_tokens=0'],
+      [flag, '--prompt=a', '--num_tokens=0'],
       '--num_tokens: 0 must be at least 1',
     ),
   ):
-    error = refused(capsys, *argv)
+    error = error_of(capsys, *argv)
     assert message in error, error
     assert len(error.splitlines()) == 1
   with pytest.raises(ValueError, match='need a temperature'):
-    generate.main([where, '--prompt=a', '--top_k=4', '--traceback'])
+    generate.main([flag, '--prompt=a', '--top_k=4', '--traceback'])

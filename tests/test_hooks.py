@@ -41,17 +41,17 @@ class Watch(Hook):
   def start(self, run):
     self.run = run
     self.batch = next(run.batches(0))
-    self.said = []
-    run.message = self.said.append
+    self.lines = []
+    run.message = self.lines.append
 
 
 @pytest.fixture(scope='module')
-def traced(tmp_path_factory):
+def profiled_run(tmp_path_factory):
   """A profiled run on eight devices, and its compiled program."""
   watch = Watch()
-  compiled = []
+  messages = []
   handler = logging.Handler()
-  handler.emit = lambda record: compiled.append(record.getMessage())
+  handler.emit = lambda record: messages.append(record.getMessage())
   logger = logging.getLogger('jax')
   logger.addHandler(handler)
   try:
@@ -63,12 +63,12 @@ def traced(tmp_path_factory):
       )
   finally:
     logger.removeHandler(handler)
-  return watch, [line for line in compiled if line.startswith('Compiling')]
+  return watch, [line for line in messages if line.startswith('Compiling')]
 
 
-def test_the_summary_tells_of_each_device(traced):
-  watch, _ = traced
-  summary = watch.said[0]
+def test_the_summary_tells_of_each_device(profiled_run):
+  watch, _ = profiled_run
+  summary = watch.lines[0]
   state = watch.run.programs.abstract_state
   params = jax.tree.leaves(state.params)
   experts = 4 * 2 * 16 * 20 * 4  # E kernels in and out [M, F], float32
@@ -81,17 +81,17 @@ def test_the_summary_tells_of_each_device(traced):
   assert 'all-reduce (' in summary
 
 
-def test_the_silence_before_the_first_step_is_announced(traced):
-  watch, compiled = traced
-  (line,) = [line for line in watch.said if line.startswith('compiling')]
+def test_the_silence_before_the_first_step_is_announced(profiled_run):
+  watch, compilations = profiled_run
+  (line,) = [line for line in watch.lines if line.startswith('compiling')]
   assert 'half a minute' in line
   # The step is compiled once: neither summary nor trace compile their own.
-  steps = [line for line in compiled if 'train_step' in line]
-  assert len(steps) == 1, compiled
+  steps = [line for line in compilations if 'train_step' in line]
+  assert len(steps) == 1, compilations
 
 
-def test_batches_are_as_the_step_was_compiled_for(traced):
-  watch, _ = traced
+def test_batches_are_as_the_step_was_compiled_for(profiled_run):
+  watch, _ = profiled_run
   batch_shapes = {
     name: (array.shape, array.dtype) for name, array in watch.batch.items()
   }
@@ -117,8 +117,8 @@ def test_batches_of_an_encoder_decoder_too(tmp_path):
   assert {n: (a.shape, a.dtype) for n, a in batch.items()} == shapes(run)
 
 
-def test_the_trace_has_the_steps_that_were_asked_for(traced):
-  watch, _ = traced
+def test_the_trace_has_the_steps_that_were_asked_for(profiled_run):
+  watch, _ = profiled_run
   (path,) = (watch.run.workdir / profile.FOLDER).rglob('*.trace.json.gz')
   events = json.loads(gzip.decompress(path.read_bytes()))['traceEvents']
   steps = {
@@ -130,7 +130,7 @@ def test_the_trace_has_the_steps_that_were_asked_for(traced):
   # The trace has the devices' operations, for TensorBoard and Perfetto.
   names = {event.get('name', '') for event in events}
   assert any('dot' in name or 'fusion' in name for name in names)
-  assert any(line.startswith('profile: steps up to 3') for line in watch.said)
+  assert any(line.startswith('profile: steps up to 3') for line in watch.lines)
 
 
 class Sigterm(Hook):
@@ -171,8 +171,8 @@ def test_a_decoder_that_learns_pairs_ends_with_an_answer(tmp_path):
     hooks=[hooks.Sample()],
     devices=jax.devices()[:1],
   )
-  said = (tmp_path / 'sample.txt').read_text()
-  assert said.startswith('inputs: Reverse: ab\noutputs: ')
+  sample = (tmp_path / 'sample.txt').read_text()
+  assert sample.startswith('inputs: Reverse: ab\noutputs: ')
 
 
 @pytest.mark.slow
@@ -189,6 +189,6 @@ def test_a_model_that_does_not_decode_ends_without_a_sample(tmp_path):
     hooks=[watch, hooks.Sample()],
     devices=jax.devices()[:1],
   )
-  (line,) = [line for line in watch.said if line.startswith('no sample: ')]
+  (line,) = [line for line in watch.lines if line.startswith('no sample: ')]
   assert 'decode' in line
   assert not (tmp_path / 'sample.txt').exists()

@@ -222,7 +222,7 @@ def test_a_ratio_has_the_spread_of_both():
   np.testing.assert_allclose(ratios(0.4 * base, base), [0.4, 0.4])
 
 
-def some_rows():
+def example_rows():
   """A row for each of the study's systems, with numbers of its own."""
   columns = {column.name for column in jacobs_claims.COLUMNS}
   names = [*jacobs_claims.SYSTEMS]
@@ -234,7 +234,7 @@ def some_rows():
 
 
 def test_claims_have_rows_columns_and_verdicts():
-  rows = some_rows()
+  rows = example_rows()
   words = {verdicts.verdict(c, rows).word for c in jacobs_claims.CLAIMS}
   assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
   cells = [cell for c in jacobs_claims.CLAIMS for cell in c.published]
@@ -245,13 +245,13 @@ def test_arms_are_explored_then_chosen():
   study = jacobs_table1.STUDY
   arms = study.arms_of(study.presets['full'])
   shared = study.shared(study.presets['full'], 'linear_pairs')
-  tried = jacobs_rows.explored(arms, shared)
+  explored_arms = jacobs_rows.explored(arms, shared)
   rates = TARGETS['linear_pairs'].rates
-  assert len(tried) == len(jacobs_claims.SYSTEMS) * len(rates)
+  assert len(explored_arms) == len(jacobs_claims.SYSTEMS) * len(rates)
   # The third rate is the fastest of all systems but one, whose fastest is the
   # first.
   explored_results = {}
-  for arm in tried:
+  for arm in explored_arms:
     best = 0 if arm.line == 'BP, 6 hidden' else 2
     epochs = 10 if arm.x == rates[best] else 20
     run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
@@ -260,17 +260,17 @@ def test_arms_are_explored_then_chosen():
     arm.name: arm for arm in jacobs_rows.chosen(arms, explored_results, {})
   }
   assert len(chosen) == 2 * len(jacobs_claims.SYSTEMS)
-  own = chosen['BP, 6 hidden'].overrides['learning_rate']
+  own_rate = chosen['BP, 6 hidden'].overrides['learning_rate']
   shared_rate = chosen['BP, 6 hidden' + jacobs_claims.SHARED].overrides
-  assert (own, shared_rate['learning_rate']) == (rates[0], rates[2])
+  assert (own_rate, shared_rate['learning_rate']) == (rates[0], rates[2])
   # Jobs can be made of all arms, and those of one system are one call.
   jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
-  together = {study.runner.together(job) for job in jobs}
-  assert together == set(jacobs_claims.SYSTEMS)
+  groups = {study.runner.together(job) for job in jobs}
+  assert groups == set(jacobs_claims.SYSTEMS)
 
 
 @pytest.fixture(scope='module')
-def written(tmp_path_factory):
+def output_folder(tmp_path_factory):
   """Runs the command on a task, with two seeds that are given up at once."""
   output = tmp_path_factory.mktemp('results')
   argv = ['--seeds=2', '--steps=50', '--workers=1', f'--output={output}']
@@ -288,8 +288,8 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_command_says_who_never_arrived(written):
-  folder = written
+def test_the_command_says_who_never_arrived(output_folder):
+  folder = output_folder
   assert folder.name == 'full-seeds=2-steps=50'
   text = (folder / 'table.md').read_text()
   assert 'drawn around the means of Peterson and Barney' in text
@@ -315,7 +315,7 @@ def test_published_numbers_are_of_the_papers_task():
   study, count = dataclasses.replace(jacobs_table1.STUDY, remarks=''), {}
   for name in ('vowels', 'linear_pairs'):
     summary = results.summary_of(
-      study, study.presets['full'], study.tasks[name], some_rows(), {}, {}
+      study, study.presets['full'], study.tasks[name], example_rows(), {}, {}
     )
     count[name] = sum(bool(c['published']) for c in summary['claims'])
   assert count['vowels'] > 3 and count['linear_pairs'] == 0

@@ -35,7 +35,7 @@ def command(folder, name, *scripts, complete=True, env=None):
 
 def run_all(commands, places, **options):
   return scheduler.run_all(
-    {each.name: each.begin for each in commands},
+    {item.name: item.begin for item in commands},
     places,
     message=lambda text: None,
     **options,
@@ -78,8 +78,8 @@ def test_each_place_has_one_item_at_a_time(tmp_path, monkeypatch):
   commands = [command(tmp_path, f'item{i}', script) for i in range(5)]
   run_all(commands, processes.places(1, 'gpu', 2))
   spans = {'0': [], '1': []}
-  for one in commands:
-    device, begin, end = one.logs[0].read_text().split()
+  for item in commands:
+    device, begin, end = item.logs[0].read_text().split()
     spans[device].append((float(begin), float(end)))
   for times in spans.values():
     assert len(times) >= 2
@@ -100,12 +100,12 @@ def test_places_are_among_the_devices_that_the_caller_has(monkeypatch):
 
 
 def test_where_one_process_fails_the_others_of_the_run_are_ended(tmp_path):
-  lasting = 'import time; time.sleep(60)'
-  one = command(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', lasting)
+  sleeper = 'import time; time.sleep(60)'
+  pair = command(tmp_path, 'pair', 'raise SystemExit("moe_jax: lost")', sleeper)
   began = time.monotonic()
-  assert run_all([one], [{}]) == {'pair': FAILED}
+  assert run_all([pair], [{}]) == {'pair': FAILED}
   assert time.monotonic() - began < 30
-  summary = launch.summary([one], {'pair': FAILED}).splitlines()
+  summary = launch.summary([pair], {'pair': FAILED}).splitlines()
   # The process that was stopped only because the other failed is not reported.
   assert len(summary) == 2
   assert summary[1].endswith('pair.0.log: moe_jax: lost')
@@ -168,8 +168,8 @@ def test_sweeps_multiply():
     '--config.model.width=8',
   ]
   twins = {'data.seq_len': ['8'], 'other.seq_len': ['9']}
-  (one,) = items_lib.swept('configs/x.py', {}, twins, 'out')
-  assert one.workdir == 'out/data.seq_len=8,other.seq_len=9'
+  (twin,) = items_lib.swept('configs/x.py', {}, twins, 'out')
+  assert twin.workdir == 'out/data.seq_len=8,other.seq_len=9'
 
 
 @pytest.mark.parametrize(
@@ -212,17 +212,17 @@ def test_items_come_from_a_python_file(tmp_path):
 
 def test_processes_of_one_run_know_each_other(tmp_path):
   item = Item(SHRUNK, {}, str(tmp_path))
-  one = item_commands.make_command(item, processes=2, devices_per_process=3)
-  first, second = one.commands()
+  pair = item_commands.make_command(item, processes=2, devices_per_process=3)
+  first, second = pair.commands()
   assert first[:-1] == second[:-1]
   assert [c[-1] for c in (first, second)] == [
     '--process_id=0',
     '--process_id=1',
   ]
   assert '--num_processes=2' in first
-  assert one.env['JAX_NUM_CPU_DEVICES'] == '3'
+  assert pair.env['JAX_NUM_CPU_DEVICES'] == '3'
   # A port that was free when the launcher started can be in use later.
-  assert one.commands()[0] != first
+  assert pair.commands()[0] != first
 
 
 def test_overrides_of_all_items_are_those_of_main():
@@ -261,9 +261,9 @@ def test_a_run_trains_once(tmp_path, monkeypatch, capfd):
     *(f'--config={SHRUNK}', f'--output={tmp_path}', '--sweep', 'seed=1'),
     *(f'--config.{key}=0' for key in NOT_RUN),
   ]
-  status, said = launch.main(command), capfd.readouterr()
-  assert status == 0, said
-  noted = json.loads((tmp_path / 'seed=1' / item_commands.FINISHED).read_text())
-  assert noted['overrides'] == {**dict.fromkeys(NOT_RUN, '0'), 'seed': '1'}
+  status, output = launch.main(command), capfd.readouterr()
+  assert status == 0, output
+  entry = json.loads((tmp_path / 'seed=1' / item_commands.FINISHED).read_text())
+  assert entry['overrides'] == {**dict.fromkeys(NOT_RUN, '0'), 'seed': '1'}
   assert launch.main(command) == 0
   assert capfd.readouterr().out.count('finished before') == 1

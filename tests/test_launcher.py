@@ -60,7 +60,7 @@ def test_the_environment_tells(environ, expected):
 def test_machines_with_tpu_chips_ask_for_their_pod(
   answers, expected, tmp_path, monkeypatch
 ):
-  (tmp_path / 'libtpu.py').touch()  # which such machines have
+  (tmp_path / 'libtpu.py').touch()  # such machines have this library
   monkeypatch.syspath_prepend(tmp_path)
 
   class Metadata(http.server.BaseHTTPRequestHandler):
@@ -75,9 +75,9 @@ def test_machines_with_tpu_chips_ask_for_their_pod(
 
   with http.server.HTTPServer(('127.0.0.1', 0), Metadata) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    at = f'127.0.0.1:{server.server_address[1]}'
-    assert launcher({'GCE_METADATA_IP': at}) == expected
+    address = f'127.0.0.1:{server.server_address[1]}'
+    assert launcher({'GCE_METADATA_IP': address}) == expected
     # A process on such a machine's CPU is alone.
-    cpu = {'GCE_METADATA_IP': at, 'JAX_PLATFORMS': 'cpu'}
+    cpu = {'GCE_METADATA_IP': address, 'JAX_PLATFORMS': 'cpu'}
     assert launcher(cpu) is None
     server.shutdown()

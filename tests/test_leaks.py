@@ -60,8 +60,8 @@ def test_expert_choice_leaks():
 
 def test_generated_outputs_are_of_prefixes_alone():
   run, state = prepared('expert_choice')
-  taken = run.dataset.splits['validation'].take(np.arange(4))
-  batch = {key: jnp.asarray(value) for key, value in taken.items()}
+  rows = run.dataset.splits['validation'].take(np.arange(4))
+  batch = {key: jnp.asarray(value) for key, value in rows.items()}
 
   @jax.jit
   def apply(batch):
@@ -70,7 +70,7 @@ def test_generated_outputs_are_of_prefixes_alone():
   logits = leaks.generated_logits(apply, batch)
   # Row 2 has two documents. The prefix here has its own length, without
   # padding.
-  prefix = {key: value[2:3, :7] for key, value in taken.items()}
+  prefix = {key: value[2:3, :7] for key, value in rows.items()}
   np.testing.assert_allclose(
     logits[2, 6], apply(prefix)[0, -1], rtol=1e-3, atol=1e-4
   )

@@ -31,20 +31,20 @@ from moe_jax.training.optimizer import Optimizer
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def command(workdir, *more, config='configs/tiny_switch.py:runlocal'):
+def command(workdir, *flags, config='configs/tiny_switch.py:runlocal'):
   return [
     sys.executable,
     '-m',
     'moe_jax.main',
     f'--config={config}',
     f'--workdir={workdir}',
-    *more,
+    *flags,
   ]
 
 
-def run(workdir, *more, **kwargs):
+def run(workdir, *flags, **kwargs):
   return subprocess.run(
-    command(workdir, *more, **kwargs),
+    command(workdir, *flags, **kwargs),
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -71,12 +71,12 @@ def run(workdir, *more, **kwargs):
 def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   argv = command('w', flag, config='configs/tiny_switch.py')[2:]
   monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
-  with pytest.raises(SystemExit) as ended:
+  with pytest.raises(SystemExit) as exit_error:
     command_line.parse(argv)
-  assert ended.value.code == 1
-  said = capsys.readouterr().err
-  assert message in said
-  assert len(said.splitlines()) == 1
+  assert exit_error.value.code == 1
+  error_text = capsys.readouterr().err
+  assert message in error_text
+  assert len(error_text.splitlines()) == 1
 
 
 def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
@@ -105,10 +105,10 @@ def test_an_error_is_a_line_or_on_request_a_trace(
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver():
     command_line.parse(argv)
-    with pytest.raises(error) as ended:
+    with pytest.raises(error) as exit_error:
       moe_jax.main.main(argv[:1])
-  said = f'{ended.value}{capsys.readouterr().err}'
-  assert 'multiply to 1, which does not fit 8 devices' in said
+  message = f'{exit_error.value}{capsys.readouterr().err}'
+  assert 'multiply to 1, which does not fit 8 devices' in message
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_a_message_that_nobody_reads_keeps_the_status(
   error, status, closed_pipe, monkeypatch
 ):
   monkeypatch.setattr(sys, 'stderr', closed_pipe)
-  with pytest.raises(SystemExit) as ended, command_line.reported():
+  with pytest.raises(SystemExit) as exit_error, command_line.reported():
     raise error
-  assert ended.value.code == status
+  assert exit_error.value.code == status
   closed_pipe.flush()  # as the interpreter does at its end
 
 
-def called(argv, monkeypatch, capsys):
-  """The text that the program prints to both streams, and its status."""
+def run_main(argv, monkeypatch, capsys):
+  """The program's status, and the text that it prints to both streams."""
   argv = ['main.py', *argv]
   monkeypatch.setattr(sys, 'argv', argv)
   status = 0
@@ -134,35 +134,35 @@ def called(argv, monkeypatch, capsys):
     command_line.parse(argv)
     try:
       moe_jax.main.main(argv[:1])
-    except SystemExit as ended:
-      status = ended.code
+    except SystemExit as exit_error:
+      status = exit_error.code
   return status, capsys.readouterr()
 
 
 def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   config = '--config=configs/tiny_switch.py'
-  status, said = called([config, '--describe'], monkeypatch, capsys)
-  lines = said.out.splitlines()
-  assert (status, said.err) == (0, '')
-  (at,) = [i for i, line in enumerate(lines) if ' batch_size ' in line]
-  assert lines[at].split() == ['*', 'batch_size', '16', '32']
-  assert lines[at + 1].strip().startswith('Number of rows in the batch')
+  status, output = run_main([config, '--describe'], monkeypatch, capsys)
+  lines = output.out.splitlines()
+  assert (status, output.err) == (0, '')
+  (index,) = [i for i, line in enumerate(lines) if ' batch_size ' in line]
+  assert lines[index].split() == ['*', 'batch_size', '16', '32']
+  assert lines[index + 1].strip().startswith('Number of rows in the batch')
   (key,) = [line for line in lines if ' model.moe.router.hash.seed ' in line]
   assert key.startswith('-')
   # Options of the chosen kind come before those of other kinds.
-  chosen = said.out.index(' model.moe.router.token_choice.')
-  assert chosen < said.out.index(' model.moe.router.noisy_top_k.')
-  (at,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
-  assert lines[at + 1].endswith(
+  chosen = output.out.index(' model.moe.router.token_choice.')
+  assert chosen < output.out.index(' model.moe.router.noisy_top_k.')
+  (index,) = [i for i, line in enumerate(lines) if ' optimizer.kind ' in line]
+  assert lines[index + 1].endswith(
     'One of: adamw, adafactor, muon, or module:name.'
   )
   # A value wider than its column is printed whole on the next line.
   name = ' evals.all_tokens.model_overrides '
-  (at,) = [i for i, line in enumerate(lines) if name in line]
+  (index,) = [i for i, line in enumerate(lines) if name in line]
   kinds = {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
   overrides = {'moe': kinds}
-  assert lines[at].split()[2:] == ['(below)', '{}']
-  assert lines[at + 1].strip() == f'value: {overrides}'
+  assert lines[index].split()[2:] == ['(below)', '{}']
+  assert lines[index + 1].strip() == f'value: {overrides}'
   for path in sections.flatten(config_file.load_config(config[9:])):
     path = path.partition('overrides.')[0].removesuffix('_')
     assert any(f' {path}' in line for line in lines), path
@@ -170,7 +170,7 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_description_goes_through_a_pipe_that_closes():
-  done = subprocess.run(
+  process = subprocess.run(
     f'{sys.executable} -m moe_jax.main --config=configs/base.py --describe '
     '| head -1',
     shell=True,
@@ -180,7 +180,7 @@ def test_a_description_goes_through_a_pipe_that_closes():
     timeout=120,
     check=False,
   )
-  assert (done.returncode, done.stderr) == (0, '')
+  assert (process.returncode, process.stderr) == (0, '')
 
 
 def test_a_flag_may_switch_off_what_the_file_sets(
@@ -197,18 +197,18 @@ def test_a_flag_may_switch_off_what_the_file_sets(
   assert ignored['model.moe.group_size'] == 64
   assert ignored['model.moe.router.token_choice.jitter'] == 0.01
   # A flag that has no effect is refused.
-  status, said = called(
+  status, output = run_main(
     [*argv, '--config.model.moe.group_size=32'], monkeypatch, capsys
   )
   assert status == 1
-  assert 'model.moe.group_size=32 has no effect unless' in said.err
+  assert 'model.moe.group_size=32 has no effect unless' in output.err
 
 
 def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
   flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
-  status, said = called(flags, monkeypatch, capsys)
+  status, output = run_main(flags, monkeypatch, capsys)
   assert status == 1
-  assert 'leave out --coordinator, --num_processes' in said.err
+  assert 'leave out --coordinator, --num_processes' in output.err
 
 
 def settled(argv):
@@ -290,8 +290,8 @@ MIXED = (
 def test_stopped_and_killed_ends_as_unbroken(tmp_path):
   # A mixture, whose order of sources has to go on where it was.
   config = 'configs/instruct.py:runlocal'
-  whole = run(tmp_path / 'whole', *LONGER, *MIXED, config=config)
-  assert whole.returncode == 0, whole.stderr
+  unbroken = run(tmp_path / 'whole', *LONGER, *MIXED, config=config)
+  assert unbroken.returncode == 0, unbroken.stderr
   rng = random.Random(0)
   killed = stopped = 0
   broken = tmp_path / 'broken'
@@ -304,11 +304,11 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
       text=True,
     )
     # Each process is killed only after some lines, so that all make progress.
-    seen = 0
+    num_steps = 0
     patience = rng.randint(2, 25)
     for line in process.stdout:
-      seen += line.startswith('step ')
-      if killed < 2 and seen > patience:
+      num_steps += line.startswith('step ')
+      if killed < 2 and num_steps > patience:
         time.sleep(rng.random() * 0.1)
         # The first process, which is far from the end, gets SIGTERM, and later
         # ones SIGKILL.
@@ -341,7 +341,7 @@ DENSE = (
 
 @pytest.fixture(scope='module')
 def interrupted(tmp_path_factory):
-  """The folder of a run that Ctrl-C ended, its process, and what it said."""
+  """The folder of a run that Ctrl-C ended, its process, and its errors."""
   folder = tmp_path_factory.mktemp('interrupted')
   # The cache is that of every test, whose data the second run finds.
   cache = pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR'], 'data')
@@ -359,16 +359,16 @@ def interrupted(tmp_path_factory):
   next(line for line in process.stdout if line.startswith('step 3'))
   process.stdout.close()
   process.send_signal(signal.SIGINT)
-  _, said = process.communicate(timeout=120)
-  return folder, process, said
+  _, stderr = process.communicate(timeout=120)
+  return folder, process, stderr
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(interrupted):
-  folder, process, said = interrupted
-  assert process.returncode == command_line.INTERRUPTED, said
+  folder, process, stderr = interrupted
+  assert process.returncode == command_line.INTERRUPTED, stderr
   # Libraries may add lines of their own.
-  ours = [line for line in said.splitlines() if line.startswith('moe_jax: ')]
+  ours = [line for line in stderr.splitlines() if line.startswith('moe_jax: ')]
   first, last = ours
   assert 'another Ctrl-C stops at once' in first
   step, _ = final_arrays(folder)
@@ -381,16 +381,16 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
 ):
   shutil.copytree(interrupted[0], tmp_path, dirs_exist_ok=True, symlinks=True)
   before = final_arrays(tmp_path)
-  limited = (
+  script = (
     'import resource, runpy, signal, sys;'
     'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
     'resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));'
     "sys.argv[0] = 'moe_jax.main';"
     "runpy.run_module('moe_jax.main', run_name='__main__')"
   )
-  more = (*('--resume', *DENSE, '--config.checkpoint.every_steps=1'),)
-  done = subprocess.run(
-    [sys.executable, '-c', limited, *command(tmp_path, *more)[3:]],
+  flags = (*('--resume', *DENSE, '--config.checkpoint.every_steps=1'),)
+  process = subprocess.run(
+    [sys.executable, '-c', script, *command(tmp_path, *flags)[3:]],
     cwd=ROOT,
     # The cache of compiled programs would report the full disk too, and a
     # library for TPUs that there are none.
@@ -404,9 +404,9 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
     timeout=300,
     check=False,
   )
-  assert done.returncode == 1
-  assert len(done.stderr.strip().splitlines()) <= 4, done.stderr
-  assert 'File too large' in done.stderr
+  assert process.returncode == 1
+  assert len(process.stderr.strip().splitlines()) <= 4, process.stderr
+  assert 'File too large' in process.stderr
   step, arrays = final_arrays(tmp_path)
   assert step == before[0]
   for key, value in before[1].items():

@@ -21,8 +21,8 @@ MESHES = ROOT / 'colab' / '05_train_on_an_accelerator.ipynb'
 MAX_LINES = 15
 MAX_BYTES = 1_000_000
 WIDGET = 'application/vnd.jupyter.widget-view+json'
-# In place of sliders, pictures at both of their ends. (A view of a slider can
-# make nbclient wait for ever.)
+# Pictures at both ends of each slider, in place of sliders. (A view of a slider
+# can make nbclient wait for ever.)
 ENDS = (
   "import sys, types; sys.modules['ipywidgets'] = types.SimpleNamespace("
   'interact=lambda draw, **ends: [draw(**{name: end[i] for name, end in '
@@ -86,16 +86,16 @@ def faults(notebook):
 
 def text_of(notebook):
   """All readable text: sources, printed outputs, metadata, without images."""
-  parts = [str(notebook.metadata)]
+  texts = [str(notebook.metadata)]
   for cell in notebook.cells:
-    parts += [cell.source, str(cell.metadata)]
+    texts += [cell.source, str(cell.metadata)]
     for output in cell.get('outputs', []):
-      parts.append(str(output.get('text', '')))
-      parts += output.get('traceback', [])
+      texts.append(str(output.get('text', '')))
+      texts += output.get('traceback', [])
       for kind, value in output.get('data', {}).items():
         if not kind.startswith('image/'):
-          parts.append(str(value))
-  return '\n'.join(parts)
+          texts.append(str(value))
+  return '\n'.join(texts)
 
 
 def test_there_are_notebooks():
@@ -107,7 +107,7 @@ def test_there_are_notebooks():
   'path', [path for path in NOTEBOOKS if path != MESHES], ids=lambda p: p.stem
 )
 def test_notebook_runs(path):
-  """In quick sizes, from an empty kernel and with this checkout's code.
+  """A notebook runs in quick sizes, in an empty kernel, with this code.
 
   The one on meshes runs in `test_notebook_meshes.py`, on eight devices.
   """
@@ -142,15 +142,15 @@ def address():
 
 
 def test_all_notebooks_begin_alike_with_the_address_of_setup():
-  """Whoever moves the repository changes one line and replaces its text."""
+  """To move the repository, one changes a line and replaces the old address."""
   titles = [cell.source for _, cell, *_ in (read(p).cells for p in NOTEBOOKS)]
   first = [code_cells(read(path))[0].source for path in NOTEBOOKS]
   assert len({*titles}) == len({*first}) == 1
   assert f"REPOSITORY = 'git+{address()}'" in first[0]
   for path in (*NOTEBOOKS, ROOT / 'colab' / 'README.md'):
     text = path.read_text(encoding='utf-8')
-    moved = re.findall(r'github(?:\.com)?/[\w-]+/moe_jax', text)
-    assert {*moved} <= {address().replace('https://', ''), colab_name()}
+    addresses = re.findall(r'github(?:\.com)?/[\w-]+/moe_jax', text)
+    assert {*addresses} <= {address().replace('https://', ''), colab_name()}
 
 
 def colab_name():

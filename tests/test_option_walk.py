@@ -22,22 +22,22 @@ CONFIG = sections.section(RunConfig)
 LEAVES = {leaf.path: leaf for leaf in sections.leaves(RunConfig, CONFIG)}
 
 
-def classes_of(cls: type[Options], seen=None) -> Iterator[type[Options]]:
+def classes_of(cls: type[Options], visited=None) -> Iterator[type[Options]]:
   """Every class of options that a config can hold."""
-  seen = set() if seen is None else seen
-  if cls in seen:
+  visited = set() if visited is None else visited
+  if cls in visited:
     return
-  seen.add(cls)
+  visited.add(cls)
   yield cls
   for field in fields_of(cls).values():
     spec, default = spec_of(field), default_of(field)
-    below = []
+    nested = []
     if spec.kinds is not None:
-      below = spec.kinds.builtin.values()
+      nested = spec.kinds.builtin.values()
     elif isinstance(default, Options):
-      below = [type(default)]
-    for other in below:
-      yield from classes_of(other, seen)
+      nested = [type(default)]
+    for child in nested:
+      yield from classes_of(child, visited)
 
 
 CLASSES = list(classes_of(RunConfig))
@@ -65,7 +65,7 @@ def test_every_number_has_a_rule_or_says_why_not(cls):
       assert spec_of(field).checks, f'{cls.__name__}.{name} has no check'
 
 
-def others(value, checks: tuple[Check, ...]):
+def other_values(value, checks: tuple[Check, ...]):
   """Allowed values of the same type, other than the given one."""
   if isinstance(value, bool):
     candidates = [not value]
@@ -109,7 +109,7 @@ def test_every_option_that_cannot_matter_is_refused_by_name():
     elif leaf.default is dataclasses.MISSING:
       kinds = ['other']
     else:
-      kinds = others(leaf.value, leaf.spec.checks)
+      kinds = other_values(leaf.value, leaf.spec.checks)
     if kinds:
       values[path] = kinds[0]
   assert len(values) > 0.9 * len(idle)
@@ -134,7 +134,7 @@ def test_what_neighbours_switch_off_is_refused_in_python_too(cls):
     spec = spec_of(field)
     if not spec.when or spec.kinds is not None:
       continue
-    values = others(default_of(field), spec.checks)
+    values = other_values(default_of(field), spec.checks)
     if not values or idle_beside(cls, name) is None:
       continue
     neighbours = idle_beside(cls, name)
@@ -150,7 +150,7 @@ def idle_beside(cls, name):
     spec, value = spec_of(field), default_of(field)
     if spec.kinds is not None or isinstance(value, Options):
       return None
-    for candidate in [value, *others(value, spec.checks)]:
+    for candidate in [value, *other_values(value, spec.checks)]:
       holds = (
         allowed.holds(candidate)
         if isinstance(allowed, Check)

@@ -27,12 +27,12 @@ def flat(config):
 @pytest.fixture
 def packaging(monkeypatch):
   """The names of setup.py, and as `setup` the arguments of that function."""
-  given = {}
+  arguments = {}
   monkeypatch.setattr(
-    setuptools, 'setup', lambda **options: given.update(options)
+    setuptools, 'setup', lambda **options: arguments.update(options)
   )
   monkeypatch.chdir(ROOT)
-  return {**runpy.run_path('setup.py'), 'setup': given}
+  return {**runpy.run_path('setup.py'), 'setup': arguments}
 
 
 def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_every_config_of_the_folder_has_a_name():
 
 
 @pytest.mark.parametrize(
-  ('spec', 'says'),
+  ('spec', 'message'),
   [
     ('moe_jax:tiny_swich', "did you mean 'tiny_switch'? have ['base', "),
     ('moe_jax:', "unknown config of moe_jax ''"),
@@ -68,10 +68,10 @@ def test_every_config_of_the_folder_has_a_name():
   ],
 )
 def test_what_is_no_config_is_told_of_the_nearest_name(
-  spec, says, tmp_path, monkeypatch
+  spec, message, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match=re.escape(says)):
+  with pytest.raises(ValueError, match=re.escape(message)):
     config_file.load_config(spec)
 
 
@@ -101,13 +101,13 @@ def test_another_package_names_its_configs_alike(tmp_path, monkeypatch):
 def test_names_of_configs_in_texts_exist():
   texts = [*ROOT.glob('*.md'), *ROOT.glob('configs/*')]
   texts += [p for p in ROOT.glob('moe_jax/**/*') if p.suffix in ('.md', '.py')]
-  seen = set()
+  names = set()
   for path in texts:
     if path.is_file():
       text = path.read_text(encoding='utf-8')
-      seen |= set(re.findall(r'--config[= ]moe_jax:(\w+)', text))
-  assert 'tiny_switch' in seen
-  assert seen <= set(config_file.package_configs('moe_jax'))
+      names |= set(re.findall(r'--config[= ]moe_jax:(\w+)', text))
+  assert 'tiny_switch' in names
+  assert names <= set(config_file.package_configs('moe_jax'))
 
 
 @pytest.mark.parametrize(
@@ -160,48 +160,50 @@ def module_of(entry):
 
 def test_console_commands_start_what_python_would(packaging):
   commands = packaging['COMMANDS']
-  started = {
+  modules = {
     name: entry.partition(':')[0].removesuffix('.__main__')
     for name, entry in commands.items()
   }
-  assert started == {name: at for at, name in command_line.CONSOLE.items()}
+  assert modules == {name: path for path, name in command_line.CONSOLE.items()}
   assert packaging['setup']['entry_points']['console_scripts'] == [
     f'{name} = {entry}' for name, entry in commands.items()
   ]
 
 
-def help_of(typed, entry, *words, monkeypatch, capsys):
-  """The words of --help of a command, started as `typed`."""
+def help_of(program, entry, *words, monkeypatch, capsys):
+  """The words of --help of a command, started as `program`."""
   module, function = module_of(entry)
-  monkeypatch.setattr(sys, 'argv', [typed, *words, '--help'])
-  with pytest.raises(SystemExit) as ended:
+  monkeypatch.setattr(sys, 'argv', [program, *words, '--help'])
+  with pytest.raises(SystemExit) as exit_error:
     getattr(module, function)()
-  assert not ended.value.code
+  assert not exit_error.value.code
   return capsys.readouterr().out
 
 
 def test_help_shows_examples_as_the_user_types_them(
   packaging, monkeypatch, capsys
 ):
-  given = dict(monkeypatch=monkeypatch, capsys=capsys)
+  fixtures = dict(monkeypatch=monkeypatch, capsys=capsys)
   for name, entry in packaging['COMMANDS'].items():
-    text = help_of(f'/usr/bin/{name}', entry, **given)
+    text = help_of(f'/usr/bin/{name}', entry, **fixtures)
     examples = text.partition('examples:\n')[2]
     assert examples.startswith(f'    {name} '), name
     assert 'python -m' not in text and 'Not here' not in text, name
     module = entry.partition(':')[0].removesuffix('.__main__')
-    text = help_of('/lib/moe_jax/file.py', entry, **given)
+    text = help_of('/lib/moe_jax/file.py', entry, **fixtures)
     assert f'examples:\n    python -m {module} ' in text, name
   text = help_of(
-    'moe-interop', packaging['COMMANDS']['moe-interop'], 'export', **given
+    'moe-interop', packaging['COMMANDS']['moe-interop'], 'export', **fixtures
   )
   assert 'writes a run for transformers' in text and 'verify' not in text
-  text = help_of('moe-generate', packaging['COMMANDS']['moe-generate'], **given)
+  text = help_of(
+    'moe-generate', packaging['COMMANDS']['moe-generate'], **fixtures
+  )
   assert 'the likeliest token (default: 0.0)' in text
   assert 'default: None' not in text
   entry = packaging['COMMANDS']['moe-compress']
   for word in ('quantize', 'distill', 'merge', 'prune', 'extract', 'rates'):
-    text = help_of('moe-compress', entry, word, **given)
+    text = help_of('moe-compress', entry, word, **fixtures)
     assert f'moe-compress {word} -' in text, word
 
 
@@ -237,26 +239,26 @@ def test_only_extras_for_tpus_bring_their_compiler(packaging):
   assert {n for n, r in extras.items() if 'jax[tpu]' in str(r)} == {
     'tpu', 'tpu-compiler',
   }  # fmt: skip
-  needed = ' '.join(packaging['setup']['install_requires'])
+  deps = ' '.join(packaging['setup']['install_requires'])
   # A jax that is there, whatever it runs on, satisfies what is needed.
-  assert 'jax>=' in needed and 'jaxlib' not in needed and 'jax[' not in needed
+  assert 'jax>=' in deps and 'jaxlib' not in deps and 'jax[' not in deps
 
 
 def test_the_repository_has_one_address(packaging):
-  address, seen = packaging['REPOSITORY'], 0
+  address, count = packaging['REPOSITORY'], 0
   assert packaging['setup']['url'] == address
   for pattern in ('*.md', 'colab/*', '*/*.md', 'moe_jax/**/*.md'):
     for path in ROOT.glob(pattern):
       if path.suffix in ('.md', '.ipynb', '.py'):
         text = path.read_text(encoding='utf-8')
-        found = re.findall(r'https://github\.com/[\w.-]+/moe_jax\b', text)
-        assert set(found) <= {address}, path
-        seen += len(found)
-  assert seen
+        addresses = re.findall(r'https://github\.com/[\w.-]+/moe_jax\b', text)
+        assert set(addresses) <= {address}, path
+        count += len(addresses)
+  assert count
 
 
 @pytest.fixture(scope='module')
-def built(tmp_path_factory):
+def distributions(tmp_path_factory):
   """A copy of what is packaged, its wheel, and its source distribution."""
   tmp_path = tmp_path_factory.mktemp('built')
   source = tmp_path / 'source'
@@ -285,8 +287,8 @@ def built(tmp_path_factory):
 
 # `.ci/wheel` runs what the wheel installs, in an empty folder.
 @pytest.mark.slow
-def test_distributions_hold_all_modules_and_configs(built):
-  source, wheel, archive = built
+def test_distributions_hold_all_modules_and_configs(distributions):
+  source, wheel, archive = distributions
   # The build leaves copies of its own.
   paths = [path.relative_to(source) for path in source.rglob('*.py')]
   modules = {str(path) for path in paths if path.parts[0] == 'moe_jax'}
@@ -294,17 +296,17 @@ def test_distributions_hold_all_modules_and_configs(built):
     f'moe_jax/configs/{p.name}' for p in (source / 'configs').iterdir()
   }
   names = set(zipfile.ZipFile(wheel).namelist())
-  own = {name for name in names if not name.startswith('moe_jax-')}
+  members = {name for name in names if not name.startswith('moe_jax-')}
   configs -= {'moe_jax/configs/README.md'}
-  assert own == modules | configs | {'moe_jax/py.typed'}
+  assert members == modules | configs | {'moe_jax/py.typed'}
   with tarfile.open(archive) as files:
-    packed = {name.partition('/')[2] for name in files.getnames()}
-  assert packed >= modules | {'configs/base.py', 'configs/tiny_switch.py'}
+    archived = {name.partition('/')[2] for name in files.getnames()}
+  assert archived >= modules | {'configs/base.py', 'configs/tiny_switch.py'}
 
 
 @pytest.mark.slow
-def test_an_editable_installation_copies_no_configs(built, tmp_path):
-  source, _, _ = built
+def test_an_editable_installation_copies_no_configs(distributions, tmp_path):
+  source, _, _ = distributions
   shutil.rmtree(source / 'build', ignore_errors=True)
   subprocess.run(
     [

@@ -211,24 +211,24 @@ def param_shardings(mesh, boxed):
 def test_optimizer_moments_live_where_their_parameters_do():
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   boxed = models.abstract_params(build())
-  params, places = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
+  params, layout = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(optax.constant_schedule(0.1)),
   )
   state = jax.eval_shape(optimizer.init, params)
-  shardings = like_params(mesh, state, params, places)
+  shardings = like_params(mesh, state, params, layout)
   adam = shardings[1][0]
-  assert adam.mu == adam.nu == places
-  whole = NamedSharding(mesh, PartitionSpec())
-  assert adam.count == whole
-  used = {leaf_sharding.spec for leaf_sharding in jax.tree.leaves(places)}
-  assert len(used) > 5
+  assert adam.mu == adam.nu == layout
+  replicated = NamedSharding(mesh, PartitionSpec())
+  assert adam.count == replicated
+  specs = {leaf_sharding.spec for leaf_sharding in jax.tree.leaves(layout)}
+  assert len(specs) > 5
 
 
 def test_factored_statistics_are_split_as_the_dimensions_they_keep():
   # The row statistic of an expert of 4 x 6 keeps 4 and its column statistic 6.
-  # Where experts are 4 x 4 it is unknown which one a statistic is.
+  # For experts of 4 x 4 it is unknown which of the two a statistic is.
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   axes = ('layers', 'expert', 'embed', 'expert_mlp')
   boxed = {
@@ -237,12 +237,12 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
     'scale': nn.LogicallyPartitioned(jnp.ones((3, 4)), ('layers', 'embed')),
   }
   boxed = jax.eval_shape(lambda: boxed)
-  params, places = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
+  params, layout = nn.meta.unbox(boxed), param_shardings(mesh, boxed)
   optimizer = Adafactor(min_factored_size=2).transformation(
     1000, axes_of(boxed), roles_of(boxed)
   )
   state = jax.eval_shape(optimizer.init, params)
-  shardings = like_params(mesh, state, params, places)
+  shardings = like_params(mesh, state, params, layout)
   shapes = tiny.leaves(state)
   fsdp, expert, tensor = 'fsdp', 'expert', 'tensor'
   want = {
@@ -250,14 +250,14 @@ def test_factored_statistics_are_split_as_the_dimensions_they_keep():
     'square': {(3, 2, 4): (None, expert, None)},
     'scale': {(3, 4): (None, fsdp)},
   }
-  seen = set()
+  checked = set()
   for name, leaf_sharding in tiny.leaves(shardings).items():
     (owner,) = [key for key in want if f'/{key}/' in f'/{name}/'] or [None]
     spec = want.get(owner, {}).get(shapes[name].shape)
     if spec is not None:
-      seen.add((owner, shapes[name].shape))
+      checked.add((owner, shapes[name].shape))
       assert tuple(leaf_sharding.spec) == spec, name
-  assert seen == {(key, shape) for key in want for shape in want[key]}
+  assert checked == {(key, shape) for key in want for shape in want[key]}
 
 
 def test_every_parameter_has_its_place():

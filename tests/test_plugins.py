@@ -25,7 +25,7 @@ def kind(name, **custom):
   return {'kind': f'{NAME}:{name}', 'custom': custom}
 
 
-def config(**more):
+def config(**overrides):
   config = tiny.config(
     total_steps=2,
     model={
@@ -46,7 +46,7 @@ def config(**more):
       'schedule': kind('Steps', every=1),
       'learning_rate': 0.1,
     },
-    **more,
+    **overrides,
   )
   config.evals = {'mine': base.entry(own_kinds.Norm, every_steps=1, power=3)}
   config.checkpoint.keep_best = False
@@ -84,9 +84,9 @@ def test_they_train(run):
 
 
 def test_their_file_is_recorded(run):
-  recorded = json.loads((run / workdir.PLUGINS).read_text())
-  assert recorded.keys() == set(plugins.names_in(config()))
-  assert len(recorded) == 8
+  digests = json.loads((run / workdir.PLUGINS).read_text())
+  assert digests.keys() == set(plugins.names_in(config()))
+  assert len(digests) == 8
 
 
 @pytest.mark.slow
@@ -98,9 +98,9 @@ def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
     'class Mine(Norm):\n  pass\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  own = tiny.config(total_steps=2)
-  own.evals.mine = {'kind': 'changing:Mine', 'every_steps': 1}
-  options = run_config.read(own)
+  user_config = tiny.config(total_steps=2)
+  user_config.evals.mine = {'kind': 'changing:Mine', 'every_steps': 1}
+  options = run_config.read(user_config)
   loop.train_and_evaluate(options, tmp_path / 'run', devices=ONE)
   assert not setup.set_up(options, tmp_path / 'run', devices=ONE).notes
   with (tmp_path / 'changing.py').open('a') as file:

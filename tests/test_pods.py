@@ -20,34 +20,34 @@ TOPOLOGY = (
 
 
 def flags(kind):
-  """The flags in its tables, '--xla_gpu_...=value'."""
+  """Flags in the tables of pods.md, such as '--xla_gpu_...=value'."""
   all_flags = re.findall(r'`(--xla_\w+=[\w]+)`', TEXT)
   gpu = [flag for flag in all_flags if flag.startswith('--xla_gpu_')]
   return gpu if kind == 'gpu' else [f for f in all_flags if f not in gpu]
 
 
-def accepted(code, **env):
+def errors_of(code, **env):
   """The errors of a process with these flags, '' if there are none."""
   foreign = ('JAX_', 'XLA_', 'TPU_', 'LIBTPU_')
-  kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-  done = subprocess.run(
+  base_env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+  process = subprocess.run(
     [sys.executable, '-c', code],
-    env={**kept, 'JAX_PLATFORMS': 'cpu', **env},
+    env={**base_env, 'JAX_PLATFORMS': 'cpu', **env},
     capture_output=True,
     text=True,
     timeout=100,
   )
-  return done.stderr[-2000:] if done.returncode else ''
+  return process.stderr[-2000:] if process.returncode else ''
 
 
 def test_keys_and_files_exist():
-  known = flatten(base.get_config())
+  config_keys = flatten(base.get_config())
   keys = re.findall(r'--config\.([\w.]+)=', TEXT)
   keys += re.findall(r'`config\.(?!json)([\w.]+)', TEXT)
   keys += [f'model.{key}' for key in re.findall(r'`(moe\.[\w.]+)`', TEXT)]
   assert len(keys) > 10
   sections = {'mesh', 'sharding'}
-  assert not [key for key in keys if key not in {*known, *sections}]
+  assert not [key for key in keys if key not in {*config_keys, *sections}]
   files = re.findall(r'--config=(configs/\w+\.py)', TEXT)
   modules = re.findall(r'python -m ((?:moe_jax|experiments)[\w.]+)', TEXT)
   files += [module.replace('.', '/') + '.py' for module in modules]
@@ -58,8 +58,8 @@ def test_flags_for_gpus_exist():
   gpu_flags = flags('gpu')
   assert len(gpu_flags) >= 5
   code = 'import jax; jax.devices()'
-  assert not accepted(code, XLA_FLAGS=' '.join(gpu_flags))
-  assert 'xla_gpu_none' in accepted(code, XLA_FLAGS='--xla_gpu_none=true')
+  assert not errors_of(code, XLA_FLAGS=' '.join(gpu_flags))
+  assert 'xla_gpu_none' in errors_of(code, XLA_FLAGS='--xla_gpu_none=true')
 
 
 @pytest.mark.slow
@@ -68,6 +68,6 @@ def test_flags_for_tpus_exist():
   tpu_flags = [f for f in flags('tpu') if 'xla_dump_to' not in f]
   assert len(tpu_flags) >= 5
   env = {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_SKIP_MDS_QUERY': '1'}
-  assert not accepted(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(tpu_flags), **env)
-  wrong = accepted(TOPOLOGY, LIBTPU_INIT_ARGS='--xla_tpu_none=true', **env)
-  assert 'xla_tpu_none' in wrong
+  assert not errors_of(TOPOLOGY, LIBTPU_INIT_ARGS=' '.join(tpu_flags), **env)
+  errors = errors_of(TOPOLOGY, LIBTPU_INIT_ARGS='--xla_tpu_none=true', **env)
+  assert 'xla_tpu_none' in errors

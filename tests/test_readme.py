@@ -39,8 +39,8 @@ def text_of(readme):
 
 def blocks(readme, language='python'):
   fenced = r'^```(\w*)\n(.*?)^```'
-  found = re.findall(fenced, text_of(readme), flags=re.DOTALL | re.MULTILINE)
-  return [block for name, block in found if name == language]
+  matches = re.findall(fenced, text_of(readme), flags=re.DOTALL | re.MULTILINE)
+  return [block for name, block in matches if name == language]
 
 
 def mixtral(vocab_size):
@@ -57,11 +57,11 @@ def checkpoint(folder, options):
   return folder
 
 
-def run(readme, **given):
+def run(readme, **variables):
   """Runs every Python block of a README, as one module."""
   name = 'readme_' + re.sub(r'\W', '_', str(readme))
   module = sys.modules[name] = types.ModuleType(name)
-  vars(module).update(given)
+  vars(module).update(variables)
   for block in blocks(readme):
     exec(compile(block, str(readme), 'exec'), vars(module))
   return vars(module)
@@ -99,12 +99,12 @@ def test_the_layer_of_the_readme_has_the_shapes_it_says():
   ids=str,
 )
 def test_the_python_of_a_room_runs(readme, tmp_path):
-  given = {}
+  variables = {}
   if 'source' in text_of(readme) and readme.parent.name == 'interop':
-    given = dict(
+    variables = dict(
       source=checkpoint(tmp_path / 'in', mixtral(11)), folder=tmp_path / 'out'
     )
-  scope = run(readme, **given)
+  scope = run(readme, **variables)
   if 'get_config' in scope:
     run_config.read(scope['get_config']())
   if 'y' in scope:
@@ -120,9 +120,9 @@ def test_links_and_paths_exist(readme):
   text, folder = text_of(readme), (ROOT / readme).parent
   links = re.findall(r'\]\((?!https?:)([^)#]+)', text)
   assert not [link for link in links if not (folder / link).exists()]
-  named = re.findall(r'`((?:configs|experiments|colab|tests)/[\w./]+)`', text)
-  named += re.findall(r'--config=(configs/\w+\.py)', text)
-  assert not [name for name in named if not (ROOT / name).exists()]
+  paths = re.findall(r'`((?:configs|experiments|colab|tests)/[\w./]+)`', text)
+  paths += re.findall(r'--config=(configs/\w+\.py)', text)
+  assert not [name for name in paths if not (ROOT / name).exists()]
 
 
 @each_readme
@@ -153,10 +153,10 @@ def test_files_of_the_room_exist(readme):
 @each_readme
 def test_config_keys_exist(readme):
   config = base.get_config()
-  known = {*sections.flatten(config), *_sections_of(config)}
-  named = re.findall(r'--config\.([\w.]+)=', text_of(readme))
-  named += re.findall(r'`config\.([\w.]+)`', text_of(readme))
-  assert not [key for key in named if key not in known]
+  config_keys = {*sections.flatten(config), *_sections_of(config)}
+  keys = re.findall(r'--config\.([\w.]+)=', text_of(readme))
+  keys += re.findall(r'`config\.([\w.]+)`', text_of(readme))
+  assert not [key for key in keys if key not in config_keys]
 
 
 def _sections_of(config, prefix=''):
@@ -172,10 +172,10 @@ def test_the_backend_of_the_kernels_readme_multiplies_as_blocks_do():
     scope['mask_product'], scope['block_product'], atol=1e-5
   )
   x, w, sizes = scope['x'], scope['w_in'], scope['sizes']
-  _, pull = jax.vjp(
+  _, vjp = jax.vjp(
     lambda w: kernels.grouped_matmul(x, w, sizes, backend='blocks'), w
   )
   dy = scope['mask_product']
   np.testing.assert_allclose(
-    scope['outer'](x, dy, sizes), *pull(dy), rtol=1e-4, atol=1e-4
+    scope['outer'](x, dy, sizes), *vjp(dy), rtol=1e-4, atol=1e-4
   )

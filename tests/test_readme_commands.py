@@ -91,10 +91,10 @@ def commands(readme):
 
 def every_command():
   """All commands, each once."""
-  found = [
+  lines = [
     shlex.join(words) for path in (FIRST, *ROOMS) for words in commands(path)
   ]
-  return list(dict.fromkeys(found))
+  return list(dict.fromkeys(lines))
 
 
 def is_run(words):
@@ -135,9 +135,9 @@ def smaller(words):
     return [*words, '--describe']
   if words[0] != 'moe_jax.main':
     return [*words, *QUICKER.get(words[0], ())]
-  for folder, more in QUICKER_RUNS.items():
+  for folder, flags in QUICKER_RUNS.items():
     if f'--workdir={folder}' in words:
-      words = [*words, *more]
+      words = [*words, *flags]
   return words
 
 
@@ -147,14 +147,14 @@ def is_described(words):
 
 
 def job(words, folder):
-  """What `readme_commands` reads: `VARIABLE=value python -m module ...`."""
-  at = words.index('python')
-  assert words[at + 1] == '-m', words
-  variables = (word.split('=') for word in words[:at])
+  """The job of `VARIABLE=value python -m module ...` for `readme_commands`."""
+  index = words.index('python')
+  assert words[index + 1] == '-m', words
+  variables = (word.split('=') for word in words[:index])
   settings = {name.lower(): int(value) for name, value in variables}
   is_read = not folder_of(words) and is_tested_apart(shlex.join(words))
   return {
-    'argv': smaller(words[at + 2 :]),
+    'argv': smaller(words[index + 2 :]),
     'folder': str(folder),
     'settings': settings,
     'is_read': is_read,
@@ -179,9 +179,9 @@ def write_files(folder):
     (folder / room).mkdir()
     for name in 'abc':
       text = f'Once upon a time there was {name}. ' * 40
-      numbered = [f'{room} {name} {i}: {text}' for i in range(60)]
+      texts = [f'{room} {name} {i}: {text}' for i in range(60)]
       lines = ''.join(
-        json.dumps({'body': own, 'text': own}) + '\n' for own in numbered
+        json.dumps({'body': body, 'text': body}) + '\n' for body in texts
       )
       (folder / room / f'{name}.txt').write_text(text)
       (folder / room / f'{name}.jsonl').write_text(lines)
@@ -210,22 +210,22 @@ def server():
 
 @pytest.mark.slow
 def test_commands_run(server, tmp_path):
-  first, seen = tmp_path / 'first', set()
+  first, finished = tmp_path / 'first', set()
   first.mkdir()
   (first / 'configs').symlink_to(ROOT / 'configs')
   write_files(first)
   for readme in (FIRST, *ROOMS):
-    mine = [words for words in commands(readme) if is_run(words)]
-    mine = [words for words in mine if shlex.join(words) not in seen]
+    pending = [words for words in commands(readme) if is_run(words)]
+    pending = [words for words in pending if shlex.join(words) not in finished]
     folder = first
-    if readme != FIRST and mine:
+    if readme != FIRST and pending:
       folder = tmp_path / str(readme.parent).replace('/', '_')
       shutil.copytree(first, folder, symlinks=True)
-    for words in mine:
+    for words in pending:
       output = run(server, words, folder)
-      if not seen:
+      if not finished:
         assert_first(folder / 'runs' / 'tiny', output)
-      seen.add(shlex.join(words))
+      finished.add(shlex.join(words))
 
 
 @pytest.mark.slow
@@ -239,15 +239,15 @@ def test_the_flags_of_a_mixtral_make_one(tmp_path):
   config = config_file.config_of('moe_jax:tiny_switch:runlocal', flags)
   options = run_config.read(config).filled(257)
   test_readme.checkpoint(tmp_path, options)
-  written = json.loads((tmp_path / 'config.json').read_text())
-  assert written['model_type'] == 'mixtral'
+  hf_config = json.loads((tmp_path / 'config.json').read_text())
+  assert hf_config['model_type'] == 'mixtral'
 
 
 def test_what_is_not_run_is_named_with_a_reason():
   """Each reason still has a command."""
-  left_out = [command for command in every_command() if not is_run([command])]
-  assert left_out
-  assert all(any(part in c for c in left_out) for part in NOT_RUN)
+  skipped = [command for command in every_command() if not is_run([command])]
+  assert skipped
+  assert all(any(part in c for c in skipped) for part in NOT_RUN)
   for part, tests in TESTED_APART.items():
     assert any(re.search(part, command) for command in every_command()), part
     assert (ROOT / 'tests' / tests).exists(), tests

@@ -57,8 +57,8 @@ def test_a_page_that_is_refused_changes_nothing(tmp_path, capsys):
   with pytest.raises(SystemExit):
     report.main(argv)
   assert 'saw different data' in capsys.readouterr().err
-  kept = sorted(path.name for path in (output / report.KEPT).iterdir())
-  assert kept == ['first.json', 'first.png']
+  file_names = sorted(path.name for path in (output / report.KEPT).iterdir())
+  assert file_names == ['first.json', 'first.png']
   assert (output / report.PAGE).read_text() == page
 
 
@@ -75,7 +75,7 @@ def test_a_study_may_claim_nothing():
 
 
 def test_studies_without_a_result_are_named():
-  has_result = {**summary('first', 'one'), 'name': 'eigen_2013'}
-  said = report.pending([has_result])
-  assert '`eval_capacity`' in said and '`eigen_2013`' not in said
-  assert 'bench_' not in said and said in report.page([has_result])
+  stored_summary = {**summary('first', 'one'), 'name': 'eigen_2013'}
+  text = report.pending([stored_summary])
+  assert '`eval_capacity`' in text and '`eigen_2013`' not in text
+  assert 'bench_' not in text and text in report.page([stored_summary])

@@ -180,11 +180,11 @@ def test_a_merged_copy_is_locked_where_the_config_is(settled):
   merged = sections.merge(config, {'extra': {'new': 1}, 'inner': {'width': 9}})
   if settled:
     merged, _ = sections.settle(Whole, config, merged)
-  for below in (merged, merged.rule, merged.rule.hashed, merged.inner):
+  for section in (merged, merged.rule, merged.rule.hashed, merged.inner):
     with pytest.raises(KeyError, match='locked'):
-      below['knew'] = 1
-  for below in (merged.extra, merged.more, merged.rule.custom):
-    below['new'] = 1
+      section['knew'] = 1
+  for section in (merged.extra, merged.more, merged.rule.custom):
+    section['new'] = 1
   # The config keeps its values.
   assert config.inner.width == 3
   assert not config.extra and not config.rule.custom

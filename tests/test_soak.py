@@ -19,15 +19,15 @@ def witness(folder, attempt, begin, steps, process=0, rows=None):
   folder.mkdir(exist_ok=True)
   lines = [{'begin': begin}]
   for step in steps:
-    taken = REFERENCE.get(rows or step, {})
-    mine = {str(process): taken[str(process)]}
-    lines.append({'step': step, 'rows': mine})
+    step_rows = REFERENCE.get(rows or step, {})
+    process_rows = {str(process): step_rows[str(process)]}
+    lines.append({'step': step, 'rows': process_rows})
   with (folder / f'witness_{process}.jsonl').open('a') as file:
     for line in lines:
       file.write(json.dumps({**line, 'attempt': attempt}) + '\n')
 
 
-def counted(folder):
+def tally_of(folder):
   tally = soak_evidence.Tally()
   soak_evidence.count_batches(folder, REFERENCE, tally)
   return tally
@@ -41,7 +41,7 @@ def test_steps_after_a_checkpoint_are_repeated_and_no_batch_is_lost(tmp_path):
   (tmp_path / 'witness_1.jsonl').open('a').write('{"step": 5, "ro')
   for process in range(2):
     witness(tmp_path, 2, 3, [3, 4, 5, 6], process=process)
-  tally = counted(tmp_path)
+  tally = tally_of(tmp_path)
   assert not tally.faults
   assert tally.counts['steps repeated'] == 3
 
@@ -61,12 +61,12 @@ def test_what_is_lost_doubled_or_another_is_seen(
   for process in range(2):
     witness(tmp_path, 1, 1, [1, 2, 3], process=process)
     witness(tmp_path, 2, begin, steps, process=process, rows=rows)
-  assert any(fault in text for text in counted(tmp_path).faults)
+  assert any(fault in text for text in tally_of(tmp_path).faults)
 
 
 def test_rows_that_nobody_took_are_seen(tmp_path):
   witness(tmp_path, 1, 1, [1, 2, 3, 4, 5, 6])
-  faults = counted(tmp_path).faults
+  faults = tally_of(tmp_path).faults
   assert faults == ['6 batches of another step']
 
 
@@ -132,14 +132,14 @@ def test_of_two_who_start_at_once_one_must_go_on(
 ):
   tally = soak_evidence.Tally()
   pair = [programs(code) for code in (first, second)]
-  for each in pair:
-    each.wait(30)
-  left = soak_disturbances.contest(*pair, tally)
+  for starter in pair:
+    starter.wait(30)
+  winner = soak_disturbances.contest(*pair, tally)
   assert tally.counts['starters refused'] == refused
   assert len(tally.faults) == faults
-  assert left is pair[0] or not refused or faults
-  long = 'import time; time.sleep(60)'
-  pair = [programs(long), programs('exit(1)')]
+  assert winner is pair[0] or not refused or faults
+  script = 'import time; time.sleep(60)'
+  pair = [programs(script), programs('exit(1)')]
   assert soak_disturbances.contest(*pair, tally) is pair[0]
   pair[0].wait(0)
 

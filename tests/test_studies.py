@@ -105,7 +105,7 @@ def test_markdown_table():
 PUBLISHED = ['shazeer2017/table6/(0.1, 0.1)/test_ppl']
 
 
-def claimed(row, than, direction, published=PUBLISHED) -> Claim:
+def loss_claim(row, than, direction, published=PUBLISHED) -> Claim:
   sign = '<' if direction == 'lower' else '>'
   return Claim('of a tiny study', f'loss: {row} {sign} {than}', published)
 
@@ -123,7 +123,7 @@ def claimed(row, than, direction, published=PUBLISHED) -> Claim:
 )
 def test_a_verdict_is_of_paired_differences(mine, direction, word):
   rows = [Row('a', {'loss': mine}), Row('b', {'loss': [1.2, 1.4, 1.3]})]
-  verdict = verdicts.verdict(claimed('a', 'b', direction), rows)
+  verdict = verdicts.verdict(loss_claim('a', 'b', direction), rows)
   assert verdict.word == word
   differences = [a - b for a, b in zip(mine, [1.2, 1.4, 1.3], strict=True)]
   assert verdict.difference == Interval.of(differences)
@@ -131,9 +131,9 @@ def test_a_verdict_is_of_paired_differences(mine, direction, word):
 
 def test_a_verdict_on_a_number():
   rows = [Row('a', {'loss': [0.57, 0.55, 0.56]})]
-  verdict = verdicts.verdict(claimed('a', 0.6, 'lower'), rows)
+  verdict = verdicts.verdict(loss_claim('a', 0.6, 'lower'), rows)
   assert verdict.word == verdicts.REPRODUCED
-  verdict = verdicts.verdict(claimed('a', 0.56, 'lower'), rows)
+  verdict = verdicts.verdict(loss_claim('a', 0.56, 'lower'), rows)
   assert verdict.word == verdicts.UNRESOLVED
 
 
@@ -142,7 +142,7 @@ def test_what_no_paper_printed_is_not_reproduced():
   unverified = ['hash2021/reddit/Hash/ppl']
   for direction, word in (('lower', 'shown'), ('higher', 'refuted')):
     for published in ([], unverified, PUBLISHED + unverified):
-      claim = claimed('a', 0.6, direction, published)
+      claim = loss_claim('a', 0.6, direction, published)
       assert verdicts.verdict(claim, rows).word == word
 
 
@@ -199,7 +199,7 @@ def test_starts_are_run_before_those_that_begin_with_them():
 
 def test_one_seed_resolves_nothing():
   rows = [Row('a', {'loss': [1.0]}), Row('b', {'loss': [2.0]})]
-  verdict = verdicts.verdict(claimed('a', 'b', 'lower'), rows)
+  verdict = verdicts.verdict(loss_claim('a', 'b', 'lower'), rows)
   assert (
     verdict.word == verdicts.WITHHELD and '1 of at least 3' in verdict.reason
   )
@@ -209,7 +209,7 @@ def test_one_seed_resolves_nothing():
 def test_a_claim_names_what_exists():
   rows = [Row('dense', {'loss': [1.0, 2.0]})]
   with pytest.raises(ValueError, match=r"unknown row 'dens'.*'dense'"):
-    verdicts.verdict(claimed('dens', 0.0, 'lower'), rows)
+    verdicts.verdict(loss_claim('dens', 0.0, 'lower'), rows)
   for wrong in ('loss: a = b', 'a < b', 'loss a < b', 'loss: a <b'):
     with pytest.raises(ValueError, match=f'{wrong!r} is not .column: row < '):
       Claim('', wrong)
@@ -269,8 +269,8 @@ def test_runs_are_kept_by_their_config():
   assert len({job.workdir for job in all_jobs}) == 4
   assert all_jobs[0].workdir.parent == pathlib.Path('out/runs/a_b_c')
   assert all_jobs[1].config.model.width == 8 and all_jobs[3].config.seed == 1
-  turned = dict(reversed(list(shared.to_dict().items())))
-  other = type(shared)(turned).lock()
+  reordered = dict(reversed(list(shared.to_dict().items())))
+  other = type(shared)(reordered).lock()
   assert jobs.config_hash(other) == jobs.config_hash(shared)
   with pytest.raises(ValueError, match="two arms are named 'd'"):
     jobs_of(shared, [arms[1], arms[1]], pathlib.Path('out'))
@@ -324,28 +324,28 @@ def test_a_run_is_made_of_a_trained_one_and_evaluated(tmp_path):
   ]
   shared = study.shared(study.presets['quick'])
   first = study.start_jobs(study.presets['quick'], shared, arms, [0], tmp_path)
-  own = study.jobs(shared, arms, [0], tmp_path / study.name, started(first))
-  for job in itertools.chain(*first, own):
+  later = study.jobs(shared, arms, [0], tmp_path / study.name, started(first))
+  for job in itertools.chain(*first, later):
     runner.train(job, None, jax.devices()[:1])
-  results = {job.arm.name: job.result() for job in [*first[0], *own]}
+  results = {job.arm.name: job.result() for job in [*first[0], *later]}
   key = f'eval/{tiny_study.EVAL}/loss'
   losses = [result[key] for result in results.values()]
   np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
   assert results['copied twice']['copies'] == 1.0
   assert len({result['data_digest'] for result in results.values()}) == 1
   # Only the start keeps parameters.
-  assert not own[0].folder.exists() and first[1][0].folder.exists()
+  assert not later[0].folder.exists() and first[1][0].folder.exists()
 
 
 def test_a_change_is_part_of_a_runs_name_and_needs_a_start(tmp_path):
   names = set()
   study = tiny_study.STUDY
   shared = study.shared(study.presets['quick'])
-  begun = {('a', 0): jobs.Job(Arm('a', {}), 0, shared, tmp_path / 'a')}
+  start_jobs = {('a', 0): jobs.Job(Arm('a', {}), 0, shared, tmp_path / 'a')}
   changes = [copied, *(functools.partial(copied, note=n) for n in ('b', 'c'))]
   for change in [None, *changes]:
     arm = Arm('same', {}, start='a', change=change)
-    (job,) = jobs.jobs_of(RunConfig, shared, [arm], [0], tmp_path, begun)
+    (job,) = jobs.jobs_of(RunConfig, shared, [arm], [0], tmp_path, start_jobs)
     names.add(job.workdir)
     assert job.begins_with == tmp_path / 'a'
   assert len(names) == 4
@@ -368,35 +368,35 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
   argv.append(f'--output={folder}')
 
   def runs():
-    found = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
-    return {path: path.stat().st_mtime_ns for path in found}
+    paths = (folder / tiny_study.DENSE.name / 'runs').glob(f'*/*/{RESULT}')
+    return {path: path.stat().st_mtime_ns for path in paths}
 
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
   # One study is killed, then stopped, then goes on to its end.
-  done = {}
+  finished = {}
   ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: command_line.STOPPED}
   for number, status in ends.items():
     process = subprocess.Popen(argv, **options)
     deadline = time.monotonic() + 300
-    while len(runs()) == len(done):
+    while len(runs()) == len(finished):
       assert process.poll() is None and time.monotonic() < deadline
       time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(timeout=120) == status
     time.sleep(2)  # workers of a killed process notice
-    before, done = done, runs()
-    assert len(done) < 6
+    before, finished = finished, runs()
+    assert len(finished) < 6
     # Runs that were finished are not made again.
-    assert {path: done[path] for path in before} == before
+    assert {path: finished[path] for path in before} == before
   undisturbed = tmp_path / 'undisturbed'
-  both = 'import sys; from tests import tiny_study as t\n'
-  both += 'for path in sys.argv[1:]:'
-  both += " t.command.main(t.DENSE, ['--workers=1', f'--output={path}'])"
-  argv = [sys.executable, '-c', both, folder, undisturbed]
-  told = subprocess.run(argv, check=True, **options).stdout.decode()
-  assert f'6 runs, {len(done)} of them there' in told
-  assert {path: runs()[path] for path in done} == done
+  script = 'import sys; from tests import tiny_study as t\n'
+  script += 'for path in sys.argv[1:]:'
+  script += " t.command.main(t.DENSE, ['--workers=1', f'--output={path}'])"
+  argv = [sys.executable, '-c', script, folder, undisturbed]
+  output = subprocess.run(argv, check=True, **options).stdout.decode()
+  assert f'6 runs, {len(finished)} of them there' in output
+  assert {path: runs()[path] for path in finished} == finished
   tables = {
     (path / tiny_study.DENSE.name / 'quick' / 'rows.csv').read_text()
     for path in (folder, undisturbed)
@@ -407,7 +407,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_is_written_and_reported(tmp_path, monkeypatch, capsys):
-  claim = claimed('fast', 'slow', 'lower', ['hash2021/reddit/Hash/ppl'])
+  claim = loss_claim('fast', 'slow', 'lower', ['hash2021/reddit/Hash/ppl'])
   claims = [*tiny_study.DENSE.claims, claim]
   study = dataclasses.replace(tiny_study.DENSE, claims=claims)
   argv = ['--workers=1', '--seeds=1', f'--output={tmp_path}']
@@ -450,15 +450,15 @@ class Losses(setup.Hook):
   """Records the loss of every step, and the step that the run was given."""
 
   def start(self, run):
-    self.found, self.step = [], run.train_step
+    self.losses, self.step = [], run.train_step
     step = run.train_step
 
-    def kept(state, batch):
+    def recording_step(state, batch):
       state, metrics = step(state, batch)
-      self.found.append(float(metrics.loss))
+      self.losses.append(float(metrics.loss))
       return state, metrics
 
-    run.train_step = kept
+    run.train_step = recording_step
 
 
 @pytest.mark.slow
@@ -474,15 +474,15 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   for i, config in enumerate([first, second]):
     losses = {}
     for shared in ([], [shared_steps.SharedStep()]):
-      hooks = [*shared, kept := Losses()]
+      hooks = [*shared, recorder := Losses()]
       loop.train_and_evaluate(
         run_config.read(config),
         tmp_path / f'{i}-{len(shared)}',
         hooks=hooks,
         devices=jax.devices()[:1],
       )
-      losses[len(shared)] = kept.found
-    compiled.append(kept.step.func)
+      losses[len(shared)] = recorder.losses
+    compiled.append(recorder.step.func)
     assert len(losses[0]) == config.total_steps
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
   assert compiled[0] is compiled[1]
@@ -502,8 +502,8 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
   shared = tiny_study.DENSE.shared(Preset(2, 1))
   (job,) = jobs_of(shared, [Arm('one', {})], tmp_path, [0])
-  with monkeypatch.context() as patched:
-    patched.setattr(runner, 'SharedStep', Stop)
+  with monkeypatch.context() as patch:
+    patch.setattr(runner, 'SharedStep', Stop)
     with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
       runner.train(job)
   assert not job.is_finished
@@ -513,7 +513,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told(runner.Runner):
+class Scripted(runner.Runner):
   """Makes runs whose behaviour the name of their arm tells."""
 
   options = RunConfig
@@ -527,19 +527,19 @@ class Told(runner.Runner):
       job.write_result({'loss': 1.0 + job.seed, 'data_digest': 'x'})
 
 
-def told(tmp_path, names, workers):
+def failures_of(tmp_path, names, workers):
   shared = tiny.config()
   all_jobs = jobs_of(
     shared, [Arm(name, {}) for name in names], tmp_path / 'study'
   )
   column = Column('loss', 'loss')
   with pytest.raises(ValueError, match=r'runs failed; see .*log\.txt') as error:
-    scheduled_runs.run_all(Told(), all_jobs, column, workers)
+    scheduled_runs.run_all(Scripted(), all_jobs, column, workers)
   return all_jobs, str(error.value)
 
 
 def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
-  all_jobs, error = told(tmp_path, ['bad', 'good'], workers=1)
+  all_jobs, error = failures_of(tmp_path, ['bad', 'good'], workers=1)
   assert [job.is_finished for job in all_jobs] == [False, True] * 2
   assert '2 runs failed' in error and str(all_jobs[0].workdir) in error
   text = capsys.readouterr().out
@@ -549,7 +549,7 @@ def test_a_run_that_fails_is_said_and_stops_no_other(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_worker_that_is_lost_has_a_successor(tmp_path, capsys):
-  all_jobs, error = told(tmp_path, ['killed', 'good', 'fine'], workers=2)
+  all_jobs, error = failures_of(tmp_path, ['killed', 'good', 'fine'], workers=2)
   assert [job.is_finished for job in all_jobs] == [False] + [True] * 5
   assert '1 runs failed' in error
   assert 'ended with status -9' in capsys.readouterr().out
@@ -600,7 +600,7 @@ def stand_in(config, number: float) -> dict[str, float]:
   result = {'max_violation_batch': number, 'data_digest': 'x'}
   result['made'] = {**provenance, 'minutes': 1.5}
   result |= {f'leak/{k}': number for k in ('changed', 'at_once', 'generated')}
-  measured = (
+  measured_keys = (
     'agreement',
     'removed/loss',
     'unlearned',
@@ -612,13 +612,13 @@ def stand_in(config, number: float) -> dict[str, float]:
     'spikes',
     'stable',
   )
-  counted = ('cost/params', 'cost/flops', 'cost/memory', 'data/epochs')
-  counted += ('cost/activations', 'data/distinct')
-  result |= dict.fromkeys(counted, number)
+  counted_keys = ('cost/params', 'cost/flops', 'cost/memory', 'data/epochs')
+  counted_keys += ('cost/activations', 'data/distinct')
+  result |= dict.fromkeys(counted_keys, number)
   balance = ('cv_importance', 'cv_load')
   balance += ('max_over_mean', 'counted_max_over_mean')
   result |= dict.fromkeys(balance, number)
-  result |= dict.fromkeys(measured, number)
+  result |= dict.fromkeys(measured_keys, number)
   result |= dict.fromkeys(('scores/chrf', 'scores/bleu'), number)
   sizes = ('disk', 'memory', 'flops', 'tokens_per_second', 'speed')
   small = ('bytes', 'unused', 'zeros', 'code bits', 'metadata bits')
@@ -650,18 +650,18 @@ def stand_in(config, number: float) -> dict[str, float]:
 
 
 def measured_routing(study, number: float) -> dict[str, float]:
-  """What a study measures of routing, at all places of a model."""
-  places = [f'{half}_{i}' for half in ('encoder', 'decoder') for i in (1, 2, 3)]
-  places += [f'at_{share}/{p}' for share in specialised.EARLY for p in places]
+  """Numbers for a study's columns of routing, at all layers of a model."""
+  layers = [f'{half}_{i}' for half in ('encoder', 'decoder') for i in (1, 2, 3)]
+  layers += [f'at_{share}/{p}' for share in specialised.EARLY for p in layers]
   for i in range(5):
-    parts = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
-    places += [f'layer_{i}{part}' for part in parts]
-    places += [f'layer_{i}/{way}' for way in room.WAYS]
+    suffixes = ('', '/all', *(f'/{domain}' for domain in domains.DOMAINS))
+    layers += [f'layer_{i}{suffix}' for suffix in suffixes]
+    layers += [f'layer_{i}/{way}' for way in room.WAYS]
   return {
-    column.key.replace('*', place): number
+    column.key.replace('*', layer): number
     for column in study.columns
     if column.key.startswith('routing/*')
-    for place in places
+    for layer in layers
   }
 
 
@@ -730,26 +730,26 @@ def test_a_studys_claims_are_about_its_rows(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('taught', 'kept'),
+  ('taught', 'is_kept'),
   [
     ([1.8, 1.9, 1.7], True),
     ([1.99, 2.1, 1.8], False),  # the mean is above zero, its interval has it
     ([2.1, 2.3, 2.2], False),
   ],
 )
-def test_a_share_of_no_clear_gain_is_left_out(taught, kept):
+def test_a_share_of_no_clear_gain_is_left_out(taught, is_kept):
   key = f'eval/{byte_models.EVAL}/loss'
   losses = {
     switch_table6.DENSE: [2.0, 2.1, 1.9],
     switch_table6.TEACHER: taught,
     switch_table6.PLAIN: [1.95, 2.05, 1.84],
   }
-  results = {n: [{key: x} for x in own] for n, own in losses.items()}
+  results = {n: [{key: x} for x in by_seed] for n, by_seed in losses.items()}
   rows = switch_table6.rows(results, {})
   share = rows[-1].values[switch_table6.SHARE.name]
-  assert np.isfinite(share).all() == kept
+  assert np.isfinite(share).all() == is_kept
   claim = Claim('', f'share kept: {switch_table6.PLAIN} > 0')
-  word = verdicts.SHOWN if kept else verdicts.UNRESOLVED
+  word = verdicts.SHOWN if is_kept else verdicts.UNRESOLVED
   assert verdicts.verdict(claim, rows).word == word
   assert switch_table6.UNCLEAR in switch_table6.remarks(results)
 
@@ -760,19 +760,19 @@ def test_students_are_compared_with_as_many_steps_without_a_teacher():
       arms = {arm.name: arm for arm in study.arms_of(preset)}
       long = arms[switch_table6.LONG].overrides
       assert long['total_steps'] == preset.start_steps + preset.steps
-    compared = [c.row for c in study.claims if c.than == switch_table6.LONG]
-    assert compared and {arms[row].teacher for row in compared} != {''}
+    rows = [c.row for c in study.claims if c.than == switch_table6.LONG]
+    assert rows and {arms[row].teacher for row in rows} != {''}
 
 
 @each_study
 def test_a_studys_arms_are_equal_in_flops(name):
   study = STUDIES[name]
-  shared, built = study.shared(study.presets['quick']), {}
+  shared, models = study.shared(study.presets['quick']), {}
   for arm in study.arms_of(study.presets['quick']):
     before = dict.fromkeys(arm.runs_before, 'a run')
     config = layered(RunConfig, shared, {**arm.overrides, **before})
     options = run_config.read(config)
-    built[arm.name] = model = options.filled(257).build()
+    models[arm.name] = model = options.filled(257).build()
     limited = ('gate, 0.', 'as shipped')
     # First choices are served before second ones.
     by_rank = ('GShard top-2', 'wide GShard', 'train ')
@@ -781,9 +781,9 @@ def test_a_studys_arms_are_equal_in_flops(name):
     )
     assert model.leaks_future == leaks
   # Wide arms have equal slots instead; see the next test.
-  built = {k: v for k, v in built.items() if not k.startswith('wide ')}
+  models = {k: v for k, v in models.items() if not k.startswith('wide ')}
   # Arms that differ only in losses or steps have equal models.
-  first = {model: name for name, model in reversed(built.items())}
+  first = {model: name for name, model in reversed(models.items())}
   flops = {
     name: cost.count(model, shared.data.seq_len).training_flops
     for model, name in first.items()
@@ -808,8 +808,8 @@ def test_switch_and_top_2_multiply_as_many_rows_at_equal_factors():
       for m in [moe[f'{name} {factor}']]
     }
     assert set(products.values()) == {factor * switch_table1.HIDDEN}
-    served = moe[f'{switch_table1.WIDE} {factor}'].router.slot_priority
-    assert served == 'choice_major'
+    priority = moe[f'{switch_table1.WIDE} {factor}'].router.slot_priority
+    assert priority == 'choice_major'
 
 
 @pytest.fixture(scope='session', name='results_folder')
@@ -831,22 +831,22 @@ ALIKE = ('pruned to a half', 'merged to a half', 'distilled, served')
 
 
 @functools.cache
-def ways():
-  """For each study the arms that are not made and measured as earlier ones.
+def new_arms():
+  """Arms that are not made and measured as earlier ones, by study.
 
   Other arms differ from these in their configs alone, of which other tests
   build each model. The last arms of a study are those that have most.
   """
-  seen, found = set(), {}
+  recipes, arms_by_study = set(), {}
   for name, study in STUDIES.items():
     measure = bare(getattr(study.runner, 'measure', None))
     for arm in reversed(study.arms_of(study.presets['quick'])):
       begins = bool(arm.start), bool(arm.teacher)
-      way = type(study.runner), measure, bare(arm.change), *begins
-      if way not in seen and arm.name not in ALIKE:
-        seen.add(way)
-        found.setdefault(name, []).append(arm.name)
-  return found
+      recipe = type(study.runner), measure, bare(arm.change), *begins
+      if recipe not in recipes and arm.name not in ALIKE:
+        recipes.add(recipe)
+        arms_by_study.setdefault(name, []).append(arm.name)
+  return arms_by_study
 
 
 def brief(config):
@@ -858,16 +858,16 @@ def brief(config):
     model.moe.layers = 'every 2'
   for entry in list(config.evals)[2:-1]:  # of the same kind as the others
     del config.evals[entry]
-  few = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}
+  limits = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}
   for entry in config.evals.values():
-    entry.update({key: few[key] for key in few if key in entry})
+    entry.update({key: limits[key] for key in limits if key in entry})
   return sections.lock(RunConfig, config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', STUDIES)
 def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
-  if name not in ways():
+  if name not in new_arms():
     pytest.skip('its runs are made and measured as those of other studies')
   # Each is timed a few times on a few prompts.
   monkeypatch.setattr(served, 'SECONDS', 0.0)
@@ -878,16 +878,16 @@ def test_every_way_to_make_a_run_runs(name, results_folder, monkeypatch):
     study.presets['quick'], steps=4, seeds=1, overrides={}, start_steps=4
   )
   shared = brief(study.shared(quick))
-  kept = [arm for arm in study.arms_of(quick) if arm.name in ways()[name]]
-  # As in one folder of results, studies share the runs that they begin with.
+  arms = [arm for arm in study.arms_of(quick) if arm.name in new_arms()[name]]
+  # Studies share the runs that they begin with, as in one folder of results.
   output = results_folder / name
-  first = study.start_jobs(quick, shared, kept, [0], results_folder)
+  first = study.start_jobs(quick, shared, arms, [0], results_folder)
   for job in itertools.chain(*first):
     small = dataclasses.replace(job, config=brief(job.config))
     with scheduled_runs.alone(results_folder / 'locks' / job.workdir.name):
       runner.train(small, None, jax.devices()[:1])
     assert (job.folder / 'checkpoints').exists()
-  for job in study.jobs(shared, kept, [0], output, started(first)):
+  for job in study.jobs(shared, arms, [0], output, started(first)):
     result = runner.train(job, study.runner.measure, jax.devices()[:1])
     losses = fnmatch.filter(result, 'eval/*/loss')  # of one source or of each
     losses += fnmatch.filter(result, 'eval/*/mean')
@@ -899,21 +899,21 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   # The launched run has the study's folder and config, so that the study reads
   # its result.
   monkeypatch.chdir(ROOT)
-  listed = items.read_items('experiments/shazeer_table6.py')
-  item_commands.check(listed)
+  launch_items = items.read_items('experiments/shazeer_table6.py')
+  item_commands.check(launch_items)
   study = shazeer_table6.STUDY
   quick = study.presets['quick']
   output = pathlib.Path('results') / study.name
-  own = {
+  configs = {
     str(job.workdir): job.config
     for job in study.jobs(
       study.shared(quick), study.arms_of(quick), range(quick.seeds), output
     )
   }
-  assert {item.workdir for item in listed} == own.keys()
-  for item in listed[2:5]:
+  assert {item.workdir for item in launch_items} == configs.keys()
+  for item in launch_items[2:5]:
     options, _ = config_flag.options_of(item.config, item.flags())
-    assert not difference(sections.section(options), own[item.workdir])
+    assert not difference(sections.section(options), configs[item.workdir])
 
 
 def test_another_task_is_said_and_refused_where_it_does_not_fit():
@@ -945,16 +945,16 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
   not pathlib.Path('/proc/self/maps').exists(), reason='Linux tells regions'
 )
 def test_compiled_programs_are_forgotten_where_regions_are_many():
-  traced = []
+  traces = []
 
   @jax.jit
   def f(x):
-    traced.append(None)
+    traces.append(None)
     return x + 1
 
   for most, expected in ((10**9, 1), (10**9, 1), (0, 1), (10**9, 2)):
     f(1.0)
-    assert len(traced) == expected
+    assert len(traces) == expected
     host.forget_programs(most)
 
 

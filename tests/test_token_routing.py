@@ -1,4 +1,4 @@
-"""Studies measure routing; here choices, and so the numbers, are known."""
+"""Measures of routing, on choices for which they are known."""
 
 import numpy as np
 
@@ -35,32 +35,32 @@ def header(num_experts: int, num_selected: int = 1) -> Header:
 
 def test_context_is_what_the_label_adds_to_the_known_one():
   rng = np.random.default_rng(0)
-  known, label = rng.integers(0, 2, (2, 4000))
+  known_label, label = rng.integers(0, 2, (2, 4000))
   # The known label decides; nothing is left to add.
-  found = token_routing.where_known(known, label, known, rng)
-  assert abs(found.net) < 1e-9
-  # Their parity, of which neither knows anything alone: all of ln 2.
-  found = token_routing.where_known(known ^ label, label, known, rng)
-  np.testing.assert_allclose(found.fraction, 1, atol=0.01)
-  # Neither: chance is taken off, although there are many pairs.
-  many = rng.integers(0, 200, 4000)
+  info = token_routing.where_known(known_label, label, known_label, rng)
+  assert abs(info.net) < 1e-9
+  # The expert is their parity, which neither label tells alone: all of ln 2.
+  info = token_routing.where_known(known_label ^ label, label, known_label, rng)
+  np.testing.assert_allclose(info.fraction, 1, atol=0.01)
+  # Neither label decides: chance is taken off, although pairs are many.
+  many_labels = rng.integers(0, 200, 4000)
   expert = rng.integers(0, 5, 4000)
-  found = token_routing.where_known(expert, many, known, rng)
-  assert found.mutual > 0.05 and abs(found.fraction) < 0.02
+  info = token_routing.where_known(expert, many_labels, known_label, rng)
+  assert info.mutual > 0.05 and abs(info.fraction) < 0.02
 
 
 def test_context_looks_at_tokens_that_have_one_before():
-  # The expert is the token before: rows begin with none, and are left out.
+  # The expert is the token before; first tokens have none, and do not count.
   tokens = np.random.default_rng(0).integers(0, 4, (60, 30))
   expert = np.concatenate([np.full((60, 1), 3), tokens[:, :-1]], 1)[..., None]
-  found = token_routing.context([record(expert, tokens)], 1)
-  assert found.choices == 60 * 29
-  np.testing.assert_allclose(found.fraction, 1, atol=0.02)
+  info = token_routing.context([record(expert, tokens)], 1)
+  assert info.choices == 60 * 29
+  np.testing.assert_allclose(info.fraction, 1, atol=0.02)
 
 
 def test_favourites_and_changes_are_told():
-  # Of five checkpoints: token 7 is with expert 2 from the second on, and token
-  # 4, which is half as frequent, with expert 0 at the end alone.
+  # Token 7 is with expert 2 from the second of five checkpoints on. Token 4 is
+  # half as frequent, and is with expert 0 at the end alone.
   tokens = [[7, 4, 7]]
   choices = {
     0: [[[0], [1], [0]]],
@@ -70,13 +70,13 @@ def test_favourites_and_changes_are_told():
     100: [[[2], [0], [2]]],
   }
   history = {s: [record(e, tokens, s)] for s, e in choices.items()}
-  found = token_routing.changes(header(3), history)[1]
-  shares = [found[f'agreement_{share}'] for share in token_routing.EARLY]
+  metrics = token_routing.changes(header(3), history)[1]
+  shares = [metrics[f'agreement_{share}'] for share in token_routing.EARLY]
   np.testing.assert_allclose(shares, [0, 2 / 3, 2 / 3, 2 / 3])
-  # From 10 to 20 none changed, to 50 and to 100 one of three did.
-  np.testing.assert_allclose(found['churn_early'], 1 / 6)
-  np.testing.assert_allclose(found['churn_late'], 1 / 3)
-  np.testing.assert_allclose(found['churn_ends'], -1 / 6)
+  # No token changed from step 10 to 20, and one of three to 50 and to 100.
+  np.testing.assert_allclose(metrics['churn_early'], 1 / 6)
+  np.testing.assert_allclose(metrics['churn_late'], 1 / 3)
+  np.testing.assert_allclose(metrics['churn_ends'], -1 / 6)
 
 
 def test_random_order_drops_as_many_but_no_later_ones():

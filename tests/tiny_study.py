@@ -23,7 +23,7 @@ def config(steps):
 
 
 def arms(preset):
-  """Two models, of which the second has two weights of its loss."""
+  """A dense model, and a sparse one with two weights of its balance loss."""
   del preset
   weight = 'model.moe.router.token_choice.balance_weight'
   return [
@@ -53,7 +53,7 @@ STUDY = Study(
   figure=Figure(['loss', 'balance'], 'weight', log_x=True),
 )
 
-# The same of models that compile in no time, and train as any other.
+# The same study of models that compile in no time and train as any other.
 DENSE = dataclasses.replace(
   STUDY,
   name='dense_study',

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 
-def accepted(flag: str, folder: pathlib.Path) -> bool:
+def accepts(flag: str, folder: pathlib.Path) -> bool:
   """Whether XLA starts with `flag`; an unknown flag ends the process.
 
   A child process tries the flag, since the name of a flag that was removed may

@@ -57,8 +57,8 @@ def test_runs_of_one_line_and_seed_are_made_together():
   ],
 )
 def test_the_length_at_which_a_loss_is_reached(target, losses, length):
-  found = reached_at(target, [0.25, 1.0], losses)
-  np.testing.assert_allclose(found, length)
+  reached_length = reached_at(target, [0.25, 1.0], losses)
+  np.testing.assert_allclose(reached_length, length)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,15 @@ def test_a_warm_up_that_is_cut_is_told():
 def test_a_run_that_goes_on_from_a_shorter_one_is_the_same_run(tmp_path):
   (alone,) = jobs(tmp_path / 'alone', [10])
   train(alone)
-  together = jobs(tmp_path / 'together', (10, 5))
-  AnnealedRunner()(together)
-  long, short = (job.result() for job in together)
+  joint_jobs = jobs(tmp_path / 'together', (10, 5))
+  AnnealedRunner()(joint_jobs)
+  long, short = (job.result() for job in joint_jobs)
   key = 'eval/train_capacity/loss'
   # Eight devices add in no fixed order; a single one gives the same bits.
   np.testing.assert_allclose(long[key], alone.result()[key], rtol=1e-6)
   assert abs(short[key] - long[key]) > 1e-3
   # The shorter run takes three steps before it decays, the longer none of them.
-  rows = read_metrics(together[0].workdir / FILE_NAME)
+  rows = read_metrics(joint_jobs[0].workdir / FILE_NAME)
   assert min(row['step'] for row in rows) == 4
   # A shorter run that is made again leaves the longer one as it is.
   again = jobs(tmp_path / 'together', (10, 5))

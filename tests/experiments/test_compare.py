@@ -1,4 +1,4 @@
-"""Runs side by side: groups, differences, pairs, and the page of them."""
+"""Runs side by side: their groups, differences and pairs, and their page."""
 
 import json
 
@@ -49,7 +49,7 @@ def rows_of(groups, name):
 def test_runs_of_one_config_are_a_group(runs):
   groups = compared_runs.read([runs[3], *runs[:3]])
   seeds = {
-    letter: [one.seed for one in group] for letter, group in groups.items()
+    letter: [run.seed for run in group] for letter, group in groups.items()
   }
   assert seeds == {'A': [0], 'B': [0, 1, 2]}
   assert rows_of(groups, 'configs') == [[KEY, '8', '4']]
@@ -98,7 +98,7 @@ def test_curves_stand_as_text_and_on_the_page(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  ('damage', 'says'),
+  ('damage', 'message'),
   [
     ('no run', 'holds no run'),
     ('no metrics', 'has not been trained yet'),
@@ -108,7 +108,7 @@ def test_curves_stand_as_text_and_on_the_page(runs, tmp_path, capsys):
   ],
 )
 def test_what_cannot_be_compared_is_refused(
-  damage, says, runs, tmp_path, capsys
+  damage, message, runs, tmp_path, capsys
 ):
   other = tmp_path / 'other'
   match damage:
@@ -125,5 +125,5 @@ def test_what_cannot_be_compared_is_refused(
   with pytest.raises(SystemExit) as error:
     compare.main(argv[::2] if damage == 'alone' else argv)
   assert error.value.code == 1
-  said = capsys.readouterr()
-  assert says in said.err and not said.out
+  output = capsys.readouterr()
+  assert message in output.err and not output.out

@@ -75,28 +75,28 @@ def page_of(*summaries, spec=Figure(['loss'])):
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored_result(tmp_path):
   """A folder with one stored result, and a function that writes its page."""
-  kept = tmp_path / report.KEPT
-  kept.mkdir()
+  folder = tmp_path / report.KEPT
+  folder.mkdir()
   source = report.HERE / report.KEPT / f'{STUDY}.json'
-  shutil.copyfile(source, kept / source.name)
+  shutil.copyfile(source, folder / source.name)
 
-  def written():
+  def write_page():
     report.main([f'--results={tmp_path / "none"}', f'--output={tmp_path}'])
     return (tmp_path / report.HTML).read_text()
 
-  return kept / source.name, written
+  return folder / source.name, write_page
 
 
-def test_a_changed_result_changes_the_page(stored):
-  path, written = stored
-  before = written()
+def test_a_changed_result_changes_the_page(stored_result):
+  path, write_page = stored_result
+  before = write_page()
   summary = json.loads(path.read_text())
   row = summary['rows'][0]
   row['values']['loss'] = [value + 7 for value in row['values']['loss']]
   path.write_text(json.dumps(summary))
-  after = written()
+  after = write_page()
   cells = [
     re.findall(r'<td>(\d\.\d{4} ± \d\.\d{4})</td>', page)
     for page in (before, after)
@@ -152,7 +152,7 @@ def test_a_paper_is_named_once():
 def test_figures_show_the_side_of_a_checked_paper_alone(x):
   spec = Figure(['loss'], 'x' * (x is not None))
   rows = [row | {'x': x, 'line': row['name']} for row in SUMMARY['rows']]
-  for published, shown in {
+  for published, is_shown in {
     ('1.5 (Table 2)',): True,
     ('1.5 (Table 2)', '1.6 (Table 2, secondary source)'): False,
     ('unverified, not shown',): False,
@@ -162,26 +162,26 @@ def test_figures_show_the_side_of_a_checked_paper_alone(x):
     summary = SUMMARY | {'rows': rows, 'claims': [claim]}
     (axes,) = figures.canvas(spec, summary, summary['columns']).axes
     marks = [line for line in axes.lines if line.get_label() == figures.PAPER]
-    assert len(marks) == shown
+    assert len(marks) == is_shown
     for mark in marks:  # at b, of which the paper has a below
       along = mark.get_ydata() if x else mark.get_xdata()
       assert (list(along), mark.get_marker()) == ([1.75], 'v' if x else '<')
-    assert (figures.PAPER in page_of(summary, spec=spec)) == shown
+    assert (figures.PAPER in page_of(summary, spec=spec)) == is_shown
 
 
 def test_a_figure_takes_the_colours_of_the_page():
-  def drawn():
+  def svg_text():
     figure = Canvas()
     axes = figure.subplots()
     axes.plot([1, 2], [3, 4], color='#0072B2', marker='o', label='a < 0.125')
     axes.legend()
     return inline_svg.inline_svg(figure, 'mine', 'rises & falls')
 
-  text = drawn()
-  assert text == drawn()
+  text = svg_text()
+  assert text == svg_text()
   assert 'var(--series-0)' in text and not re.search('#[0-9a-f]{6}', text, re.I)
   assert '<title>rises &amp; falls</title>' in text and 'a &lt; 0.125' in text
   ids = re.findall(r'\bid="([^"]*)"', text)
   assert ids and all(name.startswith('mine-') for name in ids)
-  used = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)
-  assert used and {a or b for a, b in used} <= set(ids)
+  references = re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', text)
+  assert references and {a or b for a, b in references} <= set(ids)

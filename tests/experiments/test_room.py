@@ -1,16 +1,16 @@
-"""Rows and drops that follow from loads, on loads that are known."""
+"""The rows and drops that follow from known loads."""
 
 import numpy as np
 
 from experiments.study import room
 from moe_jax.analysis.trace_records import LayerChoices, Record
 
-# 12 choices of four experts, one of which is idle.
+# Load of 12 choices among four experts, one of which is idle.
 LOAD = np.array([7, 0, 4, 1])
 
 
 def test_rows_in_blocks_are_told():
-  # Blocks of 4: two, none, one and one.
+  # The experts have two, no, one and one block of 4 rows.
   np.testing.assert_allclose(room.in_blocks(LOAD, 4), 16 / 12)
   np.testing.assert_allclose(room.in_blocks(LOAD, 1), 1)
 
@@ -22,12 +22,12 @@ def test_what_has_no_slot_is_dropped():
 
 
 def test_every_way_has_its_rows_and_drops():
-  found = room.rows_and_drops(LOAD)
-  assert found.keys() == room.WAYS.keys()
+  rows_and_drops = room.rows_and_drops(LOAD)
+  assert rows_and_drops.keys() == room.WAYS.keys()
   # The fullest expert has 7: 28 rows. With 1.5 slots a choice each has 5.
-  np.testing.assert_allclose(found['fullest'], [28 / 12, 0])
-  np.testing.assert_allclose(found['slots_1.5'], [20 / 12, 2 / 12])
-  np.testing.assert_allclose(found['blocks_8'], [24 / 12, 0])
+  np.testing.assert_allclose(rows_and_drops['fullest'], [28 / 12, 0])
+  np.testing.assert_allclose(rows_and_drops['slots_1.5'], [20 / 12, 2 / 12])
+  np.testing.assert_allclose(rows_and_drops['blocks_8'], [24 / 12, 0])
 
 
 def test_a_load_is_of_the_real_tokens_of_a_batch():

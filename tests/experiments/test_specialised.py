@@ -34,16 +34,16 @@ def test_choices_that_follow_the_kind_of_character():
     layers={1: LayerChoices(expert, kept / 2, kept)},
   )
   header = Header({1: LayerInfo(3, 1)}, vocab_size=301, sources=('a', 'b'))
-  found = specialised.layer_information(header, [record])[1]
-  np.testing.assert_allclose([found['kind'], found['token']], 1, atol=0.02)
-  np.testing.assert_allclose([found['source'], found['position']], 0, atol=0.02)
+  info = specialised.layer_information(header, [record])[1]
+  np.testing.assert_allclose([info['kind'], info['token']], 1, atol=0.02)
+  np.testing.assert_allclose([info['source'], info['position']], 0, atol=0.02)
   # All commas have one expert, all tokens three.
   shares = np.bincount(expert.ravel()) / expert.size
   np.testing.assert_allclose(
-    found['punctuation'], -(shares * np.log(shares)).sum()
+    info['punctuation'], -(shares * np.log(shares)).sum()
   )
   np.testing.assert_allclose(
-    found['token_less_source'], found['token'] - found['source']
+    info['token_less_source'], info['token'] - info['source']
   )
 
 

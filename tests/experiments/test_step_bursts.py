@@ -24,39 +24,39 @@ def test_bursts_are_kept_and_those_of_a_busy_machine_made_up_for(
   jobs = jobs_of(RunConfig, shared, arms, [3], tmp_path)
   groups = [['dense', 'another', 'sparse']]
   # Bursts belong to the programs of their steps, which are traced once here.
-  digest, of_config = step_bursts.program_digest, {}
+  digest, digests = step_bursts.program_digest, {}
   dense, sparse = (
-    of_config.setdefault(id(job.config), digest(job.config)) for job in jobs
+    digests.setdefault(id(job.config), digest(job.config)) for job in jobs
   )
   assert digest(jobs[0].config) == dense != sparse
   monkeypatch.setattr(
-    step_bursts, 'program_digest', lambda config: of_config[id(config)]
+    step_bursts, 'program_digest', lambda config: digests[id(config)]
   )
   first = times.step_times(groups, jobs, tmp_path)
   assert list(first) == ['dense', 'sparse'] and first['dense'] == 1.0
   assert first['sparse'].seconds[0] > 0 and len(first['sparse'].ratios) == 1
   (path,) = tmp_path.glob('step_bursts-*.json')
 
-  def kept():
+  def stored_bursts():
     return json.loads(path.read_text())
 
-  def said(others):
+  def write_others(others):
     """Writes what other processes used in each burst to the file."""
     bursts = [
       {**burst, 'others': used}
-      for burst, used in zip(kept(), others, strict=True)
+      for burst, used in zip(stored_bursts(), others, strict=True)
     ]
     path.write_text(json.dumps(bursts))
 
   # Another burst is measured for a busy one, and the less disturbed is taken.
   monkeypatch.setattr(step_bursts, 'fresh', lambda call, *args: call(*args))
-  said([10.0])
+  write_others([10.0])
   again = times.step_times(groups, jobs, tmp_path)
-  assert len(kept()) == 2 and again['sparse'].others < 5
+  assert len(stored_bursts()) == 2 and again['sparse'].others < 5
   assert len(again['sparse'].ratios) == 1
   monkeypatch.setattr(step_bursts, 'measured', None)
   # On a machine that stays busy three are enough.
-  path.write_text(json.dumps([*kept(), kept()[0]]))
-  said([10.0, 8.0, 9.0])
+  path.write_text(json.dumps([*stored_bursts(), stored_bursts()[0]]))
+  write_others([10.0, 8.0, 9.0])
   busy = times.step_times(groups, jobs, tmp_path)
   assert busy['sparse'].others == 8.0

@@ -51,10 +51,10 @@ def test_without_drops_the_loss_is_that_of_whole_rows():
 def test_the_rows_of_a_step_compete_for_slots():
   # Five rows make ten choices among four experts of one slot each.
   run, _ = prepared()
-  found = stepwise.measure(run, None, 1, B)
-  assert 0.59 < found['dropped'] < 0.9
+  metrics = stepwise.measure(run, None, 1, B)
+  assert 0.59 < metrics['dropped'] < 0.9
   free = stepwise.measure(run, None, 0, B)
-  assert abs(found['loss'] - free['loss']) > 1e-3
+  assert abs(metrics['loss'] - free['loss']) > 1e-3
 
 
 def test_too_few_rows_are_refused():

@@ -26,7 +26,7 @@ from moe_jax.run_config import RunConfig
 from tests import tiny_study
 from tests.training import tiny
 
-KEPT = sorted((report.HERE / report.KEPT).glob('*.json'))
+PATHS = sorted((report.HERE / report.KEPT).glob('*.json'))
 STUDY = dataclasses.replace(
   tiny_study.STUDY,
   columns=[Column('loss, now'), Column('load', before=['balance'])],
@@ -50,9 +50,9 @@ def summary(**changed):
   columns = [{'name': 'balance', 'unit': '', 'digits': 1}]
   facts = dict(source='old', device='a CPU', jax='1', minutes=8.0, overrides={})
   about = dict(name='tiny_study', title='old', task=STUDY.tasks['text'].label)
-  ran = dict(steps=6, seeds=[0, 1, 2], date='2026-01-02', digests=['x'])
-  ran |= dict(times={}, remarks='old', claims=[])
-  stored_before = {**about, **facts, **ran, 'columns': columns, 'rows': rows}
+  run = dict(steps=6, seeds=[0, 1, 2], date='2026-01-02', digests=['x'])
+  run |= dict(times={}, remarks='old', claims=[])
+  stored_before = {**about, **facts, **run, 'columns': columns, 'rows': rows}
   return {**stored_before, **changed}
 
 
@@ -67,8 +67,8 @@ def test_a_stored_result_is_judged_by_the_claims_of_today():
   text = study_results.text_of(judged)
   assert '| load |' in text and '`python -m experiments.tiny_study' in text
   assert 'Claims were written on 2026-01-01' in text and '†' not in text
-  turned = [Claim('much is better', 'load: much < little')]
-  study = dataclasses.replace(STUDY, claims=turned)
+  reversed_claims = [Claim('much is better', 'load: much < little')]
+  study = dataclasses.replace(STUDY, claims=reversed_claims)
   assert words(stored.judged_again(summary(), study)) == [verdicts.REFUTED]
 
 
@@ -97,8 +97,8 @@ def test_runs_of_other_configs_or_code_are_marked():
   assert len(set(configs.values())) == 3
   same = stored.judged_again(summary(configs=configs, code=['old']), STUDY)
   assert same['outdated'] == [] and 'older state' in same['marks'][0]
-  others = {**configs, 'little': 'another'}
-  judged = stored.judged_again(summary(configs=others), STUDY)
+  changed_configs = {**configs, 'little': 'another'}
+  judged = stored.judged_again(summary(configs=changed_configs), STUDY)
   assert 'Configs of today are others: little' in judged['outdated'][0]['what']
   assert set(words(judged)) == {verdicts.WITHHELD}
   shorter = stored.judged_again(summary(steps=5), STUDY)
@@ -136,8 +136,8 @@ def test_trials_decide_nothing(preset, reason):
 def test_a_claim_whose_baseline_is_not_the_papers_is_withheld():
   claim = dataclasses.replace(STUDY.claims[0], withheld='served otherwise')
   rows = [stored.row_of(row, {'balance': 'load'}) for row in summary()['rows']]
-  decided = verdicts.verdict(claim, rows)
-  assert (decided.word, decided.reason) == (
+  verdict = verdicts.verdict(claim, rows)
+  assert (verdict.word, verdict.reason) == (
     verdicts.WITHHELD,
     'served otherwise',
   )
@@ -159,9 +159,9 @@ def test_intervals_end_where_numbers_do():
 
 
 def test_a_panels_rows_are_those_that_it_has_numbers_of(tmp_path, monkeypatch):
-  drawn = []
+  canvases = []
   monkeypatch.setattr(
-    figures.Canvas, 'savefig', lambda canvas, *_, **__: drawn.append(canvas)
+    figures.Canvas, 'savefig', lambda canvas, *_, **__: canvases.append(canvas)
   )
   columns = [{'name': name, 'unit': ''} for name in 'abc']
   rows = [
@@ -169,18 +169,18 @@ def test_a_panels_rows_are_those_that_it_has_numbers_of(tmp_path, monkeypatch):
       'name': name,
       'line': '',
       'x': None,
-      'values': {c: [1.0, 2.0] for c in own},
+      'values': {c: [1.0, 2.0] for c in letters},
     }
-    for name, own in (('first', 'ab'), ('second', 'a'), ('third', 'c'))
+    for name, letters in (('first', 'ab'), ('second', 'a'), ('third', 'c'))
   ]
   about = {'title': 'A question', 'columns': columns, 'rows': rows}
   spec = Figure(['a', 'b', 'c'], rows='models')
   figures.draw(spec, about, tmp_path / 'figure.png')
-  (canvas,) = drawn
-  named = [
+  (canvas,) = canvases
+  row_names = [
     [tick.get_text() for tick in ax.get_yticklabels()] for ax in canvas.axes[:3]
   ]
-  assert named == [['first', 'second'], ['', ''], ['third']]
+  assert row_names == [['first', 'second'], ['', ''], ['third']]
   labels = [ax.get_ylabel() for ax in canvas.axes[:3]]
   assert labels == ['models', '', 'models']
 
@@ -191,15 +191,15 @@ def test_panels_stand_two_by_two():
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize('path', KEPT, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 def test_a_stored_command_makes_its_table(path):
-  kept = json.loads(path.read_text(encoding='utf-8'))
+  stored_summary = json.loads(path.read_text(encoding='utf-8'))
   study = importlib.import_module(f'experiments.{path.stem}').STUDY
-  options = command.parse(study, stored.arguments_of(kept))
+  options = command.parse(study, stored.arguments_of(stored_summary))
   preset = study.presets[options.preset]
-  judged = stored.judged_again(kept, study)
-  ran = kept['steps'], len(kept['seeds'])
-  if (preset.steps, preset.seeds) != ran:
+  judged = stored.judged_again(stored_summary, study)
+  sizes = stored_summary['steps'], len(stored_summary['seeds'])
+  if (preset.steps, preset.seeds) != sizes:
     assert f'{preset.steps:,} steps' in ' '.join(judged['marks'])
   assert options.flags == [] and len(judged['claims']) >= 4
 
@@ -210,10 +210,10 @@ def test_figures_of_the_readme_stand_in_the_results():
   page = (report.HERE / report.PAGE).read_text(encoding='utf-8')
   assert len(bullets) >= 3
   for bullet in bullets:
-    told, name, _ = re.split(r'\(`(\w+)`\)', bullet)
+    sentence, name, _ = re.split(r'\(`(\w+)`\)', bullet)
     section = page.split(f'experiments.{name} ')[1].split('\n## ')[0]
     stored_numbers = [float(x) for x in re.findall(r'\d+\.\d+', section)]
-    for number in re.findall(r'\d+\.\d+', told):
+    for number in re.findall(r'\d+\.\d+', sentence):
       bound = 0.5001 * 10.0 ** -len(number.split('.')[1])
-      near = [x for x in stored_numbers if abs(x - float(number)) <= bound]
-      assert near, f'{number} of {name} is in no stored result'
+      matches = [x for x in stored_numbers if abs(x - float(number)) <= bound]
+      assert matches, f'{number} of {name} is in no stored result'

@@ -65,16 +65,16 @@ def test_a_step_time_is_told(monkeypatch):
   # The rounds' ratios are 1, 1.1, 1.2, 1.3, 1.5 and 2.
   np.testing.assert_allclose(time, 1.25)
   assert isinstance(time.spread, timing.Spread) and time.others == 0.3
-  told = times_lib.describe({'top 1': time})
-  assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in told
-  assert 'at most 0.30 of' in told and told.endswith('the machine was BUSY.')
+  text = times_lib.describe({'top 1': time})
+  assert '2 bursts on 2026-02-01 and 2026-02-02, in which' in text
+  assert 'at most 0.30 of' in text and text.endswith('the machine was BUSY.')
   quiet = StepTime.of('top 1', 'dense', bursts[:1])
-  told = times_lib.describe({'top 1': time, 'quiet': quiet})
-  assert '1 or 2 bursts' in told and told.endswith('was BUSY for top 1.')
+  text = times_lib.describe({'top 1': time, 'quiet': quiet})
+  assert '1 or 2 bursts' in text and text.endswith('was BUSY for top 1.')
   assert 'BUSY' not in times_lib.describe({'quiet': quiet})
   quiet.others = float('nan')
-  told = times_lib.describe({'quiet': quiet})
-  assert 'an unknown number of' in told and 'BUSY' not in told
+  text = times_lib.describe({'quiet': quiet})
+  assert 'an unknown number of' in text and 'BUSY' not in text
 
 
 @pytest.mark.parametrize('lengths', [(0.5,), (1.0, 0.5), ()])
@@ -112,11 +112,11 @@ def screened(model: SpeedModel, loss: float, time: float):
 
 def test_the_screening_chooses_by_predicted_seconds():
   stage = screening.screen(PRESET)
-  tried = stage.arms([], None)
-  assert [arm.x for arm in tried] == [0.3, 0.6, 0.3, 0.6, 0.3, 0.3, 0.3]
+  trials = stage.arms([], None)
+  assert [arm.x for arm in trials] == [0.3, 0.6, 0.3, 0.6, 0.3, 0.3, 0.3]
   # With twice the steps both twins go from 2 to 1.
   results = {
-    arm.name: [result(2.0 if arm.x == 0.3 else 1.0)] for arm in tried[:4]
+    arm.name: [result(2.0 if arm.x == 0.3 else 1.0)] for arm in trials[:4]
   }
   times = {}
   for model, loss, time in (
@@ -124,12 +124,12 @@ def test_the_screening_chooses_by_predicted_seconds():
     (EIGHT, 1.5, 1.1),  # 1 / sqrt(2)
     (WIDE, 3.0, 1.0),  # twice the steps
   ):
-    ran, timed = screened(model, loss, time)
-    results |= ran
-    times |= timed
-  found = screening.predictions(results, times)
+    trial, trial_time = screened(model, loss, time)
+    results |= trial
+    times |= trial_time
+  predictions = screening.predictions(results, times)
   np.testing.assert_allclose(
-    [found[m.name].seconds for m in (FOUR, EIGHT, WIDE)],
+    [predictions[m.name].seconds for m in (FOUR, EIGHT, WIDE)],
     [0.6, 1.1 / np.sqrt(2), 2.0],
   )
   twins = [m.twin.arm(PRESET, 1.0) for m in (FOUR, WIDE)]
@@ -139,21 +139,21 @@ def test_the_screening_chooses_by_predicted_seconds():
     m.name for m in (FOUR.twin, FOUR, EIGHT)
   ]
   # Models of another width are screened only, however good they are.
-  ran, timed = screened(WIDE, 0.5, 1.0)
-  again = stage.chosen(arms, {**results, **ran}, {**times, **timed})
+  trial, trial_time = screened(WIDE, 0.5, 1.0)
+  again = stage.chosen(arms, {**results, **trial}, {**times, **trial_time})
   assert again == chosen
 
 
 def test_every_model_has_the_best_of_the_same_rates():
   stage = screening.search_rates(PRESET)
   arms = [FOUR.twin.arm(PRESET, 1.0), FOUR.arm(PRESET, 0.5)]
-  tried = stage.arms(arms, None)
+  trials = stage.arms(arms, None)
   # The twin is tried at the length of its reported runs.
-  assert [arm.x for arm in tried] == [1.0] * 3 + [PRESET.trial] * 3
-  assert tried[0].overrides['total_steps'] == 1000
+  assert [arm.x for arm in trials] == [1.0] * 3 + [PRESET.trial] * 3
+  assert trials[0].overrides['total_steps'] == 1000
   best = {FOUR.twin.name: 1e-3, FOUR.name: 4e-3}
   results = {}
-  for arm in tried:
+  for arm in trials:
     model, _, rate = speed_arms.parsed(arm.name)
     # A run that diverged is no best one.
     other = float('nan') if rate == 1e-3 else 1.5
@@ -164,7 +164,7 @@ def test_every_model_has_the_best_of_the_same_rates():
   assert [arm.name for arm in chosen] == [arm.name for arm in arms]
   # A screened trial at one of the rates is the same run.
   again = FOUR.arm(PRESET, PRESET.trial, 4e-3)
-  assert again in tried
+  assert again in trials
   text = speed_rows.remarks({**results, **{a.name: [] for a in arms}})
   assert 'searched among 0.001, 0.002, 0.004, on a seed' in text
   assert f'at an end of these for {FOUR.twin.name}; {FOUR.name}' in text
@@ -196,8 +196,8 @@ def test_seconds_of_a_seed_are_its_steps_times_the_time_of_its_burst():
   # of the optimizer, over the twin's 0.5 s.
   np.testing.assert_allclose(twin.values[speed_rows.FLOOR], [0.46, 0.46])
   np.testing.assert_allclose(row.values[speed_rows.FLOOR], [0.56, 0.56])
-  least = [0.56 * share for share in steps]
-  np.testing.assert_allclose(row.values[speed_rows.LEAST], least)
+  expected = [0.56 * share for share in steps]
+  np.testing.assert_allclose(row.values[speed_rows.LEAST], expected)
   assert (first.name, first.values) == (speed_rows.FIRST, row.values)
 
 
@@ -231,8 +231,8 @@ def test_a_long_result_takes_the_place_of_a_full_one(tmp_path):
   for path in ('a/full', 'a/long', 'b/full', 'c/quick'):
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / path / 'summary.json').write_text('{}')
-  found = report.summaries_of(tmp_path)
-  assert {k: v.parent.name for k, v in found.items()} == {
+  folders = report.summaries_of(tmp_path)
+  assert {k: v.parent.name for k, v in folders.items()} == {
     'a': 'long', 'b': 'full'
   }  # fmt: skip
 

@@ -29,10 +29,10 @@ def config(name: str, arg: str = ''):
 
 def dump(name: str) -> str:
   """JSON of the values that the config changes, by dotted name."""
-  named_config, usual = config(name), sections.section(RunConfig)
-  defaults = {leaf.path: leaf for leaf in sections.leaves(RunConfig, usual)}
-  gone = set(usual.evals) - set(named_config.evals)
-  changed = {f'evals.{entry}': None for entry in gone}
+  named_config, default = config(name), sections.section(RunConfig)
+  defaults = {leaf.path: leaf for leaf in sections.leaves(RunConfig, default)}
+  removed = set(default.evals) - set(named_config.evals)
+  changed = {f'evals.{entry}': None for entry in removed}
   for leaf in sections.leaves(RunConfig, named_config):
     before = defaults.get(leaf.path)
     if before is None:  # an evaluation that the defaults lack
