@@ -59,7 +59,8 @@ def executed(
     extra_arguments=[f'--IPKernelApp.exec_lines={begin}'],
     resources={'metadata': {'path': str(path.parent)}},
   )
-  return client.execute(env=os.environ | env)
+  # Else the kernel of a manager that is given would live on, with its memory.
+  return client.execute(env=os.environ | env, cleanup_kc=True)
 
 
 def main(paths: list[str]) -> None:

@@ -4,6 +4,7 @@ Numbers are not compared: a notebook's words must hold, but another machine
 rounds otherwise.
 """
 
+import os
 import pathlib
 import re
 import sys
@@ -11,7 +12,7 @@ import sys
 import jax
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from colab import run_notebooks
 
@@ -158,13 +159,16 @@ def colab_name():
   return address().replace('https://github.com', 'github')
 
 
-def test_an_error_fails_the_run():
-  cell = nbformat.v4.new_code_cell('raise ValueError("seven slots")')
-  broken = nbformat.v4.new_notebook(cells=[cell])
-  with pytest.raises(Exception, match='seven slots'):
-    NotebookClient(
-      broken, km=run_notebooks.python3_kernel(), timeout=60
-    ).execute()
+def test_an_error_fails_the_run_and_its_kernel_ends(tmp_path):
+  pid = "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))"
+  lines = [pid, 'raise ValueError("seven slots")']
+  cells = [nbformat.v4.new_code_cell(line) for line in lines]
+  path = tmp_path / 'broken.ipynb'
+  nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+  with pytest.raises(CellExecutionError, match='seven slots'):
+    run_notebooks.executed(path, timeout=60)
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / 'pid').read_text()), 0)
 
 
 def test_faults_are_seen():
