@@ -103,11 +103,11 @@ def _few_compiled_programs():
 def _fewer_between_long_tests(request):
   """Clears compiled programs between slow tests of one file, too.
 
-  As tests of a file share programs, there may be more of them by then.
+  So many regions are about 2 GB of programs: three workers run slow tests.
   """
   yield
   if request.node.get_closest_marker('slow'):
-    host.forget_programs(30_000)
+    host.forget_programs(12_000)
 
 
 @pytest.fixture
