@@ -120,7 +120,8 @@ STUDY = Study(
   'claims on the shared expert are open: the whole of it is worth 0.005 nats a '
   'byte here, and five seeds tell 0.011. The claim on steps is refuted: losses '
   'still fall so fast after 650 of 1,000 steps that the rest of them is worth '
-  '0.12 nats a byte, and a router that learns 0.03.',
+  '0.12 nats a byte, and a router that learns 0.03. Runs took several times '
+  'their minutes, as other work kept both cores busy.',
   written='2026-11-28',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items
