@@ -153,7 +153,7 @@ STUDY = Study(
   arms=arms,
   presets={
     'quick': Preset(250, 3, without=QUICK_WITHOUT),
-    'full': Preset(1000, 4),
+    'full': Preset(1000, 5),
   },
   columns=[
     byte_models.LOSS,
