@@ -135,7 +135,8 @@ def caveats(summary: Mapping[str, Any]) -> list[str]:
     ]
     listed = f'Step times, medians and quartiles: {"; ".join(times)}.'
     paragraphs.append(f'{listed} {summary.get("timing", "")}'.rstrip())
-  return paragraphs + [summary['remarks']] * bool(summary['remarks'])
+  remarks = ' '.join(filter(None, (summary['remarks'], summary.get('misses'))))
+  return paragraphs + [remarks] * bool(remarks)
 
 
 def command(summary: Mapping[str, Any]) -> str:

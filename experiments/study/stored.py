@@ -56,6 +56,7 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
     ],
     'written': study.written,
     'remarks': _remarks(summary, study),
+    'misses': study.misses,
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
     'marks': _marks(summary, study),
   }
