@@ -14,10 +14,11 @@ and must have memorised their values (`--task=text`: it continues a prefix by a
 few bytes). Two models, trained with and without priority, are evaluated at
 every capacity in both orders.
 
-Found: more capacity at evaluation helps, and so does priority wherever slots
-are short, whether or not it was used in training. A model trained with priority
-depends on it: it is nearly perfect at its own capacity, and by far the worst
-without priority.
+Found: a model trained in the order of the text gains from more capacity at
+evaluation, one trained with priority is best at its own. Priority helps
+wherever slots are short, whether or not it was used in training. A model
+trained with priority depends on it: it is nearly perfect at its own capacity,
+and by far the worst without priority.
 """
 
 from experiments.study import byte_models, command
@@ -122,44 +123,44 @@ STUDY = Study(
   ],
   claims=[
     Claim(
-      'trained at 0.75, evaluated at 2 rather than 0.75',
+      'trained at 0.75, a model is better evaluated at 2 than at 0.75',
       compared((PLAIN, PLAIN, 2.0), (PLAIN, PLAIN, 0.75)),
       [f'{WITHOUT}/nlp_eval_2', f'{WITHOUT}/nlp_train_cf'],
     ),
     Claim(
-      'priority in training and evaluation, at 0.75',
+      'at 0.75, priority in training and evaluation lowers the loss',
       compared((BPR, BPR, 0.75), (PLAIN, PLAIN, 0.75)),
       [f'{WITH}/nlp_train_cf', f'{WITHOUT}/nlp_train_cf'],
       ENCODER,
     ),
     Claim(
-      'priority in training, evaluated at 2',
+      'evaluated at 2, priority in training lowers the loss',
       compared((BPR, BPR, 2.0), (PLAIN, PLAIN, 2.0)),
       [f'{WITH}/nlp_eval_2', f'{WITHOUT}/nlp_eval_2'],
       ENCODER,
     ),
     *(
       Claim(
-        f'priority at evaluation alone, at {factor}',
+        f'at {factor}, priority at evaluation alone lowers the loss',
         compared((PLAIN, BPR, factor), (PLAIN, PLAIN, factor)),
       )
       for factor in (0.1, 0.25, 0.5)
     ),
     Claim(
-      'trained with priority, evaluated with it, at 0.25',
+      'at 0.25, a model trained with priority is better evaluated with it',
       compared((BPR, BPR, 0.25), (BPR, PLAIN, 0.25)),
     ),
   ],
   figure=Figure(['loss', 'dropped'], 'capacity factor at evaluation', True),
   rows=rows,
-  remarks=(
+  misses=(
     'A model trained with priority is better at its own 0.75 than with more '
-    'room: tokens of low probability, which it never serves in training, are '
-    'served badly. In the order of the text it serves such tokens in the place '
-    'of those it knows, hence the losses above those of a model without '
-    'memory. Evaluated at 2 nothing is dropped and the two differ by their '
-    'training alone: some seeds had not learned every pair yet, which hides a '
-    'difference as small as the published one.'
+    'room, probably as tokens of low probability, which it never serves in '
+    'training, are served badly. In the order of the text it serves such '
+    'tokens in the place of those it knows, hence the losses above those of '
+    'a model without memory. Evaluated at 2 nothing is dropped and the two '
+    'differ by their training alone: some seeds had not learned every pair '
+    'yet, which hides a difference as small as the published one.'
   ),
   tasks=PREFIX_TASKS,
   written='2026-11-25',

@@ -21,8 +21,9 @@ second choices find a slot depends on later tokens: models that are trained and
 evaluated with slots may see a little of their future, those that generate and
 those without drops see none of it.
 
-Planned for the full preset: 4 arms, 5 seeds, 19 minutes on two idle cores. The
-quick preset resolves drops, not losses. The claims were written before any run.
+The full preset, 4 arms and 5 seeds, was planned for 19 minutes on two idle
+cores; its runs took 57 core minutes. The quick preset resolves drops, not
+losses. The claims were written before any run.
 """
 
 from collections.abc import Mapping
@@ -188,7 +189,7 @@ def claims() -> list[Claim]:
     ),
     *(
       lower(
-        f'{arm}: {slots} slots a token cost quality in generation',
+        f'{arm}: {slots} slots a token lower the quality of generation',
         (arm, GENERATED, free),
         (arm, GENERATED, slots),
       )

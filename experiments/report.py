@@ -33,20 +33,23 @@ BENCHMARKS = 'benchmarks'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
 _ABOUT = """\
-Published tables, run again at a size that two cores can train: made by
-`python -m experiments.report` from each study's full preset, or its long one.
-Models here are thousands of times smaller than the papers', so it is directions
-that are compared, never values. A direction counts as reproduced only where the
-paired 95 % interval of the difference excludes zero on the paper's side; else
-it is "opposite" or "not resolved", with the smallest difference that the seeds
-could have told beside it. Questions of our own, which no paper has a number
-for, are "shown" or "refuted". Intervals are of single comparisons: of twenty
-true nulls one would be resolved by chance. Values marked as of a secondary
-source were not read in the paper, and unverified ones are not shown. A verdict
-is withheld, with the reason, where fewer than three seeds were run or a run was
-a trial, and where the study has revised a row or a column since its result was
-stored: such cells have a †. Each study stands with the command that made it,
-and with its device and date: the code has changed since.
+These are published tables that were run again at a size that two cores can
+train; `python -m experiments.report` makes this page from the result of each
+study's full preset, or its long one. Models here are thousands of times smaller
+than the papers', so it is directions that are compared, never values. A
+direction counts as reproduced only where the paired 95 % interval of the
+difference excludes zero on the paper's side; else it is "opposite" or "not
+resolved", with the smallest difference that the seeds could have told beside
+it. A claim that two rows are alike counts where the whole interval lies within
+its bound. Questions of our own, which no paper has a number for, are "shown" or
+"refuted". Intervals are of single comparisons: of twenty true nulls one would
+be resolved by chance. Values marked as of a secondary source were not read in
+the paper, and unverified ones are not shown. A verdict is withheld, with the
+reason, where fewer than three seeds were run or a run was a trial, and where
+the study has revised a row or a column since its result was stored: such cells
+have a †. It is also withheld where a baseline is not served as its paper has
+it. Each study stands with the command that made it, and with its device and
+date: the code has changed since.
 """
 
 

@@ -248,9 +248,9 @@ def _ends(
       )
     if never:
       yield (
-        f'{never} of {len(steps)} seeds of {model} do not reach it and count '
-        f'as {model_lengths[-1]:g}: its means of steps and seconds are lower '
-        'bounds.'
+        f'{never} of {len(steps)} seeds of {model} have not reached the dense '
+        f'loss at the longest length and count as {model_lengths[-1]:g}, so '
+        "that the model's mean steps and seconds are lower bounds."
       )
 
 
