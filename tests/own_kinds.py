@@ -7,12 +7,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from moe_jax import routing
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.tasks.contract import TextTask
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
-from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.models.text_options import TextModelOptions
 from moe_jax.options import above, at_least, option
@@ -22,13 +22,16 @@ from moe_jax.training.schedules import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class InTurn(Queued):
+class InTurn(RouterOptions):
   """Options of a router that gives tokens to experts in turn."""
 
   first: int = option(0, 'Number of the first expert.', at_least(0))
 
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
+
+  def leak(self, sizes):
+    return None
 
   def multiply_adds(self, sizes, width):
     return 0
@@ -40,9 +43,16 @@ class InTurnRouter(Router):
   options: InTurn
 
   def route(self, x, mask, train, router_ids, layer):
-    turn = jnp.arange(mask.shape[1]) + self.options.first
-    index = jnp.broadcast_to(turn % self.sizes.num_experts, mask.shape)
-    return serve_evenly(self, index[..., None].astype(jnp.int32), mask)
+    E = self.sizes.num_experts
+    turn = jnp.arange(mask.shape[1], dtype=jnp.int32) + self.options.first
+    chosen = routing.even_choice(
+      jnp.broadcast_to(turn % E, mask.shape)[..., None],
+      num_experts=E,
+      capacity=self.sizes.slots(mask.shape[1]),
+      mask=mask,
+    )
+    stats = routing.routing_stats(chosen, None, mask)
+    return chosen, routing.empty_aux(E, 1)._replace(stats=stats)
 
 
 @dataclasses.dataclass(frozen=True)

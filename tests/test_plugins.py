@@ -1,12 +1,14 @@
 """A user's own classes in every choice of a config, and their import."""
 
 import json
+import pathlib
+import re
 import sys
 
 import jax
 import pytest
 
-from moe_jax import plugins, run_config, sections
+from moe_jax import hooks, layers, plugins, run_config, sections
 from moe_jax.configs import base
 from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.layers.routers import RouterOptions
@@ -18,6 +20,14 @@ from tests import own_kinds
 from tests.training import tiny
 
 NAME = 'tests.own_kinds'
+# The module of the router in the README of layers, and its text.
+ROUTER = 'readme_router'
+README = pathlib.Path(layers.__file__).parent / 'README.md'
+(ROUTER_CODE,) = re.findall(
+  r'```python\n((?:(?!```).)*class First\(.*?)```',
+  README.read_text(encoding='utf-8'),
+  re.DOTALL,
+)
 ONE = jax.devices()[:1]
 
 
@@ -25,14 +35,14 @@ def kind(name, **custom):
   return {'kind': f'{NAME}:{name}', 'custom': custom}
 
 
-def config(**overrides):
+def config(router=kind('InTurn', first=3), **overrides):
   config = tiny.config(
     total_steps=2,
     model={
       'num_layers': 1,
       'moe': {
         'layers': 'all',
-        'router': kind('InTurn', first=3),
+        'router': router,
         'expert': kind('Linear', std=0.2),
       },
     },
@@ -55,10 +65,17 @@ def config(**overrides):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
-  options = run_config.read(config())
-  loop.train_and_evaluate(options, folder, devices=ONE)
-  return folder
+  """A run of a user's kinds; the router is the one of the README of layers."""
+  folder, code = tmp_path_factory.mktemp('run'), tmp_path_factory.mktemp('code')
+  (code / f'{ROUTER}.py').write_text(ROUTER_CODE)
+  router = {'kind': f'{ROUTER}:First', 'custom': {'offset': 1}}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(code)
+    options = run_config.read(config(router))
+    report = hooks.RoutingReport()
+    loop.train_and_evaluate(options, folder, hooks=[report], devices=ONE)
+    yield folder
+  del sys.modules[ROUTER]
 
 
 def test_a_config_names_a_users_class_wherever_it_names_ours():
@@ -80,12 +97,21 @@ def test_they_train(run):
   assert [r['eval/mine/norm'] for r in rows if 'eval/mine/norm' in r]
   (row,) = [r for r in rows if 'train/learning_rate' in r]
   assert row['train/learning_rate'] == pytest.approx(0.1)
-  assert row['train/layer_0/load'] == pytest.approx([0.25] * 4, abs=0.05)
+  assert row['train/layer_0/load'] == [0, 1, 0, 0]
+
+
+def test_a_router_that_sows_nothing_has_a_routing_report(run):
+  (row,) = json.loads((run / 'routing_report.json').read_text())
+  (busy,) = row['busiest']
+  assert (busy['expert'], busy['share']) == (1, 1.0)
+  assert all(token['share'] == 1 for token in busy['tokens'])
 
 
 def test_their_file_is_recorded(run):
   digests = json.loads((run / workdir.PLUGINS).read_text())
-  assert digests.keys() == set(plugins.names_in(config()))
+  user_kinds = set(plugins.names_in(config()))
+  user_kinds ^= {f'{NAME}:InTurn', f'{ROUTER}:First'}
+  assert digests.keys() == user_kinds
   assert len(digests) == 8
 
 
@@ -110,11 +136,12 @@ def test_a_change_of_their_file_is_reported(tmp_path, monkeypatch):
 
 
 def test_a_name_in_a_folder_is_imported_only_by_leave(run):
-  with pytest.raises(ValueError, match=r'--allow_module=tests\.own_kinds'):
-    trained.read(run)
-  for allow in (['tests.own_kinds'], ['tests']):
+  for allow, missing in (([], ROUTER), ([ROUTER], r'tests\.own_kinds')):
+    with pytest.raises(ValueError, match=f'--allow_module={missing}'):
+      trained.read(run, allow)
+  for allow in (['tests.own_kinds', ROUTER], ['tests', ROUTER]):
     loaded_run = trained.read(run, allow)
-    assert loaded_run.model.moe.router == own_kinds.InTurn(first=3)
+    assert loaded_run.model.moe.router.offset == 1
     assert isinstance(loaded_run.tokenizer, own_kinds.Shouted)
 
 
@@ -124,7 +151,7 @@ def test_a_folder_that_is_not_allowed_imports_nothing(
   (tmp_path / 'never.py').write_text('raise RuntimeError("imported")\n')
   monkeypatch.syspath_prepend(tmp_path)
   for name in (workdir.CONFIG, workdir.TOKENIZER):
-    text = (run / name).read_text().replace(NAME, 'never')
+    text = re.sub(f'{NAME}|{ROUTER}', 'never', (run / name).read_text())
     (tmp_path / name).write_text(text)
   (tmp_path / workdir.CHECKPOINTS).mkdir()
   with pytest.raises(ValueError, match='--allow_module=never'):

@@ -64,7 +64,8 @@ def token_counts(
   """The number of times that each token id chose each expert, by layer number.
 
   Where experts choose tokens, it is the number of times that an expert took the
-  token. The arguments are those of `choices`.
+  token; where they mix them, every expert takes each. The arguments are those
+  of `choices`.
   """
   if model.moe is None:
     return {}  # and no batch is read
@@ -107,9 +108,10 @@ def _pairs(
   chosen: np.ndarray | SlotRouting,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The position and the expert of each choice, over all groups."""
-  if not isinstance(chosen, SlotRouting):  # expert_index [G, S, K]
-    positions = np.arange(chosen[..., 0].size)
-    return np.repeat(positions, chosen.shape[-1]), chosen.reshape(-1)
+  if not isinstance(chosen, SlotRouting):  # [G, S, K] or [B, T, N]
+    by_position = chosen.reshape(-1, chosen.shape[-1])
+    position, choice = np.nonzero(by_position >= 0)
+    return position, by_position[position, choice]
   S = chosen.group_size
   group, expert, slot = np.nonzero(chosen.token_index < S)
   return group * S + chosen.token_index[group, expert, slot], expert

@@ -6,6 +6,7 @@ import pytest
 from moe_jax.analysis.token_counts import choices, token_counts
 from moe_jax.layers.routers import ExpertChoice
 from moe_jax.routing.capacity import All, Fixed
+from tests import own_kinds
 from tests.models import oracle, tiny
 from tests.models.tiny import B, T, V
 
@@ -79,6 +80,34 @@ def test_where_experts_choose_it_counts_whom_they_took():
   # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
   np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
   assert (counts[0] <= real[:, None]).all() and np.ptp(counts[0]) > 0
+
+
+def test_experts_that_mix_tokens_take_all_real_ones():
+  encoder = {
+    'moe': {'router': {'kind': 'soft'}, 'dispatch': {'kind': 'einsum'}}
+  }
+  model = tiny.build(
+    dict(layers='last 1', capacity=All()),
+    kind='encoder_decoder',
+    encoder=dict(num_layers=1, overrides=encoder),
+  )
+  batch = make_batch(0)
+  batch |= {f'encoder_{name}': values for name, values in batch.items()}
+  counts = token_counts(model, {'params': tiny.params_of(model)}, [batch])
+  real = np.bincount(batch['tokens'][batch['segment_ids'] > 0], minlength=V)
+  np.testing.assert_array_equal(counts[0], np.tile(real[:, None], (1, 5)))
+
+
+def test_a_router_that_sows_nothing_is_counted_before_drops():
+  router = own_kinds.InTurn(first=3)
+  moe = dict(router=router, num_selected=1, capacity=Fixed(slots=1))
+  model, batch = tiny.build(moe), make_batch(0)
+  counts = token_counts(model, {'params': tiny.params_of(model)}, [batch])
+  expected = np.zeros((V, 5), int)
+  for row, position in np.argwhere(batch['segment_ids'] > 0):
+    expected[batch['tokens'][row, position], (position + 3) % 5] += 1
+  for layer in (0, 1):
+    np.testing.assert_array_equal(counts[layer], expected)
 
 
 def test_a_dense_model_has_none():

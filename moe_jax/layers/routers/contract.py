@@ -143,7 +143,9 @@ class Router(nn.Module):
     """Routes; arguments and results are those of `__call__`.
 
     It is called in a compact method, and so may make parameters. It is called
-    without `given` unless the router's options have `takes_choices`.
+    without `given` unless the router's options have `takes_choices`. It need
+    not sow its choices, as the layer keeps those of the routing for analysis;
+    a router whose columns are not the experts (`has_columns`) sows them.
     """
     raise NotImplementedError
 
@@ -400,20 +402,26 @@ def sown(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sown_choices(layer: Mapping[str, Any]) -> Any:
-  """The choices that the router of a layer kept for analysis.
+  """The choices in a layer before drops, kept by its router or by the layer.
 
   Args:
     layer: The variables of one layer in the collection 'intermediates'.
 
   Returns:
-    int32 [G, S, K], the columns that tokens chose before drops; where experts
-    choose, the `SlotRouting`.
+    int32 [G, S, K], the columns that tokens chose; where experts choose, the
+    `SlotRouting`. If the router kept neither, those of the routing, int32
+    [B, T, N], which are -1 where there is none.
 
   Raises:
-    ValueError: The layer kept nothing.
+    ValueError: Neither kept anything.
   """
   values = sown(layer)
   for name in ('expert_index', 'slots'):
     if name in values:
       return values[name]
-  raise ValueError('the layer has a router that kept no choices')
+  if CHOICES in values:
+    return values[CHOICES].expert
+  raise ValueError(
+    f'the layer kept no choices in {SOWN!r}, as a layer MoE does; it has '
+    f'{sorted(values)}'
+  )
