@@ -31,6 +31,9 @@ class MoE(nn.Module):
   The output of the shared expert is added, if there is one. Without it, a token
   dropped everywhere gets zeros: the residual alone carries it.
 
+  Parameters are boxed with the names of their axes, so that an `nn.scan` over
+  it needs `metadata_params={nn.PARTITION_NAME: None}`, or the name of an axis.
+
   Attributes:
     options: The options of the layer. Options that experts take from the model
       are those of `FfnOptions()` without dropout, if no model filled them in.
