@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import interop, kernels, models, run_config, sections
+from moe_jax import (
+  interop,
+  kernels,
+  models,
+  routing,
+  run_config,
+  sections,
+)
 from moe_jax.configs import base, mixtral_8x7b
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -164,6 +171,13 @@ def _sections_of(config, prefix=''):
     if hasattr(value, 'items'):
       yield f'{prefix}{key}'
       yield from _sections_of(value, f'{prefix}{key}.')
+
+
+def test_the_readme_of_routing_names_the_fields_of_routings():
+  text = text_of('moe_jax/routing/README.md')
+  for view in (routing.Routing, routing.SlotRouting):
+    names = view.shape_hints(view).keys()  # the arrays alone
+    assert not [name for name in names if f'`{name}`' not in text]
 
 
 def test_the_backend_of_the_kernels_readme_multiplies_as_blocks_do():
