@@ -6,6 +6,7 @@ rules of routing are `moe_jax.routing`; moving tokens and multiplying them is
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,8 @@ class MoE(nn.Module):
       layer: The layer's number, by which routers without parameters differ.
       given: Choices that are imposed on the router, [B, T, K].
     """
+    _check_options(self.options)
     o = self.options.within(FfnOptions(), 0.0)
-    if not o.num_experts:
-      raise ValueError(
-        'num_experts=0 is the dense twin, a FeedForward of `options.twin()`; '
-        'a mixture has at least 1'
-      )
     B, T = x.shape[:2]
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
@@ -125,6 +122,20 @@ class MoE(nn.Module):
       key, shape = self.make_rng(NOISE), routing.gate.shape
       scale = jax.random.bernoulli(key, scale, shape).astype(jnp.float32)
     return dataclasses.replace(routing, gate=routing.gate * scale)
+
+
+def _check_options(options: Any) -> None:
+  """Raises ValueError unless options are those of a layer with experts."""
+  if not isinstance(options, MoeOptions):
+    raise ValueError(
+      f'options is a {type(options).__name__}, not MoeOptions, which hold the '
+      'router, the experts and the dispatch: MoE(MoeOptions(router=...))'
+    )
+  if not options.num_experts:
+    raise ValueError(
+      'num_experts=0 is the dense twin, a FeedForward of `options.twin()`; '
+      'a mixture has at least 1'
+    )
 
 
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:

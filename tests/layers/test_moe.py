@@ -1,6 +1,7 @@
 """The sparse layer equals a loop over tokens, and the dense layer."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -283,9 +284,23 @@ def test_where_experts_choose_nothing_is_dropped():
   )
 
 
-def test_the_dense_twin_is_no_mixture():
-  with pytest.raises(ValueError, match='num_experts=0 is the dense twin'):
-    MoE(MoeOptions(num_experts=0)).init(jax.random.key(0), jnp.ones((B, T, M)))
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (MoeOptions(num_experts=0), 'num_experts=0 is the dense twin'),
+    pytest.param(
+      TokenChoice(),
+      r'is a TokenChoice, not MoeOptions.*MoeOptions\(router=',
+      marks=pytest.mark.skipif(
+        os.environ.get('MOE_JAX_TEST_TYPES') == '1',
+        reason='the type checker of tests refuses it before',
+      ),
+    ),
+  ],
+)
+def test_what_is_no_mixture_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    MoE(options).init(jax.random.key(0), jnp.ones((B, T, M)))
 
 
 def test_the_dense_twin_has_the_width_of_the_experts_chosen():
