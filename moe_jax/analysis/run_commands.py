@@ -13,8 +13,6 @@ from moe_jax.analysis.run_facts import FAILED, RunFacts
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 
-# The config file of the run itself, for commands that take such files.
-CONFIG_PY = 'this_config.py'
 _CONFIG = '''"""The config of the run in this folder, for flags --config."""
 
 import pathlib
@@ -44,7 +42,7 @@ class Command(NamedTuple):
 def write_config(folder: pathlib.Path) -> None:
   """Writes the file `this_config.py` into a run's folder."""
   if (folder / workdir_lib.CONFIG).exists():
-    workdir_lib.write_text(folder / CONFIG_PY, _CONFIG)
+    workdir_lib.write_text(folder / workdir_lib.CONFIG_PY, _CONFIG)
 
 
 def name_of(folder: pathlib.Path) -> str:
@@ -106,7 +104,7 @@ def _train_commands(
   """Commands that train: go on, vary, begin with this run's parameters."""
 
   def train(folder: str, *flags: str) -> str:
-    config_flag = _flag('config', f'{run}/{CONFIG_PY}')
+    config_flag = _flag('config', f'{run}/{workdir_lib.CONFIG_PY}')
     return _line('moe_jax.main', config_flag, workdir(folder), *flags)
 
   steps = config.get('total_steps')

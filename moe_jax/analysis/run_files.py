@@ -6,7 +6,8 @@ Not here: what they contain (`run_sections.py`).
 import pathlib
 from typing import NamedTuple
 
-from moe_jax.analysis import html_pages, run_commands, run_facts
+from moe_jax.analysis import html_pages, run_facts
+from moe_jax.runs import workdir as workdir_lib
 
 CURVES, LOAD, PAGE = 'curves.png', 'load.png', 'index.html'
 REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
@@ -22,7 +23,7 @@ _FILES = {
   'checkpoints': 'the newest checkpoints and the best, each with its manifest',
   'weights': 'the variables of a model in codes of few bits',
   'config.json': 'the whole config of the run',
-  run_commands.CONFIG_PY: 'the same config for commands that take --config',
+  workdir_lib.CONFIG_PY: 'the same config for commands that take --config',
   'config.py': 'the config with which the imported model began',
   'first_config.json': 'the values that config.py reads',
   'tokenizer.json': 'the tokenizer',

@@ -5,6 +5,7 @@ Not here: the matching of parameters (`matching.py`).
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
 from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
-from moe_jax.runs import trained
+from moe_jax.runs import new_run, trained
+from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
 from moe_jax.training.init_from_options import InitFromOptions
@@ -183,13 +185,25 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
         "\nThis model is as small as ':runlocal' behind a config's name makes "
         'it: leave that out, or train the other run with it, too'
       )
-    raise ValueError(message) from None
+    raise ValueError(message + _own_model(folder)) from None
   if options.keep_optimizer and not copy_plan.copies_all:
     raise ValueError(
       'init_from.keep_optimizer=True: the parameters are converted, '
       f'{copy_plan.describe()}, and the state of the optimizer cannot be'
     )
   return copy_plan
+
+
+def _own_model(folder: pathlib.Path) -> str:
+  """The line that says how to train the other run's own model further."""
+  for name in (workdir_lib.CONFIG_PY, new_run.CONFIG_PY):
+    if (folder / name).exists():
+      return (
+        "\nFor the other run's own model, begin with its config: "
+        f'--config={shlex.quote(str(folder / name))} '
+        f'--config.init_from.workdir={shlex.quote(str(folder))}'
+      )
+  return ''
 
 
 def _restore(

@@ -18,6 +18,7 @@ from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section, as_mapping
 
 CONFIG = 'config.json'
+CONFIG_PY = 'this_config.py'  # the same, for commands that take config files
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = 'tokenizer.json'
 IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import finetuning, run_config
+from moe_jax import config_file, finetuning, run_config
+from moe_jax.analysis import run_commands
 from moe_jax.compression import whole_run
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
@@ -188,9 +189,14 @@ def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
 
 
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
+  run_commands.write_config(dense)
+  own_config = f'--config={dense}/this_config.py'
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),
     r'embedding: \[257, 16\] there': config_from(dense, {'width': 32}),
+    f'{own_config} --config.init_from.workdir={dense}$': config_from(
+      dense, {'width': 32}
+    ),
     "is as small as ':runlocal' behind": merge(
       golden.config('tiny_switch', 'runlocal'),
       {
@@ -211,6 +217,9 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     with pytest.raises(ValueError, match=message):
       train(config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+  config = config_file.load_config(f'{dense}/this_config.py')
+  config.init_from.workdir = str(dense)
+  initial_state(config, tmp_path / 'own')
   with pytest.raises(ValueError, match='nobody to read it'):
     loop.train_and_evaluate(
       run_config.read(config_from(dense)),
