@@ -50,6 +50,18 @@ ARCHITECTURES = {
 }
 
 
+class UnsupportedError(ValueError):
+  """A config.json whose values our models cannot express.
+
+  Attributes:
+    problems: A text for each of them.
+  """
+
+  def __init__(self, headline: str, problems: list[str]):
+    self.problems = problems
+    super().__init__(problem_text(headline, problems))
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """A checkpoint whose config.json has been read.
@@ -121,9 +133,7 @@ def _read_checkpoint(
   problems += config_keys.bad_ids(config, values.vocab_size)
   problems += architecture.problems(values)
   if problems:
-    raise ValueError(
-      problem_text(f'{path}: {subject} is not supported', problems)
-    )
+    raise UnsupportedError(f'{path}: {subject} is not supported', problems)
   try:
     return Checkpoint(
       path.parent,

@@ -1,52 +1,31 @@
 """Writing of a model and its variables as a folder for transformers.
 
-Not here: a run's folder and its tokenizer (`export_run.py`).
+Not here: its config.json (`exported_config.py`), or a run's folder and its
+tokenizer (`export_run.py`).
 """
 
-import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from moe_jax.interop.architecture import Architecture
-from moe_jax.interop.checkpoint_folder import (
-  ARCHITECTURES,
-  architecture_of,
-  from_config,
-)
+from moe_jax.interop.exported_config import choose
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
-from moe_jax.interop.quirks import TransformersEncoderDecoder
-from moe_jax.interop.tensor_files import SAFETENSORS, problem_text
+from moe_jax.interop.tensor_files import SAFETENSORS
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import assembled_state, has_tied, untied
-from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.models.router_state import variables as as_variables
 
 _SHARD_BYTES = 2**31
-# Keys that are not carried over: those of older versions of transformers, in
-# whose place others are written, and that of quantized tensors.
-_REPLACED_KEYS = (
-  'torch_dtype',
-  'rope_theta',
-  'rope_scaling',
-  'partial_rotary_factor',
-  'original_max_position_embeddings',
-  'quantization_config',
-)
-# Texts that stand for options in messages: what each option decides.
-_OPTION_TEXTS = {
-  f'{half}sparse': f'{half}moe.layers, which layers are sparse'
-  for half in ('', 'encoder.')
-}
 
 
 def save(
@@ -84,7 +63,7 @@ def save(
   if has_tied(tied_model := options.build()):
     options, params = untied(options, params)
     state = assembled_state(tied_model, state, options.build())
-  architecture, config_json = _choose(options, config or {})
+  architecture, config_json = choose(options, config or {})
   model = options.build()
   if model.keeps_router_state and not state:
     raise ValueError(
@@ -99,124 +78,6 @@ def save(
   # Last, as without config.json a folder is not read.
   text = json.dumps(config_json, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
-
-
-def _choose(
-  options: ModelOptions, config: Mapping[str, Any]
-) -> tuple[Architecture, dict[str, Any]]:
-  """The architecture of a model, and the content of its config.json.
-
-  The architecture is that of the config, or else the first that computes the
-  same function; architectures without a class in transformers come last.
-
-  Raises:
-    ValueError: No architecture computes it. The message lists how the nearest
-      architecture differs, or what the first one lacks.
-  """
-  if config.get('model_type') is not None:
-    architecture = architecture_of(config)
-    return architecture, describe(options, architecture, config)
-  errors = []
-  for architecture in sorted(ARCHITECTURES.values(), key=_needs_code):
-    if architecture.suits(options):
-      try:
-        return architecture, describe(options, architecture, config)
-      except ValueError as error:
-        errors.append((architecture.needs_code, error))
-  raise min(errors, key=lambda pair: (pair[0], *_distance(pair[1])))[1]
-
-
-def _needs_code(architecture: Architecture) -> bool:
-  return architecture.needs_code
-
-
-class _UnsupportedError(ValueError):
-  """An architecture with the parts of a model, but not with all its values."""
-
-
-class _DiffersError(_UnsupportedError):
-  """A model of an architecture that computes another function than ours."""
-
-
-def _distance(error: ValueError) -> tuple[bool, bool, int]:
-  """The sort key of errors: the architecture that lacks least comes first."""
-  kinds = _DiffersError, _UnsupportedError
-  no_model, no_parts = (not isinstance(error, kind) for kind in kinds)
-  return no_model, no_parts, str(error).count('\n')
-
-
-def describe(
-  options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
-) -> dict[str, Any]:
-  """The content of config.json.
-
-  Raises:
-    ValueError: No model of that architecture computes the same function.
-  """
-  model_type = architecture.model_type
-  refusal = f'the model is no {model_type} model of transformers'
-  counts = [m.num_experts for m in options.build().moes if m is not None]
-  if len(set(counts)) > 1:
-    raise ValueError(
-      f'{refusal}: its sparse layers have {counts} experts, where transformers '
-      'has one number for all; merge or prune with one number, --experts=N'
-    )
-  try:
-    decided = architecture.describe(options)
-  except ValueError as error:
-    raise ValueError(f'{refusal}: {error}') from error
-  replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
-  other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
-  config_json = {
-    **_neutral_values(architecture, decided),
-    **other_keys,
-    **decided,
-    'model_type': architecture.borrowed_type or model_type,
-    'architectures': [architecture.classes[0]],
-    'dtype': cast(Any, options).numerics.param_dtype,
-  }
-  try:
-    reread_options = from_config(config_json)
-  except ValueError as error:
-    raise _UnsupportedError(f'{refusal}: {error}') from error
-  if differences := _differences(options, reread_options):
-    raise _DiffersError(
-      problem_text(
-        f'transformers cannot compute this model as {model_type}; '
-        'the model has',
-        differences,
-      )
-    )
-  return config_json
-
-
-def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
-  """A line for each option by which the models compute different functions."""
-  if ours.has_encoder:
-    ours = TransformersEncoderDecoder.of(cast(Any, ours))
-    # config.json does not say which tables there are; the tensors do.
-    theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
-    if not ours.build().capacity_binds:
-      # With slots for all tokens, those that padding takes do not matter.
-      theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
-  pairs = difference(ours, theirs)
-  # An option that theirs lacks follows from another choice, which is listed.
-  causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
-  return [
-    f'{_OPTION_TEXTS.get(name, name)}: {old!r}, not {new!r}'
-    for name, (old, new) in (causes or pairs).items()
-  ]
-
-
-def _neutral_values(
-  architecture: Architecture, decided: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Keys for training that our models do not have, with neutral values."""
-  values = {}
-  for name, (_, _, neutral, _) in architecture.keys.training.items():
-    if neutral is not ...:
-      values[name] = decided[neutral] if isinstance(neutral, str) else neutral
-  return values
 
 
 class _Tensor(NamedTuple):

@@ -364,10 +364,20 @@ def test_bytes_go_out_and_come_back(tmp_path):
 
 def test_what_transformers_has_no_model_of(tmp_path):
   run_folders.write(tmp_path / 'run')
-  with pytest.raises(ValueError, match='no olmoe model of tra') as caught:
+  with pytest.raises(ValueError, match='as mixtral; the model has') as caught:
     export_run(tmp_path / 'run', tmp_path / 'out')
   assert 'checkpoint' not in str(caught.value)
-  assert "hidden_act='gelu' is not" in str(caught.value)
+  # A value that config.json cannot have hides none of the other differences.
+  for part in (
+    "hidden_act='gelu' is not supported, only",
+    "moe.expert.activation: 'gelu', not 'swiglu'",
+    "moe.capacity.kind: 'per_token', not 'all'",
+    'num_experts_per_tok=1 is not supported: every gate would be 1',
+    "moe.router.gates: 'raw', not 'renormalized'",
+    'which layers are sparse: (False, True), not (True, True)',
+    "'What can be exported' in moe_jax/interop/README.md",
+  ):
+    assert part in str(caught.value)
   drops = dict(
     capacity=dict(kind='per_token'),
     router=dict(token_choice=dict(gates='raw')),
@@ -388,6 +398,17 @@ def test_what_transformers_has_no_model_of(tmp_path):
     tmp_path, num_layers=3, moe=dict(MIXTRAL['moe'], layers='0,1')
   )
   assert 'which layers are sparse: (True, True, False), not (True, T' in message
+  # No decoder there has these positions or this router.
+  moe = dict(MIXTRAL['moe'], router=dict(kind='hash'))
+  message = refusal(tmp_path, positions=dict(kind='learned'), moe=moe)
+  for part in (
+    "positions.kind: 'learned', not 'rotary'",
+    "moe.router.kind: 'hash', not 'token_choice'",
+    "moe.router.gates: absent, not 'renormalized'",
+  ):
+    assert part in message
+  moe = dict(num_experts=0, layers='none')
+  assert 'it is dense; Mixtral has experts' in refusal(tmp_path, moe=moe)
   assert not (tmp_path / 'out').exists()
 
 

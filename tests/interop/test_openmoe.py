@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import config_file, generation, interop, run_config
 from moe_jax.data.plain_files import read_json
-from moe_jax.interop import checkpoint_folder, saving
+from moe_jax.interop import checkpoint_folder, exported_config
 from moe_jax.interop.quirks import EvenSlots
 from moe_jax.models.meaning import difference
 from moe_jax.routing.capacity import All
@@ -300,7 +300,7 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
   assert len(checkpoint.notes) == 3
   # The exported config has the keys of the import, but for those that
   # transformers has renamed.
-  written = saving.describe(
+  written = exported_config.describe(
     imported, checkpoint.architecture, checkpoint.config
   )
   renamed = {'rope_scaling', 'rope_theta', 'torch_dtype'}
@@ -370,4 +370,4 @@ def test_other_models_are_not_written(change, message):
   moe = dataclasses.replace(options.moe, **change)
   other = dataclasses.replace(options, moe=moe)
   with pytest.raises(ValueError, match=re.escape(message)):
-    saving.describe(other, interop.ARCHITECTURES['openmoe'], {})
+    exported_config.describe(other, interop.ARCHITECTURES['openmoe'], {})

@@ -1,0 +1,221 @@
+"""The config.json of a model that is written for transformers.
+
+It finds the architecture that computes the same function, or else says how the
+nearest one differs. Not here: the tensors (`saving.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from moe_jax.interop.architecture import Architecture
+from moe_jax.interop.checkpoint_folder import (
+  ARCHITECTURES,
+  UnsupportedError,
+  architecture_of,
+  from_config,
+)
+from moe_jax.interop.quirks import TransformersEncoderDecoder
+from moe_jax.interop.tensor_files import problem_text
+from moe_jax.layers.positions import Rotary
+from moe_jax.layers.routers import TokenChoice
+from moe_jax.models import DecoderOptions, ModelOptions
+from moe_jax.models.meaning import difference
+
+# Keys that are not carried over: those of older versions of transformers, in
+# whose place others are written, and that of quantized tensors.
+_REPLACED_KEYS = (
+  'torch_dtype',
+  'rope_theta',
+  'rope_scaling',
+  'partial_rotary_factor',
+  'original_max_position_embeddings',
+  'quantization_config',
+)
+# Texts that stand for options in messages: what each option decides.
+_OPTION_TEXTS = {
+  f'{half}sparse': f'{half}moe.layers, which layers are sparse'
+  for half in ('', 'encoder.')
+}
+_HINT = (
+  "'What can be exported' in moe_jax/interop/README.md has the flags of one "
+  'that can be'
+)
+
+
+def choose(
+  options: ModelOptions, config: Mapping[str, Any]
+) -> tuple[Architecture, dict[str, Any]]:
+  """The architecture of a model, and the content of its config.json.
+
+  The architecture is that of the config, or else the first that computes the
+  same function; architectures without a class in transformers come last.
+
+  Raises:
+    ValueError: No architecture computes it. The message lists how the nearest
+      architecture differs, the one with the fewest differences, or what the
+      first one lacks.
+  """
+  if config.get('model_type') is not None:
+    architecture = architecture_of(config)
+    return architecture, describe(options, architecture, config)
+  errors = []
+  for architecture in sorted(ARCHITECTURES.values(), key=_needs_code):
+    if architecture.suits(options):
+      try:
+        return architecture, describe(options, architecture, config)
+      except ValueError as error:
+        count = getattr(error, 'num_differences', math.inf)
+        errors.append((architecture.needs_code, count, error))
+  raise ValueError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
+
+
+def _needs_code(architecture: Architecture) -> bool:
+  return architecture.needs_code
+
+
+class _DiffersError(ValueError):
+  """A model of an architecture that computes another function than ours.
+
+  Attributes:
+    num_differences: The number of options that differ.
+  """
+
+  def __init__(
+    self, model_type: str, differences: list[str], problems: list[str]
+  ):
+    self.num_differences = len(differences)
+    headline = (
+      f'transformers cannot compute this model as {model_type}; the model has'
+    )
+    super().__init__(problem_text(headline, [*differences, *problems]))
+
+
+def describe(
+  options: ModelOptions, architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The content of config.json.
+
+  Raises:
+    ValueError: No model of that architecture computes the same function.
+  """
+  refusal = f'the model is no {architecture.model_type} model of transformers'
+  counts = [m.num_experts for m in options.build().moes if m is not None]
+  if len(set(counts)) > 1:
+    raise ValueError(
+      f'{refusal}: its sparse layers have {counts} experts, where transformers '
+      'has one number for all; merge or prune with one number, --experts=N'
+    )
+  obstacle = None
+  try:
+    decided = architecture.describe(options)
+  except ValueError as error:
+    obstacle, decided = error, _described_nearby(options, architecture)
+    if decided is None:
+      raise ValueError(f'{refusal}: {error}') from error
+  config_json = _config_json(options, architecture, config, decided)
+  theirs, problems = _read_back(config_json)
+  if theirs is None:
+    problem = obstacle or '; '.join(problems)
+    raise ValueError(f'{refusal}: {problem}')
+  differences = _differences(options, theirs)
+  if obstacle is not None and not differences:
+    problems = [*problems, str(obstacle)]
+  if differences or problems:
+    raise _DiffersError(architecture.model_type, differences, problems)
+  return config_json
+
+
+def _described_nearby(
+  options: ModelOptions, architecture: Architecture
+) -> dict[str, Any] | None:
+  """The keys of a decoder with the positions and router of most decoders.
+
+  They serve to list all that differs of a decoder with others. None if the
+  architecture has no such decoder either.
+  """
+  if not isinstance(options, DecoderOptions):
+    return None
+  moe, positions = options.moe, options.positions
+  try:
+    if not isinstance(moe.router, TokenChoice):
+      moe = dataclasses.replace(moe, router=TokenChoice())
+    if not isinstance(positions, Rotary):
+      positions = Rotary()
+    return architecture.describe(
+      dataclasses.replace(options, moe=moe, positions=positions)
+    )
+  except ValueError:
+    return None
+
+
+def _config_json(
+  options: ModelOptions,
+  architecture: Architecture,
+  config: Mapping[str, Any],
+  decided: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The keys that a model decides, and others of the config beside them."""
+  replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
+  other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
+  return {
+    **_neutral_values(architecture, decided),
+    **other_keys,
+    **decided,
+    'model_type': architecture.borrowed_type or architecture.model_type,
+    'architectures': [architecture.classes[0]],
+    'dtype': cast(Any, options).numerics.param_dtype,
+  }
+
+
+def _read_back(
+  config_json: Mapping[str, Any],
+) -> tuple[ModelOptions | None, list[str]]:
+  """The options of a config.json, with defaults for unsupported values.
+
+  Returns:
+    The options, or None if they cannot be read with defaults either; and a text
+    for each value that is not supported.
+  """
+  problems = []
+  try:
+    try:
+      return from_config(config_json), []
+    except UnsupportedError as error:
+      problems = error.problems
+      bad_keys = {problem.partition('=')[0] for problem in problems}
+      kept = {k: v for k, v in config_json.items() if k not in bad_keys}
+      return from_config(kept), problems
+  except ValueError as error:
+    return None, problems or [str(error)]
+
+
+def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
+  """A line for each option by which the models compute different functions."""
+  if ours.has_encoder:
+    ours = TransformersEncoderDecoder.of(cast(Any, ours))
+    # config.json does not say which tables there are; the tensors do.
+    theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
+    if not ours.build().capacity_binds:
+      # With slots for all tokens, those that padding takes do not matter.
+      theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
+  pairs = difference(ours, theirs)
+  # An option that theirs lacks follows from another choice, which is listed.
+  causes = {name: pair for name, pair in pairs.items() if pair[1] is not None}
+  return [
+    f'{_OPTION_TEXTS.get(name, name)}: '
+    f'{"absent" if old is None else repr(old)}, not {new!r}'
+    for name, (old, new) in (causes or pairs).items()
+  ]
+
+
+def _neutral_values(
+  architecture: Architecture, decided: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Keys for training that our models do not have, with neutral values."""
+  values = {}
+  for name, (_, _, neutral, _) in architecture.keys.training.items():
+    if neutral is not ...:
+      values[name] = decided[neutral] if isinstance(neutral, str) else neutral
+  return values
