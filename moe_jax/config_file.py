@@ -133,9 +133,10 @@ def _locate(spec: str) -> tuple[str, pathlib.Path, str]:
   if path.stem not in files:
     hint = f'{_MOE_JAX}:NAME works in every folder, for NAME: '
     hint += unknown_text('config', path.stem, files)
-  raise ValueError(
-    f'config file {file!r} does not exist under {os.getcwd()}; {hint}'
-  )
+  problem = f'does not exist under {os.getcwd()}'
+  if path.is_dir():
+    problem = 'is a folder, and a config is a file'
+  raise ValueError(f'config file {file!r} {problem}; {hint}')
 
 
 def package_configs(package: str) -> dict[str, pathlib.Path]:

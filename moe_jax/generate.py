@@ -192,6 +192,10 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
     text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
     raise ValueError(f'{options.prompts_file} is no text: {error}') from None
+  except OSError as error:
+    raise ValueError(
+      f'--prompts_file={options.prompts_file} cannot be read: {error.strerror}'
+    ) from None
   prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
     raise ValueError(f'{options.prompts_file} has no prompts, one a line')

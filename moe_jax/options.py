@@ -10,6 +10,8 @@ config from these classes and reads them back.
 
 import dataclasses
 import functools
+import numbers
+import operator
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar, cast
@@ -269,6 +271,9 @@ class Options:
     hints = types_of(type(self))
     for name, field in fields_of(type(self)).items():
       spec, value = spec_of(field), getattr(self, name)
+      if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        value = operator.index(value)  # an integer of numpy
+        object.__setattr__(self, name, value)
       problem = value_problem(name, value, hints[name], spec)
       if problem is None and has_no_effect(self, name):
         problem = no_effect(name, value, needs(spec.when))

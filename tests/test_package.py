@@ -65,6 +65,7 @@ def test_every_config_of_the_folder_has_a_name():
     ('configs/tiny_switch.py:runlocal', 'moe_jax:tiny_switch works in every'),
     ('configs/tiny_swich.py', "did you mean 'tiny_switch'?"),
     ('own.py', 'does not exist under'),
+    ('.', "config file '.' is a folder, and a config is a file; moe_jax:NAME"),
   ],
 )
 def test_what_is_no_config_is_told_of_the_nearest_name(

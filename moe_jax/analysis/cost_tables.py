@@ -47,12 +47,15 @@ class Workload:
 def compute_table(model: Model, work: Workload) -> Table:
   """The table of the parameters and the FLOPs of a model."""
   c = count(model, work.seq_len, work.target_len, work.batch_size)
+  rows = (
+    f' Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
+    'expert; rows without a token are not counted.'
+  )
   table = Table(
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
-    caption=f'A multiply-add counts as two FLOPs.{_attention(model, c)} '
-    f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
-    'expert; rows without a token are not counted.'
+    caption=f'A multiply-add counts as two FLOPs.{_attention(model, c)}'
+    + rows * (c.expert_params > 0)
     + _as_in_2017(model, work.seq_len),
   )
   for heading in ('Parameters', 'FLOPs'):

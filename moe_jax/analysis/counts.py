@@ -126,10 +126,13 @@ class Cost:
       f'{short(self.active_params)} active per token, '
       f'{short(self.expert_params)} in experts',
       f'FLOPs per token: {short(self.forward_flops)} forward, '
-      f'{short(self.training_flops)} in training '
-      f'(routers have {self.router_flops / self.forward_flops:.1%} of them; '
-      f'experts multiply {self.capacity_slack:.2f} rows for each choice)',
+      f'{short(self.training_flops)} in training',
     ]
+    if self.expert_params:
+      lines[-1] += (
+        f' (routers have {self.router_flops / self.forward_flops:.1%} of them; '
+        f'experts multiply {self.capacity_slack:.2f} rows for each choice)'
+      )
     if self.encoder:
       lines.append(
         f'FLOPs forward: {short(self.encoder.total)} for a token of the '

@@ -117,10 +117,15 @@ def generate(
   check_number('length_penalty', length_penalty)
   sampler = Sampler.make(temperature, top_k, top_p)
   if num_beams != 1:
-    if temperature or on_token is not None:
+    if temperature:
       raise ValueError(
-        f'num_beams={num_beams} with a temperature or on_token: beams are not '
-        'drawn, and none is settled before the end'
+        f'num_beams={num_beams} with temperature={temperature}: beams are not '
+        'drawn; give one of the two'
+      )
+    if on_token is not None:
+      raise ValueError(
+        f'num_beams={num_beams} with on_token: no beam is settled before the '
+        'end'
       )
     beams = beam_search(
       model, variables, prompt, num_beams=num_beams,

@@ -28,10 +28,12 @@ class FfnOptions(Options):
   )
   activation: str = option(
     'gelu',
-    'Activation between the two products of a feed-forward; geglu, swiglu and '
-    'clamped_swiglu (gpt-oss) have a third kernel, whose product gates the '
-    'hidden values, and doubly_gated_swiglu (OpenMoE) a fourth, whose product '
-    'multiplies them, too.',
+    'Activation between the two products of a feed-forward; gelu is the exact '
+    'one, by the error function, and gelu_tanh its approximation by tanh, '
+    'which geglu has, too. geglu, swiglu and clamped_swiglu (gpt-oss) have a '
+    'third kernel, whose product gates the hidden values, and '
+    'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
+    'too.',
     one_of(*ACTIVATIONS),
   )
   bias: str = option(

@@ -214,6 +214,8 @@ def test_describe_names_totals_and_the_routers_share():
   assert 'routers have 12.5%' in text
   assert '1.25 rows for each choice' in text
   assert 'encoder' not in text
+  dense = cost.Cost(4000, 1000, 0, 100, flops, None, 10, 0, 1.0).describe()
+  assert dense.endswith('FLOPs per token: 2k forward, 6k in training')
 
 
 def test_an_encoder_decoders_tokens_are_counted_by_half():

@@ -153,6 +153,12 @@ CASES = [
       },
     ),
     (
+      'num_beams',
+      {'temperature': 0.5},
+      {2: ('num_beams=2 with temperature=0.5', 'one of the two')},
+    ),
+    ('num_beams', {'on_token': print}, {3: ('num_beams=3 with on_token',)}),
+    (
       'length_penalty',
       {},
       {

@@ -5,9 +5,11 @@ import functools
 import math
 import re
 
+import numpy as np
 import pytest
 
 from moe_jax import config_file, run_config, sections
+from moe_jax.layers import MoeOptions
 from moe_jax.options import (
   SEED,
   OptionError,
@@ -38,6 +40,12 @@ NUMBERS = {
   for name, hint in types_of(cls).items()
   if name in fields_of(cls) and hint in (int, float)
 }
+
+
+def test_integers_of_numpy_become_pythons():
+  options = MoeOptions(num_experts=np.int64(4), output_masking=np.int32(0))
+  assert type(options.num_experts) is int
+  assert type(options.output_masking) is float
 
 
 def refusal(cls, name, value) -> str:

@@ -268,7 +268,7 @@ def test_beams_are_an_option_of_generate(prepared):
   beams = generation.beam_search(*prepared, PROMPTS, num_beams=3, **options)
   np.testing.assert_array_equal(output.tokens, beams.tokens[:, 0])
   np.testing.assert_array_equal(output.lengths, beams.lengths[:, 0])
-  with pytest.raises(ValueError, match='num_beams=3 with a temperature'):
+  with pytest.raises(ValueError, match='num_beams=3 with temperature=1'):
     generation.generate(*prepared, PROMPTS, num_beams=3, temperature=1.0)
   with pytest.raises(ValueError, match='num_beams=0 must be at least 1'):
     generation.generate(*prepared, PROMPTS, num_beams=0)
