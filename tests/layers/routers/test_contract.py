@@ -24,7 +24,7 @@ from moe_jax.options import (
   spec_of,
   types_of,
 )
-from moe_jax.routing import MoeAux
+from moe_jax.routing import GivenChoices, MoeAux
 from tests.models import tiny
 
 G, S, E, K, M = 40, 8, 6, 2, 5
@@ -263,6 +263,35 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
   (_, aux, y), (_, same_aux, same_y) = results
   np.testing.assert_array_equal(y, same_y)
   jax.tree.map(np.testing.assert_array_equal, aux, same_aux)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_imposed_choices_are_served_instead_of_a_routers_own(kind):
+  options, groups = OPTIONS[kind], 4
+  module, params = options.module(ROOMY, SHARED, 'router'), variables(options)
+  x, ids = inputs(groups=groups)
+  mask = np.ones((groups, S), bool)
+  mask[1, 5:] = False
+  rng = np.random.default_rng(6)
+  expert = rng.random((groups, S, E)).argsort(-1)[..., :K].astype(np.int32)
+  kept = rng.random(expert.shape) < 0.7
+
+  @jax.jit
+  def experts_of_tokens(x, mask, ids, given):
+    routing, _ = module.apply(params, x, mask, False, ids, given=given)
+    return routing.slot_mask().any(-1)  # [G, S, E]
+
+  # An expert that chooses takes all tokens that are imposed on it.
+  given = GivenChoices(expert, None if options.by_expert else kept)
+  if not options.takes_choices:
+    with pytest.raises(ValueError, match='takes no others'):
+      experts_of_tokens(x, mask, ids, given)
+    return
+  served = np.zeros((groups, S, E), bool)
+  np.put_along_axis(served, expert, kept | options.by_expert, -1)
+  np.testing.assert_array_equal(
+    experts_of_tokens(x, mask, ids, given), served & mask[..., None]
+  )
 
 
 @pytest.mark.parametrize('kind', KINDS)

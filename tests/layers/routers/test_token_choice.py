@@ -8,6 +8,8 @@ from flax.errors import InvalidRngError
 
 from moe_jax import All, Fixed, NoisyTopK, TokenChoice, sections
 from moe_jax.layers.routers import ROUTERS, Sizes
+from moe_jax.layers.routers.contract import sown
+from moe_jax.layers.routers.noisy_top_k import LOAD
 from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import (
@@ -18,6 +20,7 @@ from tests.layers.routers.run import (
   S,
   compiled,
   draw,
+  module,
   route,
   some_mask,
   start,
@@ -66,6 +69,24 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
   assert sum(expected['overflowed']) > 0
   for name, value in aux.stats._asdict().items():
     np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
+
+
+def test_the_load_that_is_kept_for_analysis_is_that_of_real_tokens():
+  x, mask = draw(G, S, M), some_mask()
+  params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}
+  router = module(NoisyTopK(), Sizes(E, K, All()))
+
+  @jax.jit
+  def kept(x, mask):
+    variables = {'params': params}
+    return router.apply(variables, x, mask, mutable=['intermediates'])[1]
+
+  load = sown(kept(x, mask)['intermediates'])[LOAD]
+  clean = x.astype(np.float64) @ params['w']
+  std = np.log1p(np.exp(x.astype(np.float64) @ params['w_noise']))
+  probability = reference.load_probability(clean, clean, std, K)
+  expected = np.where(mask[..., None], probability, 0.0).sum(1)
+  np.testing.assert_allclose(load, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_token_choice_has_importance_and_no_load_to_estimate():
@@ -360,17 +381,18 @@ def test_bad_options_are_refused(section, message):
 @pytest.mark.parametrize('router', [TokenChoice(), NoisyTopK()])
 def test_masked_columns_are_no_experts_of_the_losses(router):
   # Two tokens choose columns 0 and 2 as evenly as can be; both would rather
-  # have column 1, which leads to no expert.
-  x = np.eye(2, dtype=np.float32)[None]  # [G, S, M]
+  # have column 1, which leads to no expert. The third is padding, and would
+  # make column 0 the more popular one.
+  x = np.float32([[[1, 0], [0, 1], [1, 0]]])  # [G, S, M]
   tied = TiedColumns(((0, (0, -1, 1)),))
-  sizes, mask = Sizes(3, 1, All(), tied), np.ones((1, 2), bool)
+  sizes, mask = Sizes(3, 1, All(), tied), np.array([[True, True, False]])
   params = {'w': jnp.array([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0]])}
   if router == NoisyTopK():
     params['w_noise'] = jnp.zeros((2, 3))
   chosen, aux = compiled(router, sizes, False)(
     {'params': params}, x, mask, None, None, 0
   )
-  assert chosen.expert_index.tolist() == [[[0], [1]]]
+  assert chosen.expert_index[:, :2].tolist() == [[[0], [1]]]
   np.testing.assert_allclose(aux.balance_loss, 2 * 1.0, rtol=1e-5)
   np.testing.assert_allclose(aux.importance_loss, 0.0, atol=1e-5)
   np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)
