@@ -149,6 +149,39 @@ def test_a_signal_has_runs_save_and_starts_no_more(tmp_path, number):
   assert not commands[2].logs[0].exists()
 
 
+class StubbornTask:
+  """A task that only SIGKILL ends; a second signal comes at its second poll."""
+
+  def __init__(self, place):
+    signal.raise_signal(signal.SIGTERM)
+    self.numbers, self.polls = [], 0
+
+  def ended(self):
+    self.polls += 1
+    assert self.polls < 9, self.numbers
+    if self.polls == 2:
+      signal.raise_signal(signal.SIGTERM)
+    return signal.SIGKILL in self.numbers
+
+  def outcome(self):
+    return FAILED
+
+  def signal(self, number):
+    self.numbers.append(number)
+
+
+def test_a_second_signal_kills_what_the_first_asked_to_stop():
+  ended = []
+  outcomes = scheduler.run_all(
+    {'stubborn': StubbornTask},
+    [{}],
+    ends=lambda name, outcome, task: ended.append(task),
+  )
+  assert outcomes == {'stubborn': STOPPED}
+  (task,) = ended
+  assert task.numbers == [signal.SIGTERM, signal.SIGKILL] and task.polls == 3
+
+
 def test_sweeps_multiply():
   items = items_lib.swept(
     'configs/x.py',

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from moe_jax import run_config
 from moe_jax.configs import base
@@ -141,6 +143,27 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   )
   assert rows[-1] == expected[-1]
   assert len({step for step, _ in rows}) == len(rows)
+
+
+def test_several_processes_number_their_steps_from_one_through_all_runs(
+  monkeypatch,
+):
+  # JAX stops all processes at the number above all that it has got, and before
+  # the first it stops at 1: a signal that comes early stops the first step.
+  numbers = []
+
+  def reached(number):
+    numbers.append(number)
+    return number == 1
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', reached)
+  new_process = runpy.run_path(signals.__file__)
+  stops = []
+  for _ in range(2):  # runs
+    with new_process['catching_sigterm']() as should_stop:
+      stops += [should_stop(), should_stop()]
+  assert numbers == [1, 2, 3, 4] and stops == [True, False, False, False]
 
 
 @pytest.fixture
