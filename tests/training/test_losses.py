@@ -59,6 +59,9 @@ def test_the_logits_z_loss_is_weighted_like_the_cross_entropy():
   expected = nats.mean() + 0.1 * (z**2).mean()
   total = losses.total_loss(sums, totals, weights)
   np.testing.assert_allclose(total, expected, rtol=1e-5)
+  # As a microbatch the rows are divided by the weights of the whole batch.
+  of_more = losses.total_loss(sums, totals._replace(weight=12.0), weights)
+  np.testing.assert_allclose(of_more, expected / 4, rtol=1e-5)
   plain = losses.total_loss(sums, totals, losses.LossWeights())
   np.testing.assert_allclose(plain, nats.mean(), rtol=1e-5)
 

@@ -3,9 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from moe_jax.models.base import Model, TokenLosses
+from moe_jax.routing import empty_aux
 from moe_jax.training import losses
+from moe_jax.training.step import TrainState, make_grad_fn, train_step
+from moe_jax.training_types import LossSums
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 
@@ -124,6 +129,84 @@ def test_randomness_is_the_seeds_and_the_steps():
     float(tiny.grads_of(options, params, batch, key)[0][0]) for key in (0, 0, 1)
   ]
   assert losses_by_key[0] == losses_by_key[1] != losses_by_key[2]
+
+
+def aux_of(load):
+  """The aux of one layer with this load, [1, E] as every leaf."""
+  aux = jax.tree.map(lambda leaf: leaf[None], empty_aux(len(load), 1))
+  return aux._replace(stats=aux.stats._replace(load=jnp.array([load])))
+
+
+def test_a_step_by_hand():
+  # Plain descent at a rate of 0.5, and a state of routers that sums the load.
+  # The loss is a draw, so that it tells keys of steps apart.
+  def grad_fn(params, batch, divisors, key, router_state, step):
+    sums = LossSums(0.0, 1.0, 0.0, aux_of([3.0, 1.0]))
+    grads = {'w': batch['x'] / divisors - step}
+    return (jax.random.uniform(key), sums), grads
+
+  @jax.jit
+  def stepped(state):
+    return train_step(
+      state,
+      {'x': jnp.array([14.0, 0.0])},
+      grad_fn=grad_fn,
+      normalize=lambda batch: batch['x'].sum() / 7,
+      optimizer=optax.sgd(0.5),
+      schedule=lambda step: 10.0 + step,
+      move_router_state=lambda state, load: state + load,
+    )
+
+  def state_at(step, seed=0):
+    params = {'w': jnp.zeros(2)}
+    return TrainState(
+      jnp.int32(step),
+      jnp.uint32(seed),
+      params,
+      optax.sgd(0.5).init(params),
+      jnp.array([[1.0, 2.0]]),
+    )
+
+  new, metrics = stepped(state_at(4))
+  assert new.step == 5 and new.seed == 0
+  # The gradient is 14 / 2 - 4 and 0 - 4.
+  assert new.params['w'].tolist() == [-1.5, 2.0]
+  assert new.router_state.tolist() == [[4.0, 3.0]]
+  # The norm is that of the gradient; the rate is that of the step.
+  assert (metrics.grad_norm, metrics.learning_rate) == (5.0, 14.0)
+  draws = [
+    float(stepped(state_at(*at))[1].loss) for at in ((4,), (5,), (4, 1), (4,))
+  ]
+  assert len(set(draws)) == 3 and draws[0] == draws[-1]
+
+
+class Blind(Model):
+  """A model that reads nothing of a batch."""
+
+  def inputs(self, batch):
+    return {}
+
+
+def test_microbatches_have_noise_of_their_own():
+  def apply(model, variables, train, rngs):
+    draws = [jax.random.uniform(rngs[name]) for name in ('router', 'dropout')]
+    return ((), aux_of([1.0])), jnp.stack(draws)[None]
+
+  n = 3
+  grad_fn = make_grad_fn(
+    Blind(),
+    losses.LossWeights(),
+    microbatches=n,
+    apply=apply,
+    loss=lambda outputs, batch: TokenLosses(batch['loss_weights'], None),
+  )
+  batch = {'loss_weights': jnp.ones((2 * n, 1))}
+  divisors = losses.Normalizers(1.0, jnp.ones(1))
+  (_, sums), _ = grad_fn(
+    {'w': jnp.zeros(2)}, batch, divisors, tiny_models.key(0)
+  )
+  assert sums.choices.shape == (n, 2)
+  assert len(np.unique(sums.choices)) == 2 * n
 
 
 @pytest.mark.as_users_compile
