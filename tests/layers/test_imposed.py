@@ -140,6 +140,11 @@ def test_random_choices_are_new_in_training_and_fixed_in_evaluation():
   choices = [np.asarray(chosen(layer)) for layer in (0, 0, 1)]
   np.testing.assert_array_equal(choices[0], choices[1])
   assert (choices[0] != choices[2]).any()
+  # In turn, the number of a layer is its first expert.
+  in_turn = forced_choices(
+    'round_robin', jnp.ones((1, 2), bool), options.sizes, 3, None
+  )
+  assert in_turn.expert.tolist() == [[[3, 4], [0, 1]]]
 
 
 def test_routers_that_take_no_even_choices_are_refused():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from moe_jax.layers.moe import to_groups
+from moe_jax.layers.routers import TokenChoice
 from moe_jax.routing.capacity import Fixed, PerAssignment, PerToken
+from tests import reference
 from tests.layers.test_moe import (
   B,
   E,
@@ -76,17 +78,27 @@ TIGHT = Fixed(slots=3)
 def test_an_incomplete_group_is_as_good_as_alone():
   # The 24 tokens are in groups of 16: rows 0 and 1 are a group, and row 2 is
   # half of one.
-  layer = make(group_size=16, capacity=TIGHT)
+  router = TokenChoice(sequence_balance_weight=0.1)
+  layer = make(router, group_size=16, capacity=TIGHT)
   params, x = draw_params(layer), draw(B, T, M, seed=9)
   y, aux = run(layer, params, x)
   pair, pair_aux = run(layer, params, x[:2])
-  small_groups = make(group_size=8, capacity=TIGHT)
+  small_groups = make(router, group_size=8, capacity=TIGHT)
   last, last_aux = run(small_groups, params, x[2:])
   np.testing.assert_allclose(y[:2], pair, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(y[2:], last, rtol=1e-5, atol=1e-5)
   total = jax.tree.map(lambda a, b: a + b, pair_aux, last_aux)
   assert_trees_close(aux, total)
   assert aux.stats.overflowed.sum() > 0
+  # A loss of rows is that of each row, though two of them are a group.
+  logits = x.astype(np.float64) @ params['router']['w']
+  index = np.argsort(-logits, -1)[..., :K]
+  losses = reference.balance_loss(
+    reference.softmax(logits), index, np.ones((B, T), bool)
+  )
+  np.testing.assert_allclose(
+    aux.sequence_balance_loss, T * losses.sum(), rtol=1e-5
+  )
 
 
 def test_groups_are_routed_by_themselves():

@@ -67,10 +67,31 @@ class Messages(Hook):
     run.message = message
 
 
+class StepMetrics(Hook):
+  """Collects the metrics of each step."""
+
+  def start(self, run):
+    self.steps = []
+    train_step = run.train_step
+
+    def step(state, batch):
+      state, step_metrics = train_step(state, batch)
+      self.steps.append(jax.device_get(step_metrics))
+      return state, step_metrics
+
+    run.train_step = step
+
+
 @pytest.fixture(scope='module')
-def unbroken(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('unbroken')
-  return workdir, train_and_evaluate(OPTIONS, workdir)
+def watched(tmp_path_factory):
+  """The folder of a run, its last state, and the metrics of its steps."""
+  workdir, hook = tmp_path_factory.mktemp('unbroken'), StepMetrics()
+  return workdir, train_and_evaluate(OPTIONS, workdir, hooks=[hook]), hook.steps
+
+
+@pytest.fixture(scope='module')
+def unbroken(watched):
+  return watched[:2]
 
 
 def assert_equal(a, b):
@@ -101,6 +122,23 @@ def test_rows_and_files(unbroken):
   evals = [row for row in rows if 'eval/train_capacity/loss' in row]
   assert [row['step'] for row in evals] == [3, 6]
   assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+
+
+def test_a_row_has_the_means_of_its_steps(watched):
+  workdir, _, steps = watched
+  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
+  train = [row for row in rows if 'train/loss' in row]
+  for row, pair in zip(train, zip(steps[::2], steps[1::2]), strict=True):
+    nats = sum(step.sums.cross_entropy for step in pair)
+    weight = sum(step.sums.weight for step in pair)
+    np.testing.assert_allclose(row['train/loss'], nats / weight, rtol=1e-6)
+    # These are those of its last step.
+    for name in ('grad_norm', 'learning_rate'):
+      assert row[f'train/{name}'] == getattr(pair[-1], name)
+    assert row['train/total_loss'] == pair[-1].loss
+    # A step has four rows of 24 tokens.
+    tokens = row['train/tokens_per_second'] * row['train/step_seconds']
+    np.testing.assert_allclose(tokens, 4 * 24, rtol=1e-6)
 
 
 def test_every_metric_is_explained(unbroken):

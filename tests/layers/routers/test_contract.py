@@ -255,6 +255,11 @@ def test_padding_takes_no_slot_and_changes_nothing(kind, train):
     assert not slots[~mask].any() and slots[mask].any()
     assert not np.asarray(y)[~mask].any()
     assert aux.stats.tokens == mask.sum()
+    if options.mixes or not options.by_expert:
+      # Every token has K choices, which a mixture divides.
+      np.testing.assert_allclose(
+        aux.stats.load.sum(), K * mask.sum(), rtol=1e-5
+      )
     if options.mixes:
       continue
     # Each slot has at most one token.

@@ -71,6 +71,20 @@ def test_losses_and_statistics_are_sums_over_groups_by_real_tokens(
     np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
 
 
+def test_importance_is_that_of_gates_with_their_noise():
+  params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}
+  x, mask = draw(G, S, M), some_mask()
+  chosen, aux = route(
+    NoisyTopK(), params, x, mask, num_selected=K, train=True, key=0
+  )
+  importance = reference.importance_loss(
+    np.asarray(chosen.gate), np.asarray(chosen.expert_index), mask, E
+  )
+  np.testing.assert_allclose(
+    aux.importance_loss, (importance * mask.sum(1)).sum(), rtol=1e-5
+  )
+
+
 def test_the_load_that_is_kept_for_analysis_is_that_of_real_tokens():
   x, mask = draw(G, S, M), some_mask()
   params = {'w': draw(M, E, seed=1), 'w_noise': draw(M, E, seed=2)}

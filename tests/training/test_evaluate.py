@@ -1,0 +1,43 @@
+"""The loss of a split: each row counts once, whatever the batches are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.data import PackedRows
+from moe_jax.distributed import Placing
+from moe_jax.models.base import Model, TokenLosses
+from moe_jax.routing import empty_aux
+from moe_jax.training.evaluate import Losses
+
+
+class TokenNumbers(Model):
+  """A model without layers, whose loss at a token is the token's number."""
+
+  def inputs(self, batch):
+    return {'tokens': batch['tokens']}
+
+  def __call__(self, tokens):
+    no_layers = jax.tree.map(lambda leaf: leaf[None][:0], empty_aux(1, 1))
+    return tokens.astype(jnp.float32), no_layers
+
+  def loss(self, outputs, batch):
+    return TokenLosses(outputs)
+
+
+@pytest.mark.parametrize(
+  ('num_batches', 'tokens'),
+  [
+    # A document ends with token 7, at which there is no loss. The last batch
+    # has two rows, and the last row is half padding; 23 is only a target.
+    (0, [*range(1, 7), *range(8, 23)]),
+    (1, [*range(1, 7), *range(8, 17)]),
+  ],
+)
+def test_the_loss_of_a_split_by_hand(num_batches, tokens):
+  rows, batch_size = PackedRows(np.arange(1, 24), np.array([0, 7]), 4), 4
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  put = Placing(sharding, batch_size)
+  measure = Losses(TokenNumbers(), num_batches, batch_size, rows, put)
+  assert measure({}, 0) == {'loss': pytest.approx(np.mean(tokens))}
