@@ -157,8 +157,10 @@ def test_an_evaluation_has_every_row_once():
   expected = [(n, r) for n, size in SIZES.items() for r in range(size)]
   assert origins({'tokens': batch['tokens'][:150]}) == expected
   assert not batch['segment_ids'][150].any()  # beyond the last is padding
-  part, number = rows.within(71)
-  assert part is rows.parts['b'] and number == 1
+  # The last row of one source and the first of the next one.
+  for row, (name, own_row) in ((69, ('a', 69)), (70, ('b', 0))):
+    part, number = rows.within(row)
+    assert part is rows.parts[name] and number == own_row
 
 
 def test_as_many_counts_as_sources():

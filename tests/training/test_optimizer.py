@@ -1,5 +1,7 @@
 """Schedules by formula, rules by name, and Adafactor matrix by matrix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,8 @@ def run(transform, params, grads, steps=3):
     (InverseSqrt, 40, 0.5),  # sqrt(10 / 40)
     (Trapezoid, 80, 1.0),
     (Trapezoid, 95, 0.25),  # 15 of the last 20 steps are taken
+    # All steps after the warm-up are a line, of which half are taken.
+    (functools.partial(Trapezoid, decay_fraction=1.0), 55, 0.5),
   ],
 )
 def test_schedule_by_formula(schedule, step, expected):
