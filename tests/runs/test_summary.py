@@ -21,7 +21,7 @@ def numpy_aux(stats=(), **sums):
 
 def sums_of_three_layers():
   """Eight tokens of sparse layers, and losses of five tokens."""
-  # Of 16 choices the experts serve 13; two second choices found their expert
+  # The experts serve 13 of 16 choices; two second choices found their expert
   # full, and one was not sent.
   first = numpy_aux(
     dict(
@@ -62,7 +62,7 @@ def test_a_row_by_hand():
     'unsent_rate_choice_1': 0.0,
     'drop_rate_choice_2': 2 / 8,
     'unsent_rate_choice_2': 1 / 8,
-    # Of the 13 choices that are served.
+    # The share is one of the 13 choices that are served.
     'away_share': 0.5,
     'sent_share': 0.2,
     'shadowed_experts': 1.5,
@@ -88,5 +88,5 @@ def test_a_row_by_hand():
   # The loss is per weight, and the drop rate the mean of sparse layers.
   assert (row['loss'], row['drop_rate']) == (4.0, 0.25)
   assert not [key for key in row if key.startswith('layer_0/')]
-  # What did not happen has no metric.
+  # A metric is left out where nothing happened.
   assert not {'layer_2/sent_share', 'layer_2/sequence_balance_loss'} & {*row}
