@@ -307,6 +307,8 @@ STUDY = Study(
     'the time here, so that it reads half as many tokens again. The open '
     'claims are of differences that are smaller than those between seeds, '
     'and say neither that models differ nor that they are alike.'
+    ' On 2026-11-29, when results were known, the words of two claims were '
+    'changed, and no comparison.'
   ),
   tasks={
     'text': Task(

@@ -161,6 +161,8 @@ STUDY = Study(
     'a model without memory. Evaluated at 2 nothing is dropped and the two '
     'differ by their training alone: some seeds had not learned every pair '
     'yet, which hides a difference as small as the published one.'
+    ' On 2026-11-29, when results were known, the words of all claims were '
+    'changed, and no comparison.'
   ),
   tasks=PREFIX_TASKS,
   written='2026-11-25',

@@ -6,9 +6,9 @@ Jacobs et al. 1991 (https://doi.org/10.1162/neco.1991.3.1.79), Table 1: four
 vowels from two formants, the first 50 of 75 speakers to train on. Mixtures of 4
 and 8 experts reach a squared error of 0.08 in half the epochs of
 back-propagation networks with 6 and 12 hidden units; all systems get 88 and 90
-% of training and test cases right (numbers from a secondary source). Full-batch
-gradient descent without momentum, the learning rate of each system chosen by a
-limited exploration.
+per cent of training and test cases right (numbers from a secondary source).
+Full-batch gradient descent without momentum, the learning rate of each system
+chosen by a limited exploration.
 
 Read from the paper: the criterion, the split, F1 and F2 in kHz, the equal
 mixing proportions at the start, and that an expert is one logistic output. It
@@ -30,11 +30,10 @@ of 1952 itself (835 against 1,159, by `--config.data.vowels.table=PATH`; not in
 RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. The choice
 of an expert says more about a case where experts compete (0.67 nats with
 equation 1.3, 0.65 with 1.2) than where they cooperate (0.43 with 1.1). Equation
-1.1 needs about as many epochs at its own best rate; `boundaries.png` draws the
-experts' decision lines and the gates of all three. Equation 1.3 is nearly half
-of equation 1.2: with one logistic output all distances are below 1, where the
-exponential is almost linear. In one run of 25 with 1.2 a single expert was in
-use, in none with 1.3.
+1.1 needs about as many epochs at its own best rate(`boundaries.png` has the
+decision lines). Equation 1.3 is nearly half of equation 1.2: with one logistic
+output all distances are below 1, where the exponential is almost linear. In one
+run of 25 with 1.2 a single expert was in use, in none with 1.3.
 
 `--task=linear_pairs --steps=20000` tells the equations apart: of 4 experts 3
 are in use with 1.3, and two with 1.2 and 1.1; they need 3,400, 5,450 and 1,060
