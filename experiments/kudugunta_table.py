@@ -16,6 +16,9 @@ the routing of encoder and decoder. A decoder that routes by the mean of its
 sentence sees tokens that it is to predict, so that it cannot generate, and its
 loss is not comparable. Extraction is measured on the trained runs: the model of
 each language by itself, on that language, against the whole model.
+
+Planned for the full preset: 6 arms, 5 seeds, 45 minutes on two idle cores. The
+claims were written before any run.
 """
 
 import dataclasses

@@ -12,6 +12,9 @@ experts, learn all generated tasks with instructions from 20 examples each, so
 460 in all, which they see about twenty times or more. Dropout is off in
 pre-training. The gap is the loss of the validation split minus that of the
 examples that are learned from.
+
+Planned for the full preset: 5 arms, 6 seeds, 35 minutes on two idle cores. The
+claims were written before any run.
 """
 
 from collections.abc import Mapping
