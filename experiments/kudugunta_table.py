@@ -18,7 +18,7 @@ loss is not comparable. Extraction is measured on the trained runs: the model of
 each language by itself, on that language, against the whole model.
 
 Planned for the full preset: 6 arms, 5 seeds, 45 minutes on two idle cores. The
-claims were written before any run.
+claims were written before these runs.
 """
 
 import dataclasses

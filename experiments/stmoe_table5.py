@@ -20,7 +20,7 @@ a bound of 0.05 nats a token, which was chosen before any result was seen; the
 claims say how small a difference could have been told.
 
 Planned for the full preset: 8 arms, 6 seeds, 38 minutes on two idle cores. The
-claims were written before any run.
+claims were written before these runs.
 """
 
 import ml_collections

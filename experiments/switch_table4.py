@@ -14,7 +14,7 @@ pre-training. The gap is the loss of the validation split minus that of the
 examples that are learned from.
 
 Planned for the full preset: 5 arms, 6 seeds, 35 minutes on two idle cores. The
-claims were written before any run.
+claims were written before these runs.
 """
 
 from collections.abc import Mapping

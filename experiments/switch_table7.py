@@ -14,7 +14,7 @@ A student has the steps of its teacher behind it, so that the dense twin of as
 many steps as both together is the control, as there.
 
 Planned for the full preset: 7 arms, the teachers of 5 of them, 5 seeds, 38
-minutes on two idle cores. The claims were written before any run.
+minutes on two idle cores. The claims were written before these runs.
 """
 
 from collections.abc import Mapping, Sequence
