@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from moe_jax.routing import Routing, token_choice
 from tests import reference
-from tests.dispatch.movers import MOVERS, WITH_SLOTS, group_sizes
+from tests.dispatch.movers import (
+  MOVERS,
+  WITH_SLOTS,
+  both_directions,
+)
 
 G, S, E, K, C, M = 2, 7, 5, 3, 4, 6
 every_dispatcher = pytest.mark.parametrize('name', MOVERS)
@@ -88,38 +92,8 @@ def test_the_scenarios_are_what_they_say():
   assert G * S * K > G * E * C and G * S < G * E * 2
 
 
-def both_directions(name, routing, slot_of_row, x, dy, rows, d_rows):
-  """Both directions of one dispatcher, with all gradients.
-
-  The caller's rows are [E, R, M] with every dispatcher; `slot_of_row` gives the
-  place among them of each row of the sorted ones.
-  """
-  dispatcher = MOVERS[name]
-  slotted = group_sizes(name, routing) is None
-
-  def send(x):
-    sent = dispatcher.dispatch(x, routing)
-    if slotted:
-      return sent
-    slots = jnp.zeros((rows.shape[0] * rows.shape[1], M), sent.dtype)
-    return slots.at[slot_of_row].set(sent, mode='drop').reshape(rows.shape)
-
-  def combine(rows, gate):
-    if not slotted:
-      flat = rows.reshape(-1, M)
-      rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
-    return dispatcher.combine(rows, dataclasses.replace(routing, gate=gate))
-
-  sent, dispatch_vjp = jax.vjp(send, x)
-  y, combine_vjp = jax.vjp(combine, rows, routing.gate)
-  return sent, dispatch_vjp(d_rows)[0], y, *combine_vjp(dy)
-
-
-compiled = jax.jit(both_directions, static_argnums=0)
-
-
 def jitted(name, routing, *case):
-  return compiled(name, routing, reference.slot_of_row(routing), *case)
+  return both_directions(name, routing, reference.slot_of_row(routing), *case)
 
 
 def by_loops(routing, x, dy, rows, d_rows):

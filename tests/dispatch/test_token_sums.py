@@ -13,7 +13,7 @@ from jax.extend import core
 
 from moe_jax.routing import SlotRouting, expert_choice
 from tests import reference
-from tests.dispatch.movers import MOVERS, group_sizes
+from tests.dispatch.movers import MOVERS, both_directions, group_sizes
 
 G, S, E, C, M = 2, 7, 5, 4, 6
 every_dispatcher = pytest.mark.parametrize('name', MOVERS)
@@ -39,32 +39,6 @@ def arrays(seed, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def both_directions(name, routing, slot_of_row, x, dy, rows, d_rows):
-  """Both directions with all gradients; the caller's rows are [E, R, M]."""
-  mover = MOVERS[name]
-  slotted = group_sizes(name, routing) is None
-
-  def send(x):
-    sent = mover.dispatch(x, routing)
-    if slotted:
-      return sent
-    slots = jnp.zeros((rows.shape[0] * rows.shape[1], M), sent.dtype)
-    return slots.at[slot_of_row].set(sent, mode='drop').reshape(rows.shape)
-
-  def combine(rows, gate):
-    if not slotted:
-      flat = rows.reshape(-1, M)
-      rows = jnp.take(flat, slot_of_row, 0, mode='fill', fill_value=0)
-    return mover.combine(rows, dataclasses.replace(routing, gate=gate))
-
-  sent, dispatch_vjp = jax.vjp(send, x)
-  y, combine_vjp = jax.vjp(combine, rows, routing.gate)
-  return sent, dispatch_vjp(d_rows)[0], y, *combine_vjp(dy)
-
-
-compiled = jax.jit(both_directions, static_argnums=0)
-
-
 def slot_of_row(routing):
   """The filled slots' indices in [E, G, C], in the order of sorted rows."""
   filled = np.asarray(routing.filled).swapaxes(0, 1).reshape(-1)
@@ -81,7 +55,7 @@ def check(routing, case, names=tuple(MOVERS), **tolerance):
   # The gradient of an empty slot's gate is arbitrary.
   part_names = ('rows', 'gradient by x', 'y', 'gradient by rows', 'by gates')
   for name in names:
-    actual = compiled(name, routing, slots, *routing_case)
+    actual = both_directions(name, routing, slots, *routing_case)
     for part, a, b in zip(part_names, actual, expected, strict=True):
       a = np.asarray(a, np.float64)
       message = f'{part} of {name}'
