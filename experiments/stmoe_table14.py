@@ -16,7 +16,14 @@ the choices of all tokens, less that of the sentinels. How far experts
 specialise is measured by the information that the first choice has about the
 token's id, in per cent of its entropy. With a hash of the token, sentinels go
 to as many experts as they hash to; a random router is the other control.
-Claims were written before any run.
+
+Found after 600 steps: sentinels are concentrated on fewer experts in the
+decoder (1.6 nats) than in the encoder (2.3), and the encoder concentrates them
+less in its last layer than in its first. Both are the reverse of the paper.
+Choices follow token ids more in the decoder than in the encoder.
+
+Claims were written before any run. The runs of the full preset, 4 arms and 5
+seeds, took 29 core minutes, beside other work.
 """
 
 from collections.abc import Mapping
@@ -248,6 +255,18 @@ STUDY = Study(
   remarks=f'A uniform choice of 16 experts has {UNIFORM:.2f} nats. Entropies '
   'are of first choices before any is dropped. Rows of a half are means over '
   'its three layers. The tables of a hash are the same for all seeds.',
+  misses='Two claims of the paper come out opposite and two of ours refuted '
+  'for one finding: the decoder sends sentinels to fewer experts than the '
+  'encoder does. The choice of an expert says 54 % about the token id in the '
+  'decoder and 30 % in the encoder. The third opposite claim is of layers: the '
+  'entropy of sentinels rises from the first layer of the encoder to the last, '
+  'and what choices say of ids falls. That routers of such young models see '
+  'little but the token, and that attention blurs it with depth and in an '
+  'encoder most, is a guess that was not tested; nor was training for longer. '
+  'In the first layer seeds differ too much to compare the halves (0.38 ± 0.52 '
+  'nats). Without the balance loss nearly all tokens of the encoder share an '
+  'expert (0.36 of 2.77 nats), so that sentinels can hardly be more '
+  'concentrated than they are, and the claim is open.',
   tasks={
     'text': Task({}, 'span corruption of the Python standard library, bytes')
   },
