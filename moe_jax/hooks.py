@@ -245,7 +245,7 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
     )
     for i, layer in enumerate(layers)
   ]
-  drop_rate_by_rank, total_drop_rate = drop_rate(stats)
+  drop_rates = [drop_rate(layer_stats) for layer_stats in layer_summaries]
   entropy = stats.entropy / stats.tokens
   logit_rms = np.sqrt(stats.logit_square / stats.tokens)
   return [
@@ -253,8 +253,8 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
       layer=layer,
       load=np.asarray(layer_summaries[i].load),
       kept=np.asarray(layer_summaries[i].kept_load),
-      drop_rate=float(total_drop_rate[i]),
-      drop_rate_by_choice=drop_rate_by_rank[i],
+      drop_rate=float(drop_rates[i][1]),
+      drop_rate_by_choice=drop_rates[i][0],
       entropy=float(entropy[i]),
       router_logit_rms=float(logit_rms[i]),
       token_counts=counts[layer],

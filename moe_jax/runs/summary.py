@@ -35,12 +35,20 @@ def sparse_layers(sums: LossSums) -> list[int]:
 def of_layer(
   stats: RoutingStats, layer: int, moes: Sequence[MoeOptions | None]
 ) -> RoutingStats:
-  """A layer's statistics without the zeros that fill its loads up to E."""
+  """A layer's statistics without the zeros that fill them up to E and K.
+
+  Layers of an encoder and a decoder may differ in both.
+  """
   moe = moes[layer] if moes else None
   if moe is None:
     return stats
-  E = moe.num_experts
-  return stats._replace(load=stats.load[:E], kept_load=stats.kept_load[:E])
+  E, K = moe.num_experts, moe.num_selected
+  return stats._replace(
+    load=stats.load[:E],
+    kept_load=stats.kept_load[:E],
+    overflowed=stats.overflowed[:K],
+    unsent=stats.unsent[:K],
+  )
 
 
 def summarize(
@@ -56,7 +64,8 @@ def summarize(
   Args:
     sums: Sums as `host` gives them.
     moes: The mixture of each layer, as `Model.moes` gives them, whose loads end
-      with its own experts. Default: all have equally many.
+      with its own experts, and whose drops with its own choices. Default: all
+      have equally many.
   """
   row = {'loss': float(sums.cross_entropy / max(sums.weight, 1e-9))}
   layers = {i: layer_summary(sums, i, moes) for i in sparse_layers(sums)}

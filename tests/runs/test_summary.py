@@ -90,3 +90,18 @@ def test_a_row_by_hand():
   assert not [key for key in row if key.startswith('layer_0/')]
   # A metric is left out where nothing happened.
   assert not {'layer_2/sent_share', 'layer_2/sequence_balance_loss'} & {*row}
+
+
+def test_a_layer_of_fewer_choices_than_others_has_its_own_rates():
+  # An encoder's layer of K = 1 stands beside a decoder's of K = 2.
+  aux = numpy_aux(
+    dict(
+      tokens=8.0, load=np.array([6.0, 2, 0, 0]),
+      kept_load=np.array([4.0, 2, 0, 0]), overflowed=np.array([2.0, 0]),
+    ),
+  )  # fmt: skip
+  aux = jax.tree.map(lambda leaf: np.asarray(leaf)[None], aux)
+  sums = LossSums(20.0, 5.0, 0.0, aux)
+  row = summary.layer_summary(sums, 0, (MoeOptions(4, 1),))
+  assert row['drop_rate'] == 2 / 8 and 'drop_rate_choice_1' not in row
+  assert row['load'] == [0.75, 0.25, 0, 0]
