@@ -100,7 +100,8 @@ class PerToken(_Share):
 
   def for_parts(self, parts):
     """The rule with a factor that grows with K; see `Capacity.for_parts`."""
-    return dataclasses.replace(self, factor=self.factor * parts)
+    factor = fractions.Fraction(str(self.factor)) * parts  # see `_share`
+    return dataclasses.replace(self, factor=float(factor))
 
   def per_expert(self, group_size, num_experts, num_selected):
     """The slots of an expert; see `Capacity.per_expert`."""
