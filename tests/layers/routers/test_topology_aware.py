@@ -104,6 +104,8 @@ def test_the_limit_is_that_of_the_formula():
   fast = dataclasses.replace(options, network_gb_per_second=200.0)
   assert fast.fraction == 1 and not fast.limits
   assert TopologyAware().limit(50) == 7  # 0.14 in FastMoE
+  # In floating point 0.29 * 100 is a little below 29.
+  assert TopologyAware(outgoing_fraction=0.29).limit(100) == 29
 
 
 def test_what_depends_on_later_tokens_is_said():
