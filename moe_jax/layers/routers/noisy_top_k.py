@@ -40,6 +40,8 @@ from moe_jax.routing.aux_losses import over_groups
 # The name in 'intermediates' of Load [G, E]: by expert, the sum of the chances
 # that a token chooses it if only its own noise is redrawn (Eq. 10).
 LOAD = 'load'
+# The logit of a masked column; its quotients and their gradients are finite.
+_MASKED = -1e20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,14 @@ class NoisyTopKRouter(Router):
     )
     gate = gates_of(self, logits.noisy, chosen)
     aux = logits_aux(self, chosen, clean, gate, mask, layer)
-    K = self.sizes.num_selected
+    K, is_open = self.sizes.num_selected, open_columns(self, layer)
+    if is_open is not None:
+      # Where K columns are open, the next largest logit is that of a masked
+      # one, which nobody has to exceed.
+      noisy = jnp.where(is_open, logits.noisy, _MASKED)
+      logits = logits._replace(noisy=noisy)
     probability = routing.load_probability(logits, K, largest)
-    if (is_open := open_columns(self, layer)) is None:
+    if is_open is None:
       load = routing.load_loss(probability, mask)
     else:
       probability = jnp.where(is_open, probability, 0.0)

@@ -410,3 +410,22 @@ def test_masked_columns_are_no_experts_of_the_losses(router):
   np.testing.assert_allclose(aux.balance_loss, 2 * 1.0, rtol=1e-5)
   np.testing.assert_allclose(aux.importance_loss, 0.0, atol=1e-5)
   np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)
+
+
+def test_columns_without_a_rival_are_chosen_for_certain():
+  # Two columns are open and chosen, so that their expected loads are equal,
+  # however much larger the logit of the masked one is.
+  router, tied = NoisyTopK(), TiedColumns(((0, (0, -1, 1)),))
+  params = {
+    'w': jnp.array([[1.0, 5.0, 0.0], [0.0, 5.0, 2.0]]),
+    'w_noise': jnp.zeros((2, 3)),
+  }
+  x, mask = draw(1, S, 2), np.ones((1, S), bool)
+  run = compiled(router, Sizes(3, 2, All(), tied), False)
+
+  def load_loss(params):
+    return run({'params': params}, x, mask, None, None, 0)[1].load_loss
+
+  loss, gradient = jax.value_and_grad(load_loss)(params)
+  assert loss == 0.0
+  assert not any(np.asarray(leaf).any() for leaf in gradient.values())
