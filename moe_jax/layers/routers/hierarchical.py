@@ -181,7 +181,7 @@ class HierarchicalRouter(Router):
     a, b = self.options.branching, level.num_experts
     # The first axis has no name: 'expert' would mark it as stacked experts.
     axes, shape = (None, 'embed', None), (a, x.shape[-1], b)
-    init = self._init(axes, shrink=1 / a)  # the fan-in of one branch
+    init = self._init(axes, batch_axis=(0,))
     w = self.param('w_branch', init, shape, jnp.float32)
     if self.options.noisy:
       w_noise = self.param('w_branch_noise', init, shape, jnp.float32)
@@ -194,10 +194,12 @@ class HierarchicalRouter(Router):
     noise = self._noisy(products[..., :b], products[..., b:], train)
     return products[..., :b], noise
 
-  def _init(self, axes, shrink=1.0):
+  def _init(self, axes, batch_axis=()):
     if self.options.noisy:
       return parameters.zero_kernel(axes, role=ROLE)
-    return parameters.kernel(self.shared, axes, role=ROLE, shrink=shrink)
+    return parameters.kernel(
+      self.shared, axes, role=ROLE, batch_axis=batch_axis
+    )
 
   def _noisy(self, clean, std, train):
     key = self.make_rng(NOISE) if train else None

@@ -21,6 +21,7 @@ from moe_jax import (
   TokenChoice,
 )
 from moe_jax.layers.routers import Sizes
+from moe_jax.layers.shared import Gpt2, Numerics
 from tests import reference
 from tests.layers.routers.run import draw
 from tests.models import tiny
@@ -219,6 +220,15 @@ def test_gates_start_with_the_fan_in_of_one_branch():
     expected = 0 if noisy else 50**-0.5
     for name in ('w', 'w_branch'):
       np.testing.assert_allclose(start[name].std(), expected, rtol=0.1)
+
+
+def test_an_initialisation_without_fan_in_is_that_of_one_branch_too():
+  shared = Shared(Numerics(init=Gpt2()))
+  module = Hierarchical(branching=8).module(Sizes(40, 1, All()), shared)
+  x, mask = jnp.ones((1, 3, 50)), jnp.ones((1, 3), bool)
+  init = jax.jit(lambda key: module.init(key, x, mask)['params'])
+  for leaf in nn.meta.unbox(init(tiny.key(0))).values():
+    np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.1)
 
 
 @pytest.mark.slow
