@@ -149,6 +149,12 @@ class MoeOptions(ImposedOptions):
     mixture = self.expert.mixture
     return mixture if isinstance(mixture, MoeOptions) else None
 
+  @property
+  def forced(self) -> str:
+    """See `ImposedOptions.forced`; experts that are mixtures count, too."""
+    inner = self.inner
+    return super().forced or ('' if inner is None else inner.forced)
+
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options that this layer and all layers like it have by themselves.
 
@@ -174,6 +180,14 @@ class MoeOptions(ImposedOptions):
         f'expert: router.kind={ROUTERS.name_of(self.inner.router)!r} of '
         f'{type(self.expert).__name__} would mix the rows of an expert, which '
         "are tokens of several texts; use 'token_choice' there"
+      )
+    if self.inner is not None and (
+      self.inner.router.needs_ids or self.inner.router.keeps_state
+    ):
+      yield (
+        f'expert: router.kind={ROUTERS.name_of(self.inner.router)!r} of '
+        f'{type(self.expert).__name__}: a mixture that is an expert knows '
+        'neither ids of its tokens nor a state, such as a balancing bias'
       )
     if self.router.mixes and not self.dispatch.by_mask:
       yield (

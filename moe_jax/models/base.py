@@ -171,7 +171,7 @@ class Model(nn.Module):
   @property
   def capacity_binds(self) -> bool:
     """Whether some layer can drop a token because an expert is full."""
-    return any(moe.capacity.binds for moe in self.moes if moe is not None)
+    return any(_binds(moe) for moe in self.moes)
 
   @property
   def forced_balance(self) -> str:
@@ -305,6 +305,11 @@ class Model(nn.Module):
     """
     del seq_len
     return 0
+
+
+def _binds(moe: MoeOptions | None) -> bool:
+  """Whether a layer, or an expert that is a mixture, can drop a token."""
+  return moe is not None and (moe.capacity.binds or _binds(moe.inner))
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:

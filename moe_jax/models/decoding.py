@@ -88,12 +88,14 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   """The options of a sparse layer with room for all tokens.
 
   They stay as they are where the capacity is part of an imported checkpoint and
-  can bind, and where experts choose tokens.
+  can bind, and where experts choose tokens. Experts that are mixtures have room
+  for all of their rows likewise.
 
   Args:
     moe: The options of the layer.
     causal: Whether the layer is run token by token.
   """
+  moe = _with_room_inside(moe)
   sizes = moe.router.serving_all(moe.sizes)
   single = causal and moe.group_size == 0
   if sizes is None or moe.capacity.keeps_in_generation(single):
@@ -104,6 +106,17 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   return dataclasses.replace(
     moe, capacity=sizes.capacity, dispatch=dispatch, group_size=0
   )
+
+
+def _with_room_inside(moe: MoeOptions) -> MoeOptions:
+  """The options with room for all rows in experts that are mixtures."""
+  if (inner := moe.inner) is None:
+    return moe
+  inner = _with_room_inside(inner)
+  # No imported checkpoint has such experts, whose capacity would be its own.
+  if (sizes := inner.router.serving_all(inner.sizes)) is not None:
+    inner = dataclasses.replace(inner, capacity=sizes.capacity, group_size=0)
+  return dataclasses.replace(moe, expert=moe.expert.with_mixture(inner))
 
 
 def _for_few_tokens(stack, moe, params, rows):

@@ -134,6 +134,11 @@ class ExpertOptions(Options):
     """The `MoeOptions` of the mixture that each expert is itself, or None."""
     return None
 
+  def with_mixture(self, mixture: Any) -> 'ExpertOptions':
+    """These options with other ones in the place of `mixture`."""
+    del mixture
+    return self
+
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
     """These options with defaults filled in from the model's options.
 

@@ -243,6 +243,10 @@ class MixtureExpert(ExpertOptions):
     """See `ExpertOptions.mixture`."""
     return getattr(self.expert, 'options', None)
 
+  def with_mixture(self, mixture: Any) -> 'MixtureExpert':
+    """See `ExpertOptions.with_mixture`."""
+    return MixtureExpert(self.expert.clone(options=mixture))
+
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""
     slots = cast(SlotDispatch, dispatch)

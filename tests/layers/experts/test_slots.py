@@ -29,7 +29,7 @@ from moe_jax.layers import (
 from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
-from moe_jax.layers.routers import ExpertChoice, Soft, TokenChoice
+from moe_jax.layers.routers import ExpertChoice, Hash, Soft, TokenChoice
 from moe_jax.models.base import check_decodes
 from moe_jax.options import at_least, option
 from moe_jax.routing import Routing
@@ -311,6 +311,20 @@ def test_a_mixture_of_tokens_cannot_be_an_expert():
   soft = MoeOptions(3, router=Soft(), capacity=All(), dispatch=Einsum())
   with pytest.raises(ValueError, match=r"router\.kind='soft' of MixtureExpert"):
     MoeOptions(E, expert=MixtureExpert(MoE(soft)))
+
+
+@pytest.mark.parametrize(
+  'router', [Hash(), TokenChoice(gates='sigmoid', balance_bias_rate=0.1)]
+)
+def test_an_inner_router_has_neither_ids_nor_a_state(router):
+  inner = MixtureExpert(MoE(MoeOptions(3, router=router)))
+  with pytest.raises(ValueError, match='neither ids of its tokens nor a state'):
+    MoeOptions(E, expert=inner)
+
+
+def test_forced_choices_of_inner_mixtures_are_said():
+  inner = MixtureExpert(MoE(MoeOptions(3, force_balance='random')))
+  assert "moe.force_balance='random'" in MoeOptions(E, expert=inner).forced
 
 
 def test_routers_of_inner_mixtures_leak_the_future_and_do_not_decode():
