@@ -22,8 +22,10 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.options import (
+  Options,
   at_least,
   choice,
+  fields_of,
   nested,
   one_of,
   option,
@@ -261,11 +263,27 @@ class MoeOptions(ImposedOptions):
     return empty_aux(self.num_experts, self.num_selected)
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
-    K = self.num_selected
+    """See `Options.shrunk`; E and K are such that the small router has them."""
+    parts = {
+      name: value.shrunk()
+      for name in fields_of(type(self))
+      if isinstance(value := getattr(self, name), Options)
+    }
+    K, router = self.num_selected, self.router.shrunk()
+    capacity = self.capacity.shrunk()
+    preferred = Sizes(min(self.num_experts, 4), K if K <= 4 else 2, capacity)
+    others = [Sizes(4, k, capacity) for k in (2, 4, 1)]
+    sizes = preferred
+    if self.num_experts:
+      fitting = (
+        s for s in (preferred, *others) if not any(router.problems_with(s))
+      )
+      sizes = next(fitting, preferred)
+    # All parts change at once, as a small router may not have the old sizes.
     return dataclasses.replace(
-      super().shrunk(),
-      num_experts=min(self.num_experts, 4),
-      num_selected=K if K <= 4 else 2,
+      self,
+      **parts,
+      num_experts=sizes.num_experts,
+      num_selected=sizes.num_selected,
       group_size=min(self.group_size, 64),
     )

@@ -24,7 +24,12 @@ from moe_jax.layers import (
   Shared,
   Sorted,
 )
-from moe_jax.layers.routers import ExpertChoice, TokenChoice
+from moe_jax.layers.routers import (
+  ExpertChoice,
+  Hierarchical,
+  TokenChoice,
+  TopologyAware,
+)
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests import reference
 from tests.models.tiny import assert_trees_close
@@ -301,6 +306,25 @@ def test_where_experts_choose_nothing_is_dropped():
 def test_what_is_no_mixture_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     MoE(options).init(jax.random.key(0), jnp.ones((B, T, M)))
+
+
+@pytest.mark.parametrize(
+  ('num_experts', 'num_selected', 'router'),
+  [
+    (16, 4, TokenChoice(expert_groups=4, chosen_expert_groups=2)),
+    (9, 3, TokenChoice(expert_groups=3, chosen_expert_groups=1)),
+    (32, 4, TopologyAware(devices=4)),
+    (12, 3, Hierarchical(branching=6, branches_selected=3)),
+    (16, 8, Hierarchical(branching=8, branches_selected=4)),
+  ],
+)
+def test_small_layers_have_sizes_that_their_router_takes(
+  num_experts, num_selected, router
+):
+  options = MoeOptions(num_experts, num_selected, router=router)
+  small = options.shrunk()
+  assert small.num_experts == 4 and small.num_selected <= 4
+  assert type(small.router) is type(router)
 
 
 def test_the_dense_twin_has_the_width_of_the_experts_chosen():

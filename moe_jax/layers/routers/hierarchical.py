@@ -99,9 +99,11 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     return (1 + self.noisy) * width * (primary.num_experts + branches)
 
   def shrunk(self):
-    """See `Options.shrunk`; there are as few branches as a token chooses."""
-    branching = min(self.branching, self.branches_selected)
-    return dataclasses.replace(self, branching=branching)
+    """See `Options.shrunk`; a token chooses all of at most two branches."""
+    branches = min(self.branches_selected, 2)
+    return dataclasses.replace(
+      self, branching=branches, branches_selected=branches
+    )
 
   def levels(self, sizes: Sizes) -> tuple['LevelSizes', 'LevelSizes']:
     """The sizes of the gate over branches, and of the gate in each branch."""
