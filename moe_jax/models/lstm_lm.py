@@ -167,7 +167,7 @@ class LstmLm(TextModel):
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     c = self.between
-    self.layers = [_Layer(c, sparse) for sparse in c.sparse]
+    self.layers = [_Layer(c, sparse, i) for i, sparse in enumerate(c.sparse)]
 
   @checked
   def __call__(
@@ -291,6 +291,7 @@ class _Layer(nn.Module):
 
   between: LstmLayersConfig
   sparse: bool
+  number: int
 
   @nn.compact
   def __call__(self, x, segment_ids, train, state, given):
@@ -303,7 +304,7 @@ class _Layer(nn.Module):
       y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
     elif c.moe is not None:
       moe = MoE(c.moe, c.shared, name='moe')
-      y, aux = moe(x, segment_ids > 0, train, given=given)
+      y, aux = moe(x, segment_ids > 0, train, None, self.number, given)
       y = jax.nn.sigmoid(y)
     else:
       twin = cast(Twin, c.twin)

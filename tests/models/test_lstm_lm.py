@@ -11,7 +11,7 @@ from moe_jax.layers import FeedForward, MoE
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.lstm import Lstm
 from moe_jax.layers.positions import NoPositions, Relative
-from moe_jax.layers.routers import Hash, Hierarchical, TokenChoice
+from moe_jax.layers.routers import Hash, Hierarchical, Random, TokenChoice
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.capacity import All, PerToken
 from tests.layers.test_moe import draw
@@ -157,6 +157,14 @@ def test_which_tokens_go_where_is_counted():
   np.testing.assert_array_equal(counts[1].sum(0), aux.stats.load[1])
   real = np.bincount(tokens[IDS > 0], minlength=V)
   np.testing.assert_array_equal(counts[1].sum(1), 4 * real)
+
+
+def test_routers_without_parameters_differ_by_layer():
+  moe = dict(layers='0,1', router=Random(), capacity=All())
+  model, tokens = build(moe, num_layers=2), tiny.tokens()
+  apply = jax.jit(lambda p: model.apply({'params': p}, tokens)[1].stats.load)
+  first, second = np.asarray(apply(tiny.params_of(model)))
+  assert (first != second).any()
 
 
 def test_what_it_does_not_do_is_refused():
