@@ -162,6 +162,7 @@ class EncoderDecoderOptions(TransformerOptions):
       return
     yield from self.task_problems()
     yield from _weight_conflicts(half, self)
+    yield from _common_conflicts(half, self)
     for problem in self.half_problems(half, causal=False):
       yield f'encoder.overrides: {problem}'
     if half.attention.window:
@@ -198,6 +199,21 @@ class EncoderDecoderOptions(TransformerOptions):
     without_overrides = dataclasses.replace(self, encoder=EncoderOptions())
     small = super(EncoderDecoderOptions, without_overrides).shrunk()
     return small.with_encoder(self.encoder_half().shrunk())
+
+
+def _common_conflicts(
+  encoder: StackOptions, decoder: StackOptions
+) -> Iterator[str]:
+  """The problem of an option of which a model has one for all its layers."""
+  if not (encoder.has_experts and decoder.has_experts):
+    return
+  for name in ('layer_reduce', 'replay'):
+    values = [getattr(half.moe, name) for half in (encoder, decoder)]
+    if values[0] != values[1]:
+      yield (
+        f'encoder.overrides: moe.{name}={values[0]!r}, and {values[1]!r} in '
+        'the decoder; a model has one for both'
+      )
 
 
 def _weight_conflicts(

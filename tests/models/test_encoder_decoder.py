@@ -216,6 +216,12 @@ REFUSED = {
   'encoder.overrides: attention.num_heads=5 does not divide width=12': {
     'attention': {'num_heads': 5, 'head_width': 0}
   },
+  "encoder.overrides: moe.layer_reduce='mean', and 'sum' in the decoder": {
+    'moe': {'layer_reduce': 'mean'}
+  },
+  "encoder.overrides: moe.replay='trace', and '' in the decoder": {
+    'moe': {'replay': 'trace'}
+  },
   'encoder.overrides: attention.window=3 has no effect in an encoder': {
     'attention': {'window': 3}
   },
