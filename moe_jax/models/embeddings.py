@@ -70,6 +70,7 @@ class EmbeddingConfig:
       transformers 5.24 where embeddings are not tied. No config has it:
       imports alone set it.
     dropout: The rate at which embedded tokens are dropped in training.
+    encoder_dropout: The rate for those of an encoder; None: `dropout`.
   """
 
   options: EmbeddingOptions
@@ -79,6 +80,7 @@ class EmbeddingConfig:
   positions: Positions = NoPositions()
   encoder_table: bool = False
   dropout: float = 0.0
+  encoder_dropout: float | None = None
 
 
 class Embeddings(nn.Module):
@@ -109,7 +111,9 @@ class Embeddings(nn.Module):
     if c.options.logits_bias:
       init = parameters.bias(('vocab',), role='head')
       self.b_logits = self.param('b_logits', init, (c.vocab_size,), dtype)
-    self.drop = nn.Dropout(c.dropout)
+    self.drop = self.encoder_drop = nn.Dropout(c.dropout)
+    if c.encoder_dropout not in (None, c.dropout):
+      self.encoder_drop = nn.Dropout(c.encoder_dropout)
 
   @jax.named_scope('embedding')
   def embed(
@@ -135,7 +139,8 @@ class Embeddings(nn.Module):
     x = c.positions.add(
       x, tokens, token_mask, positions, self.position_embedding
     )
-    return self.drop(x, deterministic=not train)
+    drop = self.encoder_drop if encoder else self.drop
+    return drop(x, deterministic=not train)
 
   @jax.named_scope('logits')
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:

@@ -188,9 +188,13 @@ class EncoderDecoderOptions(TransformerOptions):
   def build(self, rules: Rules = RULES) -> EncoderDecoder:
     """See `ModelOptions.build`."""
     self.check_filled()
+    half = self.encoder_half()
+    embedding = dataclasses.replace(
+      self.embedding_config(rules), encoder_dropout=half.dropout
+    )
     return EncoderDecoder(
-      self.embedding_config(rules),
-      self.stack_config(self.encoder_half(), rules, causal=False),
+      embedding,
+      self.stack_config(half, rules, causal=False),
       self.stack_config(self, rules, causal=True, cross=True),
     )
 

@@ -207,6 +207,21 @@ def test_fewer_kv_heads_and_a_window_are_the_decoders_alone():
   assert (decoder.num_kv_heads, decoder.window) == (2, 4)
 
 
+def test_embedded_tokens_of_an_encoder_have_its_dropout():
+  encoder = EncoderOptions(0, {'dropout': 0.5})
+  model = tiny.build(kind='encoder_decoder', encoder=encoder)
+  tokens, mask = jnp.asarray(tiny.tokens()), jnp.ones((tiny.B, tiny.T), bool)
+
+  def share_of_zeros(params, is_encoder):
+    bound = model.bind({'params': params}, rngs={'dropout': tiny.key(0)})
+    x = bound.embeddings.embed(tokens, mask, tokens, True, is_encoder)
+    return (x == 0).mean()
+
+  params = {'embedding': jnp.ones((tiny.V, 12))}
+  assert 0.4 < share_of_zeros(params, True) < 0.6
+  assert share_of_zeros(params, False) == 0
+
+
 REFUSED = {
   "encoder.overrides: unknown config key 'ffm'; did you mean 'ffn'": dict(
     ffm=1
