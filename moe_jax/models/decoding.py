@@ -88,8 +88,9 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   """The options of a sparse layer with room for all tokens.
 
   They stay as they are where the capacity is part of an imported checkpoint and
-  can bind, and where experts choose tokens. Experts that are mixtures have room
-  for all of their rows likewise.
+  can bind, and where experts choose tokens. No such checkpoint has groups of a
+  number of tokens, into which a prompt need not divide. Experts that are
+  mixtures have room for all of their rows likewise.
 
   Args:
     moe: The options of the layer.
@@ -98,7 +99,9 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   moe = _with_room_inside(moe)
   sizes = moe.router.serving_all(moe.sizes)
   single = causal and moe.group_size == 0
-  if sizes is None or moe.capacity.keeps_in_generation(single):
+  if sizes is None:
+    return moe
+  if moe.group_size <= 0 and moe.capacity.keeps_in_generation(single):
     return moe
   dispatch = Dropless()
   if any(moe.expert.problems_with(dispatch)):

@@ -285,10 +285,12 @@ def test_a_checkpoints_own_rule_stays_where_it_can_bind():
 
   assert capacities('switch') == [Fixed(2), All()]
   assert capacities('nllb') == [Fraction(1.0)] * 2
-  trained = tiny.build(moe=dict(group_size=5))
-  model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
-  assert model.moe.capacity == All() and not model.moe.group_size
-  assert not model.capacity_binds and trained.capacity_binds
+  # No checkpoint has groups of five tokens, which prompts need not fill.
+  for rule in (PerToken(), Fixed(2), Fraction(0.5)):
+    trained = tiny.build(moe=dict(group_size=5, capacity=rule))
+    model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
+    assert model.moe.capacity == All() and not model.moe.group_size
+    assert not model.capacity_binds and trained.capacity_binds
 
 
 def test_experts_that_are_mixtures_have_room_for_all_too():
