@@ -98,7 +98,7 @@ def make_prefix(
   _check_length(model, 'output', num_tokens)
   check_change(model, [(0, num_tokens)])
   starts = [np.array([start_id, *forced])] * len(rows)
-  length = _padded_length(model, max(map(len, rows)))
+  length = _encoder_length(model, max(map(len, rows)))
   _check_room(model, len(rows), num_tokens, num_tokens)
   return Prefix(
     *_padded(starts, 1 + len(forced), front=True),
@@ -185,6 +185,23 @@ def _padded_length(model: Model, num_tokens: int) -> int:
   longest = model.longest
   rounded = round_up(num_tokens)
   return rounded if longest is None else max(min(rounded, longest), num_tokens)
+
+
+def _encoder_length(model: Model, num_tokens: int) -> int:
+  """The length of an encoder's padded rows: whole groups of its layers.
+
+  Groups are left where experts choose or mix tokens, and padding in them is
+  that of training.
+  """
+  length, longest = _padded_length(model, num_tokens), model.longest
+  sizes = [
+    moe.group_size
+    for layer, moe in enumerate(model.moes)
+    if moe is not None and model.sequence_of(layer)
+  ]
+  group = max([*sizes, 1])
+  whole = -(-length // group) * group
+  return whole if longest is None or whole <= longest else length
 
 
 def round_up(length: int) -> int:

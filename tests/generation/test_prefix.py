@@ -7,7 +7,8 @@ from moe_jax.generation import prepare
 from moe_jax.generation.prefix import make_prefix, round_up
 from moe_jax.layers.positions import Learned, Relative, Rotary
 from moe_jax.layers.rotary_scaling import LongRope
-from moe_jax.routing.capacity import Fraction
+from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.routing.capacity import Fraction, PerToken
 from tests.models import tiny
 from tests.models.tiny import V
 
@@ -54,6 +55,18 @@ def test_an_encoders_rows_begin_together(halves):
   expected = [[3, 4, 5, 0, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0, 0, 0]]
   np.testing.assert_array_equal(prefix.encoder_tokens, expected)
   np.testing.assert_array_equal(prefix.encoder_mask, np.array(expected) > 0)
+
+
+def test_an_encoder_whose_experts_choose_reads_whole_groups():
+  choosing = {'moe': {'router': {'kind': 'expert_choice'}}}
+  model = prepared(
+    dict(capacity=PerToken(), group_size=5),
+    kind='encoder_decoder',
+    encoder=EncoderOptions(0, choosing),
+  )
+  for length, padded in ((3, 5), (5, 5), (7, 10)):
+    prefix = make(model, [range(1, 1 + length)], start_id=2)
+    assert prefix.encoder_tokens.shape == (1, padded)
 
 
 def test_one_row_alone_is_a_batch_of_one(decoder):
