@@ -166,13 +166,14 @@ def _check_stamp(part: Part) -> None:
 
 
 def matching(pattern: str) -> list[pathlib.Path]:
-  """The files that match a pattern, sorted; '~' is the home folder.
+  """The files that match a pattern, each once, sorted; '~' is the home folder.
 
   Raises:
     ValueError: No file matches.
   """
   pattern = os.path.expanduser(pattern)
-  names = sorted(glob.glob(pattern, recursive=True))
+  # Where a pattern fits a path in several ways, glob finds it several times.
+  names = sorted(set(glob.glob(pattern, recursive=True)))
   paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
   if not paths:
     raise ValueError(f'no file matches {pattern!r} in {os.getcwd()}')

@@ -91,6 +91,16 @@ def test_home_is_expanded(tmp_path, monkeypatch):
   assert texts(FilesSource('~/d0/0.txt').texts(), 'validation') == ['0']
 
 
+def test_a_file_that_a_pattern_fits_in_two_ways_is_read_once(tmp_path):
+  for folder, text in (('src/src', 'ab'), ('src/other', 'cd')):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / 'x.txt').write_text(text)
+  # '**' may end before either 'src' of 'src/src'.
+  source = FilesSource(f'{tmp_path}/**/src/**/*.txt').texts()
+  both = texts(source, 'train') + texts(source, 'validation')
+  assert sorted(both) == ['ab', 'cd'] and '(2 found)' in source.name
+
+
 def test_missing_files_name_glob_and_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=rf"matches 'no/\*' in {tmp_path}"):
