@@ -83,6 +83,8 @@ class Asker:
   ) -> EncodedQuestion:
     """The question with as many of the last examples as fit into a row.
 
+    Examples never take the room of an answer.
+
     A prompt that alone is too long loses its beginning if the answer continues
     it, or else its end, as in training.
 
@@ -95,10 +97,7 @@ class Asker:
       )
       examples = [self._example(text, answer) for answer in item.answers]
       cut_examples = [self._cut(example) for example in examples]
-      sizes = [
-        (len(a.inputs), len(b.inputs)) for a, b in zip(examples, cut_examples)
-      ]
-      if all(size == cut_size for size, cut_size in sizes):
+      if all(map(self._has_room, examples, cut_examples)):
         break
     pairs = zip(examples, cut_examples)
     is_cut = any(sum(map(len, a)) > sum(map(len, b)) for a, b in pairs)
@@ -132,6 +131,14 @@ class Asker:
   def _encode(self, text: str) -> Int[np.ndarray, ' N']:
     return trained_run.encode(
       self.task, self.tokenizer, text, imported=self.imported
+    )
+
+  def _has_room(self, example: Example, cut_example: Example) -> bool:
+    """Whether all inputs are left, and as much of the targets as ever can."""
+    alone = self.layout.cut(np.array([1]), np.array([len(example.targets)]))
+    return (
+      len(cut_example.inputs) == len(example.inputs)
+      and len(cut_example.targets) == alone.targets[0]
     )
 
   def _cut(self, example: Example) -> Example:

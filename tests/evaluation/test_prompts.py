@@ -70,6 +70,19 @@ def test_examples_without_room_are_left_out_the_first_ones_first():
     assert pairs_asker(layout)(SUM, SHOTS).num_shots == num_shots
 
 
+def test_an_example_does_not_take_the_room_of_an_answer():
+  # The example of 7 bytes and the prompt of 4 are half of a row, to which
+  # inputs may be cut; the answer of 15 has the other half and 4 tokens more.
+  long_item = SUM._replace(answers=('1', '2' * 15))
+  encoded = asker(21)(long_item, SHOTS[1:])
+  assert texts(encoded)[1] == ('1+1=', '2' * 15)
+  assert encoded[1:] == (0, False)
+  assert asker(25)(long_item, SHOTS[1:])[1:] == (1, False)
+  # A decoder of 5 cuts the answer with and without the example before it.
+  layout = EncoderDecoderLayout(20, 5, EOS)
+  assert pairs_asker(layout)(long_item, SHOTS[1:])[1:] == (1, True)
+
+
 def test_a_prompt_that_is_too_long_keeps_what_matters():
   long_item = Item('abcdefgh', ('x', 'yz'), 0)
   encoded = asker(6)(long_item, SHOTS)
