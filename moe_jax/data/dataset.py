@@ -261,7 +261,8 @@ def load(options: DataOptions) -> Dataset:
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
-  A mixture gives the pairs of every source that is learned from, in turn.
+  A mixture gives the pairs of every source that is learned from, in turn. Those
+  with a side that has text and no tokens, which have no rows, are among them.
   None where the task's examples are pieces of texts.
   """
   mixture = options.mixture

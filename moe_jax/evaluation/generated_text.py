@@ -13,6 +13,7 @@ import numpy as np
 from moe_jax import data, generation
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.distributed import is_first
 from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
@@ -142,7 +143,7 @@ class GenerateEvaluation(EvaluationOptions):
     ]
     indices = set(data.spread(total, self.num_examples))
     pairs = []
-    for i, (inputs, target) in enumerate(texts):
+    for i, (inputs, target) in enumerate(_with_tokens(texts, tokenizer, total)):
       if i in indices:
         ids = trained_run.encode(
           setting.data.task, tokenizer, inputs, imported=imported
@@ -196,6 +197,18 @@ def generator(
   return Generate(
     setting, scores, pairs, arguments | {'num_tokens': min(token_counts)}
   )
+
+
+def _with_tokens(
+  texts: Iterator[tuple[str, str]], tokenizer: Tokenizer, total: int
+) -> list[tuple[str, str]]:
+  """The pairs that have rows, `total` in all: both sides have a token."""
+  pairs = list(texts)
+  if len(pairs) == total:  # encoding a whole split would take long
+    return pairs
+  return [
+    pair for pair in pairs if all(tokenizer.encode(text).size for text in pair)
+  ]
 
 
 def _window_pair(setting: Setting, rows: data.Rows, row: int) -> Pair:

@@ -1,17 +1,24 @@
 """Runs with evaluations of every kind: their results, files and errors."""
 
+import itertools
+import json
+import types
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from moe_jax import data, evaluation, generation, run_config
 from moe_jax.configs import base
+from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.distributed import Placing
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.runs import metrics
 from moe_jax.sections import merge
 from moe_jax.training import loop
 from moe_jax.training.evaluate import Setting
+from tests.data.tokenizers import models as sentencepieces
 from tests.models import tiny as tiny_models
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -183,6 +190,38 @@ def test_an_example_of_a_mixture_has_the_task_of_its_source(tmp_path, task):
     for pair in pairs:
       source_pairs = options[pair.task].pairs().pairs('validation')
       assert (pair.inputs, pair.target) in set(source_pairs)
+
+
+def test_a_pair_without_tokens_is_not_asked(tmp_path):
+  # A SentencePiece model like T5's makes no token of a space.
+  (tmp_path / 'spiece.model').write_bytes(sentencepieces.unigram())
+  sources, asked = {}, []
+  for name, answers in (('x', 'a 9'), ('y', '2')):
+    lines = []
+    for answer in answers:
+      # The inputs are the first ones whose hash gives them their split.
+      inputs = (f'{name} cat {answer} {i}' for i in itertools.count())
+      validation = next(i for i in inputs if split_of(i) == 'validation')
+      train = next(i for i in inputs if split_of(i) == 'train')
+      lines += [(train, 'hat'), (validation, answer)]
+      asked += [(name, validation)] * (answer != ' ')
+    path = tmp_path / f'{name}.jsonl'
+    path.write_text(
+      '\n'.join(json.dumps({'inputs': i, 'targets': t}) for i, t in lines)
+    )
+    sources[name] = data.JsonlSource(str(path))
+  options = data.DataOptions(
+    mixture=data.MixtureOptions(sources=sources),
+    tokenizer=data.FileOptions(str(tmp_path)),
+    task=data.Seq2SeqTask(),
+    cache_dir=str(tmp_path / 'cache'),
+  )
+  run_setting: Any = types.SimpleNamespace(
+    data=options, dataset=data.load(options), workdir=tmp_path
+  )
+  pairs = GenerateEvaluation(num_examples=0).pairs(run_setting)
+  assert [(pair.task, pair.inputs) for pair in pairs] == asked
+  assert [pair.target for pair in pairs] == ['a', '9', '2']
 
 
 @pytest.mark.slow
