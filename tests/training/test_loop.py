@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax import run_config
 from moe_jax.configs import base
-from moe_jax.data import DataError
+from moe_jax.data import DataError, tokenizers
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import NonFiniteError
@@ -310,6 +310,20 @@ def test_other_data_is_refused(unbroken, tmp_path):
   workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
   with pytest.raises(ValueError, match='two corpora must not mix'):
     train_and_evaluate(other, workdir, resume=True)
+
+
+def test_other_tokens_are_refused(unbroken, tmp_path):
+  # As many ids, of which each means something else than in training.
+  workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
+  tokenizers.Chars(map(chr, range(257))).save(workdir / 'tokenizer.json')
+  kept = (workdir / 'tokenizer.json').read_bytes()
+  with pytest.raises(ValueError, match=r'tokens of chars:.* those of bytes'):
+    train_and_evaluate(OPTIONS, workdir)
+  assert (workdir / 'tokenizer.json').read_bytes() == kept
+  # A file that a kill has left half written does not end the run.
+  (workdir / 'tokenizer.json').write_bytes(kept[:99])
+  train_and_evaluate(OPTIONS, workdir)
+  assert tokenizers.load(workdir / 'tokenizer.json').identity == 'bytes'
 
 
 class NoLoss(Hook):
