@@ -122,9 +122,15 @@ class Tokenizer(abc.ABC):
     return {'kind': self.kind, **self.state()}
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes the tokenizer as JSON, which `load` reads."""
+    """Writes the tokenizer as JSON, which `load` reads.
+
+    At any moment the file is the old or the new one.
+    """
     text = json.dumps(self.to_json(), indent=1)
-    pathlib.Path(path).write_text(text + '\n', encoding='utf-8')
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f'{path.name}.tmp')
+    unfinished.write_text(text + '\n', encoding='utf-8')
+    unfinished.replace(path)
 
   def __reduce__(self):
     """The pickled form is the state, from which an equal tokenizer is made."""

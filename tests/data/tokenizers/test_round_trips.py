@@ -1,6 +1,7 @@
 """Round trips, token names and refusals of each tokenizer."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -60,6 +61,20 @@ def test_bytes_know_every_text(text):
   tokenizer = tokenizers.Bytes()
   assert tokenizer.encode(text).tolist() == list(text.encode())
   assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_kill_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / 'tokenizer.json'
+  tokenizers.Bytes().save(path)
+
+  def killed(file, text, **_):
+    file.write_bytes(text[:9].encode())
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', killed)
+  with pytest.raises(KeyboardInterrupt):
+    tokenizers.Chars('ab').save(path)
+  assert tokenizers.load(path).identity == 'bytes'
 
 
 def test_bytes_by_hand():
