@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moe_jax import models, sections
 from moe_jax.data import DataOptions, TaskOptions
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.options import unknown
 from moe_jax.partitioning import ShardingOptions
@@ -123,19 +123,23 @@ def encode(
 ) -> np.ndarray:
   """The ids of a prompt, int32 [N], in the form that the model was trained on.
 
-  A language model that was not imported was trained on documents, without the
-  special tokens that a tokenizer puts around inputs; all others on inputs.
+  Only an imported model was trained on inputs with the special tokens that a
+  tokenizer puts around them. A language model that was not imported was trained
+  on documents, all others on inputs that end as their task says.
 
   Args:
     task: The run's task.
     tokenizer: The run's tokenizer.
     text: The prompt.
     imported: Whether the model began as a checkpoint of Hugging Face.
-    **arguments: Arguments of `Tokenizer.encode_inputs`.
+    **arguments: Arguments of `Tokenizer.encode_inputs`, with which inputs have
+      the special tokens.
   """
   if not task.makes_examples and not imported:
     return tokenizer.encode(text)
-  return tokenizer.encode_inputs(text, **arguments)
+  if imported or arguments or not isinstance(tokenizer, Extended):
+    return tokenizer.encode_inputs(text, **arguments)
+  return tokenizer.encode_spelled(text)
 
 
 def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:

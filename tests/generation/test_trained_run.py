@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
+import tokenizers as hf
 
 from moe_jax import partitioning
-from moe_jax.data import LmTask, Seq2SeqTask, tokenizers
+from moe_jax.data import (
+  LmTask,
+  PrefixLmTask,
+  Seq2SeqTask,
+  Ul2Task,
+  tokenizers,
+)
+from moe_jax.data.layouts import RowShape
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.generation import trained_run
 from moe_jax.layers.positions import Learned, Relative
@@ -118,6 +126,31 @@ def test_prompts_are_documents_or_inputs():
   for task, imported in ((LmTask(), True), (Seq2SeqTask(), False)):
     ids = trained_run.encode(task, tokenizer, 'ab', imported=imported)
     assert ids.tolist() == [97, 98, 256]
+
+
+@pytest.mark.parametrize(
+  ('task', 'ends'),
+  [(Seq2SeqTask(), [1]), (PrefixLmTask(), []), (Ul2Task(), [])],
+)
+def test_prompts_begin_as_rows_of_training_do(task, ends):
+  # The tokenizer begins inputs with <s>, which documents have not. Pairs are
+  # read from streams of documents.
+  vocabulary = {'<s>': 0, '</s>': 1, 'a': 2, 'b': 3, '<unk>': 4}
+  model = hf.models.WordLevel(vocabulary, unk_token='<unk>')
+  words = hf.Tokenizer(model)
+  words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+  words.add_special_tokens(['<s>', '</s>'])
+  words.post_processor = hf.processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 0)]
+  )
+  tokenizer = task.vocabulary(tokenizers.Json(words.to_str()), RowShape(64))
+  assert tokenizer.encode('a b').tolist() == [2, 3]
+  assert trained_run.encode(task, tokenizer, 'a b').tolist() == [2, 3, *ends]
+  if isinstance(task, Ul2Task):
+    ids = trained_run.encode(task, tokenizer, '[S] a b').tolist()
+    assert ids == [tokenizer.token_id('[S]'), 2, 3]
+  ids = trained_run.encode(task, tokenizer, 'a b', imported=True)
+  assert ids.tolist() == [0, 2, 3, *ends]
 
 
 def test_ids_that_the_tokenizer_lacks_have_no_text():

@@ -96,6 +96,14 @@ class Tokenizer(abc.ABC):
     """
     return self.encode(text)
 
+  def encode_spelled(self, text: str) -> np.ndarray:
+    """The ids of a part of a model's input, int32 [N].
+
+    These include special tokens that the text spells, and none that the
+    tokenizer adds to inputs. By default they are those of `encode_inputs`.
+    """
+    return self.encode_inputs(text)
+
   @abc.abstractmethod
   def decode(self, ids: Ids) -> str:
     """The text of `ids`; an EOS has no text.

@@ -6,7 +6,7 @@ Not here: the use of the ids in a task (`data/tasks/span_corruption.py`,
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -115,9 +115,24 @@ class Extended(Tokenizer, kind='extended'):
 
     An added name in the text becomes its id.
     """
+    return self._inputs(
+      text, lambda piece: self.base.encode_inputs(piece, **options)
+    )
+
+  def encode_spelled(self, text: str) -> np.ndarray:
+    """The ids of an input as rows of training have it, int32 [N].
+
+    Unlike `encode_inputs`, they have no special token that the tokenizer adds
+    to inputs, such as a BOS; an EOS ends them if inputs end in one.
+    """
+    return self._inputs(text, self.base.encode_spelled)
+
+  def _inputs(
+    self, text: str, encode: Callable[[str], np.ndarray]
+  ) -> np.ndarray:
     name_pattern = '|'.join(map(re.escape, self.names))
     pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
-    ids = [self._piece_ids(piece, options) for piece in pieces if piece]
+    ids = [self._piece_ids(piece, encode) for piece in pieces if piece]
     ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)
 
@@ -156,10 +171,12 @@ class Extended(Tokenizer, kind='extended'):
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 
-  def _piece_ids(self, piece: str, options: dict[str, Any]) -> np.ndarray:
+  def _piece_ids(
+    self, piece: str, encode: Callable[[str], np.ndarray]
+  ) -> np.ndarray:
     if piece in self.names:
       return np.array([self.token_id(piece)])
-    ids = self.base.encode_inputs(piece, **options)
+    ids = encode(piece)
     return ids[:-1] if ids.size and ids[-1] == self.eos_id else ids
 
 

@@ -170,6 +170,14 @@ class Json(Tokenizer, kind='json'):
     ids[added] = self.token_id(language)
     return ids
 
+  def encode_spelled(self, text: str) -> np.ndarray:
+    """The ids of a part of a prompt, int32 [N]; the post-processor adds none.
+
+    Names of special tokens in the text become those tokens.
+    """
+    encoding = encoded(self._prompts, text, add_special_tokens=False)
+    return np.asarray(encoding.ids, np.int32)
+
   def encode_chat(
     self, messages: Sequence[chat.Message], **variables: Any
   ) -> np.ndarray:
@@ -186,8 +194,7 @@ class Json(Tokenizer, kind='json'):
       names=self.special.names,
       **variables,
     )
-    encoding = encoded(self._prompts, text, add_special_tokens=False)
-    return np.asarray(encoding.ids, np.int32)
+    return self.encode_spelled(text)
 
   def token_id(self, token: str) -> int:
     """The id of a token by its name in the vocabulary: 'fra_Latn'.
