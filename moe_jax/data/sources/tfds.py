@@ -114,14 +114,13 @@ class TfdsSource(SourceOptions):
         are not grey and of one size.
     """
     builder = self._open(selection, ['image_feature', 'label_feature'])
-    features: Any = builder.info.features
-    shape = features[self.image_feature].shape
+    shape = tfds_reader.feature_of(builder, self.image_feature).shape
     if len(shape) != 3 or None in shape or shape[-1] != 1:
       raise ValueError(
         f'images of TFDS dataset {self.name!r} are {shape}; they are to be '
         'grey and of one size'
       )
-    label = features[self.label_feature]
+    label = tfds_reader.feature_of(builder, self.label_feature)
     if not isinstance(label, features_lib.ClassLabel):
       raise ValueError(
         f'label_feature={self.label_feature!r} of TFDS dataset {self.name!r} '

@@ -160,6 +160,12 @@ def check_feature(builder: Builder, feature: str, option: str) -> None:
     raise unknown(f'{option} of {builder.name!r}', feature, paths)
 
 
+def feature_of(builder: Builder, feature: str) -> Any:
+  """The feature with a name that `check_feature` knows, maybe in another."""
+  features = builder.info.features
+  return _at(features, _paths(features)[feature])
+
+
 def texts(
   builder: Builder, split: str, features: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:

@@ -137,9 +137,22 @@ class Coloured(Spots):
   SHAPE = (3, 4, 3)
 
 
+class Nested(Spots):
+  """The same dataset, whose features are within another."""
+
+  def _info(self):
+    info = super()._info()
+    features = tfds.features.FeaturesDict({'spot': {**info.features}})
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _generate_examples(self, numbers):
+    for i, example in super()._generate_examples(numbers):
+      yield i, {'spot': example}
+
+
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-  for builder in (Spots, Coloured):
+  for builder in (Spots, Coloured, Nested):
     dataset = builder(data_dir=tmp_path, file_format='array_record')
     dataset.download_and_prepare()
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
@@ -168,6 +181,17 @@ def test_images_of_tfds_move_by_four_pixels(prepared):
   rows, columns = np.divmod(shifted_images.reshape(500, -1).argmax(1), 12)
   assert (rows.min() - row, rows.max() - row) == (0, 8)
   assert (columns.min() - column, columns.max() - column) == (0, 8)
+
+
+def test_features_may_be_within_another(prepared):
+  nested = TfdsSource(
+    'nested', image_feature='spot/image', label_feature='spot/label'
+  ).classes(SPLITS)
+  plain = TfdsSource('spots').classes(SPLITS)
+  assert nested.classes == plain.classes
+  for split in ('train', 'validation'):
+    for a, b in zip(nested.examples(split), plain.examples(split), strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def test_what_tfds_lacks_is_said(prepared):
