@@ -142,7 +142,10 @@ class PackedRows(Rows):
     seed: int,
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
-    """The rows at `indices`, with other cuts in each epoch after the first."""
+    """The rows at `indices`, with other cuts in each epoch after the first.
+
+    The only row of a short stream is the same in every epoch.
+    """
     return self.take(indices, self._offsets(seed, epochs))
 
   def take(
@@ -178,7 +181,13 @@ class PackedRows(Rows):
     }
 
   def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """The offset by which each epoch moves the cuts; that of the first is 0."""
+    """The offset by which each epoch moves the cuts; that of the first is 0.
+
+    It is always 0 where one row has the whole stream, as a token would not get
+    another context, and those before the offset would be left out.
+    """
+    if len(self) <= 1:
+      return np.zeros(len(epochs), np.int64)
     distinct, epoch_index = np.unique(epochs, return_inverse=True)
     draws = [
       np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]

@@ -41,8 +41,9 @@ def batch_dataset(
   may span two epochs. A row has other noise in each epoch. `PackedRows` have
   no noise, but from the second epoch on their stream is cut elsewhere, at an
   offset below T that depends on the epoch, so that a token does not meet the
-  same context again. The batch does not depend on the share. In a mixture,
-  each source is shuffled by itself, and has epochs of its own.
+  same context again; a stream that fits one row stays as it is. The batch does
+  not depend on the share. In a mixture, each source is shuffled by itself, and
+  has epochs of its own.
 
   Args:
     rows: Rows to draw from.

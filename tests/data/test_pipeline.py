@@ -76,6 +76,18 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone():
   assert row_numbers(make_dataset(6)[0]) != row_numbers(forwards[0])
 
 
+def test_a_stream_of_one_row_is_whole_in_every_epoch():
+  rows = PackedRows(np.arange(5, 9), np.array([0]), 16)
+  batch = batch_dataset(rows, batch_size=7, seed=0)[1]
+  assert batch['tokens'][:, :3].tolist() == [[5, 6, 7]] * 7
+  assert batch['loss_weights'].sum(1).tolist() == [3] * 7
+  # 17 tokens are one row and its last target; one more is a second row.
+  for count, is_cut in ((17, False), (18, True)):
+    rows = PackedRows(np.arange(count), np.array([0]), 16)
+    tokens = rows.draw(np.zeros(5, int), 0, np.arange(1, 6))['tokens']
+    assert (tokens[:, 0] != 0).any() == is_cut
+
+
 def test_neighbouring_seeds_share_no_epoch():
   # A batch of all rows is an epoch.
   orders = [
