@@ -143,7 +143,10 @@ class MixtureOptions(Options):
         names = sorted({*self.sources, *clusters})
         yield f'held_out: {unknown("source or cluster", name, names)}'
     if self.sources and not self.learned():
-      yield f'held_out={self.held_out!r} leaves no source to learn from'
+      weights = f' with weights={dict(self.weights)}' * bool(self.weights)
+      yield (
+        f'held_out={self.held_out!r}{weights} leaves no source to learn from'
+      )
 
   def cluster(self, name: str) -> str:
     """The cluster of a source; a source without one is a cluster by itself."""

@@ -52,6 +52,10 @@ def test_the_rules_of_weights(rule, shares):
     ({'held_out': 'ciphers'}, "held_out: .*'ciphers'.*'arithmetic'"),
     ({'held_out': 'a, arithmetic'}, 'leaves no source to learn from'),
     (
+      {'rule': 'given', 'weights': {'a': 0.0, 'b': 0.0}},
+      r"held_out='' with weights={'a': 0.0, 'b': 0.0} leaves no source",
+    ),
+    (
       {'rule': 'given', 'weights': {'b': 2.0}, 'held_out': 'arithmetic'},
       r"weights.b=2.0 has no effect, since held_out='arithmetic'",
     ),
