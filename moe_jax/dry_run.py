@@ -30,6 +30,7 @@ from moe_jax.runs import owner, trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
+from moe_jax.training.begin import end_problem
 from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
@@ -260,7 +261,9 @@ class DryRun:
     steps = run.checkpoints.steps()
     if not steps:
       yield f'workdir: {folder} has a run without checkpoints: it begins anew'
-    elif steps[-1] >= run.options.total_steps:
+    elif problem := end_problem(run, steps[-1]):
+      self.problems.append(problem)
+    elif steps[-1] == run.options.total_steps:
       yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'
     else:
       yield f'workdir: {folder} has a run, which goes on from step {steps[-1]}'

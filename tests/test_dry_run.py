@@ -153,6 +153,10 @@ def test_a_folder_of_a_run(tmp_path):
   assert not problems
   assert 'going on with another config: seed: 0 -> 3' in text
   assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
+  folders.write(tmp_path / 'run', steps=(3,))
+  shorter = tiny.options(total_steps=2)
+  _, (problem,) = report(shorter, tmp_path / 'run', resume=True)
+  assert 'has a checkpoint of step 3, and total_steps=2' in problem
 
 
 def test_what_trains_and_what_it_begins_with_is_said(tmp_path):

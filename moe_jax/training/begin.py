@@ -38,9 +38,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     initial: Gives the parameters where there is no checkpoint.
 
   Raises:
-    ValueError: The checkpoint was made on other data, with other tokens, or for
-      another model; the folder holds weights that are not trained; or `initial`
-      raises it.
+    ValueError: The checkpoint was made on other data, with other tokens, for
+      another model, or after the last step; the folder holds weights that are
+      not trained; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
   if packed_weights.are_in(run.workdir):
@@ -63,6 +63,8 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
     _check_ids(run)
+    if problem := end_problem(run, restored.step):
+      raise ValueError(problem)
   variables_and_note = None
   if restored is None:
     variables_and_note = _initial_variables(run, initial)
@@ -108,6 +110,17 @@ def _check_ids(run: Run) -> None:
       "data.tokenizer.kind='file' with data.tokenizer.file.path="
       f'{os.fspath(run.workdir)!r} takes what is kept'
     )
+
+
+def end_problem(run: Run, step: int) -> str | None:
+  """The problem of a checkpoint of a step that the run does not have."""
+  total = run.options.total_steps
+  if step <= total:
+    return None
+  return (
+    f'{run.workdir} has a checkpoint of step {step}, and total_steps={total}: '
+    'give at least as many steps, or another --workdir'
+  )
 
 
 def _first_state(run: Run, variables: Mapping[str, Any]) -> TrainState:

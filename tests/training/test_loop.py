@@ -302,6 +302,18 @@ def test_resume_goes_on_with_another_config(tmp_path):
   assert steps == [2, 3]
 
 
+def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
+  unbroken, tmp_path
+):
+  workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
+  message = r'a checkpoint of step 6, and total_steps=4: give at least as many'
+  with pytest.raises(ValueError, match=message):
+    shorter = tiny.options(model=DROPOUT, total_steps=4)
+    train_and_evaluate(shorter, workdir, resume=True)
+  # The run's own config still goes on in the folder.
+  assert int(train_and_evaluate(OPTIONS, workdir).step) == 6
+
+
 def test_other_data_is_refused(unbroken, tmp_path):
   other = tiny.options(
     model=DROPOUT,
