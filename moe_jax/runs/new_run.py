@@ -16,13 +16,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_jax.data import plain_files
+from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.section_reader import Section, plain
+from moe_jax.sections import choice_section
 
 FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'first_config.json'
@@ -158,7 +159,9 @@ def derive(
   """Makes a run's folder from another run's, with parameters of its own.
 
   Its config is that of the base, without adapters and without a run that it
-  begins with or learns from. Tokenizer and imported files are copied.
+  begins with or learns from. Tokenizer and imported files are copied; where the
+  base took its tokenizer from the run that it began with, the config names the
+  copy.
 
   Args:
     base: Folder of a run.
@@ -178,6 +181,7 @@ def derive(
   base = pathlib.Path(base).expanduser().resolve()
   output = pathlib.Path(output).expanduser().resolve()
   config = workdir_lib.kept_config(base) | dict(changes or {})
+  config = _with_kept_tokenizer(config, base, output)
   for section in ('lora', 'init_from', 'distill'):
     config.pop(section, None)
   config.get('checkpoint', {}).pop('directory', None)
@@ -196,6 +200,25 @@ def derive(
     else:
       write(unfinished, config, variables)
   return output
+
+
+def _with_kept_tokenizer(
+  config: dict[str, Any], base: pathlib.Path, output: pathlib.Path
+) -> dict[str, Any]:
+  """The config with a tokenizer of another run that the base has kept.
+
+  The base has it in place of `data.tokenizer`, and its copy in `output` is all
+  that is left of it once the config names no run to begin with.
+  """
+  init_from, path = config.get('init_from', {}), base / workdir_lib.TOKENIZER
+  is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
+  if not is_kept or not path.exists():
+    return config
+  if isinstance(tokenizers.load(path), tokenizers.ClassNames):
+    return config
+  kept = tokenizers.FileOptions(str(output / workdir_lib.TOKENIZER))
+  section = choice_section(tokenizers.TOKENIZERS, kept).to_dict()
+  return config | {'data': {**config.get('data', {}), 'tokenizer': section}}
 
 
 def _with_folder(values: Any, old: str, new: str) -> Any:

@@ -4,16 +4,15 @@ Not here: the run (`setup.py`), and parameters of another run
 (`moe_jax.finetuning`).
 """
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax import sections
-from moe_jax.data import tokenizers
 from moe_jax.distributed import check_shared, is_first
 from moe_jax.models import router_state
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training.run_tokenizer import check_kept_ids
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -62,9 +61,10 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
-    _check_ids(run)
     if problem := end_problem(run, restored.step):
       raise ValueError(problem)
+  if restored is not None:
+    check_kept_ids(run.workdir, run.dataset.tokenizer)
   variables_and_note = None
   if restored is None:
     variables_and_note = _initial_variables(run, initial)
@@ -90,26 +90,6 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   return restored.state
-
-
-def _check_ids(run: Run) -> None:
-  """Raises ValueError where token ids do not mean what they meant to the run.
-
-  A tokenizer in the folder that cannot be read says nothing of it.
-  """
-  path = run.workdir / workdir_lib.TOKENIZER
-  try:
-    kept = tokenizers.load(path)
-  except (OSError, ValueError):
-    return
-  if kept.ids_identity != run.dataset.tokenizer.ids_identity:
-    raise ValueError(
-      f'{run.workdir} was trained on tokens of {kept.ids_identity}, kept in '
-      f'{path.name}; data.tokenizer gives those of '
-      f'{run.dataset.tokenizer.ids_identity}, which mean other text. '
-      "data.tokenizer.kind='file' with data.tokenizer.file.path="
-      f'{os.fspath(run.workdir)!r} takes what is kept'
-    )
 
 
 def end_problem(run: Run, step: int) -> str | None:

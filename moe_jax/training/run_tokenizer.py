@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from moe_jax import data, sections
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.run_options import RunOptions
 
@@ -50,6 +51,41 @@ def _began_with(options: RunOptions, folder: pathlib.Path) -> bool:
   stored = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
   current = sections.section(options).to_dict()['data']['tokenizer']
   return stored == current
+
+
+def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+  """Checks that ids mean what they mean to the parameters in a run's folder.
+
+  The task of the data may add ids after those of the tokenizer in the folder.
+  A file that cannot be read, as a kill of older code left one, says nothing.
+
+  Args:
+    folder: The folder of the run.
+    tokenizer: The tokenizer of the data.
+
+  Raises:
+    ValueError: The folder has a tokenizer whose ids are others.
+  """
+  path = folder / workdir_lib.TOKENIZER
+  try:
+    kept = tokenizers.load(path)
+  except (OSError, ValueError):
+    return
+  (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
+  if old == new and new_names[: len(old_names)] == old_names:
+    return
+  raise ValueError(
+    f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
+    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
+    'data.tokenizer.file.path'
+  )
+
+
+def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
+  """The identity of a tokenizer's own ids, and the names that a task added."""
+  if isinstance(tokenizer, tokenizers.Extended):
+    return tokenizer.base.ids_identity, tokenizer.names
+  return tokenizer.ids_identity, ()
 
 
 def tokenizer_notes(

@@ -11,10 +11,10 @@ from moe_jax.analysis import cost
 from moe_jax.compression import calibration, whole_run
 from moe_jax.configs import base
 from moe_jax.data import tokenizers
-from moe_jax.runs import trained
+from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.sections import merge
-from moe_jax.training import begin, loop, setup
+from moe_jax.sections import merge, settle
+from moe_jax.training import begin, loop, run_tokenizer, setup
 from tests.generation import folders
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -184,3 +184,37 @@ def test_classes_are_no_tokens(tmp_path):
   config = config_from(tmp_path / 'run', {})
   with pytest.raises(ValueError, match='the names of 2 classes'):
     setup.set_up(**run_kwargs(config, tmp_path / 'new'))
+
+
+def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
+  text = texts(tmp_path / 'other', 'x yz')  # of as many characters
+  tuned = tmp_path / 'tuned'
+  overrides = {'tokenizer': {'kind': 'chars'}, **text}
+  (params,) = folders.write(
+    tuned,
+    tokenizer=LETTERS,
+    data=overrides,
+    init_from={'workdir': str(letters)},
+  ).values()
+  made = new_run.derive(tuned, tmp_path / 'made', params)
+  config = run_config.from_file(made / new_run.VALUES)
+  config = merge(config, {'data': texts(tmp_path / 'more', 'ba ab')})
+  run = setup.set_up(**run_kwargs(config, made), resume=True)
+  assert run.dataset.tokenizer.identity == LETTERS.identity
+  # Tokens of other characters would be learned by embeddings of these.
+  other = merge(config, {'data': overrides})
+  config = settle(run_config.RunConfig, config, other)[0]
+  run = setup.set_up(**run_kwargs(config, made), resume=True)
+  with pytest.raises(ValueError, match=r'of chars:.*, the data is of chars:'):
+    begin.begin(run)
+  assert tokenizers.load(made / 'tokenizer.json').identity == LETTERS.identity
+
+
+def test_ids_that_a_task_adds_leave_the_others_as_they_are(letters):
+  ended = tokenizers.Extended(LETTERS, ['<eos>'], end_inputs=True)
+  run_tokenizer.check_kept_ids(letters, ended)
+  ended.save(letters / 'tokenizer.json')
+  more = tokenizers.Extended(LETTERS, ['<eos>', '[S]'], end_inputs=False)
+  run_tokenizer.check_kept_ids(letters, more)
+  with pytest.raises(ValueError, match='has parameters of tokens of chars:'):
+    run_tokenizer.check_kept_ids(letters, LETTERS)

@@ -329,7 +329,7 @@ def test_other_tokens_are_refused(unbroken, tmp_path):
   workdir = shutil.copytree(unbroken[0], tmp_path / 'run')
   tokenizers.Chars(map(chr, range(257))).save(workdir / 'tokenizer.json')
   kept = (workdir / 'tokenizer.json').read_bytes()
-  with pytest.raises(ValueError, match=r'tokens of chars:.* those of bytes'):
+  with pytest.raises(ValueError, match=r'tokens of chars:.* is of bytes'):
     train_and_evaluate(OPTIONS, workdir)
   assert (workdir / 'tokenizer.json').read_bytes() == kept
   # A file that a kill has left half written does not end the run.
