@@ -160,6 +160,8 @@ class Plan:
       new = self.copies.router_std * jax.random.normal(key, new.shape)
     if pieces == [Piece(path)]:
       return source[path].astype(new.dtype)
+    if self.model.place_of(path) is None:  # new, and in no stack of layers
+      return new
     pieces = [
       self._piece(piece, period, source, new, axes[1:], role, key)
       for period, piece in enumerate(pieces)

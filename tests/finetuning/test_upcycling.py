@@ -188,6 +188,18 @@ def test_twice_the_experts_and_choices_are_the_same_model():
   assert change({**twice, 'num_selected': 2}, moe) > 1e-3
 
 
+def test_new_parameters_between_lstms_are_as_drawn():
+  # A student of a sparse model, of which no experts are copied.
+  teacher, student = (
+    build({'layers': '1', 'num_experts': E}, {'kind': 'lstm'}) for E in (4, 0)
+  )
+  student_plan = plan(student, teacher, experts=False)
+  params = jax.jit(student_plan.apply)(params_of(teacher), KEY)
+  drawn = nn.meta.unbox(models.init_params(student, KEY))
+  for name, source in (('layers_0', params_of(teacher)), ('layers_1', drawn)):
+    jax.tree.map(np.testing.assert_array_equal, params[name], source[name])
+
+
 def test_noise_tells_copies_apart_and_leaves_the_first():
   source, model = build(TOP2), build({**TOP2, 'num_experts': 6})
   upcycled_params = convert(model, source, expert_noise=0.1, router_noise=0.2)
