@@ -129,7 +129,9 @@ class Optimizer(Options):
     steps = []
     if self.clip_norm:
       steps.append(clipped(self.clip_norm))
-    steps.append(self.preconditioner(axes, part(roles, is_leaf=is_role)))
+    steps.append(
+      _in_float32(self.preconditioner(axes, part(roles, is_leaf=is_role)))
+    )
     if self.weight_decay:
       factors = parameter_rules.decay_factors(self.decay_rules, roles)
       steps.append(_decayed(self.weight_decay, part(factors)))
@@ -248,6 +250,27 @@ def clipped(largest: float) -> optax.GradientTransformation:
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
   return optax.stateless(update)
+
+
+def _in_float32(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """The transformation of float32 copies of gradients and parameters.
+
+  Its state would else have the type of the parameters: in bfloat16, rounded to
+  the nearest, a running mean stands still where it changes by little.
+  """
+
+  def copied(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  def init(params):
+    return inner.init(copied(params))
+
+  def update(updates, state, params=None):
+    return inner.update(copied(updates), state, copied(params))
+
+  return optax.GradientTransformation(init, update)
 
 
 def _decayed(weight_decay: float, factors: Any) -> optax.GradientTransformation:

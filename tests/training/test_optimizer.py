@@ -11,6 +11,7 @@ import pytest
 from moe_jax.layers.parameters import Role
 from moe_jax.options import OptionError
 from moe_jax.training import programs
+from moe_jax.training.muon import Muon
 from moe_jax.training.optimizer import Adafactor, AdamW, clipped
 from moe_jax.training.schedules import (
   Constant,
@@ -132,6 +133,27 @@ def test_adamw_is_optax_adamw(params, grads):
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', [AdamW, Adafactor, Muon])
+def test_moments_of_bfloat16_parameters_are_those_of_float32(
+  kind, params, grads
+):
+  # At b2 = 0.999 the nearest bfloat16 to a second moment is mostly the old one.
+  betas = {} if kind is Adafactor else {'b2': 0.999}
+  o = kind(schedule=AT_ONCE, clip_norm=0.0, weight_decay=0.0, **betas)
+  short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, grads))
+  long = jax.tree.map(lambda x: x.astype(jnp.float32), short)
+
+  def updated(params, grads):
+    state = transformation(o).init(params)
+    for _ in range(3):
+      updates, state = transformation(o).update(grads, state, params)
+    return updates, state
+
+  for a, b in zip(*map(jax.tree.leaves, (updated(*short), updated(*long)))):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
 
 
 def test_adafactor_clips_each_update_at_its_option(params, grads):
