@@ -147,13 +147,19 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
     shapes, _ = jax.eval_shape(
       separated, params, first_slice, divisors, key, router_state, step
     )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s)), shapes)
     total, choices = jax.lax.scan(add_slice, zeros, (jnp.arange(n), slices))
     (loss, sums), grads = total
     choices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), choices)
     return (loss, sums._replace(choices=choices)), grads
 
   return accumulated
+
+
+def _sum_dtype(leaf: jax.ShapeDtypeStruct) -> jnp.dtype:
+  """The type of a sum: bfloat16 would lose what is much less than the sum."""
+  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+  return jnp.promote_types(leaf.dtype, jnp.float32) if is_float else leaf.dtype
 
 
 def train_step(

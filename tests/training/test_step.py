@@ -209,6 +209,28 @@ def test_microbatches_have_noise_of_their_own():
   assert len(np.unique(sums.choices)) == 2 * n
 
 
+def test_gradients_of_bfloat16_parameters_are_added_in_float32():
+  # In bfloat16 256 + 1 is 256.
+  def apply(model, variables, train, rngs):
+    return (variables['params']['w'], aux_of([1.0])), None
+
+  n = 300
+  grad_fn = make_grad_fn(
+    Blind(),
+    losses.LossWeights(),
+    microbatches=n,
+    apply=apply,
+    loss=lambda w, batch: TokenLosses(w * batch['loss_weights'], None),
+  )
+  _, grads = grad_fn(
+    {'w': jnp.bfloat16(2)},
+    {'loss_weights': jnp.ones((n, 1))},
+    losses.Normalizers(1.0, jnp.ones(1)),
+    tiny_models.key(0),
+  )
+  assert grads['w'] == n
+
+
 @pytest.mark.as_users_compile
 @pytest.mark.slow
 def test_bfloat16_model_has_float32_losses_and_gradients():
