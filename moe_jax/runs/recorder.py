@@ -34,6 +34,7 @@ class RecordedData(Protocol):
   """The part of the options of data that the recorder reads."""
 
   seq_len: int
+  target_len: int
 
 
 class RecordedCheckpoint(Protocol):
@@ -219,9 +220,9 @@ class Recorder:
       self._clock = time.perf_counter()
     else:
       self._steps += 1
-      self._tokens += (
-        self._run.options.batch_size * self._run.options.data.seq_len
-      )
+      lengths = self._run.options.data
+      row_tokens = lengths.seq_len + lengths.target_len
+      self._tokens += self._run.options.batch_size * row_tokens
     total = self._run.options.total_steps
     due = step % self._run.options.log_every_steps == 0 or step == total
     self._last_scalars = loss, grad_norm, float(metrics.learning_rate)
