@@ -134,14 +134,17 @@ def choose(
 
   Raises:
     ValueError: See `shares` and `chosen`; or the folder holds no run, or the
-      task's tokenizer is another.
+      tokenizer or the tasks of the data are others.
     CheckpointError: No checkpoint is good.
   """
   _check_share(share)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)
-  dataset = data.load(options or run.data)
+  options = options or run.data
+  for problem in run.task_problems(options):
+    raise ValueError(f'{workdir} does not fit the data: {problem}')
+  dataset = data.load(options)
   # The same check as for a run that begins with another's parameters: a task
   # may add an EOS.
   for problem in run.token_problems(dataset.tokenizer):

@@ -11,6 +11,7 @@ from moe_jax.compression import (
   whole_run,
 )
 from moe_jax.data import DataOptions
+from moe_jax.finetuning import choose_experts
 from moe_jax.training import setup
 from tests.compression.test_distill import config_of
 from tests.finetuning.test_start import config_from
@@ -58,6 +59,8 @@ def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
   options = sections.read(DataOptions, config.data, 'data.')
   with pytest.raises(ValueError, match=message):
     calibration.batches(whole_run.read(by_task), 1, options)
+  with pytest.raises(ValueError, match=message):
+    choose_experts.choose(by_task, share=0.5, options=options)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
   with pytest.raises(ValueError, match=message):
     keep_logits.write(by_task, tmp_path / 'c', options, **numbers)
