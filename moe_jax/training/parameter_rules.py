@@ -101,14 +101,25 @@ def _factors(option, rules, roles, default):
         return factor
     return default(role)
 
-  return jax.tree_util.tree_map_with_path(
-    factor_of, roles, is_leaf=lambda leaf: isinstance(leaf, Role)
-  )
+  return jax.tree_util.tree_map_with_path(factor_of, roles, is_leaf=_is_role)
 
 
 def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
   """The function that says whether a rule selects the parameter of a name."""
-  if (expression := _parts_expression(pattern)) is None:
-    regex = re.compile(pattern)
-    return lambda name: regex.search(name) is not None
-  return names_of(expression, roles, option).__contains__
+  if (expression := _parts_expression(pattern)) is not None:
+    return names_of(expression, roles, option).__contains__
+  regex = re.compile(pattern)
+  names = [
+    path_name(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(roles, is_leaf=_is_role)
+  ]
+  if not any(map(regex.search, names)):
+    raise ValueError(
+      f'{option}: {pattern!r} is found in the name of no parameter; '
+      f'{names[0]!r} is one'
+    )
+  return lambda name: regex.search(name) is not None
+
+
+def _is_role(leaf: Any) -> bool:
+  return isinstance(leaf, Role)
