@@ -7,6 +7,8 @@ Not here: the run (`setup.py`), and parameters of another run
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
 from moe_jax.models import router_state
@@ -89,7 +91,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   run.early_stopping.restore(restored.extra)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
-  return restored.state
+  # The seed is the config's: with another the order of the data changes, too.
+  seed = jnp.full_like(restored.state.seed, run.options.seed)
+  return restored.state.replace(seed=seed)
 
 
 def end_problem(run: Run, step: int) -> str | None:

@@ -292,9 +292,10 @@ def test_another_runs_workdir(unbroken, tmp_path):
 
 def test_resume_goes_on_with_another_config(tmp_path):
   train_and_evaluate(OPTIONS, tmp_path, hooks=[SigtermAt(3)])
-  other = tiny.options(model=DROPOUT, checkpoint={'every_steps': 3})
+  other = tiny.options(model=DROPOUT, checkpoint={'every_steps': 3}, seed=7)
   state = train_and_evaluate(other, tmp_path, resume=True)
   assert int(state.step) == 6
+  assert int(state.seed) == 7  # of the noise, as of the order of the data
   steps = [
     json.loads((tmp_path / name).read_text())['checkpoint']['every_steps']
     for name in ('config.0.json', 'config.json')
