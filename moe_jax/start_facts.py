@@ -100,7 +100,7 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   trained, trees = programs.trained, programs.adapters.trees
   yield from options.optimizer.facts(
     trained.part(trees.shapes),
-    trained.part(trees.axes, is_leaf=is_names),
+    trained.part(programs.adapters.matrix_axes, is_leaf=is_names),
     trained.part(trees.roles, is_leaf=is_role),
   )
 

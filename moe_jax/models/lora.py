@@ -32,6 +32,8 @@ from moe_jax.options import Options, above, at_least, option, within
 from moe_jax.shapes import Array, PRNGKey
 
 TREE = 'lora'  # the name of the tree of factors among the parameters
+# The name of the rank among the axes that an optimizer is given.
+RANK = 'rank'
 _STACKED = ('layers', 'expert')
 _WITH_ADAPTERS = {'rank': at_least(1)}
 
@@ -128,6 +130,19 @@ class Adapters:
       for path in self.kernels
       for factor in 'ab'
     )
+
+  @property
+  def matrix_axes(self) -> dict[str, Any]:
+    """The axes of all parameters, with `RANK` for that of factors.
+
+    They tell an optimizer a factor's inputs from its outputs; no sharding table
+    splits the rank.
+    """
+    axes = flat_trees.flatten(self.trees.axes)
+    for path, kernel in self.kernels.items():
+      for factor, names in kernel.factors(kernel.axes, RANK).items():
+        axes[TREE, *path, factor] = names
+    return flat_trees.unflatten(axes)
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own parameters, without the factors."""

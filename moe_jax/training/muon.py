@@ -18,6 +18,7 @@ import optax
 from optax import contrib
 
 from moe_jax.layers.parameters import Role
+from moe_jax.models.lora import RANK
 from moe_jax.options import above, at_least, option, within
 from moe_jax.training.optimizer import (
   Optimizer,
@@ -149,24 +150,26 @@ class Muon(Optimizer):
 def is_hidden(role: Role, names: tuple[str | None, ...]) -> bool:
   """Whether a parameter is a kernel between hidden values, as Muon's are.
 
-  A kernel from the residual stream to one number, a gate, is no matrix.
+  A kernel from the residual stream to one number, a gate, is no matrix, and
+  neither is the factor of an adapter that leads to such a number.
   """
   hidden = role.form == 'kernel' and role.role in _HIDDEN
-  return hidden and names[-2:] != ('embed', None)
+  return hidden and names[-2:] not in (('embed', None), (RANK, None))
 
 
 def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
   """The inputs and the outputs of a kernel, by its logical axes.
 
   A kernel whose last axis is 'embed' leads from all others to the residual
-  stream; any other has its first axis as input.
+  stream, and one whose last axis is the rank of an adapter to its other factor;
+  any other has its first axis as input.
 
   Raises:
     ValueError: There are fewer than two axes.
   """
   if len(names) < 2:
     raise ValueError(f'a kernel of axes {names} is no matrix')
-  split = len(names) - 1 if names[-1] == 'embed' else 1
+  split = len(names) - 1 if names[-1] in ('embed', RANK) else 1
   return contrib.MuonDimensionNumbers(
     tuple(range(split)), tuple(range(split, len(names)))
   )

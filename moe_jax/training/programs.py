@@ -149,7 +149,7 @@ def make_optimizer(
     trained = dataclasses.replace(trained, masks=masks)
   transformation = options.optimizer.transformation(
     options.total_steps,
-    trained.part(trees.axes, is_leaf=is_names),
+    trained.part(adapters.matrix_axes, is_leaf=is_names),
     trees.roles,
     trained.part,
   )

@@ -146,6 +146,22 @@ def test_inputs_and_outputs_by_axes():
     dimensions(('embed',))
 
 
+def test_factors_of_adapters_are_matrices_too():
+  options = tiny.options(
+    model=dict(moe=dict(shared_expert=dict(hidden=24, gated=True))),
+    lora=dict(rank=3, parts='attention + experts + shared_experts'),
+    optimizer=dict(kind='muon', clip_norm=0.0),
+  )
+  mesh = make_mesh(dict(data=1), jax.devices()[:1])
+  run_programs = programs.make_programs(options, tiny.model_of(options), mesh)
+  # The gate of the shared expert has one output, so B has as many numbers as
+  # its rank.
+  (fact,) = start_facts.optimizer_lines(options, run_programs)
+  assert 'Adam trains 3, at 1 of the rate: shared_expert kernel' in fact
+  assert dimensions(('heads', 'kv', 'rank')) == ((0, 1), (2,))
+  assert dimensions(('rank', 'heads', 'kv')) == ((0,), (1, 2))
+
+
 LATENT = dict(
   attention=dict(kind='latent', num_heads=2, query_rank=24, kv_rank=24)
   | dict(plain_width=12, rotary_width=12, value_width=24),
