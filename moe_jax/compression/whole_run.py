@@ -12,6 +12,7 @@ from moe_jax import sections
 from moe_jax.models import MODELS, Model, ModelOptions, code_trees
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import new_run, trained
+from moe_jax.runs import workdir as workdir_lib
 
 
 class WholeRun(NamedTuple):
@@ -73,7 +74,8 @@ def write(
   """Makes a new run's folder of a run, with another model.
 
   The folder is trained, evaluated, generated from and exported like that of an
-  imported model.
+  imported model. The task of its sample is left out if no router of the new
+  model goes by task, as a config that names one would be refused.
 
   Args:
     run: The run that the model was made of.
@@ -94,6 +96,9 @@ def write(
   changes = {}
   if model is not None:
     changes['model'] = sections.choice_section(MODELS, model).to_dict()
+    if not model.routes_by_task:
+      sample = workdir_lib.kept_config(run.folder).get('sample', {})
+      changes['sample'] = {**sample, 'task': ''}
   return new_run.derive(
     run.folder,
     output,

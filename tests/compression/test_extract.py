@@ -222,6 +222,25 @@ def loud_experts(params):
   return jax.tree_util.tree_map_with_path(change, params)
 
 
+def test_the_task_of_the_sample_goes_with_the_routers_by_task(tmp_path):
+  sample = dict(task='reverse', num_tokens=9)
+  folders.write(
+    tmp_path / 'run', **languages_of(('copy', 'reverse')), sample=sample
+  )
+  run = whole_run.read(tmp_path / 'run')
+  tasks = {}
+  for name, model in (
+    ('whole', run.options.model),
+    ('new', extract.of_run(run, 'reverse').options),
+  ):
+    # Parameters are not looked at here.
+    folder = whole_run.write(run, tmp_path / name, {'w': jnp.ones(1)}, model)
+    config = run_config.from_file(folder / 'first_config.json')
+    assert config.sample.num_tokens == 9
+    tasks[name] = config.sample.task
+  assert tasks == {'whole': 'reverse', 'new': ''}
+
+
 @pytest.mark.slow
 def test_the_commands(tmp_path, capsys):
   # The encoder routes by token, with a balancing bias that goes along.
