@@ -79,10 +79,13 @@ def probabilities(
 ) -> Float[Array, 'G S E']:
   """The softmax over all columns of a layer's router, for each token.
 
-  They are the router's gates if gates are raw and a token chooses every column.
+  They are the router's gates if gates are raw, without a factor, and a token
+  chooses every column.
   """
   options: Any = layer.moe.router
-  changes = {'gates': 'raw', 'second_policy': 'all'}
+  changes: dict[str, Any] = {'gates': 'raw', 'second_policy': 'all'}
+  if hasattr(options, 'gate_scale'):
+    changes['gate_scale'] = 1.0
   threshold = default_of(fields_of(type(options))['second_threshold'])
   router = dataclasses.replace(options, second_threshold=threshold, **changes)
   E = layer.moe.num_experts

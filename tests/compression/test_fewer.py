@@ -171,6 +171,13 @@ def test_the_growth_of_raw_gates_is_measured_on_calibration_data():
   )
 
 
+def test_a_factor_of_gates_is_no_part_of_the_probabilities():
+  scaled = run_of(router=TokenChoice(gates='raw', gate_scale=2.5))
+  layers = sparse_layers(scaled.model, scaled.variables['params'])
+  p = prune.probabilities(layers[1], jnp.asarray(sparse_runs.X))
+  np.testing.assert_allclose(p.sum(-1), 1.0, rtol=1e-5)
+
+
 def test_layers_keep_the_experts_of_the_largest_scores():
   calibrated = calibrate()
   scores = {
