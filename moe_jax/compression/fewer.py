@@ -65,6 +65,24 @@ class SmallerLayer(NamedTuple):
     return mix
 
 
+def regrouped(layer: SparseLayer, new_layer: SmallerLayer) -> list[int]:
+  """The experts whose columns are in another group where a router shrinks.
+
+  Groups are as many consecutive columns each, before and after.
+
+  Args:
+    layer: The layer.
+    new_layer: The layer with the experts that are left.
+  """
+  num_groups = getattr(layer.moe.router, 'expert_groups', 1)
+  sizes = [n // num_groups for n in (len(new_layer.row), new_layer.num_experts)]
+  return [
+    expert
+    for expert, index in enumerate(new_layer.row)
+    if index >= 0 and expert // sizes[0] != index // sizes[1]
+  ]
+
+
 class Calibrated(NamedTuple):
   """A run with its sparse layers and their statistics on some data.
 

@@ -21,6 +21,7 @@ from moe_jax.compression.fewer import (
   calibrated,
   check_columns,
   numbers,
+  regrouped,
 )
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.usage import SCORES
@@ -140,6 +141,7 @@ def report_lines(
   original: Calibrated,
   params: Mapping[str, Any],
   new_layers: Mapping[int, SmallerLayer],
+  router: str,
 ) -> list[str]:
   """Lines on experts and bytes before and after, and on unused experts.
 
@@ -147,6 +149,7 @@ def report_lines(
     original: The run with the statistics of its experts.
     params: The parameters of the smaller model.
     new_layers: Each sparse layer with the experts that stay, by number.
+    router: See `smaller`.
   """
   lines, counts = [], []
   for n, new_layer in new_layers.items():
@@ -156,6 +159,14 @@ def report_lines(
     if usage.unused:
       lines.append(
         f'layer {n}: no calibration token reached experts {usage.unused}'
+      )
+  for n, new_layer in new_layers.items():
+    layer = original.layers[n]
+    if router == SHRUNK and (moved := regrouped(layer, new_layer)):
+      lines.append(
+        f'layer {n}: WARNING: the groups of experts are formed anew of the '
+        f'columns that are left, by which experts {moved} are in another group '
+        'than before, and tokens choose otherwise'
       )
   old_bytes = bytes_in_memory(original.run.variables['params'])
   new_bytes = bytes_in_memory(params)

@@ -182,7 +182,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   groups = [
     f'layer {n}: {_groups_text(layer)}' for n, layer in new_layers.items()
   ]
-  lines = report_lines(original, variables['params'], new_layers)
+  lines = report_lines(
+    original, variables['params'], new_layers, options.router
+  )
   lines += ['groups of experts: ' + '; '.join(groups)]
   return '\n'.join([*lines, closing_lines(folder, original)])
 

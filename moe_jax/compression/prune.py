@@ -16,6 +16,9 @@ tokens do that choose no expert that is gone:
 - With raw gates and a shrunk router, the softmax is over the experts that stay:
   a gate g becomes g / (1 - p), where p is the sum of the probabilities of the
   experts that are gone. So the layer's output y becomes y / (1 - p).
+- Where a token chooses groups of experts first, a shrunk router forms as many
+  groups anew, of the columns that it still has. Unless the old groups keep as
+  many experts each, tokens choose otherwise, and the command says so.
 """
 
 import argparse
@@ -182,7 +185,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_layers = prune(original, counts, score=options.score)
   model, variables = smaller(original.run, new_layers, options.router)
   folder = write(original, options.output, model, variables)
-  lines = report_lines(original, variables['params'], new_layers)
+  lines = report_lines(
+    original, variables['params'], new_layers, options.router
+  )
   for n, layer in new_layers.items():
     lost = [e for e, index in enumerate(layer.row) if index < 0]
     lines.append(f'layer {n}: without experts {lost}')

@@ -15,7 +15,7 @@ from moe_jax.compression.fewer import (
   only,
   without,
 )
-from moe_jax.compression.fewer_command import numbers_by_share
+from moe_jax.compression.fewer_command import numbers_by_share, report_lines
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Hash, TokenChoice
 from moe_jax.models.expert_arrays import (
@@ -176,6 +176,24 @@ def test_a_factor_of_gates_is_no_part_of_the_probabilities():
   layers = sparse_layers(scaled.model, scaled.variables['params'])
   p = prune.probabilities(layers[1], jnp.asarray(sparse_runs.X))
   np.testing.assert_allclose(p.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_experts_that_change_their_group_are_told():
+  router = TokenChoice(expert_groups=2, chosen_expert_groups=1)
+  run = run_of(num_experts=6, router=router)
+  layers = sparse_layers(run.model, run.variables['params'])
+  calibrated = sparse_runs.calibrated(run)
+
+  def warnings(remaining, router='shrunk'):
+    smaller_layers = {1: only(layers[1], remaining)}
+    lines = report_lines(calibrated, {}, smaller_layers, router)
+    return [line for line in lines if 'WARNING' in line]
+
+  (warning,) = warnings([0, 1, 2, 5])
+  assert 'layer 1:' in warning
+  assert 'experts [2] are in another group' in warning
+  assert not warnings([0, 2, 3, 4])
+  assert not warnings([0, 1, 2, 5], 'masked')
 
 
 def test_layers_keep_the_experts_of_the_largest_scores():
