@@ -202,10 +202,11 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   _check_alike(layer, FfnLayer(expert, _block(source, layer)[0].shared), dense)
   width = dense.options.hidden
   count, rest = divmod(width, expert.hidden)
-  if rest or not 1 <= count <= options.num_experts:
+  most = options.sizes.num_retained
+  if rest or not 1 <= count <= most:
     raise ValueError(
       f'layer {layer}: the width {width} of a feed-forward is not that '
-      f'of 1 to {options.num_experts} experts of width {expert.hidden}'
+      f'of 1 to {most} experts of width {expert.hidden}'
     )
   return count
 

@@ -128,6 +128,14 @@ def test_what_cannot_be_concatenated_is_refused(model, message):
     dense_start.plan(*map(tiny.model_of, options), {}, [])
 
 
+def test_experts_that_a_teacher_has_lost_are_not_concatenated():
+  pruned = {'moe': TEACHER['moe'] | {'retained': {'expert_of': '1: 0 - 1 -'}}}
+  student = {'moe': {'num_experts': 0, 'num_selected': 3}}
+  options = (tiny.options(model={**TEACHER, **m}) for m in (student, pruned))
+  with pytest.raises(ValueError, match='not that of 1 to 2 experts of width'):
+    dense_start.plan(*map(tiny.model_of, options), {}, [])
+
+
 @pytest.mark.slow
 def test_a_twin_of_a_teacher_with_even_gates_is_the_teacher(tmp_path):
   # A router without weights sends every token to experts 0 and 1 with gates of
