@@ -209,9 +209,11 @@ class StoredLogits:
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
     """A function that is called once a step and gives its batch's logits.
 
-    The step is read from the state at the first call, which also checks that
-    the targets of the run's own batch are those that the logits are for, and is
-    then counted, since a number on a device would have to be waited for.
+    The step is read from the state at the first call, and is then counted,
+    since a number on a device would have to be waited for. The first call also
+    checks that the targets of the run's own batch, and of its last one, are
+    those that the logits are for: other weights of a mixture may give the same
+    rows at first, and later shift those of every source.
     """
     layout, number = run.programs.put, None
 
@@ -219,7 +221,8 @@ class StoredLogits:
       nonlocal number
       if number is None:
         number = int(state.step)
-        self._check_targets(run, number)
+        for checked_number in (number, run.options.total_steps - 1):
+          self._check_targets(run, checked_number)
       arrays = self.batch(number)
       number += 1
       return layout.local({n: arrays[n][layout.rows] for n in (IDS, LOG_PROBS)})

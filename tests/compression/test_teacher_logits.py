@@ -162,6 +162,35 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     )
 
 
+def test_other_weights_of_a_mixture_are_noticed(teacher, tmp_path):
+  def mixture(weights):
+    sources = {
+      name: {'kind': 'python_stdlib', 'modules': name}
+      for name in ('asyncio', 'email')
+    }
+    values = dict(sources=sources, rule='given', weights=weights, period=20)
+    return {'source': {'python_stdlib': {'modules': ''}}, 'mixture': values}
+
+  # The first batch of four rows has four of asyncio either way.
+  weights, other_weights = ({'asyncio': n, 'email': 1.0} for n in (9.0, 19.0))
+  config = tiny.config(data=mixture(weights))
+  stored_logits = keep_logits.write(
+    teacher,
+    tmp_path / 'kept',
+    sections.read(DataOptions, config.data, 'data.'),
+    seed=0,
+    batch_size=4,
+    batches=STEPS,
+    top=4,
+  )
+  run, state, batch = start_run(
+    config_with_logits(teacher, stored_logits, data=mixture(other_weights)),
+    tmp_path / 'run',
+  )
+  with pytest.raises(ValueError, match=f'batch {STEPS - 1} has other targets'):
+    run.train_step(state, batch)
+
+
 @pytest.mark.slow
 def test_the_command_writes_them(teacher, tmp_path, capsys):
   command.main(
