@@ -203,6 +203,8 @@ class Gates(NamedTuple):
     high: The same for 90 %.
     router_entropy: Entropy in nats of the router's softmax, averaged over
       tokens; NaN without logits.
+    router_share: The share that this is of the entropy of an even softmax over
+      all columns of the router; NaN without logits, or with one column.
   """
 
   means: tuple[float, ...]
@@ -210,6 +212,7 @@ class Gates(NamedTuple):
   median: float
   high: float
   router_entropy: float
+  router_share: float
 
 
 def gates(layer: LayerSums) -> Gates:
@@ -226,7 +229,10 @@ def gates(layer: LayerSums) -> Gates:
   )
   num_tokens = layer.logit_tokens
   router_entropy = layer.logit_entropy / num_tokens if num_tokens else math.nan
-  return Gates(tuple(map(float, means)), low, median, high, router_entropy)
+  most = math.log(max(layer.logit_columns, 1))
+  router_share = router_entropy / most if most else math.nan
+  means = tuple(map(float, means))
+  return Gates(means, low, median, high, router_entropy, router_share)
 
 
 def token_entropy(layer: LayerSums, ids: np.ndarray | list[int]) -> float:

@@ -160,7 +160,7 @@ def gate_figure(sums: RouteSums) -> Figure:
   entropy_axes.plot(x, shares, **plot_style.series(0), label='load')
   router = [one.router_entropy for one in gates]
   if not all(map(math.isnan, router)):
-    shares = [*map(_fraction, router, most)]
+    shares = [one.router_share for one in gates]
     label = 'router, mean over tokens'
     entropy_axes.plot(x, shares, **plot_style.series(1), label=label)
   _layer_axis(gate_axes, 'Gates of served choices', sums.layers, percent=False)

@@ -45,6 +45,8 @@ class LayerSums:
     gates: [GATE_BINS], histogram of gates of served first choices.
     logit_entropy: Entropy of the router's softmax in nats, summed over tokens.
     logit_tokens: Number of these tokens; 0 where there are no logits.
+    logit_columns: Number of the router's columns, which is above E where
+      columns share experts or lead to none; 0 where there are no logits.
     pairs: [E, E], tokens that chose both of two experts.
     tokens: [V, E], first choices of each token id.
     positions: [parts, E], first choices by place in the document.
@@ -66,6 +68,7 @@ class LayerSums:
   previous_experts: dataclasses.InitVar[int] = 0
   logit_entropy: float = 0.0
   logit_tokens: int = 0
+  logit_columns: int = 0
   repeats: Repeats = Repeats(0, 0, 0)
   different: Repeats = Repeats(0, 0, 0)
   chance: Repeats = Repeats(0, 0, 0)
@@ -154,6 +157,7 @@ class LayerSums:
       token_logits = logits.reshape(-1, logits.shape[-1])[tokens.flat_index]
       self.logit_entropy += route_counts.logit_entropy(token_logits)
       self.logit_tokens += len(token_logits)
+      self.logit_columns = token_logits.shape[1]
 
   def _add_first(
     self,

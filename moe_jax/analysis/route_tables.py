@@ -172,16 +172,14 @@ def gate_table(sums: RouteSums) -> ValueTable:
   for number, layer in sums.layers.items():
     gates = route_findings.gates(layer)
     means = (*gates.means, math.nan, math.nan)[:2]
-    maximum = math.log(layer.info.num_experts)
-    router = gates.router_entropy / maximum if maximum else math.nan
-    values = gates.low, gates.median, gates.high, gates.router_entropy
-    rows.append([number, *means, *values, router])
+    rows.append([number, *means, *gates[1:]])
   return ValueTable(
     'gates',
     'Gates and the entropy of routers',
     'Gates of served choices. Percentiles are those of first choices, to 0.01. '
     "The entropy of the router's softmax is in nats, averaged over tokens; it "
-    'needs logits in the trace.',
+    'needs logits in the trace. Of a router with more columns than experts, E '
+    'is the number of columns there.',
     {
       'layer': 'd',
       'first, mean': '.3f',

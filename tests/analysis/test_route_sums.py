@@ -237,8 +237,19 @@ def test_logits_give_the_entropy_of_the_router():
   layer = route_sums.collect(
     make_header(), [record._replace(layers=layers)]
   ).layers[1]
-  router_entropy = route_findings.gates(layer).router_entropy
-  assert router_entropy == pytest.approx(math.log(E))
+  gates = route_findings.gates(layer)
+  assert gates.router_entropy == pytest.approx(math.log(E))
+  assert gates.router_share == pytest.approx(1)
+
+
+def test_the_entropy_of_a_router_is_a_share_of_that_of_all_its_columns():
+  # Twice as many columns as experts, as in a run that was merged.
+  record = make_record()
+  logits = np.zeros((B, T, 2 * E), np.float32)
+  layers = {1: record.layers[1]._replace(logits=logits)}
+  sums = route_sums.collect(make_header(), [record._replace(layers=layers)])
+  row = route_tables.gate_table(sums).rows[0]
+  assert row[-2:] == pytest.approx([math.log(2 * E), 1])
 
 
 def test_labels_of_sources():
