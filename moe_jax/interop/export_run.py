@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 
 from moe_jax import sections
-from moe_jax.data import plain_files
+from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop import exported_tokenizer, hub
 from moe_jax.interop.checkpoint_folder import architecture_of
@@ -120,5 +120,8 @@ def _export_tokenizer(
     plain_files.copy(path, output / path.name)
   if imported:
     names = ', '.join(path.name for path in imported)
-    return f"the imported checkpoint's other files are there too: {names}"
+    line = f"the imported checkpoint's other files are there too: {names}"
+    if isinstance(tokenizer, tokenizers.Extended) and tokenizer.names:
+      line += '; they are without the ids that the task added'
+    return line
   return exported_tokenizer.write(tokenizer, output)

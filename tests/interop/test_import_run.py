@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from moe_jax import config_file, generate, interop, run_config, sections
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import extra_ids
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import meaning
@@ -328,6 +330,23 @@ def test_out_of_a_run_that_began_here(tmp_path):
   assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token) == ('<s>', '</s>')
   assert hf_tokenizer(PROMPT)['input_ids'] == tokenizer.encode(PROMPT).tolist()
   assert model.vocab_size == tokenizer.vocab_size
+
+
+def test_ids_that_a_task_added_to_an_imported_run_are_said_to_stay(tmp_path):
+  folder, source = tmp_path / 'run', tmp_path / 'run' / 'huggingface'
+  source.mkdir(parents=True)
+  folders.write_tokenizer(source, 'mixtral')
+  base = tokenizers.Json.from_folder(source)
+  lines = []
+  for name, num_sentinels in (('without', 0), ('with', 9)):
+    tokenizer = extra_ids.extend(
+      base, num_sentinels=num_sentinels, end_inputs=True
+    )
+    run_folders.write(folder, tokenizer=tokenizer, model=MIXTRAL)
+    lines.append(export_run(folder, tmp_path / name)[-1])
+    shutil.rmtree(folder / 'checkpoints')
+  assert 'too: chat_template.jinja, tokenizer.json' in lines[0]
+  assert lines[1] == f'{lines[0]}; they are without the ids that the task added'
 
 
 def test_sentencepiece_goes_out_and_comes_back_by_its_name(tmp_path):
