@@ -69,9 +69,7 @@ def explain(
   Raises:
     ValueError: The options or the data are bad.
   """
-  # Evaluations are no part of a step, and the best checkpoint needs one.
-  checkpoint = type(options.checkpoint)(keep_best=False)
-  options = dataclasses.replace(options, checkpoint=checkpoint, evals={})
+  options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(options, pathlib.Path(folder) / 'run', devices=devices)
     state, batches = run.programs.init_state(), run.batches(0)
@@ -93,6 +91,23 @@ def explain(
     input_seconds=input_seconds,
     busy_seconds=busy / num_steps,
     shares=step_parts.shares_of_step(part_times, busy, step_seconds, wait),
+  )
+
+
+def without_evaluations(options: RunOptions) -> RunOptions:
+  """The options of a run with the same steps, and nothing beside them."""
+  trace = options.trace
+  if trace.every_steps:
+    trace = dataclasses.replace(trace, evaluations='')
+  else:
+    trace = type(trace)()
+  return dataclasses.replace(
+    options,
+    evals={},
+    # The best checkpoint, and an early end, are those of an evaluation.
+    checkpoint=type(options.checkpoint)(keep_best=False),
+    early_stopping=type(options.early_stopping)(),
+    trace=trace,
   )
 
 
