@@ -126,7 +126,8 @@ class LayerOptions(Options):
       length: The length of rows in tokens.
     """
     S, rows = self.moe.group_size, run.rows
-    if not self.moe.num_experts:
+    # A run without a length of targets is refused for that.
+    if not (self.moe.num_experts and length):
       return
     if S > 0 and S % length and self.moe.router.needs_whole_rows:
       yield (

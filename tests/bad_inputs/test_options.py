@@ -174,6 +174,8 @@ def test_a_flag_says_the_rule(path):
     ('model.moe.layers=every -1', 'every -1'),
     ('model.moe.layers=9', '9'),
     ('model.moe.layers=', 'layers'),
+    # Groups are counted in rows of no length.
+    ('model.kind=encoder_decoder', 'data.target_len above 0'),
   ],
 )
 def test_values_out_of_range(flag, rule):
