@@ -9,7 +9,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from moe_jax import sections
 from moe_jax.analysis.run_facts import FAILED, RunFacts
+from moe_jax.run_config import RunConfig
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 
@@ -126,17 +128,33 @@ def _train_commands(
     ),
   ]
   if not _config_text(config, 'distill', 'teacher'):
-    start_flag = _flag('config.init_from.workdir', run)
+    start_flags = [_flag('config.init_from.workdir', run), *_as_it_is(config)]
     suitable.append(
       Command(
         'Fine-tune: a new run that begins with these parameters',
         'As it stands it trains on the same data; give data, steps and '
         'learning rate of your own with --config.data..., '
         '--config.total_steps=... and --config.optimizer.learning_rate=...',
-        [train(f'{run}_finetuned', start_flag)],
+        [train(f'{run}_finetuned', *start_flags)],
       )
     )
   return suitable
+
+
+def _as_it_is(config: Mapping[str, Any]) -> list[str]:
+  """Flags by which a run is not begun with in the way in which it began.
+
+  It may have begun with a checkpoint, or with copies of experts, of its own.
+  """
+  section = config.get('init_from')
+  if not isinstance(section, Mapping):
+    return []
+  defaults: Any = sections.section(RunConfig)['init_from']
+  return [
+    _flag(f'config.init_from.{name}', str(default))
+    for name, default in defaults.items()
+    if name != 'workdir' and section.get(name, default) != default
+  ]
 
 
 def _route_command(folder: pathlib.Path, run: str) -> Command:

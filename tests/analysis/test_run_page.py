@@ -276,6 +276,21 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
   assert len(modules) == 7
 
 
+def test_a_run_is_begun_with_as_it_is_however_it_began(tmp_path):
+  init_from = dict(workdir='old', step=7, experts='0,0', keep_tokenizer=False)
+  commands = run_commands.commands(
+    tmp_path / 'run', FACTS, {'init_from': init_from}, ended=True
+  )
+  (line,) = (c.lines[0] for c in commands if c.title.startswith('Fine-tune'))
+  words = shlex.split(line.replace('\\\n', ' '))
+  assert [word for word in words if word.startswith('--config.')] == [
+    '--config.init_from.workdir=run',
+    '--config.init_from.experts=',
+    '--config.init_from.keep_tokenizer=True',
+    '--config.init_from.step=-1',
+  ]
+
+
 def check_flags(words, name):
   """Checks that flags of `moe_jax.main` give a config that can be read."""
   assert words[0] == f'--config={name}/this_config.py'
