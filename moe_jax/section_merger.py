@@ -76,11 +76,14 @@ def _merge_into(
 
 
 def locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, a copy with all keys of `config`, locked wherever that is."""
+  """`merged`, a copy of `config`, locked wherever that is.
+
+  It may lack keys of mappings that have got their defaults again.
+  """
   if config.is_locked:
     merged.lock()  # sections below it, too
   for key, subsection in config.items():
-    if isinstance(subsection, ConfigDict):
+    if isinstance(subsection, ConfigDict) and key in merged:
       merged_subsection = cast(ConfigDict, merged[key])
       if not subsection.is_locked:
         merged_subsection.unlock()

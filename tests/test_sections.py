@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax import sections
+from moe_jax import config_file, sections
 from moe_jax.options import (
   Kinds,
   OptionError,
@@ -23,6 +23,7 @@ from moe_jax.options import (
   option,
   within,
 )
+from moe_jax.run_config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +229,17 @@ def test_a_later_layer_switches_earlier_options_off():
   config, ignored = sections.settle(Whole, before, after)
   assert ignored == {'rule.tokens.gates': 'even'}
   assert sections.read(Whole, config).shape == Deep(depth=3)
+
+
+def test_a_later_layer_switches_nested_overrides_off():
+  overrides = {'moe': {'num_selected': 1}}
+  before = config_file.load_config('moe_jax:tiny_seq2seq')
+  before.model.encoder.overrides = overrides
+  after = copy.deepcopy(before)
+  after.model.kind = 'decoder'
+  config, ignored = sections.settle(RunConfig, before, after)
+  assert ignored['model.encoder.overrides'] == overrides
+  assert not config.model.encoder.overrides
 
 
 def test_what_a_later_layer_sets_in_vain_is_refused():
