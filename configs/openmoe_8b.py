@@ -13,7 +13,10 @@ losses are averaged over layers.
 
 Here 11.9B parameters, as in the released checkpoints, which ask for 23 GB in
 bfloat16; published is "8B". Unlike there, slots are token-major: the published
-code's are choice-major, and leak. The mesh, the batch and the schedule are
+code's are choice-major, and leak. Nor does the loss have the two terms of the
+checkpoint's config.json for output logits: labels are not smoothed (0.001
+there), and there is no z-loss of the logits (0.01 there;
+--config.logits_z_weight=0.01 adds it). The mesh, the batch and the schedule are
 ours.
 
     python -m moe_jax.main --config=moe_jax:openmoe_8b:runlocal \

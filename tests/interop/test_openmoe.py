@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config_file, generation, interop, run_config
+from moe_jax.configs import openmoe_8b
 from moe_jax.data.plain_files import read_json
 from moe_jax.interop import checkpoint_folder, exported_config
 from moe_jax.interop.quirks import EvenSlots
@@ -298,6 +299,14 @@ def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
   for key in ('capacity_factor_train=1.25', 'label_smoothing', 'z_loss_factor'):
     assert any(key in note for note in checkpoint.notes), key
   assert len(checkpoint.notes) == 3
+  # The published loss has two terms more, as our config's docstring says.
+  assert config.logits_z_weight == 0.0
+  described = ' '.join(openmoe_8b.__doc__.split())
+  for term, key in (
+    ('labels are not smoothed', 'label_smoothing'),
+    ('no z-loss of the logits', 'z_loss_factor'),
+  ):
+    assert f'{term} ({PUBLISHED[key]} there' in described
   # The exported config has the keys of the import, but for those that
   # transformers has renamed.
   written = exported_config.describe(
