@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models, run_config, sections
+from moe_jax.configs import t5_base
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.sections import merge
 from moe_jax.training import losses, step
@@ -234,6 +235,19 @@ def test_arguments_name_published_sizes():
   ):
     with pytest.raises(ValueError, match=f"'e7'.* have .*'{argument}'"):
       golden.config(name, 'e7')
+
+
+def test_the_docstring_of_t5_says_where_its_rate_is_not_the_published_one():
+  options = options_of('t5_base')
+  rate = options.optimizer.rate(options.total_steps)
+  differing = [
+    step
+    for step in (1, 5000, 10_000, 10_001, 250_000)
+    if abs(float(rate(jnp.int32(step - 1))) * max(step, 10_000) ** 0.5 - 1)
+    > 0.001  # T5: 1 / sqrt(max(step, 10,000))
+  ]
+  assert differing == [1, 5000]
+  assert 'from step 10,000 on' in ' '.join(t5_base.__doc__.split())
 
 
 def test_only_glam_leaks_the_future():
