@@ -6,6 +6,7 @@ tables and curves of groups (`compared_tables.py`).
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -107,10 +108,29 @@ def _tokenizer(run: RunFolder) -> str:
 
 
 def config_of(run: RunFolder) -> dict[str, str]:
-  """The config of a run without its seed, as texts by dotted name."""
-  values = sections.flatten(run.config)
+  """The config of a run without its seed, as texts by dotted name.
+
+  The folder of a study's run that it begins with or learns from is given
+  without the seed, too, and with a digest of that run's own config, as starts
+  of one name may have other lengths.
+  """
+  return _texts(run.config)
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+  values = sections.flatten(config)
   values.pop('seed', None)
-  return {key: _OF_SEED.sub('seed*', str(v)) for key, v in values.items()}
+  return {key: _text(value) for key, value in values.items()}
+
+
+def _text(value: Any) -> str:
+  text, num_seeds = _OF_SEED.subn('seed*', str(value))
+  folder = pathlib.Path(str(value))
+  if num_seeds and (folder / workdir.CONFIG).exists():
+    config = _texts(workdir.kept_config(folder))
+    content = json.dumps(config, sort_keys=True).encode()
+    text += f', config {hashlib.sha256(content).hexdigest()[:10]}'
+  return text
 
 
 def _config_text(run: RunFolder) -> str:

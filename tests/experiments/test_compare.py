@@ -71,6 +71,28 @@ def test_a_seed_that_only_one_group_has_is_in_no_pair(runs):
   assert [*paired, 'not told apart'] in rows_of(groups, 'paired')
 
 
+def test_starts_of_other_lengths_are_other_groups(tmp_path):
+  # By name the long start of seed 1 would come before the short one.
+  names = {
+    'short': ('seed0-aaaaaaaaaa', 'seed1-bbbbbbbbbb'),
+    'long': ('seed0-cccccccccc', 'seed1-0000000000'),
+  }
+  runs = []
+  for seed in range(2):
+    for length in sorted(names, key=lambda length: names[length][seed]):
+      start = tmp_path / 'starts' / names[length][seed]
+      folder_of(start, seed=seed, total_steps={'short': 1, 'long': 9}[length])
+      rows = [(1, {'train/loss': {'short': 3.0, 'long': 2.0}[length]})]
+      init_from = {'workdir': str(start)}
+      path = tmp_path / f'{seed}_{length}'
+      runs.append(folder_of(path, rows, seed=seed, init_from=init_from))
+  groups = compared_runs.read(runs)
+  losses = [[run.last['train/loss'] for run in g] for g in groups.values()]
+  assert losses == [[3.0, 3.0], [2.0, 2.0]]
+  ((key, *folders),) = rows_of(groups, 'configs')
+  assert key == 'init_from.workdir' and len(set(folders)) == 2
+
+
 def test_a_run_is_compared_with_the_same_again(runs, tmp_path):
   again = run_of(tmp_path / 'again', 4, seed=0, loss=1.0)
   groups = compared_runs.read([runs[0], again])
