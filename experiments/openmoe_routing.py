@@ -80,7 +80,8 @@ def config(steps: int):
   moe.router.token_choice.update(balance_weight=0.02, z_weight=1e-4)
   room = {'capacity': {'per_assignment': {'factor': EVALUATED}}}
   config.evals = {byte_models.EVAL: byte_models.evaluation(moe=room)}
-  config.checkpoint.every_steps = max(steps // 10, 1)
+  # Rounded up, as one checkpoint more would push the first one out.
+  config.checkpoint.every_steps = -(-steps // 10)
   config.checkpoint.keep_newest = 10
   return config
 

@@ -85,7 +85,8 @@ def config(steps: int) -> ml_collections.ConfigDict:
   m.moe.layer_reduce = 'mean'
   m.moe.router.token_choice.gates = 'renormalized'
   m.moe.capacity.per_assignment.factor = 2.0
-  config.checkpoint.every_steps = max(steps // 5, 1)
+  # Rounded up, as one checkpoint more would push the first one out.
+  config.checkpoint.every_steps = -(-steps // 5)
   config.checkpoint.keep_newest = 5
   return config
 

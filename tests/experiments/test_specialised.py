@@ -1,7 +1,9 @@
 """Information of first choices about kinds of characters and about sources."""
 
 import numpy as np
+import pytest
 
+from experiments import openmoe_routing, specialisation
 from experiments.study import specialised
 from moe_jax.analysis.trace_records import (
   Header,
@@ -50,3 +52,12 @@ def test_choices_that_follow_the_kind_of_character():
 def test_places_of_halves_are_not_those_of_checkpoints():
   assert specialised.layer_key('encoder', 2) == 'encoder_2'
   assert specialised.layer_key('decoder', share=20) == 'at_20/decoder_*'
+
+
+@pytest.mark.parametrize('study', [specialisation, openmoe_routing])
+@pytest.mark.parametrize('steps', [11, 128, 300])
+def test_the_first_checkpoint_is_still_there_at_the_end(study, steps):
+  # What is measured early in the run would otherwise be of a later step.
+  options = study.config(steps).checkpoint
+  saved = {*range(options.every_steps, steps + 1, options.every_steps), steps}
+  assert len(saved) <= options.keep_newest
