@@ -488,6 +488,17 @@ def test_a_shared_step_is_the_runs_own(tmp_path):
   assert compiled[0] is compiled[1]
 
 
+@pytest.mark.parametrize(
+  ('flag', 'instead'),
+  [('--config.total_steps=2', '--steps'), ('--config.seed=7', '--seeds')],
+)
+def test_keys_that_runs_do_not_share_are_refused(flag, instead, capsys):
+  with pytest.raises(SystemExit):
+    command.parse(tiny_study.DENSE, [flag])
+  assert f'{flag}: runs do not share' in (error := capsys.readouterr().err)
+  assert error.endswith(f'give {instead}\n')
+
+
 @pytest.mark.slow
 def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   class Stop(setup.Hook):

@@ -18,6 +18,8 @@ from experiments.study.study import Study
 from moe_jax import command_line, config_file, host, sections
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
+# Flags that stand for keys of the config which each arm or run has of its own.
+_OWN = {'total_steps': '--steps', 'seed': '--seeds'}
 # The number that is printed when a run ends that others begin with.
 _START_COLUMN = Column('loss in training', 'train/loss')
 
@@ -47,6 +49,9 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   for flag in options.flags:
     if not re.match(r'--config\.[\w.]+=', flag):
       parser.error(f'unknown argument {flag!r}; keys are --config.KEY=VALUE')
+    key = flag.removeprefix('--config.').partition('=')[0]
+    if key in _OWN:
+      parser.error(f'{flag}: runs do not share {key}; give {_OWN[key]}')
   return options
 
 
