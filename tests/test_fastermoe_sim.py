@@ -109,6 +109,9 @@ def test_draws_have_the_skew_of_the_paper():
   np.testing.assert_allclose(shares[:-4], 0.2 / 12, atol=0.005)
   with pytest.raises(ValueError, match="unknown counts 'zipf'"):
     next(expert_counts.drawn('zipf', 16, 8, 1))
+  # Four experts are popular, so that none is left for the other tokens.
+  with pytest.raises(expert_counts.DoesNotDivide, match='num_experts=4'):
+    next(expert_counts.drawn('skewed', 4, 8, 1))
 
 
 def test_what_does_not_divide_is_refused():

@@ -137,17 +137,22 @@ def drawn(
   Args:
     name: 'skewed', where four experts have a fifth of all tokens each, and the
       others the rest; or 'uniform'.
-    num_experts: E, the number of experts, more than four.
+    num_experts: E, the number of experts; more than four if it is skewed.
     num_tokens: N, the number of tokens of a batch.
     steps: Number of batches.
     seed: Seed of the draws, and of which experts are popular.
 
   Raises:
+    DoesNotDivide: There are too few experts for the skew.
     ValueError: There is no such name.
   """
   if name not in DRAWN:
     raise unknown('counts', name, DRAWN)
   rng, E = np.random.default_rng(seed), num_experts
+  if name == 'skewed' and E <= HOT:
+    raise DoesNotDivide(
+      f'num_experts={E} leaves none beside the {HOT} popular ones'
+    )
   share = np.full(E, 1 / E)
   if name == 'skewed':
     share[:] = (1 - HOT * SHARE) / (E - HOT)
