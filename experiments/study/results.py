@@ -50,7 +50,7 @@ def summary_of(
     configs: Digests of the configs, see `Study.digests`.
   """
   runs = [run for arm in results.values() for run in arm]
-  remarks = study.remarks
+  facts, remarks = _facts([run['made'] for run in runs]), study.remarks
   return {
     'name': study.name,
     'title': study.title,
@@ -62,7 +62,8 @@ def summary_of(
     'overrides': dict(preset.overrides),
     'arguments': list(arguments),
     'digests': sorted({run['data_digest'] for run in runs}),
-    **_facts([run['made'] for run in runs]),
+    **facts,
+    'marks': stored.older_code(facts['code']),
     'times': {name: f'{t.spread:.2f}' for name, t in times.items()},
     'timing': times_lib.describe(times) if times else '',
     'configs': dict(configs),

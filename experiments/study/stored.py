@@ -168,7 +168,17 @@ def _marks(summary: Mapping[str, Any], study: Study) -> list[str]:
       marks.append(
         f'The preset has {preset.steps:,} steps and {preset.seeds} seeds today.'
       )
-  code = summary.get('code')
-  if code and code != [code_digest.digest()]:
-    marks.append('The runs are of an older state of the code of `moe_jax`.')
-  return marks
+  return marks + older_code(summary.get('code', ()))
+
+
+def older_code(digests: Sequence[str]) -> list[str]:
+  """A sentence if runs are of an older state of the code, in a list.
+
+  Args:
+    digests: Digests of the code that made the runs; none where none were kept.
+  """
+  today = code_digest.digest()
+  if not set(digests) - {today}:
+    return []
+  subject = 'Some of the runs' if today in digests else 'The runs'
+  return [f'{subject} are of an older state of the code of `moe_jax`.']

@@ -8,7 +8,14 @@ import re
 import pytest
 
 from experiments import report
-from experiments.study import command, figures, judging, stored, verdicts
+from experiments.study import (
+  code_digest,
+  command,
+  figures,
+  judging,
+  stored,
+  verdicts,
+)
 from experiments.study import results as study_results
 from experiments.study.jobs import Job, settings_digest
 from experiments.study.parts import (
@@ -219,3 +226,24 @@ def test_figures_of_the_readme_stand_in_the_results():
       bound = 0.5001 * 10.0 ** -len(number.split('.')[1])
       matches = [x for x in stored_numbers if abs(x - float(number)) <= bound]
       assert matches, f'{number} of {name} is in no stored result'
+
+
+def test_a_new_table_says_that_some_of_its_runs_are_of_older_code():
+  # The first seed was run before the code changed, the second one after.
+  made = dict(device='a CPU', cores='2', date='2026-01-02', jax='1', minutes=1)
+  runs = [
+    {'data_digest': 'x', 'made': made | {'code': code}}
+    for code in ('older', code_digest.digest())
+  ]
+  study = dataclasses.replace(tiny_study.DENSE, claims=[])
+  preset, task = study.presets['quick'], study.tasks['text']
+  rows = [Row('slow', {'loss': [1.0, 2.0]})]
+  texts = [
+    study_results.text_of(
+      study_results.summary_of(study, preset, task, rows, {'slow': part}, {})
+    )
+    for part in (runs, runs[:1], runs[1:])
+  ]
+  assert 'Some of the runs are of an older state of the code' in texts[0]
+  assert 'The runs are of an older state of the code' in texts[1]
+  assert 'older state' not in texts[2]
