@@ -17,8 +17,13 @@ sentence sees tokens that it is to predict, so that it cannot generate, and its
 loss is not comparable. Extraction is measured on the trained runs: the model of
 each language by itself, on that language, against the whole model.
 
-Planned for the full preset: 6 arms, 5 seeds, 45 minutes on two idle cores. The
-claims were written before these runs.
+Found: tokens in the encoder and languages in the decoder have the lowest loss,
+0.05 nats a byte below the dense model, tokens in both and languages in both, as
+published. The model of one language generates 1.17 ± 0.06 times as fast.
+
+The full preset, 6 arms and 5 seeds, was planned for 45 minutes on two idle
+cores; beside other work its runs took 151 core minutes. The claims were written
+before these runs.
 """
 
 import dataclasses
@@ -193,6 +198,10 @@ STUDY = Study(
   'decoder, so that no claim is made of either. A decoder that '
   'routes by sentence sees the tokens that it predicts: its loss is not that '
   'of a causal model.',
+  misses='Two claims are open. Languages in both and tokens in both are 0.001 '
+  '± 0.013 nats a byte apart; the difference that is published, 0.3 BLEU, is '
+  'the smallest of the five, too. Tokens in both and the dense model differ by '
+  'seed so much (± 0.064) that after 1,000 steps neither is told to be ahead.',
   tasks={
     'translations': Task(
       {}, 'texts of django from English into four languages, bytes'
