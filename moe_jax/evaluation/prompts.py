@@ -136,10 +136,8 @@ class Asker:
   def _has_room(self, example: Example, cut_example: Example) -> bool:
     """Whether all inputs are left, and as much of the targets as ever can."""
     alone = self.layout.cut(np.array([1]), np.array([len(example.targets)]))
-    return (
-      len(cut_example.inputs) == len(example.inputs)
-      and len(cut_example.targets) == alone.targets[0]
-    )
+    whole = len(example.inputs), int(alone.targets[0])
+    return (len(cut_example.inputs), len(cut_example.targets)) == whole
 
   def _cut(self, example: Example) -> Example:
     lengths = self.layout.cut(*(np.array([len(side)]) for side in example))

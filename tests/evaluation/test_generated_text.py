@@ -1,9 +1,8 @@
 """Runs with evaluations of every kind: their results, files and errors."""
 
+import dataclasses
 import itertools
 import json
-import types
-from typing import Any
 
 import jax
 import numpy as np
@@ -216,8 +215,8 @@ def test_a_pair_without_tokens_is_not_asked(tmp_path):
     task=data.Seq2SeqTask(),
     cache_dir=str(tmp_path / 'cache'),
   )
-  run_setting: Any = types.SimpleNamespace(
-    data=options, dataset=data.load(options), workdir=tmp_path
+  run_setting = dataclasses.replace(
+    setting(tmp_path), data=options, dataset=data.load(options)
   )
   pairs = GenerateEvaluation(num_examples=0).pairs(run_setting)
   assert [(pair.task, pair.inputs) for pair in pairs] == asked

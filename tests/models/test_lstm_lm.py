@@ -162,8 +162,9 @@ def test_which_tokens_go_where_is_counted():
 def test_routers_without_parameters_differ_by_layer():
   moe = dict(layers='0,1', router=Random(), capacity=All())
   model, tokens = build(moe, num_layers=2), tiny.tokens()
-  apply = jax.jit(lambda p: model.apply({'params': p}, tokens)[1].stats.load)
-  first, second = np.asarray(apply(tiny.params_of(model)))
+  variables = {'params': tiny.params_of(model)}
+  apply = jax.jit(lambda tokens: model.apply(variables, tokens)[1].stats.load)
+  first, second = np.asarray(apply(tokens))
   assert (first != second).any()
 
 
