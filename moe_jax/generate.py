@@ -117,7 +117,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add('--trace', help='new folder for the choices of experts of every token')
   add('--traceback', action='store_true', help='show where an error came from')
-  return parser.parse_args(argv)
+  options = parser.parse_args(argv)
+  if options.chat and options.source_language:
+    parser.error('--chat with --source_language: a turn of a chat has none')
+  return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

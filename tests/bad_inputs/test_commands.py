@@ -271,6 +271,10 @@ GENERATING = {
     ('no_such', 'no such folder; give a --workdir of a training run'),
   ),
   'an unknown flag': (['--workdir=x', PROMPT, '--topk=3'], ('--topk',)),
+  'a chat in a language': (
+    ['--workdir=x', PROMPT, '--chat', '--source_language=eng_Latn'],
+    ('--chat', '--source_language'),
+  ),
   **{
     f'{flag}={value}': (
       ['--workdir=x', PROMPT, f'--{flag}={value}'],

@@ -270,5 +270,7 @@ def test_beams_are_an_option_of_generate(prepared):
   np.testing.assert_array_equal(output.lengths, beams.lengths[:, 0])
   with pytest.raises(ValueError, match='num_beams=3 with temperature=1'):
     generation.generate(*prepared, PROMPTS, num_beams=3, temperature=1.0)
+  with pytest.raises(ValueError, match=r'length_penalty=0\.5 with num_beams=1'):
+    generation.generate(*prepared, PROMPTS, **options)
   with pytest.raises(ValueError, match='num_beams=0 must be at least 1'):
     generation.generate(*prepared, PROMPTS, num_beams=0)
