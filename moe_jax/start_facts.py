@@ -18,7 +18,8 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
 from moe_jax.training import chosen_experts
-from moe_jax.training.optimizer import is_names, is_role
+from moe_jax.training.optimizer import is_names
+from moe_jax.training.parameter_rules import is_role
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Run

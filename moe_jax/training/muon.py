@@ -23,10 +23,10 @@ from moe_jax.options import above, at_least, option, within
 from moe_jax.training.optimizer import (
   Optimizer,
   is_names,
-  is_role,
   per_matrix,
   stacked,
 )
+from moe_jax.training.parameter_rules import is_role
 
 # Parts of a model whose kernels are hidden matrices.
 _HIDDEN = ('attention', 'expert', 'ffn', 'lstm', 'shared_expert')

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.layers.parameters import Role
 from moe_jax.options import (
   Options,
   above,
@@ -25,7 +24,7 @@ from moe_jax.options import (
   within,
 )
 from moe_jax.training import parameter_rules, rounded_moments
-from moe_jax.training.parameter_rules import PATTERNS, Pattern
+from moe_jax.training.parameter_rules import PATTERNS, Pattern, is_role
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
 # Axes along which matrices are stacked; no statistic is shared along them.
@@ -291,11 +290,6 @@ def _scaled(factors: Any) -> optax.GradientTransformation:
     return jax.tree.map(lambda u, f: u if f == 1 else f * u, updates, factors)
 
   return optax.stateless(update)
-
-
-def is_role(leaf: Any) -> bool:
-  """Whether a node of a tree is a `Role`, which is a leaf of it."""
-  return isinstance(leaf, Role)
 
 
 def is_names(leaf: Any) -> bool:

@@ -101,7 +101,7 @@ def _factors(option, rules, roles, default):
         return factor
     return default(role)
 
-  return jax.tree_util.tree_map_with_path(factor_of, roles, is_leaf=_is_role)
+  return jax.tree_util.tree_map_with_path(factor_of, roles, is_leaf=is_role)
 
 
 def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
@@ -111,7 +111,7 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
   regex = re.compile(pattern)
   names = [
     path_name(path)
-    for path, _ in jax.tree_util.tree_leaves_with_path(roles, is_leaf=_is_role)
+    for path, _ in jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
   ]
   if not any(map(regex.search, names)):
     raise ValueError(
@@ -121,5 +121,6 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
   return lambda name: regex.search(name) is not None
 
 
-def _is_role(leaf: Any) -> bool:
+def is_role(leaf: Any) -> bool:
+  """Whether a node of a tree is a `Role`, which is a leaf of it."""
   return isinstance(leaf, Role)

@@ -223,7 +223,7 @@ def test_a_part_that_the_model_lacks_is_refused_by_the_rule(name):
   o = AdamW(**{name: (('part:lstm', 0.1),)})
   with pytest.raises(ValueError, match=f"{name}='lstm'.*have .*'experts'"):
     transformation(o)
-  # So is an expression of names that would have no effect.
+  # An expression that is in no name would have no effect.
   o = AdamW(**{name: (('expert/', 0.1),)})
   with pytest.raises(ValueError, match=f"{name}: 'expert/' is found in .* no"):
     transformation(o)
