@@ -5,6 +5,7 @@ those of an encoder at the end. Lengths are rounded up to a few values, so that
 not every prompt compiles a program of its own.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -197,9 +198,9 @@ def _encoder_length(model: Model, num_tokens: int) -> int:
   sizes = [
     moe.group_size
     for layer, moe in enumerate(model.moes)
-    if moe is not None and model.sequence_of(layer)
+    if moe is not None and moe.group_size > 0 and model.sequence_of(layer)
   ]
-  group = max([*sizes, 1])
+  group = math.lcm(*sizes)
   whole = -(-length // group) * group
   return whole if longest is None or whole <= longest else length
 
