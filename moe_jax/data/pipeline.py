@@ -34,6 +34,7 @@ def batch_dataset(
   batch_size: int,
   seed: int,
   share: Int[np.ndarray, ' R'] | None = None,
+  offset: int = 0,
 ) -> grain.MapDataset:
   """An endless dataset whose element i is batch i, arrays [R, T].
 
@@ -51,6 +52,8 @@ def batch_dataset(
     seed: Integer of at least 0 that decides the order and the noise.
     share: Numbers, from 0, of the rows of each batch that are read; None reads
       all, R = B.
+    offset: Number of the row that batch 0 begins with. It is negative where
+      earlier batches, which must not be read then, were smaller than B.
 
   Raises:
     ValueError: B is not positive, the share is not within the batch, the seed
@@ -62,7 +65,7 @@ def batch_dataset(
   streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
-    source, row = rows.locate(i * batch_size + share)
+    source, row = rows.locate(offset + i * batch_size + share)
     return joined(source, lambda p, chosen: streams[p](row[chosen]))
 
   return grain.MapDataset.range(_ENDLESS_ROWS // batch_size).map(draw)
@@ -102,19 +105,24 @@ def train_batches(
   seed: int,
   start: int,
   share: Int[np.ndarray, ' R'] | None = None,
+  offset: int = 0,
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
 
   The batches are assembled in the background.
 
   Raises:
-    ValueError: As `batch_dataset`, or `start` is negative.
+    ValueError: As `batch_dataset`, or `start` or its first row is negative.
     DataError: A batch could not be made; `next` raises it, and the iterator
       then ends.
   """
   if start < 0:
     raise ValueError(f'start={start} is negative')
-  batches = batch_dataset(rows, batch_size=batch_size, seed=seed, share=share)
+  if (first := offset + start * batch_size) < 0:
+    raise ValueError(f'batch {start} would begin with row {first}')
+  batches = batch_dataset(
+    rows, batch_size=batch_size, seed=seed, share=share, offset=offset
+  )
   batches = batches.slice(slice(start, None))
   elements = (cast(Batch, batches[i]) for i in range(len(batches)))
   return prefetch.ahead(elements, first=start, most=_PREFETCHED)

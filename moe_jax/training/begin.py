@@ -20,6 +20,8 @@ from moe_jax.training.step import TrainState
 
 # The name under which a checkpoint has the sha256 of the choice of experts.
 EXPERTS = 'trained_experts'
+# The name under which it has the number of the first row that no step has seen.
+NEXT_ROW = 'next_row'
 # A function that gives the variables with which a run begins (parameters, and
 # `router_state` and `opt_state` unless they begin anew), sharded, and a line
 # about them; or None, if the run draws its parameters from its seed.
@@ -89,6 +91,8 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     return _first_state(run, restored.state)
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
+  earlier_rows = restored.step * run.options.batch_size
+  run.row_offset = restored.extra.get(NEXT_ROW, earlier_rows) - earlier_rows
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   # The seed is the config's: with another the order of the data changes, too.

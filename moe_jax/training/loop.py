@@ -18,7 +18,7 @@ from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training import signals
-from moe_jax.training.begin import EXPERTS, Initial, begin
+from moe_jax.training.begin import EXPERTS, NEXT_ROW, Initial, begin
 from moe_jax.training.evaluate import evaluation_rows
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
@@ -264,6 +264,7 @@ def _save(run: Run, recorder: Recorder, step, state, is_required: bool) -> None:
         state,
         extra={
           'data_digest': run.dataset.digest,
+          NEXT_ROW: run.row_offset + step * run.options.batch_size,
           EXPERTS: run.programs.trained.masks_digest,
           **run.early_stopping.extra,
         },

@@ -57,6 +57,8 @@ class Run:
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
     hooks: The hooks of the run.
+    row_offset: Number of the row of data that step 1 would begin with at this
+      batch size; not 0 where earlier steps had another batch size.
     confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line in process 0; the recorder replaces it while it
       displays progress.
@@ -75,6 +77,7 @@ class Run:
   early_stopping: EarlyStopping
   notes: tuple[str, ...] = ()
   hooks: Sequence['Hook'] = ()
+  row_offset: int = 0
   confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
@@ -89,6 +92,7 @@ class Run:
         seed=self.options.seed,
         start=start,
         share=put.rows,
+        offset=self.row_offset,
       ),
     )
 

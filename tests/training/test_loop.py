@@ -303,6 +303,34 @@ def test_resume_goes_on_with_another_config(tmp_path):
   assert steps == [2, 3]
 
 
+def test_another_batch_size_neither_skips_rows_nor_has_them_again(
+  watched, tmp_path
+):
+  class Reads(Hook):
+    """Keeps the tokens of steps, which change nothing but their number."""
+
+    def __init__(self):
+      self.tokens = []
+
+    def start(self, run):
+      def step(state, batch):
+        self.tokens.extend(np.asarray(batch['tokens']))
+        signal.raise_signal(signal.SIGTERM)  # one step, which is saved
+        return state.replace(step=state.step + 1), watched[2][0]
+
+      run.train_step = step
+
+  hook, size = Reads(), OPTIONS.batch_size
+  for batch_size in (size, 2 * size, size // 2, size):
+    options = tiny.options(model=DROPOUT, batch_size=batch_size)
+    train_and_evaluate(options, tmp_path, hooks=[hook], resume=True)
+  rows = setup.data.load(OPTIONS.data).splits['train']
+  batches = setup.data.pipeline.batch_dataset(
+    rows, batch_size=len(hook.tokens), seed=OPTIONS.seed
+  )
+  np.testing.assert_array_equal(hook.tokens, batches[0]['tokens'])
+
+
 def test_fewer_steps_than_are_taken_are_refused_and_change_nothing(
   unbroken, tmp_path
 ):
