@@ -77,8 +77,14 @@ class LayerOptions(Options):
 
   @property
   def has_experts(self) -> bool:
-    """Whether some layer has experts, rather than their dense twin."""
-    return self.num_sparse > 0 and self.moe.num_experts > 0
+    """Whether some layer has experts, rather than their dense twin.
+
+    No layer has, where `problems` names a wrong `moe.layers`.
+    """
+    try:
+      return self.num_sparse > 0 and self.moe.num_experts > 0
+    except ValueError:
+      return False
 
   def problems(self) -> Iterator[str]:
     """The problem of sparse layers that are not among the layers."""

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import models, sections
+from moe_jax import models, run_config, sections
+from moe_jax.configs import base
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.parameters import FORMS, ROLES, Role
 from moe_jax.layers.positions import Learned
@@ -16,7 +17,9 @@ from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.padding import Padding
+from moe_jax.options import OptionError
 from moe_jax.routing.capacity import All
+from moe_jax.sections import merge
 from tests.models import tiny
 
 
@@ -154,6 +157,17 @@ REFUSED_MOE = {
 def test_bad_sparse_layers_are_refused(message):
   with pytest.raises(ValueError, match=message):
     read({'moe': REFUSED_MOE[message]})
+
+
+@pytest.mark.parametrize('kind', ['decoder', 'encoder_decoder', 'lstm'])
+def test_wrong_sparse_layers_hide_no_other_problem(kind):
+  model = {'kind': kind, 'moe': {'layers': 'every 5'}}
+  flags = {'model': model, 'optimizer': {'epsilon': -1.0}}
+  with pytest.raises(OptionError) as error:
+    run_config.read(merge(base.get_config(), flags))
+  problems = error.value.problems
+  assert "model.moe.layers='every 5' with num_layers=4" in problems
+  assert any(text.startswith('optimizer.epsilon=-1.0') for text in problems)
 
 
 LEAKS = [
