@@ -116,9 +116,8 @@ class LayerOptions(Options):
     reason = moe.leak() if self.has_experts else None
     if reason is not None and not self.moe.allow_future_leak:
       yield (
-        f'moe.{reason}, which lets later tokens change earlier outputs; use '
-        'another, or set moe.allow_future_leak=True and report the run as one '
-        'that leaks'
+        f'moe: {reason}, or set moe.allow_future_leak=True and report the run '
+        'as one that leaks'
       )
 
   def group_problems(

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import models, run_config, sections
 from moe_jax.configs import base
-from moe_jax.layers.experts import FeedForwardExpert
+from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.parameters import FORMS, ROLES, Role
 from moe_jax.layers.positions import Learned
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
@@ -18,6 +18,7 @@ from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.padding import Padding
 from moe_jax.options import OptionError
+from moe_jax.parallel.ragged_exchange import RaggedAllToAll
 from moe_jax.routing.capacity import All
 from moe_jax.sections import merge
 from tests.models import tiny
@@ -190,6 +191,24 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   roomy_model = tiny.build(moe={**moe, 'capacity': All()})
   assert not roomy_model.leaks_future
   tiny.build(moe={**moe, 'layers': 'none'})
+
+
+def test_a_leak_is_said_once_with_what_to_do():
+  queue = TokenChoice(slot_priority='batch_priority')
+  dropless = Dropless(exchange=RaggedAllToAll(capacity_fraction=0.5))
+  for moe, reason in (
+    (dict(router=ExpertChoice()), 'an expert chooses among all tokens'),
+    (dict(router=queue), "slot_priority='batch_priority' with num_selected=2"),
+    (
+      dict(capacity=All(), dispatch=dropless),
+      'dispatch.dropless.exchange.capacity_fraction=0.5 drops the rows',
+    ),
+  ):
+    with pytest.raises(OptionError) as error:
+      tiny.build(moe)
+    (text,) = error.value.problems
+    assert text.startswith(f'moe: {reason}')
+    assert text.count('change earlier outputs') == text.count('; use ') == 1
 
 
 def test_experts_that_choose_leak_in_a_decoder_alone():

@@ -82,7 +82,7 @@ class Dispatch(Options):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    The text is a clause with the reason.
+    The text is a clause with the reason and an alternative.
     """
     return None
 

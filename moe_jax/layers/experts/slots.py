@@ -58,7 +58,8 @@ class SlotDispatch(Dispatch):
     return (
       f'dispatch: exchange.capacity_fraction={fraction} drops rows that '
       f'shadowing.experts={self.shadowing.experts} may spare, as all tokens '
-      'decide'
+      'decide, so that later tokens change earlier outputs; use '
+      'capacity_fraction=1.0'
     )
 
   def dispatch(

@@ -67,7 +67,8 @@ class Dropless(Dispatch):
     return (
       f'dispatch.{self.kind}.exchange.capacity_fraction='
       f'{self.exchange.capacity_fraction} drops the rows of the last experts '
-      'of a device first'
+      'of a device first, so that later tokens change earlier outputs; use '
+      'capacity_fraction=1.0'
     )
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
