@@ -161,6 +161,8 @@ class Reader:
       return self.options(type(default), default, section, f'{key}.', idle)
     value = config.get(name, default)
     hint = types_of(cls)[name]
+    if value is dataclasses.MISSING:  # as in a config's section
+      value = None
     if isinstance(value, list):  # JSON has no tuples
       value = _tuples(value)
     self.leaves.append(Leaf(key, value, default, spec, idle))

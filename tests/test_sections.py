@@ -152,6 +152,21 @@ def test_a_missing_value_is_named():
   )
 
 
+def test_a_missing_value_of_an_entry_is_named():
+  kinds = Kinds('rule', Rule, RULES.builtin, inline=True)
+
+  @dataclasses.dataclass(frozen=True)
+  class Several(Options):
+    rules: Mapping[str, Rule] = entries(kinds, {}, 'Rules.')
+
+  with pytest.raises(OptionError) as error:
+    sections.read(Several, {'rules': {'a': {'kind': 'hashed'}}})
+  assert error.value.problems == (
+    'rules.a.table is missing: it has no default; give '
+    '--config.rules.a.table=...',
+  )
+
+
 @pytest.mark.parametrize(
   ('overrides', 'message'),
   [
