@@ -198,8 +198,20 @@ class Reader:
       )
       cls = self._class(spec.kinds, entry[KIND], prefix)
       if cls is not None:
-        entries[name] = self.options(cls, None, entry, prefix, extra=(KIND,))
+        entries[name] = self._entry(spec.kinds, cls, entry, prefix)
     return entries
+
+  def _entry(self, kinds, cls, entry, path):
+    """The options of an entry, which may have keys of other kinds, too.
+
+    An earlier layer of the config may have set them for the kind before.
+    """
+    others = {k: v for k, v in _foreign(kinds, cls).items() if k in entry}
+    chosen = self.options(cls, None, entry, path, extra=(KIND, *others))
+    reason = f'with {path}{KIND}={entry[KIND]!r}'
+    for other, field in others.values():
+      self._field(other, field, default_of(field), entry, path, reason)
+    return chosen
 
   def _class(self, kinds, name, path):
     try:
@@ -255,11 +267,7 @@ class Reader:
 
   def _inline(self, kinds, cls, name, default, config, path, idle):
     """The options of a kind that stand beside `kind`, or in `custom`."""
-    kind_fields, foreign = fields_of(cls), {}
-    for other in kinds.builtin.values():
-      for key, field in fields_of(other).items():
-        if key not in kind_fields:
-          foreign.setdefault(key, (other, field))
+    foreign = _foreign(kinds, cls)
     defaults = default if isinstance(default, cls) else None
     section = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
     if name in kinds.builtin:
@@ -277,6 +285,16 @@ class Reader:
       self.problems.append(
         f'{path}{CUSTOM}.{key} has no effect with {path}{KIND}={name!r}'
       )
+
+
+def _foreign(kinds, cls):
+  """The class and the field of each key that only kinds beside `cls` have."""
+  foreign = {}
+  for other in kinds.builtin.values():
+    for key, field in fields_of(other).items():
+      if key not in fields_of(cls):
+        foreign.setdefault(key, (other, field))
+  return foreign
 
 
 def _values(cls, config):

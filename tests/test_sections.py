@@ -246,6 +246,23 @@ def test_a_later_layer_switches_earlier_options_off():
   assert sections.read(Whole, config).shape == Deep(depth=3)
 
 
+def test_a_later_layer_chooses_another_kind_of_an_entry():
+  before = sections.section(Whole)
+  after = sections.merge(before, {'more': {'a': {'kind': 'broad'}}})
+  config, ignored = sections.settle(Whole, before, after)
+  assert ignored == {'more.a.depth': 7}
+  assert sections.read(Whole, config).more == {'a': Broad()}
+  # A key that the later layer itself sets in vain is refused by name.
+  after = sections.merge(after, {'more': {'a': {'depth': 9, 'sizes': (6,)}}})
+  config, ignored = sections.settle(Whole, before, after)
+  assert not ignored
+  assert problems(config) == (
+    "more.a.depth=9 has no effect with more.a.kind='broad'",
+  )
+  after = sections.merge(after, {'more': {'a': {'dept': 9}}})
+  assert "unknown config key 'more.a.dept'" in problems(after)[0]
+
+
 def test_a_later_layer_switches_nested_overrides_off():
   overrides = {'moe': {'num_selected': 1}}
   before = config_file.load_config('moe_jax:tiny_seq2seq')
