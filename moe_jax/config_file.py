@@ -233,6 +233,7 @@ def _check_keys(
   config_keys = flatten(config)
   problems = [
     unknown_key_text(name, _siblings(name, config_keys))
+    + _section_hint(config, name)
     for name in _unknown_keys(config, options)
   ]
   if problems:
@@ -276,6 +277,27 @@ def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
       return False
     config = section
   return key not in config and not config.is_locked
+
+
+def _section_hint(config: ml_collections.ConfigDict, name: str) -> str:
+  """Text on the flag that sets a key in an open section; '' in a locked one.
+
+  No flag replaces a section, and one that does not exist is given as a whole.
+  """
+  path, rest = '', name.split('.')
+  while rest and rest[0] in config:
+    config = cast(Any, config[rest[0]])
+    path += f'.{rest.pop(0)}'
+    if not isinstance(config, ml_collections.ConfigDict):
+      return ''
+  if not path or config.is_locked:
+    return ''
+  if not rest:
+    return f'; {name} is a section, whose keys are set: --config{path}.KEY=...'
+  text = '...'
+  for key in reversed(rest[1:]):
+    text = f"{{'{key}': {text}}}"
+  return f'; a new section is given whole: --config{path}.{rest[0]}="{text}"'
 
 
 def _options(argv: Sequence[str]):

@@ -235,6 +235,41 @@ def test_flags_may_add_what_open_sections_hold():
     settled([config, '--config.evals.all_tokens.num_batch=3'])
 
 
+@pytest.mark.parametrize(
+  ('flag', 'hint'),
+  [
+    (
+      '--config.evals.all_tokens.model_overrides.attention.scale=none',
+      '--config.evals.all_tokens.model_overrides.attention="{\'scale\': ...}"',
+    ),
+    (
+      '--config.evals.train_capacity.model_overrides.moe.capacity.kind=all',
+      '--config.evals.train_capacity.model_overrides.moe='
+      "\"{'capacity': {'kind': ...}}\"",
+    ),
+    (
+      "--config.model.encoder.overrides={'remat': 'full'}",
+      '--config.model.encoder.overrides.KEY=...',
+    ),
+  ],
+)
+def test_a_flag_of_a_section_says_how_it_is_given(flag, hint):
+  with pytest.raises(ValueError, match='unknown config key') as error:
+    config_file.config_of('moe_jax:tiny_switch', [flag])
+  assert str(error.value).endswith(hint)
+
+
+def test_a_flag_gives_a_new_section_whole():
+  flags = [
+    "--config.evals.mine={'kind': 'choice', 'num_shots': 2}",
+    "--config.evals.train_capacity.model_overrides.ffn={'activation': 'relu'}",
+  ]
+  options, _ = settled(['--config=moe_jax:tiny_switch', *flags])
+  assert options.evals['mine'].num_shots == 2
+  overrides = options.evals['train_capacity'].model_overrides
+  assert overrides == {'ffn': {'activation': 'relu'}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Own(Optimizer):
   """A user's own optimizer."""
