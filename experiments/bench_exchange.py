@@ -8,7 +8,7 @@ Trains a sparse model without a balance loss on fake devices, which split its
 experts, once for each number of experts that may be shadowed and each room of
 the exchange. Prints the rows that had to leave their device, counted in each
 step, and beside them the bytes that the compiled step sends, which are fixed
-when it is compiled: shadowing alone lowers the one and not the other. Nothing
+when it is compiled: shadowing alone lowers the rows and not the bytes. Nothing
 is timed, as fake devices share a machine. Writes `table.md`, `rows.csv` and
 `results.json` to `results/bench_exchange/<device>`.
 """

@@ -206,17 +206,15 @@ def report(
     lines.append(line | {'same tokens': '-' if same is None else f'{same:.1%}'})
   sizes_text = ', '.join(f'{name}={value}' for name, value in sizes.items())
   return (
-    '# Greedy generation from one Mixtral checkpoint\n\n'
-    f'{f["device"]} ({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; '
-    f'{peaks.describe()}. '
+    f'# Greedy generation from one Mixtral checkpoint\n\n{f["device"]} '
+    f'({f["cores"]} cores), {f["date"]}, jax {f["jax"]}; {peaks.describe()}. '
     f'{sizes_text}; float32; prompts of {prompt_len} tokens, {num_tokens} new '
     'ones. Whole calls, after compilation, interleaved: medians, and medians '
-    'of ratios within a round (quartiles in brackets). '
-    f'{THEIRS} is named with what runs its experts. '
-    'Same tokens: of those that its default makes. '
-    f'{LIMIT.capitalize()}: of each step by every kernel that it needs, with '
-    'as many experts as balanced random choices would read.\n\n'
-    f'{markdown_table(lines)}'
+    f'of ratios within a round (quartiles in brackets). {THEIRS} is named '
+    'with what runs its experts. "Same tokens" is the share of tokens that '
+    f'equal those of its default. {LIMIT.capitalize()}: the products of each '
+    'step with every kernel that it needs, with as many experts as balanced '
+    f'random choices would read.\n\n{markdown_table(lines)}'
   )
 
 

@@ -106,7 +106,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add, positive = parser.add_argument, command_line.number(float, above(0))
   add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
-  add('--file_gb', type=positive, default=0.5, help='most of one file')
+  add('--file_gb', type=positive, default=0.5, help='largest size of one file')
   add('--folder', default='', help='folder of the data, which is removed again')
   add('--output', default='results', help='folder of the results')
   return parser.parse_args(argv)

@@ -198,7 +198,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add, positive = parser.add_argument, command_line.POSITIVE
   add('--mb', type=positive, default=200, help='size of the interleaved cases')
-  add('--processes', type=positive, default=2, help='largest number of them')
+  add(
+    '--processes',
+    type=positive,
+    default=2,
+    help='largest number of processes',
+  )
   add(
     '--rounds',
     type=command_line.NOT_NEGATIVE,

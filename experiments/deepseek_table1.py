@@ -13,13 +13,13 @@ byte between GShard and DeepSeekMoE, 0.008 nats: expect no more here.
 
 Here: a two-layer byte-level decoder. All sparse rows have as many parameters in
 experts, and each token passes a hidden width of 256: whole experts are 16 of
-128, two of which a token chooses, as in GShard; the fine-grained ones are cut
-into quarters. Switch and the hash have one expert of 256 of 8. Nothing is
-dropped, so that no row is worse for lack of room, and all learned rows have the
-same balance loss, of all choices. Gates are those of the papers: GShard's sum
-to one, Switch's and DeepSeekMoE's do not. Not here: experts disabled by rank
-(Figure 4 there), several shared experts, which five seeds would hardly tell
-apart, and larger models of GShard.
+width 128, two of which a token chooses, as in GShard; the fine-grained ones are
+cut into quarters. Switch and the hash have 8 experts of width 256, one of which
+a token chooses. Nothing is dropped, so that no row is worse for lack of room,
+and all learned rows have the same balance loss, of all choices. Gates are those
+of the papers: GShard's sum to one, Switch's and DeepSeekMoE's do not. Not here:
+experts disabled by rank (Figure 4 there), several shared experts, which five
+seeds would hardly tell apart, and larger models of GShard.
 
 Three seeds of the quick preset, of 100 steps, tell differences of 0.03 to 0.06
 nats a byte, more than any that is expected: they resolve none of the claims.
@@ -208,11 +208,11 @@ STUDY = Study(
   misses=(
     'Gates that sum to one may be what puts GShard ahead here, since the '
     'other learned rows multiply their experts by raw probabilities, which '
-    'are small at first; the hash has gates of one, and bytes are few and '
-    'tell much about the next. Neither guess was tested. DeepSeekMoE is '
-    '0.012 ± 0.015 nats a byte better than Switch and 0.007 ± 0.017 worse '
-    'than the fine-grained row: both differences are below what five seeds '
-    'tell.'
+    'are small at first; the hash has gates of one, too, and the bytes that '
+    'it goes by are few and tell much about the next one. Neither guess was '
+    'tested. DeepSeekMoE is 0.012 ± 0.015 nats a byte better than Switch and '
+    '0.007 ± 0.017 worse than the fine-grained row: five seeds resolve '
+    'neither difference.'
   ),
   written='2026-11-28',
 )

@@ -2,9 +2,9 @@
 
     python -m experiments.dense_or_sparse --preset=quick
 
-The question of a hundred blog posts, which no single table answers, since every
-table holds something else equal, and since repeated text is often counted as if
-it were new.
+A hundred blog posts ask this question, and no single table answers it, since
+every table holds something else equal, and since repeated text is often counted
+as if it were new.
 
 Here: byte-level decoders of two layers. The sparse one has 4 experts, of which
 a token has one, and drops nothing. Its dense twin has its FLOPs, and a wide
@@ -19,8 +19,8 @@ step on this machine, measured.
 Runs read distinct bytes once, or an eighth or a half of them 8 or 2 times.
 Amounts are scaled to minutes on two cores, 0.06 to 1.0 MB in the full preset,
 far from the 0.5 to 20 MB that the question is about; models are as small, so
-that there are 0.5 to 8 bytes for each active parameter. All are evaluated on
-the same validation text.
+that there are 0.5 to 8 bytes for each active parameter. All models are
+evaluated on the same validation text.
 
 The quick preset has too little text for any claim. The full preset, 17 arms and
 5 seeds, was planned for 20 minutes on two idle cores; its runs took 50 core
@@ -220,7 +220,7 @@ def claims() -> list[Claim]:
     Claim(
       'at equal parameters, memory of their state and tokens dense wins',
       loss(sparse, '>', of_text(WIDE, *once)),
-      note='It costs more FLOPs and time.',
+      note='The dense model costs more FLOPs and time.',
     ),
     Claim(
       'at equal parameters and FLOPs sparse wins',
@@ -304,11 +304,11 @@ STUDY = Study(
   ),
   misses=(
     'In equal time sparse loses to its twin, whose steps take two thirds of '
-    'the time here, so that it reads half as many tokens again. The open '
-    'claims are of differences that are smaller than those between seeds, '
-    'and say neither that models differ nor that they are alike.'
-    ' On 2026-11-29, when results were known, the words of two claims were '
-    'changed, and no comparison.'
+    'the time here, so that the twin reads half as many tokens again. The '
+    'differences of the open claims are smaller than those between seeds, and '
+    'say neither that models differ nor that they are alike. On 2026-11-29, '
+    'when results were known, the words of two claims were changed, and no '
+    'comparison.'
   ),
   tasks={
     'text': Task(

@@ -173,15 +173,15 @@ STUDY = Study(
   pictures=pictures,
   remarks=(
     'Information is in nats, ln 4 = 1.386 at most, less that of shuffled '
-    'labels, whose mean is its own column. CV is of the gates summed over '
-    'all images and places; an expert is in use with more than 1 % of them. '
-    'The constraint is of training alone: all rows are measured without it. '
-    'Mean gates by place and by class are in `gates_<arm>.png`.'
+    'labels, whose mean has a column of its own. CV is that of the gates '
+    'summed over all images and places; an expert with more than 1 % of them '
+    'is in use. The constraint holds in training alone: all rows are measured '
+    'without it. Mean gates by place and by class are in `gates_<arm>.png`.'
   ),
   misses=(
     'In the first layer all four experts are in use in every run with and '
-    'without the constraint, so that the claim on fewer experts there has '
-    'nothing to tell apart: without it the sums of gates of that layer are '
+    'without the constraint, so that no claim on fewer experts there can be '
+    'resolved: without the constraint the sums of gates of that layer are '
     'only less even.'
   ),
   tasks=TASKS,

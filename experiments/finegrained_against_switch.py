@@ -121,7 +121,7 @@ STUDY = Study(
   ),
   misses=(
     'Switch against its dense twin is open: the difference, 0.011 ± 0.016 '
-    'nats a byte after 600 steps, is less than five seeds tell. A step of '
+    'nats a byte after 600 steps, is less than five seeds resolve. A step of '
     'the fine-grained model took 1.48 times as long as one of Switch.'
   ),
   written='2026-11-28',

@@ -173,8 +173,8 @@ def claims() -> list[Claim]:
       f'{row_name(FREE, EVALUATED, free)} '
       f'within {SAME}',
       note='The bound is half of what experts are worth in such models, about '
-      '0.04 nats a byte. Slots may leak a little of the future; a model that '
-      'drops nothing does not.',
+      '0.04 nats a byte. A model with slots may see a little of the future; '
+      'one that drops nothing does not.',
     ),
     lower(
       'the sparse model beats its dense twin',
@@ -218,11 +218,10 @@ STUDY = Study(
   claims=claims(),
   runner=TrainingRunner(measure),
   figure=Figure(['loss', DROPPED], rows='slots a token'),
-  remarks='Generated: rows of a text are read token by token, 32 at a time, '
-  'the tokens of a step being one group. They are not the rows of the '
-  'evaluation.'
-  ' On 2026-11-29, when results were known, the words of the claims on '
-  'quality in generation were changed, and no comparison.',
+  remarks='"Generated" means that rows of a text are read token by token, 32 '
+  'rows at a time, the tokens of a step being one group. These rows are not '
+  'those of the evaluation. On 2026-11-29, when results were known, the words '
+  'of the claims on quality in generation were changed, and no comparison.',
   written='2026-11-29',
 )
 get_config, get_items = STUDY.get_config, STUDY.get_items

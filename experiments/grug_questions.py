@@ -116,15 +116,15 @@ STUDY = Study(
   ],
   figure=Figure(['loss', 'MaxVio', Z_LOSS]),
   remarks=(
-    'The router z-loss is the mean squared logsumexp of the logits, '
-    'whatever its weight in training. All arms but one have all steps.'
+    'The router z-loss is the mean squared logsumexp of the logits, whatever '
+    'its weight in training. All arms but one train for all steps.'
   ),
   misses=(
-    'The three claims on the shared expert are open: what was measured of '
-    'its worth, 0.005 nats a byte, is less than five seeds tell, 0.011. The '
-    'claim on steps is refuted: losses still fall so fast after 650 of '
-    '1,000 steps that the rest of them is worth 0.12 nats a byte, and a '
-    'router that learns 0.03.'
+    'The three claims on the shared expert are open: its measured worth, '
+    '0.005 nats a byte, is less than the 0.011 that five seeds resolve. The '
+    'claim on steps is refuted: losses still fall so fast after 650 of 1,000 '
+    'steps that the other steps are worth 0.12 nats a byte, and a router that '
+    'learns is worth 0.03.'
   ),
   written='2026-11-28',
 )

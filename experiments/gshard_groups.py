@@ -219,7 +219,7 @@ STUDY = Study(
     Claim(
       'small groups hold experts back from domains of their own',
       f'{DOMAIN}: {ROW} < {BATCH}',
-      note='There groups of two to four sequences, and languages.',
+      note='ST-MoE has groups of two to four sequences, and languages.',
     ),
     Claim(
       'second choices that are sampled are as good as all of them',
@@ -243,19 +243,20 @@ STUDY = Study(
   timed=TIMED,
   figure=Figure(['loss', DROPPED, SECOND, DOMAIN], without=['*masks*']),
   remarks=(
-    'All rows with slots may leak: which second choices are served depends '
-    'on later tokens. Drops are those of training, where a choice that is '
-    'not sent is not dropped. Who is served is measured on validation '
-    'batches of all domains; losses with slots are of batches of one. Rows '
-    'of masks are timed; they are trained for 8 steps only. "Domain" is '
-    'information of first choices about their domain, in per cent of their '
-    'entropy.'
+    'All rows with slots may leak: which second choices are served depends on '
+    'later tokens. Drops are those of training, where a choice that is not '
+    'sent is not dropped. Who is served is measured on validation batches of '
+    'all domains; losses with slots are those of batches of one domain each. '
+    'Rows of masks are timed; they are trained for 8 steps only. "Domain" is '
+    'the information that first choices have about the domain, in per cent of '
+    'their entropy.'
   ),
   misses=(
-    'Whether sampled second choices are as good is open: five seeds leave '
-    'an interval as wide as the bound, and the mean difference is against '
-    'sampling. A guess, not tested: all are sent in evaluation, which '
-    'models that are trained with half of them are not used to.'
+    'Whether sampled second choices are as good is open: five seeds leave an '
+    'interval as wide as the bound, and the mean difference is against '
+    'sampling. A guess that was not tested is that models which are trained '
+    'with half of the second choices are not used to all of them, as '
+    'evaluation sends them.'
   ),
   tasks=domains.TASKS,
   written='2026-11-29',

@@ -7,17 +7,17 @@ vowels from two formants, the first 50 of 75 speakers to train on. Mixtures of 4
 and 8 experts reach a squared error of 0.08 in half the epochs of
 back-propagation networks with 6 and 12 hidden units; all systems get 88 and 90
 per cent of training and test cases right (numbers from a secondary source).
-Full-batch gradient descent without momentum, the learning rate of each system
-chosen by a limited exploration.
+Training is full-batch gradient descent without momentum; the learning rate of
+each system is chosen by a limited exploration.
 
 Read from the paper: the criterion, the split, F1 and F2 in kHz, the equal
-mixing proportions at the start, and that an expert is one logistic output. It
-draws one decision line an expert, where its output is 0.5, and says that the
-sizes give mixtures and networks roughly equal numbers of parameters: 24 and 48
-against 25 and 49 with one output, 60 and 120 against 46 and 88 with four. Not
-in the paper, and chosen: which class of a pair is 1 (here [I] and [A]), weights
-that start uniform within 0.5, and the rates. `--task=linear_pairs` leaves out
-the logistic, `--task=one_hot` has an output a class.
+mixing proportions at the start, and that an expert is one logistic output. The
+paper draws one decision line an expert, where the output is 0.5, and says that
+the sizes give mixtures and networks roughly equal numbers of parameters: 24 and
+48 against 25 and 49 with one output, 60 and 120 against 46 and 88 with four.
+Not in the paper, and chosen: which class of a pair is 1 (here [I] and [A]),
+weights that start uniform within 0.5, and the rates. `--task=linear_pairs`
+leaves out the logistic, `--task=one_hot` has an output a class.
 
 The paper's table has equation 1.3 alone; 1.1 and 1.2 are our own question. The
 information I(expert; case), what the choice of an expert says about a case, is
@@ -30,7 +30,7 @@ of 1952 itself (835 against 1,159, by `--config.data.vowels.table=PATH`; not in
 RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. The choice
 of an expert says more about a case where experts compete (0.67 nats with
 equation 1.3, 0.65 with 1.2) than where they cooperate (0.43 with 1.1). Equation
-1.1 needs about as many epochs at its own best rate(`boundaries.png` has the
+1.1 needs about as many epochs at its own best rate (`boundaries.png` has the
 decision lines). Equation 1.3 is nearly half of equation 1.2: with one logistic
 output all distances are below 1, where the exponential is almost linear. In one
 run of 25 with 1.2 a single expert was in use, in none with 1.3.
@@ -139,16 +139,16 @@ STUDY = Study(
   pictures=pictures,
   remarks=jacobs_rows.remarks,
   misses=(
-    "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's "
-    'half, and eight need 241 ± 103 more than four. A guess, not tested: as '
-    'two experts end in use either way, more of them bring nothing. Epochs '
-    'of networks with 12 hidden units differ so much between runs (a '
-    'standard deviation of 965) that those with 6 and 12 are 19 ± 464 '
+    "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's half, "
+    'and eight need 241 ± 103 more than four. A guess that was not tested: '
+    'more experts bring nothing, as two end in use either way. The epochs of '
+    'networks with 12 hidden units differ so much between runs (a standard '
+    'deviation of 965) that networks with 6 and with 12 are 19 ± 464 epochs '
     'apart. Equation 1.2 has one run in 25 that never arrives, which leaves '
     'its comparisons with 1.3 open. With 1.1 and 1.3 every run of four '
-    'experts has two in use and 89.5 % right alone, so that these claims '
-    'have nothing to tell apart. With 1.3 gates decide slightly less than '
-    'with 1.2, by 0.009 ± 0.006 nats, for which no reason was tested.'
+    'experts has two in use and 89.5 % right alone, so that no claim on these '
+    'numbers can be resolved. With 1.3 gates decide slightly less than with '
+    '1.2, by 0.009 ± 0.006 nats, for which no reason was tested.'
   ),
   length=in_epochs,
   written='2026-11-25',

@@ -178,17 +178,17 @@ STUDY = Study(
   ),
   runner=TrainingRunner(max_violation),
   remarks=(
-    'MaxVio is taken over 40 validation batches, or of each. The balance '
-    "loss takes each expert's sigmoid by the sum of all, as DeepSeek-V3's "
-    'does. A bias by error moves by its rate times (mean load - load) / '
-    'mean load.'
+    'MaxVio is that of 40 validation batches together, or the mean of that of '
+    "each batch. The balance loss takes each expert's sigmoid by the sum of "
+    "all, as DeepSeek-V3's does. A bias by error moves by its rate times "
+    '(mean load - load) / mean load.'
   ),
   misses=(
-    'Three claims on losses are open: their differences, 0.002 to 0.007 '
-    'nats a byte, are below the 0.008 to 0.020 that five seeds tell of '
-    'them. Whether the smallest rate of the bias is slow is open: its '
-    'MaxVio is lower on average, by slightly less than five seeds can tell. '
-    'A bias by error was run at a single rate, and is behind at it.'
+    'Three claims on losses are open: their differences, 0.002 to 0.007 nats '
+    'a byte, are below the 0.008 to 0.020 that five seeds resolve. Whether '
+    'the smallest rate of the bias is slow is open: its MaxVio is lower on '
+    'average, by slightly less than five seeds can tell. A bias by error was '
+    'run at a single rate, at which it is behind.'
   ),
   written='2026-11-28',
 )

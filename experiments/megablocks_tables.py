@@ -59,7 +59,9 @@ HIDDEN, FEW, MANY = 256, 8, 32
 # Lengths of the runs of one slot a choice, as multiples of the steps.
 LENGTHS = (0.7, 1.0, 1.4)
 DROPPED, ROWS, LOST, TIME = 'dropped', 'rows', 'would drop', 'step time'
-ON_CPU = 'On a CPU, which has nothing in common with the systems there.'
+ON_CPU = (
+  "Measured on a CPU, which has nothing in common with the paper's systems."
+)
 _BATCHES = 40
 
 
@@ -221,8 +223,8 @@ STUDY = Study(
   timed=[*map(slotted, FACTORS), dropless(MANY)],
   figure=Figure(['loss', DROPPED, ROWS, LOST]),
   remarks=(
-    'Ways of serving are those of the routing of the dropless models, which '
-    'were trained without them.'
+    'Rows and drops of the ways to serve are computed from the routing of the '
+    'dropless models, which were trained without blocks or slots.'
   ),
   misses=(
     'In equal time dropless is 0.013 ± 0.027 nats a byte behind one slot a '

@@ -13,12 +13,12 @@ models, and scores are of their tasks.
 Here: a decoder of bytes with top-2 of 16 experts in each of four layers, whose
 gates sum to one. Each arm is the same trained run with half or a quarter of its
 experts, the same number in each layer, without any training afterwards, paired
-by seed. Three more are trained on for a tenth of the steps of the whole run:
-the whole run itself, and a pruned one, on the data alone and with the whole one
-as its teacher. Merging keeps the routers, whose columns are tied; pruning makes
-them as small as the experts, and gates are renormalised. To merge by router is
-to compare the weights of its columns, no logits, so that it stands for neither
-paper. Statistics are from batches of the training split.
+by seed. Three more arms are trained on for a tenth of the steps of the whole
+run: the whole run itself, and a pruned one, on the data alone and with the
+whole one as its teacher. Merging keeps the routers, whose columns are tied;
+pruning makes them as small as the experts, and gates are renormalised. Merging
+by router compares the weights of its columns, no logits, so that it stands for
+neither paper. Statistics are from batches of the training split.
 
 The full preset's first 5 seeds took 46 core minutes. Four more were added on
 2026-11-30, after results of the first five, which left ten claims open: planned
@@ -255,7 +255,7 @@ def by_similarity(better: str, worse: str, removed: int) -> Claim:
   published, note = [], ''
   if worse != 'router':
     published = [f'hcsmoe2024/similarity/{n}/score' for n in (better, worse)]
-    note = 'There a quarter is removed, and scores are of tasks.'
+    note = 'The papers remove a quarter, and have scores of tasks.'
   return Claim(
     f'merging by {better} is better than by {worse}, {removed} % removed',
     compared(f'merge by {better}', f'merge by {worse}', removed),
@@ -330,11 +330,10 @@ STUDY = Study(
   ),
   misses=(
     'Ten claims are open: what it costs to remove half or three quarters of '
-    'the experts without training differs so much from seed to seed that '
-    'five seeds tell 0.03 to 0.14 nats a byte, more than any of these '
-    'differences.'
-    ' On 2026-11-29, when results were known, the words of the claims on '
-    'kinds of merging were changed, and no comparison.'
+    'the experts without training differs so much from seed to seed that five '
+    'seeds resolve only 0.03 to 0.14 nats a byte, more than any of these '
+    'differences. On 2026-11-29, when results were known, the words of the '
+    'claims on kinds of merging were changed, and no comparison.'
   ),
 )
 get_config = STUDY.get_config

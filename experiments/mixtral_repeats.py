@@ -4,10 +4,10 @@
 
 Mixtral of Experts (https://arxiv.org/abs/2401.04088), section 5: with two of
 eight experts, random choices would give 12.5 % of tokens the first choice of
-the token before them, and 46 % one of its two choices. The paper is said, which
-could not be verified, to find about that in the first layer and more in the
-middle one; that of the last layer is our question. None of its percentages is
-given here.
+the token before them, and 46 % one of its two choices. The paper is said to
+find about these shares in the first layer and larger ones in the middle one,
+which could not be verified; the share in the last layer is our question. None
+of its percentages is given here.
 
 Here: decoders of bytes with eight experts in each of five layers, two of which
 a token chooses, without a capacity; four domains. Bytes repeat more often than
@@ -255,10 +255,10 @@ STUDY = Study(
   figure=Figure([FIRST, f'{FIRST}, {ABOVE}', EITHER]),
   runner=TrainingRunner(measure),
   remarks=(
-    'Random choices of two of eight experts would repeat in '
-    f'{FIRST_CHANCE:.1f} % of cases the first choice, and in '
-    f'{EITHER_CHANCE:.1f} % one of both. Rows of whole arms are means over '
-    'five layers. The tables of a hash are the same for all seeds.'
+    'Random choices of two of eight experts would repeat the first choice in '
+    f'{FIRST_CHANCE:.1f} % of cases, and one of the two in '
+    f'{EITHER_CHANCE:.1f} %. Rows of whole arms are means over five layers. '
+    'The tables of a hash are the same for all seeds.'
   ),
   misses=(
     'Two claims are refuted, as here the first layer repeats far more than '

@@ -223,7 +223,7 @@ def claims() -> list[Claim]:
       'the router has learned: favourites of the end are not those before '
       'training',
       f'{agreement(0)}: {TOP2} < 50',
-      note='Fewer than half of them.',
+      note='"Not" means fewer than half of the favourites.',
     ),
     Claim(
       'choices change less in the second half of the run',
@@ -276,13 +276,13 @@ STUDY = Study(
   written='2026-11-28',
   pictures=pictures,
   remarks=(
-    'Information is in per cent of the entropy of first choices, less that '
-    'of shuffled labels; those of domains are shuffled by rows. A random '
-    'router draws anew for each batch. Agreement at 0 % is that of the '
-    'parameters before training. Means are over both sparse layers. Both '
-    'choices of a token queue before those of the next: where first choices '
-    'come first, the drops of top-2 along a row are others, and only those '
-    'of top-1 are the same. Curves are in `curves.png`.'
+    'Information is in per cent of the entropy of first choices, less that of '
+    'shuffled labels; those of domains are shuffled by rows. A random router '
+    'draws anew for each batch. Agreement at 0 % is that of the parameters '
+    'before training. Means are over both sparse layers. Both choices of a '
+    'token queue before those of the next: in a system where all first '
+    'choices queue before second ones, the drops of top-2 along a row are '
+    'others, and only those of top-1 are the same. Curves are in `curves.png`.'
   ),
   misses=(
     'Two claims are refuted: the id accounts for 37.5 ± 3.6 % of the '

@@ -13,8 +13,8 @@ Here: a decoder of bytes, whose experts are quantised after training. Each arm
 is the same trained run in another format, paired by seed. Data of GPTQ are
 batches of the training split. Whether 8 bits lose nothing is judged by a bound
 of 0.002 nats a byte, which was chosen before any result was seen. Experts are
-narrow: of the bits a weight, metadata of an output unit are far more than
-there.
+narrow, so that the metadata of an output unit are a far larger part of the bits
+a weight than in the paper.
 """
 
 import functools

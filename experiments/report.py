@@ -39,17 +39,17 @@ study's full preset, or its long one. Models here are thousands of times smaller
 than the papers', so it is directions that are compared, never values. A
 direction counts as reproduced only where the paired 95 % interval of the
 difference excludes zero on the paper's side; else it is "opposite" or "not
-resolved", with the smallest difference that the seeds could have told beside
-it. A claim that two rows are alike counts where the whole interval lies within
-its bound. Questions of our own, which no paper has a number for, are "shown" or
-"refuted". Intervals are of single comparisons: of twenty true nulls one would
-be resolved by chance. Values marked as of a secondary source were not read in
-the paper, and unverified ones are not shown. A verdict is withheld, with the
-reason, where fewer than three seeds were run or a run was a trial, and where
-the study has revised a row or a column since its result was stored: such cells
-have a †. It is also withheld where a baseline is not served as its paper has
-it. Each study stands with the command that made it, and with its device and
-date: the code has changed since.
+resolved", with the smallest difference that the seeds could have resolved
+beside it. A claim that two rows are alike counts where the whole interval lies
+within its bound. Questions of our own, which no paper has a number for, are
+"shown" or "refuted". Each interval is that of a single comparison: of twenty
+pairs of rows that do not differ, one would be resolved by chance. Values marked
+as those of a secondary source were not read in the paper, and unverified ones
+are not shown. A verdict is withheld, with the reason, where fewer than three
+seeds were run or a run was a trial, and where the study has revised a row or a
+column since its result was stored: such cells have a †. It is also withheld
+where a baseline is not served as its paper has it. Each study stands with the
+command that made it, and with its device and date: the code has changed since.
 """
 
 

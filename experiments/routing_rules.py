@@ -67,8 +67,8 @@ CHANGED = 'outputs changed'
 AVERAGE = 'expert_choice2022/average11/100M-64E'
 CAPPED, HASH = 'expert_choice2022/capped', 'hash2021/reddit'
 NOTE = (
-  'Scores there, where higher is better. Its loss is not that of a causal '
-  'model.'
+  'The paper has scores, where higher is better. The loss of expert choice is '
+  'not that of a causal model.'
 )
 STUDY = Study(
   name='routing_rules',
@@ -135,13 +135,13 @@ STUDY = Study(
   'those tables.',
   misses=(
     'Expert choice is 0.004 ± 0.006 nats a byte ahead of top-2 and 0.001 ± '
-    '0.016 ahead of top-1, though it sees later tokens: both differences '
-    'are less than five seeds tell. As generated it loses to top-2, since '
-    'experts that are chosen with half of a row at hand are others than '
-    'those of the whole row. Against the paper the hash of the token is '
-    'ahead of it, by 0.073 ± 0.004. A guess that was not tested: bytes are '
-    'few and tell much about the next, and a hash has its experts from the '
-    'first step on, where a router has to learn them in 1,500 steps; '
+    '0.016 ahead of top-1, though it sees later tokens: five seeds resolve '
+    'neither difference. As generated, expert choice loses to top-2, since '
+    'experts that are chosen with half of a row at hand are others than those '
+    'of the whole row. Contrary to the paper, the hash of the token is ahead '
+    'of expert choice, by 0.073 ± 0.004. A guess that was not tested: bytes '
+    'are few and tell much about the next, and a hash has its experts from '
+    'the first step on, where a router has to learn them in 1,500 steps; '
     '`deepseek_table1` has a hash ahead as well.'
   ),
   written='2026-11-25',

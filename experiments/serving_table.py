@@ -301,13 +301,14 @@ def _claims() -> list[Claim]:
       'the sparse model is better than its dense twin',
       f'loss: {SPARSE} < {DENSE}',
       [f'taskmoe2021/routing/{n}/bleu' for n in ('token-target', 'dense')],
-      'BLEU there, where higher is better; loss here.',
+      'The paper has BLEU, where higher is better; here it is the loss.',
     ),
     Claim(
       'a twin that learns from the sparse model is better than one alone',
       f'loss: {DISTILLED} < {DENSE}',
       [f'{table6}/{n}/nlp' for n in ('+ 0.75 hard, 0.25 soft mix', 'T5-Base')],
-      "It begins with the teacher's weights, whose steps it has behind it.",
+      "The distilled twin begins with the teacher's weights, and so has the "
+      "teacher's steps behind it, too.",
     ),
     Claim(
       'a twin that learns from it is better than one of twice the steps',
@@ -333,7 +334,7 @@ def _claims() -> list[Claim]:
         note='REAP says so of models that generate. In the decoder four '
         f'languages use {IN_USE} of the {EXPERTS} experts at most'
         + (
-          ', so that it loses in the encoder alone.'
+          ', so that the model loses in the encoder alone.'
           if num_left >= IN_USE
           else '.'
         ),
@@ -390,11 +391,11 @@ STUDY = Study(
     'validation, whose sampling error no interval over seeds contains.'
   ),
   misses=(
-    'The distilled twin is behind the one of twice the steps: as many more '
+    'The distilled twin is behind the twin of twice the steps: the added '
     'steps are worth 0.165 nats a byte to a twin, and learning from the '
     'sparse model 0.091. Pruning against merging to a half is open: one of '
     'three merged models is 0.05 worse than the others, so that three seeds '
-    'tell 0.067, and 0.020 was measured.'
+    'resolve only 0.067, and 0.020 was measured.'
   ),
   length=lambda preset: f'{preset.steps:,} steps, then made small',
   tasks=kudugunta_table.STUDY.tasks,

@@ -89,7 +89,7 @@ def claim(text: str, compared: str, *rows: str, note: str = '') -> Claim:
 
 
 LARGEST = 'max/mean load'
-FEWER = 'Of 32 experts here, in 4 branches; of 256 in 16 there.'
+FEWER = 'Here 32 experts are in 4 branches; in the paper, 256 are in 16.'
 STUDY = Study(
   name='shazeer_table7',
   title='More experts at equal operations, between LSTMs',
@@ -126,9 +126,9 @@ STUDY = Study(
   remarks=('Each model has the operations a step of two LSTMs and a mixture of '
     'four experts; only routers come on top.'),
   misses=('Two levels of gates are better by 0.006 ± 0.006 nats a byte, an '
-    'interval that excludes zero narrowly, where the paper has them a '
-    'little worse; no reason was tested. Four experts against one wide one, '
-    '0.010 ± 0.018, is less than five seeds tell.'),
+    'interval that excludes zero narrowly, where the paper has them a little '
+    'worse; no reason was tested. Five seeds do not resolve the difference '
+    'between four experts and one wide one, 0.010 ± 0.018.'),
 )  # fmt: skip
 get_config, get_items = STUDY.get_config, STUDY.get_items
 

@@ -213,7 +213,9 @@ def claims() -> list[Claim]:
     Claim(
       'what choices say about ids is learned early, encoder',
       f'{TOKEN}: {FIFTH} > {REST}',
-      note='More in the first fifth of the run than in all the rest.',
+      note=(
+        '"Early" means more in the first fifth of the run than in all the rest.'
+      ),
     ),
     *(
       Claim(
@@ -256,11 +258,11 @@ STUDY = Study(
   ),
   misses=(
     'Choices follow ids and kinds of characters less in the encoder than in '
-    'the decoder. A guess, not tested: the encoder sees both sides of a '
-    'byte, so that its choices can follow more than the byte. What ids '
-    'decide is there before training in good part, so that little is left '
-    'to be learned early; punctuation differs between seeds as much as its '
-    'mean does from zero.'
+    'the decoder. A guess, not tested: the encoder sees both sides of a byte, '
+    'so that its choices can follow more than the byte. A good part of what '
+    'choices say about ids is there before training, so that little is left '
+    'to be learned early; the number for punctuation differs between seeds as '
+    'much as its mean differs from zero.'
   ),
   tasks={
     'mixtures': Task(

@@ -20,9 +20,10 @@ a bound of 0.05 nats a token, which was chosen before any result was seen; the
 claims say how small a difference could have been told.
 
 Found: all eight arms lie within 0.013 nats a token, though the dropped share of
-choices goes from 3 to 81 %. Differences of 0.003 to 0.012 could have been told.
-Two of them are resolved from zero within the bound: without the balance loss
-0.75 is 0.013 ± 0.010 better than 4, and at 4 the loss is worth 0.005 ± 0.003.
+choices goes from 3 to 81 %. Differences of 0.003 to 0.012 could have been
+resolved. Two of the differences exclude zero, within the bound: without the
+balance loss a factor of 0.75 is 0.013 ± 0.010 better than one of 4, and at 4
+the balance loss is worth 0.005 ± 0.003.
 
 The full preset, 8 arms and 6 seeds, was planned for 38 minutes on two idle
 cores; its runs took 81 core minutes. The claims were written before these runs.

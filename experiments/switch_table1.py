@@ -23,8 +23,8 @@ steps, each annealed; the true curve lies a little below.
 
 Found, on the five seeds of `full`: Switch and top-2 beat dense at equal steps,
 more room helps both, and top-2 beats Switch at 2 slots a token, as in the
-paper. At 1 and 1.25 slots the two are not told from each other. In equal time
-the dense twin is ahead of Switch by 0.027 nats a byte.
+paper. At 1 and 1.25 slots no difference between the two is resolved. In equal
+time the dense twin is ahead of Switch by 0.027 nats a byte.
 """
 
 from collections.abc import Mapping
@@ -230,11 +230,12 @@ STUDY = Study(
   ),
   rows=rows,
   remarks=(
-    'Slots are counted a token, or an assignment where a row says so; with '
-    'two choices a token, factors of 1 and 1.25 a token have slots for half '
-    "of the choices and for 5 in 8. Which of top-2's second choices find a "
-    'slot depends on later tokens, so that its losses are those of a model '
-    'that may see a little of its future; without drops it sees none.'
+    'Slots are counted for each token, or for each assignment where a row '
+    'says so; with two choices a token, factors of 1 and 1.25 a token have '
+    "slots for half of the choices and for 5 in 8. Which of top-2's second "
+    'choices find a slot depends on later tokens, so that its losses are '
+    'those of a model that may see a little of its future; without drops it '
+    'sees none.'
   ),
   misses=(
     'In equal time the dense twin, which takes 1.41 steps for one of Switch '

@@ -201,13 +201,13 @@ STUDY = Study(
     'precision.'
   ),
   misses=(
-    'No run is unstable, and the loss still falls as the rate rises to 0.1. '
-    'A guess, not tested: runs of this size diverge at higher rates, if at '
-    'all. Seven claims are open: no run diverged, and changes of the loss '
-    'by rounding are smaller than the 0.005 to 0.041 nats a byte that five '
-    'seeds tell. Of the choices flipped by the router one seed in five has '
-    '4.0 %, the others 0.1 to 0.3 %, so that their mean is not told from '
-    'zero at the lower rate.'
+    'No run is unstable, and the loss still falls as the rate rises to 0.1. A '
+    'guess, not tested: runs of this size diverge at higher rates, if at all. '
+    'Seven claims are open: no run diverged, and changes of the loss by '
+    'rounding are smaller than the 0.005 to 0.041 nats a byte that five seeds '
+    'resolve. The router flips 4.0 % of the choices in one seed of five, and '
+    '0.1 to 0.3 % in the others, so that at the lower rate the interval of '
+    'the mean includes zero.'
   ),
   written='2026-11-29',
 )

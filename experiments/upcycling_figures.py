@@ -253,10 +253,10 @@ STUDY = Study(
   ),
   misses=(
     'Whether the gain over training on grows from half to all of the extra '
-    'cost is open: it is larger on average, by slightly less than five '
-    'seeds can tell. Routers of std 0.02 are within the bound of 0.02 but '
-    'worse by 0.010 ± 0.004, which is most of the 0.012 that upcycling '
-    'gains over training on: the bound was too wide for this gain.'
+    'cost is open: it is larger on average, by slightly less than five seeds '
+    'can resolve. Routers of std 0.02 are within the bound of 0.02 but worse '
+    'by 0.010 ± 0.004, which is most of the 0.012 that upcycling gains over '
+    'training on: the bound was too wide for this gain.'
   ),
   tasks={
     'halves': Task(

@@ -85,7 +85,7 @@ CLAIMS = [
   Claim(
     'a limit of 0.14 costs quality after equally many steps',
     f'loss: {name_of(0.14)} > {name_of(1.0)}',
-    note='In the paper 15.3k iterations to a loss instead of 13.0k.',
+    note='The paper has 15.3k iterations to a loss instead of 13.0k.',
   ),
   Claim(
     'to stay on a node costs more than a limit of 0.14',

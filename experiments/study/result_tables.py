@@ -81,7 +81,7 @@ def claim_lines(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         'published': ' against '.join(claim['published']),
         'here': f'{claim["column"]}, {claim["row"]} minus '
         f'{than}: {measured}{within}',
-        'smallest that could be told': _width(difference.half_width, spec),
+        'smallest that could be resolved': _width(difference.half_width, spec),
         'verdict': claim['verdict'] + _reason(claim),
       }
     )
