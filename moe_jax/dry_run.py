@@ -215,8 +215,8 @@ class DryRun:
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
     folder = storage_path(c.directory or self._workdir or _NOWHERE)
     line = (
-      f'checkpoints: {num_written} of {in_bytes(size)} each, for which there '
-      f'has to be room for {num_kept}, as one is written while {num_kept - 1} '
+      f'checkpoints: {num_written} of {in_bytes(size)} each, with room needed '
+      f'for {num_kept}, as one is written while {num_kept - 1} '
       f'{"is" if num_kept == 2 else "are"} there: {in_bytes(num_kept * size)}'
     )
     if '://' in os.fspath(folder):
@@ -226,8 +226,9 @@ class DryRun:
     yield f'{line}; {in_bytes(free)} are free'
     if num_kept * size > free:
       yield (
-        'WARNING: the disk is too small for them; give another folder or '
-        'bucket as checkpoint.directory, or keep fewer (checkpoint.keep_newest)'
+        'WARNING: the disk is too small for the checkpoints; give another '
+        'folder or bucket as checkpoint.directory, or keep fewer '
+        '(checkpoint.keep_newest)'
       )
 
   def _evaluation_lines(self) -> Iterator[str]:

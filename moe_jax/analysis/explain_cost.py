@@ -179,7 +179,7 @@ def parse(
     '--steps',
     type=command_line.POSITIVE,
     default=10,
-    help='steps that are timed, and again that are profiled',
+    help='number of steps that are timed; as many are then profiled',
   )
   return command_line.parse_command(parser, argv, lambda _: True)
 

@@ -107,11 +107,12 @@ _INFORMATION = {
 }
 _INFORMATION_NOTE = (
   'MI is the mutual information in nats; ± is the standard deviation over '
-  'shuffles of the labels, and net is MI less the mean of the shuffles. It is '
-  'given as a fraction of the entropy of the experts and, adjusted, of the '
-  'most that can exceed the shuffles. The best guess is the most frequent '
-  'expert of each label, right in this share of cases; always guessing the '
-  'most frequent expert of all is right in the base rate.'
+  'shuffles of the labels, and net is MI less the mean of the shuffles. Net '
+  'MI is given as a fraction of the entropy of the experts and, adjusted, as '
+  'a fraction of the most that MI can exceed the shuffles by. The best guess, '
+  'the most frequent expert of each label, is right in this share of cases; '
+  'the base rate is the share in which the most frequent expert of all is '
+  'right.'
 )
 
 

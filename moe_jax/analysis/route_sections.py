@@ -154,10 +154,10 @@ def _layers(findings: Findings) -> Section | None:
       'The first choice of a token in one sparse layer may tell that in the '
       'next. If it does, the experts of the next layer could be fetched '
       'before their router has run.',
-      f'It holds {span(net, ".1f")} % of the entropy of the next one. '
-      'Guessing the expert that follows most often is right for '
-      f'{span(gain, ".1f")} percentage points more of the tokens than always '
-      'guessing the busiest expert.',
+      f'The choice in one layer tells {span(net, ".1f")} % of the entropy of '
+      'the next one. Guessing the expert that follows most often is right '
+      f'for {span(gain, ".1f")} percentage points more of the tokens than '
+      'always guessing the busiest expert.',
       'In the heat maps, rows are experts of one layer and columns those of '
       'the next; in the picture of flows, thick lines are many tokens and dark '
       'lines are far from chance.',
@@ -185,9 +185,10 @@ def _neighbours(findings: Findings) -> Section | None:
     'neighbours',
     'Consecutive tokens',
     [
-      'Neighbours in a text may go to the same expert more often than chance '
-      'has it, which hot spots on devices and caches of experts feel. Chance '
-      'is a random other token of the same batch, so it has the same loads.',
+      'Neighbours in a text may go to the same expert more often than by '
+      'chance, which makes hot spots on devices, and which caches of experts '
+      'can use. Chance is measured with a random other token of the same '
+      'batch, which has the same loads.',
       f'Consecutive tokens share their first choice {span(ratio, ".2f")} '
       'times as often as random tokens do, and any expert '
       f'{span(any_ratio, ".2f")} times as often. The line for different ids '
@@ -212,7 +213,7 @@ def _labels(findings: Findings) -> Section:
       'the same is measured with shuffled labels and taken away. 0 is no '
       'specialisation; 100 % means that the label determines the expert. Bars '
       'are the standard deviation of shuffles.',
-      'Of the most that they could tell, over layers: '
+      'As a part of the most that labels could tell, over layers: '
       + '; '.join(readings)
       + '.',
     ],
@@ -238,7 +239,7 @@ def _drops(findings: Findings) -> Section:
     [
       'Choices are dropped where an expert has no room left. If tokens are '
       'served in the order of their row, those at its end are dropped more; '
-      'the place in the document shows what that does to texts.',
+      'the place in the document shows the effect on texts.',
       f'{span(dropped, ".1f")} % of choices are '
       f'{"not served" if unsent else "dropped"}, and '
       f'{span(unserved, ".1f")} % of tokens have no expert at all.',
@@ -258,9 +259,10 @@ def _gates(findings: Findings) -> Section:
     'Gates and entropy',
     [
       'A gate is the weight of the output of an expert. Gates near 1 say that '
-      'the router is sure. The entropy of the load is 1 of ln E if all experts '
-      'are chosen equally often over the whole trace; that of the router is of '
-      'single tokens, and small if each is sure of its expert.',
+      'the router is sure. The entropy of the load over ln E is 1 if all '
+      'experts are chosen equally often over the whole trace. The entropy of '
+      'the router is the mean over single tokens, and small if the router is '
+      'sure of the expert of each.',
       f'The mean gate of served first choices is {span(first, ".2f")}.',
     ],
     {'gates': route_lines.gate_figure(findings.sums)},

@@ -47,8 +47,8 @@ def load_table(sums: RouteSums) -> ValueTable:
     'The load of an expert is the number of choices that fall on it, before '
     'any is dropped, over the mean of its layer: 1 is an even share. The '
     'columns from least to most are percentiles over experts. CV is the '
-    'standard deviation over the mean. The entropy of the load is 1 of ln E if '
-    'all experts are chosen equally often, and 0 if one takes all.',
+    'standard deviation over the mean. The entropy of the load over ln E is 1 '
+    'if all experts are chosen equally often, and 0 if one takes all.',
     {
       'layer': 'd',
       'experts': 'd',
@@ -176,10 +176,10 @@ def gate_table(sums: RouteSums) -> ValueTable:
   return ValueTable(
     'gates',
     'Gates and the entropy of routers',
-    'Gates of served choices. Percentiles are those of first choices, to 0.01. '
-    "The entropy of the router's softmax is in nats, averaged over tokens; it "
-    'needs logits in the trace. Of a router with more columns than experts, E '
-    'is the number of columns there.',
+    'Gates of served choices. Percentiles are those of first choices, to '
+    "0.01. The entropy of the router's softmax is in nats, averaged over "
+    'tokens; it needs logits in the trace. For a router with more columns '
+    'than experts, E stands for its number of columns.',
     {
       'layer': 'd',
       'first, mean': '.3f',

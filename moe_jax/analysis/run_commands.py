@@ -113,9 +113,9 @@ def _train_commands(
   length = f'--config.total_steps={2 * steps if type(steps) is int else "N"}'
   suitable = []
   if not ended:
-    note = 'It goes on from the newest good checkpoint.'
+    note = 'The run goes on from the newest good checkpoint.'
     if facts.state == FAILED:
-      note += ' Mend first what the error above names.'
+      note += ' First mend the cause of the error that is shown above.'
     suitable.append(Command('Go on with this run', note, [train(run)]))
   note = 'The schedule of the learning rate is then that of the new length.'
   suitable += [
@@ -132,8 +132,8 @@ def _train_commands(
     suitable.append(
       Command(
         'Fine-tune: a new run that begins with these parameters',
-        'As it stands it trains on the same data; give data, steps and '
-        'learning rate of your own with --config.data..., '
+        'As it stands, the command trains on the same data; give data, steps '
+        'and learning rate of your own with --config.data..., '
         '--config.total_steps=... and --config.optimizer.learning_rate=...',
         [train(f'{run}_finetuned', *start_flags)],
       )
@@ -183,7 +183,7 @@ def _export_commands(
   """Commands that write the model in another form."""
   note = ''
   if not (folder / workdir_lib.IMPORTED).is_dir():
-    note = 'Where transformers has no such model, it says what differs.'
+    note = 'If transformers has no such model, the command says what differs.'
   output = _flag('output', f'{run}_exported')
   export = _line('moe_jax.interop export', workdir(run), output)
   exports = [Command('Export for Hugging Face transformers', note, [export])]

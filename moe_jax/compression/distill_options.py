@@ -29,7 +29,7 @@ class DistillOptions(Options):
   teacher: str = option(
     '',
     'Folder of the run whose model is the teacher of this one, trained or '
-    'imported; an empty string has none.',
+    'imported; with an empty string there is no teacher.',
   )
   step: int = option(
     -1,

@@ -50,8 +50,8 @@ def add_arguments(
   number.add_argument(
     '--share',
     type=command_line.number(float, SHARE),
-    help='share of all experts that stay, those whose score is largest in '
-    "proportion to their layer's largest, and at least K in each layer",
+    help='share of all experts that stays: the experts whose score is largest '
+    'in proportion to the largest of their layer, at least K in each layer',
   )
   add('--router', choices=routers, default=router)
   add('--batches', type=command_line.POSITIVE, default=8)

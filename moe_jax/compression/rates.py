@@ -224,7 +224,7 @@ def add(commands: Any) -> None:
     '--p0',
     type=command_line.number(float, within('(0, 1)')),
     default=P0,
-    help='share of zeros of which the dictionary is made',
+    help='share of zeros for which the dictionary is made',
   )
   command.add_argument(
     '--layer',

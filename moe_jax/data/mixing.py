@@ -28,7 +28,10 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   """
   weight_array = np.array([*weights.values()], np.float64)
   if not len(weight_array) or weight_array.min() < 0 or not weight_array.sum():
-    raise ValueError(f'weights={dict(weights)} must be at least 0, one above')
+    raise ValueError(
+      f'weights={dict(weights)} must each be at least 0, and '
+      'one of them above 0'
+    )
   exact_counts = weight_array / weight_array.sum() * period
   counts = np.floor(exact_counts + 1e-9).astype(np.int64)
   # If remainders are equal, the first source's counts as the largest.

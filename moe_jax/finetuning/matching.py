@@ -175,7 +175,8 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
     if copies.experts and not are_equal:
       raise ValueError(
         f'init_from.experts={copies.experts}: one of the models has layers '
-        'with other numbers of experts than others, or than columns'
+        'with different numbers of experts, or with fewer experts than router '
+        'columns'
       )
     if copies.experts:
       raise ValueError(

@@ -53,9 +53,9 @@ class LstmOptions(Options):
   )
   twin_depth: int = option(
     1,
-    'Number of hidden layers of the dense feed-forward that replaces a mixture '
-    'where moe.num_experts is 0: one has moe.num_selected times the width of '
-    'an expert, each of several has the width of an expert.',
+    'Number of hidden layers of the dense feed-forward that replaces a '
+    'mixture where moe.num_experts is 0: a single one has moe.num_selected '
+    'times the width of an expert, each of several has the width of an expert.',
     at_least(1),
   )
 

@@ -130,7 +130,7 @@ class Rotary(Positions):
   )
   fraction: float = option(
     1.0,
-    'Part of the numbers of each head that rotate, the first of them.',
+    'Fraction of the numbers of each head that rotate; the first numbers do.',
     interval('(0, 1]'),
   )
   scaling: RotaryScaling = choice(

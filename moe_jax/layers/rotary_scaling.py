@@ -94,21 +94,24 @@ class Yarn(RotaryScaling):
   )
   attention_factor: float = option(
     0.0,
-    'Factor of queries and keys as they turn; 0.0: 0.1 ln(factor) + 1, or the '
-    'ratio of that of `mscale` to that of `mscale_all_dim`.',
+    'Factor of queries and keys as they turn; 0.0: 0.1 ln(factor) + 1, or, '
+    'where both are set, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim '
+    'ln(factor) + 1).',
     at_least(0),
   )
   mscale: float = option(
     0.0,
-    'Multiple of ln(factor) above the line of the ratio in the attention '
-    'factor (DeepSeek-V2); 0.0, or mscale_all_dim=0.0: there is no ratio.',
+    'Multiple of ln(factor) in the numerator of the ratio that '
+    'attention_factor=0.0 stands for (DeepSeek-V2); 0.0, or '
+    'mscale_all_dim=0.0: there is no ratio.',
     at_least(0),
   )
   mscale_all_dim: float = option(
     0.0,
-    'Multiple of ln(factor) below the line of the ratio in the attention '
-    'factor; multi-head latent attention also multiplies its scores by the '
-    'square of 0.1 mscale_all_dim ln(factor) + 1 (DeepSeek-V2); 0.0: by 1.',
+    'Multiple of ln(factor) in the denominator of the ratio that '
+    'attention_factor=0.0 stands for; multi-head latent attention also '
+    'multiplies its scores by the square of 0.1 mscale_all_dim ln(factor) + 1 '
+    '(DeepSeek-V2); 0.0: by 1.',
     at_least(0),
   )
 

@@ -65,8 +65,8 @@ class GatedLayersOptions(Options):
     32.0,
     'Margin of the balancing constraint, in examples: an expert whose running '
     'total of gates is above the mean by more gets gate 0. Totals are updated '
-    "once a step, so an expert may pass it by up to a batch. The paper's "
-    'margin could not be verified.',
+    'once a step, so an expert may pass the margin by up to a batch. The '
+    "paper's margin could not be verified.",
     at_least(0),
     when={'balance_steps': Check('is not 0', lambda steps: steps != 0)},
   )

@@ -47,9 +47,10 @@ class Shadowing(Options):
   )
   rule: str = option(
     'algorithm_1',
-    "Rule by which they are chosen: 'algorithm_1' of FasterMoE; 'fastmoe', "
-    "which is what its public code does instead; or 'fastmoe_prototype', which "
-    'besides takes products for several times as slow as they are.',
+    "Rule by which shadowed experts are chosen: 'algorithm_1' of FasterMoE; "
+    "'fastmoe', which is what its public code does instead; or "
+    "'fastmoe_prototype', which besides takes products for several times as "
+    'slow as they are.',
     one_of(*RULES),
     when=_ON,
   )

@@ -55,9 +55,9 @@ class Muon(Optimizer):
   rms: float = option(
     0.2,
     'Root mean square of the update of a matrix before the learning rate: 0.2 '
-    'is that of Adam, whose rates and decays then go on. With 0 an orthogonal '
-    'matrix is multiplied by the root of max(1, outputs / inputs), which needs '
-    'a larger rate.',
+    "is that of Adam, so that Adam's rates and decays can be kept. With 0 an "
+    'orthogonal matrix is multiplied by the root of max(1, outputs / inputs), '
+    'which needs a larger rate.',
     at_least(0),
   )
   adam_rate: float = option(

@@ -61,19 +61,20 @@ class Optimizer(Options):
   decay_rules: tuple[Pattern, ...] = option(
     (),
     'Pairs of a regular expression and a factor of the weight decay. For a '
-    'parameter the first expression that is found in its name counts, such as '
+    'parameter the first expression counts that is found in its name, such as '
     "'layers/layer_1/moe/experts/w_in', or that begins with 'part:' and "
-    "selects it as `trainable` would: 'part:experts + router'; if none does, "
-    'kernels decay, and biases, scales and tables do not.',
+    "selects the parameter as `trainable` would: 'part:experts + router'; if "
+    'no expression does, kernels decay, and biases, scales and tables do not.',
     PATTERNS,
     when={'weight_decay': above(0)},
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
     'Pairs of a regular expression and a factor of the learning rate. For a '
-    'parameter the first expression that is found in its name counts, or that '
-    "begins with 'part:' and selects it as `trainable` would: 'part:experts + "
-    "router'; if none does, the factor is 1, and 0 learns nothing.",
+    'parameter the first expression counts that is found in its name, or that '
+    "begins with 'part:' and selects the parameter as `trainable` would: "
+    "'part:experts + router'; if no expression does, the factor is 1, and 0 "
+    'learns nothing.',
     PATTERNS,
   )
 

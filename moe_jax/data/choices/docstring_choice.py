@@ -21,9 +21,9 @@ class DocstringChoiceSource(ChoiceSourceOptions):
 
   modules: str = option(
     '',
-    'Names of the top-level modules and packages about whose functions is '
-    "asked, separated by commas: 'json,email'; '' is all of the standard "
-    'library.',
+    'Names of the top-level modules and packages whose functions the '
+    "questions are about, separated by commas: 'json,email'; '' is all of the "
+    'standard library.',
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:

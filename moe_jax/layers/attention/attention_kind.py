@@ -61,8 +61,8 @@ class AttentionBase(Options):
   )
   full_layers: str = option(
     'none',
-    'Layers whose tokens see all up to themselves in spite of `window`, as '
-    "moe.layers says which are sparse: 'every 2' in gpt-oss, 'none', 'all'.",
+    'Layers whose tokens see all tokens up to themselves in spite of '
+    "`window`, written like moe.layers: 'every 2' in gpt-oss, 'none', 'all'.",
     NOT_EMPTY,
     when={'window': at_least(1)},
   )

@@ -33,8 +33,8 @@ class Soft(RouterOptions):
   slots_per_expert: int = option(
     1,
     'Number p of slots of each expert in a group, each with parameters of its '
-    'own (arXiv:2308.00951); num_experts times it are multiplied, whatever the '
-    'length of the group is.',
+    'own (arXiv:2308.00951); num_experts * p slots are multiplied, whatever '
+    'the length of the group is.',
     at_least(1),
   )
 

@@ -32,8 +32,9 @@ class SparseMixer(ScopedBalanceLoss, ImportanceLoss, ZLoss, LinearGate, Queued):
 
   threshold: float = option(
     0.02,
-    'Distance from the largest logit that is left, relative to its size or to '
-    "the logit's own, up to which an expert takes part in a choice (2 * "
+    "Largest distance of an expert's logit from the largest logit that is "
+    'left at which the expert still takes part in a choice, as a fraction of '
+    'the larger of that logit and the size of its own (2 * '
     'router_jitter_noise in Phi checkpoints); 0.0: the largest alone.',
     at_least(0),
   )

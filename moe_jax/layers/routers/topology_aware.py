@@ -60,9 +60,9 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
 
   variant: str = option(
     'published',
-    "Rule for the tokens that leave: 'published' lets those with the highest "
-    'scores keep all of their choices, where more than may leave want to '
-    "(FasterMoE); 'fastmoe' is the gate that FastMoE ships, for "
+    'Rule for the tokens that leave their node: where more tokens want to '
+    "than may, 'published' lets those with the highest scores keep all of "
+    "their choices (FasterMoE); 'fastmoe' is the gate that FastMoE ships, for "
     "num_selected=2 and gates='renormalized', which limits first choices "
     "alone and puts a remote one in a token's second place.",
     one_of('published', 'fastmoe'),
@@ -80,9 +80,9 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   )
   limit_by: str = option(
     'fraction',
-    "What the limit L of each group is computed from: 'fraction', a share of "
-    "its tokens; 'bandwidth', the share with which the links of nodes take as "
-    'long as those of devices.',
+    "Quantity from which the limit L of each group is computed: 'fraction', a "
+    "share of its tokens; 'bandwidth', the share with which the links of "
+    'nodes take as long as those of devices.',
     one_of('fraction', 'bandwidth'),
   )
   outgoing_fraction: float = option(
