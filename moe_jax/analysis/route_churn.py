@@ -145,8 +145,8 @@ def churn(trace: Trace, kind: str, steps: Sequence[int] | None = None) -> Churn:
   Args:
     trace: A trace with records of the same batches at several steps.
     kind: The name of the evaluation.
-    steps: The steps to compare; None takes all. Of more than 50 it is an even
-      selection with the first and the last.
+    steps: The steps to compare; None takes all, or where there are more than 50
+      an even selection with the first and the last.
 
   Raises:
     ValueError: The batches of two steps do not hold the same tokens.

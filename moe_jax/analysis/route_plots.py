@@ -108,7 +108,7 @@ def flow_figure(sums: RouteSums, sequence: str = '') -> Figure:
 
   A dot is an expert, and its area the share of first choices that it takes in
   its layer. A line is a flow of tokens: its width is their number, and its
-  colour how much they exceed chance. Of each two layers those flows are drawn
+  colour how much they exceed chance. Between two layers those flows are drawn
   that exceed chance by the most tokens, as many as there are experts.
 
   Args:

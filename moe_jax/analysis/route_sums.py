@@ -1,9 +1,9 @@
 """Sums of the choices in the records of a trace, layer by layer.
 
 Records are read one at a time, so memory does not grow with their number; it
-holds a table of token ids and experts for each layer. Of a token with several
-choices the first one counts, which is that with the largest gate where experts
-choose tokens. Not here: counts of one batch (`route_counts.py`), and what the
+holds a table of token ids and experts for each layer. Where a token has several
+choices, the first one counts, or, where experts choose tokens, the one with the
+largest gate. Not here: counts of one batch (`route_counts.py`), and what the
 sums say (`route_measures.py`).
 """
 

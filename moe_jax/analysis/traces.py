@@ -1,10 +1,10 @@
 """Routing traces: what each sparse layer chose, batch by batch.
 
-A folder has `header.json` and chunks of records, written by `Writer`. Of a run
-that was killed and went on, each step counts once, as its last session took it.
-Training, evaluation and generation write traces (`trace_hook.py`,
-`record_evaluation.py`, `moe_jax.generate --trace`). Not here: the layout of the
-files (`trace_files.py`).
+A folder has `header.json` and chunks of records, written by `Writer`. In the
+trace of a run that was killed and went on, each step counts once, as the last
+session that took it recorded it. Training, evaluation and generation write
+traces (`trace_hook.py`, `record_evaluation.py`, `moe_jax.generate --trace`).
+Not here: the layout of the files (`trace_files.py`).
 """
 
 import functools

@@ -61,8 +61,8 @@ def quantize(
 ) -> dict[str, float]:
   """Makes a run whose kernels are in codes of few bits.
 
-  A call that was killed goes on after the last layer that was done. Of two
-  calls for one folder at a time, the second waits for the first.
+  A call that was killed goes on after the last layer that was done. If two
+  calls write one folder at the same time, the second waits for the first.
 
   Args:
     workdir: The folder of a run of a Transformer, trained or imported.

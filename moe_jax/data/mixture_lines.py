@@ -5,9 +5,9 @@
 An entry is a name, a kind, its options in brackets and a weight. The first
 option needs no name where the kind has one that must be given (a pattern, a
 path, the name of a dataset) or has options at all. Entries are separated by
-commas or ends of lines, so that a file of lines can be given as it is; what
-follows a '#' at the begin of a line is a comment. Text with a comma or bracket
-of its own is quoted. Not here: what a mixture does (`mixtures.py`).
+commas or ends of lines, so that a file of lines can be given as it is; text
+after a '#' at the beginning of a line is a comment. Text with a comma or
+bracket of its own is quoted. Not here: what a mixture does (`mixtures.py`).
 """
 
 import ast

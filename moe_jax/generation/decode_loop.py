@@ -1,6 +1,7 @@
 """Generation token by token: one compiled loop around a cache.
 
-Not here: beams (`beams.py`), and text (`text.py`).
+Not here: beams (`beams.py`), and the model and tokenizer of a run
+(`trained_run.py`).
 """
 
 import functools

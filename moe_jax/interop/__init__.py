@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out: Switch Transformer, NLLB-MoE, Mixtral.
+"""Hugging Face checkpoints in and out; `ARCHITECTURES` lists their families.
 
     options, model, variables = interop.load('google/switch-base-8')
     interop.save(options, variables, 'folder')

@@ -24,8 +24,8 @@ from moe_jax.shapes import Array, Int8, Int32, UInt16
 class Codes(NamedTuple):
   """The codes of a ternary matrix, or of one for each expert.
 
-  The rows' codes follow each other without gaps. Of several experts, those with
-  fewer codes are filled with code 0 behind their last row.
+  The rows' codes follow each other without gaps. Where there are several
+  experts, those with fewer codes are filled with code 0 behind their last row.
 
   Attributes:
     codes: The codes. Each row decodes to a whole number of pairs, so that a row

@@ -235,9 +235,10 @@ def torus(
   A small slice of a pod may lack the links from the last coordinate to the
   first, which all dimensions have here.
 
-  A path goes along one dimension after another, the shorter way round. Of two
-  ways of one length it takes that without the link from the last coordinate to
-  the first; a machine that uses both has less on its busiest link.
+  A path goes along one dimension after another, the shorter way round. Where
+  two ways are equally long, the path takes the one without the link from the
+  last coordinate to the first; a machine that uses both ways has less to carry
+  on its busiest link.
 
   Args:
     name: Name for reports.

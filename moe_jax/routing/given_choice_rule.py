@@ -152,8 +152,9 @@ def one_queue(routing: Routing, capacity: int) -> Routing:
     capacity: The slots of an expert for all groups together.
 
   Returns:
-    A routing of one group [1, G * S, K]. Of the choices that were served, those
-    past an expert's `capacity` first, in the order of the tokens, are dropped.
+    A routing of one group [1, G * S, K]. The first `capacity` choices of an
+    expert that were served, in the order of the tokens, stay; the others are
+    dropped.
   """
   index, kept, gate = (
     x.reshape(1, -1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Prefix language modelling: given the begin of a text, predict the rest.
+"""Prefix language modelling: given the beginning of a text, predict the rest.
 
 T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
 S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Not here: how windows are

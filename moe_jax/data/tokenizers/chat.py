@@ -70,8 +70,8 @@ def render(
     messages: Mappings, each with 'role' and 'content'.
     names: Spellings of special tokens by role, {'bos': '<s>'}; the template
       reads them as `bos_token`.
-    add_generation_prompt: Whether the text ends with the begin of the model's
-      turn.
+    add_generation_prompt: Whether the text ends with the beginning of the
+      model's turn.
     **variables: Other variables that the template reads, JSON values like the
       messages.
 

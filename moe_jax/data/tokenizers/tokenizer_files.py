@@ -37,8 +37,9 @@ _READS = (
 def read(path: str | os.PathLike[str]) -> Tokenizer:
   """The tokenizer of a run, of a Hugging Face model or of SentencePiece.
 
-  A folder's `tokenizer.json` is read, or else its only `*.model`. That of a run
-  has the ids that the run's task added, not the EOS that it put after inputs.
+  A folder's `tokenizer.json` is read, or else its only `*.model`. The tokenizer
+  of a run has the ids that the run's task added, not the EOS that the task put
+  after inputs.
 
   Args:
     path: The path of a file, or of its folder.

@@ -81,8 +81,8 @@ class NoisyTopKRouter(Router):
     aux = logits_aux(self, chosen, clean, gate, mask, layer)
     K, is_open = self.sizes.num_selected, open_columns(self, layer)
     if is_open is not None:
-      # Where K columns are open, the next largest logit is that of a masked
-      # one, which nobody has to exceed.
+      # If only K columns are open, the next largest logit is that of a masked
+      # column, which no logit has to exceed.
       noisy = jnp.where(is_open, logits.noisy, _MASKED)
       logits = logits._replace(noisy=noisy)
     probability = routing.load_probability(logits, K, largest)
