@@ -4,8 +4,8 @@ The sizes of the released config.json: L=28, M=2048, H=16 of 128, V=102400, rows
 of 4096 tokens. The first layer is dense with F=10944; all others have 64
 experts of F=1408, of which six are selected, and two shared ones, which are one
 of twice that width. Gates are raw probabilities, and experts drop nothing. The
-balance loss has the weight of config.json, and as there each sequence has its
-own. Optimizer, batch and schedule are ours.
+balance loss has the weight of config.json, and, as config.json says, each
+sequence has its own loss. Optimizer, batch and schedule are ours.
 
     python -m moe_jax.main --config=moe_jax:deepseek_moe_16b:runlocal \
       --workdir=runs/deepseek_moe_local

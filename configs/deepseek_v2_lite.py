@@ -7,9 +7,9 @@ and values of all heads would be 16 (192 + 128). Positions follow YaRN, from
 4096 to 163840 tokens. The first layer is dense with F=10944; all others have 64
 experts of F=1408, of which six are selected, and two shared ones, which are one
 of twice that width. Gates are raw probabilities, and experts drop nothing. The
-balance loss has the weight of config.json, and as there each sequence has its
-own. Optimizer, batch and schedule are ours, and so are training rows of 4096
-tokens with the positions of the long model.
+balance loss has the weight of config.json, and, as config.json says, each
+sequence has its own loss. Optimizer, batch and schedule are ours, and so are
+training rows of 4096 tokens with the positions of the long model.
 
     python -m moe_jax.main --config=moe_jax:deepseek_v2_lite:runlocal \
       --workdir=runs/deepseek_v2_local

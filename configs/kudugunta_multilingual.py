@@ -7,8 +7,8 @@ decoder is a dense model, and is extracted without a change. As in the paper,
 tokens choose 2 of 32 experts in every other layer and languages are drawn at
 temperature 5. The data and the size of the layers are those of
 `shazeer_multilingual.py` (`pip install django`): a source for each language,
-which is its task. Only translations from English are there, so that a target
-language and a pair of languages are the same.
+which is its task. The data have translations from English alone, so that a
+target language and a pair of languages are the same.
 
     python -m moe_jax.main --config=moe_jax:kudugunta_multilingual \
       --workdir=runs/multilingual

@@ -11,13 +11,13 @@ kernel is twice as wide, by a third product, (x W1 * silu(x W2)) * (x W3).
 flaxformer's balance loss, 0.01 of shares that sum to two, is 0.02 of ours;
 losses are averaged over layers.
 
-Here 11.9B parameters, as in the released checkpoints, which ask for 23 GB in
-bfloat16; published is "8B". Unlike there, slots are token-major: the published
-code's are choice-major, and leak. Nor does the loss have the two terms of the
-checkpoint's config.json for output logits: labels are not smoothed (0.001
-there), and there is no z-loss of the logits (0.01 there;
---config.logits_z_weight=0.01 adds it). The mesh, the batch and the schedule are
-ours.
+The model has 11.9B parameters, as have the released checkpoints, which take 23
+GB in bfloat16; the published name says "8B". Unlike in the published code,
+slots are token-major: those of the published code are choice-major, and leak.
+Nor does the loss have the two terms of the checkpoint's config.json for output
+logits: labels are not smoothed (0.001 there), and there is no z-loss of the
+logits (0.01 there; --config.logits_z_weight=0.01 adds it). The mesh, the batch
+and the schedule are ours.
 
     python -m moe_jax.main --config=moe_jax:openmoe_8b:runlocal \
       --workdir=runs/openmoe_local

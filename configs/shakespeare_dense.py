@@ -2,10 +2,10 @@
 
 L=4, H=4, M=128, T=64, B=12, 2000 steps, no dropout, no biases: the small run of
 github.com/karpathy/nanoGPT, which reports 1.88 nats per character on a sample
-of the last tenth of the text. Unlike there, the learning rate is 2e-3: at its
-1e-3 (--config.optimizer.learning_rate=1e-3) 2000 steps end about 0.1 nats
-higher. TFDS's `validation` is the first half of that last tenth; a text file
-(--config.data.source.kind=files --config.data.source.files.pattern=PATH)
+of the last tenth of the text. Unlike in nanoGPT, the learning rate is 2e-3: at
+nanoGPT's 1e-3 (--config.optimizer.learning_rate=1e-3) 2000 steps end about 0.1
+nats higher. TFDS's `validation` is the first half of that last tenth; a text
+file (--config.data.source.kind=files --config.data.source.files.pattern=PATH)
 validates on all of it.
 
     python -m moe_jax.main --config=moe_jax:shakespeare_dense \

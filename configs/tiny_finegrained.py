@@ -6,7 +6,7 @@ the gates sum to 2.5, as in DeepSeek-V3. Experts drop nothing.
 
 The hidden layer of `tiny_switch`'s expert has a width of 512. Here it is cut
 into eighths: six chosen experts of 64 and a shared one of 128 have 6 * 64 + 128
-= 512, so that a token passes as many products. The 64 experts have as many
+= 512, so that a token takes as many products. The 64 experts have as many
 parameters as the 8 of `tiny_switch`; the shared one comes on top, and so do the
 products of the router with 56 more experts, 1.5 % of all FLOPs. The slots of
 `tiny_switch` that stay empty are not counted.

@@ -18,8 +18,8 @@ cut into quarters. Switch and the hash have 8 experts of width 256, one of which
 a token chooses. Nothing is dropped, so that no row is worse for lack of room,
 and all learned rows have the same balance loss, of all choices. Gates are those
 of the papers: GShard's sum to one, Switch's and DeepSeekMoE's do not. Not here:
-experts disabled by rank (Figure 4 there), several shared experts, which five
-seeds would hardly tell apart, and larger models of GShard.
+experts disabled by rank (Figure 4 of the paper), several shared experts, which
+five seeds would hardly tell apart, and larger models of GShard.
 
 Three seeds of the quick preset, of 100 steps, tell differences of 0.03 to 0.06
 nats a byte, more than any that is expected: they resolve none of the claims.

@@ -15,10 +15,10 @@ few bytes). Two models, trained with and without priority, are evaluated at
 every capacity in both orders.
 
 Found: a model trained in the order of the text gains from more capacity at
-evaluation, one trained with priority is best at its own. Priority helps
-wherever slots are short, whether or not it was used in training. A model
-trained with priority depends on it: it is nearly perfect at its own capacity,
-and by far the worst without priority.
+evaluation; one trained with priority is best at the capacity of its training.
+Priority helps wherever slots are short, whether or not it was used in training.
+A model trained with priority depends on it: it is nearly perfect at its own
+capacity, and by far the worst without priority.
 """
 
 from experiments.study import byte_models, command

@@ -13,11 +13,11 @@ Here no time is measured. Small models of bytes are trained, top-2 of as many
 experts as a cluster has devices, without and with a balance loss; what their
 tokens chose in training is replayed through the cost model on the described
 clusters, as that of a layer of the widths that FastMoE's rule assumes with
-4,096 tokens a device. So are draws, top-1, in which four experts have a fifth
-of the tokens each: the skew that a secondary source reports of 16 experts; on
-64 it is ours. What is trained for real is the gate's cost in quality: the loss
-where all, half, 12.5 % (0.14, rounded down to whole tokens) or none of the
-tokens may leave a node.
+4,096 tokens a device. Draws of top-1 choices are replayed, too, in which four
+experts have a fifth of the tokens each: the skew that a secondary source
+reports for 16 experts; for 64 it is ours. What is trained for real is the
+gate's cost in quality: the loss where all, half, 12.5 % (0.14, rounded down to
+whole tokens) or none of the tokens may leave a node.
 
 Claims were written before any model was trained, but after the draws had been
 simulated, where the published rule shadows one of four equally popular experts.

@@ -7,8 +7,8 @@ sparse model is behind a dense one of equal FLOPs; tuned on many tasks with
 instructions first, it is ahead. In instruction tuning, freezing the gate makes
 no difference or helps a little, freezing the experts or all of the sparse
 layers is worse, and of the auxiliary losses the z-loss helps models such as
-these. No number of it was read in the paper, so that the directions here are
-"shown" or "refuted".
+these. None of its numbers was read in the paper, so that the directions here
+are "shown" or "refuted".
 
 Here: the pre-trained decoders of `stmoe_freezing` are tuned on the generated
 tasks of four clusters ("instructed"). Two other clusters are held out. On them

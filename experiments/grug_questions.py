@@ -13,8 +13,9 @@ in issues, not in a paper; none is printed as a published number.
 Here: a two-layer byte-level decoder; 32 experts of 48, four of which a token
 chooses, and a shared one of the model's width, 64. Gates are sigmoids. A bias
 by sign balances loads, in the place of their quantiles. Rows without a shared
-expert, or with half of one, have fewer FLOPs, as there; nothing compensates for
-it. That rows are alike is judged by bounds chosen before any run.
+expert, or with half of one, have fewer FLOPs, as in the issues; nothing
+compensates for it. That rows are alike is judged by bounds chosen before any
+run.
 
 Three seeds of the quick preset resolve about 0.02 nats a byte: the frozen
 router perhaps, half a shared expert not. The full preset, 6 arms and 5 seeds,

@@ -18,12 +18,12 @@ blocks of 8, 32 and 128, with the slots of the fullest expert, and with 1, 1.5
 or 2 slots a choice, and what these would drop. A block of 128 is half of the
 mean load of 8 experts, and twice that of 32.
 
-Models of 32 experts are also trained with such slots. At equal time the one of
-one slot a choice has more steps, or fewer: its loss at the ratio of step times
-is interpolated between runs of 0.7, 1 and 1.4 times the steps, each annealed; a
-ratio beyond them counts as the nearest. Each seed has the ratio of a burst of
-its own. A CPU's kernels have no blocks, and no array can have the fullest
-expert's load as its shape: neither is timed.
+Models of 32 experts are also trained with such slots. At equal time the model
+with one slot a choice has more steps than the dropless one, or fewer: its loss
+at the ratio of step times is interpolated between runs of 0.7, 1 and 1.4 times
+the steps, each annealed; a ratio beyond them counts as the nearest. Each seed
+has the ratio of a burst of its own. A CPU's kernels have no blocks, and no
+array can have the fullest expert's load as its shape: neither is timed.
 
 The full preset, 7 arms of about 400 steps and 5 seeds, was planned for 14
 minutes and 6 of timing on two idle cores; its runs took 33 core minutes. The

@@ -10,10 +10,10 @@ up in the order of a sequence, later tokens are dropped more ("drop towards the
 end"). Only these directions are compared, no numbers of theirs.
 
 Here: decoders of bytes of four domains, every other layer of which has 8
-experts. As there, gates are raw probabilities, and each sequence is a group
-with slots for 1.25 choices a token in training and 2 in evaluation, at two
-choices a token; with one, as top-1 and the hash have it, half as many. Slots
-are taken in the order of tokens. Measured on validation batches, of first
+experts. As in the paper, gates are raw probabilities, and each sequence is a
+group with slots for 1.25 choices a token in training and 2 in evaluation, at
+two choices a token; with one, as top-1 and the hash have it, half as many.
+Slots are taken in the order of tokens. Measured on validation batches, of first
 choices before any is dropped:
 
 - information that the expert has about a label, in per cent of the entropy of

@@ -12,15 +12,15 @@ in the paper, all three numbers of balance are of single training batches, with
 the noise, and averaged over several: CV(Importance), CV(Load) and the largest
 Load over the mean, where Load is the expected number of choices. The last
 column counts the choices of the same batches without noise; a balanced router
-by chance alone would have about 1.2 there, as an expert has 128 choices of a
-batch. The weights of the noise start at zero, and the noise keeps loads even at
-first, so that the row without losses needs some 800 steps to fall out of
-balance; `quick` has fewer.
+by chance alone would have about 1.2 in that column, as an expert has 128
+choices of a batch. The weights of the noise start at zero, and the noise keeps
+loads even at first, so that the row without losses needs some 800 steps to fall
+out of balance; `quick` has fewer.
 
 Found, on the five seeds of `full`: losses of importance and load even out both,
-as in the paper. Weights up to 0.2 lower the mean validation loss, as there;
-unlike there the weight matters: 0.01 has the lowest loss, and 1 is worse than
-no loss.
+as in the paper. Weights up to 0.2 lower the mean validation loss, as in the
+paper; unlike in the paper the weight matters: 0.01 has the lowest loss, and 1
+is worse than no loss.
 """
 
 import functools

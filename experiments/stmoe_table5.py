@@ -9,15 +9,15 @@ SuperGLUE score between 85.7 and 86.7, with a spread of 0.21 over seeds. That
 nothing is resolved is the result of the paper.
 
 Here: decoders that are pre-trained as those of `stmoe_freezing`, but with first
-choices served before second ones, and fine-tuned on short tasks.
-The share that is dropped is of choices of experts at the end of training, not
-of tokens, of which the paper's numbers are: with two choices a token, a factor
-of 0.75 has slots for three choices of eight, and 1.25 for five. First choices
-are served before second ones, as there, so that all arms may leak: whether a
-second choice is dropped depends on later tokens. The z-loss stays on in all
-arms, as it does there. Whether two arms are equal is judged by
-a bound of 0.05 nats a token, which was chosen before any result was seen; the
-claims say how small a difference could have been told.
+choices served before second ones, and fine-tuned on short tasks. The share that
+is dropped is of choices of experts at the end of training, not of tokens, of
+which the paper's numbers are: with two choices a token, a factor of 0.75 has
+slots for three choices of eight, and 1.25 for five. First choices are served
+before second ones, as in the paper, so that all arms may leak: whether a second
+choice is dropped depends on later tokens. The z-loss stays on in all arms, as
+in the paper. Whether two arms are equal is judged by a bound of 0.05 nats a
+token, which was chosen before any result was seen; the claims say how small a
+difference could have been told.
 
 Found: all eight arms lie within 0.013 nats a token, though the dropped share of
 choices goes from 3 to 81 %. Differences of 0.003 to 0.012 could have been

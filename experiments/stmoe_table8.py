@@ -9,16 +9,16 @@ and top-3 of two slots both have -1.360. More slots in evaluation alone help,
 0.024 at 0.75. Table 18: with batch priority top-1 has -1.409 at 0.75.
 
 Here: an encoder-decoder of bytes that is sparse in its encoder alone, 16
-experts in each of two layers, trained on span corruption; there the decoder is
-sparse, too. An encoder sees all of its input, so that priority leaks nothing. A
-group is the whole batch. As there a capacity counts slots a token whatever the
-number of choices, and experts are as wide as the dense layer: rows of equal
-capacity multiply as many rows, and choices beyond are dropped. First choices
-are served before second ones, or, with priority, tokens of a large router
-probability first in each rank; gates of several choices sum to one, choices
-after the first are sent with a probability of their gate over 0.2, the z-loss
-has a weight of 0.001. `eval_capacity` has top-1 with priority by capacity at
-evaluation, on another task.
+experts in each of two layers, trained on span corruption; in the paper's model
+the decoder is sparse, too. An encoder sees all of its input, so that priority
+leaks nothing. A group is the whole batch. As in the paper, a capacity counts
+slots a token whatever the number of choices, and experts are as wide as the
+dense layer: models of equal capacity multiply equally many rows, and choices
+beyond it are dropped. First choices are served before second ones, or, with
+priority, tokens of a large router probability first in each rank; gates of
+several choices sum to one, choices after the first are sent with a probability
+of their gate over 0.2, the z-loss has a weight of 0.001. `eval_capacity` has
+top-1 with priority by capacity at evaluation, on another task.
 
 Top-2 against top-1 is not claimed: the published difference is below what five
 seeds can tell. The full preset, 9 arms and 5 seeds, was planned for 20 minutes

@@ -9,17 +9,17 @@ quality is lower, by far the most with clipped updates; with a router z-loss it
 is not lower.
 
 Here: decoders of bytes of two layers, both sparse with 16 experts, at five
-times T5's learning rate. As there, Adafactor, GEGLU, two experts a token whose
-gates sum to one, the second left out at random where its gate is small, a
-capacity factor of 1.25 (2 in evaluation), a balance loss, and no z-loss in the
-baseline. Unlike there, tokens are served in order, each with both choices, as a
-decoder must; all arms are, so that they compare. Without GEGLU experts have
-half as many hidden units more, for equal FLOPs. The baseline and the z-loss are
-also run in bfloat16, routers in float32 as there, and at fifteen times the
-rate. The largest logit is a mean over layers; rounded choices are the first
-choices that change where the trained router's logits alone are rounded to
-bfloat16. That two rows are alike is judged by 0.02 nats a byte: the paper
-prints 0.02 (a token) as the spread of both.
+times T5's learning rate. As in the paper, there are Adafactor, GEGLU, two
+experts a token whose gates sum to one, the second left out at random where its
+gate is small, a capacity factor of 1.25 (2 in evaluation), a balance loss, and
+no z-loss in the baseline. Unlike in the paper, tokens are served in order, each
+with both choices, as a decoder must; all arms are, so that they compare.
+Without GEGLU experts have half as many hidden units more, for equal FLOPs. The
+baseline and the z-loss are also run in bfloat16, routers in float32 as in the
+paper, and at fifteen times the rate. The largest logit is a mean over layers;
+rounded choices are the first choices that change where the trained router's
+logits alone are rounded to bfloat16. That two rows are alike is judged by 0.02
+nats a byte: the paper prints 0.02 (a token) as the spread of both.
 
 The quick preset decides nothing. The full preset, 11 arms, 5 seeds and 360
 steps, was planned for 19 minutes on two idle cores; its runs took 251 core

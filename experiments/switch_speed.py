@@ -21,17 +21,18 @@ that length, and the text below the table says how many do.
 The preset `long` first runs trials of 0.4 of the steps, with a seed of their
 own: of 14 sparse models at one rate for each width, from which
 `time_to_loss/screening.py` predicts seconds to the dense loss by measured step
-times, and chooses two of width 128; then of these at three learning rates, at
-which their twin is run to its full length: what a short search gets wrong is to
-the disadvantage of sparse models. The chosen ones are run with five seeds, and
-what was not run is listed. Models of width 256 are screened only: with five
-seeds two of them would take six hours more. The screening favours models whose
-gain comes early. `full` and `quick` run given models of width 128, one and two,
-after a search of their rates. For `full` the same search was also run for 8
-experts in all layers with a capacity of 1.25: its best loss was 1.649 nats a
-byte against 1.633, and it was left out before any of its seeds was run, to keep
-the preset short; its runs took 236 core minutes, beside other work. Evaluations
-come at the end of a run and are not timed.
+times, and chooses two of width 128; then trials of these two at three learning
+rates, at which their twin is run to its full length: the errors of a short
+search are to the disadvantage of sparse models. The chosen models are run with
+five seeds, and the models that were not run are listed. Models of width 256 are
+screened only: with five seeds two of them would take six hours more. The
+screening favours models whose gain comes early. `full` and `quick` run given
+models of width 128, one and two, after a search of their rates. For `full` the
+same search was also run for 8 experts in all layers with a capacity of 1.25:
+its best loss was 1.649 nats a byte against 1.633, and it was left out before
+any of its seeds was run, to keep the preset short; its runs took 236 core
+minutes, beside other work. Evaluations come at the end of a run and are not
+timed.
 
 `quick` resolves no gain in time: after 300 steps sparse models have hardly
 begun to gain, and two seeds leave intervals wider than any gain.

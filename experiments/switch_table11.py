@@ -8,15 +8,15 @@ draws one by its probabilities (-1.570), sees its input with dropout (-1.480) or
 with multiplicative noise (-1.468).
 
 Here: decoders of bytes of two layers, both sparse with 16 experts, trained as
-there (`byte_models.switch_decoder`). Noise is of training alone: evaluation
-takes the most probable expert. Dropout has a rate of 0.1, which is our choice,
-as that of the paper is not known to us, and jitter 0.01, the paper's; a second
-row has 0.1. What a router explores is the share of tokens that its noise sends
-elsewhere than to the expert of evaluation, by the same parameters at the end of
-training; noise in one layer also changes what the next one sees. That rows are
-alike is judged by 0.01 nats a byte, less than five paired seeds can tell; the
-paper's differences between them are 0.003 and 0.009 nats a token, of several
-bytes each.
+in the paper (`byte_models.switch_decoder`). Noise is of training alone:
+evaluation takes the most probable expert. Dropout has a rate of 0.1, which is
+our choice, as that of the paper is not known to us, and jitter 0.01, the
+paper's; a second row has 0.1. What a router explores is the share of tokens
+that its noise sends elsewhere than to the expert of evaluation, by the same
+parameters at the end of training; noise in one layer also changes what the next
+one sees. That rows are alike is judged by 0.01 nats a byte, less than five
+paired seeds can tell; the paper's differences between them are 0.003 and 0.009
+nats a token, of several bytes each.
 
 The quick preset decides nothing. The full preset has 6 arms, 5 seeds and 800
 steps, and took 14 of its planned 17 minutes on two cores. The claims were

@@ -8,8 +8,8 @@ float32 has a negative log perplexity of -1.718, one in bfloat16 diverges to
 bfloat16.
 
 Here: decoders of bytes of two layers, both sparse with 16 experts, trained as
-there, at three and ten times T5's learning rate. Parameters are stored in
-float32 in all arms. In bfloat16 the residual stream and all products are of
+in the paper, at three and ten times T5's learning rate. Parameters are stored
+in float32 in all arms. In bfloat16 the residual stream and all products are of
 that type, which a CPU emulates, and the router's input, kernel, logits and
 gates are rounded to it (`jax.lax.reduce_precision`); the sums of its softmax
 are not, so that ours rounds less than theirs. No speed is measured. Bytes are

@@ -8,14 +8,14 @@ experts, after 3,500 steps, the negative log perplexity of three seeds is -2.72
 with a standard deviation of 0.01 at s = 0.1, and -3.60 with 0.68 at s = 1.
 
 Here: decoders of bytes of two layers, both sparse with 32 experts, and their
-dense twins, trained as there: Adafactor, whose updates are relative to the size
-of a kernel, embeddings of deviation 1, top-1 with a capacity factor of 1.25 (2
-in evaluation), a balance loss of 0.01. The rate 0.01 is T5's, and the raised
-one three times that. Unlike there, the rate warms up and falls over the run,
-which has a ninth of the steps. The spread is judged by each seed's distance
-from the median loss of its row, paired by seed (the test of Brown and
-Forsythe): it tells deviations apart that differ by a factor of about three.
-A step that is not finite is left out.
+dense twins, trained as in the paper: Adafactor, whose updates are relative to
+the size of a kernel, embeddings of deviation 1, top-1 with a capacity factor of
+1.25 (2 in evaluation), a balance loss of 0.01. The rate 0.01 is T5's, and the
+raised one three times that. Unlike in the paper, the rate warms up and falls
+over the run, which has a ninth of the steps. The spread is judged by each
+seed's distance from the median loss of its row, paired by seed (the test of
+Brown and Forsythe): it tells deviations apart that differ by a factor of about
+three. A step that is not finite is left out.
 
 Three seeds of the quick preset tell no spreads apart. The full preset, 8 arms,
 8 seeds and 400 steps, was planned for 18 minutes on two idle cores; its runs

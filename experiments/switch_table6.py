@@ -5,8 +5,9 @@
 Switch Transformers (https://arxiv.org/abs/2101.03961), Table 6: a dense student
 that learns from a sparse teacher's probabilities alone keeps 3 % of what the
 teacher gains over a dense model; 20 % if it also begins with the teacher's
-non-expert weights, and 29 % with 0.75 of hard and 0.25 of soft labels. To begin
-with these weights without learning from the teacher gains nothing.
+non-expert weights, and 29 % with 0.75 of hard and 0.25 of soft labels. A
+student that begins with these weights without learning from the teacher gains
+nothing.
 
 Here: decoders of bytes with two layers, all of them sparse and dropless in the
 teacher, which has 16 experts and is trained for as long as its students. The

@@ -9,9 +9,9 @@ to 28 % of those of 7 and 15 billion, which are compressed by 97 and 99 %.
 Here: the models of `switch_table6`, with teachers of 2 to 32 experts. Each
 student begins with the non-expert weights of its teacher and learns from 0.75
 of hard and 0.25 of soft labels. Compression is the share of the teacher's
-parameters that the student lacks; shares kept are of each teacher's own gain.
-A student has the steps of its teacher behind it, so that the dense twin of as
-many steps as both together is the control, as there.
+parameters that the student lacks; shares kept are of each teacher's own gain. A
+student has the steps of its teacher behind it, so that the dense twin of as
+many steps as both together is the control, as in `switch_table6`.
 
 Found, 5 seeds: teachers gain 0.05 nats a byte with 2 experts, 0.14 with 16 and
 0.12 with 32, and the share that a student keeps falls, as published. All

@@ -3,10 +3,10 @@
     python -m experiments.upcycling_figures --preset=quick
 
 Sparse upcycling (https://arxiv.org/abs/2212.05055): each expert begins as a
-copy of a trained dense feed-forward. After some more training the upcycled one
-is ahead of the dense model trained on at equal cost, and a sparse model from
-scratch has to train for longer to catch up. No number of the paper was checked,
-so that these are directions.
+copy of a trained dense feed-forward. After some more training the upcycled
+model is ahead of the dense model that is trained on at equal cost, and a sparse
+model from scratch has to train for longer to catch up. No number of the paper
+was checked, so that these are directions.
 
 Here: a byte-level decoder of two layers is trained at a constant rate, which is
 the sunk cost. It then goes on, on other text and at a rate that falls to 0

@@ -80,8 +80,8 @@ def switch_decoder(
   Updates of Adafactor are relative to the size of a kernel. Embeddings have a
   deviation of 1, and logits are divided by the root of the width. Experts have
   room for 1.25 times their share of tokens in training, and twice in
-  evaluation; there is no router z-loss. Unlike there, the learning rate falls
-  over the run, and no router has noise.
+  evaluation; there is no router z-loss. Unlike in the paper, the learning rate
+  falls over the run, and no router has noise.
 
   Args:
     steps: Length of the run.

@@ -6,14 +6,14 @@ instruction and an answer; only answers count in the loss. As in ST-MoE
 (https://arxiv.org/abs/2202.08906) one layer in four is sparse, tokens choose
 two experts, whose gates sum to one and the second of which is left out at
 random where its gate is small, the capacity factor is 1.25 in training and 2 in
-evaluation, and both auxiliary losses stay on. Unlike there, the models are
-decoders of bytes. Factors count slots a token, as there, so that 1.25 has slots
-for five choices of eight in training, and their tokens are served in order,
-each with both choices, which no later token changes. The papers' code serves
-first choices before second ones. Ours drops late tokens whole, so that claims
-which hold a sparse model against its dense twin are withheld (`OTHER_ORDER`);
-arms that are served alike may be compared. Not here: what a study changes in
-fine-tuning.
+evaluation, and both auxiliary losses stay on. Unlike in the paper, the models
+are decoders of bytes. Factors count slots a token, as in the paper, so that
+1.25 has slots for five choices of eight in training, and their tokens are
+served in order, each with both choices, which no later token changes. The
+papers' code serves first choices before second ones. Ours drops late tokens
+whole, so that claims which hold a sparse model against its dense twin are
+withheld (`OTHER_ORDER`); arms that are served alike may be compared. Not here:
+what a study changes in fine-tuning.
 """
 
 import copy
