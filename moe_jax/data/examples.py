@@ -105,7 +105,9 @@ def packed(
     ValueError: An example is larger than a row.
   """
   if (sizes > np.array([capacity])).any():
-    raise ValueError(f'sizes up to {sizes.max(0)} in rows of {capacity}')
+    raise ValueError(
+      f'examples of sizes up to {sizes.max(0)} do not fit rows of {capacity}'
+    )
   rows, open_rows = [], collections.deque(maxlen=_OPEN_ROWS)
   for i, size in enumerate(sizes.tolist()):
     for row in open_rows:

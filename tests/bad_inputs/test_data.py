@@ -89,7 +89,7 @@ NPZ = [
   features(1.0, '()'),
   features(np.zeros((3, 0)), '3 features and 3 labels'),
   features(np.zeros((0, 2)), '0 features and 3 labels'),
-  features(np.zeros((3, 3)), 'features of (3,) and of (2,)'),
+  features(np.zeros((3, 3)), 'shape (3,) in training and (2,) in validation'),
   features([['2020-01-01', '2020-01-01']] * 3, 'datetime', dtype='M8[D]'),
   npz('none', ["'train_features'"], train_features=None),
   npz('classes of numbers', ['names [C]'], classes=np.array([0.5, 1.5])),

@@ -69,7 +69,10 @@ class Arrays(ClassSource):
       )
     train, validation = (e.features.shape[1:] for e in splits.values())
     if train != validation:
-      raise ValueError(f'{file}: features of {train} and of {validation}')
+      raise ValueError(
+        f'{file}: features of an example have shape {train} in training and '
+        f'{validation} in validation; they must be alike'
+      )
 
   def examples(self, split: str) -> Examples:
     """See `ClassSource`."""

@@ -97,7 +97,10 @@ class PairRows(ExampleRows):
       ValueError: There are not as many inputs as targets.
     """
     if len(inputs[1]) != len(targets[1]):
-      raise ValueError(f'{len(inputs[1])} inputs of {len(targets[1])} targets')
+      raise ValueError(
+        f'{len(inputs[1])} inputs and {len(targets[1])} targets; each pair has '
+        'one of both'
+      )
     self._inputs, self._targets, self._eos_id = inputs, targets, eos_id
     self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.

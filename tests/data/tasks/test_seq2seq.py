@@ -102,5 +102,5 @@ def test_an_epoch_has_every_pair_once():
 
 
 def test_sides_must_match():
-  with pytest.raises(ValueError, match='3 inputs of 2 targets'):
+  with pytest.raises(ValueError, match='3 inputs and 2 targets'):
     PairRows(INPUTS, stream([1], [2]), DecoderLayout(6), EOS)
