@@ -215,7 +215,7 @@ class DryRun:
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
     folder = storage_path(c.directory or self._workdir or _NOWHERE)
     line = (
-      f'checkpoints: {num_written} of {in_bytes(size)} each, with room needed '
+      f'checkpoints: {num_written} of {in_bytes(size)} each; they need room '
       f'for {num_kept}, as one is written while {num_kept - 1} '
       f'{"is" if num_kept == 2 else "are"} there: {in_bytes(num_kept * size)}'
     )

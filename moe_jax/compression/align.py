@@ -1,4 +1,4 @@
-"""Hidden units of experts in the order in which they fit those of another.
+"""The order of hidden units in which an expert fits another one best.
 
 A feed-forward computes the same whatever the order of its hidden units, so two
 experts are compared and averaged after those of one are permuted: step 1 of

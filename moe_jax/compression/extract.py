@@ -1,4 +1,4 @@
-"""Takes the part of a model out that one task uses, without any change to it.
+"""Takes out the part of a model that one task uses, without any change to it.
 
 https://arxiv.org/abs/2110.03742. All tokens of a task have the same K experts
 and gates in a layer that routes by task, and g1 FFN1(x) + g2 FFN2(x) is one
