@@ -292,7 +292,8 @@ def _token(tokenizer: Tokenizer, text: str) -> int:
 def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
   if not hasattr(tokenizer, method):
     raise ValueError(
-      f'{flag}: tokenizer {tokenizer.identity} came with no model and has none'
+      f'{flag}: tokenizer {tokenizer.identity} came with no model, and so has '
+      'neither a chat template nor languages'
     )
 
 

@@ -132,7 +132,7 @@ class SourceScores(AskingEvaluation):
       if len(metrics) > 1:
         raise ValueError(
           f'the questions of source {name!r} are judged by {sorted(metrics)}; '
-          'make it a source for each'
+          'make one source for each of these'
         )
       indices = data.spread(len(all_questions), self.num_questions)
       questions[name] = [

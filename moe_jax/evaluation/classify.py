@@ -33,7 +33,7 @@ class ClassifyEvaluation(BatchesEvaluation):
     """
     if not setting.model.reads_features:
       raise ValueError(
-        f'{type(setting.model).__name__} tells tokens apart and no classes of '
+        f'{type(setting.model).__name__} predicts tokens and no classes of '
         "examples; use kind 'loss' or 'choice'"
       )
     return Classify.of(setting, self.num_batches)

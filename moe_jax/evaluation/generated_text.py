@@ -119,8 +119,8 @@ class GenerateEvaluation(EvaluationOptions):
     task = setting.data.task
     if not task.generates:
       raise ValueError(
-        f"kind 'generate' needs a task with inputs and targets that are text, "
-        f'which {type(task).__name__} has not'
+        "kind 'generate' needs a task with inputs and targets that are text, "
+        f'which {type(task).__name__} does not have'
       )
     texts = data.read_pairs(setting.data, 'validation')
     if texts is not None:

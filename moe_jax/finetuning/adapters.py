@@ -190,8 +190,9 @@ def merge(
   run, base = _load(workdir, step, allow), pathlib.Path(workdir).expanduser()
   if run.step and run.adapters.kernels:
     raise ValueError(
-      f'{workdir} has an adapter itself, which all that reads it merges; give '
-      'the folder of its base, or step 0 of an imported one that still has it'
+      f'{workdir} has an adapter itself, which every reader of the run '
+      'merges; give the folder of its base, or step 0 of an imported one that '
+      'still has it'
     )
   _check_stateless(run.model)
   adapters, params = read(folder, run.model, run.params)

@@ -137,8 +137,8 @@ def generate(
     return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
   if length_penalty != 1.0:
     raise ValueError(
-      f'length_penalty={length_penalty} with num_beams=1: it compares beams; '
-      'give more of them'
+      f'length_penalty={length_penalty} with num_beams=1: a length penalty '
+      'compares beams; give more than one'
     )
   model, variables = prepare(model, variables, batch_size=num_rows(prompt))
   prefix = make_prefix(

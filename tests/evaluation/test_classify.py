@@ -80,7 +80,7 @@ def test_a_language_model_says_no_classes(tmp_path):
   config = tiny.config().unlock()
   config.evals = {'c': base.classify_evaluation()}
   config.checkpoint.keep_best = False
-  with pytest.raises(ValueError, match=r'evals\.c: Decoder tells tokens apart'):
+  with pytest.raises(ValueError, match=r'evals\.c: Decoder predicts tokens'):
     loop.train_and_evaluate(
       run_config.read(config.lock()),
       tmp_path / 'run',

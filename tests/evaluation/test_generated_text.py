@@ -311,7 +311,7 @@ def test_what_is_missing_is_said_at_set_up(tmp_path):
   workdir = tmp_path / 'run'
   lm = tiny.config().unlock()
   lm.evals.texts = base.generate_evaluation()
-  with pytest.raises(ValueError, match='are text, which LmTask has not'):
+  with pytest.raises(ValueError, match='are text, which LmTask does not have'):
     train(lm.lock(), workdir)
   best = merge(config(), {'checkpoint': {'best_eval': 'texts'}})
   with pytest.raises(
