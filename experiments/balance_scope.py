@@ -1,4 +1,4 @@
-"""Loads that are even in each sequence, in a few, or in the whole batch.
+"""Loads made even in each sequence, in a few of them, or in the whole batch.
 
     python -m experiments.balance_scope --preset=quick
 

@@ -271,7 +271,7 @@ def claims() -> list[Claim]:
 STUDY = Study(
   name='dense_or_sparse',
   title='Dense or sparse, by what is held equal and how much text there is',
-  source='a question of many blog posts',
+  source='A question of many blog posts',
   config=config,
   arms=arms,
   rows=rows,

@@ -79,7 +79,8 @@ SHOWN = {
 }
 RECORDED = 40  # approximate number of recorded batches of a run
 _CONSTRUCTED = (
-  'SIMULATED, and by construction never slower: how much is the finding.'
+  'SIMULATED. By construction it is never slower; by how much it is faster is '
+  'the finding.'
 )
 
 
@@ -257,7 +258,7 @@ def claims() -> list[Claim]:
       'shadowing saves more on trevor than on johnny',
       f'{SPEED_UP}: {" > ".join(shadowed)}',
       [_cell(c, 'shadowing_alone') for c in (TREVOR, JOHNNY)],
-      'SIMULATED. They differ in devices, experts, links and peaks.',
+      'SIMULATED. The clusters differ in devices, experts, links and peaks.',
     )
   )
   return simulated_claims + _gate_claims()

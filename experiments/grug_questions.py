@@ -66,7 +66,7 @@ def arms(preset: Preset) -> list[Arm]:
 STUDY = Study(
   name='grug_questions',
   title='Shared expert of half size, frozen router, no z-loss',
-  source='ablations of grug in issues of marin (directions alone)',
+  source='Ablations of grug in issues of marin (directions alone)',
   config=config,
   arms=arms,
   presets={

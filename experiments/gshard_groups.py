@@ -231,12 +231,12 @@ STUDY = Study(
     Claim(
       'masks take longer in larger groups',
       f'{TIME}: {MASKS["2048"]} > {MASKS["32"]}',
-      note="On a CPU, whose ratio is not an accelerator's.",
+      note='Measured on a CPU, whose ratio is not that of an accelerator.',
     ),
     Claim(
       'in a group of the batch masks take longer than gathered rows',
       f'{TIME}: {MASKS["2048"]} > {BATCH}',
-      note="On a CPU, whose ratio is not an accelerator's.",
+      note='Measured on a CPU, whose ratio is not that of an accelerator.',
     ),
   ],
   runner=TrainingRunner(measure),

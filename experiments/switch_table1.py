@@ -192,7 +192,7 @@ STUDY = Study(
     Claim(
       'Switch beats dense in equal time',
       'loss: Switch, CF 1.25 < dense, in the time of Switch 1.25',
-      note='Published as hours to a quality, which T5-Base never reaches.',
+      note='The paper has hours to a quality, which T5-Base never reaches.',
     ),
     claim(
       'top-2 beats Switch at CF 2',

@@ -106,7 +106,7 @@ STUDY = Study(
       '0.4 inside of experts is better than 0.1 everywhere',
       'loss: Switch d=0.1, ed=0.4 < Switch d=0.1',
       cells('glue', 'Switch d=0.1, ed=0.4', 'Switch d=0.1'),
-      note='Its scores on SuperGLUE are equal.',
+      note="The paper's scores on SuperGLUE are equal.",
     ),
     Claim(
       '0.4 inside of experts is better than 0.3 everywhere',

@@ -98,7 +98,7 @@ CLAIMS = [
   Claim(
     'the shipped gate costs less than the published one',
     f'loss: {SHIPPED} < {name_of(0.14)}',
-    note='It keeps the remote expert beside a local one.',
+    note='The shipped gate keeps the remote expert beside a local one.',
   ),
 ]
 

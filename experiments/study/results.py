@@ -122,7 +122,7 @@ def conditions(summary: Mapping[str, Any]) -> str:
     f'{", ".join(digest[:12] for digest in summary["digests"])}), '
     f'{length}, paired seeds {seeds[0]} to {seeds[-1]}'
     f'{_overrides(summary)}; {summary["device"]}, {summary["date"]}, jax '
-    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs, a core each. '
+    f'{summary["jax"]}; {summary["minutes"]:g} minutes of runs on one core. '
     f'± is a 95 % confidence interval over seeds (Student).{_written(summary)}'
   )
 

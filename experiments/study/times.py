@@ -123,7 +123,7 @@ def describe(times: Mapping[str, StepTime]) -> str:
     else f'at most {other_cores:.2f}'
   )
   sentence = (
-    f'They are of {" or ".join(map(str, numbers))} '
+    f'They were measured in {" or ".join(map(str, numbers))} '
     f'burst{"s" * (numbers[-1] > 1)} on {" and ".join(dates)}, in which other '
     f'processes used {cores_text} of {os.cpu_count()} cores'
   )
