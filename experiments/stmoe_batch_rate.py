@@ -13,8 +13,8 @@ rows, so that a batch of 4 takes 16 times the steps of one of 64. A row called
 "mean over" averages the runs of a seed over the other of the two settings.
 
 Found: the lowest mean losses of both models are with the smallest batch and the
-highest rate, though for the dense one batches of 4 and 16 are not told apart.
-Claims on sparse against dense are withheld.
+highest rate, though for the dense one no difference between batches of 4 and 16
+is resolved. Claims on sparse against dense are withheld.
 """
 
 import itertools

@@ -17,8 +17,8 @@ counted: what the rows of tokens would take to their experts and back, in both
 directions of a step, with an expert on each of 16 devices. Flipped choices are
 the first choices of the trained model that change between float32 and another
 precision, whatever it was trained in. That two rows are alike is judged by 0.02
-nats a byte, which was planned as twice what five seeds tell; they tell 0.011 at
-the lower rate and 0.020 at the higher.
+nats a byte, which was planned as twice what five seeds resolve; they resolve
+0.011 at the lower rate and 0.020 at the higher.
 
 The quick preset decides nothing. The full preset, 6 arms, 5 seeds and 400
 steps, was planned for 18 minutes on two idle cores; its runs took 58 core
