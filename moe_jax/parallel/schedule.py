@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.shapes import Array, Float, Int32, Leaf
@@ -125,7 +126,22 @@ class Ring:
       return rows
     if back:
       pairs = [(target, source) for source, target in pairs]
-    return jax.lax.ppermute(rows, self.layout.exchanged, pairs)
+    axes, numbers = self._in_mesh_order()
+    pairs = [(numbers[source], numbers[target]) for source, target in pairs]
+    return jax.lax.ppermute(rows, axes, pairs)
+
+  def _in_mesh_order(self) -> tuple[tuple[str, ...], list[int]]:
+    """The axes in the mesh's order, and each device's number along them.
+
+    `ppermute` counts devices in that order, however its axes are given; all
+    other collectives count in the order of their axes.
+    """
+    given, order = self.layout.exchanged, self.layout.mesh.axis_names
+    axes = tuple(sorted(given, key=order.index))
+    devices = np.arange(self.num_devices)
+    devices = devices.reshape([self.layout.sizes[name] for name in given])
+    devices = devices.transpose([given.index(name) for name in axes])
+    return axes, np.argsort(devices, axis=None).tolist()
 
 
 def serve_sorted(

@@ -264,6 +264,25 @@ def test_the_ring_goes_to_all_devices_as_published():
     ring_of(8, 3)
 
 
+def test_a_ring_along_axes_in_another_order_than_the_meshs():
+  mesh, axes = mesh_of(fsdp=2, expert=2), ('expert', 'fsdp')
+  ring = Ring(
+    Layout(mesh.abstract_mesh, {'fsdp': 2, 'expert': 2}, axes[::-1], axes, ())
+  )
+
+  def travel():
+    me = jax.lax.axis_index(axes).reshape(1)
+    there = ring.permuted(me, 1)
+    return there, ring.permuted(there, 1, back=True)
+
+  run = jax.shard_map(
+    travel, mesh=mesh, in_specs=(), out_specs=PartitionSpec(axes)
+  )
+  arrived, returned = jax.jit(run)()
+  assert arrived.tolist() == [ring.source(d, 1) for d in range(4)]
+  assert returned.tolist() == [0, 1, 2, 3]
+
+
 # The exchanges whose steps are seen in a program: without shadows, so that the
 # permutations are all collectives on rows.
 ALONE = dict(slots=Gather(InRing()), sorted=Dropless(exchange=RaggedRing()))
