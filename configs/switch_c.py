@@ -4,7 +4,9 @@ Published (Table 9): 15 + 15 layers, all sparse in the encoder and in the
 decoder, M=2080, F=6144, H=32 of 64, 2048 experts, one selected, no GEGLU. From
 flaxformer's port: ReLU, a logits kernel of its own, capacity factor 1.0 and at
 least 2 slots, groups of 2048 tokens (its 30 heads are not the paper's). Ours:
-the mesh, the batch and the text.
+the mesh, the batch and the text. A batch has 128 groups of decoder tokens, one
+for each device along `expert`: 256 or 512 devices take mesh.tensor=2 or 4, or a
+batch_size twice or four times as large.
 
     python -m moe_jax.main --config=moe_jax:switch_c:runlocal \
       --workdir=runs/switch_c_local

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import AbstractMesh
 
 from moe_jax import models, run_config, sections
 from moe_jax.configs import t5_base
@@ -248,6 +249,24 @@ def test_the_docstring_of_t5_says_where_its_rate_is_not_the_published_one():
   ]
   assert differing == [1, 5000]
   assert 'from step 10,000 on' in ' '.join(t5_base.__doc__.split())
+
+
+def test_switch_c_takes_more_devices_along_tensor_or_with_larger_batches():
+  options = options_of('switch_c')
+
+  def check(num_devices, options, **sizes):
+    shape = {'data': 1, 'fsdp': 1, 'expert': 128, 'tensor': 1, **sizes}
+    assert math.prod(shape.values()) == num_devices
+    options.check_mesh(AbstractMesh(tuple(shape.values()), tuple(shape)))
+
+  check(128, options)
+  check(256, options, tensor=2)
+  check(512, options, tensor=4)
+  check(256, dataclasses.replace(options, batch_size=4096), fsdp=2)
+  with pytest.raises(
+    ValueError, match=r'128 groups .* 256 devices .*mesh\.tensor'
+  ):
+    check(256, options, fsdp=2)
 
 
 def test_only_glam_leaks_the_future():

@@ -154,10 +154,13 @@ class LayerOptions(Options):
       )
     groups = 1 if S == -1 else rows * length // (S or length)
     if groups % run.parts:
+      more_rows = '' if S == -1 else 'more rows in a microbatch or '
       yield (
         f'model.moe.group_size={S}: the {groups} groups of {S or length} '
-        f'tokens in a microbatch do not divide by the {run.parts} devices that '
-        'rows are split over: a group never spans two'
+        f'tokens in a microbatch ({rows} rows of {name}={length}) do not '
+        f'divide by the {run.parts} devices that rows are split over: a group '
+        f'never spans two; {more_rows}a smaller group_size makes more groups, '
+        'and devices along mesh.tensor share their rows'
       )
     if self.moe.router.mixes:
       yield from self._mixture_problems(run, name, length)
