@@ -71,7 +71,7 @@ def run(workdir, *flags, **kwargs):
 def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   argv = command('w', flag, config='configs/tiny_switch.py')[2:]
   monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
-  with pytest.raises(SystemExit) as exit_error:
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_error:
     command_line.parse(argv)
   assert exit_error.value.code == 1
   error_text = capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
   )
   argv = command('w', *flags, config='moe_jax:tiny_switch')[2:]
   monkeypatch.setattr(sys, 'argv', argv)
-  with pytest.raises(SystemExit):
+  with flagsaver.flagsaver(), pytest.raises(SystemExit):
     command_line.parse(argv, '', config_flag.other_problems)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 3

@@ -64,7 +64,10 @@ def test_the_digest_is_of_all_that_is_learned(tmp_path):
   [
     (dict(train_labels=np.array([0, 1])), "3 features and 2 labels of 'train'"),
     (dict(train_labels=np.array([0, 2, 1])), 'labels from 0 to 2 of 2 classes'),
-    (dict(validation_features=np.zeros((2, 3))), r'of \(2,\) and of \(3,\)'),
+    (
+      dict(validation_features=np.zeros((2, 3))),
+      r'\(2,\) in training and \(3,\)',
+    ),
     (dict(train_features=None), "unknown array.*'train_features'.*'classes'"),
     (
       dict(train_labels=np.array([{}, 1, 1], object)),
