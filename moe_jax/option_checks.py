@@ -53,12 +53,13 @@ class OptionError(ValueError):
   """All problems of some options, in one error.
 
   Attributes:
-    problems: A text for each problem, which begins with the option's dotted
-      name.
+    problems: A text for each problem, once, which begins with the option's
+      dotted name.
   """
 
   def __init__(self, problems: Iterable[str]):
-    self.problems = tuple(problems)
+    # Both halves of a model may say the same.
+    self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
   def below(self, path: str) -> 'OptionError':

@@ -12,6 +12,7 @@ from moe_jax import All, MoeOptions, Shared, TokenChoice, models, partitioning
 from moe_jax.layers.routers import Sizes
 from moe_jax.layers.routers.sizes import TiedColumns
 from moe_jax.models.model_options import RunShape
+from moe_jax.options import OptionError
 from tests import reference
 
 B, T, E, K, M = 8, 6, 5, 2, 4
@@ -182,3 +183,15 @@ def test_microbatches_that_hide_the_batch_are_refused():
   (problem,) = problems(rows, rows=4)
   assert 'batch_balance_rows=3 does not divide the 4 rows' in problem
   assert not problems(rows, rows=6, microbatches=2)
+
+
+def test_a_problem_of_both_halves_is_said_once():
+  rows = TokenChoice(batch_balance_weight=0.1, batch_balance_rows=3)
+  halves = models.EncoderDecoderOptions(
+    vocab_size=9, moe=MoeOptions(router=rows)
+  )
+  shape = RunShape(
+    total_steps=9, rows=4, seq_len=8, target_len=8, microbatches=1
+  )
+  (problem,) = OptionError(halves.problems_in(shape)).problems
+  assert 'batch_balance_rows=3 does not divide the 4 rows' in problem
