@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -205,7 +206,10 @@ def text_of(change: Change | None) -> str:
   if isinstance(change, functools.partial):
     keywords = sorted(change.keywords.items())
     return f'{text_of(change.func)}{change.args}{keywords}'
-  return f'{change.__module__}.{change.__qualname__}'
+  # The name of a study's module is another where `python -m` runs it.
+  spec = sys.modules[change.__module__].__spec__
+  module = spec.name if spec else change.__module__
+  return f'{module}.{change.__qualname__}'
 
 
 def config_hash(config: ml_collections.ConfigDict, change: str = '') -> str:

@@ -1,13 +1,15 @@
 """Stored results: judged by today's claims, or withheld where outdated."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
+import sys
 
 import pytest
 
-from experiments import report
+from experiments import merge_or_prune, report
 from experiments.study import (
   code_digest,
   command,
@@ -17,7 +19,7 @@ from experiments.study import (
   verdicts,
 )
 from experiments.study import results as study_results
-from experiments.study.jobs import Job, settings_digest
+from experiments.study.jobs import Job, settings_digest, text_of
 from experiments.study.parts import (
   SHARE,
   Arm,
@@ -121,6 +123,16 @@ def test_a_digest_is_of_what_is_stated():
     return settings_digest(RunConfig, job)
 
   assert digest(seed=1) == digest(seed=2) != digest(batch_size=6)
+
+
+def test_a_change_has_the_same_name_where_its_study_is_run(monkeypatch):
+  change = functools.partial(merge_or_prune.pruned, left=4)
+  name = text_of(change)
+  module = sys.modules[merge_or_prune.__name__]
+  monkeypatch.setitem(sys.modules, '__main__', module)
+  monkeypatch.setattr(merge_or_prune.pruned, '__module__', '__main__')
+  assert text_of(change) == name
+  assert 'experiments.merge_or_prune.pruned' in name
 
 
 @pytest.mark.parametrize(
