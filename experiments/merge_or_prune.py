@@ -46,6 +46,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  more_seeds,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -270,22 +271,23 @@ def by_similarity(better: str, worse: str, removed: int) -> Claim:
   )
 
 
+_OPEN = 'Not resolved with five seeds'
 # Results of five seeds, by the words of claims whose verdict nine have changed.
 _BEFORE = {
   'merging by outputs is better than by router, 75 % removed': (
-    'Not resolved with five seeds (0.010 ± 0.107)'
+    f'{_OPEN} (0.010 ± 0.107)'
   ),
   'REAP prunes better than merging by outputs, 75 % removed': (
-    'Not resolved with five seeds (0.059 ± 0.112)'
+    f'{_OPEN} (0.059 ± 0.112)'
   ),
   'REAP prunes better than usage does, 75 % removed': (
     'Shown with five seeds (-0.124 ± 0.115)'
   ),
   'REAP prunes better than gate does, 50 % removed': (
-    'Not resolved with five seeds (-0.006 ± 0.034)'
+    f'{_OPEN} (-0.006 ± 0.034)'
   ),
   'REAP prunes better than gate does, 75 % removed': (
-    'Not resolved with five seeds (-0.091 ± 0.137)'
+    f'{_OPEN} (-0.091 ± 0.137)'
   ),
 }
 
@@ -294,10 +296,7 @@ def with_change(claim: Claim) -> Claim:
   """The claim, which says so where more seeds have changed its verdict."""
   if claim.text not in _BEFORE:
     return claim
-  change = (
-    f'{_BEFORE[claim.text]}; nine took their place on 2026-11-30, when that '
-    'was known.'
-  )
+  change = more_seeds(_BEFORE[claim.text], 'nine', '2026-11-30')
   return dataclasses.replace(claim, changes=[change])
 
 

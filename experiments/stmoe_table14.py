@@ -39,6 +39,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  more_seeds,
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
@@ -177,10 +178,8 @@ def cells(*rows: str) -> list[str]:
 
 def _unresolved(interval: str) -> str:
   """The change of a claim that five seeds left open."""
-  return (
-    f'Not resolved with five seeds ({interval}); nine took their place on '
-    '2026-11-30, when that was known.'
-  )
+  before = f'Not resolved with five seeds ({interval})'
+  return more_seeds(before, 'nine', '2026-11-30')
 
 
 def claims() -> list[Claim]:

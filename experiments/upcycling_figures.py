@@ -49,6 +49,7 @@ from experiments.study.parts import (
   Preset,
   Results,
   Row,
+  more_seeds,
 )
 from experiments.study.starts import Start
 from experiments.study.study import Study
@@ -201,8 +202,9 @@ def claims() -> list[Claim]:
       'what upcycling gains over training on grows with the extra cost',
       f'loss: {at(OVER_DENSE, ends[0])} > {at(OVER_DENSE, ends[1])}',
       changes=[
-        'Not resolved with five seeds (0.008 ± 0.008); ten took their place on '
-        '2026-11-30, when that was known.'
+        more_seeds(
+          'Not resolved with five seeds (0.008 ± 0.008)', 'ten', '2026-11-30'
+        )
       ],
     ),
     Claim(

@@ -191,6 +191,17 @@ class Row:
   difference: bool = False
 
 
+def more_seeds(before: str, number: str, date: str) -> str:
+  """The change of a claim that was judged again with more seeds.
+
+  Args:
+    before: The verdict and the interval with the earlier seeds, in words.
+    number: The number of seeds that took their place, in words.
+    date: The day.
+  """
+  return f'{before}; {number} took their place on {date}, when that was known.'
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
   """A published direction, and the two rows here that should show it.
