@@ -174,8 +174,8 @@ def choose(
   """Algorithm 1: experts by their number of tokens, as long as it pays.
 
   Where two experts have equally many tokens, the lower number comes first. With
-  more experts than devices, E = c W, device w has the experts c w to c w + c -
-  1; in the paper, and for c = 1, each has one.
+  more experts than devices, E = c W, device w has the c experts from c w on; in
+  the paper, and for c = 1, each device has one.
 
   Args:
     counts: The number of rows of each device that choose each expert.
