@@ -16,6 +16,7 @@ import ml_collections
 
 from moe_jax import run_config, sections
 from moe_jax.data import SOURCES, SourceOptions
+from moe_jax.errors import InputError
 from moe_jax.evaluation import (
   EVALUATIONS,
   ChoiceEvaluation,
@@ -50,7 +51,7 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
       has problems.
   """
   if arg not in ('', RUNLOCAL):
-    raise ValueError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
+    raise InputError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
   if arg == RUNLOCAL:
     config = sections.section(run_config.read(config).shrunk())
   return sections.lock(RunConfig, config)

@@ -16,6 +16,7 @@ mesh, the batch and the text.
 """
 
 from moe_jax.configs import base, t5_base
+from moe_jax.errors import InputError
 
 LARGE = 'large'
 
@@ -23,7 +24,7 @@ LARGE = 'large'
 def get_config(arg: str = ''):
   known_args = ['', base.RUNLOCAL, LARGE]
   if arg not in known_args:
-    raise ValueError(f'unknown config argument {arg!r}; have {known_args}')
+    raise InputError(f'unknown config argument {arg!r}; have {known_args}')
   config = t5_base.get_config().unlock()
   config.mesh.update(data=1, fsdp=-1, expert=16)
   m = config.model

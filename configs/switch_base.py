@@ -13,6 +13,7 @@ F=2048 has as many parameters and FLOPs. Ours: the mesh and the text.
 """
 
 from moe_jax.configs import base, t5_base
+from moe_jax.errors import InputError
 
 EXPERTS = {f'e{n}': n for n in (8, 16, 32, 64, 128, 256)}
 
@@ -20,7 +21,7 @@ EXPERTS = {f'e{n}': n for n in (8, 16, 32, 64, 128, 256)}
 def get_config(arg: str = ''):
   known_args = ['', base.RUNLOCAL, *EXPERTS]
   if arg not in known_args:
-    raise ValueError(f'unknown config argument {arg!r}; have {known_args}')
+    raise InputError(f'unknown config argument {arg!r}; have {known_args}')
   config = t5_base.get_config().unlock()
   config.mesh.update(data=1, fsdp=-1, expert=8)
   m = config.model

@@ -33,6 +33,7 @@ from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, periods, sharded
 from moe_jax.analysis import devices as device_table
+from moe_jax.errors import InputError
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
@@ -56,7 +57,7 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
       already.
   """
   if not _TOPOLOGY.fullmatch(topology):
-    raise ValueError(
+    raise InputError(
       f"--topology={topology} is neither CPUs, 'cpu:64', nor TPUs, 'v5p:4x4x4'"
     )
   kind, _, size = topology.partition(':')
@@ -64,7 +65,7 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     try:
       jax.config.update('jax_num_cpu_devices', int(size))
     except RuntimeError as error:
-      raise ValueError(f'--topology={topology}: {error}') from None
+      raise InputError(f'--topology={topology}: {error}') from None
     return jax.devices('cpu')
   # Without these libtpu looks for a TPU's host and logs at length that there is
   # none, and it locks the TPU, which is not used here, against other programs.
@@ -77,7 +78,7 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
   for name, value in quiet.items():
     os.environ.setdefault(name, value)
   if not importlib.util.find_spec('libtpu'):
-    raise ValueError(
+    raise InputError(
       f'--topology={topology} needs the compiler for TPUs: '
       "pip install 'moe_jax[tpu-compiler]'"
     )
@@ -89,7 +90,7 @@ def described_devices(topology: str, slices: int = 1) -> list[jax.Device]:
       platform='tpu', topology_name=topology, **slice_options
     ).devices
   except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
-    raise ValueError(f'--topology={topology}: {e}') from None
+    raise InputError(f'--topology={topology}: {e}') from None
 
 
 def mesh_of(options: RunOptions, devices: list[jax.Device]) -> Mesh:
@@ -101,7 +102,7 @@ def mesh_of(options: RunOptions, devices: list[jax.Device]) -> Mesh:
   try:
     mesh = options.mesh.make(devices)
   except NotImplementedError as error:  # the TPU's torus cannot be split so
-    raise ValueError(f'mesh={options.mesh}: {error}') from None
+    raise InputError(f'mesh={options.mesh}: {error}') from None
   options.check_mesh(mesh)
   return mesh
 

@@ -40,6 +40,7 @@ from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Chosen
 from experiments.faster_moe.simulated_tables import Case
 from moe_jax import command_line, config_file, run_config
+from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes
 
 # Tokens of a device that are drawn.
@@ -150,7 +151,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     config = config_file.config_of(options.config, options.overrides)
     moe = run_config.read(config).filled(257).build().moe
     if moe is None:
-      raise ValueError(f'{options.config} has no experts to simulate')
+      raise InputError(f'{options.config} has no experts to simulate')
     M, ffn = config.model.width, moe.expert.twin(1).ffn
     F = ffn.hidden
     kernels = ffn.kernel_values(M) // (M * F)
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   simulated, remarks = cases(options)
   if not simulated:
-    raise ValueError('nothing can be simulated: ' + '; '.join(remarks))
+    raise InputError('nothing can be simulated: ' + '; '.join(remarks))
   simulated_figures.roofline(simulated, folder / 'roofline.png')
   if not options.roofline:
     text = simulated_tables.page(simulated, command_of(argv), remarks)

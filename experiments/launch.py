@@ -30,6 +30,7 @@ from experiments.study.items import read_items, swept
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
 from moe_jax import command_line
+from moe_jax.errors import InputError
 
 _OURS = 'moe_jax: '
 _LONGEST = 200
@@ -145,12 +146,12 @@ def _pairs_of(overrides: Sequence[str]) -> list[tuple[str, str]]:
   while words:
     name, equals, value = words.pop(0).partition('=')
     if not name.startswith('--config.'):
-      raise ValueError(
+      raise InputError(
         f'unexpected argument {name!r}; overrides are --config.key=value'
       )
     if not equals:
       if not words:
-        raise ValueError(f'{name} has no value')
+        raise InputError(f'{name} has no value')
       value = words.pop(0)
     pairs.append((name.removeprefix('--config.'), value))
   return pairs
@@ -175,7 +176,7 @@ def items_of(
   keys = [key for key, _ in [*shared, *options.sweep]]
   for key in keys:
     if keys.count(key) > 1:
-      raise ValueError(f'{key} is given twice')
+      raise InputError(f'{key} is given twice')
   sweeps = {key: values.split(',') for key, values in options.sweep}
   return swept(options.config, dict(shared), sweeps, options.output)
 

@@ -25,6 +25,7 @@ from experiments.study.parts import Figure
 from experiments.study.study import Study
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
+from moe_jax.errors import InputError
 
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
@@ -99,7 +100,7 @@ def read(
     folders = [
       str(folder) for folder in (results, archive) if folder is not None
     ]
-    raise ValueError(
+    raise InputError(
       f'no results of a study with --preset={PRESETS[0]} in '
       f'{" or ".join(folders)}'
     )
@@ -109,7 +110,7 @@ def read(
     same.setdefault(', '.join(summary['digests']), []).append(summary['name'])
   for task, by_digests in names.items():
     if len(by_digests) > 1:
-      raise ValueError(f'studies of {task!r} saw different data: {by_digests}')
+      raise InputError(f'studies of {task!r} saw different data: {by_digests}')
   return summaries
 
 

@@ -15,6 +15,7 @@
 """
 
 from moe_jax import dispatch, layers, models, routing
+from moe_jax.errors import InputError
 from moe_jax.layers import (
   Dropless,
   Einsum,
@@ -62,6 +63,7 @@ __all__ = [
   'Gather',
   'Hash',
   'Hierarchical',
+  'InputError',
   'MixtureExpert',
   'MoE',
   'ModuleExpert',

@@ -17,26 +17,18 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from moe_jax import config_file
-from moe_jax.data import DataError
+from moe_jax.errors import ReportedError
 from moe_jax.options import Check, OptionError, Spec, at_least, value_problem
-from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.progress import print_line
-from moe_jax.runs.recorder import NonFiniteError
 
 # Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
 # the same command goes on with it.
 STOPPED = 75
 # Exit status of a program that Ctrl-C stopped, as shells have it.
 INTERRUPTED = 128 + signal.SIGINT
-# Errors whose message says what to do; any other is a defect of the program.
-REPORTED = (
-  CheckpointError,
-  DataError,
-  MemoryError,
-  NonFiniteError,
-  OSError,
-  ValueError,
-)
+# Errors whose message says what to do; any other is a defect of the program,
+# of a library or of a user's class, and keeps its traceback.
+REPORTED = (MemoryError, OSError, ReportedError)
 CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
 # Console commands by the module that `python -m` starts instead.
 CONSOLE = {

@@ -25,6 +25,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from moe_jax.errors import InputError
 from moe_jax.option_checks import (
   OptionError,
   unknown,
@@ -68,7 +69,7 @@ def config_of(
   try:
     values(argv)
   except flags.Error as error:
-    raise ValueError(flag_problem(error)) from None
+    raise InputError(flag_problem(error)) from None
   return holder.value
 
 
@@ -98,15 +99,15 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   file, path, argument = _locate(spec)
   module = _run(file, path)
   if not hasattr(module, 'get_config'):
-    raise ValueError(f'{file} defines no get_config(arg)')
+    raise InputError(f'{file} defines no get_config(arg)')
   try:
     config = module.get_config(*([argument] if argument else []))
   except ValueError as error:
-    raise ValueError(f'{file}: {error}') from error
+    raise InputError(f'{file}: {error}') from error
   except Exception as error:
-    raise ValueError(_error_text(file, path, error)) from error
+    raise InputError(_error_text(file, path, error)) from error
   if not isinstance(config, ml_collections.ConfigDict):
-    raise ValueError(
+    raise InputError(
       f'{file}: get_config returned a {type(config).__name__}, not a ConfigDict'
     )
   return config
@@ -136,7 +137,7 @@ def _locate(spec: str) -> tuple[str, pathlib.Path, str]:
   problem = f'does not exist under {os.getcwd()}'
   if path.is_dir():
     problem = 'is a folder, and a config is a file'
-  raise ValueError(f'config file {file!r} {problem}; {hint}')
+  raise InputError(f'config file {file!r} {problem}; {hint}')
 
 
 def package_configs(package: str) -> dict[str, pathlib.Path]:
@@ -152,7 +153,7 @@ def package_configs(package: str) -> dict[str, pathlib.Path]:
   try:
     folders = importlib.import_module(f'{package}.configs').__path__
   except (ImportError, AttributeError) as error:
-    raise ValueError(
+    raise InputError(
       f'package {package!r} has no configs: {error}; a config is a file, '
       f'configs/own.py, or a name, {_MOE_JAX}:tiny_switch'
     ) from None
@@ -191,12 +192,12 @@ def _run(file: str, path: pathlib.Path) -> types.ModuleType:
   try:
     loader.exec_module(module)
   except ModuleNotFoundError as error:
-    raise ValueError(
+    raise InputError(
       f'{file}: {error}; modules of your own are looked for in '
       f'{os.getcwd()} and PYTHONPATH'
     ) from None
   except Exception as error:
-    raise ValueError(_error_text(file, path, error)) from error
+    raise InputError(_error_text(file, path, error)) from error
   return module
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from moe_jax.errors import InputError
 from moe_jax.options import Check, Options, at_least, option, unknown
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -77,7 +78,7 @@ class MeshOptions(Options):
       ValueError: The number of devices is below 1, or that of experts below 0.
     """
     if num_experts < 0 or num_devices < 1:
-      raise ValueError(
+      raise InputError(
         f'num_experts={num_experts} must be at least 0, and num_devices='
         f'{num_devices} at least 1'
       )
@@ -115,17 +116,17 @@ def make_mesh(
       raise unknown('mesh axis', name, axis_names)
   for name, size in sizes.items():
     if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-      raise ValueError(f'mesh axis {name}={size!r} must be an integer')
+      raise InputError(f'mesh axis {name}={size!r} must be an integer')
   if not devices:
-    raise ValueError(f'mesh={dict(sizes)} of no devices; give at least one')
+    raise InputError(f'mesh={dict(sizes)} of no devices; give at least one')
   spans = [sizes.get(DCN + name, 1) for name in MESH_AXES]
   if min(spans) < 1:
-    raise ValueError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
+    raise InputError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
   shape = _filled(sizes, len(devices), math.prod(spans))
   if math.prod(spans) > 1:
     grid = _grid_over_slices(spans, shape, devices)
   elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
-    raise ValueError(
+    raise InputError(
       f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
       f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))} or more '
       f'of the {DCN} sizes'
@@ -139,14 +140,14 @@ def _filled(sizes, num_devices: int, num_slices: int) -> list[int]:
   """The sizes of the axes within a slice, with -1 replaced by a number."""
   shape = [sizes.get(name, 1) for name in MESH_AXES]
   if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-    raise ValueError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
+    raise InputError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
   product = math.prod(size for size in shape if size != -1)
   if -1 in shape:
     shape[shape.index(-1)] = num_devices // num_slices // product
   if math.prod(shape) * num_slices != num_devices:
     stated = {name: size for name, size in sizes.items() if size != 1}
     hint = '' if -1 in stated.values() else '; -1 takes what is left of them'
-    raise ValueError(
+    raise InputError(
       f'mesh={stated}: the sizes given multiply to {product * num_slices}, '
       f'which does not fit {num_devices} devices{hint}'
     )
@@ -161,7 +162,7 @@ def _grid_in_slice(shape, devices) -> np.ndarray:
     )
   except NotImplementedError as error:
     sizes = dict(zip(MESH_AXES, shape))
-    raise ValueError(
+    raise InputError(
       f'mesh={sizes} does not fit the torus of {len(devices)} devices: '
       f'{str(error).splitlines()[0]}'
     ) from error
@@ -173,7 +174,7 @@ def _grid_over_slices(spans, shape, devices) -> np.ndarray:
   if len(by_slice) == 1:
     by_slice = np.split(np.asarray(devices), math.prod(spans))
   elif len(by_slice) != math.prod(spans):
-    raise ValueError(
+    raise InputError(
       f'{DCN} sizes {dict(zip(MESH_AXES, spans))} multiply to '
       f'{math.prod(spans)}, and the devices are in {len(by_slice)} slices'
     )

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax import native_output
+from moe_jax.errors import InputError
 from moe_jax.launcher import checked_flags, claim, launcher
 from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
@@ -249,7 +250,7 @@ def check_same(facts: Mapping[str, str]) -> None:
   for name, column in zip(facts, differs.T):
     if column.any():
       processes = ', '.join(map(str, np.flatnonzero(column)))
-      raise ValueError(
+      raise InputError(
         f'{name} of process {processes} is not that of process 0; here, in '
         f'process {jax.process_index()}, it is {facts[name]:.80}'
       )
@@ -283,7 +284,7 @@ def check_shared(folder: pathlib.Path) -> None:
   start_time = time.monotonic()
   while not path.exists():
     if time.monotonic() - start_time > SHARED_SECONDS:
-      raise ValueError(
+      raise InputError(
         f'process {jax.process_index()} does not see what process 0 writes to '
         f'{folder}: --workdir must be on storage that all processes share'
       )

@@ -22,6 +22,7 @@ from moe_jax import data, device_mesh, memory_room, start_facts
 from moe_jax.analysis import cost, run_cost
 from moe_jax.data.cache_folders import cache_root
 from moe_jax.data.read_only import NotPreparedError, reading_only
+from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
@@ -287,7 +288,7 @@ class DryRun:
       return  # a problem says already that there is no run
     if step is None:
       self._refuse(
-        ValueError(f'init_from.workdir={folder} has no finished checkpoint')
+        InputError(f'init_from.workdir={folder} has no finished checkpoint')
       )
     else:
       yield f'begins with: the parameters of step {step} of {folder}'

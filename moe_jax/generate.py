@@ -22,6 +22,7 @@ from moe_jax.analysis import traces
 from moe_jax.analysis.recording import records_of
 from moe_jax.analysis.trace_header import make_header
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.generation import read_again, trained_run
 from moe_jax.models import check_generates
 from moe_jax.models.recorded import recording
@@ -194,14 +195,14 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
   try:
     text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{options.prompts_file} is no text: {error}') from None
+    raise InputError(f'{options.prompts_file} is no text: {error}') from None
   except OSError as error:
-    raise ValueError(
+    raise InputError(
       f'--prompts_file={options.prompts_file} cannot be read: {error.strerror}'
     ) from None
   prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
-    raise ValueError(f'{options.prompts_file} has no prompts, one a line')
+    raise InputError(f'{options.prompts_file} has no prompts, one a line')
   return prompts
 
 
@@ -210,7 +211,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
   encoded = [_encode(loaded, text, options) for text in texts]
   for text, ids in zip(texts, encoded):
     if not len(ids):
-      raise ValueError(f'prompt {text!r} has no tokens; give it some text')
+      raise InputError(f'prompt {text!r} has no tokens; give it some text')
   requested = options.num_tokens
   fitted = [trained_run.fit(loaded.model, ids, requested) for ids in encoded]
   num_tokens = min(n for _, n in fitted)
@@ -283,7 +284,7 @@ def _token(tokenizer: Tokenizer, text: str) -> int:
   ids = tokenizer.encode(text)
   if len(ids) != 1:
     names = [tokenizer.token_name(i) for i in ids]
-    raise ValueError(
+    raise InputError(
       f'--stop={text!r} is not one token but {len(ids)}: {names}'
     )
   return int(ids[0])
@@ -291,7 +292,7 @@ def _token(tokenizer: Tokenizer, text: str) -> int:
 
 def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
   if not hasattr(tokenizer, method):
-    raise ValueError(
+    raise InputError(
       f'{flag}: tokenizer {tokenizer.identity} came with no model, and so has '
       'neither a chat template nor languages'
     )

@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
+
 _METADATA = 'computeMetadata/v1/instance/attributes'
 _claims: dict[str, socket.socket] = {}  # held until the process ends
 
@@ -90,20 +92,20 @@ def checked_flags(
     return None
   if num_processes is None or process_id is None or coordinator is None:
     have = [f'{n}={v}' for n, v in flags.items() if v is not None]
-    raise ValueError(
+    raise InputError(
       f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '
       'none where the environment tells them (SLURM, Open MPI, TPU pods, GKE)'
     )
   if num_processes < 1:
-    raise ValueError(f'--num_processes={num_processes} must be at least 1')
+    raise InputError(f'--num_processes={num_processes} must be at least 1')
   if not 0 <= process_id < num_processes:
-    raise ValueError(
+    raise InputError(
       f'--process_id={process_id} not in [0, num_processes={num_processes})'
     )
   host, _, port = coordinator.rpartition(':')
   is_number = port.isascii() and port.isdigit() and len(port) < 6
   if not host or not is_number or not 0 < int(port) < 2**16:
-    raise ValueError(
+    raise InputError(
       f'--coordinator={coordinator!r} is not host:port, of process 0'
     )
   return dict(
@@ -132,7 +134,7 @@ def claim(coordinator: str, process_id: int) -> None:
     try:
       name_socket.bind(name)
     except OSError:
-      raise ValueError(
+      raise InputError(
         f'{flags}: another process of this machine has the same number; each '
         'needs its own, from 0'
       ) from None
@@ -142,7 +144,7 @@ def claim(coordinator: str, process_id: int) -> None:
   try:
     socket.create_server(('', port)).close()
   except OSError as error:
-    raise ValueError(
+    raise InputError(
       f'{flags}: process 0 cannot listen at port {port}: '
       f'{os.strerror(error.errno or 0)}; choose another'
     ) from None

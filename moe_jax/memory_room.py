@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
+from moe_jax.errors import InputError
+
 _LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
 
 
@@ -29,7 +31,7 @@ def check_room(
   for purpose, num_bytes in needs:
     if room and num_bytes > room:
       kind = devices[0].device_kind
-      raise ValueError(
+      raise InputError(
         f'{purpose}: at least {in_bytes(num_bytes)}, and {len(devices)} '
         f'devices of kind {kind!r} have {in_bytes(room)} of memory together; '
         'make it smaller, or take more devices'

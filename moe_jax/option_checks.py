@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Union
 
+from moe_jax.errors import InputError
+
 _LARGEST = 3.4028235e38
 # First word of the reason that an option has no effect, where the reason is the
 # value of another option.
@@ -20,7 +22,7 @@ _FEW = 8  # names that are listed even where one of them is near
 
 def unknown(noun: str, value: Any, names: Iterable[Any]) -> ValueError:
   """The error for a name that does not exist; it lists all, nearest first."""
-  return ValueError(unknown_text(noun, value, names))
+  return InputError(unknown_text(noun, value, names))
 
 
 def unknown_text(noun: str, value: Any, names: Iterable[Any]) -> str:
@@ -49,7 +51,7 @@ def unknown_key_text(name: str, names: Iterable[str]) -> str:
   )
 
 
-class OptionError(ValueError):
+class OptionError(InputError):
   """All problems of some options, in one error.
 
   Attributes:

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.device_mesh import MESH_AXES, MeshOptions, make_mesh
+from moe_jax.errors import InputError
 from moe_jax.option_checks import unknown_text
 from moe_jax.options import Options, option, unknown
 
@@ -159,7 +160,7 @@ def make_rules(table: Mapping[str, str]) -> Rules:
       if name not in MESH_AXES:
         raise unknown(f'mesh axis in sharding.{logical}', name, MESH_AXES)
     for name in _repeated(names):
-      raise ValueError(
+      raise InputError(
         f'sharding.{logical}={table[logical]!r} has the mesh axis {name!r} '
         'twice'
       )
@@ -173,7 +174,7 @@ def _repeated(names: tuple[str, ...]) -> list[str]:
 
 def _axis_names(axes: str) -> tuple[str, ...]:
   if not isinstance(axes, str):
-    raise ValueError(
+    raise InputError(
       f"mesh axes {axes!r} must be one text, with commas: 'data,fsdp'"
     )
   return tuple(name.strip() for name in axes.split(',') if name.strip())
@@ -198,7 +199,7 @@ def sharding(
       a dimension does not divide by its mesh axes.
   """
   if shape is not None and len(shape) != len(axes):
-    raise ValueError(
+    raise InputError(
       f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
       f'{tuple(axes)}'
     )
@@ -210,14 +211,14 @@ def sharding(
     mesh_axes = tuple(a for a in table.get(axis, ()) if mesh.shape[a] > 1)
     for axis_name in mesh_axes:
       if axis_name in used:
-        raise ValueError(
+        raise InputError(
           f'{name}: sharding maps {used[axis_name]!r} and {axis!r} to mesh '
           f'axis {axis_name!r}'
         )
       used[axis_name] = axis
     num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)
     if shape is not None and shape[i] % num_devices:
-      raise ValueError(
+      raise InputError(
         f'{name}: {axis}={shape[i]} does not divide by {num_devices} devices '
         f'of mesh axes {mesh_axes}'
       )

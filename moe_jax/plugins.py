@@ -12,6 +12,8 @@ from typing import Any
 
 import ml_collections
 
+from moe_jax.errors import InputError
+
 _MOE_JAX = 'moe_jax'
 
 
@@ -32,12 +34,12 @@ def load(name: str, noun: str, base: type) -> type:
   try:
     module = importlib.import_module(module_name)
   except ImportError as error:
-    raise ValueError(f'{noun} {name!r} cannot be imported: {error}') from None
+    raise InputError(f'{noun} {name!r} cannot be imported: {error}') from None
   cls = getattr(module, attribute, None)
   if cls is None:
-    raise ValueError(f'{noun} {name!r}: {module_name} has no {attribute!r}')
+    raise InputError(f'{noun} {name!r}: {module_name} has no {attribute!r}')
   if not (isinstance(cls, type) and issubclass(cls, base)):
-    raise ValueError(
+    raise InputError(
       f'{noun} {name!r} does not extend {base.__module__}.{base.__name__}'
     )
   _check_contract(f'{noun} {name!r}', cls, base)
@@ -47,7 +49,7 @@ def load(name: str, noun: str, base: type) -> type:
 def _check_contract(label: str, cls: type, base: type) -> None:
   """Raises ValueError for a class that does not keep the contract `base`."""
   if '__dataclass_fields__' not in vars(cls):
-    raise ValueError(
+    raise InputError(
       f'{label} is no dataclass, so that its options are unknown; put '
       '@dataclasses.dataclass(frozen=True) above it'
     )
@@ -58,7 +60,7 @@ def _check_contract(label: str, cls: type, base: type) -> None:
     and getattr(cls, name) is getattr(base, name)
   ]
   if missing:
-    raise ValueError(
+    raise InputError(
       f'{label} does not define {", ".join(missing)}, which '
       f'{base.__module__}.{base.__name__} asks of it'
     )
@@ -81,7 +83,7 @@ def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
     if not any(
       '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
     ):
-      raise ValueError(
+      raise InputError(
         f'{name!r} stands in a folder that was read, and its module is not '
         f'allowed; if you trust it, pass --allow_module={module}'
       )
@@ -119,7 +121,7 @@ def digests(names: Iterable[str]) -> dict[str, str]:
       continue
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-      raise ValueError(f'{name!r}: {module} has no file')
+      raise InputError(f'{name!r}: {module} has no file')
     data = pathlib.Path(spec.origin).read_bytes()
     sha256[name] = hashlib.sha256(data).hexdigest()
   return sha256

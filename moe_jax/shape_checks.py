@@ -20,6 +20,8 @@ import jax
 import jaxtyping
 import numpy as np
 
+from moe_jax.errors import InputError
+
 F = TypeVar('F', bound=Callable[..., Any])
 
 
@@ -102,7 +104,7 @@ def check_shapes(shapes: Iterable[Shape]) -> None:
     for shape in shapes:
       array = _as_struct(shape)
       if not any(isinstance(array, hint) for hint in shape.hints):
-        raise ValueError(_problem(shape, array, earlier_shapes))
+        raise InputError(_problem(shape, array, earlier_shapes))
       earlier_shapes.append(shape)
 
 
@@ -167,7 +169,7 @@ class _Reader(NamedTuple):
       or (self.optional and value is None)
       or (self.whole and is_whole(value))
     ):
-      raise ValueError(f'{name}={_short(value)} must be {self._requirement()}')
+      raise InputError(f'{name}={_short(value)} must be {self._requirement()}')
 
   def _requirement(self) -> str:
     if not self.hints:
@@ -208,12 +210,12 @@ def _any_array(hint: Any) -> Any:
 def _as_struct(shape: Shape) -> Any:
   value = shape.value
   if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
-    raise ValueError(
+    raise InputError(
       f'{shape.name}={_short(value)} must be an array {shape.dims}'
     )
   open_ended = '*' in shape.dims or '...' in shape.dims
   if 0 in np.shape(value) and not open_ended:
-    raise ValueError(f'{shape.text} is empty; each size must be at least 1')
+    raise InputError(f'{shape.text} is empty; each size must be at least 1')
   # JAX takes numpy's float64 as float32 by default.
   dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
   return jax.ShapeDtypeStruct(np.shape(value), dtype)

@@ -25,6 +25,7 @@ from moe_jax import (
   run_config,
   sections,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import above, option
 from moe_jax.training.optimizer import Optimizer
 
@@ -111,9 +112,17 @@ def test_an_error_is_a_line_or_on_request_a_trace(
   assert 'multiply to 1, which does not fit 8 devices' in message
 
 
+def test_an_error_of_a_library_keeps_its_traceback():
+  with (
+    pytest.raises(ValueError, match='invalid literal'),
+    command_line.reported(),
+  ):
+    int('x')
+
+
 @pytest.mark.parametrize(
   ('error', 'status'),
-  [(KeyboardInterrupt(), command_line.INTERRUPTED), (ValueError('wrong'), 1)],
+  [(KeyboardInterrupt(), command_line.INTERRUPTED), (InputError('wrong'), 1)],
 )
 def test_a_message_that_nobody_reads_keeps_the_status(
   error, status, closed_pipe, monkeypatch

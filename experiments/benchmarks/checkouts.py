@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
+from moe_jax.errors import InputError
 
 _SERVER = pathlib.Path(__file__).with_name('step_server.py')
 _HERE = _SERVER.parents[2]
@@ -47,7 +48,7 @@ class Checkout:
       stdin.flush()
     if answer := stdout.readline().strip():
       return answer
-    raise ValueError(
+    raise InputError(
       f'the process of the checkout {str(self._folder)!r} has ended with '
       f'status {self._process.wait()}; its error stands above'
     )
@@ -66,7 +67,7 @@ def serving(folder: str | os.PathLike[str]) -> Iterator[Checkout]:
   """
   path = pathlib.Path(folder).resolve()
   if not (path / 'moe_jax').is_dir():
-    raise ValueError(f'{str(folder)!r} has no folder moe_jax: no checkout')
+    raise InputError(f'{str(folder)!r} has no folder moe_jax: no checkout')
   with subprocess.Popen(
     [sys.executable, '-P', str(_SERVER)],
     stdin=subprocess.PIPE,

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.benchmarks import moe_layer_programs as programs
 from experiments.benchmarks.timing import Compilation, Program, compile_ahead
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 from moe_jax.shapes import Array
 
@@ -61,7 +62,7 @@ def make_centres(rng: np.random.Generator, E: int, M: int) -> np.ndarray:
     ValueError: There are more experts than dimensions.
   """
   if E > M:
-    raise ValueError(f'num_experts={E} > width={M}: no orthogonal centres')
+    raise InputError(f'num_experts={E} > width={M}: no orthogonal centres')
   return np.linalg.qr(rng.normal(size=(M, E)))[0].T
 
 
@@ -161,7 +162,7 @@ def compile_cases(
   """
   s, E = layer.sizes, layer.num_experts
   if K * s.num_tokens % E:
-    raise ValueError(f'num_experts={E} does not divide {K} * {s.num_tokens}')
+    raise InputError(f'num_experts={E} does not divide {K} * {s.num_tokens}')
   x = Inputs.draw(layer, 'uniform', K)
   compiled_cases = {
     name: compile_ahead(
@@ -218,7 +219,7 @@ def bind(
 def _check_load(load: Array, drawn: np.ndarray) -> None:
   load = np.asarray(load)
   if not np.array_equal(load, drawn):
-    raise ValueError(
+    raise InputError(
       f'the router gave experts {load.tolist()} assignments, not the '
       f'{drawn.tolist()} that were drawn'
     )

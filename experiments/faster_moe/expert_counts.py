@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.faster_moe.clusters import Cluster
 from moe_jax.analysis import traces
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 from moe_jax.routing.topology_rule import limited_choice
 from moe_jax.shapes import Float, Int
@@ -200,7 +201,7 @@ def counts_of(
       limited = _limited(one, cluster, limit, rng)
       gated.append(_count(limited, one.num_experts, cluster, rows))
   if not counts:
-    raise ValueError('no choices to simulate')
+    raise InputError('no choices to simulate')
   return Counts(
     np.array(step),
     np.array(layer),

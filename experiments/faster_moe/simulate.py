@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Counts
+from moe_jax.errors import InputError
 from moe_jax.parallel import cost_model, schedule_model, shadowing
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.shadowing_rules import RULES
@@ -197,7 +198,7 @@ def check_bound(simulated: Mapping[str, Simulated]) -> None:
   """
   for name, arm in simulated.items():
     if (arm.seconds < arm.bound * (1 - 1e-9)).any():
-      raise ValueError(f'{name!r} is faster than its bound of overlap')
+      raise InputError(f'{name!r} is faster than its bound of overlap')
 
 
 def even_points(

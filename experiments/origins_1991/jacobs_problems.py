@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.data import ClassSource
+from moe_jax.errors import InputError
 from moe_jax.models.adaptive import (
   AdaptiveMixture,
   AdaptiveOptions,
@@ -113,11 +114,11 @@ def problem(source: ClassSource, targets: str, error: float = 0.0) -> Problem:
       classes than the four that pairs need.
   """
   if targets not in TARGETS:
-    raise ValueError(f'targets={targets!r} not in {list(TARGETS)}')
+    raise InputError(f'targets={targets!r} not in {list(TARGETS)}')
   kind = TARGETS[targets]
   one_hot = targets == 'one_hot'
   if not one_hot and len(source.classes) != 4:
-    raise ValueError(
+    raise InputError(
       f'targets={targets!r} are of four classes; {source.name} has '
       f"{len(source.classes)}; use 'one_hot'"
     )

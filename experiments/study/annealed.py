@@ -18,6 +18,7 @@ import numpy as np
 from experiments.study.jobs import Job
 from experiments.study.runner import TrainingRunner, train
 from moe_jax import run_config
+from moe_jax.errors import InputError
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.workdir import checkpoints_of
 from moe_jax.training.begin import EXPERTS
@@ -120,7 +121,7 @@ class Branch(Hook):
       o.optimizer.schedule.warmup_in(o.total_steps) for o in (short, long)
     }
     if short != expected or len(warmups) > 1 or self._at > _stable_steps(long):
-      raise ValueError(
+      raise InputError(
         f'{job.name} and {longer.name} are no runs of one model and schedule '
         f'that differ in total_steps={short.total_steps} and '
         f'{long.total_steps} alone; their warm-ups have {sorted(warmups)} '
@@ -166,7 +167,7 @@ def _stable_steps(options: RunOptions) -> int:
   """
   schedule = options.optimizer.schedule
   if not isinstance(schedule, Trapezoid):
-    raise ValueError(
+    raise InputError(
       f'optimizer.schedule.kind is {type(schedule).__name__}; runs share their '
       "first steps only with 'trapezoid'"
     )

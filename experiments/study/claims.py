@@ -26,6 +26,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 CLAIMS = pathlib.Path(__file__).with_name('claims.json')
@@ -77,9 +78,9 @@ class Published:
 
   def __post_init__(self):
     if type(self.value) not in (int, float) or not math.isfinite(self.value):
-      raise ValueError(f'{self.address}: {self.value!r} is no finite number')
+      raise InputError(f'{self.address}: {self.value!r} is no finite number')
     if not self.unit:
-      raise ValueError(f'{self.address}: no unit')
+      raise InputError(f'{self.address}: no unit')
     if self.mark not in MARKS:
       raise unknown(f'mark of {self.address}:', self.mark, MARKS)
     if self.better not in BETTER:
@@ -138,7 +139,7 @@ def find(address: str) -> Published:
     known_paths = [
       names for names in known_paths if names[depth] == path[depth]
     ]
-  raise ValueError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
+  raise InputError(f'{address!r} is longer than {"/".join(LEVELS)!r}')
 
 
 def is_checked(citation: str) -> bool:
@@ -155,7 +156,7 @@ def _cells(
   columns = _object(table['columns'], table_address)
   for row, values in _object(table['rows'], table_address).items():
     if not isinstance(values, list) or len(values) != len(columns):
-      raise ValueError(
+      raise InputError(
         f'{table_address}/{row}: {values} for columns {[*columns]}'
       )
     for column, value in zip(columns, values, strict=True):
@@ -182,7 +183,7 @@ def _cell(value: Any, address: str) -> dict[str, Any]:
     )
   if isinstance(fields['value'], str):
     if not (match := _ROUGHLY.fullmatch(fields['value'])):
-      raise ValueError(
+      raise InputError(
         f"{address}: {fields['value']!r} is not like '~42', '<=3'"
       )
     fields |= {'relation': match[1], 'value': json.loads(match[2])}
@@ -202,16 +203,16 @@ def _object(pairs: Any, address: str, needs=(), optional=()) -> dict[str, Any]:
     ValueError: It is no object, or a key is unknown, missing or given twice.
   """
   if not isinstance(pairs, tuple):
-    raise ValueError(f'{address}: {pairs!r} is no object')
+    raise InputError(f'{address}: {pairs!r} is no object')
   members = {}
   for key, value in pairs:
     if key in members:
-      raise ValueError(f'{address}/{key} stands twice')
+      raise InputError(f'{address}/{key} stands twice')
     if '/' in key:
-      raise ValueError(f"{address}: {key!r} has a '/', which parts an address")
+      raise InputError(f"{address}: {key!r} has a '/', which parts an address")
     if needs and key not in (*needs, *optional):
       raise unknown(f'key of {address}:', key, (*needs, *optional))
     members[key] = value
   if missing := [key for key in needs if key not in members]:
-    raise ValueError(f'{address} needs {missing}')
+    raise InputError(f'{address} needs {missing}')
   return members

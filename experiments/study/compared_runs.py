@@ -18,6 +18,7 @@ import numpy as np
 from moe_jax import sections
 from moe_jax.analysis import run_sections
 from moe_jax.analysis.run_sections import RunFolder
+from moe_jax.errors import InputError
 from moe_jax.runs import metrics, workdir
 
 # The folders of a study's runs are named after the seed; see `jobs.jobs_of`.
@@ -60,11 +61,11 @@ def read(folders: Sequence[pathlib.Path]) -> Groups:
   """
   repeated = {str(f) for f in folders if folders.count(f) > 1}
   if repeated:
-    raise ValueError(f'runs are given twice: {sorted(repeated)}')
+    raise InputError(f'runs are given twice: {sorted(repeated)}')
   runs = [run_sections.read(folder) for folder in folders]
   for run in runs:
     if not run.rows:
-      raise ValueError(
+      raise InputError(
         f'{run.folder} has no metrics: {metrics.FILE_NAME} has no row, so it '
         'has not been trained yet'
       )
@@ -92,7 +93,7 @@ def _check_losses(runs: Sequence[RunFolder]) -> None:
     for noun, read_of in readers.items():
       first, other = read_of(runs[0]), read_of(run)
       if first != other:
-        raise ValueError(
+        raise InputError(
           f'runs with different {noun} cannot be compared: {runs[0].folder} '
           f'has {first:.60}, and {run.folder} has {other:.60}'
         )

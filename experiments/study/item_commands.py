@@ -16,6 +16,7 @@ from experiments.study import processes as processes_lib
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
 from moe_jax import config_flag
+from moe_jax.errors import InputError
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
 from moe_jax.runs import workdir as workdir_lib
@@ -55,7 +56,7 @@ def _check_own(setting: str, folders: Sequence[os.PathLike[str]]) -> None:
   names = [n if '://' in n else os.path.realpath(n) for n in names]
   for name in names:
     if names.count(name) > 1:
-      raise ValueError(f'two items have the {setting} {name}')
+      raise InputError(f'two items have the {setting} {name}')
 
 
 def is_finished(item: Item) -> bool:

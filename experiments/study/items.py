@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.study.jobs import Item
 from experiments.study.sweeps import product
+from moe_jax.errors import InputError
 
 
 def swept(
@@ -45,12 +46,12 @@ def read_items(path: str) -> list[Item]:
   """
   file = pathlib.Path(path)
   if not file.is_file():
-    raise ValueError(f'--items={path} does not exist')
+    raise InputError(f'--items={path} does not exist')
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_items'):
-    raise ValueError(f'{path} defines no get_items()')
+    raise InputError(f'{path} defines no get_items()')
   return [_item(item, path) for item in module.get_items()]
 
 
@@ -60,7 +61,7 @@ def _item(item: Any, path: str) -> Item:
       return item
     case (str(), Mapping(), str() | pathlib.Path()):
       return Item(*item)
-  raise ValueError(
+  raise InputError(
     f'{path}: get_items() has {item!r}, which is no (config, overrides, '
     'workdir): text, a dict and a path'
   )

@@ -19,6 +19,7 @@ import ml_collections
 from experiments.study.parts import Arm, Change, Result
 from experiments.study.sweeps import nested
 from moe_jax import sections
+from moe_jax.errors import InputError
 from moe_jax.options import Options
 from moe_jax.runs.workdir import write_text
 
@@ -145,7 +146,7 @@ def jobs_of(
   names = [arm.name for arm in arms]
   for name in names:
     if names.count(name) > 1:
-      raise ValueError(f'two arms are named {name!r}')
+      raise InputError(f'two arms are named {name!r}')
   # Other options of these sections that an arm has need a run's folder.
   configs = [
     layered(

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from moe_jax.data.pipeline import spread
+from moe_jax.errors import InputError
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -55,13 +56,13 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 def _check(run: Run) -> None:
   model, moe = run.model, run.model.moe
   if model.reads_features or model.has_encoder:
-    raise ValueError(
+    raise InputError(
       f'{type(model).__name__} does not continue a text; leaks are those of a '
       'model that does'
     )
   most = run.options.data.seq_len
   if moe is not None and not 0 <= moe.group_size <= most:
-    raise ValueError(
+    raise InputError(
       f'moe.group_size={moe.group_size} has several rows in a group; leaks are '
       f'measured in groups of one: 0, or up to data.seq_len={most}'
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.study import claims
+from moe_jax.errors import InputError
 
 # The result of one run: the last value of each of its metrics, by name.
 Result = Mapping[str, Any]
@@ -55,7 +56,7 @@ class Arm:
 
   def __post_init__(self):
     if self.change is not None and not self.start:
-      raise ValueError(f'arm {self.name!r} changes a run, but names no start')
+      raise InputError(f'arm {self.name!r} changes a run, but names no start')
 
   @property
   def runs_before(self) -> dict[str, str]:
@@ -246,7 +247,7 @@ class Claim:
       r'([^:]+): (.+) (?:([<>]) (.+)|= (.+) within ([\d.]+))', self.compared
     )
     if not match:
-      raise ValueError(
+      raise InputError(
         f"{self.compared!r} is not 'column: row < row or number', nor "
         "'column: row = row or number within number'"
       )

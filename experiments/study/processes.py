@@ -17,6 +17,7 @@ from typing import IO
 
 from experiments.study.scheduler import DONE, FAILED, STOPPED
 from moe_jax import command_line
+from moe_jax.errors import InputError
 
 _NO_FAILURE = (0, command_line.STOPPED)
 # Environment variables of processes, by name; a place of the scheduler here.
@@ -128,7 +129,7 @@ def places(
     if visible is not None:  # use only the devices that the caller was given
       names = [name for name in visible.split(',') if name]
     if len(names) < devices:
-      raise ValueError(
+      raise InputError(
         f'CUDA_VISIBLE_DEVICES={visible} has {len(names)} devices; --devices='
         f'{devices} are too many'
       )

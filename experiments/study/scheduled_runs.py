@@ -20,6 +20,7 @@ from experiments.study.run_progress import Progress
 from experiments.study.runner import Runner
 from experiments.study.scheduler import FAILED, STOPPED, WAITING
 from moe_jax import command_line, host
+from moe_jax.errors import InputError
 
 LOG = 'log.txt'
 
@@ -66,7 +67,7 @@ def run_all(
   failed = [name for name, outcome in outcomes.items() if outcome == FAILED]
   if failed:
     logs = [str(calls[name][0].workdir / LOG) for name in failed]
-    raise ValueError(f'{len(failed)} runs failed; see {", ".join(logs)}')
+    raise InputError(f'{len(failed)} runs failed; see {", ".join(logs)}')
   if {STOPPED, WAITING} & set(outcomes.values()):
     raise SystemExit(command_line.STOPPED)
 
@@ -116,7 +117,7 @@ def read_all(jobs: Sequence[Job]) -> Results:
     digests.setdefault(source, set()).add(result['data_digest'])
   for data_digests in digests.values():
     if len(data_digests) > 1:
-      raise ValueError(
+      raise InputError(
         f'runs saw different data: sha256 {sorted(data_digests)}'
       )
   return results

@@ -17,6 +17,7 @@ from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
 from moe_jax.compression.model_bytes import bytes_in_memory, bytes_on_disk
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.models import Model, code_trees
 from moe_jax.models.parameter_trees import init_params
@@ -59,7 +60,7 @@ def measure(
   datasets = data.load(run.data).parts
   prompts_per_task, remainder = divmod(PROMPTS, len(datasets))
   if remainder:
-    raise ValueError(
+    raise InputError(
       f'{PROMPTS} prompts cannot be divided over {len(datasets)} tasks'
     )
   prompts, tasks = [], []
@@ -98,7 +99,7 @@ def prompts_of(
     ValueError: There are fewer rows.
   """
   if len(rows) < count:
-    raise ValueError(
+    raise InputError(
       f'{count} prompts are needed to measure speed, and validation has '
       f'{len(rows)} rows'
     )

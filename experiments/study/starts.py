@@ -14,6 +14,7 @@ import ml_collections
 
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm, Change
+from moe_jax.errors import InputError
 from moe_jax.options import Options, unknown
 
 FOLDER = 'starts'
@@ -61,7 +62,7 @@ def in_order(starts: Sequence[Start], arms: Sequence[Arm]) -> list[list[Start]]:
     if name not in by_name:
       raise unknown('start', name, by_name)
     if name in above:
-      raise ValueError(f'starts begin with each other: {[*above, name]}')
+      raise InputError(f'starts begin with each other: {[*above, name]}')
     before = by_name[name].arm.runs_before.values()
     numbers = [level(other, (*above, name)) for other in before]
     levels[name] = 1 + max(numbers, default=-1)

@@ -15,6 +15,7 @@ import optax
 
 from moe_jax import generation
 from moe_jax.data.pipeline import spread
+from moe_jax.errors import InputError
 from moe_jax.layers.experts import Gather
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
@@ -68,7 +69,7 @@ def whole_rows(run: Run, num_rows: int) -> dict[str, np.ndarray]:
   examples = rows.take(np.array(spread(len(rows), 2 * num_rows)))
   is_whole = (examples['segment_ids'] == 1).all(1)
   if (num_whole := int(is_whole.sum())) < num_rows:
-    raise ValueError(
+    raise InputError(
       f'num_rows={num_rows}, but {num_whole} rows have one document'
     )
   chosen = np.flatnonzero(is_whole)[np.array(spread(num_whole, num_rows))]

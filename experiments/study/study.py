@@ -44,6 +44,7 @@ from experiments.study.starts import (
   started,
 )
 from experiments.study.tasks import TASKS, Task
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 # Names of the arms whose steps are timed together; ratios are to the first.
@@ -249,7 +250,7 @@ class Study:
     explores = self.explorations is not None and self.explorations(chosen)
     if self.starts or explores:
       which = 'begin with' if self.starts else 'are chosen by'
-      raise ValueError(
+      raise InputError(
         f'the runs of {self.name} {which} other runs; use its own command, '
         f'python -m experiments.{self.name}'
       )

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_jax.errors import InputError
+
 Overrides = dict[str, Any]
 
 
@@ -24,7 +26,7 @@ def product(*sweeps: Mapping[str, Sequence[Any]]) -> list[Overrides]:
   values: dict[str, Sequence[Any]] = {}
   for key, swept in (item for sweep in sweeps for item in sweep.items()):
     if key in values:
-      raise ValueError(f'{key} is swept twice')
+      raise InputError(f'{key} is swept twice')
     values[key] = swept
   return [
     dict(zip(values, chosen, strict=True))
@@ -40,7 +42,7 @@ def zipped(sweep: Mapping[str, Sequence[Any]]) -> list[Overrides]:
   """
   lengths = {key: len(values) for key, values in sweep.items()}
   if len(set(lengths.values())) > 1:
-    raise ValueError(f'keys have different numbers of values: {lengths}')
+    raise InputError(f'keys have different numbers of values: {lengths}')
   return [
     dict(zip(sweep, chosen, strict=True))
     for chosen in zip(*sweep.values(), strict=True)
@@ -67,8 +69,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     for part in sections:
       section = section.setdefault(part, {})
       if not isinstance(section, dict):
-        raise ValueError(f'{key} is within {part}, which has a value')
+        raise InputError(f'{key} is within {part}, which has a value')
     if name in section:
-      raise ValueError(f'{key} has a value and keys of its own')
+      raise InputError(f'{key} has a value and keys of its own')
     section[name] = value
   return tree

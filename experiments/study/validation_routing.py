@@ -17,6 +17,7 @@ from experiments.study.parts import Column, Result, Row
 from moe_jax import data
 from moe_jax.analysis.recording import records_of
 from moe_jax.analysis.trace_records import Record
+from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
@@ -93,7 +94,7 @@ def evaluation_of(run: Run, name: str) -> OverBatches:
   """
   measure = {e.name: e.measure for e in run.evaluations}[name]
   if not isinstance(measure, OverBatches):
-    raise ValueError(f'evals.{name} is not an evaluation over batches')
+    raise InputError(f'evals.{name} is not an evaluation over batches')
   return measure
 
 

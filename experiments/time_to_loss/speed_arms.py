@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from experiments.study import byte_models
 from experiments.study.parts import Arm, Preset
+from moe_jax.errors import InputError
 
 # Keys of `model.moe` by the name of the room that experts have for tokens.
 ROOMS: dict[str, dict[str, Any]] = {
@@ -122,7 +123,7 @@ class SpeedPreset(Preset):
   def __post_init__(self):
     ascending = sorted(set(self.lengths))
     if list(self.lengths) != ascending or ascending[-1:] != [1.0]:
-      raise ValueError(f'lengths={self.lengths} do not ascend to 1')
+      raise InputError(f'lengths={self.lengths} do not ascend to 1')
 
   @property
   def twin(self) -> SpeedModel:
@@ -153,7 +154,7 @@ def parsed(name: str) -> tuple[str, float, float]:
   """
   match = _NAME.fullmatch(name)
   if match is None:
-    raise ValueError(f'{name!r} is not the name of an arm of this study')
+    raise InputError(f'{name!r} is not the name of an arm of this study')
   model, rate, length = match.groups()
   return model, float(length), float(rate or 0)
 

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from moe_jax.errors import InputError
+
 # Lighter tints of Okabe and Ito's colours, on which black text is read.
 COLOURS = (
   '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',
@@ -57,7 +59,7 @@ def pieces(texts: Sequence[str], columns: int) -> Iterator[Piece]:
     ValueError: `columns` is less than 1.
   """
   if columns < 1:
-    raise ValueError(f'columns={columns} must be at least 1')
+    raise InputError(f'columns={columns} must be at least 1')
   line = column = 0
   for token, text in enumerate(texts):
     segments = (text or _INVISIBLE).split('\n')
@@ -160,7 +162,7 @@ def _check(
   texts: Sequence[str], experts: Int[np.ndarray, '...'], name: str
 ) -> None:
   if np.shape(experts) != (len(texts),):
-    raise ValueError(
+    raise InputError(
       f'{name} has shape {np.shape(experts)}, and one expert is needed for '
       f'each of {len(texts)} texts'
     )

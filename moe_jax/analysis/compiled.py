@@ -11,6 +11,8 @@ from typing import Any
 
 from jax.stages import Compiled
 
+from moe_jax.errors import InputError
+
 _COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = ')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -66,7 +68,7 @@ def text_of(compiled: Compiled) -> str:
   """
   text = compiled.as_text()
   if text is None:
-    raise ValueError('this platform does not give the text of a program')
+    raise InputError('this platform does not give the text of a program')
   return text
 
 
@@ -78,7 +80,7 @@ def memory_of(compiled: Compiled) -> Any:
   """
   memory = compiled.memory_analysis()
   if memory is None:
-    raise ValueError('this platform does not say what memory a program needs')
+    raise InputError('this platform does not say what memory a program needs')
   return memory
 
 

@@ -26,6 +26,7 @@ from moe_jax.analysis.cost_tables import (
   without_vocabulary,
 )
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
+from moe_jax.errors import InputError
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
@@ -59,14 +60,14 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   """
   model = options.model
   if model.reads_features:
-    raise ValueError(
+    raise InputError(
       f'model.kind={MODELS.name_of(model)!r} reads examples that are no text, '
       'so it has no cost per token; every parameter is used for every example'
     )
   tokenizer = options.init_from.with_tokenizer(options.data).tokenizer
   size = model.vocab_size or tokenizer.known_vocab_size()
   if not size:
-    raise ValueError(
+    raise InputError(
       f'data.tokenizer={type(options.data.tokenizer).__name__} has a '
       'vocabulary that depends on the data; give its size with '
       '--config.model.vocab_size=...'

@@ -12,6 +12,7 @@ from moe_jax.analysis import devices, memory
 from moe_jax.analysis.counts import Cost, count, short
 from moe_jax.analysis.model_parts import Half, halves, sized_parameters
 from moe_jax.analysis.training_cost import training_cost, variants
+from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.memory_room import in_bytes
@@ -41,7 +42,7 @@ class Workload:
     """Raises ValueError where a number is below 1."""
     for name in ('batch_size', 'seq_len', 'num_parts'):
       if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        raise InputError(f'{name}={getattr(self, name)} must be at least 1')
 
 
 def compute_table(model: Model, work: Workload) -> Table:

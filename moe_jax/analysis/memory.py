@@ -16,6 +16,7 @@ from moe_jax.analysis.model_parts import (
   is_dropless,
   sized_parameters,
 )
+from moe_jax.errors import InputError
 from moe_jax.layers.activations import activation
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnOptions
@@ -293,7 +294,7 @@ def all_to_all_bytes(
     return 0
   E = moe.sizes.num_retained
   if num_parts < 1 or E % num_parts:
-    raise ValueError(
+    raise InputError(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
   rows = expert_rows(moe, batch_size, half.length)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
@@ -116,7 +117,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
     formats += [moe.expert.format for moe in stack.moes if moe is not None]
     for format in formats:
       if not format.is_plain:
-        raise ValueError(
+        raise InputError(
           f'the model has kernels in codes of {format.name!r}, whose number is '
           'not that of its parameters; count the model that they were made of'
         )

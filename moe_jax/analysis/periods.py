@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.pattern import Segment, segments
@@ -39,7 +40,7 @@ def extrapolate(
       cannot be unrolled here.
   """
   if not options.model.has_blocks:
-    raise ValueError(
+    raise InputError(
       f'model.kind={MODELS.name_of(options.model)!r} has loops over tokens, '
       'whose bodies a compiler counts once; FLOPs are read from compiled steps '
       'of models of blocks alone'

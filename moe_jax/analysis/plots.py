@@ -17,6 +17,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import plot_style
+from moe_jax.errors import InputError
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -58,7 +59,7 @@ def panels(
   """
   evals = _names(rows, r'eval/(.+)/loss')
   if not evals and not _names(rows, r'train/(loss)'):
-    raise ValueError(
+    raise InputError(
       f"no 'train/loss' and no 'eval/<name>/loss' in {len(rows)} rows; "
       f'have {sorted({key for row in rows for key in row})}'
     )
@@ -122,7 +123,7 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
     problem = f"no 'train/layer_<i>/load' in {len(rows)} rows"
-    raise ValueError(f'{problem}; a dense model has none')
+    raise InputError(f'{problem}; a dense model has none')
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from moe_jax.analysis.recording import records_of
 from moe_jax.analysis.trace_records import Record
+from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
 from moe_jax.shapes import Array, Leaf
@@ -50,7 +51,7 @@ class Reading(NamedTuple):
       if record.sequence == sequence:
         return record
     sequences = [record.sequence for record in self.records]
-    raise ValueError(f'no sparse layer sees {sequence!r}, only {sequences}')
+    raise InputError(f'no sparse layer sees {sequence!r}, only {sequences}')
 
 
 def readings(

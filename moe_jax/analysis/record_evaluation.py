@@ -24,6 +24,7 @@ from moe_jax.analysis.trace_hook import RecordedLosses
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
 from moe_jax.distributed import Placing
+from moe_jax.errors import InputError
 from moe_jax.runs import trained
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import ROOM_FOR_ALL, LossEvaluation, Setting
@@ -65,7 +66,7 @@ def record(
   model_options, _ = overridden(run.model, entry)
   model = model_options.build(run.sharding.rules)
   if not model.sparse_layers:
-    raise ValueError(f'{workdir} has a model without sparse layers')
+    raise InputError(f'{workdir} has a model without sparse layers')
   checkpoint = trained.restore_variables(
     workdir, model, run.sharding.rules, step=step
   )

@@ -20,6 +20,7 @@ from moe_jax import distributed
 from moe_jax.analysis import trace_files
 from moe_jax.analysis.trace_records import Header, LayerChoices, Record
 from moe_jax.analysis.traces import Writer
+from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, Recorded
 from moe_jax.shapes import Leaf
@@ -142,7 +143,7 @@ class Recorder:
       trace_files.check(self._folder, header)
     except ValueError as error:
       text = f'{error}; move this folder away to record anew'
-      raise ValueError(text) from None
+      raise InputError(text) from None
 
   def begin(self, step: int) -> None:
     """Begins at the first call; all processes make it at the same moment.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.analysis.traces import Header, Record, Trace
+from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
@@ -52,7 +53,7 @@ def imposed(
     if not np.array_equal(batch[key], value)
   ]
   if lines:
-    raise ValueError('\n'.join(['the record is of another batch:', *lines]))
+    raise InputError('\n'.join(['the record is of another batch:', *lines]))
   choices = arrays(model, records) if records else no_choices(model, batch)
   return {**batch, **choices}
 
@@ -93,7 +94,7 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
     prefix = _prefix(record.sequence)
     numbers = layers.pop(prefix, [])
     if numbers != sorted(record.layers):
-      raise ValueError(
+      raise InputError(
         f'the record of the sequence {record.sequence!r} has layers '
         f'{sorted(record.layers)}; the sparse layers of the model are {numbers}'
       )
@@ -101,7 +102,7 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
     for key, values in zip(REPLAYED, per_key):
       choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
-    raise ValueError(f'no record has the layers {missing}')
+    raise InputError(f'no record has the layers {missing}')
   return choices
 
 
@@ -146,7 +147,7 @@ def _choices(
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
-    raise ValueError(
+    raise InputError(
       f'layer {layer}: the record has {expert.shape[-1]} choices of a token '
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
@@ -178,7 +179,7 @@ def check(trace: Trace, header: Header, total_steps: int, name: str) -> None:
       f'{min(missing)} steps; record with trace.every_steps=1'
     )
   if lines:
-    raise ValueError('\n'.join([f'{name} does not fit:', *lines]))
+    raise InputError('\n'.join([f'{name} does not fit:', *lines]))
 
 
 def _differences(in_trace: Header, in_run: Header) -> Iterator[str]:

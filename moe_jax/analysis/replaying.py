@@ -22,6 +22,7 @@ from moe_jax import partitioning
 from moe_jax.analysis import replay, traces
 from moe_jax.analysis.trace_hook import header_of
 from moe_jax.analysis.traces import Record, Trace
+from moe_jax.errors import InputError
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training_types import StepMetrics
 
@@ -172,7 +173,7 @@ class RecordedChoices:
       return
     (step, equal), self._unsettled = self._unsettled, None
     if not bool(equal):
-      raise ValueError(
+      raise InputError(
         f'model.moe.replay={self._run.options.model.replay!r}: the batch after '
         f'{step} steps is another one there; the options of the data differ'
       )

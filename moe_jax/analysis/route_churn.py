@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from moe_jax.analysis.route_counts import by_gate
 from moe_jax.analysis.traces import Header, LayerChoices, Record, Trace
+from moe_jax.errors import InputError
 
 _MAX_STEPS = 50
 
@@ -171,7 +172,7 @@ def _check_same(one: Record | None, other: Record | None) -> None:
   """Raises ValueError if two records are not of the same tokens."""
   if one is None or other is None:
     record = cast(Record, one or other)
-    raise ValueError(
+    raise InputError(
       f'batch {record.batch} of {record.kind!r} at step {record.step} has no '
       'counterpart; both sides must have the same batches'
     )
@@ -180,17 +181,17 @@ def _check_same(one: Record | None, other: Record | None) -> None:
     for r in (one, other)
   ]
   if (one.batch, one.sequence) != (other.batch, other.sequence):
-    raise ValueError(f'{names[0]} cannot be compared with {names[1]}')
+    raise InputError(f'{names[0]} cannot be compared with {names[1]}')
   same = np.array_equal(one.documents > 0, other.documents > 0)
   if not same or not np.array_equal(
     one.tokens[one.documents > 0], other.tokens[other.documents > 0]
   ):
-    raise ValueError(
+    raise InputError(
       f'{names[0]} and {names[1]} hold different tokens; choices can be '
       'compared only of the same tokens'
     )
   if set(one.layers) != set(other.layers):
-    raise ValueError(
+    raise InputError(
       f'{names[0]} has layers {sorted(one.layers)}, {names[1]} '
       f'{sorted(other.layers)}'
     )

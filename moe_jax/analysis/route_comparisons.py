@@ -15,6 +15,7 @@ from moe_jax.analysis.route_churn import Agreement, Change, Churn
 from moe_jax.analysis.route_page import Part
 from moe_jax.analysis.route_sections import Section
 from moe_jax.analysis.traces import Trace
+from moe_jax.errors import InputError
 
 TRAIN = 'train'
 
@@ -103,7 +104,7 @@ def compare(
     present = [s for s in trace.steps_of(kind) if steps is None or s in steps]
     last_steps.append(present[-1] if present else 0)
   if sizes[0] != sizes[1]:
-    raise ValueError(
+    raise InputError(
       f'their experts by layer differ: {sizes[0]} and {sizes[1]}'
     )
   first, second = (trace.records(kind, steps) for trace in (one, other))

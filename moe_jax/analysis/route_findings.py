@@ -22,6 +22,7 @@ from moe_jax.analysis.route_measures import (
   uniform_repeats,
 )
 from moe_jax.analysis.route_sums import GATE_BINS, LayerSums, RouteSums
+from moe_jax.errors import InputError
 
 TOKEN, POSITION, SOURCE = 'token id', 'position', 'source'
 
@@ -59,7 +60,7 @@ def specialisation(
   }
   sources, labels = sums.header.sources, dict(labels or {})
   if labels and not sources:
-    raise ValueError(
+    raise InputError(
       f'labels {sorted(labels)} belong to sources, and this trace has none'
     )
   if len(sources) < 2:
@@ -246,7 +247,7 @@ def token_entropy(layer: LayerSums, ids: np.ndarray | list[int]) -> float:
   """
   ids = np.asarray(ids, np.int64)
   if ids.size and not 0 <= ids.min() <= ids.max() < len(layer.tokens):
-    raise ValueError(
+    raise InputError(
       f'ids from {ids.min()} to {ids.max()} not in [0, vocab_size='
       f'{len(layer.tokens)})'
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moe_jax.analysis.route_measures import NUM_SHUFFLES
+from moe_jax.errors import InputError
 
 _BLOCK = 8192  # documents among which labels are shuffled
 
@@ -88,7 +89,7 @@ def grouped(
     ValueError: A name has no label, or a label is given to no name.
   """
   if set(labels) != set(names):
-    raise ValueError(
+    raise InputError(
       f'labels are given to {sorted(labels)}, but the sources are '
       f'{sorted(names)}; each needs one'
     )
@@ -110,9 +111,9 @@ def read_labels(text: str) -> tuple[str, dict[str, str]]:
   pairs = [pair.rpartition(':') for pair in rest.split(',')]
   labels = {source: label for source, _, label in pairs}
   if not (name and equals and all(map(all, pairs))):
-    raise ValueError(
+    raise InputError(
       f'labels {text!r} are not of the form NAME=SOURCE:LABEL,SOURCE:LABEL,...'
     )
   if len(labels) < len(pairs):
-    raise ValueError(f'labels {text!r} name a source twice')
+    raise InputError(f'labels {text!r} name a source twice')
   return name, labels

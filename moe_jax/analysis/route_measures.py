@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.stats import random_table
 
+from moe_jax.errors import InputError
+
 NUM_SHUFFLES = 8
 _PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
 
@@ -107,7 +109,7 @@ def information(
     ValueError: `num_shuffles` is less than 1.
   """
   if num_shuffles < 1:
-    raise ValueError(f'num_shuffles={num_shuffles} must be at least 1')
+    raise InputError(f'num_shuffles={num_shuffles} must be at least 1')
   table = table[table.sum(1) > 0]
   table = table[:, table.sum(0) > 0]
   shuffles: Iterable[np.ndarray] = [table]
@@ -211,7 +213,7 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
   """
   E, K = num_experts, num_selected
   if not 1 <= K <= E:
-    raise ValueError(f'num_selected={K} not in [1, num_experts={E}]')
+    raise InputError(f'num_selected={K} not in [1, num_experts={E}]')
   return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
 

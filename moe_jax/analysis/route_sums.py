@@ -22,6 +22,7 @@ from moe_jax.analysis.traces import (
   LayerInfo,
   Record,
 )
+from moe_jax.errors import InputError
 from moe_jax.routing.load_summary import load_summary
 
 NUM_PARTS = 32  # the most parts that a row is divided into
@@ -279,5 +280,5 @@ def collect(
   for record in records:
     sums.add(record)
   if not sums.records:
-    raise ValueError('no records: the trace has none of this kind and steps')
+    raise InputError('no records: the trace has none of this kind and steps')
   return sums

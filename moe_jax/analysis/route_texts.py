@@ -16,6 +16,7 @@ from moe_jax.analysis.trace_records import Header, Record
 from moe_jax.analysis.traces import Trace
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import TextStream, Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.runs import workdir
 
 _MAX_TOKENS = 600  # of each sequence, on a page
@@ -107,10 +108,10 @@ def find_tokenizer(
   path = folder.expanduser() / workdir.TOKENIZER
   try:
     if not path.exists():
-      raise ValueError(f'there is no {path}')
+      raise InputError(f'there is no {path}')
     tokenizer = tokenizers.load(path)
     if header.tokenizer and tokenizer.identity != header.tokenizer:
-      raise ValueError(
+      raise InputError(
         f'{path} is {tokenizer.identity}, the trace is of {header.tokenizer}'
       )
   except ValueError as error:

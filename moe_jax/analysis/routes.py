@@ -30,6 +30,7 @@ from moe_jax.analysis.route_comparisons import TRAIN
 from moe_jax.analysis.route_labels import read_labels
 from moe_jax.analysis.route_page import Part
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 
 Labels = dict[str, dict[str, str]]
 # Kinds of records in which a choice is dropped where training drops it.
@@ -94,7 +95,7 @@ def part_of(
     ValueError: The trace has no such records, or labels do not fit its sources.
   """
   if not trace.header.layers:
-    raise ValueError(f'{title} is of a model without sparse layers')
+    raise InputError(f'{title} is of a model without sparse layers')
   kind = kind or _default_kind(trace, title)
   records = trace.records(kind, steps)
   present = [s for s in trace.steps_of(kind) if steps is None or s in steps]
@@ -114,7 +115,7 @@ def part_of(
 
 def _default_kind(trace: traces.Trace, title: str) -> str:
   if not trace.kinds:
-    raise ValueError(f'{title} has no records')
+    raise InputError(f'{title} has no records')
   preferred = [kind for kind in _PREFERRED_KINDS if kind in trace.kinds]
   return (preferred or trace.kinds)[0]
 

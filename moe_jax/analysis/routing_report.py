@@ -18,6 +18,7 @@ from jaxtyping import Num
 from rich.console import Console
 
 from moe_jax.analysis.text_tables import ValueTable, markdown_lines
+from moe_jax.errors import InputError
 from moe_jax.routing.load_summary import load_summary
 
 Row = dict[str, Any]
@@ -73,12 +74,12 @@ class LayerStats:
     """Raises ValueError where two fields differ in E, or more is kept."""
     layer_name, load, kept = f'layer {self.layer}', self.load, self.kept
     if kept.shape != load.shape:
-      raise ValueError(f'{layer_name}: kept {kept.shape} but load {load.shape}')
+      raise InputError(f'{layer_name}: kept {kept.shape} but load {load.shape}')
     if (kept > load).any():
-      raise ValueError(f'{layer_name}: kept={kept} exceeds load={load}')
+      raise InputError(f'{layer_name}: kept={kept} exceeds load={load}')
     counts = self.token_counts
     if counts is not None and counts.shape[1:] != load.shape:
-      raise ValueError(
+      raise InputError(
         f'{layer_name}: token_counts {counts.shape} must be [V, E={len(load)}]'
       )
 

@@ -17,6 +17,7 @@ from moe_jax.analysis import plots, routing_report, run_facts
 from moe_jax.analysis.run_facts import RunFacts
 from moe_jax.analysis.run_files import REPORT, SAMPLE
 from moe_jax.analysis.text_tables import ValueTable
+from moe_jax.errors import InputError
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics, nonfinite, trained
 from moe_jax.runs import workdir as workdir_lib
@@ -88,7 +89,7 @@ def read(folder: pathlib.Path, allow: Iterable[str] = ()) -> RunFolder:
     ValueError: It holds no run, or its config or metrics are damaged.
   """
   if not (folder / workdir_lib.CONFIG).exists():
-    raise ValueError(f'{folder} holds no run: it has no {workdir_lib.CONFIG}')
+    raise InputError(f'{folder} holds no run: it has no {workdir_lib.CONFIG}')
   path = folder / metrics.FILE_NAME
   rows = metrics.read_metrics(path) if path.exists() else []
   config = workdir_lib.kept_config(folder)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moe_jax.errors import InputError
+
 Value = str | int | float | None
 PROSE = 80  # columns of sentences where the output is no terminal
 _WIDE = 1000  # columns, enough for every table
@@ -43,7 +45,7 @@ class ValueTable:
     """Raises ValueError where a row has not one value for each column."""
     for row in self.rows:
       if len(row) != len(self.columns):
-        raise ValueError(
+        raise InputError(
           f'table {self.name!r}: {len(row)} values for the columns '
           f'{list(self.columns)}'
         )

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from moe_jax.analysis.trace_packing import Arrays, Entry, pack
 from moe_jax.analysis.trace_records import Header, Record
+from moe_jax.errors import InputError
 
 HEADER = 'header.json'
 _NAME = re.compile(r'session_(\d+)_process_(\d+)_part_(\d+)\.safetensors')
@@ -72,7 +73,7 @@ def chunks(folder: pathlib.Path, header: Header) -> list[Chunk]:
   for (_, process), group in itertools.groupby(finished, process_key):
     numbers = [chunk.part for chunk in group]
     if numbers != [*range(len(numbers))]:
-      raise ValueError(f'{folder}: process {process} has parts {numbers} alone')
+      raise InputError(f'{folder}: process {process} has parts {numbers} alone')
   return finished
 
 
@@ -84,7 +85,7 @@ def _chunk(path, session: int, process: int, part: int, header: Header):
     file_header = Header.from_json(metadata['header'])
     start = int(metadata['start'])
   except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} cannot be read: {error!r}') from None
+    raise InputError(f'{path} cannot be read: {error!r}') from None
   header.check_same(file_header, str(path))
   return Chunk(path, session, process, part, start, tuple(entries))
 
@@ -101,10 +102,10 @@ def load(path: pathlib.Path) -> list[Arrays]:
       arrays = {name: file.get_tensor(name) for name in names}
       metadata = file.metadata() or {}
   except (OSError, SafetensorError) as error:
-    raise ValueError(f'{path} cannot be read: {error}') from None
+    raise InputError(f'{path} cannot be read: {error}') from None
   entries = metadata.get('entries', '[]')
   if metadata.get('sha256') != digest_of(arrays, entries):
-    raise ValueError(f'{path} is damaged: its sha256 is not that of its arrays')
+    raise InputError(f'{path} is damaged: its sha256 is not that of its arrays')
   records = [{} for _ in json.loads(entries)]
   for name, array in arrays.items():
     number, _, rest = name.partition('/')
@@ -182,7 +183,7 @@ class Writer:
     count = len(record.tokens)
     numbers = tuple(range(count) if rows is None else map(int, rows))
     if len(numbers) != count:
-      raise ValueError(f'{len(numbers)} numbers of rows for {count} rows')
+      raise InputError(f'{len(numbers)} numbers of rows for {count} rows')
     index = len(self._entries)
     self._entries.append(
       Entry(
@@ -241,12 +242,12 @@ def read_header(folder: pathlib.Path) -> Header:
   try:
     return Header.from_json(path.read_text(encoding='utf-8'))
   except OSError as error:
-    raise ValueError(
+    raise InputError(
       f'{folder} has no trace, as moe_jax.analysis.record_evaluation or a run '
       f'with config.trace writes it: {error}'
     ) from None
   except ValueError as error:
-    raise ValueError(f'{path}: {error}') from None
+    raise InputError(f'{path}: {error}') from None
 
 
 def _write_atomically(path: pathlib.Path, write) -> None:

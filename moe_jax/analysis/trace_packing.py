@@ -17,6 +17,7 @@ from moe_jax.analysis.trace_records import (
   LayerInfo,
   Record,
 )
+from moe_jax.errors import InputError
 
 IDS = ('tokens', 'positions', 'documents', 'sources')
 
@@ -60,7 +61,7 @@ def pack(record: Record, header: Header) -> Arrays:
       arrays[name] = _smallest(_checked_shape(name, values, shape))
   for number, choices in record.layers.items():
     if (info := header.layers.get(number)) is None:
-      raise ValueError(f'layer {number} not in {sorted(header.layers)}')
+      raise InputError(f'layer {number} not in {sorted(header.layers)}')
     _checked_shape(f'expert of layer {number}', choices.expert[..., 0], shape)
     packed = _pack_layer(choices, info, np.dtype(header.dtype))
     arrays |= {f'{number}/{name}': value for name, value in packed.items()}
@@ -89,7 +90,7 @@ def unpack(arrays: Arrays, entry: Entry, header: Header) -> Record:
 
 def _checked_shape(name: str, values: np.ndarray, shape: tuple[int, ...]):
   if np.shape(values) != shape:
-    raise ValueError(f'{name} has shape {np.shape(values)}, tokens {shape}')
+    raise InputError(f'{name} has shape {np.shape(values)}, tokens {shape}')
   return values
 
 
@@ -113,7 +114,7 @@ def _pack_layer(
   gate = np.where(kept, choices.gate, 0).astype(dtype)
   is_choice = expert >= 0
   if (largest := int(expert.max(initial=-1))) >= info.num_experts:
-    raise ValueError(f'expert {largest} not below {info.num_experts}')
+    raise InputError(f'expert {largest} not below {info.num_experts}')
   packed = {}
   if info.by_expert:  # tokens have any number of choices, most of them few
     packed['count'] = _smallest(is_choice.sum(-1))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 FORMAT = 1
 DTYPES = ('float16', 'float32')
 # Fields of a header that may differ between two parts of one run's trace.
@@ -129,7 +131,7 @@ class Header:
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
-      raise ValueError(f'dtype={self.dtype!r} not in {list(DTYPES)}')
+      raise InputError(f'dtype={self.dtype!r} not in {list(DTYPES)}')
 
   def to_json(self) -> str:
     """The header as text."""
@@ -153,8 +155,8 @@ class Header:
         values['sources'] = tuple(values['sources'])
         return cls(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(f'no header of a trace: {error!r}') from None
-    raise ValueError(
+      raise InputError(f'no header of a trace: {error!r}') from None
+    raise InputError(
       f'a trace of format {version}; this version reads {FORMAT} alone'
     )
 
@@ -172,6 +174,6 @@ class Header:
     pairs = ((n, getattr(self, n), getattr(other, n)) for n in names)
     lines = [f'  {n}: {a!r} here, {b!r} there' for n, a, b in pairs if a != b]
     if lines:
-      raise ValueError(
+      raise InputError(
         '\n'.join([f'{where} has the trace of something else:', *lines])
       )

@@ -26,6 +26,7 @@ from moe_jax.analysis.trace_records import (
   LayerInfo,
   Record,
 )
+from moe_jax.errors import InputError
 
 __all__ = [
   'Header',
@@ -113,7 +114,7 @@ class Trace:
       ValueError: There is no such kind, or a file is damaged.
     """
     if kind is not None and kind not in self.kinds:
-      raise ValueError(f'unknown kind {kind!r}; have {[*self.kinds]}')
+      raise InputError(f'unknown kind {kind!r}; have {[*self.kinds]}')
     for key in self._keys(kind, steps):
       yield self._record(self._blocks[key])
 
@@ -147,7 +148,7 @@ def _newest(blocks: list[_Block]) -> list[_Block]:
     rows = sorted(itertools.chain(*(block.entry.rows for block in of_session)))
     if len(set(rows)) < len(rows):
       entry, folder = of_session[0].entry, of_session[0].chunk.path.parent
-      raise ValueError(
+      raise InputError(
         f'{folder}: session {session} has rows of batch '
         f'{entry.batch} of {entry.kind!r} at step {entry.step} twice'
       )
@@ -209,7 +210,7 @@ def read(folder: str | os.PathLike[str]) -> Trace:
 def check_new(folder: str | os.PathLike[str]) -> None:
   """Raises ValueError for a folder that has a trace."""
   if (pathlib.Path(folder).expanduser() / trace_files.HEADER).exists():
-    raise ValueError(f'{folder} has a trace already; give a new folder')
+    raise InputError(f'{folder} has a trace already; give a new folder')
 
 
 def write(

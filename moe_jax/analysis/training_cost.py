@@ -15,6 +15,7 @@ import jax
 
 from moe_jax import models
 from moe_jax.analysis.counts import count
+from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model, flat_trees, lora
@@ -59,7 +60,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
       that it lacks.
   """
   if len(model.stacks) != 1:
-    raise ValueError(
+    raise InputError(
       f'{type(model).__name__} has {len(model.stacks)} stacks of blocks; the '
       'backward pass is counted of models with one'
     )

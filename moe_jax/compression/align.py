@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names
 from moe_jax.models.flat_trees import Path
 
@@ -46,7 +47,7 @@ def permutation(
       axis = axes[path].index(HIDDEN)
       fit = fit + _units(array, axis) @ _units(expert[path], axis).T
   if not isinstance(fit, np.ndarray):
-    raise ValueError(
+    raise InputError(
       f'the experts have the parameters {["/".join(p) for p in reference]}, '
       'none of which has hidden units; only feed-forward experts are aligned'
     )

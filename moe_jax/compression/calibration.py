@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from moe_jax import data
 from moe_jax.compression.whole_run import WholeRun
+from moe_jax.errors import InputError
 from moe_jax.layers.experts import Experts
 from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
@@ -50,14 +51,14 @@ def batches(
       are not those that the run was trained on.
   """
   if num_batches < 1:
-    raise ValueError(f'num_batches={num_batches} must be at least 1')
+    raise InputError(f'num_batches={num_batches} must be at least 1')
   options = options or run.options.data
   for problem in run.options.task_problems(options):
-    raise ValueError(f'{run.folder} does not fit the data: {problem}')
+    raise InputError(f'{run.folder} does not fit the data: {problem}')
   dataset = data.load(options)
   if run.options.tokenizer is not None:
     for problem in run.options.token_problems(dataset.tokenizer):
-      raise ValueError(f'{run.folder} does not fit the data: {problem}')
+      raise InputError(f'{run.folder} does not fit the data: {problem}')
   stream = data.train_batches(
     dataset.splits['train'],
     batch_size=run.options.batch_size,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.kernels.ternary import Codes
 from moe_jax.kernels.ternary_dictionary import (
   P0,
@@ -37,14 +38,14 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
   """
   ternary = np.asarray(ternary)
   if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:
-    raise ValueError(
+    raise InputError(
       f'{ternary.dtype}{list(ternary.shape)} must be int8 [..., rows, width], '
       'with at least one weight'
     )
   least, most = ternary.min(), ternary.max()
   if least < -1 or most > 1:
     weight = least if least < -1 else most
-    raise ValueError(f'weight {weight} is not one of -1, 0, 1')
+    raise InputError(f'weight {weight} is not one of -1, 0, 1')
   expert_shape, (R, M) = ternary.shape[:-2], ternary.shape[-2:]
   encoded = [_encode(matrix, p0) for matrix in ternary.reshape(-1, R, M)]
   longest = max(codes.size for codes, _ in encoded)

@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.distributed import fetch
+from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnLayer
@@ -162,7 +163,7 @@ def plan(
     layer: _num_experts(model, source, layer) for layer in source.sparse_layers
   }
   if not counts:
-    raise ValueError('the teacher has no sparse layers, so no experts')
+    raise InputError('the teacher has no sparse layers, so no experts')
   measure = jax.jit(
     lambda variables, batch: {
       layer: gate_sums(reached.routing)
@@ -177,7 +178,7 @@ def plan(
       sums = np.asarray(sums, np.float64)
       total[layer] = total.get(layer, 0.0) + sums
   if not total:
-    raise ValueError('no batches to rank experts on')
+    raise InputError('no batches to rank experts on')
   ranked = {layer: rank(*sums) for layer, sums in total.items()}
   experts = {layer: ranked[layer][:n] for layer, n in counts.items()}
   return ConcatenationPlan(model, source, experts)
@@ -193,18 +194,18 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   expert = options.expert.twin(1).ffn
   dense = _dense_ffn(model, layer)
   if options.shared_expert.hidden:
-    raise ValueError(
+    raise InputError(
       f'layer {layer} of the teacher has a shared expert, which no student '
       'begins from'
     )
   if dense is None:
-    raise ValueError(f'layer {layer} of the student is not dense')
+    raise InputError(f'layer {layer} of the student is not dense')
   _check_alike(layer, FfnLayer(expert, _block(source, layer)[0].shared), dense)
   width = dense.options.hidden
   count, rest = divmod(width, expert.hidden)
   most = options.sizes.num_retained
   if rest or not 1 <= count <= most:
-    raise ValueError(
+    raise InputError(
       f'layer {layer}: the width {width} of a feed-forward is not that '
       f'of 1 to {most} experts of width {expert.hidden}'
     )
@@ -215,13 +216,13 @@ def _check_alike(layer: int, expert: FfnLayer, dense: FfnLayer) -> None:
   """Raises ValueError for another activation, or for other biases."""
   activations = [x.options.activation for x in (expert, dense)]
   if activations[0] != activations[1]:
-    raise ValueError(
+    raise InputError(
       f'layer {layer}: experts have activation={activations[0]!r}, the '
       f"student's feed-forward has {activations[1]!r}"
     )
   biases = [(x.use_bias, x.gate_bias) for x in (expert, dense)]
   if biases[0] != biases[1]:
-    raise ValueError(
+    raise InputError(
       f'layer {layer}: experts have (biases, biases of gates)={biases[0]}, the '
       f"student's feed-forward has {biases[1]}; give both the same bias and "
       'use_bias'

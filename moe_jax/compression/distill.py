@@ -28,6 +28,7 @@ from moe_jax.compression.distill_options import (
   DistillOptions,
 )
 from moe_jax.compression.teacher import Teacher
+from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
 from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
@@ -163,7 +164,7 @@ def begin_with(
       apply = functools.partial(concatenation.apply, apply)
       description += f'; {concatenation.describe()}'
   except ValueError as error:
-    raise ValueError(
+    raise InputError(
       f'distill.start={options.start!r} with distill.teacher='
       f"{options.teacher}: {error}\nwith distill.start='none' the run begins "
       'with parameters of its own'

@@ -22,6 +22,7 @@ from moe_jax import command_line
 from moe_jax.compression import whole_run
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.whole_run import WholeRun
+from moe_jax.errors import InputError
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.moe_options import MoeOptions
@@ -73,7 +74,7 @@ def extract(
   model = options.build()
   if not options.routes_by_task:
     routers = {ROUTERS.name_of(m.router) for m in model.moes if m is not None}
-    raise ValueError(
+    raise InputError(
       'the model has no router by task, so no task has a part of its own; its '
       f'routers: {sorted(routers) or "none, as it is dense"}'
     )
@@ -95,18 +96,18 @@ def _routes_by_task(moe: MoeOptions | None) -> bool:
 def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
   """A stack's parameters with a dense layer for each sparse one."""
   if not isinstance(moe.expert, FeedForwardExpert):
-    raise ValueError(
+    raise InputError(
       f'experts of {type(moe.expert).__name__} cannot become one dense '
       'feed-forward; only feed-forward experts can'
     )
 
   if moe.shared_expert.hidden:
-    raise ValueError(
+    raise InputError(
       f'moe.shared_expert.hidden={moe.shared_expert.hidden}: layers by task '
       'with a shared expert are not extracted'
     )
   if moe.retained != Retained():
-    raise ValueError(
+    raise InputError(
       'layers by task have tied or masked columns or uneven numbers of experts '
       f'({moe.retained}); extract from the run before it was merged or pruned, '
       'as a task keeps only its own experts anyway'
@@ -115,7 +116,7 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
   def dense(params: Params) -> Params:
     choice = moe.router.of_task(moe.sizes, params['router'], task)
     if choice is None:
-      raise ValueError(
+      raise InputError(
         f'{type(moe.router).__name__} gives no experts for a whole task: '
         '`of_task` returned None'
       )

@@ -16,6 +16,7 @@ from moe_jax.compression import calibration
 from moe_jax.compression.usage import Usage, measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
+from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import retained
 from moe_jax.layers.routers.sizes import MASKED
@@ -127,12 +128,12 @@ def check_layer(layer: SparseLayer) -> None:
   router = layer.moe.router
   label = f'layer {layer.number}: {type(router).__name__}'
   if not router.has_columns:
-    raise ValueError(
+    raise InputError(
       f'{label} has no column for each expert, by which its tokens would '
       'choose among those that are left'
     )
   if layer.moe.retained.rows:
-    raise ValueError(
+    raise InputError(
       f'layer {layer.number} has tied columns already; begin with the run that '
       'it was made of'
     )
@@ -157,7 +158,7 @@ def check_columns(run: WholeRun, counts: Mapping[int, int]) -> None:
       continue
     for layer, count in moe.retained.counts.items():
       if counts.get(first + layer, 0) < count:
-        raise ValueError(
+        raise InputError(
           f'layer {first + layer} has {count} columns and other layers have '
           f'{moe.num_experts}, so that its router cannot keep those '
           f'of experts that it loses: use --router={SHRUNK}, or keep all its '
@@ -178,9 +179,9 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   """
   entries = [entry.strip() for entry in text.split(',')]
   if not all(entry.isdigit() for entry in entries):
-    raise ValueError(f"experts={text!r} is neither a number nor '4,6,4'")
+    raise InputError(f"experts={text!r} is neither a number nor '4,6,4'")
   if len(entries) not in (1, len(layers)):
-    raise ValueError(
+    raise InputError(
       f'experts={text!r} has {len(entries)} numbers, and the model has the '
       f'sparse layers {list(layers)}; give one number, or one for each'
     )
@@ -191,7 +192,7 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   for number, count in counts_by_layer.items():
     moe = layers[number].moe
     if not moe.num_selected <= count <= moe.num_experts:
-      raise ValueError(
+      raise InputError(
         f'experts={text!r}: {count} in layer {number} is not in '
         f'[num_selected={moe.num_selected}, num_experts={moe.num_experts}]'
       )
@@ -275,15 +276,15 @@ def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
   new_layers = {}
   for number, lost_experts in lost.items():
     if number not in layers:
-      raise ValueError(f'layer {number} is not sparse; {[*layers]} are')
+      raise InputError(f'layer {number} is not sparse; {[*layers]} are')
     layer, lost_experts = layers[number], set(lost_experts)
     check_layer(layer)
     E, K = layer.moe.num_experts, layer.moe.num_selected
     remaining = [e for e in range(E) if e not in lost_experts]
     if unknown := sorted(lost_experts - set(range(E))):
-      raise ValueError(f'layer {number} has no experts {unknown}, only {E}')
+      raise InputError(f'layer {number} has no experts {unknown}, only {E}')
     if len(remaining) < K:
-      raise ValueError(
+      raise InputError(
         f'layer {number} would keep {len(remaining)} experts, and a token '
         f'chooses num_selected={K}'
       )

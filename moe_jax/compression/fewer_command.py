@@ -26,6 +26,7 @@ from moe_jax.compression.fewer import (
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.usage import SCORES
 from moe_jax.data import DataOptions
+from moe_jax.errors import InputError
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import SparseLayer, sparse_layers
 from moe_jax.models.router_state import COLLECTION
@@ -109,7 +110,7 @@ def numbers_by_share(
     layers: The sparse layers.
   """
   if not SHARE.holds(share):
-    raise ValueError(f'share={share} {SHARE.rule}')
+    raise InputError(f'share={share} {SHARE.rule}')
   relative = {n: s / max(s.max(), 1e-30) for n, s in scores.items()}
   least = {n: layer.moe.num_selected for n, layer in layers.items()}
   ranked = {n: np.sort(s)[::-1] for n, s in relative.items()}

@@ -36,6 +36,7 @@ from moe_jax.compression.teacher_logits import (
   read,
   row_digests,
 )
+from moe_jax.errors import InputError
 from moe_jax.models import Model, code_trees
 from moe_jax.option_checks import unknown_text
 from moe_jax.runs import trained
@@ -111,7 +112,7 @@ def write(
   run = whole_run.read(teacher, step=step, allow=allow)
   code_trees.check_plain(run.options.model, run.folder)
   for problem in run.options.task_problems(options):
-    raise ValueError(f'{run.folder} does not fit the data: {problem}')
+    raise InputError(f'{run.folder} does not fit the data: {problem}')
   dataset = data.load(options)
   _check(run, dataset, top, dtype)
   rows = dataset.splits['train']
@@ -148,21 +149,21 @@ def _check(
 ) -> None:
   """Raises ValueError for a teacher or a number that does not fit."""
   for problem in run.options.token_problems(dataset.tokenizer):
-    raise ValueError(f'{run.folder} does not fit the data: {problem}')
+    raise InputError(f'{run.folder} does not fit the data: {problem}')
   if not 1 <= top <= run.model.vocab_size:
-    raise ValueError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
+    raise InputError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
   if dtype not in DTYPES:
-    raise ValueError(unknown_text('type of kept logits', dtype, DTYPES))
+    raise InputError(unknown_text('type of kept logits', dtype, DTYPES))
 
 
 def _check_folder(folder: pathlib.Path, about: About) -> None:
   """Raises ValueError where a folder holds something else."""
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f'{folder} is a file; it must be a folder')
+    raise InputError(f'{folder} is a file; it must be a folder')
   files = {path.name for path in folder.iterdir()} if folder.exists() else set()
   names = {name for name, _ in about.files()}
   if extra := files - names - {MANIFEST} - {f'{n}.tmp' for n in names}:
-    raise ValueError(
+    raise InputError(
       f'{folder} has {min(extra)!r}, which these logits have not; give a new '
       'folder'
     )
@@ -172,7 +173,7 @@ def _check_folder(folder: pathlib.Path, about: About) -> None:
       for key, value in dataclasses.asdict(about).items()
       if getattr(stored_about, key) != value
     ]
-    raise ValueError(f'{folder} holds other logits: {"; ".join(differences)}')
+    raise InputError(f'{folder} holds other logits: {"; ".join(differences)}')
 
 
 def _arrays(about: About, batches, compute) -> dict[str, Any]:

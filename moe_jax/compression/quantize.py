@@ -32,6 +32,7 @@ from moe_jax.compression.quantize_report import Report
 from moe_jax.compression.quantize_work import Work
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
+from moe_jax.errors import InputError
 from moe_jax.layers.kernel_format import BITS, FORMATS, TERNARY, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.code_trees import Coded
@@ -136,7 +137,7 @@ def _check(format: KernelFormat, method: str, kernels: str) -> None:
     if name not in names:
       raise unknown(argument, name, names)
   if kernels == 'all' and format.name == TERNARY:
-    raise ValueError(
+    raise InputError(
       "format 'ternary' with kernels='all': the codes of less than a bit are "
       f'for experts; all kernels can be in {list(BITS)}'
     )
@@ -147,7 +148,7 @@ def _check_calibrated(options: ModelOptions, kernels: str) -> None:
   halves = options.halves if isinstance(options, TransformerOptions) else ()
   for attention in (half.attention for half in halves):
     if kernels == 'all' and not attention.captures_inputs:
-      raise ValueError(
+      raise InputError(
         f"kernels='all' with {type(attention).__name__} and method='gptq': "
         "inputs of its kernels are not captured; use method='rtn' or "
         "kernels='experts'"
@@ -164,7 +165,7 @@ def _coded_options(
   """
   model = run.options.model
   if code_trees.has_codes(model):
-    raise ValueError(
+    raise InputError(
       f'{run.folder} has kernels in codes already; quantise the run that it '
       'was made of'
     )
@@ -172,7 +173,7 @@ def _coded_options(
   options = code_trees.with_formats(model, format, other_format)
   if coded := code_trees.coded_kernels(options):
     return options, coded
-  raise ValueError(f"{run.folder} has no experts; use kernels='all'")
+  raise InputError(f"{run.folder} has no experts; use kernels='all'")
 
 
 def _digest(batches: Sequence[Mapping[str, np.ndarray]]) -> str:

@@ -13,6 +13,7 @@ from moe_jax import command_line, config_file, sections
 from moe_jax.compression import model_bytes
 from moe_jax.compression.quantize import BATCHES, KERNELS, METHODS, quantize
 from moe_jax.data import DataOptions
+from moe_jax.errors import InputError
 from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 
 
@@ -46,7 +47,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   if options.method == 'rtn':
     for name in ('batches', 'config'):
       if value := getattr(options, name):
-        raise ValueError(
+        raise InputError(
           f'--{name}={value} has no effect with --method=rtn, which reads no '
           'data; leave it out'
         )

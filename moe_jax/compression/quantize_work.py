@@ -20,6 +20,7 @@ from moe_jax.compression.grids import Rounded
 from moe_jax.compression.quantize_layers import Spot
 from moe_jax.compression.quantize_report import Report
 from moe_jax.data.cache_folders import locked
+from moe_jax.errors import InputError
 from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
 from moe_jax.layers.kernel_format import BITS, KernelFormat
 from moe_jax.runs import new_run
@@ -55,7 +56,7 @@ class Work:
           f'{key}: {stored_settings.get(key)!r} -> {settings.get(key)!r}'
           for key in changed
         )
-        raise ValueError(
+        raise InputError(
           f'{self.folder} has the work of another command that was killed '
           f'({differences}); give its arguments, or remove that folder'
         )
@@ -103,7 +104,7 @@ class Work:
       }
       return kernels, Report(**json.loads(file.metadata()[_REPORT]))
     except (OSError, SafetensorError) as error:
-      raise ValueError(
+      raise InputError(
         f'{path} cannot be read: {error}; remove it, and the layer is made '
         'again'
       ) from None

@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax import command_line
 from moe_jax.compression import codec
+from moe_jax.errors import InputError
 from moe_jax.kernels import ternary
 from moe_jax.kernels.ternary_dictionary import (
   MOST_PAIRS,
@@ -139,7 +140,7 @@ def layer(
       decoded, decode_seconds = _decoded(codes, cols, p0)
       seconds[1] += decode_seconds
       if not np.array_equal(decoded, weights):
-        raise ValueError(f'expert {expert} was decoded to other weights')
+        raise InputError(f'expert {expert} was decoded to other weights')
     bits += np.array(stored(counts, rows, cols)) / 2
   number = 2 * experts * width * hidden
   return Layer(number, Bits(*map(float, bits)), *map(float, seconds))

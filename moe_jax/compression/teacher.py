@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import partitioning
 from moe_jax.compression.distill_options import DistillOptions
 from moe_jax.distributed import is_first
+from moe_jax.errors import InputError
 from moe_jax.models import Model, code_trees
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
@@ -98,7 +99,7 @@ def read(
   code_trees.check_plain(settings.model, f'distill.teacher={options.teacher}')
   model = settings.model.build(options.sharding.rules)
   if problems := list(_problems(run, options, settings, model)):
-    raise ValueError(
+    raise InputError(
       '\n'.join([f'distill.teacher={options.teacher} does not fit:', *problems])
     )
   pinned_step = None if options.step < 0 else options.step
@@ -138,7 +139,7 @@ def keep_to(run: Run, options: DistillOptions, teacher: Teacher) -> None:
   note, request = _stored_note(run), _request(options)
   if note and note['asked'] == request:
     if note['sha256'] != digest:
-      raise ValueError(
+      raise InputError(
         f'the checkpoint of step {teacher.step} in {teacher.folder} is not '
         f'that which taught {run.workdir} before: the sha256 of its manifest '
         f'was {note["sha256"]}, and is {digest}'
@@ -168,4 +169,4 @@ def _stored_note(run: Run) -> dict[str, Any]:
     fields = json.loads(path.read_text(encoding='utf-8'))
     return {key: fields[key] for key in ('asked', 'step', 'sha256')}
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} cannot be read: {error!r}') from None
+    raise InputError(f'{path} cannot be read: {error!r}') from None

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from moe_jax import data
 from moe_jax.compression.soft_labels import IDS, LOG_PROBS
 from moe_jax.compression.teacher import Teacher
+from moe_jax.errors import InputError
 from moe_jax.memory_room import in_bytes
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -69,7 +70,7 @@ class About:
   def __post_init__(self):
     for name in _COUNTS:
       if type(value := getattr(self, name)) is not int or value < 1:
-        raise ValueError(f'{name}={value!r:.40} is not a number of at least 1')
+        raise InputError(f'{name}={value!r:.40} is not a number of at least 1')
 
   @property
   def digest(self) -> str:
@@ -111,9 +112,9 @@ def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       arrays = {name: file.get_tensor(name) for name in names}
       metadata = file.metadata() or {}
   except (OSError, SafetensorError) as error:
-    raise ValueError(f'{path} cannot be read: {error}') from None
+    raise InputError(f'{path} cannot be read: {error}') from None
   if metadata.get('sha256') != digest_of(arrays):
-    raise ValueError(f'{path} is damaged: its sha256 is not that of its arrays')
+    raise InputError(f'{path} is damaged: its sha256 is not that of its arrays')
   return arrays, metadata
 
 
@@ -174,7 +175,7 @@ class StoredLogits:
         f'{a.batches} batches there, {o.total_steps} steps here'
       )
     if differences:
-      raise ValueError(
+      raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
 
@@ -195,7 +196,7 @@ class StoredLogits:
     """
     a = self.about
     if not 0 <= number < a.batches:
-      raise ValueError(
+      raise InputError(
         f'{self.folder} has batches 0 to {a.batches - 1}, not {number}'
       )
     file_number, index = divmod(number, a.each)
@@ -241,7 +242,7 @@ class StoredLogits:
     )[number]
     digests = self.batch(number)[TARGETS][rows]
     if not np.array_equal(row_digests(run_batches['targets']), digests):
-      raise ValueError(
+      raise InputError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
       )
@@ -255,7 +256,7 @@ def _arrays(folder: pathlib.Path, about: About, number: int) -> dict[str, Any]:
   shape = (len(numbers), about.batch_size, about.length, about.top)
   shapes = {arrays[name].shape for name in (IDS, LOG_PROBS) if name in arrays}
   if metadata.get('about') != about.digest or shapes != {shape}:
-    raise ValueError(f'{folder / name} has other logits than the manifest says')
+    raise InputError(f'{folder / name} has other logits than the manifest says')
   return arrays
 
 
@@ -268,7 +269,7 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
   folder = pathlib.Path(folder).expanduser()
   path = folder / MANIFEST
   if not path.exists():
-    raise ValueError(
+    raise InputError(
       f'{folder} has no finished logits: no {MANIFEST}; `python -m '
       'moe_jax.compression keep_logits` writes them, and goes on where it was '
       'stopped'
@@ -276,7 +277,7 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
     if fields['format'] != FORMAT:
-      raise ValueError(f'format {fields["format"]}, not {FORMAT}')
+      raise InputError(f'format {fields["format"]}, not {FORMAT}')
     return StoredLogits(
       folder,
       About(**fields['about']),
@@ -285,4 +286,4 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
       float(fields['left_out_max']),
     )
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} cannot be read: {error!r}') from None
+    raise InputError(f'{path} cannot be read: {error!r}') from None

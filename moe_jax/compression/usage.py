@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.compression.calibration import RoutedTokens, capture
+from moe_jax.errors import InputError
 from moe_jax.layers.experts import Gather
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.models import Model
@@ -97,7 +98,7 @@ def measure(
     if moe is not None and moe.router.by_expert
   ]
   if expert_choice_layers:
-    raise ValueError(
+    raise InputError(
       f'the experts of layers {expert_choice_layers} choose tokens, so that '
       'all are used equally; only experts that tokens choose are merged and '
       'pruned'
@@ -109,7 +110,7 @@ def measure(
     )
     total = sums if total is None else jax.tree.map(np.add, total, sums)
   if total is None:
-    raise ValueError('there are no batches of calibration data')
+    raise InputError('there are no batches of calibration data')
   return total
 
 

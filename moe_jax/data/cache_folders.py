@@ -22,6 +22,7 @@ from types import MappingProxyType
 from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.read_only import check_may_prepare
+from moe_jax.errors import InputError
 
 LIST = 'files.json'
 FORMAT = 2  # version of folders, a part of their names; 1 had no list
@@ -147,7 +148,7 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
     listed_facts = parse_json(text, LIST)
     # Texts are compared, as a changed space or key would be overlooked.
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
-      raise ValueError(f'{LIST} is not as it was written')
+      raise InputError(f'{LIST} is not as it was written')
     actual_facts = _facts(folder, digests=digests)
     for path in sorted(listed_facts):  # other files harm nobody
       _check(path, listed_facts.get(path), actual_facts.get(path))
@@ -157,18 +158,18 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
     reason = str(error)
   else:
     return
-  raise ValueError(
+  raise InputError(
     f'{folder} is damaged: {reason}; delete the folder, and it is made anew'
   )
 
 
 def _check(path: str, listed: list | None, actual: list | None) -> None:
   if actual is None or not listed or not isinstance(listed, list):
-    raise ValueError(f'{path} is missing')
+    raise InputError(f'{path} is missing')
   if listed[0] != actual[0]:
-    raise ValueError(f'{path} has {actual[0]} bytes, not {listed[0]}')
+    raise InputError(f'{path} has {actual[0]} bytes, not {listed[0]}')
   if actual[1] and listed != actual:
-    raise ValueError(f'{path} has changed since it was written (sha256)')
+    raise InputError(f'{path} has changed since it was written (sha256)')
 
 
 def _facts(

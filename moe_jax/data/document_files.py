@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from moe_jax.data import file_formats
 from moe_jax.data.file_bytes import PartBytes, continuation_length, decoded
 from moe_jax.data.plain_files import parse_json
+from moe_jax.errors import InputError
 
 # Bytes of a file up to which text is one document, if it is not compressed.
 WHOLE_BYTES = 2**24
@@ -156,7 +157,7 @@ def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
   if line_rest.endswith(b'\n') or len(line_rest) <= most:
     return offset - 1 + len(line_rest)
   if not text:
-    raise ValueError(_too_long(f'{span.path}, the line at byte {offset}'))
+    raise InputError(_too_long(f'{span.path}, the line at byte {offset}'))
   return offset + continuation_length(line_rest[1:])
 
 
@@ -202,7 +203,7 @@ def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
   """The texts of lines of JSON; empty lines are passed over."""
   while line := source.take('readline', MOST_LINE_BYTES + 1):
     if len(line) > MOST_LINE_BYTES:
-      raise ValueError(_too_long(f'{source.path}, line {source.line()}'))
+      raise InputError(_too_long(f'{source.path}, line {source.line()}'))
     if line.strip():
       yield _json_text(line, source, field)
     source.lines += 1
@@ -213,7 +214,7 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
     # The number of the line is counted only for a message.
     value = parse_json(decoded(line, '', source.line), '')
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
-      raise ValueError(_no_text(value, field))
+      raise InputError(_no_text(value, field))
     value[field].encode()
   except UnicodeEncodeError as error:
     reason = f': {field!r} has a half of a character: {error}'
@@ -221,7 +222,7 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
     reason = str(error)
   else:
     return value[field]
-  raise ValueError(f'{source.path}, line {source.line()}{reason}')
+  raise InputError(f'{source.path}, line {source.line()}{reason}')
 
 
 def _no_text(value: Any, field: str) -> str:

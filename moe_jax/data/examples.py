@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.data.packing import Rows
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 # Number of rows that may still take an example. With 8, docstrings fill a fifth
@@ -105,7 +106,7 @@ def packed(
     ValueError: An example is larger than a row.
   """
   if (sizes > np.array([capacity])).any():
-    raise ValueError(
+    raise InputError(
       f'examples of sizes up to {sizes.max(0)} do not fit rows of {capacity}'
     )
   rows, open_rows = [], collections.deque(maxlen=_OPEN_ROWS)

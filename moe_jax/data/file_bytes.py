@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 
 from moe_jax.data import file_formats
+from moe_jax.errors import InputError
 
 
 class PartBytes:
@@ -47,7 +48,7 @@ class PartBytes:
     try:
       block = getattr(self._stream, method)(most) if most else b''
     except file_formats.DAMAGED as error:
-      raise ValueError(
+      raise InputError(
         f'{self.path} is damaged after line {self.line() - 1}: {error}'
       ) from None
     self.read += len(block)
@@ -83,4 +84,4 @@ def decoded(
   except UnicodeDecodeError as error:
     number = line() + raw.count(b'\n', 0, error.start)
     where = f' in line {number}' if path else ''
-    raise ValueError(f'{path} is not UTF-8{where}: {error}') from None
+    raise InputError(f'{path} is not UTF-8{where}: {error}') from None

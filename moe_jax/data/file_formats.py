@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from moe_jax.data.plain_files import first_line
+from moe_jax.errors import InputError
 
 PARQUET = '.parquet'
 _BLOCK = 2**20
@@ -98,11 +99,11 @@ def parquet_texts(
           raise _NoTextError
         yield text, count / total
   except _NoTextError:
-    raise ValueError(
+    raise InputError(
       f'{path}, row {skipped + count} has no text in column {column!r}'
     ) from None
   except (OSError, ValueError) as error:
-    raise ValueError(
+    raise InputError(
       f'{path} is damaged after row {skipped + count}: {first_line(error)}'
     ) from None
 
@@ -113,12 +114,12 @@ class _NoTextError(Exception):
 
 def _check_column(schema, path: pathlib.Path, column: str) -> None:
   if column not in schema.names:
-    raise ValueError(
+    raise InputError(
       f'{path} has no column {column!r}; it has {sorted(schema.names)}'
     )
   kind = str(schema.field(column).type)
   if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
-    raise ValueError(f'column {column!r} of {path} holds {kind}, no texts')
+    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
 
 
 def _parquet(path: pathlib.Path):
@@ -128,14 +129,14 @@ def _parquet(path: pathlib.Path):
     return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
   except (OSError, ValueError) as error:
     reason = first_line(error)
-    raise ValueError(f'{path} is no parquet file: {reason}') from None
+    raise InputError(f'{path} is no parquet file: {reason}') from None
 
 
 def _library(name: str, file_kind: str) -> types.ModuleType:
   try:
     return importlib.import_module(name)
   except ImportError:
-    raise ValueError(
+    raise InputError(
       f'{file_kind} are read by pyarrow, which is not installed: pip install '
       "'moe_jax[data]', or pip install pyarrow"
     ) from None

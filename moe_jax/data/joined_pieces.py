@@ -17,6 +17,7 @@ from moe_jax.data.piece_workers import Work, piece_facts
 from moe_jax.data.sources.contract import SPLITS
 from moe_jax.data.stream_writers import dtype_of
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 
 _BLOCK = 2**20  # starts of documents that are in memory at once
 
@@ -43,7 +44,7 @@ def join(
         fact = piece_facts(work, number, digests=False)
         if fact is None:
           shutil.rmtree(work.path(number))
-          raise ValueError(
+          raise InputError(
             f'{work.path(number)} was damaged and is removed; the same command '
             'makes it anew'
           )

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.shapes import Bool, Int
 
 
@@ -244,7 +245,7 @@ def _write(batch, b, begin, segment, *, tokens, **arrays) -> int:
   """Writes a segment into row `b` from `begin` on; returns where it ends."""
   end = begin + len(tokens)
   if end > batch['tokens'].shape[1]:
-    raise ValueError(
+    raise InputError(
       f'a segment of {len(tokens)} tokens does not fit from {begin} on in a '
       f'row of {batch["tokens"].shape[1]}'
     )

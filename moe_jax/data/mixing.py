@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.data.layouts import Layout
 from moe_jax.data.packing import Rows
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 
@@ -28,7 +29,7 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   """
   weight_array = np.array([*weights.values()], np.float64)
   if not len(weight_array) or weight_array.min() < 0 or not weight_array.sum():
-    raise ValueError(
+    raise InputError(
       f'weights={dict(weights)} must each be at least 0, and '
       'one of them above 0'
     )
@@ -41,7 +42,7 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   empty = [name for name in weights if weights[name] and not by_name[name]]
   if empty:
     share = weights[empty[0]] / weight_array.sum()
-    raise ValueError(
+    raise InputError(
       f'period={period} has no row of {len(empty)} sources with a weight, such '
       f'as {empty[0]!r} with a share of {share:.2g}; take a longer period'
     )
@@ -152,7 +153,7 @@ class MixedRows(Rows):
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
     """Takes the rows of each source by name, all of one task and shape."""
     if not parts or len(parts) != len(schedule.counts):
-      raise ValueError(f'{len(parts)} sources of {len(schedule.counts)} counts')
+      raise InputError(f'{len(parts)} sources of {len(schedule.counts)} counts')
     self._parts, self._schedule = dict(parts), schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
 

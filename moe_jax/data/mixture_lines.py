@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.options import (
   Kinds,
   OptionError,
@@ -60,7 +61,7 @@ def spelled_out(
     try:
       name, source, weight = read_entry(entry, kinds)
       if name in sources:
-        raise ValueError(f'there is a source {name!r} already')
+        raise InputError(f'there is a source {name!r} already')
     except ValueError as error:
       raise OptionError([f'lines: entry {entry!r}: {error}']) from None
     sources[name] = source
@@ -100,25 +101,25 @@ def read_entry(
   """
   match = _ENTRY.fullmatch(entry)
   if match is None:
-    raise ValueError(f'it is not of the form {_FORM}')
+    raise InputError(f'it is not of the form {_FORM}')
   cls = kinds.get(match['kind'])
   source = {KIND: match['kind']}
   for number, option in enumerate(split(match['options'] or '', ',')):
     pair = _PAIR.fullmatch(option)
     if pair is None and number:
-      raise ValueError(f'option {option!r} has no name; {_FORM}')
+      raise InputError(f'option {option!r} has no name; {_FORM}')
     name, value = pair.groups() if pair else (_unnamed_option(cls), option)
     if name not in fields_of(cls):
       raise unknown(f'option of {match["kind"]}', name, fields_of(cls))
     source[name] = _value(value, types_of(cls)[name])
   missing = [name for name in _required(cls) if name not in source]
   if missing and cls in kinds.builtin.values():
-    raise ValueError(f'option {missing[0]!r} of {match["kind"]} is missing')
+    raise InputError(f'option {missing[0]!r} of {match["kind"]} is missing')
   weight = match['weight']
   try:
     return match['name'], source, None if weight is None else float(weight)
   except ValueError:
-    raise ValueError(f'weight {weight!r} is no number') from None
+    raise InputError(f'weight {weight!r} is no number') from None
 
 
 def split(text: str, separators: str) -> Iterator[str]:
@@ -156,7 +157,7 @@ def _unnamed_option(cls: type) -> str:
   """The option that needs no name: the first that must be given, or any."""
   name = next(iter([*_required(cls), *fields_of(cls)]), None)
   if name is None:
-    raise ValueError('the kind has no options')
+    raise InputError('the kind has no options')
   return name
 
 

@@ -25,6 +25,7 @@ from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import TokenizerOptions
+from moe_jax.errors import InputError
 from moe_jax.options import (
   NOT_EMPTY,
   Options,
@@ -258,7 +259,7 @@ def load(
     except NotPreparedError:
       raise
     except ValueError as error:
-      raise ValueError(f'mixture.sources.{name}: {error}') from error
+      raise InputError(f'mixture.sources.{name}: {error}') from error
     splits = {
       split: TaskRows(rows, number) for split, rows in part.splits.items()
     }
@@ -273,7 +274,7 @@ def load(
 def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
   first, *others = (part.tokenizer.identity for part in parts.values())
   if any(other != first for other in others):
-    raise ValueError(
+    raise InputError(
       f'the sources {[*parts]} of a mixture differ in their classes or tokens: '
       f'{sorted({first, *others})}'
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.data.layouts import Layout
 from moe_jax.data.shards import Shards
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 
@@ -118,9 +119,9 @@ class PackedRows(Rows):
         goes beyond the tokens.
     """
     if seq_len < 1:
-      raise ValueError(f'seq_len={seq_len} is not at least 1')
+      raise InputError(f'seq_len={seq_len} is not at least 1')
     if not len(starts) or starts[0] != 0 or starts[-1] >= len(tokens):
-      raise ValueError(
+      raise InputError(
         f'starts={starts} do not go from 0 to below {len(tokens)}, '
         'the number of tokens'
       )

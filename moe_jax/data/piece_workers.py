@@ -27,6 +27,7 @@ from moe_jax.data.sources.contract import SPLITS
 from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.stream_writers import Digest, DocumentWriter
 from moe_jax.data.tokenizers import Tokenizer, load
+from moe_jax.errors import InputError
 
 FACTS = 'piece.json'
 # Threads of the tokenizers library would take cores from the other processes.
@@ -228,10 +229,10 @@ def _wait(workers, shared, report) -> None:
     report(bytes_read - reported)
     reported = bytes_read
     if not shared.failures.empty():
-      raise ValueError(shared.failures.get())
+      raise InputError(shared.failures.get())
     for worker in workers:
       if worker.exitcode:
-        raise ValueError(exit_message(worker.exitcode))
+        raise InputError(exit_message(worker.exitcode))
     if not running:
       return
     time.sleep(_POLL_SECONDS)

@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax.data import prefetch
 from moe_jax.data.mixing import joined
 from moe_jax.data.packing import Rows
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 Batch = dict[str, np.ndarray]
@@ -61,7 +62,7 @@ def batch_dataset(
   """
   share = _share(batch_size, share)
   if seed < 0:
-    raise ValueError(f'seed={seed} is negative')
+    raise InputError(f'seed={seed} is negative')
   streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
@@ -77,7 +78,7 @@ class _Stream:
   def __init__(self, rows: Rows, seed: int, name: str):
     if not 0 < len(rows) <= _MOST_ROWS:
       of_source = f' of source {name!r}' * bool(name)
-      raise ValueError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
+      raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
     # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
     # same orders, one epoch apart. The order of a source in a mixture depends
     # on its own name alone, not on the other sources.
@@ -117,9 +118,9 @@ def train_batches(
       then ends.
   """
   if start < 0:
-    raise ValueError(f'start={start} is negative')
+    raise InputError(f'start={start} is negative')
   if (first := offset + start * batch_size) < 0:
-    raise ValueError(f'batch {start} would begin with row {first}')
+    raise InputError(f'batch {start} would begin with row {first}')
   batches = batch_dataset(
     rows, batch_size=batch_size, seed=seed, share=share, offset=offset
   )
@@ -149,7 +150,7 @@ def eval_batches(
   """
   share = _share(batch_size, share)
   if num_batches < 0:
-    raise ValueError(f'num_batches={num_batches} is negative')
+    raise InputError(f'num_batches={num_batches} is negative')
   total = -(-len(rows) // batch_size)
   return (rows.take(i * batch_size + share) for i in spread(total, num_batches))
 
@@ -164,9 +165,9 @@ def _share(
   batch_size: int, share: Int[np.ndarray, ' R'] | None
 ) -> Int[np.ndarray, ' R']:
   if batch_size < 1:
-    raise ValueError(f'batch_size={batch_size} must be at least 1')
+    raise InputError(f'batch_size={batch_size} must be at least 1')
   if share is None:
     return np.arange(batch_size)
   if not len(share) or share.min() < 0 or share.max() >= batch_size:
-    raise ValueError(f'share={share} not in [0, batch_size={batch_size})')
+    raise InputError(f'share={share} not in [0, batch_size={batch_size})')
   return share

@@ -14,6 +14,8 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 # Larger than any config, index or tokenizer in use; JSON of this size takes
 # about ten times as much memory.
 MOST_BYTES = 2**28
@@ -49,7 +51,7 @@ def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
       anything else that is no plain file.
   """
   if not is_name(name):
-    raise ValueError(f'{name!r} is no name of a file in {folder}')
+    raise InputError(f'{name!r} is no name of a file in {folder}')
   path = folder / name
   try:
     mode = path.lstat().st_mode
@@ -60,7 +62,7 @@ def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     mode = path.stat().st_mode
   if not stat.S_ISREG(mode):
     kind = _KINDS.get(stat.S_IFMT(mode), 'something else')
-    raise ValueError(f'{path} is {kind}, not a plain file')
+    raise InputError(f'{path} is {kind}, not a plain file')
   return path
 
 
@@ -109,7 +111,7 @@ def read_text(path: pathlib.Path) -> str:
   try:
     return path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8: {error}') from None
+    raise InputError(f'{path} is not UTF-8: {error}') from None
 
 
 def parse_json(text: str, where: str | os.PathLike[str]) -> Any:
@@ -125,14 +127,14 @@ def parse_json(text: str, where: str | os.PathLike[str]) -> Any:
   """
 
   def refuse(name: str) -> NoReturn:
-    raise ValueError(f'it has the value {name}')
+    raise InputError(f'it has the value {name}')
 
   try:
     return json.loads(text, parse_constant=refuse)
   except RecursionError:
-    raise ValueError(f'{where} is no JSON: it is nested too deeply') from None
+    raise InputError(f'{where} is no JSON: it is nested too deeply') from None
   except ValueError as error:
-    raise ValueError(f'{where} is no JSON: {first_line(error)}') from None
+    raise InputError(f'{where} is no JSON: {first_line(error)}') from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return {}
   value = parse_json(read_text(path), path)
   if not isinstance(value, dict):
-    raise ValueError(f'{path} holds a {type(value).__name__}, not an object')
+    raise InputError(f'{path} holds a {type(value).__name__}, not an object')
   return value
 
 
@@ -158,7 +160,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       objects.
   """
   if not path.is_file():
-    raise ValueError(f'{path} is no npz file of arrays: it is no file')
+    raise InputError(f'{path} is no npz file of arrays: it is no file')
   name = ''
   try:
     with np.load(path, allow_pickle=False) as file:
@@ -176,7 +178,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
       reason = 'it holds a single array; numpy.savez writes several by name'
     else:
       reason = f'{part} is damaged: {type(error).__name__}: {first_line(error)}'
-    raise ValueError(f'{path} is no npz file of arrays: {reason}') from None
+    raise InputError(f'{path} is no npz file of arrays: {reason}') from None
 
 
 def first_line(error: BaseException) -> str:
@@ -187,7 +189,7 @@ def first_line(error: BaseException) -> str:
 def _check_size(path: pathlib.Path) -> None:
   size = path.stat().st_size
   if size > MOST_BYTES:
-    raise ValueError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
+    raise InputError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
 
 
 def _check_link(path: pathlib.Path) -> None:
@@ -197,10 +199,10 @@ def _check_link(path: pathlib.Path) -> None:
   in_hub &= repository.name.startswith('models--')
   target = pathlib.Path(os.path.realpath(path))
   if not in_hub or not target.is_relative_to(repository):
-    raise ValueError(
+    raise InputError(
       f'{path} is a link to {os.readlink(path)!r}, which is not followed: in '
       "the folder of a model only plain files and the links of the hub's cache "
       'are read; put the file itself there'
     )
   if not target.exists():
-    raise ValueError(f'{path} is a link to {os.readlink(path)!r}, now gone')
+    raise InputError(f'{path} is a link to {os.readlink(path)!r}, now gone')

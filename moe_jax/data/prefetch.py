@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from moe_jax.errors import ReportedError
+
 T = TypeVar('T')
 # Seconds between checks whether the thread, while it is waited for, is alive.
 _LOOK_SECONDS = 1.0
 
 
-class DataError(RuntimeError):
+class DataError(ReportedError, RuntimeError):
   """A batch could not be made; the text names the batch and the reason."""
 
 

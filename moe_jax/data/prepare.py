@@ -38,6 +38,7 @@ from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.tasks.contract import TokenTask
 from moe_jax.data.tokens_folder import FolderReport, Share, make
+from moe_jax.errors import InputError
 
 
 def prepare(
@@ -59,7 +60,7 @@ def prepare(
   """
   task = options.task
   if not isinstance(task, TokenTask):
-    raise ValueError(
+    raise InputError(
       f'data.task {type(task).__name__} reads no tokens: there is nothing to '
       'prepare'
     )
@@ -76,7 +77,7 @@ def prepare(
         reports[name] = make(corpus, tokenizer, options.selection, own_share)
     except ValueError as error:
       where = f'mixture.sources.{name}: ' * bool(name)
-      raise ValueError(f'{where}{error}') from error
+      raise InputError(f'{where}{error}') from error
   return reports
 
 
@@ -173,7 +174,7 @@ def parse(
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
   if options.host >= options.num_hosts:
-    raise ValueError(
+    raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
   config, ignored = config_flag.options_of(options.config, overrides)

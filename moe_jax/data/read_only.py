@@ -7,10 +7,12 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
+from moe_jax.errors import InputError
+
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
-class NotPreparedError(ValueError):
+class NotPreparedError(InputError):
   """Data is not in the cache yet, where nothing may be written now."""
 
 

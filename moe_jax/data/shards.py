@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 # Maps that a process holds open, each with a file descriptor.
@@ -30,7 +31,7 @@ class Shards:
   ):
     """Takes the files, in order, and the number of tokens in each."""
     if not paths or len(paths) != len(counts) or min(counts) < 1:
-      raise ValueError(f'{len(paths)} files of {list(counts)} tokens')
+      raise InputError(f'{len(paths)} files of {list(counts)} tokens')
     self.dtype = np.dtype(dtype)
     self._paths = list(paths)
     self._ends = np.cumsum(counts)
@@ -88,7 +89,7 @@ class Shards:
     path = self._paths[number]
     size = self.dtype.itemsize * count
     if not path.is_file() or path.stat().st_size != size:
-      raise ValueError(
+      raise InputError(
         f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
         'and it is made anew'
       )

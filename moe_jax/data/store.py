@@ -23,6 +23,7 @@ from moe_jax.data.stream_writers import (
   utf8,
 )
 from moe_jax.data.tokenizers.contract import Tokenizer
+from moe_jax.errors import InputError
 
 
 def write_tokens(
@@ -53,7 +54,7 @@ def write_tokens(
 def check_tokens(split: str, counts: Mapping[str, int]) -> None:
   """Raises ValueError where a split of documents has less than two tokens."""
   if counts['tokens'] < 2:
-    raise ValueError(
+    raise InputError(
       f'split {split!r} has {counts["tokens"]} tokens in '
       f'{counts["documents"]} documents; training needs at least 2'
     )
@@ -78,7 +79,7 @@ def write_pairs(
     digest.split(name)
     counts = _write_pairs(folder / name, pairs, tokenizer, digest)
     if not counts['pairs']:
-      raise ValueError(
+      raise InputError(
         f'split {name!r} has no pair of which both sides have a token'
       )
     about['splits'][name] = counts
@@ -190,7 +191,7 @@ def _read_stream(path, dtype, tokens, texts) -> Stream:
 def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
   size = np.dtype(dtype).itemsize * count
   if not path.is_file() or path.stat().st_size != size:
-    raise ValueError(
+    raise InputError(
       f'{path} is missing or not of its {size} bytes; delete {path.parent}, '
       'and it is made anew'
     )

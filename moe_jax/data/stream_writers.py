@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 from moe_jax.data.tokenizers.contract import Tokenizer
+from moe_jax.errors import InputError
 
 _STARTS = 2**16  # starts of texts that are held before they are written
 
@@ -70,7 +71,7 @@ class StreamWriter:
     if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
       self._vocab_size
     ):
-      raise ValueError(
+      raise InputError(
         f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
         f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
       )
@@ -133,8 +134,8 @@ def utf8(text: str) -> bytes:
     ValueError: It is no text, or has a half of a character.
   """
   if not isinstance(text, str):
-    raise ValueError(f'the source gave {text!r:.80}, which is no text')
+    raise InputError(f'the source gave {text!r:.80}, which is no text')
   try:
     return text.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(f'the source gave {text!r:.80}: {error}') from None
+    raise InputError(f'the source gave {text!r:.80}: {error}') from None

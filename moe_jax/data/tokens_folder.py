@@ -37,6 +37,7 @@ from moe_jax.data.tokenizers import (
   TokenizerOptions,
   load,
 )
+from moe_jax.errors import InputError
 
 
 class Share(NamedTuple):
@@ -87,7 +88,7 @@ def tokens_folder(
   """
   report = make(corpus, tokenizer, selection, Share())
   if report.missing:
-    raise ValueError(
+    raise InputError(
       f'{report.folder} could not be made: another process has removed the '
       f'pieces {list(report.missing)}; start again'
     )

@@ -6,6 +6,7 @@ which grows with the square of the group size; use it to check the others.
 
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.soft_rule import AnyRouting
 from moe_jax.shape_checks import checked
@@ -36,7 +37,7 @@ def combine(
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   if rows.shape[1] != G * C:
-    raise ValueError(
+    raise InputError(
       f'rows has shape {rows.shape}; the routing has {(E, G * C)} of them'
     )
   rows = rows.reshape(E, G, C, -1)

@@ -6,6 +6,7 @@ the rows is a gather, and the way back a sum into tokens (`token_sums.py`).
 """
 
 from moe_jax.dispatch import permute, token_sums
+from moe_jax.errors import InputError
 from moe_jax.routing.rows import Rows
 from moe_jax.shapes import Array, Float
 
@@ -27,7 +28,7 @@ def give_back(
     ValueError: The values are of another number of rows.
   """
   if values.shape[:-1] != rows.token.shape:
-    raise ValueError(
+    raise InputError(
       f'rows has shape {values.shape}; the routing has {rows.token.shape} of '
       'them'
     )

@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax import data
 from moe_jax.data import Question
 from moe_jax.data.layouts import Layout
+from moe_jax.errors import InputError
 from moe_jax.evaluation.choice import log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
 from moe_jax.evaluation.prompts import Asker, AskingEvaluation, EncodedQuestion
@@ -50,7 +51,7 @@ class SourceLosses(BatchesEvaluation):
     """
     datasets = setting.dataset.parts
     if not datasets:
-      raise ValueError(
+      raise InputError(
         "kind 'source_losses' needs a mixture, data.mixture.sources; of a "
         "single source, kind 'loss' measures the loss"
       )
@@ -99,7 +100,7 @@ class SourceScores(AskingEvaluation):
     """
     task = setting.data.task
     if task.reads != 'pairs':
-      raise ValueError(
+      raise InputError(
         f"kind 'source_scores' needs a task on pairs, and "
         f'{type(task).__name__} reads {task.reads}'
       )
@@ -110,7 +111,7 @@ class SourceScores(AskingEvaluation):
         for name, source_questions in questions.items()
       }
     if not any(questions.values()):
-      raise ValueError('no source has a validation question that is asked')
+      raise InputError('no source has a validation question that is asked')
     asker = self.asker(setting)
     choices = _choices(questions, asker)
     prompts = _prompts(questions, asker, self.num_tokens)
@@ -130,7 +131,7 @@ class SourceScores(AskingEvaluation):
       all_questions = source.questions(options.selection)
       metrics = {'choice' if q.choices else q.metric for q in all_questions}
       if len(metrics) > 1:
-        raise ValueError(
+        raise InputError(
           f'the questions of source {name!r} are judged by {sorted(metrics)}; '
           'make one source for each of these'
         )

@@ -21,6 +21,7 @@ from moe_jax.data import ChoiceSourceOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
+from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import accuracy
 from moe_jax.models import Model
@@ -93,7 +94,7 @@ class ChoiceEvaluation(AskingEvaluation):
         items; or an item has characters that the tokenizer lacks.
     """
     if setting.model.task_sequences:
-      raise ValueError(
+      raise InputError(
         f"evals.{setting.name} of kind 'choice': the model routes by task, and "
         "its questions are of none of the data's tasks"
       )
@@ -113,7 +114,7 @@ class ChoiceEvaluation(AskingEvaluation):
     source = self.source.items(selection)
     judged_items = source.items('validation')
     if not len(judged_items):
-      raise ValueError(f'{source.name} has no items')
+      raise InputError(f'{source.name} has no items')
     item_indices = data.spread(len(judged_items), self.num_items)
     items = [judged_items[i] for i in item_indices]
     N, K = len(items), self.num_shots
@@ -125,7 +126,7 @@ class ChoiceEvaluation(AskingEvaluation):
     pool = source.items('train')
     P = len(pool)
     if P < K:
-      raise ValueError(f'num_shots={K} of {P} train items of {source.name}')
+      raise InputError(f'num_shots={K} of {P} train items of {source.name}')
     # N K indices spread over the pool, so that a question's examples differ.
     indices = [[(k * N + i) * P // (N * K) for k in range(K)] for i in range(N)]
     return items, [[pool[index] for index in row] for row in indices]

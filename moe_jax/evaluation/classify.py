@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.evaluation.scores import accuracy
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
@@ -32,7 +33,7 @@ class ClassifyEvaluation(BatchesEvaluation):
       ValueError: The model's outputs are tokens and not classes.
     """
     if not setting.model.reads_features:
-      raise ValueError(
+      raise InputError(
         f'{type(setting.model).__name__} predicts tokens and no classes of '
         "examples; use kind 'loss' or 'choice'"
       )

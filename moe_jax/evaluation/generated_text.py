@@ -15,6 +15,7 @@ from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.distributed import is_first
+from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
@@ -118,7 +119,7 @@ class GenerateEvaluation(EvaluationOptions):
     """
     task = setting.data.task
     if not task.generates:
-      raise ValueError(
+      raise InputError(
         "kind 'generate' needs a task with inputs and targets that are text, "
         f'which {type(task).__name__} does not have'
       )
@@ -185,7 +186,7 @@ def generator(
   arguments |= trained_run.special_ids(model, tokenizer)
   forced = arguments.get('forced_ids', ())
   if num_tokens <= len(forced):
-    raise ValueError(
+    raise InputError(
       f'num_tokens={num_tokens} leaves none to choose after {len(forced)} that '
       'the tokenizer forces'
     )

@@ -15,6 +15,7 @@ from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, Example, Layout
 from moe_jax.data.tasks.seq2seq import cut_inputs
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.options import anything, option
 from moe_jax.shapes import Int
@@ -125,7 +126,7 @@ class Asker:
       eos_id: Any = self.tokenizer.eos_id
       targets = np.append(self.tokenizer.encode(answer), eos_id)
     if not len(inputs) or not len(targets):
-      raise ValueError(f'no tokens in prompt {prompt!r} or answer {answer!r}')
+      raise InputError(f'no tokens in prompt {prompt!r} or answer {answer!r}')
     return Example(inputs.astype(np.int32), targets.astype(np.int32))
 
   def _encode(self, text: str) -> Int[np.ndarray, ' N']:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 Texts = Sequence[str]
@@ -93,7 +94,7 @@ def _sacrebleu_score(kind: str, **options: Any) -> Score:
   try:
     metric = getattr(sacrebleu_metrics, kind)(**options)
   except Exception as error:  # a package or a download that is missing
-    raise ValueError(f'sacrebleu, {kind} with {options}: {error}') from error
+    raise InputError(f'sacrebleu, {kind} with {options}: {error}') from error
   return Score(
     lambda outputs, targets: metric.corpus_score(outputs, [targets]).score,
     lambda: str(metric.get_signature()),

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from moe_jax import command_line, config_file, sections
 from moe_jax.data import DataOptions
+from moe_jax.errors import InputError
 from moe_jax.finetuning import adapters, choose_experts
 from moe_jax.options import above
 
@@ -80,7 +81,7 @@ def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
     data_options = sections.read(DataOptions, section, 'data.')
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
-    raise ValueError(f'{output} is there already; give a new file')
+    raise InputError(f'{output} is there already; give a new file')
   experts = choose_experts.choose(
     options.workdir,
     share=options.share,

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax import sections
 from moe_jax.data import plain_files
+from moe_jax.errors import InputError
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
@@ -77,7 +78,7 @@ def save(
   """
   run = _load(workdir, step, allow)
   if not run.adapters.kernels or not run.step:
-    raise ValueError(
+    raise InputError(
       f'{workdir} holds no trained adapter: lora.rank='
       f'{run.adapters.options.rank}, step {run.step}'
     )
@@ -126,19 +127,19 @@ def read(
   path = pathlib.Path(folder).expanduser()
   about = plain_files.read_json(path / ABOUT)
   if not about:
-    raise ValueError(f'{path} holds no adapter: it has no {ABOUT}')
+    raise InputError(f'{path} holds no adapter: it has no {ABOUT}')
   try:
     version, base = about['format'], about['base']
     options = sections.read(LoraOptions, about['lora'], 'lora.')
     if version != _FORMAT:
-      raise ValueError(f'format {version!r} is not {_FORMAT}')
+      raise InputError(f'format {version!r} is not {_FORMAT}')
     factors = load_file(path / WEIGHTS)
   except (
     ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError
   ) as error:  # fmt: skip
-    raise ValueError(f'{path} holds no adapter: {error!r}') from None
+    raise InputError(f'{path} holds no adapter: {error!r}') from None
   if base != (params_digest := digest(params)):
-    raise ValueError(
+    raise InputError(
       f'{path} is an adapter of the base with sha256 {base!s:.12}; these '
       f'parameters have {params_digest:.12}'
     )
@@ -151,7 +152,7 @@ def read(
   if {name: x.shape for name, x in factors.items()} != shapes or not all(
     x.dtype == np.float32 and np.isfinite(x).all() for x in factors.values()
   ):
-    raise ValueError(
+    raise InputError(
       f'{path / WEIGHTS} does not hold finite float32 factors of lora.rank='
       f'{options.rank}, lora.parts={options.parts!r} for this model'
     )
@@ -189,7 +190,7 @@ def merge(
   """
   run, base = _load(workdir, step, allow), pathlib.Path(workdir).expanduser()
   if run.step and run.adapters.kernels:
-    raise ValueError(
+    raise InputError(
       f'{workdir} has an adapter itself, which every reader of the run '
       'merges; give the folder of its base, or step 0 of an imported one that '
       'still has it'
@@ -217,7 +218,7 @@ def _load(workdir, step, allow) -> _LoadedRun:
 
 def _check_stateless(model: Model) -> None:
   if model.keeps_router_state:
-    raise ValueError(
+    raise InputError(
       'the routers of this model keep state, which training moves and an '
       'adapter does not hold; keep the folder of the run'
     )
@@ -226,5 +227,5 @@ def _check_stateless(model: Model) -> None:
 def _new_folder(output: str | os.PathLike[str]) -> pathlib.Path:
   folder = pathlib.Path(output).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f'{folder} is there already; give a new or empty folder')
+    raise InputError(f'{folder} is there already; give a new or empty folder')
   return folder

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from moe_jax import data
 from moe_jax.distributed import fetch
+from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
 from moe_jax.layers.routers.contract import Router
 from moe_jax.models import Model
@@ -66,9 +67,9 @@ def shares(
     ValueError: The model has no sparse layer, or there are no batches.
   """
   if not model.sparse_layers:
-    raise ValueError('the model has no sparse layers, so no experts to choose')
+    raise InputError('the model has no sparse layers, so no experts to choose')
   if not equal_experts(model):
-    raise ValueError(
+    raise InputError(
       'the sparse layers have other numbers of experts than columns of their '
       'routers, or than each other, as merging and pruning leave them; experts '
       'are chosen in models with equally many'
@@ -79,7 +80,7 @@ def shares(
     use = np.stack(fetch(measure(variables, batch))).astype(np.float64)
     total = use if total is None else total + use
   if total is None or not total.sum(1).all():
-    raise ValueError('no batch, or none with a token that reaches an expert')
+    raise InputError('no batch, or none with a token that reaches an expert')
   return {
     layer: layer_use / layer_use.sum()
     for layer, layer_use in zip(model.sparse_layers, total, strict=True)
@@ -109,7 +110,7 @@ def chosen(
 
 def _check_share(share: float) -> None:
   if not 0 < share <= 1:
-    raise ValueError(f'share={share} not in (0, 1]')
+    raise InputError(f'share={share} not in (0, 1]')
 
 
 def choose(
@@ -143,12 +144,12 @@ def choose(
   restored = trained.restore_variables(workdir, model, run.sharding.rules)
   options = options or run.data
   for problem in run.task_problems(options):
-    raise ValueError(f'{workdir} does not fit the data: {problem}')
+    raise InputError(f'{workdir} does not fit the data: {problem}')
   dataset = data.load(options)
   # The same check as for a run that begins with another's parameters: a task
   # may add an EOS.
   for problem in run.token_problems(dataset.tokenizer):
-    raise ValueError(f'{workdir} does not fit the data: {problem}')
+    raise InputError(f'{workdir} does not fit the data: {problem}')
   stream = data.train_batches(
     dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
   )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe_jax import models
+from moe_jax.errors import InputError
 from moe_jax.finetuning.upcycling import (
   Copies,
   Path,
@@ -86,7 +87,7 @@ def plan(
   problems = [*sizes, *(_lengths(model, source) or problems)]
   if problems:
     lines = ['the models do not fit:', *dict.fromkeys(problems)]
-    raise ValueError('\n'.join(lines))
+    raise InputError('\n'.join(lines))
   return Plan(
     model=model,
     pieces=pieces,
@@ -173,20 +174,20 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
     if num_old and num_new and not are_equal:
       _check_columns(model, source)
     if copies.experts and not are_equal:
-      raise ValueError(
+      raise InputError(
         f'init_from.experts={copies.experts}: one of the models has layers '
         'with different numbers of experts, or with fewer experts than router '
         'columns'
       )
     if copies.experts:
-      raise ValueError(
+      raise InputError(
         f'init_from.experts={copies.experts} with {num_old} experts there and '
         f'{num_new} here; it is for two sparse models'
       )
     return ()
   experts = copies.experts or sources_of(num_new, num_old)
   if len(experts) != num_new or not all(0 <= e < num_old for e in experts):
-    raise ValueError(
+    raise InputError(
       f'init_from.experts={experts} are not {num_new} numbers in [0, {num_old})'
     )
   return experts
@@ -199,7 +200,7 @@ def _check_columns(model: Model, source: Model) -> None:
       continue
     old, new = old_stack.experts.retained, new_stack.experts.retained
     if old.rows != new.rows or old.counts != new.counts:
-      raise ValueError(
+      raise InputError(
         f'moe.retained is {old} there and {new} here: give both the same, '
         'as experts are copied by number where layers have lost some'
       )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.errors import InputError
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.retention import Directory
@@ -47,12 +48,12 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   opt_state = abstract.opt_state
   try:
     if run.options.lora.rank:
-      raise ValueError('the factors of adapters are new, and so is their state')
+      raise InputError('the factors of adapters are new, and so is their state')
     arrays = {'params': abstract.params, 'opt_state': opt_state}
     link_pairs = paired_links(manifest_lib.describe(arrays), saved)
     target = _target(opt_state, link_pairs, saved)
   except ValueError as error:
-    raise ValueError(
+    raise InputError(
       f'init_from.keep_optimizer=True: the state of the optimizer in the '
       f'checkpoint of step {step} of {folder} does not fit this run '
       f'{_settings(run, folder)}; set it to False for a new optimizer\n{error}'
@@ -100,7 +101,7 @@ def paired_links(
   """
   links, saved_links = _links(arrays), _links(saved)
   if Counter(links.values()) != Counter(saved_links.values()):
-    raise ValueError(
+    raise InputError(
       f'the links of its optimizer keep {_listed(saved_links)} there and '
       f'{_listed(links)} here (* is a parameter)'
     )
@@ -155,7 +156,7 @@ def _target(
   expected = manifest_lib.describe({'opt_state': tuple(target)})
   present = {path: saved[path] for path in expected if path in saved}
   if differences := manifest_lib.difference(present, expected, cast=True):
-    raise ValueError(differences)
+    raise InputError(differences)
   return tuple(target)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
@@ -151,7 +152,7 @@ def _read(
   folder = pathlib.Path(run.options.init_from.workdir).expanduser()
   source_run = trained.read(folder, allow)
   if code_trees.has_codes(source_run.model):
-    raise ValueError(
+    raise InputError(
       f'init_from.workdir={folder}: its kernels are in codes of few bits, '
       'which are not trained; begin with the run that they were made of'
     )
@@ -169,7 +170,7 @@ def _check_tokens(
     *source_run.task_problems(run.options.data),
   )
   for problem in problems:
-    raise ValueError(f'init_from.workdir={folder}: {problem}')
+    raise InputError(f'init_from.workdir={folder}: {problem}')
 
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
@@ -185,9 +186,9 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
         "\nThis model is as small as ':runlocal' behind a config's name makes "
         'it: leave that out, or train the other run with it, too'
       )
-    raise ValueError(message + _own_model(folder)) from None
+    raise InputError(message + _own_model(folder)) from None
   if options.keep_optimizer and not copy_plan.copies_all:
-    raise ValueError(
+    raise InputError(
       'init_from.keep_optimizer=True: the parameters are converted, '
       f'{copy_plan.describe()}, and the state of the optimizer cannot be'
     )

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import models
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role, axes_of, roles_of
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.flat_trees import Path
@@ -64,7 +65,7 @@ class Copies:
   def __post_init__(self):
     for name in ('router_std', 'expert_noise', 'router_noise'):
       if getattr(self, name) < 0:
-        raise ValueError(f'{name}={getattr(self, name)} is negative')
+        raise InputError(f'{name}={getattr(self, name)} is negative')
 
 
 class Piece(NamedTuple):

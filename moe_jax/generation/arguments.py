@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.shape_checks import is_whole
 
@@ -19,18 +20,18 @@ def check_whole(
 ) -> None:
   """Raises ValueError unless a value is an integer in [low, high]."""
   if not is_whole(value):
-    raise ValueError(f'{name}={value!r} must be an integer')
+    raise InputError(f'{name}={value!r} must be an integer')
   if value < low:
-    raise ValueError(f'{name}={value} must be at least {low}')
+    raise InputError(f'{name}={value} must be at least {low}')
   if value > high:
-    raise ValueError(f'{name}={value} must be at most {high}')
+    raise InputError(f'{name}={value} must be at most {high}')
 
 
 def check_number(name: str, value: float) -> None:
   """Raises ValueError unless a value is a finite number and no boolean."""
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not is_number or not math.isfinite(value):
-    raise ValueError(f'{name}={value!r} must be a finite number')
+    raise InputError(f'{name}={value!r} must be a finite number')
 
 
 def check_seed(seed: int) -> None:
@@ -41,7 +42,7 @@ def check_seed(seed: int) -> None:
 def check_model(model: Model) -> None:
   """Raises ValueError for anything but a model."""
   if not isinstance(model, Model):
-    raise ValueError(
+    raise InputError(
       f'model is a {type(model).__name__}; it must be a moe_jax.models.Model, '
       'as the options of a model build it'
     )
@@ -65,7 +66,7 @@ def check_variables(variables: dict) -> None:
   """Raises ValueError where there are no parameters under 'params'."""
   if 'params' not in getattr(variables, 'keys', list)():
     names = sorted(variables) if isinstance(variables, dict) else variables
-    raise ValueError(
+    raise InputError(
       f"variables have no 'params', the parameters of the model; have "
       f'{str(names)[:80]}'
     )
@@ -84,22 +85,22 @@ def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
     ValueError: The ids are not a list of integers in [0, count).
   """
   if isinstance(ids, str | bytes):
-    raise ValueError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
+    raise InputError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
   try:
     row = np.asarray(ids)
   except ValueError:  # lists of several lengths
     row = np.empty((0, 0))
   if row.ndim != 1:
-    raise ValueError(f'{name} has shape {row.shape}; it must be a list of ids')
+    raise InputError(f'{name} has shape {row.shape}; it must be a list of ids')
   if not row.size:
     return row.astype(np.int64)
   if row.dtype.kind not in 'iu':
-    raise ValueError(
+    raise InputError(
       f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; '
       f'{noun} ids are integers'
     )
   sizes = 'vocab_size' if noun == 'token' else 'num_tasks'
   bad_ids = row[(row < 0) | (row >= count)]
   if bad_ids.size:
-    raise ValueError(f'{name}: {noun} {bad_ids[0]} not in [0, {sizes}={count})')
+    raise InputError(f'{name}: {noun} {bad_ids[0]} not in [0, {sizes}={count})')
   return row.astype(np.int64)

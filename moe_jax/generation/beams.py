@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.distributed import fetch
+from moe_jax.errors import InputError
 from moe_jax.generation.arguments import (
   check_ends,
   check_number,
@@ -89,7 +90,7 @@ def beam_search(
   check_whole('num_return', num_return, 0)
   check_number('length_penalty', length_penalty)
   if not 1 <= num_return <= num_beams:
-    raise ValueError(
+    raise InputError(
       f'num_beams={num_beams} and num_return={num_return}: both are at least '
       '1, and no more are returned than are followed'
     )
@@ -238,7 +239,7 @@ def check_finite(finite: np.ndarray, number: np.ndarray | int) -> None:
     number: The number of the token, from 1.
   """
   if not finite:
-    raise ValueError(
+    raise InputError(
       f'logits of new token {number} are not finite, so no token can be chosen:'
       ' look for parameters that are not finite, or too large for their dtype'
     )

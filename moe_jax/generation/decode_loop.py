@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.distributed import fetch
+from moe_jax.errors import InputError
 from moe_jax.generation.arguments import (
   check_ends,
   check_number,
@@ -119,12 +120,12 @@ def generate(
   sampler = Sampler.make(temperature, top_k, top_p)
   if num_beams != 1:
     if temperature:
-      raise ValueError(
+      raise InputError(
         f'num_beams={num_beams} with temperature={temperature}: beams are not '
         'drawn; give one of the two'
       )
     if on_token is not None:
-      raise ValueError(
+      raise InputError(
         f'num_beams={num_beams} with on_token: no beam is settled before the '
         'end'
       )
@@ -136,7 +137,7 @@ def generate(
     )  # fmt: skip
     return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
   if length_penalty != 1.0:
-    raise ValueError(
+    raise InputError(
       f'length_penalty={length_penalty} with num_beams=1: a length penalty '
       'compares beams; give more than one'
     )

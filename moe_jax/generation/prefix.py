@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.generation.arguments import Ids, as_ids, check_whole, is_list
 from moe_jax.memory_room import check_room
 from moe_jax.models import Model
@@ -74,14 +75,14 @@ def make_prefix(
   if start_id is not None:
     check_whole('start_id', start_id, 0, V - 1)
   if num_tokens <= len(forced):
-    raise ValueError(
+    raise InputError(
       f'num_tokens={num_tokens} leaves none to choose after '
       f'{len(forced)} forced_ids'
     )
   steps = num_tokens - len(forced)
   if not model.has_encoder:
     if start_id is not None:
-      raise ValueError(
+      raise InputError(
         f'start_id={start_id} for a decoder-only model, which begins with its '
         'prompt'
       )
@@ -94,7 +95,7 @@ def make_prefix(
     _check_room(model, len(rows), length + steps, num_tokens)
     return Prefix(*_padded(rows, length, front=True), task_ids=tasks)
   if start_id is None:
-    raise ValueError('an encoder-decoder needs a start_id')
+    raise InputError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
   _check_length(model, 'output', num_tokens)
   check_change(model, [(0, num_tokens)])
@@ -115,11 +116,11 @@ def num_rows(prompt: Sequence[Ids] | Ids) -> int:
     ValueError: The prompt has no rows.
   """
   if not is_list(prompt):
-    raise ValueError(
+    raise InputError(
       f'prompt={prompt!r:.60} must be token ids; a tokenizer makes them of text'
     )
   if not len(prompt):
-    raise ValueError('prompt has no rows; give at least one')
+    raise InputError('prompt has no rows; give at least one')
   return len(prompt) if is_list(prompt[0]) else 1
 
 
@@ -131,7 +132,7 @@ def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
   for i, ids in enumerate(prompt):
     row = as_ids(f'prompt {i} of {len(prompt)}', ids, vocab_size)
     if not len(row):
-      raise ValueError(
+      raise InputError(
         f'prompt {i} of {len(prompt)} has shape (0,); each needs at least one '
         'token, in one dimension'
       )
@@ -145,18 +146,18 @@ def _tasks(
   """The task of each row, int32 [B]; None where the model needs none."""
   if not model.task_sequences:
     if task_ids is not None:
-      raise ValueError(
+      raise InputError(
         f'task_ids={task_ids!r:.60} for a model without a router by task'
       )
     return None
   if task_ids is None:
-    raise ValueError(
+    raise InputError(
       f'the model routes by {model.num_tasks} tasks; give task_ids, the task '
       'of each row'
     )
   tasks = as_ids('task_ids', task_ids, model.num_tasks, 'task')
   if len(tasks) != count:
-    raise ValueError(f'{len(tasks)} task_ids for {count} rows of the prompt')
+    raise InputError(f'{len(tasks)} task_ids for {count} rows of the prompt')
   return tasks.astype(np.int32)
 
 
@@ -173,7 +174,7 @@ def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:
 def _check_length(model: Model, noun: str, num_positions: int) -> None:
   longest = model.longest
   if longest is not None and num_positions > longest:
-    raise ValueError(
+    raise InputError(
       f'{noun} of {num_positions} positions (new tokens included) > '
       f'max_len={longest} of the learned positions'
     )

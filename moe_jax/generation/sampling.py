@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.generation.arguments import (
   check_number,
   check_seed,
@@ -81,15 +82,15 @@ class Sampler(flax.struct.PyTreeNode):
     """
     check_number('temperature', temperature)
     if temperature < 0:
-      raise ValueError(f'temperature={temperature} is negative')
+      raise InputError(f'temperature={temperature} is negative')
     check_whole('top_k', top_k)
     if top_k < 0:
-      raise ValueError(f'top_k={top_k} is negative; 0 keeps all tokens')
+      raise InputError(f'top_k={top_k} is negative; 0 keeps all tokens')
     check_number('top_p', top_p)
     if not 0 < top_p <= 1:
-      raise ValueError(f'top_p={top_p} not in (0, 1]')
+      raise InputError(f'top_p={top_p} not in (0, 1]')
     if not temperature and (top_k or top_p < 1):
-      raise ValueError(
+      raise InputError(
         f'top_k={top_k} and top_p={top_p} need a temperature above 0; greedy '
         'takes the likeliest token anyway'
       )
@@ -133,7 +134,7 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
   for row_seed in seeds:
     check_seed(row_seed)
   if len(seeds) != num_rows:
-    raise ValueError(f'{len(seeds)} seeds for {num_rows} prompts')
+    raise InputError(f'{len(seeds)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from moe_jax import models, sections
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.options import unknown
 from moe_jax.partitioning import ShardingOptions
@@ -187,7 +188,7 @@ def special_ids(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     ids['pad_id'] = tokenizer.pad_id
   if model.has_encoder:
     if tokenizer.start_id is None:
-      raise ValueError(
+      raise InputError(
         f'tokenizer {tokenizer.identity} has no id that starts a decoder'
       )
     ids['start_id'] = tokenizer.start_id
@@ -216,14 +217,14 @@ def task_ids(
   """
   if not model.task_sequences:
     if any(names):
-      raise ValueError(
+      raise InputError(
         f'{option}={max(names)!r} has no effect: no router of the model goes '
         'by task'
       )
     return None
   for name in names:
     if not name:
-      raise ValueError(
+      raise InputError(
         f'the model routes by task: give {option}, one of {list(data.tasks)}'
       )
     if name not in data.tasks:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop.config_keys import Keys, Values
 from moe_jax.interop.mapping import Names
 from moe_jax.interop.tensor_files import TensorFiles
@@ -150,7 +151,7 @@ def attention_and_moe(
   """
   attention = stack.attention.within(width)
   if not isinstance(attention, AttentionOptions):
-    raise ValueError('its attention is not that of heads of their own')
+    raise InputError('its attention is not that of heads of their own')
   return attention, stack.moe.within(stack.ffn, stack.dropout)
 
 

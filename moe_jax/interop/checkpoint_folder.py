@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.data.plain_files import plain, read_json
+from moe_jax.errors import InputError
 from moe_jax.interop import (
   config_keys,
   deepseek,
@@ -50,7 +51,7 @@ ARCHITECTURES = {
 }
 
 
-class UnsupportedError(ValueError):
+class UnsupportedError(InputError):
   """A config.json whose values our models cannot express.
 
   Attributes:
@@ -102,7 +103,7 @@ def open_checkpoint(folder: pathlib.Path, dtype: str = '') -> Checkpoint:
   """
   path = folder / 'config.json'
   if plain(folder, path.name) is None:
-    raise ValueError(f'{folder} has no config.json')
+    raise InputError(f'{folder} has no config.json')
   config = read_json(path)
   checkpoint = _read_checkpoint(config, path)
   dtype = dtype or param_dtype_for(_dtype(config, path))
@@ -144,7 +145,7 @@ def _read_checkpoint(
       architecture.skipped_tensors(values),
     )
   except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+    raise InputError(f'{path}: {error}') from error
 
 
 def by_model_type(model_type: Any, location: str = '') -> Architecture:
@@ -192,7 +193,7 @@ def _checked_architecture(
   architecture = architecture_of(config, f' in {path}')
   classes = config.get('architectures') or []
   if not isinstance(classes, list):
-    raise ValueError(f'{path}: architectures={classes!r} is no list of names')
+    raise InputError(f'{path}: architectures={classes!r} is no list of names')
   for name in classes:
     if name not in architecture.classes:
       raise unknown(f'architecture in {path}', name, architecture.classes)

@@ -10,6 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.option_checks import unknown_text
 
 _LARGEST = 3.4e38  # of float32
@@ -111,7 +112,7 @@ class Keys:
     names = [name for group in groups for name in group]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
-      raise ValueError(f'keys {duplicates} are sorted twice')
+      raise InputError(f'keys {duplicates} are sorted twice')
 
 
 class Values(types.SimpleNamespace):

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from moe_jax.errors import InputError
 from moe_jax.interop import rotary_keys
 from moe_jax.interop.architecture import (
   activation_problems,
@@ -203,9 +204,9 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
     ValueError: The model is no decoder with experts and rotary positions.
   """
   if not isinstance(o, DecoderOptions):
-    raise ValueError('it has an encoder, or no blocks')
+    raise InputError('it has an encoder, or no blocks')
   if not o.has_experts:
-    raise ValueError(f'it is dense; {architecture} has experts')
+    raise InputError(f'it is dense; {architecture} has experts')
   attention, moe = o.attention.within(o.width), moe_options(o)
   return dict(
     vocab_size=o.vocab_size,
@@ -243,7 +244,7 @@ def expert_of(o: DecoderOptions) -> FeedForwardExpert:
   """
   expert = moe_options(o).expert
   if not isinstance(expert, FeedForwardExpert):
-    raise ValueError(f'its experts are {type(expert).__name__}')
+    raise InputError(f'its experts are {type(expert).__name__}')
   return expert
 
 
@@ -255,7 +256,7 @@ def token_choice(o: DecoderOptions) -> TokenChoice:
   """
   router = moe_options(o).router
   if not isinstance(router, TokenChoice):
-    raise ValueError(f'its router is {type(router).__name__}')
+    raise InputError(f'its router is {type(router).__name__}')
   return router
 
 
@@ -289,7 +290,7 @@ def is_renormalized(router: RouterOptions) -> bool:
   flags = {'raw': False, 'renormalized': True}
   gates = getattr(router, 'gates', None)
   if gates not in flags:
-    raise ValueError(
+    raise InputError(
       f'its router is {type(router).__name__} with gates {gates!r}, not one of '
       f'{sorted(flags)}'
     )

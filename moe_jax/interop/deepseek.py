@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import decoder_keys, deepseek_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import COUNT, OPTIONAL_SIZE, SIZE, Values
@@ -123,7 +124,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   first, L = o.sparse.index(True), o.num_layers
   steps = (n for n in range(1, L + 1) if _sparse(L, first, n) == o.sparse)
   if (step := next(steps, None)) is None:
-    raise ValueError(
+    raise InputError(
       f'its sparse layers {moe.layers!r} are not those that one number divides'
     )
   by_sequence = router.sequence_balance_weight

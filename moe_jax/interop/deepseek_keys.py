@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import decoder_keys, rotary_keys
 from moe_jax.interop.config_keys import (
   AMOUNT,
@@ -188,7 +189,7 @@ def describe(o: DecoderOptions, architecture: str) -> dict[str, Any]:
   """
   decided = decoder_keys.describe(o, architecture)
   if not isinstance(o.attention, LatentOptions):
-    raise ValueError(f'its attention is not latent; that of {architecture} is')
+    raise InputError(f'its attention is not latent; that of {architecture} is')
   attention, moe = o.attention, decoder_keys.moe_options(o)
   router = decoder_keys.token_choice(o)
   first = o.sparse.index(True)
@@ -220,7 +221,7 @@ def num_shared(o: DecoderOptions) -> int:
   shared = decoder_keys.moe_options(o).shared_expert.hidden
   hidden = decoder_keys.expert_of(o).hidden
   if shared % hidden:
-    raise ValueError(
+    raise InputError(
       f"its shared expert is {shared} wide, no multiple of an expert's {hidden}"
     )
   return shared // hidden

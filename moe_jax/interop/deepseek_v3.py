@@ -17,6 +17,7 @@ which training moves by the published rate unless the run's config has another.
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import decoder_keys, deepseek_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import COUNT, Values
@@ -103,7 +104,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   flags = {gates: flag for flag, gates in _GATES.items()}
   gates = decoder_keys.token_choice(o).gates
   if gates not in flags:
-    raise ValueError(f'its gates are {gates!r}, not one of {sorted(flags)}')
+    raise InputError(f'its gates are {gates!r}, not one of {sorted(flags)}')
   return decided | dict(
     norm_topk_prob=flags[gates],
     rope_interleave=isinstance(o.positions, Rotary) and o.positions.interleaved,

@@ -9,6 +9,7 @@ import jax
 from moe_jax import sections
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.interop import exported_tokenizer, hub
 from moe_jax.interop.checkpoint_folder import architecture_of
 from moe_jax.interop.saving import save
@@ -78,7 +79,7 @@ def export_run(
 def _imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files that came with an imported checkpoint, besides its config."""
   if folder.is_symlink():
-    raise ValueError(f'{folder} is a link, which is not followed')
+    raise InputError(f'{folder} is a link, which is not followed')
   if not folder.is_dir():
     return []
   paths = hub.small_files(folder)

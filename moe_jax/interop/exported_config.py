@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from moe_jax.errors import InputError
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.checkpoint_folder import (
   ARCHITECTURES,
@@ -68,14 +69,14 @@ def choose(
       except ValueError as error:
         count = getattr(error, 'num_differences', math.inf)
         errors.append((architecture.needs_code, count, error))
-  raise ValueError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
+  raise InputError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
 
 
 def _needs_code(architecture: Architecture) -> bool:
   return architecture.needs_code
 
 
-class _DiffersError(ValueError):
+class _DiffersError(InputError):
   """A model of an architecture that computes another function than ours.
 
   Attributes:
@@ -103,7 +104,7 @@ def describe(
   refusal = f'the model is no {architecture.model_type} model of transformers'
   counts = [m.num_experts for m in options.build().moes if m is not None]
   if len(set(counts)) > 1:
-    raise ValueError(
+    raise InputError(
       f'{refusal}: its sparse layers have {counts} experts, where transformers '
       'has one number for all; merge or prune with one number, --experts=N'
     )
@@ -113,12 +114,12 @@ def describe(
   except ValueError as error:
     obstacle, decided = error, _described_nearby(options, architecture)
     if decided is None:
-      raise ValueError(f'{refusal}: {error}') from error
+      raise InputError(f'{refusal}: {error}') from error
   config_json = _config_json(options, architecture, config, decided)
   theirs, problems = _read_back(config_json)
   if theirs is None:
     problem = obstacle or '; '.join(problems)
-    raise ValueError(f'{refusal}: {problem}')
+    raise InputError(f'{refusal}: {problem}')
   differences = _differences(options, theirs)
   if obstacle is not None and not differences:
     problems = [*problems, str(obstacle)]

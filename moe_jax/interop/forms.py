@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.interop.tensor_files import Index
 
 _GROUP = re.compile(r'\(([^)]*)\)|(\S+)')
@@ -45,7 +46,7 @@ class Form:
     our_letters = tuple((our_text or their_text).split())
     letters = [part for group in groups for part in group if '/' not in part]
     if sorted(letters) != sorted(our_letters):
-      raise ValueError(f'form {text!r}: the two sides differ in their letters')
+      raise InputError(f'form {text!r}: the two sides differ in their letters')
     return cls(tuple(groups), our_letters)
 
   def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

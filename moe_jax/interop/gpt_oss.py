@@ -15,6 +15,7 @@ Published files hold experts in MXFP4 (`mxfp4.py`); bfloat16 is exported.
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import decoder_keys, window_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
@@ -121,7 +122,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   activation = decoder_keys.expert_of(o).activation
   if activation != _ACTIVATION:
-    raise ValueError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
+    raise InputError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
   return shared | dict(
     hidden_act='silu',
     intermediate_size=decoder_keys.expert_of(o).hidden,

@@ -7,6 +7,7 @@ import re
 import huggingface_hub
 
 from moe_jax.data import plain_files
+from moe_jax.errors import InputError
 from moe_jax.interop.tensor_files import SAFETENSORS, TORCH
 
 # Files besides weights: configs, tokenizer, chat template.
@@ -35,7 +36,7 @@ def fetch(
     return folder
   name = str(source)
   if folder.exists() or not _REPOSITORY.fullmatch(name):
-    raise ValueError(f'{name} is no folder, and no id of a hub repository')
+    raise InputError(f'{name} is no folder, and no id of a hub repository')
   if not weights:
     return _download(name, revision, [])
   for file in (SAFETENSORS, TORCH):
@@ -64,7 +65,7 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
     )
   except Exception as error:  # of the client, of HTTP or of the network
     first_line = str(error).strip().split('\n', 1)[0]
-    raise ValueError(
+    raise InputError(
       f'{name} is no folder in {os.getcwd()}, and the hub does not give it: '
       f'{first_line}'
     ) from error

@@ -28,6 +28,7 @@ from moe_jax.data import (
   tokenizers,
 )
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.interop import hub, loading
 from moe_jax.interop.checkpoint_folder import Checkpoint
 from moe_jax.models import ModelOptions
@@ -206,7 +207,7 @@ def _check_vocabulary(
   num_tokens = getattr(tokenizer, 'num_tokens', tokenizer.vocab_size)
   if num_tokens > size:
     name = getattr(tokenizer, 'vocabulary_name', tokenizer.token_name)(size)
-    raise ValueError(
+    raise InputError(
       f'{checkpoint.folder}: the tokenizer has ids up to {num_tokens - 1} '
       f'({name!r} is the first of the last {num_tokens - size}), the model has '
       f'embeddings for vocab_size={size} only'

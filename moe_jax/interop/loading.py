@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from moe_jax import models, partitioning
+from moe_jax.errors import InputError
 from moe_jax.interop import hub
 from moe_jax.interop.checkpoint_folder import (
   Checkpoint,
@@ -160,7 +161,7 @@ def load_variables(
 
   variables = jax.tree_util.tree_map_with_path(load_one, shapes, shardings)
   if files.nonfinite and not allow_nonfinite:
-    raise ValueError(
+    raise InputError(
       problem_text(
         f'{checkpoint.folder} has weights that are not finite, with which no '
         'run can begin (interop.load reads them with allow_nonfinite=True)',
@@ -180,7 +181,7 @@ def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
     and (checkpoint.config.get(name) or 0) > num_values
   ]
   if problems:
-    raise ValueError(
+    raise InputError(
       f'{checkpoint.folder}: config.json has {", ".join(problems)}, more than '
       f'the {num_values} values of all tensors'
     )
@@ -192,7 +193,7 @@ def _check_count(
   """Refuses a much larger model, before its tensors are named one by one."""
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   if count > _MAX_RATIO * files.num_values:
-    raise ValueError(
+    raise InputError(
       f'{checkpoint.folder}: config.json describes a model of {count} '
       f'parameters, the tensors have {files.num_values} values'
     )
@@ -218,7 +219,7 @@ def _checked_leaves(
   our_leaves = leaves(names, model, shapes, list(files.specs))
   problems = check(our_leaves, files, copies(names, our_leaves), patterns)
   if problems:
-    raise ValueError(
+    raise InputError(
       problem_text(
         f'{checkpoint.folder} does not hold the {architecture.model_type} model'
         ' that its config.json describes',

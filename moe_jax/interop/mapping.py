@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.interop.forms import Form
 from moe_jax.interop.tensor_files import FLOATS, TensorFiles
 from moe_jax.models import Model
@@ -114,7 +115,7 @@ def leaves(
       )
     )
   if unknown_paths:
-    raise ValueError(f'variables {unknown_paths} have no name there')
+    raise InputError(f'variables {unknown_paths} have no name there')
   return our_leaves
 
 

@@ -13,6 +13,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.interop.tensor_files import (
   Index,
   TensorFiles,
@@ -50,7 +51,7 @@ class Mxfp4Files(TensorFiles):
       self.specs[name] = TensorSpec((E, count * _BLOCK, N), 'bfloat16')
       self._packed.add(name)
     if problems:
-      raise ValueError(problem_text(f'{folder} cannot be read', problems))
+      raise InputError(problem_text(f'{folder} cannot be read', problems))
 
   def _problem(self, name: str) -> str:
     """A text if a tensor cannot be decoded, else ''."""

@@ -21,6 +21,7 @@ Unlike the paper, and as transformers 5.24 computes it:
 
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
@@ -195,10 +196,10 @@ def _capacity_keys(capacity: Capacity) -> dict[str, Any]:
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   if not o.has_encoder:
-    raise ValueError('it has no encoder')
+    raise InputError('it has no encoder')
   encoder = o.encoder_half()
   if not o.has_experts and not encoder.has_experts:
-    raise ValueError('it is dense; NLLB-MoE has experts')
+    raise InputError('it is dense; NLLB-MoE has experts')
   router = o.moe.router
   gates, priority = (
     getattr(router, name, '') for name in ('gates', 'slot_priority')
@@ -227,7 +228,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
 def _stack_keys(name: str, stack: StackOptions, width: int) -> dict[str, Any]:
   step = period(stack.sparse, _LAST)
   if step is None:
-    raise ValueError(
+    raise InputError(
       f'sparse layers {stack.sparse} of the {name} are not those of any step'
     )
   attention, _ = attention_and_moe(stack, width)

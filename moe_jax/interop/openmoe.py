@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import architecture, decoder_keys, rotary_keys
 from moe_jax.interop.config_keys import (
   AMOUNT,
@@ -167,12 +168,12 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   moe, router = decoder_keys.moe_options(o), decoder_keys.token_choice(o)
   capacity = moe.capacity
   if not isinstance(capacity, EvenSlots):
-    raise ValueError(
+    raise InputError(
       f'its capacity is {type(capacity).__name__}, not {EvenSlots.__name__}'
     )
   interval = architecture.period(o.sparse, _LAST)
   if interval is None:
-    raise ValueError(
+    raise InputError(
       f'its sparse layers {moe.layers!r} are not the last ones of any interval'
     )
   K = decided.pop('num_experts_per_tok')

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop import decoder_keys, rotary_keys
 from moe_jax.interop.architecture import decoder
 from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
@@ -122,7 +123,7 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
   )
   attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
   if not isinstance(moe.router, SparseMixer):
-    raise ValueError(f'its router is {type(moe.router).__name__}')
+    raise InputError(f'its router is {type(moe.router).__name__}')
   return shared | dict(
     intermediate_size=decoder_keys.expert_of(o).hidden,
     num_local_experts=moe.num_experts,

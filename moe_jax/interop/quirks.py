@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
 from moe_jax.layers.rotary_scaling import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
@@ -76,7 +77,7 @@ def by_rank(routing: Routing) -> Routing:
   """
   G, S, K = routing.expert_index.shape
   if K != 2:
-    raise ValueError(f'serving by rank needs two choices a token, not {K}')
+    raise InputError(f'serving by rank needs two choices a token, not {K}')
   expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
   slot = jnp.arange(S, dtype=jnp.int32)[None, :, None]
   return dataclasses.replace(

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop.config_keys import (
   AMOUNT,
   LENGTH,
@@ -145,11 +146,11 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     ValueError: Queries and keys do not rotate.
   """
   if not isinstance(positions, Rotary):
-    raise ValueError(
+    raise InputError(
       f'its positions are {type(positions).__name__}, not rotary'
     )
   if positions.fraction != 1:
-    raise ValueError(
+    raise InputError(
       f'positions.fraction={positions.fraction}: there whole heads rotate'
     )
   scaling_name = SCALINGS.name_of(positions.scaling)
@@ -158,7 +159,7 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     scaling_name,
   )
   if rope_type not in _TYPES:
-    raise ValueError(f'rotary positions have scaling {scaling_name!r}')
+    raise InputError(f'rotary positions have scaling {scaling_name!r}')
   parameters: dict[str, Any] = {
     'rope_type': rope_type,
     'rope_theta': positions.theta,

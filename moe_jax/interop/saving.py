@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from moe_jax.errors import InputError
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.exported_config import choose
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
@@ -58,7 +59,7 @@ def save(
   """
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f'{folder} is there already; give a new or empty folder')
+    raise InputError(f'{folder} is there already; give a new or empty folder')
   params, state = variables['params'], variables.get(COLLECTION, {})
   if has_tied(tied_model := options.build()):
     options, params = untied(options, params)
@@ -66,7 +67,7 @@ def save(
   architecture, config_json = choose(options, config or {})
   model = options.build()
   if model.keeps_router_state and not state:
-    raise ValueError(
+    raise InputError(
       f'the routers keep a balancing bias, and the variables {[*variables]} '
       f'have no {COLLECTION!r}'
     )
@@ -131,7 +132,7 @@ def _tensors(
     num_blocks = parts[0].leaf.form.num_blocks
     if len(parts) != num_blocks:
       paths = [part.leaf.path for part in parts]
-      raise ValueError(
+      raise InputError(
         f'{name} is made of {num_blocks} parameters, not of {paths}'
       )
     dtype = np.result_type(*(part.array.dtype for part in parts))

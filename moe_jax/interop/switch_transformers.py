@@ -16,6 +16,7 @@ Jitter, dropout and weights of losses act only in training, there and here.
 
 from typing import Any
 
+from moe_jax.errors import InputError
 from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
@@ -165,14 +166,14 @@ def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   if not o.has_encoder:
-    raise ValueError('it has no encoder')
+    raise InputError('it has no encoder')
   encoder = o.encoder_half()
   if not o.has_experts and not encoder.has_experts:
-    raise ValueError('it is dense; Switch has experts')
+    raise InputError('it is dense; Switch has experts')
   sparse = dict(encoder=encoder.sparse, decoder=o.sparse)
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():
-    raise ValueError(f'sparse layers {sparse} are not those of any sparse step')
+    raise InputError(f'sparse layers {sparse} are not those of any sparse step')
   attention, moe = attention_and_moe(o, o.width)
   return dict(
     vocab_size=o.vocab_size,

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_jax.data.plain_files import is_name, plain, read_json
+from moe_jax.errors import InputError
 
 SAFETENSORS, TORCH = 'model.safetensors', 'pytorch_model.bin'
 _DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
@@ -89,7 +90,7 @@ class TensorFiles:
       if tensor not in self.specs and name not in unread
     ]
     if problems:
-      raise ValueError(problem_text(f'{folder} cannot be read', problems))
+      raise InputError(problem_text(f'{folder} cannot be read', problems))
 
   @functools.cached_property
   def num_values(self) -> int:
@@ -136,7 +137,7 @@ class TensorFiles:
       }
       path = plain(self.folder, file)
       if path is None:
-        raise ValueError('there is no such file')
+        raise InputError('there is no such file')
       reader_class = _SafeTensors if file.endswith('.safetensors') else _Torch
       self._readers[file] = reader_class(path)
     return self._readers[file]
@@ -152,7 +153,7 @@ class _SafeTensors:
       # Mapped pages would count as memory of this process until it ends.
       self._file = safe_open(path, framework='numpy', backend='pread')
     except SafetensorError as error:
-      raise ValueError(f'no safetensors file: {error}') from None
+      raise InputError(f'no safetensors file: {error}') from None
     self.specs = {}
     for name in self._file.keys():  # noqa: SIM118 (it is no mapping)
       part = self._file.get_slice(name)
@@ -174,7 +175,7 @@ class _Torch:
     try:
       import torch
     except ImportError:
-      raise ValueError(
+      raise InputError(
         'reading PyTorch files needs PyTorch: pip install torch'
       ) from None
     load: dict[str, Any] = dict(map_location='cpu', weights_only=True)
@@ -184,12 +185,12 @@ class _Torch:
       self._tensors = torch.load(path, mmap=not self.in_memory, **load)
     except Exception as error:  # of pickle, zip or PyTorch
       # The library's own text says how to unpickle it nevertheless.
-      raise ValueError(
+      raise InputError(
         'no file of PyTorch weights: it is damaged, or holds other objects than'
         f' tensors, which are never unpickled ({type(error).__name__})'
       ) from None
     if not isinstance(self._tensors, Mapping):
-      raise ValueError(f'it holds a {type(self._tensors).__name__}, no mapping')
+      raise InputError(f'it holds a {type(self._tensors).__name__}, no mapping')
     self._bfloat16, self._int16 = torch.bfloat16, torch.int16
     self.specs = {
       str(name): TensorSpec(tuple(value.shape), str(value.dtype)[6:])
@@ -231,7 +232,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
       index = _read_index(path, pathlib.PurePath(name).suffix)
       return sorted(set(index.values())), index
   file_names = sorted(p.name for p in folder.iterdir())[:_SHOWN]
-  raise ValueError(
+  raise InputError(
     f'{folder} has no weights: none of {SAFETENSORS}, {SAFETENSORS}.index.json,'
     f' {TORCH}, {TORCH}.index.json; it has {file_names}'
   )
@@ -240,12 +241,12 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
 def _read_index(path: pathlib.Path, ending: str) -> dict[str, str]:
   index = read_json(path).get('weight_map')
   if not isinstance(index, dict) or not index:
-    raise ValueError(f"{path} is damaged: it has no object 'weight_map'")
+    raise InputError(f"{path} is damaged: it has no object 'weight_map'")
   for name in index.values():
     # An index may be from a download, and must neither lead out of its folder
     # nor from safetensors to a pickle.
     if not is_name(name) or not name.endswith(ending):
-      raise ValueError(
+      raise InputError(
         f'{path} names {name!r:.80}, which is no file beside it with a name '
         f'that ends in {ending}'
       )

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moe_jax.data.plain_files import read_json, read_npz
+from moe_jax.errors import InputError
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import problem_text
 from moe_jax.models import Model
@@ -148,7 +149,7 @@ def _check_generation(folder, generation) -> None:
     if generation.get(name) not in neutral
   ]
   if problems:
-    raise ValueError(
+    raise InputError(
       problem_text(
         f"{folder}: 'greedy' of transformers depends on generation options "
         'that are not reproduced here',
@@ -162,7 +163,7 @@ def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
   names += ['decoder_input_ids'] if has_encoder else []
   missing = [name for name in names if name not in arrays]
   if missing:
-    raise ValueError(f'expected arrays {missing} are missing; need {names}')
+    raise InputError(f'expected arrays {missing} are missing; need {names}')
   decoder_ids = arrays['decoder_input_ids' if has_encoder else 'input_ids']
   shapes = {
     'attention_mask': arrays['input_ids'].shape,
@@ -175,7 +176,7 @@ def _check_arrays(arrays, has_encoder: bool, vocab_size: int) -> None:
     if name in arrays and arrays[name].shape != shape
   ]
   if shape_errors:
-    raise ValueError(problem_text('expected arrays do not fit', shape_errors))
+    raise InputError(problem_text('expected arrays do not fit', shape_errors))
   if arrays['greedy'].ndim == 1:
     arrays['greedy'] = arrays['greedy'][None]
 
@@ -230,7 +231,7 @@ def _prompt(greedy, arrays) -> np.ndarray:
   prompt = arrays['input_ids'][0][arrays['attention_mask'][0].astype(bool)]
   first_ids = greedy[0, : len(prompt)]
   if not np.array_equal(first_ids, prompt):
-    raise ValueError(
+    raise InputError(
       "'greedy' does not begin with the first row's prompt: "
       f'{first_ids} is not {prompt}'
     )
@@ -243,7 +244,7 @@ def _start(greedy, generation) -> np.ndarray:
   start_id = generation.get('decoder_start_token_id')
   start_id = generation.get('bos_token_id') if start_id is None else start_id
   if not (first_ids == start_id).all():
-    raise ValueError(
+    raise InputError(
       f"'greedy' does not begin with the decoder's start id {start_id}: "
       f'{first_ids[:, 0]}'
     )

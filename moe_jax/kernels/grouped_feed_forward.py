@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.errors import InputError
 from moe_jax.kernels import backends, blocks_ffn
 from moe_jax.kernels.grouped_products import PRODUCT, check_shapes
 from moe_jax.shapes import Array, Float, Int32
@@ -46,7 +47,7 @@ def grouped_ffn(
     check_shapes(x, w, group_sizes)
   E, M, F = w_ins[0].shape
   if w_out.shape != (E, F, M) or any(w.shape != (E, M, F) for w in w_ins):
-    raise ValueError(
+    raise InputError(
       f'first kernels {[w.shape for w in w_ins]} and last {w_out.shape} must '
       'be [E, M, F] and [E, F, M]'
     )

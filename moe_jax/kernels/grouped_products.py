@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.errors import InputError
 from moe_jax.kernels import backends
 from moe_jax.shapes import Array, Float, Int32
 
@@ -53,19 +54,19 @@ def check_shapes(x, w, group_sizes) -> None:
   """Raises ValueError where rows, kernels and groups do not fit."""
   ranks = np.ndim(x), np.ndim(w), np.ndim(group_sizes)
   if ranks != (2, 3, 1):
-    raise ValueError(
+    raise InputError(
       f'rows {np.shape(x)}, kernels {np.shape(w)} and group sizes '
       f'{np.shape(group_sizes)} must be [N, M], [E, M, F] and [E]'
     )
   if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-    raise ValueError(f'group sizes of {group_sizes.dtype} must be integers')
+    raise InputError(f'group sizes of {group_sizes.dtype} must be integers')
   if x.shape[-1] != w.shape[1]:
-    raise ValueError(
+    raise InputError(
       f'rows of width {x.shape[-1]} by kernels {w.shape}: the width must be '
       f'M={w.shape[1]}'
     )
   if group_sizes.shape[0] != w.shape[0]:
-    raise ValueError(
+    raise InputError(
       f'{group_sizes.shape[0]} group sizes for {w.shape[0]} experts'
     )
 

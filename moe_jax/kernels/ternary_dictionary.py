@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 NUM_CODES = 1 << 16
 MOST_PAIRS = 14
 MOST_WEIGHTS = 2 * MOST_PAIRS
@@ -82,7 +84,7 @@ def classes(p0: float = P0) -> tuple[SequenceClass, ...]:
       dictionary lacks the pair of two zeros.
   """
   if not 0 < p0 < 1:
-    raise ValueError(f'p0={p0} must be above 0 and below 1')
+    raise InputError(f'p0={p0} must be above 0 and below 1')
   zero, other = math.log(p0), math.log((1 - p0) / 2)
   ordered = sorted(
     # Rounded, so that equal probabilities are equal in floating point too.
@@ -98,7 +100,7 @@ def classes(p0: float = P0) -> tuple[SequenceClass, ...]:
     first += num_sequences(weights, nonzeros)
   complete = {c[1:] for c in chosen if first <= NUM_CODES or c != chosen[-1]}
   if not {(2, 0), (2, 1), (2, 2)} <= complete:
-    raise ValueError(
+    raise InputError(
       f'p0={p0} is too small: the dictionary lacks a pair of weights'
     )
   return tuple(chosen)

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.kernels import ternary, ternary_tpu
 from moe_jax.kernels.backends import AUTO
 from moe_jax.kernels.ternary import Codes
@@ -49,7 +50,7 @@ def ternary_matmul(
   if backend != AUTO and backend not in BACKENDS:
     raise unknown('ternary_matmul backend', backend, [AUTO, *BACKENDS])
   if codes.offsets.shape != (low.shape[0] + 1,):
-    raise ValueError(
+    raise InputError(
       f'offsets {list(codes.offsets.shape)} must be [R + 1], where low and '
       f'high have R={low.shape[0]}'
     )

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax.errors import InputError
 from moe_jax.kernels.ternary import Codes
 from moe_jax.kernels.ternary_dictionary import WORD_WEIGHTS, unrank
 from moe_jax.shapes import Array, Float, Int32
@@ -51,7 +52,7 @@ def matmul(
   """The product of `ternary_product.ternary_matmul`."""
   (N, M), R = x.shape, low.shape[0]
   if not takes(M):
-    raise ValueError(
+    raise InputError(
       f'rows of width {M} must be a multiple of {_LANES} and at most '
       f'{_MOST_WIDTH} for the kernel'
     )

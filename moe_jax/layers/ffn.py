@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.activations import ACTIVATIONS, Activation, activation
@@ -253,7 +254,7 @@ class FeedForward(nn.Module):
       self.options, self.shared, self.dropout, self.role, self.shared.kernels
     )
     if self.depth > 1 and layer.activation.gated:
-      raise ValueError(
+      raise InputError(
         f'depth={self.depth} with activation={self.options.activation!r}: '
         'several hidden layers need an activation without gate'
       )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
+from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.options import Options, at_least, one_of, option
@@ -125,7 +126,7 @@ def check_given(given: GivenChoices | None, sparse: Sequence[bool]) -> None:
     return
   shape, L = given.expert.shape, sum(sparse)
   if len(shape) != 4 or shape[2] != L:
-    raise ValueError(
+    raise InputError(
       f'given.expert has shape {shape}, and [B, T, L, K] is needed for the '
       f'L={L} sparse layers'
     )

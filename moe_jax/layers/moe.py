@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.experts.shared_expert import SHARED_EXPERT, SharedExpert
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import AT_RANDOM, forced_choices
@@ -103,7 +104,7 @@ class MoE(nn.Module):
     kind = self.options.force_balance
     if given is not None:
       if kind:
-        raise ValueError(
+        raise InputError(
           f'force_balance={kind!r}, and the batch gives choices, too'
         )
       return jax.tree.map(lambda x: in_groups(x, mask.shape[1]), given)
@@ -127,12 +128,12 @@ class MoE(nn.Module):
 def _check_options(options: Any) -> None:
   """Raises ValueError unless options are those of a layer with experts."""
   if not isinstance(options, MoeOptions):
-    raise ValueError(
+    raise InputError(
       f'options is a {type(options).__name__}, not MoeOptions, which hold the '
       'router, the experts and the dispatch: MoE(MoeOptions(router=...))'
     )
   if not options.num_experts:
-    raise ValueError(
+    raise InputError(
       'num_experts=0 is the dense twin, a FeedForward of `options.twin()`; '
       'a mixture has at least 1'
     )
@@ -141,7 +142,7 @@ def _check_options(options: Any) -> None:
 def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
   """Raises ValueError for several rows in a group of a router that mixes."""
   if options.router.mixes and group_size > length:
-    raise ValueError(
+    raise InputError(
       f'group_size={options.group_size}: the {group_size} tokens of a group '
       f'are several rows of {length}, and router.kind='
       f'{ROUTERS.name_of(options.router)!r} would mix them; use 0 or a divisor '
@@ -178,7 +179,7 @@ def to_groups(
   B, T, M = x.shape
   S = B * T if group_size == -1 else group_size or T
   if T % S and S % T:
-    raise ValueError(
+    raise InputError(
       f'group_size={S} is neither a divisor nor a multiple of seq_len={T}'
     )
   padding = -(B * T) % S

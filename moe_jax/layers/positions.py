@@ -12,6 +12,7 @@ from typing import ClassVar, cast
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.layers import rotary
 from moe_jax.layers.relative_positions import RelativePositionBias
 from moe_jax.layers.rotary_scaling import SCALINGS, RotaryScaling
@@ -214,7 +215,7 @@ class Learned(Positions):
     """See `Positions.add`; raises ValueError if a row exceeds the table."""
     # A decoding step is short; its cache is as long as the positions go.
     if positions.shape[1] > self.max_len:
-      raise ValueError(
+      raise InputError(
         f'seq_len={positions.shape[1]} > max_len={self.max_len} of the learned '
         'positions'
       )

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 
+from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import MASKED, Sizes, TiedColumns
 from moe_jax.options import Options, option
@@ -168,7 +169,7 @@ def _rows(text: str) -> dict[int, tuple[int, ...]]:
   }
   for layer, row in rows.items():
     if max(row, default=MASKED) == MASKED:
-      raise ValueError(f'layer {layer} has no column that leads to an expert')
+      raise InputError(f'layer {layer} has no column that leads to an expert')
   return rows
 
 
@@ -178,15 +179,15 @@ def _entries(text: str, separator: str, form: str) -> list[tuple[int, str]]:
   for entry in text.split(separator) if text.strip() else ():
     layer, colon, value = entry.partition(':')
     if not colon:
-      raise ValueError(f'{entry.strip()!r} is no entry of {form}')
+      raise InputError(f'{entry.strip()!r} is no entry of {form}')
     entries.append((_number(layer), value.strip()))
   layers = [layer for layer, _ in entries]
   if repeated := sorted({i for i in layers if layers.count(i) > 1}):
-    raise ValueError(f'layers {repeated} come twice')
+    raise InputError(f'layers {repeated} come twice')
   return sorted(entries)
 
 
 def _number(text: str) -> int:
   if not text.strip().isdigit():
-    raise ValueError(f'{text.strip()!r} is no number')
+    raise InputError(f'{text.strip()!r} is no number')
   return int(text)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace
@@ -132,7 +133,7 @@ class Model(nn.Module):
     """
     moe = self.moes[layer] if 0 <= layer < self.num_layers else None
     if moe is None:
-      raise ValueError(
+      raise InputError(
         f'layer {layer} has no experts; sparse layers are {self.sparse_layers}'
       )
     return moe
@@ -326,7 +327,7 @@ def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
 def check_generates(model: Model) -> None:
   """Raises ValueError where a model cannot generate token by token."""
   if not model.generates:
-    raise ValueError(
+    raise InputError(
       f'{type(model).__name__} does not generate: its outputs are classes of '
       'examples, no text; evaluate it by its loss'
     )
@@ -340,5 +341,5 @@ def check_decodes(moe: MoeOptions | None) -> None:
   """Raises ValueError where a layer cannot be run token by token."""
   while moe is not None:
     if reason := moe.router.decodes(moe.sizes):
-      raise ValueError(reason)
+      raise InputError(reason)
     moe = moe.inner

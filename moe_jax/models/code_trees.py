@@ -11,6 +11,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
+from moe_jax.errors import InputError
 from moe_jax.kernels import ternary_checks
 from moe_jax.kernels.ternary import Codes
 from moe_jax.layers.experts import (
@@ -65,7 +66,7 @@ def with_formats(
       is not stored in codes.
   """
   if not isinstance(options, TransformerOptions):
-    raise ValueError(
+    raise InputError(
       f'{type(options).__name__}: models of Transformer blocks alone have '
       'kernels in codes of few bits'
     )
@@ -91,7 +92,7 @@ def _expert_in_format(
   expert: ExpertOptions, format: KernelFormat
 ) -> FeedForwardExpert:
   if type(expert) not in (FeedForwardExpert, QuantizedExpert):
-    raise ValueError(
+    raise InputError(
       f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
       f'codes; have {[*EXPERTS.builtin]}'
     )
@@ -113,7 +114,7 @@ def has_codes(options: ModelOptions) -> bool:
 def check_plain(options: ModelOptions, name: object) -> None:
   """Raises ValueError where some kernels of the model `name` are in codes."""
   if has_codes(options):
-    raise ValueError(
+    raise InputError(
       f'{name} has kernels in codes of few bits, which this cannot read; give '
       'the run that they were made of'
     )
@@ -179,7 +180,7 @@ def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
     try:
       ternary_checks.check(codes, kernel.matrix[-2])
     except ValueError as error:
-      raise ValueError(f'{"/".join(path)}: {error}') from None
+      raise InputError(f'{"/".join(path)}: {error}') from None
 
 
 def decoded(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.projected import project_memory
@@ -88,7 +89,7 @@ class EncoderDecoder(Transformer):
         the tasks that it needs.
     """
     if (encoder_segment_ids is None) != (segment_ids is None):
-      raise ValueError(
+      raise InputError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
     encoder_context = make_context(
@@ -167,7 +168,7 @@ class EncoderDecoder(Transformer):
     shared = self.decoder_blocks.block.shared
     options = self.decoder_blocks.block.attention
     if not isinstance(options, AttentionOptions):
-      raise ValueError(
+      raise InputError(
         f'{type(options).__name__} has no attention to an encoder'
       )
     key_value_pairs = [

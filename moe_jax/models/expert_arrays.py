@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
@@ -80,7 +81,7 @@ def sparse_layers(
     ValueError: The model has no blocks, or no sparse layer.
   """
   if not model.stacks or not model.sparse_layers:
-    raise ValueError(
+    raise InputError(
       f'{type(model).__name__} has no sparse blocks: only experts of models of '
       'blocks are merged, pruned or copied'
     )
@@ -202,7 +203,7 @@ def _assembled(
   def row(number: int, path: Path, shape: tuple[int, ...]) -> Array:
     array = changes.get(number, {}).get(path, layers[number].get(path))
     if array is None or array.shape != shape:
-      raise ValueError(
+      raise InputError(
         f'{"/".join(path)} of layer {number} has shape '
         f'{getattr(array, "shape", None)}, not {shape}'
       )
@@ -264,7 +265,7 @@ def untied(
     tied = half.moe.retained.tied
     if tied is not None and tied.masks:
       masked = [first + i for i, row in tied.rows if min(row) < 0]
-      raise ValueError(
+      raise InputError(
         f'columns of the routers of layers {masked} are masked, and lead to no '
         "expert; pruning with --router=shrunk makes a router's columns fewer"
       )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.models.base import Model
 from moe_jax.models.model_options import ModelOptions
 from moe_jax.options import at_least, each, option
@@ -41,7 +42,7 @@ class FeatureModelOptions(ModelOptions):
     options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
     configured, shape = self.feature_shape, tuple(feature_shape)
     if configured and configured != shape:
-      raise ValueError(
+      raise InputError(
         f'model.feature_shape={configured} is not that of the data, {shape}'
       )
     return dataclasses.replace(options, feature_shape=shape)
@@ -55,7 +56,7 @@ class FeatureModelOptions(ModelOptions):
     """See `ModelOptions.check_filled`."""
     super().check_filled()
     if not self.feature_shape:
-      raise ValueError(
+      raise InputError(
         "model.feature_shape=(): () stands for the data's; set it, or load the "
         'data first'
       )

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import flat_trees
 from moe_jax.models.flat_trees import Path
@@ -247,7 +248,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
     if '/'.join(path) in names and roles[path].form == 'kernel'
   }
   if not kernels:
-    raise ValueError(f'lora.parts={options.parts!r} selects no kernel')
+    raise InputError(f'lora.parts={options.parts!r} selects no kernel')
   for path, kernel in kernels.items():
     sizes = kernel.factors(kernel.shape, options.rank)
     names_of_dims = kernel.factors(kernel.axes, None)
@@ -270,7 +271,7 @@ def _kernel(path: Path, shape: tuple[int, ...], axes: Names, role: Role):
   elif dims[-1] == 'embed':
     inputs = len(dims) - 1
   else:
-    raise ValueError(
+    raise InputError(
       f'lora.parts: {"/".join(path)} has dimensions {dims}; an adapter needs '
       "two, or 'embed' or 'latent' as the first, or 'embed' as the last"
     )

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
+from moe_jax.errors import InputError
 from moe_jax.layers.shared import RULES
 from moe_jax.models.base import Model
 from moe_jax.options import Options, at_least, option, required
@@ -80,7 +81,7 @@ class ModelOptions(Options):
     """
     del feature_shape, seq_len, num_tasks
     if 0 < self.vocab_size < vocab_size:
-      raise ValueError(
+      raise InputError(
         f'model.vocab_size={self.vocab_size} is smaller than the '
         f"tokenizer's {vocab_size}; choose the tokenizer that the model was "
         "trained with: data.tokenizer.kind='file' and its file.path"
@@ -151,7 +152,7 @@ class ModelOptions(Options):
   def check_filled(self) -> None:
     """Raises ValueError where a size that the data decides is still 0."""
     if not self.vocab_size:
-      raise ValueError(
+      raise InputError(
         f"model.vocab_size={self.vocab_size}: 0 stands for the tokenizer's; "
         'set it, or load the data first'
       )

@@ -7,6 +7,8 @@ layers, not L. Not here: the loops themselves (`stack.py`).
 from collections.abc import Collection, Hashable
 from typing import Any, NamedTuple
 
+from moe_jax.errors import InputError
+
 # The longest period that a loop's body may have; OpenMoE's is 6.
 MAX_PERIOD = 8
 
@@ -44,23 +46,23 @@ def _sparse_numbers(
 ) -> Collection[int]:
   """The numbers of the sparse layers, in a range or a set."""
   if L < 1:
-    raise ValueError(f'num_layers={L} must be at least 1')
+    raise InputError(f'num_layers={L} must be at least 1')
   word, _, number = layers.strip().partition(' ')
   if layers in ('all', 'none'):
     return range(L if layers == 'all' else 0)
   if word in ('every', 'last') and number.isdigit() and int(number) > 0:
     n = int(number)
     if n > L:
-      raise ValueError(f'{name}={layers!r} with num_layers={L}')
+      raise InputError(f'{name}={layers!r} with num_layers={L}')
     return range(n - 1, L, n) if word == 'every' else range(L - n, L)
   entries = [entry.strip() for entry in layers.split(',')]
   if not all(entry.isdigit() for entry in entries):
-    raise ValueError(
+    raise InputError(
       f"{name}={layers!r} is none of 'all', 'none', 'every N', 'last N', '1,3'"
     )
   indices = {int(entry) for entry in entries}
   if max(indices) >= L:
-    raise ValueError(f'{name}={layers!r} not in [0, num_layers={L})')
+    raise InputError(f'{name}={layers!r} not in [0, num_layers={L})')
   return indices
 
 

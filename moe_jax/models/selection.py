@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.options import Check, unknown
 from moe_jax.partitioning import path_name
@@ -47,7 +48,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
     if match is None or (
       match['sign'] == '+' if not start else not match['sign']
     ):
-      raise ValueError(
+      raise InputError(
         f"{text!r} is no sum of parts, such as 'experts + router' or "
         f"'all - embeddings'; have {list(NAMES)}, or 're:' and a regular "
         'expression of names'
@@ -109,13 +110,13 @@ def names_of(
     names = _names(term, by_name)
     if not names:
       have = sorted(n for n in NAMES if _names(n, by_name))
-      raise ValueError(
+      raise InputError(
         f'{option}={expression!r}: the model has no parameter of {term!r}; '
         f'have {have}'
       )
     chosen = chosen | names if added else chosen - names
   if not chosen:
-    raise ValueError(f'{option}={expression!r} selects no parameter')
+    raise InputError(f'{option}={expression!r} selects no parameter')
   return frozenset(chosen)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.models.base import Batch, Model, TokenLosses, counted
 from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.routing import GivenChoices
@@ -129,7 +130,7 @@ def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
   border = model.changes_at
   for i, (first, total) in enumerate(read):
     if border is not None and first <= border < total:
-      raise ValueError(
+      raise InputError(
         f'row {i} of {len(read)} reads {total} tokens, {first} of them at once,'
         f' and crosses original_len={border} of the rotary positions, beyond '
         'which the keys in its cache would turn otherwise; let it read at most '

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
+from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe_options import MoeOptions
@@ -302,7 +303,7 @@ class TextModelOptions(ModelOptions, LayerOptions):
     """See `ModelOptions.check_filled`."""
     super().check_filled()
     if self.positions.within(1) != self.positions:
-      raise ValueError(
+      raise InputError(
         "model.positions.learned.max_len=0 stands for the data's seq_len; set "
         'it, or load the data first'
       )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
 from moe_jax.layers.imposed import check_given
@@ -254,7 +255,7 @@ def router_ids(c: StackConfig, tokens: RoutedTokens) -> Array | None:
   if moe is None:
     return None
   if moe.router.needs_tasks and tokens.task_ids is None:
-    raise ValueError(
+    raise InputError(
       f'{type(moe.router).__name__} routes by task, and no task_ids are given: '
       "batches have them where the data is a mixture, generation's callers "
       'give them'

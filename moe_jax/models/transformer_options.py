@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
+from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.models.padding import Padding
 from moe_jax.models.stack import StackConfig
@@ -52,7 +53,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
     if not self.routes_by_task:
       return options
     if 0 < self.num_tasks < num_tasks:
-      raise ValueError(
+      raise InputError(
         f'model.num_tasks={self.num_tasks} is smaller than the {num_tasks} '
         'tasks of the data'
       )
@@ -63,7 +64,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
     """See `ModelOptions.check_filled`."""
     super().check_filled()
     if self.routes_by_task and not self.num_tasks:
-      raise ValueError(
+      raise InputError(
         'model.num_tasks=0 with a router by task: the data has no tasks, which '
         'are the sources of data.mixture; name them there'
       )

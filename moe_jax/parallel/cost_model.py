@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.parallel.topology import Topology
 from moe_jax.shapes import Float, Int
 
@@ -114,7 +115,7 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
     ValueError: The experts cannot be divided so.
   """
   if num_experts % num_devices:
-    raise ValueError(
+    raise InputError(
       f'num_experts={num_experts} is not divisible by the {num_devices} devices'
     )
   return np.arange(num_experts) // (num_experts // num_devices)
@@ -153,7 +154,7 @@ def latency(
   counts = np.asarray(counts)
   W = counts.shape[-1]
   if topology.num_devices != W:
-    raise ValueError(
+    raise InputError(
       f'counts of {W} devices; topology {topology.name!r} has '
       f'{topology.num_devices}'
     )

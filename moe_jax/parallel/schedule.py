@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.shapes import Array, Float, Int32, Leaf
 
@@ -56,7 +57,7 @@ class Ring:
 
   def __post_init__(self):
     if self.num_devices % self.group:
-      raise ValueError(
+      raise InputError(
         f'ring_group={self.group} does not divide the {self.num_devices} '
         f'devices that rows travel between, along {self.layout.exchanged}'
       )

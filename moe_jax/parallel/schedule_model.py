@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes, owners, received_rows
 from moe_jax.parallel.topology import Topology
 from moe_jax.shapes import Bool, Float, Int
@@ -130,12 +131,12 @@ def step(
   """
   E, W = counts.shape[1:]
   if topology.num_devices != W:
-    raise ValueError(
+    raise InputError(
       f'counts of {W} devices; topology {topology.name!r} has '
       f'{topology.num_devices}'
     )
   if num_groups < 1 or W % num_groups:
-    raise ValueError(
+    raise InputError(
       f'num_groups={num_groups} does not divide the {W} devices of topology '
       f'{topology.name!r}'
     )

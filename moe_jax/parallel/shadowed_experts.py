@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.options import Options, above, at_least, one_of, option
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.layout import Layout, own_blocks
@@ -88,7 +89,7 @@ class Shadowing(Options):
     if not self.experts or not layout.exchanged or sizes is None:
       return jnp.zeros(0, jnp.int32)
     if layout.expert_only:
-      raise ValueError(
+      raise InputError(
         f'shadowing.experts={self.experts} needs experts that are split over '
         f'axes of groups alone; they are split over {layout.experts}, groups '
         f'over {layout.groups}'

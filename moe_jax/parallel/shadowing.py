@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes, owners
 from moe_jax.shapes import Array, Float, Int
 
@@ -47,7 +48,7 @@ class Speeds:
   def __post_init__(self):
     for name, value in dataclasses.asdict(self).items():
       if not value > 0:
-        raise ValueError(f'{name}={value} a second must be above 0')
+        raise InputError(f'{name}={value} a second must be above 0')
 
   @classmethod
   def of_bytes(
@@ -137,7 +138,7 @@ def by_popularity(
   """
   E, W = counts.shape
   if not 0 <= most <= E:
-    raise ValueError(f'most={most} not in [0, num_experts={E}]')
+    raise InputError(f'most={most} not in [0, num_experts={E}]')
   totals = counts.sum(1)
   return owners(E, W), totals, xp.argsort(-totals, stable=True)[:most]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.layout import Layout, own_blocks
@@ -104,7 +105,7 @@ class SlotTrip:
     if isinstance(experts, StackedExperts):
       sizes = experts.sizes.that_travel(exchange.dtype)
     if self.shadowing.experts and sizes is None:
-      raise ValueError(
+      raise InputError(
         f'shadowing.experts={self.shadowing.experts} needs feed-forward '
         'experts, whose parameters are arrays; these are modules'
       )
@@ -187,7 +188,7 @@ class SlotTrip:
     if self.exchange.capacity_fraction == 1.0 or not self.layout.exchanged:
       return sent
     if not isinstance(sent, Routing):
-      raise ValueError(
+      raise InputError(
         f'exchange.capacity_fraction={self.exchange.capacity_fraction} would '
         'always drop tokens where experts choose, as these fill all their '
         'slots; use 1.0'

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.shapes import Float
 
 # A directed link between two places, a device's number or the name of a switch.
@@ -46,13 +47,13 @@ class Topology:
 
   def __post_init__(self):
     if not self.flops_per_second > 0:
-      raise ValueError(
+      raise InputError(
         f'topology {self.name!r}: flops_per_second={self.flops_per_second} '
         'must be above 0'
       )
     for link, speed in self.links.items():
       if not speed > 0:
-        raise ValueError(
+        raise InputError(
           f'topology {self.name!r}: link {link} has {speed} bytes per second, '
           'which must be above 0'
         )
@@ -68,12 +69,12 @@ class Topology:
     text = f'topology {self.name!r}: the path from device {source} to {target}'
     path = self.paths.get((source, target))
     if not path:
-      raise ValueError(f'{text} is missing')
+      raise InputError(f'{text} is missing')
     if unknown := [link for link in path if link not in self.links]:
-      raise ValueError(f'{text} has {unknown[0]}, which is no link')
+      raise InputError(f'{text} has {unknown[0]}, which is no link')
     places = [source, *(end for _, end in path)]
     if [begin for begin, _ in path] != places[:-1] or places[-1] != target:
-      raise ValueError(f'{text} does not lead there: {list(path)}')
+      raise InputError(f'{text} does not lead there: {list(path)}')
 
   def seconds(self, traffic: Mapping[Link, float]) -> float:
     """The time in which the slowest link carries its bytes."""
@@ -90,7 +91,7 @@ class Topology:
     """
     W = self.num_devices
     if np.shape(sent) != (W, W):
-      raise ValueError(
+      raise InputError(
         f'topology {self.name!r} has {W} devices; bytes of shape '
         f'{np.shape(sent)} are not [W, W]'
       )
@@ -271,6 +272,6 @@ def torus(
 
 def _check_sizes(name: str, sizes: Sequence[int]) -> None:
   if min(sizes, default=0) < 1:
-    raise ValueError(
+    raise InputError(
       f'topology {name!r}: sizes {tuple(sizes)} must be at least 1'
     )

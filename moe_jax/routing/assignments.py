@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.routing import rows
 from moe_jax.routing.size_checks import check_capacity
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
@@ -166,7 +167,7 @@ class Routing:
   def bounded(self) -> int:
     """The capacity; raises ValueError where there is none."""
     if self.capacity is None:
-      raise ValueError(
+      raise InputError(
         'capacity=None: slots need a capacity; use the capacity rule All()'
       )
     return self.capacity

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32
@@ -57,9 +58,9 @@ def limited_scores(
       raise unknown(name, value, allowed)
   E = scores.shape[-1]
   for problem in group_problems(E, num_groups, group_score):
-    raise ValueError(problem)
+    raise InputError(problem)
   if not 1 <= chosen_groups <= num_groups:
-    raise ValueError(
+    raise InputError(
       f'chosen_groups={chosen_groups} not in [1, num_groups={num_groups}]'
     )
   scores = jax.lax.stop_gradient(scores)

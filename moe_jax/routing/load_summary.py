@@ -7,6 +7,8 @@ reports.
 import numpy as np
 from jaxtyping import Num
 
+from moe_jax.errors import InputError
+
 
 def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
   """The evenness of the assignments per expert, in any common unit.
@@ -22,9 +24,9 @@ def load_summary(load: Num[np.ndarray, 'E']) -> dict[str, float | int]:
   """
   load = np.asarray(load, np.float64)
   if load.ndim != 1 or not load.size:
-    raise ValueError(f'load has shape {load.shape}; it must be [E], E >= 1')
+    raise InputError(f'load has shape {load.shape}; it must be [E], E >= 1')
   if not (np.isfinite(load) & (load >= 0)).all():
-    raise ValueError(f'load={load.tolist()} must be finite and >= 0')
+    raise InputError(f'load={load.tolist()} must be finite and >= 0')
   unused = int((load == 0).sum())
   if unused == load.size:
     cv = max_over_mean = float('nan')

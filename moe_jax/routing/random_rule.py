@@ -6,6 +6,7 @@ router should do better. Not here: where the key comes from.
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.routing.hash_rule import distinct
 from moe_jax.routing.size_checks import check_selected
 from moe_jax.shape_checks import checked
@@ -35,7 +36,7 @@ def random_choice(
   """
   check_selected(num_selected, num_experts)
   if num_groups < 1 or group_size < 1:
-    raise ValueError(
+    raise InputError(
       f'num_groups={num_groups} and group_size={group_size} must be at least 1'
     )
   shape = (num_groups, group_size, num_selected)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.routing.assignments import TokenChoices, TokenRouting
 from moe_jax.routing.rows import decided
 from moe_jax.shape_checks import checked
@@ -120,7 +121,7 @@ def of_whole_tokens(routing: AnyRouting) -> TokenRouting:
       all slots does.
   """
   if isinstance(routing, SoftRouting):
-    raise ValueError(
+    raise InputError(
       'a SoftRouting mixes all tokens of a group in every slot, and this '
       "dispatch moves whole tokens; use Einsum, the dispatch 'einsum'"
     )

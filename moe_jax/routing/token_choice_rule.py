@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.given_choice_rule import (
@@ -211,7 +212,7 @@ def _check(slot_priority: str, second_threshold: float, **sizes: Any) -> None:
   if values['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
     problems.append(f'second_threshold={second_threshold} not in (0, 1]')
   if problems:
-    raise ValueError('; '.join(problems))
+    raise InputError('; '.join(problems))
 
 
 def _sent(pair_gate, policy, threshold, key):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices, choose
 from moe_jax.shape_checks import checked
@@ -152,13 +153,13 @@ def leaving(
 
 def _check(E: int, K: int, Q: int, limit: int) -> None:
   if Q < 1 or E % Q:
-    raise ValueError(f'num_experts={E} is not divisible by num_nodes={Q}')
+    raise InputError(f'num_experts={E} is not divisible by num_nodes={Q}')
   if not 1 <= K <= E // Q:
-    raise ValueError(
+    raise InputError(
       f'num_selected={K} not in [1, {E // Q}], the {E} experts on {Q} nodes'
     )
   if limit < 0:
-    raise ValueError(f'limit={limit} is negative')
+    raise InputError(f'limit={limit} is negative')
 
 
 def _is_remote(index, node, per_node):

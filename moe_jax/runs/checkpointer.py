@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from moe_jax.errors import InputError
 from moe_jax.runs import array_files, finite
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.retention import CheckpointError, Directory
@@ -112,7 +113,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """
     manifest = manifest_lib.make(step, state, extra or {}, metrics or {})
     if metrics and self._needed_metric not in (None, *metrics):
-      raise ValueError(
+      raise InputError(
         f'no best_metric {self._needed_metric!r} in metrics; have '
         f'{sorted(metrics)}'
       )

@@ -10,6 +10,8 @@ import socket
 import time
 from typing import Any
 
+from moe_jax.errors import InputError
+
 TICK_SECONDS = 0.5
 # Seconds within which a process that ended is noticed, a message arrives, and a
 # process that was told to end has ended.
@@ -88,7 +90,7 @@ def reach(
           return line
         line.socket.close()  # another machine has that name or address
     time.sleep(TICK_SECONDS)
-  raise ValueError(
+  raise InputError(
     f'process 0 is reached at none of {hosts}, port {port}; ports between the '
     'machines must be open'
   )

@@ -17,6 +17,7 @@ from typing import Any, cast
 import jax
 from etils import epath
 
+from moe_jax.errors import InputError
 from moe_jax.runs.storage_errors import Retry
 
 NAME = 'manifest.json'
@@ -61,18 +62,18 @@ def make(
       JSON.
   """
   if step < 0:
-    raise ValueError(f'step={step} < 0')
+    raise InputError(f'step={step} < 0')
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
     if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
-      raise ValueError(
+      raise InputError(
         f'state leaf {name(path)!r} is {kind}; only a jax.Array is saved, and '
         'a key as its jax.random.key_data'
       )
   try:
     extra = json.loads(json.dumps(extra))
   except (TypeError, ValueError) as error:
-    raise ValueError(f'extra={extra!r:.200} is not JSON: {error}') from None
+    raise InputError(f'extra={extra!r:.200} is not JSON: {error}') from None
   return Manifest(
     step=step,
     tree=describe(state),
@@ -149,22 +150,22 @@ def _checked(manifest: Manifest) -> Manifest:
     ValueError: A value has another type, or a file is not in the folder.
   """
   if type(manifest.step) is not int or not 0 <= manifest.step < MOST_STEPS:
-    raise ValueError(f'step {manifest.step!r:.20}')
+    raise InputError(f'step {manifest.step!r:.20}')
   if not isinstance(manifest.extra, dict):
-    raise ValueError(f'extra {manifest.extra!r:.20}')
+    raise InputError(f'extra {manifest.extra!r:.20}')
   for path, kind in manifest.tree.items():
     if type(kind) is not str:
-      raise ValueError(f'array {path:.30}: {kind!r:.20}')
+      raise InputError(f'array {path:.30}: {kind!r:.20}')
   for key, value in manifest.metrics.items():
     if type(value) not in (int, float):
-      raise ValueError(f'metric {key:.30}: {value!r:.20}')
+      raise InputError(f'metric {key:.30}: {value!r:.20}')
     float(value)  # too large an integer is an OverflowError
   for path, (size, digest) in manifest.files.items():
     path_parts = pathlib.PurePosixPath(path).parts
     if not path_parts or '..' in path_parts or path[0] == '/' or '\0' in path:
-      raise ValueError(f'file {path!r:.40} is not in the folder')
+      raise InputError(f'file {path!r:.40} is not in the folder')
     if type(size) is not int or size < 0 or type(digest) is not str:
-      raise ValueError(f'file {path!r:.40}: {size!r:.20}, {digest!r:.20}')
+      raise InputError(f'file {path!r:.40}: {size!r:.20}, {digest!r:.20}')
   return manifest
 
 
@@ -241,7 +242,7 @@ def check_tree(
   if partial:
     saved = {path: saved[path] for path in saved if path in wanted}
   if differences := difference(saved, wanted, cast=cast):
-    raise ValueError(f'{folder} holds another state\n{differences}')
+    raise InputError(f'{folder} holds another state\n{differences}')
 
 
 def name(path: tuple[Any, ...]) -> str:

@@ -28,6 +28,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 FILE_NAME = 'metrics.jsonl'
 Row = dict[str, Any]  # metrics by name: numbers, or flat lists of numbers
 _NON_FINITE = {'NaN', 'Infinity', '-Infinity'}
@@ -60,7 +62,7 @@ class MetricsWriter:
       ValueError: `workdir` is a URL, where no file can be appended to.
     """
     if '://' in str(workdir):
-      raise ValueError(f'workdir={workdir!r} must be a local folder')
+      raise InputError(f'workdir={workdir!r} must be a local folder')
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
@@ -92,7 +94,7 @@ class MetricsWriter:
       ValueError: A value is neither, or is named 'step'.
     """
     if 'step' in values:
-      raise ValueError("'step' is the row's own key; values cannot set it")
+      raise InputError("'step' is the row's own key; values cannot set it")
     row = {key: _python_numbers(key, value) for key, value in values.items()}
     step = operator.index(step)
     encoded = {key: _encode(value) for key, value in row.items()}
@@ -145,7 +147,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if row is not None:
       rows.append({key: _decode(value) for key, value in row.items()})
     elif line.endswith(b'\n'):
-      raise ValueError(f'{path}: line {number} is not a row of metrics')
+      raise InputError(f'{path}: line {number} is not a row of metrics')
   return rows
 
 
@@ -257,7 +259,7 @@ def _python_numbers(key: str, value: Any) -> Any:
     array = np.asarray(None)
   # numpy's kind of bfloat16 is 'V'.
   if array.ndim > 1 or array.dtype.kind not in 'biufV' or array.dtype.names:
-    raise ValueError(
+    raise InputError(
       f'{key}={value!r} is neither a number nor a flat list of numbers'
     )
   return array.tolist()

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
+from moe_jax.errors import InputError
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
@@ -61,17 +62,17 @@ def check_free(folder: pathlib.Path) -> None:
   Entries that a killed command has left in it do not count.
   """
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f'{folder} is a file; it must be a folder')
+    raise InputError(f'{folder} is a file; it must be a folder')
   names = {path.name for path in folder.iterdir()} if folder.exists() else set()
   run = [n for n in (workdir_lib.CONFIG, workdir_lib.CHECKPOINTS) if n in names]
   if _UNFINISHED in names and workdir_lib.CONFIG not in names:
     names -= {_UNFINISHED, *_ENTRIES}
     run = []
   if run:
-    raise ValueError(f'{folder} holds a run already ({run[0]}); choose another')
+    raise InputError(f'{folder} holds a run already ({run[0]}); choose another')
   names = {name for name in names if not name.endswith('.lock')}
   if names:
-    raise ValueError(
+    raise InputError(
       f'{folder} is not empty, it has {min(names)!r}; give a new or empty one'
     )
 

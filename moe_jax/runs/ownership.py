@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
+from moe_jax.errors import InputError
 from moe_jax.runs.owner import BEAT, OWNER, Owner, beat, read
 from moe_jax.runs.storage_errors import describe, storage_path
 
@@ -35,7 +36,7 @@ _SETTLE_SECONDS = 1.0
 _TURN_SECONDS = 5.0
 
 
-class OwnedError(ValueError):
+class OwnedError(InputError):
   """Another job has the folder."""
 
 
@@ -231,7 +232,7 @@ def _refusal(folder: epath.Path, owner: Owner | None) -> OwnedError:
 
 def _unwritable(folder: epath.Path, error: Exception) -> ValueError:
   cause = getattr(error, 'strerror', None) or describe(error)
-  return ValueError(
+  return InputError(
     f'{os.fspath(folder)} cannot be made or written: {cause}; choose another '
     'folder, or make room there'
   )

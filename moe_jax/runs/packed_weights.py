@@ -15,6 +15,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from moe_jax.errors import InputError
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.checkpointer import CheckpointError, Restored
@@ -65,7 +66,7 @@ def read(
   """
   subdir = epath.Path(folder / FOLDER)
   if step:
-    raise ValueError(
+    raise InputError(
       f'{folder} has weights without checkpoints, of step 0 alone; step={step} '
       'does not exist'
     )

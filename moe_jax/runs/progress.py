@@ -14,6 +14,8 @@ from typing import IO, TextIO, cast
 
 from rich import console, progress, table
 
+from moe_jax.errors import InputError
+
 # Number of last updates whose speed predicts the time left: enough to even out
 # a pause for an evaluation, few enough to follow a machine that slows down.
 _WINDOW = 20
@@ -52,7 +54,7 @@ class Progress:
       ValueError: `start_step` is not in [0, total_steps].
     """
     if not 0 <= start_step <= total_steps:
-      raise ValueError(
+      raise InputError(
         f'start_step={start_step} not in [0, total_steps={total_steps}]'
       )
     self._total_steps = total_steps

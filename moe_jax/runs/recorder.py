@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_jax import data
 from moe_jax.distributed import is_first
+from moe_jax.errors import ReportedError
 from moe_jax.models import Model
 from moe_jax.runs import finite, nonfinite, summary
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
@@ -23,7 +24,7 @@ from moe_jax.runs.progress import Progress
 from moe_jax.training_types import Batch, LossSums, StepMetrics, add
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ReportedError, RuntimeError):
   """A step is not finite, and may not be skipped.
 
   Its loss, its gradient or the state after it has a value that is not finite.

@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from moe_jax.errors import InputError, ReportedError
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.manifest import MOST_STEPS, BadCheckpoint, Manifest
 from moe_jax.runs.storage_errors import Retry, storage_path
@@ -34,7 +35,7 @@ _LEFTOVER = re.compile(r'\d+\.(saving|deleting|orbax-checkpoint-tmp)')
 _TRIES = 20
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ReportedError, RuntimeError):
   """A checkpoint could not be written or read; the others are untouched."""
 
 
@@ -51,7 +52,7 @@ class Directory:
     best_is_highest: bool = False,
   ):
     if keep_newest < 1:
-      raise ValueError(f'keep_newest={keep_newest} < 1: nothing would be kept')
+      raise InputError(f'keep_newest={keep_newest} < 1: nothing would be kept')
     self.path = storage_path(path)
     self._keep_newest = keep_newest
     self._keep_best = keep_best
@@ -161,7 +162,7 @@ class Directory:
     """
     folders = self.folders()
     if step is not None and step not in folders:
-      raise ValueError(
+      raise InputError(
         f'no checkpoint {step} in {self.path}; have {self.steps()}'
       )
     good, refused = None, list(refused)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from moe_jax.errors import InputError
+
 _LOG = logging.getLogger(__name__)
 _LONGEST_CAUSE = 120
 # Errors of a network, a server or a busy device, which may pass. A full disk, a
@@ -111,7 +113,7 @@ def storage_path(path: str | os.PathLike[str]) -> epath.Path:
   try:
     expanded = epath.Path(path).expanduser()
   except KeyError as error:
-    raise ValueError(
+    raise InputError(
       f'{os.fspath(path)}: no file system has URLs that begin with {error}'
     ) from None
   # Resolving `gs://bucket` would give a local folder of that name.

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import partitioning, plugins, sections
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
@@ -122,14 +123,14 @@ def read(
         )
       elif name == CONFIG:
         reason += _where_runs_are(folder)
-      raise ValueError(f'{folder} holds no trained run: {reason}')
+      raise InputError(f'{folder} holds no trained run: {reason}')
   checkpoints = checkpoints_of(folder)
   try:
     has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
-    raise ValueError(f'{checkpoints}: {describe_error(error)}') from None
+    raise InputError(f'{checkpoints}: {describe_error(error)}') from None
   if not has_checkpoints and not packed_weights.are_in(folder):
-    raise ValueError(
+    raise InputError(
       f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
     )
   config = kept_config(folder)
@@ -141,7 +142,7 @@ def read(
     sharding = sections.read(ShardingOptions, stored['sharding'], 'sharding.')
     batch_size = _batch_size(config)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size, feature_shape = None, 0, ()
   if (folder / TOKENIZER).exists():
@@ -163,7 +164,7 @@ def _where_runs_are(folder: pathlib.Path) -> str:
 def _batch_size(config: dict[str, Any]) -> int:
   size = config.get('batch_size')
   if type(size) is not int or size < 1:
-    raise ValueError(f'batch_size={size!r:.60} is not a number of rows')
+    raise InputError(f'batch_size={size!r:.60} is not a number of rows')
   return size
 
 
@@ -225,7 +226,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   try:
     options = sections.read(CheckpointOptions, values, 'checkpoint.')
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   directory = Directory(
     checkpoints_of(folder),
     1,
@@ -235,7 +236,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   )
   step = directory.best_step()
   if step is None:
-    raise ValueError(
+    raise InputError(
       f'{folder} has no best checkpoint: none of the steps '
       f'{directory.steps()} has the number {options.best_name!r}'
     )
@@ -251,7 +252,7 @@ def checkpoint_digest(workdir: str | os.PathLike[str], step: int) -> str:
   checkpoints = checkpoints_of(folder_of(workdir))
   path = checkpoints / str(step) / manifest.NAME
   if not path.exists():
-    raise ValueError(f'{checkpoints} has no checkpoint of step {step}')
+    raise InputError(f'{checkpoints} has no checkpoint of step {step}')
   return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -266,7 +267,7 @@ def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
   try:
     options = sections.read(LoraOptions, values, 'lora.')
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{folder / CONFIG} cannot be read: {error}') from None
+    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   return adapt(options, describe(model))
 
 
@@ -327,7 +328,7 @@ def restore_unmerged(
       first=variables(adapters.base(abstract), routers),
     )
   if restored is None:
-    raise ValueError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
+    raise InputError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
   # A run may begin without the state of its routers.
   if routers and COLLECTION not in restored.state:
     routers = init_router_state(model)

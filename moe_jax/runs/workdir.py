@@ -13,6 +13,7 @@ from typing import Any, cast
 from etils import epath
 
 from moe_jax import plugins, sections
+from moe_jax.errors import InputError
 from moe_jax.runs.owner import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section, as_mapping
@@ -37,18 +38,18 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
   """
   name = os.fspath(workdir)
   if not name:
-    raise ValueError("--workdir='' is empty: give the folder of the run")
+    raise InputError("--workdir='' is empty: give the folder of the run")
   if '://' in name:
-    raise ValueError(
+    raise InputError(
       f'--workdir={name}: rows are appended to metrics, which buckets do not '
       'allow; give a folder, and the URL to checkpoint.directory'
     )
   try:
     folder = pathlib.Path(workdir).expanduser()
   except RuntimeError as error:  # no such user
-    raise ValueError(f'--workdir={name}: {error}') from None
+    raise InputError(f'--workdir={name}: {error}') from None
   if folder.exists() and not folder.is_dir():
-    raise ValueError(f'--workdir={folder} is a file; it must be a folder')
+    raise InputError(f'--workdir={folder} is a file; it must be a folder')
   return folder
 
 
@@ -77,7 +78,7 @@ def check(
   folder = folder_of(workdir)
   differences = changes(folder, config, defaults)
   if differences and not resume:
-    raise ValueError(
+    raise InputError(
       f'{folder} holds a run whose config differs:\n'
       + '\n'.join(f'  {line}' for line in differences)
       + '\nchoose another --workdir, or go on in it with --resume'
@@ -117,14 +118,14 @@ def _check_directory(
   directory = cast(Any, config)['checkpoint']['directory']
   old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
   if is_used and old != new:
-    raise ValueError(
+    raise InputError(
       f'{folder} has its checkpoints in {old}; checkpoint.directory='
       f'{directory!r} says otherwise, and cannot change'
     )
   if is_used or resume or not new.exists():
     return
   if any(not path.name.startswith(FILE_PREFIX) for path in new.iterdir()):
-    raise ValueError(
+    raise InputError(
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
       'not empty: it may be of another run; choose another, or go on from what '
       'is there with --resume'
@@ -206,16 +207,16 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
   section_values = {name: config.get(name, {}) for name in _SECTIONS}
   for name, values in section_values.items():
     if not isinstance(values, dict):
-      raise ValueError(
+      raise InputError(
         f'{path} is damaged: {name}={values!r:.60} is no section'
       )
   directory = section_values['checkpoint'].get('directory', '')
   if not isinstance(directory, str):
-    raise ValueError(
+    raise InputError(
       f'{path} is damaged: checkpoint.directory={directory!r:.60} is no text'
     )
   if isinstance(section_values['data'].get('source'), str):
-    raise ValueError(
+    raise InputError(
       f'{folder} is a run of an earlier version, whose options had other '
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '
       'or train again in another folder'
@@ -229,9 +230,9 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'{path} is damaged: {error}') from None
+    raise InputError(f'{path} is damaged: {error}') from None
   if not isinstance(values, dict):
-    raise ValueError(f'{path} is damaged: {values!r:.60} is no JSON object')
+    raise InputError(f'{path} is damaged: {values!r:.60} is no JSON object')
   return values
 
 

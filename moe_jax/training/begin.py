@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
+from moe_jax.errors import InputError
 from moe_jax.models import router_state
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
@@ -47,7 +48,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     CheckpointError: There are checkpoints and none is good.
   """
   if packed_weights.are_in(run.workdir):
-    raise ValueError(
+    raise InputError(
       f'{run.workdir} has weights without a checkpoint, which are served and '
       'not trained; begin another run with them, --config.init_from.workdir='
       f'{run.workdir}, or, if its kernels are in codes, with the run that they '
@@ -61,12 +62,12 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')
     if digest != run.dataset.digest:
-      raise ValueError(
+      raise InputError(
         f'{run.workdir} was trained on data of sha256 {digest}, this is '
         f'{run.dataset.digest}; results of two corpora must not mix'
       )
     if problem := end_problem(run, restored.step):
-      raise ValueError(problem)
+      raise InputError(problem)
   if restored is not None:
     check_kept_ids(run.workdir, run.dataset.tokenizer)
   variables_and_note = None
@@ -126,7 +127,7 @@ def _initial_variables(
   if initial is not None:
     return initial(run)
   if folder := run.options.init_from.workdir:
-    raise ValueError(
+    raise InputError(
       f'init_from.workdir={folder!r} and nobody to read it; pass '
       'initial=moe_jax.finetuning.initial'
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import numbers_of
 from moe_jax.models.lora import TREE
@@ -64,7 +65,7 @@ def read(path: str) -> ChosenExperts:
   file = pathlib.Path(path).expanduser()
   option = f'trained_experts={path!r}'
   if not file.is_file():
-    raise ValueError(
+    raise InputError(
       f'{option} is no file; `python -m moe_jax.finetuning choose` writes one'
     )
   try:
@@ -75,15 +76,15 @@ def read(path: str) -> ChosenExperts:
       if len(set(experts)) < len(experts) or any(
         type(e) is not int or not 0 <= e < E for e in experts
       ):
-        raise ValueError(
+        raise InputError(
           f'layer {i} has {list(experts)}, not numbers below {E}'
         )
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
+    raise InputError(
       f'{option} is no file of chosen experts: {error}'
     ) from None
   if not any(chosen.values()):
-    raise ValueError(f'{option} chooses no expert')
+    raise InputError(f'{option} chooses no expert')
   about = {
     k: v for k, v in values.items() if k not in ('num_experts', 'layers')
   }
@@ -111,13 +112,13 @@ def masks(
   model_E = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
   file_E = {i: chosen.num_experts for i in chosen.layers}
   if model_E != file_E:
-    raise ValueError(
+    raise InputError(
       f'trained_experts: the file has numbers of experts by layer {file_E}, '
       f'the model has {model_E}'
     )
   masks_by_name = dict(_masks(chosen, model, trees, names))
   if not masks_by_name:
-    raise ValueError(
+    raise InputError(
       'trained_experts has no effect: no parameter of experts trains'
     )
   return masks_by_name
@@ -132,7 +133,7 @@ def _masks(
     kernel_path = path[1:-1] if path[0] == TREE else path
     stack_place = model.place_of(kernel_path)
     if stack_place is None or axes[0] != _LAYERS:
-      raise ValueError(f'trained_experts: {"/".join(path)} is in no stack')
+      raise InputError(f'trained_experts: {"/".join(path)} is in no stack')
     shape = [1] * len(axes)
     shape[0] = len(stack_place.layers)
     shape[axes.index(_EXPERT)] = chosen.num_experts

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
 from moe_jax.distributed import Placing
+from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.options import Options, at_least, one_of, option, required
@@ -194,11 +195,11 @@ def _key(measure: Measure) -> Any:
 def _check_row(name: str, row: Any) -> None:
   text = f'evals.{name} returned {row!r:.120}; it must return a row of numbers'
   if not isinstance(row, Mapping):
-    raise ValueError(f"{text}, {{'accuracy': 0.5}}")
+    raise InputError(f"{text}, {{'accuracy': 0.5}}")
   for key, value in row.items():
     kind = np.asarray(value).dtype.kind if _is_flat(value) else ''
     if not isinstance(key, str) or kind not in tuple('biufV'):
-      raise ValueError(
+      raise InputError(
         f'{text}, and {key!r}: {value!r:.80} is no name with a number or a '
         'flat list of numbers'
       )

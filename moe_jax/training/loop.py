@@ -13,6 +13,7 @@ from typing import Any, cast
 import jax
 
 from moe_jax.distributed import is_first
+from moe_jax.errors import InputError
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
@@ -91,7 +92,7 @@ def train_and_evaluate(
 def _check_served(options: RunOptions, hooks: Sequence[Hook]) -> None:
   """Raises ValueError for a section that needs a hook which is not there."""
   if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
-    raise ValueError(
+    raise InputError(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )

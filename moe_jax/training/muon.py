@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from optax import contrib
 
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.lora import RANK
 from moe_jax.options import above, at_least, option, within
@@ -168,7 +169,7 @@ def dimensions(names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers:
     ValueError: There are fewer than two axes.
   """
   if len(names) < 2:
-    raise ValueError(f'a kernel of axes {names} is no matrix')
+    raise InputError(f'a kernel of axes {names} is no matrix')
   split = len(names) - 1 if names[-1] in ('embed', RANK) else 1
   return contrib.MuonDimensionNumbers(
     tuple(range(split)), tuple(range(split, len(names)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.selection import EXPRESSION, names_of
 from moe_jax.options import Check
@@ -114,7 +115,7 @@ def _selects(option: str, pattern: str, roles: Any) -> Callable[[str], bool]:
     for path, _ in jax.tree_util.tree_leaves_with_path(roles, is_leaf=is_role)
   ]
   if not any(map(regex.search, names)):
-    raise ValueError(
+    raise InputError(
       f'{option}: {pattern!r} is found in the name of no parameter; '
       f'{names[0]!r} is one'
     )

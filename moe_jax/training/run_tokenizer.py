@@ -11,6 +11,7 @@ from typing import TypeVar
 from moe_jax import data, sections
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.run_options import RunOptions
 
@@ -74,7 +75,7 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
   (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
   if old == new and new_names[: len(old_names)] == old_names:
     return
-  raise ValueError(
+  raise InputError(
     f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
     f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
     'data.tokenizer.file.path'

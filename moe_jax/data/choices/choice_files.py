@@ -13,6 +13,7 @@ from moe_jax.data.choices.contract import (
 from moe_jax.data.plain_files import parse_json
 from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.files import matching
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option
 
 
@@ -48,7 +49,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
       if line.strip()
     ]
     if not items:
-      raise ValueError(f'the {len(paths)} files of {self.pattern!r} are empty')
+      raise InputError(f'the {len(paths)} files of {self.pattern!r} are empty')
     return ItemSource(
       f'files:{self.pattern} ({len(items)} items)', lambda split: items
     )
@@ -60,13 +61,13 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     with path.open(encoding='utf-8') as file:
       yield from enumerate(file, 1)
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8: {error}') from None
+    raise InputError(f'{path} is not UTF-8: {error}') from None
 
 
 def _of_line(line: str, where: str) -> Item:
   value = parse_json(line, where)
   keys = set(Item._fields)
   if not isinstance(value, dict) or not keys <= value.keys():
-    raise ValueError(f'{where} is no object with {sorted(keys)}')
+    raise InputError(f'{where} is no object with {sorted(keys)}')
   item = Item._make(value[key] for key in Item._fields)
   return check_item(*item, where)

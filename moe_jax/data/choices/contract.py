@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from moe_jax.data.sources.contract import Selection
+from moe_jax.errors import InputError
 from moe_jax.options import Options
 
 
@@ -82,19 +83,19 @@ def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
   listed = isinstance(answers, list | tuple)
   texts: list[Any] = [prompt, *answers] if listed else [None]
   if not all(isinstance(text, str) and text for text in texts):
-    raise ValueError(
+    raise InputError(
       f'{where}: prompt={prompt!r} is to be a text and answers={answers!r} a '
       'list of texts, none empty'
     )
   if len(answers) < 2 or len(set(answers)) < len(answers):
-    raise ValueError(
+    raise InputError(
       f'{where}: answers={answers!r} are to be two or more, and different'
     )
   for text in texts:
     if any('\ud800' <= character <= '\udfff' for character in text):
-      raise ValueError(f'{where}: {text!r} has a half of a character')
+      raise InputError(f'{where}: {text!r} has a half of a character')
   if type(label) is not int or not 0 <= label < len(answers):
-    raise ValueError(
+    raise InputError(
       f'{where}: label={label!r} is no index of {len(answers)} answers'
     )
   return Item(prompt, tuple(answers), int(label))

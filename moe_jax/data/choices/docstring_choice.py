@@ -10,6 +10,7 @@ from moe_jax.data.choices.contract import (
 )
 from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
+from moe_jax.errors import InputError
 from moe_jax.options import option
 
 NUM_ANSWERS = 4
@@ -55,7 +56,7 @@ def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
   """
   P = len(pairs)
   if len({answer for _, answer in pairs}) < NUM_ANSWERS:
-    raise ValueError(f'{P} pairs have fewer than {NUM_ANSWERS} answers')
+    raise InputError(f'{P} pairs have fewer than {NUM_ANSWERS} answers')
   items = []
   for i, (prompt, right) in enumerate(pairs):
     answers = [right]

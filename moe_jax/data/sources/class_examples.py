@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.errors import InputError
+
 
 class Examples(NamedTuple):
   """Arrays and the classes to which they belong.
@@ -41,26 +43,26 @@ def checked_examples(
     or features.ndim < 2
     or features.dtype.kind not in 'iuf'
   ):
-    raise ValueError(
+    raise InputError(
       f'{where}: labels {labels.shape} of {labels.dtype} must be integers [N], '
       f'features {features.shape} of {features.dtype} integers or floats '
       '[N, ...]'
     )
   if len(features) != len(labels) or not features.size:
-    raise ValueError(
+    raise InputError(
       f'{len(features)} features and {len(labels)} labels of {where}, each '
       f'feature of {features.shape[1:]}, must be as many, and not empty'
     )
   low, high = int(labels.min()), int(labels.max())
   if low < 0 or high > np.iinfo(np.int32).max:
-    raise ValueError(
+    raise InputError(
       f'{where}: labels from {low} to {high} are no int32 from 0'
     )
   with np.errstate(over='ignore'):  # what becomes infinite is reported here
     features = features.astype(np.float32)
   wrong = np.argwhere(~np.isfinite(features))
   if len(wrong):
-    raise ValueError(
+    raise InputError(
       f'{where}: {len(wrong)} values of the features are not finite in '
       f'float32, the first at {wrong[0].tolist()}'
     )

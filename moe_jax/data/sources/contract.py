@@ -18,6 +18,7 @@ from moe_jax.data import store
 from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers.contract import Tokenizer
+from moe_jax.errors import InputError
 from moe_jax.option_checks import no_effect
 from moe_jax.options import Options, default_of, fields_of, unknown
 from moe_jax.shapes import Float32
@@ -196,7 +197,7 @@ class SourceOptions(Options):
       ValueError: The source has no texts, or its data is missing or bad.
     """
     del selection
-    raise ValueError(f'{type(self).__name__} gives no texts')
+    raise InputError(f'{type(self).__name__} gives no texts')
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
     """The pairs of inputs and targets.
@@ -205,7 +206,7 @@ class SourceOptions(Options):
       ValueError: The source has no pairs, or its data is missing or bad.
     """
     del selection
-    raise ValueError(f'{type(self).__name__} gives no pairs')
+    raise InputError(f'{type(self).__name__} gives no pairs')
 
   def classes(self, selection: Selection = Selection()) -> ClassSource:
     """The examples with a class each.
@@ -214,7 +215,7 @@ class SourceOptions(Options):
       ValueError: The source has no examples, or its data is missing or bad.
     """
     del selection
-    raise ValueError(f'{type(self).__name__} gives no classes')
+    raise InputError(f'{type(self).__name__} gives no classes')
 
   @property
   def cluster(self) -> str:

@@ -19,6 +19,7 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import at_least, option, unknown
 from moe_jax.shapes import Float32, Int, Int32
 
@@ -72,7 +73,7 @@ def load_digits() -> Examples:
   try:
     from sklearn import datasets
   except ImportError as error:
-    raise ValueError(
+    raise InputError(
       "digits need scikit-learn; it is in the extra 'experiments': "
       "pip install 'moe_jax[experiments]'"
     ) from error
@@ -105,7 +106,7 @@ def placed(
   N, h, w = images.shape
   room = np.array(canvas) - (h, w)
   if (offsets < 0).any() or (offsets > room).any():
-    raise ValueError(
+    raise InputError(
       f'offsets up to {offsets.max(0).tolist()}, from '
       f'{offsets.min(0).tolist()}, not in [0, {room.tolist()}]: images of '
       f'{h}x{w} on a canvas of {canvas[0]}x{canvas[1]}'

@@ -18,6 +18,7 @@ from typing import ClassVar, NamedTuple
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
+from moe_jax.errors import InputError
 from moe_jax.options import option, unknown
 
 _LITTLE_ENDIAN = 0x950412DE  # the first word of a catalogue
@@ -96,7 +97,7 @@ def locate() -> pathlib.Path:
   """
   spec = importlib.util.find_spec('django')
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError(
+    raise InputError(
       'source django_gettext reads the catalogues of the package django, '
       "which is not installed: pip install -e '.[experiments]', or django "
       'alone'

@@ -19,6 +19,7 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.sources.pieces import Located, Pieces
 from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option
 
 # Bytes of files in a piece, which one process tokenizes at a time.
@@ -160,7 +161,7 @@ class FilePieces(Pieces):
 
 def _check_stamp(part: Part) -> None:
   if file_digests.stamp_of(part.span.path) != part.stamp:
-    raise ValueError(
+    raise InputError(
       f'{part.span.path} was changed while it was read; start again'
     )
 
@@ -176,7 +177,7 @@ def matching(pattern: str) -> list[pathlib.Path]:
   names = sorted(set(glob.glob(pattern, recursive=True)))
   paths = [pathlib.Path(name) for name in names if os.path.isfile(name)]
   if not paths:
-    raise ValueError(f'no file matches {pattern!r} in {os.getcwd()}')
+    raise InputError(f'no file matches {pattern!r} in {os.getcwd()}')
   return paths
 
 

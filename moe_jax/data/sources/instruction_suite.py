@@ -16,6 +16,7 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import at_least, one_of, option
 
 _SMALL = 40  # examples of a run with ':runlocal'
@@ -78,7 +79,7 @@ class InstructionSource(SourceOptions):
     selection.check_splits('instructions')
     task = instructions.TASKS[self.task]
     if self.task not in instructions.usable():
-      raise ValueError(
+      raise InputError(
         f'task={self.task!r} needs the package {task.needs}, which is not '
         f"installed: pip install -e '.[experiments]', or {task.needs} alone"
       )

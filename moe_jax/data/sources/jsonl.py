@@ -22,6 +22,7 @@ from moe_jax.data.sources.contract import (
 from moe_jax.data.sources.files import matching
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option, unknown
 
 ROLES = ('system', 'user', 'assistant')
@@ -66,7 +67,7 @@ class JsonlSource(SourceOptions):
     total = sum(counts.values())
     for split in selection.splits:
       if not counts[split]:
-        raise ValueError(
+        raise InputError(
           f'the {total} lines of {self.pattern!r} give none for '
           f'{split}, which has about one line in 20 by a hash of the inputs; '
           'add more lines'
@@ -95,7 +96,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, list[Pair]]]:
     try:
       text = line.decode()
     except UnicodeDecodeError as error:
-      raise ValueError(f'{where} is not UTF-8: {error}') from None
+      raise InputError(f'{where} is not UTF-8: {error}') from None
     yield line.strip(), pairs_of(parse_json(text, where), where)
 
 
@@ -117,7 +118,7 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
   if 'messages' in keys and not keys & {'inputs', 'targets'}:
     return conversation(value['messages'], where)
   if not {'inputs', 'targets'} <= keys or 'messages' in keys:
-    raise ValueError(
+    raise InputError(
       f"{where} is no object with 'inputs' and 'targets', or with 'messages'; "
       f'it has {sorted(keys) if keys else type(value).__name__}'
     )
@@ -135,23 +136,23 @@ def conversation(messages: Any, where: str) -> list[Pair]:
     ValueError: The messages are no conversation with an answer.
   """
   if not isinstance(messages, list):
-    raise ValueError(f'{where}: messages are no list')
+    raise InputError(f'{where}: messages are no list')
   pairs, before = [], []
   for number, message in enumerate(messages):
     entry = f'{where}: messages[{number}]'
     if not isinstance(message, dict) or not {'role', 'content'} <= set(message):
-      raise ValueError(f"{entry} is no object with 'role' and 'content'")
+      raise InputError(f"{entry} is no object with 'role' and 'content'")
     role, content = message['role'], message['content']
     if role not in ROLES:
-      raise ValueError(f'{entry}: {unknown("role", role, ROLES)}')
+      raise InputError(f'{entry}: {unknown("role", role, ROLES)}')
     _check_text(content, f'{entry}.content')
     if role == _ANSWERS:
       if not before:
-        raise ValueError(f'{entry} is an answer, and nothing precedes it')
+        raise InputError(f'{entry} is an answer, and nothing precedes it')
       pairs.append((transcript(before), content))
     before.append((role, content))
   if not pairs:
-    raise ValueError(f'{where}: no message is of role {_ANSWERS!r}')
+    raise InputError(f'{where}: no message is of role {_ANSWERS!r}')
   return pairs
 
 
@@ -162,6 +163,6 @@ def transcript(messages: Sequence[tuple[str, str]]) -> str:
 
 def _check_text(text: Any, where: str) -> None:
   if not isinstance(text, str) or not text:
-    raise ValueError(f'{where}={text!r:.80} is to be a text that is not empty')
+    raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
   if any('\ud800' <= character <= '\udfff' for character in text):
-    raise ValueError(f'{where}={text!r:.80} has a half of a character')
+    raise InputError(f'{where}={text!r:.80} has a half of a character')

@@ -13,6 +13,7 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option, unknown
 from moe_jax.shapes import Int32, Shaped
 
@@ -56,20 +57,20 @@ class Arrays(ClassSource):
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-      raise ValueError(f'source npz: no file {file}')
+      raise InputError(f'source npz: no file {file}')
     self._arrays = read_npz(file)
     self.name = f'classes of {file.name}'
     splits = {split: self.examples(split) for split in SPLITS}
     labels = np.concatenate([e.labels for e in splits.values()])
     self.classes = self._names(labels, file)
     if labels.max() >= len(self.classes):
-      raise ValueError(
+      raise InputError(
         f'{file}: labels from {labels.min()} to {labels.max()} of '
         f'{len(self.classes)} classes'
       )
     train, validation = (e.features.shape[1:] for e in splits.values())
     if train != validation:
-      raise ValueError(
+      raise InputError(
         f'{file}: features of an example have shape {train} in training and '
         f'{validation} in validation; they must be alike'
       )
@@ -89,14 +90,14 @@ class Arrays(ClassSource):
     if names is None:
       # A label of 10^9 would otherwise make as many names.
       if labels.max() >= len(labels):
-        raise ValueError(
+        raise InputError(
           f'{file}: a label of {labels.max()} needs more classes than there '
           f'are examples, {len(labels)}; if it is right, add the array '
           "'classes' with their names"
         )
       names = np.arange(labels.max() + 1)
     if names.ndim != 1 or names.dtype.kind not in 'Uiu':
-      raise ValueError(
+      raise InputError(
         f'{file}: classes {names.shape} of {names.dtype} must be names [C]'
       )
     return tuple(map(str, names.tolist()))

@@ -27,6 +27,7 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.store import Digest
+from moe_jax.errors import InputError
 from moe_jax.options import at_least, option, unknown
 
 # Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
@@ -97,7 +98,7 @@ class PythonStdlibSource(SourceOptions):
     missing = set(SPLITS) - {split_of(name) for name, _ in files}
     label = f'python_stdlib{":" * bool(self.modules)}{self.modules}'
     if missing:
-      raise ValueError(
+      raise InputError(
         f'the {len(files)} files of {label} give no split {sorted(missing)} '
         '(one file in 20 is for validation); name more modules'
       )

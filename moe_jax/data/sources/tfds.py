@@ -17,6 +17,7 @@ from moe_jax.data.sources.contract import (
   SourceOptions,
   Texts,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, at_least, option
 
 
@@ -116,13 +117,13 @@ class TfdsSource(SourceOptions):
     builder = self._open(selection, ['image_feature', 'label_feature'])
     shape = tfds_reader.feature_of(builder, self.image_feature).shape
     if len(shape) != 3 or None in shape or shape[-1] != 1:
-      raise ValueError(
+      raise InputError(
         f'images of TFDS dataset {self.name!r} are {shape}; they are to be '
         'grey and of one size'
       )
     label = tfds_reader.feature_of(builder, self.label_feature)
     if not isinstance(label, features_lib.ClassLabel):
-      raise ValueError(
+      raise InputError(
         f'label_feature={self.label_feature!r} of TFDS dataset {self.name!r} '
         f'is a {type(label).__name__}, not a ClassLabel'
       )

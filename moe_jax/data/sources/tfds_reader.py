@@ -23,6 +23,7 @@ from tensorflow_datasets.core.download import downloader
 from moe_jax.data.cache_folders import locked, prepared
 from moe_jax.data.read_only import NotPreparedError, check_may_prepare
 from moe_jax.data.sources.class_examples import Examples, checked_examples
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 Builder = tfds.core.DatasetBuilder
@@ -56,7 +57,7 @@ def prepared_builder(name: str) -> Builder:
   except NotPreparedError:
     raise
   except tfds.core.DatasetNotFoundError as error:
-    raise ValueError(
+    raise InputError(
       f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
       f'nor can it be prepared without TensorFlow; if it exists, {advice}'
     ) from error
@@ -64,7 +65,7 @@ def prepared_builder(name: str) -> Builder:
     reason = str(error).strip()
     if isinstance(error, requests.exceptions.ConnectionError):
       reason = f'no connection to {_host(error)}'
-    raise ValueError(
+    raise InputError(
       f'TFDS dataset {name!r} could not be prepared here '
       f'({type(error).__name__}: {reason}); {advice}'
     ) from error
@@ -139,9 +140,9 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
   try:
     return cast(Any, builder).as_data_source(split=split)
   except NotImplementedError as error:  # the format has no random access
-    raise ValueError(f'TFDS dataset {builder.name!r}: {error}') from error
+    raise InputError(f'TFDS dataset {builder.name!r}: {error}') from error
   except ValueError as error:
-    raise ValueError(
+    raise InputError(
       f'unknown split {split!r} of {builder.name!r}; have '
       f'{sorted(builder.info.splits)} and parts of them ({error})'
     ) from error
@@ -193,7 +194,7 @@ def images(
     pixels.append(image[..., 0])
     labels.append(label)
   if not pixels:
-    raise ValueError(
+    raise InputError(
       f'split {split!r} of TFDS dataset {builder.name!r} is empty'
     )
   return checked_examples(
@@ -224,11 +225,11 @@ def as_text(value: Any, where: str) -> str:
   if isinstance(value, str):
     return value
   if not isinstance(value, bytes):
-    raise ValueError(f'{where} has type {type(value).__name__}, not text')
+    raise InputError(f'{where} has type {type(value).__name__}, not text')
   try:
     return value.decode()
   except UnicodeDecodeError as error:
-    raise ValueError(f'{where} is not UTF-8: {error}') from error
+    raise InputError(f'{where} is not UTF-8: {error}') from error
 
 
 def _at(example: Any, path: tuple[str, ...]) -> Any:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 # Codes in files: the four vowels used in 1991, and all ten of 1952.
@@ -48,7 +49,7 @@ def read(path: str) -> tuple[str, list[Token]]:
   """
   file = pathlib.Path(path).expanduser()
   if not file.is_file():
-    raise ValueError(f'table of vowels: no file {file}')
+    raise InputError(f'table of vowels: no file {file}')
   text = file.read_text(encoding='utf-8', errors='replace')
   lines = [
     (number, line.strip())
@@ -69,7 +70,7 @@ def _token(file, number: int, fields: Sequence[str]) -> Token | None:
     speaker, phoneme, (f1, f2) = fields[-7], fields[-5], fields[-3:-1]
     return _vowel_token(int(speaker), phoneme, f1, f2)
   except (IndexError, ValueError) as error:
-    raise ValueError(
+    raise InputError(
       f'{file}, line {number}: {" ".join(fields)!r} is not group, speaker, '
       f'number of the vowel, phoneme, F0, F1, F2, F3: {error}'
     ) from error
@@ -90,7 +91,7 @@ def _with_names(file, lines) -> list[Token | None]:
     except KeyError as error:
       raise unknown(f'column of {file}:', error.args[0], row) from error
     except (TypeError, ValueError) as error:
-      raise ValueError(f'{file}, line {number}: {error}') from error
+      raise InputError(f'{file}, line {number}: {error}') from error
   return tokens
 
 
@@ -101,7 +102,7 @@ def _vowel_token(speaker: int, phoneme: str, f1: str, f2: str) -> Token | None:
     raise unknown('phoneme', phoneme, ALL_CODES)
   formants = float(f1), float(f2)
   if not min(formants) > 0:
-    raise ValueError(f'F1={f1} and F2={f2} Hz are not above 0')
+    raise InputError(f'F1={f1} and F2={f2} Hz are not above 0')
   if code not in CODES:
     return None
   return Token(speaker, CODES.index(code), formants, '*' in phoneme)

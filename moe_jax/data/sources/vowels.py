@@ -30,6 +30,7 @@ from moe_jax.data.sources.contract import (
   SourceOptions,
 )
 from moe_jax.data.sources.vowel_table import Token
+from moe_jax.errors import InputError
 from moe_jax.options import option, unknown
 
 CLASSES = ('i', 'I', 'a', 'A')
@@ -96,7 +97,7 @@ class Vowels(ClassSource):
     self.name, self.tokens = name, tuple(tokens)
     speakers = list(dict.fromkeys(token.speaker for token in tokens))
     if len(speakers) <= TRAIN_SPEAKERS:
-      raise ValueError(
+      raise InputError(
         f'{name}: {len(speakers)} speakers; {TRAIN_SPEAKERS} are to train on '
         'and at least one to validate'
       )

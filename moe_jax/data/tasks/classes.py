@@ -17,6 +17,7 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import ClassNames, TokenizerOptions
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 
@@ -74,7 +75,7 @@ class ClassRows(Rows):
     where = f'{split!r} of {source.name}'
     self._features, self._labels = checked_examples(features, labels, where)
     if (largest := self._labels.max()) >= len(source.classes):
-      raise ValueError(
+      raise InputError(
         f'{where}: label {largest} is none of {len(source.classes)} classes'
       )
 

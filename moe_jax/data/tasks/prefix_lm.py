@@ -17,6 +17,7 @@ from moe_jax.data.tasks.contract import TextTask
 from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 
@@ -74,12 +75,12 @@ class PrefixLM(WindowTask):
       ValueError: The density is out of range, or a row has no room.
     """
     if not 0 < self.density < 1:
-      raise ValueError(f'density={self.density} of a suffix not in (0, 1)')
+      raise InputError(f'density={self.density} of a suffix not in (0, 1)')
     sizes = np.arange(2, self.layout.longest_text + 1)
     shortest, longest = self.suffixes(sizes)
     fits = (shortest <= longest) & self.layout.fits(self.lengths(sizes))
     if not fits.any():
-      raise ValueError(
+      raise InputError(
         f'rows of {self.layout.describe()} are too short for a prefix LM'
       )
     return int(sizes[fits][-1])

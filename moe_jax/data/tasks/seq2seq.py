@@ -16,6 +16,7 @@ from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import PairTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.errors import InputError
 from moe_jax.options import option
 
 
@@ -97,7 +98,7 @@ class PairRows(ExampleRows):
       ValueError: There are not as many inputs as targets.
     """
     if len(inputs[1]) != len(targets[1]):
-      raise ValueError(
+      raise InputError(
         f'{len(inputs[1])} inputs and {len(targets[1])} targets; each pair has '
         'one of both'
       )

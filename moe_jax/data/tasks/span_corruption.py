@@ -17,6 +17,7 @@ from moe_jax.data.tasks.contract import TextTask
 from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
+from moe_jax.errors import InputError
 from moe_jax.options import at_least, option, within
 from moe_jax.shapes import Bool, Int
 
@@ -104,7 +105,7 @@ class SpanCorruption(WindowTask):
         an example, or there are too few sentinels.
     """
     if not 0 < self.density < 1 or self.mean_span < 1:
-      raise ValueError(
+      raise InputError(
         f'noise_density={self.density} not in (0, 1) or '
         f'mean_noise_span={self.mean_span} below 1'
       )
@@ -112,13 +113,13 @@ class SpanCorruption(WindowTask):
     sizes = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
     window = int(self.layout.fits(self.lengths(sizes)).sum())
     if window < 2:
-      raise ValueError(
+      raise InputError(
         f'rows of {self.layout.describe()} are too short for span corruption'
       )
     _, spans = noise_counts(np.array([window]), self.density, self.mean_span)
     num_needed = int(spans[0]) + self.final_sentinel
     if num_needed > len(self.sentinels):
-      raise ValueError(
+      raise InputError(
         f'num_sentinels={len(self.sentinels)} is below the {num_needed} that a '
         f'window of {window} tokens needs at noise_density={self.density} and '
         f'mean_noise_span={self.mean_span}'

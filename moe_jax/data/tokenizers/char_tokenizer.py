@@ -14,6 +14,7 @@ from moe_jax.data.tokenizers.contract import (
   TokenizerOptions,
   digest,
 )
+from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names
 
@@ -24,7 +25,7 @@ class Chars(Tokenizer, kind='chars'):
   def __init__(self, characters: Iterable[str]):
     self.characters = ''.join(sorted(set(characters)))
     if not self.characters:
-      raise ValueError("tokenizer 'chars' needs at least one character")
+      raise InputError("tokenizer 'chars' needs at least one character")
     self.vocab_size = len(self.characters)
     self.identity = f'chars:{digest(self.characters)}'
     self._points = _code_points(self.characters)
@@ -41,7 +42,7 @@ class Chars(Tokenizer, kind='chars'):
     ids = np.minimum(ids, self.vocab_size - 1)
     unseen = np.flatnonzero(self._points[ids] != points)
     if unseen.size:
-      raise ValueError(
+      raise InputError(
         self._unseen_message(collections.Counter(text[i] for i in unseen))
       )
     return ids.astype(np.int32)

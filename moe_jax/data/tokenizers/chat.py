@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from moe_jax.data.tokenizers.chat_child import LENGTH
+from moe_jax.errors import InputError
 
 Message = Mapping[str, Any]
 PROGRAM = pathlib.Path(__file__).with_name('chat_child.py')
@@ -118,13 +119,13 @@ class Renderer:
     try:
       request = json.dumps(fields).encode()
     except (TypeError, ValueError, RecursionError) as error:
-      raise ValueError(
+      raise InputError(
         f'messages and variables of a chat have to be JSON values: {error}'
       ) from None
     with self._lock:
       answer = self._exchange(request, limits)
     if 'error' in answer:
-      raise ValueError(f'chat template: {answer["error"]}')
+      raise InputError(f'chat template: {answer["error"]}')
     return answer['text']
 
   def _exchange(self, request: bytes, limits: Limits) -> dict[str, str]:

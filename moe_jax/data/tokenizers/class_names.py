@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer, digest
+from moe_jax.errors import InputError
 
 
 class ClassNames(Tokenizer, kind='classes'):
@@ -23,7 +24,7 @@ class ClassNames(Tokenizer, kind='classes'):
   def __init__(self, names: Sequence[str], feature_shape: Sequence[int] = ()):
     self.names = tuple(names)
     if len(set(self.names)) < len(self.names) or not self.names:
-      raise ValueError(f'classes {list(self.names)!r:.200} must be different')
+      raise InputError(f'classes {list(self.names)!r:.200} must be different')
     self.feature_shape = tuple(feature_shape)
     self.vocab_size = len(self.names)
     self.identity = f'classes:{digest(repr(self.names))}'
@@ -35,7 +36,7 @@ class ClassNames(Tokenizer, kind='classes'):
       ValueError: There is no such class.
     """
     if text and text not in self.names:
-      raise ValueError(f'class {text!r} not in {list(self.names)}')
+      raise InputError(f'class {text!r} not in {list(self.names)}')
     return np.array([self.names.index(text)] if text else [], np.int32)
 
   def decode(self, ids: Ids) -> str:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moe_jax.data.plain_files import parse_json, read_text
+from moe_jax.errors import InputError
 from moe_jax.options import Options, required, unknown
 
 Token = int | np.integer
@@ -148,7 +149,7 @@ class Tokenizer(abc.ABC):
     ids = np.asarray(ids, np.int64).reshape(-1)
     wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
     if wrong.size:
-      raise ValueError(
+      raise InputError(
         f'token {wrong[0]} not in [0, vocab_size={self.vocab_size})'
       )
     return ids
@@ -224,7 +225,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     return from_json(saved)
   except _DAMAGED as error:
     reason = str(error) if type(error) is ValueError else f'{error!r:.200}'
-    raise ValueError(f'{path} holds no saved tokenizer: {reason}') from None
+    raise InputError(f'{path} holds no saved tokenizer: {reason}') from None
 
 
 def from_json(saved: Mapping[str, Any]) -> Tokenizer:

@@ -18,6 +18,7 @@ from moe_jax.data.tokenizers.contract import (
   digest,
   from_json,
 )
+from moe_jax.errors import InputError
 
 EOS = '<eos>'
 _SENTINEL = '<extra_id_'  # begin of a sentinel's name, as in T5's vocabulary
@@ -92,7 +93,7 @@ class Extended(Tokenizer, kind='extended'):
       return self.base.vocab_size + self.names.index(name)
     if hasattr(self.base, 'token_id'):
       return cast(Any, self.base).token_id(name)
-    raise ValueError(f'{name!r} is none of {len(self.names)} added tokens')
+    raise InputError(f'{name!r} is none of {len(self.names)} added tokens')
 
   def encode_chat(
     self, messages: Sequence[Any], **variables: Any
@@ -103,7 +104,7 @@ class Extended(Tokenizer, kind='extended'):
       ValueError: The tokenizer has no chat template.
     """
     if not hasattr(self.base, 'encode_chat'):
-      raise ValueError(f'tokenizer {self.identity} has no chat template')
+      raise InputError(f'tokenizer {self.identity} has no chat template')
     return cast(Any, self.base).encode_chat(messages, **variables)
 
   def encode(self, text: str) -> np.ndarray:

@@ -33,6 +33,7 @@ from moe_jax.data.tokenizers.tokenizers_library import (
   read_model,
   vocabulary_of,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option, unknown
 
 # Names of the EOS in well-known vocabularies; the first that exists is taken.
@@ -76,7 +77,7 @@ class Json(Tokenizer, kind='json'):
       ids = [self._vocabulary.get(name) for name in EOS_NAMES]
       special = SpecialTokens(eos=tuple(i for i in ids if i is not None)[:1])
     if problems := list(special.problems(self.vocab_size)):
-      raise ValueError('special tokens: ' + '; '.join(problems))
+      raise InputError('special tokens: ' + '; '.join(problems))
     self.special = special
     self.num_tokens = self.vocab_size
     self.vocab_size = max(self.vocab_size, special.vocab_size)
@@ -110,7 +111,7 @@ class Json(Tokenizer, kind='json'):
           '; or name it, --config.data.tokenizer.kind=file '
           f'--config.data.tokenizer.file.path={folder / models[0]}'
         )
-      raise ValueError(
+      raise InputError(
         f'{folder} has no tokenizer.json{note}. Make one where transformers '
         'and sentencepiece are installed: AutoTokenizer.from_pretrained('
         f'{str(folder)!r}).save_pretrained({str(folder)!r}){advice}'
@@ -121,7 +122,7 @@ class Json(Tokenizer, kind='json'):
     except ValueError as error:
       if str(folder) in str(error):
         raise
-      raise ValueError(f'{folder}: {error}') from None
+      raise InputError(f'{folder}: {error}') from None
 
   @property
   def start_id(self) -> int | None:
@@ -164,7 +165,7 @@ class Json(Tokenizer, kind='json'):
       if source is None and _LANGUAGE.fullmatch(token)
     ]
     if not added:
-      raise ValueError(
+      raise InputError(
         f'language={language!r}: the tokenizer adds no language code'
       )
     ids[added] = self.token_id(language)
@@ -187,7 +188,7 @@ class Json(Tokenizer, kind='json'):
       ValueError: There is no chat template, or it refuses the messages.
     """
     if not self.special.chat_template:
-      raise ValueError('the tokenizer came without a chat template')
+      raise InputError('the tokenizer came without a chat template')
     text = chat.render(
       self.special.chat_template,
       messages,
@@ -276,11 +277,11 @@ class JsonOptions(TokenizerOptions):
     if path.is_dir():
       return Json.from_folder(path)
     if not path.is_file():
-      raise ValueError(f'tokenizer json: no file {path} in {os.getcwd()}')
+      raise InputError(f'tokenizer json: no file {path} in {os.getcwd()}')
     try:
       return Json(read_text(path))
     except ValueError as error:
-      raise ValueError(
+      raise InputError(
         f"tokenizer json: {path}: {error}; tokenizer.kind='file' reads a run's "
         'file or a SentencePiece model'
       ) from None

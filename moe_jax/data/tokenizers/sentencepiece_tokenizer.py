@@ -14,6 +14,7 @@ import sentencepiece
 
 from moe_jax.data.plain_files import first_line
 from moe_jax.data.tokenizers.contract import Ids, Token, Tokenizer
+from moe_jax.errors import InputError
 
 
 class SentencePiece(Tokenizer, kind='sentencepiece'):
@@ -91,7 +92,7 @@ def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
     for token in range(opened.get_piece_size()):
       opened.id_to_piece(token)
   except Exception as error:  # RuntimeError, UnicodeDecodeError, ...
-    raise ValueError(f'no SentencePiece model: {first_line(error)}') from None
+    raise InputError(f'no SentencePiece model: {first_line(error)}') from None
   if not opened.get_piece_size():
-    raise ValueError('no SentencePiece model: it has no pieces')
+    raise InputError('no SentencePiece model: it has no pieces')
   return opened

@@ -24,6 +24,7 @@ from moe_jax.data.tokenizers.contract import (
 from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option
 
 _JSON = 'tokenizer.json'
@@ -52,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   if path.is_dir():
     return _of_folder(path)
   if not path.is_file():
-    raise ValueError(
+    raise InputError(
       f'no file {path} in {os.getcwd()}; give the path of {_READS}'
     )
   return _of_file(path, None)
@@ -66,9 +67,9 @@ def _of_folder(folder: pathlib.Path) -> Tokenizer:
     return _of_file(models[0], folder)
   if models:
     names = ', '.join(model.name for model in models)
-    raise ValueError(f'{folder} has several models, {names}; give one of them')
+    raise InputError(f'{folder} has several models, {names}; give one of them')
   names = sorted(path.name for path in folder.iterdir())
-  raise ValueError(
+  raise InputError(
     f'{folder} has no {_JSON} and no {_MODELS[0]}, only {names!s:.200}; give '
     f'the path of {_READS}'
   )
@@ -82,7 +83,7 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
   try:
     values = parse_json(content.decode(), path)
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not UTF-8: {error}') from None
+    raise InputError(f'{path} is not UTF-8: {error}') from None
   if isinstance(values, dict) and 'kind' in values:
     return _of_run(path)
   if folder is not None:
@@ -90,13 +91,13 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
   try:
     return Json(content.decode())
   except ValueError as error:
-    raise ValueError(f'{path}: {first_line(error)}') from None
+    raise InputError(f'{path}: {first_line(error)}') from None
 
 
 def _of_run(path: pathlib.Path) -> Tokenizer:
   tokenizer = without_endings(load(path))
   if isinstance(tokenizer, ClassNames):
-    raise ValueError(
+    raise InputError(
       f'{path} has the names of {tokenizer.vocab_size} classes, of a run on '
       'examples that are no text; it has no tokenizer'
     )
@@ -107,7 +108,7 @@ def _sentencepiece(path: pathlib.Path, content: bytes) -> SentencePiece:
   try:
     return SentencePiece(content)
   except ValueError as error:
-    raise ValueError(f'{path} is {error}; give the path of {_READS}') from None
+    raise InputError(f'{path} is {error}; give the path of {_READS}') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,4 +140,4 @@ class FileOptions(TokenizerOptions):
     try:
       return read(self.path)
     except ValueError as error:
-      raise ValueError(f'tokenizer file: {error}') from None
+      raise InputError(f'tokenizer file: {error}') from None

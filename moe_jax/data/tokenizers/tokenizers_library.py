@@ -6,6 +6,7 @@ The library raises bare Exceptions, and panics of Rust, which are none.
 import tokenizers
 
 from moe_jax.data.plain_files import first_line
+from moe_jax.errors import InputError
 
 _LARGEST_ID = 2**31 - 1
 
@@ -33,10 +34,10 @@ def vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
   """
   vocabulary = model.get_vocab(with_added_tokens=True)
   if not vocabulary:
-    raise ValueError('the tokenizer has no tokens')
+    raise InputError('the tokenizer has no tokens')
   if max(vocabulary.values()) > _LARGEST_ID:
     largest = max(vocabulary, key=lambda name: vocabulary[name])
-    raise ValueError(
+    raise InputError(
       f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
       f'largest int32, {_LARGEST_ID}'
     )
@@ -61,5 +62,5 @@ def encoded(
 def _value_error(problem: str, error: BaseException) -> BaseException:
   """A ValueError for the library's bare Exceptions and panics of Rust."""
   if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
-    return ValueError(f'{problem}: {first_line(error)}')
+    return InputError(f'{problem}: {first_line(error)}')
   return error  # Ctrl-C

@@ -18,6 +18,7 @@ from moe_jax.data.tokenizers.contract import Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import EOS
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
+from moe_jax.errors import InputError
 from moe_jax.options import at_least, one_of, option
 
 # The 256 bytes and the EOS, and for unigram models an unknown id, a tab and a
@@ -124,7 +125,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> SentencePiece:
       bos_id=-1,
     )
   except (RuntimeError, ValueError) as error:
-    raise ValueError(
+    raise InputError(
       f'no unigram model of vocab_size={vocab_size} can be trained on these '
       f'texts: {first_line(error)}'
     ) from None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.kernels.cpu import add_to_each
 from moe_jax.layers.attention.blockwise import blocks
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
@@ -101,7 +102,7 @@ def _of_one_width(f, query, key, value, *ids, keys, **options):
 def _choose(name, options, candidates):
   check(name, **options)
   if name == 'cudnn' and not _cuda_capability():
-    raise ValueError(
+    raise InputError(
       f"attention='cudnn' needs an NVIDIA GPU, not {jax.default_backend()!r}"
     )
   if name == 'auto' and _cudnn_serves(options):
@@ -167,7 +168,7 @@ def misfit(
 def check(name: str, **options) -> None:
   """Raises ValueError where `misfit` has a reason."""
   if reason := misfit(name, **options):
-    raise ValueError(f"attention={name!r}: {reason}; 'auto' serves it")
+    raise InputError(f"attention={name!r}: {reason}; 'auto' serves it")
 
 
 def _cudnn_serves(options) -> bool:

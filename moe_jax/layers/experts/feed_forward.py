@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
+from moe_jax.errors import InputError
 from moe_jax.layers.activations import ACTIVATIONS
 from moe_jax.layers.experts.serving import (
   ROLE,
@@ -64,12 +65,12 @@ class FeedForwardExpert(ExpertOptions):
   def cut(self, parts: int) -> Self:
     """See `ExpertOptions.cut`."""
     if not self.hidden:
-      raise ValueError(
+      raise InputError(
         'expert.hidden=0 stands for model.ffn.hidden; set the width that is to '
         'be cut'
       )
     if parts < 1 or self.hidden % parts:
-      raise ValueError(
+      raise InputError(
         f'expert.hidden={self.hidden} does not divide by parts={parts}'
       )
     return dataclasses.replace(self, hidden=self.hidden // parts)

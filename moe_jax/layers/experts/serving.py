@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
@@ -50,7 +51,7 @@ class Experts(nn.Module):
     result = self.serve(x, routing, train)
     y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
     if getattr(y, 'shape', None) != x.shape:
-      raise ValueError(
+      raise InputError(
         f'{type(self).__name__}.serve returned {type_text(result)}; Experts '
         f'return (groups of shape {x.shape}, MoeAux, ExchangeStats or None)'
       )
@@ -155,7 +156,7 @@ class ExpertOptions(Options):
     Raises:
       ValueError: These experts have no width that can be cut.
     """
-    raise ValueError(
+    raise InputError(
       f'{type(self).__name__} cannot be cut into {parts} parts: it has no width'
     )
 
@@ -187,6 +188,6 @@ class ExpertOptions(Options):
     Raises:
       ValueError: These experts have no dense equivalent.
     """
-    raise ValueError(
+    raise InputError(
       f'{type(self).__name__} has no dense twin: give it a method `twin`'
     )

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax.dispatch import einsum, gather
+from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import (
   ROLE,
@@ -272,7 +273,7 @@ class MixtureSlots(SlotExperts):
     def call(moe, rows, filled):
       result = moe(rows[None], filled[None], train)
       if type(result) is not tuple or len(result) != 2:
-        raise ValueError(
+        raise InputError(
           f'expert {type(moe).__name__} returned {type_text(result)}; a '
           'MixtureExpert is an MoE, which returns (rows, MoeAux)'
         )
@@ -311,7 +312,7 @@ def as_rows(name: str, y: Any, rows: Array) -> Array:
   dtype = getattr(y, 'dtype', np.int32)
   fits = jnp.issubdtype(dtype, jnp.floating) and y.shape == rows.shape
   if not fits:
-    raise ValueError(
+    raise InputError(
       f'expert {name} returned {type_text(y)} for rows {type_text(rows)}; an '
       'expert returns rows [R, M] of the same shape'
     )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from flax import linen as nn
 
+from moe_jax.errors import InputError
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, fields_of, required
@@ -119,7 +120,7 @@ class Router(nn.Module):
     """
     x = without_nan(mask, x)
     if self.options.needs_ids and router_ids is None:
-      raise ValueError(
+      raise InputError(
         f'{type(self).__name__} needs router_ids, the ids that ids_of of its '
         'options makes of a batch'
       )
@@ -154,7 +155,7 @@ def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
   """Raises ValueError for choices that a router cannot be given."""
   reason = router.options.replays(router.sizes)
   if reason is not None:
-    raise ValueError(reason)
+    raise InputError(reason)
   K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
   shapes = [
     array_of('mask', mask, Bool[Array, 'G S']),
@@ -174,13 +175,13 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
     and isinstance(result[0], AnyRouting)
     and isinstance(result[1], MoeAux)
   ):
-    raise ValueError(
+    raise InputError(
       f'{name}.route returned {type_text(result)}; a Router returns (Routing, '
       'SlotRouting or SoftRouting, MoeAux)'
     )
   chosen, aux = result
   if chosen.num_experts != sizes.num_retained:
-    raise ValueError(
+    raise InputError(
       f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
       f'the layer has {sizes.num_retained}'
     )
@@ -421,7 +422,7 @@ def sown_choices(layer: Mapping[str, Any]) -> Any:
       return values[name]
   if CHOICES in values:
     return values[CHOICES].expert
-  raise ValueError(
+  raise InputError(
     f'the layer kept no choices in {SOWN!r}, as a layer MoE does; it has '
     f'{sorted(values)}'
   )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import routing
+from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import BalanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import (
@@ -81,7 +82,7 @@ class TaskRouter(Router):
     del x
     N, E = self.shared.num_tasks, self.sizes.num_experts
     if not N:
-      raise ValueError(
+      raise InputError(
         'the task router needs shared.num_tasks above 0; in a model it is '
         'model.num_tasks'
       )

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from moe_jax.errors import InputError
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import (
   ByLogits,
@@ -265,4 +266,4 @@ def sown_leaving(layer: Mapping[str, Any]) -> topology_rule.Leaving:
   for path, value in flat.items():
     if path[-1] == _LEAVING:
       return value[0]  # flax keeps what is sown in tuples
-  raise ValueError('the layer has a router that kept no counts of who leaves')
+  raise InputError('the layer has a router that kept no counts of who leaves')

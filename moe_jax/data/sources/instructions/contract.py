@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from moe_jax.data.sources.contract import SPLITS, Question
 from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
 T = TypeVar('T')
@@ -101,13 +102,13 @@ class InstructionTask:
     if split not in SPLITS:
       raise unknown('split of a task', split, SPLITS)
     if index < 0:
-      raise ValueError(f'example {index} of task {self.name!r} is negative')
+      raise InputError(f'example {index} of task {self.name!r} is negative')
     for attempt in range(_MOST_DRAWS):
       dice = Dice(f'{self.name} {split} {index} {attempt}')
       drawn = self.draw(dice)
       if split_of(drawn.subject) == split:
         return drawn, dice
-    raise ValueError(
+    raise InputError(
       f'task {self.name!r} has no example of split {split!r} in {_MOST_DRAWS} '
       'draws'
     )
@@ -143,7 +144,7 @@ class InstructionTask:
       shot, _ = self.drawn('train', dice.below(2**31))
       if shot.subject not in subjects:
         return shot
-    raise ValueError(
+    raise InputError(
       f'task {self.name!r} has no training example besides {len(subjects)} '
       f'others in {_MOST_DRAWS} draws; take fewer shots'
     )
