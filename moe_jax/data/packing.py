@@ -145,7 +145,9 @@ class PackedRows(Rows):
   ) -> dict[str, np.ndarray]:
     """The rows at `indices`, with other cuts in each epoch after the first.
 
-    The only row of a short stream is the same in every epoch.
+    An epoch goes round the stream from its offset, and so leaves out no more
+    than the prediction across its first cut. The only row of a short stream is
+    the same in every epoch.
     """
     return self.take(indices, self._offsets(seed, epochs))
 
@@ -159,23 +161,26 @@ class PackedRows(Rows):
     Args:
       indices: Row numbers, from 0.
       offsets: Numbers of tokens in [0, T), [B] or one for all, by which a row
-        begins later in the stream. The last row then has more padding.
+        begins later in the stream. What comes before the offset then follows
+        the stream's end, as documents of its own.
     """
     N, T = len(self.tokens), self.seq_len
     row = np.asarray(indices, np.int64)[:, None]  # [B, 1]
-    begin = row * T + np.reshape(np.asarray(offsets, np.int64), (-1, 1))
-    index = begin + np.arange(T + 1)  # [B, T+1]
+    place = row * T + np.arange(T + 1)  # [B, T+1]
     # A row beyond the last may begin at the stream's last token.
-    real = (index < N) & (row < len(self))
-    stream = self.tokens[np.minimum(index, N - 1)] * real
+    real = (place < N) & (row < len(self))
+    place += np.reshape(np.asarray(offsets, np.int64), (-1, 1))
+    lap, index = np.divmod(place, N)
+    stream = self.tokens[index] * real
     document = np.searchsorted(self.starts, index, side='right')  # from 1
-    start = np.maximum(self.starts[document - 1], begin)
+    start = np.maximum(self.starts[document - 1] + lap * N, place[:, :1])
+    document += lap * len(self.starts)
     segment = (document - document[:, :1] + 1) * real
     return {
       'tokens': stream[:, :-1].astype(np.int32),
       'targets': stream[:, 1:].astype(np.int32),
       'segment_ids': segment[:, :-1].astype(np.int32),
-      'positions': ((index - start) * real)[:, :-1].astype(np.int32),
+      'positions': ((place - start) * real)[:, :-1].astype(np.int32),
       'loss_weights': (
         real[:, 1:] & (document[:, 1:] == document[:, :-1])
       ).astype(np.float32),
@@ -184,8 +189,8 @@ class PackedRows(Rows):
   def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
     """The offset by which each epoch moves the cuts; that of the first is 0.
 
-    It is always 0 where one row has the whole stream, as a token would not get
-    another context, and those before the offset would be left out.
+    It is always 0 where one row has the whole stream, as a cut could only take
+    context away.
     """
     if len(self) <= 1:
       return np.zeros(len(epochs), np.int64)

@@ -41,7 +41,7 @@ def batch_dataset(
 
   Rows are shuffled anew each epoch; each epoch has every row once, and a batch
   may span two epochs. A row has other noise in each epoch. `PackedRows` have
-  no noise, but from the second epoch on their stream is cut elsewhere, at an
+  no noise, but from the second epoch on their stream is read round from an
   offset below T that depends on the epoch, so that a token does not meet the
   same context again; a stream that fits one row stays as it is. The batch does
   not depend on the share. In a mixture, each source is shuffled by itself, and

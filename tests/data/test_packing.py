@@ -132,19 +132,49 @@ def test_seq_len_must_be_positive():
     PackedRows(np.arange(3), np.array([0]), 0)
 
 
-def test_an_offset_reads_further_on_and_pads_the_end():
-  rows = PackedRows(np.arange(10, 21), np.array([0, 6]), 4)  # 11 tokens
-  batch = rows.take(np.array([0, 2]), np.array([1, 3]))
-  # Row 0 begins at token 1; row 2 begins at token 11, behind the end of the
-  # stream.
-  np.testing.assert_array_equal(
-    batch['tokens'], [[11, 12, 13, 14], [0, 0, 0, 0]]
-  )
-  np.testing.assert_array_equal(batch['targets'][0], [12, 13, 14, 15])
-  np.testing.assert_array_equal(batch['positions'][0], [0, 1, 2, 3])
-  np.testing.assert_array_equal(
-    batch['segment_ids'], [[1, 1, 1, 1], [0, 0, 0, 0]]
-  )
-  np.testing.assert_array_equal(
-    batch['loss_weights'], [[1, 1, 1, 1], [0, 0, 0, 0]]
-  )
+def test_an_offset_reads_round_to_what_is_before_it():
+  # Documents '10 11 12 13' and '14 15 16 17 18', cut at the 12.
+  rows = PackedRows(np.arange(10, 19), np.array([0, 4]), 5)
+  batch = rows.take(np.arange(2), 2)
+  assert as_lists({k: v[0] for k, v in batch.items()}) == {
+    'tokens': [12, 13, 14, 15, 16],
+    'targets': [13, 14, 15, 16, 17],
+    'segment_ids': [1, 1, 2, 2, 2],
+    'positions': [0, 1, 0, 1, 2],
+    'loss_weights': [1, 0, 1, 1, 1],
+  }
+  # The first document is seen as two parts, and 18 does not predict the 10.
+  assert as_lists({k: v[1] for k, v in batch.items()}) == {
+    'tokens': [17, 18, 10, 11, 0],
+    'targets': [18, 10, 11, 0, 0],
+    'segment_ids': [1, 1, 2, 2, 0],
+    'positions': [0, 1, 0, 1, 0],
+    'loss_weights': [1, 0, 1, 0, 0],
+  }
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+  lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+  seq_len=st.integers(1, 11),
+  data=st.data(),
+)
+def test_an_epoch_has_all_predictions_but_one(lengths, seq_len, data):
+  # A token's number is its place in the stream.
+  stream = np.arange(sum(lengths))
+  documents = np.split(stream, np.cumsum(lengths)[:-1])
+  rows = pack(documents, seq_len)
+  offset = data.draw(st.integers(0, seq_len - 1))
+  batch = rows.take(np.arange(len(rows)), offset)
+  found = []
+  for b, t in np.argwhere(batch['loss_weights']):
+    tokens, segments = batch['tokens'][b], batch['segment_ids'][b]
+    context = tokens[: t + 1][segments[: t + 1] == segments[t]].tolist()
+    # A segment is one stretch of a document, counted from its first token.
+    assert batch['positions'][b, t] == len(context) - 1
+    assert context == [*range(context[0], context[0] + len(context))]
+    found.append((context[-1], int(batch['targets'][b, t])))
+  lost = (offset - 1) % len(stream)
+  pairs = [(a, a + 1) for d in documents for a in d[:-1].tolist() if a != lost]
+  assert sorted(found) == pairs
+  assert batch['segment_ids'][:-1].all()  # only the last row has padding

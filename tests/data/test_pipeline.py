@@ -57,11 +57,15 @@ def test_later_epochs_cut_the_stream_elsewhere():
   assert cuts[0] == {0}
   assert all(len(cut) == 1 for cut in cuts)  # one offset in each epoch
   assert len(set.union(*cuts)) > 2  # not the same in all
-  # Row r of a later epoch begins where its row r - 1 ends.
+  # Row r of a later epoch begins where its row r - 1 ends; the last goes on at
+  # the stream's beginning.
   (offset,) = cuts[1]
   batch = ds[1]
-  for tokens in batch['tokens'][batch['segment_ids'].all(1)]:
-    np.testing.assert_array_equal(tokens, tokens[0] + np.arange(16))
+  assert batch['segment_ids'].all()
+  for tokens in batch['tokens']:
+    np.testing.assert_array_equal(
+      tokens, (tokens[0] + np.arange(16)) % len(rows.tokens)
+    )
     assert tokens[0] % 16 == offset
 
 
