@@ -291,7 +291,7 @@ def _stored_logits_step(
   logits = teacher_logits.read(options.logits)
   logits.check(run, teacher)
   run.message(logits.describe())
-  shapes = logits.shapes(run.programs.put.sharding)
+  shapes = logits.shapes(run)
 
   def soft(teacher_arrays):
     return soft_labels.read_from_batch(options.temperature), teacher_arrays

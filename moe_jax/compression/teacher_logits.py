@@ -2,9 +2,10 @@
 
 The folder has files of a few batches each (safetensors) and a manifest. Kept
 are the logarithms of the `top` largest probabilities of each token, and their
-ids; the manifest says how much probability that leaves out. Batch i of the
-folder is batch i of a run with the same data, seed and batch size. Not here:
-how they are computed (`keep_logits.py`), and the loss (`soft_labels.py`).
+ids; the manifest says how much probability that leaves out. Row r of the
+folder, its batches one after another, is row r of the stream of a run with the
+same data and seed. Not here: how they are computed (`keep_logits.py`), and the
+loss (`soft_labels.py`).
 """
 
 import dataclasses
@@ -24,14 +25,17 @@ from safetensors import SafetensorError, safe_open
 from moe_jax import data
 from moe_jax.compression.soft_labels import IDS, LOG_PROBS
 from moe_jax.compression.teacher import Teacher
+from moe_jax.data.mixing import joined
 from moe_jax.errors import InputError
 from moe_jax.memory_room import in_bytes
+from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 MANIFEST, FORMAT = 'manifest.json', 1
 TARGETS = 'targets'  # beginnings of the sha256 of each row's targets
 _DIGEST_BYTES = 8
+_DTYPES = {IDS: np.int32, LOG_PROBS: np.float32, TARGETS: np.uint8}
 _COUNTS = ('batch_size', 'length', 'vocab_size', 'top', 'batches', 'each')
 
 
@@ -71,6 +75,11 @@ class About:
     for name in _COUNTS:
       if type(value := getattr(self, name)) is not int or value < 1:
         raise InputError(f'{name}={value!r:.40} is not a number of at least 1')
+
+  @property
+  def rows(self) -> int:
+    """The number of rows of all batches."""
+    return self.batches * self.batch_size
 
   @property
   def digest(self) -> str:
@@ -156,10 +165,10 @@ class StoredLogits:
       ValueError: Something differs; all differences are listed.
     """
     a, o = self.about, run.options
+    last_row = run.row_offset + o.total_steps * o.batch_size
     expected = {
       'data_digest': run.dataset.digest,
       'seed': o.seed,
-      'batch_size': o.batch_size,
       'length': o.data.target_len or o.data.seq_len,
       'vocab_size': run.model.vocab_size,
       'step': teacher.step,
@@ -170,42 +179,44 @@ class StoredLogits:
       for key, value in expected.items()
       if getattr(a, key) != value
     ]
-    if a.batches < o.total_steps:
-      differences.append(
-        f'{a.batches} batches there, {o.total_steps} steps here'
-      )
+    if a.rows < last_row:
+      differences.append(f'{a.rows} rows there, {last_row} here')
     if differences:
       raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
 
-  def shapes(self, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """The shapes of the arrays that a batch gets, with their sharding."""
-    a = self.about
-    shape = (a.batch_size, a.length, a.top)
+  def shapes(self, run: Run) -> dict[str, Any]:
+    """The shapes of the arrays that a run's batch gets, with their sharding."""
+    sharding = run.programs.put.sharding
+    shape = (run.options.batch_size, self.about.length, self.about.top)
     return {
       IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
       LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
     }
 
-  def batch(self, number: int) -> dict[str, np.ndarray]:
-    """The arrays of one batch: ids and log-probabilities [B, T, top], digests.
+  def rows(self, numbers: Int[np.ndarray, ' R']) -> dict[str, np.ndarray]:
+    """The arrays of rows: ids and log-probabilities [R, T, top], digests.
 
     Raises:
-      ValueError: There is no such batch, or its file is damaged.
+      ValueError: There is no such row, or its file is damaged.
     """
     a = self.about
-    if not 0 <= number < a.batches:
+    if not 0 <= numbers.min() <= numbers.max() < a.rows:
       raise InputError(
-        f'{self.folder} has batches 0 to {a.batches - 1}, not {number}'
+        f'{self.folder} has rows 0 to {a.rows - 1}, not {numbers.min()} to '
+        f'{numbers.max()}'
       )
-    file_number, index = divmod(number, a.each)
-    arrays = _arrays(self.folder, a, file_number)
-    return {
-      IDS: arrays[IDS][index].astype(np.int32),
-      LOG_PROBS: arrays[LOG_PROBS][index].astype(np.float32),
-      TARGETS: arrays[TARGETS][index],
-    }
+    file, index = np.divmod(numbers, a.each * a.batch_size)
+
+    def read_file(number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+      arrays = _arrays(self.folder, a, number)
+      return {
+        name: np.concatenate(arrays[name])[index[chosen]].astype(dtype)
+        for name, dtype in _DTYPES.items()
+      }
+
+    return joined(file, read_file)
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
     """A function that is called once a step and gives its batch's logits.
@@ -224,28 +235,33 @@ class StoredLogits:
         number = int(state.step)
         for checked_number in (number, run.options.total_steps - 1):
           self._check_targets(run, checked_number)
-      arrays = self.batch(number)
+      arrays = self.rows(_rows_of(run, number))
       number += 1
-      return layout.local({n: arrays[n][layout.rows] for n in (IDS, LOG_PROBS)})
+      return layout.local({n: arrays[n] for n in (IDS, LOG_PROBS)})
 
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
     """Raises ValueError where batch `number` of a run has other targets."""
-    rows = run.programs.put.rows
-    dataset = run.dataset.splits['train']
-    run_batches: Any = data.batch_dataset(
-      dataset,
-      batch_size=self.about.batch_size,
-      seed=self.about.seed,
-      share=rows,
+    run_batch: Any = data.batch_dataset(
+      run.dataset.splits['train'],
+      batch_size=run.options.batch_size,
+      seed=run.options.seed,
+      share=run.programs.put.rows,
+      offset=run.row_offset,
     )[number]
-    digests = self.batch(number)[TARGETS][rows]
-    if not np.array_equal(row_digests(run_batches['targets']), digests):
+    digests = self.rows(_rows_of(run, number))[TARGETS]
+    if not np.array_equal(row_digests(run_batch['targets']), digests):
       raise InputError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
       )
+
+
+def _rows_of(run: Run, number: int) -> Int[np.ndarray, ' R']:
+  """The numbers, in the stream, of this process' rows of a run's batch."""
+  first = run.row_offset + number * run.options.batch_size
+  return first + run.programs.put.rows
 
 
 @functools.lru_cache(maxsize=2)

@@ -85,7 +85,10 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   teacher, tmp_path, all_logits
 ):
   largest = write(teacher, tmp_path / 'some', top=3, batches=1, dtype='float16')
-  batch, largest_batch = all_logits.batch(0), largest.batch(0)
+  batch, largest_batch = (
+    all_logits.rows(np.arange(4)),
+    largest.rows(np.arange(4)),
+  )
   np.testing.assert_array_equal(
     largest_batch['teacher_ids'], batch['teacher_ids'][..., :3]
   )
@@ -118,19 +121,18 @@ def test_what_a_killed_command_left_is_gone_on_with(
   modified_ns = first.stat().st_mtime_ns
   finished = write(teacher, folder)
   assert first.stat().st_mtime_ns == modified_ns
-  for number in range(STEPS):
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      finished.batch(number),
-      all_logits.batch(number),
-    )
+  all_rows = np.arange(STEPS * 4)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    finished.rows(all_rows),
+    all_logits.rows(all_rows),
+  )
 
 
 def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
   cases = {
     'seed: 0 there, 1 here': {'seed': 1},
-    'batch_size: 4 there, 8 here': {'batch_size': 8},
-    '6 batches there, 7 steps here': {'total_steps': 7},
+    '24 rows there, 28 here': {'total_steps': 7},
   }
   stored_logits = teacher_logits.read(all_logits.folder)
   run, _, _ = start_run(
@@ -143,8 +145,8 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     run.options = options.filled(257)
     with pytest.raises(ValueError, match=message):
       stored_logits.check(run, teacher_lib.read(run, options.distill))
-  with pytest.raises(ValueError, match='has batches 0 to 5, not 6'):
-    stored_logits.batch(6)
+  with pytest.raises(ValueError, match='has rows 0 to 23, not 20 to 24'):
+    stored_logits.rows(np.array([20, 24]))
   with pytest.raises(ValueError, match='holds other logits: top: 257 -> 4'):
     write(teacher, all_logits.folder, top=4)
   with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
@@ -189,6 +191,26 @@ def test_other_weights_of_a_mixture_are_noticed(teacher, tmp_path):
   )
   with pytest.raises(ValueError, match=f'batch {STEPS - 1} has other targets'):
     run.train_step(state, batch)
+
+
+def test_a_changed_batch_size_leaves_each_row_its_logits(
+  teacher, all_logits, tmp_path
+):
+  # One step of four rows, then three of two.
+  run, state, _ = start_run(
+    config_with_logits(teacher, all_logits, batch_size=2, total_steps=4),
+    tmp_path / 'run',
+  )
+  run.row_offset = 4 - 2
+  arrays_of = all_logits.reader(run)
+  state = state.replace(step=state.step + 1)
+  kept = all_logits.rows(np.arange(4 * STEPS))
+  kept_digests = kept['targets'].tolist()
+  for batch, _ in zip(run.batches(1), range(3)):
+    digests = teacher_logits.row_digests(batch['targets']).tolist()
+    rows = [kept_digests.index(digest) for digest in digests]
+    for name, values in arrays_of(state).items():
+      np.testing.assert_array_equal(values, kept[name][rows])
 
 
 @pytest.mark.slow
