@@ -56,6 +56,30 @@ class InTurnRouter(Router):
 
 
 @dataclasses.dataclass(frozen=True)
+class Promised(InTurn):
+  """Options of a router that does not return the loss that has a weight."""
+
+  depth_weight: float = option(0.25, 'Weight of the depth.', at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deep(Promised):
+  """Options of a router with a loss of its own, the depth, which it learns."""
+
+  def module(self, sizes, shared, name=None):
+    return DeepRouter(self, sizes, shared, name=name)
+
+
+class DeepRouter(InTurnRouter):
+  """The module of the router `Deep`."""
+
+  def route(self, x, mask, train, router_ids, layer):
+    depth = self.param('depth', nn.initializers.constant(3.0), ())
+    chosen, aux = super().route(x, mask, train, router_ids, layer)
+    return chosen, aux._replace(losses={'depth_loss': depth * mask.sum()})
+
+
+@dataclasses.dataclass(frozen=True)
 class Linear(ExpertOptions):
   """Options of an expert that is a single product."""
 

@@ -11,6 +11,7 @@ import pytest
 from moe_jax import hooks, layers, plugins, run_config, sections
 from moe_jax.configs import base
 from moe_jax.data.tokenizers import TokenizerOptions
+from moe_jax.errors import InputError
 from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import MODELS
 from moe_jax.options import OptionError
@@ -98,6 +99,39 @@ def test_they_train(run):
   (row,) = [r for r in rows if 'train/learning_rate' in r]
   assert row['train/learning_rate'] == pytest.approx(0.1)
   assert row['train/layer_0/load'] == [0, 1, 0, 0]
+
+
+def test_a_loss_of_a_users_router_is_weighted_logged_and_scheduled(tmp_path):
+  # A dense layer, which has no such loss, stands before the sparse one.
+  user_config = config(
+    kind('Deep'), aux_losses={'kind': 'first_steps', 'num_steps': 1}
+  )
+  user_config.model.num_layers = 2
+  user_config.model.moe.layers = 'last 1'
+  user_config.log_every_steps = 1
+  options = run_config.read(user_config)
+  state = loop.train_and_evaluate(options, tmp_path, devices=ONE)
+  rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)
+  first, second = (row for row in rows if 'train/loss' in row)
+  # Each step that has the loss moves the depth by the rate, 0.1.
+  assert first['train/layer_1/depth_loss'] == pytest.approx(3.0)
+  assert second['train/layer_1/depth_loss'] == pytest.approx(2.9)
+  parts = [
+    row['train/total_loss'] - row['train/loss'] for row in (first, second)
+  ]
+  assert parts == pytest.approx([0.25 * 3.0, 0.0], abs=1e-5)
+  (depth,) = (
+    leaf
+    for path, leaf in jax.tree.leaves_with_path(state.params)
+    if 'depth' in jax.tree_util.keystr(path)
+  )
+  assert float(depth.sum()) == pytest.approx(2.9)
+
+
+def test_a_weight_without_its_loss_is_refused_by_name(tmp_path):
+  options = run_config.read(config(kind('Promised')))
+  with pytest.raises(InputError, match=r"losses \[\]; .*\['depth_loss'\]"):
+    setup.set_up(options, tmp_path, devices=ONE)
 
 
 def test_a_router_that_sows_nothing_has_a_routing_report(run):

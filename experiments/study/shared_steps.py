@@ -44,8 +44,8 @@ class SharedStep(Hook):
     if unequal or run.mesh.size > 1:
       return
     weights = {
-      name.removesuffix('_loss'): weight
-      for name, weight in run.model.loss_weights().items()
+      loss: weight
+      for loss, weight in run.model.loss_weights().items()
       if weight
     }
     rate = rates.pop() if rates else None
@@ -76,7 +76,9 @@ def _compiled(run: Run):
       model,
       optimizer,
       run.programs.trained,
-      change=lambda losses: dataclasses.replace(losses, **weights),
+      change=lambda losses: dataclasses.replace(
+        losses, routers={**losses.routers, **weights}
+      ),
       balance_bias_rate=rate,
     )
     return train_step(state, batch)

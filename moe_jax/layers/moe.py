@@ -22,7 +22,6 @@ from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import ExchangeStats, GivenChoices, MoeAux
 from moe_jax.routing.rows import without_nan
-from moe_jax.routing.stats import LOSSES
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
 
@@ -163,9 +162,10 @@ def _with_inner(aux: MoeAux, inner: MoeAux | ExchangeStats | None) -> MoeAux:
   if isinstance(inner, ExchangeStats):
     return aux._replace(exchange=inner)
   losses = {
-    name: getattr(aux, name) + getattr(inner, name).sum() for name in LOSSES
+    name: aux.losses.get(name, 0.0) + loss.sum()
+    for name, loss in inner.losses.items()
   }
-  return aux._replace(**losses)
+  return aux._replace(losses=aux.losses | losses)
 
 
 def to_groups(

@@ -260,7 +260,15 @@ class MoeOptions(ImposedOptions):
     """The aux of a dense layer beside sparse ones, which means leave out."""
     if not self.num_experts:
       return empty_aux(1, 1)
-    return empty_aux(self.num_experts, self.num_selected)
+    return empty_aux(self.num_experts, self.num_selected, self.loss_weights())
+
+  def loss_weights(self) -> dict[str, float]:
+    """The weight of each loss of the router, and of experts that are mixtures.
+
+    Where both have a loss, the router's weight is that of their sum.
+    """
+    inner = {} if self.inner is None else self.inner.loss_weights()
+    return inner | self.router.loss_weights()
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`; E and K are such that the small router has them."""

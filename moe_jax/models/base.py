@@ -189,11 +189,11 @@ class Model(nn.Module):
 
   @nn.nowrap
   def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of `MoeAux` that a router has, by its name."""
+    """The weight of each loss of the layers' `MoeAux`, by its name."""
     weights = {}
     for moe in self.moes:
       if moe is not None:
-        weights |= moe.router.loss_weights()
+        weights |= moe.loss_weights()
     return weights
 
   @property

@@ -206,7 +206,12 @@ class EncoderDecoder(Transformer):
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
-  """The aux of both stacks, with zeros for experts that one of them lacks."""
+  """The aux of both stacks, with zeros for what one of them lacks."""
+  losses = encoder_aux.losses | aux.losses
+
+  def filled(aux):
+    zeros = dict.fromkeys(losses, jnp.zeros_like(aux.stats.tokens))
+    return aux._replace(losses=zeros | aux.losses)
 
   def join(a, b):
     largest = [max(x) for x in zip(a.shape[1:], b.shape[1:])]
@@ -217,4 +222,4 @@ def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:
 
     return jnp.concatenate([padded(a), padded(b)])
 
-  return jax.tree.map(join, encoder_aux, aux)
+  return jax.tree.map(join, filled(encoder_aux), filled(aux))

@@ -297,9 +297,7 @@ class _Layer(nn.Module):
   def __call__(self, x, segment_ids, train, state, given):
     """Returns the residual stream, aux, and an LSTM's last state."""
     c = self.between
-    aux = empty_aux(1, 1)
-    if c.moe is not None:
-      aux = empty_aux(c.moe.num_experts, c.moe.num_selected)
+    aux = empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
     if not self.sparse:
       y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
     elif c.moe is not None:

@@ -5,6 +5,7 @@ The rate of dropped choices is defined here, once. Not here: the losses
 (`moe_jax.analysis.routing_report`).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -219,36 +220,33 @@ class MoeAux(NamedTuple):
   totals and counts of layers of both kinds add up.
 
   Attributes:
-    balance_loss: float32 [], see `aux_losses.balance_loss`.
-    z_loss: float32 [], see `aux_losses.z_loss`.
-    importance_loss: float32 [], see `aux_losses.importance_loss`.
-    load_loss: float32 [], see `aux_losses.load_loss`. Under strictly balanced
-      gating, whose load needs no loss, it is the loss of the thresholds,
-      `strictly_balanced_rule.batchwise_loss`.
-    sequence_balance_loss, batch_balance_loss, global_balance_loss: float32 [],
-      balance losses of rows, of several rows and of the batch, as sums over
-      these instead of groups; 0 unless the router's options give them weight.
+    losses: Losses of the router by name, float32 []: those to which its options
+      give a weight. Each is an attribute, too: `aux.balance_loss`.
     stats: Sums over real tokens; `stats.load` is the load before drops.
     exchange: Sums over devices, which depend on the mesh.
   """
 
-  balance_loss: Array
-  z_loss: Array
-  importance_loss: Array
-  load_loss: Array
-  sequence_balance_loss: Array
-  batch_balance_loss: Array
-  global_balance_loss: Array
+  losses: dict[str, Array]
   stats: RoutingStats
   exchange: ExchangeStats
 
+  def __getattr__(self, name: str) -> Array:
+    """The loss of that name."""
+    if name not in self.losses:
+      raise AttributeError(f'no loss {name!r}; have {sorted(self.losses)}')
+    return self.losses[name]
 
-# The names of the losses in `MoeAux`.
-LOSSES = tuple(name for name in MoeAux._fields if name.endswith('_loss'))
 
+def empty_aux(
+  num_experts: int, num_selected: int, losses: Iterable[str] = ()
+) -> MoeAux:
+  """The aux of a layer that does not route: zeros at the model's E and K.
 
-def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
-  """The aux of a layer that does not route: zeros at the model's E and K."""
+  Args:
+    num_experts: E.
+    num_selected: K.
+    losses: Names of the losses of the model's other layers.
+  """
   scalar = jnp.zeros((), jnp.float32)
   per_expert = jnp.zeros((num_experts,), jnp.float32)
   per_choice = jnp.zeros((num_selected,), jnp.float32)
@@ -261,8 +259,7 @@ def empty_aux(num_experts: int, num_selected: int) -> MoeAux:
     entropy=scalar,
     logit_square=scalar,
   )
-  losses = dict.fromkeys(LOSSES, scalar)
-  return MoeAux(**losses, stats=stats, exchange=no_exchange())
+  return MoeAux(dict.fromkeys(losses, scalar), stats, no_exchange())
 
 
 def with_room(aux: MoeAux, num_experts: int) -> MoeAux:

@@ -12,10 +12,10 @@ import numpy as np
 from moe_jax.distributed import fetch
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import LOSSES, MoeAux, RoutingStats, drop_rate
+from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
 
-# The losses that every row has; it has others if a router computes them.
+# The losses that every row has; it has others where they are not 0.
 _ALWAYS_WRITTEN = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
 
 
@@ -98,10 +98,10 @@ def layer_summary(
       values[f'drop_rate_choice_{k + 1}'] = float(by_rank[k])
       values[f'unsent_rate_choice_{k + 1}'] = float(stats.unsent[k] / tokens)
   values |= exchange_summary(aux)
-  for name in LOSSES:
-    mean = float(getattr(aux, name) / tokens)
-    if mean or name in _ALWAYS_WRITTEN:
-      values[name] = mean
+  values |= dict.fromkeys(_ALWAYS_WRITTEN, 0.0)
+  values |= {
+    name: float(loss / tokens) for name, loss in aux.losses.items() if loss
+  }
   # Six digits resolve a millionth; more would double the metrics file.
   values['load'] = np.round(stats.load / (tokens * K), 6).tolist()
   values['kept_load'] = np.round(stats.kept_load / (tokens * K), 6).tolist()

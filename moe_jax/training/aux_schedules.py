@@ -9,22 +9,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.routers import ROUTERS
 from moe_jax.options import (
   Kinds,
   Options,
   at_least,
-  each,
-  one_of,
+  fields_of,
   option,
   required,
+  unknown,
 )
-from moe_jax.routing.stats import LOSSES
 from moe_jax.shapes import Leaf
-from moe_jax.training.losses import LossWeights, weight_name
+from moe_jax.training.losses import LossWeights
 
-# The losses that can have a schedule: fields of `LossWeights`.
-_ROUTERS = tuple(sorted(map(weight_name, LOSSES)))
-_LOSSES = (*_ROUTERS, 'logits_z')
+# The name for all losses of routers, and that of the loss of the logits.
+_ROUTERS, _LOGITS = 'routers', 'logits_z'
+# The names of losses that a model may lack.
+_OURS = tuple(
+  name.removesuffix('_weight')
+  for router in ROUTERS.builtin.values()
+  for name in fields_of(router)
+  if name.endswith('_weight')
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +41,11 @@ class AuxSchedule(Options):
   """
 
   losses: tuple[str, ...] = option(
-    _ROUTERS,
+    (_ROUTERS,),
     'Names of the auxiliary losses whose weights are multiplied by the '
-    "schedule's factor; besides those of routers there is 'logits_z', the loss "
-    'of logits_z_weight. An empty tuple changes no weight.',
-    each(one_of(*_LOSSES)),
+    "schedule's factor: 'balance' for the loss of balance_weight, 'logits_z' "
+    "for that of logits_z_weight, and 'routers' for all losses of routers. An "
+    'empty tuple changes no weight.',
   )
   factor: float = option(
     1.0,
@@ -63,16 +69,34 @@ class AuxSchedule(Options):
   def weights(self, weights: LossWeights, step: Leaf) -> LossWeights:
     """Returns the weights of the losses after `step` optimizer steps."""
     factor = self.factor_at(step)
-    return dataclasses.replace(
-      weights,
-      **{
-        name: _product(factor, getattr(weights, name)) for name in self.losses
-      },
-    )
+    routers = {
+      loss: _product(factor, weight) if self._has(loss) else weight
+      for loss, weight in weights.routers.items()
+    }
+    logits_z = weights.logits_z
+    if _LOGITS in self.losses:
+      logits_z = _product(factor, logits_z)
+    return dataclasses.replace(weights, routers=routers, logits_z=logits_z)
+
+  def check(self, weights: LossWeights) -> None:
+    """Raises ValueError for a loss that neither the model nor a router has."""
+    names = {_ROUTERS, _LOGITS, *_OURS, *map(_name_of, weights.routers)}
+    for name in self.losses:
+      if name not in names:
+        raise unknown('loss in aux_losses.losses', name, names)
 
   def changes(self, weights: LossWeights) -> bool:
     """Whether a loss of the schedule has a weight that is a number above 0."""
-    return any(getattr(weights, name) for name in self.losses)
+    if _LOGITS in self.losses and weights.logits_z:
+      return True
+    return any(w for loss, w in weights.routers.items() if self._has(loss))
+
+  def _has(self, loss: str) -> bool:
+    return _ROUTERS in self.losses or _name_of(loss) in self.losses
+
+
+def _name_of(loss: str) -> str:
+  return loss.removesuffix('_loss')
 
 
 def _product(a: Leaf, b: Leaf) -> Leaf:

@@ -5,6 +5,7 @@ into microbatches, so that accumulation changes nothing.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 from moe_jax.models import Model
 from moe_jax.models.base import TokenLosses
 from moe_jax.routing import MoeAux
-from moe_jax.routing.stats import LOSSES
 from moe_jax.shapes import Array, Float32, Leaf
 from moe_jax.training_types import Batch, LossSums
 
@@ -35,10 +35,9 @@ class LossWeights:
   """Coefficients of the losses that are added to a model's own.
 
   Attributes:
-    balance, z, importance, load, sequence_balance, batch_balance,
-      global_balance: Coefficients of the routers' losses, one for each of
-      `routing.stats.LOSSES`: numbers, or scalar arrays, which are arguments of
-      the compiled step instead of constants.
+    routers: Coefficients of the routers' losses by name, 'balance_loss':
+      numbers, or scalar arrays, which are arguments of the compiled step
+      instead of constants.
     logits_z: Coefficient of the mean squared logsumexp of the output logits
       (T5's and ST-MoE's other z-loss); a number or a scalar array, too.
     num_averaged: Number by which the sum of the routers' losses over layers is
@@ -46,28 +45,16 @@ class LossWeights:
       (flaxformer).
   """
 
-  balance: Leaf = 0.0
-  z: Leaf = 0.0
-  importance: Leaf = 0.0
-  load: Leaf = 0.0
-  sequence_balance: Leaf = 0.0
-  batch_balance: Leaf = 0.0
-  global_balance: Leaf = 0.0
+  routers: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
   logits_z: Leaf = 0.0
   num_averaged: int = 1
 
 
-def weight_name(loss: str) -> str:
-  """The field of `LossWeights` for a loss of `MoeAux`."""
-  return loss.removesuffix('_loss')
-
-
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   """The coefficients that a model's routers have, and that of its logits."""
-  weights = model.loss_weights()
   mean = model.layer_reduce == 'mean'
   return LossWeights(
-    **{weight_name(loss): weights.get(loss, 0.0) for loss in LOSSES},
+    model.loss_weights(),
     logits_z=logits_z,
     num_averaged=max(len(model.sparse_layers), 1) if mean else 1,
   )
@@ -97,9 +84,9 @@ def aux_loss(
 ) -> Float32[Array, '']:
   """The weighted sum of the routers' losses; those of weight 0 are left out."""
   total = jnp.zeros((), jnp.float32)
-  for loss in LOSSES:
-    if _counts(weight := getattr(weights, weight_name(loss))):
-      total = total + weight * (getattr(aux, loss) / divisors.tokens).sum()
+  for loss, weight in weights.routers.items():
+    if _counts(weight):
+      total = total + weight * (aux.losses[loss] / divisors.tokens).sum()
   return total / weights.num_averaged
 
 

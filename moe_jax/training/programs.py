@@ -179,6 +179,7 @@ def make_step(
     loss: The loss of the model's outputs, instead of the model's own.
   """
   weights = change(losses.loss_weights(model, options.logits_z_weight))
+  options.aux_losses.check(weights)
   adapters = lora.adapt(options.lora, models.describe(model))
 
   def merged(params, key):

@@ -23,7 +23,6 @@ from tests.models import tiny
 B, T, V = 8, 6, 28
 RULES = ShardingOptions().rules
 OPTIMIZER = optax.adam(1e-2)
-WEIGHTS = LossWeights(balance=0.1, z=0.1, importance=0.1, load=0.1)
 RECORDED = functools.partial(recording, logits=False, dtype='float32')
 
 
@@ -60,10 +59,11 @@ def first_state(model):
 @functools.cache
 def compiled(model, microbatches=1):
   """The compiled training step (state, batch) -> (state, metrics)."""
+  weights = LossWeights(dict.fromkeys(model.loss_weights(), 0.1))
   return jax.jit(
     functools.partial(
       train_step,
-      grad_fn=make_grad_fn(model, WEIGHTS, microbatches, apply=RECORDED),
+      grad_fn=make_grad_fn(model, weights, microbatches, apply=RECORDED),
       optimizer=OPTIMIZER,
       schedule=optax.constant_schedule(0.0),
       normalize=functools.partial(normalizers, model),

@@ -57,7 +57,7 @@ class OtherNamesRouter(Router):
       mask=mask,
       gates=self.options.gates,
     )
-    return routing, empty_aux(E, K)
+    return routing, empty_aux(E, K, self.options.loss_weights())
 
 
 @dataclasses.dataclass(frozen=True)

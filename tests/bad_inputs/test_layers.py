@@ -214,7 +214,16 @@ CASES += [
     ('tokens', replaced(slot=lambda s: s[:, 1:]), ('slot', '(2, 5, 1)')),
     ('choices', replaced(kept=lambda k: k[..., 0]), ('kept', '(2, 6)')),
     ('floats', replaced(expert_index=lambda i: i * 1.0), ('float32', 'int')),
-    ('half', lambda chosen, aux: (chosen, empty_aux(3, 1)), ('load', '(3,)')),
+    (
+      'half',
+      lambda chosen, aux: (chosen, aux._replace(stats=empty_aux(3, 1).stats)),
+      ('load', '(3,)'),
+    ),
+    (
+      'loss',
+      lambda chosen, aux: (chosen, aux._replace(losses={'my_loss': 0.0})),
+      ("['my_loss']", 'z_loss'),
+    ),
   )
 ]
 CASES += [

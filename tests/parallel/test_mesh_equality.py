@@ -207,15 +207,15 @@ def kept_gradient() -> optax.GradientTransformation:
   )
 
 
-WEIGHTS = LossWeights(
-  balance=0.1,
-  z=0.1,
-  importance=0.1,
-  load=0.1,
-  sequence_balance=0.1,
-  batch_balance=0.2,
-  global_balance=0.4,
-)
+WEIGHTS = {
+  'balance_loss': 0.1,
+  'z_loss': 0.1,
+  'importance_loss': 0.1,
+  'load_loss': 0.1,
+  'sequence_balance_loss': 0.1,
+  'batch_balance_loss': 0.2,
+  'global_balance_loss': 0.4,
+}
 OPTIMIZER = optax.chain(
   kept_gradient(), optax.clip_by_global_norm(CLIP), optax.scale(-1.0)
 )
@@ -245,6 +245,7 @@ def step_of(
   # Neither rules nor recomputation change the parameters.
   plain_model = model_of(kind, ShardingOptions().rules, **{**moe, 'remat': ''})
   state, batch = first_state(plain_model), make_batch()
+  weights = {name: WEIGHTS[name] for name in model.loss_weights()}
   shardings = None
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
@@ -261,7 +262,7 @@ def step_of(
     batch = jax.device_put(batch, batch_sharding)
   run = functools.partial(
     train_step,
-    grad_fn=make_grad_fn(model, WEIGHTS, microbatches),
+    grad_fn=make_grad_fn(model, LossWeights(weights), microbatches),
     optimizer=OPTIMIZER,
     # This has no effect here, but the compilation cache sees another program.
     schedule=optax.constant_schedule(salt),

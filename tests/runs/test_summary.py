@@ -13,9 +13,12 @@ from moe_jax.training_types import LossSums
 MOES = (None, MoeOptions(3, 2), MoeOptions(4, 2))
 
 
+LOSSES = ('balance_loss', 'z_loss', 'sequence_balance_loss')
+
+
 def numpy_aux(stats=(), **sums):
   """The sums of a layer with room for four experts, and K = 2 choices."""
-  aux = jax.tree.map(np.asarray, empty_aux(4, 2))
+  aux = jax.tree.map(np.asarray, empty_aux(4, 2, LOSSES))
   return aux._replace(stats=aux.stats._replace(**dict(stats)), **sums)
 
 
@@ -28,9 +31,7 @@ def sums_of_three_layers():
       tokens=8.0, load=[8.0, 4, 4, 0], kept_load=[5.0, 4, 4, 0],
       overflowed=[0.0, 2], unsent=[0.0, 1], entropy=4.0, logit_square=18.0,
     ),
-    balance_loss=12.0,
-    z_loss=4.0,
-    sequence_balance_loss=2.0,
+    losses=dict(balance_loss=12.0, z_loss=4.0, sequence_balance_loss=2.0),
     exchange=ExchangeStats(
       away=6.5, sent=2.6, shadowed=3.0, choices=2.0, overflow=1.3
     ),

@@ -30,7 +30,7 @@ def aux(z_losses):
   empty = jax.tree.map(
     lambda leaf: jnp.stack([leaf] * len(z_losses)), empty_aux(4, 1)
   )
-  return empty._replace(z_loss=jnp.array(z_losses))
+  return empty._replace(losses={'z_loss': jnp.array(z_losses)})
 
 
 def test_each_stack_is_divided_by_its_own_tokens():
@@ -40,7 +40,7 @@ def test_each_stack_is_divided_by_its_own_tokens():
   # The encoder's layers come first.
   assert totals.tokens.tolist() == [7, 7, 4, 4]
   # Z-losses are 14 and 0 over 7 tokens, and 8 and 0 over 4: means are 2 and 2.
-  weights = losses.LossWeights(z=0.5)
+  weights = losses.LossWeights({'z_loss': 0.5})
   total = losses.aux_loss(aux([14.0, 0.0, 8.0, 0.0]), totals, weights)
   np.testing.assert_allclose(total, 0.5 * (2 + 0 + 2 + 0), rtol=1e-6)
 
@@ -82,7 +82,8 @@ def test_the_weights_are_those_of_the_chosen_router():
     ),
     0.4,
   )
-  assert (weights.load, weights.importance) == (0.2, 0.3)
+  assert weights.routers['load_loss'] == 0.2
+  assert weights.routers['importance_loss'] == 0.3
   assert (weights.logits_z, weights.num_averaged) == (0.4, 1)
 
 

@@ -119,14 +119,14 @@ def first_state(programs):
 def grads_of(options: RunConfig, params, batch, key=0):
   """Computes ((loss, sums), gradient) of one batch."""
   model = model_of(options)
-  weights = losses.loss_weights(model, options.logits_z_weight)
-  fn = _grad_fn(model, weights, options.microbatches)
+  fn = _grad_fn(model, options.logits_z_weight, options.microbatches)
   totals = losses.normalizers(model, batch)
   return fn(params, batch, totals, jax.random.key(key))
 
 
 @functools.cache
-def _grad_fn(model, weights, microbatches):
+def _grad_fn(model, logits_z_weight, microbatches):
+  weights = losses.loss_weights(model, logits_z_weight)
   return jax.jit(step.make_grad_fn(model, weights, microbatches))
 
 

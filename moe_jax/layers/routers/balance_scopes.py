@@ -90,7 +90,7 @@ def scoped_losses(
   mask: Bool[Array, 'G S'],
   layer: int | Int32[Array, ''],
 ) -> dict[str, Float32[Array, '']]:
-  """The losses of `ScopedBalanceLoss` that have a weight, by their names.
+  """The losses of `ScopedBalanceLoss` by name; those without weight are 0.
 
   They are totals, as those of `MoeAux`. Masked columns are no experts of them.
 
@@ -109,9 +109,10 @@ def scoped_losses(
     'batch_balance': o.batch_balance_rows,
     'global_balance': -(-G * S // T),
   }
+  losses = dict.fromkeys([f'{name}_loss' for name in rows], jnp.float32(0))
   rows = {name: n for name, n in rows.items() if getattr(o, f'{name}_weight')}
   if not rows:
-    return {}
+    return losses
   is_open = open_columns(module, layer)
   if is_open is not None:
     logits = jnp.where(is_open, logits, -jnp.inf)
@@ -123,7 +124,7 @@ def scoped_losses(
     o.balance_probs(logits), expert_index, mask, unit, o.balance_choices
   )
   share = 1.0 if is_open is None else is_open.mean()
-  return {
+  return losses | {
     f'{name}_loss': share * balance_of_parts(sums, n * T // unit)
     for name, n in rows.items()
   }

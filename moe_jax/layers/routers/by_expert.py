@@ -64,7 +64,9 @@ def slot_aux(
   module.sow(SOWN, LOGITS, logits)
   importance = cv_squared(chosen.gate.sum(-1))
   return routing.empty_aux(E, K)._replace(
-    z_loss=over_groups(routing.z_loss(logits, mask), mask),
-    importance_loss=over_groups(importance, mask),
+    losses={
+      'z_loss': over_groups(routing.z_loss(logits, mask), mask),
+      'importance_loss': over_groups(importance, mask),
+    },
     stats=routing.slot_stats(chosen, logits, mask, K),
   )

@@ -288,9 +288,11 @@ def logits_aux(
     balance = balance * is_open.mean()
     importance = of_open_columns(importance, is_open)
   return routing.empty_aux(E, index.shape[-1])._replace(
-    balance_loss=over_groups(balance, mask),
-    z_loss=over_groups(routing.z_loss(clean, mask), mask),
-    importance_loss=over_groups(importance, mask),
+    losses={
+      'balance_loss': over_groups(balance, mask),
+      'z_loss': over_groups(routing.z_loss(clean, mask), mask),
+      'importance_loss': over_groups(importance, mask),
+    },
     stats=routing.routing_stats(chosen, clean, mask),
   )
 

@@ -185,12 +185,22 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
       f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
       f'the layer has {sizes.num_retained}'
     )
+  weights = router.options.loss_weights()
+  if aux.losses.keys() != weights.keys():
+    raise InputError(
+      f'{name}.route returned the losses {sorted(aux.losses)}; its options '
+      f'give weights to {sorted(weights)}'
+    )
   E = sizes.num_experts
   check_shapes(
     [
       array_of('mask', mask, Bool[Array, 'G S']),
       *shapes_in(f'the routing of {name}', chosen),
       array_of(f'stats.load of {name}', aux.stats.load, Float32[Array, f'{E}']),
+      *(
+        array_of(f'{loss} of {name}', value, Float32[Array, ''])
+        for loss, value in aux.losses.items()
+      ),
     ]
   )
 
@@ -310,7 +320,7 @@ class RouterOptions(Options):
     raise NotImplementedError
 
   def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of `MoeAux` that the router has, by its name.
+    """The weight of each loss that the module returns, by its name.
 
     An option `<name>_weight` is the weight of the loss `<name>_loss`.
     """

@@ -293,9 +293,11 @@ def _aux(
   stats = routing.routing_stats(chosen, None, mask)
   empty = routing.empty_aux(chosen.num_experts, gate.shape[-1])
   return empty._replace(
-    z_loss=summed(token_z),
-    importance_loss=over_groups(importance, mask),
-    load_loss=over_groups(load, mask),
+    losses={
+      'z_loss': summed(token_z),
+      'importance_loss': over_groups(importance, mask),
+      'load_loss': over_groups(load, mask),
+    },
     stats=stats._replace(
       entropy=jax.lax.stop_gradient(summed(token_entropy)),
       logit_square=jax.lax.stop_gradient(summed(token_square)),

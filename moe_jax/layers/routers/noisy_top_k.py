@@ -91,7 +91,7 @@ class NoisyTopKRouter(Router):
     else:
       probability = jnp.where(is_open, probability, 0.0)
       load = of_open_columns(routing.load_loss(probability, mask), is_open)
-    aux = aux._replace(load_loss=over_groups(load, mask))
+    aux.losses['load_loss'] = over_groups(load, mask)
     # Load is sown for analysis alone; it is kept if the caller makes
     # 'intermediates' mutable.
     real = mask[..., None]

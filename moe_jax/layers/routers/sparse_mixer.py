@@ -72,5 +72,5 @@ class SparseMixerRouter(Router):
     )
     sow_choices(self, index)
     aux = logits_aux(self, chosen, logits, gate, mask, layer)
-    losses = scoped_losses(self, logits, index, mask, layer)
-    return chosen, aux._replace(**losses)
+    aux.losses.update(scoped_losses(self, logits, index, mask, layer))
+    return chosen, aux

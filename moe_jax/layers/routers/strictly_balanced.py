@@ -81,4 +81,6 @@ class StrictlyBalancedRouter(Router):
       choose, (logits, mask), (thresholds,), (PartitionSpec(),)
     )
     aux = slot_aux(self, chosen, logits, mask)
-    return chosen, aux._replace(load_loss=over_groups(loss, mask))
+    # The load needs no loss; this is that of the thresholds.
+    aux.losses['load_loss'] = over_groups(loss, mask)
+    return chosen, aux

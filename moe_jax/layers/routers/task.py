@@ -125,6 +125,8 @@ def _each_task_once(
     balance = balance * is_open.mean()
   tokens = mask.sum().astype(jnp.float32)
   return routing.empty_aux(E, K)._replace(
-    balance_loss=balance[0] * tokens,
-    z_loss=routing.z_loss(table, task_mask)[0] * tokens,
+    losses={
+      'balance_loss': balance[0] * tokens,
+      'z_loss': routing.z_loss(table, task_mask)[0] * tokens,
+    },
   )

@@ -132,7 +132,7 @@ class TokenChoiceRouter(Router):
     gate = gates_of(self, logits, chosen)
     aux = logits_aux(self, chosen, logits, gate, mask, layer)
     index = None if self.options.keeps_state else chosen.expert_index
-    aux = aux._replace(**scoped_losses(self, logits, index, mask, layer))
+    aux.losses.update(scoped_losses(self, logits, index, mask, layer))
     chosen = dataclasses.replace(chosen, gate=rounded(chosen.gate))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)

@@ -106,7 +106,7 @@ def test_the_load_that_is_kept_for_analysis_is_that_of_real_tokens():
 def test_token_choice_has_importance_and_no_load_to_estimate():
   _, aux = route(params={'w': draw(M, E)}, x=draw(G, S, M, seed=1))
   assert aux.importance_loss > 0
-  assert aux.load_loss == 0
+  assert 'load_loss' not in aux.losses
 
 
 def test_bfloat16_input_is_routed_in_float32():
@@ -409,7 +409,8 @@ def test_masked_columns_are_no_experts_of_the_losses(router):
   assert chosen.expert_index[:, :2].tolist() == [[[0], [1]]]
   np.testing.assert_allclose(aux.balance_loss, 2 * 1.0, rtol=1e-5)
   np.testing.assert_allclose(aux.importance_loss, 0.0, atol=1e-5)
-  np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)
+  if 'load_loss' in aux.losses:
+    np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)
 
 
 def test_columns_without_a_rival_are_chosen_for_certain():
