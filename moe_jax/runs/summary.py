@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from moe_jax.distributed import fetch
+from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing.load_summary import load_summary
 from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate
 from moe_jax.training_types import LossSums
@@ -82,10 +84,24 @@ def summarize(
 def layer_summary(
   sums: LossSums, layer: int, moes: Sequence[MoeOptions | None] = ()
 ) -> dict[str, Any]:
-  """The metrics of one layer's router; see `summarize`."""
+  """The metrics of one layer's router; see `summarize`.
+
+  Raises:
+    ValueError: A router, of a user's, names experts that the layer lacks.
+  """
   aux = jax.tree.map(lambda leaf: leaf[layer], sums.aux)
   stats = of_layer(aux.stats, layer, moes)
   tokens, K = stats.tokens, len(stats.overflowed)
+  moe = moes[layer] if moes else None
+  if moe is not None and not moe.router.by_expert:
+    counted = stats.load.sum()
+    # In float32 a device adds counts beyond 2^24 with errors.
+    if not np.isclose(counted, tokens * K, rtol=1e-5):
+      raise InputError(
+        f'layer {layer}: {counted:.0f} of the {tokens * K:.0f} choices that '
+        f'the router {ROUTERS.name_of(moe.router)!r} made are of the experts 0 '
+        f'to {len(stats.load) - 1}, which the layer has'
+      )
   by_rank, overall = drop_rate(stats)
   values = {
     'drop_rate': float(overall),

@@ -1,13 +1,18 @@
 """The numbers of a row of metrics, by hand from sums over tokens."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from moe_jax import routing
+from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing import empty_aux
 from moe_jax.routing.stats import ExchangeStats
 from moe_jax.runs import summary
 from moe_jax.training_types import LossSums
+from tests import own_kinds
 
 # A dense layer, one of three experts, and one of four.
 MOES = (None, MoeOptions(3, 2), MoeOptions(4, 2))
@@ -106,3 +111,17 @@ def test_a_layer_of_fewer_choices_than_others_has_its_own_rates():
   row = summary.layer_summary(sums, 0, (MoeOptions(4, 1),))
   assert row['drop_rate'] == 2 / 8 and 'drop_rate_choice_1' not in row
   assert row['load'] == [0.75, 0.25, 0, 0]
+
+
+def test_a_router_that_names_an_expert_that_is_not_there_is_refused():
+  index = jnp.array([[[0], [99], [3], [2], [1]]])
+  chosen = routing.even_choice(
+    index, num_experts=4, capacity=5, mask=jnp.ones((1, 5), bool)
+  )
+  stats = routing.routing_stats(chosen, None, jnp.ones((1, 5), bool))
+  aux = empty_aux(4, 1)._replace(stats=stats)
+  sums = LossSums(20.0, 5.0, 0.0, jax.tree.map(lambda leaf: leaf[None], aux))
+  moes = (MoeOptions(4, 1, router=own_kinds.InTurn()),)
+  message = "4 of the 5 choices.*'tests.own_kinds:InTurn'.*experts 0 to 3"
+  with pytest.raises(InputError, match=message):
+    summary.summarize(summary.host(sums), moes)
