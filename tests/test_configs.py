@@ -181,7 +181,7 @@ def test_two_steps_shrunk(name):
       grad_fn=step.make_grad_fn(model, weights, options.microbatches),
       normalize=functools.partial(losses.normalizers, model),
       optimizer=optimizer,
-      schedule=optax.constant_schedule(0.0),
+      rate=optax.constant_schedule(0.0),
       move_router_state=model.move_router_state,
     )
   )

@@ -23,6 +23,7 @@ from moe_jax.options import (
   required,
   within,
 )
+from moe_jax.shapes import Leaf
 from moe_jax.training import parameter_rules, rounded_moments
 from moe_jax.training.parameter_rules import PATTERNS, Pattern, is_role
 from moe_jax.training.schedules import SCHEDULES, Schedule
@@ -105,6 +106,13 @@ class Optimizer(Options):
   def rate(self, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by the number of optimizer steps taken."""
     return self.schedule.rate(self.learning_rate, total_steps)
+
+  def next_rate(self, state: Any, total_steps: int) -> Leaf:
+    """The learning rate of the update that follows a state of the optimizer.
+
+    A step that is skipped is no update, and the schedule does not count it.
+    """
+    return self.rate(total_steps)(state[-1].count)
 
   def transformation(
     self,

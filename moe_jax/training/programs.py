@@ -202,7 +202,9 @@ def make_step(
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,
-    schedule=options.optimizer.rate(options.total_steps),
+    rate=functools.partial(
+      options.optimizer.next_rate, total_steps=options.total_steps
+    ),
     move_router_state=functools.partial(
       model.move_router_state, rate=balance_bias_rate
     ),

@@ -169,7 +169,7 @@ def train_step(
   grad_fn: GradFn,
   normalize: Normalize,
   optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  rate: Callable[[Any], Leaf],
   move_router_state: MoveRouterState = lambda router_state, load: router_state,
 ) -> tuple[TrainState, StepMetrics]:
   """Takes one optimizer step.
@@ -182,7 +182,8 @@ def train_step(
     grad_fn: Function from `make_grad_fn`.
     normalize: Function from a batch to its normalisers.
     optimizer: The optimizer.
-    schedule: Learning rate by number of steps taken; only for the metrics.
+    rate: Function from the optimizer's state to the learning rate of its next
+      update; only for the metrics.
     move_router_state: Function from the routers' state and the load [L, E] of
       the whole batch to the routers' next state.
   """
@@ -201,7 +202,7 @@ def train_step(
     loss=loss,
     sums=sums,
     grad_norm=optax.global_norm(grads),
-    learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+    learning_rate=jnp.asarray(rate(state.opt_state), jnp.float32),
     finite=finite.flags(finite.without_opt_state(new)),
   )
   return new, metrics

@@ -65,7 +65,7 @@ def compiled(model, microbatches=1):
       train_step,
       grad_fn=make_grad_fn(model, weights, microbatches, apply=RECORDED),
       optimizer=OPTIMIZER,
-      schedule=optax.constant_schedule(0.0),
+      rate=optax.constant_schedule(0.0),
       normalize=functools.partial(normalizers, model),
       move_router_state=model.move_router_state,
     )

@@ -211,7 +211,7 @@ def test_a_step_moves_totals_by_the_whole_batch():
         step_lib.train_step,
         grad_fn=step_lib.make_grad_fn(model, LossWeights(), microbatches),
         optimizer=optimizer,
-        schedule=optax.constant_schedule(0.1),
+        rate=optax.constant_schedule(0.1),
         normalize=functools.partial(normalizers, model),
         move_router_state=model.move_router_state,
       )

@@ -265,7 +265,7 @@ def step_of(
     grad_fn=make_grad_fn(model, LossWeights(weights), microbatches),
     optimizer=OPTIMIZER,
     # This has no effect here, but the compilation cache sees another program.
-    schedule=optax.constant_schedule(salt),
+    rate=optax.constant_schedule(salt),
     normalize=functools.partial(normalizers, model),
     move_router_state=model.move_router_state,
   )

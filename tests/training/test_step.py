@@ -6,12 +6,15 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.layers.parameters import Role
 from moe_jax.models.base import Model, TokenLosses
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses
+from moe_jax.training.schedules import Constant
 from moe_jax.training.step import TrainState, make_grad_fn, train_step
 from moe_jax.training_types import LossSums
 from tests.models import tiny as tiny_models
+from tests.own_kinds import SignSgd
 from tests.training import tiny
 
 # Losses are large, so that a wrong normaliser shows.
@@ -153,7 +156,7 @@ def test_a_step_by_hand():
       grad_fn=grad_fn,
       normalize=lambda batch: batch['x'].sum() / 7,
       optimizer=optax.sgd(0.5),
-      schedule=lambda step: 10.0 + step,
+      rate=lambda opt_state: 10.0,
       move_router_state=lambda state, load: state + load,
     )
 
@@ -172,12 +175,38 @@ def test_a_step_by_hand():
   # The gradient is 14 / 2 - 4 and 0 - 4.
   assert new.params['w'].tolist() == [-1.5, 2.0]
   assert new.router_state.tolist() == [[4.0, 3.0]]
-  # The norm is that of the gradient; the rate is that of the step.
-  assert (metrics.grad_norm, metrics.learning_rate) == (5.0, 14.0)
+  assert metrics.grad_norm == 5.0  # that of the gradient
   draws = [
     float(stepped(state_at(*at))[1].loss) for at in ((4,), (5,), (4, 1), (4,))
   ]
   assert len(set(draws)) == 3 and draws[0] == draws[-1]
+
+
+def test_the_rate_in_the_metrics_is_the_applied_one():
+  # A step was skipped, so that the third makes the second of four updates of
+  # the warm-up.
+  options = SignSgd(
+    schedule=Constant(warmup_steps=4),
+    learning_rate=1.0,
+    clip_norm=0.0,
+    weight_decay=0.0,
+  )
+  optimizer = options.transformation(
+    8, {'b': ('mlp',)}, {'b': Role('ffn', 'bias')}
+  )
+  params = {'b': jnp.zeros(1)}
+  _, opt_state = optimizer.update(params, optimizer.init(params), params)
+  sums = LossSums(0.0, 1.0, 0.0, aux_of([1.0]))
+  new, metrics = train_step(
+    TrainState(jnp.int32(2), jnp.uint32(0), params, opt_state),
+    {},
+    grad_fn=lambda *args: ((0.0, sums), {'b': jnp.ones(1)}),
+    normalize=lambda batch: None,
+    optimizer=optimizer,
+    rate=lambda state: options.next_rate(state, 8),
+  )
+  assert new.params['b'] == -0.5
+  assert metrics.learning_rate == 0.5
 
 
 class Blind(Model):
