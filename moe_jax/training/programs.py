@@ -185,6 +185,10 @@ def make_step(
   def merged(params, key):
     return adapters.merged(trained.stop_gradients(params), key)
 
+  def move_router_state(state, load):
+    new = model.move_router_state(state, load, rate=balance_bias_rate)
+    return trained.moved(state, new)
+
   step = functools.partial(
     step_lib.train_step,
     grad_fn=step_lib.make_grad_fn(
@@ -205,9 +209,7 @@ def make_step(
     rate=functools.partial(
       options.optimizer.next_rate, total_steps=options.total_steps
     ),
-    move_router_state=functools.partial(
-      model.move_router_state, rate=balance_bias_rate
-    ),
+    move_router_state=move_router_state,
   )
   if options.max_nonfinite_steps:
     step = step_lib.skipping_nonfinite(step)

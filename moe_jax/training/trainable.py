@@ -3,7 +3,8 @@
     config.trainable = 'experts + router'
 
 A parameter that does not train has no gradient computed, no state in the
-optimizer and no share in clipping or decay. Not here: the expressions
+optimizer and no share in clipping or decay, and a router that does not train
+keeps its state, such as a balancing bias. Not here: the expressions
 (`models/selection.py`), and which experts train (`chosen_experts.py`).
 """
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.models.lora import TREE
 from moe_jax.models.selection import names_of
 from moe_jax.partitioning import path_name
 
@@ -100,6 +102,27 @@ class Trained:
       return self._other_experts(updates, lambda u: -jnp.zeros_like(u)), state
 
     return optax.GradientTransformation(init, update)
+
+  def moved(self, state: Any, new: Any) -> Any:
+    """The new state of routers, or the old where their modules do not train.
+
+    A module trains if one of its parameters does, or an adapter of one; one
+    without parameters trains where all do.
+
+    Args:
+      state: The routers' state before a step.
+      new: The routers' state after it.
+    """
+    if self.expression == 'all':
+      return new
+    names = [name.removeprefix(f'{TREE}/') for name in self.names]
+
+    def one(path, old_leaf, new_leaf):
+      module = ''.join(path_name(path).rpartition('/')[:2])
+      trains = any(name.startswith(module) for name in names)
+      return new_leaf if trains else old_leaf
+
+    return jax.tree_util.tree_map_with_path(one, state, new)
 
 
 def whole(part: Any, params: Any) -> Any:

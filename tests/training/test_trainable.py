@@ -11,10 +11,14 @@ from moe_jax import models, partitioning
 from moe_jax.options import OptionError
 from moe_jax.training import trainable
 from moe_jax.training.programs import make_programs
+from moe_jax.training.trainable import Trained
 from tests.training import tiny
 
 V = 264
-EVERY_SECOND = dict(num_experts=4, num_selected=2)
+BIASED = dict(gates='sigmoid', balance_bias_rate=0.1)
+EVERY_SECOND = dict(
+  num_experts=4, num_selected=2, router=dict(token_choice=BIASED)
+)
 PARTS = {
   'experts': {'expert'},
   'router': {'router'},
@@ -131,6 +135,29 @@ def test_what_does_not_train_keeps_its_bits_and_has_no_state():
   assert 0 < sum(x.size for x in moments) < sum(x.size for x in all_moments)
   size = sum(before[name].size for name in trained)
   assert sum(leaf.size for leaf in moments) == 2 * size
+  # The balancing bias is the router's, which does not train.
+  (bias,) = jax.tree.leaves(state.router_state)
+  assert bias.size == 4 and not np.asarray(bias).any()
+
+
+def test_the_state_of_a_router_moves_where_its_parameters_train():
+  def is_moved(trained, module='layers/layer_1/moe/router'):
+    state = functools.reduce(
+      lambda tree, key: {key: tree}, reversed(module.split('/')), {'bias': 0}
+    )
+    moved = trained.moved(state, jax.tree.map(lambda x: x + 1, state))
+    return jax.tree.leaves(moved) == [1]
+
+  for expression in ('all', 'router', 'non_experts', 're:router/w'):
+    assert is_moved(trainable.select(expression, roles()))
+  for expression in ('experts', 'attention', 'all - router'):
+    assert not is_moved(trainable.select(expression, roles()))
+  for part, moves in (('router/w', True), ('experts/w_in', False)):
+    name = f'lora/layers/layer_1/moe/{part}/a'
+    assert is_moved(Trained('lora', frozenset([name]))) == moves
+  # A router without parameters is one of those that train with all alone.
+  assert is_moved(trainable.select('all', roles()), 'layers/none')
+  assert not is_moved(trainable.select('non_experts', roles()), 'layers/none')
 
 
 @pytest.mark.slow
