@@ -1,6 +1,8 @@
 """Schedules of the learning rate: a linear warm-up, then one of several curves.
 
 A new schedule is one class with its options and the curve after the warm-up.
+The end of a curve is the end of the run, as in optax: a step after the last
+would have its value, so that the last step of a curve to 0 still learns.
 """
 
 import dataclasses
@@ -56,11 +58,12 @@ class Schedule(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Schedule):
-  """Half a cosine from the peak down to a fraction of it at the last step."""
+  """Half a cosine from the peak down to a fraction of it at the run's end."""
 
   final_fraction: float = option(
     0.1,
-    'Learning rate at the last step as a fraction of the peak; 0 ends at 0.',
+    'Learning rate at the end of the run, after its last step, as a fraction '
+    'of the peak; 0 ends at 0.',
     within('[0, 1]'),
   )
 
@@ -101,7 +104,8 @@ class Trapezoid(Schedule):
   decay_fraction: float = option(
     0.2,
     'Share of the steps of the run, its last ones, over which the learning '
-    'rate falls to 0; with 0 it never falls.',
+    'rate falls from the peak to 0, which it has after the last step; with 0 '
+    'it never falls.',
     within('[0, 1]'),
   )
 

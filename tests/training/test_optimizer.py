@@ -85,12 +85,13 @@ def run(transform, params, grads, steps=3):
     (Cosine, 0, 0.1),  # the first of ten warm-up steps
     (Cosine, 9, 1.0),
     (Cosine, 55, 0.1 + 0.9 * 0.5),  # half way down to final_fraction
-    (Cosine, 100, 0.1),
+    (Cosine, 100, 0.1),  # after the last step
     (Constant, 99, 1.0),
     (InverseSqrt, 9, 1.0),
     (InverseSqrt, 40, 0.5),  # sqrt(10 / 40)
     (Trapezoid, 80, 1.0),
     (Trapezoid, 95, 0.25),  # 15 of the last 20 steps are taken
+    (Trapezoid, 99, 0.05),  # the last step still learns
     # All steps after the warm-up are a line, of which half are taken.
     (functools.partial(Trapezoid, decay_fraction=1.0), 55, 0.5),
   ],
