@@ -6,10 +6,15 @@ would have its value, so that the last step of a curve to 0 still learns.
 """
 
 import dataclasses
-from typing import Self
+import numbers
+from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from moe_jax.errors import InputError
 from moe_jax.options import Kinds, Options, at_least, option, required, within
 
 
@@ -43,17 +48,33 @@ class Schedule(Options):
     raise NotImplementedError
 
   def rate(self, peak: float, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by the number of optimizer steps taken."""
+    """Returns the learning rate by the number of optimizer steps taken.
+
+    Raises:
+      ValueError: The curve, of a user's schedule, gives no numbers.
+    """
     warmup = self.warmup_in(total_steps)
     rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
     # Curves may depend on the length of the warm-up.
     schedule = dataclasses.replace(self, warmup_steps=warmup)
     curve = schedule.after_warmup(peak, max(total_steps - warmup, 1))
+    start = jnp.zeros((), jnp.int32)
+    first = curve(start) if callable(curve) else curve
+    if not callable(curve) or not _is_number(first):
+      raise InputError(
+        f'{type(self).__name__}.after_warmup gives {first!r:.60}; it returns a '
+        'function from a number of steps to a learning rate, a number'
+      )
     return optax.join_schedules([lambda step: rise(step + 1), curve], [warmup])
 
   def shrunk(self) -> Self:
     """The same schedule with a warm-up of one step."""
     return dataclasses.replace(self, warmup_steps=1)
+
+
+def _is_number(value: Any) -> bool:
+  is_number = isinstance(value, numbers.Real | np.ndarray | jax.Array)
+  return is_number and np.ndim(value) == 0
 
 
 @dataclasses.dataclass(frozen=True)
