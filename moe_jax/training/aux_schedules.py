@@ -22,14 +22,17 @@ from moe_jax.options import (
 from moe_jax.shapes import Leaf
 from moe_jax.training.losses import LossWeights
 
-# The name for all losses of routers, and that of the loss of the logits.
-_ROUTERS, _LOGITS = 'routers', 'logits_z'
-# The names of losses that a model may lack.
-_OURS = tuple(
-  name.removesuffix('_weight')
-  for router in ROUTERS.builtin.values()
-  for name in fields_of(router)
-  if name.endswith('_weight')
+_LOGITS = 'logits_z'  # the name of the loss of the logits
+# The names of the losses of built-in routers, which a model may lack.
+_BUILTIN = tuple(
+  sorted(
+    {
+      name.removesuffix('_weight')
+      for router in ROUTERS.builtin.values()
+      for name in fields_of(router)
+      if name.endswith('_weight')
+    }
+  )
 )
 
 
@@ -41,11 +44,12 @@ class AuxSchedule(Options):
   """
 
   losses: tuple[str, ...] = option(
-    (_ROUTERS,),
+    _BUILTIN,
     'Names of the auxiliary losses whose weights are multiplied by the '
-    "schedule's factor: 'balance' for the loss of balance_weight, 'logits_z' "
-    "for that of logits_z_weight, and 'routers' for all losses of routers. An "
-    'empty tuple changes no weight.',
+    "schedule's factor, such as 'balance' for the loss of balance_weight. All "
+    "names of built-in routers, the default, stand for a user's own losses, "
+    "too. 'logits_z' is the loss of logits_z_weight. An empty tuple changes no "
+    'weight.',
   )
   factor: float = option(
     1.0,
@@ -80,7 +84,7 @@ class AuxSchedule(Options):
 
   def check(self, weights: LossWeights) -> None:
     """Raises ValueError for a loss that neither the model nor a router has."""
-    names = {_ROUTERS, _LOGITS, *_OURS, *map(_name_of, weights.routers)}
+    names = {_LOGITS, *_BUILTIN, *map(_name_of, weights.routers)}
     for name in self.losses:
       if name not in names:
         raise unknown('loss in aux_losses.losses', name, names)
@@ -92,7 +96,7 @@ class AuxSchedule(Options):
     return any(w for loss, w in weights.routers.items() if self._has(loss))
 
   def _has(self, loss: str) -> bool:
-    return _ROUTERS in self.losses or _name_of(loss) in self.losses
+    return _name_of(loss) in self.losses or set(_BUILTIN) <= set(self.losses)
 
 
 def _name_of(loss: str) -> str:

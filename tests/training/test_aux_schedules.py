@@ -162,7 +162,7 @@ def test_a_schedule_of_weights_that_the_model_lacks_is_said(tmp_path):
 
 
 def test_a_loss_that_no_router_has_is_refused_by_name(tmp_path):
-  for names in (('balance', 'load'), ('routers', 'logits_z')):
+  for names in (('balance', 'load'), ('load', 'logits_z')):
     made_run(tmp_path, aux_losses={'losses': names})
   with pytest.raises(
     ValueError, match=r"unknown loss in aux_losses.losses 'zz'; "
