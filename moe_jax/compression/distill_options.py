@@ -42,9 +42,9 @@ class DistillOptions(Options):
   start: str = option(
     NON_EXPERTS,
     "Parameters of the teacher that the run begins with: 'non_experts' are all "
-    "but experts and routers; with 'concatenated', feed-forwards are made of "
-    "the teacher's experts of the highest conditional probability, too; "
-    "'none' takes none.",
+    'but experts and routers, which are among them in the option `trainable`; '
+    "with 'concatenated', feed-forwards are made of the teacher's experts of "
+    "the highest conditional probability, too; 'none' takes none.",
     one_of(NONE, NON_EXPERTS, CONCATENATED),
     when=_HAS_TEACHER,
   )
