@@ -245,6 +245,15 @@ def model_and_side(name):
   return oracle.make(kind, seed=len(name), **options), side == 'left'
 
 
+def test_every_family_of_transformers_has_a_case():
+  # A family whose code is in its checkpoints has a test file of its own.
+  assert {kind for kind, *_ in CASES.values()} == {
+    model_type
+    for model_type, architecture in interop.ARCHITECTURES.items()
+    if not architecture.needs_code
+  }
+
+
 # Models with the usual options, which other cases leave as they are in part.
 LOGITS_ALONE = ('deepseek2', 'gpt-oss', 'granite')
 
