@@ -73,8 +73,9 @@ class Schedule(Options):
 
 
 def _is_number(value: Any) -> bool:
-  is_number = isinstance(value, numbers.Real | np.ndarray | jax.Array)
-  return is_number and np.ndim(value) == 0
+  if isinstance(value, np.ndarray | jax.Array):
+    return value.ndim == 0
+  return isinstance(value, numbers.Real)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,8 @@ def scoped_losses(
     'batch_balance': o.batch_balance_rows,
     'global_balance': -(-G * S // T),
   }
-  losses = dict.fromkeys([f'{name}_loss' for name in rows], jnp.float32(0))
+  zero = jnp.zeros((), jnp.float32)
+  losses = {f'{name}_loss': zero for name in rows}
   rows = {name: n for name, n in rows.items() if getattr(o, f'{name}_weight')}
   if not rows:
     return losses
