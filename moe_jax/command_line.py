@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from moe_jax import config_file
-from moe_jax.errors import ReportedError
+from moe_jax.errors import InputError, ReportedError
 from moe_jax.options import Check, OptionError, Spec, at_least, value_problem
 from moe_jax.runs.progress import print_line
 
@@ -250,7 +250,7 @@ def parse(
     return flags.FLAGS(config_file.with_paths(argv))
   except OptionError as error:
     fail('\n'.join([*error.problems, *other_problems(argv)]))
-  except (flags.Error, ValueError, OSError) as error:
+  except (flags.Error, InputError, OSError) as error:
     fail(config_file.flag_problem(error))
 
 

@@ -102,7 +102,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise InputError(f'{file} defines no get_config(arg)')
   try:
     config = module.get_config(*([argument] if argument else []))
-  except ValueError as error:
+  except InputError as error:
     raise InputError(f'{file}: {error}') from error
   except Exception as error:
     raise InputError(_error_text(file, path, error)) from error

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import config_file, run_config
+from moe_jax.errors import InputError
 
 _NAME = 'config'
 # The argument of a config that shrinks it; see `moe_jax.configs.base.finish`.
@@ -90,7 +91,7 @@ def other_problems(argv: Sequence[str]) -> list[str]:
   """The problems of a command line beside keys that do not exist."""
   try:
     options_of(*config_file.known_flags(argv))
-  except ValueError as error:
+  except InputError as error:
     return str(error).splitlines()
   return []
 

@@ -73,7 +73,7 @@ class DryRun:
     try:
       folder = workdir_lib.folder_of(self._workdir or _NOWHERE)
       self._options = with_tokenizer(self._config, folder)
-    except ValueError as error:
+    except InputError as error:
       self._refuse(error)
     dataset = run.dataset if run else self._dataset()
     options: Any = run.options if run else self._filled(dataset)
@@ -96,7 +96,7 @@ class DryRun:
         run = set_up(self._config, folder, resume=self._resume)
     except NotPreparedError:
       return None
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
       self.problems.append(str(error))
       return None
     self._check(run)
@@ -109,7 +109,7 @@ class DryRun:
     for hook in self._hooks:
       try:
         hook.check(run)
-      except (ValueError, OSError) as error:
+      except (InputError, OSError) as error:
         self._refuse(error)
     run.message = print_message
 
@@ -120,7 +120,7 @@ class DryRun:
         return data.load(self._options.data)
     except NotPreparedError:
       return None
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
       self._refuse(error)
       return None
 
@@ -136,7 +136,7 @@ class DryRun:
       return None
     try:
       return options.filled(size, shape)
-    except ValueError as error:
+    except InputError as error:
       self._refuse(error)
       return None
 
@@ -179,7 +179,7 @@ class DryRun:
     """The mesh, or one device where it does not fit those of this machine."""
     try:
       return self._options.mesh.make()
-    except ValueError as error:
+    except InputError as error:
       self._refuse(error)
       return device_mesh.make_mesh(dict(data=1), jax.local_devices()[:1])
 
@@ -281,7 +281,7 @@ class DryRun:
       if step < 0:
         with Checkpointer(workdir_lib.checkpoints_of(folder)) as checkpoints:
           step = max(checkpoints.steps(), default=None)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
       self._refuse(error)
       return
     if step is None and self.problems:

@@ -16,6 +16,7 @@ from moe_jax.analysis.replaying import Replaying
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
+from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.routing import drop_rate
 from moe_jax.runs import profile, summary
@@ -124,7 +125,7 @@ class Sample(Hook):
       return
     try:
       models.check_generates(run.model)
-    except ValueError as error:
+    except InputError as error:
       run.message(f'no sample: {error}')
       return
     imported = trained_run.is_imported(run.workdir)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import ml_collections
 
+from moe_jax.errors import InputError
 from moe_jax.option_checks import (
   UNLESS,
   in_force,
@@ -216,7 +217,7 @@ class Reader:
   def _class(self, kinds, name, path):
     try:
       return kinds.get(name)
-    except ValueError as error:
+    except InputError as error:
       self.problems.append(f'{path}{KIND}={name!r}: {error}')
       return None
 

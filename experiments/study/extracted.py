@@ -11,6 +11,7 @@ from experiments.benchmarks import timing
 from experiments.study import served
 from moe_jax.compression import extract
 from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.errors import InputError
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.models import check_generates
 from moe_jax.training.evaluate import Losses, Setting
@@ -36,7 +37,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   numbers = {'whole/bytes': bytes_in_memory(variables['params']['decoder'])}
   try:
     check_generates(run.model)
-  except ValueError:  # a decoder that routes by sentence
+  except InputError:  # a decoder that routes by sentence
     return numbers
   setting = Setting(
     name='scores',

@@ -141,7 +141,7 @@ class Recorder:
     self._is_reported = False
     try:
       trace_files.check(self._folder, header)
-    except ValueError as error:
+    except InputError as error:
       text = f'{error}; move this folder away to record anew'
       raise InputError(text) from None
 

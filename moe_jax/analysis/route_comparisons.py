@@ -71,7 +71,7 @@ def churn_sections(
       continue
     try:
       churn = route_churn.churn(trace, kind, present)
-    except ValueError as error:
+    except InputError as error:
       notes.append(f'The churn of {kind!r} is not known: {error}.')
     else:
       sections.append(churn_section(kind, churn))
@@ -161,7 +161,7 @@ def comparison_part(
     pair = names[0], names[number - 1]
     try:
       change = compare(traces[0], trace, kind, steps)
-    except ValueError as error:
+    except InputError as error:
       notes.append(f'{pair[0]} and {pair[1]} are not compared: {error}.')
     else:
       sections.append(comparison_section(number, pair, change))

@@ -114,7 +114,7 @@ def find_tokenizer(
       raise InputError(
         f'{path} is {tokenizer.identity}, the trace is of {header.tokenizer}'
       )
-  except ValueError as error:
+  except InputError as error:
     if run:
       raise
     return None, (

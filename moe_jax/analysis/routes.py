@@ -213,7 +213,7 @@ def _steps(text: str) -> range:
 def _labels(text: str) -> tuple[str, dict[str, str]]:
   try:
     return read_labels(text)
-  except ValueError as error:
+  except InputError as error:
     raise argparse.ArgumentTypeError(str(error)) from None
 
 

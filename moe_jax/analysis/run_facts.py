@@ -18,6 +18,7 @@ import jax
 
 from moe_jax import models
 from moe_jax.analysis import counts, devices
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.parameter_trees import abstract_params
 from moe_jax.runs import trained
@@ -112,7 +113,7 @@ def read(folder: pathlib.Path, allow: Iterable[str] = ()) -> RunFacts:
     run = trained.read(folder, allow, tokenizer_needed=False)
     model = run.model.build()
     return _model_facts(model, run.model, run.data.seq_len)
-  except (OSError, ValueError):  # no checkpoint yet, or a damaged folder
+  except (OSError, InputError):  # no checkpoint yet, or a damaged folder
     return RunFacts()
 
 
@@ -139,7 +140,7 @@ def _model_facts(model: Model, options: ModelOptions, seq_len: int) -> RunFacts:
   try:
     models.check_generates(model)
     generates = True
-  except ValueError:
+  except InputError:
     generates = False
   return RunFacts(
     model=MODELS.name_of(options),

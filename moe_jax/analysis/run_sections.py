@@ -223,7 +223,7 @@ def curves(run: RunFolder) -> list[plots.Panel]:
   """The panels of the run's curves; none before the first row."""
   try:
     return plots.panels(run.rows, run.facts.loss_unit, run.facts.counted)
-  except ValueError:
+  except InputError:
     return []
 
 

@@ -163,7 +163,7 @@ def begin_with(
       )
       apply = functools.partial(concatenation.apply, apply)
       description += f'; {concatenation.describe()}'
-  except ValueError as error:
+  except InputError as error:
     raise InputError(
       f'distill.start={options.start!r} with distill.teacher='
       f"{options.teacher}: {error}\nwith distill.start='none' the run begins "

@@ -27,6 +27,7 @@ from moe_jax.data.tokenizers import (
   TokenizerOptions,
   without_endings,
 )
+from moe_jax.errors import InputError
 from moe_jax.options import (
   Check,
   Kinds,
@@ -56,7 +57,7 @@ def _kind_rule(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
       return holds(type(chosen))
     try:
       return holds(kinds.get(chosen))
-    except ValueError:  # an unknown kind, which is reported where it is read
+    except InputError:  # an unknown kind, which is reported where it is read
       return True
 
   return Check(rule, check)

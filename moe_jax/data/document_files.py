@@ -218,7 +218,7 @@ def _json_text(line: bytes, source: PartBytes, field: str) -> str:
     value[field].encode()
   except UnicodeEncodeError as error:
     reason = f': {field!r} has a half of a character: {error}'
-  except ValueError as error:
+  except InputError as error:
     reason = str(error)
   else:
     return value[field]

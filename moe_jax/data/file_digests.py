@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.read_only import may_write
+from moe_jax.errors import InputError
 
 # A file that was written less than so many seconds before it was read is read
 # again the next time, as its times may not tell a later change.
@@ -57,7 +58,7 @@ def stamp_of(path: pathlib.Path) -> list[int]:
 def _read_entries(memory: pathlib.Path) -> dict[str, list]:
   try:
     entries = parse_json(read_text(memory), memory)
-  except (OSError, ValueError):
+  except (OSError, InputError):
     return {}
   is_valid = isinstance(entries, dict) and all(
     isinstance(entry, list) and len(entry) == 5 for entry in entries.values()

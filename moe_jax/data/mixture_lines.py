@@ -62,7 +62,7 @@ def spelled_out(
       name, source, weight = read_entry(entry, kinds)
       if name in sources:
         raise InputError(f'there is a source {name!r} already')
-    except ValueError as error:
+    except InputError as error:
       raise OptionError([f'lines: entry {entry!r}: {error}']) from None
     sources[name] = source
     if weight is not None:

@@ -258,7 +258,7 @@ def load(
       part = task.load(source, tokenizer, selection, shape)
     except NotPreparedError:
       raise
-    except ValueError as error:
+    except InputError as error:
       raise InputError(f'mixture.sources.{name}: {error}') from error
     splits = {
       split: TaskRows(rows, number) for split, rows in part.splits.items()

@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -211,7 +212,7 @@ class _Shared(NamedTuple):
     next_position: Index of the next piece in the list of numbers.
     read: Number of bytes that all have read.
     peak: The most bytes of memory that one has held.
-    failures: Messages of errors.
+    failures: Classes of errors, with their messages.
   """
 
   next_position: Any
@@ -229,7 +230,8 @@ def _wait(workers, shared, report) -> None:
     report(bytes_read - reported)
     reported = bytes_read
     if not shared.failures.empty():
-      raise InputError(shared.failures.get())
+      kind, text = shared.failures.get()
+      raise kind(text)
     for worker in workers:
       if worker.exitcode:
         raise InputError(exit_message(worker.exitcode))
@@ -263,10 +265,10 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
     tokenizer = work.read_tokenizer()
     while (number := _next_number(numbers, shared)) is not None:
       write_piece(work, number, tokenizer, report)
-  except (ValueError, OSError) as error:
-    shared.failures.put(str(error))
-  except Exception as error:  # libraries raise any
-    shared.failures.put(f'{type(error).__name__}: {error}')
+  except (InputError, OSError) as error:
+    shared.failures.put((InputError, str(error)))
+  except Exception:  # a defect, of a user's class or of a library
+    shared.failures.put((RuntimeError, traceback.format_exc()))
   with shared.peak.get_lock():
     shared.peak.value = max(shared.peak.value, peak_memory())
 

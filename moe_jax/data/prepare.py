@@ -75,7 +75,7 @@ def prepare(
       with _bar(corpus.name, console) as on_progress:
         own_share = share._replace(on_progress=on_progress)
         reports[name] = make(corpus, tokenizer, options.selection, own_share)
-    except ValueError as error:
+    except InputError as error:
       where = f'mixture.sources.{name}: ' * bool(name)
       raise InputError(f'{where}{error}') from error
   return reports

@@ -52,7 +52,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
     arrays = {'params': abstract.params, 'opt_state': opt_state}
     link_pairs = paired_links(manifest_lib.describe(arrays), saved)
     target = _target(opt_state, link_pairs, saved)
-  except ValueError as error:
+  except InputError as error:
     raise InputError(
       f'init_from.keep_optimizer=True: the state of the optimizer in the '
       f'checkpoint of step {step} of {folder} does not fit this run '

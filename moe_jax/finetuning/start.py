@@ -178,7 +178,7 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   options = cast(InitFrom, run.options.init_from)
   try:
     copy_plan = plan(run.model, source, options.copies)
-  except ValueError as error:
+  except InputError as error:
     message = f'init_from.workdir={folder}: {error}'
     given_model = run.given_options.model
     if given_model == given_model.shrunk():

@@ -144,7 +144,7 @@ def _read_checkpoint(
       tuple(notes),
       architecture.skipped_tensors(values),
     )
-  except ValueError as error:
+  except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
 

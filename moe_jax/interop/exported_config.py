@@ -66,7 +66,7 @@ def choose(
     if architecture.suits(options):
       try:
         return architecture, describe(options, architecture, config)
-      except ValueError as error:
+      except InputError as error:
         count = getattr(error, 'num_differences', math.inf)
         errors.append((architecture.needs_code, count, error))
   raise InputError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
@@ -111,7 +111,7 @@ def describe(
   obstacle = None
   try:
     decided = architecture.describe(options)
-  except ValueError as error:
+  except InputError as error:
     obstacle, decided = error, _described_nearby(options, architecture)
     if decided is None:
       raise InputError(f'{refusal}: {error}') from error
@@ -147,7 +147,7 @@ def _described_nearby(
     return architecture.describe(
       dataclasses.replace(options, moe=moe, positions=positions)
     )
-  except ValueError:
+  except InputError:
     return None
 
 
@@ -188,7 +188,7 @@ def _read_back(
       bad_keys = {problem.partition('=')[0] for problem in problems}
       kept = {k: v for k, v in config_json.items() if k not in bad_keys}
       return from_config(kept), problems
-  except ValueError as error:
+  except InputError as error:
     return None, problems or [str(error)]
 
 

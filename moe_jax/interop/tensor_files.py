@@ -74,7 +74,7 @@ class TensorFiles:
     for name in names:
       try:
         specs = self._reader(name).specs
-      except (OSError, ValueError) as error:
+      except (OSError, InputError) as error:
         problems.append(f'{name}: {error}')
         unread.add(name)
         continue

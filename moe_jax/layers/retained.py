@@ -79,7 +79,7 @@ class Retained(Options):
     for name, read in (('experts', _counts), ('expert_of', _rows)):
       try:
         read(getattr(self, name))
-      except ValueError as error:
+      except InputError as error:
         yield f'{name}={getattr(self, name)!r}: {error}'
         return
     for layer in sorted(self.counts.keys() & self.rows.keys()):

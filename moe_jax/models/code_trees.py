@@ -179,7 +179,7 @@ def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
     codes = Codes(stored['codes'], stored['offsets'])
     try:
       ternary_checks.check(codes, kernel.matrix[-2])
-    except ValueError as error:
+    except InputError as error:
       raise InputError(f'{"/".join(path)}: {error}') from None
 
 

@@ -65,7 +65,7 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
 def _problem(text: str) -> str | None:
   try:
     list(_terms(text))
-  except (ValueError, re.error) as error:
+  except (InputError, re.error) as error:
     return str(error)
   return None
 

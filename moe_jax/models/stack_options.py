@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
+from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.models.pattern import (
@@ -84,7 +85,7 @@ class StackOptions(LayerOptions):
       count_sparse(
         attention.full_layers, self.num_layers, 'attention.full_layers'
       )
-    except ValueError as error:
+    except InputError as error:
       yield str(error)
 
   def shrunk(self) -> Self:

@@ -69,7 +69,7 @@ class LayerOptions(Options):
     try:
       ffn, num_experts = moe.expert.twin(1).ffn, moe.num_experts
       ffn = ffn if num_experts else moe.twin().ffn
-    except ValueError:  # experts without a known width
+    except InputError:  # experts without a known width
       ffn, num_experts = FfnOptions(1), moe.num_experts
     total = dense * self.ffn.kernel_values(width)
     if num_experts and (shared := moe.shared_twin) is not None:
@@ -84,7 +84,7 @@ class LayerOptions(Options):
     """
     try:
       return self.num_sparse > 0 and self.moe.num_experts > 0
-    except ValueError:
+    except InputError:
       return False
 
   def problems(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class LayerOptions(Options):
     yield from super().problems()
     try:
       self.num_sparse  # noqa: B018
-    except ValueError as error:
+    except InputError as error:
       yield str(error)
       return
     retained = self.moe.retained.layers

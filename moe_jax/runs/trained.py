@@ -141,7 +141,7 @@ def read(
     model: Any = sections.read_choice(MODELS, stored['model'], 'model.')
     sharding = sections.read(ShardingOptions, stored['sharding'], 'sharding.')
     batch_size = _batch_size(config)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size, feature_shape = None, 0, ()
@@ -225,7 +225,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
   values = kept_config(folder).get('checkpoint', {})
   try:
     options = sections.read(CheckpointOptions, values, 'checkpoint.')
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   directory = Directory(
     checkpoints_of(folder),
@@ -266,7 +266,7 @@ def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
   values = kept_config(folder).get('lora', {})
   try:
     options = sections.read(LoraOptions, values, 'lora.')
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   return adapt(options, describe(model))
 

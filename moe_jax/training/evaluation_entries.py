@@ -12,6 +12,7 @@ import jax
 from moe_jax import models, sections
 from moe_jax.data import DataOptions, Dataset
 from moe_jax.distributed import Placing
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.options import OptionError
 from moe_jax.partitioning import Rules
@@ -105,7 +106,7 @@ def make_evaluations(
     )
     try:
       measure = entry.measure(setting)
-    except ValueError as error:
+    except InputError as error:
       problems.append(f'evals.{name}: {error}')
       continue
     if not callable(measure):

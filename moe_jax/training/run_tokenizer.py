@@ -35,7 +35,7 @@ def with_tokenizer(options: R, folder: pathlib.Path) -> R:
   if data_options is options.data:
     try:
       options.data.tokenizer.identity()
-    except ValueError:
+    except InputError:
       if not _began_with(options, folder):
         raise
       tokenizer = tokenizers.read(folder / workdir_lib.TOKENIZER)
@@ -70,7 +70,7 @@ def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
   path = folder / workdir_lib.TOKENIZER
   try:
     kept = tokenizers.load(path)
-  except (OSError, ValueError):
+  except (OSError, InputError):
     return
   (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
   if old == new and new_names[: len(old_names)] == old_names:
@@ -105,7 +105,7 @@ def tokenizer_notes(
     if given_identity == options.data.tokenizer.identity():
       return
     problem = ''
-  except ValueError as error:
+  except InputError as error:
     problem = str(error)
   init_from = given_options.init_from
   if not (init_from.workdir and init_from.keep_tokenizer):

@@ -21,11 +21,8 @@ from typing import Any
 
 import pytest
 
-from moe_jax.data import DataError
-from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.command_line import REPORTED
 
-# The errors that commands report by their message.
-REPORTED = (ValueError, OSError, CheckpointError, DataError)
 _MOST_LINES = 12
 _snapshots: dict[pathlib.Path, dict[str, str]] = {}
 

@@ -13,6 +13,7 @@ from moe_jax.data import (
   MixtureOptions,
   train_batches,
 )
+from tests.data.own_kinds import Counting
 
 
 def suite(**tasks):
@@ -217,6 +218,20 @@ def test_a_bad_source_is_named(tmp_path):
   sources = suite(b='copy') | {'a': data.JsonlSource(str(tmp_path / 'a.jsonl'))}
   with pytest.raises(ValueError, match=r'mixture.sources.a: .*a.jsonl, line 1'):
     data.load(options(tmp_path, MixtureOptions(sources=sources)))
+
+
+class Defective(Counting):
+  """A user's source with a mistake in its code."""
+
+  def texts(self, selection=None):
+    """Reads no number."""
+    return int('three')
+
+
+def test_a_defect_of_a_users_source_is_no_bad_input(tmp_path):
+  mixture = MixtureOptions(sources={'a': Defective(), 'b': Counting()})
+  with pytest.raises(ValueError, match='^invalid literal'):
+    data.load(options(tmp_path, mixture, task=data.TextTask()))
 
 
 def test_shrunk_keeps_what_is_embedded():

@@ -224,7 +224,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   try:
     return from_json(saved)
   except _DAMAGED as error:
-    reason = str(error) if type(error) is ValueError else f'{error!r:.200}'
+    is_told = isinstance(error, InputError)
+    reason = str(error) if is_told else f'{error!r:.200}'
     raise InputError(f'{path} holds no saved tokenizer: {reason}') from None
 
 

@@ -119,7 +119,7 @@ class Json(Tokenizer, kind='json'):
     try:
       text = read_text(path)
       return cls(text, from_folder(folder, vocabulary_of(read_model(text))))
-    except ValueError as error:
+    except InputError as error:
       if str(folder) in str(error):
         raise
       raise InputError(f'{folder}: {error}') from None
@@ -280,7 +280,7 @@ class JsonOptions(TokenizerOptions):
       raise InputError(f'tokenizer json: no file {path} in {os.getcwd()}')
     try:
       return Json(read_text(path))
-    except ValueError as error:
+    except InputError as error:
       raise InputError(
         f"tokenizer json: {path}: {error}; tokenizer.kind='file' reads a run's "
         'file or a SentencePiece model'

@@ -90,7 +90,7 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
     return Json.from_folder(folder)
   try:
     return Json(content.decode())
-  except ValueError as error:
+  except InputError as error:
     raise InputError(f'{path}: {first_line(error)}') from None
 
 
@@ -107,7 +107,7 @@ def _of_run(path: pathlib.Path) -> Tokenizer:
 def _sentencepiece(path: pathlib.Path, content: bytes) -> SentencePiece:
   try:
     return SentencePiece(content)
-  except ValueError as error:
+  except InputError as error:
     raise InputError(f'{path} is {error}; give the path of {_READS}') from None
 
 
@@ -139,5 +139,5 @@ class FileOptions(TokenizerOptions):
   def _tokenizer(self) -> Tokenizer:
     try:
       return read(self.path)
-    except ValueError as error:
+    except InputError as error:
       raise InputError(f'tokenizer file: {error}') from None
