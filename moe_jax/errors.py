@@ -4,6 +4,15 @@ Commands print the message of these without a traceback; any other error is a
 defect, of this package, of a library or of a user's class, and keeps its own.
 """
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+# Texts on a full disk, a user's quota, and a limit on a file's size. Libraries
+# that write have errors of their own with these texts.
+_FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))]
+
 
 class ReportedError(Exception):
   """An error that its message explains."""
@@ -11,3 +20,21 @@ class ReportedError(Exception):
 
 class InputError(ReportedError, ValueError):
   """A value is refused: the message has the value, the rule and what exists."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Names the path where a full disk ends the body's writing.
+
+  Raises:
+    OSError: The disk is full.
+  """
+  try:
+    yield
+  except Exception as error:
+    reasons = [text for text in _FULL if text in str(error)]
+    if not reasons:
+      raise
+    raise OSError(
+      f'{path} cannot be written, as the disk is full: {reasons[0]}'
+    ) from error

@@ -149,6 +149,7 @@ NARROW = {
       *TOKENIZERS,
       'moe_jax.data.DataOptions',
       'moe_jax.data.SPLITS',
+      'moe_jax.data.cache_folders',
       'moe_jax.data.load',
     ),
     'runs': (

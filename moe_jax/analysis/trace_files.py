@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from moe_jax.analysis.trace_packing import Arrays, Entry, pack
 from moe_jax.analysis.trace_records import Header, Record
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 
 HEADER = 'header.json'
 _NAME = re.compile(r'session_(\d+)_process_(\d+)_part_(\d+)\.safetensors')
@@ -252,5 +252,6 @@ def read_header(folder: pathlib.Path) -> Header:
 
 def _write_atomically(path: pathlib.Path, write) -> None:
   unfinished = path.with_name(path.name + '.tmp')
-  write(unfinished)
-  unfinished.replace(path)
+  with writing(path):
+    write(unfinished)
+    unfinished.replace(path)

@@ -26,6 +26,7 @@ from moe_jax.analysis.trace_records import (
   LayerInfo,
   Record,
 )
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.errors import InputError
 
 __all__ = [
@@ -219,9 +220,10 @@ def write(
   """Writes a whole trace, from one process.
 
   Raises:
-    ValueError: The folder has a trace already, or a record does not fit.
+    ValueError: The folder is not empty, or a record does not fit.
   """
   check_new(folder)
-  with Writer(folder, header) as writer:
+  path = pathlib.Path(folder).expanduser()
+  with whole_folder(path) as unfinished, Writer(unfinished, header) as writer:
     for record in records:
       writer.add(record)

@@ -36,7 +36,7 @@ from moe_jax.compression.teacher_logits import (
   read,
   row_digests,
 )
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 from moe_jax.models import Model, code_trees
 from moe_jax.option_checks import unknown_text
 from moe_jax.runs import trained
@@ -133,14 +133,15 @@ def write(
   )
   folder = pathlib.Path(output).expanduser()
   _check_folder(folder, about)
-  folder.mkdir(parents=True, exist_ok=True)
   compute = jax.jit(functools.partial(largest, run.model, top=top))
-  for name, numbers in about.files():
-    if not _is_whole(folder / name, about):
-      chunk = (stream[number] for number in numbers)
-      arrays = _arrays(about, chunk, functools.partial(compute, run.variables))
-      _save(folder / name, arrays, about)
-  _write_manifest(folder, about)
+  with writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, numbers in about.files():
+      if not _is_whole(folder / name, about):
+        chunk = (stream[number] for number in numbers)
+        parts = _arrays(about, chunk, functools.partial(compute, run.variables))
+        _save(folder / name, parts, about)
+    _write_manifest(folder, about)
   return read(folder)
 
 
@@ -211,7 +212,7 @@ def _is_whole(path: pathlib.Path, about: About) -> bool:
   """Whether a file is there, undamaged, and of these logits."""
   try:
     return load(path)[1].get('about') == about.digest
-  except ValueError:
+  except InputError:
     return False
 
 

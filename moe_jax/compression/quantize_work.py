@@ -20,7 +20,7 @@ from moe_jax.compression.grids import Rounded
 from moe_jax.compression.quantize_layers import Spot
 from moe_jax.compression.quantize_report import Report
 from moe_jax.data.cache_folders import locked
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
 from moe_jax.layers.kernel_format import BITS, KernelFormat
 from moe_jax.runs import new_run
@@ -136,7 +136,7 @@ def opened(
   """
   folder = _folder_of(output)
   output.parent.mkdir(parents=True, exist_ok=True)
-  with locked(folder):
+  with locked(folder), writing(folder):
     if not all(_path(folder, layer).exists() for layer in layers):
       new_run.check_free(output)
     work = Work(folder, settings)

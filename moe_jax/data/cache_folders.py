@@ -6,7 +6,8 @@ those of larger files take about 0.5 s per GB where they are not remembered of
 unchanged files (`file_digests.py`), and can be left out. A damaged
 folder is named and not remade: damage tells of a failing disk or of a program
 that wrote there, other processes may be reading the folder, and only its user
-knows. Not here: the files in a folder (`store.py`, `sources/tfds_reader.py`).
+knows. `whole_folder` makes a folder outside the cache. Not here: the files in a
+folder (`store.py`, `sources/tfds_reader.py`).
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -22,7 +24,7 @@ from types import MappingProxyType
 from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.read_only import check_may_prepare
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 
 LIST = 'files.json'
 FORMAT = 2  # version of folders, a part of their names; 1 had no list
@@ -87,9 +89,12 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     parent: Folder on whose file system the new one is.
     name: Name of the folder, which lies in a temporary folder.
   """
-  with tempfile.TemporaryDirectory(
-    prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
-  ) as private_parent:
+  with (
+    writing(parent / name),
+    tempfile.TemporaryDirectory(
+      prefix=f'.{name}-', dir=parent, ignore_cleanup_errors=True
+    ) as private_parent,
+  ):
     # The folder lies within it, as other users cannot read a temporary one.
     folder = pathlib.Path(private_parent) / name
     folder.mkdir()
@@ -136,6 +141,32 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder for files of a user, which gets its name after the body.
+
+  So `folder` is whole once it is there, and of two commands that write it at
+  once the second fails. What a killed command has left beside it is replaced.
+
+  Raises:
+    ValueError: `folder` is neither new nor empty.
+  """
+  folder = folder.resolve()
+  unfinished = folder.with_name(f'.{folder.name}.unfinished')
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with locked(folder), writing(folder):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise InputError(f'{folder} is there already; give a new or empty folder')
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+      yield unfinished
+      unfinished.rename(folder)
+    except BaseException:
+      shutil.rmtree(unfinished, ignore_errors=True)
+      raise
+
+
 def verify(folder: pathlib.Path, *, digests: bool) -> None:
   """Raises ValueError, with advice, unless the files are those written.
 
@@ -154,7 +185,7 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
       _check(path, listed_facts.get(path), actual_facts.get(path))
   except FileNotFoundError:
     reason = f'{LIST} is missing'
-  except ValueError as error:
+  except InputError as error:
     reason = str(error)
   else:
     return

@@ -111,5 +111,5 @@ def _join_starts(
     for number, count in enumerate(tokens):
       with (work.path(number) / f'{split}.starts').open('rb') as file:
         while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          (starts + tokens_before).tofile(out)
+          out.write((starts + tokens_before).tobytes())
       tokens_before += count

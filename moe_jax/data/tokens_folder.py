@@ -37,7 +37,7 @@ from moe_jax.data.tokenizers import (
   TokenizerOptions,
   load,
 )
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 
 
 class Share(NamedTuple):
@@ -149,7 +149,7 @@ def _folder_of(
   try:
     other = folder_for(tokenizer.replaced) if tokenizer.replaced else folder
     equal = load(other / 'tokenizer.json').identity == tokenizer.identity()
-  except (ValueError, OSError):  # the replaced file, or its tokens, are gone
+  except (InputError, OSError):  # the replaced file, or its tokens, are gone
     return folder
   return other if equal else folder
 
@@ -168,7 +168,7 @@ def _make_pieces(
   piece_dir = folder.with_name(f'{folder.name}.parts')
   try:
     report = _make_share(folder, piece_dir, pieces, fit, share)
-  except (OSError, ValueError):  # its pieces may be gone, as they were joined
+  except (OSError, InputError):  # its pieces may be gone, as they were joined
     if not folder.is_dir():
       raise
     report = FolderReport(folder)
@@ -219,7 +219,7 @@ def modules_of(tokenizer: Tokenizer) -> Iterator[str]:
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:
   """The tokenizer of all pieces, which the first process fits for all."""
-  with locked(path):
+  with locked(path), writing(path):
     if not path.exists():
       unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
       fit().save(unfinished)

@@ -8,6 +8,7 @@ import jax
 
 from moe_jax import sections
 from moe_jax.data import plain_files, tokenizers
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.interop import exported_tokenizer, hub
@@ -61,8 +62,13 @@ def export_run(
       'needs a copy for each: the bytes are those of all columns, and do not '
       'fall'
     )
-  save(model, {**restored.state, 'params': params}, output, config=config)
-  target = architecture_of(plain_files.read_json(output / 'config.json'))
+  with whole_folder(output) as unfinished:
+    variables = {**restored.state, 'params': params}
+    save(model, variables, unfinished, config=config)
+    target = architecture_of(plain_files.read_json(unfinished / 'config.json'))
+    tokenizer_line = _export_tokenizer(
+      imported_files, unfinished, run.tokenizer
+    )
   if target.needs_code:
     lines.append(
       f'it is written as {target.model_type}, for which transformers has no '
@@ -72,7 +78,7 @@ def export_run(
   return [
     f'checkpoint of step {restored.step} written to {output}',
     *lines,
-    _export_tokenizer(imported_files, output, run.tokenizer),
+    tokenizer_line,
   ]
 
 
@@ -92,7 +98,7 @@ def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
   mesh = workdir_lib.kept_config(folder).get('mesh', {})
   try:
     return sections.read(MeshOptions, mesh, 'mesh.').make()
-  except ValueError:
+  except InputError:
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
@@ -88,7 +88,7 @@ def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   folder.mkdir(parents=True, exist_ok=True)
   unfinished = folder / _UNFINISHED
   try:
-    with locked(unfinished):
+    with locked(unfinished), writing(folder):
       check_free(folder)
       for name in (_UNFINISHED, *_ENTRIES):
         _remove(folder / name)

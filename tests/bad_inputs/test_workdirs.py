@@ -1,5 +1,6 @@
 """Folders of runs that are no folders, are damaged, or belong to others."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,12 +12,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import sections
+from moe_jax import data, generate, sections
+from moe_jax.compression import __main__ as compression
+from moe_jax.data import prepare
+from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, trained, workdir
 from moe_jax.runs.owner import OWNER, Owner
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.storage_errors import storage_path
-from tests.bad_inputs.cases import REPORTED, Case, check, frozen
+from tests.bad_inputs.cases import (
+  REPORTED,
+  Case,
+  check,
+  check_command,
+  frozen,
+)
+from tests.generation import folders
 from tests.training import tiny
 
 DAMAGES = {
@@ -162,17 +173,89 @@ def name_cases():
     yield Case(f'owned_{name[:40]!a}', owning(name), phrases)
 
 
-def on_a_full_disk(folder):
+@contextlib.contextmanager
+def full_disk():
   """A limit on the size of files stands for a disk without room."""
   old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (9, old_limits[1]))
   try:
-    with owned([folder / 'new' / 'run']):
-      pass
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
     signal.signal(signal.SIGXFSZ, old_handler)
+
+
+def on_a_full_disk(folder):
+  with full_disk(), owned([folder / 'new' / 'run']):
+    pass
+
+
+@pytest.fixture(scope='module')
+def trained_folder(tmp_path_factory):
+  """The folder of a run that transformers can read."""
+  folder = tmp_path_factory.mktemp('trained')
+  mixtral = dict(
+    num_layers=1,
+    ffn=dict(activation='swiglu'),
+    norm=dict(epsilon=1e-5),
+    embedding=dict(tie=False),
+    moe=dict(
+      layers='all',
+      num_selected=2,
+      router=dict(token_choice=dict(gates='renormalized')),
+      capacity=dict(kind='all'),
+      dispatch=dict(kind='dropless'),
+    ),
+  )
+  folders.write(folder, model=mixtral)
+  (folder / 'own.py').write_text(
+    'import pathlib\n'
+    'from moe_jax import run_config\n'
+    'def get_config():\n'
+    "  path = pathlib.Path(__file__).with_name('config.json')\n"
+    '  return run_config.from_file(path)\n'
+  )
+  data.load(trained.read(folder).data)
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('main', 'argv'),
+  [
+    (interop.main, 'export --workdir={run} --output={output}'),
+    (
+      compression.main,
+      'quantize --run={run} --output={output} --format=int4 --method=rtn',
+    ),
+    (
+      compression.main,
+      'keep_logits --teacher={run} --output={output} --config={config} '
+      '--batches=1 --top=2',
+    ),
+    (
+      generate.main,
+      '--workdir={run} --prompt=a --num_tokens=1 --trace={output}',
+    ),
+    (
+      prepare.main,
+      '--config={config} --processes=1 --config.data.cache_dir={output}',
+    ),
+  ],
+)
+def test_a_full_disk_is_a_line_with_the_path(
+  main, argv, trained_folder, tmp_path, capsys
+):
+  output = tmp_path / 'output'
+  words = argv.format(
+    run=trained_folder, output=output, config=trained_folder / 'own.py'
+  )
+  with full_disk():
+    phrases = (f'{output}', 'cannot be written, as the disk is full')
+    check_command(main, words.split(), phrases, capsys)
+  # What is there does not look complete.
+  names = {path.name for path in tmp_path.rglob('*') if path.is_file()}
+  assert not names & {'config.json', 'manifest.json', 'files.json'}, names
 
 
 def owned_by(folder, **fields):

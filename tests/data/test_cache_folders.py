@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from moe_jax.data.cache_folders import prepared
+from moe_jax.data.cache_folders import prepared, whole_folder
 
 
 def write(folder):
@@ -39,6 +39,28 @@ def test_the_loser_of_a_race_takes_the_winners(tmp_path):
 
   folder = prepared(tmp_path / 'x', write_late)
   assert (folder / 'a').read_text() == 'whole'
+  assert os.listdir(tmp_path) == ['x']
+
+
+def test_of_two_who_write_a_folder_of_a_user_the_second_fails(tmp_path):
+  script = (
+    'import pathlib, sys\n'
+    'from moe_jax.data.cache_folders import whole_folder\n'
+    "print('begins', flush=True)\n"
+    'with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n'
+    "  (folder / 'a').write_text('theirs')\n"
+  )
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  with whole_folder(tmp_path / 'x') as folder:
+    write(folder)
+    process = subprocess.Popen(
+      [sys.executable, '-c', script, str(tmp_path / 'x')],
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+      **pipes,
+    )
+    assert process.stdout.readline() == 'begins\n'
+  assert 'x is there already; give a new' in process.communicate(timeout=60)[1]
+  assert (tmp_path / 'x' / 'a').read_text() == 'whole'
   assert os.listdir(tmp_path) == ['x']
 
 

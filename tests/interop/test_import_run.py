@@ -11,6 +11,7 @@ import pytest
 from moe_jax import config_file, generate, interop, run_config, sections
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
+from moe_jax.interop import exported_tokenizer
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import meaning
@@ -255,6 +256,27 @@ def test_what_is_refused(tmp_path):
   (tmp_path / 'out' / 'mine').touch()
   with pytest.raises(ValueError, match='give a new or empty folder'):
     export_run(tmp_path / 'run', tmp_path / 'out')
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+  run_folders.write(tmp_path / 'run', model=dict(num_layers=1, **MIXTRAL))
+  output = tmp_path / 'out'
+
+  def killed(*_):
+    assert not output.exists()
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(exported_tokenizer, 'write', killed)
+    # A kill cleans nothing up.
+    patch.setattr(shutil, 'rmtree', lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt):
+      export_run(tmp_path / 'run', output)
+  left = {path.name for path in tmp_path.iterdir()} - {'run'}
+  assert left == {'.out.unfinished'}
+  export_run(tmp_path / 'run', output)
+  assert (output / 'tokenizer.json').exists()
+  assert {path.name for path in tmp_path.iterdir()} == {'run', 'out'}
 
 
 def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
