@@ -2,8 +2,8 @@
 
 The folder has `adapter.safetensors`, the factors by name, and `adapter.json`,
 with the options of the adapter and the sha256 of the base that it was trained
-on. An adapter is read back onto parameters of that digest alone. Not here: what
-adapters compute (`models/lora.py`).
+on. An adapter is read back onto parameters of that digest alone, and if neither
+file has changed. Not here: what adapters compute (`models/lora.py`).
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moe_jax import sections
 from moe_jax.data import plain_files
+from moe_jax.data.cache_folders import whole_folder
 from moe_jax.errors import InputError
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
@@ -30,7 +30,7 @@ from moe_jax.partitioning import path_name
 from moe_jax.runs import new_run, trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
-_FORMAT = 1
+_FORMAT = 2
 
 
 class _LoadedRun(NamedTuple):
@@ -83,24 +83,24 @@ def save(
       f'{run.adapters.options.rank}, step {run.step}'
     )
   _check_stateless(run.model)
-  folder = _new_folder(output)
   flat = flat_trees.flatten(run.params)
   factors = {
     '/'.join(path): np.asarray(leaf)
     for path, leaf in flat.items()
     if '/'.join(path) in run.adapters.names
   }
-  about = {
+  about: dict[str, Any] = {
     'format': _FORMAT,
     'lora': dataclasses.asdict(run.adapters.options),
     'base': digest(run.adapters.base(run.params)),
     'step': run.step,
   }
-  folder.mkdir(parents=True, exist_ok=True)
-  save_file(factors, folder / WEIGHTS)
-  # This file is written last, since a folder without it is not read.
-  text = json.dumps(about, indent=2, sort_keys=True) + '\n'
-  (folder / ABOUT).write_text(text, encoding='utf-8')
+  folder = pathlib.Path(output).expanduser()
+  with whole_folder(folder) as unfinished:
+    save_file(factors, unfinished / WEIGHTS)
+    about['sha256'] = _seal(about, unfinished / WEIGHTS)
+    text = json.dumps(about, indent=2, sort_keys=True) + '\n'
+    (unfinished / ABOUT).write_text(text, encoding='utf-8')
   size = sum(factor.nbytes for factor in factors.values())
   return (
     f'adapter of step {run.step} written to {folder}: {len(factors)} factors, '
@@ -128,34 +128,24 @@ def read(
   about = plain_files.read_json(path / ABOUT)
   if not about:
     raise InputError(f'{path} holds no adapter: it has no {ABOUT}')
-  try:
-    version, base = about['format'], about['base']
-    options = sections.read(LoraOptions, about['lora'], 'lora.')
-    if version != _FORMAT:
-      raise InputError(f'format {version!r} is not {_FORMAT}')
-    factors = load_file(path / WEIGHTS)
-  except (
-    ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError
-  ) as error:  # fmt: skip
-    raise InputError(f'{path} holds no adapter: {error!r}') from None
-  if base != (params_digest := digest(params)):
+  if (version := about.get('format')) != _FORMAT:
     raise InputError(
-      f'{path} is an adapter of the base with sha256 {base!s:.12}; these '
+      f'{path} has format {version!r}, not {_FORMAT}, whose factors have a '
+      'sha256; write it again from the run that trained it, by `python -m '
+      'moe_jax.finetuning save`'
+    )
+  if about.pop('sha256', None) != _seal(about, path / WEIGHTS):
+    raise InputError(
+      f'{path} is damaged: {ABOUT} or {WEIGHTS} is not as it was written'
+    )
+  if (base := about['base']) != (params_digest := digest(params)):
+    raise InputError(
+      f'{path} is an adapter of the base with sha256 {base:.12}; these '
       f'parameters have {params_digest:.12}'
     )
+  options = sections.read(LoraOptions, about['lora'], 'lora.')
   adapters = adapt(options, describe(model))
-  shapes = {
-    '/'.join(leaf_path): leaf.shape
-    for leaf_path, leaf in flat_trees.flatten(adapters.trees.shapes).items()
-    if '/'.join(leaf_path) in adapters.names
-  }
-  if {name: x.shape for name, x in factors.items()} != shapes or not all(
-    x.dtype == np.float32 and np.isfinite(x).all() for x in factors.values()
-  ):
-    raise InputError(
-      f'{path / WEIGHTS} does not hold finite float32 factors of lora.rank='
-      f'{options.rank}, lora.parts={options.parts!r} for this model'
-    )
+  factors = load_file(path / WEIGHTS)
   tree = {tuple(name.split('/')): jnp.asarray(x) for name, x in factors.items()}
   return adapters, {**params, **flat_trees.unflatten(tree)}
 
@@ -205,6 +195,13 @@ def merge(
   )
 
 
+def _seal(about: Mapping[str, Any], weights: pathlib.Path) -> str:
+  """The sha256 of the options and of the file of factors."""
+  sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+  sha.update(weights.read_bytes())
+  return sha.hexdigest()
+
+
 def _load(workdir, step, allow) -> _LoadedRun:
   run = trained.read(workdir, allow, tokenizer_needed=False)
   rules = run.sharding.rules
@@ -222,10 +219,3 @@ def _check_stateless(model: Model) -> None:
       'the routers of this model keep state, which training moves and an '
       'adapter does not hold; keep the folder of the run'
     )
-
-
-def _new_folder(output: str | os.PathLike[str]) -> pathlib.Path:
-  folder = pathlib.Path(output).expanduser()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(f'{folder} is there already; give a new or empty folder')
-  return folder

@@ -1,7 +1,5 @@
 """A run with adapters, from config to text; its adapter in its own folder."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -144,19 +142,23 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
 
 
 @pytest.mark.parametrize(
-  ('change', 'message'),
+  ('name', 'old', 'new', 'message'),
   [
-    (lambda about: about.pop('lora'), 'holds no adapter'),
-    (lambda about: about.update(format=2), 'format 2 is not 1'),
-    (lambda about: about['lora'].update(rank=3), 'does not hold finite'),
+    (adapters.ABOUT, b'"alpha": 1', b'"alpha": 9', 'is damaged'),
+    (adapters.ABOUT, b'"format": 2', b'"format": 1', 'format 1, not 2.* save`'),
+    (adapters.WEIGHTS, None, None, 'is damaged'),
   ],
 )
-def test_a_damaged_adapter_is_refused(runs, tmp_path, change, message):
+def test_a_damaged_adapter_is_refused(runs, tmp_path, name, old, new, message):
   adapters.save(runs / 'run', tmp_path / 'adapter')
-  path = tmp_path / 'adapter' / adapters.ABOUT
-  about = json.loads(path.read_text())
-  change(about)
-  path.write_text(json.dumps(about))
+  path = tmp_path / 'adapter' / name
+  content = path.read_bytes()
+  if old is None:
+    changed = content[:-1] + bytes([content[-1] ^ 0x40])  # an exponent's bit
+  else:
+    changed = content.replace(old, new)
+  assert changed != content
+  path.write_bytes(changed)
   model, base = params_of(runs / 'base')
   with pytest.raises(ValueError, match=message):
     adapters.read(tmp_path / 'adapter', model, base)
