@@ -152,7 +152,8 @@ def test_a_folder_of_a_run(tmp_path):
   text, problems = report(other, tmp_path, resume=True)
   assert not problems
   assert 'going on with another config: seed: 0 -> 3' in text
-  assert [path.name for path in tmp_path.iterdir()] == [workdir.CONFIG]
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {workdir.CONFIG, workdir.CONFIG_SHA256}
   folders.write(tmp_path / 'run', steps=(3,))
   shorter = tiny.options(total_steps=2)
   _, (problem,) = report(shorter, tmp_path / 'run', resume=True)

@@ -23,6 +23,7 @@ _FILES = {
   'checkpoints': 'the newest checkpoints and the best, each with its manifest',
   'weights': 'the variables of a model in codes of few bits',
   'config.json': 'the whole config of the run',
+  workdir_lib.CONFIG_SHA256: 'the sha256 of its values',
   workdir_lib.CONFIG_PY: 'the same config for commands that take --config',
   'config.py': 'the config with which the imported model began',
   'first_config.json': 'the values that config.py reads',

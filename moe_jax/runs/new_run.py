@@ -38,6 +38,7 @@ _ENTRIES = (
   packed_weights.FOLDER,
   VALUES,
   CONFIG_PY,
+  workdir_lib.CONFIG_SHA256,
   workdir_lib.CONFIG,
 )
 _CONFIG_PY = '''"""A run that began with the parameters of another model.

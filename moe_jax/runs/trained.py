@@ -36,6 +36,7 @@ from moe_jax.runs.workdir import (
   CONFIG,
   IMPORTED,
   TOKENIZER,
+  check_unedited,
   checkpoints_of,
   folder_of,
   kept_config,
@@ -106,8 +107,8 @@ def read(
     tokenizer_needed: Whether a folder without a tokenizer is refused.
 
   Raises:
-    ValueError: The folder holds no run, something in it cannot be read, or it
-      names a class of a module that is not allowed.
+    ValueError: The folder holds no run, something in it cannot be read, its
+      config was edited, or it names a class of a module that is not allowed.
   """
   folder = folder_of(workdir)
   required_files = (CONFIG, TOKENIZER) if tokenizer_needed else (CONFIG,)
@@ -143,6 +144,7 @@ def read(
     batch_size = _batch_size(config)
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
+  check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
   tokenizer, vocab_size, feature_shape = None, 0, ()
   if (folder / TOKENIZER).exists():

@@ -4,6 +4,7 @@ Not here: other files' contents (`checkpointer.py`, `metrics.py`), and reading
 of a trained run (`trained.py`).
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section, as_mapping
 
 CONFIG = 'config.json'
+CONFIG_SHA256 = 'config.sha256'  # of the config as the run wrote it
 CONFIG_PY = 'this_config.py'  # the same, for commands that take config files
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = 'tokenizer.json'
@@ -164,7 +166,26 @@ def claim(folder: pathlib.Path, config: Section) -> None:
     while (aside := folder / f'config.{number}.json').exists():
       number += 1
     path.rename(aside)
-  write_text(path, _text(_plain(config)))
+  text = _text(_plain(config))
+  # Before the config, so that a kill between leaves no config of another sum.
+  write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
+  write_text(path, text)
+
+
+def check_unedited(folder: pathlib.Path) -> None:
+  """Raises ValueError where the config is not as the run wrote it.
+
+  Parameters may fit a model that computes something else. Runs of earlier
+  versions, which wrote no sum, are taken as they are.
+  """
+  path = folder / CONFIG_SHA256
+  found = _sha256(_text(kept_config(folder)))
+  if path.exists() and path.read_bytes().strip() != found.encode():
+    raise InputError(
+      f'{folder / CONFIG} has changed since the run wrote it: its values have '
+      f'sha256 {found:.12}, not that in {path}. The checkpoints may be of '
+      f'another model: undo the change, or delete {path.name} to keep it'
+    )
 
 
 def record_plugins(folder: pathlib.Path, config: Section) -> None:
@@ -190,6 +211,10 @@ def _plain(config: Section) -> dict[str, Any]:
   """A config as JSON gives it back, to be compared with that of a file."""
   nested = as_mapping(config)
   return json.loads(json.dumps(nested))
+
+
+def _sha256(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(values: dict[str, Any]) -> str:

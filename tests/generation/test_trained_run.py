@@ -1,5 +1,7 @@
 """Loading the model of a run's folder, and how the run encodes prompts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,21 @@ def test_what_is_no_run_is_said(tmp_path):
   (tmp_path / 'config.json').write_text('{"model": {"width": 3}}')
   with pytest.raises(ValueError, match=r'config\.json cannot be read: '):
     trained_run.load(tmp_path)
+
+
+def test_a_config_that_was_edited_is_refused(tmp_path):
+  folders.write(tmp_path)
+  path, sha256 = (tmp_path / name for name in ('config.json', 'config.sha256'))
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config))  # other blanks
+  trained_run.load(tmp_path)
+  # No shape of a parameter depends on it.
+  config['model']['moe']['num_selected'] += 1
+  path.write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r'config\.json has changed .*\.sha256'):
+    trained_run.load(tmp_path)
+  sha256.unlink()  # as in runs of earlier versions
+  trained_run.load(tmp_path)
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
