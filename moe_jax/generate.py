@@ -95,8 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add(
     '--seed',
     type=command_line.number(int, SEED),
-    default=0,
-    help='seed of the drawn tokens',
+    help='seed of the drawn tokens (default: 0)',
   )
   add(
     '--stop',
@@ -121,6 +120,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   options = parser.parse_args(argv)
   if options.chat and options.source_language:
     parser.error('--chat with --source_language: a turn of a chat has none')
+  if options.seed is not None and not options.temperature:
+    parser.error(
+      f'--seed={options.seed} has no effect with --temperature=0, which draws '
+      'no tokens; give a temperature such as 0.8'
+    )
   return options
 
 
@@ -249,8 +253,9 @@ def _arguments(
   if options.target_language:
     _needs(tokenizer, 'token_id', '--target_language')
     ids['forced_ids'] = (tokenizer.token_id(options.target_language),)
-  names = ('temperature', 'top_k', 'top_p', 'seed', 'num_beams')
+  names = ('temperature', 'top_k', 'top_p', 'num_beams')
   sampling = {name: getattr(options, name) for name in names}
+  sampling['seed'] = options.seed or 0
   task_ids = trained_run.task_ids(
     loaded.model, loaded.data, [options.task] * num_prompts, '--task'
   )

@@ -174,6 +174,7 @@ def test_mistakes_are_a_line(run, capsys, tmp_path):
     ([flag, '--prompt=a', '--chat'], '--chat or --source_language: tokenizer'),
     ([flag, '--prompt=a', '--target_language=x'], '--target_language: token'),
     ([flag, '--prompt=a', '--top_k=4'], 'need a temperature above 0'),
+    ([flag, '--prompt=a', '--seed=0'], 'no effect with --temperature=0'),
     ([flag, '--prompt=a', '--step=4'], 'no checkpoint 4'),
     (
       [flag, '--prompt=a', '--stop=ab'],
