@@ -1,8 +1,9 @@
 """Examples with instructions in a user's files, one JSON object in each line.
 
 A line has `inputs` and `targets`, or the `messages` of a conversation: objects
-with a `role` ('system', 'user' or 'assistant') and its `content`. Not here:
-templates of imported models (`moe_jax.data.tokenizers.chat`).
+with a `role` ('system', 'user' or 'assistant') and its `content`; an answer of
+`weight` 0 is not learned. Not here: templates of imported models
+(`moe_jax.data.tokenizers.chat`).
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ class JsonlSource(SourceOptions):
   """Lines of JSON with `inputs` and `targets`, or with `messages`.
 
   Every answer of a conversation makes a pair: everything before it is the
-  inputs, so that an answer is learned once, and nothing else is. With the task
+  inputs, so that an answer is learned once, and nothing else is. An answer with
+  `"weight": 0`, as OpenAI's fine-tuning has it, is inputs alone. With the task
   seq2seq, set `task.seq2seq.keep_end`, so that the end of a long conversation
   is kept.
   """
@@ -82,7 +84,8 @@ class JsonlSource(SourceOptions):
 
     return Pairs(
       f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',
-      f'jsonl {digest.hexdigest()} {selection.splits}',
+      # The second version leaves out answers of weight 0.
+      f'jsonl 2 {digest.hexdigest()} {selection.splits}',
       of_split,
     )
 
@@ -128,9 +131,10 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
 
 
 def conversation(messages: Any, where: str) -> list[Pair]:
-  """A pair for every answer: all that precedes it, and the answer.
+  """A pair for every answer that counts: all that precedes it, and the answer.
 
-  A message before an answer is written as `user: Hello`, each in a line.
+  A message before an answer is written as `user: Hello`, each in a line. An
+  answer counts unless its `weight` is 0.
 
   Raises:
     ValueError: The messages are no conversation with an answer.
@@ -146,13 +150,23 @@ def conversation(messages: Any, where: str) -> list[Pair]:
     if role not in ROLES:
       raise InputError(f'{entry}: {unknown("role", role, ROLES)}')
     _check_text(content, f'{entry}.content')
+    weight = message.get('weight')
+    if weight is not None and (
+      role != _ANSWERS or type(weight) is not int or weight not in (0, 1)
+    ):
+      raise InputError(
+        f'{entry}.weight={weight!r:.80}: only an answer has one, 0 or 1'
+      )
     if role == _ANSWERS:
       if not before:
         raise InputError(f'{entry} is an answer, and nothing precedes it')
-      pairs.append((transcript(before), content))
+      if weight != 0:
+        pairs.append((transcript(before), content))
     before.append((role, content))
   if not pairs:
-    raise InputError(f'{where}: no message is of role {_ANSWERS!r}')
+    raise InputError(
+      f'{where}: no message is of role {_ANSWERS!r}, with a weight other than 0'
+    )
   return pairs
 
 

@@ -44,6 +44,14 @@ def test_a_conversation_has_a_pair_for_every_answer():
   ]
 
 
+def test_an_answer_of_weight_0_is_inputs_alone():
+  first, second = {**CHAT[2], 'weight': 0}, {**CHAT[4], 'weight': 1}
+  chat = [*CHAT[1:2], first, CHAT[3], second]
+  assert pairs_of({'messages': chat}, 'here') == [
+    ('user: hi\nassistant: yo\nuser: bye', 'ok'),
+  ]
+
+
 def test_lines_of_both_kinds(tmp_path):
   source = write(tmp_path, {'inputs': 'a', 'targets': 'b'}, {'messages': CHAT})
   pairs = source.pairs()
@@ -76,6 +84,21 @@ def test_lines_of_both_kinds(tmp_path):
     (
       '{"messages": [{"role": "assistant", "content": "a"}]}',
       r'line 2: messages\[0\] is an answer, and nothing precedes it',
+    ),
+    *(
+      (json.dumps({'messages': [CHAT[1], message]}), text)
+      for message, text in (
+        (
+          {**CHAT[2], 'weight': 0.5},
+          r'line 2: .*\[1\]\.weight=0\.5: .* 0 or 1',
+        ),
+        ({**CHAT[2], 'weight': True}, r'line 2: .*\[1\]\.weight=True'),
+        (
+          {**CHAT[3], 'weight': 1},
+          r'line 2: .*\[1\]\.weight=1: only an answer',
+        ),
+        ({**CHAT[2], 'weight': 0}, 'line 2: .* a weight other than 0'),
+      )
     ),
     (
       '{"messages": [], "inputs": "a", "targets": "b"}',
