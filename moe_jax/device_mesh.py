@@ -192,6 +192,7 @@ def _slices(devices) -> list[list]:
   """The devices of each slice: of a TPU slice, or else of a process."""
   slices = collections.defaultdict(list)
   for device in devices:
-    index = getattr(device, 'slice_index', None)
-    slices[device.process_index if index is None else index].append(device)
+    # libtpu names no slice where there is one, of however many hosts.
+    only = 0 if device.platform == 'tpu' else device.process_index
+    slices[getattr(device, 'slice_index', only)].append(device)
   return [slices[key] for key in sorted(slices)]

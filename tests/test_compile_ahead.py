@@ -97,10 +97,14 @@ def test_a_topology_that_is_none():
 
 
 def run(*flags):
+  return run_python('-m', 'experiments.compile_ahead', *flags)
+
+
+def run_python(*words):
   foreign = ('JAX_PLATFORMS', 'XLA_', 'TPU_', 'LIBTPU_')
   env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
   return subprocess.run(
-    [sys.executable, '-m', 'experiments.compile_ahead', *flags],
+    [sys.executable, *words],
     cwd=ROOT,
     env=env,
     capture_output=True,
@@ -115,6 +119,28 @@ def test_a_large_one_compiles_for_64_devices():
   process = run(path, '--topology=cpu:64', '--no-flops')
   assert 'needed in all' in process.stdout, process.stderr[-3000:]
   assert 'TPU v5p' in process.stdout
+
+
+def test_tpus_of_several_hosts_are_one_slice_unless_they_say_otherwise():
+  pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
+  program = """
+from experiments.compile_ahead import described_devices
+from moe_jax.device_mesh import make_mesh
+sizes = dict(data=-1, tensor=2)
+for topology, slices, more in (
+  ('v5e:4x4', 1, {}),
+  ('v5p:4x4x2', 1, {}),
+  ('v5p:2x2x2', 2, dict(dcn_data=2)),
+):
+  devices = described_devices(topology, slices)
+  hosts = len({device.process_index for device in devices})
+  print(hosts, make_mesh({**sizes, **more}, devices).shape['data'])
+  if slices > 1:
+    make_mesh(sizes, devices)
+"""
+  process = run_python('-c', program)
+  assert process.stdout.splitlines() == ['4 8', '8 16', '4 8']
+  assert '16 TPUs are in 2 slices' in process.stderr
 
 
 @pytest.mark.slow
