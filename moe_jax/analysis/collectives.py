@@ -42,8 +42,9 @@ class Traffic(NamedTuple):
   Attributes:
     count: Number of collectives that a device takes part in.
     num_bytes: Bytes that a device sends in them where devices form a ring. For
-      a ragged-all-to-all they are an upper bound, since the load of the experts
-      decides.
+      a ragged-all-to-all, where the load of the experts decides, they are a
+      bound of the mean over devices: none sends more than it has, and none
+      receives more than it has room for.
   """
 
   count: int = 0
@@ -186,10 +187,13 @@ def _sent_bytes(
   program: Program, instruction: Instruction, kind: str, num_devices: int
 ) -> int:
   """Bytes that a device sends in one collective."""
-  operand_bytes = sum(
+  operands = [
     _type_bytes(_split(operand.text)[0])
     for operand in _arguments(program, instruction)
-  )
+  ]
+  if kind == 'ragged-all-to-all':
+    return min(operands[:2])  # the rows, and the buffer that receives others
+  operand_bytes = sum(operands)
   group_size = _group_size(instruction.text, num_devices)
   if kind in ('collective-permute', 'collective-broadcast'):
     return operand_bytes

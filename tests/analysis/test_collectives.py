@@ -91,6 +91,23 @@ def test_bytes_are_those_of_a_ring():
   assert by_kind['reduce-scatter'].num_bytes == 16
 
 
+def test_a_ragged_exchange_sends_at_most_what_all_devices_have():
+  # Each of four devices has six rows and a buffer for those of all, to experts
+  # and back. The four send 24 rows at most, six each on average.
+  text = """HloModule m, num_partitions=4
+
+ENTRY %main (x: f32[6,8], y: f32[24,8], n: s32[4]) -> f32[6,8] {
+  %x = f32[6,8] parameter(0)
+  %y = f32[24,8] parameter(1)
+  %n = s32[4] parameter(2)
+  %there = f32[24,8] ragged-all-to-all(%x, %y, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+  ROOT %back = f32[6,8] ragged-all-to-all(%there, %x, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""  # noqa: E501
+  by_kind = collectives.read(text).by_kind
+  assert by_kind == {'ragged-all-to-all': Traffic(2, 2 * 6 * 8 * 4)}
+
+
 @pytest.mark.parametrize(
   ('groups', 'size'),
   [
