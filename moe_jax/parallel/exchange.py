@@ -27,6 +27,7 @@ from moe_jax.options import (
 )
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.parallel.schedule import Ring
+from moe_jax.routing.capacity import PerToken
 from moe_jax.shapes import Array, Float
 
 DTYPES = ('', 'bfloat16', 'float32')
@@ -55,7 +56,7 @@ class Exchange(Options):
 
   def capacity(self, slots: int) -> int:
     """The slots of an expert that travel from a device that has `slots`."""
-    return max(1, math.ceil(self.capacity_fraction * slots))
+    return PerToken(self.capacity_fraction).per_expert(slots, 1, 1)
 
   def cut(
     self, layout: Layout, rows: Float[Array, 'E R M']

@@ -5,7 +5,6 @@ Not here: the movement of ragged rows (`ragged.py`), the schedule along a ring
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -15,6 +14,7 @@ from moe_jax.parallel.exchange import DTYPE_SENTENCE, DTYPES
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.ragged import plan
 from moe_jax.parallel.schedule import Ring, serve_sorted
+from moe_jax.routing.capacity import PerToken
 from moe_jax.shapes import Array, Float, Int32
 
 
@@ -55,7 +55,7 @@ class RaggedExchange(Options):
 
   def bound(self, num_rows: int) -> int:
     """The room that a buffer has, where all would need `num_rows`."""
-    return max(1, math.ceil(self.capacity_fraction * num_rows))
+    return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moe_jax.layers.shared import RULES
 from moe_jax.parallel import exchange
 from moe_jax.parallel.exchange import AllToAll, Constraint
 from moe_jax.parallel.layout import layout_of
+from moe_jax.parallel.ragged_exchange import RaggedAllToAll
 from moe_jax.partitioning import make_mesh
 
 E, M = 4, 3
@@ -171,6 +172,16 @@ def test_a_custom_expert_travels_too():
   np.testing.assert_allclose(
     run(put(mesh, params), put(mesh, x, 'expert')), run(params, x), atol=1e-5
   )
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'slots', 'room'),
+  # In floating point 0.55 x 100 is more than 55, and 0.07 x 100 more than 7.
+  [(0.55, 100, 55), (0.07, 100, 7), (0.3, 7, 3), (0.01, 5, 1), (1.0, 6, 6)],
+)
+def test_room_is_the_exact_share_rounded_up(fraction, slots, room):
+  assert AllToAll(capacity_fraction=fraction).capacity(slots) == room
+  assert RaggedAllToAll(capacity_fraction=fraction).bound(slots) == room
 
 
 @pytest.mark.parametrize(
