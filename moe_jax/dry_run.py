@@ -154,7 +154,7 @@ class DryRun:
       if run
       else (
         *tokenizer_notes(self._config, options),
-        *setup_notes(options, model),
+        *setup_notes(options, model, mesh),
       )
     )
     yield start_facts.cost_line(options, model, mesh)

@@ -283,9 +283,20 @@ class RunOptions(Options):
     """Checks that the devices of a mesh divide the run's sizes.
 
     Raises:
-      OptionError: Rows or groups do not divide by the devices.
+      OptionError: Rows or groups do not divide by the devices, or nothing is
+        split over some of them.
     """
     rules = self.sharding.rules
+    used_axes = {axis for _, axes in rules for axis in axes}
+    for axis, size in mesh.shape.items():
+      if size > 1 and axis not in used_axes:
+        raise OptionError(
+          [
+            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
+            'its devices would do the same work; sharding.batch='
+            f'{self.sharding.batch!r} can name it'
+          ]
+        )
     row_parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
     if rows % row_parts:
       raise OptionError(

@@ -213,13 +213,13 @@ def set_up(
         for line in workdir_lib.changes(folder, config, defaults)
       ),
       *tokenizer_notes(given_options, options),
-      *setup_notes(filled, model),
+      *setup_notes(filled, model, mesh),
       *workdir_lib.changed_plugins(folder, config),
     ),
   )
 
 
-def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
+def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
   """A line for each option without an effect, or with an unusual one."""
   schedule, total = options.optimizer.schedule, options.total_steps
   if (steps := schedule.warmup_in(total)) < schedule.warmup_steps:
@@ -239,6 +239,18 @@ def setup_notes(options: RunOptions, model: Model) -> Iterator[str]:
     if ignored:
       unused = ', '.join(f'{key}={value!r}' for key, value in ignored.items())
       yield f'evals.{name}: this model has no use for {unused}; ignored'
+  rules = dict(options.sharding.rules)
+  if any(mesh.shape[a] > 1 for a in rules['expert'] if a in rules['batch']):
+    return
+  dispatches = [moe.dispatch for moe in model.moes if moe is not None]
+  for dispatch in dict.fromkeys(dispatches):
+    for name in ('exchange', 'shadowing'):
+      value, default = getattr(dispatch, name, None), type(dispatch)()
+      if value != getattr(default, name, None):
+        yield (
+          f'moe.dispatch: {name}={value} has no effect, since no mesh axis of '
+          'several devices splits both the batch and the experts'
+        )
 
 
 def _check_sample(sample: SampleOptions, tokenizer: Tokenizer) -> None:

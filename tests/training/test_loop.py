@@ -468,6 +468,37 @@ def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
   assert 'model.moe.capacity.per_token.factor=2.0' in note
 
 
+@pytest.mark.parametrize(
+  'dispatch',
+  [
+    {'gather': {'exchange': {'kind': 'all_to_all', 'chunks': 2}}},
+    {'gather': {'exchange': {'dtype': 'bfloat16'}}},
+    {'gather': {'shadowing': {'experts': 1}}},
+    {'kind': 'dropless', 'dropless': {'exchange': {'kind': 'ring'}}},
+  ],
+)
+def test_an_exchange_without_another_device_is_said(tmp_path, dispatch):
+  model = {'moe': {'dispatch': dispatch, 'capacity': {'kind': 'all'}}}
+
+  def notes(n, **mesh):
+    options = tiny.options(model=model, mesh=mesh)
+    return setup.set_up(options, tmp_path, devices=jax.devices()[:n]).notes
+
+  (note,) = notes(1)
+  assert re.match(r'moe.dispatch: (exchange|shadowing)=.* has no effect', note)
+  assert notes(2, data=2) == (note,)
+  assert notes(2, expert=2) == ()
+
+
+@pytest.mark.parametrize('axis', ['data', 'expert'])
+def test_devices_that_would_do_the_same_work_are_refused(tmp_path, axis):
+  options = tiny.options(
+    mesh={'data': 1, axis: 2}, sharding={'batch': '', 'expert': ''}
+  )
+  with pytest.raises(OptionError, match=rf'mesh\.{axis}=2: no row of'):
+    setup.set_up(options, tmp_path, devices=jax.devices()[:2])
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnEvaluation(EvaluationOptions):
   """A user's own evaluation, which returns given values."""
