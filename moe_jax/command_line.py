@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -127,6 +128,15 @@ def reported(show_traceback: bool = False) -> Iterator[None]:
     if show_traceback or not is_mistake:
       raise
     fail(str(error))
+  except AssertionError as error:
+    # Without a GPU, JAX passes over 'cuda' and then has no platform at all.
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if show_traceback or pathlib.Path(last.filename).stem != 'xla_bridge':
+      raise
+    fail(
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")}: JAX finds no such '
+      "device; JAX_PLATFORMS='' takes what there is"
+    )
 
 
 def find_own_modules() -> None:

@@ -120,6 +120,25 @@ def test_an_error_of_a_library_keeps_its_traceback():
     int('x')
 
 
+def test_a_platform_that_is_not_there_is_a_line():
+  code = (
+    'import jax; from moe_jax import command_line\n'
+    'with command_line.reported(): jax.devices()'
+  )
+  process = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cuda', 'CUDA_VISIBLE_DEVICES': ''},
+    capture_output=True,
+    text=True,
+    timeout=100,
+    check=False,
+  )
+  assert process.returncode == 1
+  (line,) = process.stderr.splitlines()
+  assert line.startswith('moe_jax: ') and 'JAX_PLATFORMS' in line
+
+
 @pytest.mark.parametrize(
   ('error', 'status'),
   [(KeyboardInterrupt(), command_line.INTERRUPTED), (InputError('wrong'), 1)],
