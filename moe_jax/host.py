@@ -1,6 +1,7 @@
 """The host's memory: its allocator, and the regions that programs take."""
 
 import ctypes
+import os
 import pathlib
 import sys
 
@@ -9,6 +10,8 @@ import jax
 # Numbers of options of `mallopt`, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST = 2**31 - 1
+# Files of the drivers of GPUs and TPUs, in /dev.
+_DRIVERS = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
 
 
 def keep_freed_memory() -> bool:
@@ -17,9 +20,10 @@ def keep_freed_memory() -> bool:
   XLA's CPU backend allocates a step's temporaries anew at every step. Above 32
   MiB glibc maps them from the system and unmaps them at the end, so that each
   step pays a page fault for every 4 KiB. The price is that resident memory
-  stays at its peak. Without glibc nothing is changed.
+  stays at its peak, and that threads wait for each other to allocate: without
+  glibc, or where the backend is no CPU, nothing is changed.
   """
-  if not sys.platform.startswith('linux'):
+  if not sys.platform.startswith('linux') or not _cpu_is_backend():
     return False
   try:
     mallopt = ctypes.CDLL(None).mallopt
@@ -32,6 +36,13 @@ def keep_freed_memory() -> bool:
     (_M_ARENA_MAX, 1),
   )
   return all([mallopt(name, value) for name, value in settings])
+
+
+def _cpu_is_backend() -> bool:
+  """Whether JAX will run on the CPU; asking JAX would start its backends."""
+  if platforms := os.environ.get('JAX_PLATFORMS'):
+    return platforms.split(',')[0] == 'cpu'
+  return not any(any(pathlib.Path('/dev').glob(name)) for name in _DRIVERS)
 
 
 def forget_programs(most_regions: int = 20_000) -> None:

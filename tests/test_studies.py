@@ -944,12 +944,41 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
     return accepts
 
   libc = types.SimpleNamespace(mallopt=mallopt)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
   assert host.keep_freed_memory() is bool(accepts)
   # The numbers are those of glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD,
   # M_ARENA_MAX.
   assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
+
+
+@pytest.mark.parametrize(
+  ('platforms', 'driver', 'tuned'),
+  [
+    ('cpu', 'nvidiactl', True),
+    ('cuda,cpu', 'none', False),
+    ('', 'vfio/0', False),
+    ('', 'vfio/vfio', True),
+  ],
+)
+def test_the_allocator_is_tuned_for_a_cpu_alone(
+  platforms, driver, tuned, tmp_path, monkeypatch
+):
+  file = tmp_path / driver
+  file.parent.mkdir(exist_ok=True)
+  file.touch()
+  settings = []
+  libc = types.SimpleNamespace(
+    mallopt=lambda *setting: settings.append(setting)
+  )
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  with monkeypatch.context() as patch:
+    patch.setattr('sys.platform', 'linux')
+    patch.setattr('ctypes.CDLL', lambda name: libc)
+    patch.setattr(host.pathlib, 'Path', lambda name: tmp_path)
+    host.keep_freed_memory()
+  assert bool(settings) is tuned
 
 
 @pytest.mark.skipif(
