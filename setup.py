@@ -86,6 +86,7 @@ setup(
     'Source': REPOSITORY,
   },
   license='Apache-2.0',
+  license_files=['LICENSE'],
   classifiers=[
     'Development Status :: 4 - Beta',
     'Environment :: GPU :: NVIDIA CUDA',

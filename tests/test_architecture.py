@@ -353,7 +353,7 @@ def test_a_forbidden_import_is_seen():
 def test_top_level_is_settled():
   settled = {
     'setup.py', 'moe_jax', 'experiments', 'configs', 'tests', 'colab',
-    'README.md',
+    'README.md', 'LICENSE',
   }  # fmt: skip
   outputs = {'runs', 'results', 'build', 'moe_jax.egg-info'}
   entries = {p.name for p in ROOT.iterdir() if not p.name.startswith('.')}

@@ -268,7 +268,7 @@ def distributions(tmp_path_factory):
     shutil.copytree(
       ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__')
     )
-  for name in ('setup.py', 'README.md'):
+  for name in ('setup.py', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, source)
 
   def run(*words):
@@ -300,6 +300,7 @@ def test_distributions_hold_all_modules_and_configs(distributions):
   members = {name for name in names if not name.startswith('moe_jax-')}
   configs -= {'moe_jax/configs/README.md'}
   assert members == modules | configs | {'moe_jax/py.typed'}
+  assert 'moe_jax-0.1.0.dist-info/licenses/LICENSE' in names
   with tarfile.open(archive) as files:
     archived = {name.partition('/')[2] for name in files.getnames()}
   assert archived >= modules | {'configs/base.py', 'configs/tiny_switch.py'}
