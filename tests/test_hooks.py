@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import hooks, run_config
 from moe_jax.analysis import sharded
+from moe_jax.options import OptionError
 from moe_jax.runs import profile
 from moe_jax.training import loop, setup
 from moe_jax.training.setup import Hook
@@ -138,6 +139,20 @@ class Sigterm(Hook):
 
   def start(self, run):
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_trace_after_the_last_step_is_refused():
+  traced = {'start_step': 6, 'num_steps': 1}
+  tiny.options(profile=traced, trace={'every_steps': 1, 'start_step': 6})
+  with pytest.raises(OptionError) as error:
+    tiny.options(
+      profile={**traced, 'start_step': 7},
+      trace={'every_steps': 1, 'start_step': 8},
+    )
+  assert error.value.problems == (
+    'profile.start_step=7 is beyond the last step, total_steps=6',
+    'trace.start_step=8 is beyond the last step, total_steps=6',
+  )
 
 
 @pytest.mark.slow
