@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import pathlib
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,8 +34,16 @@ def load(name: str, noun: str, base: type) -> type:
   module_name, _, attribute = name.partition(':')
   try:
     module = importlib.import_module(module_name)
-  except ImportError as error:
-    raise InputError(f'{noun} {name!r} cannot be imported: {error}') from None
+  except Exception as error:
+    lines = [
+      f'{frame.filename}, line {frame.lineno}: {frame.line}: '
+      for frame in traceback.extract_tb(error.__traceback__)[1:]
+      if 'importlib' not in frame.filename
+    ]
+    kind = '' if isinstance(error, ImportError) else f'{type(error).__name__}: '
+    raise InputError(
+      f'{noun} {name!r} cannot be imported: {"".join(lines[:1])}{kind}{error}'
+    ) from error
   cls = getattr(module, attribute, None)
   if cls is None:
     raise InputError(f'{noun} {name!r}: {module_name} has no {attribute!r}')

@@ -212,6 +212,21 @@ def test_a_class_is_checked_before_it_is_called(name, message):
     tiny.options(model={'moe': {'router': router}})
 
 
+def test_a_module_that_raises_is_named_with_its_line(tmp_path, monkeypatch):
+  (tmp_path / 'raises_own.py').write_text('import math\nX = math.sqrt(-1)\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(OptionError) as error:
+    router = {'kind': 'raises_own:X', 'custom': {}}
+    tiny.options(model={'moe': {'router': router}})
+  (problem,) = error.value.problems
+  path = re.escape(str(tmp_path / 'raises_own.py'))
+  assert re.search(
+    rf"'raises_own:X' cannot be imported: {path}, line 2: "
+    r'X = math.sqrt\(-1\): ValueError: ',
+    problem,
+  )
+
+
 def test_a_model_is_checked_before_it_is_built():
   with pytest.raises(ValueError, match='does not define build, which'):
     MODELS.get(f'{NAME}:Unbuilt')
