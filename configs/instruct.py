@@ -11,11 +11,6 @@ of every task is printed, with means over tasks and over clusters.
       --prompt='Reverse: abcde'
 
 To begin with a pre-trained model, add `--config.init_from.workdir=runs/tiny`.
-Translations are left out, as they need the package django; this adds one:
-
-    config.data.mixture.sources.into_german = dict(
-      kind='instructions', task='into_german'
-    )
 """
 
 from moe_jax.configs import base, tiny_switch
@@ -31,9 +26,8 @@ def get_config(arg: str = ''):
   config.data.task.kind = 'seq2seq'
   config.data.seq_len = 256
   mixture = config.data.mixture
-  for name, task in instructions.TASKS.items():
-    if not task.needs:
-      mixture.sources[name] = base.source(InstructionSource(task=name))
+  for name in instructions.TASKS:
+    mixture.sources[name] = base.source(InstructionSource(task=name))
   mixture.rule = 'given'
   mixture.held_out = HELD_OUT
   mixture.period = 270

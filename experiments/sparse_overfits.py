@@ -30,11 +30,11 @@ import ml_collections
 import numpy as np
 
 from experiments.study import command, finetuned
+from experiments.study.kv_recall import VALUE_LETTERS, KvRecallSource
 from experiments.study.parts import Arm, Claim, Figure, Preset, Results, Row
 from experiments.study.study import Study
 from moe_jax.configs import base
-from moe_jax.data import InstructionSource, KvRecallSource
-from moe_jax.data.sources.kv_recall import VALUE_LETTERS
+from moe_jax.data import InstructionSource
 
 SIZES = (250, 2000, 20000, 100000)
 REASONING = ('caesar', 'atbash', 'add', 'subtract')

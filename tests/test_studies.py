@@ -930,7 +930,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
 def test_another_task_is_said_and_refused_where_it_does_not_fit():
   study = shazeer_table6.STUDY
   config = study.shared(study.presets['quick'], 'cipher')
-  assert config.data.source.kind == 'cipher'
+  assert config.data.source.kind == 'experiments.study.cipher:CipherSource'
   with pytest.raises(ValueError, match=r"'cipher'.*\['kv_recall', 'text'\]"):
     eval_capacity.STUDY.shared(Preset(10, 2), 'cipher')
 

@@ -40,8 +40,8 @@ class Task:
 
 
 _KV_RECALL = {
-  'data.source.kind': 'kv_recall',
-  'data.source.kv_recall.num_pairs': 2048,
+  'data.source.kind': 'experiments.study.kv_recall:KvRecallSource',
+  'data.source.custom': {'num_pairs': 2048},
   'data.task.kind': 'seq2seq',
 }
 # Tasks of causal models; the first is a study's default.
@@ -50,7 +50,10 @@ TASKS = {
     {'data.source.kind': 'python_stdlib'}, 'Python standard library, bytes'
   ),
   'cipher': Task(
-    {'data.source.kind': 'cipher', 'data.source.cipher.num_ciphers': 8},
+    {
+      'data.source.kind': 'experiments.study.cipher:CipherSource',
+      'data.source.custom': {'num_ciphers': 8},
+    },
     'synthetic: CIPHER-8, one text in 8 substitution ciphers',
   ),
   'kv_recall': Task(

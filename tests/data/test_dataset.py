@@ -180,20 +180,11 @@ def test_a_section_is_read_and_written_again():
       },
       "source.tfds.target_feature='y' has no effect where texts are read",
     ),
-    (
-      {
-        'source__kind': 'cipher',
-        'source__cipher__text__kind': 'tfds',
-        'source__cipher__text__tfds__name': 'x',
-        'source__cipher__text__tfds__max_shift': 2,
-      },
-      'source.cipher.text.tfds.max_shift=2 has no effect where texts',
-    ),
     # A source must give the kind of data that its task reads.
     (
-      {'source__kind': 'kv_recall'},
-      "source.kind='kv_recall' gives pairs, task.kind='lm' reads texts; "
-      ".*'cipher', 'files', 'python_stdlib', 'tfds'",
+      {'source__kind': 'django_gettext'},
+      "source.kind='django_gettext' gives pairs, task.kind='lm' reads texts; "
+      ".*'files', 'python_stdlib', 'tfds'",
     ),
     (
       {'task__kind': 'seq2seq'},

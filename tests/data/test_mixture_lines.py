@@ -4,7 +4,6 @@ import pytest
 
 from moe_jax import config_file, run_config, sections
 from moe_jax.data import (
-  CipherSource,
   DataOptions,
   FilesSource,
   MixtureOptions,
@@ -24,7 +23,7 @@ def mixture(*overrides, config=CONFIG):
 def test_entries_have_a_kind_options_and_a_weight():
   lines = (
     'books:files(books/*.jsonl, field=body) * 2, py : python_stdlib(json), '
-    'all:python_stdlib, secret:cipher(num_ciphers=3, marked=True)*.5,'
+    'all:python_stdlib, part:python_stdlib(email, train_bytes=3)*.5,'
   )
   options = mixture(f'--config.data.mixture.lines={lines}')
   assert options == MixtureOptions(
@@ -32,10 +31,10 @@ def test_entries_have_a_kind_options_and_a_weight():
       'books': FilesSource('books/*.jsonl', 'body'),
       'py': PythonStdlibSource('json'),
       'all': PythonStdlibSource(),
-      'secret': CipherSource(num_ciphers=3, marked=True),
+      'part': PythonStdlibSource('email', 3),
     },
     rule='given',
-    weights={'books': 2.0, 'secret': 0.5},
+    weights={'books': 2.0, 'part': 0.5},
   )
   # In Python it is the same; the section of a run stores the sources alone.
   assert MixtureOptions(lines=lines) == options
@@ -61,8 +60,10 @@ def test_lines_add_to_the_sources_of_a_file():
   assert sorted(options.sources) == ['py', 'x'] and options.weights == {
     'x': 3.0
   }
-  with pytest.raises(OptionError, match=r"'py:cipher': there is a source 'py'"):
-    mixture('--config.data.mixture.lines=py:cipher', config=config)
+  with pytest.raises(
+    OptionError, match=r"'py:python_stdlib': there is a source 'py'"
+  ):
+    mixture('--config.data.mixture.lines=py:python_stdlib', config=config)
 
 
 def test_options_of_a_mixture_have_an_effect_with_lines():
@@ -97,7 +98,7 @@ def test_a_class_of_ones_own():
     ('a:files(x)*b', "weight 'b' is no number"),
     ('a:files(x)*-1', 'weights.a=-1.0'),
     ('a:files(x), a:files(y)', "entry 'a:files(y)': there is a source 'a'"),
-    ('a:cipher(num_ciphers=no)', "num_ciphers='no' is a str"),
+    ('a:instructions(num_train=no)', "num_train='no' is a str"),
     ('1:files(x)', 'not of the form'),
   ],
 )

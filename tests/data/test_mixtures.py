@@ -79,9 +79,9 @@ def test_a_mixture_is_read_from_a_config():
   assert (
     sections.read(DataOptions, sections.section(data_options)) == data_options
   )
-  config.source.kind = 'kv_recall'
+  config.source.kind = 'django_gettext'
   with pytest.raises(
-    ValueError, match=r"source.kind='kv_recall' has no effect"
+    ValueError, match=r"source.kind='django_gettext' has no effect"
   ):
     sections.read(DataOptions, config)
 
@@ -235,7 +235,7 @@ def test_a_defect_of_a_users_source_is_no_bad_input(tmp_path):
 
 
 def test_shrunk_keeps_what_is_embedded():
-  sources = {**suite(b='copy'), 'a': data.KvRecallSource()}
+  sources = {**suite(b='copy'), 'a': data.DocstringsSource()}
   large = DataOptions(
     mixture=MixtureOptions(sources=sources, held_out='sequences'),
     task=data.Seq2SeqTask(),

@@ -268,7 +268,7 @@ def test_modules_of_extended_tokenizers_and_memory_in_messages():
 
 def test_pairs_have_their_folder(small_pieces):
   options = small_pieces('cache')
-  pairs = data.KvRecallSource(16).pairs(options.selection)
+  pairs = data.InstructionSource(num_train=16).pairs(options.selection)
   report = make(pairs, options.tokenizer, options.selection, Share(processes=2))
   assert (report.folder / 'train.inputs.tokens').exists()
 

@@ -3,14 +3,12 @@
 To add a source, write a file with its `SourceOptions` and list them here.
 """
 
-from moe_jax.data.sources.cipher import CipherSource
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.sources.digits import DigitsSource
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
 from moe_jax.data.sources.instruction_suite import InstructionSource
 from moe_jax.data.sources.jsonl import JsonlSource
-from moe_jax.data.sources.kv_recall import KvRecallSource
 from moe_jax.data.sources.npz import NpzSource
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
 from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
@@ -25,10 +23,8 @@ SOURCES = Kinds(
     'python_stdlib': PythonStdlibSource,
     'files': FilesSource,
     'tfds': TfdsSource,
-    'cipher': CipherSource,
     'python_stdlib_docstrings': DocstringsSource,
     'django_gettext': GettextSource,
-    'kv_recall': KvRecallSource,
     'instructions': InstructionSource,
     'jsonl': JsonlSource,
     'vowels': VowelsSource,

@@ -1,7 +1,4 @@
-"""Examples of one task with instructions, from the suite that needs no network.
-
-Not here: the tasks (`moe_jax.data.sources.instructions`).
-"""
+"""Examples of a task with instructions, from the suite without downloads."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,7 +13,6 @@ from moe_jax.data.sources.contract import (
   Selection,
   SourceOptions,
 )
-from moe_jax.errors import InputError
 from moe_jax.options import at_least, one_of, option
 
 _SMALL = 40  # examples of a run with ':runlocal'
@@ -36,8 +32,7 @@ class InstructionSource(SourceOptions):
   task: str = option(
     'reverse',
     'Name of the task; the command '
-    '`python -m moe_jax.data.sources.instructions.task_table` prints all with '
-    'an example.',
+    '`python -m moe_jax.data.sources.instructions` prints all with an example.',
     one_of(*instructions.TASKS),
   )
   num_train: int = option(
@@ -65,8 +60,7 @@ class InstructionSource(SourceOptions):
     """The validation examples.
 
     Raises:
-      ValueError: A package that the task needs is missing, or a split is
-        neither of our two.
+      ValueError: A split is neither of our two.
     """
     return list(self._examples(selection.name_of('validation')))
 
@@ -77,12 +71,6 @@ class InstructionSource(SourceOptions):
       ValueError: As `questions`.
     """
     selection.check_splits('instructions')
-    task = instructions.TASKS[self.task]
-    if self.task not in instructions.usable():
-      raise InputError(
-        f'task={self.task!r} needs the package {task.needs}, which is not '
-        f"installed: pip install -e '.[experiments]', or {task.needs} alone"
-      )
     sizes = self.num_train, self.num_validation
 
     def of_split(split: str) -> Iterator[Pair]:

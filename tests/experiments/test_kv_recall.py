@@ -5,15 +5,15 @@ import collections
 import numpy as np
 import pytest
 
+from experiments.study import kv_recall
+from experiments.study.kv_recall import KvRecallSource
 from moe_jax.data import (
   DataOptions,
-  KvRecallSource,
   Selection,
   Seq2SeqTask,
   batch_dataset,
   load,
 )
-from moe_jax.data.sources import kv_recall
 
 EOS = 256
 

@@ -6,8 +6,6 @@ no use in another: at equal FLOPs, a model with room for all of them, such as
 one with experts, is better. Rows of up to a piece's length mostly belong to one
 domain, so experts that specialise in domains run out of slots in groups of few
 rows (`moe.group_size`).
-
-Not here: the text, which comes from another source.
 """
 
 import dataclasses
@@ -18,11 +16,8 @@ import string
 from collections.abc import Iterable, Iterator
 
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
-from moe_jax.data.sources.files import FilesSource
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
-from moe_jax.data.sources.tfds import TfdsSource
-from moe_jax.options import Kinds, choice, option, within
-from moe_jax.section_reader import CUSTOM
+from moe_jax.options import option, within
 
 # The printable characters of ASCII; line ends are not enciphered.
 ALPHABET = ''.join(chr(code) for code in range(ord(' '), ord('~') + 1))
@@ -32,22 +27,12 @@ PIECE = 256  # characters; four rows of 64
 # Version of the enciphered form, a part of the source's identity.
 FORMAT = 1
 
-PLAIN_TEXTS = Kinds(
-  'source of plain texts',
-  SourceOptions,
-  {
-    'python_stdlib': PythonStdlibSource,
-    'files': FilesSource,
-    'tfds': TfdsSource,
-  },
-)
-
 _KEEP = ALPHABET + '\n'
 
 
 @dataclasses.dataclass(frozen=True)
 class CipherSource(SourceOptions):
-  """Pieces of another source's texts, each in one of K substitution ciphers."""
+  """Pieces of Python's library, each in one of K substitution ciphers."""
 
   num_ciphers: int = option(
     8,
@@ -60,25 +45,13 @@ class CipherSource(SourceOptions):
     'Whether each enciphered piece begins with a character that marks its '
     'cipher; rows that begin within a piece do not have the mark.',
   )
-  text: SourceOptions = choice(
-    PLAIN_TEXTS, 'python_stdlib', 'Source of the texts that are enciphered.'
+  modules: str = option(
+    '', 'Modules whose text is enciphered, as those of `python_stdlib`.'
   )
 
-  def problems(self) -> Iterator[str]:
-    """The problems of the plain texts' source, a text for each."""
-    kind = PLAIN_TEXTS.name_of(self.text)
-    if 'texts' not in self.text.gives():
-      yield f'text.kind={kind!r} gives {" and ".join(self.text.gives())}'
-    section = kind if kind in PLAIN_TEXTS.builtin else CUSTOM
-    yield from self.text.idle_options('texts', f'text.{section}.')
-
   def texts(self, selection: Selection = Selection()) -> Texts:
-    """The enciphered pieces, each as a document.
-
-    Raises:
-      ValueError: As the source of the plain texts.
-    """
-    plain = self.text.texts(selection)
+    """The enciphered pieces, each as a document."""
+    plain = PythonStdlibSource(self.modules).texts(selection)
     marked = ', marked,' * self.marked
     return Texts(
       f'synthetic: {self.num_ciphers} ciphers{marked} of {plain.name}',

@@ -1,0 +1,825 @@
+"""Tasks with instructions that need no network, in clusters of similar ones.
+
+They are made from functions of the running Python's standard library and from
+generators. An example follows from the task, the split and its number alone. To
+add a task, write a function that draws a question and its answer, and decorate
+it with the task's cluster and at least three templates.
+
+    python -m moe_jax.data.sources.instructions    # prints every task
+"""
+
+import ast
+import codecs
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import platform
+import random
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from moe_jax.data.sources.contract import SPLITS, Question
+from moe_jax.data.sources.python_stdlib import (
+  content_digest,
+  source_files,
+  split_of,
+)
+from moe_jax.data.sources.python_stdlib_docstrings import documented_functions
+from moe_jax.errors import InputError
+from moe_jax.options import unknown
+
+T = TypeVar('T')
+# Number of draws after which a task is taken to have no example of a split; one
+# draw in 20 is for validation.
+_MOST_DRAWS = 2000
+
+
+class Dice:
+  """Draws that are the same on every machine, for one text."""
+
+  def __init__(self, text: str):
+    # Python promises that `random` stays as it is, and no other method.
+    self._random = random.Random(text).random
+
+  def below(self, n: int) -> int:
+    """An integer in [0, n)."""
+    return int(self._random() * n)
+
+  def between(self, low: int, high: int) -> int:
+    """An integer in [low, high]."""
+    return low + self.below(high - low + 1)
+
+  def one(self, items: Sequence[T]) -> T:
+    """One of the items."""
+    return items[self.below(len(items))]
+
+  def sample(self, items: Sequence[T], count: int) -> list[T]:
+    """Different items, in random order."""
+    rest = list(items)
+    return [rest.pop(self.below(len(rest))) for _ in range(count)]
+
+  def word(self, letters: str, low: int, high: int) -> str:
+    """A word of these letters, of a length in [low, high]."""
+    return ''.join(self.one(letters) for _ in range(self.between(low, high)))
+
+
+class Drawn(NamedTuple):
+  """The content of one example of a task, without words around it.
+
+  Attributes:
+    question: Text that is asked about.
+    answer: The right answer; not empty.
+    choices: Answers to choose from, the right one among them; empty where any
+      text can be the answer.
+    key: Text whose hash decides the split of the example, so that examples of
+      one key, of whatever tasks, are all in one split; '' takes the question.
+  """
+
+  question: str
+  answer: str
+  choices: tuple[str, ...] = ()
+  key: str = ''
+
+  @property
+  def subject(self) -> str:
+    """The key, or else the question: what no two splits have in common."""
+    return self.key or self.question
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionTask:
+  """A task with instructions.
+
+  Attributes:
+    name: Its name.
+    cluster: Name of the cluster of similar tasks.
+    templates: Instructions, three or more, each with `{question}` in it.
+    draw: Function that draws a question and its answer.
+    metric: Name of the score of an answer that is no choice.
+  """
+
+  name: str
+  cluster: str
+  templates: tuple[str, ...]
+  draw: Callable[[Dice], Drawn]
+  metric: str = 'exact_match'
+
+  def drawn(self, split: str, index: int) -> tuple[Drawn, Dice]:
+    """The content of example `index` of a split, and the dice for its words.
+
+    Raises:
+      ValueError: The index is negative, the split is neither of our two, or
+        the task has no example of it.
+    """
+    if split not in SPLITS:
+      raise unknown('split of a task', split, SPLITS)
+    if index < 0:
+      raise InputError(f'example {index} of task {self.name!r} is negative')
+    for attempt in range(_MOST_DRAWS):
+      dice = Dice(f'{self.name} {split} {index} {attempt}')
+      drawn = self.draw(dice)
+      if split_of(drawn.subject) == split:
+        return drawn, dice
+    raise InputError(
+      f'task {self.name!r} has no example of split {split!r} in {_MOST_DRAWS} '
+      'draws'
+    )
+
+  def __call__(self, split: str, index: int, num_shots: int = 0) -> Question:
+    """Example `index` of 'train' or 'validation'.
+
+    Args:
+      split: The split; a key that one split has is never in the other.
+      index: Number of the example, from 0; there is no last.
+      num_shots: Number of other examples, always of 'train', that stand before
+        it with their answers, in the same words; all are of different keys.
+
+    Raises:
+      ValueError: As `drawn`, or the task has too few examples.
+    """
+    drawn, dice = self.drawn(split, index)
+    template = dice.one(self.templates)
+    # No example has the subject of the question, as it might give the answer.
+    texts, subjects = [], {drawn.subject}
+    for _ in range(num_shots):
+      shot = self._other(dice, subjects)
+      subjects.add(shot.subject)
+      texts.append(f'{_question_text(template, shot)}\n{shot.answer}')
+    texts.append(_question_text(template, drawn))
+    return Question(
+      '\n\n'.join(texts), drawn.answer, drawn.choices, self.metric
+    )
+
+  def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
+    """A training example about anything else."""
+    for _ in range(_MOST_DRAWS):
+      shot, _ = self.drawn('train', dice.below(2**31))
+      if shot.subject not in subjects:
+        return shot
+    raise InputError(
+      f'task {self.name!r} has no training example besides {len(subjects)} '
+      f'others in {_MOST_DRAWS} draws; take fewer shots'
+    )
+
+
+def _question_text(template: str, drawn: Drawn) -> str:
+  text = template.format(question=drawn.question)
+  if drawn.choices:
+    text += ''.join(f'\n- {choice}' for choice in drawn.choices)
+  return text
+
+
+TASKS: dict[str, InstructionTask] = {}
+_LETTERS = string.ascii_lowercase
+
+
+def _task(
+  cluster: str, *templates: str, metric: str = 'exact_match'
+) -> Callable[[Callable[[Dice], Drawn]], Callable[[Dice], Drawn]]:
+  """Adds the task that a function draws to `TASKS`, by the function's name."""
+
+  def add(draw: Callable[[Dice], Drawn]) -> Callable[[Dice], Drawn]:
+    name = draw.__name__.removeprefix('_')
+    TASKS[name] = InstructionTask(name, cluster, templates, draw, metric)
+    return draw
+
+  return add
+
+
+def identity(name: str) -> str:
+  """A text that is equal only where the examples of a task are."""
+  code = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+  on_library = TASKS[name].cluster in ('code_reading', 'code_writing')
+  return f'instructions {name} {code} {digest() if on_library else ""}'
+
+
+# Pure-Python modules of CPython 3.11 to 3.13 with short, documented functions.
+MODULES = tuple(
+  """
+  argparse ast asyncio bisect calendar codecs collections colorsys concurrent
+  configparser contextlib copy csv datetime difflib email fnmatch fractions
+  functools gettext glob heapq http imaplib importlib inspect ipaddress json
+  locale logging mailbox netrc optparse os pathlib pickletools pprint queue
+  random sched selectors shlex shutil smtplib socket statistics string
+  subprocess symtable tarfile tempfile textwrap threading turtle types typing
+  unittest urllib uuid wave weakref xml xmlrpc zipfile
+  """.split()  # noqa: SIM905
+)
+# Characters of the longest function and summary; a row of 256 bytes has room
+# for an instruction, a function and an answer.
+_LONGEST, _LONGEST_SUMMARY = 140, 72
+_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef
+
+
+class Function(NamedTuple):
+  """A function of the library.
+
+  Attributes:
+    source: Its source without docstring and decorators.
+    name: Its name.
+    num_arguments: Number of its arguments, without `self` and `cls`.
+    returns: Whether a return of its own has a value other than None.
+    summary: The first line of its docstring, of two words or more.
+  """
+
+  source: str
+  name: str
+  num_arguments: int
+  returns: bool
+  summary: str
+
+
+@functools.cache
+def functions() -> tuple[Function, ...]:
+  """The short functions that have a docstring, each source once."""
+  by_source = {}
+  for _, text in source_files(MODULES):
+    for _, source, docstring in documented_functions(text):
+      summary = docstring.strip().split('\n')[0].strip()
+      fits = len(source) <= _LONGEST and len(summary) <= _LONGEST_SUMMARY
+      # A symbol or a lone word, as some docstrings are, describes nothing.
+      if fits and len(summary.split()) > 1:
+        function = function_of(source, summary)
+        if function is not None:
+          by_source.setdefault(function.source, function)
+  # A hash orders them, which does not depend on the modules' names.
+  return tuple(
+    sorted(
+      by_source.values(),
+      key=lambda f: hashlib.sha256(f.source.encode()).digest(),
+    )
+  )
+
+
+@functools.cache
+def shorter(source: int, name: int, summary: int) -> tuple[Function, ...]:
+  """The functions with at most so many characters in these parts."""
+  return tuple(
+    f
+    for f in functions()
+    if len(f.source) <= source
+    and len(f.name) <= name
+    and len(f.summary) <= summary
+  )
+
+
+@functools.cache
+def digest() -> str:
+  """A text that is equal only for equal functions."""
+  sources = content_digest(source_files(MODULES))
+  return f'Python {platform.python_version()} {sources}'
+
+
+def function_of(source: str, summary: str) -> Function | None:
+  """The function of a source.
+
+  None if it does not parse by itself, or is a generator or asynchronous, of
+  which it is unclear what it returns.
+  """
+  start = re.search(r'^(async )?def ', source, re.MULTILINE)
+  source = source[start.start() :].rstrip() if start else source
+  try:
+    node = ast.parse(source).body[0]
+  except (SyntaxError, IndexError):
+    return None
+  if not isinstance(node, ast.FunctionDef):
+    return None
+  arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+  counted = [arg for arg in arguments if arg.arg not in ('self', 'cls')]
+  starred = [arg for arg in (node.args.vararg, node.args.kwarg) if arg]
+  nodes = list(_own_nodes(node))
+  if any(isinstance(below, ast.Yield | ast.YieldFrom) for below in nodes):
+    return None
+  returned = [below.value for below in nodes if isinstance(below, ast.Return)]
+  returns = any(v and ast.unparse(v) != 'None' for v in returned)
+  return Function(
+    source, node.name, len(counted) + len(starred), returns, summary
+  )
+
+
+def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+  """All nodes below one, without those of inner functions and classes."""
+  for below in ast.iter_child_nodes(node):
+    yield below
+    if not isinstance(below, _SCOPES):
+      yield from _own_nodes(below)
+
+
+# The cluster code_reading: what a function of Python's library is like.
+
+# Texts that are cut from a function so that it no longer parses, each with
+# the text that is put in instead.
+_BREAKS = ((':\n', '\n'), ('(', ''), (')', ''), ('return ', 'return return '))
+_YES_NO = ('yes', 'no')
+
+
+def answers(
+  dice: Dice, right: str, texts: Sequence[str], count: int
+) -> tuple[str, ...]:
+  """Different answers in random order, the right one among them.
+
+  Args:
+    dice: The dice.
+    right: The right answer.
+    texts: Texts from which the wrong answers are taken.
+    count: Number of answers.
+  """
+  wrong = [text for text in dict.fromkeys(texts) if text != right]
+  return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
+
+
+def unnamed(function: Function) -> str:
+  """The source of a function with another name."""
+  return re.sub(rf'\b{function.name}\b', 'f', function.source)
+
+
+@_task(
+  'code_reading',
+  'Count the arguments, without self and cls.\n{question}',
+  '{question}\nHow many arguments does it have, besides self and cls?',
+  'def f(self, a, b) has 2 arguments besides self. How many has this '
+  'function, besides self and cls?\n{question}',
+)
+def _count_arguments(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  return Drawn(function.source, str(function.num_arguments))
+
+
+@_task(
+  'code_reading',
+  'Does this function return a value?\n{question}',
+  '{question}\nDoes this function ever return anything?',
+  'Say whether a return in this function has a value.\n{question}',
+)
+def _returns_value(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  answer = 'yes' if function.returns else 'no'
+  return Drawn(function.source, answer, _YES_NO)
+
+
+@_task(
+  'code_reading',
+  'Does this parse?\n{question}',
+  '{question}\nIs this valid Python?',
+  'Say whether Python can parse this.\n{question}',
+)
+def _parses(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  text, (old, new) = function.source, dice.one(_BREAKS)
+  if dice.below(2):
+    text = text.replace(old, new, 1)
+  try:
+    ast.parse(text)
+    answer = 'yes'
+  except SyntaxError:
+    answer = 'no'
+  # A function is in one split, whole and broken.
+  return Drawn(text, answer, _YES_NO, key=function.source)
+
+
+@_task(
+  'code_reading',
+  'Name this function.\n{question}',
+  '{question}\nWhat is a better name than f?',
+  "In Python's library, f has another name. Which one?\n{question}",
+)
+def _name_function(dice: Dice) -> Drawn:
+  candidates = shorter(110, 16, 72)
+  function = dice.one(candidates)
+  choices = answers(dice, function.name, [f.name for f in candidates], 4)
+  return Drawn(unnamed(function), function.name, choices, key=function.source)
+
+
+# The cluster code_writing: texts on and of Python's library.
+
+
+@_task(
+  'code_writing',
+  'Write a docstring.\n{question}',
+  '{question}\nWhat does this function do?',
+  'Describe this function in one line.\n{question}',
+  metric='chrf',
+)
+def _write_docstring(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  return Drawn(function.source, function.summary)
+
+
+@_task(
+  'code_writing',
+  'Which docstring belongs to this function?\n{question}',
+  '{question}\nWhich of these lines describes this function?',
+  'Choose the description of this function.\n{question}',
+)
+def _choose_docstring(dice: Dice) -> Drawn:
+  candidates = shorter(100, 40, 32)
+  function = dice.one(candidates)
+  choices = answers(dice, function.summary, [f.summary for f in candidates], 3)
+  return Drawn(function.source, function.summary, choices)
+
+
+@_task(
+  'code_writing',
+  'Indent:\n{question}',
+  '{question}\nThe same with its indentation:',
+  'The indentation of these lines is lost. Restore it.\n{question}',
+)
+def _repair_indentation(dice: Dice) -> Drawn:
+  # A row has the function twice, so it has to be shorter than for other tasks.
+  function = dice.one(shorter(90, 40, 72))
+  lines = function.source.split('\n')
+  broken = [line.strip() for line in lines]
+  return Drawn('\n'.join(broken), function.source, key=function.source)
+
+
+@_task(
+  'code_writing',
+  'Finish the last line.\n{question}',
+  'How does the last line continue?\n{question}',
+  'Complete the last line of this code.\n{question}',
+  metric='chrf',
+)
+def _finish_line(dice: Dice) -> Drawn:
+  function = dice.one(functions())
+  lines = [line.rstrip() for line in function.source.split('\n')]
+  long = [i for i, line in enumerate(lines) if len(line.strip()) > 12]
+  index = dice.one(long or [0])
+  line, words = lines[index], lines[index].lstrip()
+  cut = len(line) - (len(words) + 1) // 2
+  question = '\n'.join([*lines[:index], line[:cut]])
+  return Drawn(question, line[cut:], key=function.source)
+
+
+# The cluster sequences: words in another order.
+
+
+def _words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
+  """Random words of two to four letters, all different."""
+  count, drawn = dice.between(low, high), []
+  while len(drawn) < count:
+    word = dice.word(_LETTERS, 2, 4)
+    if word not in drawn:
+      drawn.append(word)
+  return drawn
+
+
+@_task(
+  'sequences',
+  'Copy: {question}',
+  'Repeat this text.\n{question}',
+  '{question}\nAgain:',
+)
+def _copy(dice: Dice) -> Drawn:
+  text = ' '.join(_words(dice))
+  return Drawn(text, text)
+
+
+@_task(
+  'sequences',
+  'Reverse: {question}',
+  'Write {question} backwards.',
+  'What is {question} from its last letter to its first?',
+)
+def _reverse(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 4, 8)
+  return Drawn(word, word[::-1])
+
+
+@_task(
+  'sequences',
+  'Last word first: {question}',
+  'Reverse the order of the words.\n{question}',
+  '{question}\nThe same words, from the last to the first:',
+)
+def _reverse_words(dice: Dice) -> Drawn:
+  drawn = _words(dice)
+  return Drawn(' '.join(drawn), ' '.join(drawn[::-1]))
+
+
+@_task(
+  'sequences',
+  'Sort: {question}',
+  'Put these words in alphabetical order.\n{question}',
+  '{question}\nIn dictionary order:',
+)
+def _sort_words(dice: Dice) -> Drawn:
+  drawn = _words(dice)
+  return Drawn(' '.join(drawn), ' '.join(sorted(drawn)))
+
+
+@_task(
+  'sequences',
+  'Equal? {question}',
+  'Are both sides of the bar the same text?\n{question}',
+  '{question}\nIs the left the same as the right?',
+)
+def _same(dice: Dice) -> Drawn:
+  one = _words(dice, 2, 3)
+  other = dice.one([one, one[::-1], [*one[:-1], dice.word(_LETTERS, 2, 4)]])
+  answer = 'yes' if one == other else 'no'
+  return Drawn(f'{" ".join(one)} | {" ".join(other)}', answer, ('yes', 'no'))
+
+
+# The cluster arithmetic: small sums, and which number is larger.
+
+_SUMS = (
+  '{question} =',
+  'What is {question}?',
+  'Calculate {question} and give the number.',
+)
+
+
+@_task('arithmetic', *_SUMS)
+def _add(dice: Dice) -> Drawn:
+  a, b = dice.below(1000), dice.below(1000)
+  return Drawn(f'{a} + {b}', str(a + b))
+
+
+@_task('arithmetic', *_SUMS)
+def _subtract(dice: Dice) -> Drawn:
+  a, b = dice.below(1000), dice.below(1000)
+  return Drawn(f'{a} - {b}', str(a - b))
+
+
+@_task('arithmetic', *_SUMS)
+def _multiply(dice: Dice) -> Drawn:
+  a, b = dice.between(2, 99), dice.between(2, 12)
+  return Drawn(f'{a} * {b}', str(a * b))
+
+
+@_task(
+  'arithmetic',
+  'Larger: {question}',
+  'Which of these two numbers is larger?\n{question}',
+  '{question}\nThe larger one is',
+)
+def _larger(dice: Dice) -> Drawn:
+  a, b = dice.below(10000), dice.below(10000)
+  if a == b:
+    b += 1
+  choices = str(a), str(b)
+  return Drawn(f'{a} {b}', str(max(a, b)), choices)
+
+
+# The cluster number_series: what numbers in a row have in common.
+
+
+def _series(numbers) -> str:
+  return ' '.join(map(str, numbers))
+
+
+@_task(
+  'number_series',
+  'Next number: {question}',
+  'These numbers go up by equal steps. Which comes next?\n{question}',
+  '{question} and then',
+)
+def _next_number(dice: Dice) -> Drawn:
+  start, step = dice.below(100), dice.between(1, 12)
+  numbers = [start + step * i for i in range(5)]
+  return Drawn(_series(numbers[:4]), str(numbers[4]))
+
+
+@_task(
+  'number_series',
+  'Next product: {question}',
+  'Each number is the one before it times the same factor. Which comes '
+  'next?\n{question}',
+  '{question}\nThe series continues with',
+)
+def _next_power(dice: Dice) -> Drawn:
+  start, base = dice.between(1, 120), dice.between(2, 5)
+  numbers = [start * base**i for i in range(4)]
+  return Drawn(_series(numbers[:3]), str(numbers[3]))
+
+
+@_task(
+  'number_series',
+  'Maximum: {question}',
+  'Which is the largest of these numbers?\n{question}',
+  '{question}\nNone of them is larger than',
+)
+def _largest(dice: Dice) -> Drawn:
+  numbers = [dice.below(100) for _ in range(dice.between(3, 5))]
+  return Drawn(_series(numbers), str(max(numbers)))
+
+
+@_task(
+  'number_series',
+  'Direction: {question}',
+  'Do these numbers go up, down, or neither?\n{question}',
+  '{question}\nThe series goes',
+)
+def _direction(dice: Dice) -> Drawn:
+  numbers = sorted(dice.sample(range(1000), 4))
+  mixed = [*numbers[1:], numbers[0]]
+  choices = 'up', 'down', 'neither'
+  answer = dice.one(choices)
+  row = {'up': numbers, 'down': numbers[::-1], 'neither': mixed}[answer]
+  return Drawn(_series(row), answer, choices)
+
+
+# The cluster ciphers: words in secret and in Morse code.
+
+# International Morse code, ITU-R M.1677-1.
+_CODES = (
+  '.- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. '
+  '... - ..- ...- .-- -..- -.-- --..'
+)
+MORSE = dict(zip(_LETTERS, _CODES.split()))
+
+
+@_task(
+  'ciphers',
+  'ROT13: {question}',
+  'Move every letter 13 places along the alphabet.\n{question}',
+  '{question}\nIn ROT13 that is',
+)
+def _rot13(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 4, 8)
+  return Drawn(word, codecs.encode(word, 'rot13'))
+
+
+@_task(
+  'ciphers',
+  'Caesar: {question}',
+  'Shift the letters of {question} along the alphabet.',
+  'Encipher with a Caesar cipher: {question}',
+)
+def _caesar(dice: Dice) -> Drawn:
+  word, step = dice.word(_LETTERS, 4, 6), dice.between(1, 5)
+  moved = _LETTERS[step:] + _LETTERS[:step]
+  table = str.maketrans(_LETTERS, moved)
+  return Drawn(f'{word} by {step}', word.translate(table))
+
+
+@_task(
+  'ciphers',
+  'Atbash: {question}',
+  'Write z for a, y for b, and so on.\n{question}',
+  '{question}\nWith the alphabet reversed:',
+)
+def _atbash(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 4, 8)
+  return Drawn(word, word.translate(str.maketrans(_LETTERS, _LETTERS[::-1])))
+
+
+@_task(
+  'ciphers',
+  'Morse: {question}',
+  'Write {question} in Morse code.',
+  '{question}\nIn dots and dashes:',
+)
+def _to_morse(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 3, 4)
+  return Drawn(word, ' '.join(MORSE[letter] for letter in word))
+
+
+@_task(
+  'ciphers',
+  'Letters: {question}',
+  'Which word does this Morse code spell?\n{question}',
+  '{question}\nIn letters:',
+)
+def _from_morse(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 3, 4)
+  # The word decides the split, as in the other direction.
+  return Drawn(' '.join(MORSE[letter] for letter in word), word, key=word)
+
+
+# The cluster recall: what stands in the question itself.
+
+
+@_task(
+  'recall',
+  'Look up: {question}',
+  'Give the value of the last letter.\n{question}',
+  'Each letter has a number. {question}',
+)
+def _lookup(dice: Dice) -> Drawn:
+  keys = dice.sample(_LETTERS, dice.between(3, 5))
+  values = [str(dice.between(10, 99)) for _ in keys]
+  table = ' '.join(f'{key}={value}' for key, value in zip(keys, values))
+  at = dice.below(len(keys))
+  return Drawn(f'{table}; {keys[at]}?', values[at])
+
+
+@_task(
+  'recall',
+  'Word {question}',
+  'Which word is at this position, counting from 1?\n{question}',
+  'Write word {question}.',
+)
+def _item(dice: Dice) -> Drawn:
+  drawn = _words(dice, 3, 5)
+  at = dice.below(len(drawn))
+  return Drawn(f'{at + 1} of {" ".join(drawn)}', drawn[at])
+
+
+@_task(
+  'recall',
+  'Missing: {question}',
+  'Which word on the left is not on the right?\n{question}',
+  '{question}\nThe right side lacks',
+)
+def _missing(dice: Dice) -> Drawn:
+  drawn = _words(dice, 3, 4)
+  answer = dice.one(drawn)
+  rest = dice.sample([word for word in drawn if word != answer], len(drawn) - 1)
+  return Drawn(f'{" ".join(drawn)} | {" ".join(rest)}', answer)
+
+
+@_task(
+  'recall',
+  'Is it there? {question}',
+  'Is the first word one of the words after "in"?\n{question}',
+  '{question}\nIs the first word among the others?',
+)
+def _contains(dice: Dice) -> Drawn:
+  drawn = _words(dice, 3, 5)
+  other = dice.word(_LETTERS, 2, 4)
+  word = dice.one([dice.one(drawn), other])
+  answer = 'yes' if word in drawn else 'no'
+  return Drawn(f'{word} in {" ".join(drawn)}', answer, ('yes', 'no'))
+
+
+# The cluster letters: what a word is made of.
+
+
+@_task(
+  'letters',
+  'Count: {question}',
+  'How many times is the letter {question}?',
+  '{question}\nNumber of times:',
+)
+def _count_letters(dice: Dice) -> Drawn:
+  word = dice.word('abcdef', 4, 9)
+  letter = dice.one('abcdef')
+  return Drawn(f'{letter} in {word}', str(word.count(letter)))
+
+
+@_task(
+  'letters',
+  'Length: {question}',
+  'How many letters does {question} have?',
+  '{question}\nNumber of letters:',
+)
+def _length(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 3, 12)
+  return Drawn(word, str(len(word)))
+
+
+@_task(
+  'letters',
+  'Initials: {question}',
+  'Join the first letters of these words.\n{question}',
+  '{question}\nThe first letters are',
+)
+def _initials(dice: Dice) -> Drawn:
+  drawn = _words(dice, 3, 5)
+  return Drawn(' '.join(drawn), ''.join(word[0] for word in drawn))
+
+
+@_task(
+  'letters',
+  'Capitals: {question}',
+  'Write {question} in capital letters.',
+  '{question}\nThe same in capitals:',
+)
+def _upper(dice: Dice) -> Drawn:
+  word = dice.word(_LETTERS, 4, 8)
+  return Drawn(word, word.upper())
+
+
+@_task(
+  'letters',
+  'Palindrome? {question}',
+  'Is {question} the same backwards?',
+  '{question}\nIs it a palindrome?',
+)
+def _palindrome(dice: Dice) -> Drawn:
+  half = dice.word(_LETTERS, 3, 4)
+  same = half + half[::-1]
+  at = dice.below(len(half))
+  other = half[:at] + dice.one(_LETTERS) + half[at + 1 :]
+  word = dice.one([same, other + half[::-1]])
+  answer = 'yes' if word == word[::-1] else 'no'
+  return Drawn(word, answer, ('yes', 'no'))
+
+
+def lines(num_shots: int = 0) -> Iterator[str]:
+  """Lines on every task: its cluster, name and score, and one example."""
+  for name, task in TASKS.items():
+    question = task('validation', 0, num_shots)
+    score = f'choice of {len(question.choices)}'
+    score = score if question.choices else task.metric
+    yield f'{task.cluster}: {name} ({score})'
+    yield from (f'    {line}' for line in question.inputs.split('\n'))
+    yield from (f'  > {line}' for line in question.target.split('\n'))
+
+
+if __name__ == '__main__':
+  print('\n'.join(lines()))
