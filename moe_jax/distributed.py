@@ -23,7 +23,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax import native_output
 from moe_jax.errors import InputError
 from moe_jax.launcher import checked_flags, claim, launcher
 from moe_jax.options import Options, at_least, option
@@ -144,8 +143,7 @@ def joined(*args: Any) -> Iterator[None]:
   """
   several = start(*args)
   try:
-    with native_output.without_gloo() if several else contextlib.nullcontext():
-      yield
+    yield
   except BaseException as error:
     if not several:
       raise

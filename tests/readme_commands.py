@@ -23,7 +23,7 @@ import jax
 from moe_jax import config_file
 
 IMPORTED = (
-  *('moe_jax.hooks', 'moe_jax.training.loop', 'moe_jax.runs.event_records'),
+  *('moe_jax.hooks', 'moe_jax.training.loop'),
   *('moe_jax.compression', 'matplotlib.pyplot', 'experiments.study.command'),
 )
 

@@ -8,7 +8,6 @@ import fnmatch
 import json
 import os
 import pathlib
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, cast
 
@@ -20,13 +19,6 @@ from moe_jax.errors import InputError
 # about ten times as much memory.
 MOST_BYTES = 2**28
 _SHOWN = 200  # characters of another library's message
-_KINDS = {
-  stat.S_IFDIR: 'a folder',
-  stat.S_IFIFO: 'a pipe',
-  stat.S_IFCHR: 'a device',
-  stat.S_IFBLK: 'a device',
-  stat.S_IFSOCK: 'a socket',
-}
 
 
 def is_name(name: Any) -> bool:
@@ -40,29 +32,32 @@ def is_name(name: Any) -> bool:
 
 
 def plain(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-  """The path of a plain file in a folder; None if there is no such name.
+  """The path of a regular file in a folder; None if there is no such name.
 
-  A link is refused, as in a download it may lead to any file of this machine.
-  Only in the cache of the Hugging Face hub, `models--*/snapshots/*`, links may
-  lead to files of the same repository.
+  A link may lead to another file of the folder or, in the cache of the Hugging
+  Face hub, `models--*/snapshots/*`, of the same repository; in a download it
+  could lead to any file of this machine.
 
   Raises:
-    ValueError: The name leads out of the folder, or it is a link, a pipe or
-      anything else that is no plain file.
+    ValueError: The name leads elsewhere, or to a pipe or anything else that is
+      no regular file.
   """
   if not is_name(name):
     raise InputError(f'{name!r} is no name of a file in {folder}')
-  path = folder / name
-  try:
-    mode = path.lstat().st_mode
-  except FileNotFoundError:
+  path, allowed = folder / name, folder.resolve()
+  if not os.path.lexists(path):
     return None
-  if stat.S_ISLNK(mode):
-    _check_link(path)
-    mode = path.stat().st_mode
-  if not stat.S_ISREG(mode):
-    kind = _KINDS.get(stat.S_IFMT(mode), 'something else')
-    raise InputError(f'{path} is {kind}, not a plain file')
+  if allowed.parent.name == 'snapshots':
+    repository = allowed.parents[1]
+    allowed = repository if repository.name.startswith('models--') else allowed
+  target = pathlib.Path(os.path.realpath(path))
+  if not target.is_relative_to(allowed):
+    raise InputError(
+      f'{path} is a link to {os.readlink(path)!r}, outside of {allowed}; it is '
+      'not followed: put the file itself there'
+    )
+  if not path.is_file():
+    raise InputError(f'{path} is no regular file')
   return path
 
 
@@ -190,19 +185,3 @@ def _check_size(path: pathlib.Path) -> None:
   size = path.stat().st_size
   if size > MOST_BYTES:
     raise InputError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
-
-
-def _check_link(path: pathlib.Path) -> None:
-  folder = path.parent.resolve()
-  repository = folder.parents[1] if len(folder.parts) > 2 else folder
-  in_hub = folder.parent.name == 'snapshots'
-  in_hub &= repository.name.startswith('models--')
-  target = pathlib.Path(os.path.realpath(path))
-  if not in_hub or not target.is_relative_to(repository):
-    raise InputError(
-      f'{path} is a link to {os.readlink(path)!r}, which is not followed: in '
-      "the folder of a model only plain files and the links of the hub's cache "
-      'are read; put the file itself there'
-    )
-  if not target.exists():
-    raise InputError(f'{path} is a link to {os.readlink(path)!r}, now gone')

@@ -20,8 +20,6 @@ import math
 import operator
 import os
 import pathlib
-import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, SupportsIndex
@@ -42,7 +40,7 @@ class MetricsWriter:
 
   The operating system has the whole row when `write` returns, so killing the
   process loses none. A full disk leaves no half row: rows that do not fit stay
-  in memory and are written with the next.
+  in memory and are written with the next; TensorBoard gets no more of them.
   """
 
   def __init__(
@@ -73,14 +71,7 @@ class MetricsWriter:
         _drop_after(path, resume_step)
     self._rows = _AppendOnly(path)
     first_step = 0 if resume_step is None else resume_step + 1
-    self._events = _AppendOnly(_new_event_file(folder / 'tensorboard'))
-    # Imported where it is used: most users of this module write no metrics.
-    with _without_torch():
-      from moe_jax.runs import event_records
-
-    self._records = event_records
-    for record in event_records.beginning(first_step):
-      self._events.append(record)
+    self._events = _Events(folder / 'tensorboard', first_step)
 
   def write(self, step: SupportsIndex, values: Mapping[str, Any]) -> None:
     """Appends one row; a step may have several, such as one for each eval.
@@ -102,7 +93,7 @@ class MetricsWriter:
     self._rows.append(text.encode() + b'\n')
     scalars = {k: v for k, v in row.items() if not isinstance(v, list)}
     if scalars:
-      self._events.append(self._records.scalars(step, scalars))
+      self._events.append(step, scalars)
 
   def close(self) -> None:
     """Tries once more to write rows that did not fit; closes the files."""
@@ -114,23 +105,6 @@ class MetricsWriter:
 
   def __exit__(self, *exc) -> None:
     self.close()
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """Makes an import of torch fail, unless torch is imported already.
-
-  tensorboardX imports torch, where it is installed, for an annotation alone,
-  which takes three seconds of each run.
-  """
-  if 'torch' in sys.modules:
-    yield
-    return
-  sys.modules['torch'] = None  # pyright: ignore[reportArgumentType]
-  try:
-    yield
-  finally:
-    del sys.modules['torch']
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -242,13 +216,51 @@ class _AppendOnly:
     self._file.close()
 
 
-def _new_event_file(folder: pathlib.Path) -> pathlib.Path:
-  folder.mkdir(exist_ok=True)
-  # TensorBoard reads files in the order of their names. The number makes names
-  # differ where a run is restarted within the same second.
-  number = sum(1 for _ in folder.iterdir())
-  name = f'events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}'
-  return folder / f'{name}.{number:04d}'
+class _Events:
+  """Scalars in a new file for TensorBoard, which drops older ones of its steps.
+
+  tensorboardX's summary writer is not used: on a full disk its thread dies, and
+  its full queue then blocks the training loop for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    # Imported where it is used: most users of this module write no metrics.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._event: Any = event_pb2
+    self._summary: Any = summary_pb2
+    folder.mkdir(exist_ok=True)
+    # TensorBoard reads files in the order of their names. The number makes
+    # names differ where a run is restarted within the same second.
+    number = sum(1 for _ in folder.iterdir())
+    self._writer: Any = EventsWriter(str(folder / 'events'), f'.{number:04d}')
+    start = self._event.SessionLog(status=self._event.SessionLog.START)
+    self._write(self._event.Event(step=first_step, session_log=start))
+
+  def append(self, step: int, values: Mapping[str, float]) -> None:
+    value = [
+      self._summary.Summary.Value(tag=key, simple_value=value)
+      for key, value in values.items()
+    ]
+    summary = self._summary.Summary(value=value)
+    self._write(self._event.Event(step=step, summary=summary))
+
+  def _write(self, event: Any) -> None:
+    if self._writer is None:
+      return
+    event.wall_time = time.time()
+    try:
+      self._writer.write_event(event)
+      self._writer.flush()
+    except OSError as error:
+      _log.warning('TensorBoard gets no more rows: %s', error)
+      self._writer = None
+
+  def close(self) -> None:
+    if self._writer is not None:
+      with contextlib.suppress(OSError):
+        self._writer.close()
 
 
 def _python_numbers(key: str, value: Any) -> Any:

@@ -1,13 +1,6 @@
 """Tokenizers, special tokens and chat templates that are wrong or hostile."""
 
-import concurrent.futures
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -161,9 +154,7 @@ SAVED = [
 def template(text, *phrases, limits=None):
   def call(folder):
     del folder
-    values = {'messages': CHAT, 'bos_token': '<s>'}
-    renderer = chat.RENDERER
-    renderer.render(text, values, limits or chat.Limits())
+    render(text, limits=limits or chat.Limits())
 
   return Case(f'template:{text[:50]}', call, ('chat template: ', *phrases))
 
@@ -244,108 +235,3 @@ def test_an_unknown_word_is_a_value_error(tmp_path):
   model = tokenizers.Json(json.dumps(content))
   with pytest.raises(ValueError, match='cannot encode'):
     model.encode('zzz')
-
-
-def test_a_template_sees_neither_environment_nor_limits_of_others(monkeypatch):
-  monkeypatch.setenv('SECRET_OF_USER', 'x')
-  chat.RENDERER.stop()
-  assert render('{{ bos_token }}{{ messages[0].content }}') == '<s>hi'
-  pid = chat.RENDERER.pid
-  environment = pathlib.Path(f'/proc/{pid}/environ').read_bytes()
-  assert b'SECRET' not in environment
-
-
-def test_threads_take_turns():
-  def render_number(i):
-    return chat.render('{{ n }}', CHAT, names={}, n=i)
-
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    assert list(pool.map(render_number, range(64))) == [
-      str(i) for i in range(64)
-    ]
-
-
-def test_a_process_that_was_killed_is_started_again():
-  render('x')
-  first_pid = chat.RENDERER.pid
-  render('x')
-  assert chat.RENDERER.pid == first_pid  # it is reused
-  os.kill(first_pid, signal.SIGKILL)
-  os.waitid(os.P_PID, first_pid, os.WEXITED | os.WNOWAIT)
-  assert render('x') == 'x' and chat.RENDERER.pid != first_pid
-
-
-@pytest.mark.slow
-def test_a_fork_has_a_process_of_its_own():
-  render('x')
-  parents_pid = chat.RENDERER.pid
-  reader, writer = os.pipe()
-  child = os.fork()
-  if not child:
-    try:
-      os.write(writer, render('{{ 1 }}').encode())
-      chat.RENDERER.stop()
-    finally:
-      os._exit(0)
-  os.waitpid(child, 0)
-  assert os.read(reader, 9) == b'1'
-  os.close(reader), os.close(writer)
-  assert render('x') == 'x' and chat.RENDERER.pid == parents_pid
-
-
-def test_modules_that_were_never_compiled(tmp_path, monkeypatch):
-  # An error makes Jinja import more of itself, where the process may no longer
-  # write files.
-  python = tmp_path / 'python'
-  python.write_text(
-    f'#!/bin/sh\nexec "{sys.executable}" -X pycache_prefix="{tmp_path}" "$@"\n'
-  )
-  python.chmod(0o755)
-  monkeypatch.setattr(sys, 'executable', str(python))
-  renderer = chat.Renderer()
-  with pytest.raises(ValueError, match="No filter named 'nosuch'"):
-    renderer.render('{{ 1|nosuch }}', {}, chat.Limits())
-  renderer.stop()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('end', ['pass', 'os.kill(os.getpid(), 9)'])
-def test_it_ends_with_its_parent_and_imports_no_main(end, tmp_path):
-  # The script has no `if __name__`: a spawned copy of it would print twice.
-  script = tmp_path / 'script.py'
-  script.write_text(
-    'import os, sys\n'
-    'from moe_jax.data.tokenizers import chat\n'
-    "chat.render('x', [], names={})\n"
-    'print(chat.RENDERER.pid, flush=True)\n'
-    f'{end}\n'
-  )
-  process = subprocess.run(
-    [sys.executable, script],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={**os.environ, 'PYTHONPATH': os.getcwd()},
-  )
-  (line,) = process.stdout.splitlines()
-  assert 'Traceback' not in process.stderr
-  for _ in range(100):
-    if not os.path.exists(f'/proc/{line}'):
-      return
-    time.sleep(0.1)
-  pytest.fail('the process that renders templates outlived its parent')
-
-
-@pytest.mark.slow
-def test_the_program_imports_no_library_but_jinja():
-  process = subprocess.run(
-    [sys.executable, '-X', 'importtime', chat.PROGRAM, '0'],
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  names = {line.split('|')[-1].strip() for line in process.stderr.splitlines()}
-  roots = {name.split('.')[0] for name in names}
-  assert 'jinja2' in roots
-  assert not roots & {'moe_jax', 'jax', 'numpy', 'tokenizers'}

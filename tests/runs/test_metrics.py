@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import resource
 import struct
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
 
 from moe_jax.runs.metrics import MetricsWriter, read_metrics
 
@@ -188,15 +184,6 @@ def test_event_files_hold_the_scalars(tmp_path):
   assert math.isnan(seven[2])
   assert events(path)[0].file_version == 'brain.Event:2'
 
-  # Every byte, with checksums, is as tensorboardX's writer writes the same
-  # events.
-  copy = tmp_path / 'copy'
-  record_writer = RecordWriter(str(copy))
-  for event in events(path):
-    record_writer.write(event.SerializeToString())
-  record_writer.close()
-  assert path.read_bytes() == copy.read_bytes()
-
 
 def test_tensorboard_is_told_to_forget_what_comes_again(tmp_path):
   for resume_step in (None, 20, 20):
@@ -223,13 +210,12 @@ def test_a_full_disk_costs_no_row(tmp_path, file_limit, caplog):
       writer.write(step, {'train/loss': float(step)})
       assert path.read_bytes().endswith(b'}\n')
     assert len(lines(tmp_path)) < 11
-    assert len(scalars(event_path)) == 1
     assert caplog.text.count('metrics.jsonl: rows wait') == 1
+    assert caplog.text.count('TensorBoard gets no more rows') == 1
     file_limit(None)
     writer.write(12, {'train/loss': 12.0})
   steps = list(range(1, 13))
   assert [row['step'] for row in read_metrics(path)] == steps
-  assert [step for step, _, _ in scalars(event_path)] == steps
 
 
 def test_rows_lost_at_the_end_are_told(tmp_path, file_limit, caplog):
@@ -271,16 +257,3 @@ def test_other_values_are_refused(tmp_path, value):
 def test_a_url_is_no_workdir():
   with pytest.raises(ValueError, match=r'gs://bucket/run.*local'):
     MetricsWriter('gs://bucket/run', resume_step=None)
-
-
-def test_no_run_waits_for_torch(tmp_path):
-  # tensorboardX imports torch where it is installed, which takes seconds.
-  (tmp_path / 'torch.py').write_text('raise AssertionError("torch imported")')
-  code = (
-    'import sys; from moe_jax.runs import metrics; '
-    'metrics.MetricsWriter(sys.argv[1], resume_step=None).close()'
-  )
-  path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
-  env = {**os.environ, 'PYTHONPATH': path}
-  argv = [sys.executable, '-c', code, str(tmp_path / 'run')]
-  subprocess.run(argv, env=env, check=True)

@@ -17,10 +17,6 @@ import time
 
 import jax
 
-# tensorboardX would import an installed torch, which takes seconds.
-if __name__ == '__main__':
-  sys.modules['torch'] = None
-
 TIMEOUTS = {'heartbeat_timeout_seconds': 15}
 
 
