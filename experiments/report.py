@@ -1,14 +1,13 @@
-"""Writes all studies' results on one page, as Markdown and as HTML.
+"""Writes all studies' results on one page, as Markdown.
 
     python -m experiments.report
 
 Copies `results/<study>/full/summary.json` of every study that has one, or that
 of its preset `long`, with its figure, to `experiments/results`, and writes
-`experiments/RESULTS.md` and `RESULTS.html` from all summaries there; a study
-that was not run again keeps its earlier summary. Claims are judged as the study
+`experiments/RESULTS.md` from all summaries there; a study that was not run
+again keeps its earlier summary. Claims are judged as the study
 has them today, and figures drawn. The page refuses to mix corpora: studies of
-one task must have seen the same bytes. Not here: the text of one study's
-section (`study/results.py`), and the page as HTML (`study/report_page.py`).
+one task must have seen the same bytes.
 """
 
 import importlib
@@ -19,9 +18,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.study import figures, report_page, stored, verdicts
+from experiments.study import figures, stored, verdicts
 from experiments.study import results as study_results
-from experiments.study.parts import Figure
 from experiments.study.study import Study
 from experiments.study.tables import markdown_table
 from moe_jax import command_line
@@ -29,7 +27,7 @@ from moe_jax.errors import InputError
 
 HERE = pathlib.Path(__file__).parent
 KEPT = 'results'
-PAGE, HTML = 'RESULTS.md', 'RESULTS.html'
+PAGE = 'RESULTS.md'
 BENCHMARKS = 'benchmarks'
 # The presets whose results are reported; of those that a study has the last.
 PRESETS = ('full', 'long')
@@ -168,12 +166,6 @@ def page(summaries: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(sections)
 
 
-def figure_of(name: str) -> Figure | None:
-  """The description of a study's figure; None where its file is gone."""
-  study = find_study(name)
-  return None if study is None else study.figure
-
-
 def _anchor(title: str) -> str:
   """The anchor that GitHub makes of a heading."""
   characters = ''.join(c for c in title.lower() if c.isalnum() or c in ' -')
@@ -193,17 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   output, results = pathlib.Path(options.output), pathlib.Path(options.results)
   summaries = read(output / KEPT, results)
-  texts = {
-    PAGE: page(summaries),
-    HTML: report_page.html(
-      summaries, f'{_ABOUT} {pending(summaries)}', figure_of
-    ),
-  }
   collect(results, output / KEPT)
   redraw(summaries, output / KEPT)
-  for name, text in texts.items():
-    (output / name).write_text(text, encoding='utf-8')
-    print(f'written: {output / name}')
+  (output / PAGE).write_text(page(summaries), encoding='utf-8')
+  print(f'written: {output / PAGE}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """Hooks of the training loop: facts, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has. Not here: the
-page and the pictures (`analysis/page_hook.py`).
+`moe_jax.main` and experiments choose which of them a run has.
 """
 
 from typing import NamedTuple
@@ -11,8 +10,8 @@ import numpy as np
 
 from moe_jax import data, generation, models, start_facts
 from moe_jax.analysis import routing_report, sharded, text_tables
-from moe_jax.analysis.page_hook import Page
 from moe_jax.analysis.replaying import Replaying
+from moe_jax.analysis.run_page import Page
 from moe_jax.analysis.token_counts import token_counts
 from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first

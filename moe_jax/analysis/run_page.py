@@ -1,293 +1,449 @@
-"""One page on a run: `index.html` in its folder, from what the folder has.
+"""The page of a run, `index.html`, with its pictures and how to go on."""
 
-    python -m moe_jax.analysis.run_page runs/tiny
-
-makes it anew, such as for a run of an earlier version; in a notebook,
-`run_page.page('runs/tiny')` shows it. The page needs no other file and no
-network. Not here: what it says (`run_sections.py`), and when a run writes it
-(`page_hook.py`).
-"""
-
-import html as html_lib
+import base64
+import concurrent.futures
+import dataclasses
+import importlib.metadata
 import json
-import os
+import math
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from absl import logging
+import jinja2
 
-from moe_jax import command_line
-from moe_jax.analysis import (
-  html_pages,
-  plot_style,
-  plots,
-  run_commands,
-  run_facts,
-  run_files,
-  run_sections,
-)
-from moe_jax.analysis.run_files import CURVES, LOAD, PAGE
-from moe_jax.analysis.run_sections import RunFolder
+from moe_jax import models, sections
+from moe_jax.analysis import counts, devices
+from moe_jax.distributed import is_first
+from moe_jax.run_config import RunConfig
+from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training.setup import Hook, Run
 
-_LOAD_WIDTH = 5.4  # inches, of the picture of the load on the page
+PAGE, CURVES, LOAD = 'index.html', 'curves.png', 'load.png'
+REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
+_PACKAGES = ('moe_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
+# A page is drawn beside the training. The next one waits for this many times
+# the seconds that it took: drawing takes a hundredth of the time at most.
+_PAUSE = 100
+_CONFIG = '''"""The config of the run in this folder, for flags --config."""
 
+import pathlib
+
+from moe_jax import run_config
+
+
+def get_config():
+  return run_config.from_file(pathlib.Path(__file__).with_name('config.json'))
+'''
+# Whatever text the page shows is escaped, and browsers refuse every script.
 _TEMPLATE = """\
-{% block style %}
-.facts { display: grid; gap: .6em 1.5em; margin: 1em 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 9em), 1fr)); }
-.facts div { border-left: 3px solid var(--line); padding-left: .6em; }
-.facts dt { color: var(--faint); font-size: 13px; }
-.facts dd { margin: 0; overflow-wrap: anywhere; }
-.state { font-size: 1.1em; font-weight: 600; }
-.charts { display: grid; gap: 1em;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25em), 1fr)); }
-.charts figure { margin: 0; }
-.charts img, .wide img { width: 100%; }
-.wide { max-width: 46em; }
-.options td { white-space: normal; overflow-wrap: anywhere; }
-.options td:first-child { min-width: 9em; max-width: 26em; }
-.options th { overflow-wrap: normal; }
-.command { white-space: pre; overflow-x: auto; }
-.options .note { display: block; font-size: 12px; }
-@media print { .command { white-space: pre-wrap; }
-  .charts { grid-template-columns: 1fr 1fr; }
-  .facts { grid-template-columns: 1fr 1fr 1fr; } .wide { max-width: 13cm; } }
-{% endblock %}
-{% block body %}
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }}</title>
+<style>
+:root { color-scheme: light dark; --faint: light-dark(#595959, #a8a8a8);
+  --even: light-dark(#f5f5f5, #1f2226); --edge: light-dark(#ddd, #3a3d42); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px;
+  margin: 2em auto; padding: 0 1em; overflow-wrap: break-word;
+  color: light-dark(#222, #e4e4e4); background: light-dark(#fff, #16181b); }
+h2 { border-bottom: 2px solid light-dark(#0072b2, #56b4e9); margin-top: 2em; }
+img { max-width: 100%; background: #fff; border-radius: 4px; }
+pre { background: var(--even); border: 1px solid var(--edge); padding: .6em;
+  font-size: 13px; overflow-x: auto; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+dl { display: grid; gap: .6em 1.5em;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 11em), 1fr)); }
+dt, .note { color: var(--faint); font-size: 13px; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow: auto; max-height: 32em; }
+table { border-collapse: collapse; font-size: 13px;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .2em .7em; text-align: left; vertical-align: top; }
+tbody tr:nth-child(even) { background: var(--even); }
+</style>
+</head>
+<body>
+{% macro table(rows) %}
+<div class="scroll"><table>
+<thead><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>
+{%- for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro %}
+{% macro facts(values) %}
+<dl>{% for name, value in values.items() if value %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% endmacro %}
 <h1>{{ title }}</h1>
-<p class="state">{{ state }}</p>
-{% if run.facts.said %}<pre>{{ run.facts.said }}</pre>{% endif %}
-
-<dl class="facts">{% for one in headline %}
-<div><dt>{{ one.name }}</dt><dd>{{ one.value }}</dd></div>{% endfor %}</dl>
-<nav>{% for name in ['Curves', 'Load', 'Routing', 'Sample', 'Config',
- 'Environment', 'Files', 'How to go on'] %}
-{% if name != 'Load' or load %}
-<a href="#{{ name|replace(' ', '-') }}">{{ name }}</a>
-{% endif %}{% endfor %}</nav>
-
-<h2 id="Curves">Curves</h2>
-{% if charts %}<div class="charts">{% for name, uri in charts %}
-<figure><img alt="{{ name }}" src="{{ uri }}"></figure>{% endfor %}</div>
-<p class="note">The last losses are those that the run printed. A row is the
-mean over the steps since the row before.</p>
+<p><strong>{{ state }}</strong></p>
+{% if message %}<pre class="text">{{ message }}</pre>{% endif %}
+{{ facts(headline) }}
+<h2>Curves</h2>
+{% if curves %}<img alt="Curves over steps" src="{{ curves }}">
 {% else %}<p>Nothing has been logged yet.</p>{% endif %}
-
-{% if evaluations %}<h3>Evaluations</h3>{{ show(evaluations) }}{% endif %}
-
-{% if load %}<h2 id="Load">Load</h2>
-<p class="note">The share of all choices that each expert gets before any is
-dropped, over the uniform share. {{ how_to_read }}</p>
-<figure class="wide"><img alt="Load of each expert over steps"
- src="{{ load }}"></figure>{% endif %}
-
-<h2 id="Routing">Routing</h2>
-{% for text in warnings %}<p><strong>Warning:</strong> {{ text }}.</p>
-{% endfor %}
-{% for table in routing %}{{ titled(table) }}{% endfor %}
-{% if not routing %}<p>{{ 'The report is written at the end of the run.'
- if run.facts.is_sparse else 'The model has no routers that it reports on.'
- }}</p>{% endif %}
-{% if linked %}{% for page in trace_pages %}
-<p>Token by token: <a href="./{{ page|urlencode }}">{{ page }}</a></p>
-{% endfor %}{% endif %}
-
-<h2 id="Sample">Sample</h2>
-{% if sample %}<pre>{{ sample }}</pre>
-{% else %}<p>None: {{ 'it is drawn at the end of the run.'
- if run.facts.generates else 'the model writes no text.' }}</p>{% endif %}
-
-<h2 id="Config">Config</h2>
-{% if problem %}<p>What differs from the defaults is not known: {{ problem }}
-</p>{% else %}
+{% if evaluations %}<h3>Evaluations</h3>{{ table(evaluations) }}{% endif %}
+{% if load %}<h2>Load</h2>
+<img alt="Load of each expert over steps" src="{{ load }}">{% endif %}
+{% if routing %}<h2>Routing</h2>
+<p class="note">The last report; <code>routing_report.md</code> has it, too.</p>
+{{ table(routing) }}{% endif %}
+{% if sample %}<h2>Sample</h2><pre class="text">{{ sample }}</pre>{% endif %}
+<h2>Config</h2>
 <p class="note">What differs from the defaults.</p>
-<div class="scroll options"><table>
-<thead><tr><th class="left">key</th><th class="left">value</th>
-<th class="left">default</th></tr></thead><tbody>
-{% for one in options %}<tr><td class="left"><code>{{ one.key }}</code>
-<span class="note">{{ one.sentence }}</span></td>
-<td class="left">{{ one.value }}</td><td class="left">{{ one.default }}</td>
-</tr>{% endfor %}</tbody></table></div>{% endif %}
+{% if options %}{{ table(options) }}{% else %}<p>Nothing.</p>{% endif %}
 <details><summary>The whole config</summary><pre>{{ config }}</pre></details>
-
-<h2 id="Environment">Environment</h2>
-{% if environment %}<dl class="facts">{% for one in environment %}
-<div><dt>{{ one.name }}</dt><dd>{{ one.value }}</dd></div>{% endfor %}</dl>
-{% else %}<p>It was not written down.</p>{% endif %}
-
-<h2 id="Files">Files</h2>
-<div class="options"><table><tbody>{% for file in files %}<tr><td class="left">
-{% if linked and file.is_link %}
-<a href="./{{ file.name|urlencode }}">{{ file.name }}</a>
-{% else %}{{ file.name }}{% endif %}</td>
-<td class="left">{{ file.purpose }}</td></tr>{% endfor %}</tbody></table></div>
-
-<h2 id="How-to-go-on">How to go on</h2>
-<p class="note">Commands are for the folder in which <code>{{ name }}</code> is,
-in a checkout or with the package installed.</p>
-{% for one in commands %}<h4>{{ one.title }}</h4>
-{% if one.note %}<p class="note">{{ one.note }}</p>{% endif %}
-
-{% for line in one.lines %}<pre class="command">{{ line }}</pre>
-{% endfor %}{% endfor %}
+<h2>Environment</h2>
+{{ facts(environment) }}
+<h2>How to go on</h2>
+<p class="note">Commands are for the folder in which <code>{{ run }}</code> is.
+</p>
+{% for name, command in commands.items() %}<h4>{{ name }}</h4>
+<pre>{{ command }}</pre>{% endfor %}
 <p class="note">Written {{ now }}.</p>
-{% endblock %}
+</body>
+</html>
 """
 
 
-class RunPage(NamedTuple):
-  """The page of a run, which a notebook displays.
+class Page(Hook):
+  """Writes `index.html`, `curves.png` and `load.png` into a run's folder.
 
-  Attributes:
-    html: The page.
+  They are written at the start, anew in a thread after evaluations and before
+  checkpoints, and at the end, also of a run that is stopped or fails. If one
+  cannot be written, the run says so and goes on. The hook comes after those
+  whose files the page shows.
   """
 
-  html: str
+  def __init__(self):
+    self._run: Run | None = None
 
-  def __repr__(self) -> str:
-    """A line where no page can be shown, and not the whole page again."""
-    return f'a page of {len(self.html):,} characters'
+  def start(self, run: Run) -> None:
+    """Writes the first page."""
+    if not is_first():
+      return
+    self._run, self._outer_error = run, sys.exception()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
+    self._drawing: concurrent.futures.Future[None] | None = None
+    self._pause_until, self._problem = 0.0, ''
+    workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, _CONFIG)
+    self._environment = _environment(run)
+    self._refresh()
 
-  def _repr_html_(self) -> str:
-    """The page in a frame, so that neither changes the style of the other."""
-    page = html_lib.escape(self.html)
-    return (
-      f'<iframe sandbox srcdoc="{page}" width="100%" height="800" '
-      'style="border: 1px solid #ddd"></iframe>'
-    )
+  def evaluated(self) -> None:
+    """Draws the page anew."""
+    self._refresh()
 
+  def saving(self) -> None:
+    """Draws the page anew."""
+    self._refresh()
 
-def page(workdir: str | os.PathLike[str], allow: Iterable[str] = ()) -> RunPage:
-  """The page of a run, for a notebook; nothing is written.
+  def end(self, run: Run, state: object) -> None:
+    """Writes the last page, with the files that other hooks have written."""
+    if self._run is not None:
+      self._write_last('Finished')
+      if not self._problem:
+        run.message(f'page: {run.workdir / PAGE}')
+      self._run = None
 
-  Args:
-    workdir: The run's folder.
-    allow: Modules whose classes may be imported where the folder names them.
+  def close(self) -> None:
+    """Writes the last page of a run that did not come to its end."""
+    if self._run is None:
+      return
+    error = sys.exception()
+    if error is None or error is self._outer_error:
+      self._write_last('Stopped')
+    elif isinstance(error, KeyboardInterrupt):
+      self._write_last('Stopped', 'interrupted')
+    else:
+      folder = self._run.workdir
+      message = str(error).replace(str(folder), folder.name)
+      self._write_last('Failed', message or type(error).__name__)
+    self._run = None
 
-  Raises:
-    ValueError: The folder holds no run, or is damaged.
-  """
-  run = run_sections.read(workdir_lib.folder_of(workdir), allow)
-  return RunPage(html(run, allow, linked=False))
+  def _write_last(self, state: str, message: str = '') -> None:
+    self._thread.shutdown(cancel_futures=True)
+    self._write(state, message)
+
+  def _refresh(self) -> None:
+    """Lets the thread draw the page, unless it does so or did just now."""
+    if self._run is None or time.monotonic() < self._pause_until:
+      return
+    if self._drawing is None or self._drawing.done():
+      self._drawing = self._thread.submit(self._draw)
+
+  def _draw(self) -> None:
+    start_time = time.monotonic()
+    self._write('In training')
+    now = time.monotonic()
+    self._pause_until = now + _PAUSE * (now - start_time)
+
+  def _write(self, state: str, message: str = '') -> None:
+    """Writes the page; its first error is said, and none is raised."""
+    run = self._run
+    assert run is not None
+    try:
+      run.confirm()
+      write(run, state, message, self._environment)
+    except Exception as error:
+      if not self._problem:
+        self._problem = f'{type(error).__name__}: {error}'
+        run.message(f'{PAGE} was not written: {self._problem}')
 
 
 def write(
-  workdir: str | os.PathLike[str], allow: Iterable[str] = ()
-) -> list[pathlib.Path]:
-  """Writes a run's page and pictures into its folder; gives their paths.
-
-  Arguments and errors are those of `page`; beyond them it raises OSError where
-  a file cannot be written.
-  """
-  folder = workdir_lib.folder_of(workdir)
-  run = run_sections.read(folder, allow)
-  run_commands.write_config(folder)
-  figures = []
-  if run_sections.curves(run):
-    units = run.facts.loss_unit, run.facts.counted
-    figures.append((CURVES, plots.curves_figure(run.rows, *units)))
-  if _has_load(run):
-    figures.append((LOAD, plots.load_figure(run.rows)))
-  for name, figure in figures:
-    _write(folder / name, plot_style.picture(figure))
-  _write(folder / PAGE, html(run, allow).encode())
-  return [folder / name for name in [PAGE, *(name for name, _ in figures)]]
-
-
-def html(
-  run: RunFolder, allow: Iterable[str] = (), *, linked: bool = True
-) -> str:
-  """The page of a run.
+  run: Run, state: str, message: str, environment: Mapping[str, str]
+) -> None:
+  """Writes the page and the pictures of a run into its folder.
 
   Args:
-    run: The content of the run's folder.
-    allow: Modules whose classes may be imported where the folder names them.
-    linked: Whether other files of the folder are linked.
+    run: The run.
+    state: What the run does: 'In training'.
+    message: Message of the error that ended the run; '' without.
+    environment: Devices, versions and times.
   """
-  options, problem = _options(run, allow)
-  tables, warnings = run_sections.routing(run.folder)
-  name = run_commands.name_of(run.folder)
-  return html_pages.render(
-    _TEMPLATE,
-    title=run.folder.resolve().name,
-    run=run,
-    name=name,
-    state=run_sections.state(run),
-    headline=run_sections.headline(run),
-    charts=[
-      (panel.title, _svg(plots.panel_figure(panel)))
-      for panel in run_sections.curves(run)
-    ],
-    evaluations=run_sections.evaluations(run.rows),
-    load=_svg(plots.load_figure(run.rows, _LOAD_WIDTH))
-    if _has_load(run)
-    else '',
-    how_to_read=plot_style.HOW_TO_READ,
-    routing=tables,
-    warnings=warnings,
-    trace_pages=run_files.trace_pages(run.folder),
-    sample=run_sections.sample(run.folder),
-    options=options,
-    problem=problem,
-    config=json.dumps(run.config, indent=2, ensure_ascii=False),
-    environment=run_sections.environment(run.facts),
-    files=run_files.files(run.folder),
-    commands=run_commands.commands(
-      run.folder, run.facts, run.config, ended=run.ended
+  folder = run.workdir
+  path = folder / metrics.FILE_NAME
+  rows = metrics.read_metrics(path) if path.exists() else []
+  step = max((row['step'] for row in rows), default=0)
+  pictures = {
+    name: _picture(folder / name, figure)
+    for name, figure in _figures(run, rows)
+  }
+  template = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+  ).from_string(_TEMPLATE)
+  name = name_of(folder)
+  page = template.render(
+    title=folder.resolve().name,
+    state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
+    message=message,
+    headline=_headline(run, rows),
+    curves=pictures.get(CURVES, ''),
+    load=pictures.get(LOAD, ''),
+    evaluations=_evaluations(rows),
+    routing=_routing(folder),
+    sample=_text(folder / SAMPLE),
+    options=_changed_options(run),
+    config=json.dumps(
+      sections.section(run.given_options).to_dict(), indent=2, default=list
     ),
-    linked=linked,
-    now=run_facts.now(),
+    environment=environment,
+    run=name,
+    commands=commands(run, name),
+    now=_now(),
   )
+  workdir_lib.write_text(folder / PAGE, page)
 
 
-def _options(
-  run: RunFolder, allow: Iterable[str]
-) -> tuple[list[run_sections.OptionLine], str]:
-  """The options that differ from the defaults, or why they are not known."""
+def commands(run: Run, name: str) -> dict[str, str]:
+  """The commands that go on from a run, by what they do.
+
+  Args:
+    run: The run.
+    name: Its folder, as commands name it.
+  """
+  steps, prompt = run.options.total_steps, run.options.sample.prompt
+  workdir, quoted = f'--workdir={shlex.quote(name)}', shlex.quote(name)
+  train = (
+    f'moe_jax.main --config={shlex.quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
+  )
+  # A run that began with another one is begun with as it is.
+  start = ' '.join(
+    shlex.quote(f'--config.{leaf.path}={leaf.default}')
+    for leaf in _changed_leaves(run)
+    if leaf.path.startswith(('init_from.', 'distill.'))
+    and leaf.path != 'init_from.workdir'
+  )
+  lines = {
+    'Go on, or train longer': f'{train} {workdir} '
+    f'--config.total_steps={2 * steps} --resume',
+    'Train a variant': f'{train} --workdir={shlex.quote(f"{name}_variant")} '
+    '--config.seed=1',
+    'Fine-tune': f'{train} --workdir={shlex.quote(f"{name}_finetuned")} '
+    f'--config.init_from.workdir={quoted} {start}'.rstrip(),
+  }
+  if _generates(run):
+    lines['Generate text'] = (
+      f'moe_jax.generate {workdir} --prompt={shlex.quote(prompt or "Once ")}'
+    )
+    lines['Export for Hugging Face transformers'] = (
+      f'moe_jax.interop export {workdir} '
+      f'--output={shlex.quote(f"{name}_exported")}'
+    )
+    lines['Quantise to 4 bits'] = (
+      f'moe_jax.compression quantize --run={quoted} '
+      f'--output={shlex.quote(f"{name}_int4")} --format=int4'
+    )
+  if run.model.sparse_layers:
+    choices = shlex.quote(f'{name}/choices')
+    lines['See what the routers did'] = (
+      f'moe_jax.analysis.record_evaluation {workdir} --trace={choices}\n'
+      f'python -m moe_jax.analysis.routes {choices}'
+    )
+  return {title: f'python -m {line}' for title, line in lines.items()}
+
+
+def _generates(run: Run) -> bool:
   try:
-    return run_sections.changed_options(run.config, allow), ''
-  except Exception as error:  # a user's own class may raise anything
-    return [], str(error) or type(error).__name__
+    models.check_generates(run.model)
+  except ValueError:
+    return False
+  return True
 
 
-def _has_load(run: RunFolder) -> bool:
-  return any(
-    key.startswith('train/layer_') and key.endswith('/load')
-    for row in run.rows
-    for key in row
-  )
+def _figures(run: Run, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+  """The pictures that the rows give, by the names of their files."""
+  # Imported here, as a run's first step would wait for matplotlib.
+  from moe_jax.analysis import plots
+
+  names = {key for row in rows for key in row}
+  if any(re.fullmatch(r'train/loss|eval/[^/]+/loss', name) for name in names):
+    units = run.dataset.loss_unit, run.dataset.counted
+    yield CURVES, plots.curves_figure(rows, *units)
+  if any(re.fullmatch(r'train/layer_\d+/load', name) for name in names):
+    yield LOAD, plots.load_figure(rows)
 
 
-def _svg(figure: Any) -> str:
-  return html_pages.data_uri(plot_style.picture(figure, 'svg'), 'svg')
+def _picture(path: pathlib.Path, figure: Any) -> str:
+  """Writes a picture; returns an address that holds the picture itself."""
+  from moe_jax.analysis import plot_style
 
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file so that at any moment it is the old or the new one."""
+  content = plot_style.picture(figure)
+  # At any moment the file is the old or the new one.
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_bytes(content)
   unfinished.replace(path)
+  return f'data:image/png;base64,{base64.b64encode(content).decode()}'
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command."""
-  parser = command_line.Parser(
-    prog='python -m moe_jax.analysis.run_page',
-    description='Writes index.html and its pictures into the folder of a run.',
-    allow_abbrev=False,
-  )
-  parser.add_argument('workdir', metavar='WORKDIR', help='folder of the run')
-  text = "module from which the run's own classes may be imported; repeatable"
-  parser.add_argument('--allow_module', action='append', default=[], help=text)
-  parser.add_argument('--traceback', action='store_true')
-  options = parser.parse_args(argv)
-  logging.set_verbosity(logging.WARNING)
-  with command_line.reported(options.traceback):
-    page_path, *picture_paths = write(options.workdir, options.allow_module)
-    print(f'The page is {page_path}', *picture_paths, sep='\n')
+def _headline(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """The numbers at the top of the page; '' for those that are not known."""
+  cost = counts.count(run.model, run.options.data.seq_len)
+  is_sparse = bool(run.model.sparse_layers)
+  speeds = sorted(_values(rows, 'train/tokens_per_second'))
+  speed = speeds[len(speeds) // 2] if speeds else math.nan
+  return {
+    'model': type(run.options.model).__name__,
+    'sparse layers': ', '.join(map(str, run.model.sparse_layers)),
+    'parameters': f'{int(cost.total_params):,}',
+    'active per token': f'{int(cost.active_params):,}' if is_sparse else '',
+    'last training loss': _last(rows, 'train/loss', '.4f')
+    and f'{_last(rows, "train/loss", ".4f")} {run.dataset.loss_unit}',
+    'dropped choices': _last(rows, 'train/drop_rate', '.1%'),
+    'median speed': f'{speed:,.0f} {run.dataset.counted}s/s' if speeds else '',
+  }
 
 
-if __name__ == '__main__':
-  main()
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[float]:
+  return (row[key] for row in rows if isinstance(row.get(key), int | float))
+
+
+def _last(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+  values = list(_values(rows, key))
+  return f'{values[-1]:{form}}' if values else ''
+
+
+def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+  """A row for each measure of an evaluation: its last value and extremes."""
+  values: dict[tuple[str, str], list[tuple[float, int]]] = {}
+  for row in rows:
+    for key, value in row.items():
+      match = re.fullmatch(r'eval/([^/]+)/((?!layer_\d+/).+)', key)
+      if match and isinstance(value, int | float) and math.isfinite(value):
+        values.setdefault((match[1], match[2]), []).append((value, row['step']))
+  return [
+    {
+      'evaluation': name,
+      'measure': measure,
+      'last (step)': _at_step(pairs[-1]),
+      'lowest (step)': _at_step(min(pairs)),
+      'highest (step)': _at_step(max(pairs, key=lambda pair: pair[0])),
+    }
+    for (name, measure), pairs in values.items()
+  ]
+
+
+def _at_step(pair: tuple[float, int]) -> str:
+  value, step = pair
+  text = f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
+  return f'{text} ({step:,})'
+
+
+def _routing(folder: pathlib.Path) -> list[dict[str, str]]:
+  """The rows of the routing report, without its lists."""
+  if not (text := _text(folder / REPORT)):
+    return []
+  return [
+    {
+      key: f'{value:.4g}' if isinstance(value, float) else str(value)
+      for key, value in row.items()
+      if not isinstance(value, list | dict)
+    }
+    for row in json.loads(text)
+  ]
+
+
+def _text(path: pathlib.Path) -> str:
+  return path.read_text(encoding='utf-8') if path.exists() else ''
+
+
+def _changed_options(run: Run) -> list[dict[str, str]]:
+  """The keys that differ from the defaults, with what they mean."""
+  return [
+    {
+      'key': leaf.path,
+      'value': str(leaf.value),
+      'default': 'required'
+      if leaf.default is dataclasses.MISSING
+      else str(leaf.default),
+      'meaning': leaf.spec.sentence,
+    }
+    for leaf in _changed_leaves(run)
+  ]
+
+
+def _changed_leaves(run: Run) -> list[sections.Leaf]:
+  config = sections.section(run.given_options)
+  return [leaf for leaf in sections.leaves(RunConfig, config) if leaf.changed]
+
+
+def _environment(run: Run) -> dict[str, str]:
+  values = {
+    'devices': devices.describe(run.mesh),
+    'started': _now(),
+    'Python': f'{platform.python_version()}, {platform.system()} '
+    f'{platform.machine()}',
+  }
+  for name in _PACKAGES:
+    try:
+      values[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return values
+
+
+def _now() -> str:
+  return time.strftime('%Y-%m-%d %H:%M %Z')
+
+
+def name_of(folder: pathlib.Path) -> str:
+  """A folder as commands name it: its path from the working directory.
+
+  A folder outside that directory is named by its last part alone, so that names
+  of other folders of a machine stay on it.
+  """
+  folder, current = folder.resolve(), pathlib.Path.cwd()
+  if folder != current and folder.is_relative_to(current):
+    return str(folder.relative_to(current))
+  return folder.name

@@ -36,13 +36,6 @@ def test_the_example_counts_pairs_of_experts(capsys):
     assert matrix.sum() == 2 * 256
 
 
-def test_the_example_makes_a_page():
-  scope = {'__name__': 'readme'}
-  exec(compile(example('run_page.page'), str(README), 'exec'), scope)
-  page = scope['run_page'].page(scope['folder'])
-  assert 'Not trained here yet.' in page.html
-
-
 def test_the_example_says_what_ids_tell(capsys):
   exec(
     compile(example('specialisation'), str(README), 'exec'),
