@@ -31,7 +31,7 @@ _PACKAGES = ('moe_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # A page is drawn beside the training. The next one waits for this many times
 # the seconds that it took: drawing takes a hundredth of the time at most.
 _PAUSE = 100
-_CONFIG = '''"""The config of the run in this folder, for flags --config."""
+THIS_CONFIG = '''"""The config of the run in this folder, for flags --config."""
 
 import pathlib
 
@@ -136,7 +136,7 @@ class Page(Hook):
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
     self._drawing: concurrent.futures.Future[None] | None = None
     self._pause_until, self._problem = 0.0, ''
-    workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, _CONFIG)
+    workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
     self._refresh()
 

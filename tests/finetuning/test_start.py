@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config_file, finetuning, run_config
-from moe_jax.analysis import run_commands
+from moe_jax.analysis import run_page
 from moe_jax.compression import whole_run
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
@@ -189,7 +189,7 @@ def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
 
 
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
-  run_commands.write_config(dense)
+  (dense / 'this_config.py').write_text(run_page.THIS_CONFIG)
   own_config = f'--config={dense}/this_config.py'
   cases = {
     'holds no trained run': config_from(tmp_path / 'nothing'),
