@@ -55,8 +55,8 @@ def trained(scan_layers, remat, router='sampled'):
       {'params': params}, jnp.asarray(tokens), train=True, rngs=rngs
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    loss = nats.mean() + 0.1 * aux.balance_loss.sum() + aux.z_loss.sum()
-    return loss, logits
+    losses = sum(loss.sum() for loss in aux.losses.values())
+    return nats.mean() + 0.1 * losses, logits
 
   params = tiny.params_of(build(router=router))
   args = (params, tiny.key(0), tiny.key(1))
