@@ -10,6 +10,7 @@ import pathlib
 import secrets
 import socket
 import time
+import uuid
 from typing import NamedTuple
 
 from etils import epath
@@ -17,6 +18,7 @@ from etils import epath
 FILE_PREFIX = 'owner.'  # the names of all files about the owner begin with it
 OWNER = f'{FILE_PREFIX}json'
 BEAT = f'{FILE_PREFIX}beat'
+_PROC = pathlib.Path('/proc')  # which systems other than Linux lack
 _MOST_BYTES = 10_000  # no owner's file is longer
 
 
@@ -27,7 +29,8 @@ class Owner(NamedTuple):
     id: A random text.
     host: The machine's name.
     boot: Text that is the same for all processes that see the same process
-      numbers: of the machine's start, and of the namespace; '' if unknown.
+      numbers: of the machine's start, and of the namespace; without /proc it is
+      the machine's hardware address.
     pid: The number of the process.
     started: The start of the process in ticks of the machine; '' if unknown.
     since: The time at which the process took the folder, for messages.
@@ -59,7 +62,9 @@ class Owner(NamedTuple):
     if not self.boot or (self.host, self.boot) != this_machine:
       return None
     started = process_start(self.pid)
-    return None if started is None else started == self.started
+    return (
+      None if started is None else bool(started) and started == self.started
+    )
 
   def __str__(self) -> str:
     return f'process {self.pid} on {self.host} since {self.since}'
@@ -86,18 +91,18 @@ def beat(folder: epath.Path) -> bytes:
 
 
 def _boot_id() -> str:
-  """Text of this machine's start and its namespace of processes, or ''."""
+  """Text of this machine, and of its namespace of processes; see `Owner`."""
   try:
-    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text()
-    return f'{boot.strip()} {os.readlink("/proc/self/ns/pid")}'
+    boot = (_PROC / 'sys/kernel/random/boot_id').read_text()
+    return f'{boot.strip()} {os.readlink(_PROC / "self/ns/pid")}'
   except OSError:
-    return ''
+    return f'{uuid.getnode():012x}'  # a random one, if it has none
 
 
 def process_start(pid: int) -> str | None:
   """The start of a process; '' if it is gone, None if it cannot be seen."""
   try:
-    stat = pathlib.Path(f'/proc/{pid}/stat').read_text(errors='replace')
+    stat = (_PROC / f'{pid}/stat').read_text(errors='replace')
   except OSError:
     try:
       os.kill(pid, 0)
@@ -105,7 +110,7 @@ def process_start(pid: int) -> str | None:
       return ''
     except OSError:
       pass
-    return None  # it is another user's process
+    return None  # another user's process, or there is no /proc
   # The name before may hold anything; the state is the first field after it.
   state, *fields = stat.rpartition(')')[2].split()
   return '' if state in 'ZX' else fields[18]

@@ -81,6 +81,21 @@ def test_an_owner_of_this_machine_is_dead_at_once(tmp_path, fields):
   assert not lines and names(tmp_path) == []
 
 
+def test_an_owner_that_is_gone_is_dead_at_once_where_there_is_no_proc(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(owner_lib, '_PROC', tmp_path / 'no')
+  write_owner(tmp_path, pid=4_000_000)
+  lines = []
+  take(tmp_path, lines.append).release()
+  assert not lines
+  # A process of that number may be the owner, or another.
+  write_owner(tmp_path)
+  take(tmp_path, lines.append).release()
+  assert len(lines) == 1
+  assert Owner.of_this_process().alive is None
+
+
 def test_a_process_that_ended_and_was_not_waited_for_is_dead():
   child = subprocess.Popen([sys.executable, '-c', ''])
   while owner_lib.process_start(child.pid):  # a zombie until `wait`
