@@ -251,6 +251,10 @@ class DryRun:
       yield 'workdir: none is given; a run needs --workdir'
       return
     folder = workdir_lib.folder_of(self._workdir)
+    if not _writable(folder):
+      self.problems.append(
+        f'{folder} cannot be made or written; choose another folder'
+      )
     holder = owner.read(storage_path(folder)) if folder.exists() else None
     if holder is not None and holder.alive:
       self.problems.append(f'{folder} is in use by {holder}; wait for its end')
@@ -300,6 +304,14 @@ def _not_prepared(options: RunConfig) -> str:
     'data: not prepared yet; a run first reads all texts once and keeps their '
     f'tokens in {folder}'
   )
+
+
+def _writable(folder: pathlib.Path) -> bool:
+  """Whether a folder can be made and written, as far as reading tells."""
+  parent = _existing(folder)
+  allowed = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+  # The kernel's own file systems let root write, and have no room for files.
+  return allowed and shutil.disk_usage(parent).total > 0
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

@@ -181,6 +181,17 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
   assert 'it has 200 kB\nWARNING: that does not fit' in text
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='needs /proc')
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / 'file').touch()
+  for folder in ('/proc/run', tmp_path / 'file' / 'run'):
+    _, (problem,) = report(OPTIONS, folder)
+    assert problem == (
+      f'{folder} cannot be made or written; choose another folder'
+    )
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
 def test_flops_and_bytes_by_formula():
   options = OPTIONS.filled(257)
   model = options.build()
