@@ -108,7 +108,7 @@ class Directory:
     """Adds values to the manifest of a step, or replaces those of their name.
 
     Args:
-      about: The step, with the `extra` and the `metrics` to add.
+      additions: The step, with the `extra` and the `metrics` to add.
 
     Raises:
       BadCheckpoint: As `manifest`.
