@@ -7,7 +7,7 @@ import itertools
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 
 from moe_jax.errors import InputError
 from moe_jax.runs import manifest as manifest_lib
-from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.checkpointer import Checkpointer, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.workdir import checkpoints_of, kept_config
 from moe_jax.training.setup import Run
@@ -62,6 +62,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
     restored = checkpoints.restore(
       {'opt_state': target}, step=step, partial=True, cast=True
     )
+    saved_state = cast(Restored, restored).state['opt_state']
   schedule = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
     opt_state[-1],
@@ -69,7 +70,7 @@ def restore(run: Run, folder: pathlib.Path, step: int) -> tuple[Any, str]:
   state = [*opt_state[:-1], schedule]
   for link, saved_link in link_pairs.items():
     if link != len(opt_state) - 1:
-      state[link] = restored.state['opt_state'][saved_link]
+      state[link] = saved_state[saved_link]
   count = len(jax.tree.leaves(opt_state[:-1]))
   description = (
     f'the optimizer keeps its {count} arrays of moments and their counts, and '

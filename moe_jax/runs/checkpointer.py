@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -73,14 +73,17 @@ class Checkpointer(contextlib.AbstractContextManager):
     best = (keep_best, best_metric, retry, best_is_highest)
     self._directory = Directory(directory, keep_newest, *best)
     self._needed_metric = best_metric if keep_best else None
-    # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
-    for name in ('absl', 'asyncio'):
-      logging.getLogger(name).addFilter(_not_from_orbax)
     self._orbax = array_files.checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last_step: int | None = None  # the step last saved or restored
     self._save_count = 0
+    self._filtered: list[logging.Logger] = []
+
+  @property
+  def last_step(self) -> int | None:
+    """The step that was last saved, is being saved, or was restored."""
+    return self._pending[0] if self._pending else self._last_step
 
   def save(
     self,
@@ -89,14 +92,14 @@ class Checkpointer(contextlib.AbstractContextManager):
     *,
     extra: dict[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
-  ) -> None:
+  ) -> bool:
     """Starts saving `state`; its arrays are copied out before this returns.
 
-    The save before is waited for. The arrays of the step that was last saved or
-    restored are not saved again: `extra` and `metrics` are added to its own, or
-    replace those of the same name. Checkpoints in the directory at or after
-    `step`, or after the restored step, are set aside. Every process has to call
-    this.
+    The save before is waited for. The arrays of `last_step` are not saved
+    again, and nothing is waited for: `extra` and `metrics` are added to those
+    that it has, or replace those of the same name. Checkpoints in the directory
+    at or after `step`, or after the restored step, are set aside. Every process
+    has to call this.
 
     Args:
       step: The optimizer step, not negative.
@@ -104,6 +107,9 @@ class Checkpointer(contextlib.AbstractContextManager):
       extra: Values that JSON can hold (tuples come back as lists); those of
         process 0 are saved.
       metrics: Scalars; one that is not finite is never the best.
+
+    Returns:
+      Whether arrays are saved.
 
     Raises:
       ValueError: A leaf is no jax array, `extra` is not JSON, or `metrics` lack
@@ -117,10 +123,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         f'no best_metric {self._needed_metric!r} in metrics; have '
         f'{sorted(metrics)}'
       )
+    if step == self.last_step:
+      before = self._pending[1] if self._pending else None
+      amended = self._thread.submit(self._amend, manifest, before)
+      self._pending = step, amended
+      return False
     self.wait()
-    if step == self._last_step:
-      self._amend(manifest)
-      return
     if bad := finite.not_finite(state):
       raise self._failure(step, f'not finite: {finite.listed(bad)}')
     try:
@@ -136,6 +144,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       step,
       self._thread.submit(self._finish, folder, manifest, copy),
     )
+    return True
 
   def wait(self) -> None:
     """Waits until the pending save, its manifest and the pruning are done.
@@ -165,6 +174,16 @@ class Checkpointer(contextlib.AbstractContextManager):
     finally:
       self._thread.shutdown()
       self._orbax.close()
+      for logger in self._filtered:
+        logger.removeFilter(_not_from_orbax)
+
+  def __enter__(self) -> Self:
+    # Orbax reports a failed write in 200 lines, `CheckpointError` in two.
+    for logger in map(logging.getLogger, ('absl', 'asyncio')):
+      if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+        self._filtered.append(logger)
+    return self
 
   def __exit__(self, *exc_info) -> None:
     self.close()
@@ -232,13 +251,20 @@ class Checkpointer(contextlib.AbstractContextManager):
         return Restored(state, manifest.extra, found_step, skipped)
       skipped = [*skipped, (found_step, f'not finite: {finite.listed(bad)}')]
 
-  def _amend(self, manifest: manifest_lib.Manifest) -> None:
-    """Changes the values beside the arrays of a checkpoint."""
-    try:
-      if jax.process_index() == 0:
-        self._directory.amend(manifest)
-    except Exception as error:
-      raise self._failure(manifest.step, describe(error)) from None
+  def _amend(
+    self,
+    manifest: manifest_lib.Manifest,
+    before: concurrent.futures.Future | None,
+  ) -> None:
+    """Changes the values beside the arrays of a checkpoint, and prunes.
+
+    This runs on the thread of this object, after its pending save.
+    """
+    if before is not None:
+      before.result()
+    if jax.process_index() == 0:
+      self._directory.amend(manifest)
+      self._directory.prune()
 
   def _host_copy(self, state: Any) -> Any:
     """A copy on the host for other tries; None if there are no other tries."""

@@ -126,7 +126,7 @@ def write(
   folder: pathlib.Path,
   config: Section,
   variables: Mapping[str, Any],
-  extra: Mapping[str, Any] | None = None,
+  extra: dict[str, Any] | None = None,
 ) -> None:
   """Writes a run's folder, where its tokenizer and files are already.
 

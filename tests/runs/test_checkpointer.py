@@ -312,6 +312,44 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   assert save_all(tmp_path, [8], keep_best=False) == ['7', '8']
 
 
+def test_the_best_is_kept_where_it_is_measured_after_the_save(tmp_path):
+  kept_steps = []
+  with Checkpointer(tmp_path, keep_newest=1) as checkpointer:
+    for step, loss in enumerate([2.0, 3.0, 1.0, 4.0]):
+      checkpointer.save(step, make_state())
+      checkpointer.wait()
+      kept_steps.append(checkpointer.steps())
+      checkpointer.save(step, make_state(), metrics={'loss': loss})
+    checkpointer.wait()
+    kept_steps.append(checkpointer.steps())
+  assert kept_steps == [[0], [0, 1], [0, 2], [2, 3], [2, 3]]
+  # A measurement need not wait for the arrays.
+  with Checkpointer(tmp_path / 'other') as checkpointer:
+    assert checkpointer.save(1, make_state())
+    assert not checkpointer.save(1, make_state(), metrics={'loss': 1.0})
+    assert not checkpointer.save(1, make_state(), extra={'more': True})
+  restored = restore(tmp_path / 'other')
+  assert restored.extra == {'more': True}
+  assert checkpointer.best_step() == 1
+
+
+def test_only_while_one_is_used_are_lines_of_orbax_left_out(tmp_path, caplog):
+  absl, place = logging.getLogger('absl'), 'orbax/checkpoint.py'
+
+  def say(text):
+    absl.handle(absl.makeRecord('absl', 40, place, 1, text, (), None))
+
+  Checkpointer(tmp_path)  # is not used
+  say('before')
+  with Checkpointer(tmp_path):
+    say('outer')
+    with Checkpointer(tmp_path):
+      say('inner')
+    say('outer')
+  say('after')
+  assert [r.getMessage() for r in caplog.records] == ['before', 'after']
+
+
 def test_the_best_may_be_by_another_metric(tmp_path):
   with Checkpointer(
     tmp_path, keep_newest=1, best_metric='error'
