@@ -21,6 +21,7 @@ from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import early_stopping
+from moe_jax.training.begin import DUE
 
 FINISHED = 'launched.json'
 LOG = 'launch.log'
@@ -80,9 +81,9 @@ def note_finished(item: Item) -> bool:
   # A `Checkpointer` would open the devices, which the items' processes need.
   directory = retention.Directory(_checkpoints(item, options), 1, False, '')
   steps = directory.steps()
-  if options.total_steps not in steps and not (
-    steps and early_stopping.has_ended(directory.manifest(steps[-1]).extra)
-  ):
+  extra = directory.manifest(steps[-1]).extra if steps else {}
+  is_last = options.total_steps in steps or early_stopping.has_ended(extra)
+  if not is_last or extra.get(DUE):
     return False
   text = json.dumps(_described(item), indent=2)
   workdir_lib.write_text(folder / FINISHED, text + '\n')

@@ -7,13 +7,13 @@ the questions (`moe_jax.data.sources`).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Self
 
 import numpy as np
 
 from moe_jax import data
-from moe_jax.data import Question
+from moe_jax.data import DataOptions, Question
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
 from moe_jax.evaluation.choice import log_likelihoods
@@ -72,6 +72,11 @@ class SourceLosses(BatchesEvaluation):
 
     return losses_row
 
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `summary_row`."""
+    mixture = data.mixture
+    return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceScores(AskingEvaluation):
@@ -121,6 +126,13 @@ class SourceScores(AskingEvaluation):
       measurement = generator(setting, {}, lambda: pairs, self.num_tokens)
       generate = measurement.outputs
     return Scores(setting, questions, choices, prompts, asker.layout, generate)
+
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `Scores`."""
+    mixture = data.mixture
+    sources = list(mixture.sources or ['source'])
+    details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
+    return [*summary_row(dict.fromkeys(sources, 0.0), mixture), *details]
 
   def _questions(self, setting: Setting) -> Questions:
     """The questions of every source, spread over its validation split."""

@@ -8,7 +8,7 @@ the text of a prompt (`prompts.py`).
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Self
 
 import jax
@@ -17,18 +17,18 @@ import numpy as np
 import optax
 
 from moe_jax import data
-from moe_jax.data import ChoiceSourceOptions
+from moe_jax.data import ChoiceSourceOptions, DataOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.distributed import Placing, fetch
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
-from moe_jax.evaluation.scores import accuracy
+from moe_jax.evaluation.scores import ACCURACY, accuracy
 from moe_jax.models import Model
 from moe_jax.options import at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import Setting, Variables
+from moe_jax.training.evaluate import Setting, Variables, between_batches
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
@@ -104,6 +104,11 @@ class ChoiceEvaluation(AskingEvaluation):
       asker(item, item_shots) for item, item_shots in zip(items, shots)
     ]
     return Choice(setting, self, items, questions, asker.layout)
+
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `Choice`."""
+    del data
+    return (*ACCURACY, 'cut_items', *(['shots'] if self.num_shots else []))
 
   def _items(
     self, cache_dir: str
@@ -239,6 +244,7 @@ def log_likelihoods(
   rows = packed(layout.sizes(lengths), layout.capacity)
   totals = np.zeros(len(examples), np.float64)
   for begin in range(0, len(rows), batch_size):
+    between_batches()
     batch_rows = rows[begin : begin + batch_size]
     padded_rows = batch_rows + [[]] * (batch_size - len(batch_rows))
     batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])

@@ -6,12 +6,14 @@ It is for models whose inputs are examples with a class each, those of 1991 and
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
-from moe_jax.evaluation.scores import accuracy
+from moe_jax.evaluation.scores import ACCURACY, accuracy
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
@@ -19,6 +21,7 @@ from moe_jax.training.evaluate import (
   OverBatches,
   Setting,
   Variables,
+  between_batches,
 )
 
 
@@ -39,6 +42,11 @@ class ClassifyEvaluation(BatchesEvaluation):
       )
     return Classify.of(setting, self.num_batches)
 
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `EvaluationOptions.row_names`."""
+    del data
+    return ACCURACY
+
 
 class Classify(OverBatches):
   """Measures the accuracy of a classifier."""
@@ -48,6 +56,7 @@ class Classify(OverBatches):
     del step
     right = count = 0
     for batch in self.batches():
+      between_batches()
       sums = _compiled(self.model)(variables, batch)
       right, count = right + int(sums[0]), count + int(sums[1])
     return accuracy(right, count, chance=1 / self.model.vocab_size)

@@ -5,12 +5,13 @@ Not here: the scores (`scores.py`), and the generation of text
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from moe_jax import data, generation
+from moe_jax.data import DataOptions
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
 from moe_jax.data.tokenizers import Tokenizer
@@ -25,7 +26,12 @@ from moe_jax.options import Check, anything, at_least, option
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int
-from moe_jax.training.evaluate import EvaluationOptions, Setting, Variables
+from moe_jax.training.evaluate import (
+  EvaluationOptions,
+  Setting,
+  Variables,
+  between_batches,
+)
 
 _WITH_BLEU = Check("names 'bleu'", lambda names: 'bleu' in names_of(names))
 
@@ -110,6 +116,11 @@ class GenerateEvaluation(EvaluationOptions):
       num_beams=self.num_beams,
       length_penalty=self.length_penalty,
     )
+
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `Generate`."""
+    del data
+    return (*names_of(self.metrics), 'examples')
 
   def pairs(self, setting: Setting) -> list[Pair]:
     """The examples: pairs of texts from the source, or windows split in two.
@@ -271,6 +282,7 @@ class Generate:
     size = min(setting.batch_size, len(self.pairs))
     texts = []
     for start in range(0, len(self.pairs), size):
+      between_batches()
       # The last batch is filled up, as another size would compile again.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]

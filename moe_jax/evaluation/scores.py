@@ -53,6 +53,10 @@ def accuracy(right: int, count: int, chance: float) -> dict[str, float]:
   }
 
 
+# The names in a row of `accuracy`.
+ACCURACY = tuple(accuracy(0, 1, 0.0))
+
+
 def names_of(names: str) -> list[str]:
   """The names in a list that is separated by commas."""
   return [name.strip() for name in names.split(',')]

@@ -21,7 +21,7 @@ import operator
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -44,7 +44,11 @@ class MetricsWriter:
   """
 
   def __init__(
-    self, workdir: str | os.PathLike[str], *, resume_step: int | None
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    resume_step: int | None,
+    due: Collection[str] = (),
   ):
     """Opens the files in the workdir, which is made if it does not exist.
 
@@ -54,6 +58,8 @@ class MetricsWriter:
         rows are dropped, since they are measured again, and so is a row that a
         killed process left half written. None begins a new file; an old one is
         renamed to the first free of `metrics.0.jsonl`, `metrics.1.jsonl`, ...
+      due: Names of evaluations that are made at the step of the checkpoint:
+        their rows of that step are dropped, too.
 
     Raises:
       OSError: The folder cannot be made, read or written.
@@ -68,7 +74,7 @@ class MetricsWriter:
       if resume_step is None:
         _set_aside(path)
       else:
-        _drop_after(path, resume_step)
+        _drop_after(path, resume_step, due)
     self._rows = _AppendOnly(path)
     first_step = 0 if resume_step is None else resume_step + 1
     self._events = _Events(folder / 'tensorboard', first_step)
@@ -153,8 +159,12 @@ def _is_number_name(value: Any) -> bool:
   return isinstance(value, str) and value in _NON_FINITE
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Rewrites the file, all or nothing, with only its rows up to `step`."""
+def _drop_after(path: pathlib.Path, step: int, due: Collection[str]) -> None:
+  """Rewrites the file, all or nothing, with only its rows up to `step`.
+
+  Rows of the evaluations `due` go only up to the step before.
+  """
+  prefixes = tuple(f'eval/{name}/' for name in due)
   copy = path.with_name(f'{path.name}.tmp')
   unreadable = []
   with copy.open('wb') as file:
@@ -162,7 +172,9 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
       if row is None:
         if line.endswith(b'\n'):
           unreadable.append(number)
-      elif row['step'] <= step:
+      elif row['step'] < step or (
+        row['step'] == step and not any(k.startswith(prefixes) for k in row)
+      ):
         file.write(line.rstrip(b'\n') + b'\n')
     file.flush()
     os.fsync(file.fileno())

@@ -4,12 +4,14 @@ Not here: how often it is updated, and with which numbers (`recorder.py`).
 """
 
 import collections
+import contextlib
 import datetime
 import io
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, TextIO, cast
 
 from rich import console, progress, table
@@ -19,6 +21,8 @@ from moe_jax.errors import InputError
 # Number of last updates whose speed predicts the time left: enough to even out
 # a pause for an evaluation, few enough to follow a machine that slows down.
 _WINDOW = 20
+# Seconds after which a line says which evaluation runs, where there is no bar.
+_LONG_SECONDS = 30.0
 _SHORT_UNITS = {'token': 'tok', 'example': 'ex'}  # units of speed on a bar
 
 
@@ -109,6 +113,33 @@ class Progress:
       self.message('  '.join([position, *facts]))
     else:
       self._bar.update(self._task, completed=step, facts='  '.join(facts))
+      self._bar.refresh()
+
+  @contextlib.contextmanager
+  def evaluating(self, step: int, name: str) -> Iterator[None]:
+    """Shows the name of an evaluation while the body runs.
+
+    On a bar it stands in place of the facts; elsewhere it is a line, if the
+    evaluation takes long.
+    """
+    text = f'evaluating {name}'
+    if self._bar is None:
+      line = threading.Timer(
+        _LONG_SECONDS, self.message, [f'step {step}: {text}']
+      )
+      line.start()
+      try:
+        yield
+      finally:
+        line.cancel()
+      return
+    facts = self._bar.tasks[self._task].fields['facts']
+    self._bar.update(self._task, facts=text)
+    self._bar.refresh()
+    try:
+      yield
+    finally:
+      self._bar.update(self._task, facts=facts)
       self._bar.refresh()
 
   def message(self, text: str) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -38,16 +38,6 @@ class RecordedData(Protocol):
   target_len: int
 
 
-class RecordedCheckpoint(Protocol):
-  """The part of the options of checkpoints that the recorder reads."""
-
-  best_name: str
-
-  def best_of(self, rows: Mapping[str, Row]) -> float | None:
-    """The number that decides which checkpoint is the best."""
-    ...
-
-
 class RecordedOptions(Protocol):
   """The part of a run's options that the recorder reads."""
 
@@ -56,7 +46,6 @@ class RecordedOptions(Protocol):
   log_every_steps: int
   max_nonfinite_steps: int
   data: RecordedData
-  checkpoint: RecordedCheckpoint
 
 
 class RecordedPrograms(Protocol):
@@ -76,6 +65,7 @@ class RecordedRun(Protocol):
     model: The model that is trained.
     programs: The run's programs, which give the names of the state's arrays.
     checkpoints: The run's checkpoints.
+    due: Names of the evaluations that the checkpoint it begins with lacks.
     confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line; the recorder replaces it by the progress display's.
   """
@@ -86,6 +76,7 @@ class RecordedRun(Protocol):
   model: Model
   programs: RecordedPrograms
   checkpoints: Checkpointer
+  due: list[str]
   confirm: Callable[[], None]
   message: Callable[[str], None]
 
@@ -108,7 +99,6 @@ class Recorder:
     self._steps = 0
     self._tokens = 0.0
     self._clock: float | None = None  # None until the first step is compiled
-    self._eval_rows: dict[int, dict[str, Row]] = {}
     # The loss, gradient norm and learning rate of the step read last.
     self._last_scalars: tuple[float, float, float] | None = None
 
@@ -120,7 +110,7 @@ class Recorder:
     if is_first():
       resume_step = self._start or None
       self._writer = self._stack.enter_context(
-        MetricsWriter(run.workdir, resume_step=resume_step)
+        MetricsWriter(run.workdir, resume_step=resume_step, due=run.due)
       )
       self._progress = self._stack.enter_context(
         Progress(
@@ -164,6 +154,14 @@ class Recorder:
     if self._clock is not None:
       self._clock += time.perf_counter() - start
 
+  def evaluating(
+    self, step: int, name: str
+  ) -> contextlib.AbstractContextManager:
+    """Shows the name of an evaluation while the body runs."""
+    if self._progress is None:
+      return contextlib.nullcontext()
+    return self._progress.evaluating(step, name)
+
   def evaluated(self, step: int, results: dict[str, Row]) -> None:
     """Writes and prints the rows of evaluations, given by name."""
     losses = {}
@@ -176,17 +174,10 @@ class Recorder:
       else:
         text = self._run.dataset.tell(row)
         self._run.message(f'step {step}: evaluation {name}: {text}')
-    self._eval_rows = {step: self._eval_rows.get(step, {}) | results}
     if losses:
       text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
       unit = self._run.dataset.loss_unit
       self._run.message(f'step {step}: evaluation, {unit}: {text}')
-
-  def best_metric(self, step: int) -> dict[str, float] | None:
-    """The number that decides the best checkpoint, if measured at `step`."""
-    options = self._run.options.checkpoint
-    value = options.best_of(self._eval_rows.get(step, {}))
-    return None if value is None else {options.best_name: value}
 
   def ended(self, step: int) -> None:
     """Writes the averages since the last row, after the run's last step."""

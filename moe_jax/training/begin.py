@@ -23,6 +23,8 @@ from moe_jax.training.step import TrainState
 EXPERTS = 'trained_experts'
 # The name under which it has the number of the first row that no step has seen.
 NEXT_ROW = 'next_row'
+# The name under which it has the names of evaluations that are still to come.
+DUE = 'due_evaluations'
 # A function that gives the variables with which a run begins (parameters, and
 # `router_state` and `opt_state` unless they begin anew), sharded, and a line
 # about them; or None, if the run draws its parameters from its seed.
@@ -92,6 +94,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     return _first_state(run, restored.state)
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
+  run.due = restored.extra.get(DUE, [])
   earlier_rows = restored.step * run.options.batch_size
   run.row_offset = restored.extra.get(NEXT_ROW, earlier_rows) - earlier_rows
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:

@@ -80,7 +80,6 @@ class EarlyStopping:
     self._state = _State(
       checkpoint.best_name, checkpoint.best_is_highest, options.min_change
     )
-    self._is_restored = False  # whether the state is that of a checkpoint
 
   @property
   def ended(self) -> bool:
@@ -112,12 +111,7 @@ class EarlyStopping:
     stored = extra.get(EXTRA, {})
     rule = ('metric', 'best_is_highest', 'min_change')
     if all(stored.get(name) == getattr(self._state, name) for name in rule):
-      self._state, self._is_restored = _State(**stored), True
-
-  def lacks(self, step: int) -> bool:
-    """Whether a count that goes on has no measurement of the step."""
-    is_counting = self._is_restored and bool(self._options.patience)
-    return is_counting and step > self._state.last_step
+      self._state = _State(**stored)
 
   def add(self, step: int, rows: Mapping[str, Row]) -> None:
     """Takes the rows of the evaluations after a step, given by name.

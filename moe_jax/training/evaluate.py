@@ -5,10 +5,12 @@ kinds that generate or choose (`moe_jax.evaluation`), and how the entries of a
 config are checked (`evaluation_entries.py`).
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -30,6 +32,10 @@ Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
 # (number of the batch, batch, choices) -> nothing
 Record = Callable[[int, dict[str, jax.Array], Choices], None]
 M = TypeVar('M', bound='OverBatches')
+# The function that says whether a signal stops the evaluation that runs.
+_SHOULD_STOP: contextvars.ContextVar[Callable[[], bool]] = (
+  contextvars.ContextVar('should_stop', default=lambda: False)
+)
 # Overrides of the model that give every expert room for all tokens.
 ROOM_FOR_ALL = {
   'moe': {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'dropless'}}
@@ -97,6 +103,15 @@ class EvaluationOptions(Options):
     """
     raise NotImplementedError
 
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """Patterns, as of a shell, of all names that rows of `measure` can have.
+
+    With none, or where a subclass measures otherwise, a row has to be measured
+    before they are known.
+    """
+    del data
+    return ()
+
   def shrunk(self) -> Self:
     """The same evaluation with a period of two steps."""
     return dataclasses.replace(self, every_steps=2)
@@ -139,6 +154,11 @@ class LossEvaluation(BatchesEvaluation):
     """Returns the function that measures the loss on the split."""
     return Losses.of(setting, self.num_batches, self.split)
 
+  def row_names(self, data: DataOptions) -> Collection[str]:
+    """See `summary.summarize`."""
+    del data
+    return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
+
 
 DEFAULT_EVALS = {
   'train_capacity': LossEvaluation(),
@@ -166,20 +186,54 @@ class Evaluation:
     return self.every_steps > 0 and step % self.every_steps == 0
 
 
+class Stopped(Exception):
+  """A signal stopped an evaluation between two batches."""
+
+
+def between_batches() -> None:
+  """Raises `Stopped` if a signal stops the run.
+
+  An evaluation calls this on its own thread before each batch, in every process
+  equally often.
+  """
+  if _SHOULD_STOP.get()():
+    raise Stopped
+
+
 def evaluation_rows(
-  evaluations: Sequence[Evaluation], variables: Variables, step: int
+  evaluations: Sequence[Evaluation],
+  variables: Variables,
+  step: int,
+  *,
+  should_stop: Callable[[], bool] = lambda: False,
+  showing: Callable[
+    [str], contextlib.AbstractContextManager
+  ] = contextlib.nullcontext,
 ) -> dict[str, Row]:
   """The row of each evaluation, by name; equal ones are measured once.
 
+  Args:
+    evaluations: The evaluations.
+    variables: The variables of the model.
+    step: The number of optimizer steps taken.
+    should_stop: Whether to stop; it is asked before each batch.
+    showing: Shows the name of the evaluation that runs.
+
   Raises:
     ValueError: An evaluation returns no row of numbers.
+    Stopped: `should_stop` said so.
   """
   rows: dict[Any, Row] = {}
-  for entry in evaluations:
-    if (key := _key(entry.measure)) not in rows:
-      row = entry.measure(variables, step)
-      _check_row(entry.name, row)
-      rows[key] = row
+  token = _SHOULD_STOP.set(should_stop)
+  try:
+    for entry in evaluations:
+      if (key := _key(entry.measure)) not in rows:
+        with showing(entry.name):
+          row = entry.measure(variables, step)
+        _check_row(entry.name, row)
+        rows[key] = row
+  finally:
+    _SHOULD_STOP.reset(token)
   return {entry.name: rows[_key(entry.measure)] for entry in evaluations}
 
 
@@ -278,6 +332,7 @@ class Losses(OverBatches):
     compiled_step = compiled_eval_step(self.model, apply, self.put.sharding)
     total: Any = None
     for number, batch in enumerate(self.batches()):
+      between_batches()
       sums = compiled_step(variables, batch)
       record(number, batch, sums.choices)
       # Sums are added on the host in float64, as a split may have more tokens

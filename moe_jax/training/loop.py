@@ -1,4 +1,8 @@
-"""The training loop: step, metrics, evaluations, checkpoint, each when due.
+"""The training loop: step, metrics, checkpoint, evaluations, each when due.
+
+The checkpoint of a step is written before the evaluations after that step, and
+what they decide is added to its manifest. So an evaluation that a signal or a
+kill cuts short costs no step, and is made up where the run goes on.
 
 Not here: the run's parts (`setup.py`) and first state (`begin.py`), what stops
 it (`signals.py`), and samples, plots and reports, which are hooks that
@@ -6,21 +10,23 @@ it (`signals.py`), and samples, plots and reports, which are hooks that
 """
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import jax
 
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
+from moe_jax.runs.metrics import Row
 from moe_jax.runs.ownership import owned
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training import signals
-from moe_jax.training.begin import EXPERTS, NEXT_ROW, Initial, begin
-from moe_jax.training.evaluate import evaluation_rows
+from moe_jax.training.begin import DUE, EXPERTS, NEXT_ROW, Initial, begin
+from moe_jax.training.evaluate import Stopped, evaluation_rows
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run, set_up
 from moe_jax.training.step import TrainState
@@ -42,9 +48,10 @@ def train_and_evaluate(
   """Trains the model that the options describe, and evaluates it.
 
   If `workdir` has checkpoints of the same options, the run goes on from the
-  newest; on SIGTERM it saves and returns. On Ctrl-C (in a notebook, when the
-  cell is interrupted) it saves and raises `Interrupted`, unless the caller has
-  a handler of its own; a second one stops at once. Several processes all call
+  newest; on SIGTERM it saves and returns, also within an evaluation. On Ctrl-C
+  (in a notebook, when the cell is interrupted) it saves and raises
+  `Interrupted`, unless the caller has a handler of its own; a second one stops
+  at once. Several processes all call
   this with the same arguments: if one gets a signal, all save and return after
   the same step, and if one is lost, the others end (`runs/watchdog.py`). Only
   process 0 prints and writes, except for each process' part of the checkpoints.
@@ -118,13 +125,13 @@ def _run(
     watchdog.mark('the restore')
     state = begin(run, initial)
     recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
-    should_stop = stack.enter_context(signals.catching_sigterm())
+    run.should_stop = stack.enter_context(signals.catching_sigterm())
     for hook in run.hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
       stack.callback(hook.close)
       hook.start(run)
     with signals.catching_interrupt() as interrupted:
-      state = _train(run, recorder, state, watchdog, should_stop)
+      state = _train(run, recorder, state, watchdog)
     run.checkpoints.wait()
     if ended := _has_ended(run, int(state.step)):
       _name_best(run)
@@ -134,45 +141,48 @@ def _run(
     elif not interrupted:
       reason = f'stopped by a signal at step {int(state.step)}'
       run.message(f'{reason}; saved, will go on here')
+    if run.due:
+      names = ', '.join(run.due)
+      run.message(f'still to be evaluated, when the run goes on: {names}')
   return state, bool(interrupted) and not ended
 
 
 def _train(
-  run: Run,
-  recorder: Recorder,
-  state: TrainState,
-  watchdog: Alone | Watchdog,
-  should_stop: Callable[[], bool],
+  run: Run, recorder: Recorder, state: TrainState, watchdog: Alone | Watchdog
 ) -> TrainState:
-  """The state after the last step, or the one at which SIGTERM stops."""
+  """The state after the last step, or the one at which a signal stops."""
   start, total = int(state.step), run.options.total_steps
-  watchdog.mark(f'evaluations of step {start}')
-  _catch_up(run, recorder, start, state)
+  if run.due or (run.early_stopping.ends_now and start < total):
+    watchdog.mark(f'evaluations of step {start}')
+    if _evaluate(run, recorder, start, state):
+      return state
   if _has_ended(run, start):
     run.message(_nothing_left(run, start))
     return state
-  batches = run.batches(start)
+  batches, period = run.batches(start), run.options.checkpoint.every_steps
   for step in range(start + 1, total + 1):
     watchdog.mark(f'the data of step {step}')
     batch = next(batches)
     watchdog.mark(f'step {step}')
     state, metrics = run.train_step(state, batch)
     recorder.add(step, metrics, batch)
-    stop, last = should_stop(), step == total
-    if last or not stop:  # after SIGTERM there is no time for evaluations
+    stop, last = run.should_stop(), step == total
+    run.due = [e.name for e in run.evaluations if e.due(step) or last]
+    if stop or last or (period and step % period == 0):
+      watchdog.mark(f'the checkpoint of step {step}')
+      _save(run, recorder, step, state)
+    if run.due and not stop:
       watchdog.mark(f'evaluations of step {step}')
-      _evaluate(run, recorder, step, state, last)
-      last = _has_ended(run, step)
-    watchdog.mark(f'the checkpoint of step {step}')
-    _save(run, recorder, step, state, last or stop)
-    if stop or last:
+      stop = _evaluate(run, recorder, step, state)
+    if stop or _has_ended(run, step):
       break
   return state
 
 
 def _has_ended(run: Run, step: int) -> bool:
   """Whether the run ends after a step: its last one, or an early one."""
-  return step == run.options.total_steps or run.early_stopping.ended
+  is_last = step == run.options.total_steps or run.early_stopping.ended
+  return is_last and not run.due
 
 
 def _nothing_left(run: Run, step: int) -> str:
@@ -194,81 +204,84 @@ def _name_best(run: Run) -> None:
     )
 
 
-def _catch_up(run: Run, recorder: Recorder, start, state) -> None:
-  """Runs evaluations that early stopping lacks where a run goes on.
+def _evaluate(run: Run, recorder: Recorder, step, state) -> bool:
+  """Runs the evaluations that are due; returns whether a signal stopped them.
 
-  An unbroken run has counted the evaluation that SIGTERM left out; and where
-  less patience ends the run at once, its last evaluations are still to come.
-  The arrays of the checkpoint stay, and its manifest is written again.
+  If they end the run early, so does this, with all other evaluations; where
+  less patience ends a run that goes on, those are all that is still to come.
   """
-  if start == run.options.total_steps:
-    return
-  early, best = run.early_stopping, run.options.checkpoint.best_eval
-  due = [e.name for e in run.evaluations if e.due(start)]
-  lacks = early.lacks(start)
-  if lacks and best in due:
-    _evaluate(run, recorder, start, state, False)
-  elif early.ends_now:
-    with recorder.paused(start):
-      _end_early(run, recorder, start, state, () if lacks else due)
-  else:
-    return
-  _save(run, recorder, start, state, True)
+  early, measured = run.early_stopping, set[str]()
+  try:
+    while True:
+      rows = _measure(run, recorder, step, state)
+      measured |= rows.keys()
+      early.add(step, rows)
+      value = run.options.checkpoint.best_of(rows)
+      run.due = []
+      if early.ended:
+        recorder.ended(step)
+        others = (e.name for e in run.evaluations if not e.due(step))
+        run.due = [name for name in others if name not in measured]
+      is_saved = run.checkpoints.last_step == step
+      if is_saved or early.is_best(step) or early.ended:
+        _save(run, recorder, step, state, value)
+      if not run.due:
+        break
+  except (Stopped, InputError) as error:
+    if run.checkpoints.last_step != step:
+      _save(run, recorder, step, state)
+    if isinstance(error, Stopped):
+      return True
+    raise
+  if early.ended:
+    run.message(f'step {step}: ending early: {early.describe()}')
+  return False
 
 
-def _evaluate(run: Run, recorder: Recorder, step, state, last: bool) -> None:
-  due = [e for e in run.evaluations if e.due(step) or last]
-  if not due:
-    return
+def _measure(run: Run, recorder: Recorder, step, state) -> dict[str, Row]:
+  """The rows of what is due, which are recorded before anybody judges them."""
   with recorder.paused(step):
-    rows = _measure(run, recorder, step, state, due)
-    run.early_stopping.add(step, rows)
-    if run.early_stopping.ended:
-      _end_early(run, recorder, step, state, rows)
+    rows = evaluation_rows(
+      [e for e in run.evaluations if e.name in run.due],
+      run.programs.variables(state),
+      step,
+      should_stop=run.should_stop,
+      showing=functools.partial(recorder.evaluating, step),
+    )
+    recorder.evaluated(step, rows)
+    for hook in run.hooks:
+      hook.evaluated()
+  return rows
 
 
-def _end_early(run: Run, recorder: Recorder, step, state, recorded) -> None:
-  """Runs the evaluations that are not recorded, and says why the run ends.
+def _save(
+  run: Run, recorder: Recorder, step, state, best: float | None = None
+) -> None:
+  """Saves the state, or adds to what stands beside a state that is saved.
 
   Args:
     run: The run.
     recorder: Its recorder.
-    step: The step after which it ends.
+    step: The step.
     state: The state after it.
-    recorded: Names of the evaluations that are recorded.
+    best: The number that decides which checkpoint is the best; None where it is
+      not measured.
   """
-  remaining = [e for e in run.evaluations if e.name not in recorded]
-  _measure(run, recorder, step, state, remaining)
-  recorder.ended(step)
-  run.message(f'step {step}: ending early: {run.early_stopping.describe()}')
-
-
-def _measure(run: Run, recorder: Recorder, step, state, evaluations):
-  """The rows of evaluations, which are recorded before anybody judges them."""
-  rows = evaluation_rows(evaluations, run.programs.variables(state), step)
-  recorder.evaluated(step, rows)
-  for hook in run.hooks:
-    hook.evaluated()
-  return rows
-
-
-def _save(run: Run, recorder: Recorder, step, state, is_required: bool) -> None:
-  period = run.options.checkpoint.every_steps
-  is_required = is_required or run.early_stopping.is_best(step)
-  if is_required or (period and step % period == 0):
-    with recorder.paused(step):
-      run.confirm()
-      for hook in run.hooks:
-        hook.saving()
-      run.checkpoints.save(
-        step,
-        state,
-        extra={
-          'data_digest': run.dataset.digest,
-          NEXT_ROW: run.row_offset + step * run.options.batch_size,
-          EXPERTS: run.programs.trained.masks_digest,
-          **run.early_stopping.extra,
-        },
-        metrics=recorder.best_metric(step),
-      )
+  with recorder.paused(step):
+    run.confirm()
+    for hook in run.hooks:
+      hook.saving()
+    is_new = run.checkpoints.save(
+      step,
+      state,
+      extra={
+        'data_digest': run.dataset.digest,
+        NEXT_ROW: run.row_offset + step * run.options.batch_size,
+        EXPERTS: run.programs.trained.masks_digest,
+        DUE: run.due,
+        **run.early_stopping.extra,
+      },
+      metrics={} if best is None else {run.options.checkpoint.best_name: best},
+    )
+    if is_new:
       recorder.saved(step)

@@ -4,6 +4,7 @@ Not here: kinds of evaluation that generate or choose (`moe_jax.run_config`).
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -255,6 +256,8 @@ class RunOptions(Options):
     if checkpoint.keep_best and checkpoint.best_metric != 'loss':
       if best not in self.evals:
         yield str(unknown('evaluation checkpoint.best_eval', best, self.evals))
+      else:
+        yield from self._metric_problems()
     elif checkpoint.keep_best and best not in losses:
       yield (
         f"checkpoint.best_eval={best!r} is no evaluation of kind 'loss'; have "
@@ -271,6 +274,17 @@ class RunOptions(Options):
         f'early_stopping.patience={patience} with evals.{best}.every_steps=0: '
         'the evaluation runs only at the end'
       )
+
+  def _metric_problems(self) -> Iterator[str]:
+    entry, metric = (
+      self.evals[self.checkpoint.best_eval],
+      self.checkpoint.best_metric,
+    )
+    # A subclass with a `measure` of its own has rows of its own.
+    kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
+    names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
+    if names and not any(fnmatch.fnmatchcase(metric, name) for name in names):
+      yield unknown_text('checkpoint.best_metric', metric, names)
 
   def shape(self, row_parts: int = 1) -> RunShape:
     """The sizes of the run that a model has to fit.

@@ -59,6 +59,10 @@ class Run:
     hooks: The hooks of the run.
     row_offset: Number of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
+    due: Names of the evaluations after the present step that the rows and the
+      checkpoint do not have yet.
+    should_stop: Returns whether a signal stops the run now; called once after
+      each step, and before each batch of an evaluation.
     confirm: Raises ValueError if another job has taken the workdir.
     message: Prints a line in process 0; the recorder replaces it while it
       displays progress.
@@ -78,6 +82,8 @@ class Run:
   notes: tuple[str, ...] = ()
   hooks: Sequence['Hook'] = ()
   row_offset: int = 0
+  due: list[str] = dataclasses.field(default_factory=list)
+  should_stop: Callable[[], bool] = lambda: False
   confirm: Callable[[], None] = lambda: None
   message: Callable[[str], None] = dataclasses.field(default_factory=_message)
 
@@ -121,7 +127,7 @@ class Hook:
     """Called after evaluations, whose numbers are then among the metrics."""
 
   def saving(self) -> None:
-    """Called before a checkpoint is saved, after whose step a run goes on."""
+    """Called before a checkpoint, or what its evaluations add, is saved."""
 
   def end(self, run: Run, state: TrainState) -> None:
     """Called after the last step has been taken, evaluated and saved."""

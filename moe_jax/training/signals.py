@@ -1,4 +1,4 @@
-"""Signals that stop a run after its present step: SIGTERM and Ctrl-C.
+"""Signals that stop a run after a step or a batch: SIGTERM and Ctrl-C.
 
 Not here: the saving of the run that follows (`loop.py`).
 """
@@ -19,16 +19,17 @@ from moe_jax.runs.progress import print_line
 # stops at a number above all that it has got, and 0 counts as one: the numbers
 # of a resumed run's steps would begin beyond it.
 _CALLS = itertools.count(1)
-_SAVING = 'moe_jax: saving after this step; another Ctrl-C stops at once'
+_SAVING = 'moe_jax: stopping, and saving first; another Ctrl-C stops at once'
 
 
 @contextlib.contextmanager
 def catching_sigterm() -> Iterator[Callable[[], bool]]:
   """Catches SIGTERM; gives a function that says whether to stop now.
 
-  The function is called once after each step. With several processes JAX
-  catches the signal, and all stop after the same step, which none had begun
-  when the first of them got the signal.
+  The function is called once after each step, and before each batch of an
+  evaluation, until it says so. With several processes JAX catches the signal,
+  and all stop at the same call, which none had made when the first of them got
+  the signal.
   """
   if jax.process_count() > 1:
     yield lambda: multihost_utils.reached_preemption_sync_point(next(_CALLS))

@@ -20,6 +20,7 @@ from moe_jax.training.evaluation_entries import (
 )
 from tests.models import tiny
 from tests.training import tiny as tiny_runs
+from tests.training.test_evaluate import stopped_before
 
 ALL = dict(capacity=All())
 START = 3
@@ -204,7 +205,9 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   assert prompts == [
     's0=v\n\ns6=v\n\nq0=', 's2=v\n\ns8=v\n\nq1=', 's10=v\n\nq2='
   ]  # fmt: skip
-  row = measure({'params': tiny.params_of(measure.setting.model)}, 7)
+  variables = {'params': tiny.params_of(measure.setting.model)}
+  stopped_before(0, measure, variables)
+  row = measure(variables, 7)
   assert (row['shots'], row['cut_items'], row['items']) == (5 / 3, 0, 3)
   limited = bench.choice(source=source, num_items=2)
   assert [item.prompt for item in limited.items] == ['q0', 'q1']

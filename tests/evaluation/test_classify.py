@@ -17,6 +17,7 @@ from moe_jax.sections import merge
 from moe_jax.training import loop
 from tests import golden
 from tests.training import tiny
+from tests.training.test_evaluate import stopped_before
 
 
 def placing():
@@ -58,6 +59,7 @@ def test_told(tmp_path):
     'chance': 50.0,
     'items': 5,
   }
+  stopped_before(1, measure, {'params': params})
 
 
 def test_a_finished_run_is_asked_again(tmp_path, capsys):

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from moe_jax.runs import progress as progress_lib
 from moe_jax.runs.progress import Progress
 
 
@@ -111,6 +112,34 @@ def test_a_terminal_gets_a_bar_that_messages_do_not_break(monkeypatch):
   )
   assert re.match(r' *3000/3000 ━+ loss 2\.0000', bars[-1])
   assert all(len(row) <= 80 for row in rows)
+
+
+def test_a_bar_names_the_evaluation_that_runs(monkeypatch):
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', '80')
+  with terminal() as (out, chunks), Progress(3000, 100, out) as progress:
+    progress.update(200, loss=2.5, tokens_per_second=12345.6)
+    with progress.evaluating(200, 'capacity_2'):
+      pass
+  (shown,) = chunks
+  shown = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown)
+  facts = re.findall(r'200/3000 [━╸╺]+ (\w+ [\w.]+)', shown)
+  assert facts[:3] == ['loss 2.5000', 'evaluating capacity_2', 'loss 2.5000']
+
+
+def test_a_line_names_an_evaluation_that_takes_long(monkeypatch):
+  out, is_written = io.StringIO(), threading.Event()
+  monkeypatch.setattr(progress_lib, '_LONG_SECONDS', 0.01)
+  with Progress(3000, 100, out) as progress:
+    message = progress.message
+    progress.message = lambda text: (message(text), is_written.set())
+    with progress.evaluating(200, 'capacity_2'):
+      assert is_written.wait(20)
+    assert out.getvalue() == 'step 200: evaluating capacity_2\n'
+    monkeypatch.setattr(progress_lib, '_LONG_SECONDS', 30.0)
+    with progress.evaluating(300, 'capacity_2'):
+      pass
+  assert 'step 300' not in out.getvalue()
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch):

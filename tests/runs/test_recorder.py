@@ -10,7 +10,6 @@ from moe_jax.data.tasks import SpanCorruptionTask
 from moe_jax.routing import empty_aux
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import Recorder
-from moe_jax.training.run_options import RunOptions
 from moe_jax.training_types import LossSums, StepMetrics
 
 
@@ -24,13 +23,13 @@ def test_tokens_of_both_halves_of_a_row_count_for_the_speed(tmp_path):
       log_every_steps=1,
       max_nonfinite_steps=0,
       data=data,
-      checkpoint=RunOptions().checkpoint,
     ),
     workdir=tmp_path,
     dataset=types.SimpleNamespace(counted='token', loss_unit='nats/token'),
     model=types.SimpleNamespace(moes=(), sparse_layers=()),
     programs=types.SimpleNamespace(abstract_state=None),
     checkpoints=None,
+    due=[],
     confirm=lambda: None,
     message=print,
   )

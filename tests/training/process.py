@@ -5,6 +5,7 @@
 Each job is a dict of arguments of `run`. Not here: any test.
 """
 
+import dataclasses
 import gc
 import hashlib
 import json
@@ -66,7 +67,7 @@ def accident(process, kind, at_step):
   """A hook that makes something happen to a process before a step.
 
   Step 0 is the first; what happens before it precedes every check of whether to
-  stop.
+  stop. 'SIGTERM_evaluating' happens in the evaluation after the step.
   """
   from moe_jax.training.setup import Hook
 
@@ -76,16 +77,32 @@ def accident(process, kind, at_step):
     if kind == 'stuck':
       while True:
         time.sleep(0.01)
+    if kind == 'SIGTERM_evaluating':
+      os.kill(os.getpid(), signal.SIGTERM)
+      return
     if kind == 'full_disk':
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
       resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
       return
     os.kill(os.getpid(), getattr(signal, kind))
 
+  def for_long(entry):
+    def measure(variables, step):
+      if step == at_step:
+        befall()
+        for _ in range(1000):  # JAX sees a signal only after a second
+          entry.measure(variables, step)
+      return entry.measure(variables, step)
+
+    return dataclasses.replace(entry, measure=measure)
+
   class Accident(Hook):
     def start(self, run):
       if at_step == 0:
         befall()
+      if kind == 'SIGTERM_evaluating':
+        run.evaluations = [for_long(entry) for entry in run.evaluations]
+        return
       batches = run.batches
 
       def with_accident(start):
@@ -118,7 +135,8 @@ def run(
     befalls: Arguments [process, kind, step] of `accident`.
     order: 'interleaved' orders devices by `interleaved`; '' keeps their order.
     hooks: Whether the main program's hooks and evaluations run too.
-    evals: Options of evaluations that are added to `config.evals`, by kind.
+    evals: Options of evaluations that are added to `config.evals`, by kind;
+      None keeps those.
     seeds: `config.seed` of each process.
   """
   from moe_jax import run_config
@@ -128,9 +146,9 @@ def run(
 
   config = tiny.config(**overrides)
   config.seed = [*seeds, 0, 0][jax.process_index()]
-  if not evals:
+  if evals == ():
     config.evals, config.checkpoint.keep_best = {}, False
-  for kind, options in dict(evals).items():
+  for kind, options in dict(evals or {}).items():
     config.evals[kind] = getattr(base, f'{kind}_evaluation')(**options)
   recorded = recorder()
   run_hooks = [recorded]

@@ -1,6 +1,7 @@
 """Runs that end early: by hand, through the loop, killed and gone on with."""
 
 import dataclasses
+import signal
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from experiments.study import item_commands
 from experiments.study.jobs import Item
 from moe_jax import finetuning, run_config
 from moe_jax.configs import base
+from moe_jax.evaluation import SourceScores
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, trained
 from moe_jax.runs.checkpoint_options import CheckpointOptions
@@ -20,7 +22,7 @@ from moe_jax.training.early_stopping import (
   EarlyStoppingOptions,
   has_ended,
 )
-from moe_jax.training.evaluate import EvaluationOptions
+from moe_jax.training.evaluate import EvaluationOptions, between_batches
 from moe_jax.training.setup import Ended, Hook
 from tests.training import tiny
 from tests.training.test_loop import SigtermAt
@@ -89,8 +91,6 @@ def test_counts_of_another_rule_are_not_gone_on_with(changes, ends):
   other, _ = counted([], **{'patience': 2, **changes})
   other.restore(early.extra)
   assert other.ended == ends
-  # A count that begins anew lacks nothing.
-  assert not other.lacks(4) and other.lacks(5) == ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,15 +293,68 @@ def test_bad_options(overrides, message):
     tiny.options(**{'early_stopping': {'patience': 2}, **overrides})
 
 
+@pytest.mark.parametrize(
+  ('entry', 'metric', 'have'),
+  [
+    (base.evaluation(), 'lose', "'loss'"),
+    (base.generate_evaluation(metrics='chrf'), 'bleu', "'chrf', 'examples'"),
+    (base.choice_evaluation(), 'acuracy', "'accuracy'"),
+    (base.choice_evaluation(), 'shots', "'accuracy'"),
+    (base.entry(SourceScores), 'sorce', "'source'"),
+  ],
+)
+def test_a_number_that_a_kind_does_not_have_is_named_at_once(
+  entry, metric, have
+):
+  config = tiny.config(checkpoint={'best_metric': metric}).unlock()
+  config.evals = {'train_capacity': entry}
+  message = f"unknown checkpoint.best_metric '{metric}'; .*{have}"
+  with pytest.raises(OptionError, match=message):
+    run_config.read(config.lock())
+
+
 def test_a_number_that_the_evaluation_lacks_is_named(tmp_path):
-  config = tiny.config(
-    early_stopping={'patience': 2},
-    checkpoint={'best_metric': 'lose'},
-    model=tiny.ONE_LAYER,
-  )
-  message = "unknown checkpoint.best_metric 'lose'; did you mean 'loss'"
+  named = options()
+  checkpoint = dataclasses.replace(named.checkpoint, best_metric='scores')
+  misspelled = dataclasses.replace(named, checkpoint=checkpoint)
+  message = "unknown checkpoint.best_metric 'scores'; did you mean 'score'"
   with pytest.raises(ValueError, match=message):
-    train(run_config.read(config), tmp_path)
-  # The numbers that the evaluation has are written.
-  (row,) = (r for r in rows_of(tmp_path) if 'eval/train_capacity/loss' in r)
-  assert row['step'] == 3
+    train(misspelled, tmp_path)
+  # The numbers that the evaluation has are written, and no step is lost.
+  assert scores_of(tmp_path) == [(1, SCORES[0])]
+  assert train(named, tmp_path, resume=True) == (5, True)
+  assert scores_of(tmp_path) == list(enumerate(SCORES[:5], 1))
+
+
+class StoppedIn(Hook):
+  """Gets SIGTERM in an evaluation after a step."""
+
+  def __init__(self, name, step):
+    self.name, self.step = name, step
+
+  def start(self, run):
+    def measure(entry):
+      def stopped(variables, step):
+        if (entry.name, step) == (self.name, self.step):
+          signal.raise_signal(signal.SIGTERM)
+        between_batches()
+        return entry.measure(variables, step)
+
+      return dataclasses.replace(entry, measure=stopped)
+
+    run.evaluations = [measure(entry) for entry in run.evaluations]
+
+
+@pytest.mark.parametrize(('name', 'scores'), [('scripted', 4), ('final', 5)])
+def test_sigterm_stops_the_evaluations_of_an_early_end(
+  early, tmp_path, name, scores
+):
+  workdir, ended = early
+  assert train(options(), tmp_path, StoppedIn(name, 5)) == (5, False)
+  # Nothing that was measured is measured again.
+  assert len(scores_of(tmp_path)) == scores
+  assert not final_steps(tmp_path)
+  assert train(options(), tmp_path) == ended
+  assert scores_of(tmp_path) == scores_of(workdir)
+  assert final_steps(tmp_path) == [5]
+  assert has_ended(extra_of(tmp_path, 5))

@@ -9,7 +9,12 @@ from moe_jax.data import PackedRows
 from moe_jax.distributed import Placing
 from moe_jax.models.base import Model, TokenLosses
 from moe_jax.routing import empty_aux
-from moe_jax.training.evaluate import Losses
+from moe_jax.training.evaluate import (
+  Evaluation,
+  Losses,
+  Stopped,
+  evaluation_rows,
+)
 
 
 class TokenNumbers(Model):
@@ -41,3 +46,23 @@ def test_the_loss_of_a_split_by_hand(num_batches, tokens):
   put = Placing(sharding, batch_size)
   measure = Losses(TokenNumbers(), num_batches, batch_size, rows, put)
   assert measure({}, 0) == {'loss': pytest.approx(np.mean(tokens))}
+
+
+def stopped_before(batch, measure, variables):
+  """Asserts that a signal stops a measurement before its batch of a number."""
+  answers = iter([False] * batch + [True])
+  with pytest.raises(Stopped):
+    evaluation_rows(
+      [Evaluation('name', 0, measure)],
+      variables,
+      0,
+      should_stop=lambda: next(answers),
+    )
+  assert not [*answers]
+
+
+def test_a_signal_stops_a_measurement_between_two_batches():
+  rows = PackedRows(np.arange(1, 24), np.array([0, 7]), 4)
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  measure = Losses(TokenNumbers(), 0, 4, rows, Placing(sharding, 4))
+  stopped_before(1, measure, {})

@@ -1,5 +1,6 @@
 """Whole runs in this process: resume, SIGTERM, NaN, a corrupt checkpoint."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,7 +20,7 @@ from moe_jax import run_config
 from moe_jax.configs import base
 from moe_jax.data import DataError, tokenizers
 from moe_jax.options import OptionError, option
-from moe_jax.runs import metrics
+from moe_jax.runs import metrics, retention
 from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training import loop, setup, signals
 from moe_jax.training.evaluate import EvaluationOptions
@@ -169,7 +170,9 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   measured = Measured(tmp_path)
   resumed = train_and_evaluate(OPTIONS, tmp_path, hooks=[measured])
   assert_equal(resumed, state)
-  assert measured.steps == [6]
+  # The evaluation that the signal left out is made up.
+  assert measured.steps == [3, 6]
+  assert eval_rows(tmp_path) == eval_rows(workdir)
   # The rows equal those of the unbroken run, each step's once.
   rows, expected = (
     [
@@ -181,6 +184,71 @@ def test_stopped_by_sigterm_and_gone_on_with(unbroken, tmp_path):
   )
   assert rows[-1] == expected[-1]
   assert len({step for step, _ in rows}) == len(rows)
+
+
+def eval_rows(workdir):
+  """The rows of evaluations."""
+  rows = metrics.read_metrics(workdir / metrics.FILE_NAME)
+  return [row for row in rows if any(key.startswith('eval/') for key in row)]
+
+
+class InEvaluation(Hook):
+  """Sends SIGTERM, or kills, in the evaluation of a step or after it."""
+
+  def __init__(self, event, step):
+    self.event, self.step, self.now = event, step, 0
+
+  def start(self, run):
+    def measure(entry):
+      def befallen(variables, step):
+        self.now = step
+        if step == self.step and self.event == 'sigterm':
+          signal.raise_signal(signal.SIGTERM)
+        elif step == self.step and self.event == 'kill':
+          raise KeyboardInterrupt
+        return entry.measure(variables, step)
+
+      return dataclasses.replace(entry, measure=befallen)
+
+    run.evaluations = [measure(entry) for entry in run.evaluations]
+
+  def evaluated(self):
+    if self.now == self.step and self.event == 'kill after':
+      raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+  ('event', 'step'),
+  [
+    ('sigterm', 3),
+    ('sigterm', 6),
+    ('kill', 6),
+    ('kill after', 6),
+  ],
+)
+def test_an_evaluation_that_was_cut_short_costs_no_step(
+  unbroken, tmp_path, event, step
+):
+  # There is a checkpoint of step 6, and only SIGTERM makes one of step 3.
+  workdir, state = unbroken
+  ended, hook = setup.Ended(), InEvaluation(event, step)
+  with contextlib.suppress(KeyboardInterrupt):
+    stopped = train_and_evaluate(OPTIONS, tmp_path, hooks=[hook, ended])
+    assert int(stopped.step) == step
+  assert not ended.ended
+  assert best_metrics(tmp_path, step) == {}
+  steps = StepMetrics()
+  resumed = train_and_evaluate(OPTIONS, tmp_path, hooks=[steps, ended])
+  assert ended.ended and len(steps.steps) == 6 - step
+  assert_equal(resumed, state)
+  assert eval_rows(tmp_path) == eval_rows(workdir)
+  assert best_metrics(tmp_path, 6) == best_metrics(workdir, 6)
+
+
+def best_metrics(workdir, step):
+  """The numbers that decide which checkpoint is the best."""
+  directory = retention.Directory(workdir / 'checkpoints', 1, False, '')
+  return directory.manifest(step).metrics
 
 
 def test_several_processes_number_their_steps_from_one_through_all_runs(

@@ -237,6 +237,22 @@ def test_a_run_that_goes_on_obeys_sigterm_and_names_who_is_stuck(tmp_path):
   assert len(other.errors.splitlines()) < 20
 
 
+def test_sigterm_to_one_stops_an_evaluation_of_all(tmp_path):
+  job = {
+    'workdir': 'run',
+    'overrides': {**SMALL, 'total_steps': 4},
+    'evals': None,
+  }
+  befallen = {**job, 'befalls': [1, 'SIGTERM_evaluating', 3]}
+  ends, _ = start(tmp_path, 2, [befallen, job])
+  assert [end.status for end in ends] == [0, 0], ends[0].errors[-2000:]
+  for end in ends:
+    assert [result['step'] for result in end.results] == [3, 4]
+  rows = metrics.read_metrics(tmp_path / 'run' / metrics.FILE_NAME)
+  name = 'eval/train_capacity/loss'
+  assert [row['step'] for row in rows if name in row] == [3, 4]
+
+
 def test_process_0_that_is_stopped_ends_the_other(tmp_path):
   job = {'workdir': 'run', 'overrides': SMALL, 'befalls': [0, 'SIGSTOP', 3]}
   timeouts = {'stall_timeout_seconds': 0}
