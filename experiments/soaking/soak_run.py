@@ -4,7 +4,7 @@
 
 The witness of process i records the process's steps in `witness_i.jsonl`, a
 line at a time, so that a kill loses at most the last line. JSON holds `seed`,
-`total_steps`, `mesh`, `gradients` and `attempt`.
+`total_steps`, `mesh`, `gradients` and `attempt`, and may hold `evaluation`.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,11 +37,23 @@ SAVE_EVERY = 25
 
 
 def make_options(
-  seed: int, total_steps: int, mesh: Mapping[str, int]
+  seed: int,
+  total_steps: int,
+  mesh: Mapping[str, int],
+  evaluation: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> RunConfig:
-  """Options of a run whose sparse model takes milliseconds for a step."""
+  """Options of a run whose sparse model takes milliseconds for a step.
+
+  Args:
+    seed: Seed of the run.
+    total_steps: Number of its steps.
+    mesh: Sizes of the axes of its mesh.
+    evaluation: Arguments of `base.evaluation` that differ from the usual ones.
+  """
   config = base.get_config()
-  config.evals = {EVAL: base.evaluation(every_steps=2 * SAVE_EVERY)}
+  config.evals = {
+    EVAL: base.evaluation(**{'every_steps': 2 * SAVE_EVERY, **evaluation})
+  }
   config.checkpoint.keep_best = False
   config.checkpoint.keep_newest = 3
   config.checkpoint.every_steps = SAVE_EVERY
