@@ -85,7 +85,7 @@ def max_violation(run: Run, state: TrainState) -> dict[str, float]:
 
   MaxVio is (largest load - mean load) / mean load.
   """
-  step = compiled_eval_step(run.model)
+  step = compiled_eval_step(run.model, run.programs.put)
   violations = []
   for batch in data.eval_batches(
     run.dataset.splits['validation'],

@@ -184,10 +184,13 @@ class Placing:
   Attributes:
     sharding: Sharding of an array [B, ...].
     batch_size: Number B of rows in a global batch.
+    microbatches: Number of slices of a batch that evaluations compute one after
+      another, as a step does.
   """
 
   sharding: jax.sharding.Sharding
   batch_size: int
+  microbatches: int = 1
 
   @functools.cached_property
   def rows(self) -> Int[np.ndarray, ' R']:

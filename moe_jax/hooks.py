@@ -236,7 +236,13 @@ def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
     batch_size=run.options.batch_size,
     num_batches=_REPORT_BATCHES,
   )
-  counts = token_counts(run.model, variables, batches)
+  rows = run.options.shape().rows
+  slices = (
+    {name: values[i : i + rows] for name, values in batch.items()}
+    for batch in batches
+    for i in range(0, run.options.batch_size, rows)
+  )
+  counts = token_counts(run.model, variables, slices)
   layers = list(summary.sparse_layers(sums))
   stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
   layer_summaries = [

@@ -72,7 +72,9 @@ def record(
   )
   dataset = load_data(run.data)
   placing = Placing(
-    jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), run.batch_size
+    jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+    run.batch_size,
+    run.microbatches,
   )
   header = make_header(
     model,
@@ -80,6 +82,7 @@ def record(
     run.data,
     dataset.tokenizer,
     batch_size=run.batch_size,
+    microbatches=run.microbatches,
     data_digest=dataset.digest,
     has_logits=o.logits,
     dtype=o.dtype,

@@ -138,6 +138,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
   """Batches of every row once, in order; the last is filled with padding.
 
+  The batches are assembled in the background.
+
   Args:
     rows: Rows to evaluate on.
     batch_size: Global number B of rows in a batch; arrays are [R, T].
@@ -147,12 +149,15 @@ def eval_batches(
 
   Raises:
     ValueError: As `batch_dataset`, or `num_batches` is negative.
+    DataError: As `train_batches`.
   """
   share = _share(batch_size, share)
   if num_batches < 0:
     raise InputError(f'num_batches={num_batches} is negative')
   total = -(-len(rows) // batch_size)
-  return (rows.take(i * batch_size + share) for i in spread(total, num_batches))
+  numbers = spread(total, num_batches)
+  batches = (rows.take(i * batch_size + share) for i in numbers)
+  return prefetch.ahead(batches, first=0, most=_PREFETCHED)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -28,7 +28,13 @@ from moe_jax.models import Model
 from moe_jax.options import at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
-from moe_jax.training.evaluate import Setting, Variables, between_batches
+from moe_jax.training.evaluate import (
+  Setting,
+  Variables,
+  behind,
+  between_batches,
+)
+from moe_jax.training.step import over_slices
 
 NORMALIZES = ('none', 'tokens', 'bytes')
 
@@ -242,8 +248,9 @@ def log_likelihoods(
   a, b = (np.array([len(e[side]) for e in examples]) for side in (0, 1))
   lengths = Lengths(a, b, a + b)
   rows = packed(layout.sizes(lengths), layout.capacity)
-  totals = np.zeros(len(examples), np.float64)
-  for begin in range(0, len(rows), batch_size):
+  run = _compiled(model, put.microbatches)
+
+  def scored(begin):
     between_batches()
     batch_rows = rows[begin : begin + batch_size]
     padded_rows = batch_rows + [[]] * (batch_size - len(batch_rows))
@@ -252,11 +259,15 @@ def log_likelihoods(
       batch |= _tasks(
         batch, [[task_ids[i] for i in row] for row in padded_rows]
       )
-    log_probs = fetch(_compiled(model)(variables, put(batch)))
-    log_probs = log_probs.astype(np.float64)
+    return batch_rows, batch['segment_ids'], run(variables, put(batch))
+
+  totals = np.zeros(len(examples), np.float64)
+  batches = map(scored, range(0, len(rows), batch_size))
+  for batch_rows, segment_ids, log_probs in behind(batches):
+    log_probs = fetch(log_probs).astype(np.float64)
     for b, row in enumerate(batch_rows):
       for segment, i in enumerate(row, 1):
-        totals[i] = log_probs[b, batch['segment_ids'][b] == segment].sum()
+        totals[i] = log_probs[b, segment_ids[b] == segment].sum()
   return totals
 
 
@@ -275,15 +286,23 @@ def _tasks(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model: Model):
-  return jax.jit(functools.partial(_log_probs, model=model))
-
-
-def _log_probs(variables, batch, *, model: Model) -> Float32[Array, 'B T']:
-  """The log probability of each target; 0 where its loss weight is 0."""
-  logits, _ = model.apply(variables, **model.inputs(batch))
-  nats = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch['targets']
+def _compiled(model: Model, microbatches: int):
+  return jax.jit(
+    functools.partial(_log_probs, model=model, microbatches=microbatches)
   )
-  weights = batch['loss_weights']
-  return jnp.where(weights != 0, -nats * weights, 0.0)
+
+
+def _log_probs(
+  variables, batch, *, model: Model, microbatches: int
+) -> Float32[Array, 'B T']:
+  """The log probability of each target; 0 where its loss weight is 0."""
+
+  def of_slice(index, batch):
+    logits, _ = model.apply(variables, **model.inputs(batch))
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['targets']
+    )
+    weights = batch['loss_weights']
+    return None, jnp.where(weights != 0, -nats * weights, 0.0)
+
+  return over_slices(of_slice, batch, microbatches)[1]

@@ -21,8 +21,10 @@ from moe_jax.training.evaluate import (
   OverBatches,
   Setting,
   Variables,
+  behind,
   between_batches,
 )
+from moe_jax.training.step import over_slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +56,32 @@ class Classify(OverBatches):
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row of `scores.accuracy`; `chance` is one of V classes."""
     del step
+    run = _compiled(self.model, self.put.microbatches)
     right = count = 0
-    for batch in self.batches():
+
+    def sums_of(batch):
       between_batches()
-      sums = _compiled(self.model)(variables, batch)
+      return run(variables, batch)
+
+    for sums in behind(map(sums_of, self.batches())):
       right, count = right + int(sums[0]), count + int(sums[1])
     return accuracy(right, count, chance=1 / self.model.vocab_size)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(model: Model):
-  @jax.jit
-  def run(variables, batch):
-    """The numbers of right answers and of real examples, int32 [] each."""
+def _compiled(model: Model, microbatches: int):
+  """A function for the numbers of right answers and of real examples."""
+
+  def of_slice(variables, index, batch):
     outputs, _ = model.apply(variables, **model.inputs(batch))
     answer = jnp.argmax(model.class_scores(outputs), axis=-1)
     is_real = batch['segment_ids'][:, 0] > 0
     is_right = (answer == batch['targets'][:, 0]) & is_real
-    return is_right.sum(), is_real.sum()
+    return (is_right.sum(), is_real.sum()), None
+
+  @jax.jit
+  def run(variables, batch):
+    function = functools.partial(of_slice, variables)
+    return over_slices(function, batch, microbatches)[0]
 
   return run

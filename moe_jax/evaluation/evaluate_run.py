@@ -3,6 +3,7 @@
 Not here: the kinds of evaluation (`moe_jax.evaluation`).
 """
 
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -85,16 +86,21 @@ def evaluate_all(
     data=run.data,
     batch_size=run.batch_size,
     workdir=pathlib.Path(workdir).expanduser(),
-    put=Placing(_placement(run, mesh), run.batch_size),
+    put=_placing(run, mesh),
   )
   return evaluation_rows(evaluations, run.variables, run.step)
 
 
-def _placement(run: Loaded, mesh: Mesh | None) -> jax.sharding.Sharding:
-  """The sharding of a batch."""
+def _placing(run: Loaded, mesh: Mesh | None) -> Placing:
+  """Moves batches; fewer microbatches than in training may fit a mesh."""
+  size, microbatches = run.batch_size, run.microbatches
   if mesh is None:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shape = (run.batch_size, run.data.seq_len)
-  return partitioning.sharding(
-    mesh, run.sharding.rules, ('batch', None), shape, 'a batch'
+    device = jax.local_devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return Placing(sharding, size, microbatches)
+  rules = run.sharding.rules
+  sharding = partitioning.sharding(
+    mesh, rules, ('batch', None), (size, run.data.seq_len), 'a batch'
   )
+  rows = size // partitioning.row_parts(mesh, rules)
+  return Placing(sharding, size, math.gcd(microbatches, rows))

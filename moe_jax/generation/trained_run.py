@@ -31,6 +31,7 @@ class Loaded(NamedTuple):
     data: The options of the data.
     sharding: The options of how arrays are split over a mesh.
     batch_size: The number of rows in a batch of the run.
+    microbatches: The number of slices of a batch of the run.
     model: The model.
     variables: Its parameters, under 'params', and `router_state` if it has it.
     tokenizer: The tokenizer.
@@ -43,6 +44,7 @@ class Loaded(NamedTuple):
   data: DataOptions
   sharding: ShardingOptions
   batch_size: int
+  microbatches: int
   model: Model
   variables: dict[str, Any]
   tokenizer: Tokenizer
@@ -93,6 +95,7 @@ def load(
     data=run.data,
     sharding=run.sharding,
     batch_size=run.batch_size,
+    microbatches=run.microbatches,
     model=model,
     variables=restored.state,
     tokenizer=cast(Tokenizer, run.tokenizer),

@@ -58,6 +58,7 @@ class Described(NamedTuple):
     sharding: The options of how arrays are split over a mesh.
     batch_size: Number of rows in a batch of training.
     tokenizer: The tokenizer; None where the folder has none and none is needed.
+    microbatches: Number of slices of a batch of training.
   """
 
   model: ModelOptions
@@ -65,6 +66,7 @@ class Described(NamedTuple):
   sharding: ShardingOptions
   batch_size: int
   tokenizer: Tokenizer | None
+  microbatches: int = 1
 
   def token_problems(self, tokenizer: Tokenizer) -> Iterator[str]:
     """The problem of a tokenizer whose ids do not mean what the run's do."""
@@ -152,7 +154,14 @@ def read(
     vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
     data = data.with_tokenizer(tokenizer)
   model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
-  return Described(model, data, sharding, batch_size, tokenizer)
+  return Described(
+    model,
+    data,
+    sharding,
+    batch_size,
+    tokenizer,
+    config.get('microbatches', 1),
+  )
 
 
 def _where_runs_are(folder: pathlib.Path) -> str:

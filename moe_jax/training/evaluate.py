@@ -5,12 +5,20 @@ kinds that generate or choose (`moe_jax.evaluation`), and how the entries of a
 config are checked (`evaluation_entries.py`).
 """
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, Self, TypeVar
 
 import jax
@@ -32,6 +40,8 @@ Measure = Callable[[Variables, int], Row]  # (variables, step) -> row
 # (number of the batch, batch, choices) -> nothing
 Record = Callable[[int, dict[str, jax.Array], Choices], None]
 M = TypeVar('M', bound='OverBatches')
+R = TypeVar('R')
+_IN_FLIGHT = 2  # batches that the devices compute while sums are read
 # The function that says whether a signal stops the evaluation that runs.
 _SHOULD_STOP: contextvars.ContextVar[Callable[[], bool]] = (
   contextvars.ContextVar('should_stop', default=lambda: False)
@@ -329,29 +339,39 @@ class Losses(OverBatches):
       apply: Applies the model, and may return the choices of experts.
       record: Called with the number, the batch and the choices of each batch.
     """
-    compiled_step = compiled_eval_step(self.model, apply, self.put.sharding)
-    total: Any = None
-    for number, batch in enumerate(self.batches()):
+    compiled_step = compiled_eval_step(self.model, self.put, apply)
+
+    def sums_of(numbered_batch):
+      number, batch = numbered_batch
       between_batches()
       sums = compiled_step(variables, batch)
       record(number, batch, sums.choices)
-      # Sums are added on the host in float64, as a split may have more tokens
-      # than float32 can count.
-      sums = summary.host(sums._replace(choices=None))
-      total = sums if total is None else add(total, sums)
-    return total
+      return sums._replace(choices=None)
+
+    # Sums are added on the host in float64, as a split may have more tokens
+    # than float32 can count.
+    sums = map(sums_of, enumerate(self.batches()))
+    return functools.reduce(add, map(summary.host, behind(sums)))
+
+
+def behind(results: Iterable[R]) -> Iterator[R]:
+  """The results, each once a few more are made, so that devices do not wait."""
+  pending = collections.deque[R]()
+  for result in results:
+    pending.append(result)
+    if len(pending) > _IN_FLIGHT:
+      yield pending.popleft()
+  yield from pending
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_eval_step(
-  model: Model,
-  apply: Apply = plainly,
-  row_sharding: jax.sharding.Sharding | None = None,
-):
-  """`eval_step`; equal models share it. `row_sharding` is that of choices."""
+def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
+  """`eval_step` of batches that `put` has moved; equal models share it."""
   unspecified: list[Any] = [None] * len(LossSums._fields)
   shardings = LossSums(*unspecified)
   return jax.jit(
-    functools.partial(eval_step, model=model, apply=apply),
-    out_shardings=shardings._replace(choices=row_sharding),
+    functools.partial(
+      eval_step, model=model, apply=apply, microbatches=put.microbatches
+    ),
+    out_shardings=shardings._replace(choices=put.sharding),
   )

@@ -119,7 +119,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
       out_shardings=(shardings, metrics_shardings(mesh, rules)),
       donate_argnums=0,
     ),
-    put=Placing(batch_sharding, options.batch_size),
+    put=Placing(batch_sharding, options.batch_size, options.microbatches),
   )
 
 

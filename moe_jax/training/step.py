@@ -125,35 +125,47 @@ def _accumulated(grad_fn: GradFn, n: int) -> GradFn:
   is the whole batch's loss, auxiliary losses included.
   """
 
-  def separated(*arguments):
-    """The sums of `grad_fn`, and by themselves the choices, which are none."""
-    (loss, sums), grads = grad_fn(*arguments)
-    return ((loss, sums._replace(choices=None)), grads), sums.choices
-
   def accumulated(params, batch, divisors, key, router_state=None, step=0):
-    slices = jax.tree.map(
-      lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
-    )
-
-    def add_slice(total, numbered_slice):
-      index, batch_slice = numbered_slice
+    def of_slice(index, batch_slice):
       slice_key = jax.random.fold_in(key, index)
-      result = separated(
+      (loss, sums), grads = grad_fn(
         params, batch_slice, divisors, slice_key, router_state, step
       )
-      return jax.tree.map(jnp.add, total, result[0]), result[1]
+      return ((loss, sums._replace(choices=None)), grads), sums.choices
 
-    first_slice = jax.tree.map(lambda x: x[0], slices)
-    shapes, _ = jax.eval_shape(
-      separated, params, first_slice, divisors, key, router_state, step
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s)), shapes)
-    total, choices = jax.lax.scan(add_slice, zeros, (jnp.arange(n), slices))
-    (loss, sums), grads = total
-    choices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), choices)
+    ((loss, sums), grads), choices = over_slices(of_slice, batch, n)
     return (loss, sums._replace(choices=choices)), grads
 
   return accumulated
+
+
+def over_slices(
+  function: Callable[[Leaf, Batch], tuple[Any, Any]], batch: Batch, n: int
+) -> tuple[Any, Any]:
+  """The sums and the rows of all slices of a batch, one after another.
+
+  Args:
+    function: Returns, from the number of a slice and the slice, a tree of sums,
+      which are added, and a tree of arrays with its rows in front, which are
+      joined in order.
+    batch: The batch.
+    n: The number of slices.
+  """
+  if n == 1:
+    return function(0, batch)
+  slices = jax.tree.map(
+    lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch
+  )
+
+  def add_slice(total, numbered_slice):
+    sums, rows = function(*numbered_slice)
+    return jax.tree.map(jnp.add, total, sums), rows
+
+  first_slice = jax.tree.map(lambda x: x[0], slices)
+  shapes, _ = jax.eval_shape(function, 0, first_slice)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s)), shapes)
+  total, rows = jax.lax.scan(add_slice, zeros, (jnp.arange(n), slices))
+  return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
 def _sum_dtype(leaf: jax.ShapeDtypeStruct) -> jnp.dtype:
@@ -233,10 +245,15 @@ def eval_step(
   *,
   model: Model,
   apply: Apply = plainly,
+  microbatches: int = 1,
 ) -> LossSums:
   """The sums over one batch, without noise or dropout."""
-  (outputs, aux), choices = apply(model, variables, **model.inputs(batch))
-  sums = losses.loss_sums(model.loss(outputs, batch), batch, aux)
+
+  def of_slice(index, batch):
+    (outputs, aux), choices = apply(model, variables, **model.inputs(batch))
+    return losses.loss_sums(model.loss(outputs, batch), batch, aux), choices
+
+  sums, choices = over_slices(of_slice, batch, microbatches)
   return sums._replace(choices=choices)
 
 

@@ -189,6 +189,8 @@ def test_a_background_error_is_raised_and_ends_the_stream():
     next(stream)
   with pytest.raises(StopIteration):  # not the batch after the lost one
     next(stream)
+  with pytest.raises(DataError, match=r'batch 0 .*OSError: disk gone'):
+    next(eval_batches(rows, batch_size=6))
 
 
 def test_evaluation_sees_every_row_once_and_padding_last():

@@ -38,7 +38,7 @@ def make_examples():
 
 def placing(batch_size):
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return Placing(sharding, batch_size)
+  return Placing(sharding, batch_size, microbatches=batch_size)
 
 
 def padded(rows, length):

@@ -22,7 +22,8 @@ from tests.training.test_evaluate import stopped_before
 
 def placing():
   device = jax.local_devices()[0]
-  return Placing(jax.sharding.SingleDeviceSharding(device), 3)
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  return Placing(sharding, 3, microbatches=3)
 
 
 def test_told(tmp_path):

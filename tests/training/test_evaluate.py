@@ -8,13 +8,18 @@ import pytest
 from moe_jax.data import PackedRows
 from moe_jax.distributed import Placing
 from moe_jax.models.base import Model, TokenLosses
+from moe_jax.models.recorded import recording
 from moe_jax.routing import empty_aux
 from moe_jax.training.evaluate import (
   Evaluation,
   Losses,
   Stopped,
+  behind,
+  compiled_eval_step,
   evaluation_rows,
 )
+from moe_jax.training.programs import make_programs
+from tests.training import tiny
 
 
 class TokenNumbers(Model):
@@ -66,3 +71,37 @@ def test_a_signal_stops_a_measurement_between_two_batches():
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   measure = Losses(TokenNumbers(), 0, 4, rows, Placing(sharding, 4))
   stopped_before(1, measure, {})
+
+
+@pytest.mark.as_users_compile
+def test_an_evaluation_takes_the_memory_of_a_microbatch():
+  sums, temp_bytes = {}, {}
+  for n in (1, 4):
+    options = tiny.options(batch_size=8, microbatches=n).filled(257)
+    model = options.build()
+    mesh = options.mesh.make(jax.devices()[:1])
+    put = make_programs(options, model, mesh).put
+    variables, batch = {'params': tiny.params_of(options)}, tiny.batch(options)
+    step = compiled_eval_step(model, put, recording)
+    compiled = step.lower(variables, batch).compile()
+    temp_bytes[n] = compiled.memory_analysis().temp_size_in_bytes
+    sums[n] = compiled(variables, batch)
+  assert temp_bytes[4] < 0.4 * temp_bytes[1]
+  chosen = {n: sums[n].choices[1].expert for n in sums}
+  np.testing.assert_array_equal(chosen[4], chosen[1])
+  assert len(np.unique(chosen[1], axis=0)) > 4  # the order of rows shows
+  for part, whole in zip(jax.tree.leaves(sums[4]), jax.tree.leaves(sums[1])):
+    np.testing.assert_allclose(part, whole, rtol=2e-5, atol=1e-5)
+
+
+def test_batches_are_dispatched_before_the_sums_of_earlier_ones_are_read():
+  dispatched = []
+
+  def dispatch(number):
+    dispatched.append(number)
+    return number
+
+  read = [
+    (number, len(dispatched)) for number in behind(map(dispatch, range(5)))
+  ]
+  assert read == [(0, 3), (1, 4), (2, 5), (3, 5), (4, 5)]
