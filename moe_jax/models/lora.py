@@ -15,6 +15,7 @@ files of their own (`finetuning/adapters.py`).
 """
 
 import dataclasses
+import functools
 import string
 import zlib
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ class _Kernel(NamedTuple):
     return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapters:
   """The adapters of a model; without any, its methods change nothing.
 
@@ -215,8 +216,8 @@ class Adapters:
     if not self.kernels:
       return dict(params)
     flat = flat_trees.flatten(self.base(params))
-    shardings = {path: flat[path].sharding for path in self.kernels}
-    flat |= jax.jit(self.merged_kernels, out_shardings=shardings)(params)
+    shardings = tuple(flat[path].sharding for path in self.kernels)
+    flat |= _compiled_merge(self, shardings)(params)
     return flat_trees.unflatten(flat)
 
   def _dropout_factors(self, kernel: _Kernel, key: PRNGKey) -> Array:
@@ -225,6 +226,13 @@ class Adapters:
     stack = kernel.shape[: kernel.stacked]
     shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
     return jax.random.bernoulli(key, keep_prob, shape) / keep_prob
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_merge(adapters: Adapters, shardings: tuple[Any, ...]):
+  """`merged_kernels`, whose results have these shardings."""
+  out_shardings = dict(zip(adapters.kernels, shardings, strict=True))
+  return jax.jit(adapters.merged_kernels, out_shardings=out_shardings)
 
 
 def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:

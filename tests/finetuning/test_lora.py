@@ -104,6 +104,14 @@ def test_the_base_keeps_its_bits_and_has_no_state():
   assert moments == 2 * factors  # AdamW has two
 
 
+def test_adapters_are_merged_by_one_compiled_function(caplog):
+  state, (_, programs) = train_three_steps()[2], build_programs()
+  programs.variables(state)
+  with jax.log_compiles():
+    programs.variables(state)
+  assert 'merged_kernels' not in caplog.text
+
+
 def test_merged_equals_applied_in_logits():
   """Training computes x W + (alpha / rank) (x A) B."""
   options, programs = build_programs()
