@@ -150,13 +150,37 @@ class Embeddings(nn.Module):
     if c.options.logits_scale == 'inverse_sqrt_width':
       x = x * jnp.asarray(c.width**-0.5, x.dtype)
     B, T, M = x.shape
-    logits = jnp.dot(
-      x.reshape(B * T, M),
-      kernel.astype(c.shared.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits = _float32_product(x.reshape(B * T, M), kernel)
     if c.options.logits_bias:
       logits = logits + self.b_logits.astype(jnp.float32)[None]
     if c.options.logits_divisor != 1:
       logits = logits / c.options.logits_divisor
     return logits.reshape(B, T, c.vocab_size)
+
+
+def _product(x: Array, kernel: Array) -> Array:
+  return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _float32_product(x, kernel):
+  """x @ kernel in the type of x, with results and sums in float32.
+
+  JAX would round a float32 kernel's gradient to the type of x.
+  """
+  return _product(x, kernel.astype(x.dtype))
+
+
+def _forward(x, kernel):
+  return _float32_product(x, kernel), (x, kernel)
+
+
+def _backward(saved, dy):
+  x, kernel = saved
+  _, x_vjp = jax.vjp(lambda x: _product(x, kernel.astype(x.dtype)), x)
+  x, w = x.astype(jnp.float32), kernel.astype(jnp.float32)
+  _, kernel_vjp = jax.vjp(lambda w: _product(x, w), w)
+  return *x_vjp(dy), kernel_vjp(dy)[0].astype(kernel.dtype)
+
+
+_float32_product.defvjp(_forward, _backward)

@@ -7,7 +7,13 @@ import optax
 import pytest
 
 from moe_jax.layers.parameters import Role
+from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.base import Model, TokenLosses
+from moe_jax.models.embeddings import (
+  EmbeddingConfig,
+  EmbeddingOptions,
+  Embeddings,
+)
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses
 from moe_jax.training.schedules import Constant
@@ -258,6 +264,24 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     tiny_models.key(0),
   )
   assert grads['w'] == n
+
+
+@pytest.mark.parametrize('tie', [True, False])
+def test_the_gradient_of_logits_kernels_is_summed_in_float32(tie):
+  # In bfloat16 257 is 256.
+  n = 257
+  config = EmbeddingConfig(
+    EmbeddingOptions(tie=tie), Shared(Numerics('bfloat16')), 2, 1
+  )
+  params = {'embedding': jnp.ones((2, 1)), 'w_logits': jnp.ones((1, 2))}
+
+  def total(params):
+    x = jnp.ones((1, n, 1), jnp.bfloat16)
+    logits = Embeddings(config).apply({'params': params}, x, method='logits')
+    return logits.sum()
+
+  grads = jax.grad(total)(params)
+  assert set(grads['embedding' if tie else 'w_logits'].ravel().tolist()) == {n}
 
 
 @pytest.mark.as_users_compile
