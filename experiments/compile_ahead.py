@@ -1,17 +1,19 @@
-"""How much memory does a training step need, and does it fit the devices?
+"""How much memory do a step and evaluations need, and do they fit the devices?
 
     python -m experiments.compile_ahead --config=configs/mixtral_8x7b.py \
       --topology=v5p:4x4x4 --config.mesh.expert=4 --config.microbatches=8
     python -m experiments.compile_ahead --config=configs/switch_c.py \
       --topology=v5p:4x8x16 --config.mesh.tensor=4
 
-Compiles a config's step for devices that need not be there: any number of CPUs,
-or TPUs by their topology through PyPI's libtpu (the `tpu-compiler` extra). No
-parameter or batch is allocated, only their shapes are known. Prints the memory
-that a device needs, the bytes that it sends, a step's FLOPs, and a verdict; the
-exit status is 1 where the step does not fit. CPUs stand in for any device:
-their attention is not fused and their matrices are not padded, so temporaries
-differ from those of an accelerator.
+Compiles a config's step, and the model of each entry of `evals` over a batch,
+for devices that need not be there: any number of CPUs, or TPUs by their
+topology through PyPI's libtpu (the `tpu-compiler` extra). No parameter or batch
+is allocated, only their shapes are known. Prints the memory that a device
+needs, the bytes that it sends, a step's FLOPs, and a verdict; the exit status
+is 1 where the step or an evaluation does not fit. Caches of generated text are
+not counted. CPUs stand in for any device: their attention is not fused and
+their matrices are not padded, so temporaries differ from those of an
+accelerator.
 """
 
 import argparse
@@ -25,16 +27,26 @@ from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 from rich.console import Console
 
-from experiments.benchmarks.compile_ahead_tables import Report, table, verdicts
+from experiments.benchmarks.compile_ahead_tables import (
+  Evaluation,
+  Report,
+  table,
+  verdicts,
+)
 from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, periods, sharded
 from moe_jax.analysis import devices as device_table
+from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
+from moe_jax.models import Model
+from moe_jax.models.router_state import variables
 from moe_jax.run_config import RunConfig
+from moe_jax.training.evaluate import compiled_eval_step
+from moe_jax.training.evaluation_entries import overridden
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
 
@@ -118,8 +130,46 @@ def compile_step(options: RunOptions, mesh: Mesh) -> tuple[Compiled, Programs]:
   lowered = programs.train_step.lower(
     programs.abstract_state, options.batch_shapes(model)
   )
+  return _compiled(lowered), programs
+
+
+def largest_evaluation(options: RunOptions, programs: Programs) -> Evaluation:
+  """The evaluation that needs most memory, compiled for the programs' mesh.
+
+  Raises:
+    DoesNotFit: The compiler reports that memory is too small.
+  """
+  model, sharding = options.build(), programs.put.sharding
+  batch = {
+    name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    for name, shape in options.batch_shapes(model).items()
+  }
+  state, held = programs.abstract_state, sharded.held_by_evaluations(programs)
+  # Kernels with merged adapters are like those without.
+  params = programs.adapters.base(state.params)
+  arguments = variables(params, state.router_state), batch
+  needed: dict[Model, Evaluation] = {}
+  for name, entry in options.evals.items():
+    changed, _ = overridden(options.model, entry)
+    model = changed.build(options.sharding.rules)
+    if model not in needed:
+      step = compiled_eval_step(model, programs.put)
+      memory = memory_of(_compiled(step.lower(*arguments)))
+      num_bytes = (
+        held
+        + sharded.device_bytes(batch)
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+      )
+      needed[model] = Evaluation(name, num_bytes)
+  none = Evaluation('none', 0)
+  return max(needed.values(), key=lambda e: e.needed_bytes, default=none)
+
+
+def _compiled(lowered: Lowered) -> Compiled:
   try:
-    return lowered.compile(), programs
+    return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -132,13 +182,14 @@ def _first_sentences(text: str) -> str:
 
 
 def report(options: RunOptions, mesh: Mesh) -> Report:
-  """Compiles the step and reads its memory and communication."""
+  """Compiles the step and evaluations, and reads what they need and send."""
   start = time.perf_counter()
   step, programs = compile_step(options, mesh)
+  evaluation = largest_evaluation(options, programs)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   step_costs = sharded.read(step, programs.abstract_state, mesh)
-  return Report(step_costs, seconds, peak)
+  return Report(step_costs, evaluation, seconds, peak)
 
 
 def counted_flops(options: RunOptions, mesh: Mesh) -> str:
@@ -169,7 +220,7 @@ def run(
   device: str = '',
   flops: bool = True,
 ) -> bool:
-  """Compiles the step and prints the report; whether it fits any device asked.
+  """Compiles the run and prints the report; whether it fits any device asked.
 
   Args:
     options: Options of the run.
@@ -198,7 +249,7 @@ def run(
     print(f'DOES NOT FIT: {error}')
     return False
   Console().print(table(compiled, formula))
-  lines = verdicts(topology, device, compiled.step.needed_bytes)
+  lines = verdicts(topology, device, compiled.needed_bytes)
   print('\n'.join(lines), flush=True)
   if flops:
     print(f'FLOPs as XLA counts: {counted_flops(options, mesh)}')
@@ -243,7 +294,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 @command_line.reported()
 def main(argv: Sequence[str] | None = None) -> None:
-  """Prints the report; the exit status is 0 if the step fits, else 1."""
+  """Prints the report; the exit status is 0 if the run fits, else 1."""
   options, overrides = parse(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')

@@ -172,6 +172,7 @@ NARROW = {
     'training': (
       'moe_jax.training.evaluate',
       'moe_jax.training.evaluation_entries',
+      'moe_jax.training.step',
     ),
   },
 }

@@ -11,9 +11,13 @@ from rich.console import Console
 
 from experiments import compile_ahead
 from experiments.benchmarks import compile_ahead_tables as tables
-from moe_jax.analysis import devices
+from moe_jax.analysis import devices, sharded
+from moe_jax.analysis.collectives import Collectives
+from moe_jax.configs import base
+from moe_jax.training.programs import make_programs
 from tests.training import tiny
 
+NOTHING_SENT = Collectives({}, 0)
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -54,11 +58,31 @@ def test_the_table_has_every_number(four_devices):
     'optimizer state',
     'temporaries',
     'needed in all',
+    'needed in the largest evaluation, train_capacity',
     '1.5e+09',
     'all-reduce: count, bytes sent',
     'of host memory',
   ):
     assert words in text, words
+
+
+def test_the_largest_evaluation_decides_what_fits():
+  wide = {'capacity': {'kind': 'all'}, 'dispatch': {'kind': 'einsum'}}
+  evals = {'wide': base.evaluation(moe=wide)}
+  moe = {'num_experts': 32, 'layers': 'all'}
+  options = tiny.options(
+    mesh={'data': 2}, evals=evals, model={'num_layers': 1, 'moe': moe}
+  ).filled(257)
+  mesh = compile_ahead.mesh_of(options, jax.devices()[:2])
+  programs = make_programs(options, options.build(), mesh)
+  evaluation = compile_ahead.largest_evaluation(options, programs)
+  assert evaluation.name == 'wide'
+  # The state stays beside the tokens, and the masks of all slots.
+  state = sharded.device_bytes(programs.abstract_state)
+  assert evaluation.needed_bytes > state + 4 * 2 * 24 * 32 * 24
+  step = sharded.Sharded({}, 0, 0, state, state, state, 9, 0, NOTHING_SENT)
+  report = tables.Report(step, evaluation, 1.0, 1)
+  assert step.needed_bytes < report.needed_bytes == evaluation.needed_bytes
 
 
 def test_a_verdict_names_the_device_and_both_numbers():

@@ -192,6 +192,22 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
+def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
+  wide = {'kind': 'all', 'all': {}}
+  evals = {'train_capacity': {'model_overrides': {'moe': {'capacity': wide}}}}
+  moe = {'num_experts': 64, 'dispatch': {'kind': 'einsum'}}
+  options = tiny.options(evals=evals, model={'moe': moe})
+  filled = options.filled(257)
+  model, mesh = filled.build(), filled.mesh.make(jax.devices())
+  programs = make_programs(filled, model, mesh)
+  needs = run_cost.run_bytes(filled, model, programs, mesh)
+  assert needs.step < needs.evaluation == needs.total
+  monkeypatch.setattr(memory_room, 'host_bytes', lambda: needs.step)
+  text, _ = report(options, tmp_path)
+  assert ' in the largest evaluation, and it has' in text
+  assert 'WARNING: that does not fit' in text
+
+
 def test_flops_and_bytes_by_formula():
   options = OPTIONS.filled(257)
   model = options.build()

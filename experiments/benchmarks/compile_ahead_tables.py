@@ -1,33 +1,48 @@
-"""The report of `compile_ahead`: a compiled step's numbers, and the verdicts.
+"""The report of `compile_ahead`: a compiled run's numbers, and the verdicts.
 
-Not here: how the step is compiled.
+Not here: how it is compiled.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 from rich.table import Table
 
 from moe_jax.analysis import cost, devices, sharded
 
 
+class Evaluation(NamedTuple):
+  """An evaluation, by name, and the bytes that a device needs while it runs."""
+
+  name: str
+  needed_bytes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Memory, communication and cost of a compiled step.
+  """Memory, communication and cost of a compiled run.
 
   Attributes:
     step: Memory and communication of the compiled step.
+    evaluation: The evaluation that needs most memory; 'none' and 0 for none.
     seconds: Time of tracing, lowering and compiling.
     host_bytes: Peak host memory of this process so far.
   """
 
   step: sharded.Sharded
+  evaluation: Evaluation
   seconds: float
   host_bytes: int
+
+  @property
+  def needed_bytes(self) -> int:
+    """Bytes that a device must have free for the whole run."""
+    return max(self.step.needed_bytes, self.evaluation.needed_bytes)
 
 
 def table(report: Report, formula: float) -> Table:
   """Table of the step's numbers on one device, a row for each."""
-  step = report.step
+  step, (name, num_bytes) = report.step, report.evaluation
   rows = [
     ('parameters', cost.in_bytes(step.param_bytes)),
     ('optimizer state', cost.in_bytes(step.optimizer_bytes)),
@@ -37,6 +52,7 @@ def table(report: Report, formula: float) -> Table:
     ('temporaries', cost.in_bytes(step.temp_bytes)),
     ('program', cost.in_bytes(step.code_bytes)),
     ('needed in all', cost.in_bytes(step.needed_bytes)),
+    (f'needed in the largest evaluation, {name}', cost.in_bytes(num_bytes)),
     ('FLOPs by formula, nothing twice', f'{formula:.3g}'),
   ]
   for kind, traffic in sorted(step.collectives.by_kind.items()):
@@ -65,13 +81,13 @@ def _caption(report: Report) -> str:
 
 
 def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
-  """Lines that say whether the step fits, and the answer of each.
+  """Lines that say whether a run fits, and the answer of each.
 
   Args:
-    topology: Topology that the step was compiled for.
+    topology: Topology that the run was compiled for.
     device: Name of the device whose memory is compared; '' takes the
       topology's device, or where that is a CPU every known device.
-    needed_bytes: Bytes that the step needs on a device.
+    needed_bytes: Bytes that the run needs on a device.
 
   Raises:
     ValueError: The device is unknown.

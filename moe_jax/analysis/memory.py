@@ -150,6 +150,24 @@ def activations(
   return Activations(layers, scores, logits)
 
 
+def evaluation(
+  model: Model, batch_size: int, seq_len: int, target_len: int = 0
+) -> int:
+  """Bytes of activations in an evaluation of one batch or microbatch.
+
+  They are those of logits and of the products of one sparse layer, with its
+  share of the dense ones: without a backward pass a layer leaves its output
+  alone. Scores of attention count as in `activations`.
+  """
+  layer, stacks = 0, halves(model, seq_len, target_len)
+  for half in stacks:
+    stack, scores = half.stack, _kept_scores(half, batch_size)
+    half = half._replace(stack=dataclasses.replace(stack, remat='dots'))
+    kept = _kept_by_layers(half, model.embedding.width, batch_size) + scores
+    layer = max(layer, kept // (half.num_sparse or len(stack.sparse)))
+  return 4 * batch_size * stacks[-1].length * model.vocab_size + layer
+
+
 def _kept_by_layers(half: Half, M: int, B: int) -> int:
   """Bytes kept by the layers of a stack, without attention scores."""
   c, n, L = half.stack, B * half.length, len(half.stack.sparse)

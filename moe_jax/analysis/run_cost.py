@@ -18,6 +18,7 @@ from moe_jax.analysis.counts import count, short
 from moe_jax.analysis.training_cost import training_cost
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
+from moe_jax.training.evaluation_entries import overridden
 from moe_jax.training.programs import Programs
 from moe_jax.training.run_options import RunOptions
 
@@ -111,6 +112,8 @@ class RunBytes(NamedTuple):
     gradients: Bytes of the gradients of trained parameters, on a device.
     activations: Bytes that the forward pass of a microbatch leaves for the
       backward pass, by formula; 0 where they are not counted.
+    evaluation: Bytes on a device in the evaluation that needs most: parameters,
+      the optimizer's state, and activations of a microbatch, by formula.
     checkpoint: Bytes of a checkpoint, of all devices together.
   """
 
@@ -118,18 +121,27 @@ class RunBytes(NamedTuple):
   optimizer: int
   gradients: int
   activations: int
+  evaluation: int
   checkpoint: int
 
   @property
-  def total(self) -> int:
-    """The sum of the bytes on a device."""
+  def step(self) -> int:
+    """Bytes on a device in a step."""
     return sum(self[:4])
+
+  @property
+  def total(self) -> int:
+    """Bytes on a device in a step or an evaluation, whichever needs more."""
+    return max(self.step, self.evaluation)
 
   def describe(self) -> str:
     """The bytes on a device in a line."""
     names = ('parameters', 'optimizer state', 'gradients', 'activations')
     phrases = [f'{in_bytes(n)} of {name}' for name, n in zip(names, self) if n]
-    return f'{", ".join(phrases)}: about {in_bytes(self.total)} on each device'
+    line = f'{", ".join(phrases)}: about {in_bytes(self.step)} on each device'
+    if self.evaluation:
+      line += f', {in_bytes(self.evaluation)} in the largest evaluation'
+    return line
 
 
 def run_bytes(
@@ -144,17 +156,26 @@ def run_bytes(
     mesh: The devices.
   """
   state = programs.abstract_state
-  activations = 0
+  activations = evaluation = 0
   if model.stacks:
     num_parts = partitioning.row_parts(mesh, options.sharding.rules)
     rows = -(-options.shape().rows // num_parts)
     lengths = options.data.seq_len, options.data.target_len
     activations = sum(memory.activations(model, rows, *lengths))
+    entry_models = {
+      overridden(options.model, entry)[0].build(options.sharding.rules)
+      for entry in options.evals.values()
+    }
+    if entry_models:
+      evaluation = sharded.held_by_evaluations(programs) + max(
+        memory.evaluation(changed, rows, *lengths) for changed in entry_models
+      )
   return RunBytes(
     parameters=sharded.device_bytes(state.params),
     optimizer=sharded.device_bytes(state.opt_state),
     gradients=sharded.device_bytes(programs.trained.part(state.params)),
     activations=activations,
+    evaluation=evaluation,
     checkpoint=_bytes(state),
   )
 

@@ -17,6 +17,8 @@ from jaxtyping import Bool
 from moe_jax.analysis import collectives as collectives_lib
 from moe_jax.analysis.compiled import memory_of, text_of
 from moe_jax.memory_room import in_bytes
+from moe_jax.models import flat_trees
+from moe_jax.training.programs import Programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,16 @@ def device_bytes(tree: Any) -> int:
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
+
+
+def held_by_evaluations(programs: Programs) -> int:
+  """Bytes that one device holds before a batch of an evaluation is there.
+
+  They are those of the train state, and of kernels with merged adapters.
+  """
+  state = programs.abstract_state
+  params, kernels = flat_trees.flatten(state.params), programs.adapters.kernels
+  return device_bytes((state, [params[path] for path in kernels]))
 
 
 def holders(
