@@ -203,6 +203,7 @@ def make_step(
       options.trace.recording
       if options.model.replay
       else options.trace.in_training,
+      options.local_axes,
     ),
     normalize=functools.partial(losses.normalizers, model),
     optimizer=optimizer,

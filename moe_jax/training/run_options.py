@@ -82,6 +82,14 @@ class RunOptions(Options):
     'whose gradients are added; it must divide batch_size.',
     at_least(1),
   )
+  exchange_once: bool = option(
+    False,
+    'Whether each device adds the gradients of its rows of all microbatches '
+    'before they are exchanged over the mesh axes data and fsdp, once a step '
+    'instead of once a microbatch. It then holds the parameters and gradients '
+    'that fsdp would split, and draws noise and dropout of its own.',
+    when={'microbatches': at_least(2)},
+  )
   log_every_steps: int = option(
     20,
     'Number of optimizer steps between two rows of metrics, which are averages '
@@ -164,6 +172,14 @@ class RunOptions(Options):
     TraceOptions(), 'Choices of experts that the run records.'
   )
   sample: SampleOptions = nested(SampleOptions(), 'Text at the end of the run.')
+
+  @property
+  def local_axes(self) -> tuple[str, ...]:
+    """The mesh axes over which gradients are exchanged once a step."""
+    if not self.exchange_once:
+      return ()
+    axes = dict(self.sharding.rules)['batch']
+    return tuple(axis for axis in axes if axis in ('data', 'fsdp'))
 
   @property
   def for_hooks(self) -> tuple[str, ...]:

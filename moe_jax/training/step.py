@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from moe_jax.kernels import threefry
 from moe_jax.models import Model
@@ -77,6 +78,7 @@ def make_grad_fn(
   scheduled: Scheduled = lambda weights, step: weights,
   loss: Loss | None = None,
   apply: Apply = plainly,
+  local_axes: tuple[str, ...] = (),
 ) -> GradFn:
   """A function for the loss, its sums and gradient, over all microbatches.
 
@@ -92,6 +94,8 @@ def make_grad_fn(
     scheduled: Returns the weights of the losses after a number of steps.
     loss: Returns the loss of the model's outputs, instead of the model's own.
     apply: Applies the model, and may return the choices of experts.
+    local_axes: The mesh axes over which each device adds the gradients of its
+      own rows, of all microbatches, before they are exchanged.
   """
   loss = loss or model.loss
 
@@ -115,7 +119,40 @@ def make_grad_fn(
       part(params), params, batch, divisors, key, router_state, step
     )
 
-  return grad_fn if microbatches == 1 else _accumulated(grad_fn, microbatches)
+  if microbatches == 1:
+    return grad_fn
+  return _exchanged_once(_accumulated(grad_fn, microbatches), local_axes)
+
+
+def _exchanged_once(grad_fn: GradFn, axes: tuple[str, ...]) -> GradFn:
+  """`grad_fn` of each device's own rows, whose sums are exchanged at its end.
+
+  The rows that devices share along other axes stay global arrays. A compiler
+  would exchange the gradient of each microbatch.
+  """
+
+  def on_device(batch, params, divisors, key, router_state, step):
+    for axis in axes:
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    (loss, sums), grads = grad_fn(
+      params, batch, divisors, key, router_state, step
+    )
+    whole = (loss, sums._replace(choices=None)), grads
+    return jax.lax.psum(whole, axes), sums.choices
+
+  def exchanged(params, batch, divisors, key, router_state=None, step=0):
+    rows = PartitionSpec(axes)
+    ((loss, sums), grads), choices = jax.shard_map(
+      on_device,
+      mesh=jax.typeof(jax.tree.leaves(params)[0]).sharding.mesh,
+      in_specs=(rows, *[PartitionSpec()] * 5),
+      out_specs=(PartitionSpec(), rows),
+      axis_names=set(axes),
+      check_vma=False,
+    )(batch, params, divisors, key, router_state, step)
+    return (loss, sums._replace(choices=choices)), grads
+
+  return exchanged if axes else grad_fn
 
 
 def _accumulated(grad_fn: GradFn, n: int) -> GradFn:

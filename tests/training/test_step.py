@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.analysis import collectives
 from moe_jax.layers.parameters import Role
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.base import Model, TokenLosses
@@ -16,6 +17,7 @@ from moe_jax.models.embeddings import (
 )
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses
+from moe_jax.training.programs import make_programs
 from moe_jax.training.schedules import Constant
 from moe_jax.training.step import TrainState, make_grad_fn, train_step
 from moe_jax.training_types import LossSums
@@ -264,6 +266,32 @@ def test_gradients_of_bfloat16_parameters_are_added_in_float32():
     tiny_models.key(0),
   )
   assert grads['w'] == n
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_once_a_step():
+  sent, results = [], []
+  for once in (False, True):
+    options = tiny.options(
+      batch_size=16,
+      microbatches=4,
+      exchange_once=once,
+      trace={'every_steps': 1},
+      mesh={'data': 2, 'fsdp': 2},
+      model={'num_layers': 1, 'moe': {**HEAVY['moe'], 'layers': 'all'}},
+    ).filled(257)
+    mesh = options.mesh.make(jax.devices()[:4])
+    programs = make_programs(options, options.build(), mesh)
+    state, batch = tiny.first_state(programs), tiny.batch(options)
+    batch = programs.put(jax.device_get(batch))
+    step = programs.train_step.lower(state, batch).compile()
+    traffic = collectives.read(step.as_text()).by_kind.values()
+    sent.append(sum(kind.num_bytes for kind in traffic))
+    results.append(jax.device_get(step(state, batch)))
+  assert sent[1] < 0.4 * sent[0]
+  (state, metrics), (state_once, metrics_once) = results
+  assert_close(state_once.params, state.params)
+  assert_close(metrics_once, metrics, 1e-3)  # the choices, too, in order
 
 
 @pytest.mark.parametrize('tie', [True, False])
