@@ -31,9 +31,13 @@ from experiments.study import byte_models, command, domains, validation_routing
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from moe_jax.analysis import route_sums
-from moe_jax.analysis.route_findings import SOURCE, TOKEN, specialisation
-from moe_jax.analysis.trace_hook import header_of
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
+  SOURCE,
+  TOKEN,
+  layers_of,
+  specialisation,
+)
 from moe_jax.routing.load_summary import load_summary
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -86,7 +90,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   records = [
     *validation_routing.last_records(run, state, byte_models.EVAL, _BATCHES)
   ]
-  findings = specialisation(route_sums.collect(header, records))
+  findings = specialisation(layers_of(header, records))
   numbers = {}
   for layer, info in header.layers.items():
     summaries = [

@@ -28,8 +28,8 @@ import ml_collections
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, host, run_config, sections
-from moe_jax.analysis.replaying import Replaying
-from moe_jax.analysis.trace_hook import Traces
+from moe_jax.analysis.recording import Traces
+from moe_jax.analysis.replay import Replaying
 from moe_jax.config_file import load_config
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder

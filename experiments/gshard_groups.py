@@ -51,9 +51,13 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.times import StepTime
-from moe_jax.analysis import cost, route_sums
-from moe_jax.analysis.route_findings import SOURCE, specialisation
-from moe_jax.analysis.trace_hook import header_of
+from moe_jax.analysis import cost
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
+  SOURCE,
+  layers_of,
+  specialisation,
+)
 from moe_jax.layers.experts import Einsum
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -132,9 +136,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       run, state, byte_models.EVAL, _BATCHES, mixed=True
     )
   header, numbers = header_of(run), {}
-  findings = (
-    specialisation(route_sums.collect(header, records)) if records else {}
-  )
+  findings = specialisation(layers_of(header, records)) if records else {}
   for layer, info in header.layers.items():
     shares = {}
     if slots := info.capacity:

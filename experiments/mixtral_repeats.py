@@ -43,10 +43,12 @@ from experiments.study.parts import (
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.validation_routing import row_at
-from moe_jax.analysis import route_sums
-from moe_jax.analysis.route_findings import persistence
-from moe_jax.analysis.route_measures import uniform_repeats
-from moe_jax.analysis.trace_hook import header_of
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
+  layers_of,
+  persistence,
+  uniform_repeats,
+)
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -121,9 +123,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       by_domain[subset].append(record)
   numbers = {}
   for domain, records in by_domain.items():
-    sums = route_sums.collect(header, records, seed=run.options.seed)
-    for layer, layer_sums in sums.layers.items():
-      repeats = persistence(layer_sums)
+    layers = layers_of(header, records, seed=run.options.seed)
+    for layer, choices in layers.items():
+      repeats = persistence(choices)
       shares = {
         'first': repeats.first,
         'first_above': repeats.first - repeats.first_chance,

@@ -45,14 +45,14 @@ from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from experiments.study.validation_routing import row_at
-from moe_jax.analysis import route_sums
-from moe_jax.analysis.route_findings import (
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
   TOKEN,
+  entropy,
+  layers_of,
   specialisation,
   token_entropy,
 )
-from moe_jax.analysis.route_measures import entropy
-from moe_jax.analysis.trace_hook import header_of
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -119,16 +119,16 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   records = validation_routing.last_records(
     run, state, byte_models.EVAL, _BATCHES
   )
-  sums = route_sums.collect(header, records)
-  about_token = specialisation(sums)[TOKEN]
+  choices = layers_of(header, records)
+  about_token = specialisation(choices)[TOKEN]
   ids, numbers = [*run.dataset.tokenizer.sentinel_ids], {}
   for half in HALVES:
     layers = [
       i for i, info in header.layers.items() if HALVES[half] == info.sequence
     ]
     for i, layer in enumerate(layers):
-      counts = sums.layers[layer]
-      sentinels, overall = token_entropy(counts, ids), entropy(counts.first)
+      table = choices[layer].by_token
+      sentinels, overall = token_entropy(table, ids), entropy(table.sum(0))
       measures = {
         'sentinels': sentinels,
         'all': overall,

@@ -19,8 +19,7 @@ from absl import logging
 
 from moe_jax import command_line, compile_cache, generation, host
 from moe_jax.analysis import traces
-from moe_jax.analysis.recording import records_of
-from moe_jax.analysis.trace_header import make_header
+from moe_jax.analysis.recording import make_header, records_of
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.generation import read_again, trained_run

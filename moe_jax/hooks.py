@@ -10,15 +10,14 @@ import numpy as np
 
 from moe_jax import data, generation, models, start_facts
 from moe_jax.analysis import routing_report, sharded, text_tables
-from moe_jax.analysis.replaying import Replaying
+from moe_jax.analysis.recording import Traces
+from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.run_page import Page
-from moe_jax.analysis.token_counts import token_counts
-from moe_jax.analysis.trace_hook import Traces
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
-from moe_jax.routing import drop_rate
-from moe_jax.runs import profile, summary
+from moe_jax.models.recorded import recording
+from moe_jax.runs import profile
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.evaluate import Losses
 from moe_jax.training.setup import Hook, Run
@@ -200,73 +199,46 @@ def _answer_text(inputs: str, answer: str, target: str) -> str:
 
 
 class RoutingReport(Hook):
-  """Ends a run of a sparse model with a table of its routers' statistics."""
+  """Ends a run of a sparse model with a table of its routers' statistics.
+
+  They are of some validation batches, with the capacity of training.
+  """
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Prints the table and writes `routing_report.md` and `.json`."""
+    """Prints the tables and writes `routing_report.md` and `.json`."""
     if not run.model.sparse_layers:
       return
-    layers = layer_stats(run, state)
+    rows = routing_rows(run, state)
     if not is_first():
       return
-    table = routing_report.routing_table(
-      layers, run.dataset.tokenizer.token_name
-    )
     if warning := '; '.join(start_facts.warnings(run.model)):
-      table = [{**row, 'warning': warning} for row in table]
-    routing_report.write_report(run.workdir, table)
-    routing_report.print_report(text_tables.wide_console(), table)
+      rows = [{**row, 'warning': warning} for row in rows]
+    routing_report.write_report(run.workdir, rows)
+    console = text_tables.wide_console()
+    for table in routing_report.tables(rows):
+      console.print(table.terminal())
 
 
-def layer_stats(run: Run, state: TrainState) -> list[routing_report.LayerStats]:
-  """Routing statistics of each sparse layer, over some validation batches.
-
-  The capacity is that of training.
-  """
-  variables = run.programs.variables(state)
-  sums = Losses(
+def routing_rows(run: Run, state: TrainState) -> list[routing_report.Row]:
+  """The rows of the routing report; see `routing_report.report_rows`."""
+  counts = routing_report.no_counts(run.model)
+  losses = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
     batch_size=run.options.batch_size,
     rows=run.dataset.splits['validation'],
     put=run.programs.put,
-  ).sums(variables)
-  batches = data.eval_batches(
-    run.dataset.splits['validation'],
-    batch_size=run.options.batch_size,
-    num_batches=_REPORT_BATCHES,
   )
-  rows = run.options.shape().rows
-  slices = (
-    {name: values[i : i + rows] for name, values in batch.items()}
-    for batch in batches
-    for i in range(0, run.options.batch_size, rows)
+  sums = losses.sums(
+    run.programs.variables(state),
+    recording,
+    lambda _, batch, choices: routing_report.count_tokens(
+      counts, run.model, batch, choices or {}
+    ),
   )
-  counts = token_counts(run.model, variables, slices)
-  layers = list(summary.sparse_layers(sums))
-  stats = jax.tree.map(lambda leaf: leaf[layers], sums.aux.stats)
-  layer_summaries = [
-    summary.of_layer(
-      jax.tree.map(lambda leaf, i=i: leaf[i], stats), layer, run.model.moes
-    )
-    for i, layer in enumerate(layers)
-  ]
-  drop_rates = [drop_rate(layer_stats) for layer_stats in layer_summaries]
-  entropy = stats.entropy / stats.tokens
-  logit_rms = np.sqrt(stats.logit_square / stats.tokens)
-  return [
-    routing_report.LayerStats(
-      layer=layer,
-      load=np.asarray(layer_summaries[i].load),
-      kept=np.asarray(layer_summaries[i].kept_load),
-      drop_rate=float(drop_rates[i][1]),
-      drop_rate_by_choice=drop_rates[i][0],
-      entropy=float(entropy[i]),
-      router_logit_rms=float(logit_rms[i]),
-      token_counts=counts[layer],
-    )
-    for i, layer in enumerate(layers)
-  ]
+  return routing_report.report_rows(
+    sums, run.model, counts, run.dataset.tokenizer.token_name
+  )
 
 
 def default_hooks() -> list[Hook]:

@@ -10,8 +10,8 @@ import pytest
 from experiments.benchmarks import train_step_tables
 from moe_jax import generate, hooks, run_config, start_facts
 from moe_jax.analysis import record_evaluation, roofline, routes, traces
-from moe_jax.analysis.replaying import Replaying
-from moe_jax.analysis.trace_hook import Traces
+from moe_jax.analysis.recording import Traces
+from moe_jax.analysis.replay import Replaying
 from moe_jax.runs import metrics
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook
@@ -86,11 +86,12 @@ def test_records_of_a_finished_run_say_it(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_steps_that_are_recorded_have_even_loads(run):
+def test_steps_that_are_recorded_have_even_loads(run, tmp_path, capsys):
   folder, _ = run
   trace = traces.read(folder / 'trace')
   assert trace.header.note.startswith(NOTE)
-  assert NOTE in '\n'.join(routes.part_of(trace, 'it').facts)
+  routes.main([str(folder / 'trace'), f'--output={tmp_path}'])
+  assert NOTE in capsys.readouterr().out
   records = [*trace.records('train')]
   assert len(records) == 2
   for record in records:

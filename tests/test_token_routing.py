@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.study import token_routing
-from moe_jax.analysis.trace_records import (
+from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
   LayerInfo,

@@ -12,7 +12,7 @@ from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Counts
 from experiments.faster_moe.simulate import ARMS, SYNCHRONOUS, Simulated
 from experiments.study.parts import Column, Result
-from moe_jax.analysis.trace_hook import FOLDER
+from moe_jax.analysis.recording import FOLDER
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from experiments.study import validation_routing
-from moe_jax.analysis.route_counts import expert_counts
-from moe_jax.analysis.trace_records import Record
+from moe_jax.analysis.routing_measures import expert_counts
+from moe_jax.analysis.traces import Record
 from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState

@@ -18,7 +18,7 @@ from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
 from moe_jax import command_line, data, run_config, sections
-from moe_jax.analysis.trace_hook import Traces
+from moe_jax.analysis.recording import Traces
 from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import Facts
 from moe_jax.options import Options

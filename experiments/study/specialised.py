@@ -1,8 +1,7 @@
 """Information of first choices about tokens, in an encoder and a decoder.
 
 Measurements of one trained run, by half, by layer and over training, for the
-study `specialisation`. Not here: what any trace of choices says
-(`moe_jax.analysis.route_findings`).
+study `specialisation`.
 """
 
 import string
@@ -11,18 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.study import byte_models, validation_routing
-from moe_jax.analysis import route_sums
-from moe_jax.analysis.route_findings import (
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
   POSITION,
   SOURCE,
   TOKEN,
+  entropy,
+  information,
+  layers_of,
   specialisation,
   token_entropy,
 )
-from moe_jax.analysis.route_measures import entropy, information
-from moe_jax.analysis.route_sums import LayerSums
-from moe_jax.analysis.trace_hook import header_of
-from moe_jax.analysis.trace_records import Header, Record
+from moe_jax.analysis.traces import Header, Record
 from moe_jax.shapes import Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -105,21 +104,22 @@ def layer_information(
     - punctuation: entropy of the choices of all tokens less that of punctuation
       in nats; above 0 if punctuation goes to fewer experts.
   """
-  sums = route_sums.collect(header, records)
+  layers = layers_of(header, records)
   labels = {'token': TOKEN, 'position': POSITION, 'source': SOURCE}
-  by_label = specialisation(sums)
+  by_label = specialisation(layers)
   by_layer = {}
-  for number, layer in sums.layers.items():
+  for number, layer in layers.items():
+    table = layer.by_token
     measures = {
       name: by_label[label][number].fraction
       for name, label in labels.items()
       if number in by_label.get(label, ())
     }
-    kinds = information(by_kind(layer), np.random.default_rng(number))
-    marks = token_entropy(layer, [*PUNCTUATION])
+    kinds = information(by_kind(table), np.random.default_rng(number))
+    marks = token_entropy(table, [*PUNCTUATION])
     measures |= {
       'kind': kinds.fraction,
-      'punctuation': entropy(layer.first) - marks,
+      'punctuation': entropy(table.sum(0)) - marks,
     }
     if 'source' in measures:
       measures['token_less_source'] = measures['token'] - measures['source']
@@ -127,8 +127,8 @@ def layer_information(
   return by_layer
 
 
-def by_kind(layer: LayerSums) -> Int[np.ndarray, 'kinds E']:
+def by_kind(table: Int[np.ndarray, 'V E']) -> Int[np.ndarray, 'kinds E']:
   """First choices by the kind of character; the last row is of other ids."""
-  of_kinds = [layer.tokens[[*ids]].sum(0) for ids in KINDS]
-  rest = layer.tokens.sum(0) - sum(of_kinds)
+  of_kinds = [table[[*ids]].sum(0) for ids in KINDS]
+  rest = table.sum(0) - sum(of_kinds)
   return np.stack([*of_kinds, rest]).astype(np.int64)

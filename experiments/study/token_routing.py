@@ -1,8 +1,7 @@
 """Measures of first choices: information on tokens, its beginning, drops.
 
 Measurements of one trained run of a decoder on a mixture, by sparse layer, for
-the study `openmoe_routing`. Not here: what any trace of choices says
-(`moe_jax.analysis.route_findings`).
+the study `openmoe_routing`.
 """
 
 import itertools
@@ -13,19 +12,24 @@ import numpy as np
 
 from experiments.study import byte_models, validation_routing
 from moe_jax import routing
-from moe_jax.analysis import route_churn, route_counts, route_sums
-from moe_jax.analysis.route_findings import (
+from moe_jax.analysis import routing_measures
+from moe_jax.analysis.recording import header_of
+from moe_jax.analysis.routing_measures import (
   POSITION,
   SOURCE,
   TOKEN,
+  Information,
+  Layer,
   drop_rates,
+  information_of,
+  joint_counts,
+  layers_of,
+  parts_of,
   specialisation,
 )
-from moe_jax.analysis.route_measures import Information, information_of
-from moe_jax.analysis.trace_hook import header_of
-from moe_jax.analysis.trace_records import Header, Record
+from moe_jax.analysis.traces import Header, Record
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.shapes import Bool, Int
+from moe_jax.shapes import Bool, Float, Int
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -86,7 +90,7 @@ def information(
   header: Header, records: Sequence[Record]
 ) -> dict[int, dict[str, float]]:
   """The information in first choices, as shares of their entropy, by layer."""
-  findings = specialisation(route_sums.collect(header, records))
+  findings = specialisation(layers_of(header, records))
   names = {'token': TOKEN, 'position': POSITION, 'domain': SOURCE}
   shares = {}
   for layer in header.layers:
@@ -105,9 +109,7 @@ def context(records: Sequence[Record], layer: int) -> Information:
   """The information of first choices on the token before a known token."""
   rng, triples = np.random.default_rng(0), []
   for record in records:
-    tokens = route_counts.real_tokens(
-      record.tokens, record.positions, record.documents, record.sources, rng
-    )
+    tokens = routing_measures.real_tokens([record], rng)
     first = record.layers[layer].expert[..., 0].reshape(-1)[tokens.flat_index]
     current, previous = tokens.after, tokens.after - 1
     triples.append(
@@ -144,9 +146,9 @@ def where_known(
     permuted[grouped] = expert[
       np.lexsort((rng.random(len(condition)), condition))
     ]
-    return route_counts.joint_counts(pair, permuted, shape)
+    return joint_counts(pair, permuted, shape)
 
-  table = route_counts.joint_counts(pair, expert, shape)
+  table = joint_counts(pair, expert, shape)
   return information_of(table, [shuffled() for _ in range(_SHUFFLES)])
 
 
@@ -160,18 +162,18 @@ def changes(
     history: Records of the same batches, by optimizer steps before.
   """
   steps, last = sorted(history), max(history)
-  sums = {s: route_sums.collect(header, history[s]) for s in steps}
+  favourites = {s: layers_of(header, history[s]) for s in steps}
   churn = {
-    new: route_churn.agreement(header, history[old], history[new])
+    new: routing_measures.changes(history[old], history[new])
     for old, new in itertools.pairwise(steps)
     if old  # what the first steps change, from nothing, is not counted
   }
   numbers: dict[int, dict[str, float]] = {layer: {} for layer in header.layers}
   for layer, measures in numbers.items():
-    last_tokens = sums[last].layers[layer].tokens
+    last_tokens = favourites[last][layer].by_token
     for share in EARLY:
       step = min(steps, key=lambda step: abs(100 * step / last - share))
-      early_tokens = sums[step].layers[layer].tokens
+      early_tokens = favourites[step][layer].by_token
       same = early_tokens.argmax(1) == last_tokens.argmax(1)
       measures[f'agreement_{share}'] = float(
         np.average(same, weights=last_tokens.sum(1))
@@ -200,9 +202,7 @@ def drops(
     layers = {layer: choices._replace(kept=kept)}
     reordered.append(record._replace(layers=layers))
   in_order, shuffled = (
-    drop_rates(
-      route_sums.collect(header, series).layers[layer].by_column, QUARTERS
-    )
+    _by_quarter(layers_of(header, series)[layer])
     for series in (records, reordered)
   )
   return {
@@ -210,6 +210,11 @@ def drops(
     'dropped_later': float(in_order[-1] - in_order[0]),
     'shuffled_later': float(shuffled[-1] - shuffled[0]),
   }
+
+
+def _by_quarter(layer: Layer) -> Float[np.ndarray, ' quarters']:
+  part = parts_of(layer.tokens.column, layer.length, QUARTERS)
+  return drop_rates(layer.expert, layer.kept, part, QUARTERS)
 
 
 def in_random_order(

@@ -2,8 +2,7 @@
 
 Batches are those of the validation split, an equal number of each source of a
 mixture. Routers draw as in training: a random one draws its choices anew for
-each batch, and ST-MoE's which second choices are sent. Not here: what choices
-say (`moe_jax.analysis.route_findings`).
+each batch, and ST-MoE's which second choices are sent.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import numpy as np
 from experiments.study.parts import Column, Result, Row
 from moe_jax import data
 from moe_jax.analysis.recording import records_of
-from moe_jax.analysis.trace_records import Record
+from moe_jax.analysis.traces import Record
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model

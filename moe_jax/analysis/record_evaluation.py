@@ -4,8 +4,7 @@
       --trace=traces/tiny --num_batches=16
 
 The capacity is that of training; with --room_for_all there is no bound. The
-record's kind is 'loss'. Not here: recording while a run trains
-(`trace_hook.py`).
+record's kind is 'loss'.
 """
 
 import argparse
@@ -18,9 +17,7 @@ from absl import logging
 
 from moe_jax import command_line, compile_cache, host
 from moe_jax.analysis import traces
-from moe_jax.analysis.recording import Recorder
-from moe_jax.analysis.trace_header import make_header
-from moe_jax.analysis.trace_hook import RecordedLosses
+from moe_jax.analysis.recording import RecordedLosses, Recorder, make_header
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
 from moe_jax.distributed import Placing
@@ -152,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       ),
       step=options.step,
       options=TraceOptions(
-        logits=options.logits,
-        dtype='float32' if options.float32 else 'float16',
+        logits=options.logits, dtype='float32' if options.float32 else 'float16'
       ),
       allow=options.allow_module,
     )

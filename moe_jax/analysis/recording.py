@@ -1,30 +1,38 @@
-"""Recording of choices in the background, from devices into a trace.
+"""Recording of choices: the hook of a run, and what evaluations share with it.
 
 Arrays are copied from the devices while these go on; a thread makes records of
-the rows that this process has, and writes them. Not here: which steps are
-recorded (`trace_hook.py`).
+them, and writes them.
 """
 
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
 import os
 import pathlib
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import jax
 import numpy as np
-from absl import logging
 
-from moe_jax import distributed
-from moe_jax.analysis import trace_files
-from moe_jax.analysis.trace_records import Header, LayerChoices, Record
-from moe_jax.analysis.traces import Writer
+from moe_jax.analysis import traces
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
+from moe_jax.data import DataOptions
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.models import Model
-from moe_jax.models.recorded import Choices, Recorded
+from moe_jax.models import Model, ModelOptions
+from moe_jax.models.recorded import Apply, Choices, Recorded
+from moe_jax.runs import summary
+from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Leaf
+from moe_jax.training.evaluate import Losses, Variables
+from moe_jax.training.programs import Step
+from moe_jax.training.setup import Hook, Run
+from moe_jax.training.trace_options import TraceOptions
 
+FOLDER = 'trace'
 # Batches that may wait for the thread; the devices hold their arrays meanwhile.
 _QUEUE_SIZE = 8
 # The keys of a batch from which the fields of a record come.
@@ -36,40 +44,78 @@ _KEYS = {
 }
 
 
-class _Local(NamedTuple):
-  """The rows of an array that this process writes, on their way to the host.
+def make_header(
+  model: Model,
+  options: ModelOptions,
+  data: DataOptions,
+  tokenizer: Tokenizer,
+  *,
+  batch_size: int,
+  microbatches: int = 1,
+  note: str = '',
+  **fields: Any,
+) -> Header:
+  """The header of a trace of a model.
 
-  Attributes:
-    starts: The number of the first row of each block.
-    blocks: The blocks of rows, on their devices.
+  Args:
+    model: The model.
+    options: The options that built it.
+    data: The options of its data.
+    tokenizer: Its tokenizer.
+    batch_size: The number of rows of a batch.
+    microbatches: The number of parts that a batch is computed in.
+    note: A note for readers, to which one on forced choices is added.
+    **fields: Further fields of the header.
   """
+  lengths = dict.fromkeys(model.sequences, data.seq_len)
+  if model.has_encoder:
+    lengths[''] = data.target_len
+  rows = batch_size // microbatches
+  return Header(
+    layers={
+      layer: _layer_info(model, layer, rows, lengths[model.sequence_of(layer)])
+      for layer in model.sparse_layers
+    },
+    batch_size=batch_size,
+    seq_len=lengths[''],
+    vocab_size=model.vocab_size,
+    model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
+    sources=tuple(data.tasks),
+    tokenizer=tokenizer.identity,
+    note='; '.join(filter(None, (note, model.forced_balance))),
+    **fields,
+  )
 
-  starts: tuple[int, ...]
-  blocks: tuple[Leaf, ...]
 
-  @classmethod
-  def of(cls, array: Leaf) -> '_Local':
-    """Begins to copy an array; one process copies each of equal blocks."""
-    if not isinstance(array, jax.Array):
-      return cls((0,), (array,))
-    shards = [s for s in array.addressable_shards if s.replica_id == 0]
-    shards.sort(key=lambda shard: shard.index[0].start or 0)
-    for shard in shards:
-      shard.data.copy_to_host_async()
-    starts = tuple(shard.index[0].start or 0 for shard in shards)
-    return cls(starts, tuple(shard.data for shard in shards))
+def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
+  moe = model.moe_of(layer)
+  S = rows * length if moe.group_size == -1 else moe.group_size or length
+  is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
+  return LayerInfo(
+    num_experts=moe.sizes.num_retained,
+    num_selected=moe.num_selected,
+    capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
+    group_size=S,
+    by_expert=moe.router.by_expert,
+    sequence=model.sequence_of(layer).rstrip('_'),
+  )
 
-  @property
-  def rows(self) -> np.ndarray:
-    """The numbers of the rows, ascending."""
-    pairs = zip(self.starts, self.blocks, strict=True)
-    rows = [np.arange(start, start + block.shape[0]) for start, block in pairs]
-    return np.concatenate([np.zeros(0, int), *rows])
 
-  def host(self) -> np.ndarray:
-    """The values of the rows; waits for the device."""
-    blocks = [np.asarray(block) for block in self.blocks]
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+def header_of(run: Run) -> Header:
+  """The header of a run's trace."""
+  o = run.options
+  return make_header(
+    run.model,
+    o.model,
+    o.data,
+    run.dataset.tokenizer,
+    batch_size=o.batch_size,
+    microbatches=o.microbatches,
+    data_digest=run.dataset.digest,
+    seed=o.seed,
+    has_logits=o.trace.logits,
+    dtype=o.trace.dtype,
+  )
 
 
 def records_of(
@@ -90,7 +136,7 @@ def records_of(
   """
   for prefix in model.sequences:
     layers = {
-      i: _layer_choices(recorded)
+      i: _layer_choices(recorded, model.moe_of(i).router.by_expert)
       for i, recorded in choices.items()
       if model.sequence_of(i) == prefix
     }
@@ -103,12 +149,37 @@ def records_of(
       )
 
 
-def _layer_choices(recorded: Recorded) -> LayerChoices:
+def _layer_choices(recorded: Recorded, by_expert: bool) -> LayerChoices:
   no_choice = np.iinfo(recorded.expert.dtype).max
   expert = recorded.expert.astype(np.int32)
   expert[recorded.expert == no_choice] = -1
-  arrays: Any = expert, *recorded[1:]
-  return LayerChoices(*arrays)
+  choices: list[Any] = [expert, recorded.gate, recorded.kept]
+  if by_expert:  # tokens have any number of choices, most of them few
+    order = np.where(expert >= 0, -recorded.gate, np.inf)
+    order = np.argsort(order, axis=-1, kind='stable')
+    most = max(int((expert >= 0).sum(-1).max(initial=0)), 1)
+    order = order[..., :most]
+    choices = [np.take_along_axis(x, order, -1) for x in choices]
+  return LayerChoices(*choices, logits=cast(Any, recorded.logits))
+
+
+@functools.lru_cache(maxsize=1)
+def _gathering(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
+  """A function that gives every process whole arrays, without waiting."""
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(lambda tree: tree, out_shardings=whole)
+
+
+def _on_the_way(arrays: Any) -> Any:
+  """Arrays that are being copied to the host; every process calls this."""
+  leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
+  if jax.process_count() > 1:
+    mesh = cast(jax.sharding.NamedSharding, leaves[0].sharding).mesh
+    arrays = _gathering(cast(jax.sharding.Mesh, mesh))(arrays)
+  for leaf in jax.tree.leaves(arrays):
+    if isinstance(leaf, jax.Array):
+      leaf.copy_to_host_async()
+  return arrays
 
 
 class Recorder:
@@ -135,18 +206,17 @@ class Recorder:
   ):
     self._folder, self._header = pathlib.Path(folder).expanduser(), header
     self._model, self._message = model, message
-    self._queue: queue.Queue = queue.Queue(_QUEUE_SIZE)
-    self._thread: threading.Thread | None = None
-    self._error: Exception | None = None
-    self._is_reported = False
+    self._thread: concurrent.futures.Executor | None = None
+    self._waiting: collections.deque = collections.deque()
+    self._has_failed = False
     try:
-      trace_files.check(self._folder, header)
+      traces.check(folder, header)
     except InputError as error:
       text = f'{error}; move this folder away to record anew'
       raise InputError(text) from None
 
   def begin(self, step: int) -> None:
-    """Begins at the first call; all processes make it at the same moment.
+    """Begins at the first call.
 
     Args:
       step: The number of optimizer steps taken; an older trace in the folder
@@ -154,18 +224,9 @@ class Recorder:
     """
     if self._thread is not None:
       return
-    session = trace_files.last_session(self._folder) + 1
-    writer = Writer(
-      self._folder,
-      self._header,
-      process=jax.process_index(),
-      start=step,
-      session=int(distributed.from_first(float(session))),
-    )
-    self._thread = threading.Thread(
-      target=self._work, args=(writer,), name='routing trace', daemon=True
-    )
-    self._thread.start()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'routing trace')
+    if jax.process_index() == 0:
+      self._submit(self._prepare, step)
 
   def add(
     self,
@@ -177,71 +238,162 @@ class Recorder:
   ) -> None:
     """Records a batch; waits only if several batches wait to be written.
 
+    Every process calls this, and the first one writes.
+
     Args:
       kind, step, number: See `Record`.
       batch: The batch.
       choices: The choices that were made in it.
     """
-    self._report()
     keys = {
       f'{prefix}{key}'
       for prefix in self._model.sequences
       for key in _KEYS.values()
     }
-    batch = {k: _Local.of(v) for k, v in batch.items() if k in keys}
-    local = jax.tree.map(_Local.of, choices)
-    self._queue.put((kind, step, number, batch, local))
+    ids = {k: v for k, v in batch.items() if k in keys}
+    ids, choices = _on_the_way((ids, choices))
+    if jax.process_index() == 0:
+      self._submit(self._write, kind, step, number, ids, choices)
 
   def flush(self) -> None:
     """Waits until all added records are in files."""
-    if self._thread is not None:
-      written = threading.Event()
-      self._queue.put(written)
-      written.wait()
-    self._report()
+    self._settle(0)
 
   def close(self) -> None:
     """Writes the records that still wait, and ends the thread."""
     self.flush()
     if self._thread is not None:
-      self._queue.put(None)
-      self._thread.join()
+      self._thread.shutdown()
       self._thread = None
 
-  def _report(self) -> None:
-    if self._error is not None and not self._is_reported:
-      self._is_reported = True
-      text = f'the trace of choices ends: {self._error!r}'
-      if jax.process_index():  # whose messages are not shown
-        logging.error(text)
-      else:
-        self._message(text)
+  def _submit(self, function: Callable[..., None], *args: Any) -> None:
+    self._settle(_QUEUE_SIZE)
+    if self._thread is not None and not self._has_failed:
+      self._waiting.append(self._thread.submit(function, *args))
 
-  def _work(self, writer: Writer) -> None:
-    while (item := self._queue.get()) is not None:
-      try:
-        if self._error is None:
-          self._write(writer, item)
-      except Exception as error:
-        self._error = error
-      finally:
-        if isinstance(item, threading.Event):
-          item.set()
+  def _settle(self, count: int) -> None:
+    """Waits until at most `count` batches wait to be written."""
+    while len(self._waiting) > count:
+      error = self._waiting.popleft().exception()
+      if error is not None and not self._has_failed:
+        self._has_failed = True
+        self._message(f'the trace of choices ends: {error!r}')
 
-  def _write(self, writer: Writer, item: Any) -> None:
-    if isinstance(item, threading.Event):
-      writer.flush()
-      return
-    kind, step, number, batch, choices = item
-    rows = {key: local.rows for key, local in batch.items()}
-    if not any(map(len, rows.values())):
-      return  # another process writes the same rows
-    batch, choices = jax.tree.map(
-      _Local.host,
-      (batch, choices),
-      is_leaf=lambda leaf: isinstance(leaf, _Local),
-    )
-    size = self._header.batch_size
+  def _prepare(self, step: int) -> None:
+    traces.forget(traces.create(self._folder, self._header), step)
+
+  def _write(self, kind, step, number, batch, choices) -> None:
+    batch, choices = jax.tree.map(np.asarray, (batch, choices))
     for record in records_of(self._model, kind, step, number, batch, choices):
-      prefix = f'{record.sequence}_' if record.sequence else ''
-      writer.add(record, rows[f'{prefix}tokens'], size)
+      traces.save(self._folder, self._header, record)
+
+
+class Traces(Hook):
+  """Records the choices of experts that the section `trace` names.
+
+  It has to come after hooks that change or compile the step.
+  """
+
+  serves = 'trace'
+
+  def __init__(self):
+    self._recorder: Recorder | None = None
+
+  def check(self, run: Run) -> None:
+    """Checks that the choices can be recorded.
+
+    Raises:
+      ValueError: The workdir has the trace of another run.
+    """
+    if run.options.trace.is_on and run.model.sparse_layers:
+      log = lambda text: run.message(text)  # noqa: E731  hooks change it later
+      folder = run.workdir / FOLDER
+      self._recorder = Recorder(folder, header_of(run), run.model, log)
+
+  def start(self, run: Run) -> None:
+    """Wraps the step and the evaluations that are recorded."""
+    o = run.options.trace
+    if self._recorder is None:
+      if o.is_on:
+        run.message(
+          'trace: the model has no sparse layers; nothing is recorded'
+        )
+      return
+    if o.every_steps:
+      run.train_step = _RecordedStep(run.train_step, o, self._recorder)
+    names = o.names(run.options.loss_evals)
+    run.evaluations = [
+      dataclasses.replace(
+        evaluation,
+        measure=RecordedLosses(
+          evaluation.name,
+          cast(Losses, evaluation.measure),
+          o.recording,
+          self._recorder,
+        ),
+      )
+      if evaluation.name in names
+      else evaluation
+      for evaluation in run.evaluations
+    ]
+    run.message(
+      f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
+    )
+
+  def saving(self) -> None:
+    """Writes all records before the checkpoint, so that no step is missing."""
+    if self._recorder is not None:
+      self._recorder.flush()
+
+  def close(self) -> None:
+    """Writes the records that are in no file yet."""
+    if self._recorder is not None:
+      self._recorder.close()
+
+
+class _RecordedStep:
+  """A step (state, batch) whose choices go to a recorder.
+
+  The metrics that it returns are without the choices.
+  """
+
+  def __init__(self, step: Step, options: TraceOptions, recorder: Recorder):
+    self._step, self._options, self._recorder = step, options, recorder
+    self._num_steps: int | None = None
+
+  def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    if self._num_steps is None:  # reading `state.step` waits for the device
+      self._num_steps = int(state.step)
+      self._recorder.begin(self._num_steps)
+    num_steps, self._num_steps = self._num_steps, self._num_steps + 1
+    state, metrics = self._step(state, batch)
+    sums = metrics.sums
+    if self._options.has_step(num_steps + 1):
+      self._recorder.add('train', num_steps, 0, batch, sums.choices)
+    return state, metrics._replace(sums=sums._replace(choices=None))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedLosses:
+  """Measures losses, and records the choices of all batches.
+
+  Attributes:
+    name: The name of the evaluation.
+    losses: The measurement.
+    apply: Applies the model, and returns its choices.
+    recorder: The recorder.
+  """
+
+  name: str
+  losses: Losses
+  apply: Apply
+  recorder: Recorder
+
+  def __call__(self, variables: Variables, step: int) -> Row:
+    """The row that `losses` measures."""
+    self.recorder.begin(step)
+    record: Callable[..., None] = functools.partial(
+      self.recorder.add, self.name, step
+    )
+    sums = self.losses.sums(variables, self.apply, record)
+    return summary.summarize(sums, self.losses.model.moes)

@@ -5,32 +5,41 @@
 
 Experts and drops are those of the record; gates, losses and gradients come from
 the running model's own routers. So two stacks, or two precisions, are compared
-with the routing held fixed. Not here: whole runs (`replaying.py`), how a router
-takes choices (`layers/routers/contract.py`), and how choices are recorded
-(`traces.py`).
+with the routing held fixed.
+
+The hook `Replaying` gives each training step of a run the record of the same
+step of `config.model.moe.replay`. It also gives steps that are recorded the
+same arrays, which then leave all choices to the routers: a recorded run and a
+replayed one execute the same program, and are equal to the last bit.
 """
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import partitioning
+from moe_jax.analysis import traces
+from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record, Trace
 from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
+from moe_jax.training.setup import Hook, Run
+from moe_jax.training_types import StepMetrics
 
 TRAIN = 'train'
-# The keys of a batch, and the fields of a record, that have to be the same.
-_COMPARED = {'tokens': 'tokens', 'segment_ids': 'documents'}
+Batch = dict[str, Any]
 
 
-def imposed(
-  model: Model, batch: Mapping[str, Any], *records: Record
-) -> dict[str, Any]:
+def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
   """A batch with which the model makes the choices of records.
 
   Without records its routers choose for themselves. A program compiled for such
@@ -46,10 +55,9 @@ def imposed(
   Raises:
     ValueError: The records are of other tokens, documents or layers.
   """
-  expected = ids(records)
   lines = [
     f'{key}: {_difference(np.asarray(batch[key]), value)}'
-    for key, value in expected.items()
+    for key, value in ids(records).items()
     if not np.array_equal(batch[key], value)
   ]
   if lines:
@@ -67,11 +75,12 @@ def _difference(in_batch: np.ndarray, in_record: np.ndarray) -> str:
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that have to be those of the records, by key."""
-  return {
-    f'{_prefix(record.sequence)}{key}': getattr(record, field)
-    for record in records
-    for key, field in _COMPARED.items()
-  }
+  arrays = {}
+  for record in records:
+    prefix = _prefix(record.sequence)
+    arrays[f'{prefix}tokens'] = record.tokens
+    arrays[f'{prefix}segment_ids'] = record.documents
+  return arrays
 
 
 def _prefix(sequence: str) -> str:
@@ -113,8 +122,7 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if layers:
       lengths = len(layers), max(_num_choices(model, layer) for layer in layers)
       shape = (*batch[f'{prefix}tokens'].shape, *lengths)
-      expert = np.full(shape, OPEN, _expert_type(model))
-      values = expert, np.zeros(shape, bool)
+      values = np.full(shape, OPEN, _expert_type(model)), np.zeros(shape, bool)
       choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
   return choices
 
@@ -152,9 +160,9 @@ def _choices(
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
   padding = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
-  dtype = _expert_type(model)
+  expert = expert.astype(_expert_type(model))
   return (
-    np.pad(expert.astype(dtype), padding, constant_values=NO_CHOICE),
+    np.pad(expert, padding, constant_values=NO_CHOICE),
     np.pad(kept, padding),
   )
 
@@ -184,26 +192,211 @@ def check(trace: Trace, header: Header, total_steps: int, name: str) -> None:
 
 def _differences(in_trace: Header, in_run: Header) -> Iterator[str]:
   """A line for each field that has to be the same and is not."""
-  for name in ('batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'):
-    yield from _unequal(name, getattr(in_trace, name), getattr(in_run, name))
-  layers = sorted(in_trace.layers), sorted(in_run.layers)
-  yield from _unequal('sparse layers', *layers)
-  for layer in sorted({*layers[0]} & {*layers[1]}):
+  names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
+  pairs = {n: (getattr(in_trace, n), getattr(in_run, n)) for n in names}
+  pairs['sparse layers'] = sorted(in_trace.layers), sorted(in_run.layers)
+  for layer in sorted({*in_trace.layers} & {*in_run.layers}):
     a, b = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
     names += [] if a.by_expert else ['num_selected']
     names += ['group_size'] if a.group_size else []
-    for name in names:
-      label = f'layer {layer}: {name}'
-      yield from _unequal(label, getattr(a, name), getattr(b, name))
-    slots = [math.inf if x.capacity is None else x.capacity for x in (a, b)]
-    if slots[0] > slots[1]:
-      yield (
-        f'layer {layer}: capacity: {a.capacity} there, {b.capacity} here, '
-        'which must not be less'
+    for n in names:
+      pairs[f'layer {layer}: {n}'] = getattr(a, n), getattr(b, n)
+  for name, (there, here) in pairs.items():
+    if there != here:
+      yield f'{name}: {there!r} there, {here!r} here'
+  for layer, b in in_run.layers.items():
+    if a := in_trace.layers.get(layer):
+      slots = [math.inf if x.capacity is None else x.capacity for x in (a, b)]
+      if slots[0] > slots[1]:
+        yield (
+          f'layer {layer}: capacity: {a.capacity} there, {b.capacity} here, '
+          'which must not be less'
+        )
+
+
+class Replaying(Hook):
+  """Imposes the records of `moe.replay` on the training steps of a run."""
+
+  serves = 'model.moe.replay'
+
+  def __init__(self):
+    self._trace: Trace | None = None
+    self._source: OpenChoices | None = None
+
+  def check(self, run: Run) -> None:
+    """Reads the trace.
+
+    Raises:
+      ValueError: There is none, or it does not fit the run.
+    """
+    if folder := run.options.model.replay:
+      self._trace = traces.read(folder)
+      steps = run.options.total_steps
+      check(self._trace, header_of(run), steps, f'model.moe.replay={folder!r}')
+
+  def start(self, run: Run) -> None:
+    """Wraps the step."""
+    if self._trace is not None:
+      run.message(
+        f'{run.options.model.replay}: its choices of experts are replayed in '
+        'training; evaluations choose by themselves'
+      )
+      self._source = RecordedChoices(run, self._trace)
+    elif _is_recorded(run):
+      self._source = OpenChoices(run)
+    else:
+      return
+    step = ReplayedStep(run.programs.train_step, self._source)
+    run.programs = dataclasses.replace(run.programs, train_step=step)
+    run.train_step = step
+
+  def saving(self) -> None:
+    """Checks that no step of other tokens is saved."""
+    if self._source is not None:
+      self._source.settle()
+
+  def end(self, run: Run, state: Any) -> None:
+    """Checks that the last step was of the recorded tokens, too."""
+    self.saving()
+
+
+def _is_recorded(run: Run) -> bool:
+  """Whether steps are recorded that could be replayed as they are.
+
+  A teacher would read the arrays of the batch, too, and forced choices cannot
+  be left to the routers.
+  """
+  moes = [moe for moe in run.model.moes if moe is not None]
+  return (
+    bool(moes)
+    and run.options.trace.every_steps > 0
+    and not run.model.forced_balance
+    and 'distill' not in run.options.for_hooks
+    and all(moe.router.replays(moe.sizes) is None for moe in moes)
+  )
+
+
+class OpenChoices:
+  """Arrays of choices that leave all of them to the routers of a run."""
+
+  def __init__(self, run: Run):
+    shapes = run.options.batch_shapes(run.model)
+    self._open = run.programs.put(no_choices(run.model, shapes))
+
+  def next(self, state: Any, batch: Batch) -> Batch:
+    """The batch of the next step with its arrays of choices."""
+    del state
+    return {**batch, **self._open}
+
+  def shapes(self, batch: Batch) -> Batch:
+    """The shapes of `batch` with those of the arrays."""
+    shapes = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      for name, x in self._open.items()
+    }
+    return {**batch, **shapes}
+
+  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
+    """The metrics that the loop gets."""
+    return metrics
+
+  def settle(self) -> None:
+    """Raises ValueError if the last batch was another than the recorded one."""
+
+
+class RecordedChoices(OpenChoices):
+  """The recorded choices for the batches of a run, step by step.
+
+  Whether a batch has the tokens of its record is checked on devices: before
+  the first step, and for each later one when the next begins, so that nothing
+  waits for a step that runs.
+  """
+
+  def __init__(self, run: Run, trace: Trace):
+    super().__init__(run)
+    self._run, self._trace = run, trace
+    self._records: Iterator[list[Record]] | None = None
+    self._unsettled: tuple[int, jax.Array] | None = None
+    replicated = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
+    self._equal = jax.jit(_equal, out_shardings=replicated)
+
+  def next(self, state: Any, batch: Batch) -> Batch:
+    """The batch of the next step with its recorded choices.
+
+    Raises:
+      ValueError: The record is of another batch, or its file is damaged.
+    """
+    is_first = self._records is None
+    if self._records is None:
+      self._records = _by_step(self._trace, int(state.step))
+    records = next(self._records)
+    self.settle()
+    put = self._run.programs.put
+    imposed_arrays, record_ids = (
+      put.local({name: value[put.rows] for name, value in values.items()})
+      for values in (arrays(self._run.model, records), ids(records))
+    )
+    batch_ids = {name: batch[name] for name in record_ids}
+    self._unsettled = records[0].step, self._equal(batch_ids, record_ids)
+    if is_first:
+      self.settle()
+    return {**batch, **imposed_arrays}
+
+  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
+    """The metrics without choices, unless the run is recorded, too."""
+    if self._run.options.trace.every_steps:
+      return metrics
+    return metrics._replace(sums=metrics.sums._replace(choices=None))
+
+  def settle(self) -> None:
+    """Raises ValueError if the last batch was another than the recorded one."""
+    if self._unsettled is None:
+      return
+    (step, equal), self._unsettled = self._unsettled, None
+    if not bool(equal):
+      raise InputError(
+        f'model.moe.replay={self._run.options.model.replay!r}: the batch after '
+        f'{step} steps is another one there; the options of the data differ'
       )
 
 
-def _unequal(name: str, in_trace: Any, in_run: Any) -> Iterator[str]:
-  if in_trace != in_run:
-    yield f'{name}: {in_trace!r} there, {in_run!r} here'
+class ReplayedStep:
+  """A step (state, batch) whose batches get arrays of choices.
+
+  Attributes:
+    stage: The step that takes them in its batch, or a stage of its compilation.
+    source: The source of the arrays.
+  """
+
+  def __init__(self, stage: Any, source: OpenChoices):
+    self.stage, self.source = stage, source
+
+  def __call__(self, state: Any, batch: Batch) -> Any:
+    """The new state and the metrics; see `training.step.train_step`."""
+    state, metrics = self.stage(state, self.source.next(state, batch))
+    return state, self.source.loop_metrics(metrics)
+
+  def lower(self, state: Any, batch: Batch) -> 'ReplayedStep':
+    """See `jax.stages.Wrapped.lower`."""
+    lowered = self.stage.lower(state, self.source.shapes(batch))
+    return ReplayedStep(lowered, self.source)
+
+  def compile(self) -> 'ReplayedStep':
+    """See `jax.stages.Lowered.compile`."""
+    return ReplayedStep(self.stage.compile(), self.source)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.stage, name)
+
+
+def _equal(in_batch: Batch, in_record: Batch) -> jax.Array:
+  equal = [jnp.all(in_batch[name] == in_record[name]) for name in in_batch]
+  return functools.reduce(jnp.logical_and, equal)
+
+
+def _by_step(trace: Trace, start: int) -> Iterator[list[Record]]:
+  """The records of each training step from `start` on, in order."""
+  records = trace.records(TRAIN, range(start, trace.steps_of(TRAIN)[-1] + 1))
+  for _, step_records in itertools.groupby(records, lambda record: record.step):
+    yield list(step_records)

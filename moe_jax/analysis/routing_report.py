@@ -1,95 +1,75 @@
 """The routing report: tables of the loads and choices in each sparse layer.
 
-Its numbers are sums over the batches of an evaluation. Not here: the evaluation
-(`moe_jax.hooks`), and loads over the steps of training (`plots.py`).
+Its numbers are sums over the batches of an evaluation.
 """
 
-import dataclasses
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Num
-from rich.console import Console
 
-from moe_jax.analysis.text_tables import ValueTable, markdown_lines
-from moe_jax.errors import InputError
+from moe_jax.analysis.text_tables import ValueTable
+from moe_jax.distributed import fetch
+from moe_jax.models import Model
+from moe_jax.models.recorded import Recorded
+from moe_jax.routing import drop_rate
 from moe_jax.routing.load_summary import load_summary
+from moe_jax.runs import summary
+from moe_jax.training_types import LossSums
 
 Row = dict[str, Any]
+Counts = dict[int, Num[np.ndarray, 'V E']]
 
-_LAYERS_TITLE = 'What the router of each sparse layer did'
-_LAYERS_NOTE = """\
-Every token chooses one or more experts; a choice is dropped if its expert is
-full. The load of an expert is the number of choices that fall on it, before any
-is dropped. The entropy is that of the router's probabilities over experts,
-averaged over tokens; a router that is undecided among all experts has the
-entropy `ln E`."""
-
-_TOKENS_TITLE = 'Which tokens the busiest experts take'
-_TOKEN_SHARE = """\
-The percentage behind a token is the part of that token's own choices that fall
-on this expert."""
-_TOKENS_NOTE = f"""\
-Choices are counted before any is dropped. The share of an expert is its part of
-all choices. {_TOKEN_SHARE}"""
-_TEXT = ['tokens, most frequent first']  # columns that are aligned left
-_TOKENS_HEADINGS = ['layer', 'expert', 'share', *_TEXT]
+_NUM_BUSIEST, _NUM_TOKENS = 3, 6  # the most experts, and tokens for each
+_LAYERS_NOTE = (
+  'Every token chooses one or more experts; a choice is dropped if its expert '
+  'is full. The load of an expert is the number of choices that fall on it, '
+  'before any is dropped. The entropy is that of the router over experts, '
+  'averaged over tokens; one that is undecided among all has ln E.'
+)
+_TOKENS_NOTE = (
+  'Choices are counted before any is dropped. The share of an expert is its '
+  'part of all choices; the percentage behind a token is the part of that '
+  "token's own choices that fall on this expert."
+)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerStats:
-  """The statistics of the router of one sparse layer in an evaluation.
+def no_counts(model: Model) -> Counts:
+  """Zeros for each sparse layer, to which `count_tokens` adds."""
+  return {
+    layer: np.zeros((model.vocab_size, model.moe_of(layer).num_experts), int)
+    for layer in model.sparse_layers
+  }
 
-  Attributes:
-    layer: Number of the layer among all layers of the model, from 0.
-    load: Number of choices of each expert before any is dropped.
-    kept: Number of choices of each expert that are served.
-    drop_rate: Dropped choices over all choices; see
-      `moe_jax.routing.drop_rate`.
-    drop_rate_by_choice: Drop rate of the first choices of tokens, of the second
-      ones, and so on.
-    entropy: Entropy in nats of the router's probabilities, averaged over
-      tokens.
-    router_logit_rms: Root mean square of the router's logits.
-    token_counts: Number of times that each token id chose each expert, before
-      any choice is dropped; None where it was not counted.
+
+def count_tokens(
+  counts: Counts,
+  model: Model,
+  batch: Mapping[str, Any],
+  choices: Mapping[int, Recorded],
+) -> None:
+  """Adds how often each token id of a batch chose each expert, before drops.
+
+  Where experts choose tokens, it is how often they took them; where they mix
+  them, every expert takes each. Every process has to call this.
   """
-
-  layer: int
-  load: Num[np.ndarray, 'E']
-  kept: Num[np.ndarray, 'E']
-  drop_rate: float
-  drop_rate_by_choice: Num[np.ndarray, 'K']
-  entropy: float
-  router_logit_rms: float
-  token_counts: Num[np.ndarray, 'V E'] | None
-
-  def __post_init__(self):
-    """Raises ValueError where two fields differ in E, or more is kept."""
-    layer_name, load, kept = f'layer {self.layer}', self.load, self.kept
-    if kept.shape != load.shape:
-      raise InputError(f'{layer_name}: kept {kept.shape} but load {load.shape}')
-    if (kept > load).any():
-      raise InputError(f'{layer_name}: kept={kept} exceeds load={load}')
-    counts = self.token_counts
-    if counts is not None and counts.shape[1:] != load.shape:
-      raise InputError(
-        f'{layer_name}: token_counts {counts.shape} must be [V, E={len(load)}]'
-      )
+  for layer, recorded in choices.items():
+    ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
+    expert = fetch(recorded.expert)
+    is_choice = expert != np.iinfo(expert.dtype).max
+    token = np.broadcast_to(ids[..., None], expert.shape)
+    np.add.at(counts[layer], (token[is_choice], expert[is_choice]), 1)
 
 
-def routing_table(
-  layers: Sequence[LayerStats],
-  token_name: Callable[[int], str],
-  *,
-  num_busiest: int = 3,
-  num_tokens: int = 6,
+def report_rows(
+  sums: LossSums, model: Model, counts: Counts, token_name: Callable[[int], str]
 ) -> list[Row]:
   """The numbers of the report, a row for each layer, ready for JSON.
 
@@ -102,114 +82,54 @@ def routing_table(
   Ties go to the lower number. Numbers that are undefined are None.
 
   Args:
-    layers: The statistics of each sparse layer.
+    sums: The sums of an evaluation.
+    model: The model.
+    counts: Number of times that each token id chose each expert, by layer.
     token_name: The function from a token id to the name that is shown for it.
-    num_busiest: The most experts that are listed.
-    num_tokens: The most tokens that are listed for each of them.
   """
-  return [
-    _table_row(stats, token_name, num_busiest, num_tokens) for stats in layers
-  ]
-
-
-def to_markdown(table: Sequence[Row]) -> str:
-  """The report as Markdown: a table of layers, then one of their busy experts.
-
-  Args:
-    table: Rows of `routing_table`. A row may have a `warning`, too, which is
-      printed above the first table.
-  """
-  lines = ['# Routing report', '', f'## {_LAYERS_TITLE}', '', _LAYERS_NOTE, '']
-  for warning in sorted({row['warning'] for row in table if 'warning' in row}):
-    lines += [f'**Warning:** {warning}.', '']
-  lines += markdown_lines(list(_COLUMNS), map(_layer_cells, table))
-  lines += ['', f'## {_TOKENS_TITLE}', '', _TOKENS_NOTE, '']
-  lines += markdown_lines(
-    _TOKENS_HEADINGS, _expert_cells(table, _markdown_name), _TEXT
-  )
-  return '\n'.join(lines) + '\n'
-
-
-def tables(table: Sequence[Row]) -> list[ValueTable]:
-  """The tables of `to_markdown`, whose names show blanks."""
-  layers = map(_layer_cells, table)
-  experts = _expert_cells(table, _visible)
-  return [
-    _text_table('layers', _LAYERS_TITLE, _LAYERS_NOTE, list(_COLUMNS), layers),
-    _text_table(
-      'tokens', _TOKENS_TITLE, _TOKENS_NOTE, _TOKENS_HEADINGS, experts
-    ),
-  ]
-
-
-def _text_table(name, title, note, headings, cells) -> ValueTable:
-  columns = {heading: '' if heading in _TEXT else '>' for heading in headings}
-  return ValueTable(name, title, note.replace('`', ''), columns, list(cells))
-
-
-def print_report(console: Console, table: Sequence[Row]) -> None:
-  """Prints the tables of `to_markdown`, and a note on percentages."""
-  console.print(*(one.terminal() for one in tables(table)))
-  if any(busy['tokens'] for row in table for busy in row['busiest']):
-    console.print(_TOKEN_SHARE.replace('\n', ' '), highlight=False)
-
-
-def write_report(workdir: str | os.PathLike[str], table: Sequence[Row]) -> None:
-  """Writes `routing_report.md` and `routing_report.json` into a folder."""
-  folder = pathlib.Path(workdir)
-  text = json.dumps(list(table), indent=2, allow_nan=False, ensure_ascii=False)
-  (folder / 'routing_report.json').write_text(text + '\n', encoding='utf-8')
-  (folder / 'routing_report.md').write_text(
-    to_markdown(table), encoding='utf-8'
-  )
-
-
-def _table_row(
-  stats: LayerStats,
-  token_name: Callable[[int], str],
-  num_busiest: int,
-  num_tokens: int,
-) -> Row:
-  load = np.asarray(stats.load, np.float64)
-  num_experts, total = len(load), load.sum()
-  most = math.log(num_experts)
-  return {
-    'layer': stats.layer,
-    'num_experts': num_experts,
-    'drop_rate': _finite(stats.drop_rate),
-    'drop_rate_by_choice': list(map(_finite, stats.drop_rate_by_choice)),
-    'entropy': _finite(stats.entropy),
-    'entropy_fraction': _finite(stats.entropy / most if most else math.nan),
-    'router_logit_rms': _finite(stats.router_logit_rms),
-    **{key: _finite(value) for key, value in load_summary(load).items()},
-    'busiest': [
+  rows = []
+  for layer in summary.sparse_layers(sums):
+    stats = jax.tree.map(lambda leaf, i=layer: leaf[i], sums.aux.stats)
+    stats = summary.of_layer(stats, layer, model.moes)
+    by_choice, overall = drop_rate(stats)
+    load, entropy = np.asarray(stats.load), stats.entropy / stats.tokens
+    most = math.log(len(load))
+    rows.append(
       {
-        'expert': expert,
-        'share': float(load[expert] / total),
-        'tokens': _tokens(stats.token_counts, expert, token_name, num_tokens),
+        'layer': layer,
+        'num_experts': len(load),
+        'drop_rate': _finite(overall),
+        'drop_rate_by_choice': [*map(_finite, by_choice)],
+        'entropy': _finite(entropy),
+        'entropy_fraction': _finite(entropy / most if most else math.nan),
+        'router_logit_rms': _finite(np.sqrt(stats.logit_square / stats.tokens)),
+        **{key: _finite(value) for key, value in load_summary(load).items()},
+        'busiest': _busiest(load, counts[layer], token_name),
       }
-      for expert in _largest(load, num_busiest)
-    ],
-  }
+    )
+  return rows
 
 
-def _tokens(
-  counts: np.ndarray | None,
-  expert: int,
+def _busiest(
+  load: Num[np.ndarray, 'E'],
+  counts: Num[np.ndarray, 'V E'],
   token_name: Callable[[int], str],
-  at_most: int,
 ) -> list[Row]:
-  """The tokens that an expert takes most often."""
-  if counts is None:
-    return []
   return [
     {
-      'id': token,
-      'name': token_name(token),
-      'count': int(counts[token, expert]),
-      'share': float(counts[token, expert] / counts[token].sum()),
+      'expert': expert,
+      'share': float(load[expert] / load.sum()),
+      'tokens': [
+        {
+          'id': token,
+          'name': token_name(token),
+          'count': int(counts[token, expert]),
+          'share': float(counts[token, expert] / counts[token].sum()),
+        }
+        for token in _largest(counts[:, expert], _NUM_TOKENS)
+      ],
     }
-    for token in _largest(counts[:, expert], at_most)
+    for expert in _largest(load, _NUM_BUSIEST)
   ]
 
 
@@ -225,70 +145,73 @@ def _finite(value: Any) -> int | float | None:
   return value if math.isfinite(value) else None
 
 
-def _number(value: float | None, digits: int) -> str:
-  return '-' if value is None else f'{value:.{digits}f}'
+def tables(rows: Sequence[Row]) -> list[ValueTable]:
+  """A table of layers, and one of their busiest experts."""
+  columns = {
+    'layer': 'd', 'dropped': '.1%', 'dropped by choice': '>',
+    'load max / mean': '.2f', 'load CV': '.3f', 'entropy (nats)': '.3f',
+    'entropy / ln E': '.3f', 'logit RMS': '.2f', 'unused experts': '>',
+  }  # fmt: skip
+  keys = (
+    'load_max_over_mean', 'load_cv', 'entropy', 'entropy_fraction',
+    'router_logit_rms',
+  )  # fmt: skip
+  layers = [
+    [
+      row['layer'],
+      row['drop_rate'],
+      ' / '.join(
+        '-' if rate is None else f'{rate:.1%}'
+        for rate in row['drop_rate_by_choice']
+      ),
+      *(row[key] for key in keys),
+      f'{row["unused_experts"]} of {row["num_experts"]}',
+    ]
+    for row in rows
+  ]
+  experts = [
+    [
+      row['layer'],
+      busy['expert'],
+      busy['share'],
+      ', '.join(
+        f'{_shown(t["name"])} {t["share"]:.0%}' for t in busy['tokens']
+      ),
+    ]
+    for row in rows
+    for busy in row['busiest']
+  ]
+  title = 'What the router of each sparse layer did'
+  tokens_title = 'Which tokens the busiest experts take'
+  tokens_columns = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
+  tokens_columns['tokens, most frequent first'] = ''
+  return [
+    ValueTable('layers', title, _LAYERS_NOTE, columns, layers),
+    ValueTable('tokens', tokens_title, _TOKENS_NOTE, tokens_columns, experts),
+  ]
 
 
-def _percent(value: float | None, digits: int = 0) -> str:
-  return '-' if value is None else f'{100 * value:.{digits}f}%'
-
-
-def _by_choice(row: Row) -> str:
-  return ' / '.join(_percent(rate, 1) for rate in row['drop_rate_by_choice'])
-
-
-# The columns of the table of layers: each heading, and the text of its cell.
-_COLUMNS: dict[str, Callable[[Row], str]] = {
-  'layer': lambda row: str(row['layer']),
-  'dropped': lambda row: _percent(row['drop_rate'], 1),
-  'dropped by choice': _by_choice,
-  'load max / mean': lambda row: _number(row['load_max_over_mean'], 2),
-  'load CV': lambda row: _number(row['load_cv'], 3),
-  'entropy (nats)': lambda row: _number(row['entropy'], 3),
-  'entropy / ln E': lambda row: _number(row['entropy_fraction'], 3),
-  'logit RMS': lambda row: _number(row['router_logit_rms'], 2),
-  'unused experts': lambda row: (
-    f'{row["unused_experts"]} of {row["num_experts"]}'
-  ),
-}
-
-
-def _layer_cells(row: Row) -> list[str]:
-  return [cell(row) for cell in _COLUMNS.values()]
-
-
-def _expert_cells(
-  table: Sequence[Row], show_name: Callable[[str], str]
-) -> Iterator[list[str]]:
-  """The cells of each busy expert of each layer."""
-  for row in table:
-    for busy in row['busiest']:
-      tokens = (
-        f'{show_name(token["name"])} {_percent(token["share"])}'
-        for token in busy['tokens']
-      )
-      yield [
-        str(row['layer']),
-        str(busy['expert']),
-        _percent(busy['share']),
-        ', '.join(tokens),
-      ]
-
-
-def _visible(name: str) -> str:
-  r"""A name whose blanks show: `␣` for a space, `\n` for a line's end."""
-  if not name:
-    return "''"
-  return ''.join(
+def _shown(name: str) -> str:
+  r"""A name as a code span, with `␣` for a space and `\n` for a line's end."""
+  text = ''.join(
     c if c.isprintable() else c.encode('unicode_escape').decode()
-    for c in name.replace(' ', '␣')
+    for c in name.replace(' ', '␣') or "''"
   )
-
-
-def _markdown_name(name: str) -> str:
-  """A name as a code span, in which only bars of a table are escaped."""
-  text = _visible(name).replace('|', r'\|')
   # The fence of a span is longer than any run of backticks within.
   runs = [len(run) for run in re.findall('`+', text)]
   fence = '`' * (1 + max(runs, default=0))
   return f'{fence} {text} {fence}' if runs else f'{fence}{text}{fence}'
+
+
+def write_report(workdir: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+  """Writes `routing_report.md` and `routing_report.json` into a folder.
+
+  A row may have a `warning`, too, which stands above the tables.
+  """
+  folder = pathlib.Path(workdir)
+  text = json.dumps(list(rows), indent=2, allow_nan=False, ensure_ascii=False)
+  (folder / 'routing_report.json').write_text(text + '\n', encoding='utf-8')
+  warnings = sorted({row['warning'] for row in rows if 'warning' in row})
+  parts = ['# Routing report\n', *(f'**Warning:** {w}.\n' for w in warnings)]
+  parts += [table.markdown() for table in tables(rows)]
+  (folder / 'routing_report.md').write_text('\n'.join(parts), encoding='utf-8')

@@ -1,48 +1,185 @@
 """Routing traces: what each sparse layer chose, batch by batch.
 
-A folder has `header.json` and chunks of records, written by `Writer`. In the
-trace of a run that was killed and went on, each step counts once, as the last
-session that took it recorded it. Training, evaluation and generation write
-traces (`trace_hook.py`, `record_evaluation.py`, `moe_jax.generate --trace`).
-Not here: the layout of the files (`trace_files.py`).
+A trace is a folder with `header.json`, the fields of `Header`, and a NumPy file
+for each batch, `<kind>/<step>_<batch>.npz`. The inputs of an encoder-decoder
+have a file of their own, whose name ends in `_encoder`. The kind is 'train',
+'generate' or the name of an evaluation.
+
+    arrays = np.load('runs/tiny/trace/train/00000000_00000.npz')
+    expert = arrays['expert_1']  # of layer 1
+    load = np.bincount(expert[expert >= 0])
+
+A file has arrays for B rows of T tokens, and for each layer i of E experts:
+
+    tokens     int32 [B, T]        token ids
+    positions  int32 [B, T]        place of each token in its document, from 0
+    documents  int32 [B, T]        document in the row, from 1; 0 is padding
+    sources    int32 [B, T]        index into the header's `sources`, if known
+    expert_i   int8/int16 [B, T, K']  chosen expert, -1 for none
+    gate_i     float16/float32 [B, T, K']  its weight, 0 where it is not kept
+    kept_i     bool [B, T, K']     whether the choice was served
+    logits_i   float16/float32 [B, T, E]  logits of the router, if recorded
+
+K' is K, or where experts choose tokens, the most choices of any token; the
+largest gate then comes first.
 """
 
-import functools
-import itertools
+import dataclasses
+import json
 import os
 import pathlib
-from collections import defaultdict
+import re
+import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.analysis import trace_files
-from moe_jax.analysis.trace_files import Chunk, Writer
-from moe_jax.analysis.trace_packing import IDS, Entry, unpack
-from moe_jax.analysis.trace_records import (
-  Header,
-  LayerChoices,
-  LayerInfo,
-  Record,
-)
 from moe_jax.data.cache_folders import whole_folder
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 
-__all__ = [
-  'Header',
-  'LayerChoices',
-  'LayerInfo',
-  'Record',
-  'Trace',
-  'Writer',
-  'check_new',
-  'read',
-  'write',
-]
+FORMAT = 2
+DTYPES = ('float16', 'float32')
+HEADER = 'header.json'
+_NAME = re.compile(r'(\d{8,})_(\d{5,})(?:_(\w+))?\.npz')
+_IDS = ('tokens', 'positions', 'documents', 'sources')
 
-# Chunks that are held in memory for each process that wrote.
-_CACHED_CHUNKS = 2
+
+class LayerChoices(NamedTuple):
+  """The choices of one sparse layer in one batch.
+
+  Attributes:
+    expert: int32 [B, T, K'], the number of the expert; -1 where there is no
+      choice: in padding, and where experts choose, beyond a token's last one.
+      Where experts choose, the one with the largest gate comes first.
+    gate: float32 [B, T, K'], the weight of the expert's output before output
+      masking, rounded to the header's dtype; 0 where the choice is not kept.
+    kept: bool [B, T, K'], whether the router's queues served the choice. Rows
+      for which an exchange had no room count as served; choices that a policy
+      for second choices did not send do not.
+    logits: float32 [B, T, E], the logits that the router's losses are computed
+      from, without noise, rounded in the same way; None where they were not
+      recorded or the router has none. E counts columns, where experts share
+      them.
+  """
+
+  expert: np.ndarray
+  gate: np.ndarray
+  kept: np.ndarray
+  logits: np.ndarray | None = None
+
+
+class Record(NamedTuple):
+  """The choices in one batch, or in one of the two sequences of its rows.
+
+  Attributes:
+    kind: 'train', the name of an evaluation, or 'generate'.
+    step: The number of optimizer steps that were taken before.
+    batch: The number of the batch within the same kind and step, from 0.
+    tokens: int32 [B, T], token ids.
+    positions: int32 [B, T], the position of each token in its document.
+    documents: int32 [B, T], the number of the document in its row; 0 is
+      padding.
+    layers: The choices of each sparse layer, by the number of the layer.
+    sources: int32 [B, T], the source of each token by number into
+      `Header.sources`; None where the data has no such numbers.
+    sequence: '' or, for the inputs of an encoder-decoder, 'encoder'.
+  """
+
+  kind: str
+  step: int
+  batch: int
+  tokens: np.ndarray
+  positions: np.ndarray
+  documents: np.ndarray
+  layers: dict[int, LayerChoices]
+  sources: np.ndarray | None = None
+  sequence: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+  """One sparse layer of the model.
+
+  Attributes:
+    num_experts: The number E of experts that choices go to.
+    num_selected: The number K of experts that a token chooses.
+    capacity: The slots of an expert in a group in training; None: no bound.
+    group_size: The number of tokens in a group in training; 0 is not known.
+    by_expert: Whether experts choose tokens.
+    sequence: '' or 'encoder', the sequence whose tokens the layer sees.
+  """
+
+  num_experts: int
+  num_selected: int
+  capacity: int | None = None
+  group_size: int = 0
+  by_expert: bool = False
+  sequence: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """The description of a run that all records of a trace share.
+
+  Attributes:
+    layers: The sparse layers, by their number in the model, an encoder's first.
+    batch_size: The number B of rows of a batch of training and evaluation.
+    seq_len: The number T of tokens of its rows.
+    vocab_size: The number V of token ids.
+    data_digest: The sha256 of the data; '' if there is none.
+    model_digest: The sha256 of the model's options.
+    seed: The seed of the run.
+    sources: The names of the sources that `Record.sources` numbers.
+    tokenizer: A description of the tokenizer.
+    has_logits: Whether records have the logits of routers.
+    dtype: The type that gates and logits are stored in, 'float16' or 'float32'.
+    note: A note for readers of the choices, such as that generation drops no
+      token.
+  """
+
+  layers: Mapping[int, LayerInfo]
+  batch_size: int = 0
+  seq_len: int = 0
+  vocab_size: int = 0
+  data_digest: str = ''
+  model_digest: str = ''
+  seed: int = 0
+  sources: tuple[str, ...] = ()
+  tokenizer: str = ''
+  has_logits: bool = False
+  dtype: str = 'float16'
+  note: str = ''
+
+  def __post_init__(self):
+    if self.dtype not in DTYPES:
+      raise InputError(f'dtype={self.dtype!r} not in {list(DTYPES)}')
+
+  def to_json(self) -> str:
+    """The header as text."""
+    values = {'format': FORMAT, **dataclasses.asdict(self)}
+    return json.dumps(values, indent=1)
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Header':
+    """The header that `to_json` wrote.
+
+    Raises:
+      ValueError: The text is no header of this format.
+    """
+    try:
+      values: dict[str, Any] = json.loads(text)
+      version = values.pop('format')
+      if version == FORMAT:
+        layers = values.pop('layers')
+        values['layers'] = {int(i): LayerInfo(**v) for i, v in layers.items()}
+        values['sources'] = tuple(values['sources'])
+        return cls(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise InputError(f'no header of a trace: {error!r}') from None
+    raise InputError(
+      f'a trace of format {version}; this version reads {FORMAT} alone'
+    )
 
 
 class _Key(NamedTuple):
@@ -54,53 +191,25 @@ class _Key(NamedTuple):
   sequence: str
 
 
-class _Block(NamedTuple):
-  """A block of rows of a record: its chunk, and its number there."""
-
-  chunk: Chunk
-  number: int
-
-  @property
-  def entry(self) -> Entry:
-    return self.chunk.entries[self.number]
-
-
 class Trace:
-  """A trace, whose chunks are read and checked as records are asked for.
+  """A trace, whose files are read as records are asked for.
 
   Attributes:
     header: Its header.
-    incomplete: The number of records that are left out because a process was
-      killed before it wrote its rows.
   """
 
-  def __init__(
-    self, header: Header, blocks: Mapping[_Key, list[_Block]], processes: int
-  ):
+  def __init__(self, folder: pathlib.Path, header: Header):
     self.header = header
-    newest = {key: _newest(copies) for key, copies in blocks.items()}
-    self._blocks = {key: newest[key] for key in sorted(newest) if newest[key]}
-    self.incomplete = len(blocks) - len(self._blocks)
-    cached = functools.lru_cache(maxsize=_CACHED_CHUNKS * max(processes, 1))
-    self._load = cached(trace_files.load)
+    self._paths = dict(sorted(_files(folder)))
 
   @property
   def kinds(self) -> tuple[str, ...]:
     """The kinds of records that there are, in alphabetical order."""
-    return tuple(sorted({key.kind for key in self._blocks}))
+    return tuple(sorted({key.kind for key in self._paths}))
 
-  @property
-  def steps(self) -> tuple[int, ...]:
-    """The numbers of steps that there are records of, ascending."""
-    return self.steps_of(None)
-
-  def steps_of(self, kind: str | None) -> tuple[int, ...]:
+  def steps_of(self, kind: str) -> tuple[int, ...]:
     """The numbers of steps that there are records of a kind of, ascending."""
-    return tuple(dict.fromkeys(key.step for key in self._keys(kind, None)))
-
-  def __len__(self) -> int:
-    """The number of records."""
-    return len(self._blocks)
+    return tuple(dict.fromkeys(k.step for k in self._paths if k.kind == kind))
 
   def records(
     self, kind: str | None = None, steps: Container[int] | None = None
@@ -116,102 +225,81 @@ class Trace:
     """
     if kind is not None and kind not in self.kinds:
       raise InputError(f'unknown kind {kind!r}; have {[*self.kinds]}')
-    for key in self._keys(kind, steps):
-      yield self._record(self._blocks[key])
-
-  def _keys(
-    self, kind: str | None, steps: Container[int] | None
-  ) -> Iterator[_Key]:
-    for key in self._blocks:
+    for key, path in self._paths.items():
       if kind in (None, key.kind) and (steps is None or key.step in steps):
-        yield key
-
-  def _record(self, blocks: list[_Block]) -> Record:
-    records = []
-    for block in blocks:
-      arrays = self._load(block.chunk.path)[block.number]
-      records.append(unpack(arrays, block.entry, self.header))
-    rows = [block.entry.rows for block in blocks]
-    batch_size = blocks[0].entry.batch_size
-    if len(records) == 1 and rows[0] == tuple(range(batch_size)):
-      return records[0]
-    return _joined(records, rows, batch_size)
+        yield _record(key, _load(path))
 
 
-def _newest(blocks: list[_Block]) -> list[_Block]:
-  """The blocks of the newest session that has all rows; [] if none has.
+def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
+  """Makes the folder of a trace with its header; one that is there goes on.
 
   Raises:
-    ValueError: A session has a row of the record twice.
-  """
-  for session in sorted({block.chunk.session for block in blocks})[::-1]:
-    of_session = [block for block in blocks if block.chunk.session == session]
-    rows = sorted(itertools.chain(*(block.entry.rows for block in of_session)))
-    if len(set(rows)) < len(rows):
-      entry, folder = of_session[0].entry, of_session[0].chunk.path.parent
-      raise InputError(
-        f'{folder}: session {session} has rows of batch '
-        f'{entry.batch} of {entry.kind!r} at step {entry.step} twice'
-      )
-    if rows == [*range(of_session[0].entry.batch_size)]:
-      return of_session
-  return []
-
-
-def _joined(
-  records: list[Record], rows: list[tuple[int, ...]], batch_size: int
-) -> Record:
-  """The record of a whole batch from the rows that processes have of it."""
-
-  def join(values: Iterable[Any], filler=0) -> Any:
-    values = [*values]
-    if values[0] is None:
-      return None
-    shape = np.max([v.shape[1:] for v in values], 0)  # K' may differ
-    joined = np.full((batch_size, *shape), filler, values[0].dtype)
-    for numbers, array in zip(rows, values, strict=True):
-      extent = tuple(slice(size) for size in array.shape[1:])
-      joined[(list(numbers), *extent)] = array
-    return joined
-
-  def layer(number: int) -> LayerChoices:
-    experts, *fields = zip(*(r.layers[number] for r in records))
-    return LayerChoices(join(experts, -1), *map(join, fields))
-
-  ids = {name: join(getattr(r, name) for r in records) for name in IDS}
-  return records[0]._replace(
-    **ids, layers={i: layer(i) for i in records[0].layers}
-  )
-
-
-def read(folder: str | os.PathLike[str]) -> Trace:
-  """Reads the header of a trace, and what its chunks hold.
-
-  Raises:
-    ValueError: There is no trace, or a file of it is damaged, missing or of
-      another trace, and what differs is listed; or a record is there twice.
+    ValueError: The folder has another trace; what differs is listed.
   """
   folder = pathlib.Path(folder).expanduser()
-  header = trace_files.read_header(folder)
-  chunks = trace_files.chunks(folder, header)
-  starts = {chunk.session: chunk.start for chunk in chunks}
-  blocks = defaultdict(list)
-  for chunk in chunks:
-    later_starts = [s for number, s in starts.items() if number > chunk.session]
-    for number, entry in enumerate(chunk.entries):
-      # A later session went on from a checkpoint, and took its steps anew. What
-      # was evaluated before the checkpoint was saved may stand there alone.
-      last = entry.step - (entry.kind != 'train')
-      if last < min(later_starts, default=np.inf):
-        key = _Key(entry.step, entry.kind, entry.batch, entry.sequence)
-        blocks[key].append(_Block(chunk, number))
-  return Trace(header, blocks, len({chunk.process for chunk in chunks}))
+  folder.mkdir(parents=True, exist_ok=True)
+  check(folder, header)
+  if not (folder / HEADER).exists():
+    (folder / HEADER).write_text(header.to_json(), encoding='utf-8')
+  return folder
+
+
+def check(folder: str | os.PathLike[str], header: Header) -> None:
+  """Checks that a trace with this header may go on in a folder.
+
+  Raises:
+    ValueError: The folder has another trace; what differs is listed.
+  """
+  if not (pathlib.Path(folder).expanduser() / HEADER).exists():
+    return
+  other = read(folder).header
+  lines = [
+    f'  {f.name}: {getattr(header, f.name)!r} here, '
+    f'{getattr(other, f.name)!r} there'
+    for f in dataclasses.fields(header)
+    if f.name != 'note' and getattr(header, f.name) != getattr(other, f.name)
+  ]
+  if lines:
+    raise InputError(
+      '\n'.join([f'{folder} has the trace of something else:', *lines])
+    )
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
   """Raises ValueError for a folder that has a trace."""
-  if (pathlib.Path(folder).expanduser() / trace_files.HEADER).exists():
+  if (pathlib.Path(folder).expanduser() / HEADER).exists():
     raise InputError(f'{folder} has a trace already; give a new folder')
+
+
+def forget(folder: pathlib.Path, step: int) -> None:
+  """Deletes the records that a run makes anew from a step on.
+
+  They are those of training after `step` optimizer steps or more, and of
+  evaluations after more: those after `step` itself are still valid, and are
+  written again under their names if the evaluation is made up.
+  """
+  for key, path in [*_files(folder)]:
+    if key.step > step or (key.kind == 'train' and key.step == step):
+      path.unlink()
+
+
+def save(folder: pathlib.Path, header: Header, record: Record) -> None:
+  """Writes a record; its file appears under its name when it is whole.
+
+  Raises:
+    ValueError: The record does not fit the header.
+    OSError: The file cannot be written.
+  """
+  arrays = _arrays(record, header)
+  suffix = f'_{record.sequence}' if record.sequence else ''
+  name = f'{record.step:08d}_{record.batch:05d}{suffix}.npz'
+  path = folder / record.kind / name
+  path.parent.mkdir(exist_ok=True)
+  unfinished = path.with_suffix('.tmp')
+  with writing(path):
+    with unfinished.open('wb') as file:
+      np.savez(file, allow_pickle=False, **arrays)
+    unfinished.replace(path)
 
 
 def write(
@@ -223,7 +311,91 @@ def write(
     ValueError: The folder is not empty, or a record does not fit.
   """
   check_new(folder)
-  path = pathlib.Path(folder).expanduser()
-  with whole_folder(path) as unfinished, Writer(unfinished, header) as writer:
+  with whole_folder(pathlib.Path(folder).expanduser()) as unfinished:
+    create(unfinished, header)
     for record in records:
-      writer.add(record)
+      save(unfinished, header, record)
+
+
+def read(folder: str | os.PathLike[str]) -> Trace:
+  """Reads the header of a trace, and the names of its files.
+
+  Raises:
+    ValueError: There is no trace, or its header is of another format.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  try:
+    text = (folder / HEADER).read_text(encoding='utf-8')
+  except OSError as error:
+    raise InputError(
+      f'{folder} has no trace, as moe_jax.analysis.record_evaluation or a run '
+      f'with config.trace writes it: {error}'
+    ) from None
+  try:
+    return Trace(folder, Header.from_json(text))
+  except ValueError as error:
+    raise InputError(f'{folder / HEADER}: {error}') from None
+
+
+def _files(folder: pathlib.Path) -> Iterator[tuple[_Key, pathlib.Path]]:
+  for path in folder.glob('*/*.npz'):
+    if match := _NAME.fullmatch(path.name):
+      step, batch, sequence = match.groups()
+      kind = path.parent.name
+      yield _Key(int(step), kind, int(batch), sequence or ''), path
+
+
+def _arrays(record: Record, header: Header) -> dict[str, np.ndarray]:
+  """The arrays of a record as they are stored.
+
+  Raises:
+    ValueError: The record does not fit the header.
+  """
+  shape, arrays = record.tokens.shape, {}
+  for name in _IDS:
+    if (values := getattr(record, name)) is not None:
+      arrays[name] = np.asarray(values, np.int32)
+  for number, choices in record.layers.items():
+    if (info := header.layers.get(number)) is None:
+      raise InputError(f'layer {number} not in {sorted(header.layers)}')
+    largest = int(choices.expert.max(initial=-1))
+    if largest >= info.num_experts:
+      raise InputError(f'expert {largest} not below {info.num_experts}')
+    expert_type = np.int8 if info.num_experts <= 128 else np.int16
+    types = expert_type, header.dtype, bool, header.dtype
+    for name, values, dtype in zip(LayerChoices._fields, choices, types):
+      if values is not None:
+        arrays[f'{name}_{number}'] = np.asarray(values, dtype)
+  for name, values in arrays.items():
+    if values.shape[:2] != shape:
+      raise InputError(f'{name} has shape {values.shape}, tokens {shape}')
+  return arrays
+
+
+def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      return dict(file)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    raise InputError(f'{path} cannot be read: {error!r}') from None
+
+
+def _record(key: _Key, arrays: dict[str, np.ndarray]) -> Record:
+  ids: Any = {name: arrays.get(name) for name in _IDS}
+  numbers = sorted(
+    int(name.removeprefix('expert_')) for name in arrays if 'expert_' in name
+  )
+  types = np.int32, np.float32, bool, np.float32
+  layers = {
+    number: LayerChoices(
+      *(
+        arrays[f'{name}_{number}'].astype(dtype)
+        for name, dtype in zip(LayerChoices._fields, types)
+        if f'{name}_{number}' in arrays
+      )
+    )
+    for number in numbers
+  }
+  return Record(
+    key.kind, key.step, key.batch, **ids, layers=layers, sequence=key.sequence
+  )

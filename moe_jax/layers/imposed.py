@@ -1,9 +1,7 @@
 """Choices that are imposed on the routers of sparse layers, by option.
 
 A recorded routing is replayed, or experts are chosen evenly. Gates, losses and
-gradients still come from the router's own logits. Not here: how a router takes
-choices (`routers/contract.py`), and where recorded ones come from
-(`moe_jax.analysis.replay`).
+gradients still come from the router's own logits.
 """
 
 import dataclasses

@@ -1,8 +1,4 @@
-"""Choices of experts that a model returns beside its outputs.
-
-Not here: when they are copied from the devices and written
-(`moe_jax/analysis/recording.py`).
-"""
+"""Choices of experts that a model returns beside its outputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

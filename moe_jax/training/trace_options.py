@@ -1,7 +1,4 @@
-"""Options of the recording of choices of experts.
-
-Not here: the recording (`moe_jax/analysis/recording.py`).
-"""
+"""Options of the recording of choices of experts."""
 
 import dataclasses
 import functools
@@ -13,7 +10,6 @@ from moe_jax.options import Options, at_least, no_effect, one_of, option
 
 # Names of the records that are not those of an evaluation.
 _OTHER_RECORDS = ('train', 'generate')
-_RECORDS_STEPS = {'every_steps': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +21,6 @@ class TraceOptions(Options):
     'Number of optimizer steps between two whose choices of experts are '
     'recorded into the folder `trace` of the workdir; 0 records no step.',
     at_least(0),
-  )
-  start_step: int = option(
-    1,
-    'First optimizer step that is recorded, counted from 1.',
-    at_least(1),
-    when=_RECORDS_STEPS,
-  )
-  num_steps: int = option(
-    0,
-    'Number of optimizer steps, from start_step on, among which those of '
-    'every_steps are recorded; 0: all to the end of the run.',
-    at_least(0),
-    when=_RECORDS_STEPS,
   )
   evaluations: str = option(
     '',
@@ -73,13 +56,7 @@ class TraceOptions(Options):
 
   def has_step(self, step: int) -> bool:
     """Whether an optimizer step, counted from 1, is recorded."""
-    steps_since_start = step - self.start_step
-    return (
-      self.every_steps > 0
-      and steps_since_start >= 0
-      and steps_since_start % self.every_steps == 0
-      and (not self.num_steps or steps_since_start < self.num_steps)
-    )
+    return self.every_steps > 0 and (step - 1) % self.every_steps == 0
 
   def names(self, evals: Collection[str]) -> tuple[str, ...]:
     """The names of the evaluations that are recorded.

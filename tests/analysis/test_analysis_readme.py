@@ -21,21 +21,6 @@ def example(name: str) -> str:
   return code
 
 
-@pytest.mark.slow
-def test_the_example_counts_pairs_of_experts(capsys):
-  code = example('token_counts')
-  scope = {'__name__': 'readme'}
-  exec(compile(code, str(README), 'exec'), scope)
-  # Every sparse layer has 8 rows of 16 tokens, each with two choices.
-  first, *rest = capsys.readouterr().out.splitlines()
-  assert first == '{1: 256, 3: 256}'
-  assert rest[0].startswith('parameters: ')
-  for matrix in scope['matrices'].values():
-    np.testing.assert_array_equal(matrix, matrix.T)
-    # Each token is in one pair of different experts, counted both ways.
-    assert matrix.sum() == 2 * 256
-
-
 def test_the_example_says_what_ids_tell(capsys):
   exec(
     compile(example('specialisation'), str(README), 'exec'),
@@ -68,9 +53,7 @@ def test_the_example_colours_a_text(tmp_path, monkeypatch, capsys):
   traces.write(run / 'trace', header, [record])
   monkeypatch.chdir(tmp_path)
   scope = {}
-  exec(compile(example('route_texts'), str(README), 'exec'), scope)
-  assert scope['row'].texts == ['a', '<', 'b']
-  assert scope['row'].experts[1].tolist() == [3, 0, 3]
+  exec(compile(example('coloured_text'), str(README), 'exec'), scope)
   assert '&lt;<sub>0</sub>' in scope['html']
 
 

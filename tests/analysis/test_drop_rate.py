@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moe_jax import data, hooks
-from moe_jax.analysis.routing_report import routing_table
 from moe_jax.runs import summary
 from moe_jax.training import setup
 from moe_jax.training.evaluate import Losses
@@ -42,7 +41,7 @@ def rates(options, folder):
   """
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
   state, rows = run.programs.init_state(), run.dataset.splits['validation']
-  report = routing_table(hooks.layer_stats(run, state), str)
+  report = hooks.routing_rows(run, state)
   eval_metrics = Losses(
     model=run.model,
     num_batches=BATCHES,

@@ -9,8 +9,8 @@ import pytest
 
 from moe_jax import run_config
 from moe_jax.analysis import traces
-from moe_jax.analysis.replaying import Replaying
-from moe_jax.analysis.trace_hook import Traces, header_of
+from moe_jax.analysis.recording import Traces, header_of
+from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.traces import LayerChoices, Record
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.options import OptionError

@@ -1,22 +1,24 @@
-"""Numbers of the routing report, computed by hand."""
+"""Numbers of the routing report, computed by hand, and counts by a loop."""
 
-import io
 import json
 import math
+import types
 
-import jaxtyping
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
-from moe_jax.analysis.routing_report import (
-  LayerStats,
-  print_report,
-  routing_table,
-  to_markdown,
-  write_report,
-)
+from moe_jax.analysis import routing_report
+from moe_jax.analysis.routing_report import count_tokens, no_counts
+from moe_jax.layers.routers import ExpertChoice
+from moe_jax.models.recorded import recording
+from moe_jax.routing.capacity import All, Fixed
 from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import RoutingStats
+from tests import own_kinds
+from tests.models import oracle, tiny
+from tests.models.tiny import V
 
 # Counts of four tokens and three experts; token 2 does not occur, and expert 2
 # gets no token.
@@ -31,22 +33,33 @@ COUNTS = np.array(
 NAMES = [' ', '|', 'never seen', '[b]`x']
 
 
-def stats(**changes):
-  fields = {
-    'layer': 3,
-    'load': COUNTS.sum(axis=0),  # [13, 7, 0]
-    'kept': np.array([9, 7, 0]),
-    'drop_rate': 0.2,
-    'drop_rate_by_choice': np.array([0.1, 0.3]),
-    'entropy': math.log(3) / 2,
-    'router_logit_rms': 1.25,
-    'token_counts': COUNTS,
+class Layers:
+  """A model of dense layers and one sparse one, number 3."""
+
+  moes = (None,) * 4
+
+
+def table(names=NAMES, counts=COUNTS, **changes):
+  """The report on 10 tokens with two choices each."""
+  stats = {
+    'tokens': 10.0,
+    'load': counts.sum(axis=0),  # [13, 7, 0]
+    'kept_load': np.array([9, 7, 0]),
+    'overflowed': np.array([1, 3]),
+    'unsent': np.zeros(2),
+    'entropy': 5 * math.log(3),
+    'logit_square': 15.625,
   }
-  return LayerStats(**fields | changes)
-
-
-def table(**changes):
-  return routing_table([stats(**changes)], NAMES.__getitem__)
+  # Other layers are dense: their sums are zeros.
+  stats = RoutingStats(**stats | changes)
+  sums = jax.tree.map(
+    lambda x: np.stack([np.zeros_like(x, np.float64)] * 3 + [np.float64(x)]),
+    stats,
+  )
+  aux = types.SimpleNamespace(stats=sums)
+  return routing_report.report_rows(
+    types.SimpleNamespace(aux=aux), Layers, {3: counts}, names.__getitem__
+  )
 
 
 def test_load_summary_by_hand():
@@ -121,44 +134,34 @@ def test_table_by_hand():
   ]
 
 
-def test_choices_that_were_not_sent_are_not_dropped():
-  # A fifth of the choices is not served, as they were never sent.
-  (row,) = table(drop_rate=0.0, drop_rate_by_choice=np.zeros(2))
-  assert row['drop_rate'] == 0.0
-  assert '| 3 | 0.0% | 0.0% / 0.0% |' in to_markdown([row])
+def markdown(rows, folder):
+  routing_report.write_report(folder, rows)
+  assert json.loads((folder / 'routing_report.json').read_text()) == rows
+  return (folder / 'routing_report.md').read_text()
 
 
-def test_table_can_be_cut():
-  (row,) = routing_table(
-    [stats()], NAMES.__getitem__, num_busiest=1, num_tokens=2
-  )
-  (busy,) = row['busiest']
-  assert [token['id'] for token in busy['tokens']] == [0, 1]
-
-
-def test_undefined_numbers_are_none():
-  # A single expert has no entropy; without tokens there is no rate.
+def test_undefined_numbers_are_none(tmp_path):
+  # A single expert has no entropy; without choices there is no load.
   (row,) = table(
+    counts=np.zeros((4, 1), int),
     load=np.zeros(1),
-    kept=np.zeros(1),
-    drop_rate=math.nan,
-    drop_rate_by_choice=np.array([math.nan]),
+    kept_load=np.zeros(1),
+    overflowed=np.array([math.nan]),
     entropy=0.0,
-    token_counts=None,
   )
   for key in ['drop_rate', 'entropy_fraction', 'load_cv']:
     assert row[key] is None
   assert row['drop_rate_by_choice'] == [None]
   assert row['busiest'] == []
-  assert '| 3 | - | - | - | - | 0.000 | - | 1.25 | 1 of 1 |' in to_markdown(
-    [row]
-  )
+  line = '| 3 | - | - | - | - | 0.000 | - | 1.25 | 1 of 1 |'
+  assert line in markdown([row], tmp_path)
 
 
-def test_markdown_has_a_row_per_layer_and_per_busy_expert():
-  lines = to_markdown(
-    routing_table([stats(), stats(layer=5)], NAMES.__getitem__)
-  ).splitlines()
+def test_markdown_has_a_row_per_layer_and_per_busy_expert(tmp_path):
+  (row,) = table()
+  rows = [row, {**row, 'layer': 5, 'warning': 'it is forced'}]
+  lines = markdown(rows, tmp_path).splitlines()
+  assert '**Warning:** it is forced.' in lines
   numbers = '20.0% | 10.0% / 30.0% | 1.95 | 0.797 | 0.549 | 0.500 | 1.25'
   assert f'| 3 | {numbers} | 1 of 3 |' in lines
   assert f'| 5 | {numbers} | 1 of 3 |' in lines
@@ -166,47 +169,101 @@ def test_markdown_has_a_row_per_layer_and_per_busy_expert():
   # backtick not its code span.
   assert r'| 3 | 0 | 65% | `␣` 75%, `\|` 100%, `` [b]`x `` 17% |' in lines
   assert '| 5 | 1 | 35% | `` [b]`x `` 83%, `␣` 25% |' in lines
-  heads = [i for i, line in enumerate(lines) if line.startswith('| layer')]
-  for head in heads:
-    bars = [line.count(' |') for line in lines[head : head + 3]]
-    assert len(set(bars)) == 1
 
 
 def test_names_that_would_not_show(tmp_path):
-  names = ['\n', '', '\x00é', 'a b']
-  (row,) = routing_table([stats()], names.__getitem__)
-  text = to_markdown([row])
+  text = markdown(table(['\n', '', '\x00é', 'a b']), tmp_path)
   assert r'`\n` 75%' in text
   assert "`''` 100%" in text
   assert '`a␣b` 17%' in text
 
 
-def test_terminal_shows_the_same_without_reading_markup():
-  out = io.StringIO()
-  print_report(Console(file=out, width=120), table())
-  (layer,) = [line for line in out.getvalue().splitlines() if '0.797' in line]
-  assert ' '.join(layer.split()) == (
-    '3 20.0% 10.0% / 30.0% 1.95 0.797 0.549 0.500 1.25 1 of 3'
+def counted(model, *batches):
+  """The counts of a model that is not trained."""
+  counts, params = no_counts(model), tiny.params_of(model)
+  for batch in batches:
+    _, choices = recording(model, {'params': params}, **model.inputs(batch))
+    count_tokens(counts, model, batch, choices)
+  return counts
+
+
+DOCUMENTS = [[(0, 6), (6, 10)], [(0, 3)], [(0, 10)]]  # documents of each row
+
+
+def make_batch(seed=0):
+  tokens = tiny.tokens(seed)
+  segment_ids, positions = np.zeros((2, *tokens.shape), np.int32)
+  for row, documents in enumerate(DOCUMENTS):
+    for i, (start, stop) in enumerate(documents):
+      segment_ids[row, start:stop] = i + 1
+      positions[row, start:stop] = np.arange(stop - start)
+  batch = {'tokens': tokens, 'segment_ids': segment_ids, 'positions': positions}
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def real_counts(batch):
+  real = np.asarray(batch['segment_ids']) > 0
+  return np.bincount(np.asarray(batch['tokens'])[real], minlength=V)
+
+
+def test_counts_equal_a_slow_loop():
+  # Groups span rows, and the last of them is incomplete.
+  moe = dict(layers='1,2,4,5', capacity=All(), group_size=20)
+  options = tiny.options(moe, num_layers=6, ffn=dict(activation='relu'))
+  model = options.build()
+  params, batches = tiny.params_of(model), [make_batch(0), make_batch(1)]
+  expected = {i: np.zeros((V, 5), int) for i in (1, 2, 4, 5)}
+  for batch in batches:
+    for row, documents in enumerate(DOCUMENTS):
+      for start, stop in documents:
+        tokens = np.asarray(batch['tokens'])[row, start:stop]
+        _, expert_index = oracle.decode(options, params, tokens)
+        for i, counts in expected.items():
+          for token, experts in zip(tokens, expert_index[i]):
+            np.add.at(counts, (token, experts), 1)
+  counts = counted(model, *batches)
+  assert counts.keys() == expected.keys()
+  for i in expected:
+    np.testing.assert_array_equal(counts[i], expected[i])
+
+
+def test_where_experts_choose_it_counts_whom_they_took():
+  moe = dict(
+    router=ExpertChoice(),
+    allow_future_leak=True,
+    capacity=Fixed(slots=3),
+    group_size=20,
   )
-  assert '3       0    65%  ␣ 75%, | 100%, [b]`x 17%' in out.getvalue()
+  batch = make_batch()
+  counts = counted(tiny.build(moe), batch)
+  # In each group of 20 tokens an expert takes ceil(3 * 13 / 20) = 2 of the 13
+  # real ones, or ceil(3 * 10 / 20) = 2 where 10 are real.
+  np.testing.assert_array_equal(counts[0].sum(0), [4] * 5)
+  assert (counts[0] <= real_counts(batch)[:, None]).all()
 
 
-def test_written_files_read_back(tmp_path):
-  rows = table(entropy=math.nan)
-  write_report(tmp_path, rows)
-  assert json.loads((tmp_path / 'routing_report.json').read_text()) == rows
-  assert (tmp_path / 'routing_report.md').read_text() == to_markdown(rows)
+def test_experts_that_mix_tokens_take_all_real_ones():
+  encoder = {
+    'moe': {'router': {'kind': 'soft'}, 'dispatch': {'kind': 'einsum'}}
+  }
+  model = tiny.build(
+    dict(layers='last 1', capacity=All()),
+    kind='encoder_decoder',
+    encoder=dict(num_layers=1, overrides=encoder),
+  )
+  batch = make_batch()
+  batch |= {f'encoder_{name}': values for name, values in batch.items()}
+  expected = np.tile(real_counts(batch)[:, None], (1, 5))
+  np.testing.assert_array_equal(counted(model, batch)[0], expected)
 
 
-def test_more_kept_than_assigned_is_refused():
-  with pytest.raises(ValueError, match=r'layer 3: kept=\[14  7  0\] exceeds'):
-    stats(kept=np.array([14, 7, 0]))
-
-
-def test_fields_of_another_size_are_refused(monkeypatch):
-  # This turns off the import hook of the tests, which checks annotations.
-  monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
-  with pytest.raises(ValueError, match=r'kept \(2,\) but load \(3,\)'):
-    stats(kept=np.array([9, 7]))
-  with pytest.raises(ValueError, match=r'\(3, 4\) must be \[V, E=3\]'):
-    stats(token_counts=COUNTS.T)
+def test_a_router_that_sows_nothing_is_counted_before_drops():
+  router = own_kinds.InTurn(first=3)
+  moe = dict(router=router, num_selected=1, capacity=Fixed(slots=1))
+  batch = make_batch()
+  expected = np.zeros((V, 5), int)
+  for row, position in np.argwhere(np.asarray(batch['segment_ids']) > 0):
+    expected[batch['tokens'][row, position], (position + 3) % 5] += 1
+  counts = counted(tiny.build(moe), batch)
+  for layer in (0, 1):
+    np.testing.assert_array_equal(counts[layer], expected)

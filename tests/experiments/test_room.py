@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.study import room
-from moe_jax.analysis.trace_records import LayerChoices, Record
+from moe_jax.analysis.traces import LayerChoices, Record
 
 # Load of 12 choices among four experts, one of which is idle.
 LOAD = np.array([7, 0, 4, 1])

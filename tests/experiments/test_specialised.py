@@ -5,7 +5,7 @@ import pytest
 
 from experiments import openmoe_routing, specialisation
 from experiments.study import specialised
-from moe_jax.analysis.trace_records import (
+from moe_jax.analysis.traces import (
   Header,
   LayerChoices,
   LayerInfo,

@@ -1,0 +1,768 @@
+"""Measures of routing, as functions over arrays of choices and of counts.
+
+The choices of N tokens are `expert`, int [N, K], with numbers in [0, E), -1
+where there is none, and the first choice in column 0; `kept`, bool [N, K], says
+which of them are served. Tables count choices by label and expert. Entropies
+and information are in nats.
+
+    layers = layers_of(trace.header, trace.records('train'))
+    load = expert_counts(layers[1].expert, layers[1].info.num_experts)
+    share = specialisation(layers)[TOKEN][1].fraction
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
+from scipy.stats import random_table
+
+from moe_jax.analysis.traces import Header, LayerInfo, Record
+from moe_jax.errors import InputError
+
+TOKEN, POSITION, SOURCE = 'token id', 'position', 'source'
+NUM_PARTS = 32  # the most parts that a row is divided into
+NUM_SHUFFLES = 8
+_BLOCK = 8192  # documents among which labels are shuffled
+
+Experts = Int[np.ndarray, 'N K']
+Kept = Bool[np.ndarray, 'N K']
+Parts = Int[np.ndarray, 'N']
+Table = Int[np.ndarray, 'labels E']
+Rates = Float[np.ndarray, 'n']
+
+
+class Tokens(NamedTuple):
+  """N real tokens, batch after batch and row after row, and who follows whom.
+
+  Attributes:
+    flat_index: int [N], the index of each token among those of all batches.
+    token: int [N], its id.
+    column: int [N], its place in its row, from 0.
+    position: int [N], its place in its document, from 0.
+    document: int [N], the number of its document, from 0.
+    source: int [documents], the source of each document, or None.
+    after: int [P], the numbers, of N, of tokens whose document goes on from the
+      token before them.
+    stranger: int [P], for each of these a random other token of its batch,
+      which takes the place of the token before in a comparison.
+  """
+
+  flat_index: Int[np.ndarray, 'N']
+  token: Int[np.ndarray, 'N']
+  column: Int[np.ndarray, 'N']
+  position: Int[np.ndarray, 'N']
+  document: Int[np.ndarray, 'N']
+  source: Int[np.ndarray, 'documents'] | None
+  after: Int[np.ndarray, 'P']
+  stranger: Int[np.ndarray, 'P']
+
+
+def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
+  """The real tokens of batches of one sequence; `rng` draws the strangers."""
+  ids, positions, documents = (
+    np.concatenate([getattr(record, name) for record in records])
+    for name in ('tokens', 'positions', 'documents')
+  )
+  flat_index = np.flatnonzero(documents > 0)
+  row, column = np.divmod(flat_index, ids.shape[1])
+  segment = documents.reshape(-1)[flat_index]
+  is_same = (row[1:] == row[:-1]) & (segment[1:] == segment[:-1])
+  is_start = np.concatenate([np.ones(min(len(flat_index), 1), bool), ~is_same])
+  after = 1 + np.flatnonzero(is_same & (column[1:] == column[:-1] + 1))
+  sources: list[Any] = [record.sources for record in records]
+  source = None
+  if not any(x is None for x in sources):
+    source = np.concatenate(sources).reshape(-1)[flat_index[is_start]]
+  sizes = [np.count_nonzero(record.documents > 0) for record in records]
+  return Tokens(
+    flat_index=flat_index,
+    token=ids.reshape(-1)[flat_index],
+    column=column,
+    position=positions.reshape(-1)[flat_index],
+    document=np.cumsum(is_start) - 1,
+    source=source,
+    after=after,
+    stranger=_strangers(after, np.array(sizes), rng),
+  )
+
+
+def _strangers(
+  after: Int[np.ndarray, 'P'],
+  sizes: Int[np.ndarray, 'batches'],
+  rng: np.random.Generator,
+) -> Int[np.ndarray, 'P']:
+  """A random other token of the same batch for each token `after`."""
+  ends = np.cumsum(sizes)
+  batch = np.searchsorted(ends, after, 'right')
+  counts = np.bincount(batch, minlength=len(sizes))
+  shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
+  start = (ends - sizes)[batch]
+  return start + (after - start + np.concatenate(shift)) % sizes[batch]
+
+
+class Layer(NamedTuple):
+  """The choices of one sparse layer in all batches.
+
+  Attributes:
+    info: The description of the layer.
+    length: Number T of places of a row.
+    vocab_size: Number V of token ids.
+    num_sources: Number of sources of documents.
+    tokens: The N tokens.
+    expert: int [N, K], their choices before any is dropped.
+    gate: float [N, K], the weights; 0 where a choice is not kept.
+    kept: bool [N, K], whether choices are served.
+    logits: float [N, E], the router's logits; None if they are not recorded.
+  """
+
+  info: LayerInfo
+  length: int
+  vocab_size: int
+  num_sources: int
+  tokens: Tokens
+  expert: Experts
+  gate: Float[np.ndarray, 'N K']
+  kept: Kept
+  logits: Float[np.ndarray, 'N E'] | None
+
+  @property
+  def first(self) -> Int[np.ndarray, 'N']:
+    """The first choice of each token."""
+    return self.expert[:, 0]
+
+  @property
+  def load(self) -> Int[np.ndarray, 'E']:
+    """Choices of each expert before any is dropped."""
+    return expert_counts(self.expert, self.info.num_experts)
+
+  def first_counts(self, label: Int[np.ndarray, 'N'], num_labels: int) -> Table:
+    """The table of first choices by a label of each token."""
+    return joint_counts(label, self.first, (num_labels, self.info.num_experts))
+
+  @property
+  def by_token(self) -> Int[np.ndarray, 'V E']:
+    """First choices by token id."""
+    return self.first_counts(self.tokens.token, self.vocab_size)
+
+
+def layers_of(
+  header: Header, records: Iterable[Record], seed: int = 0
+) -> dict[int, Layer]:
+  """The choices in records, in memory, by the number of the layer.
+
+  Args:
+    header: The header of the trace.
+    records: Its records.
+    seed: Seed of the draws of random other tokens.
+
+  Raises:
+    ValueError: There are no records.
+  """
+  rng, by_sequence, layers = np.random.default_rng(seed), defaultdict(list), {}
+  for record in records:
+    by_sequence[record.sequence].append(record)
+  if not by_sequence:
+    raise InputError('no records: the trace has none of this kind and steps')
+  for batches in by_sequence.values():
+    tokens = real_tokens(batches, rng)
+    for number in batches[0].layers:
+      choices = zip(*(record.layers[number] for record in batches))
+      layers[number] = Layer(
+        header.layers[number],
+        batches[0].tokens.shape[1],
+        header.vocab_size,
+        len(header.sources),
+        tokens,
+        *(
+          _stacked(values, filler, tokens.flat_index)
+          for values, filler in zip(choices, (-1, 0, False, 0))
+        ),
+      )
+  return dict(sorted(layers.items()))
+
+
+def _stacked(values, filler: int, index: np.ndarray) -> Any:
+  """The choices of tokens in several batches; those of some may have more."""
+  if values[0] is None:
+    return None
+  K = max(x.shape[-1] for x in values)
+  return np.concatenate(
+    [
+      np.pad(
+        x.reshape(-1, x.shape[-1]),
+        ((0, 0), (0, K - x.shape[-1])),
+        constant_values=filler,
+      )
+      for x in values
+    ]
+  )[index]
+
+
+def joint_counts(
+  row: Int[np.ndarray, 'N'],
+  column: Int[np.ndarray, 'N'],
+  shape: tuple[int, int],
+) -> Int[np.ndarray, 'rows columns']:
+  """Counts of each pair of numbers; pairs with a -1 are left out."""
+  is_counted = (row >= 0) & (column >= 0)
+  pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
+  return np.bincount(pair_code, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def expert_counts(
+  expert: Int[np.ndarray, '...'], num_experts: int
+) -> Int[np.ndarray, 'E']:
+  """The number of times that each expert is chosen; -1 is no choice."""
+  return np.bincount(expert[expert >= 0], minlength=num_experts)
+
+
+def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
+  """Counts of tokens that chose both of two experts; 0 on the diagonal."""
+  shape = num_experts, num_experts
+  pairs = np.zeros(shape, np.int64)
+  for one, other in combinations(expert.T, 2):
+    pairs += joint_counts(one, other, shape)
+  return pairs + pairs.T
+
+
+def expected_pairs(
+  pairs: Int[np.ndarray, 'E E'], num_rounds: int = 500
+) -> Float[np.ndarray, 'E E']:
+  """The pairs that tokens would choose if partners did not matter.
+
+  Each expert keeps its number of partners, and no token chooses an expert
+  twice: the counts are w_a w_b for a != b, with the w that give the same sums
+  of rows (quasi-independence, found by iterative proportional fitting). With an
+  even load they are all equal. Without the second condition even random choices
+  would seem to avoid each other.
+
+  Args:
+    pairs: Symmetric counts of pairs, 0 on the diagonal.
+    num_rounds: The most rounds of fitting.
+  """
+  row_sums = pairs.sum(1).astype(np.float64)
+  weight = np.sqrt(row_sums / max(row_sums.mean(), 1e-300))
+  expected = np.zeros(pairs.shape)
+  for _ in range(num_rounds):
+    expected = np.outer(weight, weight)
+    np.fill_diagonal(expected, 0)
+    sums = expected.sum(1)
+    ratio = np.divide(row_sums, sums, out=np.ones_like(sums), where=sums > 0)
+    if np.abs(ratio[row_sums > 0] - 1).max(initial=0) < 1e-9:
+      break
+    weight *= np.sqrt(ratio)
+  return expected
+
+
+def independent(
+  table: Num[np.ndarray, 'rows E'],
+) -> Float[np.ndarray, 'rows E']:
+  """The counts that rows and columns with these sums have if independent."""
+  total = max(float(table.sum()), 1e-300)
+  return np.outer(table.sum(1), table.sum(0)) / total
+
+
+def relative_entropy(
+  counts: Num[np.ndarray, '...'], expected: Num[np.ndarray, '...']
+) -> float:
+  """Kullback-Leibler divergence in nats of counts from expected counts."""
+  occurs = counts > 0
+  if not occurs.any():
+    return 0.0
+  p, q = counts[occurs] / counts.sum(), expected[occurs] / expected.sum()
+  return float(max((p * np.log(p / q)).sum(), 0.0))
+
+
+def repeats(
+  one: Int[np.ndarray, 'P K'], other: Int[np.ndarray, 'P K']
+) -> Int[np.ndarray, '3']:
+  """Compares the choices of P pairs of tokens.
+
+  Returns:
+    The number of pairs of which both made a choice, that of those whose first
+    choices are the same expert, and that of those with an expert in common.
+  """
+  both_chose = (one[:, 0] >= 0) & (other[:, 0] >= 0)
+  one, other = one[both_chose], other[both_chose]
+  common = np.zeros(len(one), bool)
+  for column in one.T:  # faster than a reduction over so few columns
+    for other_column in other.T:
+      common |= (column >= 0) & (column == other_column)
+  first = one[:, 0] == other[:, 0]
+  return np.array([len(one), first.sum(), common.sum()])
+
+
+def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
+  """The shares of repeats if all sets of experts were equally likely.
+
+  Returns:
+    The share of pairs of tokens with the same first choice, 1 / E, and that of
+    pairs with an expert in common, 1 - C(E - K, K) / C(E, K): 12.5 % and 46.4 %
+    for two of eight experts, as in section 5 of arXiv:2401.04088.
+
+  Raises:
+    ValueError: A token cannot choose that many experts.
+  """
+  E, K = num_experts, num_selected
+  if not 1 <= K <= E:
+    raise InputError(f'num_selected={K} not in [1, num_experts={E}]')
+  return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
+
+
+def parts_of(
+  position: Num[np.ndarray, 'N'], length: int, num_parts: int
+) -> Int[np.ndarray, 'N']:
+  """The part of `length` places that each lies in, or else the last part."""
+  part = position.astype(np.int64) * num_parts // length
+  return np.clip(part, 0, num_parts - 1)
+
+
+def drop_rates(
+  expert: Experts, kept: Kept, part: Parts | None = None, num_parts: int = 1
+) -> Rates:
+  """Choices that are not served over choices, by a part of each token.
+
+  Without parts, there is one rate. NaN where nothing was chosen.
+  """
+  part = np.zeros(len(expert), int) if part is None else part
+  chosen = expert >= 0
+  dropped = np.bincount(part, (chosen & ~kept).sum(1), num_parts)
+  return shares(dropped, np.bincount(part, chosen.sum(1), num_parts))
+
+
+def unserved_rate(expert: Experts, kept: Kept) -> float:
+  """Share of the tokens that no expert served; NaN if there are no tokens.
+
+  No expert served a token if none of its choices is kept, or if it has none.
+  """
+  served = ((expert >= 0) & kept).any(1)
+  return 1 - float(served.mean()) if len(expert) else math.nan
+
+
+def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
+  """Share of first choices that are not served, of second ones, and so on."""
+  chosen = expert >= 0
+  return shares((chosen & ~kept).sum(0), chosen.sum(0))
+
+
+def mean_gates(
+  expert: Experts, gate: Float[np.ndarray, 'N K'], kept: Kept
+) -> Rates:
+  """Mean gates of served first choices, of second ones, and so on."""
+  served = (expert >= 0) & kept
+  total = np.where(served, gate, 0).sum(0, dtype=np.float64)
+  return shares(total, served.sum(0))
+
+
+def shares(
+  part: Num[np.ndarray, '*n'], whole: Num[np.ndarray, '*n']
+) -> Float[np.ndarray, '*n']:
+  """Quotients; NaN where the whole is 0."""
+  undefined = np.full(np.shape(whole), math.nan)
+  return np.divide(part, whole, out=undefined, where=whole > 0)
+
+
+def entropy(counts: Num[np.ndarray, '...']) -> float:
+  """The entropy in nats of the distribution that counts have, 0 for none."""
+  counts = np.asarray(counts)
+  counts = counts[counts > 0].astype(np.float64)
+  if not counts.size:
+    return 0.0
+  total = counts.sum()
+  return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
+
+
+def token_entropy(
+  table: Int[np.ndarray, 'V E'], ids: Int[np.ndarray, 'n'] | list[int]
+) -> float:
+  """Entropy in nats of the experts that tokens of these ids choose.
+
+  It is small if few experts serve them all, and at most ln E. Source: Table 14
+  of arXiv:2202.08906, for sentinels.
+
+  Args:
+    table: Number of choices of each expert by each token id.
+    ids: The ids.
+
+  Raises:
+    ValueError: An id is outside the vocabulary.
+  """
+  ids = np.asarray(ids, np.int64)
+  if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
+    raise InputError(
+      f'ids from {ids.min()} to {ids.max()} not in [0, vocab_size={len(table)})'
+    )
+  return entropy(table[ids].sum(0))
+
+
+def load_evenness(load: Int[np.ndarray, 'E']) -> float:
+  """The entropy of a load over ln E: 1 if all experts are chosen equally."""
+  most = math.log(len(load))
+  return entropy(load) / most if most else math.nan
+
+
+def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
+  """The entropy of the softmax over columns, a mean over tokens, over its most.
+
+  NaN without logits, or with one column.
+  """
+  if logits is None or not len(logits) or logits.shape[1] < 2:
+    return math.nan
+  shifted = logits.astype(np.float64)
+  # The floor keeps the product with a probability of 0 a number.
+  shifted = np.maximum(shifted - shifted.max(1, keepdims=True), -700)
+  total = np.exp(shifted).sum(1)
+  nats = np.log(total) - (np.exp(shifted) * shifted).sum(1) / total
+  return float(nats.mean() / math.log(logits.shape[1]))
+
+
+def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
+  """The mutual information in nats of the label and the expert of a choice.
+
+  It is estimated from the shares of counts alone, so that it is too high by
+  about (labels - 1) (E - 1) / (2 N) if the two are independent.
+  """
+  mutual = entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
+  return max(mutual, 0.0)  # rounding may leave less than 0
+
+
+class Information(NamedTuple):
+  """The information of a label on the expert that is chosen.
+
+  Attributes:
+    choices: Number of choices.
+    labels: Number of labels that occur.
+    entropy: Entropy of the experts, in nats.
+    mutual: Mutual information of label and expert, in nats.
+    shuffled: The same of shuffled labels, averaged over shuffles: what chance
+      gives with as many choices.
+    deviation: The standard deviation over shuffles.
+    accuracy: Share of choices that are the most frequent expert of their label,
+      counted on the choices that made it the most frequent.
+    accuracy_shuffled: The same of shuffled labels, averaged over shuffles.
+    base_rate: Share of choices of the most frequent expert of all.
+  """
+
+  choices: int
+  labels: int
+  entropy: float
+  mutual: float
+  shuffled: float
+  deviation: float
+  accuracy: float
+  accuracy_shuffled: float
+  base_rate: float
+
+  @property
+  def net(self) -> float:
+    """Mutual information less that of shuffled labels, in nats."""
+    return self.mutual - self.shuffled
+
+  @property
+  def fraction(self) -> float:
+    """`net` as a fraction of the entropy of the experts; NaN if that is 0."""
+    return self.net / self.entropy if self.entropy else math.nan
+
+  @property
+  def adjusted(self) -> float:
+    """`net` as a fraction of the most that it can be with these counts.
+
+    It is 1 if the label determines the expert, however few choices there are,
+    and 0 on average if the two are independent; NaN where nothing is left to
+    say. Source: the adjusted mutual information of Vinh, Epps and Bailey (2010)
+    with the entropy of the experts as the upper bound.
+    """
+    maximum = self.entropy - self.shuffled
+    return self.net / maximum if maximum > 1e-12 else math.nan
+
+
+def information(
+  table: Table, rng: np.random.Generator, num_shuffles: int = NUM_SHUFFLES
+) -> Information:
+  """The information of labels on experts; labels are shuffled by choice.
+
+  A table with the same sums of rows and columns is drawn at random, which is
+  exactly the table of shuffled labels. Labels that neighbours share, such as
+  the domain of a document, are better shuffled over documents; see
+  `document_information`.
+
+  Args:
+    table: Number of choices of each expert with each label.
+    rng: The generator of random numbers.
+    num_shuffles: Number of shuffles.
+
+  Raises:
+    ValueError: `num_shuffles` is less than 1.
+  """
+  if num_shuffles < 1:
+    raise InputError(f'num_shuffles={num_shuffles} must be at least 1')
+  table = table[table.sum(1) > 0]
+  table = table[:, table.sum(0) > 0]
+  shuffles: Iterable[np.ndarray] = [table]
+  if min(table.shape, default=0) > 1:
+    rows, columns = table.sum(1), table.sum(0)
+    shuffles = (
+      random_table.rvs(rows, columns, random_state=rng)
+      for _ in range(num_shuffles)
+    )
+  return information_of(table, shuffles)
+
+
+def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
+  """The information of labels on experts, and that of shuffled tables.
+
+  Args:
+    table: Number of choices of each expert with each label.
+    shuffles: Such tables with shuffled labels, one at a time.
+  """
+  chance = [(mutual_information(t), _best_guess(t)) for t in shuffles]
+  mutual, accuracy = np.array(chance).T
+  total = int(table.sum())
+  return Information(
+    choices=total,
+    labels=int((table.sum(1) > 0).sum()),
+    entropy=entropy(table.sum(0)),
+    mutual=mutual_information(table),
+    shuffled=float(mutual.mean()),
+    deviation=float(mutual.std(ddof=1)) if len(mutual) > 1 else 0.0,
+    accuracy=_best_guess(table),
+    accuracy_shuffled=float(accuracy.mean()),
+    base_rate=float(table.sum(0).max() / total) if total else math.nan,
+  )
+
+
+def _best_guess(table: Table) -> float:
+  total = table.sum()
+  return float(table.max(1).sum() / total) if total else math.nan
+
+
+class Agreement(NamedTuple):
+  """The agreement of two routings of the same tokens, as counts that add up.
+
+  Attributes:
+    tokens: Number of tokens that have a choice in either.
+    same_first: Number of these tokens with the same first choice.
+    chosen: Number of choices of both routings together.
+    common: Number of these choices whose expert the other routing has, too.
+  """
+
+  tokens: int
+  same_first: int
+  chosen: int
+  common: int
+
+  @property
+  def churn(self) -> float:
+    """The share of tokens whose first choice is another expert."""
+    return 1 - self.same_first / self.tokens if self.tokens else math.nan
+
+  @property
+  def overlap(self) -> float:
+    """The share of choices that the other routing has, too."""
+    return self.common / self.chosen if self.chosen else math.nan
+
+
+def agreement(
+  one: Int[np.ndarray, 'N K'], other: Int[np.ndarray, 'N L']
+) -> Agreement:
+  """Compares two routings of N tokens."""
+  has_choice = (one >= 0).any(1) | (other >= 0).any(1)
+  one, other = one[has_choice], other[has_choice]
+  matches = (one[:, :, None] == other[:, None, :]) & (one >= 0)[:, :, None]
+  return Agreement(
+    tokens=len(one),
+    same_first=int((one[:, 0] == other[:, 0]).sum()),
+    chosen=int((one >= 0).sum() + (other >= 0).sum()),
+    common=int(2 * matches.sum()),
+  )
+
+
+def document_information(
+  label: Int[np.ndarray, 'documents'],
+  counts: Int[np.ndarray, 'documents E'],
+  num_labels: int,
+) -> Information:
+  """The information of labels of documents, such as sources, on experts.
+
+  Choices within a document are alike for many reasons. Labels are therefore
+  shuffled among documents, within blocks of some thousand of them, and equally
+  in all layers.
+
+  Args:
+    label: The label of each document.
+    counts: Number of choices of each expert in each document.
+    num_labels: Number of labels.
+  """
+  rng = np.random.default_rng(0)
+  tables = np.zeros((NUM_SHUFFLES + 1, num_labels, counts.shape[1]), np.int64)
+  for start in range(0, len(label), _BLOCK):
+    block = slice(start, start + _BLOCK)
+    np.add.at(tables[0], label[block], counts[block])
+    for table in tables[1:]:
+      np.add.at(table, rng.permutation(label[block]), counts[block])
+  return information_of(tables[0], tables[1:])
+
+
+def specialisation(
+  layers: Mapping[int, Layer], seed: int = 0
+) -> dict[str, dict[int, Information]]:
+  """The information of labels on the first choices in each layer.
+
+  Args:
+    layers: The choices.
+    seed: Seed of the shuffles.
+
+  Returns:
+    By the name of the labels ('token id', 'position' in the document, 'source'
+    where the trace has several) and by layer.
+  """
+  by_label = {TOKEN: {}, POSITION: {}, SOURCE: {}}
+  for number, layer in layers.items():
+    parts = min(NUM_PARTS, layer.length)
+    part = parts_of(layer.tokens.position, layer.length, parts)
+    positions = layer.first_counts(part, parts)
+    for name, table in ((TOKEN, layer.by_token), (POSITION, positions)):
+      rng = np.random.default_rng((seed, number))
+      by_label[name][number] = information(table, rng)
+    source = layer.tokens.source
+    if (
+      layer.num_sources > 1 and source is not None and (layer.first >= 0).any()
+    ):
+      counts = layer.first_counts(layer.tokens.document, len(source))
+      by_label[SOURCE][number] = document_information(
+        source, counts, layer.num_sources
+      )
+  return {name: found for name, found in by_label.items() if found}
+
+
+def flows(
+  layers: Mapping[int, Layer],
+) -> dict[tuple[int, int], Int[np.ndarray, 'experts E']]:
+  """First choices by that of the same token in the sparse layer before.
+
+  Returns:
+    The tables, by the numbers of the two layers.
+  """
+  tables, last = {}, {}
+  for number, layer in layers.items():
+    sequence = layer.info.sequence
+    if (before := last.get(sequence)) is not None:
+      num_experts = layers[before].info.num_experts
+      table = layer.first_counts(layers[before].first, num_experts)
+      if table.any():
+        tables[before, number] = table
+    last[sequence] = number
+  return tables
+
+
+def transitions(
+  layers: Mapping[int, Layer], seed: int = 0
+) -> dict[int, Information]:
+  """The information of a token's first choice on that in the next sparse layer.
+
+  Returns:
+    By the number of the later of the two layers.
+  """
+  return {
+    number: information(table, np.random.default_rng((seed, number)))
+    for (_, number), table in flows(layers).items()
+  }
+
+
+class Persistence(NamedTuple):
+  """The shares of tokens that chose the same experts as those before them.
+
+  Shares of pairs of consecutive tokens of a document. Source: section 5 of
+  arXiv:2401.04088.
+
+  Attributes:
+    pairs: Number of pairs.
+    first: Share whose first choices are the same expert.
+    first_chance: The same for a token and a random other one of its batch: what
+      these loads give if neighbours do not matter.
+    first_uniform: The same with even loads, 1 / E.
+    any: Share that has an expert in common among all choices.
+    any_chance: The same for a token and a random other one of its batch.
+    any_uniform: The same if all sets of K experts were equally likely; NaN
+      where experts choose.
+    different: Share whose first choices are the same expert, of the pairs of
+      two different token ids.
+  """
+
+  pairs: int
+  first: float
+  first_chance: float
+  first_uniform: float
+  any: float
+  any_chance: float
+  any_uniform: float
+  different: float
+
+
+def persistence(layer: Layer) -> Persistence:
+  """The repeats of one layer."""
+  info, tokens, expert = layer.info, layer.tokens, layer.expert
+  after, before = tokens.after, tokens.after - 1
+  differs = tokens.token[after] != tokens.token[before]
+  own = repeats(expert[after], expert[before])
+  chance = repeats(expert[after], expert[tokens.stranger])
+  different = repeats(expert[after[differs]], expert[before[differs]])
+  (first, common), (first_chance, any_chance), (different_first, _) = (
+    map(float, shares(counts[1:], np.full(2, counts[0])))
+    for counts in (own, chance, different)
+  )
+  K = 1 if info.by_expert else info.num_selected
+  first_uniform, any_uniform = uniform_repeats(info.num_experts, K)
+  return Persistence(
+    int(own[0]),
+    first,
+    first_chance,
+    first_uniform,
+    common,
+    any_chance,
+    math.nan if info.by_expert else any_uniform,
+    different_first,
+  )
+
+
+def changes(
+  records: Iterable[Record], other_records: Iterable[Record]
+) -> dict[int, Agreement]:
+  """Compares the choices in records of the same batches, layer by layer.
+
+  Args:
+    records: Records at one step, or of one trace.
+    other_records: Records of the same batches, in the same order.
+
+  Raises:
+    ValueError: The records are not of the same batches, tokens and layers.
+  """
+  parts: dict[int, list[Agreement]] = defaultdict(list)
+  for one, other in zip_longest(records, other_records):
+    names = [
+      r and f'batch {r.batch} {r.sequence} of {r.kind!r} at step {r.step}'
+      for r in (one, other)
+    ]
+    if one is None or other is None or _key(one) != _key(other):
+      raise InputError(
+        f'{names[0]} and {names[1]} are not of the same tokens and layers, so '
+        'that their choices cannot be compared'
+      )
+    real = one.documents > 0
+    for number, choices in one.layers.items():
+      pair = choices.expert[real], other.layers[number].expert[real]
+      parts[number].append(agreement(*pair))
+  return {
+    number: Agreement(*map(sum, zip(*counts, strict=True)))
+    for number, counts in sorted(parts.items())
+  }
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+  """What two records have to share so that their choices can be compared."""
+  tokens = np.where(record.documents > 0, record.tokens, -1)
+  return record.batch, record.sequence, {*record.layers}, tokens.tolist()

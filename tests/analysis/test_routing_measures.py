@@ -1,0 +1,343 @@
+"""Measures of routing: by hand, and by loops that are the definition."""
+
+import collections
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from moe_jax.analysis import routing_measures as measures
+from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
+
+RNG = np.random.default_rng(0)
+B, T, V, E, K = 3, 20, 11, 5, 2
+
+
+def make_header(**changes):
+  layers = {1: LayerInfo(E, K), 4: LayerInfo(E + 2, K)}
+  fields = {'layers': layers, 'vocab_size': V, 'seq_len': T}
+  return Header(**fields | {'sources': ('code', 'prose')} | changes)
+
+
+def random_choices(rng, num_experts, real):
+  """Random choices without an expert twice, some of them dropped."""
+  expert = np.argsort(rng.random((*real.shape, num_experts)), -1)[..., :K]
+  expert = np.where(real[..., None], expert, -1).astype(np.int32)
+  kept = (rng.random(expert.shape) < 0.7) & (expert >= 0)
+  gate = np.where(kept, rng.random(expert.shape), 0).astype(np.float32)
+  return LayerChoices(expert, gate, kept)
+
+
+def make_record(step=0, **changes):
+  """Random choices in rows of two documents, the last places padding."""
+  rng = np.random.default_rng(step)
+  documents = np.tile(1 + (np.arange(T) >= 8), (B, 1)).astype(np.int32)
+  documents[:, 17:] = 0
+  positions = np.tile(np.arange(T), (B, 1)) - 8 * (documents == 2)
+  sources = (documents == 2).astype(np.int32)
+  tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+  layers = {
+    n: random_choices(rng, e, documents > 0) for n, e in ((1, E), (4, E + 2))
+  }
+  batch = tokens, positions.astype(np.int32), documents
+  base_record = Record('train', step, 0, *batch, layers, sources)
+  return base_record._replace(**changes)
+
+
+def test_tokens_of_a_batch():
+  # Two rows of five places. The first holds a document of three tokens and one
+  # of two; the second one of three tokens, then padding.
+  record = Record(
+    'train',
+    0,
+    0,
+    tokens=np.array([[7, 8, 9, 7, 7], [4, 4, 5, 0, 0]], np.int32),
+    positions=np.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]], np.int32),
+    documents=np.array([[1, 1, 1, 2, 2], [1, 1, 1, 0, 0]], np.int32),
+    layers={},
+    sources=np.array([[2, 2, 2, 0, 0], [1, 1, 1, 0, 0]], np.int32),
+  )
+  tokens = measures.real_tokens([record, record], RNG)
+  assert tokens.token.tolist() == 2 * [7, 8, 9, 7, 7, 4, 4, 5]
+  assert tokens.column.tolist() == 2 * [0, 1, 2, 3, 4, 0, 1, 2]
+  assert tokens.position.tolist() == 2 * [0, 1, 2, 0, 1, 0, 1, 2]
+  document = [0, 0, 0, 1, 1, 2, 2, 2]
+  assert tokens.document.tolist() == [*document, *(i + 3 for i in document)]
+  assert tokens.source.tolist() == 2 * [2, 0, 1]
+  # Neither the first token of a document nor that of a row follows another.
+  after = [1, 2, 4, 6, 7]
+  assert tokens.after.tolist() == [*after, *(i + 8 for i in after)]
+  # Strangers are other tokens of the same batch.
+  assert (tokens.stranger != tokens.after).all()
+  assert (tokens.stranger // 8 == tokens.after // 8).all()
+  without = measures.real_tokens([record._replace(sources=None)], RNG)
+  assert without.source is None
+  padding = record._replace(documents=np.zeros((2, 5), np.int32))
+  empty = measures.real_tokens([padding], RNG)
+  assert [len(values) for values in empty] == [0] * 8
+
+
+def test_tables_are_those_of_a_loop():
+  records = [make_record(step) for step in (0, 5)]
+  layers = measures.layers_of(make_header(), records)
+  counts = collections.Counter()
+  for record in records:
+    for b, t in zip(*np.nonzero(record.documents), strict=True):
+      expert, kept = record.layers[4].expert[b, t], record.layers[4].kept[b, t]
+      counts.update(('load', e) for e in expert)
+      counts.update(('pairs', *p) for p in itertools.permutations(expert))
+      counts['tokens', record.tokens[b, t], expert[0]] += 1
+      counts['following', record.layers[1].expert[b, t, 0], expert[0]] += 1
+      for rank in range(K):
+        counts['dropped', rank] += not kept[rank]
+  layer, N = layers[4], 2 * B * 17
+  tables = {
+    'load': layer.load,
+    'pairs': measures.pair_counts(layer.expert, E + 2),
+    'tokens': layer.by_token,
+    'following': measures.flows(layers)[1, 4],
+    'dropped': N * measures.drop_rates_by_rank(layer.expert, layer.kept),
+  }
+  for name, table in tables.items():
+    expected = np.zeros(table.shape)
+    for key, count in counts.items():
+      if key[0] == name:
+        expected[key[1:]] += count
+    np.testing.assert_allclose(table, expected, err_msg=name)
+
+
+def test_repeats_and_drops_of_a_loop():
+  record = make_record()
+  layer = measures.layers_of(make_header(), [record])[1]
+  pairs = same_first = common = different = differing = 0
+  for b, t in itertools.product(range(B), range(1, 17)):
+    if t == 8:  # the first token of the second document
+      continue
+    expert = record.layers[1].expert[b]
+    pairs += 1
+    same_first += expert[t, 0] == expert[t - 1, 0]
+    common += bool({*expert[t]} & {*expert[t - 1]})
+    differs = record.tokens[b, t] != record.tokens[b, t - 1]
+    differing += differs
+    different += differs and expert[t, 0] == expert[t - 1, 0]
+  persistence = measures.persistence(layer)
+  assert persistence.pairs == pairs
+  assert persistence.first == same_first / pairs
+  assert persistence.any == common / pairs
+  assert persistence.different == different / differing
+  assert persistence.first_uniform == 1 / E
+  kept, real = record.layers[1].kept, record.documents > 0
+  part = measures.parts_of(layer.tokens.column, T, 2)
+  rates = measures.drop_rates(layer.expert, layer.kept, part, 2)
+  halves = [1 - kept[:, :10].mean(), 1 - kept[:, 10:17].mean()]
+  np.testing.assert_allclose(rates, halves)
+  unserved = measures.unserved_rate(layer.expert, layer.kept)
+  assert unserved == pytest.approx((~kept.any(-1)[real]).mean())
+
+
+def test_parts_of_a_row():
+  columns = np.array([0, 2, 3, 9, 12])
+  assert measures.parts_of(columns, 10, 3).tolist() == [0, 0, 0, 2, 2]
+
+
+def test_experts_that_choose():
+  # Token 0 is chosen by experts 3 and 1, whose gate is smaller. Token 1 is
+  # chosen by none, token 2 by expert 0, and in another batch by one alone.
+  expert = np.array([[[3, 1], [-1, -1], [0, -1]]], np.int32)
+  gate = np.array([[[0.6, 0.2], [0, 0], [0.5, 0]]], np.float32)
+  ids = np.array([[5, 6, 6]], np.int32)
+  positions, ones = np.arange(3, dtype=np.int32)[None], np.ones_like(ids)
+  records = [
+    Record(
+      'train', 0, i, ids, positions, ones,
+      {0: LayerChoices(expert[..., :k], gate[..., :k], expert[..., :k] >= 0)},
+    )
+    for i, k in enumerate((2, 1))
+  ]  # fmt: skip
+  header = make_header(layers={0: LayerInfo(E, 1, by_expert=True)}, sources=())
+  layer = measures.layers_of(header, records)[0]
+  assert layer.load.tolist() == [2, 1, 0, 2, 0]
+  assert layer.by_token[5].tolist() == [0, 0, 0, 2, 0]
+  choices = layer.expert, layer.gate, layer.kept
+  np.testing.assert_allclose(measures.mean_gates(*choices), [0.55, 0.2])
+  unserved = measures.unserved_rate(layer.expert, layer.kept)
+  assert unserved == pytest.approx(1 / 3)
+  assert measures.drop_rates(layer.expert, layer.kept) == [0]
+  assert math.isnan(measures.persistence(layer).any_uniform)
+
+
+def test_entropies():
+  assert measures.load_evenness(np.array([3, 3, 3])) == pytest.approx(1)
+  assert measures.load_evenness(np.array([3, 0, 0])) == 0
+  assert math.isnan(measures.load_evenness(np.array([3])))
+  logits = np.array([[0, 0, 0, 0], [0, 0, -np.inf, -np.inf]], np.float32)
+  assert measures.router_evenness(logits) == pytest.approx(0.75)
+  assert math.isnan(measures.router_evenness(None))
+  # Tokens 2 and 7 go to expert 2; tokens 3 and 4 to two experts.
+  table = np.eye(8, E, dtype=int) + np.eye(8, E, k=-5, dtype=int)
+  assert measures.token_entropy(table, [2, 7]) == 0
+  assert measures.token_entropy(table, [3, 4]) == pytest.approx(math.log(2))
+  with pytest.raises(ValueError, match='from -1 to 3 not in'):
+    measures.token_entropy(table, [-1, 3])
+
+
+def test_information_by_hand():
+  # Label 0 always goes to expert 0; label 1 to either. Of 4 choices, 3 are of
+  # expert 0: H(expert) = -(3/4 ln 3/4 + 1/4 ln 1/4), H(expert | label) is ln 2
+  # for half of them.
+  table = np.array([[2, 0], [1, 1]])
+  entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+  information = measures.information(table, RNG)
+  assert information.mutual == pytest.approx(entropy - math.log(2) / 2)
+  assert information.entropy == pytest.approx(entropy)
+  assert information.accuracy == information.base_rate == 0.75
+  assert (information.choices, information.labels) == (4, 2)
+
+
+def test_information_is_that_of_a_loop():
+  table = RNG.integers(0, 5, (7, 4))
+  total, mutual = table.sum(), 0.0
+  for i, j in itertools.product(range(7), range(4)):
+    if table[i, j]:
+      ratio = table[i, j] * total / (table[i].sum() * table[:, j].sum())
+      mutual += table[i, j] / total * math.log(ratio)
+  assert measures.mutual_information(table) == pytest.approx(mutual)
+
+
+def test_independent_labels_say_nothing():
+  # 90 labels and 16 experts of 3000 choices look as if they knew each other by
+  # 89 * 15 / 6000 nats; shuffled labels do so, too.
+  code = RNG.integers(0, 90, 3000) * 16 + RNG.integers(0, 16, 3000)
+  table = np.bincount(code, minlength=90 * 16).reshape(90, 16)
+  information = measures.information(table, RNG)
+  assert information.mutual > 0.2
+  assert abs(information.net) < 5 * information.deviation < 0.05
+  assert abs(information.adjusted) < 0.03
+  assert abs(information.accuracy - information.accuracy_shuffled) < 0.03
+
+
+def test_labels_that_determine_the_expert():
+  table = np.zeros((12, 4), int)
+  table[np.arange(12), np.arange(12) % 4] = RNG.integers(100, 900, 12)
+  information = measures.information(table, RNG)
+  assert information.mutual == pytest.approx(information.entropy)
+  assert information.fraction == pytest.approx(1, abs=0.01)
+  # With one choice of each label the label always seems to tell all: shuffles
+  # show that it says nothing.
+  singles = measures.information(np.eye(5, dtype=int), RNG)
+  assert singles.mutual == pytest.approx(singles.entropy)
+  assert singles.net == pytest.approx(0, abs=1e-12)
+  assert math.isnan(singles.adjusted)
+  # Adjusted, few choices of labels that determine the expert still say all.
+  few_choices = measures.information(3 * np.sign(table), RNG)
+  assert few_choices.fraction < 0.8
+  assert few_choices.adjusted == pytest.approx(1)
+  with pytest.raises(ValueError, match='num_shuffles=0'):
+    measures.information(table, RNG, num_shuffles=0)
+
+
+@pytest.mark.parametrize('table', [np.zeros((3, 4), int), np.ones((1, 1), int)])
+def test_information_of_nothing(table):
+  information = measures.information(table, RNG)
+  assert information.net == information.deviation == 0
+
+
+def test_labels_of_documents_are_shuffled_as_documents():
+  # Four documents of 50 tokens each, of two sources: every document has an
+  # expert of its own. Over tokens it would seem that sources matter.
+  counts = 50 * np.eye(4, dtype=int)
+  information = measures.document_information(np.array([0, 1, 0, 1]), counts, 2)
+  assert information.mutual == pytest.approx(math.log(2))
+  assert information.net == pytest.approx(0, abs=1e-12)
+
+
+def test_what_is_told_by_each_label_and_by_the_layer_before():
+  record = make_record()
+  # Ids decide in layer 1, and its expert decides in layer 4.
+  first = np.where(record.documents > 0, record.tokens % E, -1)
+  choices = [
+    LayerChoices(
+      np.where(x < 0, -1, x)[..., None].astype(np.int32),
+      np.ones((B, T, 1), np.float32),
+      x[..., None] >= 0,
+    )
+    for x in (first, np.where(first < 0, -1, 4 - first))
+  ]
+  record = record._replace(layers=dict(zip((1, 4), choices)))
+  layers = measures.layers_of(make_header(), [record])
+  by_label = measures.specialisation(layers)
+  assert [*by_label] == ['token id', 'position', 'source']
+  assert by_label['token id'][1].accuracy == 1
+  assert by_label['token id'][1].adjusted == pytest.approx(1)
+  assert abs(by_label['position'][1].net) < 0.3
+  following = measures.transitions(layers)
+  assert [*following] == [4] and following[4].accuracy == 1
+  few = make_header(sources=('code',))
+  layers = measures.layers_of(few, [record])
+  assert 'source' not in measures.specialisation(layers)
+
+
+def test_no_records():
+  with pytest.raises(ValueError, match='no records'):
+    measures.layers_of(make_header(), [])
+
+
+def test_pairs_by_chance():
+  # With even loads all pairs are equally likely.
+  even = 6 * (1 - np.eye(4, dtype=int))
+  np.testing.assert_allclose(measures.expected_pairs(even), even)
+  # Pairs with counts w_a w_b stay as they are, however uneven.
+  weight = np.array([1, 2, 3, 4])
+  pairs = np.outer(weight, weight)
+  np.fill_diagonal(pairs, 0)
+  expected = measures.expected_pairs(pairs)
+  np.testing.assert_allclose(expected, pairs, rtol=1e-6)
+  assert measures.relative_entropy(pairs, expected) < 1e-12
+  # Pairs that avoid each other keep their sums, but not their places.
+  split = np.zeros((5, 5), int)
+  split[0, 1] = split[1, 0] = split[2, 3] = split[3, 2] = 9
+  expected = measures.expected_pairs(split)
+  np.testing.assert_allclose(expected.sum(1), split.sum(1))
+  np.testing.assert_allclose(expected[0, 1:4], 3)
+  divergence = measures.relative_entropy(split, expected)
+  assert divergence == pytest.approx(math.log(3))
+  # An expert may be in every pair.
+  star = np.zeros((4, 4), int)
+  star[0, 1:] = star[1:, 0] = [5, 2, 1]
+  expected = measures.expected_pairs(star)
+  np.testing.assert_allclose(expected.sum(1), star.sum(1), rtol=0.02)
+
+
+def test_repeats_of_mixtral():
+  # Section 5 of arXiv:2401.04088: 12.5 % and 46 % for two of eight experts.
+  first, common = measures.uniform_repeats(8, 2)
+  assert first == 0.125
+  assert common == pytest.approx(0.464, abs=5e-4)
+  sets = [*itertools.combinations(range(6), 3)]
+  overlaps = [bool({*a} & {*b}) for a, b in itertools.product(sets, sets)]
+  assert measures.uniform_repeats(6, 3)[1] == pytest.approx(np.mean(overlaps))
+  with pytest.raises(ValueError, match='num_selected=9 not in'):
+    measures.uniform_repeats(8, 9)
+
+
+def test_agreement_by_hand():
+  # Four tokens: the same choices; the same in another order; one in common;
+  # none in common. The last one has no choice.
+  one = np.array([[0, 1], [2, 3], [0, 4], [0, 1], [-1, -1]])
+  other = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [-1, -1]])
+  agreement = measures.agreement(one, other)
+  assert agreement == (4, 2, 16, 10)
+  assert (agreement.churn, agreement.overlap) == (0.5, 0.625)
+
+
+def test_other_tokens_are_not_compared():
+  record, other_record = make_record(0), make_record(5)
+  assert measures.changes([record], [record])[1].churn == 0
+  for others in (
+    [other_record],
+    [record, record._replace(batch=1)],
+    [record._replace(batch=2)],
+  ):
+    with pytest.raises(ValueError, match='cannot be compared'):
+      measures.changes([record], others)
