@@ -1,14 +1,9 @@
-"""Tables of values, as Markdown, CSV and on a terminal.
+"""Tables of values, as Markdown and on a terminal."""
 
-Not here: the values.
-"""
-
-import csv
 import dataclasses
-import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -18,7 +13,6 @@ from rich.text import Text
 from moe_jax.errors import InputError
 
 Value = str | int | float | None
-PROSE = 80  # columns of sentences where the output is no terminal
 _WIDE = 1000  # columns, enough for every table
 
 
@@ -65,25 +59,26 @@ class ValueTable:
 
   def markdown(self) -> str:
     """Title, note and table in GitHub's Markdown."""
-    cells = ([c.replace('|', r'\|') for c in row] for row in self.cells())
-    lines = markdown_lines(list(self.columns), cells, self.left)
+    rules = ['---:' if form else ':---' for form in self.columns.values()]
+    cells = [[c.replace('|', r'\|') for c in row] for row in self.cells()]
+    lines = [f'| {" | ".join(c)} |' for c in [[*self.columns], rules, *cells]]
     note = [self.note, ''] if self.note else []
     return '\n'.join([f'## {self.title}', '', *note, *lines]) + '\n'
 
-  def csv(self) -> str:
-    """The values at full precision; None and NaN are empty."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator='\n')
-    writer.writerow(self.columns)
-    for row in self.rows:
-      writer.writerow('' if _is_missing(value) else value for value in row)
-    return buffer.getvalue()
-
   def terminal(self) -> Table:
     """The table for a terminal."""
-    return terminal_table(
-      self.title, list(self.columns), self.cells(), self.left
+    table = Table(
+      title=self.title,
+      title_justify='left',
+      box=box.SIMPLE_HEAD,
+      padding=(0, 1, 0, 0),
     )
+    for heading, form in self.columns.items():
+      table.add_column(heading, justify='right' if form else 'left')
+    for cells in self.cells():
+      # Cells are Text, since rich would read markup in a token's name.
+      table.add_row(*map(Text, cells))
+    return table
 
 
 def wide_console() -> Console:
@@ -96,41 +91,6 @@ def wide_console() -> Console:
   if not console.is_terminal and 'COLUMNS' not in os.environ:
     console.width = _WIDE
   return console
-
-
-def markdown_lines(
-  headings: Sequence[str],
-  rows: Iterable[Sequence[str]],
-  left: Sequence[str] = (),
-) -> list[str]:
-  """The lines of a table in GitHub's Markdown.
-
-  Args:
-    headings: Headings of the columns.
-    rows: Texts of the cells, in which bars are escaped.
-    left: Headings of the columns that are aligned left.
-  """
-  rules = [':---' if heading in left else '---:' for heading in headings]
-  return [f'| {" | ".join(cells)} |' for cells in [headings, rules, *rows]]
-
-
-def terminal_table(
-  title: str,
-  headings: Sequence[str],
-  rows: Iterable[Sequence[str]],
-  left: Sequence[str] = (),
-) -> Table:
-  """A table for a terminal; the arguments are those of `markdown_lines`."""
-  table = Table(
-    title=title, title_justify='left', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-  )
-  for heading in headings:
-    justify = 'left' if heading in left else 'right'
-    table.add_column(heading, justify=justify)
-  for cells in rows:
-    # Cells are Text, since rich would read markup in a token's name.
-    table.add_row(*map(Text, cells))
-  return table
 
 
 def _is_missing(value: Value) -> bool:

@@ -223,8 +223,6 @@ class RouterOptions(Options):
       tied or masked; see `Sizes.tied`.
     takes_choices: Whether the module's `route` takes choices that are imposed
       on it, its argument `given`.
-    second_policy: The rule by which training sends choices after a token's
-      first one; 'all' sends every choice.
   """
 
   by_expert: ClassVar[bool] = False
@@ -234,7 +232,6 @@ class RouterOptions(Options):
   needs_whole_rows: ClassVar[bool] = False
   has_columns: ClassVar[bool] = False
   takes_choices: ClassVar[bool] = False
-  second_policy: ClassVar[str] = 'all'
 
   def problems_with(self, sizes: Sizes) -> Iterator[str]:
     """The problems that this router has with sizes, a text for each.
@@ -410,29 +407,3 @@ def sown(layer: Mapping[str, Any]) -> dict[str, Any]:
     # Flax keeps what is sown in tuples.
     values |= {name: entry[0]} if isinstance(entry, tuple) else sown(entry)
   return values
-
-
-def sown_choices(layer: Mapping[str, Any]) -> Any:
-  """The choices in a layer before drops, kept by its router or by the layer.
-
-  Args:
-    layer: The variables of one layer in the collection 'intermediates'.
-
-  Returns:
-    int32 [G, S, K], the columns that tokens chose; where experts choose, the
-    `SlotRouting`. If the router kept neither, those of the routing, int32
-    [B, T, N], which are -1 where there is none.
-
-  Raises:
-    ValueError: Neither kept anything.
-  """
-  values = sown(layer)
-  for name in ('expert_index', 'slots'):
-    if name in values:
-      return values[name]
-  if CHOICES in values:
-    return values[CHOICES].expert
-  raise InputError(
-    f'the layer kept no choices in {SOWN!r}, as a layer MoE does; it has '
-    f'{sorted(values)}'
-  )
