@@ -289,7 +289,8 @@ def commands(run: Run, name: str) -> dict[str, str]:
     choices = shlex.quote(f'{name}/choices')
     lines['See what the routers did'] = (
       f'moe_jax.analysis.record_evaluation {workdir} --trace={choices}\n'
-      f'python -m moe_jax.analysis.routes {choices}'
+      f'python -m moe_jax.analysis.routes {choices} '
+      f'--output={shlex.quote(f"{name}/routes")}'
     )
   return {title: f'python -m {line}' for title, line in lines.items()}
 

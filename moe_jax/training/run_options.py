@@ -202,15 +202,12 @@ class RunOptions(Options):
         f'{self.lora.rank}: adapters train alone, and lora.parts says where; '
         "set trainable='all'"
       )
-    for name, is_on, start in (
-      ('profile', self.profile.num_steps, self.profile.start_step),
-      ('trace', self.trace.every_steps, self.trace.start_step),
-    ):
-      if is_on and start > self.total_steps:
-        yield (
-          f'{name}.start_step={start} is beyond the last step, total_steps='
-          f'{self.total_steps}'
-        )
+    start = self.profile.start_step
+    if self.profile.num_steps and start > self.total_steps:
+      yield (
+        f'profile.start_step={start} is beyond the last step, total_steps='
+        f'{self.total_steps}'
+      )
     yield from self._task_problems()
     yield from self._best_problems()
     yield from override_problems(self.model, self.evals)

@@ -92,7 +92,8 @@ def test_a_report_has_tables_and_pictures(tmp_path, capsys, monkeypatch):
   assert 'Choices that changed' not in text and 'nan' not in text
 
 
-def test_an_evaluation_has_churn_and_is_compared(tmp_path, capsys):
+def test_an_evaluation_has_churn_and_is_compared(tmp_path, capsys, monkeypatch):
+  monkeypatch.delenv('COLUMNS', raising=False)  # long paths are not wrapped
   folders = [write(tmp_path / name) for name in ('one', 'other')]
   output = tmp_path / 'report'
   argv = [folders[0], f'--output={output}', '--kind=valid', '--steps=5:']

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from moe_jax import generate, run_config, sections
-from moe_jax.analysis import record_evaluation, run_page
+from moe_jax.analysis import record_evaluation, routes, run_page
 from moe_jax.analysis.run_page import Page
 from moe_jax.compression import __main__ as compression
 from moe_jax.config_file import config_of
@@ -139,7 +139,8 @@ def test_every_command_is_read_by_its_program(tmp_path, monkeypatch):
       case 'moe_jax.analysis.record_evaluation':
         assert record_evaluation.parse(words).workdir == name
       case 'moe_jax.analysis.routes':
-        assert words == [f'{name}/choices']
+        options = routes.parse(words)
+        assert options.trace == f'{name}/choices'
       case 'moe_jax.interop':
         assert interop.parse(words)[0].workdir == name
       case 'moe_jax.compression':
