@@ -289,10 +289,8 @@ class RunOptions(Options):
       )
 
   def _metric_problems(self) -> Iterator[str]:
-    entry, metric = (
-      self.evals[self.checkpoint.best_eval],
-      self.checkpoint.best_metric,
-    )
+    metric = self.checkpoint.best_metric
+    entry = self.evals[self.checkpoint.best_eval]
     # A subclass with a `measure` of its own has rows of its own.
     kind = next(c for c in type(entry).__mro__ if 'measure' in vars(c))
     names = entry.row_names(self.data) if 'row_names' in vars(kind) else ()
