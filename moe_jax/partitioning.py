@@ -23,6 +23,7 @@ __all__ = [
   'MeshOptions',
   'Rules',
   'ShardingOptions',
+  'by_token',
   'make_mesh',
   'make_rules',
   'on_each_device',
@@ -99,11 +100,14 @@ def spread(x: jax.Array) -> dict[str, int]:
   }
 
 
-def stated(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
+def stated(
+  x: jax.Array, *axes: tuple[str, ...], padded: bool = False
+) -> jax.Array:
   """x with a sharding constraint: the mesh axes of its leading dimensions.
 
   Mesh axes of one device are left out. A dimension that its axes do not divide
-  stays whole, as do dimensions beyond `axes`.
+  stays whole, as do dimensions beyond `axes`; with `padded`, the compiler pads
+  it instead, and masks the padding in whatever is computed from it.
   """
   sizes = spread(x)
   if not sizes:
@@ -112,9 +116,23 @@ def stated(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
   for size, names in zip(x.shape, axes):
     names = tuple(name for name in names if name in sizes)
     remainder = size % math.prod(sizes[name] for name in names)
-    spec.append(None if remainder else names or None)
+    spec.append(None if remainder and not padded else names or None)
   layout = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*spec))
   return jax.lax.with_sharding_constraint(x, layout)
+
+
+def by_token(table: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """A table [V, M] with its tokens split over mesh axes, and its rows whole.
+
+  Tokens that do not divide are padded to a multiple, here alone: stored tables
+  are unpadded, and have their rows split over these axes (`sharding`).
+  """
+  sizes = spread(table)
+  if table.shape[0] % math.prod(sizes.get(name, 1) for name in axes):
+    # The compiler makes an all-to-all of this step and the next; of one step
+    # from `fsdp` as well, it would gather the table on every device first.
+    table = stated(table, (), axes)
+  return stated(table, axes, padded=True)
 
 
 def on_each_device(
@@ -194,16 +212,19 @@ def sharding(
 ) -> NamedSharding:
   """The sharding of an array whose dimensions have these logical axes.
 
+  A vocabulary that does not divide is whole; its mesh axes split the width of
+  the same array too, where that divides.
+
   Raises:
     ValueError: An axis has no rule, two dimensions map to one mesh axis, or
-      a dimension does not divide by its mesh axes.
+      another dimension does not divide by its mesh axes.
   """
   if shape is not None and len(shape) != len(axes):
     raise InputError(
       f'{name} has shape {tuple(shape)}, and {len(axes)} logical axes '
       f'{tuple(axes)}'
     )
-  spec, used = [], {}
+  spec, used, moved = [], {}, ()
   table: dict[str | None, Sequence[str]] = {**dict(rules)}
   for i, axis in enumerate(axes):
     if axis is not None and axis not in table:
@@ -218,11 +239,19 @@ def sharding(
       used[axis_name] = axis
     num_devices = math.prod(mesh.shape[axis_name] for axis_name in mesh_axes)
     if shape is not None and shape[i] % num_devices:
-      raise InputError(
-        f'{name}: {axis}={shape[i]} does not divide by {num_devices} devices '
-        f'of mesh axes {mesh_axes}'
-      )
+      if axis != 'vocab':
+        raise InputError(
+          f'{name}: {axis}={shape[i]} does not divide by {num_devices} devices '
+          f'of mesh axes {mesh_axes}; choose their sizes so that it does, or '
+          f"keep it whole on every device with sharding.{axis}=''"
+        )
+      moved, mesh_axes = mesh_axes, ()
     spec.append(mesh_axes or None)
+  if shape is not None and moved and 'embed' in axes:
+    i = axes.index('embed')
+    mesh_axes = (*moved, *(spec[i] or ()))
+    if shape[i] % math.prod(mesh.shape[a] for a in mesh_axes) == 0:
+      spec[i] = mesh_axes
   return NamedSharding(mesh, PartitionSpec(*spec))
 
 

@@ -185,7 +185,7 @@ def test_a_sharding_follows_the_table_and_skips_axes_of_one():
   [
     (('embed', 'heds'), None, "unknown logical axis of w 'heds'; did you mean"),
     (('mlp', 'heads'), None, "w: sharding maps 'mlp' and 'heads' to mesh axis"),
-    (('embed', 'kv'), (5, 2), 'w: embed=5 does not divide by 2 devices'),
+    (('embed', 'kv'), (5, 2), 'w: embed=5 .* 2 devices .* sharding.embed='),
     (('batch',), (6,), 'w: batch=6 does not divide by 4 devices'),
   ],
 )
@@ -193,6 +193,23 @@ def test_shardings_that_do_not_fit_are_refused(axes, shape, message):
   mesh = make_mesh(sizes(fsdp=2, expert=2, tensor=2))
   with pytest.raises(ValueError, match=message):
     sharding(mesh, RULES, axes, shape, 'w')
+
+
+@pytest.mark.parametrize(
+  ('axes', 'shape', 'spec'),
+  [
+    (('vocab', 'embed'), (257, 8), (None, ('tensor', 'fsdp'))),
+    (('embed', 'vocab'), (8, 257), (('tensor', 'fsdp'), None)),
+    (('vocab', 'embed'), (257, 6), (None, ('fsdp',))),
+    (('vocab', 'embed'), (258, 6), (('tensor',), ('fsdp',))),
+    (('vocab',), (257,), (None,)),
+  ],
+)
+def test_the_axes_of_a_vocabulary_that_does_not_divide_split_its_rows(
+  axes, shape, spec
+):
+  mesh = make_mesh(sizes(data=2, fsdp=2, tensor=2))
+  assert sharding(mesh, RULES, axes, shape).spec == PartitionSpec(*spec)
 
 
 def build():

@@ -14,7 +14,7 @@ from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, above, one_of, option
-from moe_jax.partitioning import stated
+from moe_jax.partitioning import by_token, stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 
 
@@ -129,7 +129,7 @@ class Embeddings(nn.Module):
     uses_encoder_table = encoder and c.encoder_table
     table = self.encoder_embedding if uses_encoder_table else self.embedding
     # Rows stay whole along M: the axes that split M may split the batch of x.
-    table = stated(table, shared.mesh_axes('vocab'))
+    table = by_token(table, shared.mesh_axes('vocab'))
     x = jnp.take(table, tokens, axis=0)
     x = stated(x.astype(shared.dtype), shared.mesh_axes('batch'))
     if c.options.scale == 'sqrt_width':
@@ -146,11 +146,12 @@ class Embeddings(nn.Module):
   def logits(self, x: Float[Array, 'B T M']) -> Float32[Array, 'B T V']:
     """The float32 logits of the last block's output."""
     c = self.config
-    kernel = self.embedding.T if c.options.tie else self.w_logits
+    table = self.embedding if c.options.tie else self.w_logits.T
+    table = by_token(table, c.shared.mesh_axes('vocab'))
     if c.options.logits_scale == 'inverse_sqrt_width':
       x = x * jnp.asarray(c.width**-0.5, x.dtype)
     B, T, M = x.shape
-    logits = _float32_product(x.reshape(B * T, M), kernel)
+    logits = _float32_product(x.reshape(B * T, M), table.T)
     if c.options.logits_bias:
       logits = logits + self.b_logits.astype(jnp.float32)[None]
     if c.options.logits_divisor != 1:

@@ -356,5 +356,9 @@ def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:
   def num_shards(axis):
     return math.prod(mesh.shape[mesh_axis] for mesh_axis in table.get(axis, ()))
 
-  axes = [a if n % num_shards(a) == 0 else None for a, n in zip(axes, shape)]
+  # `sharding` takes a vocabulary that does not divide.
+  axes = [
+    a if a == 'vocab' or n % num_shards(a) == 0 else None
+    for a, n in zip(axes, shape)
+  ]
   return partitioning.sharding(mesh, rules, axes, shape)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import generation, partitioning
+from moe_jax import generation, models, partitioning
 from moe_jax.layers.positions import (
   NoPositions,
   Relative,
@@ -252,13 +252,17 @@ def test_boxed_and_prepared_parameters_do(prepared):
 
 
 @pytest.mark.slow
-def test_sharded_parameters_generate_the_same(prepared):
+def test_sharded_parameters_generate_the_same():
   model, params = model_and_params('rotary', TIGHT)
-  mesh = partitioning.make_mesh({'data': 2}, jax.devices()[:2])
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  tokens = generate(model, jax.device_put(params, whole)).tokens
-  expected = generation.generate(*prepared, PROMPTS, num_tokens=NEW).tokens
-  np.testing.assert_array_equal(tokens, expected)
+  mesh = partitioning.make_mesh({'data': 2, 'tensor': 2}, jax.devices()[:4])
+  trees = models.describe(model)
+  rules = partitioning.ShardingOptions().rules
+  shardings = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
+  split = jax.device_put(params, shardings)
+  for options in ({}, {'temperature': 1.5, 'top_p': 0.9}, {'num_beams': 3}):
+    tokens = generate(model, split, **options).tokens
+    expected = generate(model, params, **options).tokens
+    np.testing.assert_array_equal(tokens, expected)
 
 
 @pytest.mark.slow

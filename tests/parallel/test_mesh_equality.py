@@ -171,9 +171,14 @@ class Result(NamedTuple):
   text: str
 
 
-def model_of(kind, rules, remat='', **moe):
+def model_of(kind, rules, remat='', vocab_size=V, tie=True, **moe):
   sparse = dict(layers='every 2', num_experts=E, num_selected=K)
-  sizes = dict(vocab_size=V, width=16, ffn={'hidden': 24})
+  sizes = dict(
+    vocab_size=vocab_size,
+    width=16,
+    ffn={'hidden': 24},
+    embedding={'tie': tie, 'logits_bias': not tie},
+  )
   if remat:
     sizes['remat'] = remat
   if kind == 'lstms':
@@ -184,15 +189,15 @@ def model_of(kind, rules, remat='', **moe):
   return tiny.options({**sparse, **LAYERS[kind], **moe}, **sizes).build(rules)
 
 
-def make_batch():
+def make_batch(vocab_size=V):
   rng = np.random.default_rng(0)
   segment_ids = np.ones((B, T), np.int32)
   segment_ids[0, 4:] = 0
   segment_ids[1:, 3:] = 2
   return {
     'task_ids': np.tile(np.arange(B, dtype=np.int32)[:, None] % 3, (1, T)),
-    'tokens': rng.integers(0, V, (B, T), np.int32),
-    'targets': rng.integers(0, V, (B, T), np.int32),
+    'tokens': rng.integers(0, vocab_size, (B, T), np.int32),
+    'targets': rng.integers(0, vocab_size, (B, T), np.int32),
     'segment_ids': segment_ids,
     'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
     'loss_weights': (segment_ids > 0).astype(np.float32),
@@ -244,7 +249,8 @@ def step_of(
   model = model_of(kind, rules, **moe)
   # Neither rules nor recomputation change the parameters.
   plain_model = model_of(kind, ShardingOptions().rules, **{**moe, 'remat': ''})
-  state, batch = first_state(plain_model), make_batch()
+  state = first_state(plain_model)
+  batch = make_batch(moe.get('vocab_size', V))
   weights = {name: WEIGHTS[name] for name in model.loss_weights()}
   shardings = None
   if mesh_shape:
@@ -262,7 +268,7 @@ def step_of(
     batch = jax.device_put(batch, batch_sharding)
   run = functools.partial(
     train_step,
-    grad_fn=make_grad_fn(model, LossWeights(weights), microbatches),
+    grad_fn=make_grad_fn(model, LossWeights(weights, 0.1), microbatches),
     optimizer=OPTIMIZER,
     # This has no effect here, but the compilation cache sees another program.
     rate=optax.constant_schedule(salt),
@@ -341,6 +347,29 @@ def test_a_step_equals_one_device(kind, mesh_shape, capfd):
   salt = time.time() % 1000 if kind == 'gather' else 0.0
   assert_equal(step_of(kind, mesh_shape, salt=salt), one)
   assert 'rematerialization' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('mesh_shape', 'vocab_size', 'tie'),
+  [
+    ('1x2x1x4', 25, False),
+    pytest.param('2x2x1x2', 257, True, marks=pytest.mark.slow),
+  ],
+)
+def test_a_vocabulary_that_does_not_divide_is_padded(
+  mesh_shape, vocab_size, tie, capfd
+):
+  sizes = dict(vocab_size=vocab_size, tie=tie)
+  one = step_of('gather', **sizes)
+  capfd.readouterr()
+  result = step_of('gather', mesh_shape, salt=time.time() % 1000, **sizes)
+  assert_equal(result, one)
+  assert 'rematerialization' not in capfd.readouterr().err
+  # Each device has its part of the table, and makes its part of the logits.
+  num_parts = int(mesh_shape[-1])
+  rows = B * T // (8 // num_parts)
+  assert f'f32[{rows},{-(-vocab_size // num_parts)}]' in result.text
+  assert f'f32[{rows},{vocab_size}]' not in result.text
 
 
 SPREAD = (('expert', 'expert,tensor'), ('expert_mlp', ''))

@@ -12,7 +12,7 @@ from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
 
-E, V = 8, 264
+E, V = 8, 257  # no axis divides the tokens
 MODEL = {
   'vocab_size': V,
   'ffn': {'hidden': 24},
