@@ -20,7 +20,6 @@ from moe_jax.errors import InputError
 from moe_jax.evaluation import (
   EVALUATIONS,
   ChoiceEvaluation,
-  ClassifyEvaluation,
   EvaluationOptions,
   GenerateEvaluation,
   LossEvaluation,
@@ -76,20 +75,6 @@ def evaluation(
   """
   keys = dict(every_steps=every_steps, num_batches=num_batches)
   return entry(LossEvaluation, **keys, **overrides)
-
-
-def classify_evaluation(
-  every_steps: int = 500, num_batches: int = 0, **overrides: Any
-) -> ConfigDict:
-  """An entry of `evals` of kind 'classify': the accuracy of a classifier.
-
-  Args:
-    every_steps: As in `evaluation`.
-    num_batches: As in `evaluation`.
-    **overrides: As in `evaluation`.
-  """
-  keys = dict(every_steps=every_steps, num_batches=num_batches)
-  return entry(ClassifyEvaluation, **keys, **overrides)
 
 
 def generate_evaluation(every_steps: int = 0, **keys: Any) -> ConfigDict:

@@ -14,7 +14,7 @@ Here: jittered digits, scikit-learn's 8x8 images on a canvas of 14x14, each time
 at one of 49 random places. Layers have four experts. The gates are measured on
 the validation images, each at every place, so that place and class are
 independent (`--task=mnist`: 400 images at 81 places, where TFDS has MNIST). See
-`study/gate_information.py` for how information is estimated.
+`gates_2013/information.py` for how information is estimated.
 
 Found, on the eight seeds of `full` (eight minutes on two cores): the first
 layer's gates hold 0.25 nats of information about the place and 0.005 about the
@@ -28,42 +28,28 @@ resolved.
 
 import ml_collections
 
-from experiments.gates_2013.gate_measures import measure
-from experiments.gates_2013.gate_pictures import LAYERS, pictures
+from experiments.gates_2013.measures import measure
+from experiments.gates_2013.pictures import LAYERS, pictures
+from experiments.gates_2013.training import DeepMoeRunner, Training
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
-from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from moe_jax.configs import eigen_digits
+from moe_jax import sections
 
 TASKS = {
   'jittered_digits': Task(
-    {'data.source.kind': 'digits', 'data.source.digits.canvas': 14},
-    "jittered digits (scikit-learn's 8x8 on 14x14)",
+    {'data.name': 'digits'}, "jittered digits (scikit-learn's 8x8 on 14x14)"
   ),
-  'mnist': Task(
-    {
-      'data.source.kind': 'tfds',
-      'data.source.tfds.name': 'mnist',
-      'data.validation_split': 'test',
-    },
-    'MNIST, jittered, 36x36',
-  ),
+  'mnist': Task({'data.name': 'mnist'}, 'MNIST, jittered, 36x36'),
 }
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
   """The config that the rows share."""
-  config = eigen_digits.get_config().unlock()
+  config = sections.section(Training)
   config.total_steps = steps
-  config.model.deep_moe.balance_steps = min(
-    config.model.deep_moe.balance_steps, steps
-  )
-  config.checkpoint.every_steps = 0
-  config.evals.valid.every_steps = 0
-  del config.evals.classes  # `measure` takes other images
-  return config.lock()
+  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
@@ -72,23 +58,21 @@ def arms(preset: Preset) -> list[Arm]:
   The balancing constraint is off, on, or lifted half-way through training.
   """
   steps = {'off': 0, 'on': -1, 'lifted': preset.steps // 2}
-  key = 'model.deep_moe.'
   arms = []
   for depth in LAYERS:
     sizes = _sizes(depth)
     for name, balanced in steps.items():
-      overrides = {**sizes, f'{key}balance_steps': balanced}
+      overrides = {**sizes, 'balance_steps': balanced}
       arms.append(Arm(row_name(name, depth), overrides))
-  single = {f'{key}num_experts': (1, 1), f'{key}balance_steps': 0}
+  single = {'num_experts': (1, 1), 'balance_steps': 0}
   arms.append(Arm(row_name('one expert a layer', 2), _sizes(2) | single))
   return arms
 
 
 def _sizes(depth: int) -> dict[str, tuple[int, ...]]:
-  """Sizes of the config's first `depth` layers, by dotted name of the key."""
-  section = eigen_digits.get_config().model.deep_moe
+  """Sizes of the first `depth` layers of the default, by name."""
   names = ('num_experts', 'hidden', 'gate_hidden')
-  return {f'model.deep_moe.{name}': section[name][:depth] for name in names}
+  return {name: getattr(Training(), name)[:depth] for name in names}
 
 
 def row_name(constraint: str, depth: int) -> str:
@@ -169,7 +153,7 @@ STUDY = Study(
   ],
   written='2026-11-25',
   figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
-  runner=TrainingRunner(measure),
+  runner=DeepMoeRunner(measure),
   pictures=pictures,
   remarks=(
     'Information is in nats, ln 4 = 1.386 at most, less that of shuffled '
@@ -186,7 +170,6 @@ STUDY = Study(
   ),
   tasks=TASKS,
 )
-get_config, get_items = STUDY.get_config, STUDY.get_items
 
 if __name__ == '__main__':
   command.main(STUDY)

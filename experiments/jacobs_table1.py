@@ -17,7 +17,7 @@ the sizes give mixtures and networks roughly equal numbers of parameters: 24 and
 48 against 25 and 49 with one output, 60 and 120 against 46 and 88 with four.
 Not in the paper, and chosen: which class of a pair is 1 (here [I] and [A]),
 weights that start uniform within 0.5, and the rates. `--task=linear_pairs`
-leaves out the logistic, `--task=one_hot` has an output a class.
+leaves out the logistic.
 
 The paper's table has equation 1.3 alone; 1.1 and 1.2 are our own question. The
 information I(expert; case), what the choice of an expert says about a case, is
@@ -26,7 +26,7 @@ same for all cases.
 
 Found, 25 seeds each, a minute on two idle cores: 4 experts need about 0.6 of
 the epochs of 6 hidden units with speakers that are drawn, and 0.72 on the table
-of 1952 itself (835 against 1,159, by `--config.data.vowels.table=PATH`; not in
+of 1952 itself (835 against 1,159, by `--config.data.table=PATH`; not in
 RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. The choice
 of an expert says more about a case where experts compete (0.67 nats with
 equation 1.3, 0.65 with 1.2) than where they cooperate (0.43 with 1.1). Equation
@@ -40,20 +40,18 @@ are in use with 1.3, and two with 1.2 and 1.1; they need 3,400, 5,450 and 1,060
 epochs (6 hidden units 8,600, and two runs in 25 never arrive). The likeliest
 expert of each case is right by itself in 87, 89 and 64 % of cases: cooperating
 experts do not specialise. The choice of an expert says 0.62, 0.64 and 0.27 nats
-about a case. `--task=digits` (minutes): one linear expert could learn all
-digits, and competing experts often leave them to one: 1.7 are in use with 1.3,
-1.4 with 1.2 and 3.0 with 1.1, whose choices then say the most.
+about a case.
 """
 
 import pathlib
 
+import jax
 import ml_collections
+import numpy as np
 
-from experiments.origins_1991 import jacobs_figures, jacobs_rows
-from experiments.origins_1991.jacobs_claims import CLAIMS, COLUMNS, LOSSES
-from experiments.origins_1991.jacobs_figures import Life
-from experiments.origins_1991.jacobs_runner import Descent, DescentRunner
-from experiments.origins_1991.jacobs_runs import path
+from experiments.origins_1991 import descent, figures, rows, vowels
+from experiments.origins_1991.claims import CLAIMS, COLUMNS, LOSSES
+from experiments.origins_1991.descent_runner import Descent, DescentRunner
 from experiments.study import command, results
 from experiments.study.parts import Figure, Preset, Results
 from experiments.study.study import Exploration, Study
@@ -62,8 +60,9 @@ from moe_jax import sections
 
 VOWELS = 'vowels, drawn around the means of Peterson and Barney 1952'
 PAIRS = '[i], [a] against [I], [A]'
-# Number of points in time at which a run's weights are kept for drawing.
-MOMENTS = 30
+# Number of points in time at which a run's weights are kept, and those that are
+# drawn.
+KEPT, DRAWN = 20, (0, 2, 5, 10, 20)
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
@@ -78,45 +77,32 @@ def in_epochs(preset: Preset) -> str:
   return f'at most {preset.steps:,} epochs'
 
 
-def lives(folder: pathlib.Path, runs: Results) -> dict[str, Life]:
-  """Weights over time of seed 0 of 4 experts, by loss.
+def pictures(runs: Results, folder: pathlib.Path) -> None:
+  """Draws the table's figure, and the experts' regions of the feature plane.
 
-  Args:
-    folder: Folder of the table, which has the configs of the arms.
-    runs: Results of all runs, by arm.
+  The regions, `boundaries.png`, are those of seed 0 of 4 experts.
   """
+  by_name = {row.name: row for row in rows.rows(runs, {})}
+  path = folder / results.PICTURE
+  figures.epochs(by_name, rows.sweeps(runs), STUDY.title, path)
   configs, lives = results.read_configs(folder), {}
   for loss in LOSSES:
     name = f'4 experts, {loss}'
     options = sections.read(Descent, configs[name])
-    problem = options.problem()
-    model = options.model(problem)
-    every = max(1, runs[name][0]['epochs'] // MOMENTS)
-    params = path(
-      model, problem, options.learning_rate, 0, every=every, count=MOMENTS
+    train, system = vowels.load(options.data.table)[0], options.system()
+    every = max(1, runs[name][0]['epochs'] // KEPT)
+    kept = descent.path(
+      system,
+      descent.pairs(train),
+      options.learning_rate,
+      np.array([0]),
+      every=every,
+      count=KEPT,
     )
-    lives[loss] = Life(model, params, every)
-  return lives
-
-
-def pictures(runs: Results, folder: pathlib.Path) -> None:
-  """Draws the table's figure, and the experts' regions of the feature plane.
-
-  The regions, `boundaries.png` and the animation `boundaries.gif`, are drawn
-  only where cases have two features.
-  """
-  rows = {row.name: row for row in jacobs_rows.rows(runs, {})}
-  sweeps = jacobs_rows.sweeps(runs)
-  jacobs_figures.epochs(rows, sweeps, STUDY.title, folder / results.PICTURE)
-  (config, *_) = results.read_configs(folder).values()
-  problem = sections.read(Descent, config).problem()
-  if problem.train.features.shape[-1] != 2:
-    return
-  drawn_lives = lives(folder, runs)
-  figure = jacobs_figures.boundaries(problem, drawn_lives)
-  figure.savefig(folder / 'boundaries.png', dpi=110)
-  moving = jacobs_figures.animation(problem, drawn_lives)
-  moving.save(folder / 'boundaries.gif', writer='pillow', dpi=70)
+    life = {i * every: jax.tree.map(lambda a, i=i: a[i], kept) for i in DRAWN}
+    lives[loss] = system.model, life
+  drawn = figures.boundaries(train, lives)
+  drawn.savefig(folder / 'boundaries.png', dpi=110)
 
 
 STUDY = Study(
@@ -124,20 +110,20 @@ STUDY = Study(
   title='Competing experts against back-propagation',
   source='Jacobs et al. 1991, Table 1',
   config=config,
-  arms=jacobs_rows.arms,
+  arms=rows.arms,
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,
   claims=CLAIMS,
   figure=Figure(
     ['epochs', 'I(expert; case)', 'experts in use'], from_runs=True
   ),
-  rows=jacobs_rows.rows,
+  rows=rows.rows,
   runner=DescentRunner(),
   explorations=lambda preset: [
-    Exploration(jacobs_rows.explored, jacobs_rows.chosen, jacobs_rows.EXPLORED)
+    Exploration(rows.explored, rows.chosen, rows.EXPLORED)
   ],
   pictures=pictures,
-  remarks=jacobs_rows.remarks,
+  remarks=rows.remarks,
   misses=(
     "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's half, "
     'and eight need 241 ± 103 more than four. A guess that was not tested: '
@@ -158,16 +144,6 @@ STUDY = Study(
     'linear_pairs': Task(
       {'targets': 'linear_pairs'},
       f'{VOWELS}, {PAIRS}, linear outputs, until an error of 0.11',
-      comparable=False,
-    ),
-    'one_hot': Task(
-      {'targets': 'one_hot'},
-      f'{VOWELS}, 4 classes, until an error of 0.16',
-      comparable=False,
-    ),
-    'digits': Task(
-      {'data.kind': 'digits', 'targets': 'one_hot', 'error': 0.05},
-      "digits, scikit-learn's, 10 classes, until an error of 0.05",
       comparable=False,
     ),
   },

@@ -128,14 +128,14 @@ class DryRun:
     """The options with the vocabulary of the data, or one that is known."""
     options = self._options
     if dataset is not None:
-      size, shape = dataset.vocab_size, dataset.feature_shape
+      size = dataset.vocab_size
     else:
-      size, shape = options.data.tokenizer.known_vocab_size(), ()
+      size = options.data.tokenizer.known_vocab_size()
     size = options.model.vocab_size or size
-    if not size or (options.model.reads_features and not shape):
+    if not size:
       return None
     try:
-      return options.filled(size, shape)
+      return options.filled(size)
     except InputError as error:
       self._refuse(error)
       return None
@@ -162,10 +162,9 @@ class DryRun:
       yield from start_facts.facts(run)
     else:
       yield dataset.describe() if dataset else _not_prepared(options)
-      if not model.reads_features:
-        yield cost.count(
-          model, options.data.seq_len, options.data.target_len
-        ).describe()
+      yield cost.count(
+        model, options.data.seq_len, options.data.target_len
+      ).describe()
       yield start_facts.devices_line(mesh)
     if dataset is not None:
       yield self._passes_line(dataset)

@@ -57,11 +57,6 @@ class RunConfig(RunOptions):
     """The problems of all runs, and of the teacher with other sections."""
     yield from super().problems()
     o = self.distill
-    if o.teacher and self.model.reads_features:
-      yield (
-        f'distill.teacher={o.teacher!r} with model.kind='
-        f'{MODELS.name_of(self.model)!r}, whose outputs are no logits of tokens'
-      )
     if o.teacher and self.model.replay:
       yield (
         f'distill.teacher={o.teacher!r} with model.moe.replay='

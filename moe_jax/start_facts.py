@@ -56,13 +56,8 @@ def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
 def facts(run: Run) -> Iterator[str]:
   """Lines on the data, the model and the devices of a run."""
   yield run.dataset.describe()
-  if run.model.reads_features:
-    shapes = jax.tree.leaves(run.programs.abstract_state.params)
-    count = sum(leaf.size for leaf in shapes)
-    yield f'{type(run.model).__name__}: {count:,} parameters'
-  else:
-    lengths = run.options.data.seq_len, run.options.data.target_len
-    yield cost.count(run.model, *lengths).describe()
+  lengths = run.options.data.seq_len, run.options.data.target_len
+  yield cost.count(run.model, *lengths).describe()
   if run.model.moe is not None:
     yield _experts(run, run.model.moe)
     for text in warnings(run.model):

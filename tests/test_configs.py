@@ -34,22 +34,8 @@ def options_of(name, *arguments):
   return read(golden.config(name, *arguments))
 
 
-def filled(options, vocab_size):
-  """Options with a vocabulary and, if they need one, a shape of examples."""
-  reads_features = options.model.reads_features
-  return options.filled(vocab_size, (7,) if reads_features else ())
-
-
 def batch_of(options, model):
   """Random rows of the run's lengths, for every input of the model."""
-  if options.model.reads_features:
-    ones = {
-      k: np.ones(v.shape, v.dtype)
-      for k, v in options.batch_shapes(model).items()
-    }
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=ones['features'].shape).astype(np.float32)
-    return ones | {'features': features}
   rows = tiny.batch(options)
   if not options.model.has_encoder:
     return rows
@@ -76,7 +62,7 @@ def test_a_dump_holds_what_differs_and_nothing_else():
   assert changed['evals.capacity_2.model_overrides'] == {
     'moe': {'capacity': {'per_token': {'factor': 4.0}}}
   }
-  assert json.loads(golden.dump('eigen_digits'))['evals.all_tokens'] is None
+  assert json.loads(golden.dump('shazeer_lstm'))['evals.all_tokens'] is None
 
 
 # Shrunk they differ from `mixtral_8x7b`, `tiny_switch` and `tiny_seq2seq` in
@@ -124,8 +110,6 @@ each_config = each_of(golden.NAMES)
 each_family = each_of(
   [
     'deepseek_v3',
-    'eigen_digits',
-    'jacobs_vowels',
     'shazeer_lstm',
     'st_moe_32b',
     'tiny_switch',
@@ -136,11 +120,11 @@ each_family = each_of(
 
 @each_config
 def test_initialises_as_shapes_at_full_size(name):
-  options = filled(options_of(name), 65)
+  options = options_of(name).filled(65)
   model = options.build()
   shapes = nn.meta.unbox(models.abstract_params(model))
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-  assert total > (100 if model.reads_features else 500_000)
+  assert total > 500_000
   # Memory is refused by this count, which takes no time.
   assert 0.85 * total < options.model.least_parameters() <= total
   changed = changed_models(
@@ -152,7 +136,7 @@ def test_initialises_as_shapes_at_full_size(name):
 def with_few_layers(options):
   """Options with two layers in place of periods of four, which take long."""
   model = options.model
-  if model.reads_features or model.moe.layers != 'every 4':
+  if model.moe.layers != 'every 4':
     return options
   moe = dataclasses.replace(model.moe, layers='every 2')
   model = dataclasses.replace(model, num_layers=2, moe=moe)
@@ -161,7 +145,7 @@ def with_few_layers(options):
 
 @each_family
 def test_two_steps_shrunk(name):
-  options = with_few_layers(filled(options_of(name, 'runlocal'), 257))
+  options = with_few_layers(options_of(name, 'runlocal').filled(257))
   model = options.build()
   batch = batch_of(options, model)
   trees = models.describe(model)
@@ -213,10 +197,9 @@ def test_a_shrunk_config_is_small_and_of_the_same_kinds(name):
   assert small.evals.keys() == whole.evals.keys()
   assert type(small.data.task) is type(whole.data.task)
   assert small.total_steps == 2 and small.batch_size == 4
-  if whole.data.task.has_tokens:
-    assert small.model.width == 32 and small.data.seq_len == 32
-    assert type(small.model.moe.router) is type(whole.model.moe.router)
-    assert small.model.vocab_size == 0
+  assert small.model.width == 32 and small.data.seq_len == 32
+  assert type(small.model.moe.router) is type(whole.model.moe.router)
+  assert small.model.vocab_size == 0
   # The result is a valid config.
   assert read(sections.section(small)) == small
 
@@ -273,7 +256,7 @@ def test_only_glam_leaks_the_future():
   leaking = [
     name
     for name in golden.NAMES
-    if filled(options_of(name), 65).build().leaks_future
+    if options_of(name).filled(65).build().leaks_future
   ]
   assert leaking == ['glam_64b64e']
 
@@ -302,7 +285,7 @@ def test_the_dense_twin_is_one_override():
     sum(
       math.prod(leaf.shape)
       for leaf in jax.tree.leaves(
-        nn.meta.unbox(models.abstract_params(filled(options, 65).build()))
+        nn.meta.unbox(models.abstract_params(options.filled(65).build()))
       )
     )
     for options in (twin, dense)

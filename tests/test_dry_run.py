@@ -7,10 +7,9 @@ import time
 import jax
 import pytest
 
-from moe_jax import data, memory_room, run_config, sections
+from moe_jax import data, memory_room, sections
 from moe_jax.analysis import cost, run_cost
 from moe_jax.compression.distill import Distilling
-from moe_jax.configs import jacobs_vowels
 from moe_jax.data import file_digests, tokenizers
 from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
@@ -229,10 +228,3 @@ def test_flops_and_bytes_by_formula():
   assert 0 <= moments < 100
   seeds = needs.checkpoint - needs.parameters - needs.optimizer
   assert 0 <= seeds < 100
-
-
-def test_examples_without_tokens_are_counted_too(tmp_path):
-  options = run_config.read(jacobs_vowels.get_config())
-  text, problems = report(options, tmp_path)
-  assert not problems
-  assert 'run: 400 steps of 50 examples, 20k in all, with 60 param' in text

@@ -3,16 +3,14 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import eigen_2013
-from experiments.gates_2013 import gate_pictures
-from experiments.study import gate_information, runner
+from experiments.gates_2013 import digits, pictures
+from experiments.gates_2013 import information as information_lib
 from experiments.study import results as study_results
 from experiments.study.parts import Arm, Preset
-from moe_jax import data
 
 
 def entropy(*p):
@@ -24,15 +22,15 @@ def test_information_of_two_labels_by_hand():
   # 0.1 and 0.9: the information is ln 2, the entropy of the mean, less the
   # entropy for each label.
   gates = np.array([[0.9, 0.1], [0.1, 0.9]])
-  information = gate_information.mutual_information(gates, np.array([0.5, 0.5]))
+  information = information_lib.mutual_information(gates, np.array([0.5, 0.5]))
   np.testing.assert_allclose(information, math.log(2) - entropy(0.9, 0.1))
   # A rare label carries less information; mean gates are 0.7 and 0.3.
-  information = gate_information.mutual_information(
+  information = information_lib.mutual_information(
     gates, np.array([0.75, 0.25])
   )
   np.testing.assert_allclose(information, entropy(0.7, 0.3) - entropy(0.9, 0.1))
   certain = np.eye(4)
-  information = gate_information.mutual_information(certain, np.full(4, 0.25))
+  information = information_lib.mutual_information(certain, np.full(4, 0.25))
   np.testing.assert_allclose(information, math.log(4))
 
 
@@ -44,10 +42,10 @@ def test_gates_that_follow_the_place_say_nothing_of_the_class():
   # There are six places, of which each expert has two; all images are equal.
   place_gates = np.eye(3)[np.arange(6) // 2]
   gates = np.tile(place_gates, (60, 1, 1))
-  information = gate_information.about_place(gates)
+  information = information_lib.about_place(gates)
   np.testing.assert_allclose(information.measured, math.log(3))
   assert 0 < information.by_chance < 0.1
-  assert gate_information.about_class(gates, cyclic_labels()) == (0.0, 0.0)
+  assert information_lib.about_class(gates, cyclic_labels()) == (0.0, 0.0)
 
 
 def test_gates_that_follow_the_class_say_nothing_of_the_place():
@@ -55,10 +53,10 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
   labels = cyclic_labels()
   label_gates = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
   gates = np.repeat(label_gates[:, None], 6, axis=1)
-  information = gate_information.about_class(gates, labels)
+  information = information_lib.about_class(gates, labels)
   np.testing.assert_allclose(information.measured, entropy(0.5, 0.25, 0.25))
   assert 0 < information.by_chance < 0.1
-  about_place = gate_information.about_place(gates)
+  about_place = information_lib.about_place(gates)
   np.testing.assert_allclose(about_place, 0, atol=1e-12)
 
 
@@ -71,7 +69,7 @@ def test_independent_gates_have_no_excess(images):
   for seed in range(20):
     one_hot = np.eye(3)[rng.integers(0, 3, images)]
     gates = np.repeat(one_hot[:, None], 2, axis=1)
-    information = gate_information.about_class(gates, labels, seed)
+    information = information_lib.about_class(gates, labels, seed)
     measured.append(information.measured)
     excess.append(information.excess)
   bias = 2 * 3 / (2 * images)
@@ -82,7 +80,7 @@ def test_independent_gates_have_no_excess(images):
 
 def test_by_class_is_over_images_and_places():
   gates = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
-  mean_gates = gate_information.by_class(gates, np.array([3, 7]))
+  mean_gates = information_lib.by_class(gates, np.array([3, 7]))
   np.testing.assert_array_equal(mean_gates, [[0.75, 0.25], [0.0, 1.0]])
 
 
@@ -90,7 +88,7 @@ STUDY = eigen_2013.STUDY
 
 
 def depth_of(arm) -> int:
-  return len(arm.overrides['model.deep_moe.num_experts'])
+  return len(arm.overrides['num_experts'])
 
 
 @pytest.fixture(scope='module')
@@ -102,13 +100,12 @@ def results(tmp_path_factory):
     if arm.name.startswith('lifted'):
       units = {'hidden': (12, 8), 'gate_hidden': (6, 5)}
       small_sizes = {
-        f'model.deep_moe.{name}': sizes[: depth_of(arm)]
-        for name, sizes in units.items()
+        name: sizes[: depth_of(arm)] for name, sizes in units.items()
       }
       arm = Arm(arm.name, {**arm.overrides, **small_sizes, 'batch_size': 8})
       (job,) = STUDY.jobs(STUDY.shared(preset), [arm], [0], folder)
-      result = runner.train(job, STUDY.runner.measure, jax.devices()[:1])
-      by_arm[arm.name] = [result]
+      STUDY.runner([job])
+      by_arm[arm.name] = [job.result()]
   return by_arm
 
 
@@ -127,8 +124,7 @@ def test_a_run_has_what_the_table_shows(results):
     assert by_place.shape == (4, 7, 7) and by_class.shape == (4, 10)
     np.testing.assert_allclose(by_place.sum(0), 1, atol=1e-4)
     # The mean over places and the mean over classes are the same.
-    digits = data.DigitsSource(canvas=14).classes()
-    labels = digits.examples('validation').labels
+    labels = digits.load('digits')[1].labels
     share = np.bincount(labels) / len(labels)
     np.testing.assert_allclose(
       by_place.mean((1, 2)), by_class @ share, atol=1e-4
@@ -138,7 +134,7 @@ def test_a_run_has_what_the_table_shows(results):
 @pytest.mark.slow
 def test_its_pictures_are_of_its_gates(results, tmp_path):
   deep = results[eigen_2013.BALANCED][0]
-  figure = gate_pictures.picture(deep, 'a title')
+  figure = pictures.picture(deep, 'a title')
   images = [
     np.asarray(image.get_array())
     for axes in figure.axes
@@ -147,7 +143,7 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
   assert len(images) == 2 * (4 + 1)
   np.testing.assert_array_equal(images[2], deep['layer_1/by_place'][2])
   np.testing.assert_array_equal(images[-1], deep['layer_2/by_class'])
-  gate_pictures.pictures(results, tmp_path)
+  pictures.pictures(results, tmp_path)
   assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
 
 
@@ -165,5 +161,5 @@ def test_its_claims_are_about_its_rows(preset, results):
   summary = study_results.summary_of(STUDY, preset, task, rows, by_arm, {})
   assert len(summary['claims']) == len(STUDY.claims)
   json.dumps(summary)
-  steps = [a.overrides['model.deep_moe.balance_steps'] for a in arms]
+  steps = [a.overrides['balance_steps'] for a in arms]
   assert steps == [0, -1, preset.steps // 2] * 2 + [0]

@@ -1,1 +1,7 @@
-"""Measures and pictures of gates for the study of 2013, `eigen_2013.py`."""
+"""The deep mixture of experts, of 2013: model, data and measures of gates.
+
+`digits.py` has the data, `deep_moe.py` the model and its balancing constraint,
+and `training.py` the options and the runs of the study `eigen_2013.py`.
+`measures.py`, with `information.py`, and `pictures.py` are what it shows of
+gates.
+"""

@@ -28,7 +28,6 @@ from moe_jax.analysis.cost_tables import (
 from moe_jax.analysis.counts import Cost, TokenFlops, count, short
 from moe_jax.errors import InputError
 from moe_jax.memory_room import in_bytes
-from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
 
 __all__ = [
@@ -56,14 +55,9 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
 
   Raises:
     ValueError: The size of the vocabulary depends on the data and the options
-      do not give it, or the model reads no tokens.
+      do not give it.
   """
   model = options.model
-  if model.reads_features:
-    raise InputError(
-      f'model.kind={MODELS.name_of(model)!r} reads examples that are no text, '
-      'so it has no cost per token; every parameter is used for every example'
-    )
   tokenizer = options.init_from.with_tokenizer(options.data).tokenizer
   size = model.vocab_size or tokenizer.known_vocab_size()
   if not size:

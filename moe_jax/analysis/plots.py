@@ -44,15 +44,11 @@ class Panel(NamedTuple):
   draw: Callable[[Axes], None]
 
 
-def panels(
-  rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
-) -> list[Panel]:
+def panels(rows: Rows) -> list[Panel]:
   """The curves of a run: losses, and the other curves that rows have.
 
   Args:
     rows: Rows of metrics, each with its `step`.
-    loss_unit: Unit of the losses.
-    counted: Noun, in the singular, for what the speed counts.
 
   Raises:
     ValueError: No row has a loss.
@@ -69,11 +65,11 @@ def panels(
     curves.append(
       Panel('evaluations', title, lambda axes: _differences(axes, rows, evals))
     )
-  units = {'loss': loss_unit, 'evaluations': loss_unit}
+  units = {'loss': 'nats/token', 'evaluations': 'nats/token'}
   for key, title, unit, scale in [
     ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
     ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
-    ('tokens_per_second', 'Speed', f'{counted}s/s', 1.0),
+    ('tokens_per_second', 'Speed', 'tokens/s', 1.0),
   ]:
     if any(f'train/{key}' in row for row in rows):
       units[key] = unit
@@ -82,11 +78,9 @@ def panels(
   return [_labelled(panel, units[panel.name], rows) for panel in curves]
 
 
-def curves_figure(
-  rows: Rows, loss_unit: str = 'nats/token', counted: str = 'token'
-) -> Figure:
+def curves_figure(rows: Rows) -> Figure:
   """All `panels` in one figure, the losses on top, with the same errors."""
-  first, *below = panels(rows, loss_unit, counted)
+  first, *below = panels(rows)
   names = [panel.name for panel in below]
   names += names[-1:] * (len(names) % 2)  # the last of an odd number is wide
   lines = len(names) // 2

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import models, partitioning
+from moe_jax import partitioning
 from moe_jax.analysis import memory, sharded
 from moe_jax.analysis.counts import count, short
 from moe_jax.analysis.training_cost import training_cost
@@ -82,10 +82,6 @@ def run_cost(options: RunOptions, model: Model) -> RunCost:
     model: Its model.
   """
   steps, rows = options.total_steps, options.total_steps * options.batch_size
-  if model.reads_features:
-    leaves = jax.tree.leaves(models.abstract_params(model))
-    params = sum(leaf.size for leaf in leaves)
-    return RunCost(steps, rows, 0, params, params, 0)
   lengths = options.data.seq_len, options.data.target_len
   cost = count(model, *lengths, options.batch_size)
   flops = 3 * rows * cost.example_flops

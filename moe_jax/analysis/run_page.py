@@ -310,8 +310,7 @@ def _figures(run: Run, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
 
   names = {key for row in rows for key in row}
   if any(re.fullmatch(r'train/loss|eval/[^/]+/loss', name) for name in names):
-    units = run.dataset.loss_unit, run.dataset.counted
-    yield CURVES, plots.curves_figure(rows, *units)
+    yield CURVES, plots.curves_figure(rows)
   if any(re.fullmatch(r'train/layer_\d+/load', name) for name in names):
     yield LOAD, plots.load_figure(rows)
 
@@ -339,10 +338,9 @@ def _headline(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     'sparse layers': ', '.join(map(str, run.model.sparse_layers)),
     'parameters': f'{int(cost.total_params):,}',
     'active per token': f'{int(cost.active_params):,}' if is_sparse else '',
-    'last training loss': _last(rows, 'train/loss', '.4f')
-    and f'{_last(rows, "train/loss", ".4f")} {run.dataset.loss_unit}',
+    'last training loss (nats/token)': _last(rows, 'train/loss', '.4f'),
     'dropped choices': _last(rows, 'train/drop_rate', '.1%'),
-    'median speed': f'{speed:,.0f} {run.dataset.counted}s/s' if speeds else '',
+    'median speed': f'{speed:,.0f} tokens/s' if speeds else '',
   }
 
 

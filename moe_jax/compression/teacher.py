@@ -113,7 +113,7 @@ def _problems(
   run: Run, options: DistillOptions, settings: trained.Described, model: Model
 ) -> Iterator[str]:
   yield from settings.token_problems(run.dataset.tokenizer)
-  if model.has_encoder != run.model.has_encoder or model.reads_features:
+  if model.has_encoder != run.model.has_encoder:
     kinds = type(model).__name__, type(run.model).__name__
     yield f'it is a {kinds[0]}, which does not read the batches of {kinds[1]}'
     return

@@ -26,22 +26,17 @@ from moe_jax.data.pipeline import (
 from moe_jax.data.prefetch import DataError
 from moe_jax.data.sources import (
   SOURCES,
-  DigitsSource,
   DocstringsSource,
   FilesSource,
   GettextSource,
   InstructionSource,
   JsonlSource,
-  NpzSource,
   PythonStdlibSource,
   TfdsSource,
-  VowelsSource,
   instructions,
 )
-from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.contract import (
   SPLITS,
-  ClassSource,
   Pairs,
   Question,
   Selection,
@@ -50,14 +45,12 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.tasks import (
   TASKS,
-  ClassesTask,
   LmTask,
   PrefixLmTask,
   Seq2SeqTask,
   SpanCorruptionTask,
   Ul2Task,
 )
-from moe_jax.data.tasks.classes import ClassRows
 from moe_jax.data.tasks.contract import (
   Dataset,
   PairTask,
@@ -86,17 +79,12 @@ __all__ = [
   'ChoiceFilesSource',
   'ChoiceSourceOptions',
   'ChoiceTfdsSource',
-  'ClassRows',
-  'ClassSource',
-  'ClassesTask',
   'DataError',
   'DataOptions',
   'Dataset',
-  'DigitsSource',
   'DocstringChoiceSource',
   'DocstringsSource',
   'ExampleRows',
-  'Examples',
   'FileOptions',
   'FilesSource',
   'GettextSource',
@@ -109,7 +97,6 @@ __all__ = [
   'MixedDataset',
   'MixedRows',
   'MixtureOptions',
-  'NpzSource',
   'PackedRows',
   'PairTask',
   'Pairs',
@@ -129,7 +116,6 @@ __all__ = [
   'TokenizerOptions',
   'TrainedOptions',
   'Ul2Task',
-  'VowelsSource',
   'batch_dataset',
   'eval_batches',
   'instructions',

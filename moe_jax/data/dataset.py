@@ -5,7 +5,8 @@ Not here: batches (`pipeline.py`).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import cast
 
 from moe_jax.data import mixtures
 from moe_jax.data.layouts import RowShape
@@ -30,7 +31,6 @@ from moe_jax.data.tokenizers import (
 from moe_jax.errors import InputError
 from moe_jax.options import (
   Check,
-  Kinds,
   Options,
   at_least,
   choice,
@@ -46,32 +46,17 @@ from moe_jax.section_reader import CUSTOM
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
 
 
-def _kind_rule(kinds: Kinds, holds: Callable[[type], bool], rule: str) -> Check:
-  """The rule that `holds` is true of the class of a chosen kind.
-
-  The value is the kind's name in a section, or an instance of its class.
-  """
-
-  def check(chosen: str | Options) -> bool:
-    if not isinstance(chosen, str):
-      return holds(type(chosen))
-    try:
-      return holds(kinds.get(chosen))
-    except InputError:  # an unknown kind, which is reported where it is read
-      return True
-
-  return Check(rule, check)
+def _makes_examples(task: str | Options) -> bool:
+  """Whether a task, or the one of that name in a section, makes examples."""
+  if not isinstance(task, str):
+    return cast(TaskOptions, task).makes_examples
+  try:
+    return TASKS.get(task).makes_examples
+  except InputError:  # an unknown kind, which is reported where it is read
+    return True
 
 
-_EXAMPLES = _kind_rule(
-  TASKS,
-  lambda task: task.makes_examples,
-  'makes examples of inputs and targets',
-)
-_TOKENS = _kind_rule(TASKS, lambda task: task.has_tokens, 'has tokens')
-_SPLITS = _kind_rule(
-  SOURCES, lambda source: source.names_splits, 'has splits to choose from'
-)
+_EXAMPLES = Check('makes examples of inputs and targets', _makes_examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +66,7 @@ class DataOptions(Options):
   source: SourceOptions = choice(
     SOURCES,
     'python_stdlib',
-    'Source of the texts, pairs of texts or examples with a class.',
+    'Source of the texts or pairs of texts.',
   )
   mixture: MixtureOptions = nested(
     MixtureOptions(), 'Sources that are learned from together.'
@@ -90,7 +75,6 @@ class DataOptions(Options):
     TOKENIZERS,
     'bytes',
     'Tokenizer that turns text into token ids.',
-    when={'task': _TOKENS},
   )
   task: TaskOptions = choice(
     TASKS, 'lm', 'Task that is learned from the source.'
@@ -98,7 +82,7 @@ class DataOptions(Options):
   seq_len: int = option(
     256,
     'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
-    'a row of the encoder; for a task without tokens it is 1.',
+    'a row of the encoder.',
     at_least(1),
   )
   target_len: int = option(
@@ -119,12 +103,10 @@ class DataOptions(Options):
     "The source's own name of the split for training. TFDS sources, as well "
     'as python_stdlib and its docstrings, take any split expression, such as '
     "'train[:90%]'.",
-    when={'source': _SPLITS},
   )
   validation_split: str = option(
     'validation',
     "The source's own name of the split for validation.",
-    when={'source': _SPLITS},
   )
   cache_dir: str = option(
     '',
@@ -168,10 +150,8 @@ class DataOptions(Options):
 
     The tokenizer may have ids that the run's task added. Those that this task
     adds itself are left to it, so that the data of the same run stays what it
-    was; those of another task stay. Data without tokens stays as it is.
+    was; those of another task stay.
     """
-    if not self.task.has_tokens:
-      return self
     run_tokenizer = without_endings(tokenizer)
     if isinstance(run_tokenizer, Extended) and isinstance(self.task, TokenTask):
       task_vocabulary = self.task.vocabulary(run_tokenizer.base, self.shape)
@@ -182,10 +162,6 @@ class DataOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""
-    yield from self._source_problems()
-    yield from self.task.problems_with(self.shape)
-
-  def _source_problems(self) -> Iterator[str]:
     if not self.mixture.sources:
       yield from self._problems_of(self.source, 'source.', nested=True)
       return
@@ -217,12 +193,7 @@ class DataOptions(Options):
     )
 
   def shrunk(self) -> 'DataOptions':
-    """The same task in short rows, on the corpus from Python as bytes.
-
-    Data without tokens is small already, and stays as it is.
-    """
-    if self.task.reads not in _EMBEDDED:
-      return self
+    """The same task in short rows, on the corpus from Python as bytes."""
     embedded = _EMBEDDED[self.task.reads]
     mixed = bool(self.mixture.sources)
     return DataOptions(

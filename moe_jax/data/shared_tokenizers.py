@@ -28,7 +28,7 @@ def shared_tokenizer(
     ValueError: The data of a source is missing or bad.
     NotPreparedError: The texts would have to be read within `reading_only`.
   """
-  if not task.has_tokens or tokenizer.known_vocab_size() is not None:
+  if tokenizer.known_vocab_size() is not None:
     return tokenizer
   corpora = [
     cast(Any, task).open(source, selection)

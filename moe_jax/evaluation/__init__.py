@@ -2,7 +2,6 @@
 
 'loss' measures the validation loss; 'generate' scores generated outputs (BLEU,
 chrF, ROUGE-L, exact match); 'choice' takes the likeliest of several answers;
-'classify' takes the largest output for an example that is no text;
 'source_losses' and 'source_scores' measure every source of a mixture. A config
 names a user's own kind as 'module:name'. A trained or imported run is evaluated
 by
@@ -16,7 +15,6 @@ Not here: the contract of a kind, and the loss (`moe_jax.training.evaluate`).
 
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
-from moe_jax.evaluation.classify import ClassifyEvaluation
 from moe_jax.evaluation.evaluate_run import evaluate, evaluate_all
 from moe_jax.evaluation.generated_text import GenerateEvaluation
 from moe_jax.options import Kinds
@@ -25,7 +23,6 @@ from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
 __all__ = [
   'EVALUATIONS',
   'ChoiceEvaluation',
-  'ClassifyEvaluation',
   'EvaluationOptions',
   'GenerateEvaluation',
   'LossEvaluation',
@@ -40,7 +37,6 @@ EVALUATIONS = Kinds(
   EvaluationOptions,
   {
     'loss': LossEvaluation,
-    'classify': ClassifyEvaluation,
     'generate': GenerateEvaluation,
     'choice': ChoiceEvaluation,
     'source_losses': SourceLosses,

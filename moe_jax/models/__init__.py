@@ -1,18 +1,8 @@
 """Models: a model's options say what it is, and build its linen module."""
 
 from moe_jax.layers.attention.cache import KVCache
-from moe_jax.models.adaptive import (
-  AdaptiveMixture,
-  AdaptiveOptions,
-  MixtureOptions,
-)
 from moe_jax.models.base import Model, check_generates
 from moe_jax.models.decoder import Decoder, DecoderOptions
-from moe_jax.models.deep_moe import (
-  DeepMoe,
-  DeepMoeOptions,
-  GatedLayersOptions,
-)
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.encoder_decoder_options import (
@@ -33,21 +23,15 @@ Cache = KVCache | LstmCache  # the state between decoding steps
 
 __all__ = [
   'MODELS',
-  'AdaptiveMixture',
-  'AdaptiveOptions',
   'Cache',
   'Decoder',
   'DecoderOptions',
-  'DeepMoe',
-  'DeepMoeOptions',
   'EmbeddingOptions',
   'EncoderDecoder',
   'EncoderDecoderOptions',
   'EncoderOptions',
-  'GatedLayersOptions',
   'LstmLm',
   'LstmLmOptions',
-  'MixtureOptions',
   'Model',
   'ModelOptions',
   'RunShape',

@@ -23,7 +23,7 @@ Batch = Mapping[str, Array]
 
 
 class TokenLosses(NamedTuple):
-  """The loss of a model's outputs, for each token or example.
+  """The loss of a model's outputs, for each token.
 
   Attributes:
     nats: float32 [B, T], the loss; it is the cross-entropy in nats, unless the
@@ -40,18 +40,13 @@ class Model(nn.Module):
   """The contract of a model's module.
 
   A model takes what `inputs` picks from a batch and returns outputs and the
-  layers' `MoeAux`, every leaf of which is [L, ...]. The methods `decode` and
-  `make_cache` or `encode` belong to models that generate.
+  layers' `MoeAux`, every leaf of which is [L, ...].
 
   Attributes:
-    reads_features: The same as in `ModelOptions`.
     has_encoder: The same as in `ModelOptions`.
-    generates: Whether models of this kind can continue text.
   """
 
-  reads_features: ClassVar[bool] = False
   has_encoder: ClassVar[bool] = False
-  generates: ClassVar[bool] = False
 
   if TYPE_CHECKING:  # type checkers do not see that flax defines it
 
@@ -59,7 +54,7 @@ class Model(nn.Module):
 
   @property
   def vocab_size(self) -> int:
-    """V, the number of tokens or classes."""
+    """V, the number of tokens."""
     raise NotImplementedError
 
   @nn.nowrap
@@ -88,7 +83,7 @@ class Model(nn.Module):
 
   @nn.nowrap
   def loss(self, outputs: Any, batch: Batch) -> TokenLosses:
-    """The loss of the outputs, for each token or example of a batch."""
+    """The loss of the outputs, for each token of a batch."""
     raise NotImplementedError
 
   # Layers.
@@ -326,11 +321,6 @@ def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
 
 def check_generates(model: Model) -> None:
   """Raises ValueError where a model cannot generate token by token."""
-  if not model.generates:
-    raise InputError(
-      f'{type(model).__name__} does not generate: its outputs are classes of '
-      'examples, no text; evaluate it by its loss'
-    )
   for layer, moe in enumerate(model.moes):
     # An encoder reads its tokens at once.
     if not model.sequence_of(layer):

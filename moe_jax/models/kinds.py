@@ -1,8 +1,6 @@
 """The kinds of models that a config can choose."""
 
-from moe_jax.models.adaptive import AdaptiveOptions
 from moe_jax.models.decoder import DecoderOptions
-from moe_jax.models.deep_moe import DeepMoeOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.lstm_lm import LstmLmOptions
 from moe_jax.models.model_options import ModelOptions
@@ -15,8 +13,6 @@ MODELS = Kinds(
     'decoder': DecoderOptions,
     'encoder_decoder': EncoderDecoderOptions,
     'lstm': LstmLmOptions,
-    'adaptive': AdaptiveOptions,
-    'deep_moe': DeepMoeOptions,
   },
   inline=True,
 )

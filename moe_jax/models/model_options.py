@@ -43,43 +43,36 @@ class ModelOptions(Options):
   """The contract of a model's options.
 
   Attributes:
-    reads_features: Whether inputs are examples of numbers with a class each,
-      not text.
     has_encoder: Whether the model reads two sequences, inputs and targets.
     has_blocks: Whether layers are blocks of attention and feed-forward.
   """
 
-  reads_features: ClassVar[bool] = False
   has_encoder: ClassVar[bool] = False
   has_blocks: ClassVar[bool] = False
 
   vocab_size: int = option(
     0,
-    'Number of tokens, or of classes, that the model tells apart; 0: that of '
-    'the data.',
+    'Number of tokens that the model tells apart; 0: that of the data.',
     at_least(0),
   )
 
   def filled(
     self,
     vocab_size: int,
-    feature_shape: tuple[int, ...],
     seq_len: int,
     num_tasks: int = 0,
   ) -> Self:
     """The options with sizes that the data decides in place of zeros.
 
     Args:
-      vocab_size: The number of tokens or classes in the data.
-      feature_shape: The shape of an example that is not text; () for text.
+      vocab_size: The number of tokens in the data.
       seq_len: The length of the longest rows in tokens.
       num_tasks: The number of tasks in the data; 0 where it has none.
 
     Raises:
-      ValueError: The model tells fewer tokens or tasks apart than the data has,
-        or its examples are of another shape.
+      ValueError: The model tells fewer tokens or tasks apart than the data has.
     """
-    del feature_shape, seq_len, num_tasks
+    del seq_len, num_tasks
     if 0 < self.vocab_size < vocab_size:
       raise InputError(
         f'model.vocab_size={self.vocab_size} is smaller than the '

@@ -1,7 +1,7 @@
 """The base of models of text: the batches that they read, and their loss."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,6 @@ class TextModel(Model):
   """
 
   embedding: EmbeddingConfig
-
-  generates: ClassVar[bool] = True
 
   @property
   def vocab_size(self) -> int:

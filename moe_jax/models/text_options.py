@@ -226,12 +226,11 @@ class TextModelOptions(ModelOptions, LayerOptions):
   def filled(
     self,
     vocab_size: int,
-    feature_shape: tuple[int, ...],
     seq_len: int,
     num_tasks: int = 0,
   ) -> Self:
     """See `ModelOptions.filled`."""
-    options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
+    options = super().filled(vocab_size, seq_len, num_tasks)
     return dataclasses.replace(
       options, positions=options.positions.within(seq_len)
     )

@@ -47,9 +47,9 @@ class TransformerOptions(TextModelOptions, StackOptions):
       half.has_experts and half.moe.router.needs_tasks for half in self.halves
     )
 
-  def filled(self, vocab_size, feature_shape, seq_len, num_tasks=0):
+  def filled(self, vocab_size, seq_len, num_tasks=0):
     """See `ModelOptions.filled`."""
-    options = super().filled(vocab_size, feature_shape, seq_len, num_tasks)
+    options = super().filled(vocab_size, seq_len, num_tasks)
     if not self.routes_by_task:
       return options
     if 0 < self.num_tasks < num_tasks:

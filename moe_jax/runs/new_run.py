@@ -216,8 +216,6 @@ def _with_kept_tokenizer(
   is_kept = init_from.get('workdir') and init_from.get('keep_tokenizer', True)
   if not is_kept or not path.exists():
     return config
-  if isinstance(tokenizers.load(path), tokenizers.ClassNames):
-    return config
   kept = tokenizers.FileOptions(str(output / workdir_lib.TOKENIZER))
   section = choice_section(tokenizers.TOKENIZERS, kept).to_dict()
   return config | {'data': {**config.get('data', {}), 'tokenizer': section}}

@@ -23,7 +23,6 @@ from moe_jax.errors import InputError
 _WINDOW = 20
 # Seconds after which a line says which evaluation runs, where there is no bar.
 _LONG_SECONDS = 30.0
-_SHORT_UNITS = {'token': 'tok', 'example': 'ex'}  # units of speed on a bar
 
 
 class Progress:
@@ -41,8 +40,6 @@ class Progress:
     start_step: int = 0,
     out: io.TextIOBase | None = None,
     clock: Callable[[], float] = time.monotonic,
-    counted: str = 'token',
-    loss_unit: str = 'nats/token',
   ):
     """Prepares the display, which shows nothing before the first update.
 
@@ -51,8 +48,6 @@ class Progress:
       start_step: Number of steps already taken, where a run is resumed.
       out: Stream to write to; None is `sys.stdout`.
       clock: Function that returns seconds since any fixed moment.
-      counted: Noun, in the singular, for what the speed counts.
-      loss_unit: Unit of a loss.
 
     Raises:
       ValueError: `start_step` is not in [0, total_steps].
@@ -64,7 +59,6 @@ class Progress:
     self._total_steps = total_steps
     self._out = sys.stdout if out is None else out
     self._clock = clock
-    self._counted, self._loss_unit = counted, loss_unit
     self._updates = collections.deque(maxlen=_WINDOW)
     self._bar = None
     if self._out.isatty() and os.environ.get('TERM') != 'dumb':
@@ -86,18 +80,16 @@ class Progress:
 
     Args:
       step: Number of steps taken, those before `start_step` included.
-      loss: The loss, in the unit `loss_unit`.
-      tokens_per_second: Tokens (or examples, see `counted`) per second on all
-        devices; None, before it is known, is not shown.
+      loss: The loss, in nats per token.
+      tokens_per_second: Tokens per second on all devices; None, before it is
+        known, is not shown.
       drop_rate: Fraction of assignments that were dropped; None, for a model
         without experts, is not shown.
       step_seconds: Mean seconds of the last steps, which predict the time left
         at the first update.
     """
     # Units are short on a bar, which has to fit into 80 columns with them.
-    unit, counted = f' {self._loss_unit}', f'{self._counted}s'
-    if self._bar:
-      unit, counted = '', _SHORT_UNITS.get(self._counted, self._counted)
+    unit, counted = ('', 'tok') if self._bar else (' nats/token', 'tokens')
     facts = [f'loss {loss:.4f}{unit}']
     if tokens_per_second is not None:
       facts.append(f'{tokens_per_second:,.0f} {counted}/s')

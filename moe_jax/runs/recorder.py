@@ -113,12 +113,7 @@ class Recorder:
         MetricsWriter(run.workdir, resume_step=resume_step, due=run.due)
       )
       self._progress = self._stack.enter_context(
-        Progress(
-          run.options.total_steps,
-          self._start,
-          counted=run.dataset.counted,
-          loss_unit=run.dataset.loss_unit,
-        )
+        Progress(run.options.total_steps, self._start)
       )
       run.message = self._progress.message
     return self
@@ -176,8 +171,7 @@ class Recorder:
         self._run.message(f'step {step}: evaluation {name}: {text}')
     if losses:
       text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
-      unit = self._run.dataset.loss_unit
-      self._run.message(f'step {step}: evaluation, {unit}: {text}')
+      self._run.message(f'step {step}: evaluation, nats/token: {text}')
 
   def ended(self, step: int) -> None:
     """Writes the averages since the last row, after the run's last step."""

@@ -148,12 +148,12 @@ def read(
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
   check_unedited(folder)
   # A user's own class of tokenizers is known once its module is imported.
-  tokenizer, vocab_size, feature_shape = None, 0, ()
+  tokenizer, vocab_size = None, 0
   if (folder / TOKENIZER).exists():
     tokenizer = tokenizers.load(folder / TOKENIZER)
-    vocab_size, feature_shape = tokenizer.vocab_size, tokenizer.feature_shape
+    vocab_size = tokenizer.vocab_size
     data = data.with_tokenizer(tokenizer)
-  model = model.filled(vocab_size, feature_shape, data.seq_len, len(data.tasks))
+  model = model.filled(vocab_size, data.seq_len, len(data.tasks))
   return Described(
     model,
     data,

@@ -58,9 +58,9 @@ class InitFromOptions(Options):
         exist.
 
     Raises:
-      ValueError: The tokenizer cannot be read, or has classes, not tokens.
+      ValueError: The tokenizer cannot be read.
     """
-    if not (self.workdir and self.keep_tokenizer and data.task.has_tokens):
+    if not (self.workdir and self.keep_tokenizer):
       return data
     folders = [] if run_folder is None else [run_folder]
     for folder in (*folders, pathlib.Path(self.workdir).expanduser()):

@@ -5,15 +5,12 @@ takes minutes. Not here: the memory of the devices (`moe_jax.memory_room`), and
 the exact bytes of a run (`moe_jax.analysis.memory`).
 """
 
-import math
 from collections.abc import Iterator
-from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.memory_room import check_room
-from moe_jax.models.feature_models import FeatureModelOptions
 from moe_jax.training.run_options import RunOptions
 
 _ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
@@ -40,10 +37,6 @@ def _least_bytes(options: RunOptions) -> Iterator[tuple[str, int]]:
     f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
     param_bytes * model.least_parameters(),
   )
-  if model.reads_features:
-    size = math.prod(cast(FeatureModelOptions, model).feature_shape)
-    yield f'batch_size={rows} of {size} features', _ITEM_BYTES * rows * size
-    return
   lengths = options.data.seq_len, options.data.target_len
   tokens = rows * sum(lengths)
   # Tokens, segments and positions; targets and weights of the last sequence.

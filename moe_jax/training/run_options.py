@@ -216,10 +216,7 @@ class RunOptions(Options):
   def _task_problems(self) -> Iterator[str]:
     model, task = self.model, self.data.task
     kind, name = MODELS.name_of(model), type(task).__name__
-    if model.reads_features == task.has_tokens:
-      reads = 'examples with a class' if model.reads_features else 'text'
-      yield f'model.kind={kind!r} reads {reads}, and data.task is {name}'
-    elif model.has_encoder != self.data.encoder_decoder:
+    if model.has_encoder != self.data.encoder_decoder:
       needs = (
         'a task with inputs and targets, and data.target_len above 0'
         if model.has_encoder
@@ -229,12 +226,6 @@ class RunOptions(Options):
         f'model.kind={kind!r} needs {needs}; data.task is {name} with '
         f'data.target_len={self.data.target_len}'
       )
-    if self.sample.num_tokens and not task.has_tokens:
-      yield (
-        f'sample.num_tokens={self.sample.num_tokens} with data.task {name}, '
-        'which has no text; set it to 0'
-      )
-
     yield from self._routed_problems()
 
   def _routed_problems(self) -> Iterator[str]:
@@ -343,24 +334,17 @@ class RunOptions(Options):
     if problems := list(self.model.problems_in(self.shape(row_parts))):
       raise OptionError(problems)
 
-  def filled(
-    self: R, vocab_size: int, feature_shape: tuple[int, ...] = ()
-  ) -> R:
+  def filled(self: R, vocab_size: int) -> R:
     """The options, completed by the sizes of the model that the data decides.
 
     Args:
       vocab_size: The size V of the tokenizer's vocabulary.
-      feature_shape: Shape of an example that is an array; () for tokens.
 
     Raises:
-      ValueError: The model's own vocabulary is smaller, or its examples are of
-        another shape.
+      ValueError: The model's own vocabulary is smaller.
     """
     model = self.model.filled(
-      vocab_size,
-      tuple(feature_shape),
-      self.data.seq_len,
-      len(self.data.tasks),
+      vocab_size, self.data.seq_len, len(self.data.tasks)
     )
     return dataclasses.replace(self, model=model)
 

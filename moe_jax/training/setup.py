@@ -176,7 +176,7 @@ def set_up(
     }
   )
   _check_sample(options.sample, dataset.tokenizer)
-  filled = options.filled(dataset.vocab_size, dataset.feature_shape)
+  filled = options.filled(dataset.vocab_size)
   check_fits(filled, mesh)
   model = filled.build()
   entry_models = changed_models(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moe_jax import run_config
 from moe_jax.analysis import cost, explain_cost
-from moe_jax.configs import eigen_digits, mixtral_8x7b
+from moe_jax.configs import mixtral_8x7b
 from tests.models import tiny
 from tests.models.tiny import T
 from tests.training import tiny as tiny_run
@@ -142,9 +142,3 @@ def test_a_vocabulary_that_depends_on_the_data_is_asked_for():
   chars_options = tiny_run.options(data={'tokenizer': {'kind': 'chars'}})
   with pytest.raises(ValueError, match=r'Chars.*--config.model.vocab_size'):
     cost.with_own_vocabulary(chars_options)
-
-
-def test_a_model_of_features_has_no_cost_per_token():
-  options = run_config.read(eigen_digits.get_config())
-  with pytest.raises(ValueError, match=r"'deep_moe'.* no cost per token"):
-    cost.with_own_vocabulary(options)

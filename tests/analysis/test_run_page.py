@@ -86,7 +86,7 @@ def test_a_page_has_everything_and_needs_nothing(run):
     leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.params)
   )
   for text in (
-    *('Finished: step 2 of 6.', f'{parameters:,}', '2.5000 nats/token'),
+    *('Finished: step 2 of 6.', f'{parameters:,}', '2.5000'),
     *('12.5%', '1,234 tokens/s', '2.2500 (2)', '0.25', 'once upon'),
     *('model.moe.num_experts', jax.__version__),
   ):

@@ -11,93 +11,18 @@ import pytest
 
 from moe_jax.data import (
   ChoiceFilesSource,
-  ClassesTask,
-  ClassRows,
-  ClassSource,
   DataOptions,
-  Examples,
   FilesSource,
-  NpzSource,
   TfdsSource,
   cache_folders,
   load,
   store,
   tokenizers,
 )
+from moe_jax.data.plain_files import read_npz
 from tests.bad_inputs.cases import Case, check, frozen
 
 NAN, INFINITY = float('nan'), float('inf')
-GOOD = {
-  'train_features': np.arange(6.0).reshape(3, 2),
-  'train_labels': np.array([0, 1, 1]),
-  'validation_features': np.arange(4.0).reshape(2, 2),
-  'validation_labels': np.array([1, 0]),
-}
-
-
-def npz(name, phrases, **changes):
-  def call(folder):
-    arrays = {k: v for k, v in {**GOOD, **changes}.items() if v is not None}
-    path = folder / 'a.npz'
-    np.savez(path, **arrays)
-    frozen(folder)
-    NpzSource(str(path)).classes()
-
-  return Case(f'npz:{name}', call, ('a.npz', *phrases))
-
-
-def labels(values, *phrases, dtype=None, **more):
-  array = np.array(values, dtype)
-  return npz(f'labels {values}', phrases, train_labels=array, **more)
-
-
-def features(values, *phrases, dtype=None):
-  array = np.array(values, dtype)
-  name = f'features {array.dtype} {array.shape} {values!r:.30}'
-  return npz(name, phrases, train_features=array)
-
-
-NPZ = [
-  labels([0, 1, 2**32], 'from 0 to 4294967296', 'int32'),
-  labels([0, 1, 2**32 + 1], 'from 0 to 4294967297', 'int32'),
-  labels([0, 1, 2**63], 'to 9223372036854775808', dtype=np.uint64),
-  labels([0, 1, -1], 'from -1'),
-  labels([0, 1, -(2**32)], 'from -4294967296'),
-  labels([0, 1, 10**9], 'a label of 1000000000', 'than there are examples, 5'),
-  labels([0, 1, 2**31 - 1], 'a label of 2147483647'),
-  labels([0, 1, 5], 'a label of 5', 'examples, 5'),
-  labels([0, 1, 2], 'labels from 0 to 2 of 2', classes=np.array(['a', 'b'])),
-  labels([True, False, True], 'of bool'),
-  labels([0.0, 1.0, 1.0], 'of float64'),
-  labels([0, 1, NAN], 'of float64'),
-  labels(['a', 'b', 'b'], 'of <U1'),
-  labels([1j, 0, 1], 'of complex128'),
-  labels([[0], [1], [1]], '(3, 1)'),
-  labels(1, '()'),
-  labels([], '0 labels', dtype=np.int64),
-  labels([0, 1], '3 features and 2 labels'),
-  labels([0, 1, {}], "'train_labels' holds objects", dtype=object),
-  labels(['2020-01-01'] * 3, 'of datetime64', dtype='datetime64[D]'),
-  features([[1j, 1], [1, 1], [1, 1]], 'of complex128'),
-  features([[True, False]] * 3, 'of bool'),
-  features([[NAN, 1], [1, 1], [1, INFINITY]], '2 values', 'first at [0, 0]'),
-  features([[1, 1], [1, -INFINITY], [1, 1]], '1 values', 'first at [1, 1]'),
-  features([[1e39, 1], [1, 1], [1, 1]], '1 values', 'float32'),
-  features([['a', 'b']] * 3, 'of <U1'),
-  features([[{}, 1]] * 3, "'train_features' holds objects", dtype=object),
-  features([1.0, 2.0, 3.0], '(3,)'),
-  features(1.0, '()'),
-  features(np.zeros((3, 0)), '3 features and 3 labels'),
-  features(np.zeros((0, 2)), '0 features and 3 labels'),
-  features(np.zeros((3, 3)), 'shape (3,) in training and (2,) in validation'),
-  features([['2020-01-01', '2020-01-01']] * 3, 'datetime', dtype='M8[D]'),
-  npz('none', ["'train_features'"], train_features=None),
-  npz('classes of numbers', ['names [C]'], classes=np.array([0.5, 1.5])),
-  npz('classes in two ranks', ['names [C]'], classes=np.array([['a', 'b']])),
-  npz('classes of objects', ["'classes' holds"], classes=np.array([{}, 1])),
-  npz('classes of bytes', ['names [C]'], classes=np.array([b'a', b'b'])),
-  npz('no classes', ['of 0 classes'], classes=np.array([], '<U1')),
-]
 
 
 def npz_file(name, content, *phrases):
@@ -105,7 +30,7 @@ def npz_file(name, content, *phrases):
     path = folder / 'a.npz'
     path.write_bytes(content)
     frozen(folder)
-    NpzSource(str(path)).classes()
+    read_npz(path)
 
   return Case(
     f'npz file: {name}', call, ('a.npz', 'npz file of arrays', *phrases)
@@ -127,46 +52,12 @@ NPZ_FILES = [
   npz_file('one array', npy(np.zeros(3)), 'a single array'),
   npz_file('one pickle', npy(np.array([{}]), allow_pickle=True), 'never'),
   npz_file('pickle', b'\x80\x04}\x94.', 'objects are never unpickled'),
-  Case('npz file: folder', lambda f: NpzSource(str(f)).classes(), ('no file',)),
+  Case('npz file: folder', read_npz, ('no file',)),
   Case(
     'npz file: pipe',
-    lambda f: os.mkfifo(f / 'p') or NpzSource(str(frozen(f) / 'p')).classes(),
+    lambda f: os.mkfifo(f / 'p') or read_npz(frozen(f) / 'p'),
     ('no file',),
   ),
-]
-
-
-class OwnSource(ClassSource):
-  """A source of a user's own, which keeps no contract."""
-
-  name, classes = 'own', ('a', 'b')
-
-  def __init__(self, features, labels):
-    self.features_and_labels = features, labels
-
-  def examples(self, split):
-    del split
-    return Examples(*self.features_and_labels)
-
-
-def own_source(name, features, labels, *phrases):
-  def call(folder):
-    del folder
-    ClassRows(OwnSource(features, labels), 'train')
-
-  return Case(f'own: {name}', call, ("'train' of own", *phrases))
-
-
-OWN_SOURCES = [
-  own_source('nan', np.full((2, 1), NAN), np.zeros(2, int), '2 values'),
-  own_source(
-    'label', np.zeros((2, 1)), np.array([0, 2]), 'label 2 is none of 2'
-  ),
-  own_source('wrapped', np.zeros((2, 1)), np.array([0, 2**32]), 'int32'),
-  own_source('booleans', np.zeros((2, 1), bool), np.array([0, 1]), 'of bool'),
-  own_source('floats', np.zeros((2, 1)), np.array([0.0, 1.0]), 'of float64'),
-  own_source('empty', np.zeros((0, 1)), np.zeros(0, int), '0 labels'),
-  own_source('lists', [[0.0], [1.0]], ['a', 'b'], 'of <U1'),
 ]
 
 
@@ -288,20 +179,10 @@ FILES = [
 
 
 @pytest.mark.parametrize(
-  'case', [*NPZ, *NPZ_FILES, *OWN_SOURCES, *STORED, *JSONL, *FILES], ids=Case.id
+  'case', [*NPZ_FILES, *STORED, *JSONL, *FILES], ids=Case.id
 )
 def test_refused(case, tmp_path):
   check(case, tmp_path)
-
-
-def test_labels_with_names_may_be_rare(tmp_path):
-  classes = np.array([f'c{i}' for i in range(9)])
-  arrays = {**GOOD, 'train_labels': np.array([0, 8, 1]), 'classes': classes}
-  np.savez(tmp_path / 'a.npz', **arrays)
-  options = DataOptions(
-    source=NpzSource(str(tmp_path / 'a.npz')), task=ClassesTask(), seq_len=1
-  )
-  assert load(options).vocab_size == 9
 
 
 # The cache of token streams follows.

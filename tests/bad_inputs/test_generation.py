@@ -241,12 +241,6 @@ CASES += [
     ('none', (None, {}), ('NoneType', 'Model')),
     ('no params', (prepared()[0], {'par': 1}), ("'params'", "['par']")),
     ('no variables', (prepared()[0], None), ("'params'", 'None')),
-    (
-      'a classifier',
-      (models.DeepMoeOptions(vocab_size=2, feature_shape=(3,)).build(),
-       {'params': {}}),
-      ('DeepMoe does not generate',),
-    ),
   )
 ]  # fmt: skip
 CASES += [

@@ -18,12 +18,9 @@ B, T, V = 2, 6, 11
 TINY = {'vocab_size': V, 'width': 8, 'num_layers': 2}
 TOKENS = jnp.ones((B, T), jnp.int32)
 MASK = jnp.ones((B, T), bool)
-FEATURES = jnp.ones((B, 5))
 DECODER = models.DecoderOptions(**TINY).build()
 LSTM = models.LstmLmOptions(**TINY).build()
 BOTH = models.EncoderDecoderOptions(**TINY).build()
-ADAPTIVE = models.AdaptiveOptions(vocab_size=V, feature_shape=(5,)).build()
-DEEP = models.DeepMoeOptions(vocab_size=V, feature_shape=(5,)).build()
 
 
 def case(name, model, phrases, *arguments, **keywords):
@@ -68,9 +65,6 @@ CASES += [
     ('encoder_segment_ids', '(2, 5)'),
     *(TOKENS, TOKENS, TOKENS[:, 1:], TOKENS),
   ),
-  case('deep-segments', DEEP, ('(2, 6)', '[B, 1]'), FEATURES, TOKENS),
-  case('deep-integers', DEEP, ('int32', 'float'), TOKENS),
-  case('adaptive-integers', ADAPTIVE, ('int32', 'float32'), TOKENS),
 ]
 
 
@@ -138,11 +132,6 @@ CASES += [
   ),
   big('lstm width', PARAMETERS, models.LstmLmOptions, width=HUGE),
   Case(
-    'experts of 1991',
-    lambda folder: _features(models.AdaptiveOptions, num_experts=HUGE),
-    PARAMETERS,
-  ),
-  Case(
     'room',
     lambda folder: memory_room.check_room([('it', 10**18)]),
     ('it: at least 1e+06 TB', 'devices of kind'),
@@ -156,17 +145,6 @@ CASES += [
     ('the variables of Decoder', 'at least'),
   ),
 ]
-
-
-def _features(kind, **changes):
-  adaptive = dataclasses.replace(kind().adaptive, **changes)
-  model = kind(vocab_size=10**6, feature_shape=(5,), adaptive=adaptive)
-  # Checked options would need data with features, too.
-  run_options = object.__new__(RunOptions)
-  for name in ('batch_size', 'microbatches'):
-    object.__setattr__(run_options, name, 1)
-  object.__setattr__(run_options, 'model', model)
-  check_fits(run_options, make_mesh({}, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize('case', CASES, ids=Case.id)

@@ -9,7 +9,6 @@ from moe_jax.routing import (
   balance_bias,
   hash_rule,
   hierarchical_rule,
-  running_totals,
   strictly_balanced_rule,
 )
 from tests.bad_inputs.cases import Case, check
@@ -288,21 +287,6 @@ CASES += [
     {'bias': BIAS, 'rate': 0.1},
     '(4,)',
     load=BIAS[1:],
-  ),
-  case('totals', running_totals.moved, {'totals': BIAS}, '(4,)', mass=BIAS[1:]),
-  case(
-    'overused',
-    running_totals.overused,
-    {'margin': 1.0},
-    '(2, 7, 5)',
-    totals=LOGITS,
-  ),
-  case(
-    'constrained',
-    running_totals.constrained_gates,
-    {'router_logits': LOGITS[0]},
-    '(4,)',
-    overused=MASK[0, :4],
   ),
   case('thresholds', *RULES['threshold_choice'], '(4,)', thresholds=BIAS[1:]),
   case(

@@ -19,8 +19,6 @@ from moe_jax.options import at_least, option
 class Counting(SourceOptions):
   """Documents that count from one, such as '1 2 3'."""
 
-  names_splits = False
-
   last: int = option(
     3, 'Largest number that a document counts to.', at_least(1)
   )

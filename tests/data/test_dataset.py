@@ -10,7 +10,6 @@ from moe_jax import sections
 from moe_jax.data import (
   BytesOptions,
   CharsOptions,
-  ClassesTask,
   DataOptions,
   DocstringsSource,
   FilesSource,
@@ -18,7 +17,6 @@ from moe_jax.data import (
   PythonStdlibSource,
   Seq2SeqTask,
   TfdsSource,
-  VowelsSource,
   load,
   train_batches,
 )
@@ -198,27 +196,6 @@ def test_wrong_sections_are_refused(wrong, message):
     sections.read(DataOptions, section(**wrong))
 
 
-CLASSES = {'source__kind': 'vowels', 'task__kind': 'classes', 'seq_len': 1}
-
-
-@pytest.mark.parametrize(
-  ('wrong', 'message'),
-  [
-    ({'seq_len': 4}, 'seq_len=4 must be 1'),
-    ({'target_len': 2}, 'target_len=2 has no effect'),
-    ({'tokenizer__kind': 'chars'}, "tokenizer.kind='chars' has no effect"),
-    ({'train_split': 'all'}, "train_split='all' has no effect unless source"),
-  ],
-)
-def test_examples_with_a_class_have_no_text(wrong, message):
-  options = sections.read(DataOptions, section(**CLASSES))
-  assert options == DataOptions(
-    source=VowelsSource(), task=ClassesTask(), seq_len=1
-  )
-  with pytest.raises(ValueError, match=message):
-    sections.read(DataOptions, section(**CLASSES | wrong))
-
-
 def test_a_later_layer_may_switch_the_task():
   before = section(
     source__kind='tfds',
@@ -252,8 +229,6 @@ def test_shrunk_options_keep_their_task(task, source, small):
   )
   expected = DataOptions(source=small, task=task, seq_len=32, target_len=24)
   assert options.shrunk() == expected
-  vowels = DataOptions(source=VowelsSource(), task=ClassesTask(), seq_len=1)
-  assert vowels.shrunk() == vowels
   lm = dataclasses.replace(options, task=DataOptions().task, target_len=0,
                            source=TfdsSource('x'))  # fmt: skip
   assert lm.shrunk().target_len == 0

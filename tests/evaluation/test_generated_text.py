@@ -280,7 +280,7 @@ def test_a_decoder_of_prefixes_goes_on_with_windows(tmp_path):
   [
     (
       {'kind': 'generated'},
-      r"evaluation 'generated'; .*\['choice', 'classify', 'generate', 'loss",
+      r"evaluation 'generated'; .*\['choice', 'generate', 'loss",
     ),
     ({'every_steps': -1}, 'evals.texts.every_steps=-1 must be at least 0'),
     (

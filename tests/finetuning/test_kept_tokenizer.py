@@ -179,13 +179,6 @@ def test_the_task_ends_inputs_anew(letters, tmp_path):
   assert described.data.tokenizer.known_vocab_size() == 5
 
 
-def test_classes_are_no_tokens(tmp_path):
-  folders.write(tmp_path / 'run', tokenizer=tokenizers.ClassNames(['a', 'b']))
-  config = config_from(tmp_path / 'run', {})
-  with pytest.raises(ValueError, match='the names of 2 classes'):
-    setup.set_up(**run_kwargs(config, tmp_path / 'new'))
-
-
 def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
   text = texts(tmp_path / 'other', 'x yz')  # of as many characters
   tuned = tmp_path / 'tuned'

@@ -177,17 +177,6 @@ def test_from_a_sparse_run_the_same_and_more_experts_on_a_mesh(
   np.testing.assert_array_equal(w[:, :4], w[:, 4:])
 
 
-@pytest.mark.slow
-def test_from_a_run_on_examples_that_are_no_text(tmp_path, capsys):
-  config = merge(golden.config('jacobs_vowels'), {'total_steps': 1}).unlock()
-  del config.evals.classes
-  first = train(config.lock(), tmp_path / 'first')
-  source = {'init_from': {'workdir': str(tmp_path / 'first')}}
-  state = initial_state(merge(config, source), tmp_path / 'second', 1)
-  jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
-  assert 'all copied' in capsys.readouterr().out
-
-
 def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
   (dense / 'this_config.py').write_text(run_page.THIS_CONFIG)
   own_config = f'--config={dense}/this_config.py'

@@ -71,7 +71,7 @@ def _training_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def tree(name: str) -> dict[str, list[int]]:
   """The shape of each parameter of a config, by its path."""
-  model = run_config.read(golden.config(name)).filled(VOCABULARY, (7,)).model
+  model = run_config.read(golden.config(name)).filled(VOCABULARY).model
   params = nn.meta.unbox(models.abstract_params(model.build()))
   leaves, _ = jax.tree_util.tree_flatten_with_path(params)
   return {jax.tree_util.keystr(path): list(x.shape) for path, x in leaves}

@@ -117,9 +117,6 @@ REFUSED = {
   'max_len=-3 must be at least 0': {
     'positions': {'kind': 'learned', 'learned': {'max_len': -3}}
   },
-  r"feature_shape=\(2,\) has no effect with kind='decoder'": dict(
-    feature_shape=(2,)
-  ),
   "lstm.hidden=7 has no effect with kind='decoder'": {'lstm': {'hidden': 7}},
 }
 
@@ -245,7 +242,7 @@ def test_zero_means_what_the_config_says_it_means():
   with pytest.raises(ValueError, match='vocab_size=0: 0 stands for the token'):
     dataclasses.replace(learned, vocab_size=0).build()
   with pytest.raises(ValueError, match="smaller than the tokenizer's 24"):
-    learned.filled(24, (), tiny.T)
+    learned.filled(24, tiny.T)
   relu_model = tiny.build(moe=dict(expert=FeedForwardExpert(7, 'relu')))
   expert, ffn = relu_model.moe.expert, relu_model.blocks.block.ffn
   assert (expert.hidden, expert.activation) == (7, 'relu')
@@ -290,8 +287,7 @@ def test_the_dense_twin_is_k_experts_wide_at_sparse_places():
 
 @pytest.mark.parametrize('kind', models.MODELS.builtin)
 def test_every_parameter_has_a_role_a_form_and_its_axes(kind):
-  shape = dict(feature_shape=(3,)) if kind in ('adaptive', 'deep_moe') else {}
-  trees = models.describe(tiny.build(kind=kind, **shape))
+  trees = models.describe(tiny.build(kind=kind))
   roles = jax.tree.leaves(trees.roles, is_leaf=lambda x: isinstance(x, Role))
   shapes = jax.tree.leaves(trees.shapes)
   axes = jax.tree.leaves(trees.axes, is_leaf=lambda x: isinstance(x, tuple))

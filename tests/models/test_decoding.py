@@ -365,9 +365,3 @@ def test_a_decoder_whose_experts_choose_does_not_decode():
   ):
     with pytest.raises(ValueError, match='does not decode token by token'):
       refused_call(B, T)
-
-
-def test_a_model_of_classes_does_not_generate():
-  section = dict(kind='adaptive', feature_shape=(2,))
-  with pytest.raises(ValueError, match='AdaptiveMixture does not generate'):
-    models.check_generates(tiny.build(**section))

@@ -41,8 +41,6 @@ def share(options):
     ),
     models.EncoderDecoderOptions(**TEXT, moe=MOE),
     models.LstmLmOptions(**TEXT, moe=MOE),
-    models.AdaptiveOptions(vocab_size=7, feature_shape=(5, 3)),
-    models.DeepMoeOptions(vocab_size=7, feature_shape=(5, 3)),
   ],
   ids=lambda options: type(options).__name__,
 )

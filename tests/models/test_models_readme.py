@@ -23,7 +23,7 @@ def test_a_kind_of_ones_own_is_a_language_model():
   scope = {'__name__': 'readme'}
   exec(compile(CODE[1], str(README), 'exec'), scope)
   options = scope['BagOfTokensOptions'](width=12)
-  model = options.filled(tiny.V, (), tiny.T).build()
+  model = options.filled(tiny.V, tiny.T).build()
   tokens = tiny.tokens()
   example = model.example(jnp.asarray(tokens))
   params = jax.jit(model.init)(tiny.key(0), **example)

@@ -34,14 +34,13 @@ def options(moe=None, kind='decoder', **model):
   Options that hold other options take changes of those: `attention=dict(...)`.
   """
   cls = models.MODELS.get(kind)
-  base = dict(vocab_size=V)
-  if not cls.reads_features:
-    base |= dict(
-      num_layers=2,
-      width=12,
-      ffn=FfnOptions(hidden=20),
-      moe=moe_options(**(moe or {})),
-    )
+  base = dict(
+    vocab_size=V,
+    num_layers=2,
+    width=12,
+    ffn=FfnOptions(hidden=20),
+    moe=moe_options(**(moe or {})),
+  )
   if hasattr(cls(), 'attention'):
     base['attention'] = AttentionOptions(num_heads=4, head_width=6)
   defaults = cls()
@@ -51,12 +50,7 @@ def options(moe=None, kind='decoder', **model):
         base.get(name, getattr(defaults, name)), **value
       )
     base[name] = value
-  model_options = cls(**base)
-  return (
-    model_options
-    if model_options.reads_features
-    else model_options.filled(V, (), T)
-  )
+  return cls(**base).filled(V, T)
 
 
 def build(moe=None, kind='decoder', **model):

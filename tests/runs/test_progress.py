@@ -68,16 +68,6 @@ def test_plain_lines_have_the_facts():
   ]
 
 
-def test_examples_are_no_tokens():
-  out = io.StringIO()
-  units = dict(counted='example', loss_unit='per example')
-  with Progress(3, 0, out, Clock(), **units) as progress:
-    progress.update(2, loss=0.25, tokens_per_second=1234.0)
-  assert out.getvalue() == (
-    'step 2/3  loss 0.2500 per example  1,234 examples/s\n'
-  )
-
-
 def test_time_left_follows_the_speed_of_late():
   out, clock = io.StringIO(), Clock()
   progress = Progress(1000, 0, out, clock)

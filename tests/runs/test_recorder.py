@@ -25,7 +25,7 @@ def test_tokens_of_both_halves_of_a_row_count_for_the_speed(tmp_path):
       data=data,
     ),
     workdir=tmp_path,
-    dataset=types.SimpleNamespace(counted='token', loss_unit='nats/token'),
+    dataset=None,
     model=types.SimpleNamespace(moes=(), sparse_layers=()),
     programs=types.SimpleNamespace(abstract_state=None),
     checkpoints=None,

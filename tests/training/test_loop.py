@@ -622,7 +622,6 @@ def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
     ({'seed': -1}, r'seed=-1 not in'),
     ({'max_nonfinite_steps': -1}, 'max_nonfinite_steps=-1 must be at least 0'),
     ({'checkpoint': {'tries': 0}}, r'checkpoint\.tries=0 must be at least 1'),
-    ({'model': {'kind': 'adaptive'}}, 'reads examples with a class'),
     ({'sample': {'prompt': ''}}, "sample.prompt='' must be given"),
   ],
 )

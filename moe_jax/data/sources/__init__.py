@@ -1,19 +1,16 @@
-"""Sources of texts, pairs of texts, and examples with a class.
+"""Sources of texts and of pairs of texts.
 
 To add a source, write a file with its `SourceOptions` and list them here.
 """
 
 from moe_jax.data.sources.contract import SourceOptions
-from moe_jax.data.sources.digits import DigitsSource
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
 from moe_jax.data.sources.instruction_suite import InstructionSource
 from moe_jax.data.sources.jsonl import JsonlSource
-from moe_jax.data.sources.npz import NpzSource
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
 from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
 from moe_jax.data.sources.tfds import TfdsSource
-from moe_jax.data.sources.vowels import VowelsSource
 from moe_jax.options import Kinds
 
 SOURCES = Kinds(
@@ -27,8 +24,5 @@ SOURCES = Kinds(
     'django_gettext': GettextSource,
     'instructions': InstructionSource,
     'jsonl': JsonlSource,
-    'vowels': VowelsSource,
-    'digits': DigitsSource,
-    'npz': NpzSource,
   },
 )

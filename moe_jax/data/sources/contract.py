@@ -1,4 +1,4 @@
-"""The contract of sources: texts, pairs of texts, or examples with a class.
+"""The contract of sources: texts, or pairs of texts.
 
 A source's options open it in one or more of these forms; a task reads one.
 Each form has two splits, 'train' and 'validation', and an identity that
@@ -6,22 +6,17 @@ changes with their content. Not here: tokens (`moe_jax.data.store`) and rows of
 batches (`moe_jax.data.tasks`).
 """
 
-import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
-import numpy as np
-
 from moe_jax.data import store
-from moe_jax.data.sources.class_examples import Examples
 from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.option_checks import no_effect
 from moe_jax.options import Options, default_of, fields_of, unknown
-from moe_jax.shapes import Float32
 
 SPLITS: tuple[str, str] = ('train', 'validation')
 Pair = tuple[str, str]
@@ -147,37 +142,12 @@ class Question(NamedTuple):
   metric: str = 'exact_match'
 
 
-class ClassSource(abc.ABC):
-  """Examples with a class each, in two splits.
-
-  Attributes:
-    name: Description of the source for messages.
-    classes: Names of the classes, in the order of their indices.
-  """
-
-  name: str
-  classes: tuple[str, ...]
-
-  @abc.abstractmethod
-  def examples(self, split: str) -> Examples:
-    """The examples of 'train' or 'validation', the same at every call."""
-
-  def jittered(
-    self, features: Float32[np.ndarray, 'N ...'], generator: np.random.Generator
-  ) -> Float32[np.ndarray, 'N ...']:
-    """The features as they are in a batch; a source may move them randomly."""
-    del generator
-    return features
-
-
 class SourceOptions(Options):
   """Contract of a source, whose options open it in one or more forms.
 
-  A source overrides `texts`, `pairs` or `classes`, for each form that it gives.
+  A source overrides `texts` or `pairs`, or both, for each form that it gives.
 
   Attributes:
-    names_splits: Whether the splits to read can be chosen by name; False where
-      the source has only two splits of its own.
     only_in: For some options by name, the only form in which they have an
       effect; all others have one in every form.
     is_embedded: Whether it needs no file; ':runlocal' keeps it in a mixture.
@@ -185,7 +155,6 @@ class SourceOptions(Options):
       to its pairs are judged, unless it has `questions` of its own.
   """
 
-  names_splits: ClassVar[bool] = True
   is_embedded: ClassVar[bool] = False
   only_in: ClassVar[Mapping[str, str]] = {}
   metric: ClassVar[str] = 'exact_match'
@@ -208,15 +177,6 @@ class SourceOptions(Options):
     del selection
     raise InputError(f'{type(self).__name__} gives no pairs')
 
-  def classes(self, selection: Selection = Selection()) -> ClassSource:
-    """The examples with a class each.
-
-    Raises:
-      ValueError: The source has no examples, or its data is missing or bad.
-    """
-    del selection
-    raise InputError(f'{type(self).__name__} gives no classes')
-
   @property
   def cluster(self) -> str:
     """Name of the cluster of similar sources; '' for a source of its own."""
@@ -231,7 +191,7 @@ class SourceOptions(Options):
     """Messages on options that are set but have no effect on a form.
 
     Args:
-      form: One of 'texts', 'pairs' and 'classes'.
+      form: One of 'texts' and 'pairs'.
       path: Dotted name of the section of these options, for the messages.
     """
     fields = fields_of(type(self))
@@ -242,9 +202,9 @@ class SourceOptions(Options):
 
   @classmethod
   def gives(cls) -> tuple[str, ...]:
-    """The forms that the source gives: 'texts', 'pairs' and 'classes'."""
+    """The forms that the source gives: 'texts' and 'pairs'."""
     return tuple(
       form
-      for form in ('texts', 'pairs', 'classes')
+      for form in ('texts', 'pairs')
       if getattr(cls, form) is not getattr(SourceOptions, form)
     )

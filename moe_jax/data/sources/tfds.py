@@ -1,4 +1,4 @@
-"""Datasets of TFDS: texts, pairs of texts, or images with a class each.
+"""Datasets of TFDS: texts, or pairs of texts.
 
 Not here: how a dataset is prepared and read (`tfds_reader.py`).
 """
@@ -7,18 +7,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from tensorflow_datasets.core import features as features_lib
-
-from moe_jax.data.sources import digits, tfds_reader
+from moe_jax.data.sources import tfds_reader
 from moe_jax.data.sources.contract import (
-  SPLITS,
   Pairs,
   Selection,
   SourceOptions,
   Texts,
 )
-from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, at_least, option
+from moe_jax.options import NOT_EMPTY, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +29,6 @@ class TfdsSource(SourceOptions):
     'text_feature': 'texts',
     'input_feature': 'pairs',
     'target_feature': 'pairs',
-    'image_feature': 'classes',
-    'label_feature': 'classes',
-    'max_shift': 'classes',
   }
 
   name: str = option(
@@ -54,19 +47,6 @@ class TfdsSource(SourceOptions):
   )
   target_feature: str = option(
     'targets', 'TFDS feature with the targets, for a task that reads pairs.'
-  )
-  image_feature: str = option(
-    'image',
-    'TFDS feature with the grey images, for a task that reads classes.',
-  )
-  label_feature: str = option(
-    'label', 'TFDS feature with the class, for a task that reads classes.'
-  )
-  max_shift: int = option(
-    4,
-    'Largest number of pixels by which an image is moved in each direction '
-    'whenever it is drawn; 0 does not move images.',
-    at_least(0),
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:
@@ -103,41 +83,6 @@ class TfdsSource(SourceOptions):
       lambda split: cast(
         Any, self._read(builder, selection.name_of(split), options)
       ),
-    )
-
-  def classes(self, selection: Selection = Selection()) -> digits.Digits:
-    """Grey images of one size, which are moved by up to `max_shift` pixels.
-
-    The 28x28 of MNIST become 36x36.
-
-    Raises:
-      ValueError: The dataset, a feature or a split is missing, or the images
-        are not grey and of one size.
-    """
-    builder = self._open(selection, ['image_feature', 'label_feature'])
-    shape = tfds_reader.feature_of(builder, self.image_feature).shape
-    if len(shape) != 3 or None in shape or shape[-1] != 1:
-      raise InputError(
-        f'images of TFDS dataset {self.name!r} are {shape}; they are to be '
-        'grey and of one size'
-      )
-    label = tfds_reader.feature_of(builder, self.label_feature)
-    if not isinstance(label, features_lib.ClassLabel):
-      raise InputError(
-        f'label_feature={self.label_feature!r} of TFDS dataset {self.name!r} '
-        f'is a {type(label).__name__}, not a ClassLabel'
-      )
-    features = self.image_feature, self.label_feature
-    splits = {
-      split: tfds_reader.images(builder, selection.name_of(split), *features)
-      for split in SPLITS
-    }
-    canvas = shape[0] + 2 * self.max_shift, shape[1] + 2 * self.max_shift
-    return digits.Digits(
-      f'tfds:{builder.info.full_name}, moved by up to {self.max_shift} pixels',
-      splits,
-      tuple(label.names),
-      canvas,
     )
 
   def _open(

@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 from unittest import mock
 
-import numpy as np
 import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
 from moe_jax.data.cache_folders import locked, prepared
 from moe_jax.data.read_only import NotPreparedError, check_may_prepare
-from moe_jax.data.sources.class_examples import Examples, checked_examples
 from moe_jax.errors import InputError
 from moe_jax.options import unknown
 
@@ -161,12 +159,6 @@ def check_feature(builder: Builder, feature: str, option: str) -> None:
     raise unknown(f'{option} of {builder.name!r}', feature, paths)
 
 
-def feature_of(builder: Builder, feature: str) -> Any:
-  """The feature with a name that `check_feature` knows, maybe in another."""
-  features = builder.info.features
-  return _at(features, _paths(features)[feature])
-
-
 def texts(
   builder: Builder, split: str, features: Sequence[str]
 ) -> Iterator[tuple[str, ...]]:
@@ -181,27 +173,6 @@ def texts(
       as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
       for f in features
     )
-
-
-def images(
-  builder: Builder, split: str, image_feature: str, label_feature: str
-) -> Examples:
-  """The grey images of a split, with values from 0 to 1, and their labels."""
-  features = image_feature, label_feature
-  pixels, labels = [], []
-  for example in open_split(builder, split):
-    image, label = values(builder, example, features)
-    pixels.append(image[..., 0])
-    labels.append(label)
-  if not pixels:
-    raise InputError(
-      f'split {split!r} of TFDS dataset {builder.name!r} is empty'
-    )
-  return checked_examples(
-    np.stack(pixels).astype(np.float32) / 255,
-    np.array(labels),
-    f'{split!r} of TFDS dataset {builder.name!r}',
-  )
 
 
 def values(

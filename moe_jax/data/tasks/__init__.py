@@ -1,9 +1,8 @@
-"""Tasks: rows that are learned from texts, pairs or examples with a class.
+"""Tasks: rows that are learned from texts or pairs.
 
 To add a task, write a file with its `TaskOptions` and list them here.
 """
 
-from moe_jax.data.tasks.classes import ClassesTask
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.lm import LmTask
 from moe_jax.data.tasks.prefix_lm import PrefixLmTask
@@ -21,6 +20,5 @@ TASKS = Kinds(
     'span_corruption': SpanCorruptionTask,
     'ul2': Ul2Task,
     'seq2seq': Seq2SeqTask,
-    'classes': ClassesTask,
   },
 )

@@ -30,11 +30,9 @@ class TaskOptions(Options):
   Other code depends on these attributes and never on a task's name.
 
   Attributes:
-    reads: Form in which it reads a source: 'texts', 'pairs' or 'classes'.
+    reads: Form in which it reads a source: 'texts' or 'pairs'.
     label: Name of the task that a run prints; '' (of a language model) prints
       none.
-    has_tokens: Whether its rows are tokens; if not, they are arrays, for models
-      of features.
     makes_examples: Whether a row has examples, each of inputs and targets. Only
       such rows can have an encoder's side or be shared.
     generates: Whether a model can generate text for the inputs that can be
@@ -48,17 +46,11 @@ class TaskOptions(Options):
 
   reads: ClassVar[str]
   label: ClassVar[str]
-  has_tokens: ClassVar[bool] = True
   makes_examples: ClassVar[bool] = True
   generates: ClassVar[bool] = False
   answers_go_on: ClassVar[bool] = False
   input_prefix: ClassVar[str] = ''
   keep_end: ClassVar[bool] = False
-
-  def problems_with(self, shape: RowShape) -> Iterator[str]:
-    """The problems of rows of this shape for the task, a text for each."""
-    del shape
-    return iter(())
 
   @required
   def load(
@@ -102,7 +94,7 @@ class Dataset:
     counts: Numbers by name for each split. Texts have 'documents', 'bytes' (of
       UTF-8) and 'tokens'; pairs have 'pairs', 'bytes', 'input_tokens',
       'target_tokens' (without EOS) and 'truncated', the number of pairs that
-      are too long for a row; classes have 'examples'.
+      are too long for a row.
     task: Options of the task.
     parts: The dataset of each source of a mixture by name, those that are only
       evaluated too; empty for a single source.
@@ -121,26 +113,11 @@ class Dataset:
     """V, the number of ids that a model of this data needs."""
     return self.tokenizer.vocab_size
 
-  @property
-  def feature_shape(self) -> tuple[int, ...]:
-    """Shape of one example that is an array; () for tokens."""
-    return self.tokenizer.feature_shape
-
-  @property
-  def counted(self) -> str:
-    """The noun for what losses and speed count: 'token' or 'example'."""
-    return 'token' if self.task.has_tokens else 'example'
-
-  @property
-  def loss_unit(self) -> str:
-    """The unit of a loss; for examples the model decides it, often nats."""
-    return 'nats/token' if self.task.has_tokens else f'per {self.counted}'
-
   def describe(self) -> str:
     """Lines on the data, to be printed at the start of a run."""
     counted = [
       f'{sum(counts[key] for counts in self.counts.values()):,} {key}'
-      for key in ('documents', 'pairs', 'examples', 'bytes')
+      for key in ('documents', 'pairs', 'bytes')
       if key in self.counts['train']
     ]
     lines = [f'data: {self.source}, {", ".join(counted)}, sha256 {self.digest}']

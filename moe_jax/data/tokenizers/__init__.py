@@ -7,7 +7,6 @@ and list the options here.
 from moe_jax.data.plain_files import read_json
 from moe_jax.data.tokenizers.byte_tokenizer import Bytes, BytesOptions
 from moe_jax.data.tokenizers.char_tokenizer import Chars, CharsOptions
-from moe_jax.data.tokenizers.class_names import ClassNames
 from moe_jax.data.tokenizers.contract import (
   Fitted,
   Ids,
@@ -48,7 +47,6 @@ __all__ = [
   'BytesOptions',
   'Chars',
   'CharsOptions',
-  'ClassNames',
   'Extended',
   'FileOptions',
   'Fitted',

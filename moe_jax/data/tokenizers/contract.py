@@ -42,7 +42,6 @@ class Tokenizer(abc.ABC):
       language; None if there is none.
     sentinel_ids: Ids that stand for masked spans, in order; empty if the
       vocabulary has none.
-    feature_shape: Shape of an example that is an array; () for tokens.
     identity: Text that is equal for two tokenizers exactly if they encode all
       texts equally.
   """
@@ -54,7 +53,6 @@ class Tokenizer(abc.ABC):
   pad_id: int | None = None
   forced_bos_id: int | None = None
   sentinel_ids: tuple[int, ...] = ()
-  feature_shape: tuple[int, ...] = ()
   identity: str
 
   def __init_subclass__(cls, kind: str = '', **more: Any):

@@ -15,7 +15,6 @@ from moe_jax.data.plain_files import (
   plain,
   read_bytes,
 )
-from moe_jax.data.tokenizers.class_names import ClassNames
 from moe_jax.data.tokenizers.contract import (
   Tokenizer,
   TokenizerOptions,
@@ -47,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
 
   Raises:
     ValueError: There is no such file, or several; it is damaged, too large, or
-      a link in a folder; or it has classes, not tokens.
+      a link in a folder.
   """
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
@@ -85,23 +84,13 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
   except UnicodeDecodeError as error:
     raise InputError(f'{path} is not UTF-8: {error}') from None
   if isinstance(values, dict) and 'kind' in values:
-    return _of_run(path)
+    return without_endings(load(path))
   if folder is not None:
     return Json.from_folder(folder)
   try:
     return Json(content.decode())
   except InputError as error:
     raise InputError(f'{path}: {first_line(error)}') from None
-
-
-def _of_run(path: pathlib.Path) -> Tokenizer:
-  tokenizer = without_endings(load(path))
-  if isinstance(tokenizer, ClassNames):
-    raise InputError(
-      f'{path} has the names of {tokenizer.vocab_size} classes, of a run on '
-      'examples that are no text; it has no tokenizer'
-    )
-  return tokenizer
 
 
 def _sentencepiece(path: pathlib.Path, content: bytes) -> SentencePiece:

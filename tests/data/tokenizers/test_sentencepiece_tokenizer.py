@@ -113,7 +113,6 @@ def test_pickles_are_states(model):
   for tokenizer in (
     base,
     tokenizers.Extended(base, ['[S]'], end_inputs=True),
-    tokenizers.ClassNames(['a', 'b']),
     tokenizers.TrainedOptions('bpe', 270).fit(models.WORDS),
   ):
     again = pickle.loads(pickle.dumps(tokenizer))

@@ -227,7 +227,7 @@ def test_tasks_must_be_known():
     tiny.options(num_tasks=3)
   options = tiny.options(moe, num_tasks=2)
   with pytest.raises(ValueError, match='num_tasks=2 is smaller than the 3'):
-    options.filled(tiny.V, (), tiny.T, 3)
+    options.filled(tiny.V, tiny.T, 3)
   model = options.build()
   with pytest.raises(ValueError, match='no task_ids are given'):
     jax.eval_shape(

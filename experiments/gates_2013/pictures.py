@@ -1,7 +1,4 @@
-"""Pictures of mean gates by place and by class.
-
-Not here: the gates (`gate_measures.py`).
-"""
+"""Pictures of mean gates by place and by class."""
 
 import pathlib
 

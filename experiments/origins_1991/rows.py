@@ -1,18 +1,15 @@
-"""Arms, rows and remarks of the table of 1991's systems.
-
-Not here: how they are run (`jacobs_runner.py`), or the columns
-(`jacobs_claims.py`).
-"""
+"""Arms, rows and remarks of the table of 1991's systems."""
 
 from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
-from experiments.origins_1991.jacobs_claims import COLUMNS, SHARED, SYSTEMS
-from experiments.origins_1991.jacobs_problems import TARGETS
+from experiments.origins_1991.claims import COLUMNS, SHARED, SYSTEMS
+from experiments.origins_1991.descent_runner import TARGETS, Descent
 from experiments.study.parts import Arm, Preset, Result, Results, Row
 from experiments.study.tables import ratios
+from moe_jax import sections
 
 # Seeds of the runs that choose learning rates; none of them is reported.
 EXPLORED = range(1000, 1005)
@@ -32,6 +29,7 @@ def explored(
 ) -> list[Arm]:
   """An arm for each system and learning rate, from which rates are chosen."""
   patience = {'patience': len(EXPLORED)}
+  rates = TARGETS[sections.read(Descent, shared).targets].rates
   return [
     Arm(
       f'{arm.name}, rate {rate:g}',
@@ -40,7 +38,7 @@ def explored(
       rate,
     )
     for arm in arms
-    for rate in TARGETS[shared.targets].rates
+    for rate in rates
   ]
 
 

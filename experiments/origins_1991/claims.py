@@ -1,13 +1,11 @@
-"""The systems, columns and claims of the table of 1991.
-
-Not here: how the systems are run (`experiments/jacobs_table1.py`).
-"""
+"""The systems, columns and claims of the table of 1991."""
 
 from collections.abc import Sequence
 
+from experiments.origins_1991 import mixture
 from experiments.study.parts import SHARE, Claim, Column
 
-LOSSES = ('cooperative', 'gated', 'competitive')
+LOSSES = tuple(mixture.LOSSES)  # of equations 1.1 to 1.3
 SHARED = ', shared rate'
 SYSTEMS = {
   **{
