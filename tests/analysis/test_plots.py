@@ -145,12 +145,10 @@ def test_one_row_has_whole_axes():
 
 
 def test_panels_are_drawn_one_by_one():
-  by_name = {
-    panel.name: panel for panel in panels(ROWS, 'per example', 'example')
-  }
+  by_name = {panel.name: panel for panel in panels(ROWS)}
   assert list(by_name) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
   (axes,) = panel_figure(by_name['loss']).axes
-  assert axes.get_ylabel() == 'per example'
+  assert axes.get_ylabel() == 'nats/token'
   assert b'<script' not in picture(axes.figure, 'svg')
 
 
