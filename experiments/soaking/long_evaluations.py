@@ -2,13 +2,13 @@
 
     python -m experiments.soaking.long_evaluations
 
-The evaluations of a run of 300 steps take about five times as long as the steps
-between them, and it is killed 20 times at random moments: by SIGKILL, and in a
-second folder by SIGTERM with a SIGKILL 10 s later. A kill may cost the steps
-since the checkpoint before it, and none if the run has ended by itself after
-SIGTERM; no step may be lost; and the arrays at the end and all rows of
+The evaluations of a run of 300 steps take at least five times as long as the
+steps between them, and it is killed 20 times at random moments: by SIGKILL, and
+in a second folder by SIGTERM with a SIGKILL 10 s later. A kill may cost the
+steps since the checkpoint before it, and none if the run has ended by itself
+after SIGTERM; no step may be lost; and the arrays at the end and all rows of
 evaluations must equal those of a run that was left alone. The exit status is 1
-otherwise, and the folder of the runs is kept.
+otherwise. The temporary folder of the runs is kept.
 """
 
 import itertools
@@ -33,7 +33,8 @@ from experiments.soaking.soak_run import SAVE_EVERY
 from moe_jax.runs.metrics import FILE_NAME, read_metrics
 
 STEPS, KILLS, GRACE_SECONDS = 300, 20, 10
-# An evaluation follows each checkpoint; a batch of it takes a third of a step.
+# An evaluation follows each checkpoint; a batch of it takes over a third of a
+# step.
 EVALUATION = dict(
   every_steps=SAVE_EVERY, num_batches=5 * 3 * SAVE_EVERY, split='train'
 )
