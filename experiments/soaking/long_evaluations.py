@@ -77,8 +77,9 @@ def kill(
 ) -> Tally:
   """Starts the run 20 times, and kills it.
 
-  Half of the kills come at a step, the others in the first or the second
-  evaluation of the start, or soon after it.
+  Half of the kills come at one of its first steps, few enough for a run that
+  loses none to have steps left at the end; the others come in the first
+  evaluation, or soon after it.
 
   Args:
     workdir: Folder of the run.
@@ -89,8 +90,9 @@ def kill(
   tally = Tally()
   for attempt in range(1, KILLS + 1):
     run = start(workdir, attempt)
-    event, most = draw.choice((('step', SAVE_EVERY), ('evaluating', 2)))
-    number = draw.randint(1, most)
+    event, number = draw.choice(
+      (('step', draw.randint(1, SAVE_EVERY // 2)), ('evaluating', 1))
+    )
     while run.running() and number > sum(
       event in line for line in of_attempt(workdir, attempt)
     ):
