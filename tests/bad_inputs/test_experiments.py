@@ -222,7 +222,7 @@ OTHERS = {
   'a comparison of one run': ('compare', ['runs'], ('give at least two',)),
   'a comparison of folders without runs': (
     'compare',
-    ['configs', 'tests', '--output={folder}/page'],
+    ['configs', 'tests'],
     ('configs holds no run', 'config.json'),
   ),
   'a report of a file': (

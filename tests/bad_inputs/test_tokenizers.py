@@ -133,9 +133,6 @@ SAVED = [
     ({**JSON, 'special': {**SPECIAL, 'bos': 11}}, ['bos_token_id=11']),
     ({**JSON, 'special': {**SPECIAL, 'new': 1}}, ['no saved tokenizer']),
     ({'kind': 'chars'}, ['no saved tokenizer']),
-    ({'kind': 'classes', 'names': []}, ['must be different']),
-    ({'kind': 'classes', 'names': ['a', 'a']}, ['must be different']),
-    ({'kind': 'classes', 'names': [[]]}, ['no saved tokenizer']),
     (
       {'kind': 'extended', 'base': {'kind': 'x'}},
       ["unknown tokenizer kind 'x'"],

@@ -35,6 +35,17 @@ LOSSES_OF = (
   'tiny_finegrained',
 )
 NUM_LOSSES, VOCABULARY = 20, 300
+# Names of kinds and options before and now, for `map`.
+KINDS = {
+  'cipher': 'experiments.study.cipher:CipherSource',
+  'kv_recall': 'experiments.study.kv_recall:KvRecallSource',
+}
+PATHS = {
+  KINDS['cipher']: {
+    'data.source.cipher.num_ciphers': 'data.source.custom.num_ciphers',
+    'data.source.cipher.marked': 'data.source.custom.marked',
+  },
+}
 _TIMEOUT = 600  # seconds of the tests of a mutation
 
 
@@ -95,8 +106,8 @@ def verdicts() -> dict[str, dict[str, str]]:
   }
 
 
-def settings() -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
-  """The digest of each arm of the studies, and all values of its config."""
+def settings() -> dict[str, dict[str, list[Any]]]:
+  """Of each arm: its digest, the values of its config, and those it changes."""
   values = {}
   for summary, study in studies():
     preset = study.presets[stored.preset_of(summary)]
@@ -106,24 +117,25 @@ def settings() -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
     started = {(job.arm.name, 0): job for level in starts for job in level}
     runs = study.jobs(shared, arms, [0], folder / study.name, started)
     options = study.runner.options
-    values[study.name] = {
-      job.arm.name: (
+    values[study.name] = {}
+    for job in [*started.values(), *runs]:
+      leaves = [
+        leaf
+        for leaf in sections.leaves(options, job.config)
+        if leaf.path not in ('seed', *job.arm.runs_before)
+      ]
+      values[study.name][job.arm.name] = [
         jobs.settings_digest(options, job),
-        {
-          leaf.path: leaf.value
-          for leaf in sections.leaves(options, job.config)
-          if leaf.path not in ('seed', *job.arm.runs_before)
-        },
-      )
-      for job in [*started.values(), *runs]
-    }
-  return values
+        {leaf.path: leaf.value for leaf in leaves},
+        [leaf.path for leaf in leaves if leaf.changed],
+      ]
+  return json.loads(json.dumps(values, default=list))
 
 
 def record() -> dict[str, Any]:
   """All that is held, of this checkout."""
   digests = {
-    study: {arm: digest for arm, (digest, _) in arms.items()}
+    study: {arm: values[0] for arm, values in arms.items()}
     for study, arms in settings().items()
   }
   return {
@@ -144,38 +156,54 @@ def differences(held: Any, now: Any, name: str = '') -> Iterator[str]:
     yield f'{name}: {str(held)[:80]} is now {str(now)[:80]}'
 
 
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+  """The values of an older checkout under their names of today."""
+  values = {
+    key: KINDS.get(value, value) if key.endswith('kind') else value
+    for key, value in values.items()
+  }
+  for kind, paths in PATHS.items():
+    if kind in values.values():
+      values |= {new: values.pop(old) for old, new in paths.items()}
+  return values
+
+
 def map_digests(old_settings: pathlib.Path) -> None:
   """Gives stored results the digests of today where arms are as they were.
 
   An arm is as it was where each option that both checkouts have has its old
-  value. Every mapping is printed, and so is every option that is gone or new,
-  with its value, for a reader to judge. An arm that differs keeps its old
-  digest, and so its verdicts are withheld.
+  value, and where it had changed no option that is gone. Every mapping is
+  printed, and so is every option that is gone or new, with its value. An arm
+  that differs keeps its old digest, and so its verdicts are withheld.
 
   Args:
-    old_settings: What `settings` printed in the other checkout.
+    old_settings: What `settings` wrote in the other checkout.
   """
   old, new = json.loads(old_settings.read_text()), settings()
-  new = json.loads(json.dumps(new, default=list))
-  gone: dict[str, set[str]] = {}
+  others: dict[str, set[str]] = {}
   for path in sorted(STORED.glob('*.json')):
     text = path.read_text()
-    for arm, (digest, values) in old.get(path.stem, {}).items():
-      today, now = new[path.stem].get(arm, ('', {}))
+    for arm, (digest, old_values, old_changed) in old[path.stem].items():
+      today, now, _ = new[path.stem].get(arm, ('none', {}, []))
       if today == digest:
         continue
-      changed = {k for k in values.keys() & now.keys() if values[k] != now[k]}
-      for key in values.keys() - now.keys():
-        gone.setdefault(f'{key} = {values[key]!r}', set()).add(path.stem)
-      for key in now.keys() - values.keys():
-        gone.setdefault(f'new: {key} = {now[key]!r}', set()).add(path.stem)
-      word = f'differs in {sorted(changed)}' if changed or not now else 'mapped'
-      print(f'{path.stem}: {arm}: {digest} -> {today or "none"}: {word}')
-      if word == 'mapped':
+      values = renamed(old_values)
+      gone, added = values.keys() - now.keys(), now.keys() - values.keys()
+      differing = {k for k in values.keys() & now.keys() if values[k] != now[k]}
+      differing |= {k for k in gone if k in old_changed}
+      for key in gone:
+        others.setdefault(f'gone: {key} = {values[key]!r}', set()).add(
+          path.stem
+        )
+      for key in added:
+        others.setdefault(f'new: {key} = {now[key]!r}', set()).add(path.stem)
+      word = f'differs in {sorted(differing)}' if differing else 'mapped'
+      print(f'{path.stem}: {arm}: {digest} -> {today}: {word}')
+      if not differing:
         text = text.replace(f'"{digest}"', f'"{today}"')
     path.write_text(text)
-  for key, names in sorted(gone.items()):
-    print(f'{key}: in {sorted(names)}')
+  for key, names in sorted(others.items()):
+    print(f'{key}: {len(names)} studies, such as {min(names)}')
 
 
 def mutate(number: int) -> str:
@@ -217,7 +245,7 @@ def main() -> None:
   parser.add_argument('path', nargs='?', type=pathlib.Path)
   options = parser.parse_args()
   if options.command == 'settings':
-    options.path.write_text(json.dumps(settings(), default=list))
+    options.path.write_text(json.dumps(settings()))
   elif options.command == 'map':
     map_digests(options.path)
   elif options.command == 'mutate':
