@@ -136,8 +136,8 @@ def room_around(
   axes.set_ylim(low - space, high + space)
 
 
-def picture(figure: Figure, form: str = 'png') -> bytes:
-  """The file of a figure, as 'png' or 'svg'."""
+def picture(figure: Figure) -> bytes:
+  """The PNG file of a figure."""
   buffer = io.BytesIO()
-  figure.savefig(buffer, format=form, dpi=DPI)
+  figure.savefig(buffer, format='png', dpi=DPI)
   return buffer.getvalue()

@@ -93,14 +93,7 @@ def curves_figure(rows: Rows) -> Figure:
   return figure
 
 
-def panel_figure(panel: Panel) -> Figure:
-  """One panel, small enough for the screen of a phone."""
-  figure = Figure(figsize=(4.8, 3.1), layout='constrained')
-  panel.draw(figure.subplots())
-  return figure
-
-
-def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
+def load_figure(rows: Rows) -> Figure:
   """The load of each expert over steps, in a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
@@ -109,7 +102,6 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
 
   Args:
     rows: Rows of metrics, each with its `step`.
-    width: Width of the figure in inches.
 
   Raises:
     ValueError: No row has the load of a layer.
@@ -120,7 +112,7 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
     raise InputError(f'{problem}; a dense model has none')
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
-  figure = Figure(figsize=(width, 0.9 + 1.7 * lines), layout='constrained')
+  figure = Figure(figsize=(_WIDTH, 0.9 + 1.7 * lines), layout='constrained')
   grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
   mesh: Any = None
   for axes, layer in zip(grid.flat, layers):
@@ -133,9 +125,7 @@ def load_figure(rows: Rows, width: float = _WIDTH) -> Figure:
     grid[-2, -1].tick_params(labelbottom=True)
   figure.supxlabel('step', fontsize='medium')
   title = 'Load: share of all choices that each expert gets'
-  figure.suptitle(
-    title + ', before drops' * (width >= _WIDTH), fontsize='large'
-  )
+  figure.suptitle(f'{title}, before drops', fontsize='large')
   bar = plot_style.ratio_bar(figure, mesh, figure.axes, aspect=12 * lines)
   bar.set_ylabel('share / uniform share')
   return figure

