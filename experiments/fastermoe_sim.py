@@ -7,20 +7,17 @@
       --config.total_steps=300 --config.trace.every_steps=10 \\
       --config.trace.logits=True --config.checkpoint.every_steps=300
     python -m experiments.fastermoe_sim --trace=runs/tiny_16/trace
-    python -m experiments.fastermoe_sim --roofline --config=configs/switch_c.py
 
 Replays which experts tokens chose, from traces of real runs or drawn, through
 the cost model of FasterMoE (He et al., PPoPP 2022) on the paper's two clusters
 and a described slice of TPUs: synchronous, with shadowed experts, with the
-smart schedule, with both, and with the topology-aware gate. Writes tables,
-figures and a line for every step and layer to `--output`, with the command that
-made them. Nothing is measured.
+smart schedule, with both, and, where logits were recorded, with the
+topology-aware gate. Writes a table and figures to `--output`, with the command
+that made them. Nothing is measured.
 
 The layer has the widths that FastMoE's shadowing policy assumes, M=2048 and
-F=4096, unless `--config` names a model or `--width` and `--hidden` are given. A
-small run has few tokens: each of its rows stands for as many as give a device
-`--tokens` tokens. Without recorded logits the gate lets tokens choose again by
-chance.
+F=4096, unless `--config` names a model. A small run has few tokens: each of its
+rows stands for as many as give a device 4,096 tokens.
 """
 
 import argparse
@@ -54,78 +51,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     description=__doc__.split('\n')[0],
     allow_abbrev=False,
   )
-  _add_choices(parser)
-  _add_sizes(parser)
-  parser.add_argument(
-    '--roofline', action='store_true', help='draw the roofline alone'
-  )
-  parser.add_argument(
-    '--output',
-    default='experiments/results/fastermoe_sim',
-    help='folder that is written',
-  )
-  options, overrides = command_line.parse_command(
-    parser, argv, lambda options: options.config
-  )
-  if not -1 <= options.outgoing <= 1:
-    parser.error(f'--outgoing={options.outgoing} is no share')
-  options.overrides = overrides
-  options.topology = options.topology or list(clusters.NAMES)
-  if not (options.trace or options.counts):
-    options.counts = list(expert_counts.DRAWN)
-  return options
 
+  def add_several(name, choices, text):
+    parser.add_argument(
+      name, action='append', default=[], choices=choices, help=text
+    )
 
-def _add_choices(parser: argparse.ArgumentParser) -> None:
+  add_several('--trace', None, 'folder of a trace')
+  add_several('--counts', expert_counts.DRAWN, 'counts that are drawn')
+  add_several('--topology', clusters.NAMES, 'machine; all of them if none is')
   add = parser.add_argument
-  add('--trace', action='append', default=[], help='folder of a trace')
-  add(
-    '--counts',
-    action='append',
-    default=[],
-    choices=list(expert_counts.DRAWN),
-    help='counts that are drawn',
-  )
-  add(
-    '--kind',
-    default='',
-    help="kind of a trace's records; '' takes those of training",
-  )
-  add(
-    '--topology',
-    action='append',
-    default=[],
-    help='; '.join((*clusters.NAMES, clusters.OTHERS)),
-  )
-  add(
-    '--dtype',
-    default='float32',
-    choices=list(clusters.BYTES),
-    help='type that V100s and the devices of nodes:... multiply and send',
-  )
-
-
-def _add_sizes(parser: argparse.ArgumentParser) -> None:
-  add, count = parser.add_argument, command_line.NOT_NEGATIVE
   add('--config', default='', help='model whose layer is simulated')
-  add(
-    '--width',
-    type=count,
-    default=0,
-    help="M, the width of the model; 0 takes the config's, or 2048",
-  )
-  add(
-    '--hidden',
-    type=count,
-    default=0,
-    help="F, the hidden width of an expert; 0 takes the config's, or 4096",
-  )
-  add(
-    '--tokens',
-    type=count,
-    default=clusters.TOKENS,
-    help='tokens that a device is to have; 0 keeps those recorded',
-  )
   add(
     '--steps',
     type=command_line.POSITIVE,
@@ -133,11 +69,16 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     help='largest number of steps that are simulated',
   )
   add(
-    '--outgoing',
-    type=float,
-    default=-1,
-    help="share of tokens that may leave a node; -1 takes the paper's formula",
+    '--output', default='results/fastermoe_sim', help='folder that is written'
   )
+  options, overrides = command_line.parse_command(
+    parser, argv, lambda options: options.config
+  )
+  options.overrides = overrides
+  options.topology = options.topology or list(clusters.NAMES)
+  if not (options.trace or options.counts):
+    options.counts = list(expert_counts.DRAWN)
+  return options
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
@@ -155,7 +96,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     M, ffn = config.model.width, moe.expert.twin(1).ffn
     F = ffn.hidden
     kernels = ffn.kernel_values(M) // (M * F)
-  return Sizes(options.width or M, options.hidden or F, kernels=kernels)
+  return Sizes(M, F, kernels=kernels)
 
 
 def chosen(
@@ -165,7 +106,7 @@ def chosen(
   if source in expert_counts.DRAWN:
     W = cluster.num_devices
     return expert_counts.drawn(source, W, W * DRAWN, options.steps)
-  return expert_counts.recorded(source, options.kind, options.steps)
+  return expert_counts.recorded(source, options.steps)
 
 
 def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
@@ -179,20 +120,19 @@ def cases(options: argparse.Namespace) -> tuple[list[Case], list[str]]:
   remarks = [expert_counts.about(folder) for folder in options.trace]
   for source in (*options.trace, *options.counts):
     for name in options.topology:
-      cluster = clusters.get(name, options.dtype)
+      cluster = clusters.get(name)
       sizes = layer._replace(bytes_per_element=cluster.bytes_per_element)
       try:
         counts = expert_counts.counts_of(
           chosen(options, source, cluster),
           cluster,
-          tokens_per_device=options.tokens,
-          outgoing=None if options.outgoing < 0 else options.outgoing,
+          tokens_per_device=clusters.TOKENS,
+          outgoing=cluster.outgoing,
         )
       except expert_counts.DoesNotDivide as problem:
         remarks.append(f'left out: {source} on {name}, as {problem}')
         continue
       arms = simulate.simulate(cluster, counts, sizes)
-      simulate.check_bound(arms)
       simulated.append(Case(source, cluster, sizes, counts, arms))
   return simulated, remarks
 
@@ -213,13 +153,10 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   if not simulated:
     raise InputError('nothing can be simulated: ' + '; '.join(remarks))
   simulated_figures.roofline(simulated, folder / 'roofline.png')
-  if not options.roofline:
-    text = simulated_tables.page(simulated, command_of(argv), remarks)
-    (folder / 'table.md').write_text(text, encoding='utf-8')
-    simulated_tables.write_csv(folder / 'rows.csv', simulated)
-    simulated_figures.speed_ups(simulated, folder / 'speed_ups.png')
-    simulated_figures.seconds_by_step(simulated, folder / 'seconds.png')
-    command_line.say([text])
+  simulated_figures.speed_ups(simulated, folder / 'speed_ups.png')
+  text = simulated_tables.page(simulated, command_of(argv), remarks)
+  (folder / 'table.md').write_text(text, encoding='utf-8')
+  command_line.say([text])
   print(f'written: {folder}')
   return folder
 

@@ -598,25 +598,6 @@ def limited_choice(logits, node, mask, K, Q, limit):
   return index
 
 
-def fastmoe_choice(logits, node, mask, Q, limit):
-  """The top-2 gate of FastMoE's FasterGate, of each group by itself."""
-  G, S, E = logits.shape
-  index = np.zeros((G, S, 2), int)
-  for g in range(G):
-    local = [e for e in range(E) if e // (E // Q) == node[g]]
-    top_2 = [choose(logits[g, s], 2) for s in range(S)]
-    leaving = [s for s in range(S) if mask[g, s] and top_2[s][0] not in local]
-    index[g] = top_2
-    if len(leaving) < limit:
-      continue
-    leaving.sort(key=lambda s: (-logits[g, s, top_2[s][0]], s))
-    for s in range(S):
-      index[g, s] = _best_of(local, logits[g, s], 2)
-      if s in leaving[:limit]:
-        index[g, s, 1] = top_2[s][0]
-  return index
-
-
 def _best_of(experts, logits, K):
   """The K of these experts with the largest logits; ties go to the lower."""
   return sorted(experts, key=lambda e: (-logits[e], e))[:K]

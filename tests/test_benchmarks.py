@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import itertools
 import json
 import pathlib
 
@@ -14,7 +13,6 @@ import pytest
 
 from experiments import (
   bench_attention,
-  bench_exchange,
   bench_generation,
   bench_moe_layer,
   bench_overhead,
@@ -31,7 +29,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks import moe_layer_cases as cases_lib
 from experiments.benchmarks import moe_layer_programs as programs_lib
 from experiments.benchmarks import moe_layer_rows as rows_lib
-from moe_jax import config_file, models, run_config, sections
+from moe_jax import models
 from moe_jax.config_file import load_config
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
@@ -362,22 +360,6 @@ def test_the_overhead_benchmark_saves_once_a_burst(
   )
   (table,) = tmp_path.glob('*/*/table.md')
   assert 'is the aim: ' in table.read_text(encoding='utf-8')
-
-
-def test_every_case_of_the_exchange_is_a_valid_run():
-  config = config_file.config_of('configs/tiny_switch.py', [])
-  for shadowed, fraction in itertools.product(
-    bench_exchange.SHADOWED, bench_exchange.FRACTIONS
-  ):
-    changes = bench_exchange.changes(4, 3, shadowed, fraction)
-    merged = sections.merge(config, changes)
-    options, ignored = run_config.settled(config, merged)
-    dispatch = options.model.moe.dispatch
-    assert dispatch.shadowing.experts == shadowed
-    assert dispatch.exchange.capacity_fraction == fraction
-    leaks = options.model.moe.leak() is not None
-    assert leaks == (shadowed > 0 and fraction < 1)
-    assert not ignored
 
 
 def test_a_folder_without_the_package_is_no_checkout(tmp_path):

@@ -2,7 +2,6 @@
 
 A batch's tokens are laid over the W devices in blocks, in their order. All
 choices count, those that a capacity dropped as well, since FastMoE drops none.
-Not here: what they cost (`simulate.py`).
 """
 
 import functools
@@ -38,7 +37,6 @@ class Chosen(NamedTuple):
     step: Number of optimizer steps taken before.
     layer: Number of the layer.
     expert: The experts of each token, -1 for none, [N, K].
-    gate: The weight of each of them, [N, K].
     logits: The logits of all experts, [N, E]; None if they are not recorded.
     num_experts: E, the number of experts.
   """
@@ -46,7 +44,6 @@ class Chosen(NamedTuple):
   step: int
   layer: int
   expert: Int[np.ndarray, 'N K']
-  gate: Float[np.ndarray, 'N K']
   logits: Float[np.ndarray, 'N E'] | None
   num_experts: int
 
@@ -60,11 +57,10 @@ class Counts(NamedTuple):
     counts: The number of rows of each device that choose each expert, [R, E,
       W].
     gated: The same under the topology-aware gate; None where a cluster has no
-      nodes.
+      nodes, or logits are not recorded.
     rows: The number of simulated rows that each recorded row stands for.
     outgoing: The share of a device's tokens that the gate lets leave its node,
       rounded down to whole tokens; 1.0 where there is no gate.
-    is_formula: Whether that share is by the paper's formula, not a given one.
   """
 
   step: Int[np.ndarray, ' R']
@@ -73,25 +69,22 @@ class Counts(NamedTuple):
   gated: Int[np.ndarray, 'R E W'] | None
   rows: float
   outgoing: float = 1.0
-  is_formula: bool = True
 
 
-def recorded(
-  folder: str | pathlib.Path, kind: str = '', most: int = 0
-) -> Iterator[Chosen]:
+def recorded(folder: str | pathlib.Path, most: int = 0) -> Iterator[Chosen]:
   """The choices in a trace, of decoders where a model has an encoder too.
+
+  They are those of training if it was recorded, else of the first evaluation.
 
   Args:
     folder: Folder of the trace.
-    kind: Kind of records, 'train' or the name of an evaluation; '' takes
-      training if it is there, else the first kind.
     most: Largest number of steps, evenly spaced; 0 takes all.
 
   Raises:
-    ValueError: There is no such trace, or no such kind.
+    ValueError: There is no such trace.
   """
   trace = traces.read(folder)
-  kind = kind or ('train' if 'train' in trace.kinds else trace.kinds[0])
+  kind = 'train' if 'train' in trace.kinds else trace.kinds[0]
   steps = trace.steps_of(kind)
   if most:
     positions = np.linspace(0, len(steps) - 1, min(most, len(steps)))
@@ -105,7 +98,6 @@ def recorded(
         record.step,
         layer,
         _flat(choices.expert),
-        _flat(choices.gate),
         None if logits is None else _flat(logits),
         trace.header.layers[layer].num_experts,
       )
@@ -160,8 +152,8 @@ def drawn(
     share[rng.permutation(E)[:HOT]] = SHARE
   for step in range(steps):
     expert = rng.choice(E, (num_tokens, 1), p=share)
-    gate = rng.random((num_tokens, 1))
-    yield Chosen(step, 0, expert, gate, None, E)
+    rng.random((num_tokens, 1))  # so that stored results come out again
+    yield Chosen(step, 0, expert, None, E)
 
 
 def counts_of(
@@ -169,7 +161,7 @@ def counts_of(
   cluster: Cluster,
   *,
   tokens_per_device: int = 0,
-  outgoing: float | None = None,
+  outgoing: float = 1.0,
 ) -> Counts:
   """Lays the choices over the devices of a cluster.
 
@@ -178,8 +170,7 @@ def counts_of(
     cluster: The machine.
     tokens_per_device: Number of tokens that a device is to have: each recorded
       one stands for as many as that takes; 0 keeps those recorded.
-    outgoing: Share of a device's tokens that the gate lets leave the node; None
-      takes the paper's formula.
+    outgoing: Share of a device's tokens that the gate lets leave the node.
 
   Raises:
     DoesNotDivide: A batch or the experts cannot be divided over the devices.
@@ -187,7 +178,6 @@ def counts_of(
   """
   step, layer, counts, gated = [], [], [], []
   rows = leaving = 1.0
-  rng = np.random.default_rng(0)
   for one in chosen:
     _check(one, cluster)
     per_device = len(one.expert) // cluster.num_devices
@@ -195,10 +185,10 @@ def counts_of(
     step.append(one.step)
     layer.append(one.layer)
     counts.append(_count(one.expert, one.num_experts, cluster, rows))
-    if cluster.num_nodes > 1:
-      limit = _limit_of(cluster, outgoing, per_device)
+    if cluster.num_nodes > 1 and one.logits is not None:
+      limit = int(outgoing * per_device)
       leaving = limit / per_device
-      limited = _limited(one, cluster, limit, rng)
+      limited = _limited(one, one.logits, cluster, limit)
       gated.append(_count(limited, one.num_experts, cluster, rows))
   if not counts:
     raise InputError('no choices to simulate')
@@ -209,7 +199,6 @@ def counts_of(
     np.stack(gated) if gated else None,
     rows,
     leaving,
-    outgoing is None,
   )
 
 
@@ -236,56 +225,27 @@ def _count(
   return np.rint(counts * rows).astype(np.int64)
 
 
-def _limit_of(cluster: Cluster, outgoing: float | None, tokens: int) -> int:
-  """L, the number of a device's tokens that may leave its node."""
-  return int((cluster.outgoing if outgoing is None else outgoing) * tokens)
-
-
 def _limited(
   chosen: Chosen,
+  logits: Float[np.ndarray, 'N E'],
   cluster: Cluster,
   limit: int,
-  rng: np.random.Generator,
 ) -> Int[np.ndarray, 'N K']:
-  """The choices under the topology-aware gate.
-
-  Where logits are not recorded, tokens whose remote choices are refused keep
-  their local ones and draw the others among the experts of their node.
-  """
+  """The choices under the topology-aware gate."""
   N, K = chosen.expert.shape
   W, Q = cluster.num_devices, cluster.num_nodes
-  logits = chosen.logits
-  if logits is None:
-    logits = _stand_in(chosen, rng)
+  real = (chosen.expert >= 0).any(-1)
   limited = _limit(
     jnp.asarray(logits.reshape(W, N // W, -1), jnp.float32),
     jnp.asarray(np.arange(W) // (W // Q), jnp.int32),
-    jnp.asarray((chosen.expert >= 0).any(-1).reshape(W, N // W)),
+    jnp.asarray(real.reshape(W, N // W)),
     num_selected=K,
     num_nodes=Q,
     limit=limit,
   )
-  limited = np.asarray(limited).reshape(N, K)
-  return np.where((chosen.expert >= 0).any(-1, keepdims=True), limited, -1)
+  return np.where(real[:, None], np.asarray(limited).reshape(N, K), -1)
 
 
 _limit = functools.partial(
   jax.jit, static_argnames=('num_selected', 'num_nodes', 'limit')
 )(limited_choice)
-
-
-def _stand_in(
-  chosen: Chosen, rng: np.random.Generator
-) -> Float[np.ndarray, 'N E']:
-  """Logits whose probabilities are the gates, and below them chance.
-
-  The other experts share the remaining probability, in a random order.
-  """
-  (N, K), E = chosen.expert.shape, chosen.num_experts
-  gates = np.clip(np.where(chosen.expert >= 0, chosen.gate, 1.0), 1e-6, 1.0)
-  remaining = np.clip(1 - gates.sum(-1), 1e-9, 1) / max(E - K, 1)
-  below = np.log(np.minimum(remaining, gates.min(-1)))[:, None]
-  logits = below - 1e-3 * (1 + rng.random((N, E), np.float32))
-  tokens, k = np.nonzero(chosen.expert >= 0)
-  logits[tokens, chosen.expert[tokens, k]] = np.log(gates[tokens, k])
-  return logits

@@ -1,8 +1,4 @@
-"""SIMULATED seconds of a layer with each of FasterMoE's parts (cost model).
-
-Not here: machines (`clusters.py`), the choices of tokens (`expert_counts.py`),
-tables and figures.
-"""
+"""SIMULATED seconds of a layer with each of FasterMoE's parts (cost model)."""
 
 import types
 from collections.abc import Mapping
@@ -10,34 +6,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.faster_moe.clusters import Cluster
+from experiments.faster_moe.clusters import GROUP, Cluster
 from experiments.faster_moe.expert_counts import Counts
 from moe_jax.errors import InputError
-from moe_jax.parallel import cost_model, schedule_model, shadowing
+from moe_jax.parallel import cost_model, shadowing
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.parallel.shadowing_rules import RULES
 from moe_jax.shapes import Bool, Float, Int
 
 # Batches whose exchanges are computed at once, which bounds memory.
 _AT_ONCE = 64
-
-
-# As many of the most popular experts are shadowed as make a synchronous step
-# fastest by this model: what a better rule than the paper's could gain.
-BEST = 'best'
+# Which experts are shadowed: by Algorithm 1, or as many of the most popular
+# ones as make a synchronous step fastest by this model, which is what a better
+# rule than the paper's could gain.
+RULE, BEST = 'algorithm_1', 'best'
 
 
 class Arm(NamedTuple):
   """A way to run a layer.
 
   Attributes:
-    rule: Name of the rule that shadows experts, or `BEST`; '' for none.
+    shadows: `RULE` or `BEST`; '' shadows no expert.
     scheduled: Whether exchange and products overlap by the smart schedule.
     gated: Whether the topology-aware gate limits what leaves a node.
     published: Column of the paper's table of speed-ups; '' for none.
   """
 
-  rule: str = ''
+  shadows: str = ''
   scheduled: bool = False
   gated: bool = False
   published: str = ''
@@ -45,7 +39,6 @@ class Arm(NamedTuple):
 
 SYNCHRONOUS = 'synchronous'
 SHADOWED = 'shadowed'
-SHIPPED = "shadowed by FastMoE's rule"
 BEST_NUMBER = 'best number shadowed (ours)'
 SCHEDULED = 'scheduled'
 BOTH = 'scheduled and shadowed'
@@ -55,14 +48,13 @@ ALL = 'gated, scheduled and shadowed'
 ARMS = types.MappingProxyType(
   {
     SYNCHRONOUS: Arm(),
-    SHADOWED: Arm('algorithm_1', published='shadowing_alone'),
-    SHIPPED: Arm('fastmoe'),
+    SHADOWED: Arm(RULE, published='shadowing_alone'),
     BEST_NUMBER: Arm(BEST),
     SCHEDULED: Arm(scheduled=True, published='schedule_alone'),
-    BOTH: Arm('algorithm_1', scheduled=True, published='vs_fastmoe'),
+    BOTH: Arm(RULE, scheduled=True, published='vs_fastmoe'),
     BOTH_BEST: Arm(BEST, scheduled=True),
     GATED: Arm(gated=True),
-    ALL: Arm('algorithm_1', scheduled=True, gated=True),
+    ALL: Arm(RULE, scheduled=True, gated=True),
   }
 )
 
@@ -95,55 +87,56 @@ class Simulated(NamedTuple):
 def simulate(
   cluster: Cluster, counts: Counts, sizes: Sizes
 ) -> Mapping[str, Simulated]:
-  """Simulates all arms; those with a gate only where there are nodes."""
-  return {
+  """Simulates all arms; those with a gate only where it has been applied."""
+  arms = {
     name: _simulate(
       arm, cluster, counts.gated if arm.gated else counts.counts, sizes
     )
     for name, arm in ARMS.items()
     if not (arm.gated and counts.gated is None)
   }
+  check_bound(arms)
+  return arms
 
 
 def _simulate(
   arm: Arm, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
 ) -> Simulated:
-  shadowed = _shadowed(arm.rule, cluster, counts, sizes)
-  chunks = [
-    _steps(arm, cluster, counts[i : i + _AT_ONCE], mask, sizes)
-    for i in range(0, len(counts), _AT_ONCE)
-    for mask in [shadowed[i : i + _AT_ONCE]]
+  R, E, W = counts.shape
+  parts = np.split(counts, range(_AT_ONCE, R, _AT_ONCE))
+  masks = [_shadowed(arm.shadows, cluster, part, sizes) for part in parts]
+  steps = [
+    _steps(arm, cluster, part, mask, sizes)
+    for part, mask in zip(parts, masks, strict=True)
   ]
-  seconds, bound, ratio = map(np.concatenate, zip(*chunks, strict=True))
-  number = shadowed.sum(-1)
-  largest = np.array([shadowing.rows_of(one).max() for one in counts])
-  rows = counts.sum((1, 2))
+  seconds, bound, ratio = map(np.concatenate, zip(*steps, strict=True))
+  number = np.concatenate(masks).sum(-1)
+  largest = counts.reshape(R, W, -1).sum(-1).max(-1)
   return Simulated(
     seconds,
     bound,
     ratio,
-    cost_model.achieved(cluster.topology, sizes, rows, seconds),
+    achieved(cluster, sizes, counts.sum((1, 2)), seconds),
     number,
-    counts.shape[1],
+    E,
     largest,
     largest > shadowing.least_rows(np.maximum(number, 1), sizes),
   )
 
 
 def _shadowed(
-  rule: str, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
+  shadows: str, cluster: Cluster, counts: Int[np.ndarray, 'R E W'], sizes: Sizes
 ) -> Bool[np.ndarray, 'R E']:
-  """The experts that a rule shadows."""
-  shadowed = np.zeros(counts.shape[:2], bool)
-  if rule == BEST:
-    for i in range(0, len(counts), _AT_ONCE):
-      part = slice(i, i + _AT_ONCE)
-      shadowed[part] = _best(cluster, counts[part], sizes)
-  elif rule:
-    choose, speeds = RULES[rule].choose, cluster.speeds(sizes)
+  """The experts that are shadowed."""
+  if shadows == BEST:
+    return _best(cluster, counts, sizes)
+  R, E, _ = counts.shape
+  shadowed = np.zeros((R, E + 1), bool)
+  if shadows:
+    speeds = cluster.speeds(sizes)
     for mask, one in zip(shadowed, counts, strict=True):
-      mask[[*choose(one, sizes, speeds).experts]] = True
-  return shadowed
+      mask[shadowing.choose(one, sizes, speeds, most=E)] = True
+  return shadowed[:, :E]
 
 
 def _best(
@@ -153,7 +146,7 @@ def _best(
   order = np.argsort(-counts.sum(-1), axis=-1, kind='stable')
   rank = np.argsort(order, axis=-1)  # each expert's, by popularity
   seconds = [
-    schedule_model.step(
+    cost_model.step(
       cluster.topology, counts, sizes, shadowed=rank < r
     ).sequential
     for r in range(counts.shape[1] // 2 + 1)
@@ -163,18 +156,36 @@ def _best(
 
 def _steps(arm, cluster, counts, shadowed, sizes) -> tuple[np.ndarray, ...]:
   """Seconds, their bound, and computation over communication."""
-  one = schedule_model.step(cluster.topology, counts, sizes, shadowed=shadowed)
+  one = cost_model.step(cluster.topology, counts, sizes, shadowed=shadowed)
   seconds = one.sequential
   if arm.scheduled:
-    seconds = schedule_model.step(
+    seconds = cost_model.step(
       cluster.topology,
       counts,
       sizes,
-      num_groups=cluster.num_groups,
+      num_groups=cluster.num_devices // GROUP,
       shadowed=shadowed,
     ).scheduled
-  with np.errstate(divide='ignore'):
-    return seconds, one.overlapped, one.comp / one.comm
+  return seconds, one.overlapped, one.ratio
+
+
+def achieved(
+  cluster: Cluster,
+  sizes: Sizes,
+  rows: Int[np.ndarray, ' N'],
+  seconds: Float[np.ndarray, ' N'],
+) -> Float[np.ndarray, ' N']:
+  """The mean FLOPs per second of a device in training steps.
+
+  They are y in Figure 4 of FasterMoE, the roofline of a layer.
+
+  Args:
+    cluster: The machine.
+    sizes: The sizes of the experts.
+    rows: Number of rows of all devices, of each step.
+    seconds: Seconds of each step.
+  """
+  return 3 * sizes.row_flops * rows / (cluster.num_devices * seconds)
 
 
 def speed_up(base: Simulated, other: Simulated) -> tuple[float, float]:
@@ -209,15 +220,12 @@ def even_points(
   Returns:
     Computation over communication, and FLOPs per second of a device.
   """
-  W = cluster.num_devices
-  ratios, flops = [], []
+  counts = np.full((1, cluster.num_devices, cluster.num_devices), 64)
+  points = []
   for factor in 2.0 ** np.arange(-3, 7):
     wide = sizes._replace(F=max(int(sizes.F * factor), 1))
-    latency = cost_model.latency(cluster.topology, np.full((W, W), 64), wide)
-    ratios.append(latency.ratio)
-    flops.append(
-      cost_model.achieved(
-        cluster.topology, wide, latency.rows, latency.synchronous
-      )
-    )
-  return np.array(ratios), np.array(flops)
+    step = cost_model.step(cluster.topology, counts, wide)
+    flops = achieved(cluster, wide, counts.sum((1, 2)), step.sequential)
+    points.append((step.ratio[0], flops[0]))
+  ratios, flops = np.array(points).T
+  return ratios, flops

@@ -1,7 +1,4 @@
-"""Figures of simulated training steps; every title says SIMULATED.
-
-Not here: the simulation (`simulate.py`), and its tables.
-"""
+"""Figures of simulated training steps; every title says SIMULATED."""
 
 import pathlib
 from collections.abc import Sequence
@@ -19,7 +16,7 @@ from moe_jax.parallel.cost_model import Sizes
 
 _COLORS = {name: f'C{i}' for i, name in enumerate(ARMS)}
 _COLORS[SYNCHRONOUS] = 'black'
-_MARKERS = dict(zip(ARMS, 'os^vD<>P*', strict=True))
+_MARKERS = dict(zip(ARMS, 'os^vD<>P', strict=True))
 
 
 def speed_ups(cases: Sequence[Case], path: pathlib.Path) -> None:
@@ -65,32 +62,6 @@ def _bars(ax: Axes, case: Case, *, labelled: bool) -> None:
   ax.tick_params('x', labelsize=7)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.set_title(f'SIMULATED: {case.source} on {case.cluster.name}', fontsize=8)
-
-
-def seconds_by_step(cases: Sequence[Case], path: pathlib.Path) -> None:
-  """Draws the simulated time of a step, summed over layers, by arm."""
-  figure = Figure(figsize=(7.5, 0.8 + 2.2 * len(cases)), layout='constrained')
-  axes = figure.subplots(len(cases), 1, squeeze=False)[:, 0]
-  for ax, case in zip(axes, cases, strict=True):
-    for name, arm in case.arms.items():
-      steps, where = np.unique(case.counts.step, return_inverse=True)
-      total = np.bincount(where, 1e3 * arm.seconds)
-      style = '--' if name == SYNCHRONOUS else '-'
-      ax.plot(steps, total, style, color=_COLORS[name], lw=1, label=name)
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel('SIMULATED ms', fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.set_title(f'SIMULATED: {case.source} on {case.cluster.name}', fontsize=8)
-  axes[-1].set_xlabel('step', fontsize=8)
-  # The case with most arms names them all.
-  most = max(axes, key=lambda ax: len(ax.lines))
-  figure.legend(
-    *most.get_legend_handles_labels(),
-    loc='outside lower center',
-    ncols=3,
-    fontsize=7,
-  )
-  figure.savefig(path, dpi=110)
 
 
 def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:

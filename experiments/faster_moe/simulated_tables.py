@@ -1,10 +1,5 @@
-"""Tables of simulated training steps, in Markdown and CSV.
+"""Tables of simulated training steps, in Markdown."""
 
-Not here: the simulation (`simulate.py`), and its figures.
-"""
-
-import csv
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,22 +19,6 @@ from experiments.study.claims import Published
 from experiments.study.tables import markdown_table
 from moe_jax.parallel import shadowing
 from moe_jax.parallel.cost_model import Sizes
-
-# Columns of `rows.csv`.
-CSV_COLUMNS = (
-  'counts',
-  'topology',
-  'arm',
-  'step',
-  'layer',
-  'simulated_ms',
-  'simulated_speed_up',
-  'simulated_bound_ms',
-  'simulated_shadowed_experts',
-  'simulated_n_max',
-  'simulated_r_F',
-  'simulated_n_max_above_r_F',
-)
 
 
 class Case(NamedTuple):
@@ -86,7 +65,7 @@ def table(case: Case) -> str:
   for name, arm in case.arms.items():
     total, best = simulate.speed_up(base, arm)
     r = float(np.maximum(arm.shadowed, 1).mean())
-    shadows = bool(ARMS[name].rule)
+    shadows = bool(ARMS[name].shadows)
     share = 100 * arm.shadowed.mean() / arm.num_experts
     lines.append(
       {
@@ -118,7 +97,7 @@ def heading(case: Case) -> str:
     f'{rows:,.0f} rows a device (each counted row stands for '
     f'{counts.rows:g}); M={sizes.M:,}, F={sizes.F:,}, '
     f'{sizes.kernels} kernels, {sizes.bytes_per_element} bytes an element. '
-    f'{_gate(case)}'
+    f'{_gate(counts)}'
   )
 
 
@@ -126,15 +105,13 @@ def _number(number: int, noun: str) -> str:
   return f'{number} {noun}' + 's' * (number != 1)
 
 
-def _gate(case: Case) -> str:
+def _gate(counts: Counts) -> str:
   """The share of tokens that the gate lets leave a node, in words."""
-  counts = case.counts
   if counts.gated is None:
-    return f'No gate: {case.cluster.name} is not divided into nodes.'
-  source = "by the paper's formula" if counts.is_formula else 'as given'
+    return 'No gate, for lack of nodes or of recorded logits.'
   return (
     f"The gate lets {100 * counts.outgoing:.1f} % of a device's tokens leave "
-    f'the node ({source}, rounded down to whole tokens).'
+    "the node (by the paper's formula, rounded down to whole tokens)."
   )
 
 
@@ -168,31 +145,3 @@ def page(
     lines += ['', f'## {case.source} on {case.cluster.name}', '']
     lines += [heading(case), '', table(case)]
   return '\n'.join([*lines, ''])
-
-
-def write_csv(path: pathlib.Path, cases: Sequence[Case]) -> None:
-  """Writes a line for every arm, step and layer; columns say SIMULATED."""
-  with path.open('w', newline='', encoding='utf-8') as file:
-    writer = csv.writer(file)
-    writer.writerow(CSV_COLUMNS)
-    for case in cases:
-      base, counts = case.arms[SYNCHRONOUS], case.counts
-      for name, arm in case.arms.items():
-        for i, seconds in enumerate(arm.seconds):
-          r = max(int(arm.shadowed[i]), 1)
-          writer.writerow(
-            [
-              case.source,
-              case.cluster.name,
-              name,
-              counts.step[i],
-              counts.layer[i],
-              f'{1e3 * seconds:.6g}',
-              f'{base.seconds[i] / seconds:.6g}',
-              f'{1e3 * arm.bound[i]:.6g}',
-              arm.shadowed[i],
-              arm.largest[i],
-              f'{shadowing.least_rows(r, case.sizes):.10g}',
-              arm.pays[i],
-            ]
-          )

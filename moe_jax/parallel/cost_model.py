@@ -6,11 +6,21 @@ exchange as long as its slowest link has bytes to carry. Nothing here is
 measured: the seconds are those of a described machine. An expert is two
 kernels, of M inputs and F hidden units and back, or three if it is gated.
 
-Not here: machines (`topology.py`), and which experts are best sent to all
-devices (`shadowing.py`).
+With the smart schedule (section 4.2) exchange and products overlap: W devices
+are g groups on a ring. In step j, group i sends the rows that group (i - j) mod
+g has experts for (S_j), multiplies those that it has got from group (i + j) mod
+g (C_j), and gives the results back (R_j). A device sends in one stream, S_0 to
+S_{g-1}, then shadowed experts, then R_0 to R_{g-1}, and multiplies in another,
+C_0 to C_{g-1}, then its rows of shadowed experts. S_j comes before C_j, and C_j
+before R_j. A step of the exchange ends for all devices when its slowest link
+has carried its bytes.
+
+The backward pass sends gradients of as many bytes, and has two products for
+each of the forward pass. The paper does not say in what order it runs. Here it
+has the same steps, but shadowed experts first, whose products wait for nothing,
+so that their gradients are summed between the S and the R.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +28,7 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.parallel.topology import Topology
-from moe_jax.shapes import Float, Int
+from moe_jax.shapes import Bool, Float, Int
 
 
 class Sizes(NamedTuple):
@@ -71,43 +81,6 @@ class Sizes(NamedTuple):
     return self.kernels * self.M * self.F
 
 
-class Latency(NamedTuple):
-  """The seconds of one forward pass of a layer's experts.
-
-  Attributes:
-    comp: Seconds of the products of the device that has the most rows.
-    comm: Seconds of one exchange, the mean of the way there and the way back.
-    rows: Number of rows of all devices.
-  """
-
-  comp: float
-  comm: float
-  rows: int
-
-  @property
-  def synchronous(self) -> float:
-    """Seconds of a training step in which nothing overlaps.
-
-    The backward pass has two products for each of the forward pass, and either
-    pass has two exchanges.
-    """
-    return 3 * self.comp + 4 * self.comm
-
-  @property
-  def overlapped(self) -> float:
-    """Seconds of a training step in which all that can overlap does."""
-    return max(3 * self.comp, 4 * self.comm)
-
-  @property
-  def ratio(self) -> float:
-    """R_CC, computation over communication of a training step.
-
-    It is x in Figure 4 of FasterMoE, the roofline of a layer. The totals of a
-    step are taken, so that a synchronous step lies on the semi-ideal curve.
-    """
-    return 3 * self.comp / (4 * self.comm) if self.comm else math.inf
-
-
 def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
   """The device that has each expert, as many experts on each.
 
@@ -121,90 +94,185 @@ def owners(num_experts: int, num_devices: int) -> Int[np.ndarray, ' E']:
   return np.arange(num_experts) // (num_experts // num_devices)
 
 
-def received_rows(
-  counts: Int[np.ndarray, '*N E W'],
-) -> Int[np.ndarray, '*N W W']:
-  """The number of rows that each device gets from each, those of its own too.
+class Step(NamedTuple):
+  """A training step of a layer's experts, as operations of its forward pass.
 
-  Args:
-    counts: The number of rows of each device that choose each expert, with any
-      leading axes.
+  The first axis is of layers, or of steps of training, that are independent.
 
-  Raises:
-    ValueError: The experts cannot be divided over the devices.
+  Attributes:
+    send: The seconds of each S_j.
+    compute: The seconds of each C_j, on each device.
+    give_back: The seconds of each R_j.
+    shadow_send: The seconds in which parameters of shadowed experts are sent to
+      all devices, or their gradients summed.
+    shadow_compute: The seconds of each device's rows of shadowed experts.
   """
-  *N, E, W = counts.shape
-  owners(E, W)
-  return counts.reshape(*N, W, E // W, W).sum(-2)
+
+  send: Float[np.ndarray, 'N g']
+  compute: Float[np.ndarray, 'N g W']
+  give_back: Float[np.ndarray, 'N g']
+  shadow_send: Float[np.ndarray, ' N']
+  shadow_compute: Float[np.ndarray, 'N W']
+
+  @property
+  def comm(self) -> Float[np.ndarray, ' N']:
+    """Seconds of all that is sent in both passes."""
+    one_pass = self.send.sum(-1) + self.shadow_send + self.give_back.sum(-1)
+    return 2 * one_pass
+
+  @property
+  def comp(self) -> Float[np.ndarray, ' N']:
+    """Seconds of all products of the slowest device in both passes."""
+    return 3 * (self.compute.sum(-2) + self.shadow_compute).max(-1)
+
+  @property
+  def ratio(self) -> Float[np.ndarray, ' N']:
+    """R_CC, computation over communication of a training step.
+
+    It is x in Figure 4 of FasterMoE, the roofline of a layer. The totals of a
+    step are taken, so that a step without overlap lies on the semi-ideal curve.
+    It is infinite where nothing is sent.
+    """
+    with np.errstate(divide='ignore'):
+      return self.comp / self.comm
+
+  @property
+  def sequential(self) -> Float[np.ndarray, ' N']:
+    """Seconds of the step if nothing overlaps."""
+    return self.comm + self.comp
+
+  @property
+  def overlapped(self) -> Float[np.ndarray, ' N']:
+    """Seconds of the step if all that can overlap does: a lower bound.
+
+    It is that of the paper, max(comm, comp) of the whole step.
+    """
+    return np.maximum(self.comm, self.comp)
+
+  @property
+  def scheduled(self) -> Float[np.ndarray, ' N']:
+    """Seconds of the step by the smart schedule."""
+    return self.forward_seconds + self.backward_seconds
+
+  @property
+  def forward_seconds(self) -> Float[np.ndarray, ' N']:
+    """The time from the first operation of a forward pass to its last."""
+    sent, products, ready = _send_and_compute(
+      self.send, self.compute, np.zeros_like(self.shadow_compute)
+    )
+    sent = sent + self.shadow_send
+    products = np.maximum(products, sent[..., None]) + self.shadow_compute
+    returned = _give_back(self.give_back, sent, ready)
+    return np.maximum(returned, products.max(-1))
+
+  @property
+  def backward_seconds(self) -> Float[np.ndarray, ' N']:
+    """The time from the first operation of a backward pass to its last."""
+    shadow_compute = 2 * self.shadow_compute
+    sent, _, ready = _send_and_compute(
+      self.send, 2 * self.compute, shadow_compute
+    )
+    # No device sums gradients before all have theirs, if there are any.
+    slowest = shadow_compute.max(-1)
+    summed = np.maximum(sent, slowest) + self.shadow_send
+    sent = np.where(self.shadow_send > 0, summed, sent)
+    return np.maximum(_give_back(self.give_back, sent, ready), slowest)
 
 
-def latency(
-  topology: Topology, counts: Int[np.ndarray, 'E W'], sizes: Sizes
-) -> Latency:
-  """The latencies of a layer whose rows all go to their experts' devices.
+def step(
+  topology: Topology,
+  counts: Int[np.ndarray, 'N E W'],
+  sizes: Sizes,
+  *,
+  num_groups: int = 1,
+  shadowed: Bool[np.ndarray, 'N E'] | None = None,
+) -> Step:
+  """The operations of a training step of a layer.
 
   Args:
     topology: The machine.
-    counts: The number of rows of each device that choose each expert.
+    counts: The number of rows of each device that choose each expert, in each
+      of N layers, or steps.
     sizes: The sizes of the experts.
+    num_groups: g, the number of groups; with one group an exchange is a single
+      all-to-all.
+    shadowed: Whether each expert is shadowed; None for no expert.
 
   Raises:
-    ValueError: The counts are not those of the topology's devices.
+    ValueError: The counts are not those of the topology's devices, these cannot
+      be divided into as many groups, or the experts over the devices.
   """
-  counts = np.asarray(counts)
-  W = counts.shape[-1]
+  (N, E, W), g = counts.shape, num_groups
   if topology.num_devices != W:
     raise InputError(
       f'counts of {W} devices; topology {topology.name!r} has '
       f'{topology.num_devices}'
     )
-  received = received_rows(counts)
-  rows = received.sum(1).max(initial=0)
-  way_seconds = [
-    topology.seconds(topology.all_to_all(sent * float(sizes.row_bytes)))
-    for sent in (received.T, received)
-  ]
-  return Latency(
-    comp=float(rows * sizes.row_flops / topology.flops_per_second),
-    comm=sum(way_seconds) / 2,
-    rows=int(counts.sum()),
+  if g < 1 or W % g:
+    raise InputError(
+      f'num_groups={g} does not divide the {W} devices of topology '
+      f'{topology.name!r}'
+    )
+  roots = np.eye(W)[owners(E, W)]  # [E, W]
+  if shadowed is None:
+    shadowed = np.zeros((N, E), bool)
+  shadow_counts = np.where(shadowed[..., None], counts, 0)
+  # Rows that each device gets from each, of its own too, by step.
+  received = (counts - shadow_counts).reshape(N, W, E // W, W).sum(-2)
+  step_rows = received[:, None] * _masks(W, g)  # [N, g, W, W]
+  row_seconds = sizes.row_flops / topology.flops_per_second
+  row_bytes = float(sizes.row_bytes)
+  return Step(
+    send=topology.all_to_all_seconds(step_rows.swapaxes(-1, -2) * row_bytes),
+    compute=step_rows.sum(-1) * row_seconds,
+    give_back=topology.all_to_all_seconds(step_rows * row_bytes),
+    shadow_send=topology.broadcast_seconds(
+      shadowed @ roots * sizes.expert_bytes
+    ),
+    shadow_compute=shadow_counts.sum(-2) * row_seconds,
   )
+
+
+def _masks(W: int, g: int) -> Int[np.ndarray, 'g W W']:
+  """Whether rows of a device (columns) for another (rows) are of step j."""
+  group = np.arange(W) // (W // g)
+  step = (group[None] - group[:, None]) % g  # the sender's minus the receiver's
+  return (step == np.arange(g)[:, None, None]).astype(int)
+
+
+def _send_and_compute(
+  send: np.ndarray, compute: np.ndarray, busy: Float[np.ndarray, 'N W']
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+  """The ends of the last S, of the last C by device, and of each C for all."""
+  arrived = np.cumsum(send, -1)
+  ready = []
+  for j in range(arrived.shape[-1]):
+    busy = np.maximum(busy, arrived[..., j, None]) + compute[..., j, :]
+    ready.append(busy.max(-1))
+  return arrived[..., -1], busy, ready
+
+
+def _give_back(
+  give_back: np.ndarray, sent: np.ndarray, ready: list[np.ndarray]
+) -> Float[np.ndarray, ' N']:
+  """The end of the last R, which follow `sent` in the stream."""
+  for j, products_end in enumerate(ready):
+    sent = np.maximum(sent, products_end) + give_back[..., j]
+  return sent
 
 
 def ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if all overlaps, by `Latency.ratio`."""
+  """The FLOPs per second of a device if all overlaps, by `Step.ratio`."""
   return flops_per_second * np.minimum(1.0, ratio)
 
 
 def semi_ideal(
   flops_per_second: float, ratio: Float[np.ndarray, ' N']
 ) -> Float[np.ndarray, ' N']:
-  """The FLOPs per second of a device if nothing overlaps, by `Latency.ratio`.
+  """The FLOPs per second of a device if nothing overlaps, by `Step.ratio`.
 
   They are those of a layer whose devices have equally many rows.
   """
-  ratio = np.asarray(ratio, float)
-  return flops_per_second * np.where(
-    np.isinf(ratio), 1.0, ratio / (np.where(np.isinf(ratio), 0, ratio) + 1.0)
-  )
-
-
-def achieved(
-  topology: Topology,
-  sizes: Sizes,
-  rows: int | Int[np.ndarray, ' N'],
-  seconds: float | Float[np.ndarray, ' N'],
-) -> float | Float[np.ndarray, ' N']:
-  """The mean FLOPs per second of a device in a training step, or in several.
-
-  They are y in Figure 4 of FasterMoE, the roofline of a layer.
-
-  Args:
-    topology: The machine.
-    sizes: The sizes of the experts.
-    rows: Number of rows of all devices, of one step or of each.
-    seconds: Seconds of the step, or of each.
-  """
-  return 3 * sizes.row_flops * rows / (topology.num_devices * seconds)
+  return flops_per_second / (1.0 + 1.0 / ratio)

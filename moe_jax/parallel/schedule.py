@@ -11,8 +11,7 @@ asked for first, then all C_j, then all R_j, as published.
 A step is as many permutations as a group has devices, one for each device of
 the other group; with groups of one device, one. Rows in slots are multiplied
 together for all devices of a group; sorted rows, which would have to be sorted
-anew, for each device by itself. Not here: rows in slots (`exchange.py`), and
-the seconds of the schedule on a described machine (`schedule_model.py`).
+anew, for each device by itself.
 """
 
 import dataclasses

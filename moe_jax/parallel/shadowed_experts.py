@@ -5,7 +5,7 @@ https://doi.org/10.1145/3503221.3508418, section 4.1). The counts of a step
 choose the experts of the same step; their parameters are summed from the
 devices that have them, zeros elsewhere, so that the gradients are summed to the
 same devices, and the optimizer steps there alone. Nothing is kept between
-steps. Not here: the rule of the choice (`shadowing_rules.py`).
+steps.
 
 Devices that hold copies of the experts, along the axes `data` and `fsdp`,
 choose for themselves, by the counts of the devices that they exchange rows
@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.options import Options, above, at_least, one_of, option
+from moe_jax.options import Options, above, at_least, option
+from moe_jax.parallel import shadowing
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.layout import Layout, own_blocks
-from moe_jax.parallel.shadowing import Speeds
-from moe_jax.parallel.shadowing_rules import RULES
 from moe_jax.routing import (
   AnyRouting,
   ExchangeStats,
@@ -46,26 +45,17 @@ class Shadowing(Options):
     'buffers have room for as many. 0 sends tokens alone.',
     at_least(0),
   )
-  rule: str = option(
-    'algorithm_1',
-    "Rule by which shadowed experts are chosen: 'algorithm_1' of FasterMoE; "
-    "'fastmoe', which is what its public code does instead; or "
-    "'fastmoe_prototype', which besides takes products for several times as "
-    'slow as they are.',
-    one_of(*RULES),
-    when=_ON,
-  )
   teraflops: float = option(
     11.5,
-    'Speed of a device in 10^12 FLOPs per second, by which the rule decides; '
-    'the default is that of the public code.',
+    'Speed of a device in 10^12 FLOPs per second, by which Algorithm 1 '
+    'decides; the default is that of the public code.',
     above(0),
     when=_ON,
   )
   gigabytes: float = option(
     6.25,
-    'Bandwidth of a device in 10^9 bytes per second each way, by which the '
-    'rule decides; the default is that of the public code.',
+    'Bandwidth of a device in 10^9 bytes per second each way, by which '
+    'Algorithm 1 decides; the default is that of the public code.',
     above(0),
     when=_ON,
   )
@@ -97,10 +87,11 @@ class Shadowing(Options):
     counts = jax.lax.all_gather(counts, layout.exchanged).reshape(-1, E).T
     # A device has a part of each expert where the hidden width is split.
     sizes = sizes._replace(F=sizes.F // layout.devices(layout.hidden))
-    speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
-    chosen = RULES[self.rule].in_step(
-      counts, sizes, speeds, most=min(self.experts, E)
+    speeds = shadowing.Speeds.of_bytes(
+      self.teraflops * 1e12, self.gigabytes * 1e9, sizes
     )
+    most = min(self.experts, E)
+    chosen = shadowing.choose(counts, sizes, speeds, most=most)
     # Computed once, so that the backward pass cannot choose otherwise.
     return decided(chosen.astype(jnp.int32))
 

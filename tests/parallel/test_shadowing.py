@@ -51,7 +51,16 @@ def in_loops(counts, sizes, speeds):
     if cost >= best:
       break
     chosen, n, best = [*chosen, e], moved, cost
-  return chosen, n, best
+  return chosen, best
+
+
+def chosen_by(counts, sizes=SIZES, speeds=SPEEDS, most=None):
+  """The experts that are shadowed, and the seconds with them."""
+  most = len(counts) if most is None else most
+  chosen = shadowing.choose(counts, sizes, speeds, most=most)
+  experts = chosen[chosen < len(counts)].tolist()
+  by_number = shadowing.seconds_by_number(counts, sizes, speeds, most)[1]
+  return experts, by_number[len(experts)]
 
 
 def test_it_is_the_printed_algorithm_on_a_thousand_draws():
@@ -60,19 +69,25 @@ def test_it_is_the_printed_algorithm_on_a_thousand_draws():
   for _ in range(1000):
     W = int(rng.integers(1, 7))
     counts = draw(rng, W * int(rng.choice([1, 1, 2, 4])), W)
-    choice = shadowing.choose(counts, SIZES, SPEEDS)
-    chosen, rows, best = in_loops(counts.tolist(), SIZES, SPEEDS)
-    assert list(choice.experts) == chosen
-    assert choice.rows.tolist() == rows
-    np.testing.assert_allclose(choice.seconds, best, rtol=1e-12)
-    assert choice.seconds <= choice.seconds_before
+    experts, seconds = chosen_by(counts)
+    chosen, best = in_loops(counts.tolist(), SIZES, SPEEDS)
+    assert experts == chosen
+    np.testing.assert_allclose(seconds, best, rtol=1e-12)
     lengths.add(len(chosen))
   assert {0, 1, 2, 3} <= lengths
 
 
+def rows_of(counts, subset=()):
+  """The number of rows that each device multiplies."""
+  (E, W), rows = counts.shape, [0] * counts.shape[1]
+  for e, w in np.ndindex(E, W):
+    rows[w if e in subset else e * W // E] += int(counts[e, w])
+  return rows
+
+
 def cost(counts, subset):
   """The seconds of any subset, by the two equations of the paper."""
-  n = shadowing.rows_of(counts, subset).max()
+  n = max(rows_of(counts, subset))
   work = 12 * SIZES.M * SIZES.F * n / SPEEDS.flops
   if not subset:
     return work + 4 * n * SIZES.M / SPEEDS.elements
@@ -90,13 +105,11 @@ def test_its_distance_to_the_best_subset():
       for size in range(E + 1)
       for subset in itertools.combinations(range(E), size)
     )
-    greedy = shadowing.choose(counts, SIZES, SPEEDS)
-    assert greedy.seconds >= best * (1 - 1e-12)
-    gaps.append(greedy.seconds / best - 1 if best else 0.0)
+    experts, seconds = chosen_by(counts)
+    assert seconds >= best * (1 - 1e-12)
+    gaps.append(seconds / best - 1 if best else 0.0)
     # Each expert that is shadowed pays.
-    costs = [
-      cost(counts, greedy.experts[:r]) for r in range(len(greedy.experts) + 1)
-    ]
+    costs = [cost(counts, experts[:r]) for r in range(len(experts) + 1)]
     assert (np.diff(costs) < 0).all()
   # The figures of the docstring of `shadowing`.
   figures = shadowing.__doc__.split('On 200\ndraws')[1].split('\n\n')[0]
@@ -110,33 +123,25 @@ def test_it_stops_though_two_experts_would_pay():
   # Experts 0 and 1, of devices 0 and 1, have 25 rows of each device. To shadow
   # one of them alone makes the other's device slower.
   counts = np.array([[25] * 4, [25] * 4, [0] * 4, [0] * 4])
-  assert shadowing.rows_of(counts).tolist() == [100, 100, 0, 0]
-  assert shadowing.rows_of(counts, (0,)).tolist() == [25, 125, 25, 25]
-  assert shadowing.rows_of(counts, (0, 1)).tolist() == [50] * 4
+  assert rows_of(counts, (0,)) == [25, 125, 25, 25]
   # A row takes 1 s of products, and all of 100 rows 0.4 s of exchange.
-  choice = shadowing.choose(counts, Sizes(M=1, F=200), Speeds(2400.0, 1000.0))
-  assert (choice.experts, choice.seconds) == ((), 100 + 0.4)
+  by_hand = Sizes(M=1, F=200), Speeds(2400.0, 1000.0)
+  assert chosen_by(counts, *by_hand) == ([], 100 + 0.4)
 
 
 def test_rows_and_costs_by_hand():
   # Device 0 has expert 0, which all want.
   counts = np.array([[10, 30], [2, 4]])
-  assert shadowing.rows_of(counts).tolist() == [40, 6]
-  assert shadowing.leaving(counts) == 32
-  assert shadowing.rows_of(counts, (0,)).tolist() == [10, 36]
-  assert shadowing.leaving(counts, (0,)) == 2
   sizes, speeds = Sizes(M=2, F=3), Speeds(flops=24.0, elements=8.0)
   # A row has 4 * 2 * 3 = 24 FLOPs, three times in a step: 3 s of products, and
-  # 1 s of exchanges. An expert's 12 parameters take 3 s there and back.
-  single = shadowing.choose(counts, sizes, speeds, most=1)
-  assert (single.experts, single.rows.tolist()) == ((0,), [10, 36])
-  assert single.seconds_before == 40 * 3 + 40 * 1
-  assert single.seconds == 36 * 3 + 3
-  # With both, devices keep the 12 and 34 rows that they have.
-  pair = shadowing.choose(counts, sizes, speeds)
-  assert (pair.experts, pair.seconds) == ((0, 1), 34 * 3 + 6)
-  none = shadowing.choose(counts, sizes, speeds, most=0)
-  assert (none.experts, none.seconds) == ((), none.seconds_before)
+  # 1 s of exchanges. An expert's 12 parameters take 3 s there and back. Devices
+  # multiply 40 and 6 rows; with expert 0 shadowed 10 and 36; with both the 12
+  # and 34 that they have.
+  experts, seconds = shadowing.seconds_by_number(counts, sizes, speeds, 2)
+  assert experts.tolist() == [0, 1]
+  assert seconds.tolist() == [40 * 3 + 40 * 1, 36 * 3 + 3, 34 * 3 + 6]
+  assert chosen_by(counts, sizes, speeds, most=1)[0] == [0]
+  assert chosen_by(counts, sizes, speeds, most=0)[0] == []
   assert shadowing.least_rows(13, sizes) == 39
 
 
@@ -144,15 +149,13 @@ def test_in_a_step_it_is_the_same():
   rng = np.random.default_rng(2)
   most, used = 3, set()
   choose = jax.jit(
-    functools.partial(
-      shadowing.choose_in_step, sizes=SIZES, speeds=SPEEDS, most=most
-    )
+    functools.partial(shadowing.choose, sizes=SIZES, speeds=SPEEDS, most=most)
   )
   for _ in range(100):
     counts = draw(rng, 8, 4)
-    expected = shadowing.choose(counts, SIZES, SPEEDS, most=most).experts
-    filler = (8,) * (most - len(expected))
-    assert tuple(choose(jnp.asarray(counts)).tolist()) == expected + filler
+    expected = chosen_by(counts, most=most)[0]
+    filler = [8] * (most - len(expected))
+    assert choose(jnp.asarray(counts)).tolist() == expected + filler
     used.add(len(expected))
   assert used == {0, 1, 2, 3}
 
@@ -161,10 +164,10 @@ def test_equal_totals_go_to_the_lower_number():
   counts = np.zeros((4, 4), int)
   counts[1], counts[2] = 500, 500  # of each device
   # They are beyond the threshold, yet all devices would have more rows.
-  assert shadowing.rows_of(counts).max() > shadowing.least_rows(1, SIZES)
-  assert shadowing.choose(counts, SIZES, SPEEDS, most=1).experts == ()
+  assert max(rows_of(counts)) > shadowing.least_rows(1, SIZES)
+  assert chosen_by(counts, most=1)[0] == []
   fast = Speeds(flops=1e9, elements=1e3)
-  assert shadowing.choose(counts, SIZES, fast, most=1).experts == (1,)
+  assert chosen_by(counts, SIZES, fast, most=1)[0] == [1]
 
 
 def test_bandwidths_are_converted_in_one_place():
@@ -176,8 +179,6 @@ def test_what_cannot_be_is_refused():
   with pytest.raises(
     ValueError, match='num_experts=3 is not divisible by the 2'
   ):
-    shadowing.choose(np.ones((3, 2), int), SIZES, SPEEDS)
-  with pytest.raises(
-    ValueError, match=r'elements=0\.0 a second must be above 0'
-  ):
-    Speeds(1.0, 0.0)
+    chosen_by(np.ones((3, 2), int))
+  with pytest.raises(ValueError, match=r'most=4 not in \[0, num_experts=3\]'):
+    chosen_by(np.ones((3, 3), int), most=4)

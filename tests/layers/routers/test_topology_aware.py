@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import All, Fixed, partitioning, run_config
 from moe_jax.layers.routers import Sizes, TokenChoice, TopologyAware, contract
-from moe_jax.layers.routers.topology_aware import sown_leaving
 from tests import reference
 from tests.layers.routers import run
 from tests.training import tiny
@@ -24,11 +23,7 @@ MASK = np.random.default_rng(2).random((G, S)) < 0.8
 GATE = TopologyAware(
   devices=4, per_node=2, outgoing_fraction=0.3, gates='renormalized'
 )
-SHIPPED = dataclasses.replace(GATE, variant='fastmoe')
 UNLIMITED = dataclasses.replace(GATE, outgoing_fraction=1.0)
-BOTH = pytest.mark.parametrize(
-  'options', [GATE, SHIPPED], ids=['published', 'fastmoe']
-)
 
 
 def route(options, x=X, **kwargs):
@@ -36,22 +31,13 @@ def route(options, x=X, **kwargs):
   return run.route(options, {'w': W}, x, ids=None, **kwargs)
 
 
-def expected_index(options, logits, mask=MASK):
-  """The choices by the definition, [G, S, K]."""
-  node = [reference.node_of_group(g, G, 4, 2) for g in range(G)]
-  limit = int(options.outgoing_fraction * S)
-  if options.variant == 'fastmoe':
-    return reference.fastmoe_choice(logits, node, mask, 2, limit)
-  return reference.limited_choice(logits, node, mask, K, 2, limit)
-
-
-@BOTH
-def test_choices_gates_and_losses_are_those_of_the_book(options):
+def test_choices_gates_and_losses_are_those_of_the_book():
   logits = np.float64(X) @ np.float64(W)
-  index = expected_index(options, logits)
+  node = [reference.node_of_group(g, G, 4, 2) for g in range(G)]
+  index = reference.limited_choice(logits, node, MASK, K, 2, int(0.3 * S))
   plain = np.argsort(-logits, -1)[..., :K]
   assert 0 < (index != plain)[MASK].any(-1).mean() < 1
-  chosen, aux = route(options)
+  chosen, aux = route(GATE)
   np.testing.assert_array_equal(chosen.expert_index, index)
   # Gates are the softmax over the logits of the two chosen experts.
   gate = reference.softmax(np.take_along_axis(logits, index, -1))
@@ -68,9 +54,8 @@ def test_choices_gates_and_losses_are_those_of_the_book(options):
 def test_without_a_limit_it_is_token_choice():
   capacity = Fixed(slots=2)
   one_node = TopologyAware(devices=4, per_node=4, gates='renormalized')
-  shipped = dataclasses.replace(one_node, variant='fastmoe')
   expected = route(TokenChoice(gates='renormalized'), capacity=capacity)
-  for options in (UNLIMITED, one_node, shipped):
+  for options in (UNLIMITED, one_node):
     assert not options.limits
     chosen, aux = route(options, capacity=capacity)
     # Token choice has losses of other scopes, too.
@@ -93,21 +78,7 @@ def test_groups_lie_on_devices_in_order():
   assert TopologyAware(devices=4, per_node=2).nodes(1).tolist() == [0]
 
 
-def test_the_limit_is_that_of_the_formula():
-  # Two nodes of eight devices: a node sends 6.25 GB/s, and its devices have
-  # 8 * 12.5 GB/s among them, so that one token of sixteen may leave.
-  options = TopologyAware(
-    devices=16,
-    per_node=8,
-    limit_by='bandwidth',
-    network_gb_per_second=6.25,
-    local_gb_per_second=12.5,
-  )
-  assert options.fraction == 0.0625
-  assert (options.limit(128), options.limit(127)) == (8, 7)
-  # A network as fast as all devices together limits nothing.
-  fast = dataclasses.replace(options, network_gb_per_second=200.0)
-  assert fast.fraction == 1 and not fast.limits
+def test_the_limit_is_a_share_of_a_group_in_whole_tokens():
   assert TopologyAware().limit(50) == 7  # 0.14 in FastMoE
   # In floating point 0.29 * 100 is a little below 29.
   assert TopologyAware(outgoing_fraction=0.29).limit(100) == 29
@@ -116,9 +87,8 @@ def test_the_limit_is_that_of_the_formula():
 def test_what_depends_on_later_tokens_is_said():
   sizes = Sizes(E, K, All())
   none_leave = dataclasses.replace(GATE, outgoing_fraction=0.0)
-  for options in (GATE, SHIPPED):
-    assert "use 'token_choice'" in options.leak(sizes)
-    assert 'token_choice' in options.decodes(sizes)
+  assert "use 'token_choice'" in GATE.leak(sizes)
+  assert 'token_choice' in GATE.decodes(sizes)
   for options in (UNLIMITED, none_leave):
     assert options.leak(sizes) is None
   assert UNLIMITED.decodes(sizes) is None
@@ -135,9 +105,8 @@ def test_what_depends_on_later_tokens_is_said():
   assert 'slot_priority' in slots.leak(Sizes(E, K, Fixed(slots=2)))
 
 
-@BOTH
-def test_gradients_reach_the_router(options):
-  module = run.module(options, Sizes(E, K, All()))
+def test_gradients_reach_the_router():
+  module = run.module(GATE, Sizes(E, K, All()))
 
   @jax.jit
   @jax.grad
@@ -151,9 +120,8 @@ def test_gradients_reach_the_router(options):
   assert np.isfinite(dw).all() and (np.abs(dw).max(0) > 0).all()
 
 
-@BOTH
-def test_a_mesh_changes_nothing(options):
-  module = run.module(options, Sizes(E, K, All()))
+def test_a_mesh_changes_nothing():
+  module = run.module(GATE, Sizes(E, K, All()))
   apply = jax.jit(functools.partial(module.apply, mutable=['intermediates']))
   mesh = partitioning.make_mesh({'data': 2, 'expert': 2}, jax.devices()[:4])
   split = NamedSharding(mesh, PartitionSpec(('data', 'expert')))
@@ -163,27 +131,17 @@ def test_a_mesh_changes_nothing(options):
   np.testing.assert_array_equal(one[0][0].expert_index, many[0][0].expert_index)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, one, many)
-  # The choices and the numbers of leaving tokens are sown for analysis.
-  sown = one[1]['intermediates']
-  index = contract.sown(sown)['expert_index']
+  # Choices are sown for analysis.
+  index = contract.sown(one[1]['intermediates'])['expert_index']
   np.testing.assert_array_equal(index, one[0][0].expert_index)
-  counts = sown_leaving(sown)
-  np.testing.assert_array_equal(counts.tokens, MASK.sum(1))
-  if options.variant == 'published':
-    assert counts.leaving.max() == options.limit(S) < counts.wanting.max()
 
 
 def test_options_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match='devices=6 is not divisible by per_n'):
     TopologyAware(devices=6, per_node=4)
-  with pytest.raises(ValueError, match="gates='raw' with variant='fastmoe'"):
-    TopologyAware(variant='fastmoe')
-  with pytest.raises(ValueError, match='no effect unless limit_by'):
-    TopologyAware(network_gb_per_second=3.0)
   for options, sizes, problem in (
     (GATE, Sizes(10, 2), 'num_experts=10 is not divisible by the devices=4'),
     (GATE, Sizes(8, 5), 'num_selected=5 is more than the 4 experts of a node'),
-    (SHIPPED, Sizes(8, 3), "num_selected=3, but variant='fastmoe' is defined"),
   ):
     (message,) = options.problems_with(sizes)
     assert message.startswith(problem)
