@@ -1,8 +1,7 @@
 """Ternary matrices encoded as QMoE does: the greedy parse of each row.
 
-The paper is https://arxiv.org/abs/2310.16795, section 4. Not here: the
-dictionary (`kernels/ternary_dictionary.py`), decoding and multiplying
-(`kernels/ternary.py`), and checks of codes (`kernels/ternary_checks.py`).
+The paper is https://arxiv.org/abs/2310.16795, section 4; `kernels/ternary.py`
+has its dictionary, and decodes.
 """
 
 from typing import Any
@@ -10,19 +9,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.kernels.ternary import Codes
-from moe_jax.kernels.ternary_dictionary import (
-  P0,
-  Dictionary,
-  dictionary,
-)
+from moe_jax.kernels.ternary import Codes, Dictionary, dictionary
 
 # The number of rows that step through the dictionary together. The entries
 # that so many rows need stay in the cache.
 ROWS = 4096
 
 
-def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
+def encode(ternary: np.ndarray) -> Codes:
   """The codes of ternary matrices, as numpy arrays.
 
   Each code is the longest sequence of the dictionary that the rest of its row
@@ -30,11 +24,10 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
 
   Args:
     ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
-    p0: The probability of a zero from which the dictionary is made.
 
   Raises:
     ValueError: The weights are not int8, are others than -1, 0 and 1, or are
-      no matrix, or p0 is wrong.
+      no matrix.
   """
   ternary = np.asarray(ternary)
   if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:
@@ -47,7 +40,7 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
     weight = least if least < -1 else most
     raise InputError(f'weight {weight} is not one of -1, 0, 1')
   expert_shape, (R, M) = ternary.shape[:-2], ternary.shape[-2:]
-  encoded = [_encode(matrix, p0) for matrix in ternary.reshape(-1, R, M)]
+  encoded = [_encode(matrix) for matrix in ternary.reshape(-1, R, M)]
   longest = max(codes.size for codes, _ in encoded)
   padded = [np.pad(codes, (0, longest - codes.size)) for codes, _ in encoded]
   offsets = np.stack([row_offsets for _, row_offsets in encoded])
@@ -58,11 +51,11 @@ def encode(ternary: np.ndarray, p0: float = P0) -> Codes:
   return Codes(*arrays)
 
 
-def _encode(ternary: np.ndarray, p0: float) -> tuple[np.ndarray, np.ndarray]:
+def _encode(ternary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Codes uint16 [N] and offsets int32 [R + 1] of one matrix [R, M]."""
   R = ternary.shape[0]
   blocks = [
-    _parse(ternary[start : start + ROWS], dictionary(p0))
+    _parse(ternary[start : start + ROWS], dictionary())
     for start in range(0, R, ROWS)
   ]
   counts = np.concatenate([counts for _, counts in blocks])

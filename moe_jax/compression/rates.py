@@ -19,13 +19,7 @@ from moe_jax import command_line
 from moe_jax.compression import codec
 from moe_jax.errors import InputError
 from moe_jax.kernels import ternary
-from moe_jax.kernels.ternary_dictionary import (
-  MOST_PAIRS,
-  MOST_WEIGHTS,
-  P0,
-  WORD_WEIGHTS,
-  dictionary,
-)
+from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 from moe_jax.options import within
 from moe_jax.shapes import Int8
 
@@ -98,11 +92,11 @@ def stored(counts: Sequence[int], rows: int, width: int) -> Bits:
   )
 
 
-def measured(width: int, zeros: float, p0: float = P0, seed: int = 0) -> Bits:
+def measured(width: int, zeros: float, seed: int = 0) -> Bits:
   """The bits a weight of one random matrix of about two million weights."""
   rng = np.random.default_rng(seed)
   rows = max(_SAMPLE // width, 1)
-  codes = codec.encode(random_weights(rng, zeros, rows, width), p0)
+  codes = codec.encode(random_weights(rng, zeros, rows, width))
   return stored([codes.codes.size], rows, width)
 
 
@@ -111,7 +105,6 @@ def layer(
   width: int,
   hidden: int,
   zeros: float,
-  p0: float = P0,
   seed: int = 0,
 ) -> Layer:
   """Encodes and decodes the random kernels of a layer, one expert at a time.
@@ -121,23 +114,22 @@ def layer(
     width: The width M of the model.
     hidden: The width F of an expert.
     zeros: The probability of a zero.
-    p0: The probability of a zero from which the dictionary is made.
     seed: Seed of the weights.
 
   Raises:
     ValueError: The decoded weights are not those encoded.
   """
   rng, seconds, bits = np.random.default_rng(seed), np.zeros(2), np.zeros(2)
-  dictionary(p0)
+  dictionary()  # not in the times
   for rows, cols in ((hidden, width), (width, hidden)):
     counts = []
     for expert in range(experts):
       weights = random_weights(rng, zeros, rows, cols)
       start = time.perf_counter()
-      codes = codec.encode(weights, p0)
+      codes = codec.encode(weights)
       seconds[0] += time.perf_counter() - start
       counts.append(codes.codes.size)
-      decoded, decode_seconds = _decoded(codes, cols, p0)
+      decoded, decode_seconds = _decoded(codes, cols)
       seconds[1] += decode_seconds
       if not np.array_equal(decoded, weights):
         raise InputError(f'expert {expert} was decoded to other weights')
@@ -146,20 +138,20 @@ def layer(
   return Layer(number, Bits(*map(float, bits)), *map(float, seconds))
 
 
-def _decoded(codes, width, p0) -> tuple[np.ndarray, float]:
+def _decoded(codes, width) -> tuple[np.ndarray, float]:
   """The weights, and the seconds that decoding took once it was compiled."""
   # Matrices of one shape have about as many codes: with some more, of which
   # nothing is decoded, one program does for all.
   padding = -codes.codes.size % (1 << 13)
   codes = codes._replace(codes=np.pad(codes.codes, (0, padding)))
   codes = jax.device_put(codes)
-  jax.block_until_ready(ternary.decode(codes, width, p0))
+  jax.block_until_ready(ternary.decode(codes, width))
   start = time.perf_counter()
-  weights = jax.block_until_ready(ternary.decode(codes, width, p0))
+  weights = jax.block_until_ready(ternary.decode(codes, width))
   return np.asarray(weights), time.perf_counter() - start
 
 
-def predicted(width: int, zeros: float, p0: float = P0) -> float:
+def predicted(width: int, zeros: float) -> float:
   """The expected bits a weight of the codes of one row, without sampling.
 
   A code ends at the first pair that the dictionary cannot add, with which the
@@ -169,13 +161,12 @@ def predicted(width: int, zeros: float, p0: float = P0) -> float:
   Args:
     width: The number of weights of a row.
     zeros: The probability of a zero; 1 and -1 share the rest.
-    p0: The probability of a zero from which the dictionary was made.
   """
   weight = np.array([zeros, (1 - zeros) / 2, 0, (1 - zeros) / 2])  # by low bits
   pair = np.outer(weight, weight).reshape(-1)
   # In a row of odd width, the last pair ends in a zero that is not its own.
   last = np.outer(weight, [1, 0, 0, 0]).reshape(-1) if width % 2 else pair
-  ends = _ends(weight, p0)
+  ends = _ends(weight)
   steps = -(-width // 2)
   # begins[t, a]: the probability that a code begins at pair t, which is a.
   # In front of it are as many steps as a code may have pairs.
@@ -187,20 +178,20 @@ def predicted(width: int, zeros: float, p0: float = P0) -> float:
   return 16 * begins.sum() / width
 
 
-def _ends(weight: np.ndarray, p0: float) -> np.ndarray:
+def _ends(weight: np.ndarray) -> np.ndarray:
   """The chance that a code that begins with pair a ends before pair b.
 
   Returns:
     [14 * 16, 16] by d and a, and b: the probability that d pairs follow which
     the dictionary has behind a, and that it lacks b behind them.
   """
-  table = dictionary(p0)
-  words = table.words.astype(np.int64)
-  bits = words[0] + (words[1] << 2 * WORD_WEIGHTS)
-  after = np.arange(MOST_WEIGHTS)  # the number of weights behind each
-  follows = after < (table.lengths - 2)[:, None]
-  chance = np.where(follows, weight[bits[:, None] >> 2 * after & 3], 1).prod(1)
-  first = bits >> (2 * table.lengths - 4)
+  table = dictionary()
+  bits = table.weights & 3
+  first = MOST_WEIGHTS - table.lengths  # the place of the first weight
+  follows = np.arange(MOST_WEIGHTS) >= first[:, None] + 2
+  chance = np.where(follows, weight[bits], 1).prod(1)
+  codes = np.arange(len(bits))
+  first = 4 * bits[codes, first] + bits[codes, first + 1]
   state = (table.lengths // 2 - 1) * 16 + first
   lacks = table.steps == table.pairs
   ends = [
@@ -222,12 +213,6 @@ def add(commands: Any) -> None:
     '--widths', type=command_line.POSITIVE, nargs='+', default=WIDTHS
   )
   command.add_argument(
-    '--p0',
-    type=command_line.number(float, within('(0, 1)')),
-    default=P0,
-    help='share of zeros for which the dictionary is made',
-  )
-  command.add_argument(
     '--layer',
     type=_sizes,
     help='E,M,F: encodes and decodes a layer of E experts from M to F and back',
@@ -245,17 +230,17 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _run(options: argparse.Namespace, _: list[str]) -> str:
   if options.layer:
     E, M, F = options.layer
-    layers = [(z, layer(E, M, F, z, options.p0)) for z in options.zeros]
+    layers = [(z, layer(E, M, F, z)) for z in options.zeros]
     return '\n'.join(_layer_line(options.layer, z, x) for z, x in layers)
   lines = [
-    f'Bits a weight, dictionary of p0={options.p0}; zeros are independent.',
+    'Bits a weight; zeros are independent.',
     f'{"width":>6} {"zeros":>6} {"codes":>7} {"predicted":>10} '
     f'{"metadata":>9} {"in all":>7}',
   ]
   for width in options.widths:
     for zeros in options.zeros:
-      bits = measured(width, zeros, options.p0)
-      by_formula = predicted(width, zeros, options.p0)
+      bits = measured(width, zeros)
+      by_formula = predicted(width, zeros)
       lines.append(
         f'{width:>6} {zeros:>6g} {bits.codes:>7.3f} {by_formula:>10.3f} '
         f'{bits.metadata:>9.3f} {bits.total:>7.3f}'

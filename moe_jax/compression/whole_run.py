@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_jax import sections
-from moe_jax.models import MODELS, Model, ModelOptions, code_trees
+from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
@@ -49,8 +49,7 @@ def read(
     allow: Modules whose classes, named in the run's folder, may be imported.
 
   Raises:
-    ValueError: The folder holds no run, none of its checkpoints is finished, or
-      its codes are wrong.
+    ValueError: The folder holds no run, or none of its checkpoints is finished.
     CheckpointError: No checkpoint is good.
   """
   folder = pathlib.Path(workdir).expanduser()
@@ -58,7 +57,6 @@ def read(
   rules = options.sharding.rules
   model = options.model.build(rules)
   restored = trained.restore_variables(folder, model, rules, step=step)
-  code_trees.check_codes(options.model, restored.state['params'])
   return WholeRun(folder, options, model, restored.state, restored.step)
 
 

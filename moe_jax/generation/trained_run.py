@@ -15,7 +15,7 @@ from moe_jax import models, sections
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.models import Model, ModelOptions, code_trees
+from moe_jax.models import Model, ModelOptions
 from moe_jax.options import unknown
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.runs import trained
@@ -89,7 +89,6 @@ def load(
     step=step,
     cast=bool(dtype),
   )
-  code_trees.check_codes(options, restored.state['params'])
   return Loaded(
     options=options,
     data=run.data,

@@ -53,7 +53,6 @@ def export_run(
   imported_files = _imported_files(imported_folder)
   model, params, lines = run.model, restored.state['params'], []
   if code_trees.has_codes(model):
-    code_trees.check_codes(model, params)
     model, params = code_trees.decoded(cast(Any, model), params)
     lines = ['kernels in codes were written as numbers']
   if has_tied(run.model.build(rules)):

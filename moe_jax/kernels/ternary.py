@@ -1,24 +1,102 @@
-"""Matrices of ternary weights in 16-bit codes: decoded, and multiplied by.
+"""Ternary weights in 16-bit codes, one for a sequence of weights, as in QMoE.
 
-The codec is QMoE's (https://arxiv.org/abs/2310.16795, section 4), with the
-dictionary of `ternary_dictionary.py`. A row is one output unit. Not here:
-encoding (`compression/codec.py`), and checks of codes that were read from
-somewhere (`ternary_checks.py`).
+A weight is 0 with probability `P0`, and 1 or -1 with (1 - P0) / 2 each. The
+dictionary has the 2^16 most probable sequences of whole pairs of weights, 14
+pairs at most (https://arxiv.org/abs/2310.16795, section 4). A sequence is less
+probable than any that it begins with, so the dictionary has all of those too,
+and the greedy parse of a row never fails.
+
+The paper pops the sequences from a heap. Here they are counted instead: all
+sequences of one length and one number of non-zeros are equally probable, which
+makes them a class, and the classes in order are the dictionary. Classes of
+equal probability are ordered by length, then by non-zeros; sequences of a class
+by their weights in the order 0, 1, -1.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.kernels.ternary_dictionary import (
-  MOST_WEIGHTS,
-  P0,
-  WORD_WEIGHTS,
-  dictionary,
-)
 from moe_jax.shapes import Array, Int8, Int32, UInt16
+
+NUM_CODES = 1 << 16
+MOST_PAIRS = 14
+MOST_WEIGHTS = 2 * MOST_PAIRS
+# The share of zeros that the paper's table was made for.
+P0 = 0.885
+
+
+class Dictionary(NamedTuple):
+  """The dictionary as arrays; they must not be written to.
+
+  Attributes:
+    weights: int8 [2^16, 28], the sequence of each code behind as many zeros as
+      it is shorter than the longest.
+    lengths: int32 [2^16], the number of weights of each code.
+    steps: int64 [2^16, 16], the code of a code's sequence and one more pair.
+      Where the dictionary lacks it, the code of the pair alone. The pair
+      (a, b) is number 4 * (a & 3) + (b & 3); numbers of no pair have code 0.
+    pairs: int64 [16], the code of each pair alone.
+  """
+
+  weights: np.ndarray
+  lengths: np.ndarray
+  steps: np.ndarray
+  pairs: np.ndarray
+
+
+@functools.cache
+def dictionary(p0: float = P0) -> Dictionary:
+  """The dictionary of a probability of zeros, made once (in 0.1 s).
+
+  Args:
+    p0: The probability. Encoding and decoding take that of the paper.
+  """
+  zero, other = math.log(p0), math.log((1 - p0) / 2)
+  classes = sorted(
+    # Rounded, so that equal probabilities are equal in floating point too.
+    (-round((weights - n) * zero + n * other, 9), weights, n)
+    for weights in range(2, MOST_WEIGHTS + 1, 2)
+    for n in range(weights + 1)
+  )
+  # The low 2 bits of each weight, behind a leading 1.
+  keys = np.concatenate(
+    [(1 << 2 * weights) + _sequences(weights, n) for _, weights, n in classes]
+  )[:NUM_CODES]
+  order = np.argsort(keys)
+
+  def code_of(key, default):
+    at = np.searchsorted(keys[order], key).clip(max=NUM_CODES - 1)
+    return np.where(keys[order][at] == key, order[at], default)
+
+  pairs = code_of(16 + np.arange(16), 0)
+  steps = code_of(16 * keys[:, None] + np.arange(16), pairs)
+  lengths = np.searchsorted(1 << 2 * np.arange(MOST_WEIGHTS + 1), keys, 'right')
+  lengths = lengths.astype(np.int32) - 1
+  bits = keys - (1 << 2 * lengths.astype(np.int64))
+  bits = bits[:, None] >> 2 * np.arange(MOST_WEIGHTS - 1, -1, -1) & 3
+  weights = ((bits & 1) - (bits & 2)).astype(np.int8)
+  tables = Dictionary(weights, lengths, steps, pairs)
+  for array in tables:
+    array.flags.writeable = False
+  return tables
+
+
+@functools.cache
+def _sequences(weights: int, nonzeros: int) -> np.ndarray:
+  """The first 2^16 sequences of so many weights and non-zeros, 2 bits each."""
+  if not 0 <= nonzeros <= weights:
+    return np.zeros(0, np.int64)
+  if not weights:
+    return np.zeros(1, np.int64)
+  zeros = _sequences(weights - 1, nonzeros)
+  others = _sequences(weights - 1, nonzeros - 1)
+  first = 1 << 2 * (weights - 1)
+  return np.concatenate([zeros, first + others, 3 * first + others])[:NUM_CODES]
 
 
 class Codes(NamedTuple):
@@ -38,8 +116,8 @@ class Codes(NamedTuple):
   offsets: Int32[Array, '*E rows']
 
 
-@functools.partial(jax.jit, static_argnames=('width', 'p0'))
-def decode(codes: Codes, width: int, p0: float = P0) -> Int8[Array, '*E R M']:
+@functools.partial(jax.jit, static_argnames='width')
+def decode(codes: Codes, width: int) -> Int8[Array, '*E R M']:
   """The ternary weights, -1, 0 or 1, of every row.
 
   All shapes are static: only the number of rows, the width and the length of
@@ -47,46 +125,20 @@ def decode(codes: Codes, width: int, p0: float = P0) -> Int8[Array, '*E R M']:
   weights and no error.
 
   Args:
-    codes: The codes, checked before (`ternary_checks.check`).
-    width: The number M of weights of a row.
-    p0: The probability of a zero of which the dictionary was made.
+    codes: The codes.
+    width: The number M of weights of a row, which is one output unit.
   """
   if codes.offsets.ndim > 1:
-    return jax.vmap(lambda expert_codes: decode(expert_codes, width, p0))(codes)
+    return jax.vmap(lambda expert_codes: decode(expert_codes, width))(codes)
   R, padded = codes.offsets.shape[0] - 1, width + width % 2
-  lengths = jnp.asarray(dictionary(p0).lengths)[codes.codes]
-  weights = jnp.zeros(MOST_WEIGHTS + R * padded, jnp.int8)
-  weights = place_codes(codes.codes, jnp.cumsum(lengths), weights, p0)
-  return weights[MOST_WEIGHTS:].reshape(R, padded)[:, :width]
-
-
-def place_codes(
-  codes: UInt16[Array, ' N'],
-  ends: Int32[Array, ' N'],
-  weights: Int8[Array, ' W'],
-  p0: float,
-) -> Int8[Array, ' W']:
-  """`weights` plus those of codes that end before `ends`.
-
-  A code is a window of 28 weights, which begins with zeros where the code is
-  shorter; windows overlap and are added.
-
-  Args:
-    codes: The codes.
-    ends: The position behind each code's last weight. A code whose window
-      reaches past the end of `weights` is lost.
-    weights: The weights so far, behind 28 that stand for no position.
-    p0: The probability of a zero of which the dictionary was made.
-  """
-  last, first = (jnp.asarray(word)[codes] for word in dictionary(p0).words)
-  shifts = 2 * jnp.arange(WORD_WEIGHTS - 1, -1, -1, dtype=jnp.uint32)
-  bits = jnp.concatenate(
-    [word[:, None] >> shifts[None] for word in (first, last)], axis=1
-  ).astype(jnp.int8)  # [N, 28]
-  return jax.lax.scatter_add(
-    weights,
+  table = dictionary()
+  ends = jnp.cumsum(jnp.asarray(table.lengths)[codes.codes])
+  # Each code adds its window of 28 weights, zeros before its own, behind 28
+  # weights that stand for no position.
+  weights = jax.lax.scatter_add(
+    jnp.zeros(MOST_WEIGHTS + R * padded, jnp.int8),
     ends[:, None],
-    (bits & 1) - (bits & 2),
+    jnp.asarray(table.weights)[codes.codes],
     jax.lax.ScatterDimensionNumbers(
       update_window_dims=(1,),
       inserted_window_dims=(),
@@ -94,3 +146,4 @@ def place_codes(
     ),
     mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
   )
+  return weights[MOST_WEIGHTS:].reshape(R, padded)[:, :width]

@@ -5,15 +5,11 @@ Not here: the formats (`layers/kernel_format.py`), and how codes are chosen
 """
 
 import dataclasses
-import functools
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from moe_jax.errors import InputError
-from moe_jax.kernels import ternary_checks
-from moe_jax.kernels.ternary import Codes
 from moe_jax.layers.experts import (
   EXPERTS,
   ExpertOptions,
@@ -21,7 +17,7 @@ from moe_jax.layers.experts import (
   QuantizedExpert,
 )
 from moe_jax.layers.experts.serving import SCOPE
-from moe_jax.layers.kernel_format import TERNARY, KernelFormat
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.model_options import ModelOptions
@@ -153,34 +149,6 @@ def coded_kernels(options: TransformerOptions) -> dict[Path, Coded]:
 
   walk((), plain.shapes, describe(model).shapes)
   return kernels
-
-
-def check_codes(options: ModelOptions, params: Mapping[str, Any]) -> None:
-  """Checks the ternary codes of a model that was read from files.
-
-  Other codes cannot be wrong. Arrays that other processes hold parts of are not
-  checked.
-
-  Args:
-    options: The options, with the sizes that the data decides.
-    params: The parameters, unboxed.
-
-  Raises:
-    ValueError: Codes do not decode to the kernel that they stand for.
-  """
-  if not isinstance(options, TransformerOptions) or not has_codes(options):
-    return
-  for path, kernel in coded_kernels(options).items():
-    stored = functools.reduce(operator.getitem, path, params)
-    if kernel.format.name != TERNARY or not all(
-      array.is_fully_addressable for array in stored.values()
-    ):
-      continue
-    codes = Codes(stored['codes'], stored['offsets'])
-    try:
-      ternary_checks.check(codes, kernel.matrix[-2])
-    except InputError as error:
-      raise InputError(f'{"/".join(path)}: {error}') from None
 
 
 def decoded(

@@ -15,9 +15,9 @@ def test_the_prediction_is_the_mean_over_all_rows(width, zeros):
   rows = np.array([*itertools.product((0, 1, -1), repeat=width)], np.int8)
   nonzeros = (rows != 0).sum(1)
   chance = zeros ** (width - nonzeros) * ((1 - zeros) / 2) ** nonzeros
-  counts = np.diff(codec.encode(rows, 0.7).offsets)
+  counts = np.diff(codec.encode(rows).offsets)
   assert math.isclose(
-    rates.predicted(width, zeros, 0.7), 16 * (chance @ counts) / width
+    rates.predicted(width, zeros), 16 * (chance @ counts) / width
   )
 
 

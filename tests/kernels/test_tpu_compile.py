@@ -19,8 +19,6 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.kernels import grouped_matmul
-from moe_jax.kernels.ternary import Codes
-from moe_jax.kernels.ternary_product import ternary_matmul
 from moe_jax.partitioning import make_mesh
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
@@ -70,18 +68,6 @@ def compile_product(topology, backend, dtype, N, E, M, F):
   )
 
 
-def compile_ternary(topology, dtype, N, E, M, F):
-  """Compiles the product of each of E experts with its coded matrix [F, M]."""
-  abstract = shapes_on(topology)
-  codes = Codes(
-    abstract((E, F * M // 20), 'uint16'), abstract((E, F + 1), 'int32')
-  )
-  values = abstract((E, F), 'bfloat16')
-  product = jax.jit(jax.vmap(ternary_matmul))
-  x = abstract((E, N, M), dtype)
-  return product.lower(x, codes, values, values).compile()
-
-
 def compile_train_step(topology, mesh):
   """Compiles a step of a scanned bfloat16 decoder of 4 layers, two dropless."""
   moe = {
@@ -104,7 +90,6 @@ def report(program, **options):
   """The compiler's report on one program."""
   programs = {
     'product': compile_product,
-    'ternary': compile_ternary,
     'train_step': compile_train_step,
   }
   compiled = programs[program](**options)
@@ -135,19 +120,6 @@ REQUESTS = {
   'megablox': product(TOPOLOGIES[1], 'megablox', **ODD),
   'few experts': product(TOPOLOGIES[0], 'auto', 'float32', E=8, **EVEN),
   'many experts': product(TOPOLOGIES[0], 'auto', 'float32', E=64, **EVEN),
-  'coded': {
-    'program': 'ternary',
-    'topology': TOPOLOGIES[1],
-    'dtype': 'bfloat16',
-    **{'N': 4, 'E': 3, 'M': 768, 'F': 3072},
-  },
-  # The widest rows that the kernel takes, of the widest type.
-  'coded, widest': {
-    'program': 'ternary',
-    'topology': TOPOLOGIES[0],
-    'dtype': 'float32',
-    **{'N': 300, 'E': 1, 'M': 1 << 14, 'F': 200},
-  },
   'train step': {
     'program': 'train_step',
     'topology': TOPOLOGIES[0],
@@ -186,15 +158,6 @@ def test_product_and_gradients(reports, backend):
   if backend == 'megablox':
     # y, dx and dw have a kernel each; an interpreted program would have none.
     assert counts['kernels'] == 3
-
-
-@pytest.mark.parametrize('name', ['coded', 'coded, widest'])
-def test_product_with_a_coded_matrix(reports, name):
-  counts, sizes = reports[name], REQUESTS[name]
-  assert counts['kernels'] == 1
-  # No weights are kept outside the kernel, not even in two bits each.
-  weights = sizes['E'] * sizes['M'] * sizes['F']
-  assert counts['temporary_bytes'] < weights / 4
 
 
 def test_more_experts_at_equal_rows_cost_nothing(reports):

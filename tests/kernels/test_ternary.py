@@ -2,27 +2,17 @@
 
 import functools
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from moe_jax.kernels import ternary_dictionary
+from moe_jax.kernels import ternary
 from tests import ternary_reference as reference
 
 
-def sequence(words, length):
-  """The weights of one code, from its two words."""
-  bits = int(words[0]) | int(words[1]) << 28
-  values = {0: 0, 1: 1, 3: -1}
-  return tuple(
-    values[bits >> 2 * shift & 3] for shift in reversed(range(int(length)))
-  )
-
-
 @functools.cache
-def sequences(p0, size=ternary_dictionary.NUM_CODES):
-  table = ternary_dictionary.dictionary(p0)
-  return list(map(sequence, table.words.T[:size], table.lengths[:size]))
+def sequences(p0, size=ternary.NUM_CODES):
+  table = ternary.dictionary(p0)
+  rows = zip(table.weights[:size].tolist(), table.lengths[:size], strict=True)
+  return [tuple(row[-length:]) for row, length in rows]
 
 
 def test_the_first_codes_by_hand():
@@ -52,7 +42,7 @@ def test_all_of_it_is_what_a_heap_pops(p0):
 @pytest.mark.parametrize('p0', [0.885, 0.5])
 def test_steps_add_a_pair_or_begin_anew(p0):
   numbered = {weights: c for c, weights in enumerate(sequences(p0))}
-  table = ternary_dictionary.dictionary(p0)
+  table = ternary.dictionary(p0)
   for code, weights in [*enumerate(sequences(p0))][::97]:
     for a in (0, 1, -1):
       for b in (0, 1, -1):
@@ -61,27 +51,3 @@ def test_steps_add_a_pair_or_begin_anew(p0):
         assert table.pairs[number] == pair_code
         longer = numbered.get((*weights, a, b), pair_code)
         assert table.steps[code, number] == longer
-
-
-@pytest.mark.parametrize('p0', [0.885, 0.34])
-def test_codes_are_counted_in_32_bits_as_in_64(p0):
-  # A kernel has 32 bits; small p0 have classes of many non-zeros, which are
-  # larger than that.
-  codes = jnp.arange(0, ternary_dictionary.NUM_CODES, 13, dtype=jnp.int32)
-  last, first, lengths = ternary_dictionary.unrank(codes, p0, jnp.where)
-  assert last.dtype == first.dtype == lengths.dtype == jnp.int32
-  table = ternary_dictionary.dictionary(p0)
-  np.testing.assert_array_equal([last, first], table.words[:, ::13])
-  np.testing.assert_array_equal(lengths, table.lengths[::13])
-
-
-@pytest.mark.parametrize(
-  ('p0', 'message'),
-  [
-    (1.0, 'p0=1.0 must be above 0 and below 1'),
-    (0.0001, 'p0=0.0001 is too small: the dictionary lacks a pair'),
-  ],
-)
-def test_a_wrong_probability_is_refused(p0, message):
-  with pytest.raises(ValueError, match=message):
-    ternary_dictionary.dictionary(p0)
