@@ -609,7 +609,7 @@ def gptq(w, h, nearest):
   Args:
     w: A kernel [I, O].
     h: The Hessian [I, I], damped.
-    nearest: The function nearest(row, i) that rounds the weights of input i.
+    nearest: The function nearest(row) that rounds the weights of an input.
 
   Returns:
     The rounded kernel [I, O].
@@ -617,7 +617,7 @@ def gptq(w, h, nearest):
   w, inverse = np.array(w, np.float64), np.linalg.inv(h)
   rounded = np.zeros_like(w)
   for i in range(len(w)):
-    rounded[i] = nearest(w[i], i)
+    rounded[i] = nearest(w[i])
     error = (w[i] - rounded[i]) / inverse[i, i]
     w -= np.outer(inverse[i], error)
     inverse -= np.outer(inverse[i], inverse[i]) / inverse[i, i]

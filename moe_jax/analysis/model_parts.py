@@ -113,14 +113,12 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
     ValueError: Kernels are in codes, whose number is not that of parameters.
   """
   for _, stack in model.stacks:
-    formats = [stack.block.shared.numerics.kernels]
-    formats += [moe.expert.format for moe in stack.moes if moe is not None]
-    for format in formats:
-      if not format.is_plain:
-        raise InputError(
-          f'the model has kernels in codes of {format.name!r}, whose number is '
-          'not that of its parameters; count the model that they were made of'
-        )
+    formats = [moe.expert.format for moe in stack.moes if moe is not None]
+    for format in filter(None, formats):
+      raise InputError(
+        f'the model has kernels in codes of {format.name!r}, whose number is '
+        'not that of its parameters; count the model that they were made of'
+      )
   trees = describe(model)
   roles = jax.tree.leaves(
     trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)

@@ -3,7 +3,6 @@
 GPTQ is https://arxiv.org/abs/2210.17323; damping, fallback and experts without
 tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
 [*E, I, O], for I inputs and O output units, which are the rows of the papers.
-Not here: grids (`grids.py`), and the choice of inputs (`kernel_inputs.py`).
 """
 
 import functools
@@ -95,19 +94,18 @@ def _sweep(w, grid, upper):
   # Inputs that are padding have no error to divide by zero.
   upper = upper + jnp.diag((jnp.arange(len(w)) >= inputs).astype(jnp.float32))
 
-  def one_input(rows, i, first, block_factor):
-    input_grid = grid.of_input(first + i, inputs)
+  def one_input(rows, i, block_factor):
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
-    codes = input_grid.codes(row)
+    codes = grid.codes(row)
     factors = block_factor[i]
-    error = (row - input_grid.values(codes)) / factors[i]
+    error = (row - grid.values(codes)) / factors[i]
     return rows - factors[:, None] * error, (codes[0], error[0])
 
   def one_block(w, first):
     rows = jax.lax.dynamic_slice_in_dim(w, first, block)
     ahead = jax.lax.dynamic_slice_in_dim(upper, first, block)  # [block, I]
     block_factor = jax.lax.dynamic_slice_in_dim(ahead, first, block, 1)
-    step = functools.partial(one_input, first=first, block_factor=block_factor)
+    step = functools.partial(one_input, block_factor=block_factor)
     _, (codes, errors) = jax.lax.scan(step, rows, jnp.arange(block))
     return w - jnp.matmul(ahead.T, errors, precision=_EXACT), codes
 

@@ -1,8 +1,7 @@
 """Grids of few values for kernels, and rounding to the nearest of them.
 
 A kernel is [*E, I, O], for I inputs and O output units; a row of the papers is
-one output unit. Not here: rounding that minds the inputs (`gptq.py`), and the
-values that codes stand for (`kernels/quantized.py`).
+one output unit.
 """
 
 from typing import NamedTuple
@@ -10,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.quantized import TernaryGrid, UniformGrid, group_len
+from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
+from moe_jax.layers.kernel_format import BITS, TERNARY, KernelFormat
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Float32, Leaf
 
@@ -38,41 +38,23 @@ class Rounded(NamedTuple):
 _values = jax.jit(lambda codes, grid: grid.values(codes))
 
 
-def uniform(
-  w: Float[Array, '*E I O'],
-  bits: int,
-  groups: int = 1,
-  symmetric: bool = False,
-) -> UniformGrid:
+def uniform(w: Float[Array, '*E I O'], bits: int) -> UniformGrid:
   """The grid of 2 ** bits values between the least and the greatest weight.
 
-  One of the values is 0, and no weight is off by more than half the distance of
-  two values. Distances are rounded up to a bfloat16.
+  Each output unit has its own. One of the values is 0, and no weight is off by
+  more than half the distance of two values. Distances are rounded up to a
+  bfloat16.
 
   Args:
     w: The kernel.
     bits: The number of bits of a code.
-    groups: The number of groups, as even as can be, into which the inputs of
-      each output unit are divided; each has a grid of its own.
-    symmetric: Whether the grid reaches as far below 0 as above, but for one
-      value; its zero is then always the code 2 ** (bits - 1).
   """
   w = w.astype(jnp.float32)
-  *stack, inputs, units = w.shape
-  length = group_len(inputs, groups)
-  padding = [(0, 0)] * len(stack) + [(0, groups * length - inputs), (0, 0)]
-  by_group = jnp.pad(w, padding).reshape(*stack, groups, length, units)
-  low = jnp.minimum(by_group.min(-2), 0.0)
-  high = jnp.maximum(by_group.max(-2), 0.0)
-  if symmetric:
-    high = jnp.maximum(high, -low)
-    low = -high
+  low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
+  high = jnp.maximum(w.max(-2, keepdims=True), 0.0)
   scale = _rounded_up((high - low) / (2**bits - 1))
   scale = jnp.where(scale > 0, scale, jnp.bfloat16(1))
-  if symmetric:
-    zero = jnp.full(low.shape, 2.0 ** (bits - 1))
-  else:
-    zero = jnp.round(-low / scale.astype(jnp.float32))
+  zero = jnp.round(-low / scale.astype(jnp.float32))
   return UniformGrid(scale, zero.astype(jnp.uint8), bits)
 
 
@@ -90,6 +72,11 @@ def ternary(w: Float[Array, '*E I O']) -> TernaryGrid:
   low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
   high = jnp.maximum(w.max(-2, keepdims=True), 0.0)
   return TernaryGrid(low.astype(jnp.bfloat16), high.astype(jnp.bfloat16))
+
+
+def of_format(w: Float[Array, '*E I O'], format: KernelFormat) -> Grid:
+  """The grid of a kernel in a format, from its weights alone."""
+  return ternary(w) if format.name == TERNARY else uniform(w, BITS[format.name])
 
 
 @checked

@@ -1,26 +1,19 @@
-"""The inputs of kernels on calibration data, for tokens that count.
+"""The inputs of experts on calibration data, for tokens that count.
 
 Special tokens do not count, as in QMoE (https://arxiv.org/abs/2310.16795):
-their inputs are large and their outputs do not matter. Not here: batches
-(`calibration.py`), and rounding by these inputs (`gptq.py`).
+their inputs are large and their outputs do not matter.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from moe_jax.compression.calibration import RoutedTokens
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.layers.attention import Attention
-from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.moe import in_groups
-from moe_jax.models import Model
-from moe_jax.shapes import Array, Leaf
+from moe_jax.shapes import Leaf
 
 # The most tokens of an expert, as a multiple of the mean.
 MOST_TOKENS = 4
@@ -39,52 +32,6 @@ class Rows(NamedTuple):
 
   x: Leaf
   filled: Leaf
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'module', 'name'))
-def capture(
-  model: Model,
-  variables: Mapping[str, Any],
-  batch: Mapping[str, Leaf],
-  module: str,
-  name: str,
-) -> dict[int, Array]:
-  """The inputs of kernels of each layer that has them, by the layer's number.
-
-  Args:
-    model: A model of blocks.
-    variables: Its variables.
-    batch: A batch of its data.
-    module: The path of a module in a block: 'attention', 'cross_attention',
-      'ffn', 'extra_ffn' or 'moe/shared_expert/ffn'.
-    name: The projection of attention, 'query', 'key', 'value' or 'out'; for
-      a feed-forward 'in'.
-
-  Returns:
-    float [B, T, ...], the inputs of each token.
-  """
-
-  def sow_inputs(call, args, kwargs, context):
-    callee, method = context.module, context.method_name
-    if isinstance(callee, Attention) and method == 'project':
-      callee.sow('intermediates', f'{args[1]}_inputs', args[0])
-    if isinstance(callee, Attention) and method == 'project_back':
-      callee.sow('intermediates', 'out_inputs', args[0])
-    if isinstance(callee, FeedForward) and method == '__call__':
-      callee.sow('intermediates', 'in_inputs', args[0])
-    return call(*args, **kwargs)
-
-  with nn.intercept_methods(sow_inputs):
-    _, collections = model.apply(
-      variables, **model.inputs(batch), mutable=['intermediates']
-    )
-  inputs = {}
-  for i, tree in enumerate(model.layer_trees(collections['intermediates'])):
-    for step in module.split('/'):
-      tree = tree.get(step, {})
-    if f'{name}_inputs' in tree:
-      inputs[i] = tree[f'{name}_inputs'][0]
-  return inputs
 
 
 def counted(

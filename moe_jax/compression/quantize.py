@@ -1,9 +1,7 @@
-"""Quantises a run: its experts, or all of its kernels, in codes of few bits.
+"""Quantises a run: its experts in codes of few bits.
 
 The new folder is evaluated, generated from and exported like any run's, but it
-is not trained. Not here: the rounding of kernels
-(`quantize_kernels.py`), the order of the kernels (`quantize_layers.py`), and
-the command line (`quantize_command.py`).
+is not trained.
 """
 
 import dataclasses
@@ -33,17 +31,15 @@ from moe_jax.compression.quantize_work import Work
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
-from moe_jax.layers.kernel_format import BITS, FORMATS, TERNARY, KernelFormat
+from moe_jax.layers.kernel_format import TERNARY, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.code_trees import Coded
 from moe_jax.models.flat_trees import Path
-from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import unknown
 from moe_jax.runs import trained
 from moe_jax.runs.workdir import CONFIG
 
 METHODS = ('gptq', 'rtn')
-KERNELS = ('experts', 'all')
 BATCHES = 16
 
 
@@ -54,13 +50,12 @@ def quantize(
   *,
   step: int | None = None,
   method: str = 'gptq',
-  kernels: str = 'experts',
   num_batches: int = BATCHES,
   data: DataOptions | None = None,
   allow: Iterable[str] = (),
   message: Callable[[str], None] = print,
 ) -> dict[str, float]:
-  """Makes a run whose kernels are in codes of few bits.
+  """Makes a run whose experts are in codes of few bits.
 
   A call that was killed goes on after the last layer that was done. If two
   calls write one folder at the same time, the second waits for the first.
@@ -72,8 +67,6 @@ def quantize(
     step: The step of the checkpoint; None is the newest good one.
     method: 'gptq', or 'rtn', which rounds each weight to the nearest value and
       reads no data.
-    kernels: 'experts', or 'all' for those of attention and of dense
-      feed-forward layers too.
     num_batches: The number of batches of calibration data, for 'gptq'.
     data: The options of the calibration data, for 'gptq'; None takes those of
       the run. The split is always the one that is trained on.
@@ -91,14 +84,14 @@ def quantize(
   Raises:
     ValueError: The run cannot be quantised so, or a folder is not free.
   """
-  _check(format, method, kernels)
+  if method not in METHODS:
+    raise unknown('method', method, METHODS)
   run = whole_run.read(workdir, step=step, allow=allow)
   output = pathlib.Path(output).expanduser()
   quantize_work.check_free(output)
-  options, coded = _coded_options(run, format, kernels)
+  options, coded = _coded_options(run, format)
   batches = []
   if method == 'gptq':
-    _check_calibrated(options, kernels)
     batches = calibration.batches(run, num_batches, data)
   settings = {
     'run': str(run.folder.resolve()),
@@ -106,7 +99,6 @@ def quantize(
     'checkpoint': trained.checkpoint_digest(run.folder, run.step),
     'format': dataclasses.asdict(format),
     'method': method,
-    'kernels': kernels,
     'batches': _digest(batches),
   }
   layers = Layers(run, coded, batches)
@@ -127,36 +119,8 @@ def quantize(
   }
 
 
-def _check(format: KernelFormat, method: str, kernels: str) -> None:
-  """Raises ValueError for values that are unknown or do not go together."""
-  for argument, name, names in (
-    ('format', format.name, FORMATS),
-    ('method', method, METHODS),
-    ('kernels', kernels, KERNELS),
-  ):
-    if name not in names:
-      raise unknown(argument, name, names)
-  if kernels == 'all' and format.name == TERNARY:
-    raise InputError(
-      "format 'ternary' with kernels='all': the codes of less than a bit are "
-      f'for experts; all kernels can be in {list(BITS)}'
-    )
-
-
-def _check_calibrated(options: ModelOptions, kernels: str) -> None:
-  """Raises ValueError for kernels whose inputs are not captured."""
-  halves = options.halves if isinstance(options, TransformerOptions) else ()
-  for attention in (half.attention for half in halves):
-    if kernels == 'all' and not attention.captures_inputs:
-      raise InputError(
-        f"kernels='all' with {type(attention).__name__} and method='gptq': "
-        "inputs of its kernels are not captured; use method='rtn' or "
-        "kernels='experts'"
-      )
-
-
 def _coded_options(
-  run: WholeRun, format: KernelFormat, kernels: str
+  run: WholeRun, format: KernelFormat
 ) -> tuple[ModelOptions, dict[Path, Coded]]:
   """The options of the new model, and the kernels that get codes.
 
@@ -169,11 +133,10 @@ def _coded_options(
       f'{run.folder} has kernels in codes already; quantise the run that it '
       'was made of'
     )
-  other_format = format if kernels == 'all' else KernelFormat()
-  options = code_trees.with_formats(model, format, other_format)
+  options = code_trees.with_formats(model, format)
   if coded := code_trees.coded_kernels(options):
     return options, coded
-  raise InputError(f"{run.folder} has no experts; use kernels='all'")
+  raise InputError(f'{run.folder} has no experts to quantise')
 
 
 def _digest(batches: Sequence[Mapping[str, np.ndarray]]) -> str:
@@ -192,14 +155,14 @@ def _all_layers(
   rounded: dict[Spot, Rounded] = {}
   reports = {}
   for layer, spots in layers.spots.items():
-    layer_spots = [spot for x in spots.values() for spot in x.values()]
-    saved = work.load(layer, layer_spots, layers.format_of)
+    format = layers.format_of(layer)
+    saved = work.load(layer, spots, format)
     if saved is None:
       outcomes = layers.quantize(layer)
       kernels = {spot: x.rounded for spot, x in outcomes.items()}
       layer_report = report.report_of(
         outcomes,
-        layers.format_of(layer_spots[0]),
+        format,
         by_data=layers.by_data,
         without_tokens=layers.without_tokens.get(layer, ()),
       )
@@ -225,7 +188,7 @@ def _assembled(
   by_path: dict[Path, list[Rounded]] = {path: [] for path in coded}
   for spot in sorted(rounded, key=lambda spot: spot.index):
     by_path[spot.path].append(rounded[spot])
-  stacked = [_stacked(x, coded[path].matrix) for path, x in by_path.items()]
+  stacked = [_stacked(x) for x in by_path.values()]
   format = next(iter(coded.values())).format
   arrays, format = stored.store(stacked, format)
   params = dict(run.variables['params'])
@@ -236,14 +199,11 @@ def _assembled(
   return params, options
 
 
-def _stacked(kernels: Sequence[Rounded], matrix: tuple[int, ...]) -> Rounded:
-  """The kernels of the layers of one parameter, as one [*E, I, O]."""
-
-  def stack(*leaves):
-    stacked = np.stack([np.asarray(leaf) for leaf in leaves])
-    return stacked.reshape(*matrix[:-2], *stacked.shape[-2:])
-
-  return jax.tree.map(stack, *kernels)
+def _stacked(kernels: Sequence[Rounded]) -> Rounded:
+  """The kernels of the layers of one parameter, as one [layers, E, I, O]."""
+  return jax.tree.map(
+    lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *kernels
+  )
 
 
 def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
     python -m moe_jax.compression quantize --run=runs/tiny --output=runs/int4 \
       --format=int4 --method=gptq --batches=16
-
-Not here: what it does (`quantize.py`).
 """
 
 import argparse
@@ -11,7 +9,7 @@ from typing import Any
 
 from moe_jax import command_line, config_file, sections
 from moe_jax.compression import model_bytes
-from moe_jax.compression.quantize import BATCHES, KERNELS, METHODS, quantize
+from moe_jax.compression.quantize import BATCHES, METHODS, quantize
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.kernel_format import FORMATS, KernelFormat
@@ -19,7 +17,7 @@ from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 
 def add(commands: Any) -> None:
   """Adds the command `quantize`."""
-  text = 'stores experts, or all kernels, in codes of few bits'
+  text = 'stores experts in codes of few bits'
   command = commands.add_parser(
     'quantize', help=text, **command_line.about(__doc__)
   )
@@ -31,10 +29,7 @@ def add(commands: Any) -> None:
   add('--step', type=whole, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
-  add('--kernels', default='experts', choices=KERNELS)
   add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
-  add('--group_size', type=whole, default=0, help='inputs a scale; 0: all')
-  add('--symmetric', action='store_true', help='stores no zeros of scales')
   add(
     '--config',
     default='',
@@ -57,10 +52,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   numbers = quantize(
     options.workdir,
     options.output,
-    KernelFormat(options.format, options.group_size, options.symmetric),
+    KernelFormat(options.format),
     step=options.step,
     method=options.method,
-    kernels=options.kernels,
     num_batches=num_batches,
     data=data,
     allow=options.allow_module,

@@ -1,8 +1,4 @@
-"""Rounding of the kernels of one layer, with the errors of both methods.
-
-Not here: the order of layers (`quantize_layers.py`), and the finished layers of
-a command that was killed (`quantize_work.py`).
-"""
+"""Rounding of the kernels of one layer, with the errors of both methods."""
 
 import functools
 from collections.abc import Iterable
@@ -15,7 +11,6 @@ import numpy as np
 from moe_jax.compression import gptq, grids
 from moe_jax.compression.grids import Rounded
 from moe_jax.compression.kernel_inputs import Rows
-from moe_jax.compression.stored import grid_of
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.shapes import Array, Float, Float32, Leaf
@@ -45,7 +40,7 @@ def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
 
   Both methods then do the same.
   """
-  rounded = grids.nearest(w, grid_of(w, format))
+  rounded = grids.nearest(w, grids.of_format(w, format))
   w = w.astype(jnp.float32)
   error = jnp.square(w - rounded.values).sum((-2, -1))
   total = jnp.square(w).sum((-2, -1))
@@ -59,7 +54,7 @@ def compensated(
   format: KernelFormat,
 ) -> Outcome:
   """Rounds by GPTQ."""
-  grid = grid_of(w, format)
+  grid = grids.of_format(w, format)
   factor = gptq.factor(hessian)
   rounded = gptq.gptq(w, grid, factor)
   nearest = grids.nearest(w, grid)

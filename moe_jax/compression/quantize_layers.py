@@ -1,35 +1,28 @@
-"""Layers whose kernels are rounded in turn, each after those before it.
+"""Layers whose experts are rounded in turn, each after those before it.
 
 The whole model is run with the kernels as rounded so far, so that the outputs
-of rounded layers are the inputs of the next. Not here: the rounding of kernels
-(`quantize_kernels.py`), and the command (`quantize.py`).
+of rounded layers are the inputs of the next.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.compression import calibration, kernel_inputs
-from moe_jax.compression.gptq import hessian
 from moe_jax.compression.grids import Rounded
-from moe_jax.compression.kernel_inputs import ExpertTokens, Rows
+from moe_jax.compression.kernel_inputs import ExpertTokens
 from moe_jax.compression.quantize_kernels import (
   Outcome,
-  compensated,
   feed_forwards,
   joined,
   to_nearest,
 )
 from moe_jax.compression.whole_run import WholeRun
-from moe_jax.layers.block import CROSS_ATTENTION
-from moe_jax.layers.experts.serving import SCOPE
-from moe_jax.layers.experts.shared_expert import SHARED_EXPERT
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.code_trees import Coded
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace
@@ -44,27 +37,24 @@ class Spot(NamedTuple):
   Attributes:
     path: The path of the parameter, in which layers are stacked.
     index: The number of the layer among the stacked ones.
-    module: The path of the kernel's module within a layer.
-    name: The name of the kernel in its module.
   """
 
   path: Path
   index: int
-  module: Path
-  name: str
 
-
-Spots = dict[Path, dict[str, Spot]]  # by module, then by the kernel's name
-Outcomes = dict[Spot, Outcome]
+  @property
+  def name(self) -> str:
+    """The name of the kernel in its module."""
+    return self.path[-1]
 
 
 class Layers:
-  """The layers of a model whose kernels are rounded in place.
+  """The layers of a model whose experts are rounded in place.
 
   Attributes:
     spots: The kernels of each layer that are rounded, by the layer's number.
     without_tokens: The experts that no token that counts reaches, of each layer
-      whose experts were rounded by their inputs.
+      that was rounded by its inputs.
   """
 
   def __init__(
@@ -90,158 +80,82 @@ class Layers:
     """Whether kernels are rounded by their inputs."""
     return bool(self._batches)
 
-  def format_of(self, spot: Spot) -> KernelFormat:
-    """The format that a kernel gets."""
-    return self._kernels[spot.path].format
+  def format_of(self, layer: int) -> KernelFormat:
+    """The format that a layer's kernels get."""
+    return self._kernels[self.spots[layer][0].path].format
 
-  def quantize(self, layer: int) -> Outcomes:
-    """Rounds the kernels of a layer, from the first on."""
-    outcomes: Outcomes = {}
-    for module, spots in self.spots[layer].items():
-      for group in self._rounded(layer, module, spots):
-        for name, outcome in group.items():
-          outcomes[spots[name]] = outcome
-          self.replace(spots[name], outcome.rounded)
+  def quantize(self, layer: int) -> dict[Spot, Outcome]:
+    """Rounds the kernels of a layer."""
+    spots, format = self.spots[layer], self.format_of(layer)
+    p = {
+      name: x[spots[0].index]
+      for name, x in self._subtree(spots[0].path[:-1]).items()
+    }
+    if self._batches:
+      by_name = self._by_inputs(layer, p, format)
+    else:
+      by_name = {x.name: to_nearest(p[x.name], format) for x in spots}
+    outcomes = {spot: by_name[spot.name] for spot in spots}
+    for spot, outcome in outcomes.items():
+      self.replace(spot, outcome.rounded)
     return outcomes
 
   def replace(self, spot: Spot, rounded: Rounded) -> None:
     """Replaces a kernel by its rounded values."""
-    stacked = self._stacked(spot)
-    values = np.asarray(rounded.values).reshape(stacked.shape[1:])
-    stacked[spot.index] = values.astype(stacked.dtype)
+    stacked = self._subtree(spot.path)
+    stacked[spot.index] = np.asarray(rounded.values).astype(stacked.dtype)
 
-  def _stacked(self, spot: Spot) -> np.ndarray:
+  def _subtree(self, path: Path) -> Any:
     tree: Any = self._params
-    for name in spot.path:
+    for name in path:
       tree = tree[name]
     return tree
 
-  def _matrix(self, spot: Spot) -> np.ndarray:
-    """A kernel [E, I, O], with E = 1 for a kernel outside of experts."""
-    shape = self._kernels[spot.path].matrix
-    return self._stacked(spot)[spot.index].reshape(-1, *shape[-2:])
-
-  def _rounded(self, layer, module, spots) -> Iterator[dict[str, Outcome]]:
-    """The outcomes of a module's kernels, grouped by equal inputs."""
-    format = self.format_of(next(iter(spots.values())))
-    if not self._batches:
-      yield {
-        name: to_nearest(self._matrix(spot), format)
-        for name, spot in spots.items()
-      }
-    elif module[-1] == SCOPE:
-      yield self._experts(layer, module, spots, format)
-    elif 'w_query' in spots:
-      inner = {name: spots[name] for name in spots if name != 'w_out'}
-      for group in (inner, {'w_out': spots['w_out']}):
-        yield self._projections(layer, module[0], group, format)
-    else:
-      x, mask = self._inputs(layer, '/'.join(module), 'in')
-      rows = Rows(x[None], mask[None])
-      p = self._feed_forward(module, spots)
-      yield feed_forwards(self._ffn(layer, module), p, rows, format)
-
-  def _projections(self, layer, module, spots, format) -> dict[str, Outcome]:
-    # Keys and values have the same inputs, in self-attention those of queries.
-    # To get inputs the whole model runs, so equal inputs are computed once.
-    key = 'key' if module == CROSS_ATTENTION else 'query'
-    inputs = {'w_query': 'query', 'w_key': key, 'w_value': key, 'w_out': 'out'}
-    hessians = {
-      name: self._hessian(layer, module, name)
-      for name in dict.fromkeys(inputs[name] for name in spots)
-    }
-    return {
-      name: compensated(self._matrix(spot), hessians[inputs[name]], format)
-      for name, spot in spots.items()
-    }
-
-  def _experts(self, layer, module, spots, format) -> dict[str, Outcome]:
-    masks = self._masks(self._run.model.sequence_of(layer))
-    batches = self._run_batches(layer, calibration.capture)
-    tokens = ExpertTokens(batches, masks)
+  def _by_inputs(
+    self, layer: int, p: dict[str, np.ndarray], format: KernelFormat
+  ) -> dict[str, Outcome]:
+    """The kernels of a layer's experts by GPTQ, some experts at a time."""
+    model, variables = self._run.model, self._run.variables
+    prefix, tokenizer = model.sequence_of(layer), self._run.options.tokenizer
+    tokens = ExpertTokens(
+      [
+        calibration.capture(
+          model, {**variables, 'params': self._params}, batch
+        )[layer]
+        for batch in self._batches
+      ],
+      [kernel_inputs.counted(b, prefix, tokenizer) for b in self._batches],
+    )
     self.without_tokens[layer] = tokens.without_tokens
-    p = self._feed_forward(module, spots)
-    outcomes = []
-    for first in range(0, tokens.num_experts, _GROUP_SIZE):
-      group = slice(first, first + _GROUP_SIZE)
-      params = {name: x[group] for name, x in p.items()}
-      rows, ffn = tokens.rows(group), self._ffn(layer, module)
-      outcomes.append(feed_forwards(ffn, params, rows, format))
-    return {name: joined(group[name] for group in outcomes) for name in spots}
-
-  def _feed_forward(self, module, spots) -> dict[str, np.ndarray]:
-    """The parameters of a feed-forward, biases included, each [E, ...]."""
-    spot = next(iter(spots.values()))
-    tree: Any = self._params
-    for name in spot.path[:-1]:
-      tree = tree[name]
-    stacked = len(self._kernels[spot.path].matrix) - 3
-    p = {name: x[spot.index] for name, x in tree.items()}
-    return p if stacked else {name: x[None] for name, x in p.items()}
-
-  def _ffn(self, layer: int, module: Path) -> FfnLayer:
-    """The computation of the feed-forward of a module of a layer."""
-    first = 0
-    for _, stack in self._run.model.stacks:
-      if layer < first + len(stack.sparse):
-        break
-      first += len(stack.sparse)
-    block, sparse = stack.block, stack.sparse[layer - first]
-    ffn = block.ffn
-    if sparse and block.moe is not None and module != ('extra_ffn',):
-      ffn = block.moe.expert.twin(1).ffn
-      if not block.moe.num_experts:
-        ffn = block.moe.twin().ffn
-      elif SHARED_EXPERT in module and (twin := block.moe.shared_twin):
-        ffn = twin.ffn
-    return FfnLayer(ffn, block.shared)
-
-  def _hessian(self, layer: int, module: str, name: str) -> jax.Array:
-    x, mask = self._inputs(layer, module, name)
-    return hessian(jnp.asarray(x[None]), jnp.asarray(mask[None]))
-
-  def _inputs(self, layer, module, name) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs [N, I] of a kernel over all batches, and their mask [N]."""
-    capture = functools.partial(kernel_inputs.capture, module=module, name=name)
-    x = map(np.asarray, self._run_batches(layer, capture))
-    prefix = self._run.model.sequence_of(layer)
-    if module == CROSS_ATTENTION and name == 'key':
-      prefix = self._run.model.sequence_of(0)
-    masks = self._masks(prefix)
-    rows = [array.reshape(mask.size, -1) for array, mask in zip(x, masks)]
-    return np.concatenate(rows), np.concatenate([m.ravel() for m in masks])
-
-  def _masks(self, prefix: str) -> list[np.ndarray]:
-    tokenizer = self._run.options.tokenizer
-    return [
-      kernel_inputs.counted(batch, prefix, tokenizer) for batch in self._batches
+    groups = [
+      feed_forwards(
+        self._expert(layer),
+        {name: x[first : first + _GROUP_SIZE] for name, x in p.items()},
+        tokens.rows(slice(first, first + _GROUP_SIZE)),
+        format,
+      )
+      for first in range(0, tokens.num_experts, _GROUP_SIZE)
     ]
+    return {name: joined(x[name] for x in groups) for name in groups[0]}
 
-  def _run_batches(self, layer: int, capture: Callable[..., Any]) -> list[Any]:
-    """The results of `capture` for a layer, one for each batch."""
-    variables = {**self._run.variables, 'params': self._params}
-    return [
-      capture(self._run.model, variables, batch)[layer]
-      for batch in self._batches
+  def _expert(self, layer: int) -> FfnLayer:
+    """The computation of an expert of a layer."""
+    blocks = [
+      stack.block for _, stack in self._run.model.stacks for _ in stack.sparse
     ]
+    moe, shared = cast(MoeOptions, blocks[layer].moe), blocks[layer].shared
+    return FfnLayer(moe.expert.twin(1).ffn, shared)
 
 
-def _spots(run: WholeRun, kernels: dict[Path, Coded]) -> dict[int, Spots]:
-  """The kernels of each layer, in the order in which a block uses modules."""
+def _spots(run: WholeRun, kernels: dict[Path, Coded]) -> dict[int, list[Spot]]:
+  """The kernels of each layer, the layers in order."""
   first, count = {}, 0
   for path, stack in run.model.stacks:
     first[path] = count
     count += len(stack.sparse)
-  spots: dict[int, Spots] = {}
+  spots: dict[int, list[Spot]] = {}
   for path in kernels:
-    layer_place = cast(LayerPlace, run.model.place_of(path))
-    for index, layer in enumerate(layer_place.layers):
-      *module, name = layer_place.name
-      spot = Spot(path, index, tuple(module), name)
-      by_module = spots.setdefault(first[layer_place.stack] + layer, {})
-      by_module.setdefault(tuple(module), {})[name] = spot
-  order = ('attention', CROSS_ATTENTION, 'moe', 'ffn', 'extra_ffn')
-  return {
-    layer: dict(sorted(by_module.items(), key=lambda x: order.index(x[0][0])))
-    for layer, by_module in sorted(spots.items())
-  }
+    place = cast(LayerPlace, run.model.place_of(path))
+    for index, layer in enumerate(place.layers):
+      spots.setdefault(first[place.stack] + layer, []).append(Spot(path, index))
+  return dict(sorted(spots.items()))

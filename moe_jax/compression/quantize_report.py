@@ -8,7 +8,6 @@ import numpy as np
 from moe_jax.compression import stored
 from moe_jax.compression.quantize_kernels import Outcome
 from moe_jax.compression.quantize_layers import Spot
-from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.kernel_format import KernelFormat
 
 
@@ -27,8 +26,8 @@ class Report:
       of fewer codes is known only when all layers are done.
     without_tokens: The experts that no token that counts reaches, for which
       H = I, so that their weights are rounded to the nearest value.
-    not_factored: The experts and other kernels with tokens for which H = I as
-      well, since their inputs are all zero or the factorisation failed.
+    not_factored: The experts with tokens for which H = I as well, since their
+      inputs are all zero or the factorisation failed.
   """
 
   rtn: float
@@ -38,7 +37,7 @@ class Report:
   code_bits: int
   metadata_bits: int
   without_tokens: Sequence[int] = ()
-  not_factored: Sequence[str] = ()
+  not_factored: Sequence[int] = ()
 
   def text(self) -> str:
     """The numbers in one line."""
@@ -49,10 +48,9 @@ class Report:
       f'{self.metadata_bits / self.weights:.2f} of metadata',
     ]
     if self.without_tokens:
-      experts = list(self.without_tokens)
-      phrases.append(f'H = I for experts {experts} (no tokens)')
+      phrases.append(f'H = I for experts {[*self.without_tokens]} (no tokens)')
     if self.not_factored:
-      phrases.append(f'H = I for {", ".join(self.not_factored)} (no factor)')
+      phrases.append(f'H = I for experts {[*self.not_factored]} (no factor)')
     return '; '.join(phrases)
 
 
@@ -74,11 +72,8 @@ def report_of(
   all_outcomes = outcomes.values()
   total = sum(float(x.total.sum()) for x in all_outcomes)
   bits = [_bits(x, format) for x in all_outcomes]
-  plain = dict.fromkeys(
-    name
-    for spot, x in outcomes.items()
-    for name in _plain(spot, x, without_tokens)
-  )
+  plain = np.any([x.plain for x in all_outcomes], axis=0)
+  not_factored = {*np.flatnonzero(plain).tolist()} - {*without_tokens}
   return Report(
     rtn=sum(float(x.rtn.sum()) for x in all_outcomes) / (total or 1.0),
     gptq=sum(float(x.gptq.sum()) for x in all_outcomes) / (total or 1.0),
@@ -87,18 +82,8 @@ def report_of(
     code_bits=sum(codes for codes, _ in bits),
     metadata_bits=sum(metadata for _, metadata in bits),
     without_tokens=without_tokens,
-    not_factored=list(plain) if by_data else [],
+    not_factored=sorted(not_factored) if by_data else [],
   )
-
-
-def _plain(
-  spot: Spot, outcome: Outcome, without_tokens: Sequence[int]
-) -> list[str]:
-  """The names of a layer's experts, or of another kernel, for which H = I."""
-  plain = np.flatnonzero(outcome.plain)
-  if spot.module[-1] == SCOPE:
-    return [f'expert {e}' for e in plain if e not in without_tokens]
-  return ['/'.join((*spot.module, spot.name))] * bool(plain.size)
 
 
 def _bits(outcome: Outcome, format: KernelFormat) -> tuple[int, int]:

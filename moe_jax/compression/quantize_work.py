@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,17 +79,14 @@ class Work:
     unfinished.replace(path)
 
   def load(
-    self,
-    layer: int,
-    spots: Iterable[Spot],
-    format_of: Callable[[Spot], KernelFormat],
+    self, layer: int, spots: Iterable[Spot], format: KernelFormat
   ) -> tuple[dict[Spot, Rounded], Report] | None:
     """A layer's kernels and report; None for a layer that is not done.
 
     Args:
       layer: The number of the layer.
       spots: The kernels of the layer.
-      format_of: Function from a kernel to its format.
+      format: Their format.
 
     Raises:
       ValueError: The file is damaged.
@@ -99,9 +96,7 @@ class Work:
       return None
     try:
       file = safe_open(path, framework='numpy', backend='pread')
-      kernels = {
-        spot: _rounded(file, _name(spot), format_of(spot)) for spot in spots
-      }
+      kernels = {spot: _rounded(file, _name(spot), format) for spot in spots}
       return kernels, Report(**json.loads(file.metadata()[_REPORT]))
     except (OSError, SafetensorError) as error:
       raise InputError(

@@ -1,7 +1,4 @@
-"""Kernels on a grid as the arrays in which a model stores them.
-
-Not here: their decoding (`layers/kernel_format.py`).
-"""
+"""Kernels on a grid as the arrays in which a model stores them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,29 +7,20 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from moe_jax.compression import codec, grids
-from moe_jax.compression.grids import Grid, Rounded
+from moe_jax.compression import codec
+from moe_jax.compression.grids import Rounded
 from moe_jax.kernels import quantized
 from moe_jax.kernels.quantized import UniformGrid
 from moe_jax.kernels.ternary import Codes
 from moe_jax.layers.kernel_format import BITS, TERNARY, KernelFormat
-from moe_jax.shapes import Array, Float
 
 _pack = jax.jit(quantized.pack, static_argnames='bits')
-
-
-def grid_of(w: Float[Array, '*E I O'], format: KernelFormat) -> Grid:
-  """The grid of a kernel in a format, from its weights alone."""
-  if format.name == TERNARY:
-    return grids.ternary(w)
-  groups = quantized.num_groups(w.shape[-2], format.group_size)
-  return grids.uniform(w, BITS[format.name], groups, format.symmetric)
 
 
 def store(
   kernels: Sequence[Rounded], format: KernelFormat
 ) -> tuple[list[dict[str, np.ndarray]], KernelFormat]:
-  """The arrays that store some kernels, named as in `KernelFormat.parts`.
+  """The arrays that store some kernels, named as in `stored_arrays`.
 
   Args:
     kernels: Kernels of any shapes on grids of the format.
@@ -48,9 +36,7 @@ def store(
   for kernel in kernels:
     grid = cast(UniformGrid, kernel.grid)
     codes = _pack(kernel.codes, BITS[format.name])
-    arrays = {'codes': codes, 'scale': grid.scale}
-    if not format.symmetric:
-      arrays['zero'] = grid.zero
+    arrays = {'codes': codes, 'scale': grid.scale, 'zero': grid.zero}
     stored.append(jax.tree.map(np.asarray, arrays))
   return stored, format
 

@@ -1,7 +1,7 @@
 """The dense feed-forward layer, and the computation that experts share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from moe_jax.errors import InputError
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.activations import ACTIVATIONS, Activation, activation
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options, at_least, one_of, option
@@ -63,14 +62,12 @@ class FfnLayer:
     shared: The settings that all layers of the model share.
     dropout: The rate at which hidden values are dropped in training.
     role: The role of the parameters.
-    format: The format in which the kernels are stored.
   """
 
   options: FfnOptions
   shared: Shared = Shared()
   dropout: float = 0.0
   role: str = 'ffn'
-  format: KernelFormat = KernelFormat()
 
   @property
   def activation(self) -> Activation:
@@ -95,17 +92,11 @@ class FfnLayer:
     """Makes the parameters of the layer in `module`, each [*stack, ...].
 
     They are w_in, w_out, w_gate and w_factor if the activation has them, b_in
-    and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`. Kernels are
-    as they are stored.
+    and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
     """
     shared = self.shared
     p = {}
-    for name, (shape, axes, form) in self._specs(stack, width).items():
-      if form != 'bias' and not self.format.is_plain:
-        p[name] = parameters.coded_kernel(
-          module, name, self.format, shape, role=self.role
-        )
-        continue
+    for name, (shape, axes, form) in self.specs(stack, width).items():
       if form == 'bias':
         init = parameters.bias(axes, role=self.role)
       else:
@@ -123,24 +114,13 @@ class FfnLayer:
     )
     return Sizes(width, self.options.hidden, row, kernels, parameter)
 
-  def decoded(self, p: dict[str, Any], width: int) -> dict[str, Any]:
-    """The parameters with kernels [*stack, I, O], whatever stores them."""
-    if self.format.is_plain:
-      return p
-    return {
-      name: self.format.decoded(
-        value, self.options.hidden if name == 'w_out' else width
-      )
-      if isinstance(value, Mapping)
-      else value
-      for name, value in p.items()
-    }
-
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
     """The logical axes of `parameters`."""
-    return {name: p[1] for name, p in self._specs(stack, width).items()}
+    return {name: p[1] for name, p in self.specs(stack, width).items()}
 
-  def _specs(self, stack, width):
+  def specs(
+    self, stack: tuple[int, ...], width: int
+  ) -> dict[str, tuple[tuple[int, ...], Names, str]]:
     """The shape, axes and form of each parameter, in the order of their draws.
 
     The form 'residual' is a kernel whose product is added to the residual.
@@ -250,9 +230,7 @@ class FeedForward(nn.Module):
     self, x: Float[Array, '... M'], train: bool = False
   ) -> Float[Array, '... M']:
     """Applies the layer to every token; dropout only if `train`."""
-    layer = FfnLayer(
-      self.options, self.shared, self.dropout, self.role, self.shared.kernels
-    )
+    layer = FfnLayer(self.options, self.shared, self.dropout, self.role)
     if self.depth > 1 and layer.activation.gated:
       raise InputError(
         f'depth={self.depth} with activation={self.options.activation!r}: '
@@ -260,7 +238,7 @@ class FeedForward(nn.Module):
       )
     rows = x.reshape(-1, x.shape[-1])  # see kernels/cpu.py
     M = rows.shape[-1]
-    p = layer.decoded(layer.parameters(self, (), M), M)
+    p = layer.parameters(self, (), M)
 
     def after_first(h):
       h = layer.dropout_module(self, train)(h)

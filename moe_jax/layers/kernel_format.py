@@ -1,16 +1,13 @@
-"""The format in which kernels are stored: as they are, or in codes of few bits.
+"""The formats in which the kernels of experts are stored in codes of few bits.
 
 Codes are decoded where a kernel is used, so that a model with such kernels is
 small in memory too. `moe_jax.compression quantize` writes them; they are not
-trained. Not here: how codes are chosen (`moe_jax.compression`), and what they
-stand for (`kernels/quantized.py`, `kernels/ternary.py`).
+trained.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
-
-import jax.numpy as jnp
 
 from moe_jax.kernels import quantized, ternary
 from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
@@ -20,7 +17,6 @@ from moe_jax.shapes import Array, Float32
 BITS = {f'int{bits}': bits for bits in quantized.BITS}
 TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
-_UNIFORM = {'name': tuple(BITS)}
 
 
 class StoredArray(NamedTuple):
@@ -42,23 +38,11 @@ class KernelFormat(Options):
   """The format of kernels [*E, I, O] of I inputs and O output units."""
 
   name: str = option(
-    '',
-    "Format in which kernels are stored: 'int8', 'int4', 'int3' or 'int2', of "
-    "so many bits a weight; 'ternary', QMoE's codes of less than a bit where "
-    "most weights are 0; or '', for numbers of the type param_dtype.",
-    one_of('', *FORMATS),
-  )
-  group_size: int = option(
-    0,
-    'Number of inputs of an output unit that share a scale; groups are as even '
-    'as can be, and no larger. 0: all inputs.',
-    at_least(0),
-    when=_UNIFORM,
-  )
-  symmetric: bool = option(
-    False,
-    'Whether values lie as far below 0 as above, so that no zero is stored.',
-    when=_UNIFORM,
+    'int8',
+    "Format in which kernels are stored: 'int8', 'int4' or 'int2', of so many "
+    "bits a weight; or 'ternary', QMoE's codes of less than a bit where most "
+    'weights are 0.',
+    one_of(*FORMATS),
   )
   num_codes: int = option(
     0,
@@ -68,32 +52,24 @@ class KernelFormat(Options):
     when={'name': (TERNARY,)},
   )
 
-  @property
-  def is_plain(self) -> bool:
-    """Whether kernels are stored as they are."""
-    return not self.name
-
   def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:
-    """The arrays that store a kernel [*E, I, O], in this format of codes."""
+    """The arrays that store a kernel [*E, I, O], in this format."""
     *stack, inputs, units = shape
+    by_unit = (*stack, 1, units)
     if self.name == TERNARY:
-      bound = StoredArray((*stack, 1, units), 'bfloat16', 'scale')
+      bound = StoredArray(by_unit, 'bfloat16', 'scale')
       return {
         'codes': StoredArray((*stack, self.num_codes), 'uint16', 'kernel'),
         'offsets': StoredArray((*stack, units + 1), 'int32', 'table'),
         'low': bound,
         'high': bound,
       }
-    bits = BITS[self.name]
-    rows = quantized.packed_rows(inputs, bits)
-    group_shape = (*stack, quantized.num_groups(inputs, self.group_size), units)
-    arrays = {
+    rows = quantized.packed_rows(inputs, BITS[self.name])
+    return {
       'codes': StoredArray((*stack, rows, units), 'uint8', 'kernel'),
-      'scale': StoredArray(group_shape, 'bfloat16', 'scale'),
+      'scale': StoredArray(by_unit, 'bfloat16', 'scale'),
+      'zero': StoredArray(by_unit, 'uint8', 'scale'),
     }
-    if not self.symmetric:
-      arrays['zero'] = StoredArray(group_shape, 'uint8', 'scale')
-    return arrays
 
   def decoded(
     self, stored: Mapping[str, Array], inputs: int
@@ -109,8 +85,5 @@ class KernelFormat(Options):
       signs = ternary.decode(codes, inputs).swapaxes(-1, -2)
       return TernaryGrid(stored['low'], stored['high']).values(signs)
     bits = BITS[self.name]
-    zero = stored.get('zero')
-    if zero is None:
-      zero = jnp.full_like(stored['scale'], 2 ** (bits - 1), jnp.uint8)
     codes = quantized.unpack(stored['codes'], bits, inputs)
-    return UniformGrid(stored['scale'], zero, bits).values(codes)
+    return UniformGrid(stored['scale'], stored['zero'], bits).values(codes)

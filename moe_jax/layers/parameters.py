@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.shapes import Array, Float
 
@@ -145,42 +143,6 @@ def table(
   return boxed(init, axes, role=role, form='table')
 
 
-def coded_kernel(
-  module: nn.Module,
-  name: str,
-  format: KernelFormat,
-  shape: tuple[int, ...],
-  *,
-  role: str,
-) -> dict[str, Array]:
-  """Makes the parameters that store a kernel in a format of codes.
-
-  They are the parts of one parameter of that name. On a mesh they are whole on
-  each device. They begin as zeros, since codes are not trained.
-
-  Args:
-    module: The module that has the kernel.
-    name: The name of the kernel.
-    format: The format.
-    shape: The shape [*E, I, O] of the kernel.
-    role: One of `ROLES`.
-  """
-
-  def make_arrays(key) -> dict[str, Any]:
-    del key
-    return {
-      array_name: Parameter(
-        jnp.zeros(array.shape, array.dtype),
-        (None,) * len(array.shape),
-        role=role,
-        form=array.form,
-      )
-      for array_name, array in format.stored_arrays(shape).items()
-    }
-
-  return module.param(name, make_arrays)
-
-
 def matrix(
   module: nn.Module,
   name: str,
@@ -188,25 +150,20 @@ def matrix(
   init: Initializer,
   shape: tuple[int, ...],
   *,
-  role: str,
   inputs: int = 1,
 ) -> Float[Array, 'I O']:
-  """Makes a kernel in the model's format, and returns it as a matrix.
+  """Makes a kernel, and returns it as a matrix.
 
   Args:
     module: The module that has the kernel.
     name: The name of the kernel.
     shared: The settings that all layers of the model share.
-    init: The initialiser of a kernel that is stored as it is.
+    init: Its initialiser.
     shape: The shape of the kernel.
-    role: One of `ROLES`.
     inputs: The number of its first dimensions that are contracted.
   """
   sizes = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-  if shared.kernels.is_plain:
-    return module.param(name, init, shape, shared.param_dtype).reshape(sizes)
-  code_arrays = coded_kernel(module, name, shared.kernels, sizes, role=role)
-  return shared.kernels.decoded(code_arrays, sizes[0])
+  return module.param(name, init, shape, shared.param_dtype).reshape(sizes)
 
 
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:

@@ -13,13 +13,11 @@ from typing import Self
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.options import (
   Kinds,
   Options,
   above,
   choice,
-  nested,
   one_of,
   option,
 )
@@ -137,11 +135,6 @@ class Numerics(Options):
     'fan_in',
     'Distribution from which kernels and embeddings are drawn.',
   )
-  kernels: KernelFormat = nested(
-    KernelFormat(),
-    'Storage of the kernels of attention and of dense feed-forward layers in '
-    'the blocks of a Transformer.',
-  )
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`."""
@@ -177,11 +170,6 @@ class Shared:
   def param_dtype(self) -> str:
     """The type of the stored parameters."""
     return self.numerics.param_dtype
-
-  @property
-  def kernels(self) -> KernelFormat:
-    """The format of the kernels of attention and of dense feed-forwards."""
-    return self.numerics.kernels
 
   def mesh_axes(self, logical: str) -> tuple[str, ...]:
     """The mesh axes of a logical axis; none where it has no rule."""

@@ -1,11 +1,6 @@
-"""Models with kernels in codes of few bits, and the same models without.
-
-Not here: the formats (`layers/kernel_format.py`), and how codes are chosen
-(`moe_jax.compression`).
-"""
+"""Models whose experts are in codes of few bits, and the same as numbers."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +11,6 @@ from moe_jax.layers.experts import (
   FeedForwardExpert,
   QuantizedExpert,
 )
-from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.flat_trees import Path
@@ -25,37 +19,24 @@ from moe_jax.models.parameter_trees import describe
 from moe_jax.models.stack_options import StackOptions
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.options import fields_of
-from moe_jax.shapes import Array
-
-_PLAIN = KernelFormat()
 
 
 class Coded(NamedTuple):
   """A kernel that is stored in codes.
 
   Attributes:
-    shape: The shape of the kernel as a plain parameter, without codes.
-    matrix: The shape of the kernel as matrices [*E, I, O], for I inputs and O
-      output units.
+    shape: The shape [*E, I, O] of the kernel as a plain parameter.
     format: The format of the codes.
   """
 
   shape: tuple[int, ...]
-  matrix: tuple[int, ...]
   format: KernelFormat
 
 
 def with_formats(
-  options: ModelOptions,
-  experts: KernelFormat = _PLAIN,
-  kernels: KernelFormat = _PLAIN,
+  options: ModelOptions, experts: KernelFormat | None = None
 ) -> TransformerOptions:
-  """The same model with other formats of its kernels.
-
-  Args:
-    options: The options of a Transformer.
-    experts: The format of experts.
-    kernels: The format of attention and of dense feed-forward layers.
+  """The same model with another format of experts; None: without codes.
 
   Raises:
     ValueError: The model is no Transformer, or its experts are of a kind that
@@ -66,17 +47,14 @@ def with_formats(
       f'{type(options).__name__}: models of Transformer blocks alone have '
       'kernels in codes of few bits'
     )
-  numerics = dataclasses.replace(options.numerics, kernels=kernels)
-  changed = dataclasses.replace(
-    _with_expert_format(options, experts), numerics=numerics
-  )
+  changed = _with_expert_format(options, experts)
   if isinstance(options, EncoderDecoderOptions):
     half = _with_expert_format(options.encoder_half(), experts)
     return cast(EncoderDecoderOptions, changed).with_encoder(half)
   return cast(TransformerOptions, changed)
 
 
-def _with_expert_format(options: StackOptions, format: KernelFormat):
+def _with_expert_format(options: StackOptions, format: KernelFormat | None):
   moe = options.moe
   if options.has_experts:
     expert = _expert_in_format(moe.expert, format)
@@ -85,7 +63,7 @@ def _with_expert_format(options: StackOptions, format: KernelFormat):
 
 
 def _expert_in_format(
-  expert: ExpertOptions, format: KernelFormat
+  expert: ExpertOptions, format: KernelFormat | None
 ) -> FeedForwardExpert:
   if type(expert) not in (FeedForwardExpert, QuantizedExpert):
     raise InputError(
@@ -95,7 +73,7 @@ def _expert_in_format(
   fields = {
     name: getattr(expert, name) for name in fields_of(FeedForwardExpert)
   }
-  if format.is_plain:
+  if format is None:
     return FeedForwardExpert(**fields)
   return QuantizedExpert(**fields, format=format)
 
@@ -104,7 +82,7 @@ def has_codes(options: ModelOptions) -> bool:
   """Whether some kernels of a model are stored in codes."""
   if not isinstance(options, TransformerOptions):
     return False
-  return not all(f.is_plain for f in options.kernel_formats.values())
+  return any(options.kernel_formats.values())
 
 
 def check_plain(options: ModelOptions, name: object) -> None:
@@ -130,22 +108,13 @@ def coded_kernels(options: TransformerOptions) -> dict[Path, Coded]:
   ]
   kernels: dict[Path, Coded] = {}
 
-  def format_of(path: Path) -> KernelFormat:
-    if SCOPE not in path:
-      return options.numerics.kernels
-    return next(f for stack, f in expert_formats if path[: len(stack)] == stack)
-
   def walk(path: Path, node: Any, stored: Any) -> None:
-    if not isinstance(stored, Mapping):
-      return
     if isinstance(node, Mapping):
       for name, subtree in node.items():
         walk((*path, name), subtree, stored[name])
-      return
-    # Metadata are [*E, groups, O] in every format.
-    (*stack, _, units) = stored['low' if 'low' in stored else 'scale'].shape
-    inputs = math.prod(node.shape) // math.prod([*stack, units])
-    kernels[path] = Coded(node.shape, (*stack, inputs, units), format_of(path))
+    elif isinstance(stored, Mapping):
+      format = next(f for s, f in expert_formats if path[: len(s)] == s)
+      kernels[path] = Coded(node.shape, cast(KernelFormat, format))
 
   walk((), plain.shapes, describe(model).shapes)
   return kernels
@@ -169,8 +138,7 @@ def decoded(
   def walk(path: Path, node: Any) -> Any:
     if path in kernels:
       kernel = kernels[path]
-      w: Array = kernel.format.decoded(node, kernel.matrix[-2])
-      return w.reshape(kernel.shape).astype(dtype)
+      return kernel.format.decoded(node, kernel.shape[-2]).astype(dtype)
     if isinstance(node, Mapping):
       return {
         name: walk((*path, name), subtree) for name, subtree in node.items()

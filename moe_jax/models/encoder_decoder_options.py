@@ -138,7 +138,7 @@ class EncoderDecoderOptions(TransformerOptions):
     return self.encoder_half(), self
 
   @property
-  def kernel_formats(self) -> dict[str, KernelFormat]:
+  def kernel_formats(self) -> dict[str, KernelFormat | None]:
     """See `TextModelOptions.kernel_formats`."""
     formats = super().kernel_formats
     encoder_format = self.encoder_half().moe.expert.format

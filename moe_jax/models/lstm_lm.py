@@ -62,11 +62,6 @@ class LstmLmOptions(TextModelOptions):
         f'moe.retained names layers {sorted(self.moe.retained.layers)}: the '
         'sparse layers of a model of LSTMs have all num_experts experts'
       )
-    if not self.numerics.kernels.is_plain:
-      yield (
-        f'numerics.kernels.name={self.numerics.kernels.name!r} has no effect '
-        'in a model of LSTMs'
-      )
     if self.moe.shared_expert.hidden and self.lstm.twin_depth > 1:
       yield (
         f'moe.shared_expert.hidden={self.moe.shared_expert.hidden} with '

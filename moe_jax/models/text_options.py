@@ -242,17 +242,14 @@ class TextModelOptions(ModelOptions, LayerOptions):
     yield from self.group_problems(run, 'data.seq_len', run.seq_len)
 
   @property
-  def kernel_formats(self) -> dict[str, KernelFormat]:
-    """The storage of all kernels, by the options that say so."""
-    return {
-      'numerics.kernels': self.numerics.kernels,
-      'moe.expert.format': self.moe.expert.format,
-    }
+  def kernel_formats(self) -> dict[str, KernelFormat | None]:
+    """The storage of experts in codes, by the options that say so."""
+    return {'moe.expert.format': self.moe.expert.format}
 
   def code_problems(self) -> Iterator[str]:
     """The problem of training kernels that are stored in codes."""
     for name, format in self.kernel_formats.items():
-      if not format.is_plain:
+      if format:
         yield (
           f'model.{name}.name={format.name!r}: kernels in codes of few bits '
           'are for evaluation and generation, and are not trained; train the '

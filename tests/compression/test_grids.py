@@ -8,42 +8,32 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import grids
-from moe_jax.kernels.quantized import BITS, group_len
+from moe_jax.kernels.quantized import BITS
 from tests import reference
 
 E, I, O = 2, 9, 5
 W = np.random.default_rng(0).normal(size=(E, I, O)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def rounded_to(w, bits, groups, symmetric):
-  grid = grids.uniform(w, bits, groups, symmetric)
+@functools.partial(jax.jit, static_argnums=1)
+def rounded_to(w, bits):
+  grid = grids.uniform(w, bits)
   return grid, grids.nearest(w, grid)
 
 
-@pytest.mark.parametrize(
-  ('bits', 'groups', 'symmetric'),
-  [(b, 1 + i % 2, i % 2 == 0) for i, b in enumerate(BITS)],
-)
-def test_no_weight_is_off_by_more_than_half_a_step(bits, groups, symmetric):
-  grid, rounded = rounded_to(W, bits, groups, symmetric)
+@pytest.mark.parametrize('bits', BITS)
+def test_no_weight_is_off_by_more_than_half_a_step(bits):
+  grid, rounded = rounded_to(W, bits)
   values, grid = np.asarray(rounded.values), jax.device_get(grid)
-  assert grid.scale.shape == (E, groups, O) == grid.zero.shape
-  step = np.repeat(grid.scale, group_len(I, groups), axis=1)[:, :I]
-  step = step.astype(np.float32)
-  assert (np.abs(values - W) <= 0.5001 * step).all()
+  assert grid.scale.shape == (E, 1, O) == grid.zero.shape
+  assert (np.abs(values - W) <= 0.5001 * grid.scale.astype(np.float32)).all()
   assert rounded.codes.max() <= 2**bits - 1
-  if symmetric:
-    assert (grid.zero == 2 ** (bits - 1)).all()
   for e in range(E):
     for o in range(O):
-      scale, zero = reference.uniform_grid(
-        W[e, : group_len(I, groups), o], bits
-      )
-      if not symmetric:
-        np.testing.assert_allclose(grid.scale[e, 0, o], scale, rtol=2**-7)
-        assert grid.scale[e, 0, o] >= np.float32(scale) * (1 - 1e-6)
-        assert abs(int(grid.zero[e, 0, o]) - zero) <= 1
+      scale, zero = reference.uniform_grid(W[e, :, o], bits)
+      np.testing.assert_allclose(grid.scale[e, 0, o], scale, rtol=2**-7)
+      assert grid.scale[e, 0, o] >= np.float32(scale) * (1 - 1e-6)
+      assert abs(int(grid.zero[e, 0, o]) - zero) <= 1
 
 
 def test_weights_of_one_sign_and_none_keep_their_zero():

@@ -5,13 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_jax.compression import calibration, kernel_inputs
 from moe_jax.compression.kernel_inputs import ExpertTokens
 from moe_jax.data import tokenizers
 from moe_jax.routing import token_choice
-from tests.models import tiny
 
 
 def test_special_tokens_do_not_count():
@@ -50,27 +48,3 @@ def test_an_expert_has_at_most_four_times_the_mean():
   assert rows.x[0, :18, 0].tolist() == list(range(5, 23))
   assert rows.x[1, :10, 0].tolist() == list(range(30, 40))
   assert tokens.without_tokens == [2, 3, 4, 5, 6, 7]
-
-
-@pytest.mark.slow
-def test_keys_and_values_have_the_same_inputs():
-  """They are those of queries; in cross attention, the encoder's outputs."""
-  model = tiny.build({'num_experts': 0}, 'encoder_decoder', num_layers=1)
-  variables, batch = {'params': tiny.params_of(model)}, {}
-  for i, prefix in enumerate(model.sequences):
-    batch[f'{prefix}tokens'] = tiny.tokens(i)
-    batch[f'{prefix}segment_ids'] = np.ones_like(tiny.tokens())
-    batch[f'{prefix}positions'] = np.tile(np.arange(tiny.T), (tiny.B, 1))
-
-  def inputs_of(module, name):
-    inputs_by_layer = kernel_inputs.capture(
-      model, variables, batch, module, name
-    )
-    return np.asarray(inputs_by_layer[max(inputs_by_layer)])
-
-  for module in ('attention', 'cross_attention'):
-    query, key, value = (
-      inputs_of(module, n) for n in ('query', 'key', 'value')
-    )
-    np.testing.assert_array_equal(key, value)
-    assert np.array_equal(query, key) == (module == 'attention')

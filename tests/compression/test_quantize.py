@@ -22,12 +22,12 @@ from moe_jax.compression import (
   extract,
   fewer,
   gptq,
+  grids,
   keep_logits,
   kernel_inputs,
   model_bytes,
   quantize,
   quantize_work,
-  stored,
   whole_run,
 )
 from moe_jax.compression.kernel_inputs import ExpertTokens
@@ -75,10 +75,9 @@ def make_ternary(folder):
   return encode(folder, 'ternary', 'ternary', method='rtn')[0]
 
 
-@pytest.fixture(scope='module', name='all_int8')
-def make_all_int8(folder):
-  format = KernelFormat('int8', group_size=9)
-  return encode(folder, 'all_int8', format, kernels='all', method='rtn')[0]
+@pytest.fixture(scope='module', name='int8')
+def make_int8(folder):
+  return encode(folder, 'int8', 'int8', method='rtn')[0]
 
 
 @functools.cache
@@ -125,7 +124,7 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   )
   h = gptq.hessian(jnp.asarray(rows.x), jnp.asarray(rows.filled))
   for name in ('w_in', 'w_out'):
-    grid = stored.grid_of(old[name], format)
+    grid = grids.of_format(old[name], format)
     factor = jax.jit(gptq.factor)(h)
     expected = jax.jit(gptq.gptq)(old[name], grid, factor).values
     np.testing.assert_allclose(rounded[name], expected, atol=1e-6)
@@ -269,39 +268,21 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_all_kernels_are_in_codes_and_nothing_else(folder, all_int8):
-  run, new = (whole_run.read(path) for path in (folder, all_int8))
+def test_all_experts_are_in_codes_and_nothing_else(folder, int8):
+  run, new = (whole_run.read(path) for path in (folder, int8))
   plain = run.variables['params']
   coded = code_trees.coded_kernels(new.options.model)
-  names = {path[-2:] for path in coded}
-  assert {('attention', 'w_query'), ('ffn', 'w_out')} <= names
-  assert ('experts', 'w_in') in names and ('router', 'w') not in names
+  assert {path[-2:] for path in coded} == {
+    ('experts', 'w_in'),
+    ('experts', 'w_out'),
+  }
   decoded = numbers_of(new)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), decoded, plain
   )
   # Beside the arrays, there are their names and the manifest.
-  disk = model_bytes.bytes_on_disk(all_int8)
+  disk = model_bytes.bytes_on_disk(int8)
   assert 0 < disk - model_bytes.bytes_in_memory(new.variables) < 20_000
-
-
-@pytest.mark.slow
-def test_a_shared_expert_is_rounded_by_what_it_reads(tmp_path):
-  folder = tmp_path / 'run'
-  moe = {'layers': 'all', 'num_selected': 2, 'shared_expert': {'hidden': 9}}
-  folders.write(folder, model={'num_layers': 1, 'moe': moe})
-  format = KernelFormat('int8', group_size=3)
-  new, _ = encode(folder, 'coded', format, kernels='all', num_batches=1)
-  run, coded = (whole_run.read(path) for path in (folder, new))
-  decoded = numbers_of(coded)
-  old, rounded = (
-    r.model.layer_trees(tree)[0]['moe']['shared_expert']['ffn']
-    for r, tree in ((run, run.variables['params']), (run, decoded))
-  )
-  assert any((old[name] != rounded[name]).any() for name in old)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), rounded, old
-  )
 
 
 def test_codes_are_not_trained(int2):
@@ -336,9 +317,7 @@ def test_experts_without_codes_of_their_own_are_none_in_codes():
 @pytest.mark.parametrize(
   ('format', 'options', 'message'),
   [
-    ('ternary', {'kernels': 'all'}, "all kernels can be in .'int8'"),
     ('int8', {'method': 'obq'}, "unknown method 'obq'.*'gptq'"),
-    ('int8', {'kernels': 'norms'}, "unknown kernels 'norms'"),
     ('int8', {'num_batches': 0}, 'num_batches=0 must be at least 1'),
   ],
 )
@@ -352,7 +331,7 @@ def test_runs_without_kernels_to_round_are_refused(int2, tmp_path):
     encode(int2[0], 'again', 'int8')
   dense = tmp_path / 'dense'
   folders.write(dense, model={'moe': {'num_experts': 0}})
-  with pytest.raises(ValueError, match="no experts; use kernels='all'"):
+  with pytest.raises(ValueError, match='no experts to quantise'):
     encode(dense, 'new', 'int8')
 
 
@@ -379,13 +358,12 @@ def test_the_command_says_what_it_made(folder, tmp_path, capsys):
       f'--output={new}',
       '--format=int4',
       '--method=rtn',
-      '--symmetric',
     ]
   )
   output = capsys.readouterr().out
   assert 'layer 2: error of RTN' in output
   assert '4.00 bits a weight of codes and ' in output
-  assert whole_run.read(new).options.model.moe.expert.format.symmetric
+  assert whole_run.read(new).options.model.moe.expert.format.name == 'int4'
 
 
 def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):

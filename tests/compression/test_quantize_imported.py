@@ -29,8 +29,7 @@ def test_an_imported_checkpoint(tmp_path):
   numbers = quantize.quantize(
     run,
     new,
-    KernelFormat('int3'),
-    kernels='all',
+    KernelFormat('int4'),
     num_batches=1,
     message=lines.append,
   )

@@ -171,7 +171,7 @@ class Attention(nn.Module):
       self.shared, axes, role=_ROLE, in_axis=(0, 1), out_axis=2, residual=True
     )
     w_out = parameters.matrix(
-      self, 'w_out', self.shared, init, (H, D, M), role=_ROLE, inputs=2
+      self, 'w_out', self.shared, init, (H, D, M), inputs=2
     )
     y = rows_matmul(y.reshape(B * T, H * D), w_out)
     if self._has_bias('out'):
@@ -236,9 +236,7 @@ class Attention(nn.Module):
       out_axis=(1, 2),
       shrink=shrink,
     )
-    w = parameters.matrix(
-      self, f'w_{name}', self.shared, init, shape, role=_ROLE
-    )
+    w = parameters.matrix(self, f'w_{name}', self.shared, init, shape)
     B, T, M = x.shape
     y = rows_matmul(x.reshape(B * T, M), w)
     y = y.reshape(B, T, *shape[1:])

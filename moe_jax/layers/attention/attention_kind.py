@@ -41,14 +41,11 @@ class AttentionBase(Options):
     PROJECTIONS: The projections that may add a bias.
     ROTATED: The name of the option of the width that positions rotate.
     crosses: Whether a decoder's layers can attend to an encoder by this kind.
-    captures_inputs: Whether the inputs of all kernels can be captured, from
-      which GPTQ quantises them.
   """
 
   PROJECTIONS: ClassVar[tuple[str, ...]] = ()
   ROTATED: ClassVar[str] = 'head_width'
   crosses: ClassVar[bool] = True
-  captures_inputs: ClassVar[bool] = True
 
   num_heads: int = option(4, 'Number H of attention heads.', at_least(1))
   _: dataclasses.KW_ONLY

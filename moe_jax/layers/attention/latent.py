@@ -38,7 +38,6 @@ class LatentOptions(AttentionBase):
   PROJECTIONS: ClassVar[tuple[str, ...]] = ('query_down', 'kv_down', 'out')
   ROTATED: ClassVar[str] = 'rotary_width'
   crosses: ClassVar[bool] = False
-  captures_inputs: ClassVar[bool] = False
 
   query_rank: int = option(
     0,
@@ -254,9 +253,7 @@ class LatentAttention(Attention):
     (B, T, M), shared = x.shape, self.shared
     axes = ('embed', 'latent')
     init = parameters.kernel(shared, axes, role=_ROLE)
-    w = parameters.matrix(
-      self, f'w_{name}', shared, init, (M, width), role=_ROLE
-    )
+    w = parameters.matrix(self, f'w_{name}', shared, init, (M, width))
     y = rows_matmul(x.reshape(B * T, M), w)
     if self.options.has_bias(name, shared.use_bias):
       init = parameters.bias(axes[1:], role=_ROLE)
@@ -281,7 +278,7 @@ class LatentAttention(Attention):
       in_axis=0,
       out_axis=(1, 2),
     )
-    w = parameters.matrix(self, 'w_kv_up', self.shared, init, shape, role=_ROLE)
+    w = parameters.matrix(self, 'w_kv_up', self.shared, init, shape)
     return w.reshape(shape)
 
   def _expanded(

@@ -46,11 +46,7 @@ def project_memory(
   """
 
   def project(name):
-    w = p[f'w_{name}']
-    if not shared.kernels.is_plain:
-      w = shared.kernels.decoded(w, memory.shape[-1])
-      w = w.reshape(*w.shape[:2], -1, options.head_widths.scored)
-    w = w.astype(shared.dtype)
+    w = p[f'w_{name}'].astype(shared.dtype)
     y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
     if (b := p.get(f'b_{name}')) is not None:
       y = y + b.astype(shared.dtype)[:, None, :, None]

@@ -2,25 +2,26 @@
 
 An expert is decoded where it is used, one at a time, so that no layer's experts
 are ever in memory as numbers together. They are for evaluation and generation;
-`moe_jax.compression quantize` makes them of trained ones. Not here: the formats
-of codes (`layers/kernel_format.py`).
+`moe_jax.compression quantize` makes them of trained ones.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels.cpu import FEW_TOKENS
+from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.serving import ROLE, SCOPE, Dispatch, Experts
 from moe_jax.layers.experts.slots import SlotDispatch
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.parameters import Parameter
 from moe_jax.layers.shared import Shared
 from moe_jax.options import nested
 from moe_jax.routing import of_whole_tokens
@@ -32,25 +33,66 @@ class QuantizedExpert(FeedForwardExpert):
   """The options of feed-forward experts in codes, for any dispatch."""
 
   format: KernelFormat = nested(
-    KernelFormat('int8'), 'Storage of the kernels of experts.'
+    KernelFormat(), 'Storage of the kernels of experts.'
   )
 
   own_arrays: ClassVar[bool] = False
 
-  def problems(self) -> Iterator[str]:
-    """The problem of a format without codes."""
-    if self.format.is_plain:
-      yield (
-        "format.name='' stores kernels as they are: use the experts "
-        "'feed_forward'"
-      )
-
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
     """See `ExpertOptions.experts`."""
-    layer = FfnLayer(self.twin(1).ffn, shared, 0.0, ROLE, self.format)
+    layer = FfnLayer(self.twin(1).ffn, shared, 0.0, ROLE)
     if dispatch.by_slot:
-      return QuantizedSlots(layer, cast(SlotDispatch, dispatch), name=SCOPE)
-    return QuantizedRows(layer, name=SCOPE)
+      slots = cast(SlotDispatch, dispatch)
+      return QuantizedSlots(layer, self.format, slots, name=SCOPE)
+    return QuantizedRows(layer, self.format, name=SCOPE)
+
+
+def _parameters(
+  module: nn.Module,
+  layer: FfnLayer,
+  format: KernelFormat,
+  num_experts: int,
+  width: int,
+) -> dict[str, Any]:
+  """Makes the parameters of experts in `module`, each [E, ...].
+
+  A kernel's arrays are the parts of one parameter. On a mesh they are whole on
+  each device. They begin as zeros, since codes are not trained.
+  """
+
+  def kernel(name, shape):
+    def make_arrays(key):
+      del key
+      return {
+        array_name: Parameter(
+          jnp.zeros(array.shape, array.dtype),
+          (None,) * len(array.shape),
+          role=layer.role,
+          form=array.form,
+        )
+        for array_name, array in format.stored_arrays(shape).items()
+      }
+
+    return module.param(name, make_arrays)
+
+  p = {}
+  specs = layer.specs((num_experts,), width)
+  for name, (shape, axes, form) in specs.items():
+    if form == 'bias':
+      init = parameters.bias(axes, role=layer.role)
+      p[name] = module.param(name, init, shape, layer.shared.param_dtype)
+    else:
+      p[name] = kernel(name, shape)
+  return p
+
+
+def _decoded(
+  layer: FfnLayer, format: KernelFormat, p: dict[str, Any], width: int
+) -> dict[str, Any]:
+  """The parameters of an expert with its kernels as numbers."""
+  inputs = dict.fromkeys(layer.first_kernels, width)
+  inputs['w_out'] = layer.options.hidden
+  return p | {name: format.decoded(p[name], n) for name, n in inputs.items()}
 
 
 class QuantizedSlots(Experts):
@@ -60,21 +102,23 @@ class QuantizedSlots(Experts):
 
   Attributes:
     layer: The computation of one expert.
+    format: The storage of its kernels.
     dispatch: The dispatch that moves tokens into slots and back.
   """
 
   layer: FfnLayer
+  format: KernelFormat
   dispatch: SlotDispatch
 
   def serve(self, x, routing, train):
     """See `Experts.serve`; `train` changes nothing."""
     del train
-    layer, M = self.layer, x.shape[-1]
-    p = layer.parameters(self, (routing.num_experts,), M)
+    layer, format, M = self.layer, self.format, x.shape[-1]
+    p = _parameters(self, layer, format, routing.num_experts, M)
 
     def compute_expert(expert):
       p_e, rows = expert
-      return layer.compute_stacked(layer.decoded(p_e, M), rows)
+      return layer.compute_stacked(_decoded(layer, format, p_e, M), rows)
 
     with jax.named_scope('dispatch'):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
@@ -88,17 +132,19 @@ class QuantizedRows(Experts):
 
   Attributes:
     layer: The computation of one expert.
+    format: The storage of its kernels.
   """
 
   layer: FfnLayer
+  format: KernelFormat
 
   def serve(self, x, routing, train):
     """See `Experts.serve`; `train` changes nothing."""
     del train
-    layer, M = self.layer, x.shape[-1]
+    layer, format, M = self.layer, self.format, x.shape[-1]
     routing = of_whole_tokens(routing)
     x = x.astype(layer.shared.dtype)
-    p = layer.parameters(self, (routing.num_experts,), M)
+    p = _parameters(self, layer, format, routing.num_experts, M)
     if x[..., 0].size <= FEW_TOKENS:
       return self._all_tokens(p, x, few_tokens.gates(routing)), None
     rows = sorted_rows.dispatch(x, routing)
@@ -107,7 +153,7 @@ class QuantizedRows(Experts):
     block = few_tokens.block_of(len(rows), len(sizes))
 
     def serve(e, y):
-      p_e = layer.decoded(_of_expert(p, e), M)
+      p_e = _decoded(layer, format, _of_expert(p, e), M)
       begin = stops[e] - sizes[e]
       return few_tokens.serve_rows(layer, p_e, rows, y, begin, stops[e], block)
 
@@ -120,7 +166,7 @@ class QuantizedRows(Experts):
     rows = x.reshape(-1, M)
 
     def serve(e, y):
-      p_e = layer.decoded(_of_expert(p, e), M)
+      p_e = _decoded(layer, self.format, _of_expert(p, e), M)
       return y + layer.compute_stacked(p_e, rows) * gate[:, e, None]
 
     y = _fold((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))

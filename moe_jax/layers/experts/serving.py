@@ -123,12 +123,13 @@ class ExpertOptions(Options):
       own, or multiply all experts at once (`few_tokens.py`).
     has_width: Whether an expert is a feed-forward, so that a dense layer of
       some width (`twin`) is its equivalent and can be a shared expert.
-    format: The storage of their kernels; most are stored as they are.
+    format: The storage of their kernels in codes; None where they are stored
+      as they are.
   """
 
   own_arrays: ClassVar[bool] = True
   has_width: ClassVar[bool] = False
-  format: ClassVar[KernelFormat] = KernelFormat()
+  format: ClassVar[KernelFormat | None] = None
 
   @property
   def mixture(self) -> Any:
