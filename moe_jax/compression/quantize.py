@@ -4,9 +4,7 @@ The new folder is evaluated, generated from and exported like any run's, but it
 is not trained.
 """
 
-import dataclasses
 import functools
-import hashlib
 import operator
 import os
 import pathlib
@@ -16,18 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.compression import (
-  calibration,
-  model_bytes,
-  quantize_work,
-  stored,
-  whole_run,
-)
+from moe_jax.compression import calibration, model_bytes, stored, whole_run
 from moe_jax.compression import quantize_report as report
 from moe_jax.compression.grids import Rounded
 from moe_jax.compression.quantize_layers import Layers, Spot
 from moe_jax.compression.quantize_report import Report
-from moe_jax.compression.quantize_work import Work
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
@@ -36,8 +27,7 @@ from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.code_trees import Coded
 from moe_jax.models.flat_trees import Path
 from moe_jax.options import unknown
-from moe_jax.runs import trained
-from moe_jax.runs.workdir import CONFIG
+from moe_jax.runs import new_run
 
 METHODS = ('gptq', 'rtn')
 BATCHES = 16
@@ -56,9 +46,6 @@ def quantize(
   message: Callable[[str], None] = print,
 ) -> dict[str, float]:
   """Makes a run whose experts are in codes of few bits.
-
-  A call that was killed goes on after the last layer that was done. If two
-  calls write one folder at the same time, the second waits for the first.
 
   Args:
     workdir: The folder of a run of a Transformer, trained or imported.
@@ -88,25 +75,14 @@ def quantize(
     raise unknown('method', method, METHODS)
   run = whole_run.read(workdir, step=step, allow=allow)
   output = pathlib.Path(output).expanduser()
-  quantize_work.check_free(output)
+  new_run.check_free(output)
   options, coded = _coded_options(run, format)
   batches = []
   if method == 'gptq':
     batches = calibration.batches(run, num_batches, data)
-  settings = {
-    'run': str(run.folder.resolve()),
-    'step': run.step,
-    'checkpoint': trained.checkpoint_digest(run.folder, run.step),
-    'format': dataclasses.asdict(format),
-    'method': method,
-    'batches': _digest(batches),
-  }
-  layers = Layers(run, coded, batches)
-  with quantize_work.opened(output, settings, layers.spots) as work:
-    rounded, reports = _all_layers(layers, work, message)
-    params, options = _assembled(run, options, coded, rounded)
-    if not _is_written(output, params, allow):
-      whole_run.write(run, output, params, options, packed=True)
+  rounded, reports = _all_layers(Layers(run, coded, batches), message)
+  params, options = _assembled(run, options, coded, rounded)
+  whole_run.write(run, output, params, options, packed=True)
   stored_bytes = sum(
     model_bytes.bytes_in_memory(
       functools.reduce(operator.getitem, path, params)
@@ -139,42 +115,23 @@ def _coded_options(
   raise InputError(f'{run.folder} has no experts to quantise')
 
 
-def _digest(batches: Sequence[Mapping[str, np.ndarray]]) -> str:
-  """The sha256 of all arrays of the calibration data."""
-  digest = hashlib.sha256()
-  for batch in batches:
-    for name in sorted(batch):
-      digest.update(np.ascontiguousarray(batch[name]).tobytes())
-  return digest.hexdigest()
-
-
 def _all_layers(
-  layers: Layers, work: Work, message: Callable[[str], None]
-) -> tuple[dict[Spot, Rounded], dict[int, Report]]:
-  """Rounds all layers that are not done yet; returns their kernels."""
+  layers: Layers, message: Callable[[str], None]
+) -> tuple[dict[Spot, Rounded], list[Report]]:
+  """Rounds all layers in turn; returns their kernels and reports."""
   rounded: dict[Spot, Rounded] = {}
-  reports = {}
-  for layer, spots in layers.spots.items():
-    format = layers.format_of(layer)
-    saved = work.load(layer, spots, format)
-    if saved is None:
-      outcomes = layers.quantize(layer)
-      kernels = {spot: x.rounded for spot, x in outcomes.items()}
-      layer_report = report.report_of(
-        outcomes,
-        format,
-        by_data=layers.by_data,
-        without_tokens=layers.without_tokens.get(layer, ()),
-      )
-      work.save(layer, kernels, layer_report)
-    else:
-      kernels, layer_report = saved
-      for spot, kernel in kernels.items():
-        layers.replace(spot, kernel)
-    note = ' (done before)' if saved else ''
-    message(f'layer {layer}: {layer_report.text()}{note}')
-    rounded |= kernels
-    reports[layer] = layer_report
+  reports = []
+  for layer in layers.spots:
+    outcomes = layers.quantize(layer)
+    layer_report = report.report_of(
+      outcomes,
+      layers.format_of(layer),
+      by_data=layers.by_data,
+      without_tokens=layers.without_tokens.get(layer, ()),
+    )
+    message(f'layer {layer}: {layer_report.text()}')
+    rounded |= {spot: x.rounded for spot, x in outcomes.items()}
+    reports.append(layer_report)
   return rounded, reports
 
 
@@ -210,15 +167,3 @@ def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
   """The tree with another value at a path."""
   name, rest = path[0], path[1:]
   return {**tree, name: _set_at(tree[name], rest, value) if rest else value}
-
-
-def _is_written(
-  output: pathlib.Path, params: Mapping[str, Any], allow: Iterable[str]
-) -> bool:
-  """Whether a folder holds a run of these parameters already."""
-  if not (output / CONFIG).exists():
-    return False
-  stored_params = whole_run.read(output, allow=allow).variables['params']
-  if jax.tree.structure(stored_params) != jax.tree.structure(params):
-    return False
-  return jax.tree.all(jax.tree.map(np.array_equal, stored_params, params))

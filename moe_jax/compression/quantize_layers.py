@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from moe_jax.compression import calibration, kernel_inputs
-from moe_jax.compression.grids import Rounded
 from moe_jax.compression.kernel_inputs import ExpertTokens
 from moe_jax.compression.quantize_kernels import (
   Outcome,
@@ -97,13 +96,9 @@ class Layers:
       by_name = {x.name: to_nearest(p[x.name], format) for x in spots}
     outcomes = {spot: by_name[spot.name] for spot in spots}
     for spot, outcome in outcomes.items():
-      self.replace(spot, outcome.rounded)
+      stacked, values = self._subtree(spot.path), outcome.rounded.values
+      stacked[spot.index] = np.asarray(values).astype(stacked.dtype)
     return outcomes
-
-  def replace(self, spot: Spot, rounded: Rounded) -> None:
-    """Replaces a kernel by its rounded values."""
-    stacked = self._subtree(spot.path)
-    stacked[spot.index] = np.asarray(rounded.values).astype(stacked.dtype)
 
   def _subtree(self, path: Path) -> Any:
     tree: Any = self._params

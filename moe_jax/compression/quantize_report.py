@@ -1,7 +1,7 @@
 """Numbers about the kernels of a layer that was quantised, and their text."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ from moe_jax.compression.quantize_layers import Spot
 from moe_jax.layers.kernel_format import KernelFormat
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
   """Numbers about the kernels of a layer.
 
   Attributes:
@@ -97,7 +96,7 @@ def _bits(outcome: Outcome, format: KernelFormat) -> tuple[int, int]:
 
 
 def numbers_of(
-  reports: Mapping[int, Report], stored_bytes: int
+  reports: Sequence[Report], stored_bytes: int
 ) -> dict[str, float]:
   """Means over layers of errors, and shares over all weights.
 
@@ -106,13 +105,12 @@ def numbers_of(
     stored_bytes: The bytes of all arrays that store their kernels. All that is
       no code counts as metadata.
   """
-  layer_reports = reports.values()
-  weights = sum(report.weights for report in layer_reports)
-  code_bits = sum(report.code_bits for report in layer_reports)
+  weights = sum(report.weights for report in reports)
+  code_bits = sum(report.code_bits for report in reports)
   return {
-    'rtn error': sum(report.rtn for report in layer_reports) / len(reports),
-    'gptq error': sum(report.gptq for report in layer_reports) / len(reports),
-    'zeros': sum(report.zeros for report in layer_reports) / weights,
+    'rtn error': sum(report.rtn for report in reports) / len(reports),
+    'gptq error': sum(report.gptq for report in reports) / len(reports),
+    'zeros': sum(report.zeros for report in reports) / weights,
     'code bits': code_bits / weights,
     'metadata bits': (8 * stored_bytes - code_bits) / weights,
   }

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +24,6 @@ from moe_jax.compression import (
   kernel_inputs,
   model_bytes,
   quantize,
-  quantize_work,
   whole_run,
 )
 from moe_jax.compression.kernel_inputs import ExpertTokens
@@ -154,89 +150,6 @@ def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
     weights += np.prod(kernel.shape)
   bits = numbers['code bits'] + numbers['metadata bits']
   assert bits == pytest.approx(8 * num_bytes / weights, rel=1e-9)
-
-
-class Killed(Exception):
-  """The end of a command that is killed."""
-
-
-def kill(*_):
-  raise Killed
-
-
-def test_a_command_that_was_killed_goes_on(folder, int2, tmp_path):
-  new, format = tmp_path / 'new', KernelFormat('int2')
-  with pytest.raises(Killed):
-    quantize.quantize(folder, new, format, num_batches=BATCHES, message=kill)
-  work = tmp_path / 'new.unfinished'
-  assert not new.exists() and (work / 'layer_1.safetensors').exists()
-  with pytest.raises(ValueError, match=r"another command.*'rtn'"):
-    quantize.quantize(folder, new, format, method='rtn')
-  lines = []
-  quantize.quantize(
-    folder, new, format, num_batches=BATCHES, message=lines.append
-  )
-  assert [line.endswith('(done before)') for line in lines] == [True, False]
-  assert not work.exists()
-  once, twice = (whole_run.read(path).variables for path in (int2[0], new))
-  jax.tree.map(np.testing.assert_array_equal, once, twice)
-
-
-def test_work_of_other_weights_is_not_gone_on_with(folder, tmp_path):
-  run, new = tmp_path / 'run', tmp_path / 'new'
-  shutil.copytree(folder, run)
-  make = functools.partial(
-    quantize.quantize, run, new, KernelFormat('int2'), method='rtn'
-  )
-  with pytest.raises(Killed):
-    make(message=kill)
-  # The run is trained again, and its checkpoint is of the same step.
-  shutil.rmtree(run)
-  folders.write(run, model=MODEL, change=lambda p: jax.tree.map(jnp.sin, p))
-  with pytest.raises(ValueError, match=r'another command.*\(checkpoint: '):
-    make()
-
-
-def test_a_command_that_was_killed_at_its_end_ends(
-  folder, tmp_path, monkeypatch
-):
-  new, work = tmp_path / 'new', tmp_path / 'new.unfinished'
-  make = functools.partial(
-    quantize.quantize, folder, new, KernelFormat('ternary'), method='rtn'
-  )
-  with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(quantize_work.Work, 'remove', kill)
-    make()
-  assert work.exists() and whole_run.read(new).step == 0
-  # Another run in that folder is not taken for the one that was to be made.
-  new.rename(tmp_path / 'own')
-  shutil.copytree(folder, new)
-  with pytest.raises(ValueError, match='holds a run already'):
-    make()
-  (work / 'layer_2.safetensors').rename(tmp_path / 'layer')
-  with pytest.raises(ValueError, match='holds a run already'):
-    make(message=kill)  # before a layer is done
-  (tmp_path / 'layer').rename(work / 'layer_2.safetensors')
-  shutil.rmtree(new)
-  (tmp_path / 'own').rename(new)
-  assert make()['bytes'] > 0 and not work.exists()
-  with pytest.raises(ValueError, match='holds a run already'):
-    make()
-
-
-def test_one_command_at_a_time_has_a_folder(folder, tmp_path):
-  lock_file, waits = tmp_path / '.new.unfinished.lock', []
-  # The operation 6 is LOCK_EX | LOCK_NB.
-  lock = f'import fcntl; fcntl.lockf(open({str(lock_file)!r}, "a"), 6)'
-
-  def try_lock(_):
-    argv = [sys.executable, '-c', lock]
-    process = subprocess.run(argv, capture_output=True, text=True)
-    waits.append('BlockingIOError' in process.stderr)
-
-  new, format = tmp_path / 'new', KernelFormat('int2')
-  quantize.quantize(folder, new, format, method='rtn', message=try_lock)
-  assert waits == [True, True] and not lock_file.exists()
 
 
 @pytest.mark.slow
