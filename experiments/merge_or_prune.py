@@ -100,7 +100,6 @@ def merged(
   batches: int,
   group_by: str,
   rule: str,
-  packed: bool = False,
 ) -> Mapping[str, float]:
   """Merges the experts of a run, as a change of an arm.
 
@@ -111,12 +110,11 @@ def merged(
     batches: The number of batches on which experts are measured.
     group_by: Name of the quantity by which experts are compared.
     rule: The rule of grouping.
-    packed: Whether the new run is written to be served, not trained.
   """
   before = fewer.calibrated(whole_run.read(run), batches)
   counts = fewer.numbers(str(left), before.layers)
   layers = merge.merge(before, counts, group_by=group_by, rule=rule)
-  return _written(before, layers, merge.TIED, new, packed)
+  return _written(before, layers, merge.TIED, new)
 
 
 def pruned(
@@ -126,13 +124,12 @@ def pruned(
   left: int,
   batches: int,
   score: str,
-  packed: bool = False,
 ) -> Mapping[str, float]:
   """Prunes the experts of a run by a score; see `merged`."""
   before = fewer.calibrated(whole_run.read(run), batches)
   counts = fewer.numbers(str(left), before.layers)
   layers = prune.prune(before, counts, score=score)
-  return _written(before, layers, fewer.SHRUNK, new, packed)
+  return _written(before, layers, fewer.SHRUNK, new)
 
 
 def _written(
@@ -140,14 +137,11 @@ def _written(
   layers: Mapping[int, fewer.SmallerLayer],
   router: str,
   new: pathlib.Path,
-  packed: bool,
 ) -> Mapping[str, float]:
   options, variables = fewer.smaller(before.run, layers, router)
   params = variables['params']
   state = variables.get('router_state')
-  whole_run.write(
-    before.run, new, params, options, packed=packed, router_state=state
-  )
+  whole_run.write(before.run, new, params, options, router_state=state)
   old = bytes_in_memory(before.run.variables['params'])
   return {
     'bytes': bytes_in_memory(params) / old,

@@ -157,7 +157,7 @@ def _measured(run: pathlib.Path, new: pathlib.Path) -> dict[str, float]:
 def copied(run: pathlib.Path, new: pathlib.Path) -> Mapping[str, float]:
   """Writes a trained run as it is served, as a change of an arm."""
   whole = whole_run.read(run)
-  whole_run.write(whole, new, whole.variables['params'], packed=True)
+  whole_run.write(whole, new, whole.variables['params'])
   return _measured(run, new)
 
 
@@ -167,7 +167,7 @@ def extracted(
   """Extracts the model of one language, as a change of an arm."""
   whole = whole_run.read(run)
   small = extract.of_run(whole, task)
-  whole_run.write(whole, new, small.params, small.options, packed=True)
+  whole_run.write(whole, new, small.params, small.options)
   return _measured(run, new)
 
 
@@ -176,9 +176,7 @@ def merged(
 ) -> Mapping[str, float]:
   """Merges the experts whose outputs are alike, as a change of an arm."""
   grouping = dict(group_by='outputs', rule='clusters')
-  merge_or_prune.merged(
-    run, new, left=left, batches=batches, packed=True, **grouping
-  )
+  merge_or_prune.merged(run, new, left=left, batches=batches, **grouping)
   return _measured(run, new)
 
 
@@ -186,9 +184,7 @@ def pruned(
   run: pathlib.Path, new: pathlib.Path, *, left: int, batches: int
 ) -> Mapping[str, float]:
   """Prunes experts by REAP, as a change of an arm."""
-  merge_or_prune.pruned(
-    run, new, left=left, batches=batches, score='reap', packed=True
-  )
+  merge_or_prune.pruned(run, new, left=left, batches=batches, score='reap')
   return _measured(run, new)
 
 

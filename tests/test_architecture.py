@@ -142,7 +142,7 @@ NARROW = {
     'runs': FOLDERS,
     'training': ('moe_jax.training.run_options',),
   },
-  'compression': {'runs': (*FOLDERS, 'moe_jax.runs.packed_weights')},
+  'compression': {'runs': FOLDERS},
   'analysis': {
     'data': (
       *TOKENIZERS,
@@ -155,7 +155,6 @@ NARROW = {
       *CHECKPOINTS,
       'moe_jax.runs.metrics',
       'moe_jax.runs.nonfinite',
-      'moe_jax.runs.packed_weights',
       'moe_jax.runs.summary',
     ),
     'training': (

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from moe_jax.runs import packed_weights
 from moe_jax.runs.workdir import CHECKPOINTS
 
 
@@ -25,11 +24,8 @@ def bytes_on_disk(workdir: str | os.PathLike[str]) -> int:
   Files of checkpoints include the optimizer's state.
   """
   folder = pathlib.Path(workdir).expanduser()
-  subfolder = (
-    packed_weights.FOLDER if packed_weights.are_in(folder) else CHECKPOINTS
-  )
   return sum(
     path.stat().st_size
-    for path in (folder / subfolder).rglob('*')
+    for path in (folder / CHECKPOINTS).rglob('*')
     if path.is_file()
   )

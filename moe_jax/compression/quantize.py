@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.compression import calibration, model_bytes, stored, whole_run
@@ -82,7 +83,7 @@ def quantize(
     batches = calibration.batches(run, num_batches, data)
   rounded, reports = _all_layers(Layers(run, coded, batches), message)
   params, options = _assembled(run, options, coded, rounded)
-  whole_run.write(run, output, params, options, packed=True)
+  whole_run.write(run, output, params, options)
   stored_bytes = sum(
     model_bytes.bytes_in_memory(
       functools.reduce(operator.getitem, path, params)
@@ -150,7 +151,8 @@ def _assembled(
   arrays, format = stored.store(stacked, format)
   params = dict(run.variables['params'])
   for path, kernel_arrays in zip(by_path, arrays, strict=True):
-    params = _set_at(params, path, kernel_arrays)
+    on_device = jax.tree.map(jnp.asarray, kernel_arrays)
+    params = _set_at(params, path, on_device)
   if format.name == TERNARY:
     options = code_trees.with_formats(options, format)
   return params, options

@@ -66,7 +66,6 @@ def write(
   params: Any,
   model: ModelOptions | None = None,
   *,
-  packed: bool = False,
   router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Makes a new run's folder of a run, with another model.
@@ -80,8 +79,6 @@ def write(
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     model: The options of the new model; None keeps those of the run.
-    packed: Whether the variables are written as one file of weights, for a
-      model that is not trained.
     router_state: The state of the new model's routers; None keeps that of the
       run.
 
@@ -102,6 +99,5 @@ def write(
     output,
     params,
     changes,
-    packed=packed,
     router_state=router_state or run.variables.get(COLLECTION),
   )

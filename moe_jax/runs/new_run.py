@@ -20,7 +20,6 @@ from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.errors import InputError, writing
 from moe_jax.models.router_state import variables as as_variables
-from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.section_reader import Section, plain
@@ -35,7 +34,6 @@ _ENTRIES = (
   workdir_lib.TOKENIZER,
   workdir_lib.PLUGINS,
   workdir_lib.CHECKPOINTS,
-  packed_weights.FOLDER,
   VALUES,
   CONFIG_PY,
   workdir_lib.CONFIG_SHA256,
@@ -155,7 +153,6 @@ def derive(
   params: Any,
   changes: Mapping[str, Any] | None = None,
   *,
-  packed: bool = False,
   router_state: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
   """Makes a run's folder from another run's, with parameters of its own.
@@ -170,8 +167,6 @@ def derive(
     output: A folder that is new or empty, or that a killed command left.
     params: The parameters of the new model.
     changes: Sections of the config that replace those of the base, by name.
-    packed: Whether the model is one that is not trained, whose variables are
-      written without a checkpoint (`packed_weights.py`).
     router_state: The state of its routers; None or empty where they keep none.
 
   Returns:
@@ -195,12 +190,7 @@ def derive(
         plain_files.copy(base / name, unfinished / name)
     if (base / FILES).is_dir():
       copy_files(sorted((base / FILES).iterdir()), unfinished / FILES)
-    variables = as_variables(params, router_state)
-    if packed:
-      packed_weights.write(unfinished, variables)
-      write_config(unfinished, config)
-    else:
-      write(unfinished, config, variables)
+    write(unfinished, config, as_variables(params, router_state))
   return output
 
 

@@ -27,7 +27,7 @@ from moe_jax.models.router_state import (
   variables,
 )
 from moe_jax.partitioning import Rules, ShardingOptions
-from moe_jax.runs import manifest, packed_weights
+from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint_options import CheckpointOptions
 from moe_jax.runs.checkpointer import Checkpointer, Restored
 from moe_jax.runs.retention import Directory
@@ -132,7 +132,13 @@ def read(
     has_checkpoints = checkpoints.exists()
   except Exception as error:  # a URL of a file system that is not installed
     raise InputError(f'{checkpoints}: {describe_error(error)}') from None
-  if not has_checkpoints and not packed_weights.are_in(folder):
+  if not has_checkpoints and (folder / 'weights').is_dir():
+    raise InputError(
+      f'{folder} has its weights in a format of before, without a checkpoint; '
+      'make it again: quantise, extract, merge or prune the run that it was '
+      'made of'
+    )
+  if not has_checkpoints:
     raise InputError(
       f'{folder} holds no trained run: no {checkpoints.name}; {_FIRST_SAVE}'
     )
@@ -327,9 +333,6 @@ def restore_unmerged(
     ),
     abstract_router_state(model) if router_state else {},
   )
-  run_folder = pathlib.Path(workdir).expanduser()
-  if packed_weights.are_in(run_folder):
-    return packed_weights.read(run_folder, variables(abstract, routers), step)
   with Checkpointer(folder, keep_best=False) as checkpoints:
     restored = checkpoints.restore(
       variables(abstract, routers),

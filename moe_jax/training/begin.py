@@ -13,7 +13,6 @@ from moe_jax import sections
 from moe_jax.distributed import check_shared, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import router_state
-from moe_jax.runs import packed_weights
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.run_tokenizer import check_kept_ids
 from moe_jax.training.setup import Run
@@ -45,17 +44,9 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
 
   Raises:
     ValueError: The checkpoint was made on other data, with other tokens, for
-      another model, or after the last step; the folder holds weights that are
-      not trained; or `initial` raises it.
+      another model, or after the last step; or `initial` raises it.
     CheckpointError: There are checkpoints and none is good.
   """
-  if packed_weights.are_in(run.workdir):
-    raise InputError(
-      f'{run.workdir} has weights without a checkpoint, which are served and '
-      'not trained; begin another run with them, --config.init_from.workdir='
-      f'{run.workdir}, or, if its kernels are in codes, with the run that they '
-      'were made of'
-    )
   abstract = run.programs.abstract_state
   base = run.programs.adapters.base(abstract.params)
   restored = run.checkpoints.restore(

@@ -8,7 +8,6 @@ import pytest
 
 from moe_jax import config_file, finetuning, run_config
 from moe_jax.analysis import run_page
-from moe_jax.compression import whole_run
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
@@ -215,19 +214,6 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
       tmp_path / 'run',
       devices=jax.devices()[:1],
     )
-
-
-def test_served_weights_are_begun_with_in_another_folder_alone(dense, tmp_path):
-  run = whole_run.read(dense)
-  params = run.variables['params']
-  served = whole_run.write(run, tmp_path / 'served', params, packed=True)
-  config = run_config.from_file(served / 'first_config.json')
-  with pytest.raises(
-    ValueError, match='are served and not trained; begin anot'
-  ):
-    train(config, served)
-  state = initial_state(config_from(served, DENSE), tmp_path / 'new')
-  jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
 def test_a_language_model_is_tuned_on_pairs(dense, tmp_path):
