@@ -40,9 +40,9 @@ def speed_ups(cases: Sequence[Case], path: pathlib.Path) -> None:
     ax.set_visible(True)
     _bars(ax, case, labelled=column == 0)
   figure.supxlabel(
-    'SIMULATED speed-up over synchronous: bar, all layers and steps; dot, the '
-    'best; black line, the paper (whole iterations, measured)',
-    fontsize=9,
+    'SIMULATED speed-up over synchronous: bar, all layers and steps;\n'
+    'dot, the best; black line, the paper (whole iterations, measured)',
+    fontsize=8,
   )
   figure.savefig(path, dpi=110)
 
@@ -97,7 +97,11 @@ def roofline(cases: Sequence[Case], path: pathlib.Path) -> None:
     handles |= dict(zip(labels, ax_handles, strict=True))
   axes[0].set_ylabel('SIMULATED TFLOP/s of a device', fontsize=8)
   figure.legend(
-    handles.values(), handles, loc='outside lower center', ncols=4, fontsize=7
+    handles.values(),
+    handles,
+    loc='outside lower center',
+    ncols=1 + len(shown),
+    fontsize=7,
   )
   figure.savefig(path, dpi=110)
 

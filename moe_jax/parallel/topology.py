@@ -70,7 +70,8 @@ class Topology:
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:
     """Seconds of each link for a byte of each of the P = W * W pairs."""
-    pairs = itertools.product(range(self.num_devices), repeat=2)
+    devices = range(self.num_devices)
+    pairs = itertools.product(devices, devices)
     return self._per_byte([self.paths.get(pair, ()) for pair in pairs])
 
   @functools.cached_property
