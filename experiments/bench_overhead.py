@@ -9,7 +9,6 @@ choices of experts, and with metrics and a checkpoint, whose writing is waited
 for within the burst. Bursts have 100 steps, so that is a checkpoint every 100
 steps. A step that is recorded is another program, in a run of its own. Writes
 `table.md`, `rows.csv` and `results.json` to `results/bench_overhead/<device>`.
-Not here: what a step itself costs (`bench_train_step.py`).
 """
 
 import argparse

@@ -8,8 +8,7 @@ processes, as bytes and by a BPE of 8,192 tokens that is trained on them. The
 cases are interleaved; the start of the processes is a part of their time. With
 `--large_gb` data of that size is prepared once, and then read at random by two
 processes, which compare documents with the source. Writes `table.md`,
-`rows.csv` and `results.json` to `results/bench_prepare/<device>`. Not here: the
-training that reads it.
+`rows.csv` and `results.json` to `results/bench_prepare/<device>`.
 """
 
 import argparse

@@ -14,8 +14,6 @@ sparse step and its twin's of another checkout of this project against those
 here. Writes `table.md`, `rows.csv`, `results.json` and `steps.png` to
 `results/bench_train_step/<device>`; with `--peer` or `--against` no plot, and
 to `results/bench_train_step_transformers`, `_nanogpt` or `_against`.
-Not here: where a step's time goes
-(`moe_jax.analysis.explain_cost`).
 """
 
 import argparse

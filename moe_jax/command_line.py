@@ -1,7 +1,4 @@
-"""Command lines: their flags are parsed, and mistakes reported in a line.
-
-Not here: config files and their overrides (`config_file.py`).
-"""
+"""Command lines: their flags are parsed, and mistakes reported in a line."""
 
 import argparse
 import contextlib
@@ -62,7 +59,7 @@ def about(text: str | None) -> dict[str, Any]:
 
   Args:
     text: The docstring of the command's module: a sentence, and examples. Text
-      after 'Not here:' in a paragraph is for readers of the code.
+      after '
   """
   text = text or ''  # python -OO keeps no docstrings
   text = re.sub(r'\s*Not here:.*?(?=\n\n|$)', '', text, flags=re.DOTALL)

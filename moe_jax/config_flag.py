@@ -1,9 +1,7 @@
 """The flag --config of a training command: a config file, with overrides.
 
-    config_flag.define()
-    options, ignored = config_flag.read()  # once the flags are parsed
-
-Not here: flags that only one command has.
+config_flag.define()
+options, ignored = config_flag.read()  # once the flags are parsed
 """
 
 from collections.abc import Iterator, Mapping, Sequence

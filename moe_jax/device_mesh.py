@@ -1,7 +1,4 @@
-"""The mesh of devices, built from the sizes of its axes.
-
-Not here: which dimension of which array is split over it (`partitioning.py`).
-"""
+"""The mesh of devices, built from the sizes of its axes."""
 
 import collections
 import dataclasses

@@ -5,8 +5,7 @@
 
 Data that is not in the cache is not prepared for this, and no parameters are
 read: of another run that it begins with, the folder, the tokens and the model
-are checked, and not the checkpoint. Not here: the counting
-(`analysis/run_cost.py`), and the lines of a run itself (`start_facts.py`).
+are checked, and not the checkpoint.
 """
 
 import os

@@ -1,8 +1,4 @@
-"""How a run's processes were started: by flags, or by a launcher.
-
-Not here: the number of processes and of this one under a launcher, which JAX
-itself finds.
-"""
+"""How a run's processes were started: by flags, or by a launcher."""
 
 import importlib.util
 import os

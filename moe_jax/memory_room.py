@@ -1,8 +1,7 @@
 """Whether arrays fit into memory: arithmetic, before anything is allocated.
 
 The bound is the memory of the devices, or of the machine where these are its
-processors; nothing is refused that could fit. Not here: what a model or a run
-needs (`moe_jax.models`, `moe_jax.training.needed_memory`).
+processors; nothing is refused that could fit.
 """
 
 import os

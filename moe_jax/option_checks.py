@@ -1,7 +1,4 @@
-"""Rules for the values of options, and messages where a value breaks one.
-
-Not here: options (`options.py`, from which these rules can be imported too).
-"""
+"""Rules for the values of options, and messages where a value breaks one."""
 
 import dataclasses
 import difflib

@@ -1,8 +1,6 @@
 """Sharding of arrays: a table maps logical axes of dimensions to mesh axes.
 
 Data, fully sharded, expert and tensor parallelism are rows of that table.
-Not here: the mesh (`device_mesh.py`), and the exchange of tokens between the
-devices of experts (`parallel/exchange.py`).
 """
 
 import dataclasses

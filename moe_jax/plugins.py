@@ -1,7 +1,4 @@
-"""A user's own classes, which a config names as 'module:name'.
-
-Not here: the contracts that such classes extend.
-"""
+"""A user's own classes, which a config names as 'module:name'."""
 
 import hashlib
 import importlib

@@ -1,9 +1,6 @@
 """The options of a whole config, which are read before anything is built.
 
-    options = run_config.read(config)
-
-Not here: rules that concern several sections (`training/run_options.py`), and
-the files of `configs/`.
+options = run_config.read(config)
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""Merging of overrides into a section of a config.
-
-Not here: what a later layer of a config switches off (`sections.py`).
-"""
+"""Merging of overrides into a section of a config."""
 
 import copy
 from collections.abc import Mapping

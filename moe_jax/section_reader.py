@@ -1,8 +1,4 @@
-"""Reading of options from a section of a config; all problems are collected.
-
-Not here: how a section is made (`section_writer.py`), merged
-(`section_merger.py`) or settled (`sections.py`).
-"""
+"""Reading of options from a section of a config; all problems are collected."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,8 +1,4 @@
-"""Writing of options as a section of a config, which can be read back.
-
-Not here: how a section is read (`section_reader.py`), and how layers of a
-config are merged (`section_merger.py`) and settled (`sections.py`).
-"""
+"""Writing of options as a section of a config, which can be read back."""
 
 import dataclasses
 import functools

@@ -5,7 +5,6 @@
 
 A call with other ranks, sizes or types gets a `ValueError` that names both
 sides. Only static shapes are read, so that compiled programs cost nothing more.
-Not here: the types themselves (`shapes.py`).
 """
 
 import functools

@@ -1,7 +1,6 @@
 """Lines on what a run takes and is: its steps, data, model and devices.
 
-A run prints them at its start, and `--dry_run` instead of it. Not here: when
-they are printed (`hooks.py`, `dry_run.py`).
+A run prints them at its start, and `--dry_run` instead of it.
 """
 
 from collections.abc import Iterator

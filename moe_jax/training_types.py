@@ -1,8 +1,4 @@
-"""Types of the batch and the metrics of a training step.
-
-Not here: how the sums are computed (`training/losses.py`), and the step
-(`training/step.py`).
-"""
+"""Types of the batch and the metrics of a training step."""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,7 @@
 """Training steps of two checkouts, timed in turns by two processes.
 
 Both take every case once in each round, so that they meet the machine in the
-same state. Not here: the process of one checkout (`step_server.py`).
+same state.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The report of `compile_ahead`: a compiled run's numbers, and the verdicts.
-
-Not here: how it is compiled.
-"""
+"""The report of `compile_ahead`: a compiled run's numbers, and the verdicts."""
 
 import dataclasses
 from typing import NamedTuple

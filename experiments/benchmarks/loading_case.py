@@ -3,8 +3,7 @@
     python -m experiments.benchmarks.loading_case FOLDER MESH
 
 MESH is empty for one device, or the sizes of axes of a mesh of CPU devices:
-'fsdp=8'. Prints a line of JSON. Not here: the folder
-(`random_checkpoint.py`), and the bound (`bench_loading.py`).
+'fsdp=8'. Prints a line of JSON.
 """
 
 import collections

@@ -1,8 +1,7 @@
 """The arrays of `bench_moe_layer`, and its programs bound to them.
 
 Routing is real: expert choices are drawn first, and then tokens are made that
-the layer's own router sends to these experts. Not here: the programs, or the
-timing.
+the layer's own router sends to these experts.
 """
 
 import dataclasses

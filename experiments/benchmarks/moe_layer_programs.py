@@ -1,8 +1,6 @@
 """The programs that `bench_moe_layer` times.
 
 They are sparse layers, dense layers and bare matrix products of equal shapes.
-
-Not here: their arrays (`moe_layer_cases`), or the timing.
 """
 
 import dataclasses

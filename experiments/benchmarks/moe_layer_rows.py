@@ -1,8 +1,4 @@
-"""The measurements of `bench_moe_layer`: a row of numbers for each case.
-
-Not here: the programs that are timed (`moe_layer_programs`), and the tables
-(`moe_layer_tables`).
-"""
+"""The measurements of `bench_moe_layer`: a row of numbers for each case."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

@@ -2,8 +2,7 @@
 
 The model is a Switch encoder-decoder of 4 + 4 layers, two sparse ones in each
 half, on random tokens in float32. A step is forward pass, router losses,
-backward pass and AdamW. Not here: our own step (`train_step_programs.py`),
-and how both are timed.
+backward pass and AdamW.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """Folders of random checkpoints of any size, in bfloat16.
 
 The model is a Qwen3-MoE with a tensor for each expert's kernel, in several
-files of safetensors. Not here: the measurement (`bench_loading.py`).
+files of safetensors.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Processes that read rows of prepared data at random, and check them.
-
-Not here: how the data is prepared (`moe_jax.data.prepare`).
-"""
+"""Processes that read rows of prepared data at random, and check them."""
 
 import dataclasses
 import multiprocessing

@@ -1,7 +1,7 @@
 """Lines of JSON of any size, drawn from the standard library's text.
 
 Document k depends on the seed and k alone, so that what was read from prepared
-data can be compared with what was written. Not here: what is timed.
+data can be compared with what was written.
 """
 
 import dataclasses

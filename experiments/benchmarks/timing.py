@@ -2,7 +2,7 @@
 
 A machine's speed drifts by more than the differences that are measured. The
 cases of one round meet the machine in the same state, so that ratios are taken
-round by round, and their median is reported. Not here: what is timed.
+round by round, and their median is reported.
 """
 
 import argparse

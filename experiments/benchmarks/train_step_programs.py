@@ -1,7 +1,4 @@
-"""Compiles training steps for `bench_train_step`, on random tokens.
-
-Not here: their timing, and the steps of others (`peer_steps.py`).
-"""
+"""Compiles training steps for `bench_train_step`, on random tokens."""
 
 import dataclasses
 import time

@@ -1,7 +1,4 @@
-"""The tables and the plot of `bench_train_step`, from its rows.
-
-Not here: any measurement.
-"""
+"""The tables and the plot of `bench_train_step`, from its rows."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-"""The processes of a run that `soak.py` disturbs, and the disturbances.
-
-Not here: what shows that nothing was lost (`soak_evidence.py`).
-"""
+"""The processes of a run that `soak.py` disturbs, and the disturbances."""
 
 import errno
 import json

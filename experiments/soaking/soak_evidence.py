@@ -1,8 +1,7 @@
 """Checks from the traces of a disturbed run whether anything was lost.
 
 Compares the lines of its witnesses (`soak_run.py`) with those of an undisturbed
-run, and with what one device reads from the checkpoints. Not here: the
-disturbances (`soak_disturbances.py`).
+run, and with what one device reads from the checkpoints.
 """
 
 import collections

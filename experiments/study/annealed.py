@@ -5,8 +5,6 @@ With a trapezoid as the schedule of the learning rate, runs that differ only in
 shorter run gives the longer one its state as a checkpoint, from which that goes
 on. Every run is the one that its config describes, on one device bit for bit,
 and only the steps in which a shorter run decays are taken again.
-
-Not here: which lengths are compared (`experiments/switch_speed.py`).
 """
 
 import dataclasses

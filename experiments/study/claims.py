@@ -12,8 +12,7 @@ In the file a column is its unit and the better direction, and a row is a list
 of cells in the order of the columns. A cell is a number; null, where nothing is
 printed; text such as '~42' or '<=30', where the paper gives no exact number; or
 an object of a value and the fields that differ from those of column and table.
-Errors in a paper are kept, with a note. Not here: numbers computed from
-published ones.
+Errors in a paper are kept, with a note.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """A digest of the code that decides what a run gives: of the package `moe_jax`.
 
 Any change of its text counts, also one of a comment: it is a mark on stored
-results, no reason to withhold them. Not here: the digest of what a run's config
-states (`jobs.settings_digest`).
+results, no reason to withhold them.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""The command line of a study: makes its runs, table, figure and verdicts.
-
-Not here: the definition of a study (`study.py`).
-"""
+"""The command line of a study: makes its runs, table, figure and verdicts."""
 
 import argparse
 import dataclasses

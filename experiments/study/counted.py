@@ -1,7 +1,4 @@
-"""Costs that are counted: of arms from their configs, and of runs.
-
-Not here: the counting (`moe_jax.analysis`), and measured times (`times.py`).
-"""
+"""Costs that are counted: of arms from their configs, and of runs."""
 
 from collections.abc import Mapping
 from typing import Any

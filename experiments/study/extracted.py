@@ -1,7 +1,4 @@
-"""Measures translations of a trained run, and the models extracted from it.
-
-Not here: the extraction (`moe_jax.compression.extract`).
-"""
+"""Measures translations of a trained run, and the models extracted from it."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Draws the figure of a study from its summary. Not here: its tables."""
+"""Draws the figure of a study from its summary."""
 
 import pathlib
 import textwrap

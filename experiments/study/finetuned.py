@@ -12,8 +12,7 @@ are decoders of bytes. Factors count slots a token, as in the paper, so that
 served in order, each with both choices, which no later token changes. The
 papers' code serves first choices before second ones. Ours drops late tokens
 whole, so that claims which hold a sparse model against its dense twin are
-withheld (`OTHER_ORDER`); arms that are served alike may be compared. Not here:
-what a study changes in fine-tuning.
+withheld (`OTHER_ORDER`); arms that are served alike may be compared.
 """
 
 import copy

@@ -1,8 +1,4 @@
-"""Items as commands: their checks, their processes, and which have finished.
-
-Not here: where items come from (`items.py`), and when their processes begin
-(`scheduler.py`).
-"""
+"""Items as commands: their checks, their processes, and which have finished."""
 
 import functools
 import json

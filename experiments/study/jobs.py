@@ -1,7 +1,4 @@
-"""The runs of a study: a config and a folder for every arm and seed.
-
-Not here: how a run is made (`runner.py`), and when it begins (`scheduler.py`).
-"""
+"""The runs of a study: a config and a folder for every arm and seed."""
 
 import dataclasses
 import functools

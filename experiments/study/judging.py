@@ -1,8 +1,4 @@
-"""Decides a study's claims, and describes them and its columns for a summary.
-
-Not here: when a direction counts as reproduced (`verdicts.py`), and what
-results that were stored earlier still decide (`stored.py`).
-"""
+"""Decides claims of a study, and describes its columns for a summary."""
 
 import dataclasses
 from collections.abc import Sequence

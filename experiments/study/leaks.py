@@ -1,8 +1,7 @@
 """Measures whether a trained model's outputs depend on later tokens.
 
 Groups must have one row: the prefixes of a row, which are evaluated together,
-would compete for experts in larger groups. Not here: which settings leak by
-their rules (`moe_jax.layers.routers.contract`).
+would compete for experts in larger groups.
 """
 
 import jax

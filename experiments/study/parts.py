@@ -1,7 +1,4 @@
-"""The parts of a study: arms, presets, columns, rows, claims, a figure.
-
-Not here: the study that holds them (`study.py`).
-"""
+"""The parts of a study: arms, presets, columns, rows, claims, a figure."""
 
 import contextlib
 import dataclasses

@@ -1,8 +1,7 @@
 """Runs commands as tasks of the scheduler, with logs.
 
 A task is one run, of one process or of several that work together and are
-stopped together. Not here: when a task begins (`scheduler.py`), and which
-commands are run (`item_commands.py`).
+stopped together.
 """
 
 import contextlib

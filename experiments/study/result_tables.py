@@ -1,7 +1,6 @@
 """The two tables of a study, of its numbers and of its claims.
 
 Each is a list of lines, which are cells by heading, for pages, and Markdown.
-Not here: the summary that they show (`results.py`).
 """
 
 from collections.abc import Mapping, Sequence

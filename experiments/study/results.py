@@ -1,8 +1,4 @@
-"""Turns a study's numbers into a summary, a text, a figure and files.
-
-Not here: the tables (`result_tables.py`), when a direction counts as reproduced
-(`verdicts.py`), and all studies on one page (`experiments/report.py`).
-"""
+"""Turns a study's numbers into a summary, a text, a figure and files."""
 
 import csv
 import json

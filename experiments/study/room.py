@@ -3,7 +3,7 @@
 Dropless experts multiply the rows that they are given, filled up to whole
 blocks of a kernel (https://arxiv.org/abs/2211.15841); experts with slots
 multiply all of them, empty or not. A load has the number of choices of each
-expert. Not here: how choices are recorded (`validation_routing.py`).
+expert.
 """
 
 from collections.abc import Iterator, Sequence

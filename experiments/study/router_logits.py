@@ -1,8 +1,6 @@
 """Logits of trained routers: their size, and choices that change.
 
-Logits and choices are those of validation batches. Not here: what single tokens
-chose, as a trace has it (`validation_routing.py`), and losses over the run
-(`stability.py`).
+Logits and choices are those of validation batches.
 """
 
 import functools

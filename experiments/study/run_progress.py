@@ -2,8 +2,7 @@
 
 A line stands for each call that ends, with its number, the mean of its arm so
 far and the time left, and one a minute for what is running. All are whole
-lines, so that a log file reads as a terminal does. Not here: the runs
-(`scheduled_runs.py`).
+lines, so that a log file reads as a terminal does.
 """
 
 import contextlib

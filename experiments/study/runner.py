@@ -1,8 +1,4 @@
-"""Makes the runs of a study, by training unless the study has another runner.
-
-Not here: which runs there are (`jobs.py`), and when each begins
-(`scheduled_runs.py`).
-"""
+"""Makes the runs of a study, by training unless it has another runner."""
 
 import dataclasses
 import shutil

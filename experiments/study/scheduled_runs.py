@@ -1,9 +1,7 @@
 """Makes the runs of a study that are missing, and reads all of them.
 
 A finished run is read, one that was killed starts again, and one that was
-stopped by SIGTERM continues. Not here: how a run is made (`runner.py`), how
-tasks share the machine (`scheduler.py`), and what is printed of them
-(`run_progress.py`).
+stopped by SIGTERM continues.
 """
 
 import contextlib

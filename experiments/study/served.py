@@ -1,8 +1,4 @@
-"""Measures a model as it is served: its size, its work and its speed.
-
-Not here: how it is made small (`moe_jax.compression`), and its quality, which
-evaluations measure.
-"""
+"""Measures a model as it is served: its size, its work and its speed."""
 
 import os
 from collections.abc import Callable, Sequence

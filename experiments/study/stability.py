@@ -1,7 +1,7 @@
 """Stability of a run by its training losses.
 
 A run that is judged logs every step (`log_every_steps=1`) and leaves out steps
-that are not finite. Not here: its router's logits (`router_logits.py`).
+that are not finite.
 """
 
 from collections.abc import Sequence

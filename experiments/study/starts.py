@@ -2,8 +2,7 @@
 
 A start is trained once for each seed, or made of another start, and keeps its
 last checkpoint in the folder `starts` beside the studies' own, so that studies
-which begin with equal runs share them. Not here: what is trained after them
-(`study.py`).
+which begin with equal runs share them.
 """
 
 import dataclasses

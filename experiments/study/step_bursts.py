@@ -1,7 +1,4 @@
-"""Measures a burst of interleaved steps of several runs, in a new process.
-
-Not here: how many bursts there are, and where they are kept (`times.py`).
-"""
+"""Measures a burst of interleaved steps of several runs, in a new process."""
 
 import contextlib
 import dataclasses

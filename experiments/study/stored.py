@@ -3,7 +3,7 @@
 A stored result is judged again by the claims that the study has today, so that
 a claim which was mended is mended in every table. Verdicts are withheld that
 rest on rows or columns which the study has revised since, or on runs of other
-configs. Not here: results of runs that have just been made (`results.py`).
+configs.
 """
 
 import dataclasses

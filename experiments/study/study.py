@@ -5,9 +5,6 @@ its arms change, which numbers are the columns of its table, and to which
 published differences they are compared; `command.main` does the rest:
 
     python -m experiments.shazeer_table6 --preset=quick
-
-Not here: how runs are made (`runner.py`), how their numbers are reported
-(`results.py`), and published numbers (`claims.py`).
 """
 
 import dataclasses

@@ -1,11 +1,9 @@
 """Sweeps as plain values: lists of flat overrides, `{'model.width': 64}`.
 
-    chain(
-      [{'model.moe.num_experts': 0}],
-      product({'model.moe.num_selected': [1, 2]}, {'seed': [0, 1]}),
-    )
-
-Not here: the runs made from them (`study.py`, `experiments/launch.py`).
+chain(
+  [{'model.moe.num_experts': 0}],
+  product({'model.moe.num_selected': [1, 2]}, {'seed': [0, 1]}),
+)
 """
 
 import itertools

@@ -5,8 +5,7 @@ between processes is in the intervals, too. Bursts are kept one by one. For one
 in which other processes used the machine another is measured at once, up to
 three times as many as are needed, of which the least disturbed are taken; if
 these are still of a busy machine the table says so, until their file is
-deleted. Not here: the runs (`scheduled_runs.py`), and the measuring
-(`step_bursts.py`).
+deleted.
 """
 
 import dataclasses

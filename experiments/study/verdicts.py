@@ -3,9 +3,7 @@
 A direction counts as reproduced only where the 95 % interval of the paired
 difference excludes zero on the paper's side, and the absence of a difference
 only where the interval is within the bound that the claim names. A verdict is
-withheld where runs are too few or too short to decide anything. Not here: the
-claims (`parts.py`), the published numbers (`claims.py`), and which stored
-results a claim can still be decided by (`judging.py`).
+withheld where runs are too few or too short to decide anything.
 """
 
 import dataclasses

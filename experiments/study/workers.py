@@ -1,8 +1,7 @@
 """Worker processes that call Python functions, as places of the scheduler.
 
 A worker makes many calls, so that programs compiled in one serve the next. No
-worker outlives its parent. Not here: when a function is called
-(`scheduler.py`).
+worker outlives its parent.
 """
 
 import contextlib

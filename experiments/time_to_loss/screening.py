@@ -1,7 +1,6 @@
 """Chooses the models that go on after short runs, and their learning rates.
 
-The rules were written before any result was seen. Not here: the runs
-(`speed_arms.py`), and what is reported of them (`speed_rows.py`).
+The rules were written before any result was seen.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,4 @@
-"""The models that `switch_speed` may compare, and their arms.
-
-Not here: which of them a preset has (`experiments/switch_speed.py`), and how
-those that go on are chosen (`screening.py`).
-"""
+"""The models that `switch_speed` may compare, and their arms."""
 
 import dataclasses
 import itertools

@@ -1,7 +1,4 @@
-"""The rows and remarks of `switch_speed`, and the floor of its step times.
-
-Not here: which models were run (`speed_arms.py`, `screening.py`).
-"""
+"""The rows and remarks of `switch_speed`, and the floor of its step times."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

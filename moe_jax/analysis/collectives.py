@@ -1,8 +1,7 @@
 """The collectives between devices in a step, read from the compiled program.
 
 The collectives in the body of a loop count as often as the loop runs, which the
-compiler notes beside each loop whose length it knows. Not here: how long
-collectives take.
+compiler notes beside each loop whose length it knows.
 """
 
 import dataclasses

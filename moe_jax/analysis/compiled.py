@@ -1,8 +1,4 @@
-"""The counts and the instructions of a compiled program.
-
-Not here: time (`roofline.py`, `explain_cost.py`), and counts from the options
-of a model (`counts.py`).
-"""
+"""The counts and the instructions of a compiled program."""
 
 import dataclasses
 import re

@@ -6,8 +6,6 @@
 All figures are counted from options and shapes of parameters, never measured.
 Bytes are counted for models that consist of blocks of attention and a
 feed-forward, so not for LSTMs.
-
-Not here: the counting (`counts.py`, `memory.py`), and time (`explain_cost.py`).
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""Tables of a model's cost: parameters and FLOPs, bytes, devices with room.
-
-Not here: the counting of the figures (`counts.py`, `memory.py`).
-"""
+"""Tables of a model's cost: parameters and FLOPs, bytes, devices with room."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

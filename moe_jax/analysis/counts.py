@@ -1,7 +1,6 @@
 """Parameters and FLOPs of a model, counted from its shapes and options.
 
-Nothing is measured, and nothing is read from a compiled program. Not here:
-bytes (`memory.py`), and tables of the counts (`cost_tables.py`).
+Nothing is measured, and nothing is read from a compiled program.
 """
 
 import dataclasses

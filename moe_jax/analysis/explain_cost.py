@@ -4,8 +4,7 @@
 
 The training step of the config is compiled, timed and profiled on this machine.
 Each executed instruction belongs to the innermost part of the model that its
-scopes name. Not here: costs that are counted without a run (`cost.py`), and
-comparisons of layers or models (`experiments`).
+scopes name.
 """
 
 import argparse

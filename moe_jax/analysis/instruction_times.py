@@ -1,7 +1,4 @@
-"""The time of each instruction of a compiled program, read from a profile.
-
-Not here: the part of a model that an instruction belongs to (`step_parts.py`).
-"""
+"""The time of each instruction of a compiled program, read from a profile."""
 
 import collections
 import glob

@@ -1,7 +1,6 @@
 """The parts of a model whose costs are counted: stacks, parameters, groups.
 
-Parameters are told apart by their roles, never by their names. Not here: the
-counts (`counts.py`, `memory.py`).
+Parameters are told apart by their roles, never by their names.
 """
 
 import math

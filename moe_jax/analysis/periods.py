@@ -4,8 +4,7 @@ A compiler counts the body of a loop once, however often it runs. All periods
 of a loop over layers cost the same. So the FLOPs of a step are those of a step
 with one period of each loop, and for each further period the difference that a
 second one makes. Microbatches are a loop too, whose body is counted in batches
-of one and of two microbatches. Not here: loops whose length depends on the
-data, which still count once.
+of one and of two microbatches.
 """
 
 import dataclasses

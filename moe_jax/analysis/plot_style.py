@@ -3,7 +3,7 @@
 A figure is read by the colour-blind and on grey paper, too: the colours of
 lines are Okabe and Ito's (Color Universal Design, https://jfly.uni-koeln.de/color/),
 each with a line style and a marker of its own, and colours of heat maps are
-lighter the less they stand for. Not here: the figures.
+lighter the less they stand for.
 """
 
 import io

@@ -1,9 +1,7 @@
 """The least time that work takes on this machine, from its measured peaks.
 
 A program takes at least the time that its FLOPs take at the speed of the
-fastest large matmul, and that its bytes take at the speed of a copy. Not here:
-counts of what a compiled program really does (`compiled.py`), and timing
-(`experiments`).
+fastest large matmul, and that its bytes take at the speed of a copy.
 """
 
 import dataclasses

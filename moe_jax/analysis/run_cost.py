@@ -1,8 +1,6 @@
 """The cost of a whole run: steps, tokens, FLOPs and bytes, and the least time.
 
-Figures are counted from options and shapes. Not here: the cost of a token
-(`counts.py`), the speed of a device (`roofline.py`), and the time of a step
-(`explain_cost.py`).
+Figures are counted from options and shapes.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The bytes that one device of a mesh holds and sends in a training step.
 
-They are read from the compiled step. Not here: the time of the step.
+They are read from the compiled step.
 """
 
 import dataclasses

@@ -3,8 +3,7 @@
 Nothing is allocated. The backward pass multiplies, for each token, gradients of
 outputs with every kernel of all layers (also where only upper layers train, as
 layers are scanned), and with the inputs of every kernel whose gradient is
-needed. Not here: the forward pass (`counts.py`), bytes of activations
-(`memory.py`), the table (`cost_tables.py`).
+needed.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ experts are compared and averaged after those of one are permuted: step 1 of
 M-SMoE (https://arxiv.org/abs/2310.01334). The fit of two units is the sum of
 the products of all their weights. The paper's code takes the weights of the
 first and last kernel alone, but gated experts have a third kernel, and there
-may be biases. Not here: which experts are merged (`grouping.py`, `merge.py`).
+may be biases.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""Calibration: the tokens that reach the experts of a model on batches of data.
-
-Not here: the statistics of these tokens (`usage.py`, `kernel_inputs.py`).
-"""
+"""Calibration: the tokens that reach the experts of a model on batches."""
 
 import functools
 from collections.abc import Mapping

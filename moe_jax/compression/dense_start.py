@@ -5,8 +5,7 @@ conditional probability are concatenated into one feed-forward of N times their
 width, whose output is divided by N, since a router would have weighted each by
 about 1/N. The conditional probability of an expert is its mean gate over the
 tokens that it serves. Where the gates of N experts are 1/N for all tokens, the
-dense layer computes what the sparse one did. Not here: the start of which it is
-a part (`distill.py`).
+dense layer computes what the sparse one did.
 """
 
 import dataclasses

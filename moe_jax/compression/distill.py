@@ -3,9 +3,7 @@
     config.distill.teacher = 'runs/tiny'
 
 Switch Transformers, section 4.2 (https://arxiv.org/abs/2101.03961). The hook
-`Distilling` wraps the step, and gives the parameters to begin with. Not here:
-the loss (`soft_labels.py`), feed-forwards made of experts (`dense_start.py`),
-and the command (`distill_command.py`).
+`Distilling` wraps the step, and gives the parameters to begin with.
 """
 
 import dataclasses

@@ -5,8 +5,7 @@
       --config.model.moe.num_experts=0
 
 It is `python -m moe_jax.main` with `--config.distill.teacher`, which has more
-flags: what belongs to training is there. Not here: what a teacher does
-(`distill.py`).
+flags: what belongs to training is there.
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""The options of distillation: the section `distill` of a config.
-
-Not here: what they do (`distill.py`), and the loss (`soft_labels.py`).
-"""
+"""The options of distillation: the section `distill` of a config."""
 
 import dataclasses
 from collections.abc import Iterator

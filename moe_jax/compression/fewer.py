@@ -1,8 +1,7 @@
 """Steps that merging and pruning share: numbers of experts, the smaller model.
 
 Routers keep their E columns, each of which leads to an expert that is left or
-to none, or they shrink to a column for each expert that is left. Not here: the
-choice of these experts (`merge.py`, `prune.py`).
+to none, or they shrink to a column for each expert that is left.
 """
 
 import dataclasses

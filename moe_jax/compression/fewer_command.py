@@ -1,7 +1,4 @@
-"""The arguments and the report that the commands merge and prune share.
-
-Not here: merging and pruning (`merge.py`, `prune.py`).
-"""
+"""The arguments and the report that the commands merge and prune share."""
 
 import argparse
 import math

@@ -2,7 +2,6 @@
 
 The similarity is that of mean outputs on data (HC-SMoE), of weights, or of
 router columns: their weights, unlike the router logits on data of M-SMoE.
-Not here: how a group is merged (`merge.py`).
 """
 
 from collections.abc import Callable, Mapping

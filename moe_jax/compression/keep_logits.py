@@ -4,8 +4,7 @@
       --config=moe_jax:tiny_switch --output=logits --batches=1000 --top=32
 
 The manifest is written last: what a killed command left is no folder of logits
-yet, and the same command goes on with it. Not here: the folder
-(`teacher_logits.py`).
+yet, and the same command goes on with it.
 """
 
 import argparse

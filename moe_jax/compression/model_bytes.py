@@ -1,7 +1,4 @@
-"""The size of a model as it is served: in memory and on disk.
-
-Not here: speed, which benchmarks measure (`experiments/benchmarks/timing.py`).
-"""
+"""The size of a model as it is served: in memory and on disk."""
 
 import os
 import pathlib

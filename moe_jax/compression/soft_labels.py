@@ -1,8 +1,7 @@
 """The loss of distillation: hard labels mixed with a teacher's soft ones.
 
 https://arxiv.org/abs/1503.02531, and section 4.2 of
-https://arxiv.org/abs/2101.03961. Not here: the teacher (`distill.py`), and
-logits on disk (`teacher_logits.py`).
+https://arxiv.org/abs/2101.03961.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,4 @@
-"""The teacher of a run: read, checked, and kept to until the run ends.
-
-Not here: the labels that it gives (`soft_labels.py`), and the hook that reads
-it (`distill.py`).
-"""
+"""The teacher of a run: read, checked, and kept to until the run ends."""
 
 import dataclasses
 import functools

@@ -4,8 +4,7 @@ The folder has files of a few batches each (safetensors) and a manifest. Kept
 are the logarithms of the `top` largest probabilities of each token, and their
 ids; the manifest says how much probability that leaves out. Row r of the
 folder, its batches one after another, is row r of the stream of a run with the
-same data and seed. Not here: how they are computed (`keep_logits.py`), and the
-loss (`soft_labels.py`).
+same data and seed.
 """
 
 import dataclasses

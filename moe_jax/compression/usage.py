@@ -1,8 +1,4 @@
-"""Statistics of experts on calibration data, by which they are ranked.
-
-Not here: the tokens that reach them (`calibration.py`), and the use of the
-ranks (`merge.py`, `prune.py`).
-"""
+"""Statistics of experts on calibration data, by which they are ranked."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,4 @@
-"""A trained run as compression reads it, and the new run that it writes.
-
-Not here: the changes of the parameters in between.
-"""
+"""A trained run as compression reads it, and the new run that it writes."""
 
 import os
 import pathlib

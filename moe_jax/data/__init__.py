@@ -1,7 +1,7 @@
 """Batches from texts: sources, tokenizers, tasks, rows, the stream of batches.
 
 `batch(i)` is a pure function of i, so the state of a run's data is one
-integer. Not here: devices, and the models that read the batches.
+integer.
 """
 
 from moe_jax.data.choices import (

@@ -6,8 +6,7 @@ those of larger files take about 0.5 s per GB where they are not remembered of
 unchanged files (`file_digests.py`), and can be left out. A damaged
 folder is named and not remade: damage tells of a failing disk or of a program
 that wrote there, other processes may be reading the folder, and only its user
-knows. `whole_folder` makes a folder outside the cache. Not here: the files in a
-folder (`store.py`, `sources/tfds_reader.py`).
+knows. `whole_folder` makes a folder outside the cache.
 """
 
 import contextlib

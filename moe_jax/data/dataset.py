@@ -1,7 +1,4 @@
-"""The options of a run's data, and the dataset that they describe.
-
-Not here: batches (`pipeline.py`).
-"""
+"""The options of a run's data, and the dataset that they describe."""
 
 import dataclasses
 import itertools

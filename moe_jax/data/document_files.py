@@ -7,9 +7,6 @@ The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 be compressed: `.gz`, `.bz2`, `.xz`, `.zst`. Documents are the texts of lines
 and rows; a file of text of up to `WHOLE_BYTES` bytes that is not compressed is
 a document; longer and compressed text is cut (see `_cut_text`).
-
-Not here: splits (`moe_jax.data.sources.files`), compression and parquet
-themselves (`file_formats.py`).
 """
 
 import io

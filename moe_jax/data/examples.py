@@ -1,8 +1,4 @@
-"""Rows of whole examples by index; several short examples may share a row.
-
-Not here: how an example is made (`data/tasks/denoising.py`,
-`data/tasks/seq2seq.py`).
-"""
+"""Rows of whole examples by index; several short examples may share a row."""
 
 import abc
 import collections

@@ -1,7 +1,4 @@
-"""Bytes of a part of a file, read in order, and their line numbers.
-
-Not here: what the bytes mean (`document_files.py`).
-"""
+"""Bytes of a part of a file, read in order, and their line numbers."""
 
 import io
 import pathlib

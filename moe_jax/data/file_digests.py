@@ -2,8 +2,7 @@
 
 A file is trusted to be unchanged as git trusts it: by what the file system
 says of it, and only if it was at rest for some seconds when it was read. So
-gigabytes are read through once, not whenever a run starts. Not here: what is
-done about a change.
+gigabytes are read through once, not whenever a run starts.
 """
 
 import contextlib

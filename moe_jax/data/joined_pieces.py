@@ -1,7 +1,4 @@
-"""The folder of tokens that is made of finished pieces.
-
-Not here: the pieces (`piece_workers.py`).
-"""
+"""The folder of tokens that is made of finished pieces."""
 
 import hashlib
 import json

@@ -1,8 +1,4 @@
-"""Layouts of examples, each of inputs and targets, in the rows of a batch.
-
-Not here: which examples a row holds (`examples.py`), and the rows of a
-language model (`packing.py`).
-"""
+"""Layouts of examples, each of inputs and targets, in the rows of a batch."""
 
 import abc
 import dataclasses

@@ -1,8 +1,7 @@
 """The order in which rows of several sources follow each other.
 
 A period of rows is laid out once; which source has row number p, and which of
-its rows that is, follows from p by division. Not here: the weights of sources
-(`mixtures.py`).
+its rows that is, follows from p by division.
 """
 
 import dataclasses

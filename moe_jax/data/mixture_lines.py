@@ -7,7 +7,7 @@ option needs no name where the kind has one that must be given (a pattern, a
 path, the name of a dataset) or has options at all. Entries are separated by
 commas or ends of lines, so that a file of lines can be given as it is; text
 after a '#' at the beginning of a line is a comment. Text with a comma or
-bracket of its own is quoted. Not here: what a mixture does (`mixtures.py`).
+bracket of its own is quoted.
 """
 
 import ast

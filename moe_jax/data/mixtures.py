@@ -1,7 +1,6 @@
 """Mixtures of sources: their weights, and the dataset that they make.
 
 The rules are those of T5 (https://arxiv.org/abs/1910.10683, section 3.5.2).
-Not here: the order of rows (`mixing.py`).
 """
 
 import dataclasses

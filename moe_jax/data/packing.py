@@ -1,8 +1,7 @@
 """Rows of fixed length over a stream of documents, by index.
 
 Documents are concatenated in order and the stream is cut every T tokens, so a
-row is found by its number alone. Not here: how the stream is stored
-(`store.py`), and the order in which rows are drawn (`pipeline.py`).
+row is found by its number alone.
 """
 
 import abc

@@ -2,8 +2,7 @@
 
 Every finished piece is a folder of its own, which its name and its list of
 digests say is whole, so that work which was killed goes on. What is written
-does not depend on how many processes or hosts write it. Not here: the pieces
-of a source (`moe_jax.data.sources.files`), the cache (`tokens_folder.py`).
+does not depend on how many processes or hosts write it.
 """
 
 import contextlib

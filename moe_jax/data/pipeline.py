@@ -1,8 +1,4 @@
-"""The stream of batches, each a pure function of its number.
-
-Not here: rows (`packing.py`), and moving batches to devices
-(`moe_jax.distributed`).
-"""
+"""The stream of batches, each a pure function of its number."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
 """Reading of files that others wrote, such as those of a downloaded model.
 
 Nothing is read outside a folder, from a pipe or a device, or without a bound.
-Not here: what the files mean.
 """
 
 import fnmatch

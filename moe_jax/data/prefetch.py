@@ -1,7 +1,7 @@
 """Elements that a thread makes in advance; its death never blocks the training.
 
 grain's own prefetching waits for ever for its thread if an exception ends it
-between two elements. Not here: batches (`pipeline.py`).
+between two elements.
 """
 
 import queue

@@ -1,7 +1,4 @@
-"""Whether data may be written: a dry run only reads what is there.
-
-Not here: the folders that would be written (`cache_folders.py`).
-"""
+"""Whether data may be written: a dry run only reads what is there."""
 
 import contextlib
 import contextvars

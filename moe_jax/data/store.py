@@ -1,9 +1,6 @@
 """Token streams on disk: written text by text, read as memory maps.
 
 A split of documents is one stream; a split of pairs is two.
-
-Not here: the texts (`moe_jax.data.sources`), the folders of streams
-(`cache_folders.py`), and how rows are cut (`packing.py`).
 """
 
 import json

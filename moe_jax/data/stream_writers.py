@@ -1,7 +1,4 @@
-"""Files of tokens that grow by one text at a time, and the digest of texts.
-
-Not here: what the files are for (`store.py`, `piece_workers.py`).
-"""
+"""Files of tokens that grow by one text at a time, and the digest of texts."""
 
 import array
 import hashlib

@@ -1,8 +1,7 @@
 """The folder of the cache with the tokens of a source, made once.
 
 A run makes it when it starts, by itself; `prepare.py` makes the same one by
-many processes. Not here: how pieces are tokenized (`piece_workers.py`) and
-joined (`joined_pieces.py`).
+many processes.
 """
 
 import contextlib

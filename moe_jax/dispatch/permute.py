@@ -1,8 +1,7 @@
 """Moving rows by index, with gradients that are gathers too.
 
 A row holds at most one choice of a token and a choice at most one row, so
-both directions and both gradients are gathers; none is a scatter-add. Not here:
-which token is in which row (`moe_jax.routing.rows`).
+both directions and both gradients are gathers; none is a scatter-add.
 """
 
 import jax

@@ -9,8 +9,6 @@ by
     from moe_jax import evaluation
 
     evaluation.evaluate('runs/tiny_seq2seq', evaluation.ChoiceEvaluation())
-
-Not here: the contract of a kind, and the loss (`moe_jax.training.evaluate`).
 """
 
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores

@@ -2,8 +2,7 @@
 
 The kind 'source_losses' measures the validation loss of every source. The kind
 'source_scores' answers the validation questions of every source: by the
-likeliest choice where there are choices, by generated text otherwise. Not here:
-the questions (`moe_jax.data.sources`).
+likeliest choice where there are choices, by generated text otherwise.
 """
 
 import dataclasses

@@ -2,8 +2,7 @@
 
 The score of an answer is its log-likelihood after its prompt, which examples of
 the train split may precede, divided by the answer's length in tokens, as in
-GLaM (https://arxiv.org/abs/2112.06905), or in bytes, or not at all. Not here:
-the text of a prompt (`prompts.py`).
+GLaM (https://arxiv.org/abs/2112.06905), or in bytes, or not at all.
 """
 
 import dataclasses

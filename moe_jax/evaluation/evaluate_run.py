@@ -1,7 +1,4 @@
-"""Evaluation of a run's folder, without training.
-
-Not here: the kinds of evaluation (`moe_jax.evaluation`).
-"""
+"""Evaluation of a run's folder, without training."""
 
 import math
 import os

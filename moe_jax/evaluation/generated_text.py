@@ -1,8 +1,4 @@
-"""The kind 'generate': generated outputs, compared with validation targets.
-
-Not here: the scores (`scores.py`), and the generation of text
-(`moe_jax.generation`).
-"""
+"""The kind 'generate': generated outputs, compared with validation targets."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping

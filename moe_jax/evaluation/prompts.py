@@ -1,8 +1,7 @@
 """Questions as token ids: examples, the prompt, and its answers.
 
 As in GLaM (https://arxiv.org/abs/2112.06905) and GPT-3, examples with their
-right answers stand before the prompt, with two newlines between. Not here:
-sources of questions (`moe_jax.data.choices`).
+right answers stand before the prompt, with two newlines between.
 """
 
 import dataclasses

@@ -5,8 +5,7 @@
 
 Parameters of the same model are copied. A dense model is upcycled, and a sparse
 one can get another number of experts, by the rules of `upcycling.py`. The
-optimizer begins anew, at step 0. Not here: what low-rank adapters compute
-(`models/lora.py`), which are kept alone by `adapters.py`.
+optimizer begins anew, at step 0.
 """
 
 from moe_jax.finetuning.matching import plan

@@ -3,7 +3,7 @@
 The folder has `adapter.safetensors`, the factors by name, and `adapter.json`,
 with the options of the adapter and the sha256 of the base that it was trained
 on. An adapter is read back onto parameters of that digest alone, and if neither
-file has changed. Not here: what adapters compute (`models/lora.py`).
+file has changed.
 """
 
 import dataclasses

@@ -4,8 +4,7 @@ Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906: in each layer
 the fewest experts whose shares of the use reach p. The use of an expert is its
 mean gate, or the share of choices that fall on it. Unlike in the paper, means
 are over all tokens of packed rows, not first over those of each sample, and
-shares of gates are of the sum of a layer's gates. Not here: training of the
-chosen experts alone (`training/chosen_experts.py`).
+shares of gates are of the sum of a layer's gates.
 """
 
 import functools

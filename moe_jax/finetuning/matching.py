@@ -1,7 +1,4 @@
-"""Matching of a model's parameters with those of another model.
-
-Not here: the computation of the new arrays (`upcycling.py`).
-"""
+"""Matching of a model's parameters with those of another model."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,4 @@
-"""The state of another run's optimizer, with which a run can begin.
-
-Not here: parameters of another run (`start.py`).
-"""
+"""The state of another run's optimizer, with which a run can begin."""
 
 import itertools
 import pathlib

@@ -1,7 +1,4 @@
-"""Reading and converting of the parameters that `config.init_from` names.
-
-Not here: the matching of parameters (`matching.py`).
-"""
+"""Reading and converting of the parameters that `config.init_from` names."""
 
 import dataclasses
 import pathlib

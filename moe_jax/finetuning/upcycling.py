@@ -14,9 +14,6 @@ With room for every token and without noise, the new model computes
   With the same K a token meets copies of fewer experts, each with 1/n of its
   raw gate;
 - with fewer experts: another function.
-
-Not here: the matching of parameters (`matching.py`), and reading the other run
-(`start.py`).
 """
 
 import collections

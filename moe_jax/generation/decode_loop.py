@@ -1,8 +1,4 @@
-"""Generation token by token: one compiled loop around a cache.
-
-Not here: beams (`beams.py`), and the model and tokenizer of a run
-(`trained_run.py`).
-"""
+"""Generation token by token: one compiled loop around a cache."""
 
 import functools
 from collections.abc import Callable, Sequence

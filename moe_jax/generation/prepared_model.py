@@ -1,7 +1,4 @@
-"""Preparation of a model for generation, and of its cache.
-
-Not here: the layout of parameters in generation (`moe_jax.models.decoding`).
-"""
+"""Preparation of a model for generation, and of its cache."""
 
 import functools
 from typing import Any

@@ -1,8 +1,7 @@
 """The choices of experts for text that a model has generated.
 
 The model reads prompt and new tokens once more in the same steps, by which its
-choices are those of the generation. Not here: generation (`decode_loop.py`),
-and files of choices (`moe_jax.analysis.traces`).
+choices are those of the generation.
 """
 
 import functools

@@ -1,7 +1,6 @@
 """Choice of the next token from logits: greedy, temperature, top-k, top-p.
 
-Pure functions on float32 logits. Not here: the loop (`decode_loop.py`), and
-beams (`beams.py`).
+Pure functions on float32 logits.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""Loading of a run for generation: model, parameters, tokenizer.
-
-Not here: the command line (`moe_jax.generate`).
-"""
+"""Loading of a run for generation: model, parameters, tokenizer."""
 
 import os
 import pathlib

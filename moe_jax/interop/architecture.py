@@ -1,7 +1,4 @@
-"""The description of an architecture of transformers.
-
-Not here: the architectures, each in its own file.
-"""
+"""The description of an architecture of transformers."""
 
 import dataclasses
 import pathlib

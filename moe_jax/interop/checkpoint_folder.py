@@ -1,7 +1,4 @@
-"""The config.json of a Hugging Face checkpoint, read and checked.
-
-Not here: downloads (`hub.py`), and reading of parameters (`loading.py`).
-"""
+"""The config.json of a Hugging Face checkpoint, read and checked."""
 
 import dataclasses
 import pathlib

@@ -1,8 +1,7 @@
 """The keys of a checkpoint's config.json, each of which is used or refused.
 
 Every architecture sorts the keys that its `config.json` may have by how they
-are treated; an unknown key is an error. Not here: the options of our models for
-these values (`mixtral.py` and its siblings).
+are treated; an unknown key is an error.
 """
 
 import dataclasses

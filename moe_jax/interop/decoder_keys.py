@@ -1,8 +1,7 @@
 """Keys of config.json that many of transformers' decoders share.
 
 These decoders have pre-norm blocks with root mean square norms, rotary
-positions, grouped keys and gated feed-forwards, and drop no token. Not here:
-further keys of an architecture (`mixtral.py` and its siblings).
+positions, grouped keys and gated feed-forwards, and drop no token.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """Keys of config.json and names of tensors that DeepSeek-V2 and V3 share.
 
 Latent attention, leading dense layers, groups of experts and shared experts.
-Not here: gates and choices (`deepseek_v2.py`, `deepseek_v3.py`).
 """
 
 import dataclasses

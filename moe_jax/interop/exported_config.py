@@ -1,7 +1,7 @@
 """The config.json of a model that is written for transformers.
 
 It finds the architecture that computes the same function, or else says how the
-nearest one differs. Not here: the tensors (`saving.py`).
+nearest one differs.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""A run's tokenizer as files from which transformers encodes texts equally.
-
-Not here: the files that came with an imported checkpoint (`export_run.py`).
-"""
+"""A run's tokenizer as files from which transformers encodes texts equally."""
 
 import json
 import pathlib

@@ -1,8 +1,4 @@
-"""Import of a checkpoint as a run's folder, which can be trained further.
-
-Not here: the files in that folder (`runs/new_run.py`), and export
-(`export_run.py`).
-"""
+"""Import of a checkpoint as a run's folder, which can be trained further."""
 
 import dataclasses
 import os

@@ -2,7 +2,6 @@
 
 Besides finished arrays, the host holds about as much as the checkpoint's
 largest tensor, whatever the size of the model and of its stacked parameters.
-Not here: the tensors that belong to a variable (`mapping.py`).
 """
 
 import dataclasses

@@ -2,8 +2,7 @@
 
 Our variables are parameters and the state of routers. They stack all layers and
 experts; a checkpoint has a tensor for each. An architecture has a table from
-the path of our variable in a layer to names of tensors. Not here: the tables
-(`mixtral.py` and its siblings), and reading of tensors (`loading.py`).
+the path of our variable in a layer to names of tensors.
 """
 
 import dataclasses

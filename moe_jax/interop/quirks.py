@@ -1,8 +1,7 @@
 """Peculiarities of transformers' models, as kinds for a config.
 
 The config of an imported run names them, 'moe_jax.interop.quirks:ServedByRank',
-so they also apply to its training, generation and export. Not here: the
-peculiarities of each checkpoint (`mixtral.py` and its siblings).
+so they also apply to its training, generation and export.
 """
 
 import dataclasses

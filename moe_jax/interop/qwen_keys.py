@@ -1,7 +1,7 @@
 """Keys of config.json that Qwen2-MoE and Qwen3-MoE share.
 
 The keys decide the sparse layers, the width of experts, and the width of
-windows. Not here: the architectures (`qwen2_moe.py`, `qwen3_moe.py`).
+windows.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 transformers 5 has one object, `rope_parameters`; version 4 had `rope_scaling`,
 `rope_theta` and `partial_rotary_factor`. All are read, the object's values
-first, and the object is written. Not here: other keys (`decoder_keys.py`).
+first, and the object is written.
 """
 
 import dataclasses

@@ -1,8 +1,4 @@
-"""Writing of a model and its variables as a folder for transformers.
-
-Not here: its config.json (`exported_config.py`), or a run's folder and its
-tokenizer (`export_run.py`).
-"""
+"""Writing of a model and its variables as a folder for transformers."""
 
 import functools
 import json

@@ -1,8 +1,7 @@
 """Reading of a checkpoint's tensors by name, a slice at a time.
 
 Files are safetensors, or PyTorch's older files, which are read by its
-weights-only loader, so that no code is unpickled. Not here: the parameters to
-which tensors belong (`mapping.py`), and writing (`saving.py`).
+weights-only loader, so that no code is unpickled.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""The key `layer_types` of config.json: layers with and without a window.
-
-Not here: the window, whose keys differ (`gpt_oss.py`, `qwen_keys.py`).
-"""
+"""The key `layer_types` of config.json: layers with and without a window."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

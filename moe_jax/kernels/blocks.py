@@ -4,9 +4,6 @@ The loop's trip counts are dynamic, so neither unused experts nor padding cost
 anything, and an expert's kernel is sliced out once, however many blocks it
 multiplies. An expert's first block has the fewest rows that leave a whole
 number of full blocks behind it; it alone reaches into its neighbours' rows.
-
-Not here: the gradient (`grouped_products.py`), or the feed-forward layer that
-shares the loop (`blocks_ffn.py`).
 """
 
 from collections.abc import Callable

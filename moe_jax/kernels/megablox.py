@@ -1,8 +1,7 @@
 """The grouped products as JAX's Pallas kernels for TPU, named megablox.
 
 The kernels follow MegaBlocks (https://arxiv.org/abs/2211.15841). On a CPU
-they are interpreted, which is correct but slow. Not here: the gradient
-(`grouped_products.py`).
+they are interpreted, which is correct but slow.
 """
 
 import functools

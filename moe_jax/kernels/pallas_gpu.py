@@ -6,10 +6,6 @@ leave unused end at once. Both kernels walk tiles of the result in bands, so
 that programs that run at the same time share their operands in the cache.
 
 On a CPU the same kernels are interpreted, slowly, for tests.
-
-Not here: the gradient (`grouped_products.py`), or partitioning: the compiler
-gathers a kernel's operands under `jit` over several devices, so call it on
-each.
 """
 
 import functools

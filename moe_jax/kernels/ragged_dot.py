@@ -1,7 +1,7 @@
 """The grouped products as XLA's own `ragged_dot`: for any platform.
 
 Its cost depends on the platform: where XLA has no kernel for it, every row is
-multiplied by every expert. Not here: the gradient (`grouped_products.py`).
+multiplied by every expert.
 """
 
 import jax

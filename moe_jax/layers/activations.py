@@ -1,7 +1,4 @@
-"""The activations of feed-forward layers and of experts.
-
-Not here: the layers (`ffn.py`).
-"""
+"""The activations of feed-forward layers and of experts."""
 
 import functools
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""The options of a sparse layer: its router, its experts and what joins them.
-
-Not here: the layer itself (`moe.py`).
-"""
+"""Options of a sparse layer: its router, its experts and what joins them."""
 
 import dataclasses
 from collections.abc import Iterator

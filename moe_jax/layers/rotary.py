@@ -1,8 +1,4 @@
-"""Rotary positions: queries and keys turn by their position.
-
-Not here: how fast they turn in long texts (`rotary_scaling.py`), and other
-kinds of positions (`positions.py`).
-"""
+"""Rotary positions: queries and keys turn by their position."""
 
 import jax.numpy as jnp
 

@@ -2,7 +2,7 @@
 
 Texts longer than those of the first training turn by other angles, by YaRN
 (https://arxiv.org/abs/2309.00071) or LongRoPE
-(https://arxiv.org/abs/2402.13753). Not here: the rotation (`rotary.py`).
+(https://arxiv.org/abs/2402.13753).
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """The settings that all layers of a model share.
 
 They are numerics, biases, depth and sharding; one object of them is passed to
-every module. Not here: the boxes that parameters are in (`parameters.py`), or
-the options of one layer.
+every module.
 """
 
 import dataclasses

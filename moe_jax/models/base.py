@@ -1,8 +1,7 @@
 """The contract of models: methods that every model's module offers.
 
 Training, generation, analysis and imports use nothing else of a model, and
-never compare its kind or class. Not here: the options that build the module
-(`model_options.py`), and the list of kinds (`kinds.py`).
+never compare its kind or class.
 """
 
 from collections.abc import Mapping

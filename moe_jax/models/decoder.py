@@ -1,7 +1,7 @@
 """The decoder-only Transformer: GLaM, Mixtral, OpenMoE, Switch-style LMs.
 
 https://arxiv.org/abs/2112.06905, https://arxiv.org/abs/2401.04088,
-https://arxiv.org/abs/2402.01739. Not here: generation (`moe_jax.generation`).
+https://arxiv.org/abs/2402.01739.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The embeddings of tokens, and the logits of the next token.
 
 Where embeddings are tied, one table serves both; the halves of an
-encoder-decoder share it. Not here: the layers between (`stack.py`).
+encoder-decoder share it.
 """
 
 import dataclasses

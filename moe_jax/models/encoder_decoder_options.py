@@ -1,7 +1,4 @@
-"""The options of encoder-decoders: those of a decoder, and encoder overrides.
-
-Not here: the module that they build (`encoder_decoder.py`).
-"""
+"""Options of encoder-decoders: those of a decoder, and encoder overrides."""
 
 import dataclasses
 import functools

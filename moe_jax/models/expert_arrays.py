@@ -2,7 +2,7 @@
 
 Merging, pruning and exports read a model layer by layer and build one with
 fewer experts, or with copies. Arrays are told apart by roles and axes, never by
-names. Not here: which experts stay (`moe_jax.compression`).
+names.
 """
 
 import dataclasses

@@ -9,9 +9,6 @@ before it from the factors, so no layer knows of them. The gradient of a whole
 adapted kernel is therefore computed on the way to that of its factors: adapters
 save the state of the optimizer, and the gradients of kernels without adapters,
 but not the products and the memory of adapted kernels' gradients.
-
-Not here: which parameters train (`training/programs.py`), and adapters in
-files of their own (`finetuning/adapters.py`).
 """
 
 import dataclasses

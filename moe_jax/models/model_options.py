@@ -1,7 +1,4 @@
-"""The contract of a model's options, which describe a model and build it.
-
-Not here: the module (`base.py`), and the list of kinds (`kinds.py`).
-"""
+"""The contract of a model's options, which describe a model and build it."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Patterns of sparse layers, and the loops that a stack becomes by them.
 
 A loop's body is compiled once, so compile time follows the number of distinct
-layers, not L. Not here: the loops themselves (`stack.py`).
+layers, not L.
 """
 
 from collections.abc import Collection, Hashable

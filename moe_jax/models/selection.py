@@ -1,9 +1,6 @@
 """Parts of a model by name: expressions over the roles of its parameters.
 
-    names_of('all - embeddings', roles)
-
-Not here: what is done with the parameters that an expression selects
-(`training/trainable.py`, `models/lora.py`).
+names_of('all - embeddings', roles)
 """
 
 import dataclasses

@@ -1,8 +1,6 @@
 """A stack of blocks: the middle of a decoder, and each half of a T5.
 
 Layers with the same pattern are one loop, so compile time does not follow L.
-Not here: embeddings and logits (`embeddings.py`), and where a layer's
-parameters are in the loops (`layer_trees.py`).
 """
 
 import dataclasses

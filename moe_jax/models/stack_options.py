@@ -1,7 +1,4 @@
-"""The options of a stack of Transformer blocks.
-
-Not here: those that all layers of models of text have (`text_options.py`).
-"""
+"""The options of a stack of Transformer blocks."""
 
 import dataclasses
 from collections.abc import Iterator

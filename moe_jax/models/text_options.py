@@ -1,8 +1,4 @@
-"""The options that all models of text have: those of layers and of tables.
-
-Not here: the options of one layer (`moe_jax.layers`), and the modules that they
-build (`transformer.py`, `lstm_lm.py`).
-"""
+"""The options that all models of text have: those of layers and of tables."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,8 +1,4 @@
-"""The base of models of stacks of blocks, and their decoding steps.
-
-Not here: a stack itself (`stack.py`), and which stacks a model has
-(`decoder.py`, `encoder_decoder.py`).
-"""
+"""The base of models of stacks of blocks, and their decoding steps."""
 
 from collections.abc import Mapping
 from typing import Any, Self

@@ -1,7 +1,4 @@
-"""The options of Transformers, and the stacks that they make.
-
-Not here: the options of an encoder (`encoder_decoder_options.py`).
-"""
+"""The options of Transformers, and the stacks that they make."""
 
 import dataclasses
 from collections.abc import Iterator

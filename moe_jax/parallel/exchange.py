@@ -3,8 +3,7 @@
 GShard, https://arxiv.org/abs/2006.16668, section 3.2. Groups are split over
 some mesh axes and experts over others; a row is filled on the device of its
 group, and multiplied on that of its expert. Rows are `[E, R, M]`, R for each
-expert. Not here: where groups and experts are (`layout.py`), rows without slots
-(`ragged.py`), and how tokens become rows (`moe_jax.dispatch`).
+expert.
 """
 
 import dataclasses

@@ -1,8 +1,4 @@
-"""Exchanges of rows sorted by expert: each device gets those of its experts.
-
-Not here: the movement of ragged rows (`ragged.py`), the schedule along a ring
-(`schedule.py`), and rows in slots (`exchange.py`).
-"""
+"""Exchanges of rows sorted by expert: each device gets those of its experts."""
 
 import dataclasses
 from collections.abc import Callable

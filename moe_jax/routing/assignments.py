@@ -2,7 +2,7 @@
 
 A router turns logits into one `Routing`, or, where experts choose tokens, one
 `SlotRouting`. Both offer the same methods, so that no dispatcher asks which it
-has. Not here: any router, or how tokens move (`moe_jax.dispatch`).
+has.
 """
 
 import dataclasses

@@ -1,9 +1,7 @@
 """Balancing without a loss: a bias on each expert's score, moved by its load.
 
 Loss-Free Balancing, https://arxiv.org/abs/2408.15664. The bias decides who is
-chosen and never what a choice weighs, so it has no gradient. Not here: where
-the bias is kept (the collection `router_state`), and when it is updated
-(`moe_jax.training.step`).
+chosen and never what a choice weighs, so it has no gradient.
 """
 
 import jax

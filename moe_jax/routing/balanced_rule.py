@@ -1,8 +1,4 @@
-"""Even choices that no logit made, for measurements of speed.
-
-Not here: where the key comes from, and which layers are given such choices
-(`moe_jax.layers.imposed`).
-"""
+"""Even choices that no logit made, for measurements of speed."""
 
 import jax.numpy as jnp
 

@@ -2,7 +2,7 @@
 
 https://arxiv.org/abs/2202.09368. Every expert is equally busy, and a token has
 as many experts as pick it, or none. The picks depend on all tokens of the
-group: not causal. Not here: the paper's capped variant.
+group: not causal.
 """
 
 import jax

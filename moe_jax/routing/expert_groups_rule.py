@@ -4,8 +4,7 @@ The experts of a group have consecutive numbers, as those on one device or one
 node have. Each token chooses among the experts of its best groups alone.
 DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.2.2) rates a group by
 the best of its scores, DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section
-2.1.2) by the sum of its two best ones. Not here: the scores, and what a choice
-weighs (`balance_bias.py`, `token_choice_rule.py`).
+2.1.2) by the sum of its two best ones.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,6 @@
 
 Hash layers, random routing and routers of two levels make such choices, and so
 does whoever imposes choices on a router: a recorded routing, or a balanced one.
-Not here: choices by logits (`token_choice_rule.py`), which queue likewise.
 """
 
 import functools

@@ -2,8 +2,7 @@
 
 https://arxiv.org/abs/2106.04426. Nothing is learned and nothing balanced: an
 id that is common makes its experts busy. The paper keeps random tables; here a
-hash function stands for a table of any size. Not here: its balanced and
-clustered tables, which are computed from a corpus.
+hash function stands for a table of any size.
 """
 
 import jax.numpy as jnp

@@ -3,8 +3,7 @@
 https://arxiv.org/abs/1701.06538. A primary gate chooses among a branches, and
 each branch's own gate among its b experts: expert i * b + j is expert j of
 branch i. The result is a `Routing` over all experts, whose gates are products
-of both levels' gates; any dispatcher takes it. Not here: where logits come from
-(`moe_jax.layers.routers.hierarchical`).
+of both levels' gates; any dispatcher takes it.
 """
 
 from collections.abc import Callable

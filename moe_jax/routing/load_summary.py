@@ -1,8 +1,4 @@
-"""Three numbers for the evenness of a load.
-
-Not here: loads inside a jitted step, which stay jax arrays; this is numpy, for
-reports.
-"""
+"""Three numbers for the evenness of a load."""
 
 import numpy as np
 from jaxtyping import Num

@@ -1,7 +1,7 @@
 """Random routing: every token has K experts drawn at random.
 
 A baseline, as in Hash layers (https://arxiv.org/abs/2106.04426): a learned
-router should do better. Not here: where the key comes from.
+router should do better.
 """
 
 import jax

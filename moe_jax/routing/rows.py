@@ -1,7 +1,7 @@
 """The token in each row of the experts, for both kinds of routing.
 
 A dispatcher puts tokens for the experts into rows: `[E, R]`, R for each expert,
-or `[N]`, sorted by expert. Not here: the movement of rows (`moe_jax.dispatch`).
+or `[N]`, sorted by expert.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,6 @@
 """Statistics of a routing: sums over real tokens, which merge by adding.
 
-The rate of dropped choices is defined here, once. Not here: the losses
-(`aux_losses.py`), and how sums become a table
-(`moe_jax.analysis.routing_report`).
+The rate of dropped choices is defined here, once.
 """
 
 from collections.abc import Iterable

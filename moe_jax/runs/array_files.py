@@ -1,8 +1,4 @@
-"""The files of a checkpoint's arrays, which Orbax writes and reads.
-
-Not here: when they are written (`checkpointer.py`), and the manifest that
-completes a checkpoint (`manifest.py`).
-"""
+"""The files of a checkpoint's arrays, which Orbax writes and reads."""
 
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""Options of a run's checkpoints: folder, period, and how many are kept.
-
-Not here: how they are written (`checkpointer.py`) and deleted (`retention.py`).
-"""
+"""Options of a run's checkpoints: folder, period, and how many are kept."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,9 +1,4 @@
-"""Checkpoints of a train state: asynchronous, verified, resumable bit for bit.
-
-Not here: how arrays are written and read (`array_files.py`), what a good
-checkpoint is (`manifest.py`), which are kept (`retention.py`), and when a run
-saves (`training/loop.py`).
-"""
+"""Checkpoints of a train state: asynchronous, verified, bit for bit."""
 
 import concurrent.futures
 import contextlib

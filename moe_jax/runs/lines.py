@@ -1,7 +1,4 @@
-"""Messages between processes: lines of JSON over TCP.
-
-Not here: the messages themselves (`watchdog.py`).
-"""
+"""Messages between processes: lines of JSON over TCP."""
 
 import contextlib
 import json

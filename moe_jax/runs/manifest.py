@@ -1,8 +1,7 @@
 """The manifest of a checkpoint: a list of its files and arrays.
 
 It is a JSON file with the size and digest of every other file and a digest of
-its own, so that any flipped bit is noticed. Not here: which checkpoints exist
-and are kept (`retention.py`), and the writing of arrays (`array_files.py`).
+its own, so that any flipped bit is noticed.
 """
 
 import concurrent.futures

@@ -8,9 +8,6 @@ which `read_metrics` turns back into floats.
 
 `workdir/tensorboard` has the same numbers, but not the lists: a chart for every
 expert of every layer would bury the others. `analysis.plots` draws the lists.
-
-Not here: which metrics there are (`summary.py`), and when a row is written
-(`recorder.py`).
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The owner of a folder: a process, by its machine, number and start.
-
-Not here: how a job takes a folder and gives it back (`ownership.py`).
-"""
+"""The owner of a folder: a process, by its machine, number and start."""
 
 import contextlib
 import json

@@ -9,9 +9,6 @@ folder can be written. Readers of a run ignore both files.
 
 Two jobs that start at once take turns by `flock`, where the file system has it.
 A bucket has not: there the last of two writers wins, and the other notices it.
-
-Not here: what identifies an owner (`owner.py`), and what a workdir holds
-(`workdir.py`).
 """
 
 import contextlib

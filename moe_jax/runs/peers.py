@@ -1,7 +1,4 @@
-"""State of each process as process 0 knows it, and the reason to end a run.
-
-Not here: the messages about it, and how processes end (`watchdog.py`).
-"""
+"""State of each process as process 0 knows it, and the reason to end a run."""
 
 import dataclasses
 import time

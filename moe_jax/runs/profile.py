@@ -1,7 +1,4 @@
-"""A trace of some training steps, for TensorBoard (XProf) or Perfetto.
-
-Not here: a step's time for each part of the model (`analysis.explain_cost`).
-"""
+"""A trace of some training steps, for TensorBoard (XProf) or Perfetto."""
 
 import dataclasses
 import os

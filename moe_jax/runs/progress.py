@@ -1,7 +1,4 @@
-"""Display of a run's progress: a bar on a terminal, plain lines elsewhere.
-
-Not here: how often it is updated, and with which numbers (`recorder.py`).
-"""
+"""Display of a run's progress: a bar on a terminal, plain lines elsewhere."""
 
 import collections
 import contextlib

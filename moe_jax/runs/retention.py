@@ -7,8 +7,6 @@ folder whose name is a number is complete or does not match its manifest. A
 checkpoint that a run does not go on from becomes `<step>.aside` (`.aside2`,
 ...) and is never deleted. Only a saving run changes the directory, so others
 may read it meanwhile.
-
-Not here: the manifest (`manifest.py`), and arrays (`array_files.py`).
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Paths of storage, one line on its errors, and another try after some errors.
-
-Not here: what is tried again (`checkpointer.py`, `manifest.py`).
-"""
+"""Paths of storage, a line on its errors, and another try after some."""
 
 import errno
 import logging

@@ -1,7 +1,4 @@
-"""The numbers in a row of metrics, from sums over tokens.
-
-Not here: where rows are written (`metrics.py`).
-"""
+"""The numbers in a row of metrics, from sums over tokens."""
 
 from collections.abc import Sequence
 from typing import Any

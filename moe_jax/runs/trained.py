@@ -1,7 +1,4 @@
-"""Reading of a trained run: its options, tokenizer and parameters.
-
-Not here: how text is generated with it (`moe_jax.generation`).
-"""
+"""Reading of a trained run: its options, tokenizer and parameters."""
 
 import hashlib
 import math

@@ -7,8 +7,7 @@ failed (it reports the error), does not answer, or has not begun a new stage for
 so long that all others wait for it.
 
 JAX's own heartbeats stay on. They notice a death later, and notice neither an
-error nor an endless loop. Not here: which process counts as lost (`peers.py`),
-and the connections (`lines.py`).
+error nor an endless loop.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""A run's folder: names of its files, and the config to which it belongs.
-
-Not here: other files' contents (`checkpointer.py`, `metrics.py`), and reading
-of a trained run (`trained.py`).
-"""
+"""A run's folder: names of its files, and the config to which it belongs."""
 
 import hashlib
 import json

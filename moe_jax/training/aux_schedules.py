@@ -1,7 +1,7 @@
 """Schedules of the auxiliary losses: a factor of their weights by the step.
 
 The weights themselves are options of routers. A new schedule is one class with
-its options and its factor. Not here: the losses (`losses.py`).
+its options and its factor.
 """
 
 import dataclasses

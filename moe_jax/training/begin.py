@@ -1,8 +1,4 @@
-"""The first state of a run: from a checkpoint, given parameters, or its seed.
-
-Not here: the run (`setup.py`), and parameters of another run
-(`moe_jax.finetuning`).
-"""
+"""First state of a run: from a checkpoint, given parameters, or its seed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,7 @@
 Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
 stacked in one array, so a mask tells them apart: gradient and update of the
 others are exactly zero and their bits stay. Their gradient is computed all the
-same, and the optimizer holds state for all experts of an array. Not here: how
-experts are chosen (`finetuning/choose_experts.py`).
+same, and the optimizer holds state for all experts of an array.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Early stopping: a run ends where an evaluation no longer gets better.
 
 Its state is kept in the manifest of each checkpoint, so that a run that goes on
-counts as if it had not been broken. Not here: which number of which evaluation
-it is (`runs/checkpoint_options.py`), and the loop (`loop.py`).
+counts as if it had not been broken.
 """
 
 import dataclasses

@@ -1,8 +1,6 @@
 """The contract of kinds of evaluation, and the kind 'loss'.
 
-An evaluation has a name, a period and its own overrides of the model. Not here:
-kinds that generate or choose (`moe_jax.evaluation`), and how the entries of a
-config are checked (`evaluation_entries.py`).
+An evaluation has a name, a period and its own overrides of the model.
 """
 
 import collections

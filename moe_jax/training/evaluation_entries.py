@@ -1,7 +1,4 @@
-"""The entries of `config.evals`: their models, checks, and functions.
-
-Not here: what an evaluation measures (`evaluate.py`).
-"""
+"""The entries of `config.evals`: their models, checks, and functions."""
 
 import pathlib
 from collections.abc import Iterator, Mapping

@@ -1,8 +1,4 @@
-"""Options that name another run, whose parameters a run begins with.
-
-Not here: how they are read and converted, with more options
-(`moe_jax.finetuning`).
-"""
+"""Options that name another run, whose parameters a run begins with."""
 
 import dataclasses
 import pathlib

@@ -3,10 +3,6 @@
 The checkpoint of a step is written before the evaluations after that step, and
 what they decide is added to its manifest. So an evaluation that a signal or a
 kill cuts short costs no step, and is made up where the run goes on.
-
-Not here: the run's parts (`setup.py`) and first state (`begin.py`), what stops
-it (`signals.py`), and samples, plots and reports, which are hooks that
-`moe_jax.main` and experiments choose.
 """
 
 import contextlib

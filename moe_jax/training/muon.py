@@ -5,7 +5,7 @@ models, https://arxiv.org/abs/2502.16982. Every expert of every layer is a
 matrix of its own, however they are stacked, and the heads of a projection are
 one matrix together. Unlike in Jordan's and PyTorch's Muon, optax corrects the
 bias of the running mean, so that updates differ from theirs by about a tenth at
-steps 2 and 3, and by less later. Not here: the iteration, which is optax's.
+steps 2 and 3, and by less later.
 """
 
 import collections

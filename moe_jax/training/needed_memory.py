@@ -1,8 +1,7 @@
 """The least memory that a run needs, by arithmetic on its options.
 
 It is counted before a model is built, since with ten million layers even that
-takes minutes. Not here: the memory of the devices (`moe_jax.memory_room`), and
-the exact bytes of a run (`moe_jax.analysis.memory`).
+takes minutes.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,6 @@
 """Optimizers: their options, which make an optax transformation.
 
-A new optimizer is one class with its options and its preconditioner. Not here:
-gradient accumulation (`step.py`), and schedules (`schedules.py`).
+A new optimizer is one class with its options and its preconditioner.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""The programs of a run that devices execute, with their shardings.
-
-Not here: the run (`setup.py`), and the step itself (`step.py`).
-"""
+"""The programs of a run that devices execute, with their shardings."""
 
 import dataclasses
 import functools

@@ -3,7 +3,7 @@
 They take half the bytes of float32 moments. Rounded to the nearest, a moment
 would not move at all where its change is less than half a unit in its last
 place, as that of the second is at b2 = 0.999; rounded at random it is right on
-average. Not here: moments in float32, which are `optax.scale_by_adam`'s.
+average.
 """
 
 import zlib

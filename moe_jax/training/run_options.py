@@ -1,7 +1,4 @@
-"""The options of a run, and the rules that concern several sections.
-
-Not here: kinds of evaluation that generate or choose (`moe_jax.run_config`).
-"""
+"""The options of a run, and the rules that concern several sections."""
 
 import dataclasses
 import fnmatch

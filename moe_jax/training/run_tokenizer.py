@@ -1,7 +1,4 @@
-"""The tokenizer that a run takes in place of its config's.
-
-Not here: kinds of tokenizers (`data/tokenizers`).
-"""
+"""The tokenizer that a run takes in place of its config's."""
 
 import dataclasses
 import pathlib

@@ -1,7 +1,4 @@
-"""Options of the text sample that a run writes at its end.
-
-Not here: how the sample is drawn (`moe_jax/hooks.py`).
-"""
+"""Options of the text sample that a run writes at its end."""
 
 import dataclasses
 from typing import Self

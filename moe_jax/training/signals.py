@@ -1,7 +1,4 @@
-"""Signals that stop a run after a step or a batch: SIGTERM and Ctrl-C.
-
-Not here: the saving of the run that follows (`loop.py`).
-"""
+"""Signals that stop a run after a step or a batch: SIGTERM and Ctrl-C."""
 
 import contextlib
 import itertools

@@ -4,8 +4,7 @@
 
 A parameter that does not train has no gradient computed, no state in the
 optimizer and no share in clipping or decay, and a router that does not train
-keeps its state, such as a balancing bias. Not here: the expressions
-(`models/selection.py`), and which experts train (`chosen_experts.py`).
+keeps its state, such as a balancing bias.
 """
 
 import dataclasses

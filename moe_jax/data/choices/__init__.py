@@ -1,7 +1,6 @@
 """Sources of questions with several answers, of which one is right.
 
 To add a source, write a file with its `ChoiceSourceOptions` and list them here.
-Not here: how a model is asked (`moe_jax.evaluation.choice`).
 """
 
 from moe_jax.data.choices.choice_files import ChoiceFilesSource

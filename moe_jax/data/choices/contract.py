@@ -1,7 +1,4 @@
-"""The contract of sources of questions with several answers, one right.
-
-Not here: the sources, each in its own file.
-"""
+"""The contract of sources of questions with several answers, one right."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

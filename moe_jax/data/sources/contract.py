@@ -2,8 +2,7 @@
 
 A source's options open it in one or more of these forms; a task reads one.
 Each form has two splits, 'train' and 'validation', and an identity that
-changes with their content. Not here: tokens (`moe_jax.data.store`) and rows of
-batches (`moe_jax.data.tasks`).
+changes with their content.
 """
 
 import dataclasses

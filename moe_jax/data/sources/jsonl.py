@@ -2,8 +2,7 @@
 
 A line has `inputs` and `targets`, or the `messages` of a conversation: objects
 with a `role` ('system', 'user' or 'assistant') and its `content`; an answer of
-`weight` 0 is not learned. Not here: templates of imported models
-(`moe_jax.data.tokenizers.chat`).
+`weight` 0 is not learned.
 """
 
 import dataclasses

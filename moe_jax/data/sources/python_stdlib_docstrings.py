@@ -1,7 +1,6 @@
 """Functions of the running Python's standard library and their docstrings.
 
-TFDS prepares the pairs in the cache, once for each Python. Not here: the source
-files (`python_stdlib.py`).
+TFDS prepares the pairs in the cache, once for each Python.
 """
 
 import ast

@@ -1,7 +1,4 @@
-"""Datasets of TFDS: texts, or pairs of texts.
-
-Not here: how a dataset is prepared and read (`tfds_reader.py`).
-"""
+"""Datasets of TFDS: texts, or pairs of texts."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

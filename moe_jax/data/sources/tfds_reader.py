@@ -1,7 +1,4 @@
-"""Reading of TFDS datasets, and preparation of our own.
-
-Not here: which features of a dataset make a source (`tfds.py`).
-"""
+"""Reading of TFDS datasets, and preparation of our own."""
 
 import contextlib
 import functools

@@ -1,8 +1,4 @@
-"""The contract of tasks, which make rows of batches from a source.
-
-Not here: the tasks, each in its own file, and batches
-(`moe_jax.data.pipeline`).
-"""
+"""The contract of tasks, which make rows of batches from a source."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

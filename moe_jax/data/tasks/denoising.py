@@ -1,8 +1,4 @@
-"""Rows of examples from windows of documents.
-
-Not here: how a window becomes inputs and targets (`span_corruption.py`,
-`prefix_lm.py`, `ul2.py`).
-"""
+"""Rows of examples from windows of documents."""
 
 import abc
 

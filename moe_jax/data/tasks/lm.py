@@ -1,7 +1,4 @@
-"""Language modelling: predict each next token of a stream of documents.
-
-Not here: how the stream is cut into rows (`moe_jax.data.packing`).
-"""
+"""Language modelling: predict each next token of a stream of documents."""
 
 import dataclasses
 

@@ -1,8 +1,7 @@
 """Prefix language modelling: given the beginning of a text, predict the rest.
 
 T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
-S-denoiser of UL2 (https://arxiv.org/abs/2205.05131). Not here: how windows are
-cut from documents (`denoising.py`).
+S-denoiser of UL2 (https://arxiv.org/abs/2205.05131).
 """
 
 import dataclasses

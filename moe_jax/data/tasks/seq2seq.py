@@ -1,7 +1,4 @@
-"""Rows of pairs: given the inputs, predict the targets.
-
-Not here: sources of pairs (`moe_jax.data.sources`).
-"""
+"""Rows of pairs: given the inputs, predict the targets."""
 
 import dataclasses
 from typing import cast

@@ -1,7 +1,6 @@
 """Span corruption: predict the spans that were cut out of a text.
 
-T5 (https://arxiv.org/abs/1910.10683), sections 3.1.4 and 3.3.4. Not here: how
-windows are cut from documents (`denoising.py`).
+T5 (https://arxiv.org/abs/1910.10683), sections 3.1.4 and 3.3.4.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""UL2's mixture of denoisers (https://arxiv.org/abs/2205.05131).
-
-Not here: the denoisers themselves (`span_corruption.py`, `prefix_lm.py`).
-"""
+"""UL2's mixture of denoisers (https://arxiv.org/abs/2205.05131)."""
 
 import dataclasses
 import functools

@@ -1,8 +1,4 @@
-"""Ids that a task adds to a tokenizer's own: EOS, sentinels, mode tokens.
-
-Not here: the use of the ids in a task (`data/tasks/span_corruption.py`,
-`data/tasks/ul2.py`).
-"""
+"""Ids that a task adds to a tokenizer's own: EOS, sentinels, mode tokens."""
 
 import itertools
 import re

@@ -1,8 +1,4 @@
-"""A Hugging Face `tokenizers` model, with the special tokens of its folder.
-
-Not here: reading of special tokens (`special_tokens.py`), the text of
-conversations (`chat.py`), and training of a tokenizer.
-"""
+"""A Hugging Face `tokenizers` model, with the special tokens of its folder."""
 
 import dataclasses
 import json

@@ -1,7 +1,6 @@
 """SentencePiece models: unigram and BPE, with the library that defines them.
 
-https://arxiv.org/abs/1808.06226. Not here: how a file is found
-(`tokenizer_files.py`), and training (`trained_tokenizer.py`).
+https://arxiv.org/abs/1808.06226.
 """
 
 import base64

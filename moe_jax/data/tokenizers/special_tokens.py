@@ -1,7 +1,6 @@
 """Special tokens and chat template of a model's folder.
 
 The files are those that Hugging Face libraries write beside `tokenizer.json`.
-Not here: the tokenizer itself (`json_tokenizer.py`).
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""Tokenizers that are there already: of a run, or in files of other libraries.
-
-Not here: a Hugging Face model's own tokenizer (`json_tokenizer.py`).
-"""
+"""Tokenizers that are there: of a run, or in files of other libraries."""
 
 import dataclasses
 import os

@@ -1,10 +1,4 @@
-"""Multi-head and grouped-query attention: self-attention and cross-attention.
-
-Not here: its options (`attention_options.py`), norms of queries and keys
-(`projected.py`), scores, softmax and their fused forms (`dot_product.py`),
-positions (`layers/positions.py`), and the cache between decoding steps
-(`cache.py`).
-"""
+"""Multi-head and grouped-query attention, of a sequence to itself or others."""
 
 from typing import TypeVar, cast
 

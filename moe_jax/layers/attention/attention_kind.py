@@ -1,7 +1,4 @@
-"""The contract of the kinds of attention, and the options that all have.
-
-Not here: the kinds (`attention_options.py`, `latent.py`).
-"""
+"""The contract of the kinds of attention, and the options that all have."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""The options of attention whose heads have keys and values of their own.
-
-Not here: multi-head latent attention (`latent.py`).
-"""
+"""The options of attention whose heads have keys and values of their own."""
 
 import dataclasses
 from collections.abc import Iterator

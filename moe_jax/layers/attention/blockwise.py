@@ -4,8 +4,7 @@ Each block of queries meets the keys that it may see alone, so that a causal
 layer computes about half of the scores. Kept for the backward pass are the
 output and two numbers for each query; scores are computed again, as in
 FlashAttention (https://arxiv.org/abs/2205.14135). Unlike there, a block of
-queries meets all its keys at once. Not here: the choice of an implementation
-(`dot_product.py`).
+queries meets all its keys at once.
 """
 
 import functools

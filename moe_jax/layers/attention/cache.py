@@ -4,8 +4,7 @@ All rows append at the same slot, so that a step writes one slice in place;
 rows of different length are padded in front. A layer whose tokens see a window
 keeps as many slots, and the newest token takes the place of the oldest. Where
 layers are a loop, they share an array; else each has its own, which XLA's CPU
-compiler reads without a copy. Not here: attention, which fills it
-(`attention.py`), or generation (`moe_jax.generation`).
+compiler reads without a copy.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,4 @@
-"""Scaled dot-product attention within segments, fused if the platform can.
-
-Not here: projections and positions (`attention.py`, `layers/positions.py`),
-masks (`keys.py`), the CPU's (`blockwise.py`) and the TPU's kernel
-(`splash.py`).
-"""
+"""Scaled dot-product attention within segments, fused if the platform can."""
 
 import functools
 from collections.abc import Callable

@@ -3,8 +3,7 @@
 Source: section 2.1 of arXiv:2405.04434 (DeepSeek-V2). A cache keeps the vector
 and one rotated key that all heads share, and a generated token attends to them
 without expanding them: its query goes through the kernel of the keys, and the
-weighted sum of vectors through that of the values. Not here: scores and softmax
-(`dot_product.py`).
+weighted sum of vectors through that of the values.
 """
 
 import dataclasses

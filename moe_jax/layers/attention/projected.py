@@ -1,7 +1,7 @@
 """Queries, keys and values behind their projections: norms and clipping.
 
 Keys and values of an encoder's output, which a decoder's cache keeps, are
-computed here too. Not here: attention itself (`attention.py`).
+computed here too.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 DeepSeekMoE (https://arxiv.org/abs/2401.06066, section 3.2). It is a dense layer
 whose output is added to that of the chosen experts, so several shared experts
-are one of their widths together. Not here: experts that tokens choose.
+are one of their widths together.
 """
 
 import dataclasses

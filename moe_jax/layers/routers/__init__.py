@@ -1,7 +1,4 @@
-"""The routers: one file each, and the list of them that configs choose from.
-
-Not here: the pure rules, from logits to a routing (`moe_jax.routing`).
-"""
+"""The routers: one file each, and the list of them that configs choose from."""
 
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.routers.expert_choice import ExpertChoice

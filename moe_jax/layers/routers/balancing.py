@@ -1,7 +1,6 @@
 """Options that keep loads even: weights of losses, and a bias without a loss.
 
-Each class is a part of the options of the routers that have it. Not here: the
-losses themselves (`moe_jax.routing.aux_losses`).
+Each class is a part of the options of the routers that have it.
 """
 
 import dataclasses

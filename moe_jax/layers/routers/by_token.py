@@ -1,7 +1,4 @@
-"""Options, queues and losses of routers in which tokens choose experts.
-
-Not here: how tokens choose, which is in each router's own file.
-"""
+"""Options, queues and losses of routers in which tokens choose experts."""
 
 import dataclasses
 import functools

@@ -1,7 +1,4 @@
-"""The sizes of a sparse layer that its router knows, and tied columns.
-
-Not here: the options that they come from (`layers/moe.py`).
-"""
+"""The sizes of a sparse layer that its router knows, and tied columns."""
 
 import dataclasses
 import functools
