@@ -26,6 +26,37 @@ PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 # The last commit that reads folders whose config has the keys from before
 # options were dataclasses.
 _LAST_OF_EARLIER = '7875f9b'
+# Options that are gone, with the value at which they meant nothing; None is for
+# the section of a kind that is gone, which means nothing unless it was chosen.
+_GONE: dict[str, Any] = {
+  'data.source.cipher': None,
+  'data.source.digits': None,
+  'data.source.kv_recall': None,
+  'data.source.npz': None,
+  'data.source.tfds.image_feature': 'image',
+  'data.source.tfds.label_feature': 'label',
+  'data.source.tfds.max_shift': 4,
+  'data.source.vowels': None,
+  'model.adaptive': None,
+  'model.deep_moe': None,
+  'model.feature_shape': [],
+  'model.moe.dispatch.dropless.shadowing.rule': 'algorithm_1',
+  'model.moe.dispatch.einsum.shadowing.rule': 'algorithm_1',
+  'model.moe.dispatch.gather.shadowing.rule': 'algorithm_1',
+  'model.moe.dispatch.sorted.shadowing.rule': 'algorithm_1',
+  'model.moe.expert.format.group_size': 0,
+  'model.moe.expert.format.symmetric': False,
+  'model.moe.router.topology.limit_by': 'fraction',
+  'model.moe.router.topology.local_gb_per_second': 15.75,
+  'model.moe.router.topology.network_gb_per_second': 6.25,
+  'model.moe.router.topology.variant': 'published',
+  'model.numerics.kernels.group_size': 0,
+  'model.numerics.kernels.name': '',
+  'model.numerics.kernels.num_codes': 0,
+  'model.numerics.kernels.symmetric': False,
+  'trace.num_steps': 0,
+  'trace.start_step': 1,
+}
 
 
 def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -175,7 +206,7 @@ def check_unedited(folder: pathlib.Path) -> None:
   versions, which wrote no sum, are taken as they are.
   """
   path = folder / CONFIG_SHA256
-  found = _sha256(_text(kept_config(folder)))
+  found = _sha256(_text(_json(folder / CONFIG)))
   if path.exists() and path.read_bytes().strip() != found.encode():
     raise InputError(
       f'{folder / CONFIG} has changed since the run wrote it: its values have '
@@ -242,7 +273,24 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
       f'names. Commit {_LAST_OF_EARLIER} is the last that reads it: use that, '
       'or train again in another folder'
     )
+  for name, usual in _GONE.items():
+    _forget(config, name.split('.'), usual)
   return config
+
+
+def _forget(section: dict[str, Any], path: list[str], usual: Any) -> None:
+  """Removes an option that is gone, and a section that has no other.
+
+  One with another value stays, and is refused by its name where it is read.
+  """
+  name, *rest = path
+  value = section.get(name)
+  if rest and isinstance(value, dict):
+    _forget(value, rest, usual)
+    if not value:
+      del section[name]
+  elif not rest and name in section and (usual is None or value == usual):
+    del section[name]
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

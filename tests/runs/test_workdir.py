@@ -99,3 +99,21 @@ def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
   other = merge(config, {'seed': 1})
   with pytest.raises(ValueError, match='seed: 0 -> 1'):
     workdir.check(tmp_path, other, defaults=defaults)
+
+
+def test_options_that_are_gone_are_left_out_where_they_meant_nothing(tmp_path):
+  config, gone = tiny.config(), {'max_shift': 4, 'label_feature': 'label'}
+  earlier = merge(config, {}).to_dict()
+  earlier['model'] |= {'adaptive': {'num_experts': 4}, 'feature_shape': []}
+  earlier['model']['numerics']['kernels'] = {'name': '', 'group_size': 0}
+  earlier['data']['source']['tfds'] |= gone
+  workdir.claim(tmp_path, earlier)
+  workdir.check(tmp_path, config)
+  workdir.check_unedited(tmp_path)
+  assert not sections.difference(workdir.kept_config(tmp_path), config)
+  earlier['data']['source']['tfds']['max_shift'] = 5
+  workdir.claim(tmp_path, earlier)
+  with pytest.raises(
+    ValueError, match=r'data\.source\.tfds\.max_shift: 5 -> N'
+  ):
+    workdir.check(tmp_path, config)
