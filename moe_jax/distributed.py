@@ -1,8 +1,6 @@
 """Several processes as one run: start-up, rows of each, values on the host.
 
-Every process runs the same program, on JAX's own multi-controller runtime. Not
-here: the mesh (`device_mesh.py`), and how all processes end when one is lost
-(`runs/watchdog.py`).
+Every process runs the same program, on JAX's own multi-controller runtime.
 """
 
 import contextlib

@@ -10,8 +10,7 @@
 | L | layers | V | vocabulary |
 
 R is the number of rows that an expert multiplies (G*C). A type `Float32`
-requires float32 whatever the model's dtype is; `Float` takes any width. Not
-here: checks of arguments against these types (`shape_checks.py`).
+requires float32 whatever the model's dtype is; `Float` takes any width.
 """
 
 from typing import Any

@@ -3,8 +3,7 @@
 The model of https://github.com/karpathy/nanoGPT at the size of its CPU recipe,
 `configs/shakespeare_dense.py`: blocks with the norms first, GELU, learned
 positions, tied embeddings and no biases; PyTorch's fused attention and AdamW.
-Random characters, since a dense step costs the same whatever the text is. Not
-here: our own step (`train_step_programs.py`), and how both are timed.
+Random characters, since a dense step costs the same whatever the text is.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,7 @@
 """Loss and drops of rows that a model reads token by token, as in generation.
 
 The tokens that all rows read in one step are one group: with a capacity they
-compete for slots with each other, not with other tokens of their rows. Not
-here: generation, which gives all tokens room (`moe_jax.generation`).
+compete for slots with each other, not with other tokens of their rows.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """Bytes that a model needs, by formula: weights, caches, activations, rows.
 
-Gradients, the state of an optimizer and temporary arrays are not counted. Not
-here: the memory of devices (`devices.py`).
+Gradients, the state of an optimizer and temporary arrays are not counted.
 """
 
 import dataclasses

@@ -1,9 +1,7 @@
 """Figures of a run, drawn from its rows of metrics.
 
 Figures are objects of matplotlib, never of pyplot, so that a hook may draw in
-any thread, without a display, beside the figures that a notebook has open. Not
-here: the rows (`moe_jax.runs.metrics`), tables (`routing_report.py`), and
-colours (`plot_style.py`).
+any thread, without a display, beside the figures that a notebook has open.
 """
 
 import re

@@ -1,7 +1,6 @@
 """The parts of a training step, from the scopes of its instructions.
 
-A scope is the name of a linen module, or a name from `jax.named_scope`. Not
-here: the time of an instruction (`instruction_times.py`).
+A scope is the name of a linen module, or a name from `jax.named_scope`.
 """
 
 import collections

@@ -1,7 +1,6 @@
 """Compressed streams and parquet files, read a block or a few rows at a time.
 
-Parquet and `.zst` need pyarrow, which `pip install moe_jax[data]` brings. Not
-here: what the bytes or rows mean (`document_files.py`).
+Parquet and `.zst` need pyarrow, which `pip install moe_jax[data]` brings.
 """
 
 import bz2

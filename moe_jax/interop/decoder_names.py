@@ -1,7 +1,6 @@
 """Names of tensors that many of transformers' decoders share.
 
-Every function returns a part of an architecture's table (`mapping.Names`). Not
-here: the architectures (`mixtral.py` and its siblings).
+Every function returns a part of an architecture's table (`mapping.Names`).
 """
 
 from moe_jax.interop.mapping import Name

@@ -3,8 +3,7 @@
 `'(H D) M -> M H D'` is a linear layer in PyTorch's layout, [out, in], whose
 output has H heads of width D, and our layout of it. `'E (1/2 F) M -> E M F'`
 takes block 1 of 2, the second half, of the second dimension, and
-`'E M (F 0/2) -> E M F'` every second value of the third, from the first on. Not
-here: names of tensors (`mapping.py`).
+`'E M (F 0/2) -> E M F'` every second value of the third, from the first on.
 """
 
 import dataclasses

@@ -4,8 +4,7 @@ Blocks of 32 numbers share a scale, which is a power of two (OCP Microscaling
 Formats 1.0). Files have the tensor `name` as `name_blocks`, uint8
 [E, N, M / 32, 16], two numbers a byte and the first in the lower half, and
 `name_scales`, uint8 [E, N, M / 32]. They are read as one bfloat16 tensor `name`
-[E, M, N], which holds every number exactly unless its scale is extreme. Not
-here: the architecture (`gpt_oss.py`).
+[E, M, N], which holds every number exactly unless its scale is extreme.
 """
 
 import pathlib

@@ -1,8 +1,7 @@
 """The kinds of positions by which a model can know the order of tokens.
 
 Positions rotate queries and keys (rotary), are added to embeddings (learned,
-sinusoidal), or bias the scores of attention (T5's relative positions). Not
-here: the angles of rotary positions (`rotary.py`, `rotary_scaling.py`).
+sinusoidal), or bias the scores of attention (T5's relative positions).
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """The collection `router_state`: variables of routers without gradients.
 
-`apply` reads it; a train step updates it by the loads of the whole batch. Not
-here: the update, which is each router's own (`layers/routers`).
+`apply` reads it; a train step updates it by the loads of the whole batch.
 """
 
 from typing import Any

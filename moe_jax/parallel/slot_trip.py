@@ -1,9 +1,7 @@
 """Moves tokens to experts with slots over a mesh, and sums their outputs.
 
 Each device moves its groups' tokens to rows, rows travel as an exchange says,
-experts multiply those that they have, and each device sums their outputs. Not
-here: how rows travel (`exchange.py`), and which experts are sent to all devices
-(`shadowed_experts.py`).
+experts multiply those that they have, and each device sums their outputs.
 """
 
 import dataclasses

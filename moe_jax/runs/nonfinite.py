@@ -1,8 +1,6 @@
 """Batches of steps whose loss or gradient was not finite, kept for analysis.
 
-`workdir/nonfinite/<step>.npz` has the arrays of the global batch by name. Not
-here: how such a step leaves the state as it was (`training/step.py`), and when
-it ends the run (`recorder.py`).
+`workdir/nonfinite/<step>.npz` has the arrays of the global batch by name.
 """
 
 import pathlib

@@ -1,7 +1,6 @@
 """The contract of sources in pieces, which several processes read apart.
 
-A source gives its `Texts` such pieces where one process would take long. Not
-here: how they are tokenized (`moe_jax.data.piece_workers`).
+A source gives its `Texts` such pieces where one process would take long.
 """
 
 import abc

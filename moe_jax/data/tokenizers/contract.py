@@ -1,7 +1,6 @@
 """The contract of tokenizers and of their options.
 
-A tokenizer is kept in a run's folder as JSON, with the name of its class. Not
-here: the kinds, each in its own file.
+A tokenizer is kept in a run's folder as JSON, with the name of its class.
 """
 
 import abc
