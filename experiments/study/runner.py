@@ -137,7 +137,7 @@ def train(
 
 def _trained(job, measure, devices, hooks) -> dict[str, Any]:
   """Trains a run; returns its last metrics."""
-  ending, distilling = _Ending(measure), Distilling()
+  ending, distilling = _Ending(measure), Distilling(('experiments',))
   train_and_evaluate(
     run_config.read(job.config),
     job.workdir,

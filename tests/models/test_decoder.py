@@ -81,7 +81,10 @@ def test_every_option_gives_logits_and_a_gradient_for_every_parameter(name):
       {'params': params}, jnp.asarray(tokens), train=True, rngs=rngs
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-    return nats.sum() + aux.importance_loss.sum() + aux.load_loss.sum(), logits
+    balance = [
+      aux.losses.get(f'{name}_loss', 0) for name in ('importance', 'load')
+    ]
+    return nats.sum() + sum(map(jnp.sum, balance)), logits
 
   grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
   assert logits.shape == (B, T, V)

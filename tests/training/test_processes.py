@@ -287,7 +287,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
   job = {'workdir': ['a', 'b'], 'overrides': SMALL}
   ends, _ = start(tmp_path, 2, [job], shared_seconds=3)
   assert [end.status for end in ends] == [1, 1]
-  assert 'process 1 failed: ValueError: process 1 does not see' in (
+  assert 'process 1 failed: InputError: process 1 does not see' in (
     ends[0].errors
   )
 
