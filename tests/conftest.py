@@ -28,6 +28,7 @@ os.environ |= {
   'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',
   # All workers and runs share one cache.
   'JAX_COMPILATION_CACHE_DIR': _CACHE,
+  'MOE_JAX_CACHE': str(pathlib.Path(_CACHE) / 'data'),
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
   # Threads of torch would spin while they wait for one that has no core.
   'OMP_NUM_THREADS': '1',
@@ -84,12 +85,6 @@ def pytest_xdist_make_scheduler(config, log):
 
   if config.getoption('dist') == 'loadfile':
     return worker_units.Units(config, log)
-
-
-@pytest.fixture(autouse=True)
-def _own_data_cache(tmp_path_factory, monkeypatch):
-  """Keeps prepared data in one folder of the test run, not the user's cache."""
-  monkeypatch.setenv('MOE_JAX_CACHE', str(pathlib.Path(_CACHE) / 'data'))
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -123,7 +123,7 @@ def records_of(
   kind: str,
   step: int,
   number: int,
-  batch: Mapping[str, np.ndarray],
+  batch: Mapping[str, Any],
   choices: Mapping[int, Recorded],
 ) -> Iterator[Record]:
   """The records of a batch, one for each sequence that sparse layers see.

@@ -220,7 +220,7 @@ def _texts(
   ]
 
 
-def _pair() -> tuple[Figure, Sequence[Axes]]:
+def _pair() -> tuple[Figure, np.ndarray]:
   figure = Figure(figsize=(_WIDTH, 3.6), layout='constrained')
   panels = figure.subplots(1, 2)
   for axes in panels:

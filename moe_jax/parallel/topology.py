@@ -52,7 +52,7 @@ class Topology:
         that a device keeps are on no link.
     """
     flat = sent.reshape(*sent.shape[:-2], -1)
-    return (flat @ self._pairs).max(-1, initial=0.0)
+    return np.asarray((flat @ self._pairs).max(-1, initial=0.0))
 
   def broadcast_seconds(
     self, sizes: Float[np.ndarray, '*N W']
@@ -65,7 +65,7 @@ class Topology:
     Args:
       sizes: The bytes of each device, with any leading axes.
     """
-    return (sizes @ self._trees).max(-1, initial=0.0)
+    return np.asarray((sizes @ self._trees).max(-1, initial=0.0))
 
   @functools.cached_property
   def _pairs(self) -> Float[np.ndarray, 'P L']:

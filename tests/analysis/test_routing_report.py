@@ -2,7 +2,6 @@
 
 import json
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,12 @@ import pytest
 from moe_jax.analysis import routing_report
 from moe_jax.analysis.routing_report import count_tokens, no_counts
 from moe_jax.layers.routers import ExpertChoice
+from moe_jax.models.base import Model
 from moe_jax.models.recorded import recording
 from moe_jax.routing.capacity import All, Fixed
 from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import RoutingStats
+from moe_jax.routing.stats import MoeAux, RoutingStats, no_exchange
+from moe_jax.training_types import LossSums
 from tests import own_kinds
 from tests.models import oracle, tiny
 from tests.models.tiny import V
@@ -33,7 +34,7 @@ COUNTS = np.array(
 NAMES = [' ', '|', 'never seen', '[b]`x']
 
 
-class Layers:
+class Layers(Model):
   """A model of dense layers and one sparse one, number 3."""
 
   moes = (None,) * 4
@@ -56,9 +57,10 @@ def table(names=NAMES, counts=COUNTS, **changes):
     lambda x: np.stack([np.zeros_like(x, np.float64)] * 3 + [np.float64(x)]),
     stats,
   )
-  aux = types.SimpleNamespace(stats=sums)
+  zero = np.zeros(())
+  sums = LossSums(zero, zero, zero, MoeAux({}, sums, no_exchange()))
   return routing_report.report_rows(
-    types.SimpleNamespace(aux=aux), Layers, {3: counts}, names.__getitem__
+    sums, Layers(), {3: counts}, names.__getitem__
   )
 
 
