@@ -155,6 +155,11 @@ def test_a_seed_gives_the_same_tokens_and_another_others(prepared):
   assert (first != other).any(axis=1).all()
   same = generation.generate(*prepared, [[7]] * 4, seed=3, **options).tokens
   assert len(np.unique(same, axis=0)) == 4
+  # At this temperature all tokens are as likely: a draw that all steps shared
+  # would repeat one token.
+  options['temperature'] = 1e4
+  even = generation.generate(*prepared, PROMPTS, seed=3, **options).tokens
+  assert all(len(np.unique(row)) > 1 for row in even)
 
 
 def test_rows_end_with_their_stop_tokens():
