@@ -167,6 +167,8 @@ def test_a_mixtral_of_2023(tmp_path):
   router = m.moe.router
   assert (router.balance_weight, router.z_weight) == (0.02, 0.0)
   assert checkpoint.notes == ()
+  other_base = open_config(tmp_path, **OLD_MIXTRAL | dict(rope_theta=5e5))
+  assert other_base.options.positions.theta == 5e5
 
 
 def test_an_nllb_of_2023(tmp_path):
