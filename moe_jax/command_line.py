@@ -33,7 +33,7 @@ CONSOLE = {
   'moe_jax.analysis.cost': 'moe-cost',
   'moe_jax.analysis.routes': 'moe-routes',
   'moe_jax.compression': 'moe-compress',
-  'moe_jax.data.prepare': 'moe-prepare',
+  'moe_jax.prepare': 'moe-prepare',
   'moe_jax.generate': 'moe-generate',
   'moe_jax.interop': 'moe-interop',
   'moe_jax.main': 'moe-train',

@@ -19,8 +19,11 @@ from jax.sharding import Mesh
 
 from moe_jax import data, device_mesh, memory_room, start_facts
 from moe_jax.analysis import cost, run_cost
-from moe_jax.data.cache_folders import cache_root
-from moe_jax.data.read_only import NotPreparedError, reading_only
+from moe_jax.data.cache_folders import (
+  NotPreparedError,
+  cache_root,
+  reading_only,
+)
 from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.memory_room import in_bytes

@@ -10,7 +10,7 @@ import pytest
 from moe_jax import data, memory_room, sections
 from moe_jax.analysis import cost, run_cost
 from moe_jax.compression.distill import Distilling
-from moe_jax.data import file_digests, tokenizers
+from moe_jax.data import cache_folders, tokenizers
 from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
@@ -93,7 +93,7 @@ def test_large_files_are_not_tokenized(tmp_path, monkeypatch):
     'cache_dir': f'{tmp_path}/cache',
   }
   now = time.time_ns  # files at rest have their digests kept
-  monkeypatch.setattr(file_digests.time, 'time_ns', lambda: now() + 10**10)
+  monkeypatch.setattr(cache_folders.time, 'time_ns', lambda: now() + 10**10)
   for tokenizer in ('bytes', 'chars'):
     options = tiny.options(data={**changes, 'tokenizer': {'kind': tokenizer}})
     text, problems = report(options, '')

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from moe_jax.data.sources import tfds_reader
+from moe_jax.data.sources import tfds
 from moe_jax.errors import InputError
 
 EVERY = 5  # every fifth image of each class is for validation
@@ -42,7 +42,7 @@ def load(name: str) -> tuple[Digits, Digits]:
     ValueError: scikit-learn is not installed, or MNIST is not prepared.
   """
   if name == 'mnist':
-    builder = tfds_reader.prepared_builder(name)
+    builder = tfds.prepared_builder(name)
     return _mnist(builder, 'train'), _mnist(builder, 'test')
   try:
     from sklearn import datasets
@@ -62,7 +62,7 @@ def load(name: str) -> tuple[Digits, Digits]:
 
 
 def _mnist(builder: Any, split: str) -> Digits:
-  examples = list(tfds_reader.open_split(builder, split))
+  examples = list(tfds.open_split(builder, split))
   images = np.stack([example['image'][..., 0] for example in examples])
   labels = np.array([example['label'] for example in examples], np.int32)
   return Digits(images.astype(np.float32) / 255, labels)

@@ -8,22 +8,24 @@ from moe_jax.data.choices import (
   CHOICE_SOURCES,
   SHOTS_SOURCES,
   ChoiceFilesSource,
+  ChoiceSourceOptions,
   ChoiceTfdsSource,
   DocstringChoiceSource,
+  Item,
+  ItemSource,
 )
-from moe_jax.data.choices.contract import ChoiceSourceOptions, Item, ItemSource
 from moe_jax.data.dataset import DataOptions, load, read_pairs
 from moe_jax.data.examples import ExampleRows
-from moe_jax.data.mixing import MixedRows, Schedule
-from moe_jax.data.mixtures import MixedDataset, MixtureOptions
+from moe_jax.data.mixing import MixedRows
+from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pipeline import (
+  DataError,
   batch_dataset,
   eval_batches,
   spread,
   train_batches,
 )
-from moe_jax.data.prefetch import DataError
 from moe_jax.data.sources import (
   SOURCES,
   DocstringsSource,
@@ -94,7 +96,6 @@ __all__ = [
   'JsonOptions',
   'JsonlSource',
   'LmTask',
-  'MixedDataset',
   'MixedRows',
   'MixtureOptions',
   'PackedRows',
@@ -104,7 +105,6 @@ __all__ = [
   'PythonStdlibSource',
   'Question',
   'Rows',
-  'Schedule',
   'Selection',
   'Seq2SeqTask',
   'SourceOptions',

@@ -1,15 +1,20 @@
 """Folders of the cache, each written by one process for all others.
 
+A dry run only reads the cache: within `reading_only` nothing is written.
+
 A folder has a list of its files with their sizes and sha256. Whenever it is
 opened, all sizes are checked, and the digests of files up to `SMALL` bytes;
-those of larger files take about 0.5 s per GB where they are not remembered of
-unchanged files (`file_digests.py`), and can be left out. A damaged
-folder is named and not remade: damage tells of a failing disk or of a program
+those of larger files take about 0.5 s per GB and can be left out. They are
+remembered of files that have not changed, as git sees it: by their size, times
+and inode, and only if a file was at rest for some seconds when it was read, so
+that gigabytes are not read whenever a run starts. A damaged folder is named and
+not remade: damage tells of a failing disk or of a program
 that wrote there, other processes may be reading the folder, and only its user
 knows. `whole_folder` makes a folder outside the cache.
 """
 
 import contextlib
+import contextvars
 import fcntl
 import hashlib
 import json
@@ -17,24 +22,54 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import time
+from collections.abc import (
+  Callable,
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from types import MappingProxyType
 
-from moe_jax.data import file_digests
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.read_only import check_may_prepare
 from moe_jax.errors import InputError, writing
 
 LIST = 'files.json'
 FORMAT = 2  # version of folders, a part of their names; 1 had no list
 SMALL = 2**20
+# A file that was written less than so many seconds before it was read is read
+# again the next time, as its times may not tell a later change.
+_REST_SECONDS = 2
 _Facts = dict[str, list]  # size and sha256 by path
+_READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
   """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
   root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
   return pathlib.Path(root).expanduser()
+
+
+class NotPreparedError(InputError):
+  """Data is not in the cache yet, where nothing may be written now."""
+
+
+@contextlib.contextmanager
+def reading_only() -> Iterator[None]:
+  """Refuses, while the body runs, to prepare what the cache lacks."""
+  before = _READ_ONLY.set(True)
+  try:
+    yield
+  finally:
+    _READ_ONLY.reset(before)
+
+
+def check_may_prepare(description: str) -> None:
+  """Raises NotPreparedError, on data of this name, within `reading_only`."""
+  if _READ_ONLY.get():
+    raise NotPreparedError(f'{description} is not prepared yet')
 
 
 def prepared(
@@ -52,7 +87,7 @@ def prepared(
 
   Args:
     folder: The folder.
-    write: Writes the files of the folder into the folder that it is given.
+    write: Writes the files into the folder that it is given.
     digests: Whether the digests of large files are checked, too.
 
   Raises:
@@ -66,16 +101,10 @@ def prepared(
   folder.parent.mkdir(parents=True, exist_ok=True)
   with locked(folder):
     if not folder.is_dir():
-      _prepare(folder, write)
+      with new_folder(folder.parent, folder.name) as unfinished:
+        write(unfinished)
+        publish(unfinished, folder)
   return folder
-
-
-def _prepare(
-  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
-) -> None:
-  with new_folder(folder.parent, folder.name) as unfinished:
-    write(unfinished)
-    publish(unfinished, folder)
 
 
 @contextlib.contextmanager
@@ -169,9 +198,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def verify(folder: pathlib.Path, *, digests: bool) -> None:
   """Raises ValueError, with advice, unless the files are those written.
 
-  Args:
-    folder: The folder.
-    digests: Whether the digests of large files are checked, too.
+  Digests of large files are checked only with `digests`.
   """
   try:
     text = read_text(folder / LIST)
@@ -216,23 +243,78 @@ def _facts(
   facts, large = {}, {}
   for path in sorted(folder.rglob('*')):
     name = path.relative_to(folder).as_posix()
-    if path.is_dir() or name == LIST or path.name.startswith('.nfs'):
+    if path.is_dir() or path.name.startswith('.nfs'):
       continue
-    if name in skipped_names:
+    if name == LIST or name in skipped_names:
       continue
     size, digest = path.stat().st_size, ''
     if size > SMALL:
       large[path] = name
     else:
-      with path.open('rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      digest = sha256(path)
     facts[name] = [size, digest]
   if digests and large:
     memory = folder.parent / f'.{folder.name}.digests'
-    for path, digest in file_digests.sha256s(large, memory).items():
+    for path, digest in sha256s(large, memory).items():
       facts[large[path]][1] = digest
   return facts
 
 
 def _text(facts: _Facts) -> str:
   return json.dumps(facts, indent=1, sort_keys=True) + '\n'
+
+
+def sha256s(
+  paths: Iterable[pathlib.Path], memory: pathlib.Path
+) -> dict[pathlib.Path, str]:
+  """The sha256 of each file, in hexadecimal digits.
+
+  Args:
+    paths: The files.
+    memory: File that keeps the digests; it is written anew if one has changed,
+      and stays as it is within `reading_only` or where it cannot be written.
+  """
+  old_entries, new_entries, digests = _read_entries(memory), {}, {}
+  for path in paths:
+    name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
+    if name in old_entries and old_entries[name][:-1] == stamp:
+      digest = old_entries[name][-1]
+    else:
+      digest = sha256(path)
+    digests[path] = digest
+    if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
+      new_entries[name] = [*stamp, digest]
+  if new_entries != old_entries and not _READ_ONLY.get():
+    _write_entries(memory, new_entries)
+  return digests
+
+
+def sha256(path: pathlib.Path) -> str:
+  """The sha256 of a file in hexadecimal digits, read now."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def stamp_of(path: pathlib.Path) -> list[int]:
+  """Size, times of changes in nanoseconds, and inode of a file."""
+  stat = path.stat()
+  return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read_entries(memory: pathlib.Path) -> dict[str, list]:
+  try:
+    entries = parse_json(read_text(memory), memory)
+  except (OSError, InputError):
+    return {}
+  is_valid = isinstance(entries, dict) and all(
+    isinstance(entry, list) and len(entry) == 5 for entry in entries.values()
+  )
+  return entries if is_valid else {}
+
+
+def _write_entries(memory: pathlib.Path, entries: dict[str, list]) -> None:
+  with contextlib.suppress(OSError):
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = memory.with_name(f'.{memory.name}.{os.getpid()}')
+    unfinished.write_text(json.dumps(entries), encoding='utf-8')
+    unfinished.replace(memory)

@@ -6,19 +6,24 @@ The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 `.parquet` is parquet, and everything else is text in UTF-8. Text and lines may
 be compressed: `.gz`, `.bz2`, `.xz`, `.zst`. Documents are the texts of lines
 and rows; a file of text of up to `WHOLE_BYTES` bytes that is not compressed is
-a document; longer and compressed text is cut (see `_cut_text`).
+a document; longer and compressed text is cut (see `_cut_text`). Parquet and
+`.zst` need pyarrow, which `pip install moe_jax[data]` brings.
 """
 
+import bz2
+import gzip
+import importlib
 import io
 import itertools
+import lzma
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+import types
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from moe_jax.data import file_formats
-from moe_jax.data.file_bytes import PartBytes, continuation_length, decoded
-from moe_jax.data.plain_files import parse_json
+from moe_jax.data.plain_files import first_line, parse_json
 from moe_jax.errors import InputError
 
 # Bytes of a file up to which text is one document, if it is not compressed.
@@ -29,8 +34,13 @@ LEAST_BYTES = 2**16
 MOST_BYTES = 2**20
 # A longer line of JSON is refused, as it would have to be held in memory.
 MOST_LINE_BYTES = 2**28
+PARQUET = '.parquet'
 _LINES = ('.jsonl', '.ndjson')
 _EMPTY_LINE = re.compile(rb'\n[ \t\r]*\n')
+_BLOCK = 2**20
+_ROWS = 64  # rows of a parquet file that are in memory at once
+# Errors of libraries where a compressed stream is damaged or ends early.
+DAMAGED = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
 
 class Span(NamedTuple):
@@ -59,6 +69,58 @@ class Document(NamedTuple):
   read: int
 
 
+class PartBytes:
+  """The bytes of a part of a file.
+
+  Attributes:
+    path: The file.
+    read: Number of bytes that have been taken.
+    lines: Number of lines that the caller has counted.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    stream: io.BufferedIOBase,
+    begin: int,
+    end: int | None,
+  ):
+    """Takes a stream at the part's begin, and its end; None is the file's."""
+    self.path, self._stream, self._begin, self._end = path, stream, begin, end
+    self.read = self.lines = 0
+
+  def take(self, method: str, most: int) -> bytes:
+    """The next bytes; b'' at the end.
+
+    Args:
+      method: The stream's method, 'read' or 'readline'.
+      most: Number of bytes to take at most; below 0, any number.
+
+    Raises:
+      ValueError: The file is damaged.
+    """
+    if self._end is not None:
+      bytes_left = self._end - self._begin - self.read
+      # A line is not cut by the end of its span, which is the end of a line.
+      most = min(most, bytes_left)
+    try:
+      block = getattr(self._stream, method)(most) if most else b''
+    except DAMAGED as error:
+      raise InputError(
+        f'{self.path} is damaged after line {self.line() - 1}: {error}'
+      ) from None
+    self.read += len(block)
+    return block
+
+  def line(self) -> int:
+    """Number of the line after those that are counted, from 1."""
+    with self.path.open('rb') as file:
+      lines_before = 0
+      while block := file.read(min(_BLOCK, self._begin - file.tell())):
+        lines_before += block.count(b'\n')
+    return lines_before + self.lines + 1
+
+
 def documents(path: pathlib.Path, field: str = 'text') -> Iterator[str]:
   """The documents of a file, in order.
 
@@ -77,12 +139,12 @@ def documents(path: pathlib.Path, field: str = 'text') -> Iterator[str]:
 
 def is_text(path: pathlib.Path) -> bool:
   """Whether a file is text by its name, compressed or not."""
-  return _suffix(path) not in (*_LINES, file_formats.PARQUET)
+  return _suffix(path) not in (*_LINES, PARQUET)
 
 
 def is_compressed(path: pathlib.Path) -> bool:
   """Whether a file is compressed as a whole by its name."""
-  return path.suffix.lower() in file_formats.CODECS
+  return path.suffix.lower() in CODECS
 
 
 def spans(
@@ -101,9 +163,8 @@ def spans(
   size = path.stat().st_size
   if is_compressed(path):
     return [Span(path, 0, size, size)]
-  if _suffix(path) == file_formats.PARQUET:
-    groups = file_formats.parquet_groups(path, most or size)
-    return [Span(path, *group) for group in groups]
+  if _suffix(path) == PARQUET:
+    return [Span(path, *group) for group in _parquet_groups(path, most or size)]
   if is_text(path) and size <= WHOLE_BYTES:
     return [Span(path, 0, size, size, whole=True)]
   cuts = sorted({*range(0, size, most or size or 1), *extra_cuts, size})
@@ -112,13 +173,12 @@ def spans(
 
 def read(span: Span, field: str = 'text') -> Iterator[Document]:
   """The documents of a part of a file; see `documents`."""
-  if _suffix(span.path) == file_formats.PARQUET:
-    rows = file_formats.parquet_texts(span.path, span.begin, span.end, field)
-    for text, share in rows:
+  if _suffix(span.path) == PARQUET:
+    for text, share in _parquet_texts(*span[:3], field):
       yield Document(text, int(span.size * share))
   elif span.whole:
     raw = span.path.read_bytes()
-    yield Document(decoded(raw, span.path, lambda: 1), len(raw))
+    yield Document(_decoded(raw, span.path, lambda: 1), len(raw))
   else:
     with span.path.open('rb') as raw:
       yield from _of_bytes(raw, span, field)
@@ -128,7 +188,7 @@ def _of_bytes(raw: BinaryIO, span: Span, field: str) -> Iterator[Document]:
   """The documents of text or lines."""
   path, begin, end = span.path, span.begin, None
   if is_compressed(path):
-    stream = cast(io.BufferedIOBase, file_formats.opened(raw, path))
+    stream = cast(io.BufferedIOBase, _opened(raw, path))
   else:
     begin, end = (_boundary(raw, at, span) for at in (span.begin, span.end))
     raw.seek(begin)
@@ -155,7 +215,7 @@ def _boundary(raw: BinaryIO, offset: int, span: Span) -> int:
     return offset - 1 + len(line_rest)
   if not text:
     raise InputError(_too_long(f'{span.path}, the line at byte {offset}'))
-  return offset + continuation_length(line_rest[1:])
+  return offset + _continuation_length(line_rest[1:])
 
 
 def _too_long(where: str) -> str:
@@ -177,7 +237,7 @@ def _cut_text(source: PartBytes) -> Iterator[str]:
       return
     cut = _cut(buffer, at)
     document = buffer[at:cut]
-    yield decoded(document, source.path, source.line)
+    yield _decoded(document, source.path, source.line)
     source.lines += document.count(b'\n')
     at = cut
 
@@ -193,7 +253,7 @@ def _cut(buffer: bytes, at: int) -> int:
     return line + 1
   if len(buffer) <= most:
     return len(buffer)
-  return most + continuation_length(buffer[most : most + 4])
+  return most + _continuation_length(buffer[most : most + 4])
 
 
 def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
@@ -208,8 +268,7 @@ def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
 
 def _json_text(line: bytes, source: PartBytes, field: str) -> str:
   try:
-    # The number of the line is counted only for a message.
-    value = parse_json(decoded(line, '', source.line), '')
+    value = parse_json(_decoded(line, ''), '')
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
       raise InputError(_no_text(value, field))
     value[field].encode()
@@ -235,22 +294,164 @@ def _no_text(value: Any, field: str) -> str:
   )
 
 
-def lines(path: pathlib.Path) -> Iterator[bytes]:
-  """The lines of a file, decompressed by its suffix.
+def json_lines(path: pathlib.Path) -> Iterator[tuple[str, bytes, Any]]:
+  """Name (for messages), stripped bytes and JSON value of lines with content.
 
   Raises:
-    ValueError: The file is damaged.
+    ValueError: The file is damaged, or a line is no JSON in UTF-8.
   """
   with path.open('rb') as raw:
     packed = is_compressed(path)
-    stream = file_formats.opened(raw, path) if packed else raw
+    stream = _opened(raw, path) if packed else cast(io.BufferedIOBase, raw)
     source = PartBytes(path, stream, 0, None)
-    while line := source.take('readline', -1):
-      yield line
+    for number in itertools.count(1):
+      if not (line := source.take('readline', -1)):
+        return
       source.lines += 1
+      if line.strip():
+        where = f'{path}, line {number}'
+        yield where, line.strip(), parse_json(_decoded(line, where), where)
+
+
+def check_text(text: Any, where: str) -> None:
+  """Raises ValueError unless a value of a line is a text of any length."""
+  if not isinstance(text, str) or not text:
+    raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
+  if any('\ud800' <= character <= '\udfff' for character in text):
+    raise InputError(f'{where}={text!r:.80} has a half of a character')
 
 
 def _suffix(path: pathlib.Path) -> str:
   """The suffix that says what the file holds, without that of compression."""
   inner = path.with_suffix('') if is_compressed(path) else path
   return inner.suffix.lower()
+
+
+def _continuation_length(raw: bytes) -> int:
+  """Number of first bytes that continue a character begun before them."""
+  count = 0
+  while count < min(3, len(raw)) and raw[count] & 0xC0 == 0x80:
+    count += 1
+  return count
+
+
+def _decoded(
+  raw: bytes, where: Any, line: Callable[[], int] | None = None
+) -> str:
+  """The text of UTF-8; `line` gives the number of the first line."""
+  try:
+    return raw.decode()
+  except UnicodeDecodeError as error:
+    number = line and line() + raw.count(b'\n', 0, error.start)
+    in_line = f' in line {number}' if line else ''
+    raise InputError(f'{where} is not UTF-8{in_line}: {error}') from None
+
+
+def _zst(raw: BinaryIO) -> io.IOBase:
+  arrow = _library('pyarrow', '.zst files')
+  return arrow.CompressedInputStream(arrow.PythonFile(raw, 'r'), 'zstd')
+
+
+# Functions that decompress a stream, by the suffix of its file.
+CODECS = {
+  '.gz': lambda raw: gzip.GzipFile(fileobj=raw),
+  '.bz2': bz2.BZ2File,
+  '.xz': lzma.LZMAFile,
+  '.zst': _zst,
+}
+
+
+def _opened(raw: BinaryIO, path: pathlib.Path) -> io.BufferedReader:
+  return io.BufferedReader(CODECS[path.suffix.lower()](raw), _BLOCK)
+
+
+def _parquet_groups(
+  path: pathlib.Path, most: int
+) -> list[tuple[int, int, int]]:
+  """Begin and end of stretches of row groups, and their bytes in the file.
+
+  Args:
+    path: The file.
+    most: Number of bytes at which a stretch ends.
+
+  Raises:
+    ValueError: The file is no parquet file, or pyarrow is not installed.
+  """
+  metadata = _parquet(path).metadata
+  stretches, begin, size = [], 0, 0
+  for number in range(metadata.num_row_groups):
+    group = metadata.row_group(number)
+    columns = range(group.num_columns)
+    size += sum(group.column(i).total_compressed_size for i in columns)
+    if size >= most or number + 1 == metadata.num_row_groups:
+      stretches.append((begin, number + 1, size))
+      begin, size = number + 1, 0
+  return stretches
+
+
+def _parquet_texts(
+  path: pathlib.Path, begin: int, end: int, column: str
+) -> Iterator[tuple[str, float]]:
+  """The texts of a column, each with the share of the rows that are read.
+
+  Args:
+    path: The file.
+    begin: First row group.
+    end: End of the row groups.
+    column: Name of the column.
+
+  Raises:
+    ValueError: The file is damaged, there is no such column of texts, or a row
+      has none. The message names the row, from 1.
+  """
+  file = _parquet(path)
+  _check_column(file.schema_arrow, path, column)
+  sizes = [file.metadata.row_group(i).num_rows for i in range(end)]
+  skipped, total, count = sum(sizes[:begin]), sum(sizes[begin:]), 0
+  try:
+    for batch in file.iter_batches(
+      _ROWS, row_groups=range(begin, end), columns=[column], use_threads=False
+    ):
+      for text in batch.column(0).to_pylist():
+        count += 1
+        if text is None:
+          raise InputError(
+            f'{path}, row {skipped + count} has no text in column {column!r}'
+          )
+        yield text, count / total
+  except InputError:
+    raise
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f'{path} is damaged after row {skipped + count}: {first_line(error)}'
+    ) from None
+
+
+def _check_column(schema, path: pathlib.Path, column: str) -> None:
+  if column not in schema.names:
+    raise InputError(
+      f'{path} has no column {column!r}; it has {sorted(schema.names)}'
+    )
+  kind = str(schema.field(column).type)
+  if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
+    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
+
+
+def _parquet(path: pathlib.Path):
+  parquet = _library('pyarrow.parquet', 'parquet files')
+  try:
+    # The buffer is read ahead of a column; without it, the whole column is.
+    return parquet.ParquetFile(path, buffer_size=_BLOCK, pre_buffer=False)
+  except (OSError, ValueError) as error:
+    reason = first_line(error)
+    raise InputError(f'{path} is no parquet file: {reason}') from None
+
+
+def _library(name: str, file_kind: str) -> types.ModuleType:
+  try:
+    return importlib.import_module(name)
+  except ImportError:
+    raise InputError(
+      f'{file_kind} are read by pyarrow, which is not installed: pip install '
+      "'moe_jax[data]', or pip install pyarrow"
+    ) from None

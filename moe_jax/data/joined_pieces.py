@@ -12,7 +12,7 @@ from moe_jax.data import store
 from moe_jax.data.cache_folders import locked, new_folder, publish
 from moe_jax.data.piece_workers import Work, piece_facts
 from moe_jax.data.sources.contract import SPLITS
-from moe_jax.data.stream_writers import dtype_of
+from moe_jax.data.store import dtype_of
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 

@@ -138,7 +138,7 @@ class TaskRows(Rows):
     return self._rows.describe()
 
   def counts(self) -> dict[str, int]:
-    """See `Rows.counts`."""
+    """The numbers of the rows without their task."""
     return self._rows.counts()
 
 

@@ -3,14 +3,23 @@
 The rules are those of T5 (https://arxiv.org/abs/1910.10683, section 3.5.2).
 """
 
+import ast
 import dataclasses
 import hashlib
+import itertools
+import pathlib
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from moe_jax.data import mixture_lines
+from moe_jax.data.cache_folders import (
+  FORMAT,
+  NotPreparedError,
+  cache_root,
+  prepared,
+)
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixing import (
   MixedRows,
@@ -18,15 +27,15 @@ from moe_jax.data.mixing import (
   TaskRows,
   whole_counts,
 )
-from moe_jax.data.read_only import NotPreparedError
-from moe_jax.data.shared_tokenizers import shared_tokenizer
 from moe_jax.data.sources import SOURCES
 from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
-from moe_jax.data.tokenizers import TokenizerOptions
+from moe_jax.data.tokenizers import Fitted, TokenizerOptions
+from moe_jax.data.tokenizers import load as load_tokenizer
 from moe_jax.errors import InputError
 from moe_jax.options import (
   NOT_EMPTY,
+  OptionError,
   Options,
   at_least,
   default_of,
@@ -34,9 +43,22 @@ from moe_jax.options import (
   fields_of,
   one_of,
   option,
+  types_of,
   unknown,
 )
+from moe_jax.section_reader import KIND
 
+_ENTRY = re.compile(
+  r'(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<kind>[\w.:]+)\s*'
+  r'(?:\((?P<options>.*)\))?\s*(?:\*\s*(?P<weight>[\w.+-]+))?',
+  re.DOTALL,
+)
+# An entry of `lines`. Its first option needs no name where the kind has one
+# that must be given (a pattern, the name of a dataset), or any. Text with a
+# comma or bracket of its own is quoted; a line that begins with '#' is a
+# comment.
+_FORM = 'name:kind(option, option=value)*weight'
+_PAIR = re.compile(r'\s*([A-Za-z_]\w*)\s*=(.*)', re.DOTALL)
 _FILLED = {'sources': NOT_EMPTY}
 # Names that evaluations of every source give to means over sources.
 _MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
@@ -102,21 +124,45 @@ class MixtureOptions(Options):
 
   def __post_init__(self):
     """Turns `lines` into sources and weights, and checks all."""
-    section = {
-      name: getattr(self, name)
-      for name in ('sources', 'lines', 'rule', 'weights')
+    names = 'sources', 'lines', 'rule', 'weights'
+    section = self.spelled_out({name: getattr(self, name) for name in names})
+    sources = {
+      name: source if isinstance(source, Options) else _options(source)
+      for name, source in section['sources'].items()
     }
-    for name, value in self.spelled_out(section).items():
-      if name == 'sources':
-        value = mixture_lines.source_options(value, SOURCES)
+    for name, value in {**section, 'sources': sources}.items():
       object.__setattr__(self, name, value)
     super().__post_init__()
 
   @classmethod
   def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section with the sources and weights of its `lines`."""
-    default_rule = default_of(fields_of(cls)['rule'])
-    return mixture_lines.spelled_out(section, SOURCES, default_rule)
+    """The section with its `lines` as entries of `sources`.
+
+    A weight in a line replaces the default `rule` by 'given'.
+
+    Raises:
+      OptionError: An entry is wrong, or its name is taken; the message has it.
+    """
+    text = section.get('lines', '')
+    if not isinstance(text, str) or not text.strip():
+      return section
+    sources = dict(section.get('sources', {}))
+    weights = dict(section.get('weights', {}))
+    usual_rule = default_of(fields_of(cls)['rule'])
+    rule = section.get('rule', usual_rule)
+    for entry in _split(text, ',\n'):
+      try:
+        name, source, weight = _read_entry(entry)
+        if name in sources:
+          raise InputError(f'there is a source {name!r} already')
+      except InputError as error:
+        raise OptionError([f'lines: entry {entry!r}: {error}']) from None
+      sources[name] = source
+      if weight is not None:
+        weights[name] = weight
+        rule = 'given' if rule == usual_rule else rule
+    changes = {'sources': sources, 'weights': weights, 'rule': rule}
+    return {**section, **changes, 'lines': ''}
 
   def problems(self) -> Iterator[str]:
     """The problems of names and weights, a text for each."""
@@ -186,6 +232,80 @@ class MixtureOptions(Options):
     return [name.strip() for name in self.held_out.split(',') if name.strip()]
 
 
+def _options(section: Mapping[str, Any]) -> Options:
+  options = {key: value for key, value in section.items() if key != KIND}
+  return SOURCES.get(section[KIND])(**options)
+
+
+def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
+  """The name, the section and the weight of an entry; None without a weight."""
+  match = _ENTRY.fullmatch(entry)
+  if match is None:
+    raise InputError(f'it is not of the form {_FORM}')
+  cls, source = SOURCES.get(match['kind']), {KIND: match['kind']}
+  required = [
+    name
+    for name, field in fields_of(cls).items()
+    if default_of(field) is dataclasses.MISSING
+  ]
+  unnamed = next(iter([*required, *fields_of(cls)]), '')
+  for number, text in enumerate(_split(match['options'] or '', ',')):
+    pair = _PAIR.fullmatch(text)
+    if pair is None and number:
+      raise InputError(f'option {text!r} has no name; {_FORM}')
+    name, value = pair.groups() if pair else (unnamed, text)
+    if name not in fields_of(cls):
+      raise unknown(f'option of {match["kind"]}', name, fields_of(cls))
+    source[name] = _value(value, types_of(cls)[name])
+  missing = [name for name in required if name not in source]
+  if missing and cls in SOURCES.builtin.values():
+    raise InputError(f'option {missing[0]!r} of {match["kind"]} is missing')
+  weight = match['weight']
+  try:
+    return match['name'], source, None if weight is None else float(weight)
+  except ValueError:
+    raise InputError(f'weight {weight!r} is no number') from None
+
+
+def _split(text: str, separators: str) -> list[str]:
+  """The parts between separators that are in no brackets and no quotes.
+
+  Empty parts and comments are left out.
+
+  Raises:
+    OptionError: A bracket or quote is not closed.
+  """
+  text = re.sub(r'^\s*#.*$', '', text, flags=re.MULTILINE)
+  parts, depth, quote = [''], 0, ''
+  for letter in text:
+    if quote:
+      quote = '' if letter == quote else quote
+    elif letter in '\'"':
+      quote = letter
+    elif letter in '()':
+      depth += 1 if letter == '(' else -1
+    if letter in separators and not depth and not quote:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  parts = [part.strip() for part in parts if part.strip()]
+  if depth or quote:
+    where = f'lines: {parts[-1]!r:.80}'
+    raise OptionError([f'{where} has an open bracket or quote'])
+  return parts
+
+
+def _value(text: str, hint: Any) -> Any:
+  """The value of an option, in the type of its field."""
+  text = text.strip()
+  if hint is str and text[:1] not in ('"', "'"):
+    return text
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text  # refused where the options are read
+
+
 @dataclasses.dataclass(frozen=True)
 class MixedDataset(Dataset):
   """The dataset of a mixture.
@@ -220,7 +340,7 @@ class MixedDataset(Dataset):
     return '\n'.join([super().describe(), *lines])
 
   def tell(self, row: Mapping[str, float]) -> str:
-    """See `Dataset.tell`; a line for each cluster's sources, then the means."""
+    """A line for each cluster's sources, then the means."""
     means, groups, text_of = dict(row), {}, super().tell
     for name in sorted(self.parts.keys() & row.keys()):
       held_out = ' (held out)' * (name not in self.per_period)
@@ -230,6 +350,40 @@ class MixedDataset(Dataset):
     lines = [f'{label}: {text_of(values)}' for label, values in groups.items()]
     last = [text_of(means)] if means else []
     return '\n  '.join(['', *sorted(lines), *last] if lines else last)
+
+
+def shared_tokenizer(
+  sources: Mapping[str, SourceOptions],
+  task: TaskOptions,
+  tokenizer: TokenizerOptions,
+  selection: Selection,
+) -> TokenizerOptions:
+  """The tokenizer of all sources, fitted to their texts if it depends on them.
+
+  One that is fitted is kept in the cache, by its options and the texts.
+
+  Raises:
+    ValueError: The data of a source is missing or bad.
+    NotPreparedError: The texts would have to be read within `reading_only`.
+  """
+  if tokenizer.known_vocab_size() is not None:
+    return tokenizer
+  corpora = [
+    cast(Any, task).open(source, selection)
+    for _, source in sorted(sources.items())
+  ]
+
+  def write(folder: pathlib.Path) -> None:
+    texts = itertools.chain.from_iterable(
+      corpus.texts(split) for corpus in corpora for split in SPLITS
+    )
+    tokenizer.fit(texts).save(folder / 'tokenizer.json')
+
+  identities = [corpus.identity for corpus in corpora]
+  key = f'{FORMAT} {identities} {tokenizer.identity()}'
+  name = hashlib.sha256(key.encode()).hexdigest()[:32]
+  folder = cache_root(selection.cache_dir) / 'tokenizers' / name
+  return Fitted(load_tokenizer(prepared(folder, write) / 'tokenizer.json'))
 
 
 def load(
@@ -263,20 +417,10 @@ def load(
       split: TaskRows(rows, number) for split, rows in part.splits.items()
     }
     parts[name] = dataclasses.replace(part, splits=splits)
-  _check_one_vocabulary(parts)
   learned = mixture.learned()
   sizes = {name: len(parts[name].splits['train']) for name in learned}
   counts = whole_counts(mixture.shares(sizes), mixture.period)
   return _mixed(mixture, task, parts, counts)
-
-
-def _check_one_vocabulary(parts: Mapping[str, Dataset]) -> None:
-  first, *others = (part.tokenizer.identity for part in parts.values())
-  if any(other != first for other in others):
-    raise InputError(
-      f'the sources {[*parts]} of a mixture differ in their classes or tokens: '
-      f'{sorted({first, *others})}'
-    )
 
 
 def _mixed(

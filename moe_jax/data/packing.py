@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.data.layouts import Layout
-from moe_jax.data.shards import Shards
+from moe_jax.data.store import Shards
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 

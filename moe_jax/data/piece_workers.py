@@ -6,7 +6,6 @@ does not depend on how many processes or hosts write it.
 """
 
 import contextlib
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -21,11 +20,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.data.cache_folders import locked, new_folder
+from moe_jax.data.cache_folders import locked, new_folder, sha256
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.sources.contract import SPLITS
-from moe_jax.data.sources.pieces import Pieces
-from moe_jax.data.stream_writers import Digest, DocumentWriter
+from moe_jax.data.sources.contract import SPLITS, Pieces
+from moe_jax.data.store import Digest, DocumentWriter
 from moe_jax.data.tokenizers import Tokenizer, load
 from moe_jax.errors import InputError
 
@@ -147,13 +145,11 @@ def _write_files(folder, pieces, number, tokenizer, report) -> None:
 
 def _file_facts(folder: pathlib.Path) -> dict[str, list]:
   """Size and sha256 of the files of a piece, without the list of them."""
-  facts = {}
-  for path in sorted(folder.iterdir()):
-    if path.name != FACTS:
-      with path.open('rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
-      facts[path.name] = [path.stat().st_size, digest]
-  return facts
+  return {
+    path.name: [path.stat().st_size, sha256(path)]
+    for path in sorted(folder.iterdir())
+    if path.name != FACTS
+  }
 
 
 def write_pieces(

@@ -1,16 +1,17 @@
 """The stream of batches, each a pure function of its number."""
 
 import hashlib
+import queue
+import threading
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeVar, cast
 
 import grain
 import numpy as np
 
-from moe_jax.data import prefetch
 from moe_jax.data.mixing import joined
 from moe_jax.data.packing import Rows
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, ReportedError
 from moe_jax.shapes import Int
 
 Batch = dict[str, np.ndarray]
@@ -23,6 +24,9 @@ _ENDLESS_ROWS = 2**52
 # Number of batches assembled in advance. One would do if all steps took equally
 # long.
 _PREFETCHED = 4
+# Seconds between checks whether the thread, while it is waited for, is alive.
+_LOOK_SECONDS = 1.0
+T = TypeVar('T')
 
 
 def batch_dataset(
@@ -53,12 +57,9 @@ def batch_dataset(
       earlier batches, which must not be read then, were smaller than B.
 
   Raises:
-    ValueError: B is not positive, the share is not within the batch, the seed
-      is negative, or there are no rows or more than 2^32.
+    ValueError: B is not positive, or there are no rows or more than 2^32.
   """
   share = _share(batch_size, share)
-  if seed < 0:
-    raise InputError(f'seed={seed} is negative')
   streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
@@ -109,12 +110,10 @@ def train_batches(
   The batches are assembled in the background.
 
   Raises:
-    ValueError: As `batch_dataset`, or `start` or its first row is negative.
+    ValueError: As `batch_dataset`, or the first row is negative.
     DataError: A batch could not be made; `next` raises it, and the iterator
       then ends.
   """
-  if start < 0:
-    raise InputError(f'start={start} is negative')
   if (first := offset + start * batch_size) < 0:
     raise InputError(f'batch {start} would begin with row {first}')
   batches = batch_dataset(
@@ -122,7 +121,7 @@ def train_batches(
   )
   batches = batches.slice(slice(start, None))
   elements = (cast(Batch, batches[i]) for i in range(len(batches)))
-  return prefetch.ahead(elements, first=start, most=_PREFETCHED)
+  return ahead(elements, first=start, most=_PREFETCHED)
 
 
 def eval_batches(
@@ -141,19 +140,16 @@ def eval_batches(
     batch_size: Global number B of rows in a batch; arrays are [R, T].
     num_batches: Number of batches, spread evenly over all and the same at
       every call; 0 or a number above that of all batches takes all.
-    share: Numbers of the rows of each batch that are read; see `batch_dataset`.
+    share: As of `batch_dataset`.
 
   Raises:
-    ValueError: As `batch_dataset`, or `num_batches` is negative.
+    ValueError: B is not positive.
     DataError: As `train_batches`.
   """
   share = _share(batch_size, share)
-  if num_batches < 0:
-    raise InputError(f'num_batches={num_batches} is negative')
-  total = -(-len(rows) // batch_size)
-  numbers = spread(total, num_batches)
+  numbers = spread(-(-len(rows) // batch_size), num_batches)
   batches = (rows.take(i * batch_size + share) for i in numbers)
-  return prefetch.ahead(batches, first=0, most=_PREFETCHED)
+  return ahead(batches, first=0, most=_PREFETCHED)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -167,8 +163,67 @@ def _share(
 ) -> Int[np.ndarray, ' R']:
   if batch_size < 1:
     raise InputError(f'batch_size={batch_size} must be at least 1')
-  if share is None:
-    return np.arange(batch_size)
-  if not len(share) or share.min() < 0 or share.max() >= batch_size:
-    raise InputError(f'share={share} not in [0, batch_size={batch_size})')
-  return share
+  return np.arange(batch_size) if share is None else share
+
+
+class DataError(ReportedError, RuntimeError):
+  """A batch could not be made; the text names the batch and the reason."""
+
+
+def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
+  """The elements of `source`, which a thread makes in advance.
+
+  The thread begins with the first `next` and ends with the iterator. Unlike
+  grain's own prefetching, this one never waits for a thread that has ended.
+
+  Args:
+    source: Iterator that only the thread uses.
+    first: Number of its first element, for messages.
+    most: Largest number of elements that are made in advance; at least 1.
+
+  Raises:
+    DataError: `source` raised an exception, or the thread has died; `next`
+      raises it, and the iterator then ends.
+  """
+  elements: queue.Queue[tuple[T] | None] = queue.Queue(most)
+  closed = threading.Event()
+  failures: list[BaseException] = []
+
+  def work():
+    try:
+      for element in source:
+        elements.put((element,))
+        if closed.is_set():
+          return
+    except BaseException as error:  # SystemExit, too, must not end the thread
+      failures.append(error)
+    finally:
+      if not closed.is_set():
+        elements.put(None)
+
+  thread = threading.Thread(target=work, name='batches', daemon=True)
+  thread.start()
+  number = first
+  try:
+    while (element := _next(elements, thread)) is not None:
+      yield element[0]
+      number += 1
+    if failures:
+      error = failures[0]
+      raise DataError(
+        f'batch {number} could not be made: {type(error).__name__}: {error}'
+      ) from error
+  finally:
+    closed.set()
+    while not elements.empty():  # the thread may be waiting for room
+      elements.get_nowait()
+
+
+def _next(elements: queue.Queue, thread: threading.Thread):
+  while True:
+    alive = thread.is_alive()
+    try:
+      return elements.get(timeout=_LOOK_SECONDS)
+    except queue.Empty:
+      if not alive:
+        raise DataError('the thread that makes batches is gone') from None

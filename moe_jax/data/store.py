@@ -3,24 +3,24 @@
 A split of documents is one stream; a split of pairs is two.
 """
 
+import array
+import functools
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.data.plain_files import parse_json, read_text
-from moe_jax.data.shards import Shards
-from moe_jax.data.stream_writers import (
-  Digest,
-  DocumentWriter,
-  StreamWriter,
-  dtype_of,
-  utf8,
-)
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
+from moe_jax.shapes import Int
+
+_STARTS = 2**16  # starts of texts that are held before they are written
+# Maps that a process holds open, each with a file descriptor.
+_MOST_OPEN = 256
 
 
 def write_tokens(
@@ -36,8 +36,7 @@ def write_tokens(
   Raises:
     ValueError: A split has fewer than the two tokens of one prediction.
   """
-  digest = Digest()
-  about = _about(tokenizer)
+  digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
   for name, texts in splits.items():
     digest.split(name)
     with DocumentWriter(folder / name, tokenizer, digest) as stream:
@@ -70,8 +69,7 @@ def write_pairs(
   Raises:
     ValueError: A split has no pair.
   """
-  digest = Digest()
-  about = _about(tokenizer)
+  digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
   for name, pairs in splits.items():
     digest.split(name)
     counts = _write_pairs(folder / name, pairs, tokenizer, digest)
@@ -81,6 +79,68 @@ def write_pairs(
       )
     about['splits'][name] = counts
   _finish(folder, about, digest, tokenizer)
+
+
+class Shards:
+  """A stream of tokens in several files, each mapped when it is first read.
+
+  It has what rows need of an array [N]: `len`, `shape`, `dtype`, stretches, and
+  indexing by integers from 0 to N - 1 and arrays of them.
+
+  Attributes:
+    dtype: Type of the tokens.
+    shape: (N,).
+  """
+
+  def __init__(
+    self, paths: Sequence[pathlib.Path], dtype: str, counts: Sequence[int]
+  ):
+    """Takes the files, in order, and the number of tokens in each."""
+    self.dtype = np.dtype(dtype)
+    self._paths = list(paths)
+    self._ends = np.cumsum(counts)
+    self._begins = self._ends - counts
+    self.shape = (int(self._ends[-1]),)
+    self._file = functools.lru_cache(maxsize=_MOST_OPEN)(self._map)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(
+    self, index: int | np.integer | slice | np.ndarray
+  ) -> np.ndarray:
+    if isinstance(index, slice):
+      return self._stretch(*index.indices(len(self))[:2])
+    index = np.asarray(index, np.int64)
+    return self._gathered(index.reshape(-1)).reshape(index.shape)
+
+  def _stretch(self, begin: int, end: int) -> np.ndarray:
+    """The tokens of [begin, end)."""
+    if begin >= end:
+      return np.zeros(0, self.dtype)
+    first = int(np.searchsorted(self._ends, begin, side='right'))
+    last = int(np.searchsorted(self._ends, end - 1, side='right'))
+    parts = []
+    for i in range(first, last + 1):
+      start = int(self._begins[i])
+      parts.append(self._file(i)[max(begin - start, 0) : end - start])
+    return np.concatenate(parts)
+
+  def _gathered(self, flat: Int[np.ndarray, ' N']) -> np.ndarray:
+    """The tokens at these indices, file by file."""
+    file = np.searchsorted(self._ends, flat, side='right')
+    tokens = np.empty(flat.size, self.dtype)
+    # Sorting small integers takes a fraction of a pass for each file.
+    small = file.astype(np.uint16 if len(self._paths) < 2**16 else np.int64)
+    order = np.argsort(small, kind='stable')
+    files, cuts = np.unique(file[order], return_index=True)
+    for i, chosen in zip(files.tolist(), np.split(order, cuts[1:])):
+      tokens[chosen] = self._file(i)[flat[chosen] - self._begins[i]]
+    return tokens
+
+  def _map(self, number: int) -> np.ndarray:
+    count = int(self._ends[number] - self._begins[number])
+    return _read(self._paths[number], self.dtype.name, count)
 
 
 Stream = tuple[np.ndarray | Shards, np.ndarray]
@@ -102,16 +162,10 @@ def read_tokens(folder: pathlib.Path, split: str) -> Stream:
   about = read_about(folder)
   counts = about['splits'][split]
   if 'shards' in about:
-    sizes = about['shards'][split]
-    full = [i for i, size in enumerate(sizes) if size]
-    return (
-      Shards(
-        [shard_path(folder, split, i) for i in full],
-        about['dtype'],
-        [sizes[i] for i in full],
-      ),
-      _read(folder / f'{split}.starts', 'int64', counts['documents']),
-    )
+    sizes = {i: n for i, n in enumerate(about['shards'][split]) if n}
+    paths = [shard_path(folder, split, i) for i in sizes]
+    starts = _read(folder / f'{split}.starts', 'int64', counts['documents'])
+    return Shards(paths, about['dtype'], [*sizes.values()]), starts
   return _read_stream(
     folder / split, about['dtype'], counts['tokens'], counts['documents']
   )
@@ -161,15 +215,11 @@ def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
         inputs.add(ids[0])
         targets.add(ids[1])
     return {
-      'pairs': len(inputs),
+      'pairs': inputs.texts,
       'bytes': bytes_,
       'input_tokens': inputs.tokens,
       'target_tokens': targets.tokens,
     }
-
-
-def _about(tokenizer: Tokenizer) -> dict[str, Any]:
-  return {'dtype': dtype_of(tokenizer), 'splits': {}}
 
 
 def _finish(folder, about, digest, tokenizer) -> None:
@@ -194,3 +244,126 @@ def _read(path: pathlib.Path, dtype: str, count: int) -> np.ndarray:
     )
   # A plain array over the map, as indexing a np.memmap gives memmaps.
   return np.asarray(np.memmap(path, dtype, mode='r', shape=(count,)))
+
+
+class Digest:
+  """The sha256 of the texts of all splits; each text's length precedes it."""
+
+  def __init__(self):
+    self._sha256 = hashlib.sha256()
+
+  def split(self, name: str) -> None:
+    """Begins the split `name`."""
+    self._sha256.update(f'split {name}\n'.encode())
+
+  def text(self, encoded: bytes) -> None:
+    """Adds one document, its text in UTF-8."""
+    self._sha256.update(f'text {len(encoded)}\n'.encode())
+    self._sha256.update(encoded)
+
+  def hexdigest(self) -> str:
+    """The digest in 64 hexadecimal digits."""
+    return self._sha256.hexdigest()
+
+
+class StreamWriter:
+  """Token files that grow by one text at a time.
+
+  Attributes:
+    texts: Number of texts so far.
+    tokens: Number of tokens so far.
+  """
+
+  def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
+    self._dtype = dtype_of(tokenizer)
+    self._vocab_size = tokenizer.vocab_size
+    self._starts = array.array('q')
+    self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
+    self._out_starts = open(f'{path}.starts', 'wb')  # noqa: SIM115
+    self.tokens = self.texts = 0
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    with self._out, self._out_starts:
+      self._starts.tofile(self._out_starts)
+
+  def add(self, ids: np.ndarray) -> None:
+    """Adds the ids of a text.
+
+    Raises:
+      ValueError: An id is not in the vocabulary.
+    """
+    # Values that the file's type cannot hold would become ids of other tokens.
+    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
+      self._vocab_size
+    ):
+      raise InputError(
+        f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
+        f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
+      )
+    self._starts.append(self.tokens)
+    if len(self._starts) == _STARTS:
+      self._starts.tofile(self._out_starts)
+      del self._starts[:]
+    self.texts += 1
+    self.tokens += ids.size
+    self._out.write(ids.astype(self._dtype).tobytes())
+
+
+class DocumentWriter(StreamWriter):
+  """Token files of documents; all end in the EOS, if the tokenizer has one.
+
+  Documents without a token are left out, but belong to the digest.
+
+  Args:
+    path: Path of the files without a suffix.
+    tokenizer: The tokenizer.
+    digest: The digest to which the texts are added.
+  """
+
+  def __init__(
+    self, path: pathlib.Path | str, tokenizer: Tokenizer, digest: Digest
+  ):
+    super().__init__(path, tokenizer)
+    self._tokenizer, self._digest, self._bytes = tokenizer, digest, 0
+    self._eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+  def write(self, text: str) -> None:
+    """Adds a document.
+
+    Raises:
+      ValueError: It is no text, or an id is not in the vocabulary.
+    """
+    encoded = utf8(text)
+    self._digest.text(encoded)
+    self._bytes += len(encoded)
+    ids = self._tokenizer.encode(text)
+    if ids.size:
+      self.add(np.append(ids, np.array(self._eos, ids.dtype)))
+
+  def counts(self) -> dict[str, int]:
+    """The numbers of documents, of bytes of UTF-8 and of tokens so far."""
+    return {
+      'documents': self.texts, 'bytes': self._bytes, 'tokens': self.tokens
+    }  # fmt: skip
+
+
+def dtype_of(tokenizer: Tokenizer) -> str:
+  """The smallest type that holds all ids."""
+  return np.min_scalar_type(tokenizer.vocab_size - 1).name
+
+
+def utf8(text: str) -> bytes:
+  """The text in UTF-8.
+
+  Raises:
+    ValueError: It is no text, or has a half of a character.
+  """
+  if not isinstance(text, str):
+    raise InputError(f'the source gave {text!r:.80}, which is no text')
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(f'the source gave {text!r:.80}: {error}') from None

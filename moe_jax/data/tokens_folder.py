@@ -16,19 +16,19 @@ from moe_jax.data import joined_pieces, piece_workers
 from moe_jax.data.cache_folders import (
   FORMAT,
   cache_root,
+  check_may_prepare,
   locked,
   prepared,
   verify,
 )
 from moe_jax.data.piece_workers import Work, piece_facts
-from moe_jax.data.read_only import check_may_prepare
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pairs,
+  Pieces,
   Selection,
   Texts,
 )
-from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers import (
   Extended,
   Fitted,

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import data, generate, sections
+from moe_jax import data, generate, prepare, sections
 from moe_jax.compression import __main__ as compression
-from moe_jax.data import prepare
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, trained, workdir
 from moe_jax.runs.owner import OWNER, Owner

@@ -8,7 +8,7 @@ import lzma
 
 import pytest
 
-from moe_jax.data import document_files, file_formats
+from moe_jax.data import document_files
 from moe_jax.data.document_files import LEAST_BYTES, MOST_BYTES, documents
 
 TEXTS = ['first\n\nwith an empty line', '', 'zweite „Zeile“', 'x' * 300]
@@ -213,4 +213,4 @@ def test_a_line_that_fits_no_memory_is_refused(tmp_path, monkeypatch):
 
 
 def test_every_codec_is_tried():
-  assert set(file_formats.CODECS) == set(COMPRESSORS) - {''}
+  assert set(document_files.CODECS) == set(COMPRESSORS) - {''}

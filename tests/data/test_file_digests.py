@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_jax.data import file_digests
+from moe_jax.data import cache_folders
 
 
 @pytest.fixture
@@ -17,13 +17,13 @@ def path(tmp_path):
 
 
 def digest_of(path, memory):
-  return file_digests.sha256s([path], memory)[path]
+  return cache_folders.sha256s([path], memory)[path]
 
 
 def age_files(monkeypatch):
   """Lets files look as if they had been written a while ago."""
   now = time.time_ns
-  monkeypatch.setattr(file_digests.time, 'time_ns', lambda: now() + 10**10)
+  monkeypatch.setattr(cache_folders.time, 'time_ns', lambda: now() + 10**10)
 
 
 def test_a_file_at_rest_is_read_once(path, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from moe_jax.data import prefetch
-from moe_jax.data.prefetch import DataError, ahead
+from moe_jax.data import pipeline
+from moe_jax.data.pipeline import DataError, ahead
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +99,8 @@ def test_a_thread_that_is_gone_without_a_word_is_no_hang(monkeypatch):
     def run(self):
       pass
 
-  monkeypatch.setattr(prefetch.threading, 'Thread', Mute)
-  monkeypatch.setattr(prefetch, '_LOOK_SECONDS', 0.01)
+  monkeypatch.setattr(pipeline.threading, 'Thread', Mute)
+  monkeypatch.setattr(pipeline, '_LOOK_SECONDS', 0.01)
   with pytest.raises(DataError, match='is gone'):
     next(ahead(iter(range(3)), first=0, most=1))
 

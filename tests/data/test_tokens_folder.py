@@ -16,7 +16,7 @@ from moe_jax.data import (
   tokens_folder,
 )
 from moe_jax.data.sources import files
-from moe_jax.data.sources.pieces import Located, Pieces
+from moe_jax.data.sources.contract import Located, Pieces
 from moe_jax.data.tokens_folder import Share, make
 from tests.data.own_kinds import Words
 

@@ -6,10 +6,12 @@ To add a source, write a file with its `SourceOptions` and list them here.
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
-from moe_jax.data.sources.instruction_suite import InstructionSource
+from moe_jax.data.sources.instructions import InstructionSource
 from moe_jax.data.sources.jsonl import JsonlSource
-from moe_jax.data.sources.python_stdlib import PythonStdlibSource
-from moe_jax.data.sources.python_stdlib_docstrings import DocstringsSource
+from moe_jax.data.sources.python_stdlib import (
+  DocstringsSource,
+  PythonStdlibSource,
+)
 from moe_jax.data.sources.tfds import TfdsSource
 from moe_jax.options import Kinds
 

@@ -5,13 +5,13 @@ Each form has two splits, 'train' and 'validation', and an identity that
 changes with their content.
 """
 
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
 from moe_jax.data import store
-from moe_jax.data.sources.pieces import Pieces
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.option_checks import no_effect
@@ -48,6 +48,34 @@ class Selection:
     for split in self.splits:
       if split not in SPLITS:
         raise unknown(f'split of {source}', split, SPLITS)
+
+
+class Located(NamedTuple):
+  """A document of a piece of a source.
+
+  Attributes:
+    split: 'train' or 'validation'.
+    text: The document.
+    read: Number of bytes of the piece that are read by now.
+  """
+
+  split: str
+  text: str
+  read: int
+
+
+class Pieces(abc.ABC):
+  """Documents in pieces that processes read apart; it can be pickled.
+
+  Attributes:
+    sizes: Number of bytes of each piece, where it comes from.
+  """
+
+  sizes: tuple[int, ...]
+
+  @abc.abstractmethod
+  def read(self, number: int) -> Iterator[Located]:
+    """The documents of a piece, of both splits; the same at every call."""
 
 
 @dataclasses.dataclass(frozen=True)

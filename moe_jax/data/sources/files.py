@@ -8,16 +8,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_jax.data import document_files, file_digests
-from moe_jax.data.cache_folders import cache_root
+from moe_jax.data import cache_folders, document_files
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
   SPLITS,
+  Located,
+  Pieces,
   Selection,
   SourceOptions,
   Texts,
 )
-from moe_jax.data.sources.pieces import Located, Pieces
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option
@@ -65,11 +65,10 @@ class FilesSource(SourceOptions):
     pattern = os.path.expanduser(self.pattern)
     paths = matching(self.pattern)
     # Stamps come first, so that a change while others are read is noticed.
-    stamps = {path: file_digests.stamp_of(path) for path in paths}
+    stamps = {path: cache_folders.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
-    digests = file_digests.sha256s(
-      paths, cache_root(selection.cache_dir) / 'digests' / f'{memory}.json'
-    )
+    folder = cache_folders.cache_root(selection.cache_dir) / 'digests'
+    digests = cache_folders.sha256s(paths, folder / f'{memory}.json')
     splits = _file_splits(paths, pattern)
     parts = [
       part
@@ -122,7 +121,7 @@ class FilePieces(Pieces):
     self.sizes = tuple(sizes)
 
   def read(self, number: int) -> Iterator[Located]:
-    """See `Pieces.read`."""
+    """The documents of all parts of a piece, in order."""
     bytes_before = 0
     for part in self._pieces[number]:
       for name, text, bytes_read in self._documents(part, SPLITS):
@@ -160,7 +159,7 @@ class FilePieces(Pieces):
 
 
 def _check_stamp(part: Part) -> None:
-  if file_digests.stamp_of(part.span.path) != part.stamp:
+  if cache_folders.stamp_of(part.span.path) != part.stamp:
     raise InputError(
       f'{part.span.path} was changed while it was read; start again'
     )

@@ -19,22 +19,30 @@ import random
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
-from moe_jax.data.sources.contract import SPLITS, Question
+from moe_jax.data.sources.contract import (
+  SPLITS,
+  Pair,
+  Pairs,
+  Question,
+  Selection,
+  SourceOptions,
+)
 from moe_jax.data.sources.python_stdlib import (
   content_digest,
+  documented_functions,
   source_files,
   split_of,
 )
-from moe_jax.data.sources.python_stdlib_docstrings import documented_functions
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
+from moe_jax.options import at_least, one_of, option, unknown
 
 T = TypeVar('T')
 # Number of draws after which a task is taken to have no example of a split; one
 # draw in 20 is for validation.
 _MOST_DRAWS = 2000
+_SMALL = 40  # examples of a run with ':runlocal'
 
 
 class Dice:
@@ -111,13 +119,11 @@ class InstructionTask:
     """The content of example `index` of a split, and the dice for its words.
 
     Raises:
-      ValueError: The index is negative, the split is neither of our two, or
-        the task has no example of it.
+      ValueError: The split is neither of our two, or the task has no example of
+        it.
     """
     if split not in SPLITS:
       raise unknown('split of a task', split, SPLITS)
-    if index < 0:
-      raise InputError(f'example {index} of task {self.name!r} is negative')
     for attempt in range(_MOST_DRAWS):
       dice = Dice(f'{self.name} {split} {index} {attempt}')
       drawn = self.draw(dice)
@@ -167,9 +173,7 @@ class InstructionTask:
 
 def _question_text(template: str, drawn: Drawn) -> str:
   text = template.format(question=drawn.question)
-  if drawn.choices:
-    text += ''.join(f'\n- {choice}' for choice in drawn.choices)
-  return text
+  return text + ''.join(f'\n- {choice}' for choice in drawn.choices)
 
 
 TASKS: dict[str, InstructionTask] = {}
@@ -313,7 +317,10 @@ def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
 # Texts that are cut from a function so that it no longer parses, each with
 # the text that is put in instead.
 _BREAKS = ((':\n', '\n'), ('(', ''), (')', ''), ('return ', 'return return '))
-_YES_NO = ('yes', 'no')
+
+
+def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
+  return Drawn(question, 'yes' if is_true else 'no', ('yes', 'no'), key)
 
 
 def answers(
@@ -356,8 +363,7 @@ def _count_arguments(dice: Dice) -> Drawn:
 )
 def _returns_value(dice: Dice) -> Drawn:
   function = dice.one(functions())
-  answer = 'yes' if function.returns else 'no'
-  return Drawn(function.source, answer, _YES_NO)
+  return _yes_no(function.source, function.returns)
 
 
 @_task(
@@ -372,12 +378,11 @@ def _parses(dice: Dice) -> Drawn:
   if dice.below(2):
     text = text.replace(old, new, 1)
   try:
-    ast.parse(text)
-    answer = 'yes'
+    parses = bool(ast.parse(text))
   except SyntaxError:
-    answer = 'no'
+    parses = False
   # A function is in one split, whole and broken.
-  return Drawn(text, answer, _YES_NO, key=function.source)
+  return _yes_no(text, parses, key=function.source)
 
 
 @_task(
@@ -519,8 +524,7 @@ def _sort_words(dice: Dice) -> Drawn:
 def _same(dice: Dice) -> Drawn:
   one = _words(dice, 2, 3)
   other = dice.one([one, one[::-1], [*one[:-1], dice.word(_LETTERS, 2, 4)]])
-  answer = 'yes' if one == other else 'no'
-  return Drawn(f'{" ".join(one)} | {" ".join(other)}', answer, ('yes', 'no'))
+  return _yes_no(f'{" ".join(one)} | {" ".join(other)}', one == other)
 
 
 # The cluster arithmetic: small sums, and which number is larger.
@@ -560,15 +564,10 @@ def _larger(dice: Dice) -> Drawn:
   a, b = dice.below(10000), dice.below(10000)
   if a == b:
     b += 1
-  choices = str(a), str(b)
-  return Drawn(f'{a} {b}', str(max(a, b)), choices)
+  return Drawn(f'{a} {b}', str(max(a, b)), (str(a), str(b)))
 
 
 # The cluster number_series: what numbers in a row have in common.
-
-
-def _series(numbers) -> str:
-  return ' '.join(map(str, numbers))
 
 
 @_task(
@@ -580,7 +579,7 @@ def _series(numbers) -> str:
 def _next_number(dice: Dice) -> Drawn:
   start, step = dice.below(100), dice.between(1, 12)
   numbers = [start + step * i for i in range(5)]
-  return Drawn(_series(numbers[:4]), str(numbers[4]))
+  return Drawn(' '.join(map(str, numbers[:4])), str(numbers[4]))
 
 
 @_task(
@@ -593,7 +592,7 @@ def _next_number(dice: Dice) -> Drawn:
 def _next_power(dice: Dice) -> Drawn:
   start, base = dice.between(1, 120), dice.between(2, 5)
   numbers = [start * base**i for i in range(4)]
-  return Drawn(_series(numbers[:3]), str(numbers[3]))
+  return Drawn(' '.join(map(str, numbers[:3])), str(numbers[3]))
 
 
 @_task(
@@ -604,7 +603,7 @@ def _next_power(dice: Dice) -> Drawn:
 )
 def _largest(dice: Dice) -> Drawn:
   numbers = [dice.below(100) for _ in range(dice.between(3, 5))]
-  return Drawn(_series(numbers), str(max(numbers)))
+  return Drawn(' '.join(map(str, numbers)), str(max(numbers)))
 
 
 @_task(
@@ -619,7 +618,7 @@ def _direction(dice: Dice) -> Drawn:
   choices = 'up', 'down', 'neither'
   answer = dice.one(choices)
   row = {'up': numbers, 'down': numbers[::-1], 'neither': mixed}[answer]
-  return Drawn(_series(row), answer, choices)
+  return Drawn(' '.join(map(str, row)), answer, choices)
 
 
 # The cluster ciphers: words in secret and in Morse code.
@@ -651,8 +650,7 @@ def _rot13(dice: Dice) -> Drawn:
 )
 def _caesar(dice: Dice) -> Drawn:
   word, step = dice.word(_LETTERS, 4, 6), dice.between(1, 5)
-  moved = _LETTERS[step:] + _LETTERS[:step]
-  table = str.maketrans(_LETTERS, moved)
+  table = str.maketrans(_LETTERS, _LETTERS[step:] + _LETTERS[:step])
   return Drawn(f'{word} by {step}', word.translate(table))
 
 
@@ -742,8 +740,7 @@ def _contains(dice: Dice) -> Drawn:
   drawn = _words(dice, 3, 5)
   other = dice.word(_LETTERS, 2, 4)
   word = dice.one([dice.one(drawn), other])
-  answer = 'yes' if word in drawn else 'no'
-  return Drawn(f'{word} in {" ".join(drawn)}', answer, ('yes', 'no'))
+  return _yes_no(f'{word} in {" ".join(drawn)}', word in drawn)
 
 
 # The cluster letters: what a word is made of.
@@ -806,8 +803,83 @@ def _palindrome(dice: Dice) -> Drawn:
   at = dice.below(len(half))
   other = half[:at] + dice.one(_LETTERS) + half[at + 1 :]
   word = dice.one([same, other + half[::-1]])
-  answer = 'yes' if word == word[::-1] else 'no'
-  return Drawn(word, answer, ('yes', 'no'))
+  return _yes_no(word, word == word[::-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionSource(SourceOptions):
+  """Instructions of one task and their answers, made when they are read.
+
+  With examples before an instruction, set `task.seq2seq.keep_end` for the task
+  seq2seq, so that what is too long for a row loses examples and keeps what is
+  asked.
+  """
+
+  is_embedded: ClassVar[bool] = True
+
+  task: str = option(
+    'reverse',
+    'Name of the task; the command '
+    '`python -m moe_jax.data.sources.instructions` prints all with an example.',
+    one_of(*TASKS),
+  )
+  num_train: int = option(
+    1000,
+    'Number of examples for training; a larger number adds examples to those '
+    'of a smaller one.',
+    at_least(1),
+  )
+  num_validation: int = option(
+    100, 'Number of examples for validation.', at_least(1)
+  )
+  num_shots: int = option(
+    0,
+    'Number of other examples with their answers that stand before each '
+    'instruction, in the same words; 0 is zero-shot.',
+    at_least(0),
+  )
+
+  @property
+  def cluster(self) -> str:
+    """The cluster of the task."""
+    return TASKS[self.task].cluster
+
+  def questions(self, selection: Selection = Selection()) -> list[Question]:
+    """The validation examples."""
+    return list(self._examples(selection.name_of('validation')))
+
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """Instructions and answers; no question is in both splits.
+
+    Raises:
+      ValueError: A split is neither of our two.
+    """
+    selection.check_splits('instructions')
+    sizes = self.num_train, self.num_validation
+
+    def of_split(split: str) -> Iterator[Pair]:
+      examples = self._examples(selection.name_of(split))
+      return ((question.inputs, question.target) for question in examples)
+
+    shots = f', {self.num_shots} shots' * bool(self.num_shots)
+    return Pairs(
+      f'instructions:{self.task}{shots} (embedded)',
+      f'{identity(self.task)} {sizes} {self.num_shots} {selection.splits}',
+      of_split,
+    )
+
+  def shrunk(self) -> 'InstructionSource':
+    """The same task with few examples."""
+    return dataclasses.replace(
+      self,
+      num_train=min(self.num_train, _SMALL),
+      num_validation=min(self.num_validation, _SMALL),
+    )
+
+  def _examples(self, split: str) -> Iterator[Question]:
+    task = TASKS[self.task]
+    count = dict(zip(SPLITS, (self.num_train, self.num_validation)))[split]
+    return (task(split, i, self.num_shots) for i in range(count))
 
 
 def lines(num_shots: int = 0) -> Iterator[str]:

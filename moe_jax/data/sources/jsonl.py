@@ -10,8 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_jax.data import document_files
-from moe_jax.data.plain_files import parse_json
+from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pair,
@@ -91,15 +90,8 @@ class JsonlSource(SourceOptions):
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, list[Pair]]]:
   """Every line that is not empty, one at a time, and its pairs."""
-  for number, line in enumerate(document_files.lines(path), 1):
-    if not line.strip():
-      continue
-    where = f'{path}, line {number}'
-    try:
-      text = line.decode()
-    except UnicodeDecodeError as error:
-      raise InputError(f'{where} is not UTF-8: {error}') from None
-    yield line.strip(), pairs_of(parse_json(text, where), where)
+  for where, line, value in json_lines(path):
+    yield line, pairs_of(value, where)
 
 
 def _split(pairs: Sequence[Pair]) -> str:
@@ -125,7 +117,7 @@ def pairs_of(value: Any, where: str) -> list[Pair]:
       f'it has {sorted(keys) if keys else type(value).__name__}'
     )
   for key in ('inputs', 'targets'):
-    _check_text(value[key], f'{where}: {key}')
+    check_text(value[key], f'{where}: {key}')
   return [(value['inputs'], value['targets'])]
 
 
@@ -148,7 +140,7 @@ def conversation(messages: Any, where: str) -> list[Pair]:
     role, content = message['role'], message['content']
     if role not in ROLES:
       raise InputError(f'{entry}: {unknown("role", role, ROLES)}')
-    _check_text(content, f'{entry}.content')
+    check_text(content, f'{entry}.content')
     weight = message.get('weight')
     if weight is not None and (
       role != _ANSWERS or type(weight) is not int or weight not in (0, 1)
@@ -172,10 +164,3 @@ def conversation(messages: Any, where: str) -> list[Pair]:
 def transcript(messages: Sequence[tuple[str, str]]) -> str:
   """The text of messages before an answer."""
   return '\n'.join(f'{role}: {content}' for role, content in messages)
-
-
-def _check_text(text: Any, where: str) -> None:
-  if not isinstance(text, str) or not text:
-    raise InputError(f'{where}={text!r:.80} is to be a text that is not empty')
-  if any('\ud800' <= character <= '\udfff' for character in text):
-    raise InputError(f'{where}={text!r:.80} has a half of a character')

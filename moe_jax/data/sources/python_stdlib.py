@@ -1,31 +1,33 @@
 """The corpus from Python: source files of the running Python's own library.
 
-TFDS prepares it in the cache, once for each Python. Tests and installed
-packages are left out; so are, unless they are named, packages that
-distributions leave out (tkinter, idlelib, ensurepip) and code tables
-(encodings). Different Pythons give different corpora: compare results only if
-the digest is the same.
+Its functions and their docstrings are pairs. TFDS prepares both in the cache,
+once for each Python. Tests and installed packages are left out; so are, unless
+they are named, packages that distributions leave out (tkinter, idlelib,
+ensurepip) and code tables (encodings). Different Pythons give different
+corpora: compare results only if the digest is the same.
 """
 
 import abc
+import ast
 import dataclasses
 import hashlib
 import pathlib
 import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
 from moe_jax.data import cache_folders
-from moe_jax.data.sources import tfds_reader
 from moe_jax.data.sources.contract import (
   SPLITS,
+  Pairs,
   Selection,
   SourceOptions,
   Texts,
 )
+from moe_jax.data.sources.tfds import feature_texts, own_builder
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 from moe_jax.options import at_least, option, unknown
@@ -63,6 +65,7 @@ OPTIONAL_MODULES = tuple(
   smtpd sndhdr sunau telnetlib this tkinter turtledemo uu xdrlib
   """.split()  # noqa: SIM905
 )
+ALL_MODULES = MODULES + OPTIONAL_MODULES
 _SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', '__pycache__'}
 # Divisor and residue by which the hash of a file's name makes it validation.
 # Files with this residue have 5 % of the bytes, too, on 3.11 to 3.13.
@@ -188,10 +191,8 @@ def reader(
     )
 
   def read(split):
-    prepared = tfds_reader.own_builder(
-      folder, make, digests=selection.cache_digests
-    )
-    return tfds_reader.texts(prepared, selection.name_of(split), features)
+    prepared = own_builder(folder, make, digests=selection.cache_digests)
+    return feature_texts(prepared, selection.name_of(split), features)
 
   return read
 
@@ -212,10 +213,9 @@ def source_files(
   Raises:
     ValueError: A module is in neither list.
   """
-  possible = MODULES + OPTIONAL_MODULES
   for module in modules:
-    if module not in possible:
-      raise unknown('standard-library module', module, possible)
+    if module not in ALL_MODULES:
+      raise unknown('standard-library module', module, ALL_MODULES)
   root = root or pathlib.Path(sysconfig.get_path('stdlib'))
   paths = {}
   for module in set(modules):
@@ -258,3 +258,91 @@ def content_digest(files: Iterable[tuple[str, str]]) -> str:
     digest.split(name)
     digest.text(text.encode())
   return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class DocstringsSource(SourceOptions):
+  """Functions of the standard library and, as targets, their docstrings."""
+
+  modules: str = option(
+    '',
+    'Names of the top-level modules and packages whose functions are read, '
+    "separated by commas: 'json,email'; '' is all of the standard library.",
+  )
+
+  def pairs(self, selection: Selection = Selection()) -> Pairs:
+    """Sources of functions without docstring as inputs, docstrings as targets.
+
+    Raises:
+      ValueError: A module is not of the standard library.
+    """
+    modules = self.modules.split(',') if self.modules else ALL_MODULES
+    digest = content_digest(source_files(modules))
+    builder, features = PythonStdlibDocstrings, ['inputs', 'targets']
+    label = f'python_stdlib_docstrings{":" * bool(self.modules)}{self.modules}'
+    return Pairs(
+      f'{label} of Python {platform.python_version()}',
+      f'docstrings {builder.VERSION} {digest} {selection.splits}',
+      cast(Any, reader(builder, modules, digest, selection, features)),
+    )
+
+
+class PythonStdlibDocstrings(StdlibBuilder):
+  """TFDS builder with an example for each documented function."""
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="The running Python's standard library, by function.",
+      features=tfds.features.FeaturesDict(
+        {'inputs': text, 'targets': text, 'name': text}
+      ),
+    )
+
+  def _examples(self, name, text):
+    for line, inputs, targets in documented_functions(text):
+      key = f'{name}:{line}'
+      yield key, {'inputs': inputs, 'targets': targets, 'name': key}
+
+
+def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
+  """Yields (line, source without docstring, docstring) for each function.
+
+  Methods and inner functions are included. Sources keep decorators and comments
+  and lose the indentation of their first line; docstrings are cleaned as by
+  `inspect.cleandoc`. Functions whose body is only a docstring are left out, as
+  are files that do not parse.
+
+  Args:
+    text: The source of a module.
+  """
+  text = text.replace('\r\n', '\n').replace('\r', '\n')
+  try:
+    tree = ast.parse(text)
+  except (SyntaxError, ValueError):
+    return
+  lines = text.split('\n')
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      continue
+    docstring = ast.get_docstring(node)
+    if docstring and len(node.body) > 1:
+      yield node.lineno, _without_docstring(lines, node), docstring
+
+
+def _without_docstring(
+  lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef
+) -> str:
+  docstring = node.body[0]
+  first = min(d.lineno for d in [node, *node.decorator_list])
+  before = lines[first - 1 : docstring.lineno - 1]
+  after = lines[docstring.end_lineno : node.end_lineno]
+  # Columns are in bytes of UTF-8.
+  head = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
+  last = cast(int, docstring.end_lineno) - 1
+  tail = lines[last].encode()[docstring.end_col_offset :]
+  rest = head + tail.decode().lstrip().removeprefix(';').lstrip()
+  source = [*before, rest, *after] if rest.strip() else [*before, *after]
+  indent = ' ' * node.col_offset
+  return '\n'.join(line.removeprefix(indent) for line in source)

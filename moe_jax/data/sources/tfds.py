@@ -1,17 +1,204 @@
-"""Datasets of TFDS: texts, or pairs of texts."""
+"""Datasets of TFDS: texts, pairs of texts, and those that we prepare."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from moe_jax.data.sources import tfds_reader
+import tensorflow_datasets as tfds
+
+from moe_jax.data.cache_folders import (
+  NotPreparedError,
+  check_may_prepare,
+  locked,
+  prepared,
+)
 from moe_jax.data.sources.contract import (
   Pairs,
   Selection,
   SourceOptions,
   Texts,
 )
-from moe_jax.options import NOT_EMPTY, option
+from moe_jax.errors import InputError
+from moe_jax.options import NOT_EMPTY, option, unknown
+
+Builder = tfds.core.DatasetBuilder
+
+
+def prepared_builder(name: str) -> Builder:
+  """The builder of a dataset under $TFDS_DATA_DIR, which is prepared first.
+
+  Raises:
+    ValueError: The dataset is unknown, or cannot be prepared here.
+  """
+  data_dir = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  data_dir = os.path.expanduser(data_dir)
+  advice = (
+    'prepare it on a machine with TensorFlow, by tfds.builder('
+    f"{name!r}, file_format='array_record').download_and_prepare(), and set "
+    f'TFDS_DATA_DIR (now {data_dir!r}) to the folder it is in'
+  )
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    if not os.path.exists(builder.data_dir):
+      check_may_prepare(f'the TFDS dataset {name!r} in {data_dir}')
+    if '://' not in data_dir:  # a lock file needs a local folder
+      pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with locked(pathlib.Path(data_dir) / name.replace('/', '.')):
+      builder.download_and_prepare()
+  except NotPreparedError:
+    raise
+  except tfds.core.DatasetNotFoundError as error:
+    raise InputError(
+      f'TFDS dataset {name!r} is not here ({_names(data_dir)} are), '
+      f'nor can it be prepared without TensorFlow; if it exists, {advice}'
+    ) from error
+  except Exception as error:  # builders and downloads raise any exception
+    raise InputError(
+      f'TFDS dataset {name!r} could not be prepared here '
+      f'({type(error).__name__}: {str(error).strip()}); {advice}'
+    ) from error
+  return builder
+
+
+def own_builder(
+  folder: pathlib.Path,
+  make: Callable[[pathlib.Path], Builder],
+  *,
+  digests: bool = True,
+) -> Builder:
+  """The builder that `make` returns for `folder`, which is prepared once.
+
+  Raises:
+    ValueError: A file of the folder is damaged; see `cache_folders.prepared`.
+  """
+
+  def write(unfinished):
+    # TFDS would print the name of this temporary folder, and fill a log with
+    # progress bars for half a second's work.
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+      make(unfinished).download_and_prepare()
+
+  return make(prepared(folder, write, digests=digests))
+
+
+def identity(builder: Builder) -> str:
+  """Text that changes with the dataset, without reading its examples."""
+  digest = hashlib.sha256(builder.info.as_json.encode())
+  for split in builder.info.splits.values():
+    for path in map(os.fspath, split.filepaths):
+      # For a path in a bucket only its name counts.
+      changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+      digest.update(f'{path} {changed}\n'.encode())
+  return digest.hexdigest()
+
+
+def open_split(builder: Builder, split: str) -> Sequence[Any]:
+  """The examples of a split, or of an expression such as 'train[:90%]'.
+
+  Raises:
+    ValueError: There is no such split, or the format has no random access.
+  """
+  try:
+    return cast(Any, builder).as_data_source(split=split)
+  except NotImplementedError as error:  # the format has no random access
+    raise InputError(f'TFDS dataset {builder.name!r}: {error}') from error
+  except ValueError as error:
+    raise InputError(
+      f'unknown split {split!r} of {builder.name!r}; have '
+      f'{sorted(builder.info.splits)} and parts of them ({error})'
+    ) from error
+
+
+def check_feature(builder: Builder, feature: str, option: str) -> None:
+  """Raises ValueError, which lists all features, for an unknown feature.
+
+  Args:
+    builder: Builder of the dataset.
+    feature: Name of the feature; 'translation/de' is a feature in another.
+    option: Name of the option with the feature, for the message.
+  """
+  paths = _paths(builder.info.features)
+  if feature not in paths:
+    raise unknown(f'{option} of {builder.name!r}', feature, paths)
+
+
+def feature_texts(
+  builder: Builder, split: str, features: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+  """The named features of every example, in order.
+
+  Raises:
+    ValueError: A feature's value is no text, or not UTF-8.
+  """
+  paths = _paths(builder.info.features)
+  for i, example in enumerate(open_split(builder, split)):
+    yield tuple(
+      as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
+      for f in features
+    )
+
+
+def values(
+  builder: Builder, example: Any, features: Sequence[str]
+) -> tuple[Any, ...]:
+  """The named features of one example of `open_split`, unchanged."""
+  paths = _paths(builder.info.features)
+  return tuple(_at(example, paths[feature]) for feature in features)
+
+
+def as_text(value: Any, where: str) -> str:
+  """A feature's value as text.
+
+  Args:
+    value: Text, or bytes of UTF-8.
+    where: Description of the value for the error.
+
+  Raises:
+    ValueError: The value is no text, or not UTF-8.
+  """
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, bytes):
+    raise InputError(f'{where} has type {type(value).__name__}, not text')
+  try:
+    return value.decode()
+  except UnicodeDecodeError as error:
+    raise InputError(f'{where} is not UTF-8: {error}') from error
+
+
+def _at(example: Any, path: tuple[str, ...]) -> Any:
+  for key in path:
+    example = example[key]
+  return example
+
+
+def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
+  """The keys that lead to every feature, by these keys joined with slashes."""
+  paths = {}
+  for key, feature in features.items():
+    path = *outer, key
+    if isinstance(feature, tfds.features.FeaturesDict):
+      paths |= _paths(feature, path)
+    else:
+      paths['/'.join(path)] = path
+  return paths
+
+
+def _names(data_dir: str) -> list[str]:
+  """Names of the datasets in `data_dir`."""
+  root = pathlib.Path(data_dir)
+  names = {
+    path.relative_to(root).parts[0]
+    for versions in ('*/*', '*/*/*')  # without and with a builder config
+    for path in root.glob(f'{versions}/dataset_info.json')
+  }
+  return sorted(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +239,11 @@ class TfdsSource(SourceOptions):
     Raises:
       ValueError: The dataset, the feature or a split is missing.
     """
-    builder = self._open(selection, ['text_feature'])
+    builder, read = self._open(selection, 'text_feature')
     return Texts(
       f'tfds:{builder.info.full_name}',
-      f'{tfds_reader.identity(builder)} texts {selection.splits} '
-      f'{self.text_feature!r}',
-      lambda split: (
-        text
-        for (text,) in self._read(
-          builder, selection.name_of(split), ['text_feature']
-        )
-      ),
+      f'{identity(builder)} texts {selection.splits} {self.text_feature!r}',
+      lambda split: (text for (text,) in read(split)),
     )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:
@@ -71,31 +252,27 @@ class TfdsSource(SourceOptions):
     Raises:
       ValueError: The dataset, a feature or a split is missing.
     """
-    options = ['input_feature', 'target_feature']
-    builder = self._open(selection, options)
+    builder, read = self._open(selection, 'input_feature', 'target_feature')
     features = self.input_feature, self.target_feature
     return Pairs(
       f'tfds:{builder.info.full_name} ({" to ".join(features)})',
-      f'{tfds_reader.identity(builder)} pairs {selection.splits} {features}',
-      lambda split: cast(
-        Any, self._read(builder, selection.name_of(split), options)
-      ),
+      f'{identity(builder)} pairs {selection.splits} {features}',
+      cast(Any, read),
     )
 
   def _open(
-    self, selection: Selection, options: Sequence[str]
-  ) -> tfds_reader.Builder:
-    """The builder, after checks of the features and splits."""
-    builder = tfds_reader.prepared_builder(self.name)
-    for option_name in options:
-      feature = getattr(self, option_name)
-      tfds_reader.check_feature(builder, feature, option_name)
-    for split in selection.splits:
-      tfds_reader.open_split(builder, split)
-    return builder
+    self, selection: Selection, *options: str
+  ) -> tuple[Builder, Callable[[str], Iterator[tuple[str, ...]]]]:
+    """The builder, and a function from our split to features of its examples.
 
-  def _read(
-    self, builder: tfds_reader.Builder, split: str, options: Sequence[str]
-  ) -> Iterator[tuple[str, ...]]:
-    features = [getattr(self, option_name) for option_name in options]
-    return tfds_reader.texts(builder, split, features)
+    The features are those that the options name; they and the splits are there.
+    """
+    builder = prepared_builder(self.name)
+    features = [getattr(self, name) for name in options]
+    for name, feature in zip(options, features):
+      check_feature(builder, feature, name)
+    for split in selection.splits:
+      open_split(builder, split)
+    return builder, lambda split: feature_texts(
+      builder, selection.name_of(split), features
+    )

@@ -166,7 +166,7 @@ class TokenTask(TaskOptions):
     selection: Selection,
     shape: RowShape,
   ) -> Dataset:
-    """See `TaskOptions.load`; tokens are memory-mapped."""
+    """The dataset, whose tokens are memory-mapped."""
     corpus = self.open(source, selection)
     folder = tokens_folder(corpus, tokenizer, selection)
     about = store.read_about(folder)

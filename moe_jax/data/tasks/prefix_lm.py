@@ -1,5 +1,6 @@
-"""Prefix language modelling: given the beginning of a text, predict the rest.
+"""Language modelling: predict each next token, or the rest of a text.
 
+Prefix language modelling gives the beginning of a text, as in
 T5 (https://arxiv.org/abs/1910.10683), section 3.3.1; with a mode token, the
 S-denoiser of UL2 (https://arxiv.org/abs/2205.05131).
 """
@@ -10,14 +11,31 @@ import functools
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.packing import PackedRows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TextTask
-from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LmTask(TextTask):
+  """Rows of documents one after another, for a decoder-only model."""
+
+  label = ''
+  makes_examples = False
+  answers_go_on = True
+
+  def rows(
+    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
+  ) -> PackedRows:
+    """Rows of the whole stream."""
+    del tokenizer
+    return PackedRows(*stream, shape.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +53,7 @@ class PrefixLmTask(TextTask):
   def rows(
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
-    """See `TokenTask.rows`."""
+    """Rows of windows of the documents."""
     eos_id = tokenizer.eos_id if shape.encoder_decoder else None
     windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=eos_id)
     return DenoisedRows(*stream, windows, pack=shape.pack)

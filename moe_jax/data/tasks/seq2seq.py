@@ -48,7 +48,7 @@ class Seq2SeqTask(PairTask):
     tokenizer: Tokenizer,
     shape: RowShape,
   ) -> 'PairRows':
-    """See `TokenTask.rows`."""
+    """Rows of pairs."""
     layout = shape.layout(tokenizer.start_id)
     return PairRows(
       *stream,

@@ -10,10 +10,10 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TextTask
-from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
@@ -58,7 +58,7 @@ class SpanCorruptionTask(TextTask):
   def rows(
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
-    """See `TokenTask.rows`."""
+    """Rows of windows of the documents."""
     windows = SpanCorruption(
       shape.layout(tokenizer.start_id),
       tokenizer.sentinel_ids[: self.num_sentinels],

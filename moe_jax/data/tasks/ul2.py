@@ -8,10 +8,10 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TextTask
-from moe_jax.data.tasks.denoising import DenoisedRows, WindowTask
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
@@ -106,7 +106,7 @@ class Ul2Task(TextTask):
   def rows(
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
-    """See `TokenTask.rows`."""
+    """Rows of windows of the documents."""
     extended = cast(Extended, tokenizer)
     windows = mixture(
       [Denoiser(*denoiser) for denoiser in self.denoisers],

@@ -23,6 +23,12 @@ Ids = Collection  # of integers: a list, a tuple, an array [N]
 
 # Errors that a state which `save` did not write may raise in `from_state`.
 _DAMAGED = AttributeError, LookupError, RecursionError, TypeError, ValueError
+# The character that stands for bytes that are no character, or not yet one.
+_UNKNOWN = '\ufffd'
+# The most bytes of a UTF-8 character that lacks its last byte.
+_MOST_BYTES = 3
+# The number of known tokens that are decoded before the first new one.
+_CONTEXT = 16
 # Tokenizer classes by their names in files. A class is added when its module is
 # imported; no module is imported because a file names it.
 _SAVED: dict[str, type['Tokenizer']] = {}
@@ -181,8 +187,34 @@ class TokenizerOptions(Options):
     return None
 
 
+class GivenOptions(TokenizerOptions):
+  """Contract of the options of a tokenizer that depends on no texts."""
+
+  @required
+  def given(self) -> Tokenizer:
+    """The tokenizer; it is read anew at each call.
+
+    Raises:
+      ValueError: A file is missing or bad.
+    """
+    raise NotImplementedError
+
+  def identity(self) -> str:
+    """The tokenizer's own identity."""
+    return self.given().identity
+
+  def fit(self, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer, whatever the texts are."""
+    del texts
+    return self.given()
+
+  def known_vocab_size(self) -> int:
+    """V of the tokenizer."""
+    return self.given().vocab_size
+
+
 @dataclasses.dataclass(frozen=True)
-class Fitted(TokenizerOptions):
+class Fitted(GivenOptions):
   """A tokenizer that is there already, in place of its options.
 
   Attributes:
@@ -196,18 +228,9 @@ class Fitted(TokenizerOptions):
     default=None, compare=False
   )
 
-  def identity(self) -> str:
-    """The tokenizer's own identity."""
-    return self.tokenizer.identity
-
-  def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer, whatever the texts are."""
-    del texts
+  def given(self) -> Tokenizer:
+    """The tokenizer that is there."""
     return self.tokenizer
-
-  def known_vocab_size(self) -> int:
-    """V of the tokenizer."""
-    return self.tokenizer.vocab_size
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -237,3 +260,59 @@ def from_json(saved: Mapping[str, Any]) -> Tokenizer:
 def digest(text: str) -> str:
   """16 hexadecimal digits of the text's sha256."""
   return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+
+
+class TextStream:
+  """Decodes tokens one by one; its results joined are the whole text.
+
+  The text of a token depends on those before it: a word may begin with a space,
+  and a character's bytes may be several tokens. So a few tokens are decoded
+  again each time, and only new text is returned.
+
+  Args:
+    tokenizer: The tokenizer that decodes. Ids that it does not know have no
+      text.
+    context: The tokens before the first, whose text is not returned.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, context: Iterable[Token] = ()):
+    self._tokenizer = tokenizer
+    self._ids = [i for i in map(int, context) if self._is_id(i)][-_CONTEXT:]
+    self._settled = len(self._ids)  # ids whose text is complete and returned
+    self._returned = len(self._text())  # characters that have been returned
+
+  def add(self, token: Token) -> str:
+    """Returns the text that this token completes, which may be ''."""
+    if not self._is_id(int(token)):
+      return ''
+    self._ids.append(int(token))
+    text = self._text()
+    complete = max(len(text) - _unfinished(text), self._returned)
+    new, self._returned = text[self._returned : complete], complete
+    if complete == len(text):
+      self._forget()
+    return new
+
+  def end(self) -> str:
+    """Returns the rest, with bytes that never became a character."""
+    text = self._text()
+    new, self._returned = text[self._returned :], len(text)
+    return new
+
+  def _is_id(self, token: int) -> bool:
+    return 0 <= token < self._tokenizer.vocab_size
+
+  def _text(self) -> str:
+    return self._tokenizer.decode(self._ids)
+
+  def _forget(self) -> None:
+    """Drops the tokens on which the next token's text cannot depend."""
+    self._ids = self._ids[self._settled :]
+    self._settled = len(self._ids)
+    self._returned = len(self._text())
+
+
+def _unfinished(text: str) -> int:
+  """The number of characters at the end that more bytes may still change."""
+  tail = text[-_MOST_BYTES:]
+  return len(tail) - len(tail.rstrip(_UNKNOWN))

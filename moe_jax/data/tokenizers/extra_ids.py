@@ -164,7 +164,7 @@ class Extended(Tokenizer, kind='extended'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Extended':
-    """See `Tokenizer.from_state`."""
+    """The tokenizer with the added names."""
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
 

@@ -5,37 +5,91 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 
-from moe_jax.data.plain_files import plain, read_text
+from moe_jax.data.plain_files import first_line, plain, read_json, read_text
 from moe_jax.data.tokenizers import chat
 from moe_jax.data.tokenizers.contract import (
+  GivenOptions,
   Ids,
   Token,
   Tokenizer,
-  TokenizerOptions,
   digest,
-)
-from moe_jax.data.tokenizers.special_tokens import (
-  SENTENCEPIECE,
-  SpecialTokens,
-  from_folder,
-)
-from moe_jax.data.tokenizers.tokenizers_library import (
-  encoded,
-  read_model,
-  vocabulary_of,
 )
 from moe_jax.errors import InputError
 from moe_jax.options import NOT_EMPTY, option, unknown
 
+# Files of tokenizers that have to be converted before they can be read.
+SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+_NAMES = ('bos', 'eos', 'pad', 'unk')
+# Roles of a single id, in our fields; files have '_token_id' after them.
+_ROLES = ('bos', 'pad', 'start', 'forced_bos')
+_LARGEST_ID = 2**31 - 1
 # Names of the EOS in well-known vocabularies; the first that exists is taken.
 EOS_NAMES = ('<eos>', '</s>', '<|endoftext|>', '<|end_of_text|>', '[EOS]')
 _SENTINEL = re.compile(r'<extra_id_(\d+)>')
 _LANGUAGE = re.compile(r'[a-z]{3}_[A-Z][a-z]{3}')
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """Ids of special tokens; None or empty if there is none.
+
+  Attributes:
+    bos: Id that begins a document.
+    eos: Ids that end generation; a document ends with the first.
+    pad: Id of padding.
+    start: Id that begins a decoder's input.
+    forced_bos: Id that generation always emits first.
+    vocab_size: V of the model, which may be above the number of tokens; 0 if no
+      config gives it.
+    names: Names of the tokens 'bos', 'eos', 'pad' and 'unk', for chat
+      templates.
+    chat_template: Jinja template of conversations; '' if there is none.
+  """
+
+  bos: int | None = None
+  eos: tuple[int, ...] = ()
+  pad: int | None = None
+  start: int | None = None
+  forced_bos: int | None = None
+  vocab_size: int = 0
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  chat_template: str = ''
+
+  def problems(self, num_tokens: int) -> Iterator[str]:
+    """A text for each field that has no possible value.
+
+    Args:
+      num_tokens: The number of ids of the tokenizer; a model may have more.
+    """
+    if not _is_count(self.vocab_size):
+      yield f'vocab_size={self.vocab_size!r} is no number of tokens'
+      return
+    size = max(num_tokens, self.vocab_size)
+    ids = {f'{role}_token_id': getattr(self, role) for role in _ROLES}
+    ids = {name: [i] for name, i in ids.items() if i is not None}
+    for name, values in {**ids, 'eos_token_id': self.eos}.items():
+      for i in values:
+        if not _is_count(i) or i >= size:
+          yield f'{name}={i!r} is no token id: an integer in [0, {size})'
+    for name in ('chat_template', *self.names):
+      value = self.names.get(name, self.chat_template)
+      if not isinstance(value, str):
+        yield f'{name} is {value!r:.80}, not a text'
+
+  def to_json(self) -> dict[str, Any]:
+    """The fields as JSON, for `from_json`."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, saved: Mapping[str, Any]) -> 'SpecialTokens':
+    """The special tokens whose `to_json` is `saved`."""
+    return cls(**{**saved, 'eos': tuple(saved['eos'])})
 
 
 class Json(Tokenizer, kind='json'):
@@ -62,11 +116,11 @@ class Json(Tokenizer, kind='json'):
   """
 
   def __init__(self, text: str, special: SpecialTokens | None = None):
-    self._model = read_model(text)
+    self._model = _read_model(text)
     self._model.encode_special_tokens = True
     # Prompts need a copy, as the flag above is a setting of the model.
-    self._prompts = read_model(text)
-    self._vocabulary = vocabulary_of(self._model)
+    self._prompts = _read_model(text)
+    self._vocabulary = _vocabulary_of(self._model)
     self.vocab_size = max(self._vocabulary.values()) + 1
     self._saved_special = special
     if special is None:
@@ -114,7 +168,8 @@ class Json(Tokenizer, kind='json'):
       )
     try:
       text = read_text(path)
-      return cls(text, from_folder(folder, vocabulary_of(read_model(text))))
+      vocabulary = _vocabulary_of(_read_model(text))
+      return cls(text, _special_tokens(folder, vocabulary))
     except InputError as error:
       if str(folder) in str(error):
         raise
@@ -132,7 +187,7 @@ class Json(Tokenizer, kind='json'):
 
   def encode(self, text: str) -> np.ndarray:
     """The model's ids, int32 [N], without special tokens."""
-    encoding = encoded(self._model, text, add_special_tokens=False)
+    encoding = _encoded(self._model, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
   def encode_inputs(self, text: str, language: str = '') -> np.ndarray:
@@ -150,7 +205,7 @@ class Json(Tokenizer, kind='json'):
       ValueError: The language is no token, or the post-processor adds no
         language code.
     """
-    encoding = encoded(self._prompts, text)
+    encoding = _encoded(self._prompts, text)
     ids = np.asarray(encoding.ids, np.int32)
     if not language:
       return ids
@@ -172,7 +227,7 @@ class Json(Tokenizer, kind='json'):
 
     Names of special tokens in the text become those tokens.
     """
-    encoding = encoded(self._prompts, text, add_special_tokens=False)
+    encoding = _encoded(self._prompts, text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
   def encode_chat(
@@ -230,7 +285,7 @@ class Json(Tokenizer, kind='json'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Json':
-    """See `Tokenizer.from_state`."""
+    """The tokenizer, with the special tokens that were saved."""
     special = state.get('special')
     special = None if special is None else SpecialTokens.from_json(special)
     return cls(json.dumps(state['model']), special)
@@ -245,7 +300,7 @@ class Json(Tokenizer, kind='json'):
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonOptions(TokenizerOptions):
+class JsonOptions(GivenOptions):
   """Options of a `tokenizers` model in a file or folder."""
 
   path: str = option(
@@ -255,20 +310,8 @@ class JsonOptions(TokenizerOptions):
     NOT_EMPTY,
   )
 
-  def identity(self) -> str:
-    """See `TokenizerOptions.identity`; the file is read for it."""
-    return self._tokenizer().identity
-
-  def fit(self, texts: Iterable[str]) -> Json:
-    """The tokenizer of the file; it does not depend on the texts."""
-    del texts
-    return self._tokenizer()
-
-  def known_vocab_size(self) -> int:
-    """V of the tokenizer in the file."""
-    return self._tokenizer().vocab_size
-
-  def _tokenizer(self) -> Json:
+  def given(self) -> Json:
+    """The tokenizer of the file or folder."""
     path = pathlib.Path(self.path).expanduser()
     if path.is_dir():
       return Json.from_folder(path)
@@ -290,3 +333,107 @@ def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:
     if match := _SENTINEL.fullmatch(token):
       by_number[int(match[1])] = i
   return tuple(by_number[n] for n in sorted(by_number))
+
+
+def _special_tokens(
+  folder: pathlib.Path, vocabulary: Mapping[str, int]
+) -> SpecialTokens:
+  """The special tokens of a model's folder.
+
+  Ids of `generation_config.json` take precedence over those of `config.json`,
+  and both over names in the tokenizer's own files.
+  """
+  tokens_config = read_json(folder / 'tokenizer_config.json')
+  tokens_map = read_json(folder / 'special_tokens_map.json')
+  config = read_json(folder / 'config.json')
+  generation = read_json(folder / 'generation_config.json')
+  ids = config | {k: v for k, v in generation.items() if v is not None}
+  names = {}
+  for role in _NAMES:
+    key = f'{role}_token'
+    name = _content(tokens_config.get(key)) or _content(tokens_map.get(key))
+    if name:
+      names[role] = name
+
+  def token_id(role):
+    config_id = ids.get(f'{role}_token_id')
+    if config_id is not None:
+      return config_id
+    name = names.get(role)
+    return vocabulary.get(name) if isinstance(name, str) else None
+
+  eos = token_id('eos')
+  eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+  return SpecialTokens(
+    bos=token_id('bos'),
+    eos=eos,
+    pad=token_id('pad'),
+    start=ids.get('decoder_start_token_id'),
+    forced_bos=ids.get('forced_bos_token_id'),
+    vocab_size=config.get('vocab_size', 0),
+    names=names,
+    chat_template=_chat_template(folder, tokens_config.get('chat_template')),
+  )
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and value >= 0
+
+
+def _content(token: Any) -> Any:
+  """A token's text, which files have as a string or within an object."""
+  return token.get('content', '') if isinstance(token, dict) else token or ''
+
+
+def _chat_template(folder: pathlib.Path, template: Any) -> Any:
+  """The template in its own file, or else in `tokenizer_config.json`."""
+  path = plain(folder, 'chat_template.jinja')
+  if path is not None:
+    return read_text(path)
+  if isinstance(template, list):  # several templates, each with a name
+    templates = [t for t in template if isinstance(t, dict)]
+    named = {str(t.get('name')): t.get('template') for t in templates}
+    return named.get('default', '')
+  return template or ''
+
+
+def _read_model(text: str) -> tokenizers.Tokenizer:
+  """The model of a `tokenizer.json`, which neither truncates nor pads."""
+  try:
+    model = tokenizers.Tokenizer.from_str(text)
+    model.no_truncation()
+    model.no_padding()
+  except BaseException as error:
+    raise _value_error('not a tokenizers JSON file', error) from None
+  return model
+
+
+def _vocabulary_of(model: tokenizers.Tokenizer) -> dict[str, int]:
+  """The ids of a model's tokens, by token; each is an int32."""
+  vocabulary = model.get_vocab(with_added_tokens=True)
+  if not vocabulary:
+    raise InputError('the tokenizer has no tokens')
+  if max(vocabulary.values()) > _LARGEST_ID:
+    largest = max(vocabulary, key=lambda name: vocabulary[name])
+    raise InputError(
+      f'token {largest!r:.80} has the id {vocabulary[largest]}, above the '
+      f'largest int32, {_LARGEST_ID}'
+    )
+  return vocabulary
+
+
+def _encoded(
+  model: tokenizers.Tokenizer, text: str, **options: bool
+) -> tokenizers.Encoding:
+  try:
+    return model.encode(text, **options)
+  except BaseException as error:
+    problem = f'the tokenizer cannot encode {text!r:.80}'
+    raise _value_error(problem, error) from None
+
+
+def _value_error(problem: str, error: BaseException) -> BaseException:
+  """A ValueError for the library's bare Exceptions and panics of Rust."""
+  if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
+    return InputError(f'{problem}: {first_line(error)}')
+  return error  # Ctrl-C

@@ -21,7 +21,9 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   Normalisation, the space before a text, user-defined symbols and bytes for
   unknown characters are as the model says. Names of control symbols in a text,
-  such as `</s>`, are encoded as text, so that no document can forge an EOS.
+  such as `</s>`, are encoded as text, so that no document can forge an EOS. In
+  transformers T5 adds sentinels to these ids and NLLB shifts them, so that a
+  checkpoint of these needs its `tokenizer.json`.
 
   Args:
     model: Content of a `tokenizer.model` or `spiece.model`.
@@ -34,14 +36,8 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
     self._content = model
     self._model = _opened(model)
     self.vocab_size = self._model.get_piece_size()
-    self.eos_id, self.bos_id, self.pad_id = (
-      i if i >= 0 else None
-      for i in (
-        self._model.eos_id(),
-        self._model.bos_id(),
-        self._model.pad_id(),
-      )
-    )
+    ids = self._model.eos_id(), self._model.bos_id(), self._model.pad_id()
+    self.eos_id, self.bos_id, self.pad_id = (i if i >= 0 else None for i in ids)
     digest = hashlib.sha256(model).hexdigest()[:16]
     self.identity = f'sentencepiece:{digest}'
 
@@ -75,7 +71,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
-    """See `Tokenizer.from_state`."""
+    """The tokenizer of that content."""
     return cls(base64.b64decode(state['model'], validate=True))
 
   def file_content(self) -> bytes:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
 
 from moe_jax.data.plain_files import (
   first_line,
@@ -13,8 +12,8 @@ from moe_jax.data.plain_files import (
   read_bytes,
 )
 from moe_jax.data.tokenizers.contract import (
+  GivenOptions,
   Tokenizer,
-  TokenizerOptions,
   load,
 )
 from moe_jax.data.tokenizers.extra_ids import without_endings
@@ -75,7 +74,11 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
   """The tokenizer of a file, with special tokens of its folder, if given."""
   content = read_bytes(path)
   if path.suffix != '.json' and content[:1] != b'{':
-    return _sentencepiece(path, content)
+    try:
+      return SentencePiece(content)
+    except InputError as error:
+      reason = f'{path} is {error}; give the path of {_READS}'
+      raise InputError(reason) from None
   try:
     values = parse_json(content.decode(), path)
   except UnicodeDecodeError as error:
@@ -90,15 +93,8 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
     raise InputError(f'{path}: {first_line(error)}') from None
 
 
-def _sentencepiece(path: pathlib.Path, content: bytes) -> SentencePiece:
-  try:
-    return SentencePiece(content)
-  except InputError as error:
-    raise InputError(f'{path} is {error}; give the path of {_READS}') from None
-
-
 @dataclasses.dataclass(frozen=True)
-class FileOptions(TokenizerOptions):
+class FileOptions(GivenOptions):
   """Options of a tokenizer that is there already."""
 
   path: str = option(
@@ -109,20 +105,8 @@ class FileOptions(TokenizerOptions):
     NOT_EMPTY,
   )
 
-  def identity(self) -> str:
-    """See `TokenizerOptions.identity`; the file is read for it."""
-    return self._tokenizer().identity
-
-  def fit(self, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of the file; it does not depend on the texts."""
-    del texts
-    return self._tokenizer()
-
-  def known_vocab_size(self) -> int:
-    """V of the tokenizer in the file."""
-    return self._tokenizer().vocab_size
-
-  def _tokenizer(self) -> Tokenizer:
+  def given(self) -> Tokenizer:
+    """The tokenizer of the file or folder."""
     try:
       return read(self.path)
     except InputError as error:

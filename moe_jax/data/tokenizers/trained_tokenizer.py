@@ -52,7 +52,7 @@ class TrainedOptions(TokenizerOptions):
   )
 
   def identity(self) -> str:
-    """See `TokenizerOptions.identity`."""
+    """The model and its size; the texts belong to the data's identity."""
     return f'trained {self.model} {self.vocab_size}'
 
   def fit(self, texts: Iterable[str]) -> Tokenizer:

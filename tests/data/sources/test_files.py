@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from moe_jax.data import FilesSource, Selection, file_digests
+from moe_jax.data import FilesSource, Selection, cache_folders
 
 
 def texts(source, split):
@@ -124,14 +124,14 @@ def test_a_file_that_changes_while_others_are_read_is_noticed(
   tmp_path, monkeypatch
 ):
   make_files(tmp_path, 3)
-  sha256s = file_digests.sha256s
+  sha256s = cache_folders.sha256s
 
   def change_after_digests(paths, memory):
     digests_by_path = sha256s(paths, memory)
     paths[0].write_text('changed')
     return digests_by_path
 
-  monkeypatch.setattr(file_digests, 'sha256s', change_after_digests)
+  monkeypatch.setattr(cache_folders, 'sha256s', change_after_digests)
   source = FilesSource(f'{tmp_path}/*/*').texts()
   with pytest.raises(ValueError, match=r'0\.txt was changed while'):
     [texts(source, split) for split in ('train', 'validation')]

@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from moe_jax.data.sources import python_stdlib, python_stdlib_docstrings
-from moe_jax.data.sources.python_stdlib_docstrings import documented_functions
+from moe_jax.data.sources import python_stdlib
+from moe_jax.data.sources.python_stdlib import documented_functions
 
 MODULE = '''
 """Not a function's."""
@@ -86,9 +86,7 @@ def test_what_does_not_parse_is_left_out():
 @pytest.fixture(scope='module')
 def functions():
   """Documented functions of every third file of the standard library."""
-  files = list(python_stdlib.source_files(python_stdlib_docstrings.MODULES))[
-    ::3
-  ]
+  files = list(python_stdlib.source_files(python_stdlib.ALL_MODULES))[::3]
   return [
     (name, *function)
     for name, text in files
@@ -119,7 +117,7 @@ def test_the_builder_keeps_a_file_in_one_split(tmp_path):
       f'def f():\n  """D{i}."""\n  return {i}\n'
       f'def g():\n  """E{i}."""\n  return {i}\n'
     )
-  builder = python_stdlib_docstrings.PythonStdlibDocstrings(
+  builder = python_stdlib.PythonStdlibDocstrings(
     modules=['json'],
     root=root,
     data_dir=tmp_path / 'tfds',

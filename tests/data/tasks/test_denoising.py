@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data import batch_dataset, eval_batches
+from moe_jax.data.examples import DenoisedRows, windows
 from moe_jax.data.layouts import EncoderDecoderLayout
-from moe_jax.data.tasks.denoising import DenoisedRows, windows
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 

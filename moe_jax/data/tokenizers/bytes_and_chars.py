@@ -1,4 +1,4 @@
-"""The tokenizer of the characters that the texts of the data have."""
+"""Tokenizers of UTF-8 bytes, and of the characters that the texts have."""
 
 import collections
 import dataclasses
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.data.tokenizers.contract import (
+  GivenOptions,
   Ids,
   Token,
   Tokenizer,
@@ -17,6 +18,50 @@ from moe_jax.data.tokenizers.contract import (
 from moe_jax.errors import InputError
 
 _NAMED = 8  # characters that a message names
+
+
+class Bytes(Tokenizer, kind='bytes'):
+  """UTF-8 bytes with ids 0 to 255, and an EOS with id 256."""
+
+  vocab_size = 257
+  eos_id = 256
+  identity = 'bytes'
+
+  def encode(self, text: str) -> np.ndarray:
+    """The UTF-8 bytes of `text`, int32 [N]."""
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    ids = self._in_vocabulary(ids)
+    text_bytes = ids[ids != self.eos_id].astype(np.uint8)
+    return text_bytes.tobytes().decode(errors='replace')
+
+  def token_name(self, token: Token) -> str:
+    """The character of an ASCII byte, or else the hexadecimal number."""
+    (token,) = self._in_vocabulary([token]).tolist()
+    if token == self.eos_id:
+      return '<eos>'
+    return repr(chr(token)) if token < 0x80 else f'0x{token:02x}'
+
+  def state(self) -> dict[str, Any]:
+    """An empty dict, as all tokenizers of bytes are equal."""
+    return {}
+
+  @classmethod
+  def from_state(cls, state: Mapping[str, Any]) -> 'Bytes':
+    """The tokenizer."""
+    del state
+    return cls()
+
+
+@dataclasses.dataclass(frozen=True)
+class BytesOptions(GivenOptions):
+  """Options of the tokenizer of UTF-8 bytes."""
+
+  def given(self) -> Bytes:
+    """The tokenizer."""
+    return Bytes()
 
 
 class Chars(Tokenizer, kind='chars'):
@@ -74,7 +119,7 @@ class Chars(Tokenizer, kind='chars'):
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Chars':
-    """See `Tokenizer.from_state`."""
+    """The tokenizer of these characters."""
     return cls(state['characters'])
 
 
@@ -83,7 +128,7 @@ class CharsOptions(TokenizerOptions):
   """Options of the tokenizer of the texts' characters."""
 
   def identity(self) -> str:
-    """See `TokenizerOptions.identity`."""
+    """The kind alone, as there are no options."""
     return 'chars'
 
   def fit(self, texts: Iterable[str]) -> Chars:

@@ -1,6 +1,6 @@
 """Tokenizes the data of a config in advance, by many processes.
 
-    python -m moe_jax.data.prepare --config=moe_jax:tiny_switch \
+    python -m moe_jax.prepare --config=moe_jax:tiny_switch \
       --config.data.source.kind=files \
       --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
 
@@ -34,7 +34,7 @@ from rich.progress import (
 
 from moe_jax import command_line, config_flag
 from moe_jax.data.dataset import DataOptions, load
-from moe_jax.data.shared_tokenizers import shared_tokenizer
+from moe_jax.data.mixtures import shared_tokenizer
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.tasks.contract import TokenTask
 from moe_jax.data.tokens_folder import FolderReport, Share, make
@@ -143,7 +143,7 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
   parser = command_line.Parser(
-    prog=command_line.program('moe_jax.data.prepare'),
+    prog=command_line.program('moe_jax.prepare'),
     **command_line.about(__doc__),
   )
   add, count = parser.add_argument, command_line.POSITIVE

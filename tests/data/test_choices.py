@@ -15,7 +15,7 @@ from moe_jax.data import (
   Item,
   Selection,
 )
-from moe_jax.data.choices.docstring_choice import with_distractors
+from moe_jax.data.choices import with_distractors
 
 PART = DocstringChoiceSource('asyncio,email,json')
 
@@ -74,7 +74,7 @@ def test_lines_of_files(tmp_path):
     (line(label='1'), "label='1' is no index"),
     (line(answers=['x']), r"answers=\['x'\] are to be two or more"),
     (line(answers=['x', 'x']), 'and different'),
-    (line(answers='xy'), "answers='xy' a list of texts"),
+    (line(answers='xy'), "answers='xy' are no list of texts"),
     (line(prompt=''), "prompt='' is to be a text"),
   ],
 )

@@ -1,0 +1,284 @@
+"""Sources of questions with several answers, of which one is right.
+
+To add a source, write its `ChoiceSourceOptions` here and list it at the end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from moe_jax.data.document_files import check_text, json_lines
+from moe_jax.data.sources import tfds
+from moe_jax.data.sources.contract import Selection
+from moe_jax.data.sources.files import matching
+from moe_jax.data.sources.python_stdlib import DocstringsSource
+from moe_jax.errors import InputError
+from moe_jax.options import NOT_EMPTY, Kinds, Options, option
+
+NUM_ANSWERS = 4  # of a question about a docstring
+
+
+class Item(NamedTuple):
+  """A question.
+
+  Attributes:
+    prompt: Text that the model is given; not empty.
+    answers: Two or more answers to choose from, none empty, all different.
+    label: Index of the right answer.
+  """
+
+  prompt: str
+  answers: tuple[str, ...]
+  label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemSource:
+  """Items of two splits.
+
+  Attributes:
+    name: Description of the source for messages.
+    items: Function from a split to its items, which may be read one by one.
+      Those of 'train' serve as examples, those of 'validation' are asked.
+  """
+
+  name: str
+  items: Callable[[str], Sequence[Item]]
+
+
+class ChoiceSourceOptions(Options):
+  """Contract of a source of questions.
+
+  Attributes:
+    has_train_split: Whether 'train' and 'validation' have different items, so
+      that examples do not give away the answers.
+  """
+
+  has_train_split: ClassVar[bool] = True
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """The items of both splits.
+
+    Raises:
+      ValueError: The data is missing or bad.
+    """
+    raise NotImplementedError
+
+  def instead_of(self, judged: 'ChoiceSourceOptions') -> 'ChoiceSourceOptions':
+    """The source of examples, given the source of the items that are asked."""
+    del judged
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class SameSource(ChoiceSourceOptions):
+  """Examples from the train split of the source of the items that are asked."""
+
+  def instead_of(self, judged: ChoiceSourceOptions) -> ChoiceSourceOptions:
+    """The source of the items that are asked."""
+    return judged
+
+
+def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
+  """The item of these fields.
+
+  Raises:
+    ValueError: A field is missing, empty or out of range, or two answers are
+      equal.
+  """
+  check_text(prompt, f'{where}: prompt')
+  if not isinstance(answers, list | tuple):
+    raise InputError(f'{where}: answers={answers!r} are no list of texts')
+  for answer in answers:
+    check_text(answer, f'{where}: answers')
+  if len(answers) < 2 or len(set(answers)) < len(answers):
+    raise InputError(
+      f'{where}: answers={answers!r} are to be two or more, and different'
+    )
+  if type(label) is not int or not 0 <= label < len(answers):
+    raise InputError(
+      f'{where}: label={label!r} is no index of {len(answers)} answers'
+    )
+  return Item(prompt, tuple(answers), int(label))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceFilesSource(ChoiceSourceOptions):
+  """Lines of JSON with `prompt`, `answers` (a list) and `label` (an index).
+
+  Both splits have all lines, so examples before a question have to come from
+  another source; otherwise the model would be given the answers.
+  """
+
+  has_train_split = False
+
+  pattern: str = option(
+    dataclasses.MISSING,
+    "Path of the files of questions, with '*' for any name and '**' for "
+    'folders of any depth.',
+    NOT_EMPTY,
+  )
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """An item for each line that is not empty.
+
+    Raises:
+      ValueError: No file matches, all are empty, or a line is no item.
+    """
+    del selection
+    paths = matching(self.pattern)
+    items = [
+      _item_of(value, where)
+      for path in paths
+      for where, _, value in json_lines(path)
+    ]
+    if not items:
+      raise InputError(f'the {len(paths)} files of {self.pattern!r} are empty')
+    return ItemSource(
+      f'files:{self.pattern} ({len(items)} items)', lambda split: items
+    )
+
+
+def _item_of(value: Any, where: str) -> Item:
+  keys = set(Item._fields)
+  if not isinstance(value, dict) or not keys <= value.keys():
+    raise InputError(f'{where} is no object with {sorted(keys)}')
+  return check_item(*(value[key] for key in Item._fields), where)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceTfdsSource(ChoiceSourceOptions):
+  """Features of a TFDS dataset, in the folder that `TfdsSource` names."""
+
+  name: str = option(
+    dataclasses.MISSING, 'Name of the TFDS dataset of questions.', NOT_EMPTY
+  )
+  prompt_feature: str = option(
+    'prompt', 'TFDS feature with the prompt of a question.'
+  )
+  answers_feature: str = option(
+    'answers',
+    'TFDS feature with all answers of a question, or several features with one '
+    "answer each, separated by commas: 'sol1,sol2'.",
+  )
+  label_feature: str = option(
+    'label',
+    'TFDS feature with the index of the right answer; true is 1, false is 0.',
+  )
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """An item for each example of the dataset.
+
+    Raises:
+      ValueError: The dataset, a feature or a split is missing.
+    """
+    builder = tfds.prepared_builder(self.name)
+    answers = self.answers_feature.split(',')
+    features = (self.prompt_feature, self.label_feature, *answers)
+    options = ('prompt_feature', 'label_feature')
+    options += ('answers_feature',) * len(answers)
+    for feature, name in zip(features, options, strict=True):
+      tfds.check_feature(builder, feature, name)
+    for split in selection.splits:
+      tfds.open_split(builder, split)
+    return ItemSource(
+      f'tfds:{builder.info.full_name}',
+      lambda split: _TfdsItems(builder, selection.name_of(split), features),
+    )
+
+
+class _TfdsItems(Sequence):
+  """A sequence of items, each read when it is accessed."""
+
+  def __init__(self, builder, split: str, features: Sequence[str]):
+    self._builder, self._features = builder, features
+    self._examples = tfds.open_split(builder, split)
+
+  def __len__(self) -> int:
+    return len(self._examples)
+
+  def __getitem__(self, index: int) -> Item:
+    if not 0 <= index < len(self):  # iteration ends at an IndexError
+      raise IndexError(f'item {index} of {len(self)}')
+    where = f'example {index} of {self._builder.name!r}'
+    prompt, label, *answers = tfds.values(
+      self._builder, self._examples[index], self._features
+    )
+    if len(answers) == 1:
+      answers = list(answers[0])
+    prompt, *answers = [
+      tfds.as_text(text, where) for text in (prompt, *answers)
+    ]
+    return check_item(prompt, answers, int(label), where)
+
+
+@dataclasses.dataclass(frozen=True)
+class DocstringChoiceSource(ChoiceSourceOptions):
+  """A function of the library, and the first lines of four docstrings."""
+
+  modules: str = option(
+    '',
+    'Names of the top-level modules and packages whose functions the '
+    "questions are about, separated by commas: 'json,email'; '' is all of the "
+    'standard library.',
+  )
+
+  def items(self, selection: Selection = Selection()) -> ItemSource:
+    """An item for each function, with wrong answers from the same split.
+
+    Raises:
+      ValueError: A module is not of the standard library.
+    """
+    source = DocstringsSource(self.modules).pairs(selection)
+
+    def items(split):
+      pairs = [
+        (function, docstring.split('\n')[0].strip())
+        for function, docstring in source.pairs(split)
+      ]
+      return with_distractors([pair for pair in pairs if all(pair)])
+
+    return ItemSource(f'first lines of {source.name}', items)
+
+
+def with_distractors(pairs: Sequence[tuple[str, str]]) -> list[Item]:
+  """An item for each pair, with wrong answers from other pairs.
+
+  The j-th wrong answer to pair i of P is that of pair i + j P / 4, or of the
+  next pair with another answer. The index of the right answer is i mod 4.
+
+  Raises:
+    ValueError: There are fewer than four different answers.
+  """
+  P = len(pairs)
+  if len({answer for _, answer in pairs}) < NUM_ANSWERS:
+    raise InputError(f'{P} pairs have fewer than {NUM_ANSWERS} answers')
+  items = []
+  for i, (prompt, right) in enumerate(pairs):
+    answers = [right]
+    for j in range(1, NUM_ANSWERS):
+      at = i + j * P // NUM_ANSWERS
+      while pairs[at % P][1] in answers:
+        at += 1
+      answers.append(pairs[at % P][1])
+    label = i % NUM_ANSWERS
+    answers.insert(label, answers.pop(0))
+    items.append(Item(prompt, tuple(answers), label))
+  return items
+
+
+CHOICE_SOURCES = Kinds(
+  'source of choices',
+  ChoiceSourceOptions,
+  {
+    'docstring_choice': DocstringChoiceSource,
+    'files': ChoiceFilesSource,
+    'tfds': ChoiceTfdsSource,
+  },
+)
+# Sources of the examples that are put before a question.
+SHOTS_SOURCES = Kinds(
+  'source of examples',
+  ChoiceSourceOptions,
+  {'same': SameSource, **CHOICE_SOURCES.builtin},
+)
