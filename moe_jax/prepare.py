@@ -35,8 +35,6 @@ from rich.progress import (
 from moe_jax import command_line, config_flag
 from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.mixtures import shared_tokenizer
-from moe_jax.data.sources.contract import SourceOptions
-from moe_jax.data.tasks.contract import TokenTask
 from moe_jax.data.tokens_folder import FolderReport, Share, make
 from moe_jax.errors import InputError
 
@@ -56,33 +54,22 @@ def prepare(
     a single source.
 
   Raises:
-    ValueError: The task reads no tokens, or the data is missing or bad.
+    ValueError: The data is missing or bad.
   """
-  task = options.task
-  if not isinstance(task, TokenTask):
-    raise InputError(
-      f'data.task {type(task).__name__} reads no tokens: there is nothing to '
-      'prepare'
-    )
+  task, selection, mixed = options.task, options.selection, options.mixture
   tokenizer, reports = options.tokenizer, {}
-  if options.mixture.sources:
-    tokenizer = shared_tokenizer(
-      options.mixture.sources, task, tokenizer, options.selection
-    )
-  for name, source in _sources(options):
+  if mixed.sources:
+    tokenizer = shared_tokenizer(mixed.sources, task, tokenizer, selection)
+  for name, source in sorted(mixed.sources.items()) or [('', options.source)]:
     try:
-      corpus = task.open(source, options.selection)
+      corpus = task.open(source, selection)
       with _bar(corpus.name, console) as on_progress:
         own_share = share._replace(on_progress=on_progress)
-        reports[name] = make(corpus, tokenizer, options.selection, own_share)
+        reports[name] = make(corpus, tokenizer, selection, own_share)
     except InputError as error:
       where = f'mixture.sources.{name}: ' * bool(name)
       raise InputError(f'{where}{error}') from error
   return reports
-
-
-def _sources(options: DataOptions) -> list[tuple[str, SourceOptions]]:
-  return sorted(options.mixture.sources.items()) or [('', options.source)]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The options of a run's data, and the dataset that they describe."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -13,9 +12,9 @@ from moe_jax.data.sources import (
   DocstringsSource,
   PythonStdlibSource,
 )
-from moe_jax.data.sources.contract import Pair, Selection, SourceOptions
+from moe_jax.data.sources.contract import Pair, Pairs, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
-from moe_jax.data.tasks.contract import Dataset, TaskOptions, TokenTask
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,
@@ -150,7 +149,7 @@ class DataOptions(Options):
     was; those of another task stay.
     """
     run_tokenizer = without_endings(tokenizer)
-    if isinstance(run_tokenizer, Extended) and isinstance(self.task, TokenTask):
+    if isinstance(run_tokenizer, Extended):
       task_vocabulary = self.task.vocabulary(run_tokenizer.base, self.shape)
       if task_vocabulary.ids_identity == run_tokenizer.ids_identity:
         run_tokenizer = run_tokenizer.base
@@ -230,15 +229,17 @@ def load(options: DataOptions) -> Dataset:
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:
   """The pairs of texts from which the rows of a split are made, in order.
 
-  A mixture gives the pairs of every source that is learned from, in turn. Those
-  with a side that has text and no tokens, which have no rows, are among them.
+  A mixture gives the pairs of every source that is learned from, in turn. Pairs
+  with an empty side are left out; those with a side that has text and no
+  tokens, which have no rows, are not.
   None where the task's examples are pieces of texts.
   """
+  if options.task.reads != 'pairs':
+    return None
   mixture = options.mixture
   sources = [mixture.sources[name] for name in mixture.learned()]
-  pairs = [
-    options.task.pairs(source, options.selection, split)
+  corpora = [
+    cast(Pairs, options.task.open(source, options.selection))
     for source in sources or [options.source]
   ]
-  existing = [iterator for iterator in pairs if iterator is not None]
-  return itertools.chain.from_iterable(existing) if existing == pairs else None
+  return (pair for c in corpora for pair in c.pairs(split) if all(pair))

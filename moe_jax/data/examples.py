@@ -2,7 +2,7 @@
 
 import abc
 import collections
-import dataclasses
+import operator
 
 import numpy as np
 from jaxtyping import Integer
@@ -107,27 +107,17 @@ def packed(
     raise InputError(
       f'examples of sizes up to {sizes.max(0)} do not fit rows of {capacity}'
     )
-  rows, open_rows = [], collections.deque(maxlen=_OPEN_ROWS)
+  rows: list[list[int]] = []
+  open_rows = collections.deque(maxlen=_OPEN_ROWS)  # rows and the room left
   for i, size in enumerate(sizes.tolist()):
-    for row in open_rows:
-      room_left = [room - n for room, n in zip(row.room, size)]
-      if min(room_left) >= 0:
-        row.room = room_left
-        row.members.append(i)
-        break
-    else:
-      room = [room - n for room, n in zip(capacity, size)]
-      open_rows.append(_Row(room, [i]))
-      rows.append(open_rows[-1].members)
+    fitting = (at for at in open_rows if all(map(operator.le, size, at[1])))
+    row, room = next(fitting, ([], [*capacity]))
+    if not row:
+      rows.append(row)
+      open_rows.append((row, room))
+    row.append(i)
+    room[:] = [left - n for n, left in zip(size, room)]
   return rows
-
-
-@dataclasses.dataclass
-class _Row:
-  """A row that may still take examples, and the room left in it."""
-
-  room: list[int]
-  members: list[int]
 
 
 class WindowTask(abc.ABC):

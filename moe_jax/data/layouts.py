@@ -129,8 +129,8 @@ class EncoderDecoderLayout(Layout):
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The arrays that the class describes."""
-    encoder = _zeros(('tokens', 'segment_ids', 'positions'), rows, self, 0)
-    decoder = _zeros(_DECODER_KEYS, rows, self, 1)
+    encoder = _zeros(_ENCODER_KEYS, len(rows), self.encoder_len)
+    decoder = _zeros(_DECODER_KEYS, len(rows), self.decoder_len)
     for b, row in enumerate(rows):
       encoder_end = decoder_end = 0
       for segment, (inputs, targets) in enumerate(row, 1):
@@ -198,7 +198,7 @@ class DecoderLayout(Layout):
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The arrays that the class describes."""
-    batch = _zeros(_DECODER_KEYS, rows, self, 0)
+    batch = _zeros(_DECODER_KEYS, len(rows), self.seq_len)
     for b, row in enumerate(rows):
       end = 0
       for segment, (inputs, targets) in enumerate(row, 1):
@@ -220,19 +220,13 @@ class DecoderLayout(Layout):
     return f'T={self.seq_len}'
 
 
-_DECODER_KEYS = (
-  'tokens',
-  'targets',
-  'segment_ids',
-  'positions',
-  'loss_weights',
-)
+_ENCODER_KEYS = ('tokens', 'segment_ids', 'positions')
+_DECODER_KEYS = (*_ENCODER_KEYS, 'targets', 'loss_weights')
 
 
-def _zeros(names, rows, layout, side) -> dict[str, np.ndarray]:
-  shape = len(rows), layout.capacity[side]
+def _zeros(names, B, T) -> dict[str, np.ndarray]:
   return {
-    name: np.zeros(shape, np.float32 if name == 'loss_weights' else np.int32)
+    name: np.zeros((B, T), np.float32 if name == 'loss_weights' else np.int32)
     for name in names
   }
 
@@ -240,10 +234,9 @@ def _zeros(names, rows, layout, side) -> dict[str, np.ndarray]:
 def _write(batch, b, begin, segment, *, tokens, **arrays) -> int:
   """Writes a segment into row `b` from `begin` on; returns where it ends."""
   end = begin + len(tokens)
-  if end > batch['tokens'].shape[1]:
+  if end > (T := batch['tokens'].shape[1]):  # numpy would drop a lone token
     raise InputError(
-      f'a segment of {len(tokens)} tokens does not fit from {begin} on in a '
-      f'row of {batch["tokens"].shape[1]}'
+      f'{len(tokens)} tokens do not fit from {begin} on in a row of {T}'
     )
   batch['tokens'][b, begin:end] = tokens
   batch['segment_ids'][b, begin:end] = segment

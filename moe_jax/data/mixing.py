@@ -151,8 +151,6 @@ class MixedRows(Rows):
 
   def __init__(self, parts: Mapping[str, Rows], schedule: Schedule):
     """Takes the rows of each source by name, all of one task and shape."""
-    if not parts or len(parts) != len(schedule.counts):
-      raise InputError(f'{len(parts)} sources of {len(schedule.counts)} counts')
     self._parts, self._schedule = dict(parts), schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
 

@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -369,8 +369,7 @@ def shared_tokenizer(
   if tokenizer.known_vocab_size() is not None:
     return tokenizer
   corpora = [
-    cast(Any, task).open(source, selection)
-    for _, source in sorted(sources.items())
+    task.open(source, selection) for _, source in sorted(sources.items())
   ]
 
   def write(folder: pathlib.Path) -> None:

@@ -114,11 +114,8 @@ class PackedRows(Rows):
       seq_len: Length T of a row.
 
     Raises:
-      ValueError: `seq_len` is below 1, or `starts` does not begin with 0 or
-        goes beyond the tokens.
+      ValueError: `starts` does not begin with 0 or goes beyond the tokens.
     """
-    if seq_len < 1:
-      raise InputError(f'seq_len={seq_len} is not at least 1')
     if not len(starts) or starts[0] != 0 or starts[-1] >= len(tokens):
       raise InputError(
         f'starts={starts} do not go from 0 to below {len(tokens)}, '
@@ -195,9 +192,7 @@ class PackedRows(Rows):
       return np.zeros(len(epochs), np.int64)
     distinct, epoch_index = np.unique(epochs, return_inverse=True)
     draws = [
-      np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
-      if epoch
-      else 0
-      for epoch in distinct
+      epoch and np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+      for epoch in distinct.tolist()
     ]
     return (np.array(draws, np.int64) % self.seq_len)[epoch_index]

@@ -1,4 +1,4 @@
-"""Processes that tokenize the pieces of a source into shards.
+"""Processes that tokenize the pieces of a source, and the folder of them all.
 
 Every finished piece is a folder of its own, which its name and its list of
 digests say is whole, so that work which was killed goes on. What is written
@@ -6,6 +6,7 @@ does not depend on how many processes or hosts write it.
 """
 
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -20,7 +21,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.data.cache_folders import locked, new_folder, sha256
+import numpy as np
+
+from moe_jax.data import store
+from moe_jax.data.cache_folders import locked, new_folder, publish, sha256
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import SPLITS, Pieces
 from moe_jax.data.store import Digest, DocumentWriter
@@ -31,6 +35,7 @@ FACTS = 'piece.json'
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
+_BLOCK = 2**20  # starts of documents that are in memory at once
 _REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
 
 
@@ -289,3 +294,89 @@ def peak_memory() -> int:
     return 0
   peak = re.search(r'^VmHWM:\s+(\d+) kB$', status.read_text(), re.MULTILINE)
   return int(peak[1]) * 1024 if peak else 0
+
+
+def join(
+  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+  """Joins the pieces into the folder, unless it exists or a piece is missing.
+
+  Returns:
+    The numbers of missing pieces, in which case there is no folder yet.
+
+  Raises:
+    ValueError: A piece was damaged, or a split has less than two tokens.
+  """
+  count = len(work.pieces.sizes)
+  missing = [i for i in range(count) if not work.path(i).is_dir()]
+  if missing:
+    return tuple(missing)
+  with locked(work.folder / 'whole'):
+    if not folder.is_dir():
+      facts = []
+      for number in range(count):
+        fact = piece_facts(work, number, digests=False)
+        if fact is None:
+          shutil.rmtree(work.path(number))
+          raise InputError(
+            f'{work.path(number)} was damaged and is removed; the same command '
+            'makes it anew'
+          )
+        facts.append(fact)
+      with new_folder(work.folder, 'whole') as unfinished:
+        token_files = _join(work, unfinished, tokenizer, facts)
+        publish(unfinished, folder, token_files)
+  return ()
+
+
+def _join(
+  work: Work,
+  unfinished: pathlib.Path,
+  tokenizer: Tokenizer,
+  facts: list[dict[str, Any]],
+) -> dict[str, list]:
+  """Fills one folder from all pieces: token files are linked, starts joined.
+
+  Returns:
+    Size and sha256 of the token files by name.
+  """
+  token_files, shards, splits, digest = {}, {}, {}, hashlib.sha256()
+  for split in SPLITS:
+    counts = [fact['splits'][split] for fact in facts]
+    splits[split] = {
+      key: sum(piece[key] for piece in counts)
+      for key in ('documents', 'bytes', 'tokens')
+    }
+    store.check_tokens(split, splits[split])
+    shards[split] = [piece['tokens'] for piece in counts]
+    for number, piece_counts in enumerate(counts):
+      digest.update(f'{split} {number} {piece_counts["sha256"]}\n'.encode())
+      if piece_counts['tokens']:
+        path = store.shard_path(unfinished, split, number)
+        link(work.path(number) / f'{split}.tokens', path)
+        token_files[path.name] = facts[number]['files'][f'{split}.tokens']
+    _join_starts(work, split, shards[split], unfinished / f'{split}.starts')
+  about = {'dtype': store.dtype_of(tokenizer), 'splits': splits}
+  store.finish(unfinished, {**about, 'shards': shards}, digest, tokenizer)
+  return token_files
+
+
+def link(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Gives a file a second name, or a copy where there are no links."""
+  try:
+    target.hardlink_to(source)
+  except OSError:
+    shutil.copyfile(source, target)
+
+
+def _join_starts(
+  work: Work, split: str, tokens: list[int], path: pathlib.Path
+) -> None:
+  """Writes where every document begins in the stream of all pieces."""
+  tokens_before = 0
+  with path.open('wb') as out:
+    for number, count in enumerate(tokens):
+      with (work.path(number) / f'{split}.starts').open('rb') as file:
+        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
+          out.write((starts + tokens_before).tobytes())
+      tokens_before += count

@@ -147,7 +147,8 @@ def eval_batches(
     DataError: As `train_batches`.
   """
   share = _share(batch_size, share)
-  numbers = spread(-(-len(rows) // batch_size), num_batches)
+  total = -(-len(rows) // batch_size)
+  numbers = spread(total, num_batches)
   batches = (rows.take(i * batch_size + share) for i in numbers)
   return ahead(batches, first=0, most=_PREFETCHED)
 

@@ -44,7 +44,7 @@ def write_tokens(
         stream.write(text)
       about['splits'][name] = stream.counts()
     check_tokens(name, about['splits'][name])
-  _finish(folder, about, digest, tokenizer)
+  finish(folder, about, digest, tokenizer)
 
 
 def check_tokens(split: str, counts: Mapping[str, int]) -> None:
@@ -78,7 +78,7 @@ def write_pairs(
         f'split {name!r} has no pair of which both sides have a token'
       )
     about['splits'][name] = counts
-  _finish(folder, about, digest, tokenizer)
+  finish(folder, about, digest, tokenizer)
 
 
 class Shards:
@@ -222,7 +222,10 @@ def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
     }
 
 
-def _finish(folder, about, digest, tokenizer) -> None:
+def finish(
+  folder: pathlib.Path, about: dict[str, Any], digest: Any, tokenizer: Tokenizer
+) -> None:
+  """Writes the tokenizer, and the facts of the streams with their digest."""
   about['sha256'] = digest.hexdigest()
   tokenizer.save(folder / 'tokenizer.json')
   (folder / 'about.json').write_text(json.dumps(about, indent=1) + '\n')

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from moe_jax.data import joined_pieces, piece_workers
+from moe_jax.data import piece_workers
 from moe_jax.data.cache_folders import (
   FORMAT,
   cache_root,
@@ -108,7 +108,8 @@ def make(
   folder = _folder_of(corpus, tokenizer, selection)
 
   def fit() -> Tokenizer:
-    return tokenizer.fit(_all_texts(corpus))
+    texts = (text for split in SPLITS for text in corpus.texts(split))
+    return tokenizer.fit(texts)
 
   def write(unfinished: pathlib.Path) -> None:
     corpus.write(unfinished, fit())
@@ -151,10 +152,6 @@ def _folder_of(
   except (InputError, OSError):  # the replaced file, or its tokens, are gone
     return folder
   return other if equal else folder
-
-
-def _all_texts(corpus: Texts | Pairs) -> Iterator[str]:
-  return (text for split in SPLITS for text in corpus.texts(split))
 
 
 def _make_pieces(
@@ -203,7 +200,7 @@ def _make_share(
 
   report(0)
   peak = piece_workers.write_pieces(work, todo, share.processes, report)
-  missing = joined_pieces.join(work, folder, tokenizer)
+  missing = piece_workers.join(work, folder, tokenizer)
   return FolderReport(
     folder, True, missing, len(numbers) - len(todo), total - skipped, peak
   )

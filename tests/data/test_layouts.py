@@ -65,7 +65,7 @@ def test_dtypes(layout):
    DecoderLayout(6)],
 )  # fmt: skip
 def test_too_much_is_refused(layout):
-  with pytest.raises(ValueError, match='does not fit'):
+  with pytest.raises(ValueError, match='do not fit'):
     layout.assemble([ROW])
 
 

@@ -163,11 +163,6 @@ def test_an_evaluation_has_every_row_once():
     assert part is rows.parts[name] and number == own_row
 
 
-def test_as_many_counts_as_sources():
-  with pytest.raises(ValueError, match='3 sources of 2 counts'):
-    mixed_rows(SIZES, np.array([1, 2]))
-
-
 def test_a_source_without_rows_is_named():
   rows = MixedRows(
     {'a': rows_of('a', 2), 'b': PackedRows(np.arange(1), np.array([0]), T)},

@@ -127,11 +127,6 @@ def test_starts_must_fit(starts):
     PackedRows(np.arange(3), np.array(starts, np.int64), 2)
 
 
-def test_seq_len_must_be_positive():
-  with pytest.raises(ValueError, match='seq_len=0'):
-    PackedRows(np.arange(3), np.array([0]), 0)
-
-
 def test_an_offset_reads_round_to_what_is_before_it():
   # Documents '10 11 12 13' and '14 15 16 17 18', cut at the 12.
   rows = PackedRows(np.arange(10, 19), np.array([0, 4]), 5)

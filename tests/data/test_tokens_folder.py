@@ -10,7 +10,6 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data import (
-  joined_pieces,
   piece_workers,
   tokenizers,
   tokens_folder,
@@ -155,7 +154,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 ):
   options = small_pieces('cache')
   corpus = options.source.texts(options.selection)
-  link, targets = joined_pieces.link, []
+  link, targets = piece_workers.link, []
 
   def link_beside_another(source, target):
     targets.append(target)
@@ -166,7 +165,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
       raise RuntimeError('killed')
     link(source, target)
 
-  monkeypatch.setattr(joined_pieces, 'link', link_beside_another)
+  monkeypatch.setattr(piece_workers, 'link', link_beside_another)
   report = make(corpus, options.tokenizer, options.selection, Share())
   assert len(targets) > 4
   fresh, _ = report_of_shares(small_pieces('fresh'), Share())
@@ -175,7 +174,7 @@ def test_two_that_join_the_pieces_do_not_disturb_each_other(
 
 @pytest.mark.parametrize('share', [Share(), Share(host=1, num_hosts=2)])
 @pytest.mark.parametrize(
-  'before', [(joined_pieces, 'join'), (piece_workers, 'write_pieces')]
+  'before', [(piece_workers, 'join'), (piece_workers, 'write_pieces')]
 )
 def test_the_folder_that_another_process_made_meanwhile_is_taken(
   before, share, small_pieces, monkeypatch

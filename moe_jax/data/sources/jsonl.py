@@ -152,15 +152,10 @@ def conversation(messages: Any, where: str) -> list[Pair]:
       if not before:
         raise InputError(f'{entry} is an answer, and nothing precedes it')
       if weight != 0:
-        pairs.append((transcript(before), content))
-    before.append((role, content))
+        pairs.append(('\n'.join(before), content))
+    before.append(f'{role}: {content}')
   if not pairs:
     raise InputError(
       f'{where}: no message is of role {_ANSWERS!r}, with a weight other than 0'
     )
   return pairs
-
-
-def transcript(messages: Sequence[tuple[str, str]]) -> str:
-  """The text of messages before an answer."""
-  return '\n'.join(f'{role}: {content}' for role, content in messages)

@@ -1,7 +1,7 @@
 """The contract of tasks, which make rows of batches from a source."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from moe_jax.data import store
@@ -9,7 +9,6 @@ from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
 from moe_jax.data.sources.contract import (
   SPLITS,
-  Pair,
   Pairs,
   Selection,
   SourceOptions,
@@ -18,61 +17,6 @@ from moe_jax.data.sources.contract import (
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
 from moe_jax.data.tokens_folder import tokens_folder
 from moe_jax.options import Options, required
-
-
-class TaskOptions(Options):
-  """Contract of a task.
-
-  Other code depends on these attributes and never on a task's name.
-
-  Attributes:
-    reads: Form in which it reads a source: 'texts' or 'pairs'.
-    label: Name of the task that a run prints; '' (of a language model) prints
-      none.
-    makes_examples: Whether a row has examples, each of inputs and targets. Only
-      such rows can have an encoder's side or be shared.
-    generates: Whether a model can generate text for the inputs that can be
-      compared with the targets.
-    answers_go_on: Whether targets directly continue the text of the inputs in a
-      decoder-only model, without a token in between.
-    input_prefix: Text that the task puts before all inputs.
-    keep_end: Whether inputs that are too long lose their beginning, not their
-      end.
-  """
-
-  reads: ClassVar[str]
-  label: ClassVar[str]
-  makes_examples: ClassVar[bool] = True
-  generates: ClassVar[bool] = False
-  answers_go_on: ClassVar[bool] = False
-  input_prefix: ClassVar[str] = ''
-  keep_end: ClassVar[bool] = False
-
-  @required
-  def load(
-    self,
-    source: SourceOptions,
-    tokenizer: TokenizerOptions,
-    selection: Selection,
-    shape: RowShape,
-  ) -> 'Dataset':
-    """The dataset, tokenized now unless it is in the cache.
-
-    Raises:
-      ValueError: The data is missing or bad, a split is empty, or a row is too
-        short for the task.
-    """
-    raise NotImplementedError
-
-  def pairs(
-    self, source: SourceOptions, selection: Selection, split: str
-  ) -> Iterator[Pair] | None:
-    """The pairs of texts from which a split's examples are made, in order.
-
-    None where the examples are pieces of texts.
-    """
-    del source, selection, split
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +45,7 @@ class Dataset:
   splits: dict[str, Rows]
   digest: str
   counts: dict[str, dict[str, int]]
-  task: TaskOptions
+  task: 'TaskOptions'
   parts: Mapping[str, 'Dataset'] = dataclasses.field(default_factory=dict)
 
   @property
@@ -133,22 +77,47 @@ class Dataset:
     return ', '.join(f'{name} {value:.4g}' for name, value in row.items())
 
 
-class TokenTask(TaskOptions):
-  """A task on tokens; a subclass adds ids to the vocabulary and cuts rows.
+class TaskOptions(Options):
+  """Contract of a task: the rows that it cuts from streams of tokens.
 
   The cache has whole streams of tokens, by the content of the source and the
-  tokenizer, so that other lengths and tasks can use the same streams.
+  tokenizer, so that other lengths and tasks can use the same streams. Other
+  code depends on these attributes and never on a task's name.
+
+  Attributes:
+    reads: Form in which it reads a source: 'texts' or 'pairs'.
+    label: Name of the task that a run prints; '' (of a language model) prints
+      none.
+    makes_examples: Whether a row has examples, each of inputs and targets. Only
+      such rows can have an encoder's side or be shared.
+    generates: Whether a model can generate text for the inputs that can be
+      compared with the targets.
+    answers_go_on: Whether targets directly continue the text of the inputs in a
+      decoder-only model, without a token in between.
+    input_prefix: Text that the task puts before all inputs.
+    keep_end: Whether inputs that are too long lose their beginning, not their
+      end.
   """
+
+  reads: ClassVar[str]
+  label: ClassVar[str]
+  makes_examples: ClassVar[bool] = True
+  generates: ClassVar[bool] = False
+  answers_go_on: ClassVar[bool] = False
+  input_prefix: ClassVar[str] = ''
+  keep_end: ClassVar[bool] = False
 
   def open(self, source: SourceOptions, selection: Selection) -> Texts | Pairs:
     """The source in the form that the task reads."""
-    raise NotImplementedError
+    texts = self.reads == 'texts'
+    return source.texts(selection) if texts else source.pairs(selection)
 
   def vocabulary(self, base: Tokenizer, shape: RowShape) -> Tokenizer:
     """The tokenizer with the ids that the task adds; by default none."""
     del shape
     return base
 
+  @required
   def rows(self, stream: Any, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """The rows of one split.
 
@@ -156,6 +125,9 @@ class TokenTask(TaskOptions):
       stream: Tokens of the split, from `read` of the source's form.
       tokenizer: Tokenizer from `vocabulary`.
       shape: Lengths of the rows.
+
+    Raises:
+      ValueError: A row is too short for the task.
     """
     raise NotImplementedError
 
@@ -166,7 +138,14 @@ class TokenTask(TaskOptions):
     selection: Selection,
     shape: RowShape,
   ) -> Dataset:
-    """The dataset, whose tokens are memory-mapped."""
+    """The dataset, tokenized now unless it is in the cache.
+
+    Tokens are memory-mapped.
+
+    Raises:
+      ValueError: The data is missing or bad, a split is empty, or a row is too
+        short for the task.
+    """
     corpus = self.open(source, selection)
     folder = tokens_folder(corpus, tokenizer, selection)
     about = store.read_about(folder)
@@ -188,28 +167,13 @@ class TokenTask(TaskOptions):
     )
 
 
-class TextTask(TokenTask):
+class TextTask(TaskOptions):
   """A task on the texts of a source, whose stream is tokens and starts."""
 
   reads = 'texts'
 
-  def open(self, source: SourceOptions, selection: Selection) -> Texts:
-    """The documents."""
-    return source.texts(selection)
 
-
-class PairTask(TokenTask):
+class PairTask(TaskOptions):
   """A task on pairs, with a stream of inputs and one of targets."""
 
   reads = 'pairs'
-
-  def open(self, source: SourceOptions, selection: Selection) -> Pairs:
-    """The pairs."""
-    return source.pairs(selection)
-
-  def pairs(
-    self, source: SourceOptions, selection: Selection, split: str
-  ) -> Iterator[Pair]:
-    """The pairs of texts, in order, without those that have an empty text."""
-    pairs = self.open(source, selection).pairs(split)
-    return ((inputs, target) for inputs, target in pairs if inputs and target)
