@@ -12,10 +12,8 @@ from moe_jax.data.choices import (
   ChoiceTfdsSource,
   DocstringChoiceSource,
   Item,
-  ItemSource,
 )
 from moe_jax.data.dataset import DataOptions, load, read_pairs
-from moe_jax.data.examples import ExampleRows
 from moe_jax.data.mixing import MixedRows
 from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.packing import PackedRows, Rows
@@ -86,13 +84,11 @@ __all__ = [
   'Dataset',
   'DocstringChoiceSource',
   'DocstringsSource',
-  'ExampleRows',
   'FileOptions',
   'FilesSource',
   'GettextSource',
   'InstructionSource',
   'Item',
-  'ItemSource',
   'JsonOptions',
   'JsonlSource',
   'LmTask',

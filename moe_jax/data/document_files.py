@@ -1,6 +1,7 @@
 """Documents in files: plain text, JSON lines and parquet, one at a time.
 
-    for text in documents(path): ...
+    for span in spans(path):
+      for text, bytes_read in read(span): ...
 
 The name of a file says how it is read: `.jsonl` and `.ndjson` are JSON lines,
 `.parquet` is parquet, and everything else is text in UTF-8. Text and lines may
@@ -121,22 +122,6 @@ class PartBytes:
     return lines_before + self.lines + 1
 
 
-def documents(path: pathlib.Path, field: str = 'text') -> Iterator[str]:
-  """The documents of a file, in order.
-
-  Args:
-    path: The file.
-    field: Key of a JSON line, or column of a parquet file, with the text.
-
-  Raises:
-    ValueError: The file is damaged, or a document is no text; the message
-      names file and line or row.
-  """
-  for span in spans(path):
-    for document in read(span, field):
-      yield document.text
-
-
 def is_text(path: pathlib.Path) -> bool:
   """Whether a file is text by its name, compressed or not."""
   return _suffix(path) not in (*_LINES, PARQUET)
@@ -172,7 +157,16 @@ def spans(
 
 
 def read(span: Span, field: str = 'text') -> Iterator[Document]:
-  """The documents of a part of a file; see `documents`."""
+  """The documents of a part of a file, in order.
+
+  Args:
+    span: The part.
+    field: Key of a JSON line, or column of a parquet file, with the text.
+
+  Raises:
+    ValueError: The file is damaged, or a document is no text; the message
+      names file and line or row.
+  """
   if _suffix(span.path) == PARQUET:
     for text, share in _parquet_texts(*span[:3], field):
       yield Document(text, int(span.size * share))

@@ -416,18 +416,8 @@ def load(
       split: TaskRows(rows, number) for split, rows in part.splits.items()
     }
     parts[name] = dataclasses.replace(part, splits=splits)
-  learned = mixture.learned()
-  sizes = {name: len(parts[name].splits['train']) for name in learned}
-  counts = whole_counts(mixture.shares(sizes), mixture.period)
-  return _mixed(mixture, task, parts, counts)
-
-
-def _mixed(
-  mixture: MixtureOptions,
-  task: TaskOptions,
-  parts: Mapping[str, Dataset],
-  per_period: Mapping[str, int],
-) -> MixedDataset:
+  sizes = {name: len(parts[name].splits['train']) for name in mixture.learned()}
+  per_period = whole_counts(mixture.shares(sizes), mixture.period)
   learned = [parts[name] for name in per_period]
   schedule = Schedule.of(np.array([*per_period.values()]))
   sha256 = hashlib.sha256()

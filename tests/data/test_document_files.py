@@ -9,12 +9,17 @@ import lzma
 import pytest
 
 from moe_jax.data import document_files
-from moe_jax.data.document_files import LEAST_BYTES, MOST_BYTES, documents
+from moe_jax.data.document_files import LEAST_BYTES, MOST_BYTES
 
 TEXTS = ['first\n\nwith an empty line', '', 'zweite „Zeile“', 'x' * 300]
 LINES = ''.join(json.dumps({'body': text, 'n': 3}) + '\n' for text in TEXTS)
 arrow = pytest.importorskip('pyarrow')
 parquet = pytest.importorskip('pyarrow.parquet')
+
+
+def documents(path, field='text'):
+  for span in document_files.spans(path):
+    yield from (document.text for document in document_files.read(span, field))
 
 
 def zst(raw):

@@ -56,10 +56,11 @@ class GettextSource(SourceOptions):
       name = selection.name_of(split)
       return ((p.inputs, p.translation) for p in messages if p.split == name)
 
+    version = importlib.metadata.version('django')
     part = f':{self.languages}' * bool(self.languages)
     count = len({pair.language for pair in messages})
     return Pairs(
-      f'django_gettext{part} of django {version()} ({count} languages)',
+      f'django_gettext{part} of django {version} ({count} languages)',
       f'gettext {digest.hexdigest()} {selection.splits}',
       of_split,
     )
@@ -103,11 +104,6 @@ def locate() -> pathlib.Path:
       'alone'
     )
   return pathlib.Path(spec.submodule_search_locations[0])
-
-
-def version() -> str:
-  """The version of the installed django."""
-  return importlib.metadata.version('django')
 
 
 @functools.cache

@@ -124,10 +124,12 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   """Base of TFDS builders whose examples come from the library's source files.
 
   An example is in the split of its file, which is found by a hash of the file's
-  name and is the same on every machine. A subclass defines `_info`, and
-  `_examples` of a file's name and text.
+  name and is the same on every machine. A subclass defines `FEATURES`, `UNIT`
+  and `_examples` of a file's name and text.
   """
 
+  FEATURES: tuple[str, ...]
+  UNIT: str
   VERSION = tfds.core.Version('1.0.0')
 
   def __init__(
@@ -140,6 +142,15 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
     """Takes the arguments of `source_files` and of every TFDS builder."""
     self._sources = modules, root
     super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=f"The running Python's standard library, by {self.UNIT}.",
+      features=tfds.features.FeaturesDict(
+        dict.fromkeys(self.FEATURES, tfds.features.Text())
+      ),
+    )
 
   @abc.abstractmethod
   def _examples(self, name: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -158,14 +169,8 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
 class PythonStdlib(StdlibBuilder):
   """TFDS builder with an example for each source file."""
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="The running Python's standard library, by source file.",
-      features=tfds.features.FeaturesDict(
-        {'text': tfds.features.Text(), 'name': tfds.features.Text()}
-      ),
-    )
+  FEATURES = 'text', 'name'
+  UNIT = 'source file'
 
   def _examples(self, name, text):
     yield name, {'text': text, 'name': name}
@@ -290,15 +295,8 @@ class DocstringsSource(SourceOptions):
 class PythonStdlibDocstrings(StdlibBuilder):
   """TFDS builder with an example for each documented function."""
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    text = tfds.features.Text()
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="The running Python's standard library, by function.",
-      features=tfds.features.FeaturesDict(
-        {'inputs': text, 'targets': text, 'name': text}
-      ),
-    )
+  FEATURES = 'inputs', 'targets', 'name'
+  UNIT = 'function'
 
   def _examples(self, name, text):
     for line, inputs, targets in documented_functions(text):

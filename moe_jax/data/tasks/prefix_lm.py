@@ -89,10 +89,8 @@ class PrefixLM(WindowTask):
     fills both sides has only one possible split.
 
     Raises:
-      ValueError: The density is out of range, or a row has no room.
+      ValueError: A row has no room.
     """
-    if not 0 < self.density < 1:
-      raise InputError(f'density={self.density} of a suffix not in (0, 1)')
     sizes = np.arange(2, self.layout.longest_text + 1)
     shortest, longest = self.suffixes(sizes)
     fits = (shortest <= longest) & self.layout.fits(self.lengths(sizes))

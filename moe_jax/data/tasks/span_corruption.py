@@ -100,14 +100,9 @@ class SpanCorruption(WindowTask):
     """The largest number of tokens of a window whose example fits in a row.
 
     Raises:
-      ValueError: Density or mean span is out of range, a row has no room for
-        an example, or there are too few sentinels.
+      ValueError: A row has no room for an example, or there are too few
+        sentinels.
     """
-    if not 0 < self.density < 1 or self.mean_span < 1:
-      raise InputError(
-        f'noise_density={self.density} not in (0, 1) or '
-        f'mean_noise_span={self.mean_span} below 1'
-      )
     # Every token of a window is in the inputs or in the targets.
     sizes = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
     window = int(self.layout.fits(self.lengths(sizes)).sum())

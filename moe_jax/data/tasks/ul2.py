@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from jaxtyping import Integer
@@ -23,33 +23,16 @@ from moe_jax.shapes import Int
 MODES = ('R', 'S', 'X')
 
 
-class Denoiser(NamedTuple):
-  """One denoiser of a mixture.
-
-  Attributes:
-    mode: Mode whose token precedes the inputs: 'R' (regular) and 'X' (extreme)
-      cut out spans, 'S' (sequential) is a prefix LM.
-    mean_span: Mean number of tokens of a span; 0 for 'S', which predicts one
-      suffix.
-    density: Share of a window that is predicted.
-    weight: Frequency with which the denoiser is drawn, relative to the others.
-  """
-
-  mode: str
-  mean_span: float
-  density: float
-  weight: float
-
-
-# Table 1 of the paper; all denoisers are drawn equally often.
-DENOISERS = (
-  Denoiser('R', 3.0, 0.15, 1.0),
-  Denoiser('R', 8.0, 0.15, 1.0),
-  Denoiser('S', 0.0, 0.25, 1.0),
-  Denoiser('X', 3.0, 0.5, 1.0),
-  Denoiser('X', 8.0, 0.5, 1.0),
-  Denoiser('X', 64.0, 0.15, 1.0),
-  Denoiser('X', 64.0, 0.5, 1.0),
+Denoiser = tuple[str, float, float, float]
+# Table 1 of the paper, as `Ul2Task.denoisers` has them.
+DENOISERS: tuple[Denoiser, ...] = (
+  ('R', 3.0, 0.15, 1.0),
+  ('R', 8.0, 0.15, 1.0),
+  ('S', 0.0, 0.25, 1.0),
+  ('X', 3.0, 0.5, 1.0),
+  ('X', 8.0, 0.5, 1.0),
+  ('X', 64.0, 0.15, 1.0),
+  ('X', 64.0, 0.5, 1.0),
 )
 
 
@@ -59,8 +42,8 @@ class Ul2Task(TextTask):
 
   label = 'ul2'
 
-  denoisers: tuple[tuple[str, float, float, float], ...] = option(
-    tuple(map(tuple, DENOISERS)),
+  denoisers: tuple[Denoiser, ...] = option(
+    DENOISERS,
     "Denoisers as (mode, mean span in tokens, density, weight). Modes 'R' and "
     "'X' cut out spans, 'S' is a prefix LM with mean span 0. The density is "
     'the share of a window that is predicted; the weight is the relative '
@@ -109,7 +92,7 @@ class Ul2Task(TextTask):
     """Rows of windows of the documents."""
     extended = cast(Extended, tokenizer)
     windows = mixture(
-      [Denoiser(*denoiser) for denoiser in self.denoisers],
+      self.denoisers,
       shape.layout(tokenizer.start_id),
       sentinels=tokenizer.sentinel_ids[: self.num_sentinels],
       eos_id=cast(int, tokenizer.eos_id),
@@ -181,21 +164,15 @@ def mixture(
     final_sentinel: Whether the targets end in one more sentinel.
     end_prefix: Whether the inputs of 'S' end in the EOS; see `PrefixLM`.
   """
-  chosen = [d for d in denoisers if d.weight]
-  tasks = [
-    PrefixLM(
-      layout, d.density, eos_id if end_prefix else None, mode_ids[d.mode]
-    )
-    if d.mode == 'S'
-    else SpanCorruption(
-      layout,
-      sentinels,
-      eos_id,
-      density=d.density,
-      mean_span=d.mean_span,
-      final_sentinel=final_sentinel,
-      mode_id=mode_ids[d.mode],
-    )
-    for d in chosen
-  ]
-  return Mixture(tuple(tasks), tuple(d.weight for d in chosen))
+  tasks, weights = [], []
+  for mode, mean_span, density, weight in denoisers:
+    if not weight:
+      continue
+    weights.append(weight)
+    if mode == 'S':
+      end = eos_id if end_prefix else None
+      tasks.append(PrefixLM(layout, density, end, mode_ids[mode]))
+    else:
+      spans = density, mean_span, final_sentinel, mode_ids[mode]
+      tasks.append(SpanCorruption(layout, sentinels, eos_id, *spans))
+  return Mixture(tuple(tasks), tuple(weights))

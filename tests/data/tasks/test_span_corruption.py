@@ -183,9 +183,6 @@ def test_both_sides_in_one_row():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'density': 0.0}, 'noise_density=0.0'),
-    ({'density': 1.0}, 'noise_density=1.0'),
-    ({'mean_span': 0.5}, 'mean_noise_span=0.5'),
     ({'layout': EncoderDecoderLayout(2, 7, 0)}, 'T_enc=2 and T_dec=7 are too'),
     (
       {'layout': EncoderDecoderLayout(512, 300, 0), 'mean_span': 1.0},

@@ -15,7 +15,7 @@ SENTINELS = tuple(range(100, 200))
 
 def make_task(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
   return ul2.mixture(
-    [ul2.Denoiser(*denoiser) for denoiser in denoisers],
+    denoisers,
     layout or EncoderDecoderLayout(120, 110, start_id=EOS),
     sentinels=SENTINELS,
     eos_id=EOS,
@@ -28,9 +28,9 @@ def make_task(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
 def test_the_papers_seven():
   # Table 1 of the paper has two regular, one sequential and four extreme
   # denoisers.
-  modes = collections.Counter(d.mode for d in ul2.DENOISERS)
+  modes = collections.Counter(mode for mode, *_ in ul2.DENOISERS)
   assert modes == {'R': 2, 'S': 1, 'X': 4}
-  assert {(d.mean_span, d.density) for d in ul2.DENOISERS if d.mode == 'X'} == {
+  assert {d[1:3] for d in ul2.DENOISERS if d[0] == 'X'} == {
     (3, 0.5),
     (8, 0.5),
     (64, 0.15),
