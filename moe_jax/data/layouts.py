@@ -81,7 +81,6 @@ class Layout(abc.ABC):
     return np.asarray(fits.all(1))
 
 
-@dataclasses.dataclass(frozen=True)
 class EncoderDecoderLayout(Layout):
   """Rows of inputs for an encoder, and of targets for a decoder.
 
@@ -91,29 +90,11 @@ class EncoderDecoderLayout(Layout):
   shifted right by one, with the start id in front.
   """
 
-  encoder_len: int
-  decoder_len: int
-  start_id: int
-
-  @property
-  def capacity(self) -> tuple[int, int]:
-    """The lengths T_enc and T_dec of a row."""
-    return self.encoder_len, self.decoder_len
-
-  @property
-  def max_inputs(self) -> int:
-    """The encoder's length T_enc."""
-    return self.encoder_len
-
-  @property
-  def max_targets(self) -> int:
-    """The decoder's length T_dec."""
-    return self.decoder_len
-
-  @property
-  def longest_text(self) -> int:
-    """The longer side; a text that fills both has only one possible split."""
-    return max(self.capacity)
+  def __init__(self, encoder_len: int, decoder_len: int, start_id: int):
+    self.max_inputs, self.max_targets = encoder_len, decoder_len
+    self.capacity, self.start_id = (encoder_len, decoder_len), start_id
+    # A text that fills both sides has only one possible split.
+    self.longest_text = max(self.capacity)
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 2']:
     """The inputs' length for the encoder, the targets' for the decoder."""
@@ -123,36 +104,29 @@ class EncoderDecoderLayout(Layout):
     self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
   ) -> Lengths:
     """Lengths by which each side is cut to the length of its own rows."""
-    inputs = np.minimum(inputs, self.encoder_len)
-    targets = np.minimum(targets, self.decoder_len)
+    inputs = np.minimum(inputs, self.max_inputs)
+    targets = np.minimum(targets, self.max_targets)
     return Lengths(inputs, targets, inputs + targets)
 
   def assemble(self, rows: Sequence[Sequence[Example]]) -> dict:
     """The arrays that the class describes."""
-    encoder = _zeros(_ENCODER_KEYS, len(rows), self.encoder_len)
-    decoder = _zeros(_DECODER_KEYS, len(rows), self.decoder_len)
+    encoder = _zeros(_ENCODER_KEYS, len(rows), self.max_inputs)
+    decoder = _zeros(_DECODER_KEYS, len(rows), self.max_targets)
     for b, row in enumerate(rows):
       encoder_end = decoder_end = 0
       for segment, (inputs, targets) in enumerate(row, 1):
         tokens = np.append(self.start_id, targets[:-1])
-        encoder_end = _write(encoder, b, encoder_end, segment, tokens=inputs)
+        encoder_end = _write(encoder, b, encoder_end, segment, inputs)
         decoder_end = _write(
-          decoder,
-          b,
-          decoder_end,
-          segment,
-          tokens=tokens,
-          targets=targets,
-          loss_weights=1.0,
+          decoder, b, decoder_end, segment, tokens, targets, 1.0
         )
     return decoder | {f'encoder_{name}': v for name, v in encoder.items()}
 
   def describe(self) -> str:
     """Both lengths of a row."""
-    return f'T_enc={self.encoder_len} and T_dec={self.decoder_len}'
+    return f'T_enc={self.max_inputs} and T_dec={self.max_targets}'
 
 
-@dataclasses.dataclass(frozen=True)
 class DecoderLayout(Layout):
   """Rows of inputs followed by targets, for a decoder-only model.
 
@@ -160,27 +134,11 @@ class DecoderLayout(Layout):
   the next token belongs to the targets.
   """
 
-  seq_len: int
-
-  @property
-  def capacity(self) -> tuple[int]:
-    """The length T of a row, in one dimension."""
-    return (self.seq_len,)
-
-  @property
-  def max_inputs(self) -> int:
-    """The length T, as only the last target is not in the row's `tokens`."""
-    return self.seq_len
-
-  @property
-  def max_targets(self) -> int:
-    """The length T, as at least one token has to precede the targets."""
-    return self.seq_len
-
-  @property
-  def longest_text(self) -> int:
-    """The length T + 1, as the last token is only a target."""
-    return self.seq_len + 1
+  def __init__(self, seq_len: int):
+    # Only the last target is not in the row's `tokens`, and at least one token
+    # has to precede the targets.
+    self.seq_len = self.max_inputs = self.max_targets = seq_len
+    self.capacity, self.longest_text = (seq_len,), seq_len + 1
 
   def sizes(self, lengths: Lengths) -> Int[np.ndarray, 'P 1']:
     """The length without the last token, which is only ever a target."""
@@ -204,15 +162,7 @@ class DecoderLayout(Layout):
       for segment, (inputs, targets) in enumerate(row, 1):
         text = np.concatenate([inputs, targets])
         learned = np.arange(1, len(text)) >= len(inputs)
-        end = _write(
-          batch,
-          b,
-          end,
-          segment,
-          tokens=text[:-1],
-          targets=text[1:],
-          loss_weights=learned,
-        )
+        end = _write(batch, b, end, segment, text[:-1], text[1:], learned)
     return batch
 
   def describe(self) -> str:
@@ -231,8 +181,11 @@ def _zeros(names, B, T) -> dict[str, np.ndarray]:
   }
 
 
-def _write(batch, b, begin, segment, *, tokens, **arrays) -> int:
-  """Writes a segment into row `b` from `begin` on; returns where it ends."""
+def _write(batch, b, begin, segment, tokens, *learned) -> int:
+  """Writes a segment into row `b` from `begin` on; returns where it ends.
+
+  `learned` are targets and weights, for a decoder.
+  """
   end = begin + len(tokens)
   if end > (T := batch['tokens'].shape[1]):  # numpy would drop a lone token
     raise InputError(
@@ -241,7 +194,7 @@ def _write(batch, b, begin, segment, *, tokens, **arrays) -> int:
   batch['tokens'][b, begin:end] = tokens
   batch['segment_ids'][b, begin:end] = segment
   batch['positions'][b, begin:end] = np.arange(len(tokens))
-  for name, values in arrays.items():
+  for name, values in zip(('targets', 'loss_weights'), learned):
     batch[name][b, begin:end] = values
   return end
 
