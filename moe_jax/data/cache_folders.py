@@ -84,11 +84,7 @@ def prepared(
   with its own name is complete. If several processes need it at once, one
   writes and the others wait; where the file system has no locks, several write
   and all take the folder that is renamed first.
-
-  Args:
-    folder: The folder.
-    write: Writes the files into the folder that it is given.
-    digests: Whether the digests of large files are checked, too.
+  Digests of large files are checked only with `digests`.
 
   Raises:
     ValueError: A file of the folder is damaged or missing.
@@ -111,11 +107,8 @@ def prepared(
 def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
   """A folder of this process alone; the body may move it elsewhere.
 
-  Whatever the folder still holds after the body is removed.
-
-  Args:
-    parent: Folder on whose file system the new one is.
-    name: Name of the folder, which lies in a temporary folder.
+  Whatever the folder still holds after the body is removed. It lies in a
+  temporary folder in `parent`.
   """
   with (
     writing(parent / name),
@@ -136,10 +129,8 @@ def publish(
 ) -> None:
   """Lists the files of a folder and gives it its name, unless it is taken.
 
-  Args:
-    unfinished: The folder with its files, on the same file system.
-    folder: Path that the folder gets.
-    old_facts: Size and sha256 of files whose digests are not read again.
+  Files of `old_facts`, by size and sha256, are not read again. Both folders are
+  on one file system.
   """
   facts = {name: list(fact) for name, fact in old_facts.items()}
   facts |= _facts(unfinished, digests=True, skipped_names=old_facts)

@@ -364,9 +364,7 @@ def _parquet_groups(
 ) -> list[tuple[int, int, int]]:
   """Begin and end of stretches of row groups, and their bytes in the file.
 
-  Args:
-    path: The file.
-    most: Number of bytes at which a stretch ends.
+  A stretch ends at `most` bytes.
 
   Raises:
     ValueError: The file is no parquet file, or pyarrow is not installed.
@@ -386,13 +384,7 @@ def _parquet_groups(
 def _parquet_texts(
   path: pathlib.Path, begin: int, end: int, column: str
 ) -> Iterator[tuple[str, float]]:
-  """The texts of a column, each with the share of the rows that are read.
-
-  Args:
-    path: The file.
-    begin: First row group.
-    end: End of the row groups.
-    column: Name of the column.
+  """The texts of a column in row groups, each with the share of rows read.
 
   Raises:
     ValueError: The file is damaged, there is no such column of texts, or a row

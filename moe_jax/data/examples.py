@@ -24,12 +24,9 @@ class ExampleRows(Rows):
   """Random access to rows of whole examples, each in one row."""
 
   def __init__(self, lengths: Lengths, layout: Layout, *, pack: bool = True):
-    """Decides which examples each row has.
+    """Decides which examples each row has: one, or with `pack` several.
 
-    Args:
-      lengths: Lengths of all examples.
-      layout: Layout of the rows, which every example fits.
-      pack: Whether examples share rows; if not, each has its own.
+    Every example fits the layout.
     """
     self.layout: Layout = layout
     count = len(lengths.total)
@@ -159,13 +156,9 @@ class DenoisedRows(ExampleRows):
     *,
     pack: bool = True,
   ):
-    """Wraps a stream without copying it.
+    """Wraps a stream, as of `PackedRows`, without copying it.
 
-    Args:
-      tokens: Tokens of the documents, one after another.
-      starts: Index at which each document begins, as in `PackedRows`.
-      task: Function that makes an example from a window.
-      pack: Whether windows of short documents share a row.
+    Unless they `pack`, windows of short documents have rows of their own.
     """
     self._tokens, self._task = tokens, task
     self._bounds = windows(starts, len(tokens), task.window)
@@ -181,12 +174,9 @@ class DenoisedRows(ExampleRows):
 def windows(
   starts: Integer[np.ndarray, ' D'], total: int, longest: int
 ) -> Int[np.ndarray, 'P 2']:
-  """The begin and end of each window of at least two tokens.
+  """The begin and end of each window of 2 to `longest` tokens.
 
-  Args:
-    starts: Index at which each document begins.
-    total: Number of tokens of all documents.
-    longest: Largest number of tokens of a window.
+  Documents begin at `starts` and have `total` tokens in all.
   """
   length = np.diff(starts, append=total)
   count = -(-length // longest)

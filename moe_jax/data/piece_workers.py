@@ -71,13 +71,8 @@ def piece_facts(
   """The facts of a finished piece; None if it is not there or not whole.
 
   They are the counts and the sha256 of the texts of each of the `splits`, and
-  size and sha256 of the `files`.
-
-  Args:
-    work: The work.
-    number: Number of the piece.
-    digests: Whether the files are read, to check their sha256; sizes always
-      are checked.
+  size and sha256 of the `files`. Sizes are checked always, and with `digests`
+  the files are read to check their sha256.
   """
   folder = work.path(number)
   try:
@@ -99,13 +94,8 @@ def write_piece(
 ) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
-  An existing piece that is not whole is removed.
-
-  Args:
-    work: The work.
-    number: Number of the piece.
-    tokenizer: The tokenizer.
-    report: Called with numbers of bytes that were read since the last call.
+  An existing piece that is not whole is removed. `report` is called with
+  numbers of bytes that were read since the last call.
 
   Raises:
     ValueError: The source is damaged, or the tokenizer lacks a character.
@@ -163,13 +153,9 @@ def write_pieces(
   processes: int,
   report: Callable[[int], None],
 ) -> int:
-  """Tokenizes pieces by one or several processes.
+  """Tokenizes pieces by several processes, or by this one if `processes` is 1.
 
-  Args:
-    work: The work.
-    numbers: Numbers of the pieces.
-    processes: Number of processes; 1 is this one.
-    report: Called with numbers of bytes that were read since the last call.
+  `report` is called with numbers of bytes that were read since the last call.
 
   Returns:
     The most bytes of memory that one process held, as far as the system says.

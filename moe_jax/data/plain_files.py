@@ -109,11 +109,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def parse_json(text: str, where: str | os.PathLike[str]) -> Any:
-  """The value of a JSON text.
-
-  Args:
-    text: The text.
-    where: Name or path of the holder of the text, for messages.
+  """The value of a JSON text, which messages call `where`.
 
   Raises:
     ValueError: The text is no JSON, has NaN or infinities, or is nested too

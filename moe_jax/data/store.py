@@ -318,12 +318,8 @@ class StreamWriter:
 class DocumentWriter(StreamWriter):
   """Token files of documents; all end in the EOS, if the tokenizer has one.
 
-  Documents without a token are left out, but belong to the digest.
-
-  Args:
-    path: Path of the files without a suffix.
-    tokenizer: The tokenizer.
-    digest: The digest to which the texts are added.
+  Documents without a token are left out, but belong to the digest. The path has
+  no suffix.
   """
 
   def __init__(

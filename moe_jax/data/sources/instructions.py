@@ -326,14 +326,7 @@ def _yes_no(question: str, is_true: bool, key: str = '') -> Drawn:
 def answers(
   dice: Dice, right: str, texts: Sequence[str], count: int
 ) -> tuple[str, ...]:
-  """Different answers in random order, the right one among them.
-
-  Args:
-    dice: The dice.
-    right: The right answer.
-    texts: Texts from which the wrong answers are taken.
-    count: Number of answers.
-  """
+  """Different answers in random order, the right one and some of `texts`."""
   wrong = [text for text in dict.fromkeys(texts) if text != right]
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 

@@ -99,11 +99,7 @@ def _split(pairs: Sequence[Pair]) -> str:
 
 
 def pairs_of(value: Any, where: str) -> list[Pair]:
-  """The pairs of one line.
-
-  Args:
-    value: The value of the line.
-    where: Name of the line, for messages.
+  """The pairs of one line, which messages call `where`.
 
   Raises:
     ValueError: The value is no example.

@@ -311,9 +311,6 @@ def documented_functions(text: str) -> Iterator[tuple[int, str, str]]:
   and lose the indentation of their first line; docstrings are cleaned as by
   `inspect.cleandoc`. Functions whose body is only a docstring are left out, as
   are files that do not parse.
-
-  Args:
-    text: The source of a module.
   """
   text = text.replace('\r\n', '\n').replace('\r', '\n')
   try:

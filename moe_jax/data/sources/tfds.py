@@ -118,10 +118,7 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
 def check_feature(builder: Builder, feature: str, option: str) -> None:
   """Raises ValueError, which lists all features, for an unknown feature.
 
-  Args:
-    builder: Builder of the dataset.
-    feature: Name of the feature; 'translation/de' is a feature in another.
-    option: Name of the option with the feature, for the message.
+  'translation/de' is a feature in another. The message has the option's name.
   """
   paths = _paths(builder.info.features)
   if feature not in paths:
@@ -153,11 +150,7 @@ def values(
 
 
 def as_text(value: Any, where: str) -> str:
-  """A feature's value as text.
-
-  Args:
-    value: Text, or bytes of UTF-8.
-    where: Description of the value for the error.
+  """A feature's value, a text or bytes of UTF-8, as text.
 
   Raises:
     ValueError: The value is no text, or not UTF-8.

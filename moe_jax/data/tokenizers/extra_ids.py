@@ -188,13 +188,7 @@ def extend(
 
   Sentinels that the tokenizer has, such as T5's `<extra_id_0>`, come first;
   those that it lacks are added after its last id. Ids that another task added
-  stay, and none is added twice.
-
-  Args:
-    base: Tokenizer that is extended.
-    num_sentinels: Number of sentinels that the task needs.
-    modes: Modes of UL2, which get a token each.
-    end_inputs: Whether inputs end in an EOS.
+  stay, and none is added twice. Each mode of UL2 gets a token.
   """
   num_own = len(base.sentinel_ids)
   root, added = base, ()

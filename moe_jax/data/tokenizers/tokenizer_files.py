@@ -37,9 +37,6 @@ def read(path: str | os.PathLike[str]) -> Tokenizer:
   of a run has the ids that the run's task added, not the EOS that the task put
   after inputs.
 
-  Args:
-    path: The path of a file, or of its folder.
-
   Raises:
     ValueError: There is no such file, or several; it is damaged, too large, or
       a link in a folder.
