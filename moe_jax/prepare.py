@@ -23,14 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  DownloadColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-  TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from moe_jax import command_line, config_flag
 from moe_jax.data.dataset import DataOptions, load
@@ -76,12 +69,9 @@ def prepare(
 def _bar(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
   """Shows the progress of a source; the body gets the function to call."""
   with Progress(
-    TextColumn('{task.description}'),
-    BarColumn(),
-    TextColumn('{task.percentage:>3.0f} %'),
+    *Progress.get_default_columns(),  # name, bar, percentage, time left
     DownloadColumn(binary_units=True),
     TransferSpeedColumn(),
-    TimeRemainingColumn(),
     console=console,
   ) as progress:
 
@@ -112,11 +102,10 @@ def _lines(
     )
   if existing:
     yield f'{existing} pieces were there already'
-  missing = {n: len(r.missing) for n, r in reports.items() if r.missing}
-  if missing:
+  if missing := sum(len(report.missing) for report in reports.values()):
     yield (
       f'host {share.host} of {share.num_hosts} is done; other hosts have yet '
-      f'to make {sum(missing.values())} pieces, and the last one joins all'
+      f'to make {missing} pieces, and the last one joins all'
     )
     return
   # The first run that uses the folder reads it through, to check its digests.

@@ -9,8 +9,6 @@ from moe_jax.data.choices import (
   SHOTS_SOURCES,
   ChoiceFilesSource,
   ChoiceSourceOptions,
-  ChoiceTfdsSource,
-  DocstringChoiceSource,
   Item,
 )
 from moe_jax.data.dataset import DataOptions, load, read_pairs
@@ -78,11 +76,9 @@ __all__ = [
   'CharsOptions',
   'ChoiceFilesSource',
   'ChoiceSourceOptions',
-  'ChoiceTfdsSource',
   'DataError',
   'DataOptions',
   'Dataset',
-  'DocstringChoiceSource',
   'DocstringsSource',
   'FileOptions',
   'FilesSource',

@@ -10,12 +10,14 @@ import tensorflow_datasets as tfds
 from moe_jax.data import (
   SHOTS_SOURCES,
   ChoiceFilesSource,
-  ChoiceTfdsSource,
-  DocstringChoiceSource,
   Item,
   Selection,
 )
-from moe_jax.data.choices import with_distractors
+from moe_jax.data.choices import (
+  ChoiceTfdsSource,
+  DocstringChoiceSource,
+  with_distractors,
+)
 
 PART = DocstringChoiceSource('asyncio,email,json')
 
