@@ -14,7 +14,7 @@
 `models` are linen modules, `training` drives them from a config.
 """
 
-from moe_jax import dispatch, layers, models, routing
+from moe_jax import layers, models, routing
 from moe_jax.errors import InputError
 from moe_jax.layers import (
   Dropless,
@@ -41,7 +41,7 @@ from moe_jax.layers.routers import (
   TokenChoice,
 )
 from moe_jax.layers.routers.contract import Sizes
-from moe_jax.routing import MoeAux, Routing, SlotRouting
+from moe_jax.routing import MoeAux, Routing, SlotRouting, dispatch
 from moe_jax.routing.capacity import (
   All,
   Fixed,

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.permute import take_tokens
 from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.routing.dispatch import take_tokens
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Float, Int32
 

@@ -1,12 +1,13 @@
 """Rules of routing: pure functions from router logits to a `Routing`.
 
 Functions take arrays and keys and return a `Routing`; there is no flax here.
-The movement of tokens is `moe_jax.dispatch`; the routers, which have
-parameters, are `moe_jax.layers.routers`.
+`dispatch` moves tokens as a routing says; the routers, which have parameters,
+are `moe_jax.layers.routers`.
 """
 
 from moe_jax.routing import (
   balance_bias,
+  dispatch,
   expert_groups_rule,
   hash_rule,
   hierarchical_rule,
@@ -97,6 +98,7 @@ __all__ = [
   'balance_bias',
   'balance_loss',
   'choose',
+  'dispatch',
   'drop_rate',
   'empty_aux',
   'even_choice',

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2308.00951. No token is chosen or dropped: a slot is a
 weighted mean of the tokens, and a token's output a weighted mean of the outputs
 of all slots. There is nothing to gather by index, so tokens move by products
-(`moe_jax.dispatch.einsum`) alone.
+(`dispatch.einsum`) alone.
 """
 
 import dataclasses

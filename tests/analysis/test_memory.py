@@ -13,7 +13,6 @@ from moe_jax import models, run_config
 from moe_jax.analysis import memory
 from moe_jax.analysis.model_parts import halves
 from moe_jax.configs import switch_c
-from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, Einsum, Gather
 from moe_jax.layers.norms import LayerNorm
@@ -21,6 +20,7 @@ from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import ExpertChoice
 from moe_jax.routing import expert_choice, token_choice
 from moe_jax.routing.capacity import All, PerToken
+from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.models import tiny
 from tests.models.tiny import T
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import kernels, routing
-from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.kernels.grouped_products import check_shapes
 from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.bad_inputs.cases import Case, check
 
 G, S, E, K, C, M = 2, 7, 5, 3, 4, 8

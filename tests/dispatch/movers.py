@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import einsum, gather, sorted_rows
+from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 
 MOVERS = {'einsum': einsum, 'gather': gather, 'sorted_rows': sorted_rows}
 # Rows of these dispatchers are [E, R, M]; the other sorts its rows by expert.
@@ -15,7 +15,7 @@ WITH_SLOTS = ('einsum', 'gather')
 
 def group_sizes(name, routing):
   """Number of rows of each expert, or None if every expert has R rows."""
-  return None if name in WITH_SLOTS else sorted_rows.group_sizes(routing)
+  return None if name in WITH_SLOTS else routing.rows_per_expert()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.dispatch import sorted_rows
 from moe_jax.routing import Routing, token_choice
+from moe_jax.routing.dispatch import sorted_rows
 
 
 def test_three_tokens_by_hand():
@@ -54,7 +54,7 @@ choose = jax.jit(functools.partial(token_choice, num_selected=K, capacity=None))
 @jax.jit
 def round_trip(x, routing):
   rows = sorted_rows.dispatch(x, routing)
-  sizes = sorted_rows.group_sizes(routing)
+  sizes = routing.rows_per_expert()
   return rows, sizes, sorted_rows.combine(rows, routing)
 
 

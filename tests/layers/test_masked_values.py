@@ -15,10 +15,10 @@ from flax import linen as nn
 
 import moe_jax
 from moe_jax import models, routing
-from moe_jax.dispatch import einsum, gather, sorted_rows
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import hierarchical_rule
+from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.models import tiny
 
 B, T, M, E, K = 2, 6, 8, 4, 2

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels.blocks import Block
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers.experts.serving import SCOPE, Experts
@@ -25,6 +24,7 @@ from moe_jax.layers.experts.sorted_rows_experts import (
 )
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.routing import TokenRouting, of_whole_tokens
+from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Int32
 
 _LEAST_BLOCK, _MOST_BLOCK = 8, 256
@@ -69,7 +69,7 @@ class UnrolledExperts(Experts):
     if x.shape[0] * x.shape[1] <= FEW_TOKENS:
       return _all_tokens(self.layer, experts, x, routing), None
     rows = sorted_rows.dispatch(x, routing)
-    sizes = sorted_rows.group_sizes(routing)
+    sizes = routing.rows_per_expert()
     rows = _all_rows(self.layer, experts, rows, sizes)
     return sorted_rows.combine(rows, routing), None
 

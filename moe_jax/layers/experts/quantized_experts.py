@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
@@ -25,6 +24,7 @@ from moe_jax.layers.parameters import Parameter
 from moe_jax.layers.shared import Shared
 from moe_jax.options import nested
 from moe_jax.routing import of_whole_tokens
+from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Leaf
 
 
@@ -148,7 +148,7 @@ class QuantizedRows(Experts):
     if x[..., 0].size <= FEW_TOKENS:
       return self._all_tokens(p, x, few_tokens.gates(routing)), None
     rows = sorted_rows.dispatch(x, routing)
-    sizes = sorted_rows.group_sizes(routing)
+    sizes = routing.rows_per_expert()
     stops = jnp.cumsum(sizes)
     block = few_tokens.block_of(len(rows), len(sizes))
 

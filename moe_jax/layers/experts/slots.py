@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.dispatch import einsum, gather
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import (
@@ -32,6 +31,7 @@ from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowed_experts import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
 from moe_jax.routing import AnyRouting, ExchangeStats, of_whole_tokens
+from moe_jax.routing.dispatch import einsum, gather
 from moe_jax.shape_checks import type_text
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 

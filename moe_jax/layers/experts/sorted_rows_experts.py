@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.kernels.backends import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
@@ -29,6 +28,7 @@ from moe_jax.parallel.shadowed_experts import (
   split,
 )
 from moe_jax.routing import of_whole_tokens
+from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
 
@@ -139,7 +139,7 @@ class SortedRowsExperts(Experts):
     """The output for all groups of one device, which has all experts."""
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, routing)
-    sizes = sorted_rows.group_sizes(routing)
+    sizes = routing.rows_per_expert()
     rows = self._products(p, rows, sizes, key)
     with jax.named_scope('combine'):
       return sorted_rows.combine(rows, routing)
@@ -150,7 +150,7 @@ class SortedRowsExperts(Experts):
     The device has its own experts, or its part of F.
     """
     o, key = self.dispatch, _device_key(key, layout)
-    counts = sorted_rows.group_sizes(routing)
+    counts = routing.rows_per_expert()
     sizes = self.layer.sizes(x.shape[-1], x.dtype)
     sizes = sizes.that_travel(o.exchange.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
@@ -158,7 +158,7 @@ class SortedRowsExperts(Experts):
     sent = of_whole_tokens(sent)
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, sent)
-    sent_counts = sorted_rows.group_sizes(sent)
+    sent_counts = sent.rows_per_expert()
 
     # Each call of the products has a number, and with it dropout of its own.
     numbers = itertools.count(1)

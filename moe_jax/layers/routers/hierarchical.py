@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax import routing
-from moe_jax.dispatch import sorted_rows
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import (
@@ -29,6 +28,7 @@ from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import hierarchical_rule
 from moe_jax.routing.aux_losses import over_groups, token_z
+from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
 from moe_jax.shapes import Array, Bool, Float32, Int32

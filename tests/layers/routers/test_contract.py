@@ -13,7 +13,6 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import All, PerToken, Shared
-from moe_jax.dispatch import einsum, gather
 from moe_jax.layers.parameters import Role, roles_of
 from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
 from moe_jax.layers.routers.contract import RoutedTokens
@@ -25,6 +24,7 @@ from moe_jax.options import (
   types_of,
 )
 from moe_jax.routing import GivenChoices
+from moe_jax.routing.dispatch import einsum, gather
 from tests.models import tiny
 
 G, S, E, K, M = 40, 8, 6, 2, 5

@@ -1,0 +1,278 @@
+"""Dispatchers: how tokens `[G, S, M]` move to the rows of experts and back.
+
+All are equal in value and gradient on the same routing. The rows of `gather`
+and `einsum` are `[E, R, M]`, R for each expert. Those of `sorted_rows` are
+`[N, M]`, sorted by expert, as many of each as `routing.rows_per_expert()` says.
+`rows.py` decides the token in each row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import InputError
+from moe_jax.routing.assignments import TokenRouting
+from moe_jax.routing.rows import Rows, without_nan
+from moe_jax.routing.soft_rule import AnyRouting
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Float, Int32
+
+
+class Dispatcher(NamedTuple):
+  """The two directions of a dispatcher.
+
+  Attributes:
+    dispatch: The function (tokens [G, S, M], routing) -> rows, with each token
+      copied to the rows of its experts.
+    combine: The function (rows, routing) -> [G, S, M], the sum of each token's
+      rows, weighted by its gates.
+  """
+
+  dispatch: Callable[..., Array]
+  combine: Callable[..., Array]
+
+
+@checked
+def _by_masks(
+  x: Float[Array, 'G S M'], routing: AnyRouting
+) -> Float[Array, 'E R M']:
+  send = routing.slot_shares()
+  # A product would spread a NaN of a token that no expert serves: 0 * NaN.
+  x = without_nan(send.any((2, 3)), x)
+  rows = jnp.einsum('GSEC,GSM->EGCM', send.astype(x.dtype), x)
+  return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+@checked
+def _back_by_masks(
+  rows: Float[Array, 'E R M'], routing: AnyRouting
+) -> Float[Array, 'G S M']:
+  weight = routing.slot_weights()
+  G, _, E, C = weight.shape
+  _check_rows(rows.shape, (E, G * C))
+  rows = rows.reshape(E, G, C, -1)
+  return jnp.einsum('GSEC,EGCM->GSM', weight.astype(rows.dtype), rows)
+
+
+@checked
+def _to_slots(
+  x: Float[Array, 'G S M'], routing: TokenRouting
+) -> Float[Array, 'E R M']:
+  return _take(x, routing.slot_rows())
+
+
+@checked
+def _from_slots(
+  rows: Float[Array, 'E R M'], routing: TokenRouting
+) -> Float[Array, 'G S M']:
+  return _give_back(rows, routing.slot_rows(), routing.group_size)
+
+
+@checked
+def _to_sorted(
+  x: Float[Array, 'G S M'], routing: TokenRouting
+) -> Float[Array, 'N M']:
+  return _take(x, routing.sorted_rows())
+
+
+@checked
+def _from_sorted(
+  rows: Float[Array, 'N M'], routing: TokenRouting
+) -> Float[Array, 'G S M']:
+  return _give_back(rows, routing.sorted_rows(), routing.group_size)
+
+
+# One-hot products, as GShard prints them (https://arxiv.org/abs/2006.16668,
+# section 3.2): the readable reference. R = G * C, empty slots are zero, and a
+# routing without a capacity is a ValueError. It costs O(S E C M) per group,
+# which grows with the square of the group size.
+einsum = Dispatcher(_by_masks, _back_by_masks)
+# The default, by index into the same rows, O(S K M).
+gather = Dispatcher(_to_slots, _from_slots)
+# Rows sorted by expert, no more than are needed, as in MegaBlocks
+# (https://arxiv.org/abs/2211.15841). N is the most there can be, min(G * S * K,
+# E * G * C), and rows that no choice has are zero; an expert's are in the order
+# of the tokens. Where experts choose, N = E * G * C, in the order of slots.
+sorted_rows = Dispatcher(_to_sorted, _from_sorted)
+
+
+def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+  """Raises ValueError where rows are not as many as the routing has."""
+  if shape[:-1] != expected:
+    raise InputError(
+      f'rows has shape {shape}; the routing has {expected} of them'
+    )
+
+
+def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
+  """The token in each row; zero in an empty one."""
+  x = x.reshape(rows.num_tokens, x.shape[-1])
+  if rows.by_token:
+    return take_tokens(x, rows.choice, rows.row)
+  return _take_any(x, rows.token, rows.num_tokens)
+
+
+def _give_back(
+  values: Float[Array, '*R M'], rows: Rows, group_size: int
+) -> Float[Array, 'G S M']:
+  """The sum of each token's rows, weighted by its gates."""
+  _check_rows(values.shape, rows.token.shape)
+  if rows.by_token:
+    y: Array = _sum_choices(values, rows.gate, rows.choice, rows.row)
+  else:
+    gate = rows.gate.reshape(rows.token.shape)
+    if rows.choice is not None and rows.row is not None:
+      # A permutation: its gradient is a gather, too.
+      gate = take_tokens(
+        rows.gate.reshape(-1, 1), rows.choice, rows.row[:, None]
+      )[:, 0]
+    y = _sum_rows(values, gate, rows.token, rows.num_tokens)
+  return y.reshape(-1, group_size, y.shape[-1])
+
+
+def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
+  """x[index], zero where index is N."""
+  # A zero row behind the others: cheaper than mode='fill', which selects.
+  x = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+  return jnp.take(x, index, axis=0, mode='clip')
+
+
+def _products(
+  rows: Float[Array, '*R M'], others: Float[Array, '*R M']
+) -> Array:
+  """The product of each row with the other one, in float32."""
+  return jnp.einsum(
+    '...M,...M->...',
+    rows,
+    others,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+
+
+# Where tokens choose, a row holds at most one choice of a token and a choice at
+# most one row, so that both directions and both gradients are gathers; none is
+# a scatter-add.
+
+
+@jax.custom_vjp
+def take_tokens(
+  x: Float[Array, 'N M'],
+  choice_index: Int32[Array, '*R'],
+  row_index: Int32[Array, 'N K'],
+) -> Float[Array, '*R M']:
+  """The token behind the choice in each row; zero in an empty row.
+
+  Args:
+    x: The tokens.
+    choice_index: The choice in each row, counted over the N * K choices of all
+      tokens; N * K in an empty row.
+    row_index: The row of each choice, counted over all R rows; R for a choice
+      that has none.
+  """
+  return _take_or_zero(x, choice_index // row_index.shape[-1])
+
+
+def _take_tokens_fwd(x, choice_index, row_index):
+  return take_tokens(x, choice_index, row_index), row_index
+
+
+def _take_tokens_bwd(row_index, d_rows):
+  d_rows = d_rows.reshape(-1, d_rows.shape[-1])  # [R, M]
+  return _take_or_zero(d_rows, row_index).sum(-2), None, None
+
+
+take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
+
+
+@jax.custom_vjp
+def _sum_choices(
+  rows: Float[Array, '*R M'],
+  gate: Float[Array, 'N K'],
+  choice_index: Int32[Array, '*R'],
+  row_index: Int32[Array, 'N K'],
+) -> Float[Array, 'N M']:
+  """Each token's rows, weighted by the gates and summed over its choices.
+
+  The indices are those of `take_tokens`.
+  """
+  flat = rows.reshape(-1, rows.shape[-1])  # [R, M]
+  choice_rows = _take_or_zero(flat, row_index)  # [N, K, M]
+  return (gate[..., None].astype(rows.dtype) * choice_rows).sum(-2)
+
+
+def _sum_choices_fwd(rows, gate, choice_index, row_index):
+  y = _sum_choices(rows, gate, choice_index, row_index)
+  return y, (rows, gate, choice_index, row_index)
+
+
+def _sum_choices_bwd(saved, dy):
+  rows, gate, choice_index, row_index = saved
+  # Both gradients come from the rows of dy: to take the rows of experts again
+  # would move as many bytes once more.
+  row_dy = _take_or_zero(dy, choice_index // gate.shape[-1])  # [*R, M]
+  d_row_gate = _products(rows, row_dy)
+  d_gate = _take_or_zero(d_row_gate.reshape(-1), row_index)  # [N, K]
+  row_gate = _take_or_zero(gate.reshape(-1), choice_index)[..., None]
+  d_rows = row_gate.astype(dy.dtype) * row_dy
+  return d_rows, d_gate.astype(gate.dtype), None, None
+
+
+_sum_choices.defvjp(_sum_choices_fwd, _sum_choices_bwd)
+
+
+# Where experts choose, a token has any number of rows. The way back is a sum
+# into tokens, a scatter-add: its cost grows with the rows, where that of a list
+# of each token's rows would grow with the experts. Sums are float32.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_any(x, token, num_tokens):
+  """The token in each row; zero where its index is N, `num_tokens`."""
+  del num_tokens
+  return _take_or_zero(x, token)
+
+
+def _take_any_bwd(num_tokens, token, d_rows):
+  return _sum_into_tokens(d_rows, token, num_tokens), None
+
+
+_take_any.defvjp(
+  lambda x, token, n: (_take_any(x, token, n), token), _take_any_bwd
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_rows(
+  rows: Float[Array, '*R M'],
+  gate: Float[Array, '*R'],
+  token: Int32[Array, '*R'],
+  num_tokens: int,
+) -> Float[Array, 'N M']:
+  """Each token's rows, weighted by the gates and summed; N: an empty row."""
+  weighted = gate[..., None].astype(rows.dtype) * rows
+  return _sum_into_tokens(weighted, token, num_tokens)
+
+
+def _sum_rows_fwd(rows, gate, token, num_tokens):
+  return _sum_rows(rows, gate, token, num_tokens), (rows, gate, token)
+
+
+def _sum_rows_bwd(num_tokens, saved, dy):
+  del num_tokens
+  rows, gate, token = saved
+  d_weighted = _take_or_zero(dy, token)
+  d_rows = gate[..., None].astype(dy.dtype) * d_weighted
+  return d_rows, _products(rows, d_weighted).astype(gate.dtype), None
+
+
+_sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+
+
+def _sum_into_tokens(rows, token, num_tokens):
+  total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
+  total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
+  return total.astype(rows.dtype)
