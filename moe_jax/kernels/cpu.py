@@ -11,7 +11,6 @@ number by more than rounding. More of it stands elsewhere:
   of a stack;
 - `prevent_cse` where layers are no loop (`models/stack.py`): straight code is
   otherwise merged with its recomputation;
-- random bits as straight code (`threefry.py`): JAX lowers them to a loop;
 - rows of `[B * T, M]` in place of `[B, T, M]` before products with kernels: a
   kernel's gradient then contracts one dimension, which the compiler turns into
   a plain product; with two it copies.

@@ -14,7 +14,6 @@ import optax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from moe_jax.kernels import threefry
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
@@ -236,7 +235,7 @@ def train_step(
     move_router_state: Function from the routers' state and the load [L, E] of
       the whole batch to the routers' next state.
   """
-  key = jax.random.fold_in(threefry.key(state.seed), state.step)
+  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
   divisors = normalize(batch)
   (loss, sums), grads = grad_fn(
     state.params, batch, divisors, key, state.router_state, state.step
