@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from moe_jax import models
 from moe_jax.analysis import cost, devices, roofline, run_cost
-from moe_jax.kernels import backends
+from moe_jax.kernels import grouped_products
 from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
@@ -121,5 +121,7 @@ def _dispatch(run: Run, dispatch: Dispatch) -> str:
     return name
   platform = run.mesh.devices.flat[0].platform
   platform = 'cuda' if platform == 'gpu' else platform
-  products = backends.describe(cast(Dropless, dispatch).backend, platform)
+  products = grouped_products.describe(
+    cast(Dropless, dispatch).backend, platform
+  )
   return f'{name} (grouped products: {products})'

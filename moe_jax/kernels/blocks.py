@@ -1,4 +1,4 @@
-"""The grouped products as a loop over blocks of rows: the CPU's backend.
+"""The grouped products as loops over blocks of rows: the CPU's backend.
 
 The loop's trip counts are dynamic, so neither unused experts nor padding cost
 anything, and an expert's kernel is sliced out once, however many blocks it
@@ -199,3 +199,65 @@ def outer(
 
   dw = jnp.zeros((E, M, F), jnp.float32)
   return for_each_block(body, dw, (), group_sizes, N)
+
+
+def ffn(
+  x: Float[Array, 'N M'],
+  w_ins: tuple[Float[Array, 'E M F'], ...],
+  w_out: Float[Array, 'E F M'],
+  group_sizes: Int32[Array, ' E'],
+  hidden: Callable[..., Array],
+) -> tuple[Float[Array, 'N M'], tuple[Float[Array, 'N F'], ...]]:
+  """A feed-forward layer's output, and its first products, in one loop.
+
+  Between its products a block's rows stay in the cache.
+  """
+  N, F = x.shape[0], w_out.shape[1]
+
+  def body(block, kernels, carry):
+    *ins, out = kernels
+    y, firsts = carry
+    rows = block.rows(x)
+    products = [dot(rows, w, (1, 0)) for w in ins]
+    firsts = tuple(block.write(z, p) for z, p in zip(firsts, products))
+    return block.write(y, dot(hidden(*products), out, (1, 0))), firsts
+
+  firsts = tuple(jnp.zeros((N, F), x.dtype) for _ in w_ins)
+  carry = (jnp.zeros_like(x), firsts)
+  kernels = (*w_ins, w_out)
+  return for_each_block(body, carry, kernels, group_sizes, N)
+
+
+def ffn_gradients(
+  x: Float[Array, 'N M'],
+  w_ins: tuple[Float[Array, 'E M F'], ...],
+  w_out: Float[Array, 'E F M'],
+  group_sizes: Int32[Array, ' E'],
+  firsts: tuple[Float[Array, 'N F'], ...],
+  dy: Float[Array, 'N M'],
+  hidden: Callable[..., Array],
+) -> tuple:
+  """The gradients of x, w_ins and w_out; those of kernels in float32.
+
+  Hidden values of the next expert's rows are multiplied by zero: one that is
+  infinite makes its neighbour's gradient NaN too.
+  """
+
+  def body(block, kernels, carry):
+    *ins, out = kernels
+    dx, dw_ins, dw_out = carry
+    rows, d_rows = block.own_rows(x), block.own_rows(dy)
+    h, pull = jax.vjp(hidden, *(block.rows(z) for z in firsts))
+    # In the rows of other experts this is zero, as d_rows is; the values that
+    # `ffn` left there in `firsts` are finite.
+    d_firsts = pull(dot(d_rows, out, (1, 1)))
+    d_rows_in = [dot(d, w, (1, 1)) for d, w in zip(d_firsts, ins)]
+    dw_ins = tuple(
+      block.add(dw, dot_over_rows(rows, d)) for dw, d in zip(dw_ins, d_firsts)
+    )
+    dw_out = block.add(dw_out, dot_over_rows(h, d_rows))
+    return block.write(dx, sum(d_rows_in)), dw_ins, dw_out
+
+  dw_ins = tuple(jnp.zeros(w.shape, jnp.float32) for w in w_ins)
+  carry = (jnp.zeros_like(x), dw_ins, jnp.zeros(w_out.shape, jnp.float32))
+  return for_each_block(body, carry, (*w_ins, w_out), group_sizes, x.shape[0])

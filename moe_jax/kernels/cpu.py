@@ -3,7 +3,7 @@
 Other platforms compile the plain form at least as well; none of this changes a
 number by more than rounding. More of it stands elsewhere:
 
-- the backend 'blocks' of grouped products (`blocks.py`, `blocks_ffn.py`);
+- the backend 'blocks' of grouped products (`blocks.py`);
 - attention by blocks of queries (`layers/attention/blockwise.py`);
 - experts that serve few tokens (`layers/experts/few_tokens.py`), layers with
   arrays of their own in which a model decodes (`models/decoding.py`) and their

@@ -1,10 +1,20 @@
-"""The product of rows sorted by expert, each group by its own kernel.
+"""Products of rows sorted by expert, each group by its own kernel.
 
-The gradient is here, the loops are the backends'. MegaBlocks calls it grouped
-matmul (https://arxiv.org/abs/2211.15841).
+MegaBlocks calls it grouped matmul (https://arxiv.org/abs/2211.15841). Gradients
+are here; the products are those of a backend, a module with two functions,
+equal in value on every shape:
+
+- `matmul(x [N, M], w [E, M, F], group_sizes [E], transposed) -> [N, F]`, in
+  the type of x and summed in float32; with `transposed`, w is [E, F, M]. Rows
+  past the sum of the group sizes come out zero.
+- `outer(x [N, M], dy [N, F], group_sizes [E]) -> [E, M, F]`, float32: x^T dy
+  over each group's rows, zero for an empty group, whatever the rows past the
+  sum hold.
 """
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +22,38 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.errors import InputError
-from moe_jax.kernels import backends
-from moe_jax.shapes import Array, Float, Int32
+from moe_jax.kernels import blocks, megablox, pallas_gpu
+from moe_jax.options import unknown
+from moe_jax.shapes import Array, Float, Float32, Int32
 
 # The name of the results in a remat policy.
 PRODUCT = 'grouped_matmul'
+BACKENDS: dict[str, ModuleType] = {
+  'blocks': blocks,  # any platform; chosen on all but those below
+  'megablox': megablox,  # TPUs
+  'pallas_gpu': pallas_gpu,  # NVIDIA GPUs
+}
+AUTO = 'auto'
+# The backend that 'auto' stands for on each platform, and on all others. XLA's
+# own `ragged_dot` is none of them: on CPUs it multiplies every row by every
+# expert, and jax 0.10.2 compiles its outer product for a TPU to E times the
+# FLOPs.
+BY_PLATFORM, DEFAULT = {'tpu': 'megablox', 'cuda': 'pallas_gpu'}, 'blocks'
+
+
+def describe(name: str, platform: str) -> str:
+  """The backend on a platform: 'blocks', or 'megablox, interpreted: slow'."""
+  if name == AUTO:
+    return BY_PLATFORM.get(platform, DEFAULT)
+  slow = platform == 'cpu' and name in BY_PLATFORM.values()
+  return f'{name}, interpreted: slow' if slow else name
 
 
 def grouped_matmul(
   x: Float[Array, 'N M'],
   w: Float[Array | np.ndarray, 'E M F'],
   group_sizes: Int32[Array, ' E'],
-  backend: str = 'auto',
+  backend: str = AUTO,
 ) -> Float[Array, 'N F']:
   """y[n] = x[n] @ w[e], e the group that row n is in; in the type of x.
 
@@ -39,15 +69,57 @@ def grouped_matmul(
     w: The kernel of each expert.
     group_sizes: The number of rows of each expert, at least 0 and in all at
       most N. This is not checked: the numbers are known only at run time.
-    backend: One of `backends.BACKENDS`, or 'auto', the one of the platform.
+    backend: One of `BACKENDS`, or 'auto', the one of the platform.
 
   Raises:
     ValueError: Shapes do not fit, or the backend is unknown.
   """
-  backends.check(backend)
+  _check_backend(backend)
   check_shapes(x, w, group_sizes)
   x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
   return checkpoint_name(_product(x, w, group_sizes, backend), PRODUCT)
+
+
+def grouped_ffn(
+  x: Float[Array, 'N M'],
+  w_ins: tuple[Float[Array | np.ndarray, 'E M F'], ...],
+  w_out: Float[Array | np.ndarray, 'E F M'],
+  group_sizes: Int32[Array, ' E'],
+  hidden: Callable[..., Array],
+  backend: str = AUTO,
+) -> Float[Array, 'N M']:
+  """y[n] = hidden(x[n] @ w_in[e], ...) @ w_out[e], e the group of row n.
+
+  Rows, groups, types, backends and errors are as in `grouped_matmul`. The loop
+  over blocks does both products of a block in one; other backends do one
+  product after the other.
+
+  Args:
+    x: The rows, sorted by expert.
+    w_ins: The first kernels: one, or several whose products are multiplied.
+    w_out: The last kernel.
+    group_sizes: The number of rows of each expert, in all at most N.
+    hidden: The elementwise function from the first products to the hidden
+      values.
+    backend: The name of the backend.
+  """
+  _check_backend(backend)
+  for w in w_ins:
+    check_shapes(x, w, group_sizes)
+  E, M, F = w_ins[0].shape
+  if w_out.shape != (E, F, M) or any(w.shape != (E, M, F) for w in w_ins):
+    raise InputError(
+      f'first kernels {[w.shape for w in w_ins]} and last {w_out.shape} must '
+      'be [E, M, F] and [E, F, M]'
+    )
+  x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
+  y = _ffn(x, w_ins, w_out, group_sizes, hidden, backend)
+  return checkpoint_name(y, PRODUCT)
+
+
+def _check_backend(name: str) -> None:
+  if name != AUTO and name not in BACKENDS:
+    raise unknown('grouped_matmul backend', name, [AUTO, *BACKENDS])
 
 
 def check_shapes(x, w, group_sizes) -> None:
@@ -71,21 +143,104 @@ def check_shapes(x, w, group_sizes) -> None:
     )
 
 
+def _choose(run: Callable[[str], Callable], backend: str, *args):
+  """Calls run(backend)(*args); for 'auto' the compiler picks the backend."""
+  if backend != AUTO:
+    return run(backend)(*args)
+  by_platform = {platform: run(name) for platform, name in BY_PLATFORM.items()}
+  return jax.lax.platform_dependent(*args, default=run(DEFAULT), **by_platform)
+
+
+# Layers have few shapes of products: `jit` traces those of all platforms once
+# for each.
+@functools.partial(jax.jit, static_argnames=('transposed', 'backend'))
+def _matmul(
+  x: Float[Array, 'N _'],
+  w: Float[Array, 'E _ _'],
+  group_sizes: Int32[Array, ' E'],
+  transposed: bool,
+  backend: str,
+) -> Float[Array, 'N _']:
+  def run(name):
+    return lambda *args: BACKENDS[name].matmul(*args, transposed)
+
+  return _choose(run, backend, x, w, group_sizes)
+
+
+@functools.partial(jax.jit, static_argnames='backend')
+def _outer(
+  x: Float[Array, 'N M'],
+  dy: Float[Array, 'N F'],
+  group_sizes: Int32[Array, ' E'],
+  backend: str,
+) -> Float32[Array, 'E M F']:
+  return _choose(lambda name: BACKENDS[name].outer, backend, x, dy, group_sizes)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(x, w, group_sizes, backend):
-  return backends.matmul(x, w.astype(x.dtype), group_sizes, False, backend)
+  return _matmul(x, w.astype(x.dtype), group_sizes, False, backend)
 
 
-def _forward(x, w, group_sizes, backend):
+def _product_forward(x, w, group_sizes, backend):
   return _product(x, w, group_sizes, backend), (x, w, group_sizes)
 
 
-def _backward(backend, saved, dy):
+def _product_backward(backend, saved, dy):
   x, w, group_sizes = saved
-  kernel = w.astype(dy.dtype)
-  dx = backends.matmul(dy, kernel, group_sizes, True, backend)
-  dw = backends.outer(x, dy, group_sizes, backend)
+  dx = _matmul(dy, w.astype(dy.dtype), group_sizes, True, backend)
+  dw = _outer(x, dy, group_sizes, backend)
   return dx, dw.astype(w.dtype), None
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _ffn(x, w_ins, w_out, group_sizes, hidden, backend):
+  return _ffn_forward(x, w_ins, w_out, group_sizes, hidden, backend)[0]
+
+
+def _ffn_forward(x, w_ins, w_out, group_sizes, hidden, backend):
+  ins, out = tuple(w.astype(x.dtype) for w in w_ins), w_out.astype(x.dtype)
+
+  def run(name):
+    if name == 'blocks':
+      return lambda *args: blocks.ffn(*args, hidden)
+
+    def composed(x, ins, out, sizes):
+      firsts = tuple(_matmul(x, w, sizes, False, name) for w in ins)
+      return _matmul(hidden(*firsts), out, sizes, False, name), firsts
+
+    return composed
+
+  y, firsts = _choose(run, backend, x, ins, out, group_sizes)
+  firsts = tuple(checkpoint_name(z, PRODUCT) for z in firsts)
+  return y, (x, w_ins, w_out, group_sizes, firsts)
+
+
+def _ffn_backward(hidden, backend, saved, dy):
+  x, w_ins, w_out, group_sizes, firsts = saved
+  ins, out = tuple(w.astype(x.dtype) for w in w_ins), w_out.astype(x.dtype)
+
+  def run(name):
+    if name == 'blocks':
+      return lambda *args: blocks.ffn_gradients(*args, hidden)
+
+    def composed(x, ins, out, sizes, firsts, dy):
+      h, pull = jax.vjp(hidden, *firsts)
+      d_firsts = pull(_matmul(dy, out, sizes, True, name))
+      dx = sum(_matmul(d, w, sizes, True, name) for d, w in zip(d_firsts, ins))
+      dw_ins = tuple(_outer(x, d, sizes, name) for d in d_firsts)
+      return dx, dw_ins, _outer(h, dy, sizes, name)
+
+    return composed
+
+  dx, dw_ins, dw_out = _choose(
+    run, backend, x, ins, out, group_sizes, firsts, dy
+  )
+  dw_ins = tuple(dw.astype(w.dtype) for dw, w in zip(dw_ins, w_ins))
+  return dx, dw_ins, dw_out.astype(w_out.dtype), None
+
+
+_ffn.defvjp(_ffn_forward, _ffn_backward)

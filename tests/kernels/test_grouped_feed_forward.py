@@ -87,7 +87,7 @@ SMALL_GROUPS = (0, 13, 0, 17, 0), (9, 1, 4, 0, 5), (0, 0, 0, 0, 0)
       for backend, kind in (
         ('auto', 'gated'),
         ('blocks', 'plain'),
-        ('ragged_dot', 'gated'),
+        ('megablox', 'gated'),
       )
       for group_sizes in SMALL_GROUPS
     ),
@@ -111,7 +111,7 @@ def test_value_and_gradients(backend, kind, shape, group_sizes):
   assert not np.any(y[n:]) and not np.any(dx[n:])
 
 
-@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
+@pytest.mark.parametrize('backend', ['blocks', 'megablox'])
 def test_bfloat16_rows_leave_float32_kernels_a_float32_gradient(backend):
   # One expert has width one, and its gate is the identity on ones: the gradient
   # of w_out is 1 + 2^-10, which bfloat16 rounds to 1.

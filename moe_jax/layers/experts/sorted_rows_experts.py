@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax.kernels import grouped_ffn, grouped_matmul
-from moe_jax.kernels.backends import AUTO, BACKENDS
+from moe_jax.kernels.grouped_products import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.options import choice, nested, one_of, option

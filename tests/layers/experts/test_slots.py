@@ -345,7 +345,7 @@ SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 @pytest.mark.parametrize(
   ('activation', 'use_bias', 'backend'),
   [
-    ('gelu', False, 'ragged_dot'),
+    ('gelu', False, 'megablox'),
     ('swiglu', True, 'blocks'),
   ],
 )
