@@ -71,8 +71,7 @@ def capture(
 ) -> dict[int, RoutedTokens]:
   """The tokens that reach each sparse layer of a model, by layer number.
 
-  Dropout and noise are off. A layer whose experts are mixtures themselves gives
-  the tokens of the outer mixture.
+  Dropout and noise are off.
 
   Args:
     model: The model.

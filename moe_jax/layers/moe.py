@@ -20,7 +20,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN
 from moe_jax.layers.shared import Shared
-from moe_jax.routing import ExchangeStats, GivenChoices, MoeAux
+from moe_jax.routing import GivenChoices, MoeAux
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
@@ -88,7 +88,7 @@ class MoE(nn.Module):
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
-    y, inner = experts(groups, routing, train)  # [G, S, M]
+    y, moved = experts(groups, routing, train)  # [G, S, M]
     y = to_rows(y, B, T)
     if (twin := o.shared_twin) is not None:
       expert = SharedExpert(
@@ -96,7 +96,7 @@ class MoE(nn.Module):
       )
       # With biases it would not be zero for tokens that no router sees.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
-    return y, _with_inner(aux, inner)
+    return y, aux if moved is None else aux._replace(exchange=moved)
 
   def _imposed_choices(self, given, mask, train, layer):
     """The choices of groups that are imposed on the router, or None."""
@@ -147,25 +147,6 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
       f'{ROUTERS.name_of(options.router)!r} would mix them; use 0 or a divisor '
       'of the length'
     )
-
-
-def _with_inner(aux: MoeAux, inner: MoeAux | ExchangeStats | None) -> MoeAux:
-  """`aux` with what experts return: losses of their own, or what moved.
-
-  Args:
-    aux: The aux of the router.
-    inner: The aux of experts that are mixtures, leaves [E, ...]; what moved
-      between devices; or None.
-  """
-  if inner is None:
-    return aux
-  if isinstance(inner, ExchangeStats):
-    return aux._replace(exchange=inner)
-  losses = {
-    name: aux.losses.get(name, 0.0) + loss.sum()
-    for name, loss in inner.losses.items()
-  }
-  return aux._replace(losses=aux.losses | losses)
 
 
 def to_groups(

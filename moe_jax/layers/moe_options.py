@@ -134,25 +134,9 @@ class MoeOptions(ImposedOptions):
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
-    The reason is the router's, that of the dispatch on a mesh, or that of
-    experts that are mixtures themselves.
+    The reason is the router's, or that of the dispatch on a mesh.
     """
-    reason = self.router.leak(self.sizes) or self.dispatch.leak()
-    if reason or self.inner is None or (leak := self.inner.leak()) is None:
-      return reason
-    return f'expert: {leak}'
-
-  @property
-  def inner(self) -> 'MoeOptions | None':
-    """The options of experts that are mixtures themselves; None if none is."""
-    mixture = self.expert.mixture
-    return mixture if isinstance(mixture, MoeOptions) else None
-
-  @property
-  def forced(self) -> str:
-    """See `ImposedOptions.forced`; experts that are mixtures count, too."""
-    inner = self.inner
-    return super().forced or ('' if inner is None else inner.forced)
+    return self.router.leak(self.sizes) or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options that this layer and all layers like it have by themselves.
@@ -174,25 +158,16 @@ class MoeOptions(ImposedOptions):
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     yield from self._shared_problems()
-    if self.inner is not None and self.inner.router.mixes:
-      yield (
-        f'expert: router.kind={ROUTERS.name_of(self.inner.router)!r} of '
-        f'{type(self.expert).__name__} would mix the rows of an expert, which '
-        "are tokens of several texts; use 'token_choice' there"
-      )
-    if self.inner is not None and (
-      self.inner.router.needs_ids or self.inner.router.keeps_state
-    ):
-      yield (
-        f'expert: router.kind={ROUTERS.name_of(self.inner.router)!r} of '
-        f'{type(self.expert).__name__}: a mixture that is an expert knows '
-        'neither ids of its tokens nor a state, such as a balancing bias'
-      )
     if self.router.mixes and not self.dispatch.by_mask:
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '
         f'tokens, and router.kind={ROUTERS.name_of(self.router)!r} mixes them '
         "in every slot; use the dispatch 'einsum'"
+      )
+    if self.router.mixes and self.expert.format is not None:
+      yield (
+        f'router.kind={ROUTERS.name_of(self.router)!r} mixes tokens in every '
+        'slot, and experts in codes have rows of whole tokens'
       )
     if not self.dispatch.drops and self.router.drops(self.sizes):
       yield (
@@ -260,12 +235,8 @@ class MoeOptions(ImposedOptions):
     return empty_aux(self.num_experts, self.num_selected, self.loss_weights())
 
   def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of the router, and of experts that are mixtures.
-
-    Where both have a loss, the router's weight is that of their sum.
-    """
-    inner = {} if self.inner is None else self.inner.loss_weights()
-    return inner | self.router.loss_weights()
+    """The weight of each loss of the router."""
+    return self.router.loss_weights()
 
   def shrunk(self) -> Self:
     """See `Options.shrunk`; E and K are such that the small router has them."""

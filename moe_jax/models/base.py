@@ -166,7 +166,7 @@ class Model(nn.Module):
   @property
   def capacity_binds(self) -> bool:
     """Whether some layer can drop a token because an expert is full."""
-    return any(_binds(moe) for moe in self.moes)
+    return any(moe is not None and moe.capacity.binds for moe in self.moes)
 
   @property
   def forced_balance(self) -> str:
@@ -302,11 +302,6 @@ class Model(nn.Module):
     return 0
 
 
-def _binds(moe: MoeOptions | None) -> bool:
-  """Whether a layer, or an expert that is a mixture, can drop a token."""
-  return moe is not None and (moe.capacity.binds or _binds(moe.inner))
-
-
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
   """Outputs with zeros where the loss weight is 0, whatever was there.
 
@@ -328,7 +323,5 @@ def check_generates(model: Model) -> None:
 
 def check_decodes(moe: MoeOptions | None) -> None:
   """Raises ValueError where a layer cannot be run token by token."""
-  while moe is not None:
-    if reason := moe.router.decodes(moe.sizes):
-      raise InputError(reason)
-    moe = moe.inner
+  if moe is not None and (reason := moe.router.decodes(moe.sizes)):
+    raise InputError(reason)

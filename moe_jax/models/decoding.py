@@ -89,14 +89,12 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 
   They stay as they are where the capacity is part of an imported checkpoint and
   can bind, and where experts choose tokens. No such checkpoint has groups of a
-  number of tokens, into which a prompt need not divide. Experts that are
-  mixtures have room for all of their rows likewise.
+  number of tokens, into which a prompt need not divide.
 
   Args:
     moe: The options of the layer.
     causal: Whether the layer is run token by token.
   """
-  moe = _with_room_inside(moe)
   sizes = moe.router.serving_all(moe.sizes)
   single = causal and moe.group_size == 0
   if sizes is None:
@@ -109,17 +107,6 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   return dataclasses.replace(
     moe, capacity=sizes.capacity, dispatch=dispatch, group_size=0
   )
-
-
-def _with_room_inside(moe: MoeOptions) -> MoeOptions:
-  """The options with room for all rows in experts that are mixtures."""
-  if (inner := moe.inner) is None:
-    return moe
-  inner = _with_room_inside(inner)
-  # No imported checkpoint has such experts, whose capacity would be its own.
-  if (sizes := inner.router.serving_all(inner.sizes)) is not None:
-    inner = dataclasses.replace(inner, capacity=sizes.capacity, group_size=0)
-  return dataclasses.replace(moe, expert=moe.expert.with_mixture(inner))
 
 
 def _for_few_tokens(stack, moe, params, rows):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from moe_jax import evaluation, finetuning, generation, run_config
 from moe_jax.compression import (
@@ -28,7 +27,6 @@ from moe_jax.compression import (
   whole_run,
 )
 from moe_jax.compression.kernel_inputs import ExpertTokens
-from moe_jax.layers.experts import MixtureExpert
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models import code_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
@@ -218,11 +216,6 @@ def test_an_encoder_alone_has_experts_in_codes():
   assert {kernel.format.name for kernel in kernels.values()} == {'int4'}
   (problem,) = coded.code_problems()
   assert problem.startswith("model.encoder.overrides.moe.expert.format.name='")
-
-
-def test_experts_without_codes_of_their_own_are_none_in_codes():
-  nested = models_tiny.options({'expert': MixtureExpert(nn.Dense(3))})
-  assert not code_trees.has_codes(nested)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,9 @@ from moe_jax import generation, models
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import (
   Dropless,
-  MixtureExpert,
   SharedExpertOptions,
   few_tokens,
 )
-from moe_jax.layers.moe import MoE
-from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import (
   Learned,
@@ -291,19 +288,6 @@ def test_a_checkpoints_own_rule_stays_where_it_can_bind():
     model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
     assert model.moe.capacity == All() and not model.moe.group_size
     assert not model.capacity_binds and trained.capacity_binds
-
-
-def test_experts_that_are_mixtures_have_room_for_all_too():
-  bounded = MoeOptions(3, group_size=5, capacity=PerToken())
-  deep = MoeOptions(3, capacity=All(), expert=MixtureExpert(MoE(bounded)))
-  moe = dict(capacity=All(), expert=MixtureExpert(MoE(deep)))
-  model = tiny.build(moe, num_layers=1)
-  prepared, _ = model.for_decoding({'params': tiny.params_of(model)})
-  inner = prepared.moe.inner.inner
-  assert (inner.capacity, inner.group_size) == (All(), 0)
-  # Where padding changes results, prompts are not padded.
-  assert model.capacity_binds and not prepared.capacity_binds
-  assert model.moe.inner.inner == bounded
 
 
 def test_what_is_prepared_passes_through():

@@ -15,7 +15,6 @@ from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.experts.slots import (
   Einsum,
   Gather,
-  MixtureExpert,
   ModuleExpert,
 )
 from moe_jax.layers.experts.sorted_rows_experts import Dropless, Sorted
@@ -43,7 +42,6 @@ __all__ = [
   'Experts',
   'FeedForwardExpert',
   'Gather',
-  'MixtureExpert',
   'ModuleExpert',
   'QuantizedExpert',
   'SharedExpertOptions',

@@ -6,7 +6,7 @@ are ever in memory as numbers together. They are for evaluation and generation;
 """
 
 import dataclasses
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
 from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.serving import ROLE, SCOPE, Dispatch, Experts
-from moe_jax.layers.experts.slots import SlotDispatch
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Parameter
@@ -39,12 +38,10 @@ class QuantizedExpert(FeedForwardExpert):
   own_arrays: ClassVar[bool] = False
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
-    """See `ExpertOptions.experts`."""
+    """The module, which is the same for every dispatch."""
+    del dispatch
     layer = FfnLayer(self.twin(1).ffn, shared, 0.0, ROLE)
-    if dispatch.by_slot:
-      slots = cast(SlotDispatch, dispatch)
-      return QuantizedSlots(layer, self.format, slots, name=SCOPE)
-    return QuantizedRows(layer, self.format, name=SCOPE)
+    return QuantizedExperts(layer, self.format, name=SCOPE)
 
 
 def _parameters(
@@ -95,40 +92,11 @@ def _decoded(
   return p | {name: format.decoded(p[name], n) for name, n in inputs.items()}
 
 
-class QuantizedSlots(Experts):
-  """Experts in codes with slots; experts are decoded one after another.
+class QuantizedExperts(Experts):
+  """Experts in codes on sorted rows; those without tokens are not decoded.
 
-  On a mesh the compiler decides how rows travel.
-
-  Attributes:
-    layer: The computation of one expert.
-    format: The storage of its kernels.
-    dispatch: The dispatch that moves tokens into slots and back.
-  """
-
-  layer: FfnLayer
-  format: KernelFormat
-  dispatch: SlotDispatch
-
-  def serve(self, x, routing, train):
-    """See `Experts.serve`; `train` changes nothing."""
-    del train
-    layer, format, M = self.layer, self.format, x.shape[-1]
-    p = _parameters(self, layer, format, routing.num_experts, M)
-
-    def compute_expert(expert):
-      p_e, rows = expert
-      return layer.compute_stacked(_decoded(layer, format, p_e, M), rows)
-
-    with jax.named_scope('dispatch'):
-      rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
-    rows = jax.lax.map(compute_expert, (p, rows))
-    with jax.named_scope('combine'):
-      return self.dispatch.combine(rows, routing), None
-
-
-class QuantizedRows(Experts):
-  """Experts in codes without slots; those without tokens are not decoded.
+  It serves the choices of any dispatch. On a mesh the compiler decides how rows
+  travel.
 
   Attributes:
     layer: The computation of one expert.

@@ -2,13 +2,12 @@
 
 A dispatch and an expert's options together give one module when a layer is
 built. It is called as `(groups [G, S, M], routing, train)` and returns groups,
-and the auxiliary losses of experts that have any, or what moved between
-devices, or None. Its name is `SCOPE`.
+and what moved between devices, or None. Its name is `SCOPE`.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from flax import linen as nn
 
@@ -17,7 +16,7 @@ from moe_jax.layers.ffn import FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Options
-from moe_jax.routing import AnyRouting, ExchangeStats, MoeAux
+from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.shape_checks import checked, type_text
 from moe_jax.shapes import Array, Float
 
@@ -36,7 +35,7 @@ class Experts(nn.Module):
     x: Float[Array, 'G S M'],
     routing: AnyRouting,
     train: bool = False,
-  ) -> tuple[Float[Array, 'G S M'], MoeAux | ExchangeStats | None]:
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
     """Moves tokens to their experts, applies these, and sums their outputs.
 
     Args:
@@ -45,21 +44,20 @@ class Experts(nn.Module):
       train: Turns on dropout.
 
     Returns:
-      The gated sums, and the aux of experts that are mixtures themselves, whose
-      leaves are [E, ...], or what moved between devices, or None.
+      The gated sums, and what moved between devices, or None.
     """
     result = self.serve(x, routing, train)
     y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
     if getattr(y, 'shape', None) != x.shape:
       raise InputError(
         f'{type(self).__name__}.serve returned {type_text(result)}; Experts '
-        f'return (groups of shape {x.shape}, MoeAux, ExchangeStats or None)'
+        f'return (groups of shape {x.shape}, ExchangeStats or None)'
       )
     return result
 
   def serve(
     self, x: Array, routing: AnyRouting, train: bool
-  ) -> tuple[Array, MoeAux | ExchangeStats | None]:
+  ) -> tuple[Array, ExchangeStats | None]:
     """Serves tokens; arguments and results are those of `__call__`.
 
     It is called in a compact method, and so may make parameters.
@@ -130,16 +128,6 @@ class ExpertOptions(Options):
   own_arrays: ClassVar[bool] = True
   has_width: ClassVar[bool] = False
   format: ClassVar[KernelFormat | None] = None
-
-  @property
-  def mixture(self) -> Any:
-    """The `MoeOptions` of the mixture that each expert is itself, or None."""
-    return None
-
-  def with_mixture(self, mixture: Any) -> 'ExpertOptions':
-    """These options with other ones in the place of `mixture`."""
-    del mixture
-    return self
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
     """These options with defaults filled in from the model's options.

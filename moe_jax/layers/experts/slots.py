@@ -7,7 +7,7 @@ travel between these (`moe_jax.parallel.exchange`).
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -221,67 +221,6 @@ class ModuleExpert(ExpertOptions):
     """The output of the module, which is not told `train`."""
     del train
     return module(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureExpert(ExpertOptions):
-  """Experts that are mixtures of experts themselves: copies of an `MoE`.
-
-  The routers of the inner layers see the rows that hold tokens; with a
-  group_size of 0 a group is all rows of an expert. Their losses are added to
-  those of the outer layer, so that a token adds a loss in each inner layer that
-  it reaches. Statistics are the outer layer's alone. On a mesh the compiler
-  decides how rows travel. An inner router must not mix tokens, as the rows of
-  an expert come from several texts.
-
-  Attributes:
-    expert: The `MoE` that is copied.
-  """
-
-  expert: nn.Module
-
-  @property
-  def mixture(self) -> Any:
-    """See `ExpertOptions.mixture`."""
-    return getattr(self.expert, 'options', None)
-
-  def with_mixture(self, mixture: Any) -> 'MixtureExpert':
-    """See `ExpertOptions.with_mixture`."""
-    return MixtureExpert(self.expert.clone(options=mixture))
-
-  def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
-    """See `ExpertOptions.experts`."""
-    slots = cast(SlotDispatch, dispatch)
-    return MixtureSlots(slots, shared, self.expert, name=SCOPE)
-
-
-class MixtureSlots(SlotExperts):
-  """E copies of a mixture, each with the rows of its slots.
-
-  Attributes:
-    expert: The `MoE` that is copied.
-  """
-
-  expert: nn.Module
-
-  def serve(self, x, routing, train):
-    """See `Experts.serve`."""
-    rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
-    ones = jnp.ones_like(x[..., :1])
-    filled = self.dispatch.dispatch(ones, routing)[..., 0] > 0
-
-    def call(moe, rows, filled):
-      result = moe(rows[None], filled[None], train)
-      if type(result) is not tuple or len(result) != 2:
-        raise InputError(
-          f'expert {type(moe).__name__} returned {type_text(result)}; a '
-          'MixtureExpert is an MoE, which returns (rows, MoeAux)'
-        )
-      rows = as_rows(type(moe).__name__, result[0], rows[None])
-      return rows[0], result[1]
-
-    rows, aux = copied(call, self.expert, rows, filled)
-    return self.dispatch.combine(rows, routing), aux
 
 
 def copied(

@@ -23,6 +23,7 @@ from moe_jax.layers import (
 )
 from moe_jax.layers.experts import QuantizedExpert
 from moe_jax.layers.kernel_format import FORMATS, KernelFormat
+from moe_jax.layers.routers import Soft
 from moe_jax.options import OptionError
 from moe_jax.routing.capacity import All, PerAssignment
 
@@ -142,3 +143,11 @@ def test_formats_that_make_no_sense_are_refused():
     KernelFormat('int5')
   with pytest.raises(OptionError, match='num_codes=3 has no effect'):
     KernelFormat('int8', num_codes=3)
+  with pytest.raises(OptionError, match='mixes tokens in every slot'):
+    MoeOptions(
+      E,
+      router=Soft(),
+      capacity=All(),
+      dispatch=Einsum(),
+      expert=QuantizedExpert(F),
+    )

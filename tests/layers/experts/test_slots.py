@@ -12,14 +12,12 @@ from flax import linen as nn
 from moe_jax import sections
 from moe_jax.layers import (
   Dropless,
-  Einsum,
   ExpertOptions,
   FanIn,
   FeedForward,
   FeedForwardExpert,
   FfnOptions,
   Gather,
-  MixtureExpert,
   ModuleExpert,
   MoE,
   MoeOptions,
@@ -29,8 +27,6 @@ from moe_jax.layers import (
 from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
-from moe_jax.layers.routers import ExpertChoice, Hash, Soft, TokenChoice
-from moe_jax.models.base import check_decodes
 from moe_jax.options import at_least, option
 from moe_jax.routing import Routing
 from moe_jax.routing.capacity import All
@@ -267,78 +263,6 @@ def test_an_expert_of_ones_own_has_options_and_knows_of_training():
     options.twin()
 
 
-INNER = MoeOptions(
-  num_experts=3,
-  num_selected=2,
-  router=TokenChoice(gates='renormalized'),
-  capacity=All(),
-  expert=FeedForwardExpert(F, 'relu'),
-  group_size=-1,  # one group: balance is of all rows of an expert
-)
-
-
-def test_a_mixture_can_be_an_expert():
-  # Each expert is a mixture of three experts; a token goes to two of the
-  # mixtures, and to two experts in each.
-  layer = with_expert(MixtureExpert(MoE(INNER)))
-  x = jnp.asarray(rows_of(2, 8, M))
-  params = draw_params(layer, x)['params']
-  mixtures = params['experts']['expert']
-  y, aux = jax.jit(lambda p: layer.apply({'params': p}, x))(params)
-  # The definition applies one inner mixture after the other to its own tokens.
-  route = jax.jit(MOE.router.module(MOE.sizes, Shared()).apply)
-  routed, outer = route({'params': params['router']}, x, jnp.ones((2, 8), bool))
-  serve = jax.jit(lambda p, mask: MoE(INNER).apply({'params': p}, x, mask))
-  expected, losses = np.zeros(x.shape), 0.0
-  for e in range(E):
-    is_chosen = np.asarray((routed.expert_index == e) & routed.kept)
-    gate = np.where(is_chosen, routed.gate, 0).sum(-1, keepdims=True)
-    mixture = jax.tree.map(lambda leaf, e=e: leaf[e], mixtures)
-    served, inner_aux = serve(mixture, is_chosen.any(-1))
-    expected += gate * served
-    losses += inner_aux.balance_loss
-  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  assert losses > 1
-  np.testing.assert_allclose(
-    aux.balance_loss, outer.balance_loss + losses, rtol=1e-5
-  )
-  np.testing.assert_array_equal(aux.stats.load, outer.stats.load)
-  assert mixtures['experts']['w_in'].shape == (E, 3, M, F)
-
-
-def test_a_mixture_of_tokens_cannot_be_an_expert():
-  # An expert has rows of several texts, which Soft MoE would mix.
-  soft = MoeOptions(3, router=Soft(), capacity=All(), dispatch=Einsum())
-  with pytest.raises(ValueError, match=r"router\.kind='soft' of MixtureExpert"):
-    MoeOptions(E, expert=MixtureExpert(MoE(soft)))
-
-
-@pytest.mark.parametrize(
-  'router', [Hash(), TokenChoice(gates='sigmoid', balance_bias_rate=0.1)]
-)
-def test_an_inner_router_has_neither_ids_nor_a_state(router):
-  inner = MixtureExpert(MoE(MoeOptions(3, router=router)))
-  with pytest.raises(ValueError, match='neither ids of its tokens nor a state'):
-    MoeOptions(E, expert=inner)
-
-
-def test_forced_choices_of_inner_mixtures_are_said():
-  inner = MixtureExpert(MoE(MoeOptions(3, force_balance='random')))
-  assert "moe.force_balance='random'" in MoeOptions(E, expert=inner).forced
-
-
-def test_routers_of_inner_mixtures_leak_the_future_and_do_not_decode():
-  # Inner experts choose among all rows of the outer one.
-  choosing = MixtureExpert(MoE(MoeOptions(3, router=ExpertChoice())))
-  nested = MixtureExpert(MoE(INNER))
-  deep = MixtureExpert(MoE(MoeOptions(3, expert=choosing)))
-  assert MoeOptions(E, expert=nested).leak() is None
-  assert MoeOptions(E, expert=deep).leak().startswith('expert: expert: an ')
-  check_decodes(MoeOptions(E, expert=nested))
-  with pytest.raises(ValueError, match='expert choice'):
-    check_decodes(MoeOptions(E, expert=deep))
-
-
 SIZES = (2, 0, 4, 1, 1)  # the last two rows belong to no expert
 
 
@@ -410,10 +334,8 @@ def test_experts_start_alike_whoever_serves_them():
   jax.tree.map(np.testing.assert_array_equal, slots, dropless)
 
 
-@pytest.mark.parametrize(
-  'expert', [ModuleExpert(nn.Dense(M)), MixtureExpert(MoE(INNER))]
-)
-def test_an_expert_of_ones_own_is_refused_under_dropless(expert):
+def test_an_expert_of_ones_own_is_refused_under_dropless():
+  expert = ModuleExpert(nn.Dense(M))
   with pytest.raises(
     ValueError, match='dispatch=Dropless serves no experts of'
   ):
