@@ -23,7 +23,6 @@ so that their gradients are summed between the S and the R.
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import InputError
@@ -69,11 +68,6 @@ class Sizes(NamedTuple):
   def expert_rows(self) -> float:
     """The number of elements of rows that have the bytes of an expert."""
     return self.expert_bytes / self.bytes_per_element
-
-  def that_travel(self, dtype: str) -> 'Sizes':
-    """The sizes where rows travel in another type; '' keeps their own."""
-    size = np.dtype(jnp.dtype(dtype)).itemsize if dtype else None
-    return self._replace(bytes_per_element=size or self.bytes_per_element)
 
   @property
   def expert_elements(self) -> int:

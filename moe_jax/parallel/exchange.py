@@ -13,38 +13,24 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.options import (
-  Kinds,
-  Options,
-  at_least,
-  one_of,
-  option,
-  required,
-  within,
-)
+from moe_jax.options import Kinds, Options, option, required, within
 from moe_jax.parallel.layout import Layout, own_blocks
-from moe_jax.parallel.schedule import Ring
 from moe_jax.routing.capacity import PerToken
-from moe_jax.shapes import Array, Float
-
-DTYPES = ('', 'bfloat16', 'float32')
-DTYPE_SENTENCE = (
-  "Type of expert rows while they travel between devices; '' keeps the type of "
-  'the products.'
-)
+from moe_jax.shapes import Array, Float, Leaf
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange(Options):
   """The contract of exchanges of rows in slots.
 
-  Rows travel in pieces. All exchanges are equal in value and gradient, except
-  for experts' dropout, which is drawn by row: rows may come in another order.
+  Rows travel in pieces; by default, all rows are one. All exchanges are equal
+  in value and gradient, except for experts' dropout, which is drawn by row:
+  rows may come in another order.
   """
 
-  dtype: str = option('', DTYPE_SENTENCE, one_of(*DTYPES))
   capacity_fraction: float = option(
     1.0,
     'Share of the slots that an expert has on a device, of all groups there, '
@@ -72,12 +58,14 @@ class Exchange(Options):
   ) -> Float[Array, 'E R M']:
     """Undoes `cut`, under `shard_map`."""
     del layout
-    return jnp.concatenate(pieces, axis=1)
+    (rows,) = pieces
+    return rows
 
   def pieces_spec(self, layout: Layout) -> PartitionSpec:
     """The spec of pieces, of which `cut` makes each device's part."""
     return layout.spec((), layout.groups)
 
+  @required
   def to_experts(
     self, layout: Layout, piece: Float[Array, '_ _ M'], number: int = 0
   ) -> Float[Array, 'E _ M']:
@@ -90,170 +78,30 @@ class Exchange(Options):
       piece: The piece, of whose dimension 1 each device has a part.
       number: The number of the piece in the list that `cut` returned.
     """
-    packed = piece.astype(self.dtype or piece.dtype)
-    return self.move_to_experts(layout, packed, number).astype(piece.dtype)
+    raise NotImplementedError
 
+  @required
   def to_groups(
     self, layout: Layout, rows: Float[Array, 'E _ M'], number: int = 0
   ) -> Float[Array, '_ _ M']:
     """Undoes `to_experts`: moves rows split over experts back to groups."""
-    packed = rows.astype(self.dtype or rows.dtype)
-    return self.move_to_groups(layout, packed, number).astype(rows.dtype)
-
-  @required
-  def move_to_experts(
-    self, layout: Layout, piece: Float[Array, '_ _ M'], number: int
-  ) -> Float[Array, 'E _ M']:
-    """`to_experts` in the type in which rows travel."""
-    raise NotImplementedError
-
-  @required
-  def move_to_groups(
-    self, layout: Layout, rows: Float[Array, 'E _ M'], number: int
-  ) -> Float[Array, '_ _ M']:
-    """`to_groups` in the type in which rows travel."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class InChunks(Exchange):
-  """Exchanges of all devices' rows at once, or a part of each expert's."""
-
-  chunks: int = option(
-    1,
-    'Number of pieces in which expert rows travel between devices, so that one '
-    'may travel while experts multiply another; 1 sends all rows at once.',
-    at_least(1),
-  )
-
-  def cut(self, layout, rows):
-    """Equal pieces of each expert's rows; one piece if no rows travel."""
-    pieces = min(self.chunks if layout.exchanged else 1, rows.shape[1])
-    return jnp.array_split(rows, pieces, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Constraint(InChunks):
+class Constraint(Exchange):
   """An exchange by shardings, from which the compiler makes an all-to-all.
 
   Source: GShard.
   """
 
-  def move_to_experts(self, layout, piece, number):
-    """See `Exchange.move_to_experts`."""
+  def to_experts(self, layout, piece, number=0):
+    """See `Exchange.to_experts`."""
     return _constrained(layout, piece, to_experts=True)
 
-  def move_to_groups(self, layout, rows, number):
-    """See `Exchange.move_to_groups`."""
+  def to_groups(self, layout, rows, number=0):
+    """See `Exchange.to_groups`."""
     return _constrained(layout, rows, to_experts=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class AllToAll(InChunks):
-  """An exchange by an all-to-all that is written out under `shard_map`."""
-
-  def move_to_experts(self, layout, piece, number):
-    """See `Exchange.move_to_experts`."""
-    return jax.shard_map(
-      functools.partial(_send, layout),
-      mesh=layout.mesh,
-      in_specs=layout.spec((), layout.groups),
-      out_specs=layout.spec(layout.experts, layout.group_only),
-      check_vma=False,
-    )(piece)
-
-  def move_to_groups(self, layout, rows, number):
-    """See `Exchange.move_to_groups`."""
-    return jax.shard_map(
-      functools.partial(_send_back, layout),
-      mesh=layout.mesh,
-      in_specs=layout.spec(layout.experts, layout.group_only),
-      out_specs=layout.spec((), layout.groups),
-      check_vma=False,
-    )(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class InRing(Exchange):
-  """The smart schedule: rows travel along a ring, one group of devices a step.
-
-  Source: FasterMoE; see `schedule.py`.
-  """
-
-  ring_group: int = option(
-    1,
-    'Number of devices that are one place on the ring; a step of the schedule '
-    'has as many permutations, and experts multiply its rows together.',
-    at_least(1),
-  )
-
-  def cut(self, layout, rows):
-    """A piece for each step: the rows for the experts of a place on the ring.
-
-    Those of the device's own place come first.
-    """
-    if not layout.exchanged:
-      return [rows]
-    blocks = own_blocks(layout, rows)  # [X, J, R, M]
-    ring = self._ring(layout)
-    return [
-      jnp.concatenate([blocks[hop.target] for hop in ring.hops(step)], axis=1)
-      for step in range(ring.num_steps)
-    ]
-
-  def joined(self, layout, pieces):
-    """Undoes `cut`."""
-    if not layout.exchanged:
-      return pieces[0]
-    ring = self._ring(layout)
-    hops = [hop for step in range(ring.num_steps) for hop in ring.hops(step)]
-    targets = jnp.stack([hop.target for hop in hops])
-    rows = jnp.stack(  # [X, J, R, M], in the order of the hops
-      [part for piece in pieces for part in ring.split(piece)]
-    )
-    return _all_blocks(layout, jnp.zeros_like(rows).at[targets].set(rows))
-
-  def pieces_spec(self, layout):
-    """See `Exchange.pieces_spec`; `cut` takes a device's part of experts."""
-    expert_axes = layout.expert_only if layout.exchanged else ()
-    return layout.spec(expert_axes, layout.groups)
-
-  def _ring(self, layout):
-    return Ring(layout, self.ring_group)
-
-  def move_to_experts(self, layout, piece, number):
-    """See `Exchange.move_to_experts`."""
-    return self._moved(layout, piece, number, back=False)
-
-  def move_to_groups(self, layout, rows, number):
-    """See `Exchange.move_to_groups`."""
-    return self._moved(layout, rows, number, back=True)
-
-  def _moved(self, layout, piece, number, back):
-    at_groups = self.pieces_spec(layout)
-    at_experts = layout.spec(layout.experts, layout.group_only)
-    source, target = at_groups, at_experts
-    if back:
-      source, target = target, source
-    if layout.exchanged:
-      move = functools.partial(self._ring(layout).moved, step=number, back=back)
-    else:  # each device takes its own experts
-      move = functools.partial(_send_back if back else _send, layout)
-    return jax.shard_map(
-      move,
-      mesh=layout.mesh,
-      in_specs=source,
-      out_specs=target,
-      check_vma=False,
-    )(piece)
-
-
-EXCHANGES = Kinds(
-  'exchange',
-  Exchange,
-  {'constraint': Constraint, 'all_to_all': AllToAll, 'ring': InRing},
-  inline=True,
-)
 
 
 def _constrained(layout, rows, to_experts):
@@ -283,22 +131,114 @@ def _constrained(layout, rows, to_experts):
   return split_rows.reshape(E, R, M)
 
 
-def _send(layout, rows):
-  """One device's rows of all experts -> all devices' rows of its experts."""
-  rows = own_blocks(layout, rows)  # [X, J, R, M]
-  X, J, R, M = rows.shape
-  if layout.exchanged:
-    rows = jax.lax.all_to_all(rows, layout.exchanged, 0, 0)
-  return rows.swapaxes(0, 1).reshape(J, X * R, M)
+@dataclasses.dataclass(frozen=True)
+class InRing(Constraint):
+  """The smart schedule of FasterMoE: rows travel along a ring, step by step.
+
+  He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2,
+  with one device at each of the W places of the ring. In step j device i does
+  S_j: it sends rows to the experts of device i - j and receives from i + j;
+  C_j: its experts multiply these rows; and R_j: it returns the results. Step 0
+  stays on the device. S_j, C_j, R_j depend on one another, and steps do not,
+  so that a compiler may send in one step while experts multiply in another.
+  All S_j are asked for first, then all C_j, then all R_j, as published. Where
+  no rows travel it is `Constraint`.
+  """
+
+  def cut(self, layout, rows):
+    """A piece for each step, the rows for one device's experts, own first."""
+    if not layout.exchanged:
+      return super().cut(layout, rows)
+    blocks = own_blocks(layout, rows)  # [X, J, R, M]
+    return [blocks[target] for target in _targets(layout)]
+
+  def joined(self, layout, pieces):
+    """Undoes `cut`."""
+    if not layout.exchanged:
+      return super().joined(layout, pieces)
+    rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
+    blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
+    return _all_blocks(layout, blocks)
+
+  def pieces_spec(self, layout):
+    """See `Exchange.pieces_spec`; `cut` takes a device's part of experts."""
+    expert_axes = layout.expert_only if layout.exchanged else ()
+    return layout.spec(expert_axes, layout.groups)
+
+  def to_experts(self, layout, piece, number=0):
+    """See `Exchange.to_experts`."""
+    if not layout.exchanged:
+      return super().to_experts(layout, piece)
+    return self._moved(layout, piece, number, back=False)
+
+  def to_groups(self, layout, rows, number=0):
+    """See `Exchange.to_groups`."""
+    if not layout.exchanged:
+      return super().to_groups(layout, rows)
+    return self._moved(layout, rows, number, back=True)
+
+  def _moved(self, layout, piece, number, back):
+    at_groups = self.pieces_spec(layout)
+    at_experts = layout.spec(layout.experts, layout.group_only)
+    return jax.shard_map(
+      functools.partial(permuted, layout, number=number, back=back),
+      mesh=layout.mesh,
+      in_specs=at_experts if back else at_groups,
+      out_specs=at_groups if back else at_experts,
+      check_vma=False,
+    )(piece)
 
 
-def _send_back(layout, rows):
-  J, XR, M = rows.shape
-  X = layout.devices(layout.exchanged)
-  rows = rows.reshape(J, X, XR // X, M).swapaxes(0, 1)  # [X, J, R, M]
-  if layout.exchanged:
-    rows = jax.lax.all_to_all(rows, layout.exchanged, 0, 0)
-  return _all_blocks(layout, rows)
+EXCHANGES = Kinds(
+  'exchange',
+  Exchange,
+  {'constraint': Constraint, 'ring': InRing},
+  inline=True,
+)
+
+
+def target(layout: Layout, device: Leaf, step: int) -> Leaf:
+  """The device to which `device` sends in a step along the ring."""
+  return (device - step) % layout.devices(layout.exchanged)
+
+
+def _targets(layout: Layout) -> list[Leaf]:
+  """This device's target in each step; called under `shard_map`."""
+  me = jax.lax.axis_index(layout.exchanged)
+  steps = range(layout.devices(layout.exchanged))
+  return [target(layout, me, step) for step in steps]
+
+
+def permuted(
+  layout: Layout, rows: Float[Array, '*R M'], number: int, back: bool = False
+) -> Float[Array, '*R M']:
+  """The rows that a step brings, or, `back`, those that it returns.
+
+  It is called under `shard_map`. Step 0 moves nothing.
+  """
+  if number == 0:
+    return rows
+  devices = range(layout.devices(layout.exchanged))
+  pairs = [(d, target(layout, d, number)) for d in devices]
+  if back:
+    pairs = [(target, source) for source, target in pairs]
+  axes, numbers = _in_mesh_order(layout)
+  pairs = [(numbers[source], numbers[target]) for source, target in pairs]
+  return jax.lax.ppermute(rows, axes, pairs)
+
+
+def _in_mesh_order(layout: Layout) -> tuple[tuple[str, ...], list[int]]:
+  """The axes in the mesh's order, and each device's number along them.
+
+  `ppermute` counts devices in that order, however its axes are given; all other
+  collectives count in the order of their axes.
+  """
+  given, order = layout.exchanged, layout.mesh.axis_names
+  axes = tuple(sorted(given, key=order.index))
+  devices = np.arange(layout.devices(given))
+  devices = devices.reshape([layout.sizes[name] for name in given])
+  devices = devices.transpose([given.index(name) for name in axes])
+  return axes, np.argsort(devices, axis=None).tolist()
 
 
 def _all_blocks(layout, rows):

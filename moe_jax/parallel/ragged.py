@@ -1,24 +1,78 @@
-"""The exchange of rows without slots: each device gets those of its experts.
+"""The exchange of rows sorted by expert: each device gets those of its experts.
 
 Dropless expert parallelism, as in MegaBlocks (https://arxiv.org/abs/2211.15841)
-over devices. It is called under `shard_map`. Where the platform has
+over devices. All of it is called under `shard_map`. Where the platform has
 `ragged_all_to_all` (TPU, GPU), only rows that are needed travel; elsewhere a
 reference gathers all of them and takes its own. Buffers have room for the case
-that all rows go to one device, unless `plan` is given a bound.
+that all rows go to one device, or for a share of them.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.options import Kinds, Options, option, within
 from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.routing.capacity import PerToken
 from moe_jax.routing.dispatch import take_tokens
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Float, Int32
 
 Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedExchange(Options):
+  """The exchange of sorted rows, all at once."""
+
+  capacity_fraction: float = option(
+    1.0,
+    'Room of the buffers, as a share of what they need if all rows go to one '
+    'device; rows without room are dropped, and counted as exchange_overflow. '
+    '1.0 has room for all.',
+    within('(0, 1]'),
+  )
+
+  def serve(
+    self,
+    layout: Layout,
+    rows: Float[Array, 'N M'],
+    sizes: Int32[Array, ' E'],
+    experts: Callable[[Array, Array], Array],
+  ) -> tuple[Float[Array, 'N M'], Int32[Array, '']]:
+    """Serves one device's rows on their experts' devices.
+
+    Args:
+      layout: The layout of groups and experts.
+      rows: The rows of this device, sorted by expert.
+      sizes: The number of rows of each expert.
+      experts: The function (rows sorted by expert, the number of rows of each
+        expert of this device [J]) -> outputs.
+
+    Returns:
+      The outputs, zero for rows that other devices serve or that found no room,
+      and the number of the latter.
+    """
+    X = layout.devices(layout.exchanged)
+    with jax.named_scope('exchange'):
+      trip = plan(layout, len(rows), sizes, self.bound(X * len(rows)))
+      expert_rows = trip.to_experts(rows)
+    outputs = experts(expert_rows, trip.local_sizes)
+    with jax.named_scope('exchange'):
+      return trip.to_groups(outputs), trip.overflow
+
+  def bound(self, num_rows: int) -> int:
+    """The room that a buffer has, where all would need `num_rows`."""
+    return PerToken(self.capacity_fraction).per_expert(num_rows, 1, 1)
+
+
+RAGGED_EXCHANGES = Kinds(
+  'exchange', RaggedExchange, {'all_to_all': RaggedExchange}, inline=True
+)
 
 
 class Trip(NamedTuple):
@@ -61,7 +115,7 @@ def plan(
   layout: Layout,
   num_rows: int,
   sizes: Int32[Array, ' E'],
-  bound: int | None = None,
+  bound: int,
 ) -> Trip:
   """The trip of rows sorted by expert.
 
@@ -74,7 +128,6 @@ def plan(
     sizes: The number of rows of each expert.
     bound: R, the number of rows for which a device has room; those past it are
       dropped, of the last senders first, and of each the last experts' first.
-      Default: that of all devices.
   """
   starts = jnp.cumsum(sizes) - sizes
   sizes = own_blocks(layout, sizes)  # [X, J]
@@ -85,7 +138,7 @@ def plan(
   if axes:
     flows = traffic(sizes.sum(1), starts[:, 0], axes)
     sizes = jax.lax.all_to_all(sizes, axes, 0, 0)  # [from X, J]
-    if bound is not None and bound < R:
+    if bound < R:
       R, unbounded_sizes = bound, flows.sizes
       sizes = jnp.diff(
         jnp.minimum(jnp.cumsum(sizes.reshape(-1)), R), prepend=0

@@ -1,10 +1,9 @@
-"""Dynamic shadowing: which experts are worth sending to all devices.
+"""Dynamic shadowing: experts that go to all devices while their tokens stay.
 
 FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418),
 section 4.1. The parameters of a shadowed expert go to every device, whose
 tokens for it stay, and its gradients go back to the device that has it. This
-pays where an expert has so many tokens that all wait for its device. Counts of
-one step decide for the same step.
+pays where an expert has so many tokens that all wait for its device.
 
 The seconds of a training step in which nothing is shadowed, Lat_imbl, are those
 of the products of the device with the most rows, three times, and of its four
@@ -15,16 +14,30 @@ out, as in the paper. All devices have one bandwidth.
 The algorithm is greedy, and stops at the first expert that does not pay. On 200
 draws, of 2 to 8 experts, it is best among all subsets in 70 %, slower by 4.3 %
 in the mean and by 41 % at most.
+
+Within a step, the counts of the step choose; parameters are summed from the
+devices that have them, zeros elsewhere, so that the gradients are summed to the
+same devices, and the optimizer steps there alone. Nothing is kept between
+steps. Devices that hold copies of the experts, along the axes `data` and
+`fsdp`, choose for themselves, by the counts of the devices that they exchange
+rows with.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import InputError
+from moe_jax.options import Options, above, at_least, option
 from moe_jax.parallel.cost_model import Sizes, owners
-from moe_jax.shapes import Float, Int
+from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.routing import AnyRouting, ExchangeStats, no_exchange
+from moe_jax.routing.rows import decided
+from moe_jax.shapes import Array, Float, Int, Int32, Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +134,158 @@ def least_rows(
     sizes: The sizes of the experts.
   """
   return number * sizes.expert_rows / (2 * sizes.M)
+
+
+_ON = {'experts': at_least(1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadowing(Options):
+  """The experts that are sent to all devices instead of their tokens."""
+
+  experts: int = option(
+    0,
+    'Largest number R of experts that a layer sends to all devices in a step; '
+    'buffers have room for as many. 0 sends tokens alone.',
+    at_least(0),
+  )
+  teraflops: float = option(
+    11.5,
+    'Speed of a device in 10^12 FLOPs per second, by which Algorithm 1 '
+    'decides; the default is that of the public code.',
+    above(0),
+    when=_ON,
+  )
+  gigabytes: float = option(
+    6.25,
+    'Bandwidth of a device in 10^9 bytes per second each way, by which '
+    'Algorithm 1 decides; the default is that of the public code.',
+    above(0),
+    when=_ON,
+  )
+
+  def choose(
+    self, layout: Layout, counts: Int32[Array, ' E'], sizes: Sizes | None
+  ) -> Int32[Array, ' R']:
+    """The experts that are shadowed, then E; called under `shard_map`.
+
+    Where rows do not travel there are none, R = 0.
+
+    Args:
+      layout: The layout of groups and experts.
+      counts: The number of this device's rows of each expert.
+      sizes: The sizes of an expert; None if none can be shadowed.
+
+    Raises:
+      ValueError: Experts are split over axes that groups are not split over.
+    """
+    E = len(counts)
+    if not self.experts or not layout.exchanged or sizes is None:
+      return jnp.zeros(0, jnp.int32)
+    if layout.expert_only:
+      raise InputError(
+        f'shadowing.experts={self.experts} needs experts that are split over '
+        f'axes of groups alone; they are split over {layout.experts}, groups '
+        f'over {layout.groups}'
+      )
+    counts = jax.lax.all_gather(counts, layout.exchanged).reshape(-1, E).T
+    # A device has a part of each expert where the hidden width is split.
+    sizes = sizes._replace(F=sizes.F // layout.devices(layout.hidden))
+    speeds = Speeds.of_bytes(self.teraflops * 1e12, self.gigabytes * 1e9, sizes)
+    most = min(self.experts, E)
+    chosen = choose(counts, sizes, speeds, most=most)
+    # Computed once, so that the backward pass cannot choose otherwise.
+    return decided(chosen.astype(jnp.int32))
+
+
+class SplitRouting(NamedTuple):
+  """The choices of a routing that travel, and those that stay.
+
+  Attributes:
+    sent: The choices whose rows go to their experts' devices, of E experts.
+    staying: The choices of the R shadowed experts, under the numbers 0 to
+      R - 1; None if nothing can be shadowed.
+  """
+
+  sent: AnyRouting
+  staying: AnyRouting | None
+
+
+def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> SplitRouting:
+  """The choices of a device that travel, and those that stay.
+
+  Args:
+    routing: The routing of the device's groups.
+    shadowed: The experts that are shadowed, then E.
+  """
+  E, R = routing.num_experts, len(shadowed)
+  if not R:
+    return SplitRouting(routing, None)
+  number = jnp.full(E, R, jnp.int32)
+  number = number.at[shadowed].set(jnp.arange(R, dtype=jnp.int32), mode='drop')
+  experts = jnp.arange(E, dtype=jnp.int32)
+  sent = routing.of_experts(jnp.where(number < R, E, experts), E)
+  return SplitRouting(sent, routing.of_experts(number, R))
+
+
+def gathered(
+  layout: Layout, p: Mapping[str, Leaf], shadowed: Int32[Array, ' R']
+) -> dict[str, Array]:
+  """The parameters of shadowed experts, [R, ...], on every device.
+
+  It is called under `shard_map`. They are zeros where nothing is shadowed. The
+  sum is over the devices that rows travel between.
+
+  Args:
+    layout: The layout of groups and experts.
+    p: The parameters of the experts of this device, [J, ...].
+    shadowed: The experts that are shadowed, then E.
+  """
+
+  def sum_over_devices(x):
+    J = len(x)
+    first = J * jax.lax.axis_index(layout.exchanged)
+    index = shadowed - first
+    is_local = (index >= 0) & (index < J)
+    local = x[jnp.where(is_local, index, 0)]
+    local = jnp.where(is_local.reshape(-1, *[1] * (x.ndim - 1)), local, 0)
+    return jax.lax.psum(local, layout.exchanged)
+
+  with jax.named_scope('shadow'):
+    return {name: sum_over_devices(x) for name, x in p.items()}
+
+
+def moved_rows(
+  layout: Layout,
+  counts: Int32[Array, ' E'],
+  sent: Int32[Array, ' E'],
+  shadowed: Int32[Array, ' R'],
+  overflow: Leaf,
+) -> ExchangeStats:
+  """The counts of rows that one device sends, under `shard_map`.
+
+  Args:
+    layout: The layout of groups and experts.
+    counts: The number of this device's rows of each expert.
+    sent: The same without the rows of shadowed experts.
+    shadowed: The experts that are shadowed, then E.
+    overflow: The number of its rows for which the exchange had no room; where
+      experts are split over `expert_only` axes, of those for this part of them.
+  """
+  if not layout.exchanged:
+    return no_exchange()
+
+  def away(counts):
+    """The number of rows for other devices than this one."""
+    blocks = own_blocks(layout, counts).sum(1)  # [X]
+    return blocks.sum() - blocks[jax.lax.axis_index(layout.exchanged)]
+
+  values = [away(counts), away(sent), overflow]
+  # Each device along these axes has counted its part of the experts.
+  if layout.expert_only:
+    values = jax.lax.psum(values, layout.expert_only)
+  # Every device of those that exchange rows has chosen the same experts.
+  share = 1.0 / layout.devices(layout.exchanged)
+  chosen = share * (shadowed < len(counts)).sum()
+  values = (*values[:2], chosen, share, values[2])
+  return ExchangeStats(*(jnp.asarray(x, jnp.float32) for x in values))

@@ -7,7 +7,7 @@ experts multiply those that they have, and each device sums their outputs.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,7 +15,7 @@ from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import Exchange
 from moe_jax.parallel.layout import Layout, own_blocks
-from moe_jax.parallel.shadowed_experts import (
+from moe_jax.parallel.shadowing import (
   Shadowing,
   SplitRouting,
   gathered,
@@ -23,24 +23,8 @@ from moe_jax.parallel.shadowed_experts import (
   split,
 )
 from moe_jax.routing import AnyRouting, ExchangeStats, Routing, one_queue
+from moe_jax.routing.dispatch import Dispatcher
 from moe_jax.shapes import Array, Float
-
-
-@runtime_checkable
-class Mover(Protocol):
-  """The contract of movers of tokens, such as modules of `moe_jax.dispatch`."""
-
-  def dispatch(
-    self, x: Float[Array, 'G S M'], routing: AnyRouting
-  ) -> Float[Array, 'E R M']:
-    """Copies tokens to the rows of their experts."""
-    ...
-
-  def combine(
-    self, rows: Float[Array, 'E R M'], routing: AnyRouting
-  ) -> Float[Array, 'G S M']:
-    """Sums each token's rows, weighted by its gates."""
-    ...
 
 
 class StackedExperts(NamedTuple):
@@ -69,14 +53,14 @@ class SlotTrip:
 
   Attributes:
     layout: The layout of groups and experts on the mesh.
-    mover: The dispatch between tokens and rows.
+    dispatcher: The dispatcher between tokens and rows.
     exchange: The exchange by which rows travel.
     shadowing: The experts that are sent to all devices; it needs
       `StackedExperts`.
   """
 
   layout: Layout
-  mover: Mover
+  dispatcher: Dispatcher
   exchange: Exchange
   shadowing: Shadowing = Shadowing()
 
@@ -99,9 +83,7 @@ class SlotTrip:
         options ask for.
     """
     layout, exchange = self.layout, self.exchange
-    sizes = None
-    if isinstance(experts, StackedExperts):
-      sizes = experts.sizes.that_travel(exchange.dtype)
+    sizes = experts.sizes if isinstance(experts, StackedExperts) else None
     if self.shadowing.experts and sizes is None:
       raise InputError(
         f'shadowing.experts={self.shadowing.experts} needs feed-forward '
@@ -172,14 +154,16 @@ class SlotTrip:
     """The sums of one device's tokens."""
     shape = (-1, *shape[1:])
     rows = self.exchange.joined(self.layout, pieces)
-    y = self.mover.combine(rows, choices.sent).reshape(shape)
+    y = self.dispatcher.combine(rows, choices.sent).reshape(shape)
     if staying is not None:
-      y = y + self.mover.combine(staying[0], choices.staying).reshape(shape)
+      y = y + self.dispatcher.combine(staying[0], choices.staying).reshape(
+        shape
+      )
     return y
 
   def _dispatched(self, x, routing):
     x = x.reshape(-1, routing.group_size, x.shape[-1])
-    return self.mover.dispatch(x, routing)
+    return self.dispatcher.dispatch(x, routing)
 
   def _fitted(self, sent):
     """The choices for which the exchange has room."""

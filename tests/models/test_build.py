@@ -18,7 +18,7 @@ from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.padding import Padding
 from moe_jax.options import OptionError
-from moe_jax.parallel.ragged_exchange import RaggedAllToAll
+from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All
 from moe_jax.sections import merge
 from tests.models import tiny
@@ -192,7 +192,7 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
 
 def test_a_leak_is_said_once_with_what_to_do():
   queue = TokenChoice(slot_priority='batch_priority')
-  dropless = Dropless(exchange=RaggedAllToAll(capacity_fraction=0.5))
+  dropless = Dropless(exchange=RaggedExchange(capacity_fraction=0.5))
   for moe, reason in (
     (dict(router=ExpertChoice()), 'an expert chooses among all tokens'),
     (dict(router=queue), "slot_priority='batch_priority' with num_selected=2"),

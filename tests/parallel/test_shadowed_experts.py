@@ -26,12 +26,10 @@ from moe_jax.layers import (
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.parallel.exchange import AllToAll, Constraint, InRing
+from moe_jax.parallel.exchange import Constraint, InRing, permuted, target
 from moe_jax.parallel.layout import Layout
-from moe_jax.parallel.ragged_exchange import RaggedAllToAll, RaggedRing
-from moe_jax.parallel.schedule import Ring
-from moe_jax.parallel.shadowed_experts import Shadowing
-from moe_jax.parallel.shadowing import Speeds, choose
+from moe_jax.parallel.ragged import RaggedExchange
+from moe_jax.parallel.shadowing import Shadowing, Speeds, choose
 from moe_jax.partitioning import make_mesh
 from moe_jax.routing.capacity import All
 from tests.parallel.test_exchange import ancestors, instructions
@@ -92,15 +90,12 @@ def ids_of(skew):
 
 
 SLOTS = dict(
-  constraint=Gather(Constraint(chunks=2), SHADOWING),
-  all_to_all=Einsum(AllToAll(chunks=2), SHADOWING),
+  constraint=Gather(shadowing=SHADOWING),
+  by_masks=Einsum(shadowing=SHADOWING),
   ring=Gather(InRing(), SHADOWING),
-  ring_alone=Gather(InRing(ring_group=2)),
+  ring_alone=Gather(InRing()),
 )
-SORTED = dict(
-  ragged=Dropless(shadowing=SHADOWING),
-  ragged_ring=Dropless(exchange=RaggedRing(ring_group=2), shadowing=SHADOWING),
-)
+SORTED = dict(ragged=Dropless(shadowing=SHADOWING))
 DISPATCHES = SLOTS | SORTED
 MESHES = dict(
   four=dict(expert=4),
@@ -214,11 +209,10 @@ def prediction(skew, devices, copies=1, expert_shards=1, shadowed=True):
   return rows_before, rows_after, number, copies, 0
 
 
-# A dispatch has one program for both kinds of routing on `data`. Dropless rings
-# without shadowed experts are in `test_mesh_equality.py`.
+# A dispatch has one program for both kinds of routing on `data`.
 CASES = [
   *((kind, skew, 'data') for kind in SLOTS for skew in ('zipf', 'one')),
-  *(('ragged_ring', skew, 'data') for skew in ('zipf', 'one')),
+  *(('ragged', skew, 'data') for skew in ('zipf', 'one')),
   ('constraint', 'zipf', 'tensor'),
   ('ring_alone', 'uniform', 'eight'),
   ('ragged', 'zipf', 'tensor'),
@@ -245,54 +239,38 @@ def test_loss_gradients_and_rows_that_leave(kind, skew, mesh):
     assert 0 < expected[1] < expected[0] and 0 < expected[2] < R * expected[3]
 
 
-def ring_of(devices, group):
-  mesh = mesh_of(expert=devices).abstract_mesh
-  layout = Layout(mesh, {'expert': devices}, ('expert',), ('expert',), ())
-  return Ring(layout, group)
-
-
 def test_the_ring_goes_to_all_devices_as_published():
-  # Eight devices, two at each place of a ring of four.
-  ring = ring_of(8, 2)
-  sent = [[ring.target(d, n) for n in range(8)] for d in range(8)]
-  assert all(sorted(row) == list(range(8)) for row in sent)
-  # In step j place i sends to place i - j; step 0 stays within the place.
-  assert [d // 2 for d in sent[0]] == [0, 0, 3, 3, 2, 2, 1, 1]
-  for device in range(8):
-    for n in range(8):
-      assert ring.source(ring.target(device, n), n) == device
-  with pytest.raises(ValueError, match='ring_group=3 does not divide the 8'):
-    ring_of(8, 3)
+  mesh = mesh_of(expert=8).abstract_mesh
+  layout = Layout(mesh, {'expert': 8}, ('expert',), ('expert',), ())
+  # In step j device i sends to device i - j; step 0 stays on the device.
+  sent = [target(layout, 2, step) for step in range(8)]
+  assert sent == [2, 1, 0, 7, 6, 5, 4, 3]
 
 
 def test_a_ring_along_axes_in_another_order_than_the_meshs():
   mesh, axes = mesh_of(fsdp=2, expert=2), ('expert', 'fsdp')
-  ring = Ring(
-    Layout(mesh.abstract_mesh, {'fsdp': 2, 'expert': 2}, axes[::-1], axes, ())
+  layout = Layout(
+    mesh.abstract_mesh, {'fsdp': 2, 'expert': 2}, axes[::-1], axes, ()
   )
 
   def travel():
     me = jax.lax.axis_index(axes).astype(float).reshape(1, 1)
-    there = ring.permuted(me, 1)
-    return there, ring.permuted(there, 1, back=True)
+    there = permuted(layout, me, 1)
+    return there, permuted(layout, there, 1, back=True)
 
   run = jax.shard_map(
     travel, mesh=mesh, in_specs=(), out_specs=PartitionSpec(axes)
   )
   arrived, returned = jax.jit(run)()
-  assert arrived.ravel().tolist() == [ring.source(d, 1) for d in range(4)]
+  # A device receives from the next one.
+  assert arrived.ravel().tolist() == [1, 2, 3, 0]
   assert returned.ravel().tolist() == [0, 1, 2, 3]
 
 
-# The exchanges whose steps are seen in a program: without shadows, so that the
-# permutations are all collectives on rows.
-ALONE = dict(slots=Gather(InRing()), sorted=Dropless(exchange=RaggedRing()))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ALONE)
-def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
-  layer, devices = layer_of(ALONE[kind]), 4
+def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product():
+  # Without shadows, so that the permutations are all collectives on rows.
+  layer, devices = layer_of(Gather(InRing())), 4
   x = np.random.default_rng(0).normal(0, 1, (G, S, M)).astype(np.float32)
   ids, params = ids_of('zipf'), params_of(True)
   mesh = mesh_of(expert=devices)
@@ -328,10 +306,9 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
     assert all(wait <= before[name] & outgoing for wait in waits.values())
     # Kernels are read at once for all steps, and wait for none.
     multiplied.append({product for product, wait in waits.items() if wait})
-  if kind == 'slots':  # sorted rows are multiplied in loops
-    assert all(multiplied) and len(set.union(*multiplied)) == sum(
-      map(len, multiplied)
-    )
+  assert all(multiplied) and len(set.union(*multiplied)) == sum(
+    map(len, multiplied)
+  )
 
 
 @pytest.mark.parametrize(
@@ -339,14 +316,10 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
   [
     Gather(InRing(capacity_fraction=0.25)),
     pytest.param(
-      Gather(AllToAll(capacity_fraction=0.25)), marks=pytest.mark.slow
+      Gather(Constraint(capacity_fraction=0.25)), marks=pytest.mark.slow
     ),
     pytest.param(
-      Dropless(exchange=RaggedAllToAll(capacity_fraction=0.25)),
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      Dropless(exchange=RaggedRing(capacity_fraction=0.25)),
+      Dropless(exchange=RaggedExchange(capacity_fraction=0.25)),
       marks=pytest.mark.slow,
     ),
   ],
@@ -354,7 +327,7 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product(kind):
 def test_rows_without_room_are_dropped_and_counted(dispatch):
   # All tokens choose one expert. On four devices it has room for 6 of the 24
   # tokens of a device; without slots a device has room for a quarter of 96
-  # rows, or for 6 rows from each device.
+  # rows.
   _, aux, (_, tokens) = result_of(dispatch, 'one', 'four')
   dropped = G * S * 3 // 4
   assert aux.exchange.overflow == dropped

@@ -539,14 +539,14 @@ def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
 @pytest.mark.parametrize(
   'dispatch',
   [
-    {'gather': {'exchange': {'kind': 'all_to_all', 'chunks': 2}}},
-    {'gather': {'exchange': {'dtype': 'bfloat16'}}},
+    {'gather': {'exchange': {'kind': 'ring'}}},
     {'gather': {'shadowing': {'experts': 1}}},
-    {'kind': 'dropless', 'dropless': {'exchange': {'kind': 'ring'}}},
+    {'kind': 'dropless', 'dropless': {'exchange': {'capacity_fraction': 0.5}}},
   ],
 )
 def test_an_exchange_without_another_device_is_said(tmp_path, dispatch):
-  model = {'moe': {'dispatch': dispatch, 'capacity': {'kind': 'all'}}}
+  leak = {'allow_future_leak': dispatch.get('kind') == 'dropless'}
+  model = {'moe': {'dispatch': dispatch, 'capacity': {'kind': 'all'}, **leak}}
 
   def notes(n, **mesh):
     options = tiny.options(model=model, mesh=mesh)

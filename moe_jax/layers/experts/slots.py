@@ -28,10 +28,10 @@ from moe_jax.layers.shared import Shared
 from moe_jax.options import choice, nested
 from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
-from moe_jax.parallel.shadowed_experts import Shadowing
+from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
 from moe_jax.routing import AnyRouting, ExchangeStats, of_whole_tokens
-from moe_jax.routing.dispatch import einsum, gather
+from moe_jax.routing.dispatch import Dispatcher, einsum, gather
 from moe_jax.shape_checks import type_text
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
@@ -143,7 +143,8 @@ class SlotExperts(Experts):
     )
     if layout is not None and not self.is_initializing():
       o = self.dispatch
-      trip = SlotTrip(layout, o, o.exchange, o.shadowing)
+      mover = Dispatcher(o.dispatch, o.combine)
+      trip = SlotTrip(layout, mover, o.exchange, o.shadowing)
       return trip.serve(experts, x, routing)
     with jax.named_scope('dispatch'):
       rows = self.dispatch.dispatch(x, routing)  # [E, R, M]

@@ -20,8 +20,8 @@ from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.options import choice, nested, one_of, option
 from moe_jax.parallel.layout import layout_of
-from moe_jax.parallel.ragged_exchange import RAGGED_EXCHANGES, RaggedExchange
-from moe_jax.parallel.shadowed_experts import (
+from moe_jax.parallel.ragged import RAGGED_EXCHANGES, RaggedExchange
+from moe_jax.parallel.shadowing import (
   Shadowing,
   gathered,
   moved_rows,
@@ -152,7 +152,6 @@ class SortedRowsExperts(Experts):
     o, key = self.dispatch, _device_key(key, layout)
     counts = routing.rows_per_expert()
     sizes = self.layer.sizes(x.shape[-1], x.dtype)
-    sizes = sizes.that_travel(o.exchange.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
     sent, staying = split(routing, shadowed)
     sent = of_whole_tokens(sent)
