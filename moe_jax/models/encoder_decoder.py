@@ -12,8 +12,8 @@ from flax import linen as nn
 
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
-from moe_jax.layers.attention.projected import project_memory
 from moe_jax.layers.block import CROSS_ATTENTION
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.flat_trees import Path

@@ -1,8 +1,7 @@
 """Attention: its kinds, projections, products, and the cache of a decoder."""
 
-from moe_jax.layers.attention.attention import Attention
+from moe_jax.layers.attention.attention import Attention, AttentionOptions
 from moe_jax.layers.attention.attention_kind import AttentionBase
-from moe_jax.layers.attention.attention_options import AttentionOptions
 from moe_jax.layers.attention.latent import LatentAttention, LatentOptions
 from moe_jax.options import Kinds
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple, Self
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
@@ -206,3 +208,18 @@ class AttentionBase(Options):
   def kernel_values(self, width: int) -> int:
     """The number of values of the kernels in a model of that width M."""
     raise NotImplementedError
+
+
+def rms_normed(
+  x: Float[Array, '*B'], scale: Float[Array, '*n'], epsilon: float
+) -> Float[Array, '*B']:
+  """x over its root mean square times `scale`; statistics are float32.
+
+  The mean is over as many of the last dimensions as the scale has, on all
+  devices that they are split over.
+  """
+  axes = tuple(range(-scale.ndim, 0))
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+  scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+  return (x32 * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)

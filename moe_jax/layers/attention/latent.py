@@ -18,10 +18,13 @@ from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
 from moe_jax.layers.attention.attention import Attention
-from moe_jax.layers.attention.attention_kind import AttentionBase, HeadWidths
+from moe_jax.layers.attention.attention_kind import (
+  AttentionBase,
+  HeadWidths,
+  rms_normed,
+)
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.layers.attention.projected import rms_normed
 from moe_jax.options import above, at_least, option
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked

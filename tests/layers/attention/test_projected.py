@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.layers import Attention, AttentionOptions, Shared
-from moe_jax.layers.attention.projected import project_memory
+from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.parameters import roles_of
 from moe_jax.partitioning import make_mesh
 from tests.layers.attention.test_attention import (
