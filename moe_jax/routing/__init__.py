@@ -49,7 +49,6 @@ from moe_jax.routing.random_rule import random_choice
 from moe_jax.routing.soft_rule import (
   AnyRouting,
   SoftRouting,
-  of_whole_tokens,
   soft_routing,
 )
 from moe_jax.routing.stats import (
@@ -115,7 +114,6 @@ __all__ = [
   'mixture_stats',
   'no_exchange',
   'noisy_logits',
-  'of_whole_tokens',
   'one_queue',
   'random_choice',
   'routing_stats',

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import InputError
 from moe_jax.routing.assignments import TokenChoices, TokenRouting
 from moe_jax.routing.rows import decided
 from moe_jax.shape_checks import checked
@@ -111,21 +110,6 @@ class SoftRouting:
 
 # All routings that a router returns; a dispatch by slots takes them.
 AnyRouting = TokenRouting | SoftRouting
-
-
-def of_whole_tokens(routing: AnyRouting) -> TokenRouting:
-  """The routing, which no mixture of tokens is.
-
-  Raises:
-    ValueError: The routing mixes tokens, which only a product with a mask of
-      all slots does.
-  """
-  if isinstance(routing, SoftRouting):
-    raise InputError(
-      'a SoftRouting mixes all tokens of a group in every slot, and this '
-      "dispatch moves whole tokens; use Einsum, the dispatch 'einsum'"
-    )
-  return routing
 
 
 @checked

@@ -4,12 +4,12 @@ See `serving.py` for the contracts. Each way of serving tokens has one file:
 slots, sorted rows, few tokens.
 """
 
-from moe_jax.layers.experts.feed_forward import FeedForwardExpert
 from moe_jax.layers.experts.quantized_experts import QuantizedExpert
 from moe_jax.layers.experts.serving import (
   Dispatch,
   ExpertOptions,
   Experts,
+  FeedForwardExpert,
 )
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.experts.slots import (

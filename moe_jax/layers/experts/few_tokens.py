@@ -23,7 +23,7 @@ from moe_jax.layers.experts.sorted_rows_experts import (
   SortedRowsExperts,
 )
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.routing import TokenRouting, of_whole_tokens
+from moe_jax.routing import AnyRouting
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Int32
 
@@ -60,7 +60,6 @@ class UnrolledExperts(Experts):
   def serve(self, x, routing, train):
     """See `Experts.serve`; `train` changes nothing."""
     del train
-    routing = of_whole_tokens(routing)
     x = x.astype(self.layer.shared.dtype)
     experts = [
       _Kernels(self.layer, name=_name(e))(x.shape[-1])
@@ -85,7 +84,7 @@ class BatchedExperts(SortedRowsExperts):
     """See `Experts.serve`."""
     if x[..., 0].size > FEW_TOKENS:
       return super().serve(x, routing, train)
-    layer, gate = self.layer, gates(of_whole_tokens(routing))  # [N, E]
+    layer, gate = self.layer, gates(routing)  # [N, E]
     rows = x.reshape(-1, x.shape[-1])
     N, E = gate.shape
     rows = jnp.broadcast_to(rows, (E, N, rows.shape[1]))
@@ -141,7 +140,7 @@ def _all_tokens(
   layer: FfnLayer,
   experts: list[dict[str, Any]],
   x: Float[Array, 'G S M'],
-  routing: TokenRouting,
+  routing: AnyRouting,
 ) -> Float[Array, 'G S M']:
   """The sum of the outputs of all chosen experts for all tokens, gated."""
   rows = x.reshape(-1, x.shape[-1])
@@ -161,7 +160,7 @@ def _all_tokens(
   return y.astype(layer.shared.dtype).reshape(x.shape)
 
 
-def gates(routing: TokenRouting) -> Float[Array, 'N E']:
+def gates(routing: AnyRouting) -> Float[Array, 'N E']:
   """Each expert's gate for each token; 0 where the expert is not chosen."""
   return routing.token_gates().reshape(-1, routing.num_experts)
 

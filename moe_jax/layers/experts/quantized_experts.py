@@ -15,14 +15,18 @@ from flax import linen as nn
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
-from moe_jax.layers.experts.feed_forward import FeedForwardExpert
-from moe_jax.layers.experts.serving import ROLE, SCOPE, Dispatch, Experts
+from moe_jax.layers.experts.serving import (
+  ROLE,
+  SCOPE,
+  Dispatch,
+  Experts,
+  FeedForwardExpert,
+)
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Parameter
 from moe_jax.layers.shared import Shared
 from moe_jax.options import nested
-from moe_jax.routing import of_whole_tokens
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Leaf
 
@@ -110,7 +114,6 @@ class QuantizedExperts(Experts):
     """See `Experts.serve`; `train` changes nothing."""
     del train
     layer, format, M = self.layer, self.format, x.shape[-1]
-    routing = of_whole_tokens(routing)
     x = x.astype(layer.shared.dtype)
     p = _parameters(self, layer, format, routing.num_experts, M)
     if x[..., 0].size <= FEW_TOKENS:

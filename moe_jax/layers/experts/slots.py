@@ -30,15 +30,21 @@ from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
-from moe_jax.routing import AnyRouting, ExchangeStats, of_whole_tokens
+from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.routing.dispatch import Dispatcher, einsum, gather
 from moe_jax.shape_checks import type_text
 from moe_jax.shapes import Array, Float, Leaf, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
-class SlotDispatch(Dispatch):
-  """The contract of dispatches into slots, which override two methods."""
+class Gather(Dispatch):
+  """The dispatch into slots that gathers rows by index, O(S K M) for a group.
+
+  Attributes:
+    dispatcher: The movement of tokens to slots and back.
+  """
+
+  dispatcher: ClassVar[Dispatcher] = gather
 
   exchange: Exchange = choice(
     EXCHANGES,
@@ -63,18 +69,6 @@ class SlotDispatch(Dispatch):
       'capacity_fraction=1.0'
     )
 
-  def dispatch(
-    self, x: Float[Array, 'G S M'], routing: AnyRouting
-  ) -> Float[Array, 'E R M']:
-    """Copies tokens to the rows of experts; empty slots are zero."""
-    raise NotImplementedError
-
-  def combine(
-    self, rows: Float[Array, 'E R M'], routing: AnyRouting
-  ) -> Float[Array, 'G S M']:
-    """The sum of each token's expert rows, weighted by its gates."""
-    raise NotImplementedError
-
   def feed_forward(self, layer: FfnLayer) -> Experts:
     """See `Dispatch.feed_forward`."""
     return FeedForwardSlots(self, layer.shared, layer, name=SCOPE)
@@ -85,31 +79,11 @@ class SlotDispatch(Dispatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gather(SlotDispatch):
-  """The dispatch that gathers rows by index, O(S K M) for each group."""
-
-  def dispatch(self, x, routing):
-    """See `SlotDispatch.dispatch`."""
-    return gather.dispatch(x, of_whole_tokens(routing))
-
-  def combine(self, rows, routing):
-    """See `SlotDispatch.combine`."""
-    return gather.combine(rows, of_whole_tokens(routing))
-
-
-@dataclasses.dataclass(frozen=True)
-class Einsum(SlotDispatch):
+class Einsum(Gather):
   """The dispatch by products with one-hot masks: the readable reference."""
 
   by_mask: ClassVar[bool] = True
-
-  def dispatch(self, x, routing):
-    """See `SlotDispatch.dispatch`."""
-    return einsum.dispatch(x, routing)
-
-  def combine(self, rows, routing):
-    """See `SlotDispatch.combine`."""
-    return einsum.combine(rows, routing)
+  dispatcher: ClassVar[Dispatcher] = einsum
 
 
 class SlotExperts(Experts):
@@ -120,7 +94,7 @@ class SlotExperts(Experts):
     shared: The settings that all layers of the model share.
   """
 
-  dispatch: SlotDispatch
+  dispatch: Gather
   shared: Shared
 
   def _in_slots(
@@ -138,19 +112,18 @@ class SlotExperts(Experts):
       routing: The routing of the groups.
       hidden: The hidden width F of an expert; 1 where it is not to be split.
     """
+    how, dispatcher = self.dispatch, self.dispatch.dispatcher
     layout = layout_of(
       self.shared.rules, x, num_experts=routing.num_experts, hidden=hidden
     )
     if layout is not None and not self.is_initializing():
-      o = self.dispatch
-      mover = Dispatcher(o.dispatch, o.combine)
-      trip = SlotTrip(layout, mover, o.exchange, o.shadowing)
+      trip = SlotTrip(layout, dispatcher, how.exchange, how.shadowing)
       return trip.serve(experts, x, routing)
     with jax.named_scope('dispatch'):
-      rows = self.dispatch.dispatch(x, routing)  # [E, R, M]
+      rows = dispatcher.dispatch(x, routing)  # [E, R, M]
     rows = experts(rows)
     with jax.named_scope('combine'):
-      return self.dispatch.combine(rows, routing), None
+      return dispatcher.combine(rows, routing), None
 
 
 class FeedForwardSlots(SlotExperts):

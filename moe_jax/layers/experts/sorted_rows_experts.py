@@ -27,7 +27,6 @@ from moe_jax.parallel.shadowing import (
   moved_rows,
   split,
 )
-from moe_jax.routing import of_whole_tokens
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Int32, PRNGKey
 
@@ -104,7 +103,6 @@ class SortedRowsExperts(Experts):
   def serve(self, x, routing, train):
     """See `Experts.serve`."""
     layer, shared = self.layer, self.layer.shared
-    routing = of_whole_tokens(routing)
     E, M = routing.num_experts, x.shape[-1]
     p = layer.parameters(self, (E,), M)
     key = self.make_rng('dropout') if train and layer.dropout else None
@@ -154,7 +152,6 @@ class SortedRowsExperts(Experts):
     sizes = self.layer.sizes(x.shape[-1], x.dtype)
     shadowed = o.shadowing.choose(layout, counts, sizes)
     sent, staying = split(routing, shadowed)
-    sent = of_whole_tokens(sent)
     with jax.named_scope('dispatch'):
       rows = sorted_rows.dispatch(x, sent)
     sent_counts = sent.rows_per_expert()
