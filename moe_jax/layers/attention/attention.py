@@ -156,31 +156,12 @@ class Attention(nn.Module):
     if source is not None:
       source = source.astype(dtype)
       key_shape, value_shape = c.cached_shapes
-      key = self._key_or_value(source, 'key', *key_shape)  # [B, S, N, D]
-      value = self._key_or_value(source, 'value', *value_shape)
+      key = self._key_or_value(source, 'key', key_shape)  # [B, S, N, D]
+      value = self._key_or_value(source, 'value', value_shape)
     if not self.cross:
       query = self.positions.rotate(query, *position_args)
       key = key if key is None else self.positions.rotate(key, *position_args)
-    return self.project_back(attend(query, key, value), M)
-
-  def project_back(
-    self, y: Float[Array, 'B T H D'], width: int
-  ) -> Float[Array, 'B T M']:
-    """The output of the layer, projected from the outputs of its heads."""
-    (B, T, H, D), M = y.shape, width
-    axes = ('heads', 'kv', 'embed')
-    init = parameters.kernel(
-      self.shared, axes, role=_ROLE, in_axis=(0, 1), out_axis=2, residual=True
-    )
-    w_out = parameters.matrix(
-      self, 'w_out', self.shared, init, (H, D, M), inputs=2
-    )
-    y = rows_matmul(y.reshape(B * T, H * D), w_out)
-    if self._has_bias('out'):
-      init = parameters.bias(('embed',), role=_ROLE)
-      b = self.param('b_out', init, (M,), self.shared.param_dtype)
-      y = y + b.astype(self.shared.dtype)[None]
-    return y.reshape(B, T, M)
+    return self._project_back(attend(query, key, value), M)
 
   @property
   def _keys(self) -> Keys:
@@ -191,12 +172,17 @@ class Attention(nn.Module):
     # Unscaled scores start with the variance of scaled ones (T5).
     width = c.head_widths.scored
     shrink = self._keys.scale**2 * width or 1.0
-    y = self.project(x, 'query', ('heads', c.num_heads), width, shrink)
+    axes, shape = ('embed', 'heads', 'kv'), (c.num_heads, width)
+    y = self.project(x, 'query', axes, shape, shrink=shrink)
     return self._norm_and_clip(y, 'query', 'heads')
 
-  def _key_or_value(self, x, name, heads, width):
-    y = self.project(x, name, ('kv_heads', heads), width)
+  def _key_or_value(self, x, name, shape):
+    y = self.project(x, name, ('embed', 'kv_heads', 'kv'), shape)
     return self._norm_and_clip(y, name, 'kv_heads')
+
+  def _project_back(self, y, width):
+    axes = ('heads', 'kv', 'embed')
+    return self.project(y, 'out', axes, (width,), residual=True)
 
   def _norm_and_clip(self, y, name, heads):
     shape, scale = self.options.norm_shape(name, y.shape[-2:]), None
@@ -206,78 +192,59 @@ class Attention(nn.Module):
       scale = self.param(f'{name}_norm', init, shape, jnp.float32)
     return self.options.finished(y, scale)
 
-  def _has_bias(self, name):
-    return self.options.has_bias(name, self.shared.use_bias)
-
   def project(
     self,
-    x: Float[Array, 'B S M'],
+    x: Float[Array, 'B S *M'],
     name: str,
-    heads: tuple[str, int],
-    head_width: int,
-    shrink: float = 1.0,
-    source: str = 'embed',
-  ) -> Float[Array, 'B S N D']:
-    """Queries, keys or values.
+    axes: tuple[str, ...],
+    outputs: tuple[int, ...],
+    **init: Any,
+  ) -> Float[Array, 'B S *N']:
+    """Tokens by the kernel w_<name>, [*M, *N], with its bias if it has one.
 
     Args:
       x: The tokens that are projected.
-      name: The name of the projection: 'query', 'key' or 'value'.
-      heads: The logical axis of the heads, and their number.
-      head_width: The width of a head.
-      shrink: The number that the usual variance of the kernel is divided by.
-      source: The logical axis of the numbers of x.
+      name: The name of the projection.
+      axes: The logical axes of the kernel.
+      outputs: The sizes of a token's result.
+      **init: Options of `parameters.kernel`.
     """
-    axes = (source, heads[0], 'kv')
-    shape = (x.shape[-1], heads[1], head_width)
-    init = parameters.kernel(
+    B, S, *inputs = x.shape
+    n, shape, dtype = len(inputs), (*inputs, *outputs), self.shared.param_dtype
+    kernel = parameters.kernel(
       self.shared,
       axes,
       role=_ROLE,
-      in_axis=0,
-      out_axis=(1, 2),
-      shrink=shrink,
+      in_axis=tuple(range(n)),
+      out_axis=tuple(range(n, len(shape))),
+      **init,
     )
-    w = parameters.matrix(self, f'w_{name}', self.shared, init, shape)
-    B, T, M = x.shape
-    y = rows_matmul(x.reshape(B * T, M), w)
-    y = y.reshape(B, T, *shape[1:])
-    if self._has_bias(name):
-      init = parameters.bias(axes[1:], role=_ROLE)
-      b = self.param(f'b_{name}', init, shape[1:], self.shared.param_dtype)
-      y = y + b.astype(self.shared.dtype)[None, None]
-    return y
+    w = parameters.matrix(
+      self, f'w_{name}', self.shared, kernel, shape, inputs=n
+    )
+    y = rows_matmul(x.reshape(B * S, -1), w).reshape(B, S, *outputs)
+    if not self.options.has_bias(name, self.shared.use_bias):
+      return y
+    bias = parameters.bias(axes[n:], role=_ROLE)
+    b = self.param(f'b_{name}', bias, outputs, dtype)
+    return y + b.astype(self.shared.dtype)[None, None]
 
   def _attend(self, query, key, value, ids, bias, train):
-    implementation = self.options.implementation
-    if self.is_initializing():
-      # The output is not used, and arrays are on no mesh yet. Problems of the
-      # options are raised here too, before anything compiles.
-      dot_product.check(
-        implementation,
-        dtype=self.shared.dtype,
-        head_width=max(query.shape[3], value.shape[3]),
-        seq_len=query.shape[1],
-        biased=bias is not None,
-        sinks=self.options.sinks,
-        dropout=self.dropout > 0,
-        cross=self.cross,
-      )
-      implementation = 'einsum'
-    dropout = None
-    if train and self.dropout:
-      dropout = nn.Dropout(self.dropout, deterministic=False)
+    initial, dropout = self.is_initializing(), None
+    if self.dropout and (train or initial):
+      dropout = nn.Dropout(self.dropout, deterministic=initial)
     return dot_product.attend(
       query,
       key,
       value,
       ids[0],
       key_segment_ids=ids[1],
-      implementation=implementation,
+      implementation=self.options.implementation,
       keys=self._keys,
       bias=bias,
       sinks=self._sinks(),
       dropout=dropout,
+      checked_alone=initial,
     )
 
   def _sinks(self):

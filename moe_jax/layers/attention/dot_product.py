@@ -38,6 +38,7 @@ def attend(
   bias: Float32[Array, 'H T S'] | None = None,
   sinks: Float32[Array, ' H'] | None = None,
   dropout: Callable[[Array], Array] | None = None,
+  checked_alone: bool = False,
 ) -> Float[Array, 'B T H U']:
   """Each token's weighted mean of the values it sees; the softmax is float32.
 
@@ -58,6 +59,9 @@ def attend(
     sinks: The logit of each head that stands beside the scores in the
       denominator of the softmax, and weighs nothing.
     dropout: A function that drops some of the weights.
+    checked_alone: Whether the implementation is checked alone, and einsum
+      computes: where parameters are made the output is not used, and arrays are
+      on no mesh yet.
 
   Raises:
     ValueError: The implementation cannot serve the options or this machine.
@@ -82,6 +86,9 @@ def attend(
     'library': functools.partial(_of_one_width, jax_nn, keys=keys, bias=bias),
     'splash': functools.partial(_of_one_width, splash, keys=keys, sinks=sinks),
   }
+  check(implementation, **options)
+  if checked_alone:
+    implementation = 'einsum'
   f = _choose(implementation, options, candidates)
   return f(query, key, value, segment_ids, key_segment_ids)
 
@@ -102,7 +109,6 @@ def _of_one_width(f, query, key, value, *ids, keys, **options):
 
 
 def _choose(name, options, candidates):
-  check(name, **options)
   if name == 'cudnn' and not _cuda_capability():
     raise InputError(
       f"attention='cudnn' needs an NVIDIA GPU, not {jax.default_backend()!r}"

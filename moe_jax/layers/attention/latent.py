@@ -224,44 +224,27 @@ class LatentAttention(Attention):
     plain, rotary = jnp.split(query, [c.plain_width], axis=-1)
     rotary = self.positions.rotate(rotary, *position_args)
     query = jnp.concatenate([plain, rotary], axis=-1)
-    short = self.project_down(x, 'kv_down', c.cached_width)
+    short = self._project_down(x, 'kv_down', c.cached_width)
     vector, key = jnp.split(short, [c.kv_rank], axis=-1)
     key = self.positions.rotate(key[:, :, None], *position_args)[:, :, 0]
     vector = self._normed(vector, 'kv_norm')
     short = jnp.concatenate([vector, key], axis=-1)
     kernel = self._expanding_kernel().astype(x.dtype)
-    return self.project_back(attend(query, short, kernel), M)
+    return self._project_back(attend(query, short, kernel), M)
 
   def _queries(self, x: Float[Array, 'B T M']) -> Float[Array, 'B T H D']:
     """The queries of all heads, before their positions rotate them."""
     c = self.options
-    heads, width = ('heads', c.num_heads), c.head_widths.scored
+    shape = c.num_heads, c.head_widths.scored
     if not c.query_rank:
-      return self.project(x, 'query', heads, width)
-    vector = self.project_down(x, 'query_down', c.query_rank)
+      return self.project(x, 'query', ('embed', 'heads', 'kv'), shape)
+    vector = self._project_down(x, 'query_down', c.query_rank)
     vector = self._normed(vector, 'query_norm')
-    return self.project(vector, 'query_up', heads, width, source='latent')
+    return self.project(vector, 'query_up', ('latent', 'heads', 'kv'), shape)
 
-  def project_down(
-    self, x: Float[Array, 'B T M'], name: str, width: int
-  ) -> Float[Array, 'B T R']:
-    """The short vectors of tokens.
-
-    Args:
-      x: The tokens that are projected.
-      name: The name of the projection: 'query_down' or 'kv_down'.
-      width: The width of a vector.
-    """
-    (B, T, M), shared = x.shape, self.shared
-    axes = ('embed', 'latent')
-    init = parameters.kernel(shared, axes, role=_ROLE)
-    w = parameters.matrix(self, f'w_{name}', shared, init, (M, width))
-    y = rows_matmul(x.reshape(B * T, M), w)
-    if self.options.has_bias(name, shared.use_bias):
-      init = parameters.bias(axes[1:], role=_ROLE)
-      b = self.param(f'b_{name}', init, (width,), shared.param_dtype)
-      y = y + b.astype(shared.dtype)[None]
-    return y.reshape(B, T, width)
+  def _project_down(self, x, name, width):
+    """The short vectors of tokens, [B, T, R]."""
+    return self.project(x, name, ('embed', 'latent'), (width,))
 
   def _normed(self, x, name):
     """Vectors over their root mean square, times the scale `name`."""
