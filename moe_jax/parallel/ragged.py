@@ -100,7 +100,8 @@ class Trip(NamedTuple):
   def to_experts(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
     """All rows of the experts of this device, sorted by expert; then zeros."""
     if self.traffic is not None:
-      rows = send(rows, self.traffic, len(self.source), self.axes)
+      lengths = self.num_rows, len(self.source)
+      rows = move(rows, self.traffic, True, lengths, self.axes)
     return take_tokens(rows, self.source, self.target[:, None])
 
   def to_groups(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
@@ -108,7 +109,8 @@ class Trip(NamedTuple):
     rows = take_tokens(rows, self.target, self.source[:, None])
     if self.traffic is None:
       return rows
-    return send_back(rows, self.traffic, self.num_rows, self.axes)
+    lengths = self.num_rows, len(self.source)
+    return move(rows, self.traffic, False, lengths, self.axes)
 
 
 def plan(
@@ -187,45 +189,36 @@ def traffic(
   return Traffic(*(x.reshape(sizes.size, sizes.size) for x in gathered))
 
 
-def send(
-  rows: Float[Array, 'N M'], plan: Traffic, bound: int, axes: Axes
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def move(
+  rows: Float[Array, 'N M'],
+  flows: Traffic,
+  to_experts: bool,
+  lengths: tuple[int, int],
+  axes: Axes,
 ) -> Float[Array, 'R M']:
   """Receives every device's rows for this one, one device after the other.
 
+  Where not `to_experts`, received rows return to where they came from, which is
+  the transpose; those that were not sent are zero.
+
   Args:
-    rows: The rows of this device, of which a block goes to each device.
-    plan: The blocks.
-    bound: R, at least as many rows as arrive; the rest is zero.
+    rows: The rows of this device, or those in the order in which they came.
+    flows: The blocks of rows that go to each device.
+    to_experts: Whether rows go to their experts.
+    lengths: The number of rows that each device had, and R, at least as many as
+      arrive; the rest is zero.
     axes: The mesh axes that the devices are on.
   """
-  return _move(rows, plan, True, (len(rows), bound), axes)
-
-
-def send_back(
-  rows: Float[Array, 'R M'], plan: Traffic, num_rows: int, axes: Axes
-) -> Float[Array, 'N M']:
-  """Returns received rows to where they came from; the transpose of `send`.
-
-  Args:
-    rows: The rows in the order in which `send` returned them.
-    plan: The blocks that `send` was given.
-    num_rows: N, the number of rows that each device had; those that were not
-      sent are zero.
-    axes: The axes that `send` was given.
-  """
-  return _move(rows, plan, False, (num_rows, len(rows)), axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _move(rows, plan, to_experts, lengths, axes):
   me = jax.lax.axis_index(axes)
   out = jnp.zeros((lengths[to_experts], rows.shape[-1]), rows.dtype)
-  arrivals = jnp.cumsum(plan.sizes, axis=0) - plan.sizes
+  arrivals = jnp.cumsum(flows.sizes, axis=0) - flows.sizes
   if to_experts:
-    blocks = plan.starts[me], plan.sizes[me], arrivals[me], plan.sizes[:, me]
+    received = flows.sizes[:, me]
+    blocks = flows.starts[me], flows.sizes[me], arrivals[me], received
   else:
-    sent = plan.sizes[:, me]
-    blocks = arrivals[:, me], sent, plan.starts[:, me], plan.sizes[me]
+    sent = flows.sizes[:, me]
+    blocks = arrivals[:, me], sent, flows.starts[:, me], flows.sizes[me]
   exchange = functools.partial(jax.lax.ragged_all_to_all, axis_name=axes)
   return jax.lax.platform_dependent(
     rows,
@@ -237,15 +230,15 @@ def _move(rows, plan, to_experts, lengths, axes):
   )
 
 
-def _forward(rows, plan, to_experts, lengths, axes):
-  return _move(rows, plan, to_experts, lengths, axes), plan
+def _forward(rows, flows, to_experts, lengths, axes):
+  return move(rows, flows, to_experts, lengths, axes), flows
 
 
-def _backward(to_experts, lengths, axes, plan, d_rows):
-  return _move(d_rows, plan, not to_experts, lengths, axes), None
+def _backward(to_experts, lengths, axes, flows, d_rows):
+  return move(d_rows, flows, not to_experts, lengths, axes), None
 
 
-_move.defvjp(_forward, _backward)
+move.defvjp(_forward, _backward)
 
 
 def all_gather_reference(

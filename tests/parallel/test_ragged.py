@@ -61,7 +61,7 @@ def test_told_rows():
 
   def send(rows, sizes, starts):
     plan = ragged.traffic(sizes[0], starts[0], AXES)
-    return ragged.send(rows[0], plan, 5, AXES)[None]
+    return ragged.move(rows[0], plan, True, (3, 5), AXES)[None]
 
   received_rows = per_device(send)(rows, sizes, starts)
   np.testing.assert_array_equal(received_rows[0, :3], [a, d, 0 * a])
@@ -79,11 +79,11 @@ def test_rows_arrive_and_return_and_gradients_go_the_other_way(seed):
 
   def trip(rows, sizes, starts, weight):
     plan = ragged.traffic(sizes[0], starts[0], AXES)
-    arrived = ragged.send(rows[0], plan, bound, AXES)
-    returned = ragged.send_back(arrived, plan, N, AXES)
+    arrived = ragged.move(rows[0], plan, True, (N, bound), AXES)
+    returned = ragged.move(arrived, plan, False, (N, bound), AXES)
 
     def total(x):
-      return (ragged.send(x, plan, bound, AXES) * weight[0]).sum()
+      return (ragged.move(x, plan, True, (N, bound), AXES) * weight[0]).sum()
 
     return arrived[None], returned[None], jax.grad(total)(rows[0])[None]
 
@@ -107,7 +107,7 @@ def test_an_accelerator_gets_the_ragged_exchange():
 
   def send(rows, sizes, starts):
     plan = ragged.traffic(sizes[0], starts[0], AXES)
-    return ragged.send(rows[0], plan, P * N, AXES)[None]
+    return ragged.move(rows[0], plan, True, (N, P * N), AXES)[None]
 
   lower = functools.partial(per_device(send).trace(rows, sizes, starts).lower)
   for platform, is_ragged in (('tpu', True), ('cuda', True), ('cpu', False)):
