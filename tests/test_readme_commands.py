@@ -40,7 +40,6 @@ TESTED_APART = {
   r'experiments\.': 'experiments',
   r'moe_jax\.compression ': 'compression',
   r'moe_jax\.finetuning ': 'finetuning',
-  r'moe_jax\.interop export --workdir=runs/mixtral ': 'interop/test_main.py',
   r'moe_jax\.main .*--workdir=runs/tiny_mixtral': 'test_readme_commands.py',
   r'moe_jax\.interop export --workdir=runs/tiny_mixtral ': (
     'test_readme_commands.py'
@@ -50,7 +49,6 @@ TESTED_APART = {
   r'moe_jax\.generate .*--trace': 'analysis/test_recording.py',
   r'moe_jax\.generate .*runs/instruct': 'test_generate.py',
   r'moe_jax\.generate .*runs/lora': 'finetuning/test_adapters.py',
-  r'moe_jax\.main .*lora\.rank=16': 'finetuning/test_adapters.py',
   r'moe_jax\.main .*--config\.trace\.': 'analysis/test_recording.py',
   r'moe_jax\.analysis\.record_evaluation .*=traces': (
     'analysis/test_recording.py'

@@ -300,7 +300,6 @@ def _slack(
 def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
   """Rows that the experts of a layer multiply, for each token."""
   S = group_size(moe, batch_size, length)
-  sizes = moe.sizes
-  slots = sizes.expert_slots(moe.router.training_slots(sizes, S), S)
-  rows = slots * sizes.num_retained / S
+  slots = moe.expert_slots(moe.router.training_slots(moe.sizes, S), S)
+  rows = slots * moe.num_retained / S
   return min(rows, float(moe.num_selected)) if is_dropless(moe) else rows

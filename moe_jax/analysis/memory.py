@@ -265,9 +265,8 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
   """
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
-  sizes = moe.sizes
-  per_expert = sizes.expert_slots(moe.router.training_slots(sizes, S), S)
-  slots = groups * sizes.num_retained * per_expert
+  per_expert = moe.expert_slots(moe.router.training_slots(moe.sizes, S), S)
+  slots = groups * moe.num_retained * per_expert
   if is_dropless(moe):
     return min(groups * S * moe.num_selected, slots)
   return slots
@@ -309,7 +308,7 @@ def all_to_all_bytes(
   moe = half.moe
   if moe is None:
     return 0
-  E = moe.sizes.num_retained
+  E = moe.num_retained
   if num_parts < 1 or E % num_parts:
     raise InputError(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'

@@ -92,7 +92,7 @@ def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
   S = rows * length if moe.group_size == -1 else moe.group_size or length
   is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
   return LayerInfo(
-    num_experts=moe.sizes.num_retained,
+    num_experts=moe.num_retained,
     num_selected=moe.num_selected,
     capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
     group_size=S,

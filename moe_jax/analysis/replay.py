@@ -273,7 +273,7 @@ def _is_recorded(run: Run) -> bool:
     and run.options.trace.every_steps > 0
     and not run.model.forced_balance
     and 'distill' not in run.options.for_hooks
-    and all(moe.router.replays(moe.sizes) is None for moe in moes)
+    and all(moe.replays() is None for moe in moes)
   )
 
 

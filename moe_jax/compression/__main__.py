@@ -19,9 +19,8 @@ from moe_jax import command_line
 from moe_jax.compression import (
   distill_command,
   extract,
+  fewer_command,
   keep_logits,
-  merge,
-  prune,
   quantize_command,
   rates,
 )
@@ -32,8 +31,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
   distill_command.add,
   keep_logits.add,
   extract.add,
-  merge.add,
-  prune.add,
+  fewer_command.add,
   quantize_command.add,
   rates.add,
 )

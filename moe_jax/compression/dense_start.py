@@ -202,7 +202,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   _check_alike(layer, FfnLayer(expert, _block(source, layer)[0].shared), dense)
   width = dense.options.hidden
   count, rest = divmod(width, expert.hidden)
-  most = options.sizes.num_retained
+  most = options.num_retained
   if rest or not 1 <= count <= most:
     raise InputError(
       f'layer {layer}: the width {width} of a feed-forward is not that '

@@ -66,8 +66,8 @@ def extract(
 
   Raises:
     ValueError: No layer routes by task, experts are no feed-forwards, layers by
-      task have tied or masked columns or uneven numbers of experts, or kernels
-      are in codes.
+      task have merged experts or uneven numbers of experts, or kernels are in
+      codes.
   """
   code_trees.check_plain(options, 'the model')
   model = options.build()
@@ -107,9 +107,8 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
     )
   if moe.retained != Retained():
     raise InputError(
-      'layers by task have tied or masked columns or uneven numbers of experts '
-      f'({moe.retained}); extract from the run before it was merged or pruned, '
-      'as a task keeps only its own experts anyway'
+      'layers by task have merged experts or uneven numbers of experts '
+      f'({moe.retained}); extract from the run before it was merged or pruned'
     )
 
   def dense(params: Params) -> Params:

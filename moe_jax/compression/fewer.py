@@ -1,86 +1,76 @@
-"""Steps that merging and pruning share: numbers of experts, the smaller model.
+"""Models with fewer experts: pruning, and the models that merging makes, too.
 
-Routers keep their E columns, each of which leads to an expert that is left or
-to none, or they shrink to a column for each expert that is left.
+Pruning keeps the experts of the highest scores and their router columns: the
+usage, the mean gate, or REAP's mean of gate times norm of output
+(https://arxiv.org/abs/2510.13999). An expert that no calibration token reaches
+has the score 0 and goes first; ties go to the lower number. A token takes the
+next of its choices for one that is gone. What tokens do that choose no expert
+that is gone:
+
+- With gates that sum to one over the chosen experts, or that are each a
+  sigmoid, nothing changes.
+- With raw gates the softmax is over the experts that stay: a gate g becomes
+  g / (1 - p), where p is the sum of the probabilities of the experts that are
+  gone. So the layer's output y becomes y / (1 - p).
+- Where a token chooses groups of experts first, each group keeps as many.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from moe_jax.compression import calibration
-from moe_jax.compression.usage import Usage, measure
+from moe_jax.compression.usage import SCORES, Usage, measure
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.layers.retained import retained
-from moe_jax.layers.routers.sizes import MASKED
+from moe_jax.layers.retained import Retained
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.expert_arrays import (
+  COLUMN,
   Arrays,
   SparseLayer,
   assembled,
-  assembled_state,
   sparse_layers,
   with_moes,
 )
-from moe_jax.models.router_state import COLLECTION
-from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.text_options import LayerOptions
+from moe_jax.option_checks import within
 
-SHRUNK = 'shrunk'
+SHARE = within('(0, 1]')
+Groups = tuple[tuple[int, ...], ...]
 
 
 class SmallerLayer(NamedTuple):
   """A sparse layer with the experts that are left of it.
 
   Attributes:
-    experts: The parameters of these experts, [E', ...].
-    columns: The router's parameters with a column for each of these experts.
-    row: The expert of each of the E old columns, or `MASKED`.
-    share: The weight of each old column in the mean that `columns` has; () if
-      `columns` has old columns as they were.
+    groups: The old experts of which each expert is made. An old expert of no
+      group is pruned, with its column; where none is, all columns stay, and
+      lead to the experts of their groups.
+    arrays: The arrays of the layer that change, by path.
   """
 
-  experts: Arrays
-  columns: Arrays
-  row: tuple[int, ...]
-  share: tuple[float, ...] = ()
+  groups: Groups
+  arrays: Arrays
 
   @property
   def num_experts(self) -> int:
     """E', the number of experts that are left."""
-    return max(self.row) + 1
+    return len(self.groups)
 
   @property
-  def mix(self) -> Float[np.ndarray, 'N E']:
-    """The weights of the E old columns in each of the N = E' new ones."""
-    row, mix = np.array(self.row), np.zeros((self.num_experts, len(self.row)))
-    index = np.flatnonzero(row >= 0)  # of columns that lead to an expert
-    mix[row[index], index] = np.array(self.share)[index] if self.share else 1.0
-    return mix
-
-
-def regrouped(layer: SparseLayer, new_layer: SmallerLayer) -> list[int]:
-  """The experts whose columns are in another group where a router shrinks.
-
-  Groups are as many consecutive columns each, before and after.
-
-  Args:
-    layer: The layer.
-    new_layer: The layer with the experts that are left.
-  """
-  num_groups = getattr(layer.moe.router, 'expert_groups', 1)
-  sizes = [n // num_groups for n in (len(new_layer.row), new_layer.num_experts)]
-  return [
-    expert
-    for expert, index in enumerate(new_layer.row)
-    if index >= 0 and expert // sizes[0] != index // sizes[1]
-  ]
+  def row(self) -> tuple[int, ...]:
+    """The expert of each old column that is left."""
+    pairs = (
+      (old, new) for new, group in enumerate(self.groups) for old in group
+    )
+    return tuple(new for _, new in sorted(pairs))
 
 
 class Calibrated(NamedTuple):
@@ -90,13 +80,11 @@ class Calibrated(NamedTuple):
     run: The run.
     layers: Its sparse layers, by number.
     usage: The statistics of each sparse layer.
-    batches: The batches of the data.
   """
 
   run: WholeRun
   layers: dict[int, SparseLayer]
   usage: dict[int, Usage]
-  batches: list[dict[str, Any]]
 
 
 def calibrated(
@@ -114,56 +102,27 @@ def calibrated(
       `calibration.batches`.
   """
   code_trees.check_plain(run.options.model, run.folder)
-  layers = sparse_layers(run.model, run.variables['params'])
+  layers = sparse_layers(run.model, run.variables)
   for layer in layers.values():
     check_layer(layer)
   batches = calibration.batches(run, num_batches, options)
   usage = measure(run.model, run.variables, batches)
-  return Calibrated(run, layers, usage, batches)
+  return Calibrated(run, layers, usage)
 
 
 def check_layer(layer: SparseLayer) -> None:
   """Raises ValueError where experts of a layer cannot be merged or pruned."""
-  router = layer.moe.router
-  label = f'layer {layer.number}: {type(router).__name__}'
-  if not router.has_columns:
+  if not layer.moe.router.has_columns:
     raise InputError(
-      f'{label} has no column for each expert, by which its tokens would '
-      'choose among those that are left'
+      f'layer {layer.number}: {type(layer.moe.router).__name__} has no column '
+      'for each expert, by which its tokens would choose among those that are '
+      'left'
     )
   if layer.moe.retained.rows:
     raise InputError(
-      f'layer {layer.number} has tied columns already; begin with the run that '
-      'it was made of'
+      f'layer {layer.number} has merged experts already; begin with the run '
+      'that it was made of'
     )
-
-
-def check_columns(run: WholeRun, counts: Mapping[int, int]) -> None:
-  """Checks that routers can keep the columns of experts that are lost.
-
-  Args:
-    run: The run.
-    counts: The number of experts that stay, by layer; a layer without one is
-      taken to lose some.
-
-  Raises:
-    ValueError: A layer would lose experts whose router has fewer columns than
-      those of other layers already.
-  """
-  first = 0
-  for _, stack in run.model.stacks:
-    if (moe := stack.experts) is None:
-      first += len(stack.sparse)
-      continue
-    for layer, count in moe.retained.counts.items():
-      if counts.get(first + layer, 0) < count:
-        raise InputError(
-          f'layer {first + layer} has {count} columns and other layers have '
-          f'{moe.num_experts}, so that its router cannot keep those '
-          f'of experts that it loses: use --router={SHRUNK}, or keep all its '
-          'experts by --experts'
-        )
-    first += len(stack.sparse)
 
 
 def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
@@ -179,27 +138,105 @@ def numbers(text: str, layers: Mapping[int, SparseLayer]) -> dict[int, int]:
   entries = [entry.strip() for entry in text.split(',')]
   if not all(entry.isdigit() for entry in entries):
     raise InputError(f"experts={text!r} is neither a number nor '4,6,4'")
-  if len(entries) not in (1, len(layers)):
+  if len(entries) == 1:
+    entries *= len(layers)
+  if len(entries) != len(layers):
     raise InputError(
       f'experts={text!r} has {len(entries)} numbers, and the model has the '
       f'sparse layers {list(layers)}; give one number, or one for each'
     )
-  counts = [int(entry) for entry in entries] * (
-    len(layers) if len(entries) == 1 else 1
-  )
-  counts_by_layer = dict(zip(layers, counts, strict=True))
-  for number, count in counts_by_layer.items():
+  counts = dict(zip(layers, map(int, entries), strict=True))
+  for number, count in counts.items():
     moe = layers[number].moe
     if not moe.num_selected <= count <= moe.num_experts:
       raise InputError(
         f'experts={text!r}: {count} in layer {number} is not in '
         f'[num_selected={moe.num_selected}, num_experts={moe.num_experts}]'
       )
-  return counts_by_layer
+  return counts
+
+
+def numbers_by_share(
+  share: float,
+  scores: Mapping[int, np.ndarray],
+  layers: Mapping[int, SparseLayer],
+) -> dict[int, int]:
+  """The number of experts that stay in each layer, by one threshold for all.
+
+  Scores are divided by the largest of their layer, as in M-SMoE; the experts of
+  the highest scores stay, whatever their layer, and at least K of each.
+
+  Args:
+    share: The share of all experts that stay, in (0, 1].
+    scores: The score of each expert, by layer.
+    layers: The sparse layers.
+  """
+  if not SHARE.holds(share):
+    raise InputError(f'share={share} {SHARE.rule}')
+  counts = {n: layer.moe.num_selected for n, layer in layers.items()}
+  candidates = []
+  for n, own in scores.items():
+    ranked = np.sort(own / max(own.max(), 1e-30))[::-1]
+    candidates += [(score, -n) for score in ranked[counts[n] :]]
+  total = sum(map(len, scores.values()))
+  num_extra = max(math.floor(share * total + 0.5) - sum(counts.values()), 0)
+  for _, negative in sorted(candidates, reverse=True)[:num_extra]:
+    counts[-negative] += 1
+  return counts
+
+
+def prune(
+  original: Calibrated, counts: Mapping[int, int], *, score: str = 'reap'
+) -> dict[int, SmallerLayer]:
+  """The layers of a run with the experts of the highest scores, by number.
+
+  Args:
+    original: The run with the statistics of its experts.
+    counts: The number of experts that stay in each sparse layer.
+    score: One of `usage.SCORES`.
+
+  Raises:
+    ValueError: Groups of experts would differ in their size.
+  """
+  new_layers = {}
+  for n, layer in original.layers.items():
+    num_groups = getattr(layer.moe.router, 'expert_groups', 1)
+    scores = SCORES[score](original.usage[n]).reshape(num_groups, -1)
+    order = np.argsort(-scores, axis=1, kind='stable')
+    if counts[n] % num_groups:
+      raise InputError(
+        f'layer {n}: {counts[n]} experts that stay are no multiple of '
+        f'expert_groups={num_groups}, of which each keeps as many'
+      )
+    first = np.arange(num_groups)[:, None] * scores.shape[1]
+    left = (first + order[:, : counts[n] // num_groups]).ravel()
+    new_layers[n] = only(layer, sorted(left.tolist()))
+  return new_layers
+
+
+def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
+  """The layer with these experts alone, and with their columns.
+
+  Raises:
+    ValueError: Groups of experts would differ in their size.
+  """
+  num_groups = getattr(layer.moe.router, 'expert_groups', 1)
+  index = np.array(experts)
+  group_size = layer.moe.num_experts // num_groups
+  sizes = np.bincount(index // group_size, minlength=num_groups)
+  if sizes.min() < sizes.max():
+    raise InputError(
+      f'layer {layer.number}: the groups of experts would keep '
+      f'{sizes.tolist()} experts; tokens choose groups that are equally large'
+    )
+  arrays = {path: x[index] for path, x in layer.experts.items()}
+  for path, x in layer.columns.items():
+    arrays[path] = jnp.take(x, index, layer.axes[path].index(COLUMN))
+  return SmallerLayer(tuple((e,) for e in experts), arrays)
 
 
 def smaller(
-  run: WholeRun, new_layers: Mapping[int, SmallerLayer], router: str
+  run: WholeRun, new_layers: Mapping[int, SmallerLayer]
 ) -> tuple[ModelOptions, dict[str, Any]]:
   """The options and the variables of the model with the experts that are left.
 
@@ -207,59 +244,46 @@ def smaller(
 
   Args:
     run: The run.
-    new_layers: Each sparse layer with the experts that stay, by number.
-    router: 'shrunk' makes columns as few as experts; otherwise routers keep
-      all of their columns.
+    new_layers: Sparse layers with the experts that stay, by number; others
+      stay as they are.
+
+  Raises:
+    ValueError: Some layers lose columns, and others have merged experts.
   """
-  model, params = run.model, run.variables['params']
-  layers = sparse_layers(model, params)
+  model = run.model
+  layers = sparse_layers(model, run.variables)
 
   def change(first: int, half: LayerOptions) -> MoeOptions:
-    by_index = {
-      layers[n].in_stack: new_layer
-      for n, new_layer in new_layers.items()
-      if first <= n < first + half.num_layers
-    }
-    if not by_index:
+    counts, rows = {}, dict(half.moe.retained.rows)
+    for n, layer in layers.items():
+      if not first <= n < first + half.num_layers:
+        continue
+      counts[layer.in_stack] = E = layer.moe.num_experts
+      if (new := new_layers.get(n)) is None or new.num_experts == E:
+        continue
+      if len(new.row) == E:
+        rows[layer.in_stack] = new.row
+      else:
+        counts[layer.in_stack] = new.num_experts
+    if not counts:
       return half.moe
-    if router == SHRUNK:
-      counts = {i: x.num_experts for i, x in by_index.items()}
-      E = max(counts.values())
-      retention = retained({i: n for i, n in counts.items() if n < E})
-      return dataclasses.replace(half.moe, num_experts=E, retained=retention)
-    rows = {i: x.row for i, x in by_index.items() if x.num_experts < len(x.row)}
-    retention = retained(half.moe.retained.counts, rows)
-    return dataclasses.replace(half.moe, retained=retention)
+    most = max(counts.values())
+    uneven = {i: count for i, count in counts.items() if count < most}
+    retained = Retained.of(uneven, rows)
+    return dataclasses.replace(half.moe, num_experts=most, retained=retained)
 
   options = with_moes(run.options.model, change)
-  changed_arrays = {
-    n: {**new_layer.experts, **(new_layer.columns if router == SHRUNK else {})}
-    for n, new_layer in new_layers.items()
-    if new_layer.num_experts < layers[n].moe.num_experts
+  changes = {
+    n: new.arrays
+    for n, new in new_layers.items()
+    if new.num_experts < layers[n].moe.num_experts
   }
   new_model = options.build(run.options.sharding.rules)
-  mixes = {n: new_layers[n].mix for n in changed_arrays if router == SHRUNK}
-  state = run.variables.get(COLLECTION, {})
-  return options, as_variables(
-    assembled(model, params, new_model, changed_arrays),
-    assembled_state(model, state, new_model, mixes),
-  )
-
-
-def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
-  """The layer with these experts alone, the columns of others masked."""
-  row = np.full(layer.moe.num_experts, MASKED)
-  row[experts] = np.arange(len(experts))
-  index = np.array(experts)
-  return SmallerLayer(
-    {path: x[index] for path, x in layer.experts.items()},
-    layer.selected_columns(index),
-    tuple(row.tolist()),
-  )
+  return options, assembled(model, run.variables, new_model, changes)
 
 
 def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
-  """The run in memory without some experts, whose columns are never chosen.
+  """The run in memory without some experts.
 
   A token that would choose one of them takes the next of its choices.
 
@@ -269,26 +293,20 @@ def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:
 
   Raises:
     ValueError: A layer is not sparse, has no such expert or would keep fewer
-      than a token chooses, or as `check_layer`.
+      than a token chooses, or as `check_layer` and `only`.
   """
-  layers = sparse_layers(run.model, run.variables['params'])
+  layers = sparse_layers(run.model, run.variables)
   new_layers = {}
   for number, lost_experts in lost.items():
     if number not in layers:
       raise InputError(f'layer {number} is not sparse; {[*layers]} are')
     layer, lost_experts = layers[number], set(lost_experts)
     check_layer(layer)
-    E, K = layer.moe.num_experts, layer.moe.num_selected
-    remaining = [e for e in range(E) if e not in lost_experts]
+    E = layer.moe.num_experts
     if unknown := sorted(lost_experts - set(range(E))):
       raise InputError(f'layer {number} has no experts {unknown}, only {E}')
-    if len(remaining) < K:
-      raise InputError(
-        f'layer {number} would keep {len(remaining)} experts, and a token '
-        f'chooses num_selected={K}'
-      )
-    new_layers[number] = only(layer, remaining)
-  options, variables = smaller(run, new_layers, 'masked')
+    new_layers[number] = only(layer, sorted(set(range(E)) - lost_experts))
+  options, variables = smaller(run, new_layers)
   return run._replace(
     options=run.options._replace(model=options),
     model=options.build(run.options.sharding.rules),

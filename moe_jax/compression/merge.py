@@ -1,125 +1,33 @@
 """Merging of similar experts: each group of a layer becomes one expert.
 
-    python -m moe_jax.compression merge --run=runs/tiny --output=runs/half \
-      --experts=4 --group_by=outputs --router=tied --batches=8
-
 M-SMoE (https://arxiv.org/abs/2310.01334) and HC-SMoE
 (https://arxiv.org/abs/2410.08589) are settings of it: the similarity, the rule
-of grouping, and the number of experts of each layer. A group is the mean of its
+of grouping, and the number of experts of each layer. As there, routers keep
+their columns, which lead to the merged experts. A group is the mean of its
 experts, aligned to the most used of them and weighted by usage. An expert that
 no calibration token reaches has the weight 0 in its group; a group of such
-experts alone is their even mean. Recovery is training afterwards: distillation
-with the original run as the teacher.
+experts alone is their even mean.
 """
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from scipy.cluster import hierarchy
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import pdist, squareform
 
-from moe_jax import command_line
-from moe_jax.compression import grouping
-from moe_jax.compression.align import of_expert, permutation, permuted
-from moe_jax.compression.fewer import (
-  SHRUNK,
-  Calibrated,
-  SmallerLayer,
-  smaller,
-)
-from moe_jax.compression.fewer_command import (
-  add_arguments,
-  closing_lines,
-  read,
-  report_lines,
-  write,
-)
-from moe_jax.compression.usage import Usage
+from moe_jax.compression.fewer import Calibrated, Groups, SmallerLayer
+from moe_jax.compression.usage import SCORES, Usage
+from moe_jax.errors import InputError
+from moe_jax.layers.parameters import Names
 from moe_jax.models.expert_arrays import COLUMN, Arrays, SparseLayer
+from moe_jax.models.flat_trees import Path
+from moe_jax.options import unknown
 
-TIED = 'tied'
-ROUTERS = (TIED, SHRUNK)
-
-
-def merged(
-  layer: SparseLayer, usage: Usage, groups: grouping.Groups
-) -> SmallerLayer:
-  """A layer whose groups of experts are one expert each.
-
-  A group of one keeps its bits. Column g of a router that shrinks is the mean
-  of its group's columns, weighted like the experts, and so is its balancing
-  bias: the bias of an expert that is hardly used has risen for long, and a
-  plain mean would give it to the whole group.
-
-  Args:
-    layer: The layer.
-    usage: The statistics of its experts.
-    groups: The experts of each group; expert g is made of group g.
-  """
-  weights = [_weights(usage, group) for group in groups]
-  experts = {path: np.asarray(x) for path, x in layer.experts.items()}
-  mean_experts = [
-    _mean_expert(experts, usage, group, group_weights, layer)
-    for group, group_weights in zip(groups, weights, strict=True)
-  ]
-  columns = {}
-  for path, x in layer.columns.items():
-    axis = layer.axes[path].index(COLUMN)
-    mean_columns = [
-      _mean(np.take(np.asarray(x), group, axis), group_weights, axis)
-      for group, group_weights in zip(groups, weights, strict=True)
-    ]
-    columns[path] = jnp.asarray(np.stack(mean_columns, axis))
-  row, share = np.zeros(layer.moe.num_experts, int), [0.0] * len(usage.choices)
-  for g, group in enumerate(groups):
-    row[list(group)] = g
-    for expert, weight in zip(group, weights[g], strict=True):
-      share[expert] = float(weight)
-  return SmallerLayer(
-    {path: jnp.stack([x[path] for x in mean_experts]) for path in experts},
-    columns,
-    tuple(row.tolist()),
-    tuple(share),
-  )
-
-
-def _weights(usage: Usage, group: tuple[int, ...]) -> np.ndarray:
-  """The weight of each expert of a group; they sum to 1."""
-  choices = usage.choices[list(group)]
-  if not choices.sum():
-    choices = np.ones(len(group))
-  return choices / choices.sum()
-
-
-def _mean_expert(
-  experts: Mapping[Any, np.ndarray],
-  usage: Usage,
-  group: tuple[int, ...],
-  weights: np.ndarray,
-  layer: SparseLayer,
-) -> Arrays:
-  if len(group) == 1:
-    return of_expert(experts, group[0])
-  axes = {path: layer.axes[path][1:] for path in experts}
-  reference = of_expert(experts, group[int(np.argmax(weights))])
-  aligned_experts = []
-  for e in group:
-    expert = of_expert(experts, e)
-    order = permutation(reference, expert, axes)
-    aligned_experts.append(permuted(expert, order, axes))
-  return {
-    path: _mean(np.stack([x[path] for x in aligned_experts]), weights, 0)
-    for path in experts
-  }
-
-
-def _mean(arrays: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-  """The weighted mean along an axis, by float64, in the dtype of the arrays."""
-  if len(weights) == 1:
-    return np.take(arrays, 0, axis)
-  wide = np.moveaxis(arrays, axis, -1).astype(np.float64)
-  return (wide @ weights).astype(arrays.dtype)
+HIDDEN = 'expert_mlp'
 
 
 def merge(
@@ -134,64 +42,171 @@ def merge(
   Args:
     original: The run with the statistics of its experts.
     counts: The number of experts that stay in each sparse layer.
-    group_by: One of `grouping.SIMILARITIES`.
-    rule: One of `grouping.GROUPINGS`.
+    group_by: One of `SIMILARITIES`.
+    rule: One of `GROUPINGS`.
+
+  Raises:
+    ValueError: The similarity is unknown, or layers have lost experts already.
   """
-  group_experts, new_layers = grouping.GROUPINGS[rule], {}
+  new_layers = {}
   for n, layer in original.layers.items():
     usage = original.usage[n]
-    distance = grouping.distances(layer, usage, group_by)
-    groups = group_experts(distance, usage, counts[n])
+    distance = distances(layer, usage, group_by)
+    groups = GROUPINGS[rule](distance, usage, counts[n])
     new_layers[n] = merged(layer, usage, groups)
   return new_layers
 
 
-def add(commands: Any) -> None:
-  """Adds the command to a parser's commands."""
-  parser = commands.add_parser(
-    'merge', help='merges similar experts', **command_line.about(__doc__)
-  )
-  parser.set_defaults(run=_run)
-  add_arguments(parser, ROUTERS, TIED)
-  meanings = '; '.join(
-    f'{name}: {similarity.meaning}'
-    for name, similarity in grouping.SIMILARITIES.items()
-  )
-  parser.add_argument(
-    '--group_by',
-    choices=[*grouping.SIMILARITIES],
-    default='outputs',
-    help=f'what experts are compared by: {meanings}',
-  )
-  parser.add_argument(
-    '--grouping',
-    choices=[*grouping.GROUPINGS],
-    default='clusters',
-    help='clusters of average linkage, or the most used experts as cores that '
-    'the others join (M-SMoE)',
-  )
+def merged(layer: SparseLayer, usage: Usage, groups: Groups) -> SmallerLayer:
+  """A layer whose groups of experts are one expert each.
+
+  A group of one keeps its bits.
+  """
+  experts = {path: np.asarray(x) for path, x in layer.experts.items()}
+  means = {path: [] for path in experts}
+  for index in map(list, groups):
+    if len(index) == 1:
+      for path, x in experts.items():
+        means[path].append(x[index[0]])
+      continue
+    group = {path: x[index] for path, x in experts.items()}
+    weights = usage.choices[index]
+    if not weights.sum():
+      weights = np.ones(len(index))
+    weights = weights / weights.sum()
+    reference = int(np.argmax(weights))
+    for path, x in aligned(group, reference, layer.axes).items():
+      wide = np.moveaxis(x, 0, -1).astype(np.float64)
+      means[path].append((wide @ weights).astype(x.dtype))
+  arrays = {path: jnp.asarray(np.stack(x)) for path, x in means.items()}
+  return SmallerLayer(groups, arrays)
 
 
-def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  original, counts = read(options, overrides, 'usage')
-  new_layers = merge(
-    original, counts, group_by=options.group_by, rule=options.grouping
-  )
-  model, variables = smaller(original.run, new_layers, options.router)
-  folder = write(original, options.output, model, variables)
-  groups = [
-    f'layer {n}: {_groups_text(layer)}' for n, layer in new_layers.items()
+def aligned(
+  experts: Arrays, reference: int, axes: Mapping[Path, Names]
+) -> dict[Path, np.ndarray]:
+  """The experts with hidden units in the order that fits one of them best.
+
+  A feed-forward computes the same whatever the order of its hidden units, so
+  experts are compared and averaged after they are permuted: step 1 of M-SMoE.
+  The fit of two units is the sum of the products of all their weights. The
+  paper's code takes the weights of the first and last kernel alone, but gated
+  experts have a third kernel, and there may be biases.
+
+  Args:
+    experts: The parameters of experts, [E, ...], by path.
+    reference: The expert that all others are aligned to.
+    axes: The logical axes of each parameter; hidden units are 'expert_mlp'.
+
+  Raises:
+    ValueError: The parameters have no hidden units.
+  """
+  hidden = {p: axes[p].index(HIDDEN) for p in experts if HIDDEN in axes[p]}
+  if not hidden:
+    raise InputError(
+      f'the experts have the parameters {["/".join(p) for p in experts]}, '
+      'none of which has hidden units; only feed-forward experts are aligned'
+    )
+  fits: Any = 0.0  # [E, F, F]
+  for path, axis in hidden.items():
+    rows = np.moveaxis(np.asarray(experts[path], np.float32), axis, 1)
+    rows = rows.reshape(*rows.shape[:2], -1)  # [E, F, N]
+    fits = fits + rows[reference] @ rows.swapaxes(1, 2)
+  orders = [linear_sum_assignment(fit, maximize=True)[1] for fit in fits]
+  orders[reference] = np.arange(len(orders[reference]))
+  arrays = dict(experts)
+  for path, axis in hidden.items():
+    pairs = zip(experts[path], orders, strict=True)
+    arrays[path] = np.stack([np.take(x, i, axis - 1) for x, i in pairs])
+  return arrays
+
+
+def _router_columns(layer: SparseLayer, usage: Usage) -> np.ndarray:
+  del usage
+  columns = [
+    np.moveaxis(np.asarray(x, np.float64), layer.axes[p].index(COLUMN), 0)
+    for p, x in layer.columns.items()
+    if x.ndim > 1
   ]
-  lines = report_lines(
-    original, variables['params'], new_layers, options.router
-  )
-  lines += ['groups of experts: ' + '; '.join(groups)]
-  return '\n'.join([*lines, closing_lines(folder, original)])
+  return np.concatenate([x.reshape(len(x), -1) for x in columns], axis=1)
 
 
-def _groups_text(layer: SmallerLayer) -> str:
-  row = np.array(layer.row)
-  return ' '.join(
-    '+'.join(map(str, np.flatnonzero(row == g)))
-    for g in range(layer.num_experts)
-  )
+def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
+  experts = {p: np.asarray(x, np.float32) for p, x in layer.experts.items()}
+  arrays = aligned(experts, int(np.argmax(usage.choices)), layer.axes).values()
+  return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
+
+
+def _outputs(layer: SparseLayer, usage: Usage) -> np.ndarray:
+  del layer
+  return usage.mean_output
+
+
+# By name, the features [E, N] by which experts are compared, and the distance
+# of two rows in scipy's `pdist`. Columns of routers stand for their weights,
+# unlike the router logits on data of M-SMoE.
+SIMILARITIES: Mapping[
+  str, tuple[Callable[[SparseLayer, Usage], np.ndarray], Any]
+] = {
+  'outputs': (_outputs, 'euclidean'),
+  'weights': (_weights, 'euclidean'),
+  'router': (_router_columns, 'cosine'),
+}
+
+
+def distances(
+  layer: SparseLayer, usage: Usage, group_by: str
+) -> Float[np.ndarray, 'E E']:
+  """The distance of each two experts of a layer.
+
+  Raises:
+    ValueError: The similarity is unknown.
+  """
+  if group_by not in SIMILARITIES:
+    raise unknown('group_by', group_by, SIMILARITIES)
+  features, metric = SIMILARITIES[group_by]
+  # A column of zeros has no direction; its distance to any other is 1.
+  rows = pdist(features(layer, usage), metric)
+  return squareform(np.nan_to_num(rows, nan=1.0))
+
+
+def clusters(
+  distance: Float[np.ndarray, 'E E'], usage: Usage, num_groups: int
+) -> Groups:
+  """Exactly that many clusters of average linkage (HC-SMoE).
+
+  Args:
+    distance: The distance of each two experts.
+    usage: Not used; an argument of every function in `GROUPINGS`.
+    num_groups: E', in [1, E].
+  """
+  del usage
+  E = len(distance)
+  if num_groups == E or E == 1:
+    return tuple((e,) for e in range(E))
+  linkage = hierarchy.linkage(squareform(distance, checks=False), 'average')
+  labels = hierarchy.cut_tree(linkage, n_clusters=num_groups)[:, 0]
+  return _in_order(labels)
+
+
+def cores(
+  distance: Float[np.ndarray, 'E E'], usage: Usage, num_groups: int
+) -> Groups:
+  """The most used experts, each with the others that are nearest to it.
+
+  Source: step 3 of M-SMoE, https://arxiv.org/abs/2310.01334. Ties go to the
+  lower number.
+  """
+  most_used = np.argsort(-SCORES['usage'](usage), kind='stable')[:num_groups]
+  labels = np.argmin(distance[:, np.sort(most_used)], axis=1)
+  labels[np.sort(most_used)] = np.arange(num_groups)
+  return _in_order(labels)
+
+
+GROUPINGS = {'clusters': clusters, 'cores': cores}
+
+
+def _in_order(labels: np.ndarray) -> Groups:
+  """The groups, ordered by their lowest member."""
+  groups = [tuple(np.flatnonzero(labels == g).tolist()) for g in set(labels)]
+  return tuple(sorted(groups))

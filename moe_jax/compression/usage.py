@@ -49,27 +49,15 @@ class Usage(NamedTuple):
     return self.output / max(float(self.tokens), 1.0)
 
 
-def _usage(usage: Usage) -> np.ndarray:
-  """The share of choices that falls on each expert."""
-  return usage.choices / max(float(usage.choices.sum()), 1.0)
-
-
-def _gate(usage: Usage) -> np.ndarray:
-  """The mean gate of each expert over the tokens of the layer."""
-  return usage.gate / max(float(usage.tokens), 1.0)
-
-
-def _reap(usage: Usage) -> np.ndarray:
-  """The mean of gate times norm of output, over the tokens that it serves."""
-  return usage.gated_norm / np.maximum(usage.choices, 1.0)
-
-
-# The scores by which experts are ranked, [E]; that of an unused expert is 0.
-# 'reap' is https://arxiv.org/abs/2510.13999, 'usage' that of M-SMoE.
+# The scores [E] by which experts are ranked; that of an unused expert is 0.
 SCORES: Mapping[str, Callable[[Usage], np.ndarray]] = {
-  'usage': _usage,
-  'gate': _gate,
-  'reap': _reap,
+  # The share of choices that falls on each expert, as in M-SMoE.
+  'usage': lambda usage: usage.choices / max(float(usage.choices.sum()), 1.0),
+  # The mean gate over the tokens of the layer.
+  'gate': lambda usage: usage.gate / max(float(usage.tokens), 1.0),
+  # The mean of gate times norm of output over the tokens of an expert,
+  # https://arxiv.org/abs/2510.13999.
+  'reap': lambda usage: usage.gated_norm / np.maximum(usage.choices, 1.0),
 }
 
 
@@ -86,19 +74,8 @@ def measure(
     batches: Batches of calibration data.
 
   Raises:
-    ValueError: Experts choose tokens, or there is no sparse layer or no batch.
+    ValueError: There is no sparse layer or no batch.
   """
-  expert_choice_layers = [
-    i
-    for i, moe in enumerate(model.moes)
-    if moe is not None and moe.router.by_expert
-  ]
-  if expert_choice_layers:
-    raise InputError(
-      f'the experts of layers {expert_choice_layers} choose tokens, so that '
-      'all are used equally; only experts that tokens choose are merged and '
-      'pruned'
-    )
   total = None
   for batch in batches:
     sums = jax.tree.map(
@@ -115,7 +92,7 @@ def _measure(
   model: Model, variables: Mapping[str, Any], batch: Mapping[str, Leaf]
 ) -> dict[int, Usage]:
   tokens = capture(model, variables, batch)
-  layers = sparse_layers(model, variables['params'])
+  layers = sparse_layers(model, variables)
   return {
     number: _layer_usage(_expert_function(layer), layer.experts, tokens[number])
     for number, layer in layers.items()

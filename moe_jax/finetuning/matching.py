@@ -205,8 +205,8 @@ def _check_columns(model: Model, source: Model) -> None:
 
 def equal_experts(model: Model) -> bool:
   """Whether all sparse layers have E experts and a router column for each."""
-  sizes = [moe.sizes for moe in model.moes if moe is not None]
-  counts = {n for x in sizes for n in (x.num_experts, x.num_retained)}
+  moes = [moe for moe in model.moes if moe is not None]
+  counts = {n for moe in moes for n in (moe.num_experts, moe.num_retained)}
   return len(counts) <= 1
 
 

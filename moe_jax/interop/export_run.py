@@ -15,7 +15,7 @@ from moe_jax.interop import exported_tokenizer, hub
 from moe_jax.interop.checkpoint_folder import architecture_of
 from moe_jax.interop.saving import save
 from moe_jax.models import code_trees
-from moe_jax.models.expert_arrays import has_tied
+from moe_jax.models.expert_arrays import has_merged
 from moe_jax.partitioning import MeshOptions
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
@@ -55,7 +55,7 @@ def export_run(
   if code_trees.has_codes(model):
     model, params = code_trees.decoded(cast(Any, model), params)
     lines = ['kernels in codes were written as numbers']
-  if has_tied(run.model.build(rules)):
+  if has_merged(run.model.build(rules)):
     lines.append(
       'columns of routers lead to the same experts, of which transformers '
       'needs a copy for each: the bytes are those of all columns, and do not '

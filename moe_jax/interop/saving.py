@@ -18,7 +18,7 @@ from moe_jax.interop.exported_config import choose
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.tensor_files import SAFETENSORS
 from moe_jax.models import ModelOptions
-from moe_jax.models.expert_arrays import assembled_state, has_tied, untied
+from moe_jax.models.expert_arrays import has_merged, with_copies
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.models.router_state import variables as as_variables
 
@@ -56,10 +56,9 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
+  if has_merged(options.build()):
+    options, variables = with_copies(options, variables)
   params, state = variables['params'], variables.get(COLLECTION, {})
-  if has_tied(tied_model := options.build()):
-    options, params = untied(options, params)
-    state = assembled_state(tied_model, state, options.build())
   architecture, config_json = choose(options, config or {})
   model = options.build()
   if model.keeps_router_state and not state:

@@ -6,10 +6,11 @@ rules of routing are `moe_jax.routing`; moving tokens and multiplying them is
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moe_jax.errors import InputError
@@ -20,7 +21,13 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN
 from moe_jax.layers.shared import Shared
-from moe_jax.routing import GivenChoices, MoeAux
+from moe_jax.routing import (
+  AnyRouting,
+  GivenChoices,
+  MoeAux,
+  Routing,
+  to_experts,
+)
 from moe_jax.routing.rows import without_nan
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
@@ -82,6 +89,8 @@ class MoE(nn.Module):
     router = o.router.module(sizes, self.shared, name='router')
     given = self._imposed_choices(given, mask, train, layer)
     routing, aux = router(groups, mask, train, router_ids, layer, given)
+    if o.retained.rows:
+      routing = _to_merged(o, routing, layer)
     if self.is_mutable_collection(SOWN):
       choices = routing.by_token(mask)
       self.sow(SOWN, CHOICES, jax.tree.map(lambda x: to_rows(x, B, T), choices))
@@ -102,6 +111,8 @@ class MoE(nn.Module):
     """The choices of groups that are imposed on the router, or None."""
     kind = self.options.force_balance
     if given is not None:
+      if self.options.retained.rows:
+        raise InputError(f'the batch gives choices: {self.options.replays()}')
       if kind:
         raise InputError(
           f'force_balance={kind!r}, and the batch gives choices, too'
@@ -147,6 +158,24 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
       f'{ROUTERS.name_of(options.router)!r} would mix them; use 0 or a divisor '
       'of the length'
     )
+
+
+def _to_merged(
+  options: MoeOptions, chosen: AnyRouting, layer: int | Int[Array, '']
+) -> Routing:
+  """The routing to the experts that the chosen columns lead to."""
+  chosen, rows = cast(Routing, chosen), options.retained.rows
+  table = np.zeros((max(rows) + 1, options.num_experts), np.int32)
+  table[list(rows)] = list(rows.values())
+  slots = chosen.capacity
+  if slots is not None:
+    slots = options.expert_slots(slots, chosen.group_size)
+  return to_experts(
+    chosen,
+    jnp.asarray(table)[layer],
+    num_experts=options.num_retained,
+    capacity=slots,
+  )
 
 
 def to_groups(

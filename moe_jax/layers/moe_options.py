@@ -128,8 +128,38 @@ class MoeOptions(ImposedOptions):
   @property
   def sizes(self) -> Sizes:
     """The sizes that the methods of the router's options take."""
-    tied = self.retained.tied
-    return Sizes(self.num_experts, self.num_selected, self.capacity, tied)
+    return Sizes(self.num_experts, self.num_selected, self.capacity)
+
+  @property
+  def num_retained(self) -> int:
+    """The number of experts that there are: E unless some are merged."""
+    rows = self.retained.rows.values()
+    return max(map(max, rows)) + 1 if rows else self.num_experts
+
+  def expert_slots(self, slots: int, group_size: int) -> int:
+    """The slots of an expert, which are those of all columns that lead to it.
+
+    All experts have as many as the one with the most columns.
+
+    Args:
+      slots: The slots of a column.
+      group_size: The number of tokens in a group, each of which chooses K
+        columns.
+    """
+    rows = self.retained.rows.values()
+    if not rows:
+      return slots
+    most = max(row.count(expert) for row in rows for expert in row)
+    return min(most * slots, min(most, self.num_selected) * group_size)
+
+  def replays(self) -> str | None:
+    """The reason why no choices can be imposed on it; None if they can."""
+    if self.retained.rows:
+      return (
+        'columns of the router lead to merged experts, and a choice of an '
+        'expert does not say by which column'
+      )
+    return self.router.replays(self.sizes)
 
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
@@ -155,6 +185,8 @@ class MoeOptions(ImposedOptions):
       return
     yield from self.router.problems_with(self.sizes)
     yield from self.imposed_problems(self.router, self.sizes)
+    if self.retained.rows and (self.force_balance or self.replay):
+      yield f'retained.expert_of: {self.replays()}'
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
     yield from self._shared_problems()

@@ -1,9 +1,9 @@
 """Options of layers that have lost experts: which are left, layer by layer.
 
     retained.experts = '1:4, 3:6'
-    retained.expert_of = '1: 0 1 1 2; 3: 0 - 1 2'
+    retained.expert_of = '1: 0 1 1 2; 3: 0 1 0 2'
 
-Merging and pruning (`moe_jax.compression`) write them. Layers that all have the
+Pruning and merging (`moe_jax.compression`) write them. Layers that all have the
 same number of experts, and routers with a column for each, need none of this:
 they have another `moe.num_experts`.
 """
@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping
 
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
-from moe_jax.layers.routers.sizes import MASKED, Sizes, TiedColumns
+from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.options import Options, option
-
-_MASKED_TEXT = '-'
 
 
 @dataclasses.dataclass(frozen=True)
 class Retained(Options):
-  """The experts that sparse layers have where merging or pruning left fewer."""
+  """The experts that sparse layers have where pruning or merging left fewer."""
 
   experts: str = option(
     '',
@@ -32,19 +30,27 @@ class Retained(Options):
   expert_of: str = option(
     '',
     'Experts that the num_experts columns of a router lead to in the sparse '
-    "layers with fewer experts than columns: '1: 0 1 1 2; 3: 0 - 1 2' is, "
-    "after each layer's number, the expert of every column, and '-' for a "
-    'column that is never chosen, masked after the softmax.',
+    "layers whose experts are merged: '1: 0 1 1 2; 3: 0 1 0 2' is, after each "
+    "layer's number, the expert of every column.",
   )
+
+  @classmethod
+  def of(
+    cls, counts: Mapping[int, int], rows: Mapping[int, tuple[int, ...]]
+  ) -> 'Retained':
+    """The options with these numbers of experts and of columns, by layer."""
+    texts = (f'{i}: {" ".join(map(str, row))}' for i, row in rows.items())
+    counts_text = ', '.join(f'{i}:{count}' for i, count in counts.items())
+    return cls(counts_text, '; '.join(texts))
 
   @property
   def counts(self) -> Mapping[int, int]:
-    """The number of experts of each layer whose router shrank with them."""
+    """The number of experts of each pruned layer."""
     return _counts(self.experts)
 
   @property
   def rows(self) -> Mapping[int, tuple[int, ...]]:
-    """The expert of each column, or `MASKED`, of each tied layer."""
+    """The expert of each column, of each merged layer."""
     return _rows(self.expert_of)
 
   @property
@@ -52,24 +58,16 @@ class Retained(Options):
     """The numbers of the layers that it names."""
     return frozenset(self.counts) | frozenset(self.rows)
 
-  @property
-  def tied(self) -> TiedColumns | None:
-    """The tied columns of all layers that have any; None where none has."""
-    return TiedColumns(tuple(self.rows.items())) if self.rows else None
-
   def like(self, layer: int) -> 'Retained':
-    """The tied columns of the layers with as many experts as this one."""
-    if layer not in self.rows:
-      return Retained()
-    experts = max(self.rows[layer])
-    return retained(
-      rows={i: row for i, row in self.rows.items() if max(row) == experts}
-    )
+    """The merged layers that have as many experts as this one."""
+    experts = max(self.rows.get(layer, (-1,)))
+    rows = {i: row for i, row in self.rows.items() if max(row) == experts}
+    return Retained.of({}, rows)
 
   def renumbered(self, old_layers: tuple[int, ...]) -> 'Retained':
     """The options of a stack whose layer i is layer old_layers[i] here."""
     pairs = list(enumerate(old_layers))
-    return retained(
+    return Retained.of(
       {i: self.counts[j] for i, j in pairs if j in self.counts},
       {i: self.rows[j] for i, j in pairs if j in self.rows},
     )
@@ -84,8 +82,8 @@ class Retained(Options):
         return
     for layer in sorted(self.counts.keys() & self.rows.keys()):
       yield (
-        f'layer {layer} is in experts={self.experts!r} and in expert_of: a '
-        'router has as many columns as experts, or tied ones'
+        f'layer {layer} is in experts={self.experts!r} and in expert_of: '
+        'experts are merged before others are pruned, or neither'
       )
     for layer, row in self.rows.items():
       if missing := sorted(set(range(max(row) + 1)) - set(row)):
@@ -96,7 +94,7 @@ class Retained(Options):
 
   def problems_with(self, router: RouterOptions, sizes: Sizes) -> Iterator[str]:
     """The problems with the router, and with layers that lost nothing."""
-    E, K = sizes.num_experts, sizes.num_selected
+    E = sizes.num_experts
     for layer, count in self.counts.items():
       if not 1 <= count < E:
         yield (
@@ -104,25 +102,20 @@ class Retained(Options):
           f'num_experts={E}); leave out a layer that has them all'
         )
         continue
-      for problem in router.problems_with(Sizes(count, K, sizes.capacity)):
+      fewer = dataclasses.replace(sizes, num_experts=count)
+      for problem in router.problems_with(fewer):
         yield f'retained.experts: layer {layer}: {problem}'
     if self.rows and not router.has_columns:
       yield (
-        f'retained.expert_of: the columns of {type(router).__name__} cannot be '
-        'tied, as its tokens do not choose by one logit for each expert; leave '
-        'the routers as many columns as experts'
+        f'retained.expert_of: the columns of {type(router).__name__} cannot '
+        'lead to merged experts, as its tokens do not choose by one logit for '
+        'each expert'
       )
     for layer, row in self.rows.items():
-      chosen = len(row) - row.count(MASKED)
       if len(row) != E:
         yield (
           f'retained.expert_of: layer {layer} has {len(row)} columns, not '
           f'num_experts={E}'
-        )
-      elif chosen < K:
-        yield (
-          f'retained.expert_of: layer {layer} has {chosen} columns that are '
-          f'not masked, and a token chooses num_selected={K}'
         )
 
   def shrunk(self) -> 'Retained':
@@ -130,46 +123,18 @@ class Retained(Options):
     return Retained()
 
 
-def retained(
-  counts: Mapping[int, int] | None = None,
-  rows: Mapping[int, tuple[int, ...]] | None = None,
-) -> Retained:
-  """The options with these numbers of experts and tied columns, by layer.
-
-  Raises:
-    OptionError: They do not fit.
-  """
-  texts = {
-    layer: ' '.join(_MASKED_TEXT if e == MASKED else str(e) for e in row)
-    for layer, row in (rows or {}).items()
-  }
-  return Retained(
-    ', '.join(f'{layer}:{count}' for layer, count in (counts or {}).items()),
-    '; '.join(f'{layer}: {text}' for layer, text in texts.items()),
-  )
-
-
 @functools.cache
 def _counts(text: str) -> dict[int, int]:
-  return {
-    layer: _number(value)
-    for layer, value in _entries(text, ',', "a list such as '1:4, 3:6'")
-  }
+  entries = _entries(text, ',', "a list such as '1:4, 3:6'")
+  return {layer: _number(value) for layer, value in entries}
 
 
 @functools.cache
 def _rows(text: str) -> dict[int, tuple[int, ...]]:
-  entries = _entries(text, ';', "a list such as '1: 0 1 1 2; 3: 0 - 1 2'")
-  rows = {
-    layer: tuple(
-      MASKED if column == _MASKED_TEXT else _number(column)
-      for column in value.split()
-    )
-    for layer, value in entries
-  }
-  for layer, row in rows.items():
-    if max(row, default=MASKED) == MASKED:
-      raise InputError(f'layer {layer} has no column that leads to an expert')
+  entries = _entries(text, ';', "a list such as '1: 0 1 1 2; 3: 0 1 0 2'")
+  rows = {layer: tuple(map(_number, value.split())) for layer, value in entries}
+  if empty := [layer for layer, row in rows.items() if not row]:
+    raise InputError(f'layers {empty} have no columns')
   return rows
 
 
@@ -180,7 +145,7 @@ def _entries(text: str, separator: str, form: str) -> list[tuple[int, str]]:
     layer, colon, value = entry.partition(':')
     if not colon:
       raise InputError(f'{entry.strip()!r} is no entry of {form}')
-    entries.append((_number(layer), value.strip()))
+    entries.append((_number(layer), value))
   layers = [layer for layer, _ in entries]
   if repeated := sorted({i for i in layers if layers.count(i) > 1}):
     raise InputError(f'layers {repeated} come twice')

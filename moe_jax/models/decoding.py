@@ -112,7 +112,7 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
 def _for_few_tokens(stack, moe, params, rows):
   K = moe.num_selected
   expert_counts = [
-    layer.sizes.num_retained for layer in stack.moes if layer is not None
+    layer.num_retained for layer in stack.moes if layer is not None
   ]
   distinct_rows = rows
   if moe.router.needs_tasks:  # all rows of a task choose alike

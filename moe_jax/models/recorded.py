@@ -83,7 +83,7 @@ def _recorded_choices(
   model: Model, layer: int, sown_values, logits: bool, dtype
 ) -> Recorded:
   choices, router_logits = sown_values[CHOICES], None
-  index_type = expert_type(model.moe_of(layer).sizes.num_retained)
+  index_type = expert_type(model.moe_of(layer).num_retained)
   no_expert = jnp.iinfo(index_type).max
   if logits and LOGITS in sown_values:
     router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])

@@ -5,7 +5,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from moe_jax.errors import InputError
@@ -13,7 +12,6 @@ from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
 from moe_jax.layers.imposed import check_given
 from moe_jax.layers.routers.contract import ROUTER_STATE, RoutedTokens
-from moe_jax.layers.routers.sizes import MASKED
 from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import stack_for_decoding
 from moe_jax.models.layer_trees import (
@@ -178,7 +176,6 @@ def _with_subtree(tree: dict[str, Any], path: Path, subtree: dict[str, Any]):
 
 def _moved_stack(stack, router_state, rows, rate):
   router = stack.experts.router
-  rows = _with_mean_of_open(rows, stack.experts.retained.rows)
 
   def move(state, load):
     """Moves a router's state, the highest level of the tree with arrays."""
@@ -187,25 +184,6 @@ def _moved_stack(stack, router_state, rows, rate):
     return {name: move(substate, load) for name, substate in state.items()}
 
   return map_layers(stack, router_state, rows, move)
-
-
-def _with_mean_of_open(
-  load: Float32[Array, 'L E'], columns: Mapping[int, tuple[int, ...]]
-) -> Float32[Array, 'L E']:
-  """The loads of a stack's layers, with the mean of others for masked columns.
-
-  The mean of all columns then equals that of the columns that can be chosen.
-
-  Args:
-    load: The loads.
-    columns: The expert of each column, or `MASKED`, of each tied layer.
-  """
-  for layer, row in columns.items():
-    masked = np.array(row) == MASKED
-    if masked.any():
-      mean = load[layer, : len(row)][~masked].mean()
-      load = load.at[layer, np.flatnonzero(masked)].set(mean)
-  return load
 
 
 def make_context(

@@ -108,7 +108,7 @@ def masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  model_E = {i: model.moe_of(i).sizes.num_retained for i in model.sparse_layers}
+  model_E = {i: model.moe_of(i).num_retained for i in model.sparse_layers}
   file_E = {i: chosen.num_experts for i in chosen.layers}
   if model_E != file_E:
     raise InputError(

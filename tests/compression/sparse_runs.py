@@ -52,16 +52,18 @@ def batch(seed=0):
   }
 
 
+BATCHES = [batch(0), batch(1)]
+
+
 def calibrated(run):
-  layers_by_number = sparse_layers(run.model, run.variables['params'])
-  batches = [batch(0), batch(1)]
-  usage = measure(run.model, run.variables, batches)
-  return Calibrated(run, layers_by_number, usage, batches)
+  layers_by_number = sparse_layers(run.model, run.variables)
+  usage = measure(run.model, run.variables, BATCHES)
+  return Calibrated(run, layers_by_number, usage)
 
 
-def smaller_run(run, smaller_layers, router):
+def smaller_run(run, smaller_layers):
   """The run with fewer experts, which are given for each layer."""
-  options, variables = smaller(run, smaller_layers, router)
+  options, variables = smaller(run, smaller_layers)
   described = run.options._replace(model=options)
   return WholeRun(run.folder, described, options.build(), variables, 0)
 

@@ -128,10 +128,10 @@ def test_what_cannot_be_concatenated_is_refused(model, message):
     dense_start.plan(*map(tiny.model_of, options), {}, [])
 
 
-def test_experts_that_a_teacher_has_lost_are_not_concatenated():
-  pruned = {'moe': TEACHER['moe'] | {'retained': {'expert_of': '1: 0 - 1 -'}}}
+def test_experts_that_a_teacher_has_merged_are_not_concatenated():
+  merged = {'moe': TEACHER['moe'] | {'retained': {'expert_of': '1: 0 1 1 0'}}}
   student = {'moe': {'num_experts': 0, 'num_selected': 3}}
-  options = (tiny.options(model={**TEACHER, **m}) for m in (student, pruned))
+  options = (tiny.options(model={**TEACHER, **m}) for m in (student, merged))
   with pytest.raises(ValueError, match='not that of 1 to 2 experts of width'):
     dense_start.plan(*map(tiny.model_of, options), {}, [])
 

@@ -100,7 +100,7 @@ def test_a_model_that_lost_experts_is_refused():
     options, moe=dataclasses.replace(options.moe, retained=retained)
   )
   params = tiny.params_of(retained_options.build())
-  with pytest.raises(ValueError, match='tied or masked columns or uneven'):
+  with pytest.raises(ValueError, match='merged experts or uneven'):
     extract.extract(retained_options, params, 0)
 
 

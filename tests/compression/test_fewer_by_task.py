@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import extract
-from moe_jax.compression.fewer import SHRUNK, SmallerLayer, only, smaller
-from moe_jax.compression.merge import TIED
+from moe_jax.compression.fewer import SmallerLayer, only, smaller
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
@@ -46,9 +45,9 @@ def test_what_no_task_chooses_is_pruned_without_a_change():
     return leaf.at[..., LOST].add(-50.0) if name == 'tasks' else leaf
 
   run = run_of(unloved)
-  layers = sparse_layers(run.model, run.variables['params'])
+  layers = sparse_layers(run.model, run.variables)
   smaller_layers = {n: only(layer, REMAINING) for n, layer in layers.items()}
-  options, variables = smaller(run, smaller_layers, SHRUNK)
+  options, variables = smaller(run, smaller_layers)
   assert_same_logits(run, options, variables)
   # As all layers have as many experts, the part of a task is taken out.
   assert options.moe.num_experts == len(REMAINING)
@@ -59,9 +58,6 @@ def test_what_no_task_chooses_is_pruned_without_a_change():
     rtol=1e-5,
     atol=1e-5,
   )
-  options, variables = smaller(run, smaller_layers, 'masked')
-  with pytest.raises(ValueError, match='tied or masked columns'):
-    extract.extract(options, variables['params'], 2)
 
 
 def test_equal_experts_are_merged_without_a_change():
@@ -70,15 +66,16 @@ def test_equal_experts_are_merged_without_a_change():
     return leaf.at[:, LOST].set(leaf[:, 1]) if of_expert else leaf
 
   run = run_of(twins)
-  layers = sparse_layers(run.model, run.variables['params'])
-  row = (0, 1, 2, 1, 3)  # column 3 leads to expert 1
+  layers = sparse_layers(run.model, run.variables)
+  groups = ((0,), (1, 3), (2,), (4,))  # column 3 leads to expert 1
+  index = np.array(REMAINING)
   smaller_layers = {
-    n: SmallerLayer(*only(layer, REMAINING)[:2], row)
+    n: SmallerLayer(groups, {p: x[index] for p, x in layer.experts.items()})
     for n, layer in layers.items()
   }
-  assert_same_logits(run, *smaller(run, smaller_layers, TIED))
+  assert_same_logits(run, *smaller(run, smaller_layers))
   # Behind the same columns, experts that differ change the logits.
   with pytest.raises(AssertionError):
     assert_same_logits(
-      run_of(lambda _, leaf: leaf), *smaller(run, smaller_layers, TIED)
+      run_of(lambda _, leaf: leaf), *smaller(run, smaller_layers)
     )

@@ -93,10 +93,10 @@ def test_choices_are_served_by_their_rank():
   assert ranked.capacity == 2
 
 
-def test_ranks_are_no_columns_that_can_be_tied():
-  tied = Retained('', '0: 0 1 1 0 2')
-  router = dict(router=ServedByRank(), num_selected=2, retained=tied)
-  with pytest.raises(ValueError, match='ServedByRank cannot be tied'):
+def test_ranks_are_no_columns_that_can_lead_to_merged_experts():
+  merged = Retained('', '0: 0 1 1 0 2')
+  router = dict(router=ServedByRank(), num_selected=2, retained=merged)
+  with pytest.raises(ValueError, match='ServedByRank cannot lead'):
     MoeOptions(num_experts=5, **router)
 
 

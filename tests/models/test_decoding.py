@@ -88,7 +88,7 @@ CASES = {
   # The prompt of four tokens is long.
   'longrope with fewer experts': dict(
     positions=Rotary(scaling=longrope(3)),
-    moe=ALL | dict(retained=Retained('0:4', '1: 0 1 - 2 1')),
+    moe=ALL | dict(retained=Retained('0:4', '1: 0 1 1 2 1')),
   ),
   'learned': dict(
     positions=Learned(),

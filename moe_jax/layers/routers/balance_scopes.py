@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.routers.balancing import BalanceLoss, loss_weight
-from moe_jax.layers.routers.by_token import largest, open_columns
+from moe_jax.layers.routers.by_token import largest
 from moe_jax.layers.routers.contract import Router
 from moe_jax.options import above, at_least, one_of, option
 from moe_jax.routing.aux_losses import balance_of_parts, balance_sums
@@ -88,19 +88,17 @@ def scoped_losses(
   logits: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'] | None,
   mask: Bool[Array, 'G S'],
-  layer: int | Int32[Array, ''],
 ) -> dict[str, Float32[Array, '']]:
   """The losses of `ScopedBalanceLoss` by name; those without weight are 0.
 
-  They are totals, as those of `MoeAux`. Masked columns are no experts of them.
+  They are totals, as those of `MoeAux`.
 
   Args:
     module: The router.
     logits: The logits without noise.
-    expert_index: The columns that tokens chose; None: losses count the K
+    expert_index: The experts that tokens chose; None: losses count the K
       largest logits of a token instead, as Eq. 18 of arXiv:2412.19437 does.
     mask: False for padding.
-    layer: The number of the layer, some of whose columns may be masked.
   """
   o, (G, S) = module.options, mask.shape
   T = module.sizes.row_length or S
@@ -114,9 +112,6 @@ def scoped_losses(
   rows = {name: n for name, n in rows.items() if getattr(o, f'{name}_weight')}
   if not rows:
     return losses
-  is_open = open_columns(module, layer)
-  if is_open is not None:
-    logits = jnp.where(is_open, logits, -jnp.inf)
   if expert_index is None:
     expert_index = largest(logits, module.sizes.num_selected)
   # Rows and groups are cut into parts that lie in one of each.
@@ -124,8 +119,7 @@ def scoped_losses(
   sums = balance_sums(
     o.balance_probs(logits), expert_index, mask, unit, o.balance_choices
   )
-  share = 1.0 if is_open is None else is_open.mean()
   return losses | {
-    f'{name}_loss': share * balance_of_parts(sums, n * T // unit)
+    f'{name}_loss': balance_of_parts(sums, n * T // unit)
     for name, n in rows.items()
   }

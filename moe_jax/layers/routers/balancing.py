@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax.layers.routers.contract import (
   ROUTER_STATE,
@@ -128,11 +127,6 @@ class BalanceBias(RouterOptions):
     router_load = load[..., : bias.shape[-1]]
     rule = self.balance_bias_rule
     return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
-
-  def mixed_state(self, state, mix):
-    """The bias of other columns, each the weighted mean of old ones."""
-    bias = mix @ np.asarray(state[_BIAS], np.float64)
-    return {_BIAS: jnp.asarray(bias, jnp.float32)}
 
 
 def bias_of(module: Router) -> Float32[Array, ' E'] | None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import routing
@@ -167,7 +166,6 @@ def serve(
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
   train: bool,
-  layer: int | Int32[Array, ''] = 0,
   *,
   scores: Float32[Array, 'G S E'] | None = None,
   spare: int = 0,
@@ -181,7 +179,6 @@ def serve(
     logits: The logits that gates are computed from, with noise if any.
     mask: False for padding.
     train: Whether the second policy draws.
-    layer: The number of the layer, some of whose columns may be masked.
     scores: The scores by which tokens choose. Default: the logits.
     spare: The number of experts that are returned beyond the K chosen ones; in
       all there are at most E.
@@ -192,8 +189,6 @@ def serve(
   o, sizes = module.options, module.sizes
   E, K = sizes.num_experts, sizes.num_selected
   scores = logits if scores is None else scores
-  if (is_open := open_columns(module, layer)) is not None:
-    scores = jnp.where(is_open, scores, -jnp.inf)
   if (ranked := expert_index) is None:
     ranked = largest(scores, min(K + spare, E))
   index = ranked[..., :K]
@@ -226,64 +221,28 @@ def largest(
   return on_each_device(choose, (scores,))
 
 
-def open_columns(
-  module: Router, layer: int | Int32[Array, '']
-) -> Bool[Array, '1 1 E'] | None:
-  """False for the columns of a layer that are masked; None where none is."""
-  tied = module.sizes.tied
-  if tied is None or not tied.masks:
-    return None
-  return tied.at(layer)[None, None] >= 0
-
-
-def to_experts(
-  module: Router, chosen: routing.Routing, layer: int | Int32[Array, '']
-) -> routing.Routing:
-  """The routing to the experts behind the columns that tokens have chosen."""
-  sizes, tied = module.sizes, module.sizes.tied
-  if tied is None:
-    return chosen
-  return routing.to_experts(
-    chosen,
-    tied.at(layer),
-    num_experts=tied.num_experts,
-    capacity=sizes.expert_slots(chosen.capacity, chosen.group_size),
-  )
-
-
 def logits_aux(
   module: Router,
   chosen: routing.Routing,
   clean: Float32[Array, 'G S E'],
   gate: Float32[Array, 'G S K'],
   mask: Bool[Array, 'G S'],
-  layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
   """The losses and statistics of routers by logits, sums over real tokens.
 
-  Masked columns are no experts of the balance loss and the importance loss. The
-  z-loss counts them, as gates do.
-
   Args:
     module: The router.
-    chosen: The routing to columns; see `to_experts`.
+    chosen: The routing.
     clean: The logits without noise, from which balance loss, z-loss and
       statistics are computed.
     gate: The gates of the choices, as if all were served.
     mask: False for padding.
-    layer: The number of the layer, some of whose columns may be masked.
   """
   module.sow(SOWN, LOGITS, clean)
   o, index, E = module.options, chosen.expert_index, chosen.num_experts
-  open_logits, is_open = clean, open_columns(module, layer)
-  if is_open is not None:
-    open_logits = jnp.where(is_open, clean, -jnp.inf)
-  probs = o.balance_probs(open_logits)
+  probs = o.balance_probs(clean)
   balance = routing.balance_loss(probs, index, mask, o.balance_choices)
   importance = routing.importance_loss(gate, index, mask, E)
-  if is_open is not None:
-    balance = balance * is_open.mean()
-    importance = of_open_columns(importance, is_open)
   return routing.empty_aux(E, index.shape[-1])._replace(
     losses={
       'balance_loss': over_groups(balance, mask),
@@ -302,19 +261,6 @@ def gates_of(
   """The gates of a router's choices, as if all were served."""
   index = chosen.expert_index
   return routing.gates_before_drop(logits, index, module.options.gates)
-
-
-def of_open_columns(
-  cv_squared: Float32[Array, ' G'], is_open: Bool[Array, '1 1 E']
-) -> Float32[Array, ' G']:
-  """The squared coefficient of variation over the columns that are not masked.
-
-  Args:
-    cv_squared: The same over all E columns, of which masked ones are 0: E times
-      the sum of squares by the square of the sum, minus 1.
-    is_open: False for masked columns.
-  """
-  return (cv_squared + 1.0) * is_open.mean() - 1.0
 
 
 def serve_evenly(

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
-import numpy as np
 from flax import linen as nn
 
 from moe_jax.errors import InputError
@@ -145,8 +144,7 @@ class Router(nn.Module):
 
     It is called in a compact method, and so may make parameters. It is called
     without `given` unless the router's options have `takes_choices`. It need
-    not sow its choices, as the layer keeps those of the routing for analysis;
-    a router whose columns are not the experts (`has_columns`) sows them.
+    not sow its choices, as the layer keeps those of the routing for analysis.
     """
     raise NotImplementedError
 
@@ -180,10 +178,10 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
       'SlotRouting or SoftRouting, MoeAux)'
     )
   chosen, aux = result
-  if chosen.num_experts != sizes.num_retained:
+  if chosen.num_experts != sizes.num_experts:
     raise InputError(
       f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
-      f'the layer has {sizes.num_retained}'
+      f'the layer has {sizes.num_experts}'
     )
   weights = router.options.loss_weights()
   if aux.losses.keys() != weights.keys():
@@ -220,7 +218,7 @@ class RouterOptions(Options):
     needs_whole_rows: Whether a group must not end within a row.
     has_columns: Whether tokens choose by logits, one for each column of the
       router's parameters along the axis 'expert_choice', and columns may be
-      tied or masked; see `Sizes.tied`.
+      led to merged experts; see `Retained`.
     takes_choices: Whether the module's `route` takes choices that are imposed
       on it, its argument `given`.
   """
@@ -284,11 +282,6 @@ class RouterOptions(Options):
     """The reason why no choices can be imposed on it; None if they can."""
     if not self.takes_choices:
       return f'{type(self).__name__} makes its own choices and takes no others'
-    if sizes.tied is not None:
-      return (
-        f'{type(self).__name__} has columns that lead to merged or pruned '
-        'experts, and a choice of an expert does not say by which column'
-      )
     return None
 
   def takes_balanced(self, sizes: Sizes) -> str | None:
@@ -369,18 +362,6 @@ class RouterOptions(Options):
         It may be an array that the step has as an argument.
     """
     del load, rate
-    return state
-
-  def mixed_state(
-    self, state: dict[str, Leaf], mix: Float[np.ndarray, 'N E']
-  ) -> dict[str, Leaf]:
-    """The variables of the collection for a router with other columns.
-
-    Args:
-      state: The module's variables.
-      mix: The weights of the E old columns in each of the N new ones.
-    """
-    del mix
     return state
 
   def canonical(self, sizes: Sizes) -> Self:

@@ -61,7 +61,7 @@ class ExpertGroups(RouterOptions):
       yield f'chosen_expert_groups={chosen} is more than expert_groups={groups}'
 
   def problems_with(self, sizes):
-    """The problems of groups with E, with K, and with masked columns."""
+    """The problems of groups with E and with K."""
     yield from super().problems_with(sizes)
     E, K, groups = sizes.num_experts, sizes.num_selected, self.expert_groups
     if groups == 1:
@@ -73,11 +73,6 @@ class ExpertGroups(RouterOptions):
       yield (
         f'num_selected={K} is more than the {open_experts} experts of the '
         f'chosen_expert_groups={self.chosen_expert_groups}'
-      )
-    if sizes.tied is not None and sizes.tied.masks:
-      yield (
-        f'expert_groups={groups}: a group can have too few columns that are '
-        "not masked, '-'; tie columns instead, or use expert_groups=1"
       )
 
   def shrunk(self):

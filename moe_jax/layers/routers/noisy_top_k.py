@@ -21,10 +21,7 @@ from moe_jax.layers.routers.by_token import (
   ByLogits,
   gates_of,
   logits_aux,
-  of_open_columns,
-  open_columns,
   serve,
-  to_experts,
 )
 from moe_jax.layers.routers.contract import NOISE, SOWN, Router
 from moe_jax.layers.routers.linear_gate import (
@@ -40,8 +37,6 @@ from moe_jax.routing.aux_losses import over_groups
 # The name in 'intermediates' of Load [G, E]: by expert, the sum of the chances
 # that a token chooses it if only its own noise is redrawn (Eq. 10).
 LOAD = 'load'
-# The logit of a masked column; its quotients and their gradients are finite.
-_MASKED = -1e20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,32 +63,23 @@ class NoisyTopKRouter(Router):
 
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
-    del router_ids
+    del router_ids, layer
     x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)
     clean = linear_logits(self, x, zeros)
     std = product(self, 'w_noise', zeros, x, self.sizes.num_experts)
     key = self.make_rng(NOISE) if train else None
     logits = routing.noisy_logits(clean, std, key)
     chosen, largest = serve(
-      self, logits.noisy, mask, train, layer, spare=1, given=given
+      self, logits.noisy, mask, train, spare=1, given=given
     )
     gate = gates_of(self, logits.noisy, chosen)
-    aux = logits_aux(self, chosen, clean, gate, mask, layer)
-    K, is_open = self.sizes.num_selected, open_columns(self, layer)
-    if is_open is not None:
-      # If only K columns are open, the next largest logit is that of a masked
-      # column, which no logit has to exceed.
-      noisy = jnp.where(is_open, logits.noisy, _MASKED)
-      logits = logits._replace(noisy=noisy)
+    aux = logits_aux(self, chosen, clean, gate, mask)
+    K = self.sizes.num_selected
     probability = routing.load_probability(logits, K, largest)
-    if is_open is None:
-      load = routing.load_loss(probability, mask)
-    else:
-      probability = jnp.where(is_open, probability, 0.0)
-      load = of_open_columns(routing.load_loss(probability, mask), is_open)
+    load = routing.load_loss(probability, mask)
     aux.losses['load_loss'] = over_groups(load, mask)
     # Load is sown for analysis alone; it is kept if the caller makes
     # 'intermediates' mutable.
     real = mask[..., None]
     self.sow(SOWN, LOAD, jnp.where(real, probability, 0.0).sum(1))  # [G, E]
-    return to_experts(self, chosen, layer), aux
+    return chosen, aux

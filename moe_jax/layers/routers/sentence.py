@@ -16,7 +16,6 @@ from moe_jax.layers.routers.by_token import (
   gates_of,
   logits_aux,
   serve,
-  to_experts,
 )
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.linear_gate import (
@@ -79,10 +78,10 @@ class SentenceRouter(Router):
     # Noise is drawn before means are spread, so that tokens share it, too.
     means = on_each_device(spread, (jittered(self, means, train), sentence))
     logits = linear_logits(self, means)
-    chosen, _ = serve(self, logits, mask, train, layer, given=given)
+    chosen, _ = serve(self, logits, mask, train, given=given)
     gate = gates_of(self, logits, chosen)
-    aux = logits_aux(self, chosen, logits, gate, mask, layer)
-    return to_experts(self, chosen, layer), aux
+    aux = logits_aux(self, chosen, logits, gate, mask)
+    return chosen, aux
 
 
 @checked

@@ -51,7 +51,7 @@ class SparseMixerRouter(Router):
 
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
-    del router_ids
+    del router_ids, layer
     o, sizes = self.options, self.sizes
     logits = linear_logits(self, jittered(self, x, train))
     index, gate = sparse_mixer(
@@ -71,6 +71,6 @@ class SparseMixerRouter(Router):
       given=given,
     )
     sow_choices(self, index)
-    aux = logits_aux(self, chosen, logits, gate, mask, layer)
-    aux.losses.update(scoped_losses(self, logits, index, mask, layer))
+    aux = logits_aux(self, chosen, logits, gate, mask)
+    aux.losses.update(scoped_losses(self, logits, index, mask))
     return chosen, aux

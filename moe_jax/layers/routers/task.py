@@ -18,15 +18,10 @@ from moe_jax import routing
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import BalanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import (
-  Roomy,
-  open_columns,
-  serve,
-  to_experts,
-)
+from moe_jax.layers.routers.by_token import Roomy, serve
 from moe_jax.layers.routers.contract import LOGITS, SOWN, Router
 from moe_jax.layers.routers.linear_gate import AXES, ROLE, Jitter, jittered
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.shapes import Array, Bool, Float32
 
 # The parameter that holds the logits of each task, [N, E].
 TABLE = 'tasks'
@@ -79,7 +74,7 @@ class TaskRouter(Router):
 
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
-    del x
+    del x, layer
     N, E = self.shared.num_tasks, self.sizes.num_experts
     if not N:
       raise InputError(
@@ -91,38 +86,29 @@ class TaskRouter(Router):
     )
     table = self.param(TABLE, init, (N, E), jnp.float32)[None]  # [1, N, E]
     noisy = jittered(self, table, train)[0]
-    chosen, _ = serve(self, noisy[router_ids], mask, train, layer, given=given)
-    aux = _each_task_once(self, table, mask, layer)
+    chosen, _ = serve(self, noisy[router_ids], mask, train, given=given)
+    aux = _each_task_once(self, table, mask)
     clean = table[0][router_ids]
     self.sow(SOWN, LOGITS, clean)
     stats = routing.routing_stats(chosen, clean, mask)
-    return to_experts(self, chosen, layer), aux._replace(stats=stats)
+    return chosen, aux._replace(stats=stats)
 
 
 def _each_task_once(
   module: Router,
   table: Float32[Array, '1 N E'],
   mask: Bool[Array, 'G S'],
-  layer: int | Int32[Array, ''],
 ) -> routing.MoeAux:
-  """The losses of a group of one token a task, for all real tokens.
-
-  As in other routers, masked columns are no experts of the balance loss.
-  """
+  """The losses of a group of one token a task, for all real tokens."""
   sizes = module.sizes
   E, K = sizes.num_experts, sizes.num_selected
   task_mask = jnp.ones(table.shape[:2], bool)
-  open_logits, is_open = table, open_columns(module, layer)
-  if is_open is not None:
-    open_logits = jnp.where(is_open, table, -jnp.inf)
   balance = routing.balance_loss(
-    jax.nn.softmax(open_logits),
-    routing.choose(open_logits, K),
+    jax.nn.softmax(table),
+    routing.choose(table, K),
     task_mask,
     module.options.balance_choices,
   )
-  if is_open is not None:
-    balance = balance * is_open.mean()
   tokens = mask.sum().astype(jnp.float32)
   return routing.empty_aux(E, K)._replace(
     losses={

@@ -24,7 +24,6 @@ from moe_jax.layers.routers.by_token import (
   gates_of,
   logits_aux,
   serve,
-  to_experts,
 )
 from moe_jax.layers.routers.contract import Router
 from moe_jax.layers.routers.expert_groups import ExpertGroups, within_groups
@@ -119,24 +118,22 @@ class TokenChoiceRouter(Router):
 
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
-    del router_ids
+    del router_ids, layer
     x = with_dropout(self, jittered(self, x, train), train)
     rounded = ROUNDINGS[self.options.logits_dtype]
     logits = linear_logits(self, x, rounded=rounded)
     scores = sampled(self, logits, train)
     if scores is None:
       scores = self._scores(logits)
-    chosen, _ = serve(
-      self, logits, mask, train, layer, scores=scores, given=given
-    )
+    chosen, _ = serve(self, logits, mask, train, scores=scores, given=given)
     gate = gates_of(self, logits, chosen)
-    aux = logits_aux(self, chosen, logits, gate, mask, layer)
+    aux = logits_aux(self, chosen, logits, gate, mask)
     index = None if self.options.keeps_state else chosen.expert_index
-    aux.losses.update(scoped_losses(self, logits, index, mask, layer))
+    aux.losses.update(scoped_losses(self, logits, index, mask))
     chosen = dataclasses.replace(chosen, gate=rounded(chosen.gate))
     if (scale := self.options.gate_scale) != 1:
       chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)
-    return to_experts(self, chosen, layer), aux
+    return chosen, aux
 
   def _scores(
     self, logits: Float32[Array, 'G S E']

@@ -49,7 +49,7 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   limit: an evaluation can override the router's kind.
   """
 
-  # A column tied to another's expert would no longer tell its device.
+  # A column that leads to another's expert would no longer tell its device.
   has_columns: ClassVar[bool] = False
   takes_choices: ClassVar[bool] = True
 
@@ -173,7 +173,7 @@ class TopologyAwareRouter(Router):
 
   def route(self, x, mask, train, router_ids, layer, given=None):
     """Routes each group by itself; see `Router`."""
-    del router_ids
+    del router_ids, layer
     o = self.options
     logits = linear_logits(self, jittered(self, x, train))
     index = None
@@ -188,7 +188,7 @@ class TopologyAwareRouter(Router):
       # It runs on each device, as no compiler splits a sort over groups.
       index = on_each_device(rule, (logits, node, mask))
     chosen, _ = serve(
-      self, logits, mask, train, layer, expert_index=index, given=given
+      self, logits, mask, train, expert_index=index, given=given
     )
     gate = gates_of(self, logits, chosen)
-    return chosen, logits_aux(self, chosen, logits, gate, mask, layer)
+    return chosen, logits_aux(self, chosen, logits, gate, mask)

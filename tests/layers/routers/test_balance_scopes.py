@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import All, MoeOptions, Shared, TokenChoice, models, partitioning
 from moe_jax.layers.routers import Sizes
-from moe_jax.layers.routers.sizes import TiedColumns
 from moe_jax.models.model_options import RunShape
 from moe_jax.options import OptionError
 from tests import reference
@@ -30,8 +29,8 @@ def draw(*shape, seed=0):
   return rng.normal(size=shape).astype(np.float32)
 
 
-def aux_of(options, x, mask, w, row_length=T, num_selected=K, tied=None):
-  sizes = Sizes(w.shape[1], num_selected, All(), tied, row_length)
+def aux_of(options, x, mask, w, row_length=T, num_selected=K):
+  sizes = Sizes(w.shape[1], num_selected, All(), row_length)
   module = options.module(sizes, Shared(), 'router')
   params = {'params': {'w': jnp.asarray(w)}}
   run = jax.jit(lambda x, mask: module.apply(params, x, mask))
@@ -103,7 +102,7 @@ def test_with_a_bias_they_count_choices_without_it():
   biased = dataclasses.replace(
     ALL_SCOPES, gates='sigmoid', balance_bias_rate=0.1
   )
-  sizes = Sizes(E, K, All(), None, T)
+  sizes = Sizes(E, K, All(), T)
   params = {'w': jnp.asarray(draw(M, E, seed=1))}
   x, mask = jnp.asarray(draw(B, T, M)), jnp.ones((B, T), bool)
 
@@ -124,16 +123,6 @@ def test_with_a_bias_they_count_choices_without_it():
       loss, getattr(unbiased, f'{name}_loss'), rtol=1e-6
     )
   assert abs(aux.balance_loss - unbiased.balance_loss) > 1.0
-
-
-@pytest.mark.slow
-def test_masked_columns_are_no_experts_of_them():
-  # Two tokens choose columns 0 and 2 evenly; column 1 leads nowhere.
-  x, tied = np.eye(2)[None], TiedColumns(((0, (0, -1, 1)),))
-  w = np.array([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0]], np.float32)
-  aux = aux_of(ALL_SCOPES, x, np.ones((1, 2), bool), w, 2, 1, tied)
-  for name in NAMES:
-    np.testing.assert_allclose(getattr(aux, f'{name}_loss'), 2.0, rtol=1e-5)
 
 
 def test_the_batch_is_that_of_all_devices():

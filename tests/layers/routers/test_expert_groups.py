@@ -10,7 +10,6 @@ import pytest
 from moe_jax import All, Dropless, Fixed, MoE, MoeOptions, TokenChoice
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.routers import Sizes, SparseMixer
-from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import G, M, S, draw, route
 from tests.models import tiny
@@ -154,11 +153,6 @@ def test_dropless_is_a_capacity_with_room_for_all(router):
     ({}, Sizes(10, 3), 'num_experts=10 does not divide by 4 groups'),
     ({}, Sizes(4, 2), "each has 1, and 'two_best' needs 2"),
     ({}, Sizes(12, 7), 'num_selected=7 is more than the 6 experts'),
-    (
-      {},
-      Sizes(8, 2, tied=TiedColumns(((0, (0, 1, 2, 3, 4, 5, 6, -1)),))),
-      'too few columns that are not masked',
-    ),
     ({'gates': 'raw'}, None, "gates='raw', whose scores are 'softmax'"),
     ({'chosen_expert_groups': 5}, None, 'is more than expert_groups=4'),
     ({'expert_groups': 1}, None, 'chosen_expert_groups=2 has no effect'),

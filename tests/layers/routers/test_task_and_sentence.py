@@ -10,7 +10,6 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.layers.routers.contract import RoutedTokens
 from moe_jax.layers.routers.sentence import sentence_means, spread
-from moe_jax.layers.routers.sizes import TiedColumns
 from moe_jax.models.model_options import RunShape
 from tests.layers.routers import run
 from tests.models import tiny
@@ -156,35 +155,6 @@ def test_noise_is_of_the_sentence_not_of_its_tokens():
   gates = np.asarray(chosen.gate)
   np.testing.assert_array_equal(gates[0, 0], gates[0, 2])
   assert (gates != np.asarray(clean.gate)).any()
-
-
-def test_tokens_of_sentences_go_to_the_experts_behind_tied_columns():
-  router = Sentence()
-  x, mask = run.draw(1, 4, M), np.ones((1, 4), bool)
-  ids = np.array([[1, 1, 2, 3]], np.uint32)
-  row = np.array([1, 0, 0])  # column 0 leads to expert 1, the others to 0
-  sizes = Sizes(E, 1, All(), TiedColumns(((0, tuple(row.tolist())),)))
-  params = run.start(router, Sizes(E, 1, All()), x)
-  plain, tied = (
-    run.compiled(router, router_sizes, False)(params, x, mask, None, ids, 0)[0]
-    for router_sizes in (Sizes(E, 1, All()), sizes)
-  )
-  np.testing.assert_array_equal(tied.expert_index, row[plain.expert_index])
-  np.testing.assert_array_equal(tied.gate, plain.gate)
-  assert tied.num_experts == 2
-
-
-def test_masked_columns_are_no_experts_of_tasks():
-  # Every task would rather have column 1, which leads to no expert; of the
-  # others, half of the tasks have one and half the other.
-  table = np.tile(np.float32([[1.0, 9.0, 0.0], [0.0, 9.0, 1.0]]), (4, 1))
-  sizes = Sizes(E, 1, All(), TiedColumns(((0, (0, -1, 1)),)))
-  ids, mask = np.array([[0, 1, 3]], np.uint32), np.ones((1, 3), bool)
-  chosen, aux = run.compiled(Task(), sizes, False, num_tasks=8)(
-    {'params': {'tasks': table}}, run.draw(1, 3, M), mask, None, ids, 0
-  )
-  assert chosen.expert_index.tolist() == [[[0], [1], [1]]]
-  np.testing.assert_allclose(aux.balance_loss, 3 * 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize('router', [Task(), Sentence()])

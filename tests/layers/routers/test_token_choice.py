@@ -10,7 +10,6 @@ from moe_jax import All, Fixed, NoisyTopK, TokenChoice, sections
 from moe_jax.layers.routers import ROUTERS, Sizes
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD
-from moe_jax.layers.routers.sizes import TiedColumns
 from tests import reference
 from tests.layers.routers.run import (
   E,
@@ -18,7 +17,6 @@ from tests.layers.routers.run import (
   K,
   M,
   S,
-  compiled,
   draw,
   module,
   route,
@@ -390,44 +388,3 @@ def test_bad_options_are_refused(section, message):
   section = {'kind': 'token_choice', 'token_choice': section}
   with pytest.raises(ValueError, match=message):
     sections.read_choice(ROUTERS, section, 'router.')
-
-
-@pytest.mark.parametrize('router', [TokenChoice(), NoisyTopK()])
-def test_masked_columns_are_no_experts_of_the_losses(router):
-  # Two tokens choose columns 0 and 2 as evenly as can be; both would rather
-  # have column 1, which leads to no expert. The third is padding, and would
-  # make column 0 the more popular one.
-  x = np.float32([[[1, 0], [0, 1], [1, 0]]])  # [G, S, M]
-  tied = TiedColumns(((0, (0, -1, 1)),))
-  sizes, mask = Sizes(3, 1, All(), tied), np.array([[True, True, False]])
-  params = {'w': jnp.array([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0]])}
-  if router == NoisyTopK():
-    params['w_noise'] = jnp.zeros((2, 3))
-  chosen, aux = compiled(router, sizes, False)(
-    {'params': params}, x, mask, None, None, 0
-  )
-  assert chosen.expert_index[:, :2].tolist() == [[[0], [1]]]
-  np.testing.assert_allclose(aux.balance_loss, 2 * 1.0, rtol=1e-5)
-  np.testing.assert_allclose(aux.importance_loss, 0.0, atol=1e-5)
-  if 'load_loss' in aux.losses:
-    np.testing.assert_allclose(aux.load_loss, 0.0, atol=1e-5)
-
-
-def test_columns_without_a_rival_are_chosen_for_certain():
-  # Two columns are open and chosen, so that their expected loads are equal,
-  # however much larger the logit of the masked one is.
-  router, tied = NoisyTopK(), TiedColumns(((0, (0, -1, 1)),))
-  params = {
-    'w': jnp.array([[1.0, 5.0, 0.0], [0.0, 5.0, 2.0]]),
-    'w_noise': jnp.zeros((2, 3)),
-  }
-  x, mask = draw(1, S, 2), np.ones((1, S), bool)
-  run = compiled(router, Sizes(3, 2, All(), tied), False)
-
-  def load_loss(params):
-    return run({'params': params}, x, mask, None, None, 0)[1].load_loss
-
-  loss, gradient = jax.value_and_grad(load_loss)(params)
-  np.testing.assert_allclose(loss, 0.0, atol=1e-5)
-  for leaf in gradient.values():
-    np.testing.assert_allclose(leaf, 0.0, atol=1e-5)
