@@ -18,7 +18,6 @@ from moe_jax import command_line, config_file, sections
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.finetuning import adapters, choose_experts
-from moe_jax.options import above
 
 
 def parse(
@@ -42,10 +41,6 @@ def parse(
     subparser.add_argument('--allow_module', action='append', default=[])
     return subparser.add_argument
 
-  def add_step(add):
-    text = 'step of the checkpoint; default: the newest good one'
-    add('--step', type=command_line.NOT_NEGATIVE, help=text)
-
   add = command(
     'choose',
     _choose,
@@ -53,22 +48,20 @@ def parse(
     'folder of the run',
     'file for config.trained_experts',
   )
-  share = command_line.number(float, above(0))
+  share = command_line.number(float, choose_experts.SHARE)
   add('--share', type=share, required=True, help='share p of the use, to 1')
   add('--score', choices=[*choose_experts.SCORES], default='gate')
   add('--batches', type=command_line.POSITIVE, default=8)
-  add(
-    '--config',
-    default='',
-    help="config of the data, by path or name; else the run's",
-  )
+  add('--config', default='', help="config of other data than the run's")
   run, new = 'folder of the run', 'new folder'
-  add_step(command('save', _save, 'writes the adapter of a run', run, new))
-  add = command(
+  save = command('save', _save, 'writes the adapter of a run', run, new)
+  merge = command(
     'merge', _merge, 'adds an adapter to its base', 'folder of the base', new
   )
-  add_step(add)
-  add('--adapter', required=True, help='folder that `save` wrote')
+  merge('--adapter', required=True, help='folder that `save` wrote')
+  for add in (save, merge):
+    text = 'step of the checkpoint; default: the newest good one'
+    add('--step', type=command_line.NOT_NEGATIVE, help=text)
   return command_line.parse_command(
     parser, argv, lambda options: getattr(options, 'config', '')
   )

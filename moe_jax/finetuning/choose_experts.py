@@ -24,10 +24,12 @@ from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
 from moe_jax.layers.routers.contract import Router
 from moe_jax.models import Model
+from moe_jax.option_checks import within
 from moe_jax.runs import trained
 from moe_jax.shapes import Array, Leaf
 from moe_jax.training.chosen_experts import ChosenExperts
 
+SHARE = within('(0, 1]')
 # The use of experts by one batch: {layer: float [E]}, sums over its tokens.
 Use = dict[int, np.ndarray]
 _SOWN_NAME = 'use'
@@ -97,7 +99,8 @@ def chosen(
   Raises:
     ValueError: `share` is not in (0, 1].
   """
-  _check_share(share)
+  if not SHARE.holds(share):
+    raise InputError(f'share={share} {SHARE.rule}')
   layers = {}
   for layer, layer_shares in shares_of.items():
     order = np.argsort(-layer_shares, kind='stable')
@@ -105,11 +108,6 @@ def chosen(
     is_reached = np.cumsum(layer_shares[order]) >= share - 1e-9
     layers[layer] = tuple(sorted(map(int, order[: 1 + is_reached.argmax()])))
   return layers
-
-
-def _check_share(share: float) -> None:
-  if not 0 < share <= 1:
-    raise InputError(f'share={share} not in (0, 1]')
 
 
 def choose(
@@ -137,7 +135,6 @@ def choose(
       tokenizer or the tasks of the data are others.
     CheckpointError: No checkpoint is good.
   """
-  _check_share(share)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)

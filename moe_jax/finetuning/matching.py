@@ -7,15 +7,14 @@ from moe_jax import models
 from moe_jax.errors import InputError
 from moe_jax.finetuning.upcycling import (
   Copies,
-  Path,
   Piece,
   Plan,
   expert_axis,
-  flat,
   sources_of,
 )
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
+from moe_jax.models.flat_trees import Path, flatten
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
 
 _SPARSE = ('expert', 'router', 'shared_expert')
@@ -168,19 +167,14 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)
   if not num_old or not num_new or not are_equal:
-    if num_old and num_new and not are_equal:
-      _check_columns(model, source)
-    if copies.experts and not are_equal:
-      raise InputError(
-        f'init_from.experts={copies.experts}: one of the models has layers '
-        'with different numbers of experts, or with fewer experts than router '
-        'columns'
-      )
     if copies.experts:
       raise InputError(
         f'init_from.experts={copies.experts} with {num_old} experts there and '
-        f'{num_new} here; it is for two sparse models'
+        f'{num_new} here; it is for two sparse models, each with equally many '
+        'experts and router columns in all of its layers'
       )
+    if num_old and num_new:
+      _check_columns(model, source)
     return ()
   experts = copies.experts or sources_of(num_new, num_old)
   if len(experts) != num_new or not all(0 <= e < num_old for e in experts):
@@ -231,7 +225,7 @@ def _lengths(model: Model, source: Model) -> list[str]:
 
 def _parameters(model: Model) -> dict[Path, _Parameter]:
   """The description of every parameter, by its path."""
-  shapes, axes, roles = map(flat, models.describe(model))
+  shapes, axes, roles = map(flatten, models.describe(model))
   return {
     path: _Parameter(leaf.shape, axes[path], roles[path])
     for path, leaf in shapes.items()

@@ -27,10 +27,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role, axes_of, roles_of
-from moe_jax.models import Model, flat_trees
-from moe_jax.models.flat_trees import Path
+from moe_jax.models import Model
+from moe_jax.models.flat_trees import Path, flatten, unflatten
 from moe_jax.shapes import Array, PRNGKey
 
 # The logical names of dimensions that number experts: in the experts' own
@@ -58,11 +57,6 @@ class Copies:
   router_std: float = 0.0
   expert_noise: float = 0.0
   router_noise: float = 0.0
-
-  def __post_init__(self):
-    for name in ('router_std', 'expert_noise', 'router_noise'):
-      if getattr(self, name) < 0:
-        raise InputError(f'{name}={getattr(self, name)} is negative')
 
 
 class Piece(NamedTuple):
@@ -143,13 +137,13 @@ class Plan:
         drawn in the same way.
     """
     boxed = models.init_params(self.model, key)
-    axes, roles = flat(axes_of(boxed)), flat(roles_of(boxed))
-    source, new = flat(params), flat(nn.meta.unbox(boxed))
+    axes, roles = flatten(axes_of(boxed)), flatten(roles_of(boxed))
+    source, new = flatten(params), flatten(nn.meta.unbox(boxed))
     arrays = {
       path: self._make(path, source, new[path], axes[path], roles[path], key)
       for path in new
     }
-    return flat_trees.unflatten(arrays)
+    return unflatten(arrays)
 
   def _make(self, path, source, new, axes, role, key) -> Array:
     key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
@@ -208,8 +202,3 @@ def _noisy(
 def expert_axis(axes: Sequence[str | None]) -> int | None:
   """The dimension that numbers experts, if there is one."""
   return next((i for i, name in enumerate(axes) if name in EXPERT_AXES), None)
-
-
-def flat(tree) -> dict[Path, Any]:
-  """The leaves of a nested dict, by path."""
-  return flat_trees.flatten(tree)

@@ -241,8 +241,9 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   choose_experts.choose(
     tmp_path / 'run', share=0.6, num_batches=1, options=task
   )
-  with pytest.raises(ValueError, match=r'share=1.5 not in \(0, 1\]'):
-    choose_experts.choose('no folder', share=1.5)
+  with pytest.raises(SystemExit):
+    command.main([*args, '--share=1.5', f'--output={file}'])
+  assert '1.5 not in (0, 1]' in capsys.readouterr().err
   with pytest.raises(SystemExit):
     command.main([*args, f'--output={file}'])
   assert 'is there already' in capsys.readouterr().err

@@ -296,11 +296,6 @@ def test_what_has_no_meaning_is_refused(
     plan(target, source, Copies(**copies))
 
 
-def test_negative_noise_is_refused():
-  with pytest.raises(ValueError, match=r'expert_noise=-0\.1 is negative'):
-    Copies(expert_noise=-0.1)
-
-
 def test_columns_must_lead_to_the_same_experts():
   # Both layers have three experts, which are those of other columns.
   source, target = (
