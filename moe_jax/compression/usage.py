@@ -13,7 +13,7 @@ from moe_jax.compression.calibration import RoutedTokens, capture
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import Gather
 from moe_jax.layers.experts.serving import SCOPE
-from moe_jax.models import Model
+from moe_jax.models import Model, flat_trees
 from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
 from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Leaf
@@ -142,18 +142,9 @@ def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
       num_experts=1,
       capacity=S,
     )
-    return module.apply({'params': _tree(params)}, x, full_routing)[0]
+    tree = flat_trees.unflatten(
+      {p[p.index(SCOPE) + 1 :]: array[None] for p, array in params.items()}
+    )
+    return module.apply({'params': tree}, x, full_routing)[0]
 
   return apply_expert
-
-
-def _tree(params: Arrays) -> dict[str, Any]:
-  """The parameters of one expert as those of a layer of one expert."""
-  tree: dict[str, Any] = {}
-  for path, array in params.items():
-    *modules, name = path[path.index(SCOPE) + 1 :]
-    subtree = tree
-    for module in modules:
-      subtree = subtree.setdefault(module, {})
-    subtree[name] = array[None]
-  return tree

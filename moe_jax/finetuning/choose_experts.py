@@ -22,7 +22,7 @@ from moe_jax import data
 from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
-from moe_jax.layers.routers.contract import Router
+from moe_jax.layers.routers.contract import Router, sown
 from moe_jax.models import Model
 from moe_jax.option_checks import within
 from moe_jax.runs import trained
@@ -182,15 +182,4 @@ def _use(model: Model, score: str, variables, batch) -> list[Array]:
       variables, **model.inputs(batch), mutable=['intermediates']
     )
   layers = model.layer_trees(collections['intermediates'])
-  return [_sown_use(layers[i]) for i in model.sparse_layers]
-
-
-def _sown_use(tree: Mapping[str, Any]) -> Array:
-  """The value that a layer's only router has sown."""
-  if _SOWN_NAME in tree:
-    return tree[_SOWN_NAME][0]
-  return next(
-    use
-    for subtree in tree.values()
-    if isinstance(subtree, Mapping) and (use := _sown_use(subtree)) is not None
-  )
+  return [sown(layers[i])[_SOWN_NAME] for i in model.sparse_layers]
