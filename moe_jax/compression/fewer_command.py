@@ -19,6 +19,7 @@ from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.usage import SCORES
 from moe_jax.data import DataOptions
+from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import new_run
 
@@ -86,13 +87,14 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )
+  layers, counts = sparse_layers(run.model, run.variables), {}
+  if options.experts:  # a bad number is refused before experts are measured
+    counts = fewer.numbers(options.experts, layers)
   original = fewer.calibrated(run, options.batches, data_options)
-  if options.experts:
-    counts = fewer.numbers(options.experts, original.layers)
-  else:
+  if not counts:
     score = SCORES[options.score or 'usage']
     scores = {n: score(usage) for n, usage in original.usage.items()}
-    counts = fewer.numbers_by_share(options.share, scores, original.layers)
+    counts = fewer.numbers_by_share(options.share, scores, layers)
   if options.score:
     new_layers = fewer.prune(original, counts, score=options.score)
   else:
@@ -110,7 +112,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   lines = []
   for n, layer in new_layers.items():
     groups = ' '.join('+'.join(map(str, group)) for group in layer.groups)
-    E, unused = original.layers[n].moe.num_experts, original.usage[n].unused
+    E, unused = layers[n].moe.num_experts, original.usage[n].unused
     lines.append(f'layer {n}: {layer.num_experts} of {E} experts: {groups}')
     if unused:
       lines.append(f'layer {n}: no calibration token reached experts {unused}')
