@@ -52,7 +52,7 @@ from experiments.study.parts import (
 from experiments.study.starts import Start
 from experiments.study.study import Study
 from moe_jax.compression import fewer, merge, whole_run
-from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.compression.whole_run import bytes_in_memory
 
 TRAINED = 'trained'
 EXPERTS = 16

@@ -203,7 +203,7 @@ def test_help_shows_examples_as_the_user_types_them(
   assert 'the likeliest token (default: 0.0)' in text
   assert 'default: None' not in text
   entry = packaging['COMMANDS']['moe-compress']
-  for word in ('quantize', 'distill', 'merge', 'prune', 'extract', 'rates'):
+  for word in ('quantize', 'keep_logits', 'merge', 'prune', 'extract', 'rates'):
     text = help_of('moe-compress', entry, word, **fixtures)
     assert f'moe-compress {word} -' in text, word
 

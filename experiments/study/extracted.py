@@ -7,7 +7,7 @@ import numpy as np
 from experiments.benchmarks import timing
 from experiments.study import served
 from moe_jax.compression import extract
-from moe_jax.compression.model_bytes import bytes_in_memory
+from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.errors import InputError
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.models import check_generates

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.benchmarks import timing
 from moe_jax import data, generation, run_config
 from moe_jax.analysis import counts
-from moe_jax.compression.model_bytes import bytes_in_memory, bytes_on_disk
+from moe_jax.compression.whole_run import bytes_in_memory, bytes_on_disk
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run

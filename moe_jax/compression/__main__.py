@@ -17,19 +17,17 @@ from typing import Any
 
 from moe_jax import command_line
 from moe_jax.compression import (
-  distill_command,
   extract,
   fewer_command,
-  keep_logits,
   quantize_command,
   rates,
+  teacher_logits,
 )
 
 # Each adds one command to the parser, with `run`, the function that is called
 # with the parsed options and the overrides of a config, and returns a text.
 COMMANDS: tuple[Callable[[Any], None], ...] = (
-  distill_command.add,
-  keep_logits.add,
+  teacher_logits.add,
   extract.add,
   fewer_command.add,
   quantize_command.add,

@@ -49,13 +49,7 @@ def batches(
   """
   if num_batches < 1:
     raise InputError(f'num_batches={num_batches} must be at least 1')
-  options = options or run.options.data
-  for problem in run.options.task_problems(options):
-    raise InputError(f'{run.folder} does not fit the data: {problem}')
-  dataset = data.load(options)
-  if run.options.tokenizer is not None:
-    for problem in run.options.token_problems(dataset.tokenizer):
-      raise InputError(f'{run.folder} does not fit the data: {problem}')
+  dataset = run.load_data(options or run.options.data)
   stream = data.train_batches(
     dataset.splits['train'],
     batch_size=run.options.batch_size,

@@ -8,9 +8,8 @@ tokens that it serves. Where the gates of N experts are 1/N for all tokens, the
 dense layer computes what the sparse one did.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.models import Model, flat_trees
-from moe_jax.models.layer_trees import LayerPlace, numbers_of
+from moe_jax.models.layer_trees import numbers_of
 from moe_jax.routing import TokenRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
@@ -43,14 +42,10 @@ def gate_sums(
 def rank(
   gates: Float[np.ndarray, ' E'], tokens: Float[np.ndarray, ' E']
 ) -> tuple[int, ...]:
-  """The experts by falling conditional probability.
+  """The experts by falling conditional probability, of `gate_sums`.
 
   The lower number comes first among equals; experts that serve no token are
   last.
-
-  Args:
-    gates: The sum of each expert's gates.
-    tokens: The number of tokens that it serves.
   """
   probability = np.divide(
     gates, tokens, out=np.full(len(gates), -1.0), where=tokens > 0
@@ -58,8 +53,7 @@ def rank(
   return tuple(np.argsort(-probability, kind='stable').tolist())
 
 
-@dataclasses.dataclass(frozen=True)
-class ConcatenationPlan:
+class ConcatenationPlan(NamedTuple):
   """A plan of feed-forwards that are made of a model's experts.
 
   Attributes:
@@ -97,25 +91,17 @@ class ConcatenationPlan:
     """
     layers = self.source.layer_trees(params)
     arrays = flat_trees.flatten(convert(params, key))
-    for path, array in arrays.items():
-      layer_place = self.model.place_of(path)
-      if layer_place is None or layer_place.name[0] != _FFN:
+    for path, stacked in arrays.items():
+      place = self.model.place_of(path)
+      if place is None or place.name[0] != _FFN:
         continue
-      arrays[path] = self._join_layers(layer_place, array, layers)
+      periods = [*stacked]
+      for i, layer in enumerate(numbers_of(self.model.stacks, place)):
+        if layer in self.experts:
+          experts = layers[layer]['moe'][SCOPE]
+          periods[i] = joined(experts, place.name[-1], self.experts[layer])
+      arrays[path] = jnp.stack([x.astype(stacked.dtype) for x in periods])
     return flat_trees.unflatten(arrays)
-
-  def _join_layers(
-    self, layer_place: LayerPlace, stacked: Array, layers: Any
-  ) -> Array:
-    """One parameter of stacked layers, some of which are made of experts."""
-    periods = []
-    for period, layer in enumerate(numbers_of(self.model.stacks, layer_place)):
-      array = stacked[period]
-      if layer in self.experts:
-        experts = layers[layer]['moe'][SCOPE]
-        array = joined(experts, layer_place.name[-1], self.experts[layer])
-      periods.append(array.astype(stacked.dtype))
-    return jnp.stack(periods)
 
 
 def joined(
@@ -190,7 +176,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
     ValueError: There is no such number, or the layer is not dense.
   """
   options = source.moe_of(layer)
-  expert = options.expert.twin(1).ffn
+  expert = FfnLayer(options.expert.twin(1).ffn, _block(source, layer)[0].shared)
   dense = _dense_ffn(model, layer)
   if options.shared_expert.hidden:
     raise InputError(
@@ -199,33 +185,22 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
     )
   if dense is None:
     raise InputError(f'layer {layer} of the student is not dense')
-  _check_alike(layer, FfnLayer(expert, _block(source, layer)[0].shared), dense)
-  width = dense.options.hidden
-  count, rest = divmod(width, expert.hidden)
-  most = options.num_retained
+  kinds = [
+    (x.options.activation, x.use_bias, x.gate_bias) for x in (expert, dense)
+  ]
+  if kinds[0] != kinds[1]:
+    raise InputError(
+      f'layer {layer}: experts have (activation, bias, bias of gates)='
+      f"{kinds[0]}, the student's feed-forward has {kinds[1]}"
+    )
+  width, most = dense.options.hidden, options.num_retained
+  count, rest = divmod(width, expert.options.hidden)
   if rest or not 1 <= count <= most:
     raise InputError(
       f'layer {layer}: the width {width} of a feed-forward is not that '
-      f'of 1 to {most} experts of width {expert.hidden}'
+      f'of 1 to {most} experts of width {expert.options.hidden}'
     )
   return count
-
-
-def _check_alike(layer: int, expert: FfnLayer, dense: FfnLayer) -> None:
-  """Raises ValueError for another activation, or for other biases."""
-  activations = [x.options.activation for x in (expert, dense)]
-  if activations[0] != activations[1]:
-    raise InputError(
-      f'layer {layer}: experts have activation={activations[0]!r}, the '
-      f"student's feed-forward has {activations[1]!r}"
-    )
-  biases = [(x.use_bias, x.gate_bias) for x in (expert, dense)]
-  if biases[0] != biases[1]:
-    raise InputError(
-      f'layer {layer}: experts have (biases, biases of gates)={biases[0]}, the '
-      f"student's feed-forward has {biases[1]}; give both the same bias and "
-      'use_bias'
-    )
 
 
 def _dense_ffn(model: Model, layer: int) -> FfnLayer | None:
@@ -241,8 +216,8 @@ def _dense_ffn(model: Model, layer: int) -> FfnLayer | None:
 
 def _block(model: Model, layer: int) -> tuple[BlockConfig, bool]:
   """The options of the block of a layer, and whether its layer is sparse."""
-  stacks = [stack for _, stack in model.stacks]
-  blocks = [
-    (stack.block, sparse) for stack in stacks for sparse in stack.sparse
-  ]
-  return blocks[layer]
+  return [
+    (stack.block, sparse)
+    for _, stack in model.stacks
+    for sparse in stack.sparse
+  ][layer]

@@ -8,34 +8,165 @@ Switch Transformers, section 4.2 (https://arxiv.org/abs/2101.03961). The hook
 
 import dataclasses
 import functools
+import json
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
-from moe_jax import finetuning
-from moe_jax.compression import (
-  dense_start,
-  soft_labels,
-  teacher_logits,
-)
-from moe_jax.compression import teacher as teacher_lib
+from moe_jax import finetuning, partitioning
+from moe_jax.compression import dense_start, soft_labels, teacher_logits
 from moe_jax.compression.distill_options import (
   CONCATENATED,
   NONE,
   DistillOptions,
 )
-from moe_jax.compression.teacher import Teacher
+from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
+from moe_jax.models import code_trees
+from moe_jax.models.base import counted
+from moe_jax.runs import trained
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import Restored
 from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
+# File of a student's folder that says which checkpoint teaches it.
+TEACHER_FILE = 'teacher.json'
 LEAK = (
   'WARNING: the teacher is not causal: where its capacity binds, later tokens '
   'change its soft labels for earlier ones'
 )
+
+
+class Teacher:
+  """Another run, whose model teaches a run.
+
+  Attributes:
+    folder: The other run's folder.
+    options: Its options and its tokenizer.
+    model: Its model, built with the sharding table `distill.sharding`.
+  """
+
+  def __init__(
+    self, run: Run, options: DistillOptions, allow: Iterable[str] = ()
+  ):
+    """Checks the teacher against a run; its arrays are read later.
+
+    Args:
+      run: The run.
+      options: Its section `distill`.
+      allow: Modules whose classes, named in the teacher's folder, may be
+        imported.
+
+    Raises:
+      ValueError: The folder holds no run, or one with kernels in codes; or the
+        teacher's tokens, tasks, sequences or sizes do not fit the run: all
+        reasons are listed.
+    """
+    self._run, self._rules = run, options.sharding.rules
+    self.folder = pathlib.Path(options.teacher).expanduser()
+    self.options = trained.read(self.folder, allow)
+    name = f'distill.teacher={options.teacher}'
+    code_trees.check_plain(self.options.model, name)
+    self.model = self.options.model.build(self._rules)
+    if problems := list(self._problems(options)):
+      raise InputError('\n'.join([f'{name} does not fit:', *problems]))
+    self._asked = {'teacher': options.teacher, 'step': options.step}
+    self._note = _stored_note(run.workdir / TEACHER_FILE)
+    self._kept = self._note.get('asked') == self._asked
+    step = self._note['step'] if self._kept else options.step
+    self._pinned_step = None if step < 0 else step
+
+  def _problems(self, options: DistillOptions) -> Iterator[str]:
+    model, run = self.model, self._run
+    yield from self.options.token_problems(run.dataset.tokenizer)
+    if model.has_encoder != run.model.has_encoder:
+      kinds = type(model).__name__, type(run.model).__name__
+      yield f'it is a {kinds[0]}, which does not read the batches of {kinds[1]}'
+      return
+    if model.vocab_size != run.model.vocab_size:
+      yield (
+        f'it has logits of vocab_size={model.vocab_size}, this model of '
+        f'{run.model.vocab_size}'
+      )
+    yield from self.options.task_problems(run.options.data)
+    if options.soft_weight and not options.logits:
+      num_parts = partitioning.row_parts(run.mesh, self._rules)
+      shape = run.options.shape(num_parts)
+      yield from self.options.model.problems_in(shape)
+
+  @functools.cached_property
+  def _restored(self) -> Restored:
+    return trained.restore_variables(
+      self.folder,
+      self.model,
+      self._rules,
+      mesh=self._run.mesh,
+      step=self._pinned_step,
+    )
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The teacher's variables on the run's devices; read at first use.
+
+    Raises:
+      ValueError: There is no such checkpoint, or it is of another model.
+      CheckpointError: The checkpoint is not good.
+    """
+    return self._restored.state
+
+  @property
+  def step(self) -> int:
+    """The step of the checkpoint, which is read unless the step is pinned."""
+    pinned = self._pinned_step
+    return self._restored.step if pinned is None else pinned
+
+  @property
+  def digest(self) -> str:
+    """The sha256 of the checkpoint's manifest, which has the files' own sha256.
+
+    Raises:
+      ValueError: There is no such checkpoint.
+    """
+    return trained.checkpoint_digest(self.folder, self.step)
+
+  def keep_to(self) -> None:
+    """Notes the checkpoint in the run's folder.
+
+    Raises:
+      ValueError: The run has begun with a checkpoint of that step which had
+        other contents.
+    """
+    run, note, digest = self._run, self._note, self.digest
+    if self._kept:
+      if note['sha256'] != digest:
+        raise InputError(
+          f'the checkpoint of step {self.step} in {self.folder} is not that '
+          f'which taught {run.workdir} before: the sha256 of its manifest was '
+          f'{note["sha256"]}, and is {digest}'
+        )
+      return
+    if note:
+      run.message(f'WARNING: another teacher than before: {note["asked"]}')
+    if is_first():
+      fields = {'asked': self._asked, 'step': self.step, 'sha256': digest}
+      text = json.dumps(fields, indent=2) + '\n'
+      workdir_lib.write_text(run.workdir / TEACHER_FILE, text)
+
+
+def _stored_note(path: pathlib.Path) -> dict[str, Any]:
+  """The values that `Teacher.keep_to` wrote; {} where there is no file."""
+  if not path.exists():
+    return {}
+  try:
+    fields = json.loads(path.read_text(encoding='utf-8'))
+    return {key: fields[key] for key in ('asked', 'step', 'sha256')}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{path} cannot be read: {error!r}') from None
 
 
 class Distilling(Hook):
@@ -56,13 +187,10 @@ class Distilling(Hook):
     """Checks that the other run fits, without reading any of its arrays.
 
     A run that has begun no longer needs the run that it began with.
-
-    Raises:
-      ValueError: See `initial`.
     """
     options = _options(run)
     if options.teacher:
-      teacher_lib.read(run, options, self.allow)
+      Teacher(run, options, self.allow)
     if run.checkpoints.steps():
       return
     if not options.teacher or options.start == NONE:
@@ -82,7 +210,8 @@ class Distilling(Hook):
     options = _options(run)
     if not options.teacher or options.start == NONE:
       return finetuning.initial(run, self.allow)
-    return begin_with(run, options, self._read(run))
+    self._teacher = self._teacher or Teacher(run, options, self.allow)
+    return _begin_with(run, options, self._teacher)
 
   def start(self, run: Run) -> None:
     """Wraps the step, and notes the teacher in the run's folder.
@@ -94,22 +223,14 @@ class Distilling(Hook):
     options = _options(run)
     if not options.teacher:
       return
-    teacher = self._read(run)
+    teacher = self._teacher or Teacher(run, options, self.allow)
     self._teacher = None  # the step keeps the arrays that it needs
-    teacher_lib.keep_to(run, options, teacher)
+    teacher.keep_to()
     run.message(_description(options, teacher))
-    if not options.soft_weight:
-      return
-    make = _stored_logits_step if options.logits else _computed_logits_step
-    step = make(run, options, teacher)
-    run.programs = dataclasses.replace(run.programs, train_step=step)
-    run.train_step = step
-
-  def _read(self, run: Run) -> Teacher:
-    self._teacher = self._teacher or teacher_lib.read(
-      run, _options(run), self.allow
-    )
-    return self._teacher
+    if options.soft_weight:
+      step = _taught_step(run, options, teacher)
+      run.programs = dataclasses.replace(run.programs, train_step=step)
+      run.train_step = step
 
 
 def _options(run: Run) -> DistillOptions:
@@ -132,32 +253,24 @@ def _description(o: DistillOptions, teacher: Teacher) -> str:
   return description + f'\n{LEAK}' * teacher.model.leaks_future
 
 
-def begin_with(
+def _begin_with(
   run: Run, options: DistillOptions, teacher: Teacher
 ) -> tuple[dict[str, Any], str]:
-  """The parameters of the teacher that the run begins with.
+  """The variables that the teacher gives, and a line about them.
 
   All but experts and routers are copied; a feed-forward in a layer in which the
   teacher is sparse is drawn from the seed, or made of experts.
-
-  Args:
-    run: The run.
-    options: Its section `distill`.
-    teacher: The teacher.
-
-  Returns:
-    The variables and a line about them.
-
-  Raises:
-    ValueError: The models do not fit: all differences are listed.
   """
   try:
     plan = finetuning.plan(run.model, teacher.model, experts=False)
     apply, description = plan.apply, plan.describe()
     if options.start == CONCATENATED:
-      batches = _first_batches(run, options.start_batches)
+      batches = run.batches(0)
       concatenation = dense_start.plan(
-        run.model, teacher.model, teacher.variables, batches
+        run.model,
+        teacher.model,
+        teacher.variables,
+        [next(batches) for _ in range(options.start_batches)],
       )
       apply = functools.partial(concatenation.apply, apply)
       description += f'; {concatenation.describe()}'
@@ -172,29 +285,18 @@ def begin_with(
     f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
     f'{description}; the optimizer is new'
   )
-  if changes := ', '.join(_changes(run, teacher)):
+  # Feed-forwards are not copied.
+  ffns = ('model.ffn.', 'model.encoder.ffn.')
+  settings = start_lib.changes(teacher.options.model, run.options.model)
+  if changes := ', '.join(x for x in settings if not x.startswith(ffns)):
     line += f'; WARNING: settings differ: {changes}'
   return {'params': params}, line
 
 
-def _changes(run: Run, teacher: Teacher) -> Iterator[str]:
-  """Differing settings of what is copied, so without feed-forwards."""
-  for change in start_lib.changes(teacher.options.model, run.options.model):
-    if (
-      not change.removeprefix('model.')
-      .removeprefix('encoder.')
-      .startswith('ffn.')
-    ):
-      yield change
-
-
-def _first_batches(run: Run, count: int) -> list[dict[str, jax.Array]]:
-  batches = run.batches(0)
-  return [next(batches) for _ in range(count)]
-
-
 class TaughtStep:
   """A step (state, batch) around one that takes arrays of a teacher, too.
+
+  It is lowered and compiled like a function that `jax.jit` returns.
 
   Attributes:
     stage: The function (teacher_arrays, state, batch), or a compiled stage.
@@ -203,7 +305,7 @@ class TaughtStep:
   """
 
   def __init__(
-    self, stage: Any, arrays_of: Callable[[TrainState], Any], shapes
+    self, stage: Any, arrays_of: Callable[[TrainState], Any], shapes: Any
   ):
     self.stage, self.arrays_of, self.shapes = stage, arrays_of, shapes
 
@@ -212,87 +314,76 @@ class TaughtStep:
     return self.stage(self.arrays_of(state), state, batch)
 
   def lower(self, state: Any, batch: Any) -> 'TaughtStep':
-    """See `jax.stages.Wrapped.lower`."""
+    """The step, lowered for a state and a batch of these shapes."""
     lowered = self.stage.lower(self.shapes, state, batch)
     return TaughtStep(lowered, self.arrays_of, self.shapes)
 
   def compile(self) -> 'TaughtStep':
-    """See `jax.stages.Lowered.compile`."""
+    """The lowered step, compiled."""
     return TaughtStep(self.stage.compile(), self.arrays_of, self.shapes)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.stage, name)
 
 
-def _shapes_of(tree: Any) -> Any:
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-  )
+def _taught_step(
+  run: Run, options: DistillOptions, teacher: Teacher
+) -> TaughtStep:
+  """The step with soft labels, computed for each (micro)batch or stored.
 
-
-def _compile_step(run: Run, options: DistillOptions, soft, shapes: Any) -> Any:
-  """The jitted function (teacher_arrays, state, batch) -> (state, metrics).
-
-  Args:
-    run: The run.
-    options: Its section `distill`.
-    soft: Function from the teacher's arrays to the soft loss, and the entries
-      that it adds to the batch.
-    shapes: The shapes of the teacher's arrays, with shardings.
+  The teacher's dropout and its routers' noise are off; tokens that its capacity
+  drops in its evaluation are dropped here, too.
   """
+  model, temperature = teacher.model, options.temperature
+  if options.logits:
+    stored = teacher_logits.read(options.logits)
+    stored.check(run, teacher.step, teacher.digest)
+    run.message(stored.describe())
+    arrays_of, shapes = stored.reader(run), stored.shapes(run)
+  else:
+    variables = teacher.variables
+
+    def arrays_of(state):
+      del state
+      return variables
+
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      variables,
+    )
 
   def train_step(teacher_arrays, state, batch):
-    soft_loss, entries = soft(teacher_arrays)
-    loss = soft_labels.mixed(
-      run.model, options.hard_weight, options.soft_weight, soft_loss
-    )
+    def soft(outputs, batch):
+      if options.logits:
+        ids = batch[teacher_logits.IDS]
+        logits = batch[teacher_logits.LOG_PROBS]
+      else:
+        logits, _ = model.apply(teacher_arrays, **model.inputs(batch))
+        logits, ids = counted(logits, batch), None
+      return soft_labels.soft_cross_entropy(outputs, logits, temperature, ids)
+
     step = make_step(
       run.options,
       run.model,
       run.programs.optimizer,
       run.programs.trained,
-      loss=loss,
+      loss=soft_labels.mixed(
+        run.model, options.hard_weight, options.soft_weight, soft
+      ),
     )
+    # Rows of stored logits are split into microbatches like others.
+    entries = teacher_arrays if options.logits else {}
     return step(state, {**batch, **entries})
 
-  state_layout = jax.tree.map(lambda x: x.sharding, run.programs.abstract_state)
+  def layout_of(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+  state_layout = layout_of(run.programs.abstract_state)
   metrics = metrics_shardings(run.mesh, run.options.sharding.rules)
-  teacher_layout = jax.tree.map(lambda x: x.sharding, shapes)
-  return jax.jit(
+  step = jax.jit(
     train_step,
-    in_shardings=(teacher_layout, state_layout, run.programs.put.sharding),
+    in_shardings=(layout_of(shapes), state_layout, run.programs.put.sharding),
     out_shardings=(state_layout, metrics),
     donate_argnums=1,
   )
-
-
-def _computed_logits_step(
-  run: Run, options: DistillOptions, teacher: Teacher
-) -> TaughtStep:
-  """The step that computes the teacher's logits of each (micro)batch."""
-  variables = teacher.variables
-  model, shapes = teacher.model, _shapes_of(variables)
-
-  def soft(variables):
-    return soft_labels.computed_beside(
-      model, variables, options.temperature
-    ), {}
-
-  step = _compile_step(run, options, soft, shapes)
-  return TaughtStep(step, lambda state: variables, shapes)
-
-
-def _stored_logits_step(
-  run: Run, options: DistillOptions, teacher: Teacher
-) -> TaughtStep:
-  """The step that reads the teacher's largest logits from a folder."""
-  logits = teacher_logits.read(options.logits)
-  logits.check(run, teacher)
-  run.message(logits.describe())
-  shapes = logits.shapes(run)
-
-  def soft(teacher_arrays):
-    return soft_labels.read_from_batch(options.temperature), teacher_arrays
-
-  step = _compile_step(run, options, soft, shapes)
-  return TaughtStep(step, logits.reader(run), shapes)
+  return TaughtStep(step, arrays_of, shapes)

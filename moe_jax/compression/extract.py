@@ -20,8 +20,7 @@ import jax
 
 from moe_jax import command_line
 from moe_jax.compression import whole_run
-from moe_jax.compression.model_bytes import bytes_in_memory
-from moe_jax.compression.whole_run import WholeRun
+from moe_jax.compression.whole_run import WholeRun, bytes_in_memory
 from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import SCOPE, FeedForwardExpert
 from moe_jax.layers.moe_options import MoeOptions

@@ -16,8 +16,8 @@ from typing import Any
 
 from moe_jax import command_line, config_file, sections
 from moe_jax.compression import fewer, merge, whole_run
-from moe_jax.compression.model_bytes import bytes_in_memory
 from moe_jax.compression.usage import SCORES
+from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.models.router_state import COLLECTION
@@ -119,11 +119,11 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   old_bytes = bytes_in_memory(run.variables['params'])
   new_bytes = bytes_in_memory(variables['params'])
   recovery = [
-    *(*command_line.program('moe_jax.compression').split(), 'distill'),
-    f'--teacher={run.folder}',
+    *command_line.program('moe_jax.main').split(),
     f'--config={folder / new_run.CONFIG_PY}',
     f'--workdir={folder}-recovered',
     f'--config.init_from.workdir={folder}',
+    f'--config.distill.teacher={run.folder}',
     '--config.distill.start=none',
   ]
   return '\n'.join(

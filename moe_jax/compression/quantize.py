@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.compression import calibration, model_bytes, stored, whole_run
+from moe_jax.compression import calibration, stored, whole_run
 from moe_jax.compression import quantize_report as report
 from moe_jax.compression.grids import Rounded
 from moe_jax.compression.quantize_layers import Layers, Spot
@@ -85,14 +85,12 @@ def quantize(
   params, options = _assembled(run, options, coded, rounded)
   whole_run.write(run, output, params, options)
   stored_bytes = sum(
-    model_bytes.bytes_in_memory(
-      functools.reduce(operator.getitem, path, params)
-    )
+    whole_run.bytes_in_memory(functools.reduce(operator.getitem, path, params))
     for path in coded
   )
   return report.numbers_of(reports, stored_bytes) | {
-    'bytes': model_bytes.bytes_in_memory(params),
-    'bytes before': model_bytes.bytes_in_memory(run.variables['params']),
+    'bytes': whole_run.bytes_in_memory(params),
+    'bytes before': whole_run.bytes_in_memory(run.variables['params']),
   }
 
 

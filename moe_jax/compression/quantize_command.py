@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from moe_jax import command_line, config_file, sections
-from moe_jax.compression import model_bytes
+from moe_jax.compression import whole_run
 from moe_jax.compression.quantize import BATCHES, METHODS, quantize
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
     data=data,
     allow=options.allow_module,
   )
-  disk = model_bytes.bytes_on_disk(options.output)
+  disk = whole_run.bytes_on_disk(options.output)
   return (
     f'{options.output}: {numbers["bytes"]:,.0f} bytes of parameters in memory, '
     f'of {numbers["bytes before"]:,.0f} before; {disk:,} bytes on disk\n'

@@ -14,16 +14,12 @@ from moe_jax.models import Model
 from moe_jax.models.base import Batch, TokenLosses, counted
 from moe_jax.shapes import Array, Float32, Int
 
-# (the student's logits, batch) -> nats of the soft labels, for each token.
-SoftLoss = Callable[[Array, Batch], Array]
-# Names under which a batch has the teacher's largest logits.
-IDS, LOG_PROBS = 'teacher_ids', 'teacher_log_probs'
-
 
 def soft_cross_entropy(
   outputs: Float32[Array, '*B V'],
-  logits: Float32[Array, '*B V'],
+  logits: Float32[Array, '*B L'],
   temperature: float = 1.0,
+  ids: Int[Array, '*B L'] | None = None,
 ) -> Float32[Array, '*B']:
   """T^2 times the cross-entropy of softmax(logits / T), for each token.
 
@@ -33,39 +29,24 @@ def soft_cross_entropy(
 
   Args:
     outputs: The student's logits.
-    logits: The teacher's logits, through which no gradient flows.
+    logits: The teacher's logits or log-probabilities, through which no gradient
+      flows.
     temperature: T.
+    ids: The tokens that the logits are of, in any order; None: of all V. Tokens
+      that are left out count as impossible.
   """
   labels = jax.nn.softmax(jax.lax.stop_gradient(logits) / temperature)
   log_probs = jax.nn.log_softmax(outputs / temperature)
+  if ids is not None:
+    log_probs = jnp.take_along_axis(log_probs, ids, axis=-1)
   return -(temperature**2) * (labels * log_probs).sum(-1)
 
 
-def kept_cross_entropy(
-  outputs: Float32[Array, '*B V'],
-  ids: Int[Array, '*B top'],
-  log_probs: Float32[Array, '*B top'],
-  temperature: float = 1.0,
-) -> Float32[Array, '*B']:
-  """`soft_cross_entropy` of the tokens that a teacher finds most likely.
-
-  Their probabilities are scaled up to a sum of one, so that tokens which were
-  left out count as impossible. Where all V are kept, the loss is the same.
-
-  Args:
-    outputs: The student's logits.
-    ids: The tokens, in any order.
-    log_probs: Their logarithmic probabilities, or logits.
-    temperature: T.
-  """
-  labels = jax.nn.softmax(jax.lax.stop_gradient(log_probs) / temperature)
-  student_log_probs = jax.nn.log_softmax(outputs / temperature)
-  student_log_probs = jnp.take_along_axis(student_log_probs, ids, axis=-1)
-  return -(temperature**2) * (labels * student_log_probs).sum(-1)
-
-
 def mixed(
-  model: Model, hard_weight: float, soft_weight: float, soft: SoftLoss
+  model: Model,
+  hard_weight: float,
+  soft_weight: float,
+  soft: Callable[[Array, Batch], Array],
 ) -> Callable[[Any, Batch], TokenLosses]:
   """The loss hard_weight * hard + soft_weight * soft of a student.
 
@@ -76,7 +57,7 @@ def mixed(
     model: The student.
     hard_weight: The weight of the student's own loss.
     soft_weight: The weight of `soft`.
-    soft: The loss of soft labels.
+    soft: The function (student's logits, batch) to the nats of each token.
   """
 
   def loss(outputs: Array, batch: Batch) -> TokenLosses:
@@ -87,35 +68,3 @@ def mixed(
     return hard_loss._replace(nats=sum(nats[1:], nats[0]))
 
   return loss
-
-
-def computed_beside(
-  teacher: Model, variables: Any, temperature: float
-) -> SoftLoss:
-  """The soft loss with the teacher's logits, computed for the same batch.
-
-  The teacher's dropout and its routers' noise are off; tokens that its capacity
-  drops in its evaluation are dropped here, too.
-
-  Args:
-    teacher: The teacher.
-    variables: The teacher's variables, which are not differentiated.
-    temperature: The temperature of the labels.
-  """
-
-  def soft(outputs: Array, batch: Batch) -> Array:
-    logits, _ = teacher.apply(variables, **teacher.inputs(batch))
-    return soft_cross_entropy(outputs, counted(logits, batch), temperature)
-
-  return soft
-
-
-def read_from_batch(temperature: float) -> SoftLoss:
-  """The soft loss with the teacher's largest logits, which batches hold."""
-
-  def soft(outputs: Array, batch: Batch) -> Array:
-    return kept_cross_entropy(
-      outputs, batch[IDS], batch[LOG_PROBS], temperature
-    )
-
-  return soft

@@ -1,41 +1,51 @@
-"""A teacher's largest logits for the batches of a run, as a folder has them.
+"""A teacher's largest logits for the batches of a run, on disk.
 
-The folder has files of a few batches each (safetensors) and a manifest. Kept
-are the logarithms of the `top` largest probabilities of each token, and their
-ids; the manifest says how much probability that leaves out. Row r of the
-folder, its batches one after another, is row r of the stream of a run with the
-same data and seed.
+    python -m moe_jax.compression keep_logits --teacher=runs/tiny \
+      --config=moe_jax:tiny_switch --output=logits --batches=1000 --top=32
+
+The folder has files of a few batches each (safetensors) and a manifest, which
+is written last: what a killed command left is no folder of logits, and the same
+command begins anew. Kept are the logarithms of the `top` largest probabilities
+of each token, and their ids; the manifest says how much probability that leaves
+out. Row r of the folder, its batches one after another, is row r of the stream
+of a run with the same data and seed.
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from moe_jax import data
-from moe_jax.compression.soft_labels import IDS, LOG_PROBS
-from moe_jax.compression.teacher import Teacher
+from moe_jax import command_line, config_file, data, sections
+from moe_jax.compression import whole_run
 from moe_jax.data.mixing import joined
-from moe_jax.errors import InputError
+from moe_jax.errors import InputError, writing
 from moe_jax.memory_room import in_bytes
-from moe_jax.shapes import Int
+from moe_jax.models import Model, code_trees
+from moe_jax.runs import trained
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.shapes import Array, Float32, Int, Int32
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-MANIFEST, FORMAT = 'manifest.json', 1
+# Names of arrays, the first two also in the batch of a run.
+IDS, LOG_PROBS = 'teacher_ids', 'teacher_log_probs'
 TARGETS = 'targets'  # beginnings of the sha256 of each row's targets
+MANIFEST, FORMAT, BATCHES_A_FILE = 'manifest.json', 1, 16
 _DIGEST_BYTES = 8
 _DTYPES = {IDS: np.int32, LOG_PROBS: np.float32, TARGETS: np.uint8}
-_COUNTS = ('batch_size', 'length', 'vocab_size', 'top', 'batches', 'each')
+_PREFIX = 'logits_'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +62,7 @@ class About:
     length: The number T of tokens of a row.
     vocab_size: The number V of tokens that the teacher tells apart.
     top: The number of logits that are kept for each token.
-    dtype: The type of the logits, 'float16' or 'float32'.
+    dtype: The type of the logits.
     batches: The number of batches, from that of step 0 on.
     each: The number of batches in a file; the last may have fewer.
   """
@@ -70,60 +80,11 @@ class About:
   batches: int
   each: int
 
-  def __post_init__(self):
-    for name in _COUNTS:
-      if type(value := getattr(self, name)) is not int or value < 1:
-        raise InputError(f'{name}={value!r:.40} is not a number of at least 1')
-
-  @property
-  def rows(self) -> int:
-    """The number of rows of all batches."""
-    return self.batches * self.batch_size
-
   @property
   def digest(self) -> str:
     """The sha256 of all attributes."""
     text = json.dumps(dataclasses.asdict(self), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-  def files(self) -> Iterator[tuple[str, range]]:
-    """The name of each file, and the numbers of its batches."""
-    for start in range(0, self.batches, self.each):
-      numbers = range(start, min(start + self.each, self.batches))
-      yield f'logits_{start:08d}.safetensors', numbers
-
-
-def row_digests(targets: Any) -> np.ndarray:
-  """The first bytes of the sha256 of each row, uint8 [R, 8]."""
-  rows = np.asarray(targets, np.int32)
-  digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
-  return np.array([[*d[:_DIGEST_BYTES]] for d in digests], np.uint8)
-
-
-def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
-  """The sha256 of arrays and their names, in hex."""
-  sha = hashlib.sha256()
-  for name in sorted(arrays):
-    sha.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-  return sha.hexdigest()
-
-
-def load(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """The arrays of a file, and its metadata.
-
-  Raises:
-    ValueError: The file is not there, is damaged, or was changed.
-  """
-  try:
-    with safe_open(path, 'numpy') as file:
-      names = file.keys()
-      arrays = {name: file.get_tensor(name) for name in names}
-      metadata = file.metadata() or {}
-  except (OSError, SafetensorError) as error:
-    raise InputError(f'{path} cannot be read: {error}') from None
-  if metadata.get('sha256') != digest_of(arrays):
-    raise InputError(f'{path} is damaged: its sha256 is not that of its arrays')
-  return arrays, metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,29 +118,35 @@ class StoredLogits:
       f'{self.left_out_max:.1%} at most, at temperature 1'
     )
 
-  def check(self, run: Run, teacher: Teacher) -> None:
-    """Checks that these are the logits of a run's teacher for its batches.
+  def check(self, run: Run, step: int, sha256: str) -> None:
+    """Checks that these are the logits of a teacher for a run's batches.
+
+    Args:
+      run: The run.
+      step: The step of the teacher's checkpoint.
+      sha256: The sha256 of the manifest of that checkpoint.
 
     Raises:
       ValueError: Something differs; all differences are listed.
     """
     a, o = self.about, run.options
-    last_row = run.row_offset + o.total_steps * o.batch_size
     expected = {
       'data_digest': run.dataset.digest,
       'seed': o.seed,
       'length': o.data.target_len or o.data.seq_len,
       'vocab_size': run.model.vocab_size,
-      'step': teacher.step,
-      'sha256': teacher.digest,
+      'step': step,
+      'sha256': sha256,
     }
     differences = [
       f'{key}: {getattr(a, key)!r} there, {value!r} here'
       for key, value in expected.items()
       if getattr(a, key) != value
     ]
-    if a.rows < last_row:
-      differences.append(f'{a.rows} rows there, {last_row} here')
+    rows = a.batches * a.batch_size
+    last_row = run.row_offset + o.total_steps * o.batch_size
+    if rows < last_row:
+      differences.append(f'{rows} rows there, {last_row} here')
     if differences:
       raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
@@ -201,15 +168,16 @@ class StoredLogits:
       ValueError: There is no such row, or its file is damaged.
     """
     a = self.about
-    if not 0 <= numbers.min() <= numbers.max() < a.rows:
+    last = a.batches * a.batch_size - 1
+    if not 0 <= numbers.min() <= numbers.max() <= last:
       raise InputError(
-        f'{self.folder} has rows 0 to {a.rows - 1}, not {numbers.min()} to '
+        f'{self.folder} has rows 0 to {last}, not {numbers.min()} to '
         f'{numbers.max()}'
       )
     file, index = np.divmod(numbers, a.each * a.batch_size)
 
     def read_file(number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
-      arrays = _arrays(self.folder, a, number)
+      arrays = _read_file(self.folder, a, number)
       return {
         name: np.concatenate(arrays[name])[index[chosen]].astype(dtype)
         for name, dtype in _DTYPES.items()
@@ -263,16 +231,11 @@ def _rows_of(run: Run, number: int) -> Int[np.ndarray, ' R']:
   return first + run.programs.put.rows
 
 
-@functools.lru_cache(maxsize=2)
-def _arrays(folder: pathlib.Path, about: About, number: int) -> dict[str, Any]:
-  """The arrays of file `number`; those of the last files are remembered."""
-  name, numbers = [*about.files()][number]
-  arrays, metadata = load(folder / name)
-  shape = (len(numbers), about.batch_size, about.length, about.top)
-  shapes = {arrays[name].shape for name in (IDS, LOG_PROBS) if name in arrays}
-  if metadata.get('about') != about.digest or shapes != {shape}:
-    raise InputError(f'{folder / name} has other logits than the manifest says')
-  return arrays
+def row_digests(targets: Any) -> np.ndarray:
+  """The first bytes of the sha256 of each row, uint8 [R, 8]."""
+  rows = np.asarray(targets, np.int32)
+  digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
+  return np.array([[*d[:_DIGEST_BYTES]] for d in digests], np.uint8)
 
 
 def read(folder: str | os.PathLike[str]) -> StoredLogits:
@@ -286,8 +249,7 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
   if not path.exists():
     raise InputError(
       f'{folder} has no finished logits: no {MANIFEST}; `python -m '
-      'moe_jax.compression keep_logits` writes them, and goes on where it was '
-      'stopped'
+      'moe_jax.compression keep_logits` writes them'
     )
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
@@ -302,3 +264,187 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
     )
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
+
+
+def _path(folder: pathlib.Path, about: About, number: int) -> pathlib.Path:
+  """The path of file `number`, which its first batch names."""
+  return folder / f'{_PREFIX}{number * about.each:08d}.safetensors'
+
+
+@functools.lru_cache(maxsize=2)
+def _read_file(folder: pathlib.Path, about: About, number: int) -> Any:
+  """The arrays of file `number`; those of the last files are remembered."""
+  path = _path(folder, about, number)
+  try:
+    with safe_open(path, 'numpy') as file:
+      names = file.keys()
+      arrays = {name: file.get_tensor(name) for name in names}
+      metadata = file.metadata()
+  except (OSError, SafetensorError) as error:
+    raise InputError(f'{path} cannot be read: {error}') from None
+  if metadata != _metadata(about, arrays):
+    raise InputError(f'{path} is damaged, or not what the manifest says')
+  return arrays
+
+
+def _metadata(about: About, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+  """The sha256 of the description, and that of the arrays and their names."""
+  sha = hashlib.sha256()
+  for name in sorted(arrays):
+    sha.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+  return {'about': about.digest, 'sha256': sha.hexdigest()}
+
+
+def largest(
+  model: Model, variables: Any, batch: Mapping[str, Array], top: int
+) -> tuple[
+  Int32[Array, 'B T top'], Float32[Array, 'B T top'], Float32[Array, 'B T']
+]:
+  """Ids and log-probabilities of the likeliest tokens, largest first.
+
+  The last value is the probability of all other tokens, 0 where the loss weight
+  is 0.
+  """
+  logits, _ = model.apply(variables, **model.inputs(batch))
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  top_log_probs, ids = jax.lax.top_k(log_probs, top)
+  left_out = jnp.maximum(1.0 - jnp.exp(top_log_probs).sum(-1), 0.0)
+  left_out = jnp.where(batch['loss_weights'] != 0, left_out, 0.0)
+  return ids.astype(jnp.int32), top_log_probs, left_out
+
+
+def write(
+  teacher: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  options: data.DataOptions,
+  *,
+  seed: int,
+  batch_size: int,
+  batches: int,
+  top: int,
+  step: int | None = None,
+  each: int = BATCHES_A_FILE,
+  allow: Iterable[str] = (),
+) -> StoredLogits:
+  """Writes a teacher's largest logits for batches of a run that is to come.
+
+  One process computes them, on its first device.
+
+  Args:
+    teacher: The folder of the teacher.
+    output: A folder that is new or empty, or that a killed command left.
+    options: The options of the run's data.
+    seed: The run's seed.
+    batch_size: The number of rows in a batch of the run.
+    batches: The number of batches, from that of step 0 on.
+    top: The number of logits to keep for each token, at most V.
+    step: The step of the teacher's checkpoint; None is the newest good one.
+    each: The number of batches in each file.
+    allow: Modules whose classes, named in the teacher's folder, may be
+      imported.
+
+  Raises:
+    ValueError: The teacher's tokens or tasks are not those of the data, `top`
+      is out of range, or `output` has something else.
+    CheckpointError: No checkpoint is good.
+  """
+  run = whole_run.read(teacher, step=step, allow=allow)
+  code_trees.check_plain(run.options.model, run.folder)
+  dataset = run.load_data(options)
+  if not 1 <= top <= run.model.vocab_size:
+    raise InputError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
+  rows = dataset.splits['train']
+  about = About(
+    teacher=os.fspath(teacher),
+    step=run.step,
+    sha256=trained.checkpoint_digest(run.folder, run.step),
+    data_digest=dataset.digest,
+    seed=seed,
+    batch_size=batch_size,
+    length=rows.take(np.arange(1))['targets'].shape[1],
+    vocab_size=run.model.vocab_size,
+    top=top,
+    dtype='float16',
+    batches=batches,
+    each=each,
+  )
+  folder = _free_folder(output)
+  stream = data.batch_dataset(rows, batch_size=batch_size, seed=seed)
+  compute = jax.jit(functools.partial(largest, run.model, top=top))
+  total, most, tokens, size = 0.0, 0.0, 0, 0
+  with writing(folder):
+    for number, first in enumerate(range(0, batches, each)):
+      columns: dict[str, list[np.ndarray]] = {name: [] for name in _DTYPES}
+      for i in range(first, min(first + each, batches)):
+        batch: Any = stream[i]
+        ids, log_probs, left_out = jax.device_get(compute(run.variables, batch))
+        columns[IDS].append(ids)
+        columns[LOG_PROBS].append(log_probs.astype(about.dtype))
+        columns[TARGETS].append(row_digests(batch['targets']))
+        total += left_out.sum(dtype=np.float64)
+        most = max(most, float(left_out.max()))
+        tokens += int((np.asarray(batch['loss_weights']) != 0).sum())
+      arrays = {name: np.stack(column) for name, column in columns.items()}
+      if about.vocab_size <= 2**16:
+        arrays[IDS] = arrays[IDS].astype(np.uint16)
+      path = _path(folder, about, number)
+      save_file(arrays, path, _metadata(about, arrays))
+      size += path.stat().st_size
+    fields = {
+      'format': FORMAT,
+      'about': dataclasses.asdict(about),
+      'bytes': size,
+      'left_out_mean': total / max(tokens, 1),
+      'left_out_max': most,
+    }
+    text = json.dumps(fields, indent=2) + '\n'
+    workdir_lib.write_text(folder / MANIFEST, text)
+  return read(folder)
+
+
+def _free_folder(output: str | os.PathLike[str]) -> pathlib.Path:
+  """Makes a folder, without files of logits that a killed command left."""
+  folder = pathlib.Path(output).expanduser()
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f'{folder} is a file; it must be a folder')
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = sorted(folder.iterdir())
+  for path in paths:
+    if not path.match(f'{_PREFIX}*.safetensors'):
+      raise InputError(f'{folder} has {path.name!r}; give a new folder')
+  for path in paths:
+    path.unlink()
+  return folder
+
+
+def add(commands: Any) -> None:
+  """Adds the command `keep_logits`."""
+  command = commands.add_parser(
+    'keep_logits',
+    help="writes a teacher's largest logits for the batches of a run",
+    **command_line.about(__doc__),
+  )
+  command.set_defaults(run=_run)
+  add = command.add_argument
+  add('--teacher', required=True, help='folder of the teacher')
+  add('--config', required=True, help="the student's config, whose data it is")
+  add('--output', required=True, help='folder for config.distill.logits')
+  number = command_line.POSITIVE
+  add('--batches', type=number, default=0, help="default: the config's steps")
+  add('--top', type=number, default=32, help='logits kept for each token')
+  add('--step', type=command_line.NOT_NEGATIVE, help='default: the newest')
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> str:
+  config = config_file.config_of(options.config, overrides)
+  return write(
+    options.teacher,
+    options.output,
+    sections.read(data.DataOptions, config.data, 'data.'),
+    seed=config.seed,
+    batch_size=config.batch_size,
+    batches=options.batches or config.total_steps,
+    top=options.top,
+    step=options.step,
+    allow=options.allow_module,
+  ).describe()

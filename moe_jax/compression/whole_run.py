@@ -1,11 +1,17 @@
-"""A trained run as compression reads it, and the new run that it writes."""
+"""A trained run as compression reads it, and the new run that it writes.
+
+The size of a model in memory and on disk is counted here, too.
+"""
 
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from moe_jax import sections
+import jax
+
+from moe_jax import data, sections
+from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import new_run, trained
@@ -31,6 +37,20 @@ class WholeRun(NamedTuple):
   variables: dict[str, Any]
   step: int
 
+  def load_data(self, options: data.DataOptions) -> data.Dataset:
+    """Loads data whose tokens and tasks are those that the run knows.
+
+    Raises:
+      ValueError: They are not.
+    """
+    problems = [*self.options.task_problems(options)]
+    dataset = data.load(options)
+    if self.options.tokenizer is not None:
+      problems += self.options.token_problems(dataset.tokenizer)
+    for problem in problems:
+      raise InputError(f'{self.folder} does not fit the data: {problem}')
+    return dataset
+
 
 def read(
   workdir: str | os.PathLike[str],
@@ -38,10 +58,10 @@ def read(
   step: int | None = None,
   allow: Iterable[str] = (),
 ) -> WholeRun:
-  """Reads a run onto the first local device.
+  """Reads a run, trained or imported, onto the first local device.
 
   Args:
-    workdir: The run's folder, of a trained or an imported model.
+    workdir: The run's folder.
     step: The step of the checkpoint; None is the newest good one.
     allow: Modules whose classes, named in the run's folder, may be imported.
 
@@ -97,4 +117,17 @@ def write(
     params,
     changes,
     router_state=router_state or run.variables.get(COLLECTION),
+  )
+
+
+def bytes_in_memory(variables: Mapping[str, Any]) -> int:
+  """The bytes of all arrays of a model's variables, codes included."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+
+
+def bytes_on_disk(workdir: str | os.PathLike[str]) -> int:
+  """The bytes of a run's checkpoints, the optimizer's state included."""
+  folder = pathlib.Path(workdir).expanduser() / workdir_lib.CHECKPOINTS
+  return sum(
+    path.stat().st_size for path in folder.rglob('*') if path.is_file()
   )

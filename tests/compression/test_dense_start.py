@@ -112,13 +112,16 @@ def with_even_routers(params):
     ({'moe': {'num_experts': 0, 'num_selected': 8}}, 'width 160 of a feed-fo'),
     ({'ffn': {'hidden': 24, 'activation': 'swiglu'}}, 'not dense'),
     ({'moe': {'num_experts': 0}, 'ffn': {'activation': 'relu'}}, "'relu'"),
-    ({'moe': {'num_experts': 0}, 'use_bias': False}, r'has \(False, False\)'),
+    (
+      {'moe': {'num_experts': 0}, 'use_bias': False},
+      r"has \('swiglu', False, False\)",
+    ),
     (
       {
         'moe': {'num_experts': 0},
         'ffn': {'activation': 'swiglu', 'bias': 'all'},
       },
-      r"\(True, False\), the student's feed-forward has \(True, True\)",
+      r"'swiglu', True, False\), the student's .* has \('swiglu', True, True\)",
     ),
   ],
 )

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import shutil
-import sys
 
 import jax
 import numpy as np
@@ -293,30 +292,6 @@ def test_another_teacher_of_the_same_step_is_noticed(teacher, tmp_path):
   path.write_text(path.read_text() + '\n')
   with pytest.raises(ValueError, match='is not that which taught'):
     distill.Distilling().start(run)
-
-
-def test_the_command_becomes_that_of_training(monkeypatch):
-  calls = []
-  monkeypatch.setattr('os.execv', lambda *command: calls.append(command))
-  command.main(
-    [
-      'distill',
-      '--teacher=a',
-      '--config=b.py',
-      '--workdir=c',
-      '--resume',
-      '--config.seed=3',
-    ]
-  )
-  program = [sys.executable, '-m', 'moe_jax.main']
-  arguments = [
-    '--config=b.py',
-    '--workdir=c',
-    '--config.distill.teacher=a',
-    '--config.seed=3',
-    '--resume',
-  ]
-  assert calls == [(sys.executable, [*program, *arguments])]
 
 
 @pytest.mark.slow

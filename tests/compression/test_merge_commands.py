@@ -144,11 +144,12 @@ def test_a_trained_run_is_merged_on_other_data(tmp_path, capsys):
   assert model.moe.num_experts == 4 and list(model.moe.retained.rows) == [1]
   # The last line is the command that recovers what was lost.
   words = shlex.split(output.splitlines()[-1])
-  assert words[:3] == ['python', '-m', 'moe_jax.compression']
-  flags, overrides = command.parse(words[3:])
-  assert (flags.teacher, flags.workdir) == (str(old), f'{new}-recovered')
+  assert words[:3] == ['python', '-m', 'moe_jax.main']
+  config_flag, workdir_flag, *overrides = words[3:]
+  assert workdir_flag == f'--workdir={new}-recovered'
+  assert f'--config.distill.teacher={old}' in overrides
   config = config_file.config_of(
-    flags.config, [*overrides, f'--config.distill.teacher={flags.teacher}']
+    config_flag.removeprefix('--config='), overrides
   )
   options = run_config.read(config)
   assert (options.distill.start, options.init_from.workdir) == (

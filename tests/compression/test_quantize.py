@@ -20,10 +20,9 @@ from moe_jax.compression import (
   fewer,
   gptq,
   grids,
-  keep_logits,
   kernel_inputs,
-  model_bytes,
   quantize,
+  teacher_logits,
   whole_run,
 )
 from moe_jax.compression.kernel_inputs import ExpertTokens
@@ -166,7 +165,7 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
   assert dtypes & {'uint8', 'uint16'}
   # Codes alone are in memory, before and after the layout for decoding.
-  assert model_bytes.bytes_in_memory(prepared) == model_bytes.bytes_in_memory(
+  assert whole_run.bytes_in_memory(prepared) == model_bytes.bytes_in_memory(
     run.variables
   )
   entry = evaluation.LossEvaluation(num_batches=1)
@@ -190,8 +189,8 @@ def test_all_experts_are_in_codes_and_nothing_else(folder, int8):
     lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), decoded, plain
   )
   # Beside the arrays, there are their names and the checkpoint's metadata.
-  disk = model_bytes.bytes_on_disk(int8)
-  assert 0 < disk - model_bytes.bytes_in_memory(new.variables) < 40_000
+  disk = whole_run.bytes_on_disk(int8)
+  assert 0 < disk - whole_run.bytes_in_memory(new.variables) < 40_000
 
 
 def test_codes_are_not_trained(int2):
@@ -345,7 +344,7 @@ def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
     extract.extract(run.options.model, run.variables['params'], 0)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
   with pytest.raises(ValueError, match=f'int2 {reason}'):
-    keep_logits.write(int2[0], tmp_path, run.options.data, **numbers)
+    teacher_logits.write(int2[0], tmp_path, run.options.data, **numbers)
   config = test_distill.config_of(int2[0])
   student = run_config.read(config)
   student = setup.set_up(student, tmp_path / 'a', devices=jax.devices()[:1])

@@ -7,7 +7,7 @@ from moe_jax import finetuning, run_config, sections
 from moe_jax.compression import (
   calibration,
   distill,
-  keep_logits,
+  teacher_logits,
   whole_run,
 )
 from moe_jax.data import DataOptions
@@ -63,4 +63,4 @@ def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
     choose_experts.choose(by_task, share=0.5, options=options)
   numbers = dict(seed=0, batch_size=4, batches=1, top=1)
   with pytest.raises(ValueError, match=message):
-    keep_logits.write(by_task, tmp_path / 'c', options, **numbers)
+    teacher_logits.write(by_task, tmp_path / 'c', options, **numbers)

@@ -6,8 +6,8 @@ import pytest
 
 from moe_jax import run_config, sections
 from moe_jax.compression import __main__ as command
-from moe_jax.compression import keep_logits, soft_labels, teacher_logits
-from moe_jax.compression import teacher as teacher_lib
+from moe_jax.compression import teacher_logits
+from moe_jax.compression.distill import Teacher
 from moe_jax.data import DataOptions
 from tests.compression.test_distill import (
   MIX,
@@ -30,10 +30,8 @@ def teacher(tmp_path_factory):
 
 def write(teacher, output, **changes):
   config = tiny.config()
-  numbers = dict(
-    seed=0, batch_size=4, batches=STEPS, top=257, dtype='float32', each=4
-  )
-  return keep_logits.write(
+  numbers = dict(seed=0, batch_size=4, batches=STEPS, top=257, each=4)
+  return teacher_logits.write(
     teacher,
     output,
     sections.read(DataOptions, config.data, 'data.'),
@@ -57,34 +55,23 @@ def test_all_logits_from_disk_are_those_beside(teacher, all_logits, tmp_path):
   run, state, _ = start_run(
     config_with_logits(teacher, all_logits), tmp_path / 'run'
   )
-  params = folders.write(tmp_path / 'again', model=TEACHER)[3]
-  sparse = tiny.model_of(tiny.options(model=TEACHER))
-
-  @jax.jit
-  def beside(student, batch):
-    soft = soft_labels.computed_beside(
-      sparse, {'params': params}, MIX['temperature']
-    )
-    loss = soft_labels.mixed(
-      run.model, MIX['hard_weight'], MIX['soft_weight'], soft
-    )
-    outputs, _ = run.model.apply({'params': student}, **run.model.inputs(batch))
-    nats = loss(outputs, batch).nats * batch['loss_weights']
-    return nats.sum() / batch['loss_weights'].sum()
-
+  beside, beside_state, _ = start_run(
+    config_of(teacher, distil=MIX), tmp_path / 'beside'
+  )
   batches = run.batches(0)
   for _ in range(STEPS):  # the reader counts the steps
     batch = next(batches)
-    expected = beside(state.params, batch)
+    beside_state, expected = beside.train_step(beside_state, batch)
     state, step = run.train_step(state, batch)
-    np.testing.assert_allclose(step.loss, expected, rtol=1e-5)
+    # Stored logits have 11 bits.
+    np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-4)
   assert all_logits.left_out_max < 1e-5
 
 
 def test_the_largest_are_kept_and_the_rest_is_told(
   teacher, tmp_path, all_logits
 ):
-  largest = write(teacher, tmp_path / 'some', top=3, batches=1, dtype='float16')
+  largest = write(teacher, tmp_path / 'some', top=3, batches=1)
   batch, largest_batch = (
     all_logits.rows(np.arange(4)),
     largest.rows(np.arange(4)),
@@ -93,12 +80,12 @@ def test_the_largest_are_kept_and_the_rest_is_told(
     largest_batch['teacher_ids'], batch['teacher_ids'][..., :3]
   )
   probs = np.exp(batch['teacher_log_probs'].astype(np.float64))
-  np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+  np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-3)
   _, _, first = start_run(config_of(teacher), tmp_path / 'run')
   is_real = np.asarray(first['loss_weights']) != 0
   left_out = 1 - probs[..., :3].sum(-1)[is_real]
-  np.testing.assert_allclose(largest.left_out_mean, left_out.mean(), rtol=1e-4)
-  np.testing.assert_allclose(largest.left_out_max, left_out.max(), rtol=1e-4)
+  np.testing.assert_allclose(largest.left_out_mean, left_out.mean(), rtol=1e-3)
+  np.testing.assert_allclose(largest.left_out_max, left_out.max(), rtol=1e-3)
   size = sum(p.stat().st_size for p in largest.folder.glob('*.safetensors'))
   assert largest.size == size
   description = largest.describe()
@@ -108,25 +95,28 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   )
 
 
-def test_what_a_killed_command_left_is_gone_on_with(
+def test_a_killed_command_begins_anew_and_damage_is_noticed(
   teacher, all_logits, tmp_path
 ):
   folder = tmp_path / 'kept'
   write(teacher, folder)
   first, second = sorted(folder.glob('*.safetensors'))
+  with pytest.raises(ValueError, match=r"has 'manifest.json'; give a new fol"):
+    write(teacher, folder)
   (folder / teacher_logits.MANIFEST).unlink()
   second.write_bytes(second.read_bytes()[:-1])
   with pytest.raises(ValueError, match='has no finished logits'):
     teacher_logits.read(folder)
-  modified_ns = first.stat().st_mtime_ns
   finished = write(teacher, folder)
-  assert first.stat().st_mtime_ns == modified_ns
   all_rows = np.arange(STEPS * 4)
+  first.write_bytes(first.read_bytes()[:-1] + b'x')
   jax.tree.map(
     np.testing.assert_array_equal,
-    finished.rows(all_rows),
-    all_logits.rows(all_rows),
+    finished.rows(all_rows[16:]),
+    all_logits.rows(all_rows[16:]),
   )
+  with pytest.raises(ValueError, match='is damaged, or not what the manifest'):
+    finished.rows(all_rows)
 
 
 def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
@@ -144,16 +134,15 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     )
     run.options = options.filled(257)
     with pytest.raises(ValueError, match=message):
-      stored_logits.check(run, teacher_lib.read(run, options.distill))
+      taught = Teacher(run, options.distill)
+      stored_logits.check(run, taught.step, taught.digest)
   with pytest.raises(ValueError, match='has rows 0 to 23, not 20 to 24'):
     stored_logits.rows(np.array([20, 24]))
-  with pytest.raises(ValueError, match='holds other logits: top: 257 -> 4'):
-    write(teacher, all_logits.folder, top=4)
   with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
     write(teacher, tmp_path / 'more', top=258)
   with pytest.raises(ValueError, match='was trained on tokens of bytes'):
     other_data = tiny.config(data={'tokenizer': {'kind': 'chars'}}).data
-    keep_logits.write(
+    teacher_logits.write(
       teacher,
       tmp_path / 'chars',
       sections.read(DataOptions, other_data, 'data.'),
@@ -176,7 +165,7 @@ def test_other_weights_of_a_mixture_are_noticed(teacher, tmp_path):
   # The first batch of four rows has four of asyncio either way.
   weights, other_weights = ({'asyncio': n, 'email': 1.0} for n in (9.0, 19.0))
   config = tiny.config(data=mixture(weights))
-  stored_logits = keep_logits.write(
+  stored_logits = teacher_logits.write(
     teacher,
     tmp_path / 'kept',
     sections.read(DataOptions, config.data, 'data.'),
