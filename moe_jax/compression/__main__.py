@@ -19,7 +19,7 @@ from moe_jax import command_line
 from moe_jax.compression import (
   extract,
   fewer_command,
-  quantize_command,
+  quantize,
   rates,
   teacher_logits,
 )
@@ -30,7 +30,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
   teacher_logits.add,
   extract.add,
   fewer_command.add,
-  quantize_command.add,
+  quantize.add,
   rates.add,
 )
 

@@ -1,21 +1,35 @@
-"""Calibration: the tokens that reach the experts of a model on batches."""
+"""Calibration: the tokens that reach the experts of a model on batches.
+
+Special tokens do not count among the inputs of kernels, as in QMoE
+(https://arxiv.org/abs/2310.16795): their inputs are large and their outputs do
+not matter.
+"""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moe_jax import data
 from moe_jax.compression.whole_run import WholeRun
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import Experts
+from moe_jax.layers.moe import in_groups
 from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
 from moe_jax.shapes import Array, Leaf
 
+# The most tokens of an expert, as a multiple of the mean.
+MOST_TOKENS = 4
+# The number of rows of an expert is a multiple of this, so that few programs
+# are compiled.
+_ROWS_STEP = 64
 _SOWN_NAME = 'reached'
 
 
@@ -67,10 +81,6 @@ def capture(
 
   Dropout and noise are off.
 
-  Args:
-    model: The model.
-    variables: Its variables.
-    batch: A batch of its data.
   """
 
   def sow_tokens(call, args, kwargs, context):
@@ -100,3 +110,88 @@ def _outermost(tree: Mapping[str, Any]) -> RoutedTokens | None:
     if isinstance(subtree, Mapping)
   )
   return next((tokens for tokens in inner if tokens is not None), None)
+
+
+class Rows(NamedTuple):
+  """The inputs of the kernels of some experts.
+
+  Attributes:
+    x: float [E, R, M], the tokens of each expert; zeros after the last.
+    filled: bool [E, R], whether there is a token.
+  """
+
+  x: Leaf
+  filled: Leaf
+
+
+def counted(
+  batch: Mapping[str, np.ndarray], prefix: str, tokenizer: Tokenizer | None
+) -> np.ndarray:
+  """Whether each token of a sequence counts, bool [B, T].
+
+  Neither padding nor special tokens do, nor those of a decoder that a masked
+  span follows.
+
+  Args:
+    batch: A batch.
+    prefix: The prefix of the sequence's keys.
+    tokenizer: The tokenizer of the batch; with None no token is special.
+  """
+  is_counted = np.asarray(batch[f'{prefix}segment_ids']) > 0
+  if tokenizer is None:
+    return is_counted
+  t = tokenizer
+  special = {*t.eos_ids, t.bos_id, t.pad_id, t.start_id, t.forced_bos_id}
+  special = [*(special - {None}), *t.sentinel_ids]
+  is_counted &= ~np.isin(batch[f'{prefix}tokens'], special)
+  if not prefix and 'targets' in batch:
+    is_counted &= ~np.isin(batch['targets'], t.sentinel_ids)
+  return is_counted
+
+
+class ExpertTokens:
+  """The tokens that reach the experts of a layer, over all batches.
+
+  Attributes:
+    without_tokens: The experts that no token that counts reaches.
+    num_experts: E, the number of experts.
+  """
+
+  def __init__(
+    self, batches: Sequence[RoutedTokens], masks: Sequence[np.ndarray]
+  ):
+    """Sorts tokens by expert, each with at most `MOST_TOKENS` times the mean.
+
+    Args:
+      batches: The tokens of each batch with their routing.
+      masks: Whether each token of the batches counts, bool [B, T].
+    """
+    M = batches[0].x.shape[-1]
+    self._x = np.concatenate([np.asarray(b.x).reshape(-1, M) for b in batches])
+    is_chosen = np.concatenate(
+      [_chosen(b, mask) for b, mask in zip(batches, masks, strict=True)]
+    )  # [N, E]
+    max_tokens = -(-MOST_TOKENS * is_chosen.sum() // is_chosen.shape[1])
+    self._tokens = [np.flatnonzero(x)[:max_tokens] for x in is_chosen.T]
+    self.num_experts = len(self._tokens)
+    self.without_tokens = [e for e, t in enumerate(self._tokens) if not t.size]
+    longest = max(tokens.size for tokens in self._tokens)
+    self._num_rows = max(-(-longest // _ROWS_STEP), 1) * _ROWS_STEP
+
+  def rows(self, experts: slice) -> Rows:
+    """The rows of some of the experts."""
+    tokens = self._tokens[experts]
+    shape = len(tokens), self._num_rows
+    x = np.zeros((*shape, self._x.shape[1]), self._x.dtype)
+    filled = np.zeros(shape, bool)
+    for e, indices in enumerate(tokens):
+      x[e, : indices.size] = self._x[indices]
+      filled[e, : indices.size] = True
+    return Rows(x, filled)
+
+
+def _chosen(routed_tokens: RoutedTokens, mask: np.ndarray) -> np.ndarray:
+  """Whether an expert serves a token that counts, bool [N, E]."""
+  gates = np.asarray(routed_tokens.routing.token_gates())
+  is_counted = np.asarray(in_groups(jnp.asarray(mask), gates.shape[1]))
+  return ((gates != 0) & is_counted[..., None]).reshape(-1, gates.shape[-1])

@@ -6,14 +6,16 @@ tokens are those of QMoE, https://arxiv.org/abs/2310.16795. A kernel is
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.compression.grids import Grid, Rounded
+from moe_jax.compression.calibration import Rows
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.layers.kernel_format import Grid, KernelFormat, Rounded, nearest
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32
+from moe_jax.shapes import Array, Bool, Float, Float32, Leaf
 
 # The share of the mean of the Hessian's diagonal that is added to it, and the
 # least number that is added.
@@ -72,11 +74,6 @@ def gptq(w: Float[Array, '*E I O'], grid: Grid, factor: Factor) -> Rounded:
 
   Where the factor stands for the identity, weights are rounded to the nearest
   value, bit for bit.
-
-  Args:
-    w: The kernels.
-    grid: Their grids, which stay as they are.
-    factor: The factors of their inputs.
   """
   sweep = _sweep
   for _ in range(w.ndim - 2):
@@ -130,3 +127,76 @@ def error(
   change = w.astype(jnp.float32) - values
   weighted_change = jnp.matmul(h, change, precision=_EXACT)
   return (change * weighted_change).sum((-2, -1))
+
+
+class Outcome(NamedTuple):
+  """Some kernels on a grid, and the errors of both methods.
+
+  Attributes:
+    rounded: The kernels, as the chosen method rounds them.
+    rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
+    gptq: float32 [E], the same error of rounding by GPTQ.
+    total: float32 [E], tr(W H W^T).
+    plain: bool [E], whether GPTQ took the identity for H.
+  """
+
+  rounded: Rounded
+  rtn: Leaf
+  gptq: Leaf
+  total: Leaf
+  plain: Leaf
+
+
+@functools.partial(jax.jit, static_argnames='format')
+def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
+  """Rounds to the nearest value; errors are squares of weights, as with H = I.
+
+  Both methods then do the same.
+  """
+  rounded = nearest(w, format.grid(w))
+  w = w.astype(jnp.float32)
+  change = jnp.square(w - rounded.values).sum((-2, -1))
+  total = jnp.square(w).sum((-2, -1))
+  return Outcome(rounded, change, change, total, jnp.zeros(len(w), bool))
+
+
+def _compensated(
+  w: Float[Array, 'E I O'], h: Float32[Array, 'E I I'], format: KernelFormat
+) -> Outcome:
+  """Rounds by GPTQ, for the Hessians h."""
+  grid, inverse = format.grid(w), factor(h)
+  rounded = gptq(w, grid, inverse)
+  return Outcome(
+    rounded,
+    error(w, nearest(w, grid).values, h),
+    error(w, rounded.values, h),
+    error(w, jnp.zeros_like(w), h),
+    inverse.plain,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('layer', 'format'))
+def feed_forwards(
+  layer: FfnLayer, p: dict[str, Any], rows: Rows, format: KernelFormat
+) -> dict[str, Outcome]:
+  """Rounds the kernels of feed-forward layers by GPTQ.
+
+  The last kernel's inputs are the hidden values that the rounded first kernels
+  give.
+
+  Args:
+    layer: The computation of one layer.
+    p: The parameters of the layers, each [E, ...].
+    rows: The inputs of the layers.
+    format: The format that kernels get.
+  """
+  p, h = dict(p), hessian(*rows)
+  outcomes = {}
+  for name in layer.first_kernels:
+    outcomes[name] = _compensated(p[name], h, format)
+    p[name] = outcomes[name].rounded.values
+  hidden = []
+  layer.compute_stacked(p, rows.x, lambda x: hidden.append(x) or x)
+  h = hessian(hidden[0], rows.filled)
+  outcomes['w_out'] = _compensated(p['w_out'], h, format)
+  return outcomes

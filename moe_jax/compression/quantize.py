@@ -1,37 +1,71 @@
 """Quantises a run: its experts in codes of few bits.
 
-The new folder is evaluated, generated from and exported like any run's, but it
-is not trained.
+    python -m moe_jax.compression quantize --run=runs/tiny --output=runs/int4 \
+      --format=int4 --method=gptq --batches=16
+
+Layers are rounded in turn. The whole model is run with the kernels as rounded
+so far, so that the outputs of rounded layers are the inputs of the next. The
+new folder is evaluated, generated from and exported like any run's, but it is
+not trained.
 """
 
-import functools
-import operator
+import argparse
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.compression import calibration, stored, whole_run
-from moe_jax.compression import quantize_report as report
-from moe_jax.compression.grids import Rounded
-from moe_jax.compression.quantize_layers import Layers, Spot
-from moe_jax.compression.quantize_report import Report
+from moe_jax import command_line, config_file, sections
+from moe_jax.compression import calibration, gptq, whole_run
+from moe_jax.compression.gptq import Outcome
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
-from moe_jax.layers.kernel_format import TERNARY, KernelFormat
-from moe_jax.models import ModelOptions, code_trees
-from moe_jax.models.code_trees import Coded
+from moe_jax.layers.ffn import FfnLayer
+from moe_jax.layers.kernel_format import (
+  FORMATS,
+  TERNARY,
+  KernelFormat,
+  fill_up,
+)
+from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.models import ModelOptions, code_trees, flat_trees
 from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import LayerPlace, numbers_of
+from moe_jax.models.parameter_trees import describe
 from moe_jax.options import unknown
 from moe_jax.runs import new_run
 
 METHODS = ('gptq', 'rtn')
 BATCHES = 16
+# The number of experts that are rounded together, as in QMoE.
+_GROUP_SIZE = 16
+_Arrays = dict[str, np.ndarray]
+
+
+class Report(NamedTuple):
+  """Numbers about the kernels of a layer.
+
+  Attributes:
+    rtn: The squared change of the kernels' outputs, over all their squared
+      outputs, when each weight is rounded to the nearest value.
+    gptq: The same number for weights that GPTQ rounded.
+    weights: The number of weights.
+    zeros: The number of weights that are 0 in the result.
+    code_bits: The bits of all codes, as they are stored. What fills up kernels
+      of fewer codes is none.
+  """
+
+  rtn: float
+  gptq: float
+  weights: int
+  zeros: int
+  code_bits: int
 
 
 def quantize(
@@ -63,7 +97,7 @@ def quantize(
 
   Returns:
     Numbers about all kernels: 'rtn error' and 'gptq error', the mean over
-    kernels of the squared change of outputs over the squared outputs; 'zeros',
+    layers of the squared change of outputs over the squared outputs; 'zeros',
     the share of weights that are 0; 'code bits', the bits of codes for each
     weight; 'metadata bits', those of all else that is stored, such as scales,
     offsets and what fills up kernels of fewer codes; 'bytes' and 'bytes
@@ -77,27 +111,59 @@ def quantize(
   run = whole_run.read(workdir, step=step, allow=allow)
   output = pathlib.Path(output).expanduser()
   new_run.check_free(output)
-  options, coded = _coded_options(run, format)
+  options, places = _coded(run, format)
   batches = []
   if method == 'gptq':
     batches = calibration.batches(run, num_batches, data)
-  rounded, reports = _all_layers(Layers(run, coded, batches), message)
-  params, options = _assembled(run, options, coded, rounded)
-  whole_run.write(run, output, params, options)
-  stored_bytes = sum(
-    whole_run.bytes_in_memory(functools.reduce(operator.getitem, path, params))
-    for path in coded
-  )
-  return report.numbers_of(reports, stored_bytes) | {
-    'bytes': whole_run.bytes_in_memory(params),
-    'bytes before': whole_run.bytes_in_memory(run.variables['params']),
+  old_params = run.variables['params']
+  params = jax.tree.map(np.array, old_params)
+  stored: dict[Path, list[dict[str, _Arrays]]] = {}
+  reports = []
+  for layer, (path, index) in places.items():
+    experts = _subtree(params, path)
+    p = {name: array[index] for name, array in experts.items()}
+    outcomes, without_tokens = _round(run, params, layer, p, format, batches)
+    for name, outcome in outcomes.items():
+      values = np.asarray(outcome.rounded.values)
+      experts[name][index] = values.astype(experts[name].dtype)
+    arrays = {name: format.store(x.rounded) for name, x in outcomes.items()}
+    stored.setdefault(path, []).append(arrays)
+    layer_report, line = report(outcomes, arrays, without_tokens)
+    message(f'layer {layer}: {line}')
+    reports.append(layer_report)
+  new_params, num_bytes = old_params, 0
+  if format.name == TERNARY:
+    kernels = [
+      x for layers in stored.values() for p in layers for x in p.values()
+    ]
+    format = dataclasses.replace(format, num_codes=fill_up(kernels))
+    options = code_trees.with_formats(options, format)
+  for path, layers in stored.items():
+    kernels = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *layers)
+    num_bytes += whole_run.bytes_in_memory(kernels)
+    experts = {**_subtree(old_params, path), **kernels}
+    new_params = _set_at(new_params, path, experts)
+  whole_run.write(run, output, new_params, options)
+  weights = sum(x.weights for x in reports)
+  code_bits = sum(x.code_bits for x in reports)
+  return {
+    'rtn error': sum(x.rtn for x in reports) / len(reports),
+    'gptq error': sum(x.gptq for x in reports) / len(reports),
+    'zeros': sum(x.zeros for x in reports) / weights,
+    'code bits': code_bits / weights,
+    'metadata bits': (8 * num_bytes - code_bits) / weights,
+    'bytes': whole_run.bytes_in_memory(new_params),
+    'bytes before': whole_run.bytes_in_memory(old_params),
   }
 
 
-def _coded_options(
+def _coded(
   run: WholeRun, format: KernelFormat
-) -> tuple[ModelOptions, dict[Path, Coded]]:
-  """The options of the new model, and the kernels that get codes.
+) -> tuple[ModelOptions, dict[int, tuple[Path, int]]]:
+  """The options of the new model, and the places of its experts by layer.
+
+  A place is the path of the experts' parameters, in which layers are stacked,
+  and the number of the layer among these.
 
   Raises:
     ValueError: The model has codes already, or no such kernels.
@@ -109,61 +175,166 @@ def _coded_options(
       'was made of'
     )
   options = code_trees.with_formats(model, format)
-  if coded := code_trees.coded_kernels(options):
-    return options, coded
-  raise InputError(f'{run.folder} has no experts to quantise')
+  stored = flat_trees.flatten(describe(options.build()).shapes)
+  places = {}
+  for path in {path[:-2] for path in stored if path[-1] == 'codes'}:
+    place = cast(LayerPlace, run.model.place_of((*path, 'w_out')))
+    for index, layer in enumerate(numbers_of(run.model.stacks, place)):
+      places[layer] = path, index
+  if not places:
+    raise InputError(f'{run.folder} has no experts to quantise')
+  return options, dict(sorted(places.items()))
 
 
-def _all_layers(
-  layers: Layers, message: Callable[[str], None]
-) -> tuple[dict[Spot, Rounded], list[Report]]:
-  """Rounds all layers in turn; returns their kernels and reports."""
-  rounded: dict[Spot, Rounded] = {}
-  reports = []
-  for layer in layers.spots:
-    outcomes = layers.quantize(layer)
-    layer_report = report.report_of(
-      outcomes,
-      layers.format_of(layer),
-      by_data=layers.by_data,
-      without_tokens=layers.without_tokens.get(layer, ()),
-    )
-    message(f'layer {layer}: {layer_report.text()}')
-    rounded |= {spot: x.rounded for spot, x in outcomes.items()}
-    reports.append(layer_report)
-  return rounded, reports
-
-
-def _assembled(
+def _round(
   run: WholeRun,
-  options: ModelOptions,
-  coded: Mapping[Path, Coded],
-  rounded: Mapping[Spot, Rounded],
-) -> tuple[dict[str, Any], ModelOptions]:
-  """The parameters of the new model, and its options with all sizes."""
-  by_path: dict[Path, list[Rounded]] = {path: [] for path in coded}
-  for spot in sorted(rounded, key=lambda spot: spot.index):
-    by_path[spot.path].append(rounded[spot])
-  stacked = [_stacked(x) for x in by_path.values()]
-  format = next(iter(coded.values())).format
-  arrays, format = stored.store(stacked, format)
-  params = dict(run.variables['params'])
-  for path, kernel_arrays in zip(by_path, arrays, strict=True):
-    on_device = jax.tree.map(jnp.asarray, kernel_arrays)
-    params = _set_at(params, path, on_device)
-  if format.name == TERNARY:
-    options = code_trees.with_formats(options, format)
-  return params, options
+  params: Any,
+  layer: int,
+  p: dict[str, np.ndarray],
+  format: KernelFormat,
+  batches: Sequence[dict[str, Any]],
+) -> tuple[dict[str, Outcome], list[int]]:
+  """Rounds the kernels of a layer, by GPTQ if there are batches.
 
-
-def _stacked(kernels: Sequence[Rounded]) -> Rounded:
-  """The kernels of the layers of one parameter, as one [layers, E, I, O]."""
-  return jax.tree.map(
-    lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *kernels
+  Returns:
+    The outcome of each kernel, and the experts that no token that counts
+    reaches, for which GPTQ rounds to the nearest value.
+  """
+  blocks = [stack.block for _, stack in run.model.stacks for _ in stack.sparse]
+  moe = cast(MoeOptions, blocks[layer].moe)
+  expert = FfnLayer(moe.expert.twin(1).ffn, blocks[layer].shared)
+  if not batches:
+    names = (*expert.first_kernels, 'w_out')
+    return {name: gptq.to_nearest(p[name], format) for name in names}, []
+  model, variables = run.model, {**run.variables, 'params': params}
+  prefix, tokenizer = model.sequence_of(layer), run.options.tokenizer
+  tokens = calibration.ExpertTokens(
+    [calibration.capture(model, variables, batch)[layer] for batch in batches],
+    [calibration.counted(batch, prefix, tokenizer) for batch in batches],
   )
+  groups = []
+  for first in range(0, tokens.num_experts, _GROUP_SIZE):
+    group = slice(first, first + _GROUP_SIZE)
+    p_group = {name: x[group] for name, x in p.items()}
+    rounded = gptq.feed_forwards(expert, p_group, tokens.rows(group), format)
+    groups.append(jax.device_get(rounded))
+  outcomes = jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+  return outcomes, tokens.without_tokens
+
+
+def report(
+  outcomes: Mapping[str, Outcome],
+  stored: Mapping[str, _Arrays],
+  without_tokens: Sequence[int],
+) -> tuple[Report, str]:
+  """Numbers about the kernels of a layer, and a line with them.
+
+  It names experts for which H = I, since no token that counts reaches them, or
+  since their inputs are all zero or the factorisation failed.
+
+  Args:
+    outcomes: The outcome of each kernel.
+    stored: The arrays that store it.
+    without_tokens: The experts that no token that counts reaches.
+  """
+  kernels = outcomes.values()
+  total = sum(float(x.total.sum()) for x in kernels) or 1.0
+  code_bits = sum(
+    # The padding of shorter experts is no code.
+    16 * int(x['offsets'][..., -1].sum())
+    if 'offsets' in x
+    else 8 * x['codes'].nbytes
+    for x in stored.values()
+  )
+  metadata_bits = 8 * sum(
+    x.nbytes
+    for arrays in stored.values()
+    for n, x in arrays.items()
+    if n != 'codes'
+  )
+  numbers = Report(
+    rtn=sum(float(x.rtn.sum()) for x in kernels) / total,
+    gptq=sum(float(x.gptq.sum()) for x in kernels) / total,
+    weights=sum(x.rounded.codes.size for x in kernels),
+    zeros=sum(int((x.rounded.values == 0).sum()) for x in kernels),
+    code_bits=code_bits,
+  )
+  line = (
+    f'error of RTN {numbers.rtn:.3g}, of GPTQ {numbers.gptq:.3g}; '
+    f'zeros {100 * numbers.zeros / numbers.weights:.1f} %; '
+    f'bits a weight {code_bits / numbers.weights:.2f} of codes and '
+    f'{metadata_bits / numbers.weights:.2f} of metadata'
+  )
+  plain = np.any([x.plain for x in kernels], axis=0)
+  not_factored = {*np.flatnonzero(plain).tolist()} - {*without_tokens}
+  if without_tokens:
+    line += f'; H = I for experts {[*without_tokens]} (no tokens)'
+  if not_factored:
+    line += f'; H = I for experts {sorted(not_factored)} (no factor)'
+  return numbers, line
+
+
+def _subtree(tree: Any, path: Path) -> Any:
+  for name in path:
+    tree = tree[name]
+  return tree
 
 
 def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
   """The tree with another value at a path."""
   name, rest = path[0], path[1:]
   return {**tree, name: _set_at(tree[name], rest, value) if rest else value}
+
+
+def add(commands: Any) -> None:
+  """Adds the command `quantize`."""
+  text = 'stores experts in codes of few bits'
+  command = commands.add_parser(
+    'quantize', help=text, **command_line.about(__doc__)
+  )
+  command.set_defaults(run=_run)
+  add = command.add_argument
+  whole = command_line.NOT_NEGATIVE
+  add('--run', required=True, help='folder of the run', dest='workdir')
+  add('--output', required=True, help='folder of the new run')
+  add('--step', type=whole, help='checkpoint; else newest')
+  add('--format', required=True, choices=FORMATS)
+  add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
+  add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
+  add(
+    '--config',
+    default='',
+    help="config of the data, by path or name; else the run's",
+  )
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> str:
+  data, num_batches = None, options.batches or BATCHES
+  if options.method == 'rtn':
+    for name in ('batches', 'config'):
+      if value := getattr(options, name):
+        raise InputError(
+          f'--{name}={value} has no effect with --method=rtn, which reads no '
+          'data; leave it out'
+        )
+  if options.config:
+    section = config_file.config_of(options.config, overrides).data
+    data = sections.read(DataOptions, section, 'data.')
+  numbers = quantize(
+    options.workdir,
+    options.output,
+    KernelFormat(options.format),
+    step=options.step,
+    method=options.method,
+    num_batches=num_batches,
+    data=data,
+    allow=options.allow_module,
+  )
+  disk = whole_run.bytes_on_disk(options.output)
+  return (
+    f'{options.output}: {numbers["bytes"]:,.0f} bytes of parameters in memory, '
+    f'of {numbers["bytes before"]:,.0f} before; {disk:,} bytes on disk\n'
+    f'quantised kernels: {numbers["code bits"]:.2f} bits a weight of codes and '
+    f'{numbers["metadata bits"]:.2f} of metadata, zeros '
+    f'{100 * numbers["zeros"]:.1f} %'
+  )

@@ -1,27 +1,20 @@
 """The bits that a ternary weight takes, measured and predicted by counting.
 
     python -m moe_jax.compression rates
-    python -m moe_jax.compression rates --layer=128,768,3072
 
 Weights are independent, zero with a given probability. Their codes follow the
 static table of https://arxiv.org/abs/2310.16795, whatever that probability is.
 """
 
 import argparse
-import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moe_jax import command_line
-from moe_jax.compression import codec
-from moe_jax.errors import InputError
 from moe_jax.kernels import ternary
 from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 from moe_jax.options import within
-from moe_jax.shapes import Int8
 
 # The paper's widest models have rows of 6144; 64 is as narrow as tests are.
 ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
@@ -37,8 +30,7 @@ class Bits(NamedTuple):
   Attributes:
     codes: The bits of the rows' codes.
     metadata: The bits of all else that is stored: the offset and the two values
-      of each row, the end of the last row, and the codes that fill up experts
-      with fewer.
+      of each row, and the end of the last row.
   """
 
   codes: float
@@ -50,105 +42,17 @@ class Bits(NamedTuple):
     return self.codes + self.metadata
 
 
-class Layer(NamedTuple):
-  """A layer of experts in codes: two matrices each, without bias.
-
-  Attributes:
-    weights: The number of weights.
-    bits: The bits of each weight.
-    encode_seconds: Time to encode all, on the host.
-    decode_seconds: Time to decode all, one matrix after the other, compiled.
-  """
-
-  weights: int
-  bits: Bits
-  encode_seconds: float
-  decode_seconds: float
-
-
-def random_weights(
-  rng: np.random.Generator, zeros: float, *shape: int
-) -> Int8[np.ndarray, '...']:
-  """Independent weights, zero with probability `zeros`, else 1 or -1."""
-  draw = rng.random(shape, np.float32)
-  half = (1 - zeros) / 2
-  return (draw < half).astype(np.int8) - (draw >= 1 - half)
-
-
-def stored(counts: Sequence[int], rows: int, width: int) -> Bits:
-  """The bits a weight of some matrices of one shape that are stored together.
-
-  Args:
-    counts: The number of codes of each matrix.
-    rows: The number of rows of a matrix.
-    width: The number of weights of a row.
-  """
-  weights = len(counts) * rows * width
-  padding = max(counts) * len(counts) - sum(counts)
-  metadata = len(counts) * (rows * _ROW_BITS + _OFFSET_BITS)
-  return Bits(
-    _CODE_BITS * sum(counts) / weights,
-    (metadata + _CODE_BITS * padding) / weights,
-  )
-
-
 def measured(width: int, zeros: float, seed: int = 0) -> Bits:
   """The bits a weight of one random matrix of about two million weights."""
-  rng = np.random.default_rng(seed)
   rows = max(_SAMPLE // width, 1)
-  codes = codec.encode(random_weights(rng, zeros, rows, width))
-  return stored([codes.codes.size], rows, width)
-
-
-def layer(
-  experts: int,
-  width: int,
-  hidden: int,
-  zeros: float,
-  seed: int = 0,
-) -> Layer:
-  """Encodes and decodes the random kernels of a layer, one expert at a time.
-
-  Args:
-    experts: The number of experts.
-    width: The width M of the model.
-    hidden: The width F of an expert.
-    zeros: The probability of a zero.
-    seed: Seed of the weights.
-
-  Raises:
-    ValueError: The decoded weights are not those encoded.
-  """
-  rng, seconds, bits = np.random.default_rng(seed), np.zeros(2), np.zeros(2)
-  dictionary()  # not in the times
-  for rows, cols in ((hidden, width), (width, hidden)):
-    counts = []
-    for expert in range(experts):
-      weights = random_weights(rng, zeros, rows, cols)
-      start = time.perf_counter()
-      codes = codec.encode(weights)
-      seconds[0] += time.perf_counter() - start
-      counts.append(codes.codes.size)
-      decoded, decode_seconds = _decoded(codes, cols)
-      seconds[1] += decode_seconds
-      if not np.array_equal(decoded, weights):
-        raise InputError(f'expert {expert} was decoded to other weights')
-    bits += np.array(stored(counts, rows, cols)) / 2
-  number = 2 * experts * width * hidden
-  return Layer(number, Bits(*map(float, bits)), *map(float, seconds))
-
-
-def _decoded(codes, width) -> tuple[np.ndarray, float]:
-  """The weights, and the seconds that decoding took once it was compiled."""
-  # Matrices of one shape have about as many codes: with some more, of which
-  # nothing is decoded, one program does for all.
-  padding = -codes.codes.size % (1 << 13)
-  codes = codes._replace(codes=np.pad(codes.codes, (0, padding)))
-  codes = jax.device_put(codes)
-  jax.block_until_ready(ternary.decode(codes, width))
-  start = time.perf_counter()
-  weights = jax.block_until_ready(ternary.decode(codes, width))
-  return np.asarray(weights), time.perf_counter() - start
+  draw = np.random.default_rng(seed).random((rows, width), np.float32)
+  half = (1 - zeros) / 2
+  weights = (draw < half).astype(np.int8) - (draw >= 1 - half)
+  count = ternary.encode(weights).codes.size
+  return Bits(
+    _CODE_BITS * count / weights.size,
+    (rows * _ROW_BITS + _OFFSET_BITS) / weights.size,
+  )
 
 
 def predicted(width: int, zeros: float) -> float:
@@ -212,26 +116,10 @@ def add(commands: Any) -> None:
   command.add_argument(
     '--widths', type=command_line.POSITIVE, nargs='+', default=WIDTHS
   )
-  command.add_argument(
-    '--layer',
-    type=_sizes,
-    help='E,M,F: encodes and decodes a layer of E experts from M to F and back',
-  )
   command.set_defaults(run=_run)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-  sizes = tuple(command_line.POSITIVE(part) for part in text.split(','))
-  if len(sizes) != 3:
-    raise argparse.ArgumentTypeError(f'{text!r} is not E,M,F: 128,768,3072')
-  return sizes
-
-
 def _run(options: argparse.Namespace, _: list[str]) -> str:
-  if options.layer:
-    E, M, F = options.layer
-    layers = [(z, layer(E, M, F, z)) for z in options.zeros]
-    return '\n'.join(_layer_line(options.layer, z, x) for z, x in layers)
   lines = [
     'Bits a weight; zeros are independent.',
     f'{"width":>6} {"zeros":>6} {"codes":>7} {"predicted":>10} '
@@ -246,13 +134,3 @@ def _run(options: argparse.Namespace, _: list[str]) -> str:
         f'{bits.metadata:>9.3f} {bits.total:>7.3f}'
       )
   return '\n'.join(lines)
-
-
-def _layer_line(sizes: tuple[int, ...], zeros: float, layer: Layer) -> str:
-  E, M, F = sizes
-  return (
-    f'E={E} M={M} F={F}, zeros {zeros:g}: {layer.weights:,} weights; '
-    f'{layer.bits.codes:.3f} bits a weight of codes, {layer.bits.metadata:.3f} '
-    f'of metadata, {layer.bits.total:.3f} in all; encoded in '
-    f'{layer.encode_seconds:.1f} s, decoded in {layer.decode_seconds:.1f} s'
-  )

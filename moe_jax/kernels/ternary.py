@@ -15,12 +15,13 @@ by their weights in the order 0, 1, -1.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.errors import InputError
 from moe_jax.shapes import Array, Int8, Int32, UInt16
 
 NUM_CODES = 1 << 16
@@ -28,6 +29,9 @@ MOST_PAIRS = 14
 MOST_WEIGHTS = 2 * MOST_PAIRS
 # The share of zeros that the paper's table was made for.
 P0 = 0.885
+# The number of rows that step through the dictionary together. The entries
+# that so many rows need stay in the cache.
+ROWS = 4096
 
 
 class Dictionary(NamedTuple):
@@ -114,6 +118,72 @@ class Codes(NamedTuple):
 
   codes: UInt16[Array, '*E N']
   offsets: Int32[Array, '*E rows']
+
+
+def encode(ternary: np.ndarray) -> Codes:
+  """The codes of ternary matrices, as numpy arrays.
+
+  Each code is the longest sequence of the dictionary that the rest of its row
+  begins with.
+
+  Args:
+    ternary: int8 [*E, R, M], weights -1, 0 and 1. A row is one output unit.
+
+  Raises:
+    ValueError: The weights are not int8, are others than -1, 0 and 1, or are
+      no matrix.
+  """
+  ternary = np.asarray(ternary)
+  if ternary.dtype != np.int8 or ternary.ndim < 2 or not ternary.size:
+    raise InputError(
+      f'{ternary.dtype}{list(ternary.shape)} must be int8 [..., rows, width], '
+      'with at least one weight'
+    )
+  least, most = ternary.min(), ternary.max()
+  if least < -1 or most > 1:
+    weight = least if least < -1 else most
+    raise InputError(f'weight {weight} is not one of -1, 0, 1')
+  *expert_shape, R, M = ternary.shape
+  matrices = ternary.reshape(-1, R, M)
+  parsed = [
+    [_parse(matrix[i : i + ROWS], dictionary()) for i in range(0, R, ROWS)]
+    for matrix in matrices
+  ]
+  codes = [np.concatenate([codes for codes, _ in x]) for x in parsed]
+  counts = [np.concatenate([counts for _, counts in x]) for x in parsed]
+  padded = np.zeros((len(codes), max(x.size for x in codes)), np.uint16)
+  for row, x in zip(padded, codes):
+    row[: x.size] = x
+  offsets = np.pad(np.cumsum(counts, axis=-1, dtype=np.int32), [(0, 0), (1, 0)])
+  arrays: Any = (
+    padded.reshape(*expert_shape, -1),
+    offsets.reshape(*expert_shape, R + 1),
+  )
+  return Codes(*arrays)
+
+
+def _parse(
+  ternary: np.ndarray, table: Dictionary
+) -> tuple[np.ndarray, np.ndarray]:
+  """The codes of some rows, and the number of codes of each row."""
+  R, M = ternary.shape
+  bits = np.zeros((R, M + M % 2), np.int8)
+  bits[:, :M] = ternary & 3
+  pairs = np.ascontiguousarray((4 * bits[:, ::2] + bits[:, 1::2]).T)
+  # The longest sequence that each row has read so far, [steps, R].
+  codes = np.empty(pairs.shape, np.uint16)
+  steps = table.steps.reshape(-1)
+  prefixes, index = table.pairs[pairs[0]], np.empty(R, np.int64)
+  codes[0] = prefixes
+  for step in range(1, len(pairs)):
+    np.multiply(prefixes, table.steps.shape[1], out=index)
+    np.add(index, pairs[step], out=index)
+    steps.take(index, out=prefixes, mode='clip')  # 'raise' would copy `out`
+    codes[step] = prefixes
+  # A sequence of one pair begins a new code.
+  ends = np.ones(codes.shape, bool)
+  ends[:-1] = (table.lengths == 2)[codes[1:]]
+  return codes.T[ends.T], ends.sum(0)
 
 
 @functools.partial(jax.jit, static_argnames='width')

@@ -1,22 +1,183 @@
-"""The formats in which the kernels of experts are stored in codes of few bits.
+"""Kernels of experts in codes of few bits: grids, rounding, storage, decoding.
 
-Codes are decoded where a kernel is used, so that a model with such kernels is
-small in memory too. `moe_jax.compression quantize` writes them; they are not
-trained.
+A kernel is [*E, I, O], for I inputs and O output units; an output unit is a row
+in papers on quantisation. Codes are decoded where a kernel is used, so that a
+model with such kernels is small in memory too. `moe_jax.compression quantize`
+writes them; they are not trained.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from moe_jax.kernels import quantized, ternary
-from moe_jax.kernels.quantized import TernaryGrid, UniformGrid
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.kernels import ternary
 from moe_jax.options import Options, at_least, one_of, option
-from moe_jax.shapes import Array, Float32
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Float, Float32, Int8, Leaf, UInt8
 
-BITS = {f'int{bits}': bits for bits in quantized.BITS}
+# The bits of a code; 8 // bits of them share a byte.
+BITS = {'int8': 8, 'int4': 4, 'int2': 2}
 TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['scale', 'zero'],
+  meta_fields=['bits'],
+)
+@dataclasses.dataclass(frozen=True)
+class UniformGrid:
+  """Values at equal distances: scale * (code - zero).
+
+  Attributes:
+    scale: bfloat16 [*E, 1, O], the distance of two values of each output unit.
+    zero: uint8 [*E, 1, O], the code of the value 0.
+    bits: The number of bits of a code.
+  """
+
+  scale: Leaf
+  zero: Leaf
+  bits: int
+
+  def codes(self, w: Float[Array, '*E I O']) -> UInt8[Array, '*E I O']:
+    """The code of the value nearest to each weight."""
+    scale, zero = self.scale.astype(jnp.float32), self.zero.astype(jnp.float32)
+    codes = jnp.round(w.astype(jnp.float32) / scale) + zero
+    return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
+
+  def values(self, codes: UInt8[Array, '*E I O']) -> Float32[Array, '*E I O']:
+    """The values that codes stand for."""
+    zero = self.zero.astype(jnp.float32)
+    return self.scale.astype(jnp.float32) * (codes.astype(jnp.float32) - zero)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['low', 'high'],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TernaryGrid:
+  """The values {low, 0, high} of each output unit, for codes -1, 0 and 1.
+
+  It is the grid of QMoE (https://arxiv.org/abs/2310.16795).
+
+  Attributes:
+    low: bfloat16 [*E, 1, O], the lowest value, not above 0.
+    high: bfloat16 [*E, 1, O], the highest value, not below 0.
+  """
+
+  low: Leaf
+  high: Leaf
+
+  def codes(self, w: Float[Array, '*E I O']) -> Int8[Array, '*E I O']:
+    """The code of the value nearest to each weight; 0 where two are as near."""
+    w = w.astype(jnp.float32)
+    above = w > self.high.astype(jnp.float32) / 2
+    below = w < self.low.astype(jnp.float32) / 2
+    return above.astype(jnp.int8) - below.astype(jnp.int8)
+
+  def values(self, codes: Int8[Array, '*E I O']) -> Float32[Array, '*E I O']:
+    """The values that codes stand for."""
+    low, high = self.low.astype(jnp.float32), self.high.astype(jnp.float32)
+    return jnp.where(codes > 0, high, jnp.where(codes < 0, low, 0.0))
+
+
+Grid = UniformGrid | TernaryGrid
+
+
+class Rounded(NamedTuple):
+  """A kernel on a grid.
+
+  Attributes:
+    codes: The code of each weight, uint8 or int8 [*E, I, O].
+    grid: The grid of the codes.
+  """
+
+  codes: Leaf
+  grid: Grid
+
+  @property
+  def values(self) -> Float32[Array, '*E I O']:
+    """The weights after rounding."""
+    return _values(self.codes, self.grid)
+
+
+# Compiled as a whole, since one operation after another takes long.
+_values = jax.jit(lambda codes, grid: grid.values(codes))
+
+
+@checked
+def nearest(w: Float[Array, '*E I O'], grid: Grid) -> Rounded:
+  """Each weight rounded to the nearest value of a grid."""
+  return Rounded(grid.codes(w), grid)
+
+
+def _bounds(w: Float[Array, '*E I O']) -> tuple[Array, Array]:
+  """The least and the greatest weight of each output unit, and zero."""
+  w = w.astype(jnp.float32)
+  low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
+  return low, jnp.maximum(w.max(-2, keepdims=True), 0.0)
+
+
+@checked
+def uniform_grid(w: Float[Array, '*E I O'], bits: int) -> UniformGrid:
+  """The grid of 2 ** bits values between the least and the greatest weight.
+
+  Each output unit has its own. One of the values is 0, and no weight is off by
+  more than half the distance of two values. Distances are rounded up to a
+  bfloat16.
+  """
+  low, high = _bounds(w)
+  exact = (high - low) / (2**bits - 1)
+  near = exact.astype(jnp.bfloat16)
+  above = jnp.nextafter(near, jnp.array(jnp.inf, jnp.bfloat16))
+  scale = jnp.where(near.astype(jnp.float32) < exact, above, near)
+  scale = jnp.where(scale > 0, scale, jnp.bfloat16(1))
+  zero = jnp.round(-low / scale.astype(jnp.float32))
+  return UniformGrid(scale, zero.astype(jnp.uint8), bits)
+
+
+@checked
+def ternary_grid(w: Float[Array, '*E I O']) -> TernaryGrid:
+  """The grid {min, 0, max} of the weights of each output unit (QMoE)."""
+  low, high = _bounds(w)
+  return TernaryGrid(low.astype(jnp.bfloat16), high.astype(jnp.bfloat16))
+
+
+@functools.partial(jax.jit, static_argnames='bits')
+def pack(codes: UInt8[Array, '*E I O'], bits: int) -> UInt8[Array, '*E P O']:
+  """Codes of equal output units in bytes: 8 // bits of them share one."""
+  per_byte = 8 // bits
+  padding = [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % per_byte)]
+  codes = jnp.pad(codes, [*padding, (0, 0)])
+  *stack, inputs, units = codes.shape
+  codes = codes.reshape(*stack, inputs // per_byte, per_byte, units)
+  # No two of the shifted codes have a bit in common.
+  return (codes << _shifts(bits, codes.ndim)).sum(-2, dtype=jnp.uint8)
+
+
+def unpack(
+  packed: UInt8[Array, '*E P O'], bits: int, inputs: int
+) -> UInt8[Array, '*E I O']:
+  """The codes of `pack`, for I inputs."""
+  *stack, rows, units = packed.shape
+  codes = packed[..., None, :]
+  codes = codes >> _shifts(bits, codes.ndim) & (1 << bits) - 1
+  codes = codes.reshape(*stack, rows * (8 // bits), units)
+  return codes[..., :inputs, :]
+
+
+def _shifts(bits: int, ndim: int) -> UInt8[Array, '...']:
+  """The places in a byte of the codes that share it, along axis -2."""
+  shifts = bits * jnp.arange(8 // bits, dtype=jnp.uint8)
+  return shifts.reshape(*(1,) * (ndim - 2), -1, 1)
 
 
 class StoredArray(NamedTuple):
@@ -64,12 +225,32 @@ class KernelFormat(Options):
         'low': bound,
         'high': bound,
       }
-    rows = quantized.packed_rows(inputs, BITS[self.name])
+    rows = -(-inputs * BITS[self.name] // 8)
     return {
       'codes': StoredArray((*stack, rows, units), 'uint8', 'kernel'),
       'scale': StoredArray(by_unit, 'bfloat16', 'scale'),
       'zero': StoredArray(by_unit, 'uint8', 'scale'),
     }
+
+  def grid(self, w: Float[Array, '*E I O']) -> Grid:
+    """The grid of a kernel, from its weights alone."""
+    if self.name == TERNARY:
+      return ternary_grid(w)
+    return uniform_grid(w, BITS[self.name])
+
+  def store(self, kernel: Rounded) -> dict[str, np.ndarray]:
+    """The arrays of a kernel on a grid of this format, as in `stored_arrays`.
+
+    Codes of a ternary kernel are as many as it needs.
+    """
+    grid: Any = kernel.grid
+    if self.name == TERNARY:
+      codes = ternary.encode(np.asarray(kernel.codes).swapaxes(-1, -2))
+      arrays = {**codes._asdict(), 'low': grid.low, 'high': grid.high}
+    else:
+      codes = pack(kernel.codes, BITS[self.name])
+      arrays = {'codes': codes, 'scale': grid.scale, 'zero': grid.zero}
+    return jax.tree.map(np.asarray, arrays)
 
   def decoded(
     self, stored: Mapping[str, Array], inputs: int
@@ -85,5 +266,34 @@ class KernelFormat(Options):
       signs = ternary.decode(codes, inputs).swapaxes(-1, -2)
       return TernaryGrid(stored['low'], stored['high']).values(signs)
     bits = BITS[self.name]
-    codes = quantized.unpack(stored['codes'], bits, inputs)
+    codes = unpack(stored['codes'], bits, inputs)
     return UniformGrid(stored['scale'], stored['zero'], bits).values(codes)
+
+  def decoded_experts(self, p: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of feed-forward experts with their kernels as numbers.
+
+    Args:
+      p: The parameters, those of each kernel as `stored_arrays`.
+    """
+    # A kernel has as many inputs as the one before it has output units.
+    bound = 'low' if self.name == TERNARY else 'scale'
+    inputs = {
+      name: p['w_in' if name == 'w_out' else 'w_out'][bound].shape[-1]
+      for name, stored in p.items()
+      if isinstance(stored, Mapping)
+    }
+    return {**p, **{n: self.decoded(p[n], i) for n, i in inputs.items()}}
+
+
+def fill_up(stored: Iterable[dict[str, Any]]) -> int:
+  """Gives ternary kernels as many codes as the longest one, in place.
+
+  The number is that of `KernelFormat.num_codes`.
+  """
+  stored = list(stored)
+  num_codes = max(arrays['codes'].shape[-1] for arrays in stored)
+  for arrays in stored:
+    codes = arrays['codes']
+    added = [(0, 0)] * (codes.ndim - 1) + [(0, num_codes - codes.shape[-1])]
+    arrays['codes'] = np.pad(codes, added)
+  return num_codes

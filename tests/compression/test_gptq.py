@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.compression import gptq, grids
+from moe_jax.compression import gptq
+from moe_jax.layers import kernel_format
 from tests import reference
 
 GRIDS = {
-  'ternary': grids.ternary,
-  'int2': functools.partial(grids.uniform, bits=2),
-  'int4': functools.partial(grids.uniform, bits=4),
+  'ternary': kernel_format.ternary_grid,
+  'int2': functools.partial(kernel_format.uniform_grid, bits=2),
+  'int4': functools.partial(kernel_format.uniform_grid, bits=4),
 }
 SEEDS, R, I, O = 200, 24, 11, 3
 
@@ -30,7 +31,11 @@ def correlated(seed, inputs=I, units=O, rows=R):
 def round_both_ways(w, h, make):
   """Weights rounded by GPTQ and to nearest, and whether the two must agree."""
   grid, factor = make(w), gptq.factor(h)
-  return gptq.gptq(w, grid, factor), grids.nearest(w, grid), factor.plain
+  return (
+    gptq.gptq(w, grid, factor),
+    kernel_format.nearest(w, grid),
+    factor.plain,
+  )
 
 
 @pytest.fixture(scope='module', name='roundings')

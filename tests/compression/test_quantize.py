@@ -19,16 +19,14 @@ from moe_jax.compression import (
   extract,
   fewer,
   gptq,
-  grids,
-  kernel_inputs,
   quantize,
   teacher_logits,
   whole_run,
 )
-from moe_jax.compression.kernel_inputs import ExpertTokens
-from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.models import code_trees
+from moe_jax.layers.kernel_format import KernelFormat, nearest
+from moe_jax.models import code_trees, flat_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.parameter_trees import describe
 from moe_jax.options import OptionError
 from moe_jax.training import setup
 from tests.compression import test_distill
@@ -76,6 +74,12 @@ def _decoding(options):
   return jax.jit(lambda params: code_trees.decoded(options, params)[1])
 
 
+def coded_kernels(run):
+  """The paths of kernels that a run stores in codes."""
+  paths = flat_trees.flatten(run.variables['params'])
+  return [path[:-1] for path in paths if path[-1] == 'codes']
+
+
 def numbers_of(run):
   """The parameters of a run in codes as numbers."""
   return _decoding(run.options.model)(run.variables['params'])
@@ -106,16 +110,16 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
     for batch in batches
   ]
   masks = [
-    kernel_inputs.counted(batch, '', run.options.tokenizer) for batch in batches
+    calibration.counted(batch, '', run.options.tokenizer) for batch in batches
   ]
-  rows = ExpertTokens(inputs, masks).rows(slice(None))
+  rows = calibration.ExpertTokens(inputs, masks).rows(slice(None))
   old, rounded = (
     run.model.layer_trees(tree)[2]['moe']['experts']
     for tree in (run.variables['params'], decoded)
   )
   h = gptq.hessian(jnp.asarray(rows.x), jnp.asarray(rows.filled))
   for name in ('w_in', 'w_out'):
-    grid = grids.of_format(old[name], format)
+    grid = format.grid(old[name])
     factor = jax.jit(gptq.factor)(h)
     expected = jax.jit(gptq.gptq)(old[name], grid, factor).values
     np.testing.assert_allclose(rounded[name], expected, atol=1e-6)
@@ -139,10 +143,11 @@ def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
   )
   run = whole_run.read(new)
   num_bytes = weights = 0
-  for path, kernel in code_trees.coded_kernels(run.options.model).items():
+  plain = flat_trees.flatten(whole_run.read(folder).variables['params'])
+  for path in coded_kernels(run):
     stored_kernel = functools.reduce(dict.get, path, run.variables['params'])
     num_bytes += sum(array.nbytes for array in stored_kernel.values())
-    weights += np.prod(kernel.shape)
+    weights += plain[path].size
   bits = numbers['code bits'] + numbers['metadata bits']
   assert bits == pytest.approx(8 * num_bytes / weights, rel=1e-9)
 
@@ -165,7 +170,7 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(prepared)}
   assert dtypes & {'uint8', 'uint16'}
   # Codes alone are in memory, before and after the layout for decoding.
-  assert whole_run.bytes_in_memory(prepared) == model_bytes.bytes_in_memory(
+  assert whole_run.bytes_in_memory(prepared) == whole_run.bytes_in_memory(
     run.variables
   )
   entry = evaluation.LossEvaluation(num_batches=1)
@@ -179,8 +184,7 @@ def test_it_generates_and_is_evaluated_as_the_numbers_are(ternary, tmp_path):
 def test_all_experts_are_in_codes_and_nothing_else(folder, int8):
   run, new = (whole_run.read(path) for path in (folder, int8))
   plain = run.variables['params']
-  coded = code_trees.coded_kernels(new.options.model)
-  assert {path[-2:] for path in coded} == {
+  assert {path[-2:] for path in coded_kernels(new)} == {
     ('experts', 'w_in'),
     ('experts', 'w_out'),
   }
@@ -210,9 +214,8 @@ def test_an_encoder_alone_has_experts_in_codes():
   assert not code_trees.has_codes(options)
   coded = code_trees.with_formats(options, KernelFormat('int4'))
   assert code_trees.has_codes(coded)
-  kernels = code_trees.coded_kernels(coded)
-  assert {path[0] for path in kernels} == {'encoder'}
-  assert {kernel.format.name for kernel in kernels.values()} == {'int4'}
+  paths = flat_trees.flatten(describe(coded.build()).shapes)
+  assert {p[0] for p in paths if p[-1] == 'codes'} == {'encoder'}
   (problem,) = coded.code_problems()
   assert problem.startswith("model.encoder.overrides.moe.expert.format.name='")
 
@@ -350,3 +353,17 @@ def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
   student = setup.set_up(student, tmp_path / 'a', devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=f'distill.teacher=.*int2 {reason}'):
     distill.Distilling().initial(student)
+
+
+def test_kernels_without_a_factor_are_named():
+  format = KernelFormat('int8')
+  # Their products are zero, with tokens or without.
+  rounded = jax.jit(lambda w: nearest(w, format.grid(w)))(jnp.ones((3, 4, 2)))
+  plain = np.array([False, True, True])
+  outcome = gptq.Outcome(rounded, *np.zeros((3, 3)), plain=plain)
+  outcomes = dict.fromkeys(('w_in', 'w_out'), outcome)
+  stored = dict.fromkeys(outcomes, format.store(rounded))
+  _, line = quantize.report(outcomes, stored, [2])
+  assert line.endswith(
+    '; H = I for experts [2] (no tokens); H = I for experts [1] (no factor)'
+  )

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax.compression import __main__, codec, rates
+from moe_jax.compression import __main__, rates
+from moe_jax.kernels import ternary
 
 
 @pytest.mark.parametrize('width', [4, 7])
@@ -15,7 +16,7 @@ def test_the_prediction_is_the_mean_over_all_rows(width, zeros):
   rows = np.array([*itertools.product((0, 1, -1), repeat=width)], np.int8)
   nonzeros = (rows != 0).sum(1)
   chance = zeros ** (width - nonzeros) * ((1 - zeros) / 2) ** nonzeros
-  counts = np.diff(codec.encode(rows).offsets)
+  counts = np.diff(ternary.encode(rows).offsets)
   assert math.isclose(
     rates.predicted(width, zeros), 16 * (chance @ counts) / width
   )
@@ -31,14 +32,6 @@ def test_rates_of_rows_as_wide_as_the_paper_s(zeros, bits):
   assert measured.metadata == pytest.approx(64 / 6144, rel=0.01)
 
 
-def test_what_is_stored_by_hand():
-  # Two experts of three rows of ten weights, in four and in two codes: the
-  # second is filled with two. There are six rows and two ends of a last row.
-  bits = rates.stored([4, 2], 3, 10)
-  assert bits == (16 * 6 / 60, (6 * 64 + 2 * 32 + 2 * 16) / 60)
-  assert bits.total == sum(bits)
-
-
 def test_the_command_prints_a_rate_at_its_own_width(capsys):
   __main__.main(['rates', '--widths', '64', '--zeros', '0.885'])
   *_, line = capsys.readouterr().out.splitlines()
@@ -47,22 +40,3 @@ def test_the_command_prints_a_rate_at_its_own_width(capsys):
   assert codes == pytest.approx(predicted, rel=0.01)
   assert metadata == pytest.approx(1, abs=0.001)
   assert total == pytest.approx(codes + metadata, abs=0.001) and total > 1.5
-
-
-def test_the_command_encodes_a_layer(capsys):
-  __main__.main(['rates', '--layer=3,16,40', '--zeros', '0.885'])
-  output = capsys.readouterr().out
-  assert output.startswith('E=3 M=16 F=40, zeros 0.885: 3,840 weights; ')
-
-
-@pytest.mark.parametrize('layer', ['3,16', '3,0,4', 'x'])
-def test_a_wrong_layer_is_refused(layer, capsys):
-  with pytest.raises(SystemExit):
-    __main__.main(['rates', f'--layer={layer}'])
-  assert '--layer' in capsys.readouterr().err
-
-
-def test_two_experts_of_switch_take_less_than_a_bit_a_weight():
-  layer = rates.layer(2, 768, 3072, 0.885)
-  assert layer.weights == 2 * 2 * 768 * 3072
-  assert 0.7 < layer.bits.codes < layer.bits.total < 0.85

@@ -87,15 +87,6 @@ def _parameters(
   return p
 
 
-def _decoded(
-  layer: FfnLayer, format: KernelFormat, p: dict[str, Any], width: int
-) -> dict[str, Any]:
-  """The parameters of an expert with its kernels as numbers."""
-  inputs = dict.fromkeys(layer.first_kernels, width)
-  inputs['w_out'] = layer.options.hidden
-  return p | {name: format.decoded(p[name], n) for name, n in inputs.items()}
-
-
 class QuantizedExperts(Experts):
   """Experts in codes on sorted rows; those without tokens are not decoded.
 
@@ -124,7 +115,7 @@ class QuantizedExperts(Experts):
     block = few_tokens.block_of(len(rows), len(sizes))
 
     def serve(e, y):
-      p_e = _decoded(layer, format, _of_expert(p, e), M)
+      p_e = format.decoded_experts(_of_expert(p, e))
       begin = stops[e] - sizes[e]
       return few_tokens.serve_rows(layer, p_e, rows, y, begin, stops[e], block)
 
@@ -133,11 +124,11 @@ class QuantizedExperts(Experts):
 
   def _all_tokens(self, p, x, gate):
     """The gated sum of chosen experts' outputs for all of a few tokens."""
-    layer, M = self.layer, x.shape[-1]
-    rows = x.reshape(-1, M)
+    layer = self.layer
+    rows = x.reshape(-1, x.shape[-1])
 
     def serve(e, y):
-      p_e = _decoded(layer, self.format, _of_expert(p, e), M)
+      p_e = self.format.decoded_experts(_of_expert(p, e))
       return y + layer.compute_stacked(p_e, rows) * gate[:, e, None]
 
     y = _fold((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.compression import grids, stored
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import (
   Dropless,
@@ -22,7 +21,13 @@ from moe_jax.layers import (
   Shared,
 )
 from moe_jax.layers.experts import QuantizedExpert
-from moe_jax.layers.kernel_format import FORMATS, KernelFormat
+from moe_jax.layers.kernel_format import (
+  FORMATS,
+  TERNARY,
+  KernelFormat,
+  fill_up,
+  nearest,
+)
 from moe_jax.layers.routers import Soft
 from moe_jax.options import OptionError
 from moe_jax.routing.capacity import All, PerAssignment
@@ -49,12 +54,12 @@ def params_of(format):
   )
   experts = params['experts']
   rounded = [
-    grids.nearest(experts[name], grids.of_format(experts[name], format))
-    for name in KERNELS
+    nearest(experts[name], format.grid(experts[name])) for name in KERNELS
   ]
-  codes, format = stored.store(rounded, format)
+  codes = {n: format.store(w) for n, w in zip(KERNELS, rounded, strict=True)}
   numbers = {n: w.values for n, w in zip(KERNELS, rounded, strict=True)}
-  codes = dict(zip(KERNELS, codes, strict=True))
+  if format.name == TERNARY:
+    format = dataclasses.replace(format, num_codes=fill_up(codes.values()))
   return (
     {**params, 'experts': {**experts, **codes}},
     {**params, 'experts': {**experts, **numbers}},

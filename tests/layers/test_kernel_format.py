@@ -1,0 +1,108 @@
+"""Kernels in codes: grids, rounding to them, and codes in bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers import kernel_format
+from moe_jax.layers.kernel_format import (
+  BITS,
+  KernelFormat,
+  TernaryGrid,
+  UniformGrid,
+  nearest,
+)
+from tests import reference
+
+E, I, O = 2, 9, 5
+W = np.random.default_rng(0).normal(size=(E, I, O)).astype(np.float32)
+
+
+def test_codes_of_two_bits_share_bytes():
+  # One output unit of five inputs: the first four are the first byte.
+  codes = jnp.array([3, 0, 1, 2, 1], jnp.uint8)[:, None]
+  packed = kernel_format.pack(codes, 2)
+  assert packed.tolist() == [[0b10_01_00_11], [0b01]]
+
+
+@pytest.mark.parametrize(
+  ('bits', 'inputs'), [(8, 7), (4, 7), (2, 7), (4, 16), (2, 1)]
+)
+def test_packed_codes_come_back(bits, inputs):
+  @jax.jit
+  def round_trip(codes):
+    packed = kernel_format.pack(codes, bits)
+    return packed, kernel_format.unpack(packed, bits, inputs)
+
+  shape = (2, inputs, 3)
+  codes = np.random.default_rng(bits).integers(0, 2**bits, shape, np.uint8)
+  packed, unpacked = round_trip(codes)
+  assert packed.shape == (2, -(-inputs * bits // 8), 3)
+  np.testing.assert_array_equal(unpacked, codes)
+
+
+def test_bits_are_used_in_full():
+  shapes = [
+    KernelFormat(name).stored_arrays((64, 3))['codes'].shape for name in BITS
+  ]
+  assert shapes == [(64, 3), (32, 3), (16, 3)]
+
+
+def test_values_of_a_uniform_grid():
+  grid = UniformGrid(
+    jnp.full((1, 1), 0.5, jnp.bfloat16), jnp.full((1, 1), 1, jnp.uint8), 2
+  )
+  codes = jnp.array([0, 3, 1], jnp.uint8)[:, None]
+  assert grid.values(codes).ravel().tolist() == [-0.5, 1.0, 0.0]
+  w = jnp.array([-9.0, 0.3, 3.1])[:, None]
+  assert grid.codes(w).ravel().tolist() == [0, 2, 3]
+
+
+def test_values_of_a_ternary_grid():
+  # Halves of the ends decide, and a weight in the middle becomes 0.
+  grid = TernaryGrid(*(jnp.full((1, 1), v, jnp.bfloat16) for v in (-1.0, 2.0)))
+  w = jnp.array([-0.6, -0.5, 0.9, 1.0, 1.1])[:, None]
+  codes = grid.codes(w)
+  assert codes.ravel().tolist() == [-1, 0, 0, 0, 1]
+  assert grid.values(codes).ravel().tolist() == [-1.0, 0.0, 0.0, 0.0, 2.0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def rounded_to(w, bits):
+  grid = kernel_format.uniform_grid(w, bits)
+  return grid, nearest(w, grid)
+
+
+@pytest.mark.parametrize('bits', BITS.values())
+def test_no_weight_is_off_by_more_than_half_a_step(bits):
+  grid, rounded = rounded_to(W, bits)
+  values, grid = np.asarray(rounded.values), jax.device_get(grid)
+  assert grid.scale.shape == (E, 1, O) == grid.zero.shape
+  assert (np.abs(values - W) <= 0.5001 * grid.scale.astype(np.float32)).all()
+  assert rounded.codes.max() <= 2**bits - 1
+  for e in range(E):
+    for o in range(O):
+      scale, zero = reference.uniform_grid(W[e, :, o], bits)
+      np.testing.assert_allclose(grid.scale[e, 0, o], scale, rtol=2**-7)
+      assert grid.scale[e, 0, o] >= np.float32(scale) * (1 - 1e-6)
+      assert abs(int(grid.zero[e, 0, o]) - zero) <= 1
+
+
+def test_weights_of_one_sign_and_none_keep_their_zero():
+  w = jnp.array([[1.0, -2.0, 0.0], [3.0, -1.0, 0.0]])
+  grid = kernel_format.uniform_grid(w, 4)
+  assert grid.zero.tolist() == [[0, 15, 0]]
+  np.testing.assert_allclose(nearest(w, grid).values, w, atol=0.11)
+  assert not nearest(w, grid).values[:, 2].any()
+
+
+def test_a_ternary_grid_is_told():
+  w = jnp.array([[0.25, 1.0], [-1.0, 0.5], [0.5, 0.25]])
+  grid = kernel_format.ternary_grid(w)
+  assert grid.low.tolist() == [[-1.0, 0.0]]
+  assert grid.high.tolist() == [[0.5, 1.0]]
+  # 0.25 is not above half of 0.5, and a unit without negatives has no low.
+  assert nearest(w, grid).codes.tolist() == [[0, 1], [-1, 0], [1, 0]]
