@@ -238,7 +238,7 @@ def _options(run: Run) -> DistillOptions:
   options = getattr(run.options, 'distill', DistillOptions())
   if not options.logits or options.step >= 0:
     return options
-  step = teacher_logits.read(options.logits).about.step
+  step = teacher_logits.read(options.logits).step
   return dataclasses.replace(options, step=step)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +46,6 @@ BATCHES = 16
 # The number of experts that are rounded together, as in QMoE.
 _GROUP_SIZE = 16
 _Arrays = dict[str, np.ndarray]
-
-
-class Report(NamedTuple):
-  """Numbers about the kernels of a layer.
-
-  Attributes:
-    rtn: The squared change of the kernels' outputs, over all their squared
-      outputs, when each weight is rounded to the nearest value.
-    gptq: The same number for weights that GPTQ rounded.
-    weights: The number of weights.
-    zeros: The number of weights that are 0 in the result.
-    code_bits: The bits of all codes, as they are stored. What fills up kernels
-      of fewer codes is none.
-  """
-
-  rtn: float
-  gptq: float
-  weights: int
-  zeros: int
-  code_bits: int
 
 
 def quantize(
@@ -117,41 +97,45 @@ def quantize(
     batches = calibration.batches(run, num_batches, data)
   old_params = run.variables['params']
   params = jax.tree.map(np.array, old_params)
-  stored: dict[Path, list[dict[str, _Arrays]]] = {}
+  arrays = flat_trees.flatten(params)  # the same arrays, which change in place
+  stored: dict[Path, list[_Arrays]] = {}
   reports = []
   for layer, (path, index) in places.items():
-    experts = _subtree(params, path)
-    p = {name: array[index] for name, array in experts.items()}
+    p = {
+      kernel[-1]: array[index]
+      for kernel, array in arrays.items()
+      if kernel[:-1] == path
+    }
     outcomes, without_tokens = _round(run, params, layer, p, format, batches)
+    kernels = {name: format.store(x.rounded) for name, x in outcomes.items()}
     for name, outcome in outcomes.items():
-      values = np.asarray(outcome.rounded.values)
-      experts[name][index] = values.astype(experts[name].dtype)
-    arrays = {name: format.store(x.rounded) for name, x in outcomes.items()}
-    stored.setdefault(path, []).append(arrays)
-    layer_report, line = report(outcomes, arrays, without_tokens)
+      stacked = arrays[*path, name]
+      stacked[index] = np.asarray(outcome.rounded.values).astype(stacked.dtype)
+      stored.setdefault((*path, name), []).append(kernels[name])
+    numbers, line = report(outcomes, kernels, without_tokens)
     message(f'layer {layer}: {line}')
-    reports.append(layer_report)
-  new_params, num_bytes = old_params, 0
+    reports.append(numbers)
   if format.name == TERNARY:
-    kernels = [
-      x for layers in stored.values() for p in layers for x in p.values()
-    ]
-    format = dataclasses.replace(format, num_codes=fill_up(kernels))
+    num_codes = fill_up(x for layers in stored.values() for x in layers)
+    format = dataclasses.replace(format, num_codes=num_codes)
     options = code_trees.with_formats(options, format)
+  new_params = flat_trees.flatten(old_params)
+  num_bytes = 0
   for path, layers in stored.items():
-    kernels = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *layers)
-    num_bytes += whole_run.bytes_in_memory(kernels)
-    experts = {**_subtree(old_params, path), **kernels}
-    new_params = _set_at(new_params, path, experts)
+    del new_params[path]
+    for name in layers[0]:
+      array = jnp.asarray(np.stack([kernel[name] for kernel in layers]))
+      new_params[*path, name] = array
+      num_bytes += array.nbytes
+  new_params = flat_trees.unflatten(new_params)
   whole_run.write(run, output, new_params, options)
-  weights = sum(x.weights for x in reports)
-  code_bits = sum(x.code_bits for x in reports)
+  total = {key: sum(numbers[key] for numbers in reports) for key in reports[0]}
   return {
-    'rtn error': sum(x.rtn for x in reports) / len(reports),
-    'gptq error': sum(x.gptq for x in reports) / len(reports),
-    'zeros': sum(x.zeros for x in reports) / weights,
-    'code bits': code_bits / weights,
-    'metadata bits': (8 * num_bytes - code_bits) / weights,
+    'rtn error': total['rtn error'] / len(reports),
+    'gptq error': total['gptq error'] / len(reports),
+    'zeros': total['zeros'] / total['weights'],
+    'code bits': total['code bits'] / total['weights'],
+    'metadata bits': (8 * num_bytes - total['code bits']) / total['weights'],
     'bytes': whole_run.bytes_in_memory(new_params),
     'bytes before': whole_run.bytes_in_memory(old_params),
   }
@@ -226,11 +210,12 @@ def report(
   outcomes: Mapping[str, Outcome],
   stored: Mapping[str, _Arrays],
   without_tokens: Sequence[int],
-) -> tuple[Report, str]:
+) -> tuple[dict[str, float], str]:
   """Numbers about the kernels of a layer, and a line with them.
 
-  It names experts for which H = I, since no token that counts reaches them, or
-  since their inputs are all zero or the factorisation failed.
+  Errors are squared changes of the kernels' outputs over all their squared
+  outputs. The line names experts for which H = I, since no token that counts
+  reaches them, or since their inputs are all zero or the factorisation failed.
 
   Args:
     outcomes: The outcome of each kernel.
@@ -239,31 +224,28 @@ def report(
   """
   kernels = outcomes.values()
   total = sum(float(x.total.sum()) for x in kernels) or 1.0
-  code_bits = sum(
-    # The padding of shorter experts is no code.
-    16 * int(x['offsets'][..., -1].sum())
-    if 'offsets' in x
-    else 8 * x['codes'].nbytes
-    for x in stored.values()
-  )
-  metadata_bits = 8 * sum(
-    x.nbytes
-    for arrays in stored.values()
-    for n, x in arrays.items()
-    if n != 'codes'
-  )
-  numbers = Report(
-    rtn=sum(float(x.rtn.sum()) for x in kernels) / total,
-    gptq=sum(float(x.gptq.sum()) for x in kernels) / total,
-    weights=sum(x.rounded.codes.size for x in kernels),
-    zeros=sum(int((x.rounded.values == 0).sum()) for x in kernels),
-    code_bits=code_bits,
-  )
+  code_bits = metadata_bits = 0
+  for arrays in stored.values():
+    codes = arrays['codes'].nbytes
+    metadata_bits += 8 * (sum(x.nbytes for x in arrays.values()) - codes)
+    if 'offsets' in arrays:  # the padding of shorter experts is no code
+      code_bits += 16 * int(arrays['offsets'][..., -1].sum())
+    else:
+      code_bits += 8 * codes
+  weights = sum(x.rounded.codes.size for x in kernels)
+  zeros = sum(int((x.rounded.values == 0).sum()) for x in kernels)
+  numbers = {
+    'rtn error': sum(float(x.rtn.sum()) for x in kernels) / total,
+    'gptq error': sum(float(x.gptq.sum()) for x in kernels) / total,
+    'weights': weights,
+    'zeros': zeros,
+    'code bits': code_bits,
+  }
   line = (
-    f'error of RTN {numbers.rtn:.3g}, of GPTQ {numbers.gptq:.3g}; '
-    f'zeros {100 * numbers.zeros / numbers.weights:.1f} %; '
-    f'bits a weight {code_bits / numbers.weights:.2f} of codes and '
-    f'{metadata_bits / numbers.weights:.2f} of metadata'
+    f'error of RTN {numbers["rtn error"]:.3g}, of GPTQ '
+    f'{numbers["gptq error"]:.3g}; zeros {100 * zeros / weights:.1f} %; bits a '
+    f'weight {code_bits / weights:.2f} of codes and '
+    f'{metadata_bits / weights:.2f} of metadata'
   )
   plain = np.any([x.plain for x in kernels], axis=0)
   not_factored = {*np.flatnonzero(plain).tolist()} - {*without_tokens}
@@ -272,18 +254,6 @@ def report(
   if not_factored:
     line += f'; H = I for experts {sorted(not_factored)} (no factor)'
   return numbers, line
-
-
-def _subtree(tree: Any, path: Path) -> Any:
-  for name in path:
-    tree = tree[name]
-  return tree
-
-
-def _set_at(tree: Mapping[str, Any], path: Path, value: Any) -> dict[str, Any]:
-  """The tree with another value at a path."""
-  name, rest = path[0], path[1:]
-  return {**tree, name: _set_at(tree[name], rest, value) if rest else value}
 
 
 def add(commands: Any) -> None:

@@ -3,8 +3,8 @@
     python -m moe_jax.compression keep_logits --teacher=runs/tiny \
       --config=moe_jax:tiny_switch --output=logits --batches=1000 --top=32
 
-The folder has files of a few batches each (safetensors) and a manifest, which
-is written last: what a killed command left is no folder of logits, and the same
+The folder has one file of numbers for each array, and a manifest, which is
+written last: what a killed command left is no folder of logits, and the same
 command begins anew. Kept are the logarithms of the `top` largest probabilities
 of each token, and their ids; the manifest says how much probability that leaves
 out. Row r of the folder, its batches one after another, is row r of the stream
@@ -12,6 +12,7 @@ of a run with the same data and seed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,12 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moe_jax import command_line, config_file, data, sections
 from moe_jax.compression import whole_run
-from moe_jax.data.mixing import joined
 from moe_jax.errors import InputError, writing
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model, code_trees
@@ -42,17 +40,16 @@ from moe_jax.training.step import TrainState
 # Names of arrays, the first two also in the batch of a run.
 IDS, LOG_PROBS = 'teacher_ids', 'teacher_log_probs'
 TARGETS = 'targets'  # beginnings of the sha256 of each row's targets
-MANIFEST, FORMAT, BATCHES_A_FILE = 'manifest.json', 1, 16
+MANIFEST, FORMAT = 'manifest.json', 2
 _DIGEST_BYTES = 8
-_DTYPES = {IDS: np.int32, LOG_PROBS: np.float32, TARGETS: np.uint8}
-_PREFIX = 'logits_'
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-  """The description of a folder of logits, which its manifest holds.
+class StoredLogits:
+  """A folder of logits, as its manifest describes it.
 
   Attributes:
+    folder: The folder.
     teacher: The folder of the teacher.
     step: The step of the teacher's checkpoint.
     sha256: The sha256 of the manifest of that checkpoint.
@@ -62,11 +59,14 @@ class About:
     length: The number T of tokens of a row.
     vocab_size: The number V of tokens that the teacher tells apart.
     top: The number of logits that are kept for each token.
-    dtype: The type of the logits.
     batches: The number of batches, from that of step 0 on.
-    each: The number of batches in a file; the last may have fewer.
+    left_out_mean: Probability that is left out at temperature 1, averaged over
+      tokens.
+    left_out_max: The most probability left out for a token, at temperature 1.
+    files: The sha256 of the file of each array.
   """
 
+  folder: pathlib.Path
   teacher: str
   step: int
   sha256: str
@@ -76,43 +76,41 @@ class About:
   length: int
   vocab_size: int
   top: int
-  dtype: str
   batches: int
-  each: int
+  left_out_mean: float = 0.0
+  left_out_max: float = 0.0
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
-  def digest(self) -> str:
-    """The sha256 of all attributes."""
-    text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+  def num_rows(self) -> int:
+    """The number of rows of all batches."""
+    return self.batches * self.batch_size
 
+  @property
+  def size(self) -> int:
+    """Bytes of all files of arrays."""
+    return sum(self.path(name).stat().st_size for name in self.files)
 
-@dataclasses.dataclass(frozen=True)
-class StoredLogits:
-  """A folder of logits, whose files are checked as they are read.
+  def path(self, name: str) -> pathlib.Path:
+    """The path of the file of an array."""
+    return self.folder / f'{name}.bin'
 
-  Attributes:
-    folder: The folder.
-    about: The description in the folder's manifest.
-    size: Bytes of all files.
-    left_out_mean: Probability that is left out at temperature 1, averaged over
-      tokens.
-    left_out_max: The most probability left out for a token, at temperature 1.
-  """
-
-  folder: pathlib.Path
-  about: About
-  size: int
-  left_out_mean: float
-  left_out_max: float
+  def layout(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """The type of each stored array, and the shape of its rows."""
+    ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
+    shape = self.length, self.top
+    return {
+      IDS: (ids, shape),
+      LOG_PROBS: (np.float16, shape),
+      TARGETS: (np.uint8, (_DIGEST_BYTES,)),
+    }
 
   def describe(self) -> str:
     """A line on the size of the logits, and on the probability left out."""
-    a = self.about
-    full_size = 4 * a.batches * a.batch_size * a.length * a.vocab_size
+    full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (
-      f'{self.folder}: the {a.top} largest of {a.vocab_size} logits for '
-      f'{a.batches} batches, {in_bytes(self.size)} '
+      f'{self.folder}: the {self.top} largest of {self.vocab_size} logits for '
+      f'{self.batches} batches, {in_bytes(self.size)} '
       f'({self.size / full_size:.1%} of all logits in float32); they leave out '
       f'{self.left_out_mean:.3%} of the probability on average, '
       f'{self.left_out_max:.1%} at most, at temperature 1'
@@ -127,9 +125,10 @@ class StoredLogits:
       sha256: The sha256 of the manifest of that checkpoint.
 
     Raises:
-      ValueError: Something differs; all differences are listed.
+      ValueError: Something differs, and all differences are listed; or a file
+        is damaged.
     """
-    a, o = self.about, run.options
+    o = run.options
     expected = {
       'data_digest': run.dataset.digest,
       'seed': o.seed,
@@ -139,51 +138,61 @@ class StoredLogits:
       'sha256': sha256,
     }
     differences = [
-      f'{key}: {getattr(a, key)!r} there, {value!r} here'
+      f'{key}: {getattr(self, key)!r} there, {value!r} here'
       for key, value in expected.items()
-      if getattr(a, key) != value
+      if getattr(self, key) != value
     ]
-    rows = a.batches * a.batch_size
     last_row = run.row_offset + o.total_steps * o.batch_size
-    if rows < last_row:
-      differences.append(f'{rows} rows there, {last_row} here')
+    if self.num_rows < last_row:
+      differences.append(f'{self.num_rows} rows there, {last_row} here')
     if differences:
       raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
+    for name, expected_sha256 in self.files.items():
+      try:
+        with open(self.path(name), 'rb') as file:
+          digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      except OSError as error:
+        raise InputError(f'{error}; write the logits again') from None
+      if digest != expected_sha256:
+        raise InputError(
+          f"{self.path(name)} is damaged: its sha256 is not the manifest's"
+        )
 
   def shapes(self, run: Run) -> dict[str, Any]:
     """The shapes of the arrays that a run's batch gets, with their sharding."""
     sharding = run.programs.put.sharding
-    shape = (run.options.batch_size, self.about.length, self.about.top)
+    shape = (run.options.batch_size, self.length, self.top)
     return {
       IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
       LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+    }
+
+  @functools.cached_property
+  def _arrays(self) -> dict[str, np.ndarray]:
+    return {
+      name: np.memmap(self.path(name), dtype, 'r').reshape(-1, *shape)
+      for name, (dtype, shape) in self.layout().items()
     }
 
   def rows(self, numbers: Int[np.ndarray, ' R']) -> dict[str, np.ndarray]:
     """The arrays of rows: ids and log-probabilities [R, T, top], digests.
 
     Raises:
-      ValueError: There is no such row, or its file is damaged.
+      ValueError: There is no such row.
     """
-    a = self.about
-    last = a.batches * a.batch_size - 1
+    last = self.num_rows - 1
     if not 0 <= numbers.min() <= numbers.max() <= last:
       raise InputError(
         f'{self.folder} has rows 0 to {last}, not {numbers.min()} to '
         f'{numbers.max()}'
       )
-    file, index = np.divmod(numbers, a.each * a.batch_size)
-
-    def read_file(number: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
-      arrays = _read_file(self.folder, a, number)
-      return {
-        name: np.concatenate(arrays[name])[index[chosen]].astype(dtype)
-        for name, dtype in _DTYPES.items()
-      }
-
-    return joined(file, read_file)
+    return {
+      IDS: self._arrays[IDS][numbers].astype(np.int32),
+      LOG_PROBS: self._arrays[LOG_PROBS][numbers].astype(np.float32),
+      TARGETS: np.array(self._arrays[TARGETS][numbers]),
+    }
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
     """A function that is called once a step and gives its batch's logits.
@@ -253,46 +262,11 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
     )
   try:
     fields = json.loads(path.read_text(encoding='utf-8'))
-    if fields['format'] != FORMAT:
-      raise InputError(f'format {fields["format"]}, not {FORMAT}')
-    return StoredLogits(
-      folder,
-      About(**fields['about']),
-      int(fields['bytes']),
-      float(fields['left_out_mean']),
-      float(fields['left_out_max']),
-    )
+    if (number := fields.pop('format')) != FORMAT:
+      raise InputError(f'format {number}, not {FORMAT}; write the logits again')
+    return StoredLogits(folder, **fields)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
-
-
-def _path(folder: pathlib.Path, about: About, number: int) -> pathlib.Path:
-  """The path of file `number`, which its first batch names."""
-  return folder / f'{_PREFIX}{number * about.each:08d}.safetensors'
-
-
-@functools.lru_cache(maxsize=2)
-def _read_file(folder: pathlib.Path, about: About, number: int) -> Any:
-  """The arrays of file `number`; those of the last files are remembered."""
-  path = _path(folder, about, number)
-  try:
-    with safe_open(path, 'numpy') as file:
-      names = file.keys()
-      arrays = {name: file.get_tensor(name) for name in names}
-      metadata = file.metadata()
-  except (OSError, SafetensorError) as error:
-    raise InputError(f'{path} cannot be read: {error}') from None
-  if metadata != _metadata(about, arrays):
-    raise InputError(f'{path} is damaged, or not what the manifest says')
-  return arrays
-
-
-def _metadata(about: About, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-  """The sha256 of the description, and that of the arrays and their names."""
-  sha = hashlib.sha256()
-  for name in sorted(arrays):
-    sha.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-  return {'about': about.digest, 'sha256': sha.hexdigest()}
 
 
 def largest(
@@ -323,7 +297,6 @@ def write(
   batches: int,
   top: int,
   step: int | None = None,
-  each: int = BATCHES_A_FILE,
   allow: Iterable[str] = (),
 ) -> StoredLogits:
   """Writes a teacher's largest logits for batches of a run that is to come.
@@ -339,7 +312,6 @@ def write(
     batches: The number of batches, from that of step 0 on.
     top: The number of logits to keep for each token, at most V.
     step: The step of the teacher's checkpoint; None is the newest good one.
-    each: The number of batches in each file.
     allow: Modules whose classes, named in the teacher's folder, may be
       imported.
 
@@ -354,7 +326,8 @@ def write(
   if not 1 <= top <= run.model.vocab_size:
     raise InputError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
   rows = dataset.splits['train']
-  about = About(
+  stored = StoredLogits(
+    pathlib.Path(output).expanduser(),
     teacher=os.fspath(teacher),
     step=run.step,
     sha256=trained.checkpoint_digest(run.folder, run.step),
@@ -364,57 +337,53 @@ def write(
     length=rows.take(np.arange(1))['targets'].shape[1],
     vocab_size=run.model.vocab_size,
     top=top,
-    dtype='float16',
     batches=batches,
-    each=each,
   )
-  folder = _free_folder(output)
+  folder = stored.folder
+  _make_free(stored)
   stream = data.batch_dataset(rows, batch_size=batch_size, seed=seed)
   compute = jax.jit(functools.partial(largest, run.model, top=top))
-  total, most, tokens, size = 0.0, 0.0, 0, 0
-  with writing(folder):
-    for number, first in enumerate(range(0, batches, each)):
-      columns: dict[str, list[np.ndarray]] = {name: [] for name in _DTYPES}
-      for i in range(first, min(first + each, batches)):
-        batch: Any = stream[i]
-        ids, log_probs, left_out = jax.device_get(compute(run.variables, batch))
-        columns[IDS].append(ids)
-        columns[LOG_PROBS].append(log_probs.astype(about.dtype))
-        columns[TARGETS].append(row_digests(batch['targets']))
-        total += left_out.sum(dtype=np.float64)
-        most = max(most, float(left_out.max()))
-        tokens += int((np.asarray(batch['loss_weights']) != 0).sum())
-      arrays = {name: np.stack(column) for name, column in columns.items()}
-      if about.vocab_size <= 2**16:
-        arrays[IDS] = arrays[IDS].astype(np.uint16)
-      path = _path(folder, about, number)
-      save_file(arrays, path, _metadata(about, arrays))
-      size += path.stat().st_size
-    fields = {
-      'format': FORMAT,
-      'about': dataclasses.asdict(about),
-      'bytes': size,
-      'left_out_mean': total / max(tokens, 1),
-      'left_out_max': most,
+  total, most, tokens = 0.0, 0.0, 0
+  digests = {name: hashlib.sha256() for name in stored.layout()}
+  with writing(folder), contextlib.ExitStack() as stack:
+    files = {
+      name: stack.enter_context(open(stored.path(name), 'wb'))
+      for name in digests
     }
-    text = json.dumps(fields, indent=2) + '\n'
-    workdir_lib.write_text(folder / MANIFEST, text)
-  return read(folder)
+    for i in range(batches):
+      batch: Any = stream[i]
+      ids, log_probs, left_out = jax.device_get(compute(run.variables, batch))
+      targets = row_digests(batch['targets'])
+      arrays = {IDS: ids, LOG_PROBS: log_probs, TARGETS: targets}
+      for name, (dtype, _) in stored.layout().items():
+        values = arrays[name].astype(dtype).tobytes()
+        files[name].write(values)
+        digests[name].update(values)
+      total += left_out.sum(dtype=np.float64)
+      most = max(most, float(left_out.max()))
+      tokens += int((np.asarray(batch['loss_weights']) != 0).sum())
+  stored = dataclasses.replace(
+    stored,
+    left_out_mean=total / max(tokens, 1),
+    left_out_max=most,
+    files={name: sha.hexdigest() for name, sha in digests.items()},
+  )
+  fields = {'format': FORMAT, **dataclasses.asdict(stored)}
+  del fields['folder']
+  text = json.dumps(fields, indent=2) + '\n'
+  workdir_lib.write_text(folder / MANIFEST, text)
+  return stored
 
 
-def _free_folder(output: str | os.PathLike[str]) -> pathlib.Path:
-  """Makes a folder, without files of logits that a killed command left."""
-  folder = pathlib.Path(output).expanduser()
+def _make_free(stored: StoredLogits) -> None:
+  """Makes the folder, in which a killed command may have left files."""
+  folder = stored.folder
   if folder.exists() and not folder.is_dir():
     raise InputError(f'{folder} is a file; it must be a folder')
   folder.mkdir(parents=True, exist_ok=True)
-  paths = sorted(folder.iterdir())
-  for path in paths:
-    if not path.match(f'{_PREFIX}*.safetensors'):
-      raise InputError(f'{folder} has {path.name!r}; give a new folder')
-  for path in paths:
-    path.unlink()
-  return folder
+  files = {stored.path(name).name for name in stored.layout()}
+  if others := {path.name for path in folder.iterdir()} - files:
+    raise InputError(f'{folder} has {min(others)!r}; give a new folder')
 
 
 def add(commands: Any) -> None:

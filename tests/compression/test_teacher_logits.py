@@ -1,6 +1,7 @@
 """A teacher's largest logits on disk, and runs that learn from them."""
 
-import jax
+import shutil
+
 import numpy as np
 import pytest
 
@@ -30,7 +31,7 @@ def teacher(tmp_path_factory):
 
 def write(teacher, output, **changes):
   config = tiny.config()
-  numbers = dict(seed=0, batch_size=4, batches=STEPS, top=257, each=4)
+  numbers = dict(seed=0, batch_size=4, batches=STEPS, top=257)
   return teacher_logits.write(
     teacher,
     output,
@@ -41,7 +42,7 @@ def write(teacher, output, **changes):
 
 @pytest.fixture(scope='module')
 def all_logits(teacher, tmp_path_factory):
-  """All 257 logits of six batches, in two files."""
+  """All 257 logits of six batches."""
   return write(teacher, tmp_path_factory.mktemp('kept') / 'whole')
 
 
@@ -86,7 +87,7 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   left_out = 1 - probs[..., :3].sum(-1)[is_real]
   np.testing.assert_allclose(largest.left_out_mean, left_out.mean(), rtol=1e-3)
   np.testing.assert_allclose(largest.left_out_max, left_out.max(), rtol=1e-3)
-  size = sum(p.stat().st_size for p in largest.folder.glob('*.safetensors'))
+  size = sum(p.stat().st_size for p in largest.folder.glob('*.bin'))
   assert largest.size == size
   description = largest.describe()
   assert 'the 3 largest of 257 logits for 1 batches' in description
@@ -95,28 +96,19 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   )
 
 
-def test_a_killed_command_begins_anew_and_damage_is_noticed(
+def test_what_a_killed_command_left_is_written_anew(
   teacher, all_logits, tmp_path
 ):
   folder = tmp_path / 'kept'
-  write(teacher, folder)
-  first, second = sorted(folder.glob('*.safetensors'))
-  with pytest.raises(ValueError, match=r"has 'manifest.json'; give a new fol"):
-    write(teacher, folder)
-  (folder / teacher_logits.MANIFEST).unlink()
-  second.write_bytes(second.read_bytes()[:-1])
+  folder.mkdir()
+  (folder / 'targets.bin').write_bytes(b'x')
   with pytest.raises(ValueError, match='has no finished logits'):
     teacher_logits.read(folder)
   finished = write(teacher, folder)
-  all_rows = np.arange(STEPS * 4)
-  first.write_bytes(first.read_bytes()[:-1] + b'x')
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    finished.rows(all_rows[16:]),
-    all_logits.rows(all_rows[16:]),
-  )
-  with pytest.raises(ValueError, match='is damaged, or not what the manifest'):
-    finished.rows(all_rows)
+  assert finished == teacher_logits.read(folder)
+  assert finished.files == all_logits.files
+  with pytest.raises(ValueError, match=r"has 'manifest.json'; give a new fol"):
+    write(teacher, folder)
 
 
 def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
@@ -136,6 +128,15 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     with pytest.raises(ValueError, match=message):
       taught = Teacher(run, options.distill)
       stored_logits.check(run, taught.step, taught.digest)
+  shutil.copytree(all_logits.folder, tmp_path / 'damaged')
+  damaged = teacher_logits.read(tmp_path / 'damaged')
+  path = damaged.path('teacher_ids')
+  path.write_bytes(path.read_bytes()[:-1] + b'x')
+  fitting = run_config.read(config_with_logits(teacher, all_logits))
+  run.options = fitting.filled(257)
+  stored_logits.check(run, taught.step, taught.digest)
+  with pytest.raises(ValueError, match='is damaged: its sha256 is not the man'):
+    damaged.check(run, taught.step, taught.digest)
   with pytest.raises(ValueError, match='has rows 0 to 23, not 20 to 24'):
     stored_logits.rows(np.array([20, 24]))
   with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
