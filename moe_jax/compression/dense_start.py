@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.compression import calibration
+from moe_jax.compression.extract import as_one
 from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
@@ -25,10 +26,6 @@ from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import numbers_of
 from moe_jax.routing import TokenRouting
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
-
-# The parameters whose products are added up in the output.
-_OUTPUTS = ('w_out', 'b_out')
-_FFN = 'ffn'
 
 
 def gate_sums(
@@ -47,9 +44,7 @@ def rank(
   The lower number comes first among equals; experts that serve no token are
   last.
   """
-  probability = np.divide(
-    gates, tokens, out=np.full(len(gates), -1.0), where=tokens > 0
-  )
+  probability = np.where(tokens > 0, gates / np.maximum(tokens, 1), -1.0)
   return tuple(np.argsort(-probability, kind='stable').tolist())
 
 
@@ -90,37 +85,24 @@ class ConcatenationPlan(NamedTuple):
       key: The key that `convert` gets.
     """
     layers = self.source.layer_trees(params)
+    joined = {
+      layer: as_one(
+        layers[layer]['moe'][SCOPE],
+        jnp.array(numbers),
+        jnp.full(len(numbers), 1 / len(numbers)),
+      )
+      for layer, numbers in self.experts.items()
+    }
     arrays = flat_trees.flatten(convert(params, key))
     for path, stacked in arrays.items():
       place = self.model.place_of(path)
-      if place is None or place.name[0] != _FFN:
+      if place is None or place.name[0] != 'ffn':
         continue
-      periods = [*stacked]
       for i, layer in enumerate(numbers_of(self.model.stacks, place)):
-        if layer in self.experts:
-          experts = layers[layer]['moe'][SCOPE]
-          periods[i] = joined(experts, place.name[-1], self.experts[layer])
-      arrays[path] = jnp.stack([x.astype(stacked.dtype) for x in periods])
+        if layer in joined:
+          array = joined[layer][place.name[-1]].astype(stacked.dtype)
+          arrays[path] = arrays[path].at[i].set(array)
     return flat_trees.unflatten(arrays)
-
-
-def joined(
-  experts: Mapping[str, Float[Array, 'E ...']],
-  name: str,
-  numbers: tuple[int, ...],
-) -> Float[Array, '...']:
-  """A parameter of the feed-forward that is N experts side by side.
-
-  Args:
-    experts: The parameters of all experts, each [E, ...].
-    name: The name of the parameter, as `FfnLayer` has it.
-    numbers: The numbers of the N experts, in order.
-  """
-  parameters = [experts[name][e] for e in numbers]
-  if name == 'b_out':
-    return sum(parameters[1:], parameters[0]) / len(parameters)
-  whole = jnp.concatenate(parameters, axis=0 if name == 'w_out' else -1)
-  return whole / len(parameters) if name in _OUTPUTS else whole
 
 
 def plan(

@@ -177,17 +177,7 @@ class StoredLogits:
     }
 
   def rows(self, numbers: Int[np.ndarray, ' R']) -> dict[str, np.ndarray]:
-    """The arrays of rows: ids and log-probabilities [R, T, top], digests.
-
-    Raises:
-      ValueError: There is no such row.
-    """
-    last = self.num_rows - 1
-    if not 0 <= numbers.min() <= numbers.max() <= last:
-      raise InputError(
-        f'{self.folder} has rows 0 to {last}, not {numbers.min()} to '
-        f'{numbers.max()}'
-      )
+    """The arrays of rows: ids and log-probabilities [R, T, top], digests."""
     return {
       IDS: self._arrays[IDS][numbers].astype(np.int32),
       LOG_PROBS: self._arrays[LOG_PROBS][numbers].astype(np.float32),

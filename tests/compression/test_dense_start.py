@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import dense_start
+from moe_jax.compression.extract import as_one
 from moe_jax.layers.ffn import FeedForward, FfnLayer, FfnOptions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import Routing
@@ -52,7 +53,7 @@ def test_two_experts_of_hand_made_numbers():
     'w_out': jnp.array([[[2.0], [4.0]], [[1.0], [1.0]], [[6.0], [8.0]]]),
     'b_out': jnp.array([[2.0], [7.0], [4.0]]),
   }
-  joined = {n: dense_start.joined(experts, n, (2, 0)) for n in experts}
+  joined = as_one(experts, jnp.array([2, 0]), jnp.array([0.5, 0.5]))
   np.testing.assert_array_equal(joined['w_in'], [[3, 4, 1, 2]])
   np.testing.assert_array_equal(joined['b_in'], [3, 4, 1, 2])
   np.testing.assert_array_equal(joined['w_out'], [[3], [4], [1], [2]])
@@ -72,7 +73,7 @@ def test_the_output_is_the_mean_of_the_experts():
   }
   x = jnp.asarray(rng.normal(size=(7, M)), jnp.float32)
   numbers = (3, 1, 4)
-  dense = {n: dense_start.joined(experts, n, numbers) for n in experts}
+  dense = as_one(experts, jnp.array(numbers), jnp.full(3, 1 / 3))
   wide = FeedForward(FfnOptions(3 * F, activation), shared)
   y = wide.apply({'params': dense}, x)
   expert = FeedForward(FfnOptions(F, activation), shared)
