@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from moe_jax.compression.calibration import Rows
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.layers.kernel_format import Grid, KernelFormat, Rounded, nearest
+from moe_jax.layers.kernel_format import Grid, KernelFormat
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Leaf
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf
 
 # The share of the mean of the Hessian's diagonal that is added to it, and the
 # least number that is added.
@@ -69,19 +69,24 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
 
 
 @checked
-def gptq(w: Float[Array, '*E I O'], grid: Grid, factor: Factor) -> Rounded:
+def gptq(
+  w: Float[Array, '*E I O'], format: KernelFormat, grid: Grid, factor: Factor
+) -> Int[Array, '*E I O']:
   """Rounds one input after another; later weights make up for the error.
 
   Where the factor stands for the identity, weights are rounded to the nearest
   value, bit for bit.
+
+  Returns:
+    The codes, on a grid of the format, which stays as it is.
   """
-  sweep = _sweep
+  sweep = functools.partial(_sweep, format)
   for _ in range(w.ndim - 2):
     sweep = jax.vmap(sweep)
-  return Rounded(sweep(w.astype(jnp.float32), grid, factor.upper), grid)
+  return sweep(w.astype(jnp.float32), grid, factor.upper)
 
 
-def _sweep(w, grid, upper):
+def _sweep(format, w, grid, upper):
   """The codes of one kernel [I, O]."""
   inputs, units = w.shape
   block = min(BLOCK, inputs)
@@ -93,9 +98,9 @@ def _sweep(w, grid, upper):
 
   def one_input(rows, i, block_factor):
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
-    codes = grid.codes(row)
+    codes = format.codes(row, grid)
     factors = block_factor[i]
-    error = (row - grid.values(codes)) / factors[i]
+    error = (row - format.values(codes, grid)) / factors[i]
     return rows - factors[:, None] * error, (codes[0], error[0])
 
   def one_block(w, first):
@@ -130,17 +135,21 @@ def error(
 
 
 class Outcome(NamedTuple):
-  """Some kernels on a grid, and the errors of both methods.
+  """Some kernels in codes, and the errors of both methods.
 
   Attributes:
-    rounded: The kernels, as the chosen method rounds them.
+    codes: The codes, as the chosen method rounds, uint8 or int8 [E, I, O].
+    grid: The grid of the codes.
+    values: float32 [E, I, O], the values that the codes stand for.
     rtn: float32 [E], tr((W - Q) H (W - Q)^T) of rounding to the nearest value.
     gptq: float32 [E], the same error of rounding by GPTQ.
     total: float32 [E], tr(W H W^T).
     plain: bool [E], whether GPTQ took the identity for H.
   """
 
-  rounded: Rounded
+  codes: Leaf
+  grid: Any
+  values: Leaf
   rtn: Leaf
   gptq: Leaf
   total: Leaf
@@ -153,11 +162,14 @@ def to_nearest(w: Float[Array, 'E I O'], format: KernelFormat) -> Outcome:
 
   Both methods then do the same.
   """
-  rounded = nearest(w, format.grid(w))
+  grid = format.grid(w)
+  codes = format.codes(w, grid)
+  values = format.values(codes, grid)
   w = w.astype(jnp.float32)
-  change = jnp.square(w - rounded.values).sum((-2, -1))
+  change = jnp.square(w - values).sum((-2, -1))
   total = jnp.square(w).sum((-2, -1))
-  return Outcome(rounded, change, change, total, jnp.zeros(len(w), bool))
+  plain = jnp.zeros(len(w), bool)
+  return Outcome(codes, grid, values, change, change, total, plain)
 
 
 def _compensated(
@@ -165,14 +177,11 @@ def _compensated(
 ) -> Outcome:
   """Rounds by GPTQ, for the Hessians h."""
   grid, inverse = format.grid(w), factor(h)
-  rounded = gptq(w, grid, inverse)
-  return Outcome(
-    rounded,
-    error(w, nearest(w, grid).values, h),
-    error(w, rounded.values, h),
-    error(w, jnp.zeros_like(w), h),
-    inverse.plain,
-  )
+  codes = gptq(w, format, grid, inverse)
+  values = format.values(codes, grid)
+  nearest = format.values(format.codes(w, grid), grid)
+  errors = (error(w, x, h) for x in (nearest, values, jnp.zeros_like(w)))
+  return Outcome(codes, grid, values, *errors, inverse.plain)
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'format'))
@@ -194,7 +203,7 @@ def feed_forwards(
   outcomes = {}
   for name in layer.first_kernels:
     outcomes[name] = _compensated(p[name], h, format)
-    p[name] = outcomes[name].rounded.values
+    p[name] = outcomes[name].values
   hidden = []
   layer.compute_stacked(p, rows.x, lambda x: hidden.append(x) or x)
   h = hessian(hidden[0], rows.filled)

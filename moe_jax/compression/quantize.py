@@ -107,10 +107,10 @@ def quantize(
       if kernel[:-1] == path
     }
     outcomes, without_tokens = _round(run, params, layer, p, format, batches)
-    kernels = {name: format.store(x.rounded) for name, x in outcomes.items()}
+    kernels = {n: format.store(x.codes, x.grid) for n, x in outcomes.items()}
     for name, outcome in outcomes.items():
       stacked = arrays[*path, name]
-      stacked[index] = np.asarray(outcome.rounded.values).astype(stacked.dtype)
+      stacked[index] = np.asarray(outcome.values).astype(stacked.dtype)
       stored.setdefault((*path, name), []).append(kernels[name])
     numbers, line = report(outcomes, kernels, without_tokens)
     message(f'layer {layer}: {line}')
@@ -232,8 +232,8 @@ def report(
       code_bits += 16 * int(arrays['offsets'][..., -1].sum())
     else:
       code_bits += 8 * codes
-  weights = sum(x.rounded.codes.size for x in kernels)
-  zeros = sum(int((x.rounded.values == 0).sum()) for x in kernels)
+  weights = sum(x.codes.size for x in kernels)
+  zeros = sum(int((x.values == 0).sum()) for x in kernels)
   numbers = {
     'rtn error': sum(float(x.rtn.sum()) for x in kernels) / total,
     'gptq error': sum(float(x.gptq.sum()) for x in kernels) / total,

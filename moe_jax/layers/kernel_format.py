@@ -18,7 +18,7 @@ import numpy as np
 from moe_jax.kernels import ternary
 from moe_jax.options import Options, at_least, one_of, option
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Float32, Int8, Leaf, UInt8
+from moe_jax.shapes import Array, Float, Float32, Int, UInt8
 
 # The bits of a code; 8 // bits of them share a byte.
 BITS = {'int8': 8, 'int4': 4, 'int2': 2}
@@ -26,129 +26,8 @@ TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['scale', 'zero'],
-  meta_fields=['bits'],
-)
-@dataclasses.dataclass(frozen=True)
-class UniformGrid:
-  """Values at equal distances: scale * (code - zero).
-
-  Attributes:
-    scale: bfloat16 [*E, 1, O], the distance of two values of each output unit.
-    zero: uint8 [*E, 1, O], the code of the value 0.
-    bits: The number of bits of a code.
-  """
-
-  scale: Leaf
-  zero: Leaf
-  bits: int
-
-  def codes(self, w: Float[Array, '*E I O']) -> UInt8[Array, '*E I O']:
-    """The code of the value nearest to each weight."""
-    scale, zero = self.scale.astype(jnp.float32), self.zero.astype(jnp.float32)
-    codes = jnp.round(w.astype(jnp.float32) / scale) + zero
-    return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.uint8)
-
-  def values(self, codes: UInt8[Array, '*E I O']) -> Float32[Array, '*E I O']:
-    """The values that codes stand for."""
-    zero = self.zero.astype(jnp.float32)
-    return self.scale.astype(jnp.float32) * (codes.astype(jnp.float32) - zero)
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['low', 'high'],
-  meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class TernaryGrid:
-  """The values {low, 0, high} of each output unit, for codes -1, 0 and 1.
-
-  It is the grid of QMoE (https://arxiv.org/abs/2310.16795).
-
-  Attributes:
-    low: bfloat16 [*E, 1, O], the lowest value, not above 0.
-    high: bfloat16 [*E, 1, O], the highest value, not below 0.
-  """
-
-  low: Leaf
-  high: Leaf
-
-  def codes(self, w: Float[Array, '*E I O']) -> Int8[Array, '*E I O']:
-    """The code of the value nearest to each weight; 0 where two are as near."""
-    w = w.astype(jnp.float32)
-    above = w > self.high.astype(jnp.float32) / 2
-    below = w < self.low.astype(jnp.float32) / 2
-    return above.astype(jnp.int8) - below.astype(jnp.int8)
-
-  def values(self, codes: Int8[Array, '*E I O']) -> Float32[Array, '*E I O']:
-    """The values that codes stand for."""
-    low, high = self.low.astype(jnp.float32), self.high.astype(jnp.float32)
-    return jnp.where(codes > 0, high, jnp.where(codes < 0, low, 0.0))
-
-
-Grid = UniformGrid | TernaryGrid
-
-
-class Rounded(NamedTuple):
-  """A kernel on a grid.
-
-  Attributes:
-    codes: The code of each weight, uint8 or int8 [*E, I, O].
-    grid: The grid of the codes.
-  """
-
-  codes: Leaf
-  grid: Grid
-
-  @property
-  def values(self) -> Float32[Array, '*E I O']:
-    """The weights after rounding."""
-    return _values(self.codes, self.grid)
-
-
-# Compiled as a whole, since one operation after another takes long.
-_values = jax.jit(lambda codes, grid: grid.values(codes))
-
-
-@checked
-def nearest(w: Float[Array, '*E I O'], grid: Grid) -> Rounded:
-  """Each weight rounded to the nearest value of a grid."""
-  return Rounded(grid.codes(w), grid)
-
-
-def _bounds(w: Float[Array, '*E I O']) -> tuple[Array, Array]:
-  """The least and the greatest weight of each output unit, and zero."""
-  w = w.astype(jnp.float32)
-  low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
-  return low, jnp.maximum(w.max(-2, keepdims=True), 0.0)
-
-
-@checked
-def uniform_grid(w: Float[Array, '*E I O'], bits: int) -> UniformGrid:
-  """The grid of 2 ** bits values between the least and the greatest weight.
-
-  Each output unit has its own. One of the values is 0, and no weight is off by
-  more than half the distance of two values. Distances are rounded up to a
-  bfloat16.
-  """
-  low, high = _bounds(w)
-  exact = (high - low) / (2**bits - 1)
-  near = exact.astype(jnp.bfloat16)
-  above = jnp.nextafter(near, jnp.array(jnp.inf, jnp.bfloat16))
-  scale = jnp.where(near.astype(jnp.float32) < exact, above, near)
-  scale = jnp.where(scale > 0, scale, jnp.bfloat16(1))
-  zero = jnp.round(-low / scale.astype(jnp.float32))
-  return UniformGrid(scale, zero.astype(jnp.uint8), bits)
-
-
-@checked
-def ternary_grid(w: Float[Array, '*E I O']) -> TernaryGrid:
-  """The grid {min, 0, max} of the weights of each output unit (QMoE)."""
-  low, high = _bounds(w)
-  return TernaryGrid(low.astype(jnp.bfloat16), high.astype(jnp.bfloat16))
+# What the codes of kernels [*E, I, O] stand for, in arrays [*E, 1, O].
+Grid = Mapping[str, Array]
 
 
 @functools.partial(jax.jit, static_argnames='bits')
@@ -232,25 +111,68 @@ class KernelFormat(Options):
       'zero': StoredArray(by_unit, 'uint8', 'scale'),
     }
 
+  @checked
   def grid(self, w: Float[Array, '*E I O']) -> Grid:
-    """The grid of a kernel, from its weights alone."""
-    if self.name == TERNARY:
-      return ternary_grid(w)
-    return uniform_grid(w, BITS[self.name])
+    """The grid of kernels, from the weights of each output unit alone.
 
-  def store(self, kernel: Rounded) -> dict[str, np.ndarray]:
-    """The arrays of a kernel on a grid of this format, as in `stored_arrays`.
-
-    Codes of a ternary kernel are as many as it needs.
+    The values of a ternary grid are {'low', 0, 'high'}, the least and the
+    greatest weight (QMoE). Those of others are 'scale' * (code - 'zero'), at
+    equal distances between the least and the greatest weight: one of them is 0,
+    and no weight is off by more than half a distance. Distances are rounded up
+    to a bfloat16.
     """
-    grid: Any = kernel.grid
+    w = w.astype(jnp.float32)
+    low = jnp.minimum(w.min(-2, keepdims=True), 0.0)
+    high = jnp.maximum(w.max(-2, keepdims=True), 0.0)
     if self.name == TERNARY:
-      codes = ternary.encode(np.asarray(kernel.codes).swapaxes(-1, -2))
-      arrays = {**codes._asdict(), 'low': grid.low, 'high': grid.high}
+      return {
+        'low': low.astype(jnp.bfloat16),
+        'high': high.astype(jnp.bfloat16),
+      }
+    exact = (high - low) / (2 ** BITS[self.name] - 1)
+    near = exact.astype(jnp.bfloat16)
+    above = jnp.nextafter(near, jnp.array(jnp.inf, jnp.bfloat16))
+    scale = jnp.where(near.astype(jnp.float32) < exact, above, near)
+    scale = jnp.where(scale > 0, scale, jnp.bfloat16(1))
+    zero = jnp.round(-low / scale.astype(jnp.float32))
+    return {'scale': scale, 'zero': zero.astype(jnp.uint8)}
+
+  def codes(
+    self, w: Float[Array, '*E I O'], grid: Grid
+  ) -> Int[Array, '*E I O']:
+    """The code of the value nearest to each weight.
+
+    Those of a ternary grid are -1, 0 and 1, and 0 where two are as near.
+    """
+    w = w.astype(jnp.float32)
+    bounds = {name: x.astype(jnp.float32) for name, x in grid.items()}
+    if self.name == TERNARY:
+      above, below = w > bounds['high'] / 2, w < bounds['low'] / 2
+      return above.astype(jnp.int8) - below.astype(jnp.int8)
+    codes = jnp.round(w / bounds['scale']) + bounds['zero']
+    return jnp.clip(codes, 0, 2 ** BITS[self.name] - 1).astype(jnp.uint8)
+
+  def values(
+    self, codes: Int[Array, '*E I O'], grid: Grid
+  ) -> Float32[Array, '*E I O']:
+    """The values that codes stand for."""
+    bounds = {name: x.astype(jnp.float32) for name, x in grid.items()}
+    if self.name == TERNARY:
+      negative = jnp.where(codes < 0, bounds['low'], 0.0)
+      return jnp.where(codes > 0, bounds['high'], negative)
+    return bounds['scale'] * (codes.astype(jnp.float32) - bounds['zero'])
+
+  def store(self, codes: Array, grid: Grid) -> dict[str, np.ndarray]:
+    """The arrays of kernels in codes of this format, as in `stored_arrays`.
+
+    Codes of ternary kernels are as many as these need.
+    """
+    if self.name == TERNARY:
+      rows = np.asarray(codes).swapaxes(-1, -2)
+      arrays = {**ternary.encode(rows)._asdict(), **grid}
     else:
-      codes = pack(kernel.codes, BITS[self.name])
-      arrays = {'codes': codes, 'scale': grid.scale, 'zero': grid.zero}
-    return jax.tree.map(np.asarray, arrays)
+      arrays = {'codes': pack(codes, BITS[self.name]), **grid}
+    return {name: np.asarray(x) for name, x in arrays.items()}
 
   def decoded(
     self, stored: Mapping[str, Array], inputs: int
@@ -263,11 +185,11 @@ class KernelFormat(Options):
     """
     if self.name == TERNARY:
       codes = ternary.Codes(stored['codes'], stored['offsets'])
-      signs = ternary.decode(codes, inputs).swapaxes(-1, -2)
-      return TernaryGrid(stored['low'], stored['high']).values(signs)
-    bits = BITS[self.name]
-    codes = unpack(stored['codes'], bits, inputs)
-    return UniformGrid(stored['scale'], stored['zero'], bits).values(codes)
+      weights = ternary.decode(codes, inputs).swapaxes(-1, -2)
+    else:
+      weights = unpack(stored['codes'], BITS[self.name], inputs)
+    names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
+    return self.values(weights, {name: stored[name] for name in names})
 
   def decoded_experts(self, p: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of feed-forward experts with their kernels as numbers.

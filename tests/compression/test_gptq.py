@@ -1,6 +1,7 @@
 """GPTQ against a definition of its own, and against rounding to nearest."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax.compression import gptq
-from moe_jax.layers import kernel_format
+from moe_jax.layers.kernel_format import KernelFormat
 from tests import reference
 
-GRIDS = {
-  'ternary': kernel_format.ternary_grid,
-  'int2': functools.partial(kernel_format.uniform_grid, bits=2),
-  'int4': functools.partial(kernel_format.uniform_grid, bits=4),
-}
+FORMATS = {name: KernelFormat(name) for name in ('ternary', 'int2', 'int4')}
 SEEDS, R, I, O = 200, 24, 11, 3
 
 
@@ -27,15 +24,19 @@ def correlated(seed, inputs=I, units=O, rows=R):
   return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames='make')
-def round_both_ways(w, h, make):
+class Rounded(NamedTuple):
+  codes: Any
+  grid: Any
+  values: Any
+
+
+@functools.partial(jax.jit, static_argnames='format')
+def round_both_ways(w, h, format):
   """Weights rounded by GPTQ and to nearest, and whether the two must agree."""
-  grid, factor = make(w), gptq.factor(h)
-  return (
-    gptq.gptq(w, grid, factor),
-    kernel_format.nearest(w, grid),
-    factor.plain,
-  )
+  grid, factor = format.grid(w), gptq.factor(h)
+  both = gptq.gptq(w, format, grid, factor), format.codes(w, grid)
+  results = [Rounded(x, grid, format.values(x, grid)) for x in both]
+  return *results, factor.plain
 
 
 @pytest.fixture(scope='module', name='roundings')
@@ -43,17 +44,17 @@ def make_roundings():
   w, x = map(jnp.stack, zip(*map(correlated, range(SEEDS))))
   h = gptq.hessian(x, jnp.ones(x.shape[:-1], bool))
   return {
-    name: (w, *round_both_ways(w, h, make)[:2], h)
-    for name, make in GRIDS.items()
+    name: (w, *round_both_ways(w, h, format)[:2], h)
+    for name, format in FORMATS.items()
   }
 
 
-@jax.jit
-def nearest_of(grid, row):
-  return grid.values(grid.codes(row[None]))[0]
+@functools.partial(jax.jit, static_argnums=0)
+def nearest_of(format, grid, row):
+  return format.values(format.codes(row[None], grid), grid)[0]
 
 
-@pytest.mark.parametrize('name', GRIDS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_gptq_is_its_definition(name, roundings):
   w, rounded, _, h = roundings[name]
   grid, values = jax.device_get((rounded.grid, rounded.values))
@@ -62,14 +63,16 @@ def test_gptq_is_its_definition(name, roundings):
     expert_grid = jax.tree.map(lambda leaf, e=e: leaf[e], grid)
 
     def nearest(row, expert_grid=expert_grid):
-      return np.asarray(nearest_of(expert_grid, row.astype(np.float32)))
+      return np.asarray(
+        nearest_of(FORMATS[name], expert_grid, row.astype(np.float32))
+      )
 
     damping = gptq.DAMPING * np.diag(h[e]).mean()
     expected = reference.gptq(w[e], h[e] + damping * np.eye(I), nearest)
     np.testing.assert_allclose(values[e], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', GRIDS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_gptq_loses_less_over_all_seeds(name, roundings):
   w, rounded, nearest, h = roundings[name]
   gptq_error = np.asarray(gptq.error(w, rounded.values, h))
@@ -86,13 +89,13 @@ def test_gptq_loses_less_over_all_seeds(name, roundings):
   )
 
 
-@pytest.mark.parametrize('name', GRIDS)
+@pytest.mark.parametrize('name', FORMATS)
 def test_without_correlation_it_rounds_to_nearest(name, roundings):
   # The second expert has no token, and the third's Hessian is damaged.
   h = np.tile(np.eye(I, dtype=np.float32), (SEEDS, 1, 1))
   h[1], h[2, 0, 0] = 0, np.nan
   rounded, nearest, plain = round_both_ways(
-    roundings[name][0], jnp.asarray(h), GRIDS[name]
+    roundings[name][0], jnp.asarray(h), FORMATS[name]
   )
   assert np.flatnonzero(plain).tolist() == [1, 2]
   np.testing.assert_array_equal(rounded.codes, nearest.codes)
@@ -101,10 +104,11 @@ def test_without_correlation_it_rounds_to_nearest(name, roundings):
 def test_blocks_of_inputs_change_nothing(monkeypatch):
   w, x = correlated(3)
   h = gptq.hessian(x, jnp.ones(R, bool))
-  unblocked = round_both_ways(w, h, GRIDS['int4'])[0]
+  unblocked = round_both_ways(w, h, FORMATS['int4'])[0]
   monkeypatch.setattr(gptq, 'BLOCK', 4)  # 11 inputs: the last block has three
-  blocks = jax.jit(gptq.gptq)(w, unblocked.grid, gptq.factor(h))
-  np.testing.assert_array_equal(blocks.codes, unblocked.codes)
+  round_ = jax.jit(gptq.gptq, static_argnums=1)
+  codes = round_(w, FORMATS['int4'], unblocked.grid, gptq.factor(h))
+  np.testing.assert_array_equal(codes, unblocked.codes)
 
 
 def test_rows_that_do_not_count_are_left_out():

@@ -23,7 +23,7 @@ from moe_jax.compression import (
   teacher_logits,
   whole_run,
 )
-from moe_jax.layers.kernel_format import KernelFormat, nearest
+from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models import code_trees, flat_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.parameter_trees import describe
@@ -121,7 +121,8 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   for name in ('w_in', 'w_out'):
     grid = format.grid(old[name])
     factor = jax.jit(gptq.factor)(h)
-    expected = jax.jit(gptq.gptq)(old[name], grid, factor).values
+    round_ = jax.jit(gptq.gptq, static_argnums=1)
+    expected = format.values(round_(old[name], format, grid, factor), grid)
     np.testing.assert_allclose(rounded[name], expected, atol=1e-6)
     hidden = jax.nn.gelu(rows.x @ rounded['w_in'], approximate=False)
     h = gptq.hessian(hidden, jnp.asarray(rows.filled))
@@ -358,11 +359,10 @@ def test_codes_are_not_merged_extracted_or_taught_from(int2, tmp_path):
 def test_kernels_without_a_factor_are_named():
   format = KernelFormat('int8')
   # Their products are zero, with tokens or without.
-  rounded = jax.jit(lambda w: nearest(w, format.grid(w)))(jnp.ones((3, 4, 2)))
-  plain = np.array([False, True, True])
-  outcome = gptq.Outcome(rounded, *np.zeros((3, 3)), plain=plain)
+  outcome = gptq.to_nearest(jnp.ones((3, 4, 2)), format)
+  outcome = outcome._replace(plain=np.array([False, True, True]))
   outcomes = dict.fromkeys(('w_in', 'w_out'), outcome)
-  stored = dict.fromkeys(outcomes, format.store(rounded))
+  stored = dict.fromkeys(outcomes, format.store(outcome.codes, outcome.grid))
   _, line = quantize.report(outcomes, stored, [2])
   assert line.endswith(
     '; H = I for experts [2] (no tokens); H = I for experts [1] (no factor)'

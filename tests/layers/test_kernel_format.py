@@ -1,20 +1,12 @@
 """Kernels in codes: grids, rounding to them, and codes in bytes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.layers import kernel_format
-from moe_jax.layers.kernel_format import (
-  BITS,
-  KernelFormat,
-  TernaryGrid,
-  UniformGrid,
-  nearest,
-)
+from moe_jax.layers.kernel_format import BITS, KernelFormat
 from tests import reference
 
 E, I, O = 2, 9, 5
@@ -51,58 +43,63 @@ def test_bits_are_used_in_full():
   assert shapes == [(64, 3), (32, 3), (16, 3)]
 
 
+def rounded(w, name):
+  """The grid, the codes and the values of weights in a format."""
+  format = KernelFormat(name)
+  grid = format.grid(w)
+  codes = format.codes(w, grid)
+  return grid, codes, format.values(codes, grid)
+
+
 def test_values_of_a_uniform_grid():
-  grid = UniformGrid(
-    jnp.full((1, 1), 0.5, jnp.bfloat16), jnp.full((1, 1), 1, jnp.uint8), 2
-  )
+  format = KernelFormat('int2')
+  scale, zero = jnp.full((1, 1), 0.5, jnp.bfloat16), jnp.ones((1, 1), jnp.uint8)
+  grid = {'scale': scale, 'zero': zero}
   codes = jnp.array([0, 3, 1], jnp.uint8)[:, None]
-  assert grid.values(codes).ravel().tolist() == [-0.5, 1.0, 0.0]
+  assert format.values(codes, grid).ravel().tolist() == [-0.5, 1.0, 0.0]
   w = jnp.array([-9.0, 0.3, 3.1])[:, None]
-  assert grid.codes(w).ravel().tolist() == [0, 2, 3]
+  assert format.codes(w, grid).ravel().tolist() == [0, 2, 3]
 
 
 def test_values_of_a_ternary_grid():
   # Halves of the ends decide, and a weight in the middle becomes 0.
-  grid = TernaryGrid(*(jnp.full((1, 1), v, jnp.bfloat16) for v in (-1.0, 2.0)))
+  format = KernelFormat('ternary')
+  low, high = (jnp.full((1, 1), v, jnp.bfloat16) for v in (-1.0, 2.0))
+  grid = {'low': low, 'high': high}
   w = jnp.array([-0.6, -0.5, 0.9, 1.0, 1.1])[:, None]
-  codes = grid.codes(w)
+  codes = format.codes(w, grid)
   assert codes.ravel().tolist() == [-1, 0, 0, 0, 1]
-  assert grid.values(codes).ravel().tolist() == [-1.0, 0.0, 0.0, 0.0, 2.0]
+  values = format.values(codes, grid)
+  assert values.ravel().tolist() == [-1.0, 0.0, 0.0, 0.0, 2.0]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def rounded_to(w, bits):
-  grid = kernel_format.uniform_grid(w, bits)
-  return grid, nearest(w, grid)
-
-
-@pytest.mark.parametrize('bits', BITS.values())
-def test_no_weight_is_off_by_more_than_half_a_step(bits):
-  grid, rounded = rounded_to(W, bits)
-  values, grid = np.asarray(rounded.values), jax.device_get(grid)
-  assert grid.scale.shape == (E, 1, O) == grid.zero.shape
-  assert (np.abs(values - W) <= 0.5001 * grid.scale.astype(np.float32)).all()
-  assert rounded.codes.max() <= 2**bits - 1
+@pytest.mark.parametrize('name', BITS)
+def test_no_weight_is_off_by_more_than_half_a_step(name):
+  grid, codes, values = jax.jit(rounded, static_argnums=1)(W, name)
+  scale, zero = np.asarray(grid['scale'], np.float32), np.asarray(grid['zero'])
+  assert scale.shape == (E, 1, O) == zero.shape
+  assert (np.abs(values - W) <= 0.5001 * scale).all()
+  assert codes.max() <= 2 ** BITS[name] - 1
   for e in range(E):
     for o in range(O):
-      scale, zero = reference.uniform_grid(W[e, :, o], bits)
-      np.testing.assert_allclose(grid.scale[e, 0, o], scale, rtol=2**-7)
-      assert grid.scale[e, 0, o] >= np.float32(scale) * (1 - 1e-6)
-      assert abs(int(grid.zero[e, 0, o]) - zero) <= 1
+      exact, near_zero = reference.uniform_grid(W[e, :, o], BITS[name])
+      np.testing.assert_allclose(scale[e, 0, o], exact, rtol=2**-7)
+      assert scale[e, 0, o] >= np.float32(exact) * (1 - 1e-6)
+      assert abs(int(zero[e, 0, o]) - near_zero) <= 1
 
 
 def test_weights_of_one_sign_and_none_keep_their_zero():
   w = jnp.array([[1.0, -2.0, 0.0], [3.0, -1.0, 0.0]])
-  grid = kernel_format.uniform_grid(w, 4)
-  assert grid.zero.tolist() == [[0, 15, 0]]
-  np.testing.assert_allclose(nearest(w, grid).values, w, atol=0.11)
-  assert not nearest(w, grid).values[:, 2].any()
+  grid, _, values = rounded(w, 'int4')
+  assert grid['zero'].tolist() == [[0, 15, 0]]
+  np.testing.assert_allclose(values, w, atol=0.11)
+  assert not values[:, 2].any()
 
 
 def test_a_ternary_grid_is_told():
   w = jnp.array([[0.25, 1.0], [-1.0, 0.5], [0.5, 0.25]])
-  grid = kernel_format.ternary_grid(w)
-  assert grid.low.tolist() == [[-1.0, 0.0]]
-  assert grid.high.tolist() == [[0.5, 1.0]]
+  grid, codes, _ = rounded(w, 'ternary')
+  assert grid['low'].tolist() == [[-1.0, 0.0]]
+  assert grid['high'].tolist() == [[0.5, 1.0]]
   # 0.25 is not above half of 0.5, and a unit without negatives has no low.
-  assert nearest(w, grid).codes.tolist() == [[0, 1], [-1, 0], [1, 0]]
+  assert codes.tolist() == [[0, 1], [-1, 0], [1, 0]]

@@ -26,7 +26,6 @@ from moe_jax.layers.kernel_format import (
   TERNARY,
   KernelFormat,
   fill_up,
-  nearest,
 )
 from moe_jax.layers.routers import Soft
 from moe_jax.options import OptionError
@@ -53,11 +52,12 @@ def params_of(format):
     nn.meta.unbox(shapes)['params'],
   )
   experts = params['experts']
-  rounded = [
-    nearest(experts[name], format.grid(experts[name])) for name in KERNELS
-  ]
-  codes = {n: format.store(w) for n, w in zip(KERNELS, rounded, strict=True)}
-  numbers = {n: w.values for n, w in zip(KERNELS, rounded, strict=True)}
+  codes, numbers = {}, {}
+  for name in KERNELS:
+    grid = format.grid(experts[name])
+    rounded = format.codes(experts[name], grid)
+    numbers[name] = format.values(rounded, grid)
+    codes[name] = format.store(rounded, grid)
   if format.name == TERNARY:
     format = dataclasses.replace(format, num_codes=fill_up(codes.values()))
   return (
