@@ -7,7 +7,7 @@ not matter.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,6 +20,7 @@ from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import Experts
+from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.moe import in_groups
 from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
@@ -80,7 +81,6 @@ def capture(
   """The tokens that reach each sparse layer of a model, by layer number.
 
   Dropout and noise are off.
-
   """
 
   def sow_tokens(call, args, kwargs, context):
@@ -96,20 +96,8 @@ def capture(
     )
   layers = model.layer_trees(collections['intermediates'])
   return {
-    i: cast(RoutedTokens, _outermost(layers[i])) for i in model.sparse_layers
+    i: layers[i]['moe'][SCOPE][_SOWN_NAME][0] for i in model.sparse_layers
   }
-
-
-def _outermost(tree: Mapping[str, Any]) -> RoutedTokens | None:
-  """The sown value of the outermost module of a layer that has one."""
-  if _SOWN_NAME in tree:
-    return tree[_SOWN_NAME][0]
-  inner = (
-    _outermost(subtree)
-    for subtree in tree.values()
-    if isinstance(subtree, Mapping)
-  )
-  return next((tokens for tokens in inner if tokens is not None), None)
 
 
 class Rows(NamedTuple):

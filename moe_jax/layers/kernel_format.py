@@ -145,22 +145,26 @@ class KernelFormat(Options):
     Those of a ternary grid are -1, 0 and 1, and 0 where two are as near.
     """
     w = w.astype(jnp.float32)
-    bounds = {name: x.astype(jnp.float32) for name, x in grid.items()}
+    first, second = self._bounds(grid)
     if self.name == TERNARY:
-      above, below = w > bounds['high'] / 2, w < bounds['low'] / 2
+      below, above = w < first / 2, w > second / 2
       return above.astype(jnp.int8) - below.astype(jnp.int8)
-    codes = jnp.round(w / bounds['scale']) + bounds['zero']
+    codes = jnp.round(w / first) + second
     return jnp.clip(codes, 0, 2 ** BITS[self.name] - 1).astype(jnp.uint8)
 
   def values(
     self, codes: Int[Array, '*E I O'], grid: Grid
   ) -> Float32[Array, '*E I O']:
     """The values that codes stand for."""
-    bounds = {name: x.astype(jnp.float32) for name, x in grid.items()}
+    first, second = self._bounds(grid)
     if self.name == TERNARY:
-      negative = jnp.where(codes < 0, bounds['low'], 0.0)
-      return jnp.where(codes > 0, bounds['high'], negative)
-    return bounds['scale'] * (codes.astype(jnp.float32) - bounds['zero'])
+      return jnp.where(codes > 0, second, jnp.where(codes < 0, first, 0.0))
+    return first * (codes.astype(jnp.float32) - second)
+
+  def _bounds(self, grid: Grid) -> list[Array]:
+    """The low and high values of a ternary grid, or scale and zero."""
+    names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
+    return [grid[name].astype(jnp.float32) for name in names]
 
   def store(self, codes: Array, grid: Grid) -> dict[str, np.ndarray]:
     """The arrays of kernels in codes of this format, as in `stored_arrays`.
@@ -188,8 +192,7 @@ class KernelFormat(Options):
       weights = ternary.decode(codes, inputs).swapaxes(-1, -2)
     else:
       weights = unpack(stored['codes'], BITS[self.name], inputs)
-    names = ('low', 'high') if self.name == TERNARY else ('scale', 'zero')
-    return self.values(weights, {name: stored[name] for name in names})
+    return self.values(weights, stored)
 
   def decoded_experts(self, p: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of feed-forward experts with their kernels as numbers.
