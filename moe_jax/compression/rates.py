@@ -1,6 +1,6 @@
 """The bits that a ternary weight takes, measured and predicted by counting.
 
-    python -m moe_jax.compression rates
+    python -m moe_jax.compression rates --widths=768
 
 Weights are independent, zero with a given probability. Their codes follow the
 static table of https://arxiv.org/abs/2310.16795, whatever that probability is.
