@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import command_line, config_file, sections
+from moe_jax import command_line
 from moe_jax.compression import calibration, gptq, whole_run
 from moe_jax.compression.gptq import Outcome
 from moe_jax.compression.whole_run import WholeRun
-from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import (
@@ -56,7 +55,6 @@ def quantize(
   step: int | None = None,
   method: str = 'gptq',
   num_batches: int = BATCHES,
-  data: DataOptions | None = None,
   allow: Iterable[str] = (),
   message: Callable[[str], None] = print,
 ) -> dict[str, float]:
@@ -69,9 +67,7 @@ def quantize(
     step: The step of the checkpoint; None is the newest good one.
     method: 'gptq', or 'rtn', which rounds each weight to the nearest value and
       reads no data.
-    num_batches: The number of batches of calibration data, for 'gptq'.
-    data: The options of the calibration data, for 'gptq'; None takes those of
-      the run. The split is always the one that is trained on.
+    num_batches: The number of batches of the run's training data, for 'gptq'.
     allow: Modules whose classes, named in the run's folder, may be imported.
     message: The function that prints a line for each layer.
 
@@ -94,7 +90,7 @@ def quantize(
   options, places = _coded(run, format)
   batches = []
   if method == 'gptq':
-    batches = calibration.batches(run, num_batches, data)
+    batches = calibration.batches(run, num_batches)
   old_params = run.variables['params']
   params = jax.tree.map(np.array, old_params)
   arrays = flat_trees.flatten(params)  # the same arrays, which change in place
@@ -271,33 +267,21 @@ def add(commands: Any) -> None:
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
   add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
-  add(
-    '--config',
-    default='',
-    help="config of the data, by path or name; else the run's",
-  )
 
 
-def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  data, num_batches = None, options.batches or BATCHES
-  if options.method == 'rtn':
-    for name in ('batches', 'config'):
-      if value := getattr(options, name):
-        raise InputError(
-          f'--{name}={value} has no effect with --method=rtn, which reads no '
-          'data; leave it out'
-        )
-  if options.config:
-    section = config_file.config_of(options.config, overrides).data
-    data = sections.read(DataOptions, section, 'data.')
+def _run(options: argparse.Namespace, _: list[str]) -> str:
+  if options.method == 'rtn' and options.batches:
+    raise InputError(
+      f'--batches={options.batches} has no effect with --method=rtn, which '
+      'reads no data; leave it out'
+    )
   numbers = quantize(
     options.workdir,
     options.output,
     KernelFormat(options.format),
     step=options.step,
     method=options.method,
-    num_batches=num_batches,
-    data=data,
+    num_batches=options.batches or BATCHES,
     allow=options.allow_module,
   )
   disk = whole_run.bytes_on_disk(options.output)

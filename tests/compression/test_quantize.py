@@ -292,12 +292,13 @@ def test_a_command_quantises_the_checkpoint_of_a_step(tmp_path):
     )
 
 
-@pytest.mark.parametrize('flag', ['--batches=8', '--config=configs/tiny.py'])
-def test_flags_without_effect_are_refused(folder, flag, tmp_path, capsys):
+def test_batches_without_effect_are_refused(folder, tmp_path, capsys):
   arguments = [f'--run={folder}', f'--output={tmp_path}/new', '--format=int4']
   with pytest.raises(SystemExit):
-    command.main(['quantize', *arguments, '--method=rtn', flag])
-  assert f'{flag} has no effect with --method=rtn' in capsys.readouterr().err
+    command.main(['quantize', *arguments, '--method=rtn', '--batches=8'])
+  assert (
+    '--batches=8 has no effect with --method=rtn' in capsys.readouterr().err
+  )
   assert not list(tmp_path.iterdir())
 
 
