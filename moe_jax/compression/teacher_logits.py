@@ -50,7 +50,6 @@ class StoredLogits:
 
   Attributes:
     folder: The folder.
-    teacher: The folder of the teacher.
     step: The step of the teacher's checkpoint.
     sha256: The sha256 of the manifest of that checkpoint.
     data_digest: The sha256 of the data.
@@ -67,7 +66,6 @@ class StoredLogits:
   """
 
   folder: pathlib.Path
-  teacher: str
   step: int
   sha256: str
   data_digest: str
@@ -318,7 +316,6 @@ def write(
   rows = dataset.splits['train']
   stored = StoredLogits(
     pathlib.Path(output).expanduser(),
-    teacher=os.fspath(teacher),
     step=run.step,
     sha256=trained.checkpoint_digest(run.folder, run.step),
     data_digest=dataset.digest,
