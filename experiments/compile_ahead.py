@@ -38,8 +38,7 @@ from experiments.benchmarks.compile_ahead_tables import (
 )
 from moe_jax import command_line, config_flag
 from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.analysis import cost, periods, sharded
-from moe_jax.analysis import devices as device_table
+from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
 from moe_jax.models import Model
@@ -199,7 +198,7 @@ def counted_flops(options: RunOptions, mesh: Mesh) -> str:
     return compiled_lib.counts(compile_step(short, mesh)[0]).flops
 
   try:
-    return f'{periods.extrapolate(options, count):.3g}'
+    return f'{compiled_lib.extrapolate(options, count):.3g}'
   except DoesNotFit:  # the short models' unrolled layers need more memory
     return 'a short model does not fit'
 
@@ -234,7 +233,7 @@ def run(
       the mesh.
   """
   if device:
-    device_table.get(device)  # refused before anything is compiled
+    roofline.device_of(device)  # refused before anything is compiled
   options = cost.with_own_vocabulary(options)
   if forced := options.build().forced_balance:
     print(f'WARNING: {forced}')

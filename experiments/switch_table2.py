@@ -44,7 +44,7 @@ from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from experiments.study.sweeps import nested
 from experiments.study.validation_routing import evaluated_model
-from moe_jax.analysis import memory, model_parts
+from moe_jax.analysis import counts, memory
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -102,7 +102,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     flipped = router_logits.changed(run, state, exact, other)
     for layer, share in flipped.items():
       numbers[f'routing/layer_{layer}/{name}'] = share
-  (half,) = model_parts.halves(run.model, run.options.data.seq_len)
+  (half,) = counts.halves(run.model, run.options.data.seq_len)
   size = run.options.batch_size
   exchange_bytes = memory.all_to_all_bytes(
     half, run.options.model.width, size, E

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from moe_jax import data, generation, models, start_facts
-from moe_jax.analysis import routing_report, sharded, text_tables
+from moe_jax.analysis import routing_report, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.run_page import Page
@@ -214,7 +214,7 @@ class RoutingReport(Hook):
     if warning := '; '.join(start_facts.warnings(run.model)):
       rows = [{**row, 'warning': warning} for row in rows]
     routing_report.write_report(run.workdir, rows)
-    console = text_tables.wide_console()
+    console = routing_report.wide_console()
     for table in routing_report.tables(rows):
       console.print(table.terminal())
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import models
-from moe_jax.analysis import cost, devices, roofline, run_cost
+from moe_jax.analysis import cost, roofline, run_cost
 from moe_jax.kernels import grouped_products
 from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
 from moe_jax.layers.moe_options import MoeOptions
@@ -48,7 +48,7 @@ def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
     return f'run: {total_cost.describe()}'
   dtype = getattr(options.model, 'numerics', Numerics()).dtype
   rate, _ = roofline.product_rate(dtype)
-  rate *= devices.num_processors(list(mesh.devices.flat))
+  rate *= roofline.num_processors(list(mesh.devices.flat))
   return f'run: {total_cost.describe()}; {total_cost.time(rate)}'
 
 
@@ -68,7 +68,7 @@ def facts(run: Run) -> Iterator[str]:
 
 def devices_line(mesh: Mesh) -> str:
   """A line on the devices of a mesh."""
-  return f'devices: {devices.describe(mesh)}'
+  return f'devices: {roofline.describe_mesh(mesh)}'
 
 
 def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from experiments import compile_ahead
 from experiments.benchmarks import compile_ahead_tables as tables
-from moe_jax.analysis import devices, sharded
-from moe_jax.analysis.collectives import Collectives
+from moe_jax.analysis import roofline, sharded
+from moe_jax.analysis.sharded import Collectives
 from moe_jax.configs import base
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
@@ -91,7 +91,7 @@ def test_a_verdict_names_the_device_and_both_numbers():
   lines = tables.verdicts('v5p:2x2x1', 'v5e', 2 * 10**10)
   assert lines == {'DOES NOT FIT TPU v5e: 20 GB of 16 GB (125%)': False}
   # CPUs stand in for any device.
-  names = set(devices.NAMES) - {devices.HERE}
+  names = set(roofline.DEVICES) - {roofline.HERE}
   assert len(tables.verdicts('cpu:64', '', 10**10)) == len(names)
 
 

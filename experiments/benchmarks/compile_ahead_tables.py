@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from moe_jax.analysis import cost, devices, sharded
+from moe_jax.analysis import cost, roofline, sharded
 
 
 class Evaluation(NamedTuple):
@@ -90,12 +90,12 @@ def verdicts(topology: str, device: str, needed_bytes: int) -> dict[str, bool]:
     ValueError: The device is unknown.
   """
   kind = topology.partition(':')[0]
-  names = [device] if device else [kind] if kind in devices.NAMES else []
+  names = [device] if device else [kind] if kind in roofline.DEVICES else []
   if not names:
-    names = [name for name in devices.NAMES if name != devices.HERE]
+    names = [name for name in roofline.DEVICES if name != roofline.HERE]
   lines = {}
   for name in names:
-    candidate = devices.get(name)
+    candidate = roofline.device_of(name)
     fits = needed_bytes <= candidate.num_bytes
     lines[
       f'{"fits" if fits else "DOES NOT FIT"} {candidate.name}: '

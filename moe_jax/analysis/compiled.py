@@ -1,14 +1,29 @@
-"""The counts and the instructions of a compiled program."""
+"""The counts and the instructions of a compiled program, and FLOPs of loops.
 
+A compiler counts the body of a loop once, however often it runs. All periods
+of a loop over layers cost the same. So the FLOPs of a step are those of a step
+with one period of each loop, and for each further period the difference that a
+second one makes. Microbatches are a loop too, whose body is counted in batches
+of one and of two microbatches.
+"""
+
+import collections
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from jax.stages import Compiled
 
 from moe_jax.errors import InputError
+from moe_jax.models import MODELS
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
+from moe_jax.models.pattern import Segment, segments
+from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.training.run_options import RunOptions
 
+_ENCODER, _DECODER = 'encoder', 'decoder'
 _COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = ')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -149,51 +164,32 @@ def op_name_of(program: Program) -> dict[str, str]:
   """
   op_names = {name: i.op_name for name, i in program.items()}
   bodies = _by_computation(program)
-  readers: dict[str, list[str]] = {name: [] for name in program}
-  callers: dict[str, list[str]] = {name: [] for name in bodies}
+  readers, callers = (
+    collections.defaultdict(list),
+    collections.defaultdict(list),
+  )
   for name, instruction in program.items():
     for operand in instruction.operands:
-      if operand in readers:
-        readers[operand].append(name)
+      readers[operand].append(name)
     for computation in instruction.calls:
-      callers.setdefault(computation, []).append(name)
-  for name, instruction in program.items():
-    if not op_names[name]:
-      inner_names = [
-        op_names[other]
-        for computation in instruction.calls
-        for other in bodies.get(computation, [])
-      ]
-      op_names[name] = _commonest(inner_names)
-  for neighbours in (
-    readers,
-    {name: i.operands for name, i in program.items()},
-    {name: callers[i.computation] for name, i in program.items()},
-  ):
-    _fill_from_neighbours(neighbours, op_names)
+      callers[computation].append(name)
+  called = {
+    name: [other for c in i.calls for other in bodies[c]]
+    for name, i in program.items()
+    if not i.op_name
+  }
+  op_names |= {name: _commonest(op_names, x) for name, x in called.items()}
+  operands = {name: i.operands for name, i in program.items()}
+  loops = {name: callers[i.computation] for name, i in program.items()}
+  for neighbours in (readers, operands, loops):
+    unnamed = [name for name, op_name in op_names.items() if not op_name]
+    while unnamed:
+      op_names |= {n: _commonest(op_names, neighbours[n]) for n in unnamed}
+      still_unnamed = [name for name in unnamed if not op_names[name]]
+      if len(still_unnamed) == len(unnamed):
+        break
+      unnamed = still_unnamed
   return op_names
-
-
-def _fill_from_neighbours(
-  neighbours: Mapping[str, Sequence[str]], op_names: dict[str, str]
-) -> None:
-  """Fills in `op_names` from neighbours until no instruction changes any more.
-
-  Args:
-    neighbours: Names of the neighbours of each instruction.
-    op_names: The `op_name` of each instruction, '' where it is not known yet.
-  """
-  unnamed = [name for name, op_name in op_names.items() if not op_name]
-  while unnamed:
-    neighbour_names = {
-      name: _commonest([op_names.get(other, '') for other in neighbours[name]])
-      for name in unnamed
-    }
-    op_names.update({k: v for k, v in neighbour_names.items() if v})
-    still_unnamed = [name for name in unnamed if not op_names[name]]
-    if len(still_unnamed) == len(unnamed):
-      return
-    unnamed = still_unnamed
 
 
 def leaves(program: Program, executed: set[str]) -> set[str]:
@@ -209,17 +205,14 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
   """
   busy = {program[name].computation for name in executed if name in program}
   bodies = _by_computation(program)
-  memo: dict[str, bool] = {}
 
+  @functools.cache
   def runs_executed(computation: str) -> bool:
-    if computation not in memo:
-      memo[computation] = False  # no computation calls itself
-      memo[computation] = computation in busy or any(
-        runs_executed(callee)
-        for name in bodies.get(computation, [])
-        for callee in program[name].calls
-      )
-    return memo[computation]
+    return computation in busy or any(
+      runs_executed(callee)
+      for name in bodies[computation]
+      for callee in program[name].calls
+    )
 
   return {
     name
@@ -231,13 +224,105 @@ def leaves(program: Program, executed: set[str]) -> set[str]:
 
 def _by_computation(program: Program) -> dict[str, list[str]]:
   """The names of the instructions that stand in each computation."""
-  bodies: dict[str, list[str]] = {}
+  bodies = collections.defaultdict(list)
   for name, instruction in program.items():
-    bodies.setdefault(instruction.computation, []).append(name)
+    bodies[instruction.computation].append(name)
   return bodies
 
 
-def _commonest(names: list[str]) -> str:
-  """The most frequent name other than ''; '' where there is none."""
-  nonempty = [name for name in names if name]
-  return max(nonempty, key=nonempty.count) if nonempty else ''
+def _commonest(op_names: Mapping[str, str], names: Iterable[str]) -> str:
+  """The most frequent `op_name` but '' of instructions; '' without any."""
+  found = [op_names[name] for name in names if op_names.get(name)]
+  return max(found, key=found.count) if found else ''
+
+
+def extrapolate(
+  options: RunOptions, flops: Callable[[RunOptions], float]
+) -> float:
+  """The FLOPs of a run's step that `flops` would count without any loop.
+
+  Args:
+    options: Options of a run with any number of layers and microbatches.
+    flops: Counts the FLOPs of a run whose layers are unrolled and whose batch
+      is not cut into microbatches. It is called once, and once more for each
+      loop over layers; with microbatches, twice as often.
+
+  Raises:
+    ValueError: The model has no blocks, so that it has loops over tokens, which
+      cannot be unrolled here.
+  """
+  if not options.model.has_blocks:
+    raise InputError(
+      f'model.kind={MODELS.name_of(options.model)!r} has loops over tokens, '
+      'whose bodies a compiler counts once; FLOPs are read from compiled steps '
+      'of models of blocks alone'
+    )
+  n = options.microbatches
+  if n > 1:
+    one, two = (
+      extrapolate(
+        dataclasses.replace(options, microbatches=1, batch_size=rows), flops
+      )
+      for rows in (options.batch_size // n, 2 * options.batch_size // n)
+    )
+    return one + (n - 1) * (two - one)
+  # The loops over layers of each half of a model.
+  loops = {_DECODER: segments(cast(TransformerOptions, options.model).kinds)}
+  if isinstance(options.model, EncoderDecoderOptions):
+    loops[_ENCODER] = segments(options.model.encoder_half().kinds)
+  base = flops(_short(options, loops))
+  total = base
+  for half, segments_of_half in loops.items():
+    for i, segment in enumerate(segments_of_half):
+      if segment.repeats > 1:
+        longer = flops(_short(options, loops, half, i))
+        total += (segment.repeats - 1) * (longer - base)
+  return total
+
+
+def _short(
+  options: RunOptions,
+  loops: Mapping[str, list[Segment]],
+  half: str = '',
+  index: int = -1,
+) -> RunOptions:
+  """A run whose loops have one period each, but two in loop `index` of `half`.
+
+  Its layers are unrolled.
+  """
+  model: Any = options.model
+  encoder = model.encoder_half() if model.has_encoder else None
+  longer = {half: index}
+  model = _of_periods(model, loops[_DECODER], longer.get(_DECODER, -1))
+  if encoder is not None:
+    short = _of_periods(encoder, loops[_ENCODER], longer.get(_ENCODER, -1))
+    model = model.with_encoder(short)
+  return dataclasses.replace(options, model=model)
+
+
+def _of_periods(layers: Any, loops: list[Segment], index: int) -> Any:
+  """Layers with one period of each loop, but two of loop `index`."""
+  numbers, first = [], 0
+  for i, segment in enumerate(loops):
+    period = range(first, first + len(segment.pattern))
+    numbers += [*period] * (1 + (i == index))
+    first += segment.num_layers
+  sparse = [i for i, old in enumerate(numbers) if layers.sparse[old]]
+  moe = dataclasses.replace(
+    layers.moe,
+    layers=','.join(map(str, sparse)) or 'none',
+    retained=layers.moe.retained.renumbered(tuple(numbers)),
+  )
+  attention = layers.attention
+  if attention.window:
+    full = [i for i, old in enumerate(numbers) if layers.full[old]]
+    attention = dataclasses.replace(
+      attention, full_layers=','.join(map(str, full)) or 'none'
+    )
+  return dataclasses.replace(
+    layers,
+    num_layers=len(numbers),
+    moe=moe,
+    attention=attention,
+    scan_layers=False,
+  )

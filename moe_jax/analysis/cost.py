@@ -10,42 +10,251 @@ feed-forward, so not for LSTMs.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
+from rich.table import Table
 
 from moe_jax import command_line, config_flag
-from moe_jax.analysis.cost_tables import (
-  Workload,
-  compute_table,
-  fit_table,
-  memory_table,
-  training_table,
-  without_vocabulary,
+from moe_jax.analysis import memory, roofline
+from moe_jax.analysis.counts import (
+  Half,
+  count,
+  halves,
+  short,
+  sized_parameters,
 )
-from moe_jax.analysis.counts import Cost, TokenFlops, count, short
+from moe_jax.analysis.run_cost import training_cost, variants
 from moe_jax.errors import InputError
+from moe_jax.layers.experts import DISPATCHES
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.memory_room import in_bytes
+from moe_jax.models import Model
 from moe_jax.training.run_options import RunOptions
 
-__all__ = [
-  'Cost',
-  'TokenFlops',
-  'Workload',
-  'compute_table',
-  'count',
-  'fit_table',
-  'in_bytes',
-  'memory_table',
-  'short',
-  'training_table',
-  'with_own_vocabulary',
-  'without_vocabulary',
-  'workload',
-]
-
-
 _PIPE_WIDTH = 120  # characters
+
+
+class Workload(NamedTuple):
+  """The sizes of the batch that costs are counted for.
+
+  Attributes:
+    batch_size: Number of rows in the batch.
+    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+      row.
+    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
+      stands for `seq_len`.
+    num_parts: Number of devices that the experts are split over.
+  """
+
+  batch_size: int
+  seq_len: int
+  target_len: int = 0
+  num_parts: int = 1
+
+
+def compute_table(model: Model, work: Workload) -> Table:
+  """The table of the parameters and the FLOPs of a model."""
+  c = count(model, work.seq_len, work.target_len, work.batch_size)
+  caption = ['A multiply-add counts as two FLOPs.']
+  if c.encoder:
+    caption.append(
+      f'Attention is counted in full, over {c.encoder_len} tokens read and '
+      f'{c.decoder_len} written; FLOPs of training are their mean.'
+    )
+  elif model.stacks:
+    caption.append(
+      f'Attention is counted in full, over {c.decoder_len} tokens.'
+    )
+  if c.expert_params:
+    caption.append(
+      f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
+      'expert; rows without a token are not counted.'
+    )
+  if not model.stacks:
+    multiply_adds, params = without_vocabulary(model, work.seq_len)
+    caption.append(
+      'Without embedding and softmax a token takes '
+      f'{multiply_adds / 1e6:,.1f}M multiply-adds, and there are '
+      f'{params / 1e6:,.1f}M parameters. Memory is counted of models of blocks '
+      'alone.'
+    )
+  table = Table(
+    title=f'{short(c.total_params)} parameters in memory, '
+    f'{short(c.active_params)} in compute per token',
+    caption=' '.join(caption),
+  )
+  for heading in ('Parameters', 'FLOPs'):
+    table.add_column(heading)
+    table.add_column('', justify='right')
+  read, written = 'prefill, per token read', 'decoding, per token generated'
+  if c.encoder:
+    read, written = 'encoder, per token read', 'decoder, per token generated'
+  for part, n, phase, m in (
+    ('all experts', c.expert_params, 'training, per token', c.training_flops),
+    (
+      'all but the experts',
+      c.total_params - c.expert_params,
+      read,
+      c.prefill_flops,
+    ),
+    (
+      'embedding tables among those',
+      c.embedding_params,
+      written,
+      c.decode_flops,
+    ),
+    (
+      'used for one token',
+      c.active_params,
+      'forward pass, per example',
+      c.example_flops,
+    ),
+  ):
+    table.add_row(part, short(n), phase, short(m))
+  return table
+
+
+def without_vocabulary(model: Model, seq_len: int) -> tuple[int, int]:
+  """Multiply-adds for a token, and parameters, without embedding and softmax.
+
+  Table 7 of Shazeer et al. 2017 (arXiv:1701.06538) counts them so.
+  """
+  logits = 2 * model.vocab_size * model.embedding.width
+  layers = sum(p.size for p in sized_parameters(model) if not p.outside_layers)
+  return (count(model, seq_len).decoder.total - logits) // 2, layers
+
+
+def memory_table(model: Model, work: Workload) -> Table:
+  """The table of bytes of activations, expert rows and exchanges of a batch."""
+  lengths = f'{work.seq_len}'
+  stacks = halves(model, work.seq_len, work.target_len)
+  if len(stacks) == 2:
+    lengths += f' and {stacks[-1].length}'
+  decoder = stacks[-1].stack
+  table = Table(
+    title=f'Bytes of a training step on a batch of {work.batch_size} x '
+    f'{lengths} tokens, activations in {decoder.block.shared.dtype}',
+    caption='Kept bytes are what the forward pass leaves for the backward '
+    'pass. Weights, gradients, the state of the optimizer and temporary arrays '
+    'of the compiled program come on top.',
+  )
+  table.add_column('Arrays')
+  table.add_column('Bytes', justify='right')
+  sizes = memory.activations(model, *work[:3])
+  names = (
+    f'kept by all layers, without attention scores (remat={decoder.remat!r})',
+    'kept attention scores, unless attention is fused',
+    'kept output logits, in float32',
+  )
+  rows = [*zip(names, sizes)]
+  width = model.embedding.width
+  for half in stacks:
+    if half.moe is not None:
+      rows += _expert_rows(half, half.moe, width, work)
+  for name, num_bytes in rows:
+    table.add_row(name, in_bytes(num_bytes))
+  return table
+
+
+def _expert_rows(
+  half: Half, moe: MoeOptions, width: int, work: Workload
+) -> Iterator[tuple[str, int]]:
+  """The arrays that the sparse layers of a stack need, and their bytes."""
+  B = work.batch_size
+  rows = memory.expert_rows(moe, B, half.length)
+  stack = '/'.join(half.path)
+  stack = f'{stack}: ' if stack else ''
+  yield (
+    f'{stack}rows to and from the experts of a sparse layer '
+    f'({DISPATCHES.name_of(moe.dispatch)}, {rows} rows)',
+    memory.dispatch_bytes(half, width, B),
+  )
+  sent = memory.all_to_all_bytes(half, width, B, work.num_parts)
+  if sent:
+    n = 4 * half.num_sparse
+    devices = f'as each of {work.num_parts} devices sends it'
+    yield f'{stack}one all-to-all, {devices}', sent
+    yield f'{stack}the {n} all-to-alls of a training step', n * sent
+
+
+def training_table(options: RunOptions, model: Model) -> Table:
+  """The table of the cost of training all of a model or parts of it.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model, of one stack of blocks.
+  """
+  forward = count(model, options.data.seq_len).forward_flops
+  table = Table(
+    title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
+    'per token',
+    caption='Bytes are those of the state of the optimizer and of the '
+    'gradients; FLOPs a token are those of the backward pass. Adapters are '
+    'added to whole kernels before a step computes, so the gradients of these '
+    'kernels are computed and held for a while; FLOPs of their factors, in the '
+    'last column, do not grow with the batch.',
+  )
+  table.add_column('Trains')
+  for heading in ('parameters', 'optimizer', 'gradients'):
+    table.add_column(heading, justify='right', no_wrap=True)
+  for heading in ('FLOPs\na token', 'FLOPs\na step'):
+    table.add_column(heading, justify='right', no_wrap=True)
+  for name, variant in variants(options, model):
+    c = training_cost(variant, model)
+    state = in_bytes(c.optimizer_bytes), in_bytes(c.gradient_bytes)
+    flops = short(c.backward_flops), short(c.step_flops)
+    table.add_row(name, short(c.trained_params), *state, *flops)
+  return table
+
+
+def fit_table(model: Model, work: Workload) -> Table:
+  """The table of bytes of weights and cache, and of devices with room for them.
+
+  Args:
+    model: A model of blocks.
+    work: Sizes of the batch that is generated.
+  """
+  table = Table(
+    title=f'Memory to generate {work.batch_size} x '
+    f'{work.target_len or work.seq_len} tokens, by type of the weights',
+    caption='Weights and a full cache are compared with all of the memory that '
+    'the vendor of a device names. Where they do not fit, the number of '
+    'devices that they take is given. int8 takes one byte for each weight.',
+  )
+  table.add_column('')
+  for dtype in memory.DTYPES:
+    table.add_column(dtype, justify='right')
+  weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
+  caches, expanded = (
+    [
+      memory.serving_bytes(model, dtype, *work[:3], uncompressed) - size
+      for dtype, size in zip(memory.DTYPES, weights)
+    ]
+    for uncompressed in (False, True)
+  )
+  table.add_row('weights', *map(in_bytes, weights))
+  table.add_row('cache', *map(in_bytes, caches))
+  if expanded != caches:
+    name = 'cache of keys and values of all heads, uncompressed'
+    table.add_row(name, *map(in_bytes, expanded))
+  for device in map(roofline.device_of, roofline.DEVICES):
+    table.add_row(
+      f'{device.name}, {in_bytes(device.num_bytes)}',
+      *(_fits(sum(sizes), device) for sizes in zip(weights, caches)),
+    )
+  return table
+
+
+def _fits(num_bytes: int, device: roofline.Device) -> str:
+  """The cell that says whether so many bytes fit into a device."""
+  if not device.num_bytes:
+    return 'unknown'
+  if num_bytes <= device.num_bytes:
+    share = num_bytes / device.num_bytes
+    return f'fits ({share:.0%})' if share >= 0.005 else 'fits (<1%)'
+  return f'needs {-(-num_bytes // device.num_bytes)}'
 
 
 def with_own_vocabulary(options: RunOptions) -> RunOptions:

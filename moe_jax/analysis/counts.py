@@ -1,26 +1,158 @@
 """Parameters and FLOPs of a model, counted from its shapes and options.
 
-Nothing is measured, and nothing is read from a compiled program.
+Nothing is measured, and nothing is read from a compiled program. Parameters are
+told apart by their roles, never by their names.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from moe_jax.analysis.model_parts import (
-  Half,
-  SizedParameter,
-  group_size,
-  halves,
-  is_dropless,
-  sized_parameters,
-)
+import jax
+
+from moe_jax.errors import InputError
+from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
+from moe_jax.models.parameter_trees import describe
+from moe_jax.models.stack import StackConfig
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
 
-@dataclasses.dataclass(frozen=True)
+class Half(NamedTuple):
+  """The encoder or the decoder of a model, with the lengths of its sequences.
+
+  Attributes:
+    path: Path of the stack's parameters in the tree of all parameters; it is
+      empty in a model without an encoder.
+    stack: Configuration of the stack of blocks.
+    length: Number of tokens of the stack's own sequence in an example.
+    memory_len: Number of tokens that the encoder reads in an example, which
+      the decoder attends to; 0 in the encoder itself and in a model without
+      an encoder.
+  """
+
+  path: tuple[str, ...]
+  stack: StackConfig
+  length: int
+  memory_len: int
+
+  @property
+  def keys(self) -> int:
+    """Number of tokens that each token attends to, masked ones counted."""
+    crosses = self.stack.block.cross
+    return self.length + (self.memory_len if crosses else 0)
+
+  @property
+  def moe(self) -> MoeOptions | None:
+    """The mixture of the last layer that has one; None where no layer has."""
+    return self.moes[-1] if self.moes else None
+
+  @property
+  def moes(self) -> list[MoeOptions]:
+    """The mixtures of the layers that have experts."""
+    return [moe for moe in self.stack.moes if moe is not None]
+
+  @property
+  def num_sparse(self) -> int:
+    """The number of layers that have experts."""
+    return len(self.moes)
+
+
+def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
+  """The stacks of a model at these lengths, an encoder's first.
+
+  Args:
+    model: A model of blocks.
+    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
+      row.
+    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
+      stands for `seq_len`.
+  """
+  if len(model.stacks) == 1:
+    ((path, stack),) = model.stacks
+    return [Half(path, stack, seq_len, 0)]
+  (encoder_path, encoder), (decoder_path, decoder) = model.stacks
+  return [
+    Half(encoder_path, encoder, seq_len, 0),
+    Half(decoder_path, decoder, target_len or seq_len, seq_len),
+  ]
+
+
+class SizedParameter(NamedTuple):
+  """A parameter with its size, role and number of experts.
+
+  Attributes:
+    path: Path of the parameter in the tree of all parameters, which tells the
+      stack that it belongs to.
+    size: Number of its values.
+    role: Part of the model that it belongs to, and its use there.
+    num_experts: Number of the experts that have a part of it; 1 unless it is
+      one of stacked experts.
+  """
+
+  path: tuple[str, ...]
+  size: int
+  role: Role
+  num_experts: int = 1
+
+  @property
+  def of_expert(self) -> bool:
+    """Whether the parameter belongs to the experts of a sparse layer."""
+    return self.role.role == EXPERT
+
+  @property
+  def outside_layers(self) -> bool:
+    """Whether it belongs to the embedding or to the output projection."""
+    return self.role.role in ('embedding', 'head')
+
+
+def sized_parameters(model: Model) -> list[SizedParameter]:
+  """Every parameter of a model, with its size and its role.
+
+  Raises:
+    ValueError: Kernels are in codes, whose number is not that of parameters.
+  """
+  for _, stack in model.stacks:
+    formats = [moe.expert.format for moe in stack.moes if moe is not None]
+    for format in filter(None, formats):
+      raise InputError(
+        f'the model has kernels in codes of {format.name!r}, whose number is '
+        'not that of its parameters; count the model that they were made of'
+      )
+  trees = describe(model)
+  roles = jax.tree.leaves(
+    trees.roles, is_leaf=lambda leaf: isinstance(leaf, Role)
+  )
+  axes = jax.tree.leaves(trees.axes, is_leaf=lambda x: isinstance(x, tuple))
+  shapes = jax.tree_util.tree_leaves_with_path(trees.shapes)
+  return [
+    SizedParameter(
+      tuple(key.key for key in path),
+      math.prod(leaf.shape),
+      role,
+      leaf.shape[names.index('expert')] if 'expert' in names else 1,
+    )
+    for (path, leaf), role, names in zip(shapes, roles, axes, strict=True)
+  ]
+
+
+def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
+  """The number of tokens of a routing group in a batch of such sequences."""
+  if moe.group_size == -1:
+    return batch_size * length
+  return moe.group_size or length
+
+
+def is_dropless(moe: MoeOptions) -> bool:
+  """Whether experts multiply only rows that were chosen, none empty."""
+  return not moe.dispatch.by_slot and not moe.router.by_expert
+
+
+@dataclasses.dataclass
 class TokenFlops:
   """FLOPs of the forward pass for one token; a multiply-add is two FLOPs.
 
@@ -112,12 +244,6 @@ class Cost:
     """FLOPs for a generated token, with a cache as long as an example."""
     return self.decoder.total - self.decoder.attention + self.step_attention
 
-  @property
-  def computed_flops(self) -> int:
-    """FLOPs of the forward pass for an example, those of empty slots too."""
-    empty = (self.capacity_slack - 1) * self._per_example('experts')
-    return self.example_flops + round(empty)
-
   def describe(self) -> str:
     """The counts in two or three lines for a person."""
     lines = [
@@ -162,25 +288,27 @@ def count(
       one routing group.
   """
   parameters, width = sized_parameters(model), model.embedding.width
+  layers = [p for p in parameters if not p.outside_layers]
   stacks = halves(model, seq_len, target_len) if model.stacks else []
-  if stacks:
-    flops = [_flops_of_half(parameters, half, width) for half in stacks]
-    decoder_len, memory_len = stacks[-1].length, stacks[-1].memory_len
-  else:
-    layers = [p for p in parameters if not p.outside_layers]
-    moes = [moe for moe in model.moes if moe is not None]
-    flops = [_products(layers, moes, width)]
-    decoder_len, memory_len = seq_len, 0
-  cross_flops = sum(_memory_flops(half, width) for half in stacks)
-  logit_flops = 2 * model.vocab_size * width
-  flops[-1] = _with_products(flops[-1], logit_flops - cross_flops)
-  if memory_len:
-    flops[0] = _with_products(flops[0], cross_flops)
-  experts = _size(p for p in parameters if p.of_expert)
-  total = _size(parameters)
+  parts = [(_of_stack(layers, half), half.moes) for half in stacks]
+  parts = parts or [(layers, [moe for moe in model.moes if moe is not None])]
+  flops = [_products(kernels, moes, width) for kernels, moes in parts]
+  flops[-1].products += 2 * model.vocab_size * width
+  decoder_len, memory_len, step_attention = seq_len, 0, 0
+  for part, half in zip(flops, stacks):
+    decoder_len, memory_len = half.length, half.memory_len
+    num_layers = len(half.stack.sparse)
+    a = half.stack.block.attention.within(width)
+    part.attention = 2 * num_layers * half.keys * a.scoring_products
+    step_attention = 2 * num_layers * half.keys * a.decoding_products
+    if half.stack.block.cross:  # keys and values of tokens that are read
+      cross_flops = 2 * num_layers * width * a.cached_values
+      part.products -= cross_flops
+      flops[0].products += cross_flops
+  experts, total = _size(p for p in layers if p.of_expert), _size(parameters)
   return Cost(
     total_params=total,
-    active_params=total - experts + _active(model, parameters, stacks),
+    active_params=total - experts + sum(_chosen(*part) for part in parts),
     expert_params=experts,
     embedding_params=_size(p for p in parameters if p.role.role == 'embedding'),
     decoder=flops[-1],
@@ -188,7 +316,7 @@ def count(
     decoder_len=decoder_len,
     encoder_len=memory_len,
     capacity_slack=_slack(model, stacks, batch_size, seq_len),
-    step_attention=_step_attention(stacks[-1], width) if stacks else 0,
+    step_attention=step_attention,
   )
 
 
@@ -204,54 +332,15 @@ def _size(parameters: Iterable[SizedParameter]) -> int:
   return sum(p.size for p in parameters)
 
 
-def _active(
-  model: Model, parameters: list[SizedParameter], stacks: list[Half]
-) -> int:
-  """The parameters of the experts that a token chooses, in all layers."""
-  if not stacks:
-    return _chosen(parameters, [moe for moe in model.moes if moe is not None])
-  return sum(_chosen(_of_stack(parameters, half), half.moes) for half in stacks)
-
-
-def _flops_of_half(
-  parameters: list[SizedParameter], half: Half, width: int
-) -> TokenFlops:
-  """FLOPs of a stack's own parameters, all of them for its own tokens."""
-  a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
-  flops = _products(_of_stack(parameters, half), half.moes, width)
-  scores = 2 * layers * half.keys * a.scoring_products
-  return dataclasses.replace(flops, attention=scores)
-
-
-def _step_attention(half: Half, width: int) -> int:
-  """FLOPs of attention in all layers for a token that is generated."""
-  a, layers = half.stack.block.attention.within(width), len(half.stack.sparse)
-  return 2 * layers * half.keys * a.decoding_products
-
-
-def _of_stack(
-  parameters: list[SizedParameter], half: Half
-) -> list[SizedParameter]:
-  """The parameters of a stack."""
-  n = len(half.path)
-  return [
-    p for p in parameters if p.path[:n] == half.path and not p.outside_layers
-  ]
+def _of_stack(layers: list[SizedParameter], half: Half) -> list[SizedParameter]:
+  return [p for p in layers if p.path[: len(half.path)] == half.path]
 
 
 def _products(
-  parameters: list[SizedParameter],
-  moes: list[MoeOptions],
-  width: int,
+  layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
-  """FLOPs of the products with the kernels of layers, for one token.
-
-  Args:
-    parameters: The parameters of the layers.
-    moes: The mixtures of the layers that have experts.
-    width: M, the width of the residual stream.
-  """
-  kernels = [p for p in parameters if p.role.form == 'kernel']
+  """FLOPs of the products with the kernels of layers, for one token."""
+  kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
   router = sum(moe.router.multiply_adds(moe.sizes, width) for moe in moes)
   return TokenFlops(
@@ -261,24 +350,12 @@ def _products(
   )
 
 
-def _chosen(parameters: list[SizedParameter], moes: list[MoeOptions]) -> int:
+def _chosen(layers: list[SizedParameter], moes: list[MoeOptions]) -> int:
   """The number of these parameters that belong to a token's K experts."""
   if not moes:
     return 0
-  expert_size = sum(p.size // p.num_experts for p in parameters if p.of_expert)
+  expert_size = sum(p.size // p.num_experts for p in layers if p.of_expert)
   return expert_size * moes[0].num_selected
-
-
-def _with_products(flops: TokenFlops, extra_flops: int) -> TokenFlops:
-  return dataclasses.replace(flops, products=flops.products + extra_flops)
-
-
-def _memory_flops(half: Half, width: int) -> int:
-  """FLOPs of cross-attention's keys and values, for a token of the encoder."""
-  if not half.stack.block.cross:
-    return 0
-  a = half.stack.block.attention.within(width)
-  return 2 * len(half.stack.sparse) * width * a.cached_values
 
 
 def _slack(
@@ -289,12 +366,9 @@ def _slack(
     return 1.0
   if not stacks:
     return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
-  rows = choices = 0.0
-  for half in stacks:
-    for moe in half.moes:
-      rows += half.length * _rows(moe, batch_size, half.length)
-      choices += half.length * moe.num_selected
-  return rows / choices
+  layers = [(moe, half.length) for half in stacks for moe in half.moes]
+  rows = sum(T * _rows(moe, batch_size, T) for moe, T in layers)
+  return rows / sum(T * moe.num_selected for moe, T in layers)
 
 
 def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:

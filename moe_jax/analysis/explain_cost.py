@@ -8,13 +8,15 @@ scopes name.
 """
 
 import argparse
+import collections
 import dataclasses
+import glob
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,75 +24,121 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax import command_line, config_flag, host
-from moe_jax.analysis import compiled, instruction_times, step_parts
-from moe_jax.layers.experts import DISPATCHES
+from moe_jax.analysis import compiled
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
 
 _WARM_UP = 3  # steps
+# The part of the step that each scope belongs to, in the order of the table.
+PARTS = {
+  'router': 'router',
+  'index': 'slots and indices',
+  'dispatch': 'dispatch',
+  'experts': 'experts',
+  'combine': 'combine',
+  'shared_expert': 'shared expert',
+  'exchange': 'exchange between devices',
+  'moe': 'rest of sparse layers',
+  'attention': 'attention',
+  'relative_positions': 'attention',
+  'cross_attention': 'cross-attention',
+  'ffn': 'dense feed-forward',
+  'extra_ffn': 'dense feed-forward',
+  'attention_norm': 'norms',
+  'cross_attention_norm': 'norms',
+  'ffn_norm': 'norms',
+  'extra_ffn_norm': 'norms',
+  'final_norm': 'norms',
+  'embedding': 'embedding',
+  'logits': 'logits and loss',
+  'loss': 'logits and loss',
+  'optimizer': 'optimizer',
+}
+# Instructions that are differentiated and in none of these scopes.
+AROUND = 'residual stream, loops'
+OTHER = 'all other instructions'
+INPUT = 'waiting for the batch'
+ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))
+# 'transpose(jvp(experts))' is the scope 'experts', transformed.
+_WRAPPED = re.compile(r'(?:[\w.]+\()*([\w.]*)\)*')
+
+# Seconds by part, and by whether they are those of the backward pass.
+Times = dict[tuple[str, bool], float]
+# libtpu lists planes of its own beside those of the devices.
+_ACCELERATORS = ('/device:TPU', '/device:GPU')
+# A TPU repeats the same times by step, module and scope on other lines.
+_LINES = ('XLA Ops', 'Stream')
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-  """The time of a step, and of its parts, which sum to it.
+class Share(NamedTuple):
+  """One part of a step, with its time.
 
   Attributes:
-    step_seconds: Median seconds of a step, from asking for a batch to the end.
-    step_spread: The lower and the upper quartile of the seconds of a step.
-    input_seconds: Mean seconds in which one batch is made and put on the
-      devices; a run does it in the background.
-    busy_seconds: Seconds of all executed instructions of a step, summed over
-      the threads that run them at once. The step is split in the same shares.
-    shares: The parts of the step, without those that take no time.
+    part: Name of the part, one of `ROWS`.
+    forward: Seconds of a step that it takes in the forward pass.
+    backward: Seconds of a step that it takes in the backward pass.
   """
 
-  step_seconds: float
-  step_spread: tuple[float, float]
-  input_seconds: float
-  busy_seconds: float
-  shares: tuple[step_parts.Share, ...]
+  part: str
+  forward: float
+  backward: float
+
+  @property
+  def seconds(self) -> float:
+    """Seconds of a step that the part takes in both passes."""
+    return self.forward + self.backward
 
 
-def explain(
-  options: RunOptions,
-  *,
-  num_steps: int = 10,
-  devices: Sequence[jax.Device] | None = None,
-) -> Explanation:
+def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
   Args:
     options: Options of the run. Its evaluations are left out.
     num_steps: Number of steps that are timed; as many again are profiled.
-    devices: Devices of the mesh; None takes all of this machine.
+
+  Returns:
+    A row for each part of the step, in milliseconds and percent. The parts sum
+    to the step.
 
   Raises:
     ValueError: The options or the data are bad.
   """
   options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
-    run = set_up(options, pathlib.Path(folder) / 'run', devices=devices)
+    run = set_up(options, pathlib.Path(folder) / 'run')
     state, batches = run.programs.init_state(), run.batches(0)
     step = run.programs.train_step.lower(state, next(batches)).compile()
     state, _, _ = _take_steps(step, state, batches, _WARM_UP)
     state, waits, times = _take_steps(step, state, batches, num_steps)
     text = compiled.text_of(step)
-    seconds = instruction_times.measure(
+    seconds = _instruction_seconds(
       lambda: _take_steps(step, state, batches, num_steps),
       module=re.findall(r'HloModule ([\w.\-]+)', text)[0],
     )
-    input_seconds = _seconds_per_batch(batches)
-  part_times, busy = step_parts.by_part(compiled.parse(text), seconds)
-  step_seconds, wait = float(np.median(times)), float(np.median(waits))
-  lower, upper = (float(q) for q in np.quantile(times, (0.25, 0.75)))
-  return Explanation(
-    step_seconds=step_seconds,
-    step_spread=(lower, upper),
-    input_seconds=input_seconds,
-    busy_seconds=busy / num_steps,
-    shares=step_parts.shares_of_step(part_times, busy, step_seconds, wait),
+  part_times, busy = by_part(compiled.parse(text), seconds)
+  low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+  shares = shares_of_step(part_times, busy, median, float(np.median(waits)))
+  table = Table(
+    title=f'A training step takes {1e3 * median:.1f} ms (quartiles '
+    f'{1e3 * low:.1f} and {1e3 * high:.1f} ms)',
+    caption='The time of a step is a median. The instructions of a step take '
+    f'{1e3 * busy / num_steps:.1f} ms in all, some of them at once on several '
+    'threads; the step is split over its parts in the shares that they have in '
+    'that.',
   )
+  table.add_column('part of the step')
+  for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
+    table.add_column(heading, justify='right')
+  for row in shares:
+    table.add_row(
+      row.part,
+      f'{1e3 * row.forward:.2f}',
+      f'{1e3 * row.backward:.2f}' if row.backward else '',
+      f'{1e3 * row.seconds:.2f}',
+      f'{row.seconds / median:.1%}',
+    )
+  return table
 
 
 def without_evaluations(options: RunOptions) -> RunOptions:
@@ -125,43 +173,114 @@ def _take_steps(
   return state, waits, times
 
 
-def _seconds_per_batch(batches: Iterator[Any], num: int = 20) -> float:
-  """Mean seconds of a batch once those that were made ahead are used up."""
-  times = []
-  for _ in range(num):
-    start = time.perf_counter()
-    jax.block_until_ready(next(batches))
-    times.append(time.perf_counter() - start)
-  return float(np.mean(times[num // 2 :]))
+def part_of(op_name: str) -> str:
+  """The part that an instruction belongs to.
+
+  Args:
+    op_name: Scopes of the instruction, from the outermost to the innermost, and
+      the primitive that it was traced from. The innermost scope of `PARTS`
+      counts.
+  """
+  scopes = op_name.split(';')[0].split('/')[:-1]
+  for scope in reversed(scopes):
+    name = _WRAPPED.fullmatch(scope)
+    if name and name[1] in PARTS:
+      return PARTS[name[1]]
+  return AROUND if 'jvp(' in op_name else OTHER
 
 
-def table(explanation: Explanation) -> Table:
-  """A row for each part of the step, in milliseconds and percent."""
-  e = explanation
-  low, high = (f'{1e3 * seconds:.1f}' for seconds in e.step_spread)
-  part_table = Table(
-    title=f'A training step takes {1e3 * e.step_seconds:.1f} ms (quartiles '
-    f'{low} and {high} ms)',
-    caption=(
-      'The time of a step is a median. The instructions of a step take '
-      f'{1e3 * e.busy_seconds:.1f} ms in all, some of them at once on several '
-      'threads; the step is split over its parts in the shares that they have '
-      f'in that. Making a batch takes {1e3 * e.input_seconds:.2f} ms in the '
-      'background.'
-    ),
-  )
-  part_table.add_column('part of the step')
-  for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
-    part_table.add_column(heading, justify='right')
-  for row in e.shares:
-    part_table.add_row(
-      row.part,
-      f'{1e3 * row.forward:.2f}',
-      f'{1e3 * row.backward:.2f}' if row.backward else '',
-      f'{1e3 * row.seconds:.2f}',
-      f'{row.seconds / e.step_seconds:.1%}',
-    )
-  return part_table
+def is_backward(op_name: str) -> bool:
+  """Whether an instruction is in the backward pass, recomputed or not."""
+  return 'transpose(' in op_name
+
+
+def by_part(
+  program: compiled.Program, seconds: Mapping[str, float]
+) -> tuple[Times, float]:
+  """The executed time of each part, and the sum of all parts.
+
+  Args:
+    program: The compiled program.
+    seconds: Time of each instruction as profiled; that of a loop includes the
+      time of its body. Instructions that the program lacks belong to `OTHER`.
+  """
+  op_names = compiled.op_name_of(program)
+  leaf_names = compiled.leaves(program, set(seconds))
+  leaf_names |= {name for name in seconds if name not in program}
+  times: dict[tuple[str, bool], float] = collections.defaultdict(float)
+  for name in leaf_names:
+    op_name = op_names.get(name, '')
+    times[part_of(op_name), is_backward(op_name)] += seconds[name]
+  return dict(times), sum(times.values())
+
+
+def shares_of_step(
+  times: Times, busy: float, step_seconds: float, wait: float
+) -> tuple[Share, ...]:
+  """Splits the time of a step over its parts, in the order of `ROWS`.
+
+  Args:
+    times: Executed time of each part.
+    busy: The sum of `times`, which is longer than the step where several
+      threads work at once.
+    step_seconds: Seconds of the step, from asking for the batch to the end.
+    wait: Seconds of the step in which it waits for the batch.
+  """
+  scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
+  rows = [
+    Share(row, *(scale * times.get((row, back), 0.0) for back in (False, True)))
+    for row in ROWS[:-1]
+  ]
+  rows = [row for row in rows if row.seconds or row.part == OTHER]
+  return (*rows, Share(INPUT, wait, 0.0))
+
+
+def _instruction_seconds(
+  run: Callable[[], object], module: str
+) -> dict[str, float]:
+  """Seconds of each instruction of a program while `run()` runs, by name.
+
+  On accelerators they include work that the profile lists without an
+  instruction, under the name of its kernel.
+
+  Args:
+    run: Runs the program.
+    module: Name of the program's XLA module; instructions of others are left
+      out.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    # This loads every installed plugin: a libtpu of another version than jax
+    # asks for crashes here, where JAX_PLATFORMS=cpu does not.
+    with jax.profiler.trace(folder, profiler_options=options):
+      run()
+    (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
+    profile = jax.profiler.ProfileData.from_file(path)
+  planes = list(profile.planes)
+  devices = [plane for plane in planes if plane.name.startswith(_ACCELERATORS)]
+  seconds: dict[str, float] = collections.defaultdict(float)
+  for plane in devices or planes:
+    for name, duration in _operations(plane, module, bool(devices)):
+      seconds[name] += duration
+  return dict(seconds)
+
+
+def _operations(
+  plane: Any, module: str, on_accelerator: bool
+) -> Iterator[tuple[str, float]]:
+  """The name and the seconds of each operation in a plane of a profile."""
+  for line in plane.lines:
+    if on_accelerator and not line.name.startswith(_LINES):
+      continue
+    for event in line.events:
+      stats = dict(event.stats)
+      name = stats.get('hlo_op')
+      if name is None and on_accelerator:
+        name = event.name.removeprefix('%').split(' ')[0]
+      elif name is None or stats.get('hlo_module', module) != module:
+        continue
+      yield str(name), event.duration_ns / 1e9
 
 
 def parse(
@@ -188,27 +307,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   host.keep_freed_memory()
   options, ignored = config_flag.options_of(arguments.config, overrides)
   command_line.say(config_flag.ignored_lines(ignored))
-  explanation = explain(options, num_steps=arguments.steps)
-  print(_title(options))
-  Console().print(table(explanation))
-
-
-def _title(options: RunOptions) -> str:
-  """The line with the model that is measured, and the devices."""
-  model, devices = options.model, jax.devices()
-  moe, experts = getattr(model, 'moe', None), 'no experts'
-  if moe is not None and moe.num_experts:
-    experts = (
-      f'{moe.num_experts} experts in layers {moe.layers!r}, dispatch '
-      f'{DISPATCHES.name_of(moe.dispatch)!r}'
-    )
-    if moe.forced:
-      experts += f' ({moe.forced})'
-  return (
-    f'Model {MODELS.name_of(model)!r}, {experts}; batches of '
-    f'{options.batch_size} x {options.data.seq_len} tokens on '
-    f'{len(devices)} x {devices[0].device_kind}'
+  table = explain(options, arguments.steps)
+  devices = jax.devices()
+  print(
+    f'Model {MODELS.name_of(options.model)!r}; batches of {options.batch_size} '
+    f'x {options.data.seq_len} tokens on {len(devices)} x '
+    f'{devices[0].device_kind}'
   )
+  Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

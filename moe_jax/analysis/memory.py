@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.analysis.model_parts import (
+from moe_jax.analysis.counts import (
   Half,
   group_size,
   halves,

@@ -9,13 +9,16 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Num
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from moe_jax.analysis.text_tables import ValueTable
 from moe_jax.distributed import fetch
 from moe_jax.models import Model
 from moe_jax.models.recorded import Recorded
@@ -24,6 +27,7 @@ from moe_jax.routing.load_summary import load_summary
 from moe_jax.runs import summary
 from moe_jax.training_types import LossSums
 
+Value = str | int | float | None
 Row = dict[str, Any]
 Counts = dict[int, Num[np.ndarray, 'V E']]
 
@@ -39,6 +43,65 @@ _TOKENS_NOTE = (
   'part of all choices; the percentage behind a token is the part of that '
   "token's own choices that fall on this expert."
 )
+
+
+class ValueTable(NamedTuple):
+  """A table whose values are printed by a format for each column.
+
+  Attributes:
+    title: One line that says what it shows.
+    note: Sentences that say what the columns mean.
+    columns: The format of each column by its heading, such as '.3f' or '.1%';
+      '' aligns text left, '>' aligns it right.
+    rows: The values of each row; None and NaN are printed as '-'.
+  """
+
+  title: str
+  note: str
+  columns: Mapping[str, str]
+  rows: Sequence[Sequence[Value]]
+
+  def cells(self) -> list[list[str]]:
+    """The text of each cell, row by row."""
+    forms = self.columns.values()
+    return [
+      ['-' if x is None or x != x else format(x, f) for x, f in zip(row, forms)]
+      for row in self.rows
+    ]
+
+  def markdown(self) -> str:
+    """Title, note and table in GitHub's Markdown."""
+    rules = ['---:' if form else ':---' for form in self.columns.values()]
+    cells = [[c.replace('|', r'\|') for c in row] for row in self.cells()]
+    lines = [f'| {" | ".join(c)} |' for c in [[*self.columns], rules, *cells]]
+    return '\n'.join([f'## {self.title}', '', self.note, '', *lines]) + '\n'
+
+  def terminal(self) -> Table:
+    """The table for a terminal."""
+    table = Table(
+      title=self.title,
+      title_justify='left',
+      box=box.SIMPLE_HEAD,
+      padding=(0, 1, 0, 0),
+    )
+    for heading, form in self.columns.items():
+      table.add_column(heading, justify='right' if form else 'left')
+    for cells in self.cells():
+      # Cells are Text, since rich would read markup in a token's name.
+      table.add_row(*map(Text, cells))
+    return table
+
+
+def wide_console() -> Console:
+  """A console for standard output.
+
+  Where that is no terminal, as in a pipe, tables have all the columns that they
+  need, unless COLUMNS is set.
+  """
+  console = Console()
+  if not console.is_terminal and 'COLUMNS' not in os.environ:
+    console.width = 1000
+  return console
 
 
 def no_counts(model: Model) -> Counts:
@@ -186,8 +249,8 @@ def tables(rows: Sequence[Row]) -> list[ValueTable]:
   tokens_columns = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
   tokens_columns['tokens, most frequent first'] = ''
   return [
-    ValueTable('layers', title, _LAYERS_NOTE, columns, layers),
-    ValueTable('tokens', tokens_title, _TOKENS_NOTE, tokens_columns, experts),
+    ValueTable(title, _LAYERS_NOTE, columns, layers),
+    ValueTable(tokens_title, _TOKENS_NOTE, tokens_columns, experts),
   ]
 
 

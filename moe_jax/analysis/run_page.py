@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from moe_jax import models, sections
-from moe_jax.analysis import counts, devices
+from moe_jax.analysis import counts, roofline
 from moe_jax.distributed import is_first
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
@@ -419,7 +419,7 @@ def _changed_leaves(run: Run) -> list[sections.Leaf]:
 
 def _environment(run: Run) -> dict[str, str]:
   values = {
-    'devices': devices.describe(run.mesh),
+    'devices': roofline.describe_mesh(run.mesh),
     'started': _now(),
     'Python': f'{platform.python_version()}, {platform.system()} '
     f'{platform.machine()}',

@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import numpy as np
-import pytest
 
 from moe_jax import analysis
 from moe_jax.analysis import traces
@@ -55,16 +54,6 @@ def test_the_example_colours_a_text(tmp_path, monkeypatch, capsys):
   scope = {}
   exec(compile(example('coloured_text'), str(README), 'exec'), scope)
   assert '&lt;<sub>0</sub>' in scope['html']
-
-
-@pytest.mark.slow
-def test_the_example_replays_a_batch():
-  scope = {}
-  exec(compile(example('replay.imposed'), str(README), 'exec'), scope)
-  assert 0 < scope['error'] < 0.1
-  assert not all(
-    choices.kept.all() for choices in scope['record'].layers.values()
-  )
 
 
 def test_every_file_is_named():

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.analysis import collectives
-from moe_jax.analysis.collectives import Traffic
+from moe_jax.analysis import sharded
+from moe_jax.analysis.sharded import Traffic
 
 # A program of four devices. It has a loop of 5 rounds whose trip count the
 # compiler annotates, and in it a loop of 3 rounds whose end only its condition
@@ -70,7 +70,7 @@ ENTRY %main (u: f32[8], k: s32[]) -> f32[32] {
 
 
 def test_loops_count_as_often_as_they_run():
-  traffic = collectives.read(TEXT)
+  traffic = sharded.read_collectives(TEXT)
   # The trip count of %free depends on an argument: its body is counted once,
   # and the loop is reported.
   assert traffic.unknown_loops == 1
@@ -83,7 +83,7 @@ def test_loops_count_as_often_as_they_run():
 
 
 def test_bytes_are_those_of_a_ring():
-  by_kind = collectives.read(TEXT).by_kind
+  by_kind = sharded.read_collectives(TEXT).by_kind
   assert by_kind['all-gather'] == Traffic(1, 3 * 32)
   # An all-reduce makes two passes, each of half the bytes.
   assert by_kind['all-reduce'].num_bytes == 6 * 32
@@ -104,7 +104,7 @@ ENTRY %main (x: f32[6,8], y: f32[24,8], n: s32[4]) -> f32[6,8] {
   ROOT %back = f32[6,8] ragged-all-to-all(%there, %x, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
 }
 """  # noqa: E501
-  by_kind = collectives.read(text).by_kind
+  by_kind = sharded.read_collectives(text).by_kind
   assert by_kind == {'ragged-all-to-all': Traffic(2, 2 * 6 * 8 * 4)}
 
 
@@ -126,7 +126,7 @@ def test_every_way_to_write_groups(groups, size):
   text = (
     f'HloModule m, num_partitions=7\n\nENTRY %main () -> f32[] {{\n{line}\n}}'
   )
-  assert collectives.read(text).by_kind['all-gather'].num_bytes == 4 * (
+  assert sharded.read_collectives(text).by_kind['all-gather'].num_bytes == 4 * (
     size - 1
   )
 
@@ -146,7 +146,7 @@ def test_bytes_of_a_type(type_, num_bytes):
     f'ENTRY %main () -> f32[] {{\n  %p = {type_} parameter(0)\n'
     '  %c = f32[] collective-permute(%p), source_target_pairs={{0,1}}\n}'
   )
-  permute_traffic = collectives.read(text).by_kind['collective-permute']
+  permute_traffic = sharded.read_collectives(text).by_kind['collective-permute']
   assert permute_traffic.num_bytes == num_bytes
 
 
@@ -171,7 +171,7 @@ def test_a_real_loop_counts_as_its_unrolled_twin(unroll):
     .lower(x, w)
     .compile()
   )
-  traffic = collectives.read(compiled.as_text())
+  traffic = sharded.read_collectives(compiled.as_text())
   # Every round of the loop sums eight columns over the rows.
   assert traffic.by_kind['all-reduce'] == Traffic(3, 3 * 2 * 32 * 7 // 8)
   assert traffic.unknown_loops == 0

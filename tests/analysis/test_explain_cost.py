@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_jax import config_flag
-from moe_jax.analysis import explain_cost, step_parts
+from moe_jax.analysis import explain_cost
 from tests.analysis.test_compiled import PROGRAM
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,23 +72,23 @@ MODULES = 'email,json,asyncio'
     ('jit(train_step)/jvp(Decoder)/embedding/gather', 'embedding'),
     # A transformation may wrap the scope's own name.
     ('jit(f)/transpose(jvp(experts))/mul', 'experts'),
-    ('jit(train_step)/jvp(Decoder)/dot_general', step_parts.AROUND),
-    ('jit(train_step)/transpose(jvp())/exp', step_parts.AROUND),
+    ('jit(train_step)/jvp(Decoder)/dot_general', explain_cost.AROUND),
+    ('jit(train_step)/transpose(jvp())/exp', explain_cost.AROUND),
     ('jit(train_step)/optimizer/mul', 'optimizer'),
     # The name of a primitive is not a scope.
-    ('jit(train_step)/dispatch', step_parts.OTHER),
-    ('jit(train_step)/add', step_parts.OTHER),
-    ('', step_parts.OTHER),
+    ('jit(train_step)/dispatch', explain_cost.OTHER),
+    ('jit(train_step)/add', explain_cost.OTHER),
+    ('', explain_cost.OTHER),
   ],
 )
 def test_part_of(op_name, part):
-  assert step_parts.part_of(op_name) == part
-  assert part in step_parts.ROWS
+  assert explain_cost.part_of(op_name) == part
+  assert part in explain_cost.ROWS
 
 
 def test_backward_is_what_is_transposed():
-  assert step_parts.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
-  assert not step_parts.is_backward('jit(f)/jvp(Decoder)/mul')
+  assert explain_cost.is_backward('jit(f)/transpose(jvp(Decoder))/mul')
+  assert not explain_cost.is_backward('jit(f)/jvp(Decoder)/mul')
 
 
 def test_a_loop_is_not_counted_beside_its_body():
@@ -99,15 +99,17 @@ def test_a_loop_is_not_counted_beside_its_body():
     'dot.1': 2.0,
     'not of this program': 1.0,
   }
-  times, busy_time = step_parts.by_part(PROGRAM, seconds)
+  times, busy_time = explain_cost.by_part(PROGRAM, seconds)
   assert busy_time == 12
-  assert times == {('experts', False): 9.0, (step_parts.OTHER, False): 3.0}
+  assert times == {('experts', False): 9.0, (explain_cost.OTHER, False): 3.0}
 
 
 def test_a_call_that_shows_no_inside_is_counted():
-  times, busy_time = step_parts.by_part(PROGRAM, {'call.1': 3.0, 'dot.1': 1.0})
+  times, busy_time = explain_cost.by_part(
+    PROGRAM, {'call.1': 3.0, 'dot.1': 1.0}
+  )
   assert busy_time == 4
-  assert times == {('router', False): 3.0, (step_parts.OTHER, False): 1.0}
+  assert times == {('router', False): 3.0, (explain_cost.OTHER, False): 1.0}
 
 
 def test_shares_scale_to_the_step():
@@ -117,12 +119,12 @@ def test_shares_scale_to_the_step():
     ('experts', False): 5.0,
   }
   # A step of 3 s has 8 s of work, which overlaps, and 1 s of waiting for input.
-  shares = step_parts.shares_of_step(times, 8.0, step_seconds=4.0, wait=1.0)
+  shares = explain_cost.shares_of_step(times, 8.0, step_seconds=4.0, wait=1.0)
   assert [s.part for s in shares] == [
     'router',
     'experts',
-    step_parts.OTHER,
-    step_parts.INPUT,
+    explain_cost.OTHER,
+    explain_cost.INPUT,
   ]
   assert sum(s.seconds for s in shares) == 4.0
   assert (shares[0].forward, shares[0].backward) == (3 / 8, 6 / 8)
@@ -179,7 +181,7 @@ def test_the_command_prints_parts_that_sum_to_the_step(tmp_path):
   rows = re.findall(r'│ (\D+?) +│.* ([\d.]+) │ +([\d.]+)% │', process.stdout)
   part_ms = {name: float(ms) for name, ms, _ in rows}
   scopes = {'router', 'experts', 'attention', 'norms'}
-  assert scopes | {step_parts.OTHER, step_parts.INPUT} <= set(part_ms)
+  assert scopes | {explain_cost.OTHER, explain_cost.INPUT} <= set(part_ms)
   assert part_ms['router'] > 0 and part_ms['experts'] > 0
   # Parts are rounded to 0.01 ms, the step to 0.1 ms.
   assert sum(part_ms.values()) == pytest.approx(

@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 
 from moe_jax import models, run_config
 from moe_jax.analysis import memory
-from moe_jax.analysis.model_parts import halves
+from moe_jax.analysis.counts import halves
 from moe_jax.configs import switch_c
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import Dropless, Einsum, Gather

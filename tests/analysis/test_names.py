@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from moe_jax.analysis import cost, memory, model_parts
+from moe_jax.analysis import cost, counts, memory
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import ExpertOptions, FeedForwardExpert
 from moe_jax.layers.experts.serving import Twin
@@ -130,6 +130,6 @@ def test_names_may_be_scrambled(model, monkeypatch):
 
   trees = describe(model)
   trees = ParameterTrees(*map(scramble, trees))
-  monkeypatch.setattr(model_parts, 'describe', lambda model: trees)
+  monkeypatch.setattr(counts, 'describe', lambda model: trees)
   assert figures(model) == before
   assert len(new_names) > 10

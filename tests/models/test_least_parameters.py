@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from moe_jax import models
-from moe_jax.analysis.model_parts import sized_parameters
+from moe_jax.analysis.counts import sized_parameters
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import SharedExpertOptions
 from moe_jax.layers.positions import Learned

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.analysis import collectives
+from moe_jax.analysis import sharded
 from moe_jax.layers.parameters import Role
 from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.base import Model, TokenLosses
@@ -285,7 +285,7 @@ def test_gradients_are_exchanged_once_a_step():
     state, batch = tiny.first_state(programs), tiny.batch(options)
     batch = programs.put(jax.device_get(batch))
     step = programs.train_step.lower(state, batch).compile()
-    traffic = collectives.read(step.as_text()).by_kind.values()
+    traffic = sharded.read_collectives(step.as_text()).by_kind.values()
     sent.append(sum(kind.num_bytes for kind in traffic))
     results.append(jax.device_get(step(state, batch)))
   assert sent[1] < 0.4 * sent[0]

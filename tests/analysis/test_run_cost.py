@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from moe_jax.analysis import training_cost
+from moe_jax.analysis import run_cost
 from moe_jax.partitioning import make_mesh
 from moe_jax.training.programs import make_programs
 from tests.training import tiny
@@ -39,7 +39,7 @@ def options_of(trainable='all', lora=(), tie=False):
 
 def cost_of(*args, **kwargs):
   options = options_of(*args, **kwargs)
-  return training_cost.training_cost(options, options.build())
+  return run_cost.training_cost(options, options.build())
 
 
 @functools.cache
@@ -105,8 +105,8 @@ def test_each_usual_choice_costs_less_than_all():
   options = options_of()
   model = options.build()
   costs = {
-    name: training_cost.training_cost(variant, model)
-    for name, variant in training_cost.variants(options, model)
+    name: run_cost.training_cost(variant, model)
+    for name, variant in run_cost.variants(options, model)
   }
   assert len(costs) == 5
   all_cost = costs.pop('all')
@@ -125,4 +125,4 @@ def test_a_model_of_two_stacks_is_refused():
     ),
   ).filled(V)
   with pytest.raises(ValueError, match='has 2 stacks of blocks'):
-    training_cost.training_cost(options, options.build())
+    run_cost.training_cost(options, options.build())
