@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -170,22 +171,11 @@ def _gathering(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
   return jax.jit(lambda tree: tree, out_shardings=whole)
 
 
-def _on_the_way(arrays: Any) -> Any:
-  """Arrays that are being copied to the host; every process calls this."""
-  leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
-  if jax.process_count() > 1:
-    mesh = cast(jax.sharding.NamedSharding, leaves[0].sharding).mesh
-    arrays = _gathering(cast(jax.sharding.Mesh, mesh))(arrays)
-  for leaf in jax.tree.leaves(arrays):
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()
-  return arrays
-
-
 class Recorder:
   """Writes the choices of batches into a folder, on a thread of its own.
 
-  If the trace cannot be written, the run goes on without it, and says so.
+  If the trace cannot be written, the run goes on without it, and says so. An
+  older trace in the folder keeps what it has of steps before the first batch.
 
   Args:
     folder: The folder of the trace.
@@ -206,9 +196,9 @@ class Recorder:
   ):
     self._folder, self._header = pathlib.Path(folder).expanduser(), header
     self._model, self._message = model, message
-    self._thread: concurrent.futures.Executor | None = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'routing trace')
     self._waiting: collections.deque = collections.deque()
-    self._has_failed = False
+    self._has_begun = self._has_failed = False
     try:
       traces.check(folder, header)
     except InputError as error:
@@ -216,17 +206,10 @@ class Recorder:
       raise InputError(text) from None
 
   def begin(self, step: int) -> None:
-    """Begins at the first call.
-
-    Args:
-      step: The number of optimizer steps taken; an older trace in the folder
-        keeps what it has of earlier ones.
-    """
-    if self._thread is not None:
-      return
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'routing trace')
-    if jax.process_index() == 0:
+    """Makes the folder, at the first call, after `step` optimizer steps."""
+    if not self._has_begun and jax.process_index() == 0:
       self._submit(self._prepare, step)
+    self._has_begun = True
 
   def add(
     self,
@@ -245,15 +228,18 @@ class Recorder:
       batch: The batch.
       choices: The choices that were made in it.
     """
-    keys = {
-      f'{prefix}{key}'
-      for prefix in self._model.sequences
-      for key in _KEYS.values()
-    }
-    ids = {k: v for k, v in batch.items() if k in keys}
-    ids, choices = _on_the_way((ids, choices))
+    keys = itertools.product(self._model.sequences, _KEYS.values())
+    names = {''.join(key) for key in keys}
+    arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
+    leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
+    if jax.process_count() > 1:
+      mesh = cast(jax.sharding.NamedSharding, leaves[0].sharding).mesh
+      arrays = _gathering(cast(jax.sharding.Mesh, mesh))(arrays)
+    for leaf in jax.tree.leaves(arrays):
+      if isinstance(leaf, jax.Array):
+        leaf.copy_to_host_async()
     if jax.process_index() == 0:
-      self._submit(self._write, kind, step, number, ids, choices)
+      self._submit(self._write, kind, step, number, *arrays)
 
   def flush(self) -> None:
     """Waits until all added records are in files."""
@@ -262,13 +248,11 @@ class Recorder:
   def close(self) -> None:
     """Writes the records that still wait, and ends the thread."""
     self.flush()
-    if self._thread is not None:
-      self._thread.shutdown()
-      self._thread = None
+    self._thread.shutdown()
 
   def _submit(self, function: Callable[..., None], *args: Any) -> None:
     self._settle(_QUEUE_SIZE)
-    if self._thread is not None and not self._has_failed:
+    if not self._has_failed:
       self._waiting.append(self._thread.submit(function, *args))
 
   def _settle(self, count: int) -> None:
@@ -322,20 +306,12 @@ class Traces(Hook):
     if o.every_steps:
       run.train_step = _RecordedStep(run.train_step, o, self._recorder)
     names = o.names(run.options.loss_evals)
-    run.evaluations = [
-      dataclasses.replace(
-        evaluation,
-        measure=RecordedLosses(
-          evaluation.name,
-          cast(Losses, evaluation.measure),
-          o.recording,
-          self._recorder,
-        ),
-      )
-      if evaluation.name in names
-      else evaluation
-      for evaluation in run.evaluations
-    ]
+    for i, entry in enumerate(run.evaluations):
+      if entry.name in names:
+        losses = cast(Losses, entry.measure)
+        fields = entry.name, losses, o.recording, self._recorder
+        measure = RecordedLosses(*fields)
+        run.evaluations[i] = dataclasses.replace(entry, measure=measure)
     run.message(
       f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
     )

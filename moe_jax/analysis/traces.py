@@ -155,40 +155,22 @@ class Header:
     if self.dtype not in DTYPES:
       raise InputError(f'dtype={self.dtype!r} not in {list(DTYPES)}')
 
-  def to_json(self) -> str:
-    """The header as text."""
-    values = {'format': FORMAT, **dataclasses.asdict(self)}
-    return json.dumps(values, indent=1)
 
-  @classmethod
-  def from_json(cls, text: str) -> 'Header':
-    """The header that `to_json` wrote.
-
-    Raises:
-      ValueError: The text is no header of this format.
-    """
-    try:
-      values: dict[str, Any] = json.loads(text)
-      version = values.pop('format')
-      if version == FORMAT:
-        layers = values.pop('layers')
-        values['layers'] = {int(i): LayerInfo(**v) for i, v in layers.items()}
-        values['sources'] = tuple(values['sources'])
-        return cls(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise InputError(f'no header of a trace: {error!r}') from None
-    raise InputError(
-      f'a trace of format {version}; this version reads {FORMAT} alone'
-    )
-
-
-class _Key(NamedTuple):
-  """The key of a record, by which records are ordered."""
-
-  step: int
-  kind: str
-  batch: int
-  sequence: str
+def _header(text: str) -> Header:
+  """The header in a file's text, or ValueError."""
+  try:
+    values: dict[str, Any] = json.loads(text)
+    version = values.pop('format')
+    if version == FORMAT:
+      layers = values.pop('layers')
+      values['layers'] = {int(i): LayerInfo(**v) for i, v in layers.items()}
+      values['sources'] = tuple(values['sources'])
+      return Header(**values)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f'no header of a trace: {error!r}') from None
+  raise InputError(
+    f'a trace of format {version}; this version reads {FORMAT} alone'
+  )
 
 
 class Trace:
@@ -200,16 +182,17 @@ class Trace:
 
   def __init__(self, folder: pathlib.Path, header: Header):
     self.header = header
+    # (step, kind, batch, sequence) -> file
     self._paths = dict(sorted(_files(folder)))
 
   @property
   def kinds(self) -> tuple[str, ...]:
     """The kinds of records that there are, in alphabetical order."""
-    return tuple(sorted({key.kind for key in self._paths}))
+    return tuple(sorted({kind for _, kind, *_ in self._paths}))
 
   def steps_of(self, kind: str) -> tuple[int, ...]:
     """The numbers of steps that there are records of a kind of, ascending."""
-    return tuple(dict.fromkeys(k.step for k in self._paths if k.kind == kind))
+    return tuple(dict.fromkeys(n for n, k, *_ in self._paths if k == kind))
 
   def records(
     self, kind: str | None = None, steps: Container[int] | None = None
@@ -225,9 +208,9 @@ class Trace:
     """
     if kind is not None and kind not in self.kinds:
       raise InputError(f'unknown kind {kind!r}; have {[*self.kinds]}')
-    for key, path in self._paths.items():
-      if kind in (None, key.kind) and (steps is None or key.step in steps):
-        yield _record(key, _load(path))
+    for (step, own_kind, batch, sequence), path in self._paths.items():
+      if kind in (None, own_kind) and (steps is None or step in steps):
+        yield Record(own_kind, step, batch, **_load(path), sequence=sequence)
 
 
 def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
@@ -240,7 +223,9 @@ def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   check(folder, header)
   if not (folder / HEADER).exists():
-    (folder / HEADER).write_text(header.to_json(), encoding='utf-8')
+    values = {'format': FORMAT, **dataclasses.asdict(header)}
+    text = json.dumps(values, indent=1)
+    (folder / HEADER).write_text(text, encoding='utf-8')
   return folder
 
 
@@ -278,8 +263,8 @@ def forget(folder: pathlib.Path, step: int) -> None:
   evaluations after more: those after `step` itself are still valid, and are
   written again under their names if the evaluation is made up.
   """
-  for key, path in [*_files(folder)]:
-    if key.step > step or (key.kind == 'train' and key.step == step):
+  for (at, kind, *_), path in [*_files(folder)]:
+    if at > step or (kind == 'train' and at == step):
       path.unlink()
 
 
@@ -287,10 +272,19 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
   """Writes a record; its file appears under its name when it is whole.
 
   Raises:
-    ValueError: The record does not fit the header.
     OSError: The file cannot be written.
   """
-  arrays = _arrays(record, header)
+  arrays = {}
+  for name in _IDS:
+    if (values := getattr(record, name)) is not None:
+      arrays[name] = np.asarray(values, np.int32)
+  for number, choices in record.layers.items():
+    num_experts = header.layers[number].num_experts
+    expert_type = np.int8 if num_experts <= 128 else np.int16
+    types = expert_type, header.dtype, bool, header.dtype
+    for name, values, dtype in zip(LayerChoices._fields, choices, types):
+      if values is not None:
+        arrays[f'{name}_{number}'] = np.asarray(values, dtype)
   suffix = f'_{record.sequence}' if record.sequence else ''
   name = f'{record.step:08d}_{record.batch:05d}{suffix}.npz'
   path = folder / record.kind / name
@@ -308,7 +302,7 @@ def write(
   """Writes a whole trace, from one process.
 
   Raises:
-    ValueError: The folder is not empty, or a record does not fit.
+    ValueError: The folder is not empty.
   """
   check_new(folder)
   with whole_folder(pathlib.Path(folder).expanduser()) as unfinished:
@@ -332,70 +326,39 @@ def read(folder: str | os.PathLike[str]) -> Trace:
       f'with config.trace writes it: {error}'
     ) from None
   try:
-    return Trace(folder, Header.from_json(text))
+    return Trace(folder, _header(text))
   except ValueError as error:
     raise InputError(f'{folder / HEADER}: {error}') from None
 
 
-def _files(folder: pathlib.Path) -> Iterator[tuple[_Key, pathlib.Path]]:
+def _files(
+  folder: pathlib.Path,
+) -> Iterator[tuple[tuple[int, str, int, str], pathlib.Path]]:
   for path in folder.glob('*/*.npz'):
     if match := _NAME.fullmatch(path.name):
       step, batch, sequence = match.groups()
-      kind = path.parent.name
-      yield _Key(int(step), kind, int(batch), sequence or ''), path
+      key = int(step), path.parent.name, int(batch), sequence or ''
+      yield key, path
 
 
-def _arrays(record: Record, header: Header) -> dict[str, np.ndarray]:
-  """The arrays of a record as they are stored.
-
-  Raises:
-    ValueError: The record does not fit the header.
-  """
-  shape, arrays = record.tokens.shape, {}
-  for name in _IDS:
-    if (values := getattr(record, name)) is not None:
-      arrays[name] = np.asarray(values, np.int32)
-  for number, choices in record.layers.items():
-    if (info := header.layers.get(number)) is None:
-      raise InputError(f'layer {number} not in {sorted(header.layers)}')
-    largest = int(choices.expert.max(initial=-1))
-    if largest >= info.num_experts:
-      raise InputError(f'expert {largest} not below {info.num_experts}')
-    expert_type = np.int8 if info.num_experts <= 128 else np.int16
-    types = expert_type, header.dtype, bool, header.dtype
-    for name, values, dtype in zip(LayerChoices._fields, choices, types):
-      if values is not None:
-        arrays[f'{name}_{number}'] = np.asarray(values, dtype)
-  for name, values in arrays.items():
-    if values.shape[:2] != shape:
-      raise InputError(f'{name} has shape {values.shape}, tokens {shape}')
-  return arrays
-
-
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _load(path: pathlib.Path) -> dict[str, Any]:
+  """The fields of a record that its file has."""
   try:
     with np.load(path, allow_pickle=False) as file:
-      return dict(file)
+      arrays = dict(file)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(f'{path} cannot be read: {error!r}') from None
-
-
-def _record(key: _Key, arrays: dict[str, np.ndarray]) -> Record:
-  ids: Any = {name: arrays.get(name) for name in _IDS}
-  numbers = sorted(
-    int(name.removeprefix('expert_')) for name in arrays if 'expert_' in name
-  )
   types = np.int32, np.float32, bool, np.float32
-  layers = {
-    number: LayerChoices(
-      *(
-        arrays[f'{name}_{number}'].astype(dtype)
-        for name, dtype in zip(LayerChoices._fields, types)
-        if f'{name}_{number}' in arrays
+  layers = {}
+  for name in arrays:
+    if name.startswith('expert_'):
+      number = int(name.removeprefix('expert_'))
+      layers[number] = LayerChoices(
+        *(
+          arrays[f'{field}_{number}'].astype(dtype)
+          for field, dtype in zip(LayerChoices._fields, types)
+          if f'{field}_{number}' in arrays
+        )
       )
-    )
-    for number in numbers
-  }
-  return Record(
-    key.kind, key.step, key.batch, **ids, layers=layers, sequence=key.sequence
-  )
+  ids = {name: arrays.get(name) for name in _IDS}
+  return {**ids, 'layers': dict(sorted(layers.items()))}
