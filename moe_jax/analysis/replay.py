@@ -16,7 +16,6 @@ replayed one execute the same program, and are equal to the last bit.
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,6 @@ from moe_jax.models import Model
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.setup import Hook, Run
-from moe_jax.training_types import StepMetrics
 
 TRAIN = 'train'
 Batch = dict[str, Any]
@@ -55,22 +53,17 @@ def imposed(model: Model, batch: Mapping[str, Any], *records: Record) -> Batch:
   Raises:
     ValueError: The records are of other tokens, documents or layers.
   """
-  lines = [
-    f'{key}: {_difference(np.asarray(batch[key]), value)}'
-    for key, value in ids(records).items()
-    if not np.array_equal(batch[key], value)
-  ]
+  lines = []
+  for key, value in ids(records).items():
+    own = np.asarray(batch[key])
+    if own.shape != value.shape:
+      lines.append(f'{key}: {value.shape} there, {own.shape} here')
+    elif count := int((own != value).sum()):
+      lines.append(f'{key}: {count} of {own.size} are others there')
   if lines:
     raise InputError('\n'.join(['the record is of another batch:', *lines]))
   choices = arrays(model, records) if records else no_choices(model, batch)
   return {**batch, **choices}
-
-
-def _difference(in_batch: np.ndarray, in_record: np.ndarray) -> str:
-  if in_batch.shape != in_record.shape:
-    return f'{in_record.shape} there, {in_batch.shape} here'
-  count = int((in_batch != in_record).sum())
-  return f'{count} of {in_batch.size} are others there'
 
 
 def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -167,35 +160,14 @@ def _choices(
   )
 
 
-def check(trace: Trace, header: Header, total_steps: int, name: str) -> None:
-  """Checks that a trace is of the batches and the layers of a run.
-
-  Args:
-    trace: The trace.
-    header: The header that a trace of the run would have.
-    total_steps: The number of steps of the run.
-    name: The option that names the trace, with its value, for the error.
-
-  Raises:
-    ValueError: Something differs; all differences are listed.
-  """
-  lines = [*_differences(trace.header, header)]
-  missing = set(range(total_steps)) - {*trace.steps_of(TRAIN)}
-  if missing:
-    lines.append(
-      f'{len(missing)} of {total_steps} steps have no record, the first after '
-      f'{min(missing)} steps; record with trace.every_steps=1'
-    )
-  if lines:
-    raise InputError('\n'.join([f'{name} does not fit:', *lines]))
-
-
-def _differences(in_trace: Header, in_run: Header) -> Iterator[str]:
-  """A line for each field that has to be the same and is not."""
+def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
+  """A line for each thing that keeps a trace from fitting a run."""
+  in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
   pairs = {n: (getattr(in_trace, n), getattr(in_run, n)) for n in names}
   pairs['sparse layers'] = sorted(in_trace.layers), sorted(in_run.layers)
-  for layer in sorted({*in_trace.layers} & {*in_run.layers}):
+  shared = sorted({*in_trace.layers} & {*in_run.layers})
+  for layer in shared:
     a, b = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
     names += [] if a.by_expert else ['num_selected']
@@ -205,14 +177,19 @@ def _differences(in_trace: Header, in_run: Header) -> Iterator[str]:
   for name, (there, here) in pairs.items():
     if there != here:
       yield f'{name}: {there!r} there, {here!r} here'
-  for layer, b in in_run.layers.items():
-    if a := in_trace.layers.get(layer):
-      slots = [math.inf if x.capacity is None else x.capacity for x in (a, b)]
-      if slots[0] > slots[1]:
-        yield (
-          f'layer {layer}: capacity: {a.capacity} there, {b.capacity} here, '
-          'which must not be less'
-        )
+  for layer in shared:
+    there, here = (x.layers[layer].capacity for x in (in_trace, in_run))
+    if here is not None and (there is None or there > here):
+      yield (
+        f'layer {layer}: capacity: {there} there, {here} here, which must not '
+        'be less'
+      )
+  missing = set(range(steps)) - {*trace.steps_of(TRAIN)}
+  if missing:
+    yield (
+      f'{len(missing)} of {steps} steps have no record, the first after '
+      f'{min(missing)} steps; record with trace.every_steps=1'
+    )
 
 
 class Replaying(Hook):
@@ -222,7 +199,6 @@ class Replaying(Hook):
 
   def __init__(self):
     self._trace: Trace | None = None
-    self._source: OpenChoices | None = None
 
   def check(self, run: Run) -> None:
     """Reads the trace.
@@ -233,7 +209,10 @@ class Replaying(Hook):
     if folder := run.options.model.replay:
       self._trace = traces.read(folder)
       steps = run.options.total_steps
-      check(self._trace, header_of(run), steps, f'model.moe.replay={folder!r}')
+      lines = [*_differences(self._trace, header_of(run), steps)]
+      if lines:
+        name = f'model.moe.replay={folder!r} does not fit:'
+        raise InputError('\n'.join([name, *lines]))
 
   def start(self, run: Run) -> None:
     """Wraps the step."""
@@ -242,23 +221,11 @@ class Replaying(Hook):
         f'{run.options.model.replay}: its choices of experts are replayed in '
         'training; evaluations choose by themselves'
       )
-      self._source = RecordedChoices(run, self._trace)
-    elif _is_recorded(run):
-      self._source = OpenChoices(run)
-    else:
+    elif not _is_recorded(run):
       return
-    step = ReplayedStep(run.programs.train_step, self._source)
+    step = ReplayedStep(run, self._trace)
     run.programs = dataclasses.replace(run.programs, train_step=step)
     run.train_step = step
-
-  def saving(self) -> None:
-    """Checks that no step of other tokens is saved."""
-    if self._source is not None:
-      self._source.settle()
-
-  def end(self, run: Run, state: Any) -> None:
-    """Checks that the last step was of the recorded tokens, too."""
-    self.saving()
 
 
 def _is_recorded(run: Run) -> bool:
@@ -277,114 +244,69 @@ def _is_recorded(run: Run) -> bool:
   )
 
 
-class OpenChoices:
-  """Arrays of choices that leave all of them to the routers of a run."""
+class ReplayedStep:
+  """A step (state, batch) whose batches get arrays of choices.
 
-  def __init__(self, run: Run):
-    shapes = run.options.batch_shapes(run.model)
-    self._open = run.programs.put(no_choices(run.model, shapes))
+  They are the recorded ones of the step; without a trace, they leave all
+  choices to the routers.
 
-  def next(self, state: Any, batch: Batch) -> Batch:
-    """The batch of the next step with its arrays of choices."""
-    del state
-    return {**batch, **self._open}
-
-  def shapes(self, batch: Batch) -> Batch:
-    """The shapes of `batch` with those of the arrays."""
-    shapes = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-      for name, x in self._open.items()
-    }
-    return {**batch, **shapes}
-
-  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
-    """The metrics that the loop gets."""
-    return metrics
-
-  def settle(self) -> None:
-    """Raises ValueError if the last batch was another than the recorded one."""
-
-
-class RecordedChoices(OpenChoices):
-  """The recorded choices for the batches of a run, step by step.
-
-  Whether a batch has the tokens of its record is checked on devices: before
-  the first step, and for each later one when the next begins, so that nothing
-  waits for a step that runs.
+  Attributes:
+    stage: The step that takes them in its batch, or a stage of its compilation.
   """
 
-  def __init__(self, run: Run, trace: Trace):
-    super().__init__(run)
+  def __init__(self, run: Run, trace: Trace | None):
+    self.stage: Any = run.programs.train_step
     self._run, self._trace = run, trace
     self._records: Iterator[list[Record]] | None = None
-    self._unsettled: tuple[int, jax.Array] | None = None
+    shapes = run.options.batch_shapes(run.model)
+    self._open = run.programs.put(no_choices(run.model, shapes))
     replicated = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
     self._equal = jax.jit(_equal, out_shardings=replicated)
 
-  def next(self, state: Any, batch: Batch) -> Batch:
-    """The batch of the next step with its recorded choices.
+  def __call__(self, state: Any, batch: Batch) -> Any:
+    """The new state and the metrics; see `training.step.train_step`.
 
     Raises:
       ValueError: The record is of another batch, or its file is damaged.
     """
-    is_first = self._records is None
+    if self._trace is None:
+      return self.stage(state, {**batch, **self._open})
     if self._records is None:
       self._records = _by_step(self._trace, int(state.step))
-    records = next(self._records)
-    self.settle()
+    records, options = next(self._records), self._run.options
     put = self._run.programs.put
     imposed_arrays, record_ids = (
       put.local({name: value[put.rows] for name, value in values.items()})
       for values in (arrays(self._run.model, records), ids(records))
     )
-    batch_ids = {name: batch[name] for name in record_ids}
-    self._unsettled = records[0].step, self._equal(batch_ids, record_ids)
-    if is_first:
-      self.settle()
-    return {**batch, **imposed_arrays}
-
-  def loop_metrics(self, metrics: StepMetrics) -> StepMetrics:
-    """The metrics without choices, unless the run is recorded, too."""
-    if self._run.options.trace.every_steps:
-      return metrics
-    return metrics._replace(sums=metrics.sums._replace(choices=None))
-
-  def settle(self) -> None:
-    """Raises ValueError if the last batch was another than the recorded one."""
-    if self._unsettled is None:
-      return
-    (step, equal), self._unsettled = self._unsettled, None
-    if not bool(equal):
+    # This waits for the step before.
+    if not self._equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
-        f'model.moe.replay={self._run.options.model.replay!r}: the batch after '
-        f'{step} steps is another one there; the options of the data differ'
+        f'model.moe.replay={options.model.replay!r}: the batch after '
+        f'{records[0].step} steps is another one there; the options of the '
+        'data differ'
       )
-
-
-class ReplayedStep:
-  """A step (state, batch) whose batches get arrays of choices.
-
-  Attributes:
-    stage: The step that takes them in its batch, or a stage of its compilation.
-    source: The source of the arrays.
-  """
-
-  def __init__(self, stage: Any, source: OpenChoices):
-    self.stage, self.source = stage, source
-
-  def __call__(self, state: Any, batch: Batch) -> Any:
-    """The new state and the metrics; see `training.step.train_step`."""
-    state, metrics = self.stage(state, self.source.next(state, batch))
-    return state, self.source.loop_metrics(metrics)
+    state, metrics = self.stage(state, {**batch, **imposed_arrays})
+    if not options.trace.every_steps:
+      metrics = metrics._replace(sums=metrics.sums._replace(choices=None))
+    return state, metrics
 
   def lower(self, state: Any, batch: Batch) -> 'ReplayedStep':
     """See `jax.stages.Wrapped.lower`."""
-    lowered = self.stage.lower(state, self.source.shapes(batch))
-    return ReplayedStep(lowered, self.source)
+    shapes = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      for name, x in self._open.items()
+    }
+    return self._with(self.stage.lower(state, {**batch, **shapes}))
 
   def compile(self) -> 'ReplayedStep':
     """See `jax.stages.Lowered.compile`."""
-    return ReplayedStep(self.stage.compile(), self.source)
+    return self._with(self.stage.compile())
+
+  def _with(self, stage: Any) -> 'ReplayedStep':
+    step = object.__new__(ReplayedStep)
+    vars(step).update(vars(self), stage=stage)
+    return step
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.stage, name)
