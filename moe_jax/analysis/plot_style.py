@@ -7,7 +7,6 @@ lighter the less they stand for.
 """
 
 import io
-import math
 from typing import Any
 
 import numpy as np
@@ -101,8 +100,8 @@ def ratio_bar(
   return bar.ax
 
 
-def label_axes(axes: Axes, title: str, unit: str) -> None:
-  """Gives axes over steps a title, a unit, a grid and no frame."""
+def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
+  """Gives axes over steps from 0 to `last` a title, a unit and a grid."""
   axes.set_title(title, loc='left')
   axes.set_xlabel('step')
   axes.set_ylabel(unit)
@@ -110,6 +109,7 @@ def label_axes(axes: Axes, title: str, unit: str) -> None:
   count_steps(axes, 6)
   axes.grid(alpha=0.25)
   axes.spines[['top', 'right']].set_visible(False)
+  axes.set_xlim(0, 1.03 * max(last, 1))
 
 
 def count_steps(axes: Axes, at_most: int) -> None:
@@ -118,21 +118,13 @@ def count_steps(axes: Axes, at_most: int) -> None:
   axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
 
-def from_step_0(axes: Axes, last: int | float) -> None:
-  """Lets the x axis begin at step 0, however few steps have a value."""
-  if math.isfinite(last):
-    axes.set_xlim(0, 1.03 * max(last, 1))
-
-
-def room_around(
-  axes: Axes, values: Float[np.ndarray, 'n'], margin: float = 0.08
-) -> None:
+def room_around(axes: Axes, values: Float[np.ndarray, 'n']) -> None:
   """Sets limits of the y axis that also show a single value in the middle."""
   values = values[np.isfinite(values)]
   if not values.size:
     return
   low, high = values.min(), values.max()
-  space = margin * (high - low) or 0.05 * abs(high) or 1.0
+  space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
   axes.set_ylim(low - space, high + space)
 
 

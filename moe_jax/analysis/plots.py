@@ -5,8 +5,8 @@ any thread, without a display, beside the figures that a notebook has open.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -15,83 +15,56 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from moe_jax.analysis import plot_style
-from moe_jax.errors import InputError
 
 Rows = Sequence[Mapping[str, Any]]
 
+# Curves below the losses: keys of `train/`, title, unit and factor.
+_BELOW = (
+  ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
+  ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
+  ('tokens_per_second', 'Speed', 'tokens/s', 1.0),
+)
 # With more columns than this, cells of a heat map are narrower than a pixel.
 _MAX_COLUMNS = 400
 _RASTER_POINTS = 2000  # points, above which a line is drawn as a bitmap
 _WIDTH = 7.2  # inches
 _FEW_ROWS = 500  # rows beside which the best place of a legend is found fast
-_MAX_NAMED = 7  # evaluations that fit into the legend of a small panel
 _MAX_LETTERS = 26  # letters of a name in a legend
 
 
-class Panel(NamedTuple):
-  """One set of axes of a run's curves.
-
-  Attributes:
-    name: A short name.
-    title: One line.
-    draw: Function that draws it.
-  """
-
-  name: str
-  title: str
-  draw: Callable[[Axes], None]
-
-
-def panels(rows: Rows) -> list[Panel]:
-  """The curves of a run: losses, and the other curves that rows have.
+def curves_figure(rows: Rows) -> Figure | None:
+  """The losses of a run on top, and the other curves that rows have.
 
   Args:
     rows: Rows of metrics, each with its `step`.
 
-  Raises:
-    ValueError: No row has a loss.
+  Returns:
+    The figure; None if no row has a loss.
   """
   evals = _names(rows, r'eval/(.+)/loss')
   if not evals and not _names(rows, r'train/(loss)'):
-    raise InputError(
-      f"no 'train/loss' and no 'eval/<name>/loss' in {len(rows)} rows; "
-      f'have {sorted({key for row in rows for key in row})}'
-    )
-  curves = [Panel('loss', 'Loss', lambda axes: _losses(axes, rows, evals))]
-  if len(evals) > 1:
-    title = f'Evaluations less {_short(evals[0])}'
-    curves.append(
-      Panel('evaluations', title, lambda axes: _differences(axes, rows, evals))
-    )
-  units = {'loss': 'nats/token', 'evaluations': 'nats/token'}
-  for key, title, unit, scale in [
-    ('drop_rate', 'Dropped choices of experts', 'percent', 100.0),
-    ('learning_rate', 'Learning rate schedule', 'learning rate', 1.0),
-    ('tokens_per_second', 'Speed', 'tokens/s', 1.0),
-  ]:
-    if any(f'train/{key}' in row for row in rows):
-      units[key] = unit
-      draw = _line_of(rows, f'train/{key}', scale)
-      curves.append(Panel(key, title, draw))
-  return [_labelled(panel, units[panel.name], rows) for panel in curves]
-
-
-def curves_figure(rows: Rows) -> Figure:
-  """All `panels` in one figure, the losses on top, with the same errors."""
-  first, *below = panels(rows)
-  names = [panel.name for panel in below]
+    return None
+  below = [x for x in _BELOW if any(f'train/{x[0]}' in row for row in rows)]
+  names = [key for key, *_ in below]
   names += names[-1:] * (len(names) % 2)  # the last of an odd number is wide
   lines = len(names) // 2
-  layout = [[first.name] * 2, *(names[2 * i : 2 * i + 2] for i in range(lines))]
+  layout = [['loss'] * 2, *(names[2 * i : 2 * i + 2] for i in range(lines))]
   figure = Figure(figsize=(_WIDTH, 3.6 + 1.75 * lines), layout='constrained')
   heights = [2.1] + [1.0] * lines
   axes = figure.subplot_mosaic(cast(Any, layout), height_ratios=heights)
-  for panel in [first, *below]:
-    panel.draw(axes[panel.name])
+  last = max(row['step'] for row in rows)
+  _losses(axes['loss'], rows, evals)
+  plot_style.label_axes(axes['loss'], 'Loss', 'nats/token', last)
+  for key, title, unit, scale in below:
+    steps, values = _series(rows, f'train/{key}')
+    axes[key].plot(steps, scale * values, **_thin(steps))
+    highest = scale * max(values[np.isfinite(values)], default=0)
+    axes[key].set_ylim(0, 1.08 * highest or 1)
+    plot_style.label_axes(axes[key], title, unit, last)
   return figure
 
 
-def load_figure(rows: Rows) -> Figure:
+def load_figure(rows: Rows) -> Figure | None:
   """The load of each expert over steps, in a panel for each sparse layer.
 
   The colour of a cell is the expert's share of all choices before any is
@@ -101,13 +74,12 @@ def load_figure(rows: Rows) -> Figure:
   Args:
     rows: Rows of metrics, each with its `step`.
 
-  Raises:
-    ValueError: No row has the load of a layer.
+  Returns:
+    The figure; None if no row has the load of a layer.
   """
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
-    problem = f"no 'train/layer_<i>/load' in {len(rows)} rows"
-    raise InputError(f'{problem}; a dense model has none')
+    return None
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
   figure = Figure(figsize=(_WIDTH, 0.9 + 1.7 * lines), layout='constrained')
@@ -148,18 +120,6 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
   return means
 
 
-def _labelled(panel: Panel, unit: str, rows: Rows) -> Panel:
-  """A panel whose axes have title, unit and steps."""
-  last = max((row['step'] for row in rows), default=0)
-
-  def draw(axes: Axes) -> None:
-    panel.draw(axes)
-    plot_style.label_axes(axes, panel.title, unit)
-    plot_style.from_step_0(axes, last)
-
-  return panel._replace(draw=draw)
-
-
 def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   """Draws the losses of training, as logged and smoothed, and evaluations.
 
@@ -180,7 +140,8 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   for i, name in enumerate(evals):
     steps, losses = _series(rows, f'eval/{name}/loss')
     label = _label(name, losses)
-    axes.plot(steps, losses, **_marked(i, steps), label=label)
+    style = plot_style.series(i + 1) | {'markevery': max(1, len(steps) // 30)}
+    axes.plot(steps, losses, **style, label=label)
     visible_losses.append(losses[len(losses) // 20 :])
   # The losses of the first steps would press all others into a flat line.
   plot_style.room_around(axes, np.concatenate(visible_losses))
@@ -189,44 +150,6 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   legend_place = 'upper right' if falls else 'lower right'
   legend_place = 'best' if len(rows) < _FEW_ROWS else legend_place
   axes.legend(loc=legend_place, fontsize='small', edgecolor='none')
-
-
-def _differences(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
-  """Draws evaluations less the first of them, where they would coincide."""
-  first = dict(zip(*_series(rows, f'eval/{evals[0]}/loss')))
-  axes.axhline(0, color=plot_style.series(1)['color'], linewidth=1)
-  drawn_values = [np.zeros(1)]
-  for i, name in enumerate(evals[1:], 1):
-    steps, losses = _series(rows, f'eval/{name}/loss')
-    is_shared = np.isin(steps, list(first))
-    steps = steps[is_shared]
-    differences = losses[is_shared] - np.array([first[step] for step in steps])
-    axes.plot(steps, differences, **_marked(i, steps), label=_short(name))
-    drawn_values.append(differences[len(differences) // 20 :])
-  plot_style.room_around(axes, np.concatenate(drawn_values), 0.15)
-  if len(evals) <= _MAX_NAMED:  # the panel of losses names all
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.17 * (high - low) * (len(evals) // 2))
-    style = {'fontsize': 'x-small', 'edgecolor': 'none'}
-    axes.legend(loc='upper right', ncols=2, **style)
-
-
-def _line_of(rows: Rows, key: str, scale: float) -> Callable[[Axes], None]:
-  """A function that draws one line, which is never negative, above zero."""
-  steps, values = _series(rows, key)
-
-  def draw(axes: Axes) -> None:
-    axes.plot(steps, scale * values, **_thin(steps))
-    highest = scale * max(values[np.isfinite(values)], default=0)
-    axes.set_ylim(0, 1.08 * highest or 1)
-
-  return draw
-
-
-def _marked(number: int, steps: Float[np.ndarray, 'n']) -> dict[str, Any]:
-  """The style of evaluation `number`; training has the first style."""
-  marker_spacing = {'markevery': max(1, len(steps) // 30)}
-  return plot_style.series(number + 1) | marker_spacing
 
 
 def _draw_load(
@@ -267,11 +190,9 @@ def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _label(name: str, values: Float[np.ndarray, 'n']) -> str:
-  return f'{_short(name)} (last {values[-1]:.4f})'
-
-
-def _short(name: str) -> str:
-  return name if len(name) <= _MAX_LETTERS else f'{name[: _MAX_LETTERS - 1]}…'
+  if len(name) > _MAX_LETTERS:
+    name = f'{name[: _MAX_LETTERS - 1]}…'
+  return f'{name} (last {values[-1]:.4f})'
 
 
 def _thin(steps: Float[np.ndarray, 'n']) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -27,7 +27,7 @@ from moe_jax.training.setup import Hook, Run
 
 PAGE, CURVES, LOAD = 'index.html', 'curves.png', 'load.png'
 REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
-_PACKAGES = ('moe_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # A page is drawn beside the training. The next one waits for this many times
 # the seconds that it took: drawing takes a hundredth of the time at most.
 _PAUSE = 100
@@ -52,25 +52,21 @@ _TEMPLATE = """\
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --faint: light-dark(#595959, #a8a8a8);
-  --even: light-dark(#f5f5f5, #1f2226); --edge: light-dark(#ddd, #3a3d42); }
+:root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px;
-  margin: 2em auto; padding: 0 1em; overflow-wrap: break-word;
-  color: light-dark(#222, #e4e4e4); background: light-dark(#fff, #16181b); }
-h2 { border-bottom: 2px solid light-dark(#0072b2, #56b4e9); margin-top: 2em; }
-img { max-width: 100%; background: #fff; border-radius: 4px; }
-pre { background: var(--even); border: 1px solid var(--edge); padding: .6em;
-  font-size: 13px; overflow-x: auto; }
-pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+  margin: 2em auto; padding: 0 1em; overflow-wrap: break-word; }
+h2 { border-bottom: 2px solid #56b4e9; margin-top: 2em; }
+img { max-width: 100%; background: #fff; }
+pre { border: 1px solid #888; padding: .6em; font-size: 13px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; gap: .6em 1.5em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 11em), 1fr)); }
-dt, .note { color: var(--faint); font-size: 13px; }
-dd { margin: 0; overflow-wrap: anywhere; }
+dt, .note { color: #808080; font-size: 13px; }
+dd { margin: 0; }
 .scroll { overflow: auto; max-height: 32em; }
-table { border-collapse: collapse; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .2em .7em; text-align: left; vertical-align: top; }
-tbody tr:nth-child(even) { background: var(--even); }
+tbody tr:nth-child(even) { background: #8882; }
 </style>
 </head>
 <body>
@@ -87,7 +83,7 @@ tbody tr:nth-child(even) { background: var(--even); }
 {% endmacro %}
 <h1>{{ title }}</h1>
 <p><strong>{{ state }}</strong></p>
-{% if message %}<pre class="text">{{ message }}</pre>{% endif %}
+{% if message %}<pre>{{ message }}</pre>{% endif %}
 {{ facts(headline) }}
 <h2>Curves</h2>
 {% if curves %}<img alt="Curves over steps" src="{{ curves }}">
@@ -98,7 +94,7 @@ tbody tr:nth-child(even) { background: var(--even); }
 {% if routing %}<h2>Routing</h2>
 <p class="note">The last report; <code>routing_report.md</code> has it, too.</p>
 {{ table(routing) }}{% endif %}
-{% if sample %}<h2>Sample</h2><pre class="text">{{ sample }}</pre>{% endif %}
+{% if sample %}<h2>Sample</h2><pre>{{ sample }}</pre>{% endif %}
 <h2>Config</h2>
 <p class="note">What differs from the defaults.</p>
 {% if options %}{{ table(options) }}{% else %}<p>Nothing.</p>{% endif %}
@@ -138,30 +134,27 @@ class Page(Hook):
     self._pause_until, self._problem = 0.0, ''
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
-    self._refresh()
+    self.evaluated()
 
   def evaluated(self) -> None:
-    """Draws the page anew."""
-    self._refresh()
+    """Lets the thread draw the page, unless it does so or did just now."""
+    if self._run is None or time.monotonic() < self._pause_until:
+      return
+    if self._drawing is None or self._drawing.done():
+      self._drawing = self._thread.submit(self._draw)
 
   def saving(self) -> None:
-    """Draws the page anew."""
-    self._refresh()
+    """Lets the thread draw the page."""
+    self.evaluated()
 
   def end(self, run: Run, state: object) -> None:
     """Writes the last page, with the files that other hooks have written."""
-    if self._run is not None:
-      self._write_last('Finished')
-      if not self._problem:
-        run.message(f'page: {run.workdir / PAGE}')
-      self._run = None
+    self._write_last('Finished')
 
   def close(self) -> None:
     """Writes the last page of a run that did not come to its end."""
-    if self._run is None:
-      return
     error = sys.exception()
-    if error is None or error is self._outer_error:
+    if self._run is None or error is None or error is self._outer_error:
       self._write_last('Stopped')
     elif isinstance(error, KeyboardInterrupt):
       self._write_last('Stopped', 'interrupted')
@@ -169,18 +162,14 @@ class Page(Hook):
       folder = self._run.workdir
       message = str(error).replace(str(folder), folder.name)
       self._write_last('Failed', message or type(error).__name__)
-    self._run = None
 
   def _write_last(self, state: str, message: str = '') -> None:
-    self._thread.shutdown(cancel_futures=True)
-    self._write(state, message)
-
-  def _refresh(self) -> None:
-    """Lets the thread draw the page, unless it does so or did just now."""
-    if self._run is None or time.monotonic() < self._pause_until:
-      return
-    if self._drawing is None or self._drawing.done():
-      self._drawing = self._thread.submit(self._draw)
+    if self._run is not None:
+      self._thread.shutdown(cancel_futures=True)
+      self._write(state, message)
+      if state == 'Finished' and not self._problem:
+        self._run.message(f'page: {self._run.workdir / PAGE}')
+      self._run = None
 
   def _draw(self) -> None:
     start_time = time.monotonic()
@@ -216,10 +205,11 @@ def write(
   path = folder / metrics.FILE_NAME
   rows = metrics.read_metrics(path) if path.exists() else []
   step = max((row['step'] for row in rows), default=0)
-  pictures = {
-    name: _picture(folder / name, figure)
-    for name, figure in _figures(run, rows)
-  }
+  # Imported here, as a run's first step would wait for matplotlib.
+  from moe_jax.analysis import plots
+
+  curves, load = plots.curves_figure(rows), plots.load_figure(rows)
+  changed = _changed_leaves(run)
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
   ).from_string(_TEMPLATE)
@@ -229,12 +219,22 @@ def write(
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
     headline=_headline(run, rows),
-    curves=pictures.get(CURVES, ''),
-    load=pictures.get(LOAD, ''),
+    curves=_picture(folder / CURVES, curves) if curves else '',
+    load=_picture(folder / LOAD, load) if load else '',
     evaluations=_evaluations(rows),
     routing=_routing(folder),
     sample=_text(folder / SAMPLE),
-    options=_changed_options(run),
+    options=[
+      {
+        'key': leaf.path,
+        'value': leaf.value,
+        'default': 'required'
+        if leaf.default is dataclasses.MISSING
+        else leaf.default,
+        'meaning': leaf.spec.sentence,
+      }
+      for leaf in changed
+    ],
     config=json.dumps(
       sections.section(run.given_options).to_dict(), indent=2, default=list
     ),
@@ -254,13 +254,12 @@ def commands(run: Run, name: str) -> dict[str, str]:
     name: Its folder, as commands name it.
   """
   steps, prompt = run.options.total_steps, run.options.sample.prompt
-  workdir, quoted = f'--workdir={shlex.quote(name)}', shlex.quote(name)
-  train = (
-    f'moe_jax.main --config={shlex.quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
-  )
+  quote = shlex.quote
+  workdir, quoted = f'--workdir={quote(name)}', quote(name)
+  train = f'moe_jax.main --config={quote(f"{name}/{workdir_lib.CONFIG_PY}")}'
   # A run that began with another one is begun with as it is.
   start = ' '.join(
-    shlex.quote(f'--config.{leaf.path}={leaf.default}')
+    quote(f'--config.{leaf.path}={leaf.default}')
     for leaf in _changed_leaves(run)
     if leaf.path.startswith(('init_from.', 'distill.'))
     and leaf.path != 'init_from.workdir'
@@ -268,29 +267,26 @@ def commands(run: Run, name: str) -> dict[str, str]:
   lines = {
     'Go on, or train longer': f'{train} {workdir} '
     f'--config.total_steps={2 * steps} --resume',
-    'Train a variant': f'{train} --workdir={shlex.quote(f"{name}_variant")} '
+    'Train a variant': f'{train} --workdir={quote(f"{name}_variant")} '
     '--config.seed=1',
-    'Fine-tune': f'{train} --workdir={shlex.quote(f"{name}_finetuned")} '
+    'Fine-tune': f'{train} --workdir={quote(f"{name}_finetuned")} '
     f'--config.init_from.workdir={quoted} {start}'.rstrip(),
   }
   if _generates(run):
-    lines['Generate text'] = (
-      f'moe_jax.generate {workdir} --prompt={shlex.quote(prompt or "Once ")}'
-    )
-    lines['Export for Hugging Face transformers'] = (
-      f'moe_jax.interop export {workdir} '
-      f'--output={shlex.quote(f"{name}_exported")}'
-    )
-    lines['Quantise to 4 bits'] = (
-      f'moe_jax.compression quantize --run={quoted} '
-      f'--output={shlex.quote(f"{name}_int4")} --format=int4'
-    )
+    lines |= {
+      'Generate text': f'moe_jax.generate {workdir} '
+      f'--prompt={quote(prompt or "Once ")}',
+      'Export for Hugging Face transformers': 'moe_jax.interop export '
+      f'{workdir} --output={quote(f"{name}_exported")}',
+      'Quantise to 4 bits': 'moe_jax.compression quantize '
+      f'--run={quoted} --output={quote(f"{name}_int4")} --format=int4',
+    }
   if run.model.sparse_layers:
-    choices = shlex.quote(f'{name}/choices')
+    choices = quote(f'{name}/choices')
     lines['See what the routers did'] = (
       f'moe_jax.analysis.record_evaluation {workdir} --trace={choices}\n'
       f'python -m moe_jax.analysis.routes {choices} '
-      f'--output={shlex.quote(f"{name}/routes")}'
+      f'--output={quote(f"{name}/routes")}'
     )
   return {title: f'python -m {line}' for title, line in lines.items()}
 
@@ -301,18 +297,6 @@ def _generates(run: Run) -> bool:
   except ValueError:
     return False
   return True
-
-
-def _figures(run: Run, rows: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-  """The pictures that the rows give, by the names of their files."""
-  # Imported here, as a run's first step would wait for matplotlib.
-  from moe_jax.analysis import plots
-
-  names = {key for row in rows for key in row}
-  if any(re.fullmatch(r'train/loss|eval/[^/]+/loss', name) for name in names):
-    yield CURVES, plots.curves_figure(rows)
-  if any(re.fullmatch(r'train/layer_\d+/load', name) for name in names):
-    yield LOAD, plots.load_figure(rows)
 
 
 def _picture(path: pathlib.Path, figure: Any) -> str:
@@ -330,66 +314,54 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
 def _headline(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
   """The numbers at the top of the page; '' for those that are not known."""
   cost = counts.count(run.model, run.options.data.seq_len)
-  is_sparse = bool(run.model.sparse_layers)
   speeds = sorted(_values(rows, 'train/tokens_per_second'))
-  speed = speeds[len(speeds) // 2] if speeds else math.nan
+  losses, drops = _values(rows, 'train/loss'), _values(rows, 'train/drop_rate')
+  active = f'{int(cost.active_params):,}' if run.model.sparse_layers else ''
+  speed = f'{speeds[len(speeds) // 2]:,.0f} tokens/s' if speeds else ''
   return {
     'model': type(run.options.model).__name__,
     'sparse layers': ', '.join(map(str, run.model.sparse_layers)),
     'parameters': f'{int(cost.total_params):,}',
-    'active per token': f'{int(cost.active_params):,}' if is_sparse else '',
-    'last training loss (nats/token)': _last(rows, 'train/loss', '.4f'),
-    'dropped choices': _last(rows, 'train/drop_rate', '.1%'),
-    'median speed': f'{speed:,.0f} tokens/s' if speeds else '',
+    'active per token': active,
+    'last training loss (nats/token)': f'{losses[-1]:.4f}' if losses else '',
+    'dropped choices': f'{drops[-1]:.1%}' if drops else '',
+    'median speed': speed,
   }
 
 
-def _values(rows: Sequence[Mapping[str, Any]], key: str) -> Iterator[float]:
-  return (row[key] for row in rows if isinstance(row.get(key), int | float))
-
-
-def _last(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-  values = list(_values(rows, key))
-  return f'{values[-1]:{form}}' if values else ''
+def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+  return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
 def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
   """A row for each measure of an evaluation: its last value and extremes."""
-  values: dict[tuple[str, str], list[tuple[float, int]]] = {}
+  values: dict[str, list[tuple[float, int]]] = {}
   for row in rows:
     for key, value in row.items():
-      match = re.fullmatch(r'eval/([^/]+)/((?!layer_\d+/).+)', key)
+      match = re.fullmatch(r'eval/([^/]+/(?!layer_\d+/).+)', key)
       if match and isinstance(value, int | float) and math.isfinite(value):
-        values.setdefault((match[1], match[2]), []).append((value, row['step']))
+        values.setdefault(match[1], []).append((value, row['step']))
   return [
-    {
-      'evaluation': name,
-      'measure': measure,
-      'last (step)': _at_step(pairs[-1]),
-      'lowest (step)': _at_step(min(pairs)),
-      'highest (step)': _at_step(max(pairs, key=lambda pair: pair[0])),
+    {'evaluation': name}
+    | {
+      f'{which} (step)': f'{value:.5g} ({step:,})'
+      for which, (value, step) in (
+        ('last', pairs[-1]), ('lowest', min(pairs)), ('highest', max(pairs))
+      )
     }
-    for (name, measure), pairs in values.items()
-  ]
+    for name, pairs in values.items()
+  ]  # fmt: skip
 
 
-def _at_step(pair: tuple[float, int]) -> str:
-  value, step = pair
-  text = f'{value:,}' if isinstance(value, int) else f'{value:.4f}'
-  return f'{text} ({step:,})'
-
-
-def _routing(folder: pathlib.Path) -> list[dict[str, str]]:
+def _routing(folder: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of the routing report, without its lists."""
-  if not (text := _text(folder / REPORT)):
-    return []
   return [
     {
-      key: f'{value:.4g}' if isinstance(value, float) else str(value)
+      key: f'{value:.4g}' if isinstance(value, float) else value
       for key, value in row.items()
       if not isinstance(value, list | dict)
     }
-    for row in json.loads(text)
+    for row in json.loads(_text(folder / REPORT) or '[]')
   ]
 
 
@@ -397,39 +369,20 @@ def _text(path: pathlib.Path) -> str:
   return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
-def _changed_options(run: Run) -> list[dict[str, str]]:
-  """The keys that differ from the defaults, with what they mean."""
-  return [
-    {
-      'key': leaf.path,
-      'value': str(leaf.value),
-      'default': 'required'
-      if leaf.default is dataclasses.MISSING
-      else str(leaf.default),
-      'meaning': leaf.spec.sentence,
-    }
-    for leaf in _changed_leaves(run)
-  ]
-
-
 def _changed_leaves(run: Run) -> list[sections.Leaf]:
+  """The keys of the config that differ from the defaults."""
   config = sections.section(run.given_options)
   return [leaf for leaf in sections.leaves(RunConfig, config) if leaf.changed]
 
 
 def _environment(run: Run) -> dict[str, str]:
-  values = {
+  machine = f'{platform.system()} {platform.machine()}'
+  return {
     'devices': roofline.describe_mesh(run.mesh),
     'started': _now(),
-    'Python': f'{platform.python_version()}, {platform.system()} '
-    f'{platform.machine()}',
+    'Python': f'{platform.python_version()}, {machine}',
+    **{name: importlib.metadata.version(name) for name in _PACKAGES},
   }
-  for name in _PACKAGES:
-    try:
-      values[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return values
 
 
 def _now() -> str:

@@ -3,14 +3,11 @@
 import matplotlib.pyplot
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from moe_jax.analysis import plot_style
 from moe_jax.analysis.plot_style import picture
 from moe_jax.analysis.plots import (
   curves_figure,
   load_figure,
-  panels,
   smooth,
 )
 
@@ -102,23 +99,6 @@ def test_the_last_loss_is_the_logged_one_beside_the_smoothed_line():
   assert labels == ['train (last 3.0000)', 'train, mean of 3 rows']
 
 
-def test_evaluations_that_nearly_coincide_are_drawn_as_differences():
-  rows = [
-    {'step': 10, 'eval/a/loss': 2.5},
-    {'step': 10, 'eval/b/loss': 2.5009765625},
-    {'step': 20, 'eval/a/loss': 2.25},
-    {'step': 30, 'eval/b/loss': 2.0},  # has no other of its step
-  ]
-  figure = curves_figure(rows)
-  axes = axes_titled(figure, 'Evaluations less a')
-  zero, b = axes.lines
-  assert b.get_xydata().tolist() == [[10, 0.0009765625]]
-  assert zero.get_color() == plot_style.series(1)['color']
-  # In the panel of losses no two look the same on grey paper.
-  markers = {line.get_marker() for line in figure.axes[0].lines}
-  assert len(markers) == 2
-
-
 def test_a_loss_that_rises_is_not_hidden_by_its_legend():
   rows = [{'step': i, 'train/loss': 2 + abs(i - 3)} for i in range(9)]
   axes = curves_figure(rows).axes[0]
@@ -142,14 +122,6 @@ def test_one_row_has_whole_axes():
   (mesh,) = axes_titled(load_figure(rows), 'layer 1').collections
   # The row is about all steps until then.
   assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 20]
-
-
-def test_panels_are_drawn_one_by_one():
-  by_name = {panel.name: panel for panel in panels(ROWS)}
-  assert list(by_name) == ['loss', 'evaluations', 'drop_rate', 'learning_rate']
-  figure = Figure()
-  by_name['loss'].draw(axes := figure.subplots())
-  assert axes.get_ylabel() == 'nats/token'
 
 
 def test_a_loss_that_diverged_can_be_drawn():
@@ -208,8 +180,6 @@ def test_pyplot_knows_of_no_figure():
   assert matplotlib.pyplot.get_fignums() == []
 
 
-def test_rows_without_the_numbers_are_refused():
-  with pytest.raises(ValueError, match=r"no 'train/loss'.*\['step', 'x'\]"):
-    curves_figure([{'step': 1, 'x': 2}])
-  with pytest.raises(ValueError, match='a dense model has none'):
-    load_figure([{'step': 1, 'train/loss': 2.0}])
+def test_rows_without_the_numbers_have_no_figure():
+  assert curves_figure([{'step': 1, 'x': 2}]) is None
+  assert load_figure([{'step': 1, 'train/loss': 2.0}]) is None

@@ -87,7 +87,7 @@ def test_a_page_has_everything_and_needs_nothing(run):
   )
   for text in (
     *('Finished: step 2 of 6.', f'{parameters:,}', '2.5000'),
-    *('12.5%', '1,234 tokens/s', '2.2500 (2)', '0.25', 'once upon'),
+    *('12.5%', '1,234 tokens/s', '2.25 (2)', '0.25', 'once upon'),
     *('model.moe.num_experts', jax.__version__),
   ):
     assert text in page.text, text
