@@ -163,8 +163,7 @@ def tables(
   yield _table(
     'Experts that tokens choose together',
     'Chance is what the loads alone give if partners do not matter. The last '
-    'column is the relative entropy of the pairs to it: 0 if loads explain '
-    'them.',
+    'column is of the pair that is most above it.',
     [_pair_row(n, x) for n, x in layers.items() if x.expert.shape[1] > 1],
   )
   yield _table(
@@ -218,12 +217,13 @@ def _pair_row(number: int, layer: Layer) -> Row:
   pairs = measures.pair_counts(layer.expert, len(layer.load))
   upper = np.triu_indices(len(pairs), 1)
   chance = measures.expected_pairs(pairs)[upper]
+  ratios = measures.shares(pairs[upper], chance)
   return {
     'layer': number,
     'pairs of choices': int(pairs[upper].sum()),
     'possible pairs': len(chance),
     'never chosen': int((pairs[upper] == 0).sum()),
-    'nats from chance': measures.relative_entropy(pairs[upper], chance),
+    'most / chance': float(ratios[chance > 0].max(initial=0)),
   }
 
 

@@ -178,28 +178,20 @@ def layers_of(
         len(header.sources),
         tokens,
         *(
-          _stacked(values, filler, tokens.flat_index)
-          for values, filler in zip(choices, (-1, 0, False, 0))
+          None if x[0] is None else _stacked(x, filler)[tokens.flat_index]
+          for x, filler in zip(choices, (-1, 0, False, 0))
         ),
       )
   return dict(sorted(layers.items()))
 
 
-def _stacked(values, filler: int, index: np.ndarray) -> Any:
-  """The choices of tokens in several batches; those of some may have more."""
-  if values[0] is None:
-    return None
-  K = max(x.shape[-1] for x in values)
-  return np.concatenate(
-    [
-      np.pad(
-        x.reshape(-1, x.shape[-1]),
-        ((0, 0), (0, K - x.shape[-1])),
-        constant_values=filler,
-      )
-      for x in values
-    ]
-  )[index]
+def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
+  """The choices of all tokens of batches, of which some may have more."""
+  K = max(x.shape[-1] for x in batches)
+  rows = [x.reshape(-1, x.shape[-1]) for x in batches]
+  more = [((0, 0), (0, K - x.shape[1])) for x in rows]
+  padded = [np.pad(x, n, constant_values=filler) for x, n in zip(rows, more)]
+  return np.concatenate(padded)
 
 
 def joint_counts(
@@ -264,17 +256,6 @@ def independent(
   """The counts that rows and columns with these sums have if independent."""
   total = max(float(table.sum()), 1e-300)
   return np.outer(table.sum(1), table.sum(0)) / total
-
-
-def relative_entropy(
-  counts: Num[np.ndarray, '...'], expected: Num[np.ndarray, '...']
-) -> float:
-  """Kullback-Leibler divergence in nats of counts from expected counts."""
-  occurs = counts > 0
-  if not occurs.any():
-    return 0.0
-  p, q = counts[occurs] / counts.sum(), expected[occurs] / expected.sum()
-  return float(max((p * np.log(p / q)).sum(), 0.0))
 
 
 def repeats(
@@ -387,16 +368,8 @@ def token_entropy(
   Args:
     table: Number of choices of each expert by each token id.
     ids: The ids.
-
-  Raises:
-    ValueError: An id is outside the vocabulary.
   """
-  ids = np.asarray(ids, np.int64)
-  if ids.size and not 0 <= ids.min() <= ids.max() < len(table):
-    raise InputError(
-      f'ids from {ids.min()} to {ids.max()} not in [0, vocab_size={len(table)})'
-    )
-  return entropy(table[ids].sum(0))
+  return entropy(table[np.asarray(ids, np.int64)].sum(0))
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:
@@ -443,7 +416,6 @@ class Information(NamedTuple):
     deviation: The standard deviation over shuffles.
     accuracy: Share of choices that are the most frequent expert of their label,
       counted on the choices that made it the most frequent.
-    accuracy_shuffled: The same of shuffled labels, averaged over shuffles.
     base_rate: Share of choices of the most frequent expert of all.
   """
 
@@ -454,7 +426,6 @@ class Information(NamedTuple):
   shuffled: float
   deviation: float
   accuracy: float
-  accuracy_shuffled: float
   base_rate: float
 
   @property
@@ -480,9 +451,7 @@ class Information(NamedTuple):
     return self.net / maximum if maximum > 1e-12 else math.nan
 
 
-def information(
-  table: Table, rng: np.random.Generator, num_shuffles: int = NUM_SHUFFLES
-) -> Information:
+def information(table: Table, rng: np.random.Generator) -> Information:
   """The information of labels on experts; labels are shuffled by choice.
 
   A table with the same sums of rows and columns is drawn at random, which is
@@ -493,13 +462,7 @@ def information(
   Args:
     table: Number of choices of each expert with each label.
     rng: The generator of random numbers.
-    num_shuffles: Number of shuffles.
-
-  Raises:
-    ValueError: `num_shuffles` is less than 1.
   """
-  if num_shuffles < 1:
-    raise InputError(f'num_shuffles={num_shuffles} must be at least 1')
   table = table[table.sum(1) > 0]
   table = table[:, table.sum(0) > 0]
   shuffles: Iterable[np.ndarray] = [table]
@@ -507,7 +470,7 @@ def information(
     rows, columns = table.sum(1), table.sum(0)
     shuffles = (
       random_table.rvs(rows, columns, random_state=rng)
-      for _ in range(num_shuffles)
+      for _ in range(NUM_SHUFFLES)
     )
   return information_of(table, shuffles)
 
@@ -519,25 +482,19 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
     table: Number of choices of each expert with each label.
     shuffles: Such tables with shuffled labels, one at a time.
   """
-  chance = [(mutual_information(t), _best_guess(t)) for t in shuffles]
-  mutual, accuracy = np.array(chance).T
-  total = int(table.sum())
+  shuffled, total = np.array([*map(mutual_information, shuffles)]), table.sum()
+  best = table.max(1, initial=0).sum(), table.sum(0).max(initial=0)
+  accuracy, base_rate = shares(np.array(best), np.full(2, total)).tolist()
   return Information(
-    choices=total,
+    choices=int(total),
     labels=int((table.sum(1) > 0).sum()),
     entropy=entropy(table.sum(0)),
     mutual=mutual_information(table),
-    shuffled=float(mutual.mean()),
-    deviation=float(mutual.std(ddof=1)) if len(mutual) > 1 else 0.0,
-    accuracy=_best_guess(table),
-    accuracy_shuffled=float(accuracy.mean()),
-    base_rate=float(table.sum(0).max() / total) if total else math.nan,
+    shuffled=float(shuffled.mean()),
+    deviation=float(shuffled.std(ddof=1)) if len(shuffled) > 1 else 0.0,
+    accuracy=accuracy,
+    base_rate=base_rate,
   )
-
-
-def _best_guess(table: Table) -> float:
-  total = table.sum()
-  return float(table.max(1).sum() / total) if total else math.nan
 
 
 class Agreement(NamedTuple):
@@ -608,13 +565,9 @@ def document_information(
 
 
 def specialisation(
-  layers: Mapping[int, Layer], seed: int = 0
+  layers: Mapping[int, Layer],
 ) -> dict[str, dict[int, Information]]:
   """The information of labels on the first choices in each layer.
-
-  Args:
-    layers: The choices.
-    seed: Seed of the shuffles.
 
   Returns:
     By the name of the labels ('token id', 'position' in the document, 'source'
@@ -626,7 +579,7 @@ def specialisation(
     part = parts_of(layer.tokens.position, layer.length, parts)
     positions = layer.first_counts(part, parts)
     for name, table in ((TOKEN, layer.by_token), (POSITION, positions)):
-      rng = np.random.default_rng((seed, number))
+      rng = np.random.default_rng((0, number))
       by_label[name][number] = information(table, rng)
     source = layer.tokens.source
     if (
@@ -659,16 +612,14 @@ def flows(
   return tables
 
 
-def transitions(
-  layers: Mapping[int, Layer], seed: int = 0
-) -> dict[int, Information]:
+def transitions(layers: Mapping[int, Layer]) -> dict[int, Information]:
   """The information of a token's first choice on that in the next sparse layer.
 
   Returns:
     By the number of the later of the two layers.
   """
   return {
-    number: information(table, np.random.default_rng((seed, number)))
+    number: information(table, np.random.default_rng((0, number)))
     for (_, number), table in flows(layers).items()
   }
 
@@ -711,21 +662,15 @@ def persistence(layer: Layer) -> Persistence:
   own = repeats(expert[after], expert[before])
   chance = repeats(expert[after], expert[tokens.stranger])
   different = repeats(expert[after[differs]], expert[before[differs]])
-  (first, common), (first_chance, any_chance), (different_first, _) = (
-    map(float, shares(counts[1:], np.full(2, counts[0])))
-    for counts in (own, chance, different)
-  )
+  rates = [shares(x[1:], np.full(2, x[0])) for x in (own, chance, different)]
+  first, common = np.array(rates).T.tolist()
   K = 1 if info.by_expert else info.num_selected
   first_uniform, any_uniform = uniform_repeats(info.num_experts, K)
   return Persistence(
     int(own[0]),
-    first,
-    first_chance,
-    first_uniform,
-    common,
-    any_chance,
-    math.nan if info.by_expert else any_uniform,
-    different_first,
+    *(*first[:2], first_uniform, *common[:2]),
+    any_uniform=math.nan if info.by_expert else any_uniform,
+    different=first[2],
   )
 
 
@@ -743,11 +688,11 @@ def changes(
   """
   parts: dict[int, list[Agreement]] = defaultdict(list)
   for one, other in zip_longest(records, other_records):
-    names = [
-      r and f'batch {r.batch} {r.sequence} of {r.kind!r} at step {r.step}'
-      for r in (one, other)
-    ]
     if one is None or other is None or _key(one) != _key(other):
+      names = [
+        r and f'batch {r.batch} {r.sequence} of {r.kind!r} at step {r.step}'
+        for r in (one, other)
+      ]
       raise InputError(
         f'{names[0]} and {names[1]} are not of the same tokens and layers, so '
         'that their choices cannot be compared'

@@ -42,7 +42,12 @@ def pictures(
     layers: The choices in a trace.
     by_label: The information of labels on experts, by layer.
   """
-  yield 'load', load_figure(layers)
+  n = max(len(layer.load) for layer in layers.values())
+  loads = np.full((len(layers), n), math.nan)
+  for row, layer in zip(loads, layers.values(), strict=True):
+    row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
+  title = 'Load of each expert / mean load of the layer'
+  yield 'load', _panels({'': loads}, title, 'expert', 'layer', [*layers])
   yield 'drops', drop_figure(layers)
   yield 'entropy', entropy_figure(layers)
   yield 'information', information_figure(by_label)
@@ -61,24 +66,6 @@ def pictures(
   if flows:
     title = 'Tokens from an expert to an expert of the next layer / chance'
     yield 'transitions', _panels(flows, title, 'next expert', 'expert')
-
-
-def load_figure(layers: Layers) -> Figure:
-  """The load of each expert, before drops, over the mean of its layer."""
-  loads = [layer.load for layer in layers.values()]
-  values = np.full((len(loads), max(map(len, loads))), math.nan)
-  for row, load in zip(values, loads, strict=True):
-    row[: len(load)] = load / max(load.mean(), 1e-300)
-  size = _WIDTH, 1.6 + 0.28 * len(layers)
-  figure = Figure(figsize=size, layout='constrained')
-  axes = figure.subplots()
-  mesh = _heat(axes, values)
-  axes.set_title('Load of each expert / mean load of the layer', loc='left')
-  axes.set_xlabel('expert')
-  axes.set_yticks(range(len(layers)), labels=map(str, layers))
-  axes.set_ylabel('layer')
-  plot_style.ratio_bar(figure, mesh, axes, pad=0.01, aspect=20)
-  return figure
 
 
 def drop_figure(layers: Layers) -> Figure:
@@ -229,32 +216,35 @@ def _pair() -> tuple[Figure, np.ndarray]:
   return figure, panels
 
 
-def _heat(axes: Axes, values: Float[np.ndarray, 'rows columns']) -> Any:
-  """Draws ratios as a heat map, with the first row at the top."""
-  mesh = plot_style.heat(axes, np.arange(values.shape[1] + 1) - 0.5, values)
-  axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-  return mesh
-
-
 def _panels(
   panels: Mapping[str, Float[np.ndarray, 'rows columns']],
   title: str,
   x_label: str,
   y_label: str,
+  row_names: Sequence[int] = (),
 ) -> Figure:
-  """Heat maps in a grid with one colour scale."""
+  """Heat maps of ratios in a grid with one colour scale; cells are square.
+
+  With names of rows, cells are as wide as the page has room for.
+  """
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
   size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
+  if row_names:
+    size = _WIDTH, 1.6 + 0.28 * len(row_names)
   figure = Figure(figsize=size, layout='constrained')
   grid = figure.subplots(lines, columns, squeeze=False)
   mesh: Any = None
-  for axes, (name, values) in zip(grid.flat, panels.items()):
-    mesh = _heat(axes, values)
-    axes.set_aspect('equal')
+  for axes, (name, ratios) in zip(grid.flat, panels.items()):
+    mesh = plot_style.heat(axes, np.arange(ratios.shape[1] + 1) - 0.5, ratios)
     axes.set_title(name, loc='left', fontsize='medium')
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if row_names:
+      axes.set_yticks(range(len(row_names)), labels=map(str, row_names))
+    else:
+      axes.set_aspect('equal')
   for axes in grid.flat[len(panels) :]:
     axes.remove()
   figure.supxlabel(x_label, fontsize='medium')

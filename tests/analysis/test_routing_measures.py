@@ -178,8 +178,6 @@ def test_entropies():
   table = np.eye(8, E, dtype=int) + np.eye(8, E, k=-5, dtype=int)
   assert measures.token_entropy(table, [2, 7]) == 0
   assert measures.token_entropy(table, [3, 4]) == pytest.approx(math.log(2))
-  with pytest.raises(ValueError, match='from -1 to 3 not in'):
-    measures.token_entropy(table, [-1, 3])
 
 
 def test_information_by_hand():
@@ -214,7 +212,6 @@ def test_independent_labels_say_nothing():
   assert information.mutual > 0.2
   assert abs(information.net) < 5 * information.deviation < 0.05
   assert abs(information.adjusted) < 0.03
-  assert abs(information.accuracy - information.accuracy_shuffled) < 0.03
 
 
 def test_labels_that_determine_the_expert():
@@ -233,8 +230,6 @@ def test_labels_that_determine_the_expert():
   few_choices = measures.information(3 * np.sign(table), RNG)
   assert few_choices.fraction < 0.8
   assert few_choices.adjusted == pytest.approx(1)
-  with pytest.raises(ValueError, match='num_shuffles=0'):
-    measures.information(table, RNG, num_shuffles=0)
 
 
 @pytest.mark.parametrize('table', [np.zeros((3, 4), int), np.ones((1, 1), int)])
@@ -293,15 +288,12 @@ def test_pairs_by_chance():
   np.fill_diagonal(pairs, 0)
   expected = measures.expected_pairs(pairs)
   np.testing.assert_allclose(expected, pairs, rtol=1e-6)
-  assert measures.relative_entropy(pairs, expected) < 1e-12
   # Pairs that avoid each other keep their sums, but not their places.
   split = np.zeros((5, 5), int)
   split[0, 1] = split[1, 0] = split[2, 3] = split[3, 2] = 9
   expected = measures.expected_pairs(split)
   np.testing.assert_allclose(expected.sum(1), split.sum(1))
   np.testing.assert_allclose(expected[0, 1:4], 3)
-  divergence = measures.relative_entropy(split, expected)
-  assert divergence == pytest.approx(math.log(3))
   # An expert may be in every pair.
   star = np.zeros((4, 4), int)
   star[0, 1:] = star[1:, 0] = [5, 2, 1]
