@@ -227,22 +227,16 @@ def fit_table(model: Model, work: Workload) -> Table:
   for dtype in memory.DTYPES:
     table.add_column(dtype, justify='right')
   weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
-  caches, expanded = (
-    [
-      memory.serving_bytes(model, dtype, *work[:3], uncompressed) - size
-      for dtype, size in zip(memory.DTYPES, weights)
-    ]
-    for uncompressed in (False, True)
-  )
+  totals = [
+    memory.serving_bytes(model, dtype, *work[:3]) for dtype in memory.DTYPES
+  ]
+  caches = [total - size for total, size in zip(totals, weights)]
   table.add_row('weights', *map(in_bytes, weights))
   table.add_row('cache', *map(in_bytes, caches))
-  if expanded != caches:
-    name = 'cache of keys and values of all heads, uncompressed'
-    table.add_row(name, *map(in_bytes, expanded))
   for device in map(roofline.device_of, roofline.DEVICES):
     table.add_row(
       f'{device.name}, {in_bytes(device.num_bytes)}',
-      *(_fits(sum(sizes), device) for sizes in zip(weights, caches)),
+      *(_fits(total, device) for total in totals),
     )
   return table
 

@@ -58,7 +58,6 @@ def cache_bytes(
   max_len: int,
   encoder_len: int = 0,
   dtype: str = '',
-  uncompressed: bool = False,
 ) -> int:
   """Bytes of the decoder's cache: keys, values, and the position of each row.
 
@@ -69,14 +68,11 @@ def cache_bytes(
     encoder_len: Number of tokens that the encoder reads, whose keys and values
       cross-attention keeps.
     dtype: Type of keys and values; '' stands for that of the activations.
-    uncompressed: Whether latent attention is counted as if the cache kept keys
-      and values of all heads.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
   block = decoder.stack.block
   a = block.attention.within(model.embedding.width)
   itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
-  values = a.uncompressed_values if uncompressed else a.cached_values
   # Generation lays layers out one by one.
   stack = dataclasses.replace(decoder.stack, stacked=False)
   slots = sum(stack.cache_lengths(max_len))
@@ -85,7 +81,7 @@ def cache_bytes(
   # A flag for each slot; the next position and the last token of each row; the
   # length of the cache.
   flags += memory_len
-  return batch_size * (slots * values * itemsize + flags + 8) + 4
+  return batch_size * (slots * a.cached_values * itemsize + flags + 8) + 4
 
 
 def serving_bytes(
@@ -94,7 +90,6 @@ def serving_bytes(
   batch_size: int,
   seq_len: int,
   target_len: int = 0,
-  uncompressed: bool = False,
 ) -> int:
   """Bytes of the weights in `dtype` and of a full cache.
 
@@ -108,12 +103,11 @@ def serving_bytes(
       row.
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
-    uncompressed: See `cache_bytes`.
   """
   *_, half = halves(model, seq_len, target_len)
   cache_dtype = 'float32' if dtype == 'float32' else 'bfloat16'
   return weight_bytes(model, dtype) + cache_bytes(
-    model, batch_size, half.length, half.memory_len, cache_dtype, uncompressed
+    model, batch_size, half.length, half.memory_len, cache_dtype
   )
 
 

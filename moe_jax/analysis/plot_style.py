@@ -7,13 +7,13 @@ lighter the less they stand for.
 """
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
@@ -61,43 +61,63 @@ def shades(count: int) -> Float[np.ndarray, 'n 4']:
   return colormaps['viridis'](np.linspace(0, 0.85, count))
 
 
-def heat(
-  axes: Axes,
-  x: Float[np.ndarray, ' X'],
-  ratios: Float[np.ndarray, 'rows columns'],
-) -> QuadMesh:
-  """Draws ratios on a logarithmic scale, with the first row at the top.
+def heat_maps(
+  panels: Mapping[
+    str, tuple[Float[np.ndarray, ' X'], Float[np.ndarray, '...']]
+  ],
+  labels: tuple[str, str, str],
+  columns: int,
+  size: tuple[float, float],
+  bar_aspect: int,
+) -> tuple[Figure, list[Axes], Axes]:
+  """Heat maps of ratios in a grid, with one logarithmic scale of colours.
 
-  Zero has no logarithm; it is drawn below the end of the scale. Cells that are
-  NaN, and places without a cell, are hatched.
+  The first row of ratios is at the top. Zero has no logarithm; it is drawn
+  below the end of the scale. Cells that are NaN, and places without a cell,
+  are hatched.
 
   Args:
-    axes: The axes that they are drawn on.
-    x: The borders of columns.
-    ratios: The ratios; NaN are unknown.
+    panels: The borders of columns and the ratios, [rows, columns], of each heat
+      map, by its title; NaN are unknown.
+    labels: The title, and the labels of the x axis and of the y axis.
+    columns: Number of heat maps side by side.
+    size: Width and height of the figure in inches.
+    bar_aspect: Height of the colour bar over its width.
+
+  Returns:
+    The figure, the axes of the heat maps and those of the colour bar.
   """
-  axes.patch.set(facecolor='white', hatch='////', edgecolor='0.75')
-  floor = np.where(ratios > 0, RATIOS[0], RATIOS[0] / 2)
-  mesh = axes.pcolormesh(
-    x,
-    np.arange(len(ratios) + 1) - 0.5,
-    np.where(np.isnan(ratios), ratios, np.maximum(ratios, floor)),
-    cmap=RATIO_COLOURS,
-    norm=LogNorm(*RATIOS),
-    rasterized=True,
+  figure = Figure(figsize=size, layout='constrained')
+  lines = -(-len(panels) // columns)
+  all_axes = figure.subplots(lines, columns, squeeze=False).flatten()
+  mesh: Any = None
+  for axes, (title, (x, ratios)) in zip(all_axes, panels.items()):
+    axes.patch.set(facecolor='white', hatch='////', edgecolor='0.75')
+    floor = np.where(ratios > 0, RATIOS[0], RATIOS[0] / 2)
+    mesh = axes.pcolormesh(
+      x,
+      np.arange(len(ratios) + 1) - 0.5,
+      np.where(np.isnan(ratios), ratios, np.maximum(ratios, floor)),
+      cmap=RATIO_COLOURS,
+      norm=LogNorm(*RATIOS),
+      rasterized=True,
+    )
+    axes.set_ylim(len(ratios) - 0.5, -0.5)
+    axes.set_title(title, loc='left', fontsize='medium')
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+  for axes in all_axes[len(panels) :]:
+    axes.remove()
+  figure.suptitle(labels[0], fontsize='large')
+  figure.supxlabel(labels[1], fontsize='medium')
+  figure.supylabel(labels[2], fontsize='medium')
+  axes = [*all_axes[: len(panels)]]
+  bar = figure.colorbar(
+    mesh, ax=axes, extend='both', pad=0.01, aspect=bar_aspect
   )
-  axes.set_ylim(len(ratios) - 0.5, -0.5)
-  return mesh
-
-
-def ratio_bar(
-  figure: Figure, mesh: QuadMesh, axes: Axes | list[Axes], **layout: Any
-) -> Axes:
-  """The colour bar of `heat`; `layout` goes to `Figure.colorbar`."""
-  bar = figure.colorbar(mesh, ax=axes, extend='both', **layout)
   bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=['¼', '½', '1', '2', '4'])
   bar.minorticks_off()
-  return bar.ax
+  return figure, axes, bar.ax
 
 
 def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
@@ -106,16 +126,11 @@ def label_axes(axes: Axes, title: str, unit: str, last: int) -> None:
   axes.set_xlabel('step')
   axes.set_ylabel(unit)
   axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-  count_steps(axes, 6)
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   axes.grid(alpha=0.25)
   axes.spines[['top', 'right']].set_visible(False)
   axes.set_xlim(0, 1.03 * max(last, 1))
-
-
-def count_steps(axes: Axes, at_most: int) -> None:
-  """Labels the axis of steps with a few whole numbers, at most `at_most`."""
-  axes.xaxis.set_major_locator(MaxNLocator(at_most, integer=True))
-  axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
 
 def room_around(axes: Axes, values: Float[np.ndarray, 'n']) -> None:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from moe_jax.analysis import plot_style
 
@@ -80,23 +80,22 @@ def load_figure(rows: Rows) -> Figure | None:
   layers = sorted(map(int, _names(rows, r'train/layer_(\d+)/load')))
   if not layers:
     return None
+  panels = {}
+  for layer in layers:
+    steps, load = _series(rows, f'train/layer_{layer}/load')
+    spans = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
+    edges = _edges(np.array([steps[span].mean() for span in spans]))
+    means = np.array([load[span].mean(axis=0) for span in spans])
+    panels[f'layer {layer}'] = edges, load.shape[1] * means.T
   columns = 1 + (len(layers) > 4)
   lines = -(-len(layers) // columns)
-  figure = Figure(figsize=(_WIDTH, 0.9 + 1.7 * lines), layout='constrained')
-  grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
-  mesh: Any = None
-  for axes, layer in zip(grid.flat, layers):
-    mesh = _draw_load(axes, *_series(rows, f'train/layer_{layer}/load'))
-    axes.set_title(f'layer {layer}', loc='left', fontsize='medium')
-    plot_style.count_steps(axes, 5 if columns == 1 else 3)
-  for axes in grid.flat[len(layers) :]:
-    axes.remove()
-    # The panel above the gap is now the last one of its column.
-    grid[-2, -1].tick_params(labelbottom=True)
-  figure.supxlabel('step', fontsize='medium')
-  title = 'Load: share of all choices that each expert gets'
-  figure.suptitle(f'{title}, before drops', fontsize='large')
-  bar = plot_style.ratio_bar(figure, mesh, figure.axes, aspect=12 * lines)
+  title = 'Load: share of all choices that each expert gets, before drops'
+  size = _WIDTH, 0.9 + 1.7 * lines
+  figure, axes, bar = plot_style.heat_maps(
+    panels, (title, 'step', 'expert'), columns, size, 12 * lines
+  )
+  for one in axes:
+    one.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
   bar.set_ylabel('share / uniform share')
   return figure
 
@@ -150,20 +149,6 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   legend_place = 'upper right' if falls else 'lower right'
   legend_place = 'best' if len(rows) < _FEW_ROWS else legend_place
   axes.legend(loc=legend_place, fontsize='small', edgecolor='none')
-
-
-def _draw_load(
-  axes: Axes, steps: Float[np.ndarray, 'n'], load: Float[np.ndarray, 'n E']
-) -> QuadMesh:
-  """Draws the panel of one layer; returns the mesh that a colour bar needs."""
-  num_experts = load.shape[1]
-  spans = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_COLUMNS))
-  middles = np.array([steps[span].mean() for span in spans])
-  relative = np.array([num_experts * load[span].mean(axis=0) for span in spans])
-  mesh = plot_style.heat(axes, _edges(middles), relative.T)
-  axes.set_yticks(range(0, num_experts, max(1, num_experts // 4)))
-  axes.set_ylabel('expert')
-  return mesh
 
 
 def _edges(middles: Float[np.ndarray, 'n']) -> np.ndarray:

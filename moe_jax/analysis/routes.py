@@ -19,15 +19,13 @@ from moe_jax import command_line
 from moe_jax.analysis import plot_style, routing_plots, traces
 from moe_jax.analysis import routing_measures as measures
 from moe_jax.analysis.routing_measures import Agreement, Information, Layer
-from moe_jax.analysis.routing_report import Value, ValueTable, wide_console
+from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
 from moe_jax.routing.load_summary import load_summary
 
 # Kinds of records in which a choice is dropped where training drops it.
 _PREFERRED_KINDS = ('train', 'train_capacity')
 _QUARTERS = 4
-Layers = Mapping[int, Layer]
-Row = dict[str, Value]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
   if kind in trace.kinds and not steps:
     raise InputError(f'no records of {kind!r} at steps {options.steps}')
   layers = measures.layers_of(trace.header, records)
+  loads = [_load_row(n, layer) for n, layer in layers.items()]
+  drops = [_drop_row(n, layer) for n, layer in layers.items()]
   by_label = measures.specialisation(layers)
   if following := measures.transitions(layers):
     by_label['expert before'] = following
@@ -95,19 +95,21 @@ def run(options: argparse.Namespace) -> None:
   if trace.header.note:
     print(f'Note: {trace.header.note}')
   console = wide_console()
-  for table in tables(layers, by_label, changes):
+  for table in tables(layers, loads, drops, by_label, changes):
     if table.rows:
       console.print(table.terminal())
       console.print(f'{table.note}\n', highlight=False)
   output = pathlib.Path(options.output).expanduser()
   output.mkdir(parents=True, exist_ok=True)
-  for name, figure in routing_plots.pictures(layers, by_label):
+  for name, figure in routing_plots.pictures(layers, by_label, loads, drops):
     (output / f'{name}.png').write_bytes(plot_style.picture(figure))
   print(f'\nThe pictures are in {output}. {plot_style.HOW_TO_READ}')
 
 
 def tables(
-  layers: Layers,
+  layers: Mapping[int, Layer],
+  loads: Sequence[Row],
+  drops: Sequence[Row],
   by_label: Mapping[str, Mapping[int, Information]],
   changes: Mapping[str, Mapping[int, Agreement]],
 ) -> Iterator[ValueTable]:
@@ -115,6 +117,7 @@ def tables(
 
   Args:
     layers: The choices in the trace.
+    loads, drops: The rows of the first two tables.
     by_label: The information of labels on experts, by layer.
     changes: The agreement of choices with other ones, by layer.
   """
@@ -125,14 +128,14 @@ def tables(
     'over the mean. The entropy of the load over ln E is 1 if all experts are '
     'chosen equally often; that of the router is a mean over tokens, and needs '
     'logits. Gates are means over served choices.',
-    [_load_row(n, layer) for n, layer in layers.items()],
+    loads,
   )
   yield _table(
     'Choices that are not served',
     'An unserved token has no expert at all, because its choices were dropped '
     'or no expert took it. Quarters are places in the row. Choices that a '
     'policy for second choices did not send count as not served.',
-    [_drop_row(n, layer) for n, layer in layers.items()],
+    drops,
   )
   yield _table(
     'What a label says about the expert of the first choice',

@@ -7,18 +7,20 @@ than 5 tokens by chance, too few to tell.
 
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis import routing_measures as measures
 from moe_jax.analysis.routing_measures import Information, Layer
+from moe_jax.analysis.routing_report import Row
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 
@@ -30,26 +32,37 @@ COLOURS = (
 )  # fmt: skip
 _WIDTH = 10  # inches
 _MIN_CHANCE = 5  # tokens, the fewest by chance that tell
-_MAX_RANKS = 4  # first choices, second ones ... that have lines of their own
 
 
 def pictures(
-  layers: Layers, by_label: Mapping[str, Mapping[int, Information]]
+  layers: Layers,
+  by_label: Mapping[str, Mapping[int, Information]],
+  load_rows: Sequence[Row],
+  drop_rows: Sequence[Row],
 ) -> Iterator[tuple[str, Figure]]:
   """The pictures by name; those of pairs and of layers only if there are any.
 
   Args:
     layers: The choices in a trace.
     by_label: The information of labels on experts, by layer.
+    load_rows: The rows of the table of loads, one for each layer.
+    drop_rows: The rows of the table of drops.
   """
   n = max(len(layer.load) for layer in layers.values())
   loads = np.full((len(layers), n), math.nan)
   for row, layer in zip(loads, layers.values(), strict=True):
     row[: len(layer.load)] = layer.load / max(layer.load.mean(), 1e-300)
-  title = 'Load of each expert / mean load of the layer'
-  yield 'load', _panels({'': loads}, title, 'expert', 'layer', [*layers])
-  yield 'drops', drop_figure(layers)
-  yield 'entropy', entropy_figure(layers)
+  figure, (axes,), _ = plot_style.heat_maps(
+    {'': (np.arange(n + 1) - 0.5, loads)},
+    ('Load of each expert / mean load of the layer', 'expert', 'layer'),
+    1,
+    (_WIDTH, 1.6 + 0.28 * len(layers)),
+    20,
+  )
+  axes.set_yticks(range(len(layers)), labels=map(str, layers))
+  yield 'load', figure
+  yield 'drops', drop_figure(drop_rows)
+  yield 'entropy', entropy_figure(load_rows)
   yield 'information', information_figure(by_label)
   pairs = {
     f'layer {n}': _over(pairs, measures.expected_pairs(pairs))
@@ -68,54 +81,44 @@ def pictures(
     yield 'transitions', _panels(flows, title, 'next expert', 'expert')
 
 
-def drop_figure(layers: Layers) -> Figure:
+def drop_figure(rows: Sequence[Row]) -> Figure:
   """Choices that are not served, by layer and rank, and by place in the row."""
-  figure, (by_rank, by_place) = _pair()
-  rates = [
-    measures.drop_rates_by_rank(x.expert, x.kept) for x in layers.values()
-  ]
-  lines = _by_rank(rates)
-  lines['tokens without expert'] = [
-    measures.unserved_rate(x.expert, x.kept) for x in layers.values()
-  ]
-  _draw(by_rank, 'Choices that are not served', layers, lines)
-  colours = plot_style.shades(len(layers))
-  for (number, x), colour in zip(layers.items(), colours, strict=True):
-    parts = min(measures.NUM_PARTS, x.length)
-    part = measures.parts_of(x.tokens.column, x.length, parts)
-    middle = (np.arange(parts) + 0.5) / parts * x.length
-    values = measures.drop_rates(x.expert, x.kept, part, parts)
-    by_place.plot(middle, values, color=colour, label=f'layer {number}')
-  by_place.set_title('The same by place in the row', loc='left', size='medium')
-  by_place.set_xlabel('place in the row, tokens')
-  for axes in (by_rank, by_place):
+  figure, panels = _pair()
+  titles = {
+    'Choices that are not served': r'choice \d+|tokens unserved',
+    'The same by quarter of the row': r'quarter \d',
+  }
+  for axes, (title, pattern) in zip(panels, titles.items(), strict=True):
+    _draw_columns(axes, title, rows, pattern)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  legend = by_place.get_legend_handles_labels()
-  columns, place = math.ceil(len(layers) / 12), 'outside right center'
-  figure.legend(
-    *legend, loc=place, ncols=columns, frameon=False, fontsize='small'
-  )
   return figure
 
 
-def entropy_figure(layers: Layers) -> Figure:
+def entropy_figure(rows: Sequence[Row]) -> Figure:
   """Entropies of loads and of routers over ln E, and the gates of choices."""
-  figure, (entropies, gates) = _pair()
-  lines = {
-    'load': [measures.load_evenness(x.load) for x in layers.values()],
-    'router, mean over tokens': [
-      measures.router_evenness(x.logits) for x in layers.values()
-    ],
+  figure, panels = _pair()
+  titles = {
+    'Entropy / ln E': '.*entropy / ln E',
+    'Mean gate of served choices': r'gate \d',
   }
-  _draw(entropies, 'Entropy / ln E', layers, lines)
-  means = [
-    measures.mean_gates(x.expert, x.gate, x.kept) for x in layers.values()
-  ]
-  _draw(gates, 'Mean gate of served choices', layers, _by_rank(means))
-  for axes in (entropies, gates):
+  for axes, (title, pattern) in zip(panels, titles.items(), strict=True):
+    _draw_columns(axes, title, rows, pattern)
     axes.set_ylim(0, 1.03)
   return figure
+
+
+def _draw_columns(
+  axes: Axes, title: str, rows: Sequence[Row], pattern: str
+) -> None:
+  """Draws a line over layers for each column whose name matches."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  lines = {
+    name: [row.get(name, math.nan) for row in rows]
+    for name in names
+    if re.fullmatch(pattern, name)
+  }
+  _draw(axes, title, [row['layer'] for row in rows], lines)
 
 
 def information_figure(
@@ -140,17 +143,8 @@ def information_figure(
   return figure
 
 
-def _by_rank(values: Sequence[Float[np.ndarray, '_']]) -> dict[str, list]:
-  """Lines over layers from an array of each layer, first choices first."""
-  most = max(int((~np.isnan(x)).sum()) for x in values)
-  return {
-    f'choice {k + 1}': [x[k] if k < len(x) else math.nan for x in values]
-    for k in range(min(most, _MAX_RANKS))
-  }
-
-
 def _draw(
-  axes: Axes, title: str, layers: Mapping[int, Any], lines: Mapping[str, Any]
+  axes: Axes, title: str, layers: Iterable[Any], lines: Mapping[str, Any]
 ) -> None:
   """Draws lines over layers, without those that have no value."""
   for i, (label, values) in enumerate(lines.items()):
@@ -158,8 +152,9 @@ def _draw(
       axes.plot(values, **plot_style.series(i), label=label)
   axes.set_title(title, loc='left', fontsize='medium')
   axes.set_xlabel('layer')
-  axes.set_xticks(range(len(layers)), labels=map(str, layers))
-  axes.set_xlim(-0.6, len(layers) - 0.4)
+  labels = [*map(str, layers)]
+  axes.set_xticks(range(len(labels)), labels=labels)
+  axes.set_xlim(-0.6, len(labels) - 0.4)
   axes.margins(y=0.3)  # room for the legend
   if axes.lines:
     axes.legend(frameon=False, fontsize='small')
@@ -221,37 +216,20 @@ def _panels(
   title: str,
   x_label: str,
   y_label: str,
-  row_names: Sequence[int] = (),
 ) -> Figure:
-  """Heat maps of ratios in a grid with one colour scale; cells are square.
-
-  With names of rows, cells are as wide as the page has room for.
-  """
+  """Heat maps in a grid, with square cells."""
   columns = min(4, len(panels))
   lines = math.ceil(len(panels) / columns)
   side = _WIDTH / 4 if columns > 2 else 4
-  size = max(columns * side, 6.5), 1 + lines * (side * 0.95)
-  if row_names:
-    size = _WIDTH, 1.6 + 0.28 * len(row_names)
-  figure = Figure(figsize=size, layout='constrained')
-  grid = figure.subplots(lines, columns, squeeze=False)
-  mesh: Any = None
-  for axes, (name, ratios) in zip(grid.flat, panels.items()):
-    mesh = plot_style.heat(axes, np.arange(ratios.shape[1] + 1) - 0.5, ratios)
-    axes.set_title(name, loc='left', fontsize='medium')
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if row_names:
-      axes.set_yticks(range(len(row_names)), labels=map(str, row_names))
-    else:
-      axes.set_aspect('equal')
-  for axes in grid.flat[len(panels) :]:
-    axes.remove()
-  figure.supxlabel(x_label, fontsize='medium')
-  figure.supylabel(y_label, fontsize='medium')
-  figure.suptitle(title, fontsize='large')
-  aspect = 15 * lines
-  plot_style.ratio_bar(figure, mesh, figure.axes, pad=0.01, aspect=aspect)
+  figure, all_axes, _ = plot_style.heat_maps(
+    {k: (np.arange(x.shape[1] + 1) - 0.5, x) for k, x in panels.items()},
+    (title, x_label, y_label),
+    columns,
+    (max(columns * side, 6.5), 1 + lines * (side * 0.95)),
+    15 * lines,
+  )
+  for axes in all_axes:
+    axes.set_aspect('equal')
   return figure
 
 

@@ -4,11 +4,8 @@ import base64
 import concurrent.futures
 import dataclasses
 import importlib.metadata
-import json
-import math
 import pathlib
 import platform
-import re
 import shlex
 import sys
 import time
@@ -25,8 +22,8 @@ from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Hook, Run
 
-PAGE, CURVES, LOAD = 'index.html', 'curves.png', 'load.png'
-REPORT, SAMPLE = 'routing_report.json', 'sample.txt'
+PAGE, SAMPLE = 'index.html', 'sample.txt'
+CURVES, LOAD = 'curves.png', 'load.png'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # A page is drawn beside the training. The next one waits for this many times
 # the seconds that it took: drawing takes a hundredth of the time at most.
@@ -63,44 +60,26 @@ dl { display: grid; gap: .6em 1.5em;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 11em), 1fr)); }
 dt, .note { color: #808080; font-size: 13px; }
 dd { margin: 0; }
-.scroll { overflow: auto; max-height: 32em; }
 table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .2em .7em; text-align: left; vertical-align: top; }
-tbody tr:nth-child(even) { background: #8882; }
+tr:nth-child(even) { background: #8882; }
 </style>
 </head>
 <body>
-{% macro table(rows) %}
-<div class="scroll"><table>
-<thead><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr>
-{%- for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endmacro %}
-{% macro facts(values) %}
-<dl>{% for name, value in values.items() if value %}
-<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{% endmacro %}
 <h1>{{ title }}</h1>
 <p><strong>{{ state }}</strong></p>
 {% if message %}<pre>{{ message }}</pre>{% endif %}
-{{ facts(headline) }}
-<h2>Curves</h2>
+<dl>{% for name, value in facts.items() if value %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% if curves %}<img alt="Curves over steps" src="{{ curves }}">
 {% else %}<p>Nothing has been logged yet.</p>{% endif %}
-{% if evaluations %}<h3>Evaluations</h3>{{ table(evaluations) }}{% endif %}
-{% if load %}<h2>Load</h2>
-<img alt="Load of each expert over steps" src="{{ load }}">{% endif %}
-{% if routing %}<h2>Routing</h2>
-<p class="note">The last report; <code>routing_report.md</code> has it, too.</p>
-{{ table(routing) }}{% endif %}
+{% if load %}<img alt="Load of experts over steps" src="{{ load }}">{% endif %}
 {% if sample %}<h2>Sample</h2><pre>{{ sample }}</pre>{% endif %}
-<h2>Config</h2>
-<p class="note">What differs from the defaults.</p>
-{% if options %}{{ table(options) }}{% else %}<p>Nothing.</p>{% endif %}
-<details><summary>The whole config</summary><pre>{{ config }}</pre></details>
-<h2>Environment</h2>
-{{ facts(environment) }}
+<h2>Config: what differs from the defaults</h2>
+<table><tr><th>key</th><th>value</th><th>default</th><th>meaning</th></tr>
+{% for leaf in changed %}<tr><td>{{ leaf.path }}</td><td>{{ leaf.value }}</td>
+<td>{{ leaf.default if leaf.default != required else 'required' }}</td>
+<td>{{ leaf.spec.sentence }}</td></tr>{% endfor %}</table>
 <h2>How to go on</h2>
 <p class="note">Commands are for the folder in which <code>{{ run }}</code> is.
 </p>
@@ -209,7 +188,7 @@ def write(
   from moe_jax.analysis import plots
 
   curves, load = plots.curves_figure(rows), plots.load_figure(rows)
-  changed = _changed_leaves(run)
+  sample = folder / SAMPLE
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
   ).from_string(_TEMPLATE)
@@ -218,27 +197,12 @@ def write(
     title=folder.resolve().name,
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
-    headline=_headline(run, rows),
+    facts=_facts(run, rows) | environment,
     curves=_picture(folder / CURVES, curves) if curves else '',
     load=_picture(folder / LOAD, load) if load else '',
-    evaluations=_evaluations(rows),
-    routing=_routing(folder),
-    sample=_text(folder / SAMPLE),
-    options=[
-      {
-        'key': leaf.path,
-        'value': leaf.value,
-        'default': 'required'
-        if leaf.default is dataclasses.MISSING
-        else leaf.default,
-        'meaning': leaf.spec.sentence,
-      }
-      for leaf in changed
-    ],
-    config=json.dumps(
-      sections.section(run.given_options).to_dict(), indent=2, default=list
-    ),
-    environment=environment,
+    sample=sample.read_text(encoding='utf-8') if sample.exists() else '',
+    changed=_changed_leaves(run),
+    required=dataclasses.MISSING,
     run=name,
     commands=commands(run, name),
     now=_now(),
@@ -311,8 +275,8 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
   return f'data:image/png;base64,{base64.b64encode(content).decode()}'
 
 
-def _headline(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  """The numbers at the top of the page; '' for those that are not known."""
+def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """The numbers of the page; '' for those that are not known."""
   cost = counts.count(run.model, run.options.data.seq_len)
   speeds = sorted(_values(rows, 'train/tokens_per_second'))
   losses, drops = _values(rows, 'train/loss'), _values(rows, 'train/drop_rate')
@@ -331,42 +295,6 @@ def _headline(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
   return [row[key] for row in rows if isinstance(row.get(key), int | float)]
-
-
-def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-  """A row for each measure of an evaluation: its last value and extremes."""
-  values: dict[str, list[tuple[float, int]]] = {}
-  for row in rows:
-    for key, value in row.items():
-      match = re.fullmatch(r'eval/([^/]+/(?!layer_\d+/).+)', key)
-      if match and isinstance(value, int | float) and math.isfinite(value):
-        values.setdefault(match[1], []).append((value, row['step']))
-  return [
-    {'evaluation': name}
-    | {
-      f'{which} (step)': f'{value:.5g} ({step:,})'
-      for which, (value, step) in (
-        ('last', pairs[-1]), ('lowest', min(pairs)), ('highest', max(pairs))
-      )
-    }
-    for name, pairs in values.items()
-  ]  # fmt: skip
-
-
-def _routing(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of the routing report, without its lists."""
-  return [
-    {
-      key: f'{value:.4g}' if isinstance(value, float) else value
-      for key, value in row.items()
-      if not isinstance(value, list | dict)
-    }
-    for row in json.loads(_text(folder / REPORT) or '[]')
-  ]
-
-
-def _text(path: pathlib.Path) -> str:
-  return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
 def _changed_leaves(run: Run) -> list[sections.Leaf]:

@@ -1,5 +1,6 @@
 """The command that analyses a trace, its tables and pictures."""
 
+import math
 import re
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 
 from moe_jax.analysis import (
   routes,
-  routing_measures,
   routing_plots,
   routing_report,
   traces,
@@ -134,15 +134,18 @@ def test_records_in_which_training_drops_come_first(tmp_path, capsys):
   assert first.endswith('records: all_tokens.')
 
 
-def test_pictures_show_the_numbers():
-  layers = routing_measures.layers_of(HEADER, list(records('valid', 0)))
-  drops, places = routing_plots.drop_figure(layers).axes
-  rates = routing_measures.drop_rates_by_rank(layers[3].expert, layers[3].kept)
-  assert [line.get_label() for line in drops.lines] == [
-    'choice 1', 'choice 2', 'tokens without expert'
-  ]  # fmt: skip
-  np.testing.assert_allclose([l.get_ydata()[1] for l in drops.lines[:2]], rates)
-  assert [line.get_xdata()[-1] for line in places.lines] == [T - 0.5] * 3
+def test_pictures_show_the_numbers_of_the_tables():
+  rows = [
+    {'layer': 1, 'choice 1': 0.5, 'tokens unserved': 0.25, 'quarter 1': 0.75},
+    {'layer': 4, 'choice 1': 0.0, 'choice 2': 0.125, 'quarter 1': 1.0},
+  ]
+  drops, places = routing_plots.drop_figure(rows).axes
+  lasts = {line.get_label(): line.get_ydata()[-1] for line in drops.lines}
+  assert [*lasts] == ['choice 1', 'tokens unserved', 'choice 2']
+  assert lasts['choice 2'] == 0.125 and math.isnan(lasts['tokens unserved'])
+  assert [text.get_text() for text in drops.get_xticklabels()] == ['1', '4']
+  (line,) = places.lines
+  assert [*line.get_ydata()] == [0.75, 1.0]
 
 
 def test_a_text_has_the_colours_and_numbers_of_its_experts():

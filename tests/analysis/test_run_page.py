@@ -2,7 +2,6 @@
 
 import contextlib
 import html.parser
-import json
 import shlex
 
 import jax
@@ -79,15 +78,13 @@ def write_row(run, row):
 def test_a_page_has_everything_and_needs_nothing(run):
   write_row(run, ROW)
   (run.workdir / 'sample.txt').write_text('once upon')
-  report = [{'layer': 1, 'drop_rate': 0.25, 'busiest': ['a']}]
-  (run.workdir / 'routing_report.json').write_text(json.dumps(report))
   page = finished(run)
   parameters = sum(
     leaf.size for leaf in jax.tree.leaves(run.programs.abstract_state.params)
   )
   for text in (
     *('Finished: step 2 of 6.', f'{parameters:,}', '2.5000'),
-    *('12.5%', '1,234 tokens/s', '2.25 (2)', '0.25', 'once upon'),
+    *('12.5%', '1,234 tokens/s', 'once upon'),
     *('model.moe.num_experts', jax.__version__),
   ):
     assert text in page.text, text
@@ -102,11 +99,9 @@ def test_hostile_text_stays_text(tmp_path):
   run = run_in(tmp_path / '<b>run<b>', sample={'prompt': HOSTILE})
   write_row(run, ROW | {f'eval/{HOSTILE.replace("/", "")}/loss': 2.0})
   (run.workdir / 'sample.txt').write_text(HOSTILE)
-  report = [{'layer': HOSTILE, 'warning': HOSTILE}]
-  (run.workdir / 'routing_report.json').write_text(json.dumps(report))
   page = finished(run)
   assert not {'script', 'b'} & set(page.tags)
-  assert page.text.count(HOSTILE) >= 4
+  assert page.text.count(HOSTILE) >= 2
   assert page.tags.count('img') == 2
 
 
