@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,25 +71,6 @@ _ACCELERATORS = ('/device:TPU', '/device:GPU')
 _LINES = ('XLA Ops', 'Stream')
 
 
-class Share(NamedTuple):
-  """One part of a step, with its time.
-
-  Attributes:
-    part: Name of the part, one of `ROWS`.
-    forward: Seconds of a step that it takes in the forward pass.
-    backward: Seconds of a step that it takes in the backward pass.
-  """
-
-  part: str
-  forward: float
-  backward: float
-
-  @property
-  def seconds(self) -> float:
-    """Seconds of a step that the part takes in both passes."""
-    return self.forward + self.backward
-
-
 def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
@@ -118,7 +99,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
     )
   part_times, busy = by_part(compiled.parse(text), seconds)
   low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-  shares = shares_of_step(part_times, busy, median, float(np.median(waits)))
+  wait = float(np.median(waits))
   table = Table(
     title=f'A training step takes {1e3 * median:.1f} ms (quartiles '
     f'{1e3 * low:.1f} and {1e3 * high:.1f} ms)',
@@ -130,14 +111,12 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   table.add_column('part of the step')
   for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
     table.add_column(heading, justify='right')
-  for row in shares:
-    table.add_row(
-      row.part,
-      f'{1e3 * row.forward:.2f}',
-      f'{1e3 * row.backward:.2f}' if row.backward else '',
-      f'{1e3 * row.seconds:.2f}',
-      f'{row.seconds / median:.1%}',
+  for part, *seconds in shares_of_step(part_times, busy, median, wait):
+    forward, backward, both = (
+      f'{1e3 * x:.2f}' for x in (*seconds, sum(seconds))
     )
+    backward = backward if seconds[1] else ''
+    table.add_row(part, forward, backward, both, f'{sum(seconds) / median:.1%}')
   return table
 
 
@@ -216,7 +195,7 @@ def by_part(
 
 def shares_of_step(
   times: Times, busy: float, step_seconds: float, wait: float
-) -> tuple[Share, ...]:
+) -> list[tuple[str, float, float]]:
   """Splits the time of a step over its parts, in the order of `ROWS`.
 
   Args:
@@ -225,14 +204,17 @@ def shares_of_step(
       threads work at once.
     step_seconds: Seconds of the step, from asking for the batch to the end.
     wait: Seconds of the step in which it waits for the batch.
+
+  Returns:
+    Each part, and its seconds in the forward and in the backward pass.
   """
   scale = max(step_seconds - wait, 0.0) / busy if busy else 0.0
-  rows = [
-    Share(row, *(scale * times.get((row, back), 0.0) for back in (False, True)))
-    for row in ROWS[:-1]
-  ]
-  rows = [row for row in rows if row.seconds or row.part == OTHER]
-  return (*rows, Share(INPUT, wait, 0.0))
+  rows = []
+  for part in ROWS[:-1]:
+    seconds = [scale * times.get((part, back), 0.0) for back in (False, True)]
+    if any(seconds) or part == OTHER:
+      rows.append((part, *seconds))
+  return [*rows, (INPUT, wait, 0.0)]
 
 
 def _instruction_seconds(

@@ -8,9 +8,8 @@ record's kind is 'loss'.
 """
 
 import argparse
-import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -23,7 +22,6 @@ from moe_jax.data import load as load_data
 from moe_jax.distributed import Placing
 from moe_jax.errors import InputError
 from moe_jax.runs import trained
-from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import ROOM_FOR_ALL, LossEvaluation, Setting
 from moe_jax.training.evaluation_entries import overridden
 from moe_jax.training.trace_options import TraceOptions
@@ -31,48 +29,32 @@ from moe_jax.training.trace_options import TraceOptions
 KIND = 'loss'
 
 
-def record(
-  workdir: str | os.PathLike[str],
-  folder: str | os.PathLike[str],
-  entry: LossEvaluation,
-  *,
-  step: int | None = None,
-  options: TraceOptions | None = None,
-  allow: Iterable[str] = (),
-) -> Row:
+def record(options: argparse.Namespace) -> None:
   """Evaluates a run's loss, and writes a trace of the choices.
-
-  Args:
-    workdir: The run's folder.
-    folder: A folder without a trace.
-    entry: The options of the evaluation; its period is ignored.
-    step: The step of the checkpoint; None is the newest good one.
-    options: Whether logits are recorded, and the type of numbers.
-    allow: Modules of the user's own classes.
-
-  Returns:
-    The row that the evaluation measures.
 
   Raises:
     ValueError: The folder has a trace; the run has no sparse layers, or cannot
       be read.
     CheckpointError: No checkpoint is good.
   """
-  traces.check_new(folder)
-  o, run = options or TraceOptions(), trained.read(workdir, allow)
+  workdir = options.workdir
+  traces.check_new(options.trace)
+  recorded = TraceOptions(logits=options.logits, dtype=options.dtype)
+  entry = LossEvaluation(
+    num_batches=options.num_batches,
+    split=options.split,
+    model_overrides=ROOM_FOR_ALL if options.room_for_all else {},
+  )
+  run = trained.read(workdir, options.allow_module)
   model_options, _ = overridden(run.model, entry)
   model = model_options.build(run.sharding.rules)
   if not model.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
   checkpoint = trained.restore_variables(
-    workdir, model, run.sharding.rules, step=step
+    workdir, model, run.sharding.rules, step=options.step
   )
   dataset = load_data(run.data)
-  placing = Placing(
-    jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
-    run.batch_size,
-    run.microbatches,
-  )
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   header = make_header(
     model,
     model_options,
@@ -81,8 +63,8 @@ def record(
     batch_size=run.batch_size,
     microbatches=run.microbatches,
     data_digest=dataset.digest,
-    has_logits=o.logits,
-    dtype=o.dtype,
+    has_logits=recorded.logits,
+    dtype=recorded.dtype,
     note=f'{entry}, step {checkpoint.step} of {workdir}',
   )
   setting = Setting(
@@ -92,16 +74,19 @@ def record(
     run.data,
     run.batch_size,
     pathlib.Path(workdir).expanduser(),
-    placing,
+    Placing(device, run.batch_size, run.microbatches),
   )
-  recorder = Recorder(folder, header, model)
+  recorder, losses = (
+    Recorder(options.trace, header, model),
+    entry.measure(setting),
+  )
   try:
-    measure = RecordedLosses(
-      KIND, entry.measure(setting), o.recording, recorder
-    )
-    return measure(checkpoint.state, checkpoint.step)
+    measure = RecordedLosses(KIND, losses, recorded.recording, recorder)
+    row = measure(checkpoint.state, checkpoint.step)
   finally:
     recorder.close()
+  summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
+  command_line.say([summary, header.note])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,7 +109,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--room_for_all', action='store_true', help='drop no token')
   add('--logits', action='store_true', help="record the routers' logits, too")
   add(
-    '--float32', action='store_true', help='record gates and logits unrounded'
+    '--float32',
+    dest='dtype',
+    action='store_const',
+    const='float32',
+    default='float16',
+    help='record gates and logits unrounded',
   )
   add('--allow_module', action='append', default=[])
   add('--traceback', action='store_true')
@@ -139,23 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   if problem := compile_cache.use():
     command_line.complain(problem)
   with command_line.reported(options.traceback):
-    row = record(
-      options.workdir,
-      options.trace,
-      LossEvaluation(
-        num_batches=options.num_batches,
-        split=options.split,
-        model_overrides=ROOM_FOR_ALL if options.room_for_all else {},
-      ),
-      step=options.step,
-      options=TraceOptions(
-        logits=options.logits, dtype='float32' if options.float32 else 'float16'
-      ),
-      allow=options.allow_module,
-    )
-    note = traces.read(options.trace).header.note
-    summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
-    command_line.say([summary, *filter(None, [note])])
+    record(options)
 
 
 if __name__ == '__main__':

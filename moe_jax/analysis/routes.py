@@ -10,6 +10,7 @@ import argparse
 import itertools
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -47,12 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _steps(text: str) -> range:
-  first, colon, last = text.partition(':')
-  try:
-    steps = range(int(first or 0), int(last or 2**62))
-  except ValueError:
-    steps = range(0)
-  if not colon or not steps or steps.start < 0:
+  ends = re.fullmatch(r'(\d*):(\d*)', text)
+  steps = ends and range(int(ends[1] or 0), int(ends[2] or 2**62))
+  if not steps:
     raise argparse.ArgumentTypeError(
       f'{text!r} is not FIRST:LAST with 0 <= FIRST < LAST'
     )

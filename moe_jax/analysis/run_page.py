@@ -236,7 +236,11 @@ def commands(run: Run, name: str) -> dict[str, str]:
     'Fine-tune': f'{train} --workdir={quote(f"{name}_finetuned")} '
     f'--config.init_from.workdir={quoted} {start}'.rstrip(),
   }
-  if _generates(run):
+  try:
+    models.check_generates(run.model)
+  except ValueError:
+    pass
+  else:
     lines |= {
       'Generate text': f'moe_jax.generate {workdir} '
       f'--prompt={quote(prompt or "Once ")}',
@@ -253,14 +257,6 @@ def commands(run: Run, name: str) -> dict[str, str]:
       f'--output={quote(f"{name}/routes")}'
     )
   return {title: f'python -m {line}' for title, line in lines.items()}
-
-
-def _generates(run: Run) -> bool:
-  try:
-    models.check_generates(run.model)
-  except ValueError:
-    return False
-  return True
 
 
 def _picture(path: pathlib.Path, figure: Any) -> str:
