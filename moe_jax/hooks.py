@@ -205,22 +205,23 @@ class RoutingReport(Hook):
   """
 
   def end(self, run: Run, state: TrainState) -> None:
-    """Prints the tables and writes `routing_report.md` and `.json`."""
+    """Prints the tables and writes `routing_report.md`."""
     if not run.model.sparse_layers:
       return
-    rows = routing_rows(run, state)
+    tables = routing_tables(run, state)
     if not is_first():
       return
-    if warning := '; '.join(start_facts.warnings(run.model)):
-      rows = [{**row, 'warning': warning} for row in rows]
-    routing_report.write_report(run.workdir, rows)
+    warning = '; '.join(start_facts.warnings(run.model))
+    routing_report.write_report(run.workdir, tables, warning)
     console = routing_report.wide_console()
-    for table in routing_report.tables(rows):
+    for table in tables:
       console.print(table.terminal())
 
 
-def routing_rows(run: Run, state: TrainState) -> list[routing_report.Row]:
-  """The rows of the routing report; see `routing_report.report_rows`."""
+def routing_tables(
+  run: Run, state: TrainState
+) -> list[routing_report.ValueTable]:
+  """The tables of the routing report, of some validation batches."""
   counts = routing_report.no_counts(run.model)
   losses = Losses(
     model=run.model,
@@ -236,7 +237,7 @@ def routing_rows(run: Run, state: TrainState) -> list[routing_report.Row]:
       counts, run.model, batch, choices or {}
     ),
   )
-  return routing_report.report_rows(
+  return routing_report.tables(
     sums, run.model, counts, run.dataset.tokenizer.token_name
   )
 

@@ -135,10 +135,12 @@ def test_a_weight_without_its_loss_is_refused_by_name(tmp_path):
 
 
 def test_a_router_that_sows_nothing_has_a_routing_report(run):
-  (row,) = json.loads((run / 'routing_report.json').read_text())
-  (busy,) = row['busiest']
-  assert (busy['expert'], busy['share']) == (1, 1.0)
-  assert all(token['share'] == 1 for token in busy['tokens'])
+  text = (run / 'routing_report.md').read_text()
+  ((expert, share, tokens),) = re.findall(
+    r'^\| \d+ \| (\d+) \| (\d+%) \| (.*) \|$', text, re.MULTILINE
+  )
+  assert (expert, share) == ('1', '100%')
+  assert {*re.findall(r'` (\d+%)', tokens)} == {'100%'}
 
 
 def test_their_file_is_recorded(run):

@@ -3,7 +3,6 @@
 Its numbers are sums over the batches of an evaluation.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -131,18 +130,12 @@ def count_tokens(
     np.add.at(counts[layer], (token[is_choice], expert[is_choice]), 1)
 
 
-def report_rows(
+def tables(
   sums: LossSums, model: Model, counts: Counts, token_name: Callable[[int], str]
-) -> list[Row]:
-  """The numbers of the report, a row for each layer, ready for JSON.
+) -> list[ValueTable]:
+  """A table of layers, and one of their busiest experts.
 
-  A row has the keys `layer`, `num_experts`, `drop_rate`,
-  `drop_rate_by_choice`, `load_max_over_mean`, `load_cv`, `entropy` (in nats),
-  `entropy_fraction` (of ln E), `router_logit_rms`, `unused_experts` and
-  `busiest`. The last one lists the busiest experts, each with `expert`, its
-  `share` of all choices, and `tokens`: the most frequent ones, each with `id`,
-  `name`, `count` and the `share` of its own choices that fall on this expert.
-  Ties go to the lower number. Numbers that are undefined are None.
+  Ties go to the lower number.
 
   Args:
     sums: The sums of an evaluation.
@@ -150,49 +143,58 @@ def report_rows(
     counts: Number of times that each token id chose each expert, by layer.
     token_name: The function from a token id to the name that is shown for it.
   """
-  rows = []
-  for layer in summary.sparse_layers(sums):
-    stats = jax.tree.map(lambda leaf, i=layer: leaf[i], sums.aux.stats)
-    stats = summary.of_layer(stats, layer, model.moes)
-    by_choice, overall = drop_rate(stats)
-    load, entropy = np.asarray(stats.load), stats.entropy / stats.tokens
-    most = math.log(len(load))
+  numbers = summary.sparse_layers(sums)
+  stats, drops = {}, {}
+  for layer in numbers:
+    own = jax.tree.map(lambda leaf, i=layer: leaf[i], sums.aux.stats)
+    stats[layer] = summary.of_layer(own, layer, model.moes)
+    drops[layer] = drop_rate(stats[layer])
+  K = max(len(by_choice) for by_choice, _ in drops.values())
+  columns = {
+    'layer': 'd', 'dropped': '.1%',
+    **{f'choice {k + 1}': '.1%' for k in range(K)},
+    'load max / mean': '.2f', 'load CV': '.3f', 'entropy (nats)': '.3f',
+    'entropy / ln E': '.3f', 'logit RMS': '.2f', 'unused experts': '>',
+  }  # fmt: skip
+  rows, busy_rows = [], []
+  for layer in numbers:
+    own, (by_choice, overall) = stats[layer], drops[layer]
+    load, entropy = np.asarray(own.load), float(own.entropy / own.tokens)
+    of_load, most = load_summary(load), math.log(len(load))
+    rates = [*map(float, by_choice)]
     rows.append(
-      {
-        'layer': layer,
-        'num_experts': len(load),
-        'drop_rate': _finite(overall),
-        'drop_rate_by_choice': [*map(_finite, by_choice)],
-        'entropy': _finite(entropy),
-        'entropy_fraction': _finite(entropy / most if most else math.nan),
-        'router_logit_rms': _finite(np.sqrt(stats.logit_square / stats.tokens)),
-        **{key: _finite(value) for key, value in load_summary(load).items()},
-        'busiest': _busiest(load, counts[layer], token_name),
-      }
+      [
+        layer,
+        float(overall),
+        *rates,
+        *[None] * (K - len(rates)),
+        of_load['load_max_over_mean'],
+        of_load['load_cv'],
+        entropy,
+        entropy / most if most else None,
+        math.sqrt(own.logit_square / own.tokens),
+        f'{of_load["unused_experts"]} of {len(load)}',
+      ]
     )
-  return rows
-
-
-def _busiest(
-  load: Num[np.ndarray, 'E'],
-  counts: Num[np.ndarray, 'V E'],
-  token_name: Callable[[int], str],
-) -> list[Row]:
+    for expert in _largest(load, _NUM_BUSIEST):
+      count = counts[layer][:, expert]
+      ids = _largest(count, _NUM_TOKENS)
+      shares = {i: count[i] / counts[layer][i].sum() for i in ids}
+      texts = [f'{_shown(token_name(i))} {x:.0%}' for i, x in shares.items()]
+      share = float(load[expert] / load.sum())
+      busy_rows.append([layer, expert, share, ', '.join(texts)])
+  tokens_columns = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
+  tokens_columns['tokens, most frequent first'] = ''
   return [
-    {
-      'expert': expert,
-      'share': float(load[expert] / load.sum()),
-      'tokens': [
-        {
-          'id': token,
-          'name': token_name(token),
-          'count': int(counts[token, expert]),
-          'share': float(counts[token, expert] / counts[token].sum()),
-        }
-        for token in _largest(counts[:, expert], _NUM_TOKENS)
-      ],
-    }
-    for expert in _largest(load, _NUM_BUSIEST)
+    ValueTable(
+      'What the router of each sparse layer did', _LAYERS_NOTE, columns, rows
+    ),
+    ValueTable(
+      'Which tokens the busiest experts take',
+      _TOKENS_NOTE,
+      tokens_columns,
+      busy_rows,
+    ),
   ]
 
 
@@ -200,58 +202,6 @@ def _largest(values: Num[np.ndarray, 'n'], at_most: int) -> list[int]:
   """Indices of the largest values above 0; ties go to the lower index."""
   order = np.argsort(-values.astype(np.float64), kind='stable')[:at_most]
   return [int(index) for index in order if values[index] > 0]
-
-
-def _finite(value: Any) -> int | float | None:
-  """A number as Python's; None for NaN and infinity, which JSON lacks."""
-  value = value if isinstance(value, int) else float(value)
-  return value if math.isfinite(value) else None
-
-
-def tables(rows: Sequence[Row]) -> list[ValueTable]:
-  """A table of layers, and one of their busiest experts."""
-  columns = {
-    'layer': 'd', 'dropped': '.1%', 'dropped by choice': '>',
-    'load max / mean': '.2f', 'load CV': '.3f', 'entropy (nats)': '.3f',
-    'entropy / ln E': '.3f', 'logit RMS': '.2f', 'unused experts': '>',
-  }  # fmt: skip
-  keys = (
-    'load_max_over_mean', 'load_cv', 'entropy', 'entropy_fraction',
-    'router_logit_rms',
-  )  # fmt: skip
-  layers = [
-    [
-      row['layer'],
-      row['drop_rate'],
-      ' / '.join(
-        '-' if rate is None else f'{rate:.1%}'
-        for rate in row['drop_rate_by_choice']
-      ),
-      *(row[key] for key in keys),
-      f'{row["unused_experts"]} of {row["num_experts"]}',
-    ]
-    for row in rows
-  ]
-  experts = [
-    [
-      row['layer'],
-      busy['expert'],
-      busy['share'],
-      ', '.join(
-        f'{_shown(t["name"])} {t["share"]:.0%}' for t in busy['tokens']
-      ),
-    ]
-    for row in rows
-    for busy in row['busiest']
-  ]
-  title = 'What the router of each sparse layer did'
-  tokens_title = 'Which tokens the busiest experts take'
-  tokens_columns = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
-  tokens_columns['tokens, most frequent first'] = ''
-  return [
-    ValueTable(title, _LAYERS_NOTE, columns, layers),
-    ValueTable(tokens_title, _TOKENS_NOTE, tokens_columns, experts),
-  ]
 
 
 def _shown(name: str) -> str:
@@ -266,15 +216,16 @@ def _shown(name: str) -> str:
   return f'{fence} {text} {fence}' if runs else f'{fence}{text}{fence}'
 
 
-def write_report(workdir: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-  """Writes `routing_report.md` and `routing_report.json` into a folder.
-
-  A row may have a `warning`, too, which stands above the tables.
-  """
-  folder = pathlib.Path(workdir)
-  text = json.dumps(list(rows), indent=2, allow_nan=False, ensure_ascii=False)
-  (folder / 'routing_report.json').write_text(text + '\n', encoding='utf-8')
-  warnings = sorted({row['warning'] for row in rows if 'warning' in row})
-  parts = ['# Routing report\n', *(f'**Warning:** {w}.\n' for w in warnings)]
-  parts += [table.markdown() for table in tables(rows)]
-  (folder / 'routing_report.md').write_text('\n'.join(parts), encoding='utf-8')
+def write_report(
+  workdir: str | os.PathLike[str],
+  report: Sequence[ValueTable],
+  warning: str = '',
+) -> None:
+  """Writes `routing_report.md` into a folder; a warning stands on top."""
+  parts = [
+    '# Routing report\n',
+    *[f'**Warning:** {warning}.\n'] * bool(warning),
+  ]
+  parts += [table.markdown() for table in report]
+  path = pathlib.Path(workdir) / 'routing_report.md'
+  path.write_text('\n'.join(parts), encoding='utf-8')

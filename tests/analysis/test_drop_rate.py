@@ -41,7 +41,7 @@ def rates(options, folder):
   """
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
   state, rows = run.programs.init_state(), run.dataset.splits['validation']
-  report = hooks.routing_rows(run, state)
+  layers, _ = hooks.routing_tables(run, state)
   eval_metrics = Losses(
     model=run.model,
     num_batches=BATCHES,
@@ -62,9 +62,7 @@ def rates(options, folder):
   keys = [
     'drop_rate', 'drop_rate_choice_1', 'drop_rate_choice_2'
   ]  # fmt: skip
-  report_rates = [
-    [row['drop_rate'], *row['drop_rate_by_choice']] for row in report
-  ]
+  report_rates = [row[1:4] for row in layers.rows]
   metric_rates = [
     [[metrics[f'layer_{i}/{key}'] for key in keys] for i in range(2)]
     for metrics in (eval_metrics, train_metrics)

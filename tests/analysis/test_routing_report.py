@@ -1,6 +1,5 @@
 """Numbers of the routing report, computed by hand, and counts by a loop."""
 
-import json
 import math
 
 import jax
@@ -40,7 +39,7 @@ class Layers(Model):
   moes = (None,) * 4
 
 
-def table(names=NAMES, counts=COUNTS, **changes):
+def report(names=NAMES, counts=COUNTS, **changes):
   """The report on 10 tokens with two choices each."""
   stats = {
     'tokens': 10.0,
@@ -59,9 +58,7 @@ def table(names=NAMES, counts=COUNTS, **changes):
   )
   zero = np.zeros(())
   sums = LossSums(zero, zero, zero, MoeAux({}, sums, no_exchange()))
-  return routing_report.report_rows(
-    sums, Layers(), {3: counts}, names.__getitem__
-  )
+  return routing_report.tables(sums, Layers(), {3: counts}, names.__getitem__)
 
 
 def test_load_summary_by_hand():
@@ -97,84 +94,62 @@ def test_load_summary_refuses_what_is_no_load(load):
     load_summary(np.array(load))
 
 
-def test_table_by_hand():
-  (row,) = table()
-  busiest = row.pop('busiest')
-  assert row == {
+def test_tables_by_hand():
+  layers, busiest = report()
+  (row,) = layers.rows
+  assert dict(zip(layers.columns, row, strict=True)) == {
     'layer': 3,
-    'num_experts': 3,
-    'drop_rate': 0.2,
-    'drop_rate_by_choice': [0.1, 0.3],
-    'entropy': pytest.approx(math.log(3) / 2),
-    'entropy_fraction': pytest.approx(0.5),
-    'router_logit_rms': 1.25,
+    'dropped': 0.2,
+    'choice 1': 0.1,
+    'choice 2': 0.3,
     # The mean is 20/3; deviations 19/3, 1/3, -20/3 have a variance of 762/27.
-    'load_max_over_mean': pytest.approx(1.95),
-    'load_cv': pytest.approx(math.sqrt(762 / 27) / (20 / 3)),
-    'unused_experts': 1,
+    'load max / mean': pytest.approx(1.95),
+    'load CV': pytest.approx(math.sqrt(762 / 27) / (20 / 3)),
+    'entropy (nats)': pytest.approx(math.log(3) / 2),
+    'entropy / ln E': pytest.approx(0.5),
+    'logit RMS': 1.25,
+    'unused experts': '1 of 3',
   }
   # Expert 2 got no token and is not listed, and neither are tokens without an
-  # expert. Tokens 0 and 1 tie at 6: the lower id comes first.
-  assert busiest == [
-    {
-      'expert': 0,
-      'share': 0.65,
-      'tokens': [
-        {'id': 0, 'name': ' ', 'count': 6, 'share': 0.75},
-        {'id': 1, 'name': '|', 'count': 6, 'share': 1.0},
-        {'id': 3, 'name': '[b]`x', 'count': 1, 'share': pytest.approx(1 / 6)},
-      ],
-    },
-    {
-      'expert': 1,
-      'share': 0.35,
-      'tokens': [
-        {'id': 3, 'name': '[b]`x', 'count': 5, 'share': pytest.approx(5 / 6)},
-        {'id': 0, 'name': ' ', 'count': 2, 'share': 0.25},
-      ],
-    },
+  # expert. Tokens 0 and 1 tie at 6: the lower id comes first. Blanks in a
+  # token's name are shown, and a backtick does not end its code span.
+  assert busiest.rows == [
+    [3, 0, 0.65, '`␣` 75%, `|` 100%, `` [b]`x `` 17%'],
+    [3, 1, 0.35, '`` [b]`x `` 83%, `␣` 25%'],
   ]
 
 
-def markdown(rows, folder):
-  routing_report.write_report(folder, rows)
-  assert json.loads((folder / 'routing_report.json').read_text()) == rows
+def markdown(tables, folder, warning=''):
+  routing_report.write_report(folder, tables, warning)
   return (folder / 'routing_report.md').read_text()
 
 
-def test_undefined_numbers_are_none(tmp_path):
+def test_undefined_numbers_are_dashes(tmp_path):
   # A single expert has no entropy; without choices there is no load.
-  (row,) = table(
+  tables = report(
     counts=np.zeros((4, 1), int),
     load=np.zeros(1),
     kept_load=np.zeros(1),
     overflowed=np.array([math.nan]),
     entropy=0.0,
   )
-  for key in ['drop_rate', 'entropy_fraction', 'load_cv']:
-    assert row[key] is None
-  assert row['drop_rate_by_choice'] == [None]
-  assert row['busiest'] == []
+  assert tables[1].rows == []
   line = '| 3 | - | - | - | - | 0.000 | - | 1.25 | 1 of 1 |'
-  assert line in markdown([row], tmp_path)
+  assert line in markdown(tables, tmp_path)
 
 
 def test_markdown_has_a_row_per_layer_and_per_busy_expert(tmp_path):
-  (row,) = table()
-  rows = [row, {**row, 'layer': 5, 'warning': 'it is forced'}]
-  lines = markdown(rows, tmp_path).splitlines()
+  lines = markdown(report(), tmp_path, 'it is forced').splitlines()
   assert '**Warning:** it is forced.' in lines
-  numbers = '20.0% | 10.0% / 30.0% | 1.95 | 0.797 | 0.549 | 0.500 | 1.25'
+  numbers = '20.0% | 10.0% | 30.0% | 1.95 | 0.797 | 0.549 | 0.500 | 1.25'
   assert f'| 3 | {numbers} | 1 of 3 |' in lines
-  assert f'| 5 | {numbers} | 1 of 3 |' in lines
-  # Blanks in a token's name are shown, a bar does not end its cell and a
-  # backtick not its code span.
+  # A bar does not end its cell.
   assert r'| 3 | 0 | 65% | `␣` 75%, `\|` 100%, `` [b]`x `` 17% |' in lines
-  assert '| 5 | 1 | 35% | `` [b]`x `` 83%, `␣` 25% |' in lines
+  assert 'Warning' not in markdown(report(), tmp_path)
 
 
 def test_names_that_would_not_show(tmp_path):
-  text = markdown(table(['\n', '', '\x00é', 'a b']), tmp_path)
+  text = markdown(report(['\n', '', '\x00é', 'a b']), tmp_path)
   assert r'`\n` 75%' in text
   assert "`''` 100%" in text
   assert '`a␣b` 17%' in text

@@ -320,7 +320,7 @@ def test_hooks_and_evaluations_of_two_processes(tmp_path):
     'generate_examples.txt',
     'load.png',
     'metrics.jsonl',
-    'routing_report.json',
+    'routing_report.md',
     'sample.txt',
     'tokenizer.json',
   }
