@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jax.stages import Compiled
 
@@ -36,8 +36,7 @@ _CALL_LISTS = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
   """The numbers that XLA counts in a program; the body of a loop counts once.
 
   Attributes:
@@ -45,7 +44,6 @@ class Counts:
       A program with a loop takes more than these.
     bytes_accessed: Bytes that instructions read and write, as if there were no
       caches.
-    argument_bytes: Bytes of the arguments.
     output_bytes: Bytes of the results, gradients included.
     temp_bytes: Bytes that are allocated while the program runs, besides
       arguments and results.
@@ -53,22 +51,18 @@ class Counts:
 
   flops: float
   bytes_accessed: float
-  argument_bytes: int
   output_bytes: int
   temp_bytes: int
 
 
 def counts(compiled: Compiled) -> Counts:
   """The counts of a program; NaN where the platform gives none."""
-  cost = compiled.cost_analysis() or {}
-  memory = memory_of(compiled)
-  return Counts(
-    flops=float(cost.get('flops', float('nan'))),
-    bytes_accessed=float(cost.get('bytes accessed', float('nan'))),
-    argument_bytes=memory.argument_size_in_bytes,
-    output_bytes=memory.output_size_in_bytes,
-    temp_bytes=memory.temp_size_in_bytes,
+  cost, memory = compiled.cost_analysis() or {}, memory_of(compiled)
+  flops, accessed = (
+    float(cost.get(name, 'nan')) for name in ('flops', 'bytes accessed')
   )
+  sizes = memory.output_size_in_bytes, memory.temp_size_in_bytes
+  return Counts(flops, accessed, *sizes)
 
 
 def text_of(compiled: Compiled) -> str:

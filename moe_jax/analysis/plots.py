@@ -108,15 +108,13 @@ def smooth(values: Float[np.ndarray, 'n'], window: int) -> np.ndarray:
 
   Args:
     values: The values.
-    window: Number of values in a window, which is odd.
+    window: Number of values in a window, odd and not more than there are.
   """
-  half = window // 2
-  means = np.empty(len(values))
-  for i in range(len(values)):
-    nearby = values[max(0, i - half) : i + half + 1]
-    nearby = nearby[np.isfinite(nearby)]
-    means[i] = nearby.mean() if nearby.size else np.nan
-  return means
+  finite, ones = np.isfinite(values), np.ones(window)
+  count = np.convolve(finite, ones, 'same')
+  total = np.convolve(np.where(finite, values, 0), ones, 'same')
+  undefined = np.full(len(values), np.nan)
+  return np.divide(total, count, out=undefined, where=count > 0.5)
 
 
 def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
