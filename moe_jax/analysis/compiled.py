@@ -44,6 +44,7 @@ class Counts(NamedTuple):
       A program with a loop takes more than these.
     bytes_accessed: Bytes that instructions read and write, as if there were no
       caches.
+    argument_bytes: Bytes of the arguments.
     output_bytes: Bytes of the results, gradients included.
     temp_bytes: Bytes that are allocated while the program runs, besides
       arguments and results.
@@ -51,6 +52,7 @@ class Counts(NamedTuple):
 
   flops: float
   bytes_accessed: float
+  argument_bytes: int
   output_bytes: int
   temp_bytes: int
 
@@ -58,11 +60,13 @@ class Counts(NamedTuple):
 def counts(compiled: Compiled) -> Counts:
   """The counts of a program; NaN where the platform gives none."""
   cost, memory = compiled.cost_analysis() or {}, memory_of(compiled)
-  flops, accessed = (
-    float(cost.get(name, 'nan')) for name in ('flops', 'bytes accessed')
+  return Counts(
+    flops=float(cost.get('flops', 'nan')),
+    bytes_accessed=float(cost.get('bytes accessed', 'nan')),
+    argument_bytes=memory.argument_size_in_bytes,
+    output_bytes=memory.output_size_in_bytes,
+    temp_bytes=memory.temp_size_in_bytes,
   )
-  sizes = memory.output_size_in_bytes, memory.temp_size_in_bytes
-  return Counts(flops, accessed, *sizes)
 
 
 def text_of(compiled: Compiled) -> str:
