@@ -38,7 +38,7 @@ from moe_jax.analysis.routing_measures import (
   layers_of,
   specialisation,
 )
-from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import load_summary
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 

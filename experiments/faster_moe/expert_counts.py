@@ -17,7 +17,7 @@ from experiments.faster_moe.clusters import Cluster
 from moe_jax.analysis import traces
 from moe_jax.errors import InputError
 from moe_jax.options import unknown
-from moe_jax.routing.topology_rule import limited_choice
+from moe_jax.routing.limited_rules import limited_choice
 from moe_jax.shapes import Float, Int
 
 # Experts that are popular in draws, and the share of tokens of each: the skew

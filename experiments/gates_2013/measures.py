@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from experiments.gates_2013 import digits, information
 from experiments.gates_2013.deep_moe import DeepMoe
 from experiments.gates_2013.training import Training
-from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import load_summary
 
 # Largest number of images of the validation split that are measured.
 IMAGES = 400

@@ -22,7 +22,7 @@ from moe_jax.analysis import routing_measures as measures
 from moe_jax.analysis.routing_measures import Agreement, Information, Layer
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
-from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import load_summary
 
 # Kinds of records in which a choice is dropped where training drops it.
 _PREFERRED_KINDS = ('train', 'train_capacity')

@@ -22,7 +22,7 @@ from moe_jax.distributed import fetch
 from moe_jax.models import Model
 from moe_jax.models.recorded import Recorded
 from moe_jax.routing import drop_rate
-from moe_jax.routing.load_summary import load_summary
+from moe_jax.routing.stats import load_summary
 from moe_jax.runs import summary
 from moe_jax.training_types import LossSums
 

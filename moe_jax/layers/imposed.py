@@ -17,7 +17,7 @@ from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.options import Options, at_least, one_of, option
 from moe_jax.routing import GivenChoices
-from moe_jax.routing.balanced_rule import choice_in_turn
+from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
 
 FORCED = IN_TURN, AT_RANDOM = 'round_robin', 'random'

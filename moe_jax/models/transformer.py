@@ -24,7 +24,7 @@ from moe_jax.models.layer_trees import (
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_model import TextModel
-from moe_jax.routing import GivenChoices, hash_rule
+from moe_jax.routing import GivenChoices, rules_without_logits
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int
 
@@ -206,7 +206,7 @@ def make_context(
     token_mask = segment_ids > 0
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  previous = hash_rule.previous_tokens(tokens, segment_ids)
+  previous = rules_without_logits.previous_tokens(tokens, segment_ids)
   segments = (
     token_mask.astype(jnp.int32) if segment_ids is None else segment_ids
   )

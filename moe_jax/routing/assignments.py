@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import InputError
 from moe_jax.routing import rows
-from moe_jax.routing.size_checks import check_capacity
+from moe_jax.routing.capacity import check_capacity
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 
 

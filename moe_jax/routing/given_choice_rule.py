@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
+from moe_jax.routing.capacity import check_capacity, check_selected
 from moe_jax.routing.rows import decided, stable_argsort
-from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
 

@@ -10,8 +10,8 @@ among the experts that are left. Gates of a token do not sum to one.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.routing.capacity import check_selected
 from moe_jax.routing.rows import decided
-from moe_jax.routing.size_checks import check_selected
 from moe_jax.routing.token_choice_rule import at_choices
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float32, Int32, PRNGKey

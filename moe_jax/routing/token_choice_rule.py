@@ -3,7 +3,7 @@
 Switch (K=1, https://arxiv.org/abs/2101.03961), GShard (K=2,
 https://arxiv.org/abs/2006.16668), ST-MoE (https://arxiv.org/abs/2202.08906)
 and Mixtral (any K, https://arxiv.org/abs/2401.04088) are settings of one
-function. The noise of Shazeer et al. 2017 is in `noisy_top_k_rule.py`.
+function. The noise of Shazeer et al. 2017 is in `shazeer_rules.py`.
 """
 
 import math
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from moe_jax.errors import InputError
 from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
+from moe_jax.routing.capacity import check_capacity, check_selected
 from moe_jax.routing.given_choice_rule import (
   GIVEN_PRIORITIES,
   GivenChoices,
   queue_choices,
 )
 from moe_jax.routing.rows import decided
-from moe_jax.routing.size_checks import check_capacity, check_selected
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
 

@@ -10,8 +10,7 @@ from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate
+from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate, load_summary
 from moe_jax.training_types import LossSums
 
 # The losses that every row has; it has others where they are not 0.

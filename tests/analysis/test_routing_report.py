@@ -13,8 +13,12 @@ from moe_jax.layers.routers import ExpertChoice
 from moe_jax.models.base import Model
 from moe_jax.models.recorded import recording
 from moe_jax.routing.capacity import All, Fixed
-from moe_jax.routing.load_summary import load_summary
-from moe_jax.routing.stats import MoeAux, RoutingStats, no_exchange
+from moe_jax.routing.stats import (
+  MoeAux,
+  RoutingStats,
+  load_summary,
+  no_exchange,
+)
 from moe_jax.training_types import LossSums
 from tests import own_kinds
 from tests.models import oracle, tiny

@@ -7,9 +7,9 @@ import pytest
 from moe_jax import routing
 from moe_jax.routing import (
   balance_bias,
-  hash_rule,
-  hierarchical_rule,
-  strictly_balanced_rule,
+  rules_without_logits,
+  shazeer_rules,
+  token_choice_rule,
 )
 from tests.bad_inputs.cases import Case, check
 
@@ -45,11 +45,11 @@ RULES = {
     {'router_logits': LOGITS, 'capacity': 4, 'mask': MASK},
   ),
   'batchwise_choice': (
-    strictly_balanced_rule.batchwise_choice,
+    shazeer_rules.batchwise_choice,
     {'router_logits': LOGITS, 'num_selected': K, 'mask': MASK},
   ),
   'threshold_choice': (
-    strictly_balanced_rule.threshold_choice,
+    shazeer_rules.threshold_choice,
     {'router_logits': LOGITS, 'thresholds': BIAS, 'capacity': 4, 'mask': MASK},
   ),
   'z_loss': (routing.z_loss, {'router_logits': LOGITS, 'mask': MASK}),
@@ -181,23 +181,35 @@ IDS_OF = {
 CASES += [
   case(
     'ids-of',
-    hash_rule.hash_ids,
+    rules_without_logits.hash_ids,
     IDS_OF,
     ("'words'", "'token'"),
     hash_of='words',
   ),
   case(
-    'ids-previous', hash_rule.hash_ids, IDS_OF, '(2, 6)', previous=TOKENS[:, 1:]
+    'ids-previous',
+    rules_without_logits.hash_ids,
+    IDS_OF,
+    '(2, 6)',
+    previous=TOKENS[:, 1:],
   ),
   case(
-    'ids-positions', hash_rule.hash_ids, IDS_OF, '(7,)', positions=TOKENS[0]
+    'ids-positions',
+    rules_without_logits.hash_ids,
+    IDS_OF,
+    '(7,)',
+    positions=TOKENS[0],
   ),
   case(
-    'ids-float', hash_rule.hash_ids, IDS_OF, 'float32', tokens=LOGITS[..., 0]
+    'ids-float',
+    rules_without_logits.hash_ids,
+    IDS_OF,
+    'float32',
+    tokens=LOGITS[..., 0],
   ),
   case(
     'previous',
-    hash_rule.previous_tokens,
+    rules_without_logits.previous_tokens,
     {'tokens': TOKENS},
     ('(2, 6)', '(2, 7)'),
     segment_ids=TOKENS[:, 1:],
@@ -255,7 +267,7 @@ CASES += [
   ),
   case(
     'choices',
-    routing.at_choices,
+    token_choice_rule.at_choices,
     {'values': LOGITS},
     '(1, 7, 3)',
     expert_index=INDEX[:1],
@@ -291,7 +303,7 @@ CASES += [
   case('thresholds', *RULES['threshold_choice'], '(4,)', thresholds=BIAS[1:]),
   case(
     'levels',
-    hierarchical_rule.hierarchical_load,
+    shazeer_rules.hierarchical_load,
     {'branch_probability': LOGITS, 'branch_index': INDEX, 'mask': MASK},
     '(2, 7, 2, 3)',
     expert_probability=ones(G, S, 2, 3),

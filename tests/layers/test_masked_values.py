@@ -17,7 +17,7 @@ import moe_jax
 from moe_jax import models, routing
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.routing import hierarchical_rule
+from moe_jax.routing import shazeer_rules
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.models import tiny
 
@@ -222,7 +222,7 @@ def test_load_of_two_levels():
 
   def load(x):
     inner = jax.nn.softmax(x)[:, :, None]
-    return hierarchical_rule.hierarchical_load(
+    return shazeer_rules.hierarchical_load(
       probability, inner, index, jnp.asarray(MASK)
     )
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing.balanced_rule import choice_in_turn
+from moe_jax.routing.rules_without_logits import choice_in_turn
 
 
 def loads(index, mask, E):

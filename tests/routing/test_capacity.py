@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from moe_jax import sections
-from moe_jax.routing import (
+from moe_jax.routing import All
+from moe_jax.routing.capacity import (
   CAPACITIES,
-  All,
   Fixed,
   Fraction,
   PerAssignment,

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from moe_jax.routing import expert_choice, slot_stats
+from moe_jax.routing import expert_choice
 from moe_jax.routing.expert_choice_rule import shares
+from moe_jax.routing.stats import slot_stats
 from tests import reference
 
 G, S, E, C = 2, 7, 5, 3

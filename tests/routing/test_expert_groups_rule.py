@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing.expert_groups_rule import (
+from moe_jax.routing.limited_rules import (
   GROUP_SCORES,
   OUTSIDE,
   limited_scores,

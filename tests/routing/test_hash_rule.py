@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.routing import hash_choice
-from moe_jax.routing.hash_rule import HASH_OF, hash_ids, mixed, previous_tokens
+from moe_jax.routing.rules_without_logits import (
+  HASH_OF,
+  hash_ids,
+  mixed,
+  previous_tokens,
+)
 from tests import reference
 
 E, K = 7, 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.routing import hierarchical_rule, load_probability
+from moe_jax.routing import load_probability, shazeer_rules
 from moe_jax.routing.token_choice_rule import choose
 from tests import reference
 from tests.models import tiny
@@ -18,7 +18,7 @@ def test_choices_are_told():
   # The token goes to branch 2 with 0.7 and to branch 0 with 0.3. In branch 2 it
   # chooses expert 1 alone, in branch 0 expert 2. With three experts each these
   # are experts 7 and 2.
-  index, gate = jax.jit(hierarchical_rule.flat_choices, static_argnums=4)(
+  index, gate = jax.jit(shazeer_rules.flat_choices, static_argnums=4)(
     np.int32([[[2, 0]]]),
     np.float32([[[0.7, 0.3]]]),
     np.int32([[[[1, 0], [2, 1]]]]),
@@ -35,7 +35,7 @@ def test_load_is_told():
   # branch 0, with probabilities of 0.9 and 0.6; the second could also have
   # chosen branch 1, with 0.4, but no token did. Branch 0's experts have loads
   # of 1.2 and 0.8.
-  load = jax.jit(hierarchical_rule.hierarchical_load)(
+  load = jax.jit(shazeer_rules.hierarchical_load)(
     np.float32([[[0.9, 0.1], [0.6, 0.4]]]),
     np.float32([[[[0.5, 0.5]], [[0.7, 0.3]]]]),
     np.zeros((1, 2, 1), np.int32),
@@ -66,7 +66,7 @@ def losses(branch, experts, mask):
     ).reshape(G, S * K1, B),
     experts,
   )
-  return hierarchical_rule.hierarchical_load_loss(
+  return shazeer_rules.hierarchical_load_loss(
     load_probability(branch, K1),
     load_probability(chosen, K2).reshape(G, S, K1, B),
     index,

@@ -7,13 +7,14 @@ import pytest
 from scipy.special import ndtr
 
 from moe_jax import routing
-from moe_jax.routing import NoisyLogits, load_loss, noisy_top_k_rule
+from moe_jax.routing import load_loss, shazeer_rules
+from moe_jax.routing.shazeer_rules import NoisyLogits
 from tests import reference
 from tests.models import tiny
 
 G, S, E = 2, 7, 5
 noisy_logits = jax.jit(routing.noisy_logits)
-load_probability = jax.jit(noisy_top_k_rule.load_probability, static_argnums=1)
+load_probability = jax.jit(shazeer_rules.load_probability, static_argnums=1)
 
 
 def example(seed):

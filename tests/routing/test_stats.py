@@ -12,9 +12,9 @@ from moe_jax.routing import (
   empty_aux,
   expert_choice,
   routing_stats,
-  slot_stats,
   token_choice,
 )
+from moe_jax.routing.stats import slot_stats
 from tests import reference
 
 G, S, E = 2, 7, 5

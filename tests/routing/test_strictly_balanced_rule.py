@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing import strictly_balanced_rule
+from moe_jax.routing import shazeer_rules
 from tests import reference
 
 G, S, E, K = 2, 8, 4, 3
@@ -14,19 +14,19 @@ G, S, E, K = 2, 8, 4, 3
 
 @functools.partial(jax.jit, static_argnames='num_selected')
 def batchwise(logits, num_selected, mask):
-  return strictly_balanced_rule.batchwise_choice(
+  return shazeer_rules.batchwise_choice(
     logits, num_selected=num_selected, mask=mask
   )
 
 
 @functools.partial(jax.jit, static_argnames='capacity')
 def threshold(logits, thresholds, capacity, mask):
-  return strictly_balanced_rule.threshold_choice(
+  return shazeer_rules.threshold_choice(
     logits, thresholds, capacity=capacity, mask=mask
   )
 
 
-loss_of = jax.jit(strictly_balanced_rule.batchwise_loss)
+loss_of = jax.jit(shazeer_rules.batchwise_loss)
 
 
 def by_token(chosen):
@@ -116,9 +116,7 @@ def test_thresholds_learn_the_mask():
   @jax.jit
   def step(thresholds):
     loss, slope = jax.value_and_grad(
-      lambda t: strictly_balanced_rule.batchwise_loss(
-        logits, t, chosen, mask
-      ).sum()
+      lambda t: shazeer_rules.batchwise_loss(logits, t, chosen, mask).sum()
     )(thresholds)
     return thresholds - 0.02 * slope, loss
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import (
+from moe_jax.routing import token_choice
+from moe_jax.routing.token_choice_rule import (
   GATES,
   SECOND_POLICIES,
   SLOT_PRIORITIES,
-  token_choice,
 )
 from tests import reference
 

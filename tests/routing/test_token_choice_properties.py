@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from moe_jax.routing import (
+from moe_jax.routing import token_choice
+from moe_jax.routing.token_choice_rule import (
   GATES,
   SECOND_POLICIES,
   SLOT_PRIORITIES,
-  token_choice,
 )
 
 G, S, E, C = 2, 7, 5, 3

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import SECOND_POLICIES, SLOT_PRIORITIES, token_choice
+from moe_jax.routing import token_choice
+from moe_jax.routing.token_choice_rule import SECOND_POLICIES, SLOT_PRIORITIES
 
 KEY = jax.random.key(11)
 route = jax.jit(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import token_choice_rule, topology_rule
+from moe_jax.routing import limited_rules, token_choice_rule
 from tests import reference
 
 STATIC = ('num_selected', 'num_nodes', 'limit')
-limited_choice = jax.jit(topology_rule.limited_choice, static_argnames=STATIC)
+limited_choice = jax.jit(limited_rules.limited_choice, static_argnames=STATIC)
 choose = jax.jit(token_choice_rule.choose, static_argnums=1)
 
 
@@ -112,4 +112,4 @@ def test_sizes_that_do_not_fit_are_refused():
     ('limit', -1, 'limit=-1 is negative'),
   ):
     with pytest.raises(ValueError, match=problem):
-      topology_rule.limited_choice(logits, node, mask, **{**sizes, name: value})
+      limited_rules.limited_choice(logits, node, mask, **{**sizes, name: value})

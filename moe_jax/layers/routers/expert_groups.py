@@ -1,6 +1,6 @@
 """Options that limit a token's choice to its best groups of experts.
 
-DeepSeek-V2 and V3. The rule is `moe_jax.routing.expert_groups_rule`.
+DeepSeek-V2 and V3. The rule is `moe_jax.routing.limited_rules`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import functools
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing.expert_groups_rule import (
+from moe_jax.routing.limited_rules import (
   GROUP_SCORES,
   OUTSIDE,
   group_problems,

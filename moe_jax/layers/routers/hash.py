@@ -1,7 +1,7 @@
 """Hash layers: the experts of a token are a fixed function of an id.
 
 https://arxiv.org/abs/2106.04426. The router has no parameters, and its gates
-are 1/K. The rule is `moe_jax.routing.hash_rule`.
+are 1/K. The rule is `moe_jax.routing.rules_without_logits`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from moe_jax import routing
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import Router
 from moe_jax.options import SEED, one_of, option
-from moe_jax.routing.hash_rule import HASH_OF, hash_ids
+from moe_jax.routing.rules_without_logits import HASH_OF, hash_ids
 from moe_jax.shapes import Array
 
 

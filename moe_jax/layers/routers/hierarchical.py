@@ -2,7 +2,7 @@
 
 Shazeer et al. 2017, Appendix B (https://arxiv.org/abs/1701.06538). A branch's
 gate multiplies only the tokens that chose it, so that the work per token grows
-with a + b, not with their product. The rule is `routing.hierarchical_rule`.
+with a + b, not with their product. The rule is `routing.shazeer_rules`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from moe_jax.layers.routers.contract import NOISE, Router, Sizes
 from moe_jax.layers.routers.linear_gate import ROLE, product
 from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing import hierarchical_rule
+from moe_jax.routing import shazeer_rules
 from moe_jax.routing.aux_losses import over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.routing.stats import token_entropy, token_square
@@ -151,7 +151,7 @@ class HierarchicalRouter(Router):
     logits, noise = self._branch_logits(x, branch.index, secondary, train)
     expert = _level(secondary, logits, noise)
     choice_shape = (*branch.index.shape, secondary.num_selected)  # G, S, K1, K2
-    index, gate = hierarchical_rule.flat_choices(
+    index, gate = shazeer_rules.flat_choices(
       branch.index,
       branch.gate,
       expert.index.reshape(choice_shape),
@@ -278,7 +278,7 @@ def _aux(
   )
   load = jnp.zeros(len(mask), jnp.float32)
   if branch.probability is not None and expert.probability is not None:
-    load = hierarchical_rule.hierarchical_load_loss(
+    load = shazeer_rules.hierarchical_load_loss(
       branch.probability,
       expert.probability.reshape(*branch.index.shape, -1),
       branch.index,
@@ -286,7 +286,7 @@ def _aux(
     )
 
   def summed(per_token):
-    return hierarchical_rule.over_levels(
+    return shazeer_rules.over_levels(
       per_token, branch.clean, branch.gate, expert.clean, mask
     )
 

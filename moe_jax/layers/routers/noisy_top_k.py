@@ -1,7 +1,7 @@
 """Noisy top-K gating: the logits have noise whose size is learned.
 
 Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. Both kernels
-start at zero. The rule is `moe_jax.routing.noisy_top_k_rule`.
+start at zero. The rule is `moe_jax.routing.shazeer_rules`.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 The router has no parameters, and its gates are 1/K. Choices are drawn anew each
 time in training, and are the same each time in evaluation. The rule is
-`moe_jax.routing.random_rule`.
+`moe_jax.routing.rules_without_logits`.
 """
 
 import dataclasses

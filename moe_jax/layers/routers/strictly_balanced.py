@@ -3,7 +3,7 @@
 Shazeer et al. 2017, Appendix F (https://arxiv.org/abs/1701.06538). In training
 an expert takes its part of the K * S choices of a group; in inference it takes
 the tokens above its learned threshold, up to the capacity. The rule is
-`moe_jax.routing.strictly_balanced_rule`.
+`moe_jax.routing.shazeer_rules`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from moe_jax.layers.routers.linear_gate import (
   linear_logits,
 )
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing import strictly_balanced_rule as rules
+from moe_jax.routing import shazeer_rules as rules
 from moe_jax.routing.aux_losses import over_groups
 
 

@@ -4,7 +4,7 @@ FasterMoE (He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418). The
 devices are those of the options, whatever devices a run has, so that no result
 depends on the mesh. The G groups of a batch, or of a microbatch, lie on the W
 devices in order, as even parts of a batch do, and E / W experts on each. The
-rule is `moe_jax.routing.topology_rule`.
+rule is `moe_jax.routing.limited_rules`.
 
 Unlike the paper, whose limit is that of a device's tokens, each group has a
 limit in proportion to its size, so that groups stay independent. With one group
@@ -33,7 +33,7 @@ from moe_jax.layers.routers.linear_gate import (
 )
 from moe_jax.options import at_least, option, within
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing import topology_rule
+from moe_jax.routing import limited_rules
 from moe_jax.shapes import Array, Int32
 
 
@@ -180,7 +180,7 @@ class TopologyAwareRouter(Router):
     if o.limits:
       node = o.nodes(len(mask))
       rule = functools.partial(
-        topology_rule.limited_choice,
+        limited_rules.limited_choice,
         num_selected=self.sizes.num_selected,
         num_nodes=o.num_nodes,
         limit=o.limit(mask.shape[1]),

@@ -8,8 +8,9 @@ import pytest
 
 from moe_jax import All, Fixed, Fraction, PerAssignment, PerToken, TokenChoice
 from moe_jax.layers.routers import Sizes
-from moe_jax.routing import GATES, SLOT_PRIORITIES, token_choice
+from moe_jax.routing import token_choice
 from moe_jax.routing.dispatch import gather
+from moe_jax.routing.token_choice_rule import GATES, SLOT_PRIORITIES
 from tests.models import tiny
 
 S, E = 7, 5

@@ -22,7 +22,7 @@ from moe_jax.analysis import cost
 from moe_jax.layers.routers import Sizes, Soft
 from moe_jax.layers.shared import RULES, Shared
 from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.routing import soft_routing
+from moe_jax.routing.soft_rule import soft_routing
 from tests import reference
 from tests.models import tiny
 

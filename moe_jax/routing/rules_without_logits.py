@@ -1,17 +1,22 @@
-"""Hash layers: a token's experts are a fixed, pseudo-random function of an id.
+"""Choices that no logit made: by hash, at random, and in turn.
 
-https://arxiv.org/abs/2106.04426. Nothing is learned and nothing balanced: an
-id that is common makes its experts busy. The paper keeps random tables; here a
-hash function stands for a table of any size.
+Hash layers (https://arxiv.org/abs/2106.04426): a token's experts are a fixed,
+pseudo-random function of an id. Nothing is learned and nothing balanced: an id
+that is common makes its experts busy. The paper keeps random tables; here a
+hash function stands for a table of any size. Random routing is the paper's
+baseline: a learned router should do better. Choices in turn are even, for
+measurements of speed.
 """
 
+import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import InputError
 from moe_jax.options import unknown
+from moe_jax.routing.capacity import check_selected
 from moe_jax.routing.rows import decided
-from moe_jax.routing.size_checks import check_selected
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Int, Int32, UInt32
+from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey, UInt32
 
 HASH_OF = ('token', 'bigram', 'position')
 
@@ -115,3 +120,66 @@ def mixed(x: UInt32[Array, '*G']) -> UInt32[Array, '*G']:
 
 def _uint32(x: int | Int[Array, '']) -> UInt32[Array, '']:
   return jnp.uint32(x % 2**32) if isinstance(x, int) else x.astype(jnp.uint32)
+
+
+@checked
+def random_choice(
+  key: PRNGKey,
+  *,
+  num_groups: int,
+  group_size: int,
+  num_experts: int,
+  num_selected: int,
+) -> Int32[Array, 'G S K']:
+  """Draws K different experts for each token; all sets of K are as likely.
+
+  Args:
+    key: The key that the experts are drawn from.
+    num_groups: The number G of groups.
+    group_size: The number S of tokens in a group.
+    num_experts: The number E of experts.
+    num_selected: K, in [1, E].
+
+  Raises:
+    ValueError: K is not in [1, E], or there are no groups or no tokens.
+  """
+  check_selected(num_selected, num_experts)
+  if num_groups < 1 or group_size < 1:
+    raise InputError(
+      f'num_groups={num_groups} and group_size={group_size} must be at least 1'
+    )
+  shape = (num_groups, group_size, num_selected)
+  return distinct(jax.random.bits(key, shape), num_experts)
+
+
+@checked
+def choice_in_turn(
+  mask: Bool[Array, 'G S'],
+  *,
+  num_experts: int,
+  num_selected: int,
+  first: int | Int[Array, ''] = 0,
+) -> Int32[Array, 'G S K']:
+  """Gives the choices of a group's real tokens to the experts in turn.
+
+  In each group the loads of two experts differ by one at most, and those of a
+  batch without padding do so, too: each group goes on where a full group before
+  it would have ended. Choices of padding mean nothing.
+
+  Args:
+    mask: False for padding.
+    num_experts: The number E of experts.
+    num_selected: K, in [1, E]; the choices of a token are different experts.
+    first: The expert of the first choice of all.
+
+  Raises:
+    ValueError: K is not in [1, E].
+  """
+  E, K = num_experts, num_selected
+  check_selected(K, E)
+  G, S = mask.shape
+  # The turns are counted modulo E, as G * S * K can be more than an int32.
+  begins = (jnp.arange(G, dtype=jnp.int32) % E * (S * K % E) + first) % E
+  number = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask  # [G, S]
+  turn = begins[:, None, None] + (number % E * K)[..., None]
+  return (turn + jnp.arange(K, dtype=jnp.int32)[None, None]) % E

@@ -1,0 +1,312 @@
+"""The rules of Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538).
+
+Noisy top-k gating (section 2.1): the noise, and the smooth load estimator of
+Appendix A; the choice itself is `token_choice` on the noisy logits with
+`gates='renormalized'`.
+
+Two levels of gates over a * b experts (Appendix B): a primary gate chooses
+among a branches, and each branch's own gate among its b experts: expert i * b +
+j is expert j of branch i. The result is a `Routing` over all experts, whose
+gates are products of both levels' gates.
+
+Strictly balanced gating (Appendix F): every expert has as many tokens as every
+other. In training an expert takes the m = K n / E tokens of the group whose
+gate for it is largest (the batchwise mask), which depends on all of them: not
+causal. In inference it takes those whose gate is above a threshold of its own,
+which training has made to agree with the mask. A token has any number of
+experts, or none; its gates are renormalised over those it has.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing.assignments import SlotRouting
+from moe_jax.routing.aux_losses import cv_squared
+from moe_jax.routing.capacity import check_selected, check_slots
+from moe_jax.routing.expert_choice_rule import expert_choice
+from moe_jax.routing.rows import decided
+from moe_jax.routing.token_choice_rule import at_choices, choose
+from moe_jax.shape_checks import checked
+from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey
+
+
+class NoisyLogits(NamedTuple):
+  """Logits with and without tunable Gaussian noise, for the load estimator.
+
+  Attributes:
+    clean: float32 [G, S, E], the logits without noise, x Wg.
+    noisy: float32 [G, S, E], clean + N(0, 1) * std; equal to clean where no
+      noise was drawn.
+    std: float32 [G, S, E], the standard deviation of the noise,
+      Softplus(x Wnoise), also where no noise was drawn.
+  """
+
+  clean: Array
+  noisy: Array
+  std: Array
+
+
+@checked
+def noisy_logits(
+  clean: Float32[Array, 'G S E'],
+  noise: Float32[Array, 'G S E'],
+  key: PRNGKey | None,
+) -> NoisyLogits:
+  """Adds N(0, 1) * Softplus(noise) to the logits; none where key is None.
+
+  Source: Eq. 4 of arXiv:1701.06538. With both weights initialised to zero,
+  as the paper does, std starts at ln 2.
+  """
+  std = jax.nn.softplus(noise)
+  if key is None:
+    return NoisyLogits(clean, clean, std)
+  draw = jax.random.normal(key, clean.shape, clean.dtype)
+  return NoisyLogits(clean, clean + draw * std, std)
+
+
+@checked
+def load_probability(
+  logits: NoisyLogits,
+  num_selected: int,
+  largest: Int32[Array, 'G S N'] | None = None,
+) -> Float32[Array, 'G S E']:
+  """P(x, i): the chance that i is among the K if only its noise is redrawn.
+
+  Source: Eq. 8-9 of arXiv:1701.06538. kth_excluding(Z, K, i) is the K-th
+  largest of the noisy logits without entry i: for i among the K largest that
+  is the (K+1)-th of all. With K = E every expert is always chosen: 1.
+
+  Args:
+    logits: The logits without and with noise.
+    num_selected: K.
+    largest: The min(K + 1, E) experts of largest noisy logits, if known.
+  """
+  E, K = logits.noisy.shape[-1], num_selected
+  if K >= E:
+    return jnp.ones_like(logits.noisy)
+  index = choose(logits.noisy, K + 1) if largest is None else largest
+  value = at_choices(logits.noisy, index)  # [G, S, K+1]
+  inside = jax.nn.one_hot(index[..., :K], E, dtype=jnp.bool_).any(-2)
+  threshold = jnp.where(inside, value[..., K:], value[..., K - 1 : K])
+  # Softplus underflows to 0 where noise was trained away entirely.
+  std = jnp.maximum(logits.std, 1e-6)
+  return jax.scipy.stats.norm.cdf((logits.clean - threshold) / std)
+
+
+@checked
+def flat_choices(
+  branch_index: Int32[Array, 'G S K1'],
+  branch_gate: Float32[Array, 'G S K1'],
+  expert_index: Int32[Array, 'G S K1 K2'],
+  expert_gate: Float32[Array, 'G S K1 K2'],
+  branch_size: int,
+) -> tuple[Int32[Array, 'G S K'], Float32[Array, 'G S K']]:
+  """The K1 * K2 choices among all experts, and their gates gp_i * g_ij.
+
+  The choices of a token's first branch come first.
+
+  Args:
+    branch_index: The chosen branches, in [0, a).
+    branch_gate: The primary gate's weights of the chosen branches.
+    expert_index: The experts chosen within each chosen branch, in [0, b).
+    expert_gate: The weights of those experts, from their branch's gate.
+    branch_size: b, the number of experts in a branch.
+
+  Source: Eq. 12 of arXiv:1701.06538.
+  """
+  G, S, K1, K2 = expert_index.shape
+  index = branch_index[..., None] * branch_size + expert_index
+  gate = branch_gate[..., None] * expert_gate
+  return index.reshape(G, S, K1 * K2), gate.reshape(G, S, K1 * K2)
+
+
+@checked
+def hierarchical_load(
+  branch_probability: Float32[Array, 'G S A'],
+  expert_probability: Float32[Array, 'G S K1 B'],
+  branch_index: Int32[Array, 'G S K1'],
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, 'G E']:
+  """Load_H, for expert j of branch i: Load_p(X)_i * Load_i(X_i)_j / |X_i|.
+
+  X_i are the real tokens that chose branch i; the load of a branch that nobody
+  chose is 0. The first factor is where the primary gate's gradient comes from.
+
+  Args:
+    branch_probability: P(x, i) of the primary gate (`load_probability`).
+    expert_probability: P(x, j) of the gate of each chosen branch.
+    branch_index: The chosen branches.
+    mask: False for padding.
+
+  Source: Eq. 14 of arXiv:1701.06538.
+  """
+  G, _, A = branch_probability.shape
+  real = mask[..., None]
+  branch_load = jnp.where(real, branch_probability, 0.0).sum(1)  # [G, A]
+  chosen = jax.nn.one_hot(branch_index, A) * real[..., None]  # [G, S, K1, A]
+  num_chosen = chosen.sum((1, 2))  # [G, A]
+  expert_load = jnp.einsum(
+    'GSKA,GSKB->GAB',
+    chosen,
+    jnp.where(real[..., None], expert_probability, 0.0),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  share = branch_load / jnp.maximum(num_chosen, 1.0)
+  return (share[..., None] * expert_load).reshape(G, -1)
+
+
+def hierarchical_load_loss(
+  branch_probability: Float32[Array, 'G S A'],
+  expert_probability: Float32[Array, 'G S K1 B'],
+  branch_index: Int32[Array, 'G S K1'],
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, ' G']:
+  """CV(Load_H)^2; arguments are those of `hierarchical_load`."""
+  return cv_squared(
+    hierarchical_load(
+      branch_probability, expert_probability, branch_index, mask
+    )
+  )
+
+
+@checked
+def over_levels(
+  per_token: Callable[[Array], Array],
+  branch_logits: Float32[Array, 'G S A'],
+  branch_gate: Float32[Array, 'G S K1'],
+  expert_logits: Float32[Array, 'G P B'],
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, '']:
+  """The sum over real tokens of a measure of the logits of both levels.
+
+  The measure of the primary gate's logits is added to those of the chosen
+  branches' logits, weighted by the primary gate. The weights have no gradient,
+  so that the z-loss does not move tokens to branches with small logits.
+
+  Args:
+    per_token: The measure, from logits to a number for each token.
+    branch_logits: The primary gate's logits.
+    branch_gate: The weights of the chosen branches.
+    expert_logits: The logits within each chosen branch, P = S * K1.
+    mask: False for padding.
+  """
+  inner = per_token(expert_logits).reshape(branch_gate.shape)
+  gate = jax.lax.stop_gradient(branch_gate)
+  measure = per_token(branch_logits) + (gate * inner).sum(-1)  # [G, S]
+  return jnp.where(mask, measure, 0.0).sum()
+
+
+@checked
+def batchwise_choice(
+  router_logits: Float32[Array, 'G S E'],
+  *,
+  num_selected: int,
+  mask: Bool[Array, 'G S'],
+) -> SlotRouting:
+  """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
+
+  Each group is a batch of its own. In a padded group of n real tokens it is
+  ceil(m n / S). Ties go to the earlier token.
+
+  Source: Eq. 16 and 18 of arXiv:1701.06538.
+  """
+  S, E = router_logits.shape[1:]
+  check_selected(num_selected, E)
+  capacity = -(-num_selected * S // E)
+  chosen = expert_choice(router_logits, capacity=capacity, mask=mask)
+  return _renormalized(chosen)
+
+
+@checked
+def threshold_choice(
+  router_logits: Float32[Array, 'G S E'],
+  thresholds: Float32[Array, ' E'],
+  *,
+  capacity: int,
+  mask: Bool[Array, 'G S'],
+) -> SlotRouting:
+  """The threshold mask: experts take tokens with gates above their threshold.
+
+  Where these are more than an expert has slots, it takes the largest gates;
+  with room for all, a token's experts depend on that token alone.
+
+  Source: Eq. 19 of arXiv:1701.06538.
+  """
+  S = router_logits.shape[1]
+  check_slots(capacity, S)
+  probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
+  above = (probs > thresholds[None, :, None]) & mask[:, None]
+  scores = jnp.where(above, jax.lax.stop_gradient(probs), -1.0)
+  index = decided(jax.lax.top_k(scores, capacity)[1])  # [G, E, C]
+  filled = jnp.take_along_axis(above, index, axis=2)
+  gate = jnp.take_along_axis(probs, index, axis=2)
+  return _renormalized(
+    SlotRouting(
+      token_index=jnp.where(filled, index, S),
+      gate=jnp.where(filled, gate, 0.0),
+      group_size=S,
+    )
+  )
+
+
+@checked
+def batchwise_loss(
+  router_logits: Float32[Array, 'G S E'],
+  thresholds: Float32[Array, ' E'],
+  chosen: SlotRouting,
+  mask: Bool[Array, 'G S'],
+) -> Float32[Array, ' G']:
+  """sum_i (threshold mask - batchwise mask)_i * (gate_i - T_i), over experts i.
+
+  Never negative, and 0 where the two masks agree. The masks have no gradient;
+  gates and thresholds have. Unlike the paper's it is a mean over real tokens,
+  not a sum, so that it does not grow with the batch.
+
+  Args:
+    router_logits: The logits, whose softmax is the gates.
+    thresholds: The threshold T of each expert.
+    chosen: The batchwise mask, from `batchwise_choice`.
+    mask: False for padding.
+
+  Source: Eq. 20 of arXiv:1701.06538.
+  """
+  probs = jax.nn.softmax(router_logits)  # [G, S, E]
+  difference = probs - thresholds[None, None]
+  token_mask = _token_mask(chosen)
+  signs = (difference > 0).astype(jnp.float32) - token_mask.astype(jnp.float32)
+  per_token = (jax.lax.stop_gradient(signs) * difference).sum(-1)
+  real = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
+  return jnp.where(mask, per_token, 0.0).sum(-1) / real
+
+
+def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
+  """Whether each expert took each token."""
+  G, E, _ = chosen.token_index.shape
+  group, expert = _indices(G, E)
+  mask = jnp.zeros((G, chosen.group_size, E), bool)
+  return mask.at[group, chosen.token_index, expert].set(True, mode='drop')
+
+
+def _renormalized(chosen: SlotRouting) -> SlotRouting:
+  """The same choices with gates that sum to one over each token's experts."""
+  G, E, _ = chosen.token_index.shape
+  group, _ = _indices(G, E)
+  total = jnp.zeros((G, chosen.group_size), jnp.float32)
+  total = total.at[group, chosen.token_index].add(chosen.gate, mode='drop')
+  divisor = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
+  gate = jnp.where(
+    chosen.filled, chosen.gate / jnp.where(divisor > 0, divisor, 1.0), 0
+  )
+  return SlotRouting(chosen.token_index, gate, chosen.group_size)
+
+
+def _indices(
+  G: int, E: int
+) -> tuple[Int32[Array, 'G 1 1'], Int32[Array, '1 E 1']]:
+  return (
+    jnp.arange(G, dtype=jnp.int32)[:, None, None],
+    jnp.arange(E, dtype=jnp.int32)[None, :, None],
+  )
