@@ -16,9 +16,8 @@ from moe_jax.analysis.counts import (
   sized_parameters,
 )
 from moe_jax.errors import InputError
-from moe_jax.layers.activations import activation
 from moe_jax.layers.block import BlockConfig
-from moe_jax.layers.ffn import FfnOptions
+from moe_jax.layers.ffn import FfnOptions, activation
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model

@@ -23,7 +23,7 @@ from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import ShortTurns
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Rotary
-from moe_jax.layers.rotary_scaling import LongRope
+from moe_jax.layers.rotary import LongRope
 from moe_jax.layers.routers import SparseMixer
 from moe_jax.models import DecoderOptions
 from moe_jax.options import fields_of

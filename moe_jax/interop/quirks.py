@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
-from moe_jax.layers.rotary_scaling import LongRope, Turns
+from moe_jax.layers.rotary import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.layers.shared import RULES
 from moe_jax.models import EncoderDecoder, EncoderDecoderOptions

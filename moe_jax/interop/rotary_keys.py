@@ -21,7 +21,7 @@ from moe_jax.interop.config_keys import (
   kind_name,
 )
 from moe_jax.layers.positions import Positions, Rotary
-from moe_jax.layers.rotary_scaling import SCALINGS
+from moe_jax.layers.rotary import SCALINGS
 
 _ORIGINAL = 'original_max_position_embeddings'
 _FRACTION = 'partial_rotary_factor'

@@ -1,10 +1,260 @@
-"""Rotary positions: queries and keys turn by their position."""
+"""Rotary positions: queries and keys turn by their position.
+
+Texts longer than those of the first training turn by other angles, by YaRN
+(https://arxiv.org/abs/2309.00071) or LongRoPE
+(https://arxiv.org/abs/2402.13753).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.layers.rotary_scaling import RotaryScaling
+from moe_jax.options import Kinds, Options, above, at_least, each, option
 from moe_jax.shape_checks import checked
 from moe_jax.shapes import Array, Float, Float32, Int
+
+
+class Turns(NamedTuple):
+  """The turns of pairs of numbers.
+
+  Attributes:
+    frequency: float32 [P], radians by which each pair turns at a position.
+    factor: The number that a pair is multiplied by as it turns.
+  """
+
+  frequency: np.ndarray
+  factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling(Options):
+  """The contract of changes to rotary positions for longer texts."""
+
+  def problems_with(self, theta: float, width: int) -> Iterator[str]:
+    """The problems with this base and so many turning numbers of a head."""
+    del theta, width
+    return iter(())
+
+  def turns(self, theta: float, width: int) -> Turns:
+    """The turns of the pairs among `width` numbers of each head."""
+    return Turns(frequencies(theta, width))
+
+  def long_turns(self, theta: float, width: int) -> tuple[int, Turns] | None:
+    """The turns in documents that reach a position, and that position."""
+    del theta, width
+
+  @property
+  def changes_at(self) -> int | None:
+    """The position that a document reaches to be long; None where none is."""
+
+  @property
+  def latent_factor(self) -> float:
+    """The factor of the scores of multi-head latent attention."""
+    return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Unscaled(RotaryScaling):
+  """All texts turn by the angles of the first training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn(RotaryScaling):
+  """Slow pairs turn `factor` times slower, fast ones as before.
+
+  Source: section 3 of arXiv:2309.00071, with the options of transformers 5.24.
+  """
+
+  factor: float = option(
+    1.0,
+    'Number of times that texts are longer than `original_len`, by which the '
+    'turns of slow pairs are divided.',
+    above(0),
+  )
+  original_len: int = option(
+    4096, 'Length in tokens of the texts of the first training.', at_least(1)
+  )
+  beta_fast: float = option(
+    32.0,
+    'Number of turns in `original_len` tokens from which on a pair turns as '
+    'fast as before.',
+    above(0),
+  )
+  beta_slow: float = option(
+    1.0,
+    'Number of turns in `original_len` tokens up to which a pair turns '
+    '`factor` times slower; pairs between the two are mixed.',
+    above(0),
+  )
+  truncate: bool = option(
+    True,
+    'Whether the pairs between which turns are mixed are whole numbers: the '
+    'first rounded down, the last up; gpt-oss does not round.',
+  )
+  attention_factor: float = option(
+    0.0,
+    'Factor of queries and keys as they turn; 0.0: 0.1 ln(factor) + 1, or, '
+    'where both are set, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim '
+    'ln(factor) + 1).',
+    at_least(0),
+  )
+  mscale: float = option(
+    0.0,
+    'Multiple of ln(factor) in the numerator of the ratio that '
+    'attention_factor=0.0 stands for (DeepSeek-V2); 0.0, or '
+    'mscale_all_dim=0.0: there is no ratio.',
+    at_least(0),
+  )
+  mscale_all_dim: float = option(
+    0.0,
+    'Multiple of ln(factor) in the denominator of the ratio that '
+    'attention_factor=0.0 stands for; multi-head latent attention also '
+    'multiplies its scores by the square of 0.1 mscale_all_dim ln(factor) + 1 '
+    '(DeepSeek-V2); 0.0: by 1.',
+    at_least(0),
+  )
+
+  def problems(self) -> Iterator[str]:
+    """The problem of bounds in the wrong order."""
+    if self.beta_fast <= self.beta_slow:
+      yield (
+        f'beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}'
+      )
+
+  def problems_with(self, theta: float, width: int) -> Iterator[str]:
+    """The problem of a base under which no pair turns slower than another."""
+    del width
+    if theta <= 1:
+      yield f'theta={theta} must be above 1 with scaling'
+
+  def turns(self, theta: float, width: int) -> Turns:
+    """See `RotaryScaling.turns`."""
+    low = self._pair(theta, width, self.beta_fast)
+    high = self._pair(theta, width, self.beta_slow)
+    if self.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    high += 0.001 if low == high else 0
+    pair = np.arange(width // 2, dtype=np.float32)
+    slow = np.clip((pair - low) / np.float32(high - low), 0, 1)
+    frequency = frequencies(theta, width)
+    mixed = frequency / np.float32(self.factor) * slow + frequency * (1 - slow)
+    return Turns(mixed.astype(np.float32), self._factor())
+
+  def _pair(self, theta: float, width: int, num_turns: float) -> float:
+    """The number of the pair that turns so often in `original_len` tokens."""
+    wavelength = self.original_len / (num_turns * 2 * math.pi)
+    return width * math.log(wavelength) / (2 * math.log(theta))
+
+  def _factor(self) -> float:
+    if self.attention_factor:
+      return self.attention_factor
+    if self.mscale and self.mscale_all_dim:
+      return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+    return self._mscale(1.0)
+
+  def _mscale(self, multiple: float) -> float:
+    """0.1 * multiple * ln(factor) + 1; 1 for a factor below 1."""
+    return 0.1 * multiple * math.log(max(self.factor, 1.0)) + 1.0
+
+  @property
+  def latent_factor(self) -> float:
+    """See `RotaryScaling.latent_factor`."""
+    return self._mscale(self.mscale_all_dim) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope(RotaryScaling):
+  """Each pair turns slower by a factor of its own: one list, or another.
+
+  The second list is that of long documents: segments of a row with a token at a
+  position of `original_len` or more. Source: arXiv:2402.13753. Unlike
+  transformers 5.24, which lets the longest row of a batch decide, a document
+  depends on no other. transformers' Phi-3.5-MoE never uses the second list; see
+  `interop.quirks.ShortTurns`.
+  """
+
+  short_factor: tuple[float, ...] = option(
+    (),
+    'Numbers by which the turns of each pair are divided in short documents.',
+    each(above(0)),
+  )
+  long_factor: tuple[float, ...] = option(
+    (),
+    'Numbers by which the turns of each pair are divided in long documents.',
+    each(above(0)),
+  )
+  original_len: int = option(
+    4096, 'Length in tokens up to which documents are short.', at_least(2)
+  )
+  factor: float = option(
+    1.0,
+    'Number of times that texts are longer than `original_len`, which decides '
+    'the attention factor.',
+    above(0),
+  )
+  short_mscale: float = option(
+    0.0,
+    'Factor of queries and keys as they turn in short documents; 0.0: the root '
+    'of 1 + ln(factor) / ln(original_len).',
+    at_least(0),
+  )
+  long_mscale: float = option(
+    0.0,
+    'Factor of queries and keys as they turn in long documents; 0.0: the root '
+    'of 1 + ln(factor) / ln(original_len).',
+    at_least(0),
+  )
+
+  @property
+  def changes_at(self) -> int:
+    """See `RotaryScaling.changes_at`."""
+    return self.original_len
+
+  def problems_with(self, theta: float, width: int) -> Iterator[str]:
+    """The problem of lists that are not as long as there are pairs."""
+    del theta
+    pairs = width // 2
+    for name in ('short_factor', 'long_factor'):
+      count = len(getattr(self, name))
+      if count != pairs:
+        yield f'{name} has {count} numbers for the {pairs} pairs of a head'
+
+  def shrunk(self) -> RotaryScaling:
+    """See `Options.shrunk`; small heads have other pairs."""
+    return Unscaled()
+
+  def turns(self, theta: float, width: int) -> Turns:
+    """See `RotaryScaling.turns`."""
+    return self._turns(theta, width, self.short_factor, self.short_mscale)
+
+  def long_turns(self, theta: float, width: int) -> tuple[int, Turns]:
+    """See `RotaryScaling.long_turns`."""
+    turns = self._turns(theta, width, self.long_factor, self.long_mscale)
+    return self.original_len, turns
+
+  def _turns(self, theta, width, factors, mscale) -> Turns:
+    divisors = np.asarray(factors, np.float32)
+    log_ratio = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
+    return Turns(
+      frequencies(theta, width) / divisors, mscale or math.sqrt(1 + log_ratio)
+    )
+
+
+SCALINGS = Kinds(
+  'scaling of rotary positions',
+  RotaryScaling,
+  {'none': Unscaled, 'yarn': Yarn, 'longrope': LongRope},
+)
+
+
+def frequencies(theta: float, width: int) -> np.ndarray:
+  """Radians by which each of width / 2 pairs turns at a position, float32."""
+  return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
 
 
 def turns_of(

@@ -6,7 +6,7 @@ import pytest
 from moe_jax.generation import prepare
 from moe_jax.generation.prefix import make_prefix, round_up
 from moe_jax.layers.positions import Learned, Relative, Rotary
-from moe_jax.layers.rotary_scaling import LongRope
+from moe_jax.layers.rotary import LongRope
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.capacity import Fraction, PerToken
 from tests.models import tiny

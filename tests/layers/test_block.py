@@ -9,13 +9,11 @@ from flax import linen as nn
 
 from moe_jax.layers import (
   AttentionOptions,
-  Block,
-  BlockConfig,
-  Context,
   FeedForwardExpert,
   FfnOptions,
   MoeOptions,
 )
+from moe_jax.layers.block import Block, BlockConfig, Context
 from moe_jax.layers.parameters import roles_of
 from moe_jax.routing.capacity import Fixed
 from tests.layers.test_moe import draw

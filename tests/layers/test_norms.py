@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import NORMS, Numerics, Shared
+from moe_jax.layers import Numerics, Shared
+from moe_jax.layers.norms import NORMS
 from moe_jax.layers.parameters import roles_of
 
 EPSILON = 0.25  # large enough to matter

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import INITS, FanIn, Gpt2, Numerics, Shared, parameters
+from moe_jax.layers import Gpt2, Numerics, Shared, parameters
+from moe_jax.layers.shared import INITS, FanIn
 from tests.models import tiny
 
 ROLE = 'ffn'

@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.layers import (
+from moe_jax.layers import Attention, AttentionOptions, Rotary
+from moe_jax.layers.positions import (
   POSITIONS,
-  Attention,
-  AttentionOptions,
   Learned,
   NoPositions,
   Relative,
-  Rotary,
-  Sinusoidal,
-)
-from moe_jax.layers.positions import sinusoids
-from moe_jax.layers.relative_positions import (
   RelativePositionBias,
+  Sinusoidal,
   distance_bucket,
+  sinusoids,
 )
 
 B, T, H, D = 2, 5, 3, 4

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers import LongRope, Rotary, Yarn
+from moe_jax.layers import Rotary
+from moe_jax.layers.rotary import LongRope, Yarn
 from tests.layers.test_positions import draw
 
 B, T, H, D = 2, 5, 3, 8

@@ -24,7 +24,7 @@ from moe_jax.layers.positions import (
   Sinusoidal,
 )
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.rotary_scaling import LongRope, Yarn
+from moe_jax.layers.rotary import LongRope, Yarn
 from moe_jax.layers.routers import (
   ExpertChoice,
   Hash,

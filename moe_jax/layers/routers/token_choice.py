@@ -2,12 +2,16 @@
 
 Switch (https://arxiv.org/abs/2101.03961), GShard, ST-MoE, Mixtral, Loss-Free
 Balancing, OLMoE, Qwen3-MoE and DeepSeek-V2 and V3 are settings of its options.
-The rule is `moe_jax.routing.token_choice_rule`.
+The rules are `moe_jax.routing.token_choice_rule` and `limited_rules`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
 
 from moe_jax.layers.routers.balance_scopes import (
   ScopedBalanceLoss,
@@ -25,23 +29,153 @@ from moe_jax.layers.routers.by_token import (
   logits_aux,
   serve,
 )
-from moe_jax.layers.routers.contract import Router
-from moe_jax.layers.routers.expert_groups import ExpertGroups, within_groups
-from moe_jax.layers.routers.exploring import (
-  Exploring,
-  sampled,
-  with_dropout,
-)
+from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
 from moe_jax.layers.routers.linear_gate import (
   ROUNDINGS,
   LinearGate,
   jittered,
   linear_logits,
 )
-from moe_jax.options import above, one_of, option
+from moe_jax.options import above, at_least, one_of, option, within
+from moe_jax.partitioning import on_each_device
 from moe_jax.routing.balance_bias import SCORES, biased_scores, scores_of
+from moe_jax.routing.limited_rules import (
+  GROUP_SCORES,
+  OUTSIDE,
+  group_problems,
+  limited_scores,
+)
 from moe_jax.routing.token_choice_rule import GATES
 from moe_jax.shapes import Array, Float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploring(RouterOptions):
+  """The options of a router that may try other experts in training."""
+
+  choice_policy: str = option(
+    'largest',
+    "Experts that a token chooses in training: 'largest' are those of its K "
+    "largest scores; 'sampled' are drawn by the router's probabilities, "
+    'without replacement; the gate of an expert does not depend on whether it '
+    'was drawn. Evaluation always takes the largest.',
+    one_of('largest', 'sampled'),
+    how=True,
+  )
+  input_dropout: float = option(
+    0.0,
+    "Rate at which numbers of the router's input are dropped in training, and "
+    'the others scaled up; experts see the whole input. 0.0 drops nothing.',
+    within('[0, 1)'),
+    how=True,
+  )
+
+
+def with_dropout(
+  module: Router, x: Float32[Array, 'G S M'], train: bool
+) -> Float32[Array, 'G S M']:
+  """The router's input with the dropout of `Exploring`."""
+  rate = module.options.input_dropout
+  if not train or rate == 0:
+    return x
+  keep_mask = jax.random.bernoulli(module.make_rng(NOISE), 1.0 - rate, x.shape)
+  return jnp.where(keep_mask, x / (1.0 - rate), 0.0)
+
+
+def sampled(
+  module: Router, logits: Float32[Array, 'G S E'], train: bool
+) -> Float32[Array, 'G S E'] | None:
+  """Scores whose K largest are a draw by the softmax; None where none is.
+
+  Logits with Gumbel noise: their largest is drawn by the softmax, and the next
+  ones by the softmax of those that are left (arXiv:1903.06059).
+  """
+  if not train or module.options.choice_policy == 'largest':
+    return None
+  key = module.make_rng(NOISE)
+  return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+
+
+_SEVERAL = {'expert_groups': at_least(2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertGroups(RouterOptions):
+  """The options of a router whose tokens may choose groups of experts first."""
+
+  expert_groups: int = option(
+    1,
+    'Number of groups of consecutive experts, of which a token chooses some '
+    "before it chooses experts in them (DeepSeek checkpoints' n_group: 8 in "
+    'V3); 1: all experts are one group.',
+    at_least(1),
+  )
+  chosen_expert_groups: int = option(
+    1,
+    'Number of groups of experts that each token chooses (topk_group: 4 in '
+    'V3).',
+    at_least(1),
+    when=_SEVERAL,
+  )
+  expert_group_score: str = option(
+    'best',
+    "Score by which a token chooses a group of experts: its 'best' score "
+    "(DeepSeek-V2), or the sum of its 'two_best' (DeepSeek-V3).",
+    one_of(*GROUP_SCORES),
+    when=_SEVERAL,
+  )
+  outside_expert_groups: str = option(
+    'minus_infinity',
+    "Score of experts outside of the chosen groups: 'minus_infinity' (V3), or "
+    "'zero' (V2), with which they win over biased scores below zero.",
+    one_of(*OUTSIDE),
+    when=_SEVERAL,
+  )
+
+  def problems(self):
+    """The problem of more chosen groups than there are."""
+    yield from super().problems()
+    chosen, groups = self.chosen_expert_groups, self.expert_groups
+    if chosen > groups:
+      yield f'chosen_expert_groups={chosen} is more than expert_groups={groups}'
+
+  def problems_with(self, sizes):
+    """The problems of groups with E and with K."""
+    yield from super().problems_with(sizes)
+    E, K, groups = sizes.num_experts, sizes.num_selected, self.expert_groups
+    if groups == 1:
+      return
+    problems = list(group_problems(E, groups, self.expert_group_score))
+    yield from (f'{problem} of router.expert_groups' for problem in problems)
+    open_experts = self.chosen_expert_groups * E // groups
+    if open_experts < K and not problems:
+      yield (
+        f'num_selected={K} is more than the {open_experts} experts of the '
+        f'chosen_expert_groups={self.chosen_expert_groups}'
+      )
+
+  def shrunk(self):
+    """See `Options.shrunk`: a token chooses one of two groups of experts."""
+    if self.expert_groups == 1:
+      return self
+    return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
+
+
+def within_groups(
+  options: ExpertGroups, scores: Float32[Array, 'G S E']
+) -> Float32[Array, 'G S E']:
+  """The scores by which tokens choose, in their best groups of experts."""
+  if options.expert_groups == 1:
+    return scores
+  rule = functools.partial(
+    limited_scores,
+    num_groups=options.expert_groups,
+    chosen_groups=options.chosen_expert_groups,
+    group_score=options.expert_group_score,
+    outside=options.outside_expert_groups,
+  )
+  # It runs on each device, as no compiler splits a top-K over groups.
+  return on_each_device(rule, (scores,))
 
 
 @dataclasses.dataclass(frozen=True)
