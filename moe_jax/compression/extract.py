@@ -28,8 +28,7 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.stack_options import StackOptions
-from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.models.transformer_options import StackOptions, TransformerOptions
 from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float32, Int32, Leaf
 

@@ -12,7 +12,7 @@ from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import ModelOptions
-from moe_jax.models.stack_options import StackOptions
+from moe_jax.models.transformer_options import StackOptions
 
 # Our names of the activations of feed-forwards that have no gate.
 ACTIVATIONS = {

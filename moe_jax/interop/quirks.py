@@ -17,7 +17,7 @@ from moe_jax.layers.rotary import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.layers.shared import RULES
 from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
-from moe_jax.models.padding import Padding
+from moe_jax.models.stack import Padding
 from moe_jax.options import above, at_least, fields_of, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import Routing

@@ -1,7 +1,7 @@
 """Models: a model's options say what it is, and build its linen module."""
 
 from moe_jax.layers.attention.cache import KVCache
-from moe_jax.models.base import Model, check_generates
+from moe_jax.models.base import Model, ModelOptions, RunShape, check_generates
 from moe_jax.models.decoder import Decoder, DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder import EncoderDecoder
@@ -9,16 +9,25 @@ from moe_jax.models.encoder_decoder_options import (
   EncoderDecoderOptions,
   EncoderOptions,
 )
-from moe_jax.models.kinds import MODELS
 from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
-from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.parameter_trees import (
   abstract_params,
   describe,
   init_params,
 )
 from moe_jax.models.pattern import sparse_pattern
+from moe_jax.options import Kinds
 
+MODELS = Kinds(
+  'model',
+  ModelOptions,
+  {
+    'decoder': DecoderOptions,
+    'encoder_decoder': EncoderDecoderOptions,
+    'lstm': LstmLmOptions,
+  },
+  inline=True,
+)
 Cache = KVCache | LstmCache  # the state between decoding steps
 
 __all__ = [

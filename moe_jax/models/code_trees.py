@@ -12,10 +12,9 @@ from moe_jax.layers.experts import (
   QuantizedExpert,
 )
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.model_options import ModelOptions
-from moe_jax.models.stack_options import StackOptions
-from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.models.transformer_options import StackOptions, TransformerOptions
 from moe_jax.options import fields_of
 
 

@@ -10,10 +10,9 @@ from moe_jax.layers.attention import ATTENTIONS
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.shared import RULES
+from moe_jax.models.base import RunShape
 from moe_jax.models.encoder_decoder import EncoderDecoder
-from moe_jax.models.model_options import RunShape
-from moe_jax.models.stack_options import StackOptions
-from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.models.transformer_options import StackOptions, TransformerOptions
 from moe_jax.options import (
   OptionError,
   Options,

@@ -21,13 +21,12 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
 from moe_jax.models import flat_trees
-from moe_jax.models.base import Model
+from moe_jax.models.base import Model, ModelOptions
 from moe_jax.models.encoder_decoder_options import (
   EncoderDecoderOptions,
   EncoderOptions,
 )
 from moe_jax.models.flat_trees import Path
-from moe_jax.models.model_options import ModelOptions
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.router_state import COLLECTION, abstract_router_state
 from moe_jax.models.text_options import LayerOptions

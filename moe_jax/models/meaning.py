@@ -10,10 +10,9 @@ import dataclasses
 from typing import Any
 
 from moe_jax import sections
+from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.model_options import ModelOptions
-from moe_jax.models.stack_options import StackOptions
-from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.models.transformer_options import StackOptions, TransformerOptions
 from moe_jax.options import fields_of
 
 _ENCODER = 'encoder.'

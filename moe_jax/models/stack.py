@@ -17,12 +17,25 @@ from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Block, BlockConfig, Context
 from moe_jax.layers.imposed import given_to_layer
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.models.padding import Padding
 from moe_jax.models.pattern import Segment, layer_name, period_name, segments
 from moe_jax.routing import MoeAux
 from moe_jax.routing.rows import DECISION, without_nan
 from moe_jax.routing.stats import with_room
-from moe_jax.shapes import Array, Float, Int32
+from moe_jax.shapes import Array, Bool, Float, Int, Int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+  """Padding that takes no slot, is not counted and that no token attends to."""
+
+  def context(self, context: Context) -> Context:
+    """The context of the blocks, from the one that hides padding."""
+    return context
+
+  def routed(self, segment_ids: Int[Array, 'B T']) -> Bool[Array, 'B T']:
+    """The tokens that routers count, as True; segment 0 is padding."""
+    return segment_ids > 0
+
 
 REMATS = {
   'none': None,

@@ -11,8 +11,8 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import POSITIONS, Positions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics, Shared
+from moe_jax.models.base import ModelOptions, RunShape
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
-from moe_jax.models.model_options import ModelOptions, RunShape
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
 from moe_jax.options import Options, at_least, choice, nested, option
 from moe_jax.options import within as in_interval

@@ -12,8 +12,8 @@ from moe_jax import partitioning
 from moe_jax.data import DataOptions
 from moe_jax.distributed import Timeouts
 from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.base import RunShape
 from moe_jax.models.lora import LoraOptions
-from moe_jax.models.model_options import RunShape
 from moe_jax.models.selection import EXPRESSION
 from moe_jax.option_checks import unknown_text
 from moe_jax.options import (

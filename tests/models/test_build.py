@@ -16,7 +16,7 @@ from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.models.padding import Padding
+from moe_jax.models.stack import Padding
 from moe_jax.options import OptionError
 from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All

@@ -12,8 +12,7 @@ from typing import ClassVar, NamedTuple, Self
 from flax import linen as nn
 
 from moe_jax.errors import InputError
-from moe_jax.layers.activations import ACTIVATIONS
-from moe_jax.layers.ffn import FfnLayer, FfnOptions
+from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
 from moe_jax.options import Check, Options, at_least, one_of, option

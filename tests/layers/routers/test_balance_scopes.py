@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import All, MoeOptions, Shared, TokenChoice, models, partitioning
 from moe_jax.layers.routers import Sizes
-from moe_jax.models.model_options import RunShape
+from moe_jax.models.base import RunShape
 from moe_jax.options import OptionError
 from tests import reference
 

@@ -10,7 +10,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
 from moe_jax.layers.routers.contract import RoutedTokens
 from moe_jax.layers.routers.sentence import sentence_means, spread
-from moe_jax.models.model_options import RunShape
+from moe_jax.models.base import RunShape
 from tests.layers.routers import run
 from tests.models import tiny
 
