@@ -240,26 +240,6 @@ class MoeOptions(ImposedOptions):
     width = self.shared_expert.hidden
     return self.expert.twin(1).of_width(width) if width else None
 
-  def fine_grained(self, parts: int) -> Self:
-    """The options with every expert cut into equal parts.
-
-    There are `parts` times the experts, each of 1 / `parts` of the width, of
-    which a token chooses `parts` times as many: equal parameters and FLOPs but
-    for the router's. Capacities are for the same share of a group's choices. A
-    shared expert stays as it is. Source: section 3.1 of arXiv:2401.06066.
-
-    Raises:
-      ValueError: The experts have no width of their own yet, or parts do not
-        divide it.
-    """
-    return dataclasses.replace(
-      self,
-      num_experts=parts * self.num_experts,
-      num_selected=parts * self.num_selected,
-      expert=self.expert.cut(parts),
-      capacity=self.capacity.for_parts(parts),
-    )
-
   def dense_aux(self) -> MoeAux:
     """The aux of a dense layer beside sparse ones, which means leave out."""
     if not self.num_experts:

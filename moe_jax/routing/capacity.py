@@ -59,15 +59,6 @@ class Capacity(Options):
     """
     raise NotImplementedError
 
-  def for_parts(self, parts: int) -> 'Capacity':
-    """The rule with as much room for a choice, if experts are cut into parts.
-
-    Args:
-      parts: The factor by which both E and K grow.
-    """
-    del parts
-    return self
-
   def keeps_in_generation(self, single: bool) -> bool:
     """Whether generation keeps this rule instead of giving room to all tokens.
 
@@ -121,11 +112,6 @@ class _Share(Capacity):
 @dataclasses.dataclass(frozen=True)
 class PerToken(_Share):
   """A capacity of factor * S / E (Switch, ST-MoE; GShard with factor 2)."""
-
-  def for_parts(self, parts):
-    """The rule with a factor that grows with K; see `Capacity.for_parts`."""
-    factor = fractions.Fraction(str(self.factor)) * parts  # see `_share`
-    return dataclasses.replace(self, factor=float(factor))
 
   def per_expert(self, group_size, num_experts, num_selected):
     """The slots of an expert; see `Capacity.per_expert`."""

@@ -52,12 +52,6 @@ def test_the_quotient_is_exact():
   assert slots(100, 5, 1, PerToken(factor=1.15, rounding='floor')) == 23
 
 
-def test_the_factor_of_parts_is_exact():
-  # Three parts of each of ten experts: there 3 * 1.1 is a little over 3.3.
-  rule = PerToken(factor=1.1)
-  assert slots(100, 10, 1, rule) == slots(100, 30, 3, rule.for_parts(3)) == 11
-
-
 @pytest.mark.parametrize('rounding', ['ceil', 'floor', 'round'])
 @pytest.mark.parametrize('rule', CAPACITIES.builtin)
 def test_capacity_follows_the_definition(rule, rounding):

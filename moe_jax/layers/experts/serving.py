@@ -142,16 +142,6 @@ class ExpertOptions(Options):
     del ffn, dropout
     return self
 
-  def cut(self, parts: int) -> 'ExpertOptions':
-    """The options of one of `parts` equal parts of an expert.
-
-    Raises:
-      ValueError: These experts have no width that can be cut.
-    """
-    raise InputError(
-      f'{type(self).__name__} cannot be cut into {parts} parts: it has no width'
-    )
-
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
     """The problems that these experts have with a dispatch."""
     if not dispatch.by_slot:
@@ -224,19 +214,6 @@ class FeedForwardExpert(ExpertOptions):
       bias=self.bias or ffn.bias,
       dropout=dropout if self.dropout < 0 else self.dropout,
     )
-
-  def cut(self, parts: int) -> Self:
-    """See `ExpertOptions.cut`."""
-    if not self.hidden:
-      raise InputError(
-        'expert.hidden=0 stands for model.ffn.hidden; set the width that is to '
-        'be cut'
-      )
-    if parts < 1 or self.hidden % parts:
-      raise InputError(
-        f'expert.hidden={self.hidden} does not divide by parts={parts}'
-      )
-    return dataclasses.replace(self, hidden=self.hidden // parts)
 
   def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
     """None: any dispatch serves feed-forward layers."""

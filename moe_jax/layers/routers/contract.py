@@ -269,10 +269,6 @@ class RouterOptions(Options):
     """
     raise NotImplementedError
 
-  def is_causal(self, sizes: Sizes) -> bool:
-    """Whether outputs up to t never change when later tokens of the row do."""
-    return self.leak(sizes) is None
-
   def decodes(self, sizes: Sizes) -> str | None:
     """The reason why the router cannot decode by tokens; None if it can."""
     del sizes

@@ -25,7 +25,6 @@ from moe_jax.layers.experts import ModuleExpert, SharedExpertOptions
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.parameters import roles_of
 from moe_jax.models.selection import names_of
-from moe_jax.routing.capacity import Fraction, PerAssignment, PerToken
 from tests.models import tiny
 
 B, T, M, E, K, F, H = 2, 7, 6, 5, 3, 4, 9
@@ -193,42 +192,7 @@ def test_bad_options_are_refused(moe, message):
     SharedExpertOptions(**moe)
 
 
-def test_only_feed_forward_experts_have_one_or_are_cut():
+def test_only_feed_forward_experts_have_one():
   expert = ModuleExpert(nn.Dense(M))
   with pytest.raises(ValueError, match='ModuleExpert, which have no width'):
     MoeOptions(expert=expert, shared_expert=SharedExpertOptions(H))
-  with pytest.raises(ValueError, match='ModuleExpert cannot be cut'):
-    MoeOptions(expert=expert).fine_grained(2)
-
-
-@pytest.mark.slow
-def test_fine_grained_experts_cost_the_same_but_for_the_router():
-  wide = tiny.options(
-    dict(expert=FeedForwardExpert(24), shared_expert=SharedExpertOptions(H))
-  )
-  fine = dataclasses.replace(wide, moe=wide.moe.fine_grained(3))
-  assert (fine.moe.num_experts, fine.moe.num_selected) == (15, 6)
-  assert fine.moe.expert.hidden == 8
-  coarse, split = (cost.count(o.build(), 10) for o in (wide, fine))
-  router = 2 * 12 * 10  # ten more columns in each of two layers
-  assert split.expert_params == coarse.expert_params
-  assert split.active_params == coarse.active_params + router
-  assert split.decoder.experts == coarse.decoder.experts
-  assert split.capacity_slack == pytest.approx(coarse.capacity_slack, rel=0.2)
-
-
-@pytest.mark.parametrize(
-  'capacity', [PerToken(1.5), PerAssignment(1.5), Fraction(0.25), Fixed(3)]
-)
-def test_fine_grained_experts_have_room_for_the_same_share(capacity):
-  S, cut = 64, capacity.for_parts(4)
-  assert cut.per_expert(S, 4 * 8, 4 * 2) == capacity.per_expert(S, 8, 2)
-
-
-@pytest.mark.parametrize(
-  ('hidden', 'message'),
-  [(0, 'stands for model.ffn.hidden'), (10, 'does not divide by parts=4')],
-)
-def test_experts_that_cannot_be_cut_are_refused(hidden, message):
-  with pytest.raises(ValueError, match=message):
-    MoeOptions(expert=FeedForwardExpert(hidden)).fine_grained(4)
