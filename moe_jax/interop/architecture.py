@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_jax.errors import InputError
@@ -21,17 +21,6 @@ ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
-
-
-def _no_id(options: ModelOptions) -> None:
-  """Returns None: every token has a position of its own."""
-  del options
-
-
-def _no_patterns(values: Values) -> tuple[str, ...]:
-  """Returns no pattern: every tensor is a part of the model."""
-  del values
-  return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,50 +67,10 @@ class Architecture:
   needs_code: bool = False
   prefix: str = ''
   computed_tensors: tuple[str, ...] = ()
-  skipped_tensors: Callable[[Values], tuple[str, ...]] = _no_patterns
+  skipped_tensors: Callable[[Values], tuple[str, ...]] = lambda values: ()
   fills_gaps: bool = False
   files: Callable[[pathlib.Path], TensorFiles] = TensorFiles
-  unnumbered_id: Callable[[Any], int | None] = _no_id
-
-
-def decoder(
-  model_type: str,
-  stem: str,
-  keys: Keys,
-  problems: Callable[[Values], Iterable[str]],
-  options: Callable[[Values], ModelOptions],
-  describe: Callable[[Any], dict[str, Any]],
-  names: Names,
-  **overrides: Any,
-) -> Architecture:
-  """The architecture of a decoder with rotary positions.
-
-  Args:
-    model_type: The name in config.json; see `Architecture`, also for the rest.
-    stem: Beginning of the names of its classes, such as 'Mixtral'.
-    keys: The keys of config.json.
-    problems: Returns a text for each value that our models cannot express.
-    options: Returns the options of the model.
-    describe: Returns the keys of config.json that a model decides.
-    names: The tensors of our variables.
-    **overrides: Attributes of `Architecture` with other values than those of
-      most decoders.
-  """
-  decoder_attributes: dict[str, Any] = dict(
-    classes=(f'{stem}ForCausalLM', f'{stem}Model'),
-    suits=lambda o: not o.has_encoder,
-    prefix='model.',
-    computed_tensors=(r'rotary_emb\.inv_freq$',),
-  )
-  return Architecture(
-    model_type=model_type,
-    keys=keys,
-    problems=lambda c: list(problems(c)),
-    options=options,
-    describe=describe,
-    names=names,
-    **{**decoder_attributes, **overrides},
-  )
+  unnumbered_id: Callable[[Any], int | None] = lambda options: None
 
 
 def activation_problems(
@@ -152,39 +101,30 @@ def attention_and_moe(
   return attention, stack.moe.within(stack.ffn, stack.dropout)
 
 
-def layers(num_layers: int, step: int, first: int) -> str:
-  """The option `moe.layers` for the layers that are sparse; see `is_sparse`."""
-  sparse = [i for i in range(num_layers) if is_sparse(i, step, first)]
-  if len(sparse) in (0, num_layers):
-    return 'all' if sparse else 'none'
-  return ','.join(map(str, sparse))
+def layers(sparse: Sequence[bool]) -> str:
+  """The option `moe.layers`, for a flag for each layer."""
+  if all(sparse) or not any(sparse):
+    return 'all' if any(sparse) else 'none'
+  return ','.join(str(i) for i, flag in enumerate(sparse) if flag)
 
 
-def period(sparse: tuple[bool, ...], first: int) -> int | None:
-  """The step under which layers are sparse; see `is_sparse`.
-
-  Args:
-    sparse: Whether each layer is sparse.
-    first: 0 as NLLB counts, 1 as Switch does.
-
-  Returns:
-    The step; None if no step gives these layers.
-  """
-  for step in range(len(sparse) + 2):
-    if tuple(is_sparse(i, step, first) for i in range(len(sparse))) == sparse:
-      return step
-  return None
-
-
-def is_sparse(layer: int, step: int, first: int) -> bool:
-  """Whether a layer is sparse, where one in every `step` layers is.
+def sparse_flags(num_layers: int, step: int, first: int) -> tuple[bool, ...]:
+  """Whether each layer is sparse, where one in every `step` layers is.
 
   Args:
-    layer: The number of the layer, from 0.
+    num_layers: The number of layers.
     step: The number of layers of which one is sparse; with 0 no layer is.
     first: 0 if the first sparse layer is step - 1, as NLLB counts; 1 if it is
       layer 1, as Switch counts.
   """
   if step <= 1:
-    return step == 1
-  return layer % step == (1 if first else step - 1)
+    return (step == 1,) * num_layers
+  remainder = 1 if first else step - 1
+  return tuple(i % step == remainder for i in range(num_layers))
+
+
+def period(sparse: tuple[bool, ...], first: int) -> int | None:
+  """The step under which layers are sparse; None if no step gives these."""
+  L = len(sparse)
+  steps = (n for n in range(L + 2) if sparse_flags(L, n, first) == sparse)
+  return next(steps, None)

@@ -9,22 +9,130 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
   their sum.
 - Experts have a clamped activation; gate and up alternate in one tensor.
 
-Published files hold experts in MXFP4 (`mxfp4.py`); bfloat16 is exported.
+Published files hold experts in MXFP4, a format of 4-bit numbers; bfloat16 is
+exported. Blocks of 32 numbers share a scale, which is a power of two (OCP
+Microscaling Formats 1.0). Files have the tensor `name` as `name_blocks`, uint8
+[E, N, M / 32, 16], two numbers a byte and the first in the lower half, and
+`name_scales`, uint8 [E, N, M / 32]. They are read as one bfloat16 tensor `name`
+[E, M, N], which holds every number exactly unless its scale is extreme.
 """
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from moe_jax.errors import InputError
-from moe_jax.interop import decoder_keys, window_keys
-from moe_jax.interop.architecture import decoder
+from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer, weight
+from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, layer, weight
 from moe_jax.interop.mapping import Name
-from moe_jax.interop.mxfp4 import Mxfp4Files
+from moe_jax.interop.tensor_files import (
+  Index,
+  TensorFiles,
+  TensorSpec,
+  problem_text,
+)
 from moe_jax.layers.experts import FeedForwardExpert
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
+
+_BLOCK = 32
+_BLOCKS, _SCALES = '_blocks', '_scales'
+_BIAS = 127  # of the exponents
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NUMBERS = np.array([*_POSITIVE, *(-x for x in _POSITIVE)], np.float32)
+
+
+class Mxfp4Files(TensorFiles):
+  """The tensors of a folder, those in MXFP4 as decoded ones.
+
+  Raises:
+    ValueError: As `TensorFiles`, or blocks and scales do not fit; all problems
+      are listed.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    super().__init__(folder)
+    self._packed: set[str] = set()
+    problems = []
+    for blocks in [name for name in self.specs if name.endswith(_BLOCKS)]:
+      name = blocks.removesuffix(_BLOCKS)
+      problem = self._problem(name)
+      if problem:
+        problems.append(problem)
+        continue
+      E, N, count, _ = self.specs.pop(blocks).shape
+      del self.specs[name + _SCALES]
+      self.specs[name] = TensorSpec((E, count * _BLOCK, N), 'bfloat16')
+      self._packed.add(name)
+    if problems:
+      raise InputError(problem_text(f'{folder} cannot be read', problems))
+
+  def _problem(self, name: str) -> str:
+    """A text if a tensor cannot be decoded, else ''."""
+    blocks = self.specs[name + _BLOCKS]
+    scales = self.specs.get(name + _SCALES)
+    if name in self.specs:
+      return f'{name} is there twice, with and without blocks'
+    if scales is None:
+      return f'{name}{_BLOCKS} has no {name}{_SCALES}'
+    if (blocks.dtype, scales.dtype) != ('U8', 'U8'):
+      return f'{name}: blocks are {blocks.dtype}, scales {scales.dtype}, not U8'
+    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BLOCK // 2):
+      return (
+        f'{name}: blocks are {list(blocks.shape)} and scales '
+        f'{list(scales.shape)}, which are no [E, N, M / 32, 16] and '
+        '[E, N, M / 32]'
+      )
+    return ''
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """See `TensorFiles.read`; only the needed blocks of MXFP4 are read."""
+    if name not in self._packed:
+      return super().read(name, index)
+    if index is None:
+      index = tuple(slice(0, size) for size in self.specs[name].shape)
+    experts, inputs, outputs = (
+      slice(*part.indices(size)[:2])
+      for part, size in zip(index, self.specs[name].shape, strict=True)
+    )
+    first_block = inputs.start // _BLOCK
+    rows = slice(first_block, -(-inputs.stop // _BLOCK))
+    start = inputs.start - first_block * _BLOCK
+    stop = start + inputs.stop - inputs.start
+    sizes = (part.stop - part.start for part in (experts, inputs, outputs))
+    numbers = np.empty(tuple(sizes), ml_dtypes.bfloat16)
+    # One expert at a time, as decoding takes some five times its bytes.
+    for i, expert in enumerate(range(experts.start, experts.stop)):
+      index = slice(expert, expert + 1), outputs, rows
+      scales = super().read(name + _SCALES, index)
+      nibbles = slice(0, _BLOCK // 2)
+      blocks = super().read(name + _BLOCKS, (*index, nibbles))
+      numbers[i] = decode(blocks, scales)[0, :, start:stop].T
+    return numbers
+
+
+def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+  """The numbers in blocks of MXFP4.
+
+  Args:
+    blocks: Two numbers a byte, uint8 [..., C, 16].
+    scales: Exponents of two with a bias of 127, uint8 [..., C].
+
+  Returns:
+    bfloat16 [..., C * 32].
+  """
+  numbers = np.empty((*blocks.shape, 2), np.float32)
+  numbers[..., 0] = _NUMBERS[blocks & 0xF]
+  numbers[..., 1] = _NUMBERS[blocks >> 4]
+  numbers = numbers.reshape(*scales.shape, _BLOCK)
+  exponents = scales.astype(np.int32)[..., None] - _BIAS
+  values = np.ldexp(numbers, exponents).astype(ml_dtypes.bfloat16)
+  return values.reshape(*scales.shape[:-1], -1)
+
 
 _THETA = 150_000.0
 _ROPE = dict(
@@ -36,7 +144,7 @@ _ROPE = dict(
   original_max_position_embeddings=4096,
 )
 _ACTIVATION = 'clamped_swiglu'
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=201088,
     hidden_size=2880,
@@ -68,12 +176,11 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
-  yield from decoder_keys.problems(_with_rope(c), theta=_THETA)
-  if c.num_experts_per_tok == 1:
-    yield 'num_experts_per_tok=1 is not supported: every gate would be 1'
+  yield from decoders.problems(_with_rope(c), theta=_THETA)
+  yield from decoders.gate_problems(c)
   if c.hidden_act != 'silu':
     yield f"hidden_act={c.hidden_act!r} is not supported, only 'silu'"
-  yield from window_keys.problems(_layer_types(c), c.num_hidden_layers)
+  yield from decoders.window_problems(_layer_types(c), c.num_hidden_layers)
   method = (c.quantization_config or {}).get('quant_method')
   if method not in (None, 'mxfp4'):
     yield f"quant_method={method!r:.80} is not supported, only 'mxfp4'"
@@ -89,25 +196,21 @@ def _with_rope(c: Values) -> Values:
 def _layer_types(c: Values) -> list[Any]:
   if c.layer_types is not None:
     return c.layer_types
-  kinds = window_keys.WINDOW, window_keys.FULL
+  kinds = decoders.WINDOW, decoders.FULL
   return [kinds[i % 2] for i in range(c.num_hidden_layers)]
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  return decoder_keys.options(
+  return decoders.options(
     _with_rope(c),
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_local_experts,
-    router=TokenChoice(gates='renormalized', use_bias=True),
-    theta=_THETA,
-    attention=decoder_keys.heads(
+    TokenChoice(gates='renormalized', use_bias=True),
+    decoders.heads(
       c,
-      head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
-      **window_keys.options(_layer_types(c), c.sliding_window),
       sinks=True,
-      biases='all' if c.attention_bias else 'none',
+      **decoders.window_options(_layer_types(c), c.sliding_window),
     ),
+    theta=_THETA,
     moe=dict(
       expert=FeedForwardExpert(
         hidden=c.intermediate_size, activation=_ACTIVATION, bias='all'
@@ -118,19 +221,14 @@ def options(c: Values) -> DecoderOptions:
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  shared = decoder_keys.describe(o, 'gpt-oss')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
-  activation = decoder_keys.expert_of(o).activation
+  shared = decoders.describe(o, 'gpt-oss', KEYS)
+  activation = decoders.expert_of(o).activation
   if activation != _ACTIVATION:
     raise InputError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
   return shared | dict(
     hidden_act='silu',
-    intermediate_size=decoder_keys.expert_of(o).hidden,
-    num_local_experts=moe.num_experts,
-    head_dim=attention.head_width,
-    sliding_window=attention.window or 128,
-    layer_types=window_keys.layer_types(o),
-    attention_bias=attention.has_bias('query', use_bias=False),
+    sliding_window=o.attention.window or 128,
+    layer_types=decoders.layer_types(o),
   )
 
 

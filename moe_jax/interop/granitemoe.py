@@ -9,18 +9,17 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 - Experts are stacked in files, gate and up in one tensor.
 """
 
-import dataclasses
 from typing import Any
 
-from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import decoder
+from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import POSITIVE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer
+from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
 
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=32000,
     hidden_size=4096,
@@ -46,33 +45,19 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our decoders cannot express."""
-  errors = decoder_keys.problems(c)
-  if c.num_experts_per_tok == 1:
-    errors.append(
-      'num_experts_per_tok=1 is not supported: every gate would be 1'
-    )
-  return errors
+  return [*decoders.problems(c), *decoders.gate_problems(c)]
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  base_options = decoder_keys.options(
+  scale = float(c.attention_multiplier)
+  return decoders.options(
     c,
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_local_experts,
-    router=TokenChoice(gates='renormalized'),
-    attention=decoder_keys.heads(
-      c,
-      scale='fixed',
-      fixed_scale=float(c.attention_multiplier),
-      biases='all' if c.attention_bias else 'none',
-    ),
-  )
-  return dataclasses.replace(
-    base_options,
+    TokenChoice(gates='renormalized'),
+    decoders.heads(c, scale='fixed', fixed_scale=scale),
     residual_multiplier=float(c.residual_multiplier),
-    embedding=dataclasses.replace(
-      base_options.embedding,
+    embedding=EmbeddingOptions(
+      tie=c.tie_word_embeddings,
       multiplier=float(c.embedding_multiplier),
       logits_divisor=float(c.logits_scaling),
     ),
@@ -81,13 +66,10 @@ def options(c: Values) -> DecoderOptions:
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  shared = decoder_keys.describe(o, 'GraniteMoE')
-  attention = decoder_keys.plain_heads(o)
+  shared = decoders.describe(o, 'GraniteMoE', KEYS)
+  attention = decoders.plain_heads(o)
   scale = attention.score_scale or attention.head_width**-0.5
   return shared | dict(
-    intermediate_size=decoder_keys.expert_of(o).hidden,
-    num_local_experts=decoder_keys.moe_options(o).num_experts,
-    attention_bias=attention.has_bias('query', use_bias=False),
     embedding_multiplier=o.embedding.multiplier,
     attention_multiplier=scale,
     residual_multiplier=o.residual_multiplier,

@@ -25,8 +25,12 @@ from moe_jax.data import (
 )
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.interop import hub, loading
-from moe_jax.interop.checkpoint_folder import Checkpoint
+from moe_jax.interop import loading
+from moe_jax.interop.checkpoint_folder import (
+  Checkpoint,
+  fetch_folder,
+  small_files,
+)
 from moe_jax.models import ModelOptions
 from moe_jax.options import Options, default_of, fields_of, spec_of
 from moe_jax.runs import new_run
@@ -66,11 +70,11 @@ def import_run(
   """
   folder = pathlib.Path(workdir).expanduser().resolve()
   new_run.check_free(folder)
-  config_folder = hub.fetch(source, weights=False, revision=revision)
+  config_folder = fetch_folder(source, weights=False, revision=revision)
   data = options.data
   tokenizer = _tokenizer(config_folder, data)
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
-  small_files = hub.small_files(checkpoint.folder)
+  other_files = small_files(checkpoint.folder)
   _check_vocabulary(tokenizer, checkpoint)
   model = _model(checkpoint.options, options.model)
   checkpoint = dataclasses.replace(checkpoint, options=model)
@@ -88,7 +92,7 @@ def import_run(
       _size_line(variables['params'], mesh),
       _memory_line(peak_before, checkpoint),
     ]
-    new_run.copy_files(small_files, unfinished / new_run.FILES)
+    new_run.copy_files(other_files, unfinished / new_run.FILES)
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}

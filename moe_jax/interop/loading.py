@@ -19,9 +19,9 @@ from jax.sharding import Mesh, Sharding
 
 from moe_jax import models, partitioning
 from moe_jax.errors import InputError
-from moe_jax.interop import hub
 from moe_jax.interop.checkpoint_folder import (
   Checkpoint,
+  fetch_folder,
   named_dtype,
   open_checkpoint,
   param_dtype_for,
@@ -112,8 +112,8 @@ def fetch(
 
   A config that is not supported is refused before weights are downloaded.
   """
-  open_checkpoint(hub.fetch(source, weights=False, revision=revision), dtype)
-  folder = hub.fetch(source, revision=revision)
+  open_checkpoint(fetch_folder(source, weights=False, revision=revision), dtype)
+  folder = fetch_folder(source, revision=revision)
   checkpoint = open_checkpoint(folder, dtype)
   if not dtype and named_dtype(checkpoint.config) is None:
     checkpoint = open_checkpoint(

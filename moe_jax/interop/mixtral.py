@@ -10,10 +10,10 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
   tensor. All names are read, and those of files are written.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
-from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import decoder
+from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import (
   OPTIONAL_COUNT,
   OPTIONAL_SIZE,
@@ -21,13 +21,13 @@ from moe_jax.interop.config_keys import (
   SIZE,
   Values,
 )
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, layer
+from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
 
 _THETA = 1e6
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=32000,
     hidden_size=4096,
@@ -57,44 +57,27 @@ KEYS = decoder_keys.keys(
 )
 
 
-def problems(c: Values) -> list[str]:
+def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
-  errors = decoder_keys.problems(c, theta=_THETA)
-  if c.num_experts_per_tok == 1:
-    errors.append(
-      'num_experts_per_tok=1 is not supported: every gate would be 1'
-    )
+  yield from decoders.problems(c, theta=_THETA)
+  yield from decoders.gate_problems(c)
   if c.sliding_window is not None and c.sliding_window < 1:
-    errors.append(f'sliding_window={c.sliding_window} must be at least 1')
-  return errors
+    yield f'sliding_window={c.sliding_window} must be at least 1'
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  return decoder_keys.options(
+  return decoders.options(
     c,
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_local_experts,
-    router=TokenChoice(gates='renormalized'),
+    TokenChoice(gates='renormalized'),
+    decoders.heads(c, window=c.sliding_window or 0),
     theta=_THETA,
-    attention=decoder_keys.heads(
-      c,
-      head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
-      window=c.sliding_window or 0,
-    ),
   )
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  shared = decoder_keys.describe(o, 'Mixtral')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
-  return shared | dict(
-    intermediate_size=decoder_keys.expert_of(o).hidden,
-    head_dim=attention.head_width,
-    sliding_window=attention.window or None,
-    num_local_experts=moe.num_experts,
-  )
+  return decoders.describe(o, 'Mixtral', KEYS)
 
 
 NAMES: Table = {

@@ -29,6 +29,7 @@ from moe_jax.interop.architecture import (
   attention_and_moe,
   layers,
   period,
+  sparse_flags,
   their_activation,
 )
 from moe_jax.interop.config_keys import (
@@ -131,7 +132,7 @@ def problems(c: Values) -> list[str]:
 
 def options(c: Values) -> TransformersEncoderDecoder:
   """The options of the model."""
-  sparse = layers(c.encoder_layers, c.encoder_sparse_step, _LAST)
+  sparse = _sparse(c.encoder_layers, c.encoder_sparse_step)
   encoder = {
     'attention': {'num_heads': c.encoder_attention_heads},
     'ffn': {'hidden': c.encoder_ffn_dim},
@@ -158,7 +159,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
     moe=MoeOptions(
       num_experts=c.num_experts,
       num_selected=2,
-      layers=layers(c.decoder_layers, c.decoder_sparse_step, _LAST),
+      layers=_sparse(c.decoder_layers, c.decoder_sparse_step),
       group_size=-1,
       output_masking=float(c.moe_token_dropout),
       # Slots may run out if an evaluation changes the capacity.
@@ -173,6 +174,10 @@ def options(c: Values) -> TransformersEncoderDecoder:
       capacity=_capacity(c),
     ),
   )
+
+
+def _sparse(num_layers: int, step: int) -> str:
+  return layers(sparse_flags(num_layers, step, _LAST))
 
 
 def _capacity(c: Values) -> Capacity:

@@ -10,14 +10,20 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 
 from typing import Any
 
-from moe_jax.interop import decoder_keys
-from moe_jax.interop.architecture import decoder
+from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import OPTIONAL_POSITIVE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, weight
+from moe_jax.interop.decoders import (
+  BLOCK,
+  ENDS,
+  Table,
+  decoder,
+  experts,
+  weight,
+)
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
 
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=50304,
     hidden_size=2048,
@@ -41,36 +47,28 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> list[str]:
   """A text for each value that our decoders cannot express."""
-  return [*decoder_keys.problems(c), *decoder_keys.gate_problems(c)]
+  return [*decoders.problems(c), *decoders.gate_problems(c)]
 
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  return decoder_keys.options(
+  return decoders.options(
     c,
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_experts,
-    router=TokenChoice(gates=decoder_keys.gates(c)),
-    attention=decoder_keys.heads(
+    TokenChoice(gates=decoders.gates(c)),
+    decoders.heads(
       c,
       qk_norm='all',
       qk_norm_epsilon=float(c.rms_norm_eps),
       clip=float(c.clip_qkv or 0),
-      biases='all' if c.attention_bias else 'none',
     ),
   )
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  shared = decoder_keys.describe(o, 'OLMoE')
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
-  return shared | dict(
-    intermediate_size=decoder_keys.expert_of(o).hidden,
-    num_experts=moe.num_experts,
-    norm_topk_prob=decoder_keys.is_renormalized(moe.router),
-    clip_qkv=attention.clip or None,
-    attention_bias=attention.has_bias('query', use_bias=False),
+  return decoders.describe(o, 'OLMoE', KEYS) | dict(
+    norm_topk_prob=decoders.is_renormalized(o.moe.router),
+    clip_qkv=decoders.plain_heads(o).clip or None,
   )
 
 

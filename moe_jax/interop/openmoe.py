@@ -18,12 +18,17 @@ beginning of its row. The code turns a token that is generated with a cache by
 one position too many; here it turns as in a whole row.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.errors import InputError
-from moe_jax.interop import architecture, decoder_keys, rotary_keys
+from moe_jax.interop import decoders, rotary_keys
+from moe_jax.interop.architecture import (
+  layers,
+  period,
+  sparse_flags,
+  their_activation,
+)
 from moe_jax.interop.config_keys import (
   AMOUNT,
   OPTIONAL_SIZE,
@@ -32,7 +37,7 @@ from moe_jax.interop.config_keys import (
   SIZE,
   Values,
 )
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, layer, weight
+from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, layer, weight
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import EvenSlots
 from moe_jax.layers.experts import Gather
@@ -44,7 +49,7 @@ _LAST = 0  # the sparse layer of an interval is its last
 _ACTIVATIONS = {'swiglu': 'doubly_gated_swiglu'}
 _NO_NUMBER = 'the numbers are the same without it'
 _OWN_LOSS = 'the loss of a run has no such term'
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=32000,
     hidden_size=4096,
@@ -110,7 +115,7 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
-  errors = decoder_keys.problems(
+  errors = decoders.problems(
     c, rope_types=('default',), activations=_ACTIVATIONS
   )
   yield from errors
@@ -127,21 +132,19 @@ def problems(c: Values) -> Iterator[str]:
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  base_options = decoder_keys.options(
+  flags = sparse_flags(c.num_hidden_layers, c.moe_layer_interval, _LAST)
+  return decoders.options(
     c,
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_experts,
-    router=TokenChoice(gates='raw', slot_priority='choice_major'),
-    attention=decoder_keys.heads(
-      c,
-      head_width=c.head_dim or c.hidden_size // c.num_attention_heads,
-      scale='none',
-    ),
+    TokenChoice(gates='raw', slot_priority='choice_major'),
+    decoders.heads(c, scale='none'),
     activations=_ACTIVATIONS,
+    # In the published code an even load of K choices costs K.
+    losses=dict(
+      balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
+      z_weight=float(c.router_z_loss_factor),
+    ),
     moe=dict(
-      layers=architecture.layers(
-        c.num_hidden_layers, c.moe_layer_interval, _LAST
-      ),
+      layers=layers(flags),
       group_size=-1,
       extra_ffn=True,
       allow_future_leak=True,
@@ -152,38 +155,26 @@ def options(c: Values) -> DecoderOptions:
       dispatch=Gather(),
     ),
   )
-  # In the published code an even load of K choices costs K.
-  router = dataclasses.replace(
-    decoder_keys.token_choice(base_options),
-    balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
-    z_weight=float(c.router_z_loss_factor),
-  )
-  moe = dataclasses.replace(base_options.moe, router=router)
-  return dataclasses.replace(base_options, moe=moe)
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
-  decided = decoder_keys.describe(o, 'OpenMoE')
-  moe, router = decoder_keys.moe_options(o), decoder_keys.token_choice(o)
-  capacity = moe.capacity
+  decided = decoders.describe(o, 'OpenMoE', KEYS)
+  router, capacity = decoders.token_choice(o), o.moe.capacity
   if not isinstance(capacity, EvenSlots):
     raise InputError(
       f'its capacity is {type(capacity).__name__}, not {EvenSlots.__name__}'
     )
-  interval = architecture.period(o.sparse, _LAST)
+  interval = period(o.sparse, _LAST)
   if interval is None:
     raise InputError(
-      f'its sparse layers {moe.layers!r} are not the last ones of any interval'
+      f'its sparse layers {o.moe.layers!r} are not the last ones of any '
+      'interval'
     )
   K = decided.pop('num_experts_per_tok')
   return decided | dict(
-    hidden_act=architecture.their_activation(
-      decoder_keys.expert_of(o).activation, _ACTIVATIONS
-    ),
+    hidden_act=their_activation(decoders.expert_of(o).activation, _ACTIVATIONS),
     intermediate_size=o.ffn.hidden,
-    head_dim=decoder_keys.plain_heads(o).head_width,
-    num_experts=moe.num_experts,
     moe_layer_interval=interval,
     router_topk=K,
     router_capacity_factor_eval=capacity.factor,
@@ -219,7 +210,7 @@ NAMES: Table = {
   **layer('moe/experts/w_in', Name('mlp.experts.wi_up', 'E M F')),
   **layer('moe/experts/w_out', Name('mlp.experts.wo', 'E F M')),
 }
-ARCHITECTURE = architecture.decoder(
+ARCHITECTURE = decoder(
   'openmoe',
   'OpenMoe',
   KEYS,

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.errors import InputError
-from moe_jax.interop import decoder_keys, rotary_keys
-from moe_jax.interop.architecture import decoder
+from moe_jax.interop import decoders, rotary_keys
 from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
-from moe_jax.interop.decoder_names import BLOCK, ENDS, Table, experts, layer
+from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import ShortTurns
 from moe_jax.layers.norms import LayerNorm
@@ -26,11 +25,12 @@ from moe_jax.layers.positions import Rotary
 from moe_jax.layers.rotary import LongRope
 from moe_jax.layers.routers import SparseMixer
 from moe_jax.models import DecoderOptions
+from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.options import fields_of
 
 _THETA = 1e6
 _ROPES = ('default', 'longrope')
-KEYS = decoder_keys.keys(
+KEYS = decoders.keys(
   dict(
     vocab_size=32064,
     hidden_size=4096,
@@ -65,7 +65,7 @@ KEYS = decoder_keys.keys(
 
 def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
-  yield from decoder_keys.problems(c, theta=_THETA, rope_types=_ROPES)
+  yield from decoders.problems(c, theta=_THETA, rope_types=_ROPES)
   if c.num_experts_per_tok != 2:
     num_selected = c.num_experts_per_tok
     yield f'num_experts_per_tok={num_selected} is not supported, only 2'
@@ -80,56 +80,43 @@ def problems(c: Values) -> Iterator[str]:
 
 def options(c: Values) -> DecoderOptions:
   """The options of the model."""
-  base_options = decoder_keys.options(
-    c,
-    ffn_hidden=c.intermediate_size,
-    num_experts=c.num_local_experts,
-    router=SparseMixer(threshold=2 * float(c.router_jitter_noise)),
-    theta=_THETA,
-    attention=decoder_keys.heads(
-      c,
-      window=c.sliding_window or 0,
-      biases='all' if c.attention_bias else 'none',
-    ),
-  )
   positions = rotary_keys.rotary(c, _THETA)
-  scaling = positions.scaling
-  if isinstance(scaling, LongRope):
-    scaling = ShortTurns(
-      **{name: getattr(scaling, name) for name in fields_of(LongRope)}
-    )
-  return dataclasses.replace(
-    base_options,
+  if isinstance(positions.scaling, LongRope):
+    scaling = _as(ShortTurns, positions.scaling)
+    positions = dataclasses.replace(positions, scaling=scaling)
+  return decoders.options(
+    c,
+    SparseMixer(threshold=2 * float(c.router_jitter_noise)),
+    decoders.heads(c, window=c.sliding_window or 0),
     norm=LayerNorm(float(c.rms_norm_eps), bias='always'),
-    positions=dataclasses.replace(positions, scaling=scaling),
-    embedding=dataclasses.replace(
-      base_options.embedding, logits_bias=c.lm_head_bias
+    positions=positions,
+    embedding=EmbeddingOptions(
+      tie=c.tie_word_embeddings, logits_bias=c.lm_head_bias
     ),
   )
+
+
+def _as(kind: type[LongRope], scaling: LongRope) -> LongRope:
+  """The scaling with the same options as another kind."""
+  return kind(**{name: getattr(scaling, name) for name in fields_of(LongRope)})
 
 
 def describe(o: DecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   positions = o.positions
-  if isinstance(positions, Rotary):
-    scaling = positions.scaling
-    if isinstance(scaling, ShortTurns):
-      scaling = LongRope(
-        **{name: getattr(scaling, name) for name in fields_of(LongRope)}
-      )
+  if isinstance(positions, Rotary) and isinstance(
+    positions.scaling, ShortTurns
+  ):
+    scaling = _as(LongRope, positions.scaling)
     positions = dataclasses.replace(positions, scaling=scaling)
-  shared = decoder_keys.describe(
-    dataclasses.replace(o, positions=positions), 'Phi-3.5-MoE'
+  shared = decoders.describe(
+    dataclasses.replace(o, positions=positions), 'Phi-3.5-MoE', KEYS
   )
-  attention, moe = decoder_keys.plain_heads(o), decoder_keys.moe_options(o)
-  if not isinstance(moe.router, SparseMixer):
-    raise InputError(f'its router is {type(moe.router).__name__}')
+  router = o.moe.router
+  if not isinstance(router, SparseMixer):
+    raise InputError(f'its router is {type(router).__name__}')
   return shared | dict(
-    intermediate_size=decoder_keys.expert_of(o).hidden,
-    num_local_experts=moe.num_experts,
-    router_jitter_noise=moe.router.threshold / 2,
-    sliding_window=attention.window or None,
-    attention_bias=attention.has_bias('query', use_bias=False),
+    router_jitter_noise=router.threshold / 2,
     lm_head_bias=o.embedding.logits_bias,
   )
 

@@ -24,6 +24,7 @@ from moe_jax.interop.architecture import (
   attention_and_moe,
   layers,
   period,
+  sparse_flags,
   their_activation,
 )
 from moe_jax.interop.config_keys import (
@@ -160,7 +161,7 @@ def options(c: Values) -> TransformersEncoderDecoder:
 def _sparse(step: int | None, num_layers: int, num_sparse: int) -> str:
   if step is None:
     step = num_layers // num_sparse if num_sparse > 0 else num_layers
-  return layers(num_layers, step, _PAPER)
+  return layers(sparse_flags(num_layers, step, _PAPER))
 
 
 def describe(o: EncoderDecoderOptions) -> dict[str, Any]:

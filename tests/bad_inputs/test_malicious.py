@@ -19,7 +19,7 @@ import pytest
 from moe_jax import interop, sections
 from moe_jax.data import tokenizers
 from moe_jax.data.plain_files import read_npz
-from moe_jax.interop import export_run, hub, import_run
+from moe_jax.interop import checkpoint_folder, export_run, import_run
 from moe_jax.interop.checkpoint_folder import open_checkpoint
 from moe_jax.runs import trained
 from moe_jax.training.run_options import RunOptions
@@ -37,9 +37,9 @@ READERS = {
   'chat_template.jinja': tokenizers.Json.from_folder,
   'model.safetensors': interop.load,
   'model.safetensors.index.json': interop.load,
-  'other.json': hub.small_files,
-  'notes.txt': hub.small_files,
-  'spiece.model': hub.small_files,
+  'other.json': checkpoint_folder.small_files,
+  'notes.txt': checkpoint_folder.small_files,
+  'spiece.model': checkpoint_folder.small_files,
 }
 
 
@@ -95,7 +95,7 @@ CASES += [
     ('loop', lambda path: path.symlink_to(path.name)),
     ('link to nothing', lambda path: path.symlink_to('nowhere')),
   )
-  if not (kind == 'folder' and READERS[name] is hub.small_files)
+  if not (kind == 'folder' and READERS[name] is checkpoint_folder.small_files)
 ]
 
 
@@ -240,7 +240,7 @@ def test_the_hub_may_link_to_its_blobs(tmp_path):
     (source / path.name).symlink_to(f'../../blobs/{path.name}')
   assert interop.load(source).options.vocab_size == 11
   assert tokenizers.Json.from_folder(source).vocab_size == 11
-  names = [path.name for path in hub.small_files(source)]
+  names = [path.name for path in checkpoint_folder.small_files(source)]
   assert names == ['config.json', 'tokenizer.json']
   # A link to the folder itself is the user's own.
   (tmp_path / 'latest').symlink_to(source)

@@ -7,7 +7,7 @@ import transformers
 
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
-from moe_jax.interop import exported_tokenizer
+from moe_jax.interop import export_run
 from tests.data.tokenizers import models
 
 TEXTS = [*models.TEXTS, '<eos> a', 'a<eos>b <extra_id_0>']
@@ -32,7 +32,7 @@ def with_eos(base, **options):
   ids=lambda t: t.identity,
 )
 def test_ids_are_equal_there_and_back(tokenizer, tmp_path):
-  line = exported_tokenizer.write(tokenizer, tmp_path)
+  line = export_run.write_tokenizer(tokenizer, tmp_path)
   assert line == 'the tokenizer is there too'
   hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert (len(hf_tokenizer), hf_tokenizer.eos_token_id) == (
@@ -53,7 +53,7 @@ def test_ids_are_equal_there_and_back(tokenizer, tmp_path):
 
 
 def test_characters_by_hand(tmp_path):
-  exported_tokenizer.write(tokenizers.Chars('b a\n'), tmp_path)
+  export_run.write_tokenizer(tokenizers.Chars('b a\n'), tmp_path)
   hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert hf_tokenizer('a b\n').input_ids == [2, 1, 3, 0]
   with pytest.raises(Exception, match='Missing'):
@@ -65,7 +65,7 @@ def test_ids_that_are_not_the_next_are_left_out(tmp_path):
   padded = tokenizers.Json(
     MERGED.model_json(), tokenizers.SpecialTokens(eos=(0,), vocab_size=512)
   )
-  line = exported_tokenizer.write(with_eos(padded, num_sentinels=1), tmp_path)
+  line = export_run.write_tokenizer(with_eos(padded, num_sentinels=1), tmp_path)
   assert line.endswith('without the ids that the task added')
   assert tokenizers.read(tmp_path).encode('the').tolist() == (
     MERGED.encode('the').tolist()
@@ -75,15 +75,15 @@ def test_ids_that_are_not_the_next_are_left_out(tmp_path):
 @pytest.mark.parametrize('base', [models.unigram(), models.bpe()])
 def test_sentencepiece_goes_out_as_its_file(base, tmp_path):
   tokenizer = tokenizers.SentencePiece(base)
-  assert 'tokenizer.model' in exported_tokenizer.write(tokenizer, tmp_path)
+  assert 'tokenizer.model' in export_run.write_tokenizer(tokenizer, tmp_path)
   assert tokenizers.read(tmp_path).identity == tokenizer.identity
 
 
 def test_what_a_task_adds_to_sentencepiece_is_said(tmp_path):
   tokenizer = tokenizers.SentencePiece(models.unigram())
-  line = exported_tokenizer.write(tokenizer, tmp_path)
+  line = export_run.write_tokenizer(tokenizer, tmp_path)
   assert line.endswith('compare its ids')
-  line = exported_tokenizer.write(
+  line = export_run.write_tokenizer(
     with_eos(tokenizer, num_sentinels=2), tmp_path
   )
   assert line.endswith(
@@ -96,11 +96,11 @@ def test_an_eos_that_is_left_out_has_no_name(tmp_path):
   padded = tokenizers.Json(model, tokenizers.SpecialTokens(vocab_size=512))
   tokenizer = with_eos(padded)
   assert tokenizer.eos_id == 512
-  exported_tokenizer.write(tokenizer, tmp_path)
+  export_run.write_tokenizer(tokenizer, tmp_path)
   stored_config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
   assert 'eos_token' not in stored_config
 
 
 def test_others_are_left_out(tmp_path):
-  assert 'the folder has none' in exported_tokenizer.write(None, tmp_path)
+  assert 'the folder has none' in export_run.write_tokenizer(None, tmp_path)
   assert not any(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.interop.forms import Form
+from moe_jax.interop.mapping import Form
 
 H, D, M, E, F = 3, 4, 5, 2, 7
 

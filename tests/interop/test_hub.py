@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 from moe_jax import interop
-from moe_jax.interop import hub
+from moe_jax.interop import checkpoint_folder
 from tests.interop import oracle
 
 COMMIT = 'c0ffee' + 34 * '0'
@@ -68,7 +68,7 @@ def test_safetensors_are_asked_for_first(files, stems, tmp_path, monkeypatch):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
-  assert hub.fetch('who/what', revision='v2') == tmp_path
+  assert checkpoint_folder.fetch_folder('who/what', revision='v2') == tmp_path
   assert [patterns[-1].split('-')[0] for patterns in requests] == stems
   assert all({'*.json', '*.jinja'} <= set(patterns) for patterns in requests)
 
@@ -77,8 +77,8 @@ def test_neither_folder_nor_repository(cache, tmp_path):
   (tmp_path / 'file').touch()
   for name in (tmp_path / 'file', 'a/b/c', '/gone'):
     with pytest.raises(ValueError, match='is no folder, and no id'):
-      hub.fetch(name)
+      checkpoint_folder.fetch_folder(name)
   with pytest.raises(
     ValueError, match=r'who/gone is no folder in .*, and the hub'
   ):
-    hub.fetch('who/gone')
+    checkpoint_folder.fetch_folder('who/gone')

@@ -11,7 +11,6 @@ import pytest
 from moe_jax import config_file, generate, interop, run_config, sections
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
-from moe_jax.interop import exported_tokenizer
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import meaning
@@ -267,7 +266,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(exported_tokenizer, 'write', killed)
+    patch.setattr(f'{export_run.__module__}.write_tokenizer', killed)
     # A kill cleans nothing up.
     patch.setattr(shutil, 'rmtree', lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moe_jax.interop.mxfp4 import Mxfp4Files, decode
+from moe_jax.interop.gpt_oss import Mxfp4Files, decode
 
 E, N, C = 3, 5, 2  # experts, outputs, blocks of 32 inputs
 
