@@ -49,29 +49,23 @@ class Number:
     return is_above_low and value < self.below
 
 
+def _or_null(kind: Number) -> Number:
+  return dataclasses.replace(kind, rule=f'{kind.rule}, or null', optional=True)
+
+
 SIZE = Number('integer of at least 1 in int32', 1, _INTEGERS, whole=True)
-OPTIONAL_SIZE = dataclasses.replace(
-  SIZE, rule=f'{SIZE.rule}, or null', optional=True
-)
+OPTIONAL_SIZE = _or_null(SIZE)
 # A length of texts, which no tensor need have.
 LENGTH = Number('length of at least 1 in int32', 1, _INTEGERS, whole=True)
-OPTIONAL_LENGTH = dataclasses.replace(
-  LENGTH, rule=f'{LENGTH.rule}, or null', optional=True
-)
+OPTIONAL_LENGTH = _or_null(LENGTH)
 LAYERS = Number(f'integer in [1, {_LAYERS})', 1, _LAYERS, whole=True)
-OPTIONAL_LAYERS = dataclasses.replace(
-  LAYERS, rule=f'{LAYERS.rule}, or null', optional=True
-)
+OPTIONAL_LAYERS = _or_null(LAYERS)
 COUNT = Number('integer of at least 0 in int32', 0, _INTEGERS, whole=True)
-OPTIONAL_COUNT = dataclasses.replace(
-  COUNT, rule=f'{COUNT.rule}, or null', optional=True
-)
+OPTIONAL_COUNT = _or_null(COUNT)
 FINITE = Number('finite number of float32')
 AMOUNT = Number('finite number of at least 0', 0)
 POSITIVE = Number('finite number above 0', 0, above=True)
-OPTIONAL_POSITIVE = dataclasses.replace(
-  POSITIVE, rule=f'{POSITIVE.rule}, or null', optional=True
-)
+OPTIONAL_POSITIVE = _or_null(POSITIVE)
 RATE = Number('number in [0, 1)', 0, 1)
 _LIBRARY = 'transformers 5.24'
 
@@ -101,14 +95,11 @@ class Keys:
   spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    groups = (
-      self.honoured,
-      self.training,
-      self.fixed,
-      self.ignored,
-      self.spellings,
-    )
-    names = [name for group in groups for name in group]
+    names = [
+      name
+      for field in dataclasses.fields(self)
+      for name in getattr(self, field.name)
+    ]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
       raise InputError(f'keys {duplicates} are sorted twice')

@@ -5,9 +5,8 @@ transformers 5 has one object, `rope_parameters`; version 4 had `rope_scaling`,
 first, and the object is written.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.errors import InputError
 from moe_jax.interop.config_keys import (
@@ -35,46 +34,46 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parameter:
-  """A parameter of a rope type.
+class _Parameter(NamedTuple):
+  """A parameter of a rope type, which has the name of our option.
 
   Attributes:
-    option: The name of our option.
     kind: The kind of its values; see `config_keys`.
     required: Whether every config must have it.
   """
 
-  option: str
   kind: Any
   required: bool = False
 
 
-_LENGTH = {_ORIGINAL: _Parameter('original_len', LENGTH)}
 # The parameters of each rope type, by their names. A type's name is that of our
 # scaling, but for 'default'.
 _TYPES: Mapping[str, Mapping[str, _Parameter]] = {
   'default': {},
   'yarn': {
-    **_LENGTH,
-    'factor': _Parameter('factor', POSITIVE, required=True),
-    'beta_fast': _Parameter('beta_fast', POSITIVE),
-    'beta_slow': _Parameter('beta_slow', POSITIVE),
-    'truncate': _Parameter('truncate', bool),
-    'attention_factor': _Parameter('attention_factor', POSITIVE),
-    'mscale': _Parameter('mscale', AMOUNT),
-    'mscale_all_dim': _Parameter('mscale_all_dim', AMOUNT),
+    _ORIGINAL: _Parameter(LENGTH),
+    'factor': _Parameter(POSITIVE, required=True),
+    'beta_fast': _Parameter(POSITIVE),
+    'beta_slow': _Parameter(POSITIVE),
+    'truncate': _Parameter(bool),
+    'attention_factor': _Parameter(POSITIVE),
+    'mscale': _Parameter(AMOUNT),
+    'mscale_all_dim': _Parameter(AMOUNT),
   },
   'longrope': {
-    **_LENGTH,
-    'factor': _Parameter('factor', POSITIVE),
-    'short_factor': _Parameter('short_factor', list, required=True),
-    'long_factor': _Parameter('long_factor', list, required=True),
-    'short_mscale': _Parameter('short_mscale', POSITIVE),
-    'long_mscale': _Parameter('long_mscale', POSITIVE),
+    _ORIGINAL: _Parameter(LENGTH),
+    'factor': _Parameter(POSITIVE),
+    'short_factor': _Parameter(list, required=True),
+    'long_factor': _Parameter(list, required=True),
+    'short_mscale': _Parameter(POSITIVE),
+    'long_mscale': _Parameter(POSITIVE),
   },
 }
-_SCALINGS = {'default': 'none'}
+
+
+def _option(key: str) -> str:
+  """The name of our option for a parameter."""
+  return 'original_len' if key == _ORIGINAL else key
 
 
 def problems(
@@ -127,15 +126,16 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
   scaling: dict[str, Any] = {}
   for name, parameter in _TYPES[rope_type].items():
     if isinstance(value := parameters.get(name), list):
-      scaling[parameter.option] = tuple(map(float, value))
+      scaling[_option(name)] = tuple(map(float, value))
     elif value is not None:
       # JSON may have an integer for these.
       is_float = parameter.kind in (AMOUNT, POSITIVE)
-      scaling[parameter.option] = float(value) if is_float else value
+      scaling[_option(name)] = float(value) if is_float else value
+  name = 'none' if rope_type == 'default' else rope_type
   return Rotary(
     theta=float(parameters['rope_theta']),
     interleaved=interleaved,
-    scaling=SCALINGS.get(_SCALINGS.get(rope_type, rope_type))(**scaling),
+    scaling=SCALINGS.get(name)(**scaling),
   )
 
 
@@ -153,19 +153,16 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
     raise InputError(
       f'positions.fraction={positions.fraction}: there whole heads rotate'
     )
-  scaling_name = SCALINGS.name_of(positions.scaling)
-  rope_type = next(
-    (type_ for type_, scaling in _SCALINGS.items() if scaling == scaling_name),
-    scaling_name,
-  )
+  name = SCALINGS.name_of(positions.scaling)
+  rope_type = 'default' if name == 'none' else name
   if rope_type not in _TYPES:
-    raise InputError(f'rotary positions have scaling {scaling_name!r}')
+    raise InputError(f'rotary positions have scaling {name!r}')
   parameters: dict[str, Any] = {
     'rope_type': rope_type,
     'rope_theta': positions.theta,
   }
-  for key, parameter in _TYPES[rope_type].items():
-    value = getattr(positions.scaling, parameter.option)
+  for key in _TYPES[rope_type]:
+    value = getattr(positions.scaling, _option(key))
     # 0 stands for a value that follows from others.
     if value or isinstance(value, bool):
       parameters[key] = list(value) if isinstance(value, tuple) else value

@@ -189,7 +189,12 @@ class MoeOptions(ImposedOptions):
       yield f'retained.expert_of: {self.replays()}'
     yield from self.retained.problems_with(self.router, self.sizes)
     yield from self.expert.problems_with(self.dispatch)
-    yield from self._shared_problems()
+    if self.shared_expert.hidden and not self.expert.has_width:
+      yield (
+        f'shared_expert.hidden={self.shared_expert.hidden} beside experts of '
+        f'{type(self.expert).__name__}, which have no width: only feed-forward '
+        'experts have a shared one'
+      )
     if self.router.mixes and not self.dispatch.by_mask:
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} moves whole '
@@ -206,15 +211,6 @@ class MoeOptions(ImposedOptions):
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
         f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
         "tokens; use the capacity 'all', or the dispatch 'gather' or 'sorted'"
-      )
-
-  def _shared_problems(self) -> Iterator[str]:
-    """The problem of a shared expert beside experts without a width."""
-    if self.shared_expert.hidden and not self.expert.has_width:
-      yield (
-        f'shared_expert.hidden={self.shared_expert.hidden} beside experts of '
-        f'{type(self.expert).__name__}, which have no width: only feed-forward '
-        'experts have a shared one'
       )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'MoeOptions':

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from moe_jax import sections
 from moe_jax.layers.attention import ATTENTIONS
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.shared import RULES
 from moe_jax.models.base import RunShape
@@ -49,12 +50,6 @@ class EncoderDecoderOptions(TransformerOptions):
   encoder: EncoderOptions = nested(
     EncoderOptions(), 'Layers of the encoder, if they differ from a decoder.'
   )
-
-  def decoder_half(self) -> StackOptions:
-    """The options of the decoder's layers."""
-    return StackOptions(
-      **{name: getattr(self, name) for name in fields_of(StackOptions)}
-    )
 
   def encoder_half(self) -> StackOptions:
     """The options of the encoder's layers.
@@ -99,7 +94,9 @@ class EncoderDecoderOptions(TransformerOptions):
 
   def _plain_encoder(self) -> StackOptions:
     """The encoder's layers without overrides, as many as the decoder's."""
-    half = self.decoder_half()
+    half = StackOptions(
+      **{name: getattr(self, name) for name in fields_of(StackOptions)}
+    )
     moe = half.moe
     router = moe.router.for_encoder()
     return dataclasses.replace(
@@ -157,8 +154,8 @@ class EncoderDecoderOptions(TransformerOptions):
       yield from error.below('encoder.overrides: ').problems
       return
     yield from self.task_problems()
-    yield from _weight_conflicts(half, self)
-    yield from _common_conflicts(half, self)
+    if half.has_experts and self.has_experts:
+      yield from _conflicts(half.moe, self.moe)
     for problem in self.half_problems(half, causal=False):
       yield f'encoder.overrides: {problem}'
     if half.attention.window:
@@ -201,35 +198,20 @@ class EncoderDecoderOptions(TransformerOptions):
     return small.with_encoder(self.encoder_half().shrunk())
 
 
-def _common_conflicts(
-  encoder: StackOptions, decoder: StackOptions
-) -> Iterator[str]:
-  """The problem of an option of which a model has one for all its layers."""
-  if not (encoder.has_experts and decoder.has_experts):
-    return
-  for name in ('layer_reduce', 'replay'):
-    values = [getattr(half.moe, name) for half in (encoder, decoder)]
-    if values[0] != values[1]:
-      yield (
-        f'encoder.overrides: moe.{name}={values[0]!r}, and {values[1]!r} in '
-        'the decoder; a model has one for both'
-      )
-
-
-def _weight_conflicts(
-  encoder: StackOptions, decoder: StackOptions
-) -> Iterator[str]:
-  """The problem of a loss with one weight in an encoder, another in a decoder.
-
-  A model has one weight for each of the routers' losses.
-  """
-  if not (encoder.has_experts and decoder.has_experts):
-    return
-  weights = decoder.moe.router.loss_weights()
-  for loss, weight in encoder.moe.router.loss_weights().items():
+def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
+  """The problems of options of which a model has one for all its layers."""
+  weights = decoder.router.loss_weights()
+  for loss, weight in encoder.router.loss_weights().items():
     if weights.get(loss, weight) != weight:
       name = loss.replace('_loss', '_weight')
       yield (
         f'encoder.overrides: {name}={weight} of the router, and '
         f'{weights[loss]} in the decoder; a model has one weight for the loss'
+      )
+  for name in ('layer_reduce', 'replay'):
+    values = [getattr(moe, name) for moe in (encoder, decoder)]
+    if values[0] != values[1]:
+      yield (
+        f'encoder.overrides: moe.{name}={values[0]!r}, and {values[1]!r} in '
+        'the decoder; a model has one for both'
       )

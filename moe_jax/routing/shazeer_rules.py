@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.routing.assignments import SlotRouting
-from moe_jax.routing.aux_losses import cv_squared
 from moe_jax.routing.capacity import check_selected, check_slots
 from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.rows import decided
@@ -158,20 +157,6 @@ def hierarchical_load(
   return (share[..., None] * expert_load).reshape(G, -1)
 
 
-def hierarchical_load_loss(
-  branch_probability: Float32[Array, 'G S A'],
-  expert_probability: Float32[Array, 'G S K1 B'],
-  branch_index: Int32[Array, 'G S K1'],
-  mask: Bool[Array, 'G S'],
-) -> Float32[Array, ' G']:
-  """CV(Load_H)^2; arguments are those of `hierarchical_load`."""
-  return cv_squared(
-    hierarchical_load(
-      branch_probability, expert_probability, branch_index, mask
-    )
-  )
-
-
 @checked
 def over_levels(
   per_token: Callable[[Array], Array],
@@ -275,25 +260,17 @@ def batchwise_loss(
   """
   probs = jax.nn.softmax(router_logits)  # [G, S, E]
   difference = probs - thresholds[None, None]
-  token_mask = _token_mask(chosen)
+  token_mask = chosen.by_token(mask).kept
   signs = (difference > 0).astype(jnp.float32) - token_mask.astype(jnp.float32)
   per_token = (jax.lax.stop_gradient(signs) * difference).sum(-1)
   real = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
   return jnp.where(mask, per_token, 0.0).sum(-1) / real
 
 
-def _token_mask(chosen: SlotRouting) -> Bool[Array, 'G S E']:
-  """Whether each expert took each token."""
-  G, E, _ = chosen.token_index.shape
-  group, expert = _indices(G, E)
-  mask = jnp.zeros((G, chosen.group_size, E), bool)
-  return mask.at[group, chosen.token_index, expert].set(True, mode='drop')
-
-
 def _renormalized(chosen: SlotRouting) -> SlotRouting:
   """The same choices with gates that sum to one over each token's experts."""
-  G, E, _ = chosen.token_index.shape
-  group, _ = _indices(G, E)
+  G = len(chosen.gate)
+  group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
   total = jnp.zeros((G, chosen.group_size), jnp.float32)
   total = total.at[group, chosen.token_index].add(chosen.gate, mode='drop')
   divisor = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
@@ -301,12 +278,3 @@ def _renormalized(chosen: SlotRouting) -> SlotRouting:
     chosen.filled, chosen.gate / jnp.where(divisor > 0, divisor, 1.0), 0
   )
   return SlotRouting(chosen.token_index, gate, chosen.group_size)
-
-
-def _indices(
-  G: int, E: int
-) -> tuple[Int32[Array, 'G 1 1'], Int32[Array, '1 E 1']]:
-  return (
-    jnp.arange(G, dtype=jnp.int32)[:, None, None],
-    jnp.arange(E, dtype=jnp.int32)[None, :, None],
-  )

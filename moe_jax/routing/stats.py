@@ -125,31 +125,25 @@ def slot_stats(
 
 @checked
 def mixture_stats(
-  gate: Float32[Array, 'G S E'],
-  router_logits: Float32[Array, 'G S E'],
-  mask: Bool[Array, 'G S'],
-  num_experts: int,
+  gate: Float32[Array, 'G S E'], mask: Bool[Array, 'G S'], num_selected: int
 ) -> RoutingStats:
-  """The statistics of a soft mixture, which divides a token's one choice.
+  """The statistics of a soft mixture, which divides a token's K choices.
 
   Args:
-    gate: The weight of each expert; they sum to 1. Loads are sums of them.
-    router_logits: The logits whose softmax the gates are.
+    gate: The weight of each expert, which sum to 1; the router's probabilities.
     mask: False for padding.
-    num_experts: The length of the loads: the model's largest E, as layers
-      stack.
+    num_selected: K.
   """
   gate = jax.lax.stop_gradient(gate)
-  load = jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
-  load = jnp.pad(load, (0, num_experts - len(load)))
-  zeros = jnp.zeros((1,), jnp.float32)
+  load = num_selected * jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
+  zeros = jnp.zeros((num_selected,), jnp.float32)
   return RoutingStats(
     tokens=mask.sum().astype(jnp.float32),
     load=load,
     kept_load=load,
     overflowed=zeros,
     unsent=zeros,
-    **_logit_sums(router_logits, mask),
+    **_logit_sums(jnp.log(jnp.maximum(gate, 1e-30)), mask),
   )
 
 
@@ -248,18 +242,11 @@ def empty_aux(
     num_selected: K.
     losses: Names of the losses of the model's other layers.
   """
-  scalar = jnp.zeros((), jnp.float32)
-  per_expert = jnp.zeros((num_experts,), jnp.float32)
-  per_choice = jnp.zeros((num_selected,), jnp.float32)
-  stats = RoutingStats(
-    tokens=scalar,
-    load=per_expert,
-    kept_load=per_expert,
-    overflowed=per_choice,
-    unsent=per_choice,
-    entropy=scalar,
-    logit_square=scalar,
+  scalar, loads, choices = (
+    jnp.zeros(shape, jnp.float32)
+    for shape in ((), (num_experts,), (num_selected,))
   )
+  stats = RoutingStats(scalar, loads, loads, choices, choices, scalar, scalar)
   return MoeAux(dict.fromkeys(losses, scalar), stats, no_exchange())
 
 

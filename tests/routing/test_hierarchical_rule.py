@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_jax import routing
 from moe_jax.routing import load_probability, shazeer_rules
+from moe_jax.routing.aux_losses import cv_squared
 from moe_jax.routing.token_choice_rule import choose
 from tests import reference
 from tests.models import tiny
@@ -66,12 +67,13 @@ def losses(branch, experts, mask):
     ).reshape(G, S * K1, B),
     experts,
   )
-  return shazeer_rules.hierarchical_load_loss(
+  load = shazeer_rules.hierarchical_load(
     load_probability(branch, K1),
     load_probability(chosen, K2).reshape(G, S, K1, B),
     index,
     mask,
   )
+  return cv_squared(load)
 
 
 def test_load_loss_follows_the_definition_with_noise():

@@ -27,7 +27,7 @@ from moe_jax.layers.routers.linear_gate import ROLE, product
 from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import shazeer_rules
-from moe_jax.routing.aux_losses import over_groups, token_z
+from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
@@ -278,11 +278,11 @@ def _aux(
   )
   load = jnp.zeros(len(mask), jnp.float32)
   if branch.probability is not None and expert.probability is not None:
-    load = shazeer_rules.hierarchical_load_loss(
-      branch.probability,
-      expert.probability.reshape(*branch.index.shape, -1),
-      branch.index,
-      mask,
+    probability = expert.probability.reshape(*branch.index.shape, -1)
+    load = cv_squared(
+      shazeer_rules.hierarchical_load(
+        branch.probability, probability, branch.index, mask
+      )
     )
 
   def summed(per_token):

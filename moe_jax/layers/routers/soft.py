@@ -109,18 +109,8 @@ class SoftRouter(Router):
     w = scale * of_unit_length(w, 0)
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
-    gates = chosen.token_gates()
-    zeros = jnp.zeros((K,), jnp.float32)
-    stats = routing.mixture_stats(
-      gates, jnp.log(jnp.maximum(gates, 1e-30)), mask, E
-    )
-    # A token's weights are K choices, divided among all experts.
-    load = K * stats.load
-    return chosen, routing.empty_aux(E, K)._replace(
-      stats=stats._replace(
-        load=load, kept_load=load, overflowed=zeros, unsent=zeros
-      )
-    )
+    stats = routing.mixture_stats(chosen.token_gates(), mask, K)
+    return chosen, routing.empty_aux(E, K)._replace(stats=stats)
 
 
 def of_unit_length(
