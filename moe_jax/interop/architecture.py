@@ -10,7 +10,6 @@ from moe_jax.interop.config_keys import Keys, Values
 from moe_jax.interop.mapping import Names
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.layers.attention import AttentionOptions
-from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import ModelOptions
 from moe_jax.models.transformer_options import StackOptions
 
@@ -87,10 +86,8 @@ def their_activation(name: str, table: Mapping[str, str]) -> str:
   return next((theirs for theirs, ours in table.items() if ours == name), name)
 
 
-def attention_and_moe(
-  stack: StackOptions, width: int
-) -> tuple[AttentionOptions, MoeOptions]:
-  """Attention and experts of a stack, with defaults for sizes of 0.
+def plain_attention(stack: StackOptions, width: int) -> AttentionOptions:
+  """The attention of a stack, with defaults for sizes of 0.
 
   Raises:
     ValueError: The attention is latent.
@@ -98,7 +95,7 @@ def attention_and_moe(
   attention = stack.attention.within(width)
   if not isinstance(attention, AttentionOptions):
     raise InputError('its attention is not that of heads of their own')
-  return attention, stack.moe.within(stack.ffn, stack.dropout)
+  return attention
 
 
 def layers(sparse: Sequence[bool]) -> str:

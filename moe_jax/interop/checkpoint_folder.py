@@ -214,26 +214,6 @@ def _read_checkpoint(
     raise InputError(f'{path}: {error}') from error
 
 
-def by_model_type(model_type: Any, location: str = '') -> Architecture:
-  """The architecture of a `model_type`.
-
-  Raises:
-    ValueError: The `model_type` is not supported; the message lists all that
-      are.
-  """
-  by_name = {name.replace('-', '_'): a for name, a in ARCHITECTURES.items()}
-  if (name := str(model_type).replace('-', '_')) not in by_name:
-    borrowed = (
-      f'{a.borrowed_type} of class {a.classes[0]}'
-      for a in ARCHITECTURES.values()
-      if a.borrowed_type
-    )
-    raise unknown(
-      f'model_type{location}', model_type, [*ARCHITECTURES, *borrowed]
-    )
-  return by_name[name]
-
-
 def architecture_of(
   config: Mapping[str, Any], location: str = ''
 ) -> Architecture:
@@ -250,7 +230,17 @@ def architecture_of(
     has_class = any(name in architecture.classes for name in names)
     if has_class and model_type in (borrowed_type, None):
       return architecture
-  return by_model_type(model_type, location)
+  by_name = {name.replace('-', '_'): a for name, a in ARCHITECTURES.items()}
+  if (name := str(model_type).replace('-', '_')) not in by_name:
+    borrowed = (
+      f'{a.borrowed_type} of class {a.classes[0]}'
+      for a in ARCHITECTURES.values()
+      if a.borrowed_type
+    )
+    raise unknown(
+      f'model_type{location}', model_type, [*ARCHITECTURES, *borrowed]
+    )
+  return by_name[name]
 
 
 def _checked_architecture(

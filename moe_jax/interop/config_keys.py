@@ -9,7 +9,6 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.errors import InputError
 from moe_jax.option_checks import unknown_text
 
 _LARGEST = 3.4e38  # of float32
@@ -93,16 +92,6 @@ class Keys:
   fixed: Mapping[str, tuple[Any, ...]]
   ignored: Mapping[str, str]
   spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    names = [
-      name
-      for field in dataclasses.fields(self)
-      for name in getattr(self, field.name)
-    ]
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-      raise InputError(f'keys {duplicates} are sorted twice')
 
 
 class Values(types.SimpleNamespace):

@@ -14,8 +14,8 @@ from moe_jax.interop import rotary_keys
 from moe_jax.interop.architecture import (
   Architecture,
   activation_problems,
-  attention_and_moe,
   layers,
+  plain_attention,
   their_activation,
 )
 from moe_jax.interop.config_keys import (
@@ -330,7 +330,7 @@ def describe(
   if latent and not isinstance(o.attention, LatentOptions):
     raise InputError(f'its attention is not latent; that of {architecture} is')
   attention: Any = o.attention if latent else plain_heads(o)
-  moe, expert = moe_options(o), expert_of(o)
+  expert = expert_of(o)
   decided = dict(
     vocab_size=o.vocab_size,
     hidden_size=o.width,
@@ -350,25 +350,16 @@ def describe(
     moe_intermediate_size=expert.hidden,
     rms_norm_eps=o.norm.epsilon,
     tie_word_embeddings=o.embedding.tie,
-    num_experts_per_tok=moe.num_selected,
+    num_experts_per_tok=o.moe.num_selected,
     rope_parameters=rotary_keys.rope_parameters(o.positions),
-    **dict.fromkeys(_NUM_EXPERTS, moe.num_experts),
+    **dict.fromkeys(_NUM_EXPERTS, o.moe.num_experts),
   )
   return {key: v for key, v in decided.items() if key in keys.honoured}
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
-  """The options of attention, with defaults for sizes of 0.
-
-  Raises:
-    ValueError: The attention is latent.
-  """
-  return attention_and_moe(o, o.width)[0]
-
-
-def moe_options(o: DecoderOptions) -> MoeOptions:
-  """The options of the sparse layers, with defaults for sizes of 0."""
-  return o.moe.within(o.ffn, o.dropout)
+  """The options of attention, which is not latent; see `plain_attention`."""
+  return plain_attention(o, o.width)
 
 
 def expert_of(o: DecoderOptions) -> FeedForwardExpert:
@@ -377,7 +368,7 @@ def expert_of(o: DecoderOptions) -> FeedForwardExpert:
   Raises:
     ValueError: The experts are no feed-forwards.
   """
-  expert = moe_options(o).expert
+  expert = o.moe.within(o.ffn, o.dropout).expert
   if not isinstance(expert, FeedForwardExpert):
     raise InputError(f'its experts are {type(expert).__name__}')
   return expert
@@ -389,7 +380,7 @@ def token_choice(o: DecoderOptions) -> TokenChoice:
   Raises:
     ValueError: The router is of another kind.
   """
-  router = moe_options(o).router
+  router = o.moe.router
   if not isinstance(router, TokenChoice):
     raise InputError(f'its router is {type(router).__name__}')
   return router

@@ -438,7 +438,7 @@ def _num_shared(o: DecoderOptions) -> int:
   Raises:
     ValueError: The shared expert has no multiple of that width.
   """
-  shared = decoders.moe_options(o).shared_expert.hidden
+  shared = o.moe.shared_expert.hidden
   hidden = decoders.expert_of(o).hidden
   if shared % hidden:
     raise InputError(

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -38,7 +37,10 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   name of a special token in a text is text, as here; unless a task added ids,
   whose names transformers reads as these ids, as inputs here do.
   """
-  base, names, ends_in_eos = _without_task_ids(tokenizer)
+  base, names, ends_in_eos = tokenizer, (), False
+  if isinstance(tokenizer, tokenizers.Extended):
+    base, names = tokenizer.base, tokenizer.names
+    ends_in_eos = tokenizer.end_inputs
   if isinstance(base, tokenizers.SentencePiece):
     (output / _MODEL).write_bytes(base.file_content())
     return (
@@ -50,7 +52,11 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   model = _model(base)
   if model is None:
     return 'transformers has no such tokenizer; the folder has none'
-  has_names = _add_names(model, tokenizer, names)
+  # The library numbers names anew, behind the ids that the model has.
+  size = model.get_vocab_size(with_added_tokens=True)
+  has_names = not names or cast(Any, tokenizer).token_id(names[0]) == size
+  if has_names:
+    model.add_special_tokens([*names])
   roles = {
     f'{role}_token': token
     for role in _ROLES
@@ -68,24 +74,15 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
   (output / _JSON).write_text(model.to_str(pretty=True), encoding='utf-8')
   config: dict[str, Any] = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
     **roles,
   }
-  config['clean_up_tokenization_spaces'] = False
   if not isinstance(base, tokenizers.Json) and not names:
     config['split_special_tokens'] = True
   (output / _CONFIG).write_text(json.dumps(config, indent=2) + '\n')
   if not has_names:
     return 'the tokenizer is there too, without the ids that the task added'
   return 'the tokenizer is there too'
-
-
-def _without_task_ids(
-  tokenizer: Tokenizer | None,
-) -> tuple[Tokenizer | None, tuple[str, ...], bool]:
-  """The tokenizer below the ids of a task, their names, and inputs' ending."""
-  if isinstance(tokenizer, tokenizers.Extended):
-    return tokenizer.base, tokenizer.names, tokenizer.end_inputs
-  return tokenizer, (), False
 
 
 def _model(tokenizer: Tokenizer | None) -> library.Tokenizer | None:
@@ -129,20 +126,6 @@ def _character_model(characters: str) -> library.Tokenizer:
   )
   model.decoder = library.decoders.Fuse()
   return model
-
-
-def _add_names(
-  model: library.Tokenizer, tokenizer: Tokenizer | None, names: Sequence[str]
-) -> bool:
-  """Adds the names of a task's ids to a model whose next ids they are.
-
-  Returns whether the model has them all.
-  """
-  size = model.get_vocab_size(with_added_tokens=True)
-  if names and cast(Any, tokenizer).token_id(names[0]) != size:
-    return False
-  model.add_special_tokens(list(names))
-  return True
 
 
 def export_run(

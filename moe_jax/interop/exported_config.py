@@ -62,7 +62,9 @@ def choose(
     architecture = architecture_of(config)
     return architecture, describe(options, architecture, config)
   errors = []
-  for architecture in sorted(ARCHITECTURES.values(), key=_needs_code):
+  for architecture in sorted(
+    ARCHITECTURES.values(), key=lambda a: a.needs_code
+  ):
     if architecture.suits(options):
       try:
         return architecture, describe(options, architecture, config)
@@ -70,10 +72,6 @@ def choose(
         count = getattr(error, 'num_differences', math.inf)
         errors.append((architecture.needs_code, count, error))
   raise InputError(f'{min(errors, key=lambda e: e[:2])[2]}\n{_HINT}')
-
-
-def _needs_code(architecture: Architecture) -> bool:
-  return architecture.needs_code
 
 
 class _DiffersError(InputError):

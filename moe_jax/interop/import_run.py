@@ -72,7 +72,7 @@ def import_run(
   new_run.check_free(folder)
   config_folder = fetch_folder(source, weights=False, revision=revision)
   data = options.data
-  tokenizer = _tokenizer(config_folder, data)
+  tokenizer, notes = _tokenizer(config_folder, data)
   checkpoint = loading.fetch(source, dtype=dtype, revision=revision)
   other_files = small_files(checkpoint.folder)
   _check_vocabulary(tokenizer, checkpoint)
@@ -97,34 +97,33 @@ def import_run(
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
     new_run.write(unfinished, sections.section(options), variables, metadata)
-  notes = *checkpoint.notes, *_unused_tokenizer(config_folder, data)
-  return [*lines, *notes, *_advice(folder, tokenizer)]
+  advice = _advice(folder, tokenizer)
+  return [*lines, *checkpoint.notes, *notes, *advice]
 
 
-def _tokenizer(folder: pathlib.Path, data: DataOptions) -> Tokenizer | None:
+def _tokenizer(
+  folder: pathlib.Path, data: DataOptions
+) -> tuple[Tokenizer | None, list[str]]:
   """The tokenizer.json of a folder, or else the tokenizer of the config.
 
   A SentencePiece model in the folder is not guessed to be the tokenizer: that
   of transformers may have other ids.
+
+  Returns:
+    The tokenizer, and a line if the config names one that is not used.
   """
   names_file = isinstance(data.tokenizer, FileOptions | JsonOptions)
-  if names_file and not plain_files.plain(folder, 'tokenizer.json'):
-    return data.tokenizer.fit([])
-  names = ('tokenizer.json', *tokenizers.SENTENCEPIECE)
-  if not any(plain_files.plain(folder, name) for name in names):
-    return None
-  return tokenizers.Json.from_folder(folder)
-
-
-def _unused_tokenizer(folder: pathlib.Path, data: DataOptions) -> list[str]:
-  """A line if the config names a tokenizer that is not used."""
-  names_file = isinstance(data.tokenizer, FileOptions | JsonOptions)
-  if not names_file or not plain_files.plain(folder, 'tokenizer.json'):
-    return []
-  return [
+  has_json = plain_files.plain(folder, 'tokenizer.json') is not None
+  if names_file and not has_json:
+    return data.tokenizer.fit([]), []
+  line = (
     'the tokenizer is the tokenizer.json of the checkpoint; data.tokenizer.kind'
     f'={TOKENIZERS.name_of(data.tokenizer)!r} is not used'
-  ]
+  )
+  names = tokenizers.SENTENCEPIECE
+  if not has_json and not any(plain_files.plain(folder, n) for n in names):
+    return None, []
+  return tokenizers.Json.from_folder(folder), [line] * names_file
 
 
 def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:

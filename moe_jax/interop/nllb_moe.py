@@ -26,9 +26,9 @@ from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
   activation_problems,
-  attention_and_moe,
   layers,
   period,
+  plain_attention,
   sparse_flags,
   their_activation,
 )
@@ -236,11 +236,10 @@ def _stack_keys(name: str, stack: StackOptions, width: int) -> dict[str, Any]:
     raise InputError(
       f'sparse layers {stack.sparse} of the {name} are not those of any step'
     )
-  attention, _ = attention_and_moe(stack, width)
   return {
     f'{name}_layers': stack.num_layers,
     f'{name}_ffn_dim': stack.ffn.hidden,
-    f'{name}_attention_heads': attention.num_heads,
+    f'{name}_attention_heads': plain_attention(stack, width).num_heads,
     f'{name}_sparse_step': step,
   }
 

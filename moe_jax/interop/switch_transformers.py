@@ -21,9 +21,9 @@ from moe_jax.interop.architecture import (
   ACTIVATIONS,
   Architecture,
   activation_problems,
-  attention_and_moe,
   layers,
   period,
+  plain_attention,
   sparse_flags,
   their_activation,
 )
@@ -175,7 +175,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():
     raise InputError(f'sparse layers {sparse} are not those of any sparse step')
-  attention, moe = attention_and_moe(o, o.width)
+  attention, moe = plain_attention(o, o.width), o.moe
   return dict(
     vocab_size=o.vocab_size,
     d_model=o.width,

@@ -126,7 +126,16 @@ def verify(
   our_logits, is_real = logits(model, variables, arrays, pad_id)
   error = np.abs(our_logits - arrays['logits'])[is_real]
   if has_encoder:
-    cache = _encode(model, variables, arrays, pad_id)
+    ids = arrays['input_ids'].astype(np.int32)
+    cache = _apply(
+      model,
+      variables,
+      ids,
+      arrays['attention_mask'].astype(bool),
+      encoder_positions=_positions(ids, pad_id).astype(np.int32),
+      max_len=greedy.shape[1],
+      method='encode',
+    )
   else:
     cache = model.make_cache(1, greedy.shape[1])
   tokens = _greedy(model, variables, cache, prompt, greedy.shape[1], generation)
@@ -249,20 +258,6 @@ def _start(greedy, generation) -> np.ndarray:
       f'{first_ids[:, 0]}'
     )
   return first_ids
-
-
-def _encode(model, variables, arrays, pad_id: int | None):
-  """The cache of an encoder-decoder that has read its inputs."""
-  ids = arrays['input_ids'].astype(np.int32)
-  return _apply(
-    model,
-    variables,
-    ids,
-    arrays['attention_mask'].astype(bool),
-    encoder_positions=_positions(ids, pad_id).astype(np.int32),
-    max_len=arrays['greedy'].shape[1],
-    method='encode',
-  )
 
 
 def _greedy(model, variables, cache, prompt, length, generation) -> np.ndarray:

@@ -13,6 +13,7 @@ but not the products and the memory of adapted kernels' gradients.
 
 import dataclasses
 import functools
+import math
 import string
 import zlib
 from collections.abc import Mapping
@@ -166,9 +167,7 @@ class Adapters:
     factors = {}
     for path, kernel in self.kernels.items():
       shapes = kernel.factors(kernel.shape, self.options.rank)
-      fan_in = 1
-      for n in kernel.shape[kernel.stacked :][: kernel.inputs]:
-        fan_in *= n
+      fan_in = math.prod(kernel.shape[kernel.stacked :][: kernel.inputs])
       draw = jax.random.normal(_key_of(key, path), shapes['a'])
       factors[*path, 'a'] = draw / fan_in**0.5
       factors[*path, 'b'] = jnp.zeros(shapes['b'])

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.routing import rows
 from moe_jax.routing.capacity import check_capacity
+from moe_jax.routing.rows import Rows, decided, stable_argsort
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, Leaf
 
 
@@ -113,7 +113,7 @@ class Routing:
     E = self.num_experts
     expert = jnp.where(self.kept, self.expert_index, E).reshape(-1)
     count = jnp.zeros(E, jnp.int32).at[expert].add(1, mode='drop')
-    return rows.decided(count)
+    return decided(count)
 
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
@@ -135,26 +135,44 @@ class Routing:
       num_experts=num_experts,
     )
 
-  def slot_rows(self) -> rows.Rows:
-    """The rows [E, G * C] of slots; raises ValueError without a capacity."""
-    return rows.rows_of_choices(
-      self.expert_index,
-      self.slot,
-      self.gate,
-      self.kept,
-      self.num_experts,
-      self.bounded(),
-    )
+  @jax.named_scope('index')
+  def slot_rows(self) -> Rows:
+    """The rows [E, R] of slots, R = G * C: group after group for each expert.
 
-  def sorted_rows(self) -> rows.Rows:
-    """The rows [N] sorted by expert, without empty ones between them."""
-    return rows.sorted_rows_of_choices(
-      self.expert_index,
-      self.gate,
-      self.kept,
-      self.num_experts,
-      self.capacity,
-    )
+    Raises:
+      ValueError: There is no capacity.
+    """
+    G, S, K = self.gate.shape
+    E, C = self.num_experts, self.bounded()
+    group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    row = (self.expert_index * G + group) * C + self.slot
+    row = jnp.where(self.kept, row, E * G * C).reshape(G * S, K)
+    choice = jnp.arange(G * S * K, dtype=jnp.int32)
+    empty = jnp.full(E * G * C, G * S * K, jnp.int32)
+    placed = empty.at[row.reshape(-1)].set(choice, mode='drop')
+    choice = decided(placed.reshape(E, G * C))
+    return Rows(choice // K, choice, row, self.gate.reshape(G * S, K), G * S)
+
+  @jax.named_scope('index')
+  def sorted_rows(self) -> Rows:
+    """The rows [N] sorted by expert, in the order of the tokens for each.
+
+    N is the most there can be, min(G * S * K, E * G * C); rows past the choices
+    that are kept are empty.
+    """
+    G, S, K = self.gate.shape
+    E, choices = self.num_experts, G * S * K
+    N = choices
+    if self.capacity is not None:
+      N = min(choices, E * G * self.capacity)
+    expert = jnp.where(self.kept, self.expert_index, E)
+    choice = stable_argsort(expert.reshape(-1), E + 1)[:N]
+    served = jnp.arange(N, dtype=jnp.int32) < self.kept.sum()
+    choice = decided(jnp.where(served, choice, choices))
+    number = jnp.arange(N, dtype=jnp.int32)
+    row = jnp.full(choices, N, jnp.int32)
+    row = decided(row.at[choice].set(number, mode='drop').reshape(G * S, K))
+    return Rows(choice // K, choice, row, self.gate.reshape(G * S, K), G * S)
 
   def _choice_mask(self) -> Bool[Array, 'G S K E C']:
     expert = jax.nn.one_hot(
@@ -253,7 +271,7 @@ class SlotRouting:
   @jax.named_scope('index')
   def rows_per_expert(self) -> Int32[Array, ' E']:
     """The number of tokens that each expert serves, over all groups."""
-    return rows.decided(self.filled.sum((0, 2), dtype=jnp.int32))
+    return decided(self.filled.sum((0, 2), dtype=jnp.int32))
 
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
@@ -272,15 +290,28 @@ class SlotRouting:
       gate=take_experts(self.gate, 0.0),
     )
 
-  def slot_rows(self) -> rows.Rows:
-    """The rows [E, G * C] of slots."""
-    return rows.rows_of_slots(self.token_index, self.gate, self.group_size)
+  @jax.named_scope('index')
+  def slot_rows(self) -> Rows:
+    """The rows [E, R] of slots, R = G * C, by group for each expert."""
+    (G, E, _), S = self.token_index.shape, self.group_size
+    first = S * jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    token = jnp.where(self.token_index < S, first + self.token_index, G * S)
+    token = token.swapaxes(0, 1).reshape(E, -1)
+    gate = self.gate.swapaxes(0, 1).reshape(-1)
+    return Rows(token, None, None, gate, G * S)
 
-  def sorted_rows(self) -> rows.Rows:
-    """The rows [N] sorted by expert, without empty ones between them."""
-    return rows.sorted_rows_of_slots(
-      self.token_index, self.gate, self.group_size
-    )
+  def sorted_rows(self) -> Rows:
+    """The rows [N] sorted by expert, N = E * G * C; empty rows are last."""
+    slots = self.slot_rows()
+    with jax.named_scope('index'):
+      N, no_token = slots.token.size, slots.num_tokens
+      filled = slots.token.reshape(-1) < no_token
+      row = jnp.where(filled, jnp.cumsum(filled, dtype=jnp.int32) - 1, N)
+      slot = jnp.arange(N, dtype=jnp.int32)
+      slot = jnp.full(N, N, jnp.int32).at[row].set(slot, mode='drop')
+      row, slot = decided(row), decided(slot)
+      token = jnp.append(slots.token, jnp.int32(no_token))[slot]
+    return Rows(decided(token), slot, row, slots.gate, no_token)
 
 
 # Routings that move whole tokens, each to experts of its own or to slots.
