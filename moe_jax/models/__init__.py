@@ -2,13 +2,10 @@
 
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.models.base import Model, ModelOptions, RunShape, check_generates
-from moe_jax.models.decoder import Decoder, DecoderOptions
+from moe_jax.models.decoder import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.models.encoder_decoder import EncoderDecoder
-from moe_jax.models.encoder_decoder_options import (
-  EncoderDecoderOptions,
-  EncoderOptions,
-)
+from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
 from moe_jax.models.parameter_trees import (
   abstract_params,
@@ -33,12 +30,10 @@ Cache = KVCache | LstmCache  # the state between decoding steps
 __all__ = [
   'MODELS',
   'Cache',
-  'Decoder',
   'DecoderOptions',
   'EmbeddingOptions',
   'EncoderDecoder',
   'EncoderDecoderOptions',
-  'EncoderOptions',
   'LstmLm',
   'LstmLmOptions',
   'Model',
