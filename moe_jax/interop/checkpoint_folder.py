@@ -194,7 +194,13 @@ def from_config(config: Mapping[str, Any]) -> ModelOptions:
 def _read_checkpoint(
   config: Mapping[str, Any], path: pathlib.Path, subject: str = ''
 ) -> Checkpoint:
-  architecture = _checked_architecture(config, path)
+  architecture = architecture_of(config, f' in {path}')
+  classes = config.get('architectures') or []
+  if not isinstance(classes, list):
+    raise InputError(f'{path}: architectures={classes!r} is no list of names')
+  for name in classes:
+    if name not in architecture.classes:
+      raise unknown(f'architecture in {path}', name, architecture.classes)
   subject = subject or f'this {architecture.model_type} checkpoint'
   values, problems, notes = config_keys.read(architecture.keys, config)
   problems += config_keys.bad_ids(config, values.vocab_size)
@@ -241,19 +247,6 @@ def architecture_of(
       f'model_type{location}', model_type, [*ARCHITECTURES, *borrowed]
     )
   return by_name[name]
-
-
-def _checked_architecture(
-  config: Mapping[str, Any], path: pathlib.Path
-) -> Architecture:
-  architecture = architecture_of(config, f' in {path}')
-  classes = config.get('architectures') or []
-  if not isinstance(classes, list):
-    raise InputError(f'{path}: architectures={classes!r} is no list of names')
-  for name in classes:
-    if name not in architecture.classes:
-      raise unknown(f'architecture in {path}', name, architecture.classes)
-  return architecture
 
 
 def param_dtype_for(stored_dtype: str) -> str:

@@ -157,9 +157,15 @@ def _config_json(
 ) -> dict[str, Any]:
   """The keys that a model decides, and others of the config beside them."""
   replaced_keys = {*_REPLACED_KEYS, *architecture.keys.spellings}
+  # Our models lack what these keys decide in training.
+  neutral_values = {
+    name: decided[neutral] if isinstance(neutral, str) else neutral
+    for name, (_, _, neutral, _) in architecture.keys.training.items()
+    if neutral is not ...
+  }
   other_keys = {key: v for key, v in config.items() if key not in replaced_keys}
   return {
-    **_neutral_values(architecture, decided),
+    **neutral_values,
     **other_keys,
     **decided,
     'model_type': architecture.borrowed_type or architecture.model_type,
@@ -207,14 +213,3 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
     f'{"absent" if old is None else repr(old)}, not {new!r}'
     for name, (old, new) in (causes or pairs).items()
   ]
-
-
-def _neutral_values(
-  architecture: Architecture, decided: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Keys for training that our models do not have, with neutral values."""
-  values = {}
-  for name, (_, _, neutral, _) in architecture.keys.training.items():
-    if neutral is not ...:
-      values[name] = decided[neutral] if isinstance(neutral, str) else neutral
-  return values

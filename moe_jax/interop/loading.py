@@ -144,7 +144,13 @@ def load_variables(
   model = checkpoint.options.build(rules)
   trees, state = models.describe(model), abstract_router_state(model)
   shapes = as_variables(trees.shapes, state)
-  _check_count(checkpoint, files, shapes)
+  # A much larger model is refused before its tensors are named one by one.
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  if count > _MAX_RATIO * files.num_values:
+    raise InputError(
+      f'{checkpoint.folder}: config.json describes a model of {count} '
+      f'parameters, the tensors have {files.num_values} values'
+    )
   leaves_by_path = _checked_leaves(checkpoint, model, shapes, files)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
@@ -183,18 +189,6 @@ def _check_keys(checkpoint: Checkpoint, files: TensorFiles) -> None:
     raise InputError(
       f'{checkpoint.folder}: config.json has {", ".join(problems)}, more than '
       f'the {num_values} values of all tensors'
-    )
-
-
-def _check_count(
-  checkpoint: Checkpoint, files: TensorFiles, shapes: Any
-) -> None:
-  """Refuses a much larger model, before its tensors are named one by one."""
-  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-  if count > _MAX_RATIO * files.num_values:
-    raise InputError(
-      f'{checkpoint.folder}: config.json describes a model of {count} '
-      f'parameters, the tensors have {files.num_values} values'
     )
 
 

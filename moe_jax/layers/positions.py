@@ -253,9 +253,17 @@ class Rotary(Positions):
   ) -> Float[Array, 'B T H D']:
     """See `Positions.rotate` and the function `rotate`."""
     width = self._width(x.shape[-1])
-    frequency, factor = rotary.turns_of(
-      self.scaling, self.theta, width, positions, segment_ids
-    )
+    turns = self.scaling.turns(self.theta, width)
+    frequency = jnp.asarray(turns.frequency)[None, None]
+    factor = jnp.full((1, 1), turns.factor, jnp.float32)
+    if long := self.scaling.long_turns(self.theta, width):
+      start, long_turns = long
+      is_long = rotary.last_positions(positions, segment_ids) >= start  # [B, t]
+      long_frequency = jnp.asarray(long_turns.frequency)[None, None]
+      frequency = jnp.where(is_long[..., None], long_frequency, frequency)
+      factor = jnp.where(is_long, jnp.float32(long_turns.factor), factor)
+    elif turns.factor == 1:
+      factor = None
     angle = positions[..., None].astype(jnp.float32) * frequency
     rotated = rotary.rotate(
       x[..., :width], angle, factor=factor, interleaved=self.interleaved

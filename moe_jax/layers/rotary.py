@@ -257,29 +257,7 @@ def frequencies(theta: float, width: int) -> np.ndarray:
   return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
 
 
-def turns_of(
-  scaling: RotaryScaling,
-  theta: float,
-  width: int,
-  positions: Int[Array, 'B T'],
-  segment_ids: Int[Array, 'B T'] | None = None,
-) -> tuple[Float32[Array, 'b t P'], Float32[Array, 'b t'] | None]:
-  """Frequencies of each token, or of all as one; the factors, or None for 1."""
-  short = scaling.turns(theta, width)
-  frequency = jnp.asarray(short.frequency)[None, None]
-  factor = jnp.full((1, 1), short.factor, jnp.float32)
-  if (long_turns := scaling.long_turns(theta, width)) is None:
-    return frequency, None if short.factor == 1 else factor
-  long_start, long = long_turns
-  is_long = _last_positions(positions, segment_ids) >= long_start  # [B, t]
-  long_frequency = jnp.asarray(long.frequency)[None, None]
-  return (
-    jnp.where(is_long[..., None], long_frequency, frequency),
-    jnp.where(is_long, jnp.float32(long.factor), factor),
-  )
-
-
-def _last_positions(
+def last_positions(
   positions: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None
 ) -> Int[Array, 'B t']:
   """The last position in the segment of each token, or in each row."""

@@ -4,7 +4,7 @@ https://arxiv.org/abs/1910.10683, https://arxiv.org/abs/2101.03961,
 https://arxiv.org/abs/2202.08906, https://arxiv.org/abs/2207.04672.
 """
 
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +166,7 @@ class EncoderDecoder(Transformer):
   def _project(self, layers, memory):
     """The keys and the values, [layers, B, N, S, D] each, of the layers."""
     shared = self.decoder_blocks.block.shared
-    options = self.decoder_blocks.block.attention
-    if not isinstance(options, AttentionOptions):
-      raise InputError(
-        f'{type(options).__name__} has no attention to an encoder'
-      )
+    options = cast(AttentionOptions, self.decoder_blocks.block.attention)
     key_value_pairs = [
       project_memory(shared, options, params[CROSS_ATTENTION], memory)
       for params in layers

@@ -74,6 +74,7 @@ class Gated(RouterOptions):
   """The options of a router whose gates are computed from its logits."""
 
   has_columns: ClassVar[bool] = True
+  second_policy: ClassVar[str] = 'all'
 
   gates: str = option(
     'raw',
@@ -88,11 +89,12 @@ class Gated(RouterOptions):
   )
 
   def problems_with(self, sizes):
-    """The problems that gates have with E and K."""
+    """The problems that gates and second policy have with E and K."""
     yield from choice_problems(
       num_experts=sizes.num_experts,
       num_selected=sizes.num_selected,
       gates=self.gates,
+      second_policy=self.second_policy,
     )
 
 
@@ -105,7 +107,6 @@ class Roomy(Gated):
   """
 
   slot_priority: ClassVar[str] = 'token_major'
-  second_policy: ClassVar[str] = 'all'
   second_threshold: ClassVar[float] = 1.0
 
   def problems_with(self, sizes):
@@ -150,15 +151,6 @@ class ByLogits(Queued, Gated):
     when={'second_policy': ('threshold',)},
     how=True,
   )
-
-  def problems_with(self, sizes):
-    """The problems that gates and second policy have with E and K."""
-    yield from choice_problems(
-      num_experts=sizes.num_experts,
-      num_selected=sizes.num_selected,
-      gates=self.gates,
-      second_policy=self.second_policy,
-    )
 
 
 def serve(
