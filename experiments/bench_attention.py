@@ -27,7 +27,7 @@ from experiments.benchmarks import timing, torch_attention
 from experiments.benchmarks.torch_attention import Case
 from experiments.benchmarks.turns import PAUSE, Runs, check_installed, turns
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, host
+from moe_jax import command_line, memory_room
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers.attention.dot_product import attend
 
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all shapes; writes the table."""
   options = parse(argv)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   cases = [(shape, packed) for shape in SHAPES for packed in (False, True)]
   peaks = measure_peaks('float32', quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.benchmarks import decoding_products, timing
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, generation, host, interop
+from moe_jax import command_line, generation, interop, memory_room
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 
 NAME = 'bench_generation'
@@ -254,7 +254,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every batch size and writes the table."""
   options = parse(argv)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
   rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
   with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ from experiments.benchmarks.moe_layer_rows import (
   measure_scaling,
   measure_setting,
 )
-from moe_jax import command_line, host
+from moe_jax import command_line, memory_room
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.layers import ACTIVATIONS
 
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   for E in preset.experts:
     if max(preset.selected) > E:
       raise SystemExit(f'selected={max(preset.selected)} > experts={E}')
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   peaks = measure_peaks(preset.sizes.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_all(preset, peaks)

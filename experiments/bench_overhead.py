@@ -26,15 +26,15 @@ import ml_collections
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, host, run_config, sections
+from moe_jax import command_line, memory_room, run_config, sections
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.config_file import load_config
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
+from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run, set_up
-from moe_jax.training.trace_options import TraceOptions
 
 NAME = 'bench_overhead'
 BARE, METRICS, BOTH = 'bare loop', 'metrics', 'metrics and checkpoint'
@@ -274,7 +274,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the table."""
   options = parse(argv)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   run_options = prepared(
     load_config(options.config), options.files, options.modules
   )

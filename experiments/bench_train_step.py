@@ -38,7 +38,7 @@ from experiments.benchmarks.train_step_programs import (
   random_batch,
 )
 from experiments.benchmarks.turns import PAUSE, check_installed, turns
-from moe_jax import command_line, host, sections
+from moe_jax import command_line, memory_room, sections
 from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.config_file import load_config
 from moe_jax.layers.imposed import FORCED
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   preset = PRESETS[options.preset]
   seconds = preset.seconds if options.seconds is None else options.seconds
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   if options.peer:
     peaks = measure_peaks('float32', quick=options.rough_peaks)
     peers = PEERS[options.peer]

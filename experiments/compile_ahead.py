@@ -36,7 +36,7 @@ from experiments.benchmarks.compile_ahead_tables import (
   table,
   verdicts,
 )
-from moe_jax import command_line, config_flag
+from moe_jax import command_line, run_config
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.analysis.compiled import memory_of
@@ -44,8 +44,7 @@ from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.router_state import variables
 from moe_jax.run_config import RunConfig
-from moe_jax.training.evaluate import compiled_eval_step
-from moe_jax.training.evaluation_entries import overridden
+from moe_jax.training.evaluate import compiled_eval_step, overridden
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
 
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options, overrides = parse(argv)
   logging.getLogger('jax').setLevel(logging.ERROR)
   jax.config.update('jax_platforms', 'cpu')
-  read, _ = config_flag.options_of(options.config, overrides)
+  read, _ = run_config.options_of(options.config, overrides)
   fits = run(
     read, options.topology, options.slices, options.device, options.flops
   )

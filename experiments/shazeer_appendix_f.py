@@ -42,9 +42,9 @@ from experiments.study.study import Study
 from moe_jax.data.pipeline import spread
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.models import LstmLm
+from moe_jax.runs.summary import Batch
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
-from moe_jax.training_types import Batch
 
 E, K = 16, 4
 Variables = dict[str, Any]

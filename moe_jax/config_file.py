@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax.errors import InputError
-from moe_jax.option_checks import (
+from moe_jax.options import (
   OptionError,
   unknown,
   unknown_key_text,

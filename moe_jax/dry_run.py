@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import data, device_mesh, memory_room, start_facts
+from moe_jax import data, hooks, memory_room, partitioning
 from moe_jax.analysis import cost, run_cost
 from moe_jax.data.cache_folders import (
   NotPreparedError,
@@ -29,15 +29,21 @@ from moe_jax.evaluation import EVALUATIONS
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import owner, trained
+from moe_jax.runs import ownership, trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training.begin import end_problem
 from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import Programs, make_programs
-from moe_jax.training.run_tokenizer import tokenizer_notes, with_tokenizer
-from moe_jax.training.setup import Hook, Run, set_up, setup_notes
+from moe_jax.training.setup import (
+  Hook,
+  Run,
+  set_up,
+  setup_notes,
+  tokenizer_notes,
+  with_tokenizer,
+)
 
 # The folder that stands for that of a run without one; it is never made.
 _NOWHERE = 'a-folder-that-is-not-there'
@@ -159,21 +165,21 @@ class DryRun:
         *setup_notes(options, model, mesh),
       )
     )
-    yield start_facts.cost_line(options, model, mesh)
+    yield hooks.cost_line(options, model, mesh)
     if run is not None:
-      yield from start_facts.facts(run)
+      yield from hooks.facts(run)
     else:
       yield dataset.describe() if dataset else _not_prepared(options)
       yield cost.count(
         model, options.data.seq_len, options.data.target_len
       ).describe()
-      yield start_facts.devices_line(mesh)
+      yield hooks.devices_line(mesh)
     if dataset is not None:
       yield self._passes_line(dataset)
     programs = make_programs(options, model, mesh)
     if run is None:
-      yield from start_facts.trained_lines(options, programs)
-      yield from start_facts.optimizer_lines(options, programs)
+      yield from hooks.trained_lines(options, programs)
+      yield from hooks.optimizer_lines(options, programs)
     yield from self._memory_lines(options, model, programs, mesh)
 
   def _mesh(self) -> Mesh:
@@ -182,7 +188,7 @@ class DryRun:
       return self._options.mesh.make()
     except InputError as error:
       self._refuse(error)
-      return device_mesh.make_mesh(dict(data=1), jax.local_devices()[:1])
+      return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
 
   def _passes_line(self, dataset: data.Dataset) -> str:
     rows = self._options.total_steps * self._options.batch_size
@@ -256,7 +262,7 @@ class DryRun:
       self.problems.append(
         f'{folder} cannot be made or written; choose another folder'
       )
-    holder = owner.read(storage_path(folder)) if folder.exists() else None
+    holder = ownership.read(storage_path(folder)) if folder.exists() else None
     if holder is not None and holder.alive:
       self.problems.append(f'{folder} is in use by {holder}; wait for its end')
     if run is None or not run.checkpoints.steps():

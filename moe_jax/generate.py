@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax import command_line, compile_cache, generation, host
+from moe_jax import command_line, compile_cache, generation, memory_room
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import make_header, records_of
 from moe_jax.data.tokenizers import Tokenizer
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   if problem := compile_cache.use():
     command_line.complain(problem)
   with command_line.reported(options.traceback):

@@ -3,23 +3,35 @@
 `moe_jax.main` and experiments choose which of them a run has.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from moe_jax import data, generation, models, start_facts
-from moe_jax.analysis import routing_report, sharded
+from moe_jax import data, generation, models
+from moe_jax.analysis import cost, roofline, routing_report, run_cost, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.run_page import Page
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
+from moe_jax.kernels import grouped_products
+from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
+from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.layers.routers import ROUTERS
+from moe_jax.layers.shared import Numerics
 from moe_jax.models.recorded import recording
-from moe_jax.runs import profile
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.summary import Batch, StepMetrics
+from moe_jax.training import trainable
 from moe_jax.training.evaluate import Losses
+from moe_jax.training.optimizer import is_names
+from moe_jax.training.parameter_rules import is_role
+from moe_jax.training.programs import Programs
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
 
@@ -33,12 +45,12 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      cost_line = start_facts.cost_line(run.options, run.model, run.mesh)
-      run.message(f'{cost_line}; writes to {run.workdir}')
+      line = cost_line(run.options, run.model, run.mesh)
+      run.message(f'{line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
     """Prints lines on data, model and devices; warns if it is not causal."""
-    for line in start_facts.facts(run):
+    for line in facts(run):
       run.message(line)
 
 
@@ -76,34 +88,57 @@ class MeshSummary(Hook):
 
 
 class Profile(Hook):
-  """Traces the steps that the section `profile` of the config names."""
+  """Traces the steps that the section `profile` of the config names.
+
+  Each trace is in a subfolder of `profile` that its time names.
+  """
 
   def __init__(self):
-    self._profiler: profile.Profiler | None = None
+    self._is_tracing = False
+    self._step: int | None = None
 
   def start(self, run: Run) -> None:
-    """Wraps the step in a profiler, unless no step is to be traced."""
+    """Wraps the step, unless no step is to be traced."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
       return
-    folder = run.workdir / profile.FOLDER
+    self._folder = run.workdir / 'profile'
     if c.all_processes:  # processes of one host would overwrite each other's
-      folder /= f'process_{jax.process_index()}'
-    self._profiler = run.train_step = profile.Profiler(
-      run.train_step,
-      folder,
-      range(c.start_step, c.start_step + c.num_steps),
-      run.message,
-    )
+      self._folder /= f'process_{jax.process_index()}'
+    self._run, self._train_step = run, run.train_step
+    self._steps = range(c.start_step, c.start_step + c.num_steps)
+    run.train_step = self._traced_step
+
+  def _traced_step(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, StepMetrics]:
+    """Takes one step; waits for the last that is traced."""
+    # Reading `state.step` waits for the device, so it is read only once.
+    self._step = (int(state.step) if self._step is None else self._step) + 1
+    if self._step not in self._steps:
+      return self._train_step(state, batch)
+    if not self._is_tracing:
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # Python's calls would hide the device's
+      jax.profiler.start_trace(self._folder, profiler_options=options)
+      self._is_tracing = True
+    with jax.profiler.StepTraceAnnotation('train', step_num=self._step):
+      state, metrics = self._train_step(state, batch)
+    if self._step == self._steps[-1]:
+      jax.block_until_ready(metrics)
+      self.close()
+    return state, metrics
 
   def end(self, run: Run, state: TrainState) -> None:
     """Writes the trace, if the run ends before its last traced step."""
     self.close()
 
   def close(self) -> None:
-    """Writes the trace, if a signal or an error ends the run."""
-    if self._profiler is not None:
-      self._profiler.stop()
+    """Writes the trace, if one has been started."""
+    if self._is_tracing:
+      self._is_tracing = False
+      jax.profiler.stop_trace()
+      self._run.message(f'profile: steps up to {self._step} in {self._folder}')
 
 
 class Sample(Hook):
@@ -211,7 +246,7 @@ class RoutingReport(Hook):
     tables = routing_tables(run, state)
     if not is_first():
       return
-    warning = '; '.join(start_facts.warnings(run.model))
+    warning = '; '.join(model_warnings(run.model))
     routing_report.write_report(run.workdir, tables, warning)
     console = routing_report.wide_console()
     for table in tables:
@@ -255,3 +290,107 @@ def default_hooks() -> list[Hook]:
     Sample(),
     Page(),
   ]
+
+
+LEAK = (
+  'moe.allow_future_leak=True: later tokens can change earlier outputs; losses '
+  'are not those of a causal model'
+)
+
+
+def model_warnings(model: models.Model) -> list[str]:
+  """Warnings on a model that every result has to give."""
+  texts = [LEAK] if model.leaks_future else []
+  return texts + [model.forced_balance] * bool(model.forced_balance)
+
+
+def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
+  """A line on what a run takes; matrix products of a device are timed for it.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: The model of the run.
+    mesh: The mesh of the run.
+  """
+  total_cost = run_cost.run_cost(options, model)
+  if not total_cost.flops:
+    return f'run: {total_cost.describe()}'
+  dtype = getattr(options.model, 'numerics', Numerics()).dtype
+  rate, _ = roofline.product_rate(dtype)
+  rate *= roofline.num_processors(list(mesh.devices.flat))
+  return f'run: {total_cost.describe()}; {total_cost.time(rate)}'
+
+
+def facts(run: Run) -> Iterator[str]:
+  """Lines on the data, the model and the devices of a run."""
+  yield run.dataset.describe()
+  lengths = run.options.data.seq_len, run.options.data.target_len
+  yield cost.count(run.model, *lengths).describe()
+  if run.model.moe is not None:
+    yield _experts(run, run.model.moe)
+    for text in model_warnings(run.model):
+      yield f'WARNING: {text}'
+  yield from trained_lines(run.options, run.programs)
+  yield from optimizer_lines(run.options, run.programs)
+  yield devices_line(run.mesh)
+
+
+def devices_line(mesh: Mesh) -> str:
+  """A line on the devices of a mesh."""
+  return f'devices: {roofline.describe_mesh(mesh)}'
+
+
+def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
+  """A line on the parameters that train, if not all do."""
+  params, trained = programs.abstract_state.params, programs.trained
+  if trained.expression == 'all' and not trained.masks:
+    return
+  count = trained.count(trained.part(params))
+  file = options.trained_experts
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  subset, lora = f'trainable={options.trainable!r}', options.lora
+  if lora.rank:
+    subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
+  if file:
+    subset += f', {trainable.read_chosen(file).describe()}'
+  yield (
+    f'{subset}: {count:,} of {total:,} parameters train ({count / total:.1%}); '
+    'the others keep their values'
+  )
+
+
+def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
+  """Lines on what the optimizer makes of the parameters that train."""
+  trained, trees = programs.trained, programs.adapters.trees
+  yield from options.optimizer.facts(
+    trained.part(trees.shapes),
+    trained.part(programs.adapters.matrix_axes, is_leaf=is_names),
+    trained.part(trees.roles, is_leaf=is_role),
+  )
+
+
+def _experts(run: Run, moe: MoeOptions) -> str:
+  return (
+    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
+    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+    f'dispatch {_dispatch(run, moe.dispatch)}'
+  )
+
+
+def _counts(run: Run) -> str:
+  """The number of experts of all sparse layers, or that of each."""
+  moes = [moe for moe in run.model.moes if moe is not None]
+  counts = [moe.num_retained for moe in moes]
+  return str(counts[0] if len(set(counts)) == 1 else counts)
+
+
+def _dispatch(run: Run, dispatch: Dispatch) -> str:
+  name = repr(DISPATCHES.name_of(dispatch))
+  if dispatch.by_slot:
+    return name
+  platform = run.mesh.devices.flat[0].platform
+  platform = 'cuda' if platform == 'gpu' else platform
+  products = grouped_products.describe(
+    cast(Dropless, dispatch).backend, platform
+  )
+  return f'{name} (grouped products: {products})'

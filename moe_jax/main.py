@@ -23,25 +23,37 @@ a message of what is wrong.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from moe_jax import (
   command_line,
   compile_cache,
-  config_flag,
+  config_file,
   distributed,
   dry_run,
-  host,
+  memory_room,
   run_config,
 )
 from moe_jax.compression.distill import Distilling
+from moe_jax.errors import InputError
 from moe_jax.hooks import default_hooks
 from moe_jax.training.loop import Interrupted, train_and_evaluate
 from moe_jax.training.setup import Ended
 
-config_flag.define()
+config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Path of a config file, own.py, or name of one, moe_jax:tiny_switch; '
+  '--config.seed=1 overrides a value.',
+  # New keys belong to open sections; `command_line.parse` refuses all others.
+  accept_new_attributes=True,
+  lock_config=False,
+)
+flags.mark_flag_as_required('config')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder for checkpoints, metrics and reports of the run.'
 )
@@ -83,10 +95,10 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   command_line.ignore_closed_loops()
   if _DESCRIBE.value:
-    command_line.say(run_config.describe(config_flag.value()))
+    command_line.say(run_config.describe(flags.FLAGS.config))
     return
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DRY_RUN.value:
@@ -101,7 +113,7 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     command_line.fail('--workdir is missing: the folder that the run goes to')
   with command_line.reported(_TRACEBACK.value):
-    options, ignored = config_flag.read()
+    options, ignored = read_config()
     with (
       distributed.joined(options.distributed, *processes),
       # Once more, as a process of several ends within `joined`.
@@ -112,11 +124,50 @@ def main(argv: list[str]) -> None:
     sys.exit(status)
 
 
+def read_config() -> tuple[run_config.RunConfig, dict[str, Any]]:
+  """The options of the command line, and values of the file that are ignored.
+
+  Errors are those of `run_config.settled`.
+  """
+  config = config_file.load_config(_config_spec())
+  return run_config.settled(config, flags.FLAGS.config)
+
+
+def _config_spec() -> str:
+  """The config's path or name, with the argument behind its colon."""
+  return config_flags.get_config_filename(flags.FLAGS['config'])
+
+
+def replaced_lines() -> Iterator[str]:
+  """A line for each part of the data that ':runlocal' has replaced."""
+  base_spec, _, argument = _config_spec().rpartition(':')
+  if argument != 'runlocal':
+    return
+  before, after = (
+    config_file.flatten(config_file.load_config(spec).data)
+    for spec in (base_spec, f'{base_spec}:runlocal')
+  )
+  chosen_values = config_file.flatten(flags.FLAGS.config.data)
+  for key, new in after.items():
+    old = before.get(key, new)
+    if key.endswith('kind') and old != new == chosen_values.get(key):
+      yield f'runlocal: data.{key} {old!r} -> {new!r}'
+
+
+def other_problems(argv: Sequence[str]) -> list[str]:
+  """The problems of a command line beside keys that do not exist."""
+  try:
+    run_config.options_of(*config_file.known_flags(argv))
+  except InputError as error:
+    return str(error).splitlines()
+  return []
+
+
 def _dry_run() -> None:
   """Prints what a run would do; fails if it would be refused."""
-  options, ignored = config_flag.read()
-  command_line.say(config_flag.replaced_lines())
-  command_line.say(config_flag.ignored_lines(ignored))
+  options, ignored = read_config()
+  command_line.say(replaced_lines())
+  command_line.say(run_config.ignored_lines(ignored))
   trial = dry_run.DryRun(
     options,
     _WORKDIR.value or '',
@@ -135,8 +186,8 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   if distributed.is_first():
     if problem:
       command_line.complain(problem)
-    command_line.say(config_flag.replaced_lines())
-    command_line.say(config_flag.ignored_lines(ignored))
+    command_line.say(replaced_lines())
+    command_line.say(run_config.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
   try:
     train_and_evaluate(
@@ -156,9 +207,7 @@ def command() -> None:
   """Runs the command line of this program."""
   app.run(
     main,
-    flags_parser=lambda argv: command_line.parse(
-      argv, __doc__, config_flag.other_problems
-    ),
+    flags_parser=lambda argv: command_line.parse(argv, __doc__, other_problems),
   )
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from moe_jax import command_line, config_flag
+from moe_jax import command_line, run_config
 from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.mixtures import shared_tokenizer
 from moe_jax.data.tokens_folder import FolderReport, Share, make
@@ -153,8 +153,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  config, ignored = config_flag.options_of(options.config, overrides)
-  command_line.say(config_flag.ignored_lines(ignored))
+  config, ignored = run_config.options_of(options.config, overrides)
+  command_line.say(run_config.ignored_lines(ignored))
   share = Share(options.processes, options.host, options.num_hosts)
   # A run that begins with another's parameters has its tokenizer, too.
   data = config.init_from.with_tokenizer(config.data)

@@ -9,12 +9,12 @@ import functools
 import json
 import pathlib
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import ml_collections
 
-from moe_jax import sections
+from moe_jax import config_file, sections
 from moe_jax.compression.distill_options import NONE, DistillOptions
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
@@ -85,6 +85,28 @@ def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
   """
   values = json.loads(path.read_text(encoding='utf-8'))
   return sections.section(sections.read(RunConfig, values))
+
+
+def options_of(
+  spec: str, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, Any]]:
+  """The options of a config file with overrides; see `settled`.
+
+  Args:
+    spec: The config's path or name; see `config_file.load_config`.
+    overrides: Flags such as '--config.seed=1'.
+
+  Raises:
+    ValueError: The message gives everything that is wrong, by name.
+  """
+  config = config_file.config_of(spec, overrides)
+  return settled(config_file.load_config(spec), config)
+
+
+def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each value that `settled` says is ignored."""
+  for name, value in ignored.items():
+    yield f'{name}={value!r} has no effect with these flags; ignored'
 
 
 def settled(

@@ -7,22 +7,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 import ml_collections
 
 from moe_jax.errors import InputError
-from moe_jax.option_checks import (
-  UNLESS,
-  in_force,
-  needs,
-  no_effect,
-  unknown_key_text,
-)
 from moe_jax.options import (
+  UNLESS,
   Kinds,
   OptionError,
   Options,
   Spec,
   default_of,
   fields_of,
+  in_force,
+  needs,
+  no_effect,
   spec_of,
   types_of,
+  unknown_key_text,
   value_problem,
 )
 

@@ -8,19 +8,17 @@ import re
 ROOT = pathlib.Path(__file__).parents[1]
 # These are the parts of moe_jax that each part may import, besides itself.
 OPTIONS = {
-  'option_checks', 'options', 'plugins', 'sections', 'section_reader',
-  'section_merger', 'section_writer',
+  'options', 'plugins', 'sections', 'section_reader',
 }  # fmt: skip
 BASE = {'shapes', 'shape_checks', 'memory_room'} | OPTIONS
 UP_TO_LAYERS = BASE | {
   'routing',
   'kernels',
   'layers',
-  'device_mesh',
   'partitioning',
   'distributed',
 }
-UP_TO_RUNS = UP_TO_LAYERS | {'models', 'data', 'training_types', 'runs'}
+UP_TO_RUNS = UP_TO_LAYERS | {'models', 'data', 'runs'}
 UP_TO_TRAINING = UP_TO_RUNS | {'training'}
 ALLOWED = {
   'configs': set(),
@@ -28,25 +26,19 @@ ALLOWED = {
   'shapes': set(),
   'shape_checks': set(),
   'memory_room': set(),
-  'option_checks': set(),
   'options': OPTIONS,
   'sections': OPTIONS,
   'section_reader': OPTIONS,
-  'section_merger': OPTIONS,
-  'section_writer': OPTIONS,
   'plugins': OPTIONS,
-  'host': set(),
   'launcher': set(),
   'distributed': BASE | {'launcher'},
   'routing': BASE,
   'kernels': BASE,
-  'device_mesh': BASE,
-  'partitioning': BASE | {'device_mesh'},
+  'partitioning': BASE,
   'parallel': BASE | {'routing', 'partitioning'},
   'layers': UP_TO_LAYERS - {'layers'} | {'parallel'},
   'models': UP_TO_LAYERS | {'parallel'},
   'data': BASE,
-  'training_types': BASE | {'routing'},
   'runs': UP_TO_RUNS - {'runs'},
   'training': UP_TO_RUNS | {'parallel'},
   'finetuning': UP_TO_TRAINING | {'command_line', 'config_file'},
@@ -59,12 +51,9 @@ ALLOWED = {
     'data',
     'runs',
     'training',
-    'training_types',
-    'config_flag',
     'run_config',
     'command_line',
     'compile_cache',
-    'host',
   },
   'evaluation': BASE
   | {
@@ -78,10 +67,8 @@ ALLOWED = {
   },
   'config_file': OPTIONS,
   'command_line': BASE | {'config_file', 'data', 'runs'},
-  'start_facts': UP_TO_TRAINING | {'analysis'},
-  'hooks': UP_TO_TRAINING | {'analysis', 'generation', 'start_facts'},
-  'dry_run': UP_TO_TRAINING
-  | {'analysis', 'evaluation', 'run_config', 'start_facts'},
+  'hooks': UP_TO_TRAINING | {'analysis', 'generation'},
+  'dry_run': UP_TO_TRAINING | {'analysis', 'evaluation', 'hooks', 'run_config'},
   'generate': OPTIONS
   | {
     'analysis',
@@ -89,25 +76,31 @@ ALLOWED = {
     'compile_cache',
     'data',
     'generation',
-    'host',
+    'memory_room',
     'models',
     'runs',
   },
   'run_config': OPTIONS
-  | {'compression', 'evaluation', 'finetuning', 'models', 'training'},
-  'config_flag': {'config_file', 'run_config'},
+  | {
+    'compression',
+    'config_file',
+    'evaluation',
+    'finetuning',
+    'models',
+    'training',
+  },
   'compile_cache': {'data'},
-  'prepare': {'command_line', 'config_flag', 'data'},
+  'prepare': {'command_line', 'run_config', 'data'},
   'main': {
     'command_line',
     'compile_cache',
     'compression',
-    'config_flag',
+    'config_file',
     'data',
     'distributed',
     'dry_run',
     'hooks',
-    'host',
+    'memory_room',
     'run_config',
     'runs',
     'training',
@@ -148,23 +141,19 @@ NARROW = {
     'runs': (
       *CHECKPOINTS,
       'moe_jax.runs.metrics',
-      'moe_jax.runs.nonfinite',
       'moe_jax.runs.summary',
     ),
     'training': (
       'moe_jax.training.evaluate',
-      'moe_jax.training.evaluation_entries',
       'moe_jax.training.programs',
       'moe_jax.training.run_options',
       'moe_jax.training.setup',
-      'moe_jax.training.trace_options',
     ),
   },
   'evaluation': {
     'runs': ('moe_jax.runs.metrics', 'moe_jax.runs.workdir'),
     'training': (
       'moe_jax.training.evaluate',
-      'moe_jax.training.evaluation_entries',
       'moe_jax.training.step',
     ),
   },

@@ -149,7 +149,7 @@ def test_tpus_of_several_hosts_are_one_slice_unless_they_say_otherwise():
   pytest.importorskip('libtpu', reason='needs the extra tpu-compiler')
   program = """
 from experiments.compile_ahead import described_devices
-from moe_jax.device_mesh import make_mesh
+from moe_jax.partitioning import make_mesh
 sizes = dict(data=-1, tensor=2)
 for topology, slices, more in (
   ('v5e:4x4', 1, {}),

@@ -18,7 +18,7 @@ from moe_jax.configs import t5_base
 from moe_jax.models.pattern import sparse_pattern
 from moe_jax.sections import merge
 from moe_jax.training import losses, step
-from moe_jax.training.evaluation_entries import changed_models
+from moe_jax.training.evaluate import changed_models
 from tests import golden
 from tests.training import tiny
 

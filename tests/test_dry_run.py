@@ -15,7 +15,7 @@ from moe_jax.data.sources import files
 from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
 from moe_jax.training.programs import make_programs
-from moe_jax.training.run_tokenizer import with_tokenizer
+from moe_jax.training.setup import with_tokenizer
 from tests.generation import folders
 from tests.training import tiny
 

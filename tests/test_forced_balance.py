@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import train_step_tables
-from moe_jax import generate, hooks, run_config, start_facts
+from moe_jax import generate, hooks, run_config
 from moe_jax.analysis import record_evaluation, roofline, routes, traces
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
@@ -103,8 +103,8 @@ def test_a_model_says_what_its_results_have_to():
   leaking = tiny.model_of(
     tiny.options(model={'moe': {**MOE, **leaks, 'allow_future_leak': True}})
   )
-  assert start_facts.warnings(plain) == []
-  assert [text[:17] for text in start_facts.warnings(leaking)] == [
+  assert hooks.model_warnings(plain) == []
+  assert [text[:17] for text in hooks.model_warnings(leaking)] == [
     'moe.allow_future_', 'moe.force_balance'
   ]  # fmt: skip
 

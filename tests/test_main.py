@@ -21,7 +21,6 @@ import moe_jax.main
 from moe_jax import (
   command_line,
   config_file,
-  config_flag,
   run_config,
   sections,
 )
@@ -88,7 +87,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
   argv = command('w', *flags, config='moe_jax:tiny_switch')[2:]
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver(), pytest.raises(SystemExit):
-    command_line.parse(argv, '', config_flag.other_problems)
+    command_line.parse(argv, '', moe_jax.main.other_problems)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 3
   assert "did you mean 'model.moe.num_experts'? --describe" in lines[0]

@@ -15,7 +15,7 @@ import setuptools
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import command_line, config_file, config_flag, sections
+from moe_jax import command_line, config_file, run_config, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
   assert [flat(config_file.load_config(name)) for name in names] == by_path
   changed = config_file.config_of(names[0], ['--config.seed=3'])
   assert flat(changed) == {**by_path[0], 'seed': 3}
-  options, _ = config_flag.options_of(f'{names[0]}:runlocal')
+  options, _ = run_config.options_of(f'{names[0]}:runlocal')
   assert (options.total_steps, options.model.width) == (2, 32)
 
 
@@ -124,7 +124,7 @@ def test_training_takes_a_name(words, tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
   with flagsaver.flagsaver():
     command_line.parse(argv)
-    options, _ = config_flag.read()
+    options, _ = moe_jax.main.read_config()
   assert (options.seed, options.total_steps) == (5, 2)
 
 
@@ -151,7 +151,7 @@ def test_data_that_runlocal_replaces_is_named(
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver():
     command_line.parse(argv)
-    assert list(config_flag.replaced_lines()) == says
+    assert list(moe_jax.main.replaced_lines()) == says
 
 
 def module_of(entry):

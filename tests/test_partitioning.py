@@ -17,11 +17,10 @@ from moe_jax.partitioning import (
   MeshOptions,
   ShardingOptions,
   make_mesh,
-  make_rules,
   sharding,
 )
 from moe_jax.training.optimizer import Adafactor
-from moe_jax.training.optimizer_shardings import like_params
+from moe_jax.training.programs import like_params
 from tests.models import tiny
 
 RULES = ShardingOptions().rules
@@ -143,14 +142,9 @@ def test_slices_that_no_size_speaks_of_are_refused():
 
 
 def test_rules_are_lists_of_mesh_axes():
-  table = {'batch': 'data, fsdp', 'kv': '', 'mlp': 'tensor'}
-  assert make_rules(table) == (
-    ('batch', ('data', 'fsdp')),
-    ('kv', ()),
-    ('mlp', ('tensor',)),
-  )
-  with pytest.raises(ValueError, match=r"sharding\.mlp 'tensr'; did you mean"):
-    make_rules({'mlp': 'tensr'})
+  rules = ShardingOptions(batch='data, fsdp', kv='', mlp='tensor').rules
+  assert dict(rules)['batch'] == ('data', 'fsdp')
+  assert dict(rules)['kv'] == () and dict(rules)['mlp'] == ('tensor',)
   with pytest.raises(
     OptionError, match=r"mlp='tensr': .*did you mean 'tensor'"
   ):

@@ -56,7 +56,7 @@ from experiments.study.starts import Start, in_order, started
 from experiments.study.step_bursts import Burst
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.times import StepTime
-from moe_jax import command_line, config_flag, host, run_config, sections
+from moe_jax import command_line, memory_room, run_config, sections
 from moe_jax.analysis import cost, roofline
 from moe_jax.run_config import RunConfig
 from moe_jax.sections import difference, merge
@@ -923,7 +923,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   }
   assert {item.workdir for item in launch_items} == configs.keys()
   for item in launch_items[2:5]:
-    options, _ = config_flag.options_of(item.config, item.flags())
+    options, _ = run_config.options_of(item.config, item.flags())
     assert not difference(sections.section(options), configs[item.workdir])
 
 
@@ -947,7 +947,7 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
-  assert host.keep_freed_memory() is bool(accepts)
+  assert memory_room.keep_freed_memory() is bool(accepts)
   # The numbers are those of glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD,
   # M_ARENA_MAX.
   assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
@@ -976,8 +976,8 @@ def test_the_allocator_is_tuned_for_a_cpu_alone(
   with monkeypatch.context() as patch:
     patch.setattr('sys.platform', 'linux')
     patch.setattr('ctypes.CDLL', lambda name: libc)
-    patch.setattr(host.pathlib, 'Path', lambda name: tmp_path)
-    host.keep_freed_memory()
+    patch.setattr(memory_room.pathlib, 'Path', lambda name: tmp_path)
+    memory_room.keep_freed_memory()
   assert bool(settings) is tuned
 
 
@@ -995,12 +995,12 @@ def test_compiled_programs_are_forgotten_where_regions_are_many():
   for most, expected in ((10**9, 1), (10**9, 1), (0, 1), (10**9, 2)):
     f(1.0)
     assert len(traces) == expected
-    host.forget_programs(most)
+    memory_room.forget_programs(most)
 
 
 def test_another_allocator_is_left_as_it_is(monkeypatch):
   monkeypatch.setattr('ctypes.CDLL', lambda name: types.SimpleNamespace())
   monkeypatch.setattr('sys.platform', 'linux')
-  assert host.keep_freed_memory() is False  # the C library is not glibc
+  assert memory_room.keep_freed_memory() is False  # the C library is not glibc
   monkeypatch.setattr('sys.platform', 'darwin')
-  assert host.keep_freed_memory() is False
+  assert memory_room.keep_freed_memory() is False

@@ -14,7 +14,7 @@ import sys
 import jax
 
 from experiments.benchmarks.train_step_programs import prepared, random_batch
-from moe_jax import host
+from moe_jax import memory_room
 from moe_jax.config_file import load_config
 from moe_jax.training.programs import make_programs
 
@@ -41,7 +41,7 @@ class Case:
 def main() -> None:
   """Answers requests until the input ends."""
   answers, sys.stdout = sys.stdout, sys.stderr
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   request = json.loads(sys.stdin.readline())
   config = load_config(request['config'])
   cases = {name: Case(config, o) for name, o in request['cases'].items()}

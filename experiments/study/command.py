@@ -12,7 +12,7 @@ from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Column, Preset, Results
 from experiments.study.starts import started
 from experiments.study.study import Study
-from moe_jax import command_line, config_file, host, sections
+from moe_jax import command_line, config_file, memory_room, sections
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
 # Flags that stand for keys of the config which each arm or run has of its own.
@@ -60,7 +60,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     The folder of what was written.
   """
   options = parse(study, argv)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   preset = study.presets[options.preset]
   preset = dataclasses.replace(
     preset,

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.study import processes as processes_lib
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
-from moe_jax import config_flag
+from moe_jax import run_config
 from moe_jax.errors import InputError
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import retention
@@ -39,7 +39,7 @@ def check(items: Sequence[Item]) -> None:
 
 
 def _options(item: Item) -> RunConfig:
-  return config_flag.options_of(item.config, item.flags())[0]
+  return run_config.options_of(item.config, item.flags())[0]
 
 
 def _checkpoints(item: Item, options: RunConfig) -> os.PathLike[str]:

@@ -17,7 +17,7 @@ from experiments.study.parts import Column, Results
 from experiments.study.run_progress import Progress
 from experiments.study.runner import Runner
 from experiments.study.scheduler import FAILED, STOPPED, WAITING
-from moe_jax import command_line, host
+from moe_jax import command_line, memory_room
 from moe_jax.errors import InputError
 
 LOG = 'log.txt'
@@ -78,7 +78,7 @@ def _logged(runner: Runner, jobs: list[Job]) -> None:
   """Makes the runs of one call; output goes to the first run's log."""
   workdir = jobs[0].workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  host.forget_programs()
+  memory_room.forget_programs()
   with (
     (workdir / LOG).open('a', encoding='utf-8') as log,
     contextlib.redirect_stdout(log),

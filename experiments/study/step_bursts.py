@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from experiments.benchmarks import timing
-from moe_jax import host, run_config
+from moe_jax import memory_room, run_config
 from moe_jax.analysis import roofline
 from moe_jax.training.setup import Run, set_up
 
@@ -87,7 +87,7 @@ def fresh(function: Callable[..., Burst], *args: Any) -> Burst:
 
 
 def _send(connection: Connection, function: Callable[..., Burst], args) -> None:
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   connection.send(function(*args))
 
 

@@ -20,7 +20,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.study.scheduler import DONE, FAILED, STOPPED
-from moe_jax import command_line, host
+from moe_jax import command_line, memory_room
 
 _CACHE = (
   'jax_compilation_cache_dir',
@@ -176,7 +176,7 @@ def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks it to stop
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {core})
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   _share_compiled(cache)
 
   def watch():

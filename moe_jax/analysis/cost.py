@@ -16,7 +16,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, config_flag
+from moe_jax import command_line, run_config
 from moe_jax.analysis import memory, roofline
 from moe_jax.analysis.counts import (
   Half,
@@ -314,8 +314,8 @@ def parse(
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the cost of the model of the command line's config."""
-  options, ignored = config_flag.options_of(arguments.config, overrides)
-  command_line.say(config_flag.ignored_lines(ignored))
+  options, ignored = run_config.options_of(arguments.config, overrides)
+  command_line.say(run_config.ignored_lines(ignored))
   options = with_own_vocabulary(options)
   model = options.build()
   one_row, training_batch = (

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, config_flag, host
+from moe_jax import command_line, memory_room, run_config
 from moe_jax.analysis import compiled
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
@@ -286,9 +286,9 @@ def parse(
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the time of the parts of a step of the command line's config."""
-  host.keep_freed_memory()
-  options, ignored = config_flag.options_of(arguments.config, overrides)
-  command_line.say(config_flag.ignored_lines(ignored))
+  memory_room.keep_freed_memory()
+  options, ignored = run_config.options_of(arguments.config, overrides)
+  command_line.say(run_config.ignored_lines(ignored))
   table = explain(options, arguments.steps)
   devices = jax.devices()
   print(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
-from moe_jax import command_line, compile_cache, host
+from moe_jax import command_line, compile_cache, memory_room
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import RecordedLosses, Recorder, make_header
 from moe_jax.data import SPLITS
@@ -22,9 +22,13 @@ from moe_jax.data import load as load_data
 from moe_jax.distributed import Placing
 from moe_jax.errors import InputError
 from moe_jax.runs import trained
-from moe_jax.training.evaluate import ROOM_FOR_ALL, LossEvaluation, Setting
-from moe_jax.training.evaluation_entries import overridden
-from moe_jax.training.trace_options import TraceOptions
+from moe_jax.training.evaluate import (
+  ROOM_FOR_ALL,
+  LossEvaluation,
+  Setting,
+  overridden,
+)
+from moe_jax.training.run_options import TraceOptions
 
 KIND = 'loss'
 
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
-  host.keep_freed_memory()
+  memory_room.keep_freed_memory()
   if problem := compile_cache.use():
     command_line.complain(problem)
   with command_line.reported(options.traceback):

@@ -30,8 +30,8 @@ from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Leaf
 from moe_jax.training.evaluate import Losses, Variables
 from moe_jax.training.programs import Step
+from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run
-from moe_jax.training.trace_options import TraceOptions
 
 FOLDER = 'trace'
 # Batches that may wait for the thread; the devices hold their arrays meanwhile.

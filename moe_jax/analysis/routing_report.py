@@ -24,7 +24,7 @@ from moe_jax.models.recorded import Recorded
 from moe_jax.routing import drop_rate
 from moe_jax.routing.stats import load_summary
 from moe_jax.runs import summary
-from moe_jax.training_types import LossSums
+from moe_jax.runs.summary import LossSums
 
 Value = str | int | float | None
 Row = dict[str, Any]

@@ -23,7 +23,7 @@ from moe_jax.layers.parameters import Role
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model, flat_trees, lora
 from moe_jax.models.lora import Adapters, LoraOptions
-from moe_jax.training.evaluation_entries import overridden
+from moe_jax.training.evaluate import overridden
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
 

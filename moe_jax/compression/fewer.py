@@ -40,7 +40,7 @@ from moe_jax.models.expert_arrays import (
   with_moes,
 )
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.option_checks import within
+from moe_jax.options import within
 
 SHARE = within('(0, 1]')
 Groups = tuple[tuple[int, ...], ...]

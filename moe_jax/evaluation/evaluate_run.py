@@ -12,9 +12,10 @@ from moe_jax import data, generation, partitioning
 from moe_jax.distributed import Placing
 from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
-from moe_jax.training.evaluate import EvaluationOptions, evaluation_rows
-from moe_jax.training.evaluation_entries import (
+from moe_jax.training.evaluate import (
+  EvaluationOptions,
   changed_models,
+  evaluation_rows,
   make_evaluations,
 )
 

@@ -17,8 +17,7 @@ from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
-from moe_jax.option_checks import unknown_text
-from moe_jax.options import Check, anything, at_least, option
+from moe_jax.options import Check, anything, at_least, option, unknown_text
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int

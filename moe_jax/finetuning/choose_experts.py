@@ -24,10 +24,10 @@ from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
 from moe_jax.layers.routers.contract import Router, sown
 from moe_jax.models import Model
-from moe_jax.option_checks import within
+from moe_jax.options import within
 from moe_jax.runs import trained
 from moe_jax.shapes import Array, Leaf
-from moe_jax.training.chosen_experts import ChosenExperts
+from moe_jax.training.trainable import ChosenExperts
 
 SHARE = within('(0, 1]')
 # The use of experts by one batch: {layer: float [E]}, sums over its tokens.

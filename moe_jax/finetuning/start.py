@@ -20,7 +20,7 @@ from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
-from moe_jax.training.init_from_options import InitFromOptions
+from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
 
 _HAS_WORKDIR = {'workdir': NOT_EMPTY}

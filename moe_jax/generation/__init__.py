@@ -3,7 +3,7 @@
 from moe_jax.data.tokenizers import TextStream
 from moe_jax.generation.beams import Beams, beam_search
 from moe_jax.generation.decode_loop import Generation, generate
-from moe_jax.generation.prepared_model import prepare
+from moe_jax.generation.prefix import prepare
 from moe_jax.generation.trained_run import Loaded, load
 
 __all__ = [

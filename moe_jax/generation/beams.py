@@ -14,13 +14,17 @@ import numpy as np
 
 from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
-from moe_jax.generation.arguments import (
+from moe_jax.generation.prefix import (
+  Ids,
+  Variables,
+  begin,
   check_ends,
   check_number,
   check_whole,
+  make_prefix,
+  num_rows,
+  prepare,
 )
-from moe_jax.generation.prefix import Ids, make_prefix, num_rows
-from moe_jax.generation.prepared_model import Variables, begin, prepare
 from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32
 

@@ -11,14 +11,19 @@ import numpy as np
 
 from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
-from moe_jax.generation.arguments import (
+from moe_jax.generation.beams import beam_search, check_finite
+from moe_jax.generation.prefix import (
+  Ids,
+  Prefix,
+  Variables,
+  begin,
   check_ends,
   check_number,
   check_whole,
+  make_prefix,
+  num_rows,
+  prepare,
 )
-from moe_jax.generation.beams import beam_search, check_finite
-from moe_jax.generation.prefix import Ids, Prefix, make_prefix, num_rows
-from moe_jax.generation.prepared_model import Variables, begin, prepare
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
 from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Int, Int32, Leaf

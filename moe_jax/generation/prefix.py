@@ -5,19 +5,117 @@ those of an encoder at the end. Lengths are rounded up to a few values, so that
 not every prompt compiles a program of its own.
 """
 
+import functools
 import math
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.generation.arguments import Ids, as_ids, check_whole, is_list
 from moe_jax.memory_room import check_room
-from moe_jax.models import Model
+from moe_jax.models import Cache, Model, check_generates
+from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.models.text_model import check_change
+from moe_jax.shape_checks import is_whole
 from moe_jax.shapes import Bool, Int32, Leaf
+
+Ids = Sequence[int] | np.ndarray
+_MAX = np.iinfo(np.int32).max
+
+
+def check_whole(
+  name: str, value: int, low: int = -_MAX, high: int = _MAX
+) -> None:
+  """Raises ValueError unless a value is an integer in [low, high]."""
+  if not is_whole(value):
+    raise InputError(f'{name}={value!r} must be an integer')
+  if value < low:
+    raise InputError(f'{name}={value} must be at least {low}')
+  if value > high:
+    raise InputError(f'{name}={value} must be at most {high}')
+
+
+def check_number(name: str, value: float) -> None:
+  """Raises ValueError unless a value is a finite number and no boolean."""
+  is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value):
+    raise InputError(f'{name}={value!r} must be a finite number')
+
+
+def check_seed(seed: int) -> None:
+  """Raises ValueError unless a seed fits into 32 bits without a sign."""
+  check_whole('seed', seed, 0, 2**32 - 1)
+
+
+def check_model(model: Model) -> None:
+  """Raises ValueError for anything but a model."""
+  if not isinstance(model, Model):
+    raise InputError(
+      f'model is a {type(model).__name__}; it must be a moe_jax.models.Model, '
+      'as the options of a model build it'
+    )
+
+
+def is_list(value: Any) -> bool:
+  """Whether a value is a list or an array, not a number and no text."""
+  if hasattr(value, 'ndim'):
+    return value.ndim > 0
+  return hasattr(value, '__len__') and not isinstance(value, str | bytes)
+
+
+def check_ends(model: Model, stop_ids: Ids, pad_id: int) -> None:
+  """Raises ValueError for a wrong model, stop ids or id of padding."""
+  check_model(model)
+  as_ids('stop_ids', stop_ids, model.vocab_size)
+  check_whole('pad_id', pad_id, -_MAX)
+
+
+def check_variables(variables: dict) -> None:
+  """Raises ValueError where there are no parameters under 'params'."""
+  if 'params' not in getattr(variables, 'keys', list)():
+    names = sorted(variables) if isinstance(variables, dict) else variables
+    raise InputError(
+      f"variables have no 'params', the parameters of the model; have "
+      f'{str(names)[:80]}'
+    )
+
+
+def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
+  """Ids as an array, which may be empty.
+
+  Args:
+    name: The name of the argument, for messages.
+    ids: The ids.
+    count: The number of possible ids, such as the size of a vocabulary.
+    noun: The noun for messages, 'token' or 'task'.
+
+  Raises:
+    ValueError: The ids are not a list of integers in [0, count).
+  """
+  if isinstance(ids, str | bytes):
+    raise InputError(f'{name}={ids[:40]!r} is text; give its {noun} ids')
+  try:
+    row = np.asarray(ids)
+  except ValueError:  # lists of several lengths
+    row = np.empty((0, 0))
+  if row.ndim != 1:
+    raise InputError(f'{name} has shape {row.shape}; it must be a list of ids')
+  if not row.size:
+    return row.astype(np.int64)
+  if row.dtype.kind not in 'iu':
+    raise InputError(
+      f'{name} has the value {row.tolist()[0]!r} of type {row.dtype}; '
+      f'{noun} ids are integers'
+    )
+  sizes = 'vocab_size' if noun == 'token' else 'num_tasks'
+  bad_ids = row[(row < 0) | (row >= count)]
+  if bad_ids.size:
+    raise InputError(f'{name}: {noun} {bad_ids[0]} not in [0, {sizes}={count})')
+  return row.astype(np.int64)
+
 
 _LEAST_LENGTH = 8
 
@@ -221,3 +319,95 @@ def _padded(
     columns = slice(length - len(row), None) if front else slice(len(row))
     tokens[i, columns], mask[i, columns] = row, True
   return tokens, mask
+
+
+Variables = dict[str, Any]
+
+
+def prepare(
+  model: Model, variables: Variables, *, batch_size: int = 1, window: int = 0
+) -> tuple[Model, Variables]:
+  """The model and variables that generate; prepared ones are returned as is.
+
+  `generate` prepares a model if it is not prepared, which copies the
+  parameters. To generate several times, do it once and drop the original
+  variables. The prepared model drops no tokens, unless an imported checkpoint
+  has a capacity of its own.
+
+  Args:
+    model: The model as trained or imported.
+    variables: Its parameters, under 'params', and `router_state` if it has it.
+    batch_size: The number of rows, or beams, that will be generated together;
+      on a CPU the fastest layout of parameters depends on it.
+    window: The number of tokens up to its own to which a token of the decoder
+      attends, for texts longer than rows of training; 0 leaves it to the model.
+
+  Raises:
+    ValueError: An argument is of another kind, or the model does not generate.
+  """
+  check_model(model)
+  check_variables(variables)
+  check_whole('batch_size', batch_size, 1)
+  check_whole('window', window, 0)
+  check_generates(model)
+  if model.is_for_decoding:
+    return model, variables
+  return model.for_decoding(variables, batch_size=batch_size, window=window)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
+def begin(
+  model: Model, variables: Variables, prefix: Prefix, num_slots: int
+) -> Cache:
+  """The cache of the prefix without each row's last token.
+
+  Args:
+    model: A prepared model.
+    variables: Its variables.
+    prefix: P tokens of each row.
+    num_slots: The number of slots of the cache: P - 1, and one for each step.
+  """
+  return begin_with(plainly, model, variables, prefix, num_slots)[0]
+
+
+def begin_with(
+  apply: Apply,
+  model: Model,
+  variables: Variables,
+  prefix: Prefix,
+  num_slots: int,
+) -> tuple[Cache, list[Choices]]:
+  """The cache of `begin`, and the choices of each call of the model.
+
+  Args:
+    apply: Applies the model, and may return choices.
+    model, variables, prefix, num_slots: See `begin`.
+  """
+  B, P = prefix.tokens.shape
+  choices = []
+  if prefix.encoder_tokens is None:
+    cache = model.make_cache(B, num_slots)
+    if prefix.task_ids is not None:
+      cache = cache.replace(task_ids=prefix.task_ids)
+    pieces = [slice(0, P - 1)] if P > 1 else []
+  else:
+    cache, recorded = apply(
+      model,
+      variables,
+      prefix.encoder_tokens,
+      prefix.encoder_mask,
+      num_slots,
+      task_ids=prefix.task_ids,
+      method='encode',
+    )
+    choices.append(recorded)
+    # A start and forced tokens are steps, as if the model had chosen them, as
+    # tokens of one step compete for slots where capacity binds.
+    pieces = [slice(i, i + 1) for i in range(P - 1)]
+  for piece in pieces:
+    tokens, mask = prefix.tokens[:, piece], prefix.mask[:, piece]
+    (_, cache), recorded = apply(
+      model, variables, tokens, mask, cache, method='decode'
+    )
+    choices.append(recorded)
+  return cache, choices

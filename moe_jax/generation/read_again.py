@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.distributed import fetch
-from moe_jax.generation.prefix import Ids, Prefix, make_prefix
-from moe_jax.generation.prepared_model import Variables, begin_with
+from moe_jax.generation.prefix import (
+  Ids,
+  Prefix,
+  Variables,
+  begin_with,
+  make_prefix,
+)
 from moe_jax.models import Model
 from moe_jax.models.recorded import Apply, Recorded
 from moe_jax.shapes import Array, Bool, Int32

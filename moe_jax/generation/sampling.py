@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.generation.arguments import (
+from moe_jax.generation.prefix import (
   check_number,
   check_seed,
   check_whole,

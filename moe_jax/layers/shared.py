@@ -150,7 +150,7 @@ class Shared:
       bias, and layer norms have one.
     num_layers: L, the depth of the model, for initialisations that need it.
     rules: The mesh axes of each logical axis, as pairs; it is what
-      `partitioning.make_rules` returns.
+      `ShardingOptions.rules` gives.
     num_tasks: The number of tasks that routers by task tell apart.
   """
 

@@ -426,7 +426,7 @@ class ModelOptions(Options):
     """The linen module of the model.
 
     Args:
-      rules: The mesh axes of each logical axis; see `partitioning.make_rules`.
+      rules: The mesh axes of each logical axis; see `ShardingOptions`.
 
     Raises:
       ValueError: The vocabulary, or another size that the data decides, is

@@ -2,19 +2,23 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax.errors import InputError
-from moe_jax.runs import array_files, finite
+from moe_jax.options import NOT_EMPTY, Options, at_least, option, unknown
+from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
+from moe_jax.runs.metrics import Row
 from moe_jax.runs.retention import CheckpointError, Directory
 from moe_jax.runs.storage_errors import Retry, describe
 
@@ -68,7 +72,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     best = (keep_best, best_metric, retry, best_is_highest)
     self._directory = Directory(directory, keep_newest, *best)
     self._needed_metric = best_metric if keep_best else None
-    self._orbax = array_files.checkpointer()
+    self._orbax = _orbax_checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._last_step: int | None = None  # the step last saved or restored
@@ -315,7 +319,7 @@ class Checkpointer(contextlib.AbstractContextManager):
       self._directory.remove_leftovers()
 
   def _load(self, step: int, abstract_state: Any, partial: bool) -> Any:
-    args = array_files.restore_args(abstract_state, partial)
+    args = _restore_args(abstract_state, partial)
     folder = self._directory.folder(step)
     try:
       return self._retry(self._orbax.restore, folder, args)
@@ -335,3 +339,154 @@ class Checkpointer(contextlib.AbstractContextManager):
 def _not_from_orbax(record: logging.LogRecord) -> bool:
   """Whether a log record is not about Orbax: neither from it nor naming it."""
   return 'orbax' not in record.pathname + record.getMessage()
+
+
+class _OneTransactionHandler(ocp.type_handlers.ArrayHandler):
+  """Writes the arrays of a state as one transaction, without further files.
+
+  Orbax's default writes small files for each array, and files of shardings and
+  write shapes, which `Checkpointer` does not read. They take a third of a
+  save's time.
+  """
+
+  def __init__(self):
+    super().__init__(enable_write_sharding_file=False)
+
+  async def serialize(self, values, infos, args=None):
+    for info in infos:
+      info.byte_limiter = None  # with a limit, Orbax makes no transaction
+    return await super().serialize(values, infos, args)
+
+
+def _orbax_checkpointer() -> ocp.AsyncCheckpointer:
+  """Orbax's checkpointer, for states of `jax.Array` or numpy copies of them."""
+  handlers = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, _OneTransactionHandler()),
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+  )
+  return ocp.AsyncCheckpointer(
+    # Compression takes a quarter of a save's time from training, and saves only
+    # a twentieth of the bytes, as weights are mostly noise.
+    ocp.PyTreeCheckpointHandler(
+      use_compression=False, type_handler_registry=handlers
+    ),
+    # If Orbax's thread cannot make a folder, its other threads wait for the
+    # folder, and the interpreter's exit for those, for five minutes.
+    async_options=ocp.options.AsyncOptions(
+      create_directories_asynchronously=False
+    ),
+  )
+
+
+def _restore_args(abstract_state: Any, partial: bool) -> ocp.args.PyTreeRestore:
+  """Arguments that restore a state with the given dtypes and shardings.
+
+  Args:
+    abstract_state: A tree of shapes with dtypes; see `Checkpointer.restore`.
+    partial: Whether the checkpoint may hold more than these.
+  """
+  target = jax.tree.map(_with_sharding, abstract_state)
+  array_args = ocp.checkpoint_utils.construct_restore_args(target)
+  return ocp.args.PyTreeRestore(target, array_args, partial_restore=partial)
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  """`leaf` with a sharding; without it Orbax uses the saving run's devices."""
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions(Options):
+  """Options of a run's checkpoints: the section 'checkpoint' of a config."""
+
+  directory: str = option(
+    '',
+    "Folder or bucket for this run's checkpoints alone, such as "
+    "'gs://bucket/run'; an empty string puts them into the workdir.",
+  )
+  every_steps: int = option(
+    500,
+    'Number of optimizer steps between two checkpoints. One is also written at '
+    'the end of the run and on SIGTERM; 0 writes only those.',
+    at_least(0),
+  )
+  keep_newest: int = option(
+    2, 'Number of the newest checkpoints that are kept.', at_least(1)
+  )
+  keep_best: bool = option(
+    True,
+    'Whether the best checkpoint, by the evaluation checkpoint.best_eval, is '
+    'kept besides the newest ones.',
+  )
+  best_eval: str = option(
+    'train_capacity',
+    'Name of the evaluation that decides which checkpoint is the best. A '
+    'checkpoint of a step without that evaluation is never the best.',
+    when={'keep_best': (True,)},
+  )
+  best_metric: str = option(
+    'loss',
+    'Number of the evaluation checkpoint.best_eval that decides which '
+    "checkpoint is the best, such as 'exact_match'.",
+    NOT_EMPTY,
+    when={'keep_best': (True,)},
+  )
+  best_is_highest: bool = option(
+    False,
+    'Whether the checkpoint with the highest number is the best, as for an '
+    'accuracy; otherwise the lowest is.',
+    when={'keep_best': (True,)},
+  )
+  tries: int = option(
+    3,
+    'Number of times that writing or reading a checkpoint is tried when '
+    'storage reports an error that may pass (a full disk does not). Above 1, '
+    'the host keeps a copy of what is being saved. Several processes try only '
+    'once to write arrays.',
+    at_least(1),
+  )
+  retry_seconds: float = option(
+    1.0,
+    'Seconds before the second try to write or read a checkpoint; each further '
+    'wait is twice as long, and 0 does not wait.',
+    at_least(0),
+    when={'tries': at_least(2)},
+  )
+
+  @property
+  def best_name(self) -> str:
+    """The name of the number that decides which checkpoint is the best."""
+    if self.best_metric == 'loss':
+      return self.best_eval
+    return f'{self.best_eval}/{self.best_metric}'
+
+  def best_of(self, rows: Mapping[str, Row]) -> float | None:
+    """The number that decides which checkpoint is the best.
+
+    Args:
+      rows: The rows of evaluations, by name.
+
+    Returns:
+      The number; None if its evaluation is not among them.
+
+    Raises:
+      ValueError: The evaluation's row lacks the number.
+    """
+    row = rows.get(self.best_eval)
+    if row is None or self.best_metric not in row:
+      if row is not None and self.keep_best:
+        raise unknown('checkpoint.best_metric', self.best_metric, row)
+      return None
+    return float(row[self.best_metric])
+
+  @property
+  def retry(self) -> Retry:
+    """The rule by which storage is tried again after an error."""
+    return Retry(self.tries, self.retry_seconds)
+
+  def shrunk(self) -> 'CheckpointOptions':
+    """The same options with a checkpoint at the end of the run only."""
+    return dataclasses.replace(self, every_steps=0)

@@ -1,15 +1,21 @@
-"""Names of the arrays of a state whose values are not all finite.
+"""What is not finite: the arrays of a state, and the batches of such steps.
+
+`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
+whose loss, gradient or new state was not finite.
 
 Integers and booleans are always finite. No optimizer or router of this project
 keeps an infinity on purpose, so no array is excepted (a test takes a step with
 each optimizer).
 """
 
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from moe_jax.distributed import fetch
 from moe_jax.shapes import Array, Bool
@@ -81,3 +87,45 @@ def _floating(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   }
+
+
+_FOLDER = 'nonfinite'
+
+
+def kept_steps(workdir: pathlib.Path) -> set[int]:
+  """The steps whose batches are kept, also those from before a restart."""
+  numbers = [path.stem for path in (workdir / _FOLDER).glob('*.npz')]
+  return {int(n) for n in numbers if n.isdigit()}
+
+
+def forget_batch(workdir: pathlib.Path, step: int) -> None:
+  """Removes the batch of a step that was repeated and then was finite."""
+  if jax.process_index() == 0:
+    (workdir / _FOLDER / f'{step}.npz').unlink(missing_ok=True)
+
+
+def keep_batch(
+  workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]
+) -> pathlib.Path:
+  """Writes the batch of `step`, all or nothing; every process calls this.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  path = workdir / _FOLDER / f'{step}.npz'
+  arrays: dict[str, Any] = {
+    name: _host_array(array) for name, array in batch.items()
+  }
+  if jax.process_index() == 0:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix('.tmp')
+    with unfinished.open('wb') as file:
+      np.savez(file, **arrays)
+    unfinished.replace(path)
+  return path
+
+
+def _host_array(array: jax.Array) -> np.ndarray:
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))

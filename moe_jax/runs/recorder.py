@@ -17,11 +17,11 @@ from moe_jax import data
 from moe_jax.distributed import is_first
 from moe_jax.errors import ReportedError
 from moe_jax.models import Model
-from moe_jax.runs import finite, nonfinite, summary
+from moe_jax.runs import finite, summary
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.metrics import MetricsWriter, Row
 from moe_jax.runs.progress import Progress
-from moe_jax.training_types import Batch, LossSums, StepMetrics, add
+from moe_jax.runs.summary import Batch, LossSums, StepMetrics, add
 
 
 class NonFiniteError(ReportedError, RuntimeError):
@@ -93,7 +93,7 @@ class Recorder:
     self._run = run
     self._start = start
     self._pending: tuple[int, StepMetrics, Batch] | None = None
-    self._kept_steps = nonfinite.steps(run.workdir)
+    self._kept_steps = finite.kept_steps(run.workdir)
     self._skipped = sum(n <= start for n in self._kept_steps)
     self._sums: LossSums | None = None
     self._steps = 0
@@ -200,7 +200,7 @@ class Recorder:
       self._skip(step, text, sums, batch)
     else:
       if step in self._kept_steps:
-        nonfinite.forget(self._run.workdir, step)
+        finite.forget_batch(self._run.workdir, step)
       self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
       self._clock = time.perf_counter()
@@ -217,7 +217,7 @@ class Recorder:
 
   def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""
-    path = nonfinite.keep(self._run.workdir, step, batch)
+    path = finite.keep_batch(self._run.workdir, step, batch)
     max_skipped = self._run.options.max_nonfinite_steps
     if self._skipped >= max_skipped:
       raise NonFiniteError(self._describe(text, sums, path))

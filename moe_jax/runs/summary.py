@@ -1,7 +1,7 @@
 """The numbers in a row of metrics, from sums over tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,51 @@ from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate, load_summary
-from moe_jax.training_types import LossSums
+from moe_jax.shapes import Array, Bool
+
+
+class LossSums(NamedTuple):
+  """Sums over the tokens of a batch; `add` merges those of two.
+
+  Attributes:
+    cross_entropy: float32 [], sum of nats times loss weights.
+    weight: float32 [], sum of loss weights.
+    logits_z: float32 [], sum of squared logsumexps of logits times weights.
+    aux: Losses and statistics of the layers' routers, every leaf [L, ...].
+    choices: The choices of the batch's tokens where the step records them, no
+      sums; see `moe_jax.models.recorded.Choices`.
+  """
+
+  cross_entropy: Array
+  weight: Array
+  logits_z: Array
+  aux: MoeAux
+  choices: Any = None
+
+
+class StepMetrics(NamedTuple):
+  """Metrics of one optimizer step.
+
+  Attributes:
+    loss: float32 [], the loss that was minimised.
+    sums: Sums over the batch.
+    grad_norm: float32 [], the norm of the gradient before clipping.
+    learning_rate: float32 [], the learning rate before factors by name.
+    finite: bool [N], whether each floating-point leaf of the state after the
+      step is finite, in the order of `moe_jax.runs.finite.names`.
+  """
+
+  loss: Array
+  sums: LossSums
+  grad_norm: Array
+  learning_rate: Array
+  finite: Bool[Array, ' N']
+
+
+def add(a: LossSums, b: LossSums) -> LossSums:
+  """Merges two sums."""
+  return jax.tree.map(lambda x, y: x + y, a, b)
+
 
 # The losses that every row has; it has others where they are not 0.
 _ALWAYS_WRITTEN = ('balance_loss', 'z_loss', 'importance_loss', 'load_loss')
@@ -141,3 +185,6 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
     'shadowed_experts': float(exchange.shadowed / exchange.choices),
     'exchange_overflow': float(exchange.overflow / served),
   }
+
+
+Batch = dict[str, Array]

@@ -25,8 +25,7 @@ from moe_jax.models.router_state import (
 )
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
-from moe_jax.runs.checkpoint_options import CheckpointOptions
-from moe_jax.runs.checkpointer import Checkpointer, Restored
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
 from moe_jax.runs.retention import Directory
 from moe_jax.runs.storage_errors import describe as describe_error
 from moe_jax.runs.workdir import (

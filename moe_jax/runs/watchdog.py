@@ -11,9 +11,11 @@ error nor an endless loop.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -27,14 +29,160 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.distributed import Timeouts
-from moe_jax.runs.lines import (
-  MOMENT_SECONDS,
-  TICK_SECONDS,
-  Line,
-  addresses,
-  reach,
-)
-from moe_jax.runs.peers import Peers
+from moe_jax.errors import InputError
+
+TICK_SECONDS = 0.5
+# Seconds within which a process that ended is noticed, a message arrives, and a
+# process that was told to end has ended.
+MOMENT_SECONDS = 5.0
+
+
+class Line:
+  """A connection for JSON objects, one a line; nothing is unpickled."""
+
+  def __init__(self, connection: socket.socket):
+    connection.settimeout(MOMENT_SECONDS)
+    self.socket = connection
+    self._unread = b''
+
+  def send(self, message: dict[str, Any]) -> None:
+    """Sends a message, unless the other end has too much left to read.
+
+    Nothing is raised for a lost connection; `receive` reports that.
+    """
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+      writable = select.poll()
+      writable.register(self.socket, select.POLLOUT)
+      if writable.poll(0):
+        self.socket.sendall(json.dumps(message).encode() + b'\n')
+
+  def receive(self) -> list[dict[str, Any]] | None:
+    """Waits for messages and returns them; None if the connection is lost."""
+    try:
+      received = self.socket.recv(2**16)
+    except OSError:
+      return None
+    *lines, self._unread = (self._unread + received).split(b'\n')
+    try:
+      messages = [json.loads(line) for line in lines] if received else None
+    except (ValueError, RecursionError):  # some other program has connected
+      return None
+    if messages and not all(isinstance(m, dict) for m in messages):
+      return None
+    return messages
+
+
+def addresses() -> list[str]:
+  """Addresses and names of this machine that other machines can try."""
+  names = [socket.getfqdn(), socket.gethostname()]
+  probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+  with probe, contextlib.suppress(OSError):
+    # No packet is sent; the kernel gives the address that one would come from.
+    probe.connect(('192.0.2.1', 9))
+    names.insert(0, probe.getsockname()[0])
+  return list(dict.fromkeys([*names, '127.0.0.1']))
+
+
+def reach(
+  hosts: list[str], port: int, hello: dict[str, Any], seconds: float
+) -> Line:
+  """Connects to process 0, which has to answer with the token.
+
+  Args:
+    hosts: Addresses and names of process 0, tried in turn.
+    port: The port on which it listens.
+    hello: The first message, with the key 'token'.
+    seconds: Time after which to give up.
+
+  Raises:
+    ValueError: Process 0 is reached at none of the addresses.
+  """
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline:
+    for host in hosts:
+      with contextlib.suppress(OSError):
+        address = host, port
+        line = Line(socket.create_connection(address, MOMENT_SECONDS))
+        line.send(hello)
+        answer = line.receive()
+        if answer and answer[0].get('token') == hello['token']:
+          return line
+        line.socket.close()  # another machine has that name or address
+    time.sleep(TICK_SECONDS)
+  raise InputError(
+    f'process 0 is reached at none of {hosts}, port {port}; ports between the '
+    'machines must be open'
+  )
+
+
+@dataclasses.dataclass
+class Peer:
+  """State of a process.
+
+  Attributes:
+    num_stages: Number of stages that the process has begun.
+    stage: Name of the last stage: 'step 3'.
+    last_heard: Time of its last message, in seconds of the monotonic clock.
+    is_done: Whether it has reached the end and waits for the others.
+  """
+
+  num_stages: int = 0
+  stage: str = 'the start'
+  last_heard: float = dataclasses.field(default_factory=time.monotonic)
+  is_done: bool = False
+
+
+class Peers:
+  """States of all processes of a run, by number."""
+
+  def __init__(self, size: int, timeouts: Timeouts):
+    """Begins with `size` processes that have just started."""
+    self._peers = {i: Peer() for i in range(size)}
+    self._silence = timeouts.heartbeat_timeout_seconds
+    self._stall = timeouts.stall_timeout_seconds
+    self._last_move = time.monotonic()
+    self._total_stages = 0
+
+  def __getitem__(self, index: int) -> Peer:
+    return self._peers[index]
+
+  @property
+  def all_done(self) -> bool:
+    """Whether every process has reached the end."""
+    return all(peer.is_done for peer in self._peers.values())
+
+  def end_reason(self) -> str | None:
+    """The reason for which all processes have to end; None if there is none.
+
+    Either a process is silent, or none has begun a new stage for too long.
+    """
+    now = time.monotonic()
+    awake = {i: p for i, p in self._peers.items() if not p.is_done}
+    for index, peer in awake.items():
+      if now - peer.last_heard > self._silence:
+        return (
+          f'process {index} does not answer, for {now - peer.last_heard:.0f} s'
+          f'; it had got to {peer.stage}'
+        )
+    total_stages = sum(peer.num_stages for peer in self._peers.values())
+    if total_stages != self._total_stages:
+      self._total_stages, self._last_move = total_stages, now
+    if not self._stall or now - self._last_move <= self._stall or not awake:
+      return None
+    return f'nothing moved for {self._stall} s; {self._behind(awake)}'
+
+  def _behind(self, awake: dict[int, Peer]) -> str:
+    """Text that names the processes with the fewest stages, and their stage."""
+    least = min(peer.num_stages for peer in awake.values())
+    behind = [i for i, peer in awake.items() if peer.num_stages == least]
+    if len(behind) == len(self._peers):
+      who = 'no process is behind: all have'
+    elif len(behind) > 1:
+      who = f'processes {", ".join(map(str, behind))} are behind: they have'
+    else:
+      who = f'process {behind[0]} is stuck: it has'
+    return f'{who} got to {awake[behind[0]].stage}'
+
 
 # Most seconds that an ending process waits for a pending save.
 _SAVE_SECONDS = 10.0

@@ -11,7 +11,7 @@ from etils import epath
 
 from moe_jax import plugins, sections
 from moe_jax.errors import InputError
-from moe_jax.runs.owner import FILE_PREFIX
+from moe_jax.runs.ownership import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.section_reader import Section, as_mapping
 

@@ -10,8 +10,7 @@ from moe_jax.distributed import check_shared, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import router_state
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training.run_tokenizer import check_kept_ids
-from moe_jax.training.setup import Run
+from moe_jax.training.setup import Run, check_kept_ids
 from moe_jax.training.step import TrainState
 
 # The name under which a checkpoint has the sha256 of the choice of experts.

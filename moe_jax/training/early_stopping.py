@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_jax.distributed import from_first
 from moe_jax.options import Options, at_least, option
-from moe_jax.runs.checkpoint_options import CheckpointOptions
+from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.runs.metrics import Row
 
 # The name under which a checkpoint has the state.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from moe_jax.models import Model
 from moe_jax.models.base import TokenLosses
 from moe_jax.routing import MoeAux
+from moe_jax.runs.summary import Batch, LossSums
 from moe_jax.shapes import Array, Float32, Leaf
-from moe_jax.training_types import Batch, LossSums
 
 
 class Normalizers(NamedTuple):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
 from moe_jax.distributed import Placing
@@ -17,16 +18,15 @@ from moe_jax.models.lora import Adapters
 from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.router_state import init_router_state, variables
 from moe_jax.partitioning import Rules
+from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
-from moe_jax.training import chosen_experts, losses, trainable
+from moe_jax.training import losses, trainable
 from moe_jax.training import step as step_lib
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import is_names
-from moe_jax.training.optimizer_shardings import like_params
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
 from moe_jax.training.trainable import Trained
-from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -141,8 +141,8 @@ def make_optimizer(
   else:
     trained = trainable.select(options.trainable, trees.roles)
   if options.trained_experts:
-    chosen = chosen_experts.read(options.trained_experts)
-    masks = chosen_experts.masks(chosen, model, trees, trained.names)
+    chosen = trainable.read_chosen(options.trained_experts)
+    masks = trainable.chosen_masks(chosen, model, trees, trained.names)
     trained = dataclasses.replace(trained, masks=masks)
   transformation = options.optimizer.transformation(
     options.total_steps,
@@ -255,4 +255,57 @@ def state_shardings(
     params=param_shardings,
     opt_state=like_params(mesh, opt_state, trees.shapes, param_shardings),
     router_state=jax.tree.map(lambda _: replicated, router_state),
+  )
+
+
+def like_params(mesh: Mesh, state, params, param_shardings):
+  """The shardings of an optimizer's state.
+
+  A leaf is split like the parameter whose path its own path contains, or is
+  whole if there is none. Moments have the parameter's shape; Adafactor's
+  statistics have some of its dimensions, which are split as in the parameter.
+  A dimension that could be either of two dimensions of equal size is whole
+  where those are split differently.
+
+  Args:
+    mesh: The mesh of devices.
+    state: The state, or its shapes.
+    params: The parameters, or their shapes.
+    param_shardings: A tree like `params` of their shardings.
+  """
+  shapes_and_specs = {
+    tuple(map(str, path)): (leaf.shape, sharding.spec)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(param_shardings),
+      strict=True,
+    )
+  }
+
+  def sharding_of(path, leaf):
+    path = tuple(map(str, path))
+    for start in range(len(path)):
+      for end in range(len(path), start, -1):
+        if path[start:end] in shapes_and_specs:
+          spec = _spec_of_subset(leaf.shape, *shapes_and_specs[path[start:end]])
+          return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(sharding_of, state)
+
+
+def _spec_of_subset(shape, full_shape, spec) -> PartitionSpec:
+  """The spec of an array that has some dimensions of `full_shape`."""
+  choices = [
+    [spec[i] for i in dims]
+    for dims in itertools.combinations(range(len(full_shape)), len(shape))
+    if tuple(full_shape[i] for i in dims) == shape
+  ]
+  if not choices:  # the shapes agree in leading, stacked dimensions alone
+    equal_dims = itertools.takewhile(
+      lambda pair: pair[0] == pair[1], zip(shape, full_shape)
+    )
+    return PartitionSpec(*spec[: len(list(equal_dims))])
+  return PartitionSpec(
+    *(axes[0] if len(set(axes)) == 1 else None for axes in zip(*choices))
   )

@@ -2,21 +2,24 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+import functools
+import pathlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Self, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.data import DataOptions
+from moe_jax.data import DataOptions, tokenizers
 from moe_jax.distributed import Timeouts
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.base import RunShape
 from moe_jax.models.lora import LoraOptions
+from moe_jax.models.recorded import Apply, plainly, recording
 from moe_jax.models.selection import EXPRESSION
-from moe_jax.option_checks import unknown_text
 from moe_jax.options import (
+  NOT_EMPTY,
   SEED,
   Kinds,
   OptionError,
@@ -26,25 +29,23 @@ from moe_jax.options import (
   entries,
   nested,
   no_effect,
+  one_of,
   option,
   unknown,
+  unknown_text,
 )
 from moe_jax.partitioning import MeshOptions, ShardingOptions
-from moe_jax.runs.checkpoint_options import CheckpointOptions
-from moe_jax.runs.profile import ProfileOptions
+from moe_jax.runs import workdir as workdir_lib
+from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.early_stopping import EarlyStoppingOptions
 from moe_jax.training.evaluate import (
   DEFAULT_EVALS,
   EvaluationOptions,
   LossEvaluation,
+  override_problems,
 )
-from moe_jax.training.evaluation_entries import override_problems
-from moe_jax.training.init_from_options import InitFromOptions
-from moe_jax.training.optimizer import Optimizer
-from moe_jax.training.optimizer_kinds import OPTIMIZERS
-from moe_jax.training.sample_options import SampleOptions
-from moe_jax.training.trace_options import TraceOptions
+from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
 R = TypeVar('R', bound='RunOptions')
 # The name of the option `ModelOptions.replay` in a config.
@@ -52,6 +53,212 @@ REPLAY = 'model.moe.replay'
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileOptions(Options):
+  """Options of the trace: the section 'profile' of a config."""
+
+  start_step: int = option(
+    10,
+    'First optimizer step that is traced, counted from 1.',
+    at_least(1),
+    when={'num_steps': at_least(1)},
+  )
+  num_steps: int = option(
+    0,
+    'Number of optimizer steps that are traced for TensorBoard or Perfetto, '
+    'into the folder `profile` of the workdir; 0 traces none.',
+    at_least(0),
+  )
+  all_processes: bool = option(
+    False,
+    'Whether every process writes a trace of its steps, or only process 0.',
+    when={'num_steps': at_least(1)},
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions(Options):
+  """The text sample at the end of a run."""
+
+  prompt: str = option(
+    '\n',
+    'Text that the sample at the end of the run continues or answers.',
+    NOT_EMPTY,
+    when={'num_tokens': at_least(1)},
+  )
+  num_tokens: int = option(
+    300,
+    'Number of tokens of the text sample at the end of the run; 0 draws no '
+    'sample.',
+    at_least(0),
+  )
+  temperature: float = option(
+    0.8,
+    'Temperature by which logits are divided before a token of the sample is '
+    'drawn; 0 takes the likeliest token.',
+    at_least(0),
+    when={'num_tokens': at_least(1)},
+  )
+  task: str = option(
+    '',
+    'Name of the task of the prompt, a source of data.mixture, for a model '
+    'that routes by task; an empty string is the first task.',
+    when={'num_tokens': at_least(1)},
+  )
+  seed: int = option(
+    0,
+    'Seed for drawing the tokens of the sample.',
+    SEED,
+    when={'num_tokens': at_least(1)},
+  )
+
+  def shrunk(self) -> Self:
+    """The same sample with at most 16 tokens."""
+    return dataclasses.replace(self, num_tokens=min(self.num_tokens, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFromOptions(Options):
+  """Another run whose parameters this run begins with."""
+
+  workdir: str = option(
+    '',
+    'Folder of another run whose parameters this run begins with; an empty '
+    'string draws parameters from the seed.',
+  )
+  step: int = option(
+    -1,
+    'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
+    'the newest good one, 0 that of an imported model.',
+    at_least(-1),
+    when={'workdir': NOT_EMPTY},
+  )
+  best: bool = option(
+    False,
+    'Whether the best checkpoint in init_from.workdir is read, by the '
+    "evaluation of that run's checkpoint.best_eval, not the newest.",
+    when={'workdir': NOT_EMPTY},
+  )
+
+  keep_tokenizer: bool = option(
+    True,
+    'Whether the tokenizer of the run in init_from.workdir is taken in place '
+    'of data.tokenizer, so that other text can be learned from; with False '
+    'data.tokenizer has to give the same ids.',
+    when={'workdir': NOT_EMPTY},
+  )
+
+  def with_tokenizer(
+    self, data: DataOptions, run_folder: pathlib.Path | None = None
+  ) -> DataOptions:
+    """The data with the tokenizer of the other run, if it is kept.
+
+    A run that has begun has the tokenizer in its own folder, and does not need
+    the other run.
+
+    Args:
+      data: The options of the data.
+      run_folder: Folder of the run that begins with the other, which need not
+        exist.
+
+    Raises:
+      ValueError: The tokenizer cannot be read.
+    """
+    if not (self.workdir and self.keep_tokenizer):
+      return data
+    folders = [] if run_folder is None else [run_folder]
+    for folder in (*folders, pathlib.Path(self.workdir).expanduser()):
+      path = folder / workdir_lib.TOKENIZER
+      if path.is_file():
+        return data.with_tokenizer(tokenizers.read(path))
+    return data  # the other run, which has none, is refused when it is read
+
+  def problems(self) -> Iterator[str]:
+    """The problem of a checkpoint that is named by its step and as the best."""
+    if self.best and self.step >= 0:
+      yield f'best=True with step={self.step}: give one of them'
+
+
+# Names of the records that are not those of an evaluation.
+_OTHER_RECORDS = ('train', 'generate')
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceOptions(Options):
+  """The choices that are recorded: the section `trace` of a config."""
+
+  every_steps: int = option(
+    0,
+    'Number of optimizer steps between two whose choices of experts are '
+    'recorded into the folder `trace` of the workdir; 0 records no step.',
+    at_least(0),
+  )
+  evaluations: str = option(
+    '',
+    "Evaluations of the kind 'loss' whose choices are recorded, too: 'all', or "
+    'names of entries of `evals` with commas between them; an empty string '
+    'records none.',
+  )
+  logits: bool = option(
+    False,
+    "Whether the routers' logits are recorded, too, which take most of the "
+    'bytes.',
+  )
+  dtype: str = option(
+    'float16',
+    'Type in which gates and logits are recorded; float32 loses nothing.',
+    one_of('float16', 'float32'),
+  )
+
+  @property
+  def is_on(self) -> bool:
+    """Whether steps or evaluations are recorded."""
+    return bool(self.every_steps or self.evaluations)
+
+  @property
+  def recording(self) -> Apply:
+    """The function that applies a model and returns its choices."""
+    return functools.partial(recording, logits=self.logits, dtype=self.dtype)
+
+  @property
+  def in_training(self) -> Apply:
+    """The function by which the training step applies the model."""
+    return self.recording if self.every_steps else plainly
+
+  def has_step(self, step: int) -> bool:
+    """Whether an optimizer step, counted from 1, is recorded."""
+    return self.every_steps > 0 and (step - 1) % self.every_steps == 0
+
+  def names(self, evals: Collection[str]) -> tuple[str, ...]:
+    """The names of the evaluations that are recorded.
+
+    Args:
+      evals: The names of all evaluations that can be recorded.
+    """
+    if self.evaluations == 'all':
+      return tuple(evals)
+    return tuple(filter(None, map(str.strip, self.evaluations.split(','))))
+
+  def problems_in(self, evals: Collection[str]) -> Iterator[str]:
+    """The problems of the options, a text for each.
+
+    Args:
+      evals: The names of all evaluations that can be recorded.
+    """
+    for name in self.names(evals):
+      if name not in evals:
+        yield unknown_text('evaluation trace.evaluations', name, evals)
+      elif name in _OTHER_RECORDS:
+        yield (
+          f'trace.evaluations={self.evaluations!r}: evaluation {name!r} has a '
+          f'name that other records have; {list(_OTHER_RECORDS)} are taken'
+        )
+    for name in ('logits', 'dtype'):
+      value = getattr(self, name)
+      if not self.is_on and value != getattr(type(self)(), name):
+        yield no_effect(f'trace.{name}', value, 'where nothing is recorded')
 
 
 @dataclasses.dataclass(frozen=True)

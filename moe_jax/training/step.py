@@ -20,9 +20,9 @@ from moe_jax.models.base import TokenLosses
 from moe_jax.models.parameter_trees import init_params
 from moe_jax.models.recorded import Apply, plainly
 from moe_jax.runs import finite
+from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
 from moe_jax.training import losses, trainable
-from moe_jax.training_types import Batch, LossSums, StepMetrics
 
 
 class TrainState(flax.struct.PyTreeNode):

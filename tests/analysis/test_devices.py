@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from moe_jax.analysis import roofline
-from moe_jax.device_mesh import make_mesh
+from moe_jax.partitioning import make_mesh
 
 
 def test_known_devices_have_their_vendors_capacity():

@@ -7,9 +7,9 @@ import pytest
 
 from moe_jax import data, hooks
 from moe_jax.runs import summary
+from moe_jax.runs.summary import add
 from moe_jax.training import setup
 from moe_jax.training.evaluate import Losses
-from moe_jax.training_types import add
 from tests.training import tiny
 
 BATCHES = 8  # as many as the report reads

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from moe_jax import config_flag
+from moe_jax import run_config
 from moe_jax.analysis import explain_cost
 from tests.analysis.test_compiled import PROGRAM
 
@@ -129,7 +129,7 @@ def test_shares_scale_to_the_step():
 
 
 def test_options_that_need_an_evaluation_are_left_out_with_it():
-  options, _ = config_flag.options_of(
+  options, _ = run_config.options_of(
     'moe_jax:tiny_switch',
     [
       '--config.early_stopping.patience=2',

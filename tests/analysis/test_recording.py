@@ -13,8 +13,8 @@ from moe_jax.configs import base
 from moe_jax.models.recorded import recording
 from moe_jax.options import OptionError
 from moe_jax.training.loop import train_and_evaluate
+from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, set_up
-from moe_jax.training.trace_options import TraceOptions
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
 

@@ -19,7 +19,7 @@ from moe_jax.routing.stats import (
   load_summary,
   no_exchange,
 )
-from moe_jax.training_types import LossSums
+from moe_jax.runs.summary import LossSums
 from tests import own_kinds
 from tests.models import oracle, tiny
 from tests.models.tiny import V

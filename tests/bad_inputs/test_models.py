@@ -10,8 +10,8 @@ from moe_jax import memory_room, models
 from moe_jax.data import DataOptions
 from moe_jax.models.pattern import count_sparse, sparse_pattern
 from moe_jax.partitioning import make_mesh
-from moe_jax.training.needed_memory import check_fits
 from moe_jax.training.run_options import RunOptions
+from moe_jax.training.setup import check_fits
 from tests.bad_inputs.cases import Case, check
 
 B, T, V = 2, 6, 11

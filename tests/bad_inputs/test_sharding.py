@@ -7,7 +7,6 @@ from moe_jax.partitioning import (
   MeshOptions,
   ShardingOptions,
   make_mesh,
-  make_rules,
   sharding,
 )
 from tests.bad_inputs.cases import Case, check
@@ -22,7 +21,8 @@ def mesh(count=4, **sizes):
 
 
 def shard(axes, shape=None, **table):
-  rules = make_rules({'batch': 'data', 'embed': 'fsdp', **table})
+  options = ShardingOptions(batch='data', embed='fsdp', **table)
+  rules = tuple(r for r in options.rules if r[0] in ('batch', 'embed', *table))
   return sharding(mesh(data=2, fsdp=2), rules, axes, shape, 'w')
 
 
@@ -66,15 +66,6 @@ CASES += [
     ('data;fsdp', ("'data;fsdp'", "'data'")),
     (None, ('mlp=None', 'str')),
     (3, ('mlp=3', 'str')),
-  )
-]
-CASES += [
-  case(f'rules-{axes!r}', lambda axes=axes: make_rules({'mlp': axes}), *phrases)
-  for axes, phrases in (
-    ('data,data', ('sharding.mlp', "'data' twice")),
-    ('model', ('sharding.mlp', "'model'", "'tensor'")),
-    (('data',), ("('data',)", 'one text')),
-    (None, ('None', 'one text')),
   )
 ]
 CASES += [

@@ -16,8 +16,7 @@ from moe_jax import data, generate, prepare, sections
 from moe_jax.compression import __main__ as compression
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, trained, workdir
-from moe_jax.runs.owner import OWNER, Owner
-from moe_jax.runs.ownership import owned
+from moe_jax.runs.ownership import OWNER, Owner, owned
 from moe_jax.runs.storage_errors import storage_path
 from tests.bad_inputs.cases import (
   REPORTED,

@@ -17,7 +17,7 @@ from moe_jax.evaluation import (
   SourceScores,
   by_source,
 )
-from moe_jax.training.evaluation_entries import (
+from moe_jax.training.evaluate import (
   changed_models,
   make_evaluations,
 )

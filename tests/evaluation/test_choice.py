@@ -14,7 +14,7 @@ from moe_jax.evaluation import ChoiceEvaluation, choice
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
-from moe_jax.training.evaluation_entries import (
+from moe_jax.training.evaluate import (
   changed_models,
   make_evaluations,
 )

@@ -14,7 +14,7 @@ from moe_jax.data import tokenizers
 from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.sections import merge, settle
-from moe_jax.training import begin, loop, run_tokenizer, setup
+from moe_jax.training import begin, loop, setup
 from tests.generation import folders
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401
@@ -205,9 +205,9 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
 
 def test_ids_that_a_task_adds_leave_the_others_as_they_are(letters):
   ended = tokenizers.Extended(LETTERS, ['<eos>'], end_inputs=True)
-  run_tokenizer.check_kept_ids(letters, ended)
+  setup.check_kept_ids(letters, ended)
   ended.save(letters / 'tokenizer.json')
   more = tokenizers.Extended(LETTERS, ['<eos>', '[S]'], end_inputs=False)
-  run_tokenizer.check_kept_ids(letters, more)
+  setup.check_kept_ids(letters, more)
   with pytest.raises(ValueError, match='has parameters of tokens of chars:'):
-    run_tokenizer.check_kept_ids(letters, LETTERS)
+    setup.check_kept_ids(letters, LETTERS)

@@ -7,13 +7,12 @@ import pytest
 
 from moe_jax import models
 from moe_jax.analysis import counts
-from moe_jax.device_mesh import make_mesh
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.models import flat_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.partitioning import ShardingOptions, tree_shardings
+from moe_jax.partitioning import ShardingOptions, make_mesh, tree_shardings
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import tiny
 

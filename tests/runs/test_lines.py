@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from moe_jax.runs import lines
-from moe_jax.runs.lines import Line, reach
+from moe_jax.runs import watchdog
+from moe_jax.runs.watchdog import Line, reach
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def answering(server, token):
 
 
 def test_process_0_is_who_knows_the_token(monkeypatch):
-  monkeypatch.setattr(lines, 'TICK_SECONDS', 0.05)
+  monkeypatch.setattr(watchdog, 'TICK_SECONDS', 0.05)
   with socket.create_server(('127.0.0.1', 0)) as server:
     answering(server, 'secret')
     port = server.getsockname()[1]

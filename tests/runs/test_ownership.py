@@ -12,10 +12,15 @@ import time
 
 import pytest
 
-from moe_jax.runs import owner as owner_lib
 from moe_jax.runs import ownership
-from moe_jax.runs.owner import BEAT, OWNER, Owner
-from moe_jax.runs.ownership import OwnedError, Ownership, owned
+from moe_jax.runs.ownership import (
+  BEAT,
+  OWNER,
+  OwnedError,
+  Owner,
+  Ownership,
+  owned,
+)
 from moe_jax.runs.storage_errors import storage_path
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,7 +89,7 @@ def test_an_owner_of_this_machine_is_dead_at_once(tmp_path, fields):
 def test_an_owner_that_is_gone_is_dead_at_once_where_there_is_no_proc(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(owner_lib, '_PROC', tmp_path / 'no')
+  monkeypatch.setattr(ownership, '_PROC', tmp_path / 'no')
   write_owner(tmp_path, pid=4_000_000)
   lines = []
   take(tmp_path, lines.append).release()
@@ -98,9 +103,9 @@ def test_an_owner_that_is_gone_is_dead_at_once_where_there_is_no_proc(
 
 def test_a_process_that_ended_and_was_not_waited_for_is_dead():
   child = subprocess.Popen([sys.executable, '-c', ''])
-  while owner_lib.process_start(child.pid):  # a zombie until `wait`
+  while ownership.process_start(child.pid):  # a zombie until `wait`
     time.sleep(0.01)
-  assert owner_lib.process_start(child.pid) == ''
+  assert ownership.process_start(child.pid) == ''
   child.wait()
 
 
@@ -161,7 +166,7 @@ def test_it_beats(tmp_path):
   claim, beats = take(tmp_path), set()
   deadline = time.monotonic() + 20
   while len(beats) < 3:
-    beats.add(owner_lib.beat(storage_path(tmp_path)))
+    beats.add(ownership.beat(storage_path(tmp_path)))
     assert time.monotonic() < deadline
     time.sleep(PERIOD / 5)
   claim.release()

@@ -10,7 +10,7 @@ from moe_jax.data.tasks import SpanCorruptionTask
 from moe_jax.routing import empty_aux
 from moe_jax.runs import metrics
 from moe_jax.runs.recorder import Recorder
-from moe_jax.training_types import LossSums, StepMetrics
+from moe_jax.runs.summary import LossSums, StepMetrics
 
 
 def test_tokens_of_both_halves_of_a_row_count_for_the_speed(tmp_path):

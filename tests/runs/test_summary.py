@@ -11,7 +11,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.routing import empty_aux
 from moe_jax.routing.stats import ExchangeStats
 from moe_jax.runs import summary
-from moe_jax.training_types import LossSums
+from moe_jax.runs.summary import LossSums
 from tests import own_kinds
 
 # A dense layer, one of three experts, and one of four.

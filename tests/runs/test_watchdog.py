@@ -11,8 +11,7 @@ import pytest
 
 from moe_jax.distributed import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
-from moe_jax.runs.lines import Line, reach
-from moe_jax.runs.watchdog import Watchdog
+from moe_jax.runs.watchdog import Line, Watchdog, reach
 
 TICK, SECONDS = 0.1, 1.0
 MAX_MESSAGES = SECONDS / TICK + 3

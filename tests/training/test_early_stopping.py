@@ -13,8 +13,7 @@ from moe_jax.configs import base
 from moe_jax.evaluation import SourceScores
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, trained
-from moe_jax.runs.checkpoint_options import CheckpointOptions
-from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions
 from moe_jax.runs.retention import Directory
 from moe_jax.training import loop
 from moe_jax.training.early_stopping import (

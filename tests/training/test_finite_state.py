@@ -15,12 +15,11 @@ from moe_jax.runs import finite
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.ownership import OwnedError
 from moe_jax.runs.recorder import NonFiniteError
+from moe_jax.runs.summary import StepMetrics
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training import loop, step
-from moe_jax.training.optimizer import AdamW
-from moe_jax.training.optimizer_kinds import OPTIMIZERS
+from moe_jax.training.optimizer import OPTIMIZERS, AdamW
 from moe_jax.training.setup import Hook
-from moe_jax.training_types import StepMetrics
 from tests.training import tiny
 
 STEPS = {'checkpoint': {'every_steps': 1, 'keep_newest': 9}}

@@ -22,7 +22,7 @@ from moe_jax.data import DataError, tokenizers
 from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, retention
 from moe_jax.runs.recorder import NonFiniteError
-from moe_jax.training import loop, setup, signals
+from moe_jax.training import loop, setup
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.setup import Hook
 from tests.training import tiny
@@ -264,7 +264,7 @@ def test_several_processes_number_their_steps_from_one_through_all_runs(
 
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', reached)
-  new_process = runpy.run_path(signals.__file__)
+  new_process = runpy.run_path(loop.__file__)
   stops = []
   for _ in range(2):  # runs
     with new_process['catching_sigterm']() as should_stop:
@@ -295,8 +295,8 @@ def test_ctrl_c_saves_though_nobody_reads_what_it_says(
   # The terminal sends the signal to `tee` of `2>&1 | tee log`, too.
   monkeypatch.setattr(sys, 'stderr', closed_pipe)
   with (
-    signals.catching_sigterm() as stopped,
-    signals.catching_interrupt() as interrupted,
+    loop.catching_sigterm() as stopped,
+    loop.catching_interrupt() as interrupted,
   ):
     signal.raise_signal(signal.SIGINT)
     assert stopped() and interrupted

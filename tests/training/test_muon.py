@@ -7,11 +7,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import models, start_facts
+from moe_jax import hooks, models
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import make_mesh
 from moe_jax.training import programs
-from moe_jax.training.muon import Muon, dimensions
+from moe_jax.training.optimizer import Muon, dimensions
 from moe_jax.training.schedules import Constant
 from tests.training import tiny
 
@@ -156,7 +156,7 @@ def test_factors_of_adapters_are_matrices_too():
   run_programs = programs.make_programs(options, tiny.model_of(options), mesh)
   # The gate of the shared expert has one output, so B has as many numbers as
   # its rank.
-  (fact,) = start_facts.optimizer_lines(options, run_programs)
+  (fact,) = hooks.optimizer_lines(options, run_programs)
   assert 'Adam trains 3, at 1 of the rate: shared_expert kernel' in fact
   assert dimensions(('heads', 'kv', 'rank')) == ((0, 1), (2,))
   assert dimensions(('rank', 'heads', 'kv')) == ((0,), (1, 2))
@@ -205,6 +205,6 @@ def test_every_matrix_of_a_model():
   ]
   assert len(sizes) >= 6
   np.testing.assert_allclose(sizes, 0.2, rtol=0.35)
-  (line,) = start_facts.optimizer_lines(options, run_programs)
+  (line,) = hooks.optimizer_lines(options, run_programs)
   assert 'Adam trains' in line and 'router kernel' in line
   assert 'attention kernel' not in line and 'embedding table' in line

@@ -12,8 +12,7 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.options import OptionError
 from moe_jax.training import programs
-from moe_jax.training.muon import Muon
-from moe_jax.training.optimizer import Adafactor, AdamW, clipped
+from moe_jax.training.optimizer import Adafactor, AdamW, Muon, clipped
 from moe_jax.training.schedules import (
   Constant,
   Cosine,

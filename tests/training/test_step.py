@@ -16,11 +16,11 @@ from moe_jax.models.embeddings import (
   Embeddings,
 )
 from moe_jax.routing import empty_aux
+from moe_jax.runs.summary import LossSums
 from moe_jax.training import losses
 from moe_jax.training.programs import make_programs
 from moe_jax.training.schedules import Constant
 from moe_jax.training.step import TrainState, make_grad_fn, train_step
-from moe_jax.training_types import LossSums
 from tests.models import tiny as tiny_models
 from tests.own_kinds import SignSgd
 from tests.training import tiny

@@ -14,8 +14,7 @@ from typing import ClassVar, NamedTuple
 from moe_jax.data import store
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.option_checks import no_effect
-from moe_jax.options import Options, default_of, fields_of, unknown
+from moe_jax.options import Options, default_of, fields_of, no_effect, unknown
 
 SPLITS: tuple[str, str] = ('train', 'validation')
 Pair = tuple[str, str]

@@ -16,8 +16,7 @@ from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
-from moe_jax.option_checks import unknown_text
-from moe_jax.options import at_least, option
+from moe_jax.options import at_least, option, unknown_text
 from moe_jax.shapes import Int
 
 MODES = ('R', 'S', 'X')
