@@ -62,7 +62,6 @@ def about(text: str | None) -> dict[str, Any]:
       after '
   """
   text = text or ''  # python -OO keeps no docstrings
-  text = re.sub(r'\s*Not here:.*?(?=\n\n|$)', '', text, flags=re.DOTALL)
   # A backslash at the end of a docstring's line has joined it with the next.
   text = re.sub(r'(?<=\S) {6,}', ' \\\\\n      ', text)
   first, _, rest = with_programs(text).partition('\n')

@@ -55,59 +55,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--task', default='', help='task of the prompts, if routers go by it')
   add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
   add('--target_language', default='', help="answers': fra_Latn (NLLB)")
-  add(
-    '--num_tokens',
-    type=command_line.POSITIVE,
-    default=256,
-    help='most new tokens a row',
-  )
-  add(
-    '--temperature',
-    type=command_line.number(float, at_least(0)),
-    default=0.0,
-    help='0: the likeliest token',
-  )
-  add(
-    '--top_k',
-    type=command_line.NOT_NEGATIVE,
-    default=0,
-    help='draw among the k likeliest; 0: all',
-  )
-  add(
-    '--top_p',
-    type=command_line.number(float, within('(0, 1]')),
-    default=1.0,
-    help='draw among the likeliest tokens whose probabilities sum to this',
-  )
-  add(
-    '--num_beams',
-    type=command_line.POSITIVE,
-    default=1,
-    help='above 1: beam search',
-  )
-  add(
-    '--length_penalty',
-    type=command_line.number(float),
-    default=1.0,
-    help="beam search's exponent",
-  )
-  add(
-    '--seed',
-    type=command_line.number(int, SEED),
-    help='seed of the drawn tokens (default: 0)',
-  )
-  add(
-    '--stop',
-    action='append',
-    default=[],
-    help='token that ends a row, besides the end of text; repeatable',
-  )
-  add(
-    '--allow_module',
-    action='append',
-    default=[],
-    help='module or package that the run may import; repeatable',
-  )
+  number, p = command_line.number, 'likeliest whose probabilities sum to this'
+  for name, kind, default, text in (
+    ('num_tokens', command_line.POSITIVE, 256, 'most new tokens a row'),
+    ('temperature', number(float, at_least(0)), 0.0, '0: the likeliest token'),
+    ('top_k', command_line.NOT_NEGATIVE, 0, 'draw among the k likeliest, if k'),
+    ('top_p', number(float, within('(0, 1]')), 1.0, f'draw among those {p}'),
+    ('num_beams', command_line.POSITIVE, 1, 'above 1: beam search'),
+    ('length_penalty', number(float), 1.0, "beam search's exponent"),
+    ('seed', number(int, SEED), None, 'seed of the drawn tokens (default: 0)'),
+  ):
+    add(f'--{name}', type=kind, default=default, help=text)
+  for name, text in (
+    ('stop', 'token that ends a row, besides the end of text; repeatable'),
+    ('allow_module', 'module or package that the run may import; repeatable'),
+  ):
+    add(f'--{name}', action='append', default=[], help=text)
   add(
     '--echo',
     action=argparse.BooleanOptionalAction,
@@ -148,9 +111,11 @@ def run(options: argparse.Namespace) -> None:
   loaded = generation.load(options.workdir, step, allow=options.allow_module)
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
-    _note(f'passed over the checkpoint of step {step}: {reason}')
+    command_line.complain(
+      f'passed over the checkpoint of step {step}: {reason}'
+    )
   if loaded.model.forced_balance:
-    _note(f'WARNING: {loaded.model.forced_balance}')
+    command_line.complain(f'WARNING: {loaded.model.forced_balance}')
   prompts, num_tokens = _fitted(loaded, texts, options)
   model, variables = generation.prepare(
     loaded.model,
@@ -221,7 +186,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
   prompts = [ids for ids, _ in fitted]
   num_cut = sum(map(len, encoded)) - sum(map(len, prompts))
   if num_cut or num_tokens < requested:
-    _note(
+    command_line.complain(
       f'learned positions have room for {num_tokens} new tokens of '
       f'{requested}; {num_cut} tokens of prompts are left out'
     )
@@ -267,21 +232,14 @@ def _trace(folder: str, loaded, model, batch, choices) -> None:
   note = 'text that was generated, for which experts have room for all tokens'
   if model.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'
-  header = make_header(
-    model,
-    loaded.options,
-    loaded.data,
-    loaded.tokenizer,
-    batch_size=len(batch['tokens']),
-    note=note,
-  )
-  step = loaded.step
+  described = model, loaded.options, loaded.data, loaded.tokenizer
+  size = len(batch['tokens'])
   traces.write(
     folder,
-    header,
-    records_of(model, 'generate', step, 0, batch, choices),
+    make_header(*described, batch_size=size, note=note),
+    records_of(model, 'generate', loaded.step, 0, batch, choices),
   )
-  _note(f'choices of experts: {folder}')
+  command_line.complain(f'choices of experts: {folder}')
 
 
 def _token(tokenizer: Tokenizer, text: str) -> int:
@@ -318,10 +276,6 @@ def _echo(prompt: str, is_shown: bool | None, *, goes_on: bool) -> None:
   if is_shown or (is_shown is None and terminal):
     _show(_DIM.format(prompt) if terminal else prompt)
     _show('' if goes_on else '\n')
-
-
-def _note(text: str) -> None:
-  print(f'moe_jax: {text}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -210,11 +210,9 @@ class SamplePair(NamedTuple):
   task: int
 
 
-def first_pairs(
-  rows: data.Rows, count: int = _SAMPLE_PAIRS
-) -> list[SamplePair]:
-  """The first example of each of the first `count` rows."""
-  batch = rows.take(np.arange(min(count, len(rows))))
+def first_pairs(rows: data.Rows) -> list[SamplePair]:
+  """The first example of each of the first `_SAMPLE_PAIRS` rows."""
+  batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
   encoder, decoder = (
     batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
   )

@@ -178,11 +178,7 @@ def _items_fit(value, hints) -> bool:
 
 
 def number_problem(
-  value: Any,
-  *,
-  whole: bool = True,
-  unsigned: bool = False,
-  infinite: bool = False,
+  value: Any, *, whole: bool = True, unsigned: bool = False
 ) -> str | None:
   """The rule that a number breaks because arrays could not hold it, or None.
 
@@ -190,16 +186,15 @@ def number_problem(
     value: A number, or a tuple with numbers in it, nested or not.
     whole: Whether an integer is stored as one, not as a float.
     unsigned: Whether it is stored without a sign, so that it may be larger.
-    infinite: Whether infinity is a value.
   """
   if isinstance(value, tuple):
-    problems = (number_problem(item, infinite=infinite) for item in value)
+    problems = map(number_problem, value)
     return next(filter(None, problems), None)
   if isinstance(value, int) and whole:
     if -(2**31) <= value < 2 ** (32 if unsigned else 31):
       return None
     return "does not fit into JAX's integers of 32 bits"
-  if not isinstance(value, int | float) or (infinite and value == math.inf):
+  if not isinstance(value, int | float):
     return None
   if value != value or abs(value) == math.inf:
     return 'must be finite'
@@ -261,7 +256,6 @@ class Spec:
       always has.
     kinds: The kinds to choose from; None for an option that is no choice.
     holds_entries: Whether it holds several choices, each by a user's name.
-    infinite: Whether infinity is a value.
     how: Whether it only says how something is computed, started or trained, so
       that outside of training it does not change what the parameters compute.
   """
@@ -271,7 +265,6 @@ class Spec:
   when: When = dataclasses.field(default_factory=dict)
   kinds: 'Kinds | None' = None
   holds_entries: bool = False
-  infinite: bool = False
   how: bool = False
 
 
@@ -283,7 +276,6 @@ def option(
   sentence: str = '',
   *checks: Check,
   when: When | None = None,
-  infinite: bool = False,
   how: bool = False,
 ) -> Any:
   """A field of an `Options` dataclass.
@@ -294,11 +286,10 @@ def option(
     *checks: Rules for its values.
     when: Values of neighbours under which it has an effect; otherwise only the
       default is allowed.
-    infinite: Whether infinity is allowed; NaN never is.
     how: Whether outside of training it changes results by rounding at most;
       see `Spec`.
   """
-  spec = Spec(sentence, checks, when or {}, infinite=infinite, how=how)
+  spec = Spec(sentence, checks, when or {}, how=how)
   return _field(default, spec)
 
 
@@ -505,10 +496,7 @@ def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
   if not of_type(value, hint):
     return f'{assignment} is a {type(value).__name__}, not {type_name(hint)}'
   if rule := number_problem(
-    value,
-    whole=hint is not float,
-    unsigned=SEED in spec.checks,
-    infinite=spec.infinite,
+    value, whole=hint is not float, unsigned=SEED in spec.checks
   ):
     return f'{assignment} {rule}'
   problems = (check.problem(name, value) for check in spec.checks)

@@ -104,7 +104,7 @@ def test_they_train(run):
 def test_a_loss_of_a_users_router_is_weighted_logged_and_scheduled(tmp_path):
   # A dense layer, which has no such loss, stands before the sparse one.
   user_config = config(
-    kind('Deep'), aux_losses={'kind': 'first_steps', 'num_steps': 1}
+    kind('Deep'), aux_losses={'kind': 'linear', 'line_steps': 1}
   )
   user_config.model.num_layers = 2
   user_config.model.moe.layers = 'last 1'

@@ -75,7 +75,7 @@ SHAPES = Kinds('shape', Shape, {'deep': Deep, 'broad': Broad}, inline=True)
 @dataclasses.dataclass(frozen=True)
 class Whole(Options):
   num_experts: int = option(8, 'Experts; 0: none.', at_least(0))
-  limit: float = option(1.0, 'Limit; infinity: none.', infinite=True)
+  limit: float = option(1.0, 'Limit.')
   rule: Rule = choice(
     RULES, 'tokens', 'The rule.', when={'num_experts': at_least(1)}
   )

@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,32 +24,16 @@ _NAME = 'evaluate'  # name of the entry, and of the file of its examples
 
 
 def evaluate(
-  workdir: str | os.PathLike[str],
-  entry: EvaluationOptions,
-  *,
-  step: int | None = None,
-  dtype: str = '',
-  mesh: Mesh | None = None,
-  allow: Iterable[str] = (),
+  workdir: str | os.PathLike[str], entry: EvaluationOptions, **arguments: Any
 ) -> Row:
   """The row that an evaluation of any kind measures for a run's folder.
 
   Args:
     workdir: The run's folder.
     entry: The options of the evaluation; its period is ignored.
-    step: The optimizer step of the checkpoint, as in `evaluate_all`.
-    dtype: Another dtype of parameters and products; see `evaluate_all`.
-    mesh: The devices of the parameters; see `evaluate_all`.
-    allow: Modules of the user's own classes; see `evaluate_all`.
-
-  Raises:
-    ValueError: As `evaluate_all`.
-    CheckpointError: No checkpoint is good.
+    **arguments: Other arguments of `evaluate_all`, whose errors are raised.
   """
-  rows = evaluate_all(
-    workdir, {_NAME: entry}, step=step, dtype=dtype, mesh=mesh, allow=allow
-  )
-  return rows[_NAME]
+  return evaluate_all(workdir, {_NAME: entry}, **arguments)[_NAME]
 
 
 def evaluate_all(

@@ -201,8 +201,13 @@ def _load(workdir, step, allow) -> _LoadedRun:
   rules = run.sharding.rules
   model = run.model.build(rules)
   adapters = trained.adapters_of(workdir, model)
-  restored = trained.restore_unmerged(
-    workdir, model, rules, adapters, step=step, router_state=False
+  restored = trained.restore_variables(
+    workdir,
+    model,
+    rules,
+    adapters=adapters,
+    step=step,
+    router_state=False,
   )
   return _LoadedRun(model, adapters, restored.state['params'], restored.step)
 

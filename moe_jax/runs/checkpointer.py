@@ -69,8 +69,9 @@ class Checkpointer(contextlib.AbstractContextManager):
     retry: Retry = Retry(),
   ):
     self._retry = retry
-    best = (keep_best, best_metric, retry, best_is_highest)
-    self._directory = Directory(directory, keep_newest, *best)
+    self._directory = Directory(
+      directory, keep_newest, keep_best, best_metric, best_is_highest, retry
+    )
     self._needed_metric = best_metric if keep_best else None
     self._orbax = _orbax_checkpointer()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')

@@ -273,23 +273,19 @@ class Ownership:
 
 
 @contextlib.contextmanager
-def owned(
-  folders: Iterable[str | os.PathLike[str]],
-  message: Callable[[str], None] = print,
-) -> Iterator[Ownership]:
+def owned(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Ownership]:
   """Owns folders while the body runs, and gives them back after it.
 
   Args:
     folders: Local folders or URLs; missing ones are made, and removed again if
       nothing was written to them.
-    message: Prints a line, before a wait.
 
   Raises:
     OwnedError: Another job has one.
     ValueError: One cannot be made or written.
   """
   paths = {storage_path(folder): None for folder in folders}
-  ownership = Ownership(paths, message)
+  ownership = Ownership(paths)
   try:
     yield ownership
   finally:

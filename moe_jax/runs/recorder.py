@@ -8,17 +8,14 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 
-from moe_jax import data
 from moe_jax.distributed import is_first
 from moe_jax.errors import ReportedError
-from moe_jax.models import Model
 from moe_jax.runs import finite, summary
-from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
+from moe_jax.runs.checkpointer import CheckpointError
 from moe_jax.runs.metrics import MetricsWriter, Row
 from moe_jax.runs.progress import Progress
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics, add
@@ -31,56 +28,6 @@ class NonFiniteError(ReportedError, RuntimeError):
   """
 
 
-class RecordedData(Protocol):
-  """The part of the options of data that the recorder reads."""
-
-  seq_len: int
-  target_len: int
-
-
-class RecordedOptions(Protocol):
-  """The part of a run's options that the recorder reads."""
-
-  total_steps: int
-  batch_size: int
-  log_every_steps: int
-  max_nonfinite_steps: int
-  data: RecordedData
-
-
-class RecordedPrograms(Protocol):
-  """The part of a run's programs that the recorder reads."""
-
-  abstract_state: Any
-
-
-@runtime_checkable
-class RecordedRun(Protocol):
-  """The part of a run (`moe_jax.training.setup.Run`) that the recorder reads.
-
-  Attributes:
-    options: The run's options.
-    workdir: The run's folder.
-    dataset: The run's data, which gives the units of speed and loss.
-    model: The model that is trained.
-    programs: The run's programs, which give the names of the state's arrays.
-    checkpoints: The run's checkpoints.
-    due: Names of the evaluations that the checkpoint it begins with lacks.
-    confirm: Raises ValueError if another job has taken the workdir.
-    message: Prints a line; the recorder replaces it by the progress display's.
-  """
-
-  options: RecordedOptions
-  workdir: pathlib.Path
-  dataset: data.Dataset
-  model: Model
-  programs: RecordedPrograms
-  checkpoints: Checkpointer
-  due: list[str]
-  confirm: Callable[[], None]
-  message: Callable[[str], None]
-
-
 class Recorder:
   """Averages the metrics of steps, writes them as rows and shows progress.
 
@@ -88,8 +35,14 @@ class Recorder:
   only that of process 0 writes.
   """
 
-  def __init__(self, run: RecordedRun, start: int):
-    """Prepares for a run that begins, or goes on, after `start` steps."""
+  def __init__(self, run: Any, start: int):
+    """Prepares for a run that begins, or goes on, after `start` steps.
+
+    Args:
+      run: The run, a `moe_jax.training.setup.Run`, whose `message` is that of
+        the display of progress until the end.
+      start: The number of steps.
+    """
     self._run = run
     self._start = start
     self._pending: tuple[int, StepMetrics, Batch] | None = None

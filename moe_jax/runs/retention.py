@@ -37,26 +37,23 @@ class CheckpointError(ReportedError, RuntimeError):
   """A checkpoint could not be written or read; the others are untouched."""
 
 
+@dataclasses.dataclass
 class Directory:
   """The checkpoints of a directory, by step; see `Checkpointer`."""
 
-  def __init__(
-    self,
-    path: str | os.PathLike,
-    keep_newest: int,
-    keep_best: bool,
-    best_metric: str,
-    retry: Retry = Retry(),
-    best_is_highest: bool = False,
-  ):
-    if keep_newest < 1:
-      raise InputError(f'keep_newest={keep_newest} < 1: nothing would be kept')
-    self.path = storage_path(path)
-    self._keep_newest = keep_newest
-    self._keep_best = keep_best
-    self._best_metric = best_metric
-    self._retry = retry
-    self._best_is_highest = best_is_highest
+  directory: str | os.PathLike
+  keep_newest: int
+  keep_best: bool
+  best_metric: str
+  best_is_highest: bool = False
+  retry: Retry = Retry()
+
+  def __post_init__(self):
+    if self.keep_newest < 1:
+      raise InputError(
+        f'keep_newest={self.keep_newest} < 1: nothing would be kept'
+      )
+    self.path = storage_path(self.directory)
 
   def folder(self, step: int, suffix: str = '') -> epath.Path:
     """The folder of `step`, or with a suffix the one for saving or deleting."""
@@ -66,7 +63,7 @@ class Directory:
     """Every step with a folder, good or not, ascending."""
     if not self.path.exists():
       return []
-    names = self._retry(lambda: [path.name for path in self.path.iterdir()])
+    names = self.retry(lambda: [path.name for path in self.path.iterdir()])
     steps = (int(name) for name in names if _STEP.fullmatch(name))
     return sorted(step for step in steps if step < MOST_STEPS)
 
@@ -83,12 +80,12 @@ class Directory:
     values = {}
     for step in self.steps():
       try:
-        value = self.manifest(step).metrics.get(self._best_metric, math.nan)
+        value = self.manifest(step).metrics.get(self.best_metric, math.nan)
       except BadCheckpoint:
         continue
       if math.isfinite(value):
         values[step] = value
-    choose = max if self._best_is_highest else min
+    choose = max if self.best_is_highest else min
     return choose(values, key=values.__getitem__, default=None)
 
   def manifest(self, step: int) -> Manifest:
@@ -97,7 +94,7 @@ class Directory:
     Raises:
       BadCheckpoint: There is none, or it is damaged or of another step.
     """
-    manifest = manifest_lib.read(self.folder(step), self._retry)
+    manifest = manifest_lib.read(self.folder(step), self.retry)
     if manifest.step != step:
       raise BadCheckpoint(f'manifest is of step {manifest.step}')
     return manifest
@@ -118,7 +115,7 @@ class Directory:
       metrics={**old.metrics, **additions.metrics},
     )
     if new != old:
-      self._retry(manifest_lib.write, self.folder(additions.step), new)
+      self.retry(manifest_lib.write, self.folder(additions.step), new)
 
   def newest_good(
     self, step: int | None = None, refused: Sequence[tuple[int, str]] = ()
@@ -140,7 +137,7 @@ class Directory:
     for candidate in reversed(candidates):
       try:
         manifest = self.manifest(candidate)
-        manifest_lib.verify(self.folder(candidate), manifest, self._retry)
+        manifest_lib.verify(self.folder(candidate), manifest, self.retry)
         return candidate, refused
       except BadCheckpoint as bad:
         refused.append((candidate, str(bad)))
@@ -225,8 +222,8 @@ class Directory:
   def prune(self) -> None:
     """Deletes all checkpoints except the newest ones and the best."""
     steps = self.steps()
-    kept_steps: set[int | None] = set(steps[-self._keep_newest :])
-    if self._keep_best:
+    kept_steps: set[int | None] = set(steps[-self.keep_newest :])
+    if self.keep_best:
       kept_steps.add(self.best_step())
     for step in steps:
       if step in kept_steps:

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -23,6 +23,7 @@ from moe_jax.models.router_state import (
   init_router_state,
   variables,
 )
+from moe_jax.options import Options
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
@@ -38,6 +39,7 @@ from moe_jax.runs.workdir import (
   kept_config,
 )
 
+T = TypeVar('T', bound=Options)
 _FIRST_SAVE = (
   'a run writes the first one after checkpoint.every_steps steps, when it is '
   'stopped, and at its end'
@@ -181,53 +183,6 @@ def _batch_size(config: dict[str, Any]) -> int:
   return size
 
 
-def restore_variables(
-  workdir: str | os.PathLike[str],
-  model: Model,
-  rules: Rules,
-  *,
-  mesh: Mesh | None = None,
-  step: int | None = None,
-  cast: bool = False,
-  router_state: bool = True,
-) -> Restored:
-  """Reads the variables of a run, as a model's `apply` takes them.
-
-  They are 'params', with the run's adapters merged into the kernels, and
-  'router_state' where the model has it; the optimizer's state is not read. The
-  checkpoint's files are verified first.
-
-  Args:
-    workdir: The run's folder.
-    model: A model with these parameters, which decides their dtypes.
-    rules: The table by which arrays are split.
-    mesh: Any mesh; a dimension that its axes do not divide is whole. None means
-      the first local device.
-    step: The step of the checkpoint; None is the newest good one.
-    cast: Whether other floating-point types may have been saved.
-    router_state: Whether 'router_state' is read, too.
-
-  Raises:
-    ValueError: There is no checkpoint, or it is of another model.
-    CheckpointError: No checkpoint is good.
-  """
-  adapters = adapters_of(workdir, model)
-  restored = restore_unmerged(
-    workdir,
-    model,
-    rules,
-    adapters,
-    mesh=mesh,
-    step=step,
-    cast=cast,
-    router_state=router_state,
-  )
-  if not restored.step:  # a checkpoint of step 0 is of a model without adapters
-    return restored
-  params = adapters.merged_on_devices(restored.state['params'])
-  return restored._replace(state={**restored.state, 'params': params})
-
-
 def best_step(workdir: str | os.PathLike[str]) -> int:
   """The step of a run's best checkpoint, by its own `checkpoint.best_eval`.
 
@@ -235,11 +190,7 @@ def best_step(workdir: str | os.PathLike[str]) -> int:
     ValueError: There is none, or the config cannot be read.
   """
   folder = folder_of(workdir)
-  values = kept_config(folder).get('checkpoint', {})
-  try:
-    options = sections.read(CheckpointOptions, values, 'checkpoint.')
-  except (InputError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
+  options = _section_of(folder, 'checkpoint', CheckpointOptions)
   directory = Directory(
     checkpoints_of(folder),
     1,
@@ -275,42 +226,54 @@ def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
   Raises:
     ValueError: The config cannot be read, or does not fit the model.
   """
-  folder = pathlib.Path(workdir).expanduser()
-  values = kept_config(folder).get('lora', {})
-  try:
-    options = sections.read(LoraOptions, values, 'lora.')
-  except (InputError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
+  options = _section_of(pathlib.Path(workdir).expanduser(), 'lora', LoraOptions)
   return adapt(options, describe(model))
 
 
-def restore_unmerged(
+def _section_of(folder: pathlib.Path, name: str, cls: type[T]) -> T:
+  values = kept_config(folder).get(name, {})
+  try:
+    return sections.read(cls, values, f'{name}.')
+  except (InputError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
+
+
+def restore_variables(
   workdir: str | os.PathLike[str],
   model: Model,
   rules: Rules,
-  adapters: Adapters,
   *,
+  adapters: Adapters | None = None,
   mesh: Mesh | None = None,
   step: int | None = None,
   cast: bool = False,
   router_state: bool = True,
 ) -> Restored:
-  """Reads the variables of a run, with factors of adapters by themselves.
+  """Reads the variables of a run, as a model's `apply` takes them.
 
-  A checkpoint of step 0 has no adapters. Errors are those of
-  `restore_variables`.
+  They are 'params', with the run's adapters merged into the kernels, and
+  'router_state' where the model has it; the optimizer's state is not read. The
+  checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
     model: A model with these parameters, which decides their dtypes.
     rules: The table by which arrays are split.
-    adapters: The adapters of the run.
-    mesh: Any mesh; None is the first local device.
+    adapters: The adapters of the run, whose factors then stay by themselves; a
+      checkpoint of step 0 has none. None merges them.
+    mesh: Any mesh; a dimension that its axes do not divide is whole. None means
+      the first local device.
     step: The step of the checkpoint; None is the newest good one.
     cast: Whether other floating-point types may have been saved.
     router_state: Whether 'router_state' is read, too.
+
+  Raises:
+    ValueError: There is no checkpoint, or it is of another model.
+    CheckpointError: No checkpoint is good.
   """
   folder = checkpoints_of(pathlib.Path(workdir).expanduser())
+  if merges := adapters is None:
+    adapters = adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
   trees = adapters.trees
@@ -339,13 +302,15 @@ def restore_unmerged(
     )
   if restored is None:
     raise InputError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
+  params = restored.state['params']
+  if merges and restored.step:
+    params = adapters.merged_on_devices(params)
   # A run may begin without the state of its routers.
   if routers and COLLECTION not in restored.state:
     routers = init_router_state(model)
-    restored = restored._replace(
-      state=variables(restored.state['params'], routers)
-    )
-  return restored
+  else:
+    routers = restored.state.get(COLLECTION, {})
+  return restored._replace(state=variables(params, routers))
 
 
 def _fitting(mesh, rules, axes, shape) -> jax.sharding.NamedSharding:

@@ -29,6 +29,7 @@ _LAST_OF_EARLIER = '7875f9b'
 # Options that are gone, with the value at which they meant nothing; None is for
 # the section of a kind that is gone, which means nothing unless it was chosen.
 _GONE: dict[str, Any] = {
+  'aux_losses.num_steps': 1000,
   'data.source.cipher': None,
   'data.source.digits': None,
   'data.source.kv_recall': None,

@@ -151,27 +151,9 @@ class Linear(AuxSchedule):
     return self.factor + (self.final_factor - self.factor) * fraction
 
 
-@dataclasses.dataclass(frozen=True)
-class FirstSteps(AuxSchedule):
-  """The factor for a number of steps; after them the losses are off."""
-
-  num_steps: int = option(
-    1000,
-    'Number of optimizer steps that have the auxiliary losses; with 0 none '
-    'has.',
-    at_least(0),
-  )
-
-  def factor_at(self, step: Leaf) -> Leaf:
-    """Returns the factor, or 0 after the first steps."""
-    if not self.factor or not self.num_steps:
-      return 0.0
-    return jnp.where(step < self.num_steps, self.factor, 0.0)
-
-
 AUX_SCHEDULES = Kinds(
   'schedule of auxiliary losses',
   AuxSchedule,
-  {'constant': Constant, 'linear': Linear, 'first_steps': FirstSteps},
+  {'constant': Constant, 'linear': Linear},
   inline=True,
 )

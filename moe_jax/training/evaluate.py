@@ -444,34 +444,22 @@ def changed_models(
 def make_evaluations(
   entries: Mapping[str, EvaluationOptions],
   entry_models: Mapping[str, Model],
-  *,
-  dataset: Dataset,
-  data: DataOptions,
-  batch_size: int,
-  workdir: pathlib.Path,
-  put: Placing,
+  **parts: Any,
 ) -> list[Evaluation]:
   """All entries, ready to run.
 
   Args:
     entries: The options of each entry, by name.
     entry_models: The model of each entry, by name; see `changed_models`.
-    dataset: The run's data.
-    data: The options of the dataset.
-    batch_size: Number of rows in a global batch.
-    workdir: The run's folder.
-    put: Moves batches of numpy arrays to the devices.
+    **parts: The other fields of `Setting`.
 
   Raises:
     OptionError: The run lacks what some evaluations need; all are named.
   """
   evaluations, problems = [], []
   for name, entry in entries.items():
-    setting = Setting(
-      name, entry_models[name], dataset, data, batch_size, workdir, put
-    )
     try:
-      measure = entry.measure(setting)
+      measure = entry.measure(Setting(name, entry_models[name], **parts))
     except InputError as error:
       problems.append(f'evals.{name}: {error}')
       continue

@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
 
 import jax
 from jax.experimental import multihost_utils
@@ -125,7 +124,7 @@ def _run(
     watchdog.before_end = run.checkpoints.settle
     watchdog.mark('the restore')
     state = begin(run, initial)
-    recorder = stack.enter_context(Recorder(cast(Any, run), int(state.step)))
+    recorder = stack.enter_context(Recorder(run, int(state.step)))
     run.should_stop = stack.enter_context(catching_sigterm())
     for hook in run.hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')

@@ -58,38 +58,23 @@ PATTERNS = _Rules(
 )
 
 
-def decay_factors(rules: Sequence[Pattern], roles: Any) -> Any:
-  """A tree of factors of the weight decay: kernels alone decay by default.
+def factors(
+  option: str,
+  rules: Sequence[Pattern],
+  roles: Any,
+  default: Callable[[Role], float],
+) -> Any:
+  """A tree of factors of the parameters.
 
   Args:
+    option: The name of the option, for messages.
     rules: Patterns and factors; the first that selects a parameter counts.
     roles: A tree like the parameters with the `Role` of each.
+    default: The factor of a parameter that no rule selects, by its role.
 
   Raises:
     ValueError: A rule names a part that the model lacks, or selects nothing.
   """
-  return _factors(
-    'optimizer.decay_rules',
-    rules,
-    roles,
-    lambda role: float(role.form == 'kernel'),
-  )
-
-
-def rate_factors(rules: Sequence[Pattern], roles: Any) -> Any:
-  """A tree of factors of the learning rate: 1 by default.
-
-  Args:
-    rules: Patterns and factors; the first that selects a parameter counts.
-    roles: A tree like the parameters with the `Role` of each.
-
-  Raises:
-    ValueError: A rule names a part that the model lacks, or selects nothing.
-  """
-  return _factors('optimizer.rate_rules', rules, roles, lambda role: 1.0)
-
-
-def _factors(option, rules, roles, default):
   selectors = [
     (_selects(option, pattern, roles), float(factor))
     for pattern, factor in rules

@@ -11,7 +11,7 @@ from experiments.study import shared_steps
 from moe_jax.options import OptionError
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses, programs, setup
-from moe_jax.training.aux_schedules import Constant, FirstSteps, Linear
+from moe_jax.training.aux_schedules import Constant, Linear
 from tests.training import tiny
 
 # One layer with losses 2 (balance) and 8 (z) over 4 tokens: means 0.5 and 2.
@@ -44,8 +44,7 @@ def total(schedule, step, weights=WEIGHTS):
       [0, 0.5, 1, 1, 1, 1, 1, 1],
     ),
     (Linear(factor=0.7, final_factor=0.7), [0.7] * 8),
-    (FirstSteps(factor=0.5, num_steps=3), [0.5] * 3 + [0] * 5),
-    (FirstSteps(num_steps=0), [0] * 8),
+    (Linear(factor=0.5, start_step=2, line_steps=1), [0.5] * 3 + [0] * 5),
   ],
 )
 def test_the_factor_of_each_step(schedule, factors):
@@ -67,8 +66,6 @@ def test_a_factor_of_zero_leaves_the_losses_out():
   for schedule in (
     Constant(factor=0.0),
     Linear(factor=0.0),
-    FirstSteps(num_steps=0),
-    FirstSteps(factor=0.0),
   ):
     weights = schedule.weights(WEIGHTS, jnp.int32(5))
     assert list(weights.routers.values()) == [0.0, 0.0, 0.0]
@@ -175,7 +172,7 @@ def test_a_loss_that_no_router_has_is_refused_by_name(tmp_path):
   [
     ({'kind': 'cosine'}, "unknown schedule of auxiliary losses 'cosine'"),
     ({'factor': -1.0}, 'aux_losses.factor=-1.0 must be at least 0'),
-    ({'num_steps': 3}, "has no effect with aux_losses.kind='constant'"),
+    ({'line_steps': 3}, "has no effect with aux_losses.kind='constant'"),
   ],
 )
 def test_bad_options(aux, message):
