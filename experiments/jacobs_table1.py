@@ -30,10 +30,10 @@ of 1952 itself (835 against 1,159, by `--config.data.table=PATH`; not in
 RESULTS.md). Two experts are in use, and 8 are a tenth slower than 4. The choice
 of an expert says more about a case where experts compete (0.67 nats with
 equation 1.3, 0.65 with 1.2) than where they cooperate (0.43 with 1.1). Equation
-1.1 needs about as many epochs at its own best rate (`boundaries.png` has the
-decision lines). Equation 1.3 is nearly half of equation 1.2: with one logistic
-output all distances are below 1, where the exponential is almost linear. In one
-run of 25 with 1.2 a single expert was in use, in none with 1.3.
+1.1 needs about as many epochs at its own best rate. Equation 1.3 is nearly half
+of equation 1.2: with one logistic output all distances are below 1, where the
+exponential is almost linear. In one run of 25 with 1.2 a single expert was in
+use, in none with 1.3.
 
 `--task=linear_pairs --steps=20000` tells the equations apart: of 4 experts 3
 are in use with 1.3, and two with 1.2 and 1.1; they need 3,400, 5,450 and 1,060
@@ -43,26 +43,19 @@ experts do not specialise. The choice of an expert says 0.62, 0.64 and 0.27 nats
 about a case.
 """
 
-import pathlib
-
-import jax
 import ml_collections
-import numpy as np
 
-from experiments.origins_1991 import descent, figures, rows, vowels
-from experiments.origins_1991.claims import CLAIMS, COLUMNS, LOSSES
-from experiments.origins_1991.descent_runner import Descent, DescentRunner
-from experiments.study import command, results
-from experiments.study.parts import Figure, Preset, Results
+from experiments.origins_1991 import rows
+from experiments.origins_1991.descent import Descent, DescentRunner
+from experiments.origins_1991.rows import CLAIMS, COLUMNS
+from experiments.study import command
+from experiments.study.parts import Figure, Preset
 from experiments.study.study import Exploration, Study
 from experiments.study.tasks import Task
 from moe_jax import sections
 
 VOWELS = 'vowels, drawn around the means of Peterson and Barney 1952'
 PAIRS = '[i], [a] against [I], [A]'
-# Number of points in time at which a run's weights are kept, and those that are
-# drawn.
-KEPT, DRAWN = 20, (0, 2, 5, 10, 20)
 
 
 def config(steps: int) -> ml_collections.ConfigDict:
@@ -77,34 +70,6 @@ def in_epochs(preset: Preset) -> str:
   return f'at most {preset.steps:,} epochs'
 
 
-def pictures(runs: Results, folder: pathlib.Path) -> None:
-  """Draws the table's figure, and the experts' regions of the feature plane.
-
-  The regions, `boundaries.png`, are those of seed 0 of 4 experts.
-  """
-  by_name = {row.name: row for row in rows.rows(runs, {})}
-  path = folder / results.PICTURE
-  figures.epochs(by_name, rows.sweeps(runs), STUDY.title, path)
-  configs, lives = results.read_configs(folder), {}
-  for loss in LOSSES:
-    name = f'4 experts, {loss}'
-    options = sections.read(Descent, configs[name])
-    train, system = vowels.load(options.data.table)[0], options.system()
-    every = max(1, runs[name][0]['epochs'] // KEPT)
-    kept = descent.path(
-      system,
-      descent.pairs(train),
-      options.learning_rate,
-      np.array([0]),
-      every=every,
-      count=KEPT,
-    )
-    life = {i * every: jax.tree.map(lambda a, i=i: a[i], kept) for i in DRAWN}
-    lives[loss] = system.model, life
-  drawn = figures.boundaries(train, lives)
-  drawn.savefig(folder / 'boundaries.png', dpi=110)
-
-
 STUDY = Study(
   name='jacobs_table1',
   title='Competing experts against back-propagation',
@@ -114,15 +79,12 @@ STUDY = Study(
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,
   claims=CLAIMS,
-  figure=Figure(
-    ['epochs', 'I(expert; case)', 'experts in use'], from_runs=True
-  ),
+  figure=Figure(['epochs', 'I(expert; case)', 'experts in use']),
   rows=rows.rows,
   runner=DescentRunner(),
   explorations=lambda preset: [
     Exploration(rows.explored, rows.chosen, rows.EXPLORED)
   ],
-  pictures=pictures,
   remarks=rows.remarks,
   misses=(
     "Four experts need 0.60 ± 0.03 of the epochs, more than the paper's half, "

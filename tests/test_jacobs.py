@@ -9,18 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from experiments import jacobs_table1
 from experiments.origins_1991 import (
-  claims,
   descent,
-  figures,
   rows,
   vowels,
 )
-from experiments.origins_1991.descent import Cases, System
-from experiments.origins_1991.descent_runner import TARGETS, Descent
+from experiments.origins_1991.descent import TARGETS, Cases, Descent, System
 from experiments.origins_1991.mixture import Mixture
 from experiments.study import command, results, verdicts
 from experiments.study.parts import Row
@@ -105,15 +101,6 @@ def test_a_run_is_given_up_where_another_rate_has_long_been_done():
   assert choose([swept(rates, hasty)]) == choose([swept(rates, patient)]) == 6.0
 
 
-def test_a_path_is_the_run_that_was_counted():
-  seeds = np.array([5])
-  path = descent.path(system(), line(), 6.0, seeds, every=7, count=2)
-  for step in (0, 1, 2):
-    _, params = descend(system(), 6.0, 5, 7 * step)
-    for name, value in params.items():
-      np.testing.assert_allclose(path[name][step], value, rtol=1e-4, atol=1e-5)
-
-
 def test_what_is_measured_of_a_gate():
   # Two experts divide the cases at x = 0: the first always outputs 0 and the
   # second 1, which is right everywhere. The third has no proportion.
@@ -144,7 +131,7 @@ def test_systems_have_the_papers_sizes():
   # parameters, as the paper says.
   features = vowels.load()[0].features
   sizes = {}
-  for name, changes in claims.SYSTEMS.items():
+  for name, changes in rows.SYSTEMS.items():
     model = Descent(**changes).system().model
     start = functools.partial(descent.start, model)
     params = jax.eval_shape(start, features, jnp.array([0]))
@@ -205,9 +192,9 @@ def test_a_ratio_has_the_spread_of_both():
 
 def example_rows():
   """A row for each of the study's systems, with numbers of its own."""
-  columns = {column.name for column in claims.COLUMNS}
-  names = [*claims.SYSTEMS]
-  names += [name + claims.SHARED for name in names]
+  columns = {column.name for column in rows.COLUMNS}
+  names = [*rows.SYSTEMS]
+  names += [name + rows.SHARED for name in names]
   return [
     Row(name, {column: [n + 0.1, n + 0.2, n] for column in columns})
     for n, name in enumerate(names)
@@ -215,10 +202,10 @@ def example_rows():
 
 
 def test_claims_have_rows_columns_and_verdicts():
-  rows = example_rows()
-  words = {verdicts.verdict(c, rows).word for c in claims.CLAIMS}
+  examples = example_rows()
+  words = {verdicts.verdict(c, examples).word for c in rows.CLAIMS}
   assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
-  cells = [cell for c in claims.CLAIMS for cell in c.published]
+  cells = [cell for c in rows.CLAIMS for cell in c.published]
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 
@@ -228,7 +215,7 @@ def test_arms_are_explored_then_chosen():
   shared = study.shared(study.presets['full'], 'linear_pairs')
   explored_arms = rows.explored(arms, shared)
   rates = TARGETS['linear_pairs'].rates
-  assert len(explored_arms) == len(claims.SYSTEMS) * len(rates)
+  assert len(explored_arms) == len(rows.SYSTEMS) * len(rates)
   # The third rate is the fastest of all systems but one, whose fastest is the
   # first.
   explored_results = {}
@@ -238,14 +225,14 @@ def test_arms_are_explored_then_chosen():
     run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
     explored_results[arm.name] = [run, run]
   chosen = {arm.name: arm for arm in rows.chosen(arms, explored_results, {})}
-  assert len(chosen) == 2 * len(claims.SYSTEMS)
+  assert len(chosen) == 2 * len(rows.SYSTEMS)
   own_rate = chosen['BP, 6 hidden'].overrides['learning_rate']
-  shared_rate = chosen['BP, 6 hidden' + claims.SHARED].overrides
+  shared_rate = chosen['BP, 6 hidden' + rows.SHARED].overrides
   assert (own_rate, shared_rate['learning_rate']) == (rates[0], rates[2])
   # Jobs can be made of all arms, and those of one system are one call.
   jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
   groups = {study.runner.together(job) for job in jobs}
-  assert groups == set(claims.SYSTEMS)
+  assert groups == set(rows.SYSTEMS)
 
 
 @pytest.fixture(scope='module')
@@ -261,8 +248,6 @@ def output_folder(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     kind = TARGETS['pairs']._replace(rates=(8.0,))
     patch.setitem(TARGETS, 'pairs', kind)
-    # One moment is drawn, as pictures take long.
-    patch.setattr(jacobs_table1, 'DRAWN', (0,))
     return command.main(study, argv)
 
 
@@ -278,14 +263,13 @@ def test_the_command_says_who_never_arrived(output_folder):
   assert '8 experts, gated: 2 of 2' in text
   assert '1124 (Table 1, secondary source) against 2209 (Table 1' in text
   summary = json.loads((folder / 'summary.json').read_text())
-  assert len(summary['rows']) == 2 * len(claims.SYSTEMS)
+  assert len(summary['rows']) == 2 * len(rows.SYSTEMS)
   words = [claim['verdict'] for claim in summary['claims']]
-  assert len(words) == len(claims.CLAIMS)
+  assert len(words) == len(rows.CLAIMS)
   assert set(words) <= set(verdicts.WORDS)
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
-  for name in (results.PICTURE, 'boundaries.png'):
-    assert (folder / name).read_bytes().startswith(b'\x89PNG')
+  assert (folder / results.PICTURE).read_bytes().startswith(b'\x89PNG')
 
 
 def test_published_numbers_are_of_the_papers_task():
@@ -296,34 +280,6 @@ def test_published_numbers_are_of_the_papers_task():
     )
     count[name] = sum(bool(c['published']) for c in summary['claims'])
   assert count['vowels'] > 3 and count['linear_pairs'] == 0
-
-
-def test_boundaries_are_where_experts_decide():
-  # The expert's output is 1 where x > 0.25, so that its line is vertical there.
-  params = {
-    'expert_out': np.array([[[8.0], [0.0]]]),
-    'expert_out_bias': np.array([[-2.0]]),
-    'gate_out': np.zeros((2, 1)),
-    'gate_out_bias': np.zeros(1),
-  }
-  params = {k: jnp.float32(v) for k, v in params.items()}
-  labels = np.arange(8, dtype=np.int32) % 4
-  cases, model = vowels.Vowels(line().features, labels), Mixture(1)
-  ax = Figure().subplots()
-  figures.draw(ax, cases, model, params)
-  lines = [
-    path.vertices
-    for collection in ax.collections
-    for path in collection.get_paths()
-    if len(path.vertices) > 50  # markers have fewer
-  ]
-  assert len(lines) == 2  # the expert's and the mixture's
-  for boundary in lines:
-    np.testing.assert_allclose(boundary[:, 0], 0.25, atol=1e-3)
-  life = {0: params, 20: params}
-  figure = figures.boundaries(cases, {'one': (model, life)})
-  titles = [ax.get_title() for ax in figure.axes]
-  assert titles == ['one, epoch 0', 'one, epoch 20']
 
 
 @pytest.mark.parametrize(
