@@ -47,7 +47,7 @@ import ml_collections
 
 from experiments.origins_1991 import rows
 from experiments.origins_1991.descent import Descent, DescentRunner
-from experiments.origins_1991.rows import CLAIMS, COLUMNS
+from experiments.origins_1991.rows import CLAIMS, COLUMNS, SHARED
 from experiments.study import command
 from experiments.study.parts import Figure, Preset
 from experiments.study.study import Exploration, Study
@@ -79,7 +79,9 @@ STUDY = Study(
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,
   claims=CLAIMS,
-  figure=Figure(['epochs', 'I(expert; case)', 'experts in use']),
+  figure=Figure(
+    ['epochs', 'I(expert; case)', 'experts in use'], without=[f'*{SHARED}']
+  ),
   rows=rows.rows,
   runner=DescentRunner(),
   explorations=lambda preset: [
