@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import random_reads, timing
-from experiments.benchmarks.synthetic_lines import Corpus
+from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import command_line, data
 from moe_jax.data.tokens_folder import FolderReport, Share, make

@@ -14,7 +14,7 @@ Here: jittered digits, scikit-learn's 8x8 images on a canvas of 14x14, each time
 at one of 49 random places. Layers have four experts. The gates are measured on
 the validation images, each at every place, so that place and class are
 independent (`--task=mnist`: 400 images at 81 places, where TFDS has MNIST). See
-`gates_2013/information.py` for how information is estimated.
+`gates_2013/measures.py` for how information is estimated.
 
 Found, on the eight seeds of `full` (eight minutes on two cores): the first
 layer's gates hold 0.25 nats of information about the place and 0.005 about the
@@ -28,8 +28,7 @@ resolved.
 
 import ml_collections
 
-from experiments.gates_2013.measures import measure
-from experiments.gates_2013.pictures import LAYERS, pictures
+from experiments.gates_2013.measures import LAYERS, measure, pictures
 from experiments.gates_2013.training import DeepMoeRunner, Training
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset

@@ -32,7 +32,6 @@ written before any run.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 import numpy as np
@@ -106,13 +105,9 @@ def starts(preset: Preset) -> list[Start]:
     'total_steps': preset.start_steps,
     f'{_RATE}.decay_fraction': 0.0,
   }
-  return [Start(LARGE_ALONE, functools.partial(_start, changes=changes))]
-
-
-def _start(
-  shared: ml_collections.ConfigDict, changes: Mapping[str, Any]
-) -> ml_collections.ConfigDict:
-  return layered(RunConfig, shared, changes)
+  return [
+    Start(LARGE_ALONE, functools.partial(layered, RunConfig, overrides=changes))
+  ]
 
 
 def masked(rate: float) -> str:

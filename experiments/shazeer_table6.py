@@ -40,7 +40,6 @@ from experiments.study.parts import (
 )
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
-from experiments.study.sweeps import zipped
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD as SOWN_LOAD
 from moe_jax.models import Model
@@ -74,8 +73,7 @@ def arms(preset: Preset) -> list[Arm]:
   del preset
   router = 'model.moe.router.noisy_top_k'
   keys = f'{router}.importance_weight', f'{router}.load_weight'
-  swept = zipped(dict(zip(keys, zip(*WEIGHTS, strict=True), strict=True)))
-  return [Arm(f'{w}', o) for w, o in zip(WEIGHTS, swept, strict=True)]
+  return [Arm(f'{w}', dict(zip(keys, w, strict=True))) for w in WEIGHTS]
 
 
 @functools.cache

@@ -36,7 +36,6 @@ before any other run.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import ml_collections
 
@@ -101,13 +100,7 @@ def starts(preset: Preset) -> list[Start]:
   other = {'data.train_split': 'train[:50%]'}
   longer = {_TOTAL: preset.start_steps, 'checkpoint.keep_best': False}
   changes = {**_DENSE, **rate, **other, **longer}
-  return [Start(SUNK, functools.partial(_sunk, changes=changes))]
-
-
-def _sunk(
-  shared: ml_collections.ConfigDict, changes: Mapping[str, Any]
-) -> ml_collections.ConfigDict:
-  return layered(RunConfig, shared, changes)
+  return [Start(SUNK, functools.partial(layered, RunConfig, overrides=changes))]
 
 
 def at(model: str, extra: int = USUAL) -> str:

@@ -8,6 +8,7 @@ read: of another run that it begins with, the folder, the tokens and the model
 are checked, and not the checkpoint.
 """
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -49,38 +50,33 @@ from moe_jax.training.setup import (
 _NOWHERE = 'a-folder-that-is-not-there'
 
 
+@dataclasses.dataclass
 class DryRun:
   """The lines on a run that is not begun, and why it would be refused.
 
-  Args:
+  Attributes:
     options: The options of the run.
     workdir: The folder of the run, which need not exist; '' for none.
     resume: Whether the folder's config may differ.
     hooks: The hooks of the run, which check it as they would.
-
-  Attributes:
     problems: Reasons for which the run would be refused; `lines` adds to them.
   """
 
-  def __init__(
-    self,
-    options: RunConfig,
-    workdir: str,
-    *,
-    resume: bool = False,
-    hooks: Sequence[Hook] = (),
-  ):
-    self._config, self._options, self._workdir = options, options, workdir
-    self._resume, self._hooks = resume, hooks
-    self.problems: list[str] = []
+  options: RunConfig
+  workdir: str
+  _: dataclasses.KW_ONLY
+  resume: bool = False
+  hooks: Sequence[Hook] = ()
+  problems: list[str] = dataclasses.field(default_factory=list)
 
   def lines(self) -> Iterator[str]:
     """The lines, in the order in which they are printed."""
     yield 'dry run: nothing is trained, and nothing is written'
+    self._options = self.options
     run = self._set_up()
     try:
-      folder = workdir_lib.folder_of(self._workdir or _NOWHERE)
-      self._options = with_tokenizer(self._config, folder)
+      folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
+      self._options = with_tokenizer(self.options, folder)
     except InputError as error:
       self._refuse(error)
     dataset = run.dataset if run else self._dataset()
@@ -98,10 +94,10 @@ class DryRun:
 
   def _set_up(self) -> Run | None:
     """The run, if it would not be refused and its data is prepared."""
-    folder = self._workdir or _NOWHERE
+    folder = self.workdir or _NOWHERE
     try:
       with reading_only():
-        run = set_up(self._config, folder, resume=self._resume)
+        run = set_up(self.options, folder, resume=self.resume)
     except NotPreparedError:
       return None
     except (InputError, OSError) as error:
@@ -114,7 +110,7 @@ class DryRun:
   def _check(self, run: Run) -> None:
     """Lets the hooks check the run, without a line about it."""
     print_message, run.message = run.message, lambda text: None
-    for hook in self._hooks:
+    for hook in self.hooks:
       try:
         hook.check(run)
       except (InputError, OSError) as error:
@@ -161,7 +157,7 @@ class DryRun:
       run.notes
       if run
       else (
-        *tokenizer_notes(self._config, options),
+        *tokenizer_notes(self.options, options),
         *setup_notes(options, model, mesh),
       )
     )
@@ -221,7 +217,7 @@ class DryRun:
     num_written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
     # One is being written while the older ones are still there.
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
-    folder = storage_path(c.directory or self._workdir or _NOWHERE)
+    folder = storage_path(c.directory or self.workdir or _NOWHERE)
     line = (
       f'checkpoints: {num_written} of {in_bytes(size)} each; they need room '
       f'for {num_kept}, as one is written while {num_kept - 1} '
@@ -253,11 +249,11 @@ class DryRun:
 
   def _workdir_lines(self, run: Run | None) -> Iterator[str]:
     """Lines on what is in the folder already."""
-    if not self._workdir:
+    if not self.workdir:
       yield from self._start_lines()
       yield 'workdir: none is given; a run needs --workdir'
       return
-    folder = workdir_lib.folder_of(self._workdir)
+    folder = workdir_lib.folder_of(self.workdir)
     if not _writable(folder):
       self.problems.append(
         f'{folder} cannot be made or written; choose another folder'

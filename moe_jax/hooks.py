@@ -1,6 +1,7 @@
 """Hooks of the training loop: facts, profile, routing report, sample.
 
-`moe_jax.main` and experiments choose which of them a run has.
+`moe_jax.main` and experiments choose which of them a run has. The lines on what
+a run takes and is are those of `--dry_run`, too.
 """
 
 from collections.abc import Iterator

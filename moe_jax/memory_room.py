@@ -1,7 +1,8 @@
-"""Whether arrays fit into memory: arithmetic, before anything is allocated.
+"""Memory: whether arrays fit into it, and how the host's is kept and freed.
 
-The bound is the memory of the devices, or of the machine where these are its
-processors; nothing is refused that could fit.
+What fits is arithmetic, before anything is allocated. The bound is the memory
+of the devices, or of the machine where these are its processors; nothing is
+refused that could fit.
 """
 
 import ctypes

@@ -4,7 +4,8 @@
     class FfnConfig(Options):
       hidden: int = option(512, 'Width of the hidden layer.', at_least(1))
 
-An option is declared in its field alone; `moe_jax.sections` makes sections of a
+Rules for values, and messages where a value breaks one, stand first. An option
+is declared in its field alone; `moe_jax.sections` makes sections of a
 config from these classes and reads them back.
 """
 

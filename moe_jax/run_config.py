@@ -46,7 +46,7 @@ class RunConfig(RunOptions):
 
   @property
   def for_hooks(self) -> tuple[str, ...]:
-    """See `RunOptions.for_hooks`."""
+    """Names of the sections that need a hook, the teacher's among them."""
     distill_section = ('distill',) if self.distill.teacher else ()
     return (*super().for_hooks, *distill_section)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import bench_prepare
-from experiments.benchmarks.synthetic_lines import Corpus
+from experiments.benchmarks.random_reads import Corpus
 from moe_jax import data
 
 ROW = {

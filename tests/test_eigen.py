@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import eigen_2013
-from experiments.gates_2013 import digits, pictures
-from experiments.gates_2013 import information as information_lib
+from experiments.gates_2013 import digits, measures
 from experiments.study import results as study_results
 from experiments.study.parts import Arm, Preset
 
@@ -22,15 +21,13 @@ def test_information_of_two_labels_by_hand():
   # 0.1 and 0.9: the information is ln 2, the entropy of the mean, less the
   # entropy for each label.
   gates = np.array([[0.9, 0.1], [0.1, 0.9]])
-  information = information_lib.mutual_information(gates, np.array([0.5, 0.5]))
+  information = measures.mutual_information(gates, np.array([0.5, 0.5]))
   np.testing.assert_allclose(information, math.log(2) - entropy(0.9, 0.1))
   # A rare label carries less information; mean gates are 0.7 and 0.3.
-  information = information_lib.mutual_information(
-    gates, np.array([0.75, 0.25])
-  )
+  information = measures.mutual_information(gates, np.array([0.75, 0.25]))
   np.testing.assert_allclose(information, entropy(0.7, 0.3) - entropy(0.9, 0.1))
   certain = np.eye(4)
-  information = information_lib.mutual_information(certain, np.full(4, 0.25))
+  information = measures.mutual_information(certain, np.full(4, 0.25))
   np.testing.assert_allclose(information, math.log(4))
 
 
@@ -42,10 +39,10 @@ def test_gates_that_follow_the_place_say_nothing_of_the_class():
   # There are six places, of which each expert has two; all images are equal.
   place_gates = np.eye(3)[np.arange(6) // 2]
   gates = np.tile(place_gates, (60, 1, 1))
-  information = information_lib.about_place(gates)
+  information = measures.about_place(gates)
   np.testing.assert_allclose(information.measured, math.log(3))
   assert 0 < information.by_chance < 0.1
-  assert information_lib.about_class(gates, cyclic_labels()) == (0.0, 0.0)
+  assert measures.about_class(gates, cyclic_labels()) == (0.0, 0.0)
 
 
 def test_gates_that_follow_the_class_say_nothing_of_the_place():
@@ -53,10 +50,10 @@ def test_gates_that_follow_the_class_say_nothing_of_the_place():
   labels = cyclic_labels()
   label_gates = np.eye(3)[np.array([0, 0, 1, 2])[labels]]
   gates = np.repeat(label_gates[:, None], 6, axis=1)
-  information = information_lib.about_class(gates, labels)
+  information = measures.about_class(gates, labels)
   np.testing.assert_allclose(information.measured, entropy(0.5, 0.25, 0.25))
   assert 0 < information.by_chance < 0.1
-  about_place = information_lib.about_place(gates)
+  about_place = measures.about_place(gates)
   np.testing.assert_allclose(about_place, 0, atol=1e-12)
 
 
@@ -69,7 +66,7 @@ def test_independent_gates_have_no_excess(images):
   for seed in range(20):
     one_hot = np.eye(3)[rng.integers(0, 3, images)]
     gates = np.repeat(one_hot[:, None], 2, axis=1)
-    information = information_lib.about_class(gates, labels, seed)
+    information = measures.about_class(gates, labels, seed)
     measured.append(information.measured)
     excess.append(information.excess)
   bias = 2 * 3 / (2 * images)
@@ -80,7 +77,7 @@ def test_independent_gates_have_no_excess(images):
 
 def test_by_class_is_over_images_and_places():
   gates = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
-  mean_gates = information_lib.by_class(gates, np.array([3, 7]))
+  mean_gates = measures.by_class(gates, np.array([3, 7]))
   np.testing.assert_array_equal(mean_gates, [[0.75, 0.25], [0.0, 1.0]])
 
 
@@ -134,7 +131,7 @@ def test_a_run_has_what_the_table_shows(results):
 @pytest.mark.slow
 def test_its_pictures_are_of_its_gates(results, tmp_path):
   deep = results[eigen_2013.BALANCED][0]
-  figure = pictures.picture(deep, 'a title')
+  figure = measures.picture(deep, 'a title')
   images = [
     np.asarray(image.get_array())
     for axes in figure.axes
@@ -143,7 +140,7 @@ def test_its_pictures_are_of_its_gates(results, tmp_path):
   assert len(images) == 2 * (4 + 1)
   np.testing.assert_array_equal(images[2], deep['layer_1/by_place'][2])
   np.testing.assert_array_equal(images[-1], deep['layer_2/by_class'])
-  pictures.pictures(results, tmp_path)
+  measures.pictures(results, tmp_path)
   assert len(list(tmp_path.glob('gates_lifted_depth_*.png'))) == 2
 
 

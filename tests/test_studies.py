@@ -231,9 +231,6 @@ def test_sweeps_are_told():
     {'a': 2, 'b.c': 3},
     {'a': 2, 'b.c': 4},
   ]
-  pairs = sweeps.zipped({'a': [1, 2], 'b': [3, 4]})
-  assert pairs == [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
-  assert sweeps.chain([{'a': 0}], pairs) == [{'a': 0}, *pairs]
   assert sweeps.nested({'a.b': 1, 'a.c.d': 2}) == {'a': {'b': 1, 'c': {'d': 2}}}
 
 
@@ -241,7 +238,6 @@ def test_sweeps_are_told():
   ('make', 'message'),
   [
     (lambda: sweeps.product({'a': [1]}, {'a': [2]}), 'a is swept twice'),
-    (lambda: sweeps.zipped({'a': [1], 'b': [1, 2]}), "{'a': 1, 'b': 2}"),
     (lambda: sweeps.nested({'a': 1, 'a.b': 2}), 'a.b is within a'),
     (lambda: sweeps.nested({'a.b': 2, 'a': 1}), 'a has a value and keys'),
   ],

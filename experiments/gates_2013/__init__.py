@@ -2,6 +2,5 @@
 
 `digits.py` has the data, `deep_moe.py` the model and its balancing constraint,
 and `training.py` the options and the runs of the study `eigen_2013.py`.
-`measures.py`, with `information.py`, and `pictures.py` are what it shows of
-gates.
+`measures.py` is what it shows of gates.
 """

@@ -1,4 +1,4 @@
-"""Arms, rows and remarks of the table of 1991's systems."""
+"""Systems, columns, claims, rows and remarks of the table of 1991."""
 
 from collections.abc import Mapping, Sequence
 

@@ -103,9 +103,7 @@ def switch_decoder(
   return config
 
 
-def sparse_encoder(
-  steps: int, *, num_layers: int = 2, **sizes: int
-) -> ml_collections.ConfigDict:
+def sparse_encoder(steps: int, **sizes: int) -> ml_collections.ConfigDict:
   """Config of an encoder-decoder whose encoder alone is sparse.
 
   An encoder sees all of its input at once, so that no router leaks anything
@@ -113,14 +111,13 @@ def sparse_encoder(
 
   Args:
     steps: Length of the run.
-    num_layers: Number of the encoder's layers, all of them sparse.
     **sizes: Other arguments of `decoder`.
   """
   config = decoder(steps, num_layers=1, **sizes)
   m = config.model
   m.kind = 'encoder_decoder'
   m.positions.kind = 'relative'
-  m.encoder.num_layers = num_layers
+  m.encoder.num_layers = 2  # both are sparse
   m.encoder.overrides = dict(moe=dict(layers='all'))
   m.moe.layers = 'none'
   return config
@@ -182,9 +179,6 @@ def top_k(
   K: int,
   hidden: int,
   overrides: Mapping[str, Any] | None = None,
-  *,
-  line: str = '',
-  x: float | None = None,
 ) -> Arm:
   """An arm in which each token chooses K experts.
 
@@ -196,8 +190,6 @@ def top_k(
     K: Number of experts of a token.
     hidden: K times an expert's F; for equal FLOPs, the dense model's F.
     overrides: Other values that the arm changes in `model.moe`, by dotted name.
-    line: See `Arm`.
-    x: See `Arm`.
   """
   moe = {
     'num_selected': K,
@@ -205,7 +197,7 @@ def top_k(
     'router.token_choice.gates': 'raw' if K == 1 else 'renormalized',
     **(overrides or {}),
   }
-  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()})
 
 
 def expert_choice(
@@ -213,9 +205,6 @@ def expert_choice(
   factor: int,
   hidden: int,
   overrides: Mapping[str, Any] | None = None,
-  *,
-  line: str = '',
-  x: float | None = None,
 ) -> Arm:
   """An arm in which each expert chooses tokens.
 
@@ -224,8 +213,6 @@ def expert_choice(
     factor: Number of experts that take a token on average.
     hidden: `factor` times an expert's F, as in `top_k`.
     overrides: Other values that the arm changes in `model.moe`, by dotted name.
-    line: See `Arm`.
-    x: See `Arm`.
   """
   moe = {
     'num_selected': factor,
@@ -236,4 +223,4 @@ def expert_choice(
     'dispatch.kind': 'gather',
     **(overrides or {}),
   }
-  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()}, line, x)
+  return Arm(name, {f'model.moe.{k}': v for k, v in moe.items()})

@@ -38,7 +38,7 @@ class Arm:
     start: Name of the start whose parameters the runs begin with (see
       `starts.py`); '' draws them from the seed.
     change: Function that makes the arm's runs from those of its start, instead
-      of training (see `changed_runs.py`); None trains.
+      of training (see `runner.py`); None trains.
     teacher: Name of the start that teaches the runs (`config.distill`); '' for
       none.
   """

@@ -216,12 +216,3 @@ def _write_csv(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
           writer.writerow(
             [row['name'], column['name'], column['unit'], seed, value]
           )
-
-
-def read_configs(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Reads the configs that `write` wrote to a study's folder, by arm."""
-  configs = {}
-  for path in sorted((folder / 'configs').glob('*.json')):
-    entry = json.loads(path.read_text(encoding='utf-8'))
-    configs[entry['arm']] = entry['config']
-  return configs

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax
 
 from experiments.benchmarks import timing
-from experiments.study import changed_runs, code_digest
+from experiments.study import code_digest
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
-from moe_jax import command_line, data, run_config, sections
+from moe_jax import command_line, data, evaluation, run_config, sections
 from moe_jax.analysis.recording import Traces
 from moe_jax.compression.distill import Distilling
 from moe_jax.hooks import Facts
@@ -73,7 +73,8 @@ class TrainingRunner(Runner):
     """Prepares the data, which workers then read from the cache."""
     prepared: list[data.DataOptions] = []  # a mixture's options have no hash
     for job in jobs:
-      if (options := _data_of(job)) not in prepared:
+      options = sections.read(data.DataOptions, job.config.data, 'data.')
+      if options not in prepared:
         data.load(options)
         prepared.append(options)
 
@@ -81,10 +82,6 @@ class TrainingRunner(Runner):
     """Trains the runs."""
     for job in jobs:
       train(job, self.measure)
-
-
-def _data_of(job: Job) -> data.DataOptions:
-  return sections.read(data.DataOptions, job.config.data, 'data.')
 
 
 class _Ending(Ended):
@@ -126,7 +123,7 @@ def train(
     return job.result()
   start = time.perf_counter()
   if job.arm.change is not None:
-    last = changed_runs.changed(job)
+    last = changed(job)
   else:
     last = _trained(job, measure, devices, hooks)
   job.write_result({**last, 'made': provenance(start)})
@@ -169,3 +166,26 @@ def _remove_parameters(job: Job) -> None:
   has_change = job.arm.change is not None
   folder = job.folder if has_change else job.workdir / workdir_lib.CHECKPOINTS
   shutil.rmtree(folder, ignore_errors=True)
+
+
+def changed(job: Job) -> dict[str, Any]:
+  """Makes a run of another one; returns its metrics.
+
+  The metrics are those of the evaluations, named as in training, and the
+  numbers that the change returns, by the names that it gives them. Files that a
+  killed call has left in the run's folder are removed first.
+
+  Args:
+    job: A run whose arm has a change.
+  """
+  shutil.rmtree(job.folder, ignore_errors=True)
+  numbers = job.arm.change(job.begins_with, job.folder)
+  options = run_config.read(job.config)
+  rows = evaluation.evaluate_all(job.folder, options.evals)
+  metrics = {
+    f'eval/{name}/{key}': value
+    for name, row in rows.items()
+    for key, value in row.items()
+  }
+  digest = data.load(options.data).digest
+  return {**metrics, **numbers, 'data_digest': digest}

@@ -6,7 +6,6 @@ stopped by SIGTERM continues.
 
 import contextlib
 import fcntl
-import functools
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -56,7 +55,7 @@ def run_all(
     progress = Progress(calls, column, count, jobs)
     with workers.places(count) as places, progress.ticking():
       tasks = {
-        name: functools.partial(_begin, runner, call)
+        name: lambda worker, call=call: worker.call(_logged, runner, call)
         for name, call in calls.items()
       }
       outcomes = scheduler.run_all(
@@ -68,10 +67,6 @@ def run_all(
     raise InputError(f'{len(failed)} runs failed; see {", ".join(logs)}')
   if {STOPPED, WAITING} & set(outcomes.values()):
     raise SystemExit(command_line.STOPPED)
-
-
-def _begin(runner: Runner, jobs: list[Job], worker) -> workers.Call:
-  return worker.call(_logged, runner, jobs)
 
 
 def _logged(runner: Runner, jobs: list[Job]) -> None:

@@ -55,7 +55,10 @@ def judged_again(summary: Mapping[str, Any], study: Study) -> dict[str, Any]:
       for claim in judging.claims_of(study, preset, task, rows)
     ],
     'written': study.written,
-    'remarks': _remarks(summary, study),
+    # Remarks of the runs' results are as stored.
+    'remarks': study.remarks
+    if isinstance(study.remarks, str)
+    else summary['remarks'],
     'misses': study.misses,
     'outdated': [dataclasses.asdict(revision) for revision in outdated],
     'marks': _marks(summary, study),
@@ -81,12 +84,6 @@ def _task(summary: Mapping[str, Any], study: Study) -> Task:
     if task.label == summary['task']:
       return task
   return Task({}, summary['task'], comparable=False)
-
-
-def _remarks(summary: Mapping[str, Any], study: Study) -> str:
-  """The remarks of today, or where they are of the runs' results, as stored."""
-  remarks = study.remarks
-  return remarks if isinstance(remarks, str) else summary['remarks']
 
 
 def _columns(

@@ -1,10 +1,4 @@
-"""Sweeps as plain values: lists of flat overrides, `{'model.width': 64}`.
-
-chain(
-  [{'model.moe.num_experts': 0}],
-  product({'model.moe.num_selected': [1, 2]}, {'seed': [0, 1]}),
-)
-"""
+"""Sweeps as plain values: lists of flat overrides, `{'model.width': 64}`."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -30,26 +24,6 @@ def product(*sweeps: Mapping[str, Sequence[Any]]) -> list[Overrides]:
     dict(zip(values, chosen, strict=True))
     for chosen in itertools.product(*values.values())
   ]
-
-
-def zipped(sweep: Mapping[str, Sequence[Any]]) -> list[Overrides]:
-  """Combines the keys' first values, then their second ones, and so on.
-
-  Raises:
-    ValueError: The keys have different numbers of values.
-  """
-  lengths = {key: len(values) for key, values in sweep.items()}
-  if len(set(lengths.values())) > 1:
-    raise InputError(f'keys have different numbers of values: {lengths}')
-  return [
-    dict(zip(sweep, chosen, strict=True))
-    for chosen in zip(*sweep.values(), strict=True)
-  ]
-
-
-def chain(*sweeps: Sequence[Mapping[str, Any]]) -> list[Overrides]:
-  """All overrides of one sweep, then all of the next."""
-  return [dict(overrides) for sweep in sweeps for overrides in sweep]
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,11 +44,6 @@ class Verdict:
   word: str
   reason: str = ''
 
-  @property
-  def resolvable(self) -> float:
-    """The smallest difference that these seeds could have told from zero."""
-    return self.difference.half_width
-
 
 def verdict(claim: Claim, rows: Sequence[Row], withheld: str = '') -> Verdict:
   """The verdict on one claim.

@@ -72,7 +72,7 @@ class SourceLosses(BatchesEvaluation):
     return losses_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """See `summary_row`."""
+    """The names in a `summary_row`."""
     mixture = data.mixture
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
 
@@ -127,7 +127,7 @@ class SourceScores(AskingEvaluation):
     return Scores(setting, questions, choices, prompts, asker.layout, generate)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """See `Scores`."""
+    """The names in a row of `Scores`."""
     mixture = data.mixture
     sources = list(mixture.sources or ['source'])
     details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]

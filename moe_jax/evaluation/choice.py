@@ -111,7 +111,7 @@ class ChoiceEvaluation(AskingEvaluation):
     return Choice(setting, self, items, questions, asker.layout)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """See `Choice`."""
+    """The names in a row of `Choice`."""
     del data
     return (*ACCURACY, 'cut_items', *(['shots'] if self.num_shots else []))
 

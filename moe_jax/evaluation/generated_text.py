@@ -113,7 +113,7 @@ class GenerateEvaluation(EvaluationOptions):
     )
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """See `Generate`."""
+    """The names in a row of `Generate`."""
     del data
     return (*names_of(self.metrics), 'examples')
 

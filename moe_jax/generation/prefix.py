@@ -1,4 +1,4 @@
-"""Prompts of different lengths as arrays, with which decoding begins.
+"""Arguments of generation: prompts of different lengths as arrays, and a cache.
 
 Rows of a decoder are padded at the front, so that all append at the same slot;
 those of an encoder at the end. Lengths are rounded up to a few values, so that

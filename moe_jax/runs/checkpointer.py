@@ -1,4 +1,7 @@
-"""Checkpoints of a train state: asynchronous, verified, bit for bit."""
+"""Checkpoints of a train state, and their options.
+
+They are asynchronous, verified, and bit for bit.
+"""
 
 import concurrent.futures
 import contextlib

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from moe_jax.distributed import fetch
+from moe_jax.partitioning import path_name
 from moe_jax.shapes import Array, Bool
 
 _MOST_LISTED = 4
@@ -83,7 +83,7 @@ def listed(paths: list[str]) -> str:
 def _floating(tree: Any) -> dict[str, Any]:
   """The floating-point leaves, by path."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   }
@@ -113,9 +113,7 @@ def keep_batch(
     OSError: The file cannot be written.
   """
   path = workdir / _FOLDER / f'{step}.npz'
-  arrays: dict[str, Any] = {
-    name: _host_array(array) for name, array in batch.items()
-  }
+  arrays = fetch(dict(batch))
   if jax.process_index() == 0:
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')
@@ -123,9 +121,3 @@ def keep_batch(
       np.savez(file, **arrays)
     unfinished.replace(path)
   return path
-
-
-def _host_array(array: jax.Array) -> np.ndarray:
-  if array.is_fully_addressable:
-    return np.asarray(array)
-  return np.asarray(multihost_utils.process_allgather(array, tiled=True))

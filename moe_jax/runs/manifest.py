@@ -17,6 +17,7 @@ import jax
 from etils import epath
 
 from moe_jax.errors import InputError
+from moe_jax.partitioning import path_name
 from moe_jax.runs.storage_errors import Retry
 
 NAME = 'manifest.json'
@@ -66,8 +67,8 @@ def make(
     kind = str(getattr(leaf, 'dtype', type(leaf).__name__))
     if not isinstance(leaf, jax.Array) or kind.startswith('key<'):
       raise InputError(
-        f'state leaf {name(path)!r} is {kind}; only a jax.Array is saved, and '
-        'a key as its jax.random.key_data'
+        f'state leaf {path_name(path)!r} is {kind}; only a jax.Array is saved, '
+        'and a key as its jax.random.key_data'
       )
   try:
     extra = json.loads(json.dumps(extra))
@@ -210,7 +211,7 @@ def describe(state: Any) -> dict[str, str]:
   """The dtype and shape of each leaf: `{'params/w': 'float32[3,4]'}`."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
-    name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+    path_name(path): f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
     for path, leaf in leaves
   }
 
@@ -242,11 +243,6 @@ def check_tree(
     saved = {path: saved[path] for path in saved if path in wanted}
   if differences := difference(saved, wanted, cast=cast):
     raise InputError(f'{folder} holds another state\n{differences}')
-
-
-def name(path: tuple[Any, ...]) -> str:
-  """The name of a key path of `jax.tree_util`: `params/layer/0/w`."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def difference(

@@ -89,7 +89,7 @@ class MetricsWriter:
     """
     if 'step' in values:
       raise InputError("'step' is the row's own key; values cannot set it")
-    row = {key: _python_numbers(key, value) for key, value in values.items()}
+    row = {key: python_numbers(key, value) for key, value in values.items()}
     step = operator.index(step)
     encoded = {key: _encode(value) for key, value in row.items()}
     text = json.dumps({'step': step} | encoded, allow_nan=False)
@@ -272,8 +272,12 @@ class _Events:
         self._writer.close()
 
 
-def _python_numbers(key: str, value: Any) -> Any:
-  """A metric as a Python number or a list of them; `key` is for messages."""
+def python_numbers(key: str, value: Any) -> Any:
+  """A metric as a Python number or a list of them; `key` is for messages.
+
+  Raises:
+    ValueError: The value is neither.
+  """
   try:
     array = np.asarray(value)
   except ValueError:  # ragged

@@ -1,6 +1,7 @@
 """Paths of storage, a line on its errors, and another try after some."""
 
 import errno
+import itertools
 import logging
 import os
 import re
@@ -46,29 +47,21 @@ class Retry(NamedTuple):
 
   def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
     """Returns `function(*args)`, which may be called several times."""
-    number = 1
-    while True:
+    for number in itertools.count(1):
       try:
         return function(*args)
       except Exception as error:
-        if not self.again(number, error):
+        if number >= self.tries or not is_transient(error):
           raise
-      number += 1
-
-  def again(self, number: int, error: BaseException) -> bool:
-    """Whether another call follows call `number`; if so, waits before it."""
-    if number >= self.tries or not is_transient(error):
-      return False
-    seconds = self.wait_seconds * 2 ** (number - 1)
-    _LOG.warning(
-      '%s; trying again in %g s (try %d of %d)',
-      describe(error),
-      seconds,
-      number + 1,
-      self.tries,
-    )
-    time.sleep(seconds)
-    return True
+        seconds = self.wait_seconds * 2 ** (number - 1)
+        _LOG.warning(
+          '%s; trying again in %g s (try %d of %d)',
+          describe(error),
+          seconds,
+          number + 1,
+          self.tries,
+        )
+        time.sleep(seconds)
 
 
 def is_transient(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""The numbers in a row of metrics, from sums over tokens."""
+"""The sums over tokens of a step, and the numbers that a row makes of them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

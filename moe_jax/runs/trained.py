@@ -272,7 +272,8 @@ def restore_variables(
     CheckpointError: No checkpoint is good.
   """
   folder = checkpoints_of(pathlib.Path(workdir).expanduser())
-  if merges := adapters is None:
+  merges = adapters is None
+  if adapters is None:
     adapters = adapters_of(workdir, model)
   if mesh is None:
     mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])

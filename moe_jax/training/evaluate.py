@@ -1,4 +1,4 @@
-"""The contract of kinds of evaluation, and the kind 'loss'.
+"""The contract of kinds of evaluation, the kind 'loss', and a run's entries.
 
 An evaluation has a name, a period and its own overrides of the model.
 """
@@ -20,7 +20,6 @@ from collections.abc import (
 from typing import Any, Self, TypeVar
 
 import jax
-import numpy as np
 
 from moe_jax import models, sections
 from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
@@ -38,7 +37,7 @@ from moe_jax.options import (
 )
 from moe_jax.partitioning import Rules
 from moe_jax.runs import summary
-from moe_jax.runs.metrics import Row
+from moe_jax.runs.metrics import Row, python_numbers
 from moe_jax.runs.summary import LossSums, add
 from moe_jax.training.step import eval_step
 
@@ -172,7 +171,7 @@ class LossEvaluation(BatchesEvaluation):
     return Losses.of(setting, self.num_batches, self.split)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """See `summary.summarize`."""
+    """Patterns of the names in a row of `summary.summarize`."""
     del data
     return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
 
@@ -264,23 +263,13 @@ def _key(measure: Measure) -> Any:
 
 
 def _check_row(name: str, row: Any) -> None:
-  text = f'evals.{name} returned {row!r:.120}; it must return a row of numbers'
   if not isinstance(row, Mapping):
-    raise InputError(f"{text}, {{'accuracy': 0.5}}")
+    raise InputError(
+      f'evals.{name} returned {row!r:.120}; it must return a row of numbers, '
+      "{'accuracy': 0.5}"
+    )
   for key, value in row.items():
-    kind = np.asarray(value).dtype.kind if _is_flat(value) else ''
-    if not isinstance(key, str) or kind not in tuple('biufV'):
-      raise InputError(
-        f'{text}, and {key!r}: {value!r:.80} is no name with a number or a '
-        'flat list of numbers'
-      )
-
-
-def _is_flat(value: Any) -> bool:
-  try:
-    return np.ndim(value) <= 1
-  except ValueError:  # ragged
-    return False
+    python_numbers(f'evals.{name}: {key}', value)
 
 
 @dataclasses.dataclass(frozen=True)

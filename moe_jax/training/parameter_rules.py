@@ -28,7 +28,7 @@ class _Rules(Check):
   """The rule that values are pairs of an expression and a factor."""
 
   def problem(self, name: str, value: Any) -> str | None:
-    """See `Check.problem`; it says what is wrong in an expression of parts."""
+    """The message for rules, with what is wrong in an expression of parts."""
     for pair in value if self.holds(value) else ():
       expression = _parts_expression(pair[0])
       if expression is not None and (

@@ -147,7 +147,7 @@ class Ended(Hook):
   ended: bool = False
 
   def end(self, run: Run, state: TrainState) -> None:
-    """See `Hook.end`."""
+    """Notes the end."""
     self.ended = True
 
 
@@ -276,6 +276,9 @@ _ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
 
 def check_fits(options: RunOptions, mesh: Mesh) -> None:
   """Checks that a run can fit into the memory of the devices of its mesh.
+
+  It is counted by arithmetic before a model is built, since with ten million
+  layers even that takes minutes.
 
   Args:
     options: The options of the run, after `filled`.

@@ -162,7 +162,12 @@ _EXPERT, _LAYERS = 'expert', 'layers'
 
 @dataclasses.dataclass(frozen=True)
 class ChosenExperts:
-  """The experts that train, by layer.
+  """The experts that alone train among the experts, by layer.
+
+  Expert-specialised fine-tuning, https://arxiv.org/abs/2407.01906. Experts are
+  stacked in one array, so a mask tells them apart: gradient and update of the
+  others are exactly zero and their bits stay. Their gradient is computed all
+  the same, and the optimizer holds state for all experts of an array.
 
   Attributes:
     num_experts: E, the number of experts of a layer.

@@ -597,7 +597,7 @@ def test_a_users_own_kind_of_evaluation(tmp_path):
   ('result', 'message'),
   [
     ('list', r'evals\.mine returned \[1, 2\]; it must return a row'),
-    ('text', r"evals\.mine returned .*'a': 'b' is no name with a number"),
+    ('text', r"evals\.mine: a='b' is neither a number"),
   ],
 )
 def test_an_evaluation_that_returns_no_row_of_numbers_is_named(
