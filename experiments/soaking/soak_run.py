@@ -23,8 +23,8 @@ import numpy as np
 
 from moe_jax import distributed, run_config, sections
 from moe_jax.configs import base
+from moe_jax.partitioning import path_name
 from moe_jax.run_config import RunConfig
-from moe_jax.runs.manifest import name as path_name
 from moe_jax.training.evaluate import Measure
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.losses import loss_weights, normalizers

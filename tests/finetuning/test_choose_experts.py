@@ -10,9 +10,9 @@ from moe_jax import data, partitioning
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import choose_experts
 from moe_jax.layers.routers.contract import Router
-from moe_jax.training import begin, loop, setup, trainable
+from moe_jax.training import begin, loop, setup
 from moe_jax.training.programs import make_programs
-from moe_jax.training.trainable import ChosenExperts
+from moe_jax.training.trainable import ChosenExperts, read_chosen
 from tests.generation import folders
 from tests.training import tiny
 
@@ -186,7 +186,7 @@ def test_a_file_that_does_not_fit_is_refused(
   with pytest.raises(ValueError, match=message):
     train_two_steps(str(tmp_path / 'experts.json'), trainable=trainable)
   with pytest.raises(ValueError, match='is no file; `python -m'):
-    trainable.read_chosen(str(tmp_path / 'none.json'))
+    read_chosen(str(tmp_path / 'none.json'))
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_one_command_chooses_from_data(tmp_path, capsys):
   args = ['choose', f'--workdir={tmp_path / "run"}', '--share=0.6']
   command.main([*args, f'--output={file}', '--batches=2', '--score=tokens'])
   output = capsys.readouterr().out
-  choice = trainable.read_chosen(str(file))
+  choice = read_chosen(str(file))
   assert (
     choice.describe() in output and f'--config.trained_experts={file}' in output
   )
