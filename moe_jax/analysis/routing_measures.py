@@ -171,16 +171,17 @@ def layers_of(
     tokens = real_tokens(batches, rng)
     for number in batches[0].layers:
       choices = zip(*(record.layers[number] for record in batches))
+      fields: Any = (
+        None if x[0] is None else _stacked(x, filler)[tokens.flat_index]
+        for x, filler in zip(choices, (-1, 0, False, 0))
+      )
       layers[number] = Layer(
         header.layers[number],
         batches[0].tokens.shape[1],
         header.vocab_size,
         len(header.sources),
         tokens,
-        *(
-          None if x[0] is None else _stacked(x, filler)[tokens.flat_index]
-          for x, filler in zip(choices, (-1, 0, False, 0))
-        ),
+        *fields,
       )
   return dict(sorted(layers.items()))
 

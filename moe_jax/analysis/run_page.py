@@ -197,7 +197,7 @@ def write(
     title=folder.resolve().name,
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
-    facts=_facts(run, rows) | environment,
+    facts={**_facts(run, rows), **environment},
     curves=_picture(folder / CURVES, curves) if curves else '',
     load=_picture(folder / LOAD, load) if load else '',
     sample=sample.read_text(encoding='utf-8') if sample.exists() else '',

@@ -343,10 +343,11 @@ def _taught_step(
   else:
     variables = teacher.variables
 
-    def arrays_of(state):
+    def all_variables(state: TrainState) -> Any:
       del state
       return variables
 
+    arrays_of = all_variables
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       variables,

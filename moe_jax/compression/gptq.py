@@ -180,8 +180,10 @@ def _compensated(
   codes = gptq(w, format, grid, inverse)
   values = format.values(codes, grid)
   nearest = format.values(format.codes(w, grid), grid)
-  errors = (error(w, x, h) for x in (nearest, values, jnp.zeros_like(w)))
-  return Outcome(codes, grid, values, *errors, inverse.plain)
+  rtn, own, total = (
+    error(w, x, h) for x in (nearest, values, jnp.zeros_like(w))
+  )
+  return Outcome(codes, grid, values, rtn, own, total, inverse.plain)
 
 
 @functools.partial(jax.jit, static_argnames=('layer', 'format'))

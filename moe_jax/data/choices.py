@@ -143,7 +143,8 @@ def _item_of(value: Any, where: str) -> Item:
   keys = set(Item._fields)
   if not isinstance(value, dict) or not keys <= value.keys():
     raise InputError(f'{where} is no object with {sorted(keys)}')
-  return check_item(*(value[key] for key in Item._fields), where)
+  prompt, answers, label = (value[key] for key in Item._fields)
+  return check_item(prompt, answers, label, where)
 
 
 @dataclasses.dataclass(frozen=True)

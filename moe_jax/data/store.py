@@ -99,7 +99,7 @@ class Shards:
     self.dtype = np.dtype(dtype)
     self._paths = list(paths)
     self._ends = np.cumsum(counts)
-    self._begins = self._ends - counts
+    self._begins = self._ends - np.asarray(counts)
     self.shape = (int(self._ends[-1]),)
     self._file = functools.lru_cache(maxsize=_MOST_OPEN)(self._map)
 

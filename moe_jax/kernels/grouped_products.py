@@ -206,7 +206,7 @@ def _ffn_forward(x, w_ins, w_out, group_sizes, hidden, backend):
 
   def run(name):
     if name == 'blocks':
-      return lambda *args: blocks.ffn(*args, hidden)
+      return lambda *args: blocks.ffn(*args, hidden=hidden)
 
     def composed(x, ins, out, sizes):
       firsts = tuple(_matmul(x, w, sizes, False, name) for w in ins)
@@ -225,7 +225,7 @@ def _ffn_backward(hidden, backend, saved, dy):
 
   def run(name):
     if name == 'blocks':
-      return lambda *args: blocks.ffn_gradients(*args, hidden)
+      return lambda *args: blocks.ffn_gradients(*args, hidden=hidden)
 
     def composed(x, ins, out, sizes, firsts, dy):
       h, pull = jax.vjp(hidden, *firsts)
