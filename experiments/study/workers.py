@@ -65,15 +65,15 @@ class Call:
   error = ''
 
   def ended(self) -> bool:
-    """See `scheduler.Running`."""
+    """Whether the call has ended."""
     raise NotImplementedError
 
   def outcome(self) -> str:
-    """See `scheduler.Running`."""
+    """`DONE`, `FAILED` or `STOPPED`, once the call has ended."""
     raise NotImplementedError
 
   def signal(self, number: int) -> None:
-    """See `scheduler.Running`."""
+    """Sends the signal to every process of the call."""
 
 
 class ThisProcess:

@@ -90,7 +90,7 @@ class Mxfp4Files(TensorFiles):
     return ''
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """See `TensorFiles.read`; only the needed blocks of MXFP4 are read."""
+    """Only the needed blocks of MXFP4 are read."""
     if name not in self._packed:
       return super().read(name, index)
     if index is None:

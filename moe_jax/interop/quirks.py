@@ -181,7 +181,6 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
       yield 'encoder_table=True has no effect unless embedding.tie=False'
 
   def build(self, rules: Rules = RULES) -> EncoderDecoder:
-    """See `ModelOptions.build`."""
     model = super().build(rules)
     embedding = dataclasses.replace(
       model.embedding, encoder_table=self.encoder_table

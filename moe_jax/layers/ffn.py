@@ -124,7 +124,6 @@ class FfnOptions(Options):
     return kernels * width * self.hidden
 
   def shrunk(self) -> 'FfnOptions':
-    """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=48)
 
 

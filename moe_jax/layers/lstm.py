@@ -64,7 +64,6 @@ class LstmOptions(Options):
     return self.hidden or width
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=24 if self.hidden else 0)
 
 

@@ -247,7 +247,7 @@ class MoeOptions(ImposedOptions):
     return self.router.loss_weights()
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`; E and K are such that the small router has them."""
+    """E and K are such that the small router has them."""
     parts = {
       name: value.shrunk()
       for name in fields_of(type(self))

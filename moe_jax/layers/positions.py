@@ -237,12 +237,10 @@ class Rotary(Positions):
 
   @property
   def changes_at(self) -> int | None:
-    """See `Positions.changes_at`."""
     return self.scaling.changes_at
 
   @property
   def latent_factor(self) -> float:
-    """See `Positions.latent_factor`."""
     return self.scaling.latent_factor
 
   def rotate(
@@ -251,7 +249,7 @@ class Rotary(Positions):
     positions: Int[Array, 'B T'],
     segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B T H D']:
-    """See `Positions.rotate` and the function `rotate`."""
+    """Rotates by the function `rotate`."""
     width = self._width(x.shape[-1])
     turns = self.scaling.turns(self.theta, width)
     frequency = jnp.asarray(turns.frequency)[None, None]
@@ -287,11 +285,9 @@ class Learned(Positions):
   )
 
   def within(self, max_len: int) -> 'Learned':
-    """See `Positions.within`."""
     return self if self.max_len else Learned(max_len)
 
   def shrunk(self) -> 'Learned':
-    """See `Options.shrunk`."""
     return Learned()
 
   @property
@@ -300,7 +296,7 @@ class Learned(Positions):
     return self.max_len
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """See `Positions.add`; raises ValueError if a row exceeds the table."""
+    """Raises ValueError if a row exceeds the table."""
     # A decoding step is short; its cache is as long as the positions go.
     if positions.shape[1] > self.max_len:
       raise InputError(
@@ -326,7 +322,7 @@ class Sinusoidal(Positions):
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
-    """See `Positions.add` and the function `sinusoids`."""
+    """Adds what the function `sinusoids` gives."""
     vectors = sinusoids(positions + self.offset, x.shape[-1])
     has_position = token_mask & (tokens != self.offset - 1)
     return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
@@ -368,7 +364,6 @@ class Relative(Positions):
   def bias(
     self, num_heads: int, causal: bool, name: str
   ) -> RelativePositionBias:
-    """See `RelativePositionBias`."""
     return RelativePositionBias(
       num_heads,
       self.buckets,

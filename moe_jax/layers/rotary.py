@@ -132,7 +132,6 @@ class Yarn(RotaryScaling):
       yield f'theta={theta} must be above 1 with scaling'
 
   def turns(self, theta: float, width: int) -> Turns:
-    """See `RotaryScaling.turns`."""
     low = self._pair(theta, width, self.beta_fast)
     high = self._pair(theta, width, self.beta_slow)
     if self.truncate:
@@ -163,7 +162,6 @@ class Yarn(RotaryScaling):
 
   @property
   def latent_factor(self) -> float:
-    """See `RotaryScaling.latent_factor`."""
     return self._mscale(self.mscale_all_dim) ** 2
 
 
@@ -212,7 +210,6 @@ class LongRope(RotaryScaling):
 
   @property
   def changes_at(self) -> int:
-    """See `RotaryScaling.changes_at`."""
     return self.original_len
 
   def problems_with(self, theta: float, width: int) -> Iterator[str]:
@@ -225,15 +222,13 @@ class LongRope(RotaryScaling):
         yield f'{name} has {count} numbers for the {pairs} pairs of a head'
 
   def shrunk(self) -> RotaryScaling:
-    """See `Options.shrunk`; small heads have other pairs."""
+    """Small heads have other pairs."""
     return Unscaled()
 
   def turns(self, theta: float, width: int) -> Turns:
-    """See `RotaryScaling.turns`."""
     return self._turns(theta, width, self.short_factor, self.short_mscale)
 
   def long_turns(self, theta: float, width: int) -> tuple[int, Turns]:
-    """See `RotaryScaling.long_turns`."""
     turns = self._turns(theta, width, self.long_factor, self.long_mscale)
     return self.original_len, turns
 

@@ -81,7 +81,7 @@ class FanIn(Init):
   def kernel(
     self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
   ) -> Initializer:
-    """See `Init.kernel`; the fan-in is that of one of the stacked kernels."""
+    """The fan-in is that of one of the stacked kernels."""
     del residual, num_layers
     return nn.initializers.variance_scaling(
       self.scale / shrink,
@@ -103,7 +103,7 @@ class Gpt2(Init):
   def kernel(
     self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
   ) -> Initializer:
-    """See `Init.kernel`; the deviation is divided by the root of `shrink`."""
+    """The deviation is divided by the root of `shrink`."""
     del in_axis, out_axis, batch_axis
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
@@ -136,7 +136,6 @@ class Numerics(Options):
   )
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return type(self)(init=self.init)
 
 

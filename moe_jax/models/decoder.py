@@ -38,7 +38,6 @@ class DecoderOptions(TransformerOptions):
     yield from self.task_problems()
 
   def build(self, rules: Rules = RULES) -> 'Decoder':
-    """See `ModelOptions.build`."""
     self.check_filled()
     return Decoder(
       self.embedding_config(rules), self.stack_config(self, rules, causal=True)
@@ -101,16 +100,13 @@ class Decoder(Transformer):
 
   @property
   def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
-    """See `Model.stacks`."""
     return (((), self.blocks),)
 
   @nn.nowrap
   def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
-    """See `Transformer.with_stacks`."""
     (blocks,) = stacks
     return self.clone(blocks=blocks)
 
   @nn.nowrap
   def window_beyond(self, seq_len):
-    """See `Model.window_beyond`."""
     return 0 if self.embedding.positions.added else seq_len

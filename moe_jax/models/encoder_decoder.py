@@ -178,7 +178,6 @@ class EncoderDecoder(Transformer):
 
   @property
   def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
-    """See `Model.stacks`."""
     return (
       (('encoder',), self.encoder_blocks),
       (('decoder',), self.decoder_blocks),
@@ -186,18 +185,15 @@ class EncoderDecoder(Transformer):
 
   @nn.nowrap
   def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
-    """See `Transformer.with_stacks`."""
     encoder, decoder = stacks
     return self.clone(encoder_blocks=encoder, decoder_blocks=decoder)
 
   @property
   def sequences(self) -> tuple[str, ...]:
-    """See `Model.sequences`."""
     return ('encoder_', '')
 
   @nn.nowrap
   def sequence_of(self, layer: int) -> str:
-    """See `Model.sequence_of`."""
     return 'encoder_' if layer < len(self.encoder_blocks.sparse) else ''
 
 

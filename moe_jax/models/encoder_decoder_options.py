@@ -67,7 +67,7 @@ class EncoderDecoderOptions(TransformerOptions):
 
   @functools.cached_property
   def _encoder_half(self) -> StackOptions:
-    """See `encoder_half`; cached, as each build reads it ten times."""
+    """It is cached, as each build reads it ten times."""
     config = sections.section(self._plain_encoder())
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
@@ -81,7 +81,6 @@ class EncoderDecoderOptions(TransformerOptions):
   def settle_overrides(
     cls, before: ConfigDict, after: ConfigDict
   ) -> dict[str, Any]:
-    """See `ModelOptions.settle_overrides`."""
     layers = fields_of(StackOptions)
     remaining, dropped = sections.settle_overrides(
       functools.partial(sections.leaves, StackOptions),
@@ -127,12 +126,10 @@ class EncoderDecoderOptions(TransformerOptions):
 
   @property
   def halves(self) -> tuple[StackOptions, ...]:
-    """See `TransformerOptions.halves`."""
     return self.encoder_half(), self
 
   @property
   def kernel_formats(self) -> dict[str, KernelFormat | None]:
-    """See `TextModelOptions.kernel_formats`."""
     formats = super().kernel_formats
     encoder_format = self.encoder_half().moe.expert.format
     if encoder_format not in formats.values():
@@ -165,7 +162,6 @@ class EncoderDecoderOptions(TransformerOptions):
       )
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
-    """See `ModelOptions.problems_in`."""
     yield from self.code_problems()
     half = self.encoder_half()
     for name, options in {'seq_len': half, 'target_len': self}.items():
@@ -174,12 +170,10 @@ class EncoderDecoderOptions(TransformerOptions):
       yield from options.group_problems(run, f'data.{name}', length)
 
   def least_parameters(self) -> int:
-    """See `ModelOptions.least_parameters`."""
     half = self.encoder_half()
     return super().least_parameters() + self.half_parameters(half)
 
   def build(self, rules: Rules = RULES) -> EncoderDecoder:
-    """See `ModelOptions.build`."""
     self.check_filled()
     half = self.encoder_half()
     embedding = dataclasses.replace(
@@ -192,7 +186,6 @@ class EncoderDecoderOptions(TransformerOptions):
     )
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     without_overrides = dataclasses.replace(self, encoder=EncoderOptions())
     small = super(EncoderDecoderOptions, without_overrides).shrunk()
     return small.with_encoder(self.encoder_half().shrunk())

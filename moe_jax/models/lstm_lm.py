@@ -82,14 +82,12 @@ class LstmLmOptions(TextModelOptions):
       )
 
   def least_parameters(self) -> int:
-    """See `ModelOptions.least_parameters`."""
     lstms = self.num_layers - self.num_sparse
     values = lstms * 2 * self.width * lstm.GATES * self.lstm.cells(self.width)
     values += self.feed_forward_parameters(self.width, dense=0)
     return super().least_parameters() + values
 
   def build(self, rules: Rules = RULES) -> 'LstmLm':
-    """See `ModelOptions.build`."""
     self.check_filled()
     moe = self.moe.within(self.ffn, self.dropout)
     depth = self.lstm.twin_depth
@@ -252,26 +250,23 @@ class LstmLm(TextModel):
 
   @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
-    """See `Model.moes`."""
     c = self.between
     return tuple(c.moe if sparse else None for sparse in c.sparse)
 
   @nn.nowrap
   def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
-    """See `Model.routed_tokens`."""
     tokens = (batch['segment_ids'] > 0).sum().astype(jnp.float32)
     return jnp.full(self.num_layers, jnp.maximum(tokens, 1.0))
 
   @nn.nowrap
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """See `Model.layer_trees`."""
     return tuple(
       collection.get(f'layers_{i}', {}) for i in range(self.num_layers)
     )
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """See `Model.for_decoding`; the parameters stay as they are."""
+    """The parameters stay as they are."""
     del batch_size, platform, window
     moe = self.between.moe
     check_decodes(moe)

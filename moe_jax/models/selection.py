@@ -72,7 +72,7 @@ class _Expression(Check):
   """The rule that a text is an expression over the parts of a model."""
 
   def problem(self, name: str, value: str) -> str | None:
-    """See `Check.problem`; it says what is wrong in the expression."""
+    """It says what is wrong in the expression."""
     problem = _problem(value)
     return None if problem is None else f'{name}={value!r}: {problem}'
 

@@ -140,7 +140,6 @@ class Stack(nn.Module):
     train: bool = False,
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-    """See `run_stack`."""
     return run_stack(self.config, x, context, train, cache)
 
 

@@ -35,17 +35,15 @@ class TextModel(Model):
 
   @property
   def longest(self) -> int | None:
-    """See `Model.longest`."""
     return self.embedding.positions.table_len or None
 
   @property
   def changes_at(self) -> int | None:
-    """See `Model.changes_at`."""
     return self.embedding.positions.changes_at
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:
-    """See `Model.inputs`; choices of experts are imposed if the batch has them.
+    """Choices of experts are imposed if the batch has them.
 
     They are under the names `REPLAYED`.
     """
@@ -68,7 +66,7 @@ class TextModel(Model):
 
   @nn.nowrap
   def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """See `Model.example`; all sequences are the same tokens, of task 0."""
+    """All sequences are the same tokens, of task 0."""
     return {f'{prefix}tokens': tokens for prefix in self.sequences} | {
       f'{prefix}task_ids': jnp.zeros_like(tokens)
       for prefix in self.task_sequences
@@ -78,7 +76,6 @@ class TextModel(Model):
   def batch_shapes(
     self, batch_size: int, seq_len: int, target_len: int = 0
   ) -> dict[str, jax.ShapeDtypeStruct]:
-    """See `Model.batch_shapes`."""
     lengths = dict(zip(self.sequences, (seq_len, target_len)))
     shapes = {
       f'{prefix}{key}': (batch_size, length)

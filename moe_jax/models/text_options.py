@@ -182,7 +182,6 @@ class LayerOptions(Options):
       )
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     small = super().shrunk()
     layers, number = shrunk_pattern(self.moe.layers, self.num_layers)
     return dataclasses.replace(
@@ -225,14 +224,12 @@ class TextModelOptions(ModelOptions, LayerOptions):
     seq_len: int,
     num_tasks: int = 0,
   ) -> Self:
-    """See `ModelOptions.filled`."""
     options = super().filled(vocab_size, seq_len, num_tasks)
     return dataclasses.replace(
       options, positions=options.positions.within(seq_len)
     )
 
   def problems_in(self, run: RunShape) -> Iterator[str]:
-    """See `ModelOptions.problems_in`."""
     yield from self.code_problems()
     yield from self.position_problems('data.seq_len', run.seq_len)
     yield from self.group_problems(run, 'data.seq_len', run.seq_len)
@@ -277,22 +274,19 @@ class TextModelOptions(ModelOptions, LayerOptions):
 
   @property
   def replay(self) -> str:
-    """See `ModelOptions.replay`."""
     return self.moe.replay
 
   @property
   def param_dtype(self) -> str:
-    """See `ModelOptions.param_dtype`."""
     return self.numerics.param_dtype
 
   def least_parameters(self) -> int:
-    """See `ModelOptions.least_parameters`; here, the tables' alone."""
+    """The tables alone are counted."""
     tables = 1 if self.embedding.tie else 2
     rows = tables * self.vocab_size + self.positions.table_len
     return rows * self.width
 
   def check_filled(self) -> None:
-    """See `ModelOptions.check_filled`."""
     super().check_filled()
     if self.positions.within(1) != self.positions:
       raise InputError(
@@ -301,5 +295,4 @@ class TextModelOptions(ModelOptions, LayerOptions):
       )
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return dataclasses.replace(super().shrunk(), width=32)

@@ -68,7 +68,6 @@ class Transformer(TextModel):
 
   @property
   def task_sequences(self) -> tuple[str, ...]:
-    """See `Model.task_sequences`."""
     return tuple(
       prefix
       for prefix, (_, stack) in zip(self.sequences, self.stacks, strict=True)
@@ -77,7 +76,6 @@ class Transformer(TextModel):
 
   @property
   def num_tasks(self) -> int:
-    """See `Model.num_tasks`."""
     return max(stack.block.shared.num_tasks for _, stack in self.stacks)
 
   @nn.nowrap
@@ -87,7 +85,6 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
-    """See `Model.routed_tokens`."""
     counts = []
     for prefix, (_, stack) in zip(self.sequences, self.stacks, strict=True):
       routed = stack.padding.routed(batch[f'{prefix}segment_ids'])
@@ -97,7 +94,6 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def move_router_state(self, router_state, load, rate=None):
-    """See `Model.move_router_state`."""
     if not router_state:
       return router_state
     new_state, first = dict(router_state), 0
@@ -113,7 +109,6 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """See `Model.layer_trees`."""
     return tuple(
       layer
       for path, stack in self.stacks
@@ -122,7 +117,6 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def place_of(self, path: Path) -> LayerPlace | None:
-    """See `Model.place_of`."""
     layer_places = (
       place_of(stack, stack_path, path) for stack_path, stack in self.stacks
     )
@@ -130,9 +124,9 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """See `Model.for_decoding`.
+    """An encoder's experts that choose tokens do so as in training.
 
-    An encoder's experts that choose tokens do so as in training. Each layer
+    Each layer
     gets arrays of its own; on a CPU, so does each expert of a stack, if there
     are few and a step chooses few of them; see `layers/experts/few_tokens.py`.
     """
@@ -157,7 +151,6 @@ class Transformer(TextModel):
 
   @property
   def is_for_decoding(self) -> bool:
-    """See `Model.is_for_decoding`."""
     return not any(stack.stacked for _, stack in self.stacks)
 
 

@@ -102,7 +102,6 @@ class StackOptions(LayerOptions):
       yield str(error)
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     small = super().shrunk()
     full, number = shrunk_pattern(self.attention.full_layers, self.num_layers)
     return dataclasses.replace(
@@ -137,13 +136,11 @@ class TransformerOptions(TextModelOptions, StackOptions):
 
   @property
   def routes_by_task(self) -> bool:
-    """See `ModelOptions.routes_by_task`."""
     return any(
       half.has_experts and half.moe.router.needs_tasks for half in self.halves
     )
 
   def filled(self, vocab_size, seq_len, num_tasks=0):
-    """See `ModelOptions.filled`."""
     options = super().filled(vocab_size, seq_len, num_tasks)
     if not self.routes_by_task:
       return options
@@ -156,7 +153,6 @@ class TransformerOptions(TextModelOptions, StackOptions):
     return dataclasses.replace(options, num_tasks=size)
 
   def check_filled(self) -> None:
-    """See `ModelOptions.check_filled`."""
     super().check_filled()
     if self.routes_by_task and not self.num_tasks:
       raise InputError(
@@ -165,7 +161,6 @@ class TransformerOptions(TextModelOptions, StackOptions):
       )
 
   def shared(self, num_layers, rules):
-    """See `TextModelOptions.shared`."""
     shared = super().shared(num_layers, rules)
     return dataclasses.replace(shared, num_tasks=self.num_tasks)
 
@@ -205,7 +200,6 @@ class TransformerOptions(TextModelOptions, StackOptions):
     return layers + half.feed_forward_parameters(self.width)
 
   def least_parameters(self) -> int:
-    """See `ModelOptions.least_parameters`."""
     return super().least_parameters() + self.half_parameters(
       self, 1 + self.has_encoder
     )

@@ -96,11 +96,9 @@ class Constraint(Exchange):
   """
 
   def to_experts(self, layout, piece, number=0):
-    """See `Exchange.to_experts`."""
     return _constrained(layout, piece, to_experts=True)
 
   def to_groups(self, layout, rows, number=0):
-    """See `Exchange.to_groups`."""
     return _constrained(layout, rows, to_experts=False)
 
 
@@ -161,18 +159,16 @@ class InRing(Constraint):
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
-    """See `Exchange.pieces_spec`; `cut` takes a device's part of experts."""
+    """`cut` takes a device's part of experts."""
     expert_axes = layout.expert_only if layout.exchanged else ()
     return layout.spec(expert_axes, layout.groups)
 
   def to_experts(self, layout, piece, number=0):
-    """See `Exchange.to_experts`."""
     if not layout.exchanged:
       return super().to_experts(layout, piece)
     return self._moved(layout, piece, number, back=False)
 
   def to_groups(self, layout, rows, number=0):
-    """See `Exchange.to_groups`."""
     if not layout.exchanged:
       return super().to_groups(layout, rows)
     return self._moved(layout, rows, number, back=True)

@@ -276,7 +276,7 @@ class SlotRouting:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'SlotRouting':
-    """See `Routing.of_experts`."""
+    """The slots of some experts alone, numbered as in `Routing.of_experts`."""
     E = self.num_experts
     source = jnp.full(num_experts, E, jnp.int32)
     source = source.at[number].set(jnp.arange(E, dtype=jnp.int32), mode='drop')

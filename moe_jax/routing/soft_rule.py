@@ -98,7 +98,7 @@ class SoftRouting:
   def of_experts(
     self, number: Int32[Array, ' E'], num_experts: int
   ) -> 'SoftRouting':
-    """See `Routing.of_experts`."""
+    """The slots of some experts alone, numbered as in `Routing.of_experts`."""
     E = self.num_experts
     source = jnp.full(num_experts, E, jnp.int32)
     source = decided(source.at[number].set(jnp.arange(E), mode='drop'))

@@ -354,11 +354,10 @@ class AttentionOptions(AttentionBase):
 
   @property
   def module(self) -> type[nn.Module]:
-    """See `AttentionBase.module`."""
     return Attention
 
   def within(self, width: int) -> Self:
-    """See `AttentionBase.within`.
+    """The options with the width of a head that the model's gives.
 
     Raises:
       OptionError: head_width is 0, and num_heads does not divide the width.
@@ -377,42 +376,36 @@ class AttentionOptions(AttentionBase):
     )
 
   def for_encoder(self) -> Self:
-    """See `AttentionBase.for_encoder`; fewer heads serve a cache alone."""
+    """Fewer heads serve a cache alone."""
     return dataclasses.replace(super().for_encoder(), num_kv_heads=0)
 
   @property
   def score_scale(self) -> float:
-    """See `AttentionBase.score_scale`."""
     return 0.0 if self.scale == 'head_width' else self.fixed_scale
 
   @property
   def head_widths(self) -> HeadWidths:
-    """See `AttentionBase.head_widths`."""
     return HeadWidths(self.head_width, self.head_width)
 
   @property
   def rotated_width(self) -> int:
-    """See `AttentionBase.rotated_width`."""
     return self.head_width
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """See `AttentionBase.cached_shapes`: keys, and values."""
+    """Keys and values are stored."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
 
   @property
   def projected_values(self) -> int:
-    """See `AttentionBase.projected_values`."""
     return self.num_heads * self.head_width + self.cached_values
 
   def kernel_values(self, width: int) -> int:
-    """See `AttentionBase.kernel_values`."""
     c = self.within(width)
     return 2 * width * c.head_width * (c.num_heads + c.num_kv_heads)
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     grouped = 0 < self.num_kv_heads < self.num_heads
     return dataclasses.replace(
       self,
@@ -424,7 +417,6 @@ class AttentionOptions(AttentionBase):
     )
 
   def norm_shape(self, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
-    """See `AttentionBase.norm_shape`."""
     if name == 'value' or self.qk_norm == 'none':
       return ()
     return tuple(heads) if self.qk_norm == 'all' else (heads[-1],)
@@ -432,7 +424,7 @@ class AttentionOptions(AttentionBase):
   def finished(
     self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
   ) -> Float[Array, '*B N D']:
-    """See `AttentionBase.finished`: with their norm, then clipped."""
+    """Heads are normalised, then clipped."""
     if scale is not None:
       x = rms_normed(x, scale, self.qk_norm_epsilon)
     return jnp.clip(x, -self.clip, self.clip) if self.clip else x

@@ -81,17 +81,14 @@ class LatentOptions(AttentionBase):
 
   @property
   def module(self) -> type[nn.Module]:
-    """See `AttentionBase.module`."""
     return LatentAttention
 
   @property
   def head_widths(self) -> HeadWidths:
-    """See `AttentionBase.head_widths`."""
     return HeadWidths(self.plain_width + self.rotary_width, self.value_width)
 
   @property
   def rotated_width(self) -> int:
-    """See `AttentionBase.rotated_width`."""
     return self.rotary_width
 
   @property
@@ -101,28 +98,25 @@ class LatentOptions(AttentionBase):
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-    """See `AttentionBase.cached_shapes`: keys alone are stored."""
+    """Keys alone are stored."""
     return (1, self.cached_width), (1, 0)
 
   @property
   def uncompressed_values(self) -> int:
-    """See `AttentionBase.uncompressed_values`."""
     return self.num_heads * sum(self.head_widths)
 
   @property
   def decoding_products(self) -> int:
-    """See `AttentionBase.decoding_products`."""
     return 2 * self.num_heads * self.cached_width
 
   @property
   def projected_values(self) -> int:
-    """See `AttentionBase.projected_values`; keys and values are expanded."""
+    """Keys and values are expanded."""
     scored, value = self.head_widths
     short = self.query_rank + self.cached_width
     return self.num_heads * (2 * scored + value) + short
 
   def kernel_values(self, width: int) -> int:
-    """See `AttentionBase.kernel_values`."""
     H, (scored, value) = self.num_heads, self.head_widths
     queries = width * H * scored
     if self.query_rank:
@@ -131,7 +125,6 @@ class LatentOptions(AttentionBase):
     return queries + width * (self.cached_width + H * value) + expanded
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return dataclasses.replace(
       self,
       num_heads=4,
@@ -174,7 +167,6 @@ class LatentAttention(Attention):
     cache: KVCache,
     layer: int | Int[Array, ''],
   ) -> tuple[Float[Array, 'B T M'], KVCache]:
-    """See `Attention.decode`."""
     cache_holder, segment_ids = [cache], token_mask.astype(jnp.int32)
 
     def attend(query, short, kernel):
@@ -201,7 +193,7 @@ class LatentAttention(Attention):
     return y, cache_holder[0]
 
   def _project_all(self, x, source, position_args, attend):
-    """See `Attention._project_all`; keys and values are expanded."""
+    """Keys and values are expanded."""
     del source  # it is x
 
     def attend_expanded(query, short, kernel):
@@ -296,7 +288,7 @@ class LatentAttention(Attention):
 
   @property
   def _keys(self) -> Keys:
-    """See `Attention._keys`; YaRN multiplies the scores, too."""
+    """YaRN multiplies the scores, too."""
     keys = self.options.keys(causal=self.causal)
     scale = self.options.head_widths.scored**-0.5
     return keys._replace(scale=scale * self.positions.latent_factor)

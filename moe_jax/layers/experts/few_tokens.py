@@ -35,7 +35,6 @@ class Unrolled(Dropless):
   """The dispatch of experts with arrays of their own, made by `unrolled`."""
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
-    """See `Dispatch.feed_forward`."""
     return UnrolledExperts(layer, name=SCOPE)
 
 
@@ -44,7 +43,6 @@ class Batched(Dropless):
   """The dispatch of few tokens to all experts, and of many as in Dropless."""
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
-    """See `Dispatch.feed_forward`."""
     return BatchedExperts(layer, self, name=SCOPE)
 
 
@@ -58,7 +56,7 @@ class UnrolledExperts(Experts):
   layer: FfnLayer
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`; `train` changes nothing."""
+    """`train` changes nothing."""
     del train
     x = x.astype(self.layer.shared.dtype)
     experts = [
@@ -81,7 +79,6 @@ class BatchedExperts(SortedRowsExperts):
   """
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`."""
     if x[..., 0].size > FEW_TOKENS:
       return super().serve(x, routing, train)
     layer, gate = self.layer, gates(routing)  # [N, E]

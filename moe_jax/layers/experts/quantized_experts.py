@@ -102,7 +102,7 @@ class QuantizedExperts(Experts):
   format: KernelFormat
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`; `train` changes nothing."""
+    """`train` changes nothing."""
     del train
     layer, format, M = self.layer, self.format, x.shape[-1]
     x = x.astype(layer.shared.dtype)

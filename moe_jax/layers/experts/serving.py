@@ -206,7 +206,6 @@ class FeedForwardExpert(ExpertOptions):
   )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':
-    """See `ExpertOptions.within`."""
     return dataclasses.replace(
       self,
       hidden=self.hidden or ffn.hidden,
@@ -221,7 +220,6 @@ class FeedForwardExpert(ExpertOptions):
     return iter(())
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> Experts:
-    """See `ExpertOptions.experts`."""
     layer = FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
     return dispatch.feed_forward(layer)
 
@@ -231,5 +229,4 @@ class FeedForwardExpert(ExpertOptions):
     return Twin(FfnOptions(width, self.activation, self.bias), self.dropout)
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=40 if self.hidden else 0)

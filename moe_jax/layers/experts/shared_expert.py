@@ -46,7 +46,6 @@ class SharedExpertOptions(Options):
   )
 
   def shrunk(self) -> Self:
-    """See `Options.shrunk`."""
     return dataclasses.replace(self, hidden=40 if self.hidden else 0)
 
 

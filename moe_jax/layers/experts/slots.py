@@ -70,11 +70,9 @@ class Gather(Dispatch):
     )
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
-    """See `Dispatch.feed_forward`."""
     return FeedForwardSlots(self, layer.shared, layer, name=SCOPE)
 
   def modules(self, expert: ExpertOptions, shared: Shared) -> Experts:
-    """See `Dispatch.modules`."""
     return ModuleSlots(self, shared, expert, name=SCOPE)
 
 
@@ -139,7 +137,6 @@ class FeedForwardSlots(SlotExperts):
   layer: FfnLayer
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`."""
     layer, E, M = self.layer, routing.num_experts, x.shape[-1]
     experts = StackedExperts(
       functools.partial(
@@ -162,7 +159,6 @@ class ModuleSlots(SlotExperts):
   options: ExpertOptions
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`."""
     module = self.options.module(self.shared, name='expert')
 
     def call(module, rows):

@@ -71,7 +71,6 @@ class Dropless(Dispatch):
     )
 
   def feed_forward(self, layer: FfnLayer) -> Experts:
-    """See `Dispatch.feed_forward`."""
     return SortedRowsExperts(layer, self, name=SCOPE)
 
 
@@ -101,7 +100,6 @@ class SortedRowsExperts(Experts):
   dispatch: Dropless
 
   def serve(self, x, routing, train):
-    """See `Experts.serve`."""
     layer, shared = self.layer, self.layer.shared
     E, M = routing.num_experts, x.shape[-1]
     p = layer.parameters(self, (E,), M)

@@ -99,7 +99,7 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     return (1 + self.noisy) * width * (primary.num_experts + branches)
 
   def shrunk(self):
-    """See `Options.shrunk`; a token chooses all of at most two branches."""
+    """A token chooses all of at most two branches."""
     branches = min(self.branches_selected, 2)
     return dataclasses.replace(
       self, branching=branches, branches_selected=branches

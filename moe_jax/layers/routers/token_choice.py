@@ -155,7 +155,7 @@ class ExpertGroups(RouterOptions):
       )
 
   def shrunk(self):
-    """See `Options.shrunk`: a token chooses one of two groups of experts."""
+    """A token chooses one of two groups of experts."""
     if self.expert_groups == 1:
       return self
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)

@@ -161,7 +161,7 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     )
 
   def shrunk(self):
-    """See `Options.shrunk`: two nodes of one device, or one."""
+    """There are two nodes of one device, or one node."""
     small = min(self.num_nodes, 2)
     return dataclasses.replace(self, devices=small, per_node=1)
 
