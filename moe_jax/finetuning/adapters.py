@@ -128,6 +128,11 @@ def read(
   about = plain_files.read_json(path / ABOUT)
   if not about:
     raise InputError(f'{path} holds no adapter: it has no {ABOUT}')
+  if (version := about.get('format')) != _FORMAT:
+    raise InputError(
+      f'{path} has format {version!r}, not {_FORMAT}; write it again by '
+      '`python -m moe_jax.finetuning save`'
+    )
   if about.pop('sha256', None) != _seal(about, path / WEIGHTS):
     raise InputError(
       f'{path} is damaged: {ABOUT} or {WEIGHTS} is not as it was written'

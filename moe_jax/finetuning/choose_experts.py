@@ -135,6 +135,8 @@ def choose(
       tokenizer or the tasks of the data are others.
     CheckpointError: No checkpoint is good.
   """
+  if not SHARE.holds(share):
+    raise InputError(f'share={share} {SHARE.rule}')
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)

@@ -56,16 +56,16 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
+  if options.build().keeps_router_state and not variables.get(COLLECTION):
+    raise InputError(
+      f'the routers keep a balancing bias, and the variables {[*variables]} '
+      f'have no {COLLECTION!r}'
+    )
   if has_merged(options.build()):
     options, variables = with_copies(options, variables)
   params, state = variables['params'], variables.get(COLLECTION, {})
   architecture, config_json = choose(options, config or {})
   model = options.build()
-  if model.keeps_router_state and not state:
-    raise InputError(
-      f'the routers keep a balancing bias, and the variables {[*variables]} '
-      f'have no {COLLECTION!r}'
-    )
   exported = as_variables(params, state)
   our_leaves = leaves(architecture.names, model, exported)
   tensors = list(_tensors(our_leaves, architecture, exported))

@@ -1,4 +1,4 @@
-"""Products of experts, of rows sorted by expert; kernels of few bits."""
+"""Products of experts, of rows sorted by expert; codes of ternary kernels."""
 
 from moe_jax.kernels.grouped_products import (
   BACKENDS,

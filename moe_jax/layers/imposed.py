@@ -21,7 +21,7 @@ from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
 
 FORCED = IN_TURN, AT_RANDOM = 'round_robin', 'random'
-_SPARSE = {'num_experts': at_least(1)}
+SPARSE = {'num_experts': at_least(1)}
 # Seed of the random choices of evaluations and of generation.
 _SEED = 0
 
@@ -38,7 +38,7 @@ class ImposedOptions(Options):
     'experts at every token. Gates are those of the logits. An empty string '
     'leaves the choice to the router.',
     one_of('', *FORCED),
-    when=_SPARSE,
+    when=SPARSE,
   )
   replay: str = option(
     '',
@@ -46,7 +46,7 @@ class ImposedOptions(Options):
     'experts and drops each training step takes over from its record of the '
     'step; evaluations choose by themselves. An empty string leaves the choice '
     'to the router.',
-    when=_SPARSE,
+    when=SPARSE,
     how=True,
   )
 

@@ -13,7 +13,7 @@ from moe_jax.layers.experts import (
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.imposed import ImposedOptions
+from moe_jax.layers.imposed import SPARSE, ImposedOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import RouterOptions
@@ -30,8 +30,6 @@ from moe_jax.options import (
 )
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
-
-_SPARSE = {'num_experts': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class MoeOptions(ImposedOptions):
     'capacity and balance; a divisor or a multiple of the length of a '
     'sequence. 0: one sequence; -1: the whole batch.',
     at_least(-1),
-    when=_SPARSE,
+    when=SPARSE,
   )
   extra_ffn: bool = option(
     False,
@@ -75,34 +73,34 @@ class MoeOptions(ImposedOptions):
     "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
     'nothing.',
     within('[0, 1)'),
-    when=_SPARSE,
+    when=SPARSE,
   )
   layer_reduce: str = option(
     'sum',
     'Reduction of the router losses of all sparse layers to one number: '
     "'sum' (Switch) or 'mean'.",
     one_of('sum', 'mean'),
-    when=_SPARSE,
+    when=SPARSE,
     how=True,
   )
   allow_future_leak: bool = option(
     False,
     'Whether a causal model may have a router whose choices for a token depend '
     'on later tokens; if it has one, the run says so at its start.',
-    when=_SPARSE,
+    when=SPARSE,
     how=True,
   )
   router: RouterOptions = choice(
     ROUTERS,
     'token_choice',
     'Router of the sparse layers: the rule by which tokens go to experts.',
-    when=_SPARSE,
+    when=SPARSE,
   )
   capacity: Capacity = choice(
     CAPACITIES,
     'per_token',
     'Rule for the capacity, the number of slots of an expert in each group.',
-    when=_SPARSE,
+    when=SPARSE,
   )
   expert: ExpertOptions = choice(
     EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
@@ -116,13 +114,13 @@ class MoeOptions(ImposedOptions):
     DISPATCHES,
     'gather',
     'Way in which tokens move to their experts and back, and are multiplied.',
-    when=_SPARSE,
+    when=SPARSE,
     how=True,
   )
   retained: Retained = nested(
     Retained(),
     'Experts of the sparse layers that merging or pruning left with fewer.',
-    when=_SPARSE,
+    when=SPARSE,
   )
 
   @property

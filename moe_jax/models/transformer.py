@@ -124,11 +124,11 @@ class Transformer(TextModel):
 
   @nn.nowrap
   def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
-    """An encoder's experts that choose tokens do so as in training.
+    """Each layer gets arrays of its own.
 
-    Each layer
-    gets arrays of its own; on a CPU, so does each expert of a stack, if there
-    are few and a step chooses few of them; see `layers/experts/few_tokens.py`.
+    On a CPU, so does each expert of a stack, if there are few and a step
+    chooses few of them; see `layers/experts/few_tokens.py`. An encoder's
+    experts that choose tokens do so as in training.
     """
     if self.is_for_decoding:
       return self, variables

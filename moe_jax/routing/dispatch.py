@@ -39,6 +39,13 @@ class Dispatcher(NamedTuple):
 def _by_masks(
   x: Float[Array, 'G S M'], routing: AnyRouting
 ) -> Float[Array, 'E R M']:
+  """A one-hot product, R = G * C; empty slots are zero.
+
+  It costs O(S E C M) per group, which grows with the square of the group size.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   send = routing.slot_shares()
   # A product would spread a NaN of a token that no expert serves: 0 * NaN.
   x = without_nan(send.any((2, 3)), x)
@@ -50,6 +57,7 @@ def _by_masks(
 def _back_by_masks(
   rows: Float[Array, 'E R M'], routing: AnyRouting
 ) -> Float[Array, 'G S M']:
+  """The product back; raises ValueError for a routing without a capacity."""
   weight = routing.slot_weights()
   G, _, E, C = weight.shape
   _check_rows(rows.shape, (E, G * C))
@@ -61,6 +69,11 @@ def _back_by_masks(
 def _to_slots(
   x: Float[Array, 'G S M'], routing: TokenRouting
 ) -> Float[Array, 'E R M']:
+  """The rows of `einsum`, by index: O(S K M) per group.
+
+  Raises:
+    ValueError: The routing has no capacity.
+  """
   return _take(x, routing.slot_rows())
 
 
@@ -68,6 +81,7 @@ def _to_slots(
 def _from_slots(
   rows: Float[Array, 'E R M'], routing: TokenRouting
 ) -> Float[Array, 'G S M']:
+  """The rows back; raises ValueError for a routing without a capacity."""
   return _give_back(rows, routing.slot_rows(), routing.group_size)
 
 
@@ -75,6 +89,11 @@ def _from_slots(
 def _to_sorted(
   x: Float[Array, 'G S M'], routing: TokenRouting
 ) -> Float[Array, 'N M']:
+  """Rows sorted by expert, an expert's in the order of the tokens.
+
+  N is the most there can be, min(G * S * K, E * G * C), and rows that no choice
+  has are zero. Where experts choose, N = E * G * C, in the order of slots.
+  """
   return _take(x, routing.sorted_rows())
 
 
@@ -82,20 +101,17 @@ def _to_sorted(
 def _from_sorted(
   rows: Float[Array, 'N M'], routing: TokenRouting
 ) -> Float[Array, 'G S M']:
+  """The weighted sum of each token's rows."""
   return _give_back(rows, routing.sorted_rows(), routing.group_size)
 
 
-# One-hot products, as GShard prints them (https://arxiv.org/abs/2006.16668,
-# section 3.2): the readable reference. R = G * C, empty slots are zero, and a
-# routing without a capacity is a ValueError. It costs O(S E C M) per group,
-# which grows with the square of the group size.
+# The readable reference, as GShard prints it (https://arxiv.org/abs/2006.16668,
+# section 3.2).
 einsum = Dispatcher(_by_masks, _back_by_masks)
-# The default, by index into the same rows, O(S K M).
+# The default.
 gather = Dispatcher(_to_slots, _from_slots)
-# Rows sorted by expert, no more than are needed, as in MegaBlocks
-# (https://arxiv.org/abs/2211.15841). N is the most there can be, min(G * S * K,
-# E * G * C), and rows that no choice has are zero; an expert's are in the order
-# of the tokens. Where experts choose, N = E * G * C, in the order of slots.
+# No more rows than are needed, as in MegaBlocks
+# (https://arxiv.org/abs/2211.15841).
 sorted_rows = Dispatcher(_to_sorted, _from_sorted)
 
 

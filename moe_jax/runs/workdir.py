@@ -27,7 +27,8 @@ PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 # options were dataclasses.
 _LAST_OF_EARLIER = '7875f9b'
 # Options that are gone, with the value at which they meant nothing; None is for
-# the section of a kind that is gone, which means nothing unless it was chosen.
+# an option that changed no number, and for the section of a kind that is gone,
+# which means nothing unless it was chosen.
 _GONE: dict[str, Any] = {
   'aux_losses.num_steps': 1000,
   'data.source.cipher': None,
@@ -42,18 +43,18 @@ _GONE: dict[str, Any] = {
   'model.deep_moe': None,
   'model.feature_shape': [],
   'model.moe.dispatch.dropless.exchange.dtype': '',
-  'model.moe.dispatch.dropless.exchange.ring_group': 1,
+  'model.moe.dispatch.dropless.exchange.ring_group': None,
   'model.moe.dispatch.dropless.shadowing.rule': 'algorithm_1',
-  'model.moe.dispatch.einsum.exchange.chunks': 1,
+  'model.moe.dispatch.einsum.exchange.chunks': None,
   'model.moe.dispatch.einsum.exchange.dtype': '',
-  'model.moe.dispatch.einsum.exchange.ring_group': 1,
+  'model.moe.dispatch.einsum.exchange.ring_group': None,
   'model.moe.dispatch.einsum.shadowing.rule': 'algorithm_1',
-  'model.moe.dispatch.gather.exchange.chunks': 1,
+  'model.moe.dispatch.gather.exchange.chunks': None,
   'model.moe.dispatch.gather.exchange.dtype': '',
-  'model.moe.dispatch.gather.exchange.ring_group': 1,
+  'model.moe.dispatch.gather.exchange.ring_group': None,
   'model.moe.dispatch.gather.shadowing.rule': 'algorithm_1',
   'model.moe.dispatch.sorted.exchange.dtype': '',
-  'model.moe.dispatch.sorted.exchange.ring_group': 1,
+  'model.moe.dispatch.sorted.exchange.ring_group': None,
   'model.moe.dispatch.sorted.shadowing.rule': 'algorithm_1',
   'model.moe.expert.format.group_size': 0,
   'model.moe.expert.format.symmetric': False,
@@ -67,6 +68,21 @@ _GONE: dict[str, Any] = {
   'model.numerics.kernels.symmetric': False,
   'trace.num_steps': 0,
   'trace.start_step': 1,
+}
+# Values that are gone, with one that gives the same numbers.
+_SAME: dict[str, dict[str, str]] = {
+  **{
+    f'model.moe.dispatch.{kind}.exchange.kind': {'all_to_all': 'constraint'}
+    for kind in ('einsum', 'gather')
+  },
+  **{
+    f'model.moe.dispatch.{kind}.exchange.kind': {'ring': 'all_to_all'}
+    for kind in ('dropless', 'sorted')
+  },
+  **{
+    f'model.moe.dispatch.{kind}.backend': {'ragged_dot': 'auto'}
+    for kind in ('dropless', 'sorted')
+  },
 }
 
 
@@ -286,6 +302,13 @@ def kept_config(folder: pathlib.Path) -> dict[str, Any]:
     )
   for name, usual in _GONE.items():
     _forget(config, name.split('.'), usual)
+  for name, same in _SAME.items():
+    *parents, key = name.split('.')
+    section: Any = config
+    for parent in parents:
+      section = section.get(parent) if isinstance(section, dict) else None
+    if isinstance(section, dict) and key in section:
+      section[key] = same.get(str(section[key]), section[key])
   return config
 
 

@@ -149,7 +149,7 @@ def gradients_by_dispatch(dispatches, **options):
   ]
 
 
-# Products over other settings are in `tests/dispatch`.
+# Products over other settings are in `tests/routing`.
 def test_dispatches_are_equal_in_outputs_and_all_gradients():
   vmoe = TokenChoice(
     gates='renormalized_after_drop', slot_priority='batch_priority'

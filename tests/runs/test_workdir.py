@@ -107,6 +107,10 @@ def test_options_that_are_gone_are_left_out_where_they_meant_nothing(tmp_path):
   earlier['model'] |= {'adaptive': {'num_experts': 4}, 'feature_shape': []}
   earlier['model']['numerics']['kernels'] = {'name': '', 'group_size': 0}
   earlier['data']['source']['tfds'] |= gone
+  dispatch = earlier['model']['moe']['dispatch']
+  dispatch['gather']['exchange'] |= {'kind': 'all_to_all', 'chunks': 2}
+  dispatch['dropless']['exchange']['kind'] = 'ring'
+  dispatch['dropless']['backend'] = 'ragged_dot'
   workdir.claim(tmp_path, earlier)
   workdir.check(tmp_path, config)
   workdir.check_unedited(tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.routing import token_choice
-from tests.dispatch.movers import MOVERS, group_sizes
+from tests.routing.movers import MOVERS, group_sizes
 
 G, S, E, M = 2, 7, 5, 6
 every_dispatcher = pytest.mark.parametrize('name', MOVERS)

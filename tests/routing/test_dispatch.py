@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.routing import Routing, token_choice
 from tests import reference
-from tests.dispatch.movers import (
+from tests.routing.movers import (
   MOVERS,
   WITH_SLOTS,
   both_directions,

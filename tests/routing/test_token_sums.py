@@ -13,7 +13,7 @@ from jax.extend import core
 
 from moe_jax.routing import SlotRouting, expert_choice
 from tests import reference
-from tests.dispatch.movers import MOVERS, both_directions, group_sizes
+from tests.routing.movers import MOVERS, both_directions, group_sizes
 
 G, S, E, C, M = 2, 7, 5, 4, 6
 every_dispatcher = pytest.mark.parametrize('name', MOVERS)
