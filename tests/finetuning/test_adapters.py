@@ -145,7 +145,7 @@ def test_an_adapter_is_kept_alone_and_merged_into_its_base(
   ('name', 'old', 'new', 'message'),
   [
     (adapters.ABOUT, b'"alpha": 1', b'"alpha": 9', 'is damaged'),
-    (adapters.ABOUT, b'"format": 2', b'"format": 1', 'is damaged'),
+    (adapters.ABOUT, b'"format": 2', b'"format": 1', 'has format 1, not 2'),
     (adapters.WEIGHTS, None, None, 'is damaged'),
   ],
 )
