@@ -55,12 +55,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--task', default='', help='task of the prompts, if routers go by it')
   add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
   add('--target_language', default='', help="answers': fra_Latn (NLLB)")
-  number, p = command_line.number, 'likeliest whose probabilities sum to this'
+  number, likeliest = command_line.number, 'draw among the likeliest'
   for name, kind, default, text in (
     ('num_tokens', command_line.POSITIVE, 256, 'most new tokens a row'),
     ('temperature', number(float, at_least(0)), 0.0, '0: the likeliest token'),
-    ('top_k', command_line.NOT_NEGATIVE, 0, 'draw among the k likeliest, if k'),
-    ('top_p', number(float, within('(0, 1]')), 1.0, f'draw among those {p}'),
+    ('top_k', command_line.NOT_NEGATIVE, 0, f'{likeliest} k; 0: all'),
+    (
+      'top_p',
+      number(float, within('(0, 1]')),
+      1.0,
+      f'{likeliest} that sum to p',
+    ),
     ('num_beams', command_line.POSITIVE, 1, 'above 1: beam search'),
     ('length_penalty', number(float), 1.0, "beam search's exponent"),
     ('seed', number(int, SEED), None, 'seed of the drawn tokens (default: 0)'),

@@ -155,6 +155,8 @@ def eval_batches(
 
 def spread(total: int, count: int) -> list[int]:
   """`count` indices below `total`, spread evenly; 0 or too many takes all."""
+  if count < 0:
+    raise InputError(f'{count} of {total} batches is negative')
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
 

@@ -110,8 +110,15 @@ class Shards:
     self, index: int | np.integer | slice | np.ndarray
   ) -> np.ndarray:
     if isinstance(index, slice):
-      return self._stretch(*index.indices(len(self))[:2])
+      begin, end, step = index.indices(len(self))
+      if step != 1:
+        raise IndexError(f'tokens are read in order, not by step {step}')
+      return self._stretch(begin, end)
     index = np.asarray(index, np.int64)
+    if index.size and not 0 <= index.min() <= index.max() < len(self):
+      raise IndexError(
+        f'{index.min()} to {index.max()} of {len(self)} tokens, from 0'
+      )
     return self._gathered(index.reshape(-1)).reshape(index.shape)
 
   def _stretch(self, begin: int, end: int) -> np.ndarray:

@@ -1,11 +1,11 @@
 """What is not finite: the arrays of a state, and the batches of such steps.
 
-`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
-whose loss, gradient or new state was not finite.
-
 Integers and booleans are always finite. No optimizer or router of this project
 keeps an infinity on purpose, so no array is excepted (a test takes a step with
 each optimizer).
+
+`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
+whose loss, gradient or new state was not finite.
 """
 
 import pathlib
@@ -21,6 +21,7 @@ from moe_jax.partitioning import path_name
 from moe_jax.shapes import Array, Bool
 
 _MOST_LISTED = 4
+_FOLDER = 'nonfinite'
 
 
 def flags(tree: Any) -> Bool[Array, ' N']:
@@ -87,9 +88,6 @@ def _floating(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   }
-
-
-_FOLDER = 'nonfinite'
 
 
 def kept_steps(workdir: pathlib.Path) -> set[int]:

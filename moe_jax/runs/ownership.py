@@ -35,6 +35,13 @@ BEAT = f'{FILE_PREFIX}beat'
 _PROC = pathlib.Path('/proc')  # which systems other than Linux lack
 _MOST_BYTES = 10_000  # no owner's file is longer
 
+PERIOD_SECONDS = 10.0
+_MISSED_BEATS = 3
+# Seconds after which two jobs that wrote at once see which of them was last.
+_SETTLE_SECONDS = 1.0
+# Seconds of waiting for another's turn, which takes milliseconds.
+_TURN_SECONDS = 5.0
+
 
 class Owner(NamedTuple):
   """The content of an owner's file.
@@ -128,14 +135,6 @@ def process_start(pid: int) -> str | None:
   # The name before may hold anything; the state is the first field after it.
   state, *fields = stat.rpartition(')')[2].split()
   return '' if state in 'ZX' else fields[18]
-
-
-PERIOD_SECONDS = 10.0
-_MISSED_BEATS = 3
-# Seconds after which two jobs that wrote at once see which of them was last.
-_SETTLE_SECONDS = 1.0
-# Seconds of waiting for another's turn, which takes milliseconds.
-_TURN_SECONDS = 5.0
 
 
 class OwnedError(InputError):

@@ -13,6 +13,8 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing.stats import MoeAux, RoutingStats, drop_rate, load_summary
 from moe_jax.shapes import Array, Bool
 
+Batch = dict[str, Array]
+
 
 class LossSums(NamedTuple):
   """Sums over the tokens of a batch; `add` merges those of two.
@@ -185,6 +187,3 @@ def exchange_summary(aux: MoeAux) -> dict[str, float]:
     'shadowed_experts': float(exchange.shadowed / exchange.choices),
     'exchange_overflow': float(exchange.overflow / served),
   }
-
-
-Batch = dict[str, Array]

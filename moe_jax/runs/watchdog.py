@@ -36,6 +36,13 @@ TICK_SECONDS = 0.5
 # process that was told to end has ended.
 MOMENT_SECONDS = 5.0
 
+# Most seconds that an ending process waits for a pending save.
+_SAVE_SECONDS = 10.0
+_HELLO_BYTES = 1024
+# Seconds between two rounds of process 0, so that it reads from many processes
+# in one round.
+_PAUSE_SECONDS = 0.05
+
 
 class Line:
   """A connection for JSON objects, one a line; nothing is unpickled."""
@@ -182,14 +189,6 @@ class Peers:
     else:
       who = f'process {behind[0]} is stuck: it has'
     return f'{who} got to {awake[behind[0]].stage}'
-
-
-# Most seconds that an ending process waits for a pending save.
-_SAVE_SECONDS = 10.0
-_HELLO_BYTES = 1024
-# Seconds between two rounds of process 0, so that it reads from many processes
-# in one round.
-_PAUSE_SECONDS = 0.05
 
 
 class Alone:

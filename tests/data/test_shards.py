@@ -35,7 +35,7 @@ def test_indexing_is_that_of_an_array(array_and_shards):
   ):
     np.testing.assert_array_equal(shards[index], whole[index])
     assert shards[index].dtype == np.uint16
-  for index in (100, np.array([3, 100])):
+  for index in (100, -1, np.array([3, 100]), slice(None, None, 2)):
     with pytest.raises(IndexError):
       shards[index]
 

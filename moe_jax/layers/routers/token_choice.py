@@ -51,7 +51,10 @@ from moe_jax.shapes import Array, Float32
 
 @dataclasses.dataclass(frozen=True)
 class Exploring(RouterOptions):
-  """The options of a router that may try other experts in training."""
+  """The options of a router that may try other experts in training.
+
+  Source: Table 11 of arXiv:2101.03961 (Switch).
+  """
 
   choice_policy: str = option(
     'largest',
