@@ -13,7 +13,7 @@ import numpy as np
 from experiments.study import validation_routing
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
-from moe_jax.models.recorded import Choices, Recorded, recording
+from moe_jax.models.recorded import Choices, LayerChoices, recording
 from moe_jax.shapes import Leaf
 from moe_jax.training.evaluate import Variables
 from moe_jax.training.setup import Run
@@ -94,7 +94,7 @@ def _share(one, other, masks) -> float:
 
 def _layers(
   run: Run, state: TrainState, model: Model, train: bool = False
-) -> dict[int, tuple[list[Recorded], list[np.ndarray]]]:
+) -> dict[int, tuple[list[LayerChoices], list[np.ndarray]]]:
   """Records of all batches by layer, and masks of their real tokens."""
   layers: dict[int, tuple[list, list]] = {}
   for batch, choices in _recorded(run, state, model, train):

@@ -80,11 +80,9 @@ def record(options: argparse.Namespace) -> None:
     pathlib.Path(workdir).expanduser(),
     Placing(device, run.batch_size, run.microbatches),
   )
-  recorder, losses = (
-    Recorder(options.trace, header, model),
-    entry.measure(setting),
-  )
+  recorder = Recorder(options.trace, header, model)
   try:
+    losses = entry.measure(setting)
     measure = RecordedLosses(KIND, losses, recorded.recording, recorder)
     row = measure(checkpoint.state, checkpoint.step)
   finally:

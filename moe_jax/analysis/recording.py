@@ -19,12 +19,13 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
-from moe_jax.analysis.traces import Header, LayerChoices, LayerInfo, Record
+from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.distributed import fetch
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
-from moe_jax.models.recorded import Apply, Choices, Recorded
+from moe_jax.models.recorded import Apply, Choices, LayerChoices
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Leaf
@@ -125,7 +126,7 @@ def records_of(
   step: int,
   number: int,
   batch: Mapping[str, Any],
-  choices: Mapping[int, Recorded],
+  choices: Mapping[int, LayerChoices],
 ) -> Iterator[Record]:
   """The records of a batch, one for each sequence that sparse layers see.
 
@@ -137,8 +138,8 @@ def records_of(
   """
   for prefix in model.sequences:
     layers = {
-      i: _layer_choices(recorded, model.moe_of(i).router.by_expert)
-      for i, recorded in choices.items()
+      i: _in_order(of_layer, model.moe_of(i).router.by_expert)
+      for i, of_layer in choices.items()
       if model.sequence_of(i) == prefix
     }
     if layers:
@@ -150,25 +151,18 @@ def records_of(
       )
 
 
-def _layer_choices(recorded: Recorded, by_expert: bool) -> LayerChoices:
-  no_choice = np.iinfo(recorded.expert.dtype).max
-  expert = recorded.expert.astype(np.int32)
-  expert[recorded.expert == no_choice] = -1
-  choices: list[Any] = [expert, recorded.gate, recorded.kept]
-  if by_expert:  # tokens have any number of choices, most of them few
-    order = np.where(expert >= 0, -recorded.gate, np.inf)
-    order = np.argsort(order, axis=-1, kind='stable')
-    most = max(int((expert >= 0).sum(-1).max(initial=0)), 1)
-    order = order[..., :most]
-    choices = [np.take_along_axis(x, order, -1) for x in choices]
-  return LayerChoices(*choices, logits=cast(Any, recorded.logits))
-
-
-@functools.lru_cache(maxsize=1)
-def _gathering(mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
-  """A function that gives every process whole arrays, without waiting."""
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.jit(lambda tree: tree, out_shardings=whole)
+def _in_order(choices: LayerChoices, by_expert: bool) -> LayerChoices:
+  """The choices, where experts choose the largest gate of a token first."""
+  choices = choices._replace(expert=choices.expert.astype(np.int32))
+  if not by_expert:
+    return choices
+  # Tokens have any number of choices, most of them few.
+  is_choice = choices.expert >= 0
+  order = np.where(is_choice, -choices.gate, np.inf)
+  order = np.argsort(order, axis=-1, kind='stable')
+  most = max(int(is_choice.sum(-1).max(initial=0)), 1)
+  ordered = [np.take_along_axis(x, order[..., :most], -1) for x in choices[:3]]
+  return LayerChoices(*ordered, logits=choices.logits)
 
 
 class Recorder:
@@ -205,12 +199,6 @@ class Recorder:
       text = f'{error}; move this folder away to record anew'
       raise InputError(text) from None
 
-  def begin(self, step: int) -> None:
-    """Makes the folder, at the first call, after `step` optimizer steps."""
-    if not self._has_begun and jax.process_index() == 0:
-      self._submit(self._prepare, step)
-    self._has_begun = True
-
   def add(
     self,
     kind: str,
@@ -221,7 +209,8 @@ class Recorder:
   ) -> None:
     """Records a batch; waits only if several batches wait to be written.
 
-    Every process calls this, and the first one writes.
+    Every process calls this, and the first one writes; of several processes
+    each waits for the batch, whose rows all of them hold.
 
     Args:
       kind, step, number: See `Record`.
@@ -231,15 +220,16 @@ class Recorder:
     keys = itertools.product(self._model.sequences, _KEYS.values())
     names = {''.join(key) for key in keys}
     arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
-    leaves = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     if jax.process_count() > 1:
-      mesh = cast(jax.sharding.NamedSharding, leaves[0].sharding).mesh
-      arrays = _gathering(cast(jax.sharding.Mesh, mesh))(arrays)
+      arrays = fetch(arrays)
     for leaf in jax.tree.leaves(arrays):
       if isinstance(leaf, jax.Array):
         leaf.copy_to_host_async()
     if jax.process_index() == 0:
-      self._submit(self._write, kind, step, number, *arrays)
+      self._settle(_QUEUE_SIZE)
+    if jax.process_index() == 0 and not self._has_failed:
+      call = self._write, kind, step, number, *arrays
+      self._waiting.append(self._thread.submit(*call))
 
   def flush(self) -> None:
     """Waits until all added records are in files."""
@@ -250,11 +240,6 @@ class Recorder:
     self.flush()
     self._thread.shutdown()
 
-  def _submit(self, function: Callable[..., None], *args: Any) -> None:
-    self._settle(_QUEUE_SIZE)
-    if not self._has_failed:
-      self._waiting.append(self._thread.submit(function, *args))
-
   def _settle(self, count: int) -> None:
     """Waits until at most `count` batches wait to be written."""
     while len(self._waiting) > count:
@@ -263,10 +248,10 @@ class Recorder:
         self._has_failed = True
         self._message(f'the trace of choices ends: {error!r}')
 
-  def _prepare(self, step: int) -> None:
-    traces.forget(traces.create(self._folder, self._header), step)
-
   def _write(self, kind, step, number, batch, choices) -> None:
+    if not self._has_begun:
+      traces.forget(traces.create(self._folder, self._header), step)
+      self._has_begun = True
     batch, choices = jax.tree.map(np.asarray, (batch, choices))
     for record in records_of(self._model, kind, step, number, batch, choices):
       traces.save(self._folder, self._header, record)
@@ -340,7 +325,6 @@ class _RecordedStep:
   def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
     if self._num_steps is None:  # reading `state.step` waits for the device
       self._num_steps = int(state.step)
-      self._recorder.begin(self._num_steps)
     num_steps, self._num_steps = self._num_steps, self._num_steps + 1
     state, metrics = self._step(state, batch)
     sums = metrics.sums
@@ -367,7 +351,6 @@ class RecordedLosses:
 
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row that `losses` measures."""
-    self.recorder.begin(step)
     record: Callable[..., None] = functools.partial(
       self.recorder.add, self.name, step
     )

@@ -29,6 +29,7 @@ from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record, Trace
 from moe_jax.errors import InputError
 from moe_jax.models import Model
+from moe_jax.models.recorded import expert_type
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.setup import Hook, Run
@@ -122,8 +123,8 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _expert_type(model: Model) -> type[np.integer]:
   """The type of numbers of experts, and of the signs that stand for none."""
-  most = max(model.moe_of(layer).num_experts for layer in model.sparse_layers)
-  return np.int8 if most <= np.iinfo(np.int8).max else np.int16
+  sizes = (model.moe_of(layer).num_experts for layer in model.sparse_layers)
+  return expert_type(max(sizes))
 
 
 def _layers(model: Model) -> dict[str, list[int]]:

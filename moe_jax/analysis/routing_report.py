@@ -20,7 +20,7 @@ from rich.text import Text
 
 from moe_jax.distributed import fetch
 from moe_jax.models import Model
-from moe_jax.models.recorded import Recorded
+from moe_jax.models.recorded import LayerChoices
 from moe_jax.routing import drop_rate
 from moe_jax.routing.stats import load_summary
 from moe_jax.runs import summary
@@ -115,7 +115,7 @@ def count_tokens(
   counts: Counts,
   model: Model,
   batch: Mapping[str, Any],
-  choices: Mapping[int, Recorded],
+  choices: Mapping[int, LayerChoices],
 ) -> None:
   """Adds how often each token id of a batch chose each expert, before drops.
 
@@ -125,7 +125,7 @@ def count_tokens(
   for layer, recorded in choices.items():
     ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
-    is_choice = expert != np.iinfo(expert.dtype).max
+    is_choice = expert >= 0
     token = np.broadcast_to(ids[..., None], expert.shape)
     np.add.at(counts[layer], (token[is_choice], expert[is_choice]), 1)
 

@@ -37,36 +37,12 @@ import numpy as np
 
 from moe_jax.data.cache_folders import whole_folder
 from moe_jax.errors import InputError, writing
+from moe_jax.models.recorded import LayerChoices, expert_type
 
 FORMAT = 2
-DTYPES = ('float16', 'float32')
 HEADER = 'header.json'
 _NAME = re.compile(r'(\d{8,})_(\d{5,})(?:_(\w+))?\.npz')
 _IDS = ('tokens', 'positions', 'documents', 'sources')
-
-
-class LayerChoices(NamedTuple):
-  """The choices of one sparse layer in one batch.
-
-  Attributes:
-    expert: int32 [B, T, K'], the number of the expert; -1 where there is no
-      choice: in padding, and where experts choose, beyond a token's last one.
-      Where experts choose, the one with the largest gate comes first.
-    gate: float32 [B, T, K'], the weight of the expert's output before output
-      masking, rounded to the header's dtype; 0 where the choice is not kept.
-    kept: bool [B, T, K'], whether the router's queues served the choice. Rows
-      for which an exchange had no room count as served; choices that a policy
-      for second choices did not send do not.
-    logits: float32 [B, T, E], the logits that the router's losses are computed
-      from, without noise, rounded in the same way; None where they were not
-      recorded or the router has none. E counts columns, where experts share
-      them.
-  """
-
-  expert: np.ndarray
-  gate: np.ndarray
-  kept: np.ndarray
-  logits: np.ndarray | None = None
 
 
 class Record(NamedTuple):
@@ -80,7 +56,9 @@ class Record(NamedTuple):
     positions: int32 [B, T], the position of each token in its document.
     documents: int32 [B, T], the number of the document in its row; 0 is
       padding.
-    layers: The choices of each sparse layer, by the number of the layer.
+    layers: The choices of each sparse layer, by the number of the layer; its
+      numbers of experts are int32, its gates and logits float32 that were
+      rounded to the header's dtype.
     sources: int32 [B, T], the source of each token by number into
       `Header.sources`; None where the data has no such numbers.
     sequence: '' or, for the inputs of an encoder-decoder, 'encoder'.
@@ -151,27 +129,6 @@ class Header:
   dtype: str = 'float16'
   note: str = ''
 
-  def __post_init__(self):
-    if self.dtype not in DTYPES:
-      raise InputError(f'dtype={self.dtype!r} not in {list(DTYPES)}')
-
-
-def _header(text: str) -> Header:
-  """The header in a file's text, or ValueError."""
-  try:
-    values: dict[str, Any] = json.loads(text)
-    version = values.pop('format')
-    if version == FORMAT:
-      layers = values.pop('layers')
-      values['layers'] = {int(i): LayerInfo(**v) for i, v in layers.items()}
-      values['sources'] = tuple(values['sources'])
-      return Header(**values)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(f'no header of a trace: {error!r}') from None
-  raise InputError(
-    f'a trace of format {version}; this version reads {FORMAT} alone'
-  )
-
 
 class Trace:
   """A trace, whose files are read as records are asked for.
@@ -214,14 +171,9 @@ class Trace:
 
 
 def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
-  """Makes the folder of a trace with its header; one that is there goes on.
-
-  Raises:
-    ValueError: The folder has another trace; what differs is listed.
-  """
+  """Makes the folder of a trace with its header; one that is there goes on."""
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
-  check(folder, header)
   if not (folder / HEADER).exists():
     values = {'format': FORMAT, **dataclasses.asdict(header)}
     text = json.dumps(values, indent=1)
@@ -279,9 +231,8 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     if (values := getattr(record, name)) is not None:
       arrays[name] = np.asarray(values, np.int32)
   for number, choices in record.layers.items():
-    num_experts = header.layers[number].num_experts
-    expert_type = np.int8 if num_experts <= 128 else np.int16
-    types = expert_type, header.dtype, bool, header.dtype
+    index_type = expert_type(header.layers[number].num_experts)
+    types = index_type, header.dtype, bool, header.dtype
     for name, values, dtype in zip(LayerChoices._fields, choices, types):
       if values is not None:
         arrays[f'{name}_{number}'] = np.asarray(values, dtype)
@@ -304,7 +255,6 @@ def write(
   Raises:
     ValueError: The folder is not empty.
   """
-  check_new(folder)
   with whole_folder(pathlib.Path(folder).expanduser()) as unfinished:
     create(unfinished, header)
     for record in records:
@@ -318,17 +268,25 @@ def read(folder: str | os.PathLike[str]) -> Trace:
     ValueError: There is no trace, or its header is of another format.
   """
   folder = pathlib.Path(folder).expanduser()
+  path = folder / HEADER
   try:
-    text = (folder / HEADER).read_text(encoding='utf-8')
+    values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
+    version = values.pop('format')
+    if version == FORMAT:
+      layers = values.pop('layers').items()
+      values['layers'] = {int(i): LayerInfo(**info) for i, info in layers}
+      values['sources'] = tuple(values['sources'])
+      return Trace(folder, Header(**values))
   except OSError as error:
     raise InputError(
       f'{folder} has no trace, as moe_jax.analysis.record_evaluation or a run '
       f'with config.trace writes it: {error}'
     ) from None
-  try:
-    return Trace(folder, _header(text))
-  except ValueError as error:
-    raise InputError(f'{folder / HEADER}: {error}') from None
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f'{path}: no header of a trace: {error!r}') from None
+  raise InputError(
+    f'{path}: a trace of format {version}; this version reads {FORMAT} alone'
+  )
 
 
 def _files(

@@ -20,7 +20,7 @@ from moe_jax.generation.prefix import (
   make_prefix,
 )
 from moe_jax.models import Model
-from moe_jax.models.recorded import Apply, Recorded
+from moe_jax.models.recorded import Apply, LayerChoices
 from moe_jax.shapes import Array, Bool, Int32
 
 Batch = dict[str, np.ndarray]
@@ -35,7 +35,7 @@ def choices(
   *,
   start_id: int | None = None,
   task_ids: Ids | None = None,
-) -> tuple[Batch, Mapping[int, Recorded]]:
+) -> tuple[Batch, Mapping[int, LayerChoices]]:
   """The tokens that the model read in a generation, and each layer's choices.
 
   The last new token of a row is left out, as the model has not read it.
@@ -91,7 +91,7 @@ def _read(
   tokens: Int32[Array, 'B N'],
   mask: Bool[Array, 'B N'],
   apply: Apply,
-) -> dict[int, Recorded]:
+) -> dict[int, LayerChoices]:
   """The choices for a prefix and for N tokens, its last one the first.
 
   The choices have the shape [B, P - 1 + N, K] in a decoder's layers, and

@@ -4,34 +4,40 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.layers.moe import to_rows
 from moe_jax.layers.routers.contract import CHOICES, LOGITS, SOWN, sown
 from moe_jax.models.base import Model
-from moe_jax.shapes import Array
+from moe_jax.shapes import Leaf
 
 
-class Recorded(NamedTuple):
-  """The choices of one sparse layer, in rows of tokens.
+class LayerChoices(NamedTuple):
+  """The choices of one sparse layer in one batch.
 
   Attributes:
-    expert: uint8 or uint16 [B, T, N], the number of the expert; the largest
-      number of the type where there is no choice. N is K, or E where experts
-      choose tokens.
-    gate: float16 or float32 [B, T, N], the weight; 0 where it is not kept.
-    kept: bool [B, T, N], whether the choice is served.
-    logits: float16 or float32 [B, T, E], from which the router computes
-      its losses; None where they are not asked for or the router has none.
+    expert: int [B, T, N], the number of the expert; -1 where there is no
+      choice: in padding, and where experts choose and this one did not. N is K;
+      where experts choose it is E, but in records of traces the most choices of
+      any token, and the one with the largest gate comes first.
+    gate: float [B, T, N], the weight of the expert's output before output
+      masking, float16 or float32; 0 where the choice is not kept.
+    kept: bool [B, T, N], whether the router's queues served the choice. Rows
+      for which an exchange had no room count as served; choices that a policy
+      for second choices did not send do not.
+    logits: float [B, T, E], the logits that the router's losses are computed
+      from, without noise, of the same type; None where they are not asked for
+      or the router has none. E counts columns, where experts share them.
   """
 
-  expert: Array
-  gate: Array
-  kept: Array
-  logits: Array | None
+  expert: Leaf
+  gate: Leaf
+  kept: Leaf
+  logits: Leaf | None = None
 
 
 # The choices of each sparse layer, by its number; None where none are recorded.
-Choices = dict[int, Recorded] | None
+Choices = dict[int, LayerChoices] | None
 # (model, variables, arguments of `apply`) -> (its result, choices)
 Apply = Callable[..., tuple[Any, Choices]]
 
@@ -74,25 +80,22 @@ def recording(
   }
 
 
-def expert_type(num_experts: int) -> jnp.dtype:
-  """The type of `Recorded.expert`, which has room for one number more."""
-  return jnp.dtype(jnp.uint8 if num_experts < 256 else jnp.uint16)
+def expert_type(num_experts: int) -> type[np.integer]:
+  """The type in which numbers of experts, and -1 for none, are kept."""
+  return np.int8 if num_experts <= 128 else np.int16
 
 
 def _recorded_choices(
   model: Model, layer: int, sown_values, logits: bool, dtype
-) -> Recorded:
+) -> LayerChoices:
   choices, router_logits = sown_values[CHOICES], None
-  index_type = expert_type(model.moe_of(layer).num_retained)
-  no_expert = jnp.iinfo(index_type).max
   if logits and LOGITS in sown_values:
     router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
     largest = jnp.finfo(dtype).max  # so that no logit becomes infinite
     router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
-  return Recorded(
-    expert=jnp.where(choices.expert < 0, no_expert, choices.expert).astype(
-      index_type
-    ),
+  index_type = expert_type(model.moe_of(layer).num_retained)
+  return LayerChoices(
+    expert=choices.expert.astype(index_type),
     gate=choices.gate.astype(dtype),
     kept=choices.kept,
     logits=router_logits,

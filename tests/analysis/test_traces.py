@@ -82,7 +82,7 @@ def test_records_are_read_as_written(tmp_path):
   assert [r.step for r in trace.records('train', range(1, 9))] == [1]
   with pytest.raises(ValueError, match=r"unknown kind 'valid'; have \['train'"):
     next(trace.records('valid'))
-  with pytest.raises(ValueError, match='has a trace already'):
+  with pytest.raises(ValueError, match='is there already'):
     traces.write(tmp_path / 'trace', HEADER, records)
 
 
@@ -153,7 +153,7 @@ def test_another_trace_is_refused_with_what_differs(tmp_path):
   traces.write(tmp_path, HEADER, [])
   header = dataclasses.replace(HEADER, seed=8, data_digest='abc', note='told')
   with pytest.raises(ValueError, match='abc') as error:
-    traces.create(tmp_path, header)
+    traces.check(tmp_path, header)
   assert 'seed: 8 here, 0 there' in str(error.value)
   assert 'note' not in str(error.value)
 
