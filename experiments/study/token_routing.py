@@ -164,7 +164,7 @@ def changes(
   steps, last = sorted(history), max(history)
   favourites = {s: layers_of(header, history[s]) for s in steps}
   churn = {
-    new: routing_measures.changes(history[old], history[new])
+    new: routing_measures.churn(history[old], history[new])
     for old, new in itertools.pairwise(steps)
     if old  # what the first steps change, from nothing, is not counted
   }
@@ -181,7 +181,7 @@ def changes(
     halves: dict[str, list[float]] = {'churn_early': [], 'churn_late': []}
     for step, of_layers in churn.items():
       half = 'churn_late' if 2 * step > last else 'churn_early'
-      halves[half].append(of_layers[layer].churn)
+      halves[half].append(of_layers[layer])
     if all(halves.values()):
       measures |= {name: float(np.mean(half)) for name, half in halves.items()}
       measures['churn_ends'] = measures['churn_early'] - measures['churn_late']

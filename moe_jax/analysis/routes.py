@@ -19,7 +19,7 @@ from absl import logging
 from moe_jax import command_line
 from moe_jax.analysis import plot_style, routing_plots, traces
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Agreement, Information, Layer
+from moe_jax.analysis.routing_measures import Information, Layer
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
@@ -80,11 +80,11 @@ def run(options: argparse.Namespace) -> None:
   by_label = measures.specialisation(layers)
   if following := measures.transitions(layers):
     by_label['expert before'] = following
-  changes = {}
+  churn = {}
   if kind != 'train':  # whose batches are others at each step
     for one, other in itertools.pairwise(steps):
       pair = trace.records(kind, [one]), trace.records(kind, [other])
-      changes[f'{one:,} to {other:,}'] = measures.changes(*pair)
+      churn[f'{one:,} to {other:,}'] = measures.churn(*pair)
   others = ', '.join(k for k in trace.kinds if k != kind) or 'none'
   print(
     f'{options.trace}: {kind!r} at {len(steps):,} steps, {steps[0]:,} to '
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
   if trace.header.note:
     print(f'Note: {trace.header.note}')
   console = wide_console()
-  for table in tables(layers, loads, drops, by_label, changes):
+  for table in tables(layers, loads, drops, by_label, churn):
     if table.rows:
       console.print(table.terminal())
       console.print(f'{table.note}\n', highlight=False)
@@ -109,7 +109,7 @@ def tables(
   loads: Sequence[Row],
   drops: Sequence[Row],
   by_label: Mapping[str, Mapping[int, Information]],
-  changes: Mapping[str, Mapping[int, Agreement]],
+  churn: Mapping[str, Mapping[int, float]],
 ) -> Iterator[ValueTable]:
   """The tables, some of which may have no rows.
 
@@ -117,7 +117,7 @@ def tables(
     layers: The choices in the trace.
     loads, drops: The rows of the first two tables.
     by_label: The information of labels on experts, by layer.
-    changes: The agreement of choices with other ones, by layer.
+    churn: The shares of first choices that changed, by layer.
   """
   yield _table(
     'Load of experts',
@@ -125,7 +125,7 @@ def tables(
     'any is dropped, over the mean of its layer. CV is the standard deviation '
     'over the mean. The entropy of the load over ln E is 1 if all experts are '
     'chosen equally often; that of the router is a mean over tokens, and needs '
-    'logits. Gates are means over served choices.',
+    'logits.',
     loads,
   )
   yield _table(
@@ -138,13 +138,13 @@ def tables(
   yield _table(
     'What a label says about the expert of the first choice',
     'Mutual is the mutual information in nats, shuffled that of shuffled '
-    'labels with its deviation, and net the difference: as a share of the '
-    'entropy of the experts and, adjusted, of the most that it can be. '
-    'Accuracy is the share of best guesses that are right.',
+    'labels with its deviation, and net the difference; adjusted, it is a '
+    'share of the most that it can be. Accuracy is the share of best guesses '
+    'that are right.',
     [
       {
         'label': name, 'layer': n, **info._asdict(), 'net': info.net,
-        'net / entropy': info.fraction, 'adjusted': info.adjusted,
+        'adjusted': info.adjusted,
       }
       for name, infos in by_label.items()
       for n, info in infos.items()
@@ -169,23 +169,18 @@ def tables(
   )
   yield _table(
     'Choices that changed',
-    'Churn is the share of the same tokens that have another first choice; the '
-    'overlap is the share of choices that both have.',
+    'Churn is the share of the same tokens that have another first choice.',
     [
-      {
-        'steps': name, 'layer': n, 'tokens': one.tokens, 'churn': one.churn,
-        'overlap': one.overlap,
-      }
-      for name, by_layer in changes.items()
-      for n, one in by_layer.items()
+      {'steps': name, 'layer': n, 'churn': share}
+      for name, by_layer in churn.items()
+      for n, share in by_layer.items()
     ],
-  )  # fmt: skip
+  )
 
 
 def _load_row(number: int, layer: Layer) -> Row:
   load, summary = layer.load, load_summary(layer.load)
   relative = load / load.mean() if load.any() else load * math.nan
-  gates = measures.mean_gates(layer.expert, layer.gate, layer.kept)
   return {
     'layer': number,
     'experts': len(load),
@@ -196,7 +191,6 @@ def _load_row(number: int, layer: Layer) -> Row:
     'unused': summary['unused_experts'],
     'entropy / ln E': measures.load_evenness(load),
     'router entropy / ln E': measures.router_evenness(layer.logits),
-    **{f'gate {k + 1}': float(gate) for k, gate in enumerate(gates[:2])},
   }
 
 

@@ -26,7 +26,6 @@ from moe_jax.errors import InputError
 TOKEN, POSITION, SOURCE = 'token id', 'position', 'source'
 NUM_PARTS = 32  # the most parts that a row is divided into
 NUM_SHUFFLES = 8
-_BLOCK = 8192  # documents among which labels are shuffled
 
 Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
@@ -331,15 +330,6 @@ def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
   return shares((chosen & ~kept).sum(0), chosen.sum(0))
 
 
-def mean_gates(
-  expert: Experts, gate: Float[np.ndarray, 'N K'], kept: Kept
-) -> Rates:
-  """Mean gates of served first choices, of second ones, and so on."""
-  served = (expert >= 0) & kept
-  total = np.where(served, gate, 0).sum(0, dtype=np.float64)
-  return shares(total, served.sum(0))
-
-
 def shares(
   part: Num[np.ndarray, '*n'], whole: Num[np.ndarray, '*n']
 ) -> Float[np.ndarray, '*n']:
@@ -498,47 +488,6 @@ def information_of(table: Table, shuffles: Iterable[np.ndarray]) -> Information:
   )
 
 
-class Agreement(NamedTuple):
-  """The agreement of two routings of the same tokens, as counts that add up.
-
-  Attributes:
-    tokens: Number of tokens that have a choice in either.
-    same_first: Number of these tokens with the same first choice.
-    chosen: Number of choices of both routings together.
-    common: Number of these choices whose expert the other routing has, too.
-  """
-
-  tokens: int
-  same_first: int
-  chosen: int
-  common: int
-
-  @property
-  def churn(self) -> float:
-    """The share of tokens whose first choice is another expert."""
-    return 1 - self.same_first / self.tokens if self.tokens else math.nan
-
-  @property
-  def overlap(self) -> float:
-    """The share of choices that the other routing has, too."""
-    return self.common / self.chosen if self.chosen else math.nan
-
-
-def agreement(
-  one: Int[np.ndarray, 'N K'], other: Int[np.ndarray, 'N L']
-) -> Agreement:
-  """Compares two routings of N tokens."""
-  has_choice = (one >= 0).any(1) | (other >= 0).any(1)
-  one, other = one[has_choice], other[has_choice]
-  matches = (one[:, :, None] == other[:, None, :]) & (one >= 0)[:, :, None]
-  return Agreement(
-    tokens=len(one),
-    same_first=int((one[:, 0] == other[:, 0]).sum()),
-    chosen=int((one >= 0).sum() + (other >= 0).sum()),
-    common=int(2 * matches.sum()),
-  )
-
-
 def document_information(
   label: Int[np.ndarray, 'documents'],
   counts: Int[np.ndarray, 'documents E'],
@@ -547,22 +496,22 @@ def document_information(
   """The information of labels of documents, such as sources, on experts.
 
   Choices within a document are alike for many reasons. Labels are therefore
-  shuffled among documents, within blocks of some thousand of them, and equally
-  in all layers.
+  shuffled among documents, and equally in all layers.
 
   Args:
     label: The label of each document.
     counts: Number of choices of each expert in each document.
     num_labels: Number of labels.
   """
+
+  def table(label: Int[np.ndarray, 'documents']) -> Table:
+    by_label = np.zeros((num_labels, counts.shape[1]), np.int64)
+    np.add.at(by_label, label, counts)
+    return by_label
+
   rng = np.random.default_rng(0)
-  tables = np.zeros((NUM_SHUFFLES + 1, num_labels, counts.shape[1]), np.int64)
-  for start in range(0, len(label), _BLOCK):
-    block = slice(start, start + _BLOCK)
-    np.add.at(tables[0], label[block], counts[block])
-    for table in tables[1:]:
-      np.add.at(table, rng.permutation(label[block]), counts[block])
-  return information_of(tables[0], tables[1:])
+  shuffles = (table(rng.permutation(label)) for _ in range(NUM_SHUFFLES))
+  return information_of(table(label), shuffles)
 
 
 def specialisation(
@@ -675,10 +624,12 @@ def persistence(layer: Layer) -> Persistence:
   )
 
 
-def changes(
+def churn(
   records: Iterable[Record], other_records: Iterable[Record]
-) -> dict[int, Agreement]:
-  """Compares the choices in records of the same batches, layer by layer.
+) -> dict[int, float]:
+  """Share of tokens whose first choice is another expert, by layer.
+
+  Tokens that made no choice in either are left out; NaN if none is left.
 
   Args:
     records: Records at one step, or of one trace.
@@ -687,7 +638,7 @@ def changes(
   Raises:
     ValueError: The records are not of the same batches, tokens and layers.
   """
-  parts: dict[int, list[Agreement]] = defaultdict(list)
+  counts: dict[int, Any] = defaultdict(lambda: np.zeros(2, int))
   for one, other in zip_longest(records, other_records):
     if one is None or other is None or _key(one) != _key(other):
       names = [
@@ -698,14 +649,15 @@ def changes(
         f'{names[0]} and {names[1]} are not of the same tokens and layers, so '
         'that their choices cannot be compared'
       )
-    real = one.documents > 0
     for number, choices in one.layers.items():
-      pair = choices.expert[real], other.layers[number].expert[real]
-      parts[number].append(agreement(*pair))
-  return {
-    number: Agreement(*map(sum, zip(*counts, strict=True)))
-    for number, counts in sorted(parts.items())
-  }
+      other_choices = other.layers[number]
+      chose = (choices.expert >= 0).any(-1) | (other_choices.expert >= 0).any(
+        -1
+      )
+      same = choices.expert[..., 0] == other_choices.expert[..., 0]
+      real = chose & (one.documents > 0)
+      counts[number] += (same & real).sum(), real.sum()
+  return {n: 1 - float(shares(*counts[n])) for n in sorted(counts)}
 
 
 def _key(record: Record) -> tuple[Any, ...]:

@@ -6,14 +6,13 @@ than 5 tokens by chance, too few to tell.
 """
 
 import html
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -62,7 +61,8 @@ def pictures(
   axes.set_yticks(range(len(layers)), labels=map(str, layers))
   yield 'load', figure
   yield 'drops', drop_figure(drop_rows)
-  yield 'entropy', entropy_figure(load_rows)
+  entropies = {'Entropy / ln E': _columns(load_rows, '.*entropy / ln E')}
+  yield 'entropy', _lines(layers, entropies)
   yield 'information', information_figure(by_label)
   pairs = {
     f'layer {n}': _over(pairs, measures.expected_pairs(pairs))
@@ -83,81 +83,74 @@ def pictures(
 
 def drop_figure(rows: Sequence[Row]) -> Figure:
   """Choices that are not served, by layer and rank, and by place in the row."""
-  figure, panels = _pair()
-  titles = {
+  panels = {
     'Choices that are not served': r'choice \d+|tokens unserved',
     'The same by quarter of the row': r'quarter \d',
   }
-  for axes, (title, pattern) in zip(panels, titles.items(), strict=True):
-    _draw_columns(axes, title, rows, pattern)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  return figure
-
-
-def entropy_figure(rows: Sequence[Row]) -> Figure:
-  """Entropies of loads and of routers over ln E, and the gates of choices."""
-  figure, panels = _pair()
-  titles = {
-    'Entropy / ln E': '.*entropy / ln E',
-    'Mean gate of served choices': r'gate \d',
-  }
-  for axes, (title, pattern) in zip(panels, titles.items(), strict=True):
-    _draw_columns(axes, title, rows, pattern)
-    axes.set_ylim(0, 1.03)
-  return figure
-
-
-def _draw_columns(
-  axes: Axes, title: str, rows: Sequence[Row], pattern: str
-) -> None:
-  """Draws a line over layers for each column whose name matches."""
-  names = dict.fromkeys(name for row in rows for name in row)
-  lines = {
-    name: [row.get(name, math.nan) for row in rows]
-    for name in names
-    if re.fullmatch(pattern, name)
-  }
-  _draw(axes, title, [row['layer'] for row in rows], lines)
+  return _lines(
+    [row['layer'] for row in rows],
+    {title: _columns(rows, pattern) for title, pattern in panels.items()},
+  )
 
 
 def information_figure(
   by_label: Mapping[str, Mapping[int, Information]],
 ) -> Figure:
   """The information of labels on experts by layer, and best guesses."""
-  figure, panels = _pair()
   first = next(iter(by_label.values()))  # ids of tokens, known in every layer
-  titles = {
-    'adjusted': 'Information about the expert, less that of shuffled labels',
-    'accuracy': 'Best guess of the expert from the label',
-  }
-  for axes, (field, title) in zip(panels, titles.items(), strict=True):
-    lines = {
+
+  def values(field: str) -> dict[str, list[float]]:
+    return {
       name: [getattr(infos.get(n), field, math.nan) for n in first]
       for name, infos in by_label.items()
     }
-    if field == 'accuracy':
-      lines['base rate'] = [info.base_rate for info in first.values()]
-    _draw(axes, title, first, lines)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  return figure
+
+  base_rate = {'base rate': [info.base_rate for info in first.values()]}
+  panels = {
+    'Information, less that of shuffled labels': values('adjusted'),
+    'Best guess of the expert from the label': values('accuracy') | base_rate,
+  }
+  return _lines(first, panels)
 
 
-def _draw(
-  axes: Axes, title: str, layers: Iterable[Any], lines: Mapping[str, Any]
-) -> None:
-  """Draws lines over layers, without those that have no value."""
-  for i, (label, values) in enumerate(lines.items()):
-    if not np.isnan(values).all():
-      axes.plot(values, **plot_style.series(i), label=label)
-  axes.set_title(title, loc='left', fontsize='medium')
-  axes.set_xlabel('layer')
+def _columns(rows: Sequence[Row], pattern: str) -> dict[str, list[float]]:
+  """The columns of a table whose names match, by name."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  return {
+    name: [row.get(name, math.nan) for row in rows]
+    for name in names
+    if re.fullmatch(pattern, name)
+  }
+
+
+def _lines(
+  layers: Iterable[int], panels: Mapping[str, Mapping[str, Sequence[float]]]
+) -> Figure:
+  """Shares over layers, as the lines of one panel for each title.
+
+  Lines without any value are left out.
+  """
+  figure = Figure(figsize=(_WIDTH, 3.6), layout='constrained')
+  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
   labels = [*map(str, layers)]
-  axes.set_xticks(range(len(labels)), labels=labels)
-  axes.set_xlim(-0.6, len(labels) - 0.4)
-  axes.margins(y=0.3)  # room for the legend
-  if axes.lines:
-    axes.legend(frameon=False, fontsize='small')
+  for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+    for i, (label, values) in enumerate(lines.items()):
+      if not np.isnan(values).all():
+        axes.plot(values, **plot_style.series(i), label=label)
+    values = [0, *itertools.chain(*lines.values())]
+    lowest, highest = np.nanmin(values), np.nanmax(values)
+    room = 0.3 * (highest - lowest) or 1  # for the legend
+    axes.set_title(title, loc='left', fontsize='medium')
+    axes.set_xlabel('layer')
+    axes.set_xticks(range(len(labels)), labels=labels)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.set_ylim(lowest - room * (lowest < 0), highest + room)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.grid(alpha=0.25)
+    axes.spines[['top', 'right']].set_visible(False)
+    if axes.lines:
+      axes.legend(frameon=False, fontsize='small')
+  return figure
 
 
 def coloured_text(
@@ -200,15 +193,6 @@ def _texts(
     ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
     for text in texts
   ]
-
-
-def _pair() -> tuple[Figure, np.ndarray]:
-  figure = Figure(figsize=(_WIDTH, 3.6), layout='constrained')
-  panels = figure.subplots(1, 2)
-  for axes in panels:
-    axes.grid(alpha=0.25)
-    axes.spines[['top', 'right']].set_visible(False)
-  return figure, panels
 
 
 def _panels(

@@ -159,8 +159,6 @@ def test_experts_that_choose():
   layer = measures.layers_of(header, records)[0]
   assert layer.load.tolist() == [2, 1, 0, 2, 0]
   assert layer.by_token[5].tolist() == [0, 0, 0, 2, 0]
-  choices = layer.expert, layer.gate, layer.kept
-  np.testing.assert_allclose(measures.mean_gates(*choices), [0.55, 0.2])
   unserved = measures.unserved_rate(layer.expert, layer.kept)
   assert unserved == pytest.approx(1 / 3)
   assert measures.drop_rates(layer.expert, layer.kept) == [0]
@@ -313,23 +311,31 @@ def test_repeats_of_mixtral():
     measures.uniform_repeats(8, 9)
 
 
-def test_agreement_by_hand():
+def test_churn_by_hand():
   # Four tokens: the same choices; the same in another order; one in common;
-  # none in common. The last one has no choice.
-  one = np.array([[0, 1], [2, 3], [0, 4], [0, 1], [-1, -1]])
-  other = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [-1, -1]])
-  agreement = measures.agreement(one, other)
-  assert agreement == (4, 2, 16, 10)
-  assert (agreement.churn, agreement.overlap) == (0.5, 0.625)
+  # none in common. The fifth one has no choice, and the last one is padding.
+  one = np.array([[0, 1], [2, 3], [0, 4], [0, 1], [-1, -1], [0, 1]])
+  other = np.array([[0, 1], [3, 2], [0, 2], [2, 3], [-1, -1], [1, 0]])
+  ids = np.zeros((1, 6), np.int32)
+  documents = np.array([[1, 1, 1, 1, 1, 0]], np.int32)
+  records = [
+    Record(
+      'valid', step, 0, ids, ids, documents, {3: LayerChoices(x, x, x > 0)}
+    )
+    for step, x in enumerate((one[None], other[None]))
+  ]
+  assert measures.churn(records[:1], records[1:]) == {3: 0.5}
+  empty = [r._replace(documents=0 * documents) for r in records]
+  assert math.isnan(measures.churn(empty[:1], empty[1:])[3])
 
 
 def test_other_tokens_are_not_compared():
   record, other_record = make_record(0), make_record(5)
-  assert measures.changes([record], [record])[1].churn == 0
+  assert measures.churn([record], [record]) == {1: 0, 4: 0}
   for others in (
     [other_record],
     [record, record._replace(batch=1)],
     [record._replace(batch=2)],
   ):
     with pytest.raises(ValueError, match='cannot be compared'):
-      measures.changes([record], others)
+      measures.churn([record], others)
