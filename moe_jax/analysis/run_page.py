@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import importlib.metadata
+import math
 import pathlib
 import platform
 import shlex
@@ -109,7 +110,6 @@ class Page(Hook):
       return
     self._run, self._outer_error = run, sys.exception()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
-    self._drawing: concurrent.futures.Future[None] | None = None
     self._pause_until, self._problem = 0.0, ''
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
@@ -117,10 +117,9 @@ class Page(Hook):
 
   def evaluated(self) -> None:
     """Lets the thread draw the page, unless it does so or did just now."""
-    if self._run is None or time.monotonic() < self._pause_until:
-      return
-    if self._drawing is None or self._drawing.done():
-      self._drawing = self._thread.submit(self._draw)
+    if self._run is not None and time.monotonic() >= self._pause_until:
+      self._pause_until = math.inf
+      self._thread.submit(self._draw)
 
   def saving(self) -> None:
     """Lets the thread draw the page."""
