@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   text = "records of this kind: 'train', 'generate' or an evaluation's name"
   default = ' or '.join(_PREFERRED_KINDS)
   add('--kind', help=f'{text}; default: {default}, if there are any')
-  text = 'steps from FIRST on and before LAST; either may be left out'
+  text = "steps from FIRST on and before LAST; ':' stands for all"
   add('--steps', type=_steps, metavar='FIRST:LAST', default=':', help=text)
   add('--traceback', action='store_true', help='shows where an error is raised')
   return parser.parse_args(argv)

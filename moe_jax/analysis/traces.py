@@ -224,6 +224,7 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
   """Writes a record; its file appears under its name when it is whole.
 
   Raises:
+    ValueError: The record does not fit the header.
     OSError: The file cannot be written.
   """
   arrays = {}
@@ -231,11 +232,21 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     if (values := getattr(record, name)) is not None:
       arrays[name] = np.asarray(values, np.int32)
   for number, choices in record.layers.items():
-    index_type = expert_type(header.layers[number].num_experts)
+    if (layer := header.layers.get(number)) is None:
+      raise InputError(f'layer {number} not in {sorted(header.layers)}')
+    largest = int(np.max(choices.expert, initial=-1))
+    if largest >= layer.num_experts:
+      raise InputError(f'expert {largest} not below {layer.num_experts}')
+    index_type = expert_type(layer.num_experts)
     types = index_type, header.dtype, bool, header.dtype
     for name, values, dtype in zip(LayerChoices._fields, choices, types):
       if values is not None:
         arrays[f'{name}_{number}'] = np.asarray(values, dtype)
+  for name, values in arrays.items():
+    if values.shape[:2] != record.tokens.shape:
+      raise InputError(
+        f'{name} has shape {values.shape}, tokens {record.tokens.shape}'
+      )
   suffix = f'_{record.sequence}' if record.sequence else ''
   name = f'{record.step:08d}_{record.batch:05d}{suffix}.npz'
   path = folder / record.kind / name

@@ -164,3 +164,16 @@ def test_a_folder_without_a_trace_is_refused(tmp_path):
   (tmp_path / 'header.json').write_text('{"format": 1}')
   with pytest.raises(ValueError, match='a trace of format 1; this version'):
     traces.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'positions': np.zeros((B, 4), int)}, r'positions has shape \(3, 4\)'),
+    ({'layers': {2: make().layers[1]}}, r'layer 2 not in \[1, 4\]'),
+    ({'layers': {1: make().layers[4]}}, 'expert 299 not below 7'),
+  ],
+)
+def test_a_record_that_does_not_fit_is_refused(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    traces.write(tmp_path, HEADER, [make(**changes)])
