@@ -60,7 +60,7 @@ class RunConfig(RunOptions):
         f'{self.model.replay!r}: the teacher reads the same batches, and would '
         'be given the same choices'
       )
-    if o.teacher and o.start != NONE and self.init_from.workdir:
+    if o.begins and self.init_from.workdir:
       yield (
         f'init_from.workdir={self.init_from.workdir!r} with distill.start='
         f'{o.start!r}: a run begins with one of them; set '

@@ -9,7 +9,7 @@ dense layer computes what the sparse one did.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts.serving import SCOPE
 from moe_jax.layers.ffn import FfnLayer
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import numbers_of
 from moe_jax.routing import TokenRouting
@@ -48,107 +49,81 @@ def rank(
   return tuple(np.argsort(-probability, kind='stable').tolist())
 
 
-class ConcatenationPlan(NamedTuple):
-  """A plan of feed-forwards that are made of a model's experts.
-
-  Attributes:
-    model: The dense model.
-    source: The sparse model.
-    experts: The experts of each layer, in the order in which they stand side by
-      side.
-  """
-
-  model: Model
-  source: Model
-  experts: Mapping[int, tuple[int, ...]]
-
-  def describe(self) -> str:
-    """A line on the experts that are concatenated."""
-    experts_text = ', '.join(
-      f'{list(experts)} of layer {layer}'
-      for layer, experts in self.experts.items()
-    )
-    return f'then made of experts {experts_text}, their outputs averaged'
-
-  def apply(
-    self,
-    convert: Callable[[Any, PRNGKey], dict[str, Any]],
-    params: Mapping[str, Any],
-    key: PRNGKey,
-  ) -> dict[str, Any]:
-    """The parameters of the dense model; a pure function, to be jitted.
-
-    Args:
-      convert: A function from `params` and a key to all parameters of the dense
-        model; the planned feed-forwards replace its own.
-      params: The parameters of the sparse model, unboxed.
-      key: The key that `convert` gets.
-    """
-    layers = self.source.layer_trees(params)
-    joined = {
-      layer: as_one(
-        layers[layer]['moe'][SCOPE],
-        jnp.array(numbers),
-        jnp.full(len(numbers), 1 / len(numbers)),
-      )
-      for layer, numbers in self.experts.items()
-    }
-    arrays = flat_trees.flatten(convert(params, key))
-    for path, stacked in arrays.items():
-      place = self.model.place_of(path)
-      if place is None or place.name[0] != 'ffn':
-        continue
-      for i, layer in enumerate(numbers_of(self.model.stacks, place)):
-        if layer in joined:
-          array = joined[layer][place.name[-1]].astype(stacked.dtype)
-          arrays[path] = arrays[path].at[i].set(array)
-    return flat_trees.unflatten(arrays)
-
-
-def plan(
+def best_experts(
   model: Model,
   source: Model,
   variables: Mapping[str, Any],
   batches: Iterable[Mapping[str, Leaf]],
-) -> ConcatenationPlan:
-  """The plan for a dense model, with experts ranked on batches of data.
+) -> dict[int, tuple[int, ...]]:
+  """The experts of each sparse layer that stand side by side in a dense model.
 
-  The number of experts taken is the feed-forward's width over an expert's: K
-  for a dense twin, or another number.
+  Their number is the feed-forward's width over an expert's: K for a dense twin,
+  or another number.
 
   Args:
     model: The dense model.
     source: The sparse model.
     variables: The variables of the sparse model.
-    batches: The batches.
+    batches: The batches of data, at least one, on which experts are ranked.
 
   Raises:
-    ValueError: The models do not fit, a feed-forward has no multiple of the
-      width of an expert, or there are no batches.
+    ValueError: The models do not fit, or a feed-forward has no multiple of the
+      width of an expert.
   """
   counts = {
     layer: _num_experts(model, source, layer) for layer in source.sparse_layers
   }
   if not counts:
     raise InputError('the teacher has no sparse layers, so no experts')
-  measure = jax.jit(
-    lambda variables, batch: {
-      layer: gate_sums(reached.routing)
-      for layer, reached in calibration.capture(
-        source, variables, batch
-      ).items()
-    }
-  )
-  total: dict[int, Any] = {}
-  for batch in batches:
-    for layer, sums in fetch(measure(variables, batch)).items():
-      sums = np.asarray(sums, np.float64)
-      total[layer] = total.get(layer, 0.0) + sums
-  if not total:
-    raise InputError('no batches to rank experts on')
-  ranked = {layer: rank(*sums) for layer, sums in total.items()}
-  experts = {layer: ranked[layer][:n] for layer, n in counts.items()}
-  return ConcatenationPlan(model, source, experts)
+
+  @jax.jit
+  def measure(variables, batch):
+    tokens = calibration.capture(source, variables, batch)
+    return {layer: gate_sums(x.routing) for layer, x in tokens.items()}
+
+  sums = [fetch(measure(variables, batch)) for batch in batches]
+  total = jax.tree.map(lambda *x: np.sum(x, 0, np.float64), *sums)
+  return {layer: rank(*total[layer])[:n] for layer, n in counts.items()}
+
+
+def concatenated(
+  model: Model,
+  source: Model,
+  experts: Mapping[int, tuple[int, ...]],
+  convert: Callable[[Any, PRNGKey], dict[str, Any]],
+  params: Mapping[str, Any],
+  key: PRNGKey,
+) -> dict[str, Any]:
+  """The parameters of the dense model; a pure function, to be jitted.
+
+  Args:
+    model: The dense model.
+    source: The sparse model.
+    experts: The experts of each sparse layer that stand side by side.
+    convert: A function from `params` and a key to all parameters of the dense
+      model; the feed-forwards that are made of experts replace its own.
+    params: The parameters of the sparse model, unboxed.
+    key: The key that `convert` gets.
+  """
+  layers = source.layer_trees(params)
+  joined = {
+    layer: as_one(
+      layers[layer]['moe'][SCOPE],
+      jnp.array(numbers),
+      jnp.full(len(numbers), 1 / len(numbers)),
+    )
+    for layer, numbers in experts.items()
+  }
+  arrays = flat_trees.flatten(convert(params, key))
+  for path, stacked in arrays.items():
+    place = model.place_of(path)
+    if place is None or place.name[0] != 'ffn':
+      continue
+    for i, layer in enumerate(numbers_of(model.stacks, place)):
+      if layer in joined:
+        array = joined[layer][place.name[-1]].astype(stacked.dtype)
+        arrays[path] = arrays[path].at[i].set(array)
+  return flat_trees.unflatten(arrays)
 
 
 def _num_experts(model: Model, source: Model, layer: int) -> int:
@@ -157,16 +132,17 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   Raises:
     ValueError: There is no such number, or the layer is not dense.
   """
-  options = source.moe_of(layer)
-  expert = FfnLayer(options.expert.twin(1).ffn, _block(source, layer)[0].shared)
-  dense = _dense_ffn(model, layer)
-  if options.shared_expert.hidden:
+  moe = source.moe_of(layer)
+  if moe.shared_expert.hidden:
     raise InputError(
       f'layer {layer} of the teacher has a shared expert, which no student '
       'begins from'
     )
-  if dense is None:
+  if layer in model.sparse_layers:
     raise InputError(f'layer {layer} of the student is not dense')
+  (block, twin), (source_block, _) = _block(model, layer), _block(source, layer)
+  dense = FfnLayer(twin.twin().ffn if twin else block.ffn, block.shared)
+  expert = FfnLayer(moe.expert.twin(1).ffn, source_block.shared)
   kinds = [
     (x.options.activation, x.use_bias, x.gate_bias) for x in (expert, dense)
   ]
@@ -175,7 +151,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
       f'layer {layer}: experts have (activation, bias, bias of gates)='
       f"{kinds[0]}, the student's feed-forward has {kinds[1]}"
     )
-  width, most = dense.options.hidden, options.num_retained
+  width, most = dense.options.hidden, moe.num_retained
   count, rest = divmod(width, expert.options.hidden)
   if rest or not 1 <= count <= most:
     raise InputError(
@@ -185,21 +161,8 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   return count
 
 
-def _dense_ffn(model: Model, layer: int) -> FfnLayer | None:
-  """The feed-forward of a layer; None for a sparse one, or without blocks."""
-  if (moe := model.moes[layer]) is not None and moe.num_experts:
-    return None
-  if not model.stacks:
-    return None
-  block, sparse = _block(model, layer)
-  twin = block.moe.twin().ffn if sparse and block.moe is not None else None
-  return FfnLayer(twin or block.ffn, block.shared)
-
-
-def _block(model: Model, layer: int) -> tuple[BlockConfig, bool]:
-  """The options of the block of a layer, and whether its layer is sparse."""
+def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
+  """The options of a layer's block, and its mixture, or that of its twin."""
   return [
-    (stack.block, sparse)
-    for _, stack in model.stacks
-    for sparse in stack.sparse
+    (stack.block, kind.moe) for _, stack in model.stacks for kind in stack.kinds
   ][layer]

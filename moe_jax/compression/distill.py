@@ -8,6 +8,7 @@ Switch Transformers, section 4.2 (https://arxiv.org/abs/2101.03961). The hook
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +17,9 @@ from typing import Any
 import jax
 
 from moe_jax import finetuning, partitioning
-from moe_jax.compression import dense_start, soft_labels, teacher_logits
-from moe_jax.compression.distill_options import (
-  CONCATENATED,
-  NONE,
-  DistillOptions,
-)
+from moe_jax.compression import dense_start, teacher_logits
+from moe_jax.compression.distill_options import CONCATENATED, DistillOptions
+from moe_jax.compression.soft_labels import mixed, soft_cross_entropy
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
@@ -36,10 +34,6 @@ from moe_jax.training.step import TrainState
 
 # File of a student's folder that says which checkpoint teaches it.
 TEACHER_FILE = 'teacher.json'
-LEAK = (
-  'WARNING: the teacher is not causal: where its capacity binds, later tokens '
-  'change its soft labels for earlier ones'
-)
 
 
 class Teacher:
@@ -76,7 +70,8 @@ class Teacher:
     if problems := list(self._problems(options)):
       raise InputError('\n'.join([f'{name} does not fit:', *problems]))
     self._asked = {'teacher': options.teacher, 'step': options.step}
-    self._note = _stored_note(run.workdir / TEACHER_FILE)
+    path = run.workdir / TEACHER_FILE
+    self._note = json.loads(path.read_text()) if path.exists() else {}
     self._kept = self._note.get('asked') == self._asked
     step = self._note['step'] if self._kept else options.step
     self._pinned_step = None if step < 0 else step
@@ -100,7 +95,13 @@ class Teacher:
       yield from self.options.model.problems_in(shape)
 
   @functools.cached_property
-  def _restored(self) -> Restored:
+  def restored(self) -> Restored:
+    """The teacher's variables on the run's devices, with their step.
+
+    Raises:
+      ValueError: There is no such checkpoint, or it is of another model.
+      CheckpointError: The checkpoint is not good.
+    """
     return trained.restore_variables(
       self.folder,
       self.model,
@@ -110,20 +111,10 @@ class Teacher:
     )
 
   @property
-  def variables(self) -> dict[str, Any]:
-    """The teacher's variables on the run's devices; read at first use.
-
-    Raises:
-      ValueError: There is no such checkpoint, or it is of another model.
-      CheckpointError: The checkpoint is not good.
-    """
-    return self._restored.state
-
-  @property
   def step(self) -> int:
     """The step of the checkpoint, which is read unless the step is pinned."""
     pinned = self._pinned_step
-    return self._restored.step if pinned is None else pinned
+    return self.restored.step if pinned is None else pinned
 
   @property
   def digest(self) -> str:
@@ -141,32 +132,21 @@ class Teacher:
       ValueError: The run has begun with a checkpoint of that step which had
         other contents.
     """
-    run, note, digest = self._run, self._note, self.digest
+    run, note = self._run, self._note
+    new = {'asked': self._asked, 'step': self.step, 'sha256': self.digest}
     if self._kept:
-      if note['sha256'] != digest:
+      if note['sha256'] != new['sha256']:
         raise InputError(
           f'the checkpoint of step {self.step} in {self.folder} is not that '
           f'which taught {run.workdir} before: the sha256 of its manifest was '
-          f'{note["sha256"]}, and is {digest}'
+          f'{note["sha256"]}, and is {new["sha256"]}'
         )
       return
     if note:
       run.message(f'WARNING: another teacher than before: {note["asked"]}')
     if is_first():
-      fields = {'asked': self._asked, 'step': self.step, 'sha256': digest}
-      text = json.dumps(fields, indent=2) + '\n'
+      text = json.dumps(new, indent=2) + '\n'
       workdir_lib.write_text(run.workdir / TEACHER_FILE, text)
-
-
-def _stored_note(path: pathlib.Path) -> dict[str, Any]:
-  """The values that `Teacher.keep_to` wrote; {} where there is no file."""
-  if not path.exists():
-    return {}
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-    return {key: fields[key] for key in ('asked', 'step', 'sha256')}
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{path} cannot be read: {error!r}') from None
 
 
 class Distilling(Hook):
@@ -191,10 +171,9 @@ class Distilling(Hook):
     options = _options(run)
     if options.teacher:
       Teacher(run, options, self.allow)
-    if run.checkpoints.steps():
+    if options.begins or run.checkpoints.steps():
       return
-    if not options.teacher or options.start == NONE:
-      finetuning.check(run, self.allow)
+    finetuning.check(run, self.allow)
 
   def initial(self, run: Run) -> tuple[dict[str, Any], str] | None:
     """The variables that a run begins with; see `training.begin.Initial`.
@@ -208,9 +187,9 @@ class Distilling(Hook):
       CheckpointError: No checkpoint is good.
     """
     options = _options(run)
-    if not options.teacher or options.start == NONE:
+    if not options.begins:
       return finetuning.initial(run, self.allow)
-    self._teacher = self._teacher or Teacher(run, options, self.allow)
+    self._teacher = Teacher(run, options, self.allow)
     return _begin_with(run, options, self._teacher)
 
   def start(self, run: Run) -> None:
@@ -226,11 +205,22 @@ class Distilling(Hook):
     teacher = self._teacher or Teacher(run, options, self.allow)
     self._teacher = None  # the step keeps the arrays that it needs
     teacher.keep_to()
-    run.message(_description(options, teacher))
-    if options.soft_weight:
-      step = _taught_step(run, options, teacher)
-      run.programs = dataclasses.replace(run.programs, train_step=step)
-      run.train_step = step
+    line = f'teacher: step {teacher.step} of {teacher.folder}'
+    if not options.soft_weight:
+      run.message(f'{line}, which gives parameters to begin with and no labels')
+      return
+    run.message(
+      f'{line}; {options.hard_weight:g} hard and {options.soft_weight:g} soft '
+      f'labels, temperature {options.temperature:g}'
+    )
+    if teacher.model.leaks_future:
+      run.message(
+        'WARNING: the teacher is not causal: where its capacity binds, later '
+        'tokens change its soft labels for earlier ones'
+      )
+    step = _taught_step(run, options, teacher)
+    run.programs = dataclasses.replace(run.programs, train_step=step)
+    run.train_step = step
 
 
 def _options(run: Run) -> DistillOptions:
@@ -240,17 +230,6 @@ def _options(run: Run) -> DistillOptions:
     return options
   step = teacher_logits.read(options.logits).step
   return dataclasses.replace(options, step=step)
-
-
-def _description(o: DistillOptions, teacher: Teacher) -> str:
-  description = f'teacher: step {teacher.step} of {teacher.folder}'
-  if not o.soft_weight:
-    return f'{description}, which gives parameters to begin with and no labels'
-  description += (
-    f'; {o.hard_weight:g} hard and {o.soft_weight:g} soft labels, temperature '
-    f'{o.temperature:g}'
-  )
-  return description + f'\n{LEAK}' * teacher.model.leaks_future
 
 
 def _begin_with(
@@ -265,22 +244,22 @@ def _begin_with(
     plan = finetuning.plan(run.model, teacher.model, experts=False)
     apply, description = plan.apply, plan.describe()
     if options.start == CONCATENATED:
-      batches = run.batches(0)
-      concatenation = dense_start.plan(
-        run.model,
-        teacher.model,
-        teacher.variables,
-        [next(batches) for _ in range(options.start_batches)],
+      batches = itertools.islice(run.batches(0), options.start_batches)
+      experts = dense_start.best_experts(
+        run.model, teacher.model, teacher.restored.state, batches
       )
-      apply = functools.partial(concatenation.apply, apply)
-      description += f'; {concatenation.describe()}'
+      apply = functools.partial(
+        dense_start.concatenated, run.model, teacher.model, experts, apply
+      )
+      numbers = ', '.join(f'{[*e]} of layer {i}' for i, e in experts.items())
+      description += f'; then made of experts {numbers}, their outputs averaged'
   except InputError as error:
     raise InputError(
       f'distill.start={options.start!r} with distill.teacher='
       f"{options.teacher}: {error}\nwith distill.start='none' the run begins "
       'with parameters of its own'
     ) from None
-  params = start_lib.convert(run, apply, teacher.variables['params'])
+  params = start_lib.convert(run, apply, teacher.restored.state['params'])
   line = (
     f'beginning with the weights of step {teacher.step} of {teacher.folder}: '
     f'{description}; the optimizer is new'
@@ -293,21 +272,22 @@ def _begin_with(
   return {'params': params}, line
 
 
+@dataclasses.dataclass(frozen=True)
 class TaughtStep:
   """A step (state, batch) around one that takes arrays of a teacher, too.
 
   It is lowered and compiled like a function that `jax.jit` returns.
 
   Attributes:
-    stage: The function (teacher_arrays, state, batch), or a compiled stage.
+    stage: The function (teacher's arrays, state, batch), or a stage of its
+      compilation.
     arrays_of: Function from the state to the teacher's variables or logits.
-    shapes: The shapes of the teacher's arrays, with shardings.
+    like: Arrays like these, or their shapes with shardings.
   """
 
-  def __init__(
-    self, stage: Any, arrays_of: Callable[[TrainState], Any], shapes: Any
-  ):
-    self.stage, self.arrays_of, self.shapes = stage, arrays_of, shapes
+  stage: Any
+  arrays_of: Callable[[TrainState], Any]
+  like: Any
 
   def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> Any:
     """The new state and the metrics; see `training.step.train_step`."""
@@ -315,12 +295,12 @@ class TaughtStep:
 
   def lower(self, state: Any, batch: Any) -> 'TaughtStep':
     """The step, lowered for a state and a batch of these shapes."""
-    lowered = self.stage.lower(self.shapes, state, batch)
-    return TaughtStep(lowered, self.arrays_of, self.shapes)
+    stage = self.stage.lower(self.like, state, batch)
+    return dataclasses.replace(self, stage=stage)
 
   def compile(self) -> 'TaughtStep':
     """The lowered step, compiled."""
-    return TaughtStep(self.stage.compile(), self.arrays_of, self.shapes)
+    return dataclasses.replace(self, stage=self.stage.compile())
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.stage, name)
@@ -334,57 +314,46 @@ def _taught_step(
   The teacher's dropout and its routers' noise are off; tokens that its capacity
   drops in its evaluation are dropped here, too.
   """
-  model, temperature = teacher.model, options.temperature
+  model, stored = teacher.model, None
   if options.logits:
     stored = teacher_logits.read(options.logits)
     stored.check(run, teacher.step, teacher.digest)
     run.message(stored.describe())
-    arrays_of, shapes = stored.reader(run), stored.shapes(run)
-  else:
-    variables = teacher.variables
+  arrays = stored.shapes(run) if stored else teacher.restored.state
 
-    def all_variables(state: TrainState) -> Any:
-      del state
-      return variables
+  def soft(arrays, outputs, batch):
+    if stored:
+      logits, ids = (batch[name] for name in teacher_logits.IN_BATCH)
+    else:
+      logits, _ = model.apply(arrays, **model.inputs(batch))
+      logits, ids = counted(logits, batch), None
+    return soft_cross_entropy(outputs, logits, options.temperature, ids)
 
-    arrays_of = all_variables
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      variables,
-    )
-
-  def train_step(teacher_arrays, state, batch):
-    def soft(outputs, batch):
-      if options.logits:
-        ids = batch[teacher_logits.IDS]
-        logits = batch[teacher_logits.LOG_PROBS]
-      else:
-        logits, _ = model.apply(teacher_arrays, **model.inputs(batch))
-        logits, ids = counted(logits, batch), None
-      return soft_labels.soft_cross_entropy(outputs, logits, temperature, ids)
-
+  def train_step(arrays, state, batch):
     step = make_step(
       run.options,
       run.model,
       run.programs.optimizer,
       run.programs.trained,
-      loss=soft_labels.mixed(
-        run.model, options.hard_weight, options.soft_weight, soft
+      loss=mixed(
+        run.model,
+        options.hard_weight,
+        options.soft_weight,
+        functools.partial(soft, arrays),
       ),
     )
     # Rows of stored logits are split into microbatches like others.
-    entries = teacher_arrays if options.logits else {}
-    return step(state, {**batch, **entries})
+    return step(state, {**batch, **arrays} if stored else batch)
 
-  def layout_of(tree):
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-  state_layout = layout_of(run.programs.abstract_state)
+  layouts = jax.tree.map(
+    lambda x: x.sharding, (arrays, run.programs.abstract_state)
+  )
   metrics = metrics_shardings(run.mesh, run.options.sharding.rules)
-  step = jax.jit(
+  stage = jax.jit(
     train_step,
-    in_shardings=(layout_of(shapes), state_layout, run.programs.put.sharding),
-    out_shardings=(state_layout, metrics),
+    in_shardings=(*layouts, run.programs.put.sharding),
+    out_shardings=(layouts[1], metrics),
     donate_argnums=1,
   )
-  return TaughtStep(step, arrays_of, shapes)
+  arrays_of = stored.reader(run) if stored else lambda _: arrays
+  return TaughtStep(stage, arrays_of, arrays)

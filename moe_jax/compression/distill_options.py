@@ -86,15 +86,17 @@ class DistillOptions(Options):
     when=_HAS_TEACHER,
   )
 
+  @property
+  def begins(self) -> bool:
+    """Whether the teacher gives parameters to begin with."""
+    return bool(self.teacher) and self.start != NONE
+
   def problems(self) -> Iterator[str]:
     """The problems of a run without a loss, or a teacher that gives nothing."""
     if not self.teacher:
       return
-    weights = (
-      f'hard_weight={self.hard_weight} with soft_weight={self.soft_weight}'
-    )
     if not self.hard_weight and not self.soft_weight:
-      yield f'{weights}: there is nothing to learn; one has to be above 0'
+      yield 'hard_weight=0.0 with soft_weight=0.0: there is nothing to learn'
     if not self.soft_weight and self.start == NONE:
       yield (
         f'teacher={self.teacher!r} has no effect with soft_weight=0.0 and '

@@ -3,16 +3,15 @@
     python -m moe_jax.compression keep_logits --teacher=runs/tiny \
       --config=moe_jax:tiny_switch --output=logits --batches=1000 --top=32
 
-The folder has one file of numbers for each array, and a manifest, which is
-written last: what a killed command left is no folder of logits, and the same
-command begins anew. Kept are the logarithms of the `top` largest probabilities
-of each token, and their ids; the manifest says how much probability that leaves
-out. Row r of the folder, its batches one after another, is row r of the stream
-of a run with the same data and seed.
+The folder has an array of rows, `np.load('logits/rows.npy', mmap_mode='r')`,
+and a manifest, which is written last: what a killed command left is no folder
+of logits, and the same command begins anew. Kept are the logarithms of the
+`top` largest probabilities of each token, and their ids; the manifest says how
+much probability that leaves out. Row r is row r of the stream of a run with the
+same data and seed.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,15 +32,14 @@ from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model, code_trees
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.shapes import Array, Float32, Int, Int32
+from moe_jax.shapes import Array, Float32, Int32
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
-# Names of arrays, the first two also in the batch of a run.
-IDS, LOG_PROBS = 'teacher_ids', 'teacher_log_probs'
-TARGETS = 'targets'  # beginnings of the sha256 of each row's targets
-MANIFEST, FORMAT = 'manifest.json', 2
-_DIGEST_BYTES = 8
+# Fields of a row; the first two are also in the batch of a run.
+IN_BATCH = LOG_PROBS, IDS = 'teacher_log_probs', 'teacher_ids'
+TARGETS = 'targets'  # the beginning of the sha256 of the row's targets
+ROWS, MANIFEST, FORMAT = 'rows.npy', 'manifest.json', 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +52,14 @@ class StoredLogits:
     sha256: The sha256 of the manifest of that checkpoint.
     data_digest: The sha256 of the data.
     seed: The seed of the order of the data.
-    batch_size: The number B of rows of a batch.
     length: The number T of tokens of a row.
     vocab_size: The number V of tokens that the teacher tells apart.
     top: The number of logits that are kept for each token.
-    batches: The number of batches, from that of step 0 on.
+    num_rows: The number of rows.
     left_out_mean: Probability that is left out at temperature 1, averaged over
       tokens.
     left_out_max: The most probability left out for a token, at temperature 1.
-    files: The sha256 of the file of each array.
+    rows_sha256: The sha256 of the file of rows.
   """
 
   folder: pathlib.Path
@@ -70,48 +67,38 @@ class StoredLogits:
   sha256: str
   data_digest: str
   seed: int
-  batch_size: int
   length: int
   vocab_size: int
   top: int
-  batches: int
+  num_rows: int
   left_out_mean: float = 0.0
   left_out_max: float = 0.0
-  files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  rows_sha256: str = ''
 
   @property
-  def num_rows(self) -> int:
-    """The number of rows of all batches."""
-    return self.batches * self.batch_size
+  def path(self) -> pathlib.Path:
+    """The file of rows, an array [num_rows] of records of `row_type`."""
+    return self.folder / ROWS
 
   @property
-  def size(self) -> int:
-    """Bytes of all files of arrays."""
-    return sum(self.path(name).stat().st_size for name in self.files)
-
-  def path(self, name: str) -> pathlib.Path:
-    """The path of the file of an array."""
-    return self.folder / f'{name}.bin'
-
-  def layout(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """The type of each stored array, and the shape of its rows."""
+  def row_type(self) -> np.dtype:
+    """The type of a row."""
     ids = np.uint16 if self.vocab_size <= 2**16 else np.int32
     shape = self.length, self.top
-    return {
-      IDS: (ids, shape),
-      LOG_PROBS: (np.float16, shape),
-      TARGETS: (np.uint8, (_DIGEST_BYTES,)),
-    }
+    return np.dtype(
+      [(IDS, ids, shape), (LOG_PROBS, np.float16, shape), (TARGETS, np.uint64)]
+    )
 
   def describe(self) -> str:
     """A line on the size of the logits, and on the probability left out."""
+    size = self.num_rows * self.row_type.itemsize
     full_size = 4 * self.num_rows * self.length * self.vocab_size
     return (
       f'{self.folder}: the {self.top} largest of {self.vocab_size} logits for '
-      f'{self.batches} batches, {in_bytes(self.size)} '
-      f'({self.size / full_size:.1%} of all logits in float32); they leave out '
-      f'{self.left_out_mean:.3%} of the probability on average, '
-      f'{self.left_out_max:.1%} at most, at temperature 1'
+      f'{self.num_rows} rows, {in_bytes(size)} ({size / full_size:.1%} of all '
+      f'logits in float32); they leave out {self.left_out_mean:.3%} of the '
+      f'probability on average, {self.left_out_max:.1%} at most, at '
+      'temperature 1'
     )
 
   def check(self, run: Run, step: int, sha256: str) -> None:
@@ -147,40 +134,24 @@ class StoredLogits:
       raise InputError(
         '\n'.join([f'distill.logits={self.folder} does not fit:', *differences])
       )
-    for name, expected_sha256 in self.files.items():
-      try:
-        with open(self.path(name), 'rb') as file:
-          digest = hashlib.file_digest(file, 'sha256').hexdigest()
-      except OSError as error:
-        raise InputError(f'{error}; write the logits again') from None
-      if digest != expected_sha256:
-        raise InputError(
-          f"{self.path(name)} is damaged: its sha256 is not the manifest's"
-        )
+    if not self.path.exists() or _sha256(self.path) != self.rows_sha256:
+      raise InputError(
+        f"{self.path} is missing or damaged: its sha256 is not the manifest's"
+      )
 
   def shapes(self, run: Run) -> dict[str, Any]:
     """The shapes of the arrays that a run's batch gets, with their sharding."""
+    shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
-    shape = (run.options.batch_size, self.length, self.top)
     return {
       IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
       LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
     }
 
   @functools.cached_property
-  def _arrays(self) -> dict[str, np.ndarray]:
-    return {
-      name: np.memmap(self.path(name), dtype, 'r').reshape(-1, *shape)
-      for name, (dtype, shape) in self.layout().items()
-    }
-
-  def rows(self, numbers: Int[np.ndarray, ' R']) -> dict[str, np.ndarray]:
-    """The arrays of rows: ids and log-probabilities [R, T, top], digests."""
-    return {
-      IDS: self._arrays[IDS][numbers].astype(np.int32),
-      LOG_PROBS: self._arrays[LOG_PROBS][numbers].astype(np.float32),
-      TARGETS: np.array(self._arrays[TARGETS][numbers]),
-    }
+  def rows(self) -> np.ndarray:
+    """The rows, of which only those that are taken are read."""
+    return np.load(self.path, mmap_mode='r', allow_pickle=False)
 
   def reader(self, run: Run) -> Callable[[TrainState], dict[str, jax.Array]]:
     """A function that is called once a step and gives its batch's logits.
@@ -199,9 +170,14 @@ class StoredLogits:
         number = int(state.step)
         for checked_number in (number, run.options.total_steps - 1):
           self._check_targets(run, checked_number)
-      arrays = self.rows(_rows_of(run, number))
+      rows = self._rows_of(run, number)
       number += 1
-      return layout.local({n: arrays[n] for n in (IDS, LOG_PROBS)})
+      return layout.local(
+        {
+          IDS: rows[IDS].astype(np.int32),
+          LOG_PROBS: rows[LOG_PROBS].astype(np.float32),
+        }
+      )
 
     return next_batch
 
@@ -214,32 +190,36 @@ class StoredLogits:
       share=run.programs.put.rows,
       offset=run.row_offset,
     )[number]
-    digests = self.rows(_rows_of(run, number))[TARGETS]
-    if not np.array_equal(row_digests(run_batch['targets']), digests):
+    digests = row_digests(run_batch['targets'])
+    if not np.array_equal(digests, self._rows_of(run, number)[TARGETS]):
       raise InputError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
       )
 
-
-def _rows_of(run: Run, number: int) -> Int[np.ndarray, ' R']:
-  """The numbers, in the stream, of this process' rows of a run's batch."""
-  first = run.row_offset + number * run.options.batch_size
-  return first + run.programs.put.rows
+  def _rows_of(self, run: Run, number: int) -> np.ndarray:
+    """This process' rows of batch `number` of a run."""
+    first = run.row_offset + number * run.options.batch_size
+    return self.rows[first + run.programs.put.rows]
 
 
 def row_digests(targets: Any) -> np.ndarray:
-  """The first bytes of the sha256 of each row, uint8 [R, 8]."""
+  """The first bytes of the sha256 of each row, uint64 [R]."""
   rows = np.asarray(targets, np.int32)
-  digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
-  return np.array([[*d[:_DIGEST_BYTES]] for d in digests], np.uint8)
+  digests = [hashlib.sha256(row.tobytes()).digest()[:8] for row in rows]
+  return np.frombuffer(b''.join(digests), np.uint64)
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def read(folder: str | os.PathLike[str]) -> StoredLogits:
   """Reads the manifest of a folder of logits.
 
   Raises:
-    ValueError: There is no manifest, or it cannot be read.
+    ValueError: There is no manifest, or it has another format.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / MANIFEST
@@ -248,13 +228,12 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
       f'{folder} has no finished logits: no {MANIFEST}; `python -m '
       'moe_jax.compression keep_logits` writes them'
     )
-  try:
-    fields = json.loads(path.read_text(encoding='utf-8'))
-    if (number := fields.pop('format')) != FORMAT:
-      raise InputError(f'format {number}, not {FORMAT}; write the logits again')
-    return StoredLogits(folder, **fields)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{path} cannot be read: {error!r}') from None
+  fields = json.loads(path.read_text(encoding='utf-8'))
+  if (number := fields.pop('format', None)) != FORMAT:
+    raise InputError(
+      f'{path} has format {number}, not {FORMAT}; write the logits again'
+    )
+  return StoredLogits(folder, **fields)
 
 
 def largest(
@@ -320,32 +299,33 @@ def write(
     sha256=trained.checkpoint_digest(run.folder, run.step),
     data_digest=dataset.digest,
     seed=seed,
-    batch_size=batch_size,
     length=rows.take(np.arange(1))['targets'].shape[1],
     vocab_size=run.model.vocab_size,
     top=top,
-    batches=batches,
+    num_rows=batches * batch_size,
   )
   folder = stored.folder
-  _make_free(stored)
+  folder.mkdir(parents=True, exist_ok=True)
+  # A killed command may have left rows, without a manifest.
+  if others := {path.name for path in folder.iterdir()} - {ROWS}:
+    raise InputError(f'{folder} has {min(others)!r}; give a new folder')
   stream = data.batch_dataset(rows, batch_size=batch_size, seed=seed)
   compute = jax.jit(functools.partial(largest, run.model, top=top))
   total, most, tokens = 0.0, 0.0, 0
-  digests = {name: hashlib.sha256() for name in stored.layout()}
-  with writing(folder), contextlib.ExitStack() as stack:
-    files = {
-      name: stack.enter_context(open(stored.path(name), 'wb'))
-      for name in digests
+  with writing(folder), open(stored.path, 'wb') as file:
+    header = {
+      'descr': np.lib.format.dtype_to_descr(stored.row_type),
+      'fortran_order': False,
+      'shape': (stored.num_rows,),
     }
+    np.lib.format.write_array_header_2_0(file, header)
     for i in range(batches):
       batch: Any = stream[i]
       ids, log_probs, left_out = jax.device_get(compute(run.variables, batch))
-      targets = row_digests(batch['targets'])
-      arrays = {IDS: ids, LOG_PROBS: log_probs, TARGETS: targets}
-      for name, (dtype, _) in stored.layout().items():
-        values = arrays[name].astype(dtype).tobytes()
-        files[name].write(values)
-        digests[name].update(values)
+      values = np.empty(batch_size, stored.row_type)
+      values[IDS], values[LOG_PROBS] = ids, log_probs
+      values[TARGETS] = row_digests(batch['targets'])
+      file.write(values.tobytes())
       total += left_out.sum(dtype=np.float64)
       most = max(most, float(left_out.max()))
       tokens += int((np.asarray(batch['loss_weights']) != 0).sum())
@@ -353,24 +333,13 @@ def write(
     stored,
     left_out_mean=total / max(tokens, 1),
     left_out_max=most,
-    files={name: sha.hexdigest() for name, sha in digests.items()},
+    rows_sha256=_sha256(stored.path),
   )
   fields = {'format': FORMAT, **dataclasses.asdict(stored)}
   del fields['folder']
   text = json.dumps(fields, indent=2) + '\n'
   workdir_lib.write_text(folder / MANIFEST, text)
   return stored
-
-
-def _make_free(stored: StoredLogits) -> None:
-  """Makes the folder, in which a killed command may have left files."""
-  folder = stored.folder
-  if folder.exists() and not folder.is_dir():
-    raise InputError(f'{folder} is a file; it must be a folder')
-  folder.mkdir(parents=True, exist_ok=True)
-  files = {stored.path(name).name for name in stored.layout()}
-  if others := {path.name for path in folder.iterdir()} - files:
-    raise InputError(f'{folder} has {min(others)!r}; give a new folder')
 
 
 def add(commands: Any) -> None:

@@ -129,7 +129,7 @@ def with_even_routers(params):
 def test_what_cannot_be_concatenated_is_refused(model, message):
   options = (tiny.options(model=m) for m in ({**TEACHER, **model}, TEACHER))
   with pytest.raises(ValueError, match=message):
-    dense_start.plan(*map(tiny.model_of, options), {}, [])
+    dense_start.best_experts(*map(tiny.model_of, options), {}, [])
 
 
 def test_experts_that_a_teacher_has_merged_are_not_concatenated():
@@ -137,7 +137,7 @@ def test_experts_that_a_teacher_has_merged_are_not_concatenated():
   student = {'moe': {'num_experts': 0, 'num_selected': 3}}
   options = (tiny.options(model={**TEACHER, **m}) for m in (student, merged))
   with pytest.raises(ValueError, match='not that of 1 to 2 experts of width'):
-    dense_start.plan(*map(tiny.model_of, options), {}, [])
+    dense_start.best_experts(*map(tiny.model_of, options), {}, [])
 
 
 @pytest.mark.slow

@@ -73,10 +73,7 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   teacher, tmp_path, all_logits
 ):
   largest = write(teacher, tmp_path / 'some', top=3, batches=1)
-  batch, largest_batch = (
-    all_logits.rows(np.arange(4)),
-    largest.rows(np.arange(4)),
-  )
+  batch, largest_batch = all_logits.rows[:4], largest.rows
   np.testing.assert_array_equal(
     largest_batch['teacher_ids'], batch['teacher_ids'][..., :3]
   )
@@ -87,10 +84,8 @@ def test_the_largest_are_kept_and_the_rest_is_told(
   left_out = 1 - probs[..., :3].sum(-1)[is_real]
   np.testing.assert_allclose(largest.left_out_mean, left_out.mean(), rtol=1e-3)
   np.testing.assert_allclose(largest.left_out_max, left_out.max(), rtol=1e-3)
-  size = sum(p.stat().st_size for p in largest.folder.glob('*.bin'))
-  assert largest.size == size
   description = largest.describe()
-  assert 'the 3 largest of 257 logits for 1 batches' in description
+  assert 'the 3 largest of 257 logits for 4 rows' in description
   assert (
     f'{largest.left_out_mean:.3%} of the probability on average' in description
   )
@@ -101,12 +96,16 @@ def test_what_a_killed_command_left_is_written_anew(
 ):
   folder = tmp_path / 'kept'
   folder.mkdir()
-  (folder / 'targets.bin').write_bytes(b'x')
+  (folder / 'rows.npy').write_bytes(b'x')
   with pytest.raises(ValueError, match='has no finished logits'):
     teacher_logits.read(folder)
+  (folder / 'manifest.json').write_text('{"format": 2}')
+  with pytest.raises(ValueError, match='has format 2, not 3; write the logi'):
+    teacher_logits.read(folder)
+  (folder / 'manifest.json').unlink()
   finished = write(teacher, folder)
   assert finished == teacher_logits.read(folder)
-  assert finished.files == all_logits.files
+  assert finished.rows_sha256 == all_logits.rows_sha256
   with pytest.raises(ValueError, match=r"has 'manifest.json'; give a new fol"):
     write(teacher, folder)
 
@@ -130,12 +129,11 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
       stored_logits.check(run, taught.step, taught.digest)
   shutil.copytree(all_logits.folder, tmp_path / 'damaged')
   damaged = teacher_logits.read(tmp_path / 'damaged')
-  path = damaged.path('teacher_ids')
-  path.write_bytes(path.read_bytes()[:-1] + b'x')
+  damaged.path.write_bytes(damaged.path.read_bytes()[:-1] + b'x')
   fitting = run_config.read(config_with_logits(teacher, all_logits))
   run.options = fitting.filled(257)
   stored_logits.check(run, taught.step, taught.digest)
-  with pytest.raises(ValueError, match='is damaged: its sha256 is not the man'):
+  with pytest.raises(ValueError, match='damaged: its sha256 is not the man'):
     damaged.check(run, taught.step, taught.digest)
   with pytest.raises(ValueError, match=r'top=258 not in \[1, vocab_size=257'):
     write(teacher, tmp_path / 'more', top=258)
@@ -192,7 +190,7 @@ def test_a_changed_batch_size_leaves_each_row_its_logits(
   run.row_offset = 4 - 2
   arrays_of = all_logits.reader(run)
   state = state.replace(step=state.step + 1)
-  kept = all_logits.rows(np.arange(4 * STEPS))
+  kept = all_logits.rows
   kept_digests = kept['targets'].tolist()
   for batch, _ in zip(run.batches(1), range(3)):
     digests = teacher_logits.row_digests(batch['targets']).tolist()
@@ -214,4 +212,4 @@ def test_the_command_writes_them(teacher, tmp_path, capsys):
       '--config.data.seq_len=24',
     ]
   )
-  assert 'the 4 largest of 257 logits for 2 batches' in capsys.readouterr().out
+  assert 'the 4 largest of 257 logits for 8 rows' in capsys.readouterr().out
