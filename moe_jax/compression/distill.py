@@ -2,8 +2,10 @@
 
     config.distill.teacher = 'runs/tiny'
 
-Switch Transformers, section 4.2 (https://arxiv.org/abs/2101.03961). The hook
-`Distilling` wraps the step, and gives the parameters to begin with.
+The teacher's soft labels are mixed with hard ones, as in
+https://arxiv.org/abs/1503.02531 and in section 4.2 of Switch Transformers
+(https://arxiv.org/abs/2101.03961). The hook `Distilling` wraps the step, and
+gives the parameters to begin with.
 """
 
 import dataclasses
@@ -15,19 +17,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax import finetuning, partitioning
 from moe_jax.compression import dense_start, teacher_logits
 from moe_jax.compression.distill_options import CONCATENATED, DistillOptions
-from moe_jax.compression.soft_labels import mixed, soft_cross_entropy
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
-from moe_jax.models import code_trees
-from moe_jax.models.base import counted
+from moe_jax.models import Model, code_trees
+from moe_jax.models.base import Batch, TokenLosses, counted
 from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
+from moe_jax.shapes import Array, Float32, Int
 from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState
@@ -272,6 +275,55 @@ def _begin_with(
   return {'params': params}, line
 
 
+def soft_cross_entropy(
+  outputs: Float32[Array, '*B V'],
+  logits: Float32[Array, '*B L'],
+  temperature: float = 1.0,
+  ids: Int[Array, '*B L'] | None = None,
+) -> Float32[Array, '*B']:
+  """T^2 times the cross-entropy of softmax(logits / T), for each token.
+
+  The square keeps the size of the gradient as the temperature T grows. The
+  Kullback-Leibler divergence differs from this loss by the teacher's entropy,
+  which has no gradient here.
+
+  Args:
+    outputs: The student's logits.
+    logits: The teacher's logits or log-probabilities, through which no gradient
+      flows.
+    temperature: T.
+    ids: The tokens that the logits are of, in any order; None: of all V. Tokens
+      that are left out count as impossible.
+  """
+  labels = jax.nn.softmax(jax.lax.stop_gradient(logits) / temperature)
+  log_probs = jax.nn.log_softmax(outputs / temperature)
+  if ids is not None:
+    log_probs = jnp.take_along_axis(log_probs, ids, axis=-1)
+  return -(temperature**2) * (labels * log_probs).sum(-1)
+
+
+def mixed(
+  model: Model, options: DistillOptions, soft: Callable[[Array, Batch], Array]
+) -> Callable[[Any, Batch], TokenLosses]:
+  """The loss of a student: its own and `soft`, weighted by the options.
+
+  Args:
+    model: The student.
+    options: The weights; the model's own loss is left out where its is 0.
+    soft: The function (student's logits, batch) to the nats of each token, of
+      which those of loss weight 0 count as zeros.
+  """
+
+  def loss(outputs: Array, batch: Batch) -> TokenLosses:
+    hard_loss = model.loss(outputs, batch)
+    nats = options.soft_weight * soft(counted(outputs, batch), batch)
+    if options.hard_weight:
+      nats = options.hard_weight * hard_loss.nats + nats
+    return hard_loss._replace(nats=nats)
+
+  return loss
+
+
 @dataclasses.dataclass(frozen=True)
 class TaughtStep:
   """A step (state, batch) around one that takes arrays of a teacher, too.
@@ -335,12 +387,7 @@ def _taught_step(
       run.model,
       run.programs.optimizer,
       run.programs.trained,
-      loss=mixed(
-        run.model,
-        options.hard_weight,
-        options.soft_weight,
-        functools.partial(soft, arrays),
-      ),
+      loss=mixed(run.model, options, functools.partial(soft, arrays)),
     )
     # Rows of stored logits are split into microbatches like others.
     return step(state, {**batch, **arrays} if stored else batch)

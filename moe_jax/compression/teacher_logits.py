@@ -27,6 +27,7 @@ import numpy as np
 
 from moe_jax import command_line, config_file, data, sections
 from moe_jax.compression import whole_run
+from moe_jax.distributed import fetch
 from moe_jax.errors import InputError, writing
 from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model, code_trees
@@ -162,17 +163,17 @@ class StoredLogits:
     those that the logits are for: other weights of a mixture may give the same
     rows at first, and later shift those of every source.
     """
-    layout, number = run.programs.put, None
+    put, number = run.programs.put, None
 
     def next_batch(state: TrainState) -> dict[str, jax.Array]:
       nonlocal number
       if number is None:
         number = int(state.step)
-        for checked_number in (number, run.options.total_steps - 1):
-          self._check_targets(run, checked_number)
-      rows = self._rows_of(run, number)
+        for batch_number in (number, run.options.total_steps - 1):
+          self._check_targets(run, batch_number)
+      rows = self.rows[_first_row(run, number) + put.rows]
       number += 1
-      return layout.local(
+      return put.local(
         {
           IDS: rows[IDS].astype(np.int32),
           LOG_PROBS: rows[LOG_PROBS].astype(np.float32),
@@ -183,24 +184,18 @@ class StoredLogits:
 
   def _check_targets(self, run: Run, number: int) -> None:
     """Raises ValueError where batch `number` of a run has other targets."""
-    run_batch: Any = data.batch_dataset(
-      run.dataset.splits['train'],
-      batch_size=run.options.batch_size,
-      seed=run.options.seed,
-      share=run.programs.put.rows,
-      offset=run.row_offset,
-    )[number]
-    digests = row_digests(run_batch['targets'])
-    if not np.array_equal(digests, self._rows_of(run, number)[TARGETS]):
+    targets = fetch(next(run.batches(number))['targets'])
+    rows = self.rows[_first_row(run, number) :][: len(targets)]
+    if not np.array_equal(row_digests(targets), rows[TARGETS]):
       raise InputError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
       )
 
-  def _rows_of(self, run: Run, number: int) -> np.ndarray:
-    """This process' rows of batch `number` of a run."""
-    first = run.row_offset + number * run.options.batch_size
-    return self.rows[first + run.programs.put.rows]
+
+def _first_row(run: Run, number: int) -> int:
+  """The number, in the stream, of the first row of a run's batch."""
+  return run.row_offset + number * run.options.batch_size
 
 
 def row_digests(targets: Any) -> np.ndarray:

@@ -10,12 +10,20 @@ they have another `moe.num_experts`.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping
 
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.options import Options, option
+
+# The separator of an option's entries, the numbers after a layer's, and an
+# example of an entry.
+_FORMS = {
+  'experts': (',', r'\d+', '1:4'),
+  'expert_of': (';', r'\d+(\s+\d+)*', '1: 0 1 1 2'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +54,13 @@ class Retained(Options):
   @property
   def counts(self) -> Mapping[int, int]:
     """The number of experts of each pruned layer."""
-    return _counts(self.experts)
+    entries = _entries('experts', self.experts)
+    return {layer: count for layer, (count,) in entries.items()}
 
   @property
   def rows(self) -> Mapping[int, tuple[int, ...]]:
     """The expert of each column, of each merged layer."""
-    return _rows(self.expert_of)
+    return _entries('expert_of', self.expert_of)
 
   @property
   def layers(self) -> frozenset[int]:
@@ -74,18 +83,17 @@ class Retained(Options):
 
   def problems(self) -> Iterator[str]:
     """The problems of texts that cannot be read, and of rows by themselves."""
-    for name, read in (('experts', _counts), ('expert_of', _rows)):
-      try:
-        read(getattr(self, name))
-      except InputError as error:
-        yield f'{name}={getattr(self, name)!r}: {error}'
-        return
-    for layer in sorted(self.counts.keys() & self.rows.keys()):
+    try:
+      counts, rows = self.counts, self.rows
+    except InputError as error:
+      yield str(error)
+      return
+    for layer in sorted(counts.keys() & rows.keys()):
       yield (
         f'layer {layer} is in experts={self.experts!r} and in expert_of: '
         'experts are merged before others are pruned, or neither'
       )
-    for layer, row in self.rows.items():
+    for layer, row in rows.items():
       if missing := sorted(set(range(max(row) + 1)) - set(row)):
         yield (
           f'expert_of: layer {layer} has {max(row) + 1} experts, and no column '
@@ -124,35 +132,17 @@ class Retained(Options):
 
 
 @functools.cache
-def _counts(text: str) -> dict[int, int]:
-  entries = _entries(text, ',', "a list such as '1:4, 3:6'")
-  return {layer: _number(value) for layer, value in entries}
-
-
-@functools.cache
-def _rows(text: str) -> dict[int, tuple[int, ...]]:
-  entries = _entries(text, ';', "a list such as '1: 0 1 1 2; 3: 0 1 0 2'")
-  rows = {layer: tuple(map(_number, value.split())) for layer, value in entries}
-  if empty := [layer for layer, row in rows.items() if not row]:
-    raise InputError(f'layers {empty} have no columns')
-  return rows
-
-
-def _entries(text: str, separator: str, form: str) -> list[tuple[int, str]]:
-  """The entries of a text, in the order of their layers."""
-  entries = []
+def _entries(name: str, text: str) -> Mapping[int, tuple[int, ...]]:
+  """The numbers of each layer in an option's text, in the order of layers."""
+  separator, numbers, example = _FORMS[name]
+  entries = {}
   for entry in text.split(separator) if text.strip() else ():
-    layer, colon, value = entry.partition(':')
-    if not colon:
-      raise InputError(f'{entry.strip()!r} is no entry of {form}')
-    entries.append((_number(layer), value))
-  layers = [layer for layer, _ in entries]
-  if repeated := sorted({i for i in layers if layers.count(i) > 1}):
-    raise InputError(f'layers {repeated} come twice')
-  return sorted(entries)
-
-
-def _number(text: str) -> int:
-  if not text.strip().isdigit():
-    raise InputError(f'{text.strip()!r} is no number')
-  return int(text)
+    if not re.fullmatch(rf'\d+\s*:\s*{numbers}', entry.strip()):
+      raise InputError(
+        f'{name}={text!r}: {entry.strip()!r} is no entry such as {example!r}'
+      )
+    layer, *values = map(int, re.findall(r'\d+', entry))
+    if layer in entries:
+      raise InputError(f'{name}={text!r}: layer {layer} comes twice')
+    entries[layer] = tuple(values)
+  return dict(sorted(entries.items()))

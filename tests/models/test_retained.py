@@ -143,17 +143,19 @@ def test_an_encoder_has_lost_experts_of_its_own():
 @pytest.mark.parametrize(
   ('problem', 'changes'),
   {
-    "'1=4' is no entry of a list such as '1:4, 3:6'": dict(experts='1=4'),
-    "experts='1:x': 'x' is no number": dict(experts='1:x'),
-    'layers [1] come twice': dict(experts='1:4, 1:3'),
+    "'1=4' is no entry such as '1:4'": dict(experts='1=4'),
+    "experts='1:x': '1:x' is no entry such as '1:4'": dict(experts='1:x'),
+    'layer 1 comes twice': dict(experts='1:4, 1:3'),
     'layer 1 has 5 experts, not in [1, num_experts=5)': dict(experts='1:5'),
     'layer 1: num_selected=2 not in [1, num_experts=1]': dict(experts='1:1'),
     'layer 1 has 4 columns, not num_experts=5': dict(expert_of='1: 0 1 0 1'),
     'layer 1 has 4 experts, and no column leads to [2]': dict(
       expert_of='1: 0 1 3 3 0'
     ),
-    'layers [1] have no columns': dict(expert_of='1: ; 2: 0 1'),
-    "'-' is no number": dict(expert_of='1: 0 - 1 2 3'),
+    "'1:' is no entry such as '1: 0 1 1 2'": dict(expert_of='1: ; 2: 0 1'),
+    "'1: 0 - 1 2 3' is no entry such as '1: 0 1 1 2'": dict(
+      expert_of='1: 0 - 1 2 3'
+    ),
     'a choice of an expert does not say by which column': dict(
       expert_of='1: 0 1 1 0 0', force_balance='random'
     ),
