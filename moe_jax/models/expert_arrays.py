@@ -27,6 +27,7 @@ from moe_jax.models.encoder_decoder_options import (
   EncoderOptions,
 )
 from moe_jax.models.flat_trees import Path
+from moe_jax.models.layer_trees import numbers_of
 from moe_jax.models.parameter_trees import describe
 from moe_jax.models.router_state import COLLECTION, abstract_router_state
 from moe_jax.models.text_options import LayerOptions
@@ -130,10 +131,6 @@ def assembled(
   shapes = {'params': describe(new).shapes}
   if state_shapes := abstract_router_state(new):
     shapes[COLLECTION] = state_shapes
-  first, first_layers = 0, {}
-  for path, stack in model.stacks:
-    first_layers[path] = first
-    first += len(stack.sparse)
   collections = {}
   for name, tree in shapes.items():
     old_arrays = flat_trees.flatten(variables[name])
@@ -144,7 +141,7 @@ def assembled(
         arrays[path] = old_arrays[path]
         continue
       rows = []
-      for number in (first_layers[place.stack] + i for i in place.layers):
+      for number in numbers_of(model.stacks, place):
         own = changes.get(number, {})
         array = own.get(place.name, layers[number].get(place.name))
         if array is None or array.shape != leaf.shape[1:]:
