@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from moe_jax import finetuning, partitioning
 from moe_jax.compression import dense_start, teacher_logits
 from moe_jax.compression.distill_options import CONCATENATED, DistillOptions
+from moe_jax.data.plain_files import read_json
 from moe_jax.distributed import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
@@ -74,7 +75,7 @@ class Teacher:
       raise InputError('\n'.join([f'{name} does not fit:', *problems]))
     self._asked = {'teacher': options.teacher, 'step': options.step}
     path = run.workdir / TEACHER_FILE
-    self._note = json.loads(path.read_text()) if path.exists() else {}
+    self._note = read_json(path)
     self._kept = self._note.get('asked') == self._asked
     step = self._note['step'] if self._kept else options.step
     self._pinned_step = None if step < 0 else step

@@ -185,6 +185,33 @@ def numbers_by_share(
   return counts
 
 
+def check_groups(
+  layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
+) -> None:
+  """Raises ValueError where groups of experts cannot keep as many each."""
+  for n, layer in layers.items():
+    if counts[n] % (num_groups := _groups(layer)):
+      raise InputError(
+        f'layer {n}: {counts[n]} experts that stay are no multiple of '
+        f'expert_groups={num_groups}, of which each keeps as many'
+      )
+
+
+def in_groups(
+  layers: Mapping[int, SparseLayer], counts: Mapping[int, int]
+) -> dict[int, int]:
+  """The counts, rounded up so that groups of experts keep as many each."""
+  return {
+    n: -(-counts[n] // _groups(layer)) * _groups(layer)
+    for n, layer in layers.items()
+  }
+
+
+def _groups(layer: SparseLayer) -> int:
+  """The number of groups of experts among which tokens choose first."""
+  return getattr(layer.moe.router, 'expert_groups', 1)
+
+
 def prune(
   original: Calibrated, counts: Mapping[int, int], *, score: str = 'reap'
 ) -> dict[int, SmallerLayer]:
@@ -198,16 +225,12 @@ def prune(
   Raises:
     ValueError: Groups of experts would differ in their size.
   """
+  check_groups(original.layers, counts)
   new_layers = {}
   for n, layer in original.layers.items():
-    num_groups = getattr(layer.moe.router, 'expert_groups', 1)
+    num_groups = _groups(layer)
     scores = SCORES[score](original.usage[n]).reshape(num_groups, -1)
     order = np.argsort(-scores, axis=1, kind='stable')
-    if counts[n] % num_groups:
-      raise InputError(
-        f'layer {n}: {counts[n]} experts that stay are no multiple of '
-        f'expert_groups={num_groups}, of which each keeps as many'
-      )
     first = np.arange(num_groups)[:, None] * scores.shape[1]
     left = (first + order[:, : counts[n] // num_groups]).ravel()
     new_layers[n] = only(layer, sorted(left.tolist()))
@@ -218,9 +241,15 @@ def only(layer: SparseLayer, experts: list[int]) -> SmallerLayer:
   """The layer with these experts alone, and with their columns.
 
   Raises:
-    ValueError: Groups of experts would differ in their size.
+    ValueError: Fewer experts would stay than a token chooses, or groups of
+      experts would differ in their size.
   """
-  num_groups = getattr(layer.moe.router, 'expert_groups', 1)
+  num_groups, K = _groups(layer), layer.moe.num_selected
+  if len(experts) < K:
+    raise InputError(
+      f'layer {layer.number} would keep {len(experts)} experts, and a token '
+      f'chooses {K}'
+    )
   index = np.array(experts)
   group_size = layer.moe.num_experts // num_groups
   sizes = np.bincount(index // group_size, minlength=num_groups)

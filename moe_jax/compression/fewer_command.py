@@ -90,11 +90,15 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   layers, counts = sparse_layers(run.model, run.variables), {}
   if options.experts:  # a bad number is refused before experts are measured
     counts = fewer.numbers(options.experts, layers)
+    if options.score:
+      fewer.check_groups(layers, counts)
   original = fewer.calibrated(run, options.batches, data_options)
   if not counts:
     score = SCORES[options.score or 'usage']
     scores = {n: score(usage) for n, usage in original.usage.items()}
     counts = fewer.numbers_by_share(options.share, scores, layers)
+    if options.score:
+      counts = fewer.in_groups(layers, counts)
   if options.score:
     new_layers = fewer.prune(original, counts, score=options.score)
   else:

@@ -27,6 +27,7 @@ import numpy as np
 
 from moe_jax import command_line, config_file, data, sections
 from moe_jax.compression import whole_run
+from moe_jax.data.plain_files import read_json
 from moe_jax.distributed import fetch
 from moe_jax.errors import InputError, writing
 from moe_jax.memory_room import in_bytes
@@ -214,16 +215,15 @@ def read(folder: str | os.PathLike[str]) -> StoredLogits:
   """Reads the manifest of a folder of logits.
 
   Raises:
-    ValueError: There is no manifest, or it has another format.
+    ValueError: There is no manifest, or it is damaged or of another format.
   """
   folder = pathlib.Path(folder).expanduser()
   path = folder / MANIFEST
-  if not path.exists():
+  if not (fields := read_json(path)):
     raise InputError(
       f'{folder} has no finished logits: no {MANIFEST}; `python -m '
       'moe_jax.compression keep_logits` writes them'
     )
-  fields = json.loads(path.read_text(encoding='utf-8'))
   if (number := fields.pop('format', None)) != FORMAT:
     raise InputError(
       f'{path} has format {number}, not {FORMAT}; write the logits again'

@@ -74,8 +74,14 @@ def measure(
     batches: Batches of calibration data.
 
   Raises:
-    ValueError: There is no sparse layer or no batch.
+    ValueError: Experts choose tokens, or there is no batch.
   """
+  for layer in model.sparse_layers:
+    if model.moe_of(layer).router.by_expert:
+      raise InputError(
+        f'the experts of layer {layer} choose tokens, so that all are used '
+        'equally'
+      )
   total = None
   for batch in batches:
     sums = jax.tree.map(

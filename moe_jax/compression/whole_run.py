@@ -43,12 +43,15 @@ class WholeRun(NamedTuple):
     Raises:
       ValueError: They are not.
     """
-    problems = [*self.options.task_problems(options)]
+
+    def refuse(problems):
+      for problem in problems:
+        raise InputError(f'{self.folder} does not fit the data: {problem}')
+
+    refuse(self.options.task_problems(options))
     dataset = data.load(options)
     if self.options.tokenizer is not None:
-      problems += self.options.token_problems(dataset.tokenizer)
-    for problem in problems:
-      raise InputError(f'{self.folder} does not fit the data: {problem}')
+      refuse(self.options.token_problems(dataset.tokenizer))
     return dataset
 
 

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.compression import merge
 from moe_jax.compression.fewer import (
   check_layer,
+  in_groups,
   numbers,
   numbers_by_share,
   only,
@@ -225,8 +226,11 @@ def test_each_group_of_experts_keeps_as_many():
     ValueError, match=r'3 experts .* multiple of expert_groups'
   ):
     prune(calibrated, {1: 3, 2: 4})
+  assert in_groups(calibrated.layers, {1: 3, 2: 2}) == {1: 4, 2: 2}
   with pytest.raises(ValueError, match=r'layer 1: .* would keep \[3, 2\]'):
     without(run, {1: [3]})
+  with pytest.raises(ValueError, match=r'layer 1 would keep 0 experts'):
+    without(run, {1: range(6)})
 
 
 def test_tokens_of_a_lost_expert_take_their_next_choice():
@@ -248,7 +252,7 @@ def test_tokens_of_a_lost_expert_take_their_next_choice():
   [
     ({0: [1]}, r'layer 0 is not sparse; \[1, 2\] are'),
     ({1: [5, 9]}, r'layer 1 has no experts \[5, 9\], only 5'),
-    ({2: range(4)}, r'layer 2: num_selected=2 not in \[1, num_experts=1\]'),
+    ({2: range(4)}, 'layer 2 would keep 1 experts, and a token chooses 2'),
   ],
 )
 def test_experts_that_cannot_be_lost_are_refused(lost, text):

@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.compression import usage
 from moe_jax.compression.calibration import capture
+from moe_jax.layers.routers import ExpertChoice
 from tests.compression import sparse_runs
 from tests.compression.sparse_runs import E, K, M
 
@@ -77,4 +78,10 @@ def test_scores_are_of_all_tokens_or_of_those_of_an_expert():
 def test_no_batches_are_refused():
   run, _ = measured()
   with pytest.raises(ValueError, match='there are no batches'):
+    usage.measure(run.model, run.variables, [])
+
+
+def test_experts_that_choose_tokens_are_refused():
+  run = sparse_runs.run_of(router=ExpertChoice())
+  with pytest.raises(ValueError, match='experts of layer 1 choose tokens'):
     usage.measure(run.model, run.variables, [])
