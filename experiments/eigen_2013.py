@@ -26,29 +26,13 @@ one expert a layer in 6.7 %; whether the constraint lowers errors was not
 resolved.
 """
 
-import ml_collections
-
-from experiments.gates_2013.measures import LAYERS, measure, pictures
+from experiments.gates_2013.measures import LAYERS, pictures
 from experiments.gates_2013.training import DeepMoeRunner, Training
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 from experiments.study.tasks import Task
 from moe_jax import sections
-
-TASKS = {
-  'jittered_digits': Task(
-    {'data.name': 'digits'}, "jittered digits (scikit-learn's 8x8 on 14x14)"
-  ),
-  'mnist': Task({'data.name': 'mnist'}, 'MNIST, jittered, 36x36'),
-}
-
-
-def config(steps: int) -> ml_collections.ConfigDict:
-  """The config that the rows share."""
-  config = sections.section(Training)
-  config.total_steps = steps
-  return config
 
 
 def arms(preset: Preset) -> list[Arm]:
@@ -57,15 +41,13 @@ def arms(preset: Preset) -> list[Arm]:
   The balancing constraint is off, on, or lifted half-way through training.
   """
   steps = {'off': 0, 'on': -1, 'lifted': preset.steps // 2}
-  arms = []
-  for depth in LAYERS:
-    sizes = _sizes(depth)
-    for name, balanced in steps.items():
-      overrides = {**sizes, 'balance_steps': balanced}
-      arms.append(Arm(row_name(name, depth), overrides))
-  single = {'num_experts': (1, 1), 'balance_steps': 0}
-  arms.append(Arm(row_name('one expert a layer', 2), _sizes(2) | single))
-  return arms
+  arms = [
+    Arm(row_name(name, depth), {**_sizes(depth), 'balance_steps': balanced})
+    for depth in LAYERS
+    for name, balanced in steps.items()
+  ]
+  single = {**_sizes(2), 'num_experts': (1, 1), 'balance_steps': 0}
+  return [*arms, Arm(row_name('one expert a layer', 2), single)]
 
 
 def _sizes(depth: int) -> dict[str, tuple[int, ...]]:
@@ -79,18 +61,16 @@ def row_name(constraint: str, depth: int) -> str:
   return f'{constraint}, depth {depth}'
 
 
-def information(layer: int, label: str) -> str:
-  """Name of the column of I(gate; label), the gates' mutual information."""
-  return f'I(gate {layer}; {label})'
-
-
 def columns() -> list[Column]:
-  """Columns of the error, the gates' information and the experts' balance."""
+  """Columns of the error, the gates' information and the experts' balance.
+
+  The information is mutual, of a layer's gates and a label.
+  """
   columns = [Column('test error', 'test_error', '%', 2)]
   for i in LAYERS:
     columns += [
-      Column(information(i, 'place'), f'layer_{i}/place', 'nats', 3),
-      Column(information(i, 'class'), f'layer_{i}/class', 'nats', 3),
+      Column(f'I(gate {i}; place)', f'layer_{i}/place', 'nats', 3),
+      Column(f'I(gate {i}; class)', f'layer_{i}/class', 'nats', 3),
       Column(difference(i), f'layer_{i}/place_less_class', 'nats', 3),
     ]
   columns.append(Column('of shuffled labels', 'layer_*_by_chance', 'nats', 4))
@@ -114,7 +94,7 @@ STUDY = Study(
   title='A deep mixture of experts: gates for where, gates for what',
   source='Eigen, Ranzato and Sutskever 2013 (claims alone: no value of theirs '
   'could be verified)',
-  config=config,
+  config=lambda steps: sections.section(Training(total_steps=steps)),
   arms=arms,
   presets={'quick': Preset(2000, 8), 'full': Preset(8000, 8)},
   columns=columns(),
@@ -152,7 +132,7 @@ STUDY = Study(
   ],
   written='2026-11-25',
   figure=Figure(['test error', difference(1), difference(2), 'CV 2']),
-  runner=DeepMoeRunner(measure),
+  runner=DeepMoeRunner(),
   pictures=pictures,
   remarks=(
     'Information is in nats, ln 4 = 1.386 at most, less that of shuffled '
@@ -167,7 +147,12 @@ STUDY = Study(
     'resolved: without the constraint the sums of gates of that layer are '
     'only less even.'
   ),
-  tasks=TASKS,
+  tasks={
+    'jittered_digits': Task(
+      {'data.name': 'digits'}, "jittered digits (scikit-learn's 8x8 on 14x14)"
+    ),
+    'mnist': Task({'data.name': 'mnist'}, 'MNIST, jittered, 36x36'),
+  },
 )
 
 if __name__ == '__main__':

@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import jacobs_table1
-from experiments.origins_1991 import (
-  descent,
-  rows,
-  vowels,
-)
-from experiments.origins_1991.descent import TARGETS, Cases, Descent, System
+from experiments.origins_1991 import descent, vowels
+from experiments.origins_1991.descent import TARGETS, Cases, Descent
 from experiments.origins_1991.mixture import Mixture
 from experiments.study import command, results, verdicts
 from experiments.study.parts import Row
@@ -32,8 +28,7 @@ def line():
   return Cases(features, (x > 0).astype(np.float32)[:, None])
 
 
-def system(error=0.08):
-  return System(Mixture(3), 'competitive', error)
+OPTIONS = Descent(num_experts=3, total_steps=150)
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -41,7 +36,7 @@ def one_step(model, params, features, targets, rate):
   """The squared error of one epoch, and the parameters of the next."""
 
   def loss(params):
-    outputs = descent.forward(model, params, features)
+    outputs = model.apply({'params': params}, features)
     p, o = outputs.gate_probs, outputs.experts
     distances = ((targets[:, None] - o) ** 2).sum(-1)
     losses = -jnp.log((p * jnp.exp(-distances / 2)).sum(-1))
@@ -60,45 +55,34 @@ def start_of(model, features, seed):
   )
 
 
-def descend(system, rate, seed, most):
+def descend(rate, seed):
   """One run by definition, in a Python loop."""
   cases = line()
-  params = start_of(system.model, cases.features, np.int32(seed))
-  for epoch in range(most):
-    squared, new = one_step(system.model, params, *cases, rate)
-    if squared <= system.error:
+  params = start_of(OPTIONS.model, cases.features, np.int32(seed))
+  for epoch in range(OPTIONS.total_steps):
+    squared, new = one_step(
+      OPTIONS.model, params, cases.features, cases.targets, rate
+    )
+    if squared <= 0.08:
       return epoch, params
     params = new
-  return most, params
+  return OPTIONS.total_steps, params
 
 
-def test_runs_stop_where_a_loop_does():
-  runs = descent.train(system(), line(), (0.5, 6.0), (4, 5), 150)
-  assert runs.reached.tolist() == [[False, False], [True, True]]
-  for r, rate in enumerate((0.5, 6.0)):
-    for s, seed in enumerate((4, 5)):
-      epochs, params = descend(system(), rate, seed, 150)
-      assert runs.epochs[r, s] == epochs
-      for name, value in params.items():
-        np.testing.assert_allclose(
-          runs.at(r)[name][s], value, rtol=1e-3, atol=1e-4
-        )
-  assert runs.epochs[1, 0] != runs.epochs[1, 1]
-
-
-def test_a_run_is_given_up_where_another_rate_has_long_been_done():
-  rates, seeds, most = (6.0, 0.5), (4, 5), 3000
-  easy = system(error=0.15)
-  patient = descent.train(easy, line(), rates, seeds, most)
-  assert patient.reached.all()
-  hasty = descent.train(easy, line(), rates, seeds, most, patience=3)
-  assert hasty.reached.tolist() == [[True, True], [False, False]]
-  # A run that is given up counts as one that never reached the criterion,
-  # whatever its number of epochs.
-  assert patient.epochs[1].min() > 3 * patient.epochs[0].max()
-  assert hasty.epochs.tolist() == [patient.epochs[0].tolist(), [most, most]]
-  choose = rows.best_rate
-  assert choose([swept(rates, hasty)]) == choose([swept(rates, patient)]) == 6.0
+@pytest.mark.parametrize(('rate', 'reached'), [(0.5, False), (6.0, True)])
+def test_runs_stop_where_a_loop_does(rate, reached):
+  seeds = np.array([4, 5])
+  params = descent.start(OPTIONS.model, line().features, seeds)
+  runs = descent.train(OPTIONS, line(), params, rate)
+  assert runs.reached.tolist() == [reached, reached]
+  for s, seed in enumerate(seeds):
+    epochs, params = descend(rate, seed)
+    assert runs.epochs[s] == epochs
+    for name, value in params.items():
+      np.testing.assert_allclose(
+        runs.params[name][s], value, rtol=1e-3, atol=1e-4
+      )
+  assert (runs.epochs[0] != runs.epochs[1]) == reached
 
 
 def test_what_is_measured_of_a_gate():
@@ -131,8 +115,8 @@ def test_systems_have_the_papers_sizes():
   # parameters, as the paper says.
   features = vowels.load()[0].features
   sizes = {}
-  for name, changes in rows.SYSTEMS.items():
-    model = Descent(**changes).system().model
+  for name, changes in jacobs_table1.SYSTEMS.items():
+    model = Descent(**changes).model
     start = functools.partial(descent.start, model)
     params = jax.eval_shape(start, features, jnp.array([0]))
     sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -148,37 +132,33 @@ def test_targets_are_pairs_of_vowels():
   targets = descent.pairs(train).targets
   pairs = zip(train.labels.tolist(), targets[:, 0].tolist(), strict=True)
   assert {*pairs} == {(0, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)}
-  linear = Descent(targets='linear_pairs').system()
-  assert (linear.model.output, linear.error) == ('linear', 0.11)
+  linear = Descent(targets='linear_pairs')
+  assert (linear.model.output, linear.kind.error) == ('linear', 0.11)
 
 
-def swept(rates, runs):
-  """Results of runs by learning rate, as a table has them."""
+def sweep(system, epochs, lost=()):
+  """Results of one system by arm, a run lost at some rates."""
   return {
-    rate: [
-      {'epochs': epochs, 'reached': 100.0 * reached}
-      for epochs, reached in zip(*of_rate, strict=True)
+    f'{system}, rate {rate:g}': [
+      {'learning rate': rate, 'epochs': n, 'reached': 100.0 * reached}
+      for n, reached in zip(of_rate, (True, rate not in lost), strict=True)
     ]
-    for rate, *of_rate in zip(rates, runs.epochs, runs.reached, strict=True)
+    for rate, of_rate in zip(RATES, epochs, strict=True)
   }
-
-
-def sweep(epochs, reached):
-  runs = descent.Runs(np.array(epochs), np.array(reached), {})
-  return swept(RATES, runs)
 
 
 def test_the_best_rate_first_arrives_then_is_fast():
   epochs = [[9, 9], [5, 5], [4, 4], [7, 7], [8, 8], [9, 9]]
-  yes = [[True, True]] * 6
-  assert rows.best_rate([sweep(epochs, yes)]) == RATES[2]
+  best_rate = jacobs_table1.best_rate
+  assert best_rate(sweep('a', epochs), ['a']) == RATES[2]
   # At the third rate one run does not reach the criterion.
-  lossy = sweep(epochs, [*yes[:2], [True, False], *yes[3:]])
-  assert rows.best_rate([lossy]) == RATES[1]
+  results = sweep('a', epochs, lost=[RATES[2]])
+  assert best_rate(results, ['a']) == RATES[1]
   # The shared rate is chosen for all systems: 5 + 9 epochs at one rate, 7 + 1
   # at the other.
-  other = sweep([[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]], yes)
-  assert rows.best_rate([lossy, other]) == RATES[3]
+  results |= sweep('b', [[9, 9], [9, 9], [9, 9], [1, 1], [9, 9], [9, 9]])
+  assert best_rate(results, ['a', 'b']) == RATES[3]
+  assert best_rate(results, ['a']) == RATES[1]
 
 
 def test_a_ratio_has_the_spread_of_both():
@@ -192,9 +172,9 @@ def test_a_ratio_has_the_spread_of_both():
 
 def example_rows():
   """A row for each of the study's systems, with numbers of its own."""
-  columns = {column.name for column in rows.COLUMNS}
-  names = [*rows.SYSTEMS]
-  names += [name + rows.SHARED for name in names]
+  columns = {column.name for column in jacobs_table1.COLUMNS}
+  names = [*jacobs_table1.SYSTEMS]
+  names += [name + jacobs_table1.SHARED for name in names]
   return [
     Row(name, {column: [n + 0.1, n + 0.2, n] for column in columns})
     for n, name in enumerate(names)
@@ -203,9 +183,9 @@ def example_rows():
 
 def test_claims_have_rows_columns_and_verdicts():
   examples = example_rows()
-  words = {verdicts.verdict(c, examples).word for c in rows.CLAIMS}
+  words = {verdicts.verdict(c, examples).word for c in jacobs_table1.CLAIMS}
   assert words >= {verdicts.REPRODUCED, verdicts.OPPOSITE}
-  cells = [cell for c in rows.CLAIMS for cell in c.published]
+  cells = [cell for c in jacobs_table1.CLAIMS for cell in c.published]
   assert 'jacobs1991/table1/BP, 12 hidden/mean_epochs' in cells
 
 
@@ -213,26 +193,29 @@ def test_arms_are_explored_then_chosen():
   study = jacobs_table1.STUDY
   arms = study.arms_of(study.presets['full'])
   shared = study.shared(study.presets['full'], 'linear_pairs')
-  explored_arms = rows.explored(arms, shared)
+  explored_arms = jacobs_table1.explored(arms, shared)
   rates = TARGETS['linear_pairs'].rates
-  assert len(explored_arms) == len(rows.SYSTEMS) * len(rates)
+  assert len(explored_arms) == len(jacobs_table1.SYSTEMS) * len(rates)
   # The third rate is the fastest of all systems but one, whose fastest is the
   # first.
   explored_results = {}
   for arm in explored_arms:
     best = 0 if arm.line == 'BP, 6 hidden' else 2
-    epochs = 10 if arm.x == rates[best] else 20
-    run = {'learning rate': arm.x, 'epochs': epochs, 'reached': 100.0}
+    rate = arm.overrides['learning_rate']
+    epochs = 10 if rate == rates[best] else 20
+    run = {'learning rate': rate, 'epochs': epochs, 'reached': 100.0}
     explored_results[arm.name] = [run, run]
-  chosen = {arm.name: arm for arm in rows.chosen(arms, explored_results, {})}
-  assert len(chosen) == 2 * len(rows.SYSTEMS)
+  chosen = {
+    arm.name: arm for arm in jacobs_table1.chosen(arms, explored_results, {})
+  }
+  assert len(chosen) == 2 * len(jacobs_table1.SYSTEMS)
   own_rate = chosen['BP, 6 hidden'].overrides['learning_rate']
-  shared_rate = chosen['BP, 6 hidden' + rows.SHARED].overrides
+  shared_rate = chosen['BP, 6 hidden' + jacobs_table1.SHARED].overrides
   assert (own_rate, shared_rate['learning_rate']) == (rates[0], rates[2])
   # Jobs can be made of all arms, and those of one system are one call.
   jobs = study.jobs(shared, list(chosen.values()), range(2), pathlib.Path('x'))
   groups = {study.runner.together(job) for job in jobs}
-  assert groups == set(rows.SYSTEMS)
+  assert groups == set(jacobs_table1.SYSTEMS)
 
 
 @pytest.fixture(scope='module')
@@ -263,9 +246,9 @@ def test_the_command_says_who_never_arrived(output_folder):
   assert '8 experts, gated: 2 of 2' in text
   assert '1124 (Table 1, secondary source) against 2209 (Table 1' in text
   summary = json.loads((folder / 'summary.json').read_text())
-  assert len(summary['rows']) == 2 * len(rows.SYSTEMS)
+  assert len(summary['rows']) == 2 * len(jacobs_table1.SYSTEMS)
   words = [claim['verdict'] for claim in summary['claims']]
-  assert len(words) == len(rows.CLAIMS)
+  assert len(words) == len(jacobs_table1.CLAIMS)
   assert set(words) <= set(verdicts.WORDS)
   lines = (folder / 'rows.csv').read_text().splitlines()
   assert '"BP, 12 hidden",epochs,,1,50.0' in lines
@@ -288,7 +271,7 @@ def test_published_numbers_are_of_the_papers_task():
     (['--config.data.table=no/file'], 'table of vowels: no file no/file'),
     (['--config.targets=one_hot'], "unknown targets 'one_hot'"),
     (['--seeds=-1'], '--seeds: -1 must be at least 0'),
-    (['--config.patience=-1'], 'patience=-1 must be at least 0'),
+    (['--config.expert_hidden=-1'], 'expert_hidden=-1 must be at least 0'),
     (['--errors=1'], "unknown argument '--errors=1'"),
   ],
 )

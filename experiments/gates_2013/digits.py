@@ -7,13 +7,13 @@ dataset, by up to 4 pixels.
 """
 
 import functools
-import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from experiments.study.runner import arrays_digest
 from moe_jax.data.sources import tfds
 from moe_jax.errors import InputError
 
@@ -141,10 +141,4 @@ def batches(
 def digest(splits: tuple[Digits, Digits], canvas: int) -> str:
   """The sha256 of the images of both splits, before they are moved."""
   classes = tuple(map(str, np.unique(splits[0].labels)))
-  sha256 = hashlib.sha256()
-  for name, digits in zip(('train', 'validation'), splits, strict=True):
-    sha256.update(f'split {name}\n{(canvas, canvas)} {classes}\n'.encode())
-    for array in digits:
-      sha256.update(f'{array.shape} {array.dtype}\n'.encode())
-      sha256.update(np.ascontiguousarray(array).tobytes())
-  return sha256.hexdigest()
+  return arrays_digest(splits, f'{(canvas, canvas)} {classes}')

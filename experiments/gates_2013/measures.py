@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 
 from experiments.gates_2013 import digits
 from experiments.gates_2013.deep_moe import DeepMoe
-from experiments.gates_2013.training import Training
 from experiments.study.parts import Result, Results
 from moe_jax.routing.stats import load_summary
 
@@ -121,30 +120,26 @@ def picture(result: Result, title: str) -> Figure:
   """Draws the mean gates of one run, a row of panels for each layer.
 
   A row has a panel for each expert, its mean gate by place, and at the end one
-  of all experts, their mean gates by class.
+  of all experts, their mean gates by class. Layers have equally many experts.
   """
   layers = [i for i in LAYERS if f'layer_{i}/by_place' in result]
-  most = max(len(result[f'layer_{i}/by_place']) for i in layers)
+  E = len(result['layer_1/by_place'])
   figure = Figure(
-    figsize=(1.5 * most + 3.6, 1.7 * len(layers) + 0.6), layout='constrained'
+    figsize=(1.5 * E + 3.6, 1.7 * len(layers) + 0.6), layout='constrained'
   )
   axes = figure.subplots(
-    len(layers), most + 1, squeeze=False, width_ratios=[1] * most + [2]
+    len(layers), E + 1, squeeze=False, width_ratios=[1] * E + [2]
   )
   scale = dict(vmin=0.0, vmax=1.0, cmap='viridis')
   for line, i in zip(axes, layers, strict=True):
     for e, gate in enumerate(result[f'layer_{i}/by_place']):
       line[e].imshow(gate, **scale)
       line[e].set_title(f'layer {i}, expert {e}', fontsize=8)
-      line[e].set_xticks([])
-      line[e].set_yticks([])
-    for empty in line[len(result[f'layer_{i}/by_place']) : -1]:
-      empty.remove()
+      line[e].set(xticks=[], yticks=[])
     of_class = np.array(result[f'layer_{i}/by_class'])
     image = line[-1].imshow(of_class, aspect='auto', **scale)
     line[-1].set_title('experts by class', fontsize=8)
-    line[-1].set_xticks(range(of_class.shape[1]))
-    line[-1].set_yticks(range(of_class.shape[0]))
+    line[-1].set(xticks=range(of_class.shape[1]), yticks=range(len(of_class)))
     line[-1].tick_params(labelsize=7)
   figure.colorbar(image, ax=figure.axes, label='mean gate')
   figure.suptitle(f'{title}: mean gates by place, and by class', fontsize=10)
@@ -155,14 +150,18 @@ def picture(result: Result, title: str) -> Figure:
 IMAGES = 400
 
 
-def measure(options: Training, params: Any) -> dict[str, Any]:
+def measure(name: str, model: DeepMoe, params: Any) -> dict[str, Any]:
   """Measures the error and the gates on validation images at every place.
+
+  Args:
+    name: Name of the set of images.
+    model: The model.
+    params: Its trained parameters.
 
   Returns:
     Numbers by name, and for pictures the mean gates `layer_<i>/by_place`
     [E, rows, columns] and `layer_<i>/by_class` [E, classes].
   """
-  name = options.data.name
   images, labels = digits.load(name)[1]
   indices = np.arange(0, len(labels), -(-len(labels) // IMAGES))
   images, labels = images[indices], labels[indices]
@@ -173,16 +172,14 @@ def measure(options: Training, params: Any) -> dict[str, Any]:
     np.tile(places, (len(images), 1)),
     digits.CANVAS[name],
   )
-  logits, gates = jax.device_get(_compiled(options.model)(params, examples))
+  logits, gates = jax.device_get(_compiled(model)(params, examples))
   wrong = logits.argmax(-1) != np.repeat(labels, len(places))
   numbers: dict[str, Any] = {'test_error': 100 * float(wrong.mean())}
   for i, layer in enumerate(gates, 1):
     layer = layer.reshape(len(images), len(places), -1).astype(np.float64)
     of_layer = _of_layer(layer, labels)
-    mean = layer.mean(0).T.reshape(-1, side, side)
-    of_layer['by_place'] = mean.round(5).tolist()
-    of_class = by_class(layer, labels).T
-    of_layer['by_class'] = of_class.round(5).tolist()
+    by_place = layer.mean(0).T.reshape(-1, side, side)
+    of_layer['by_place'] = by_place.round(5).tolist()
     numbers |= {f'layer_{i}/{key}': value for key, value in of_layer.items()}
   return numbers
 
@@ -206,4 +203,5 @@ def _of_layer(
     'class_by_chance': digit.by_chance,
     'importance_cv': load_summary(importance)['load_cv'],
     'in_use': int((importance > USED).sum()),
+    'by_class': by_class(gates, labels).T.round(5).tolist(),
   }

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.gates_2013 import deep_moe, digits
+from experiments.gates_2013 import deep_moe, digits, measures
 from experiments.gates_2013.deep_moe import DeepMoe
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
@@ -155,8 +155,7 @@ def _compiled(options: Training):
 
 def train(options: Training) -> Any:
   """The parameters of a trained model."""
-  shared = dataclasses.replace(options, seed=0)
-  start, steps = _compiled(shared)
+  start, steps = _compiled(dataclasses.replace(options, seed=0))
   name = options.data.name
   batches = digits.batches(
     digits.load(name)[0],
@@ -171,17 +170,10 @@ def train(options: Training) -> Any:
   return carry[0]
 
 
-@dataclasses.dataclass(frozen=True)
 class DeepMoeRunner(Runner):
-  """Trains each run by itself, and measures it.
-
-  Attributes:
-    measure: Function of a run's options and its trained parameters.
-  """
+  """Trains each run by itself, and measures it."""
 
   options: ClassVar[type[Options]] = Training
-
-  measure: Callable[[Training, Any], Mapping[str, Any]]
 
   def prepare(self, jobs: Sequence[Job]) -> None:
     """Reads the images, which TFDS may have to prepare."""
@@ -192,8 +184,8 @@ class DeepMoeRunner(Runner):
     for job in jobs:
       start = time.perf_counter()
       options = sections.read(Training, job.config)
-      numbers = self.measure(options, train(options))
-      name = options.data.name
+      name, params = options.data.name, train(options)
+      numbers = measures.measure(name, options.model, params)
       digest = digits.digest(digits.load(name), digits.CANVAS[name])
       made = provenance(start)
       job.write_result({**numbers, 'data_digest': digest, 'made': made})

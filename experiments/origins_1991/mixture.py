@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.nn.initializers import zeros
 
 # Weights are drawn uniformly between minus and plus this number, which the
 # paper does not state. The gate's start at zero, as proportions start equal.
@@ -21,6 +22,10 @@ OUTPUTS = {
   'logistic': jax.nn.sigmoid,
   'softmax': jax.nn.softmax,
 }
+
+
+def _uniform(key, shape):
+  return jax.random.uniform(key, shape, jnp.float32, -INIT_SCALE, INIT_SCALE)
 
 
 class Outputs(NamedTuple):
@@ -63,28 +68,21 @@ class Mixture(nn.Module):
     """The outputs for features x, float32 [N, M]."""
     M, E = x.shape[-1], self.num_experts
     F, V = self.expert_hidden, self.num_outputs
-    hidden, equation = x, 'NF,EFV->NEV'
+    hidden, equation = x, 'NM,EMV->NEV'
     if F:
-      kernel, bias = self._layer('expert_in', (E, M, F))
-      hidden = jnp.einsum('NM,EMF->NEF', x, kernel) + bias[None]
+      hidden = self._layer('expert_in', 'NM,EMF->NEF', x, (E, M, F))
       hidden, equation = jax.nn.sigmoid(hidden), 'NEF,EFV->NEV'
-    kernel, bias = self._layer('expert_out', (E, F or M, V))
-    outputs = jnp.einsum(equation, hidden, kernel) + bias[None]
+    outputs = self._layer('expert_out', equation, hidden, (E, F or M, V))
     outputs = OUTPUTS[self.output](outputs)
-    kernel, bias = self._layer('gate_out', (M, E), nn.initializers.zeros)
-    logits = x @ kernel + bias[None]
+    logits = self._layer('gate_out', 'NM,ME->NE', x, (M, E), zeros)
     probs = jax.nn.softmax(logits)
     return Outputs(outputs, logits, probs, blend(outputs, probs))
 
-  def _layer(self, name, shape, init=None):
-    """A kernel, and the bias of its outputs."""
-    init = init or _uniform
+  def _layer(self, name, equation, x, shape, init=_uniform):
+    """The product with a kernel of the shape, plus a bias of its outputs."""
     kernel = self.param(name, init, shape)
-    return kernel, self.param(f'{name}_bias', init, (*shape[:-2], shape[-1]))
-
-
-def _uniform(key, shape):
-  return jax.random.uniform(key, shape, jnp.float32, -INIT_SCALE, INIT_SCALE)
+    bias = self.param(f'{name}_bias', init, (*shape[:-2], shape[-1]))
+    return jnp.einsum(equation, x, kernel) + bias[None]
 
 
 def blend(outputs, probs):

@@ -16,13 +16,12 @@ praat-parselmouth:
 """
 
 import csv
-import hashlib
 import pathlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments.study.runner import arrays_digest
 from moe_jax.errors import InputError
 
 CLASSES = ('i', 'I', 'a', 'A')
@@ -51,14 +50,8 @@ OF_VOWEL = (0.08, 0.05)
 OF_TOKEN = (0.06, 0.03)
 REPETITIONS = 2
 
-
-class Token(NamedTuple):
-  """One utterance: its speaker, the vowel's index in `CLASSES`, F1, F2 (Hz)."""
-
-  speaker: int
-  vowel: int
-  f1: float
-  f2: float
+# One utterance: its speaker, the vowel's index in `CLASSES`, F1 and F2 in Hz.
+Token = tuple[int, int, float, float]
 
 
 class Vowels(NamedTuple):
@@ -83,29 +76,24 @@ def load(table: str = '') -> tuple[Vowels, Vowels]:
     ValueError: There is no such file, a line of it is bad, or there are fewer
       than 51 speakers.
   """
-  return split(read(table) if table else drawn())
-
-
-def split(tokens: Sequence[Token]) -> tuple[Vowels, Vowels]:
-  """The tokens of the first 50 speakers, in their order, and of all others."""
-  speakers = list(dict.fromkeys(token.speaker for token in tokens))
+  tokens = np.reshape(read(table) if table else drawn(), (-1, 4))
+  speakers = list(dict.fromkeys(tokens[:, 0]))
   if len(speakers) <= TRAIN_SPEAKERS:
     raise InputError(
       f'{len(speakers)} speakers of vowels; {TRAIN_SPEAKERS} are to train on '
       'and at least one to test'
     )
+  is_train = np.isin(tokens[:, 0], speakers[:TRAIN_SPEAKERS])
 
-  def vowels(chosen: Sequence[int]) -> Vowels:
-    own = [token for token in tokens if token.speaker in chosen]
-    formants = np.array([(token.f1, token.f2) for token in own], np.float32)
-    labels = np.array([token.vowel for token in own], np.int32)
-    return Vowels(formants / 1000, labels)
+  def vowels(chosen: np.ndarray) -> Vowels:
+    formants, labels = tokens[chosen, 2:], tokens[chosen, 1]
+    return Vowels(formants.astype(np.float32) / 1000, labels.astype(np.int32))
 
-  return vowels(speakers[:TRAIN_SPEAKERS]), vowels(speakers[TRAIN_SPEAKERS:])
+  return vowels(is_train), vowels(~is_train)
 
 
 def read(path: str) -> list[Token]:
-  """The tokens of the four vowels in a file of the table, in Hz.
+  """The tokens of the four vowels in a file of the table.
 
   Its first line names tab-separated columns, of which Speaker, Vowel, F1 and F2
   are read. An asterisk before or after a vowel's code ('*ih') marks a token
@@ -122,45 +110,41 @@ def read(path: str) -> list[Token]:
   for number, row in enumerate(csv.DictReader(lines, delimiter='\t'), 2):
     try:
       code = row['Vowel'].strip('*').lower()
-      token = int(row['Speaker']), float(row['F1']), float(row['F2'])
-      if code not in (*CODES, *OTHERS) or not min(token[1:]) > 0:
+      speaker, *formants = (
+        int(row['Speaker']),
+        float(row['F1']),
+        float(row['F2']),
+      )
+      if code not in (*CODES, *OTHERS) or not min(formants) > 0:
         raise ValueError(f'no vowel of {CODES + OTHERS}, or no formants in Hz')
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise InputError(f'{file}, line {number}: {row}: {error!r}') from error
     if code in CODES:
-      tokens.append(Token(token[0], CODES.index(code), *token[1:]))
+      tokens.append((speaker, CODES.index(code), *formants))
   return tokens
 
 
 def drawn(seed: int = 1952) -> list[Token]:
-  """Tokens of synthetic speakers around the means of 1952, in Hz.
+  """Tokens of synthetic speakers around the means of 1952.
 
   A formant is the mean of its group and vowel times three lognormal factors:
   one for the speaker (the length of a vocal tract shifts all formants), one for
   the speaker's vowel, and one for the token.
   """
   rng = np.random.default_rng(seed)
-  tokens, speaker = [], 0
+  tokens = []
   mix = np.array([[1, 0], [CORRELATION, (1 - CORRELATION**2) ** 0.5]])
-  for group, count in SPEAKERS.items():
-    for _ in range(count):
-      speaker += 1
-      shift = mix @ rng.standard_normal(2) * OF_SPEAKER
-      for vowel, mean in enumerate(MEANS[group]):
-        vowel_shift = rng.standard_normal(2) * OF_VOWEL
-        for _ in range(REPETITIONS):
-          log_factor = shift + vowel_shift + rng.standard_normal(2) * OF_TOKEN
-          f1, f2 = (np.array(mean) * np.exp(log_factor)).tolist()
-          tokens.append(Token(speaker, vowel, f1, f2))
+  groups = [group for group, count in SPEAKERS.items() for _ in range(count)]
+  for speaker, group in enumerate(groups):
+    shift = mix @ rng.standard_normal(2) * OF_SPEAKER
+    for vowel, mean in enumerate(MEANS[group]):
+      vowel_shift = rng.standard_normal(2) * OF_VOWEL
+      for _ in range(REPETITIONS):
+        log_factor = shift + vowel_shift + rng.standard_normal(2) * OF_TOKEN
+        tokens.append((speaker, vowel, *np.array(mean) * np.exp(log_factor)))
   return tokens
 
 
 def digest(splits: tuple[Vowels, Vowels]) -> str:
   """The sha256 of the vowels of both splits."""
-  sha256 = hashlib.sha256()
-  for name, vowels in zip(('train', 'validation'), splits, strict=True):
-    sha256.update(f'split {name}\n{(2,)} {CLASSES}\n'.encode())
-    for array in vowels:
-      sha256.update(f'{array.shape} {array.dtype}\n'.encode())
-      sha256.update(np.ascontiguousarray(array).tobytes())
-  return sha256.hexdigest()
+  return arrays_digest(splits, f'{(2,)} {CLASSES}')

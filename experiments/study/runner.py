@@ -1,12 +1,14 @@
 """Makes the runs of a study, by training unless it has another runner."""
 
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from experiments.benchmarks import timing
 from experiments.study import code_digest
@@ -159,6 +161,22 @@ def provenance(start: float) -> dict[str, Any]:
   minutes = (time.perf_counter() - start) / 60
   code = code_digest.digest()
   return {**timing.facts(), 'code': code, 'minutes': minutes}
+
+
+def arrays_digest(splits: Sequence[Sequence[np.ndarray]], kind: str) -> str:
+  """The sha256 of the arrays of a training and of a validation split.
+
+  Args:
+    splits: Arrays of both.
+    kind: Text about the arrays, such as the names of classes, hashed with each.
+  """
+  sha256 = hashlib.sha256()
+  for name, arrays in zip(('train', 'validation'), splits, strict=True):
+    sha256.update(f'split {name}\n{kind}\n'.encode())
+    for array in arrays:
+      sha256.update(f'{array.shape} {array.dtype}\n'.encode())
+      sha256.update(np.ascontiguousarray(array).tobytes())
+  return sha256.hexdigest()
 
 
 def _remove_parameters(job: Job) -> None:

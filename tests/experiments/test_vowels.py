@@ -88,8 +88,8 @@ def formants(group, draws=40):
     first += count
   samples = []
   for seed in range(draws):
-    tokens = vowels.drawn(seed)
-    values = np.array([(t.f1, t.f2) for t in tokens]).reshape(75, 4, 2, 2)
+    tokens = np.array(vowels.drawn(seed))
+    values = tokens[:, 2:].reshape(75, 4, 2, 2)
     samples.append(values[first : first + count])
   return np.concatenate(samples)
 
