@@ -239,13 +239,15 @@ class DescentRunner(Runner):
     for rate in sorted({job.config.learning_rate for job in jobs}):
       began = time.perf_counter()
       of_rate = [job for job in jobs if job.config.learning_rate == rate]
-      seeds = jnp.array([job.seed for job in of_rate])
-      params = start(model, cases[0].features, seeds)
+      # Two arms of a system may have one rate, and so the same runs.
+      seeds = sorted({job.seed for job in of_rate})
+      params = start(model, cases[0].features, jnp.array(seeds))
       runs = train(options, cases[0], params, rate)
       measures = jax.device_get(measured(model, runs.params, *cases))
       facts = provenance(began)
       facts['minutes'] /= len(of_rate)
-      for s, job in enumerate(of_rate):
+      for job in of_rate:
+        s = seeds.index(job.seed)
         job.write_result(
           {
             'learning rate': rate,
