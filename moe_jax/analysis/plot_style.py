@@ -67,7 +67,7 @@ def heat_maps(
   ],
   labels: tuple[str, str, str],
   columns: int,
-  size: tuple[float, float],
+  size: tuple[float | int, float | int],
   bar_aspect: int,
 ) -> tuple[Figure, list[Axes], Axes]:
   """Heat maps of ratios in a grid, with one logarithmic scale of colours.

@@ -331,7 +331,8 @@ def drop_rates_by_rank(expert: Experts, kept: Kept) -> Rates:
 
 
 def shares(
-  part: Num[np.ndarray, '*n'], whole: Num[np.ndarray, '*n']
+  part: np.number | Num[np.ndarray, '*n'],
+  whole: np.number | Num[np.ndarray, '*n'],
 ) -> Float[np.ndarray, '*n']:
   """Quotients; NaN where the whole is 0."""
   undefined = np.full(np.shape(whole), math.nan)

@@ -15,7 +15,7 @@ from moe_jax.compression.calibration import Rows
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import Grid, KernelFormat
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int, Leaf
+from moe_jax.shapes import Array, Bool, Float, Float32, Int8, Leaf, UInt8
 
 # The share of the mean of the Hessian's diagonal that is added to it, and the
 # least number that is added.
@@ -71,7 +71,7 @@ def factor(h: Float32[Array, '*E I I']) -> Factor:
 @checked
 def gptq(
   w: Float[Array, '*E I O'], format: KernelFormat, grid: Grid, factor: Factor
-) -> Int[Array, '*E I O']:
+) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
   """Rounds one input after another; later weights make up for the error.
 
   Where the factor stands for the identity, weights are rounded to the nearest

@@ -25,7 +25,7 @@ _MOST_OPEN = 256
 
 def write_tokens(
   folder: pathlib.Path,
-  splits: Mapping[str, Iterable[str]],
+  splits: Mapping[str, Iterable[Any]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes the texts of `splits`, one at a time, into `folder`.
@@ -58,7 +58,7 @@ def check_tokens(split: str, counts: Mapping[str, int]) -> None:
 
 def write_pairs(
   folder: pathlib.Path,
-  splits: Mapping[str, Iterable[tuple[str, str]]],
+  splits: Mapping[str, Iterable[Any]],
   tokenizer: Tokenizer,
 ) -> None:
   """Tokenizes (inputs, targets) of `splits`, one at a time, into `folder`.
@@ -336,7 +336,7 @@ class DocumentWriter(StreamWriter):
     self._tokenizer, self._digest, self._bytes = tokenizer, digest, 0
     self._eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
-  def write(self, text: str) -> None:
+  def write(self, text: Any) -> None:
     """Adds a document.
 
     Raises:
@@ -361,7 +361,7 @@ def dtype_of(tokenizer: Tokenizer) -> str:
   return np.min_scalar_type(tokenizer.vocab_size - 1).name
 
 
-def utf8(text: str) -> bytes:
+def utf8(text: Any) -> bytes:
   """The text in UTF-8.
 
   Raises:

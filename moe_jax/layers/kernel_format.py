@@ -18,7 +18,7 @@ import numpy as np
 from moe_jax.kernels import ternary
 from moe_jax.options import Options, at_least, one_of, option
 from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Float32, Int, UInt8
+from moe_jax.shapes import Array, Float, Float32, Int8, UInt8
 
 # The bits of a code; 8 // bits of them share a byte.
 BITS = {'int8': 8, 'int4': 4, 'int2': 2}
@@ -139,7 +139,7 @@ class KernelFormat(Options):
 
   def codes(
     self, w: Float[Array, '*E I O'], grid: Grid
-  ) -> Int[Array, '*E I O']:
+  ) -> Int8[Array, '*E I O'] | UInt8[Array, '*E I O']:
     """The code of the value nearest to each weight.
 
     Those of a ternary grid are -1, 0 and 1, and 0 where two are as near.
@@ -153,7 +153,7 @@ class KernelFormat(Options):
     return jnp.clip(codes, 0, 2 ** BITS[self.name] - 1).astype(jnp.uint8)
 
   def values(
-    self, codes: Int[Array, '*E I O'], grid: Grid
+    self, codes: Int8[Array, '*E I O'] | UInt8[Array, '*E I O'], grid: Grid
   ) -> Float32[Array, '*E I O']:
     """The values that codes stand for."""
     first, second = self._bounds(grid)

@@ -48,7 +48,7 @@ def test_the_factors_of_yarn():
 
 
 # ln(16) / ln(4) is 2.
-SHORT, LONG = ((1, 2), np.sqrt(3)), ((4, 8), 1.5)
+SHORT, LONG = ((1.0, 2.0), np.sqrt(3)), ((4.0, 8.0), 1.5)
 
 
 @pytest.mark.parametrize(
