@@ -1,8 +1,7 @@
-"""What the gates of a trained deep mixture of experts depend on: measures.
+"""Measures of what the gates of a trained deep mixture of experts depend on.
 
-They are mutual information of gates and a label, in nats.
-An example draws an expert e with its gates as probabilities. For labels c of
-probability p(c),
+They are mutual information of gates and a label, in nats. An example draws an
+expert e with its gates as probabilities. For labels c of probability p(c),
 
     p(e | c) = mean of the gates of the examples of c
     I(e; c)  = H(sum_c p(c) p(e | c)) - sum_c p(c) H(p(e | c))

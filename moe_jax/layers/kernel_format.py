@@ -26,7 +26,7 @@ TERNARY = 'ternary'
 FORMATS = (*BITS, TERNARY)
 
 
-# What the codes of kernels [*E, I, O] stand for, in arrays [*E, 1, O].
+# Arrays [*E, 1, O] by name, which say what codes of kernels [*E, I, O] are.
 Grid = Mapping[str, Array]
 
 
