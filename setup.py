@@ -40,7 +40,7 @@ COMMANDS = {
   'moe-interop': 'moe_jax.interop.__main__:main',
   'moe-compress': 'moe_jax.compression.__main__:main',
   'moe-routes': 'moe_jax.analysis.routes:main',
-  'moe-prepare': 'moe_jax.prepare:main',
+  'moe-prepare': 'moe_jax.data.prepare:main',
 }
 
 

@@ -14,7 +14,14 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax import run_config, sections
+from moe_jax import run_config
+from moe_jax.config import (
+  entry_section,
+  fields_of,
+  lock,
+  read_options,
+  section_of,
+)
 from moe_jax.data import SOURCES, SourceOptions
 from moe_jax.errors import InputError
 from moe_jax.evaluation import (
@@ -24,7 +31,6 @@ from moe_jax.evaluation import (
   GenerateEvaluation,
   LossEvaluation,
 )
-from moe_jax.options import fields_of
 from moe_jax.run_config import RunConfig
 
 ConfigDict = ml_collections.ConfigDict
@@ -34,7 +40,7 @@ RUNLOCAL = 'runlocal'
 
 def get_config(arg: str = '') -> ConfigDict:
   """The defaults, locked against new keys except in open sections."""
-  return finish(sections.section(RunConfig), arg)
+  return finish(section_of(RunConfig), arg)
 
 
 def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
@@ -52,13 +58,13 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
   if arg not in ('', RUNLOCAL):
     raise InputError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
   if arg == RUNLOCAL:
-    config = sections.section(run_config.read(config).shrunk())
-  return sections.lock(RunConfig, config)
+    config = section_of(run_config.read(config).shrunk())
+  return lock(RunConfig, config)
 
 
 def source(options: SourceOptions) -> ConfigDict:
   """An entry of `data.mixture.sources`: a source and its options."""
-  return sections.entry_section(SOURCES, options)
+  return entry_section(SOURCES, options)
 
 
 def evaluation(
@@ -111,5 +117,5 @@ def entry(kind: type[EvaluationOptions], **keys: Any) -> ConfigDict:
   fields = {key: keys.pop(key) for key in list(keys) if key in fields_of(kind)}
   if keys:
     fields['model_overrides'] = {**fields.get('model_overrides', {}), **keys}
-  options = sections.read(kind, fields)
-  return sections.entry_section(EVALUATIONS, options)
+  options = read_options(kind, fields)
+  return entry_section(EVALUATIONS, options)

@@ -22,9 +22,8 @@ a vocabulary of bytes (theirs was sampled, of words), the batch and the text.
       --workdir=runs/shazeer_lstm
 """
 
-from moe_jax import sections
+from moe_jax.config import merge, unknown
 from moe_jax.configs import base
-from moe_jax.options import unknown
 
 # The number of experts, of 1024 hidden units each, and the number of branches
 # into which they are divided; 0 branches mean one level of gates.
@@ -133,4 +132,4 @@ def _published(config, name: str):
   config.optimizer.learning_rate = 1e-3
   if name in EXPERTS:
     set_experts(m.moe, *EXPERTS[name])
-  return sections.merge(config, {'model': CHANGES.get(name, {})})
+  return merge(config, {'model': CHANGES.get(name, {})})

@@ -27,8 +27,9 @@ from experiments.benchmarks import timing, torch_attention
 from experiments.benchmarks.torch_attention import Case
 from experiments.benchmarks.turns import PAUSE, Runs, check_installed, turns
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, memory_room
+from moe_jax import cli
 from moe_jax.analysis.roofline import Peaks, measure_peaks
+from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.attention.dot_product import attend
 
 NAME = 'bench_attention'
@@ -140,14 +141,14 @@ def report(rows: Sequence[dict[str, Any]], peaks: Peaks) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
   add('--peer', action='store_true', help="time PyTorch's attention, too")
   add(
     '--seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     default=4.0,
     help='time for each shape',
   )
@@ -155,11 +156,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all shapes; writes the table."""
   options = parse(argv)
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   cases = [(shape, packed) for shape in SHAPES for packed in (False, True)]
   peaks = measure_peaks('float32', quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)

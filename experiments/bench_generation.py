@@ -24,8 +24,9 @@ import numpy as np
 
 from experiments.benchmarks import decoding_products, timing
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, generation, interop, memory_room
+from moe_jax import cli, generation, interop
 from moe_jax.analysis.roofline import Peaks, measure_peaks
+from moe_jax.devices import keep_freed_memory
 
 NAME = 'bench_generation'
 OURS, STREAMED = 'moe_jax', 'moe_jax, streamed'
@@ -220,11 +221,11 @@ def report(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  number = command_line.POSITIVE
+  number = cli.POSITIVE
   add(
     '--batch_sizes',
     type=number,
@@ -242,7 +243,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     '--seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     default=40.0,
     help='time for each batch size',
   )
@@ -250,11 +251,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every batch size and writes the table."""
   options = parse(argv)
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   sizes = {**SIZES, 'num_hidden_layers': options.num_layers}
   rows, peaks = [], measure_peaks('float32', quick=options.rough_peaks)
   with tempfile.TemporaryDirectory() as folder:

@@ -27,8 +27,8 @@ from typing import Any
 from experiments.benchmarks import random_checkpoint, timing
 from experiments.benchmarks.random_checkpoint import Written
 from experiments.study.tables import markdown_table
-from moe_jax import command_line
-from moe_jax.options import above
+from moe_jax import cli
+from moe_jax.config import above
 
 NAME = 'bench_loading'
 CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
@@ -101,10 +101,10 @@ def report(rows: Sequence[Mapping[str, Any]], written: Written) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
-  add, positive = parser.add_argument, command_line.number(float, above(0))
+  add, positive = parser.add_argument, cli.number(float, above(0))
   add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
   add('--file_gb', type=positive, default=0.5, help='largest size of one file')
   add('--folder', default='', help='folder of the data, which is removed again')
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the checkpoint, loads it in all cases and writes the table."""
   options = parse(argv)

@@ -32,8 +32,9 @@ from experiments.benchmarks.moe_layer_rows import (
   measure_scaling,
   measure_setting,
 )
-from moe_jax import command_line, memory_room
+from moe_jax import cli
 from moe_jax.analysis.roofline import Peaks, measure_peaks
+from moe_jax.devices import keep_freed_memory
 from moe_jax.layers import ACTIVATIONS
 
 NAME = 'bench_moe_layer'
@@ -145,11 +146,11 @@ def _progress(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
-  n = command_line.POSITIVE
+  n = cli.POSITIVE
   add(
     '--preset',
     choices=list(PRESETS),
@@ -161,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   timing.add_arguments(parser)
   add(
     '--seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     help='how long each setting is timed',
   )
   add('--tokens', type=n, help='N, tokens of a batch')
@@ -201,7 +202,7 @@ def with_options(preset: Preset, options: argparse.Namespace) -> Preset:
   return dataclasses.replace(replace(preset), sizes=replace(preset.sizes))
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures every setting; writes the tables and the plot."""
   options = parse(argv)
@@ -213,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   for E in preset.experts:
     if max(preset.selected) > E:
       raise SystemExit(f'selected={max(preset.selected)} > experts={E}')
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   peaks = measure_peaks(preset.sizes.dtype, quick=options.rough_peaks)
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_all(preset, peaks)

@@ -26,10 +26,12 @@ import ml_collections
 
 from experiments.benchmarks import timing
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, memory_room, run_config, sections
+from moe_jax import cli, run_config
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
+from moe_jax.config import merge, section_of
+from moe_jax.devices import keep_freed_memory
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
@@ -67,7 +69,7 @@ def prepared(
     'data': {'source': source, 'tokenizer': {'kind': tokenizer}},
     'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
   }
-  return run_config.settled(config, sections.merge(config, changes))[0]
+  return run_config.settled(config, merge(config, changes))[0]
 
 
 class Loop:
@@ -245,7 +247,7 @@ def report(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
@@ -256,13 +258,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--modules', default='', help='modules of the standard library instead')
   add(
     '--burst',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=100,
     help='steps of a burst',
   )
   add(
     '--seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     default=180.0,
     help='time for all cases',
   )
@@ -270,17 +272,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the table."""
   options = parse(argv)
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   run_options = prepared(
     load_config(options.config), options.files, options.modules
   )
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows, run_options.model.moe.forced)
-  metadata = {'config': sections.section(run_options).to_dict()}
+  metadata = {'config': section_of(run_options).to_dict()}
   folder = timing.write(options.output, NAME, text, rows, metadata)
   print(f'{text}\nwritten: {folder}')
 

@@ -27,9 +27,9 @@ import numpy as np
 from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
-from moe_jax import command_line, data
+from moe_jax import cli, data
+from moe_jax.config import at_least
 from moe_jax.data.tokens_folder import FolderReport, Share, make
-from moe_jax.options import at_least
 
 NAME = 'bench_prepare'
 _BPE_TOKENS = 8192
@@ -192,10 +192,10 @@ def _most(reads: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
-  add, positive = parser.add_argument, command_line.POSITIVE
+  add, positive = parser.add_argument, cli.POSITIVE
   add('--mb', type=positive, default=200, help='size of the interleaved cases')
   add(
     '--processes',
@@ -205,13 +205,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     '--rounds',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=5,
     help='interleaved rounds; 0 leaves these cases out',
   )
   add(
     '--large_gb',
-    type=command_line.number(float, at_least(0)),
+    type=cli.number(float, at_least(0)),
     default=0.0,
     help='gigabytes that are prepared once; they take three times their size '
     'of the disk',
@@ -221,7 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures all cases and writes the tables."""
   options = parse(argv)

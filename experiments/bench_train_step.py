@@ -38,9 +38,11 @@ from experiments.benchmarks.train_step_programs import (
   random_batch,
 )
 from experiments.benchmarks.turns import PAUSE, check_installed, turns
-from moe_jax import command_line, memory_room, sections
+from moe_jax import cli
 from moe_jax.analysis.roofline import Peaks, measure_peaks
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
+from moe_jax.config import merge
+from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.imposed import FORCED
 from moe_jax.models.stack import REMATS
 
@@ -182,7 +184,7 @@ def measure_compilation(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The command line."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
@@ -217,25 +219,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   timing.add_arguments(parser)
   add(
     '--seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     help="time for all steps; default: the preset's",
   )
   add(
     '--depths',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     nargs='+',
     help='numbers of layers of the models that are only compiled',
   )
   return parser.parse_args(argv)
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Measures the steps; writes the tables and the plot."""
   options = parse(argv)
   preset = PRESETS[options.preset]
   seconds = preset.seconds if options.seconds is None else options.seconds
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   if options.peer:
     peaks = measure_peaks('float32', quick=options.rough_peaks)
     peers = PEERS[options.peer]
@@ -256,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   config = load_config(options.config)
   if options.force_balance:
     forced = {'moe': {'force_balance': options.force_balance}}
-    config = sections.merge(config, {'model': forced})
+    config = merge(config, {'model': forced})
   if not config.model.moe.num_experts:
     raise SystemExit(f'{options.config} is dense: there is no twin to compare')
   peaks = measure_peaks(config.model.numerics.dtype, quick=options.rough_peaks)

@@ -19,7 +19,8 @@ import numpy as np
 from absl import logging
 
 from experiments.study.tables import Interval, markdown_table
-from moe_jax import command_line, sections
+from moe_jax import cli
+from moe_jax.config import flatten
 from moe_jax.errors import InputError
 from moe_jax.runs import metrics, workdir
 
@@ -74,7 +75,7 @@ def read(folder: pathlib.Path) -> ComparedRun:
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
   """The values of a config without its seed, by dotted name."""
-  values = sections.flatten(config)
+  values = flatten(config)
   values.pop('seed', None)
   return {key: _text(value) for key, value in values.items()}
 
@@ -182,11 +183,11 @@ def _number(values: Sequence[float], sign: str = '') -> str:
   return f'{Interval.of(values):{sign},.4f}'
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints a comparison."""
-  parser = command_line.Parser(
-    prog='python -m experiments.compare', **command_line.about(__doc__)
+  parser = cli.Parser(
+    prog='python -m experiments.compare', **cli.about(__doc__)
   )
   parser.add_argument('runs', metavar='RUN', nargs='+', help='folder of a run')
   options = parser.parse_args(argv)

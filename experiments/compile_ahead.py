@@ -36,7 +36,7 @@ from experiments.benchmarks.compile_ahead_tables import (
   table,
   verdicts,
 )
-from moe_jax import command_line, run_config
+from moe_jax import cli, run_config
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.analysis.compiled import memory_of
@@ -256,14 +256,14 @@ def run(
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """The command line, and the config's overrides."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog='python -m experiments.compile_ahead',
     description=__doc__.split('\n')[0],
     epilog='Keys of the config can be changed: --config.mesh.expert=8',
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add('--config', required=True, help=command_line.CONFIG)
+  add('--config', required=True, help=cli.CONFIG)
   add(
     '--topology',
     default='cpu:64',
@@ -271,7 +271,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   )
   add(
     '--slices',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=1,
     help='TPU slices of that topology',
   )
@@ -290,7 +290,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   return options, overrides
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the report; the exit status is 0 if the run fits, else 1."""
   options, overrides = parse(argv)

@@ -32,7 +32,7 @@ from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
 from experiments.study.tasks import Task
-from moe_jax import sections
+from moe_jax.config import section_of
 
 
 def arms(preset: Preset) -> list[Arm]:
@@ -94,7 +94,7 @@ STUDY = Study(
   title='A deep mixture of experts: gates for where, gates for what',
   source='Eigen, Ranzato and Sutskever 2013 (claims alone: no value of theirs '
   'could be verified)',
-  config=lambda steps: sections.section(Training(total_steps=steps)),
+  config=lambda steps: section_of(Training(total_steps=steps)),
   arms=arms,
   presets={'quick': Preset(2000, 8), 'full': Preset(8000, 8)},
   columns=columns(),

@@ -36,7 +36,7 @@ from experiments.faster_moe import (
 from experiments.faster_moe.clusters import Cluster
 from experiments.faster_moe.expert_counts import Chosen
 from experiments.faster_moe.simulated_tables import Case
-from moe_jax import command_line, config_file, run_config
+from moe_jax import cli, run_config
 from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes
 
@@ -46,7 +46,7 @@ DRAWN = 1024
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The parsed command line, with overrides of the config in `overrides`."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog='python -m experiments.fastermoe_sim',
     description=__doc__.split('\n')[0],
     allow_abbrev=False,
@@ -64,14 +64,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--config', default='', help='model whose layer is simulated')
   add(
     '--steps',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=100,
     help='largest number of steps that are simulated',
   )
   add(
     '--output', default='results/fastermoe_sim', help='folder that is written'
   )
-  options, overrides = command_line.parse_command(
+  options, overrides = cli.parse_command(
     parser, argv, lambda options: options.config
   )
   options.overrides = overrides
@@ -89,7 +89,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
   """
   M, F, kernels = clusters.WIDTH, clusters.HIDDEN, 2
   if options.config:
-    config = config_file.config_of(options.config, options.overrides)
+    config = cli.config_of(options.config, options.overrides)
     moe = run_config.read(config).filled(257).build().moe
     if moe is None:
       raise InputError(f'{options.config} has no experts to simulate')
@@ -143,7 +143,7 @@ def command_of(argv: Sequence[str] | None) -> str:
   return shlex.join(['python', '-m', 'experiments.fastermoe_sim', *words])
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """Simulates and writes tables and figures; returns their folder."""
   options = parse(argv)
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   simulated_figures.speed_ups(simulated, folder / 'speed_ups.png')
   text = simulated_tables.page(simulated, command_of(argv), remarks)
   (folder / 'table.md').write_text(text, encoding='utf-8')
-  command_line.say([text])
+  cli.say([text])
   print(f'written: {folder}')
   return folder
 

@@ -22,8 +22,8 @@ import ml_collections
 from experiments.study import byte_models, command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
+from moe_jax.config import difference
 from moe_jax.configs import tiny_finegrained, tiny_switch
-from moe_jax.sections import difference
 
 SWITCH, ALL_SERVED = 'Switch', 'Switch without drops'
 FINE, DENSE = 'fine-grained', 'dense'

@@ -63,7 +63,7 @@ from experiments.study.parts import (
 from experiments.study.study import Exploration, Study
 from experiments.study.tables import ratios
 from experiments.study.tasks import Task
-from moe_jax import sections
+from moe_jax.config import read_options, section_of
 
 VOWELS = 'vowels, drawn around the means of Peterson and Barney 1952'
 PAIRS = '[i], [a] against [I], [A]'
@@ -202,7 +202,7 @@ def explored(
   arms: Sequence[Arm], shared: ml_collections.ConfigDict
 ) -> list[Arm]:
   """An arm for each system and learning rate, from which rates are chosen."""
-  rates = sections.read(Descent, shared).kind.rates
+  rates = read_options(Descent, shared).kind.rates
   return [
     _at(arm, f'{AT_RATE}{rate:g}', rate) for arm in arms for rate in rates
   ]
@@ -290,7 +290,7 @@ STUDY = Study(
   name='jacobs_table1',
   title='Competing experts against back-propagation',
   source='Jacobs et al. 1991, Table 1',
-  config=lambda steps: sections.section(Descent(total_steps=steps)),
+  config=lambda steps: section_of(Descent(total_steps=steps)),
   arms=arms,
   presets={'full': Preset(8000, 25)},
   columns=COLUMNS,

@@ -29,7 +29,7 @@ from experiments.study.item_commands import check, is_finished, make_command
 from experiments.study.items import read_items, swept
 from experiments.study.jobs import Item
 from experiments.study.processes import Command
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.errors import InputError
 
 _OURS = 'moe_jax: '
@@ -68,7 +68,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """The command line, and the overrides of all items."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog='python -m experiments.launch',
     description=__doc__.split('\n')[0],
     epilog='Keys of all items can be changed: --config.seed=1',
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--output', default='runs/launch', help='folder of the workdirs')
   add(
     '--workers',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=1,
     help='number of items at a time',
   )
@@ -101,25 +101,25 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   )
   add(
     '--devices',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help='number of accelerators',
   )
   add(
     '--processes',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=1,
     help='processes of each item',
   )
   add(
     '--devices_per_process',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help='fake CPU devices of each process; 0: the real devices',
   )
   add(
     '--grace_seconds',
-    type=command_line.SECONDS,
+    type=cli.SECONDS,
     default=120.0,
     help='seconds that a stopped item may take to save',
   )
@@ -216,7 +216,7 @@ def run(
   )
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs all items and returns the exit status."""
   options, overrides = parse(argv)

@@ -22,7 +22,7 @@ from experiments.study import figures, stored, verdicts
 from experiments.study import results as study_results
 from experiments.study.study import Study
 from experiments.study.tables import markdown_table
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.errors import InputError
 
 HERE = pathlib.Path(__file__).parent
@@ -172,10 +172,10 @@ def _anchor(title: str) -> str:
   return characters.replace(' ', '-')
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Collects the summaries and writes the page."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog='python -m experiments.report', description=__doc__.split('\n')[0]
   )
   parser.add_argument(

@@ -42,8 +42,8 @@ from experiments.soaking.soak_evidence import (
   of_attempt,
   outcome,
 )
-from moe_jax import command_line
-from moe_jax.options import above
+from moe_jax import cli
+from moe_jax.config import above
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
@@ -226,22 +226,22 @@ def order(draw: random.Random) -> Iterator[tuple[int, dict[str, int]]]:
     yield last
 
 
-@command_line.reported()
+@cli.reported()
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the soak; the exit status is 1 if anything was lost."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog='python -m experiments.soak', description=__doc__.split('\n')[0]
   )
   add = parser.add_argument
   add(
     '--minutes',
-    type=command_line.number(float, above(0)),
+    type=cli.number(float, above(0)),
     default=10.0,
     help='approximate duration',
   )
   add(
     '--seed',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help='seed of the disturbances',
   )

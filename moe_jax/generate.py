@@ -17,32 +17,33 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from moe_jax import command_line, compile_cache, generation, memory_room
+from moe_jax import cli, generation
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import make_header, records_of
+from moe_jax.config import SEED, at_least, within
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.devices import keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
 from moe_jax.generation import read_again, trained_run
 from moe_jax.models import check_generates
 from moe_jax.models.recorded import recording
-from moe_jax.options import SEED, at_least, within
-from moe_jax.runs import trained
+from moe_jax.training import trained
 
 _DIM = '\x1b[2m{}\x1b[0m'  # the codes of a terminal
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.generate'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.generate'),
+    **cli.about(__doc__),
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
   checkpoints = parser.add_mutually_exclusive_group()
   checkpoints.add_argument(
     '--step',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     help='step of the checkpoint; else the newest good',
   )
   checkpoints.add_argument(
@@ -55,18 +56,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--task', default='', help='task of the prompts, if routers go by it')
   add('--source_language', default='', help="prompts': eng_Latn (NLLB)")
   add('--target_language', default='', help="answers': fra_Latn (NLLB)")
-  number, likeliest = command_line.number, 'draw among the likeliest'
+  number, likeliest = cli.number, 'draw among the likeliest'
   for name, kind, default, text in (
-    ('num_tokens', command_line.POSITIVE, 256, 'most new tokens a row'),
+    ('num_tokens', cli.POSITIVE, 256, 'most new tokens a row'),
     ('temperature', number(float, at_least(0)), 0.0, '0: the likeliest token'),
-    ('top_k', command_line.NOT_NEGATIVE, 0, f'{likeliest} k; 0: all'),
+    ('top_k', cli.NOT_NEGATIVE, 0, f'{likeliest} k; 0: all'),
     (
       'top_p',
       number(float, within('(0, 1]')),
       1.0,
       f'{likeliest} that sum to p',
     ),
-    ('num_beams', command_line.POSITIVE, 1, 'above 1: beam search'),
+    ('num_beams', cli.POSITIVE, 1, 'above 1: beam search'),
     ('length_penalty', number(float), 1.0, "beam search's exponent"),
     ('seed', number(int, SEED), None, 'seed of the drawn tokens (default: 0)'),
   ):
@@ -99,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
-  memory_room.keep_freed_memory()
-  if problem := compile_cache.use():
-    command_line.complain(problem)
-  with command_line.reported(options.traceback):
+  keep_freed_memory()
+  if problem := keep_programs():
+    cli.complain(problem)
+  with cli.reported(options.traceback):
     run(options)
 
 
@@ -116,11 +117,9 @@ def run(options: argparse.Namespace) -> None:
   loaded = generation.load(options.workdir, step, allow=options.allow_module)
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
-    command_line.complain(
-      f'passed over the checkpoint of step {step}: {reason}'
-    )
+    cli.complain(f'passed over the checkpoint of step {step}: {reason}')
   if loaded.model.forced_balance:
-    command_line.complain(f'WARNING: {loaded.model.forced_balance}')
+    cli.complain(f'WARNING: {loaded.model.forced_balance}')
   prompts, num_tokens = _fitted(loaded, texts, options)
   model, variables = generation.prepare(
     loaded.model,
@@ -191,7 +190,7 @@ def _fitted(loaded, texts, options) -> tuple[list[np.ndarray], int]:
   prompts = [ids for ids, _ in fitted]
   num_cut = sum(map(len, encoded)) - sum(map(len, prompts))
   if num_cut or num_tokens < requested:
-    command_line.complain(
+    cli.complain(
       f'learned positions have room for {num_tokens} new tokens of '
       f'{requested}; {num_cut} tokens of prompts are left out'
     )
@@ -244,7 +243,7 @@ def _trace(folder: str, loaded, model, batch, choices) -> None:
     make_header(*described, batch_size=size, note=note),
     records_of(model, 'generate', loaded.step, 0, batch, choices),
   )
-  command_line.complain(f'choices of experts: {folder}')
+  cli.complain(f'choices of experts: {folder}')
 
 
 def _token(tokenizer: Tokenizer, text: str) -> int:

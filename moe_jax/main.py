@@ -29,18 +29,18 @@ from typing import Any, cast
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import (
-  command_line,
-  compile_cache,
-  config_file,
-  distributed,
-  dry_run,
-  memory_room,
-  run_config,
-)
+from moe_jax import cli, run_config
+from moe_jax.analysis import dry_run
+from moe_jax.analysis.hooks import default_hooks
 from moe_jax.compression.distill import Distilling
+from moe_jax.devices import (
+  PROGRAMS_HELP,
+  is_first,
+  joined,
+  keep_freed_memory,
+  keep_programs,
+)
 from moe_jax.errors import InputError
-from moe_jax.hooks import default_hooks
 from moe_jax.training.loop import Interrupted, train_and_evaluate
 from moe_jax.training.setup import Ended
 
@@ -49,7 +49,7 @@ config_flags.DEFINE_config_file(
   None,
   'Path of a config file, own.py, or name of one, moe_jax:tiny_switch; '
   '--config.seed=1 overrides a value.',
-  # New keys belong to open sections; `command_line.parse` refuses all others.
+  # New keys belong to open sections; `cli.parse` refuses all others.
   accept_new_attributes=True,
   lock_config=False,
 )
@@ -78,7 +78,7 @@ _ALLOW_MODULE = flags.DEFINE_multi_string(
   '--config.distill.teacher may import classes; repeatable. Classes that '
   '--config names are always allowed.',
 )
-_COMPILE_CACHE = flags.DEFINE_string('compile_cache', '', compile_cache.HELP)
+_COMPILE_CACHE = flags.DEFINE_string('compile_cache', '', PROGRAMS_HELP)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, for several processes.'
 )
@@ -93,31 +93,31 @@ _PROCESS_ID = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
   """Runs the command; errors are reported in a few lines."""
   if len(argv) > 1:
-    command_line.fail(f'unexpected arguments {argv[1:]}; options begin with --')
+    cli.fail(f'unexpected arguments {argv[1:]}; options begin with --')
   logging.set_verbosity(logging.WARNING)
-  memory_room.keep_freed_memory()
-  command_line.ignore_closed_loops()
+  keep_freed_memory()
+  cli.ignore_closed_loops()
   if _DESCRIBE.value:
-    command_line.say(run_config.describe(flags.FLAGS.config))
+    cli.say(run_config.describe(flags.FLAGS.config))
     return
   processes = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   if _DRY_RUN.value:
     if any(flag is not None for flag in processes):
-      command_line.fail(
+      cli.fail(
         '--dry_run counts for the devices of one process; leave out '
         '--coordinator, --num_processes and --process_id'
       )
-    with command_line.reported(_TRACEBACK.value):
+    with cli.reported(_TRACEBACK.value):
       _dry_run()
     return
   if not _WORKDIR.value:
-    command_line.fail('--workdir is missing: the folder that the run goes to')
-  with command_line.reported(_TRACEBACK.value):
+    cli.fail('--workdir is missing: the folder that the run goes to')
+  with cli.reported(_TRACEBACK.value):
     options, ignored = read_config()
     with (
-      distributed.joined(options.distributed, *processes),
+      joined(options.distributed, *processes),
       # Once more, as a process of several ends within `joined`.
-      command_line.reported(_TRACEBACK.value),
+      cli.reported(_TRACEBACK.value),
     ):
       status = _train(options, ignored)
   if status:
@@ -129,7 +129,7 @@ def read_config() -> tuple[run_config.RunConfig, dict[str, Any]]:
 
   Errors are those of `run_config.settled`.
   """
-  config = config_file.load_config(_config_spec())
+  config = cli.load_config(_config_spec())
   return run_config.settled(config, flags.FLAGS.config)
 
 
@@ -144,10 +144,10 @@ def replaced_lines() -> Iterator[str]:
   if argument != 'runlocal':
     return
   before, after = (
-    config_file.flatten(config_file.load_config(spec).data)
+    cli.flatten(cli.load_config(spec).data)
     for spec in (base_spec, f'{base_spec}:runlocal')
   )
-  chosen_values = config_file.flatten(flags.FLAGS.config.data)
+  chosen_values = cli.flatten(flags.FLAGS.config.data)
   for key, new in after.items():
     old = before.get(key, new)
     if key.endswith('kind') and old != new == chosen_values.get(key):
@@ -157,7 +157,7 @@ def replaced_lines() -> Iterator[str]:
 def other_problems(argv: Sequence[str]) -> list[str]:
   """The problems of a command line beside keys that do not exist."""
   try:
-    run_config.options_of(*config_file.known_flags(argv))
+    run_config.options_of(*cli.known_flags(argv))
   except InputError as error:
     return str(error).splitlines()
   return []
@@ -166,28 +166,28 @@ def other_problems(argv: Sequence[str]) -> list[str]:
 def _dry_run() -> None:
   """Prints what a run would do; fails if it would be refused."""
   options, ignored = read_config()
-  command_line.say(replaced_lines())
-  command_line.say(run_config.ignored_lines(ignored))
+  cli.say(replaced_lines())
+  cli.say(run_config.ignored_lines(ignored))
   trial = dry_run.DryRun(
     options,
     _WORKDIR.value or '',
     resume=_RESUME.value,
     hooks=[Distilling(_ALLOW_MODULE.value), *default_hooks()],
   )
-  command_line.say(trial.lines())
+  cli.say(trial.lines())
   if trial.problems:
     reasons = '\n'.join(trial.problems)
-    command_line.fail(f'this run would be refused:\n{reasons}')
+    cli.fail(f'this run would be refused:\n{reasons}')
 
 
 def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
   """Trains; returns the exit status."""
-  problem = compile_cache.use(_COMPILE_CACHE.value)
-  if distributed.is_first():
+  problem = keep_programs(_COMPILE_CACHE.value)
+  if is_first():
     if problem:
-      command_line.complain(problem)
-    command_line.say(replaced_lines())
-    command_line.say(run_config.ignored_lines(ignored))
+      cli.complain(problem)
+    cli.say(replaced_lines())
+    cli.say(run_config.ignored_lines(ignored))
   ended, distilling = Ended(), Distilling(_ALLOW_MODULE.value)
   try:
     train_and_evaluate(
@@ -198,16 +198,16 @@ def _train(options: run_config.RunConfig, ignored: dict[str, Any]) -> int:
       resume=_RESUME.value,
     )
   except Interrupted as error:
-    command_line.complain(str(error))
-    return command_line.INTERRUPTED
-  return 0 if ended.ended else command_line.STOPPED
+    cli.complain(str(error))
+    return cli.INTERRUPTED
+  return 0 if ended.ended else cli.STOPPED
 
 
 def command() -> None:
   """Runs the command line of this program."""
   app.run(
     main,
-    flags_parser=lambda argv: command_line.parse(argv, __doc__, other_problems),
+    flags_parser=lambda argv: cli.parse(argv, __doc__, other_problems),
   )
 
 

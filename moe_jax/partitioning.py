@@ -17,8 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.errors import InputError
-from moe_jax.options import (
+from moe_jax.config import (
   Check,
   Options,
   at_least,
@@ -26,6 +25,7 @@ from moe_jax.options import (
   unknown,
   unknown_text,
 )
+from moe_jax.errors import InputError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 DCN = 'dcn_'  # prefix of an axis' name in the option for the slices it spans

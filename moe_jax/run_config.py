@@ -14,13 +14,23 @@ from typing import Any, cast
 
 import ml_collections
 
-from moe_jax import config_file, sections
+from moe_jax import cli
 from moe_jax.compression.distill_options import NONE, DistillOptions
+from moe_jax.config import (
+  Leaf,
+  choice_leaves,
+  entries,
+  leaves_of,
+  lock,
+  nested,
+  read_options,
+  section_of,
+  settle,
+  settle_overrides,
+)
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
 from moe_jax.models import MODELS
-from moe_jax.options import entries, nested
-from moe_jax.section_reader import Leaf
 from moe_jax.training.evaluate import DEFAULT_EVALS, EvaluationOptions
 from moe_jax.training.run_options import RunOptions
 
@@ -74,17 +84,17 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
   Raises:
     OptionError: The message lists all problems, by name.
   """
-  return sections.read(RunConfig, config)
+  return read_options(RunConfig, config)
 
 
 def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config with the values of a JSON file; see `sections.section`.
+  """The config with the values of a JSON file; see `section_of`.
 
   Raises:
     OptionError: The message lists all problems, by name.
   """
   values = json.loads(path.read_text(encoding='utf-8'))
-  return sections.section(sections.read(RunConfig, values))
+  return section_of(read_options(RunConfig, values))
 
 
 def options_of(
@@ -93,14 +103,14 @@ def options_of(
   """The options of a config file with overrides; see `settled`.
 
   Args:
-    spec: The config's path or name; see `config_file.load_config`.
+    spec: The config's path or name; see `cli.load_config`.
     overrides: Flags such as '--config.seed=1'.
 
   Raises:
     ValueError: The message gives everything that is wrong, by name.
   """
-  config = config_file.config_of(spec, overrides)
-  return settled(config_file.load_config(spec), config)
+  config = cli.config_of(spec, overrides)
+  return settled(cli.load_config(spec), config)
 
 
 def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
@@ -125,14 +135,14 @@ def settled(
   Raises:
     OptionError: The message lists all problems, by name.
   """
-  config, ignored = sections.settle(RunConfig, before, after)
+  config, ignored = settle(RunConfig, before, after)
   old, new = before.get('model'), config.get('model')
   if all(
     isinstance(x, ml_collections.ConfigDict) and 'kind' in x for x in (old, new)
   ):
     config = copy.deepcopy(config).unlock()
     ignored |= _settle_overrides(cast(ml_collections.ConfigDict, old), config)
-    config = sections.lock(RunConfig, config)
+    config = lock(RunConfig, config)
   return read(config), ignored
 
 
@@ -156,8 +166,8 @@ def _settle_overrides(
   for name, entry in evals.items():
     if not isinstance(entry, ml_collections.ConfigDict):
       continue
-    remaining, dropped = sections.settle_overrides(
-      functools.partial(sections.choice_leaves, MODELS),
+    remaining, dropped = settle_overrides(
+      functools.partial(choice_leaves, MODELS),
       before,
       config.model,
       cast(Any, entry.get('model_overrides', {})),
@@ -174,7 +184,7 @@ def describe(config: ml_collections.ConfigDict) -> Iterator[str]:
   Each key has its value, its default and its sentence. A star marks a value
   that is not the default, a dash a key that has no effect in this config.
   """
-  leaves = sections.leaves(RunConfig, config)
+  leaves = leaves_of(RunConfig, config)
   width = max(len(leaf.path) for leaf in leaves)
   yield "'*' marks what is not the default, '-' what has no effect here."
   yield _line('', 'key'.ljust(width), 'value', 'default')

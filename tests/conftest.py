@@ -59,7 +59,7 @@ if os.environ.get('MOE_JAX_TEST_TYPES') == '1':
 
 import pytest  # noqa: E402
 
-from moe_jax import memory_room  # noqa: E402
+from moe_jax.devices import forget_programs  # noqa: E402
 from moe_jax.kernels import blocks  # noqa: E402
 from tests import block_sizes  # noqa: E402
 
@@ -91,7 +91,7 @@ def pytest_xdist_make_scheduler(config, log):
 def _few_compiled_programs():
   """Clears compiled programs after a test file, once there are many."""
   yield
-  memory_room.forget_programs()
+  forget_programs()
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def _fewer_between_long_tests(request):
   """
   yield
   if request.node.get_closest_marker('slow'):
-    memory_room.forget_programs(12_000)
+    forget_programs(12_000)
 
 
 @pytest.fixture

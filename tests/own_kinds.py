@@ -8,6 +8,7 @@ import optax
 from flax import linen as nn
 
 from moe_jax import routing
+from moe_jax.config import above, at_least, option
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.tasks.contract import TextTask
@@ -15,7 +16,6 @@ from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.models.text_options import TextModelOptions
-from moe_jax.options import above, at_least, option
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
 from moe_jax.training.schedules import Schedule

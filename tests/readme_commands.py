@@ -20,10 +20,10 @@ import traceback
 
 import jax
 
-from moe_jax import config_file
+from moe_jax import cli
 
 IMPORTED = (
-  *('moe_jax.hooks', 'moe_jax.training.loop'),
+  *('moe_jax.analysis.hooks', 'moe_jax.training.loop'),
   *('moe_jax.compression', 'matplotlib.pyplot', 'experiments.study.command'),
 )
 
@@ -41,7 +41,7 @@ def read_only():
     if unknown := [w for w in rest if not w.startswith('--config.')]:
       parser.error(f'unknown arguments {unknown}')
     if config := getattr(options, 'config', ''):
-      config_file.config_of(config, rest)
+      cli.config_of(config, rest)
     raise SystemExit(0)
 
   argparse.ArgumentParser.parse_known_args = outermost

@@ -112,9 +112,9 @@ ALLOWED = {
 # nothing of it; an imported checkpoint gets the options of a run.
 TOKENIZERS = ('moe_jax.data.tokenizers',)
 CHECKPOINTS = (
-  'moe_jax.runs.checkpointer', 'moe_jax.runs.trained', 'moe_jax.runs.workdir'
+  'moe_jax.runs.checkpointer', 'moe_jax.training.trained', 'moe_jax.runs.workdir'
 )  # fmt: skip
-FOLDERS = (*CHECKPOINTS, 'moe_jax.runs.new_run')
+FOLDERS = (*CHECKPOINTS, 'moe_jax.training.new_run')
 NARROW = {
   'generation': {
     'data': (

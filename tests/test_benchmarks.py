@@ -30,7 +30,7 @@ from experiments.benchmarks import moe_layer_cases as cases_lib
 from experiments.benchmarks import moe_layer_programs as programs_lib
 from experiments.benchmarks import moe_layer_rows as rows_lib
 from moe_jax import models
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
 from moe_jax.layers import Dropless, Gather
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.training import tiny

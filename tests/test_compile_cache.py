@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from moe_jax import compile_cache
+from moe_jax import devices
+from moe_jax.devices import OFF, keep_programs
 
 SETTINGS = (
   'jax_compilation_cache_dir',
@@ -45,7 +46,7 @@ def files(folder):
 
 def test_a_program_is_found_again_and_computes_the_same_bits(tmp_path):
   x = np.linspace(-1, 1, 35, dtype=np.float32).reshape(5, 7)
-  assert compile_cache.use(str(tmp_path / 'kept')) == ''
+  assert keep_programs(str(tmp_path / 'kept')) == ''
   compiled = run(x)
   programs = files(tmp_path / 'kept')
   assert programs
@@ -66,7 +67,7 @@ def test_the_default_place_is_below_the_root_of_the_cache(
   tmp_path, monkeypatch
 ):
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
-  assert compile_cache.use() == ''
+  assert keep_programs() == ''
   folder = tmp_path / 'compiled'
   assert jax.config.jax_compilation_cache_dir == str(folder)
   assert folder.is_dir()
@@ -74,37 +75,37 @@ def test_the_default_place_is_below_the_root_of_the_cache(
 
 def test_a_folder_that_jax_was_told_of_is_left_as_it_is(tmp_path):
   jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'own'))
-  assert compile_cache.use() == ''
+  assert keep_programs() == ''
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'own')
   assert not (tmp_path / 'own').exists()
-  assert compile_cache.use(str(tmp_path / 'flag')) == ''
+  assert keep_programs(str(tmp_path / 'flag')) == ''
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'flag')
 
 
 def test_a_place_that_has_no_effect_is_said(tmp_path, monkeypatch):
   jax.config.update('jax_enable_compilation_cache', False)
-  assert 'JAX_ENABLE_COMPILATION_CACHE' in compile_cache.use(str(tmp_path))
-  assert compile_cache.use() == ''
+  assert 'JAX_ENABLE_COMPILATION_CACHE' in keep_programs(str(tmp_path))
+  assert keep_programs() == ''
   jax.config.update('jax_enable_compilation_cache', True)
   # Hosts of a run with several processes may have no folder in common.
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
-  assert compile_cache.use() == ''
+  assert keep_programs() == ''
   assert not (tmp_path / 'compiled').exists()
-  assert compile_cache.use(str(tmp_path / 'shared')) == ''
+  assert keep_programs(str(tmp_path / 'shared')) == ''
   assert (tmp_path / 'shared').exists()
 
 
 def test_it_can_be_turned_off(tmp_path, monkeypatch):
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
-  assert compile_cache.use(compile_cache.OFF) == ''
+  assert keep_programs(OFF) == ''
   run(np.ones((2, 3)))
   assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_gone_without(tmp_path):
   (tmp_path / 'file').touch()
-  problem = compile_cache.use(str(tmp_path / 'file' / 'below'))
+  problem = keep_programs(str(tmp_path / 'file' / 'below'))
   assert problem.startswith('compiled programs are not kept: ')
   assert jax.config.jax_compilation_cache_dir is None
   assert run(np.ones((2, 3))).shape == (2, 2)
@@ -113,13 +114,13 @@ def test_a_folder_that_cannot_be_made_is_gone_without(tmp_path):
 def test_the_oldest_programs_are_deleted_beyond_the_bound(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(compile_cache, 'MOST_BYTES', 10)
+  monkeypatch.setattr(devices, 'MOST_BYTES', 10)
   for age, name in enumerate(('new', 'middle', 'old')):
     path = tmp_path / f'{name}-cache'
     path.write_bytes(b'four')
     os.utime(path, (1000 - age, 1000 - age))
   (tmp_path / 'another').write_bytes(b'a file that is no program')
-  assert compile_cache.use(str(tmp_path)) == ''
+  assert keep_programs(str(tmp_path)) == ''
   assert len(list(tmp_path.iterdir())) == 4  # the user's folder stays whole
   folder = tmp_path / 'compiled'
   folder.mkdir()
@@ -127,6 +128,6 @@ def test_the_oldest_programs_are_deleted_beyond_the_bound(
     path.rename(folder / path.name)
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path))
   jax.config.update('jax_compilation_cache_dir', None)
-  assert compile_cache.use() == ''
+  assert keep_programs() == ''
   names = sorted(path.name for path in folder.iterdir())
   assert names == ['middle-cache', 'new-cache']

@@ -3,9 +3,8 @@
 import ml_collections
 import pytest
 
+from moe_jax.config import difference, flatten, merge, unknown
 from moe_jax.configs import base
-from moe_jax.options import unknown
-from moe_jax.sections import difference, flatten, merge
 
 
 def example():

@@ -13,10 +13,10 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
-from moe_jax import models, run_config, sections
+from moe_jax import models, run_config
+from moe_jax.config import merge, section_of
 from moe_jax.configs import t5_base
 from moe_jax.models.pattern import sparse_pattern
-from moe_jax.sections import merge
 from moe_jax.training import losses, step
 from moe_jax.training.evaluate import changed_models
 from tests import golden
@@ -201,7 +201,7 @@ def test_a_shrunk_config_is_small_and_of_the_same_kinds(name):
   assert type(small.model.moe.router) is type(whole.model.moe.router)
   assert small.model.vocab_size == 0
   # The result is a valid config.
-  assert read(sections.section(small)) == small
+  assert read(section_of(small)) == small
 
 
 def test_arguments_name_published_sizes():

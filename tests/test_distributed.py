@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import distributed, partitioning
-from moe_jax.distributed import Timeouts
-from moe_jax.options import OptionError
+from moe_jax import partitioning
+from moe_jax.config import OptionError
+from moe_jax.devices import Placing, Timeouts, connect, fetch
 
 TIMEOUTS = Timeouts()
 
@@ -29,14 +29,14 @@ TIMEOUTS = Timeouts()
 )
 def test_flags_that_do_not_fit_together(given, message):
   with pytest.raises(ValueError, match=message):
-    distributed.start(TIMEOUTS, *given)
+    connect(TIMEOUTS, *given)
 
 
 def test_one_process_connects_to_nothing(monkeypatch):
   for name in ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'):
     monkeypatch.delenv(name, raising=False)
-  assert not distributed.start(TIMEOUTS)
-  assert not distributed.start(TIMEOUTS, '192.0.2.1:1', 1, 0)
+  assert not connect(TIMEOUTS)
+  assert not connect(TIMEOUTS, '192.0.2.1:1', 1, 0)
   assert not jax.distributed.is_initialized()
 
 
@@ -57,7 +57,7 @@ def test_timeouts_out_of_range(name, value):
 def test_a_batch_is_placed_as_it_is(spec):
   mesh = partitioning.make_mesh({'data': 2, 'expert': 2, 'tensor': 2})
   sharding = NamedSharding(mesh, PartitionSpec(spec))
-  placing = distributed.Placing(sharding, 8)
+  placing = Placing(sharding, 8)
   batch = {
     'tokens': np.arange(24).reshape(8, 3),
     'weights': np.arange(16.0, dtype=np.float32).reshape(8, 2),
@@ -68,5 +68,5 @@ def test_a_batch_is_placed_as_it_is(spec):
       assert placed_batch[name].sharding.is_equivalent_to(sharding, 2)
       np.testing.assert_array_equal(placed_batch[name], values)
   np.testing.assert_array_equal(
-    distributed.fetch(placing(batch))['tokens'], batch['tokens']
+    fetch(placing(batch))['tokens'], batch['tokens']
   )

@@ -7,12 +7,13 @@ import time
 import jax
 import pytest
 
-from moe_jax import data, memory_room, sections
+from moe_jax import data, devices
 from moe_jax.analysis import cost, run_cost
+from moe_jax.analysis.dry_run import DryRun
 from moe_jax.compression.distill import Distilling
+from moe_jax.config import section_of
 from moe_jax.data import cache_folders, tokenizers
 from moe_jax.data.sources import files
-from moe_jax.dry_run import DryRun
 from moe_jax.runs import workdir
 from moe_jax.training.programs import make_programs
 from moe_jax.training.setup import with_tokenizer
@@ -140,7 +141,7 @@ def test_another_run_that_it_begins_with(tmp_path):
 
 
 def test_a_folder_of_a_run(tmp_path):
-  workdir.claim(tmp_path, sections.section(OPTIONS))
+  workdir.claim(tmp_path, section_of(OPTIONS))
   text, problems = report(OPTIONS, tmp_path)
   assert not problems
   assert 'a run without checkpoints: it begins anew' in text
@@ -174,7 +175,7 @@ def test_what_does_not_fit_is_said(tmp_path, monkeypatch):
   text, (problem,) = report(tiny.options(mesh={'data': 2}), tmp_path)
   assert 'does not fit 1 devices' in problem
   assert 'memory:' in text
-  monkeypatch.setattr(memory_room, 'host_bytes', lambda: 200_000)
+  monkeypatch.setattr(devices, 'host_bytes', lambda: 200_000)
   text, problems = report(OPTIONS, '')
   assert not problems  # it is not certain
   assert 'it has 200 kB\nWARNING: that does not fit' in text
@@ -201,7 +202,7 @@ def test_an_evaluation_that_does_not_fit_is_said(tmp_path, monkeypatch):
   programs = make_programs(filled, model, mesh)
   needs = run_cost.run_bytes(filled, model, programs, mesh)
   assert needs.step < needs.evaluation == needs.total
-  monkeypatch.setattr(memory_room, 'host_bytes', lambda: needs.step)
+  monkeypatch.setattr(devices, 'host_bytes', lambda: needs.step)
   text, _ = report(options, tmp_path)
   assert ' in the largest evaluation, and it has' in text
   assert 'WARNING: that does not fit' in text

@@ -4,7 +4,8 @@ import pytest
 
 from experiments.study.jobs import layered
 from experiments.study.tasks import PREFIX_TASKS, TASKS
-from moe_jax import data, sections
+from moe_jax import data
+from moe_jax.config import read_options
 from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 
@@ -25,7 +26,7 @@ ALL = [*TASKS.items(), *PREFIX_TASKS.items()]
 def test_a_task_loads_and_says_what_it_is(name, task):
   config = layered(RunConfig, base.get_config(), {'data.seq_len': 64})
   config = layered(RunConfig, config, task.overrides)
-  options = sections.read(data.DataOptions, config.data, 'data.')
+  options = read_options(data.DataOptions, config.data, 'data.')
   dataset = data.load(options)
   synthetic = name != 'text'
   assert dataset.source.startswith('synthetic: ') == synthetic

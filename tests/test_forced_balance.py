@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import train_step_tables
-from moe_jax import generate, hooks, run_config
-from moe_jax.analysis import record_evaluation, roofline, routes, traces
+from moe_jax import generate, run_config
+from moe_jax.analysis import hooks, record_evaluation, roofline, routes, traces
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.runs import metrics

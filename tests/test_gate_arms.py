@@ -11,8 +11,8 @@ from experiments.study.parts import Figure, Preset
 from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax import run_config
+from moe_jax.config import merge
 from moe_jax.run_config import RunConfig
-from moe_jax.sections import merge
 from tests.training import tiny
 
 STUDY = Study(

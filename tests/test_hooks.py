@@ -9,9 +9,9 @@ import signal
 import jax
 import pytest
 
-from moe_jax import hooks, run_config
-from moe_jax.analysis import sharded
-from moe_jax.options import OptionError
+from moe_jax import run_config
+from moe_jax.analysis import hooks, sharded
+from moe_jax.config import OptionError
 from moe_jax.training import loop, setup
 from moe_jax.training.setup import Hook
 from tests.training import tiny

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from moe_jax.distributed import launcher
+from moe_jax.devices import launcher
 
 SLURM = {
   'SLURM_JOB_ID': '7',

@@ -18,14 +18,9 @@ import pytest
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import (
-  command_line,
-  config_file,
-  run_config,
-  sections,
-)
+from moe_jax import cli, run_config
+from moe_jax.config import above, flatten, merge, option, section_of
 from moe_jax.errors import InputError
-from moe_jax.options import above, option
 from moe_jax.training.optimizer import Optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,7 +67,7 @@ def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
   argv = command('w', flag, config='configs/tiny_switch.py')[2:]
   monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
   with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_error:
-    command_line.parse(argv)
+    cli.parse(argv)
   assert exit_error.value.code == 1
   error_text = capsys.readouterr().err
   assert message in error_text
@@ -87,7 +82,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
   argv = command('w', *flags, config='moe_jax:tiny_switch')[2:]
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver(), pytest.raises(SystemExit):
-    command_line.parse(argv, '', moe_jax.main.other_problems)
+    cli.parse(argv, '', moe_jax.main.other_problems)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 3
   assert "did you mean 'model.moe.num_experts'? --describe" in lines[0]
@@ -104,7 +99,7 @@ def test_an_error_is_a_line_or_on_request_a_trace(
   argv = command(tmp_path, *more)[2:]
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver():
-    command_line.parse(argv)
+    cli.parse(argv)
     with pytest.raises(error) as exit_error:
       moe_jax.main.main(argv[:1])
   message = f'{exit_error.value}{capsys.readouterr().err}'
@@ -114,7 +109,7 @@ def test_an_error_is_a_line_or_on_request_a_trace(
 def test_an_error_of_a_library_keeps_its_traceback():
   with (
     pytest.raises(ValueError, match='invalid literal'),
-    command_line.reported(),
+    cli.reported(),
   ):
     int('x')
 
@@ -122,7 +117,7 @@ def test_an_error_of_a_library_keeps_its_traceback():
 def test_a_platform_that_is_not_there_is_a_line():
   code = (
     'import jax; from moe_jax import command_line\n'
-    'with command_line.reported(): jax.devices()'
+    'with cli.reported(): jax.devices()'
   )
   process = subprocess.run(
     [sys.executable, '-c', code],
@@ -140,13 +135,13 @@ def test_a_platform_that_is_not_there_is_a_line():
 
 @pytest.mark.parametrize(
   ('error', 'status'),
-  [(KeyboardInterrupt(), command_line.INTERRUPTED), (InputError('wrong'), 1)],
+  [(KeyboardInterrupt(), cli.INTERRUPTED), (InputError('wrong'), 1)],
 )
 def test_a_message_that_nobody_reads_keeps_the_status(
   error, status, closed_pipe, monkeypatch
 ):
   monkeypatch.setattr(sys, 'stderr', closed_pipe)
-  with pytest.raises(SystemExit) as exit_error, command_line.reported():
+  with pytest.raises(SystemExit) as exit_error, cli.reported():
     raise error
   assert exit_error.value.code == status
   closed_pipe.flush()  # as the interpreter does at its end
@@ -158,7 +153,7 @@ def run_main(argv, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', argv)
   status = 0
   with flagsaver.flagsaver():
-    command_line.parse(argv)
+    cli.parse(argv)
     try:
       moe_jax.main.main(argv[:1])
     except SystemExit as exit_error:
@@ -190,7 +185,7 @@ def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
   overrides = {'moe': kinds}
   assert lines[index].split()[2:] == ['(below)', '{}']
   assert lines[index + 1].strip() == f'value: {overrides}'
-  for path in sections.flatten(config_file.load_config(config[9:])):
+  for path in flatten(cli.load_config(config[9:])):
     path = path.partition('overrides.')[0].removesuffix('_')
     assert any(f' {path}' in line for line in lines), path
 
@@ -241,9 +236,7 @@ def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
 def settled(argv):
   spec = argv[0].removeprefix('--config=')
   flags = [flag for flag in argv if flag.startswith('--config.')]
-  return run_config.settled(
-    config_file.load_config(spec), config_file.config_of(spec, flags)
-  )
+  return run_config.settled(cli.load_config(spec), cli.config_of(spec, flags))
 
 
 def test_flags_may_add_what_open_sections_hold():
@@ -282,7 +275,7 @@ def test_flags_may_add_what_open_sections_hold():
 )
 def test_a_flag_of_a_section_says_how_it_is_given(flag, hint):
   with pytest.raises(ValueError, match='unknown config key') as error:
-    config_file.config_of('moe_jax:tiny_switch', [flag])
+    cli.config_of('moe_jax:tiny_switch', [flag])
   assert str(error.value).endswith(hint)
 
 
@@ -309,10 +302,10 @@ class Own(Optimizer):
 
 def test_a_config_that_does_not_exist(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"no\.py' does not exist"):
-    config_file.load_config('configs/no.py')
+    cli.load_config('configs/no.py')
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match='moe_jax:tiny_switch works in every'):
-    config_file.load_config('configs/tiny_switch.py')
+    cli.load_config('configs/tiny_switch.py')
 
 
 LONGER = (
@@ -380,8 +373,8 @@ def test_stopped_and_killed_ends_as_unbroken(tmp_path):
         break
     process.stdout.read()
     status = process.wait()
-    assert status in (0, command_line.STOPPED, -signal.SIGKILL)
-    stopped += status == command_line.STOPPED
+    assert status in (0, cli.STOPPED, -signal.SIGKILL)
+    stopped += status == cli.STOPPED
     if status == 0:
       break
   assert (killed, stopped) == (2, 1)
@@ -428,7 +421,7 @@ def interrupted(tmp_path_factory):
 @pytest.mark.slow
 def test_ctrl_c_saves_though_the_reader_of_the_pipe_is_gone(interrupted):
   folder, process, stderr = interrupted
-  assert process.returncode == command_line.INTERRUPTED, stderr
+  assert process.returncode == cli.INTERRUPTED, stderr
   # Libraries may add lines of their own.
   ours = [line for line in stderr.splitlines() if line.startswith('moe_jax: ')]
   first, last = ours
@@ -486,11 +479,9 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
   ],
 )
 def test_a_later_layer_switches_off_overrides_too(config, overrides):
-  before = config_file.load_config(f'configs/{config}.py')
-  options, ignored = run_config.settled(
-    before, sections.merge(before, overrides)
-  )
+  before = cli.load_config(f'configs/{config}.py')
+  options, ignored = run_config.settled(before, merge(before, overrides))
   # The result equals the options of its config: nothing is lost.
-  assert run_config.read(sections.section(options)) == options
+  assert run_config.read(section_of(options)) == options
   for name in ignored:
     assert name.startswith(('model.', 'evals.', 'optimizer.')), name

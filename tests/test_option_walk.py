@@ -7,19 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_jax import sections
-from moe_jax.options import (
+from moe_jax.config import (
   Check,
   Options,
   default_of,
   fields_of,
+  leaves_of,
+  read_options,
+  section_of,
   spec_of,
   types_of,
 )
 from moe_jax.run_config import RunConfig
 
-CONFIG = sections.section(RunConfig)
-LEAVES = {leaf.path: leaf for leaf in sections.leaves(RunConfig, CONFIG)}
+CONFIG = section_of(RunConfig)
+LEAVES = {leaf.path: leaf for leaf in leaves_of(RunConfig, CONFIG)}
 
 
 def classes_of(cls: type[Options], visited=None) -> Iterator[type[Options]]:
@@ -124,7 +126,7 @@ def refusals(values: dict) -> list[str]:
   config = copy.deepcopy(CONFIG)
   config.update_from_flattened_dict(values)
   with pytest.raises(ValueError, match='has no effect') as error:
-    sections.read(RunConfig, config)
+    read_options(RunConfig, config)
   return [text.partition(' has no ')[0] for text in error.value.problems]
 
 

@@ -15,13 +15,14 @@ import setuptools
 from absl.testing import flagsaver
 
 import moe_jax.main
-from moe_jax import command_line, config_file, run_config, sections
+from moe_jax import cli, run_config
+from moe_jax.config import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def flat(config):
-  return sections.flatten(config)
+  return flatten(config)
 
 
 @pytest.fixture
@@ -38,11 +39,11 @@ def packaging(monkeypatch):
 def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
   paths = 'configs/tiny_switch.py', 'configs/switch_base.py:e8'
   monkeypatch.chdir(ROOT)
-  by_path = [flat(config_file.load_config(path)) for path in paths]
+  by_path = [flat(cli.load_config(path)) for path in paths]
   monkeypatch.chdir(tmp_path)
   names = 'moe_jax:tiny_switch', 'moe_jax:switch_base:e8'
-  assert [flat(config_file.load_config(name)) for name in names] == by_path
-  changed = config_file.config_of(names[0], ['--config.seed=3'])
+  assert [flat(cli.load_config(name)) for name in names] == by_path
+  changed = cli.config_of(names[0], ['--config.seed=3'])
   assert flat(changed) == {**by_path[0], 'seed': 3}
   options, _ = run_config.options_of(f'{names[0]}:runlocal')
   assert (options.total_steps, options.model.width) == (2, 32)
@@ -50,7 +51,7 @@ def test_a_config_has_a_name_in_every_folder(tmp_path, monkeypatch):
 
 def test_every_config_of_the_folder_has_a_name():
   files = {path.stem: path for path in (ROOT / 'configs').glob('*.py')}
-  assert config_file.package_configs('moe_jax') == files
+  assert cli.package_configs('moe_jax') == files
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_what_is_no_config_is_told_of_the_nearest_name(
 ):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match=re.escape(message)):
-    config_file.load_config(spec)
+    cli.load_config(spec)
 
 
 def test_another_package_names_its_configs_alike(tmp_path, monkeypatch):
@@ -89,14 +90,14 @@ def test_another_package_names_its_configs_alike(tmp_path, monkeypatch):
     '  return config\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  config = config_file.load_config('somebodys:large:runlocal')
+  config = cli.load_config('somebodys:large:runlocal')
   assert (config.total_steps, config.model.width) == (7, 32)
   with pytest.raises(ValueError, match=r"unknown config of somebodys 'small'"):
-    config_file.load_config('somebodys:small')
+    cli.load_config('somebodys:small')
   # A file of that name would be the config.
   monkeypatch.chdir(tmp_path)
   shutil.copy(folder / 'large.py', 'own')
-  assert config_file.load_config('own:runlocal').total_steps == 7
+  assert cli.load_config('own:runlocal').total_steps == 7
 
 
 def test_names_of_configs_in_texts_exist():
@@ -108,7 +109,7 @@ def test_names_of_configs_in_texts_exist():
       text = path.read_text(encoding='utf-8')
       names |= set(re.findall(r'--config[= ]moe_jax:(\w+)', text))
   assert 'tiny_switch' in names
-  assert names <= set(config_file.package_configs('moe_jax'))
+  assert names <= set(cli.package_configs('moe_jax'))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_training_takes_a_name(words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
   with flagsaver.flagsaver():
-    command_line.parse(argv)
+    cli.parse(argv)
     options, _ = moe_jax.main.read_config()
   assert (options.seed, options.total_steps) == (5, 2)
 
@@ -150,7 +151,7 @@ def test_data_that_runlocal_replaces_is_named(
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'argv', argv)
   with flagsaver.flagsaver():
-    command_line.parse(argv)
+    cli.parse(argv)
     assert list(moe_jax.main.replaced_lines()) == says
 
 
@@ -165,7 +166,7 @@ def test_console_commands_start_what_python_would(packaging):
     name: entry.partition(':')[0].removesuffix('.__main__')
     for name, entry in commands.items()
   }
-  assert modules == {name: path for path, name in command_line.CONSOLE.items()}
+  assert modules == {name: path for path, name in cli.CONSOLE.items()}
   assert packaging['setup']['entry_points']['console_scripts'] == [
     f'{name} = {entry}' for name, entry in commands.items()
   ]
@@ -224,8 +225,8 @@ def test_help_of_training_has_its_own_flags_alone(monkeypatch, capsys):
 
 def test_modules_of_the_working_folder_are_found_last(monkeypatch):
   monkeypatch.setattr(sys, 'path', ['/lib'])
-  command_line.find_own_modules()
-  command_line.find_own_modules()
+  cli.find_own_modules()
+  cli.find_own_modules()
   assert sys.path == ['/lib', '']
 
 

@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
+from moe_jax.config import OptionError
 from moe_jax.layers.parameters import axes_of, roles_of
 from moe_jax.layers.routers import TokenChoice
-from moe_jax.options import OptionError
 from moe_jax.partitioning import (
   MeshOptions,
   ShardingOptions,

@@ -8,15 +8,17 @@ import sys
 import jax
 import pytest
 
-from moe_jax import hooks, layers, plugins, run_config, sections
+from moe_jax import layers, run_config
+from moe_jax.analysis import hooks
+from moe_jax.config import OptionError, load_class, section_of
 from moe_jax.configs import base
 from moe_jax.data.tokenizers import TokenizerOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.routers import RouterOptions
 from moe_jax.models import MODELS
-from moe_jax.options import OptionError
-from moe_jax.runs import metrics, trained, workdir
-from moe_jax.training import loop, setup
+from moe_jax.runs import metrics, workdir
+from moe_jax.runs.workdir import check_allowed, class_digests, classes_in
+from moe_jax.training import loop, setup, trained
 from tests import own_kinds
 from tests.training import tiny
 
@@ -90,7 +92,7 @@ def test_a_config_names_a_users_class_wherever_it_names_ours():
   assert isinstance(options.optimizer, own_kinds.SignSgd)
   assert options.evals['mine'] == own_kinds.Norm(1, power=3)
   # The config names them again, with their options.
-  assert run_config.read(sections.section(options)) == options
+  assert run_config.read(section_of(options)) == options
 
 
 def test_they_train(run):
@@ -145,7 +147,7 @@ def test_a_router_that_sows_nothing_has_a_routing_report(run):
 
 def test_their_file_is_recorded(run):
   digests = json.loads((run / workdir.PLUGINS).read_text())
-  user_kinds = set(plugins.names_in(config()))
+  user_kinds = set(classes_in(config()))
   user_kinds ^= {f'{NAME}:InTurn', f'{ROUTER}:First'}
   assert digests.keys() == user_kinds
   assert len(digests) == 8
@@ -252,7 +254,7 @@ def test_a_config_of_a_users_kinds_shrinks():
 
 def test_ours_are_always_allowed_and_need_no_record():
   names = ['moe_jax.interop.quirks:X']
-  plugins.check_allowed(names, ())
-  assert plugins.digests(names) == {}
-  assert plugins.load(f'{NAME}:InTurn', 'router', RouterOptions)
-  assert plugins.load(f'{NAME}:Shout', 'tokenizer', TokenizerOptions)
+  check_allowed(names, ())
+  assert class_digests(names) == {}
+  assert load_class(f'{NAME}:InTurn', 'router', RouterOptions)
+  assert load_class(f'{NAME}:Shout', 'tokenizer', TokenizerOptions)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from moe_jax.config import flatten
 from moe_jax.configs import base
-from moe_jax.sections import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'experiments' / 'pods.md').read_text(encoding='utf-8')

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from moe_jax import data, prepare
-from moe_jax.data import tokenizers
+from moe_jax import data
+from moe_jax.data import prepare, tokenizers
 from moe_jax.data.sources import files
 
 CONFIG = '--config=configs/tiny_switch.py'
@@ -120,7 +120,7 @@ def command(large, cache, *flags):
     f'--config.data.cache_dir={cache}',
   ]  # fmt: skip
   return subprocess.Popen(
-    [sys.executable, '-m', 'moe_jax.prepare', *flags],
+    [sys.executable, '-m', 'moe_jax.data.prepare', *flags],
     env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     start_new_session=True,

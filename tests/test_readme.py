@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import (
-  interop,
-  kernels,
-  models,
-  routing,
-  run_config,
-  sections,
-)
+from moe_jax import interop, kernels, models, routing, run_config
+from moe_jax.config import flatten
 from moe_jax.configs import base, mixtral_8x7b
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -160,7 +154,7 @@ def test_files_of_the_room_exist(readme):
 @each_readme
 def test_config_keys_exist(readme):
   config = base.get_config()
-  config_keys = {*sections.flatten(config), *_sections_of(config)}
+  config_keys = {*flatten(config), *_sections_of(config)}
   keys = re.findall(r'--config\.([\w.]+)=', text_of(readme))
   keys += re.findall(r'`config\.([\w.]+)`', text_of(readme))
   assert not [key for key in keys if key not in config_keys]

@@ -16,8 +16,8 @@ import sys
 
 import pytest
 
-from moe_jax import config_file, run_config
-from moe_jax.command_line import CONSOLE
+from moe_jax import cli, run_config
+from moe_jax.cli import CONSOLE
 from tests import test_readme
 from tests.data.tokenizers import models
 
@@ -234,7 +234,7 @@ def test_the_flags_of_a_mixtral_make_one(tmp_path):
     if folder_of(words) == 'runs/tiny_mixtral'
   )
   flags = [word for word in words if word.startswith('--config.')]
-  config = config_file.config_of('moe_jax:tiny_switch:runlocal', flags)
+  config = cli.config_of('moe_jax:tiny_switch:runlocal', flags)
   options = run_config.read(config).filled(257)
   test_readme.checkpoint(tmp_path, options)
   hf_config = json.loads((tmp_path / 'config.json').read_text())

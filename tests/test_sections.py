@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_jax import config_file, sections
-from moe_jax.options import (
+from moe_jax import cli
+from moe_jax.config import (
   Kinds,
   OptionError,
   Options,
@@ -18,9 +18,15 @@ from moe_jax.options import (
   choice,
   each,
   entries,
+  flatten,
+  leaves_of,
+  merge,
   nested,
   one_of,
   option,
+  read_options,
+  section_of,
+  settle,
   within,
 )
 from moe_jax.run_config import RunConfig
@@ -90,17 +96,17 @@ class Whole(Options):
 
 
 def changed(**values):
-  return sections.merge(sections.section(Whole), values)
+  return merge(section_of(Whole), values)
 
 
 def problems(config):
   with pytest.raises(OptionError) as error:
-    sections.read(Whole, config)
+    read_options(Whole, config)
   return error.value.problems
 
 
 def test_a_section_at_its_defaults_reads_as_the_defaults():
-  assert sections.read(Whole, sections.section(Whole)) == Whole()
+  assert read_options(Whole, section_of(Whole)) == Whole()
 
 
 def test_a_section_holds_the_values_of_an_instance():
@@ -112,17 +118,17 @@ def test_a_section_holds_the_values_of_an_instance():
     extra={'moe': {'layers': 'all'}},
     more={'b': Broad(width=6)},
   )
-  section = sections.section(whole)
+  section = section_of(whole)
   assert section.rule.hashed.seed == 4
   assert section.shape.sizes == (1, 2, 3)
   assert section.more.b.kind == 'broad'
-  assert sections.read(Whole, section) == whole
+  assert read_options(Whole, section) == whole
 
 
 def test_a_section_survives_json():
   whole = Whole(rule=Hashed(table='x'), shape=Broad())
-  text = json.dumps(sections.section(whole).to_dict())
-  assert sections.read(Whole, json.loads(text)) == whole
+  text = json.dumps(section_of(whole).to_dict())
+  assert read_options(Whole, json.loads(text)) == whole
 
 
 def test_all_problems_are_said_at_once_with_their_names():
@@ -160,7 +166,7 @@ def test_a_missing_value_of_an_entry_is_named():
     rules: Mapping[str, Rule] = entries(kinds, {}, 'Rules.')
 
   with pytest.raises(OptionError) as error:
-    sections.read(Several, {'rules': {'a': {'kind': 'hashed'}}})
+    read_options(Several, {'rules': {'a': {'kind': 'hashed'}}})
   assert error.value.problems == (
     'rules.a.table is missing: it has no default; give '
     '--config.rules.a.table=...',
@@ -184,18 +190,18 @@ def test_merging_refuses_wrong_keys_and_types(overrides, message):
 
 def test_merging_fills_open_sections_and_turns_integers_into_floats():
   config = changed(limit=2, extra={'any': {'thing': 1}}, more={})
-  whole = sections.read(Whole, config)
+  whole = read_options(Whole, config)
   assert whole.limit == 2.0
   assert whole.extra == {'any': {'thing': 1}}
-  assert not sections.section(Whole).extra
+  assert not section_of(Whole).extra
 
 
 @pytest.mark.parametrize('settled', [False, True])
 def test_a_merged_copy_is_locked_where_the_config_is(settled):
-  config = sections.section(Whole)
-  merged = sections.merge(config, {'extra': {'new': 1}, 'inner': {'width': 9}})
+  config = section_of(Whole)
+  merged = merge(config, {'extra': {'new': 1}, 'inner': {'width': 9}})
   if settled:
-    merged, _ = sections.settle(Whole, config, merged)
+    merged, _ = settle(Whole, config, merged)
   for section in (merged, merged.rule, merged.rule.hashed, merged.inner):
     with pytest.raises(KeyError, match='locked'):
       section['knew'] = 1
@@ -237,49 +243,49 @@ def test_a_later_layer_switches_earlier_options_off():
   after = copy.deepcopy(before)
   after.rule.kind = 'hashed'
   after.rule.hashed.table = 'x'
-  config, ignored = sections.settle(Whole, before, after)
+  config, ignored = settle(Whole, before, after)
   assert ignored == {'rule.tokens.gates': 'even'}
-  assert sections.read(Whole, config).rule == Hashed(table='x')
-  after = sections.merge(before, {'num_experts': 0})
-  config, ignored = sections.settle(Whole, before, after)
+  assert read_options(Whole, config).rule == Hashed(table='x')
+  after = merge(before, {'num_experts': 0})
+  config, ignored = settle(Whole, before, after)
   assert ignored == {'rule.tokens.gates': 'even'}
-  assert sections.read(Whole, config).shape == Deep(depth=3)
+  assert read_options(Whole, config).shape == Deep(depth=3)
 
 
 def test_a_later_layer_chooses_another_kind_of_an_entry():
-  before = sections.section(Whole)
-  after = sections.merge(before, {'more': {'a': {'kind': 'broad'}}})
-  config, ignored = sections.settle(Whole, before, after)
+  before = section_of(Whole)
+  after = merge(before, {'more': {'a': {'kind': 'broad'}}})
+  config, ignored = settle(Whole, before, after)
   assert ignored == {'more.a.depth': 7}
-  assert sections.read(Whole, config).more == {'a': Broad()}
+  assert read_options(Whole, config).more == {'a': Broad()}
   # A key that the later layer itself sets in vain is refused by name.
-  after = sections.merge(after, {'more': {'a': {'depth': 9, 'sizes': (6,)}}})
-  config, ignored = sections.settle(Whole, before, after)
+  after = merge(after, {'more': {'a': {'depth': 9, 'sizes': (6,)}}})
+  config, ignored = settle(Whole, before, after)
   assert not ignored
   assert problems(config) == (
     "more.a.depth=9 has no effect with more.a.kind='broad'",
   )
-  after = sections.merge(after, {'more': {'a': {'dept': 9}}})
+  after = merge(after, {'more': {'a': {'dept': 9}}})
   assert "unknown config key 'more.a.dept'" in problems(after)[0]
 
 
 def test_a_later_layer_switches_nested_overrides_off():
   overrides = {'moe': {'num_selected': 1}}
-  before = config_file.load_config('moe_jax:tiny_seq2seq')
+  before = cli.load_config('moe_jax:tiny_seq2seq')
   before.model.encoder.overrides = overrides
   after = copy.deepcopy(before)
   after.model.kind = 'decoder'
-  config, ignored = sections.settle(RunConfig, before, after)
+  config, ignored = settle(RunConfig, before, after)
   assert ignored['model.encoder.overrides'] == overrides
   assert not config.model.encoder.overrides
 
 
 def test_what_a_later_layer_sets_in_vain_is_refused():
-  before = sections.section(Whole)
-  after = sections.merge(
+  before = section_of(Whole)
+  after = merge(
     before, {'num_experts': 0, 'rule': {'tokens': {'gates': 'even'}}}
   )
-  config, ignored = sections.settle(Whole, before, after)
+  config, ignored = settle(Whole, before, after)
   assert not ignored
   assert len(problems(config)) == 1
 
@@ -287,10 +293,10 @@ def test_what_a_later_layer_sets_in_vain_is_refused():
 def test_a_users_kind_has_its_options_in_custom():
   name = f'{__name__}:OwnRule'
   config = changed(rule={'kind': name, 'custom': {'alpha': 0.25}})
-  whole = sections.read(Whole, config)
+  whole = read_options(Whole, config)
   assert type(whole.rule).__name__ == 'OwnRule'
   assert whole.rule.alpha == 0.25
-  assert sections.section(whole).rule.custom.alpha == 0.25
+  assert section_of(whole).rule.custom.alpha == 0.25
   messages = problems(
     changed(rule={'kind': name, 'custom': {'alpha': -1.0, 'beta': 1}})
   )
@@ -305,13 +311,13 @@ def test_a_users_kind_has_its_options_in_custom():
 
 def test_descriptions_name_every_key_with_its_sentence():
   config = changed(rule={'tokens': {'gates': 'even'}})
-  rows = {leaf.path: leaf for leaf in sections.leaves(Whole, config)}
+  rows = {leaf.path: leaf for leaf in leaves_of(Whole, config)}
   assert rows['rule.tokens.gates'].value == 'even'
   assert rows['rule.tokens.gates'].default == 'raw'
   assert rows['rule.tokens.gates'].spec.sentence == 'Kind of gates.'
   flat = {
     key
-    for key in sections.flatten(config)
+    for key in flatten(config)
     if not key.endswith('custom') and not key.startswith(('extra', 'more'))
   }
   assert flat <= rows.keys()

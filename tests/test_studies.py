@@ -56,10 +56,11 @@ from experiments.study.starts import Start, in_order, started
 from experiments.study.step_bursts import Burst
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.times import StepTime
-from moe_jax import command_line, memory_room, run_config, sections
+from moe_jax import cli, devices, run_config
 from moe_jax.analysis import cost, roofline
+from moe_jax.config import difference, lock, merge, section_of
+from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.run_config import RunConfig
-from moe_jax.sections import difference, merge
 from moe_jax.training import loop, setup
 from tests import tiny_study
 from tests.training import tiny
@@ -371,7 +372,7 @@ def test_a_study_that_is_stopped_or_killed_gives_the_same_table(tmp_path):
   options = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE)
   # One study is killed, then stopped, then goes on to its end.
   finished = {}
-  ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: command_line.STOPPED}
+  ends = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: cli.STOPPED}
   for number, status in ends.items():
     process = subprocess.Popen(argv, **options)
     deadline = time.monotonic() + 300
@@ -511,7 +512,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
   (job,) = jobs_of(shared, [Arm('one', {})], tmp_path, [0])
   with monkeypatch.context() as patch:
     patch.setattr(runner, 'SharedStep', Stop)
-    with pytest.raises(SystemExit, match=str(command_line.STOPPED)):
+    with pytest.raises(SystemExit, match=str(cli.STOPPED)):
       runner.train(job)
   assert not job.is_finished
   result = runner.train(job)
@@ -868,7 +869,7 @@ def brief(config):
   limits = {'num_batches': 1, 'num_questions': 2, 'num_tokens': 4}
   for entry in config.evals.values():
     entry.update({key: limits[key] for key in limits if key in entry})
-  return sections.lock(RunConfig, config)
+  return lock(RunConfig, config)
 
 
 @pytest.mark.slow
@@ -920,7 +921,7 @@ def test_a_launched_run_is_the_studys_own(monkeypatch, tmp_path):
   assert {item.workdir for item in launch_items} == configs.keys()
   for item in launch_items[2:5]:
     options, _ = run_config.options_of(item.config, item.flags())
-    assert not difference(sections.section(options), configs[item.workdir])
+    assert not difference(section_of(options), configs[item.workdir])
 
 
 def test_another_task_is_said_and_refused_where_it_does_not_fit():
@@ -943,7 +944,7 @@ def test_the_allocator_is_tuned_where_it_can_be(accepts, monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setattr('ctypes.CDLL', lambda name: libc)
-  assert memory_room.keep_freed_memory() is bool(accepts)
+  assert keep_freed_memory() is bool(accepts)
   # The numbers are those of glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD,
   # M_ARENA_MAX.
   assert settings == {-3: 2**31 - 1, -1: 2**31 - 1, -8: 1}
@@ -972,8 +973,8 @@ def test_the_allocator_is_tuned_for_a_cpu_alone(
   with monkeypatch.context() as patch:
     patch.setattr('sys.platform', 'linux')
     patch.setattr('ctypes.CDLL', lambda name: libc)
-    patch.setattr(memory_room.pathlib, 'Path', lambda name: tmp_path)
-    memory_room.keep_freed_memory()
+    patch.setattr(devices.pathlib, 'Path', lambda name: tmp_path)
+    keep_freed_memory()
   assert bool(settings) is tuned
 
 
@@ -991,12 +992,12 @@ def test_compiled_programs_are_forgotten_where_regions_are_many():
   for most, expected in ((10**9, 1), (10**9, 1), (0, 1), (10**9, 2)):
     f(1.0)
     assert len(traces) == expected
-    memory_room.forget_programs(most)
+    forget_programs(most)
 
 
 def test_another_allocator_is_left_as_it_is(monkeypatch):
   monkeypatch.setattr('ctypes.CDLL', lambda name: types.SimpleNamespace())
   monkeypatch.setattr('sys.platform', 'linux')
-  assert memory_room.keep_freed_memory() is False  # the C library is not glibc
+  assert keep_freed_memory() is False  # the C library is not glibc
   monkeypatch.setattr('sys.platform', 'darwin')
-  assert memory_room.keep_freed_memory() is False
+  assert keep_freed_memory() is False

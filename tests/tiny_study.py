@@ -5,7 +5,7 @@ import dataclasses
 from experiments.study import command
 from experiments.study.parts import Arm, Claim, Column, Figure, Preset
 from experiments.study.study import Study
-from moe_jax.sections import merge
+from moe_jax.config import merge
 from tests.training import tiny
 
 EVAL = 'train_capacity'

@@ -13,8 +13,8 @@ import numpy as np
 
 from experiments.benchmarks import moe_layer_programs as programs
 from experiments.benchmarks.timing import Compilation, Program, compile_ahead
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 from moe_jax.shapes import Array
 
 ROUTINGS = ('uniform', 'zipf')

@@ -12,8 +12,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from moe_jax import sections
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
+from moe_jax.config import merge, settle
 from moe_jax.run_config import RunConfig
 
 CONFIG, SPARSE = 'configs/shakespeare_dense.py', 'configs/shakespeare_switch.py'
@@ -30,8 +30,8 @@ _CHARACTERS = 65  # number of different characters in tiny Shakespeare
 def config() -> ml_collections.ConfigDict:
   """Config of our dense step, with the vocabulary of tiny Shakespeare."""
   base = load_config(CONFIG)
-  sized = sections.merge(base, {'model': {'vocab_size': _CHARACTERS}})
-  return sections.settle(RunConfig, base, sized)[0]
+  sized = merge(base, {'model': {'vocab_size': _CHARACTERS}})
+  return settle(RunConfig, base, sized)[0]
 
 
 def cases() -> dict[str, Mapping[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from moe_jax import sections
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
+from moe_jax.config import merge, settle
 from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
@@ -64,7 +64,7 @@ SIZES = {
 def config() -> ml_collections.ConfigDict:
   """Config of our step: Switch-Base, shrunk to `SIZES`."""
   base = load_config(CONFIG)
-  return sections.settle(RunConfig, base, sections.merge(base, SIZES))[0]
+  return settle(RunConfig, base, merge(base, SIZES))[0]
 
 
 def cases() -> dict[str, Mapping[str, Any]]:

@@ -15,7 +15,7 @@ import sys
 import jax
 
 from experiments.benchmarks.train_step_programs import prepared, random_batch
-from moe_jax.config_file import load_config
+from moe_jax.cli import load_config
 from moe_jax.training.programs import make_programs
 
 
@@ -40,7 +40,7 @@ class Case:
 
 def _keep_freed_memory() -> None:
   """Does as the timed commands do; older checkouts have it in `host`."""
-  module = importlib.import_module('moe_jax.memory_room')
+  module = importlib.import_module('moe_jax.devices')
   if not hasattr(module, 'keep_freed_memory'):
     module = importlib.import_module('moe_jax.host')
   module.keep_freed_memory()

@@ -9,10 +9,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from moe_jax import run_config, sections
+from moe_jax import run_config
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost
 from moe_jax.analysis.roofline import Work
+from moe_jax.config import merge
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
 
@@ -30,7 +31,7 @@ def prepared(
     overrides: Nested values that a case changes in the config's `model`.
   """
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
-  changed = sections.merge(config, {'mesh': mesh, 'model': overrides})
+  changed = merge(config, {'mesh': mesh, 'model': overrides})
   options, _ = run_config.settled(config, changed)
   return options.filled(options.model.vocab_size or BYTES_VOCABULARY)
 

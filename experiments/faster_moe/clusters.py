@@ -7,7 +7,7 @@ are nominal numbers of the vendors, and assumptions here.
 
 import dataclasses
 
-from moe_jax.options import unknown
+from moe_jax.config import unknown
 from moe_jax.parallel import topology
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.shadowing import Speeds

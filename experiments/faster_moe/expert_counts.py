@@ -15,8 +15,8 @@ import numpy as np
 
 from experiments.faster_moe.clusters import Cluster
 from moe_jax.analysis import traces
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 from moe_jax.routing.limited_rules import limited_choice
 from moe_jax.shapes import Float, Int
 

@@ -16,8 +16,7 @@ from experiments.gates_2013 import deep_moe, digits, measures
 from experiments.gates_2013.deep_moe import DeepMoe
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax import sections
-from moe_jax.options import (
+from moe_jax.config import (
   Options,
   above,
   at_least,
@@ -25,6 +24,7 @@ from moe_jax.options import (
   nested,
   one_of,
   option,
+  read_options,
 )
 from moe_jax.training.optimizer import clipped
 from moe_jax.training.schedules import Cosine
@@ -183,7 +183,7 @@ class DeepMoeRunner(Runner):
     """Trains the runs and writes their results."""
     for job in jobs:
       start = time.perf_counter()
-      options = sections.read(Training, job.config)
+      options = read_options(Training, job.config)
       name, params = options.data.name, train(options)
       numbers = measures.measure(name, options.model, params)
       digest = digits.digest(digits.load(name), digits.CANVAS[name])

@@ -20,8 +20,15 @@ from experiments.origins_1991.mixture import LOSSES, Mixture
 from experiments.origins_1991.vowels import Vowels
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax import sections
-from moe_jax.options import Options, above, at_least, nested, one_of, option
+from moe_jax.config import (
+  Options,
+  above,
+  at_least,
+  nested,
+  one_of,
+  option,
+  read_options,
+)
 
 
 class Kind(NamedTuple):
@@ -233,7 +240,7 @@ class DescentRunner(Runner):
 
   def __call__(self, jobs: Sequence[Job]) -> None:
     """Trains the runs of one system and writes the result of each."""
-    options = sections.read(Descent, jobs[0].config)
+    options = read_options(Descent, jobs[0].config)
     splits, model = vowels.load(options.data.table), options.model
     cases, digest = [*map(pairs, splits)], vowels.digest(splits)
     for rate in sorted({job.config.learning_rate for job in jobs}):

@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import distributed, run_config, sections
+from moe_jax import run_config
+from moe_jax.config import merge
 from moe_jax.configs import base
+from moe_jax.devices import fetch, is_first, joined
 from moe_jax.partitioning import path_name
 from moe_jax.run_config import RunConfig
 from moe_jax.training.evaluate import Measure
@@ -80,7 +82,7 @@ def make_options(
     mesh=dict(mesh),
     sample=dict(num_tokens=0),
   )
-  return run_config.read(sections.merge(base.finish(config), changes))
+  return run_config.read(merge(base.finish(config), changes))
 
 
 class Witness(Hook):
@@ -136,8 +138,8 @@ class Witness(Hook):
       'arrays': digests(state),
     }
     if self._gradients:
-      gradient = distributed.fetch(first_gradient(run, state, batch))
-      if distributed.is_first():
+      gradient = fetch(first_gradient(run, state, batch))
+      if is_first():
         np.savez(run.workdir / f'gradient_{number}.npz', **by_path(gradient))
     self._write(line)
 
@@ -182,7 +184,7 @@ def digests(tree: Any) -> dict[str, str]:
   """The sha256 of every global array, by path; all processes must call this."""
   return {
     path: hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
-    for path, leaf in by_path(distributed.fetch(tree)).items()
+    for path, leaf in by_path(fetch(tree)).items()
   }
 
 
@@ -219,7 +221,7 @@ def main(workdir: str, spec_json: str, *coordination: str) -> None:
   if coordination:
     address, count, index = coordination
     processes = address, int(count), int(index)
-  with distributed.joined(options.distributed, *processes):
+  with joined(options.distributed, *processes):
     train_and_evaluate(options, workdir, hooks=[witness], resume=True)
 
 

@@ -15,9 +15,9 @@ import itertools
 import string
 from collections.abc import Iterable, Iterator
 
+from moe_jax.config import option, within
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
-from moe_jax.options import option, within
 
 # The printable characters of ASCII; line ends are not enciphered.
 ALPHABET = ''.join(chr(code) for code in range(ord(' '), ord('~') + 1))

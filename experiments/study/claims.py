@@ -25,8 +25,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 
 CLAIMS = pathlib.Path(__file__).with_name('claims.json')
 MARKS = ('checked', 'secondary', 'unverified')

@@ -12,7 +12,9 @@ from experiments.study.jobs import Job
 from experiments.study.parts import Arm, Column, Preset, Results
 from experiments.study.starts import started
 from experiments.study.study import Study
-from moe_jax import command_line, config_file, memory_room, sections
+from moe_jax import cli
+from moe_jax.config import settle
+from moe_jax.devices import keep_freed_memory
 
 _START_HELP = "steps of the runs to begin with; 0: the preset's"
 # Flags that stand for keys of the config which each arm or run has of its own.
@@ -23,7 +25,7 @@ _START_COLUMN = Column('loss in training', 'train/loss')
 
 def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   """The parsed command line; its `flags` change the config that arms share."""
-  parser = command_line.Parser(
+  parser = cli.Parser(
     prog=f'python -m experiments.{study.name}',
     description=study.title,
     epilog='Keys of the config that all arms share can be changed: '
@@ -31,7 +33,7 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  names, count = list(study.presets), command_line.NOT_NEGATIVE
+  names, count = list(study.presets), cli.NOT_NEGATIVE
   add('--preset', default=study.preset, choices=names, help='size of the study')
   add('--seeds', type=count, default=0, help="number of seeds; 0: the preset's")
   add('--steps', type=count, default=0, help="steps of a run; 0: the preset's")
@@ -52,7 +54,7 @@ def parse(study: Study, argv: Sequence[str] | None) -> argparse.Namespace:
   return options
 
 
-@command_line.reported()
+@cli.reported()
 def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
   """Makes the missing runs and writes table, figure and verdicts.
 
@@ -60,7 +62,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> pathlib.Path:
     The folder of what was written.
   """
   options = parse(study, argv)
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   preset = study.presets[options.preset]
   preset = dataclasses.replace(
     preset,
@@ -115,8 +117,8 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   """
   output = pathlib.Path(options.output) / study.name
   shared = study.shared(preset, options.task)
-  flagged = config_file.config_of(shared, options.flags)
-  shared, _ = sections.settle(study.runner.options, shared, flagged)
+  flagged = cli.config_of(shared, options.flags)
+  shared, _ = settle(study.runner.options, shared, flagged)
   arms = study.arms_of(preset)
 
   make = functools.partial(

@@ -15,9 +15,8 @@ import ml_collections
 
 from experiments.study.parts import Arm, Change, Result
 from experiments.study.sweeps import nested
-from moe_jax import sections
+from moe_jax.config import Options, leaves_of, merge, read_options, settle
 from moe_jax.errors import InputError
-from moe_jax.options import Options
 from moe_jax.runs.workdir import write_text
 
 RESULT = 'result.json'
@@ -115,8 +114,8 @@ def layered(
   Raises:
     ValueError: A key does not exist, or a value has another type.
   """
-  changed = sections.merge(config, nested(overrides))
-  return sections.settle(cls, config, changed)[0]
+  changed = merge(config, nested(overrides))
+  return settle(cls, config, changed)[0]
 
 
 def jobs_of(
@@ -152,7 +151,7 @@ def jobs_of(
     for arm in arms
   ]
   for config in configs:
-    sections.read(cls, config)
+    read_options(cls, config)
   jobs = []
   for seed in seeds:
     for arm, config in zip(arms, configs, strict=True):
@@ -163,10 +162,8 @@ def jobs_of(
         workdir = start.workdir
         hashed[key] = f'{workdir.parent.name}/{workdir.name}'
         changes[key] = str(start.folder)
-      digest = config_hash(
-        sections.merge(config, nested(hashed)), text_of(arm.change)
-      )
-      config = sections.merge(config, nested(changes))
+      digest = config_hash(merge(config, nested(hashed)), text_of(arm.change))
+      config = merge(config, nested(changes))
       short = re.sub(r'[^A-Za-z0-9.]+', '_', arm.name).strip('_')
       folder = f'seed{seed}-{digest}'
       jobs.append(Job(arm, seed, config, output / 'runs' / short / folder))
@@ -187,7 +184,7 @@ def settings_digest(cls: type[Options], job: Job) -> str:
   arm = job.arm
   stated = {
     leaf.path: leaf.value
-    for leaf in sections.leaves(cls, job.config)
+    for leaf in leaves_of(cls, job.config)
     if leaf.changed or leaf.path.endswith('.kind')
   }
   for key in ('seed', *arm.runs_before):  # paths, which say where results are

@@ -14,13 +14,13 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 
+from moe_jax.config import option, within
 from moe_jax.data.sources.contract import (
   Pair,
   Pairs,
   Selection,
   SourceOptions,
 )
-from moe_jax.options import option, within
 
 LETTERS = 'abcdefghijklmnop'
 KEY_LETTERS = 6

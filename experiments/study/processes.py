@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from experiments.study.scheduler import DONE, FAILED, STOPPED
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.errors import InputError
 
-_NO_FAILURE = (0, command_line.STOPPED)
+_NO_FAILURE = (0, cli.STOPPED)
 # Environment variables of processes, by name; a place of the scheduler here.
 Environment = Mapping[str, str]
 

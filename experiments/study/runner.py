@@ -15,11 +15,11 @@ from experiments.study import code_digest
 from experiments.study.jobs import Job
 from experiments.study.parts import Result
 from experiments.study.shared_steps import SharedStep
-from moe_jax import command_line, data, evaluation, run_config, sections
+from moe_jax import cli, data, evaluation, run_config
+from moe_jax.analysis.hooks import Facts
 from moe_jax.analysis.recording import Traces
 from moe_jax.compression.distill import Distilling
-from moe_jax.hooks import Facts
-from moe_jax.options import Options
+from moe_jax.config import Options, read_options
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
@@ -75,7 +75,7 @@ class TrainingRunner(Runner):
     """Prepares the data, which workers then read from the cache."""
     prepared: list[data.DataOptions] = []  # a mixture's options have no hash
     for job in jobs:
-      options = sections.read(data.DataOptions, job.config.data, 'data.')
+      options = read_options(data.DataOptions, job.config.data, 'data.')
       if options not in prepared:
         data.load(options)
         prepared.append(options)
@@ -145,7 +145,7 @@ def _trained(job, measure, devices, hooks) -> dict[str, Any]:
     initial=distilling.initial,
   )
   if not ending.ended:
-    raise SystemExit(command_line.STOPPED)
+    raise SystemExit(cli.STOPPED)
   last = {}
   for row in metrics.read_metrics(job.workdir / metrics.FILE_NAME):
     last |= row

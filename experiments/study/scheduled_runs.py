@@ -16,7 +16,8 @@ from experiments.study.parts import Column, Results
 from experiments.study.run_progress import Progress
 from experiments.study.runner import Runner
 from experiments.study.scheduler import FAILED, STOPPED, WAITING
-from moe_jax import command_line, memory_room
+from moe_jax import cli
+from moe_jax.devices import forget_programs
 from moe_jax.errors import InputError
 
 LOG = 'log.txt'
@@ -66,14 +67,14 @@ def run_all(
     logs = [str(calls[name][0].workdir / LOG) for name in failed]
     raise InputError(f'{len(failed)} runs failed; see {", ".join(logs)}')
   if {STOPPED, WAITING} & set(outcomes.values()):
-    raise SystemExit(command_line.STOPPED)
+    raise SystemExit(cli.STOPPED)
 
 
 def _logged(runner: Runner, jobs: list[Job]) -> None:
   """Makes the runs of one call; output goes to the first run's log."""
   workdir = jobs[0].workdir
   workdir.mkdir(parents=True, exist_ok=True)
-  memory_room.forget_programs()
+  forget_programs()
   with (
     (workdir / LOG).open('a', encoding='utf-8') as log,
     contextlib.redirect_stdout(log),

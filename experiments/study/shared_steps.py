@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from moe_jax import sections
+from moe_jax.config import flatten, section_of
 from moe_jax.training.programs import make_step
 from moe_jax.training.setup import Hook, Run
 
@@ -38,7 +38,7 @@ class SharedStep(Hook):
 
   def start(self, run: Run) -> None:
     """Replaces `run.train_step`, if the run can share a step."""
-    options = sections.flatten(sections.section(run.options))
+    options = flatten(section_of(run.options))
     rates = {v for k, v in options.items() if k.endswith(_RATE) and v}
     unequal = len(rates) > 1
     if unequal or run.mesh.size > 1:

@@ -13,8 +13,8 @@ import ml_collections
 
 from experiments.study.jobs import Job, jobs_of
 from experiments.study.parts import Arm, Change
+from moe_jax.config import Options, unknown
 from moe_jax.errors import InputError
-from moe_jax.options import Options, unknown
 
 FOLDER = 'starts'
 # The runs of starts, by the name of the start and the seed.

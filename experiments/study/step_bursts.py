@@ -16,8 +16,9 @@ import ml_collections
 import numpy as np
 
 from experiments.benchmarks import timing
-from moe_jax import memory_room, run_config
+from moe_jax import run_config
 from moe_jax.analysis import roofline
+from moe_jax.devices import keep_freed_memory
 from moe_jax.training.setup import Run, set_up
 
 _SPAWN = multiprocessing.get_context('spawn')
@@ -87,7 +88,7 @@ def fresh(function: Callable[..., Burst], *args: Any) -> Burst:
 
 
 def _send(connection: Connection, function: Callable[..., Burst], args) -> None:
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   connection.send(function(*args))
 
 

@@ -41,8 +41,8 @@ from experiments.study.starts import (
   started,
 )
 from experiments.study.tasks import TASKS, Task
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 
 # Names of the arms whose steps are timed together; ratios are to the first.
 Groups = Sequence[Sequence[str]]

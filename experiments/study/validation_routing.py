@@ -20,8 +20,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import NOISE
 from moe_jax.models import Model
 from moe_jax.models.recorded import Choices, recording
-from moe_jax.runs import trained
 from moe_jax.shapes import Leaf
+from moe_jax.training import trained
 from moe_jax.training.evaluate import OverBatches, Variables
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from experiments.study import claims
 from experiments.study.parts import Claim, Row
 from experiments.study.tables import Interval
-from moe_jax.options import unknown
+from moe_jax.config import unknown
 
 REPRODUCED, OPPOSITE = 'direction reproduced', 'opposite'
 # Verdicts on claims without verified published numbers.

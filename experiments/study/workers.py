@@ -20,7 +20,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.study.scheduler import DONE, FAILED, STOPPED
-from moe_jax import command_line, memory_room
+from moe_jax import cli
+from moe_jax.devices import keep_freed_memory
 
 _CACHE = (
   'jax_compilation_cache_dir',
@@ -156,7 +157,7 @@ def _outcome(function, args) -> tuple[str, str]:
   try:
     function(*args)
   except SystemExit as error:
-    if error.code == command_line.STOPPED:
+    if error.code == cli.STOPPED:
       return STOPPED, ''
     return FAILED, traceback.format_exc()
   except Exception:
@@ -176,7 +177,7 @@ def _serve(connection: Connection, cache: str, core: int, parent: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent asks it to stop
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {core})
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   _share_compiled(cache)
 
   def watch():

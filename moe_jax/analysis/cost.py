@@ -16,7 +16,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, run_config
+from moe_jax import cli, run_config
 from moe_jax.analysis import memory, roofline
 from moe_jax.analysis.counts import (
   Half,
@@ -26,10 +26,10 @@ from moe_jax.analysis.counts import (
   sized_parameters,
 )
 from moe_jax.analysis.run_cost import training_cost, variants
+from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.training.run_options import RunOptions
 
@@ -290,32 +290,32 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.analysis.cost'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.analysis.cost'),
+    **cli.about(__doc__),
   )
-  command_line.add_config(parser)
+  cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument
   add(
     '--batch',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     help="number of rows in the batch; by default the config's batch_size in "
     'training (a microbatch of it), and one row in generation',
   )
   add(
     '--expert_parallel',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help="devices that the experts are split over; 0 takes the mesh's",
   )
-  return command_line.parse_command(parser, argv, lambda _: True)
+  return cli.parse_command(parser, argv, lambda _: True)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the cost of the model of the command line's config."""
   options, ignored = run_config.options_of(arguments.config, overrides)
-  command_line.say(run_config.ignored_lines(ignored))
+  cli.say(run_config.ignored_lines(ignored))
   options = with_own_vocabulary(options)
   model = options.build()
   one_row, training_batch = (
@@ -334,7 +334,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
-  command_line.run_command(*parse(argv))
+  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

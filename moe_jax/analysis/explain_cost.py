@@ -23,8 +23,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax import command_line, memory_room, run_config
+from moe_jax import cli, run_config
 from moe_jax.analysis import compiled
+from moe_jax.devices import keep_freed_memory
 from moe_jax.models import MODELS
 from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
@@ -269,26 +270,26 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.analysis.explain_cost'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.analysis.explain_cost'),
+    **cli.about(__doc__),
   )
-  command_line.add_config(parser)
+  cli.add_config(parser)
   parser.set_defaults(run=run)
   parser.add_argument(
     '--steps',
-    type=command_line.POSITIVE,
+    type=cli.POSITIVE,
     default=10,
     help='number of steps that are timed; as many are then profiled',
   )
-  return command_line.parse_command(parser, argv, lambda _: True)
+  return cli.parse_command(parser, argv, lambda _: True)
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the time of the parts of a step of the command line's config."""
-  memory_room.keep_freed_memory()
+  keep_freed_memory()
   options, ignored = run_config.options_of(arguments.config, overrides)
-  command_line.say(run_config.ignored_lines(ignored))
+  cli.say(run_config.ignored_lines(ignored))
   table = explain(options, arguments.steps)
   devices = jax.devices()
   print(
@@ -301,7 +302,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
-  command_line.run_command(*parse(argv))
+  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

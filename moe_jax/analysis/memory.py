@@ -15,13 +15,13 @@ from moe_jax.analysis.counts import (
   is_dropless,
   sized_parameters,
 )
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.ffn import FfnOptions, activation
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
-from moe_jax.options import unknown
 
 # Bytes of a stored number, by type. The scales that go with int8, one for each
 # column of a kernel, are not counted.

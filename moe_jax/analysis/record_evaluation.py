@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
-from moe_jax import command_line, compile_cache, memory_room
+from moe_jax import cli
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import RecordedLosses, Recorder, make_header
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing, keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
-from moe_jax.runs import trained
+from moe_jax.training import trained
 from moe_jax.training.evaluate import (
   ROOM_FOR_ALL,
   LossEvaluation,
@@ -88,23 +88,23 @@ def record(options: argparse.Namespace) -> None:
   finally:
     recorder.close()
   summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
-  command_line.say([summary, header.note])
+  cli.say([summary, header.note])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.analysis.record_evaluation'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.analysis.record_evaluation'),
+    **cli.about(__doc__),
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
   add('--trace', required=True, help='new folder of the trace')
-  add('--step', type=command_line.NOT_NEGATIVE, help='else the newest good')
+  add('--step', type=cli.NOT_NEGATIVE, help='else the newest good')
   add('--split', choices=SPLITS, default='validation')
   add(
     '--num_batches',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help='batches, spread over the split; 0: all of it',
   )
@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
-  memory_room.keep_freed_memory()
-  if problem := compile_cache.use():
-    command_line.complain(problem)
-  with command_line.reported(options.traceback):
+  keep_freed_memory()
+  if problem := keep_programs():
+    cli.complain(problem)
+  with cli.reported(options.traceback):
     record(options)
 
 

@@ -22,7 +22,7 @@ from moe_jax.analysis import traces
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices

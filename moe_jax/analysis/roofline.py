@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.memory_room import host_bytes
-from moe_jax.options import unknown
+from moe_jax.config import unknown
+from moe_jax.devices import host_bytes
 
 _SIZES = tuple(1 << n for n in range(9, 15))
 _ROWS = {'cpu': 1024}  # rows of the only matmul, by platform

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from absl import logging
 
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.analysis import plot_style, routing_plots, traces
 from moe_jax.analysis import routing_measures as measures
 from moe_jax.analysis.routing_measures import Information, Layer
@@ -31,9 +31,9 @@ _QUARTERS = 4
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.analysis.routes'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.analysis.routes'),
+    **cli.about(__doc__),
   )
   add = parser.add_argument
   add('trace', metavar='TRACE', help='folder of a trace')
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
   options = parse(argv)
   logging.set_verbosity(logging.WARNING)
-  with command_line.reported(options.traceback):
+  with cli.reported(options.traceback):
     run(options)
 
 

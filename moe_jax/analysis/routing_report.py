@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.models import Model
 from moe_jax.models.recorded import LayerChoices
 from moe_jax.routing import drop_rate

@@ -15,9 +15,10 @@ from typing import Any
 
 import jinja2
 
-from moe_jax import models, sections
+from moe_jax import models
 from moe_jax.analysis import counts, roofline
-from moe_jax.distributed import is_first
+from moe_jax.config import Leaf, leaves_of, section_of
+from moe_jax.devices import is_first
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
@@ -292,10 +293,10 @@ def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
   return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _changed_leaves(run: Run) -> list[sections.Leaf]:
+def _changed_leaves(run: Run) -> list[Leaf]:
   """The keys of the config that differ from the defaults."""
-  config = sections.section(run.given_options)
-  return [leaf for leaf in sections.leaves(RunConfig, config) if leaf.changed]
+  config = section_of(run.given_options)
+  return [leaf for leaf in leaves_of(RunConfig, config) if leaf.changed]
 
 
 def _environment(run: Run) -> dict[str, str]:

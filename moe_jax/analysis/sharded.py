@@ -26,7 +26,7 @@ from moe_jax.analysis.compiled import (
   parse,
   text_of,
 )
-from moe_jax.memory_room import in_bytes
+from moe_jax.devices import in_bytes
 from moe_jax.models import flat_trees
 from moe_jax.training.programs import Programs
 

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.compression import (
   extract,
   fewer_command,
@@ -39,9 +39,9 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.compression'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.compression'),
+    **cli.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
   for add in COMMANDS:
@@ -49,14 +49,14 @@ def parse(
   for command in commands.choices.values():
     command.add_argument('--traceback', action='store_true')
     command.add_argument('--allow_module', action='append', default=[])
-  return command_line.parse_command(
+  return cli.parse_command(
     parser, argv, lambda options: getattr(options, 'config', '')
   )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
-  print(command_line.run_command(*parse(argv)))
+  print(cli.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':

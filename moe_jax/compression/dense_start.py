@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_jax.compression import calibration
 from moe_jax.compression.extract import as_one
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts.serving import SCOPE

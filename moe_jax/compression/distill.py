@@ -23,15 +23,15 @@ from moe_jax import finetuning, partitioning
 from moe_jax.compression import dense_start, teacher_logits
 from moe_jax.compression.distill_options import CONCATENATED, DistillOptions
 from moe_jax.data.plain_files import read_json
-from moe_jax.distributed import is_first
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.finetuning import start as start_lib
 from moe_jax.models import Model, code_trees
 from moe_jax.models.base import Batch, TokenLosses, counted
-from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import Array, Float32, Int
+from moe_jax.training import trained
 from moe_jax.training.programs import make_step, metrics_shardings
 from moe_jax.training.setup import Hook, Run
 from moe_jax.training.step import TrainState

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from moe_jax.options import (
+from moe_jax.config import (
   NOT_EMPTY,
   Options,
   above,

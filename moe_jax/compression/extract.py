@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.compression import whole_run
 from moe_jax.compression.whole_run import WholeRun, bytes_in_memory
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import SCOPE, FeedForwardExpert
 from moe_jax.layers.moe_options import MoeOptions
@@ -29,7 +30,6 @@ from moe_jax.layers.routers import ROUTERS
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
-from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float32, Int32, Leaf
 
 Params = dict[str, Any]
@@ -223,7 +223,7 @@ def add(commands: Any) -> None:
   command = commands.add_parser(
     'extract',
     help='writes the part of a model with routers by task that one task uses',
-    **command_line.about(__doc__),
+    **cli.about(__doc__),
   )
   command.set_defaults(run=_command)
   command.add_argument('--run', required=True, dest='folder', help='its folder')
@@ -233,7 +233,7 @@ def add(commands: Any) -> None:
   command.add_argument('--output', required=True, help='folder of the new run')
   command.add_argument(
     '--step',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     help='step of the checkpoint; else the newest good',
   )
 

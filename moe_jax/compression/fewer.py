@@ -26,6 +26,7 @@ import numpy as np
 from moe_jax.compression import calibration
 from moe_jax.compression.usage import SCORES, Usage, measure
 from moe_jax.compression.whole_run import WholeRun
+from moe_jax.config import within
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
@@ -40,7 +41,6 @@ from moe_jax.models.expert_arrays import (
   with_moes,
 )
 from moe_jax.models.text_options import LayerOptions
-from moe_jax.options import within
 
 SHARE = within('(0, 1]')
 Groups = tuple[tuple[int, ...], ...]

@@ -14,14 +14,15 @@ import pathlib
 import shlex
 from typing import Any
 
-from moe_jax import command_line, config_file, sections
+from moe_jax import cli
 from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.usage import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
+from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.models.router_state import COLLECTION
-from moe_jax.runs import new_run
+from moe_jax.training import new_run
 
 
 def add(commands: Any) -> None:
@@ -30,27 +31,23 @@ def add(commands: Any) -> None:
     ('merge', 'merges similar experts'),
     ('prune', 'removes the least useful experts'),
   ):
-    parser = commands.add_parser(
-      verb, help=meaning, **command_line.about(__doc__)
-    )
+    parser = commands.add_parser(verb, help=meaning, **cli.about(__doc__))
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add('--run', required=True, dest='source', help='folder of the run')
     add('--output', required=True, help='folder of the new run')
-    add(
-      '--step', type=command_line.NOT_NEGATIVE, help='checkpoint; else newest'
-    )
+    add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
     number = parser.add_mutually_exclusive_group(required=True)
     number.add_argument(
       '--experts', default='', help='experts that stay: 4, or by layer: 4,6,4'
     )
     number.add_argument(
       '--share',
-      type=command_line.number(float, fewer.SHARE),
+      type=cli.number(float, fewer.SHARE),
       help='share of all experts that stays: the experts whose score is '
       'largest in proportion to the largest of their layer, at least K in each',
     )
-    add('--batches', type=command_line.POSITIVE, default=8)
+    add('--batches', type=cli.POSITIVE, default=8)
     add('--config', default='', help="config of other data than the run's")
     if verb == 'prune':
       add(
@@ -82,8 +79,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_run.check_free(pathlib.Path(options.output).expanduser())
   data_options = None
   if options.config:
-    section = config_file.config_of(options.config, overrides).data
-    data_options = sections.read(DataOptions, section, 'data.')
+    section = cli.config_of(options.config, overrides).data
+    data_options = read_options(DataOptions, section, 'data.')
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )
@@ -123,7 +120,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   old_bytes = bytes_in_memory(run.variables['params'])
   new_bytes = bytes_in_memory(variables['params'])
   recovery = [
-    *command_line.program('moe_jax.main').split(),
+    *cli.program('moe_jax.main').split(),
     f'--config={folder / new_run.CONFIG_PY}',
     f'--workdir={folder}-recovered',
     f'--config.init_from.workdir={folder}',

@@ -21,11 +21,11 @@ from scipy.spatial.distance import pdist, squareform
 
 from moe_jax.compression.fewer import Calibrated, Groups, SmallerLayer
 from moe_jax.compression.usage import SCORES, Usage
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names
 from moe_jax.models.expert_arrays import COLUMN, Arrays, SparseLayer
 from moe_jax.models.flat_trees import Path
-from moe_jax.options import unknown
 
 HIDDEN = 'expert_mlp'
 

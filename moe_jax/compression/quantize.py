@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import command_line
+from moe_jax import cli
 from moe_jax.compression import calibration, gptq, whole_run
 from moe_jax.compression.gptq import Outcome
 from moe_jax.compression.whole_run import WholeRun
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import (
@@ -37,8 +38,7 @@ from moe_jax.models import ModelOptions, code_trees, flat_trees
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace, numbers_of
 from moe_jax.models.parameter_trees import describe
-from moe_jax.options import unknown
-from moe_jax.runs import new_run
+from moe_jax.training import new_run
 
 METHODS = ('gptq', 'rtn')
 BATCHES = 16
@@ -255,18 +255,16 @@ def report(
 def add(commands: Any) -> None:
   """Adds the command `quantize`."""
   text = 'stores experts in codes of few bits'
-  command = commands.add_parser(
-    'quantize', help=text, **command_line.about(__doc__)
-  )
+  command = commands.add_parser('quantize', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)
   add = command.add_argument
-  whole = command_line.NOT_NEGATIVE
+  whole = cli.NOT_NEGATIVE
   add('--run', required=True, help='folder of the run', dest='workdir')
   add('--output', required=True, help='folder of the new run')
   add('--step', type=whole, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
-  add('--batches', type=command_line.POSITIVE, help=f'{BATCHES} if left out')
+  add('--batches', type=cli.POSITIVE, help=f'{BATCHES} if left out')
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> str:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax import command_line
+from moe_jax import cli
+from moe_jax.config import within
 from moe_jax.kernels import ternary
 from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
-from moe_jax.options import within
 
 # The paper's widest models have rows of 6144; 64 is as narrow as tests are.
 ZEROS, WIDTHS = (0.80, 0.857, 0.885, 0.95), (6144, 3072, 768, 64)
@@ -109,13 +109,11 @@ def add(commands: Any) -> None:
   command = commands.add_parser(
     'rates',
     help='prints the bits of ternary weights',
-    **command_line.about(__doc__),
+    **cli.about(__doc__),
   )
-  share = command_line.number(float, within('[0, 1]'))
+  share = cli.number(float, within('[0, 1]'))
   command.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
-  command.add_argument(
-    '--widths', type=command_line.POSITIVE, nargs='+', default=WIDTHS
-  )
+  command.add_argument('--widths', type=cli.POSITIVE, nargs='+', default=WIDTHS)
   command.set_defaults(run=_run)
 
 

@@ -25,16 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import command_line, config_file, data, sections
+from moe_jax import cli, data
 from moe_jax.compression import whole_run
+from moe_jax.config import read_options
 from moe_jax.data.plain_files import read_json
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch, in_bytes
 from moe_jax.errors import InputError, writing
-from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model, code_trees
-from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Array, Float32, Int32
+from moe_jax.training import trained
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -342,25 +342,25 @@ def add(commands: Any) -> None:
   command = commands.add_parser(
     'keep_logits',
     help="writes a teacher's largest logits for the batches of a run",
-    **command_line.about(__doc__),
+    **cli.about(__doc__),
   )
   command.set_defaults(run=_run)
   add = command.add_argument
   add('--teacher', required=True, help='folder of the teacher')
   add('--config', required=True, help="the student's config, whose data it is")
   add('--output', required=True, help='folder for config.distill.logits')
-  number = command_line.POSITIVE
+  number = cli.POSITIVE
   add('--batches', type=number, default=0, help="default: the config's steps")
   add('--top', type=number, default=32, help='logits kept for each token')
-  add('--step', type=command_line.NOT_NEGATIVE, help='default: the newest')
+  add('--step', type=cli.NOT_NEGATIVE, help='default: the newest')
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  config = config_file.config_of(options.config, overrides)
+  config = cli.config_of(options.config, overrides)
   return write(
     options.teacher,
     options.output,
-    sections.read(data.DataOptions, config.data, 'data.'),
+    read_options(data.DataOptions, config.data, 'data.'),
     seed=config.seed,
     batch_size=config.batch_size,
     batches=options.batches or config.total_steps,

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import data, sections
+from moe_jax import data
+from moe_jax.config import choice_section
 from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.router_state import COLLECTION
-from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import new_run, trained
 
 
 class WholeRun(NamedTuple):
@@ -110,7 +111,7 @@ def write(
   """
   changes = {}
   if model is not None:
-    changes['model'] = sections.choice_section(MODELS, model).to_dict()
+    changes['model'] = choice_section(MODELS, model).to_dict()
     if not model.routes_by_task:
       sample = workdir_lib.kept_config(run.folder).get('sample', {})
       changes['sample'] = {**sample, 'task': ''}

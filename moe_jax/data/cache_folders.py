@@ -46,12 +46,6 @@ _Facts = dict[str, list]  # size and sha256 by path
 _READ_ONLY = contextvars.ContextVar('read_only', default=False)
 
 
-def cache_root(cache_dir: str = '') -> pathlib.Path:
-  """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
-  root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
-  return pathlib.Path(root).expanduser()
-
-
 class NotPreparedError(InputError):
   """Data is not in the cache yet, where nothing may be written now."""
 

@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from moe_jax.config import NOT_EMPTY, Kinds, Options, option
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources import tfds
 from moe_jax.data.sources.contract import Selection
 from moe_jax.data.sources.files import matching
 from moe_jax.data.sources.python_stdlib import DocstringsSource
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, Kinds, Options, option
 
 NUM_ANSWERS = 4  # of a question about a docstring
 

@@ -1,9 +1,22 @@
 """The options of a run's data, and the dataset that they describe."""
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator
 from typing import cast
 
+from moe_jax.config import (
+  CUSTOM,
+  Check,
+  Options,
+  at_least,
+  choice,
+  default_of,
+  fields_of,
+  nested,
+  no_effect,
+  option,
+)
 from moe_jax.data import mixtures
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixtures import MixtureOptions
@@ -16,27 +29,17 @@ from moe_jax.data.sources.contract import Pair, Pairs, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
+  RUN_FILE,
   TOKENIZERS,
   BytesOptions,
   Extended,
   Fitted,
   Tokenizer,
   TokenizerOptions,
+  read,
   without_endings,
 )
 from moe_jax.errors import InputError
-from moe_jax.options import (
-  Check,
-  Options,
-  at_least,
-  choice,
-  default_of,
-  fields_of,
-  nested,
-  no_effect,
-  option,
-)
-from moe_jax.section_reader import CUSTOM
 
 # The source of each form that comes with Python, for small runs.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
@@ -155,6 +158,18 @@ class DataOptions(Options):
         run_tokenizer = run_tokenizer.base
     fitted = Fitted(run_tokenizer, self.tokenizer)
     return dataclasses.replace(self, tokenizer=fitted)
+
+  def with_tokenizer_of(self, *folders: str | pathlib.Path) -> 'DataOptions':
+    """The data with the tokenizer of the first run's folder that has one.
+
+    Raises:
+      ValueError: The tokenizer cannot be read.
+    """
+    for folder in folders:
+      path = pathlib.Path(folder).expanduser() / RUN_FILE
+      if path.is_file():
+        return self.with_tokenizer(read(path))
+    return self
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""

@@ -14,10 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import (
+  KIND,
+  NOT_EMPTY,
+  OptionError,
+  Options,
+  at_least,
+  default_of,
+  entries,
+  fields_of,
+  one_of,
+  option,
+  types_of,
+  unknown,
+)
 from moe_jax.data.cache_folders import (
   FORMAT,
   NotPreparedError,
-  cache_root,
   prepared,
 )
 from moe_jax.data.layouts import RowShape
@@ -32,21 +45,8 @@ from moe_jax.data.sources.contract import SPLITS, Selection, SourceOptions
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import Fitted, TokenizerOptions
 from moe_jax.data.tokenizers import load as load_tokenizer
+from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
-from moe_jax.options import (
-  NOT_EMPTY,
-  OptionError,
-  Options,
-  at_least,
-  default_of,
-  entries,
-  fields_of,
-  one_of,
-  option,
-  types_of,
-  unknown,
-)
-from moe_jax.section_reader import KIND
 
 _ENTRY = re.compile(
   r'(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<kind>[\w.:]+)\s*'

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from moe_jax.data import piece_workers
 from moe_jax.data.cache_folders import (
   FORMAT,
-  cache_root,
   check_may_prepare,
   locked,
   prepared,
@@ -36,6 +35,7 @@ from moe_jax.data.tokenizers import (
   TokenizerOptions,
   load,
 )
+from moe_jax.devices import cache_root
 from moe_jax.errors import InputError, writing
 
 

@@ -11,11 +11,11 @@ by
     evaluation.evaluate('runs/tiny_seq2seq', evaluation.ChoiceEvaluation())
 """
 
+from moe_jax.config import Kinds
 from moe_jax.evaluation.by_source import SourceLosses, SourceScores
 from moe_jax.evaluation.choice import ChoiceEvaluation
 from moe_jax.evaluation.evaluate_run import evaluate, evaluate_all
 from moe_jax.evaluation.generated_text import GenerateEvaluation
-from moe_jax.options import Kinds
 from moe_jax.training.evaluate import EvaluationOptions, LossEvaluation
 
 __all__ = [

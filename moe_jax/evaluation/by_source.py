@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from moe_jax import data
+from moe_jax.config import at_least, one_of, option
 from moe_jax.data import DataOptions, Question
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
@@ -19,7 +20,6 @@ from moe_jax.evaluation.choice import log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
 from moe_jax.evaluation.prompts import Asker, AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import make_scores
-from moe_jax.options import at_least, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   BatchesEvaluation,

@@ -16,15 +16,15 @@ import numpy as np
 import optax
 
 from moe_jax import data
+from moe_jax.config import at_least, choice, one_of, option
 from moe_jax.data import ChoiceSourceOptions, DataOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.distributed import Placing, fetch
+from moe_jax.devices import Placing, fetch
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import ACCURACY, accuracy
 from moe_jax.models import Model
-from moe_jax.options import at_least, choice, one_of, option
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
 from moe_jax.training.evaluate import (

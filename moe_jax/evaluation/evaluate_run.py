@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import data, generation, partitioning
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 
 from moe_jax import data, generation
+from moe_jax.config import Check, anything, at_least, option, unknown_text
 from moe_jax.data import DataOptions
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.distributed import is_first
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import cut_as_trained
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
-from moe_jax.options import Check, anything, at_least, option, unknown_text
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Int

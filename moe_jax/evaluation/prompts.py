@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax import data
+from moe_jax.config import anything, option
 from moe_jax.data.layouts import DecoderLayout, Example, Layout
 from moe_jax.data.tasks.seq2seq import cut_inputs
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
-from moe_jax.options import anything, option
 from moe_jax.shapes import Int
 from moe_jax.training.evaluate import (
   ROOM_FOR_ALL,

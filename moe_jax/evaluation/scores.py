@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 
 Texts = Sequence[str]
 METRICS = ('bleu', 'chrf', 'rouge_l', 'exact_match')

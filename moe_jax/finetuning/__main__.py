@@ -14,7 +14,8 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from moe_jax import command_line, config_file, sections
+from moe_jax import cli
+from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.finetuning import adapters, choose_experts
@@ -24,16 +25,14 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.finetuning'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.finetuning'),
+    **cli.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text, workdir, output):
-    subparser = commands.add_parser(
-      name, help=text, **command_line.about(__doc__)
-    )
+    subparser = commands.add_parser(name, help=text, **cli.about(__doc__))
     subparser.set_defaults(run=run)
     subparser.add_argument('--workdir', required=True, help=workdir)
     subparser.add_argument('--output', required=True, help=output)
@@ -48,10 +47,10 @@ def parse(
     'folder of the run',
     'file for config.trained_experts',
   )
-  share = command_line.number(float, choose_experts.SHARE)
+  share = cli.number(float, choose_experts.SHARE)
   add('--share', type=share, required=True, help='share p of the use, to 1')
   add('--score', choices=[*choose_experts.SCORES], default='gate')
-  add('--batches', type=command_line.POSITIVE, default=8)
+  add('--batches', type=cli.POSITIVE, default=8)
   add('--config', default='', help="config of other data than the run's")
   run, new = 'folder of the run', 'new folder'
   save = command('save', _save, 'writes the adapter of a run', run, new)
@@ -61,8 +60,8 @@ def parse(
   merge('--adapter', required=True, help='folder that `save` wrote')
   for add in (save, merge):
     text = 'step of the checkpoint; default: the newest good one'
-    add('--step', type=command_line.NOT_NEGATIVE, help=text)
-  return command_line.parse_command(
+    add('--step', type=cli.NOT_NEGATIVE, help=text)
+  return cli.parse_command(
     parser, argv, lambda options: getattr(options, 'config', '')
   )
 
@@ -70,8 +69,8 @@ def parse(
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
   data_options = None
   if options.config:
-    section = config_file.config_of(options.config, overrides).data
-    data_options = sections.read(DataOptions, section, 'data.')
+    section = cli.config_of(options.config, overrides).data
+    data_options = read_options(DataOptions, section, 'data.')
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
     raise InputError(f'{output} is there already; give a new file')
@@ -111,7 +110,7 @@ def _merge(options: argparse.Namespace, _: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command."""
-  print(command_line.run_command(*parse(argv)))
+  print(cli.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from moe_jax import sections
+from moe_jax.config import read_options
 from moe_jax.data import plain_files
 from moe_jax.data.cache_folders import whole_folder
 from moe_jax.errors import InputError
@@ -27,7 +27,7 @@ from moe_jax.models import Model, flat_trees
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
 from moe_jax.models.parameter_trees import describe
 from moe_jax.partitioning import path_name
-from moe_jax.runs import new_run, trained
+from moe_jax.training import new_run, trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
 _FORMAT = 2
@@ -142,7 +142,7 @@ def read(
       f'{path} is an adapter of the base with sha256 {base:.12}; these '
       f'parameters have {params_digest:.12}'
     )
-  options = sections.read(LoraOptions, about['lora'], 'lora.')
+  options = read_options(LoraOptions, about['lora'], 'lora.')
   adapters = adapt(options, describe(model))
   factors = load_file(path / WEIGHTS)
   tree = {tuple(name.split('/')): jnp.asarray(x) for name, x in factors.items()}

@@ -19,14 +19,14 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from moe_jax import data
-from moe_jax.distributed import fetch
+from moe_jax.config import within
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
 from moe_jax.layers.routers.contract import Router, sown
 from moe_jax.models import Model
-from moe_jax.options import within
-from moe_jax.runs import trained
 from moe_jax.shapes import Array, Leaf
+from moe_jax.training import trained
 from moe_jax.training.trainable import ChosenExperts
 
 SHARE = within('(0, 1]')

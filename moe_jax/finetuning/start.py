@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import jax
 
+from moe_jax.config import NOT_EMPTY, at_least, fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
@@ -15,11 +16,10 @@ from moe_jax.finetuning.upcycling import Copies, Plan
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
 from moe_jax.models.router_state import abstract_router_state
-from moe_jax.options import NOT_EMPTY, at_least, fields_of, option
-from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
+from moe_jax.training import new_run, trained
 from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.generation.prefix import (
   Ids,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.generation.beams import beam_search, check_finite
 from moe_jax.generation.prefix import (

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax.devices import check_room
 from moe_jax.errors import InputError
-from moe_jax.memory_room import check_room
 from moe_jax.models import Cache, Model, check_generates
 from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.models.text_model import check_change
-from moe_jax.shape_checks import is_whole
-from moe_jax.shapes import Bool, Int32, Leaf
+from moe_jax.shapes import Bool, Int32, Leaf, is_whole
 
 Ids = Sequence[int] | np.ndarray
 _MAX = np.iinfo(np.int32).max

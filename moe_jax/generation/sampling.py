@@ -18,8 +18,7 @@ from moe_jax.generation.prefix import (
   check_seed,
   check_whole,
 )
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf
+from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf, checked
 
 
 @checked

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import models, sections
+from moe_jax import models
+from moe_jax.config import unknown, with_overrides
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
-from moe_jax.options import unknown
 from moe_jax.partitioning import ShardingOptions
-from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Int
+from moe_jax.training import trained
 
 
 class Loaded(NamedTuple):
@@ -104,7 +104,7 @@ def load(
 def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
   """The same model with another dtype of parameters and products."""
   changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
-  model, _ = sections.overridden(models.MODELS, options, changes, 'model.')
+  model, _ = with_overrides(models.MODELS, options, changes, 'model.')
   return model
 
 

@@ -13,7 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_jax import command_line, config_file, run_config, sections
+from moe_jax import cli, run_config
+from moe_jax.config import section_of
 from moe_jax.interop import export_run, import_run, verifying
 
 _EXAMPLES = [line for line in (__doc__ or '').splitlines() if '-m' in line]
@@ -23,15 +24,15 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.interop'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.interop'),
+    **cli.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text):
     lines = [line for line in _EXAMPLES if f' {name} ' in line]
-    about = command_line.about('\n\n'.join([f'It {text}.', *lines]))
+    about = cli.about('\n\n'.join([f'It {text}.', *lines]))
     added = commands.add_parser(name, help=text, **about)
     added.set_defaults(run=run)
     text = 'show where in the code an error came from'
@@ -43,7 +44,7 @@ def parse(
   add = command('import', _import, 'makes a new run from a checkpoint')
   add('source', metavar='SOURCE', help=source)
   add('--workdir', required=True, help='folder of the new run')
-  add('--config', default='', help=f'{command_line.CONFIG}; else the defaults')
+  add('--config', default='', help=f'{cli.CONFIG}; else the defaults')
   add('--dtype', choices=('float32', 'bfloat16'), default='')
   add('--revision', default='', help=revision)
   add = command('export', _export, 'writes a run for transformers')
@@ -53,15 +54,13 @@ def parse(
   add('source', metavar='SOURCE', help=source)
   add('--expected', required=True, help='npz file of outputs of transformers')
   add('--revision', default='', help=revision)
-  return command_line.parse_command(
-    parser, argv, lambda options: options.run is _import
-  )
+  return cli.parse_command(parser, argv, lambda options: options.run is _import)
 
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
-  base = options.config or sections.section(run_config.RunConfig)
+  base = options.config or section_of(run_config.RunConfig)
   config, _ = run_config.settled(
-    config_file.config_of(base), config_file.config_of(base, overrides)
+    cli.config_of(base), cli.config_of(base, overrides)
   )
   lines = import_run.import_run(
     options.source,
@@ -89,7 +88,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command and exits; status 0 is success."""
-  sys.exit(command_line.run_command(*parse(argv)))
+  sys.exit(cli.run_command(*parse(argv)))
 
 
 if __name__ == '__main__':

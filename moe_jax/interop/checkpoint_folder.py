@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 
+from moe_jax.config import unknown
 from moe_jax.data import plain_files
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.errors import InputError
@@ -34,7 +35,6 @@ from moe_jax.interop.tensor_files import (
   problem_text,
 )
 from moe_jax.models import ModelOptions
-from moe_jax.options import unknown
 
 # Files besides weights: configs, tokenizer, chat template.
 SMALL = ('*.json', '*.jinja', '*.model', '*.txt')

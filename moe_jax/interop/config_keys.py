@@ -9,7 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.options import unknown_text
+from moe_jax.config import unknown_text
 
 _LARGEST = 3.4e38  # of float32
 _INTEGERS = 2**31  # int32 is below this

@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax
 import tokenizers as library
 
-from moe_jax import sections
+from moe_jax.config import read_options
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import whole_folder
 from moe_jax.data.tokenizers import Tokenizer
@@ -18,8 +18,8 @@ from moe_jax.interop.saving import save
 from moe_jax.models import code_trees
 from moe_jax.models.expert_arrays import has_merged
 from moe_jax.partitioning import MeshOptions
-from moe_jax.runs import trained
 from moe_jax.runs import workdir as workdir_lib
+from moe_jax.training import trained
 
 _CONFIG, _JSON, _MODEL = (
   'tokenizer_config.json',
@@ -203,7 +203,7 @@ def _mesh(folder: pathlib.Path) -> jax.sharding.Mesh | None:
   """The run's mesh; None if it does not fit the devices."""
   mesh = workdir_lib.kept_config(folder).get('mesh', {})
   try:
-    return sections.read(MeshOptions, mesh, 'mesh.').make()
+    return read_options(MeshOptions, mesh, 'mesh.').make()
   except InputError:
     return None
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from moe_jax import command_line, sections
+from moe_jax import cli
+from moe_jax.config import Options, default_of, fields_of, section_of, spec_of
 from moe_jax.data import (
   TOKENIZERS,
   DataOptions,
@@ -32,9 +33,8 @@ from moe_jax.interop.checkpoint_folder import (
   small_files,
 )
 from moe_jax.models import ModelOptions
-from moe_jax.options import Options, default_of, fields_of, spec_of
-from moe_jax.runs import new_run
 from moe_jax.runs.workdir import TOKENIZER
+from moe_jax.training import new_run
 from moe_jax.training.run_options import RunOptions
 
 O = TypeVar('O', bound=Options)
@@ -96,7 +96,7 @@ def import_run(
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
-    new_run.write(unfinished, sections.section(options), variables, metadata)
+    new_run.write(unfinished, section_of(options), variables, metadata)
   advice = _advice(folder, tokenizer)
   return [*lines, *checkpoint.notes, *notes, *advice]
 
@@ -240,7 +240,7 @@ def _peak_bytes() -> int:
 def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:
   """Lines on the command that continues the run."""
   command = (
-    f'go on: {command_line.program("moe_jax.main")} '
+    f'go on: {cli.program("moe_jax.main")} '
     f'--config={shlex.quote(str(folder / new_run.CONFIG_PY))} '
     f'--workdir={shlex.quote(str(folder))}'
   )

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.interop import decoders, rotary_keys
 from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
@@ -26,7 +27,6 @@ from moe_jax.layers.rotary import LongRope
 from moe_jax.layers.routers import SparseMixer
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.options import fields_of
 
 _THETA = 1e6
 _ROPES = ('default', 'longrope')

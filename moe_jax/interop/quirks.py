@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 
 import jax.numpy as jnp
 
+from moe_jax.config import above, at_least, fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
 from moe_jax.layers.rotary import LongRope, Turns
@@ -18,7 +19,6 @@ from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.layers.shared import RULES
 from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
 from moe_jax.models.stack import Padding
-from moe_jax.options import above, at_least, fields_of, option
 from moe_jax.partitioning import Rules
 from moe_jax.routing import Routing
 from moe_jax.routing.capacity import Capacity

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.kernels import blocks, megablox, pallas_gpu
-from moe_jax.options import unknown
 from moe_jax.shapes import Array, Float, Float32, Int32
 
 # The name of the results in a remat policy.

@@ -15,8 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.kernels import cpu
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float
+from moe_jax.shapes import Array, Float, checked
 
 # The name of the results in a remat policy.
 PRODUCT = 'rows_matmul'

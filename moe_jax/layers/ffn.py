@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import Options, at_least, one_of, option, unknown
 from moe_jax.errors import InputError
 from moe_jax.kernels import cpu
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, at_least, one_of, option, unknown
 from moe_jax.parallel.cost_model import Sizes
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float
+from moe_jax.shapes import Array, Float, checked
 
 
 class Activation(NamedTuple):

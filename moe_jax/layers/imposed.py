@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
+from moe_jax.config import Options, at_least, one_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
-from moe_jax.options import Options, at_least, one_of, option
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey

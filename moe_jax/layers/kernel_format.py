@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config import Options, at_least, one_of, option
 from moe_jax.kernels import ternary
-from moe_jax.options import Options, at_least, one_of, option
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Float32, Int8, UInt8
+from moe_jax.shapes import Array, Float, Float32, Int8, UInt8, checked
 
 # The bits of a code; 8 // bits of them share a byte.
 BITS = {'int8': 8, 'int4': 4, 'int2': 2}

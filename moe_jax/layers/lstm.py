@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from moe_jax.config import Options, anything, at_least, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, anything, at_least, option
 from moe_jax.routing.rows import without_nan
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Int, Leaf
+from moe_jax.shapes import Array, Float, Int, Leaf, checked
 
 GATES = 4  # input, forget, new, output
 _FORGET = 1

@@ -29,8 +29,7 @@ from moe_jax.routing import (
   to_experts,
 )
 from moe_jax.routing.rows import without_nan
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32
+from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32, checked
 
 
 class MoE(nn.Module):

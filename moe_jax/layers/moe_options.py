@@ -4,6 +4,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
+from moe_jax.config import (
+  Options,
+  at_least,
+  choice,
+  fields_of,
+  nested,
+  one_of,
+  option,
+  within,
+)
 from moe_jax.layers.experts import (
   DISPATCHES,
   EXPERTS,
@@ -18,16 +28,6 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
-from moe_jax.options import (
-  Options,
-  at_least,
-  choice,
-  fields_of,
-  nested,
-  one_of,
-  option,
-  within,
-)
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 

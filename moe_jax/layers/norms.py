@@ -4,9 +4,9 @@ import dataclasses
 
 from flax import linen as nn
 
+from moe_jax.config import Kinds, Options, above, one_of, option
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Kinds, Options, above, one_of, option
 
 _AXES = ('embed',)
 

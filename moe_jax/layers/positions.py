@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moe_jax.config import Kinds, Options, above, at_least, choice, option
+from moe_jax.config import within as interval
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters, rotary
 from moe_jax.layers.rotary import SCALINGS, RotaryScaling
-from moe_jax.options import Kinds, Options, above, at_least, choice, option
-from moe_jax.options import within as interval
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, checked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.options import Kinds, Options, above, at_least, each, option
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Float32, Int
+from moe_jax.config import Kinds, Options, above, at_least, each, option
+from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 
 class Turns(NamedTuple):

@@ -12,14 +12,7 @@ from typing import Self
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
-from moe_jax.options import (
-  Kinds,
-  Options,
-  above,
-  choice,
-  one_of,
-  option,
-)
+from moe_jax.config import Kinds, Options, above, choice, one_of, option
 from moe_jax.partitioning import Rules, ShardingOptions
 
 DTYPES = ('bfloat16', 'float32')

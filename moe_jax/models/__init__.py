@@ -1,5 +1,6 @@
 """Models: a model's options say what it is, and build its linen module."""
 
+from moe_jax.config import Kinds
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.models.base import Model, ModelOptions, RunShape, check_generates
 from moe_jax.models.decoder import DecoderOptions
@@ -13,7 +14,6 @@ from moe_jax.models.parameter_trees import (
   init_params,
 )
 from moe_jax.models.pattern import sparse_pattern
-from moe_jax.options import Kinds
 
 MODELS = Kinds(
   'model',

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import ConfigDict, Options, at_least, option, required
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.shared import RULES
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.layer_trees import LayerPlace
 from moe_jax.models.stack import StackConfig
-from moe_jax.options import Options, at_least, option, required
 from moe_jax.partitioning import Rules
-from moe_jax.sections import ConfigDict
 from moe_jax.shapes import Array, Float32, Int, Leaf
 
 Batch = Mapping[str, Array]

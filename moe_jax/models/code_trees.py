@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import (
   EXPERTS,
@@ -15,7 +16,6 @@ from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
-from moe_jax.options import fields_of
 
 
 def with_formats(

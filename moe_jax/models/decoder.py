@@ -23,8 +23,7 @@ from moe_jax.models.transformer import (
 from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float32, Int
+from moe_jax.shapes import Array, Float32, Int, checked
 
 
 @dataclasses.dataclass(frozen=True)

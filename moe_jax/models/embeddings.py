@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import Options, above, one_of, option
 from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, above, one_of, option
 from moe_jax.partitioning import by_token, stated
 from moe_jax.shapes import Array, Bool, Float, Float32, Int
 

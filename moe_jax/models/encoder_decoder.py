@@ -21,8 +21,7 @@ from moe_jax.models.layer_trees import periods_of
 from moe_jax.models.stack import Stack, StackConfig
 from moe_jax.models.transformer import Transformer, make_cache, make_context
 from moe_jax.routing import GivenChoices, MoeAux
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int
+from moe_jax.shapes import Array, Bool, Float32, Int, checked
 
 
 class EncoderDecoder(Transformer):

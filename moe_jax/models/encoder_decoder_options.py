@@ -5,7 +5,21 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from moe_jax import sections
+from moe_jax.config import (
+  ConfigDict,
+  OptionError,
+  Options,
+  at_least,
+  fields_of,
+  leaves_of,
+  merge,
+  nested,
+  option,
+  read_options,
+  section_of,
+  settle,
+  settle_overrides,
+)
 from moe_jax.layers.attention import ATTENTIONS
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe_options import MoeOptions
@@ -14,16 +28,7 @@ from moe_jax.layers.shared import RULES
 from moe_jax.models.base import RunShape
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
-from moe_jax.options import (
-  OptionError,
-  Options,
-  at_least,
-  fields_of,
-  nested,
-  option,
-)
 from moe_jax.partitioning import Rules
-from moe_jax.sections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +73,20 @@ class EncoderDecoderOptions(TransformerOptions):
   @functools.cached_property
   def _encoder_half(self) -> StackOptions:
     """It is cached, as each build reads it ten times."""
-    config = sections.section(self._plain_encoder())
+    config = section_of(self._plain_encoder())
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
-    changed = sections.merge(
-      config, {'num_layers': L, **self.encoder.overrides}
-    )
-    changed, _ = sections.settle(StackOptions, config, changed)
-    return sections.read(StackOptions, changed)
+    changed = merge(config, {'num_layers': L, **self.encoder.overrides})
+    changed, _ = settle(StackOptions, config, changed)
+    return read_options(StackOptions, changed)
 
   @classmethod
   def settle_overrides(
     cls, before: ConfigDict, after: ConfigDict
   ) -> dict[str, Any]:
     layers = fields_of(StackOptions)
-    remaining, dropped = sections.settle_overrides(
-      functools.partial(sections.leaves, StackOptions),
+    remaining, dropped = settle_overrides(
+      functools.partial(leaves_of, StackOptions),
       {name: before[name] for name in layers},
       {name: after[name] for name in layers},
       after.encoder.overrides,
@@ -108,7 +111,7 @@ class EncoderDecoderOptions(TransformerOptions):
     """These options with the overrides that make `half` their encoder."""
     L = half.num_layers
     base, changed = (
-      sections.leaves(StackOptions, sections.section(layers))
+      leaves_of(StackOptions, section_of(layers))
       for layers in (self._plain_encoder(), half)
     )
     base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}

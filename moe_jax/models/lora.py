@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import Options, above, at_least, option, within
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import flat_trees
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.selection import EXPRESSION, names_of
-from moe_jax.options import Options, above, at_least, option, within
 from moe_jax.shapes import Array, PRNGKey
 
 TREE = 'lora'  # the name of the tree of factors among the parameters

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import default_of, fields_of, nested
 from moe_jax.layers import lstm
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
@@ -30,12 +31,10 @@ from moe_jax.models.decoding import serving_all
 from moe_jax.models.embeddings import Embeddings
 from moe_jax.models.text_model import TextModel
 from moe_jax.models.text_options import TextModelOptions
-from moe_jax.options import default_of, fields_of, nested
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, empty_aux
 from moe_jax.routing.rows import without_nan
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Int, Leaf, checked
 
 
 @dataclasses.dataclass(frozen=True)

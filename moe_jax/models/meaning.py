@@ -9,11 +9,10 @@ the same function outside of training, except for rounding.
 import dataclasses
 from typing import Any
 
-from moe_jax import sections
+from moe_jax.config import fields_of, section_meaning
 from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
-from moe_jax.options import fields_of
 
 _ENCODER = 'encoder.'
 
@@ -22,9 +21,9 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
   """The options that decide what a model computes, by their dotted names.
 
   Sizes that options leave to others are filled in, and those of an encoder
-  stand below 'encoder.'. See `sections.meaning`.
+  stand below 'encoder.'. See `meaning`.
   """
-  values = sections.meaning(options)
+  values = section_meaning(options)
   if isinstance(options, TransformerOptions):
     fields = fields_of(StackOptions)
     values = {k: v for k, v in values.items() if k.split('.')[0] not in fields}
@@ -58,7 +57,7 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
   filled = dataclasses.replace(
     half, attention=half.attention.within(width), moe=moe
   )
-  values = sections.meaning(filled)
+  values = section_meaning(filled)
   unused = {'moe.layers', 'num_layers', 'attention.full_layers'}
   if not any(sparse):
     unused |= {name for name in values if name.startswith('moe.')}

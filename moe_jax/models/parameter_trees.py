@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.devices import check_room
 from moe_jax.layers.parameters import axes_of, roles_of
-from moe_jax.memory_room import check_room
 from moe_jax.models.base import Model
 from moe_jax.shapes import PRNGKey
 

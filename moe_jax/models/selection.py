@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
+from moe_jax.config import Check, unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
-from moe_jax.options import Check, unknown
 from moe_jax.partitioning import path_name
 
 # The parts of a model that an expression names, by the roles of parameters.

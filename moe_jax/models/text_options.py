@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
+from moe_jax.config import Options, at_least, choice, nested, option
+from moe_jax.config import within as in_interval
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
@@ -14,8 +16,6 @@ from moe_jax.layers.shared import Numerics, Shared
 from moe_jax.models.base import ModelOptions, RunShape
 from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
-from moe_jax.options import Options, at_least, choice, nested, option
-from moe_jax.options import within as in_interval
 from moe_jax.partitioning import Rules
 
 

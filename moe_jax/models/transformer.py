@@ -25,8 +25,7 @@ from moe_jax.models.router_state import variables as as_variables
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.text_model import TextModel
 from moe_jax.routing import GivenChoices, rules_without_logits
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int
+from moe_jax.shapes import Array, Bool, Float32, Int, checked
 
 
 class Transformer(TextModel):

@@ -4,6 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
+from moe_jax.config import (
+  OptionError,
+  above,
+  at_least,
+  choice,
+  no_effect,
+  one_of,
+  option,
+)
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.block import BlockConfig
@@ -21,15 +30,6 @@ from moe_jax.models.stack import (
   kinds_of,
 )
 from moe_jax.models.text_options import LayerOptions, TextModelOptions
-from moe_jax.options import (
-  OptionError,
-  above,
-  at_least,
-  choice,
-  no_effect,
-  one_of,
-  option,
-)
 from moe_jax.partitioning import Rules
 
 

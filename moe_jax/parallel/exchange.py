@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.options import Kinds, Options, option, required, within
+from moe_jax.config import Kinds, Options, option, required, within
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing.capacity import PerToken
 from moe_jax.shapes import Array, Float, Leaf

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.options import Kinds, Options, option, within
+from moe_jax.config import Kinds, Options, option, within
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing.capacity import PerToken
 from moe_jax.routing.dispatch import take_tokens

@@ -31,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config import Options, above, at_least, option
 from moe_jax.errors import InputError
-from moe_jax.options import Options, above, at_least, option
 from moe_jax.parallel.cost_model import Sizes, owners
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing import AnyRouting, ExchangeStats, no_exchange

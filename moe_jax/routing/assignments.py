@@ -63,7 +63,7 @@ class Routing:
   capacity: int | None
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shape_checks.HasShapes`."""
+    """The array type of each field; see `HasShapes`."""
     return {
       'expert_index': Int[Array, 'G S K'],
       'slot': Int[Array, 'G S K'],
@@ -214,14 +214,14 @@ class SlotRouting:
   group_size: int
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shape_checks.HasShapes`."""
+    """The array type of each field; see `HasShapes`."""
     return {
       'token_index': Int[Array, 'G E C'],
       'gate': Float[Array, 'G E C'],
     }
 
   def static_sizes(self) -> dict[str, int]:
-    """S, which no array tells; see `shape_checks.HasShapes`."""
+    """S, which no array tells; see `HasShapes`."""
     return {'S': self.group_size}
 
   @property

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.options import unknown
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.config import unknown
+from moe_jax.shapes import Array, Bool, Float32, Int32, checked
 
 BALANCE_CHOICES = ('all', 'first')
 

@@ -7,9 +7,8 @@ chosen and never what a choice weighs, so it has no gradient.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.options import unknown
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float32, Leaf
+from moe_jax.config import unknown
+from moe_jax.shapes import Array, Float32, Leaf, checked
 
 SCORES = ('sigmoid', 'softmax')
 RULES = ('sign', 'error')

@@ -8,9 +8,9 @@ import dataclasses
 import fractions
 import math
 
+from moe_jax.config import Kinds, Options, above, at_least, one_of, option
 from moe_jax.errors import InputError
-from moe_jax.options import Kinds, Options, above, at_least, one_of, option
-from moe_jax.shape_checks import is_whole
+from moe_jax.shapes import is_whole
 
 
 def check_selected(num_selected: int, num_experts: int) -> None:

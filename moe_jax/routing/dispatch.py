@@ -17,8 +17,7 @@ from moe_jax.errors import InputError
 from moe_jax.routing.assignments import TokenRouting
 from moe_jax.routing.rows import Rows, without_nan
 from moe_jax.routing.soft_rule import AnyRouting
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Int32
+from moe_jax.shapes import Array, Float, Int32, checked
 
 
 class Dispatcher(NamedTuple):

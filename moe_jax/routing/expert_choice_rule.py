@@ -12,8 +12,7 @@ import numpy as np
 from moe_jax.routing.assignments import SlotRouting
 from moe_jax.routing.capacity import check_slots
 from moe_jax.routing.rows import decided
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Int32
+from moe_jax.shapes import Array, Bool, Float, Int32, checked
 
 
 @checked

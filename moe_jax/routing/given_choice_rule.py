@@ -10,12 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.options import unknown
+from moe_jax.config import unknown
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.capacity import check_capacity, check_selected
 from moe_jax.routing.rows import decided, stable_argsort
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
 GIVEN_PRIORITIES = ('token_major', 'choice_major')
 # Signs in the place of an expert: there is no choice, or the router makes it.

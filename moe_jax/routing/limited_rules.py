@@ -17,12 +17,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices, choose
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.shapes import Array, Bool, Float32, Int32, checked
 
 # The number of a group's best scores whose sum rates it, by its name.
 GROUP_SCORES = {'best': 1, 'two_best': 2}

@@ -11,12 +11,11 @@ measurements of speed.
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 from moe_jax.routing.capacity import check_selected
 from moe_jax.routing.rows import decided
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey, UInt32
+from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey, UInt32, checked
 
 HASH_OF = ('token', 'bigram', 'position')
 

@@ -28,8 +28,7 @@ from moe_jax.routing.capacity import check_selected, check_slots
 from moe_jax.routing.expert_choice_rule import expert_choice
 from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices, choose
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey
+from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey, checked
 
 
 class NoisyLogits(NamedTuple):

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax.routing.assignments import TokenChoices, TokenRouting
 from moe_jax.routing.rows import decided
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
 # A finite logit whose softmax is 0 beside any other; -inf alone would be NaN.
 _NEVER = -1e30
@@ -42,7 +41,7 @@ class SoftRouting:
   gate: Leaf
 
   def shape_hints(self) -> dict[str, Any]:
-    """The array type of each field; see `shape_checks.HasShapes`."""
+    """The array type of each field; see `HasShapes`."""
     return {
       'share': Float32[Array, 'G S E C'],
       'gate': Float32[Array, 'G S E C'],

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from moe_jax.routing.capacity import check_selected
 from moe_jax.routing.rows import decided
 from moe_jax.routing.token_choice_rule import at_choices
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float32, Int32, PRNGKey
+from moe_jax.shapes import Array, Float32, Int32, PRNGKey, checked
 
 # A draw other than the likeliest expert keeps its whole gate with the
 # probability of a quarter, and a third of it otherwise: Heun's third-order

@@ -14,8 +14,7 @@ from jaxtyping import Num
 from moe_jax.errors import InputError
 from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import load_per_expert
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Leaf
+from moe_jax.shapes import Array, Bool, Float32, Leaf, checked
 
 
 class RoutingStats(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.options import unknown
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.capacity import check_capacity, check_selected
 from moe_jax.routing.given_choice_rule import (
@@ -23,8 +23,7 @@ from moe_jax.routing.given_choice_rule import (
   queue_choices,
 )
 from moe_jax.routing.rows import decided
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey, checked
 
 
 class Gate(NamedTuple):

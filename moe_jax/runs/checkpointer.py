@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from moe_jax.config import NOT_EMPTY, Options, at_least, option, unknown
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, Options, at_least, option, unknown
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
 from moe_jax.runs.metrics import Row

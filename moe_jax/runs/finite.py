@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.distributed import fetch
+from moe_jax.devices import fetch
 from moe_jax.partitioning import path_name
 from moe_jax.shapes import Array, Bool
 

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, TextIO, cast
+from typing import IO, cast
 
 from rich import console, progress, table
 
+from moe_jax.cli import print_line
 from moe_jax.errors import InputError
 
 # Number of last updates whose speed predicts the time left: enough to even out
@@ -161,24 +162,6 @@ class Progress:
   def __exit__(self, *exc) -> None:
     if self._bar is not None:
       self._bar.stop()
-
-
-def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
-  """Prints a line at once; a reader that has closed the pipe is no error.
-
-  Ctrl-C ends the reader of a pipe, too (`| tee log`), and a run has yet to
-  save.
-
-  Args:
-    text: The line.
-    out: Stream to write to; None is `sys.stdout`.
-  """
-  stream = sys.stdout if out is None else out
-  try:
-    print(text, file=stream, flush=True)
-  except BrokenPipeError:
-    # Python would report the pipe once more when it closes the stream.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _bar(out: io.TextIOBase) -> progress.Progress:

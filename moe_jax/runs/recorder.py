@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from moe_jax.distributed import is_first
+from moe_jax.devices import is_first
 from moe_jax.errors import ReportedError
 from moe_jax.runs import finite, summary
 from moe_jax.runs.checkpointer import CheckpointError

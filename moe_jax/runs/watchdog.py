@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.distributed import Timeouts
+from moe_jax.devices import Timeouts
 from moe_jax.errors import InputError
 
 TICK_SECONDS = 0.5

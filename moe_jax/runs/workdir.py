@@ -1,30 +1,33 @@
 """A run's folder: names of its files, and the config to which it belongs."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
+import ml_collections
 from etils import epath
 
-from moe_jax import plugins, sections
+from moe_jax.config import Section, as_mapping, difference, flatten
+from moe_jax.data import tokenizers
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
-from moe_jax.section_reader import Section, as_mapping
 
 CONFIG = 'config.json'
 CONFIG_SHA256 = 'config.sha256'  # of the config as the run wrote it
 CONFIG_PY = 'this_config.py'  # the same, for commands that take config files
 CHECKPOINTS = 'checkpoints'
-TOKENIZER = 'tokenizer.json'
+TOKENIZER = tokenizers.RUN_FILE
 IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with
 _SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
 # The last commit that reads folders whose config has the keys from before
 # options were dataclasses.
+_PACKAGE = 'moe_jax'
 _LAST_OF_EARLIER = '7875f9b'
 # Options that are gone, with the value at which they meant nothing; None is for
 # an option that changed no number, and for the section of a kind that is gone,
@@ -153,12 +156,11 @@ def changes(
   if not (folder / CONFIG).exists():
     return []
   stored, usual_values = (
-    sections.flatten(values)
-    for values in (kept_config(folder), _plain(defaults or {}))
+    flatten(values) for values in (kept_config(folder), _plain(defaults or {}))
   )
   return [
     f'{key}: {old!r} -> {new!r}'
-    for key, (old, new) in sections.difference(stored, _plain(config)).items()
+    for key, (old, new) in difference(stored, _plain(config)).items()
     if key in stored or key not in usual_values or new != usual_values[key]
   ]
 
@@ -214,7 +216,7 @@ def claim(folder: pathlib.Path, config: Section) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / CONFIG
   if path.exists():
-    if not sections.difference(kept_config(folder), _plain(config)):
+    if not difference(kept_config(folder), _plain(config)):
       return
     number = 0
     while (aside := folder / f'config.{number}.json').exists():
@@ -244,7 +246,7 @@ def check_unedited(folder: pathlib.Path) -> None:
 
 def record_plugins(folder: pathlib.Path, config: Section) -> None:
   """Writes the sha256 of each file with a user's own class into the folder."""
-  digests = plugins.digests(plugins.names_in(config))
+  digests = class_digests(classes_in(config))
   if digests or (folder / PLUGINS).exists():
     write_text(folder / PLUGINS, _text(digests))
 
@@ -252,7 +254,7 @@ def record_plugins(folder: pathlib.Path, config: Section) -> None:
 def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
   """A line for each file with a user's own class that has changed."""
   old_digests = _json(folder / PLUGINS)
-  for name, digest in plugins.digests(plugins.names_in(config)).items():
+  for name, digest in class_digests(classes_in(config)).items():
     old = old_digests.get(name)
     if old not in (None, digest):
       yield (
@@ -344,3 +346,64 @@ def write_text(path: pathlib.Path, text: str) -> None:
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_text(text, encoding='utf-8')
   unfinished.replace(path)
+
+
+def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
+  """Raises ValueError for a class that a folder names and the user forbids.
+
+  Names in a config file or on the command line are the user's own; a folder
+  may have been written by somebody else, and importing runs code.
+
+  Args:
+    names: Names of classes, 'module:name'.
+    allowed: Modules and packages that the user allows.
+  """
+  allowed = {_PACKAGE, *allowed}
+  for name in names:
+    module = name.partition(':')[0]
+    parents = module.split('.')
+    if not any(
+      '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
+    ):
+      raise InputError(
+        f'{name!r} stands in a folder that was read, and its module is not '
+        f'allowed; if you trust it, pass --allow_module={module}'
+      )
+
+
+def classes_in(
+  config: Mapping[str, Any] | ml_collections.ConfigDict,
+) -> tuple[str, ...]:
+  """The users' classes that a config names, sorted.
+
+  Args:
+    config: A config, or a section of one, as nested mappings.
+  """
+  names = set()
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      names.update(classes_in(value))
+    elif key == 'kind' and isinstance(value, str) and ':' in value:
+      names.add(value)
+  return tuple(sorted(names))
+
+
+def class_digests(names: Iterable[str]) -> dict[str, str]:
+  """The sha256 of the file of each class, by its name.
+
+  Modules of this package are left out: their version is that of the package.
+
+  Raises:
+    ValueError: A module has no file.
+  """
+  sha256 = {}
+  for name in names:
+    module = name.partition(':')[0]
+    if module.split('.')[0] == _PACKAGE:
+      continue
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+      raise InputError(f'{name!r}: {module} has no file')
+    data = pathlib.Path(spec.origin).read_bytes()
+    sha256[name] = hashlib.sha256(data).hexdigest()
+  return sha256

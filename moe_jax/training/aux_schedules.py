@@ -9,8 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.routers import ROUTERS
-from moe_jax.options import (
+from moe_jax.config import (
   Kinds,
   Options,
   at_least,
@@ -19,6 +18,7 @@ from moe_jax.options import (
   required,
   unknown,
 )
+from moe_jax.layers.routers import ROUTERS
 from moe_jax.shapes import Leaf
 from moe_jax.training.losses import LossWeights
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from moe_jax import sections
-from moe_jax.distributed import check_shared, is_first
+from moe_jax.config import section_of
+from moe_jax.devices import check_shared, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import router_state
 from moe_jax.runs import workdir as workdir_lib
@@ -62,7 +62,7 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if restored is None:
     variables_and_note = _initial_variables(run, initial)
   if is_first():
-    config = sections.section(run.given_options)
+    config = section_of(run.given_options)
     workdir_lib.claim(run.workdir, config)
     workdir_lib.record_plugins(run.workdir, config)
     run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)

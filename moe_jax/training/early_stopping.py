@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.distributed import from_first
-from moe_jax.options import Options, at_least, option
+from moe_jax.config import Options, at_least, option
+from moe_jax.devices import from_first
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.runs.metrics import Row
 

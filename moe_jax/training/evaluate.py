@@ -21,20 +21,21 @@ from typing import Any, Self, TypeVar
 
 import jax
 
-from moe_jax import models, sections
-from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
-from moe_jax.distributed import Placing
-from moe_jax.errors import InputError
-from moe_jax.models import MODELS, Model, ModelOptions
-from moe_jax.models.recorded import Apply, Choices, plainly
-from moe_jax.options import (
+from moe_jax import models
+from moe_jax.config import (
   OptionError,
   Options,
   at_least,
   one_of,
   option,
   required,
+  with_overrides,
 )
+from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
+from moe_jax.devices import Placing
+from moe_jax.errors import InputError
+from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.partitioning import Rules
 from moe_jax.runs import summary
 from moe_jax.runs.metrics import Row, python_numbers
@@ -386,7 +387,7 @@ def overridden(
   Raises:
     OptionError: The message lists all problems of the overrides.
   """
-  return sections.overridden(MODELS, model, entry.model_overrides, 'model.')
+  return with_overrides(MODELS, model, entry.model_overrides, 'model.')
 
 
 def override_problems(

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.experimental import multihost_utils
 
-from moe_jax.distributed import is_first
+from moe_jax.cli import print_line
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.runs.metrics import Row
 from moe_jax.runs.ownership import owned
-from moe_jax.runs.progress import print_line
 from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of

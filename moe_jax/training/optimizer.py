@@ -16,10 +16,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from moe_jax.errors import InputError
-from moe_jax.layers.parameters import Role
-from moe_jax.models.lora import RANK
-from moe_jax.options import (
+from moe_jax.config import (
   Kinds,
   Options,
   above,
@@ -30,6 +27,9 @@ from moe_jax.options import (
   required,
   within,
 )
+from moe_jax.errors import InputError
+from moe_jax.layers.parameters import Role
+from moe_jax.models.lora import RANK
 from moe_jax.shapes import Leaf
 from moe_jax.training import parameter_rules, rounded_moments
 from moe_jax.training.parameter_rules import PATTERNS, Pattern, is_role

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
+from moe_jax.config import Check
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.selection import EXPRESSION, names_of
-from moe_jax.options import Check
 from moe_jax.partitioning import path_name
 
 # A regular expression, or 'part:' and an expression over parts; and a factor.

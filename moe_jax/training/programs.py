@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters
 from moe_jax.models.parameter_trees import ParameterTrees

@@ -11,14 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.data import DataOptions, tokenizers
-from moe_jax.distributed import Timeouts
-from moe_jax.models import MODELS, Model, ModelOptions
-from moe_jax.models.base import RunShape
-from moe_jax.models.lora import LoraOptions
-from moe_jax.models.recorded import Apply, plainly, recording
-from moe_jax.models.selection import EXPRESSION
-from moe_jax.options import (
+from moe_jax.config import (
   NOT_EMPTY,
   SEED,
   Kinds,
@@ -34,8 +27,14 @@ from moe_jax.options import (
   unknown,
   unknown_text,
 )
+from moe_jax.data import DataOptions
+from moe_jax.devices import Timeouts
+from moe_jax.models import MODELS, Model, ModelOptions
+from moe_jax.models.base import RunShape
+from moe_jax.models.lora import LoraOptions
+from moe_jax.models.recorded import Apply, plainly, recording
+from moe_jax.models.selection import EXPRESSION
 from moe_jax.partitioning import MeshOptions, ShardingOptions
-from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
 from moe_jax.training.early_stopping import EarlyStoppingOptions
@@ -168,12 +167,9 @@ class InitFromOptions(Options):
     """
     if not (self.workdir and self.keep_tokenizer):
       return data
+    # A run that has none is refused when it is read.
     folders = [] if run_folder is None else [run_folder]
-    for folder in (*folders, pathlib.Path(self.workdir).expanduser()):
-      path = folder / workdir_lib.TOKENIZER
-      if path.is_file():
-        return data.with_tokenizer(tokenizers.read(path))
-    return data  # the other run, which has none, is refused when it is read
+    return data.with_tokenizer_of(*folders, self.workdir)
 
   def problems(self) -> Iterator[str]:
     """The problem of a checkpoint that is named by its step and as the best."""

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.config import Kinds, Options, at_least, option, required, within
 from moe_jax.errors import InputError
-from moe_jax.options import Kinds, Options, at_least, option, required, within
 
 
 @dataclasses.dataclass(frozen=True)

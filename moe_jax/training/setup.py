@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax import data, plugins, sections
+from moe_jax import data
+from moe_jax.cli import print_line
+from moe_jax.config import OptionError, section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.distributed import check_same, is_first
+from moe_jax.devices import check_room, check_same, is_first
 from moe_jax.errors import InputError
-from moe_jax.memory_room import check_room
 from moe_jax.models import Model
-from moe_jax.options import OptionError
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.runs.progress import print_line
+from moe_jax.runs.workdir import class_digests, classes_in
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import (
   Evaluation,
@@ -164,8 +164,8 @@ def set_up(
   """
   mesh = options.mesh.make(devices)
   options.check_mesh(mesh)
-  config = sections.section(options)
-  defaults = sections.section(type(options))
+  config = section_of(options)
+  defaults = section_of(type(options))
   folder = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
   given_options, options = options, with_tokenizer(options, folder)
   dataset = data.load(options.data)
@@ -173,7 +173,7 @@ def set_up(
     {
       'the config': json.dumps(config.to_dict(), sort_keys=True),
       'the data': dataset.digest,
-      **plugins.digests(plugins.names_in(config)),
+      **class_digests(classes_in(config)),
     }
   )
   _check_sample(options.sample, dataset.tokenizer)
@@ -345,7 +345,7 @@ def _began_with(options: RunOptions, folder: pathlib.Path) -> bool:
   if not (folder / workdir_lib.TOKENIZER).is_file():
     return False
   stored = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
-  current = sections.section(options).to_dict()['data']['tokenizer']
+  current = section_of(options).to_dict()['data']['tokenizer']
   return stored == current
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import data, hooks
+from moe_jax import data
+from moe_jax.analysis import hooks
 from moe_jax.runs import summary
 from moe_jax.runs.summary import add
 from moe_jax.training import setup

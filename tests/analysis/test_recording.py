@@ -9,9 +9,9 @@ import pytest
 from moe_jax import generate
 from moe_jax.analysis import record_evaluation, traces
 from moe_jax.analysis.recording import Traces, records_of
+from moe_jax.config import OptionError
 from moe_jax.configs import base
 from moe_jax.models.recorded import recording
-from moe_jax.options import OptionError
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, set_up

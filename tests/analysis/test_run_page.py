@@ -7,11 +7,12 @@ import shlex
 import jax
 import pytest
 
-from moe_jax import generate, run_config, sections
+from moe_jax import generate, run_config
 from moe_jax.analysis import record_evaluation, routes, run_page
 from moe_jax.analysis.run_page import Page
+from moe_jax.cli import config_of
 from moe_jax.compression import __main__ as compression
-from moe_jax.config_file import config_of
+from moe_jax.config import section_of
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.training import setup
@@ -48,7 +49,7 @@ def run_in(folder, **overrides):
   """A run that is set up, with a folder and a list of its messages."""
   options = tiny.options(**overrides)
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
-  workdir.claim(folder, sections.section(run.given_options))
+  workdir.claim(folder, section_of(run.given_options))
   run.messages = []
   run.message = run.messages.append
   return run

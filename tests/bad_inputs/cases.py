@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.command_line import REPORTED
+from moe_jax.cli import REPORTED
 
 _MOST_LINES = 12
 _snapshots: dict[pathlib.Path, dict[str, str]] = {}

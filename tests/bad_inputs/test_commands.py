@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 import moe_jax.generate
 import moe_jax.interop.__main__
 import moe_jax.main
-from moe_jax import command_line
+from moe_jax import cli
 from tests.bad_inputs.cases import check_command
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def train(argv):
   # Overrides of the config are looked for among the program's own arguments.
   with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, 'argv', argv)
-    moe_jax.main.main(command_line.parse(argv))
+    moe_jax.main.main(cli.parse(argv))
 
 
 @pytest.fixture(autouse=True)
@@ -385,12 +385,12 @@ def test_interop(argv, phrases, capsys):
 
 
 def test_an_error_in_the_program_keeps_its_traceback():
-  with pytest.raises(RuntimeError, match='a defect'), command_line.reported():
+  with pytest.raises(RuntimeError, match='a defect'), cli.reported():
     raise RuntimeError('a defect')
 
 
 def test_an_interrupted_command_has_the_shells_status(capsys):
-  with pytest.raises(SystemExit) as ended, command_line.reported():
+  with pytest.raises(SystemExit) as ended, cli.reported():
     raise KeyboardInterrupt
   assert ended.value.code == 130
   assert capsys.readouterr().err == 'moe_jax: interrupted\n'
@@ -398,6 +398,6 @@ def test_an_interrupted_command_has_the_shells_status(capsys):
 
 def test_an_unknown_platform_is_named(capsys):
   message = "Unable to initialize backend 'abacus': not in the list"
-  with pytest.raises(SystemExit), command_line.reported():
+  with pytest.raises(SystemExit), cli.reported():
     raise RuntimeError(message)
   assert message in capsys.readouterr().err

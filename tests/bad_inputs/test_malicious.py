@@ -16,12 +16,13 @@ import shutil
 import numpy as np
 import pytest
 
-from moe_jax import interop, sections
+from moe_jax import interop
+from moe_jax.config import section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.plain_files import read_npz
 from moe_jax.interop import checkpoint_folder, export_run, import_run
 from moe_jax.interop.checkpoint_folder import open_checkpoint
-from moe_jax.runs import trained
+from moe_jax.training import trained
 from moe_jax.training.run_options import RunOptions
 from tests.bad_inputs import checkpoints
 from tests.bad_inputs.cases import Case, check, frozen
@@ -185,7 +186,7 @@ def foreign(keys, value, canary_module=True):
     if canary_module:
       module = folder / 'moe_jax_canary.py'
       module.write_text(MODULE.format(str(folder / 'ran')))
-    config = sections.section(RunOptions()).to_dict()
+    config = section_of(RunOptions()).to_dict()
     section = config
     for key in keys:
       section = section.setdefault(key, {})

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import memory_room, models
+from moe_jax import models
 from moe_jax.data import DataOptions
+from moe_jax.devices import check_room
 from moe_jax.models.pattern import count_sparse, sparse_pattern
 from moe_jax.partitioning import make_mesh
 from moe_jax.training.run_options import RunOptions
@@ -133,7 +134,7 @@ CASES += [
   big('lstm width', PARAMETERS, models.LstmLmOptions, width=HUGE),
   Case(
     'room',
-    lambda folder: memory_room.check_room([('it', 10**18)]),
+    lambda folder: check_room([('it', 10**18)]),
     ('it: at least 1e+06 TB', 'devices of kind'),
   ),
   Case(

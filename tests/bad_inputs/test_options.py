@@ -8,16 +8,17 @@ import re
 import numpy as np
 import pytest
 
-from moe_jax import config_file, run_config, sections
-from moe_jax.layers import MoeOptions
-from moe_jax.options import (
+from moe_jax import cli, run_config
+from moe_jax.config import (
   SEED,
   OptionError,
   default_of,
   fields_of,
+  section_of,
   spec_of,
   types_of,
 )
+from moe_jax.layers import MoeOptions
 from moe_jax.run_config import RunConfig
 from tests.test_option_walk import CLASSES, LEAVES
 
@@ -113,14 +114,14 @@ def test_a_sentence_says_what_an_unusual_number_means(value, pattern):
       assert f'{name}={value}' in refusal(cls, name, value), (cls, name)
 
 
-BASE = sections.section(RunConfig)
+BASE = section_of(RunConfig)
 
 
 @functools.cache
 def problems_of_flags(text: str) -> tuple[str, ...]:
   """Returns the problems when every number of the defaults has this text."""
   flags = [f'--config.{path}={text}' for path in numbers_of_config()]
-  config = config_file.config_of(BASE, flags)
+  config = cli.config_of(BASE, flags)
   with pytest.raises(OptionError) as error:
     run_config.settled(BASE, config)
   return error.value.problems
@@ -178,7 +179,7 @@ def test_a_flag_says_the_rule(path):
   ],
 )
 def test_values_out_of_range(flag, rule):
-  config = config_file.config_of(BASE, [f'--config.{flag}'])
+  config = cli.config_of(BASE, [f'--config.{flag}'])
   with pytest.raises(ValueError) as error:
     run_config.settled(BASE, config)
   path = flag.partition('=')[0]
@@ -202,7 +203,7 @@ def test_values_out_of_range(flag, rule):
   ],
 )
 def test_a_misspelled_key_of_an_unlocked_config_is_refused(path, nearest):
-  config = sections.section(RunConfig).unlock()
+  config = section_of(RunConfig).unlock()
   *parents, key = path.split('.')
   section = config
   for parent in parents:

@@ -12,12 +12,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax import data, generate, prepare, sections
+from moe_jax import data, generate
 from moe_jax.compression import __main__ as compression
+from moe_jax.config import section_of
+from moe_jax.data import prepare
 from moe_jax.interop import __main__ as interop
-from moe_jax.runs import metrics, trained, workdir
+from moe_jax.runs import metrics, workdir
 from moe_jax.runs.ownership import OWNER, Owner, owned
 from moe_jax.runs.storage_errors import storage_path
+from moe_jax.training import trained
 from tests.bad_inputs.cases import (
   REPORTED,
   Case,
@@ -51,7 +54,7 @@ WRONG_SECTIONS = {
 
 @functools.cache
 def config():
-  return sections.section(tiny.options())
+  return section_of(tiny.options())
 
 
 @functools.cache
@@ -350,7 +353,7 @@ def test_owners_that_are_dead_do_not_make_a_directory_anothers(tmp_path):
   directory = tmp_path / 'elsewhere'
   write(directory / OWNER, '')
   options = tiny.options(checkpoint={'directory': os.fspath(directory)})
-  workdir.check(tmp_path / 'run', sections.section(options))
+  workdir.check(tmp_path / 'run', section_of(options))
 
 
 def test_metrics_cut_anywhere_are_read_up_to_there(tmp_path):

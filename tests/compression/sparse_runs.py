@@ -16,7 +16,7 @@ from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.routing.capacity import All
-from moe_jax.runs.trained import Described
+from moe_jax.training.trained import Described
 from tests.models import tiny
 
 E, K, M, F = 5, 2, 12, 20

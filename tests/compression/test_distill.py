@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import config_file, models, run_config
+from moe_jax import cli, models, run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import distill
+from moe_jax.config import OptionError, merge, settle
 from moe_jax.data import tokenizers
 from moe_jax.interop.import_run import import_run
-from moe_jax.options import OptionError
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
-from moe_jax.sections import merge, settle
 from moe_jax.training import begin, loop, setup
 from tests.generation import folders
 from tests.interop import folders as interop_folders
@@ -301,18 +300,14 @@ def test_an_imported_model_teaches(tmp_path, capsys):
   interop_folders.write(
     tmp_path / 'hf', 'switch_transformers', **dict.fromkeys(sizes, 1)
   )
-  import_config = config_file.load_config(
-    str(interop_folders.write_config(tmp_path))
-  )
+  import_config = cli.load_config(str(interop_folders.write_config(tmp_path)))
   import_run(
     tmp_path / 'hf',
     tmp_path / 'teacher',
     run_config.read(import_config),
     devices=jax.devices()[:1],
   )
-  teacher_config = config_file.config_of(
-    str(tmp_path / 'teacher' / 'config.py')
-  )
+  teacher_config = cli.config_of(str(tmp_path / 'teacher' / 'config.py'))
   changes = {
     'model': {'moe': {'num_experts': 0}},
     'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},

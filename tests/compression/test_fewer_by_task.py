@@ -12,7 +12,7 @@ from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.partitioning import ShardingOptions
-from moe_jax.runs.trained import Described
+from moe_jax.training.trained import Described
 from tests.compression.test_extract import KINDS, N, logits, options_of
 from tests.models import tiny
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config_file, run_config
+from moe_jax import cli, run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import whole_run
 from moe_jax.interop.export_run import export_run
@@ -33,7 +33,7 @@ def imported(folder, kind, **sizes):
   source = folder / kind
   folders.write(source, kind, **sizes)
   path = folders.write_config(folder)
-  options = run_config.read(config_file.load_config(str(path)))
+  options = run_config.read(cli.load_config(str(path)))
   import_run(source, folder / 'run', options, devices=jax.devices()[:1])
   return folder / 'run'
 
@@ -148,9 +148,7 @@ def test_a_trained_run_is_merged_on_other_data(tmp_path, capsys):
   config_flag, workdir_flag, *overrides = words[3:]
   assert workdir_flag == f'--workdir={new}-recovered'
   assert f'--config.distill.teacher={old}' in overrides
-  config = config_file.config_of(
-    config_flag.removeprefix('--config='), overrides
-  )
+  config = cli.config_of(config_flag.removeprefix('--config='), overrides)
   options = run_config.read(config)
   assert (options.distill.start, options.init_from.workdir) == (
     'none',

@@ -23,11 +23,11 @@ from moe_jax.compression import (
   teacher_logits,
   whole_run,
 )
+from moe_jax.config import OptionError
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models import code_trees, flat_trees
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.parameter_trees import describe
-from moe_jax.options import OptionError
 from moe_jax.training import setup
 from tests.compression import test_distill
 from tests.generation import folders

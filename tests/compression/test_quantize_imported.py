@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config_file, evaluation, generation, interop, run_config
+from moe_jax import cli, evaluation, generation, interop, run_config
 from moe_jax.compression import quantize, whole_run
 from moe_jax.generation import trained_run
 from moe_jax.interop import import_run
@@ -23,7 +23,7 @@ def test_an_imported_checkpoint(tmp_path):
   sizes = ('num_layers', 'num_sparse_encoder_layers', 'num_decoder_layers')
   folders.write(hf, 'switch_transformers', **dict.fromkeys(sizes, 1))
   path = str(folders.write_config(tmp_path / 'configs'))
-  options = run_config.read(config_file.load_config(path))
+  options = run_config.read(cli.load_config(path))
   import_run.import_run(hf, run, options, devices=jax.devices()[:1])
   lines = []
   numbers = quantize.quantize(

@@ -3,13 +3,14 @@
 import jax
 import pytest
 
-from moe_jax import finetuning, run_config, sections
+from moe_jax import finetuning, run_config
 from moe_jax.compression import (
   calibration,
   distill,
   teacher_logits,
   whole_run,
 )
+from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from moe_jax.finetuning import choose_experts
 from moe_jax.training import setup
@@ -56,7 +57,7 @@ def test_a_task_must_have_the_same_number_in_both_runs(by_task, tmp_path):
   run = setup.set_up(run_config.read(config), tmp_path / 'b', **one_device)
   with pytest.raises(ValueError, match=message):
     finetuning.initial(run)
-  options = sections.read(DataOptions, config.data, 'data.')
+  options = read_options(DataOptions, config.data, 'data.')
   with pytest.raises(ValueError, match=message):
     calibration.batches(whole_run.read(by_task), 1, options)
   with pytest.raises(ValueError, match=message):

@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
-from moe_jax import run_config, sections
+from moe_jax import run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import teacher_logits
 from moe_jax.compression.distill import Teacher
+from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from tests.compression.test_distill import (
   MIX,
@@ -35,7 +36,7 @@ def write(teacher, output, **changes):
   return teacher_logits.write(
     teacher,
     output,
-    sections.read(DataOptions, config.data, 'data.'),
+    read_options(DataOptions, config.data, 'data.'),
     **{**numbers, **changes},
   )
 
@@ -142,7 +143,7 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     teacher_logits.write(
       teacher,
       tmp_path / 'chars',
-      sections.read(DataOptions, other_data, 'data.'),
+      read_options(DataOptions, other_data, 'data.'),
       seed=0,
       batch_size=4,
       batches=1,
@@ -165,7 +166,7 @@ def test_other_weights_of_a_mixture_are_noticed(teacher, tmp_path):
   stored_logits = teacher_logits.write(
     teacher,
     tmp_path / 'kept',
-    sections.read(DataOptions, config.data, 'data.'),
+    read_options(DataOptions, config.data, 'data.'),
     seed=0,
     batch_size=4,
     batches=STEPS,

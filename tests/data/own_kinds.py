@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from moe_jax.config import at_least, option
 from moe_jax.data import (
   PackedRows,
   SourceOptions,
@@ -12,7 +13,6 @@ from moe_jax.data import (
   TokenizerOptions,
 )
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.options import at_least, option
 
 
 @dataclasses.dataclass(frozen=True)

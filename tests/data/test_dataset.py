@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from moe_jax import sections
+from moe_jax.config import read_options, section_of, settle
 from moe_jax.data import (
   BytesOptions,
   CharsOptions,
@@ -114,7 +114,7 @@ def test_empty_sources_are_refused_and_not_kept(config, tmp_path):
 
 def section(**changes):
   """The default options as a config section, with changes by dotted key."""
-  config = sections.section(DataOptions)
+  config = section_of(DataOptions)
   for key, value in changes.items():
     *parents, key_name = key.replace('__', '.').split('.')
     subsection = config
@@ -138,8 +138,8 @@ def test_a_section_is_read_and_written_again():
     task=PrefixLmTask(),
     target_len=7,
   )
-  assert sections.read(DataOptions, config) == options
-  assert sections.read(DataOptions, sections.section(options)) == options
+  assert read_options(DataOptions, config) == options
+  assert read_options(DataOptions, section_of(options)) == options
   assert options.encoder_decoder and not DataOptions().encoder_decoder
 
 
@@ -193,7 +193,7 @@ def test_a_section_is_read_and_written_again():
 )
 def test_wrong_sections_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
-    sections.read(DataOptions, section(**wrong))
+    read_options(DataOptions, section(**wrong))
 
 
 def test_a_later_layer_may_switch_the_task():
@@ -206,9 +206,9 @@ def test_a_later_layer_may_switch_the_task():
   )
   after = ml_collections.ConfigDict(before.to_dict())
   after.task.kind = 'lm'
-  config, ignored = sections.settle(DataOptions, before, after)
+  config, ignored = settle(DataOptions, before, after)
   assert ignored == {'target_len': 9, 'pack': False}
-  options = sections.read(DataOptions, config)
+  options = read_options(DataOptions, config)
   assert options == DataOptions(source=TfdsSource('x'))
 
 

@@ -2,21 +2,21 @@
 
 import pytest
 
-from moe_jax import config_file, run_config, sections
+from moe_jax import cli, run_config
+from moe_jax.config import OptionError, read_options, section_of
 from moe_jax.data import (
   DataOptions,
   FilesSource,
   MixtureOptions,
   PythonStdlibSource,
 )
-from moe_jax.options import OptionError
 from tests.data.own_kinds import Counting
 
-CONFIG = sections.section(run_config.RunConfig)
+CONFIG = section_of(run_config.RunConfig)
 
 
 def mixture(*overrides, config=CONFIG):
-  changed = config_file.config_of(config, overrides)
+  changed = cli.config_of(config, overrides)
   return run_config.settled(config, changed)[0].data.mixture
 
 
@@ -38,9 +38,9 @@ def test_entries_have_a_kind_options_and_a_weight():
   )
   # In Python it is the same; the section of a run stores the sources alone.
   assert MixtureOptions(lines=lines) == options
-  section = sections.section(DataOptions(mixture=options)).mixture
+  section = section_of(DataOptions(mixture=options)).mixture
   assert section.lines == '' and section.sources.py.kind == 'python_stdlib'
-  assert sections.read(MixtureOptions, section) == options
+  assert read_options(MixtureOptions, section) == options
 
 
 def test_lines_of_a_file_with_comments_and_quotes():
@@ -53,7 +53,7 @@ def test_lines_of_a_file_with_comments_and_quotes():
 
 
 def test_lines_add_to_the_sources_of_a_file():
-  config = sections.section(run_config.RunConfig)
+  config = section_of(run_config.RunConfig)
   config.data.mixture.sources.py = {'kind': 'python_stdlib'}
   lines = '--config.data.mixture.lines=x:files(y)*3'
   options = mixture(lines, config=config)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax import data, sections
+from moe_jax import data
+from moe_jax.config import read_options, section_of
 from moe_jax.data import (
   DataOptions,
   FilesSource,
@@ -68,22 +69,20 @@ def test_wrong_mixtures_are_refused(changes, message):
 
 
 def test_a_mixture_is_read_from_a_config():
-  config = sections.section(DataOptions)
+  config = section_of(DataOptions)
   config.task.kind = 'seq2seq'
   config.mixture.sources.sums = {'kind': 'instructions', 'task': 'add'}
   config.mixture.sources.rest = {'kind': 'instructions', 'task': 'subtract'}
   config.mixture.held_out = 'rest'
-  data_options = sections.read(DataOptions, config)
+  data_options = read_options(DataOptions, config)
   assert data_options.mixture.learned() == ['sums']
   assert data_options.mixture.cluster('rest') == 'arithmetic'
-  assert (
-    sections.read(DataOptions, sections.section(data_options)) == data_options
-  )
+  assert read_options(DataOptions, section_of(data_options)) == data_options
   config.source.kind = 'django_gettext'
   with pytest.raises(
     ValueError, match=r"source.kind='django_gettext' has no effect"
   ):
-    sections.read(DataOptions, config)
+    read_options(DataOptions, config)
 
 
 def test_a_source_of_another_form_is_named():

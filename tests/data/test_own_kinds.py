@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moe_jax import sections
+from moe_jax.config import read_options, section_of
 from moe_jax.data import DataOptions, load, tokenizers
 from tests.data import own_kinds
 
@@ -13,7 +13,7 @@ MODULE = 'tests.data.own_kinds'
 
 
 def section(**kinds):
-  config = sections.section(DataOptions)
+  config = section_of(DataOptions)
   for name, kind in kinds.items():
     config[name].kind = f'{MODULE}:{kind}'
   config.seq_len = 4
@@ -27,9 +27,9 @@ def test_a_users_own_source_tokenizer_and_task(tmp_path):
   config.source.custom = {'last': 3}
   config.task.custom = {'twice': True}
   config.cache_dir = str(tmp_path)
-  options = sections.read(DataOptions, config)
+  options = read_options(DataOptions, config)
   assert options.source == own_kinds.Counting(3)
-  assert sections.read(DataOptions, sections.section(options)) == options
+  assert read_options(DataOptions, section_of(options)) == options
   for _ in range(2):  # first fresh, then from the cache
     dataset = load(options)
     # The documents '1', '1 2' and '1 2 3', twice, are read from the end: 3 2 1
@@ -46,12 +46,12 @@ def test_a_users_own_source_tokenizer_and_task(tmp_path):
 def test_each_alone_beside_ours(tmp_path):
   config = section(source='Counting')
   config.cache_dir = str(tmp_path)
-  dataset = load(sections.read(DataOptions, config))
+  dataset = load(read_options(DataOptions, config))
   assert dataset.splits['train'][0]['tokens'].tolist() == [49, 256, 49, 32]
   config = section(source='Counting', tokenizer='WordsOptions')
   config.task.kind = 'prefix_lm'
   config.cache_dir = str(tmp_path)
-  dataset = load(sections.read(DataOptions, config))
+  dataset = load(read_options(DataOptions, config))
   assert dataset.vocab_size == 4  # three words and an end of text
 
 
@@ -66,7 +66,7 @@ def test_its_options_are_checked(changes, message):
   config = section(source='Counting')
   config.source.custom = changes
   with pytest.raises(ValueError, match=message):
-    sections.read(DataOptions, config)
+    read_options(DataOptions, config)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_its_options_are_checked(changes, message):
 )
 def test_what_is_no_such_kind_is_refused(kinds, message):
   with pytest.raises(ValueError, match=message):
-    sections.read(DataOptions, section(**kinds))
+    read_options(DataOptions, section(**kinds))
 
 
 def test_a_file_never_imports_a_users_tokenizer(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import types
 
 import numpy as np
 
-from moe_jax import data, sections
+from moe_jax import data
+from moe_jax.config import read_options, section_of
 
 README = pathlib.Path(data.__file__).parent / 'README.md'
 
@@ -25,9 +26,9 @@ def test_the_printed_code_runs(tmp_path, monkeypatch):
   options = {}
   exec(questions_code, {})
   for code in (config_code, mixture_code, own_kind_code):
-    config = types.SimpleNamespace(data=sections.section(data.DataOptions))
+    config = types.SimpleNamespace(data=section_of(data.DataOptions))
     exec(code, {'config': config})
-    options[code] = sections.read(data.DataOptions, config.data)
+    options[code] = read_options(data.DataOptions, config.data)
   dataset = data.load(options[config_code])
   assert dataset.digest == names['dataset'].digest
   assert data.load(options[own_kind_code]).source == 'counting to 3'

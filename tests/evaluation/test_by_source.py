@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data import InstructionSource, MixtureOptions
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.evaluation import (
   LossEvaluation,
   SourceLosses,

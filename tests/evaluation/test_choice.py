@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import data
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout, Example
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.evaluation import ChoiceEvaluation, choice
 from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax import data, evaluation, generation, run_config
+from moe_jax.config import merge
 from moe_jax.configs import base
 from moe_jax.data.sources.python_stdlib import split_of
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.evaluation import GenerateEvaluation
 from moe_jax.runs import metrics
-from moe_jax.sections import merge
 from moe_jax.training import loop
 from moe_jax.training.evaluate import Setting
 from tests.data.tokenizers import models as sentencepieces

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from moe_jax import evaluation, finetuning, generation, run_config
+from moe_jax.config import merge
 from moe_jax.finetuning import __main__ as command
 from moe_jax.finetuning import adapters
-from moe_jax.runs import metrics, trained
-from moe_jax.sections import merge
-from moe_jax.training import loop
+from moe_jax.runs import metrics
+from moe_jax.training import loop, trained
 from moe_jax.training.evaluate import LossEvaluation
 from tests.generation import folders
 from tests.training import tiny

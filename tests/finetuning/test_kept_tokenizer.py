@@ -9,12 +9,11 @@ import pytest
 from moe_jax import data, finetuning, generate, run_config
 from moe_jax.analysis import cost
 from moe_jax.compression import calibration, whole_run
+from moe_jax.config import merge, settle
 from moe_jax.configs import base
 from moe_jax.data import tokenizers
-from moe_jax.runs import new_run, trained
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.sections import merge, settle
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import begin, loop, new_run, setup, trained
 from tests.generation import folders
 from tests.training import tiny
 from tests.training.conftest import _equal_runs_share_programs  # noqa: F401

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moe_jax import models, partitioning
+from moe_jax.config import OptionError
 from moe_jax.models import lora
 from moe_jax.models.lora import LoraOptions
-from moe_jax.options import OptionError
 from moe_jax.training import losses, step
 from moe_jax.training.programs import make_programs
 from tests.training import tiny

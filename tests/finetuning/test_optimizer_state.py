@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.config import merge
 from moe_jax.finetuning import optimizer_state
-from moe_jax.sections import merge
 from tests.finetuning.test_start import (
   DENSE,
   SPARSE,

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config_file, finetuning, run_config
+from moe_jax import cli, finetuning, run_config
 from moe_jax.analysis import run_page
+from moe_jax.config import merge
 from moe_jax.runs import metrics
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.sections import merge
 from moe_jax.training import begin, evaluate, loop, setup
 from tests import golden
 from tests.training import tiny
@@ -205,7 +205,7 @@ def test_what_is_refused_leaves_no_workdir(dense, tmp_path):
     with pytest.raises(ValueError, match=message):
       train(config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
-  config = config_file.load_config(f'{dense}/this_config.py')
+  config = cli.load_config(f'{dense}/this_config.py')
   config.init_from.workdir = str(dense)
   initial_state(config, tmp_path / 'own')
   with pytest.raises(ValueError, match='nobody to read it'):

@@ -7,15 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config_file, interop, run_config
+from moe_jax import cli, interop, run_config
+from moe_jax.config import merge
 from moe_jax.interop import checkpoint_folder, import_run
 from moe_jax.interop.export_run import export_run
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import trained
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.workdir import checkpoints_of
-from moe_jax.sections import merge
-from moe_jax.training import begin, setup
+from moe_jax.training import begin, setup, trained
 from tests.interop import folders, oracle, test_parity
 
 torch = pytest.importorskip('torch')
@@ -193,7 +192,7 @@ def test_a_run_begins_with_the_bias_or_with_zeros(tmp_path):
 
 def run_options(workdir):
   source = dict(python_stdlib=dict(modules='email'))
-  config = config_file.config_of(str(workdir / 'config.py'))
+  config = cli.config_of(str(workdir / 'config.py'))
   return run_config.read(merge(config, dict(data=dict(source=source))))
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax import config_file, interop, run_config
+from moe_jax import cli, interop, run_config
 from moe_jax.interop import checkpoint_folder, exported_config
 from moe_jax.models.meaning import difference
 from tests.interop import plain_decoder as plain
@@ -188,7 +188,7 @@ PUBLISHED = dict(
 
 def test_the_published_config_is_that_of_our_config(tmp_path):
   imported = open_config(tmp_path, PUBLISHED).options
-  config = config_file.load_config('moe_jax:deepseek_moe_16b')
+  config = cli.load_config('moe_jax:deepseek_moe_16b')
   our_options = run_config.read(config).model
   assert difference(imported, our_options) == {}
   router = imported.moe.router

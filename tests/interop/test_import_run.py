@@ -8,16 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config_file, generate, interop, run_config, sections
+from moe_jax import cli, generate, interop, run_config
+from moe_jax.config import merge, section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import extra_ids
 from moe_jax.interop import import_run as import_run_lib
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import meaning
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import trained
-from moe_jax.sections import merge
-from moe_jax.training import begin, loop, setup
+from moe_jax.training import begin, loop, setup, trained
 from moe_jax.training.setup import Hook
 from tests.data.tokenizers import models
 from tests.generation import folders as run_folders
@@ -48,9 +47,7 @@ MIXTRAL = dict(
 def import_run(source, workdir, tokenizer=None, **kwargs):
   path = str(folders.write_config(workdir.parent))
   data = {'tokenizer': tokenizer} if tokenizer else {}
-  options = run_config.read(
-    merge(config_file.load_config(path), {'data': data})
-  )
+  options = run_config.read(merge(cli.load_config(path), {'data': data}))
   return import_run_lib.import_run(
     source, workdir, options, devices=jax.devices()[:1], **kwargs
   )
@@ -64,7 +61,7 @@ def train(config, workdir, **kwargs):
 
 def config_of(workdir):
   """The run's config, as `moe_jax.main` reads it."""
-  return config_file.config_of(str(workdir / 'config.py'))
+  return cli.config_of(str(workdir / 'config.py'))
 
 
 class Watch(Hook):
@@ -214,7 +211,7 @@ def test_a_run_says_how_its_model_is_computed_and_no_more(tmp_path):
     width=14,
     attention=dict(implementation='einsum', num_heads=7),
   )
-  config = merge(sections.section(RunConfig), dict(model=changed))
+  config = merge(section_of(RunConfig), dict(model=changed))
   workdir = tmp_path / 'run'
   import_run_lib.import_run(
     tmp_path / 'hf',
@@ -290,9 +287,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
     for word in command
   ]
   assert resume == '--resume'
-  config = config_file.config_of(
-    config_flag.removeprefix('--config='), overrides
-  )
+  config = cli.config_of(config_flag.removeprefix('--config='), overrides)
   run = setup.set_up(
     run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
   )

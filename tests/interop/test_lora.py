@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from moe_jax import interop, models, run_config
+from moe_jax.config import merge
 from moe_jax.finetuning import adapters
 from moe_jax.interop.export_run import export_run
 from moe_jax.models import flat_trees
 from moe_jax.models.lora import LoraOptions, adapt
-from moe_jax.runs import trained
-from moe_jax.sections import merge
-from moe_jax.training import loop
+from moe_jax.training import loop, trained
 from tests.interop import folders, oracle
 from tests.interop.test_import_run import config_of, import_run
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from moe_jax import config_file, generation, interop, run_config
+from moe_jax import cli, generation, interop, run_config
 from moe_jax.configs import openmoe_8b
 from moe_jax.data.plain_files import read_json
 from moe_jax.interop import checkpoint_folder, exported_config
@@ -283,7 +283,7 @@ PUBLISHED = dict(
 def test_the_published_config_is_that_of_our_config_but_for_slots(tmp_path):
   checkpoint = open_config(tmp_path, PUBLISHED)
   imported = checkpoint.options
-  config = config_file.load_config('moe_jax:openmoe_8b')
+  config = cli.load_config('moe_jax:openmoe_8b')
   our_options = run_config.read(config).model
   differences = {
     name

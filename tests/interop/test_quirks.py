@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import plugins, sections
+from moe_jax.config import choice_section, read_choice
 from moe_jax.interop.quirks import (
   EvenSlots,
   RoutedPadding,
@@ -26,6 +26,7 @@ from moe_jax.models import MODELS
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing import token_choice
 from moe_jax.routing.capacity import All, Fixed
+from moe_jax.runs.workdir import check_allowed, classes_in
 from tests.models import tiny
 from tests.reference import softmax
 from tests.training import tiny as tiny_runs
@@ -175,7 +176,7 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
 
 def test_quirks_are_kinds_that_a_config_keeps():
   options = model_options(route_padding=True, encoder_table=True)
-  config = sections.choice_section(MODELS, options)
+  config = choice_section(MODELS, options)
   assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
   assert config.custom.to_dict() == {
     'route_padding': True,
@@ -184,8 +185,8 @@ def test_quirks_are_kinds_that_a_config_keeps():
   section = json.loads(json.dumps(config.to_dict()))
   # Configs in a folder may name this class without permission, since it is
   # ours.
-  plugins.check_allowed(plugins.names_in(section), ())
-  assert sections.read_choice(MODELS, section) == options
+  check_allowed(classes_in(section), ())
+  assert read_choice(MODELS, section) == options
 
 
 def test_a_table_of_the_encoders_own_needs_logits_of_their_own():

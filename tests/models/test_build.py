@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import models, run_config, sections
+from moe_jax import models, run_config
+from moe_jax.config import OptionError, choice_section, merge, read_choice
 from moe_jax.configs import base
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.parameters import FORMS, ROLES, Role
@@ -17,10 +18,8 @@ from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.models.stack import Padding
-from moe_jax.options import OptionError
 from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All
-from moe_jax.sections import merge
 from tests.models import tiny
 
 
@@ -81,11 +80,11 @@ SIZES = {
 
 def read(*layers, kind='decoder'):
   """Reads the options of a section: the sizes above and the given layers."""
-  config = sections.choice_section(models.MODELS, models.DecoderOptions())
+  config = choice_section(models.MODELS, models.DecoderOptions())
   sizes = SIZES if kind == 'decoder' else {'vocab_size': tiny.V}
   for layer in (sizes, {'kind': kind}, *layers):
-    config = sections.merge(config, layer)
-  return sections.read_choice(models.MODELS, config)
+    config = merge(config, layer)
+  return read_choice(models.MODELS, config)
 
 
 REFUSED = {

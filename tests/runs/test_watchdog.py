@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 
-from moe_jax.distributed import Timeouts
+from moe_jax.devices import Timeouts
 from moe_jax.runs import watchdog as watchdog_lib
 from moe_jax.runs.watchdog import Line, Watchdog, reach
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import run_config, sections
-from moe_jax.runs import trained, workdir
-from moe_jax.sections import merge
-from moe_jax.training import loop
+from moe_jax import run_config
+from moe_jax.config import difference, merge, section_of
+from moe_jax.runs import workdir
+from moe_jax.training import loop, trained
 from tests.training import tiny
 
 
@@ -88,7 +88,7 @@ def test_a_folder_of_an_earlier_version_is_refused_by_its_last_commit(tmp_path):
 
 
 def test_options_that_a_folder_lacks_have_their_defaults(tmp_path):
-  config, defaults = tiny.config(), sections.section(run_config.RunConfig)
+  config, defaults = tiny.config(), section_of(run_config.RunConfig)
   earlier = config.to_dict()
   del earlier['lora']  # an option that was added since
   workdir.claim(tmp_path, earlier)
@@ -114,7 +114,7 @@ def test_options_that_are_gone_are_left_out_where_they_meant_nothing(tmp_path):
   workdir.claim(tmp_path, earlier)
   workdir.check(tmp_path, config)
   workdir.check_unedited(tmp_path)
-  assert not sections.difference(workdir.kept_config(tmp_path), config)
+  assert not difference(workdir.kept_config(tmp_path), config)
   earlier['data']['source']['tfds']['max_shift'] = 5
   workdir.claim(tmp_path, earlier)
   with pytest.raises(

@@ -44,7 +44,7 @@ def interleaved(devices):
 
 def recorder():
   """A hook that records the digest and the loss of each step's global batch."""
-  from moe_jax.distributed import fetch
+  from moe_jax.devices import fetch
   from moe_jax.training.setup import Hook
 
   class Recorded(Hook):
@@ -153,7 +153,7 @@ def run(
   recorded = recorder()
   run_hooks = [recorded]
   if hooks:
-    from moe_jax import hooks as hooks_lib
+    from moe_jax.analysis import hooks as hooks_lib
 
     run_hooks += hooks_lib.default_hooks()
   if befalls:
@@ -178,16 +178,16 @@ def run(
 
 
 def main(coordinator, num_processes, process_id, path):
-  from moe_jax import distributed
+  from moe_jax.devices import Timeouts, joined
 
   spec = json.loads(pathlib.Path(path).read_text())
   within = pathlib.Path(path).parent
   configure(spec['devices'])
   timeouts = {**TIMEOUTS, **spec.get('timeouts', {})}
   if 'shared_seconds' in spec:
-    distributed.SHARED_SECONDS = spec['shared_seconds']
+    devices.SHARED_SECONDS = spec['shared_seconds']
   address = coordinator, int(num_processes), int(process_id)
-  with distributed.joined(distributed.Timeouts(**timeouts), *address):
+  with joined(Timeouts(**timeouts), *address):
     for job in spec['jobs']:
       job['overrides'] |= {'distributed': timeouts}
       with open(f'{path}.{process_id}', 'a') as file:

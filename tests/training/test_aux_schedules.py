@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.study import shared_steps
-from moe_jax.options import OptionError
+from moe_jax.config import OptionError
 from moe_jax.routing import empty_aux
 from moe_jax.training import losses, programs, setup
 from moe_jax.training.aux_schedules import Constant, Linear

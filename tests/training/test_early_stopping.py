@@ -9,13 +9,13 @@ import pytest
 from experiments.study import item_commands
 from experiments.study.jobs import Item
 from moe_jax import finetuning, run_config
+from moe_jax.config import OptionError, option
 from moe_jax.configs import base
 from moe_jax.evaluation import SourceScores
-from moe_jax.options import OptionError, option
-from moe_jax.runs import metrics, trained
+from moe_jax.runs import metrics
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions
 from moe_jax.runs.retention import Directory
-from moe_jax.training import loop
+from moe_jax.training import loop, trained
 from moe_jax.training.early_stopping import (
   EarlyStopping,
   EarlyStoppingOptions,

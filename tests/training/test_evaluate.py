@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import PackedRows
-from moe_jax.distributed import Placing
+from moe_jax.devices import Placing
 from moe_jax.models.base import Model, TokenLosses
 from moe_jax.models.recorded import recording
 from moe_jax.routing import empty_aux

@@ -17,9 +17,9 @@ import pytest
 from jax.experimental import multihost_utils
 
 from moe_jax import run_config
+from moe_jax.config import OptionError, option
 from moe_jax.configs import base
 from moe_jax.data import DataError, tokenizers
-from moe_jax.options import OptionError, option
 from moe_jax.runs import metrics, retention
 from moe_jax.runs.recorder import NonFiniteError
 from moe_jax.training import loop, setup

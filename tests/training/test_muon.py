@@ -7,7 +7,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax import hooks, models
+from moe_jax import models
+from moe_jax.analysis import hooks
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import make_mesh
 from moe_jax.training import programs

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.config import OptionError
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
-from moe_jax.options import OptionError
 from moe_jax.training import programs
 from moe_jax.training.optimizer import Adafactor, AdamW, Muon, clipped
 from moe_jax.training.schedules import (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import models, partitioning
-from moe_jax.options import OptionError
+from moe_jax.config import OptionError
 from moe_jax.training import trainable
 from moe_jax.training.programs import make_programs
 from moe_jax.training.trainable import Trained

@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax import models, partitioning, run_config
+from moe_jax.config import merge, settle
 from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
-from moe_jax.sections import merge, settle
 from moe_jax.training import losses, step
 from tests.models import tiny as tiny_models
 

@@ -3,6 +3,7 @@
 To add a source, write a file with its `SourceOptions` and list them here.
 """
 
+from moe_jax.config import Kinds
 from moe_jax.data.sources.contract import SourceOptions
 from moe_jax.data.sources.django_gettext import GettextSource
 from moe_jax.data.sources.files import FilesSource
@@ -13,7 +14,6 @@ from moe_jax.data.sources.python_stdlib import (
   PythonStdlibSource,
 )
 from moe_jax.data.sources.tfds import TfdsSource
-from moe_jax.options import Kinds
 
 SOURCES = Kinds(
   'source',

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
+from moe_jax.config import Options, default_of, fields_of, no_effect, unknown
 from moe_jax.data import store
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.options import Options, default_of, fields_of, no_effect, unknown
 
 SPLITS: tuple[str, str] = ('train', 'validation')
 Pair = tuple[str, str]

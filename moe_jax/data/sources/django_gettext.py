@@ -15,11 +15,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
+from moe_jax.config import option, unknown
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
-from moe_jax.options import option, unknown
 
 _LITTLE_ENDIAN = 0x950412DE  # the first word of a catalogue
 

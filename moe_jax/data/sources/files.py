@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from moe_jax.config import NOT_EMPTY, option
 from moe_jax.data import cache_folders, document_files
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
@@ -19,8 +20,8 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.sources.python_stdlib import split_of
+from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, option
 
 # Bytes of files in a piece, which one process tokenizes at a time.
 PIECE_BYTES = 2**25
@@ -67,7 +68,7 @@ class FilesSource(SourceOptions):
     # Stamps come first, so that a change while others are read is noticed.
     stamps = {path: cache_folders.stamp_of(path) for path in paths}
     memory = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:32]
-    folder = cache_folders.cache_root(selection.cache_dir) / 'digests'
+    folder = cache_root(selection.cache_dir) / 'digests'
     digests = cache_folders.sha256s(paths, folder / f'{memory}.json')
     splits = _file_splits(paths, pattern)
     parts = [

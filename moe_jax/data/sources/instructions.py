@@ -21,6 +21,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
+from moe_jax.config import at_least, one_of, option, unknown
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pair,
@@ -36,7 +37,6 @@ from moe_jax.data.sources.python_stdlib import (
   split_of,
 )
 from moe_jax.errors import InputError
-from moe_jax.options import at_least, one_of, option, unknown
 
 T = TypeVar('T')
 # Number of draws after which a task is taken to have no example of a split; one

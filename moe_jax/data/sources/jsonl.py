@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from moe_jax.config import NOT_EMPTY, option, unknown
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -22,7 +23,6 @@ from moe_jax.data.sources.files import matching
 from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, option, unknown
 
 ROLES = ('system', 'user', 'assistant')
 _ANSWERS = ROLES[-1]

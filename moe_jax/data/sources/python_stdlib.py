@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
+from moe_jax.config import at_least, option, unknown
 from moe_jax.data import cache_folders
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -29,8 +30,8 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.sources.tfds import feature_texts, own_builder
 from moe_jax.data.store import Digest
+from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
-from moe_jax.options import at_least, option, unknown
 
 # Pure-Python modules and packages of CPython 3.11 to 3.13; 8.2 MB in all.
 MODULES = tuple(
@@ -188,7 +189,7 @@ def reader(
   The builder prepares the examples in the cache when a split is first read.
   """
   name = f'{builder.name}-{cache_folders.FORMAT}-{digest[:16]}'
-  folder = cache_folders.cache_root(selection.cache_dir) / 'tfds' / name
+  folder = cache_root(selection.cache_dir) / 'tfds' / name
 
   def make(data_dir):
     return builder(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import requests
 import tensorflow_datasets as tfds
 
+from moe_jax.config import NOT_EMPTY, option, unknown
 from moe_jax.data.cache_folders import (
   NotPreparedError,
   check_may_prepare,
@@ -26,7 +27,6 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, option, unknown
 
 Builder = tfds.core.DatasetBuilder
 

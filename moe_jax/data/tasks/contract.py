@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from moe_jax.config import Options, required
 from moe_jax.data import store
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.packing import Rows
@@ -16,7 +17,6 @@ from moe_jax.data.sources.contract import (
 )
 from moe_jax.data.tokenizers import Tokenizer, TokenizerOptions, load
 from moe_jax.data.tokens_folder import tokens_folder
-from moe_jax.options import Options, required
 
 
 @dataclasses.dataclass(frozen=True)

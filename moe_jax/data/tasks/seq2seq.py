@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.config import option
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
@@ -14,7 +15,6 @@ from moe_jax.data.tasks.contract import PairTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.options import option
 
 
 @dataclasses.dataclass(frozen=True)

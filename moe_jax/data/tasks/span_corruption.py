@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.config import at_least, option, within
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
@@ -17,7 +18,6 @@ from moe_jax.data.tasks.contract import TextTask
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.options import at_least, option, within
 from moe_jax.shapes import Bool, Int
 
 

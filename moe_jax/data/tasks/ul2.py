@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
+from moe_jax.config import at_least, option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
@@ -16,7 +17,6 @@ from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
-from moe_jax.options import at_least, option, unknown_text
 from moe_jax.shapes import Int
 
 MODES = ('R', 'S', 'X')

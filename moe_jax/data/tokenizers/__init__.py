@@ -4,6 +4,7 @@ To add a tokenizer, write a file with a `Tokenizer` and its `TokenizerOptions`
 and list the options here.
 """
 
+from moe_jax.config import Kinds
 from moe_jax.data.tokenizers.bytes_and_chars import (
   Bytes,
   BytesOptions,
@@ -28,8 +29,8 @@ from moe_jax.data.tokenizers.json_tokenizer import (
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.data.tokenizers.tokenizer_files import FileOptions, read
 from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
-from moe_jax.options import Kinds
 
+RUN_FILE = 'tokenizer.json'  # in the folder of a run
 TOKENIZERS = Kinds(
   'tokenizer',
   TokenizerOptions,
@@ -43,6 +44,7 @@ TOKENIZERS = Kinds(
 )
 
 __all__ = [
+  'RUN_FILE',
   'SENTENCEPIECE',
   'TOKENIZERS',
   'Bytes',

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from moe_jax.config import Options, required, unknown
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.errors import InputError
-from moe_jax.options import Options, required, unknown
 
 Token = int | np.integer
 Ids = Collection  # of integers: a list, a tuple, an array [N]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from moe_jax.config import NOT_EMPTY, option, unknown
 from moe_jax.data.plain_files import first_line, plain, read_json, read_text
 from moe_jax.data.tokenizers import chat
 from moe_jax.data.tokenizers.contract import (
@@ -21,7 +22,6 @@ from moe_jax.data.tokenizers.contract import (
   digest,
 )
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, option, unknown
 
 # Files of tokenizers that have to be converted before they can be read.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 
+from moe_jax.config import NOT_EMPTY, option
 from moe_jax.data.plain_files import (
   first_line,
   matching,
@@ -20,7 +21,6 @@ from moe_jax.data.tokenizers.extra_ids import without_endings
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError
-from moe_jax.options import NOT_EMPTY, option
 
 _JSON = 'tokenizer.json'
 _MODELS = ('*.model',)

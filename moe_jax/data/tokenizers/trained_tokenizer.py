@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 import tokenizers
 
+from moe_jax.config import at_least, one_of, option
 from moe_jax.data.plain_files import first_line
 from moe_jax.data.tokenizers.contract import Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import EOS
 from moe_jax.data.tokenizers.json_tokenizer import Json
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
 from moe_jax.errors import InputError
-from moe_jax.options import at_least, one_of, option
 
 # The 256 bytes and the EOS, and for unigram models an unknown id, a tab and a
 # newline: every text can be encoded, and decoded again.

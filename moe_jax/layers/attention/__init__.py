@@ -1,9 +1,9 @@
 """Attention: its kinds, projections, products, and the cache of a decoder."""
 
+from moe_jax.config import Kinds
 from moe_jax.layers.attention.attention import Attention, AttentionOptions
 from moe_jax.layers.attention.attention_kind import AttentionBase
 from moe_jax.layers.attention.latent import LatentAttention, LatentOptions
-from moe_jax.options import Kinds
 
 __all__ = [
   'ATTENTIONS',

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import OptionError, above, at_least, one_of, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
@@ -20,10 +21,8 @@ from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
-from moe_jax.options import OptionError, above, at_least, one_of, option
 from moe_jax.routing.rows import without_nan
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, checked
 
 _ROLE = 'attention'
 X = TypeVar('X', Array, Array | None)

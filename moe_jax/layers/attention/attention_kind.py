@@ -8,15 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import NOT_EMPTY, Options, at_least, one_of, option
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.options import (
-  NOT_EMPTY,
-  Options,
-  at_least,
-  one_of,
-  option,
-)
 from moe_jax.shapes import Array, Float
 
 

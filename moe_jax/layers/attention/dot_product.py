@@ -15,8 +15,7 @@ from moe_jax.kernels.cpu import add_to_each
 from moe_jax.layers.attention.blockwise import blocks
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import MESH_AXES, spread
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float, Float32, Int
+from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 IMPLEMENTATIONS = ('auto', 'blocks', 'cudnn', 'einsum', 'splash', 'xla')
 HALF = ('bfloat16', 'float16')

@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import above, at_least, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
@@ -25,10 +26,8 @@ from moe_jax.layers.attention.attention_kind import (
 )
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.attention.keys import Keys
-from moe_jax.options import above, at_least, option
 from moe_jax.routing.rows import without_nan
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float, Float32, Int
+from moe_jax.shapes import Array, Bool, Float, Float32, Int, checked
 
 _ROLE = 'attention'
 

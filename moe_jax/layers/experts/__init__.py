@@ -4,6 +4,7 @@ See `serving.py` for the contracts. Each way of serving tokens has one file:
 slots, sorted rows, few tokens.
 """
 
+from moe_jax.config import Kinds
 from moe_jax.layers.experts.quantized_experts import QuantizedExpert
 from moe_jax.layers.experts.serving import (
   Dispatch,
@@ -18,7 +19,6 @@ from moe_jax.layers.experts.slots import (
   ModuleExpert,
 )
 from moe_jax.layers.experts.sorted_rows_experts import Dropless, Sorted
-from moe_jax.options import Kinds
 
 EXPERTS = Kinds(
   'expert',

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import nested
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
@@ -26,7 +27,6 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.parameters import Parameter
 from moe_jax.layers.shared import Shared
-from moe_jax.options import nested
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.shapes import Array, Float, Leaf
 

@@ -11,14 +11,13 @@ from typing import ClassVar, NamedTuple, Self
 
 from flax import linen as nn
 
+from moe_jax.config import Check, Options, at_least, one_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Check, Options, at_least, one_of, option
 from moe_jax.routing import AnyRouting, ExchangeStats
-from moe_jax.shape_checks import checked, type_text
-from moe_jax.shapes import Array, Float
+from moe_jax.shapes import Array, Float, checked, type_text
 
 # The name of the experts' module in a sparse layer.
 SCOPE = 'experts'

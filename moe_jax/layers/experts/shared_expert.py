@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import Options, at_least, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, at_least, option
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Float
+from moe_jax.shapes import Array, Float, checked
 
 # The name of its module in a sparse layer, and the role of its parameters.
 SHARED_EXPERT = 'shared_expert'

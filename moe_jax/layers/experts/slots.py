@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moe_jax.config import choice, nested
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import (
@@ -25,15 +26,13 @@ from moe_jax.layers.experts.serving import (
 )
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.shared import Shared
-from moe_jax.options import choice, nested
 from moe_jax.parallel.exchange import EXCHANGES, Exchange
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.parallel.slot_trip import SlotTrip, StackedExperts
 from moe_jax.routing import AnyRouting, ExchangeStats
 from moe_jax.routing.dispatch import Dispatcher, einsum, gather
-from moe_jax.shape_checks import type_text
-from moe_jax.shapes import Array, Float, Leaf, Shaped
+from moe_jax.shapes import Array, Float, Leaf, Shaped, type_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from moe_jax.config import choice, nested, one_of, option
 from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.kernels.grouped_products import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.options import choice, nested, one_of, option
 from moe_jax.parallel.layout import layout_of
 from moe_jax.parallel.ragged import RAGGED_EXCHANGES, RaggedExchange
 from moe_jax.parallel.shadowing import (

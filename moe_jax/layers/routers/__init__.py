@@ -1,5 +1,6 @@
 """The routers: one file each, and the list of them that configs choose from."""
 
+from moe_jax.config import Kinds
 from moe_jax.layers.routers.by_expert import ExpertChoice, StrictlyBalanced
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.routers.hierarchical import Hierarchical
@@ -12,7 +13,6 @@ from moe_jax.layers.routers.task import Task
 from moe_jax.layers.routers.token_choice import TokenChoice
 from moe_jax.layers.routers.topology_aware import TopologyAware
 from moe_jax.layers.routers.without_logits import Hash, Random
-from moe_jax.options import Kinds
 
 ROUTERS = Kinds(
   'router',

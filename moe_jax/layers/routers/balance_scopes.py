@@ -12,10 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import above, at_least, one_of, option
 from moe_jax.layers.routers.balancing import BalanceLoss, loss_weight
 from moe_jax.layers.routers.by_token import largest
 from moe_jax.layers.routers.contract import Router
-from moe_jax.options import above, at_least, one_of, option
 from moe_jax.routing.aux_losses import balance_of_parts, balance_sums
 from moe_jax.routing.balance_bias import SCORES
 from moe_jax.shapes import Array, Bool, Float32, Int32

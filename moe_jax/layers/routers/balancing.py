@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import When, above, at_least, one_of, option, within
 from moe_jax.layers.routers.contract import (
   ROUTER_STATE,
   Router,
   RouterOptions,
 )
-from moe_jax.options import When, above, at_least, one_of, option, within
 from moe_jax.routing import balance_bias
 from moe_jax.routing.aux_losses import BALANCE_CHOICES
 from moe_jax.shapes import Array, Float32

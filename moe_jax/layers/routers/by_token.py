@@ -7,6 +7,7 @@ from typing import ClassVar
 from flax import linen as nn
 
 from moe_jax import routing
+from moe_jax.config import one_of, option, within
 from moe_jax.layers.routers.contract import (
   LOGITS,
   NOISE,
@@ -14,7 +15,6 @@ from moe_jax.layers.routers.contract import (
   Router,
   RouterOptions,
 )
-from moe_jax.options import one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.aux_losses import over_groups
 from moe_jax.routing.capacity import CAPACITIES

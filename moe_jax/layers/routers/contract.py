@@ -11,22 +11,15 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from flax import linen as nn
 
+from moe_jax.config import Options, fields_of, required
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
-from moe_jax.options import Options, fields_of, required
 from moe_jax.routing.capacity import All
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.soft_rule import AnyRouting
 from moe_jax.routing.stats import MoeAux
-from moe_jax.shape_checks import (
-  array_of,
-  check_shapes,
-  checked,
-  shapes_in,
-  type_text,
-)
 from moe_jax.shapes import (
   Array,
   Bool,
@@ -36,6 +29,11 @@ from moe_jax.shapes import (
   Int32,
   Leaf,
   UInt32,
+  array_of,
+  check_shapes,
+  checked,
+  shapes_in,
+  type_text,
 )
 
 # The collection of routers' variables that no gradient updates.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax import routing
+from moe_jax.config import at_least, one_of, option
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import (
@@ -24,7 +25,6 @@ from moe_jax.layers.routers.balancing import (
 from moe_jax.layers.routers.by_token import Queued, sow_choices
 from moe_jax.layers.routers.contract import NOISE, Router, Sizes
 from moe_jax.layers.routers.linear_gate import ROLE, product
-from moe_jax.options import at_least, one_of, option
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import shazeer_rules
 from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from moe_jax.config import option, within
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
-from moe_jax.options import option, within
 from moe_jax.shapes import Array, Float, Float32
 
 # Functions that round float32 numbers to those of a type, by its name. The

@@ -24,8 +24,7 @@ from moe_jax.layers.routers.linear_gate import (
   linear_logits,
 )
 from moe_jax.partitioning import on_each_device
-from moe_jax.shape_checks import checked
-from moe_jax.shapes import Array, Bool, Float32, Int32, UInt32
+from moe_jax.shapes import Array, Bool, Float32, Int32, UInt32, checked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from moe_jax import routing
+from moe_jax.config import at_least, option
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.routers.linear_gate import AXES, ROLE
-from moe_jax.options import at_least, option
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.soft_rule import soft_routing
 from moe_jax.shapes import Array, Float32

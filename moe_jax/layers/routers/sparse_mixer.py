@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 from moe_jax import routing
+from moe_jax.config import at_least, option
 from moe_jax.layers.routers.balance_scopes import (
   ScopedBalanceLoss,
   scoped_losses,
@@ -20,7 +21,6 @@ from moe_jax.layers.routers.linear_gate import (
   jittered,
   linear_logits,
 )
-from moe_jax.options import at_least, option
 from moe_jax.routing.sparse_mixer_rule import sparse_mixer
 
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import above, at_least, one_of, option, within
 from moe_jax.layers.routers.balance_scopes import (
   ScopedBalanceLoss,
   scoped_losses,
@@ -36,7 +37,6 @@ from moe_jax.layers.routers.linear_gate import (
   jittered,
   linear_logits,
 )
-from moe_jax.options import above, at_least, one_of, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing.balance_bias import SCORES, biased_scores, scores_of
 from moe_jax.routing.limited_rules import (

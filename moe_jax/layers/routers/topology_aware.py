@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from moe_jax.config import at_least, option, within
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import (
   ByLogits,
@@ -31,7 +32,6 @@ from moe_jax.layers.routers.linear_gate import (
   jittered,
   linear_logits,
 )
-from moe_jax.options import at_least, option, within
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import limited_rules
 from moe_jax.shapes import Array, Int32

@@ -11,9 +11,9 @@ from typing import ClassVar, cast
 import jax
 
 from moe_jax import routing
+from moe_jax.config import SEED, one_of, option
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import NOISE, Router
-from moe_jax.options import SEED, one_of, option
 from moe_jax.routing.rules_without_logits import HASH_OF, hash_ids
 from moe_jax.shapes import Array
 

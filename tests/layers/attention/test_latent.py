@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import models
+from moe_jax.config import fields_of
 from moe_jax.layers import (
   LatentAttention,
   LatentOptions,
@@ -19,7 +20,6 @@ from moe_jax.layers import (
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.parameters import roles_of
 from moe_jax.models import lora
-from moe_jax.options import fields_of
 from moe_jax.partitioning import make_mesh
 from tests.layers.attention.test_attention import defined_mask, draw, inputs
 from tests.models import tiny

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from moe_jax.config import OptionError
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import (
   Dropless,
@@ -28,7 +29,6 @@ from moe_jax.layers.kernel_format import (
   fill_up,
 )
 from moe_jax.layers.routers import Soft
-from moe_jax.options import OptionError
 from moe_jax.routing.capacity import All, PerAssignment
 
 E, K, M, F = 5, 2, 12, 20

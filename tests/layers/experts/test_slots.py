@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import sections
+from moe_jax.config import at_least, option, read_options, section_of
 from moe_jax.layers import (
   Dropless,
   ExpertOptions,
@@ -27,7 +27,6 @@ from moe_jax.layers import (
 from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
-from moe_jax.options import at_least, option
 from moe_jax.routing import Routing
 from moe_jax.routing.capacity import All
 from tests.models import tiny
@@ -242,10 +241,10 @@ class NoisyExpert(ExpertOptions):
 
 def test_an_expert_of_ones_own_has_options_and_knows_of_training():
   name = f'{__name__}:NoisyExpert'
-  config = sections.section(MoeOptions)
+  config = section_of(MoeOptions)
   config.expert.kind = name
   config.expert.custom.power = 2
-  options = sections.read(MoeOptions, config)
+  options = read_options(MoeOptions, config)
   assert options.expert == NoisyExpert(2)
   layer = MoE(dataclasses.replace(options, num_experts=1, capacity=All()))
   x = rows_of(2, 8, M)

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import All, MoeOptions, Shared, TokenChoice, models, partitioning
+from moe_jax.config import OptionError
 from moe_jax.layers.routers import Sizes
 from moe_jax.models.base import RunShape
-from moe_jax.options import OptionError
 from tests import reference
 
 B, T, E, K, M = 8, 6, 5, 2, 4

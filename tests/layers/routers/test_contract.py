@@ -13,16 +13,10 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import All, PerToken, Shared
+from moe_jax.config import OptionError, fields_of, in_force, spec_of, types_of
 from moe_jax.layers.parameters import Role, roles_of
 from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
 from moe_jax.layers.routers.contract import RoutedTokens
-from moe_jax.options import (
-  OptionError,
-  fields_of,
-  in_force,
-  spec_of,
-  types_of,
-)
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.dispatch import einsum, gather
 from tests.models import tiny

@@ -18,22 +18,22 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import data, hooks, memory_room, partitioning
-from moe_jax.analysis import cost, run_cost
+from moe_jax import data, partitioning
+from moe_jax.analysis import cost, hooks, run_cost
 from moe_jax.data.cache_folders import (
   NotPreparedError,
-  cache_root,
   reading_only,
 )
+from moe_jax.devices import cache_root, in_bytes, memory_of
 from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS
-from moe_jax.memory_room import in_bytes
 from moe_jax.models import Model
 from moe_jax.run_config import RunConfig
-from moe_jax.runs import ownership, trained
+from moe_jax.runs import ownership
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
+from moe_jax.training import trained
 from moe_jax.training.begin import end_problem
 from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import Programs, make_programs
@@ -199,7 +199,7 @@ class DryRun:
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
     needs = run_cost.run_bytes(options, model, programs, mesh)
-    room = memory_room.memory_of(list(mesh.devices.flat))
+    room = memory_of(list(mesh.devices.flat))
     line = f'memory: {needs.describe()}'
     if room:
       who = f'{mesh.size} devices have' if mesh.size > 1 else 'it has'

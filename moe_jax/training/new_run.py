@@ -16,14 +16,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_jax.config import Section, choice_section, plain
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.errors import InputError, writing
 from moe_jax.models.router_state import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.section_reader import Section, plain
-from moe_jax.sections import choice_section
 
 FILES = workdir_lib.IMPORTED
 CONFIG_PY, VALUES = 'config.py', 'first_config.json'

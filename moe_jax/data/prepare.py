@@ -1,6 +1,6 @@
 """Tokenizes the data of a config in advance, by many processes.
 
-    python -m moe_jax.prepare --config=moe_jax:tiny_switch \
+    python -m moe_jax.data.prepare --config=moe_jax:tiny_switch \
       --config.data.source.kind=files \
       --config.data.source.files.pattern='books/*.jsonl.gz' --processes=8
 
@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from moe_jax import command_line, run_config
+from moe_jax import cli
+from moe_jax.config import read_options
 from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.mixtures import shared_tokenizer
 from moe_jax.data.tokens_folder import FolderReport, Share, make
@@ -118,12 +119,12 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = command_line.Parser(
-    prog=command_line.program('moe_jax.prepare'),
-    **command_line.about(__doc__),
+  parser = cli.Parser(
+    prog=cli.program('moe_jax.data.prepare'),
+    **cli.about(__doc__),
   )
-  add, count = parser.add_argument, command_line.POSITIVE
-  command_line.add_config(parser)
+  add, count = parser.add_argument, cli.POSITIVE
+  cli.add_config(parser)
   add(
     '--processes',
     type=count,
@@ -132,7 +133,7 @@ def parse(
   )
   add(
     '--host',
-    type=command_line.NOT_NEGATIVE,
+    type=cli.NOT_NEGATIVE,
     default=0,
     help='number of this host, from 0',
   )
@@ -143,9 +144,7 @@ def parse(
     help='number of hosts that share the folder of the cache',
   )
   parser.set_defaults(run=_run)
-  return command_line.parse_command(
-    parser, argv, lambda options: options.config
-  )
+  return cli.parse_command(parser, argv, lambda options: options.config)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -153,20 +152,22 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  config, ignored = run_config.options_of(options.config, overrides)
-  command_line.say(run_config.ignored_lines(ignored))
-  share = Share(options.processes, options.host, options.num_hosts)
+  config = cli.config_of(options.config, overrides)
+  data = read_options(DataOptions, config.data, 'data.')
   # A run that begins with another's parameters has its tokenizer, too.
-  data = config.init_from.with_tokenizer(config.data)
+  begin = config.init_from
+  if begin.workdir and begin.keep_tokenizer:
+    data = data.with_tokenizer_of(begin.workdir)
+  share = Share(options.processes, options.host, options.num_hosts)
   start = time.perf_counter()
   reports = prepare(data, share, console=Console())
   seconds = time.perf_counter() - start
-  command_line.say(_lines(data, reports, share, seconds))
+  cli.say(_lines(data, reports, share, seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command."""
-  command_line.run_command(*parse(argv))
+  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from moe_jax import partitioning, plugins, sections
+from moe_jax import partitioning
+from moe_jax.config import Options, read_choice, read_options
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
@@ -23,7 +24,6 @@ from moe_jax.models.router_state import (
   init_router_state,
   variables,
 )
-from moe_jax.options import Options
 from moe_jax.partitioning import Rules, ShardingOptions
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpointer import Checkpointer, CheckpointOptions, Restored
@@ -33,8 +33,10 @@ from moe_jax.runs.workdir import (
   CONFIG,
   IMPORTED,
   TOKENIZER,
+  check_allowed,
   check_unedited,
   checkpoints_of,
+  classes_in,
   folder_of,
   kept_config,
 )
@@ -142,11 +144,11 @@ def read(
     )
   config = kept_config(folder)
   stored = {key: config.get(key, {}) for key in ('model', 'data', 'sharding')}
-  plugins.check_allowed(plugins.names_in(stored), allow)
+  check_allowed(classes_in(stored), allow)
   try:
-    data = sections.read(DataOptions, stored['data'], 'data.')
-    model: Any = sections.read_choice(MODELS, stored['model'], 'model.')
-    sharding = sections.read(ShardingOptions, stored['sharding'], 'sharding.')
+    data = read_options(DataOptions, stored['data'], 'data.')
+    model: Any = read_choice(MODELS, stored['model'], 'model.')
+    sharding = read_options(ShardingOptions, stored['sharding'], 'sharding.')
     batch_size = _batch_size(config)
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
@@ -233,7 +235,7 @@ def adapters_of(workdir: str | os.PathLike[str], model: Model) -> Adapters:
 def _section_of(folder: pathlib.Path, name: str, cls: type[T]) -> T:
   values = kept_config(folder).get(name, {})
   try:
-    return sections.read(cls, values, f'{name}.')
+    return read_options(cls, values, f'{name}.')
   except (InputError, KeyError, TypeError, AttributeError) as error:
     raise InputError(f'{folder / CONFIG} cannot be read: {error}') from None
 

@@ -16,7 +16,7 @@ from moe_jax.analysis import cost, roofline, routing_report, run_cost, sharded
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.run_page import Page
-from moe_jax.distributed import is_first
+from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.kernels import grouped_products

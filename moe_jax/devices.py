@@ -1,9 +1,7 @@
-"""Several processes as one run: start-up, rows of each, values on the host.
-
-Every process runs the same program, on JAX's own multi-controller runtime.
-"""
+"""Devices and processes: memory, compiled programs, rows of each process."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -13,20 +11,21 @@ import pathlib
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax.config import Options, at_least, option
 from moe_jax.errors import InputError
-from moe_jax.options import Options, at_least, option
 from moe_jax.shapes import Int
 
 # Seconds in which a new file must be seen by all processes: a few times as long
@@ -67,7 +66,7 @@ class Timeouts(Options):
   )
 
 
-def start(
+def connect(
   timeouts: Timeouts,
   coordinator: str | None = None,
   num_processes: int | None = None,
@@ -134,15 +133,15 @@ def start(
 
 @contextlib.contextmanager
 def joined(*args: Any) -> Iterator[None]:
-  """Connects to the other processes while the body runs; see `start`.
+  """Connects to the other processes while the body runs; see `connect`.
 
   With several processes an error ends this one at once: JAX would first wait
   for the others to disconnect, and they may be lost.
 
   Args:
-    *args: The arguments of `start`.
+    *args: The arguments of `connect`.
   """
-  several = start(*args)
+  several = connect(*args)
   try:
     yield
   except BaseException as error:
@@ -431,3 +430,204 @@ def claim(coordinator: str, process_id: int) -> None:
       f'{flags}: process 0 cannot listen at port {port}: '
       f'{os.strerror(error.errno or 0)}; choose another'
     ) from None
+
+
+_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
+
+
+def check_room(
+  needs: Iterable[tuple[str, int]],
+  devices: Sequence[jax.Device] | None = None,
+) -> None:
+  """Raises ValueError where bytes are more than the devices have together.
+
+  Args:
+    needs: Texts on what needs memory, each with a number of bytes.
+    devices: The devices. Default: all of JAX's.
+  """
+  devices = jax.devices() if devices is None else devices
+  room = memory_of(devices)
+  for purpose, num_bytes in needs:
+    if room and num_bytes > room:
+      kind = devices[0].device_kind
+      raise InputError(
+        f'{purpose}: at least {in_bytes(num_bytes)}, and {len(devices)} '
+        f'devices of kind {kind!r} have {in_bytes(room)} of memory together; '
+        'make it smaller, or take more devices'
+      )
+
+
+def memory_of(devices: Sequence[jax.Device]) -> int:
+  """Bytes of memory of all these devices; 0 where they are not known.
+
+  Processors of one process share the memory of the machine.
+  """
+  if devices[0].platform == 'cpu':
+    return host_bytes() * len({device.process_index for device in devices})
+  local_devices = [d for d in devices if d.process_index == jax.process_index()]
+  try:
+    stats = (local_devices[0].memory_stats() if local_devices else None) or {}
+  except (RuntimeError, NotImplementedError):  # a described topology
+    return 0
+  return stats.get('bytes_limit', 0) * len(devices)
+
+
+def host_bytes(limit_file: pathlib.Path = _LIMIT) -> int:
+  """Bytes of memory that this process may have.
+
+  They are those of the machine, or fewer where Linux limits the control group
+  of the process.
+
+  Args:
+    limit_file: File with the limit of the control group: a number, or 'max'.
+  """
+  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  try:
+    limit = limit_file.read_text().strip()
+  except OSError:
+    return physical
+  return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def in_bytes(n: int) -> str:
+  """A number of bytes with a unit, a power of ten: 93405585408 is '93.4 GB'."""
+  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if n >= size:
+      return f'{n / size:.3g} {unit}'
+  return f'{n} B'
+
+
+# Numbers of options of `mallopt`, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGEST = 2**31 - 1
+# Files of the drivers of GPUs and TPUs, in /dev.
+_DRIVERS = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
+
+
+def keep_freed_memory() -> bool:
+  """Makes glibc keep freed memory and reuse it; returns whether it does.
+
+  XLA's CPU backend allocates a step's temporaries anew at every step. Above 32
+  MiB glibc maps them from the system and unmaps them at the end, so that each
+  step pays a page fault for every 4 KiB. The price is that resident memory
+  stays at its peak, and that threads wait for each other to allocate: without
+  glibc, or where the backend is no CPU, nothing is changed.
+  """
+  if not sys.platform.startswith('linux') or not _cpu_is_backend():
+    return False
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError):
+    return False
+  # One arena for all threads: one of a thread's own holds at most 64 MiB.
+  settings = (
+    (_M_MMAP_THRESHOLD, _LARGEST),
+    (_M_TRIM_THRESHOLD, _LARGEST),
+    (_M_ARENA_MAX, 1),
+  )
+  return all([mallopt(name, value) for name, value in settings])
+
+
+def _cpu_is_backend() -> bool:
+  """Whether JAX will run on the CPU; asking JAX would start its backends."""
+  if platforms := os.environ.get('JAX_PLATFORMS'):
+    return platforms.split(',')[0] == 'cpu'
+  return not any(any(pathlib.Path('/dev').glob(name)) for name in _DRIVERS)
+
+
+def forget_programs(most_regions: int = 20_000) -> None:
+  """Clears JAX's compiled programs if the process has many mapped regions.
+
+  Linux allows a process 65,530 regions, of which each program that XLA compiled
+  for a CPU takes a few. Without one left, XLA raises an error that says "Failed
+  to materialize symbols", or ends the process. A process that trains many
+  models calls this between them. Elsewhere than on Linux nothing is cleared.
+
+  Args:
+    most_regions: The number of regions up to which nothing is cleared.
+  """
+  regions = pathlib.Path('/proc/self/maps')
+  if regions.exists() and regions.read_bytes().count(b'\n') > most_regions:
+    jax.clear_caches()
+
+
+OFF = 'off'
+MOST_BYTES = 2 * 2**30
+PROGRAMS_HELP = (
+  'Folder of compiled programs, which a later start need not compile again. By '
+  "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
+  '$MOE_JAX_CACHE or ~/.cache/moe_jax, where what was not used for longest is '
+  f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
+  f'{OFF!r}: no program is kept.'
+)
+# In seconds; programs that compile faster than this are not kept.
+_LEAST_TIME = 0.1
+_TIME_OPTION = 'jax_persistent_cache_min_compile_time_secs'
+
+
+def cache_root(cache_dir: str = '') -> pathlib.Path:
+  """`cache_dir`, else $MOE_JAX_CACHE, else ~/.cache/moe_jax."""
+  root = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
+  return pathlib.Path(root).expanduser()
+
+
+def keep_programs(folder: str = '') -> str:
+  """Makes this process keep compiled programs; call it before any is compiled.
+
+  A folder that JAX was told of (by $JAX_COMPILATION_CACHE_DIR) is left as it
+  is, and $JAX_ENABLE_COMPILATION_CACHE=false is obeyed. The default folder is
+  made, and its least recently used files are deleted beyond `MOST_BYTES`; no
+  file is deleted elsewhere. Several processes keep programs only in a folder
+  that was given: where each host has a home of its own, some would find what
+  others compile, and wait for them.
+
+  Args:
+    folder: A path; OFF, to keep none; '' is the default of `PROGRAMS_HELP`.
+
+  Returns:
+    A sentence that says why programs are not kept, for the user to read; ''
+    where they are, or where the user wants it so.
+  """
+  if folder == OFF:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return ''
+  if not jax.config.values['jax_enable_compilation_cache']:
+    return folder and _not_kept('JAX_ENABLE_COMPILATION_CACHE is false')
+  jax_folder = jax.config.values['jax_compilation_cache_dir']
+  if not folder and (jax_folder or jax.distributed.is_initialized()):
+    return ''
+  cache_folder = folder
+  if '://' not in folder:
+    try:
+      path = pathlib.Path(folder or cache_root() / 'compiled').expanduser()
+      path.mkdir(parents=True, exist_ok=True)
+      tempfile.TemporaryFile(dir=path).close()
+    except (OSError, RuntimeError) as error:  # the latter if there is no home
+      return _not_kept(error)
+    if not folder:
+      _delete_oldest(path)
+    cache_folder = str(path)
+  jax.config.update('jax_compilation_cache_dir', cache_folder)
+  if _TIME_OPTION.upper() not in os.environ:
+    jax.config.update(_TIME_OPTION, _LEAST_TIME)
+  return ''
+
+
+def _not_kept(reason: object) -> str:
+  return f'compiled programs are not kept: {reason}'
+
+
+def _delete_oldest(folder: pathlib.Path) -> None:
+  """Deletes the programs that nobody used for longest, beyond `MOST_BYTES`."""
+  programs = []
+  for path in folder.glob('*-cache'):
+    with contextlib.suppress(OSError):  # another process has deleted it
+      stat = path.stat()
+      last_used = max(stat.st_mtime, stat.st_atime)
+      programs.append((last_used, stat.st_size, path))
+  total = 0
+  for _, size, path in sorted(programs, reverse=True):
+    total += size
+    if total > MOST_BYTES:
+      with contextlib.suppress(OSError):
+        path.unlink()
