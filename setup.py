@@ -34,7 +34,7 @@ TEST = [
   TRANSFORMERS,
 ]
 COMMANDS = {
-  'moe-train': 'moe_jax.main:command',
+  'moe-train': 'moe_jax.main:main',
   'moe-generate': 'moe_jax.generate:main',
   'moe-cost': 'moe_jax.analysis.cost:main',
   'moe-interop': 'moe_jax.interop.__main__:main',

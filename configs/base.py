@@ -58,7 +58,7 @@ def finish(config: ConfigDict, arg: str = '') -> ConfigDict:
   if arg not in ('', RUNLOCAL):
     raise InputError(f"unknown config argument {arg!r}; have ['', 'runlocal']")
   if arg == RUNLOCAL:
-    config = section_of(run_config.read(config).shrunk())
+    return section_of(run_config.read(config).shrunk())
   return lock(RunConfig, config)
 
 

@@ -28,7 +28,6 @@ from experiments.benchmarks import random_checkpoint, timing
 from experiments.benchmarks.random_checkpoint import Written
 from experiments.study.tables import markdown_table
 from moe_jax import cli
-from moe_jax.config import above
 
 NAME = 'bench_loading'
 CASES = '', 'fsdp=8', 'expert=4,fsdp=2'
@@ -104,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = cli.Parser(
     prog=f'python -m experiments.{NAME}', description=__doc__.split('\n')[0]
   )
-  add, positive = parser.add_argument, cli.number(float, above(0))
+  add, positive = parser.add_argument, cli.number(float, above=0)
   add('--gigabytes', type=positive, default=2.0, help='size of the checkpoint')
   add('--file_gb', type=positive, default=0.5, help='largest size of one file')
   add('--folder', default='', help='folder of the data, which is removed again')

@@ -30,7 +30,7 @@ from moe_jax import cli, run_config
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.cli import load_config
-from moe_jax.config import merge, section_of
+from moe_jax.config import layered, section_of
 from moe_jax.devices import keep_freed_memory
 from moe_jax.run_config import RunConfig
 from moe_jax.runs.recorder import Recorder
@@ -69,7 +69,7 @@ def prepared(
     'data': {'source': source, 'tokenizer': {'kind': tokenizer}},
     'mesh': dict(data=1, fsdp=1, expert=1, tensor=1),
   }
-  return run_config.settled(config, merge(config, changes))[0]
+  return run_config.read(layered(RunConfig, config, changes))
 
 
 class Loop:

@@ -28,7 +28,6 @@ from experiments.benchmarks import random_reads, timing
 from experiments.benchmarks.random_reads import Corpus
 from experiments.study.tables import markdown_table
 from moe_jax import cli, data
-from moe_jax.config import at_least
 from moe_jax.data.tokens_folder import FolderReport, Share, make
 
 NAME = 'bench_prepare'
@@ -211,7 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     '--large_gb',
-    type=cli.number(float, at_least(0)),
+    type=cli.number(float, minimum=0),
     default=0.0,
     help='gigabytes that are prepared once; they take three times their size '
     'of the disk',

@@ -43,7 +43,6 @@ from experiments.soaking.soak_evidence import (
   outcome,
 )
 from moe_jax import cli
-from moe_jax.config import above
 from moe_jax.runs.workdir import CHECKPOINTS
 from moe_jax.training.begin import begin
 from moe_jax.training.setup import set_up
@@ -235,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add = parser.add_argument
   add(
     '--minutes',
-    type=cli.number(float, above(0)),
+    type=cli.number(float, above=0),
     default=10.0,
     help='approximate duration',
   )

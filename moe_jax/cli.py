@@ -1,8 +1,14 @@
-"""Command lines: flags, config files, and messages of a line."""
+"""Command lines: config files, their overrides, flags, and messages of a line.
+
+A config is named by a path, 'configs/tiny_switch.py', or by a name that works
+in every folder: 'moe_jax:tiny_switch' is the file `tiny_switch.py` of the
+package `moe_jax.configs`, and configs of another installed package are named
+alike. Text after one more colon is the argument of `get_config`. Flags such as
+`--config.seed=1` override keys.
+"""
 
 import argparse
 import contextlib
-import copy
 import importlib
 import importlib.machinery
 import importlib.util
@@ -12,23 +18,21 @@ import pathlib
 import re
 import signal
 import sys
-import textwrap
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO, cast
 
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from moe_jax import cli
 from moe_jax.config import (
-  Check,
+  Field,
+  Option,
   OptionError,
-  Spec,
-  at_least,
   flatten,
+  merge,
   unknown,
   unknown_key_text,
   unknown_text,
@@ -36,10 +40,31 @@ from moe_jax.config import (
 )
 from moe_jax.errors import InputError, ReportedError
 
+# Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
+# the same command goes on with it.
+STOPPED = 75
+# Exit status of a program that Ctrl-C stopped, as shells have it.
+INTERRUPTED = 128 + signal.SIGINT
+# Errors whose message says what to do; any other is a defect of the program,
+# of a library or of a user's class, and keeps its traceback.
+REPORTED = (MemoryError, OSError, ReportedError)
+CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
+# Console commands by the module that `python -m` starts instead.
+CONSOLE = {
+  'moe_jax.analysis.cost': 'moe-cost',
+  'moe_jax.analysis.routes': 'moe-routes',
+  'moe_jax.compression': 'moe-compress',
+  'moe_jax.data.prepare': 'moe-prepare',
+  'moe_jax.generate': 'moe-generate',
+  'moe_jax.interop': 'moe-interop',
+  'moe_jax.main': 'moe-train',
+}
 _MOE_JAX = 'moe_jax'
 _PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
 _NO_BOOLEAN = re.compile(r"\('Non-boolean argument to boolean flag', (.*)\)")
 _NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
+# Beginnings of JAX's messages about JAX_PLATFORMS.
+_PLATFORM = ('Unable to initialize backend', 'Unknown backend')
 
 
 def config_of(
@@ -48,43 +73,90 @@ def config_of(
   """Returns a config with `--config.key=value` overrides applied.
 
   Args:
-    base: A config, or its path or name; see `load_config`.
+    base: A config, or its path or name.
     overrides: Flags such as '--config.seed=1'.
 
   Raises:
-    ValueError: The file or a key does not exist, or a value has another type.
+    ValueError: The file or a key does not exist, or a value has another type;
+      all such overrides are named.
   """
-  # Overrides are set in the config.
-  config = load_config(base) if isinstance(base, str) else copy.deepcopy(base)
-  argv = ['', *overrides]
-  _check_keys(config, dict(_options(argv)))
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_dict(
-    'config',
-    config,
-    '',
-    flag_values=values,
-    accept_new_attributes=True,
-    lock_config=False,
-    sys_argv=argv,
-  )
-  try:
-    values(argv)
-  except flags.Error as error:
-    raise InputError(flag_problem(error)) from None
-  return holder.value
+  config, problems = applied(base, overrides)
+  if problems:
+    raise OptionError(problems)
+  return config
 
 
-def flag_problem(error: Exception) -> str:
-  """A line on a wrong flag, which says what it should be."""
-  message = str(error).strip().splitlines()[0]
-  if message.startswith('flag --config=None:'):
-    return (
-      '--config is missing: the config of the run, such as '
-      '--config=moe_jax:tiny_switch'
+def applied(
+  base: str | ml_collections.ConfigDict, overrides: Sequence[str]
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """A config with the overrides that fit it, and the problems of the others.
+
+  Arguments are those of `config_of`.
+
+  Raises:
+    ValueError: The file cannot be read.
+  """
+  config = merge(load_config(base) if isinstance(base, str) else base, {})
+  problems = []
+  for word in overrides:
+    # For a key that does not exist, ml_collections' error has no path.
+    if problem := _unknown_key(config, name_of(word)):
+      problems.append(problem)
+      continue
+    values, argv = flags.FlagValues(), ['', word]
+    config_flags.DEFINE_config_dict(
+      'config',
+      config,
+      '',
+      flag_values=values,
+      accept_new_attributes=True,  # of open sections
+      lock_config=False,
+      sys_argv=argv,
     )
-  message = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', message)
-  return _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', message)
+    try:
+      values(argv)
+    except flags.Error as error:
+      text = str(error).strip().splitlines()[0]
+      text = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', text)
+      text = _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', text)
+      problems.append(text)
+  return config, problems
+
+
+def name_of(override: str) -> str:
+  """The dotted name of the key that '--config.seed=1' overrides."""
+  return override.partition('=')[0].lstrip('-').removeprefix('config.')
+
+
+def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
+  """The message for a key that does not exist; None for one that may be set."""
+  keys, section, path, rest = flatten(config), config, '', name.split('.')
+  if name in keys:
+    return None
+  while rest[0] in section and isinstance(
+    section[rest[0]], ml_collections.ConfigDict
+  ):
+    section = cast(ml_collections.ConfigDict, section[rest[0]])
+    path += f'{rest.pop(0)}.'
+    if not rest:
+      break
+  is_open = bool(path) and not section.is_locked
+  if is_open and len(rest) == 1 and rest[0] not in section:
+    return None
+  depth = path.count('.') + bool(rest)
+  beside = {
+    '.'.join(key.split('.')[:depth]) for key in keys if key.startswith(path)
+  }
+  text = unknown_key_text(name, beside)
+  if is_open and not rest:
+    text += f'; {name} is a section, whose keys are set: --config.{path}KEY=...'
+  elif is_open and rest[0] not in section:
+    value = '...'
+    for key in reversed(rest[1:]):
+      value = f"{{'{key}': {value}}}"
+    new = f'--config.{path}{rest[0]}="{value}"'
+    text += f'; a new section is given whole: {new}'
+  return text
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -168,24 +240,6 @@ def package_configs(package: str) -> dict[str, pathlib.Path]:
   return files
 
 
-def with_paths(argv: Sequence[str]) -> list[str]:
-  """The words of a command line, with a path where --config gives a name.
-
-  ml_collections reads paths alone.
-
-  Raises:
-    ValueError: The config's file does not exist.
-  """
-  words = list(argv)
-  for i, word in enumerate(words[1:], start=1):
-    flag, equals, spec = word.partition('=')
-    if word.startswith('-') and flag.lstrip('-') == 'config':
-      at = i if equals else i + 1
-      _, path, argument = _locate(spec if equals else words[at])
-      words[at] = f'{flag}=' * bool(equals) + f'{path}:{argument}'.rstrip(':')
-  return words
-
-
 def _run(file: str, path: pathlib.Path) -> types.ModuleType:
   """The module of a config file; raises ValueError that names the file."""
   loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
@@ -216,139 +270,6 @@ def _error_text(file: str, path: pathlib.Path, error: Exception) -> str:
   return f'{location}: {type(error).__name__}: {message}'
 
 
-def check_flags(argv: Sequence[str]) -> None:
-  """Checks the config file and the keys that a command line names.
-
-  Raises:
-    OptionError: Keys do not exist; all are listed.
-    ValueError: The file cannot be read.
-  """
-  options = dict(_options(argv))
-  spec = options.pop('config', None)
-  if spec is not None:
-    _check_keys(load_config(spec), options)
-
-
-def _check_keys(
-  config: ml_collections.ConfigDict, options: Mapping[str, str]
-) -> None:
-  """Raises OptionError with all options that are no keys of the config."""
-  config_keys = flatten(config)
-  problems = [
-    unknown_key_text(name, _siblings(name, config_keys))
-    + _section_hint(config, name)
-    for name in _unknown_keys(config, options)
-  ]
-  if problems:
-    raise OptionError(problems)
-
-
-def _unknown_keys(
-  config: ml_collections.ConfigDict, options: Iterable[str]
-) -> Iterator[str]:
-  """The names of options that are no keys of the config."""
-  config_keys = flatten(config)
-  for key in options:
-    name = key.removeprefix('config.')
-    if name != key and name not in config_keys and not _is_open(config, name):
-      yield name
-
-
-def known_flags(argv: Sequence[str]) -> tuple[str, list[str]]:
-  """The config that a command line names, and the overrides of keys it has.
-
-  Raises:
-    ValueError: The file cannot be read.
-  """
-  options = dict(_options(argv))
-  spec = options.pop('config', '')
-  bad = {f'config.{key}' for key in _unknown_keys(load_config(spec), options)}
-  overrides = []
-  for word, after in zip(argv[1:], [*argv[2:], '--']):
-    name, equals, _ = word.lstrip('-').partition('=')
-    if word.startswith('-') and name.startswith('config.') and name not in bad:
-      overrides += [word] if equals or after.startswith('-') else [word, after]
-  return spec, overrides
-
-
-def _is_open(config: ml_collections.ConfigDict, name: str) -> bool:
-  """Whether `name` may be a new key: its section exists and is not locked."""
-  *parents, key = name.split('.')
-  for part in parents:
-    section = config.get(part)
-    if not isinstance(section, ml_collections.ConfigDict):
-      return False
-    config = section
-  return key not in config and not config.is_locked
-
-
-def _section_hint(config: ml_collections.ConfigDict, name: str) -> str:
-  """Text on the flag that sets a key in an open section; '' in a locked one.
-
-  No flag replaces a section, and one that does not exist is given as a whole.
-  """
-  path, rest = '', name.split('.')
-  while rest and rest[0] in config:
-    config = cast(Any, config[rest[0]])
-    path += f'.{rest.pop(0)}'
-    if not isinstance(config, ml_collections.ConfigDict):
-      return ''
-  if not path or config.is_locked:
-    return ''
-  if not rest:
-    return f'; {name} is a section, whose keys are set: --config{path}.KEY=...'
-  text = '...'
-  for key in reversed(rest[1:]):
-    text = f"{{'{key}': {text}}}"
-  return f'; a new section is given whole: --config{path}.{rest[0]}="{text}"'
-
-
-def _options(argv: Sequence[str]):
-  """The (name, value) pairs of `--name=value` and `--name value`."""
-  for i, word in enumerate(argv[1:], start=1):
-    if word.startswith('-') and word.lstrip('-').startswith('config'):
-      name, equals, value = word.lstrip('-').partition('=')
-      if not equals:
-        value = argv[i + 1] if i + 1 < len(argv) else ''
-      yield name, value
-
-
-def _siblings(name: str, config_keys: dict[str, Any]) -> list[str]:
-  """The existing keys beside the first part of `name` that does not exist."""
-  name_parts = name.split('.')
-  prefix = ''
-  for part in name_parts:
-    if not any(key.startswith(f'{prefix}{part}.') for key in config_keys):
-      break
-    prefix += f'{part}.'
-  depth = prefix.count('.') + 1
-  siblings = [key for key in config_keys if key.startswith(prefix)]
-  return sorted({'.'.join(key.split('.')[:depth]) for key in siblings})
-
-
-# Exit status (EX_TEMPFAIL) of a run that SIGTERM stopped before its last step;
-# the same command goes on with it.
-STOPPED = 75
-# Exit status of a program that Ctrl-C stopped, as shells have it.
-INTERRUPTED = 128 + signal.SIGINT
-# Errors whose message says what to do; any other is a defect of the program,
-# of a library or of a user's class, and keeps its traceback.
-REPORTED = (MemoryError, OSError, ReportedError)
-CONFIG = 'path of a config file, own.py, or name of one, moe_jax:tiny_switch'
-# Console commands by the module that `python -m` starts instead.
-CONSOLE = {
-  'moe_jax.analysis.cost': 'moe-cost',
-  'moe_jax.analysis.routes': 'moe-routes',
-  'moe_jax.compression': 'moe-compress',
-  'moe_jax.data.prepare': 'moe-prepare',
-  'moe_jax.generate': 'moe-generate',
-  'moe_jax.interop': 'moe-interop',
-  'moe_jax.main': 'moe-train',
-}
-# Beginnings of JAX's messages about JAX_PLATFORMS.
-_PLATFORM = ('Unable to initialize backend', 'Unknown backend')
-
-
 def program(module: str) -> str:
   """The words that start a module here, as the user started this program.
 
@@ -365,8 +286,7 @@ def about(text: str | None) -> dict[str, Any]:
   """Arguments of a parser whose help ends with the examples of a docstring.
 
   Args:
-    text: The docstring of the command's module: a sentence, and examples. Text
-      after '
+    text: The docstring of the command's module: a sentence, and examples.
   """
   text = text or ''  # python -OO keeps no docstrings
   # A backslash at the end of a docstring's line has joined it with the next.
@@ -467,17 +387,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--traceback', action='store_true', help=text)
 
 
-def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
+def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
   """The `type` of an argument that is a finite number within a range.
 
   Args:
     kind: `int` or `float`.
-    *checks: Rules for its values.
+    **bounds: Its bounds; see `Option`.
   """
+
+  field = Field('', kind, None, Option(**bounds))
 
   def parsed(text: str) -> Any:
     value = kind(text)
-    problem = value_problem('', value, kind, Spec(checks=checks))
+    problem = value_problem('', value, field)
     if problem is not None:
       raise argparse.ArgumentTypeError(problem.removeprefix('='))
     return value
@@ -486,9 +408,9 @@ def number(kind: type[int | float], *checks: Check) -> Callable[[str], Any]:
   return parsed
 
 
-POSITIVE = number(int, at_least(1))
-NOT_NEGATIVE = number(int, at_least(0))
-SECONDS = number(float, at_least(0))
+POSITIVE = number(int, minimum=1)
+NOT_NEGATIVE = number(int, minimum=0)
+SECONDS = number(float, minimum=0)
 
 
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
@@ -545,10 +467,17 @@ def parse_command(
   Returns:
     The options, and the overrides, words that begin with --config.
   """
-  options, overrides = parser.parse_known_args(argv)
-  unknown = [word for word in overrides if not word.startswith('--config.')]
-  if unknown or (overrides and not has_config(options)):
-    parser.error(f'unknown arguments {unknown or overrides}')
+  words = list[str]()
+  for word in sys.argv[1:] if argv is None else argv:
+    is_value = words and words[-1].startswith('--config.')
+    if is_value and '=' not in words[-1] and not word.startswith('-'):
+      words[-1] += f'={word}'
+    else:
+      words.append(word)
+  options, overrides = parser.parse_known_args(words)
+  others = [word for word in overrides if not word.startswith('--config.')]
+  if others or (overrides and not has_config(options)):
+    parser.error(f'unknown arguments {others or overrides}')
   return options, overrides
 
 
@@ -558,42 +487,3 @@ def run_command(options: argparse.Namespace, overrides: list[str]) -> Any:
   ignore_closed_loops()
   with reported(options.traceback):
     return options.run(options, overrides)
-
-
-def parse(
-  argv: Sequence[str],
-  text: str | None = None,
-  other_problems: Callable[[Sequence[str]], list[str]] = lambda _: [],
-) -> list[str]:
-  """Parses flags for `app.run`; a wrong one ends the program in a few lines.
-
-  Args:
-    argv: The words of the command line.
-    text: The docstring of the command's module, for --help; see `about`.
-    other_problems: Gives what else is wrong where keys do not exist.
-  """
-  if any(word in ('-h', '-help', '--help', '--helpshort') for word in argv):
-    say(_flags_help(text, argv[0]))
-    sys.exit(0)
-  find_own_modules()
-  try:
-    cli.check_flags(argv)
-    return flags.FLAGS(cli.with_paths(argv))
-  except OptionError as error:
-    fail('\n'.join([*error.problems, *other_problems(argv)]))
-  except (flags.Error, InputError, OSError) as error:
-    fail(cli.flag_problem(error))
-
-
-def _flags_help(text: str | None, program_name: str) -> Iterator[str]:
-  """Lines on a command and its own flags; those of libraries are left out."""
-  texts = about(text)
-  yield from (texts['description'], '', texts['epilog'], '', 'flags:')
-  for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
-    # absl knows a module that was started by the name of the program.
-    if module != program_name and not module.startswith('moe_jax.'):
-      continue
-    for flag in module_flags:
-      sentence = flag.help.partition(';\n')[0]  # absl adds how to repeat it
-      line = f'  --{flag.name}: {sentence}'
-      yield from textwrap.wrap(line, width=80, subsequent_indent='      ')

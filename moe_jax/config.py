@@ -1,4 +1,15 @@
-"""Typed options, and the sections of a config that mirror them."""
+"""Options are fields of dataclasses, and sections of a config mirror these.
+
+    @dataclasses.dataclass(frozen=True)
+    class FfnOptions(Options):
+      hidden: int = option(512, 'Width of the hidden layer.', minimum=1)
+
+`section_of` makes a locked ConfigDict of a class or an instance, and
+`read_options` an instance of a section, with all problems at once. Dataclasses
+and sections are nested in the same way. A choice is a section with a `kind`,
+the options of each kind (in a section of the kind's name, or beside `kind`),
+and an open section `custom` for the options of a user's own class.
+"""
 
 import copy
 import dataclasses
@@ -11,7 +22,7 @@ import operator
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self, TypeVar, Union, cast
 
 import ml_collections
@@ -19,10 +30,15 @@ from ml_collections import config_dict
 
 from moe_jax.errors import InputError
 
-_LARGEST = 3.4028235e38
-# First word of the reason that an option has no effect, where the reason is the
-# value of another option.
-UNLESS = 'unless'
+ConfigDict = ml_collections.ConfigDict
+# A ConfigDict does not count as a Mapping.
+Section = Mapping[str, Any] | ConfigDict
+F = TypeVar('F', bound=Callable[..., Any])
+MISSING = dataclasses.MISSING
+KIND, CUSTOM = 'kind', 'custom'
+SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
+_KEY = 'moe_jax'
+_LARGEST = 3.4028235e38  # in float32
 _FEW = 8  # names that are listed even where one of them is near
 
 
@@ -76,227 +92,85 @@ class OptionError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-  """A rule for the values of an option.
-
-  Attributes:
-    rule: The rule in words that follow a value: 'must be at least 1'.
-    holds: Returns whether a value keeps the rule.
-    names: The names that are allowed, where the rule is a list of names.
-  """
-
-  rule: str
-  holds: Callable[[Any], bool]
-  names: tuple[str, ...] = ()
-
-  def problem(self, name: str, value: Any) -> str | None:
-    """The message for a value that breaks the rule; None if it keeps it."""
-    if self.holds(value):
-      return None
-    if self.names:
-      return f'{name}={value!r}: {unknown_text(name, value, self.names)}'
-    return f'{name}={value!r} {self.rule}'
-
-
-def at_least(low: int | float) -> Check:
-  """The rule value >= low."""
-  return Check(f'must be at least {low}', lambda value: value >= low)
-
-
-def above(low: int | float) -> Check:
-  """The rule value > low."""
-  return Check(f'must be above {low}', lambda value: value > low)
-
-
-def within(interval: str) -> Check:
-  """The rule that a value is in an interval, such as '[0, 1)' or '(0, 1]'."""
-  low, high = (float(part) for part in interval[1:-1].split(','))
-
-  def holds(value):
-    above_low = value > low if interval[0] == '(' else value >= low
-    return above_low and (
-      value < high if interval[-1] == ')' else value <= high
-    )
-
-  return Check(f'not in {interval}', holds)
-
-
-def one_of(*names: str) -> Check:
-  """The rule that a value is one of these names."""
-  return Check(f'not in {list(names)}', lambda value: value in names, names)
-
-
-def each(check: Check) -> Check:
-  """The rule that every item of a tuple keeps `check`."""
-  return Check(
-    f': each {check.rule}', lambda values: all(map(check.holds, values))
-  )
-
-
-def anything(reason: str) -> Check:
-  """A rule that every value keeps; `reason` says why all are allowed."""
-  return Check(reason, lambda value: True)
-
-
-# The rule for seeds, which are stored as unsigned numbers of 32 bits.
-SEED = within('[0, 4294967296)')
-
-# The rule that a text, or anything with a length, is not empty.
-NOT_EMPTY = Check('must be given', bool)
-
-# The condition under which an option has an effect: the values, or a rule, of
-# other options of its dataclass, such as {'policy': ('threshold',)} or
-# {'num_experts': at_least(1)}.
-When = Mapping[str, tuple[Any, ...] | Check]
-
-
-def of_type(value: Any, hint: Any) -> bool:
-  """Whether a value has a field's type; integers, but no bools, are floats."""
-  origin = typing.get_origin(hint)
-  if origin in (types.UnionType, Union):
-    return any(of_type(value, part) for part in typing.get_args(hint))
-  if origin is tuple:
-    return isinstance(value, tuple) and _items_fit(value, typing.get_args(hint))
-  if origin is not None:
-    return isinstance(value, origin)
-  if hint is Any:
-    return True
-  if hint in (int, float) and isinstance(value, bool):
-    return False
-  if hint is float:
-    return isinstance(value, int | float)
-  return isinstance(value, hint)
-
-
-def _items_fit(value, hints) -> bool:
-  if len(hints) == 2 and hints[1] is Ellipsis:
-    return all(of_type(item, hints[0]) for item in value)
-  return len(value) == len(hints) and all(map(of_type, value, hints))
-
-
-def number_problem(
-  value: Any, *, whole: bool = True, unsigned: bool = False
-) -> str | None:
-  """The rule that a number breaks because arrays could not hold it, or None.
-
-  Args:
-    value: A number, or a tuple with numbers in it, nested or not.
-    whole: Whether an integer is stored as one, not as a float.
-    unsigned: Whether it is stored without a sign, so that it may be larger.
-  """
-  if isinstance(value, tuple):
-    problems = map(number_problem, value)
-    return next(filter(None, problems), None)
-  if isinstance(value, int) and whole:
-    if -(2**31) <= value < 2 ** (32 if unsigned else 31):
-      return None
-    return "does not fit into JAX's integers of 32 bits"
-  if not isinstance(value, int | float):
-    return None
-  if value != value or abs(value) == math.inf:
-    return 'must be finite'
-  if abs(value) > _LARGEST:
-    return f'is infinite in float32, whose largest number is {_LARGEST}'
-  return None
-
-
-def type_name(hint: Any) -> str:
-  """The name of a type, for messages."""
-  return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def in_force(value_of: Callable[[str], Any], when: When) -> bool:
-  """Whether a condition holds.
-
-  Args:
-    value_of: Returns the value of the option of a name.
-    when: The condition; see `When`.
-  """
-  for name, allowed in when.items():
-    value = value_of(name)
-    if isinstance(allowed, Check):
-      if not allowed.holds(value):
-        return False
-    elif value not in allowed:
-      return False
-  return True
-
-
-def no_effect(name: str, value: Any, why: str) -> str:
-  """The message for an option that is set where it cannot matter."""
-  return f'{name}={value!r} has no effect {why}'
-
-
-def needs(when: When, prefix: str = '') -> str:
-  """The reason, after 'has no effect', where the condition does not hold."""
-  conditions = (
-    f'{prefix}{name} {allowed.rule.replace("must be", "is")}'
-    if isinstance(allowed, Check)
-    else f'{prefix}{name} in {list(allowed)}'
-    for name, allowed in when.items()
-  )
-  return f'{UNLESS} {" and ".join(conditions)}'
-
-
-_KEY = 'moe_jax'
-F = TypeVar('F', bound=Callable[..., Any])
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
+class Option:
   """Description of an option, kept in the metadata of its dataclass field.
 
   Attributes:
-    sentence: A sentence on the option, understood without its neighbours.
-    checks: Rules for its values.
-    when: Values of its neighbours under which it has an effect; with {} it
-      always has.
+    sentence: A sentence on the option, with its unit and the meaning of zero.
+    minimum: The least number that is allowed, also in a tuple; so are the next.
+    maximum: The largest number that is allowed.
+    above: The number that is too small, and all below it.
+    below: The number that is too large, and all above it.
+    choices: The values that are allowed; () allows all of the type.
+    required: Whether an empty text or tuple is refused.
+    same_function: Whether the option says how something is computed, started or
+      trained, so that outside of training it does not change what parameters
+      compute, except for rounding.
     kinds: The kinds to choose from; None for an option that is no choice.
     holds_entries: Whether it holds several choices, each by a user's name.
-    how: Whether it only says how something is computed, started or trained, so
-      that outside of training it does not change what the parameters compute.
   """
 
   sentence: str = ''
-  checks: tuple[Check, ...] = ()
-  when: When = dataclasses.field(default_factory=dict)
+  minimum: float | None = None
+  maximum: float | None = None
+  above: float | None = None
+  below: float | None = None
+  choices: tuple[Any, ...] = ()
+  required: bool = False
+  same_function: bool = False
   kinds: 'Kinds | None' = None
   holds_entries: bool = False
-  how: bool = False
+
+  def problem(self, name: str, value: Any) -> str | None:
+    """The message for a value that breaks a bound; None if it keeps all."""
+    if self.choices and value not in self.choices:
+      return f'{name}={value!r}: {unknown_text(name, value, self.choices)}'
+    if self.required and not value:
+      return f'{name}={value!r} must be given'
+    each = value if isinstance(value, tuple) else (value,)
+    if all(map(self._within, each)):
+      return None
+    return f'{name}={value!r}{": each" * (each is value)} {self._bounds()}'
+
+  def _within(self, value: Any) -> bool:
+    bounds = (
+      (self.minimum, operator.ge),
+      (self.maximum, operator.le),
+      (self.above, operator.gt),
+      (self.below, operator.lt),
+    )
+    return all(keeps(value, n) for n, keeps in bounds if n is not None)
+
+  def _bounds(self) -> str:
+    low = self.above if self.minimum is None else self.minimum
+    high = self.below if self.maximum is None else self.maximum
+    if low is not None and high is not None:
+      brackets = '(['[self.above is None], ')]'[self.below is None]
+      return f'not in {brackets[0]}{low}, {high}{brackets[1]}'
+    names = ('minimum', 'at least'), ('maximum', 'at most')
+    names += ('above', 'above'), ('below', 'below')
+    rules = ((text, getattr(self, name)) for name, text in names)
+    return ' '.join(f'must be {t} {n}' for t, n in rules if n is not None)
 
 
-_NO_SPEC = Spec()
-
-
-def option(
-  default: Any = dataclasses.MISSING,
-  sentence: str = '',
-  *checks: Check,
-  when: When | None = None,
-  how: bool = False,
-) -> Any:
+def option(default: Any = MISSING, sentence: str = '', **bounds: Any) -> Any:
   """A field of an `Options` dataclass.
 
   Args:
     default: The default value; without it, a value is required.
     sentence: A sentence on it, with its unit and the meaning of zero.
-    *checks: Rules for its values.
-    when: Values of neighbours under which it has an effect; otherwise only the
-      default is allowed.
-    how: Whether outside of training it changes results by rounding at most;
-      see `Spec`.
+    **bounds: The bounds of its values, and other attributes of `Option`.
   """
-  spec = Spec(sentence, checks, when or {}, how=how)
-  return _field(default, spec)
+  return _field(default, Option(sentence, **bounds))
+
+
+def nested(default: 'Options', sentence: str, **attributes: Any) -> Any:
+  """A field that holds other options: a section within a section."""
+  return _field(default, Option(sentence, **attributes))
 
 
 def choice(
-  kinds: 'Kinds',
-  default: 'str | Options',
-  sentence: str,
-  *,
-  when: When | None = None,
-  how: bool = False,
+  kinds: 'Kinds', default: 'str | Options', sentence: str, **attributes: Any
 ) -> Any:
   """A field that holds the options of the chosen kind.
 
@@ -304,12 +178,11 @@ def choice(
     kinds: The kinds to choose from.
     default: The name of the default kind, or its options.
     sentence: A sentence on what is chosen.
-    when: The same as in `option`.
-    how: The same as in `option`.
+    **attributes: Other attributes of `Option`.
   """
   if isinstance(default, str):
     default = kinds.builtin[default]()
-  return _field(default, Spec(sentence, (), when or {}, kinds, how=how))
+  return _field(default, Option(sentence, kinds=kinds, **attributes))
 
 
 def entries(
@@ -320,51 +193,46 @@ def entries(
   Its section is open: a config adds entries, each with its `kind` and the
   options of that kind beside it.
   """
-  return _field(default, Spec(sentence, kinds=kinds, holds_entries=True))
+  return _field(default, Option(sentence, kinds=kinds, holds_entries=True))
 
 
-def nested(
-  default: 'Options',
-  sentence: str,
-  *,
-  when: When | None = None,
-  how: bool = False,
-) -> Any:
-  """A field that holds other options: a section within a section."""
-  return _field(default, Spec(sentence, when=when or {}, how=how))
-
-
-def _field(default, spec):
-  # A default that cannot be hashed needs a factory.
-  if isinstance(default, Mapping):
+def _field(default: Any, described: Option) -> Any:
+  metadata = {_KEY: described}
+  if isinstance(default, Mapping):  # which cannot be hashed
     return dataclasses.field(
-      default_factory=lambda: dict(default), metadata={_KEY: spec}
+      default_factory=lambda: dict(default), metadata=metadata
     )
-  return dataclasses.field(default=default, metadata={_KEY: spec})
+  return dataclasses.field(default=default, metadata=metadata)
 
 
-def spec_of(field: dataclasses.Field) -> Spec:
-  """The description of the option that a field holds."""
-  return field.metadata.get(_KEY, _NO_SPEC)
+class Field(NamedTuple):
+  """A field of a dataclass of options.
 
+  Attributes:
+    name: Its name.
+    type: Its type, forward references resolved.
+    default: Its default; MISSING where a value is required.
+    option: Its description.
+  """
 
-def default_of(field: dataclasses.Field) -> Any:
-  """A field's default; `dataclasses.MISSING` where a value is required."""
-  if field.default_factory is not dataclasses.MISSING:
-    return field.default_factory()
-  return field.default
+  name: str
+  type: Any
+  default: Any
+  option: Option
 
 
 @functools.cache
-def fields_of(cls: type) -> Mapping[str, dataclasses.Field]:
+def fields_of(cls: type) -> Mapping[str, Field]:
   """The fields of a dataclass that are options, by name."""
-  return {field.name: field for field in dataclasses.fields(cls) if field.init}
-
-
-@functools.cache
-def types_of(cls: type) -> dict[str, Any]:
-  """The type of each field of a dataclass, forward references resolved."""
-  return typing.get_type_hints(cls)
+  hints, fields = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    factory = field.default_factory
+    default = field.default if factory is MISSING else factory()
+    described = field.metadata.get(_KEY, Option())
+    if field.init:
+      values = field.name, hints[field.name], default, described
+      fields[field.name] = Field(*values)
+  return fields
 
 
 class Kinds:
@@ -414,98 +282,18 @@ class Kinds:
         return name
     return f'{type(chosen).__module__}:{type(chosen).__qualname__}'
 
+  def others(self, cls: type) -> dict[str, Field]:
+    """The options that only other built-in kinds have, by name."""
+    fields = {}
+    for other in self.builtin.values():
+      fields = dict(fields_of(other)) | fields
+    return {k: field for k, field in fields.items() if k not in fields_of(cls)}
+
 
 def required(method: F) -> F:
   """Marks a method of a contract that every subclass has to define."""
   method.is_required = True
   return method
-
-
-class Options:
-  """Base of dataclasses of options; an instance checks its fields at once.
-
-  A subclass adds rules that concern several fields in `problems`.
-  """
-
-  def __post_init__(self):
-    """Raises OptionError with all problems of the values."""
-    # Rules for several fields assume that each is valid by itself.
-    if texts := list(self._field_problems()) or list(self.problems()):
-      raise OptionError(texts)
-
-  def problems(self) -> Iterator[str]:
-    """The problems of several fields together, a text for each."""
-    return iter(())
-
-  @classmethod
-  def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A section with its short notations as the options that they stand for.
-
-    Raises:
-      OptionError: A notation is wrong.
-    """
-    return section
-
-  def shrunk(self) -> Self:
-    """The same options at a laptop's size, for a config with ':runlocal'.
-
-    A class with sizes overrides this; by default nested options are shrunk.
-    """
-    changes = {}
-    for name in fields_of(type(self)):
-      value = getattr(self, name)
-      if isinstance(value, Options):
-        changes[name] = value.shrunk()
-      elif isinstance(value, Mapping):
-        changes[name] = {
-          key: entry.shrunk() if isinstance(entry, Options) else entry
-          for key, entry in value.items()
-        }
-    return dataclasses.replace(cast(Any, self), **changes)
-
-  def _field_problems(self) -> Iterator[str]:
-    hints = types_of(type(self))
-    for name, field in fields_of(type(self)).items():
-      spec, value = spec_of(field), getattr(self, name)
-      if isinstance(value, numbers.Integral) and not isinstance(value, int):
-        value = operator.index(value)  # an integer of numpy
-        object.__setattr__(self, name, value)
-      problem = value_problem(name, value, hints[name], spec)
-      if problem is None and has_no_effect(self, name):
-        problem = no_effect(name, value, needs(spec.when))
-      if problem is not None:
-        yield problem
-      elif isinstance(value, int) and hints[name] is float:
-        object.__setattr__(self, name, float(value))
-
-
-def value_problem(name: str, value: Any, hint: Any, spec: Spec) -> str | None:
-  """The problem of one value by itself; None for a valid one."""
-  if spec.holds_entries and spec.kinds is not None:
-    bad = [n for n, v in value.items() if not isinstance(v, spec.kinds.base)]
-    return f'{name}.{bad[0]} is no {spec.kinds.noun}' if bad else None
-  assignment = f'{name}={value!r}'
-  if spec.kinds is not None:
-    if isinstance(value, spec.kinds.base):
-      return None
-    class_names = sorted(cls.__name__ for cls in spec.kinds.builtin.values())
-    return f'{assignment} is no {spec.kinds.base.__name__}; have {class_names}'
-  if not of_type(value, hint):
-    return f'{assignment} is a {type(value).__name__}, not {type_name(hint)}'
-  if rule := number_problem(
-    value, whole=hint is not float, unsigned=SEED in spec.checks
-  ):
-    return f'{assignment} {rule}'
-  problems = (check.problem(name, value) for check in spec.checks)
-  return next(filter(None, problems), None)
-
-
-def has_no_effect(options: Options, name: str) -> bool:
-  """Whether a field has another value than its default, but no effect."""
-  field = fields_of(type(options))[name]
-  if getattr(options, name) == default_of(field):
-    return False
-  return not in_force(functools.partial(getattr, options), spec_of(field).when)
 
 
 def load_class(name: str, noun: str, base: type) -> type:
@@ -534,22 +322,14 @@ def load_class(name: str, noun: str, base: type) -> type:
     raise InputError(
       f'{noun} {name!r} cannot be imported: {"".join(lines[:1])}{kind}{error}'
     ) from error
-  cls = getattr(module, attribute, None)
+  cls, contract = getattr(module, attribute, None), _full_name(base)
   if cls is None:
     raise InputError(f'{noun} {name!r}: {module_name} has no {attribute!r}')
   if not (isinstance(cls, type) and issubclass(cls, base)):
-    raise InputError(
-      f'{noun} {name!r} does not extend {base.__module__}.{base.__name__}'
-    )
-  _check_contract(f'{noun} {name!r}', cls, base)
-  return cls
-
-
-def _check_contract(label: str, cls: type, base: type) -> None:
-  """Raises ValueError for a class that does not keep the contract `base`."""
+    raise InputError(f'{noun} {name!r} does not extend {contract}')
   if '__dataclass_fields__' not in vars(cls):
     raise InputError(
-      f'{label} is no dataclass, so that its options are unknown; put '
+      f'{noun} {name!r} is no dataclass, so that its options are unknown; put '
       '@dataclasses.dataclass(frozen=True) above it'
     )
   missing = [
@@ -560,114 +340,427 @@ def _check_contract(label: str, cls: type, base: type) -> None:
   ]
   if missing:
     raise InputError(
-      f'{label} does not define {", ".join(missing)}, which '
-      f'{base.__module__}.{base.__name__} asks of it'
+      f'{noun} {name!r} does not define {", ".join(missing)}, which {contract} '
+      'asks of it'
     )
+  return cls
 
 
-ConfigDict = ml_collections.ConfigDict
-T = TypeVar('T', bound=Options)
-# A ConfigDict does not count as a Mapping.
-Section = Mapping[str, Any] | ConfigDict
-
-KIND, CUSTOM = 'kind', 'custom'
+def _full_name(cls: type) -> str:
+  return f'{cls.__module__}.{cls.__name__}'
 
 
-class Leaf(NamedTuple):
+class Options:
+  """Base of dataclasses of options; an instance checks its fields at once.
+
+  A subclass adds rules that concern several fields in `problems`.
+  """
+
+  def __new__(cls, *args: Any, **values: Any) -> Self:
+    """Names the nearest field of an argument that does not exist.
+
+    Raises:
+      OptionError: All such arguments are listed.
+    """
+    del args
+    if wrong := values.keys() - fields_of(cls).keys():
+      noun = f'option of {cls.__name__}'
+      raise OptionError(
+        unknown_text(noun, name, fields_of(cls)) for name in sorted(wrong)
+      )
+    return super().__new__(cls)
+
+  def __post_init__(self):
+    """Raises OptionError with all problems of the values."""
+    texts = []
+    for name, field in fields_of(type(self)).items():
+      value = getattr(self, name)
+      if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        value = operator.index(value)  # an integer of numpy
+        object.__setattr__(self, name, value)
+      if problem := value_problem(name, value, field):
+        texts.append(problem)
+      elif isinstance(value, int) and field.type is float:
+        object.__setattr__(self, name, float(value))
+    # Rules for several fields assume that each is valid by itself.
+    if texts := texts or list(self.problems()):
+      raise OptionError(texts)
+
+  def problems(self) -> Iterator[str]:
+    """The problems of several fields together, a text for each."""
+    return iter(())
+
+  def in_vain(self, reason: str, *names: str) -> Iterator[str]:
+    """A problem for each of these fields that is set; without names, any field.
+
+    Args:
+      reason: The reason, in words that follow 'has no effect'.
+      *names: The names of fields.
+    """
+    for name, field in fields_of(type(self)).items():
+      value = getattr(self, name)
+      if name in (names or (name,)) and value != field.default:
+        yield no_effect(name, value, reason)
+
+  @classmethod
+  def spelled_out(cls, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section with its short notations as the options that they stand for.
+
+    Raises:
+      OptionError: A notation is wrong.
+    """
+    return section
+
+  def shrunk(self) -> Self:
+    """The same options at a laptop's size, for a config with ':runlocal'.
+
+    A class with sizes overrides this; by default nested options are shrunk.
+    """
+    changes = {}
+    for name in fields_of(type(self)):
+      value = getattr(self, name)
+      if isinstance(value, Options):
+        changes[name] = value.shrunk()
+      elif isinstance(value, Mapping):
+        changes[name] = {
+          key: entry.shrunk() if isinstance(entry, Options) else entry
+          for key, entry in value.items()
+        }
+    return dataclasses.replace(cast(Any, self), **changes)
+
+
+def no_effect(name: str, value: Any, reason: str) -> str:
+  """The message for an option that is set where it cannot matter."""
+  return f'{name}={value!r} has no effect {reason}'
+
+
+def value_problem(name: str, value: Any, field: Field) -> str | None:
+  """The problem of one value by itself; None for a valid one."""
+  described, assignment = field.option, f'{name}={value!r}'
+  if (kinds := described.kinds) is not None:
+    if described.holds_entries:
+      bad = [n for n, v in value.items() if not isinstance(v, kinds.base)]
+      return f'{name}.{bad[0]} is no {kinds.noun}' if bad else None
+    if isinstance(value, kinds.base):
+      return None
+    class_names = sorted(cls.__name__ for cls in kinds.builtin.values())
+    return f'{assignment} is no {kinds.base.__name__}; have {class_names}'
+  if not of_type(value, field.type):
+    hint = field.type
+    hint = hint.__name__ if isinstance(hint, type) else hint
+    return f'{assignment} is a {type(value).__name__}, not {hint}'
+  signed = (described.below or 0) < SEEDS
+  if rule := _number_problem(value, field.type is not float, signed):
+    return f'{assignment} {rule}'
+  return described.problem(name, value)
+
+
+def of_type(value: Any, hint: Any) -> bool:
+  """Whether a value has a field's type; integers, but no bools, are floats."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, Union):
+    return any(of_type(value, part) for part in args)
+  if origin is tuple:
+    if not isinstance(value, tuple):
+      return False
+    if len(args) == 2 and args[1] is Ellipsis:
+      return all(of_type(item, args[0]) for item in value)
+    return len(value) == len(args) and all(map(of_type, value, args))
+  if origin is not None:
+    return isinstance(value, origin)
+  if hint is Any:
+    return True
+  if hint in (int, float) and isinstance(value, bool):
+    return False
+  return isinstance(value, int | float if hint is float else hint)
+
+
+def _number_problem(
+  value: Any, whole: bool = True, signed: bool = True
+) -> str | None:
+  """The rule that a number, or one in a tuple, breaks as arrays cannot hold it.
+
+  Args:
+    value: The value.
+    whole: Whether an integer is stored as one, not as a float.
+    signed: Whether it is stored with a sign, so that it is smaller.
+  """
+  if isinstance(value, tuple):
+    return next(filter(None, map(_number_problem, value)), None)
+  if isinstance(value, int) and whole:
+    if -(2**31) <= value < 2 ** (31 if signed else 32):
+      return None
+    return "does not fit into JAX's integers of 32 bits"
+  if not isinstance(value, int | float):
+    return None
+  if not math.isfinite(value):
+    return 'must be finite'
+  if abs(value) > _LARGEST:
+    return f'is infinite in float32, whose largest number is {_LARGEST}'
+  return None
+
+
+def section_of(
+  options: type[Options] | Options, kinds: Kinds | None = None
+) -> ConfigDict:
+  """The section of a class at its defaults, or with an instance's values.
+
+  It is locked against new keys, except where it is open: entries by name,
+  mappings, and `custom`.
+
+  Args:
+    options: The class or instance.
+    kinds: The kinds that the instance is chosen from, for the section of a
+      choice, with its `kind` and the options of the others.
+  """
+  values = _section(options) if kinds is None else _choice(kinds, options)
+  return lock(kinds or _class_of(options), ConfigDict(values))
+
+
+def lock(root: type[Options] | Kinds, config: ConfigDict) -> ConfigDict:
+  """The same section, locked except where it is open; see `section_of`."""
+  config.lock()
+  _unlock_open(root, config)
+  return config
+
+
+def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
+  """The section of one of several named choices: its kind and its options."""
+  return ConfigDict({KIND: kinds.name_of(chosen), **_section(chosen)})
+
+
+def _class_of(options: type[Options] | Options) -> type[Options]:
+  return options if isinstance(options, type) else type(options)
+
+
+def _section(options: type[Options] | Options) -> dict[str, Any]:
+  values = {}
+  for name, field in fields_of(_class_of(options)).items():
+    is_class, kinds = isinstance(options, type), field.option.kinds
+    value = field.default if is_class else getattr(options, name)
+    if kinds is not None and field.option.holds_entries:
+      values[name] = {k: entry_section(kinds, v) for k, v in value.items()}
+    elif kinds is not None:
+      values[name] = _choice(kinds, value)
+    elif isinstance(value, Options):
+      values[name] = _section(value)
+    elif value is MISSING:
+      values[name] = config_dict.placeholder(field.type)
+    else:
+      values[name] = dict(value) if isinstance(value, Mapping) else value
+  return values
+
+
+def _choice(kinds: Kinds, chosen: Any) -> dict[str, Any]:
+  name, values = kinds.name_of(chosen), _section(chosen)
+  is_custom = name not in kinds.builtin
+  if not kinds.inline:
+    sections = {
+      kind: values if kind == name else _section(cls)
+      for kind, cls in kinds.builtin.items()
+    }
+    return {KIND: name, **sections, CUSTOM: values if is_custom else {}}
+  usual = {}
+  for cls in kinds.builtin.values():
+    usual = _section(cls) | usual
+  own = {key: value for key, value in values.items() if key not in usual}
+  shared = {key: value for key, value in values.items() if key in usual}
+  return {KIND: name, **usual, **shared, CUSTOM: own if is_custom else {}}
+
+
+def _unlock_open(root: type | Kinds, config: Any) -> None:
+  """Unlocks what is open in a locked section of a class, or of a choice."""
+  if isinstance(root, Kinds):
+    config[CUSTOM].unlock()
+    for kind, cls in root.builtin.items():
+      _unlock_open(cls, config if root.inline else config[kind])
+    return
+  for name, field in fields_of(root).items():
+    if isinstance(field.default, Mapping):
+      config[name].unlock()
+    elif field.option.kinds is not None:
+      _unlock_open(field.option.kinds, config[name])
+    elif isinstance(field.default, Options):
+      _unlock_open(type(field.default), config[name])
+
+
+class Key(NamedTuple):
   """One key of a config.
 
   Attributes:
     path: The dotted name of the key.
     value: The value of the key.
-    default: The default; `dataclasses.MISSING` where a value is required.
-    spec: The description of the option; of a choice, for the key 'kind'.
-    idle: The reason why the key 'has no effect', in words after these, or None.
+    default: The default; MISSING where a value is required.
+    option: The description of the option; of a choice, for the key 'kind'.
+    unchosen: The choice that gives the key no effect, in words that follow
+      these: 'with model.kind='lstm''; None where it has one.
   """
 
   path: str
   value: Any
   default: Any
-  spec: Spec
-  idle: str | None
+  option: Option
+  unchosen: str | None
 
   @property
   def changed(self) -> bool:
     """Whether the value differs from the default."""
-    if self.default is dataclasses.MISSING:
-      return self.value not in (None, dataclasses.MISSING)
+    if self.default is MISSING:
+      return self.value not in (None, MISSING)
     return plain(self.value) != plain(self.default)
 
-  @property
-  def unmet(self) -> bool:
-    """Whether it has no effect because of a neighbour's value, not a kind."""
-    return self.idle is not None and self.idle.startswith(UNLESS)
+
+def read_options(root: Any, section: Section, path: str = '') -> Any:
+  """The options of a section, checked.
+
+  Args:
+    root: Their class, or the kinds that the section chooses from.
+    section: The section; keys that it lacks have their defaults.
+    path: Prefix of names in messages, such as 'model.'.
+
+  Raises:
+    OptionError: The message lists all problems: unknown keys with the nearest
+      name, wrong types, missing and bad values, and what is set in a section
+      that is not chosen.
+  """
+  reader = _Reader()
+  options = reader.read(root, section, path)
+  in_vain = [
+    no_effect(key.path, key.value, key.unchosen)
+    for key in reader.keys
+    if key.unchosen and key.changed
+  ]
+  if reader.problems or in_vain:
+    raise OptionError(reader.problems + in_vain)
+  return options
 
 
-def as_mapping(config: Section) -> Mapping[str, Any]:
-  """A section as plain nested mappings, which are faster to read."""
-  return config.to_dict() if isinstance(config, ConfigDict) else config
+def keys_of(
+  root: type[Options] | Kinds, section: Section, path: str = ''
+) -> list[Key]:
+  """Every key of a section, in the order of the dataclasses."""
+  reader = _Reader(only_keys=True)
+  reader.read(root, section, path)
+  return reader.keys
 
 
-class Reader:
-  """Reads a section; `check` raises all problems."""
+def settle(
+  root: type[Options] | Kinds,
+  config: ConfigDict,
+  given: Collection[str],
+  path: str = '',
+) -> tuple[ConfigDict, dict[str, Any]]:
+  """A copy of a config without values in sections that are not chosen.
 
-  def __init__(self, *, only_keys: bool = False):
-    """Prepares for reading one section.
+  The last layer of a config (flags, an evaluation's overrides, a study's arm)
+  may choose another kind than the layers before it have set options for.
 
-    Args:
-      only_keys: Whether only `leaves` are wanted: no options are made, and
-        rules for several keys together are not checked.
-    """
+  Args:
+    root: The class of the config, or the kinds that it chooses from.
+    config: The config with all layers.
+    given: Dotted names of what the last layer sets. It stays, also where it has
+      no effect, so that `read_options` refuses it.
+    path: Prefix of names, such as 'model.'.
+
+  Returns:
+    A locked copy, and by name the values that got their defaults.
+  """
+  settled, ignored = unlocked_copy(config), {}
+  for key in keys_of(root, config, path):
+    is_given = any(f'{name}.'.startswith(f'{key.path}.') for name in given)
+    if key.unchosen is None or not key.changed or is_given:
+      continue
+    ignored[key.path] = key.value
+    *parents, name = key.path.removeprefix(path).split('.')
+    parent: Any = settled
+    for section in parents:
+      parent = parent[section]
+    with parent.ignore_type():
+      if CUSTOM in parents:
+        del parent[name]
+      else:
+        parent[name] = None if key.default is MISSING else key.default
+  return _locked_like(settled, config), ignored
+
+
+def layered(
+  root: type[Options] | Kinds,
+  config: ConfigDict,
+  overrides: Section,
+  path: str = '',
+) -> ConfigDict:
+  """A locked copy of a config with one more layer of nested overrides.
+
+  Arguments are those of `settle`.
+
+  Raises:
+    OptionError: A key does not exist, or a value has another type.
+  """
+  merged = merge(config, overrides, path)
+  return settle(root, merged, flatten(overrides, path), path)[0]
+
+
+def overridden(
+  root: Any, options: Any, overrides: Section, path: str = ''
+) -> Any:
+  """The options with nested overrides, which may choose other kinds.
+
+  Args:
+    root: Their class, or the kinds that they are chosen from.
+    options: The options.
+    overrides: Keys of the options' section, nested, with other values.
+    path: Prefix of names in messages, such as 'model.'.
+
+  Raises:
+    OptionError: The message lists all problems of the overrides.
+  """
+  kinds = root if isinstance(root, Kinds) else None
+  config = section_of(options, kinds)
+  return read_options(root, layered(root, config, overrides, path), path)
+
+
+class _Reader:
+  """Reads a section into options, and lists its keys and its problems."""
+
+  def __init__(self, only_keys: bool = False):
     self.problems: list[str] = []
-    self.leaves: list[Leaf] = []
+    self.keys: list[Key] = []
     self._only_keys = only_keys
 
-  def check(self) -> None:
-    """Raises OptionError with all problems, keys set in vain among them."""
-    idle = [
-      no_effect(leaf.path, leaf.value, leaf.idle)
-      for leaf in self.leaves
-      if leaf.idle is not None and leaf.changed
-    ]
-    if self.problems or idle:
-      raise OptionError(self.problems + idle)
+  def read(self, root: Any, section: Section, path: str) -> Any:
+    """The options; None where there is a problem."""
+    if isinstance(section, ConfigDict):  # whose keys are slow to read
+      section = section.to_dict()
+    if isinstance(root, Kinds):
+      return self._choice(root, None, section, path)
+    return self._options(root, None, section, path)
 
-  def options(
-    self,
-    cls: type[T],
-    default: Options | None,
-    config: Mapping[str, Any],
-    path: str,
-    idle: str | None = None,
-    extra: tuple[str, ...] = (),
-  ) -> T | None:
-    """The options of a section; None where it has a problem.
+  def _options(self, cls, default, section, path, unchosen=None, beside=()):
+    """The options of a class.
 
     Args:
-      cls: The class of the options.
+      cls: The class.
       default: An instance with the defaults; None takes those of the class.
-      config: The section.
+      section: The section.
       path: The dotted name of the section, with a dot at the end.
-      idle: The reason why the section has no effect; None where it has one.
-      extra: Keys of the section that are no options of the class.
+      unchosen: The choice that gives the section no effect; None if it has one.
+      beside: Names of keys of the section that are no options of the class.
     """
     before = len(self.problems)
+    if not isinstance(section, Mapping):
+      self.problems.append(f'{path[:-1]}={section!r} is no section')
+      return None
     try:
-      config = cls.spelled_out(config)
+      section = cls.spelled_out(section)
     except OptionError as error:
       self.problems += error.below(path).problems
-    self._check_keys(cls, config, path, extra)
+    self._check_names(path, section, [*fields_of(cls), *beside])
     values = {}
     for name, field in fields_of(cls).items():
-      spec, usual = spec_of(field), default_of(field)
-      if default is not None:
-        usual = getattr(default, name)
-      reason = idle
-      if reason is None and not in_force(_values(cls, config), spec.when):
-        reason = needs(spec.when, path)
-      value = self._field(cls, field, usual, config, path, reason)
-      values[name] = usual if reason is not None and idle is None else value
-    if self._only_keys or idle is not None or len(self.problems) > before:
+      usual = field.default if default is None else getattr(default, name)
+      field = field._replace(default=usual)
+      values[name] = self._value(field, section, path, unchosen)
+    if self._only_keys or unchosen or len(self.problems) > before:
       return None
     try:
       return cls(**values)
@@ -675,78 +768,79 @@ class Reader:
       self.problems += error.below(path).problems
     return None
 
-  def _check_keys(self, cls, config, path, extra):
-    allowed_keys = [*fields_of(cls), *extra]
-    for key in config:
-      if key not in allowed_keys:
-        names = [f'{path}{name}' for name in allowed_keys]
+  def _check_names(self, path, section, names):
+    for key in section:
+      if key not in names:
+        names = [f'{path}{name}' for name in names]
         self.problems.append(unknown_key_text(f'{path}{key}', names))
 
-  def _field(self, cls, field, default, config, path, idle):
-    name, spec = field.name, spec_of(field)
-    key = f'{path}{name}'
-    if spec.holds_entries:
-      return self._entries(spec, default, config.get(name), f'{key}.')
-    if spec.kinds is not None or isinstance(default, Options):
-      section = config.get(name, {})
-      if not isinstance(section, Mapping):
-        self.problems.append(f'{key}={section!r} is no section')
-        return None
-      if spec.kinds is not None:
-        return self.choice(spec.kinds, default, section, f'{key}.', idle, spec)
-      return self.options(type(default), default, section, f'{key}.', idle)
-    value = config.get(name, default)
-    hint = types_of(cls)[name]
-    if value is dataclasses.MISSING:  # as in a config's section
-      value = None
-    if isinstance(value, list):  # JSON has no tuples
-      value = _tuples(value)
-    self.leaves.append(Leaf(key, value, default, spec, idle))
-    if idle is not None:
+  def _value(self, field, section, path, unchosen):
+    """The value of a field of a section."""
+    described, default, path = field.option, field.default, path + field.name
+    value = section.get(field.name, default)
+    if described.holds_entries:
+      return self._entries(field, value, f'{path}.')
+    if described.kinds is not None or isinstance(default, Options):
+      subsection = {} if value is default else value
+      if described.kinds is None:
+        cls, arguments = type(default), (default, subsection, f'{path}.')
+        return self._options(cls, *arguments, unchosen)
+      arguments = described.kinds, default, subsection, f'{path}.'
+      return self._choice(*arguments, unchosen, described)
+    value = None if value is MISSING else _tuples(value)  # JSON has no tuples
+    self.keys.append(Key(path, value, default, described, unchosen))
+    if unchosen or (value is None and default is None):
       return default
-    if value is None and default in (dataclasses.MISSING, None):
-      if default is dataclasses.MISSING:
-        self.problems.append(
-          f'{key} is missing: it has no default; give --config.{key}=...'
-        )
-      return None
-    problem = value_problem(key, value, hint, spec)
-    if problem is not None:
-      self.problems.append(problem)
-    elif hint is float:
-      value = float(cast(Any, value))
-    return value
-
-  def _entries(self, spec, default, config, path):
-    if config is None:
-      return default
-    entries = {}
-    for name, entry in config.items():
-      prefix = f'{path}{name}.'
-      if not isinstance(entry, Mapping):
-        self.problems.append(f'{path}{name}={entry!r} is no section')
-        continue
-      if KIND not in entry:
-        self.problems.append(f'{path}{name} has no {KIND!r}')
-        continue
-      self.leaves.append(
-        Leaf(f'{prefix}{KIND}', entry[KIND], entry[KIND], spec, None)
+    if value is None and default is MISSING:
+      self.problems.append(
+        f'{path} is missing: it has no default; give --config.{path}=...'
       )
-      cls = self._class(spec.kinds, entry[KIND], prefix)
-      if cls is not None:
-        entries[name] = self._entry(spec.kinds, cls, entry, prefix)
-    return entries
+    elif problem := value_problem(path, value, field):
+      self.problems.append(problem)
+    return dict(value) if isinstance(value, Mapping) else value
 
-  def _entry(self, kinds, cls, entry, path):
-    """The options of an entry, which may have keys of other kinds, too.
-
-    An earlier layer of the config may have set them for the kind before.
-    """
-    others = {k: v for k, v in _foreign(kinds, cls).items() if k in entry}
-    chosen = self.options(cls, None, entry, path, extra=(KIND, *others))
-    reason = f'with {path}{KIND}={entry[KIND]!r}'
-    for other, field in others.values():
-      self._field(other, field, default_of(field), entry, path, reason)
+  def _choice(
+    self, kinds, default, section, path, unchosen=None, described=Option()
+  ):
+    """The options of the kind that a section names, or of the default's."""
+    if not isinstance(section, Mapping):
+      self.problems.append(f'{path[:-1]}={section!r} is no section')
+      return None
+    usual = None if default is None else kinds.name_of(default)
+    name = section.get(KIND, usual)
+    if name is None:
+      self.problems.append(
+        f'{path}{KIND} is missing: it has no default; name a kind'
+      )
+      return None
+    self.keys.append(Key(f'{path}{KIND}', name, usual, described, unchosen))
+    cls = self._class(kinds, name, path)
+    if cls is None:
+      return None
+    reason = unchosen or f'with {path}{KIND}={name!r}'
+    own, custom = name, section.get(CUSTOM, {})
+    if name not in kinds.builtin:
+      own, custom = CUSTOM, {}
+    for key, value in custom.items():
+      key = f'{path}{CUSTOM}.{key}'
+      self.keys.append(Key(key, value, MISSING, Option(), reason))
+    if kinds.inline:
+      values = {k: v for k, v in section.items() if k not in (KIND, CUSTOM)}
+      values |= section.get(CUSTOM, {}) if own == CUSTOM else {}
+      default = default if isinstance(default, cls) else None
+      others = kinds.others(cls)
+      chosen = self._options(cls, default, values, path, unchosen, others)
+      for field in others.values():
+        self._value(field, section, path, reason)
+      return chosen
+    self._check_names(path, section, [KIND, CUSTOM, *kinds.builtin])
+    default = default if type(default) is cls else None
+    values = section.get(own, {})
+    chosen = self._options(cls, default, values, f'{path}{own}.', unchosen)
+    for kind, other in kinds.builtin.items():
+      if kind != own:
+        values = section.get(kind, {})
+        self._options(other, None, values, f'{path}{kind}.', reason)
     return chosen
 
   def _class(self, kinds, name, path):
@@ -756,102 +850,35 @@ class Reader:
       self.problems.append(f'{path}{KIND}={name!r}: {error}')
       return None
 
-  def choice(
-    self,
-    kinds: Kinds,
-    default: Options | None,
-    config: Mapping[str, Any],
-    path: str,
-    idle: str | None = None,
-    spec: Spec = Spec(),
-  ) -> Options | None:
-    """The options of the chosen kind; None where there is a problem.
-
-    The arguments are those of `options`. Without `default` the section has to
-    name a kind.
-    """
-    usual = kinds.name_of(default) if default is not None else None
-    name = config.get(KIND, usual)
-    if name is None:
-      self.problems.append(
-        f'{path}{KIND} is missing: it has no default; name a kind'
-      )
-      return None
-    self.leaves.append(Leaf(f'{path}{KIND}', name, usual, spec, idle))
-    cls = self._class(kinds, name, path)
-    if cls is None:
-      return None
-    if kinds.inline:
-      return self._inline(kinds, cls, name, default, config, path, idle)
-    allowed_keys = [KIND, CUSTOM, *kinds.builtin]
-    for key in config:
-      if key not in allowed_keys:
-        names = [f'{path}{n}' for n in allowed_keys]
-        self.problems.append(unknown_key_text(f'{path}{key}', names))
-    section_key = CUSTOM if name not in kinds.builtin else name
-    if section_key != CUSTOM:
-      self._no_custom(config, path, name)
-    defaults = default if type(default) is cls else None
-    section = config.get(section_key, {})
-    chosen = self.options(cls, defaults, section, f'{path}{section_key}.', idle)
-    reason = idle or f'with {path}{KIND}={name!r}'
-    for other, other_cls in kinds.builtin.items():
-      if other != name:
-        section = config.get(other, {})
-        self.options(other_cls, None, section, f'{path}{other}.', reason)
+  def _entries(self, field, section, path):
+    """The options of each entry of an open section, by its name."""
+    chosen, kinds = {}, field.option.kinds
+    for name, entry in section.items():
+      if isinstance(entry, Options):  # a default
+        entry = {KIND: kinds.name_of(entry), **_section(entry)}
+      if not isinstance(entry, Mapping):
+        self.problems.append(f'{path}{name}={entry!r} is no section')
+        continue
+      if KIND not in entry:
+        self.problems.append(f'{path}{name} has no {KIND!r}')
+        continue
+      kind, prefix = entry[KIND], f'{path}{name}.'
+      self.keys.append(Key(f'{prefix}{KIND}', kind, kind, field.option, None))
+      cls = self._class(kinds, kind, prefix)
+      if cls is None:
+        continue
+      # An earlier layer may have set options of another kind.
+      others = {k: v for k, v in kinds.others(cls).items() if k in entry}
+      names = KIND, *others
+      chosen[name] = self._options(cls, None, entry, prefix, None, names)
+      for other in others.values():
+        self._value(other, entry, prefix, f'with {prefix}{KIND}={kind!r}')
     return chosen
-
-  def _inline(self, kinds, cls, name, default, config, path, idle):
-    """The options of a kind that stand beside `kind`, or in `custom`."""
-    foreign = _foreign(kinds, cls)
-    defaults = default if isinstance(default, cls) else None
-    section = {k: v for k, v in config.items() if k not in (KIND, CUSTOM)}
-    if name in kinds.builtin:
-      self._no_custom(config, path, name)
-    else:
-      section |= dict(config.get(CUSTOM, {}).items())
-    chosen = self.options(cls, defaults, section, path, idle, tuple(foreign))
-    reason = idle or f'with {path}{KIND}={name!r}'
-    for other, field in foreign.values():
-      self._field(other, field, default_of(field), config, path, reason)
-    return chosen
-
-  def _no_custom(self, config, path, name):
-    for key in config.get(CUSTOM, {}):
-      self.problems.append(
-        f'{path}{CUSTOM}.{key} has no effect with {path}{KIND}={name!r}'
-      )
-
-
-def _foreign(kinds, cls):
-  """The class and the field of each key that only kinds beside `cls` have."""
-  foreign = {}
-  for other in kinds.builtin.values():
-    for key, field in fields_of(other).items():
-      if key not in fields_of(cls):
-        foreign.setdefault(key, (other, field))
-  return foreign
-
-
-def _values(cls, config):
-  """A function from a key of a section to its value, or to its default.
-
-  The value of a choice's section is the name of its kind.
-  """
-  fields = fields_of(cls)
-
-  def value_of(name):
-    value = config.get(name, default_of(fields[name]))
-    if isinstance(value, Mapping) and KIND in value:
-      return value[KIND]
-    return value
-
-  return value_of
 
 
 def _tuples(value: Any) -> Any:
   if isinstance(value, tuple | list):
-    return tuple(_tuples(item) for item in value)
+    return tuple(map(_tuples, value))
   return value
 
 
@@ -859,191 +886,7 @@ def plain(value: Any) -> Any:
   """A value in the form in which values are compared: lists for tuples."""
   if isinstance(value, tuple | list):
     return [plain(item) for item in value]
-  if isinstance(value, ConfigDict):
-    return plain(value.to_dict())
-  return value
-
-
-ConfigDict = ml_collections.ConfigDict
-T = TypeVar('T', bound=Options)
-
-
-def read_options(cls: type[T], config: Section, path: str = '') -> T:
-  """The options of a section, checked.
-
-  Args:
-    cls: The class.
-    config: The section; keys that it lacks have their defaults.
-    path: Prefix of names in messages, such as 'model.'.
-
-  Raises:
-    OptionError: The message lists all problems: unknown keys with the nearest
-      name, wrong types, missing and bad values, options set without effect.
-  """
-  reader = Reader()
-  options = reader.options(cls, None, as_mapping(config), path)
-  reader.check()
-  return cast(T, options)
-
-
-def read_choice(kinds: Kinds, config: Section, path: str = '') -> Options:
-  """The options of the kind that a choice's section names."""
-  reader = Reader()
-  options = reader.choice(kinds, None, as_mapping(config), path)
-  reader.check()
-  return cast(Options, options)
-
-
-def leaves_of(cls: type[Options], config: Section) -> list[Leaf]:
-  """Every key of a config, in the order of the dataclasses."""
-  reader = Reader(only_keys=True)
-  reader.options(cls, None, as_mapping(config), '')
-  return reader.leaves
-
-
-def choice_leaves(kinds: Kinds, config: Section, path: str = '') -> list[Leaf]:
-  """Every key of a choice's section."""
-  reader = Reader(only_keys=True)
-  reader.choice(kinds, None, as_mapping(config), path)
-  return reader.leaves
-
-
-def settle(
-  cls: type[Options], before: Section, after: ConfigDict
-) -> tuple[ConfigDict, dict[str, Any]]:
-  """`after` without earlier values that its later layer leaves no effect.
-
-  A later layer of a config (a flag, an evaluation's overrides, a study's arm)
-  may choose another kind. Options that an earlier layer had set for the kind
-  before then have no effect, and get their defaults again. An option without
-  effect that the later layer sets itself stays, and `read_options` refuses it.
-
-  Args:
-    cls: The class of the whole config.
-    before: The config of the earlier layers.
-    after: The config with the later layer, too.
-
-  Returns:
-    A locked copy of `after`, and by name the values that got their defaults.
-  """
-  earlier = {leaf.path: leaf for leaf in leaves_of(cls, before)}
-  ignored = {
-    leaf.path: leaf
-    for leaf in leaves_of(cls, after)
-    if _switched_off(leaf, earlier)
-  }
-  return _without(after, ignored), {p: x.value for p, x in ignored.items()}
-
-
-def with_overrides(
-  kinds: Kinds, chosen: T, overrides: Section, path: str
-) -> tuple[T, dict[str, Any]]:
-  """The options with nested overrides, which are a later layer (`settle`).
-
-  Overrides may choose another kind. Those that belong to a part that the
-  options lack (the dense twin has no capacity) are left out.
-
-  Args:
-    kinds: The kinds that `chosen` is chosen from.
-    chosen: The options.
-    overrides: Keys of the options' section, nested, with other values.
-    path: Prefix of names in messages, such as 'model.'.
-
-  Returns:
-    The new options, and by name the values that are left out.
-
-  Raises:
-    OptionError: The message lists all problems of the overrides.
-  """
-  if not overrides:
-    return chosen, {}
-  before = choice_section(kinds, chosen)
-  after = merge(before, overrides, path)
-  earlier = {leaf.path: leaf for leaf in choice_leaves(kinds, before, path)}
-  ignored = {
-    leaf.path: leaf
-    for leaf in choice_leaves(kinds, after, path)
-    if _switched_off(leaf, earlier) or _never_on(leaf, earlier)
-  }
-  options: Any = read_choice(kinds, _without(after, ignored, path), path)
-  return options, {p: leaf.value for p, leaf in ignored.items()}
-
-
-def settle_overrides(
-  list_leaves: Callable[[ConfigDict], list[Leaf]],
-  before: Section,
-  after: Section,
-  overrides: Section,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Overrides without those that a later layer of the config leaves no effect.
-
-  Args:
-    list_leaves: Lists the keys of the section to which overrides apply.
-    before: The section in the config of the earlier layers.
-    after: The same section with the later layer, too.
-    overrides: The overrides of the earlier layers, nested.
-
-  Returns:
-    The overrides that remain, and by name those that are removed.
-  """
-  settled, ignored = ConfigDict(cast(Any, overrides)).to_dict(), {}
-  try:
-    old_leaves, new_leaves = (
-      {leaf.path: leaf for leaf in list_leaves(merge(base, settled))}
-      for base in (
-        ConfigDict(cast(Any, before)).lock(),
-        ConfigDict(cast(Any, after)).lock(),
-      )
-    )
-  except OptionError:  # raised again where the overrides are read
-    return settled, {}
-  for path, value in flatten(settled).items():
-    if path not in new_leaves or path not in old_leaves:
-      continue
-    if new_leaves[path].idle is not None and old_leaves[path].idle is None:
-      ignored[path] = value
-      *parents, key = path.split('.')
-      subsection = settled
-      for parent in parents:
-        subsection = subsection[parent]
-      del subsection[key]
-  return settled, ignored
-
-
-def _switched_off(leaf: Leaf, earlier: Mapping[str, Leaf]) -> bool:
-  """Whether an earlier layer set the key and a later took its effect."""
-  old = earlier.get(leaf.path)
-  if leaf.idle is None or not leaf.changed or old is None:
-    return False
-  return old.idle is None and plain(old.value) == plain(leaf.value)
-
-
-def _never_on(leaf: Leaf, earlier: Mapping[str, Leaf]) -> bool:
-  """Whether the key belongs to a part that the options lack, and is set."""
-  old = earlier.get(leaf.path)
-  return leaf.idle is not None and leaf.changed and bool(old and old.unmet)
-
-
-def _without(
-  config: ConfigDict, ignored: Mapping[str, Leaf], path: str = ''
-) -> ConfigDict:
-  """A locked copy in which the keys `ignored` have their defaults."""
-  copied = unlocked_copy(config)
-  for name, leaf in ignored.items():
-    _set_value(copied, name.removeprefix(path), leaf.default)
-  if config.is_locked:  # sections that are open in it stay open
-    return locked_like(copied, config)
-  return copied.lock()
-
-
-def _set_value(config: ConfigDict, path: str, value: Any) -> None:
-  *parents, key = path.split('.')
-  for parent in parents:
-    config = cast(ConfigDict, config[parent])
-  with config.ignore_type(), config.unlocked():
-    if value is dataclasses.MISSING:
-      value = None
-    config[key] = value
+  return plain(value.to_dict()) if isinstance(value, ConfigDict) else value
 
 
 def flatten(config: Section, prefix: str = '') -> dict[str, Any]:
@@ -1067,11 +910,8 @@ def difference(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
   }
 
 
-ConfigDict = ml_collections.ConfigDict
-
-
 def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
-  """A locked copy of `config` with nested `overrides` merged in.
+  """A copy of `config` with nested `overrides` merged in, locked like it.
 
   Raises:
     ValueError: An override's key does not exist (names the nearest), or its
@@ -1079,7 +919,7 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
   """
   merged = unlocked_copy(config)
   _merge_into(merged, config, overrides, path)
-  return locked_like(merged, config)
+  return _locked_like(merged, config)
 
 
 def unlocked_copy(
@@ -1107,43 +947,24 @@ def unlocked_copy(
   return copied
 
 
-def _merge_into(
-  merged: ConfigDict, config: ConfigDict, overrides: Section, path: str
-) -> None:
-  """Merges `overrides` into an unlocked copy of `config`; see `merge`."""
+def _merge_into(merged: Any, config: Any, overrides: Section, path: str):
   for key, value in overrides.items():
     key_path = f'{path}{key}'
     if key not in merged:
       if not config.is_locked and path:  # an open section
         merged[key] = value
         continue
-      keys = [f'{path}{k}' for k in merged]
-      raise OptionError([unknown_text('config key', key_path, keys)])
-    old = config[key]
-    if not isinstance(old, ConfigDict):
-      merged[key] = _replaced(old, value, key_path)
+      names = [f'{path}{name}' for name in merged]
+      raise OptionError([unknown_text('config key', key_path, names)])
+    if not isinstance(config[key], ConfigDict):
+      merged[key] = _replaced(config[key], value, key_path)
     elif isinstance(value, Mapping | ConfigDict):
-      _merge_into(cast(ConfigDict, merged[key]), old, value, f'{key_path}.')
+      _merge_into(merged[key], config[key], value, f'{key_path}.')
     else:
+      names = [*config[key]]
       raise OptionError(
-        [f'{key_path}={value!r} replaces a section; give its keys: {[*old]}']
+        [f'{key_path}={value!r} replaces a section; give its keys: {names}']
       )
-
-
-def locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
-  """`merged`, a copy of `config`, locked wherever that is.
-
-  It may lack keys of mappings that have got their defaults again.
-  """
-  if config.is_locked:
-    merged.lock()  # sections below it, too
-  for key, subsection in config.items():
-    if isinstance(subsection, ConfigDict) and key in merged:
-      merged_subsection = cast(ConfigDict, merged[key])
-      if not subsection.is_locked:
-        merged_subsection.unlock()
-      locked_like(merged_subsection, subsection)
-  return merged
 
 
 def _replaced(old: Any, value: Any, key_path: str) -> Any:
@@ -1161,126 +982,88 @@ def _replaced(old: Any, value: Any, key_path: str) -> Any:
   return value
 
 
-ConfigDict = ml_collections.ConfigDict
+def _locked_like(merged: ConfigDict, config: ConfigDict) -> ConfigDict:
+  """`merged`, a copy of `config`, locked wherever that is."""
+  if config.is_locked:
+    merged.lock()  # sections below it, too
+  for key, subsection in config.items():
+    if isinstance(subsection, ConfigDict) and key in merged:
+      merged_subsection = cast(ConfigDict, merged[key])
+      if not subsection.is_locked:
+        merged_subsection.unlock()
+      _locked_like(merged_subsection, subsection)
+  return merged
 
 
-def section_of(options: type[Options] | Options) -> ConfigDict:
-  """The section of a class at its defaults, or with an instance's values.
-
-  It is locked against new keys, except where it is open: entries by name,
-  mappings, and `custom`.
-  """
-  cls = options if isinstance(options, type) else type(options)
-  return lock(cls, ConfigDict(_section(options)))
+_JSON_TYPES = {
+  bool: 'boolean',
+  int: 'integer',
+  float: 'number',
+  str: 'string',
+}
 
 
-def lock(cls: type[Options], config: ConfigDict) -> ConfigDict:
-  """The same section, locked except where it is open; see `section_of`."""
-  config.lock()
-  _unlock_open(cls, config)
-  return config
-
-
-def choice_section(kinds: Kinds, chosen: Options) -> ConfigDict:
-  """The section of a choice alone, locked like that of `section_of`."""
-  config = ConfigDict(_choice_section(kinds, chosen))
-  config.lock()
-  _unlock_choice(kinds, config)
-  return config
-
-
-def entry_section(kinds: Kinds, chosen: Options) -> ConfigDict:
-  """The section of one of several named choices: its kind and its options."""
-  return ConfigDict({KIND: kinds.name_of(chosen), **_section(chosen)})
-
-
-def section_meaning(options: Options, path: str = '') -> dict[str, Any]:
-  """The options that decide which function is computed, by dotted name.
-
-  Left out are options that only say how it is computed (see `Spec.how`), and
-  those without effect. The name of a chosen kind has the key 'kind'.
+def json_schema(root: type[Options] | Options | Kinds) -> dict[str, Any]:
+  """The JSON schema of a section, by which an editor completes and checks it.
 
   Args:
-    options: The options.
-    path: Prefix of every name, such as 'model.'.
+    root: The class of the options, an instance with other defaults, or the
+      kinds that the section chooses from.
   """
-  values = {}
-  for name, field in fields_of(type(options)).items():
-    spec, value = spec_of(field), getattr(options, name)
-    used = in_force(functools.partial(getattr, options), spec.when)
-    if spec.how or not used:
-      continue
-    if isinstance(value, Options):
-      if spec.kinds is not None:
-        values[f'{path}{name}.{KIND}'] = spec.kinds.name_of(value)
-      values |= section_meaning(value, f'{path}{name}.')
-    else:
-      values[f'{path}{name}'] = value
-  return values
-
-
-def _section(options: type[Options] | Options) -> dict[str, Any]:
-  cls = options if isinstance(options, type) else type(options)
-  values = {}
-  for name, field in fields_of(cls).items():
-    value = default_of(field)
-    if not isinstance(options, type):
-      value = getattr(options, name)
-    spec = spec_of(field)
-    if spec.holds_entries and spec.kinds is not None:
-      values[name] = {
-        key: {KIND: spec.kinds.name_of(entry), **_section(entry)}
-        for key, entry in value.items()
-      }
-    elif spec.kinds is not None:
-      values[name] = _choice_section(spec.kinds, value)
-    elif isinstance(value, Options):
-      values[name] = _section(value)
-    elif value is dataclasses.MISSING:
-      hint = types_of(cls)[name]
-      values[name] = config_dict.placeholder(hint)
-    else:
-      values[name] = dict(value) if isinstance(value, Mapping) else value
-  return values
-
-
-def _choice_section(kinds: Kinds, chosen: Options) -> dict[str, Any]:
-  name = kinds.name_of(chosen)
-  values: dict[str, Any] = {KIND: name}
-  chosen_values, custom_values = _section(chosen), {}
-  for kind, cls in kinds.builtin.items():
-    if not kinds.inline:
-      values[kind] = chosen_values if kind == name else _section(cls)
-    else:
-      values |= {k: v for k, v in _section(cls).items() if k not in values}
-  if kinds.inline:
-    values |= {k: v for k, v in chosen_values.items() if k in values}
-  if name not in kinds.builtin:
-    custom_values = {
-      k: v
-      for k, v in chosen_values.items()
-      if not kinds.inline or k not in values
+  if isinstance(root, Kinds):
+    names = {'enum': [*root.builtin]}, {'pattern': ':'}
+    properties: dict[str, Any] = {KIND: {'anyOf': names}}
+    for kind, cls in root.builtin.items():
+      schema = json_schema(cls)
+      inside = schema['properties'] if root.inline else {kind: schema}
+      properties = inside | properties
+    properties[CUSTOM] = {'type': 'object'}
+  else:
+    fields = fields_of(_class_of(root))
+    properties = {
+      name: {'description': field.option.sentence, **_field_schema(field)}
+      for name, field in fields.items()
     }
-  return {**values, CUSTOM: custom_values}
+  return {
+    'type': 'object',
+    'properties': properties,
+    'additionalProperties': False,
+  }
 
 
-def _unlock_open(cls: type, config: ConfigDict) -> None:
-  for name, field in fields_of(cls).items():
-    spec, subsection = spec_of(field), config[name]
-    if not isinstance(subsection, ConfigDict):
-      continue
-    if spec.holds_entries:
-      subsection.unlock()
-    elif spec.kinds is not None:
-      _unlock_choice(spec.kinds, subsection)
-    elif isinstance(default_of(field), Mapping):
-      subsection.unlock()
-    else:
-      _unlock_open(type(default_of(field)), subsection)
+def _field_schema(field: Field) -> dict[str, Any]:
+  described, default = field.option, field.default
+  if described.holds_entries:
+    return {'type': 'object', 'additionalProperties': {'required': [KIND]}}
+  if (kinds := described.kinds) is not None:
+    schema = json_schema(kinds)
+    schema['properties'][KIND]['default'] = kinds.name_of(default)
+    return schema
+  if isinstance(default, Options):
+    return json_schema(default)
+  schema = _type_schema(field.type)
+  bounds = schema['items'] if schema.get('type') == 'array' else schema
+  for name, keyword in {
+    'minimum': 'minimum',
+    'maximum': 'maximum',
+    'above': 'exclusiveMinimum',
+    'below': 'exclusiveMaximum',
+  }.items():
+    if getattr(described, name) is not None:
+      bounds[keyword] = getattr(described, name)
+  if described.choices:
+    schema['enum'] = [*described.choices]
+  if described.required:
+    schema['minLength'] = 1
+  return schema if default is MISSING else {**schema, 'default': default}
 
 
-def _unlock_choice(kinds: Kinds, config: ConfigDict) -> None:
-  sections: Any = config
-  sections[CUSTOM].unlock()
-  for kind, chosen in kinds.builtin.items():
-    _unlock_open(chosen, config if kinds.inline else sections[kind])
+def _type_schema(hint: Any) -> dict[str, Any]:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is tuple:
+    return {'type': 'array', 'items': _type_schema(args[0])}
+  if origin in (types.UnionType, Union):
+    return {'anyOf': [_type_schema(part) for part in args]}
+  if hint is type(None):
+    return {'type': 'null'}
+  return {'type': _JSON_TYPES.get(hint, 'object')}

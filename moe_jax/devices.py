@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax.config import Options, at_least, option
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
@@ -48,21 +48,21 @@ class Timeouts(Options):
   initialization_timeout_seconds: int = option(
     300,
     'Seconds within which all processes of the run must have started.',
-    at_least(1),
+    minimum=1,
   )
   heartbeat_timeout_seconds: int = option(
     100,
     'Seconds after which a process that does not answer is taken for dead and '
     "all others end. JAX's own timeout, three times as long, is the only one "
     'until the run is being set up.',
-    at_least(1),
+    minimum=1,
   )
   stall_timeout_seconds: int = option(
     900,
     'Seconds without progress in any process after which all processes end; it '
     'must be longer than the preparation of the data, a step with its '
     'compilation, an evaluation or a save. With 0 they wait for ever.',
-    at_least(0),
+    minimum=0,
   )
 
 

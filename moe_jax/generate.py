@@ -20,7 +20,7 @@ from absl import logging
 from moe_jax import cli, generation
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import make_header, records_of
-from moe_jax.config import SEED, at_least, within
+from moe_jax.config import SEEDS
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
@@ -59,17 +59,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   number, likeliest = cli.number, 'draw among the likeliest'
   for name, kind, default, text in (
     ('num_tokens', cli.POSITIVE, 256, 'most new tokens a row'),
-    ('temperature', number(float, at_least(0)), 0.0, '0: the likeliest token'),
+    ('temperature', number(float, minimum=0), 0.0, '0: the likeliest token'),
     ('top_k', cli.NOT_NEGATIVE, 0, f'{likeliest} k; 0: all'),
     (
       'top_p',
-      number(float, within('(0, 1]')),
+      number(float, above=0, maximum=1),
       1.0,
       f'{likeliest} that sum to p',
     ),
     ('num_beams', cli.POSITIVE, 1, 'above 1: beam search'),
     ('length_penalty', number(float), 1.0, "beam search's exponent"),
-    ('seed', number(int, SEED), None, 'seed of the drawn tokens (default: 0)'),
+    (
+      'seed',
+      number(int, minimum=0, below=SEEDS),
+      None,
+      'seed of the drawn tokens (default: 0)',
+    ),
   ):
     add(f'--{name}', type=kind, default=default, help=text)
   for name, text in (

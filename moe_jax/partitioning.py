@@ -17,21 +17,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import (
-  Check,
-  Options,
-  at_least,
-  option,
-  unknown,
-  unknown_text,
-)
+from moe_jax.config import Options, option, unknown, unknown_text
 from moe_jax.errors import InputError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
 DCN = 'dcn_'  # prefix of an axis' name in the option for the slices it spans
-_WHOLE_OR_REST = Check(
-  'must be at least 1, or -1', lambda size: size >= 1 or size == -1
-)
 
 
 def _size(axis: str, default: int = 1) -> Any:
@@ -39,7 +29,7 @@ def _size(axis: str, default: int = 1) -> Any:
     default,
     f"Number of devices along the mesh axis '{axis}' within a slice, whose "
     'network is fast; -1 takes all devices that the other axes leave.',
-    _WHOLE_OR_REST,
+    minimum=-1,
   )
 
 
@@ -48,7 +38,7 @@ def _slices_of(axis: str) -> Any:
     1,
     f"Number of slices that the mesh axis '{axis}' spans, over the slower "
     'network between slices; 1 stays within a slice.',
-    at_least(1),
+    minimum=1,
   )
 
 
@@ -66,7 +56,10 @@ class MeshOptions(Options):
   dcn_tensor: int = _slices_of('tensor')
 
   def problems(self):
-    """At most one axis may have the size -1."""
+    """At most one axis may have the size -1, and none 0."""
+    for name in MESH_AXES:
+      if not getattr(self, name):
+        yield f'{name}=0 must be at least 1, or -1'
     open_axes = [name for name in MESH_AXES if getattr(self, name) == -1]
     for name in open_axes[1:]:
       yield f'{name}=-1, and {open_axes[0]}=-1 takes what is left already'

@@ -3,34 +3,31 @@
 options = run_config.read(config)
 """
 
-import copy
 import dataclasses
-import functools
 import json
 import pathlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
 
 import ml_collections
 
 from moe_jax import cli
 from moe_jax.compression.distill_options import NONE, DistillOptions
 from moe_jax.config import (
-  Leaf,
-  choice_leaves,
+  MISSING,
+  Key,
+  OptionError,
   entries,
-  leaves_of,
-  lock,
+  json_schema,
+  keys_of,
   nested,
   read_options,
   section_of,
   settle,
-  settle_overrides,
+  unknown_key_text,
 )
 from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
-from moe_jax.models import MODELS
 from moe_jax.training.evaluate import DEFAULT_EVALS, EvaluationOptions
 from moe_jax.training.run_options import RunOptions
 
@@ -88,7 +85,7 @@ def read(config: ml_collections.ConfigDict) -> RunConfig:
 
 
 def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config with the values of a JSON file; see `section_of`.
+  """The config with the values of a JSON file.
 
   Raises:
     OptionError: The message lists all problems, by name.
@@ -98,108 +95,78 @@ def from_file(path: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def options_of(
-  spec: str, overrides: Sequence[str] = ()
-) -> tuple[RunConfig, dict[str, Any]]:
-  """The options of a config file with overrides; see `settled`.
+  base: str | ml_collections.ConfigDict, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, list[str]]:
+  """The options of a config file with overrides.
 
   Args:
-    spec: The config's path or name; see `cli.load_config`.
-    overrides: Flags such as '--config.seed=1'.
+    base: A config, or its path or name; see `cli.load_config`.
+    overrides: Flags such as '--config.seed=1'. What they set in a section that
+      is not chosen is refused.
+
+  Returns:
+    The options, and a line for each value that the file sets in a section that
+    is not chosen, and that is ignored.
 
   Raises:
     ValueError: The message gives everything that is wrong, by name.
   """
-  config = cli.config_of(spec, overrides)
-  return settled(cli.load_config(spec), config)
+  config, problems = cli.applied(base, overrides)
+  given = list(map(cli.name_of, overrides))
+  settled, ignored = settle(RunConfig, config, given)
+  try:
+    options = read(settled)
+  except OptionError as error:
+    raise OptionError([*problems, *error.problems]) from None
+  if problems:
+    raise OptionError(problems)
+  return options, [
+    f'{name}={value!r} is in a section that is not chosen; ignored'
+    for name, value in ignored.items()
+  ]
 
 
-def ignored_lines(ignored: Mapping[str, Any]) -> Iterator[str]:
-  """A line for each value that `settled` says is ignored."""
-  for name, value in ignored.items():
-    yield f'{name}={value!r} has no effect with these flags; ignored'
-
-
-def settled(
-  before: ml_collections.ConfigDict, after: ml_collections.ConfigDict
-) -> tuple[RunConfig, dict[str, Any]]:
-  """The options of a config whose last layer may choose other kinds.
-
-  Args:
-    before: The config without its last layer, such as that of a file.
-    after: The config with it, such as the flags of a command line.
-
-  Returns:
-    The options, and by name the values that are ignored because the last layer
-    took their effect.
-
-  Raises:
-    OptionError: The message lists all problems, by name.
-  """
-  config, ignored = settle(RunConfig, before, after)
-  old, new = before.get('model'), config.get('model')
-  if all(
-    isinstance(x, ml_collections.ConfigDict) and 'kind' in x for x in (old, new)
-  ):
-    config = copy.deepcopy(config).unlock()
-    ignored |= _settle_overrides(cast(ml_collections.ConfigDict, old), config)
-    config = lock(RunConfig, config)
-  return read(config), ignored
-
-
-def _settle_overrides(
-  before: ml_collections.ConfigDict, config: ml_collections.ConfigDict
-) -> dict[str, Any]:
-  """Removes overrides of the model that a later layer leaves no effect.
-
-  Args:
-    before: The model's section of the earlier layers.
-    config: The config with the later layer, which is changed.
-
-  Returns:
-    The removed values, by name.
-  """
-  overrides = MODELS.get(config.model.kind).settle_overrides(
-    before, config.model
-  )
-  ignored = {f'model.{name}': value for name, value in overrides.items()}
-  evals: Any = config.get('evals', {})
-  for name, entry in evals.items():
-    if not isinstance(entry, ml_collections.ConfigDict):
-      continue
-    remaining, dropped = settle_overrides(
-      functools.partial(choice_leaves, MODELS),
-      before,
-      config.model,
-      cast(Any, entry.get('model_overrides', {})),
-    )
-    entry.model_overrides = remaining
-    path = f'evals.{name}.model_overrides'
-    ignored |= {f'{path}.{key}': value for key, value in dropped.items()}
-  return ignored
-
-
-def describe(config: ml_collections.ConfigDict) -> Iterator[str]:
-  """Lines that describe every key of a config.
+def describe(
+  config: ml_collections.ConfigDict, part: str = ''
+) -> Iterator[str]:
+  """Lines that describe the keys of a config.
 
   Each key has its value, its default and its sentence. A star marks a value
-  that is not the default, a dash a key that has no effect in this config.
+  that is not the default, a dash a key in a section that is not chosen.
+
+  Args:
+    config: The config.
+    part: Dotted name of a section or key, which alone is described; '' is the
+      whole, and 'json' a JSON schema by which editors complete such a config.
+
+  Raises:
+    ValueError: There is no such part.
   """
-  leaves = leaves_of(RunConfig, config)
-  width = max(len(leaf.path) for leaf in leaves)
-  yield "'*' marks what is not the default, '-' what has no effect here."
+  if part == 'json':
+    yield json.dumps(json_schema(RunConfig), indent=2)
+    return
+  keys = keys_of(RunConfig, config)
+  chosen = [
+    key for key in keys if f'{key.path}.'.startswith(f'{part}.'.lstrip('.'))
+  ]
+  if not chosen:
+    names = {p for key in keys for p in [key.path, key.path.rpartition('.')[0]]}
+    raise OptionError([unknown_key_text(part, names - {''})])
+  width = max(len(key.path) for key in chosen)
+  yield "'*' marks what is not the default, '-' what is not chosen here."
   yield _line('', 'key'.ljust(width), 'value', 'default')
-  for leaf in leaves:
-    mark = '-' if leaf.idle else '*' if leaf.changed else ''
-    value, default = repr(leaf.value), repr(leaf.default)
-    if leaf.default is dataclasses.MISSING:
+  for key in chosen:
+    mark = '-' if key.unchosen else '*' if key.changed else ''
+    value, default = repr(key.value), repr(key.default)
+    if key.default is MISSING:
       default = 'required'
-    yield _line(mark, leaf.path.ljust(width), _cell(value), _cell(default))
+    yield _line(mark, key.path.ljust(width), _cell(value), _cell(default))
     if _cell(value) != value:
       yield f'{_INDENT}value: {value}'
-    if _cell(default) != default and leaf.changed:
+    if _cell(default) != default and key.changed:
       yield f'{_INDENT}default: {default}'
     yield from textwrap.wrap(
-      _sentence(leaf),
+      _sentence(key),
       _WIDTH,
       initial_indent=_INDENT,
       subsequent_indent=_INDENT,
@@ -216,8 +183,8 @@ def _cell(text: str) -> str:
   return text if len(text) <= _CELL else '(below)'
 
 
-def _sentence(leaf: Leaf) -> str:
-  sentence, kinds = leaf.spec.sentence, leaf.spec.kinds
+def _sentence(key: Key) -> str:
+  sentence, kinds = key.option.sentence, key.option.kinds
   if kinds is None:
     return sentence
   return f'{sentence} One of: {", ".join(kinds.builtin)}, or module:name.'

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from moe_jax.cli import load_config
-from moe_jax.config import merge, settle
+from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 
 CONFIG, SPARSE = 'configs/shakespeare_dense.py', 'configs/shakespeare_switch.py'
@@ -29,9 +29,8 @@ _CHARACTERS = 65  # number of different characters in tiny Shakespeare
 
 def config() -> ml_collections.ConfigDict:
   """Config of our dense step, with the vocabulary of tiny Shakespeare."""
-  base = load_config(CONFIG)
-  sized = merge(base, {'model': {'vocab_size': _CHARACTERS}})
-  return settle(RunConfig, base, sized)[0]
+  changes = {'model': {'vocab_size': _CHARACTERS}}
+  return layered(RunConfig, load_config(CONFIG), changes)
 
 
 def cases() -> dict[str, Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from moe_jax.cli import load_config
-from moe_jax.config import merge, settle
+from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 
 CONFIG = 'configs/switch_base.py'
@@ -63,8 +63,7 @@ SIZES = {
 
 def config() -> ml_collections.ConfigDict:
   """Config of our step: Switch-Base, shrunk to `SIZES`."""
-  base = load_config(CONFIG)
-  return settle(RunConfig, base, merge(base, SIZES))[0]
+  return layered(RunConfig, load_config(CONFIG), SIZES)
 
 
 def cases() -> dict[str, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from moe_jax import run_config
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost
 from moe_jax.analysis.roofline import Work
-from moe_jax.config import merge
+from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
 
@@ -31,8 +31,8 @@ def prepared(
     overrides: Nested values that a case changes in the config's `model`.
   """
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
-  changed = merge(config, {'mesh': mesh, 'model': overrides})
-  options, _ = run_config.settled(config, changed)
+  changes = {'mesh': mesh, 'model': overrides}
+  options = run_config.read(layered(RunConfig, config, changes))
   return options.filled(options.model.vocab_size or BYTES_VOCABULARY)
 
 

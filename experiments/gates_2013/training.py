@@ -16,16 +16,7 @@ from experiments.gates_2013 import deep_moe, digits, measures
 from experiments.gates_2013.deep_moe import DeepMoe
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax.config import (
-  Options,
-  above,
-  at_least,
-  each,
-  nested,
-  one_of,
-  option,
-  read_options,
-)
+from moe_jax.config import Options, nested, option, read_options
 from moe_jax.training.optimizer import clipped
 from moe_jax.training.schedules import Cosine
 
@@ -41,7 +32,7 @@ class Data(Options):
     'digits',
     "Set of images: 'digits' are scikit-learn's, 8x8 on a canvas of 14x14, "
     "'mnist' are TFDS' MNIST on 36x36.",
-    one_of(*digits.CANVAS),
+    choices=digits.CANVAS,
   )
 
 
@@ -49,20 +40,40 @@ class Data(Options):
 class Training(Options):
   """Options of one run: sizes of the gated layers, balancing, and training."""
 
-  seed: int = option(0, 'Seed of weights, order and places.', at_least(0))
-  total_steps: int = option(4000, 'Number of optimizer steps.', at_least(1))
-  batch_size: int = option(32, 'Number of images in a batch.', at_least(1))
-  learning_rate: float = option(2e-3, 'Peak of the learning rate.', above(0))
+  seed: int = option(
+    0,
+    'Seed of weights, order and places.',
+    minimum=0,
+  )
+  total_steps: int = option(
+    4000,
+    'Number of optimizer steps.',
+    minimum=1,
+  )
+  batch_size: int = option(
+    32,
+    'Number of images in a batch.',
+    minimum=1,
+  )
+  learning_rate: float = option(
+    2e-3,
+    'Peak of the learning rate.',
+    above=0,
+  )
   num_experts: tuple[int, ...] = option(
-    (4, 4), 'Number of experts in each gated layer.', each(at_least(1))
+    (4, 4),
+    'Number of experts in each gated layer.',
+    minimum=1,
   )
   hidden: tuple[int, ...] = option(
-    (64, 32), 'Number of units of an expert, by layer.', each(at_least(1))
+    (64, 32),
+    'Number of units of an expert, by layer.',
+    minimum=1,
   )
   gate_hidden: tuple[int, ...] = option(
     (16, 16),
     'Number of ReLUs in the hidden layer of a gating network, by layer.',
-    each(at_least(1)),
+    minimum=1,
   )
   margin: float = option(
     32.0,
@@ -70,13 +81,13 @@ class Training(Options):
     'total of gates is above the mean by more gets gate 0. Totals are updated '
     'once a step, so an expert may pass the margin by up to a batch. The '
     "paper's margin could not be verified.",
-    at_least(0),
+    minimum=0,
   )
   balance_steps: int = option(
     0,
     'Number of optimizer steps, from the first, for which the balancing '
     'constraint is in force in training; 0: never; -1: always.',
-    at_least(-1),
+    minimum=-1,
   )
   data: Data = nested(Data(), 'The images.')
 

@@ -20,15 +20,7 @@ from experiments.origins_1991.mixture import LOSSES, Mixture
 from experiments.origins_1991.vowels import Vowels
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax.config import (
-  Options,
-  above,
-  at_least,
-  nested,
-  one_of,
-  option,
-  read_options,
-)
+from moe_jax.config import Options, nested, option, read_options
 
 
 class Kind(NamedTuple):
@@ -70,25 +62,41 @@ class Data(Options):
 class Descent(Options):
   """Options of one run of full-batch gradient descent."""
 
-  seed: int = option(0, 'Seed of the weights at the start.', at_least(0))
+  seed: int = option(
+    0,
+    'Seed of the weights at the start.',
+    minimum=0,
+  )
   total_steps: int = option(
-    8000, 'Number of epochs after which the run is given up.', at_least(1)
+    8000,
+    'Number of epochs after which the run is given up.',
+    minimum=1,
   )
   learning_rate: float = option(
-    1.0, 'Learning rate, for the mean loss over cases.', above(0)
+    1.0,
+    'Learning rate, for the mean loss over cases.',
+    above=0,
   )
-  num_experts: int = option(4, 'Number of experts.', at_least(1))
+  num_experts: int = option(
+    4,
+    'Number of experts.',
+    minimum=1,
+  )
   expert_hidden: int = option(
     0,
     'Number of hidden logistic units of an expert; 0: the expert is linear.',
-    at_least(0),
+    minimum=0,
   )
-  loss: str = option('competitive', 'Error that is minimised.', one_of(*LOSSES))
+  loss: str = option(
+    'competitive',
+    'Error that is minimised.',
+    choices=LOSSES,
+  )
   targets: str = option(
     'pairs',
     "Output of an expert: 'pairs' is logistic, and runs stop at a squared "
     "error of 0.08; 'linear_pairs' is linear, and they stop at 0.11.",
-    one_of(*TARGETS),
+    choices=TARGETS,
   )
   data: Data = nested(Data(), 'Source of the cases.')
 

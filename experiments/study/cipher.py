@@ -15,7 +15,7 @@ import itertools
 import string
 from collections.abc import Iterable, Iterator
 
-from moe_jax.config import option, within
+from moe_jax.config import option
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.sources.python_stdlib import PythonStdlibSource
 
@@ -38,7 +38,8 @@ class CipherSource(SourceOptions):
     8,
     'Number K of substitution ciphers; the alphabet of a cipher does not '
     'depend on K.',
-    within(f'[1, {len(MARKS)}]'),
+    minimum=1,
+    maximum=len(MARKS),
   )
   marked: bool = option(
     False,

@@ -118,7 +118,8 @@ def _run(study: Study, preset: Preset, options: argparse.Namespace) -> _Runs:
   output = pathlib.Path(options.output) / study.name
   shared = study.shared(preset, options.task)
   flagged = cli.config_of(shared, options.flags)
-  shared, _ = settle(study.runner.options, shared, flagged)
+  given = list(map(cli.name_of, options.flags))
+  shared, _ = settle(study.runner.options, flagged, given)
   arms = study.arms_of(preset)
 
   make = functools.partial(

@@ -15,7 +15,8 @@ import ml_collections
 
 from experiments.study.parts import Arm, Change, Result
 from experiments.study.sweeps import nested
-from moe_jax.config import Options, leaves_of, merge, read_options, settle
+from moe_jax import config as config_lib
+from moe_jax.config import Options, keys_of, merge, read_options
 from moe_jax.errors import InputError
 from moe_jax.runs.workdir import write_text
 
@@ -114,8 +115,7 @@ def layered(
   Raises:
     ValueError: A key does not exist, or a value has another type.
   """
-  changed = merge(config, nested(overrides))
-  return settle(cls, config, changed)[0]
+  return config_lib.layered(cls, config, nested(overrides))
 
 
 def jobs_of(
@@ -183,9 +183,9 @@ def settings_digest(cls: type[Options], job: Job) -> str:
   """
   arm = job.arm
   stated = {
-    leaf.path: leaf.value
-    for leaf in leaves_of(cls, job.config)
-    if leaf.changed or leaf.path.endswith('.kind')
+    key.path: key.value
+    for key in keys_of(cls, job.config)
+    if key.changed or key.path.endswith('.kind')
   }
   for key in ('seed', *arm.runs_before):  # paths, which say where results are
     stated.pop(key, None)

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 
-from moe_jax.config import option, within
+from moe_jax.config import option
 from moe_jax.data.sources.contract import (
   Pair,
   Pairs,
@@ -39,7 +39,8 @@ class KvRecallSource(SourceOptions):
     2048,
     'Number of random pairs of a key and a value; a larger number adds pairs '
     'to those of a smaller one.',
-    within(f'[1, {MOST_PAIRS}]'),
+    minimum=1,
+    maximum=MOST_PAIRS,
   )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:

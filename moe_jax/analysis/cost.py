@@ -315,7 +315,7 @@ def parse(
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the cost of the model of the command line's config."""
   options, ignored = run_config.options_of(arguments.config, overrides)
-  cli.say(run_config.ignored_lines(ignored))
+  cli.say(ignored)
   options = with_own_vocabulary(options)
   model = options.build()
   one_row, training_batch = (

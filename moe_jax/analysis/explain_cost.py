@@ -289,7 +289,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   """Prints the time of the parts of a step of the command line's config."""
   keep_freed_memory()
   options, ignored = run_config.options_of(arguments.config, overrides)
-  cli.say(run_config.ignored_lines(ignored))
+  cli.say(ignored)
   table = explain(options, arguments.steps)
   devices = jax.devices()
   print(

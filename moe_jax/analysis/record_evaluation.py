@@ -26,7 +26,6 @@ from moe_jax.training.evaluate import (
   ROOM_FOR_ALL,
   LossEvaluation,
   Setting,
-  overridden,
 )
 from moe_jax.training.run_options import TraceOptions
 
@@ -50,7 +49,7 @@ def record(options: argparse.Namespace) -> None:
     model_overrides=ROOM_FOR_ALL if options.room_for_all else {},
   )
   run = trained.read(workdir, options.allow_module)
-  model_options, _ = overridden(run.model, entry)
+  model_options = entry.overridden(run.model)
   model = model_options.build(run.sharding.rules)
   if not model.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')

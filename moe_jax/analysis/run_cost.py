@@ -23,7 +23,6 @@ from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model, flat_trees, lora
 from moe_jax.models.lora import Adapters, LoraOptions
-from moe_jax.training.evaluate import overridden
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
 
@@ -270,7 +269,7 @@ def run_bytes(
     lengths = options.data.seq_len, options.data.target_len
     activations = sum(memory.activations(model, rows, *lengths))
     entry_models = {
-      overridden(options.model, entry)[0].build(options.sharding.rules)
+      entry.overridden(options.model).build(options.sharding.rules)
       for entry in options.evals.values()
     }
     if entry_models:

@@ -17,7 +17,7 @@ import jinja2
 
 from moe_jax import models
 from moe_jax.analysis import counts, roofline
-from moe_jax.config import Leaf, leaves_of, section_of
+from moe_jax.config import Key, keys_of, section_of
 from moe_jax.devices import is_first
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
@@ -81,7 +81,7 @@ tr:nth-child(even) { background: #8882; }
 <table><tr><th>key</th><th>value</th><th>default</th><th>meaning</th></tr>
 {% for leaf in changed %}<tr><td>{{ leaf.path }}</td><td>{{ leaf.value }}</td>
 <td>{{ leaf.default if leaf.default != required else 'required' }}</td>
-<td>{{ leaf.spec.sentence }}</td></tr>{% endfor %}</table>
+<td>{{ leaf.option.sentence }}</td></tr>{% endfor %}</table>
 <h2>How to go on</h2>
 <p class="note">Commands are for the folder in which <code>{{ run }}</code> is.
 </p>
@@ -293,10 +293,10 @@ def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
   return [row[key] for row in rows if isinstance(row.get(key), int | float)]
 
 
-def _changed_leaves(run: Run) -> list[Leaf]:
+def _changed_leaves(run: Run) -> list[Key]:
   """The keys of the config that differ from the defaults."""
   config = section_of(run.given_options)
-  return [leaf for leaf in leaves_of(RunConfig, config) if leaf.changed]
+  return [leaf for leaf in keys_of(RunConfig, config) if leaf.changed]
 
 
 def _environment(run: Run) -> dict[str, str]:

@@ -3,20 +3,10 @@
 import dataclasses
 from collections.abc import Iterator
 
-from moe_jax.config import (
-  NOT_EMPTY,
-  Options,
-  above,
-  at_least,
-  nested,
-  one_of,
-  option,
-)
+from moe_jax.config import Options, nested, option
 from moe_jax.partitioning import ShardingOptions
 
 NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
-_HAS_TEACHER = {'teacher': NOT_EMPTY}
-_HAS_SOFT_LABELS = {**_HAS_TEACHER, 'soft_weight': above(0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +23,7 @@ class DistillOptions(Options):
     'Optimizer step of the checkpoint of the teacher that is read, 0 for an '
     'imported one; -1 is the newest good one when the run begins, which it '
     'then keeps to.',
-    at_least(-1),
-    when=_HAS_TEACHER,
+    minimum=-1,
   )
   start: str = option(
     NON_EXPERTS,
@@ -42,48 +31,41 @@ class DistillOptions(Options):
     'but experts and routers, which are among them in the option `trainable`; '
     "with 'concatenated', feed-forwards are made of the teacher's experts of "
     "the highest conditional probability, too; 'none' takes none.",
-    one_of(NONE, NON_EXPERTS, CONCATENATED),
-    when=_HAS_TEACHER,
+    choices=(NONE, NON_EXPERTS, CONCATENATED),
   )
   start_batches: int = option(
     8,
     'Number of training batches on which the conditional probability of the '
     "teacher's experts is measured.",
-    at_least(1),
-    when={**_HAS_TEACHER, 'start': (CONCATENATED,)},
+    minimum=1,
   )
   hard_weight: float = option(
     0.75,
     'Weight in the loss of the cross-entropy of the targets (hard labels); 0 '
     'leaves them out.',
-    at_least(0),
-    when=_HAS_TEACHER,
+    minimum=0,
   )
   soft_weight: float = option(
     0.25,
     "Weight in the loss of the cross-entropy of the teacher's probabilities "
     '(soft labels); with 0 the teacher only gives parameters to begin with.',
-    at_least(0),
-    when=_HAS_TEACHER,
+    minimum=0,
   )
   temperature: float = option(
     1.0,
     'Number that the logits of both models are divided by in the soft loss, '
     'which is multiplied by its square.',
-    above(0),
-    when=_HAS_SOFT_LABELS,
+    above=0,
   )
   logits: str = option(
     '',
     "Folder of the teacher's largest logits for the batches of this run, as "
     '`python -m moe_jax.compression keep_logits` writes it; with an empty '
     "string the teacher is computed beside the student's step.",
-    when=_HAS_SOFT_LABELS,
   )
   sharding: ShardingOptions = nested(
     ShardingOptions(),
     "Mesh axes over which dimensions of the teacher's arrays are split.",
-    when=_HAS_TEACHER,
   )
 
   @property
@@ -94,7 +76,11 @@ class DistillOptions(Options):
   def problems(self) -> Iterator[str]:
     """The problems of a run without a loss, or a teacher that gives nothing."""
     if not self.teacher:
+      yield from self.in_vain('unless teacher is given')
       return
+    if not self.soft_weight:
+      reason = 'unless soft_weight is above 0'
+      yield from self.in_vain(reason, 'temperature', 'logits')
     if not self.hard_weight and not self.soft_weight:
       yield 'hard_weight=0.0 with soft_weight=0.0: there is nothing to learn'
     if not self.soft_weight and self.start == NONE:

@@ -26,7 +26,7 @@ import numpy as np
 from moe_jax.compression import calibration
 from moe_jax.compression.usage import SCORES, Usage, measure
 from moe_jax.compression.whole_run import WholeRun
-from moe_jax.config import within
+from moe_jax.config import Option
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
@@ -42,7 +42,7 @@ from moe_jax.models.expert_arrays import (
 )
 from moe_jax.models.text_options import LayerOptions
 
-SHARE = within('(0, 1]')
+SHARE = Option(above=0, maximum=1)
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -171,8 +171,8 @@ def numbers_by_share(
     scores: The score of each expert, by layer.
     layers: The sparse layers.
   """
-  if not SHARE.holds(share):
-    raise InputError(f'share={share} {SHARE.rule}')
+  if problem := SHARE.problem('share', share):
+    raise InputError(problem)
   counts = {n: layer.moe.num_selected for n, layer in layers.items()}
   candidates = []
   for n, own in scores.items():

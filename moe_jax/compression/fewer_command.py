@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     )
     number.add_argument(
       '--share',
-      type=cli.number(float, fewer.SHARE),
+      type=cli.number(float, above=0, maximum=1),
       help='share of all experts that stays: the experts whose score is '
       'largest in proportion to the largest of their layer, at least K in each',
     )

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax import cli
-from moe_jax.config import within
 from moe_jax.kernels import ternary
 from moe_jax.kernels.ternary import MOST_PAIRS, MOST_WEIGHTS, dictionary
 
@@ -111,7 +110,7 @@ def add(commands: Any) -> None:
     help='prints the bits of ternary weights',
     **cli.about(__doc__),
   )
-  share = cli.number(float, within('[0, 1]'))
+  share = cli.number(float, minimum=0, maximum=1)
   command.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
   command.add_argument('--widths', type=cli.POSITIVE, nargs='+', default=WIDTHS)
   command.set_defaults(run=_run)

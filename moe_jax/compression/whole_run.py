@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax import data
-from moe_jax.config import choice_section
+from moe_jax.config import section_of
 from moe_jax.errors import InputError
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.router_state import COLLECTION
@@ -111,7 +111,7 @@ def write(
   """
   changes = {}
   if model is not None:
-    changes['model'] = choice_section(MODELS, model).to_dict()
+    changes['model'] = section_of(model, MODELS).to_dict()
     if not model.routes_by_task:
       sample = workdir_lib.kept_config(run.folder).get('sample', {})
       changes['sample'] = {**sample, 'task': ''}

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from moe_jax.config import NOT_EMPTY, Kinds, Options, option
+from moe_jax.config import Kinds, Options, option
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources import tfds
 from moe_jax.data.sources.contract import Selection
@@ -116,7 +116,7 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     dataclasses.MISSING,
     "Path of the files of questions, with '*' for any name and '**' for "
     'folders of any depth.',
-    NOT_EMPTY,
+    required=True,
   )
 
   def items(self, selection: Selection = Selection()) -> ItemSource:
@@ -152,7 +152,9 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
   """Features of a TFDS dataset, in the folder that `TfdsSource` names."""
 
   name: str = option(
-    dataclasses.MISSING, 'Name of the TFDS dataset of questions.', NOT_EMPTY
+    dataclasses.MISSING,
+    'Name of the TFDS dataset of questions.',
+    required=True,
   )
   prompt_feature: str = option(
     'prompt', 'TFDS feature with the prompt of a question.'

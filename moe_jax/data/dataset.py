@@ -7,11 +7,8 @@ from typing import cast
 
 from moe_jax.config import (
   CUSTOM,
-  Check,
   Options,
-  at_least,
   choice,
-  default_of,
   fields_of,
   nested,
   no_effect,
@@ -39,23 +36,9 @@ from moe_jax.data.tokenizers import (
   read,
   without_endings,
 )
-from moe_jax.errors import InputError
 
 # The source of each form that comes with Python, for small runs.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}
-
-
-def _makes_examples(task: str | Options) -> bool:
-  """Whether a task, or the one of that name in a section, makes examples."""
-  if not isinstance(task, str):
-    return cast(TaskOptions, task).makes_examples
-  try:
-    return TASKS.get(task).makes_examples
-  except InputError:  # an unknown kind, which is reported where it is read
-    return True
-
-
-_EXAMPLES = Check('makes examples of inputs and targets', _makes_examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +65,18 @@ class DataOptions(Options):
     256,
     'Number T of tokens in a row of a batch; for an encoder-decoder model, in '
     'a row of the encoder.',
-    at_least(1),
+    minimum=1,
   )
   target_len: int = option(
     0,
     'Number of tokens in a row of the decoder of an encoder-decoder model; 0 '
     'is for a decoder-only model, whose rows have the inputs before the '
     'targets.',
-    at_least(0),
-    when={'task': _EXAMPLES},
+    minimum=0,
   )
   pack: bool = option(
     True,
     'Whether short examples of inputs and targets share a row.',
-    when={'task': _EXAMPLES},
   )
   train_split: str = option(
     'train',
@@ -173,11 +154,13 @@ class DataOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The problems between source, task and rows, a text for each."""
+    if not self.task.makes_examples:
+      reason = 'unless the task makes examples of inputs and targets'
+      yield from self.in_vain(reason, 'target_len', 'pack')
     if not self.mixture.sources:
       yield from self._problems_of(self.source, 'source.', nested=True)
       return
-    default_source = default_of(fields_of(DataOptions)['source'])
-    if self.source != default_source:
+    if self.source != fields_of(DataOptions)['source'].default:
       kind = SOURCES.name_of(self.source)
       yield no_effect('source.kind', kind, 'with sources in data.mixture')
     for name, source in self.mixture.sources.items():
@@ -199,9 +182,11 @@ class DataOptions(Options):
         f'{" or ".join(forms)}: {tasks}'
       )
     section = kind if kind in SOURCES.builtin else CUSTOM
-    yield from source.idle_options(
-      form, f'{path}{section}.' if nested else path
-    )
+    path = f'{path}{section}.' if nested else path
+    names = [name for name, only in source.only_in.items() if only != form]
+    if names:
+      for text in source.in_vain(f'where {form} are read', *names):
+        yield f'{path}{text}'
 
   def shrunk(self) -> 'DataOptions':
     """The same task in short rows, on the corpus from Python as bytes."""

@@ -16,16 +16,11 @@ import numpy as np
 
 from moe_jax.config import (
   KIND,
-  NOT_EMPTY,
   OptionError,
   Options,
-  at_least,
-  default_of,
   entries,
   fields_of,
-  one_of,
   option,
-  types_of,
   unknown,
 )
 from moe_jax.data.cache_folders import (
@@ -59,7 +54,6 @@ _ENTRY = re.compile(
 # comment.
 _FORM = 'name:kind(option, option=value)*weight'
 _PAIR = re.compile(r'\s*([A-Za-z_]\w*)\s*=(.*)', re.DOTALL)
-_FILLED = {'sources': NOT_EMPTY}
 # Names that evaluations of every source give to means over sources.
 _MEANS = ('mean', 'cluster_mean', 'held_out_mean', 'held_out_cluster_mean')
 
@@ -85,41 +79,35 @@ class MixtureOptions(Options):
     'proportional',
     "Rule of the weights: 'proportional' to the number of training rows up to "
     "mixture.cap, its root by 'temperature', or 'given' by mixture.weights.",
-    one_of('proportional', 'temperature', 'given'),
-    when=_FILLED,
+    choices=('proportional', 'temperature', 'given'),
   )
   cap: int = option(
     0,
     'Number of rows above which a source counts as having no more, as in the '
     'examples-proportional mixing of T5; 0 sets no limit.',
-    at_least(0),
-    when={**_FILLED, 'rule': ('proportional', 'temperature')},
+    minimum=0,
   )
   temperature: float = option(
     2.0,
     'Temperature T of the weights, which are the numbers of rows to the power '
     '1/T; 1 is proportional, a large one makes all weights equal.',
-    at_least(1),
-    when={**_FILLED, 'rule': ('temperature',)},
+    minimum=1,
   )
   weights: Mapping[str, float] = option(
     {},
     'Weight of each source by name, relative to the others; a source without '
     'one has the weight 1, and with 0 it is only evaluated.',
-    when={**_FILLED, 'rule': ('given',)},
   )
   held_out: str = option(
     '',
     'Names of sources or of clusters of sources that are evaluated but not '
     'learned from, separated by commas; an empty text holds out none.',
-    when=_FILLED,
   )
   period: int = option(
     1000,
     'Number of rows after which every source has been seen exactly as often as '
     'its weight says, rounded to whole rows by largest remainders.',
-    at_least(1),
-    when=_FILLED,
+    minimum=1,
   )
 
   def __post_init__(self):
@@ -148,7 +136,7 @@ class MixtureOptions(Options):
       return section
     sources = dict(section.get('sources', {}))
     weights = dict(section.get('weights', {}))
-    usual_rule = default_of(fields_of(cls)['rule'])
+    usual_rule = fields_of(cls)['rule'].default
     rule = section.get('rule', usual_rule)
     for entry in _split(text, ',\n'):
       try:
@@ -166,6 +154,15 @@ class MixtureOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The problems of names and weights, a text for each."""
+    if not self.sources:
+      yield from self.in_vain('without sources')
+      return
+    if self.rule == 'given':
+      yield from self.in_vain("with rule='given'", 'cap')
+    else:
+      yield from self.in_vain("unless rule is 'given'", 'weights')
+    if self.rule != 'temperature':
+      yield from self.in_vain("unless rule is 'temperature'", 'temperature')
     for name in self.sources:
       if name in _MEANS:
         yield (
@@ -246,7 +243,7 @@ def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
   required = [
     name
     for name, field in fields_of(cls).items()
-    if default_of(field) is dataclasses.MISSING
+    if field.default is dataclasses.MISSING
   ]
   unnamed = next(iter([*required, *fields_of(cls)]), '')
   for number, text in enumerate(_split(match['options'] or '', ',')):
@@ -256,7 +253,7 @@ def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
     name, value = pair.groups() if pair else (unnamed, text)
     if name not in fields_of(cls):
       raise unknown(f'option of {match["kind"]}', name, fields_of(cls))
-    source[name] = _value(value, types_of(cls)[name])
+    source[name] = _value(value, fields_of(cls)[name].type)
   missing = [name for name in required if name not in source]
   if missing and cls in SOURCES.builtin.values():
     raise InputError(f'option {missing[0]!r} of {match["kind"]} is missing')

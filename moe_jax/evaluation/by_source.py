@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from moe_jax import data
-from moe_jax.config import at_least, one_of, option
+from moe_jax.config import option
 from moe_jax.data import DataOptions, Question
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
@@ -39,7 +39,7 @@ class SourceLosses(BatchesEvaluation):
     'validation',
     "Split of each source whose loss is measured: 'validation', or 'train' for "
     'how far each is overfitted.',
-    one_of(*data.SPLITS),
+    choices=data.SPLITS,
   )
 
   def measure(self, setting: Setting) -> Callable[[Variables, int], Row]:
@@ -85,13 +85,13 @@ class SourceScores(AskingEvaluation):
     32,
     'Number of questions of each source, spread over its validation split; 0 '
     'asks all.',
-    at_least(0),
+    minimum=0,
   )
   num_tokens: int = option(
     32,
     'Number of tokens at which a generated answer ends; learned positions may '
     'have room for fewer. With 0 only questions with choices are asked.',
-    at_least(0),
+    minimum=0,
   )
 
   def measure(self, setting: Setting) -> 'Scores':

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from moe_jax import data
-from moe_jax.config import at_least, choice, one_of, option
+from moe_jax.config import choice, option
 from moe_jax.data import ChoiceSourceOptions, DataOptions
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
@@ -51,27 +51,26 @@ class ChoiceEvaluation(AskingEvaluation):
     128,
     'Number of questions that are asked, spread over the validation split; 0 '
     'asks all.',
-    at_least(0),
+    minimum=0,
   )
   num_shots: int = option(
     0,
     'Number of other questions with their right answers that are put before '
     'each question as examples, fewer where a row has no room for them; 0 is '
     'zero-shot.',
-    at_least(0),
+    minimum=0,
   )
   shots_source: ChoiceSourceOptions = choice(
     data.SHOTS_SOURCES,
     'same',
     'Source of the examples that are put before a question.',
-    when={'num_shots': at_least(1)},
   )
   normalize: str = option(
     'tokens',
     "Length by which an answer's log-likelihood is divided: 'tokens' or "
     "'bytes' of the answer (GLaM takes tokens), or 'none', which does not "
     'divide.',
-    one_of(*NORMALIZES),
+    choices=NORMALIZES,
   )
   train_split: str = option(
     'train',
@@ -90,6 +89,8 @@ class ChoiceEvaluation(AskingEvaluation):
         f'num_shots={self.num_shots} of a source that has no train split; '
         'choose another in shots_source'
       )
+    if not self.num_shots:
+      yield from self.in_vain('unless num_shots is at least 1', 'shots_source')
 
   def measure(self, setting: Setting) -> 'Choice':
     """Returns the function that measures accuracy; encodes all questions now.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 
 from moe_jax import data, generation
-from moe_jax.config import Check, anything, at_least, option, unknown_text
+from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
 from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
@@ -27,8 +27,6 @@ from moe_jax.training.evaluate import (
   Variables,
   between_batches,
 )
-
-_WITH_BLEU = Check("names 'bleu'", lambda names: 'bleu' in names_of(names))
 
 
 class Pair(NamedTuple):
@@ -55,27 +53,25 @@ class GenerateEvaluation(EvaluationOptions):
     64,
     'Number of validation examples for which outputs are generated, spread '
     'over the split; 0 takes all.',
-    at_least(0),
+    minimum=0,
   )
   num_tokens: int = option(
     64,
     'Number of tokens at which a generated output ends; learned positions may '
     'have room for fewer.',
-    at_least(1),
+    minimum=1,
   )
   num_beams: int = option(
     1,
     'Number of beams of the beam search that generates outputs; 1 takes the '
     'likeliest token each time.',
-    at_least(1),
+    minimum=1,
   )
   length_penalty: float = option(
     1.0,
     "Exponent of the length by which a beam's log probability is divided; 0 "
     'does not divide, above 0 favours longer outputs, a negative exponent '
     'shorter ones.',
-    anything('any number'),
-    when={'num_beams': at_least(2)},
   )
   metrics: str = option(
     'bleu,chrf,rouge_l,exact_match',
@@ -86,7 +82,6 @@ class GenerateEvaluation(EvaluationOptions):
     '13a',
     'Way in which BLEU splits words, by the names of sacrebleu: 13a, intl, zh, '
     'char, none.',
-    when={'metrics': _WITH_BLEU},
   )
 
   def problems(self) -> Iterator[str]:

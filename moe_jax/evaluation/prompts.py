@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax import data
-from moe_jax.config import anything, option
+from moe_jax.config import option
 from moe_jax.data.layouts import DecoderLayout, Example, Layout
 from moe_jax.data.tasks.seq2seq import cut_inputs
 from moe_jax.data.tokenizers import Tokenizer
@@ -164,7 +164,6 @@ class AskingEvaluation(EvaluationOptions):
     '\n',
     'Text between a prompt and its answer, for a model that continues texts; '
     'other models end a prompt with a token.',
-    anything('any text'),
   )
 
   def asker(self, setting: Setting) -> Asker:

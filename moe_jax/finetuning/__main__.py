@@ -47,7 +47,7 @@ def parse(
     'folder of the run',
     'file for config.trained_experts',
   )
-  share = cli.number(float, choose_experts.SHARE)
+  share = cli.number(float, above=0, maximum=1)
   add('--share', type=share, required=True, help='share p of the use, to 1')
   add('--score', choices=[*choose_experts.SCORES], default='gate')
   add('--batches', type=cli.POSITIVE, default=8)

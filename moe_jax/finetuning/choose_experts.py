@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from moe_jax import data
-from moe_jax.config import within
+from moe_jax.config import Option
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.finetuning.matching import equal_experts
@@ -29,7 +29,7 @@ from moe_jax.shapes import Array, Leaf
 from moe_jax.training import trained
 from moe_jax.training.trainable import ChosenExperts
 
-SHARE = within('(0, 1]')
+SHARE = Option(above=0, maximum=1)
 # The use of experts by one batch: {layer: float [E]}, sums over its tokens.
 Use = dict[int, np.ndarray]
 _SOWN_NAME = 'use'
@@ -99,8 +99,8 @@ def chosen(
   Raises:
     ValueError: `share` is not in (0, 1].
   """
-  if not SHARE.holds(share):
-    raise InputError(f'share={share} {SHARE.rule}')
+  if problem := SHARE.problem('share', share):
+    raise InputError(problem)
   layers = {}
   for layer, layer_shares in shares_of.items():
     order = np.argsort(-layer_shares, kind='stable')
@@ -135,8 +135,8 @@ def choose(
       tokenizer or the tasks of the data are others.
     CheckpointError: No checkpoint is good.
   """
-  if not SHARE.holds(share):
-    raise InputError(f'share={share} {SHARE.rule}')
+  if problem := SHARE.problem('share', share):
+    raise InputError(problem)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)

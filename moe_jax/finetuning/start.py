@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import jax
 
-from moe_jax.config import NOT_EMPTY, at_least, fields_of, option
+from moe_jax.config import fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
@@ -23,8 +23,6 @@ from moe_jax.training import new_run, trained
 from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
 
-_HAS_WORKDIR = {'workdir': NOT_EMPTY}
-
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom(InitFromOptions):
@@ -36,36 +34,31 @@ class InitFrom(InitFromOptions):
     'counts, where all parameters are copied and its optimizer is the same; '
     'the schedule of the learning rate begins anew. Otherwise the optimizer is '
     'new.',
-    when=_HAS_WORKDIR,
   )
   experts: str = option(
     '',
     "Numbers of the other run's experts that this run's experts are copies of, "
     "separated by commas: '0,1,0,1'; an empty string takes them in turn.",
-    when=_HAS_WORKDIR,
   )
   router_std: float = option(
     0.0,
     'Standard deviation of the kernels of routers that the other run does not '
     'have (0.02 in sparse upcycling); 0 draws them as the model does.',
-    at_least(0),
-    when=_HAS_WORKDIR,
+    minimum=0,
   )
   expert_noise: float = option(
     0.0,
     'Standard deviation of the noise that is added to all copies of an expert '
     "except the first, as a fraction of a kernel's root mean square; 0 adds "
     'none.',
-    at_least(0),
-    when=_HAS_WORKDIR,
+    minimum=0,
   )
   router_noise: float = option(
     0.0,
     "Standard deviation of the noise that is added to the router's columns for "
     'all copies of an expert except the first, as a fraction of the '
     "router's root mean square; with 0 the copies have equal logits.",
-    at_least(0),
-    when=_HAS_WORKDIR,
+    minimum=0,
   )
 
   def problems(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import models
-from moe_jax.config import unknown, with_overrides
+from moe_jax.config import overridden, unknown
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.errors import InputError
@@ -104,8 +104,7 @@ def load(
 def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
   """The same model with another dtype of parameters and products."""
   changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
-  model, _ = with_overrides(models.MODELS, options, changes, 'model.')
-  return model
+  return overridden(models.MODELS, options, changes, 'model.')
 
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:

@@ -59,9 +59,7 @@ def parse(
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> int:
   base = options.config or section_of(run_config.RunConfig)
-  config, _ = run_config.settled(
-    cli.config_of(base), cli.config_of(base, overrides)
-  )
+  config, _ = run_config.options_of(base, overrides)
   lines = import_run.import_run(
     options.source,
     options.workdir,

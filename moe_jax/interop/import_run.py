@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import jax
 
 from moe_jax import cli
-from moe_jax.config import Options, default_of, fields_of, section_of, spec_of
+from moe_jax.config import Options, fields_of, section_of
 from moe_jax.data import (
   TOKENIZERS,
   DataOptions,
@@ -155,11 +155,11 @@ def _computed_as(imported: O, configured: Options, how: bool = False) -> O:
   changes = {}
   for name, field in fields_of(type(imported)).items():
     old, new = getattr(imported, name), getattr(configured, name, None)
-    only_how = how or spec_of(field).how
+    only_how = how or field.option.same_function
     if isinstance(old, Options):
       if type(old) is type(new):
         changes[name] = _computed_as(old, cast(Options, new), only_how)
-    elif only_how and old == default_of(field) and new is not None:
+    elif only_how and old == field.default and new is not None:
       changes[name] = new
   return dataclasses.replace(cast(Any, imported), **changes)
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 import jax.numpy as jnp
 
-from moe_jax.config import above, at_least, fields_of, option
+from moe_jax.config import fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
 from moe_jax.layers.rotary import LongRope, Turns
@@ -99,10 +99,12 @@ class EvenSlots(Capacity):
     2.0,
     "Capacity factor: slots of all experts together, divided by the group's "
     'choices.',
-    above(0),
+    above=0,
   )
   minimum: int = option(
-    4, 'Least capacity, in slots per expert and group.', at_least(1)
+    4,
+    'Least capacity, in slots per expert and group.',
+    minimum=1,
   )
 
   def per_expert(self, group_size, num_experts, num_selected):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import Options, at_least, one_of, option, unknown
+from moe_jax.config import Options, option, unknown
 from moe_jax.errors import InputError
 from moe_jax.kernels import cpu
 from moe_jax.kernels.rows_product import rows_matmul
@@ -98,7 +98,9 @@ class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
   hidden: int = option(
-    512, 'Width F of the hidden layer of a feed-forward.', at_least(1)
+    512,
+    'Width F of the hidden layer of a feed-forward.',
+    minimum=1,
   )
   activation: str = option(
     'gelu',
@@ -108,13 +110,13 @@ class FfnOptions(Options):
     'third kernel, whose product gates the hidden values, and '
     'doubly_gated_swiglu (OpenMoE) a fourth, whose product multiplies them, '
     'too.',
-    one_of(*ACTIVATIONS),
+    choices=ACTIVATIONS,
   )
   bias: str = option(
     '',
     "Biases of a feed-forward's products: 'all', the gate's included, or "
     "'none'; '': if model.use_bias, of all products but the gate's.",
-    one_of('', 'all', 'none'),
+    choices=('', 'all', 'none'),
   )
 
   def kernel_values(self, width: int) -> int:

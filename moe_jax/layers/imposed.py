@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import routing
-from moe_jax.config import Options, at_least, one_of, option
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import RouterOptions
 from moe_jax.layers.routers.sizes import Sizes
@@ -21,7 +21,6 @@ from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
 
 FORCED = IN_TURN, AT_RANDOM = 'round_robin', 'random'
-SPARSE = {'num_experts': at_least(1)}
 # Seed of the random choices of evaluations and of generation.
 _SEED = 0
 
@@ -37,8 +36,7 @@ class ImposedOptions(Options):
     'them, anew at each step in training. In generation a row has the same '
     'experts at every token. Gates are those of the logits. An empty string '
     'leaves the choice to the router.',
-    one_of('', *FORCED),
-    when=SPARSE,
+    choices=('', *FORCED),
   )
   replay: str = option(
     '',
@@ -46,8 +44,7 @@ class ImposedOptions(Options):
     'experts and drops each training step takes over from its record of the '
     'step; evaluations choose by themselves. An empty string leaves the choice '
     'to the router.',
-    when=SPARSE,
-    how=True,
+    same_function=True,
   )
 
   def imposed_problems(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Options, at_least, one_of, option
+from moe_jax.config import Options, option
 from moe_jax.kernels import ternary
 from moe_jax.shapes import Array, Float, Float32, Int8, UInt8, checked
 
@@ -81,14 +81,13 @@ class KernelFormat(Options):
     "Format in which kernels are stored: 'int8', 'int4' or 'int2', of so many "
     "bits a weight; or 'ternary', QMoE's codes of less than a bit where most "
     'weights are 0.',
-    one_of(*FORMATS),
+    choices=FORMATS,
   )
   num_codes: int = option(
     0,
     'Number of 16-bit codes of each kernel, which the command that encodes '
     'them fills in; kernels of fewer codes are filled up. 0: not encoded yet.',
-    at_least(0),
-    when={'name': (TERNARY,)},
+    minimum=0,
   )
 
   def stored_arrays(self, shape: tuple[int, ...]) -> dict[str, StoredArray]:

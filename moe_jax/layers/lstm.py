@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from moe_jax.config import Options, anything, at_least, option
+from moe_jax.config import Options, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
@@ -36,26 +36,25 @@ class LstmOptions(Options):
     0,
     'Number H of cells of an LSTM layer; 0: model.width. With any other number '
     "a layer's output is projected onto the width of the model.",
-    at_least(0),
+    minimum=0,
   )
   forget_bias: float = option(
     1.0,
     "Initial bias of an LSTM's forget gate; above 0, cells remember at "
     'first, at 0 they forget half, and below 0 (a negative bias) more.',
-    anything('a bias may start anywhere'),
   )
   unroll: int = option(
     1,
     'Number of steps that the loop of an LSTM over a row runs in one round; '
     'more make a larger program with fewer rounds.',
-    at_least(1),
+    minimum=1,
   )
   twin_depth: int = option(
     1,
     'Number of hidden layers of the dense feed-forward that replaces a '
     'mixture where moe.num_experts is 0: a single one has moe.num_selected '
     'times the width of an expert, each of several has the width of an expert.',
-    at_least(1),
+    minimum=1,
   )
 
   def cells(self, width: int) -> int:

@@ -4,16 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.config import (
-  Options,
-  at_least,
-  choice,
-  fields_of,
-  nested,
-  one_of,
-  option,
-  within,
-)
+from moe_jax.config import Options, choice, fields_of, nested, option
 from moe_jax.layers.experts import (
   DISPATCHES,
   EXPERTS,
@@ -23,7 +14,7 @@ from moe_jax.layers.experts import (
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.imposed import SPARSE, ImposedOptions
+from moe_jax.layers.imposed import ImposedOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.routers.contract import RouterOptions
@@ -40,13 +31,13 @@ class MoeOptions(ImposedOptions):
     8,
     'Number E of experts in each sparse layer; 0: the dense twin, in which a '
     'dense feed-forward has the FLOPs per token of num_selected experts.',
-    at_least(0),
+    minimum=0,
   )
   num_selected: int = option(
     1,
     'Number K of experts that each token chooses. Where experts choose tokens, '
     'it only enters into their capacity.',
-    at_least(1),
+    minimum=1,
   )
   layers: str = option(
     'every 2',
@@ -58,8 +49,7 @@ class MoeOptions(ImposedOptions):
     'Number S of tokens in a group, which is routed by itself with its own '
     'capacity and balance; a divisor or a multiple of the length of a '
     'sequence. 0: one sequence; -1: the whole batch.',
-    at_least(-1),
-    when=SPARSE,
+    minimum=-1,
   )
   extra_ffn: bool = option(
     False,
@@ -72,35 +62,31 @@ class MoeOptions(ImposedOptions):
     'without scaling up the others; in evaluation outputs are multiplied by 1 '
     "- rate (NLLB's expert output masking, arXiv:2207.04672). 0.0 masks "
     'nothing.',
-    within('[0, 1)'),
-    when=SPARSE,
+    minimum=0,
+    below=1,
   )
   layer_reduce: str = option(
     'sum',
     'Reduction of the router losses of all sparse layers to one number: '
     "'sum' (Switch) or 'mean'.",
-    one_of('sum', 'mean'),
-    when=SPARSE,
-    how=True,
+    choices=('sum', 'mean'),
+    same_function=True,
   )
   allow_future_leak: bool = option(
     False,
     'Whether a causal model may have a router whose choices for a token depend '
     'on later tokens; if it has one, the run says so at its start.',
-    when=SPARSE,
-    how=True,
+    same_function=True,
   )
   router: RouterOptions = choice(
     ROUTERS,
     'token_choice',
     'Router of the sparse layers: the rule by which tokens go to experts.',
-    when=SPARSE,
   )
   capacity: Capacity = choice(
     CAPACITIES,
     'per_token',
     'Rule for the capacity, the number of slots of an expert in each group.',
-    when=SPARSE,
   )
   expert: ExpertOptions = choice(
     EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
@@ -114,13 +100,11 @@ class MoeOptions(ImposedOptions):
     DISPATCHES,
     'gather',
     'Way in which tokens move to their experts and back, and are multiplied.',
-    when=SPARSE,
-    how=True,
+    same_function=True,
   )
   retained: Retained = nested(
     Retained(),
     'Experts of the sparse layers that merging or pruning left with fewer.',
-    when=SPARSE,
   )
 
   @property

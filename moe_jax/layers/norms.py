@@ -4,7 +4,7 @@ import dataclasses
 
 from flax import linen as nn
 
-from moe_jax.config import Kinds, Options, above, one_of, option
+from moe_jax.config import Kinds, Options, option
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
 
@@ -19,7 +19,7 @@ class Norm(Options):
     1e-6,
     'Number added to the variance (or mean square) in a norm before its root '
     'is taken.',
-    above(0),
+    above=0,
   )
   use_scale: bool = option(
     True,
@@ -58,7 +58,7 @@ class LayerNorm(Norm):
     'model',
     "Whether the norm adds a learned bias: 'model' (where model.use_bias says "
     "so), 'always' (Phi-3.5-MoE, whose other layers have none) or 'never'.",
-    one_of('always', 'model', 'never'),
+    choices=('always', 'model', 'never'),
   )
 
   def module(self, shared: Shared, name: str) -> nn.Module:

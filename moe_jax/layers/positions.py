@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.config import Kinds, Options, above, at_least, choice, option
-from moe_jax.config import within as interval
+from moe_jax.config import Kinds, Options, choice, option
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters, rotary
 from moe_jax.layers.rotary import SCALINGS, RotaryScaling
@@ -120,7 +119,7 @@ class Rotary(Positions):
     10_000.0,
     'Base of the wavelengths of rotary positions: pair i of the D/2 pairs of a '
     'head has a wavelength of 2 pi theta^(2 i / D) tokens.',
-    above(0),
+    above=0,
   )
   interleaved: bool = option(
     False,
@@ -130,7 +129,8 @@ class Rotary(Positions):
   fraction: float = option(
     1.0,
     'Fraction of the numbers of each head that rotate; the first numbers do.',
-    interval('(0, 1]'),
+    above=0,
+    maximum=1,
   )
   scaling: RotaryScaling = choice(
     SCALINGS, 'none', 'Change of the rotation for long texts.'
@@ -199,7 +199,7 @@ class Learned(Positions):
     0,
     'Number of learned position vectors, and so the longest row that the model '
     'can read, in tokens; 0: data.seq_len.',
-    at_least(0),
+    minimum=0,
   )
 
   def within(self, max_len: int) -> 'Learned':
@@ -236,7 +236,7 @@ class Sinusoidal(Positions):
     'Position of the first token of a row: 0, or in fairseq and NLLB the id of '
     'padding plus 1. Padding gets no sinusoid, nor does a token whose id is '
     'offset - 1.',
-    at_least(0),
+    minimum=0,
   )
 
   def add(self, x, tokens, token_mask, positions, table=None):
@@ -335,13 +335,13 @@ class Relative(Positions):
     32,
     'Number of buckets of relative positions: ranges of distances that have a '
     'bias of their own. In an encoder, half of them are for later tokens.',
-    at_least(2),
+    minimum=2,
   )
   max_distance: int = option(
     128,
     'Distance in tokens from which on all relative positions share the last '
     'bucket.',
-    at_least(2),
+    minimum=2,
   )
 
   def problems(self) -> Iterator[str]:

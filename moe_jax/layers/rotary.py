@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Kinds, Options, above, at_least, each, option
+from moe_jax.config import Kinds, Options, option
 from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 
@@ -72,22 +72,24 @@ class Yarn(RotaryScaling):
     1.0,
     'Number of times that texts are longer than `original_len`, by which the '
     'turns of slow pairs are divided.',
-    above(0),
+    above=0,
   )
   original_len: int = option(
-    4096, 'Length in tokens of the texts of the first training.', at_least(1)
+    4096,
+    'Length in tokens of the texts of the first training.',
+    minimum=1,
   )
   beta_fast: float = option(
     32.0,
     'Number of turns in `original_len` tokens from which on a pair turns as '
     'fast as before.',
-    above(0),
+    above=0,
   )
   beta_slow: float = option(
     1.0,
     'Number of turns in `original_len` tokens up to which a pair turns '
     '`factor` times slower; pairs between the two are mixed.',
-    above(0),
+    above=0,
   )
   truncate: bool = option(
     True,
@@ -99,14 +101,14 @@ class Yarn(RotaryScaling):
     'Factor of queries and keys as they turn; 0.0: 0.1 ln(factor) + 1, or, '
     'where both are set, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim '
     'ln(factor) + 1).',
-    at_least(0),
+    minimum=0,
   )
   mscale: float = option(
     0.0,
     'Multiple of ln(factor) in the numerator of the ratio that '
     'attention_factor=0.0 stands for (DeepSeek-V2); 0.0, or '
     'mscale_all_dim=0.0: there is no ratio.',
-    at_least(0),
+    minimum=0,
   )
   mscale_all_dim: float = option(
     0.0,
@@ -114,7 +116,7 @@ class Yarn(RotaryScaling):
     'attention_factor=0.0 stands for; multi-head latent attention also '
     'multiplies its scores by the square of 0.1 mscale_all_dim ln(factor) + 1 '
     '(DeepSeek-V2); 0.0: by 1.',
-    at_least(0),
+    minimum=0,
   )
 
   def problems(self) -> Iterator[str]:
@@ -178,33 +180,35 @@ class LongRope(RotaryScaling):
   short_factor: tuple[float, ...] = option(
     (),
     'Numbers by which the turns of each pair are divided in short documents.',
-    each(above(0)),
+    above=0,
   )
   long_factor: tuple[float, ...] = option(
     (),
     'Numbers by which the turns of each pair are divided in long documents.',
-    each(above(0)),
+    above=0,
   )
   original_len: int = option(
-    4096, 'Length in tokens up to which documents are short.', at_least(2)
+    4096,
+    'Length in tokens up to which documents are short.',
+    minimum=2,
   )
   factor: float = option(
     1.0,
     'Number of times that texts are longer than `original_len`, which decides '
     'the attention factor.',
-    above(0),
+    above=0,
   )
   short_mscale: float = option(
     0.0,
     'Factor of queries and keys as they turn in short documents; 0.0: the root '
     'of 1 + ln(factor) / ln(original_len).',
-    at_least(0),
+    minimum=0,
   )
   long_mscale: float = option(
     0.0,
     'Factor of queries and keys as they turn in long documents; 0.0: the root '
     'of 1 + ln(factor) / ln(original_len).',
-    at_least(0),
+    minimum=0,
   )
 
   @property

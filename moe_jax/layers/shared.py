@@ -12,7 +12,7 @@ from typing import Self
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
-from moe_jax.config import Kinds, Options, above, choice, one_of, option
+from moe_jax.config import Kinds, Options, choice, option
 from moe_jax.partitioning import Rules, ShardingOptions
 
 DTYPES = ('bfloat16', 'float32')
@@ -28,7 +28,7 @@ class Init(Options):
     0.02,
     'Standard deviation of the normal distribution from which the embeddings '
     'of tokens and positions are drawn.',
-    above(0),
+    above=0,
   )
 
   def kernel(
@@ -68,7 +68,7 @@ class FanIn(Init):
   scale: float = option(
     1.0,
     "Variance of a kernel's initial values times its fan-in (0.1 in Switch).",
-    above(0),
+    above=0,
   )
 
   def kernel(
@@ -115,12 +115,12 @@ class Numerics(Options):
     'float32',
     'Type of the residual stream, of products and of their results. Routers, '
     'norms, the softmax of attention and losses are always float32.',
-    one_of(*DTYPES),
+    choices=DTYPES,
   )
   param_dtype: str = option(
     'float32',
     'Type in which parameters are stored and updated.',
-    one_of(*DTYPES),
+    choices=DTYPES,
   )
   init: Init = choice(
     INITS,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import ConfigDict, Options, at_least, option, required
+from moe_jax.config import Options, option, required
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.shared import RULES
@@ -369,7 +369,7 @@ class ModelOptions(Options):
   vocab_size: int = option(
     0,
     'Number of tokens that the model tells apart; 0: that of the data.',
-    at_least(0),
+    minimum=0,
   )
 
   def filled(
@@ -441,22 +441,6 @@ class ModelOptions(Options):
   def shrunk(self) -> Self:
     """The same structure at a laptop's size, on the data's own vocabulary."""
     return dataclasses.replace(super().shrunk(), vocab_size=0)
-
-  @classmethod
-  def settle_overrides(
-    cls, before: ConfigDict, after: ConfigDict
-  ) -> dict[str, Any]:
-    """Drops overrides in the section that a later layer leaves without effect.
-
-    Args:
-      before: The model's section as the earlier layers of the config left it.
-      after: The section with the later layer; its overrides change in place.
-
-    Returns:
-      The overrides that were dropped, by name.
-    """
-    del before, after
-    return {}
 
   def check_filled(self) -> None:
     """Raises ValueError where a size that the data decides is still 0."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import Options, above, one_of, option
+from moe_jax.config import Options, option
 from moe_jax.layers import parameters
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
@@ -31,18 +31,18 @@ class EmbeddingOptions(Options):
     'none',
     "Factor of embedded tokens: 'none', or 'sqrt_width', the square root of "
     'the width (arXiv:1706.03762, NLLB).',
-    one_of('none', 'sqrt_width'),
+    choices=('none', 'sqrt_width'),
   )
   multiplier: float = option(
     1.0,
     'Number that embedded tokens are multiplied by (Granite 3.0), beside '
     '`scale`.',
-    above(0),
+    above=0,
   )
   logits_divisor: float = option(
     1.0,
     'Number that logits are divided by (logits_scaling of Granite 3.0).',
-    above(0),
+    above=0,
   )
   logits_bias: bool = option(
     False, 'Whether logits have a learned bias for each token (Phi-3.5-MoE).'
@@ -52,7 +52,7 @@ class EmbeddingOptions(Options):
     "Factor of the last layer's output before the logits: 'none', or "
     "'inverse_sqrt_width', which divides by the square root of the width (T5 "
     'and Switch with tied embeddings).',
-    one_of('inverse_sqrt_width', 'none'),
+    choices=('inverse_sqrt_width', 'none'),
   )
 
 

@@ -6,19 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from moe_jax.config import (
-  ConfigDict,
   OptionError,
   Options,
-  at_least,
   fields_of,
-  leaves_of,
-  merge,
+  keys_of,
   nested,
   option,
-  read_options,
+  overridden,
   section_of,
-  settle,
-  settle_overrides,
 )
 from moe_jax.layers.attention import ATTENTIONS
 from moe_jax.layers.kernel_format import KernelFormat
@@ -36,7 +31,9 @@ class EncoderOptions(Options):
   """The options in which an encoder differs from the decoder."""
 
   num_layers: int = option(
-    0, 'Number of layers of the encoder; 0: model.num_layers.', at_least(0)
+    0,
+    'Number of layers of the encoder; 0: model.num_layers.',
+    minimum=0,
   )
   overrides: Mapping[str, Any] = option(
     {},
@@ -73,26 +70,10 @@ class EncoderDecoderOptions(TransformerOptions):
   @functools.cached_property
   def _encoder_half(self) -> StackOptions:
     """It is cached, as each build reads it ten times."""
-    config = section_of(self._plain_encoder())
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
-    changed = merge(config, {'num_layers': L, **self.encoder.overrides})
-    changed, _ = settle(StackOptions, config, changed)
-    return read_options(StackOptions, changed)
-
-  @classmethod
-  def settle_overrides(
-    cls, before: ConfigDict, after: ConfigDict
-  ) -> dict[str, Any]:
-    layers = fields_of(StackOptions)
-    remaining, dropped = settle_overrides(
-      functools.partial(leaves_of, StackOptions),
-      {name: before[name] for name in layers},
-      {name: after[name] for name in layers},
-      after.encoder.overrides,
-    )
-    after.encoder.overrides = remaining
-    return {f'encoder.overrides.{key}': v for key, v in dropped.items()}
+    changes = {'num_layers': L, **self.encoder.overrides}
+    return overridden(StackOptions, self._plain_encoder(), changes)
 
   def _plain_encoder(self) -> StackOptions:
     """The encoder's layers without overrides, as many as the decoder's."""
@@ -111,13 +92,13 @@ class EncoderDecoderOptions(TransformerOptions):
     """These options with the overrides that make `half` their encoder."""
     L = half.num_layers
     base, changed = (
-      leaves_of(StackOptions, section_of(layers))
+      keys_of(StackOptions, section_of(layers))
       for layers in (self._plain_encoder(), half)
     )
     base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
     overrides: dict[str, Any] = {}
     for leaf in changed:
-      if leaf.idle is not None or base_values.get(leaf.path) == leaf.value:
+      if leaf.unchosen or base_values.get(leaf.path) == leaf.value:
         continue
       *parents, key = leaf.path.split('.')
       section = overrides

@@ -16,26 +16,25 @@ import functools
 import math
 import string
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Options, above, at_least, option, within
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import flat_trees
 from moe_jax.models.flat_trees import Path
 from moe_jax.models.parameter_trees import ParameterTrees
-from moe_jax.models.selection import EXPRESSION, names_of
+from moe_jax.models.selection import expression_problems, names_of
 from moe_jax.shapes import Array, PRNGKey
 
 TREE = 'lora'  # the name of the tree of factors among the parameters
 # The name of the rank among the axes that an optimizer is given.
 RANK = 'rank'
 _STACKED = ('layers', 'expert')
-_WITH_ADAPTERS = {'rank': at_least(1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +46,19 @@ class LoraOptions(Options):
     'Rank of low-rank adapters, the width of their factors; with 0 there are '
     'no adapters. With adapters, all parameters of the model itself keep '
     'their values.',
-    at_least(0),
+    minimum=0,
   )
   parts: str = option(
     'attention',
     'Parts of the model whose kernels have adapters, an expression like that '
     "of `trainable`: 'attention', 'ffn', 'experts', 'attention + experts' or "
     "'re:' and a regular expression of names.",
-    EXPRESSION,
-    when=_WITH_ADAPTERS,
   )
   alpha: float = option(
     16.0,
     "Number that, divided by the rank, multiplies the product of an adapter's "
     'factors before it is added to the kernel.',
-    above(0),
-    when=_WITH_ADAPTERS,
+    above=0,
   )
   dropout: float = option(
     0.0,
@@ -70,9 +66,14 @@ class LoraOptions(Options):
     'training step, drawn once for a microbatch, each layer and each expert, '
     'and the others are scaled up. Unlike in the paper, all tokens lose the '
     'same directions; 0 leaves out none.',
-    within('[0, 1)'),
-    when=_WITH_ADAPTERS,
+    minimum=0,
+    below=1,
   )
+
+  def problems(self) -> Iterator[str]:
+    if not self.rank:
+      yield from self.in_vain('unless rank is at least 1')
+    yield from expression_problems('parts', self.parts)
 
 
 class _Kernel(NamedTuple):

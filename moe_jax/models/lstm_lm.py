@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import default_of, fields_of, nested
+from moe_jax.config import fields_of, nested
 from moe_jax.layers import lstm
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
@@ -70,7 +70,7 @@ class LstmLmOptions(TextModelOptions):
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs have no attention, which alone reads positions that are not added.
-    default_positions = default_of(fields_of(type(self))['positions'])
+    default_positions = fields_of(type(self))['positions'].default
     if not self.positions.added and self.positions not in (
       default_positions,
       NoPositions(),

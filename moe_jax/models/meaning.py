@@ -9,7 +9,7 @@ the same function outside of training, except for rounding.
 import dataclasses
 from typing import Any
 
-from moe_jax.config import fields_of, section_meaning
+from moe_jax.config import KIND, Options, fields_of
 from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
@@ -21,9 +21,10 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
   """The options that decide what a model computes, by their dotted names.
 
   Sizes that options leave to others are filled in, and those of an encoder
-  stand below 'encoder.'. See `meaning`.
+  stand below 'encoder.'. Left out are options that only say how something is
+  computed or trained. The name of a chosen kind has the key 'kind'.
   """
-  values = section_meaning(options)
+  values = _values(options)
   if isinstance(options, TransformerOptions):
     fields = fields_of(StackOptions)
     values = {k: v for k, v in values.items() if k.split('.')[0] not in fields}
@@ -57,7 +58,7 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
   filled = dataclasses.replace(
     half, attention=half.attention.within(width), moe=moe
   )
-  values = section_meaning(filled)
+  values = _values(filled)
   unused = {'moe.layers', 'num_layers', 'attention.full_layers'}
   if not any(sparse):
     unused |= {name for name in values if name.startswith('moe.')}
@@ -65,3 +66,18 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
     unused |= {name for name in values if name.startswith('ffn.')}
   values = {k: v for k, v in values.items() if k not in unused}
   return {**values, 'sparse': sparse, 'full': half.full}
+
+
+def _values(options: Options, path: str = '') -> dict[str, Any]:
+  values = {}
+  for name, field in fields_of(type(options)).items():
+    value, kinds = getattr(options, name), field.option.kinds
+    if field.option.same_function:
+      continue
+    if isinstance(value, Options):
+      if kinds is not None:
+        values[f'{path}{name}.{KIND}'] = kinds.name_of(value)
+      values |= _values(value, f'{path}{name}.')
+    else:
+      values[f'{path}{name}'] = value
+  return values

@@ -3,14 +3,13 @@
 names_of('all - embeddings', roles)
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from moe_jax.config import Check, unknown
+from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
@@ -59,27 +58,12 @@ def _terms(text: str) -> Iterator[tuple[bool, str]]:
     start = match.end()
 
 
-def _problem(text: str) -> str | None:
+def expression_problems(name: str, text: str) -> Iterator[str]:
+  """The problem of a text that is no expression over the parts of a model."""
   try:
     list(_terms(text))
   except (InputError, re.error) as error:
-    return str(error)
-  return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Expression(Check):
-  """The rule that a text is an expression over the parts of a model."""
-
-  def problem(self, name: str, value: str) -> str | None:
-    """It says what is wrong in the expression."""
-    problem = _problem(value)
-    return None if problem is None else f'{name}={value!r}: {problem}'
-
-
-EXPRESSION = _Expression(
-  'is no expression over the parts of a model', lambda text: not _problem(text)
-)
+    yield f'{name}={text!r}: {error}'
 
 
 def names_of(

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.config import Options, at_least, choice, nested, option
-from moe_jax.config import within as in_interval
+from moe_jax.config import Options, choice, nested, option
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
@@ -26,14 +25,15 @@ class LayerOptions(Options):
   num_layers: int = option(
     4,
     'Number of layers of the model; in an encoder-decoder, of the decoder.',
-    at_least(1),
+    minimum=1,
   )
   dropout: float = option(
     0.0,
     'Rate of dropout in training, on embedded tokens, outputs of layers, '
     'hidden values and attention weights; 0.0 drops nothing.',
-    in_interval('[0, 1)'),
-    how=True,
+    minimum=0,
+    below=1,
+    same_function=True,
   )
   ffn: FfnOptions = nested(FfnOptions(), 'Dense feed-forward layers.')
   moe: MoeOptions = nested(
@@ -199,7 +199,7 @@ class TextModelOptions(ModelOptions, LayerOptions):
   width: int = option(
     128,
     'Width M of the residual stream, in numbers for each token.',
-    at_least(1),
+    minimum=1,
   )
   use_bias: bool = option(
     False,
@@ -209,7 +209,7 @@ class TextModelOptions(ModelOptions, LayerOptions):
   numerics: Numerics = nested(
     Numerics(),
     "Types of the model's numbers, and initialisation of its parameters.",
-    how=True,
+    same_function=True,
   )
   embedding: EmbeddingOptions = nested(
     EmbeddingOptions(), 'Embeddings of tokens, and the logits.'

@@ -4,15 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
-from moe_jax.config import (
-  OptionError,
-  above,
-  at_least,
-  choice,
-  no_effect,
-  one_of,
-  option,
-)
+from moe_jax.config import OptionError, choice, no_effect, option
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.block import BlockConfig
@@ -49,13 +41,13 @@ class StackOptions(LayerOptions):
     1.0,
     'Number that the output of each attention and feed-forward is multiplied '
     'by before it joins the residual stream (Granite 3.0).',
-    above(0),
+    above=0,
   )
   scan_layers: bool = option(
     True,
     'Whether equal layers are compiled as one loop, so that compile time does '
     'not grow with their number. Results are the same.',
-    how=True,
+    same_function=True,
   )
   remat: str = option(
     'none',
@@ -63,8 +55,8 @@ class StackOptions(LayerOptions):
     "all but the inputs of layers and the routers' decisions; 'dots': all but "
     'those and the products with kernels. Unrolled layers save no memory on a '
     'CPU.',
-    one_of(*REMATS),
-    how=True,
+    choices=REMATS,
+    same_function=True,
   )
 
   @property
@@ -121,7 +113,7 @@ class TransformerOptions(TextModelOptions, StackOptions):
     0,
     'Number of tasks that routers by task tell apart; 0: that of the data, '
     'whose tasks are the sources of data.mixture.',
-    at_least(0),
+    minimum=0,
   )
 
   @property

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.config import Kinds, Options, option, required, within
+from moe_jax.config import Kinds, Options, option, required
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing.capacity import PerToken
 from moe_jax.shapes import Array, Float, Leaf
@@ -36,7 +36,8 @@ class Exchange(Options):
     'Share of the slots that an expert has on a device, of all groups there, '
     'for which the exchange has room; choices beyond it are dropped, and '
     'counted as exchange_overflow. 1.0 has room for all.',
-    within('(0, 1]'),
+    above=0,
+    maximum=1,
   )
 
   def capacity(self, slots: int) -> int:

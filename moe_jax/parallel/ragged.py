@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Kinds, Options, option, within
+from moe_jax.config import Kinds, Options, option
 from moe_jax.parallel.layout import Layout, own_blocks
 from moe_jax.routing.capacity import PerToken
 from moe_jax.routing.dispatch import take_tokens
@@ -34,7 +34,8 @@ class RaggedExchange(Options):
     'Room of the buffers, as a share of what they need if all rows go to one '
     'device; rows without room are dropped, and counted as exchange_overflow. '
     '1.0 has room for all.',
-    within('(0, 1]'),
+    above=0,
+    maximum=1,
   )
 
   def serve(

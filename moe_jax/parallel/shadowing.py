@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import Options, above, at_least, option
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.parallel.cost_model import Sizes, owners
 from moe_jax.parallel.layout import Layout, own_blocks
@@ -136,9 +136,6 @@ def least_rows(
   return number * sizes.expert_rows / (2 * sizes.M)
 
 
-_ON = {'experts': at_least(1)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Shadowing(Options):
   """The experts that are sent to all devices instead of their tokens."""
@@ -147,21 +144,19 @@ class Shadowing(Options):
     0,
     'Largest number R of experts that a layer sends to all devices in a step; '
     'buffers have room for as many. 0 sends tokens alone.',
-    at_least(0),
+    minimum=0,
   )
   teraflops: float = option(
     11.5,
     'Speed of a device in 10^12 FLOPs per second, by which Algorithm 1 '
     'decides; the default is that of the public code.',
-    above(0),
-    when=_ON,
+    above=0,
   )
   gigabytes: float = option(
     6.25,
     'Bandwidth of a device in 10^9 bytes per second each way, by which '
     'Algorithm 1 decides; the default is that of the public code.',
-    above(0),
-    when=_ON,
+    above=0,
   )
 
   def choose(

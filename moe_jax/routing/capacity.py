@@ -8,7 +8,7 @@ import dataclasses
 import fractions
 import math
 
-from moe_jax.config import Kinds, Options, above, at_least, one_of, option
+from moe_jax.config import Kinds, Options, option
 from moe_jax.errors import InputError
 from moe_jax.shapes import is_whole
 
@@ -81,24 +81,24 @@ class _Share(Capacity):
     1.25,
     'Capacity factor: slots of all experts together, divided by the tokens of '
     "the group ('per_token') or by their choices ('per_assignment').",
-    above(0),
+    above=0,
   )
   rounding: str = option(
     'ceil',
     "Rounding of the capacity to whole slots: 'ceil' (V-MoE), 'floor' (Mesh "
     "TensorFlow) or 'round' (flaxformer; half to even).",
-    one_of(*_ROUNDINGS),
+    choices=_ROUNDINGS,
   )
   multiple: int = option(
     1,
     'The capacity is rounded up to a multiple of this number of slots (4 in '
     'V-MoE); 1 leaves it as it is.',
-    at_least(1),
+    minimum=1,
   )
   minimum: int = option(
     1,
     'Least capacity, in slots per expert and group (4 in flaxformer).',
-    at_least(1),
+    minimum=1,
   )
 
   def _share(self, quotient: fractions.Fraction, group_size: int) -> int:
@@ -138,7 +138,7 @@ class Fraction(Capacity):
   factor: float = option(
     1.0,
     'Slots of each expert as a fraction of the number of tokens in a group.',
-    above(0),
+    above=0,
   )
 
   def per_expert(self, group_size, num_experts, num_selected):
@@ -157,7 +157,7 @@ class Fixed(Capacity):
   slots: int = option(
     1,
     'Slots of each expert in each group; never more than the group has tokens.',
-    at_least(1),
+    minimum=1,
   )
 
   def per_expert(self, group_size, num_experts, num_selected):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax.config import NOT_EMPTY, Options, at_least, option, unknown
+from moe_jax.config import Options, option, unknown
 from moe_jax.errors import InputError
 from moe_jax.runs import finite
 from moe_jax.runs import manifest as manifest_lib
@@ -415,10 +415,12 @@ class CheckpointOptions(Options):
     500,
     'Number of optimizer steps between two checkpoints. One is also written at '
     'the end of the run and on SIGTERM; 0 writes only those.',
-    at_least(0),
+    minimum=0,
   )
   keep_newest: int = option(
-    2, 'Number of the newest checkpoints that are kept.', at_least(1)
+    2,
+    'Number of the newest checkpoints that are kept.',
+    minimum=1,
   )
   keep_best: bool = option(
     True,
@@ -429,20 +431,17 @@ class CheckpointOptions(Options):
     'train_capacity',
     'Name of the evaluation that decides which checkpoint is the best. A '
     'checkpoint of a step without that evaluation is never the best.',
-    when={'keep_best': (True,)},
   )
   best_metric: str = option(
     'loss',
     'Number of the evaluation checkpoint.best_eval that decides which '
     "checkpoint is the best, such as 'exact_match'.",
-    NOT_EMPTY,
-    when={'keep_best': (True,)},
+    required=True,
   )
   best_is_highest: bool = option(
     False,
     'Whether the checkpoint with the highest number is the best, as for an '
     'accuracy; otherwise the lowest is.',
-    when={'keep_best': (True,)},
   )
   tries: int = option(
     3,
@@ -450,14 +449,13 @@ class CheckpointOptions(Options):
     'storage reports an error that may pass (a full disk does not). Above 1, '
     'the host keeps a copy of what is being saved. Several processes try only '
     'once to write arrays.',
-    at_least(1),
+    minimum=1,
   )
   retry_seconds: float = option(
     1.0,
     'Seconds before the second try to write or read a checkpoint; each further '
     'wait is twice as long, and 0 does not wait.',
-    at_least(0),
-    when={'tries': at_least(2)},
+    minimum=0,
   )
 
   @property

@@ -11,7 +11,7 @@ from typing import Any, cast
 import ml_collections
 from etils import epath
 
-from moe_jax.config import Section, as_mapping, difference, flatten
+from moe_jax.config import ConfigDict, Section, difference, flatten
 from moe_jax.data import tokenizers
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
@@ -265,8 +265,8 @@ def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
 
 def _plain(config: Section) -> dict[str, Any]:
   """A config as JSON gives it back, to be compared with that of a file."""
-  nested = as_mapping(config)
-  return json.loads(json.dumps(nested))
+  values = config.to_dict() if isinstance(config, ConfigDict) else config
+  return json.loads(json.dumps(values))
 
 
 def _sha256(text: str) -> str:

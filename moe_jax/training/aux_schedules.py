@@ -9,15 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import (
-  Kinds,
-  Options,
-  at_least,
-  fields_of,
-  option,
-  required,
-  unknown,
-)
+from moe_jax.config import Kinds, Options, fields_of, option, required, unknown
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.shapes import Leaf
 from moe_jax.training.losses import LossWeights
@@ -55,7 +47,7 @@ class AuxSchedule(Options):
     1.0,
     'Factor of the weights of the auxiliary losses at the first step; 0 leaves '
     'these losses out.',
-    at_least(0),
+    minimum=0,
   )
 
   @required
@@ -128,19 +120,19 @@ class Linear(AuxSchedule):
     0.0,
     'Factor of the weights of the auxiliary losses at the end of the line and '
     'after it; with 0 the line switches these losses off.',
-    at_least(0),
+    minimum=0,
   )
   start_step: int = option(
     0,
     'Number of optimizer steps that are taken with the first factor before the '
     'line begins; 0 begins at once.',
-    at_least(0),
+    minimum=0,
   )
   line_steps: int = option(
     1000,
     'Number of optimizer steps over which the factor changes in a straight '
     'line.',
-    at_least(1),
+    minimum=1,
   )
 
   def factor_at(self, step: Leaf) -> Leaf:

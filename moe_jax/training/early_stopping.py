@@ -6,10 +6,10 @@ counts as if it had not been broken.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_jax.config import Options, at_least, option
+from moe_jax.config import Options, option
 from moe_jax.devices import from_first
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.runs.metrics import Row
@@ -27,15 +27,18 @@ class EarlyStoppingOptions(Options):
     'Number of measurements of the evaluation checkpoint.best_eval, one after '
     'another, that may be no better than the best before; then the run ends, '
     'with all its evaluations. 0 never ends it before total_steps.',
-    at_least(0),
+    minimum=0,
   )
   min_change: float = option(
     0.0,
     'Number by which a measurement has to be better than the best before, to '
     'count as better; with 0 any improvement counts.',
-    at_least(0),
-    when={'patience': at_least(1)},
+    minimum=0,
   )
+
+  def problems(self) -> Iterator[str]:
+    if not self.patience:
+      yield from self.in_vain('unless patience is at least 1')
 
 
 @dataclasses.dataclass

@@ -22,15 +22,7 @@ from typing import Any, Self, TypeVar
 import jax
 
 from moe_jax import models
-from moe_jax.config import (
-  OptionError,
-  Options,
-  at_least,
-  one_of,
-  option,
-  required,
-  with_overrides,
-)
+from moe_jax.config import OptionError, Options, option, overridden, required
 from moe_jax.data import SPLITS, DataOptions, Dataset, Rows, eval_batches
 from moe_jax.devices import Placing
 from moe_jax.errors import InputError
@@ -100,13 +92,21 @@ class EvaluationOptions(Options):
     0,
     'Number of optimizer steps between two measurements of the evaluation, '
     'which also runs at the end of the run; with 0 it runs only then.',
-    at_least(0),
+    minimum=0,
   )
   model_overrides: Mapping[str, Any] = option(
     {},
     'Keys of the section `model`, nested, with the values that they have in '
     'this evaluation; they must not change the shape of a parameter.',
   )
+
+  def overridden(self, model: ModelOptions) -> ModelOptions:
+    """The options of the evaluation's model.
+
+    Raises:
+      OptionError: The message lists all problems of the overrides.
+    """
+    return overridden(MODELS, model, self.model_overrides, 'model.')
 
   @required
   def measure(self, setting: Setting) -> Measure:
@@ -142,13 +142,13 @@ class BatchesEvaluation(EvaluationOptions):
     500,
     'Number of optimizer steps between two measurements of the evaluation, '
     'which also runs at the end of the run; with 0 it runs only then.',
-    at_least(0),
+    minimum=0,
   )
   num_batches: int = option(
     0,
     'Number of batches that are evaluated, spread over the split; 0 evaluates '
     'all of it.',
-    at_least(0),
+    minimum=0,
   )
 
   def shrunk(self) -> Self:
@@ -164,7 +164,7 @@ class LossEvaluation(BatchesEvaluation):
     'validation',
     "Split of the data whose loss is measured; 'train' shows, beside an entry "
     "with 'validation', how far a model overfits.",
-    one_of(*SPLITS),
+    choices=SPLITS,
   )
 
   def measure(self, setting: Setting) -> 'Losses':
@@ -379,24 +379,13 @@ def compiled_eval_step(model: Model, put: Placing, apply: Apply = plainly):
 _MOST_LISTED = 10
 
 
-def overridden(
-  model: ModelOptions, entry: EvaluationOptions
-) -> tuple[ModelOptions, dict[str, Any]]:
-  """The options of an entry's model, and its overrides without effect.
-
-  Raises:
-    OptionError: The message lists all problems of the overrides.
-  """
-  return with_overrides(MODELS, model, entry.model_overrides, 'model.')
-
-
 def override_problems(
   model: ModelOptions, entries: Mapping[str, EvaluationOptions]
 ) -> Iterator[str]:
   """The problems of the overrides of all entries, a text for each."""
   for name, entry in entries.items():
     try:
-      overridden(model, entry)
+      entry.overridden(model)
     except OptionError as error:
       for text in error.problems:
         yield f'evals.{name}.model_overrides: {text}'
@@ -422,7 +411,7 @@ def changed_models(
   """
   entry_models, problems = {}, []
   for name, entry in entries.items():
-    entry_models[name] = overridden(options, entry)[0].build(rules)
+    entry_models[name] = entry.overridden(options).build(rules)
     if differing := _differing_parameters(model, entry_models[name]):
       problems.append(
         f'evals.{name}.model_overrides changes parameters:\n'

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_jax.config import Section, choice_section, plain
+from moe_jax.config import Section, plain, section_of
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.errors import InputError, writing
@@ -206,7 +206,7 @@ def _with_kept_tokenizer(
   if not is_kept or not path.exists():
     return config
   kept = tokenizers.FileOptions(str(output / workdir_lib.TOKENIZER))
-  section = choice_section(tokenizers.TOKENIZERS, kept).to_dict()
+  section = section_of(kept, tokenizers.TOKENIZERS).to_dict()
   return config | {'data': {**config.get('data', {}), 'tokenizer': section}}
 
 

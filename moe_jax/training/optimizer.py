@@ -16,23 +16,13 @@ import numpy as np
 import optax
 from optax import contrib
 
-from moe_jax.config import (
-  Kinds,
-  Options,
-  above,
-  at_least,
-  choice,
-  one_of,
-  option,
-  required,
-  within,
-)
+from moe_jax.config import Kinds, Options, choice, option, required
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.models.lora import RANK
 from moe_jax.shapes import Leaf
 from moe_jax.training import parameter_rules, rounded_moments
-from moe_jax.training.parameter_rules import PATTERNS, Pattern, is_role
+from moe_jax.training.parameter_rules import Pattern, is_role
 from moe_jax.training.schedules import SCHEDULES, Schedule
 
 # Axes along which matrices are stacked; no statistic is shared along them.
@@ -49,7 +39,7 @@ class Optimizer(Options):
   learning_rate: float = option(
     1e-3,
     'Peak of the learning rate, after the warm-up; at 0 nothing is learned.',
-    at_least(0),
+    minimum=0,
   )
   schedule: Schedule = choice(
     SCHEDULES, 'cosine', 'Curve of the learning rate after the warm-up.'
@@ -58,13 +48,13 @@ class Optimizer(Options):
     1.0,
     'Largest norm of the gradient of all parameters together; a larger '
     'gradient is scaled down to it. 0 clips no gradient.',
-    at_least(0),
+    minimum=0,
   )
   weight_decay: float = option(
     0.1,
     'Weight decay: this number times the learning rate is the fraction of a '
     'parameter that is subtracted at each step. 0 decays nothing.',
-    at_least(0),
+    minimum=0,
   )
   decay_rules: tuple[Pattern, ...] = option(
     (),
@@ -73,8 +63,6 @@ class Optimizer(Options):
     "'layers/layer_1/moe/experts/w_in', or that begins with 'part:' and "
     "selects the parameter as `trainable` would: 'part:experts + router'; if "
     'no expression does, kernels decay, and biases, scales and tables do not.',
-    PATTERNS,
-    when={'weight_decay': above(0)},
   )
   rate_rules: tuple[Pattern, ...] = option(
     (),
@@ -83,8 +71,11 @@ class Optimizer(Options):
     "begins with 'part:' and selects the parameter as `trainable` would: "
     "'part:experts + router'; if no expression does, the factor is 1, and 0 "
     'learns nothing.',
-    PATTERNS,
   )
+
+  def problems(self) -> Iterator[str]:
+    for name in ('decay_rules', 'rate_rules'):
+      yield from parameter_rules.rule_problems(name, getattr(self, name))
 
   @required
   def preconditioner(
@@ -171,25 +162,27 @@ class AdamW(Optimizer):
     0.9,
     'Decay per step of the running mean of gradients, the first moment; 0 '
     'takes the gradient itself.',
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   b2: float = option(
     0.98,
     'Decay per step of the running mean of squared gradients, the second '
     'moment; 0 takes the squared gradient itself.',
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   epsilon: float = option(
     1e-8,
     "Number that is added to the root of Adam's second moment, by which the "
     'first moment is divided.',
-    above(0),
+    above=0,
   )
   moment_dtype: str = option(
     'float32',
     "Type of both moments in the optimizer's state: 'float32', or 'bfloat16', "
     'half the bytes, rounded up or down at random.',
-    one_of('float32', 'bfloat16'),
+    choices=('float32', 'bfloat16'),
   )
 
   def preconditioner(
@@ -214,26 +207,28 @@ class Adafactor(Optimizer):
     0.9,
     'Decay per step of the running mean of updates, the first moment; 0 keeps '
     'no first moment.',
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   decay_exponent: float = option(
     0.8,
     'Exponent e of the decay 1 - step^-e of the running mean of squared '
     'gradients, the second moment.',
-    within('(0, 1]'),
+    above=0,
+    maximum=1,
   )
   min_factored_size: int = option(
     128,
     "Size that a matrix's two largest dimensions must have for its second "
     'moment to be factored into a row and a column.',
-    at_least(1),
+    minimum=1,
   )
   update_clip: float = option(
     1.0,
     'Largest root mean square of the update of a matrix, before the learning '
     "rate and the matrix's size scale it; a larger update is scaled down to it "
     '(0.1 in Table 4 of arXiv:2202.08906).',
-    above(0),
+    above=0,
   )
 
   def preconditioner(
@@ -391,13 +386,14 @@ class Muon(Optimizer):
     0.95,
     'Decay per step of the running mean of gradients (Nesterov) that Muon '
     'orthogonalizes; 0 takes the gradient itself.',
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   iterations: int = option(
     5,
     'Number of Newton-Schulz iterations by which a matrix is orthogonalized; '
     'each takes three matrix products.',
-    at_least(1),
+    minimum=1,
   )
   rms: float = option(
     0.2,
@@ -405,29 +401,31 @@ class Muon(Optimizer):
     "is that of Adam, so that Adam's rates and decays can be kept. With 0 an "
     'orthogonal matrix is multiplied by the root of max(1, outputs / inputs), '
     'which needs a larger rate.',
-    at_least(0),
+    minimum=0,
   )
   adam_rate: float = option(
     1.0,
     'Factor of the learning rate for parameters that Adam trains; at 0 they '
     'keep their values.',
-    at_least(0),
+    minimum=0,
   )
   b1: float = option(
     0.9,
     "Decay per step of Adam's first moment; 0 takes the gradient itself.",
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   b2: float = option(
     0.98,
     "Decay per step of Adam's second moment; 0 takes the squared gradient.",
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   epsilon: float = option(
     1e-8,
     "Number that is added to the root of Adam's second moment, and to the norm "
     'of a matrix before it is orthogonalized.',
-    above(0),
+    above=0,
   )
 
   def preconditioner(

@@ -5,37 +5,20 @@ factor with a regular expression of names, or with 'part:' and an expression
 over the parts of a model: 'part:attention - router'.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from moe_jax.config import Check
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
-from moe_jax.models.selection import EXPRESSION, names_of
+from moe_jax.models.selection import expression_problems, names_of
 from moe_jax.partitioning import path_name
 
 # A regular expression, or 'part:' and an expression over parts; and a factor.
 Pattern = tuple[str, float]
 _PART = 'part:'
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rules(Check):
-  """The rule that values are pairs of an expression and a factor."""
-
-  def problem(self, name: str, value: Any) -> str | None:
-    """The message for rules, with what is wrong in an expression of parts."""
-    for pair in value if self.holds(value) else ():
-      expression = _parts_expression(pair[0])
-      if expression is not None and (
-        problem := EXPRESSION.problem(name, expression)
-      ):
-        return problem
-    return super().problem(name, value)
 
 
 def _parts_expression(pattern: str) -> str | None:
@@ -45,17 +28,24 @@ def _parts_expression(pattern: str) -> str | None:
   return pattern.removeprefix(_PART).strip()
 
 
-def _are_patterns(rules: Sequence[Pattern]) -> bool:
-  try:
-    return all(re.compile(pattern) and factor >= 0 for pattern, factor in rules)
-  except re.error:
-    return False
+def rule_problems(option: str, rules: Sequence[Pattern]) -> Iterator[str]:
+  """The problems of rules by themselves, a text for each.
 
-
-PATTERNS = _Rules(
-  'are not pairs of a regular expression and a factor of at least 0',
-  _are_patterns,
-)
+  Args:
+    option: The name of the option, for messages.
+    rules: Patterns and factors.
+  """
+  for pattern, factor in rules:
+    expression, assignment = _parts_expression(pattern), f'{option}={rules!r}'
+    if expression is not None:
+      yield from expression_problems(option, expression)
+    else:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        yield f'{assignment}: {pattern!r} is no regular expression: {error}'
+    if factor < 0:
+      yield f'{assignment}: the factor {factor} must be at least 0'
 
 
 def factors(

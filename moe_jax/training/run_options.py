@@ -12,17 +12,14 @@ from jax.sharding import Mesh
 
 from moe_jax import partitioning
 from moe_jax.config import (
-  NOT_EMPTY,
-  SEED,
+  SEEDS,
   Kinds,
   OptionError,
   Options,
-  at_least,
   choice,
   entries,
   nested,
   no_effect,
-  one_of,
   option,
   unknown,
   unknown_text,
@@ -33,7 +30,7 @@ from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.base import RunShape
 from moe_jax.models.lora import LoraOptions
 from moe_jax.models.recorded import Apply, plainly, recording
-from moe_jax.models.selection import EXPRESSION
+from moe_jax.models.selection import expression_problems
 from moe_jax.partitioning import MeshOptions, ShardingOptions
 from moe_jax.runs.checkpointer import CheckpointOptions
 from moe_jax.training.aux_schedules import AUX_SCHEDULES, AuxSchedule
@@ -61,20 +58,22 @@ class ProfileOptions(Options):
   start_step: int = option(
     10,
     'First optimizer step that is traced, counted from 1.',
-    at_least(1),
-    when={'num_steps': at_least(1)},
+    minimum=1,
   )
   num_steps: int = option(
     0,
     'Number of optimizer steps that are traced for TensorBoard or Perfetto, '
     'into the folder `profile` of the workdir; 0 traces none.',
-    at_least(0),
+    minimum=0,
   )
   all_processes: bool = option(
     False,
     'Whether every process writes a trace of its steps, or only process 0.',
-    when={'num_steps': at_least(1)},
   )
+
+  def problems(self) -> Iterator[str]:
+    if not self.num_steps:
+      yield from self.in_vain('unless num_steps is at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,33 +83,30 @@ class SampleOptions(Options):
   prompt: str = option(
     '\n',
     'Text that the sample at the end of the run continues or answers.',
-    NOT_EMPTY,
-    when={'num_tokens': at_least(1)},
+    required=True,
   )
   num_tokens: int = option(
     300,
     'Number of tokens of the text sample at the end of the run; 0 draws no '
     'sample.',
-    at_least(0),
+    minimum=0,
   )
   temperature: float = option(
     0.8,
     'Temperature by which logits are divided before a token of the sample is '
     'drawn; 0 takes the likeliest token.',
-    at_least(0),
-    when={'num_tokens': at_least(1)},
+    minimum=0,
   )
   task: str = option(
     '',
     'Name of the task of the prompt, a source of data.mixture, for a model '
     'that routes by task; an empty string is the first task.',
-    when={'num_tokens': at_least(1)},
   )
   seed: int = option(
     0,
     'Seed for drawing the tokens of the sample.',
-    SEED,
-    when={'num_tokens': at_least(1)},
+    minimum=0,
+    below=SEEDS,
   )
 
   def shrunk(self) -> Self:
@@ -131,14 +127,12 @@ class InitFromOptions(Options):
     -1,
     'Optimizer step of the checkpoint in init_from.workdir that is read; -1 is '
     'the newest good one, 0 that of an imported model.',
-    at_least(-1),
-    when={'workdir': NOT_EMPTY},
+    minimum=-1,
   )
   best: bool = option(
     False,
     'Whether the best checkpoint in init_from.workdir is read, by the '
     "evaluation of that run's checkpoint.best_eval, not the newest.",
-    when={'workdir': NOT_EMPTY},
   )
 
   keep_tokenizer: bool = option(
@@ -146,7 +140,6 @@ class InitFromOptions(Options):
     'Whether the tokenizer of the run in init_from.workdir is taken in place '
     'of data.tokenizer, so that other text can be learned from; with False '
     'data.tokenizer has to give the same ids.',
-    when={'workdir': NOT_EMPTY},
   )
 
   def with_tokenizer(
@@ -173,6 +166,8 @@ class InitFromOptions(Options):
 
   def problems(self) -> Iterator[str]:
     """The problem of a checkpoint that is named by its step and as the best."""
+    if not self.workdir:
+      yield from self.in_vain('unless workdir is given')
     if self.best and self.step >= 0:
       yield f'best=True with step={self.step}: give one of them'
 
@@ -189,7 +184,7 @@ class TraceOptions(Options):
     0,
     'Number of optimizer steps between two whose choices of experts are '
     'recorded into the folder `trace` of the workdir; 0 records no step.',
-    at_least(0),
+    minimum=0,
   )
   evaluations: str = option(
     '',
@@ -205,7 +200,7 @@ class TraceOptions(Options):
   dtype: str = option(
     'float16',
     'Type in which gates and logits are recorded; float32 loses nothing.',
-    one_of('float16', 'float32'),
+    choices=('float16', 'float32'),
   )
 
   @property
@@ -265,22 +260,25 @@ class RunOptions(Options):
     0,
     'Seed of the initial parameters, the order of the data and all noise in '
     'training.',
-    SEED,
+    minimum=0,
+    below=SEEDS,
   )
   total_steps: int = option(
-    1000, 'Number of optimizer steps of the whole run.', at_least(1)
+    1000,
+    'Number of optimizer steps of the whole run.',
+    minimum=1,
   )
   batch_size: int = option(
     32,
     'Number of rows in the batch of an optimizer step, on all devices '
     'together.',
-    at_least(1),
+    minimum=1,
   )
   microbatches: int = option(
     1,
     'Number of equal parts of a batch that are computed one after another and '
     'whose gradients are added; it must divide batch_size.',
-    at_least(1),
+    minimum=1,
   )
   exchange_once: bool = option(
     False,
@@ -288,33 +286,32 @@ class RunOptions(Options):
     'before they are exchanged over the mesh axes data and fsdp, once a step '
     'instead of once a microbatch. It then holds the parameters and gradients '
     'that fsdp would split, and draws noise and dropout of its own.',
-    when={'microbatches': at_least(2)},
   )
   log_every_steps: int = option(
     20,
     'Number of optimizer steps between two rows of metrics, which are averages '
     'over these steps.',
-    at_least(1),
+    minimum=1,
   )
   logits_z_weight: float = option(
     0.0,
     'Weight in the loss of the mean squared logsumexp of the output logits; T5 '
     'has 1e-4, 0 leaves it out.',
-    at_least(0),
+    minimum=0,
   )
   aux_losses: AuxSchedule = choice(
     AUX_SCHEDULES,
     'constant',
     'Schedule of the factor by which the weights of auxiliary losses are '
     'multiplied.',
-    how=True,
+    same_function=True,
   )
   max_nonfinite_steps: int = option(
     0,
     'Number of steps that may be skipped because their loss or gradient is not '
     'finite, with their batches kept in the workdir; one more stops the run, '
     'and with 0 the first does.',
-    at_least(0),
+    minimum=0,
   )
   trainable: str = option(
     'all',
@@ -323,15 +320,14 @@ class RunOptions(Options):
     "'embeddings', 'norms' and others, sums of them such as 'experts + router' "
     "or 'all - embeddings', or 're:' and a regular expression of names. All "
     'other parameters keep their values and take no memory in the optimizer.',
-    EXPRESSION,
-    how=True,
+    same_function=True,
   )
   trained_experts: str = option(
     '',
     'File of chosen experts that alone train among the experts, as `python -m '
     'moe_jax.finetuning choose` writes it (expert-specialised fine-tuning); an '
     'empty string trains all experts that `trainable` selects.',
-    how=True,
+    same_function=True,
   )
   lora: LoraOptions = nested(
     LoraOptions(), 'Low-rank adapters, which then train alone.'
@@ -402,6 +398,7 @@ class RunOptions(Options):
         f'{self.lora.rank}: adapters train alone, and lora.parts says where; '
         "set trainable='all'"
       )
+    yield from expression_problems('trainable', self.trainable)
     start = self.profile.start_step
     if self.profile.num_steps and start > self.total_steps:
       yield (

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax.config import Kinds, Options, at_least, option, required, within
+from moe_jax.config import Kinds, Options, option, required
 from moe_jax.errors import InputError
 
 
@@ -30,7 +30,7 @@ class Schedule(Options):
     'Number of optimizer steps over which the learning rate rises linearly '
     'from 0 to its peak, at most half of the steps of the run: where it is '
     'more, half of them are taken, and the run says so. 0 begins at the peak.',
-    at_least(0),
+    minimum=0,
   )
 
   def warmup_in(self, total_steps: int) -> int:
@@ -86,7 +86,8 @@ class Cosine(Schedule):
     0.1,
     'Learning rate at the end of the run, after its last step, as a fraction '
     'of the peak; 0 ends at 0.',
-    within('[0, 1]'),
+    minimum=0,
+    maximum=1,
   )
 
   def after_warmup(self, peak: float, steps: int) -> optax.Schedule:
@@ -128,7 +129,8 @@ class Trapezoid(Schedule):
     'Share of the steps of the run, its last ones, over which the learning '
     'rate falls from the peak to 0, which it has after the last step; with 0 '
     'it never falls.',
-    within('[0, 1]'),
+    minimum=0,
+    maximum=1,
   )
 
   def stable_steps(self, total_steps: int) -> int:

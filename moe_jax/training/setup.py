@@ -27,7 +27,6 @@ from moe_jax.training.evaluate import (
   Evaluation,
   changed_models,
   make_evaluations,
-  overridden,
 )
 from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
@@ -241,11 +240,6 @@ def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
       f'aux_losses: this model gives none of {list(factors.losses)} a weight; '
       'their schedule changes nothing'
     )
-  for name, entry in options.evals.items():
-    ignored = overridden(options.model, entry)[1]
-    if ignored:
-      unused = ', '.join(f'{key}={value!r}' for key, value in ignored.items())
-      yield f'evals.{name}: this model has no use for {unused}; ignored'
   rules = dict(options.sharding.rules)
   if any(mesh.shape[a] > 1 for a in rules['expert'] if a in rules['batch']):
     return

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.config import Options, read_choice, read_options
+from moe_jax.config import Options, read_options
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
@@ -147,7 +147,7 @@ def read(
   check_allowed(classes_in(stored), allow)
   try:
     data = read_options(DataOptions, stored['data'], 'data.')
-    model: Any = read_choice(MODELS, stored['model'], 'model.')
+    model: Any = read_options(MODELS, stored['model'], 'model.')
     sharding = read_options(ShardingOptions, stored['sharding'], 'sharding.')
     batch_size = _batch_size(config)
   except (InputError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
-from moe_jax.config import Options, default_of, fields_of, no_effect, unknown
+from moe_jax.config import Options, unknown
 from moe_jax.data import store
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
@@ -212,19 +212,6 @@ class SourceOptions(Options):
     """The validation pairs as questions; raises ValueError as `pairs` does."""
     pairs = self.pairs(selection).pairs('validation')
     return [Question(*pair, metric=self.metric) for pair in pairs if all(pair)]
-
-  def idle_options(self, form: str, path: str) -> Iterator[str]:
-    """Messages on options that are set but have no effect on a form.
-
-    Args:
-      form: One of 'texts' and 'pairs'.
-      path: Dotted name of the section of these options, for the messages.
-    """
-    fields = fields_of(type(self))
-    for name, only in self.only_in.items():
-      value = getattr(self, name)
-      if only != form and value != default_of(fields[name]):
-        yield no_effect(f'{path}{name}', value, f'where {form} are read')
 
   @classmethod
   def gives(cls) -> tuple[str, ...]:

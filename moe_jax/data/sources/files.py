@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_jax.config import NOT_EMPTY, option
+from moe_jax.config import option
 from moe_jax.data import cache_folders, document_files
 from moe_jax.data.document_files import is_text
 from moe_jax.data.sources.contract import (
@@ -39,13 +39,13 @@ class FilesSource(SourceOptions):
     "Path of the files, with '*' for any name and '**' for folders of any "
     'depth. Names that end in .jsonl or .ndjson are JSON lines, .parquet is '
     'parquet, all others are text; .gz, .bz2, .xz or .zst may follow.',
-    NOT_EMPTY,
+    required=True,
   )
   field: str = option(
     'text',
     "Key of a JSON line, or column of a parquet file, with a document's text; "
     'files of text have none.',
-    NOT_EMPTY,
+    required=True,
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:

@@ -21,7 +21,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
-from moe_jax.config import at_least, one_of, option, unknown
+from moe_jax.config import option, unknown
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pair,
@@ -814,22 +814,24 @@ class InstructionSource(SourceOptions):
     'reverse',
     'Name of the task; the command '
     '`python -m moe_jax.data.sources.instructions` prints all with an example.',
-    one_of(*TASKS),
+    choices=TASKS,
   )
   num_train: int = option(
     1000,
     'Number of examples for training; a larger number adds examples to those '
     'of a smaller one.',
-    at_least(1),
+    minimum=1,
   )
   num_validation: int = option(
-    100, 'Number of examples for validation.', at_least(1)
+    100,
+    'Number of examples for validation.',
+    minimum=1,
   )
   num_shots: int = option(
     0,
     'Number of other examples with their answers that stand before each '
     'instruction, in the same words; 0 is zero-shot.',
-    at_least(0),
+    minimum=0,
   )
 
   @property

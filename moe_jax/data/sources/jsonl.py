@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moe_jax.config import NOT_EMPTY, option, unknown
+from moe_jax.config import option, unknown
 from moe_jax.data.document_files import check_text, json_lines
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -44,7 +44,7 @@ class JsonlSource(SourceOptions):
     "Path of the files with a JSON object in each line, with '*' for any name "
     "and '**' for folders of any depth; .gz, .bz2, .xz and .zst are "
     'decompressed.',
-    NOT_EMPTY,
+    required=True,
   )
 
   def pairs(self, selection: Selection = Selection()) -> Pairs:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import tensorflow_datasets as tfds
 
-from moe_jax.config import at_least, option, unknown
+from moe_jax.config import option, unknown
 from moe_jax.data import cache_folders
 from moe_jax.data.sources.contract import (
   SPLITS,
@@ -87,7 +87,7 @@ class PythonStdlibSource(SourceOptions):
     'Number of bytes of the training split that are read, its first ones in '
     'the order of the prepared corpus; the last text is cut, and of a smaller '
     'split all is read. 0 reads all.',
-    at_least(0),
+    minimum=0,
   )
 
   def texts(self, selection: Selection = Selection()) -> Texts:

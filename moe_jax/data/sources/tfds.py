@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import requests
 import tensorflow_datasets as tfds
 
-from moe_jax.config import NOT_EMPTY, option, unknown
+from moe_jax.config import option, unknown
 from moe_jax.data.cache_folders import (
   NotPreparedError,
   check_may_prepare,
@@ -219,7 +219,7 @@ class TfdsSource(SourceOptions):
     dataclasses.MISSING,
     'Name of the TFDS dataset, with its configuration and version if it has '
     "several: 'wmt14_translate/de-en'.",
-    NOT_EMPTY,
+    required=True,
   )
   text_feature: str = option(
     'text', 'TFDS feature with the text, for a task that reads texts.'

@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.config import at_least, option, within
+from moe_jax.config import option
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
@@ -30,19 +30,20 @@ class SpanCorruptionTask(TextTask):
   noise_density: float = option(
     0.15,
     'Share of the tokens of a window of text that is cut out, in spans.',
-    within('(0, 1)'),
+    above=0,
+    below=1,
   )
   mean_noise_span: float = option(
     3.0,
     'Mean number of tokens of a span that is cut out of a window of text.',
-    at_least(1),
+    minimum=1,
   )
   num_sentinels: int = option(
     100,
     'Number of sentinels, the ids that stand for cut-out spans; those that the '
     'tokenizer lacks are added after its last id. With 0 there are only those '
     'that the tokenizer has.',
-    at_least(0),
+    minimum=0,
   )
   final_sentinel: bool = option(
     True,

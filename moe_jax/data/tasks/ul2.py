@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.config import at_least, option, unknown_text
+from moe_jax.config import option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
@@ -53,7 +53,7 @@ class Ul2Task(TextTask):
     'Number of sentinels, the ids that stand for cut-out spans; those that the '
     'tokenizer lacks are added after its last id. With 0 there are only those '
     'that the tokenizer has.',
-    at_least(0),
+    minimum=0,
   )
   final_sentinel: bool = option(
     True,

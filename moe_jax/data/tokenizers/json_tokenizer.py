@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moe_jax.config import NOT_EMPTY, option, unknown
+from moe_jax.config import option, unknown
 from moe_jax.data.plain_files import first_line, plain, read_json, read_text
 from moe_jax.data.tokenizers import chat
 from moe_jax.data.tokenizers.contract import (
@@ -307,7 +307,7 @@ class JsonOptions(GivenOptions):
     dataclasses.MISSING,
     'Path of a tokenizer.json file, or of the folder of a Hugging Face model, '
     'whose special tokens and chat template are then read, too.',
-    NOT_EMPTY,
+    required=True,
   )
 
   def given(self) -> Json:

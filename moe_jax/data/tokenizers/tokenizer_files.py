@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 
-from moe_jax.config import NOT_EMPTY, option
+from moe_jax.config import option
 from moe_jax.data.plain_files import (
   first_line,
   matching,
@@ -99,7 +99,7 @@ class FileOptions(GivenOptions):
     "Path of a tokenizer: a run's folder or its tokenizer.json, the folder of "
     'a Hugging Face model or its tokenizer.json, or a SentencePiece model, '
     'such as tokenizer.model or spiece.model.',
-    NOT_EMPTY,
+    required=True,
   )
 
   def given(self) -> Tokenizer:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 import tokenizers
 
-from moe_jax.config import at_least, one_of, option
+from moe_jax.config import option
 from moe_jax.data.plain_files import first_line
 from moe_jax.data.tokenizers.contract import Tokenizer, TokenizerOptions
 from moe_jax.data.tokenizers.extra_ids import EOS
@@ -42,13 +42,13 @@ class TrainedOptions(TokenizerOptions):
     "Model of the tokenizer: 'bpe' merges pairs of bytes that are frequent, "
     "'unigram' chooses pieces by their probabilities. Both know every text; of "
     'more than 67 million characters they are trained on an even part.',
-    one_of('bpe', 'unigram'),
+    choices=('bpe', 'unigram'),
   )
   vocab_size: int = option(
     8192,
     'Number of tokens, with the EOS and the 256 bytes; few texts may give '
     'fewer.',
-    at_least(_FEWEST),
+    minimum=_FEWEST,
   )
 
   def identity(self) -> str:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import OptionError, above, at_least, one_of, option
+from moe_jax.config import OptionError, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
@@ -299,25 +299,24 @@ class AttentionOptions(AttentionBase):
     0,
     'Number of attention heads of keys and values, a divisor of num_heads; '
     'consecutive query heads share one (arXiv:2305.13245); 0: num_heads.',
-    at_least(0),
+    minimum=0,
   )
   head_width: int = option(
     0,
     'Width D of an attention head; 0: the width of the model / num_heads.',
-    at_least(0),
+    minimum=0,
   )
   _: dataclasses.KW_ONLY
   scale: str = option(
     'head_width',
     "Factor of attention scores: 'head_width' is head_width^-0.5; 'none' is 1, "
     "as in T5, whose query kernels start smaller instead; or 'fixed'.",
-    one_of('fixed', 'head_width', 'none'),
+    choices=('fixed', 'head_width', 'none'),
   )
   fixed_scale: float = option(
     1.0,
     'Factor of attention scores (attention_multiplier of Granite 3.0).',
-    above(0),
-    when={'scale': ('fixed',)},
+    above=0,
   )
   qk_norm: str = option(
     'none',
@@ -325,21 +324,20 @@ class AttentionOptions(AttentionBase):
     "scale: 'none'; 'head', over the width of each head (Qwen3, "
     "arXiv:2505.09388); or 'all', over the values of all heads together "
     '(OLMoE, arXiv:2409.02060).',
-    one_of('all', 'head', 'none'),
+    choices=('all', 'head', 'none'),
   )
   qk_norm_epsilon: float = option(
     1e-6,
     'Number added to the mean square of queries and keys before its root is '
     'taken.',
-    above(0),
-    when={'qk_norm': ('all', 'head')},
+    above=0,
   )
   clip: float = option(
     0.0,
     'Largest absolute value of queries, keys and values, after their norm; '
     'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
     'nothing.',
-    at_least(0),
+    minimum=0,
   )
 
   def problems(self) -> Iterator[str]:
@@ -350,6 +348,8 @@ class AttentionOptions(AttentionBase):
         f'num_kv_heads={self.num_kv_heads} does not divide '
         f'num_heads={self.num_heads}'
       )
+    if self.scale != 'fixed':
+      yield from self.in_vain("unless scale is 'fixed'", 'fixed_scale')
 
   @property
   def module(self) -> type[nn.Module]:

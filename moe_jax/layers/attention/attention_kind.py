@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import NOT_EMPTY, Options, at_least, one_of, option
+from moe_jax.config import Options, option
 from moe_jax.layers.attention.dot_product import IMPLEMENTATIONS
 from moe_jax.layers.attention.keys import Keys
 from moe_jax.shapes import Array, Float
@@ -40,21 +40,24 @@ class AttentionBase(Options):
   ROTATED: ClassVar[str] = 'head_width'
   crosses: ClassVar[bool] = True
 
-  num_heads: int = option(4, 'Number H of attention heads.', at_least(1))
+  num_heads: int = option(
+    4,
+    'Number H of attention heads.',
+    minimum=1,
+  )
   _: dataclasses.KW_ONLY
   window: int = option(
     0,
     'Number of tokens that a token of a causal stack attends to, itself '
     'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
     'no window.',
-    at_least(0),
+    minimum=0,
   )
   full_layers: str = option(
     'none',
     'Layers whose tokens see all tokens up to themselves in spite of '
     "`window`, written like moe.layers: 'every 2' in gpt-oss, 'none', 'all'.",
-    NOT_EMPTY,
-    when={'window': at_least(1)},
+    required=True,
   )
   sinks: bool = option(
     False,
@@ -66,7 +69,7 @@ class AttentionBase(Options):
     "Projections that add a bias: 'model' (all or none, by model.use_bias), "
     "'all', 'none', or names of projections with commas between, such as "
     "'query, key, value' (Qwen2; arXiv:2407.10671).",
-    NOT_EMPTY,
+    required=True,
   )
   implementation: str = option(
     'auto',
@@ -77,8 +80,8 @@ class AttentionBase(Options):
     "[B, 1, T, T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or "
     "'auto': blocks on a CPU, splash on a TPU and cudnn on a GPU if they "
     'support the options, else einsum.',
-    one_of(*IMPLEMENTATIONS),
-    how=True,
+    choices=IMPLEMENTATIONS,
+    same_function=True,
   )
 
   def problems(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import above, at_least, option
+from moe_jax.config import option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
@@ -44,29 +44,35 @@ class LatentOptions(AttentionBase):
     0,
     'Width of the vector that queries expand from; 0: queries are projections '
     'of tokens.',
-    at_least(0),
+    minimum=0,
   )
   kv_rank: int = option(
     512,
     'Width R of the vector that keys and values expand from, which the cache '
     'keeps.',
-    at_least(1),
+    minimum=1,
   )
   plain_width: int = option(
-    128, 'Width of the part of a head that has no positions.', at_least(1)
+    128,
+    'Width of the part of a head that has no positions.',
+    minimum=1,
   )
   rotary_width: int = option(
     64,
     'Width of the part of a head that positions rotate; its key is the same '
     'for all heads.',
-    at_least(1),
+    minimum=1,
   )
-  value_width: int = option(128, 'Width of the values of a head.', at_least(1))
+  value_width: int = option(
+    128,
+    'Width of the values of a head.',
+    minimum=1,
+  )
   norm_epsilon: float = option(
     1e-6,
     'Number added to the mean square of the vectors that queries, keys and '
     'values expand from, before its root is taken.',
-    above(0),
+    above=0,
   )
 
   def problems(self) -> Iterator[str]:

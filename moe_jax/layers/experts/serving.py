@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from flax import linen as nn
 
-from moe_jax.config import Check, Options, at_least, one_of, option
+from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
@@ -22,9 +22,6 @@ from moe_jax.shapes import Array, Float, checked, type_text
 # The name of the experts' module in a sparse layer.
 SCOPE = 'experts'
 ROLE = 'expert'
-_RATE = Check(
-  'must be -1 or in [0, 1)', lambda rate: rate == -1 or 0 <= rate < 1
-)
 
 
 class Experts(nn.Module):
@@ -183,25 +180,26 @@ class FeedForwardExpert(ExpertOptions):
   hidden: int = option(
     0,
     'Width F of the hidden layer of each expert; 0: model.ffn.hidden.',
-    at_least(0),
+    minimum=0,
   )
   activation: str = option(
     '',
     "Activation of the experts; '': model.ffn.activation.",
-    one_of('', *ACTIVATIONS),
+    choices=('', *ACTIVATIONS),
   )
   dropout: float = option(
     -1.0,
     "Rate at which experts' hidden values are dropped in training; 0 drops "
     'none, -1: model.dropout.',
-    _RATE,
-    how=True,
+    minimum=-1,
+    below=1,
+    same_function=True,
   )
   bias: str = option(
     '',
     "Biases of the experts' products: 'all', the gate's included (gpt-oss), or "
     "'none'; '': model.ffn.bias.",
-    one_of('', 'all', 'none'),
+    choices=('', 'all', 'none'),
   )
 
   def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':

@@ -6,13 +6,14 @@ are one of their widths together.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import Options, at_least, option
+from moe_jax.config import Options, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import Twin
@@ -35,14 +36,17 @@ class SharedExpertOptions(Options):
     "their widths together (DeepSeek checkpoints' n_shared_experts times "
     'moe_intermediate_size; shared_expert_intermediate_size in Qwen2-MoE); 0: '
     'there is none.',
-    at_least(0),
+    minimum=0,
   )
   gated: bool = option(
     False,
     "Whether the shared expert's output for a token is multiplied by the "
     'sigmoid of a learned product with the token (Qwen2-MoE).',
-    when={'hidden': at_least(1)},
   )
+
+  def problems(self) -> Iterator[str]:
+    if not self.hidden:
+      yield from self.in_vain('unless hidden is at least 1')
 
   def shrunk(self) -> Self:
     return dataclasses.replace(self, hidden=40 if self.hidden else 0)

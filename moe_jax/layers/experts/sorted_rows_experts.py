@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe_jax.config import choice, nested, one_of, option
+from moe_jax.config import choice, nested, option
 from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.kernels.grouped_products import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
@@ -46,7 +46,7 @@ class Dropless(Dispatch):
     AUTO,
     "Backend of the products of sorted rows with experts' kernels, from "
     "moe_jax.kernels; 'auto' is the fastest one of the platform.",
-    one_of(AUTO, *BACKENDS),
+    choices=(AUTO, *BACKENDS),
   )
   exchange: RaggedExchange = choice(
     RAGGED_EXCHANGES,

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import above, at_least, one_of, option
+from moe_jax.config import option
 from moe_jax.layers.routers.balancing import BalanceLoss, loss_weight
 from moe_jax.layers.routers.by_token import largest
 from moe_jax.layers.routers.contract import Router
@@ -41,9 +41,8 @@ class ScopedBalanceLoss(BalanceLoss):
     8,
     'Number of consecutive rows of the batch over which batch_balance_weight '
     'counts loads and probabilities, whatever devices a run has.',
-    at_least(1),
-    when={'batch_balance_weight': above(0)},
-    how=True,
+    minimum=1,
+    same_function=True,
   )
   global_balance_weight: float = loss_weight(
     0.0,
@@ -55,8 +54,8 @@ class ScopedBalanceLoss(BalanceLoss):
     'Probabilities of all balance losses, that of balance_weight too: the '
     "'softmax' of the logits, or each 'sigmoid' divided by the sum of all of "
     "the token's (Eq. 19 of arXiv:2412.19437, DeepSeek-V3).",
-    one_of(*SCORES),
-    how=True,
+    choices=SCORES,
+    same_function=True,
   )
 
   def balance_probs(self, logits):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import When, above, at_least, one_of, option, within
+from moe_jax.config import option
 from moe_jax.layers.routers.contract import (
   ROUTER_STATE,
   Router,
@@ -23,10 +23,15 @@ PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
 _BIAS = 'balance_bias'
 
 
-def loss_weight(default: float, loss: str, when: When | None = None) -> Any:
+def loss_weight(default: float, loss: str) -> Any:
   """A field for the weight of a loss, which `loss` describes."""
   sentence = f'Weight of the {loss}; 0.0 leaves it out.'
-  return option(default, sentence, at_least(0), when=when, how=True)
+  return option(
+    default,
+    sentence,
+    minimum=0,
+    same_function=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +47,8 @@ class BalanceLoss(RouterOptions):
     'all',
     "Choices of a token that the balance loss counts: 'all' K of them, or only "
     "the 'first' (GShard, ST-MoE).",
-    one_of(*BALANCE_CHOICES),
-    how=True,
+    choices=BALANCE_CHOICES,
+    same_function=True,
   )
 
   def balance_probs(
@@ -95,22 +100,29 @@ class BalanceBias(RouterOptions):
     "Amount by which each step changes an expert's balancing bias, which evens "
     'loads without a loss (Algorithm 1 of arXiv:2408.15664, 0.001 there; '
     'usually with balance_weight=0.0); 0.0: there is no bias.',
-    within('[0, 1)'),
+    minimum=0,
+    below=1,
   )
   balance_bias_rule: str = option(
     'sign',
     "Rule by which a step changes the balancing bias: 'sign' by the rate, up "
     'below the mean load and down above it (Algorithm 1 of arXiv:2408.15664); '
     "'error' by the rate times (mean load - load) / mean load (Table 3 there).",
-    one_of(*balance_bias.RULES),
-    when={'balance_bias_rate': above(0)},
-    how=True,
+    choices=balance_bias.RULES,
+    same_function=True,
   )
 
   @property
   def keeps_state(self):
     """Whether there is a bias."""
     return self.balance_bias_rate > 0
+
+  def problems(self):
+    """The problem of a rule for a bias that there is not."""
+    yield from super().problems()
+    if not self.keeps_state:
+      reason = 'unless balance_bias_rate is above 0'
+      yield from self.in_vain(reason, 'balance_bias_rule')
 
   def canonical(self, sizes):
     """The router with one rate: others move the bias otherwise, in training."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 from flax import linen as nn
 
 from moe_jax import routing
-from moe_jax.config import one_of, option, within
+from moe_jax.config import option
 from moe_jax.layers.routers.contract import (
   LOGITS,
   NOISE,
@@ -38,7 +38,7 @@ class Queued(RouterOptions):
     "'token_major' is token by token, each with all its choices; "
     "'choice_major' is all first choices, then all second ones (GShard), which "
     'lets later tokens change earlier outputs.',
-    one_of(*GIVEN_PRIORITIES),
+    choices=GIVEN_PRIORITIES,
   )
 
   def canonical(self, sizes):
@@ -85,7 +85,7 @@ class Gated(RouterOptions):
     "(praxis); 'sigmoid' is the sigmoid of each logit (Loss-Free Balancing), "
     "and 'sigmoid_renormalized' divides these by the sum of the K chosen ones "
     'plus 1e-20 (DeepSeek-V3).',
-    one_of(*GATES),
+    choices=GATES,
   )
 
   def problems_with(self, sizes):
@@ -132,7 +132,7 @@ class ByLogits(Queued, Gated):
     "'batch_priority' is choice-major with the tokens ordered by their largest "
     'probability (V-MoE, arXiv:2106.05974). The last two let later tokens '
     'change earlier outputs.',
-    one_of(*SLOT_PRIORITIES),
+    choices=SLOT_PRIORITIES,
   )
   second_policy: str = option(
     'all',
@@ -140,17 +140,24 @@ class ByLogits(Queued, Gated):
     "'all'; 'sampled', with K=2, with probability 2 * gate (Algorithm 1 of "
     "GShard); or 'threshold', with probability gate / second_threshold "
     '(ST-MoE, section C.2).',
-    one_of(*SECOND_POLICIES),
-    how=True,
+    choices=SECOND_POLICIES,
+    same_function=True,
   )
   second_threshold: float = option(
     0.2,
     "Renormalised gate from which on second_policy='threshold' always sends a "
     'choice after the first.',
-    within('(0, 1]'),
-    when={'second_policy': ('threshold',)},
-    how=True,
+    above=0,
+    maximum=1,
+    same_function=True,
   )
+
+  def problems(self):
+    """The problem of a threshold that no policy reads."""
+    yield from super().problems()
+    if self.second_policy != 'threshold':
+      reason = "unless second_policy is 'threshold'"
+      yield from self.in_vain(reason, 'second_threshold')
 
 
 def serve(

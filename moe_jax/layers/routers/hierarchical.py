@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from moe_jax import routing
-from moe_jax.config import at_least, one_of, option
+from moe_jax.config import option
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.balancing import (
@@ -42,13 +42,13 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     2,
     'Number a of branches of a hierarchical router, of num_experts / a '
     'experts.',
-    at_least(1),
+    minimum=1,
   )
   branches_selected: int = option(
     1,
     'Number of branches that a token chooses in the hierarchical router; in '
     'each it chooses num_selected / branches_selected experts.',
-    at_least(1),
+    minimum=1,
   )
   noisy: bool = option(
     False,
@@ -59,12 +59,11 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     "Gates at each level of the hierarchical router: 'raw' is the softmax over "
     "all branches or experts, 'renormalized' makes the chosen ones' sum to "
     'one.',
-    one_of('raw', 'renormalized'),
+    choices=('raw', 'renormalized'),
   )
   load_weight: float = loss_weight(
     0.0,
     'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
-    when={'noisy': (True,)},
   )
 
   def problems(self):
@@ -72,6 +71,8 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     a, K1 = self.branching, self.branches_selected
     if a < K1:
       yield f'branches_selected={K1} not in [1, branching={a}]'
+    if not self.noisy:
+      yield from self.in_vain('unless noisy is True', 'load_weight')
 
   def problems_with(self, sizes):
     """The problems of dividing experts and choices among branches."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from moe_jax.config import option, within
+from moe_jax.config import option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
@@ -36,8 +36,9 @@ class Jitter(RouterOptions):
     'Noise on the input of the router in training, which is multiplied by '
     'random numbers uniform in [1 - jitter, 1 + jitter] (ST-MoE, '
     'arXiv:2202.08906 section 3.2); 0.0: no noise.',
-    within('[0, 1)'),
-    how=True,
+    minimum=0,
+    below=1,
+    same_function=True,
   )
 
 

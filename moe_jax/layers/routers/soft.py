@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from moe_jax import routing
-from moe_jax.config import at_least, option
+from moe_jax.config import option
 from moe_jax.layers import parameters
 from moe_jax.layers.routers.contract import Router, RouterOptions
 from moe_jax.layers.routers.linear_gate import AXES, ROLE
@@ -35,7 +35,7 @@ class Soft(RouterOptions):
     'Number p of slots of each expert in a group, each with parameters of its '
     'own (arXiv:2308.00951); num_experts * p slots are multiplied, whatever '
     'the length of the group is.',
-    at_least(1),
+    minimum=1,
   )
 
   def problems_with(self, sizes):

@@ -8,7 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 from moe_jax import routing
-from moe_jax.config import at_least, option
+from moe_jax.config import option
 from moe_jax.layers.routers.balance_scopes import (
   ScopedBalanceLoss,
   scoped_losses,
@@ -36,7 +36,7 @@ class SparseMixer(ScopedBalanceLoss, ImportanceLoss, ZLoss, LinearGate, Queued):
     'left at which the expert still takes part in a choice, as a fraction of '
     'the larger of that logit and the size of its own (2 * '
     'router_jitter_noise in Phi checkpoints); 0.0: the largest alone.',
-    at_least(0),
+    minimum=0,
   )
 
   def module(self, sizes, shared, name=None):

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import above, at_least, one_of, option, within
+from moe_jax.config import option
 from moe_jax.layers.routers.balance_scopes import (
   ScopedBalanceLoss,
   scoped_losses,
@@ -62,15 +62,16 @@ class Exploring(RouterOptions):
     "largest scores; 'sampled' are drawn by the router's probabilities, "
     'without replacement; the gate of an expert does not depend on whether it '
     'was drawn. Evaluation always takes the largest.',
-    one_of('largest', 'sampled'),
-    how=True,
+    choices=('largest', 'sampled'),
+    same_function=True,
   )
   input_dropout: float = option(
     0.0,
     "Rate at which numbers of the router's input are dropped in training, and "
     'the others scaled up; experts see the whole input. 0.0 drops nothing.',
-    within('[0, 1)'),
-    how=True,
+    minimum=0,
+    below=1,
+    same_function=True,
   )
 
 
@@ -99,9 +100,6 @@ def sampled(
   return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
 
 
-_SEVERAL = {'expert_groups': at_least(2)}
-
-
 @dataclasses.dataclass(frozen=True)
 class ExpertGroups(RouterOptions):
   """The options of a router whose tokens may choose groups of experts first."""
@@ -111,28 +109,25 @@ class ExpertGroups(RouterOptions):
     'Number of groups of consecutive experts, of which a token chooses some '
     "before it chooses experts in them (DeepSeek checkpoints' n_group: 8 in "
     'V3); 1: all experts are one group.',
-    at_least(1),
+    minimum=1,
   )
   chosen_expert_groups: int = option(
     1,
     'Number of groups of experts that each token chooses (topk_group: 4 in '
     'V3).',
-    at_least(1),
-    when=_SEVERAL,
+    minimum=1,
   )
   expert_group_score: str = option(
     'best',
     "Score by which a token chooses a group of experts: its 'best' score "
     "(DeepSeek-V2), or the sum of its 'two_best' (DeepSeek-V3).",
-    one_of(*GROUP_SCORES),
-    when=_SEVERAL,
+    choices=GROUP_SCORES,
   )
   outside_expert_groups: str = option(
     'minus_infinity',
     "Score of experts outside of the chosen groups: 'minus_infinity' (V3), or "
     "'zero' (V2), with which they win over biased scores below zero.",
-    one_of(*OUTSIDE),
-    when=_SEVERAL,
+    choices=OUTSIDE,
   )
 
   def problems(self):
@@ -141,6 +136,9 @@ class ExpertGroups(RouterOptions):
     chosen, groups = self.chosen_expert_groups, self.expert_groups
     if chosen > groups:
       yield f'chosen_expert_groups={chosen} is more than expert_groups={groups}'
+    if groups == 1:
+      names = 'expert_group_score', 'outside_expert_groups'
+      yield from self.in_vain('unless expert_groups is at least 2', *names)
 
   def problems_with(self, sizes):
     """The problems of groups with E and with K."""
@@ -200,15 +198,14 @@ class TokenChoice(
     1.0,
     'Factor of all gates, the last step of their computation (DeepSeek '
     "checkpoints' routed_scaling_factor: 2.5 in V3).",
-    above(0),
+    above=0,
   )
   balance_bias_scores: str = option(
     'sigmoid',
     "Scores to which the balancing bias is added: 'sigmoid' for gates "
     "'sigmoid' (Loss-Free Balancing) and 'sigmoid_renormalized' (DeepSeek-V3), "
     "'softmax' for all other gates, which no paper has with a balancing bias.",
-    one_of(*SCORES),
-    when={'balance_bias_rate': above(0)},
+    choices=SCORES,
   )
   logits_dtype: str = option(
     'float32',
@@ -216,8 +213,8 @@ class TokenChoice(
     "rounded: 'float32' rounds nothing, and 'bfloat16' has eight bits of a "
     'number (Table 2 of arXiv:2101.03961, whose models diverge with it). '
     'Sums, softmax and losses of the rounded logits stay float32.',
-    one_of(*ROUNDINGS),
-    how=True,
+    choices=ROUNDINGS,
+    same_function=True,
   )
 
   @property
@@ -236,7 +233,10 @@ class TokenChoice(
         f'expert_groups={self.expert_groups}; use '
         "choice_policy='largest' with these"
       )
-    if self.keeps_state and self.balance_bias_scores != self.gate_scores:
+    if not self.keeps_state:
+      reason = 'unless balance_bias_rate is above 0'
+      yield from self.in_vain(reason, 'balance_bias_scores')
+    elif self.balance_bias_scores != self.gate_scores:
       yield (
         f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
         f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '

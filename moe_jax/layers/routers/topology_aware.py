@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax.config import at_least, option, within
+from moe_jax.config import option
 from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
 from moe_jax.layers.routers.by_token import (
   ByLogits,
@@ -57,12 +57,12 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     2,
     'Number W of devices on which experts, and the groups of a batch, lie in '
     'order; those of the network that is described, which a run need not have.',
-    at_least(1),
+    minimum=1,
   )
   per_node: int = option(
     1,
     'Number m of devices in each node, a divisor of devices.',
-    at_least(1),
+    minimum=1,
   )
   outgoing_fraction: float = option(
     0.14,
@@ -70,7 +70,8 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     'whole tokens (0.14 in FastMoE); 0.0 lets none leave, 1.0 all. FasterMoE '
     'takes L = beta_net / (m beta_local) n of n tokens, with the bandwidths '
     'beta_net between nodes and beta_local within them.',
-    within('[0, 1]'),
+    minimum=0,
+    maximum=1,
   )
 
   def problems(self):

@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 import jax
 
 from moe_jax import routing
-from moe_jax.config import SEED, one_of, option
+from moe_jax.config import SEEDS, option
 from moe_jax.layers.routers.by_token import Queued, serve_evenly
 from moe_jax.layers.routers.contract import NOISE, Router
 from moe_jax.routing.rules_without_logits import HASH_OF, hash_ids
@@ -29,12 +29,13 @@ class Hash(Queued):
     'token',
     "Key by which tokens are hashed to experts: the 'token' (its id), the "
     "'bigram' of it and the token before it, or its 'position'.",
-    one_of(*HASH_OF),
+    choices=HASH_OF,
   )
   seed: int = option(
     0,
     'Seed of the random table from ids to experts in a hash layer.',
-    SEED,
+    minimum=0,
+    below=SEEDS,
   )
 
   def module(self, sizes, shared, name=None):
@@ -85,7 +86,8 @@ class Random(Queued):
   seed: int = option(
     0,
     "Seed of a random router's choices in evaluation; training draws anew.",
-    SEED,
+    minimum=0,
+    below=SEEDS,
   )
 
   def module(self, sizes, shared, name=None):
