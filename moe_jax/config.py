@@ -769,10 +769,10 @@ class _Reader:
     return None
 
   def _check_names(self, path, section, names):
+    paths = [f'{path}{name}' for name in names]
     for key in section:
       if key not in names:
-        names = [f'{path}{name}' for name in names]
-        self.problems.append(unknown_key_text(f'{path}{key}', names))
+        self.problems.append(unknown_key_text(f'{path}{key}', paths))
 
   def _value(self, field, section, path, unchosen):
     """The value of a field of a section."""

@@ -8,7 +8,7 @@ import optax
 from flax import linen as nn
 
 from moe_jax import routing
-from moe_jax.config import above, at_least, option
+from moe_jax.config import option
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.tasks.contract import TextTask
@@ -25,7 +25,11 @@ from moe_jax.training.schedules import Schedule
 class InTurn(RouterOptions):
   """Options of a router that gives tokens to experts in turn."""
 
-  first: int = option(0, 'Number of the first expert.', at_least(0))
+  first: int = option(
+    0,
+    'Number of the first expert.',
+    minimum=0,
+  )
 
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
@@ -59,7 +63,11 @@ class InTurnRouter(Router):
 class Promised(InTurn):
   """Options of a router that does not return the loss that has a weight."""
 
-  depth_weight: float = option(0.25, 'Weight of the depth.', at_least(0))
+  depth_weight: float = option(
+    0.25,
+    'Weight of the depth.',
+    minimum=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,11 @@ class DeepRouter(InTurnRouter):
 class Linear(ExpertOptions):
   """Options of an expert that is a single product."""
 
-  std: float = option(0.1, 'Standard deviation of the kernel.', above(0))
+  std: float = option(
+    0.1,
+    'Standard deviation of the kernel.',
+    above=0,
+  )
 
   def module(self, shared, name):
     return LinearExpert(self.std, name=name)
@@ -104,7 +116,11 @@ class LinearExpert(nn.Module):
 class Counting(SourceOptions):
   """A source of documents of numbers, spelled digit by digit."""
 
-  count: int = option(300, 'Number of documents.', at_least(2))
+  count: int = option(
+    300,
+    'Number of documents.',
+    minimum=2,
+  )
 
   def texts(self, selection=Selection()):
     def documents(split):
@@ -150,7 +166,11 @@ class Backwards(TextTask):
 class Norm(EvaluationOptions):
   """An evaluation that measures the norm of the parameters."""
 
-  power: int = option(2, 'Power of the norm.', at_least(1))
+  power: int = option(
+    2,
+    'Power of the norm.',
+    minimum=1,
+  )
 
   def measure(self, setting):
     def row(variables, step):
@@ -172,7 +192,11 @@ class SignSgd(Optimizer):
 class Steps(Schedule):
   """A schedule whose rate halves every few steps."""
 
-  every: int = option(2, 'Number of steps at one rate.', at_least(1))
+  every: int = option(
+    2,
+    'Number of steps at one rate.',
+    minimum=1,
+  )
 
   def after_warmup(self, peak, steps):
     return optax.exponential_decay(peak, self.every, 0.5, staircase=True)
@@ -189,7 +213,11 @@ class Unfinished(RouterOptions):
 class Undecorated(InTurn):
   """A router without the decorator `dataclass`."""
 
-  other: int = option(1, 'Another number.', at_least(0))
+  other: int = option(
+    1,
+    'Another number.',
+    minimum=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 
 import moe_jax.main
 from moe_jax import cli, run_config
-from moe_jax.config import above, flatten, merge, option, section_of
+from moe_jax.config import flatten, merge, option, section_of
 from moe_jax.errors import InputError
 from moe_jax.training.optimizer import Optimizer
 
@@ -294,7 +294,11 @@ def test_a_flag_gives_a_new_section_whole():
 class Own(Optimizer):
   """A user's own optimizer."""
 
-  gain: float = option(1.0, 'Factor of the gradient.', above(0))
+  gain: float = option(
+    1.0,
+    'Factor of the gradient.',
+    above=0,
+  )
 
   def preconditioner(self, axes, roles):
     return optax.scale(self.gain)

@@ -11,7 +11,7 @@ import pytest
 from moe_jax import generate, run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import extract, whole_run
-from moe_jax.config import choice_section, read_choice
+from moe_jax.config import read_options, section_of
 from moe_jax.layers.experts.sorted_rows_experts import Dropless
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
@@ -90,8 +90,8 @@ def test_logits_are_those_of_the_whole_model(name):
   # The tasks differ, so that the gates of another would have been seen.
   assert min(np.abs(outputs[0] - other).max() for other in outputs[1:]) > 1e-2
   # The options are those of a run: what a config says of them is read again.
-  section = choice_section(MODELS, small.options)
-  assert read_choice(MODELS, section, 'model.') == small.options
+  section = section_of(MODELS, small.options)
+  assert read_options(MODELS, section, 'model.') == small.options
 
 
 def test_a_model_that_lost_experts_is_refused():

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from moe_jax.config import at_least, option
+from moe_jax.config import option
 from moe_jax.data import (
   PackedRows,
   SourceOptions,
@@ -20,7 +20,9 @@ class Counting(SourceOptions):
   """Documents that count from one, such as '1 2 3'."""
 
   last: int = option(
-    3, 'Largest number that a document counts to.', at_least(1)
+    3,
+    'Largest number that a document counts to.',
+    minimum=1,
   )
 
   def texts(self, selection=None):

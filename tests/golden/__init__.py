@@ -10,7 +10,7 @@ import importlib
 import json
 import pathlib
 
-from moe_jax.config import leaves_of, section_of
+from moe_jax.config import keys_of, section_of
 from moe_jax.run_config import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,10 +30,10 @@ def config(name: str, arg: str = ''):
 def dump(name: str) -> str:
   """JSON of the values that the config changes, by dotted name."""
   named_config, default = config(name), section_of(RunConfig)
-  defaults = {leaf.path: leaf for leaf in leaves_of(RunConfig, default)}
+  defaults = {leaf.path: leaf for leaf in keys_of(RunConfig, default)}
   removed = set(default.evals) - set(named_config.evals)
   changed = {f'evals.{entry}': None for entry in removed}
-  for leaf in leaves_of(RunConfig, named_config):
+  for leaf in keys_of(RunConfig, named_config):
     before = defaults.get(leaf.path)
     if before is None:  # an evaluation that the defaults lack
       is_changed = leaf.changed or leaf.path.endswith('.kind')

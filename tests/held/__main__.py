@@ -21,7 +21,7 @@ from flax import linen as nn
 from experiments import report
 from experiments.study import jobs, stored
 from moe_jax import models, run_config
-from moe_jax.config import leaves_of
+from moe_jax.config import keys_of
 from tests import golden
 
 FOLDER = pathlib.Path(__file__).parent
@@ -122,7 +122,7 @@ def settings() -> dict[str, dict[str, list[Any]]]:
     for job in [*started.values(), *runs]:
       leaves = [
         leaf
-        for leaf in leaves_of(options, job.config)
+        for leaf in keys_of(options, job.config)
         if leaf.path not in ('seed', *job.arm.runs_before)
       ]
       values[study.name][job.arm.name] = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.config import choice_section, read_choice
+from moe_jax.config import read_options, section_of
 from moe_jax.interop.quirks import (
   EvenSlots,
   RoutedPadding,
@@ -176,7 +176,7 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
 
 def test_quirks_are_kinds_that_a_config_keeps():
   options = model_options(route_padding=True, encoder_table=True)
-  config = choice_section(MODELS, options)
+  config = section_of(MODELS, options)
   assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
   assert config.custom.to_dict() == {
     'route_padding': True,
@@ -186,7 +186,7 @@ def test_quirks_are_kinds_that_a_config_keeps():
   # Configs in a folder may name this class without permission, since it is
   # ours.
   check_allowed(classes_in(section), ())
-  assert read_choice(MODELS, section) == options
+  assert read_options(MODELS, section) == options
 
 
 def test_a_table_of_the_encoders_own_needs_logits_of_their_own():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import models, run_config
-from moe_jax.config import OptionError, choice_section, merge, read_choice
+from moe_jax.config import OptionError, merge, read_options, section_of
 from moe_jax.configs import base
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
 from moe_jax.layers.parameters import FORMS, ROLES, Role
@@ -80,11 +80,11 @@ SIZES = {
 
 def read(*layers, kind='decoder'):
   """Reads the options of a section: the sizes above and the given layers."""
-  config = choice_section(models.MODELS, models.DecoderOptions())
+  config = section_of(models.MODELS, models.DecoderOptions())
   sizes = SIZES if kind == 'decoder' else {'vocab_size': tiny.V}
   for layer in (sizes, {'kind': kind}, *layers):
     config = merge(config, layer)
-  return read_choice(models.MODELS, config)
+  return read_options(models.MODELS, config)
 
 
 REFUSED = {

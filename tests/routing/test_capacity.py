@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moe_jax.config import read_choice
+from moe_jax.config import read_options
 from moe_jax.routing import All
 from moe_jax.routing.capacity import (
   CAPACITIES,
@@ -97,7 +97,7 @@ def test_capacity_follows_the_definition(rule, rounding):
 def test_a_capacity_section_refuses(section, words):
   section = {'kind': 'per_token', **section}
   with pytest.raises(ValueError, match=words):
-    read_choice(CAPACITIES, section, 'capacity.')
+    read_options(CAPACITIES, section, 'capacity.')
 
 
 def test_only_room_for_all_never_binds():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax.config import at_least, option, read_options, section_of
+from moe_jax.config import option, read_options, section_of
 from moe_jax.layers import (
   Dropless,
   ExpertOptions,
@@ -233,7 +233,11 @@ class Noisy(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NoisyExpert(ExpertOptions):
-  power: int = option(3, 'Power that rows are raised to.', at_least(1))
+  power: int = option(
+    3,
+    'Power that rows are raised to.',
+    minimum=1,
+  )
 
   def module(self, shared, name):
     return Noisy(self.power, name=name)

@@ -13,7 +13,7 @@ from moe_jax import (
   Random,
   StrictlyBalanced,
 )
-from moe_jax.config import read_choice
+from moe_jax.config import read_options
 from moe_jax.layers.routers import ROUTERS, Sizes
 from tests import reference
 from tests.layers.routers import run
@@ -175,10 +175,10 @@ def test_options_that_a_router_knows_nothing_of_cannot_be_written(
   kind, section, message
 ):
   with pytest.raises(ValueError, match=message):
-    read_choice(ROUTERS, {'kind': kind, kind: section}, 'router.')
+    read_options(ROUTERS, {'kind': kind, kind: section}, 'router.')
 
 
 def test_options_of_a_router_that_is_not_chosen_are_refused():
   section = {'kind': 'token_choice', 'hash': {'of': 'bigram'}}
   with pytest.raises(ValueError, match=r"hash\.of='bigram' has no effect with"):
-    read_choice(ROUTERS, section, 'router.')
+    read_options(ROUTERS, section, 'router.')

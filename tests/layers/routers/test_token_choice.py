@@ -7,7 +7,7 @@ import pytest
 from flax.errors import InvalidRngError
 
 from moe_jax import All, Fixed, NoisyTopK, TokenChoice
-from moe_jax.config import read_choice
+from moe_jax.config import read_options
 from moe_jax.layers.routers import ROUTERS, Sizes
 from moe_jax.layers.routers.contract import sown
 from moe_jax.layers.routers.noisy_top_k import LOAD
@@ -388,4 +388,4 @@ def test_sizes_that_do_not_fit_are_said(options, num_selected, message):
 def test_bad_options_are_refused(section, message):
   section = {'kind': 'token_choice', 'token_choice': section}
   with pytest.raises(ValueError, match=message):
-    read_choice(ROUTERS, section, 'router.')
+    read_options(ROUTERS, section, 'router.')
