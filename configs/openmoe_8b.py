@@ -63,7 +63,7 @@ def get_config(arg: str = ''):
   m.moe.capacity.per_token.factor = 1.25
   m.moe.capacity.per_token.minimum = 4
   config.evals.published_capacity = base.evaluation(
-    moe=dict(capacity=dict(per_token=dict(factor=2.0)))
+    moe=dict(capacity=dict(kind='per_token', per_token=dict(factor=2.0)))
   )
   o = config.optimizer
   o.kind = 'adafactor'

@@ -21,6 +21,6 @@ def get_config(arg: str = ''):
   moe.router.token_choice.balance_choices = 'first'
   moe.capacity.per_token.factor = 2.0  # a slot for each choice of a token
   config.evals.capacity_2 = base.evaluation(
-    moe=dict(capacity=dict(per_token=dict(factor=4.0)))
+    moe=dict(capacity=dict(kind='per_token', per_token=dict(factor=4.0)))
   )
   return base.finish(config, arg)

@@ -53,7 +53,7 @@ def get_config(arg: str = ''):
     moe=dict(router=dict(token_choice=dict(slot_priority='choice_major')))
   )
   config.evals.published_capacity = base.evaluation(
-    moe=dict(capacity=dict(per_token=dict(factor=2.0)))
+    moe=dict(capacity=dict(kind='per_token', per_token=dict(factor=2.0)))
   )
   if arg == LARGE:
     m.num_layers = 24

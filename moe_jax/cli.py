@@ -9,6 +9,7 @@ alike. Text after one more colon is the argument of `get_config`. Flags such as
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -377,7 +378,16 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Prints the message and ends the program."""
+    if message.endswith('required: --config'):
+      message += ', such as --config=moe_jax:tiny_switch'
     fail(message)
+
+  def unknown(self, words: Sequence[str]) -> NoReturn:
+    """Says that arguments do not exist, with the nearest that does."""
+    name, flags = words[0].partition('=')[0], [*self._option_string_actions]
+    near = difflib.get_close_matches(name, flags, n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    self.error(f'unknown arguments {list(words)}{hint}')
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -477,7 +487,7 @@ def parse_command(
   options, overrides = parser.parse_known_args(words)
   others = [word for word in overrides if not word.startswith('--config.')]
   if others or (overrides and not has_config(options)):
-    parser.error(f'unknown arguments {others or overrides}')
+    parser.unknown(others or overrides)
   return options, overrides
 
 

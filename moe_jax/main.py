@@ -93,7 +93,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     return 0
   processes = flags.coordinator, flags.num_processes, flags.process_id
   options, ignored = run_config.options_of(flags.config, overrides)
-  lines = [*_replaced_lines(flags.config, options), *ignored]
+  lines = [*replaced_lines(flags.config, options), *ignored]
   if flags.dry_run:
     if any(flag is not None for flag in processes):
       cli.fail(
@@ -111,7 +111,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
     return _train(flags, options, lines)
 
 
-def _replaced_lines(spec: str, options: RunConfig) -> Iterator[str]:
+def replaced_lines(spec: str, options: RunConfig) -> Iterator[str]:
   """A line for each part of the data that ':runlocal' has replaced."""
   base, _, argument = spec.rpartition(':')
   if argument != 'runlocal':

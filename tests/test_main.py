@@ -15,11 +15,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from absl.testing import flagsaver
 
 import moe_jax.main
 from moe_jax import cli, run_config
-from moe_jax.config import flatten, merge, option, section_of
+from moe_jax.config import flatten, option, section_of
 from moe_jax.errors import InputError
 from moe_jax.training.optimizer import Optimizer
 
@@ -48,6 +47,16 @@ def run(workdir, *flags, **kwargs):
   )
 
 
+def run_main(argv, capsys):
+  """The exit status of the command in this process, and what it printed."""
+  status = 0
+  try:
+    moe_jax.main.main(argv)
+  except SystemExit as exit_error:
+    status = exit_error.code
+  return status, capsys.readouterr()
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
@@ -59,49 +68,42 @@ def run(workdir, *flags, **kwargs):
     ('--config.model.moe=3', "unknown config key 'model.moe'"),
     ('--config.mesh.dta=2', "did you mean 'mesh.data'"),
     ('--config.seed=x', "--config.seed=x: 'x' is no integer; give one"),
-    ('--confg=x', "Unknown command line flag 'confg'"),
-    ('--describe=seed', "'seed' is no boolean; give the flag alone"),
+    ('--confg=x', "unknown arguments ['--confg=x']"),
+    ('--describe=sed', "unknown config key 'sed'; did you mean 'seed'"),
+    ('--num_processes=x', "argument --num_processes: invalid int value: 'x'"),
   ],
 )
-def test_a_typo_is_one_line(flag, message, capsys, monkeypatch):
-  argv = command('w', flag, config='configs/tiny_switch.py')[2:]
-  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
-  with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_error:
-    cli.parse(argv)
-  assert exit_error.value.code == 1
-  error_text = capsys.readouterr().err
-  assert message in error_text
-  assert len(error_text.splitlines()) == 1
+def test_a_typo_is_one_line(flag, message, capsys):
+  argv = command('w', flag, config='configs/tiny_switch.py')[3:]
+  status, output = run_main(argv, capsys)
+  assert status == 1
+  assert message in output.err
+  assert len(output.err.splitlines()) == 1
 
 
-def test_all_that_is_wrong_is_said_at_once(capsys, monkeypatch):
+def test_all_that_is_wrong_is_said_at_once(capsys):
   flags = (
     *('--config.model.moe.num_expert=3', '--config.total_step', '3'),
-    *('--config.seed', '3', '--config.total_steps=-1'),
+    *('--config.seed', '3', '--config.total_steps=-1', '--config.data.pack=x'),
   )
-  argv = command('w', *flags, config='moe_jax:tiny_switch')[2:]
-  monkeypatch.setattr(sys, 'argv', argv)
-  with flagsaver.flagsaver(), pytest.raises(SystemExit):
-    cli.parse(argv, '', moe_jax.main.other_problems)
-  lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == 3
+  argv = command('w', *flags, config='moe_jax:tiny_switch')[3:]
+  status, output = run_main(argv, capsys)
+  lines = output.err.splitlines()
+  assert (status, len(lines)) == (1, 4)
   assert "did you mean 'model.moe.num_experts'? --describe" in lines[0]
   assert "did you mean 'total_steps'? --describe" in lines[1]
-  assert lines[2] == 'total_steps=-1 must be at least 1'
+  assert "'x' is no boolean; give the flag alone" in lines[2]
+  assert lines[3] == 'total_steps=-1 must be at least 1'
 
 
 @pytest.mark.parametrize(
   ('more', 'error'), [((), SystemExit), (('--traceback',), ValueError)]
 )
 def test_an_error_is_a_line_or_on_request_a_trace(
-  more, error, tmp_path, capsys, monkeypatch
+  more, error, tmp_path, capsys
 ):
-  argv = command(tmp_path, *more)[2:]
-  monkeypatch.setattr(sys, 'argv', argv)
-  with flagsaver.flagsaver():
-    cli.parse(argv)
-    with pytest.raises(error) as exit_error:
-      moe_jax.main.main(argv[:1])
+  with pytest.raises(error) as exit_error:
+    moe_jax.main.main(command(tmp_path, *more)[3:])
   message = f'{exit_error.value}{capsys.readouterr().err}'
   assert 'multiply to 1, which does not fit 8 devices' in message
 
@@ -116,8 +118,7 @@ def test_an_error_of_a_library_keeps_its_traceback():
 
 def test_a_platform_that_is_not_there_is_a_line():
   code = (
-    'import jax; from moe_jax import command_line\n'
-    'with cli.reported(): jax.devices()'
+    'import jax; from moe_jax import cli\nwith cli.reported(): jax.devices()'
   )
   process = subprocess.run(
     [sys.executable, '-c', code],
@@ -147,23 +148,9 @@ def test_a_message_that_nobody_reads_keeps_the_status(
   closed_pipe.flush()  # as the interpreter does at its end
 
 
-def run_main(argv, monkeypatch, capsys):
-  """The program's status, and the text that it prints to both streams."""
-  argv = ['main.py', *argv]
-  monkeypatch.setattr(sys, 'argv', argv)
-  status = 0
-  with flagsaver.flagsaver():
-    cli.parse(argv)
-    try:
-      moe_jax.main.main(argv[:1])
-    except SystemExit as exit_error:
-      status = exit_error.code
-  return status, capsys.readouterr()
-
-
-def test_every_key_is_described_without_a_workdir(monkeypatch, capsys):
+def test_every_key_is_described_without_a_workdir(capsys):
   config = '--config=configs/tiny_switch.py'
-  status, output = run_main([config, '--describe'], monkeypatch, capsys)
+  status, output = run_main([config, '--describe'], capsys)
   lines = output.out.splitlines()
   assert (status, output.err) == (0, '')
   (index,) = [i for i, line in enumerate(lines) if ' batch_size ' in line]
@@ -205,43 +192,42 @@ def test_a_description_goes_through_a_pipe_that_closes():
   assert (process.returncode, process.stderr) == (0, '')
 
 
-def test_a_flag_may_switch_off_what_the_file_sets(
-  tmp_path, monkeypatch, capsys
+def test_what_a_file_sets_for_a_kind_that_flags_replace_is_printed(
+  tmp_path, capsys
 ):
-  # The file sets a group size and jitter, which a dense twin does not use.
+  # The file sets jitter of the router of tokens' choices.
   argv = [
     '--config=configs/tiny_switch.py:runlocal',
-    f'--workdir={tmp_path}',
-    '--config.model.moe.num_experts=0',
+    '--config.model.moe.router.kind=random',
+    '--config.mesh.data=-1',
+    '--config.batch_size=8',
+    '--dry_run',
   ]
-  options, ignored = settled(argv)
-  assert options.model.moe.num_experts == 0
-  assert ignored['model.moe.group_size'] == 64
-  assert ignored['model.moe.router.token_choice.jitter'] == 0.01
+  status, output = run_main(argv, capsys)
+  assert status == 0, output.err
+  name = 'model.moe.router.token_choice.jitter'
+  assert f'{name}=0.01 is in a section that is not chosen' in output.out
   # A flag that has no effect is refused.
-  status, output = run_main(
-    [*argv, '--config.model.moe.group_size=32'], monkeypatch, capsys
-  )
+  status, output = run_main([*argv, f'--config.{name}=0.02'], capsys)
   assert status == 1
-  assert 'model.moe.group_size=32 has no effect unless' in output.err
+  reason = "has no effect with model.moe.router.kind='random'"
+  assert f'{name}=0.02 {reason}' in output.err
 
 
-def test_a_dry_run_is_of_one_process(monkeypatch, capsys):
+def test_a_dry_run_is_of_one_process(capsys):
   flags = ['--config=configs/tiny_switch.py', '--dry_run', '--num_processes=2']
-  status, output = run_main(flags, monkeypatch, capsys)
+  status, output = run_main(flags, capsys)
   assert status == 1
   assert 'leave out --coordinator, --num_processes' in output.err
 
 
-def settled(argv):
-  spec = argv[0].removeprefix('--config=')
-  flags = [flag for flag in argv if flag.startswith('--config.')]
-  return run_config.settled(cli.load_config(spec), cli.config_of(spec, flags))
+def options_of(argv):
+  return run_config.options_of(argv[0].removeprefix('--config='), argv[1:])
 
 
 def test_flags_may_add_what_open_sections_hold():
   config = '--config=configs/tiny_switch.py'
-  options, _ = settled(
+  options, _ = options_of(
     [
       config,
       f'--config.optimizer.kind={__name__}:Own',
@@ -252,7 +238,7 @@ def test_flags_may_add_what_open_sections_hold():
   with pytest.raises(
     ValueError, match=r"mean 'evals\.all_tokens\.num_batches'"
   ):
-    settled([config, '--config.evals.all_tokens.num_batch=3'])
+    options_of([config, '--config.evals.all_tokens.num_batch=3'])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +270,7 @@ def test_a_flag_gives_a_new_section_whole():
     "--config.evals.mine={'kind': 'choice', 'num_shots': 2}",
     "--config.evals.train_capacity.model_overrides.ffn={'activation': 'relu'}",
   ]
-  options, _ = settled(['--config=moe_jax:tiny_switch', *flags])
+  options, _ = options_of(['--config=moe_jax:tiny_switch', *flags])
   assert options.evals['mine'].num_shots == 2
   overrides = options.evals['train_capacity'].model_overrides
   assert overrides == {'ffn': {'activation': 'relu'}}
@@ -473,19 +459,27 @@ def test_a_full_disk_is_a_line_and_the_run_before_it_intact(
 
 
 @pytest.mark.parametrize(
-  ('config', 'overrides'),
+  ('config', 'flag'),
   [
-    ('st_moe_base', {'model': {'moe': {'num_experts': 0}}}),
-    ('st_moe_base', {'model': {'moe': {'router': {'kind': 'random'}}}}),
-    ('openmoe_8b', {'model': {'moe': {'capacity': {'kind': 'all'}}}}),
-    ('shakespeare_gshard', {'model': {'moe': {'num_experts': 0}}}),
-    ('tiny_switch', {'optimizer': {'schedule': {'kind': 'constant'}}}),
+    ('st_moe_base', 'model.moe.num_experts=0'),
+    ('openmoe_8b', 'model.moe.capacity.kind=all'),
+    ('shakespeare_gshard', 'model.moe.num_experts=0'),
+    ('tiny_switch', 'optimizer.schedule.kind=constant'),
+    ('tiny_switch', 'model.kind=lstm'),
+    ('deepseek_v3', 'model.moe.router.kind=noisy_top_k'),
   ],
 )
-def test_a_later_layer_switches_off_overrides_too(config, overrides):
-  before = cli.load_config(f'configs/{config}.py')
-  options, ignored = run_config.settled(before, merge(before, overrides))
+def test_a_flag_may_choose_another_kind_than_the_file(config, flag):
+  options, ignored = run_config.options_of(
+    f'configs/{config}.py', [f'--config.{flag}']
+  )
   # The result equals the options of its config: nothing is lost.
   assert run_config.read(section_of(options)) == options
-  for name in ignored:
-    assert name.startswith(('model.', 'evals.', 'optimizer.')), name
+  for line in ignored:
+    assert line.startswith(('model.', 'optimizer.')), line
+
+
+def test_overrides_of_an_encoder_for_a_kind_that_a_flag_replaces():
+  flags = ['--config.model.moe.router.kind=random']
+  with pytest.raises(ValueError, match=r'slot_priority=.* no effect with moe'):
+    run_config.options_of('configs/st_moe_base.py', flags)

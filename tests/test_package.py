@@ -12,7 +12,6 @@ import zipfile
 
 import pytest
 import setuptools
-from absl.testing import flagsaver
 
 import moe_jax.main
 from moe_jax import cli, run_config
@@ -120,12 +119,9 @@ def test_names_of_configs_in_texts_exist():
   ],
 )
 def test_training_takes_a_name(words, tmp_path, monkeypatch):
-  argv = ['moe-train', *words, '--config.seed=5', '--workdir=w']
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(sys, 'argv', argv)  # ml_collections reads sys.argv
-  with flagsaver.flagsaver():
-    cli.parse(argv)
-    options, _ = moe_jax.main.read_config()
+  flags, overrides = moe_jax.main.parse([*words, '--config.seed=5'])
+  options, _ = run_config.options_of(flags.config, overrides)
   assert (options.seed, options.total_steps) == (5, 2)
 
 
@@ -133,7 +129,13 @@ def test_training_takes_a_name(words, tmp_path, monkeypatch):
   ('flags', 'says'),
   [
     ([], ["runlocal: data.source.kind 'files' -> 'python_stdlib'"]),
-    (['--config.data.source.kind=files'], []),
+    (
+      [
+        '--config.data.source.kind=files',
+        '--config.data.source.files.pattern=*.txt',
+      ],
+      [],
+    ),
   ],
 )
 def test_data_that_runlocal_replaces_is_named(
@@ -147,12 +149,10 @@ def test_data_that_runlocal_replaces_is_named(
     '  config.data.source.files.pattern = "*.txt"\n'
     '  return base.finish(config, arg)\n'
   )
-  argv = ['moe-train', '--config=own.py:runlocal', *flags]
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(sys, 'argv', argv)
-  with flagsaver.flagsaver():
-    cli.parse(argv)
-    assert list(moe_jax.main.replaced_lines()) == says
+  spec = 'own.py:runlocal'
+  options, _ = run_config.options_of(spec, flags)
+  assert list(moe_jax.main.replaced_lines(spec, options)) == says
 
 
 def module_of(entry):
@@ -212,12 +212,12 @@ def test_help_shows_examples_as_the_user_types_them(
 def test_help_of_training_has_its_own_flags_alone(monkeypatch, capsys):
   text = help_of(
     'moe-train',
-    'moe_jax.main:command',
+    'moe_jax.main:main',
     monkeypatch=monkeypatch,
     capsys=capsys,
   )
-  for flag in ('--config:', '--workdir:', '--describe:', '--process_id:'):
-    assert f'\n  {flag}' in text
+  for flag in ('--config', '--workdir', '--describe', '--process_id'):
+    assert f'\n  {flag} ' in text
   assert 'logtostderr' not in text and 'grain' not in text
   assert max(map(len, text.splitlines())) <= 80
   assert moe_jax.main.__doc__.split('\n')[0] in text

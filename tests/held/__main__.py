@@ -36,17 +36,15 @@ LOSSES_OF = (
   'tiny_finegrained',
 )
 NUM_LOSSES, VOCABULARY = 20, 300
-# Names of kinds and options before and now, for `map`.
-KINDS = {
-  'cipher': 'experiments.study.cipher:CipherSource',
-  'kv_recall': 'experiments.study.kv_recall:KvRecallSource',
-}
-PATHS = {
-  KINDS['cipher']: {
-    'data.source.cipher.num_ciphers': 'data.source.custom.num_ciphers',
-    'data.source.cipher.marked': 'data.source.custom.marked',
-  },
-}
+# Beginnings of options that have no effect in a model without experts.
+ROUTED = tuple(
+  f'model.moe.{name}'
+  for name in (
+    'router.', 'capacity.', 'dispatch.', 'retained.', 'group_size',
+    'layer_reduce', 'allow_future_leak', 'output_masking', 'force_balance',
+    'replay',
+  )
+)  # fmt: skip
 _TIMEOUT = 600  # seconds of the tests of a mutation
 
 
@@ -157,16 +155,11 @@ def differences(held: Any, now: Any, name: str = '') -> Iterator[str]:
     yield f'{name}: {str(held)[:80]} is now {str(now)[:80]}'
 
 
-def renamed(values: dict[str, Any]) -> dict[str, Any]:
-  """The values of an older checkout under their names of today."""
-  values = {
-    key: KINDS.get(value, value) if key.endswith('kind') else value
-    for key, value in values.items()
-  }
-  for kind, paths in PATHS.items():
-    if kind in values.values():
-      values |= {new: values.pop(old) for old, new in paths.items()}
-  return values
+def effective(values: dict[str, Any]) -> dict[str, Any]:
+  """The values of an arm's config that have an effect."""
+  if values.get('model.moe.num_experts') != 0:
+    return values
+  return {k: v for k, v in values.items() if not k.startswith(ROUTED)}
 
 
 def map_digests(old_settings: pathlib.Path) -> None:
@@ -188,7 +181,7 @@ def map_digests(old_settings: pathlib.Path) -> None:
       today, now, _ = new[path.stem].get(arm, ('none', {}, []))
       if today == digest:
         continue
-      values = renamed(old_values)
+      values, now = effective(old_values), effective(now)
       gone, added = values.keys() - now.keys(), now.keys() - values.keys()
       differing = {k for k in values.keys() & now.keys() if values[k] != now[k]}
       differing |= {k for k in gone if k in old_changed}
