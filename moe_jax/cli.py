@@ -131,32 +131,35 @@ def name_of(override: str) -> str:
 
 def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
   """The message for a key that does not exist; None for one that may be set."""
-  keys, section, path, rest = flatten(config), config, '', name.split('.')
+  keys: dict[str, Any] = flatten(config)
+  section: Any = config
+  path, rest = list[str](), name.split('.')
   if name in keys:
     return None
-  while rest[0] in section and isinstance(
-    section[rest[0]], ml_collections.ConfigDict
-  ):
-    section = cast(ml_collections.ConfigDict, section[rest[0]])
-    path += f'{rest.pop(0)}.'
-    if not rest:
-      break
+  while rest and isinstance(section.get(rest[0]), ml_collections.ConfigDict):
+    section = section[rest[0]]
+    path.append(rest.pop(0))
   is_open = bool(path) and not section.is_locked
-  if is_open and len(rest) == 1 and rest[0] not in section:
+  if is_open and len(rest) == 1:
     return None
-  depth = path.count('.') + bool(rest)
+  # What stands beside the first part of the name that does not exist.
+  parent = path if rest and len(section) else path[:-1]
+  depth = len(parent)
   beside = {
-    '.'.join(key.split('.')[:depth]) for key in keys if key.startswith(path)
+    '.'.join(key.split('.')[: depth + 1])
+    for key in keys
+    if key.split('.')[:depth] == parent
   }
   text = unknown_key_text(name, beside)
   if is_open and not rest:
-    text += f'; {name} is a section, whose keys are set: --config.{path}KEY=...'
-  elif is_open and rest[0] not in section:
+    hint = f'{name} is a section, whose keys are set: --config.{name}.KEY=...'
+    return f'{text}; {hint}'
+  if is_open and rest[0] not in section:
     value = '...'
     for key in reversed(rest[1:]):
       value = f"{{'{key}': {value}}}"
-    new = f'--config.{path}{rest[0]}="{value}"'
-    text += f'; a new section is given whole: {new}'
+    new = '.'.join([*path, rest[0]])
+    text += f'; a new section is given whole: --config.{new}="{value}"'
   return text
 
 

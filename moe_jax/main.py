@@ -117,13 +117,11 @@ def replaced_lines(spec: str, options: RunConfig) -> Iterator[str]:
   if argument != 'runlocal':
     return
   before, after, chosen_values = (
-    flatten(config.data)
+    flatten(config.to_dict()['data'])
     for config in (
-      cli.load_config(base),
-      cli.load_config(spec),
-      section_of(options),
+      cli.load_config(base), cli.load_config(spec), section_of(options)
     )
-  )
+  )  # fmt: skip
   for key, new in after.items():
     old = before.get(key, new)
     if key.endswith('kind') and old != new == chosen_values.get(key):

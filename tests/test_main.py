@@ -200,7 +200,7 @@ def test_what_a_file_sets_for_a_kind_that_flags_replace_is_printed(
     '--config=configs/tiny_switch.py:runlocal',
     '--config.model.moe.router.kind=random',
     '--config.mesh.data=-1',
-    '--config.batch_size=8',
+    '--config.batch_size=32',
     '--dry_run',
   ]
   status, output = run_main(argv, capsys)

@@ -79,8 +79,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_run.check_free(pathlib.Path(options.output).expanduser())
   data_options = None
   if options.config:
-    section = cli.config_of(options.config, overrides).data
-    data_options = read_options(DataOptions, section, 'data.')
+    config: Any = cli.config_of(options.config, overrides)
+    data_options = read_options(DataOptions, config.data, 'data.')
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )

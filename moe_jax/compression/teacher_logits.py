@@ -356,7 +356,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
-  config = cli.config_of(options.config, overrides)
+  config: Any = cli.config_of(options.config, overrides)
   return write(
     options.teacher,
     options.output,

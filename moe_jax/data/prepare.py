@@ -21,6 +21,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -152,7 +153,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  config = cli.config_of(options.config, overrides)
+  config: Any = cli.config_of(options.config, overrides)
   data = read_options(DataOptions, config.data, 'data.')
   # A run that begins with another's parameters has its tokenizer, too.
   begin = config.init_from

@@ -13,6 +13,7 @@ with overrides: --config.data.seq_len=64.
 import argparse
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from moe_jax import cli
 from moe_jax.config import read_options
@@ -69,8 +70,8 @@ def parse(
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
   data_options = None
   if options.config:
-    section = cli.config_of(options.config, overrides).data
-    data_options = read_options(DataOptions, section, 'data.')
+    config: Any = cli.config_of(options.config, overrides)
+    data_options = read_options(DataOptions, config.data, 'data.')
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
     raise InputError(f'{output} is there already; give a new file')

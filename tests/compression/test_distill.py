@@ -12,7 +12,7 @@ from flax import linen as nn
 from moe_jax import cli, models, run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import distill
-from moe_jax.config import OptionError, merge, settle
+from moe_jax.config import OptionError, layered, merge
 from moe_jax.data import tokenizers
 from moe_jax.interop.import_run import import_run
 from moe_jax.run_config import RunConfig
@@ -312,7 +312,7 @@ def test_an_imported_model_teaches(tmp_path, capsys):
     'model': {'moe': {'num_experts': 0}},
     'distill': {'teacher': str(tmp_path / 'teacher'), 'start': 'concatenated'},
   }
-  config = settle(RunConfig, teacher_config, merge(teacher_config, changes))[0]
+  config = layered(RunConfig, teacher_config, changes)
   _, _, line = begin_run(config, tmp_path / 'student')
   assert 'beginning with the weights of step 0' in line
   assert 'their outputs averaged' in line

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import ml_collections
 import numpy as np
 import pytest
 
-from moe_jax.config import read_options, section_of, settle
+from moe_jax.config import read_options, section_of
 from moe_jax.data import (
   BytesOptions,
   CharsOptions,
@@ -168,8 +167,8 @@ def test_a_section_is_read_and_written_again():
     ({'source__files__pattern': 'x'}, "pattern='x' has no effect with"),
     ({'task__ul2__num_sentinels': 3}, 'num_sentinels=3 has no effect with'),
     ({'task__seq2seq__input_prefix': 'a'}, "input_prefix='a' has no effect"),
-    ({'target_len': 9}, 'target_len=9 has no effect unless task'),
-    ({'pack': False}, 'pack=False has no effect unless task'),
+    ({'target_len': 9}, 'target_len=9 has no effect unless the task'),
+    ({'pack': False}, 'pack=False has no effect unless the task'),
     (
       {
         'source__kind': 'tfds',
@@ -194,22 +193,6 @@ def test_a_section_is_read_and_written_again():
 def test_wrong_sections_are_refused(wrong, message):
   with pytest.raises(ValueError, match=message):
     read_options(DataOptions, section(**wrong))
-
-
-def test_a_later_layer_may_switch_the_task():
-  before = section(
-    source__kind='tfds',
-    source__tfds__name='x',
-    task__kind='prefix_lm',
-    target_len=9,
-    pack=False,
-  )
-  after = ml_collections.ConfigDict(before.to_dict())
-  after.task.kind = 'lm'
-  config, ignored = settle(DataOptions, before, after)
-  assert ignored == {'target_len': 9, 'pack': False}
-  options = read_options(DataOptions, config)
-  assert options == DataOptions(source=TfdsSource('x'))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax import cli, run_config
+from moe_jax import run_config
 from moe_jax.config import OptionError, read_options, section_of
 from moe_jax.data import (
   DataOptions,
@@ -16,8 +16,7 @@ CONFIG = section_of(run_config.RunConfig)
 
 
 def mixture(*overrides, config=CONFIG):
-  changed = cli.config_of(config, overrides)
-  return run_config.settled(config, changed)[0].data.mixture
+  return run_config.options_of(config, overrides)[0].data.mixture
 
 
 def test_entries_have_a_kind_options_and_a_weight():

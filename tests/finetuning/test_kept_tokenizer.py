@@ -9,7 +9,7 @@ import pytest
 from moe_jax import data, finetuning, generate, run_config
 from moe_jax.analysis import cost
 from moe_jax.compression import calibration, whole_run
-from moe_jax.config import merge, settle
+from moe_jax.config import layered, merge
 from moe_jax.configs import base
 from moe_jax.data import tokenizers
 from moe_jax.runs import workdir as workdir_lib
@@ -194,8 +194,7 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
   run = setup.set_up(**run_kwargs(config, made), resume=True)
   assert run.dataset.tokenizer.identity == LETTERS.identity
   # Tokens of other characters would be learned by embeddings of these.
-  other = merge(config, {'data': overrides})
-  config = settle(run_config.RunConfig, config, other)[0]
+  config = layered(run_config.RunConfig, config, {'data': overrides})
   run = setup.set_up(**run_kwargs(config, made), resume=True)
   with pytest.raises(ValueError, match=r'of chars:.*, the data is of chars:'):
     begin.begin(run)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax import models, partitioning, run_config
-from moe_jax.config import merge, settle
+from moe_jax.config import layered
 from moe_jax.configs import base
 from moe_jax.run_config import RunConfig
 from moe_jax.training import losses, step
@@ -43,7 +43,7 @@ def config(**overrides) -> ml_collections.ConfigDict:
   c.evals = {'train_capacity': base.evaluation(every_steps=3, num_batches=2)}
   c.sample.num_tokens = 8
   defaults = base.finish(c)
-  return settle(RunConfig, defaults, merge(defaults, overrides))[0]
+  return layered(RunConfig, defaults, overrides)
 
 
 def options(**overrides) -> RunConfig:

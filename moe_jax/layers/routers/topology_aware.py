@@ -76,6 +76,7 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
 
   def problems(self):
     """The problem of a node's size."""
+    yield from super().problems()
     if self.devices % self.per_node:
       yield (
         f'devices={self.devices} is not divisible by per_node={self.per_node}'
