@@ -665,7 +665,7 @@ def settle(
   Returns:
     A locked copy, and by name the values that got their defaults.
   """
-  settled, ignored = unlocked_copy(config), {}
+  settled, ignored = _unlocked_copy(config), {}
   for key in keys_of(root, config, path):
     is_given = any(f'{name}.'.startswith(f'{key.path}.') for name in given)
     if key.unchosen is None or not key.changed or is_given:
@@ -917,34 +917,15 @@ def merge(config: ConfigDict, overrides: Section, path: str = '') -> ConfigDict:
     ValueError: An override's key does not exist (names the nearest), or its
       value has another type than the one it replaces.
   """
-  merged = unlocked_copy(config)
+  merged = _unlocked_copy(config)
   _merge_into(merged, config, overrides, path)
   return _locked_like(merged, config)
 
 
-def unlocked_copy(
-  config: ConfigDict, memo: dict[int, Any] | None = None
-) -> ConfigDict:
-  """A deep copy of a section, unlocked.
-
-  `copy.deepcopy` takes several times as long: it asks each section for
-  attributes that do not exist, and the section then looks for similar names.
-
-  Args:
-    config: The section.
-    memo: The copies by `id` of what was copied before, which `copy.deepcopy`
-      shares.
-  """
-  memo = {} if memo is None else memo
-  copied = memo[id(config)] = ConfigDict(type_safe=config.is_type_safe)
-  for key, value in config.items(preserve_field_references=True):
-    if not isinstance(value, ConfigDict):
-      copied[key] = copy.deepcopy(value, memo)
-    elif id(value) in memo:
-      copied[key] = memo[id(value)]
-    else:
-      copied[key] = unlocked_copy(value, memo)
-  return copied
+def _unlocked_copy(config: ConfigDict) -> ConfigDict:
+  # `copy.deepcopy` of a ConfigDict takes several times as long.
+  values = config.to_dict(preserve_field_references=True)
+  return ConfigDict(copy.deepcopy(values))
 
 
 def _merge_into(merged: Any, config: Any, overrides: Section, path: str):
