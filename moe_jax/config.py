@@ -992,7 +992,8 @@ def json_schema(root: type[Options] | Options | Kinds) -> dict[str, Any]:
       kinds that the section chooses from.
   """
   if isinstance(root, Kinds):
-    names = {'enum': [*root.builtin]}, {'pattern': ':'}
+    own = {'type': 'string', 'pattern': ':'}
+    names = [{'enum': [*root.builtin]}, own]
     properties: dict[str, Any] = {KIND: {'anyOf': names}}
     for kind, cls in root.builtin.items():
       schema = json_schema(cls)
@@ -1023,15 +1024,11 @@ def _field_schema(field: Field) -> dict[str, Any]:
   if isinstance(default, Options):
     return json_schema(default)
   schema = _type_schema(field.type)
-  bounds = schema['items'] if schema.get('type') == 'array' else schema
-  for name, keyword in {
-    'minimum': 'minimum',
-    'maximum': 'maximum',
-    'above': 'exclusiveMinimum',
-    'below': 'exclusiveMaximum',
-  }.items():
-    if getattr(described, name) is not None:
-      bounds[keyword] = getattr(described, name)
+  bounds = schema.get('items', schema)
+  keywords = {'above': 'exclusiveMinimum', 'below': 'exclusiveMaximum'}
+  for name in ('minimum', 'maximum', *keywords):
+    if (bound := getattr(described, name)) is not None:
+      bounds[keywords.get(name, name)] = bound
   if described.choices:
     schema['enum'] = [*described.choices]
   if described.required:
@@ -1042,7 +1039,9 @@ def _field_schema(field: Field) -> dict[str, Any]:
 def _type_schema(hint: Any) -> dict[str, Any]:
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is tuple:
-    return {'type': 'array', 'items': _type_schema(args[0])}
+    if args[1:] == (Ellipsis,):
+      return {'type': 'array', 'items': _type_schema(args[0])}
+    return {'type': 'array', 'prefixItems': [*map(_type_schema, args)]}
   if origin in (types.UnionType, Union):
     return {'anyOf': [_type_schema(part) for part in args]}
   if hint is type(None):
