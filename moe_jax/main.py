@@ -35,8 +35,8 @@ from moe_jax.analysis.hooks import default_hooks
 from moe_jax.compression.distill import Distilling
 from moe_jax.devices import (
   PROGRAMS_HELP,
+  connected,
   is_first,
-  joined,
   keep_freed_memory,
   keep_programs,
 )
@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
   with cli.reported(_TRACEBACK.value):
     options, ignored = read_config()
     with (
-      joined(options.distributed, *processes),
-      # Once more, as a process of several ends within `joined`.
+      connected(options.distributed, *processes),
+      # Once more, as a process of several ends within `connected`.
       cli.reported(_TRACEBACK.value),
     ):
       status = _train(options, ignored)
