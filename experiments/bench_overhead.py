@@ -29,7 +29,6 @@ from experiments.study.tables import markdown_table
 from moe_jax import cli, run_config
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
-from moe_jax.cli import load_config
 from moe_jax.config import layered, section_of
 from moe_jax.devices import keep_freed_memory
 from moe_jax.run_config import RunConfig
@@ -278,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parse(argv)
   keep_freed_memory()
   run_options = prepared(
-    load_config(options.config), options.files, options.modules
+    cli.load_config(options.config), options.files, options.modules
   )
   rows = measure(run_options, burst=options.burst, seconds=options.seconds)
   text = report(options.config, rows, run_options.model.moe.forced)

@@ -40,7 +40,6 @@ from experiments.benchmarks.train_step_programs import (
 from experiments.benchmarks.turns import PAUSE, check_installed, turns
 from moe_jax import cli
 from moe_jax.analysis.roofline import Peaks, measure_peaks
-from moe_jax.cli import load_config
 from moe_jax.config import merge
 from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.imposed import FORCED
@@ -255,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = timing.write(options.output, f'{NAME}_against', text, rows, {})
     print(f'{text}\nwritten: {folder}')
     return
-  config = load_config(options.config)
+  config = cli.load_config(options.config)
   if options.force_balance:
     forced = {'moe': {'force_balance': options.force_balance}}
     config = merge(config, {'model': forced})

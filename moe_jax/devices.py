@@ -1,4 +1,4 @@
-"""Devices and processes: memory, compiled programs, rows of each process."""
+"""Processes of a run and their rows, memory of devices, compiled programs."""
 
 import contextlib
 import ctypes
@@ -28,17 +28,19 @@ from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
+OFF = 'off'
+MOST_BYTES = 2 * 2**30
+PROGRAMS_HELP = (
+  'Folder of compiled programs, which a later start need not compile again. By '
+  "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
+  '$MOE_JAX_CACHE or ~/.cache/moe_jax, where what was not used for longest is '
+  f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
+  f'{OFF!r}: no program is kept.'
+)
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
-# Ratio of JAX's own heartbeat timeout to ours, so that ours, which says more,
-# is first. JAX may act half of its timeout earlier.
-_JAX_TIMEOUTS = 3
-# Seconds after which a process says that it waits for others to start.
-_NOTE_SECONDS = 15.0
-# Seconds that process 0 stays after an error. JAX's service ends with it, and
-# others that are still about to say their error would abort with a stack trace.
-_LAST_SECONDS = 2.0
+_claims: dict[str, socket.socket] = {}  # held until the process ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +98,7 @@ def connect(
   if num_processes == 1 or (flags is None and launcher() is None):
     return False
   if flags and coordinator is not None and process_id is not None:
-    claim(coordinator, process_id)
+    claim_process(coordinator, process_id)
   seconds = timeouts.initialization_timeout_seconds
   who = f'process {process_id} of {num_processes}' if flags else launcher()
   address = coordinator or 'the coordinator that JAX found'
@@ -107,7 +109,7 @@ def connect(
   note = f'{who} waits for the others, at {address}, for {seconds} s at most'
   alarms = (
     threading.Timer(seconds, _give_up, [late_message]),  # JAX would abort
-    threading.Timer(_NOTE_SECONDS, _print_note, [note]),
+    threading.Timer(15.0, _print_note, [note]),
   )
   for alarm in alarms:
     alarm.daemon = True
@@ -116,8 +118,8 @@ def connect(
     jax.distributed.initialize(
       **flags or {},
       initialization_timeout=2 * seconds,
-      heartbeat_timeout_seconds=_JAX_TIMEOUTS
-      * timeouts.heartbeat_timeout_seconds,
+      # Ours, which says more, is first; JAX may act half of its own earlier.
+      heartbeat_timeout_seconds=3 * timeouts.heartbeat_timeout_seconds,
       shutdown_timeout_seconds=timeouts.heartbeat_timeout_seconds,
     )
   finally:
@@ -132,7 +134,7 @@ def connect(
 
 
 @contextlib.contextmanager
-def joined(*args: Any) -> Iterator[None]:
+def connected(*args: Any) -> Iterator[None]:
   """Connects to the other processes while the body runs; see `connect`.
 
   With several processes an error ends this one at once: JAX would first wait
@@ -151,8 +153,10 @@ def joined(*args: Any) -> Iterator[None]:
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    # JAX's service ends with process 0, and others that are still about to say
+    # their error would abort with a stack trace.
     if is_first():
-      time.sleep(_LAST_SECONDS)
+      time.sleep(2.0)
     status = getattr(error, 'code', 1)
     os._exit(status if isinstance(status, int) else 1)
   if several:
@@ -166,6 +170,138 @@ def _print_note(text: str) -> None:
 def _give_up(reason: str) -> None:
   _print_note(reason)
   os._exit(1)
+
+
+def checked_flags(
+  coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize`; None where no flag is given.
+
+  Raises:
+    ValueError: Some flags are missing or out of range.
+  """
+  flags = {
+    '--coordinator': coordinator,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in flags.items() if value is None]
+  if len(missing) == len(flags):
+    return None
+  if num_processes is None or process_id is None or coordinator is None:
+    have = [f'{n}={v}' for n, v in flags.items() if v is not None]
+    raise InputError(
+      f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '
+      'none where the environment tells them (SLURM, Open MPI, TPU pods, GKE)'
+    )
+  if num_processes < 1:
+    raise InputError(f'--num_processes={num_processes} must be at least 1')
+  if not 0 <= process_id < num_processes:
+    raise InputError(
+      f'--process_id={process_id} not in [0, num_processes={num_processes})'
+    )
+  host, _, port = coordinator.rpartition(':')
+  is_number = port.isascii() and port.isdigit() and len(port) < 6
+  if not host or not is_number or not 0 < int(port) < 2**16:
+    raise InputError(
+      f'--coordinator={coordinator!r} is not host:port, of process 0'
+    )
+  return dict(
+    coordinator_address=coordinator,
+    num_processes=num_processes,
+    process_id=process_id,
+    cluster_detection_method='deactivate',
+  )
+
+
+def claim_process(coordinator: str, process_id: int) -> None:
+  """Claims the number of this process on its machine, and process 0 its port.
+
+  JAX would crash if the port is in use, and abort all processes if two have the
+  same number. Two with the same number on two machines are not found here.
+
+  Raises:
+    ValueError: Another process has the number or the port.
+  """
+  port = int(coordinator.rpartition(':')[2])
+  flags = f'--coordinator={coordinator} --process_id={process_id}'
+  name = f'\0moe_jax {coordinator} {process_id}'
+  # On Linux the name is no file's, and ends with the process.
+  if sys.platform == 'linux' and name not in _claims:
+    name_socket = socket.socket(socket.AF_UNIX)
+    try:
+      name_socket.bind(name)
+    except OSError:
+      raise InputError(
+        f'{flags}: another process of this machine has the same number; each '
+        'needs its own, from 0'
+      ) from None
+    _claims[name] = name_socket
+  if process_id:
+    return
+  try:
+    socket.create_server(('', port)).close()
+  except OSError as error:
+    raise InputError(
+      f'{flags}: process 0 cannot listen at port {port}: '
+      f'{os.strerror(error.errno or 0)}; choose another'
+    ) from None
+
+
+def launcher(environ: Mapping[str, str] | None = None) -> str | None:
+  """The launcher that started several processes; None for a single one.
+
+  On a machine with TPU chips Google Cloud's metadata server is asked; no other
+  machine sends a request.
+
+  Args:
+    environ: Environment variables; None reads those of this process.
+  """
+  env = os.environ if environ is None else environ
+
+  def number(name):
+    return int(env[name]) if env.get(name, '').isdigit() else 0
+
+  slurm = ('JOB_ID', 'STEP_NODELIST', 'PROCID', 'LOCALID')
+  workers = env.get('TPU_PROCESS_ADDRESSES', env.get('TPU_WORKER_HOSTNAMES'))
+  if 'OMPI_MCA_orte_hnp_uri' in env and number('OMPI_COMM_WORLD_SIZE') > 1:
+    return 'Open MPI'
+  if all(f'SLURM_{n}' in env for n in slurm) and number('SLURM_NTASKS') > 1:
+    return 'SLURM'
+  if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
+    return 'GKE'
+  # The variables of an indexed Job; JAX asks Kubernetes how many pods it has.
+  if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
+    return 'Kubernetes'
+  return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
+
+
+def _in_tpu_pod(env: Mapping[str, str]) -> bool:
+  # Importing JAX sets TPU_SKIP_MDS_QUERY where there are no TPU chips.
+  if 'TPU_SKIP_MDS_QUERY' in env or not importlib.util.find_spec('libtpu'):
+    return False
+  if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':
+    return False
+  workers = _metadata('worker-network-endpoints', env).count(',') + 1
+  slices = [
+    line.partition(':')[2].strip(" '")
+    for line in _metadata('tpu-env', env).splitlines()
+    if line.startswith('MEGASCALE_NUM_SLICES')
+  ]
+  return workers > 1 or any(n.isdigit() and int(n) > 1 for n in slices)
+
+
+def _metadata(key: str, env: Mapping[str, str]) -> str:
+  host = env.get('GCE_METADATA_IP', 'metadata.google.internal')
+  request = urllib.request.Request(
+    f'http://{host}/computeMetadata/v1/instance/attributes/{key}',
+    headers={'Metadata-Flavor': 'Google'},
+  )
+  try:
+    with urllib.request.urlopen(request, timeout=5) as answer:
+      return answer.read().decode()
+  except (urllib.error.URLError, OSError):
+    return ''
 
 
 def is_first() -> bool:
@@ -297,144 +433,6 @@ def check_shared(folder: pathlib.Path) -> None:
     path.unlink(missing_ok=True)
 
 
-_METADATA = 'computeMetadata/v1/instance/attributes'
-_claims: dict[str, socket.socket] = {}  # held until the process ends
-
-
-def launcher(environ: Mapping[str, str] | None = None) -> str | None:
-  """The launcher that started several processes; None for a single one.
-
-  On a machine with TPU chips Google Cloud's metadata server is asked; no other
-  machine sends a request.
-
-  Args:
-    environ: Environment variables; None reads those of this process.
-  """
-  env = os.environ if environ is None else environ
-
-  def number(name):
-    return int(env[name]) if env.get(name, '').isdigit() else 0
-
-  slurm = ('JOB_ID', 'STEP_NODELIST', 'PROCID', 'LOCALID')
-  workers = env.get('TPU_PROCESS_ADDRESSES', env.get('TPU_WORKER_HOSTNAMES'))
-  if 'OMPI_MCA_orte_hnp_uri' in env and number('OMPI_COMM_WORLD_SIZE') > 1:
-    return 'Open MPI'
-  if all(f'SLURM_{n}' in env for n in slurm) and number('SLURM_NTASKS') > 1:
-    return 'SLURM'
-  if (workers or '').count(',') or number('MEGASCALE_NUM_SLICES') > 1:
-    return 'GKE'
-  # The variables of an indexed Job; JAX asks Kubernetes how many pods it has.
-  if 'KUBERNETES_SERVICE_HOST' in env and 'JOB_COMPLETION_INDEX' in env:
-    return 'Kubernetes'
-  return 'a TPU pod' if workers is None and _in_tpu_pod(env) else None
-
-
-def _in_tpu_pod(env: Mapping[str, str]) -> bool:
-  # Importing JAX sets TPU_SKIP_MDS_QUERY where there are no TPU chips.
-  if 'TPU_SKIP_MDS_QUERY' in env or not importlib.util.find_spec('libtpu'):
-    return False
-  if env.get('JAX_PLATFORMS', 'tpu').split(',')[0] != 'tpu':
-    return False
-  workers = _metadata('worker-network-endpoints', env).count(',') + 1
-  slices = [
-    line.partition(':')[2].strip(" '")
-    for line in _metadata('tpu-env', env).splitlines()
-    if line.startswith('MEGASCALE_NUM_SLICES')
-  ]
-  return workers > 1 or any(n.isdigit() and int(n) > 1 for n in slices)
-
-
-def _metadata(key: str, env: Mapping[str, str]) -> str:
-  host = env.get('GCE_METADATA_IP', 'metadata.google.internal')
-  request = urllib.request.Request(
-    f'http://{host}/{_METADATA}/{key}', headers={'Metadata-Flavor': 'Google'}
-  )
-  try:
-    with urllib.request.urlopen(request, timeout=5) as answer:
-      return answer.read().decode()
-  except (urllib.error.URLError, OSError):
-    return ''
-
-
-def checked_flags(
-  coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None where no flag is given.
-
-  Raises:
-    ValueError: Some flags are missing or out of range.
-  """
-  flags = {
-    '--coordinator': coordinator,
-    '--num_processes': num_processes,
-    '--process_id': process_id,
-  }
-  missing = [name for name, value in flags.items() if value is None]
-  if len(missing) == len(flags):
-    return None
-  if num_processes is None or process_id is None or coordinator is None:
-    have = [f'{n}={v}' for n, v in flags.items() if v is not None]
-    raise InputError(
-      f'{" ".join(have)} without {" and ".join(missing)}: give all three, or '
-      'none where the environment tells them (SLURM, Open MPI, TPU pods, GKE)'
-    )
-  if num_processes < 1:
-    raise InputError(f'--num_processes={num_processes} must be at least 1')
-  if not 0 <= process_id < num_processes:
-    raise InputError(
-      f'--process_id={process_id} not in [0, num_processes={num_processes})'
-    )
-  host, _, port = coordinator.rpartition(':')
-  is_number = port.isascii() and port.isdigit() and len(port) < 6
-  if not host or not is_number or not 0 < int(port) < 2**16:
-    raise InputError(
-      f'--coordinator={coordinator!r} is not host:port, of process 0'
-    )
-  return dict(
-    coordinator_address=coordinator,
-    num_processes=num_processes,
-    process_id=process_id,
-    cluster_detection_method='deactivate',
-  )
-
-
-def claim(coordinator: str, process_id: int) -> None:
-  """Claims the number of this process on its machine, and process 0 its port.
-
-  JAX would crash if the port is in use, and abort all processes if two have the
-  same number. Two with the same number on two machines are not found here.
-
-  Raises:
-    ValueError: Another process has the number or the port.
-  """
-  port = int(coordinator.rpartition(':')[2])
-  flags = f'--coordinator={coordinator} --process_id={process_id}'
-  name = f'\0moe_jax {coordinator} {process_id}'
-  # On Linux the name is no file's, and ends with the process.
-  if sys.platform == 'linux' and name not in _claims:
-    name_socket = socket.socket(socket.AF_UNIX)
-    try:
-      name_socket.bind(name)
-    except OSError:
-      raise InputError(
-        f'{flags}: another process of this machine has the same number; each '
-        'needs its own, from 0'
-      ) from None
-    _claims[name] = name_socket
-  if process_id:
-    return
-  try:
-    socket.create_server(('', port)).close()
-  except OSError as error:
-    raise InputError(
-      f'{flags}: process 0 cannot listen at port {port}: '
-      f'{os.strerror(error.errno or 0)}; choose another'
-    ) from None
-
-
-_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
-
-
 def check_room(
   needs: Iterable[tuple[str, int]],
   devices: Sequence[jax.Device] | None = None,
@@ -472,14 +470,13 @@ def memory_of(devices: Sequence[jax.Device]) -> int:
   return stats.get('bytes_limit', 0) * len(devices)
 
 
-def host_bytes(limit_file: pathlib.Path = _LIMIT) -> int:
-  """Bytes of memory that this process may have.
-
-  They are those of the machine, or fewer where Linux limits the control group
-  of the process.
+def host_bytes(
+  limit_file: pathlib.Path = pathlib.Path('/sys/fs/cgroup/memory.max'),
+) -> int:
+  """Bytes of the machine's memory, or fewer where Linux limits the process.
 
   Args:
-    limit_file: File with the limit of the control group: a number, or 'max'.
+    limit_file: File with the limit of its control group: a number, or 'max'.
   """
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:
@@ -497,13 +494,6 @@ def in_bytes(n: int) -> str:
   return f'{n} B'
 
 
-# Numbers of options of `mallopt`, from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_LARGEST = 2**31 - 1
-# Files of the drivers of GPUs and TPUs, in /dev.
-_DRIVERS = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
-
-
 def keep_freed_memory() -> bool:
   """Makes glibc keep freed memory and reuse it; returns whether it does.
 
@@ -519,12 +509,9 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):
     return False
-  # One arena for all threads: one of a thread's own holds at most 64 MiB.
-  settings = (
-    (_M_MMAP_THRESHOLD, _LARGEST),
-    (_M_TRIM_THRESHOLD, _LARGEST),
-    (_M_ARENA_MAX, 1),
-  )
+  # Numbers from glibc's malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, and
+  # M_ARENA_MAX, one arena for all threads: a thread's own holds at most 64 MiB.
+  settings = ((-3, 2**31 - 1), (-1, 2**31 - 1), (-8, 1))
   return all([mallopt(name, value) for name, value in settings])
 
 
@@ -532,7 +519,8 @@ def _cpu_is_backend() -> bool:
   """Whether JAX will run on the CPU; asking JAX would start its backends."""
   if platforms := os.environ.get('JAX_PLATFORMS'):
     return platforms.split(',')[0] == 'cpu'
-  return not any(any(pathlib.Path('/dev').glob(name)) for name in _DRIVERS)
+  drivers = ('nvidiactl', 'dxg', 'kfd', 'accel[0-9]*', 'vfio/[0-9]*')
+  return not any(any(pathlib.Path('/dev').glob(name)) for name in drivers)
 
 
 def forget_programs(most_regions: int = 20_000) -> None:
@@ -549,20 +537,6 @@ def forget_programs(most_regions: int = 20_000) -> None:
   regions = pathlib.Path('/proc/self/maps')
   if regions.exists() and regions.read_bytes().count(b'\n') > most_regions:
     jax.clear_caches()
-
-
-OFF = 'off'
-MOST_BYTES = 2 * 2**30
-PROGRAMS_HELP = (
-  'Folder of compiled programs, which a later start need not compile again. By '
-  "default it is $JAX_COMPILATION_CACHE_DIR, or else 'compiled' in "
-  '$MOE_JAX_CACHE or ~/.cache/moe_jax, where what was not used for longest is '
-  f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
-  f'{OFF!r}: no program is kept.'
-)
-# In seconds; programs that compile faster than this are not kept.
-_LEAST_TIME = 0.1
-_TIME_OPTION = 'jax_persistent_cache_min_compile_time_secs'
 
 
 def cache_root(cache_dir: str = '') -> pathlib.Path:
@@ -608,8 +582,9 @@ def keep_programs(folder: str = '') -> str:
       _delete_oldest(path)
     cache_folder = str(path)
   jax.config.update('jax_compilation_cache_dir', cache_folder)
-  if _TIME_OPTION.upper() not in os.environ:
-    jax.config.update(_TIME_OPTION, _LEAST_TIME)
+  least_seconds = 'jax_persistent_cache_min_compile_time_secs'
+  if least_seconds.upper() not in os.environ:
+    jax.config.update(least_seconds, 0.1)
   return ''
 
 

@@ -34,8 +34,8 @@ from moe_jax.compression.distill import Distilling
 from moe_jax.config import flatten, section_of
 from moe_jax.devices import (
   PROGRAMS_HELP,
+  connected,
   is_first,
-  joined,
   keep_freed_memory,
   keep_programs,
 )
@@ -104,8 +104,8 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
   if not flags.workdir:
     cli.fail('--workdir is missing: the folder that the run goes to')
   with (
-    joined(options.distributed, *processes),
-    # Once more, as a process of several ends within `joined`.
+    connected(options.distributed, *processes),
+    # Once more, as a process of several ends within `connected`.
     cli.reported(flags.traceback),
   ):
     return _train(flags, options, lines)

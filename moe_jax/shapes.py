@@ -54,9 +54,8 @@ PRNGKey = Key[Array, '']
 # Type of a field of a registered dataclass: an array, or, in a tree of the same
 # form, what stands for it, such as a shape or a sharding.
 Leaf = Any
-
-
 F = TypeVar('F', bound=Callable[..., Any])
+_NONE = type(None)
 
 
 @runtime_checkable
@@ -166,6 +165,11 @@ def type_text(output: Any) -> str:
   return type(output).__name__
 
 
+def is_whole(value: Any) -> bool:
+  """Whether a value is an integer, Python's or numpy's, and no boolean."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 class _Reader(NamedTuple):
   """The parts of an annotation that are checked.
 
@@ -209,14 +213,6 @@ class _Reader(NamedTuple):
     if not self.hints:
       return 'an integer or None' if self.optional else 'an integer'
     return f'an array {Shape("", None, self.hints).dims}'
-
-
-_NONE = type(None)
-
-
-def is_whole(value: Any) -> bool:
-  """Whether a value is an integer, Python's or numpy's, and no boolean."""
-  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _short(value: Any) -> str:

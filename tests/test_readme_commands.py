@@ -17,7 +17,6 @@ import sys
 import pytest
 
 from moe_jax import cli, run_config
-from moe_jax.cli import CONSOLE
 from tests import test_readme
 from tests.data.tokenizers import models
 
@@ -54,7 +53,9 @@ TESTED_APART = {
     'analysis/test_recording.py'
   ),
 }
-MODULES = {name: ['python', '-m', module] for module, name in CONSOLE.items()}
+MODULES = {
+  name: ['python', '-m', module] for module, name in cli.CONSOLE.items()
+}
 SHRUNK = r'--config=(configs/\w+\.py|moe_jax:\w+)'
 # The flags that make a command quick, by its module.
 QUICKER = {

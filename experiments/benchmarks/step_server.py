@@ -8,14 +8,16 @@ loss is written. This file is run with the modules of other checkouts, so it
 imports few names, and none that is new.
 """
 
+import contextlib
 import importlib
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from experiments.benchmarks.train_step_programs import prepared, random_batch
-from moe_jax.cli import load_config
 from moe_jax.training.programs import make_programs
 
 
@@ -38,18 +40,19 @@ class Case:
     return float(metrics.loss)
 
 
-def _keep_freed_memory() -> None:
-  """Does as the timed commands do; older checkouts have it in `host`."""
-  module = importlib.import_module('moe_jax.devices')
-  if not hasattr(module, 'keep_freed_memory'):
-    module = importlib.import_module('moe_jax.host')
-  module.keep_freed_memory()
+def of_checkout(name: str, *modules: str) -> Callable[..., Any]:
+  """A function from the first of these modules that has it; new ones first."""
+  for module in modules:
+    with contextlib.suppress(ImportError, AttributeError):
+      return getattr(importlib.import_module(f'moe_jax.{module}'), name)
+  raise ImportError(f'moe_jax has no {name} in any of {modules}')
 
 
 def main() -> None:
   """Answers requests until the input ends."""
   answers, sys.stdout = sys.stdout, sys.stderr
-  _keep_freed_memory()
+  load_config = of_checkout('load_config', 'cli', 'config_file')
+  of_checkout('keep_freed_memory', 'devices', 'memory_room', 'host')()
   request = json.loads(sys.stdin.readline())
   config = load_config(request['config'])
   cases = {name: Case(config, o) for name, o in request['cases'].items()}

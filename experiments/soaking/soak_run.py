@@ -24,7 +24,7 @@ import numpy as np
 from moe_jax import run_config
 from moe_jax.config import merge
 from moe_jax.configs import base
-from moe_jax.devices import fetch, is_first, joined
+from moe_jax.devices import connected, fetch, is_first
 from moe_jax.partitioning import path_name
 from moe_jax.run_config import RunConfig
 from moe_jax.training.evaluate import Measure
@@ -221,7 +221,7 @@ def main(workdir: str, spec_json: str, *coordination: str) -> None:
   if coordination:
     address, count, index = coordination
     processes = address, int(count), int(index)
-  with joined(options.distributed, *processes):
+  with connected(options.distributed, *processes):
     train_and_evaluate(options, workdir, hooks=[witness], resume=True)
 
 

@@ -27,7 +27,7 @@ def product(*sweeps: Mapping[str, Sequence[Any]]) -> list[Overrides]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Turns dotted names into nested dicts, as `sections.merge` takes them.
+  """Turns dotted names into nested dicts, as `config.merge` takes them.
 
   `{'model.width': 64}` becomes `{'model': {'width': 64}}`.
 

@@ -23,11 +23,11 @@ CONFIG_PY = 'this_config.py'  # the same, for commands that take config files
 CHECKPOINTS = 'checkpoints'
 TOKENIZER = tokenizers.RUN_FILE
 IMPORTED = 'huggingface'  # files of the Hugging Face checkpoint it began with
-_SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
 PLUGINS = 'plugins.json'  # sha256 of each file with a user's own class
+_SECTIONS = ('model', 'data', 'sharding', 'checkpoint')
+_PACKAGE = 'moe_jax'
 # The last commit that reads folders whose config has the keys from before
 # options were dataclasses.
-_PACKAGE = 'moe_jax'
 _LAST_OF_EARLIER = '7875f9b'
 # Options that are gone, with the value at which they meant nothing; None is for
 # an option that changed no number, and for the section of a kind that is gone,
@@ -263,6 +263,67 @@ def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
       )
 
 
+def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
+  """Raises ValueError for a class that a folder names and the user forbids.
+
+  Names in a config file or on the command line are the user's own; a folder
+  may have been written by somebody else, and importing runs code.
+
+  Args:
+    names: Names of classes, 'module:name'.
+    allowed: Modules and packages that the user allows.
+  """
+  allowed = {_PACKAGE, *allowed}
+  for name in names:
+    module = name.partition(':')[0]
+    parents = module.split('.')
+    if not any(
+      '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
+    ):
+      raise InputError(
+        f'{name!r} stands in a folder that was read, and its module is not '
+        f'allowed; if you trust it, pass --allow_module={module}'
+      )
+
+
+def classes_in(
+  config: Mapping[str, Any] | ml_collections.ConfigDict,
+) -> tuple[str, ...]:
+  """The users' classes that a config names, sorted.
+
+  Args:
+    config: A config, or a section of one, as nested mappings.
+  """
+  names = set()
+  for key, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      names.update(classes_in(value))
+    elif key == 'kind' and isinstance(value, str) and ':' in value:
+      names.add(value)
+  return tuple(sorted(names))
+
+
+def class_digests(names: Iterable[str]) -> dict[str, str]:
+  """The sha256 of the file of each class, by its name.
+
+  Modules of this package are left out: their version is that of the package.
+
+  Raises:
+    ValueError: A module has no file.
+  """
+  sha256 = {}
+  for name in names:
+    module = name.partition(':')[0]
+    if module.split('.')[0] == _PACKAGE:
+      continue
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+      raise InputError(f'{name!r}: {module} has no file')
+    data = pathlib.Path(spec.origin).read_bytes()
+    sha256[name] = hashlib.sha256(data).hexdigest()
+  return sha256
+
+
 def _plain(config: Section) -> dict[str, Any]:
   """A config as JSON gives it back, to be compared with that of a file."""
   values = config.to_dict() if isinstance(config, ConfigDict) else config
@@ -346,64 +407,3 @@ def write_text(path: pathlib.Path, text: str) -> None:
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_text(text, encoding='utf-8')
   unfinished.replace(path)
-
-
-def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
-  """Raises ValueError for a class that a folder names and the user forbids.
-
-  Names in a config file or on the command line are the user's own; a folder
-  may have been written by somebody else, and importing runs code.
-
-  Args:
-    names: Names of classes, 'module:name'.
-    allowed: Modules and packages that the user allows.
-  """
-  allowed = {_PACKAGE, *allowed}
-  for name in names:
-    module = name.partition(':')[0]
-    parents = module.split('.')
-    if not any(
-      '.'.join(parents[: i + 1]) in allowed for i in range(len(parents))
-    ):
-      raise InputError(
-        f'{name!r} stands in a folder that was read, and its module is not '
-        f'allowed; if you trust it, pass --allow_module={module}'
-      )
-
-
-def classes_in(
-  config: Mapping[str, Any] | ml_collections.ConfigDict,
-) -> tuple[str, ...]:
-  """The users' classes that a config names, sorted.
-
-  Args:
-    config: A config, or a section of one, as nested mappings.
-  """
-  names = set()
-  for key, value in config.items():
-    if isinstance(value, Mapping | ml_collections.ConfigDict):
-      names.update(classes_in(value))
-    elif key == 'kind' and isinstance(value, str) and ':' in value:
-      names.add(value)
-  return tuple(sorted(names))
-
-
-def class_digests(names: Iterable[str]) -> dict[str, str]:
-  """The sha256 of the file of each class, by its name.
-
-  Modules of this package are left out: their version is that of the package.
-
-  Raises:
-    ValueError: A module has no file.
-  """
-  sha256 = {}
-  for name in names:
-    module = name.partition(':')[0]
-    if module.split('.')[0] == _PACKAGE:
-      continue
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-      raise InputError(f'{name!r}: {module} has no file')
-    data = pathlib.Path(spec.origin).read_bytes()
-    sha256[name] = hashlib.sha256(data).hexdigest()
-  return sha256

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from moe_jax.devices import checked_flags, claim
+from moe_jax.devices import checked_flags, claim_process
 from moe_jax.runs.ownership import owned
 from tests.bad_inputs.cases import Case, assert_message, check
 
@@ -24,14 +24,14 @@ def claimed_twice(folder):
   address = f'127.0.0.1:{free_port()}'
   with socket.socket(socket.AF_UNIX) as twin:  # as another process claims it
     twin.bind(f'\0moe_jax {address} 3')
-    claim(address, 3)
+    claim_process(address, 3)
 
 
 def port_in_use(folder):
   with socket.socket() as other:
     other.bind(('', 0))
     other.listen()
-    claim(f'127.0.0.1:{other.getsockname()[1]}', 0)
+    claim_process(f'127.0.0.1:{other.getsockname()[1]}', 0)
 
 
 def free_port():
@@ -138,8 +138,8 @@ def flags_of(port, process, count=2):
 
 def test_a_number_stays_this_process_own():
   address = f'127.0.0.1:{free_port()}'
-  claim(address, 3)
-  claim(address, 3)
+  claim_process(address, 3)
+  claim_process(address, 3)
 
 
 @pytest.mark.slow

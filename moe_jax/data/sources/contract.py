@@ -29,7 +29,7 @@ class Selection:
       sources, as well as python_stdlib and its docstrings, take any split
       expression, such as 'train[90%:]'.
     cache_dir: Folder of prepared data; '' is the one that
-      `moe_jax.data.cache_folders.cache_root` names.
+      `moe_jax.devices.cache_root` names.
     cache_digests: Whether large files of prepared data are read through before
       use, to check their digests.
   """
