@@ -361,7 +361,7 @@ class Options:
       OptionError: All such arguments are listed.
     """
     del args
-    if wrong := values.keys() - fields_of(cls).keys():
+    if wrong := values and values.keys() - fields_of(cls).keys():
       noun = f'option of {cls.__name__}'
       raise OptionError(
         unknown_text(noun, name, fields_of(cls)) for name in sorted(wrong)
