@@ -233,6 +233,7 @@ def fields_of(cls: type) -> Mapping[str, Field]:
   return fields
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kinds:
   """The kinds that a choice can have: classes of options, each with a name.
 
@@ -247,18 +248,10 @@ class Kinds:
       section of its own name.
   """
 
-  def __init__(
-    self,
-    noun: str,
-    base: type,
-    builtin: Mapping[str, type],
-    *,
-    inline: bool = False,
-  ):
-    self.noun = noun
-    self.base = base
-    self.builtin = dict(builtin)
-    self.inline = inline
+  noun: str
+  base: type
+  builtin: Mapping[str, type]
+  inline: bool = False
 
   def get(self, name: str) -> type:
     """The class of options of that name.
