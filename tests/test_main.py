@@ -116,8 +116,7 @@ def test_an_error_of_a_library_keeps_its_traceback():
 
 def test_a_platform_that_is_not_there_is_a_line():
   code = (
-    'import jax; from moe_jax import command_line\n'
-    'with cli.reported(): jax.devices()'
+    'import jax; from moe_jax import cli\nwith cli.reported(): jax.devices()'
   )
   process = subprocess.run(
     [sys.executable, '-c', code],

@@ -17,7 +17,7 @@ from moe_jax.config import (
   no_effect,
   option,
 )
-from moe_jax.data import mixtures
+from moe_jax.data import mixtures, tokenizers
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.sources import (
@@ -29,14 +29,12 @@ from moe_jax.data.sources.contract import Pair, Pairs, Selection, SourceOptions
 from moe_jax.data.tasks import TASKS
 from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
-  RUN_FILE,
   TOKENIZERS,
   BytesOptions,
   Extended,
   Fitted,
   Tokenizer,
   TokenizerOptions,
-  read,
   without_endings,
 )
 from moe_jax.errors import InputError
@@ -166,9 +164,9 @@ class DataOptions(Options):
       ValueError: The tokenizer cannot be read.
     """
     for folder in folders:
-      path = pathlib.Path(folder).expanduser() / RUN_FILE
+      path = pathlib.Path(folder).expanduser() / tokenizers.RUN_FILE
       if path.is_file():
-        return self.with_tokenizer(read(path))
+        return self.with_tokenizer(tokenizers.read(path))
     return self
 
   def problems(self) -> Iterator[str]:
