@@ -109,13 +109,12 @@ class DryRun:
 
   def _check(self, run: Run) -> None:
     """Lets the hooks check the run, without a line about it."""
-    print_message, run.message = run.message, lambda text: None
+    silent_run = dataclasses.replace(run, message=lambda text: None)
     for hook in self.hooks:
       try:
-        hook.check(run)
+        hook.check(silent_run)
       except (InputError, OSError) as error:
         self._refuse(error)
-    run.message = print_message
 
   def _dataset(self) -> data.Dataset | None:
     """The data, if it is prepared."""

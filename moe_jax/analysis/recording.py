@@ -275,11 +275,10 @@ class Traces(Hook):
       ValueError: The workdir has the trace of another run.
     """
     if run.options.trace.is_on and run.model.sparse_layers:
-      log = lambda text: run.message(text)  # noqa: E731  hooks change it later
-      folder = run.workdir / FOLDER
-      self._recorder = Recorder(folder, header_of(run), run.model, log)
+      folder, header = run.workdir / FOLDER, header_of(run)
+      self._recorder = Recorder(folder, header, run.model, run.message)
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Wraps the step and the evaluations that are recorded."""
     o = run.options.trace
     if self._recorder is None:
@@ -287,19 +286,21 @@ class Traces(Hook):
         run.message(
           'trace: the model has no sparse layers; nothing is recorded'
         )
-      return
+      return None
+    step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:
-      run.train_step = _RecordedStep(run.train_step, o, self._recorder)
+      step = _RecordedStep(step, o, self._recorder)
     names = o.names(run.options.loss_evals)
-    for i, entry in enumerate(run.evaluations):
+    for i, entry in enumerate(evaluations):
       if entry.name in names:
         losses = cast(Losses, entry.measure)
         fields = entry.name, losses, o.recording, self._recorder
         measure = RecordedLosses(*fields)
-        run.evaluations[i] = dataclasses.replace(entry, measure=measure)
+        evaluations[i] = dataclasses.replace(entry, measure=measure)
     run.message(
       f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
     )
+    return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def saving(self) -> None:
     """Writes all records before the checkpoint, so that no step is missing."""

@@ -69,7 +69,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
       'backward pass is counted of models with one'
     )
   adapters = lora.adapt(options.lora, models.describe(model))
-  trained, optimizer = make_optimizer(options, model)
+  trained, optimizer = make_optimizer(options, model, adapters)
   shapes = adapters.trees.shapes
   state = jax.eval_shape(optimizer.init, shapes)
   trained_part = flat_trees.flatten(trained.part(shapes))

@@ -1,7 +1,8 @@
 """First state of a run: from a checkpoint, given parameters, or its seed."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -25,8 +26,22 @@ DUE = 'due_evaluations'
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
-def begin(run: Run, initial: Initial | None = None) -> TrainState:
-  """The state from which the run goes on, or its first state; prints which.
+class Begun(NamedTuple):
+  """Where a run begins, or goes on.
+
+  Attributes:
+    run: The run, with the rows of data that its next steps take.
+    state: Its state.
+    due: Names of the evaluations of that state that are still to be made.
+  """
+
+  run: Run
+  state: TrainState
+  due: list[str]
+
+
+def begin(run: Run, initial: Initial | None = None) -> Begun:
+  """Begins a run, or goes on from its newest checkpoint; prints which.
 
   A checkpoint of step 0 holds only parameters, such as those of an imported
   model, and perhaps the state of its routers: the optimizer starts anew. The
@@ -70,24 +85,27 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
   if variables_and_note is not None:
     variables, note = variables_and_note
     run.message(note)
-    return _first_state(run, variables)
+    return Begun(run, _first_state(run, variables), [])
   if restored is None:
-    return run.programs.init_state()
+    return Begun(run, run.programs.init_state(), [])
   for step, reason in restored.skipped:
     run.message(f'passed over the checkpoint of step {step}: {reason}')
   if not restored.step:
     run.message('beginning with the parameters of the checkpoint of step 0')
-    return _first_state(run, restored.state)
+    return Begun(run, _first_state(run, restored.state), [])
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
-  run.due = restored.extra.get(DUE, [])
   earlier_rows = restored.step * run.options.batch_size
-  run.row_offset = restored.extra.get(NEXT_ROW, earlier_rows) - earlier_rows
+  next_row = restored.extra.get(NEXT_ROW, earlier_rows)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   # The seed is the config's: with another the order of the data changes, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
-  return restored.state.replace(seed=seed)
+  return Begun(
+    dataclasses.replace(run, row_offset=next_row - earlier_rows),
+    restored.state.replace(seed=seed),
+    restored.extra.get(DUE, []),
+  )
 
 
 def end_problem(run: Run, step: int) -> str | None:

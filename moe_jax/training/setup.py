@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import data
-from moe_jax.cli import print_line
 from moe_jax.config import OptionError, section_of
 from moe_jax.data import tokenizers
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.devices import check_room, check_same, is_first
+from moe_jax.devices import check_room, check_same
 from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
+from moe_jax.runs.recorder import Recorder
 from moe_jax.runs.workdir import class_digests, classes_in
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import (
@@ -35,13 +35,9 @@ from moe_jax.training.run_options import RunOptions, SampleOptions
 from moe_jax.training.step import TrainState
 
 
-def _message() -> Callable[[str], None]:
-  return print_line if is_first() else lambda text: None
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run, which hooks are given, too.
+  """The parts of a run, which hooks are given, too; nobody changes one.
 
   Attributes:
     options: The options, with the sizes of the model that the data decides.
@@ -51,22 +47,17 @@ class Run:
     model: The model that is trained.
     mesh: The mesh of devices.
     programs: The programs that the devices execute.
-    train_step: The step of `programs`; a hook may wrap it.
+    train_step: The step of `programs`, unless a hook gives another.
     evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
     early_stopping: The measurements that may end the run before its last step.
+    recorder: Writes and prints rows of metrics.
+    message: Prints a line in process 0, above the bar of progress.
+    confirm: Raises ValueError if another job has taken the workdir.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
-    hooks: The hooks of the run.
     row_offset: Number of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
-    due: Names of the evaluations after the present step that the rows and the
-      checkpoint do not have yet.
-    should_stop: Returns whether a signal stops the run now; called once after
-      each step, and before each batch of an evaluation.
-    confirm: Raises ValueError if another job has taken the workdir.
-    message: Prints a line in process 0; the recorder replaces it while it
-      displays progress.
   """
 
   options: RunOptions
@@ -77,16 +68,14 @@ class Run:
   mesh: Mesh
   programs: Programs
   train_step: Step
-  evaluations: list[Evaluation]
+  evaluations: Sequence[Evaluation]
   checkpoints: Checkpointer
   early_stopping: EarlyStopping
-  notes: tuple[str, ...] = ()
-  hooks: Sequence['Hook'] = ()
-  row_offset: int = 0
-  due: list[str] = dataclasses.field(default_factory=list)
-  should_stop: Callable[[], bool] = lambda: False
+  recorder: Recorder
+  message: Callable[[str], None]
   confirm: Callable[[], None] = lambda: None
-  message: Callable[[str], None] = dataclasses.field(default_factory=_message)
+  notes: tuple[str, ...] = ()
+  row_offset: int = 0
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
     """The batches after step `start`, on the devices."""
@@ -121,8 +110,13 @@ class Hook:
       ValueError: The section of the config that the hook serves does not fit.
     """
 
-  def start(self, run: Run) -> None:
-    """Called before the first step, after a restore."""
+  def start(self, run: Run) -> Run | None:
+    """Called before the first step, after a restore.
+
+    Returns:
+      The run with the `train_step` and the `evaluations` with which it goes on;
+      None leaves it as it is.
+    """
 
   def evaluated(self) -> None:
     """Called after evaluations, whose numbers are then among the metrics."""
@@ -157,10 +151,12 @@ def set_up(
   *,
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
+  confirm: Callable[[], None] = lambda: None,
 ) -> Run:
   """Builds a `Run`; on disk only the data cache may change.
 
-  Arguments and errors are those of `loop.train_and_evaluate`.
+  Arguments and errors are those of `loop.train_and_evaluate`; `confirm` raises
+  ValueError if another job has taken the workdir.
   """
   mesh = options.mesh.make(devices)
   options.check_mesh(mesh)
@@ -195,6 +191,26 @@ def set_up(
     put=programs.put,
   )
   checkpoint = options.checkpoint
+  checkpoints = Checkpointer(
+    workdir_lib.checkpoints_of(folder, checkpoint.directory),
+    keep_newest=checkpoint.keep_newest,
+    keep_best=checkpoint.keep_best,
+    best_metric=checkpoint.best_name,
+    best_is_highest=checkpoint.best_is_highest,
+    retry=checkpoint.retry,
+  )
+  recorder = Recorder(
+    folder,
+    total_steps=filled.total_steps,
+    log_every_steps=filled.log_every_steps,
+    max_nonfinite_steps=filled.max_nonfinite_steps,
+    batch_tokens=filled.batch_size * filled.data.row_tokens,
+    moes=model.moes,
+    state=programs.abstract_state,
+    checkpoints=checkpoints,
+    tell=dataset.tell,
+    confirm=confirm,
+  )
   return Run(
     options=filled,
     given_options=given_options,
@@ -205,15 +221,11 @@ def set_up(
     programs=programs,
     train_step=programs.train_step,
     evaluations=evaluations,
-    checkpoints=Checkpointer(
-      workdir_lib.checkpoints_of(folder, checkpoint.directory),
-      keep_newest=checkpoint.keep_newest,
-      keep_best=checkpoint.keep_best,
-      best_metric=checkpoint.best_name,
-      best_is_highest=checkpoint.best_is_highest,
-      retry=checkpoint.retry,
-    ),
+    checkpoints=checkpoints,
     early_stopping=EarlyStopping(options.early_stopping, checkpoint),
+    recorder=recorder,
+    message=recorder.message,
+    confirm=confirm,
     notes=(
       *(
         f'going on with another config: {line}'

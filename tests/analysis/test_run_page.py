@@ -46,12 +46,10 @@ class Reader(html.parser.HTMLParser):
 
 
 def run_in(folder, **overrides):
-  """A run that is set up, with a folder and a list of its messages."""
+  """A run that is set up, with a folder."""
   options = tiny.options(**overrides)
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
   workdir.claim(folder, section_of(run.given_options))
-  run.messages = []
-  run.message = run.messages.append
   return run
 
 
@@ -76,7 +74,7 @@ def write_row(run, row):
     writer.write(2, row)
 
 
-def test_a_page_has_everything_and_needs_nothing(run):
+def test_a_page_has_everything_and_needs_nothing(run, capsys):
   write_row(run, ROW)
   (run.workdir / 'sample.txt').write_text('once upon')
   page = finished(run)
@@ -93,7 +91,8 @@ def test_a_page_has_everything_and_needs_nothing(run):
   assert all(link.startswith('data:image/png') for link in page.links)
   for name in ('curves.png', 'load.png'):
     assert (run.workdir / name).read_bytes().startswith(b'\x89PNG')
-  assert run.messages == [f'page: {run.workdir / "index.html"}']
+  page_path = run.workdir / 'index.html'
+  assert capsys.readouterr().out.endswith(f'page: {page_path}\n')
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -166,11 +165,11 @@ def test_a_run_that_does_not_end_says_so(error, state, message, run):
   assert f'{state}: step 0 of 6.' in text and message in text
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(run):
+def test_a_page_that_cannot_be_written_ends_nothing(run, capsys):
   (run.workdir / 'index.html').mkdir()
   page = Page()
   page.start(run)
   page.end(run, None)
   page.close()
-  (message,) = run.messages
-  assert message.startswith('index.html was not written: IsADirectoryError')
+  *_, line = capsys.readouterr().out.splitlines()
+  assert line.startswith('index.html was not written: IsADirectoryError')

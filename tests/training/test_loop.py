@@ -51,21 +51,7 @@ class SigtermAt(Hook):
           signal.raise_signal(number)
       return train_step(state, batch)
 
-    run.train_step = step_and_signal
-
-
-class Messages(Hook):
-  """Collects the messages of a run from its start on."""
-
-  def start(self, run):
-    self.lines = []
-    run_message = run.message
-
-    def message(text):
-      self.lines.append(text)
-      run_message(text)
-
-    run.message = message
+    return dataclasses.replace(run, train_step=step_and_signal)
 
 
 class StepMetrics(Hook):
@@ -80,7 +66,7 @@ class StepMetrics(Hook):
       self.steps.append(jax.device_get(step_metrics))
       return state, step_metrics
 
-    run.train_step = step
+    return dataclasses.replace(run, train_step=step)
 
 
 @pytest.fixture(scope='module')
@@ -210,7 +196,8 @@ class InEvaluation(Hook):
 
       return dataclasses.replace(entry, measure=befallen)
 
-    run.evaluations = [measure(entry) for entry in run.evaluations]
+    evaluations = [measure(entry) for entry in run.evaluations]
+    return dataclasses.replace(run, evaluations=evaluations)
 
   def evaluated(self):
     if self.now == self.step and self.event == 'kill after':
@@ -386,7 +373,7 @@ def test_another_batch_size_neither_skips_rows_nor_has_them_again(
         signal.raise_signal(signal.SIGTERM)  # one step, which is saved
         return state.replace(step=state.step + 1), watched[2][0]
 
-      run.train_step = step
+      return dataclasses.replace(run, train_step=step)
 
   hook, size = Reads(), OPTIONS.batch_size
   for batch_size in (size, 2 * size, size // 2, size):
@@ -447,7 +434,7 @@ class NoLoss(Hook):
         batch = {**batch, 'loss_weights': weights}
       return train_step(state, batch)
 
-    run.train_step = step
+    return dataclasses.replace(run, train_step=step)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -499,8 +486,7 @@ def test_equal_evaluations_run_once_and_agree(tmp_path):
     'train_capacity': base.evaluation(every_steps=0, num_batches=2),
     'capacity_2': base.evaluation(every_steps=0, num_batches=2, moe=room),
   }
-  messages = Messages()
-  train_and_evaluate(run_config.read(dense), tmp_path, hooks=[messages])
+  train_and_evaluate(run_config.read(dense), tmp_path)
   last = {}
   for row in metrics.read_metrics(tmp_path / metrics.FILE_NAME):
     last |= row
