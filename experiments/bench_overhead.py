@@ -127,7 +127,7 @@ class Loop:
     """One burst with metrics whose records are written before it ends."""
     self.with_metrics()
     for hook in self._hooks:
-      hook.saving()
+      hook.paused()
 
   def with_both(self) -> None:
     """One burst with metrics and a checkpoint.

@@ -117,15 +117,19 @@ def train_and_evaluate(
     total, early = run.options.total_steps, run.early_stopping
     period = run.options.checkpoint.every_steps
     with catching_interrupt() as interrupted:
-      is_over = False
+      stop = False
       if at.due or (early.ends_now and at.step < total):
         watchdog.mark(f'evaluations of step {at.step}')
-        is_over = _evaluate(run, hooks, at, should_stop)
-      if not is_over and _has_ended(run, at):
-        run.message(_nothing_left(run, at.step))
-        is_over = True
-      batches = iter(()) if is_over else run.batches(at.step)
-      while not is_over:
+        stop = _evaluate(run, hooks, at, should_stop)
+      if not stop and _has_ended(run, at):
+        run.message(
+          f'ended early at step {at.step}: {early.describe()}; to go on, give '
+          'more early_stopping.patience, or 0, and --resume'
+          if early.ended
+          else f'already at step {at.step}: nothing left to train'
+        )
+      batches = run.batches(at.step)
+      while not (stop or _has_ended(run, at)):
         step = at.step + 1
         watchdog.mark(f'the data of step {step}')
         batch = next(batches)
@@ -141,7 +145,6 @@ def train_and_evaluate(
         if at.due and not stop:
           watchdog.mark(f'evaluations of step {step}')
           stop = _evaluate(run, hooks, at, should_stop)
-        is_over = stop or _has_ended(run, at)
 
     run.checkpoints.wait()
     if ended := _has_ended(run, at):
@@ -190,15 +193,6 @@ def _has_ended(run: Run, at: _Position) -> bool:
   return is_last and not at.due
 
 
-def _nothing_left(run: Run, step: int) -> str:
-  if not run.early_stopping.ended:
-    return f'already at step {step}: nothing left to train'
-  return (
-    f'ended early at step {step}: {run.early_stopping.describe()}; to go on, '
-    'give more early_stopping.patience, or 0, and --resume'
-  )
-
-
 def _evaluate(
   run: Run,
   hooks: Sequence[Hook],
@@ -224,7 +218,7 @@ def _evaluate(
         )
         run.recorder.evaluated(step, rows)
         for hook in hooks:
-          hook.evaluated()
+          hook.paused()
       measured |= rows.keys()
       early.add(step, rows)
       best = run.options.checkpoint.best_of(rows)
@@ -264,7 +258,7 @@ def _save(
   with run.recorder.paused(at.step):
     run.confirm()
     for hook in hooks:
-      hook.saving()
+      hook.paused()
     is_new = run.checkpoints.save(
       at.step,
       at.state,

@@ -67,9 +67,13 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     model: Its model.
     mesh: The devices.
   """
-  adapters = lora.adapt(options.lora, models.describe(model))
-  trained, optimizer = make_optimizer(options, model, adapters)
+  adapters, trained, optimizer = make_optimizer(options, model)
   trees, router_state = adapters.trees, init_router_state(model)
+
+  def model_variables(state):
+    params = adapters.merged_on_devices(state.params)
+    return variables(params, state.router_state)
+
   rules = options.sharding.rules
   whole = partitioning.sharding(mesh, rules, ())
   rows = partitioning.sharding(mesh, rules, ('batch', None))
@@ -104,9 +108,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     optimizer=optimizer,
     trained=trained,
     adapters=adapters,
-    variables=lambda state: variables(
-      adapters.merged_on_devices(state.params), state.router_state
-    ),
+    variables=model_variables,
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
@@ -127,20 +129,20 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
 
 
 def make_optimizer(
-  options: RunOptions, model: Model, adapters: Adapters
-) -> tuple[Trained, optax.GradientTransformation]:
-  """The parameters that train, and their optimizer.
+  options: RunOptions, model: Model
+) -> tuple[Adapters, Trained, optax.GradientTransformation]:
+  """The adapters of a model, the parameters that train, and their optimizer.
 
   Args:
     options: The run's options.
     model: Its model.
-    adapters: The adapters of the model.
 
   Raises:
-    ValueError: The option `trainable` or a rule of the optimizer names a part
-      that the model lacks, or selects nothing; or the file of `trained_experts`
-      does not fit.
+    ValueError: The option `trainable`, `lora.parts` or a rule of the optimizer
+      names a part that the model lacks, or selects nothing; or the file of
+      `trained_experts` does not fit.
   """
+  adapters = lora.adapt(options.lora, models.describe(model))
   trees = adapters.trees
   if adapters.kernels:
     trained = Trained(lora.TREE, adapters.names)
@@ -156,7 +158,7 @@ def make_optimizer(
     trees.roles,
     trained.part,
   )
-  return trained, trained.optimizer(transformation)
+  return adapters, trained, trained.optimizer(transformation)
 
 
 def make_step(
@@ -183,15 +185,16 @@ def make_step(
       options.
     loss: The loss of the model's outputs, instead of the model's own.
   """
+
+  def move_router_state(state, load):
+    new = model.move_router_state(state, load, rate=balance_bias_rate)
+    return trained.moved(state, new)
+
   weights = change(losses.loss_weights(model, options.logits_z_weight))
   options.aux_losses.check(weights)
 
   def merged(params, key):
     return adapters.merged(trained.stop_gradients(params), key)
-
-  def move_router_state(state, load):
-    new = model.move_router_state(state, load, rate=balance_bias_rate)
-    return trained.moved(state, new)
 
   step = functools.partial(
     step_lib.train_step,

@@ -28,7 +28,7 @@ def first_step(folder, devices, **overrides):
   options = tiny.options(trace=EVERY_STEP, sample=NO_SAMPLE, **overrides)
   run = set_up(options, folder, devices=jax.devices()[:devices])
   state, hook = run.programs.init_state(), Traces()
-  variables = jax.tree.map(np.asarray, state.variables)
+  variables = jax.tree.map(np.asarray, run.programs.variables(state))
   hook.check(run)
   run = hook.start(run)
   batch = next(run.batches(0))

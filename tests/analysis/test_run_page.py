@@ -12,7 +12,6 @@ from moe_jax.analysis import record_evaluation, routes, run_page
 from moe_jax.analysis.run_page import Page
 from moe_jax.cli import config_of
 from moe_jax.compression import __main__ as compression
-from moe_jax.config import section_of
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.training import setup
@@ -49,7 +48,7 @@ def run_in(folder, **overrides):
   """A run that is set up, with a folder."""
   options = tiny.options(**overrides)
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
-  workdir.claim(folder, section_of(run.given_options))
+  workdir.claim(folder, run.config)
   return run
 
 
@@ -62,8 +61,7 @@ def finished(run):
   """The page of a run that has come to its end."""
   page = Page()
   page.start(run)
-  page.evaluated()
-  page.saving()
+  page.paused()
   page.end(run, None)
   page.close()  # as a run does
   return Reader((run.workdir / 'index.html').read_text())

@@ -8,11 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import models
 from moe_jax.config import OptionError
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
-from moe_jax.models import lora
 from moe_jax.training import programs
 from moe_jax.training.optimizer import Adafactor, AdamW, Muon, clipped
 from moe_jax.training.schedules import (
@@ -251,8 +249,7 @@ def test_rates_by_part_are_those_of_a_run():
       trainable='non_experts', optimizer=dict(rate_rules=rules, clip_norm=0.0)
     )
     model = tiny.model_of(options)
-    adapters = lora.adapt(options.lora, models.describe(model))
-    trained, optimizer = programs.make_optimizer(options, model, adapters)
+    _, trained, optimizer = programs.make_optimizer(options, model)
     params = tiny_models.params_of(model)
     grads = trained.part(jax.tree.map(np.ones_like, params))
     updates = jax.jit(
