@@ -171,7 +171,7 @@ class DryRun:
       yield hooks.devices_line(mesh)
     if dataset is not None:
       yield self._passes_line(dataset)
-    programs = make_programs(options, model, mesh)
+    programs = run.programs if run else make_programs(options, model, mesh)
     if run is None:
       yield from hooks.trained_lines(options, programs)
       yield from hooks.optimizer_lines(options, programs)

@@ -50,10 +50,10 @@ def train_and_evaluate(
   newest; on SIGTERM it saves and returns, also within an evaluation. On Ctrl-C
   (in a notebook, when the cell is interrupted) it saves and raises
   `Interrupted`, unless the caller has a handler of its own; a second one stops
-  at once. Several processes all call
-  this with the same arguments: if one gets a signal, all save and return after
-  the same step, and if one is lost, the others end (`runs/watchdog.py`). Only
-  process 0 prints and writes, except for each process' part of the checkpoints.
+  at once. Several processes all call this with the same arguments: if one gets
+  a signal, all save and return after the same step, and if one is lost, the
+  others end (`runs/watchdog.py`). Only process 0 prints and writes, except for
+  each process' part of the checkpoints.
 
   Args:
     options: The run's options; `moe_jax.run_config.read` makes them from a
