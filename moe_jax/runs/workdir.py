@@ -265,6 +265,41 @@ def check_unedited(folder: pathlib.Path) -> None:
     )
 
 
+def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+  """Checks that ids mean what they mean to the parameters in a run's folder.
+
+  The task of the data may add ids after those of the tokenizer in the folder.
+  A file that cannot be read, as a kill of older code left one, says nothing.
+
+  Args:
+    folder: The folder of the run.
+    tokenizer: The tokenizer of the data.
+
+  Raises:
+    ValueError: The folder has a tokenizer whose ids are others.
+  """
+  path = folder / TOKENIZER
+  try:
+    kept = tokenizers.load(path)
+  except (OSError, InputError):
+    return
+  (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
+  if old == new and new_names[: len(old_names)] == old_names:
+    return
+  raise InputError(
+    f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
+    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
+    'data.tokenizer.file.path'
+  )
+
+
+def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
+  """The identity of a tokenizer's own ids, and the names that a task added."""
+  if isinstance(tokenizer, tokenizers.Extended):
+    return tokenizer.base.ids_identity, tokenizer.names
+  return tokenizer.ids_identity, ()
+
+
 def record_plugins(folder: pathlib.Path, config: Section) -> None:
   """Writes the sha256 of each file with a user's own class into the folder."""
   digests = class_digests(classes_in(config))
@@ -369,41 +404,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
   unfinished = path.with_name(path.name + '.tmp')
   unfinished.write_text(text, encoding='utf-8')
   unfinished.replace(path)
-
-
-def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-  """Checks that ids mean what they mean to the parameters in a run's folder.
-
-  The task of the data may add ids after those of the tokenizer in the folder.
-  A file that cannot be read, as a kill of older code left one, says nothing.
-
-  Args:
-    folder: The folder of the run.
-    tokenizer: The tokenizer of the data.
-
-  Raises:
-    ValueError: The folder has a tokenizer whose ids are others.
-  """
-  path = folder / TOKENIZER
-  try:
-    kept = tokenizers.load(path)
-  except (OSError, InputError):
-    return
-  (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
-  if old == new and new_names[: len(old_names)] == old_names:
-    return
-  raise InputError(
-    f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
-    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
-    'data.tokenizer.file.path'
-  )
-
-
-def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-  """The identity of a tokenizer's own ids, and the names that a task added."""
-  if isinstance(tokenizer, tokenizers.Extended):
-    return tokenizer.base.ids_identity, tokenizer.names
-  return tokenizer.ids_identity, ()
 
 
 def check_allowed(names: Iterable[str], allowed: Iterable[str]) -> None:
