@@ -32,7 +32,6 @@ from moe_jax.analysis.replay import Replaying
 from moe_jax.config import layered, section_of
 from moe_jax.devices import keep_freed_memory
 from moe_jax.run_config import RunConfig
-from moe_jax.runs.recorder import Recorder
 from moe_jax.training.begin import begin
 from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run, set_up
@@ -84,13 +83,14 @@ class Loop:
     run = self._run
     with contextlib.ExitStack() as stack:
       stack.enter_context(run.checkpoints)
-      self._state = begin(run)
+      run, self._state, _ = begin(run)
       self._batches = run.batches(0)
-      self._recorder = stack.enter_context(Recorder(run, 0))
+      stack.enter_context(run.recorder.recording(0))
       for hook in self._hooks:
         stack.callback(hook.close)
         hook.check(run)
-        hook.start(run)
+        run = hook.start(run) or run
+      self._run = run
       self._stack = stack.pop_all()
     return self
 
@@ -113,12 +113,12 @@ class Loop:
     for i in range(self._burst):
       batch = next(self._batches)
       self._state, metrics = self._take(batch)
-      self._recorder.add(self._step, metrics, batch)
+      run.recorder.add(self._step, metrics, batch)
       if saves and not i:
-        with self._recorder.paused(self._step):
+        with run.recorder.paused(self._step):
           run.checkpoints.save(self._step, self._state)
-          self._recorder.saved(self._step)
-    with self._recorder.paused(self._step):
+          run.recorder.saved(self._step)
+    with run.recorder.paused(self._step):
       run.checkpoints.wait()
     jax.block_until_ready(self._state)
 
@@ -126,7 +126,7 @@ class Loop:
     """One burst with metrics whose records are written before it ends."""
     self.with_metrics()
     for hook in self._hooks:
-      hook.saving()
+      hook.paused()
 
   def with_both(self) -> None:
     """One burst with metrics and a checkpoint.

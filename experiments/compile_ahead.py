@@ -113,7 +113,7 @@ def mesh_of(options: RunOptions, devices: list[jax.Device]) -> Mesh:
     mesh = options.mesh.make(devices)
   except NotImplementedError as error:  # the TPU's torus cannot be split so
     raise InputError(f'mesh={options.mesh}: {error}') from None
-  options.check_mesh(mesh)
+  options.check_rows(options.sharding.row_parts(mesh))
   return mesh
 
 

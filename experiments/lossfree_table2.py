@@ -93,7 +93,7 @@ def max_violation(run: Run, state: TrainState) -> dict[str, float]:
     num_batches=_BATCHES,
     share=run.programs.put.rows,
   ):
-    sums = step(state.variables, run.programs.put.local(batch))
+    sums = step(run.programs.variables(state), run.programs.put.local(batch))
     load = np.asarray(sums.aux.stats.load)  # [L, E]
     violations.append(load.max(-1) / load.mean(-1) - 1)
   return {'max_violation_batch': float(np.mean(violations))}

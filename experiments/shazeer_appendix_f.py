@@ -91,7 +91,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   elsewhere = batch | {
     'tokens': batch['tokens'].at[:, half:].set(other_batch['tokens'][:, half:])
   }
-  return compare(run.model, state.variables, batch, elsewhere)
+  return compare(run.model, run.programs.variables(state), batch, elsewhere)
 
 
 def compare(

@@ -119,7 +119,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   for i in range(_BATCHES):
     batch, key = next(batches), jax.random.key(i)
     numbers_of = functools.partial(
-      balance(run.model), state.variables, batch, key
+      balance(run.model), run.programs.variables(state), batch, key
     )
     noisy.append(numbers_of(train=True))
     quiet.append(numbers_of(train=False)[3])

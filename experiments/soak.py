@@ -15,6 +15,7 @@ the processes is `soaking/soak_run.py`, and what disturbs them is
 `soaking/soak_disturbances.py`.
 """
 
+import dataclasses
 import pathlib
 import random
 import shutil
@@ -83,9 +84,8 @@ def read_on_one_device(workdir: pathlib.Path, spec: dict) -> dict[str, Any]:
     spec['seed'], spec['total_steps'], dict(data=1, fsdp=1, expert=1, tensor=1)
   )
   run = set_up(options, workdir, resume=True, devices=jax.devices()[:1])
-  run.message = lambda text: None
   with run.checkpoints:
-    state = begin(run)
+    run, state, _ = begin(dataclasses.replace(run, message=lambda text: None))
   number = int(state.step) + 1
   checkpoint = {'begin': number, 'arrays': soak_run.digests(state)}
   if spec['gradients'] and number <= spec['total_steps']:

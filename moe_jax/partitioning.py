@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config import Options, option, unknown, unknown_text
+from moe_jax.config import OptionError, Options, option, unknown, unknown_text
 from moe_jax.errors import InputError
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -251,6 +251,24 @@ class ShardingOptions(Options):
     """The sharding table, as modules and `sharding` take it."""
     axes_by_name = dataclasses.asdict(self).items()
     return tuple((name, _axis_names(axes)) for name, axes in axes_by_name)
+
+  def row_parts(self, mesh: Mesh) -> int:
+    """The number of devices of a mesh that the rows of a batch are split over.
+
+    Raises:
+      OptionError: Nothing is split over some of the devices.
+    """
+    used_axes = {axis for _, axes in self.rules for axis in axes}
+    for axis, size in mesh.shape.items():
+      if size > 1 and axis not in used_axes:
+        raise OptionError(
+          [
+            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
+            'its devices would do the same work; sharding.batch='
+            f'{self.batch!r} can name it'
+          ]
+        )
+    return row_parts(mesh, self.rules)
 
 
 def spread(x: jax.Array) -> dict[str, int]:

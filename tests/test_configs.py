@@ -240,7 +240,8 @@ def test_switch_c_takes_more_devices_along_tensor_or_with_larger_batches():
   def check(num_devices, options, **sizes):
     shape = {'data': 1, 'fsdp': 1, 'expert': 128, 'tensor': 1, **sizes}
     assert math.prod(shape.values()) == num_devices
-    options.check_mesh(AbstractMesh(tuple(shape.values()), tuple(shape)))
+    mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+    options.check_rows(options.sharding.row_parts(mesh))
 
   check(128, options)
   check(256, options, tensor=2)

@@ -1,6 +1,7 @@
 """Every output of a model whose experts are chosen evenly says so."""
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -29,7 +30,7 @@ class Listen(Hook):
 
   def start(self, run):
     self.messages = []
-    run.message = self.messages.append
+    return dataclasses.replace(run, message=self.messages.append)
 
 
 @pytest.fixture(scope='module')

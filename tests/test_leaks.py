@@ -36,11 +36,12 @@ def prepared(router: str, group_size: int = 0):
     options=options,
     model=tiny.model_of(options),
     dataset=types.SimpleNamespace(splits={'validation': rows}),
+    programs=types.SimpleNamespace(variables=lambda state: {'params': state}),
   )
   # Parameters are larger than initial ones: experts must differ for a leak to
   # show.
   params = jax.tree.map(lambda x: 3 * x, tiny.params_of(options))
-  return run, types.SimpleNamespace(variables={'params': params})
+  return run, params
 
 
 @pytest.mark.slow
@@ -65,7 +66,8 @@ def test_generated_outputs_are_of_prefixes_alone():
 
   @jax.jit
   def apply(batch):
-    return run.model.apply(state.variables, **run.model.inputs(batch))[0]
+    variables = run.programs.variables(state)
+    return run.model.apply(variables, **run.model.inputs(batch))[0]
 
   logits = leaks.generated_logits(apply, batch)
   # Row 2 has two documents. The prefix here has its own length, without

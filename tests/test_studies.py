@@ -455,7 +455,7 @@ class Losses(setup.Hook):
       self.losses.append(float(metrics.loss))
       return state, metrics
 
-    run.train_step = recording_step
+    return dataclasses.replace(run, train_step=recording_step)
 
 
 @pytest.mark.slow
@@ -506,7 +506,7 @@ def test_a_stopped_run_is_no_result(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(state, batch)
 
-      run.train_step = step_and_signal
+      return dataclasses.replace(run, train_step=step_and_signal)
 
   shared = tiny_study.DENSE.shared(Preset(2, 1))
   (job,) = jobs_of(shared, [Arm('one', {})], tmp_path, [0])

@@ -143,7 +143,7 @@ def shares(run: Run, state: TrainState) -> dict[str, float]:
     num_batches=_BATCHES,
     share=put.rows,
   ):
-    total += np.array(counter(state.variables, put.local(batch)))
+    total += np.array(counter(run.programs.variables(state), put.local(batch)))
   _, wanting, leaving = total / total[0]
   return {
     'gate/wanting': float(wanting),

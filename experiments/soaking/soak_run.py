@@ -98,7 +98,7 @@ class Witness(Hook):
     self._attempt = attempt
     self._gradients = gradients
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run:
     """Wraps the run's step, so that batches are recorded before it."""
     step_of, self._run = run.train_step, run
     self._number = 0
@@ -110,13 +110,13 @@ class Witness(Hook):
       self._number += 1
       return step_of(state, batch)
 
-    run.train_step = step
-    run.evaluations = [
+    evaluations = [
       dataclasses.replace(
         evaluation, measure=self._witnessed(evaluation.measure)
       )
       for evaluation in run.evaluations
     ]
+    return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def _witnessed(self, measure: Measure) -> Measure:
     def witnessed(variables, step):

@@ -127,7 +127,7 @@ class Branch(Hook):
       )
     self._longer = longer
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run:
     """Wraps the run's step, so that its state is given before the decay."""
     step, count = run.train_step, None
 
@@ -138,7 +138,7 @@ class Branch(Hook):
         self._give(run, state)
       return step(state, batch)
 
-    run.train_step = branching
+    return dataclasses.replace(run, train_step=branching)
 
   def _give(self, run: Run, state) -> None:
     """Saves the state, unless the longer run was given it before."""

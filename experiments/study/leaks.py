@@ -41,8 +41,9 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   rows = run.dataset.splits['validation']
   examples = rows.take(np.array(spread(len(rows), _ROWS)))
   batch = {key: jnp.asarray(value) for key, value in examples.items()}
+  model, variables = run.model, run.programs.variables(state)
   apply = jax.jit(
-    lambda batch: run.model.apply(state.variables, **run.model.inputs(batch))[0]
+    lambda batch: model.apply(variables, **model.inputs(batch))[0]
   )
   logits = apply(batch)
   return {

@@ -36,13 +36,13 @@ class SharedStep(Hook):
   the rate of their balancing bias.
   """
 
-  def start(self, run: Run) -> None:
-    """Replaces `run.train_step`, if the run can share a step."""
+  def start(self, run: Run) -> Run | None:
+    """Replaces the step, if the run can share a step."""
     options = flatten(section_of(run.options))
     rates = {v for k, v in options.items() if k.endswith(_RATE) and v}
     unequal = len(rates) > 1
     if unequal or run.mesh.size > 1:
-      return
+      return None
     weights = {
       loss: weight
       for loss, weight in run.model.loss_weights().items()
@@ -52,7 +52,8 @@ class SharedStep(Hook):
     key = _key(options | {'vocab_size': run.dataset.vocab_size})
     if key not in _steps:
       _steps[key] = _compiled(run)
-    run.train_step = functools.partial(_steps[key], weights, rate)
+    step = functools.partial(_steps[key], weights, rate)
+    return dataclasses.replace(run, train_step=step)
 
 
 def _key(options: dict[str, Any]) -> str:
@@ -68,14 +69,14 @@ def _key(options: dict[str, Any]) -> str:
 
 def _compiled(run: Run):
   options, model = run.options, run.model
-  optimizer = run.programs.optimizer
 
   def step(weights, rate, state, batch):
     train_step = make_step(
       options,
       model,
-      optimizer,
+      run.programs.adapters,
       run.programs.trained,
+      run.programs.optimizer,
       change=lambda losses: dataclasses.replace(
         losses, routers={**losses.routers, **weights}
       ),

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from experiments.study.parts import POSITIVE, SHARE, Column
-from moe_jax.runs import finite, metrics
+from moe_jax.runs import metrics, recorder
 from moe_jax.training.setup import Run
 
 # A step is compared with so many steps before it.
@@ -44,7 +44,7 @@ def measure(run: Run) -> dict[str, float]:
   """The numbers of `COLUMNS` of a run that has ended."""
   rows = metrics.read_metrics(run.workdir / metrics.FILE_NAME)
   losses = [row['train/loss'] for row in rows if 'train/loss' in row]
-  skipped = len(finite.kept_steps(run.workdir))
+  skipped = len(recorder.kept_steps(run.workdir))
   return {
     'stable': float(is_stable(losses, skipped)),
     'spikes': float(spikes(losses) + skipped),

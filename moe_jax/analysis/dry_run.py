@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 
 from moe_jax import data, partitioning
 from moe_jax.analysis import cost, hooks, run_cost
+from moe_jax.config import section_of
 from moe_jax.data.cache_folders import (
   NotPreparedError,
   reading_only,
 )
 from moe_jax.devices import cache_root, in_bytes, memory_of
 from moe_jax.errors import InputError
-from moe_jax.evaluation import EVALUATIONS
+from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
 from moe_jax.models import Model
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import ownership
@@ -35,14 +36,12 @@ from moe_jax.runs.checkpointer import Checkpointer
 from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
 from moe_jax.training.begin import end_problem
-from moe_jax.training.evaluate import BatchesEvaluation
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.setup import (
   Hook,
   Run,
   set_up,
   setup_notes,
-  tokenizer_notes,
   with_tokenizer,
 )
 
@@ -72,11 +71,12 @@ class DryRun:
   def lines(self) -> Iterator[str]:
     """The lines, in the order in which they are printed."""
     yield 'dry run: nothing is trained, and nothing is written'
-    self._options = self.options
+    self._options, self._notes = self.options, []
     run = self._set_up()
     try:
       folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
-      self._options = with_tokenizer(self.options, folder)
+      config = section_of(self.options)
+      self._options, self._notes = with_tokenizer(self.options, config, folder)
     except InputError as error:
       self._refuse(error)
     dataset = run.dataset if run else self._dataset()
@@ -109,13 +109,12 @@ class DryRun:
 
   def _check(self, run: Run) -> None:
     """Lets the hooks check the run, without a line about it."""
-    print_message, run.message = run.message, lambda text: None
+    silent_run = dataclasses.replace(run, message=lambda text: None)
     for hook in self.hooks:
       try:
-        hook.check(run)
+        hook.check(silent_run)
       except (InputError, OSError) as error:
         self._refuse(error)
-    run.message = print_message
 
   def _dataset(self) -> data.Dataset | None:
     """The data, if it is prepared."""
@@ -157,7 +156,7 @@ class DryRun:
       run.notes
       if run
       else (
-        *tokenizer_notes(self.options, options),
+        *self._notes,
         *setup_notes(options, model, mesh),
       )
     )
@@ -172,7 +171,7 @@ class DryRun:
       yield hooks.devices_line(mesh)
     if dataset is not None:
       yield self._passes_line(dataset)
-    programs = make_programs(options, model, mesh)
+    programs = run.programs if run else make_programs(options, model, mesh)
     if run is None:
       yield from hooks.trained_lines(options, programs)
       yield from hooks.optimizer_lines(options, programs)
@@ -243,7 +242,7 @@ class DryRun:
       if entry.every_steps:
         line += f' every {entry.every_steps:,} steps and'
       line += f' at the end, {times} in all'
-      if isinstance(entry, BatchesEvaluation):
+      if isinstance(entry, LossEvaluation | SourceLosses):
         line += f', of {entry.num_batches or "all"} batches of the split'
       yield line
 

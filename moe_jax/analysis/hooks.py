@@ -4,6 +4,7 @@
 a run takes and is are those of `--dry_run`, too.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -76,16 +77,15 @@ class MeshSummary(Hook):
   step.
   """
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Prints a few lines; none for a single device."""
     if run.mesh.size == 1:
-      return
+      return None
     state = run.programs.abstract_state
     batch = run.options.batch_shapes(run.model)
-    compiled = run.programs.train_step.lower(state, batch).compile()
-    if run.train_step is run.programs.train_step:
-      run.train_step = compiled
+    compiled = run.train_step.lower(state, batch).compile()
     run.message(sharded.read(compiled, state, run.mesh).describe())
+    return dataclasses.replace(run, train_step=compiled)
 
 
 class Profile(Hook):
@@ -98,17 +98,17 @@ class Profile(Hook):
     self._is_tracing = False
     self._step: int | None = None
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Wraps the step, unless no step is to be traced."""
     c = run.options.profile
     if not c.num_steps or (jax.process_index() and not c.all_processes):
-      return
+      return None
     self._folder = run.workdir / 'profile'
     if c.all_processes:  # processes of one host would overwrite each other's
       self._folder /= f'process_{jax.process_index()}'
-    self._run, self._train_step = run, run.train_step
+    self._message, self._train_step = run.message, run.train_step
     self._steps = range(c.start_step, c.start_step + c.num_steps)
-    run.train_step = self._traced_step
+    return dataclasses.replace(run, train_step=self._traced_step)
 
   def _traced_step(
     self, state: TrainState, batch: Batch
@@ -139,7 +139,7 @@ class Profile(Hook):
     if self._is_tracing:
       self._is_tracing = False
       jax.profiler.stop_trace()
-      self._run.message(f'profile: steps up to {self._step} in {self._folder}')
+      self._message(f'profile: steps up to {self._step} in {self._folder}')
 
 
 class Sample(Hook):

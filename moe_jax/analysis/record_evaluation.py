@@ -16,7 +16,7 @@ from absl import logging
 
 from moe_jax import cli
 from moe_jax.analysis import traces
-from moe_jax.analysis.recording import RecordedLosses, Recorder, make_header
+from moe_jax.analysis.recording import Recorder, make_header, recorded_losses
 from moe_jax.data import SPLITS
 from moe_jax.data import load as load_data
 from moe_jax.devices import Placing, keep_freed_memory, keep_programs
@@ -82,7 +82,7 @@ def record(options: argparse.Namespace) -> None:
   recorder = Recorder(options.trace, header, model)
   try:
     losses = entry.measure(setting)
-    measure = RecordedLosses(KIND, losses, recorded.recording, recorder)
+    measure = recorded_losses(KIND, losses, recorded.recording, recorder)
     row = measure(checkpoint.state, checkpoint.step)
   finally:
     recorder.close()

@@ -27,9 +27,8 @@ from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
 from moe_jax.runs import summary
-from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Leaf
-from moe_jax.training.evaluate import Losses, Variables
+from moe_jax.training.evaluate import Losses, Measure
 from moe_jax.training.programs import Step
 from moe_jax.training.run_options import TraceOptions
 from moe_jax.training.setup import Hook, Run
@@ -275,11 +274,10 @@ class Traces(Hook):
       ValueError: The workdir has the trace of another run.
     """
     if run.options.trace.is_on and run.model.sparse_layers:
-      log = lambda text: run.message(text)  # noqa: E731  hooks change it later
-      folder = run.workdir / FOLDER
-      self._recorder = Recorder(folder, header_of(run), run.model, log)
+      folder, header = run.workdir / FOLDER, header_of(run)
+      self._recorder = Recorder(folder, header, run.model, run.message)
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Wraps the step and the evaluations that are recorded."""
     o = run.options.trace
     if self._recorder is None:
@@ -287,22 +285,24 @@ class Traces(Hook):
         run.message(
           'trace: the model has no sparse layers; nothing is recorded'
         )
-      return
+      return None
+    step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:
-      run.train_step = _RecordedStep(run.train_step, o, self._recorder)
+      step = _recorded_step(step, o, self._recorder)
     names = o.names(run.options.loss_evals)
-    for i, entry in enumerate(run.evaluations):
+    for i, entry in enumerate(evaluations):
       if entry.name in names:
         losses = cast(Losses, entry.measure)
         fields = entry.name, losses, o.recording, self._recorder
-        measure = RecordedLosses(*fields)
-        run.evaluations[i] = dataclasses.replace(entry, measure=measure)
+        measure = recorded_losses(*fields)
+        evaluations[i] = dataclasses.replace(entry, measure=measure)
     run.message(
       f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
     )
+    return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
-  def saving(self) -> None:
-    """Writes all records before the checkpoint, so that no step is missing."""
+  def paused(self) -> None:
+    """Writes all records, so that a checkpoint misses no step."""
     if self._recorder is not None:
       self._recorder.flush()
 
@@ -312,47 +312,40 @@ class Traces(Hook):
       self._recorder.close()
 
 
-class _RecordedStep:
-  """A step (state, batch) whose choices go to a recorder.
+def _recorded_step(
+  step: Step, options: TraceOptions, recorder: Recorder
+) -> Step:
+  """A step whose choices go to a recorder, and not into the metrics."""
+  num_steps: int | None = None
 
-  The metrics that it returns are without the choices.
-  """
+  def recorded(state, batch):
+    nonlocal num_steps
+    if num_steps is None:  # reading `state.step` waits for the device
+      num_steps = int(state.step)
+    state, metrics = step(state, batch)
+    if options.has_step(num_steps + 1):
+      recorder.add('train', num_steps, 0, batch, metrics.sums.choices)
+    num_steps += 1
+    return state, metrics._replace(sums=metrics.sums._replace(choices=None))
 
-  def __init__(self, step: Step, options: TraceOptions, recorder: Recorder):
-    self._step, self._options, self._recorder = step, options, recorder
-    self._num_steps: int | None = None
-
-  def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-    if self._num_steps is None:  # reading `state.step` waits for the device
-      self._num_steps = int(state.step)
-    num_steps, self._num_steps = self._num_steps, self._num_steps + 1
-    state, metrics = self._step(state, batch)
-    sums = metrics.sums
-    if self._options.has_step(num_steps + 1):
-      self._recorder.add('train', num_steps, 0, batch, sums.choices)
-    return state, metrics._replace(sums=sums._replace(choices=None))
+  return recorded
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordedLosses:
-  """Measures losses, and records the choices of all batches.
+def recorded_losses(
+  name: str, losses: Losses, apply: Apply, recorder: Recorder
+) -> Measure:
+  """A measurement of losses that records the choices of all batches.
 
-  Attributes:
+  Args:
     name: The name of the evaluation.
     losses: The measurement.
     apply: Applies the model, and returns its choices.
     recorder: The recorder.
   """
 
-  name: str
-  losses: Losses
-  apply: Apply
-  recorder: Recorder
+  def measure(variables, step):
+    record = functools.partial(recorder.add, name, step)
+    sums = losses.sums(variables, apply, record)
+    return summary.summarize(sums, losses.model.moes)
 
-  def __call__(self, variables: Variables, step: int) -> Row:
-    """The row that `losses` measures."""
-    record: Callable[..., None] = functools.partial(
-      self.recorder.add, self.name, step
-    )
-    sums = self.losses.sums(variables, self.apply, record)
-    return summary.summarize(sums, self.losses.model.moes)
+  return measure

@@ -215,7 +215,7 @@ class Replaying(Hook):
         name = f'model.moe.replay={folder!r} does not fit:'
         raise InputError('\n'.join([name, *lines]))
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Wraps the step."""
     if self._trace is not None:
       run.message(
@@ -223,10 +223,9 @@ class Replaying(Hook):
         'training; evaluations choose by themselves'
       )
     elif not _is_recorded(run):
-      return
+      return None
     step = ReplayedStep(run, self._trace)
-    run.programs = dataclasses.replace(run.programs, train_step=step)
-    run.train_step = step
+    return dataclasses.replace(run, train_step=step)
 
 
 def _is_recorded(run: Run) -> bool:
@@ -256,7 +255,7 @@ class ReplayedStep:
   """
 
   def __init__(self, run: Run, trace: Trace | None):
-    self.stage: Any = run.programs.train_step
+    self.stage: Any = run.train_step
     self._run, self._trace = run, trace
     self._records: Iterator[list[Record]] | None = None
     shapes = run.options.batch_shapes(run.model)

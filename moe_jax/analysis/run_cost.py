@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import models, partitioning
+from moe_jax import partitioning
 from moe_jax.analysis import memory, sharded
 from moe_jax.analysis.counts import count, short
 from moe_jax.devices import in_bytes
@@ -67,8 +67,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
       f'{type(model).__name__} has {len(model.stacks)} stacks of blocks; the '
       'backward pass is counted of models with one'
     )
-  adapters = lora.adapt(options.lora, models.describe(model))
-  trained, optimizer = make_optimizer(options, model)
+  adapters, trained, optimizer = make_optimizer(options, model)
   shapes = adapters.trees.shapes
   state = jax.eval_shape(optimizer.init, shapes)
   trained_part = flat_trees.flatten(trained.part(shapes))

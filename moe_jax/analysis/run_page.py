@@ -17,7 +17,7 @@ import jinja2
 
 from moe_jax import models
 from moe_jax.analysis import counts, roofline
-from moe_jax.config import Key, keys_of, section_of
+from moe_jax.config import Key, keys_of
 from moe_jax.devices import is_first
 from moe_jax.run_config import RunConfig
 from moe_jax.runs import metrics
@@ -114,17 +114,13 @@ class Page(Hook):
     self._pause_until, self._problem = 0.0, ''
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
-    self.evaluated()
+    self.paused()
 
-  def evaluated(self) -> None:
+  def paused(self) -> None:
     """Lets the thread draw the page, unless it does so or did just now."""
     if self._run is not None and time.monotonic() >= self._pause_until:
       self._pause_until = math.inf
       self._thread.submit(self._draw)
-
-  def saving(self) -> None:
-    """Lets the thread draw the page."""
-    self.evaluated()
 
   def end(self, run: Run, state: object) -> None:
     """Writes the last page, with the files that other hooks have written."""
@@ -295,8 +291,7 @@ def _values(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def _changed_leaves(run: Run) -> list[Key]:
   """The keys of the config that differ from the defaults."""
-  config = section_of(run.given_options)
-  return [leaf for leaf in keys_of(RunConfig, config) if leaf.changed]
+  return [key for key in keys_of(RunConfig, run.config) if key.changed]
 
 
 def _environment(run: Run) -> dict[str, str]:

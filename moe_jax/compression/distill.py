@@ -196,7 +196,7 @@ class Distilling(Hook):
     self._teacher = Teacher(run, options, self.allow)
     return _begin_with(run, options, self._teacher)
 
-  def start(self, run: Run) -> None:
+  def start(self, run: Run) -> Run | None:
     """Wraps the step, and notes the teacher in the run's folder.
 
     Raises:
@@ -205,14 +205,14 @@ class Distilling(Hook):
     """
     options = _options(run)
     if not options.teacher:
-      return
+      return None
     teacher = self._teacher or Teacher(run, options, self.allow)
     self._teacher = None  # the step keeps the arrays that it needs
     teacher.keep_to()
     line = f'teacher: step {teacher.step} of {teacher.folder}'
     if not options.soft_weight:
       run.message(f'{line}, which gives parameters to begin with and no labels')
-      return
+      return None
     run.message(
       f'{line}; {options.hard_weight:g} hard and {options.soft_weight:g} soft '
       f'labels, temperature {options.temperature:g}'
@@ -223,8 +223,7 @@ class Distilling(Hook):
         'tokens change its soft labels for earlier ones'
       )
     step = _taught_step(run, options, teacher)
-    run.programs = dataclasses.replace(run.programs, train_step=step)
-    run.train_step = step
+    return dataclasses.replace(run, train_step=step)
 
 
 def _options(run: Run) -> DistillOptions:
@@ -386,8 +385,9 @@ def _taught_step(
     step = make_step(
       run.options,
       run.model,
-      run.programs.optimizer,
+      run.programs.adapters,
       run.programs.trained,
+      run.programs.optimizer,
       loss=mixed(run.model, options, functools.partial(soft, arrays)),
     )
     # Rows of stored logits are split into microbatches like others.
@@ -396,11 +396,11 @@ def _taught_step(
   layouts = jax.tree.map(
     lambda x: x.sharding, (arrays, run.programs.abstract_state)
   )
-  metrics = metrics_shardings(run.mesh, run.options.sharding.rules)
+  rows = run.programs.put.sharding
   stage = jax.jit(
     train_step,
-    in_shardings=(*layouts, run.programs.put.sharding),
-    out_shardings=(layouts[1], metrics),
+    in_shardings=(*layouts, rows),
+    out_shardings=(layouts[1], metrics_shardings(layouts[1].step, rows)),
     donate_argnums=1,
   )
   arrays_of = stored.reader(run) if stored else lambda _: arrays

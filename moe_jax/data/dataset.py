@@ -118,6 +118,11 @@ class DataOptions(Options):
     return self.shape.encoder_decoder
 
   @property
+  def row_tokens(self) -> int:
+    """The number of tokens of a row, of an encoder's side and a decoder's."""
+    return self.seq_len + self.target_len
+
+  @property
   def selection(self) -> Selection:
     """The parts of the source that are read."""
     splits = self.train_split, self.validation_split

@@ -22,7 +22,7 @@ from moe_jax.evaluation.prompts import Asker, AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import make_scores
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
-  BatchesEvaluation,
+  EvaluationOptions,
   Losses,
   Setting,
   Variables,
@@ -32,9 +32,21 @@ Questions = dict[str, list[Question]]
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceLosses(BatchesEvaluation):
+class SourceLosses(EvaluationOptions):
   """The kind 'source_losses': the loss of each source by itself."""
 
+  every_steps: int = option(
+    500,
+    'Number of optimizer steps between two measurements of the evaluation, '
+    'which also runs at the end of the run; with 0 it runs only then.',
+    minimum=0,
+  )
+  num_batches: int = option(
+    0,
+    'Number of batches that are evaluated, spread over the split; 0 evaluates '
+    'all of it.',
+    minimum=0,
+  )
   split: str = option(
     'validation',
     "Split of each source whose loss is measured: 'validation', or 'train' for "
@@ -75,6 +87,10 @@ class SourceLosses(BatchesEvaluation):
     """The names in a `summary_row`."""
     mixture = data.mixture
     return summary_row(dict.fromkeys(mixture.sources, 0.0), mixture)
+
+  def shrunk(self) -> Self:
+    """The same evaluation on one batch."""
+    return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
 @dataclasses.dataclass(frozen=True)

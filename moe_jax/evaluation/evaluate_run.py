@@ -15,7 +15,6 @@ from moe_jax.generation.trained_run import Loaded
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   EvaluationOptions,
-  changed_models,
   evaluation_rows,
   make_evaluations,
 )
@@ -61,10 +60,11 @@ def evaluate_all(
     CheckpointError: No checkpoint is good.
   """
   run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
-  rules = run.sharding.rules
   evaluations = make_evaluations(
+    run.options,
+    run.model,
     entries,
-    changed_models(run.options, run.model, entries, rules),
+    run.sharding.rules,
     dataset=data.load(run.data),
     data=run.data,
     batch_size=run.batch_size,

@@ -170,8 +170,9 @@ def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
     copy_plan = plan(run.model, source, options.copies)
   except InputError as error:
     message = f'init_from.workdir={folder}: {error}'
-    given_model = run.given_options.model
-    if given_model == given_model.shrunk():
+    own = run.options
+    small = dataclasses.replace(own, model=own.model.shrunk())
+    if own == small.filled(run.dataset.vocab_size):
       message += (
         "\nThis model is as small as ':runlocal' behind a config's name makes "
         'it: leave that out, or train the other run with it, too'

@@ -16,8 +16,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
 from moe_jax.layers.rotary import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
-from moe_jax.layers.shared import RULES
-from moe_jax.models import EncoderDecoder, EncoderDecoderOptions
+from moe_jax.models import EncoderDecoderOptions
+from moe_jax.models.embeddings import EmbeddingConfig
 from moe_jax.models.stack import Padding
 from moe_jax.partitioning import Rules
 from moe_jax.routing import Routing
@@ -182,9 +182,6 @@ class TransformersEncoderDecoder(EncoderDecoderOptions):
     if self.encoder_table and self.embedding.tie:
       yield 'encoder_table=True has no effect unless embedding.tie=False'
 
-  def build(self, rules: Rules = RULES) -> EncoderDecoder:
-    model = super().build(rules)
-    embedding = dataclasses.replace(
-      model.embedding, encoder_table=self.encoder_table
-    )
-    return model.clone(embedding=embedding)
+  def embedding_config(self, rules: Rules) -> EmbeddingConfig:
+    embedding = super().embedding_config(rules)
+    return dataclasses.replace(embedding, encoder_table=self.encoder_table)

@@ -484,10 +484,16 @@ class CheckpointOptions(Options):
       return None
     return float(row[self.best_metric])
 
-  @property
-  def retry(self) -> Retry:
-    """The rule by which storage is tried again after an error."""
-    return Retry(self.tries, self.retry_seconds)
+  def checkpointer(self, directory: str | os.PathLike) -> Checkpointer:
+    """The checkpoints of a run in a directory."""
+    return Checkpointer(
+      directory,
+      keep_newest=self.keep_newest,
+      keep_best=self.keep_best,
+      best_metric=self.best_name,
+      best_is_highest=self.best_is_highest,
+      retry=Retry(self.tries, self.retry_seconds),
+    )
 
   def shrunk(self) -> 'CheckpointOptions':
     """The same options with a checkpoint at the end of the run only."""

@@ -1,15 +1,10 @@
-"""What is not finite: the arrays of a state, and the batches of such steps.
+"""What is not finite among the arrays of a state.
 
 Integers and booleans are always finite. No optimizer or router of this project
 keeps an infinity on purpose, so no array is excepted (a test takes a step with
 each optimizer).
-
-`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
-whose loss, gradient or new state was not finite.
 """
 
-import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +16,6 @@ from moe_jax.partitioning import path_name
 from moe_jax.shapes import Array, Bool
 
 _MOST_LISTED = 4
-_FOLDER = 'nonfinite'
 
 
 def flags(tree: Any) -> Bool[Array, ' N']:
@@ -88,34 +82,3 @@ def _floating(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if jnp.issubdtype(leaf.dtype, jnp.inexact)
   }
-
-
-def kept_steps(workdir: pathlib.Path) -> set[int]:
-  """The steps whose batches are kept, also those from before a restart."""
-  numbers = [path.stem for path in (workdir / _FOLDER).glob('*.npz')]
-  return {int(n) for n in numbers if n.isdigit()}
-
-
-def forget_batch(workdir: pathlib.Path, step: int) -> None:
-  """Removes the batch of a step that was repeated and then was finite."""
-  if jax.process_index() == 0:
-    (workdir / _FOLDER / f'{step}.npz').unlink(missing_ok=True)
-
-
-def keep_batch(
-  workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]
-) -> pathlib.Path:
-  """Writes the batch of `step`, all or nothing; every process calls this.
-
-  Raises:
-    OSError: The file cannot be written.
-  """
-  path = workdir / _FOLDER / f'{step}.npz'
-  arrays = fetch(dict(batch))
-  if jax.process_index() == 0:
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix('.tmp')
-    with unfinished.open('wb') as file:
-      np.savez(file, **arrays)
-    unfinished.replace(path)
-  return path

@@ -2,23 +2,33 @@
 
 Metrics of step n - 1 are read after step n was dispatched, so that reading
 them never makes the device wait.
+
+`workdir/nonfinite/<step>.npz` has the arrays of a step's global batch by name,
+whose loss, gradient or new state was not finite.
 """
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import numpy as np
 
-from moe_jax.devices import is_first
+from moe_jax.cli import print_line
+from moe_jax.devices import fetch, is_first
 from moe_jax.errors import ReportedError
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.runs import finite, summary
-from moe_jax.runs.checkpointer import CheckpointError
+from moe_jax.runs.checkpointer import Checkpointer, CheckpointError
 from moe_jax.runs.metrics import MetricsWriter, Row
 from moe_jax.runs.progress import Progress
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics, add
+
+_NONFINITE = 'nonfinite'  # the folder of batches of steps that were not finite
 
 
 class NonFiniteError(ReportedError, RuntimeError):
@@ -28,26 +38,42 @@ class NonFiniteError(ReportedError, RuntimeError):
   """
 
 
+@dataclasses.dataclass
 class Recorder:
   """Averages the metrics of steps, writes them as rows and shows progress.
 
-  It is a context manager. Every process has one, with the same numbers, but
-  only that of process 0 writes.
+  Every process has one, with the same numbers, but only that of process 0
+  writes and prints.
+
+  Attributes:
+    workdir: The folder of the run.
+    total_steps: The number of steps of the whole run.
+    log_every_steps: The number of steps between two rows.
+    max_nonfinite_steps: The number of steps that may be skipped.
+    batch_tokens: The number of tokens of a batch.
+    moes: The mixture of each layer; see `summary.summarize`.
+    state: The shapes of the train state.
+    checkpoints: The run's checkpoints, which an error names.
+    tell: Says the row of an evaluation that measures no loss.
+    confirm: Raises ValueError if another job has taken the folder.
   """
 
-  def __init__(self, run: Any, start: int):
-    """Prepares for a run that begins, or goes on, after `start` steps.
+  workdir: pathlib.Path
+  _: dataclasses.KW_ONLY
+  total_steps: int
+  log_every_steps: int
+  max_nonfinite_steps: int
+  batch_tokens: int
+  moes: Sequence[MoeOptions | None]
+  state: Any
+  checkpoints: Checkpointer
+  tell: Callable[[Row], str]
+  confirm: Callable[[], None] = lambda: None
 
-    Args:
-      run: The run, a `moe_jax.training.setup.Run`, whose `message` is that of
-        the display of progress until the end.
-      start: The number of steps.
-    """
-    self._run = run
-    self._start = start
+  def __post_init__(self):
+    self._writer: MetricsWriter | None = None
+    self._progress: Progress | None = None
     self._pending: tuple[int, StepMetrics, Batch] | None = None
-    self._kept_steps = finite.kept_steps(run.workdir)
-    self._skipped = sum(n <= start for n in self._kept_steps)
     self._sums: LossSums | None = None
     self._steps = 0
     self._tokens = 0.0
@@ -55,25 +81,33 @@ class Recorder:
     # The loss, gradient norm and learning rate of the step read last.
     self._last_scalars: tuple[float, float, float] | None = None
 
-  def __enter__(self) -> 'Recorder':
-    run = self._run
-    self._stack = contextlib.ExitStack()
-    self._message = run.message
-    self._writer = self._progress = None
-    if is_first():
-      resume_step = self._start or None
-      self._writer = self._stack.enter_context(
-        MetricsWriter(run.workdir, resume_step=resume_step, due=run.due)
-      )
-      self._progress = self._stack.enter_context(
-        Progress(run.options.total_steps, self._start)
-      )
-      run.message = self._progress.message
-    return self
+  @contextlib.contextmanager
+  def recording(self, start: int, due: Collection[str] = ()) -> Iterator[None]:
+    """Records a run that begins, or goes on, while the body runs.
 
-  def __exit__(self, *exc) -> None:
-    self._run.message = self._message
-    self._stack.close()
+    Args:
+      start: The number of steps that are taken already.
+      due: Names of the evaluations that are still to be made after them.
+    """
+    self._kept_steps = kept_steps(self.workdir)
+    self._skipped = sum(n <= start for n in self._kept_steps)
+    with contextlib.ExitStack() as stack:
+      if is_first():
+        self._writer = stack.enter_context(
+          MetricsWriter(self.workdir, resume_step=start or None, due=due)
+        )
+        self._progress = stack.enter_context(Progress(self.total_steps, start))
+      try:
+        yield
+      finally:
+        self._progress = None
+
+  def message(self, text: str) -> None:
+    """Prints a line, above the bar of progress where there is one."""
+    if self._progress is not None:
+      self._progress.message(text)
+    elif is_first():
+      print_line(text)
 
   def add(self, step: int, metrics: StepMetrics, batch: Batch) -> None:
     """Stores the metrics of a step, and reads those of the step before it.
@@ -83,7 +117,7 @@ class Recorder:
     averages.
 
     Raises:
-      NonFiniteError: More than `options.max_nonfinite_steps` steps were not
+      NonFiniteError: More than `max_nonfinite_steps` steps were not
         finite.
     """
     self._flush()
@@ -120,11 +154,11 @@ class Recorder:
       if 'loss' in row:
         losses[name] = row['loss']
       else:
-        text = self._run.dataset.tell(row)
-        self._run.message(f'step {step}: evaluation {name}: {text}')
+        text = self.tell(row)
+        self.message(f'step {step}: evaluation {name}: {text}')
     if losses:
       text = '  '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
-      self._run.message(f'step {step}: evaluation, nats/token: {text}')
+      self.message(f'step {step}: evaluation, nats/token: {text}')
 
   def ended(self, step: int) -> None:
     """Writes the averages since the last row, after the run's last step."""
@@ -133,7 +167,7 @@ class Recorder:
 
   def saved(self, step: int) -> None:
     """Prints that the checkpoint of `step` is being saved."""
-    self._run.message(f'step {step}: saving a checkpoint')
+    self.message(f'step {step}: saving a checkpoint')
 
   def _flush(self) -> None:
     if self._pending is None:
@@ -141,11 +175,10 @@ class Recorder:
     (step, metrics, batch), self._pending = self._pending, None
     sums = summary.host(metrics.sums)
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    state = self._run.programs.abstract_state
     flags = np.asarray(metrics.finite)
     bad = []
     if not flags.all():
-      bad = finite.names(finite.without_opt_state(state), flags)
+      bad = finite.names(finite.without_opt_state(self.state), flags)
     if bad or not (math.isfinite(loss) and math.isfinite(grad_norm)):
       text = f'step {step}: loss={loss}, gradient norm={grad_norm}'
       if bad:
@@ -153,39 +186,35 @@ class Recorder:
       self._skip(step, text, sums, batch)
     else:
       if step in self._kept_steps:
-        finite.forget_batch(self._run.workdir, step)
+        _forget_batch(self.workdir, step)
       self._sums = sums if self._sums is None else add(self._sums, sums)
     if self._clock is None:
       self._clock = time.perf_counter()
     else:
       self._steps += 1
-      lengths = self._run.options.data
-      row_tokens = lengths.seq_len + lengths.target_len
-      self._tokens += self._run.options.batch_size * row_tokens
-    total = self._run.options.total_steps
-    due = step % self._run.options.log_every_steps == 0 or step == total
+      self._tokens += self.batch_tokens
+    due = step % self.log_every_steps == 0 or step == self.total_steps
     self._last_scalars = loss, grad_norm, float(metrics.learning_rate)
     if due and self._sums is not None:
       self._write_averages(step, *self._last_scalars)
 
   def _skip(self, step: int, text: str, sums: LossSums, batch: Batch) -> None:
     """Keeps the batch of a step that is not finite; raises if too many are."""
-    path = finite.keep_batch(self._run.workdir, step, batch)
-    max_skipped = self._run.options.max_nonfinite_steps
-    if self._skipped >= max_skipped:
+    path = _keep_batch(self.workdir, step, batch)
+    if self._skipped >= self.max_nonfinite_steps:
       raise NonFiniteError(self._describe(text, sums, path))
     self._skipped += 1
-    self._run.message(
-      f'{text}: left out, {self._skipped} of at most {max_skipped}; its batch '
-      f'is {path}'
+    self.message(
+      f'{text}: left out, {self._skipped} of at most '
+      f'{self.max_nonfinite_steps}; its batch is {path}'
     )
 
   def _write_averages(self, step, loss, grad_norm, learning_rate) -> None:
     now = time.perf_counter()
     seconds = max(now - cast(float, self._clock), 1e-9)
     sums = cast(LossSums, self._sums)
-    values = summary.summarize(sums, self._run.model.moes)
-    sparse = bool(self._run.model.sparse_layers)
+    values = summary.summarize(sums, self.moes)
+    sparse = any(moe is not None for moe in self.moes)
     speed = self._tokens / seconds
     row = {
       **values,
@@ -209,26 +238,57 @@ class Recorder:
 
   def _write(self, step: int, row: Row) -> None:
     if self._writer is not None:
-      self._run.confirm()
+      self.confirm()
       self._writer.write(step, row)
 
   def _describe(self, text: str, sums: LossSums, path: pathlib.Path) -> str:
     lines = [text]
     for i in summary.sparse_layers(sums):
-      layer = summary.layer_summary(sums, i, self._run.model.moes)
+      layer = summary.layer_summary(sums, i, self.moes)
       lines.append(
         f'  layer {i}: router logit RMS {layer["router_logit_rms"]:.3g}, '
         f'entropy {layer["entropy"]:.3g}, drop rate {layer["drop_rate"]:.1%}, '
         f'load max/mean {layer["load_max_over_mean"]:.2f}'
       )
     with contextlib.suppress(CheckpointError):
-      self._run.checkpoints.wait()
-    newest = self._run.checkpoints.newest_good()
+      self.checkpoints.wait()
+    newest = self.checkpoints.newest_good()
     newest_text = 'none' if newest is None else f'step {newest}'
     advice = 'begin anew' if newest is None else 'go on with --resume'
     lines.append(f'its batch is {path}')
     lines.append(
-      f'last good checkpoint: {newest_text} in {self._run.workdir}; lower '
+      f'last good checkpoint: {newest_text} in {self.workdir}; lower '
       f'optimizer.learning_rate or raise moe.z_weight, and {advice}'
     )
     return '\n'.join(lines)
+
+
+def kept_steps(workdir: pathlib.Path) -> set[int]:
+  """The steps whose batches are kept, also those from before a restart."""
+  numbers = [path.stem for path in (workdir / _NONFINITE).glob('*.npz')]
+  return {int(n) for n in numbers if n.isdigit()}
+
+
+def _forget_batch(workdir: pathlib.Path, step: int) -> None:
+  """Removes the batch of a step that was repeated and then was finite."""
+  if jax.process_index() == 0:
+    (workdir / _NONFINITE / f'{step}.npz').unlink(missing_ok=True)
+
+
+def _keep_batch(
+  workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]
+) -> pathlib.Path:
+  """Writes the batch of `step`, all or nothing; every process calls this.
+
+  Raises:
+    OSError: The file cannot be written.
+  """
+  path = workdir / _NONFINITE / f'{step}.npz'
+  arrays = fetch(dict(batch))
+  if jax.process_index() == 0:
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix('.tmp')
+    with unfinished.open('wb') as file:
+      np.savez(file, **arrays)
+    unfinished.replace(path)
+  return path

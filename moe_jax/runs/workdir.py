@@ -6,13 +6,14 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ml_collections
 from etils import epath
 
 from moe_jax.config import ConfigDict, Section, difference, flatten
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import FILE_PREFIX
 from moe_jax.runs.storage_errors import storage_path
@@ -112,13 +113,31 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
   return folder
 
 
+class Workdir(NamedTuple):
+  """A run's folder, which a config may use.
+
+  Attributes:
+    folder: The folder, which need not exist.
+    checkpoints: The directory of its checkpoints.
+    changes: Lines on the keys whose values in the folder differ.
+    class_digests: The sha256 of each file with a user's own class.
+    class_changes: Lines on those files that have changed since the run began.
+  """
+
+  folder: pathlib.Path
+  checkpoints: epath.Path
+  changes: list[str]
+  class_digests: dict[str, str]
+  class_changes: list[str]
+
+
 def check(
   workdir: str | os.PathLike[str],
   config: Section,
   *,
   resume: bool = False,
   defaults: Section | None = None,
-) -> pathlib.Path:
+) -> Workdir:
   """The folder, if a run with this config may use it; nothing is written.
 
   Args:
@@ -135,59 +154,61 @@ def check(
       directory may hold another run's.
   """
   folder = folder_of(workdir)
-  differences = changes(folder, config, defaults)
-  if differences and not resume:
+  digests = class_digests(classes_in(config))
+  class_changes = list(_class_changes(folder, digests))
+  directory = cast(Any, config)['checkpoint']['directory']
+  checkpoints = checkpoints_of(folder, directory)
+  problem = _directory_problem(folder, directory, checkpoints, resume)
+  given, usual = _plain(config), _plain(defaults or {})
+  changes = _changes(folder, given, usual)
+  if changes and not resume:
     raise InputError(
       f'{folder} holds a run whose config differs:\n'
-      + '\n'.join(f'  {line}' for line in differences)
+      + '\n'.join(f'  {line}' for line in changes)
       + '\nchoose another --workdir, or go on in it with --resume'
     )
-  _check_directory(folder, config, resume)
-  return folder
+  if problem:
+    raise InputError(problem)
+  return Workdir(folder, checkpoints, changes, digests, class_changes)
 
 
-def changes(
-  folder: pathlib.Path, config: Section, defaults: Section | None = None
+def _changes(
+  folder: pathlib.Path, config: Section, defaults: Section
 ) -> list[str]:
-  """Lines on the keys whose values in a folder differ, old before new.
-
-  Arguments are those of `check`; a folder without a config has no lines.
-  """
+  """Lines on the keys whose values in a folder differ, old before new."""
   if not (folder / CONFIG).exists():
     return []
-  stored, usual_values = (
-    flatten(values) for values in (kept_config(folder), _plain(defaults or {}))
-  )
+  stored, usual_values = flatten(kept_config(folder)), flatten(defaults)
   return [
     f'{key}: {old!r} -> {new!r}'
-    for key, (old, new) in difference(stored, _plain(config)).items()
+    for key, (old, new) in difference(stored, config).items()
     if key in stored or key not in usual_values or new != usual_values[key]
   ]
 
 
-def _check_directory(
-  folder: pathlib.Path, config: Section, resume: bool
-) -> None:
-  """Raises ValueError for a directory of checkpoints that does not fit.
+def _directory_problem(
+  folder: pathlib.Path, directory: str, new: epath.Path, resume: bool
+) -> str | None:
+  """The problem of a directory of checkpoints that does not fit.
 
   Otherwise the run would begin anew, or go on from another run's checkpoints.
   """
   is_used = (folder / CHECKPOINTS).exists() or (folder / CONFIG).exists()
-  directory = cast(Any, config)['checkpoint']['directory']
-  old, new = checkpoints_of(folder), checkpoints_of(folder, directory)
+  old = checkpoints_of(folder)
   if is_used and old != new:
-    raise InputError(
+    return (
       f'{folder} has its checkpoints in {old}; checkpoint.directory='
       f'{directory!r} says otherwise, and cannot change'
     )
   if is_used or resume or not new.exists():
-    return
+    return None
   if any(not path.name.startswith(FILE_PREFIX) for path in new.iterdir()):
-    raise InputError(
+    return (
       f'{folder} is a new run and checkpoint.directory={os.fspath(new)!r} is '
       'not empty: it may be of another run; choose another, or go on from what '
       'is there with --resume'
     )
+  return None
 
 
 def checkpoints_of(
@@ -214,15 +235,15 @@ def claim(folder: pathlib.Path, config: Section) -> None:
     OSError: The folder cannot be made or written.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / CONFIG
+  path, values = folder / CONFIG, _plain(config)
   if path.exists():
-    if not difference(kept_config(folder), _plain(config)):
+    if kept_config(folder) == values:
       return
     number = 0
     while (aside := folder / f'config.{number}.json').exists():
       number += 1
     path.rename(aside)
-  text = _text(_plain(config))
+  text = _text(values)
   # Before the config, so that a kill between leaves no config of another sum.
   write_text(folder / CONFIG_SHA256, f'{_sha256(text)}\n')
   write_text(path, text)
@@ -244,6 +265,41 @@ def check_unedited(folder: pathlib.Path) -> None:
     )
 
 
+def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+  """Checks that ids mean what they mean to the parameters in a run's folder.
+
+  The task of the data may add ids after those of the tokenizer in the folder.
+  A file that cannot be read, as a kill of older code left one, says nothing.
+
+  Args:
+    folder: The folder of the run.
+    tokenizer: The tokenizer of the data.
+
+  Raises:
+    ValueError: The folder has a tokenizer whose ids are others.
+  """
+  path = folder / TOKENIZER
+  try:
+    kept = tokenizers.load(path)
+  except (OSError, InputError):
+    return
+  (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
+  if old == new and new_names[: len(old_names)] == old_names:
+    return
+  raise InputError(
+    f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
+    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
+    'data.tokenizer.file.path'
+  )
+
+
+def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
+  """The identity of a tokenizer's own ids, and the names that a task added."""
+  if isinstance(tokenizer, tokenizers.Extended):
+    return tokenizer.base.ids_identity, tokenizer.names
+  return tokenizer.ids_identity, ()
+
+
 def record_plugins(folder: pathlib.Path, config: Section) -> None:
   """Writes the sha256 of each file with a user's own class into the folder."""
   digests = class_digests(classes_in(config))
@@ -251,10 +307,12 @@ def record_plugins(folder: pathlib.Path, config: Section) -> None:
     write_text(folder / PLUGINS, _text(digests))
 
 
-def changed_plugins(folder: pathlib.Path, config: Section) -> Iterator[str]:
+def _class_changes(
+  folder: pathlib.Path, digests: Mapping[str, str]
+) -> Iterator[str]:
   """A line for each file with a user's own class that has changed."""
   old_digests = _json(folder / PLUGINS)
-  for name, digest in class_digests(classes_in(config)).items():
+  for name, digest in digests.items():
     old = old_digests.get(name)
     if old not in (None, digest):
       yield (

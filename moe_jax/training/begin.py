@@ -1,16 +1,16 @@
 """First state of a run: from a checkpoint, given parameters, or its seed."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from moe_jax.config import section_of
 from moe_jax.devices import check_shared, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import router_state
 from moe_jax.runs import workdir as workdir_lib
-from moe_jax.training.setup import Run, check_kept_ids
+from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
 # The name under which a checkpoint has the sha256 of the choice of experts.
@@ -25,8 +25,22 @@ DUE = 'due_evaluations'
 Initial = Callable[[Run], tuple[dict[str, Any], str] | None]
 
 
-def begin(run: Run, initial: Initial | None = None) -> TrainState:
-  """The state from which the run goes on, or its first state; prints which.
+class Begun(NamedTuple):
+  """Where a run begins, or goes on.
+
+  Attributes:
+    run: The run, with the rows of data that its next steps take.
+    state: Its state.
+    due: Names of the evaluations of that state that are still to be made.
+  """
+
+  run: Run
+  state: TrainState
+  due: list[str]
+
+
+def begin(run: Run, initial: Initial | None = None) -> Begun:
+  """Begins a run, or goes on from its newest checkpoint; prints which.
 
   A checkpoint of step 0 holds only parameters, such as those of an imported
   model, and perhaps the state of its routers: the optimizer starts anew. The
@@ -57,37 +71,49 @@ def begin(run: Run, initial: Initial | None = None) -> TrainState:
     if problem := end_problem(run, restored.step):
       raise InputError(problem)
   if restored is not None:
-    check_kept_ids(run.workdir, run.dataset.tokenizer)
-  variables_and_note = None
-  if restored is None:
-    variables_and_note = _initial_variables(run, initial)
+    workdir_lib.check_kept_ids(run.workdir, run.dataset.tokenizer)
+  first = None
+  if restored is None and initial is not None:
+    first = initial(run)
+  elif restored is None and (folder := run.options.init_from.workdir):
+    raise InputError(
+      f'init_from.workdir={folder!r} and nobody to read it; pass '
+      'initial=moe_jax.finetuning.initial'
+    )
+  elif restored is not None and not restored.step:
+    note = 'beginning with the parameters of the checkpoint of step 0'
+    first = restored.state, note
   if is_first():
-    config = section_of(run.given_options)
-    workdir_lib.claim(run.workdir, config)
-    workdir_lib.record_plugins(run.workdir, config)
+    workdir_lib.claim(run.workdir, run.config)
+    workdir_lib.record_plugins(run.workdir, run.config)
     run.dataset.tokenizer.save(run.workdir / workdir_lib.TOKENIZER)
   check_shared(run.workdir)
-  if variables_and_note is not None:
-    variables, note = variables_and_note
-    run.message(note)
-    return _first_state(run, variables)
-  if restored is None:
-    return run.programs.init_state()
-  for step, reason in restored.skipped:
+  for step, reason in restored.skipped if restored else ():
     run.message(f'passed over the checkpoint of step {step}: {reason}')
-  if not restored.step:
-    run.message('beginning with the parameters of the checkpoint of step 0')
-    return _first_state(run, restored.state)
+  if first is not None:
+    variables, note = first
+    run.message(note)
+    state = run.programs.state_of(variables['params'])
+    state = state.replace(
+      router_state=variables.get(router_state.COLLECTION, state.router_state),
+      opt_state=variables.get('opt_state', state.opt_state),
+    )
+    return Begun(run, state, [])
+  if restored is None:
+    return Begun(run, run.programs.init_state(), [])
   run.message(f'going on from the checkpoint of step {restored.step}')
   run.early_stopping.restore(restored.extra)
-  run.due = restored.extra.get(DUE, [])
   earlier_rows = restored.step * run.options.batch_size
-  run.row_offset = restored.extra.get(NEXT_ROW, earlier_rows) - earlier_rows
+  next_row = restored.extra.get(NEXT_ROW, earlier_rows)
   if restored.extra.get(EXPERTS, '') != run.programs.trained.masks_digest:
     run.message('WARNING: other experts train than before that checkpoint')
   # The seed is the config's: with another the order of the data changes, too.
   seed = jnp.full_like(restored.state.seed, run.options.seed)
-  return restored.state.replace(seed=seed)
+  return Begun(
+    dataclasses.replace(run, row_offset=next_row - earlier_rows),
+    restored.state.replace(seed=seed),
+    restored.extra.get(DUE, []),
+  )
 
 
 def end_problem(run: Run, step: int) -> str | None:
@@ -99,25 +125,3 @@ def end_problem(run: Run, step: int) -> str | None:
     f'{run.workdir} has a checkpoint of step {step}, and total_steps={total}: '
     'give at least as many steps, or another --workdir'
   )
-
-
-def _first_state(run: Run, variables: Mapping[str, Any]) -> TrainState:
-  """The state before the first step, with these variables; see `Initial`."""
-  state = run.programs.state_of(variables['params'])
-  return state.replace(
-    router_state=variables.get(router_state.COLLECTION, state.router_state),
-    opt_state=variables.get('opt_state', state.opt_state),
-  )
-
-
-def _initial_variables(
-  run: Run, initial: Initial | None
-) -> tuple[dict[str, Any], str] | None:
-  if initial is not None:
-    return initial(run)
-  if folder := run.options.init_from.workdir:
-    raise InputError(
-      f'init_from.workdir={folder!r} and nobody to read it; pass '
-      'initial=moe_jax.finetuning.initial'
-    )
-  return None

@@ -135,8 +135,8 @@ class EvaluationOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchesEvaluation(EvaluationOptions):
-  """Options of an evaluation over batches of a split."""
+class LossEvaluation(EvaluationOptions):
+  """The kind 'loss': the loss of a split, and statistics of the routers."""
 
   every_steps: int = option(
     500,
@@ -150,16 +150,6 @@ class BatchesEvaluation(EvaluationOptions):
     'all of it.',
     minimum=0,
   )
-
-  def shrunk(self) -> Self:
-    """The same evaluation on one batch."""
-    return dataclasses.replace(super().shrunk(), num_batches=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossEvaluation(BatchesEvaluation):
-  """The kind 'loss': the loss of a split, and statistics of the routers."""
-
   split: str = option(
     'validation',
     "Split of the data whose loss is measured; 'train' shows, beside an entry "
@@ -175,6 +165,10 @@ class LossEvaluation(BatchesEvaluation):
     """Patterns of the names in a row of `summary.summarize`."""
     del data
     return 'loss', 'drop_rate', 'forced_balance', 'layer_*'
+
+  def shrunk(self) -> Self:
+    """The same evaluation on one batch."""
+    return dataclasses.replace(super().shrunk(), num_batches=1)
 
 
 DEFAULT_EVALS = {
@@ -240,18 +234,20 @@ def evaluation_rows(
     ValueError: An evaluation returns no row of numbers.
     Stopped: `should_stop` said so.
   """
-  rows: dict[Any, Row] = {}
+  measured: dict[Any, Row] = {}
+  rows: dict[str, Row] = {}
   token = _SHOULD_STOP.set(should_stop)
   try:
     for entry in evaluations:
-      if (key := _key(entry.measure)) not in rows:
+      if (key := _key(entry.measure)) not in measured:
         with showing(entry.name):
           row = entry.measure(variables, step)
         _check_row(entry.name, row)
-        rows[key] = row
+        measured[key] = row
+      rows[entry.name] = measured[key]
   finally:
     _SHOULD_STOP.reset(token)
-  return {entry.name: rows[_key(entry.measure)] for entry in evaluations}
+  return rows
 
 
 def _key(measure: Measure) -> Any:
@@ -423,20 +419,26 @@ def changed_models(
 
 
 def make_evaluations(
+  options: ModelOptions,
+  model: Model,
   entries: Mapping[str, EvaluationOptions],
-  entry_models: Mapping[str, Model],
+  rules: Rules,
   **parts: Any,
 ) -> list[Evaluation]:
   """All entries, ready to run.
 
   Args:
+    options: The options of the training model, after `filled`.
+    model: The training model.
     entries: The options of each entry, by name.
-    entry_models: The model of each entry, by name; see `changed_models`.
+    rules: The sharding table.
     **parts: The other fields of `Setting`.
 
   Raises:
-    OptionError: The run lacks what some evaluations need; all are named.
+    OptionError: Parameters of some models differ from those of the training
+      model, or the run lacks what some evaluations need; all are named.
   """
+  entry_models = changed_models(options, model, entries, rules)
   evaluations, problems = [], []
   for name, entry in entries.items():
     try:

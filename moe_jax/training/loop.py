@@ -6,6 +6,7 @@ kill cuts short costs no step, and is made up where the run goes on.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,10 +21,8 @@ from jax.experimental import multihost_utils
 from moe_jax.cli import print_line
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
-from moe_jax.runs.metrics import Row
 from moe_jax.runs.ownership import owned
-from moe_jax.runs.recorder import Recorder
-from moe_jax.runs.watchdog import Alone, Watchdog, watching
+from moe_jax.runs.watchdog import watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training.begin import DUE, EXPERTS, NEXT_ROW, Initial, begin
 from moe_jax.training.evaluate import Stopped, evaluation_rows
@@ -51,10 +50,10 @@ def train_and_evaluate(
   newest; on SIGTERM it saves and returns, also within an evaluation. On Ctrl-C
   (in a notebook, when the cell is interrupted) it saves and raises
   `Interrupted`, unless the caller has a handler of its own; a second one stops
-  at once. Several processes all call
-  this with the same arguments: if one gets a signal, all save and return after
-  the same step, and if one is lost, the others end (`runs/watchdog.py`). Only
-  process 0 prints and writes, except for each process' part of the checkpoints.
+  at once. Several processes all call this with the same arguments: if one gets
+  a signal, all save and return after the same step, and if one is lost, the
+  others end (`runs/watchdog.py`). Only process 0 prints and writes, except for
+  each process' part of the checkpoints.
 
   Args:
     options: The run's options; `moe_jax.run_config.read` makes them from a
@@ -75,161 +74,167 @@ def train_and_evaluate(
       nothing is saved after it.
     Interrupted: Ctrl-C stopped the run before its end; it has saved.
   """
-  _check_served(options, hooks)
-  with (
-    watching(options.distributed) as watchdog,
-    owned(_folders(options, workdir)) as ownership,
-  ):
-    watchdog.mark('the set-up')
-    run = set_up(options, workdir, resume=resume, devices=devices)
-    run.hooks, run.confirm = hooks, ownership.confirm
-    for note in run.notes:
-      run.message(note)
-    for hook in hooks:
-      hook.check(run)
-    state, was_interrupted = _run(run, watchdog, initial)
-  if was_interrupted:
-    raise Interrupted(
-      f'interrupted at step {int(state.step)} and saved: the same command, or '
-      f'call, goes on from there in {run.workdir}'
-    )
-  return state
-
-
-def _check_served(options: RunOptions, hooks: Sequence[Hook]) -> None:
-  """Raises ValueError for a section that needs a hook which is not there."""
-  if unserved := set(options.for_hooks) - {hook.serves for hook in hooks}:
+  served = {hook.serves for hook in hooks}
+  if unserved := set(options.for_hooks) - served:
     raise InputError(
       f'the sections {sorted(unserved)} of the config have no effect without a '
       'hook that serves them; give it to hooks, as `moe_jax.main` does'
     )
+  with (
+    watching(options.distributed) as watchdog,
+    owned(
+      [folder_of(workdir), *filter(None, [options.checkpoint.directory])]
+      if is_first()
+      else []
+    ) as ownership,
+    contextlib.ExitStack() as stack,
+  ):
+    watchdog.mark('the set-up')
+    run = set_up(
+      options,
+      workdir,
+      resume=resume,
+      devices=devices,
+      confirm=ownership.confirm,
+    )
+    for note in run.notes:
+      run.message(note)
+    for hook in hooks:
+      hook.check(run)
 
-
-def _folders(
-  options: RunOptions, workdir: str | os.PathLike[str]
-) -> Iterator[str | os.PathLike[str]]:
-  """The folders that this process owns: those of the job, in process 0."""
-  if is_first():
-    yield folder_of(workdir)
-    if options.checkpoint.directory:
-      yield options.checkpoint.directory
-
-
-def _run(
-  run: Run, watchdog: Alone | Watchdog, initial: Initial | None
-) -> tuple[TrainState, bool]:
-  """The last state, and whether Ctrl-C stopped the run before its end."""
-  with contextlib.ExitStack() as stack:
     stack.enter_context(run.checkpoints)
     watchdog.before_end = run.checkpoints.settle
     watchdog.mark('the restore')
-    state = begin(run, initial)
-    recorder = stack.enter_context(Recorder(run, int(state.step)))
-    run.should_stop = stack.enter_context(catching_sigterm())
-    for hook in run.hooks:
+    run, state, due = begin(run, initial)
+    at = _Position(int(state.step), state, due)
+    stack.enter_context(run.recorder.recording(at.step, due))
+    should_stop = stack.enter_context(catching_sigterm())
+    for hook in hooks:
       watchdog.mark(f'the start of {type(hook).__name__}')
       stack.callback(hook.close)
-      hook.start(run)
+      run = hook.start(run) or run
+
+    total, early = run.options.total_steps, run.early_stopping
+    period = run.options.checkpoint.every_steps
     with catching_interrupt() as interrupted:
-      state = _train(run, recorder, state, watchdog)
+      stop = False
+      if at.due or (early.ends_now and at.step < total):
+        watchdog.mark(f'evaluations of step {at.step}')
+        stop = _evaluate(run, hooks, at, should_stop)
+      if not stop and _has_ended(run, at):
+        run.message(
+          f'ended early at step {at.step}: {early.describe()}; to go on, give '
+          'more early_stopping.patience, or 0, and --resume'
+          if early.ended
+          else f'already at step {at.step}: nothing left to train'
+        )
+      batches = run.batches(at.step)
+      while not (stop or _has_ended(run, at)):
+        step = at.step + 1
+        watchdog.mark(f'the data of step {step}')
+        batch = next(batches)
+        watchdog.mark(f'step {step}')
+        at.state, metrics = run.train_step(at.state, batch)
+        at.step = step
+        run.recorder.add(step, metrics, batch)
+        stop, last = should_stop(), step == total
+        at.due = [e.name for e in run.evaluations if e.due(step) or last]
+        if stop or last or (period and step % period == 0):
+          watchdog.mark(f'the checkpoint of step {step}')
+          _save(run, hooks, at)
+        if at.due and not stop:
+          watchdog.mark(f'evaluations of step {step}')
+          stop = _evaluate(run, hooks, at, should_stop)
+
     run.checkpoints.wait()
-    if ended := _has_ended(run, int(state.step)):
-      _name_best(run)
-      for hook in run.hooks:
+    if ended := _has_ended(run, at):
+      if run.options.early_stopping.patience and is_first():
+        run.message(
+          f'the best checkpoint by {run.options.checkpoint.best_name} is that '
+          f'of step {run.checkpoints.best_step()}; moe_jax.generate --best and '
+          'init_from.best read it'
+        )
+      for hook in hooks:
         watchdog.mark(f'the end of {type(hook).__name__}')
-        hook.end(run, state)
+        hook.end(run, at.state)
     elif not interrupted:
-      reason = f'stopped by a signal at step {int(state.step)}'
+      reason = f'stopped by a signal at step {at.step}'
       run.message(f'{reason}; saved, will go on here')
-    if run.due:
-      names = ', '.join(run.due)
+    if at.due:
+      names = ', '.join(at.due)
       run.message(f'still to be evaluated, when the run goes on: {names}')
-  return state, bool(interrupted) and not ended
-
-
-def _train(
-  run: Run, recorder: Recorder, state: TrainState, watchdog: Alone | Watchdog
-) -> TrainState:
-  """The state after the last step, or the one at which a signal stops."""
-  start, total = int(state.step), run.options.total_steps
-  if run.due or (run.early_stopping.ends_now and start < total):
-    watchdog.mark(f'evaluations of step {start}')
-    if _evaluate(run, recorder, start, state):
-      return state
-  if _has_ended(run, start):
-    run.message(_nothing_left(run, start))
-    return state
-  batches, period = run.batches(start), run.options.checkpoint.every_steps
-  for step in range(start + 1, total + 1):
-    watchdog.mark(f'the data of step {step}')
-    batch = next(batches)
-    watchdog.mark(f'step {step}')
-    state, metrics = run.train_step(state, batch)
-    recorder.add(step, metrics, batch)
-    stop, last = run.should_stop(), step == total
-    run.due = [e.name for e in run.evaluations if e.due(step) or last]
-    if stop or last or (period and step % period == 0):
-      watchdog.mark(f'the checkpoint of step {step}')
-      _save(run, recorder, step, state)
-    if run.due and not stop:
-      watchdog.mark(f'evaluations of step {step}')
-      stop = _evaluate(run, recorder, step, state)
-    if stop or _has_ended(run, step):
-      break
-  return state
-
-
-def _has_ended(run: Run, step: int) -> bool:
-  """Whether the run ends after a step: its last one, or an early one."""
-  is_last = step == run.options.total_steps or run.early_stopping.ended
-  return is_last and not run.due
-
-
-def _nothing_left(run: Run, step: int) -> str:
-  if not run.early_stopping.ended:
-    return f'already at step {step}: nothing left to train'
-  return (
-    f'ended early at step {step}: {run.early_stopping.describe()}; to go on, '
-    'give more early_stopping.patience, or 0, and --resume'
-  )
-
-
-def _name_best(run: Run) -> None:
-  """Prints which checkpoint is the best, if the run may end early."""
-  if run.options.early_stopping.patience and is_first():
-    step = run.checkpoints.best_step()
-    run.message(
-      f'the best checkpoint by {run.options.checkpoint.best_name} is that of '
-      f'step {step}; moe_jax.generate --best and init_from.best read it'
+  if interrupted and not ended:
+    raise Interrupted(
+      f'interrupted at step {at.step} and saved: the same command, or call, '
+      f'goes on from there in {run.workdir}'
     )
+  return at.state
 
 
-def _evaluate(run: Run, recorder: Recorder, step, state) -> bool:
+@dataclasses.dataclass
+class _Position:
+  """Where a run is.
+
+  Attributes:
+    step: The number of steps taken.
+    state: The state after them.
+    due: Names of the evaluations after them that the rows and the checkpoint do
+      not have yet.
+  """
+
+  step: int
+  state: TrainState
+  due: list[str]
+
+
+def _has_ended(run: Run, at: _Position) -> bool:
+  """Whether the run ends where it is: at its last step, or at an early one."""
+  is_last = at.step == run.options.total_steps or run.early_stopping.ended
+  return is_last and not at.due
+
+
+def _evaluate(
+  run: Run,
+  hooks: Sequence[Hook],
+  at: _Position,
+  should_stop: Callable[[], bool],
+) -> bool:
   """Runs the evaluations that are due; returns whether a signal stopped them.
 
-  If they end the run early, so does this, with all other evaluations; where
-  less patience ends a run that goes on, those are all that is still to come.
+  Rows are recorded before anybody judges them. If they end the run early, so
+  does this, with all other evaluations; where less patience ends a run that
+  goes on, those are all that is still to come.
   """
-  early, measured = run.early_stopping, set[str]()
+  early, measured, step = run.early_stopping, set[str](), at.step
   try:
     while True:
-      rows = _measure(run, recorder, step, state)
+      with run.recorder.paused(step):
+        rows = evaluation_rows(
+          [e for e in run.evaluations if e.name in at.due],
+          run.programs.variables(at.state),
+          step,
+          should_stop=should_stop,
+          showing=functools.partial(run.recorder.evaluating, step),
+        )
+        run.recorder.evaluated(step, rows)
+        for hook in hooks:
+          hook.paused()
       measured |= rows.keys()
       early.add(step, rows)
-      value = run.options.checkpoint.best_of(rows)
-      run.due = []
+      best = run.options.checkpoint.best_of(rows)
+      at.due = []
       if early.ended:
-        recorder.ended(step)
+        run.recorder.ended(step)
         others = (e.name for e in run.evaluations if not e.due(step))
-        run.due = [name for name in others if name not in measured]
+        at.due = [name for name in others if name not in measured]
       is_saved = run.checkpoints.last_step == step
       if is_saved or early.is_best(step) or early.ended:
-        _save(run, recorder, step, state, value)
-      if not run.due:
+        _save(run, hooks, at, best)
+      if not at.due:
         break
   except (Stopped, InputError) as error:
     if run.checkpoints.last_step != step:
-      _save(run, recorder, step, state)
+      _save(run, hooks, at)
     if isinstance(error, Stopped):
       return True
     raise
@@ -238,53 +243,36 @@ def _evaluate(run: Run, recorder: Recorder, step, state) -> bool:
   return False
 
 
-def _measure(run: Run, recorder: Recorder, step, state) -> dict[str, Row]:
-  """The rows of what is due, which are recorded before anybody judges them."""
-  with recorder.paused(step):
-    rows = evaluation_rows(
-      [e for e in run.evaluations if e.name in run.due],
-      run.programs.variables(state),
-      step,
-      should_stop=run.should_stop,
-      showing=functools.partial(recorder.evaluating, step),
-    )
-    recorder.evaluated(step, rows)
-    for hook in run.hooks:
-      hook.evaluated()
-  return rows
-
-
 def _save(
-  run: Run, recorder: Recorder, step, state, best: float | None = None
+  run: Run, hooks: Sequence[Hook], at: _Position, best: float | None = None
 ) -> None:
   """Saves the state, or adds to what stands beside a state that is saved.
 
   Args:
     run: The run.
-    recorder: Its recorder.
-    step: The step.
-    state: The state after it.
+    hooks: Its hooks.
+    at: Where it is.
     best: The number that decides which checkpoint is the best; None where it is
       not measured.
   """
-  with recorder.paused(step):
+  with run.recorder.paused(at.step):
     run.confirm()
-    for hook in run.hooks:
-      hook.saving()
+    for hook in hooks:
+      hook.paused()
     is_new = run.checkpoints.save(
-      step,
-      state,
+      at.step,
+      at.state,
       extra={
         'data_digest': run.dataset.digest,
-        NEXT_ROW: run.row_offset + step * run.options.batch_size,
+        NEXT_ROW: run.row_offset + at.step * run.options.batch_size,
         EXPERTS: run.programs.trained.masks_digest,
-        DUE: run.due,
+        DUE: at.due,
         **run.early_stopping.extra,
       },
       metrics={} if best is None else {run.options.checkpoint.best_name: best},
     )
     if is_new:
-      recorder.saved(step)
+      run.recorder.saved(at.step)
 
 
 # Numbers of calls, by which JAX agrees on the step after which to stop. It

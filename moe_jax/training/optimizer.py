@@ -132,6 +132,15 @@ class Optimizer(Options):
     Raises:
       ValueError: A rule names a part that the model lacks.
     """
+    decay = parameter_rules.factors(
+      'optimizer.decay_rules',
+      self.decay_rules,
+      roles,
+      lambda role: float(role.form == 'kernel'),  # others do not decay
+    )
+    rates = parameter_rules.factors(
+      'optimizer.rate_rules', self.rate_rules, roles, lambda role: 1.0
+    )
     steps = []
     if self.clip_norm:
       steps.append(clipped(self.clip_norm))
@@ -139,17 +148,8 @@ class Optimizer(Options):
       _in_float32(self.preconditioner(axes, part(roles, is_leaf=is_role)))
     )
     if self.weight_decay:
-      factors = parameter_rules.factors(
-        'optimizer.decay_rules',
-        self.decay_rules,
-        roles,
-        lambda role: float(role.form == 'kernel'),  # others do not decay
-      )
-      steps.append(_decayed(self.weight_decay, part(factors)))
-    factors = parameter_rules.factors(
-      'optimizer.rate_rules', self.rate_rules, roles, lambda role: 1.0
-    )
-    steps.append(_scaled(part(factors)))
+      steps.append(_decayed(self.weight_decay, part(decay)))
+    steps.append(_scaled(part(rates)))
     steps.append(optax.scale_by_learning_rate(self.rate(total_steps)))
     return optax.chain(*steps)
 

@@ -15,9 +15,7 @@ from moe_jax import models, partitioning
 from moe_jax.devices import Placing
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters
-from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.router_state import init_router_state, variables
-from moe_jax.partitioning import Rules
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
 from moe_jax.training import losses, trainable
@@ -69,13 +67,25 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     model: Its model.
     mesh: The devices.
   """
+  adapters, trained, optimizer = make_optimizer(options, model)
+  trees, router_state = adapters.trees, init_router_state(model)
+
+  def model_variables(state):
+    params = adapters.merged_on_devices(state.params)
+    return variables(params, state.router_state)
+
   rules = options.sharding.rules
-  adapters = lora.adapt(options.lora, models.describe(model))
-  trees = adapters.trees
-  trained, optimizer = make_optimizer(options, model)
-  router_state = init_router_state(model)
-  shardings = state_shardings(mesh, rules, trees, optimizer, router_state)
-  batch_sharding = partitioning.sharding(mesh, rules, ('batch', None))
+  whole = partitioning.sharding(mesh, rules, ())
+  rows = partitioning.sharding(mesh, rules, ('batch', None))
+  params = partitioning.tree_shardings(mesh, rules, trees.axes, trees.shapes)
+  opt_state = jax.eval_shape(optimizer.init, trees.shapes)
+  shardings = TrainState(
+    step=whole,
+    seed=whole,
+    params=params,
+    opt_state=like_params(mesh, opt_state, trees.shapes, params),
+    router_state=jax.tree.map(lambda _: whole, router_state),
+  )
   init = functools.partial(
     step_lib.init_state,
     model=model,
@@ -98,9 +108,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     optimizer=optimizer,
     trained=trained,
     adapters=adapters,
-    variables=lambda state: variables(
-      adapters.merged_on_devices(state.params), state.router_state
-    ),
+    variables=model_variables,
     init_state=lambda: init(seed),
     state_of=functools.partial(state_of, seed),
     abstract_state=jax.tree.map(
@@ -111,19 +119,19 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
       shardings,
     ),
     train_step=jax.jit(
-      make_step(options, model, optimizer, trained),
-      in_shardings=(shardings, batch_sharding),
-      out_shardings=(shardings, metrics_shardings(mesh, rules)),
+      make_step(options, model, adapters, trained, optimizer),
+      in_shardings=(shardings, rows),
+      out_shardings=(shardings, metrics_shardings(whole, rows)),
       donate_argnums=0,
     ),
-    put=Placing(batch_sharding, options.batch_size, options.microbatches),
+    put=Placing(rows, options.batch_size, options.microbatches),
   )
 
 
 def make_optimizer(
   options: RunOptions, model: Model
-) -> tuple[Trained, optax.GradientTransformation]:
-  """The parameters that train, and their optimizer.
+) -> tuple[Adapters, Trained, optax.GradientTransformation]:
+  """The adapters of a model, the parameters that train, and their optimizer.
 
   Args:
     options: The run's options.
@@ -150,14 +158,15 @@ def make_optimizer(
     trees.roles,
     trained.part,
   )
-  return trained, trained.optimizer(transformation)
+  return adapters, trained, trained.optimizer(transformation)
 
 
 def make_step(
   options: RunOptions,
   model: Model,
-  optimizer: optax.GradientTransformation,
+  adapters: Adapters,
   trained: Trained,
+  optimizer: optax.GradientTransformation,
   *,
   change: Callable[[LossWeights], LossWeights] = lambda weights: weights,
   balance_bias_rate: Leaf | None = None,
@@ -168,23 +177,24 @@ def make_step(
   Args:
     options: The run's options.
     model: Its model.
-    optimizer: Its optimizer.
+    adapters: The adapters of the model.
     trained: The parameters that train.
+    optimizer: Their optimizer.
     change: Function that changes the weights of the losses.
     balance_bias_rate: The rate of the balancing bias, instead of that of the
       options.
     loss: The loss of the model's outputs, instead of the model's own.
   """
-  weights = change(losses.loss_weights(model, options.logits_z_weight))
-  options.aux_losses.check(weights)
-  adapters = lora.adapt(options.lora, models.describe(model))
-
-  def merged(params, key):
-    return adapters.merged(trained.stop_gradients(params), key)
 
   def move_router_state(state, load):
     new = model.move_router_state(state, load, rate=balance_bias_rate)
     return trained.moved(state, new)
+
+  weights = change(losses.loss_weights(model, options.logits_z_weight))
+  options.aux_losses.check(weights)
+
+  def merged(params, key):
+    return adapters.merged(trained.stop_gradients(params), key)
 
   step = functools.partial(
     step_lib.train_step,
@@ -214,48 +224,19 @@ def make_step(
   return step
 
 
-def metrics_shardings(mesh: Mesh, rules: Rules) -> StepMetrics:
+def metrics_shardings(whole: Any, rows: Any) -> StepMetrics:
   """The shardings of a step's metrics.
 
   Choices of experts are split as the batch is; all other metrics are whole on
   every device, as every process reads them.
-  """
-  replicated: Any = partitioning.sharding(mesh, rules, ())
-  row_sharding = partitioning.sharding(mesh, rules, ('batch', None))
-  sums = LossSums(*[replicated] * len(LossSums._fields))
-  sums = sums._replace(choices=row_sharding)
-  metrics = StepMetrics(*[replicated] * len(StepMetrics._fields))
-  return metrics._replace(sums=sums)
-
-
-def state_shardings(
-  mesh: Mesh,
-  rules: Rules,
-  trees: ParameterTrees,
-  optimizer: optax.GradientTransformation,
-  router_state: Any,
-) -> TrainState:
-  """The sharding of each array of the train state.
 
   Args:
-    mesh: The devices.
-    rules: The sharding table.
-    trees: Shapes and logical axes of the parameters.
-    optimizer: The optimizer, whose state is split as the parameters are.
-    router_state: The state of routers, which is whole on every device.
+    whole: The sharding of an array that is whole on every device.
+    rows: The sharding of a batch's arrays.
   """
-  replicated = partitioning.sharding(mesh, rules, ())
-  param_shardings = partitioning.tree_shardings(
-    mesh, rules, trees.axes, trees.shapes
-  )
-  opt_state = jax.eval_shape(optimizer.init, trees.shapes)
-  return TrainState(
-    step=replicated,
-    seed=replicated,
-    params=param_shardings,
-    opt_state=like_params(mesh, opt_state, trees.shapes, param_shardings),
-    router_state=jax.tree.map(lambda _: replicated, router_state),
-  )
+  sums = LossSums(*[whole] * len(LossSums._fields))
+  metrics = StepMetrics(*[whole] * len(StepMetrics._fields))
+  return metrics._replace(sums=sums._replace(choices=rows))
 
 
 def like_params(mesh: Mesh, state, params, param_shardings):

@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
 
-from moe_jax import partitioning
 from moe_jax.config import (
   SEEDS,
   Kinds,
@@ -25,6 +24,7 @@ from moe_jax.config import (
   unknown_text,
 )
 from moe_jax.data import DataOptions
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import Timeouts
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.base import RunShape
@@ -46,6 +46,7 @@ from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 R = TypeVar('R', bound='RunOptions')
 # The name of the option `ModelOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
+_ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
 _EVALUATIONS = Kinds(
   'evaluation', EvaluationOptions, {'loss': LossEvaluation}, inline=True
 )
@@ -108,6 +109,16 @@ class SampleOptions(Options):
     minimum=0,
     below=SEEDS,
   )
+
+  def check_prompt(self, tokenizer: Tokenizer) -> None:
+    """Raises OptionError for a sample that could not be drawn at the end."""
+    if self.num_tokens and not len(tokenizer.encode(self.prompt)):
+      raise OptionError(
+        [
+          f'sample.prompt={self.prompt!r} has no tokens; give it some text, or '
+          'set sample.num_tokens=0'
+        ]
+      )
 
   def shrunk(self) -> Self:
     """The same sample with at most 16 tokens."""
@@ -501,31 +512,22 @@ class RunOptions(Options):
       packed=self.data.pack,
     )
 
-  def check_mesh(self, mesh: Mesh) -> None:
-    """Checks that the devices of a mesh divide the run's sizes.
+  def check_rows(self, row_parts: int) -> None:
+    """Checks that the run's sizes divide by the devices.
+
+    Args:
+      row_parts: Number of devices that the rows of a microbatch are split over.
 
     Raises:
-      OptionError: Rows or groups do not divide by the devices, or nothing is
-        split over some of them.
+      OptionError: Rows or groups do not divide by them.
     """
-    rules = self.sharding.rules
-    used_axes = {axis for _, axes in rules for axis in axes}
-    for axis, size in mesh.shape.items():
-      if size > 1 and axis not in used_axes:
-        raise OptionError(
-          [
-            f'mesh.{axis}={size}: no row of sharding names {axis!r}, so that '
-            'its devices would do the same work; sharding.batch='
-            f'{self.sharding.batch!r} can name it'
-          ]
-        )
-    row_parts, rows = partitioning.row_parts(mesh, rules), self.shape().rows
+    rows = self.shape().rows
     if rows % row_parts:
       raise OptionError(
         [
           f'batch_size={self.batch_size} in microbatches={self.microbatches} '
           f'leaves {rows} sequences, which do not divide by {row_parts} '
-          f'devices of mesh axes {dict(rules)["batch"]}'
+          f'devices of mesh axes {dict(self.sharding.rules)["batch"]}'
         ]
       )
     if problems := list(self.model.problems_in(self.shape(row_parts))):
@@ -544,6 +546,32 @@ class RunOptions(Options):
       vocab_size, self.data.seq_len, len(self.data.tasks)
     )
     return dataclasses.replace(self, model=model)
+
+  def least_bytes(self) -> Iterator[tuple[str, int]]:
+    """The arrays that may be large, each with its least bytes.
+
+    They are counted by arithmetic before a model is built, since with ten
+    million layers even that takes minutes. The options have to be those that
+    `filled` returns.
+    """
+    model, rows = self.model, self.batch_size
+    param_bytes = jnp.dtype(model.param_dtype).itemsize
+    yield (
+      f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
+      param_bytes * model.least_parameters(),
+    )
+    tokens = rows * self.data.row_tokens
+    # Tokens, segments and positions; targets and weights of the last sequence.
+    yield (
+      f'batch_size={rows} of {self.data.row_tokens} tokens',
+      3 * _ITEM_BYTES * tokens,
+    )
+    tokens = self.shape().rows * (self.data.target_len or self.data.seq_len)
+    V = model.vocab_size
+    yield (
+      f'the logits of {tokens} tokens of a microbatch, with vocab_size={V}',
+      _ITEM_BYTES * tokens * V,
+    )
 
   def build(self) -> Model:
     """The model; the options have to be those that `filled` returns."""

@@ -8,84 +8,70 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax import data
-from moe_jax.cli import print_line
-from moe_jax.config import OptionError, section_of
+from moe_jax.config import ConfigDict, section_of
 from moe_jax.data import tokenizers
-from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.devices import check_room, check_same, is_first
+from moe_jax.devices import check_room, check_same
 from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
-from moe_jax.runs.workdir import class_digests, classes_in
+from moe_jax.runs.recorder import Recorder
 from moe_jax.training.early_stopping import EarlyStopping
 from moe_jax.training.evaluate import (
   Evaluation,
-  changed_models,
   make_evaluations,
 )
 from moe_jax.training.losses import loss_weights
 from moe_jax.training.programs import Programs, Step, make_programs
-from moe_jax.training.run_options import RunOptions, SampleOptions
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.step import TrainState
 
 
-def _message() -> Callable[[str], None]:
-  return print_line if is_first() else lambda text: None
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
-  """The parts of a run, which hooks are given, too.
+  """The parts of a run, which hooks are given, too; nobody changes one.
 
   Attributes:
     options: The options, with the sizes of the model that the data decides.
-    given_options: The options as they were given, which the workdir keeps.
+    config: The config of the options as they were given, which the workdir
+      keeps.
     workdir: The run's folder.
     dataset: The run's data.
     model: The model that is trained.
     mesh: The mesh of devices.
     programs: The programs that the devices execute.
-    train_step: The step of `programs`; a hook may wrap it.
+    train_step: The step of `programs`, unless a hook gives another.
     evaluations: The run's evaluations.
     checkpoints: The run's checkpoints.
     early_stopping: The measurements that may end the run before its last step.
+    recorder: Writes and prints rows of metrics.
+    message: Prints a line in process 0, above the bar of progress.
+    confirm: Raises ValueError if another job has taken the workdir.
     notes: Lines to print at the start: overrides that are ignored, and users'
       files that have changed since the run began.
-    hooks: The hooks of the run.
     row_offset: Number of the row of data that step 1 would begin with at this
       batch size; not 0 where earlier steps had another batch size.
-    due: Names of the evaluations after the present step that the rows and the
-      checkpoint do not have yet.
-    should_stop: Returns whether a signal stops the run now; called once after
-      each step, and before each batch of an evaluation.
-    confirm: Raises ValueError if another job has taken the workdir.
-    message: Prints a line in process 0; the recorder replaces it while it
-      displays progress.
   """
 
   options: RunOptions
-  given_options: RunOptions
+  config: ConfigDict
   workdir: pathlib.Path
   dataset: data.Dataset
   model: Model
   mesh: Mesh
   programs: Programs
   train_step: Step
-  evaluations: list[Evaluation]
+  evaluations: Sequence[Evaluation]
   checkpoints: Checkpointer
   early_stopping: EarlyStopping
-  notes: tuple[str, ...] = ()
-  hooks: Sequence['Hook'] = ()
-  row_offset: int = 0
-  due: list[str] = dataclasses.field(default_factory=list)
-  should_stop: Callable[[], bool] = lambda: False
+  recorder: Recorder
+  message: Callable[[str], None]
   confirm: Callable[[], None] = lambda: None
-  message: Callable[[str], None] = dataclasses.field(default_factory=_message)
+  notes: tuple[str, ...] = ()
+  row_offset: int = 0
 
   def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
     """The batches after step `start`, on the devices."""
@@ -120,14 +106,20 @@ class Hook:
       ValueError: The section of the config that the hook serves does not fit.
     """
 
-  def start(self, run: Run) -> None:
-    """Called before the first step, after a restore."""
+  def start(self, run: Run) -> Run | None:
+    """Called before the first step, after a restore.
 
-  def evaluated(self) -> None:
-    """Called after evaluations, whose numbers are then among the metrics."""
+    Returns:
+      The run with the `train_step` and the `evaluations` with which it goes on;
+      None leaves it as it is.
+    """
 
-  def saving(self) -> None:
-    """Called before a checkpoint, or what its evaluations add, is saved."""
+  def paused(self) -> None:
+    """Called when training pauses.
+
+    That is after evaluations, whose numbers are then among the metrics, and
+    before a checkpoint, or what its evaluations add, is saved.
+    """
 
   def end(self, run: Run, state: TrainState) -> None:
     """Called after the last step has been taken, evaluated and saved."""
@@ -156,72 +148,81 @@ def set_up(
   *,
   resume: bool = False,
   devices: Sequence[jax.Device] | None = None,
+  confirm: Callable[[], None] = lambda: None,
 ) -> Run:
   """Builds a `Run`; on disk only the data cache may change.
 
-  Arguments and errors are those of `loop.train_and_evaluate`.
+  Arguments and errors are those of `loop.train_and_evaluate`; `confirm` raises
+  ValueError if another job has taken the workdir.
   """
   mesh = options.mesh.make(devices)
-  options.check_mesh(mesh)
-  config = section_of(options)
-  defaults = section_of(type(options))
-  folder = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
-  given_options, options = options, with_tokenizer(options, folder)
+  row_parts = options.sharding.row_parts(mesh)
+  config, defaults = section_of(options), section_of(type(options))
+  options.check_rows(row_parts)
+  checked = workdir_lib.check(workdir, config, resume=resume, defaults=defaults)
+  options, tokenizer_notes = with_tokenizer(options, config, checked.folder)
   dataset = data.load(options.data)
+  options.sample.check_prompt(dataset.tokenizer)
+  options = options.filled(dataset.vocab_size)
+  needs = options.least_bytes()
+  check_room(needs, list(mesh.devices.flat))
+  model = options.model.build(options.sharding.rules)
+  programs = make_programs(options, model, mesh)
+  notes = (
+    *(f'going on with another config: {line}' for line in checked.changes),
+    *tokenizer_notes,
+    *setup_notes(options, model, mesh),
+    *checked.class_changes,
+  )
+  evaluations = make_evaluations(
+    options.model,
+    model,
+    options.evals,
+    options.sharding.rules,
+    dataset=dataset,
+    data=options.data,
+    batch_size=options.batch_size,
+    workdir=checked.folder,
+    put=programs.put,
+  )
+  early_stopping = EarlyStopping(options.early_stopping, options.checkpoint)
+  checkpoints = options.checkpoint.checkpointer(checked.checkpoints)
+  recorder = Recorder(
+    checked.folder,
+    total_steps=options.total_steps,
+    log_every_steps=options.log_every_steps,
+    max_nonfinite_steps=options.max_nonfinite_steps,
+    batch_tokens=options.batch_size * options.data.row_tokens,
+    moes=model.moes,
+    state=programs.abstract_state,
+    checkpoints=checkpoints,
+    tell=dataset.tell,
+    confirm=confirm,
+  )
   check_same(
     {
       'the config': json.dumps(config.to_dict(), sort_keys=True),
       'the data': dataset.digest,
-      **class_digests(classes_in(config)),
+      'the experts that train': programs.trained.masks_digest,
+      **checked.class_digests,
     }
   )
-  _check_sample(options.sample, dataset.tokenizer)
-  filled = options.filled(dataset.vocab_size)
-  check_fits(filled, mesh)
-  model = filled.build()
-  entry_models = changed_models(
-    filled.model, model, filled.evals, filled.sharding.rules
-  )
-  programs = make_programs(filled, model, mesh)
-  check_same({'the experts that train': programs.trained.masks_digest})
-  evaluations = make_evaluations(
-    filled.evals,
-    entry_models,
-    dataset=dataset,
-    data=filled.data,
-    batch_size=filled.batch_size,
-    workdir=folder,
-    put=programs.put,
-  )
-  checkpoint = options.checkpoint
   return Run(
-    options=filled,
-    given_options=given_options,
-    workdir=folder,
+    options=options,
+    config=config,
+    workdir=checked.folder,
     dataset=dataset,
     model=model,
     mesh=mesh,
     programs=programs,
     train_step=programs.train_step,
     evaluations=evaluations,
-    checkpoints=Checkpointer(
-      workdir_lib.checkpoints_of(folder, checkpoint.directory),
-      keep_newest=checkpoint.keep_newest,
-      keep_best=checkpoint.keep_best,
-      best_metric=checkpoint.best_name,
-      best_is_highest=checkpoint.best_is_highest,
-      retry=checkpoint.retry,
-    ),
-    early_stopping=EarlyStopping(options.early_stopping, checkpoint),
-    notes=(
-      *(
-        f'going on with another config: {line}'
-        for line in workdir_lib.changes(folder, config, defaults)
-      ),
-      *tokenizer_notes(given_options, options),
-      *setup_notes(filled, model, mesh),
-      *workdir_lib.changed_plugins(folder, config),
-    ),
+    checkpoints=checkpoints,
+    early_stopping=early_stopping,
+    recorder=recorder,
+    message=recorder.message,
+    confirm=confirm,
+    notes=notes,
   )
 
 
@@ -254,60 +255,12 @@ def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
         )
 
 
-def _check_sample(sample: SampleOptions, tokenizer: Tokenizer) -> None:
-  """Raises OptionError for a sample that could not be drawn at the end."""
-  if sample.num_tokens and not len(tokenizer.encode(sample.prompt)):
-    raise OptionError(
-      [
-        f'sample.prompt={sample.prompt!r} has no tokens; give it some text, or '
-        'set sample.num_tokens=0'
-      ]
-    )
-
-
-_ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
-
-
-def check_fits(options: RunOptions, mesh: Mesh) -> None:
-  """Checks that a run can fit into the memory of the devices of its mesh.
-
-  It is counted by arithmetic before a model is built, since with ten million
-  layers even that takes minutes.
-
-  Args:
-    options: The options of the run, after `filled`.
-    mesh: The devices.
-
-  Raises:
-    ValueError: One of its parts alone needs more than all devices have.
-  """
-  check_room(_least_bytes(options), list(mesh.devices.flat))
-
-
-def _least_bytes(options: RunOptions) -> Iterator[tuple[str, int]]:
-  """The arrays of a run that may be large, each with its least bytes."""
-  model, rows = options.model, options.batch_size
-  param_bytes = jnp.dtype(model.param_dtype).itemsize
-  yield (
-    f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
-    param_bytes * model.least_parameters(),
-  )
-  lengths = options.data.seq_len, options.data.target_len
-  tokens = rows * sum(lengths)
-  # Tokens, segments and positions; targets and weights of the last sequence.
-  yield f'batch_size={rows} of {sum(lengths)} tokens', 3 * _ITEM_BYTES * tokens
-  logit_tokens = rows // options.microbatches * (lengths[1] or lengths[0])
-  V = model.vocab_size
-  yield (
-    f'the logits of {logit_tokens} tokens of a microbatch, with vocab_size={V}',
-    _ITEM_BYTES * logit_tokens * V,
-  )
-
-
 R = TypeVar('R', bound=RunOptions)
 
 
-def with_tokenizer(options: R, folder: pathlib.Path) -> R:
+def with_tokenizer(
+  options: R, config: ConfigDict, folder: pathlib.Path
+) -> tuple[R, list[str]]:
   """The options with the tokenizer that a run takes in place of the config's.
 
   It is the tokenizer of the run that this one begins with, or the one in this
@@ -315,93 +268,34 @@ def with_tokenizer(options: R, folder: pathlib.Path) -> R:
 
   Args:
     options: The options of the run.
+    config: Their section.
     folder: The folder of the run, which need not exist.
+
+  Returns:
+    The options, and a line about the tokenizer where it is another one.
 
   Raises:
     ValueError: The tokenizer cannot be read.
   """
-  data_options = options.init_from.with_tokenizer(options.data, folder)
-  if data_options is options.data:
-    try:
-      options.data.tokenizer.identity()
-    except InputError:
-      if not _began_with(options, folder):
-        raise
-      tokenizer = tokenizers.read(folder / workdir_lib.TOKENIZER)
-      data_options = options.data.with_tokenizer(tokenizer)
-  if data_options is options.data:
-    return options
-  return dataclasses.replace(options, data=data_options)
-
-
-def _began_with(options: RunOptions, folder: pathlib.Path) -> bool:
-  """Whether a folder has the tokenizer that the options name."""
-  if not (folder / workdir_lib.TOKENIZER).is_file():
-    return False
-  stored = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
-  current = section_of(options).to_dict()['data']['tokenizer']
-  return stored == current
-
-
-def check_kept_ids(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
-  """Checks that ids mean what they mean to the parameters in a run's folder.
-
-  The task of the data may add ids after those of the tokenizer in the folder.
-  A file that cannot be read, as a kill of older code left one, says nothing.
-
-  Args:
-    folder: The folder of the run.
-    tokenizer: The tokenizer of the data.
-
-  Raises:
-    ValueError: The folder has a tokenizer whose ids are others.
-  """
-  path = folder / workdir_lib.TOKENIZER
-  try:
-    kept = tokenizers.load(path)
-  except (OSError, InputError):
-    return
-  (old, old_names), (new, new_names) = map(_with_names, (kept, tokenizer))
-  if old == new and new_names[: len(old_names)] == old_names:
-    return
-  raise InputError(
-    f'{folder} has parameters of tokens of {kept.ids_identity}, the data is of '
-    f"{tokenizer.ids_identity}; give data.tokenizer.kind='file' and {path} as "
-    'data.tokenizer.file.path'
+  given, init_from = options.data.tokenizer, options.init_from
+  data_options = init_from.with_tokenizer(options.data, folder)
+  note = (
+    f'that of {init_from.workdir}; data.tokenizer.kind='
+    f'{data.TOKENIZERS.name_of(given)!r} is not used (init_from.keep_tokenizer)'
   )
-
-
-def _with_names(tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-  """The identity of a tokenizer's own ids, and the names that a task added."""
-  if isinstance(tokenizer, tokenizers.Extended):
-    return tokenizer.base.ids_identity, tokenizer.names
-  return tokenizer.ids_identity, ()
-
-
-def tokenizer_notes(
-  given_options: RunOptions, options: RunOptions
-) -> Iterator[str]:
-  """A line about a tokenizer that is taken in place of the config's.
-
-  Args:
-    given_options: The options as they were given.
-    options: The options `with_tokenizer`.
-  """
-  if options.data is given_options.data:
-    return
   try:
-    given_identity = given_options.data.tokenizer.identity()
-    if given_identity == options.data.tokenizer.identity():
-      return
-    problem = ''
+    identity = given.identity()
   except InputError as error:
-    problem = str(error)
-  init_from = given_options.init_from
-  if not (init_from.workdir and init_from.keep_tokenizer):
-    yield f'tokenizer: that which the run has kept; {problem}'
-    return
-  kind = data.TOKENIZERS.name_of(given_options.data.tokenizer)
-  yield (
-    f'tokenizer: that of {init_from.workdir}; data.tokenizer.kind={kind!r} is '
-    'not used (init_from.keep_tokenizer)'
-  )
+    identity = None
+    if data_options is options.data:
+      path = folder / workdir_lib.TOKENIZER
+      kept = workdir_lib.kept_config(folder).get('data', {}).get('tokenizer')
+      if not path.is_file() or kept != config.to_dict()['data']['tokenizer']:
+        raise
+      data_options = options.data.with_tokenizer(tokenizers.read(path))
+      note = f'that which the run has kept; {error}'
+  if data_options is options.data:
+    return options, []
+  is_same = identity == data_options.tokenizer.identity()
+  notes = [] if is_same else [f'tokenizer: {note}']
+  return dataclasses.replace(options, data=data_options), notes

@@ -22,7 +22,7 @@ from moe_jax.models.recorded import Apply, plainly
 from moe_jax.runs import finite
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
-from moe_jax.training import losses, trainable
+from moe_jax.training import losses
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,11 +43,6 @@ class TrainState(flax.struct.PyTreeNode):
   params: Any
   opt_state: Any
   router_state: Any = flax.struct.field(default_factory=dict)
-
-  @property
-  def variables(self) -> dict[str, Any]:
-    """The variables that the model's `apply` takes, if it has no adapters."""
-    return router_state_lib.variables(self.params, self.router_state)
 
 
 # (state, load [L, E]) -> state
@@ -99,7 +94,7 @@ def make_grad_fn(
   loss = loss or model.loss
 
   def loss_fn(part, params, batch, divisors, key, router_state, step):
-    params = trainable.whole(part, params)
+    params = _whole(part, params)
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
@@ -121,6 +116,28 @@ def make_grad_fn(
   if microbatches == 1:
     return grad_fn
   return _exchanged_once(_accumulated(grad_fn, microbatches), local_axes)
+
+
+def _whole(part: Any, params: Any) -> Any:
+  """The parameters, replaced by those of `part` where it has any."""
+  return jax.tree.map(
+    lambda trained_leaf, leaf: leaf if trained_leaf is None else trained_leaf,
+    part,
+    params,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
+def _updated(params: Any, updates: Any) -> Any:
+  """The parameters after updates, which are None where a parameter stays."""
+  return jax.tree.map(
+    lambda update, param: (
+      param if update is None else optax.apply_updates(param, update)
+    ),
+    updates,
+    params,
+    is_leaf=lambda leaf: leaf is None,
+  )
 
 
 def _exchanged_once(grad_fn: GradFn, axes: tuple[str, ...]) -> GradFn:
@@ -242,7 +259,7 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = trainable.updated(state.params, updates)
+    params = _updated(state.params, updates)
   load = sums.aux.stats.load  # [L, E], of all groups and microbatches
   router_state = move_router_state(state.router_state, load)
   new = TrainState(state.step + 1, state.seed, params, opt_state, router_state)

@@ -130,28 +130,6 @@ class Trained:
     return jax.tree_util.tree_map_with_path(one, state, new)
 
 
-def whole(part: Any, params: Any) -> Any:
-  """The parameters, replaced by those of `part` where it has any."""
-  return jax.tree.map(
-    lambda trained_leaf, leaf: leaf if trained_leaf is None else trained_leaf,
-    part,
-    params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
-def updated(params: Any, updates: Any) -> Any:
-  """The parameters after updates, which are None where a parameter stays."""
-  return jax.tree.map(
-    lambda update, param: (
-      param if update is None else optax.apply_updates(param, update)
-    ),
-    updates,
-    params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
 def select(expression: str, roles: Any) -> Trained:
   """The parameters that an expression selects; see `selection.names_of`."""
   return Trained(expression, names_of(expression, roles))

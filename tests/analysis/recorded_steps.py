@@ -89,9 +89,10 @@ def record(model, batch, choices, step=0):
 def forward(model):
   """A compiled (batch) -> (logits, aux, choices) of the first state."""
   state = first_state(model)
+  variables = router_state.variables(state.params, state.router_state)
 
   def apply(batch):
-    outputs, choices = RECORDED(model, state.variables, **model.inputs(batch))
+    outputs, choices = RECORDED(model, variables, **model.inputs(batch))
     return *outputs, choices
 
   return jax.jit(apply)

@@ -49,7 +49,7 @@ def rates(options, folder):
     batch_size=options.batch_size,
     rows=rows,
     put=run.programs.put,
-  )(state.variables, 0)
+  )(run.programs.variables(state), 0)
   total = None
   for batch in data.eval_batches(
     rows, batch_size=options.batch_size, num_batches=BATCHES

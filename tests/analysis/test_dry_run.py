@@ -127,7 +127,7 @@ def test_another_run_that_it_begins_with(tmp_path):
   # The hooks check a run whose data is prepared.
   options = tiny.options(**{**overrides, 'data': data_overrides})
   data.load(options.data)
-  data.load(with_tokenizer(options, other).data)
+  data.load(with_tokenizer(options, section_of(options), other)[0].data)
   narrow = {'model': {'width': 24}}
   for changes, problem in (
     ({}, ''),

@@ -1,5 +1,6 @@
 """A run's report on its devices, and the trace of its steps."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -42,7 +43,7 @@ class Watch(Hook):
     self.run = run
     self.batch = next(run.batches(0))
     self.lines = []
-    run.message = self.lines.append
+    return dataclasses.replace(run, message=self.lines.append)
 
 
 @pytest.fixture(scope='module')

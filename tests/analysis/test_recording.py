@@ -1,5 +1,6 @@
 """The choices that a run records are those that its routers made."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -26,11 +27,10 @@ def first_step(folder, devices, **overrides):
   """The run, the variables that begin it, and the record of its first step."""
   options = tiny.options(trace=EVERY_STEP, sample=NO_SAMPLE, **overrides)
   run = set_up(options, folder, devices=jax.devices()[:devices])
-  run.message = lambda text: None
   state, hook = run.programs.init_state(), Traces()
-  variables = jax.tree.map(np.asarray, state.variables)
+  variables = jax.tree.map(np.asarray, run.programs.variables(state))
   hook.check(run)
-  hook.start(run)
+  run = hook.start(run)
   batch = next(run.batches(0))
   host_batch = {name: np.asarray(values) for name, values in batch.items()}
   _, metrics = run.train_step(state, batch)
@@ -171,7 +171,7 @@ class Fails(Hook):
         raise RuntimeError('crash')
       return train_step(state, batch)
 
-    run.train_step = failing
+    return dataclasses.replace(run, train_step=failing)
 
 
 @pytest.mark.slow

@@ -116,10 +116,9 @@ def started(folder, trace, **overrides):
   """A run with its step replayed."""
   options = run_config.read(config(trace, **overrides))
   run = set_up(options, folder, devices=jax.devices()[:1])
-  run.message, hook = lambda text: None, Replaying()
+  hook = Replaying()
   hook.check(run)
-  hook.start(run)
-  return run
+  return hook.start(run)
 
 
 def noting(batches):

@@ -12,7 +12,6 @@ from moe_jax.analysis import record_evaluation, routes, run_page
 from moe_jax.analysis.run_page import Page
 from moe_jax.cli import config_of
 from moe_jax.compression import __main__ as compression
-from moe_jax.config import section_of
 from moe_jax.interop import __main__ as interop
 from moe_jax.runs import metrics, workdir
 from moe_jax.training import setup
@@ -46,12 +45,10 @@ class Reader(html.parser.HTMLParser):
 
 
 def run_in(folder, **overrides):
-  """A run that is set up, with a folder and a list of its messages."""
+  """A run that is set up, with a folder."""
   options = tiny.options(**overrides)
   run = setup.set_up(options, folder, devices=jax.devices()[:1])
-  workdir.claim(folder, section_of(run.given_options))
-  run.messages = []
-  run.message = run.messages.append
+  workdir.claim(folder, run.config)
   return run
 
 
@@ -64,8 +61,7 @@ def finished(run):
   """The page of a run that has come to its end."""
   page = Page()
   page.start(run)
-  page.evaluated()
-  page.saving()
+  page.paused()
   page.end(run, None)
   page.close()  # as a run does
   return Reader((run.workdir / 'index.html').read_text())
@@ -76,7 +72,7 @@ def write_row(run, row):
     writer.write(2, row)
 
 
-def test_a_page_has_everything_and_needs_nothing(run):
+def test_a_page_has_everything_and_needs_nothing(run, capsys):
   write_row(run, ROW)
   (run.workdir / 'sample.txt').write_text('once upon')
   page = finished(run)
@@ -93,7 +89,8 @@ def test_a_page_has_everything_and_needs_nothing(run):
   assert all(link.startswith('data:image/png') for link in page.links)
   for name in ('curves.png', 'load.png'):
     assert (run.workdir / name).read_bytes().startswith(b'\x89PNG')
-  assert run.messages == [f'page: {run.workdir / "index.html"}']
+  page_path = run.workdir / 'index.html'
+  assert capsys.readouterr().out.endswith(f'page: {page_path}\n')
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -166,11 +163,11 @@ def test_a_run_that_does_not_end_says_so(error, state, message, run):
   assert f'{state}: step 0 of 6.' in text and message in text
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(run):
+def test_a_page_that_cannot_be_written_ends_nothing(run, capsys):
   (run.workdir / 'index.html').mkdir()
   page = Page()
   page.start(run)
   page.end(run, None)
   page.close()
-  (message,) = run.messages
-  assert message.startswith('index.html was not written: IsADirectoryError')
+  *_, line = capsys.readouterr().out.splitlines()
+  assert line.startswith('index.html was not written: IsADirectoryError')

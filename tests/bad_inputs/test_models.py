@@ -10,9 +10,7 @@ from moe_jax import models
 from moe_jax.data import DataOptions
 from moe_jax.devices import check_room
 from moe_jax.models.pattern import count_sparse, sparse_pattern
-from moe_jax.partitioning import make_mesh
 from moe_jax.training.run_options import RunOptions
-from moe_jax.training.setup import check_fits
 from tests.bad_inputs.cases import Case, check
 
 B, T, V = 2, 6, 11
@@ -93,7 +91,7 @@ def check_run(model, batch_size=8, seq_len=16, **options):
   run_options = RunOptions(
     model=model, batch_size=batch_size, data=data, **options
   )
-  check_fits(run_options, make_mesh({}, jax.devices()[:1]))
+  check_room(run_options.least_bytes(), jax.devices()[:1])
 
 
 def big(name, phrases, kind=models.DecoderOptions, **changes):

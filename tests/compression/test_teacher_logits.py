@@ -1,5 +1,6 @@
 """A teacher's largest logits on disk, and runs that learn from them."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
     options = run_config.read(
       config_with_logits(teacher, all_logits, **changes)
     )
-    run.options = options.filled(257)
+    run = dataclasses.replace(run, options=options.filled(257))
     with pytest.raises(ValueError, match=message):
       taught = Teacher(run, options.distill)
       stored_logits.check(run, taught.step, taught.digest)
@@ -132,7 +133,7 @@ def test_other_runs_and_damage_are_refused(teacher, all_logits, tmp_path):
   damaged = teacher_logits.read(tmp_path / 'damaged')
   damaged.path.write_bytes(damaged.path.read_bytes()[:-1] + b'x')
   fitting = run_config.read(config_with_logits(teacher, all_logits))
-  run.options = fitting.filled(257)
+  run = dataclasses.replace(run, options=fitting.filled(257))
   stored_logits.check(run, taught.step, taught.digest)
   with pytest.raises(ValueError, match='damaged: its sha256 is not the man'):
     damaged.check(run, taught.step, taught.digest)
@@ -188,7 +189,7 @@ def test_a_changed_batch_size_leaves_each_row_its_logits(
     config_with_logits(teacher, all_logits, batch_size=2, total_steps=4),
     tmp_path / 'run',
   )
-  run.row_offset = 4 - 2
+  run = dataclasses.replace(run, row_offset=4 - 2)
   arrays_of = all_logits.reader(run)
   state = state.replace(step=state.step + 1)
   kept = all_logits.rows

@@ -18,7 +18,6 @@ from moe_jax.evaluation import (
   by_source,
 )
 from moe_jax.training.evaluate import (
-  changed_models,
   make_evaluations,
 )
 from tests.models import tiny as tiny_models
@@ -60,8 +59,10 @@ def measure(folder, entry, names=tuple('abcd'), **changes):
   entries, rules = {'it': entry}, run.sharding.rules
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   (evaluation,) = make_evaluations(
+    run.model,
+    model,
     entries,
-    changed_models(run.model, model, entries, rules),
+    rules,
     dataset=data.load(run.data),
     data=run.data,
     batch_size=run.batch_size,

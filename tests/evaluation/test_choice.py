@@ -15,7 +15,6 @@ from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import Task
 from moe_jax.routing.capacity import All, PerToken
 from moe_jax.training.evaluate import (
-  changed_models,
   make_evaluations,
 )
 from tests.models import tiny
@@ -151,10 +150,12 @@ class Bench:
 
   def choice(self, **options):
     run = tiny_runs.options(data={'seq_len': 15}, model=self.model).filled(257)
-    entries, rules = {'quiz': ChoiceEvaluation(**options)}, run.sharding.rules
+    entries = {'quiz': ChoiceEvaluation(**options)}
     (evaluation,) = make_evaluations(
+      run.model,
+      run.build(),
       entries,
-      changed_models(run.model, run.build(), entries, rules),
+      run.sharding.rules,
       dataset=data.load(run.data),
       data=run.data,
       batch_size=run.batch_size,

@@ -203,9 +203,9 @@ def test_a_model_made_of_such_a_run_keeps_it_too(letters, tmp_path):
 
 def test_ids_that_a_task_adds_leave_the_others_as_they_are(letters):
   ended = tokenizers.Extended(LETTERS, ['<eos>'], end_inputs=True)
-  setup.check_kept_ids(letters, ended)
+  workdir_lib.check_kept_ids(letters, ended)
   ended.save(letters / 'tokenizer.json')
   more = tokenizers.Extended(LETTERS, ['<eos>', '[S]'], end_inputs=False)
-  setup.check_kept_ids(letters, more)
+  workdir_lib.check_kept_ids(letters, more)
   with pytest.raises(ValueError, match='has parameters of tokens of chars:'):
-    setup.check_kept_ids(letters, LETTERS)
+    workdir_lib.check_kept_ids(letters, LETTERS)

@@ -65,7 +65,7 @@ def run_and_initial_state(config, workdir, devices=1):
   options = run_config.read(config)
   run = setup.set_up(options, workdir, devices=jax.devices()[:devices])
   with run.checkpoints:
-    return run, begin.begin(run, finetuning.initial)
+    return begin.begin(run, finetuning.initial)[:2]
 
 
 @pytest.mark.slow

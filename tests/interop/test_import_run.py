@@ -1,5 +1,6 @@
 """A checkpoint is imported into a run, trained further, and exported."""
 
+import dataclasses
 import re
 import shlex
 import shutil
@@ -77,7 +78,7 @@ class Watch(Hook):
       self.params.append(jax.tree.map(np.array, state.params))
       return step(state, batch)
 
-    run.train_step = watched
+    return dataclasses.replace(run, train_step=watched)
 
 
 def assert_equal(a, b):
@@ -198,7 +199,7 @@ def test_the_default_config_is_one_to_go_on_with(tmp_path, monkeypatch):
   run = setup.set_up(
     run_config.read(config), tmp_path / 'run', resume=True, **one_device
   )
-  assert int(begin.begin(run).step) == 0
+  assert int(begin.begin(run).state.step) == 0
   assert len(run.evaluations) == 3
 
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path):
   run = setup.set_up(
     run_config.read(config), workdir, resume=True, devices=jax.devices()[:1]
   )
-  assert int(begin.begin(run).step) == 0
+  assert int(begin.begin(run).state.step) == 0
   # A tokenizer that is given to the import makes the run readable at once.
   file = {'kind': 'file', 'file': {'path': str(tmp_path / 'tokenizer.json')}}
   import_run(source, tmp_path / 'second', tokenizer=file)

@@ -1,7 +1,5 @@
 """Rows of metrics from the metrics of steps, without a run."""
 
-import types
-
 import jax
 import numpy as np
 
@@ -16,29 +14,23 @@ from moe_jax.runs.summary import LossSums, StepMetrics
 def test_tokens_of_both_halves_of_a_row_count_for_the_speed(tmp_path):
   # Eight inputs and three targets, in each of five rows.
   data = DataOptions(task=SpanCorruptionTask(), seq_len=8, target_len=3)
-  run = types.SimpleNamespace(
-    options=types.SimpleNamespace(
-      total_steps=3,
-      batch_size=5,
-      log_every_steps=1,
-      max_nonfinite_steps=0,
-      data=data,
-    ),
-    workdir=tmp_path,
-    dataset=None,
-    model=types.SimpleNamespace(moes=(), sparse_layers=()),
-    programs=types.SimpleNamespace(abstract_state=None),
+  recorder = Recorder(
+    tmp_path,
+    total_steps=3,
+    log_every_steps=1,
+    max_nonfinite_steps=0,
+    batch_tokens=5 * data.row_tokens,
+    moes=(),
+    state=None,
     checkpoints=None,
-    due=[],
-    confirm=lambda: None,
-    message=print,
+    tell=str,
   )
   aux = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape)), empty_aux(1, 1))
   step = StepMetrics(
     *(np.float32(1), LossSums(*np.ones(3), aux), np.float32(1), np.float32(1)),
     np.array([True]),
   )
-  with Recorder(run, 0) as recorder:
+  with recorder.recording(0):
     for number in (1, 2, 3):
       recorder.add(number, step, {})
   rows = metrics.read_metrics(tmp_path / metrics.FILE_NAME)

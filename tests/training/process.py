@@ -58,7 +58,7 @@ def recorder():
         self.losses.append(float(metrics.loss))
         return state, metrics
 
-      run.train_step = step
+      return dataclasses.replace(run, train_step=step)
 
   return Recorded()
 
@@ -101,17 +101,15 @@ def accident(process, kind, at_step):
       if at_step == 0:
         befall()
       if kind == 'SIGTERM_evaluating':
-        run.evaluations = [for_long(entry) for entry in run.evaluations]
-        return
-      batches = run.batches
+        evaluations = [for_long(entry) for entry in run.evaluations]
+        return dataclasses.replace(run, evaluations=evaluations)
 
-      def with_accident(start):
-        for step, batch in enumerate(batches(start), start + 1):
-          if step == at_step:
-            befall()
-          yield batch
+      def with_accident(state, batch):
+        if int(state.step) + 1 == at_step:
+          befall()
+        return run.train_step(state, batch)
 
-      run.batches = with_accident
+      return dataclasses.replace(run, train_step=with_accident)
 
   return Accident()
 

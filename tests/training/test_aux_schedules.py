@@ -144,7 +144,7 @@ def test_a_shared_step_has_the_schedule(tmp_path):
   batch = next(run.batches(0))
   plain = run.train_step(run.programs.init_state(), batch)
   plain = run.train_step(plain[0], batch)[1]
-  shared_steps.SharedStep().start(run)
+  run = shared_steps.SharedStep().start(run)
   shared = run.train_step(run.programs.init_state(), batch)
   shared = run.train_step(shared[0], batch)[1]
   np.testing.assert_allclose(shared.loss, plain.loss, rtol=1e-6)

@@ -139,7 +139,7 @@ class Kill(Hook):
         raise KeyboardInterrupt
       return train_step(state, batch)
 
-    run.train_step = step
+    return dataclasses.replace(run, train_step=step)
 
 
 def train(options, workdir, *hooks, **kwargs):
@@ -341,7 +341,8 @@ class StoppedIn(Hook):
 
       return dataclasses.replace(entry, measure=stopped)
 
-    run.evaluations = [measure(entry) for entry in run.evaluations]
+    evaluations = [measure(entry) for entry in run.evaluations]
+    return dataclasses.replace(run, evaluations=evaluations)
 
 
 @pytest.mark.parametrize(('name', 'scores'), [('scripted', 4), ('final', 5)])

@@ -141,7 +141,7 @@ class Taken(Hook):
         (run.workdir / 'owner.json').unlink()
       return train_step(state, batch)
 
-    run.train_step = step_and_lose
+    return dataclasses.replace(run, train_step=step_and_lose)
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def test_rates_by_part_are_those_of_a_run():
       trainable='non_experts', optimizer=dict(rate_rules=rules, clip_norm=0.0)
     )
     model = tiny.model_of(options)
-    trained, optimizer = programs.make_optimizer(options, model)
+    _, trained, optimizer = programs.make_optimizer(options, model)
     params = tiny_models.params_of(model)
     grads = trained.part(jax.tree.map(np.ones_like, params))
     updates = jax.jit(
