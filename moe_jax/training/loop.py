@@ -22,7 +22,7 @@ from moe_jax.cli import print_line
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.runs.ownership import owned
-from moe_jax.runs.watchdog import watching
+from moe_jax.runs.watchdog import Alone, Watchdog, watching
 from moe_jax.runs.workdir import folder_of
 from moe_jax.training.begin import DUE, EXPERTS, NEXT_ROW, Initial, begin
 from moe_jax.training.evaluate import Stopped, evaluation_rows
@@ -114,38 +114,8 @@ def train_and_evaluate(
       stack.callback(hook.close)
       run = hook.start(run) or run
 
-    total, early = run.options.total_steps, run.early_stopping
-    period = run.options.checkpoint.every_steps
     with catching_interrupt() as interrupted:
-      stop = False
-      if at.due or (early.ends_now and at.step < total):
-        watchdog.mark(f'evaluations of step {at.step}')
-        stop = _evaluate(run, hooks, at, should_stop)
-      if not stop and _has_ended(run, at):
-        run.message(
-          f'ended early at step {at.step}: {early.describe()}; to go on, give '
-          'more early_stopping.patience, or 0, and --resume'
-          if early.ended
-          else f'already at step {at.step}: nothing left to train'
-        )
-      batches = run.batches(at.step)
-      while not (stop or _has_ended(run, at)):
-        step = at.step + 1
-        watchdog.mark(f'the data of step {step}')
-        batch = next(batches)
-        watchdog.mark(f'step {step}')
-        at.state, metrics = run.train_step(at.state, batch)
-        at.step = step
-        run.recorder.add(step, metrics, batch)
-        stop, last = should_stop(), step == total
-        at.due = [e.name for e in run.evaluations if e.due(step) or last]
-        if stop or last or (period and step % period == 0):
-          watchdog.mark(f'the checkpoint of step {step}')
-          _save(run, hooks, at)
-        if at.due and not stop:
-          watchdog.mark(f'evaluations of step {step}')
-          stop = _evaluate(run, hooks, at, should_stop)
-
+      _train(run, hooks, at, watchdog, should_stop)
     run.checkpoints.wait()
     if ended := _has_ended(run, at):
       if run.options.early_stopping.patience and is_first():
@@ -185,6 +155,44 @@ class _Position:
   step: int
   state: TrainState
   due: list[str]
+
+
+def _train(
+  run: Run,
+  hooks: Sequence[Hook],
+  at: _Position,
+  watchdog: Alone | Watchdog,
+  should_stop: Callable[[], bool],
+) -> None:
+  """Takes the steps that are left, until the run ends or a signal stops it."""
+  total, early, stop = run.options.total_steps, run.early_stopping, False
+  if at.due or (early.ends_now and at.step < total):
+    watchdog.mark(f'evaluations of step {at.step}')
+    stop = _evaluate(run, hooks, at, should_stop)
+  if not stop and _has_ended(run, at):
+    run.message(
+      f'ended early at step {at.step}: {early.describe()}; to go on, give '
+      'more early_stopping.patience, or 0, and --resume'
+      if early.ended
+      else f'already at step {at.step}: nothing left to train'
+    )
+  batches, period = run.batches(at.step), run.options.checkpoint.every_steps
+  while not (stop or _has_ended(run, at)):
+    step = at.step + 1
+    watchdog.mark(f'the data of step {step}')
+    batch = next(batches)
+    watchdog.mark(f'step {step}')
+    at.state, metrics = run.train_step(at.state, batch)
+    at.step = step
+    run.recorder.add(step, metrics, batch)
+    stop, last = should_stop(), step == total
+    at.due = [e.name for e in run.evaluations if e.due(step) or last]
+    if stop or last or (period and step % period == 0):
+      watchdog.mark(f'the checkpoint of step {step}')
+      _save(run, hooks, at)
+    if at.due and not stop:
+      watchdog.mark(f'evaluations of step {step}')
+      stop = _evaluate(run, hooks, at, should_stop)
 
 
 def _has_ended(run: Run, at: _Position) -> bool:
