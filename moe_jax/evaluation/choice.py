@@ -23,7 +23,6 @@ from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.devices import Placing, fetch
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
-from moe_jax.evaluation.scores import ACCURACY, accuracy
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
@@ -114,7 +113,8 @@ class ChoiceEvaluation(AskingEvaluation):
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Choice`."""
     del data
-    return (*ACCURACY, 'cut_items', *(['shots'] if self.num_shots else []))
+    names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
+    return [*names, 'shots'] if self.num_shots else names
 
   def _items(
     self, cache_dir: str
@@ -213,15 +213,22 @@ class Choice:
 def accuracy_row(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """The row of `scores.accuracy`; of equal answers the first counts as chosen.
+  """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
+
+  Of equal answers the first counts as chosen; `chance` is what guessing gives.
 
   Args:
     scores: The scores of each question's answers.
     labels: The index of each question's right answer.
   """
   right = [int(np.argmax(s)) == label for s, label in zip(scores, labels)]
-  chance = float(np.mean([1 / len(s) for s in scores]))
-  return accuracy(sum(right), len(right), chance)
+  count, share = len(right), sum(right) / len(right)
+  return {
+    'accuracy': 100 * share,
+    'standard_error': 100 * float(np.sqrt(share * (1 - share) / count)),
+    'chance': 100 * float(np.mean([1 / len(s) for s in scores])),
+    'items': count,
+  }
 
 
 def log_likelihoods(

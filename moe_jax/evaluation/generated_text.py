@@ -14,7 +14,7 @@ from moe_jax.data.layouts import Layout
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
-from moe_jax.evaluation.prompts import cut_as_trained
+from moe_jax.evaluation.prompts import Asker
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
@@ -135,8 +135,9 @@ class GenerateEvaluation(EvaluationOptions):
     self, setting: Setting, texts: Iterator[tuple[str, str]]
   ) -> list[Pair]:
     tokenizer = setting.dataset.tokenizer
-    imported = trained_run.is_imported(setting.workdir)
     layout = cast(Layout, setting.dataset.splits['validation'].layout)
+    imported = trained_run.is_imported(setting.workdir)
+    asker = Asker(setting.data.task, tokenizer, layout, '', imported)
     total = setting.dataset.counts['validation']['pairs']
     tasks = [
       name
@@ -147,12 +148,7 @@ class GenerateEvaluation(EvaluationOptions):
     pairs = []
     for i, (inputs, target) in enumerate(_with_tokens(texts, tokenizer, total)):
       if i in indices:
-        ids = trained_run.encode(
-          setting.data.task, tokenizer, inputs, imported=imported
-        )
-        lengths = np.array([len(ids)]), np.array([self.num_tokens])
-        room = int(layout.cut(*lengths).inputs[0])
-        ids = cut_as_trained(setting.data.task, ids, room, tokenizer.eos_id)
+        ids = asker.inputs(inputs, self.num_tokens)
         pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
     return pairs
 
