@@ -49,12 +49,7 @@ from moe_jax.data.tasks import (
   SpanCorruptionTask,
   Ul2Task,
 )
-from moe_jax.data.tasks.contract import (
-  Dataset,
-  PairTask,
-  TaskOptions,
-  TextTask,
-)
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,
@@ -91,7 +86,6 @@ __all__ = [
   'MixedRows',
   'MixtureOptions',
   'PackedRows',
-  'PairTask',
   'Pairs',
   'PrefixLmTask',
   'PythonStdlibSource',
@@ -102,7 +96,6 @@ __all__ = [
   'SourceOptions',
   'SpanCorruptionTask',
   'TaskOptions',
-  'TextTask',
   'Texts',
   'TfdsSource',
   'TokenizerOptions',

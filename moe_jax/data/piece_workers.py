@@ -7,7 +7,6 @@ does not depend on how many processes or hosts write it.
 
 import contextlib
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from moe_jax.data.cache_folders import locked, new_folder, publish, sha256
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import SPLITS, Pieces
 from moe_jax.data.store import Digest, DocumentWriter
-from moe_jax.data.tokenizers import Tokenizer, load
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 
 FACTS = 'piece.json'
@@ -45,24 +44,16 @@ class Work(NamedTuple):
   Attributes:
     folder: Folder of finished pieces.
     pieces: The documents.
-    tokenizer: File of the tokenizer.
-    modules: Modules of the tokenizer's classes, which have to be imported.
+    tokenizer: The tokenizer.
   """
 
   folder: pathlib.Path
   pieces: Pieces
-  tokenizer: pathlib.Path
-  modules: tuple[str, ...]
+  tokenizer: Tokenizer
 
   def path(self, number: int) -> pathlib.Path:
     """The folder of a finished piece."""
     return self.folder / f'{number:05}'
-
-  def read_tokenizer(self) -> Tokenizer:
-    """The tokenizer, read from its file."""
-    for module in self.modules:
-      importlib.import_module(module)
-    return load(self.tokenizer)
 
 
 def piece_facts(
@@ -89,9 +80,7 @@ def piece_facts(
   return facts if whole else None
 
 
-def write_piece(
-  work: Work, number: int, tokenizer: Tokenizer, report: Callable[[int], None]
-) -> None:
+def write_piece(work: Work, number: int, report: Callable[[int], None]) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
   An existing piece that is not whole is removed. `report` is called with
@@ -108,7 +97,7 @@ def write_piece(
     if existed:  # no piece that was finished since, where there are no locks
       shutil.rmtree(work.path(number), ignore_errors=True)
     with new_folder(work.folder, f'{number:05}') as unfinished:
-      _write_files(unfinished, work.pieces, number, tokenizer, report)
+      _write_files(unfinished, work, number, report)
       try:
         unfinished.rename(work.path(number))
       except OSError:  # another host was faster, where there are no locks
@@ -116,15 +105,15 @@ def write_piece(
           raise
 
 
-def _write_files(folder, pieces, number, tokenizer, report) -> None:
+def _write_files(folder, work, number, report) -> None:
   digests = {split: Digest() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     writers = {}
     for split, digest in digests.items():
-      writer = DocumentWriter(folder / split, tokenizer, digest)
+      writer = DocumentWriter(folder / split, work.tokenizer, digest)
       writers[split] = stack.enter_context(writer)
     reported = 0
-    for split, text, bytes_read in pieces.read(number):
+    for split, text, bytes_read in work.pieces.read(number):
       writers[split].write(text)
       if bytes_read - reported >= _REPORT_BYTES:
         report(bytes_read - reported)
@@ -135,7 +124,7 @@ def _write_files(folder, pieces, number, tokenizer, report) -> None:
     }
   facts = {'splits': splits, 'files': _file_facts(folder)}
   (folder / FACTS).write_text(json.dumps(facts), encoding='utf-8')
-  report(pieces.sizes[number] - reported)
+  report(work.pieces.sizes[number] - reported)
 
 
 def _file_facts(folder: pathlib.Path) -> dict[str, list]:
@@ -164,9 +153,8 @@ def write_pieces(
     ValueError: As `write_piece`, or a process was killed.
   """
   if processes == 1 or len(numbers) < 2:
-    tokenizer = work.read_tokenizer()
     for number in numbers:
-      write_piece(work, number, tokenizer, report)
+      write_piece(work, number, report)
     return peak_memory()
   context = multiprocessing.get_context('spawn')
   shared = _Shared(
@@ -248,9 +236,8 @@ def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
       shared.read.value += count
 
   try:
-    tokenizer = work.read_tokenizer()
     while (number := _next_number(numbers, shared)) is not None:
-      write_piece(work, number, tokenizer, report)
+      write_piece(work, number, report)
   except (InputError, OSError) as error:
     shared.failures.put((InputError, str(error)))
   except Exception:  # a defect, of a user's class or of a library
@@ -282,9 +269,7 @@ def peak_memory() -> int:
   return int(peak[1]) * 1024 if peak else 0
 
 
-def join(
-  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
-) -> tuple[int, ...]:
+def join(work: Work, folder: pathlib.Path) -> tuple[int, ...]:
   """Joins the pieces into the folder, unless it exists or a piece is missing.
 
   Returns:
@@ -310,16 +295,13 @@ def join(
           )
         facts.append(fact)
       with new_folder(work.folder, 'whole') as unfinished:
-        token_files = _join(work, unfinished, tokenizer, facts)
+        token_files = _join(work, unfinished, facts)
         publish(unfinished, folder, token_files)
   return ()
 
 
 def _join(
-  work: Work,
-  unfinished: pathlib.Path,
-  tokenizer: Tokenizer,
-  facts: list[dict[str, Any]],
+  work: Work, unfinished: pathlib.Path, facts: list[dict[str, Any]]
 ) -> dict[str, list]:
   """Fills one folder from all pieces: token files are linked, starts joined.
 
@@ -342,8 +324,8 @@ def _join(
         link(work.path(number) / f'{split}.tokens', path)
         token_files[path.name] = facts[number]['files'][f'{split}.tokens']
     _join_starts(work, split, shards[split], unfinished / f'{split}.starts')
-  about = {'dtype': store.dtype_of(tokenizer), 'splits': splits}
-  store.finish(unfinished, {**about, 'shards': shards}, digest, tokenizer)
+  about = {'dtype': store.dtype_of(work.tokenizer), 'splits': splits}
+  store.finish(unfinished, {**about, 'shards': shards}, digest, work.tokenizer)
   return token_files
 
 

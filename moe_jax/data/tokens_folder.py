@@ -9,7 +9,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from moe_jax.data import piece_workers
@@ -29,7 +29,6 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.tokenizers import (
-  Extended,
   Fitted,
   Tokenizer,
   TokenizerOptions,
@@ -184,9 +183,7 @@ def _make_share(
 ) -> FolderReport:
   piece_dir.mkdir(parents=True, exist_ok=True)
   tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
-  work = Work(
-    piece_dir, pieces, piece_dir / 'tokenizer.json', (*modules_of(tokenizer),)
-  )
+  work = Work(piece_dir, pieces, tokenizer)
   sizes = pieces.sizes
   numbers = range(share.host, len(sizes), share.num_hosts)
   todo = [number for number in numbers if piece_facts(work, number) is None]
@@ -200,17 +197,10 @@ def _make_share(
 
   report(0)
   peak = piece_workers.write_pieces(work, todo, share.processes, report)
-  missing = piece_workers.join(work, folder, tokenizer)
+  missing = piece_workers.join(work, folder)
   return FolderReport(
     folder, True, missing, len(numbers) - len(todo), total - skipped, peak
   )
-
-
-def modules_of(tokenizer: Tokenizer) -> Iterator[str]:
-  """The modules of the classes of a tokenizer and of those that it extends."""
-  yield type(tokenizer).__module__
-  if isinstance(tokenizer, Extended):
-    yield from modules_of(tokenizer.base)
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:

@@ -18,6 +18,7 @@ import optax
 from moe_jax import data
 from moe_jax.config import choice, option
 from moe_jax.data import ChoiceSourceOptions, DataOptions
+from moe_jax.data.choices import SameSource
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.devices import Placing, fetch
@@ -82,8 +83,8 @@ class ChoiceEvaluation(AskingEvaluation):
 
   def problems(self) -> Iterator[str]:
     """Examples must not come from the split whose questions are asked."""
-    shots = self.shots_source.instead_of(self.source)
-    if self.num_shots and shots is self.source and not shots.has_train_split:
+    is_same = isinstance(self.shots_source, SameSource)
+    if self.num_shots and is_same and not self.source.has_train_split:
       yield (
         f'num_shots={self.num_shots} of a source that has no train split; '
         'choose another in shots_source'
@@ -131,9 +132,8 @@ class ChoiceEvaluation(AskingEvaluation):
     N, K = len(items), self.num_shots
     if not K:
       return items, [[] for _ in items]
-    shots = self.shots_source.instead_of(self.source)
-    if shots is not self.source:
-      source = shots.items(selection)
+    if not isinstance(self.shots_source, SameSource):
+      source = self.shots_source.items(selection)
     pool = source.items('train')
     P = len(pool)
     if P < K:

@@ -17,7 +17,6 @@ from moe_jax.data import (
 from moe_jax.data.sources import files
 from moe_jax.data.sources.contract import Located, Pieces
 from moe_jax.data.tokens_folder import Share, make
-from tests.data.own_kinds import Words
 
 
 @pytest.fixture
@@ -138,8 +137,7 @@ def test_a_piece_that_another_process_has_just_finished_is_kept(
     facts = piece_facts(work, number, **digests)
     if not calls:  # the other process finishes the piece after this look
       calls.append(number)
-      tokenizer = work.read_tokenizer()
-      piece_workers.write_piece(work, number, tokenizer, lambda count: None)
+      piece_workers.write_piece(work, number, lambda count: None)
       calls.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
     return facts
 
@@ -251,16 +249,12 @@ class Broken(Pieces):
 
 @pytest.mark.slow
 def test_workers_tell_errors_of_any_kind(tmp_path):
-  path = tmp_path / 'tokenizer.json'
-  tokenizers.Bytes().save(path)
-  work = piece_workers.Work(tmp_path, Broken(), path, ())
+  work = piece_workers.Work(tmp_path, Broken(), tokenizers.Bytes())
   with pytest.raises(RuntimeError, match=r'(?s)Traceback.*row 3 is broken'):
     piece_workers.write_pieces(work, [0, 1], 2, lambda count: None)
 
 
-def test_modules_of_extended_tokenizers_and_memory_in_messages():
-  tokenizer = tokenizers.Extended(Words('123'), ['<eos>'], end_inputs=True)
-  assert 'tests.data.own_kinds' in tokens_folder.modules_of(tokenizer)
+def test_memory_in_messages():
   assert 'memory' in piece_workers.exit_message(-9)
   assert 'memory' not in piece_workers.exit_message(1)
 

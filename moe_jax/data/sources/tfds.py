@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+import operator
 import os
 import pathlib
 import urllib.parse
@@ -127,9 +129,9 @@ def check_feature(builder: Builder, feature: str, option: str) -> None:
 
   'translation/de' is a feature in another. The message has the option's name.
   """
-  paths = _paths(builder.info.features)
-  if feature not in paths:
-    raise unknown(f'{option} of {builder.name!r}', feature, paths)
+  names = list(_names_of(builder.info.features))
+  if feature not in names:
+    raise unknown(f'{option} of {builder.name!r}', feature, names)
 
 
 def feature_texts(
@@ -140,20 +142,16 @@ def feature_texts(
   Raises:
     ValueError: A feature's value is no text, or not UTF-8.
   """
-  paths = _paths(builder.info.features)
   for i, example in enumerate(open_split(builder, split)):
     yield tuple(
-      as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
+      as_text(value_of(example, f), f'{f!r} {i} of {builder.name!r}')
       for f in features
     )
 
 
-def values(
-  builder: Builder, example: Any, features: Sequence[str]
-) -> tuple[Any, ...]:
-  """The named features of one example of `open_split`, unchanged."""
-  paths = _paths(builder.info.features)
-  return tuple(_at(example, paths[feature]) for feature in features)
+def value_of(example: Any, feature: str) -> Any:
+  """The value of a feature, such as 'translation/de', in an example."""
+  return functools.reduce(operator.getitem, feature.split('/'), example)
 
 
 def as_text(value: Any, where: str) -> str:
@@ -172,22 +170,13 @@ def as_text(value: Any, where: str) -> str:
     raise InputError(f'{where} is not UTF-8: {error}') from error
 
 
-def _at(example: Any, path: tuple[str, ...]) -> Any:
-  for key in path:
-    example = example[key]
-  return example
-
-
-def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
-  """The keys that lead to every feature, by these keys joined with slashes."""
-  paths = {}
+def _names_of(features: Any, outer: str = '') -> Iterator[str]:
+  """The keys that lead to every feature, joined with slashes."""
   for key, feature in features.items():
-    path = *outer, key
     if isinstance(feature, tfds.features.FeaturesDict):
-      paths |= _paths(feature, path)
+      yield from _names_of(feature, f'{outer}{key}/')
     else:
-      paths['/'.join(path)] = path
-  return paths
+      yield f'{outer}{key}'
 
 
 def _names(data_dir: str) -> list[str]:

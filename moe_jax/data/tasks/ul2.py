@@ -12,7 +12,7 @@ from moe_jax.config import option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
@@ -36,7 +36,7 @@ DENOISERS: tuple[Denoiser, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Ul2Task(TextTask):
+class Ul2Task(TaskOptions):
   """Windows of text, each with a denoiser that is drawn for it."""
 
   label = 'ul2'

@@ -23,11 +23,14 @@ from moe_jax.data.tokenizers.extra_ids import Extended, without_endings
 from moe_jax.data.tokenizers.json_tokenizer import (
   SENTENCEPIECE,
   Json,
-  JsonOptions,
   SpecialTokens,
 )
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
-from moe_jax.data.tokenizers.tokenizer_files import FileOptions, read
+from moe_jax.data.tokenizers.tokenizer_files import (
+  FileOptions,
+  JsonOptions,
+  read,
+)
 from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
 
 RUN_FILE = 'tokenizer.json'  # in the folder of a run

@@ -108,3 +108,7 @@ class FileOptions(GivenOptions):
       return read(self.path)
     except InputError as error:
       raise InputError(f'tokenizer file: {error}') from None
+
+
+class JsonOptions(FileOptions):
+  """Options of a Hugging Face tokenizer, as those of any that is there."""
