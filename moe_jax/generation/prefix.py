@@ -44,11 +44,6 @@ def check_number(name: str, value: float) -> None:
     raise InputError(f'{name}={value!r} must be a finite number')
 
 
-def check_seed(seed: int) -> None:
-  """Raises ValueError unless a seed fits into 32 bits without a sign."""
-  check_whole('seed', seed, 0, 2**32 - 1)
-
-
 def check_model(model: Model) -> None:
   """Raises ValueError for anything but a model."""
   if not isinstance(model, Model):
