@@ -6,6 +6,7 @@ does not depend on how many processes or hosts write it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -15,9 +16,8 @@ import re
 import shutil
 import signal
 import threading
-import time
-import traceback
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,10 +36,11 @@ _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
 _BLOCK = 2**20  # starts of documents that are in memory at once
 _REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
+_WORKER: dict[str, Callable[[int], None]] = {}  # the work of a worker process
 
 
 class Work(NamedTuple):
-  """The work of a worker; it can be pickled.
+  """The work of a host; it can be pickled.
 
   Attributes:
     folder: Folder of finished pieces.
@@ -157,100 +158,47 @@ def write_pieces(
       write_piece(work, number, report)
     return peak_memory()
   context = multiprocessing.get_context('spawn')
-  shared = _Shared(
-    next_position=context.Value('q', 0),
-    read=context.Value('q', 0),
-    peak=context.Value('q', 0),
-    failures=context.SimpleQueue(),
+  bytes_read, reported, peak = context.Value('q', 0), 0, 0
+  pool = futures.ProcessPoolExecutor(
+    min(processes, len(numbers)), context, _begin_worker, (work, bytes_read)
   )
-  workers = [
-    context.Process(target=_work, args=(work, list(numbers), shared))
-    for _ in range(min(processes, len(numbers)))
-  ]
   try:
-    for worker in workers:
-      worker.start()
-    _wait(workers, shared, report)
+    running = {pool.submit(_work, number) for number in numbers}
+    while running:
+      done, running = futures.wait(
+        running, _POLL_SECONDS, futures.FIRST_EXCEPTION
+      )
+      read_by_now = bytes_read.value
+      report(read_by_now - reported)
+      reported = read_by_now
+      peak = max([peak, *(job.result() for job in done)])
+  except futures.BrokenExecutor:
+    raise InputError(
+      'a process was killed while it tokenized, maybe for lack of memory: take '
+      'fewer processes. Finished pieces are kept: the same command goes on'
+    ) from None
   finally:
-    for worker in workers:
-      if worker.pid is not None:
-        worker.terminate()
-        worker.join()
-  return shared.peak.value
+    pool.shutdown(cancel_futures=True)
+  return peak
 
 
-class _Shared(NamedTuple):
-  """The values that the workers and their parent share.
-
-  Attributes:
-    next_position: Index of the next piece in the list of numbers.
-    read: Number of bytes that all have read.
-    peak: The most bytes of memory that one has held.
-    failures: Classes of errors, with their messages.
-  """
-
-  next_position: Any
-  read: Any
-  peak: Any
-  failures: Any
-
-
-def _wait(workers, shared, report) -> None:
-  """Reports the progress of the workers until all have ended."""
-  reported = 0
-  while True:
-    running = any(worker.is_alive() for worker in workers)
-    bytes_read = shared.read.value
-    report(bytes_read - reported)
-    reported = bytes_read
-    if not shared.failures.empty():
-      kind, text = shared.failures.get()
-      raise kind(text)
-    for worker in workers:
-      if worker.exitcode:
-        raise InputError(exit_message(worker.exitcode))
-    if not running:
-      return
-    time.sleep(_POLL_SECONDS)
-
-
-def exit_message(status: int) -> str:
-  """The message on a process that ended with a status, unlike the others."""
-  advice = ''
-  if status == -signal.SIGKILL:
-    advice = ' It was killed, maybe for lack of memory: take fewer processes.'
-  return (
-    f'a process ended with status {status} while it tokenized.{advice} '
-    'Finished pieces are kept: the same command goes on'
-  )
-
-
-def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
-  """Writes the next piece that nobody has taken, until all are."""
+def _begin_worker(work: Work, bytes_read: Any) -> None:
+  """Prepares this process, which ends with its parent, for pieces."""
   os.environ |= _ONE_THREAD
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
   def report(count: int) -> None:
-    with shared.read.get_lock():
-      shared.read.value += count
+    with bytes_read.get_lock():
+      bytes_read.value += count
 
-  try:
-    while (number := _next_number(numbers, shared)) is not None:
-      write_piece(work, number, report)
-  except (InputError, OSError) as error:
-    shared.failures.put((InputError, str(error)))
-  except Exception:  # a defect, of a user's class or of a library
-    shared.failures.put((RuntimeError, traceback.format_exc()))
-  with shared.peak.get_lock():
-    shared.peak.value = max(shared.peak.value, peak_memory())
+  _WORKER['write'] = functools.partial(write_piece, work, report=report)
 
 
-def _next_number(numbers: list[int], shared: _Shared) -> int | None:
-  with shared.next_position.get_lock():
-    position = shared.next_position.value
-    shared.next_position.value += 1
-  return numbers[position] if position < len(numbers) else None
+def _work(number: int) -> int:
+  """Tokenizes a piece; returns the most memory that this process has held."""
+  _WORKER['write'](number)
+  return peak_memory()
 
 
 def _end_with_parent() -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -237,26 +239,30 @@ def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
 
 
 class Broken(Pieces):
-  """Pieces of which a library cannot read one."""
+  """Pieces of which a library cannot read one, and kills its process."""
 
-  sizes = (10, 20)
+  sizes = (10, 20, 30)
 
   def read(self, number):
-    if number:
+    if number == 1:
       raise RuntimeError('row 3 is broken')
+    if number == 2:
+      os.kill(os.getpid(), signal.SIGKILL)
     return (Located(split, '1 2', 10) for split in data.SPLITS)
 
 
 @pytest.mark.slow
-def test_workers_tell_errors_of_any_kind(tmp_path):
+@pytest.mark.parametrize(
+  ('number', 'error', 'message'),
+  [
+    (1, RuntimeError, 'row 3 is broken'),
+    (2, ValueError, 'was killed .* lack of memory'),
+  ],
+)
+def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
   work = piece_workers.Work(tmp_path, Broken(), tokenizers.Bytes())
-  with pytest.raises(RuntimeError, match=r'(?s)Traceback.*row 3 is broken'):
-    piece_workers.write_pieces(work, [0, 1], 2, lambda count: None)
-
-
-def test_memory_in_messages():
-  assert 'memory' in piece_workers.exit_message(-9)
-  assert 'memory' not in piece_workers.exit_message(1)
+  with pytest.raises(error, match=message):
+    piece_workers.write_pieces(work, [0, number], 2, lambda count: None)
 
 
 def test_pairs_have_their_folder(small_pieces):
