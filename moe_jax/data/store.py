@@ -72,12 +72,30 @@ def write_pairs(
   digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
   for name, pairs in splits.items():
     digest.split(name)
-    counts = _write_pairs(folder / name, pairs, tokenizer, digest)
-    if not counts['pairs']:
+    num_bytes = 0
+    with (
+      StreamWriter(folder / f'{name}.inputs', tokenizer) as inputs,
+      StreamWriter(folder / f'{name}.targets', tokenizer) as targets,
+    ):
+      for pair in pairs:
+        for text in pair:
+          encoded = utf8(text)
+          digest.text(encoded)
+          num_bytes += len(encoded)
+        ids = [tokenizer.encode(text) for text in pair]
+        if all(side.size for side in ids):
+          inputs.add(ids[0])
+          targets.add(ids[1])
+    if not inputs.texts:
       raise InputError(
         f'split {name!r} has no pair of which both sides have a token'
       )
-    about['splits'][name] = counts
+    about['splits'][name] = {
+      'pairs': inputs.texts,
+      'bytes': num_bytes,
+      'input_tokens': inputs.tokens,
+      'target_tokens': targets.tokens,
+    }
   finish(folder, about, digest, tokenizer)
 
 
@@ -204,29 +222,6 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
   """The dtype, the sha256, and the counts of each split, as written."""
   path = folder / 'about.json'
   return parse_json(read_text(path), path)
-
-
-def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
-  bytes_ = 0
-  with (
-    StreamWriter(f'{path}.inputs', tokenizer) as inputs,
-    StreamWriter(f'{path}.targets', tokenizer) as targets,
-  ):
-    for pair in pairs:
-      for text in pair:
-        encoded = utf8(text)
-        digest.text(encoded)
-        bytes_ += len(encoded)
-      ids = [tokenizer.encode(text) for text in pair]
-      if all(side.size for side in ids):
-        inputs.add(ids[0])
-        targets.add(ids[1])
-    return {
-      'pairs': inputs.texts,
-      'bytes': bytes_,
-      'input_tokens': inputs.tokens,
-      'target_tokens': targets.tokens,
-    }
 
 
 def finish(

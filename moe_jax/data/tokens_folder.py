@@ -110,9 +110,6 @@ def make(
     texts = (text for split in SPLITS for text in corpus.texts(split))
     return tokenizer.fit(texts)
 
-  def write(unfinished: pathlib.Path) -> None:
-    corpus.write(unfinished, fit())
-
   report = FolderReport(folder)
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
@@ -124,7 +121,11 @@ def make(
       if not folder.is_dir():
         report = _make_pieces(folder, pieces, fit, share)
   if not report.is_new:
-    prepared(folder, write, digests=selection.cache_digests)
+    prepared(
+      folder,
+      lambda unfinished: corpus.write(unfinished, fit()),
+      digests=selection.cache_digests,
+    )
   return report
 
 

@@ -9,8 +9,10 @@ corpora: compare results only if the digest is the same.
 
 import abc
 import ast
+import contextlib
 import dataclasses
 import hashlib
+import io
 import pathlib
 import platform
 import sysconfig
@@ -28,7 +30,7 @@ from moe_jax.data.sources.contract import (
   SourceOptions,
   Texts,
 )
-from moe_jax.data.sources.tfds import feature_texts, own_builder
+from moe_jax.data.sources.tfds import feature_texts
 from moe_jax.data.store import Digest
 from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
@@ -196,9 +198,16 @@ def reader(
       modules=modules, data_dir=data_dir, file_format='array_record'
     )
 
+  def write(unfinished):
+    # TFDS would print the name of this temporary folder, and fill a log with
+    # progress bars for half a second's work.
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+      make(unfinished).download_and_prepare()
+
   def read(split):
-    prepared = own_builder(folder, make, digests=selection.cache_digests)
-    return feature_texts(prepared, selection.name_of(split), features)
+    cache_folders.prepared(folder, write, digests=selection.cache_digests)
+    return feature_texts(make(folder), selection.name_of(split), features)
 
   return read
 

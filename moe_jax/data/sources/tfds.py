@@ -1,10 +1,8 @@
 """Datasets of TFDS: texts, pairs of texts, and those that we prepare."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import operator
 import os
 import pathlib
@@ -20,7 +18,6 @@ from moe_jax.data.cache_folders import (
   NotPreparedError,
   check_may_prepare,
   locked,
-  prepared,
 )
 from moe_jax.data.sources.contract import (
   Pairs,
@@ -72,28 +69,6 @@ def prepared_builder(name: str) -> Builder:
       f'({type(error).__name__}: {reason}); {advice}'
     ) from error
   return builder
-
-
-def own_builder(
-  folder: pathlib.Path,
-  make: Callable[[pathlib.Path], Builder],
-  *,
-  digests: bool = True,
-) -> Builder:
-  """The builder that `make` returns for `folder`, which is prepared once.
-
-  Raises:
-    ValueError: A file of the folder is damaged; see `cache_folders.prepared`.
-  """
-
-  def write(unfinished):
-    # TFDS would print the name of this temporary folder, and fill a log with
-    # progress bars for half a second's work.
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-      make(unfinished).download_and_prepare()
-
-  return make(prepared(folder, write, digests=digests))
 
 
 def identity(builder: Builder) -> str:
