@@ -12,7 +12,6 @@ from moe_jax.data.choices import (
   Item,
 )
 from moe_jax.data.dataset import DataOptions, load, read_pairs
-from moe_jax.data.mixing import MixedRows
 from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pipeline import (
@@ -83,7 +82,6 @@ __all__ = [
   'JsonOptions',
   'JsonlSource',
   'LmTask',
-  'MixedRows',
   'MixtureOptions',
   'PackedRows',
   'Pairs',

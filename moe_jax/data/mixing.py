@@ -99,23 +99,22 @@ class TaskRows(Rows):
 
   A batch also has `task_ids` int32 [B, T], the number at every token, and
   `encoder_task_ids` where it has an encoder's side.
+
+  Attributes:
+    source: The rows without their task.
   """
 
   def __init__(self, rows: Rows, task: int):
     """Takes the rows of the source and its number, from 0."""
-    self._rows, self._task = rows, task
+    self.source, self._task = rows, task
 
   @property
   def layout(self) -> Layout | None:
     """The layout of examples."""
-    return self._rows.layout
+    return self.source.layout
 
   def __len__(self) -> int:
-    return len(self._rows)
-
-  def within(self, index: int) -> tuple[Rows, int]:
-    """The rows without their task."""
-    return self._rows.within(index)
+    return len(self.source)
 
   def draw(
     self,
@@ -124,7 +123,7 @@ class TaskRows(Rows):
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
     """The rows at `indices`, with their task."""
-    batch = self._rows.draw(indices, seed, epochs)
+    batch = self.source.draw(indices, seed, epochs)
     return batch | {
       name.replace('segment', 'task'): np.full_like(values, self._task)
       for name, values in batch.items()
@@ -133,11 +132,7 @@ class TaskRows(Rows):
 
   def describe(self) -> str:
     """The number and shape of the rows."""
-    return self._rows.describe()
-
-  def counts(self) -> dict[str, int]:
-    """The numbers of the rows without their task."""
-    return self._rows.counts()
+    return self.source.describe()
 
 
 class MixedRows(Rows):
@@ -170,12 +165,6 @@ class MixedRows(Rows):
 
   def __len__(self) -> int:
     return int(self._ends[-1])
-
-  def within(self, index: int) -> tuple[Rows, int]:
-    """The rows of the source that has row `index`, and its number there."""
-    source = int(np.searchsorted(self._ends, index, side='right'))
-    begin = self._ends[source - 1] if source else 0
-    return [*self._parts.values()][source].within(int(index - begin))
 
   def draw(
     self,

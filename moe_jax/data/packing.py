@@ -39,10 +39,6 @@ class Rows(abc.ABC):
     """
     return np.zeros_like(row), row
 
-  def within(self, index: int) -> tuple['Rows', int]:
-    """The rows of the one source that has row `index`, and its number there."""
-    return self, index
-
   @abc.abstractmethod
   def __len__(self) -> int: ...
 

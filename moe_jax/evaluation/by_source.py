@@ -16,7 +16,7 @@ from moe_jax.config import option
 from moe_jax.data import DataOptions, Question
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
-from moe_jax.evaluation.choice import log_likelihoods
+from moe_jax.evaluation.choice import accuracy_row, log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import make_scores
@@ -227,16 +227,15 @@ class Scores:
     per_token = log_probs / [len(example.targets) for example in examples]
     scores, details, begin = {}, {}, 0
     for name, choices in self.choices.items():
-      right, chance, nats = [], [], []
+      answers, nats = [], []
       for question, label in choices:
         end = begin + len(question.examples)
-        right.append(np.argmax(per_token[begin:end]) == label)
-        chance.append(1 / len(question.examples))
+        answers.append(per_token[begin:end])
         nats.append(-log_probs[begin + label])
         begin = end
       if choices:
-        scores[name] = 100 * float(np.mean(right))
-        details[f'{name}.chance'] = 100 * float(np.mean(chance))
+        row = accuracy_row(answers, [label for _, label in choices])
+        scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']
         details[f'{name}.nats'] = float(np.mean(nats))
     return scores, details
 

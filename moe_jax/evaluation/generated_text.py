@@ -9,8 +9,8 @@ import numpy as np
 from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
-from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
+from moe_jax.data.mixing import TaskRows
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
@@ -209,13 +209,14 @@ def _with_tokens(
   ]
 
 
-def _window_pair(setting: Setting, rows: data.Rows, row: int) -> Pair:
+def _window_pair(setting: Setting, all_rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split as in every evaluation."""
-  tokenizer, task = setting.dataset.tokenizer, ''
-  if setting.data.tasks:
-    task = setting.data.tasks[rows[row]['task_ids'][0]]
-  source_rows, row = rows.within(row)
-  windows = cast(ExampleRows, source_rows)
+  tokenizer, parts = setting.dataset.tokenizer, iter(all_rows.parts.items())
+  task, rows = next(parts)
+  while row >= len(rows):
+    row -= len(rows)
+    task, rows = next(parts)
+  windows: Any = rows.source if isinstance(rows, TaskRows) else rows
   generator = np.random.default_rng([0, 0, row])
   example = windows.example(windows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)

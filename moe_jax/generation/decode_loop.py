@@ -20,8 +20,8 @@ from moe_jax.generation.prefix import (
   check_number,
   check_whole,
   make_prefix,
-  num_rows,
   prepare,
+  rows_of,
 )
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
 from moe_jax.models import Cache, Model
@@ -141,7 +141,7 @@ def generate(
       f'length_penalty={length_penalty} with num_beams=1: a length penalty '
       'compares beams; give more than one'
     )
-  model, variables = prepare(model, variables, batch_size=num_rows(prompt))
+  model, variables = prepare(model, variables, batch_size=len(rows_of(prompt)))
   prefix = make_prefix(
     model,
     prompt,

@@ -160,7 +160,14 @@ def make_prefix(
       are not enough learned positions; or a row crosses `Model.changes_at`.
   """
   V = model.vocab_size
-  rows = _rows(prompt, V)
+  given, rows = rows_of(prompt), []
+  for i, ids in enumerate(given):
+    rows.append(as_ids(f'prompt {i} of {len(given)}', ids, V))
+    if not len(rows[i]):
+      raise InputError(
+        f'prompt {i} of {len(given)} has shape (0,); each needs at least one '
+        'token, in one dimension'
+      )
   tasks = _tasks(model, task_ids, len(rows))
   check_whole('num_tokens', num_tokens, 0)
   forced = as_ids('forced_ids', forced_ids, V)
@@ -201,8 +208,8 @@ def make_prefix(
   )
 
 
-def num_rows(prompt: Sequence[Ids] | Ids) -> int:
-  """The number of rows of a prompt.
+def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
+  """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
     ValueError: The prompt has no rows.
@@ -213,23 +220,7 @@ def num_rows(prompt: Sequence[Ids] | Ids) -> int:
     )
   if not len(prompt):
     raise InputError('prompt has no rows; give at least one')
-  return len(prompt) if is_list(prompt[0]) else 1
-
-
-def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
-  num_rows(prompt)
-  if not is_list(prompt[0]):
-    prompt = [prompt]
-  rows = []
-  for i, ids in enumerate(prompt):
-    row = as_ids(f'prompt {i} of {len(prompt)}', ids, vocab_size)
-    if not len(row):
-      raise InputError(
-        f'prompt {i} of {len(prompt)} has shape (0,); each needs at least one '
-        'token, in one dimension'
-      )
-    rows.append(row)
-  return rows
+  return prompt if is_list(prompt[0]) else [prompt]
 
 
 def _tasks(

@@ -16,7 +16,6 @@ from moe_jax.data.tokenizers.contract import (
   TextStream,
   Tokenizer,
   TokenizerOptions,
-  from_json,
   load,
 )
 from moe_jax.data.tokenizers.extra_ids import Extended, without_endings
@@ -65,7 +64,6 @@ __all__ = [
   'Tokenizer',
   'TokenizerOptions',
   'TrainedOptions',
-  'from_json',
   'load',
   'read',
   'without_endings',
