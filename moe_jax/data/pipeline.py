@@ -1,6 +1,7 @@
 """The stream of batches, each a pure function of its number."""
 
 import hashlib
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -119,8 +120,7 @@ def train_batches(
   batches = batch_dataset(
     rows, batch_size=batch_size, seed=seed, share=share, offset=offset
   )
-  batches = batches.slice(slice(start, None))
-  elements = (cast(Batch, batches[i]) for i in range(len(batches)))
+  elements = (cast(Batch, batches[i]) for i in itertools.count(start))
   return ahead(elements, first=start, most=_PREFETCHED)
 
 
@@ -155,8 +155,6 @@ def eval_batches(
 
 def spread(total: int, count: int) -> list[int]:
   """`count` indices below `total`, spread evenly; 0 or too many takes all."""
-  if count < 0:
-    raise InputError(f'{count} of {total} batches is negative')
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
 

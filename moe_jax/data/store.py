@@ -3,7 +3,6 @@
 A split of documents is one stream; a split of pairs is two.
 """
 
-import array
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
-_STARTS = 2**16  # starts of texts that are held before they are written
 # Maps that a process holds open, each with a file descriptor.
 _MOST_OPEN = 256
 
@@ -282,7 +280,6 @@ class StreamWriter:
   def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
     self._dtype = dtype_of(tokenizer)
     self._vocab_size = tokenizer.vocab_size
-    self._starts = array.array('q')
     self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
     self._out_starts = open(f'{path}.starts', 'wb')  # noqa: SIM115
     self.tokens = self.texts = 0
@@ -291,8 +288,8 @@ class StreamWriter:
     return self
 
   def __exit__(self, *_):
-    with self._out, self._out_starts:
-      self._starts.tofile(self._out_starts)
+    self._out.close()
+    self._out_starts.close()
 
   def add(self, ids: np.ndarray) -> None:
     """Adds the ids of a text.
@@ -308,10 +305,7 @@ class StreamWriter:
         f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
         f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
       )
-    self._starts.append(self.tokens)
-    if len(self._starts) == _STARTS:
-      self._starts.tofile(self._out_starts)
-      del self._starts[:]
+    self._out_starts.write(np.int64(self.tokens).tobytes())
     self.texts += 1
     self.tokens += ids.size
     self._out.write(ids.astype(self._dtype).tobytes())

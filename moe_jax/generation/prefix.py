@@ -208,7 +208,7 @@ def make_prefix(
   )
 
 
-def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
+def rows_of(prompt: Sequence[Any] | np.ndarray) -> Sequence[Ids]:
   """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
