@@ -4,7 +4,6 @@ A period of rows is laid out once; which source has row number p, and which of
 its rows that is, follows from p by division.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -46,7 +45,6 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   return by_name
 
 
-@dataclasses.dataclass(frozen=True)
 class Schedule:
   """The source of each row of an endless stream, and its row in that source.
 
@@ -63,13 +61,8 @@ class Schedule:
     rank: int [period], the number of rows of the same source before it.
   """
 
-  counts: Int[np.ndarray, ' P']
-  source: Int[np.ndarray, ' N']
-  rank: Int[np.ndarray, ' N']
-
-  @classmethod
-  def of(cls, counts: Int[np.ndarray, ' P']) -> 'Schedule':
-    """The schedule with these numbers of rows in a period."""
+  def __init__(self, counts: Int[np.ndarray, ' P']):
+    """Takes the number of rows of each source in a period."""
     counts = np.asarray(counts, np.int64)
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
@@ -83,7 +76,7 @@ class Schedule:
       p = int(np.argmin(np.where(due, last, np.inf)))
       source[row], rank[row] = p, rows_so_far[p]
       rows_so_far[p] += 1
-    return cls(counts, source, rank)
+    self.counts, self.source, self.rank = counts, source, rank
 
   def __call__(
     self, row: Int[np.ndarray, ' R']

@@ -25,7 +25,7 @@ def rows_of(name, size):
 
 def mixed_rows(sizes=SIZES, counts=COUNTS):
   rows_by_source = {name: rows_of(name, size) for name, size in sizes.items()}
-  return MixedRows(rows_by_source, Schedule.of(counts))
+  return MixedRows(rows_by_source, Schedule(counts))
 
 
 def origins(batch):
@@ -43,7 +43,7 @@ def assert_equal(one, other):
 def test_a_told_schedule():
   # Three of four rows are of source 0. The row of source 1 may come once half
   # of it has come up, 1 / (2n - 2), and comes in the middle of a period.
-  schedule = Schedule.of(np.array([3, 1]))
+  schedule = Schedule(np.array([3, 1]))
   part, number = schedule(np.arange(8))
   assert part.tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
   assert number.tolist() == [0, 1, 0, 2, 3, 4, 1, 5]
@@ -86,7 +86,7 @@ def test_weights_that_no_period_can_have(weights, message):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 50))
 @example([1, 1, 1, 5], 0)
 def test_weights_are_met_exactly_over_every_period(counts, period):
-  schedule, length = Schedule.of(np.array(counts)), sum(counts)
+  schedule, length = Schedule(np.array(counts)), sum(counts)
   part, number = schedule(np.arange(period * length, (period + 1) * length))
   assert np.bincount(part, minlength=len(counts)).tolist() == counts
   for p, count in enumerate(counts):
@@ -162,7 +162,7 @@ def test_an_evaluation_has_every_row_once():
 def test_a_source_without_rows_is_named():
   rows = MixedRows(
     {'a': rows_of('a', 2), 'b': PackedRows(np.arange(1), np.array([0]), T)},
-    Schedule.of(np.array([1, 1])),
+    Schedule(np.array([1, 1])),
   )
   with pytest.raises(ValueError, match="0 rows of source 'b'"):
     batch_dataset(rows, batch_size=2, seed=0)

@@ -233,7 +233,6 @@ def test_processes_share_an_evaluation():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'batch_size': 0}, 'batch_size=0'),
     ({'seed': -1}, 'non-negative'),
     ({'start': -1}, 'batch -1 would begin with row -6'),
   ],

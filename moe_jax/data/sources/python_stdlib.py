@@ -127,12 +127,11 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   """Base of TFDS builders whose examples come from the library's source files.
 
   An example is in the split of its file, which is found by a hash of the file's
-  name and is the same on every machine. A subclass defines `FEATURES`, `UNIT`
+  name and is the same on every machine. A subclass defines `FEATURES`
   and `_examples` of a file's name and text.
   """
 
   FEATURES: tuple[str, ...]
-  UNIT: str
   VERSION = tfds.core.Version('1.0.0')
 
   def __init__(
@@ -149,7 +148,7 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
-      description=f"The running Python's standard library, by {self.UNIT}.",
+      description="The running Python's standard library.",
       features=tfds.features.FeaturesDict(
         dict.fromkeys(self.FEATURES, tfds.features.Text())
       ),
@@ -173,7 +172,6 @@ class PythonStdlib(StdlibBuilder):
   """TFDS builder with an example for each source file."""
 
   FEATURES = 'text', 'name'
-  UNIT = 'source file'
 
   def _examples(self, name, text):
     yield name, {'text': text, 'name': name}
@@ -306,7 +304,6 @@ class PythonStdlibDocstrings(StdlibBuilder):
   """TFDS builder with an example for each documented function."""
 
   FEATURES = 'inputs', 'targets', 'name'
-  UNIT = 'function'
 
   def _examples(self, name, text):
     for line, inputs, targets in documented_functions(text):
