@@ -8,7 +8,6 @@ from moe_jax.data.choices import (
   CHOICE_SOURCES,
   SHOTS_SOURCES,
   ChoiceFilesSource,
-  ChoiceSourceOptions,
   Item,
 )
 from moe_jax.data.dataset import DataOptions, load, read_pairs
@@ -69,7 +68,6 @@ __all__ = [
   'BytesOptions',
   'CharsOptions',
   'ChoiceFilesSource',
-  'ChoiceSourceOptions',
   'DataError',
   'DataOptions',
   'Dataset',

@@ -34,7 +34,6 @@ FACTS = 'piece.json'
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
-_BLOCK = 2**20  # starts of documents that are in memory at once
 _REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
 _WORKER: dict[str, Callable[[int], None]] = {}  # the work of a worker process
 
@@ -292,7 +291,6 @@ def _join_starts(
   tokens_before = 0
   with path.open('wb') as out:
     for number, count in enumerate(tokens):
-      with (work.path(number) / f'{split}.starts').open('rb') as file:
-        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          out.write((starts + tokens_before).tobytes())
+      starts = np.fromfile(work.path(number) / f'{split}.starts', np.int64)
+      out.write((starts + tokens_before).tobytes())
       tokens_before += count

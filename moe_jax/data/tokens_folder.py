@@ -162,8 +162,27 @@ def _make_pieces(
 ) -> FolderReport:
   """The report on the pieces, or on a folder that another process has made."""
   piece_dir = folder.with_name(f'{folder.name}.parts')
+  piece_dir.mkdir(parents=True, exist_ok=True)
+  sizes = pieces.sizes
+  numbers = range(share.host, len(sizes), share.num_hosts)
   try:
-    report = _make_share(folder, piece_dir, pieces, fit, share)
+    tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
+    work = Work(piece_dir, pieces, tokenizer)
+    todo = [number for number in numbers if piece_facts(work, number) is None]
+    total = sum(sizes[i] for i in numbers)
+    skipped = bytes_read = total - sum(sizes[i] for i in todo)
+
+    def on_read(count: int) -> None:
+      nonlocal bytes_read
+      bytes_read += count
+      share.on_progress(bytes_read, total)
+
+    on_read(0)
+    peak = piece_workers.write_pieces(work, todo, share.processes, on_read)
+    missing = piece_workers.join(work, folder)
+    report = FolderReport(
+      folder, True, missing, len(numbers) - len(todo), total - skipped, peak
+    )
   except (OSError, InputError):  # its pieces may be gone, as they were joined
     if not folder.is_dir():
       raise
@@ -173,35 +192,6 @@ def _make_pieces(
     shutil.rmtree(piece_dir, ignore_errors=True)
     report = report._replace(missing=())
   return report
-
-
-def _make_share(
-  folder: pathlib.Path,
-  piece_dir: pathlib.Path,
-  pieces: Pieces,
-  fit: Callable[[], Tokenizer],
-  share: Share,
-) -> FolderReport:
-  piece_dir.mkdir(parents=True, exist_ok=True)
-  tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
-  work = Work(piece_dir, pieces, tokenizer)
-  sizes = pieces.sizes
-  numbers = range(share.host, len(sizes), share.num_hosts)
-  todo = [number for number in numbers if piece_facts(work, number) is None]
-  total = sum(sizes[i] for i in numbers)
-  skipped = bytes_read = total - sum(sizes[i] for i in todo)
-
-  def report(count: int) -> None:
-    nonlocal bytes_read
-    bytes_read += count
-    share.on_progress(bytes_read, total)
-
-  report(0)
-  peak = piece_workers.write_pieces(work, todo, share.processes, report)
-  missing = piece_workers.join(work, folder)
-  return FolderReport(
-    folder, True, missing, len(numbers) - len(todo), total - skipped, peak
-  )
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:

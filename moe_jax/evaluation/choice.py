@@ -17,8 +17,8 @@ import optax
 
 from moe_jax import data
 from moe_jax.config import choice, option
-from moe_jax.data import ChoiceSourceOptions, DataOptions
-from moe_jax.data.choices import SameSource
+from moe_jax.data import DataOptions
+from moe_jax.data.choices import ChoiceSourceOptions, SameSource
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.devices import Placing, fetch

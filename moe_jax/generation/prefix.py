@@ -9,7 +9,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -208,7 +208,7 @@ def make_prefix(
   )
 
 
-def rows_of(prompt: Sequence[Any] | np.ndarray) -> Sequence[Ids]:
+def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
   """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
@@ -220,7 +220,7 @@ def rows_of(prompt: Sequence[Any] | np.ndarray) -> Sequence[Ids]:
     )
   if not len(prompt):
     raise InputError('prompt has no rows; give at least one')
-  return prompt if is_list(prompt[0]) else [prompt]
+  return cast(Sequence[Ids], prompt if is_list(prompt[0]) else [prompt])
 
 
 def _tasks(

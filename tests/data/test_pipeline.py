@@ -243,11 +243,6 @@ def test_wrong_arguments_are_refused_at_once(wrong, message):
     train_batches(numbered_rows(), **arguments)
 
 
-def test_wrong_evaluations_are_refused_at_once():
-  with pytest.raises(ValueError, match='batch_size=-6'):
-    eval_batches(numbered_rows(), batch_size=-6)
-
-
 def test_no_rows_are_refused():
   rows = PackedRows(np.arange(1), np.array([0]), 4)
   with pytest.raises(ValueError, match='0 rows'):

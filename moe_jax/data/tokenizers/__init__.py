@@ -18,7 +18,7 @@ from moe_jax.data.tokenizers.contract import (
   TokenizerOptions,
   load,
 )
-from moe_jax.data.tokenizers.extra_ids import Extended, without_endings
+from moe_jax.data.tokenizers.extra_ids import Extended
 from moe_jax.data.tokenizers.json_tokenizer import (
   SENTENCEPIECE,
   Json,
@@ -66,5 +66,4 @@ __all__ = [
   'TrainedOptions',
   'load',
   'read',
-  'without_endings',
 ]
