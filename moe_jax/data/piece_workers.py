@@ -177,7 +177,7 @@ def write_pieces(
       'fewer processes. Finished pieces are kept: the same command goes on'
     ) from None
   finally:
-    pool.shutdown(cancel_futures=True)
+    pool.shutdown(cancel_futures=True)  # pieces in work are finished
   return peak
 
 
