@@ -11,7 +11,7 @@ from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
-from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Router, RouterOptions
@@ -151,7 +151,7 @@ class Shout(TokenizerOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Backwards(TextTask):
+class Backwards(TaskOptions):
   """A task of language modelling from the last token to the first."""
 
   label = 'backwards'

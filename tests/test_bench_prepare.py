@@ -38,7 +38,7 @@ def test_documents_can_be_made_again_by_their_number(tmp_path):
   docs = [corpus.document(i) for i in range(len(training))]
   for split, train in zip(data.SPLITS, (True, False)):
     expected = [t for t, is_train in zip(docs, training) if is_train == train]
-    assert list(texts.documents(split)) == expected
+    assert list(texts.texts(split)) == expected
 
 
 @pytest.mark.slow

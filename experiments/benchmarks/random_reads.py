@@ -25,7 +25,7 @@ from moe_jax.data.tokenizers import Tokenizer
 @functools.cache
 def _stdlib() -> str:
   texts = PythonStdlibSource().texts()
-  return '\n'.join(text for split in SPLITS for text in texts.documents(split))
+  return '\n'.join(text for split in SPLITS for text in texts.texts(split))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class CipherSource(SourceOptions):
       f'cipher {FORMAT} {self.num_ciphers} {self.marked} {PIECE} '
       f'{plain.identity}',
       lambda split: documents(
-        plain.documents(split), self.num_ciphers, marked=self.marked
+        plain.texts(split), self.num_ciphers, marked=self.marked
       ),
     )
 

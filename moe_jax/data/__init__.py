@@ -8,11 +8,9 @@ from moe_jax.data.choices import (
   CHOICE_SOURCES,
   SHOTS_SOURCES,
   ChoiceFilesSource,
-  ChoiceSourceOptions,
   Item,
 )
 from moe_jax.data.dataset import DataOptions, load, read_pairs
-from moe_jax.data.mixing import MixedRows
 from moe_jax.data.mixtures import MixtureOptions
 from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.pipeline import (
@@ -49,12 +47,7 @@ from moe_jax.data.tasks import (
   SpanCorruptionTask,
   Ul2Task,
 )
-from moe_jax.data.tasks.contract import (
-  Dataset,
-  PairTask,
-  TaskOptions,
-  TextTask,
-)
+from moe_jax.data.tasks.contract import Dataset, TaskOptions
 from moe_jax.data.tokenizers import (
   TOKENIZERS,
   BytesOptions,
@@ -75,7 +68,6 @@ __all__ = [
   'BytesOptions',
   'CharsOptions',
   'ChoiceFilesSource',
-  'ChoiceSourceOptions',
   'DataError',
   'DataOptions',
   'Dataset',
@@ -88,10 +80,8 @@ __all__ = [
   'JsonOptions',
   'JsonlSource',
   'LmTask',
-  'MixedRows',
   'MixtureOptions',
   'PackedRows',
-  'PairTask',
   'Pairs',
   'PrefixLmTask',
   'PythonStdlibSource',
@@ -102,7 +92,6 @@ __all__ = [
   'SourceOptions',
   'SpanCorruptionTask',
   'TaskOptions',
-  'TextTask',
   'Texts',
   'TfdsSource',
   'TokenizerOptions',

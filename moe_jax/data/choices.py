@@ -64,19 +64,10 @@ class ChoiceSourceOptions(Options):
     """
     raise NotImplementedError
 
-  def instead_of(self, judged: 'ChoiceSourceOptions') -> 'ChoiceSourceOptions':
-    """The source of examples, given the source of the items that are asked."""
-    del judged
-    return self
-
 
 @dataclasses.dataclass(frozen=True)
 class SameSource(ChoiceSourceOptions):
   """Examples from the train split of the source of the items that are asked."""
-
-  def instead_of(self, judged: ChoiceSourceOptions) -> ChoiceSourceOptions:
-    """The source of the items that are asked."""
-    return judged
 
 
 def check_item(prompt: Any, answers: Any, label: Any, where: str) -> Item:
@@ -204,8 +195,9 @@ class _TfdsItems(Sequence):
     if not 0 <= index < len(self):  # iteration ends at an IndexError
       raise IndexError(f'item {index} of {len(self)}')
     where = f'example {index} of {self._builder.name!r}'
-    prompt, label, *answers = tfds.values(
-      self._builder, self._examples[index], self._features
+    example = self._examples[index]
+    prompt, label, *answers = (
+      tfds.value_of(example, feature) for feature in self._features
     )
     if len(answers) == 1:
       answers = list(answers[0])

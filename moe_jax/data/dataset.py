@@ -32,8 +32,8 @@ from moe_jax.data.tokenizers import (
   Fitted,
   Tokenizer,
   TokenizerOptions,
-  without_endings,
 )
+from moe_jax.data.tokenizers.extra_ids import without_endings
 
 # The source of each form that comes with Python, for small runs.
 _EMBEDDED = {'texts': PythonStdlibSource(), 'pairs': DocstringsSource()}

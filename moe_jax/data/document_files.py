@@ -298,12 +298,10 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[str, bytes, Any]]:
     packed = is_compressed(path)
     stream = _opened(raw, path) if packed else cast(io.BufferedIOBase, raw)
     source = PartBytes(path, stream, 0, None)
-    for number in itertools.count(1):
-      if not (line := source.take('readline', -1)):
-        return
+    while line := source.take('readline', -1):
       source.lines += 1
       if line.strip():
-        where = f'{path}, line {number}'
+        where = f'{path}, line {source.lines}'
         yield where, line.strip(), parse_json(_decoded(line, where), where)
 
 

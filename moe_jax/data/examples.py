@@ -10,7 +10,6 @@ from jaxtyping import Integer
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.data.packing import Rows
 from moe_jax.data.store import Shards
-from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 # Number of rows that may still take an example. With 8, docstrings fill a fifth
@@ -95,15 +94,8 @@ def packed(
 
   Args:
     sizes: The size of each of P examples in D dimensions.
-    capacity: The room of a row in each dimension.
-
-  Raises:
-    ValueError: An example is larger than a row.
+    capacity: The room of a row in each dimension; each example fits one.
   """
-  if (sizes > np.array([capacity])).any():
-    raise InputError(
-      f'examples of sizes up to {sizes.max(0)} do not fit rows of {capacity}'
-    )
   rows: list[list[int]] = []
   open_rows = collections.deque(maxlen=_OPEN_ROWS)  # rows and the room left
   for i, size in enumerate(sizes.tolist()):

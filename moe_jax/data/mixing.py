@@ -4,7 +4,6 @@ A period of rows is laid out once; which source has row number p, and which of
 its rows that is, follows from p by division.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -46,7 +45,6 @@ def whole_counts(weights: Mapping[str, float], period: int) -> dict[str, int]:
   return by_name
 
 
-@dataclasses.dataclass(frozen=True)
 class Schedule:
   """The source of each row of an endless stream, and its row in that source.
 
@@ -63,13 +61,8 @@ class Schedule:
     rank: int [period], the number of rows of the same source before it.
   """
 
-  counts: Int[np.ndarray, ' P']
-  source: Int[np.ndarray, ' N']
-  rank: Int[np.ndarray, ' N']
-
-  @classmethod
-  def of(cls, counts: Int[np.ndarray, ' P']) -> 'Schedule':
-    """The schedule with these numbers of rows in a period."""
+  def __init__(self, counts: Int[np.ndarray, ' P']):
+    """Takes the number of rows of each source in a period."""
     counts = np.asarray(counts, np.int64)
     length, slack = int(counts.sum()), max(2 * np.count_nonzero(counts) - 2, 1)
     source, rank = np.zeros((2, length), np.int64)
@@ -83,7 +76,7 @@ class Schedule:
       p = int(np.argmin(np.where(due, last, np.inf)))
       source[row], rank[row] = p, rows_so_far[p]
       rows_so_far[p] += 1
-    return cls(counts, source, rank)
+    self.counts, self.source, self.rank = counts, source, rank
 
   def __call__(
     self, row: Int[np.ndarray, ' R']
@@ -99,23 +92,22 @@ class TaskRows(Rows):
 
   A batch also has `task_ids` int32 [B, T], the number at every token, and
   `encoder_task_ids` where it has an encoder's side.
+
+  Attributes:
+    source: The rows without their task.
   """
 
   def __init__(self, rows: Rows, task: int):
     """Takes the rows of the source and its number, from 0."""
-    self._rows, self._task = rows, task
+    self.source, self._task = rows, task
 
   @property
   def layout(self) -> Layout | None:
     """The layout of examples."""
-    return self._rows.layout
+    return self.source.layout
 
   def __len__(self) -> int:
-    return len(self._rows)
-
-  def within(self, index: int) -> tuple[Rows, int]:
-    """The rows without their task."""
-    return self._rows.within(index)
+    return len(self.source)
 
   def draw(
     self,
@@ -124,7 +116,7 @@ class TaskRows(Rows):
     epochs: Int[np.ndarray, ' B'],
   ) -> dict[str, np.ndarray]:
     """The rows at `indices`, with their task."""
-    batch = self._rows.draw(indices, seed, epochs)
+    batch = self.source.draw(indices, seed, epochs)
     return batch | {
       name.replace('segment', 'task'): np.full_like(values, self._task)
       for name, values in batch.items()
@@ -133,11 +125,7 @@ class TaskRows(Rows):
 
   def describe(self) -> str:
     """The number and shape of the rows."""
-    return self._rows.describe()
-
-  def counts(self) -> dict[str, int]:
-    """The numbers of the rows without their task."""
-    return self._rows.counts()
+    return self.source.describe()
 
 
 class MixedRows(Rows):
@@ -170,12 +158,6 @@ class MixedRows(Rows):
 
   def __len__(self) -> int:
     return int(self._ends[-1])
-
-  def within(self, index: int) -> tuple[Rows, int]:
-    """The rows of the source that has row `index`, and its number there."""
-    source = int(np.searchsorted(self._ends, index, side='right'))
-    begin = self._ends[source - 1] if source else 0
-    return [*self._parts.values()][source].within(int(index - begin))
 
   def draw(
     self,

@@ -416,7 +416,7 @@ def load(
   sizes = {name: len(parts[name].splits['train']) for name in mixture.learned()}
   per_period = whole_counts(mixture.shares(sizes), mixture.period)
   learned = [parts[name] for name in per_period]
-  schedule = Schedule.of(np.array([*per_period.values()]))
+  schedule = Schedule(np.array([*per_period.values()]))
   sha256 = hashlib.sha256()
   for name, part in parts.items():
     sha256.update(f'{name} {part.digest}\n'.encode())

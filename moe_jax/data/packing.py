@@ -12,7 +12,6 @@ import numpy as np
 
 from moe_jax.data.layouts import Layout
 from moe_jax.data.store import Shards
-from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
 
@@ -39,10 +38,6 @@ class Rows(abc.ABC):
       row: Numbers of rows of the stream, from 0.
     """
     return np.zeros_like(row), row
-
-  def within(self, index: int) -> tuple['Rows', int]:
-    """The rows of the one source that has row `index`, and its number there."""
-    return self, index
 
   @abc.abstractmethod
   def __len__(self) -> int: ...
@@ -109,18 +104,9 @@ class PackedRows(Rows):
     Args:
       tokens: Unsigned or signed integers [N], the documents one after another.
       starts: Integers [D], the index at which each document begins: 0, then
-        strictly rising (no document is empty); only the first and last are
-        checked.
+        strictly rising (no document is empty).
       seq_len: Length T of a row.
-
-    Raises:
-      ValueError: `starts` does not begin with 0 or goes beyond the tokens.
     """
-    if not len(starts) or starts[0] != 0 or starts[-1] >= len(tokens):
-      raise InputError(
-        f'starts={starts} do not go from 0 to below {len(tokens)}, '
-        'the number of tokens'
-      )
     self.tokens = tokens
     self.starts = starts
     self.seq_len = seq_len

@@ -6,8 +6,8 @@ does not depend on how many processes or hosts write it.
 """
 
 import contextlib
+import functools
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -16,9 +16,8 @@ import re
 import shutil
 import signal
 import threading
-import time
-import traceback
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,41 +27,33 @@ from moe_jax.data.cache_folders import locked, new_folder, publish, sha256
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.sources.contract import SPLITS, Pieces
 from moe_jax.data.store import Digest, DocumentWriter
-from moe_jax.data.tokenizers import Tokenizer, load
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 
 FACTS = 'piece.json'
 # Threads of the tokenizers library would take cores from the other processes.
 _ONE_THREAD = {'TOKENIZERS_PARALLELISM': 'false', 'RAYON_NUM_THREADS': '1'}
 _POLL_SECONDS = 0.2
-_BLOCK = 2**20  # starts of documents that are in memory at once
 _REPORT_BYTES = 2**18  # bytes after which a worker reports its progress
+_WORKER: dict[str, Callable[[int], None]] = {}  # the work of a worker process
 
 
 class Work(NamedTuple):
-  """The work of a worker; it can be pickled.
+  """The work of a host; it can be pickled.
 
   Attributes:
     folder: Folder of finished pieces.
     pieces: The documents.
-    tokenizer: File of the tokenizer.
-    modules: Modules of the tokenizer's classes, which have to be imported.
+    tokenizer: The tokenizer.
   """
 
   folder: pathlib.Path
   pieces: Pieces
-  tokenizer: pathlib.Path
-  modules: tuple[str, ...]
+  tokenizer: Tokenizer
 
   def path(self, number: int) -> pathlib.Path:
     """The folder of a finished piece."""
     return self.folder / f'{number:05}'
-
-  def read_tokenizer(self) -> Tokenizer:
-    """The tokenizer, read from its file."""
-    for module in self.modules:
-      importlib.import_module(module)
-    return load(self.tokenizer)
 
 
 def piece_facts(
@@ -89,9 +80,7 @@ def piece_facts(
   return facts if whole else None
 
 
-def write_piece(
-  work: Work, number: int, tokenizer: Tokenizer, report: Callable[[int], None]
-) -> None:
+def write_piece(work: Work, number: int, report: Callable[[int], None]) -> None:
   """Tokenizes a piece, unless another process has by the time it could begin.
 
   An existing piece that is not whole is removed. `report` is called with
@@ -108,7 +97,7 @@ def write_piece(
     if existed:  # no piece that was finished since, where there are no locks
       shutil.rmtree(work.path(number), ignore_errors=True)
     with new_folder(work.folder, f'{number:05}') as unfinished:
-      _write_files(unfinished, work.pieces, number, tokenizer, report)
+      _write_files(unfinished, work, number, report)
       try:
         unfinished.rename(work.path(number))
       except OSError:  # another host was faster, where there are no locks
@@ -116,15 +105,15 @@ def write_piece(
           raise
 
 
-def _write_files(folder, pieces, number, tokenizer, report) -> None:
+def _write_files(folder, work, number, report) -> None:
   digests = {split: Digest() for split in SPLITS}
   with contextlib.ExitStack() as stack:
     writers = {}
     for split, digest in digests.items():
-      writer = DocumentWriter(folder / split, tokenizer, digest)
+      writer = DocumentWriter(folder / split, work.tokenizer, digest)
       writers[split] = stack.enter_context(writer)
     reported = 0
-    for split, text, bytes_read in pieces.read(number):
+    for split, text, bytes_read in work.pieces.read(number):
       writers[split].write(text)
       if bytes_read - reported >= _REPORT_BYTES:
         report(bytes_read - reported)
@@ -135,7 +124,7 @@ def _write_files(folder, pieces, number, tokenizer, report) -> None:
     }
   facts = {'splits': splits, 'files': _file_facts(folder)}
   (folder / FACTS).write_text(json.dumps(facts), encoding='utf-8')
-  report(pieces.sizes[number] - reported)
+  report(work.pieces.sizes[number] - reported)
 
 
 def _file_facts(folder: pathlib.Path) -> dict[str, list]:
@@ -164,106 +153,51 @@ def write_pieces(
     ValueError: As `write_piece`, or a process was killed.
   """
   if processes == 1 or len(numbers) < 2:
-    tokenizer = work.read_tokenizer()
     for number in numbers:
-      write_piece(work, number, tokenizer, report)
+      write_piece(work, number, report)
     return peak_memory()
   context = multiprocessing.get_context('spawn')
-  shared = _Shared(
-    next_position=context.Value('q', 0),
-    read=context.Value('q', 0),
-    peak=context.Value('q', 0),
-    failures=context.SimpleQueue(),
+  bytes_read, reported, peak = context.Value('q', 0), 0, 0
+  pool = futures.ProcessPoolExecutor(
+    min(processes, len(numbers)), context, _begin_worker, (work, bytes_read)
   )
-  workers = [
-    context.Process(target=_work, args=(work, list(numbers), shared))
-    for _ in range(min(processes, len(numbers)))
-  ]
   try:
-    for worker in workers:
-      worker.start()
-    _wait(workers, shared, report)
+    running = {pool.submit(_work, number) for number in numbers}
+    while running:
+      done, running = futures.wait(
+        running, _POLL_SECONDS, futures.FIRST_EXCEPTION
+      )
+      read_by_now = bytes_read.value
+      report(read_by_now - reported)
+      reported = read_by_now
+      peak = max([peak, *(job.result() for job in done)])
+  except futures.BrokenExecutor:
+    raise InputError(
+      'a process was killed while it tokenized, maybe for lack of memory: take '
+      'fewer processes. Finished pieces are kept: the same command goes on'
+    ) from None
   finally:
-    for worker in workers:
-      if worker.pid is not None:
-        worker.terminate()
-        worker.join()
-  return shared.peak.value
+    pool.shutdown(cancel_futures=True)  # pieces in work are finished
+  return peak
 
 
-class _Shared(NamedTuple):
-  """The values that the workers and their parent share.
-
-  Attributes:
-    next_position: Index of the next piece in the list of numbers.
-    read: Number of bytes that all have read.
-    peak: The most bytes of memory that one has held.
-    failures: Classes of errors, with their messages.
-  """
-
-  next_position: Any
-  read: Any
-  peak: Any
-  failures: Any
-
-
-def _wait(workers, shared, report) -> None:
-  """Reports the progress of the workers until all have ended."""
-  reported = 0
-  while True:
-    running = any(worker.is_alive() for worker in workers)
-    bytes_read = shared.read.value
-    report(bytes_read - reported)
-    reported = bytes_read
-    if not shared.failures.empty():
-      kind, text = shared.failures.get()
-      raise kind(text)
-    for worker in workers:
-      if worker.exitcode:
-        raise InputError(exit_message(worker.exitcode))
-    if not running:
-      return
-    time.sleep(_POLL_SECONDS)
-
-
-def exit_message(status: int) -> str:
-  """The message on a process that ended with a status, unlike the others."""
-  advice = ''
-  if status == -signal.SIGKILL:
-    advice = ' It was killed, maybe for lack of memory: take fewer processes.'
-  return (
-    f'a process ended with status {status} while it tokenized.{advice} '
-    'Finished pieces are kept: the same command goes on'
-  )
-
-
-def _work(work: Work, numbers: list[int], shared: _Shared) -> None:
-  """Writes the next piece that nobody has taken, until all are."""
+def _begin_worker(work: Work, bytes_read: Any) -> None:
+  """Prepares this process, which ends with its parent, for pieces."""
   os.environ |= _ONE_THREAD
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, without a text
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
   def report(count: int) -> None:
-    with shared.read.get_lock():
-      shared.read.value += count
+    with bytes_read.get_lock():
+      bytes_read.value += count
 
-  try:
-    tokenizer = work.read_tokenizer()
-    while (number := _next_number(numbers, shared)) is not None:
-      write_piece(work, number, tokenizer, report)
-  except (InputError, OSError) as error:
-    shared.failures.put((InputError, str(error)))
-  except Exception:  # a defect, of a user's class or of a library
-    shared.failures.put((RuntimeError, traceback.format_exc()))
-  with shared.peak.get_lock():
-    shared.peak.value = max(shared.peak.value, peak_memory())
+  _WORKER['write'] = functools.partial(write_piece, work, report=report)
 
 
-def _next_number(numbers: list[int], shared: _Shared) -> int | None:
-  with shared.next_position.get_lock():
-    position = shared.next_position.value
-    shared.next_position.value += 1
-  return numbers[position] if position < len(numbers) else None
+def _work(number: int) -> int:
+  """Tokenizes a piece; returns the most memory that this process has held."""
+  _WORKER['write'](number)
+  return peak_memory()
 
 
 def _end_with_parent() -> None:
@@ -282,9 +216,7 @@ def peak_memory() -> int:
   return int(peak[1]) * 1024 if peak else 0
 
 
-def join(
-  work: Work, folder: pathlib.Path, tokenizer: Tokenizer
-) -> tuple[int, ...]:
+def join(work: Work, folder: pathlib.Path) -> tuple[int, ...]:
   """Joins the pieces into the folder, unless it exists or a piece is missing.
 
   Returns:
@@ -310,16 +242,13 @@ def join(
           )
         facts.append(fact)
       with new_folder(work.folder, 'whole') as unfinished:
-        token_files = _join(work, unfinished, tokenizer, facts)
+        token_files = _join(work, unfinished, facts)
         publish(unfinished, folder, token_files)
   return ()
 
 
 def _join(
-  work: Work,
-  unfinished: pathlib.Path,
-  tokenizer: Tokenizer,
-  facts: list[dict[str, Any]],
+  work: Work, unfinished: pathlib.Path, facts: list[dict[str, Any]]
 ) -> dict[str, list]:
   """Fills one folder from all pieces: token files are linked, starts joined.
 
@@ -342,8 +271,8 @@ def _join(
         link(work.path(number) / f'{split}.tokens', path)
         token_files[path.name] = facts[number]['files'][f'{split}.tokens']
     _join_starts(work, split, shards[split], unfinished / f'{split}.starts')
-  about = {'dtype': store.dtype_of(tokenizer), 'splits': splits}
-  store.finish(unfinished, {**about, 'shards': shards}, digest, tokenizer)
+  about = {'dtype': store.dtype_of(work.tokenizer), 'splits': splits}
+  store.finish(unfinished, {**about, 'shards': shards}, digest, work.tokenizer)
   return token_files
 
 
@@ -362,7 +291,6 @@ def _join_starts(
   tokens_before = 0
   with path.open('wb') as out:
     for number, count in enumerate(tokens):
-      with (work.path(number) / f'{split}.starts').open('rb') as file:
-        while len(starts := np.fromfile(file, np.int64, _BLOCK)):
-          out.write((starts + tokens_before).tobytes())
+      starts = np.fromfile(work.path(number) / f'{split}.starts', np.int64)
+      out.write((starts + tokens_before).tobytes())
       tokens_before += count

@@ -1,6 +1,7 @@
 """The stream of batches, each a pure function of its number."""
 
 import hashlib
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -57,9 +58,9 @@ def batch_dataset(
       earlier batches, which must not be read then, were smaller than B.
 
   Raises:
-    ValueError: B is not positive, or there are no rows or more than 2^32.
+    ValueError: There are no rows, or more than 2^32.
   """
-  share = _share(batch_size, share)
+  share = np.arange(batch_size) if share is None else share
   streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
@@ -119,8 +120,7 @@ def train_batches(
   batches = batch_dataset(
     rows, batch_size=batch_size, seed=seed, share=share, offset=offset
   )
-  batches = batches.slice(slice(start, None))
-  elements = (cast(Batch, batches[i]) for i in range(len(batches)))
+  elements = (cast(Batch, batches[i]) for i in itertools.count(start))
   return ahead(elements, first=start, most=_PREFETCHED)
 
 
@@ -143,10 +143,9 @@ def eval_batches(
     share: As of `batch_dataset`.
 
   Raises:
-    ValueError: B is not positive.
     DataError: As `train_batches`.
   """
-  share = _share(batch_size, share)
+  share = np.arange(batch_size) if share is None else share
   total = -(-len(rows) // batch_size)
   numbers = spread(total, num_batches)
   batches = (rows.take(i * batch_size + share) for i in numbers)
@@ -155,18 +154,8 @@ def eval_batches(
 
 def spread(total: int, count: int) -> list[int]:
   """`count` indices below `total`, spread evenly; 0 or too many takes all."""
-  if count < 0:
-    raise InputError(f'{count} of {total} batches is negative')
   num_taken = min(count, total) or total
   return [i * total // num_taken for i in range(num_taken)]
-
-
-def _share(
-  batch_size: int, share: Int[np.ndarray, ' R'] | None
-) -> Int[np.ndarray, ' R']:
-  if batch_size < 1:
-    raise InputError(f'batch_size={batch_size} must be at least 1')
-  return np.arange(batch_size) if share is None else share
 
 
 class DataError(ReportedError, RuntimeError):

@@ -91,7 +91,9 @@ def read_bytes(path: pathlib.Path) -> bytes:
   Raises:
     ValueError: The file has more than `MOST_BYTES` bytes.
   """
-  _check_size(path)
+  size = path.stat().st_size
+  if size > MOST_BYTES:
+    raise InputError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')
   return path.read_bytes()
 
 
@@ -101,9 +103,8 @@ def read_text(path: pathlib.Path) -> str:
   Raises:
     ValueError: The file is not UTF-8, or has more than `MOST_BYTES` bytes.
   """
-  _check_size(path)
   try:
-    return path.read_text(encoding='utf-8')
+    return read_bytes(path).decode()
   except UnicodeDecodeError as error:
     raise InputError(f'{path} is not UTF-8: {error}') from None
 
@@ -174,9 +175,3 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 def first_line(error: BaseException) -> str:
   """The beginning of the first line of another library's message."""
   return str(error).strip().split('\n', 1)[0][:_SHOWN]
-
-
-def _check_size(path: pathlib.Path) -> None:
-  size = path.stat().st_size
-  if size > MOST_BYTES:
-    raise InputError(f'{path} has {size} bytes, at most {MOST_BYTES} are read')

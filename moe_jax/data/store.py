@@ -3,7 +3,6 @@
 A split of documents is one stream; a split of pairs is two.
 """
 
-import array
 import functools
 import hashlib
 import json
@@ -18,7 +17,6 @@ from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
-_STARTS = 2**16  # starts of texts that are held before they are written
 # Maps that a process holds open, each with a file descriptor.
 _MOST_OPEN = 256
 
@@ -72,12 +70,30 @@ def write_pairs(
   digest, about = Digest(), {'dtype': dtype_of(tokenizer), 'splits': {}}
   for name, pairs in splits.items():
     digest.split(name)
-    counts = _write_pairs(folder / name, pairs, tokenizer, digest)
-    if not counts['pairs']:
+    num_bytes = 0
+    with (
+      StreamWriter(folder / f'{name}.inputs', tokenizer) as inputs,
+      StreamWriter(folder / f'{name}.targets', tokenizer) as targets,
+    ):
+      for pair in pairs:
+        for text in pair:
+          encoded = utf8(text)
+          digest.text(encoded)
+          num_bytes += len(encoded)
+        ids = [tokenizer.encode(text) for text in pair]
+        if all(side.size for side in ids):
+          inputs.add(ids[0])
+          targets.add(ids[1])
+    if not inputs.texts:
       raise InputError(
         f'split {name!r} has no pair of which both sides have a token'
       )
-    about['splits'][name] = counts
+    about['splits'][name] = {
+      'pairs': inputs.texts,
+      'bytes': num_bytes,
+      'input_tokens': inputs.tokens,
+      'target_tokens': targets.tokens,
+    }
   finish(folder, about, digest, tokenizer)
 
 
@@ -206,29 +222,6 @@ def read_about(folder: pathlib.Path) -> dict[str, Any]:
   return parse_json(read_text(path), path)
 
 
-def _write_pairs(path, pairs, tokenizer, digest) -> dict[str, int]:
-  bytes_ = 0
-  with (
-    StreamWriter(f'{path}.inputs', tokenizer) as inputs,
-    StreamWriter(f'{path}.targets', tokenizer) as targets,
-  ):
-    for pair in pairs:
-      for text in pair:
-        encoded = utf8(text)
-        digest.text(encoded)
-        bytes_ += len(encoded)
-      ids = [tokenizer.encode(text) for text in pair]
-      if all(side.size for side in ids):
-        inputs.add(ids[0])
-        targets.add(ids[1])
-    return {
-      'pairs': inputs.texts,
-      'bytes': bytes_,
-      'input_tokens': inputs.tokens,
-      'target_tokens': targets.tokens,
-    }
-
-
 def finish(
   folder: pathlib.Path, about: dict[str, Any], digest: Any, tokenizer: Tokenizer
 ) -> None:
@@ -287,7 +280,6 @@ class StreamWriter:
   def __init__(self, path: pathlib.Path | str, tokenizer: Tokenizer):
     self._dtype = dtype_of(tokenizer)
     self._vocab_size = tokenizer.vocab_size
-    self._starts = array.array('q')
     self._out = open(f'{path}.tokens', 'wb')  # noqa: SIM115 - closed below
     self._out_starts = open(f'{path}.starts', 'wb')  # noqa: SIM115
     self.tokens = self.texts = 0
@@ -296,8 +288,8 @@ class StreamWriter:
     return self
 
   def __exit__(self, *_):
-    with self._out, self._out_starts:
-      self._starts.tofile(self._out_starts)
+    self._out.close()
+    self._out_starts.close()
 
   def add(self, ids: np.ndarray) -> None:
     """Adds the ids of a text.
@@ -313,10 +305,7 @@ class StreamWriter:
         f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
         f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
       )
-    self._starts.append(self.tokens)
-    if len(self._starts) == _STARTS:
-      self._starts.tofile(self._out_starts)
-      del self._starts[:]
+    self._out_starts.write(np.int64(self.tokens).tobytes())
     self.texts += 1
     self.tokens += ids.size
     self._out.write(ids.astype(self._dtype).tobytes())

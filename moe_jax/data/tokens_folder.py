@@ -9,7 +9,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from moe_jax.data import piece_workers
@@ -29,7 +29,6 @@ from moe_jax.data.sources.contract import (
   Texts,
 )
 from moe_jax.data.tokenizers import (
-  Extended,
   Fitted,
   Tokenizer,
   TokenizerOptions,
@@ -111,9 +110,6 @@ def make(
     texts = (text for split in SPLITS for text in corpus.texts(split))
     return tokenizer.fit(texts)
 
-  def write(unfinished: pathlib.Path) -> None:
-    corpus.write(unfinished, fit())
-
   report = FolderReport(folder)
   pieces = corpus.pieces if isinstance(corpus, Texts) else None
   if pieces is not None and not folder.is_dir():
@@ -125,7 +121,11 @@ def make(
       if not folder.is_dir():
         report = _make_pieces(folder, pieces, fit, share)
   if not report.is_new:
-    prepared(folder, write, digests=selection.cache_digests)
+    prepared(
+      folder,
+      lambda unfinished: corpus.write(unfinished, fit()),
+      digests=selection.cache_digests,
+    )
   return report
 
 
@@ -162,8 +162,27 @@ def _make_pieces(
 ) -> FolderReport:
   """The report on the pieces, or on a folder that another process has made."""
   piece_dir = folder.with_name(f'{folder.name}.parts')
+  piece_dir.mkdir(parents=True, exist_ok=True)
+  sizes = pieces.sizes
+  numbers = range(share.host, len(sizes), share.num_hosts)
   try:
-    report = _make_share(folder, piece_dir, pieces, fit, share)
+    tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
+    work = Work(piece_dir, pieces, tokenizer)
+    todo = [number for number in numbers if piece_facts(work, number) is None]
+    total = sum(sizes[i] for i in numbers)
+    skipped = bytes_read = total - sum(sizes[i] for i in todo)
+
+    def on_read(count: int) -> None:
+      nonlocal bytes_read
+      bytes_read += count
+      share.on_progress(bytes_read, total)
+
+    on_read(0)
+    peak = piece_workers.write_pieces(work, todo, share.processes, on_read)
+    missing = piece_workers.join(work, folder)
+    report = FolderReport(
+      folder, True, missing, len(numbers) - len(todo), total - skipped, peak
+    )
   except (OSError, InputError):  # its pieces may be gone, as they were joined
     if not folder.is_dir():
       raise
@@ -173,44 +192,6 @@ def _make_pieces(
     shutil.rmtree(piece_dir, ignore_errors=True)
     report = report._replace(missing=())
   return report
-
-
-def _make_share(
-  folder: pathlib.Path,
-  piece_dir: pathlib.Path,
-  pieces: Pieces,
-  fit: Callable[[], Tokenizer],
-  share: Share,
-) -> FolderReport:
-  piece_dir.mkdir(parents=True, exist_ok=True)
-  tokenizer = _fitted(piece_dir / 'tokenizer.json', fit)
-  work = Work(
-    piece_dir, pieces, piece_dir / 'tokenizer.json', (*modules_of(tokenizer),)
-  )
-  sizes = pieces.sizes
-  numbers = range(share.host, len(sizes), share.num_hosts)
-  todo = [number for number in numbers if piece_facts(work, number) is None]
-  total = sum(sizes[i] for i in numbers)
-  skipped = bytes_read = total - sum(sizes[i] for i in todo)
-
-  def report(count: int) -> None:
-    nonlocal bytes_read
-    bytes_read += count
-    share.on_progress(bytes_read, total)
-
-  report(0)
-  peak = piece_workers.write_pieces(work, todo, share.processes, report)
-  missing = piece_workers.join(work, folder, tokenizer)
-  return FolderReport(
-    folder, True, missing, len(numbers) - len(todo), total - skipped, peak
-  )
-
-
-def modules_of(tokenizer: Tokenizer) -> Iterator[str]:
-  """The modules of the classes of a tokenizer and of those that it extends."""
-  yield type(tokenizer).__module__
-  if isinstance(tokenizer, Extended):
-    yield from modules_of(tokenizer.base)
 
 
 def _fitted(path: pathlib.Path, fit: Callable[[], Tokenizer]) -> Tokenizer:

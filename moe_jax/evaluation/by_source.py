@@ -7,7 +7,7 @@ likeliest choice where there are choices, by generated text otherwise.
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from moe_jax.config import option
 from moe_jax.data import DataOptions, Question
 from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
-from moe_jax.evaluation.choice import log_likelihoods
+from moe_jax.evaluation.choice import accuracy_row, log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
-from moe_jax.evaluation.prompts import Asker, AskingEvaluation, EncodedQuestion
+from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
 from moe_jax.evaluation.scores import make_scores
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
@@ -125,16 +125,23 @@ class SourceScores(AskingEvaluation):
         f'{type(task).__name__} reads {task.reads}'
       )
     questions = self._questions(setting)
-    if not self.num_tokens:
-      questions = {
-        name: [question for question in source_questions if question.choices]
-        for name, source_questions in questions.items()
-      }
     if not any(questions.values()):
       raise InputError('no source has a validation question that is asked')
-    asker = self.asker(setting)
-    choices = _choices(questions, asker)
-    prompts = _prompts(questions, asker, self.num_tokens)
+    asker, choices, prompts = self.asker(setting), {}, {}
+    for name, asked in questions.items():
+      choices[name] = [
+        (
+          asker(data.Item(q.inputs, q.choices, 0), ()),
+          q.choices.index(q.target),
+        )
+        for q in asked
+        if q.choices
+      ]
+      prompts[name] = [
+        Pair(asker.inputs(q.inputs, self.num_tokens), q.inputs, q.target, name)
+        for q in asked
+        if not q.choices
+      ]
     generate = None
     if any(prompts.values()):
       pairs = [p for source_pairs in prompts.values() for p in source_pairs]
@@ -150,7 +157,10 @@ class SourceScores(AskingEvaluation):
     return [*summary_row(dict.fromkeys(sources, 0.0), mixture), *details]
 
   def _questions(self, setting: Setting) -> Questions:
-    """The questions of every source, spread over its validation split."""
+    """The questions of every source, spread over its validation split.
+
+    Without tokens for an answer, those without choices are left out.
+    """
     options = setting.data
     sources = options.mixture.sources or {'source': options.source}
     prefix, questions = options.task.input_prefix, {}
@@ -166,6 +176,7 @@ class SourceScores(AskingEvaluation):
       questions[name] = [
         all_questions[i]._replace(inputs=prefix + all_questions[i].inputs)
         for i in indices
+        if self.num_tokens or all_questions[i].choices
       ]
     return questions
 
@@ -176,40 +187,6 @@ class SourceScores(AskingEvaluation):
     )
 
 
-class _Choice(NamedTuple):
-  """A question with choices in token ids, and the number of the right one."""
-
-  encoded: EncodedQuestion
-  label: int
-
-
-def _choices(questions: Questions, asker: Asker) -> dict[str, list[_Choice]]:
-  return {
-    name: [
-      _Choice(
-        asker(data.Item(q.inputs, q.choices, 0), ()),
-        q.choices.index(q.target),
-      )
-      for q in source_questions
-      if q.choices
-    ]
-    for name, source_questions in questions.items()
-  }
-
-
-def _prompts(
-  questions: Questions, asker: Asker, num_tokens: int
-) -> dict[str, list[Pair]]:
-  return {
-    name: [
-      Pair(asker.inputs(q.inputs, num_tokens), q.inputs, q.target, name)
-      for q in source_questions
-      if not q.choices
-    ]
-    for name, source_questions in questions.items()
-  }
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
   """Measures the scores of the questions of each source.
@@ -217,7 +194,8 @@ class Scores:
   Attributes:
     setting: The parts of the run.
     questions: The questions of each source.
-    choices: The questions with choices, in token ids.
+    choices: The questions with choices, in token ids, each with the number of
+      the right one.
     prompts: The questions whose answer is any text, as prompts.
     layout: The layout of rows.
     generate: The function that answers the prompts of all sources, in order;
@@ -226,7 +204,7 @@ class Scores:
 
   setting: Setting
   questions: Questions
-  choices: dict[str, list[_Choice]]
+  choices: dict[str, list[tuple[EncodedQuestion, int]]]
   prompts: dict[str, list[Pair]]
   layout: Layout
   generate: Callable[[Variables], list[str]] | None
@@ -245,18 +223,13 @@ class Scores:
     return {**row, **details}
 
   def _by_choice(self, variables: Variables) -> tuple[Row, Row]:
-    all_choices = [c for choices in self.choices.values() for c in choices]
-    examples = [e for c in all_choices for e in c.encoded.examples]
+    examples, tasks, names = [], [], self.setting.data.tasks
+    for name, choices in self.choices.items():
+      for question, _ in choices:
+        examples += question.examples
+        tasks += [names.index(name) for _ in question.examples if names]
     if not examples:
       return {}, {}
-    numbers = {name: i for i, name in enumerate(self.setting.data.tasks)}
-    tasks = [
-      numbers[name]
-      for name, choices in self.choices.items()
-      if numbers
-      for c in choices
-      for _ in c.encoded.examples
-    ]
     log_probs = log_likelihoods(
       self.setting.model,
       variables,
@@ -268,22 +241,18 @@ class Scores:
     )
     # As in the kind 'choice', a long answer is no worse for being long.
     per_token = log_probs / [len(example.targets) for example in examples]
-    ends = np.cumsum([len(c.encoded.examples) for c in all_choices])[:-1]
-    judgements = iter(
-      zip(np.split(log_probs, ends), np.split(per_token, ends), all_choices)
-    )
-    scores, details = {}, {}
+    scores, details, begin = {}, {}, 0
     for name, choices in self.choices.items():
-      results = [next(judgements) for _ in choices]
-      if not results:
-        continue
-      right = [int(np.argmax(n)) == c.label for _, n, c in results]
-      scores[name] = 100 * float(np.mean(right))
-      chance = np.mean([1 / len(n) for _, n, _ in results])
-      details[f'{name}.chance'] = 100 * float(chance)
-      details[f'{name}.nats'] = -float(
-        np.mean([t[c.label] for t, _, c in results])
-      )
+      answers, nats = [], []
+      for question, label in choices:
+        end = begin + len(question.examples)
+        answers.append(per_token[begin:end])
+        nats.append(-log_probs[begin + label])
+        begin = end
+      if choices:
+        row = accuracy_row(answers, [label for _, label in choices])
+        scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']
+        details[f'{name}.nats'] = float(np.mean(nats))
     return scores, details
 
   def _by_text(self, variables: Variables) -> Row:

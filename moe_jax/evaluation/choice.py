@@ -17,13 +17,13 @@ import optax
 
 from moe_jax import data
 from moe_jax.config import choice, option
-from moe_jax.data import ChoiceSourceOptions, DataOptions
+from moe_jax.data import DataOptions
+from moe_jax.data.choices import ChoiceSourceOptions, SameSource
 from moe_jax.data.examples import packed
 from moe_jax.data.layouts import Example, Layout, Lengths
 from moe_jax.devices import Placing, fetch
 from moe_jax.errors import InputError
 from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
-from moe_jax.evaluation.scores import ACCURACY, accuracy
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
@@ -83,8 +83,8 @@ class ChoiceEvaluation(AskingEvaluation):
 
   def problems(self) -> Iterator[str]:
     """Examples must not come from the split whose questions are asked."""
-    shots = self.shots_source.instead_of(self.source)
-    if self.num_shots and shots is self.source and not shots.has_train_split:
+    is_same = isinstance(self.shots_source, SameSource)
+    if self.num_shots and is_same and not self.source.has_train_split:
       yield (
         f'num_shots={self.num_shots} of a source that has no train split; '
         'choose another in shots_source'
@@ -114,7 +114,8 @@ class ChoiceEvaluation(AskingEvaluation):
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Choice`."""
     del data
-    return (*ACCURACY, 'cut_items', *(['shots'] if self.num_shots else []))
+    names = ['accuracy', 'standard_error', 'chance', 'items', 'cut_items']
+    return [*names, 'shots'] if self.num_shots else names
 
   def _items(
     self, cache_dir: str
@@ -131,9 +132,8 @@ class ChoiceEvaluation(AskingEvaluation):
     N, K = len(items), self.num_shots
     if not K:
       return items, [[] for _ in items]
-    shots = self.shots_source.instead_of(self.source)
-    if shots is not self.source:
-      source = shots.items(selection)
+    if not isinstance(self.shots_source, SameSource):
+      source = self.shots_source.items(selection)
     pool = source.items('train')
     P = len(pool)
     if P < K:
@@ -213,15 +213,22 @@ class Choice:
 def accuracy_row(
   scores: Sequence[Float[np.ndarray, ' _']], labels: Sequence[int]
 ) -> Row:
-  """The row of `scores.accuracy`; of equal answers the first counts as chosen.
+  """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
+
+  Of equal answers the first counts as chosen; `chance` is what guessing gives.
 
   Args:
     scores: The scores of each question's answers.
     labels: The index of each question's right answer.
   """
   right = [int(np.argmax(s)) == label for s, label in zip(scores, labels)]
-  chance = float(np.mean([1 / len(s) for s in scores]))
-  return accuracy(sum(right), len(right), chance)
+  count, share = len(right), sum(right) / len(right)
+  return {
+    'accuracy': 100 * share,
+    'standard_error': 100 * float(np.sqrt(share * (1 - share) / count)),
+    'chance': 100 * float(np.mean([1 / len(s) for s in scores])),
+    'items': count,
+  }
 
 
 def log_likelihoods(

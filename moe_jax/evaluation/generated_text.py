@@ -9,12 +9,12 @@ import numpy as np
 from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
-from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Layout
+from moe_jax.data.mixing import TaskRows
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
-from moe_jax.evaluation.prompts import cut_as_trained
+from moe_jax.evaluation.prompts import Asker
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
@@ -139,8 +139,9 @@ class GenerateEvaluation(EvaluationOptions):
     self, setting: Setting, texts: Iterator[tuple[str, str]]
   ) -> list[Pair]:
     tokenizer = setting.dataset.tokenizer
-    imported = trained_run.is_imported(setting.workdir)
     layout = cast(Layout, setting.dataset.splits['validation'].layout)
+    imported = trained_run.is_imported(setting.workdir)
+    asker = Asker(setting.data.task, tokenizer, layout, '', imported)
     total = setting.dataset.counts['validation']['pairs']
     tasks = [
       name
@@ -151,12 +152,7 @@ class GenerateEvaluation(EvaluationOptions):
     pairs = []
     for i, (inputs, target) in enumerate(_with_tokens(texts, tokenizer, total)):
       if i in indices:
-        ids = trained_run.encode(
-          setting.data.task, tokenizer, inputs, imported=imported
-        )
-        lengths = np.array([len(ids)]), np.array([self.num_tokens])
-        room = int(layout.cut(*lengths).inputs[0])
-        ids = cut_as_trained(setting.data.task, ids, room, tokenizer.eos_id)
+        ids = asker.inputs(inputs, self.num_tokens)
         pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
     return pairs
 
@@ -217,13 +213,14 @@ def _with_tokens(
   ]
 
 
-def _window_pair(setting: Setting, rows: data.Rows, row: int) -> Pair:
+def _window_pair(setting: Setting, all_rows: data.Rows, row: int) -> Pair:
   """The first example of a row, split as in every evaluation."""
-  tokenizer, task = setting.dataset.tokenizer, ''
-  if setting.data.tasks:
-    task = setting.data.tasks[rows[row]['task_ids'][0]]
-  source_rows, row = rows.within(row)
-  windows = cast(ExampleRows, source_rows)
+  tokenizer, parts = setting.dataset.tokenizer, iter(all_rows.parts.items())
+  task, rows = next(parts)
+  while row >= len(rows):
+    row -= len(rows)
+    task, rows = next(parts)
+  windows: Any = rows.source if isinstance(rows, TaskRows) else rows
   generator = np.random.default_rng([0, 0, row])
   example = windows.example(windows.members(row)[0], generator)
   inputs, target = (trained_run.decode(tokenizer, side) for side in example)

@@ -27,14 +27,6 @@ from moe_jax.training.evaluate import (
 _SEPARATOR = '\n\n'
 
 
-def few_shot_prompt(
-  shots: Sequence[data.Item], prompt: str, answer_prefix: str
-) -> str:
-  """The prompt after examples, each of which has its right answer."""
-  shot_texts = [s.prompt + answer_prefix + s.answers[s.label] for s in shots]
-  return _SEPARATOR.join([*shot_texts, prompt])
-
-
 class EncodedQuestion(NamedTuple):
   """A question in token ids.
 
@@ -91,10 +83,9 @@ class Asker:
     Raises:
       ValueError: The prompt or an answer has no tokens.
     """
+    texts = [s.prompt + self.answer_prefix + s.answers[s.label] for s in shots]
     for n in range(len(shots), -1, -1):
-      text = few_shot_prompt(
-        shots[len(shots) - n :], item.prompt, self.answer_prefix
-      )
+      text = _SEPARATOR.join([*texts[len(shots) - n :], item.prompt])
       examples = [self._example(text, answer) for answer in item.answers]
       cut_examples = [self._cut(example) for example in examples]
       if all(map(self._has_room, examples, cut_examples)):
@@ -168,19 +159,15 @@ class AskingEvaluation(EvaluationOptions):
 
   def asker(self, setting: Setting) -> Asker:
     """The form of questions for a run."""
+    # Rows of a language model have no examples; a question has one to itself.
+    layout = setting.dataset.splits['validation'].layout
     return Asker(
       setting.data.task,
       setting.dataset.tokenizer,
-      layout_of(setting.dataset, setting.data.seq_len),
+      layout or DecoderLayout(setting.data.seq_len),
       self.answer_prefix,
       imported=trained_run.is_imported(setting.workdir),
     )
-
-
-def layout_of(dataset: data.Dataset, seq_len: int) -> Layout:
-  """The layout of a dataset's rows; for a language model, a text in a row."""
-  layout = dataset.splits['validation'].layout
-  return DecoderLayout(seq_len) if layout is None else layout
 
 
 def cut_as_trained(

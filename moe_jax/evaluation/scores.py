@@ -1,4 +1,4 @@
-"""Scores of outputs by targets: BLEU, chrF, ROUGE-L, exact match, accuracy.
+"""Scores of outputs by targets: BLEU, chrF, ROUGE-L, exact match.
 
 All are in percent, as papers print them. BLEU
 (https://aclanthology.org/P02-1040) and chrF (https://aclanthology.org/W15-3049)
@@ -33,28 +33,6 @@ class Score:
 
   compute: Callable[[Texts, Texts], float]
   signature: Callable[[], str]
-
-
-def accuracy(right: int, count: int, chance: float) -> dict[str, float]:
-  """A row: `accuracy`, `standard_error` and `chance` in percent, and `items`.
-
-  Args:
-    right: Number of right answers.
-    count: Number of answers, at least one.
-    chance: The fraction of right answers that guessing gives.
-  """
-  share = right / count
-  error = float(np.sqrt(share * (1 - share) / count))
-  return {
-    'accuracy': 100 * share,
-    'standard_error': 100 * error,
-    'chance': 100 * chance,
-    'items': count,
-  }
-
-
-# The names in a row of `accuracy`.
-ACCURACY = tuple(accuracy(0, 1, 0.0))
 
 
 def names_of(names: str) -> list[str]:

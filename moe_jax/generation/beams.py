@@ -22,8 +22,8 @@ from moe_jax.generation.prefix import (
   check_number,
   check_whole,
   make_prefix,
-  num_rows,
   prepare,
+  rows_of,
 )
 from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32
@@ -98,7 +98,7 @@ def beam_search(
       f'num_beams={num_beams} and num_return={num_return}: both are at least '
       '1, and no more are returned than are followed'
     )
-  batch_size = num_beams * num_rows(prompt)
+  batch_size = num_beams * len(rows_of(prompt))
   model, variables = prepare(model, variables, batch_size=batch_size)
   prefix = make_prefix(
     model,

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +20,12 @@ from moe_jax.generation.prefix import (
   check_number,
   check_whole,
   make_prefix,
-  num_rows,
   prepare,
+  rows_of,
 )
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
 from moe_jax.models import Cache, Model
-from moe_jax.shapes import Array, Bool, Int, Int32, Leaf
+from moe_jax.shapes import Array, Bool, Int, Int32, Key
 
 OnToken = Callable[[int, np.ndarray], object]
 
@@ -142,7 +141,7 @@ def generate(
       f'length_penalty={length_penalty} with num_beams=1: a length penalty '
       'compares beams; give more than one'
     )
-  model, variables = prepare(model, variables, batch_size=num_rows(prompt))
+  model, variables = prepare(model, variables, batch_size=len(rows_of(prompt)))
   prefix = make_prefix(
     model,
     prompt,
@@ -151,36 +150,22 @@ def generate(
     num_tokens=num_tokens,
     task_ids=task_ids,
   )
-  rules = Rules(
+  state = _start(model, variables, prefix, forced_ids, num_tokens, pad_id)
+  run = functools.partial(
+    _advance,
+    model,
+    variables,
     keys=row_keys(seed, len(prefix.tokens)),
     stop_ids=jnp.asarray(stop_ids, jnp.int32),
     sampler=sampler,
     pad_id=jnp.int32(pad_id),
   )
-  state = _start(model, variables, prefix, forced_ids, num_tokens, pad_id)
-  run = functools.partial(_advance, model, variables, rules)
   state = _stream(run, state, on_token) if on_token else run(state, state.end)
   tokens, lengths, step, finite = fetch(
     (state.tokens, state.lengths, state.step, state.finite)
   )
   check_finite(finite, step)
   return Generation(tokens, lengths)
-
-
-class Rules(flax.struct.PyTreeNode):
-  """The arguments that all steps share.
-
-  Attributes:
-    keys: [B], the random key of each row.
-    stop_ids: int32 [n], the ids that end a row.
-    sampler: The rule by which a token is chosen.
-    pad_id: int32 [], the id that fills up a row after its end.
-  """
-
-  keys: Leaf
-  stop_ids: Leaf
-  sampler: Sampler
-  pad_id: Leaf
 
 
 class State(NamedTuple):
@@ -232,9 +217,13 @@ def _start(
 def _advance(
   model: Model,
   variables: Variables,
-  rules: Rules,
   state: State,
   until: int | Array,
+  *,
+  keys: Key[Array, ' B'],
+  stop_ids: Int32[Array, ' n'],
+  sampler: Sampler,
+  pad_id: Int32[Array, ''],
 ) -> State:
   """Takes steps until every row has `until` tokens or has ended."""
 
@@ -249,14 +238,13 @@ def _advance(
       state.cache,
       method='decode',
     )
-    keys = step_keys(rules.keys, state.step)
-    token = rules.sampler(logits[:, 0], keys)
-    token = jnp.where(state.ended, rules.pad_id, token)
+    token = sampler(logits[:, 0], step_keys(keys, state.step))
+    token = jnp.where(state.ended, pad_id, token)
     start = (0, state.step)
     return State(
       step=state.step + 1,
       token=token,
-      ended=state.ended | jnp.isin(token, rules.stop_ids),
+      ended=state.ended | jnp.isin(token, stop_ids),
       tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], start),
       lengths=state.lengths + ~state.ended,
       finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),

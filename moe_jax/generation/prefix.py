@@ -9,7 +9,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -42,11 +42,6 @@ def check_number(name: str, value: float) -> None:
   is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
   if not is_number or not math.isfinite(value):
     raise InputError(f'{name}={value!r} must be a finite number')
-
-
-def check_seed(seed: int) -> None:
-  """Raises ValueError unless a seed fits into 32 bits without a sign."""
-  check_whole('seed', seed, 0, 2**32 - 1)
 
 
 def check_model(model: Model) -> None:
@@ -165,7 +160,14 @@ def make_prefix(
       are not enough learned positions; or a row crosses `Model.changes_at`.
   """
   V = model.vocab_size
-  rows = _rows(prompt, V)
+  given, rows = rows_of(prompt), []
+  for i, ids in enumerate(given):
+    rows.append(as_ids(f'prompt {i} of {len(given)}', ids, V))
+    if not len(rows[i]):
+      raise InputError(
+        f'prompt {i} of {len(given)} has shape (0,); each needs at least one '
+        'token, in one dimension'
+      )
   tasks = _tasks(model, task_ids, len(rows))
   check_whole('num_tokens', num_tokens, 0)
   forced = as_ids('forced_ids', forced_ids, V)
@@ -206,8 +208,8 @@ def make_prefix(
   )
 
 
-def num_rows(prompt: Sequence[Ids] | Ids) -> int:
-  """The number of rows of a prompt.
+def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
+  """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
     ValueError: The prompt has no rows.
@@ -218,23 +220,7 @@ def num_rows(prompt: Sequence[Ids] | Ids) -> int:
     )
   if not len(prompt):
     raise InputError('prompt has no rows; give at least one')
-  return len(prompt) if is_list(prompt[0]) else 1
-
-
-def _rows(prompt, vocab_size: int) -> list[np.ndarray]:
-  num_rows(prompt)
-  if not is_list(prompt[0]):
-    prompt = [prompt]
-  rows = []
-  for i, ids in enumerate(prompt):
-    row = as_ids(f'prompt {i} of {len(prompt)}', ids, vocab_size)
-    if not len(row):
-      raise InputError(
-        f'prompt {i} of {len(prompt)} has shape (0,); each needs at least one '
-        'token, in one dimension'
-      )
-    rows.append(row)
-  return rows
+  return cast(Sequence[Ids], prompt if is_list(prompt[0]) else [prompt])
 
 
 def _tasks(

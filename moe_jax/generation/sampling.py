@@ -15,7 +15,6 @@ import numpy as np
 from moe_jax.errors import InputError
 from moe_jax.generation.prefix import (
   check_number,
-  check_seed,
   check_whole,
 )
 from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf, checked
@@ -125,12 +124,12 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
     ValueError: There are not as many seeds as rows, or a seed is not in
       [0, 2^32).
   """
-  if np.ndim(seed) == 0:
-    check_seed(cast(int, seed))
-    return _row_keys(seed, num_rows)
-  seeds = cast(Sequence[int], seed)
+  is_shared = np.ndim(seed) == 0
+  seeds = cast(Sequence[int], [seed] if is_shared else seed)
   for row_seed in seeds:
-    check_seed(row_seed)
+    check_whole('seed', row_seed, 0, 2**32 - 1)
+  if is_shared:
+    return _row_keys(seed, num_rows)
   if len(seeds) != num_rows:
     raise InputError(f'{len(seeds)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])

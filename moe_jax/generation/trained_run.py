@@ -76,7 +76,10 @@ def load(
     CheckpointError: No checkpoint is good.
   """
   run = trained.read(workdir, allow)
-  options = with_dtype(run.model, dtype) if dtype else run.model
+  options = run.model
+  if dtype:
+    changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
+    options = overridden(models.MODELS, options, changes, 'model.')
   model = options.build(run.sharding.rules)
   restored = trained.restore_variables(
     workdir,
@@ -99,12 +102,6 @@ def load(
     step=restored.step,
     skipped=restored.skipped,
   )
-
-
-def with_dtype(options: ModelOptions, dtype: str) -> ModelOptions:
-  """The same model with another dtype of parameters and products."""
-  changes = {'numerics': {'dtype': dtype, 'param_dtype': dtype}}
-  return overridden(models.MODELS, options, changes, 'model.')
 
 
 def is_imported(workdir: str | os.PathLike[str]) -> bool:

@@ -42,7 +42,7 @@ def write_tokenizer(tokenizer: Tokenizer | None, output: pathlib.Path) -> str:
     base, names = tokenizer.base, tokenizer.names
     ends_in_eos = tokenizer.end_inputs
   if isinstance(base, tokenizers.SentencePiece):
-    (output / _MODEL).write_bytes(base.file_content())
+    (output / _MODEL).write_bytes(base.content)
     return (
       f'{_MODEL} is the SentencePiece model; transformers converts it by rules '
       'of its own: compare its ids'

@@ -112,7 +112,7 @@ def _tokenizer(
   Returns:
     The tokenizer, and a line if the config names one that is not used.
   """
-  names_file = isinstance(data.tokenizer, FileOptions | JsonOptions)
+  names_file = isinstance(data.tokenizer, FileOptions)
   has_json = plain_files.plain(folder, 'tokenizer.json') is not None
   if names_file and not has_json:
     return data.tokenizer.fit([]), []

@@ -80,11 +80,11 @@ def tokenizer_with(**vocabulary):
 FILES = [
   tokenizer_file(content, [phrase])
   for content, phrase in [
-    ('', 'not a tokenizers JSON file'),
+    ('', 'is no JSON'),
     ('{}', 'not a tokenizers JSON file'),
     ('[]', 'not a tokenizers JSON file'),
-    ('[' * 10**5, 'not a tokenizers JSON file'),
-    ('{"model":' * 10**5, 'not a tokenizers JSON file'),
+    ('[' * 10**5, 'is no JSON'),
+    ('{"model":' * 10**5, 'is no JSON'),
     (b'\xff\xfe', 'is not UTF-8'),
     (tokenizer_with(), 'has no tokens'),
     (tokenizer_with(a=0, b=4 * 10**9), "token 'b' has the id 4000000000"),

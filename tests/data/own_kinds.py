@@ -8,8 +8,8 @@ from moe_jax.config import option
 from moe_jax.data import (
   PackedRows,
   SourceOptions,
+  TaskOptions,
   Texts,
-  TextTask,
   TokenizerOptions,
 )
 from moe_jax.data.tokenizers import Tokenizer
@@ -83,7 +83,7 @@ class WordsOptions(TokenizerOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Backwards(TextTask):
+class Backwards(TaskOptions):
   """Language modelling from the end of a text to its beginning."""
 
   label = 'backwards'

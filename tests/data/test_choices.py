@@ -8,7 +8,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from moe_jax.data import (
-  SHOTS_SOURCES,
   ChoiceFilesSource,
   Item,
   Selection,
@@ -92,16 +91,6 @@ def test_sources_that_do_not_exist(tmp_path):
   (tmp_path / 'a.jsonl').write_text('\n')
   with pytest.raises(ValueError, match=r'1 files of .* are empty'):
     ChoiceFilesSource(f'{tmp_path}/a.jsonl').items()
-
-
-def test_examples_are_of_the_judged_source_or_of_another():
-  files = ChoiceFilesSource('x')
-  same = SHOTS_SOURCES.get('same')()
-  assert same.instead_of(PART) is PART
-  assert files.instead_of(PART) is files
-  # All lines of a file are questions of the evaluation, and none can be shown
-  # as an example before them.
-  assert PART.has_train_split and not same.instead_of(files).has_train_split
 
 
 class Quiz(tfds.core.GeneratorBasedBuilder):

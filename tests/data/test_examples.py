@@ -1,7 +1,6 @@
 """Rows have the examples that fit, and draws depend on the row alone."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,11 +29,6 @@ def test_every_example_is_in_one_row_and_fits(sizes):
   assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
   for row in rows:
     assert (sizes[row].sum(0) <= (11, 7)).all()
-
-
-def test_too_large_an_example_is_refused():
-  with pytest.raises(ValueError, match=r'\(3, 3\)'):
-    packed(np.array([[2, 4]]), (3, 3))
 
 
 class Noisy(ExampleRows):

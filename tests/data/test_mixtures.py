@@ -230,7 +230,7 @@ class Defective(Counting):
 def test_a_defect_of_a_users_source_is_no_bad_input(tmp_path):
   mixture = MixtureOptions(sources={'a': Defective(), 'b': Counting()})
   with pytest.raises(ValueError, match=r'^invalid literal'):
-    data.load(options(tmp_path, mixture, task=data.TextTask()))
+    data.load(options(tmp_path, mixture, task=data.LmTask()))
 
 
 def test_shrunk_keeps_what_is_embedded():

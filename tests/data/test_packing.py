@@ -121,12 +121,6 @@ def test_packing_equals_the_loop(documents, seq_len):
   assert [as_lists(row) for row in rows] == oracle(documents, seq_len)
 
 
-@pytest.mark.parametrize('starts', [[], [1], [0, 3]])
-def test_starts_must_fit(starts):
-  with pytest.raises(ValueError, match='starts'):
-    PackedRows(np.arange(3), np.array(starts, np.int64), 2)
-
-
 def test_an_offset_reads_round_to_what_is_before_it():
   # Documents '10 11 12 13' and '14 15 16 17 18', cut at the 12.
   rows = PackedRows(np.arange(10, 19), np.array([0, 4]), 5)

@@ -233,7 +233,6 @@ def test_processes_share_an_evaluation():
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'batch_size': 0}, 'batch_size=0'),
     ({'seed': -1}, 'non-negative'),
     ({'start': -1}, 'batch -1 would begin with row -6'),
   ],
@@ -242,11 +241,6 @@ def test_wrong_arguments_are_refused_at_once(wrong, message):
   arguments = {'batch_size': 6, 'seed': 0, 'start': 0} | wrong
   with pytest.raises(ValueError, match=message):
     train_batches(numbered_rows(), **arguments)
-
-
-def test_wrong_evaluations_are_refused_at_once():
-  with pytest.raises(ValueError, match='batch_size=-6'):
-    eval_batches(numbered_rows(), batch_size=-6)
 
 
 def test_no_rows_are_refused():

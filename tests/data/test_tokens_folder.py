@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ from moe_jax.data import (
 from moe_jax.data.sources import files
 from moe_jax.data.sources.contract import Located, Pieces
 from moe_jax.data.tokens_folder import Share, make
-from tests.data.own_kinds import Words
 
 
 @pytest.fixture
@@ -138,8 +139,7 @@ def test_a_piece_that_another_process_has_just_finished_is_kept(
     facts = piece_facts(work, number, **digests)
     if not calls:  # the other process finishes the piece after this look
       calls.append(number)
-      tokenizer = work.read_tokenizer()
-      piece_workers.write_piece(work, number, tokenizer, lambda count: None)
+      piece_workers.write_piece(work, number, lambda count: None)
       calls.append((work.path(number) / 'train.tokens').stat().st_mtime_ns)
     return facts
 
@@ -239,30 +239,30 @@ def test_the_tokens_of_a_run_are_found_with_its_tokenizer(
 
 
 class Broken(Pieces):
-  """Pieces of which a library cannot read one."""
+  """Pieces of which a library cannot read one, and kills its process."""
 
-  sizes = (10, 20)
+  sizes = (10, 20, 30)
 
   def read(self, number):
-    if number:
+    if number == 1:
       raise RuntimeError('row 3 is broken')
+    if number == 2:
+      os.kill(os.getpid(), signal.SIGKILL)
     return (Located(split, '1 2', 10) for split in data.SPLITS)
 
 
 @pytest.mark.slow
-def test_workers_tell_errors_of_any_kind(tmp_path):
-  path = tmp_path / 'tokenizer.json'
-  tokenizers.Bytes().save(path)
-  work = piece_workers.Work(tmp_path, Broken(), path, ())
-  with pytest.raises(RuntimeError, match=r'(?s)Traceback.*row 3 is broken'):
-    piece_workers.write_pieces(work, [0, 1], 2, lambda count: None)
-
-
-def test_modules_of_extended_tokenizers_and_memory_in_messages():
-  tokenizer = tokenizers.Extended(Words('123'), ['<eos>'], end_inputs=True)
-  assert 'tests.data.own_kinds' in tokens_folder.modules_of(tokenizer)
-  assert 'memory' in piece_workers.exit_message(-9)
-  assert 'memory' not in piece_workers.exit_message(1)
+@pytest.mark.parametrize(
+  ('number', 'error', 'message'),
+  [
+    (1, RuntimeError, 'row 3 is broken'),
+    (2, ValueError, 'was killed .* lack of memory'),
+  ],
+)
+def test_workers_tell_errors_of_any_kind(number, error, message, tmp_path):
+  work = piece_workers.Work(tmp_path, Broken(), tokenizers.Bytes())
+  with pytest.raises(error, match=message):
+    piece_workers.write_pieces(work, [0, number], 2, lambda count: None)
 
 
 def test_pairs_have_their_folder(small_pieces):

@@ -9,7 +9,7 @@ import tokenizers as hf
 from moe_jax.data import Item, LmTask, Seq2SeqTask, tokenizers
 from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
 from moe_jax.data.tokenizers.extra_ids import extend
-from moe_jax.evaluation.prompts import Asker, cut_as_trained, few_shot_prompt
+from moe_jax.evaluation.prompts import Asker, cut_as_trained
 
 EOS = 256
 SUM = Item('1+1', ('1', '2', '33'), 1)
@@ -35,12 +35,6 @@ def texts(encoded):
     return ''.join('$' if i == EOS else chr(i) for i in ids)
 
   return [(text(e.inputs), text(e.targets)) for e in encoded.examples]
-
-
-def test_examples_with_their_answers_stand_before_the_prompt():
-  text = few_shot_prompt(SHOTS, '1+1', '\nanswer: ')
-  assert text == '2+2\nanswer: 4\n\n3+3\nanswer: 6\n\n1+1'
-  assert few_shot_prompt([], '1+1', '=') == '1+1'
 
 
 def test_a_language_model_goes_on_from_the_prompt():

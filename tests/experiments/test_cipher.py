@@ -17,7 +17,7 @@ PART = 'email,json'
 
 
 def texts(source, split):
-  return list(source.documents(split))
+  return list(source.texts(split))
 
 
 def decipher(text, domain):

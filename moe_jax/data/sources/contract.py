@@ -85,24 +85,20 @@ class Texts:
     name: Description of the source for messages.
     identity: Text that is equal only for equal documents in equal order; for a
       TFDS dataset it does not take a pass over the documents.
-    documents: Function from 'train' or 'validation' to an iterator over the
-      texts, which begins anew at each call and has the same order.
+    texts: Function from 'train' or 'validation' to an iterator over the texts,
+      which begins anew at each call and has the same order.
     pieces: The same documents in pieces, for several processes; None for what
       one process tokenizes in a moment.
   """
 
   name: str
   identity: str
-  documents: Callable[[str], Iterator[str]]
+  texts: Callable[[str], Iterator[str]]
   pieces: Pieces | None = None
-
-  def texts(self, split: str) -> Iterator[str]:
-    """Every text of a split, for tokenizers that are fitted to them."""
-    return self.documents(split)
 
   def write(self, folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes the tokens of both splits; see `store.write_tokens`."""
-    splits = {split: self.documents(split) for split in SPLITS}
+    splits = {split: self.texts(split) for split in SPLITS}
     store.write_tokens(folder, splits, tokenizer)
 
   def read(self, folder: pathlib.Path, split: str) -> store.Stream:

@@ -21,7 +21,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
-from moe_jax.config import option, unknown
+from moe_jax.config import option
 from moe_jax.data.sources.contract import (
   SPLITS,
   Pair,
@@ -119,11 +119,8 @@ class InstructionTask:
     """The content of example `index` of a split, and the dice for its words.
 
     Raises:
-      ValueError: The split is neither of our two, or the task has no example of
-        it.
+      ValueError: The task has no example of the split.
     """
-    if split not in SPLITS:
-      raise unknown('split of a task', split, SPLITS)
     for attempt in range(_MOST_DRAWS):
       dice = Dice(f'{self.name} {split} {index} {attempt}')
       drawn = self.draw(dice)
@@ -313,6 +310,7 @@ def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 # The cluster code_reading: what a function of Python's library is like.
+_code_reading = functools.partial(_task, 'code_reading')
 
 # Texts that are cut from a function so that it no longer parses, each with
 # the text that is put in instead.
@@ -331,13 +329,7 @@ def answers(
   return tuple(dice.sample([right, *dice.sample(wrong, count - 1)], count))
 
 
-def unnamed(function: Function) -> str:
-  """The source of a function with another name."""
-  return re.sub(rf'\b{function.name}\b', 'f', function.source)
-
-
-@_task(
-  'code_reading',
+@_code_reading(
   'Count the arguments, without self and cls.\n{question}',
   '{question}\nHow many arguments does it have, besides self and cls?',
   'def f(self, a, b) has 2 arguments besides self. How many has this '
@@ -348,8 +340,7 @@ def _count_arguments(dice: Dice) -> Drawn:
   return Drawn(function.source, str(function.num_arguments))
 
 
-@_task(
-  'code_reading',
+@_code_reading(
   'Does this function return a value?\n{question}',
   '{question}\nDoes this function ever return anything?',
   'Say whether a return in this function has a value.\n{question}',
@@ -359,8 +350,7 @@ def _returns_value(dice: Dice) -> Drawn:
   return _yes_no(function.source, function.returns)
 
 
-@_task(
-  'code_reading',
+@_code_reading(
   'Does this parse?\n{question}',
   '{question}\nIs this valid Python?',
   'Say whether Python can parse this.\n{question}',
@@ -378,8 +368,7 @@ def _parses(dice: Dice) -> Drawn:
   return _yes_no(text, parses, key=function.source)
 
 
-@_task(
-  'code_reading',
+@_code_reading(
   'Name this function.\n{question}',
   '{question}\nWhat is a better name than f?',
   "In Python's library, f has another name. Which one?\n{question}",
@@ -388,14 +377,15 @@ def _name_function(dice: Dice) -> Drawn:
   candidates = shorter(110, 16, 72)
   function = dice.one(candidates)
   choices = answers(dice, function.name, [f.name for f in candidates], 4)
-  return Drawn(unnamed(function), function.name, choices, key=function.source)
+  unnamed = re.sub(rf'\b{function.name}\b', 'f', function.source)
+  return Drawn(unnamed, function.name, choices, key=function.source)
 
 
 # The cluster code_writing: texts on and of Python's library.
+_code_writing = functools.partial(_task, 'code_writing')
 
 
-@_task(
-  'code_writing',
+@_code_writing(
   'Write a docstring.\n{question}',
   '{question}\nWhat does this function do?',
   'Describe this function in one line.\n{question}',
@@ -406,8 +396,7 @@ def _write_docstring(dice: Dice) -> Drawn:
   return Drawn(function.source, function.summary)
 
 
-@_task(
-  'code_writing',
+@_code_writing(
   'Which docstring belongs to this function?\n{question}',
   '{question}\nWhich of these lines describes this function?',
   'Choose the description of this function.\n{question}',
@@ -419,8 +408,7 @@ def _choose_docstring(dice: Dice) -> Drawn:
   return Drawn(function.source, function.summary, choices)
 
 
-@_task(
-  'code_writing',
+@_code_writing(
   'Indent:\n{question}',
   '{question}\nThe same with its indentation:',
   'The indentation of these lines is lost. Restore it.\n{question}',
@@ -433,8 +421,7 @@ def _repair_indentation(dice: Dice) -> Drawn:
   return Drawn('\n'.join(broken), function.source, key=function.source)
 
 
-@_task(
-  'code_writing',
+@_code_writing(
   'Finish the last line.\n{question}',
   'How does the last line continue?\n{question}',
   'Complete the last line of this code.\n{question}',
@@ -452,6 +439,7 @@ def _finish_line(dice: Dice) -> Drawn:
 
 
 # The cluster sequences: words in another order.
+_sequences = functools.partial(_task, 'sequences')
 
 
 def _words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
@@ -464,8 +452,7 @@ def _words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
   return drawn
 
 
-@_task(
-  'sequences',
+@_sequences(
   'Copy: {question}',
   'Repeat this text.\n{question}',
   '{question}\nAgain:',
@@ -475,8 +462,7 @@ def _copy(dice: Dice) -> Drawn:
   return Drawn(text, text)
 
 
-@_task(
-  'sequences',
+@_sequences(
   'Reverse: {question}',
   'Write {question} backwards.',
   'What is {question} from its last letter to its first?',
@@ -486,8 +472,7 @@ def _reverse(dice: Dice) -> Drawn:
   return Drawn(word, word[::-1])
 
 
-@_task(
-  'sequences',
+@_sequences(
   'Last word first: {question}',
   'Reverse the order of the words.\n{question}',
   '{question}\nThe same words, from the last to the first:',
@@ -497,8 +482,7 @@ def _reverse_words(dice: Dice) -> Drawn:
   return Drawn(' '.join(drawn), ' '.join(drawn[::-1]))
 
 
-@_task(
-  'sequences',
+@_sequences(
   'Sort: {question}',
   'Put these words in alphabetical order.\n{question}',
   '{question}\nIn dictionary order:',
@@ -508,8 +492,7 @@ def _sort_words(dice: Dice) -> Drawn:
   return Drawn(' '.join(drawn), ' '.join(sorted(drawn)))
 
 
-@_task(
-  'sequences',
+@_sequences(
   'Equal? {question}',
   'Are both sides of the bar the same text?\n{question}',
   '{question}\nIs the left the same as the right?',
@@ -521,6 +504,7 @@ def _same(dice: Dice) -> Drawn:
 
 
 # The cluster arithmetic: small sums, and which number is larger.
+_arithmetic = functools.partial(_task, 'arithmetic')
 
 _SUMS = (
   '{question} =',
@@ -529,26 +513,25 @@ _SUMS = (
 )
 
 
-@_task('arithmetic', *_SUMS)
+@_arithmetic(*_SUMS)
 def _add(dice: Dice) -> Drawn:
   a, b = dice.below(1000), dice.below(1000)
   return Drawn(f'{a} + {b}', str(a + b))
 
 
-@_task('arithmetic', *_SUMS)
+@_arithmetic(*_SUMS)
 def _subtract(dice: Dice) -> Drawn:
   a, b = dice.below(1000), dice.below(1000)
   return Drawn(f'{a} - {b}', str(a - b))
 
 
-@_task('arithmetic', *_SUMS)
+@_arithmetic(*_SUMS)
 def _multiply(dice: Dice) -> Drawn:
   a, b = dice.between(2, 99), dice.between(2, 12)
   return Drawn(f'{a} * {b}', str(a * b))
 
 
-@_task(
-  'arithmetic',
+@_arithmetic(
   'Larger: {question}',
   'Which of these two numbers is larger?\n{question}',
   '{question}\nThe larger one is',
@@ -561,10 +544,10 @@ def _larger(dice: Dice) -> Drawn:
 
 
 # The cluster number_series: what numbers in a row have in common.
+_number_series = functools.partial(_task, 'number_series')
 
 
-@_task(
-  'number_series',
+@_number_series(
   'Next number: {question}',
   'These numbers go up by equal steps. Which comes next?\n{question}',
   '{question} and then',
@@ -575,8 +558,7 @@ def _next_number(dice: Dice) -> Drawn:
   return Drawn(' '.join(map(str, numbers[:4])), str(numbers[4]))
 
 
-@_task(
-  'number_series',
+@_number_series(
   'Next product: {question}',
   'Each number is the one before it times the same factor. Which comes '
   'next?\n{question}',
@@ -588,8 +570,7 @@ def _next_power(dice: Dice) -> Drawn:
   return Drawn(' '.join(map(str, numbers[:3])), str(numbers[3]))
 
 
-@_task(
-  'number_series',
+@_number_series(
   'Maximum: {question}',
   'Which is the largest of these numbers?\n{question}',
   '{question}\nNone of them is larger than',
@@ -599,8 +580,7 @@ def _largest(dice: Dice) -> Drawn:
   return Drawn(' '.join(map(str, numbers)), str(max(numbers)))
 
 
-@_task(
-  'number_series',
+@_number_series(
   'Direction: {question}',
   'Do these numbers go up, down, or neither?\n{question}',
   '{question}\nThe series goes',
@@ -615,6 +595,7 @@ def _direction(dice: Dice) -> Drawn:
 
 
 # The cluster ciphers: words in secret and in Morse code.
+_ciphers = functools.partial(_task, 'ciphers')
 
 # International Morse code, ITU-R M.1677-1.
 _CODES = (
@@ -624,8 +605,7 @@ _CODES = (
 MORSE = dict(zip(_LETTERS, _CODES.split()))
 
 
-@_task(
-  'ciphers',
+@_ciphers(
   'ROT13: {question}',
   'Move every letter 13 places along the alphabet.\n{question}',
   '{question}\nIn ROT13 that is',
@@ -635,8 +615,7 @@ def _rot13(dice: Dice) -> Drawn:
   return Drawn(word, codecs.encode(word, 'rot13'))
 
 
-@_task(
-  'ciphers',
+@_ciphers(
   'Caesar: {question}',
   'Shift the letters of {question} along the alphabet.',
   'Encipher with a Caesar cipher: {question}',
@@ -647,8 +626,7 @@ def _caesar(dice: Dice) -> Drawn:
   return Drawn(f'{word} by {step}', word.translate(table))
 
 
-@_task(
-  'ciphers',
+@_ciphers(
   'Atbash: {question}',
   'Write z for a, y for b, and so on.\n{question}',
   '{question}\nWith the alphabet reversed:',
@@ -658,8 +636,7 @@ def _atbash(dice: Dice) -> Drawn:
   return Drawn(word, word.translate(str.maketrans(_LETTERS, _LETTERS[::-1])))
 
 
-@_task(
-  'ciphers',
+@_ciphers(
   'Morse: {question}',
   'Write {question} in Morse code.',
   '{question}\nIn dots and dashes:',
@@ -669,8 +646,7 @@ def _to_morse(dice: Dice) -> Drawn:
   return Drawn(word, ' '.join(MORSE[letter] for letter in word))
 
 
-@_task(
-  'ciphers',
+@_ciphers(
   'Letters: {question}',
   'Which word does this Morse code spell?\n{question}',
   '{question}\nIn letters:',
@@ -682,10 +658,10 @@ def _from_morse(dice: Dice) -> Drawn:
 
 
 # The cluster recall: what stands in the question itself.
+_recall = functools.partial(_task, 'recall')
 
 
-@_task(
-  'recall',
+@_recall(
   'Look up: {question}',
   'Give the value of the last letter.\n{question}',
   'Each letter has a number. {question}',
@@ -698,8 +674,7 @@ def _lookup(dice: Dice) -> Drawn:
   return Drawn(f'{table}; {keys[at]}?', values[at])
 
 
-@_task(
-  'recall',
+@_recall(
   'Word {question}',
   'Which word is at this position, counting from 1?\n{question}',
   'Write word {question}.',
@@ -710,8 +685,7 @@ def _item(dice: Dice) -> Drawn:
   return Drawn(f'{at + 1} of {" ".join(drawn)}', drawn[at])
 
 
-@_task(
-  'recall',
+@_recall(
   'Missing: {question}',
   'Which word on the left is not on the right?\n{question}',
   '{question}\nThe right side lacks',
@@ -723,8 +697,7 @@ def _missing(dice: Dice) -> Drawn:
   return Drawn(f'{" ".join(drawn)} | {" ".join(rest)}', answer)
 
 
-@_task(
-  'recall',
+@_recall(
   'Is it there? {question}',
   'Is the first word one of the words after "in"?\n{question}',
   '{question}\nIs the first word among the others?',
@@ -737,10 +710,10 @@ def _contains(dice: Dice) -> Drawn:
 
 
 # The cluster letters: what a word is made of.
+_letters = functools.partial(_task, 'letters')
 
 
-@_task(
-  'letters',
+@_letters(
   'Count: {question}',
   'How many times is the letter {question}?',
   '{question}\nNumber of times:',
@@ -751,8 +724,7 @@ def _count_letters(dice: Dice) -> Drawn:
   return Drawn(f'{letter} in {word}', str(word.count(letter)))
 
 
-@_task(
-  'letters',
+@_letters(
   'Length: {question}',
   'How many letters does {question} have?',
   '{question}\nNumber of letters:',
@@ -762,8 +734,7 @@ def _length(dice: Dice) -> Drawn:
   return Drawn(word, str(len(word)))
 
 
-@_task(
-  'letters',
+@_letters(
   'Initials: {question}',
   'Join the first letters of these words.\n{question}',
   '{question}\nThe first letters are',
@@ -773,8 +744,7 @@ def _initials(dice: Dice) -> Drawn:
   return Drawn(' '.join(drawn), ''.join(word[0] for word in drawn))
 
 
-@_task(
-  'letters',
+@_letters(
   'Capitals: {question}',
   'Write {question} in capital letters.',
   '{question}\nThe same in capitals:',
@@ -784,8 +754,7 @@ def _upper(dice: Dice) -> Drawn:
   return Drawn(word, word.upper())
 
 
-@_task(
-  'letters',
+@_letters(
   'Palindrome? {question}',
   'Is {question} the same backwards?',
   '{question}\nIs it a palindrome?',
@@ -877,10 +846,10 @@ class InstructionSource(SourceOptions):
     return (task(split, i, self.num_shots) for i in range(count))
 
 
-def lines(num_shots: int = 0) -> Iterator[str]:
+def lines() -> Iterator[str]:
   """Lines on every task: its cluster, name and score, and one example."""
   for name, task in TASKS.items():
-    question = task('validation', 0, num_shots)
+    question = task('validation', 0)
     score = f'choice of {len(question.choices)}'
     score = score if question.choices else task.metric
     yield f'{task.cluster}: {name} ({score})'

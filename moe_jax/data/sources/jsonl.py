@@ -6,7 +6,6 @@ with a `role` ('system', 'user' or 'assistant') and its `content`; an answer of
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,9 +60,9 @@ class JsonlSource(SourceOptions):
     paths = matching(self.pattern)
     digest, counts = Digest(), dict.fromkeys(SPLITS, 0)
     for path in paths:
-      for line, pairs in _lines(path):
+      for where, line, value in json_lines(path):
         digest.text(line)
-        counts[_split(pairs)] += 1
+        counts[_split(pairs_of(value, where))] += 1
     total = sum(counts.values())
     for split in selection.splits:
       if not counts[split]:
@@ -76,8 +75,8 @@ class JsonlSource(SourceOptions):
     def of_split(split: str) -> Iterator[Pair]:
       name = selection.name_of(split)
       for path in paths:
-        for _, pairs in _lines(path):
-          if _split(pairs) == name:
+        for where, _, value in json_lines(path):
+          if _split(pairs := pairs_of(value, where)) == name:
             yield from pairs
 
     return Pairs(
@@ -86,12 +85,6 @@ class JsonlSource(SourceOptions):
       f'jsonl 2 {digest.hexdigest()} {selection.splits}',
       of_split,
     )
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[bytes, list[Pair]]]:
-  """Every line that is not empty, one at a time, and its pairs."""
-  for where, line, value in json_lines(path):
-    yield line, pairs_of(value, where)
 
 
 def _split(pairs: Sequence[Pair]) -> str:

@@ -9,8 +9,10 @@ corpora: compare results only if the digest is the same.
 
 import abc
 import ast
+import contextlib
 import dataclasses
 import hashlib
+import io
 import pathlib
 import platform
 import sysconfig
@@ -28,7 +30,7 @@ from moe_jax.data.sources.contract import (
   SourceOptions,
   Texts,
 )
-from moe_jax.data.sources.tfds import feature_texts, own_builder
+from moe_jax.data.sources.tfds import feature_texts
 from moe_jax.data.store import Digest
 from moe_jax.devices import cache_root
 from moe_jax.errors import InputError
@@ -125,12 +127,11 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   """Base of TFDS builders whose examples come from the library's source files.
 
   An example is in the split of its file, which is found by a hash of the file's
-  name and is the same on every machine. A subclass defines `FEATURES`, `UNIT`
+  name and is the same on every machine. A subclass defines `FEATURES`
   and `_examples` of a file's name and text.
   """
 
   FEATURES: tuple[str, ...]
-  UNIT: str
   VERSION = tfds.core.Version('1.0.0')
 
   def __init__(
@@ -147,7 +148,7 @@ class StdlibBuilder(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
-      description=f"The running Python's standard library, by {self.UNIT}.",
+      description="The running Python's standard library.",
       features=tfds.features.FeaturesDict(
         dict.fromkeys(self.FEATURES, tfds.features.Text())
       ),
@@ -171,7 +172,6 @@ class PythonStdlib(StdlibBuilder):
   """TFDS builder with an example for each source file."""
 
   FEATURES = 'text', 'name'
-  UNIT = 'source file'
 
   def _examples(self, name, text):
     yield name, {'text': text, 'name': name}
@@ -196,9 +196,16 @@ def reader(
       modules=modules, data_dir=data_dir, file_format='array_record'
     )
 
+  def write(unfinished):
+    # TFDS would print the name of this temporary folder, and fill a log with
+    # progress bars for half a second's work.
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+      make(unfinished).download_and_prepare()
+
   def read(split):
-    prepared = own_builder(folder, make, digests=selection.cache_digests)
-    return feature_texts(prepared, selection.name_of(split), features)
+    cache_folders.prepared(folder, write, digests=selection.cache_digests)
+    return feature_texts(make(folder), selection.name_of(split), features)
 
   return read
 
@@ -297,7 +304,6 @@ class PythonStdlibDocstrings(StdlibBuilder):
   """TFDS builder with an example for each documented function."""
 
   FEATURES = 'inputs', 'targets', 'name'
-  UNIT = 'function'
 
   def _examples(self, name, text):
     for line, inputs, targets in documented_functions(text):

@@ -1,9 +1,9 @@
 """Datasets of TFDS: texts, pairs of texts, and those that we prepare."""
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
-import io
+import operator
 import os
 import pathlib
 import urllib.parse
@@ -18,7 +18,6 @@ from moe_jax.data.cache_folders import (
   NotPreparedError,
   check_may_prepare,
   locked,
-  prepared,
 )
 from moe_jax.data.sources.contract import (
   Pairs,
@@ -72,28 +71,6 @@ def prepared_builder(name: str) -> Builder:
   return builder
 
 
-def own_builder(
-  folder: pathlib.Path,
-  make: Callable[[pathlib.Path], Builder],
-  *,
-  digests: bool = True,
-) -> Builder:
-  """The builder that `make` returns for `folder`, which is prepared once.
-
-  Raises:
-    ValueError: A file of the folder is damaged; see `cache_folders.prepared`.
-  """
-
-  def write(unfinished):
-    # TFDS would print the name of this temporary folder, and fill a log with
-    # progress bars for half a second's work.
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-      make(unfinished).download_and_prepare()
-
-  return make(prepared(folder, write, digests=digests))
-
-
 def identity(builder: Builder) -> str:
   """Text that changes with the dataset, without reading its examples."""
   digest = hashlib.sha256(builder.info.as_json.encode())
@@ -127,9 +104,9 @@ def check_feature(builder: Builder, feature: str, option: str) -> None:
 
   'translation/de' is a feature in another. The message has the option's name.
   """
-  paths = _paths(builder.info.features)
-  if feature not in paths:
-    raise unknown(f'{option} of {builder.name!r}', feature, paths)
+  names = list(_names_of(builder.info.features))
+  if feature not in names:
+    raise unknown(f'{option} of {builder.name!r}', feature, names)
 
 
 def feature_texts(
@@ -140,20 +117,16 @@ def feature_texts(
   Raises:
     ValueError: A feature's value is no text, or not UTF-8.
   """
-  paths = _paths(builder.info.features)
   for i, example in enumerate(open_split(builder, split)):
     yield tuple(
-      as_text(_at(example, paths[f]), f'{f!r} {i} of {builder.name!r}')
+      as_text(value_of(example, f), f'{f!r} {i} of {builder.name!r}')
       for f in features
     )
 
 
-def values(
-  builder: Builder, example: Any, features: Sequence[str]
-) -> tuple[Any, ...]:
-  """The named features of one example of `open_split`, unchanged."""
-  paths = _paths(builder.info.features)
-  return tuple(_at(example, paths[feature]) for feature in features)
+def value_of(example: Any, feature: str) -> Any:
+  """The value of a feature, such as 'translation/de', in an example."""
+  return functools.reduce(operator.getitem, feature.split('/'), example)
 
 
 def as_text(value: Any, where: str) -> str:
@@ -172,22 +145,13 @@ def as_text(value: Any, where: str) -> str:
     raise InputError(f'{where} is not UTF-8: {error}') from error
 
 
-def _at(example: Any, path: tuple[str, ...]) -> Any:
-  for key in path:
-    example = example[key]
-  return example
-
-
-def _paths(features: Any, outer: tuple = ()) -> dict[str, tuple[str, ...]]:
-  """The keys that lead to every feature, by these keys joined with slashes."""
-  paths = {}
+def _names_of(features: Any, outer: str = '') -> Iterator[str]:
+  """The keys that lead to every feature, joined with slashes."""
   for key, feature in features.items():
-    path = *outer, key
     if isinstance(feature, tfds.features.FeaturesDict):
-      paths |= _paths(feature, path)
+      yield from _names_of(feature, f'{outer}{key}/')
     else:
-      paths['/'.join(path)] = path
-  return paths
+      yield f'{outer}{key}'
 
 
 def _names(data_dir: str) -> list[str]:

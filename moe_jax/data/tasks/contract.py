@@ -85,7 +85,8 @@ class TaskOptions(Options):
   code depends on these attributes and never on a task's name.
 
   Attributes:
-    reads: Form in which it reads a source: 'texts' or 'pairs'.
+    reads: Form in which it reads a source: 'texts', whose stream is tokens and
+      starts, or 'pairs', with a stream of inputs and one of targets.
     label: Name of the task that a run prints; '' (of a language model) prints
       none.
     makes_examples: Whether a row has examples, each of inputs and targets. Only
@@ -99,7 +100,7 @@ class TaskOptions(Options):
       end.
   """
 
-  reads: ClassVar[str]
+  reads: ClassVar[str] = 'texts'
   label: ClassVar[str]
   makes_examples: ClassVar[bool] = True
   generates: ClassVar[bool] = False
@@ -165,15 +166,3 @@ class TaskOptions(Options):
       },
       task=self,
     )
-
-
-class TextTask(TaskOptions):
-  """A task on the texts of a source, whose stream is tokens and starts."""
-
-  reads = 'texts'
-
-
-class PairTask(TaskOptions):
-  """A task on pairs, with a stream of inputs and one of targets."""
-
-  reads = 'pairs'

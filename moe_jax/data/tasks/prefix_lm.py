@@ -15,7 +15,7 @@ from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
@@ -23,7 +23,7 @@ from moe_jax.shapes import Int
 
 
 @dataclasses.dataclass(frozen=True)
-class LmTask(TextTask):
+class LmTask(TaskOptions):
   """Rows of documents one after another, for a decoder-only model."""
 
   label = ''
@@ -39,7 +39,7 @@ class LmTask(TextTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLmTask(TextTask):
+class PrefixLmTask(TaskOptions):
   """Windows of text, split in two; the second part is predicted."""
 
   label = 'prefix_lm'

@@ -11,17 +11,18 @@ from moe_jax.data.examples import ExampleRows
 from moe_jax.data.layouts import Example, Layout, RowShape
 from moe_jax.data.sources.contract import Pairs, Selection, SourceOptions
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import PairTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2SeqTask(PairTask):
+class Seq2SeqTask(TaskOptions):
   """Pairs of texts; the targets are predicted from the inputs."""
 
   label = 'seq2seq'
+  reads = 'pairs'
   generates = True
 
   input_prefix: str = option(

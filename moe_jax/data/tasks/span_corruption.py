@@ -14,7 +14,7 @@ from moe_jax.config import option
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
@@ -22,7 +22,7 @@ from moe_jax.shapes import Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanCorruptionTask(TextTask):
+class SpanCorruptionTask(TaskOptions):
   """Windows of text; spans that are cut out of them are predicted."""
 
   label = 'span_corruption'

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -12,7 +12,7 @@ from moe_jax.config import option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
 from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
 from moe_jax.data.store import Stream
-from moe_jax.data.tasks.contract import TextTask
+from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
@@ -36,7 +36,7 @@ DENOISERS: tuple[Denoiser, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Ul2Task(TextTask):
+class Ul2Task(TaskOptions):
   """Windows of text, each with a denoiser that is drawn for it."""
 
   label = 'ul2'
@@ -89,17 +89,28 @@ class Ul2Task(TextTask):
     self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
   ) -> DenoisedRows:
     """Rows of windows of the documents."""
-    extended = cast(Extended, tokenizer)
-    windows = mixture(
-      self.denoisers,
-      shape.layout(tokenizer.start_id),
-      sentinels=tokenizer.sentinel_ids[: self.num_sentinels],
-      eos_id=cast(int, tokenizer.eos_id),
-      mode_ids={mode: extended.token_id(mode_name(mode)) for mode in MODES},
-      final_sentinel=self.final_sentinel,
-      end_prefix=shape.encoder_decoder,
-    )
+    windows = self.windows(cast(Extended, tokenizer), shape)
     return DenoisedRows(*stream, windows, pack=shape.pack)
+
+  def windows(self, tokenizer: Extended, shape: RowShape) -> 'Mixture':
+    """The mixture of the denoisers with a weight above 0."""
+    layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
+    sentinels = tokenizer.sentinel_ids[: self.num_sentinels]
+    tasks, weights = [], []
+    for mode, mean_span, density, weight in self.denoisers:
+      if not weight:
+        continue
+      weights.append(weight)
+      mode_id = tokenizer.token_id(mode_name(mode))
+      if mode == 'S':
+        end = eos_id if shape.encoder_decoder else None
+        tasks.append(PrefixLM(layout, density, end, mode_id))
+      else:
+        spans = density, mean_span, self.final_sentinel, mode_id
+        tasks.append(
+          SpanCorruption(layout, sentinels, cast(int, eos_id), *spans)
+        )
+    return Mixture(tuple(tasks), tuple(weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,38 +151,3 @@ class Mixture(WindowTask):
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]
     return task(window, generator)
-
-
-def mixture(
-  denoisers: Sequence[Denoiser],
-  layout: Layout,
-  *,
-  sentinels: tuple[int, ...],
-  eos_id: int,
-  mode_ids: Mapping[str, int],
-  final_sentinel: bool,
-  end_prefix: bool,
-) -> Mixture:
-  """The mixture of the denoisers with a weight above 0.
-
-  Args:
-    denoisers: Denoisers of a `Ul2Task`, at least one of positive weight.
-    layout: Layout of the rows.
-    sentinels: Ids of the sentinels; see `SpanCorruption`.
-    eos_id: Id that ends both sides; see `SpanCorruption`.
-    mode_ids: Id of the token of each of `MODES`.
-    final_sentinel: Whether the targets end in one more sentinel.
-    end_prefix: Whether the inputs of 'S' end in the EOS; see `PrefixLM`.
-  """
-  tasks, weights = [], []
-  for mode, mean_span, density, weight in denoisers:
-    if not weight:
-      continue
-    weights.append(weight)
-    if mode == 'S':
-      end = eos_id if end_prefix else None
-      tasks.append(PrefixLM(layout, density, end, mode_ids[mode]))
-    else:
-      spans = density, mean_span, final_sentinel, mode_ids[mode]
-      tasks.append(SpanCorruption(layout, sentinels, eos_id, *spans))
-  return Mixture(tuple(tasks), tuple(weights))

@@ -16,18 +16,20 @@ from moe_jax.data.tokenizers.contract import (
   TextStream,
   Tokenizer,
   TokenizerOptions,
-  from_json,
   load,
 )
-from moe_jax.data.tokenizers.extra_ids import Extended, without_endings
+from moe_jax.data.tokenizers.extra_ids import Extended
 from moe_jax.data.tokenizers.json_tokenizer import (
   SENTENCEPIECE,
   Json,
-  JsonOptions,
   SpecialTokens,
 )
 from moe_jax.data.tokenizers.sentencepiece_tokenizer import SentencePiece
-from moe_jax.data.tokenizers.tokenizer_files import FileOptions, read
+from moe_jax.data.tokenizers.tokenizer_files import (
+  FileOptions,
+  JsonOptions,
+  read,
+)
 from moe_jax.data.tokenizers.trained_tokenizer import TrainedOptions
 
 RUN_FILE = 'tokenizer.json'  # in the folder of a run
@@ -62,8 +64,6 @@ __all__ = [
   'Tokenizer',
   'TokenizerOptions',
   'TrainedOptions',
-  'from_json',
   'load',
   'read',
-  'without_endings',
 ]

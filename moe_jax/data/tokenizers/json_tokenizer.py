@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moe_jax.config import option, unknown
+from moe_jax.config import unknown
 from moe_jax.data.plain_files import first_line, plain, read_json, read_text
 from moe_jax.data.tokenizers import chat
 from moe_jax.data.tokenizers.contract import (
-  GivenOptions,
   Ids,
   Token,
   Tokenizer,
@@ -82,15 +80,6 @@ class SpecialTokens:
       if not isinstance(value, str):
         yield f'{name} is {value!r:.80}, not a text'
 
-  def to_json(self) -> dict[str, Any]:
-    """The fields as JSON, for `from_json`."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, saved: Mapping[str, Any]) -> 'SpecialTokens':
-    """The special tokens whose `to_json` is `saved`."""
-    return cls(**{**saved, 'eos': tuple(saved['eos'])})
-
 
 class Json(Tokenizer, kind='json'):
   """A Hugging Face `tokenizers` model.
@@ -141,8 +130,8 @@ class Json(Tokenizer, kind='json'):
   def _roles(self) -> str:
     if self._saved_special is None:
       return ''
-    roles = {**self._saved_special.to_json(), 'chat_template': '', 'names': {}}
-    return json.dumps(roles, sort_keys=True)
+    roles = dataclasses.replace(self._saved_special, chat_template='', names={})
+    return json.dumps(dataclasses.asdict(roles), sort_keys=True)
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> 'Json':
@@ -280,14 +269,15 @@ class Json(Tokenizer, kind='json'):
     """The whole model and, where they were given, the special tokens."""
     saved = {'model': json.loads(self._model.to_str())}
     if self._saved_special is not None:
-      saved['special'] = self._saved_special.to_json()
+      saved['special'] = dataclasses.asdict(self._saved_special)
     return saved
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'Json':
     """The tokenizer, with the special tokens that were saved."""
     special = state.get('special')
-    special = None if special is None else SpecialTokens.from_json(special)
+    if special is not None:
+      special = SpecialTokens(**{**special, 'eos': tuple(special['eos'])})
     return cls(json.dumps(state['model']), special)
 
   def vocabulary_name(self, token: Token) -> str:
@@ -297,33 +287,6 @@ class Json(Tokenizer, kind='json'):
   def model_json(self) -> str:
     """The model as the content of a `tokenizer.json`."""
     return self._model.to_str(pretty=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class JsonOptions(GivenOptions):
-  """Options of a `tokenizers` model in a file or folder."""
-
-  path: str = option(
-    dataclasses.MISSING,
-    'Path of a tokenizer.json file, or of the folder of a Hugging Face model, '
-    'whose special tokens and chat template are then read, too.',
-    required=True,
-  )
-
-  def given(self) -> Json:
-    """The tokenizer of the file or folder."""
-    path = pathlib.Path(self.path).expanduser()
-    if path.is_dir():
-      return Json.from_folder(path)
-    if not path.is_file():
-      raise InputError(f'tokenizer json: no file {path} in {os.getcwd()}')
-    try:
-      return Json(read_text(path))
-    except InputError as error:
-      raise InputError(
-        f"tokenizer json: {path}: {error}; tokenizer.kind='file' reads a run's "
-        'file or a SentencePiece model'
-      ) from None
 
 
 def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
   transformers T5 adds sentinels to these ids and NLLB shifts them, so that a
   checkpoint of these needs its `tokenizer.json`.
 
+  Attributes:
+    content: Content of the model's file.
+
   Args:
     model: Content of a `tokenizer.model` or `spiece.model`.
 
@@ -33,7 +36,7 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
   """
 
   def __init__(self, model: bytes):
-    self._content = model
+    self.content = model
     self._model = _opened(model)
     self.vocab_size = self._model.get_piece_size()
     ids = self._model.eos_id(), self._model.bos_id(), self._model.pad_id()
@@ -67,16 +70,12 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
 
   def state(self) -> dict[str, Any]:
     """The content of the model's file, in base 64."""
-    return {'model': base64.b64encode(self._content).decode()}
+    return {'model': base64.b64encode(self.content).decode()}
 
   @classmethod
   def from_state(cls, state: Mapping[str, Any]) -> 'SentencePiece':
     """The tokenizer of that content."""
     return cls(base64.b64decode(state['model'], validate=True))
-
-  def file_content(self) -> bytes:
-    """The content of the model's file."""
-    return self._content
 
 
 def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -11,6 +11,7 @@ from moe_jax.data.plain_files import (
   parse_json,
   plain,
   read_bytes,
+  read_text,
 )
 from moe_jax.data.tokenizers.contract import (
   GivenOptions,
@@ -76,16 +77,14 @@ def _of_file(path: pathlib.Path, folder: pathlib.Path | None) -> Tokenizer:
     except InputError as error:
       reason = f'{path} is {error}; give the path of {_READS}'
       raise InputError(reason) from None
-  try:
-    values = parse_json(content.decode(), path)
-  except UnicodeDecodeError as error:
-    raise InputError(f'{path} is not UTF-8: {error}') from None
+  text = read_text(path)
+  values = parse_json(text, path)
   if isinstance(values, dict) and 'kind' in values:
     return without_endings(load(path))
   if folder is not None:
     return Json.from_folder(folder)
   try:
-    return Json(content.decode())
+    return Json(text)
   except InputError as error:
     raise InputError(f'{path}: {first_line(error)}') from None
 
@@ -108,3 +107,7 @@ class FileOptions(GivenOptions):
       return read(self.path)
     except InputError as error:
       raise InputError(f'tokenizer file: {error}') from None
+
+
+class JsonOptions(FileOptions):
+  """Options of a Hugging Face tokenizer, as those of any that is there."""

@@ -8,7 +8,7 @@ from moe_jax.data import FilesSource, Selection, cache_folders
 
 
 def texts(source, split):
-  return list(source.documents(split))
+  return list(source.texts(split))
 
 
 def test_one_file_is_cut_by_characters(tmp_path):

@@ -204,8 +204,6 @@ def test_dice_are_the_same_on_every_machine():
 
 
 def test_a_task_without_an_example_of_a_split():
-  with pytest.raises(ValueError, match="unknown split of a task 'test'"):
-    TASKS['add']('test', 0)
   split = 'train' if split_of('q') == 'train' else 'validation'
   (empty,) = {'train', 'validation'} - {split}
   task = InstructionTask('x', 'y', ('{question}',), lambda _: Drawn('q', 'a'))

@@ -9,7 +9,7 @@ from moe_jax.data.sources import python_stdlib
 
 
 def texts(source, split):
-  return list(source.documents(split))
+  return list(source.texts(split))
 
 
 def test_the_default_list_gives_8_megabytes():

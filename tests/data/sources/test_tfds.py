@@ -12,7 +12,7 @@ TWICE = Selection(('train', 'train'))
 
 
 def texts(source, split):
-  return list(source.documents(split))
+  return list(source.texts(split))
 
 
 class Poems(tfds.core.GeneratorBasedBuilder):

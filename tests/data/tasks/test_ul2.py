@@ -5,24 +5,24 @@ import collections
 import numpy as np
 import pytest
 
-from moe_jax.data.layouts import DecoderLayout, EncoderDecoderLayout
+from moe_jax.data.layouts import RowShape
 from moe_jax.data.tasks import ul2
+from moe_jax.data.tokenizers import Bytes
 
-EOS = 9
-MODES = {'R': 70, 'S': 71, 'X': 72}
-SENTINELS = tuple(range(100, 200))
+EOS = Bytes.eos_id
 
 
-def make_task(denoisers=ul2.DENOISERS, layout=None, end_prefix=True):
-  return ul2.mixture(
-    denoisers,
-    layout or EncoderDecoderLayout(120, 110, start_id=EOS),
-    sentinels=SENTINELS,
-    eos_id=EOS,
-    mode_ids=MODES,
-    final_sentinel=True,
-    end_prefix=end_prefix,
-  )
+def make_task(denoisers=ul2.DENOISERS, shape=RowShape(120, 110)):
+  task = ul2.Ul2Task(denoisers=tuple(denoisers))
+  return task.windows(task.vocabulary(Bytes(), shape), shape)
+
+
+MODES = {
+  mode: ul2.Ul2Task()
+  .vocabulary(Bytes(), RowShape(120))
+  .token_id(ul2.mode_name(mode))
+  for mode in ul2.MODES
+}
 
 
 def test_the_papers_seven():
@@ -50,14 +50,15 @@ def test_each_denoiser_comes_as_often_as_asked_with_its_mode_and_density():
     num_learned = (example.targets == 5).mean() * len(example.targets)
     shares[int(example.inputs[0])].append(num_learned / len(window))
   counts = {mode: len(share) for mode, share in shares.items()}
-  assert abs(counts[70] - 600) < 60
-  assert abs(counts[71] - 400) < 60
-  assert abs(counts[72] - 200) < 60
-  for mode, density in ((70, 0.1), (71, 0.3), (72, 0.5)):
-    assert abs(np.mean(shares[mode]) - density) < 0.02
+  assert abs(counts[MODES['R']] - 600) < 60
+  assert abs(counts[MODES['S']] - 400) < 60
+  assert abs(counts[MODES['X']] - 200) < 60
+  for mode, density in (('R', 0.1), ('S', 0.3), ('X', 0.5)):
+    assert abs(np.mean(shares[MODES[mode]]) - density) < 0.02
   # The length of a suffix is random, the share of noise of the other denoisers
   # is not.
-  assert np.std(shares[71]) > 0.1 and np.std(shares[70]) < 1e-9
+  assert np.std(shares[MODES['S']]) > 0.1
+  assert np.std(shares[MODES['R']]) < 1e-9
 
 
 def test_s_is_a_prefix_and_its_text_in_order():
@@ -67,20 +68,18 @@ def test_s_is_a_prefix_and_its_text_in_order():
   assert [*inputs[1:-1], *targets] == list(range(10, 40))
   # In a row of a decoder-only model no end of text stands between prefix and
   # suffix.
-  task = make_task([('S', 0.0, 0.25, 1.0)], DecoderLayout(50), end_prefix=False)
+  task = make_task([('S', 0.0, 0.25, 1.0)], RowShape(50))
   inputs, targets = task(np.arange(10, 40), np.random.default_rng(1))
   assert [*inputs[1:], *targets] == list(range(10, 40))
 
 
-@pytest.mark.parametrize(
-  'layout', [EncoderDecoderLayout(40, 30, 0), DecoderLayout(50)]
-)
-def test_no_window_overflows_whatever_is_drawn(layout):
-  task = make_task(layout=layout, end_prefix=isinstance(layout, DecoderLayout))
+@pytest.mark.parametrize('shape', [RowShape(40, 30), RowShape(50)])
+def test_no_window_overflows_whatever_is_drawn(shape):
+  task = make_task(shape=shape)
   generator = np.random.default_rng(2)
   for n in range(2, task.window + 1):
     bounds = task.lengths(np.array([n]))
-    assert layout.fits(bounds).all()
+    assert task.layout.fits(bounds).all()
     for _ in range(8):
       example = task(np.arange(n), generator)
       assert len(example.inputs) <= bounds.inputs[0]

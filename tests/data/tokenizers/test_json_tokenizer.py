@@ -221,4 +221,4 @@ def test_bad_folders(files, message, tmp_path):
   for name, text in files.items():
     (tmp_path / name).write_text(text)
   with pytest.raises(ValueError, match=message):
-    open_tokenizer(tmp_path)
+    tokenizers.Json.from_folder(tmp_path)

@@ -126,9 +126,3 @@ def test_links_and_endless_files_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr('moe_jax.data.plain_files.MOST_BYTES', 100)
   with pytest.raises(ValueError, match='at most 100 are read'):
     tokenizers.read(tmp_path / 'secret')
-
-
-def test_the_kind_of_hugging_face_names_the_other(tmp_path):
-  run_folder(tmp_path, tokenizers.Bytes())
-  with pytest.raises(ValueError, match=r"tokenizer\.kind='file' reads"):
-    tokenizers.JsonOptions(str(tmp_path / 'tokenizer.json')).fit([])
