@@ -3,6 +3,8 @@
 That none is skipped by default is in `tests/training/test_loop.py`.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np

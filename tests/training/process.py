@@ -69,7 +69,7 @@ def accident(process, kind, at_step):
   Step 0 is the first; what happens before it precedes every check of whether to
   stop. 'SIGTERM_evaluating' happens in the evaluation after the step.
   """
-  from moe_jax.training.setup import Hook
+  from moe_jax.training.setup import Hook, Run
 
   def befall():
     if process != jax.process_index():
@@ -104,12 +104,14 @@ def accident(process, kind, at_step):
         evaluations = [for_long(entry) for entry in run.evaluations]
         return dataclasses.replace(run, evaluations=evaluations)
 
-      def with_accident(state, batch):
-        if int(state.step) + 1 == at_step:
-          befall()
-        return run.train_step(state, batch)
+      class WithAccident(Run):
+        def batches(self, start):
+          for step, batch in enumerate(super().batches(start), start + 1):
+            if step == at_step:
+              befall()
+            yield batch
 
-      return dataclasses.replace(run, train_step=with_accident)
+      return WithAccident(**vars(run))
 
   return Accident()
 
