@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from rich.console import Console
 
+from experiments.benchmarks import loop_flops
 from experiments.benchmarks.compile_ahead_tables import (
   Evaluation,
   Report,
@@ -197,7 +198,7 @@ def counted_flops(options: RunOptions, mesh: Mesh) -> str:
     return compiled_lib.counts(compile_step(short, mesh)[0]).flops
 
   try:
-    return f'{compiled_lib.extrapolate(options, count):.3g}'
+    return f'{loop_flops.extrapolate(options, count):.3g}'
   except DoesNotFit:  # the short models' unrolled layers need more memory
     return 'a short model does not fit'
 

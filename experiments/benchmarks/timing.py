@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
+from experiments.benchmarks import roofline
 from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.analysis import roofline
 
 
 @dataclasses.dataclass(frozen=True)

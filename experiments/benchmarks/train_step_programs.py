@@ -9,10 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from experiments.benchmarks.roofline import Work
 from moe_jax import run_config
 from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost
-from moe_jax.analysis.roofline import Work
 from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from moe_jax.analysis import compiled
+from experiments.benchmarks import loop_flops
 from moe_jax.partitioning import make_mesh
 from moe_jax.training import programs
 from tests.training import tiny
@@ -29,7 +29,7 @@ def test_extrapolated_is_what_the_unrolled_model_has():
   model = {'num_layers': 4, 'moe': {'layers': 'all'}}
   looped = options_of(model=model)
   unrolled_flops = flops(options_of(model={**model, 'scan_layers': False}))
-  assert compiled.extrapolate(looped, flops) == pytest.approx(
+  assert loop_flops.extrapolate(looped, flops) == pytest.approx(
     unrolled_flops, rel=1e-3
   )
 
@@ -42,7 +42,7 @@ def test_microbatches_repeat_all_but_the_optimizer():
     return 7.0 + short.batch_size * short.model.num_layers
 
   layers = options.model.num_layers
-  assert compiled.extrapolate(options, count) == 7 + 12 * layers
+  assert loop_flops.extrapolate(options, count) == 7 + 12 * layers
 
 
 def test_both_halves_have_their_own_loops():
@@ -75,7 +75,7 @@ def test_both_halves_have_their_own_loops():
     # The fake cost of a decoder layer is 10 and of an encoder layer 1.
     return 100.0 + 10 * decoder.num_layers + encoder.num_layers
 
-  assert compiled.extrapolate(options, record) == 100 + 60 + 11
+  assert loop_flops.extrapolate(options, record) == 100 + 60 + 11
   # With 'last 1' eleven layers are a loop of ten dense layers and one sparse
   # layer.
   assert short_halves == [
@@ -90,4 +90,4 @@ def test_loops_over_tokens_are_refused():
     model={'kind': 'lstm', 'num_layers': 3, 'positions': {'kind': 'none'}}
   )
   with pytest.raises(ValueError, match=r"'lstm' has loops over tokens"):
-    compiled.extrapolate(options, flops)
+    loop_flops.extrapolate(options, flops)
