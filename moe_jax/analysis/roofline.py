@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.config import unknown
-from moe_jax.devices import host_bytes
+from moe_jax.devices import memory_of
 
 # Rows of the matmuls of which the fastest is the measured peak.
 SIZES = tuple(1 << n for n in range(9, 15))
@@ -144,10 +144,8 @@ def device_of(name: str) -> Device:
   if name in _DEVICES:
     return _DEVICES[name]
   device = jax.devices()[0]
-  if device.platform == 'cpu':
-    return Device('this machine', host_bytes())
-  num_bytes = (device.memory_stats() or {}).get('bytes_limit', 0)
-  return Device(f'this {device.device_kind}', num_bytes)
+  noun = 'machine' if device.platform == 'cpu' else device.device_kind
+  return Device(f'this {noun}', memory_of([device]))
 
 
 def fast_dtype(device: jax.Device) -> str:
