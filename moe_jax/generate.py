@@ -21,6 +21,7 @@ from moe_jax import cli, generation
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import make_header, records_of
 from moe_jax.config import SEEDS
+from moe_jax.data.plain_files import read_text
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
@@ -171,14 +172,7 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
   """The prompts by line number, from 1; empty lines are left out."""
   if options.prompts_file is None:
     return {1: options.prompt}
-  try:
-    text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise InputError(f'{options.prompts_file} is no text: {error}') from None
-  except OSError as error:
-    raise InputError(
-      f'--prompts_file={options.prompts_file} cannot be read: {error.strerror}'
-    ) from None
+  text = read_text(pathlib.Path(options.prompts_file))
   prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
     raise InputError(f'{options.prompts_file} has no prompts, one a line')
