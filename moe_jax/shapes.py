@@ -197,17 +197,12 @@ class _Reader(NamedTuple):
     elif self.hints and hasattr(value, 'shape'):
       yield Shape(name, value, self.hints)
     elif not any(_allows(other, value) for other in self.others):
-      raise InputError(f'{name}={_short(value)} must be {self._requirement()}')
+      raise InputError(f'{name}={value!r:.60} must be {self._requirement()}')
 
   def _requirement(self) -> str:
     if not self.hints:
       return 'an integer or None' if _NONE in self.others else 'an integer'
     return f'an array {Shape("", None, self.hints).dims}'
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
 
 
 def _allows(hint: Any, value: Any) -> bool:
@@ -233,7 +228,7 @@ def _as_struct(shape: Shape) -> Any:
   value = shape.value
   if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
     raise InputError(
-      f'{shape.name}={_short(value)} must be an array {shape.dims}'
+      f'{shape.name}={value!r:.60} must be an array {shape.dims}'
     )
   open_ended = '*' in shape.dims or '...' in shape.dims
   if 0 in np.shape(value) and not open_ended:

@@ -1,11 +1,11 @@
-"""The counts and the instructions of a compiled program."""
+"""The text, the memory and the instructions of a compiled program."""
 
 import collections
 import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.stages import Compiled
 
@@ -21,39 +21,6 @@ _CALLS = re.compile(
 _CALL_LISTS = re.compile(
   r'(?:branch_computations|called_computations|calls)=\{([^}]*)\}'
 )
-
-
-class Counts(NamedTuple):
-  """The numbers that XLA counts in a program; the body of a loop counts once.
-
-  Attributes:
-    flops: FLOPs, two for a multiply-add and one for an elementwise operation.
-      A program with a loop takes more than these.
-    bytes_accessed: Bytes that instructions read and write, as if there were no
-      caches.
-    argument_bytes: Bytes of the arguments.
-    output_bytes: Bytes of the results, gradients included.
-    temp_bytes: Bytes that are allocated while the program runs, besides
-      arguments and results.
-  """
-
-  flops: float
-  bytes_accessed: float
-  argument_bytes: int
-  output_bytes: int
-  temp_bytes: int
-
-
-def counts(compiled: Compiled) -> Counts:
-  """The counts of a program; NaN where the platform gives none."""
-  cost, memory = compiled.cost_analysis() or {}, memory_of(compiled)
-  return Counts(
-    flops=float(cost.get('flops', 'nan')),
-    bytes_accessed=float(cost.get('bytes accessed', 'nan')),
-    argument_bytes=memory.argument_size_in_bytes,
-    output_bytes=memory.output_size_in_bytes,
-    temp_bytes=memory.temp_size_in_bytes,
-  )
 
 
 def text_of(compiled: Compiled) -> str:

@@ -284,13 +284,8 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
     The share of pairs of tokens with the same first choice, 1 / E, and that of
     pairs with an expert in common, 1 - C(E - K, K) / C(E, K): 12.5 % and 46.4 %
     for two of eight experts, as in section 5 of arXiv:2401.04088.
-
-  Raises:
-    ValueError: A token cannot choose that many experts.
   """
   E, K = num_experts, num_selected
-  if not 1 <= K <= E:
-    raise InputError(f'num_selected={K} not in [1, num_experts={E}]')
   return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
 
@@ -347,21 +342,6 @@ def entropy(counts: Num[np.ndarray, '...']) -> float:
     return 0.0
   total = counts.sum()
   return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
-
-
-def token_entropy(
-  table: Int[np.ndarray, 'V E'], ids: Int[np.ndarray, 'n'] | list[int]
-) -> float:
-  """Entropy in nats of the experts that tokens of these ids choose.
-
-  It is small if few experts serve them all, and at most ln E. Source: Table 14
-  of arXiv:2202.08906, for sentinels.
-
-  Args:
-    table: Number of choices of each expert by each token id.
-    ids: The ids.
-  """
-  return entropy(table[np.asarray(ids, np.int64)].sum(0))
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:

@@ -69,11 +69,6 @@ def problems(c: Values) -> Iterator[str]:
   if c.num_experts_per_tok != 2:
     num_selected = c.num_experts_per_tok
     yield f'num_experts_per_tok={num_selected} is not supported, only 2'
-  rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
-  if rope.get('rope_type', rope.get('type')) == 'longrope':
-    for name in ('short_mscale', 'long_mscale'):
-      if rope.get(name) is None:
-        yield f"rope type 'longrope' lacks {name!r}"
 
 
 def options(c: Values) -> DecoderOptions:

@@ -61,7 +61,7 @@ _TYPES: Mapping[str, Mapping[str, Any]] = {
 _REQUIRED: Mapping[str, set[str]] = {
   'default': set(),
   'yarn': {'factor'},
-  'longrope': {'short_factor', 'long_factor'},
+  'longrope': {'short_factor', 'long_factor', 'short_mscale', 'long_mscale'},
 }
 
 
@@ -70,9 +70,7 @@ def _option(key: str) -> str:
   return 'original_len' if key == _ORIGINAL else key
 
 
-def problems(
-  c: Values, theta: float, types: tuple[str, ...] = ('default', 'yarn')
-) -> Iterator[str]:
+def problems(c: Values, theta: float, types: tuple[str, ...]) -> Iterator[str]:
   """A text for each value on rotary positions that is not supported.
 
   Args:

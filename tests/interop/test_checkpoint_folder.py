@@ -298,9 +298,7 @@ def test_an_nllb_of_2023(tmp_path):
         'num_experts_per_tok=3 is not supported, only 2',
         'sliding_window=0 is no length of at least 1 in int32, or null',
         'short_factor=[1, 0, 1] is no list of numbers above 0',
-        "rope type 'longrope' lacks ['long_factor']",
-        "rope type 'longrope' lacks 'short_mscale'",
-        "rope type 'longrope' lacks 'long_mscale'",
+        "'longrope' lacks ['long_factor', 'long_mscale', 'short_mscale']",
       ),
     ),
     (

@@ -1,4 +1,4 @@
-"""FLOPs of a step with loops, from compiled steps without any.
+"""XLA's counts of a program, and FLOPs of a step with loops.
 
 A compiler counts the body of a loop once, however often it runs. All periods
 of a loop over layers cost the same. So the FLOPs of a step are those of a step
@@ -9,8 +9,11 @@ of one and of two microbatches.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from jax.stages import Compiled
+
+from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
 from moe_jax.models import MODELS
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
@@ -19,6 +22,39 @@ from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.training.run_options import RunOptions
 
 _ENCODER, _DECODER = 'encoder', 'decoder'
+
+
+class Counts(NamedTuple):
+  """The numbers that XLA counts in a program; the body of a loop counts once.
+
+  Attributes:
+    flops: FLOPs, two for a multiply-add and one for an elementwise operation.
+      A program with a loop takes more than these.
+    bytes_accessed: Bytes that instructions read and write, as if there were no
+      caches.
+    argument_bytes: Bytes of the arguments.
+    output_bytes: Bytes of the results, gradients included.
+    temp_bytes: Bytes that are allocated while the program runs, besides
+      arguments and results.
+  """
+
+  flops: float
+  bytes_accessed: float
+  argument_bytes: int
+  output_bytes: int
+  temp_bytes: int
+
+
+def counts(compiled: Compiled) -> Counts:
+  """The counts of a program; NaN where the platform gives none."""
+  cost, memory = compiled.cost_analysis() or {}, memory_of(compiled)
+  return Counts(
+    flops=float(cost.get('flops', 'nan')),
+    bytes_accessed=float(cost.get('bytes accessed', 'nan')),
+    argument_bytes=memory.argument_size_in_bytes,
+    output_bytes=memory.output_size_in_bytes,
+    temp_bytes=memory.temp_size_in_bytes,
+  )
 
 
 def extrapolate(
