@@ -38,6 +38,13 @@ MISSING = dataclasses.MISSING
 KIND, CUSTOM = 'kind', 'custom'
 SEEDS = 2**32  # seeds are stored as unsigned numbers of 32 bits
 _KEY = 'moe_jax'
+# How a bound is kept, and words and a bracket for it; those from below first.
+_BOUNDS = {
+  'minimum': (operator.ge, 'at least', '['),
+  'above': (operator.gt, 'above', '('),
+  'maximum': (operator.le, 'at most', ']'),
+  'below': (operator.lt, 'below', ')'),
+}
 _LARGEST = 3.4028235e38  # in float32
 _FEW = 8  # names that are listed even where one of them is near
 
@@ -128,29 +135,20 @@ class Option:
     if self.required and not value:
       return f'{name}={value!r} must be given'
     each = value if isinstance(value, tuple) else (value,)
-    if all(map(self._within, each)):
+    bounds = [
+      (bound, *about)
+      for attribute, about in _BOUNDS.items()
+      if (bound := getattr(self, attribute)) is not None
+    ]
+    if all(keeps(v, bound) for v in each for bound, keeps, *_ in bounds):
       return None
-    return f'{name}={value!r}{": each" * (each is value)} {self._bounds()}'
-
-  def _within(self, value: Any) -> bool:
-    bounds = (
-      (self.minimum, operator.ge),
-      (self.maximum, operator.le),
-      (self.above, operator.gt),
-      (self.below, operator.lt),
-    )
-    return all(keeps(value, n) for n, keeps in bounds if n is not None)
-
-  def _bounds(self) -> str:
-    low = self.above if self.minimum is None else self.minimum
-    high = self.below if self.maximum is None else self.maximum
-    if low is not None and high is not None:
-      brackets = '(['[self.above is None], ')]'[self.below is None]
-      return f'not in {brackets[0]}{low}, {high}{brackets[1]}'
-    names = ('minimum', 'at least'), ('maximum', 'at most')
-    names += ('above', 'above'), ('below', 'below')
-    rules = ((text, getattr(self, name)) for name, text in names)
-    return ' '.join(f'must be {t} {n}' for t, n in rules if n is not None)
+    if len(bounds) == 1:
+      ((bound, _, words, _),) = bounds
+      rule = f'must be {words} {bound}'
+    else:
+      (low, _, _, left), (high, _, _, right) = bounds
+      rule = f'not in {left}{low}, {high}{right}'
+    return f'{name}={value!r}{": each" * (each is value)} {rule}'
 
 
 def option(default: Any = MISSING, sentence: str = '', **bounds: Any) -> Any:
@@ -235,6 +233,7 @@ def fields_of(cls: type) -> Mapping[str, Field]:
   return fields
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kinds:
   """The kinds that a choice can have: classes of options, each with a name.
 
@@ -249,18 +248,10 @@ class Kinds:
       section of its own name.
   """
 
-  def __init__(
-    self,
-    noun: str,
-    base: type,
-    builtin: Mapping[str, type],
-    *,
-    inline: bool = False,
-  ):
-    self.noun = noun
-    self.base = base
-    self.builtin = dict(builtin)
-    self.inline = inline
+  noun: str
+  base: type
+  builtin: Mapping[str, type]
+  inline: bool = False
 
   def get(self, name: str) -> type:
     """The class of options of that name.
@@ -363,7 +354,7 @@ class Options:
       OptionError: All such arguments are listed.
     """
     del args
-    if wrong := values.keys() - fields_of(cls).keys():
+    if wrong := values and values.keys() - fields_of(cls).keys():
       noun = f'option of {cls.__name__}'
       raise OptionError(
         unknown_text(noun, name, fields_of(cls)) for name in sorted(wrong)

@@ -86,6 +86,10 @@ class GenerateEvaluation(EvaluationOptions):
 
   def problems(self) -> Iterator[str]:
     """Every name must be that of a score."""
+    if self.num_beams == 1:
+      yield from self.in_vain(
+        'unless num_beams is at least 2', 'length_penalty'
+      )
     for name in names_of(self.metrics):
       if name not in METRICS:
         problem = unknown_text('metric', name, METRICS)

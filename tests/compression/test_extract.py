@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_whole_model(name):
   # The tasks differ, so that the gates of another would have been seen.
   assert min(np.abs(outputs[0] - other).max() for other in outputs[1:]) > 1e-2
   # The options are those of a run: what a config says of them is read again.
-  section = section_of(MODELS, small.options)
+  section = section_of(small.options, MODELS)
   assert read_options(MODELS, section, 'model.') == small.options
 
 

@@ -176,7 +176,7 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
 
 def test_quirks_are_kinds_that_a_config_keeps():
   options = model_options(route_padding=True, encoder_table=True)
-  config = section_of(MODELS, options)
+  config = section_of(options, MODELS)
   assert config.kind == 'moe_jax.interop.quirks:TransformersEncoderDecoder'
   assert config.custom.to_dict() == {
     'route_padding': True,

@@ -253,12 +253,6 @@ def test_expert_dtype_is_bfloat16_and_losses_stay_float32():
       dict(dispatch=Dropless()),
       "'dropless' has no slots, and capacity.kind='per_token' drops.*'gather'",
     ),
-    # The dense twin routes no token.
-    (dict(num_experts=0, group_size=4), 'group_size=4 has no effect unless'),
-    (
-      dict(num_experts=0, router=TokenChoice(gates='sigmoid')),
-      'router=.* has no effect unless num_experts is at least 1',
-    ),
   ],
 )
 def test_bad_options_are_refused(options, message):

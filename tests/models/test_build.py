@@ -80,7 +80,7 @@ SIZES = {
 
 def read(*layers, kind='decoder'):
   """Reads the options of a section: the sizes above and the given layers."""
-  config = section_of(models.MODELS, models.DecoderOptions())
+  config = section_of(models.DecoderOptions(), models.MODELS)
   sizes = SIZES if kind == 'decoder' else {'vocab_size': tiny.V}
   for layer in (sizes, {'kind': kind}, *layers):
     config = merge(config, layer)

@@ -169,7 +169,6 @@ def test_an_encoder_has_lost_experts_of_its_own():
     'columns of ExpertChoice cannot lead to merged': dict(
       expert_of='1: 0 1 1 0 0', router=ExpertChoice(), allow_future_leak=True
     ),
-    'no effect unless': dict(experts='1:3', num_experts=0),
   }.items(),
 )
 def test_bad_numbers_and_columns_are_refused_by_name(problem, changes):

@@ -61,7 +61,6 @@ def test_a_window_for_longer_texts_is_also_that_of_full_layers():
   [
     (dict(window=3, full_layers='5'), r"attention.full_layers='5' not in \[0"),
     (dict(window=3, full_layers='odd'), "full_layers='odd' is none of 'all'"),
-    (dict(full_layers='1'), "full_layers='1' has no effect unless window"),
   ],
 )
 def test_full_layers_that_do_not_exist_are_refused(attention, message):

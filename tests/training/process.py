@@ -178,7 +178,7 @@ def run(
 
 
 def main(coordinator, num_processes, process_id, path):
-  from moe_jax.devices import Timeouts, connected
+  from moe_jax import devices
 
   spec = json.loads(pathlib.Path(path).read_text())
   within = pathlib.Path(path).parent
@@ -187,7 +187,7 @@ def main(coordinator, num_processes, process_id, path):
   if 'shared_seconds' in spec:
     devices.SHARED_SECONDS = spec['shared_seconds']
   address = coordinator, int(num_processes), int(process_id)
-  with connected(Timeouts(**timeouts), *address):
+  with devices.connected(devices.Timeouts(**timeouts), *address):
     for job in spec['jobs']:
       job['overrides'] |= {'distributed': timeouts}
       with open(f'{path}.{process_id}', 'a') as file:

@@ -103,13 +103,13 @@ def test_biases_follow_the_model_unless_they_are_named():
     AttentionOptions(biases='q')
 
 
-def test_scales_are_those_of_norms_and_an_epsilon_without_norm_is_refused():
+def test_scales_are_those_of_norms_and_one_that_is_not_read_is_refused():
   boxed = jax.eval_shape(
     layer(qk_norm='head').init, jax.random.key(0), *inputs()
   )
   assert roles_of(boxed['params'])['query_norm'] == ('norm', 'scale')
-  with pytest.raises(ValueError, match=r'qk_norm_epsilon=0\.1 has no effect'):
-    AttentionOptions(qk_norm_epsilon=0.1)
+  with pytest.raises(ValueError, match=r'fixed_scale=0\.1 has no effect'):
+    AttentionOptions(fixed_scale=0.1)
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,6 @@ def test_an_expert_without_tokens_is_not_decoded():
 def test_formats_that_make_no_sense_are_refused():
   with pytest.raises(OptionError, match=r"name='int5'.*'int8'"):
     KernelFormat('int5')
-  with pytest.raises(OptionError, match='num_codes=3 has no effect'):
-    KernelFormat('int8', num_codes=3)
   with pytest.raises(OptionError, match='mixes tokens in every slot'):
     MoeOptions(
       E,
