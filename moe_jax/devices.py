@@ -25,7 +25,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax import cli
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
@@ -112,7 +111,7 @@ def connect(
   note = f'{who} waits for the others, at {address}, for {seconds} s at most'
   alarms = (
     threading.Timer(seconds, _give_up, [late_message]),  # JAX would abort
-    threading.Timer(15.0, cli.complain, [note]),
+    threading.Timer(15.0, _print_note, [note]),
   )
   for alarm in alarms:
     alarm.daemon = True
@@ -166,8 +165,12 @@ def connected(*args: Any) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
+def _print_note(text: str) -> None:
+  print(f'moe_jax: {text}', file=sys.stderr, flush=True)
+
+
 def _give_up(reason: str) -> None:
-  cli.complain(reason)
+  _print_note(reason)
   os._exit(1)
 
 
