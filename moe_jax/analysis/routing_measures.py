@@ -26,6 +26,7 @@ from moe_jax.errors import InputError
 TOKEN, POSITION, SOURCE = 'token id', 'position', 'source'
 NUM_PARTS = 32  # the most parts that a row is divided into
 NUM_SHUFFLES = 8
+_FITTING_ROUNDS = 500  # at most
 
 Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
@@ -222,7 +223,7 @@ def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
 
 
 def expected_pairs(
-  pairs: Int[np.ndarray, 'E E'], num_rounds: int = 500
+  pairs: Int[np.ndarray, 'E E'],
 ) -> Float[np.ndarray, 'E E']:
   """The pairs that tokens would choose if partners did not matter.
 
@@ -234,12 +235,11 @@ def expected_pairs(
 
   Args:
     pairs: Symmetric counts of pairs, 0 on the diagonal.
-    num_rounds: The most rounds of fitting.
   """
   row_sums = pairs.sum(1).astype(np.float64)
   weight = np.sqrt(row_sums / max(row_sums.mean(), 1e-300))
   expected = np.zeros(pairs.shape)
-  for _ in range(num_rounds):
+  for _ in range(_FITTING_ROUNDS):
     expected = np.outer(weight, weight)
     np.fill_diagonal(expected, 0)
     sums = expected.sum(1)
