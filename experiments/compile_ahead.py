@@ -44,7 +44,7 @@ from moe_jax.errors import InputError
 from moe_jax.models import Model
 from moe_jax.models.router_state import variables
 from moe_jax.run_config import RunConfig
-from moe_jax.training.evaluate import compiled_eval_step, overridden
+from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.programs import Programs, make_programs
 from moe_jax.training.run_options import RunOptions
 
@@ -148,7 +148,7 @@ def largest_evaluation(options: RunOptions, programs: Programs) -> Evaluation:
   arguments = variables(params, state.router_state), batch
   needed: dict[Model, Evaluation] = {}
   for name, entry in options.evals.items():
-    changed, _ = overridden(options.model, entry)
+    changed = entry.overridden(options.model)
     model = changed.build(options.sharding.rules)
     if model not in needed:
       step = compiled_eval_step(model, programs.put)
