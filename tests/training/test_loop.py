@@ -524,18 +524,6 @@ def test_a_warmup_of_more_than_half_of_a_run_is_cut_and_said(tmp_path):
   )
 
 
-def test_overrides_that_a_model_has_no_use_for_are_said(tmp_path):
-  room = {'capacity': {'per_token': {'factor': 2.0}}}
-  dense = tiny.config(model={'moe': {'num_experts': 0}})
-  dense.evals.train_capacity = base.evaluation(moe=room)
-  run = setup.set_up(
-    run_config.read(dense), tmp_path, devices=jax.devices()[:1]
-  )
-  (note,) = run.notes
-  assert 'evals.train_capacity' in note
-  assert 'model.moe.capacity.per_token.factor=2.0' in note
-
-
 @pytest.mark.parametrize(
   'dispatch',
   [
