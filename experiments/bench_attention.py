@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import timing, torch_attention
+from experiments.benchmarks.roofline import Peaks, measure_peaks
 from experiments.benchmarks.torch_attention import Case
 from experiments.benchmarks.turns import PAUSE, Runs, check_installed, turns
 from experiments.study.tables import markdown_table
 from moe_jax import cli
-from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.attention.dot_product import attend
 

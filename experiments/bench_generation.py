@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import decoding_products, timing
+from experiments.benchmarks.roofline import Peaks, measure_peaks
 from experiments.study.tables import markdown_table
 from moe_jax import cli, generation, interop
-from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.devices import keep_freed_memory
 
 NAME = 'bench_generation'

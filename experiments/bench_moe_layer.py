@@ -32,8 +32,8 @@ from experiments.benchmarks.moe_layer_rows import (
   measure_scaling,
   measure_setting,
 )
+from experiments.benchmarks.roofline import Peaks, measure_peaks
 from moe_jax import cli
-from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.devices import keep_freed_memory
 from moe_jax.layers import ACTIVATIONS
 

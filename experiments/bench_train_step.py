@@ -32,6 +32,7 @@ from experiments.benchmarks import (
   timing,
 )
 from experiments.benchmarks import train_step_tables as tables
+from experiments.benchmarks.roofline import Peaks, measure_peaks
 from experiments.benchmarks.train_step_programs import (
   compile_step,
   prepared,
@@ -39,7 +40,6 @@ from experiments.benchmarks.train_step_programs import (
 )
 from experiments.benchmarks.turns import PAUSE, check_installed, turns
 from moe_jax import cli
-from moe_jax.analysis.roofline import Peaks, measure_peaks
 from moe_jax.config import merge
 from moe_jax.devices import keep_freed_memory
 from moe_jax.layers.imposed import FORCED

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from rich.console import Console
 
+from experiments.benchmarks import program_counts
 from experiments.benchmarks.compile_ahead_tables import (
   Evaluation,
   Report,
@@ -37,7 +38,6 @@ from experiments.benchmarks.compile_ahead_tables import (
   verdicts,
 )
 from moe_jax import cli, run_config
-from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
@@ -194,10 +194,10 @@ def counted_flops(options: RunOptions, mesh: Mesh) -> str:
   """FLOPs of a step on one device, counted by XLA with recomputation."""
 
   def count(short: RunOptions) -> float:
-    return compiled_lib.counts(compile_step(short, mesh)[0]).flops
+    return program_counts.counts(compile_step(short, mesh)[0]).flops
 
   try:
-    return f'{compiled_lib.extrapolate(options, count):.3g}'
+    return f'{program_counts.extrapolate(options, count):.3g}'
   except DoesNotFit:  # the short models' unrolled layers need more memory
     return 'a short model does not fit'
 

@@ -51,7 +51,6 @@ from moe_jax.analysis.routing_measures import (
   entropy,
   layers_of,
   specialisation,
-  token_entropy,
 )
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -128,7 +127,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     ]
     for i, layer in enumerate(layers):
       table = choices[layer].by_token
-      sentinels, overall = token_entropy(table, ids), entropy(table.sum(0))
+      sentinels, overall = entropy(table[ids].sum(0)), entropy(table.sum(0))
       measures = {
         'sentinels': sentinels,
         'all': overall,

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import secrets
 import socket
 import sys
@@ -37,6 +38,7 @@ PROGRAMS_HELP = (
   f'deleted beyond {MOST_BYTES // 2**30} GiB, and several processes keep none; '
   f'{OFF!r}: no program is kept.'
 )
+_NOT_KEPT = 'compiled programs are not kept'
 # Seconds in which a new file must be seen by all processes: a few times as long
 # as network file systems keep a directory's listing.
 SHARED_SECONDS = 30.0
@@ -200,9 +202,8 @@ def checked_flags(
     raise InputError(
       f'--process_id={process_id} not in [0, num_processes={num_processes})'
     )
-  host, _, port = coordinator.rpartition(':')
-  is_number = port.isascii() and port.isdigit() and len(port) < 6
-  if not host or not is_number or not 0 < int(port) < 2**16:
+  port = re.fullmatch(r'.+:(\d{1,5})', coordinator, re.ASCII)
+  if not port or not 0 < int(port[1]) < 2**16:
     raise InputError(
       f'--coordinator={coordinator!r} is not host:port, of process 0'
     )
@@ -346,17 +347,11 @@ class Placing:
 
   def local(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Moves a batch of which this process has only `rows`, in their order."""
-    return {name: self._on_devices(values) for name, values in batch.items()}
-
-  def _on_devices(self, values: np.ndarray) -> jax.Array:
-    def device_rows(index):
-      first, last, _ = index[0].indices(self.batch_size)
-      # The rows of one device are consecutive, here as in the batch.
-      begin = int(np.searchsorted(self.rows, first))
-      return values[(slice(begin, begin + last - first), *index[1:])]
-
-    shape = (self.batch_size, *values.shape[1:])
-    return jax.make_array_from_callback(shape, self.sharding, device_rows)
+    place = jax.make_array_from_process_local_data
+    return {
+      name: place(self.sharding, values, (self.batch_size, *values.shape[1:]))
+      for name, values in batch.items()
+    }
 
 
 def fetch(tree: Any) -> Any:
@@ -566,30 +561,25 @@ def keep_programs(folder: str = '') -> str:
     jax.config.update('jax_enable_compilation_cache', False)
     return ''
   if not jax.config.values['jax_enable_compilation_cache']:
-    return folder and _not_kept('JAX_ENABLE_COMPILATION_CACHE is false')
+    return folder and f'{_NOT_KEPT}: JAX_ENABLE_COMPILATION_CACHE is false'
   jax_folder = jax.config.values['jax_compilation_cache_dir']
   if not folder and (jax_folder or jax.distributed.is_initialized()):
     return ''
-  cache_folder = folder
   if '://' not in folder:
     try:
       path = pathlib.Path(folder or cache_root() / 'compiled').expanduser()
       path.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=path).close()
     except (OSError, RuntimeError) as error:  # the latter if there is no home
-      return _not_kept(error)
+      return f'{_NOT_KEPT}: {error}'
     if not folder:
       _delete_oldest(path)
-    cache_folder = str(path)
-  jax.config.update('jax_compilation_cache_dir', cache_folder)
+    folder = str(path)
+  jax.config.update('jax_compilation_cache_dir', folder)
   least_seconds = 'jax_persistent_cache_min_compile_time_secs'
   if least_seconds.upper() not in os.environ:
     jax.config.update(least_seconds, 0.1)
   return ''
-
-
-def _not_kept(reason: object) -> str:
-  return f'compiled programs are not kept: {reason}'
 
 
 def _delete_oldest(folder: pathlib.Path) -> None:

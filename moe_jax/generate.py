@@ -21,6 +21,7 @@ from moe_jax import cli, generation
 from moe_jax.analysis import traces
 from moe_jax.analysis.recording import make_header, records_of
 from moe_jax.config import SEEDS
+from moe_jax.data.plain_files import read_text
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
@@ -135,9 +136,12 @@ def run(options: argparse.Namespace) -> None:
     ),
   )
   arguments = _arguments(loaded, options, len(prompts))
-  stream, goes_on = None, not (model.has_encoder or options.chat)
-  if len(texts) == 1:
-    _echo(texts[0], options.echo, goes_on=goes_on)
+  stream, on_terminal = None, sys.stdout.isatty()
+  echo = on_terminal if options.echo is None else options.echo
+  if echo and len(texts) == 1:
+    _show(_DIM.format(texts[0]) if on_terminal else texts[0])
+    if model.has_encoder or options.chat:
+      _show('\n')
   if len(texts) == 1 and options.num_beams == 1:
     context = () if model.has_encoder else prompts[0]
     stream = generation.TextStream(loaded.tokenizer, context)
@@ -146,14 +150,13 @@ def run(options: argparse.Namespace) -> None:
     model, variables, prompts, num_tokens=num_tokens, **arguments
   )
   if options.trace:
-    task_ids, start_id = (arguments.get(k) for k in ('task_ids', 'start_id'))
     _trace(
       options.trace,
       loaded,
       model,
       *read_again.choices(
         model, variables, prompts, generated.rows, recording,
-        start_id=start_id, task_ids=task_ids,
+        start_id=arguments.get('start_id'), task_ids=arguments['task_ids'],
       ),
     )  # fmt: skip
   if stream is not None:
@@ -169,14 +172,7 @@ def _prompts(options: argparse.Namespace) -> dict[int, str]:
   """The prompts by line number, from 1; empty lines are left out."""
   if options.prompts_file is None:
     return {1: options.prompt}
-  try:
-    text = pathlib.Path(options.prompts_file).read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise InputError(f'{options.prompts_file} is no text: {error}') from None
-  except OSError as error:
-    raise InputError(
-      f'--prompts_file={options.prompts_file} cannot be read: {error.strerror}'
-    ) from None
+  text = read_text(pathlib.Path(options.prompts_file))
   prompts = {n: line for n, line in enumerate(text.splitlines(), 1) if line}
   if not prompts:
     raise InputError(f'{options.prompts_file} has no prompts, one a line')
@@ -226,14 +222,15 @@ def _arguments(
   if options.target_language:
     _needs(tokenizer, 'token_id', '--target_language')
     ids['forced_ids'] = (tokenizer.token_id(options.target_language),)
-  names = ('temperature', 'top_k', 'top_p', 'num_beams')
-  sampling = {name: getattr(options, name) for name in names}
-  sampling['seed'] = options.seed or 0
-  task_ids = trained_run.task_ids(
-    loaded.model, loaded.data, [options.task] * num_prompts, '--task'
-  )
-  sampling['length_penalty'] = options.length_penalty
-  return {**ids, **sampling, 'task_ids': task_ids}
+  names = ('temperature', 'top_k', 'top_p', 'num_beams', 'length_penalty')
+  return {
+    **ids,
+    **{name: getattr(options, name) for name in names},
+    'seed': options.seed or 0,
+    'task_ids': trained_run.task_ids(
+      loaded.model, loaded.data, [options.task] * num_prompts, '--task'
+    ),
+  }
 
 
 def _trace(folder: str, loaded, model, batch, choices) -> None:
@@ -271,20 +268,6 @@ def _needs(tokenizer: Tokenizer, method: str, flag: str) -> None:
 
 def _show(text: str) -> None:
   print(text, end='', flush=True)
-
-
-def _echo(prompt: str, is_shown: bool | None, *, goes_on: bool) -> None:
-  """Prints a prompt, dim on a terminal, if it is to be shown.
-
-  Args:
-    prompt: The text.
-    is_shown: Whether it is printed; None prints it on a terminal alone.
-    goes_on: Whether the new text continues it on the same line.
-  """
-  terminal = sys.stdout.isatty()
-  if is_shown or (is_shown is None and terminal):
-    _show(_DIM.format(prompt) if terminal else prompt)
-    _show('' if goes_on else '\n')
 
 
 if __name__ == '__main__':

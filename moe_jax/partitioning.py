@@ -8,7 +8,6 @@ Data, fully sharded, expert and tensor parallelism are rows of that table.
 import collections
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,21 +74,48 @@ class MeshOptions(Options):
       num_experts: Number of experts of a layer; 0, for a model without, puts
         all devices on the axis 'data'.
       num_devices: Number of devices, all in one slice.
-
-    Raises:
-      ValueError: The number of devices is below 1, or that of experts below 0.
     """
-    if num_experts < 0 or num_devices < 1:
-      raise InputError(
-        f'num_experts={num_experts} must be at least 0, and num_devices='
-        f'{num_devices} at least 1'
-      )
     expert = math.gcd(num_experts, num_devices) if num_experts else 1
     return cls(data=num_devices // expert, expert=expert)
 
   def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of these devices; see `make_mesh`."""
-    return make_mesh(dataclasses.asdict(self), devices)
+    """The mesh of these devices, by default all of JAX's.
+
+    `dcn_data=2` makes the axis span two slices, whose network is slower than
+    that within one: the axis has 2 * `data` devices, those of a slice next to
+    each other. Slices are those of a TPU pod, or the processes of a GPU
+    cluster; where all devices are in one slice, they are cut into the slices
+    asked for.
+
+    Raises:
+      ValueError: The product of the sizes is not the number of devices or of
+        slices; or TPUs are in several slices and no dcn_ size says so.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dataclasses.asdict(self)
+    stated = {name: size for name, size in sizes.items() if size != 1}
+    shape = [sizes[name] for name in MESH_AXES]
+    spans = [sizes[DCN + name] for name in MESH_AXES]
+    product = math.prod(size for size in (*shape, *spans) if size != -1)
+    hint = '; -1 takes what is left of them'
+    if -1 in shape:
+      shape[shape.index(-1)], hint = max(len(devices) // product, 1), ''
+    if math.prod((*shape, *spans)) != len(devices):
+      raise InputError(
+        f'mesh={stated}: the sizes given multiply to {product}, which does not '
+        f'fit {len(devices)} devices{hint}'
+      )
+    num_slices = len(_slices(devices))
+    if math.prod(spans) > 1:
+      grid = _grid_over_slices(spans, shape, devices)
+    elif devices[0].platform == 'tpu' and num_slices > 1:
+      raise InputError(
+        f'{len(devices)} TPUs are in {num_slices} slices, and mesh={stated} '
+        f'spans one: set {DCN}data={num_slices} or more of the {DCN} sizes'
+      )
+    else:
+      grid = _grid_in_slice(shape, devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
   def shrunk(self) -> 'MeshOptions':
     """The mesh of one device."""
@@ -99,61 +125,8 @@ class MeshOptions(Options):
 def make_mesh(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh of `MESH_AXES`; one size may be -1, which takes what is left.
-
-  `dcn_data=2` makes the axis span two slices, whose network is slower than
-  that within one: the axis has 2 * `data` devices, those of a slice next to
-  each other. Slices are those of a TPU pod, or the processes of a GPU cluster;
-  where all devices are in one slice, they are cut into the slices asked for.
-
-  Raises:
-    ValueError: An axis is unknown, a size is neither positive nor -1, two
-      are -1, or their product is not the number of devices or of slices; or
-      TPUs are in several slices and no dcn_ size says so.
-  """
-  devices = jax.devices() if devices is None else list(devices)
-  axis_names = (*MESH_AXES, *(DCN + name for name in MESH_AXES))
-  for name in sizes:
-    if name not in axis_names:
-      raise unknown('mesh axis', name, axis_names)
-  for name, size in sizes.items():
-    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-      raise InputError(f'mesh axis {name}={size!r} must be an integer')
-  if not devices:
-    raise InputError(f'mesh={dict(sizes)} of no devices; give at least one')
-  spans = [sizes.get(DCN + name, 1) for name in MESH_AXES]
-  if min(spans) < 1:
-    raise InputError(f'mesh={dict(sizes)}: {DCN} sizes are positive')
-  shape = _filled(sizes, len(devices), math.prod(spans))
-  if math.prod(spans) > 1:
-    grid = _grid_over_slices(spans, shape, devices)
-  elif devices[0].platform == 'tpu' and len(_slices(devices)) > 1:
-    raise InputError(
-      f'{len(devices)} TPUs are in {len(_slices(devices))} slices, and mesh='
-      f'{dict(sizes)} spans one: set {DCN}data={len(_slices(devices))} or more '
-      f'of the {DCN} sizes'
-    )
-  else:
-    grid = _grid_in_slice(shape, devices)
-  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def _filled(sizes, num_devices: int, num_slices: int) -> list[int]:
-  """The sizes of the axes within a slice, with -1 replaced by a number."""
-  shape = [sizes.get(name, 1) for name in MESH_AXES]
-  if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-    raise InputError(f'mesh={dict(sizes)}: sizes are positive, at most one -1')
-  product = math.prod(size for size in shape if size != -1)
-  if -1 in shape:
-    shape[shape.index(-1)] = num_devices // num_slices // product
-  if math.prod(shape) * num_slices != num_devices:
-    stated = {name: size for name, size in sizes.items() if size != 1}
-    hint = '' if -1 in stated.values() else '; -1 takes what is left of them'
-    raise InputError(
-      f'mesh={stated}: the sizes given multiply to {product * num_slices}, '
-      f'which does not fit {num_devices} devices{hint}'
-    )
-  return shape
+  """The mesh of `MeshOptions` with these sizes; those left out are 1."""
+  return MeshOptions(**{'data': 1, **sizes}).make(devices)
 
 
 def _grid_in_slice(shape, devices) -> np.ndarray:

@@ -25,6 +25,7 @@ import functools
 import inspect
 import numbers
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
@@ -175,26 +176,19 @@ class _Reader(NamedTuple):
 
   Attributes:
     hints: The array types in it.
-    whole: Whether a whole number is allowed.
-    anything: Whether values of types that are not read are allowed.
-    optional: Whether None is allowed.
+    others: Its other types, of which `int` and None are checked.
   """
 
   hints: tuple[Any, ...]
-  whole: bool
-  anything: bool
-  optional: bool
+  others: tuple[Any, ...]
 
   @classmethod
   def of(cls, annotation: Any) -> '_Reader':
     """The reader of an annotation."""
-    types = typing.get_args(annotation) if _is_union(annotation) else ()
-    types = types or (annotation,)
-    other_types = [
-      hint for hint in types if not _is_array(hint) and hint not in (int, _NONE)
-    ]
-    hints = tuple(_any_array(hint) for hint in types if _is_array(hint))
-    return cls(hints, int in types, bool(other_types), _NONE in types)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if is_union else (annotation,)
+    hints = tuple(_any_array(part) for part in parts if _is_array(part))
+    return cls(hints, tuple(part for part in parts if not _is_array(part)))
 
   def shapes(self, name: str, value: Any) -> Iterator[Shape]:
     """The shapes to check of an argument, after a check of its type."""
@@ -202,26 +196,19 @@ class _Reader(NamedTuple):
       yield from shapes_in(name, value)
     elif self.hints and hasattr(value, 'shape'):
       yield Shape(name, value, self.hints)
-    elif not (
-      self.anything
-      or (self.optional and value is None)
-      or (self.whole and is_whole(value))
-    ):
-      raise InputError(f'{name}={_short(value)} must be {self._requirement()}')
+    elif not any(_allows(other, value) for other in self.others):
+      raise InputError(f'{name}={value!r:.60} must be {self._requirement()}')
 
   def _requirement(self) -> str:
     if not self.hints:
-      return 'an integer or None' if self.optional else 'an integer'
+      return 'an integer or None' if _NONE in self.others else 'an integer'
     return f'an array {Shape("", None, self.hints).dims}'
 
 
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
-
-
-def _is_union(annotation: Any) -> bool:
-  return not _is_array(annotation) and len(typing.get_args(annotation)) > 1
+def _allows(hint: Any, value: Any) -> bool:
+  if hint is _NONE:
+    return value is None
+  return hint is not int or is_whole(value)
 
 
 def _is_array(hint: Any) -> bool:
@@ -241,7 +228,7 @@ def _as_struct(shape: Shape) -> Any:
   value = shape.value
   if not hasattr(value, 'shape') or not hasattr(value, 'dtype'):
     raise InputError(
-      f'{shape.name}={_short(value)} must be an array {shape.dims}'
+      f'{shape.name}={value!r:.60} must be an array {shape.dims}'
     )
   open_ended = '*' in shape.dims or '...' in shape.dims
   if 0 in np.shape(value) and not open_ended:

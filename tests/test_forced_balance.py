@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import train_step_tables
+from experiments.benchmarks import roofline, train_step_tables
 from moe_jax import generate, run_config
-from moe_jax.analysis import hooks, record_evaluation, roofline, routes, traces
+from moe_jax.analysis import hooks, record_evaluation, routes, traces
 from moe_jax.analysis.recording import Traces
 from moe_jax.analysis.replay import Replaying
 from moe_jax.runs import metrics

@@ -31,6 +31,7 @@ from experiments import (
   switch_table6,
   switch_table7,
 )
+from experiments.benchmarks import roofline
 from experiments.faster_moe import clusters, simulate, simulated_runs
 from experiments.study import (
   byte_models,
@@ -57,7 +58,7 @@ from experiments.study.step_bursts import Burst
 from experiments.study.tables import Interval, markdown_table
 from experiments.study.times import StepTime
 from moe_jax import cli, devices, run_config
-from moe_jax.analysis import cost, roofline
+from moe_jax.analysis import cost
 from moe_jax.config import difference, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.run_config import RunConfig

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks import roofline
 from moe_jax import kernels
-from moe_jax.analysis import roofline
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import (
   ACTIVATIONS,

@@ -20,7 +20,7 @@ from experiments.benchmarks.moe_layer_programs import (
   PLAIN_DENSE,
   RAGGED,
 )
-from moe_jax.analysis.roofline import Peaks, Work
+from experiments.benchmarks.roofline import Peaks, Work
 
 
 def measure_setting(

@@ -14,8 +14,8 @@ from experiments.benchmarks.moe_layer_programs import (
   PLAIN_DENSE,
   Sizes,
 )
+from experiments.benchmarks.roofline import Peaks
 from experiments.study.tables import markdown_table
-from moe_jax.analysis.roofline import Peaks
 
 _MIB = 2**20
 Row = Mapping[str, Any]
@@ -64,7 +64,7 @@ def report(
 FOOTNOTE = (
   'Roofline: the larger of GFLOP / peak matmul and MB at least / peak copy, '
   'both peaks timed again in every round, as the machine drifts; '
-  'GFLOP and MB at least are by formula (`moe_jax.analysis.roofline`: every '
+  'GFLOP and MB at least are by formula (`benchmarks/roofline.py`: every '
   'kernel read once forward and once backward, its gradient written once, '
   'activations in and out), reached is roofline / measured. * XLA counts a '
   'loop of dynamic trip count once, so that its own figures are not the '

@@ -23,8 +23,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from moe_jax.analysis import compiled as compiled_lib
-from moe_jax.analysis import roofline
+from experiments.benchmarks import program_counts, roofline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Program:
 
   run: Callable[[], Any]
   compile_seconds: float
-  counts: compiled_lib.Counts
+  counts: program_counts.Counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Compilation:
     return Program(
       run=lambda: jax.block_until_ready(self.compiled(*args)),
       compile_seconds=self.seconds,
-      counts=compiled_lib.counts(self.compiled),
+      counts=program_counts.counts(self.compiled),
     )
 
 

@@ -9,10 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from experiments.benchmarks import program_counts
+from experiments.benchmarks.roofline import Work
 from moe_jax import run_config
-from moe_jax.analysis import compiled as compiled_lib
 from moe_jax.analysis import cost
-from moe_jax.analysis.roofline import Work
 from moe_jax.config import layered
 from moe_jax.run_config import RunConfig
 from moe_jax.training.programs import Programs, make_programs
@@ -65,7 +65,7 @@ class Step:
 
   run: Callable[[], None]
   compile_seconds: float
-  counts: compiled_lib.Counts
+  counts: program_counts.Counts
   work: Work
 
 
@@ -86,7 +86,7 @@ def compile_step(options: RunConfig) -> Step:
     jax.block_until_ready((state, metrics))
 
   return Step(
-    run, seconds, compiled_lib.counts(step), step_work(options, programs)
+    run, seconds, program_counts.counts(step), step_work(options, programs)
   )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.benchmarks import timing
+from experiments.benchmarks.roofline import Peaks
 from experiments.study.tables import markdown_table
-from moe_jax.analysis.roofline import Peaks
 
 _MIB = 2**20
 

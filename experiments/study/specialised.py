@@ -19,7 +19,6 @@ from moe_jax.analysis.routing_measures import (
   information,
   layers_of,
   specialisation,
-  token_entropy,
 )
 from moe_jax.analysis.traces import Header, Record
 from moe_jax.shapes import Int
@@ -116,7 +115,7 @@ def layer_information(
       if number in by_label.get(label, ())
     }
     kinds = information(by_kind(table), np.random.default_rng(number))
-    marks = token_entropy(table, [*PUNCTUATION])
+    marks = entropy(table[[*PUNCTUATION]].sum(0))
     measures |= {
       'kind': kinds.fraction,
       'punctuation': entropy(table.sum(0)) - marks,

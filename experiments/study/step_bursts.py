@@ -15,9 +15,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import roofline, timing
 from moe_jax import run_config
-from moe_jax.analysis import roofline
 from moe_jax.devices import keep_freed_memory
 from moe_jax.training.setup import Run, set_up
 

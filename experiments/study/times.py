@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import roofline, timing
 from experiments.study import scheduled_runs, step_bursts
 from experiments.study.jobs import Job
 from experiments.study.step_bursts import Burst
-from moe_jax.analysis import roofline
 from moe_jax.runs import workdir as workdir_lib
 
 _LOOK_SECONDS = 1.0

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from experiments.benchmarks import roofline
 from experiments.study import byte_models
 from experiments.study.annealed import reached_at
 from experiments.study.parts import Column, Results, Row
@@ -23,7 +24,7 @@ from experiments.time_to_loss.speed_arms import (
   reported,
   twin_of,
 )
-from moe_jax.analysis import cost, roofline
+from moe_jax.analysis import cost
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 

@@ -91,27 +91,19 @@ def compute_table(model: Model, work: Workload) -> Table:
   read, written = 'prefill, per token read', 'decoding, per token generated'
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
-  for part, n, phase, m in (
-    ('all experts', c.expert_params, 'training, per token', c.training_flops),
-    (
-      'all but the experts',
-      c.total_params - c.expert_params,
-      read,
-      c.prefill_flops,
-    ),
-    (
-      'embedding tables among those',
-      c.embedding_params,
-      written,
-      c.decode_flops,
-    ),
-    (
-      'used for one token',
-      c.active_params,
-      'forward pass, per example',
-      c.example_flops,
-    ),
-  ):
+  parts = {
+    'all experts': c.expert_params,
+    'all but the experts': c.total_params - c.expert_params,
+    'embedding tables among those': c.embedding_params,
+    'used for one token': c.active_params,
+  }
+  phases = {
+    'training, per token': c.training_flops,
+    read: c.prefill_flops,
+    written: c.decode_flops,
+    'forward pass, per example': c.example_flops,
+  }
+  for (part, n), (phase, m) in zip(parts.items(), phases.items()):
     table.add_row(part, short(n), phase, short(m))
   return table
 
@@ -197,9 +189,8 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'last column, do not grow with the batch.',
   )
   table.add_column('Trains')
-  for heading in ('parameters', 'optimizer', 'gradients'):
-    table.add_column(heading, justify='right', no_wrap=True)
-  for heading in ('FLOPs\na token', 'FLOPs\na step'):
+  counted = 'parameters', 'optimizer', 'gradients'
+  for heading in (*counted, 'FLOPs\na token', 'FLOPs\na step'):
     table.add_column(heading, justify='right', no_wrap=True)
   for name, variant in variants(options, model):
     c = training_cost(variant, model)

@@ -74,12 +74,11 @@ def cache_bytes(
   itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
   # Generation lays layers out one by one.
   stack = dataclasses.replace(decoder.stack, stacked=False)
-  slots = sum(stack.cache_lengths(max_len))
-  flags, memory_len = max_len, encoder_len if decoder.memory_len else 0
-  slots += memory_len * len(stack.sparse)
+  memory_len = encoder_len if decoder.memory_len else 0
+  slots = sum(stack.cache_lengths(max_len)) + memory_len * len(stack.sparse)
   # A flag for each slot; the next position and the last token of each row; the
   # length of the cache.
-  flags += memory_len
+  flags = max_len + memory_len
   return batch_size * (slots * a.cached_values * itemsize + flags + 8) + 4
 
 

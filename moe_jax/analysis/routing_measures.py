@@ -26,6 +26,7 @@ from moe_jax.errors import InputError
 TOKEN, POSITION, SOURCE = 'token id', 'position', 'source'
 NUM_PARTS = 32  # the most parts that a row is divided into
 NUM_SHUFFLES = 8
+_FITTING_ROUNDS = 500  # at most
 
 Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
@@ -222,7 +223,7 @@ def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
 
 
 def expected_pairs(
-  pairs: Int[np.ndarray, 'E E'], num_rounds: int = 500
+  pairs: Int[np.ndarray, 'E E'],
 ) -> Float[np.ndarray, 'E E']:
   """The pairs that tokens would choose if partners did not matter.
 
@@ -234,12 +235,11 @@ def expected_pairs(
 
   Args:
     pairs: Symmetric counts of pairs, 0 on the diagonal.
-    num_rounds: The most rounds of fitting.
   """
   row_sums = pairs.sum(1).astype(np.float64)
   weight = np.sqrt(row_sums / max(row_sums.mean(), 1e-300))
   expected = np.zeros(pairs.shape)
-  for _ in range(num_rounds):
+  for _ in range(_FITTING_ROUNDS):
     expected = np.outer(weight, weight)
     np.fill_diagonal(expected, 0)
     sums = expected.sum(1)
@@ -284,13 +284,8 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
     The share of pairs of tokens with the same first choice, 1 / E, and that of
     pairs with an expert in common, 1 - C(E - K, K) / C(E, K): 12.5 % and 46.4 %
     for two of eight experts, as in section 5 of arXiv:2401.04088.
-
-  Raises:
-    ValueError: A token cannot choose that many experts.
   """
   E, K = num_experts, num_selected
-  if not 1 <= K <= E:
-    raise InputError(f'num_selected={K} not in [1, num_experts={E}]')
   return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
 
@@ -347,21 +342,6 @@ def entropy(counts: Num[np.ndarray, '...']) -> float:
     return 0.0
   total = counts.sum()
   return max(float(np.log(total) - counts @ np.log(counts) / total), 0.0)
-
-
-def token_entropy(
-  table: Int[np.ndarray, 'V E'], ids: Int[np.ndarray, 'n'] | list[int]
-) -> float:
-  """Entropy in nats of the experts that tokens of these ids choose.
-
-  It is small if few experts serve them all, and at most ln E. Source: Table 14
-  of arXiv:2202.08906, for sentinels.
-
-  Args:
-    table: Number of choices of each expert by each token id.
-    ids: The ids.
-  """
-  return entropy(table[np.asarray(ids, np.int64)].sum(0))
 
 
 def load_evenness(load: Int[np.ndarray, 'E']) -> float:

@@ -86,14 +86,8 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
   )
 
 
-def variants(options: RunOptions, model: Model, rank: int = 16):
-  """The usual choices of what trains, by name, as options of a run.
-
-  Args:
-    options: The options of the run.
-    model: Its model.
-    rank: Rank of adapters.
-  """
+def variants(options: RunOptions, model: Model):
+  """The usual choices of what trains, by name, as options of a run."""
   sparse = bool(model.sparse_layers)
   plain = dataclasses.replace(
     options, trainable='all', trained_experts='', lora=LoraOptions()
@@ -101,8 +95,8 @@ def variants(options: RunOptions, model: Model, rank: int = 16):
   for name in ('all', *(('experts', 'non_experts') if sparse else ())):
     yield name, dataclasses.replace(plain, trainable=name)
   for roles in ('attention', 'attention + ' + ('experts' if sparse else 'ffn')):
-    lora_options = LoraOptions(rank=rank, parts=roles)
-    name = f'LoRA of rank {rank}, {roles}'
+    lora_options = LoraOptions(rank=16, parts=roles)
+    name = f'LoRA of rank 16, {roles}'
     yield name, dataclasses.replace(plain, lora=lora_options)
 
 

@@ -98,12 +98,11 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-_DEEPSEEK_MOE, *_LATENT = deepseek.ARCHITECTURES
 ARCHITECTURES = {
   architecture.model_type: architecture
   for architecture in (
     mixtral.ARCHITECTURE,
-    *_LATENT,
+    *deepseek.ARCHITECTURES,
     gpt_oss.ARCHITECTURE,
     granitemoe.ARCHITECTURE,
     nllb_moe.ARCHITECTURE,
@@ -111,7 +110,6 @@ ARCHITECTURES = {
     phimoe.ARCHITECTURE,
     *qwen_moe.ARCHITECTURES,
     switch_transformers.ARCHITECTURE,
-    _DEEPSEEK_MOE,
     openmoe.ARCHITECTURE,
   )
 }

@@ -116,30 +116,19 @@ def experts(
     gate: The name of an expert's gate in files; `up` and `down` likewise.
   """
 
-  def names(
-    projection: str, form: str, fused: str, fused_form: str
-  ) -> list[Name]:
-    paths = dict.fromkeys((module, 'mlp.experts'))
-    return [
-      *(Name(f'{path}.{{expert}}.{projection}.weight', form) for path in paths),
+  modules = dict.fromkeys((module, 'mlp.experts'))
+  table: Table = {}
+  for path, projection, form, fused, fused_form in (
+    ('w_gate', gate, 'F M -> M F', 'gate_up_proj', 'E (0/2 F) M -> E M F'),
+    ('w_in', up, 'F M -> M F', 'gate_up_proj', 'E (1/2 F) M -> E M F'),
+    ('w_out', down, 'M F -> F M', 'down_proj', 'E M F -> E F M'),
+  ):
+    table |= layer(
+      f'moe/experts/{path}',
+      *(Name(f'{m}.{{expert}}.{projection}.weight', form) for m in modules),
       Name(f'mlp.experts.{fused}', fused_form),
-    ]
-
-  gate_up = 'gate_up_proj'
-  return {
-    **layer(
-      'moe/experts/w_gate',
-      *names(gate, 'F M -> M F', gate_up, 'E (0/2 F) M -> E M F'),
-    ),
-    **layer(
-      'moe/experts/w_in',
-      *names(up, 'F M -> M F', gate_up, 'E (1/2 F) M -> E M F'),
-    ),
-    **layer(
-      'moe/experts/w_out',
-      *names(down, 'M F -> F M', 'down_proj', 'E M F -> E F M'),
-    ),
-  }
+    )
+  return table
 
 
 ACTIVATIONS = {

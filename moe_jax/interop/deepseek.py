@@ -118,26 +118,11 @@ def _latent_keys(
   spellings: Mapping[str, str] | None = None,
 ) -> Keys:
   """The keys of V2 or V3; see `decoders.keys`."""
-  d = defaults
-  shared_keys: dict[str, tuple[Any, Any]] = {
-    name: (kind, d[name])
-    for name, kind in (
-      ('intermediate_size', SIZE),
-      ('moe_intermediate_size', SIZE),
-      ('n_routed_experts', SIZE),
-      ('n_shared_experts', COUNT),
-      ('first_k_dense_replace', COUNT),
-      ('n_group', OPTIONAL_SIZE),
-      ('topk_group', OPTIONAL_SIZE),
-      ('routed_scaling_factor', POSITIVE),
-      ('kv_lora_rank', SIZE),
-    )
-  }
   return decoders.keys(
-    {'rms_norm_eps': 1e-6, 'router_aux_loss_coef': 0.0, **d},
+    {'rms_norm_eps': 1e-6, 'router_aux_loss_coef': 0.0, **defaults},
     honoured={
-      **shared_keys,
       'q_lora_rank': (OPTIONAL_SIZE, 1536),
+      'kv_lora_rank': (SIZE, 512),
       'qk_nope_head_dim': (SIZE, 128),
       'qk_rope_head_dim': (SIZE, 64),
       'v_head_dim': (SIZE, 128),
@@ -172,21 +157,22 @@ KEYS_V2 = _latent_keys(
   dict(
     vocab_size=102400,
     hidden_size=4096,
-    intermediate_size=11008,
     num_hidden_layers=32,
     num_attention_heads=32,
     max_position_embeddings=2048,
     num_experts_per_tok=None,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    moe_intermediate_size=1407,
-    first_k_dense_replace=0,
-    n_group=None,
-    topk_group=None,
-    routed_scaling_factor=1.0,
-    kv_lora_rank=512,
   ),
-  honoured={'topk_method': (str, _GREEDY)},
+  honoured={
+    'intermediate_size': (SIZE, 11008),
+    'moe_intermediate_size': (SIZE, 1407),
+    'n_routed_experts': (SIZE, 64),
+    'n_shared_experts': (COUNT, 2),
+    'first_k_dense_replace': (COUNT, 0),
+    'n_group': (OPTIONAL_SIZE, None),
+    'topk_group': (OPTIONAL_SIZE, None),
+    'routed_scaling_factor': (POSITIVE, 1.0),
+    'topk_method': (str, _GREEDY),
+  },
   fixed={
     'mlp_bias': (False,),
     'norm_topk_prob': (False, None),
@@ -198,22 +184,24 @@ KEYS_V3 = _latent_keys(
   dict(
     vocab_size=129280,
     hidden_size=7168,
-    intermediate_size=18432,
     num_hidden_layers=61,
     num_attention_heads=128,
     num_key_value_heads=128,
     max_position_embeddings=4096,
     num_experts_per_tok=8,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    moe_intermediate_size=2048,
-    first_k_dense_replace=3,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    kv_lora_rank=512,
   ),
-  honoured={'norm_topk_prob': (bool, True), 'rope_interleave': (bool, True)},
+  honoured={
+    'intermediate_size': (SIZE, 18432),
+    'moe_intermediate_size': (SIZE, 2048),
+    'n_routed_experts': (SIZE, 256),
+    'n_shared_experts': (COUNT, 1),
+    'first_k_dense_replace': (COUNT, 3),
+    'n_group': (OPTIONAL_SIZE, 8),
+    'topk_group': (OPTIONAL_SIZE, 4),
+    'routed_scaling_factor': (POSITIVE, 2.5),
+    'norm_topk_prob': (bool, True),
+    'rope_interleave': (bool, True),
+  },
   fixed={'scoring_func': ('sigmoid',), 'topk_method': ('noaux_tc',)},
   training={
     'num_nextn_predict_layers': (

@@ -21,11 +21,8 @@ from moe_jax.partitioning import MeshOptions
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import trained
 
-_CONFIG, _JSON, _MODEL = (
-  'tokenizer_config.json',
-  'tokenizer.json',
-  'tokenizer.model',
-)
+_CONFIG, _JSON = 'tokenizer_config.json', 'tokenizer.json'
+_MODEL = 'tokenizer.model'
 _EOS = '<eos>'
 _ROLES = 'bos', 'eos', 'pad'
 
@@ -146,15 +143,10 @@ def export_run(
   run = trained.read(folder, tokenizer_needed=False)
   rules = run.sharding.rules
   restored = trained.restore_variables(
-    folder,
-    run.model.build(rules),
-    rules,
-    mesh=_mesh(folder),
+    folder, run.model.build(rules), rules, mesh=_mesh(folder)
   )
-  imported_folder, output = (
-    folder / workdir_lib.IMPORTED,
-    pathlib.Path(output).expanduser(),
-  )
+  imported_folder = folder / workdir_lib.IMPORTED
+  output = pathlib.Path(output).expanduser()
   imported_config = plain_files.read_json(imported_folder / 'config.json')
   config = imported_config or _special_ids(run.tokenizer)
   imported_files = _imported_files(imported_folder)

@@ -3,9 +3,7 @@
 import dataclasses
 import os
 import pathlib
-import resource
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -83,22 +81,19 @@ def import_run(
     model=model,
     data=_fitting_data(data, checkpoint, folder, tokenizer),
   )
-  mesh, peak_before = options.mesh.make(devices), _peak_bytes()
+  mesh = options.mesh.make(devices)
   with new_run.building(folder) as unfinished:
     variables = loading.load_variables(
       checkpoint, mesh=mesh, rules=options.sharding.rules
     )
-    lines = [
-      _size_line(variables['params'], mesh),
-      _memory_line(peak_before, checkpoint),
-    ]
     new_run.copy_files(other_files, unfinished / new_run.FILES)
     if tokenizer is not None:
       tokenizer.save(unfinished / TOKENIZER)
     metadata = {'imported': checkpoint.architecture.model_type}
     new_run.write(unfinished, section_of(options), variables, metadata)
+  size_line = _size_line(variables['params'], mesh)
   advice = _advice(folder, tokenizer)
-  return [*lines, *checkpoint.notes, *notes, *advice]
+  return [size_line, *checkpoint.notes, *notes, *advice]
 
 
 def _tokenizer(
@@ -144,7 +139,7 @@ def _model(imported: ModelOptions, configured: ModelOptions) -> ModelOptions:
 def _computed_as(imported: O, configured: Options, how: bool = False) -> O:
   """The imported options, with configured values of those on computation.
 
-  Options on computation only say how something is computed; see `Spec.how`.
+  Options on computation only say how something is computed; see `Option`.
   Those that have another value than the default in `imported` are kept.
 
   Args:
@@ -220,21 +215,6 @@ def _size_line(params, mesh) -> str:
     f'{count:,} parameters, {size / 2**20:,.1f} MiB, on {mesh.size} x '
     f'{mesh.devices.flat[0].device_kind}'
   )
-
-
-def _memory_line(peak_before: int, checkpoint: Checkpoint) -> str:
-  peak, largest = _peak_bytes(), checkpoint.open_files().largest
-  on_host = jax.devices()[0].platform == 'cpu'
-  return (
-    f'peak host memory {peak / 2**20:,.1f} MiB, {peak_before / 2**20:,.1f} MiB '
-    f'before the parameters{" (which are in it here)" if on_host else ""}; '
-    f'largest tensor {largest / 2**20:,.1f} MiB'
-  )
-
-
-def _peak_bytes() -> int:
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == 'darwin' else 1024 * peak
 
 
 def _advice(folder: pathlib.Path, tokenizer: Tokenizer | None) -> list[str]:

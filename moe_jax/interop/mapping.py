@@ -105,14 +105,7 @@ class Form:
     parts = [part for group in self.theirs for part in group if '/' in part]
     return math.prod(int(part.split('/')[1]) for part in parts)
 
-  def write(self, array: np.ndarray) -> np.ndarray:
-    """Their contiguous tensor from our whole one, if it has no blocks."""
-    letters = [letter for group in self.theirs for letter in group]
-    axes = [self.ours.index(letter) for letter in letters]
-    shape = self.their_shape(array.shape)
-    return np.ascontiguousarray(array.transpose(axes)).reshape(shape)
-
-  def write_block(self, tensor: np.ndarray, array: np.ndarray) -> None:
+  def write(self, tensor: np.ndarray, array: np.ndarray) -> None:
     """Writes our whole tensor into its block of their contiguous one."""
     sizes = self._sizes(array.shape)
     parts = [part for group in self.theirs for part in group]

@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_jax.interop import decoders
 from moe_jax.interop.config_keys import (
-  OPTIONAL_COUNT,
+  OPTIONAL_LENGTH,
   OPTIONAL_SIZE,
   RATE,
   SIZE,
@@ -42,7 +42,7 @@ KEYS = decoders.keys(
   honoured={
     'intermediate_size': (SIZE, 14336),
     'head_dim': (OPTIONAL_SIZE, None),
-    'sliding_window': (OPTIONAL_COUNT, None),
+    'sliding_window': (OPTIONAL_LENGTH, None),
     'num_local_experts': (SIZE, 8),
   },
   training={
@@ -61,8 +61,6 @@ def problems(c: Values) -> Iterator[str]:
   """A text for each value that our decoders cannot express."""
   yield from decoders.problems(c, theta=_THETA)
   yield from decoders.gate_problems(c)
-  if c.sliding_window is not None and c.sliding_window < 1:
-    yield f'sliding_window={c.sliding_window} must be at least 1'
 
 
 def options(c: Values) -> DecoderOptions:

@@ -121,7 +121,7 @@ def problems(c: Values) -> list[str]:
     errors.append(f'num_experts={c.num_experts} must be at least 2')
   for half in ('encoder', 'decoder'):
     heads = getattr(c, f'{half}_attention_heads')
-    if heads < 1 or c.d_model % heads:
+    if c.d_model % heads:
       errors.append(
         f'{half}_attention_heads={heads} does not divide d_model={c.d_model}'
       )

@@ -17,7 +17,7 @@ from typing import Any
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.interop import decoders, rotary_keys
-from moe_jax.interop.config_keys import OPTIONAL_COUNT, RATE, SIZE, Values
+from moe_jax.interop.config_keys import OPTIONAL_LENGTH, RATE, SIZE, Values
 from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, experts, layer
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import ShortTurns
@@ -46,7 +46,7 @@ KEYS = decoders.keys(
     'intermediate_size': (SIZE, 6400),
     'num_local_experts': (SIZE, 16),
     'router_jitter_noise': (RATE, 0.01),
-    'sliding_window': (OPTIONAL_COUNT, None),
+    'sliding_window': (OPTIONAL_LENGTH, None),
     'attention_bias': (bool, False),
     'lm_head_bias': (bool, False),
   },
@@ -69,13 +69,6 @@ def problems(c: Values) -> Iterator[str]:
   if c.num_experts_per_tok != 2:
     num_selected = c.num_experts_per_tok
     yield f'num_experts_per_tok={num_selected} is not supported, only 2'
-  if c.sliding_window is not None and c.sliding_window < 1:
-    yield f'sliding_window={c.sliding_window} must be at least 1'
-  rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
-  if rope.get('rope_type', rope.get('type')) == 'longrope':
-    for name in ('short_mscale', 'long_mscale'):
-      if rope.get(name) is None:
-        yield f"rope type 'longrope' lacks {name!r}"
 
 
 def options(c: Values) -> DecoderOptions:

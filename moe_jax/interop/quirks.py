@@ -12,7 +12,6 @@ from typing import ClassVar, Self
 import jax.numpy as jnp
 
 from moe_jax.config import fields_of, option
-from moe_jax.errors import InputError
 from moe_jax.layers.block import Context
 from moe_jax.layers.rotary import LongRope, Turns
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
@@ -70,13 +69,8 @@ def by_rank(routing: Routing) -> Routing:
   """The same gates and drops with first choices in expert 1, second in 0.
 
   Every token has a slot in both, so no further token is dropped.
-
-  Raises:
-    ValueError: K is not 2.
   """
   G, S, K = routing.expert_index.shape
-  if K != 2:
-    raise InputError(f'serving by rank needs two choices a token, not {K}')
   expert_index = jnp.broadcast_to(jnp.array([1, 0], jnp.int32), (G, S, K))
   slot = jnp.arange(S, dtype=jnp.int32)[None, :, None]
   return dataclasses.replace(

@@ -6,7 +6,7 @@ first, and the object is written.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.interop.config_keys import (
@@ -34,40 +34,34 @@ KEYS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-class _Parameter(NamedTuple):
-  """A parameter of a rope type, which has the name of our option.
-
-  Attributes:
-    kind: The kind of its values; see `config_keys`.
-    required: Whether every config must have it.
-  """
-
-  kind: Any
-  required: bool = False
-
-
-# The parameters of each rope type, by their names. A type's name is that of our
-# scaling, but for 'default'.
-_TYPES: Mapping[str, Mapping[str, _Parameter]] = {
+# The kind of each parameter of a rope type. A type's name is that of our
+# scaling, but for 'default', and a parameter's that of our option.
+_TYPES: Mapping[str, Mapping[str, Any]] = {
   'default': {},
   'yarn': {
-    _ORIGINAL: _Parameter(LENGTH),
-    'factor': _Parameter(POSITIVE, required=True),
-    'beta_fast': _Parameter(POSITIVE),
-    'beta_slow': _Parameter(POSITIVE),
-    'truncate': _Parameter(bool),
-    'attention_factor': _Parameter(POSITIVE),
-    'mscale': _Parameter(AMOUNT),
-    'mscale_all_dim': _Parameter(AMOUNT),
+    _ORIGINAL: LENGTH,
+    'factor': POSITIVE,
+    'beta_fast': POSITIVE,
+    'beta_slow': POSITIVE,
+    'truncate': bool,
+    'attention_factor': POSITIVE,
+    'mscale': AMOUNT,
+    'mscale_all_dim': AMOUNT,
   },
   'longrope': {
-    _ORIGINAL: _Parameter(LENGTH),
-    'factor': _Parameter(POSITIVE),
-    'short_factor': _Parameter(list, required=True),
-    'long_factor': _Parameter(list, required=True),
-    'short_mscale': _Parameter(POSITIVE),
-    'long_mscale': _Parameter(POSITIVE),
+    _ORIGINAL: LENGTH,
+    'factor': POSITIVE,
+    'short_factor': list,
+    'long_factor': list,
+    'short_mscale': POSITIVE,
+    'long_mscale': POSITIVE,
   },
+}
+# The parameters that every config with the rope type must have.
+_REQUIRED: Mapping[str, set[str]] = {
+  'default': set(),
+  'yarn': {'factor'},
+  'longrope': {'short_factor', 'long_factor', 'short_mscale', 'long_mscale'},
 }
 
 
@@ -76,9 +70,7 @@ def _option(key: str) -> str:
   return 'original_len' if key == _ORIGINAL else key
 
 
-def problems(
-  c: Values, theta: float, types: tuple[str, ...] = ('default', 'yarn')
-) -> Iterator[str]:
+def problems(c: Values, theta: float, types: tuple[str, ...]) -> Iterator[str]:
   """A text for each value on rotary positions that is not supported.
 
   Args:
@@ -100,17 +92,14 @@ def problems(
       continue
     if name not in known_parameters:
       yield f'{name}={value!r:.80} of rope type {rope_type!r} is not known'
-    elif not is_kind(value, known_parameters[name].kind):
-      rule = kind_name(known_parameters[name].kind)
+    elif not is_kind(value, known_parameters[name]):
+      rule = kind_name(known_parameters[name])
       yield f'{name}={value!r:.80} of rope type {rope_type!r} is no {rule}'
     elif isinstance(value, list) and not all(
       is_kind(number, POSITIVE) for number in value
     ):
       yield f'{name}={value!r:.80} is no list of numbers above 0'
-  required = {
-    name for name, parameter in known_parameters.items() if parameter.required
-  }
-  if missing := sorted(required - parameters.keys()):
+  if missing := sorted(_REQUIRED[rope_type] - parameters.keys()):
     yield f'rope type {rope_type!r} lacks {missing}'
 
 
@@ -124,12 +113,12 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
   """
   rope_type, parameters = _parameters(c, theta)
   scaling: dict[str, Any] = {}
-  for name, parameter in _TYPES[rope_type].items():
+  for name, kind in _TYPES[rope_type].items():
     if isinstance(value := parameters.get(name), list):
       scaling[_option(name)] = tuple(map(float, value))
     elif value is not None:
       # JSON may have an integer for these.
-      is_float = parameter.kind in (AMOUNT, POSITIVE)
+      is_float = kind in (AMOUNT, POSITIVE)
       scaling[_option(name)] = float(value) if is_float else value
   name = 'none' if rope_type == 'default' else rope_type
   return Rotary(
@@ -191,7 +180,7 @@ def _parameters(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
   if original is not None:
     parameters[_ORIGINAL] = original
     if (
-      not _TYPES[rope_type]['factor'].required
+      'factor' not in _REQUIRED[rope_type]
       and longest is not None
       and is_kind(original, LENGTH)
     ):

@@ -1,11 +1,10 @@
 """Writing of a model and its variables as a folder for transformers."""
 
-import functools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,26 +67,12 @@ def save(
   model = options.build()
   exported = as_variables(params, state)
   our_leaves = leaves(architecture.names, model, exported)
-  tensors = list(_tensors(our_leaves, architecture, exported))
+  tensors = _tensors(our_leaves, architecture, exported)
   folder.mkdir(parents=True, exist_ok=True)
   _write(folder, tensors, shard_bytes)
   # Last, as without config.json a folder is not read.
   text = json.dumps(config_json, indent=2, sort_keys=True)
   (folder / 'config.json').write_text(text + '\n', encoding='utf-8')
-
-
-class _Tensor(NamedTuple):
-  """A tensor to be written.
-
-  Attributes:
-    name: The name of the tensor in the file.
-    num_bytes: The size of the tensor.
-    make: Returns the array.
-  """
-
-  name: str
-  num_bytes: int
-  make: Any
 
 
 class _Part(NamedTuple):
@@ -111,7 +96,8 @@ class _Part(NamedTuple):
 
 def _tensors(
   our_leaves: Sequence[Leaf], architecture: Architecture, variables: Any
-) -> Iterator[_Tensor]:
+) -> dict[str, list[_Part]]:
+  """The parts of each tensor that is written, by its name."""
   arrays = {
     path_in_collection(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
@@ -130,10 +116,7 @@ def _tensors(
       raise InputError(
         f'{name} is made of {num_blocks} parameters, not of {paths}'
       )
-    dtype = np.result_type(*(part.array.dtype for part in parts))
-    count = math.prod(parts[0].leaf.tensor_shape)
-    make = functools.partial(_assemble, parts, dtype)
-    yield _Tensor(name, count * dtype.itemsize, make)
+  return parts_of_tensor
 
 
 def _table_names(
@@ -155,13 +138,15 @@ def _table_names(
   return {'embedding': decoder_tables, 'encoder_embedding': encoder_tables}
 
 
-def _assemble(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
+def _dtype(parts: Sequence[_Part]) -> np.dtype:
+  return np.result_type(*(part.array.dtype for part in parts))
+
+
+def _assemble(parts: Sequence[_Part]) -> np.ndarray:
   """The tensor whose blocks are the parts."""
-  if len(parts) == 1:
-    return parts[0].leaf.form.write(parts[0].fetch())
-  tensor = np.empty(parts[0].leaf.tensor_shape, dtype)
+  tensor = np.empty(parts[0].leaf.tensor_shape, _dtype(parts))
   for part in parts:
-    part.leaf.form.write_block(tensor, part.fetch())
+    part.leaf.form.write(tensor, part.fetch())
   return tensor
 
 
@@ -174,29 +159,32 @@ def _take(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
 
 
 def _write(
-  folder: pathlib.Path, tensors: Sequence[_Tensor], shard_bytes: int
+  folder: pathlib.Path,
+  tensors: Mapping[str, Sequence[_Part]],
+  shard_bytes: int,
 ) -> None:
   """Writes one file of tensors, or several files and an index."""
-  shards: list[list[_Tensor]] = [[]]
-  size = 0
-  for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-    if shards[-1] and size + tensor.num_bytes > shard_bytes:
+  shards: list[list[str]] = [[]]
+  size = total_size = 0
+  for name, parts in sorted(tensors.items()):
+    num_bytes = math.prod(parts[0].leaf.tensor_shape) * _dtype(parts).itemsize
+    if shards[-1] and size + num_bytes > shard_bytes:
       shards.append([])
       size = 0
-    shards[-1].append(tensor)
-    size += tensor.num_bytes
+    shards[-1].append(name)
+    size, total_size = size + num_bytes, total_size + num_bytes
   stem, _, ending = SAFETENSORS.partition('.')
   weight_map = {}
   for i, shard in enumerate(shards, start=1):
-    name = SAFETENSORS
+    file = SAFETENSORS
     if len(shards) > 1:
-      name = f'{stem}-{i:05}-of-{len(shards):05}.{ending}'
-    arrays = {tensor.name: tensor.make() for tensor in shard}
-    save_file(arrays, folder / name, metadata={'format': 'pt'})
-    weight_map |= dict.fromkeys(arrays, name)
+      file = f'{stem}-{i:05}-of-{len(shards):05}.{ending}'
+    arrays = {name: _assemble(tensors[name]) for name in shard}
+    save_file(arrays, folder / file, metadata={'format': 'pt'})
+    weight_map |= dict.fromkeys(arrays, file)
   if len(shards) > 1:
     index = {
-      'metadata': {'total_size': sum(t.num_bytes for t in tensors)},
+      'metadata': {'total_size': total_size},
       'weight_map': weight_map,
     }
     text = json.dumps(index, indent=2, sort_keys=True)

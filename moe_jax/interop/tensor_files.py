@@ -97,11 +97,6 @@ class TensorFiles:
     return sum(math.prod(spec.shape) for spec in self.specs.values())
 
   @functools.cached_property
-  def num_bytes(self) -> int:
-    """The size of all tensors in bytes."""
-    return sum(spec.num_bytes for spec in self.specs.values())
-
-  @functools.cached_property
   def dtype(self) -> str:
     """The dtype of `FLOATS` that most bytes have; if none has, the first."""
     sizes = dict.fromkeys(FLOATS, 0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import models, run_config
-from moe_jax.analysis import compiled, cost, counts
+from moe_jax.analysis import cost, counts
 from moe_jax.configs import glam_64b64e, mixtral_8x7b, openmoe_8b
 from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts import FeedForwardExpert
@@ -275,7 +275,7 @@ LONG, SHORT = 24, 16
 
 
 def flops_of(f, *args):
-  return compiled.counts(jax.jit(f).lower(*args).compile()).flops
+  return jax.jit(f).lower(*args).compile().cost_analysis()['flops']
 
 
 def abstract(model):

@@ -310,7 +310,7 @@ def test_generating(argv, phrases, capsys):
 
 
 PROMPTS = {
-  'missing': (None, ('--prompts_file=', 'prompts.txt cannot be read: No such')),
+  'missing': (None, ('No such file', 'prompts.txt')),
   'empty': (b'', ('prompts.txt has no prompts',)),
   'only line ends': (b'\n\n', ('prompts.txt has no prompts',)),
   'no text': (b'\xff\xfe\xfa', ('prompts.txt',)),

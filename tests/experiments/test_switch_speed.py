@@ -8,6 +8,7 @@ import pytest
 
 from experiments import report, switch_speed
 from experiments.benchmarks import timing
+from experiments.benchmarks.roofline import Peaks
 from experiments.study import command, jobs, runner, step_bursts
 from experiments.study import times as times_lib
 from experiments.study.results import SUMMARY
@@ -19,7 +20,6 @@ from experiments.time_to_loss.speed_arms import (
   SpeedPreset,
   arm_name,
 )
-from moe_jax.analysis.roofline import Peaks
 from tests.training import tiny
 
 PEAKS = Peaks(200e9, 20e9, 'float32', 1024, 1 << 28)

@@ -206,7 +206,7 @@ def test_an_nllb_of_2023(tmp_path):
         "unknown key 'head_dimm'; did you mean 'head_dim'?",
         "hidden_act='relu' is not supported, only ['gelu_new', ",
         'num_experts_per_tok=1 is not supported',
-        'sliding_window=0 must be at least 1',
+        'sliding_window=0 is no length of at least 1 in int32, or null',
         "vocab_size='many' is no int",
         'rms_norm_eps=True is no finite number above 0',
         "quantization_config={'bits': 4} is not supported, only None",
@@ -296,11 +296,9 @@ def test_an_nllb_of_2023(tmp_path):
       ),
       (
         'num_experts_per_tok=3 is not supported, only 2',
-        'sliding_window=0 must be at least 1',
+        'sliding_window=0 is no length of at least 1 in int32, or null',
         'short_factor=[1, 0, 1] is no list of numbers above 0',
-        "rope type 'longrope' lacks ['long_factor']",
-        "rope type 'longrope' lacks 'short_mscale'",
-        "rope type 'longrope' lacks 'long_mscale'",
+        "'longrope' lacks ['long_factor', 'long_mscale', 'short_mscale']",
       ),
     ),
     (

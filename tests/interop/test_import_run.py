@@ -106,7 +106,7 @@ def test_in_on_and_out(tmp_path, capsys):
     decoder_sparse_step=1,
   )
   lines = import_run(source, workdir)
-  assert '1 x cpu' in lines[0] and 'peak host memory' in lines[1]
+  assert '1 x cpu' in lines[0]
   # Training starts with the imported parameters and a new optimizer state.
   watch = Watch()
   corpus = dict(python_stdlib_docstrings=dict(modules='email,json'))

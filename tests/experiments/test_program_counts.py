@@ -1,9 +1,10 @@
-"""FLOPs of looped layers, extrapolated from models of one and two periods."""
+"""Counts of programs; FLOPs of loops from models of one and two periods."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from moe_jax.analysis import compiled
+from experiments.benchmarks import program_counts
 from moe_jax.partitioning import make_mesh
 from moe_jax.training import programs
 from tests.training import tiny
@@ -24,12 +25,21 @@ def options_of(**overrides):
   return tiny.options(batch_size=4, **overrides).filled(257)
 
 
+def test_counts_of_a_product():
+  x, w = jnp.ones((6, 5)), jnp.ones((5, 7))
+  counts = program_counts.counts(jax.jit(jnp.matmul).lower(x, w).compile())
+  assert counts.flops == pytest.approx(2 * 6 * 5 * 7, rel=0.05)
+  assert counts.argument_bytes == 4 * (6 * 5 + 5 * 7)
+  assert counts.output_bytes == 4 * 6 * 7
+  assert counts.bytes_accessed >= 4 * (6 * 5 + 5 * 7 + 6 * 7)
+
+
 @pytest.mark.slow
 def test_extrapolated_is_what_the_unrolled_model_has():
   model = {'num_layers': 4, 'moe': {'layers': 'all'}}
   looped = options_of(model=model)
   unrolled_flops = flops(options_of(model={**model, 'scan_layers': False}))
-  assert compiled.extrapolate(looped, flops) == pytest.approx(
+  assert program_counts.extrapolate(looped, flops) == pytest.approx(
     unrolled_flops, rel=1e-3
   )
 
@@ -42,7 +52,7 @@ def test_microbatches_repeat_all_but_the_optimizer():
     return 7.0 + short.batch_size * short.model.num_layers
 
   layers = options.model.num_layers
-  assert compiled.extrapolate(options, count) == 7 + 12 * layers
+  assert program_counts.extrapolate(options, count) == 7 + 12 * layers
 
 
 def test_both_halves_have_their_own_loops():
@@ -75,7 +85,7 @@ def test_both_halves_have_their_own_loops():
     # The fake cost of a decoder layer is 10 and of an encoder layer 1.
     return 100.0 + 10 * decoder.num_layers + encoder.num_layers
 
-  assert compiled.extrapolate(options, record) == 100 + 60 + 11
+  assert program_counts.extrapolate(options, record) == 100 + 60 + 11
   # With 'last 1' eleven layers are a loop of ten dense layers and one sparse
   # layer.
   assert short_halves == [
@@ -90,4 +100,4 @@ def test_loops_over_tokens_are_refused():
     model={'kind': 'lstm', 'num_layers': 3, 'positions': {'kind': 'none'}}
   )
   with pytest.raises(ValueError, match=r"'lstm' has loops over tokens"):
-    compiled.extrapolate(options, flops)
+    program_counts.extrapolate(options, flops)
