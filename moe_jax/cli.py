@@ -32,8 +32,11 @@ from moe_jax.config import (
   Field,
   Option,
   OptionError,
+  Options,
   flatten,
   merge,
+  read_options,
+  settle,
   unknown,
   unknown_key_text,
   unknown_text,
@@ -61,8 +64,10 @@ CONSOLE = {
   'moe_jax.main': 'moe-train',
 }
 _MOE_JAX = 'moe_jax'
+_NUMBER = re.compile(r'-[\d.]+(e[+-]?\d+)?')
 _PACKAGE = re.compile(r'[a-zA-Z_]\w*(\.[a-zA-Z_]\w*)*')
 _NO_BOOLEAN = re.compile(r"\('Non-boolean argument to boolean flag', (.*)\)")
+_NO_NUMBER = re.compile(r'could not convert string to float: (.*)')
 _NO_INTEGER = re.compile(r'invalid literal for int\(\) with base 10: (.*)')
 # Beginnings of JAX's messages about JAX_PLATFORMS.
 _PLATFORM = ('Unable to initialize backend', 'Unknown backend')
@@ -120,8 +125,50 @@ def applied(
       text = str(error).strip().splitlines()[0]
       text = _NO_BOOLEAN.sub(r'\1 is no boolean; give the flag alone', text)
       text = _NO_INTEGER.sub(r'\1 is no integer; give one, such as 1000', text)
-      problems.append(text)
+      problems.append(_NO_NUMBER.sub(r'\1 is no number', text))
   return config, problems
+
+
+def options_of(
+  root: type[Options],
+  base: str | ml_collections.ConfigDict,
+  overrides: Sequence[str] = (),
+  part: str = '',
+) -> tuple[Any, list[str]]:
+  """The options of a config with overrides, or those of a part of it.
+
+  Args:
+    root: The class of the options.
+    base: A config, or its path or name.
+    overrides: Flags such as '--config.seed=1'. What they set where it has no
+      effect is refused.
+    part: Name of the section that is read; '' is the whole.
+
+  Returns:
+    The options, and a line for each value of the file that is ignored since it
+    has no effect.
+
+  Raises:
+    ValueError: The message gives everything that is wrong, by name.
+  """
+  config, problems = applied(base, overrides)
+  section: Any = (
+    config.get(part, ml_collections.ConfigDict()) if part else config
+  )
+  path = f'{part}.' if part else ''
+  names = list(map(name_of, overrides))
+  settled, ignored = settle(root, section, names, path)
+  options = None
+  try:
+    options = read_options(root, settled, path)
+  except OptionError as error:
+    problems += error.problems
+  if problems:
+    raise OptionError(problems)
+  return options, [
+    f'{name}={value!r} has no effect with these flags; ignored'
+    for name, value in ignored.items()
+  ]
 
 
 def name_of(override: str) -> str:
@@ -142,18 +189,19 @@ def _unknown_key(config: ml_collections.ConfigDict, name: str) -> str | None:
   is_open = bool(path) and not section.is_locked
   if is_open and len(rest) == 1:
     return None
+  if not rest:
+    return (
+      f'unknown config key {name!r}: it is a section, whose keys are set, '
+      f'--config.{name}.KEY=...; have {sorted(section)}'
+    )
   # What stands beside the first part of the name that does not exist.
-  parent = path if rest and len(section) else path[:-1]
-  depth = len(parent)
+  depth = len(path)
   beside = {
     '.'.join(key.split('.')[: depth + 1])
     for key in keys
-    if key.split('.')[:depth] == parent
+    if key.split('.')[:depth] == path
   }
   text = unknown_key_text(name, beside)
-  if is_open and not rest:
-    hint = f'{name} is a section, whose keys are set: --config.{name}.KEY=...'
-    return f'{text}; {hint}'
   if is_open and rest[0] not in section:
     value = '...'
     for key in reversed(rest[1:]):
@@ -480,15 +528,18 @@ def parse_command(
   Returns:
     The options, and the overrides, words that begin with --config.
   """
-  words = list[str]()
+  rest, overrides = list[str](), list[str]()
+  before = ''
   for word in sys.argv[1:] if argv is None else argv:
-    is_value = words and words[-1].startswith('--config.')
-    if is_value and '=' not in words[-1] and not word.startswith('-'):
-      words[-1] += f'={word}'
+    is_flag = word.startswith('-') and not _NUMBER.fullmatch(word)
+    if before.startswith('--config.') and '=' not in before and not is_flag:
+      overrides[-1] += f'={word}'
+    elif word.startswith('--config.'):
+      overrides.append(word)
     else:
-      words.append(word)
-  options, overrides = parser.parse_known_args(words)
-  others = [word for word in overrides if not word.startswith('--config.')]
+      rest.append(word)
+    before = word
+  options, others = parser.parse_known_args(rest)
   if others or (overrides and not has_config(options)):
     parser.unknown(others or overrides)
   return options, overrides

@@ -93,9 +93,16 @@ class OptionError(InputError):
     self.problems = tuple(dict.fromkeys(problems))
     super().__init__('\n'.join(self.problems))
 
+  def __reduce__(self):
+    return type(self), (self.problems,)
+
   def below(self, path: str) -> 'OptionError':
     """The same error with `path` put before the name of every option."""
-    return OptionError(f'{path}{text}' for text in self.problems)
+    return OptionError(type(text)(f'{path}{text}') for text in self.problems)
+
+
+class InVain(str):
+  """The problem of an option that is set where it has no effect."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,16 +162,12 @@ def option(default: Any = MISSING, sentence: str = '', **bounds: Any) -> Any:
   """A field of an `Options` dataclass.
 
   Args:
-    default: The default value; without it, a value is required.
+    default: The default value; without it, a value is required. Where it is
+      other options, the field is a section within the section.
     sentence: A sentence on it, with its unit and the meaning of zero.
     **bounds: The bounds of its values, and other attributes of `Option`.
   """
   return _field(default, Option(sentence, **bounds))
-
-
-def nested(default: 'Options', sentence: str, **attributes: Any) -> Any:
-  """A field that holds other options: a section within a section."""
-  return _field(default, Option(sentence, **attributes))
 
 
 def choice(
@@ -420,9 +423,9 @@ class Options:
     return dataclasses.replace(cast(Any, self), **changes)
 
 
-def no_effect(name: str, value: Any, reason: str) -> str:
+def no_effect(name: str, value: Any, reason: str) -> InVain:
   """The message for an option that is set where it cannot matter."""
-  return f'{name}={value!r} has no effect {reason}'
+  return InVain(f'{name}={value!r} has no effect {reason}')
 
 
 def value_problem(name: str, value: Any, field: Field) -> str | None:
@@ -641,10 +644,11 @@ def settle(
   given: Collection[str],
   path: str = '',
 ) -> tuple[ConfigDict, dict[str, Any]]:
-  """A copy of a config without values in sections that are not chosen.
+  """A copy of a config without what the layers before its last set in vain.
 
   The last layer of a config (flags, an evaluation's overrides, a study's arm)
-  may choose another kind than the layers before it have set options for.
+  may choose another kind than the layers before it have set options for, or
+  switch off what other options are for.
 
   Args:
     root: The class of the config, or the kinds that it chooses from.
@@ -656,10 +660,14 @@ def settle(
   Returns:
     A locked copy, and by name the values that got their defaults.
   """
+  reader = _Reader()
+  reader.read(root, config, path)
   settled, ignored = _unlocked_copy(config), {}
-  for key in keys_of(root, config, path):
-    is_given = any(f'{name}.'.startswith(f'{key.path}.') for name in given)
-    if key.unchosen is None or not key.changed or is_given:
+  in_vain = [x for x in reader.problems if isinstance(x, InVain)]
+  names = tuple(f'{text.partition("=")[0]}.' for text in in_vain)
+  for key in reader.keys:
+    is_idle = key.unchosen or f'{key.path}.'.startswith(names)
+    if not (key.changed and is_idle and not _is_given(key.path, given)):
       continue
     ignored[key.path] = key.value
     *parents, name = key.path.removeprefix(path).split('.')
@@ -672,6 +680,13 @@ def settle(
       else:
         parent[name] = None if key.default is MISSING else key.default
   return _locked_like(settled, config), ignored
+
+
+def _is_given(path: str, given: Collection[str]) -> bool:
+  """Whether a name is among those given, or above or below one of them."""
+  path += '.'
+  names = (f'{name}.' for name in given)
+  return any(name.startswith(path) or path.startswith(name) for name in names)
 
 
 def layered(
@@ -738,8 +753,7 @@ class _Reader:
       beside: Names of keys of the section that are no options of the class.
     """
     before = len(self.problems)
-    if not isinstance(section, Mapping):
-      self.problems.append(f'{path[:-1]}={section!r} is no section')
+    if not self._is_section(section, path):
       return None
     try:
       section = cls.spelled_out(section)
@@ -794,8 +808,7 @@ class _Reader:
     self, kinds, default, section, path, unchosen=None, described=Option()
   ):
     """The options of the kind that a section names, or of the default's."""
-    if not isinstance(section, Mapping):
-      self.problems.append(f'{path[:-1]}={section!r} is no section')
+    if not self._is_section(section, path):
       return None
     usual = None if default is None else kinds.name_of(default)
     name = section.get(KIND, usual)
@@ -809,15 +822,16 @@ class _Reader:
     if cls is None:
       return None
     reason = unchosen or f'with {path}{KIND}={name!r}'
-    own, custom = name, section.get(CUSTOM, {})
-    if name not in kinds.builtin:
-      own, custom = CUSTOM, {}
-    for key, value in custom.items():
+    custom = section.get(CUSTOM, {})
+    if not self._is_section(custom, f'{path}{CUSTOM}.'):
+      return None
+    own = name if name in kinds.builtin else CUSTOM
+    for key, value in custom.items() if own != CUSTOM else ():
       key = f'{path}{CUSTOM}.{key}'
       self.keys.append(Key(key, value, MISSING, Option(), reason))
     if kinds.inline:
       values = {k: v for k, v in section.items() if k not in (KIND, CUSTOM)}
-      values |= section.get(CUSTOM, {}) if own == CUSTOM else {}
+      values |= custom if own == CUSTOM else {}
       default = default if isinstance(default, cls) else None
       others = kinds.others(cls)
       chosen = self._options(cls, default, values, path, unchosen, others)
@@ -834,6 +848,13 @@ class _Reader:
         self._options(other, None, values, f'{path}{kind}.', reason)
     return chosen
 
+  def _is_section(self, section, path):
+    if isinstance(section, Mapping):
+      return True
+    name = path[:-1] or 'config'
+    self.problems.append(f'{name}={section!r} is no section')
+    return False
+
   def _class(self, kinds, name, path):
     try:
       return kinds.get(name)
@@ -844,11 +865,12 @@ class _Reader:
   def _entries(self, field, section, path):
     """The options of each entry of an open section, by its name."""
     chosen, kinds = {}, field.option.kinds
+    if not self._is_section(section, path):
+      return None
     for name, entry in section.items():
       if isinstance(entry, Options):  # a default
         entry = {KIND: kinds.name_of(entry), **_section(entry)}
-      if not isinstance(entry, Mapping):
-        self.problems.append(f'{path}{name}={entry!r} is no section')
+      if not self._is_section(entry, f'{path}{name}.'):
         continue
       if KIND not in entry:
         self.problems.append(f'{path}{name} has no {KIND!r}')
@@ -1010,7 +1032,8 @@ def _field_schema(field: Field) -> dict[str, Any]:
     return {'type': 'object', 'additionalProperties': {'required': [KIND]}}
   if (kinds := described.kinds) is not None:
     schema = json_schema(kinds)
-    schema['properties'][KIND]['default'] = kinds.name_of(default)
+    about = {'description': described.sentence}
+    schema['properties'][KIND] |= about | {'default': kinds.name_of(default)}
     return schema
   if isinstance(default, Options):
     return json_schema(default)
@@ -1024,7 +1047,9 @@ def _field_schema(field: Field) -> dict[str, Any]:
     schema['enum'] = [*described.choices]
   if described.required:
     schema['minLength'] = 1
-  return schema if default is MISSING else {**schema, 'default': default}
+  if default is MISSING:  # null where it is not given yet
+    return {'anyOf': [schema, {'type': 'null'}]}
+  return {**schema, 'default': default}
 
 
 def _type_schema(hint: Any) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from moe_jax.config import (
   entries,
   json_schema,
   keys_of,
-  nested,
+  option,
   read_options,
   section_of,
-  settle,
   unknown_key_text,
 )
 from moe_jax.evaluation import EVALUATIONS
@@ -44,10 +43,10 @@ class RunConfig(RunOptions):
     'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
     'name that the user chooses.',
   )
-  init_from: InitFrom = nested(
+  init_from: InitFrom = option(
     InitFrom(), 'Run whose parameters this run begins with.'
   )
-  distill: DistillOptions = nested(
+  distill: DistillOptions = option(
     DistillOptions(), 'Run whose model teaches this one.'
   )
 
@@ -99,31 +98,9 @@ def options_of(
 ) -> tuple[RunConfig, list[str]]:
   """The options of a config file with overrides.
 
-  Args:
-    base: A config, or its path or name; see `cli.load_config`.
-    overrides: Flags such as '--config.seed=1'. What they set in a section that
-      is not chosen is refused.
-
-  Returns:
-    The options, and a line for each value that the file sets in a section that
-    is not chosen, and that is ignored.
-
-  Raises:
-    ValueError: The message gives everything that is wrong, by name.
+  Arguments, results and errors are those of `cli.options_of`.
   """
-  config, problems = cli.applied(base, overrides)
-  given = list(map(cli.name_of, overrides))
-  settled, ignored = settle(RunConfig, config, given)
-  try:
-    options = read(settled)
-  except OptionError as error:
-    raise OptionError([*problems, *error.problems]) from None
-  if problems:
-    raise OptionError(problems)
-  return options, [
-    f'{name}={value!r} is in a section that is not chosen; ignored'
-    for name, value in ignored.items()
-  ]
+  return cli.options_of(RunConfig, base, overrides)
 
 
 def describe(
@@ -151,7 +128,10 @@ def describe(
   ]
   if not chosen:
     names = {p for key in keys for p in [key.path, key.path.rpartition('.')[0]]}
-    raise OptionError([unknown_key_text(part, names - {''})])
+    last = part.rpartition('.')[2]
+    near = {name for name in names if name.rpartition('.')[2] == last}
+    top = {name.partition('.')[0] for name in names - {''}}
+    raise OptionError([unknown_key_text(part, near or top)])
   width = max(len(key.path) for key in chosen)
   yield "'*' marks what is not the default, '-' what is not chosen here."
   yield _line('', 'key'.ljust(width), 'value', 'default')

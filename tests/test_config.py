@@ -1,7 +1,10 @@
 """Options, their sections in a config, and layers of a config."""
 
+import copy
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +26,6 @@ from moe_jax.config import (
   keys_of,
   layered,
   merge,
-  nested,
   option,
   overridden,
   read_options,
@@ -126,7 +128,7 @@ class Whole(Options):
     'The rule.',
   )
   shape: Shape = choice(SHAPES, 'deep', 'The shape.')
-  inner: Shape = nested(Shape(width=3), 'Another shape.')
+  inner: Shape = option(Shape(width=3), 'Another shape.')
   extra: Mapping[str, Any] = option({}, 'Open keys.')
   more: Mapping[str, Shape] = entries(SHAPES, {'a': Deep(depth=7)}, 'Shapes.')
 
@@ -184,6 +186,31 @@ def test_all_problems_are_said_at_once_with_their_names():
   assert any("did you mean 'hashed'" in text for text in messages)
   assert 'shape.width=0 must be at least 1' in messages
   assert 'inner.width=-1 must be at least 1' in messages
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    {'rule': 3},
+    {'more': 3},
+    {'more': {'a': 3}},
+    {'inner': None},
+    {'rule': {'custom': 3}},
+  ],
+)
+def test_what_is_no_section_is_named(values):
+  (problem,) = problems(values)
+  assert re.fullmatch(
+    r'(rule|more|more.a|inner|rule.custom)=.* is no section', problem
+  )
+
+
+def test_all_problems_survive_a_process():
+  with pytest.raises(OptionError) as error:
+    Whole(num_experts=-1, limit=math.nan)
+  copied = copy.copy(error.value)
+  assert copied.problems == error.value.problems
+  assert str(copied) == str(error.value)
 
 
 def test_a_rule_of_several_fields_is_said_with_their_path():

@@ -206,7 +206,7 @@ def test_what_a_file_sets_for_a_kind_that_flags_replace_is_printed(
   status, output = run_main(argv, capsys)
   assert status == 0, output.err
   name = 'model.moe.router.token_choice.jitter'
-  assert f'{name}=0.01 is in a section that is not chosen' in output.out
+  assert f'{name}=0.01 has no effect with these flags; ignored' in output.out
   # A flag that has no effect is refused.
   status, output = run_main([*argv, f'--config.{name}=0.02'], capsys)
   assert status == 1
@@ -255,7 +255,11 @@ def test_flags_may_add_what_open_sections_hold():
     ),
     (
       "--config.model.encoder.overrides={'remat': 'full'}",
-      '--config.model.encoder.overrides.KEY=...',
+      '--config.model.encoder.overrides.KEY=...; have []',
+    ),
+    (
+      '--config.model.moe.capacity=all',
+      "'kind', 'per_assignment', 'per_token']",
     ),
   ],
 )
@@ -479,7 +483,43 @@ def test_a_flag_may_choose_another_kind_than_the_file(config, flag):
     assert line.startswith(('model.', 'optimizer.')), line
 
 
+@pytest.mark.parametrize(
+  ('config', 'flag', 'ignored_name'),
+  [
+    (
+      'kudugunta_multilingual',
+      'data.mixture.rule=proportional',
+      'data.mixture.temperature',
+    ),
+    ('finetune', 'init_from.workdir=', ''),
+  ],
+)
+def test_a_flag_may_switch_off_what_other_options_are_for(
+  config, flag, ignored_name
+):
+  spec = f'configs/{config}.py'
+  _, ignored = run_config.options_of(spec, [f'--config.{flag}'])
+  assert ignored_name in '\n'.join(ignored)
+
+
 def test_overrides_of_an_encoder_for_a_kind_that_a_flag_replaces():
   flags = ['--config.model.moe.router.kind=random']
   with pytest.raises(ValueError, match=r'slot_priority=.* no effect with moe'):
     run_config.options_of('configs/st_moe_base.py', flags)
+
+
+def test_an_entry_that_a_flag_gives_whole_is_refused_with_options_in_vain():
+  flag = "--config.evals.new={'kind': 'loss', 'num_shots': 3}"
+  with pytest.raises(ValueError, match='num_shots=3 has no effect with evals'):
+    run_config.options_of('moe_jax:tiny_switch', [flag])
+
+
+def test_flags_may_stand_apart_from_values():
+  words = ['--config.seed', '3', '--config.init_from.step', '-1', '--describe']
+  words += ['--config.sample.prompt=a b', '--config.data.pack']
+  flags, overrides = moe_jax.main.parse(['--config=x', *words])
+  assert flags.describe == ''
+  assert overrides == [
+    '--config.seed=3', '--config.init_from.step=-1',
+    '--config.sample.prompt=a b', '--config.data.pack',
+  ]  # fmt: skip

@@ -16,7 +16,7 @@ from experiments.gates_2013 import deep_moe, digits, measures
 from experiments.gates_2013.deep_moe import DeepMoe
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax.config import Options, nested, option, read_options
+from moe_jax.config import Options, option, read_options
 from moe_jax.training.optimizer import clipped
 from moe_jax.training.schedules import Cosine
 
@@ -89,7 +89,7 @@ class Training(Options):
     'constraint is in force in training; 0: never; -1: always.',
     minimum=-1,
   )
-  data: Data = nested(Data(), 'The images.')
+  data: Data = option(Data(), 'The images.')
 
   def problems(self) -> Iterator[str]:
     """The problem of layers without sizes of their own."""

@@ -20,7 +20,7 @@ from experiments.origins_1991.mixture import LOSSES, Mixture
 from experiments.origins_1991.vowels import Vowels
 from experiments.study.jobs import Job
 from experiments.study.runner import Runner, provenance
-from moe_jax.config import Options, nested, option, read_options
+from moe_jax.config import Options, option, read_options
 
 
 class Kind(NamedTuple):
@@ -98,7 +98,7 @@ class Descent(Options):
     "error of 0.08; 'linear_pairs' is linear, and they stop at 0.11.",
     choices=TARGETS,
   )
-  data: Data = nested(Data(), 'Source of the cases.')
+  data: Data = option(Data(), 'Source of the cases.')
 
   @property
   def kind(self) -> Kind:

@@ -83,8 +83,10 @@ class MeshSummary(Hook):
       return None
     state = run.programs.abstract_state
     batch = run.options.batch_shapes(run.model)
-    compiled = run.train_step.lower(state, batch).compile()
+    compiled = run.programs.train_step.lower(state, batch).compile()
     run.message(sharded.read(compiled, state, run.mesh).describe())
+    if run.train_step is not run.programs.train_step:
+      return None  # a hook has wrapped it
     return dataclasses.replace(run, train_step=compiled)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from moe_jax.config import Options, nested, option
+from moe_jax.config import Options, option
 from moe_jax.partitioning import ShardingOptions
 
 NONE, NON_EXPERTS, CONCATENATED = 'none', 'non_experts', 'concatenated'
@@ -63,7 +63,7 @@ class DistillOptions(Options):
     '`python -m moe_jax.compression keep_logits` writes it; with an empty '
     "string the teacher is computed beside the student's step.",
   )
-  sharding: ShardingOptions = nested(
+  sharding: ShardingOptions = option(
     ShardingOptions(),
     "Mesh axes over which dimensions of the teacher's arrays are split.",
   )

@@ -18,7 +18,6 @@ from moe_jax import cli
 from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.usage import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
-from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from moe_jax.models.expert_arrays import sparse_layers
 from moe_jax.models.router_state import COLLECTION
@@ -79,8 +78,10 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_run.check_free(pathlib.Path(options.output).expanduser())
   data_options = None
   if options.config:
-    config: Any = cli.config_of(options.config, overrides)
-    data_options = read_options(DataOptions, config.data, 'data.')
+    data_options, ignored = cli.options_of(
+      DataOptions, options.config, overrides, 'data'
+    )
+    cli.say(ignored)
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )

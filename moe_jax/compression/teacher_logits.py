@@ -27,7 +27,6 @@ import numpy as np
 
 from moe_jax import cli, data
 from moe_jax.compression import whole_run
-from moe_jax.config import read_options
 from moe_jax.data.plain_files import read_json
 from moe_jax.devices import fetch, in_bytes
 from moe_jax.errors import InputError, writing
@@ -357,10 +356,14 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   config: Any = cli.config_of(options.config, overrides)
+  data_options, ignored = cli.options_of(
+    data.DataOptions, options.config, overrides, 'data'
+  )
+  cli.say(ignored)
   return write(
     options.teacher,
     options.output,
-    read_options(data.DataOptions, config.data, 'data.'),
+    data_options,
     seed=config.seed,
     batch_size=config.batch_size,
     batches=options.batches or config.total_steps,

@@ -5,15 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import cast
 
-from moe_jax.config import (
-  CUSTOM,
-  Options,
-  choice,
-  fields_of,
-  nested,
-  no_effect,
-  option,
-)
+from moe_jax.config import CUSTOM, Options, choice, fields_of, no_effect, option
 from moe_jax.data import mixtures, tokenizers
 from moe_jax.data.layouts import RowShape
 from moe_jax.data.mixtures import MixtureOptions
@@ -48,7 +40,7 @@ class DataOptions(Options):
     'python_stdlib',
     'Source of the texts or pairs of texts.',
   )
-  mixture: MixtureOptions = nested(
+  mixture: MixtureOptions = option(
     MixtureOptions(), 'Sources that are learned from together.'
   )
   tokenizer: TokenizerOptions = choice(

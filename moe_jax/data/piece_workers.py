@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -195,8 +196,17 @@ def _begin_worker(work: Work, bytes_read: Any) -> None:
 
 
 def _work(number: int) -> int:
-  """Tokenizes a piece; returns the most memory that this process has held."""
-  _WORKER['write'](number)
+  """Tokenizes a piece; returns the most memory that this process has held.
+
+  A defect of a user's class is sent to the parent as text: an error that cannot
+  be sent would end the pool, as a kill does.
+  """
+  try:
+    _WORKER['write'](number)
+  except (InputError, MemoryError, OSError):
+    raise
+  except Exception:
+    raise RuntimeError(traceback.format_exc()) from None
   return peak_memory()
 
 

@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from moe_jax import cli
-from moe_jax.config import read_options
 from moe_jax.data.dataset import DataOptions, load
 from moe_jax.data.mixtures import shared_tokenizer
 from moe_jax.data.tokens_folder import FolderReport, Share, make
@@ -153,12 +152,13 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  config: Any = cli.config_of(options.config, overrides)
-  data = read_options(DataOptions, config.data, 'data.')
+  data, ignored = cli.options_of(DataOptions, options.config, overrides, 'data')
+  cli.say(ignored)
   # A run that begins with another's parameters has its tokenizer, too.
-  begin = config.init_from
-  if begin.workdir and begin.keep_tokenizer:
-    data = data.with_tokenizer_of(begin.workdir)
+  config = cli.config_of(options.config, overrides)
+  begin: Any = config.get('init_from', {})
+  if begin.get('workdir') and begin.get('keep_tokenizer', True):
+    data = data.with_tokenizer_of(begin.get('workdir'))
   share = Share(options.processes, options.host, options.num_hosts)
   start = time.perf_counter()
   reports = prepare(data, share, console=Console())

@@ -13,10 +13,8 @@ with overrides: --config.data.seq_len=64.
 import argparse
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from moe_jax import cli
-from moe_jax.config import read_options
 from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.finetuning import adapters, choose_experts
@@ -70,8 +68,10 @@ def parse(
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
   data_options = None
   if options.config:
-    config: Any = cli.config_of(options.config, overrides)
-    data_options = read_options(DataOptions, config.data, 'data.')
+    data_options, ignored = cli.options_of(
+      DataOptions, options.config, overrides, 'data'
+    )
+    cli.say(ignored)
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
     raise InputError(f'{output} is there already; give a new file')

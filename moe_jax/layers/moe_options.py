@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.config import Options, choice, fields_of, nested, option
+from moe_jax.config import Options, choice, fields_of, option
 from moe_jax.layers.experts import (
   DISPATCHES,
   EXPERTS,
@@ -91,7 +91,7 @@ class MoeOptions(ImposedOptions):
   expert: ExpertOptions = choice(
     EXPERTS, 'feed_forward', 'Kind of network that each expert is.'
   )
-  shared_expert: SharedExpertOptions = nested(
+  shared_expert: SharedExpertOptions = option(
     SharedExpertOptions(),
     'Expert of the sparse layers that every token meets beside its chosen ones '
     '(DeepSeekMoE, arXiv:2401.06066); the dense twin is wider by it.',
@@ -102,7 +102,7 @@ class MoeOptions(ImposedOptions):
     'Way in which tokens move to their experts and back, and are multiplied.',
     same_function=True,
   )
-  retained: Retained = nested(
+  retained: Retained = option(
     Retained(),
     'Experts of the sparse layers that merging or pruning left with fewer.',
   )

@@ -10,7 +10,6 @@ from moe_jax.config import (
   Options,
   fields_of,
   keys_of,
-  nested,
   option,
   overridden,
   section_of,
@@ -49,7 +48,7 @@ class EncoderDecoderOptions(TransformerOptions):
 
   has_encoder: ClassVar[bool] = True
 
-  encoder: EncoderOptions = nested(
+  encoder: EncoderOptions = option(
     EncoderOptions(), 'Layers of the encoder, if they differ from a decoder.'
   )
 

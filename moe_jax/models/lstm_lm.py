@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import fields_of, nested
+from moe_jax.config import fields_of, option
 from moe_jax.layers import lstm
 from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.ffn import FeedForward
@@ -41,7 +41,7 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Leaf, checked
 class LstmLmOptions(TextModelOptions):
   """The options of a language model of LSTMs, with mixtures as `moe.layers`."""
 
-  lstm: LstmOptions = nested(
+  lstm: LstmOptions = option(
     LstmOptions(), 'LSTM layers, which are all layers but those of moe.layers.'
   )
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
-from moe_jax.config import Options, choice, nested, option
+from moe_jax.config import Options, choice, option
 from moe_jax.errors import InputError
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.kernel_format import KernelFormat
@@ -35,8 +35,8 @@ class LayerOptions(Options):
     below=1,
     same_function=True,
   )
-  ffn: FfnOptions = nested(FfnOptions(), 'Dense feed-forward layers.')
-  moe: MoeOptions = nested(
+  ffn: FfnOptions = option(FfnOptions(), 'Dense feed-forward layers.')
+  moe: MoeOptions = option(
     MoeOptions(), 'Sparse layers, which are mixtures of experts.'
   )
 
@@ -206,12 +206,12 @@ class TextModelOptions(ModelOptions, LayerOptions):
     'Whether products in attention and feed-forward layers add a bias, and '
     'layer norms have one.',
   )
-  numerics: Numerics = nested(
+  numerics: Numerics = option(
     Numerics(),
     "Types of the model's numbers, and initialisation of its parameters.",
     same_function=True,
   )
-  embedding: EmbeddingOptions = nested(
+  embedding: EmbeddingOptions = option(
     EmbeddingOptions(), 'Embeddings of tokens, and the logits.'
   )
   positions: Positions = choice(

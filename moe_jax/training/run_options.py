@@ -17,7 +17,6 @@ from moe_jax.config import (
   Options,
   choice,
   entries,
-  nested,
   no_effect,
   option,
   unknown,
@@ -340,21 +339,21 @@ class RunOptions(Options):
     'empty string trains all experts that `trainable` selects.',
     same_function=True,
   )
-  lora: LoraOptions = nested(
+  lora: LoraOptions = option(
     LoraOptions(), 'Low-rank adapters, which then train alone.'
   )
-  data: DataOptions = nested(DataOptions(), 'Data that the model learns from.')
+  data: DataOptions = option(DataOptions(), 'Data that the model learns from.')
   model: ModelOptions = choice(MODELS, 'decoder', 'Model that is trained.')
   optimizer: Optimizer = choice(
     OPTIMIZERS, 'adamw', "Optimizer of the model's parameters."
   )
-  checkpoint: CheckpointOptions = nested(
+  checkpoint: CheckpointOptions = option(
     CheckpointOptions(), 'Folder, period and number of checkpoints.'
   )
-  early_stopping: EarlyStoppingOptions = nested(
+  early_stopping: EarlyStoppingOptions = option(
     EarlyStoppingOptions(), 'Early end of the run by checkpoint.best_eval.'
   )
-  init_from: InitFromOptions = nested(
+  init_from: InitFromOptions = option(
     InitFromOptions(), 'Run whose parameters this run begins with.'
   )
   evals: Mapping[str, EvaluationOptions] = entries(
@@ -363,22 +362,22 @@ class RunOptions(Options):
     'Kind of the evaluation. Each entry of `evals` is one evaluation, with a '
     'name that the user chooses.',
   )
-  mesh: MeshOptions = nested(
+  mesh: MeshOptions = option(
     MeshOptions(), 'Sizes of the axes of the mesh of devices.'
   )
-  sharding: ShardingOptions = nested(
+  sharding: ShardingOptions = option(
     ShardingOptions(), 'Mesh axes over which dimensions of arrays are split.'
   )
-  distributed: Timeouts = nested(
+  distributed: Timeouts = option(
     Timeouts(), 'Timeouts of a run of several processes.'
   )
-  profile: ProfileOptions = nested(
+  profile: ProfileOptions = option(
     ProfileOptions(), 'Optimizer steps that are traced.'
   )
-  trace: TraceOptions = nested(
+  trace: TraceOptions = option(
     TraceOptions(), 'Choices of experts that the run records.'
   )
-  sample: SampleOptions = nested(SampleOptions(), 'Text at the end of the run.')
+  sample: SampleOptions = option(SampleOptions(), 'Text at the end of the run.')
 
   @property
   def local_axes(self) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ TRAINING = {
   'an exponent': ([SWITCH, '--config.seed=1e3'], ('seed=1e3', 'int')),
   'a word for a number': (
     [SWITCH, '--config.optimizer.learning_rate=fast'],
-    ('learning_rate=fast', 'float'),
+    ('learning_rate=fast', 'number'),
   ),
   'thousands of digits': (
     [SWITCH, f'--config.seed={HUGE}'],

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import nested
+from moe_jax.config import option
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import parameters
 from moe_jax.layers.experts import few_tokens
@@ -35,7 +35,7 @@ from moe_jax.shapes import Array, Float, Leaf
 class QuantizedExpert(FeedForwardExpert):
   """The options of feed-forward experts in codes, for any dispatch."""
 
-  format: KernelFormat = nested(
+  format: KernelFormat = option(
     KernelFormat(), 'Storage of the kernels of experts.'
   )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from moe_jax.config import choice, nested
+from moe_jax.config import choice, option
 from moe_jax.errors import InputError
 from moe_jax.layers import parameters
 from moe_jax.layers.experts.serving import (
@@ -51,7 +51,7 @@ class Gather(Dispatch):
     'Exchange by which expert rows travel between devices where experts are '
     'split over several; it has no effect on one device.',
   )
-  shadowing: Shadowing = nested(
+  shadowing: Shadowing = option(
     Shadowing(),
     'Experts that are sent to all devices, while their tokens stay.',
   )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe_jax.config import choice, nested, option
+from moe_jax.config import choice, option
 from moe_jax.kernels import grouped_ffn, grouped_matmul
 from moe_jax.kernels.grouped_products import AUTO, BACKENDS
 from moe_jax.layers.experts.serving import SCOPE, Dispatch, Experts
@@ -54,7 +54,7 @@ class Dropless(Dispatch):
     'Exchange by which rows travel between devices where experts are split '
     'over several; it has no effect on one device.',
   )
-  shadowing: Shadowing = nested(
+  shadowing: Shadowing = option(
     Shadowing(),
     'Experts that are sent to all devices, while their tokens stay.',
   )
