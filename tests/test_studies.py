@@ -59,7 +59,7 @@ from experiments.study.tables import Interval, markdown_table
 from experiments.study.times import StepTime
 from moe_jax import cli, devices, run_config
 from moe_jax.analysis import cost
-from moe_jax.config import difference, merge, section_of
+from moe_jax.config import difference, lock, merge, section_of
 from moe_jax.devices import forget_programs, keep_freed_memory
 from moe_jax.run_config import RunConfig
 from moe_jax.training import loop, setup
