@@ -70,13 +70,13 @@ def unknown_key_text(name: str, names: Iterable[str]) -> str:
     names: The dotted names beside it; a long list is left out where one of them
       is near.
   """
-  names = sorted(names)
-  near = difflib.get_close_matches(name, names, n=1)
-  if not near or len(names) <= _FEW:
-    return unknown_text('config key', name, names)
+  names = list(names)
+  text, _, have = unknown_text('config key', name, names).partition('? have ')
+  if not have:
+    return text
+  is_short = len(names) <= _FEW
   return (
-    f'unknown config key {name!r}; did you mean {near[0]!r}? --describe prints '
-    'all keys'
+    f'{text}? {"have " + have if is_short else "--describe prints all keys"}'
   )
 
 

@@ -15,7 +15,6 @@ from moe_jax import cli
 from moe_jax.compression.distill_options import NONE, DistillOptions
 from moe_jax.config import (
   MISSING,
-  Key,
   OptionError,
   entries,
   json_schema,
@@ -29,8 +28,6 @@ from moe_jax.evaluation import EVALUATIONS
 from moe_jax.finetuning import InitFrom
 from moe_jax.training.evaluate import DEFAULT_EVALS, EvaluationOptions
 from moe_jax.training.run_options import RunOptions
-
-_CELL, _WIDTH, _INDENT = 28, 96, ' ' * 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,39 +129,17 @@ def describe(
     near = {name for name in names if name.rpartition('.')[2] == last}
     top = {name.partition('.')[0] for name in names - {''}}
     raise OptionError([unknown_key_text(part, near or top)])
-  width = max(len(key.path) for key in chosen)
   yield "'*' marks what is not the default, '-' what is not chosen here."
-  yield _line('', 'key'.ljust(width), 'value', 'default')
   for key in chosen:
-    mark = '-' if key.unchosen else '*' if key.changed else ''
-    value, default = repr(key.value), repr(key.default)
+    mark = '-' if key.unchosen else '*' if key.changed else ' '
+    line = f'{mark}  {key.path} = {key.value!r}'
     if key.default is MISSING:
-      default = 'required'
-    yield _line(mark, key.path.ljust(width), _cell(value), _cell(default))
-    if _cell(value) != value:
-      yield f'{_INDENT}value: {value}'
-    if _cell(default) != default and key.changed:
-      yield f'{_INDENT}default: {default}'
-    yield from textwrap.wrap(
-      _sentence(key),
-      _WIDTH,
-      initial_indent=_INDENT,
-      subsequent_indent=_INDENT,
-      break_on_hyphens=False,
-    )
-
-
-def _line(mark: str, key: str, value: str, default: str) -> str:
-  return f'{mark:1}  {key}  {value:{_CELL}}  {default}'.rstrip()
-
-
-def _cell(text: str) -> str:
-  """The text itself, or a sign that it is on a line below."""
-  return text if len(text) <= _CELL else '(below)'
-
-
-def _sentence(key: Key) -> str:
-  sentence, kinds = key.option.sentence, key.option.kinds
-  if kinds is None:
-    return sentence
-  return f'{sentence} One of: {", ".join(kinds.builtin)}, or module:name.'
+      line += '  (required)'
+    elif key.changed:
+      line += f'  (default: {key.default!r})'
+    yield line
+    sentence, kinds = key.option.sentence, key.option.kinds
+    if kinds is not None:
+      sentence += f' One of: {", ".join(kinds.builtin)}, or module:name.'
+    lines = textwrap.wrap(sentence, 89, break_on_hyphens=False)
+    yield from (f'       {line}' for line in lines)
