@@ -25,6 +25,7 @@ TEST = [
   DJANGO,
   PARQUET,
   'hypothesis>=6.100',
+  'jsonschema>=4.18',
   'nbclient>=0.10',
   'pytest>=8.0',
   'pytest-xdist>=3.5',
