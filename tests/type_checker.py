@@ -13,6 +13,10 @@ _WITHOUT_SELF = BeartypeConf(
   hint_overrides=BeartypeHintOverrides({Self: object})
 )
 checked = beartype(conf=_WITHOUT_SELF)
+# `is_whole` is no type.
+_ARRAY_TYPE = re.compile(
+  r'jaxtyping|moe_jax\.shapes import(?! is_whole$)', re.M
+)
 
 
 def modules_with_array_types(package: str) -> list[str]:
@@ -25,5 +29,5 @@ def modules_with_array_types(package: str) -> list[str]:
   return [
     '.'.join([package, *path.relative_to(root).with_suffix('').parts])
     for path in sorted(root.rglob('*.py'))
-    if re.search('jaxtyping|moe_jax.shapes', path.read_text(encoding='utf-8'))
+    if _ARRAY_TYPE.search(path.read_text(encoding='utf-8'))
   ]

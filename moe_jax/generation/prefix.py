@@ -208,7 +208,7 @@ def make_prefix(
   )
 
 
-def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
+def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
   """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
@@ -220,7 +220,7 @@ def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids]:
     )
   if not len(prompt):
     raise InputError('prompt has no rows; give at least one')
-  return cast(Sequence[Ids], prompt if is_list(prompt[0]) else [prompt])
+  return cast(Any, prompt if is_list(prompt[0]) else [prompt])
 
 
 def _tasks(
