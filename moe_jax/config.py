@@ -433,6 +433,8 @@ def value_problem(name: str, value: Any, field: Field) -> str | None:
   described, assignment = field.option, f'{name}={value!r}'
   if (kinds := described.kinds) is not None:
     if described.holds_entries:
+      if not isinstance(value, Mapping):
+        return f'{assignment} is a {type(value).__name__}, not a mapping'
       bad = [n for n, v in value.items() if not isinstance(v, kinds.base)]
       return f'{name}.{bad[0]} is no {kinds.noun}' if bad else None
     if isinstance(value, kinds.base):

@@ -363,6 +363,11 @@ def test_python_names_the_nearest_option():
   assert dataclasses.replace(Deep(depth=3), width=2) == Deep(width=2, depth=3)
 
 
+def test_entries_are_a_mapping():
+  with pytest.raises(OptionError, match="more='a' is a str, not a mapping"):
+    Whole(more='a')  # type: ignore
+
+
 def test_keys_have_their_values_defaults_and_sentences():
   config = changed(rule={'tokens': {'gates': 'even'}})
   keys = {key.path: key for key in keys_of(Whole, config)}
