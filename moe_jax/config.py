@@ -664,7 +664,8 @@ def settle(
   """
   reader = _Reader()
   reader.read(root, config, path)
-  settled, ignored = _unlocked_copy(config), {}
+  settled: Any = _unlocked_copy(config)
+  ignored: dict[str, Any] = {}
   in_vain = [x for x in reader.problems if isinstance(x, InVain)]
   names = tuple(f'{text.partition("=")[0]}.' for text in in_vain)
   for key in reader.keys:
@@ -673,7 +674,7 @@ def settle(
       continue
     ignored[key.path] = key.value
     *parents, name = key.path.removeprefix(path).split('.')
-    parent: Any = settled
+    parent = settled
     for section in parents:
       parent = parent[section]
     with parent.ignore_type():
@@ -681,6 +682,18 @@ def settle(
         del parent[name]
       else:
         parent[name] = None if key.default is MISSING else key.default
+  # A problem of overrides names the option that holds them, then theirs.
+  for text in in_vain:
+    holder, colon, name = text.partition('=')[0].partition(': ')
+    if not colon or _is_given(holder, given):
+      continue
+    parents = f'{holder.removeprefix(path)}.{name}'.split('.')
+    last, parent = parents.pop(), settled
+    for section in parents:
+      parent = parent.get(section, {})
+    if last in parent:
+      ignored[f'{holder}.{name}'] = parent[last]
+      del parent[last]
   return _locked_like(settled, config), ignored
 
 

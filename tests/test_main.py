@@ -500,10 +500,16 @@ def test_a_flag_may_switch_off_what_other_options_are_for(
   assert ignored_name in '\n'.join(ignored)
 
 
-def test_overrides_of_an_encoder_for_a_kind_that_a_flag_replaces():
+@pytest.mark.parametrize('config', ['st_moe_base', 'nllb_moe_54b'])
+def test_overrides_of_an_encoder_for_a_kind_that_a_flag_replaces(config):
   flags = ['--config.model.moe.router.kind=random']
+  options, ignored = run_config.options_of(f'configs/{config}.py', flags)
+  name = 'model.encoder.overrides.moe.router.token_choice.slot_priority'
+  assert f"{name}='choice_major' has no effect with" in '\n'.join(ignored)
+  assert run_config.read(section_of(options)) == options
+  flags.append(f'--config.{name}=batch_priority')
   with pytest.raises(ValueError, match=r'slot_priority=.* no effect with moe'):
-    run_config.options_of('configs/st_moe_base.py', flags)
+    run_config.options_of(f'configs/{config}.py', flags)
 
 
 def test_an_entry_that_a_flag_gives_whole_is_refused_with_options_in_vain():

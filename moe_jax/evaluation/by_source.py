@@ -26,6 +26,8 @@ from moe_jax.training.evaluate import (
   Losses,
   Setting,
   Variables,
+  every_steps_option,
+  num_batches_option,
 )
 
 Questions = dict[str, list[Question]]
@@ -35,18 +37,8 @@ Questions = dict[str, list[Question]]
 class SourceLosses(EvaluationOptions):
   """The kind 'source_losses': the loss of each source by itself."""
 
-  every_steps: int = option(
-    500,
-    'Number of optimizer steps between two measurements of the evaluation, '
-    'which also runs at the end of the run; with 0 it runs only then.',
-    minimum=0,
-  )
-  num_batches: int = option(
-    0,
-    'Number of batches that are evaluated, spread over the split; 0 evaluates '
-    'all of it.',
-    minimum=0,
-  )
+  every_steps: int = every_steps_option(500)
+  num_batches: int = num_batches_option()
   split: str = option(
     'validation',
     "Split of each source whose loss is measured: 'validation', or 'train' for "

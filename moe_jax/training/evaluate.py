@@ -81,6 +81,26 @@ class Setting:
   put: Placing
 
 
+def every_steps_option(every_steps: int) -> Any:
+  """A field for the period of an evaluation, with its default."""
+  return option(
+    every_steps,
+    'Number of optimizer steps between two measurements of the evaluation, '
+    'which also runs at the end of the run; with 0 it runs only then.',
+    minimum=0,
+  )
+
+
+def num_batches_option() -> Any:
+  """A field for the number of batches that an evaluation takes of a split."""
+  return option(
+    0,
+    'Number of batches that are evaluated, spread over the split; 0 evaluates '
+    'all of it.',
+    minimum=0,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions(Options):
   """The contract of kinds of evaluation.
@@ -88,12 +108,7 @@ class EvaluationOptions(Options):
   A subclass overrides `measure`.
   """
 
-  every_steps: int = option(
-    0,
-    'Number of optimizer steps between two measurements of the evaluation, '
-    'which also runs at the end of the run; with 0 it runs only then.',
-    minimum=0,
-  )
+  every_steps: int = every_steps_option(0)
   model_overrides: Mapping[str, Any] = option(
     {},
     'Keys of the section `model`, nested, with the values that they have in '
@@ -138,18 +153,8 @@ class EvaluationOptions(Options):
 class LossEvaluation(EvaluationOptions):
   """The kind 'loss': the loss of a split, and statistics of the routers."""
 
-  every_steps: int = option(
-    500,
-    'Number of optimizer steps between two measurements of the evaluation, '
-    'which also runs at the end of the run; with 0 it runs only then.',
-    minimum=0,
-  )
-  num_batches: int = option(
-    0,
-    'Number of batches that are evaluated, spread over the split; 0 evaluates '
-    'all of it.',
-    minimum=0,
-  )
+  every_steps: int = every_steps_option(500)
+  num_batches: int = num_batches_option()
   split: str = option(
     'validation',
     "Split of the data whose loss is measured; 'train' shows, beside an entry "
