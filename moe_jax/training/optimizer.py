@@ -56,6 +56,14 @@ class Optimizer(Options):
     'parameter that is subtracted at each step. 0 decays nothing.',
     minimum=0,
   )
+  ema: float = option(
+    0.0,
+    'Decay per step of the weights of a running mean of the parameters, an '
+    'exponential moving average, by which the model is evaluated, exported and '
+    'read by other commands, such as 0.999; 0 keeps none.',
+    minimum=0,
+    below=1,
+  )
   decay_rules: tuple[Pattern, ...] = option(
     (),
     'Pairs of a regular expression and a factor of the weight decay. For a '

@@ -18,8 +18,9 @@ from moe_jax.models.lora import Adapters
 from moe_jax.models.router_state import init_router_state, variables
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
-from moe_jax.training import losses, trainable
+from moe_jax.training import averages, losses, trainable
 from moe_jax.training import step as step_lib
+from moe_jax.training.averages import Averages
 from moe_jax.training.losses import LossWeights
 from moe_jax.training.optimizer import is_names
 from moe_jax.training.run_options import RunOptions
@@ -44,8 +45,9 @@ class Programs:
     optimizer: The optimizer of the step.
     trained: The parameters that train.
     adapters: The adapters of the model, whose factors are among the parameters.
-    variables: (state) -> the variables that the model's `apply` takes, with
-      adapters merged into the kernels; kernels with adapters are new arrays.
+    variables: (state) -> the variables that the model's `apply` takes: means
+      in place of parameters if the run keeps them, and adapters merged into the
+      kernels; kernels with adapters are new arrays.
   """
 
   init_state: Callable[[], TrainState]
@@ -71,7 +73,8 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
   trees, router_state = adapters.trees, init_router_state(model)
 
   def model_variables(state):
-    params = adapters.merged_on_devices(state.params)
+    params = averages.averaged(state.params, getattr(state, 'averages', None))
+    params = adapters.merged_on_devices(params)
     return variables(params, state.router_state)
 
   rules = options.sharding.rules
@@ -86,23 +89,28 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     opt_state=like_params(mesh, opt_state, trees.shapes, params),
     router_state=jax.tree.map(lambda _: whole, router_state),
   )
-  init = functools.partial(
-    step_lib.init_state,
-    model=model,
-    optimizer=optimizer,
-    extend=adapters.extend,
-  )
-  init = jax.jit(init, out_shardings=shardings)
-  state_of = jax.jit(
-    functools.partial(
-      step_lib.state_of,
+  if ema := options.optimizer.ema:
+    mean = Averages(whole, trained.part(params))
+    shardings = averages.with_averages(shardings, mean)
+
+  @functools.partial(jax.jit, out_shardings=shardings)
+  def init(seed):
+    state = step_lib.init_state(
+      seed, model=model, optimizer=optimizer, extend=adapters.extend
+    )
+    return averages.begun(state, ema, trained)
+
+  @functools.partial(jax.jit, out_shardings=shardings, donate_argnums=1)
+  def state_of(seed, params):
+    state = step_lib.state_of(
+      seed,
+      params,
       optimizer=optimizer,
       router_state=router_state,
       extend=adapters.extend,
-    ),
-    out_shardings=shardings,
-    donate_argnums=1,
-  )
+    )
+    return averages.begun(state, ema, trained)
+
   seed = jnp.asarray(options.seed, jnp.uint32)
   return Programs(
     optimizer=optimizer,
@@ -144,10 +152,7 @@ def make_optimizer(
   """
   adapters = lora.adapt(options.lora, models.describe(model))
   trees = adapters.trees
-  if adapters.kernels:
-    trained = Trained(lora.TREE, adapters.names)
-  else:
-    trained = trainable.select(options.trainable, trees.roles)
+  trained = averages.trained_by(adapters, options.trainable)
   if options.trained_experts:
     chosen = trainable.read_chosen(options.trained_experts)
     masks = trainable.chosen_masks(chosen, model, trees, trained.names)
@@ -219,6 +224,7 @@ def make_step(
     ),
     move_router_state=move_router_state,
   )
+  step = averages.averaging(step, options.optimizer.ema, trained)
   if options.max_nonfinite_steps:
     step = step_lib.skipping_nonfinite(step)
   return step

@@ -40,6 +40,7 @@ from moe_jax.runs.workdir import (
   folder_of,
   kept_config,
 )
+from moe_jax.training import averages
 
 T = TypeVar('T', bound=Options)
 _FIRST_SAVE = (
@@ -253,9 +254,9 @@ def restore_variables(
 ) -> Restored:
   """Reads the variables of a run, as a model's `apply` takes them.
 
-  They are 'params', with the run's adapters merged into the kernels, and
-  'router_state' where the model has it; the optimizer's state is not read. The
-  checkpoint's files are verified first.
+  They are 'params', which are means if the run keeps them, with the run's
+  adapters merged into the kernels, and 'router_state' where the model has it;
+  the optimizer's state is not read. The checkpoint's files are verified first.
 
   Args:
     workdir: The run's folder.
@@ -295,9 +296,11 @@ def restore_variables(
     ),
     abstract_router_state(model) if router_state else {},
   )
+  config = kept_config(pathlib.Path(workdir).expanduser())
+  means = averages.saved_with(config, adapters, abstract)
   with Checkpointer(folder, keep_best=False) as checkpoints:
     restored = checkpoints.restore(
-      variables(abstract, routers),
+      variables(abstract, routers) | means,
       step=step,
       partial=True,
       cast=cast,
@@ -305,7 +308,8 @@ def restore_variables(
     )
   if restored is None:
     raise InputError(f'{folder} has no finished checkpoint; {_FIRST_SAVE}')
-  params = restored.state['params']
+  saved = restored.state
+  params = averages.averaged(saved['params'], saved.get('averages'))
   if merges and restored.step:
     params = adapters.merged_on_devices(params)
   # A run may begin without the state of its routers.

@@ -1,0 +1,143 @@
+"""The running mean of the parameters, by which a run is evaluated and exported.
+
+    config.optimizer.ema = 0.999
+
+After t optimizer steps it is the mean of the parameters after each of them, of
+weight ema^(t - i) for step i. So the values before the first step have no
+weight, and a short run's mean is not theirs. It is kept in float32, for the
+parameters that train.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.lora import TREE, Adapters
+from moe_jax.runs import finite
+from moe_jax.shapes import Leaf
+from moe_jax.training import trainable
+from moe_jax.training.step import TrainState
+from moe_jax.training.trainable import Trained
+
+
+class Averages(NamedTuple):
+  """The running mean.
+
+  Attributes:
+    steps: int32 [], the number of optimizer steps that it is the mean of; steps
+      that were skipped do not count.
+    mean: A tree like the parameters, float32, with None for those that do not
+      train. Before the first step it holds the parameters.
+  """
+
+  steps: Leaf
+  mean: Any
+
+
+class AveragedState(TrainState):
+  """The state of training of a run that keeps the mean.
+
+  Attributes:
+    averages: The running mean of the parameters, an `Averages`.
+  """
+
+  averages: Any = None
+
+
+def with_averages(state: TrainState, averages: Averages) -> AveragedState:
+  """A state of training with the running mean beside it."""
+  return AveragedState(
+    state.step,
+    state.seed,
+    state.params,
+    state.opt_state,
+    state.router_state,
+    averages,
+  )
+
+
+def begun(state: TrainState, decay: float, trained: Trained) -> TrainState:
+  """A first state with the mean of no step; as it is where decay is 0."""
+  if not decay:
+    return state
+  part = trained.part(state.params)
+  mean = jax.tree.map(lambda p: jnp.array(p, jnp.float32), part)
+  return with_averages(state, Averages(jnp.zeros((), jnp.int32), mean))
+
+
+def averaging(
+  train_step: Callable[..., Any], decay: float, trained: Trained
+) -> Callable[..., Any]:
+  """Wraps a step: it moves the mean, too.
+
+  Args:
+    train_step: The step, (state, batch) -> (state, metrics).
+    decay: The factor of the weight of a step at each later one; 0 keeps no
+      mean.
+    trained: The parameters that train.
+  """
+  if not decay:
+    return train_step
+
+  def step(state, batch):
+    new, metrics = train_step(state, batch)
+    steps = state.averages.steps + 1
+    share = (1 - decay) / (1 - decay**steps)
+    mean = jax.tree.map(
+      lambda mean, p: mean + share * (p - mean),
+      state.averages.mean,
+      trained.part(new.params),
+    )
+    new = with_averages(new, Averages(steps, mean))
+    flags = finite.flags(finite.without_opt_state(new))
+    return new, metrics._replace(finite=flags)
+
+  return step
+
+
+def averaged(params: Any, averages: Averages | None) -> Any:
+  """The parameters with means in place of those that have one."""
+  if averages is None:
+    return params
+  return jax.tree.map(
+    lambda mean, p: p if mean is None else mean.astype(p.dtype),
+    averages.mean,
+    params,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
+def params_of(state: TrainState) -> Any:
+  """The parameters by which a state is evaluated."""
+  if isinstance(state, AveragedState):
+    return averaged(state.params, state.averages)
+  return state.params
+
+
+def saved_with(
+  config: Mapping[str, Any], adapters: Adapters, params: Any
+) -> dict[str, Averages]:
+  """The shapes of the averages in a run's checkpoints; {} where it keeps none.
+
+  Args:
+    config: The config in the run's folder.
+    adapters: The run's adapters.
+    params: The shapes of the run's parameters, with their shardings.
+  """
+  if not config.get('optimizer', {}).get('ema', 0):
+    return {}
+  mean = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding),
+    trained_by(adapters, config['trainable']).part(params),
+  )
+  steps = jax.ShapeDtypeStruct((), jnp.int32)
+  return {'averages': Averages(steps, mean)}
+
+
+def trained_by(adapters: Adapters, expression: str) -> Trained:
+  """The parameters that train: the adapters, or what an expression selects."""
+  if adapters.kernels:
+    return Trained(TREE, adapters.names)
+  return trainable.select(expression, adapters.trees.roles)
