@@ -43,10 +43,7 @@ class SparseMixer(contract.RouterOptions):
   def problems_with(self, sizes):
     yield from super().problems_with(sizes)
     yield from steps.scope_problems(
-      sizes,
-      self.global_balance_weight,
-      self.batch_balance_weight,
-      self.batch_balance_rows,
+      sizes, self.loss_weights(), self.batch_balance_rows
     )
 
   def module(self, sizes, shared, name=None):

@@ -307,20 +307,18 @@ def scope_losses(
 
 
 def scope_problems(
-  sizes: contract.Sizes,
-  global_weight: float,
-  batch_weight: float,
-  batch_rows: int,
+  sizes: contract.Sizes, weights: dict[str, float], batch_rows: int
 ) -> Iterator[str]:
   """The problems of microbatches that do not show what a loss counts."""
-  if global_weight and sizes.microbatches > 1:
+  weight = weights['global_balance_loss']
+  if weight and sizes.microbatches > 1:
     yield (
-      f'router: global_balance_weight={global_weight} with '
+      f'router: global_balance_weight={weight} with '
       f'microbatches={sizes.microbatches}: a microbatch does not show the '
       'loads of the batch; use batch_balance_weight with batch_balance_rows, '
       'or microbatches=1'
     )
-  elif batch_weight and sizes.rows % batch_rows:
+  elif weights['batch_balance_loss'] and sizes.rows % batch_rows:
     yield (
       f'router: batch_balance_rows={batch_rows} does not divide the '
       f'{sizes.rows} rows of a microbatch'

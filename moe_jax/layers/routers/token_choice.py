@@ -174,10 +174,7 @@ class TokenChoice(contract.RouterOptions):
   def problems_with(self, sizes):
     yield from steps.gate_problems(sizes, self.gates, self.second_policy)
     yield from steps.scope_problems(
-      sizes,
-      self.global_balance_weight,
-      self.batch_balance_weight,
-      self.batch_balance_rows,
+      sizes, self.loss_weights(), self.batch_balance_rows
     )
     E, K, groups = sizes.num_experts, sizes.num_selected, self.expert_groups
     if groups == 1:
