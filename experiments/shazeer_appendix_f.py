@@ -41,7 +41,9 @@ from experiments.study.runner import TrainingRunner
 from experiments.study.study import Study
 from moe_jax.data.pipeline import spread
 from moe_jax.layers.routers import StrictlyBalanced
+from moe_jax.layers.routers.contract import ROUTING
 from moe_jax.models import LstmLm
+from moe_jax.routing import Routing
 from moe_jax.runs.summary import Batch
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -182,16 +184,11 @@ def chosen(collections) -> jax.Array:
     for value in collections['intermediates'].values()
     if 'moe' in value
   )
-  if 'slots' not in router:
-    (index,) = router['expert_index']  # [G, S, K]
-    return jax.nn.one_hot(index.reshape(-1, K), E).sum(1) > 0
-  (slots,) = router['slots']
-  G, S = len(slots.token_index), slots.group_size
-  mask = jnp.zeros((G, S, E), bool)
-  groups = jnp.arange(G)[:, None, None]
-  experts = jnp.arange(E)[None, :, None]
-  mask = mask.at[groups, slots.token_index, experts].set(True, mode='drop')
-  return mask.reshape(-1, E)
+  (routing,) = router[ROUTING]
+  if isinstance(routing, Routing):
+    index = routing.expert_index.reshape(-1, K)
+    return jax.nn.one_hot(index, E).sum(1) > 0
+  return routing.slot_mask().any(-1).reshape(-1, E)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from moe_jax.data.sources.contract import Selection, SourceOptions, Texts
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
-from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
 from moe_jax.models.text_options import TextModelOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
@@ -34,11 +34,8 @@ class InTurn(RouterOptions):
   def module(self, sizes, shared, name=None):
     return InTurnRouter(self, sizes, shared, name=name)
 
-  def leak(self, sizes):
-    return None
-
-  def multiply_adds(self, sizes, width):
-    return 0
+  def causality(self, sizes):
+    return Causality.of_queues(sizes)
 
 
 class InTurnRouter(Router):
@@ -46,7 +43,7 @@ class InTurnRouter(Router):
 
   options: InTurn
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, token_info, layer):
     E = self.sizes.num_experts
     turn = jnp.arange(mask.shape[1], dtype=jnp.int32) + self.options.first
     chosen = routing.even_choice(
@@ -81,9 +78,9 @@ class Deep(Promised):
 class DeepRouter(InTurnRouter):
   """The module of the router `Deep`."""
 
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, token_info, layer):
     depth = self.param('depth', nn.initializers.constant(3.0), ())
-    chosen, aux = super().route(x, mask, train, router_ids, layer)
+    chosen, aux = super().route(x, mask, train, token_info, layer)
     return chosen, aux._replace(losses={'depth_loss': depth * mask.sum()})
 
 
@@ -206,8 +203,8 @@ class Steps(Schedule):
 class Unfinished(RouterOptions):
   """A router that lacks a method of its contract."""
 
-  def leak(self, sizes):
-    return None
+  def causality(self, sizes):
+    return Causality.of_queues(sizes)
 
 
 class Undecorated(InTurn):

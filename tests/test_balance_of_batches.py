@@ -43,8 +43,10 @@ def test_importance_and_loads_are_of_one_batch():
   (_, aux), collections = jax.jit(apply)(variables, **model.inputs(batch))
   real = np.asarray(segments).reshape(-1) > 0
   for i, layer in enumerate(model.layer_trees(collections['intermediates'])):
-    (index,) = layer['moe']['router']['expert_index']
-    counts = np.bincount(np.asarray(index).reshape(-1, K)[real].ravel())
+    (routing,) = layer['moe']['router']['routing']
+    counts = np.bincount(
+      np.asarray(routing.expert_index).reshape(-1, K)[real].ravel()
+    )
     np.testing.assert_allclose(numbers[3, i], counts.max() / counts.mean())
   # CV^2 of Load is the load loss, which has plain loops of its own as a test.
   n = np.asarray(aux.stats.tokens)

@@ -23,14 +23,10 @@ from tests import own_kinds
 from tests.training import tiny
 
 NAME = 'tests.own_kinds'
-# The module of the router in the README of layers, and its text.
-ROUTER = 'readme_router'
+# A module with a router, and its text.
+ROUTER = 'my_router'
+ROUTER_CODE = (pathlib.Path(__file__).parent / 'own_router.py').read_text()
 README = pathlib.Path(layers.__file__).parent / 'README.md'
-(ROUTER_CODE,) = re.findall(
-  r'```python\n((?:(?!```).)*class First\(.*?)```',
-  README.read_text(encoding='utf-8'),
-  re.DOTALL,
-)
 ONE = jax.devices()[:1]
 
 
@@ -68,7 +64,7 @@ def config(router=kind('InTurn', first=3), **overrides):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run of a user's kinds; the router is the one of the README of layers."""
+  """A run of a user's kinds, whose router is in a file of its own."""
   folder, code = tmp_path_factory.mktemp('run'), tmp_path_factory.mktemp('code')
   (code / f'{ROUTER}.py').write_text(ROUTER_CODE)
   router = {'kind': f'{ROUTER}:First', 'custom': {'offset': 1}}
@@ -93,6 +89,20 @@ def test_a_config_names_a_users_class_wherever_it_names_ours():
   assert options.evals['mine'] == own_kinds.Norm(1, power=3)
   # The config names them again, with their options.
   assert run_config.read(section_of(options)) == options
+
+
+def test_a_config_names_the_router_of_the_readme(tmp_path, monkeypatch):
+  (code,) = re.findall(
+    r'```python\n((?:(?!```).)*class Tempered\(.*?)```',
+    README.read_text(encoding='utf-8'),
+    re.DOTALL,
+  )
+  (tmp_path / 'my_routers.py').write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  router = {'kind': 'my_routers:Tempered', 'custom': {'temperature': 3.0}}
+  options = run_config.read(config(router))
+  assert options.model.moe.router.temperature == 3.0
+  del sys.modules['my_routers']
 
 
 def test_they_train(run):
@@ -203,7 +213,7 @@ def test_a_folder_that_is_not_allowed_imports_nothing(
     ('tests.none:X', "'tests.none:X' cannot be imported"),
     (f'{NAME}:None_', f"{NAME} has no 'None_'"),
     (f'{NAME}:Shout', r'does not extend moe_jax\..*RouterOptions'),
-    (f'{NAME}:Unfinished', 'does not define module, multiply_adds, which'),
+    (f'{NAME}:Unfinished', 'does not define module, which'),
     (f'{NAME}:Undecorated', 'is no dataclass'),
     ('none', "unknown router 'none'.*'module:name'"),
   ],

@@ -19,7 +19,7 @@ import numpy as np
 from experiments.study import byte_models
 from experiments.study.parts import Arm, Claim, Column, Preset
 from moe_jax import data, routing
-from moe_jax.layers.routers.contract import LOGITS, sown
+from moe_jax.layers.routers.contract import LOGITS, ROUTING, sown
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
 
@@ -115,7 +115,7 @@ def _counter(model):
 
 def _who_leaves(router, kept, real):
   """Numbers of tokens, of those that want to leave their node, and that do."""
-  logits, index = kept[LOGITS], kept['expert_index']
+  logits, index = kept[LOGITS], kept[ROUTING].expert_index
   node = router.nodes(len(real))[:, None, None]
   per_node = logits.shape[-1] // router.num_nodes
 

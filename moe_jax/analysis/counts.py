@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from moe_jax.analysis.router_shapes import router_multiply_adds, training_slots
 from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
@@ -342,7 +343,7 @@ def _products(
   """FLOPs of the products with the kernels of layers, for one token."""
   kernels = [p for p in layers if p.role.form == 'kernel']
   dense = (p for p in kernels if not (p.of_expert or p.role.role == 'router'))
-  router = sum(moe.router.multiply_adds(moe.sizes, width) for moe in moes)
+  router = sum(router_multiply_adds(moe, width) for moe in moes)
   return TokenFlops(
     products=2 * _size(dense),
     experts=2 * _chosen(kernels, moes),
@@ -374,6 +375,6 @@ def _slack(
 def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
   """Rows that the experts of a layer multiply, for each token."""
   S = group_size(moe, batch_size, length)
-  slots = moe.expert_slots(moe.router.training_slots(moe.sizes, S), S)
+  slots = moe.expert_slots(training_slots(moe, S), S)
   rows = slots * moe.num_retained / S
   return min(rows, float(moe.num_selected)) if is_dropless(moe) else rows

@@ -15,6 +15,7 @@ from moe_jax.analysis.counts import (
   is_dropless,
   sized_parameters,
 )
+from moe_jax.analysis.router_shapes import training_slots
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
@@ -257,7 +258,7 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
   """
   S = group_size(moe, batch_size, length)
   groups = -(-batch_size * length // S)
-  per_expert = moe.expert_slots(moe.router.training_slots(moe.sizes, S), S)
+  per_expert = moe.expert_slots(training_slots(moe, S), S)
   slots = groups * moe.num_retained * per_expert
   if is_dropless(moe):
     return min(groups * S * moe.num_selected, slots)

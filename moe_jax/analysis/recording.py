@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
+from moe_jax.analysis.router_shapes import training_slots
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -91,11 +92,11 @@ def make_header(
 def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
   moe = model.moe_of(layer)
   S = rows * length if moe.group_size == -1 else moe.group_size or length
-  is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
+  is_bounded = moe.router.by_expert or moe.causality.drops
   return LayerInfo(
     num_experts=moe.num_retained,
     num_selected=moe.num_selected,
-    capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
+    capacity=training_slots(moe, S) if is_bounded else None,
     group_size=S,
     by_expert=moe.router.by_expert,
     sequence=model.sequence_of(layer).rstrip('_'),

@@ -13,10 +13,12 @@ if they have one.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax import cli
 from moe_jax.compression import whole_run
@@ -26,7 +28,8 @@ from moe_jax.errors import InputError
 from moe_jax.layers.experts.serving import SCOPE, FeedForwardExpert
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.routers import ROUTERS
+from moe_jax.layers.routers import ROUTERS, TokenInfo
+from moe_jax.layers.shared import Shared
 from moe_jax.models import ModelOptions, code_trees
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
@@ -80,17 +83,21 @@ def extract(
     if stack.experts is None or not _routes_by_task(stack.experts):
       continue
     stack_params = new_params[path[0]] if path else new_params
-    stack_params = _with_dense_layers(stack_params, stack.experts, task)
+    stack_params = _with_dense_layers(
+      stack_params, stack.experts, stack.block.shared, task
+    )
     new_params = {**new_params, path[0]: stack_params} if path else stack_params
   layers = [i for i, moe in enumerate(model.moes) if _routes_by_task(moe)]
   return Extracted(_extracted_options(options), new_params, tuple(layers))
 
 
 def _routes_by_task(moe: MoeOptions | None) -> bool:
-  return moe is not None and moe.router.needs_tasks
+  return moe is not None and 'task_ids' in moe.router.reads
 
 
-def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
+def _with_dense_layers(
+  stack: Params, moe: MoeOptions, shared: Shared, task: int
+) -> Params:
   """A stack's parameters with a dense layer for each sparse one."""
   if not isinstance(moe.expert, FeedForwardExpert):
     raise InputError(
@@ -109,15 +116,17 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
       f'({moe.retained}); extract from the run before it was merged or pruned'
     )
 
-  def dense(params: Params) -> Params:
-    choice = moe.router.of_task(moe.sizes, params['router'], task)
-    if choice is None:
+  def dense(layers: Params) -> Params:
+    """The dense layers of stacked sparse ones."""
+    choice = functools.partial(choice_of_task, moe, shared, task=task)
+    index, gate = jax.vmap(choice)(layers)  # [L, S, K]
+    if (index != index[:, :1]).any() or (gate != gate[:, :1]).any():
       raise InputError(
-        f'{type(moe.router).__name__} gives no experts for a whole task: '
-        '`of_task` returned None'
+        f'{type(moe.router).__name__} gives no experts for a whole task: it '
+        'sends tokens of one task to others, or with other gates'
       )
-    index, gate = choice
-    return as_one(params[SCOPE], index, gate * (1.0 - moe.output_masking))
+    gate = gate * (1.0 - moe.output_masking)
+    return jax.vmap(as_one)(layers[SCOPE], index[:, 0], gate[:, 0])
 
   def converted(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
@@ -126,9 +135,33 @@ def _with_dense_layers(stack: Params, moe: MoeOptions, task: int) -> Params:
       return {name: converted(subtree) for name, subtree in tree.items()}
     rest = {name: subtree for name, subtree in tree.items() if name != 'moe'}
     # Layers of one pattern are stacked.
-    return {**rest, 'ffn': jax.vmap(dense)(tree['moe'])}
+    return {**rest, 'ffn': dense(tree['moe'])}
 
   return converted(stack)
+
+
+def choice_of_task(
+  moe: MoeOptions, shared: Shared, params: Mapping[str, Any], task: int
+) -> tuple[Int32[Array, 'S K'], Float32[Array, 'S K']]:
+  """The experts and gates of a task in inference, for some random tokens.
+
+  Args:
+    moe: The options of the layer.
+    shared: The settings that all layers of the model share.
+    params: The parameters of the layer.
+    task: The number of the task.
+  """
+  router = moe.router.module(moe.sizes, shared, 'router')
+  x = jax.random.normal(
+    jax.random.key(0), (1, 8, params[SCOPE]['w_in'].shape[1])
+  )
+  ids = jnp.full(x.shape[:2], task)
+  info = TokenInfo(ids, ids, ids, ids, ids).only(moe.router.reads)
+  mask = jnp.ones(ids.shape, bool)
+  chosen, _ = router.apply(
+    {'params': params['router']}, x, mask, token_info=info
+  )
+  return chosen.expert_index[0], chosen.gate[0]
 
 
 def as_one(

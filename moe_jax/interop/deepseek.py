@@ -68,7 +68,7 @@ from moe_jax.layers.attention import LatentOptions
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.positions import Rotary
 from moe_jax.layers.routers import TokenChoice
-from moe_jax.layers.routers.balancing import PUBLISHED_RATE
+from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
 from moe_jax.models import DecoderOptions
 
 # The epsilon of transformers' norms of short vectors, whatever rms_norm_eps is.

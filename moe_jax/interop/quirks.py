@@ -50,7 +50,6 @@ class ServedByRank(TokenChoice):
       )
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return ServedByRankRouter(self, sizes, shared, name=name)
 
 
@@ -59,9 +58,8 @@ class ServedByRankRouter(TokenChoiceRouter):
 
   options: ServedByRank
 
-  def route(self, x, mask, train, router_ids, layer):
-    """Routes each group by itself; see `Router`."""
-    routing, aux = super().route(x, mask, train, router_ids, layer)
+  def route(self, x, mask, train, token_info, layer):
+    routing, aux = super().route(x, mask, train, token_info, layer)
     return by_rank(routing), aux
 
 

@@ -13,6 +13,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import Norm, RmsNorm
 from moe_jax.layers.positions import NoPositions, Positions
+from moe_jax.layers.routers.contract import TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.shapes import Array, Bool, Float, Int, Leaf
@@ -65,7 +66,7 @@ class Context(NamedTuple):
     memory: float [B, S, M], the encoder's output, or None.
     memory_segment_ids: int32 [B, S], the segments of the memory's tokens; None:
       each row is one segment.
-    router_ids: uint32 [B, T], the ids that the router needs of tokens, or None.
+    token_info: The arrays that routers read, [B, T] each.
     key_segment_ids: int32 [B, T], the segment by which each token is seen by
       those of its own sequence; None: `segment_ids`.
     routed_mask: bool [B, T], the tokens that routers see; None: `token_mask`.
@@ -80,7 +81,7 @@ class Context(NamedTuple):
   bias: Leaf = None
   memory: Leaf = None
   memory_segment_ids: Leaf = None
-  router_ids: Leaf = None
+  token_info: TokenInfo = TokenInfo()
   key_segment_ids: Leaf = None
   routed_mask: Leaf = None
   given: Leaf = None
@@ -140,8 +141,8 @@ class Block(nn.Module):
     c = self.config
     if self.sparse and c.moe is not None and c.moe.num_experts:
       moe = MoE(c.moe, c.shared, name='moe')
-      ids, given = context.router_ids, context.given
-      return moe(h, context.routed, self.train, ids, layer, given)
+      info, given = context.token_info, context.given
+      return moe(h, context.routed, self.train, info, layer, given)
     ffn, dropout = c.ffn, c.dropout
     if self.sparse and c.moe is not None:
       ffn, dropout = c.moe.twin()

@@ -14,8 +14,11 @@ import numpy as np
 from moe_jax import routing
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
-from moe_jax.layers.routers.contract import RouterOptions
-from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.layers.routers.contract import (
+  RouterOptions,
+  Sizes,
+  no_choices_taken,
+)
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.rules_without_logits import choice_in_turn
 from moe_jax.shapes import Array, Bool, Int, Int32, PRNGKey
@@ -47,23 +50,24 @@ class ImposedOptions(Options):
     same_function=True,
   )
 
-  def imposed_problems(
-    self, router: RouterOptions, sizes: Sizes
-  ) -> Iterator[str]:
+  def imposed_problems(self, router: RouterOptions) -> Iterator[str]:
     """The problems of imposing choices on a router."""
-    values = {'force_balance': self.force_balance, 'replay': self.replay}
-    if all(values.values()):
-      settings = ' with '.join(
-        f'{name}={value!r}' for name, value in values.items()
+    forced, replay = self.force_balance, self.replay
+    if forced and replay:
+      yield (
+        f'force_balance={forced!r} with replay={replay!r}: experts are chosen '
+        'by one of them'
       )
-      yield f'{settings}: experts are chosen by one of them'
       return
-    checks = {
-      'force_balance': router.takes_balanced, 'replay': router.replays
-    }  # fmt: skip
-    for name, value in values.items():
-      if value and (reason := checks[name](sizes)) is not None:
-        yield f'{name}={value!r}: {reason}'
+    reason = no_choices_taken(router)
+    if forced and router.by_expert and not router.mixes:
+      reason = (
+        f'the experts of {type(router).__name__} choose tokens, equally many '
+        'each'
+      )
+    if reason is not None and (forced or replay):
+      name = 'force_balance' if forced else 'replay'
+      yield f'{name}={forced or replay!r}: {reason}'
 
   @property
   def forced(self) -> str:

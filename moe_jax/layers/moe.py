@@ -19,7 +19,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import AT_RANDOM, forced_choices
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN
+from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import (
   AnyRouting,
@@ -29,7 +29,7 @@ from moe_jax.routing import (
   to_experts,
 )
 from moe_jax.routing.rows import without_nan
-from moe_jax.shapes import Array, Bool, Float, Int, Shaped, UInt32, checked
+from moe_jax.shapes import Array, Bool, Float, Int, Shaped, checked
 
 
 class MoE(nn.Module):
@@ -57,7 +57,7 @@ class MoE(nn.Module):
     x: Float[Array, 'B T M'],
     token_mask: Bool[Array, 'B T'] | None = None,
     train: bool = False,
-    router_ids: UInt32[Array, 'B T'] | None = None,
+    token_info: TokenInfo = TokenInfo(),
     layer: int | Int[Array, ''] = 0,
     given: GivenChoices | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux]:
@@ -69,7 +69,7 @@ class MoE(nn.Module):
         get zeros, and what they hold, were it NaN, reaches no other token and
         no gradient. Default: all are seen.
       train: Turns on router noise and dropout (rngs 'router', 'dropout').
-      router_ids: The ids that the router needs of tokens; see its `ids_of`.
+      token_info: The arrays that the router reads; see its `reads`.
       layer: The layer's number, by which routers without parameters differ.
       given: Choices that are imposed on the router, [B, T, K].
     """
@@ -82,12 +82,13 @@ class MoE(nn.Module):
       x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
     _check_groups(o, groups.shape[1], T)
-    if router_ids is not None:
-      router_ids = in_groups(router_ids, groups.shape[1])
+    token_info = jax.tree.map(
+      lambda x: in_groups(x, groups.shape[1]), token_info
+    )
     sizes = dataclasses.replace(o.sizes, row_length=T)
     router = o.router.module(sizes, self.shared, name='router')
     given = self._imposed_choices(given, mask, train, layer)
-    routing, aux = router(groups, mask, train, router_ids, layer, given)
+    routing, aux = router(groups, mask, train, token_info, layer, given)
     if o.retained.rows:
       routing = _to_merged(o, routing, layer)
     if self.is_mutable_collection(SOWN):

@@ -17,8 +17,12 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import ImposedOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.routers.contract import RouterOptions
-from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.layers.routers.contract import (
+  Causality,
+  RouterOptions,
+  Sizes,
+  no_choices_taken,
+)
 from moe_jax.routing import MoeAux, empty_aux
 from moe_jax.routing.capacity import CAPACITIES, Capacity
 
@@ -113,6 +117,11 @@ class MoeOptions(ImposedOptions):
     return Sizes(self.num_experts, self.num_selected, self.capacity)
 
   @property
+  def causality(self) -> Causality:
+    """What the router's choices depend on under the layer's capacity."""
+    return self.router.causality(self.sizes)
+
+  @property
   def num_retained(self) -> int:
     """The number of experts that there are: E unless some are merged."""
     rows = self.retained.rows.values()
@@ -141,14 +150,14 @@ class MoeOptions(ImposedOptions):
         'columns of the router lead to merged experts, and a choice of an '
         'expert does not say by which column'
       )
-    return self.router.replays(self.sizes)
+    return no_choices_taken(self.router)
 
   def leak(self) -> str | None:
     """The reason why later tokens change earlier outputs; None if they do not.
 
     The reason is the router's, or that of the dispatch on a mesh.
     """
-    return self.router.leak(self.sizes) or self.dispatch.leak()
+    return self.causality.leak or self.dispatch.leak()
 
   def in_layer(self, layer: int) -> 'MoeOptions':
     """The options that this layer and all layers like it have by themselves.
@@ -166,7 +175,7 @@ class MoeOptions(ImposedOptions):
     if not self.num_experts:
       return
     yield from self.router.problems_with(self.sizes)
-    yield from self.imposed_problems(self.router, self.sizes)
+    yield from self.imposed_problems(self.router)
     if self.retained.rows and (self.force_balance or self.replay):
       yield f'retained.expert_of: {self.replays()}'
     yield from self.retained.problems_with(self.router, self.sizes)
@@ -188,7 +197,7 @@ class MoeOptions(ImposedOptions):
         f'router.kind={ROUTERS.name_of(self.router)!r} mixes tokens in every '
         'slot, and experts in codes have rows of whole tokens'
       )
-    if not self.dispatch.drops and self.router.drops(self.sizes):
+    if not self.dispatch.drops and self.causality.drops:
       yield (
         f'dispatch.kind={DISPATCHES.name_of(self.dispatch)!r} has no slots, '
         f'and capacity.kind={CAPACITIES.name_of(self.capacity)!r} drops '
@@ -222,11 +231,8 @@ class MoeOptions(ImposedOptions):
     """The aux of a dense layer beside sparse ones, which means leave out."""
     if not self.num_experts:
       return empty_aux(1, 1)
-    return empty_aux(self.num_experts, self.num_selected, self.loss_weights())
-
-  def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of the router."""
-    return self.router.loss_weights()
+    losses = self.router.loss_weights()
+    return empty_aux(self.num_experts, self.num_selected, losses)
 
   def shrunk(self) -> Self:
     """E and K are such that the small router has them."""

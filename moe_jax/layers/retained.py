@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
-from moe_jax.layers.routers.contract import RouterOptions
-from moe_jax.layers.routers.sizes import Sizes
+from moe_jax.layers.routers.contract import RouterOptions, Sizes
 
 # The separator of an option's entries, the numbers after a layer's, and an
 # example of an entry.

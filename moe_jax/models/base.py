@@ -191,7 +191,7 @@ class Model(nn.Module):
     weights = {}
     for moe in self.moes:
       if moe is not None:
-        weights |= moe.loss_weights()
+        weights |= moe.router.loss_weights()
     return weights
 
   @property
@@ -327,7 +327,7 @@ def check_generates(model: Model) -> None:
 
 def check_decodes(moe: MoeOptions | None) -> None:
   """Raises ValueError where a layer cannot be run token by token."""
-  if moe is not None and (reason := moe.router.decodes(moe.sizes)):
+  if moe is not None and (reason := moe.causality.undecodable):
     raise InputError(reason)
 
 

@@ -16,6 +16,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import check_decodes
 from moe_jax.models.layer_trees import unstack
 from moe_jax.models.stack import StackConfig
+from moe_jax.routing.capacity import All
 
 
 class DecodingStack(NamedTuple):
@@ -95,9 +96,8 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
     moe: The options of the layer.
     causal: Whether the layer is run token by token.
   """
-  sizes = moe.router.serving_all(moe.sizes)
   single = causal and moe.group_size == 0
-  if sizes is None:
+  if not moe.causality.room_in_generation:
     return moe
   if moe.group_size <= 0 and moe.capacity.keeps_in_generation(single):
     return moe
@@ -105,7 +105,7 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   if any(moe.expert.problems_with(dispatch)):
     dispatch = moe.dispatch
   return dataclasses.replace(
-    moe, capacity=sizes.capacity, dispatch=dispatch, group_size=0
+    moe, capacity=All(), dispatch=dispatch, group_size=0
   )
 
 
@@ -115,7 +115,7 @@ def _for_few_tokens(stack, moe, params, rows):
     layer.num_retained for layer in stack.moes if layer is not None
   ]
   distinct_rows = rows
-  if moe.router.needs_tasks:  # all rows of a task choose alike
+  if 'task_ids' in moe.router.reads:  # all rows of a task choose alike
     distinct_rows = min(rows, stack.block.shared.num_tasks)
   if cpu.most_are_chosen(distinct_rows, K, max(expert_counts)):
     return _with_dispatch(stack, moe, few_tokens.Batched), params

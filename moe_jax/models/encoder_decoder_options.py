@@ -80,7 +80,9 @@ class EncoderDecoderOptions(TransformerOptions):
       **{name: getattr(self, name) for name in fields_of(StackOptions)}
     )
     moe = half.moe
-    router = moe.router.for_encoder()
+    router: Any = moe.router
+    if 'seed' in fields_of(type(router)):
+      router = dataclasses.replace(router, seed=router.seed + 1)
     return dataclasses.replace(
       half,
       attention=half.attention.for_encoder(),

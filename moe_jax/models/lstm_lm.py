@@ -50,7 +50,7 @@ class LstmLmOptions(TextModelOptions):
     yield from super().problems()
     yield from self.leak()
     router = self.moe.router
-    if router.needs_ids or router.keeps_state:
+    if router.reads or router.keeps_state:
       yield (
         f'moe.router.kind={ROUTERS.name_of(router)!r}: a model of LSTMs knows '
         'neither routers that hash tokens nor those that keep a state, such as '
@@ -291,7 +291,8 @@ class _Layer(nn.Module):
       y, state = Lstm(c.lstm, c.shared, name='lstm')(x, segment_ids, state)
     elif c.moe is not None:
       moe = MoE(c.moe, c.shared, name='moe')
-      y, aux = moe(x, segment_ids > 0, train, None, self.number, given)
+      mask = segment_ids > 0
+      y, aux = moe(x, mask, train, layer=self.number, given=given)
       y = jax.nn.sigmoid(y)
     else:
       twin = cast(Twin, c.twin)

@@ -10,6 +10,8 @@ import dataclasses
 from typing import Any
 
 from moe_jax.config import KIND, Options, fields_of
+from moe_jax.layers.routers.contract import Causality, RouterOptions, Sizes
+from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
 from moe_jax.models.base import ModelOptions
 from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
 from moe_jax.models.transformer_options import StackOptions, TransformerOptions
@@ -52,7 +54,7 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0
   if experts:
-    moe = dataclasses.replace(moe, router=moe.router.canonical(moe.sizes))
+    moe = dataclasses.replace(moe, router=_router(moe.router, moe.sizes))
     if not moe.capacity.binds and not moe.router.by_expert:
       moe = dataclasses.replace(moe, group_size=0)  # groups have no effect
   filled = dataclasses.replace(
@@ -66,6 +68,22 @@ def _layers(half: StackOptions, width: int) -> dict[str, Any]:
     unused |= {name for name in values if name.startswith('ffn.')}
   values = {k: v for k, v in values.items() if k not in unused}
   return {**values, 'sparse': sparse, 'full': half.full}
+
+
+def _router(router: Any, sizes: Sizes) -> RouterOptions:
+  """A router with defaults for options that make no other choices.
+
+  With room for all the order of slots has no effect, and with K = 1 there is no
+  second choice. The rate of a balancing bias has one only in training.
+  """
+  names, changes = fields_of(type(router)), {}
+  if 'slot_priority' in names:
+    queues = Causality.of_queues(sizes, router.slot_priority)
+    if queues.leak is None:
+      changes['slot_priority'] = 'token_major'
+  if 'balance_bias_rate' in names and router.keeps_state:
+    changes['balance_bias_rate'] = PUBLISHED_RATE
+  return dataclasses.replace(router, **changes)
 
 
 def _values(options: Options, path: str = '') -> dict[str, Any]:

@@ -131,7 +131,7 @@ class LayerOptions(Options):
     # A run without a length of targets is refused for that.
     if not (self.moe.num_experts and length):
       return
-    if S > 0 and S % length and self.moe.router.needs_whole_rows:
+    if S > 0 and S % length and 'segment_ids' in self.moe.router.reads:
       yield (
         f'model.moe.group_size={S} ends groups within rows of {name}={length}, '
         'and the router needs whole sentences; use 0, -1 or a multiple of the '
@@ -161,10 +161,11 @@ class LayerOptions(Options):
       )
     if self.moe.router.mixes:
       yield from self._mixture_problems(run, name, length)
-    if problem := self.moe.router.problem_of_groups(groups):
-      yield f'model.moe.group_size={S}: {problem}'
-    if problem := self.moe.router.problem_of_rows(rows, run.microbatches):
-      yield f'model.moe.router: {problem}'
+    sizes = dataclasses.replace(
+      self.moe.sizes, rows=rows, groups=groups, microbatches=run.microbatches
+    )
+    for problem in self.moe.router.problems_with(sizes):
+      yield f'model.moe.{problem}'
 
   def _mixture_problems(self, run, name, length):
     """The problems of groups in which several examples would be mixed."""

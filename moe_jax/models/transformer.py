@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.errors import InputError
 from moe_jax.layers.attention.cache import KVCache
 from moe_jax.layers.block import Context
 from moe_jax.layers.imposed import check_given
-from moe_jax.layers.routers.contract import ROUTER_STATE, RoutedTokens
+from moe_jax.layers.routers.contract import ROUTER_STATE, TokenInfo
 from moe_jax.models.base import Batch, check_decodes
 from moe_jax.models.decoding import stack_for_decoding
 from moe_jax.models.layer_trees import (
@@ -57,11 +56,13 @@ class Transformer(TextModel):
     segment_ids, task_ids = token_mask.astype(jnp.int32), None
     if cache.task_ids is not None:
       task_ids = jnp.broadcast_to(cache.task_ids[:, None], tokens.shape)
-    ids = router_ids(
-      self.decoder.config,
-      RoutedTokens(tokens, previous, positions, segment_ids, task_ids),
+    info = TokenInfo(tokens, previous, positions, segment_ids, task_ids)
+    context = Context(
+      segment_ids,
+      token_mask,
+      positions,
+      token_info=_read_by(self.decoder.config, info),
     )
-    context = Context(segment_ids, token_mask, positions, router_ids=ids)
     x, _, cache = self.decoder(x, context, False, cache)
     return self.embeddings.logits(x), cache.advance(tokens.shape[1])
 
@@ -70,7 +71,7 @@ class Transformer(TextModel):
     return tuple(
       prefix
       for prefix, (_, stack) in zip(self.sequences, self.stacks, strict=True)
-      if stack.experts is not None and stack.experts.router.needs_tasks
+      if stack.experts is not None and 'task_ids' in stack.experts.router.reads
     )
 
   @property
@@ -189,8 +190,8 @@ def make_context(
   """The context of a stack's blocks; defaults are as in `Decoder`.
 
   Raises:
-    ValueError: The router needs tasks, or the choices that are imposed are not
-      those of the stack's sparse layers.
+    ValueError: The choices that are imposed are not those of the stack's sparse
+      layers.
   """
   B, T = tokens.shape
   token_mask = jnp.ones((B, T), bool)
@@ -202,31 +203,20 @@ def make_context(
   segments = (
     token_mask.astype(jnp.int32) if segment_ids is None else segment_ids
   )
-  ids = router_ids(
-    c, RoutedTokens(tokens, previous, positions, segments, task_ids)
-  )
+  info = TokenInfo(tokens, previous, positions, segments, task_ids)
   check_given(given, c.sparse if c.experts else ())
   return Context(
-    segment_ids, token_mask, positions, router_ids=ids, given=given
+    segment_ids,
+    token_mask,
+    positions,
+    token_info=_read_by(c, info),
+    given=given,
   )
 
 
-def router_ids(c: StackConfig, tokens: RoutedTokens) -> Array | None:
-  """The ids that the routers of a stack need; None if they need none.
-
-  Raises:
-    ValueError: They need the tasks of the tokens, which are not given.
-  """
-  moe = c.experts
-  if moe is None:
-    return None
-  if moe.router.needs_tasks and tokens.task_ids is None:
-    raise InputError(
-      f'{type(moe.router).__name__} routes by task, and no task_ids are given: '
-      "batches have them where the data is a mixture, generation's callers "
-      'give them'
-    )
-  return moe.router.ids_of(tokens)
+def _read_by(c: StackConfig, info: TokenInfo) -> TokenInfo:
+  """The arrays that the routers of a stack read; the others are None."""
+  return info.only(c.experts.router.reads if c.experts else ())
 
 
 def make_cache(c: StackConfig, batch_size: int, max_len: int) -> KVCache:

@@ -129,7 +129,8 @@ class TransformerOptions(TextModelOptions, StackOptions):
   @property
   def routes_by_task(self) -> bool:
     return any(
-      half.has_experts and half.moe.router.needs_tasks for half in self.halves
+      half.has_experts and 'task_ids' in half.moe.router.reads
+      for half in self.halves
     )
 
   def filled(self, vocab_size, seq_len, num_tasks=0):

@@ -41,8 +41,9 @@ from moe_jax.routing.stats import (
 )
 from moe_jax.routing.token_choice_rule import (
   SLOT_PRIORITIES,
+  choice_gates,
+  choice_slots,
   choose,
-  gates_before_drop,
   token_choice,
 )
 
@@ -58,13 +59,14 @@ __all__ = [
   'SlotRouting',
   'TokenRouting',
   'balance_loss',
+  'choice_gates',
+  'choice_slots',
   'choose',
   'dispatch',
   'drop_rate',
   'empty_aux',
   'even_choice',
   'expert_choice',
-  'gates_before_drop',
   'given_choice',
   'hash_choice',
   'importance_loss',

@@ -125,17 +125,45 @@ def token_choice(
     mask = jnp.ones(router_logits.shape[:2], bool)
   if expert_index is None:
     expert_index = choose(router_logits, K)  # [G, S, K]
-  chosen_logits = at_choices(router_logits, expert_index)
-  pair_gate = jax.nn.softmax(chosen_logits)  # [G, S, K]
+  slot, kept = choice_slots(
+    router_logits,
+    expert_index,
+    mask,
+    capacity=capacity,
+    slot_priority=slot_priority,
+    second_policy=second_policy,
+    second_threshold=second_threshold,
+    key=key,
+    given=given,
+  )
+  gate = choice_gates(router_logits, expert_index, gates, kept)
+  return Routing(expert_index, slot, gate, kept, E, capacity)
+
+
+@checked
+def choice_slots(
+  router_logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  *,
+  capacity: int | None,
+  slot_priority: str = 'token_major',
+  second_policy: str = 'all',
+  second_threshold: float = 0.2,
+  key: PRNGKey | None = None,
+  given: GivenChoices | None = None,
+) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
+  """The slot of each choice, and whether it is served; see `token_choice`."""
   sent = order = None
-  if key is not None and second_policy != 'all' and K > 1:
+  if key is not None and second_policy != 'all' and expert_index.shape[-1] > 1:
+    pair_gate = jax.nn.softmax(at_choices(router_logits, expert_index))
     sent = decided(_sent(pair_gate, second_policy, second_threshold, key))
   if slot_priority == 'batch_priority':
     order = jnp.argsort(-_top_probability(router_logits))
-  slot, kept = queue_choices(
+  return queue_choices(
     expert_index,
     mask,
-    num_experts=E,
+    num_experts=router_logits.shape[-1],
     capacity=capacity,
     slot_priority=slot_priority,
     order=order,
@@ -143,8 +171,6 @@ def token_choice(
     holds_place=second_policy == 'sampled',
     given=given,
   )
-  gate = _gates(gates, router_logits, chosen_logits, pair_gate, kept)
-  return Routing(expert_index, slot, gate, kept, E, capacity)
 
 
 @checked
@@ -230,24 +256,29 @@ def _top_probability(router_logits):
 
 
 @checked
-def gates_before_drop(
+def choice_gates(
   router_logits: Float32[Array, 'G S E'],
   expert_index: Int32[Array, 'G S K'],
   gates: str,
+  kept: Bool[Array, 'G S K'] | None = None,
 ) -> Float32[Array, 'G S K']:
-  """The gates of `token_choice` as if every choice were served."""
+  """The gates of choices; see `token_choice`.
+
+  Args:
+    router_logits: The logits, with their noise if they have any.
+    expert_index: The chosen experts.
+    gates: One of `GATES`.
+    kept: Whether each choice is served; the gate of one that is not is 0.
+      Default: all are.
+  """
+  if kept is None:
+    kept = jnp.ones(expert_index.shape, bool)
   chosen_logits = at_choices(router_logits, expert_index)
-  kept = jnp.ones(chosen_logits.shape, bool)
-  pair_gate = jax.nn.softmax(chosen_logits)
-  return _gates(gates, router_logits, chosen_logits, pair_gate, kept)
-
-
-def _gates(gates, router_logits, chosen_logits, pair_gate, kept):
   if gates == 'raw':
     normalizer = jax.nn.logsumexp(router_logits, axis=-1, keepdims=True)
     gate = jnp.exp(chosen_logits - normalizer)
   elif gates == 'renormalized':
-    gate = pair_gate
+    gate = jax.nn.softmax(chosen_logits)
   elif gates == 'sigmoid':
     gate = jax.nn.sigmoid(chosen_logits)
   elif gates == 'sigmoid_renormalized':

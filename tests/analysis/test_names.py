@@ -42,7 +42,7 @@ class OtherNames(TokenChoice):
 
 
 class OtherNamesRouter(Router):
-  def route(self, x, mask, train, router_ids, layer):
+  def route(self, x, mask, train, token_info, layer):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     kernel = parameters.kernel(self.shared, ('embed', None), role='router')
     bias = parameters.bias((None,), role='router')

@@ -13,6 +13,7 @@ from moe_jax.layers.experts.serving import Dispatch, Experts
 from moe_jax.layers.routers.token_choice import TokenChoiceRouter
 from moe_jax.routing import empty_aux
 from tests.bad_inputs.cases import Case, check
+from tests.layers.routers.run import info_of
 
 B, T, M, E = 2, 6, 8, 4
 X = jnp.ones((B, T, M))
@@ -68,13 +69,17 @@ CASES = [
     'moe-hash ids',
     hashed(),
     X,
-    router_ids=HASH[:, 1:],
+    token_info=info_of(HASH[:, 1:]),
     phrases=('(2, 5)', '(2, 6'),
   ),
   case(
-    'moe-signed ids', hashed(), X, router_ids=IDS, phrases=('int32', 'uint32')
+    'moe-real ids',
+    hashed(),
+    X,
+    token_info=info_of(X[..., 0]),
+    phrases=('token_info.tokens', 'float32', 'int'),
   ),
-  case('moe-no ids', hashed(), X, phrases=('router_ids',)),
+  case('moe-no ids', hashed(), X, phrases=('TokenInfo(tokens=...)',)),
   case('moe-layer', MOE, X, layer=1.5, phrases=('layer=1.5',)),
   case(
     'moe-group size',
@@ -159,8 +164,8 @@ CASES += [
 class UsersRouter(TokenChoiceRouter):
   """A user's router, whose result a test changes."""
 
-  def route(self, x, mask, train, router_ids, layer):
-    result = super().route(x, mask, train, router_ids, layer)
+  def route(self, x, mask, train, token_info, layer):
+    result = super().route(x, mask, train, token_info, layer)
     return self.options.change(*result)
 
 

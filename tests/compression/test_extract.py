@@ -16,6 +16,7 @@ from moe_jax.layers.experts.sorted_rows_experts import Dropless
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Sentence, Task, TokenChoice
+from moe_jax.layers.shared import Shared
 from moe_jax.models import MODELS
 from moe_jax.routing import All
 from moe_jax.training.loop import train_and_evaluate
@@ -121,9 +122,12 @@ def test_a_layer_of_two_experts_by_hand():
     router=Task(gates='renormalized'),
     capacity=All(),
   )
-  index, gate = options.router.of_task(options.sizes, params, 1)
-  assert index.tolist() == [2, 0]
-  np.testing.assert_allclose(gate, [0.75, 0.25], rtol=1e-6)
+  index, gate = extract.choice_of_task(
+    options, Shared(num_tasks=2), {'router': params, 'experts': experts}, 1
+  )
+  assert (index == jnp.array([[2, 0]])).all()
+  np.testing.assert_allclose(gate, [[0.75, 0.25]] * len(gate), rtol=1e-6)
+  index, gate = index[0], gate[0]
   dense = extract.as_one(experts, index, gate)
   np.testing.assert_allclose(dense['w_in'], [[1.0, 1.0]])
   np.testing.assert_allclose(dense['w_out'], [[1.5], [0.25]], rtol=1e-6)

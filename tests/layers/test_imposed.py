@@ -23,6 +23,7 @@ from moe_jax.layers.routers import (
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.capacity import PerAssignment
 from tests import reference
+from tests.layers.routers.run import info_of
 from tests.models import tiny
 
 G, S, E, K, M = 4, 10, 5, 2, 6
@@ -44,7 +45,7 @@ def layer_of(options, x=None):
   layer = MoE(options)
   x = draw(G, S, M) if x is None else x
   ids = jnp.zeros(x.shape[:2], jnp.uint32)
-  init = functools.partial(layer.init, router_ids=ids)
+  init = functools.partial(layer.init, token_info=info_of(ids))
   shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), x))
   leaves, tree = jax.tree.flatten(shapes)
   return layer, tree.unflatten(
@@ -60,7 +61,8 @@ def compiled(options, train):
   @jax.jit
   def apply(x, mask, key):
     rngs = {'router': key} if train else None
-    return layer.apply(variables, x, mask, train, router_ids=ids, rngs=rngs)
+    info = info_of(ids)
+    return layer.apply(variables, x, mask, train, token_info=info, rngs=rngs)
 
   return apply
 

@@ -19,6 +19,7 @@ from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.routing import shazeer_rules
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
+from tests.layers.routers.run import info_of
 from tests.models import tiny
 
 B, T, M, E, K = 2, 6, 8, 4, 2
@@ -96,7 +97,7 @@ def routers():
 def id_arguments(router):
   """The ids that a router that hashes needs."""
   ids = np.arange(B * T, dtype=np.uint32).reshape(B, T)
-  return {'router_ids': jnp.asarray(ids)} if router.needs_ids else {}
+  return {'token_info': info_of(jnp.asarray(ids))} if router.reads else {}
 
 
 # The layer of token choice is in `test_every_dispatch`. Tokens that choose move

@@ -13,6 +13,7 @@ from moe_jax.layers.routers import ExpertChoice, Hash, Random, TokenChoice
 from moe_jax.routing.capacity import All, PerAssignment
 from tests import reference
 from tests.layers import test_moe
+from tests.layers.routers.run import info_of
 from tests.layers.test_moe import B, E, K, M, T, draw, draw_params
 from tests.models import tiny
 from tests.models.tiny import assert_trees_close
@@ -66,7 +67,9 @@ def gradients(router, dispatch, capacity):
 
   def loss(params, x):
     variables = {'params': params}
-    y, aux = layer.apply(variables, x, jnp.asarray(a_mask()), router_ids=IDS)
+    y, aux = layer.apply(
+      variables, x, jnp.asarray(a_mask()), token_info=info_of(IDS)
+    )
     return (y * target).sum(), (y, aux)
 
   return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)

@@ -23,7 +23,7 @@ from moe_jax.layers import (
   MoE,
   MoeOptions,
 )
-from moe_jax.layers.routers.contract import Router, RouterOptions
+from moe_jax.layers.routers import Causality, Router, RouterOptions, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.parallel.cost_model import Sizes
 from moe_jax.parallel.exchange import Constraint, InRing, permuted, target
@@ -45,27 +45,20 @@ SHADOWING = Shadowing(experts=R, teraflops=2e-5, gigabytes=1e-5)
 class ById(RouterOptions):
   """A router that sends each token to the expert with the token's id."""
 
-  needs_ids: ClassVar[bool] = True
+  reads: ClassVar[tuple[str, ...]] = ('tokens',)
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return ByIdRouter(self, sizes, shared, name=name)
 
-  def leak(self, sizes):
-    """Returns None: tokens queue in their order, so that nothing leaks."""
-    return None
-
-  def multiply_adds(self, sizes, width):
-    """Returns zero: the router has no products."""
-    return 0
+  def causality(self, sizes):
+    return Causality.of_queues(sizes)
 
 
 class ByIdRouter(Router):
   """A router with learned gates, so that a wrong sum would be seen."""
 
-  def route(self, x, mask, train, router_ids, layer):
-    """Routes each group by itself; see `Router`."""
-    index = router_ids[..., None].astype(jnp.int32)
+  def route(self, x, mask, train, token_info, layer):
+    index = token_info.tokens[..., None].astype(jnp.int32)
     gate = self.param('gate', jax.random.uniform, (self.sizes.num_experts,))
     chosen = routing.given_choice(
       index,
@@ -120,7 +113,7 @@ def layer_of(dispatch, use_bias=True):
 
 
 def loss(layer, params, x, ids):
-  y, aux = layer.apply(params, x, router_ids=ids)
+  y, aux = layer.apply(params, x, token_info=TokenInfo(ids))
   weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
   return (y * weight + y**2).sum(), aux
 
@@ -133,7 +126,7 @@ def params_of(use_bias):
     layer.init,
     jax.random.key(0),
     np.zeros((G, S, M), 'f'),
-    router_ids=ids_of('zipf'),
+    token_info=TokenInfo(ids_of('zipf')),
   )
   return jax.tree.map(
     lambda leaf: rng.uniform(-1, 1, leaf.shape).astype('f'),
@@ -278,7 +271,7 @@ def test_a_step_is_one_permutation_and_waits_for_no_other_steps_product():
     (x, ids), NamedSharding(mesh, PartitionSpec('expert'))
   )
   params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-  run = jax.jit(lambda *a: layer.apply(*a[:2], router_ids=a[2])[0])
+  run = jax.jit(lambda *a: layer.apply(*a[:2], token_info=TokenInfo(a[2]))[0])
   program = instructions(run.lower(params, x, ids).compile().as_text())
   travels = [
     name for name, line in program.items() if line[0] == 'collective-permute'
@@ -369,5 +362,9 @@ def test_modules_cannot_be_shadowed():
   split = NamedSharding(mesh, PartitionSpec('expert'))
   x, ids = jax.device_put((np.zeros((G, S, M), 'f'), ids_of('zipf')), split)
   with pytest.raises(ValueError, match='experts=3 needs feed-forward experts'):
-    params = jax.eval_shape(layer.init, jax.random.key(0), x, router_ids=ids)
-    jax.eval_shape(lambda p: layer.apply(p, x, router_ids=ids), params)
+    params = jax.eval_shape(
+      layer.init, jax.random.key(0), x, token_info=TokenInfo(ids)
+    )
+    jax.eval_shape(
+      lambda p: layer.apply(p, x, token_info=TokenInfo(ids)), params
+    )

@@ -1,4 +1,4 @@
-"""The contract of a router: its options' methods, and its module's inputs.
+"""The contract of a router: what it is asked, and what its module is given.
 
 A router is one file here: its options, which extend `RouterOptions`, and its
 module, which extends `Router`. Nobody else asks which router it is. Pure rules
@@ -6,16 +6,15 @@ are in `moe_jax.routing`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from flax import linen as nn
 
 from moe_jax.config import Options, fields_of, required
 from moe_jax.errors import InputError
-from moe_jax.layers.routers.sizes import Sizes
 from moe_jax.layers.shared import Shared
-from moe_jax.routing.capacity import All
+from moe_jax.routing.capacity import Capacity, PerToken
 from moe_jax.routing.given_choice_rule import GivenChoices
 from moe_jax.routing.rows import without_nan
 from moe_jax.routing.soft_rule import AnyRouting
@@ -26,9 +25,7 @@ from moe_jax.shapes import (
   Float,
   Float32,
   Int,
-  Int32,
   Leaf,
-  UInt32,
   array_of,
   check_shapes,
   checked,
@@ -42,167 +39,119 @@ ROUTER_STATE = 'router_state'
 NOISE = 'router'
 # The collection of what is kept for analysis, if a caller makes it mutable.
 SOWN = 'intermediates'
-# The names there of a layer's choices, [B, T, N], and of its router's logits
-# without noise, [G, S, E].
-CHOICES, LOGITS = 'choices', 'router_logits'
+# The names there of a layer's choices, [B, T, N], of its router's routing, and
+# of the router's logits without noise, [G, S, E].
+CHOICES, ROUTING, LOGITS = 'choices', 'routing', 'router_logits'
 
 
-class RoutedTokens(NamedTuple):
-  """The arrays of a batch from which a router makes the ids that it needs.
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of the layer that a router serves.
 
   Attributes:
-    tokens: int32 [B, T], token ids.
-    previous: int32 [B, T], the token before each in its segment; -1 for the
-      first.
-    positions: int32 [B, T], the position of each token in its segment.
-    segment_ids: int32 [B, T], the segment of each token in its row; 0 is
-      padding.
-    task_ids: int32 [B, T], the task of each token; None in a batch without.
+    num_experts: E, the number of experts that a router tells apart: its logits
+      for each token, and the length of its loads.
+    num_selected: K, the number of experts that a token chooses. Where experts
+      choose tokens, it only enters into their capacity.
+    capacity: The rule for the number of a group's tokens that an expert serves.
+    row_length: T, the number of tokens of a row of the batch, which a group may
+      be a part of or have several of; 0: that of a group.
+    rows: The number of rows of a microbatch; 0 where it is not known.
+    groups: The number of groups of a microbatch; 0 where it is not known.
+    microbatches: The number of microbatches of a step; 0 where it is not known.
   """
 
-  tokens: Leaf
-  previous: Leaf
-  positions: Leaf
-  segment_ids: Leaf
+  num_experts: int
+  num_selected: int = 1
+  capacity: Capacity = PerToken()
+  row_length: int = 0
+  rows: int = 0
+  groups: int = 0
+  microbatches: int = 0
+
+  def slots(self, group_size: int) -> int:
+    """The slots of an expert in a group of that many tokens, a Python int."""
+    return self.capacity.per_expert(
+      group_size, self.num_experts, self.num_selected
+    )
+
+
+class TokenInfo(NamedTuple):
+  """The arrays of a batch that a router may read beside representations.
+
+  Those that no router reads are None. In a router they are cut into groups.
+
+  Attributes:
+    tokens: int [B, T], token ids.
+    previous: int [B, T], the token before each in its segment; -1 for the
+      first.
+    positions: int [B, T], the position of each token in its segment.
+    segment_ids: int [B, T], the segment of each token in its row; 0 is padding.
+    task_ids: int [B, T], the task of each token.
+  """
+
+  tokens: Leaf = None
+  previous: Leaf = None
+  positions: Leaf = None
+  segment_ids: Leaf = None
   task_ids: Leaf = None
 
+  def only(self, names: Iterable[str]) -> 'TokenInfo':
+    """These arrays alone."""
+    return TokenInfo(**{name: getattr(self, name) for name in names})
 
-class Router(nn.Module):
-  """Base of the routers' modules, which are float32 whatever the model's dtype.
+  def shape_hints(self) -> dict[str, Any]:
+    """The array type of each field that is there; see `HasShapes`."""
+    given = (name for name, x in self._asdict().items() if x is not None)
+    return dict.fromkeys(given, Int[Array, 'B T'])
 
-  Source: Table 2 of arXiv:2101.03961, selective precision.
+  def static_sizes(self) -> dict[str, int]:
+    """No sizes, as the arrays tell all of them."""
+    return {}
+
+
+class Causality(NamedTuple):
+  """What a router's choices for a token depend on under a capacity.
 
   Attributes:
-    options: The router's options.
-    sizes: The sizes of the layer.
-    shared: The settings that all layers of the model share; a router uses
-      their initialisation of kernels.
+    leak: The reason why later tokens change earlier outputs, a clause that ends
+      in an alternative; None if they do not.
+    drops: Whether a choice can be dropped because its expert is full.
+    undecodable: The reason why tokens cannot be routed one by one, as they are
+      generated; None if they can.
+    room_in_generation: Whether generation gives experts room for all tokens;
+      otherwise the router chooses as in training, and its layer stays as it is.
   """
 
-  options: Any
-  sizes: Sizes
-  shared: Shared = Shared()
+  leak: str | None
+  drops: bool = False
+  undecodable: str | None = None
+  room_in_generation: bool = True
 
-  @nn.compact
-  @checked
-  def __call__(
-    self,
-    x: Float[Array, 'G S M'],
-    mask: Bool[Array, 'G S'],
-    train: bool = False,
-    router_ids: UInt32[Array, 'G S'] | None = None,
-    layer: int | Int[Array, ''] = 0,
-    given: GivenChoices | None = None,
-  ) -> tuple[AnyRouting, MoeAux]:
-    """Routes each group by itself, without padding.
+  @classmethod
+  def of_queues(
+    cls, sizes: Sizes, slot_priority: str = 'token_major'
+  ) -> 'Causality':
+    """That of tokens that queue for the slots of experts.
 
-    Args:
-      x: Token representations.
-      mask: False for padding.
-      train: Whether noise is drawn, from the rng stream 'router', and only
-        where an option asks for it.
-      router_ids: The ids that the options' `ids_of` returned for the tokens.
-      layer: The number of the layer, by which routers without parameters
-        differ.
-      given: Choices that are imposed on the router. Gates, losses and
-        statistics are computed from its own logits, as if it had made them.
-
-    Returns:
-      The routing, and the losses and statistics, which are sums over real
-      tokens.
-
-    Raises:
-      ValueError: Shapes do not fit, the router takes no choices, or `route`
-        breaks this contract.
+    Under token-major slots whether a token is served depends on earlier ones.
+    Choice-major slots let a later token's first choice evict an earlier one's
+    second, and batch priority sorts by the whole group.
     """
-    x = without_nan(mask, x)
-    if self.options.needs_ids and router_ids is None:
-      raise InputError(
-        f'{type(self).__name__} needs router_ids, the ids that ids_of of its '
-        'options makes of a batch'
-      )
-    if given is None:
-      result = self.route(x, mask, train, router_ids, layer)
-    else:
-      _check_given(self, given, mask)
-      result = self.route(x, mask, train, router_ids, layer, given)
-    _check_result(self, result, mask)
-    return result
-
-  def route(
-    self,
-    x: Array,
-    mask: Array,
-    train: bool,
-    router_ids: Array | None,
-    layer: int | Array,
-    given: GivenChoices | None = None,
-  ) -> tuple[AnyRouting, MoeAux]:
-    """Routes; arguments and results are those of `__call__`.
-
-    It is called in a compact method, and so may make parameters. It is called
-    without `given` unless the router's options have `takes_choices`. It need
-    not sow its choices, as the layer keeps those of the routing for analysis.
-    """
-    raise NotImplementedError
-
-
-def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
-  """Raises ValueError for choices that a router cannot be given."""
-  reason = router.options.replays(router.sizes)
-  if reason is not None:
-    raise InputError(reason)
-  K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
-  shapes = [
-    array_of('mask', mask, Bool[Array, 'G S']),
-    array_of('given.expert', given.expert, Int[Array, f'G S {K}']),
-  ]
-  if given.kept is not None:
-    shapes.append(array_of('given.kept', given.kept, Bool[Array, f'G S {K}']))
-  check_shapes(shapes)
-
-
-def _check_result(router: Router, result: Any, mask: Array) -> None:
-  """Raises ValueError where a router's result is not what `Router` says."""
-  name, sizes = type(router).__name__, router.sizes
-  if not (
-    isinstance(result, tuple)
-    and len(result) == 2
-    and isinstance(result[0], AnyRouting)
-    and isinstance(result[1], MoeAux)
-  ):
-    raise InputError(
-      f'{name}.route returned {type_text(result)}; a Router returns (Routing, '
-      'SlotRouting or SoftRouting, MoeAux)'
+    K, drops = sizes.num_selected, sizes.capacity.binds
+    causal = ('token_major', 'choice_major') if K == 1 else ('token_major',)
+    if not drops or slot_priority in causal:
+      return cls(None, drops)
+    leak = (
+      f'slot_priority={slot_priority!r} with num_selected={K} lets later '
+      'tokens change earlier outputs wherever capacity binds; use '
+      "slot_priority='token_major'"
     )
-  chosen, aux = result
-  if chosen.num_experts != sizes.num_experts:
-    raise InputError(
-      f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
-      f'the layer has {sizes.num_experts}'
-    )
-  weights = router.options.loss_weights()
-  if aux.losses.keys() != weights.keys():
-    raise InputError(
-      f'{name}.route returned the losses {sorted(aux.losses)}; its options '
-      f'give weights to {sorted(weights)}'
-    )
-  E = sizes.num_experts
-  check_shapes(
-    [
-      array_of('mask', mask, Bool[Array, 'G S']),
-      *shapes_in(f'the routing of {name}', chosen),
-      array_of(f'stats.load of {name}', aux.stats.load, Float32[Array, f'{E}']),
-      *(
-        array_of(f'{loss} of {name}', value, Float32[Array, ''])
-        for loss, value in aux.losses.items()
-      ),
-    ]
-  )
+    return cls(leak, drops)
 
 
 class RouterOptions(Options):
-  """Base of the routers' options, with the questions that others ask a router.
+  """Base of the routers' options, with all that others ask a router.
 
   Attributes:
     by_expert: Whether the tokens of an expert are not K choices of each token:
@@ -211,97 +160,42 @@ class RouterOptions(Options):
     mixes: Whether experts take mixtures of all tokens of a group, so that the
       module returns a `SoftRouting`. No causal model can have it, and a group
       must not hold tokens of two examples.
-    needs_ids: Whether the module needs `router_ids`, which `ids_of` makes.
-    needs_tasks: Whether `ids_of` needs the task of each token.
-    needs_whole_rows: Whether a group must not end within a row.
+    takes_choices: Whether the module's `route` takes choices that are imposed
+      on it, its argument `given`.
     has_columns: Whether tokens choose by logits, one for each column of the
       router's parameters along the axis 'expert_choice', and columns may be
       led to merged experts; see `Retained`.
-    takes_choices: Whether the module's `route` takes choices that are imposed
-      on it, its argument `given`.
+    reads: The fields of `TokenInfo` that the module reads. Where they have
+      'segment_ids', a group must not end within a row.
   """
 
   by_expert: ClassVar[bool] = False
   mixes: ClassVar[bool] = False
-  needs_ids: ClassVar[bool] = False
-  needs_tasks: ClassVar[bool] = False
-  needs_whole_rows: ClassVar[bool] = False
-  has_columns: ClassVar[bool] = False
   takes_choices: ClassVar[bool] = False
-
-  def problems_with(self, sizes: Sizes) -> Iterator[str]:
-    """The problems that this router has with sizes, a text for each.
-
-    A text begins with the option of the layer: 'num_selected=3'.
-    """
-    E, K = sizes.num_experts, sizes.num_selected
-    if not 1 <= K <= E:
-      yield f'num_selected={K} not in [1, num_experts={E}]'
-
-  def problem_of_groups(self, groups: int) -> str | None:
-    """The reason why batches of that many groups do not fit; None if they do.
-
-    Args:
-      groups: The number of groups of a microbatch.
-    """
-    del groups
-    return None
-
-  def problem_of_rows(self, rows: int, microbatches: int) -> str | None:
-    """The reason why microbatches of that many rows do not fit, or None."""
-    del rows, microbatches
-    return None
+  has_columns: ClassVar[bool] = False
+  reads: ClassVar[tuple[str, ...]] = ()
 
   @required
   def module(
     self, sizes: Sizes, shared: Shared, name: str | None = None
-  ) -> Router:
+  ) -> 'Router':
     """The router's linen module."""
     raise NotImplementedError
 
   @required
-  def leak(self, sizes: Sizes) -> str | None:
-    """The reason why later tokens change earlier outputs; None if they do not.
-
-    The text is a clause with the reason and an alternative.
-    """
+  def causality(self, sizes: Sizes) -> Causality:
+    """What choices depend on; whether they drop, decode and leak."""
     raise NotImplementedError
 
-  def decodes(self, sizes: Sizes) -> str | None:
-    """The reason why the router cannot decode by tokens; None if it can."""
-    del sizes
-    return None
+  def problems_with(self, sizes: Sizes) -> Iterator[str]:
+    """The problems that this router has with sizes, a text for each.
 
-  def replays(self, sizes: Sizes) -> str | None:
-    """The reason why no choices can be imposed on it; None if they can."""
-    if not self.takes_choices:
-      return f'{type(self).__name__} makes its own choices and takes no others'
-    return None
-
-  def takes_balanced(self, sizes: Sizes) -> str | None:
-    """The reason why no even choices can be imposed on it; None if they can."""
-    return self.replays(sizes)
-
-  def serving_all(self, sizes: Sizes) -> Sizes | None:
-    """The sizes with room for all tokens, which generation uses.
-
-    None if the router chooses in generation as in training, so that its layer
-    stays as it is.
+    A text begins with the option of the layer: 'num_selected=3'. Sizes of a run
+    that are 0 are not known, and have no problem.
     """
-    return dataclasses.replace(sizes, capacity=All())
-
-  def drops(self, sizes: Sizes) -> bool:
-    """Whether a choice can be dropped because its expert is full."""
-    return sizes.capacity.binds
-
-  def training_slots(self, sizes: Sizes, group_size: int) -> int:
-    """The slots of an expert in training, in a group of `group_size` tokens."""
-    return sizes.slots(group_size)
-
-  @required
-  def multiply_adds(self, sizes: Sizes, width: int) -> int:
-    """The number of multiplications in the router's products for one token."""
-    raise NotImplementedError
+    E, K = sizes.num_experts, sizes.num_selected
+    if not 1 <= K <= E:
+      yield f'num_selected={K} not in [1, num_experts={E}]'
 
   def loss_weights(self) -> dict[str, float]:
     """The weight of each loss that the module returns, by its name.
@@ -313,26 +207,6 @@ class RouterOptions(Options):
       for name in fields_of(type(self))
       if name.endswith('_weight')
     }
-
-  def ids_of(self, tokens: RoutedTokens) -> UInt32[Array, 'B T'] | None:
-    """The number of each token by which the router goes; None if by none."""
-    del tokens
-    return None
-
-  def of_task(
-    self, sizes: Sizes, params: dict[str, Leaf], task: int
-  ) -> tuple[Int32[Array, ' K'], Float32[Array, ' K']] | None:
-    """The experts and gates of every token of a task; None where tokens differ.
-
-    They are those of inference, without noise.
-
-    Args:
-      sizes: The sizes of the layer.
-      params: The parameters of the module.
-      task: The number of the task.
-    """
-    del sizes, params, task
-    return None
 
   @property
   def keeps_state(self) -> bool:
@@ -358,17 +232,147 @@ class RouterOptions(Options):
     del load, rate
     return state
 
-  def canonical(self, sizes: Sizes) -> Self:
-    """The same router with defaults for options that have no effect.
 
-    Two routers with equal canonical options make the same choices.
+def no_choices_taken(options: RouterOptions) -> str | None:
+  """The reason why no choices can be imposed on a router; None if they can."""
+  if options.takes_choices:
+    return None
+  return f'{type(options).__name__} makes its own choices and takes no others'
+
+
+class Router(nn.Module):
+  """Base of the routers' modules, which are float32 whatever the model's dtype.
+
+  Source: Table 2 of arXiv:2101.03961, selective precision.
+
+  Attributes:
+    options: The router's options.
+    sizes: The sizes of the layer.
+    shared: The settings that all layers of the model share; a router uses
+      their initialisation of kernels.
+  """
+
+  options: Any
+  sizes: Sizes
+  shared: Shared = Shared()
+
+  @nn.compact
+  @checked
+  def __call__(
+    self,
+    x: Float[Array, 'G S M'],
+    mask: Bool[Array, 'G S'],
+    train: bool = False,
+    token_info: TokenInfo = TokenInfo(),
+    layer: int | Int[Array, ''] = 0,
+    given: GivenChoices | None = None,
+  ) -> tuple[AnyRouting, MoeAux]:
+    """Routes each group by itself, without padding.
+
+    Args:
+      x: Token representations.
+      mask: False for padding.
+      train: Whether noise is drawn, from the rng stream 'router', and only
+        where an option asks for it.
+      token_info: The arrays that the options' `reads` name, [G, S] each.
+      layer: The number of the layer, by which routers without parameters
+        differ.
+      given: Choices that are imposed on the router. Gates, losses and
+        statistics are computed from its own logits, as if it had made them.
+
+    Returns:
+      The routing, and the losses and statistics, which are sums over real
+      tokens.
+
+    Raises:
+      ValueError: Shapes do not fit, an array that the router reads is missing,
+        the router takes no choices, or `route` breaks this contract.
     """
-    del sizes
-    return self
+    x = without_nan(mask, x)
+    for name in self.options.reads:
+      if getattr(token_info, name) is None:
+        raise InputError(
+          f'{type(self).__name__} goes by {name}, and no {name} are given: '
+          'a model makes them of its batch, whose tasks are there where the '
+          "data is a mixture or generation's callers give them; others pass "
+          f'TokenInfo({name}=...)'
+        )
+    if given is None:
+      result = self.route(x, mask, train, token_info, layer)
+    else:
+      _check_given(self, given, mask)
+      result = self.route(x, mask, train, token_info, layer, given)
+    _check_result(self, result, mask)
+    self.sow(SOWN, ROUTING, result[0])
+    return result
 
-  def for_encoder(self) -> Self:
-    """The same router for an encoder, whose layers are counted anew."""
-    return self
+  def route(
+    self,
+    x: Array,
+    mask: Array,
+    train: bool,
+    token_info: TokenInfo,
+    layer: int | Array,
+    given: GivenChoices | None = None,
+  ) -> tuple[AnyRouting, MoeAux]:
+    """Routes; arguments and results are those of `__call__`.
+
+    It is called in a compact method, and so may make parameters. It is called
+    without `given` unless the router's options have `takes_choices`.
+    """
+    raise NotImplementedError
+
+
+def _check_given(router: Router, given: GivenChoices, mask: Array) -> None:
+  """Raises ValueError for choices that a router cannot be given."""
+  if (reason := no_choices_taken(router.options)) is not None:
+    raise InputError(reason)
+  K = 'K' if router.options.by_expert else f'{router.sizes.num_selected}'
+  shapes = [
+    array_of('mask', mask, Bool[Array, 'G S']),
+    array_of('given.expert', given.expert, Int[Array, f'G S {K}']),
+  ]
+  if given.kept is not None:
+    shapes.append(array_of('given.kept', given.kept, Bool[Array, f'G S {K}']))
+  check_shapes(shapes)
+
+
+def _check_result(router: Router, result: Any, mask: Array) -> None:
+  """Raises ValueError where a router's result is not what `Router` says."""
+  name, E = type(router).__name__, router.sizes.num_experts
+  if not (
+    isinstance(result, tuple)
+    and len(result) == 2
+    and isinstance(result[0], AnyRouting)
+    and isinstance(result[1], MoeAux)
+  ):
+    raise InputError(
+      f'{name}.route returned {type_text(result)}; a Router returns (Routing, '
+      'SlotRouting or SoftRouting, MoeAux)'
+    )
+  chosen, aux = result
+  if chosen.num_experts != E:
+    raise InputError(
+      f'{name}.route returned a routing to num_experts={chosen.num_experts}; '
+      f'the layer has {E}'
+    )
+  weights = router.options.loss_weights()
+  if aux.losses.keys() != weights.keys():
+    raise InputError(
+      f'{name}.route returned the losses {sorted(aux.losses)}; its options '
+      f'give weights to {sorted(weights)}'
+    )
+  check_shapes(
+    [
+      array_of('mask', mask, Bool[Array, 'G S']),
+      *shapes_in(f'the routing of {name}', chosen),
+      array_of(f'stats.load of {name}', aux.stats.load, Float32[Array, f'{E}']),
+      *(
+        array_of(f'{loss} of {name}', value, Float32[Array, ''])
+        for loss, value in aux.losses.items()
+      ),
+    ]
+  )
 
 
 def sown(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,15 +16,7 @@ from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.kernels import grouped_matmul
 from moe_jax.layers import parameters
-from moe_jax.layers.routers.balancing import (
-  ImportanceLoss,
-  LoadLoss,
-  ZLoss,
-  loss_weight,
-)
-from moe_jax.layers.routers.by_token import Queued, sow_choices
-from moe_jax.layers.routers.contract import NOISE, Router, Sizes
-from moe_jax.layers.routers.linear_gate import ROLE, product
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import shazeer_rules
 from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
@@ -35,9 +27,16 @@ from moe_jax.shapes import Array, Bool, Float32, Int32
 
 
 @dataclasses.dataclass(frozen=True)
-class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
+class Hierarchical(contract.RouterOptions):
   """The options of the hierarchical router."""
 
+  slot_priority: str = shared_options.SLOT_PRIORITY_WITHOUT_PROBABILITY
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
+  load_weight: float = shared_options.loss_weight(
+    0.0,
+    'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
+  )
   branching: int = option(
     2,
     'Number a of branches of a hierarchical router, of num_experts / a '
@@ -61,13 +60,8 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
     'one.',
     choices=('raw', 'renormalized'),
   )
-  load_weight: float = loss_weight(
-    0.0,
-    'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
-  )
 
   def problems(self):
-    """The problem of choosing more branches than there are."""
     a, K1 = self.branching, self.branches_selected
     if a < K1:
       yield f'branches_selected={K1} not in [1, branching={a}]'
@@ -75,7 +69,6 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
       yield from self.in_vain('unless noisy is True', 'load_weight')
 
   def problems_with(self, sizes):
-    """The problems of dividing experts and choices among branches."""
     a, K1 = self.branching, self.branches_selected
     E, K = sizes.num_experts, sizes.num_selected
     if E % a:
@@ -90,14 +83,10 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
         yield f'{text} ({level_name})'
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return HierarchicalRouter(self, sizes, shared, name=name)
 
-  def multiply_adds(self, sizes, width):
-    """The products with the primary gate and those of the chosen branches."""
-    primary, secondary = self.levels(sizes)
-    branches = primary.num_selected * secondary.num_experts
-    return (1 + self.noisy) * width * (primary.num_experts + branches)
+  def causality(self, sizes):
+    return contract.Causality.of_queues(sizes, self.slot_priority)
 
   def shrunk(self):
     """A token chooses all of at most two branches."""
@@ -106,7 +95,7 @@ class Hierarchical(LoadLoss, ImportanceLoss, ZLoss, Queued):
       self, branching=branches, branches_selected=branches
     )
 
-  def levels(self, sizes: Sizes) -> tuple['LevelSizes', 'LevelSizes']:
+  def levels(self, sizes: contract.Sizes) -> tuple['LevelSizes', 'LevelSizes']:
     """The sizes of the gate over branches, and of the gate in each branch."""
     a, K1 = self.branching, self.branches_selected
 
@@ -131,7 +120,7 @@ class LevelSizes(NamedTuple):
   gates: str
 
 
-class HierarchicalRouter(Router):
+class HierarchicalRouter(contract.Router):
   """Two levels of linear gates; see `Router`.
 
   `w` and `w_noise` are the primary gate's kernels, `w_branch` and
@@ -142,9 +131,7 @@ class HierarchicalRouter(Router):
 
   options: Hierarchical
 
-  def route(self, x, mask, train, router_ids, layer):
-    """Routes each group by itself; see `Router`."""
-    del router_ids, layer
+  def route(self, x, mask, train, token_info, layer):
     x = x.astype(jnp.float32)
     primary, secondary = self.options.levels(self.sizes)
     logits, noise = self._primary_logits(x, primary, train)
@@ -167,16 +154,15 @@ class HierarchicalRouter(Router):
       mask=mask,
       slot_priority=self.options.slot_priority,
     )
-    sow_choices(self, index)
     return chosen, _aux(chosen, gate, branch, expert, mask)
 
   def _primary_logits(self, x, level, train):
     """The logits of the primary gate, without noise and with it."""
     axes, size = ('embed', None), level.num_experts
-    clean = product(self, 'w', self._init(axes), x, size)
+    clean = steps.product(self, 'w', self._init(axes), x, size)
     if not self.options.noisy:
       return clean, None
-    std = product(self, 'w_noise', self._init(axes), x, size)
+    std = steps.product(self, 'w_noise', self._init(axes), x, size)
     return clean, self._noisy(clean, std, train)
 
   def _branch_logits(self, x, branch_index, level, train):
@@ -199,13 +185,13 @@ class HierarchicalRouter(Router):
 
   def _init(self, axes, batch_axis=()):
     if self.options.noisy:
-      return parameters.zero_kernel(axes, role=ROLE)
+      return parameters.zero_kernel(axes, role=steps.ROLE)
     return parameters.kernel(
-      self.shared, axes, role=ROLE, batch_axis=batch_axis
+      self.shared, axes, role=steps.ROLE, batch_axis=batch_axis
     )
 
   def _noisy(self, clean, std, train):
-    key = self.make_rng(NOISE) if train else None
+    key = self.make_rng(contract.NOISE) if train else None
     return routing.noisy_logits(clean, std, key)
 
 
@@ -233,14 +219,11 @@ def _level(
   E, K, gates = sizes
   logits = clean if noise is None else noise.noisy
 
-  def largest(logits):
-    return routing.choose(logits, min(K + 1, E))
-
-  best = on_each_device(largest, (logits,))
+  best = steps.largest(logits, min(K + 1, E))
   index, probability = best[..., :K], None
   if noise is not None:
     probability = routing.load_probability(noise, K, best)
-  gate = routing.gates_before_drop(logits, index, gates)
+  gate = routing.choice_gates(logits, index, gates)
   return _Level(clean, index, gate, probability)
 
 
@@ -291,16 +274,13 @@ def _aux(
       per_token, branch.clean, branch.gate, expert.clean, mask
     )
 
-  stats = routing.routing_stats(chosen, None, mask)
-  empty = routing.empty_aux(chosen.num_experts, gate.shape[-1])
-  return empty._replace(
-    losses={
-      'z_loss': summed(token_z),
-      'importance_loss': over_groups(importance, mask),
-      'load_loss': over_groups(load, mask),
-    },
-    stats=stats._replace(
-      entropy=jax.lax.stop_gradient(summed(token_entropy)),
-      logit_square=jax.lax.stop_gradient(summed(token_square)),
-    ),
+  losses = {
+    'z_loss': summed(token_z),
+    'importance_loss': over_groups(importance, mask),
+    'load_loss': over_groups(load, mask),
+  }
+  stats = routing.routing_stats(chosen, None, mask)._replace(
+    entropy=jax.lax.stop_gradient(summed(token_entropy)),
+    logit_square=jax.lax.stop_gradient(summed(token_square)),
   )
+  return routing.MoeAux(losses, stats, routing.no_exchange())

@@ -11,27 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax import routing
 from moe_jax.layers import parameters
-from moe_jax.layers.routers.balancing import (
-  BalanceLoss,
-  ImportanceLoss,
-  LoadLoss,
-  ZLoss,
-)
-from moe_jax.layers.routers.by_token import (
-  ByLogits,
-  gates_of,
-  logits_aux,
-  serve,
-)
-from moe_jax.layers.routers.contract import NOISE, SOWN, Router
-from moe_jax.layers.routers.linear_gate import (
-  AXES,
-  ROLE,
-  LinearGate,
-  jittered,
-  linear_logits,
-  product,
-)
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.routing.aux_losses import over_groups
 
 # The name in 'intermediates' of Load [G, E]: by expert, the sum of the chances
@@ -40,46 +20,80 @@ LOAD = 'load'
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyTopK(
-  LoadLoss, ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits
-):
+class NoisyTopK(contract.RouterOptions):
   """The options of noisy top-K gating; the paper's gates are renormalised."""
 
   takes_choices: ClassVar[bool] = True
+  has_columns: ClassVar[bool] = True
+
+  second_policy: str = shared_options.SECOND_POLICY
+  gates: str = shared_options.GATES
+  slot_priority: str = shared_options.SLOT_PRIORITY
+  second_threshold: float = shared_options.SECOND_THRESHOLD
+  jitter: float = shared_options.JITTER
+  use_bias: bool = shared_options.USE_BIAS
+  balance_weight: float = shared_options.BALANCE_WEIGHT
+  balance_choices: str = shared_options.BALANCE_CHOICES
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
+  load_weight: float = shared_options.loss_weight(
+    0.0,
+    "load loss, the squared coefficient of variation of the experts' expected "
+    "loads under the router's noise (Eq. 10-11 of arXiv:1701.06538)",
+  )
+
+  def problems(self):
+    if self.second_policy != 'threshold':
+      reason = "unless second_policy is 'threshold'"
+      yield from self.in_vain(reason, 'second_threshold')
+
+  def problems_with(self, sizes):
+    return steps.gate_problems(sizes, self.gates, self.second_policy)
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return NoisyTopKRouter(self, sizes, shared, name=name)
 
-  def multiply_adds(self, sizes, width):
-    """The multiplications with two kernels, of the logits and of the noise."""
-    return 2 * super().multiply_adds(sizes, width)
+  def causality(self, sizes):
+    return contract.Causality.of_queues(sizes, self.slot_priority)
 
 
-class NoisyTopKRouter(Router):
+class NoisyTopKRouter(contract.Router):
   """Two linear layers, noise, then token choice; see `Router`."""
 
   options: NoisyTopK
 
-  def route(self, x, mask, train, router_ids, layer, given=None):
-    """Routes each group by itself; see `Router`."""
-    del router_ids, layer
-    x, zeros = jittered(self, x, train), parameters.zero_kernel(AXES, role=ROLE)
-    clean = linear_logits(self, x, zeros)
-    std = product(self, 'w_noise', zeros, x, self.sizes.num_experts)
-    key = self.make_rng(NOISE) if train else None
+  def route(self, x, mask, train, token_info, layer, given=None):
+    o, sizes = self.options, self.sizes
+    E, K = sizes.num_experts, sizes.num_selected
+    x = steps.jittered(self, x, o.jitter, train)
+    zeros = parameters.zero_kernel(steps.AXES, role=steps.ROLE)
+    clean = steps.linear_logits(self, x, o.use_bias, zeros)
+    std = steps.product(self, 'w_noise', zeros, x, E)
+    key = self.make_rng(contract.NOISE) if train else None
     logits = routing.noisy_logits(clean, std, key)
-    chosen, largest = serve(
-      self, logits.noisy, mask, train, spare=1, given=given
+    # The load of an expert also depends on the best one that is not chosen.
+    best = steps.largest(logits.noisy, min(K + 1, E))
+    index = best[..., :K]
+    if given is not None:
+      index = given.in_place_of(index)
+    chosen = routing.token_choice(
+      logits.noisy,
+      num_selected=K,
+      capacity=sizes.slots(mask.shape[1]),
+      mask=mask,
+      gates=o.gates,
+      slot_priority=o.slot_priority,
+      second_policy=o.second_policy,
+      second_threshold=o.second_threshold,
+      key=steps.policy_key(self, o.second_policy, train),
+      expert_index=index,
+      given=given,
     )
-    gate = gates_of(self, logits.noisy, chosen)
-    aux = logits_aux(self, chosen, clean, gate, mask)
-    K = self.sizes.num_selected
-    probability = routing.load_probability(logits, K, largest)
+    gate = routing.choice_gates(logits.noisy, index, o.gates)
+    losses = steps.choice_losses(clean, index, gate, mask, o.balance_choices)
+    probability = routing.load_probability(logits, K, best)
     load = routing.load_loss(probability, mask)
-    aux.losses['load_loss'] = over_groups(load, mask)
-    # Load is sown for analysis alone; it is kept if the caller makes
-    # 'intermediates' mutable.
-    real = mask[..., None]
-    self.sow(SOWN, LOAD, jnp.where(real, probability, 0.0).sum(1))  # [G, E]
-    return chosen, aux
+    losses['load_loss'] = over_groups(load, mask)
+    load = jnp.where(mask[..., None], probability, 0.0).sum(1)  # [G, E]
+    self.sow(contract.SOWN, LOAD, load)  # for analysis alone
+    return chosen, steps.choice_aux(self, losses, chosen, clean, mask)

@@ -10,77 +10,97 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import (
-  Roomy,
-  gates_of,
-  logits_aux,
-  serve,
-)
-from moe_jax.layers.routers.contract import Router
-from moe_jax.layers.routers.linear_gate import (
-  LinearGate,
-  jittered,
-  linear_logits,
-)
+from moe_jax import routing
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
-from moe_jax.shapes import Array, Bool, Float32, Int32, UInt32, checked
+from moe_jax.shapes import Array, Bool, Float32, Int, Int32, UInt32, checked
 
 
 @dataclasses.dataclass(frozen=True)
-class Sentence(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, Roomy):
-  """The options of routing by sentence; losses count tokens, not sentences."""
+class Sentence(contract.RouterOptions):
+  """The options of routing by sentence; losses count tokens, not sentences.
 
-  needs_ids: ClassVar[bool] = True
-  needs_whole_rows: ClassVar[bool] = True
+  All tokens of a sentence go to the same experts, where a capacity would drop
+  most, so that nothing may be dropped.
+  """
+
   takes_choices: ClassVar[bool] = True
+  has_columns: ClassVar[bool] = True
+  reads: ClassVar[tuple[str, ...]] = ('segment_ids',)
+
+  gates: str = shared_options.GATES
+  jitter: float = shared_options.JITTER
+  use_bias: bool = shared_options.USE_BIAS
+  balance_weight: float = shared_options.BALANCE_WEIGHT
+  balance_choices: str = shared_options.BALANCE_CHOICES
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
+
+  def problems_with(self, sizes):
+    yield from steps.gate_problems(sizes, self.gates)
+    yield from steps.drop_problems(sizes)
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return SentenceRouter(self, sizes, shared, name=name)
 
-  def leak(self, sizes):
-    """The reason why the mean of a sentence leaks the future."""
-    del sizes
-    return (
-      "router.kind='sentence' goes by the mean of the whole sentence, so that "
-      "later tokens change earlier outputs; use 'token_choice' or 'task'"
-    )
-
-  def decodes(self, sizes):
-    """The reason why a sentence cannot be routed before its end."""
-    del sizes
-    return (
-      'the sentence router needs the whole sentence, which is not there while '
-      'it is generated; an encoder can route by sentence'
-    )
-
-  def ids_of(self, tokens):
-    """Numbers of sentences, each other than that of the next one in a batch."""
-    segment_ids = tokens.segment_ids.astype(jnp.uint32)
-    B, T = segment_ids.shape
-    return (
-      segment_ids + jnp.uint32(T + 1) * jnp.arange(B, dtype='uint32')[:, None]
+  def causality(self, sizes):
+    return contract.Causality(
+      leak=(
+        "router.kind='sentence' goes by the mean of the whole sentence, so "
+        "that later tokens change earlier outputs; use 'token_choice' or 'task'"
+      ),
+      drops=sizes.capacity.binds,
+      undecodable=(
+        'the sentence router needs the whole sentence, which is not there '
+        'while it is generated; an encoder can route by sentence'
+      ),
     )
 
 
-class SentenceRouter(Router):
+class SentenceRouter(contract.Router):
   """A linear layer on means of sentences, then token choice; see `Router`."""
 
   options: Sentence
 
-  def route(self, x, mask, train, router_ids, layer, given=None):
-    """Routes each group by itself; see `Router`."""
+  def route(self, x, mask, train, token_info, layer, given=None):
+    o, K = self.options, self.sizes.num_selected
+    ids = sentence_ids(token_info.segment_ids, self.sizes.row_length)
     means, sentence = on_each_device(
-      sentence_means, (x.astype(jnp.float32), router_ids, mask)
+      sentence_means, (x.astype(jnp.float32), ids, mask)
     )
     # Noise is drawn before means are spread, so that tokens share it, too.
-    means = on_each_device(spread, (jittered(self, means, train), sentence))
-    logits = linear_logits(self, means)
-    chosen, _ = serve(self, logits, mask, train, given=given)
-    gate = gates_of(self, logits, chosen)
-    aux = logits_aux(self, chosen, logits, gate, mask)
-    return chosen, aux
+    noisy_means = steps.jittered(self, means, o.jitter, train)
+    means = on_each_device(spread, (noisy_means, sentence))
+    logits = steps.linear_logits(self, means, o.use_bias)
+    index = steps.chosen_experts(logits, K, given)
+    chosen = routing.token_choice(
+      logits,
+      num_selected=K,
+      capacity=self.sizes.slots(mask.shape[1]),
+      mask=mask,
+      gates=o.gates,
+      expert_index=index,
+      given=given,
+    )
+    gate = routing.choice_gates(logits, index, o.gates)
+    losses = steps.choice_losses(logits, index, gate, mask, o.balance_choices)
+    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)
+
+
+def sentence_ids(
+  segment_ids: Int[Array, 'G S'], row_length: int
+) -> UInt32[Array, 'G S']:
+  """Numbers of sentences, each other than that of the next one in a group.
+
+  Args:
+    segment_ids: The segment of each token in its row.
+    row_length: The tokens of a row, of which a group has some or a part; 0: a
+      group is a row.
+  """
+  S = segment_ids.shape[1]
+  T = row_length or S
+  row = jnp.arange(S, dtype=jnp.uint32) // T
+  return segment_ids.astype(jnp.uint32) + jnp.uint32(T + 1) * row[None]
 
 
 @checked

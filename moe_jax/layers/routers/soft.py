@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from moe_jax import routing
 from moe_jax.config import option
 from moe_jax.layers import parameters
-from moe_jax.layers.routers.contract import Router, RouterOptions
-from moe_jax.layers.routers.linear_gate import AXES, ROLE
+from moe_jax.layers.routers import contract
+from moe_jax.layers.routers.steps import AXES, ROLE
 from moe_jax.routing.capacity import CAPACITIES
 from moe_jax.routing.soft_rule import soft_routing
 from moe_jax.shapes import Array, Float32
@@ -24,7 +24,7 @@ _LEAST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
-class Soft(RouterOptions):
+class Soft(contract.RouterOptions):
   """The options of Soft MoE, whose experts have slots of their own number."""
 
   by_expert: ClassVar[bool] = True
@@ -39,7 +39,6 @@ class Soft(RouterOptions):
   )
 
   def problems_with(self, sizes):
-    """The problems of K with E, and of a capacity that may drop tokens."""
     yield from super().problems_with(sizes)
     if sizes.capacity.binds:
       yield (
@@ -49,50 +48,28 @@ class Soft(RouterOptions):
       )
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return SoftRouter(self, sizes, shared, name=name)
 
-  def leak(self, sizes):
-    """The reason why mixtures of all tokens leak the future."""
-    del sizes
-    return (
-      "router.kind='soft' mixes all tokens of a group in every slot, so that "
-      "later tokens change earlier outputs; use 'token_choice'"
+  def causality(self, sizes):
+    return contract.Causality(
+      leak=(
+        "router.kind='soft' mixes all tokens of a group in every slot, so that "
+        "later tokens change earlier outputs; use 'token_choice'"
+      ),
+      undecodable=(
+        'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
+        'while a text is generated; an encoder can have this router'
+      ),
+      room_in_generation=False,  # it mixes as in training
     )
 
-  def decodes(self, sizes):
-    """The reason why tokens are not mixed one by one."""
-    del sizes
-    return (
-      'Soft MoE mixes all tokens of a group, and later ones do not exist yet '
-      'while a text is generated; an encoder can have this router'
-    )
 
-  def serving_all(self, sizes):
-    """Returns None: there is no other rule, it mixes as in training."""
-    return None
-
-  def drops(self, sizes):
-    """False: no token is dropped."""
-    return False
-
-  def training_slots(self, sizes, group_size):
-    """The slots of an expert, for a group of any length."""
-    return self.slots_per_expert
-
-  def multiply_adds(self, sizes, width):
-    """The multiplications of one token with the parameters of all slots."""
-    return width * sizes.num_experts * self.slots_per_expert
-
-
-class SoftRouter(Router):
+class SoftRouter(contract.Router):
   """The cosine of each token and each slot's parameters, times a scale."""
 
   options: Soft
 
-  def route(self, x, mask, train, router_ids, layer):
-    """Routes each group by itself; see `Router`."""
-    del train, router_ids, layer
+  def route(self, x, mask, train, token_info, layer):
     E, K = self.sizes.num_experts, self.sizes.num_selected
     p, M = self.options.slots_per_expert, x.shape[-1]
     kernel = parameters.kernel(
@@ -110,7 +87,7 @@ class SoftRouter(Router):
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
     stats = routing.mixture_stats(chosen.token_gates(), mask, K)
-    return chosen, routing.empty_aux(E, K)._replace(stats=stats)
+    return chosen, routing.MoeAux({}, stats, routing.no_exchange())
 
 
 def of_unit_length(

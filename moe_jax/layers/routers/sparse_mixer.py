@@ -9,27 +9,28 @@ from typing import ClassVar
 
 from moe_jax import routing
 from moe_jax.config import option
-from moe_jax.layers.routers.balance_scopes import (
-  ScopedBalanceLoss,
-  scoped_losses,
-)
-from moe_jax.layers.routers.balancing import ImportanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import Queued, logits_aux, sow_choices
-from moe_jax.layers.routers.contract import NOISE, Router
-from moe_jax.layers.routers.linear_gate import (
-  LinearGate,
-  jittered,
-  linear_logits,
-)
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.routing.sparse_mixer_rule import sparse_mixer
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseMixer(ScopedBalanceLoss, ImportanceLoss, ZLoss, LinearGate, Queued):
+class SparseMixer(contract.RouterOptions):
   """The options of SparseMixer; the paper and Phi-3.5-MoE choose K = 2."""
 
   takes_choices: ClassVar[bool] = True
 
+  slot_priority: str = shared_options.SLOT_PRIORITY_WITHOUT_PROBABILITY
+  jitter: float = shared_options.JITTER
+  use_bias: bool = shared_options.USE_BIAS
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
+  balance_weight: float = shared_options.BALANCE_WEIGHT
+  balance_choices: str = shared_options.BALANCE_CHOICES
+  sequence_balance_weight: float = shared_options.SEQUENCE_BALANCE_WEIGHT
+  batch_balance_weight: float = shared_options.BATCH_BALANCE_WEIGHT
+  batch_balance_rows: int = shared_options.BATCH_BALANCE_ROWS
+  global_balance_weight: float = shared_options.GLOBAL_BALANCE_WEIGHT
+  balance_scores: str = shared_options.BALANCE_SCORES
   threshold: float = option(
     0.02,
     "Largest distance of an expert's logit from the largest logit that is "
@@ -39,26 +40,33 @@ class SparseMixer(ScopedBalanceLoss, ImportanceLoss, ZLoss, LinearGate, Queued):
     minimum=0,
   )
 
+  def problems_with(self, sizes):
+    yield from super().problems_with(sizes)
+    yield from steps.scope_problems(
+      sizes, self.loss_weights(), self.batch_balance_rows
+    )
+
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return SparseMixerRouter(self, sizes, shared, name=name)
 
+  def causality(self, sizes):
+    return contract.Causality.of_queues(sizes, self.slot_priority)
 
-class SparseMixerRouter(Router):
+
+class SparseMixerRouter(contract.Router):
   """A linear layer, then SparseMixer; see `Router`."""
 
   options: SparseMixer
 
-  def route(self, x, mask, train, router_ids, layer, given=None):
-    """Routes each group by itself; see `Router`."""
-    del router_ids, layer
+  def route(self, x, mask, train, token_info, layer, given=None):
     o, sizes = self.options, self.sizes
-    logits = linear_logits(self, jittered(self, x, train))
+    x = steps.jittered(self, x, o.jitter, train)
+    logits = steps.linear_logits(self, x, o.use_bias)
     index, gate = sparse_mixer(
       logits,
       num_selected=sizes.num_selected,
       threshold=o.threshold,
-      key=self.make_rng(NOISE) if train else None,
+      key=self.make_rng(contract.NOISE) if train else None,
       imposed=None if given is None else given.expert.astype('int32'),
     )
     chosen = routing.given_choice(
@@ -70,7 +78,17 @@ class SparseMixerRouter(Router):
       slot_priority=o.slot_priority,
       given=given,
     )
-    sow_choices(self, index)
-    aux = logits_aux(self, chosen, logits, gate, mask)
-    aux.losses.update(scoped_losses(self, logits, index, mask))
-    return chosen, aux
+    losses = steps.choice_losses(
+      logits, index, gate, mask, o.balance_choices, o.balance_scores
+    )
+    losses |= steps.scope_losses(
+      logits,
+      index,
+      mask,
+      sizes.row_length,
+      weights=o.loss_weights(),
+      batch_rows=o.batch_balance_rows,
+      choices=o.balance_choices,
+      scores=o.balance_scores,
+    )
+    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)

@@ -7,38 +7,16 @@ The rules are `moe_jax.routing.token_choice_rule` and `limited_rules`.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import routing
 from moe_jax.config import option
-from moe_jax.layers.routers.balance_scopes import (
-  ScopedBalanceLoss,
-  scoped_losses,
-)
-from moe_jax.layers.routers.balancing import (
-  BalanceBias,
-  ImportanceLoss,
-  ZLoss,
-  bias_of,
-)
-from moe_jax.layers.routers.by_token import (
-  ByLogits,
-  gates_of,
-  logits_aux,
-  serve,
-)
-from moe_jax.layers.routers.contract import NOISE, Router, RouterOptions
-from moe_jax.layers.routers.linear_gate import (
-  ROUNDINGS,
-  LinearGate,
-  jittered,
-  linear_logits,
-)
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
-from moe_jax.routing.balance_bias import SCORES, biased_scores, scores_of
+from moe_jax.routing import balance_bias
 from moe_jax.routing.limited_rules import (
   GROUP_SCORES,
   OUTSIDE,
@@ -46,64 +24,50 @@ from moe_jax.routing.limited_rules import (
   limited_scores,
 )
 from moe_jax.routing.token_choice_rule import GATES
-from moe_jax.shapes import Array, Float32
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32
+
+PUBLISHED_RATE = 0.001  # of Loss-Free Balancing and DeepSeek-V3
+_BIAS = 'balance_bias'
 
 
 @dataclasses.dataclass(frozen=True)
-class Exploring(RouterOptions):
-  """The options of a router that may try other experts in training.
+class TokenChoice(contract.RouterOptions):
+  """The options of token choice."""
 
-  Source: Table 11 of arXiv:2101.03961 (Switch).
-  """
+  takes_choices: ClassVar[bool] = True
+  has_columns: ClassVar[bool] = True
 
-  choice_policy: str = option(
-    'largest',
-    "Experts that a token chooses in training: 'largest' are those of its K "
-    "largest scores; 'sampled' are drawn by the router's probabilities, "
-    'without replacement; the gate of an expert does not depend on whether it '
-    'was drawn. Evaluation always takes the largest.',
-    choices=('largest', 'sampled'),
-    same_function=True,
-  )
-  input_dropout: float = option(
+  second_policy: str = shared_options.SECOND_POLICY
+  gates: str = shared_options.GATES
+  slot_priority: str = shared_options.SLOT_PRIORITY
+  second_threshold: float = shared_options.SECOND_THRESHOLD
+  jitter: float = shared_options.JITTER
+  use_bias: bool = shared_options.USE_BIAS
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
+  balance_bias_rate: float = option(
     0.0,
-    "Rate at which numbers of the router's input are dropped in training, and "
-    'the others scaled up; experts see the whole input. 0.0 drops nothing.',
+    "Amount by which each step changes an expert's balancing bias, which evens "
+    'loads without a loss (Algorithm 1 of arXiv:2408.15664, 0.001 there; '
+    'usually with balance_weight=0.0); 0.0: there is no bias.',
     minimum=0,
     below=1,
+  )
+  balance_bias_rule: str = option(
+    'sign',
+    "Rule by which a step changes the balancing bias: 'sign' by the rate, up "
+    'below the mean load and down above it (Algorithm 1 of arXiv:2408.15664); '
+    "'error' by the rate times (mean load - load) / mean load (Table 3 there).",
+    choices=balance_bias.RULES,
     same_function=True,
   )
-
-
-def with_dropout(
-  module: Router, x: Float32[Array, 'G S M'], train: bool
-) -> Float32[Array, 'G S M']:
-  """The router's input with the dropout of `Exploring`."""
-  rate = module.options.input_dropout
-  if not train or rate == 0:
-    return x
-  keep_mask = jax.random.bernoulli(module.make_rng(NOISE), 1.0 - rate, x.shape)
-  return jnp.where(keep_mask, x / (1.0 - rate), 0.0)
-
-
-def sampled(
-  module: Router, logits: Float32[Array, 'G S E'], train: bool
-) -> Float32[Array, 'G S E'] | None:
-  """Scores whose K largest are a draw by the softmax; None where none is.
-
-  Logits with Gumbel noise: their largest is drawn by the softmax, and the next
-  ones by the softmax of those that are left (arXiv:1903.06059).
-  """
-  if not train or module.options.choice_policy == 'largest':
-    return None
-  key = module.make_rng(NOISE)
-  return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertGroups(RouterOptions):
-  """The options of a router whose tokens may choose groups of experts first."""
-
+  balance_weight: float = shared_options.BALANCE_WEIGHT
+  balance_choices: str = shared_options.BALANCE_CHOICES
+  sequence_balance_weight: float = shared_options.SEQUENCE_BALANCE_WEIGHT
+  batch_balance_weight: float = shared_options.BATCH_BALANCE_WEIGHT
+  batch_balance_rows: int = shared_options.BATCH_BALANCE_ROWS
+  global_balance_weight: float = shared_options.GLOBAL_BALANCE_WEIGHT
+  balance_scores: str = shared_options.BALANCE_SCORES
   expert_groups: int = option(
     1,
     'Number of groups of consecutive experts, of which a token chooses some '
@@ -129,20 +93,89 @@ class ExpertGroups(RouterOptions):
     "'zero' (V2), with which they win over biased scores below zero.",
     choices=OUTSIDE,
   )
+  choice_policy: str = option(
+    'largest',
+    "Experts that a token chooses in training: 'largest' are those of its K "
+    "largest scores; 'sampled' are drawn by the router's probabilities, "
+    'without replacement; the gate of an expert does not depend on whether it '
+    'was drawn. Evaluation always takes the largest.',
+    choices=('largest', 'sampled'),
+    same_function=True,
+  )
+  input_dropout: float = option(
+    0.0,
+    "Rate at which numbers of the router's input are dropped in training, and "
+    'the others scaled up; experts see the whole input. 0.0 drops nothing.',
+    minimum=0,
+    below=1,
+    same_function=True,
+  )
+  gate_scale: float = option(
+    1.0,
+    'Factor of all gates, the last step of their computation (DeepSeek '
+    "checkpoints' routed_scaling_factor: 2.5 in V3).",
+    above=0,
+  )
+  balance_bias_scores: str = option(
+    'sigmoid',
+    "Scores to which the balancing bias is added: 'sigmoid' for gates "
+    "'sigmoid' (Loss-Free Balancing) and 'sigmoid_renormalized' (DeepSeek-V3), "
+    "'softmax' for all other gates, which no paper has with a balancing bias.",
+    choices=balance_bias.SCORES,
+  )
+  logits_dtype: str = option(
+    'float32',
+    "Type to whose numbers the router's input, kernel, logits and gates are "
+    "rounded: 'float32' rounds nothing, and 'bfloat16' has eight bits of a "
+    'number (Table 2 of arXiv:2101.03961, whose models diverge with it). '
+    'Sums, softmax and losses of the rounded logits stay float32.',
+    choices=steps.ROUNDINGS,
+    same_function=True,
+  )
+
+  @property
+  def gate_scores(self) -> str:
+    """The scores that the gates are computed from, 'softmax' or 'sigmoid'."""
+    return GATES[self.gates].scores
+
+  @property
+  def keeps_state(self):
+    return self.balance_bias_rate > 0
 
   def problems(self):
-    """The problem of more chosen groups than there are."""
-    yield from super().problems()
+    if self.second_policy != 'threshold':
+      reason = "unless second_policy is 'threshold'"
+      yield from self.in_vain(reason, 'second_threshold')
+    no_bias = 'unless balance_bias_rate is above 0'
+    if not self.keeps_state:
+      yield from self.in_vain(no_bias, 'balance_bias_rule')
     chosen, groups = self.chosen_expert_groups, self.expert_groups
     if chosen > groups:
       yield f'chosen_expert_groups={chosen} is more than expert_groups={groups}'
     if groups == 1:
       names = 'expert_group_score', 'outside_expert_groups'
       yield from self.in_vain('unless expert_groups is at least 2', *names)
+    has_other_scores = self.keeps_state or groups > 1
+    if self.choice_policy == 'sampled' and has_other_scores:
+      yield (
+        "choice_policy='sampled' draws by the softmax of the logits, not by "
+        f'balance_bias_rate={self.balance_bias_rate} or '
+        f"expert_groups={groups}; use choice_policy='largest' with these"
+      )
+    if not self.keeps_state:
+      yield from self.in_vain(no_bias, 'balance_bias_scores')
+    elif self.balance_bias_scores != self.gate_scores:
+      yield (
+        f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
+        f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '
+        "Loss-Free Balancing has 'sigmoid' for both"
+      )
 
   def problems_with(self, sizes):
-    """The problems of groups with E and with K."""
-    yield from super().problems_with(sizes)
+    yield from steps.gate_problems(sizes, self.gates, self.second_policy)
+    yield from steps.scope_problems(
+      sizes, self.loss_weights(), self.batch_balance_rows
+    )
     E, K, groups = sizes.num_experts, sizes.num_selected, self.expert_groups
     if groups == 1:
       return
@@ -155,6 +188,21 @@ class ExpertGroups(RouterOptions):
         f'chosen_expert_groups={self.chosen_expert_groups}'
       )
 
+  def module(self, sizes, shared, name=None):
+    return TokenChoiceRouter(self, sizes, shared, name=name)
+
+  def causality(self, sizes):
+    return contract.Causality.of_queues(sizes, self.slot_priority)
+
+  def move_state(self, state, load, rate=None):
+    """The bias after a step; see `routing.balance_bias.moved`."""
+    if rate is None:
+      rate = self.balance_bias_rate
+    bias = state[_BIAS]
+    router_load = load[..., : bias.shape[-1]]
+    rule = self.balance_bias_rule
+    return {_BIAS: balance_bias.moved(bias, router_load, rate, rule)}
+
   def shrunk(self):
     """A token chooses one of two groups of experts."""
     if self.expert_groups == 1:
@@ -162,125 +210,104 @@ class ExpertGroups(RouterOptions):
     return dataclasses.replace(self, expert_groups=2, chosen_expert_groups=1)
 
 
-def within_groups(
-  options: ExpertGroups, scores: Float32[Array, 'G S E']
-) -> Float32[Array, 'G S E']:
-  """The scores by which tokens choose, in their best groups of experts."""
-  if options.expert_groups == 1:
-    return scores
-  rule = functools.partial(
-    limited_scores,
-    num_groups=options.expert_groups,
-    chosen_groups=options.chosen_expert_groups,
-    group_score=options.expert_group_score,
-    outside=options.outside_expert_groups,
-  )
-  # It runs on each device, as no compiler splits a top-K over groups.
-  return on_each_device(rule, (scores,))
+class TokenChoiceRouter(contract.Router):
+  """A linear layer, then token choice; see `Router`.
 
-
-@dataclasses.dataclass(frozen=True)
-class TokenChoice(
-  Exploring,
-  ExpertGroups,
-  ScopedBalanceLoss,
-  BalanceBias,
-  ImportanceLoss,
-  ZLoss,
-  LinearGate,
-  ByLogits,
-):
-  """The options of token choice."""
-
-  takes_choices: ClassVar[bool] = True
-
-  gate_scale: float = option(
-    1.0,
-    'Factor of all gates, the last step of their computation (DeepSeek '
-    "checkpoints' routed_scaling_factor: 2.5 in V3).",
-    above=0,
-  )
-  balance_bias_scores: str = option(
-    'sigmoid',
-    "Scores to which the balancing bias is added: 'sigmoid' for gates "
-    "'sigmoid' (Loss-Free Balancing) and 'sigmoid_renormalized' (DeepSeek-V3), "
-    "'softmax' for all other gates, which no paper has with a balancing bias.",
-    choices=SCORES,
-  )
-  logits_dtype: str = option(
-    'float32',
-    "Type to whose numbers the router's input, kernel, logits and gates are "
-    "rounded: 'float32' rounds nothing, and 'bfloat16' has eight bits of a "
-    'number (Table 2 of arXiv:2101.03961, whose models diverge with it). '
-    'Sums, softmax and losses of the rounded logits stay float32.',
-    choices=ROUNDINGS,
-    same_function=True,
-  )
-
-  @property
-  def gate_scores(self) -> str:
-    """The scores that the gates are computed from, one of `SCORES`."""
-    return GATES[self.gates].scores
-
-  def problems(self) -> Iterator[str]:
-    """The problems of groups, of biased scores, and of drawn choices."""
-    yield from super().problems()
-    has_other_scores = self.keeps_state or self.expert_groups > 1
-    if self.choice_policy == 'sampled' and has_other_scores:
-      yield (
-        "choice_policy='sampled' draws by the softmax of the logits, not by "
-        f'balance_bias_rate={self.balance_bias_rate} or '
-        f'expert_groups={self.expert_groups}; use '
-        "choice_policy='largest' with these"
-      )
-    if not self.keeps_state:
-      reason = 'unless balance_bias_rate is above 0'
-      yield from self.in_vain(reason, 'balance_bias_scores')
-    elif self.balance_bias_scores != self.gate_scores:
-      yield (
-        f'balance_bias_scores={self.balance_bias_scores!r} does not belong to '
-        f'gates={self.gates!r}, whose scores are {self.gate_scores!r}; '
-        "Loss-Free Balancing has 'sigmoid' for both"
-      )
-
-  def module(self, sizes, shared, name=None):
-    """The router's linen module."""
-    return TokenChoiceRouter(self, sizes, shared, name=name)
-
-
-class TokenChoiceRouter(Router):
-  """A linear layer, then token choice; see `Router`."""
+  A subclass may override `logits`, `scores` and `gates`.
+  """
 
   options: TokenChoice
 
-  def route(self, x, mask, train, router_ids, layer, given=None):
-    """Routes each group by itself; see `Router`."""
-    del router_ids, layer
-    x = with_dropout(self, jittered(self, x, train), train)
-    rounded = ROUNDINGS[self.options.logits_dtype]
-    logits = linear_logits(self, x, rounded=rounded)
-    scores = sampled(self, logits, train)
-    if scores is None:
-      scores = self._scores(logits)
-    chosen, _ = serve(self, logits, mask, train, scores=scores, given=given)
-    gate = gates_of(self, logits, chosen)
-    aux = logits_aux(self, chosen, logits, gate, mask)
-    index = None if self.options.keeps_state else chosen.expert_index
-    aux.losses.update(scoped_losses(self, logits, index, mask))
-    chosen = dataclasses.replace(chosen, gate=rounded(chosen.gate))
-    if (scale := self.options.gate_scale) != 1:
-      chosen = dataclasses.replace(chosen, gate=chosen.gate * scale)
-    return chosen, aux
+  def route(self, x, mask, train, token_info, layer, given=None):
+    o, sizes = self.options, self.sizes
+    K, capacity = sizes.num_selected, sizes.slots(mask.shape[1])
+    logits = self.logits(x, train)
+    scores = self.scores(logits, train)
+    index = steps.chosen_experts(scores, K, given)
+    slot, kept = routing.choice_slots(
+      logits,
+      index,
+      mask,
+      capacity=capacity,
+      slot_priority=o.slot_priority,
+      second_policy=o.second_policy,
+      second_threshold=o.second_threshold,
+      key=steps.policy_key(self, o.second_policy, train),
+      given=given,
+    )
+    rounded = steps.ROUNDINGS[o.logits_dtype]
+    gate = rounded(self.gates(logits, index, kept)) * o.gate_scale
+    chosen = routing.Routing(
+      index, slot, gate, kept, sizes.num_experts, capacity
+    )
+    all_gates = self.gates(logits, index, jnp.ones_like(kept))
+    losses = steps.choice_losses(
+      logits, index, all_gates, mask, o.balance_choices, o.balance_scores
+    )
+    losses |= steps.scope_losses(
+      logits,
+      steps.largest(logits, K) if o.keeps_state else index,
+      mask,
+      sizes.row_length,
+      weights=o.loss_weights(),
+      batch_rows=o.batch_balance_rows,
+      choices=o.balance_choices,
+      scores=o.balance_scores,
+    )
+    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)
 
-  def _scores(
-    self, logits: Float32[Array, 'G S E']
-  ) -> Float32[Array, 'G S E'] | None:
-    """The scores by which tokens choose; None where they are the logits."""
-    o, bias = self.options, bias_of(self)
-    if bias is not None:
-      return within_groups(
-        o, biased_scores(logits, bias, o.balance_bias_scores)
+  def logits(
+    self, x: Float[Array, 'G S M'], train: bool
+  ) -> Float32[Array, 'G S E']:
+    """The logits of tokens, of which gates, choices and losses are made."""
+    o = self.options
+    x = steps.jittered(self, x, o.jitter, train)
+    if train and o.input_dropout > 0:
+      keep_rate = 1.0 - o.input_dropout
+      key = self.make_rng(contract.NOISE)
+      is_kept = jax.random.bernoulli(key, keep_rate, x.shape)
+      x = jnp.where(is_kept, x / keep_rate, 0.0)
+    rounded = steps.ROUNDINGS[o.logits_dtype]
+    return steps.linear_logits(self, x, o.use_bias, rounded=rounded)
+
+  def scores(
+    self, logits: Float32[Array, 'G S E'], train: bool
+  ) -> Float32[Array, 'G S E']:
+    """The scores by whose largest tokens choose experts."""
+    o = self.options
+    if train and o.choice_policy == 'sampled':
+      # The largest of logits with Gumbel noise is drawn by the softmax, and the
+      # next ones by the softmax of those that are left (arXiv:1903.06059).
+      key = self.make_rng(contract.NOISE)
+      return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+    scores = logits
+    if o.keeps_state:
+      shape = (self.sizes.num_experts,)
+      bias = self.variable(
+        contract.ROUTER_STATE, _BIAS, jnp.zeros, shape, jnp.float32
       )
+      scores = balance_bias.biased_scores(
+        logits, bias.value, o.balance_bias_scores
+      )
+    elif o.expert_groups > 1:
+      scores = balance_bias.scores_of(logits, o.gate_scores)
     if o.expert_groups == 1:
-      return None
-    return within_groups(o, scores_of(logits, o.gate_scores))
+      return scores
+    rule = functools.partial(
+      limited_scores,
+      num_groups=o.expert_groups,
+      chosen_groups=o.chosen_expert_groups,
+      group_score=o.expert_group_score,
+      outside=o.outside_expert_groups,
+    )
+    # It runs on each device, as no compiler splits a top-K over groups.
+    return on_each_device(rule, (scores,))
+
+  def gates(
+    self,
+    logits: Float32[Array, 'G S E'],
+    expert_index: Int32[Array, 'G S K'],
+    kept: Bool[Array, 'G S K'],
+  ) -> Float32[Array, 'G S K']:
+    """The weights of chosen experts, unscaled; 0 for those not kept."""
+    return routing.choice_gates(logits, expert_index, self.options.gates, kept)

@@ -18,27 +18,16 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from moe_jax import routing
 from moe_jax.config import option
-from moe_jax.layers.routers.balancing import BalanceLoss, ImportanceLoss, ZLoss
-from moe_jax.layers.routers.by_token import (
-  ByLogits,
-  gates_of,
-  logits_aux,
-  serve,
-)
-from moe_jax.layers.routers.contract import Router
-from moe_jax.layers.routers.linear_gate import (
-  LinearGate,
-  jittered,
-  linear_logits,
-)
+from moe_jax.layers.routers import contract, shared_options, steps
 from moe_jax.partitioning import on_each_device
 from moe_jax.routing import limited_rules
 from moe_jax.shapes import Array, Int32
 
 
 @dataclasses.dataclass(frozen=True)
-class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
+class TopologyAware(contract.RouterOptions):
   """The options of the topology-aware gate.
 
   Its losses count the choices that tokens make under the limit; unlike them,
@@ -46,13 +35,22 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   an expert in a group, and a group whose tokens stay fills the experts of its
   node alone: where it binds, Q times the factor drops as little as without a
   limit. The parameters are those of token choice, which is the same without a
-  limit: an evaluation can override the router's kind.
+  limit: an evaluation can override the router's kind. Columns have no merged
+  experts, as a column that leads to another's would no longer tell its device.
   """
 
-  # A column that leads to another's expert would no longer tell its device.
-  has_columns: ClassVar[bool] = False
   takes_choices: ClassVar[bool] = True
 
+  second_policy: str = shared_options.SECOND_POLICY
+  gates: str = shared_options.GATES
+  slot_priority: str = shared_options.SLOT_PRIORITY
+  second_threshold: float = shared_options.SECOND_THRESHOLD
+  jitter: float = shared_options.JITTER
+  use_bias: bool = shared_options.USE_BIAS
+  balance_weight: float = shared_options.BALANCE_WEIGHT
+  balance_choices: str = shared_options.BALANCE_CHOICES
+  z_weight: float = shared_options.Z_WEIGHT
+  importance_weight: float = shared_options.IMPORTANCE_WEIGHT
   devices: int = option(
     2,
     'Number W of devices on which experts, and the groups of a batch, lie in '
@@ -75,16 +73,16 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
   )
 
   def problems(self):
-    """The problem of a node's size."""
-    yield from super().problems()
+    if self.second_policy != 'threshold':
+      reason = "unless second_policy is 'threshold'"
+      yield from self.in_vain(reason, 'second_threshold')
     if self.devices % self.per_node:
       yield (
         f'devices={self.devices} is not divisible by per_node={self.per_node}'
       )
 
   def problems_with(self, sizes):
-    """The problems of experts that devices do not divide."""
-    yield from super().problems_with(sizes)
+    yield from steps.gate_problems(sizes, self.gates, self.second_policy)
     E, K, Q = sizes.num_experts, sizes.num_selected, self.num_nodes
     if E % self.devices:
       yield (
@@ -96,15 +94,11 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
         f'num_selected={K} is more than the {E // Q} experts of a node, '
         f'num_experts={E} on {Q} nodes, among which a token that stays chooses'
       )
-
-  def problem_of_groups(self, groups):
-    """The reason why devices do not divide the groups."""
-    if not groups % self.devices:
-      return None
-    return (
-      f'{groups} groups in a microbatch do not divide by the '
-      f"devices={self.devices} of router.kind='topology'"
-    )
+    if sizes.groups % self.devices:
+      yield (
+        f'group_size: {sizes.groups} groups in a microbatch do not divide by '
+        f"the devices={self.devices} of router.kind='topology'"
+      )
 
   @property
   def num_nodes(self) -> int:
@@ -133,33 +127,32 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     return device // self.per_node
 
   def module(self, sizes, shared, name=None):
-    """The router's linen module."""
     return TopologyAwareRouter(self, sizes, shared, name=name)
 
-  def leak(self, sizes):
-    """The reason why a limit leaks the future, and then that of slots.
+  def causality(self, sizes):
+    """Whether a token may leave depends on the scores of later ones.
 
-    Whether a token may leave depends on the scores of later ones. Where no
-    token may leave, nothing depends on later ones. A group so small that the
-    limit is 0 is not known here.
+    Where no token may leave, nothing depends on later ones. A group so small
+    that the limit is 0 is not known here.
     """
-    if self.limits and self.outgoing_fraction > 0:
-      return (
+    queues = contract.Causality.of_queues(sizes, self.slot_priority)
+    if not self.limits:
+      return queues
+    queues = queues._replace(
+      undecodable=(
+        'the topology router chooses the tokens that leave their node in a '
+        "whole group, and takes a group's node from its place in the batch; "
+        "the same parameters decode with the router 'token_choice'"
+      )
+    )
+    if self.outgoing_fraction == 0:
+      return queues
+    return queues._replace(
+      leak=(
         "router.kind='topology' lets the tokens with the highest scores of a "
         'group leave their node, so that later tokens change earlier outputs; '
         "use 'token_choice', or an outgoing_fraction of 0"
       )
-    return super().leak(sizes)
-
-  def decodes(self, sizes):
-    """The reason why a limit is not that of tokens which come one by one."""
-    del sizes
-    if not self.limits:
-      return None
-    return (
-      'the topology router chooses the tokens that leave their node in a whole '
-      "group, and takes a group's node from its place in the batch; the same "
-      "parameters decode with the router 'token_choice'"
     )
 
   def shrunk(self):
@@ -168,29 +161,42 @@ class TopologyAware(ImportanceLoss, ZLoss, BalanceLoss, LinearGate, ByLogits):
     return dataclasses.replace(self, devices=small, per_node=1)
 
 
-class TopologyAwareRouter(Router):
+class TopologyAwareRouter(contract.Router):
   """A linear layer, then choices under a limit; see `Router`."""
 
   options: TopologyAware
 
-  def route(self, x, mask, train, router_ids, layer, given=None):
-    """Routes each group by itself; see `Router`."""
-    del router_ids, layer
-    o = self.options
-    logits = linear_logits(self, jittered(self, x, train))
-    index = None
+  def route(self, x, mask, train, token_info, layer, given=None):
+    o, sizes = self.options, self.sizes
+    K, S = sizes.num_selected, mask.shape[1]
+    x = steps.jittered(self, x, o.jitter, train)
+    logits = steps.linear_logits(self, x, o.use_bias)
     if o.limits:
-      node = o.nodes(len(mask))
       rule = functools.partial(
         limited_rules.limited_choice,
-        num_selected=self.sizes.num_selected,
+        num_selected=K,
         num_nodes=o.num_nodes,
-        limit=o.limit(mask.shape[1]),
+        limit=o.limit(S),
       )
       # It runs on each device, as no compiler splits a sort over groups.
-      index = on_each_device(rule, (logits, node, mask))
-    chosen, _ = serve(
-      self, logits, mask, train, expert_index=index, given=given
+      index = on_each_device(rule, (logits, o.nodes(len(mask)), mask))
+    else:
+      index = steps.largest(logits, K)
+    if given is not None:
+      index = given.in_place_of(index)
+    chosen = routing.token_choice(
+      logits,
+      num_selected=K,
+      capacity=sizes.slots(S),
+      mask=mask,
+      gates=o.gates,
+      slot_priority=o.slot_priority,
+      second_policy=o.second_policy,
+      second_threshold=o.second_threshold,
+      key=steps.policy_key(self, o.second_policy, train),
+      expert_index=index,
+      given=given,
     )
-    gate = gates_of(self, logits, chosen)
-    return chosen, logits_aux(self, chosen, logits, gate, mask)
+    gate = routing.choice_gates(logits, index, o.gates)
+    losses = steps.choice_losses(logits, index, gate, mask, o.balance_choices)
+    return chosen, steps.choice_aux(self, losses, chosen, logits, mask)

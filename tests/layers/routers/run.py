@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from moe_jax import All, Shared, TokenChoice
-from moe_jax.layers.routers import Sizes
+from moe_jax.layers.routers import Sizes, TokenInfo
 from tests.models import tiny
 
 G, S, E, K, M = 3, 8, 5, 2, 6
@@ -27,6 +27,11 @@ def some_mask():
   return mask
 
 
+def info_of(ids):
+  """The same numbers for all that a router may read; nothing for None."""
+  return TokenInfo() if ids is None else TokenInfo(ids, ids, ids, ids, ids)
+
+
 @functools.cache
 def module(options, sizes, num_tasks=9):
   return options.module(sizes, Shared(num_tasks=num_tasks), 'router')
@@ -40,7 +45,7 @@ def compiled(options, sizes, train, num_tasks=9):
   def run(variables, x, mask, key, ids, layer):
     rngs = None if key is None else {'router': key}
     return module(options, sizes, num_tasks).apply(
-      variables, x, mask, train, ids, layer, rngs=rngs
+      variables, x, mask, train, info_of(ids), layer, rngs=rngs
     )
 
   return run
@@ -78,7 +83,7 @@ def route(
 def _initial(options, sizes):
   @jax.jit
   def init(key, x, mask, ids):
-    fresh = module(options, sizes).init(key, x, mask, router_ids=ids)
+    fresh = module(options, sizes).init(key, x, mask, token_info=info_of(ids))
     # XLA removes all routing if nothing that routing returns is used.
     return {k: v for k, v in fresh.items() if k != 'intermediates'}
 

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from moe_jax import All, PerToken, Shared
+from moe_jax import All, Einsum, PerToken, Shared
+from moe_jax.analysis.router_shapes import router_multiply_adds
 from moe_jax.config import OptionError, fields_of
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role, roles_of
-from moe_jax.layers.routers import ROUTERS, RouterOptions, Sizes
-from moe_jax.layers.routers.contract import RoutedTokens
+from moe_jax.layers.routers import (
+  ROUTERS,
+  RouterOptions,
+  Sizes,
+  TokenInfo,
+)
 from moe_jax.routing import GivenChoices
 from moe_jax.routing.dispatch import einsum, gather
 from tests.models import tiny
@@ -71,6 +77,10 @@ def with_losses(options):
 OPTIONS = {kind: with_losses(ROUTERS.builtin[kind]()) for kind in KINDS}
 
 
+def leak(options):
+  return options.causality(TIGHT).leak
+
+
 def settings():
   """Pairs (options, sizes) that differ in whether later tokens matter."""
   for options in OPTIONS.values():
@@ -78,10 +88,10 @@ def settings():
     yield options, sizes
     if sizes is ROOMY:
       continue
-    if options.leak(TIGHT) is not None:
+    if leak(options) is not None:
       yield options, ROOMY  # a router that may be causal if nothing is dropped
     for other in alternatives(options):
-      if (other.leak(TIGHT) is None) != (options.leak(TIGHT) is None):
+      if (leak(other) is None) != (leak(options) is None):
         yield other, TIGHT
 
 
@@ -97,6 +107,11 @@ def inputs(seed=0, groups=G):
   return x, rng.integers(0, 9, (groups, S)).astype(np.uint32)
 
 
+def info_of(ids):
+  """The same numbers for all that a router may read."""
+  return TokenInfo(ids, ids, ids, ids, ids)
+
+
 @functools.cache
 def fresh(options):
   """Initial variables in boxes, which no capacity changes."""
@@ -104,7 +119,7 @@ def fresh(options):
 
   @jax.jit
   def init(key, x, ids):
-    start = module.init(key, x, jnp.ones((G, S), bool), router_ids=ids)
+    start = module.init(key, x, jnp.ones((G, S), bool), token_info=info_of(ids))
     return {k: v for k, v in start.items() if k != 'intermediates'}
 
   return init(tiny.key(0), *inputs())
@@ -130,7 +145,9 @@ def program(options, sizes, train):
 
   def run(x, ids, mask):
     rngs = {'router': tiny.key(2)} if train else None
-    routing, aux = module.apply(params, x, mask, train, ids, 0, rngs=rngs)
+    routing, aux = module.apply(
+      params, x, mask, train, info_of(ids), 0, rngs=rngs
+    )
     # Mixtures are moved by weights alone.
     move = einsum if options.mixes else gather
     rows = move.dispatch(x, routing)
@@ -180,7 +197,7 @@ def test_causal_is_what_later_tokens_do_not_change(options, sizes):
 
   # Noise, if there is any, falls on what evaluation does.
   modes = (False, True) if options in OPTIONS.values() else (True,)
-  leak = options.leak(sizes)
+  leak = options.causality(sizes).leak
   assert (leak is None) != any(map(changes, modes))
   assert leak is None or 'later tokens change earlier outputs' in leak
 
@@ -192,7 +209,8 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
   options = OPTIONS[kind]
   if any(options.problems_with(sizes)):
     pytest.skip('the router refuses a capacity that binds')
-  serving = options.serving_all(sizes) or sizes
+  causality = options.causality(sizes)
+  serving = ROOMY if causality.room_in_generation else sizes
   x, ids = inputs()
   run = functools.partial(output, options, serving, False)
   row_outputs = run(x, ids, np.ones((G, S), bool))
@@ -205,7 +223,7 @@ def test_a_router_decodes_if_steps_give_what_whole_rows_do(kind, sizes):
     1,
   )
   alike = np.allclose(row_outputs, steps, rtol=1e-4, atol=1e-4)
-  assert (options.decodes(sizes) is None) == alike
+  assert (causality.undecodable is None) == alike
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -270,7 +288,7 @@ def test_imposed_choices_are_served_instead_of_a_routers_own(kind):
 
   @jax.jit
   def experts_of_tokens(x, mask, ids, given):
-    routing, _ = module.apply(params, x, mask, False, ids, given=given)
+    routing, _ = module.apply(params, x, mask, False, info_of(ids), given=given)
     return routing.slot_mask().any(-1)  # [G, S, E]
 
   # An expert that chooses takes all tokens that are imposed on it.
@@ -300,7 +318,8 @@ def test_parameters_are_a_routers_and_cost_what_is_said(kind):
     if role.form == 'kernel'
   ]
   total = sum(kernel.size for kernel in kernels)
-  cost = options.multiply_adds(TIGHT, M)
+  moe = MoeOptions(E, K, router=options, capacity=All(), dispatch=Einsum())
+  cost = router_multiply_adds(moe, M)
   # A token is multiplied by only some of the kernels that are stacked.
   assert (cost == total) or any(kernel.ndim > 2 for kernel in kernels)
   assert cost <= total and (cost > 0) == (total > 0)
@@ -338,9 +357,6 @@ def test_state_is_kept_where_it_is_said_and_moves(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_what_a_router_needs_of_a_batch_it_says(kind):
   options = OPTIONS[kind]
-  tokens = jnp.arange(6).reshape(2, 3)
-  ids = options.ids_of(RoutedTokens(*[tokens] * 5))
-  assert (ids is not None) == options.needs_ids
   module = options.module(tight(options), SHARED, 'router')
   apply = functools.partial(
     jax.eval_shape,
@@ -349,11 +365,11 @@ def test_what_a_router_needs_of_a_batch_it_says(kind):
     inputs()[0],
     np.ones((G, S), bool),
   )
-  if options.needs_ids:
-    with pytest.raises(ValueError, match='router_ids'):
-      apply()
-  else:
-    apply()
+  info = info_of(inputs()[1])
+  apply(token_info=info.only(options.reads))
+  for name in options.reads:
+    with pytest.raises(ValueError, match=f'no {name} are given'):
+      apply(token_info=info._replace(**{name: None}))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -366,14 +382,6 @@ def test_sizes_and_other_forms_of_the_options(kind):
     sizes = dataclasses.replace(ROOMY, num_selected=num_selected)
     (problem, *_) = options.problems_with(sizes)
     assert problem.startswith('num_selected=')
-  for other in (options.for_encoder(), options.shrunk()):
-    assert type(other) is type(options)
-  if 'slot_priority' in fields_of(type(options)):
-    # The order of service does not matter if nothing is dropped.
-    other = dataclasses.replace(options, slot_priority='choice_major')
-    assert other.canonical(ROOMY) == options.canonical(ROOMY) == options
-    assert other.canonical(TIGHT) == other != options.canonical(TIGHT)
-  served = options.serving_all(TIGHT)
-  assert served is None or not served.capacity.binds
-  assert not (options.by_expert and options.drops(TIGHT))
-  assert not options.drops(ROOMY)
+  assert type(options.shrunk()) is type(options)
+  assert not (options.by_expert and options.causality(TIGHT).drops)
+  assert not options.causality(ROOMY).drops

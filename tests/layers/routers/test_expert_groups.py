@@ -103,7 +103,8 @@ def test_gates_of_sigmoids_that_vanish_stay_finite():
 )
 def test_later_tokens_change_no_earlier_choice(options):
   sizes = Sizes(E, K, Fixed(slots=3))
-  assert options.leak(sizes) is None and options.decodes(sizes) is None
+  causality = options.causality(sizes)
+  assert causality.leak is None and causality.undecodable is None
   state = {'balance_bias': jnp.asarray(BIAS)} if options.keeps_state else None
   x = draw(G, S, M)
   other = np.concatenate([x[:, :4], draw(G, S - 4, M, seed=7)], 1)

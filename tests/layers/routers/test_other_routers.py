@@ -12,12 +12,14 @@ from moe_jax import (
   PerAssignment,
   Random,
   StrictlyBalanced,
+  TokenChoice,
 )
 from moe_jax.config import read_options
 from moe_jax.layers.routers import ROUTERS, Sizes
 from tests import reference
 from tests.layers.routers import run
 from tests.layers.routers.run import IDS, E, G, K, M, S, draw, some_mask
+from tests.models import tiny
 
 TIGHT = Fixed(slots=2)
 X = draw(G, S, M)
@@ -65,7 +67,9 @@ def test_hash_follows_the_ids_alone():
       for row in IDS
     ]
     np.testing.assert_array_equal(chosen.expert_index, expected)
-  with pytest.raises(ValueError, match='HashRouter needs router_ids'):
+  with pytest.raises(
+    ValueError, match='HashRouter goes by tokens, and no tokens'
+  ):
     route(Hash(), ids=None)
 
 
@@ -146,9 +150,13 @@ def test_factor_one_for_each_of_two_choices_is_the_papers_two():
 
 
 def test_an_encoder_has_tables_of_its_own():
+  def encoder_router(router):
+    options = tiny.options(dict(router=router), 'encoder_decoder')
+    return options.encoder_half().moe.router
+
   for kind in (Hash, Random):
-    assert kind(seed=4).for_encoder() == kind(seed=5)
-  assert ExpertChoice().for_encoder() == ExpertChoice()
+    assert encoder_router(kind(seed=4)) == kind(seed=5)
+  assert encoder_router(TokenChoice()) == TokenChoice()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ SETTINGS = [
 CAUSAL = [
   (priority, sizes)
   for priority, sizes in SETTINGS
-  if TokenChoice(slot_priority=priority).leak(sizes) is None
+  if TokenChoice(slot_priority=priority).causality(sizes).leak is None
 ]
 LEAKING = [setting for setting in SETTINGS if setting not in CAUSAL]
 

@@ -20,6 +20,7 @@ from moe_jax import (
 )
 from moe_jax.analysis import cost
 from moe_jax.layers.routers import Sizes, Soft
+from moe_jax.layers.routers.contract import no_choices_taken
 from moe_jax.layers.shared import RULES, Shared
 from moe_jax.models.encoder_decoder_options import EncoderOptions
 from moe_jax.routing.soft_rule import soft_routing
@@ -216,7 +217,9 @@ def test_what_cannot_serve_mixtures_is_refused(changes, message):
 
 def test_it_does_not_decode_and_takes_no_choices():
   router, sizes = Soft(), Sizes(E, 1, All())
-  assert 'an encoder can have this router' in router.decodes(sizes)
-  assert 'takes no others' in router.replays(sizes)
+  assert (
+    'an encoder can have this router' in router.causality(sizes).undecodable
+  )
+  assert 'takes no others' in no_choices_taken(router)
   with pytest.raises(ValueError, match='slots_per_expert=0 must be at least'):
     Soft(slots_per_expert=0)

@@ -8,8 +8,11 @@ import pytest
 from moe_jax import All, PerToken
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import Sentence, Sizes, Task, TokenChoice
-from moe_jax.layers.routers.contract import RoutedTokens
-from moe_jax.layers.routers.sentence import sentence_means, spread
+from moe_jax.layers.routers.sentence import (
+  sentence_ids,
+  sentence_means,
+  spread,
+)
 from moe_jax.models.base import RunShape
 from tests.layers.routers import run
 from tests.models import tiny
@@ -75,19 +78,6 @@ def test_each_task_counts_once_in_the_losses():
   )
 
 
-def test_a_tasks_experts_can_be_asked_for():
-  sizes = Sizes(E, K, All())
-  of_task = jax.jit(
-    lambda task: Task().of_task(sizes, {'tasks': jnp.asarray(TABLE)}, task)
-  )
-  for task in range(3):
-    index, gate = of_task(task)
-    chosen, _ = routed(ids=np.full_like(TASKS, task))
-    np.testing.assert_array_equal(chosen.expert_index[0, 0], index)
-    np.testing.assert_array_equal(chosen.gate[0, 0], gate)
-  assert TokenChoice().of_task(sizes, {}, 0) is None
-
-
 def test_noise_is_of_the_task_not_of_its_tokens():
   chosen, _ = routed(Task(jitter=0.5), train=True, key=0)
   clean, _ = routed(key=0)
@@ -114,10 +104,10 @@ def test_a_sentences_tokens_share_the_mean_of_its_real_ones():
 
 
 def test_sentences_of_neighbouring_rows_are_apart():
-  segment_ids = jnp.array([[1, 1, 2], [2, 2, 3]])
-  ids = Sentence().ids_of(RoutedTokens(*[segment_ids] * 4))
-  flat = np.asarray(ids).ravel()
-  assert (flat[1:] != flat[:-1]).tolist() == [False, True, True, False, True]
+  segment_ids = jnp.array([[1, 1, 2, 2, 2, 3]])  # two rows of three tokens
+  ids = np.asarray(sentence_ids(segment_ids, 3))[0]
+  assert (ids[1:] != ids[:-1]).tolist() == [False, True, True, False, True]
+  np.testing.assert_array_equal(sentence_ids(segment_ids, 0), segment_ids)
 
 
 def test_a_sentence_is_routed_as_one_token_that_is_its_mean():

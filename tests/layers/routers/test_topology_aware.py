@@ -87,22 +87,22 @@ def test_the_limit_is_a_share_of_a_group_in_whole_tokens():
 def test_what_depends_on_later_tokens_is_said():
   sizes = Sizes(E, K, All())
   none_leave = dataclasses.replace(GATE, outgoing_fraction=0.0)
-  assert "use 'token_choice'" in GATE.leak(sizes)
-  assert 'token_choice' in GATE.decodes(sizes)
+  assert "use 'token_choice'" in GATE.causality(sizes).leak
+  assert 'token_choice' in GATE.causality(sizes).undecodable
   for options in (UNLIMITED, none_leave):
-    assert options.leak(sizes) is None
-  assert UNLIMITED.decodes(sizes) is None
-  assert 'place in the batch' in none_leave.decodes(sizes)
+    assert options.causality(sizes).leak is None
+  assert UNLIMITED.causality(sizes).undecodable is None
+  assert 'place in the batch' in none_leave.causality(sizes).undecodable
   later = X + 10 * np.float32(np.arange(S) > 3)[:, None] * run.draw(
     G, S, M, seed=5
   )
   for options in (none_leave, GATE):
     before, after = (route(options, x)[0] for x in (X, later))
     unchanged = before.expert_index[:, :4] == after.expert_index[:, :4]
-    assert unchanged.all() == (options.leak(sizes) is None)
+    assert unchanged.all() == (options.causality(sizes).leak is None)
   # Slots leak as they do in other routers.
   slots = dataclasses.replace(UNLIMITED, slot_priority='choice_major')
-  assert 'slot_priority' in slots.leak(Sizes(E, K, Fixed(slots=2)))
+  assert 'slot_priority' in slots.causality(Sizes(E, K, Fixed(slots=2))).leak
 
 
 def test_gradients_reach_the_router():
@@ -132,8 +132,8 @@ def test_a_mesh_changes_nothing():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, one, many)
   # Choices are sown for analysis.
-  index = contract.sown(one[1]['intermediates'])['expert_index']
-  np.testing.assert_array_equal(index, one[0][0].expert_index)
+  kept = contract.sown(one[1]['intermediates'])[contract.ROUTING]
+  np.testing.assert_array_equal(kept.expert_index, one[0][0].expert_index)
 
 
 def test_options_that_do_not_fit_are_refused():

@@ -1,0 +1,325 @@
+"""The steps that several routers share, as functions of a router's module.
+
+Logits, choices, slots, losses and the balancing bias. All of it is float32
+whatever the model's dtype (Table 2 of arXiv:2101.03961).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from moe_jax import routing
+from moe_jax.kernels.rows_product import rows_matmul
+from moe_jax.layers import parameters
+from moe_jax.layers.routers import contract
+from moe_jax.partitioning import on_each_device
+from moe_jax.routing.aux_losses import (
+  balance_of_parts,
+  balance_sums,
+  cv_squared,
+  over_groups,
+)
+from moe_jax.routing.capacity import CAPACITIES
+from moe_jax.routing.given_choice_rule import GivenChoices
+from moe_jax.routing.token_choice_rule import choice_problems
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, PRNGKey
+
+# Functions that round float32 numbers to those of a type, by its name. The
+# results that the compiler computes from them stay float32.
+ROUNDINGS = {
+  'float32': lambda x: x,
+  'bfloat16': lambda x: jax.lax.reduce_precision(x, 8, 7),
+}
+# The logical axes of the kernel; the second is that of the choices of tokens.
+AXES = ('embed', 'expert_choice')
+ROLE = 'router'
+# The causal problem of routers whose experts choose tokens.
+EXPERTS_CHOOSE = (
+  'an expert chooses among all tokens of a group, which lets later tokens '
+  'change earlier outputs; use another router'
+)
+
+
+# Logits.
+
+
+def jittered(
+  module: contract.Router, x: Float[Array, 'G S M'], jitter: float, train: bool
+) -> Float32[Array, 'G S M']:
+  """The input in float32, in training with noise of the size `jitter`."""
+  x = x.astype(jnp.float32)
+  if train and jitter > 0:
+    low, high = 1.0 - jitter, 1.0 + jitter
+    key = module.make_rng(contract.NOISE)
+    x = x * jax.random.uniform(key, x.shape, x.dtype, low, high)
+  return x
+
+
+def linear_logits(
+  module: contract.Router,
+  x: Float32[Array, 'G S M'],
+  use_bias: bool,
+  init: Initializer | None = None,
+  rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
+) -> Float32[Array, 'G S E']:
+  """The logits x times `w`, plus `b` if there is a bias.
+
+  Args:
+    module: The router, whose parameters they are.
+    x: The input, as `jittered` returns it.
+    use_bias: Whether there is a bias.
+    init: The initialiser of the kernel. Default: the model's.
+    rounded: Function that rounds input, kernel and logits, one of `ROUNDINGS`.
+  """
+  E = module.sizes.num_experts
+  init = init or parameters.kernel(module.shared, AXES, role=ROLE)
+  logits = product(module, 'w', init, x, E, rounded)
+  if use_bias:
+    init = parameters.bias(AXES[1:], role=ROLE)
+    logits = logits + module.param('b', init, (E,), jnp.float32)[None, None]
+  return rounded(logits)
+
+
+def product(
+  module: contract.Router,
+  name: str,
+  init: Initializer,
+  x: Float32[Array, 'G S M'],
+  size: int,
+  rounded: Callable[[Array], Array] = ROUNDINGS['float32'],
+) -> Float32[Array, 'G S E']:
+  """The product of x with a kernel of the module, [M, size], of that name.
+
+  Both factors are rounded before it by `rounded`.
+  """
+  G, S, M = x.shape
+  w = module.param(name, init, (M, size), jnp.float32)
+  x = rounded(x.reshape(G * S, M))
+  logits = rows_matmul(x, rounded(w), jax.lax.Precision.HIGHEST)
+  return logits.reshape(G, S, -1)
+
+
+# Choices and slots.
+
+
+def largest(
+  scores: Float32[Array, 'G S E'], count: int
+) -> Int32[Array, 'G S N']:
+  """The experts of each token's `count` largest scores, the largest first."""
+  # It runs on each device, as no compiler splits a top-K over groups.
+  choose = functools.partial(routing.choose, num_selected=count)
+  return on_each_device(choose, (scores,))
+
+
+def chosen_experts(
+  scores: Float32[Array, 'G S E'], count: int, given: GivenChoices | None
+) -> Int32[Array, 'G S K']:
+  """The experts of the largest scores, or those that are imposed instead."""
+  index = largest(scores, count)
+  return index if given is None else given.in_place_of(index)
+
+
+def policy_key(
+  module: contract.Router, second_policy: str, train: bool
+) -> PRNGKey | None:
+  """The key from which a second policy draws; None where it draws nothing."""
+  if not train or second_policy == 'all' or module.sizes.num_selected == 1:
+    return None
+  return module.make_rng(contract.NOISE)
+
+
+def with_equal_gates(
+  module: contract.Router,
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  slot_priority: str,
+  given: GivenChoices | None = None,
+) -> tuple[routing.Routing, routing.MoeAux]:
+  """The routing of choices without logits: gates of 1/K, and no losses.
+
+  Args:
+    module: The router.
+    expert_index: The choices.
+    mask: False for padding.
+    slot_priority: The order in which experts serve them.
+    given: Choices that are imposed instead of these.
+  """
+  if given is not None:
+    expert_index = given.in_place_of(expert_index)
+  chosen = routing.even_choice(
+    expert_index,
+    num_experts=module.sizes.num_experts,
+    capacity=module.sizes.slots(mask.shape[1]),
+    mask=mask,
+    slot_priority=slot_priority,
+    given=given,
+  )
+  return chosen, choice_aux(module, {}, chosen, None, mask)
+
+
+def gate_problems(
+  sizes: contract.Sizes, gates: str, second_policy: str = 'all'
+) -> Iterator[str]:
+  """The problems that gates and second policy have with E and K."""
+  yield from choice_problems(
+    num_experts=sizes.num_experts,
+    num_selected=sizes.num_selected,
+    gates=gates,
+    second_policy=second_policy,
+  )
+
+
+def drop_problems(sizes: contract.Sizes) -> Iterator[str]:
+  """The problem of a capacity that can bind where many tokens choose alike."""
+  if sizes.capacity.binds:
+    yield (
+      f'capacity.kind={CAPACITIES.name_of(sizes.capacity)!r} can drop most '
+      'tokens of a sentence or a task, which all choose the same experts; '
+      "use 'all'"
+    )
+
+
+# Losses and statistics, which are sums over real tokens.
+
+
+def choice_aux(
+  module: contract.Router,
+  losses: dict[str, Array],
+  chosen: routing.Routing,
+  logits: Float32[Array, 'G S E'] | None,
+  mask: Bool[Array, 'G S'],
+) -> routing.MoeAux:
+  """The losses, and the statistics of tokens' choices and of logits if any.
+
+  Logits are those without noise. They are kept for analysis.
+  """
+  if logits is not None:
+    module.sow(contract.SOWN, contract.LOGITS, logits)
+  stats = routing.routing_stats(chosen, logits, mask)
+  return routing.MoeAux(losses, stats, routing.no_exchange())
+
+
+def slot_aux(
+  module: contract.Router,
+  chosen: routing.SlotRouting,
+  logits: Float32[Array, 'G S E'],
+  mask: Bool[Array, 'G S'],
+) -> routing.MoeAux:
+  """The losses and statistics where experts choose tokens."""
+  module.sow(contract.SOWN, contract.LOGITS, logits)
+  importance = cv_squared(chosen.gate.sum(-1))
+  losses = {
+    'z_loss': over_groups(routing.z_loss(logits, mask), mask),
+    'importance_loss': over_groups(importance, mask),
+  }
+  stats = routing.slot_stats(chosen, logits, mask, module.sizes.num_selected)
+  return routing.MoeAux(losses, stats, routing.no_exchange())
+
+
+def choice_losses(
+  logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  gate: Float32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  balance_choices: str,
+  balance_scores: str = 'softmax',
+) -> dict[str, Float32[Array, '']]:
+  """The balance loss, the z-loss and the importance loss of tokens' choices.
+
+  Args:
+    logits: The logits without noise, from which the first two are computed.
+    expert_index: The chosen experts.
+    gate: The gates of the choices, as if all were served.
+    mask: False for padding.
+    balance_choices: The choices that the balance loss counts.
+    balance_scores: The probabilities of the balance loss; see `balance_probs`.
+  """
+  E, probs = logits.shape[-1], balance_probs(logits, balance_scores)
+  balance = routing.balance_loss(probs, expert_index, mask, balance_choices)
+  importance = routing.importance_loss(gate, expert_index, mask, E)
+  return {
+    'balance_loss': over_groups(balance, mask),
+    'z_loss': over_groups(routing.z_loss(logits, mask), mask),
+    'importance_loss': over_groups(importance, mask),
+  }
+
+
+def balance_probs(
+  logits: Float32[Array, '*G E'], scores: str
+) -> Float32[Array, '*G E']:
+  """The probabilities whose means the balance loss multiplies with loads.
+
+  Args:
+    logits: The logits.
+    scores: 'softmax', or 'sigmoid': each sigmoid divided by the sum of all of
+      the token's.
+  """
+  if scores == 'sigmoid':
+    logits = jax.nn.log_sigmoid(logits)
+  return jax.nn.softmax(logits)
+
+
+def scope_losses(
+  logits: Float32[Array, 'G S E'],
+  expert_index: Int32[Array, 'G S K'],
+  mask: Bool[Array, 'G S'],
+  row_length: int,
+  *,
+  weights: dict[str, float],
+  batch_rows: int,
+  choices: str,
+  scores: str,
+) -> dict[str, Float32[Array, '']]:
+  """The balance losses of rows, of several rows, and of the whole batch.
+
+  Args:
+    logits: The logits without noise.
+    expert_index: The experts that the losses count.
+    mask: False for padding.
+    row_length: The tokens of a row; 0: those of a group.
+    weights: The weights of losses by name; a loss without weight is 0.
+    batch_rows: The rows that 'batch_balance_loss' counts together.
+    choices, scores: As in `choice_losses`.
+  """
+  G, S = mask.shape
+  T = row_length or S
+  rows_of = {
+    'sequence_balance_loss': 1,
+    'batch_balance_loss': batch_rows,
+    'global_balance_loss': -(-G * S // T),
+  }
+  losses = dict.fromkeys(rows_of, jnp.zeros((), jnp.float32))
+  rows_of = {name: rows for name, rows in rows_of.items() if weights[name]}
+  if not rows_of:
+    return losses
+  # Rows and groups are cut into parts that lie in one of each.
+  unit = math.gcd(S, T)
+  probs = balance_probs(logits, scores)
+  sums = balance_sums(probs, expert_index, mask, unit, choices)
+  return losses | {
+    name: balance_of_parts(sums, rows * T // unit)
+    for name, rows in rows_of.items()
+  }
+
+
+def scope_problems(
+  sizes: contract.Sizes, weights: dict[str, float], batch_rows: int
+) -> Iterator[str]:
+  """The problems of microbatches that do not show what a loss counts."""
+  weight = weights['global_balance_loss']
+  if weight and sizes.microbatches > 1:
+    yield (
+      f'router: global_balance_weight={weight} with '
+      f'microbatches={sizes.microbatches}: a microbatch does not show the '
+      'loads of the batch; use batch_balance_weight with batch_balance_rows, '
+      'or microbatches=1'
+    )
+  elif weights['batch_balance_loss'] and sizes.rows % batch_rows:
+    yield (
+      f'router: batch_balance_rows={batch_rows} does not divide the '
+      f'{sizes.rows} rows of a microbatch'
+    )
