@@ -164,11 +164,12 @@ class AttentionBase(Options):
   @property
   def projected_values(self) -> int:
     """Values of a token that the backward pass needs of queries and keys."""
-    raise NotImplementedError
+    return self.num_heads * self.head_widths[0] + self.cached_values
 
   def kernel_values(self, width: int) -> int:
     """The number of values of the kernels in a model of that width M."""
-    raise NotImplementedError
+    c = self.within(width)
+    return width * (c.num_heads * sum(c.head_widths) + c.cached_values)
 
 
 class Attention(nn.Module):
@@ -500,14 +501,6 @@ class AttentionOptions(AttentionBase):
     """Keys and values are stored."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
-
-  @property
-  def projected_values(self) -> int:
-    return self.num_heads * self.head_width + self.cached_values
-
-  def kernel_values(self, width: int) -> int:
-    c = self.within(width)
-    return 2 * width * c.head_width * (c.num_heads + c.num_kv_heads)
 
   def shrunk(self) -> Self:
     grouped = 0 < self.num_kv_heads < self.num_heads

@@ -92,17 +92,16 @@ class LatentOptions(AttentionBase):
   @property
   def projected_values(self) -> int:
     """Keys and values are expanded."""
-    scored, value = self.head_widths
-    short = self.query_rank + self.cached_width
-    return self.num_heads * (2 * scored + value) + short
+    expanded = self.num_heads * sum(self.head_widths)
+    return super().projected_values + expanded + self.query_rank
 
   def kernel_values(self, width: int) -> int:
     H, (scored, value) = self.num_heads, self.head_widths
-    queries = width * H * scored
+    total = super().kernel_values(width)
+    total += self.kv_rank * H * (self.plain_width + value)
     if self.query_rank:
-      queries = self.query_rank * (width + H * scored)
-    expanded = self.kv_rank * H * (self.plain_width + value)
-    return queries + width * (self.cached_width + H * value) + expanded
+      total += self.query_rank * (width + H * scored) - width * H * scored
+    return total
 
   def shrunk(self) -> Self:
     return dataclasses.replace(
