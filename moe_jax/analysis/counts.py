@@ -300,7 +300,8 @@ def count(
     decoder_len, memory_len = half.length, half.memory_len
     num_layers = len(half.stack.sparse)
     a = half.stack.block.attention.within(width)
-    part.attention = 2 * num_layers * half.keys * a.scoring_products
+    scoring_products = a.num_heads * sum(a.head_widths)
+    part.attention = 2 * num_layers * half.keys * scoring_products
     step_attention = 2 * num_layers * half.keys * a.decoding_products
     if half.stack.block.cross:  # keys and values of tokens that are read
       cross_flops = 2 * num_layers * width * a.cached_values

@@ -168,7 +168,7 @@ def _kept_by_layers(half: Half, M: int, B: int) -> int:
   if c.remat == 'full':
     return total
   a, crosses = block.attention.within(M), block.cross
-  output = a.num_heads * a.head_widths.value
+  output = a.num_heads * a.head_widths[1]
   total += L * n * (a.projected_values + M) * b
   if crosses:
     total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b

@@ -215,7 +215,7 @@ def feed_forwards(
     outcomes[name] = _compensated(p[name], h, format)
     p[name] = outcomes[name].values
   hidden = []
-  layer.compute_stacked(p, rows.x, lambda x: hidden.append(x) or x)
+  layer.compute(p, rows.x, lambda x: hidden.append(x) or x)
   h = hessian(hidden[0], rows.filled)
   outcomes['w_out'] = _compensated(p['w_out'], h, format)
   return outcomes

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import fields_of, option
 from moe_jax.layers.block import Context
-from moe_jax.layers.rotary import LongRope, Turns
+from moe_jax.layers.rotary import LongRope
 from moe_jax.layers.routers.token_choice import TokenChoice, TokenChoiceRouter
 from moe_jax.models import EncoderDecoderOptions
 from moe_jax.models.embeddings import EmbeddingConfig
@@ -117,10 +117,12 @@ class ShortTurns(LongRope):
   the length of the rows, so that `long_factor` is never used; `long_mscale` is.
   """
 
-  def long_turns(self, theta: float, width: int) -> tuple[int, Turns]:
-    """The turns of short rows, with the factor of long ones."""
-    first, long = super().long_turns(theta, width)
-    return first, long._replace(frequency=self.turns(theta, width).frequency)
+  def turns(self, theta, width, long=False):
+    """The turns of short rows, with the factor of long ones in these."""
+    short = super().turns(theta, width)
+    if not long:
+      return short
+    return super().turns(theta, width, long)._replace(frequency=short.frequency)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,57 +1,29 @@
 """Linen modules and their options: routers, experts, MoE, attention, block."""
 
-from moe_jax.layers.attention import (
-  Attention,
-  AttentionOptions,
-  LatentAttention,
-  LatentOptions,
-)
-from moe_jax.layers.experts import (
-  DISPATCHES,
-  EXPERTS,
-  Dropless,
-  Einsum,
-  ExpertOptions,
-  FeedForwardExpert,
-  Gather,
-  ModuleExpert,
-  SharedExpertOptions,
-  Sorted,
-)
-from moe_jax.layers.ffn import ACTIVATIONS, FeedForward, FfnOptions
-from moe_jax.layers.lstm import Lstm, LstmOptions
-from moe_jax.layers.moe import MoE
-from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.layers.positions import Rotary
-from moe_jax.layers.rotary import Yarn
-from moe_jax.layers.shared import FanIn, Gpt2, Numerics, Shared
-
-__all__ = [
-  'ACTIVATIONS',
-  'DISPATCHES',
-  'EXPERTS',
-  'Attention',
-  'AttentionOptions',
-  'Dropless',
-  'Einsum',
-  'ExpertOptions',
-  'FanIn',
-  'FeedForward',
-  'FeedForwardExpert',
-  'FfnOptions',
-  'Gather',
-  'Gpt2',
-  'LatentAttention',
-  'LatentOptions',
-  'Lstm',
-  'LstmOptions',
-  'MoE',
-  'ModuleExpert',
-  'MoeOptions',
-  'Numerics',
-  'Rotary',
-  'Shared',
-  'SharedExpertOptions',
-  'Sorted',
-  'Yarn',
-]
+from moe_jax.layers.attention import Attention as Attention
+from moe_jax.layers.attention import AttentionOptions as AttentionOptions
+from moe_jax.layers.attention import LatentAttention as LatentAttention
+from moe_jax.layers.attention import LatentOptions as LatentOptions
+from moe_jax.layers.experts import DISPATCHES as DISPATCHES
+from moe_jax.layers.experts import EXPERTS as EXPERTS
+from moe_jax.layers.experts import Dropless as Dropless
+from moe_jax.layers.experts import Einsum as Einsum
+from moe_jax.layers.experts import ExpertOptions as ExpertOptions
+from moe_jax.layers.experts import FeedForwardExpert as FeedForwardExpert
+from moe_jax.layers.experts import Gather as Gather
+from moe_jax.layers.experts import ModuleExpert as ModuleExpert
+from moe_jax.layers.experts import SharedExpertOptions as SharedExpertOptions
+from moe_jax.layers.experts import Sorted as Sorted
+from moe_jax.layers.ffn import ACTIVATIONS as ACTIVATIONS
+from moe_jax.layers.ffn import FeedForward as FeedForward
+from moe_jax.layers.ffn import FfnOptions as FfnOptions
+from moe_jax.layers.lstm import Lstm as Lstm
+from moe_jax.layers.lstm import LstmOptions as LstmOptions
+from moe_jax.layers.moe import MoE as MoE
+from moe_jax.layers.moe_options import MoeOptions as MoeOptions
+from moe_jax.layers.positions import Rotary as Rotary
+from moe_jax.layers.rotary import Yarn as Yarn
+from moe_jax.layers.shared import FanIn as FanIn
+from moe_jax.layers.shared import Gpt2 as Gpt2
+from moe_jax.layers.shared import Numerics as Numerics
+from moe_jax.layers.shared import Shared as Shared

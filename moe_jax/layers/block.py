@@ -122,40 +122,36 @@ class Block(nn.Module):
         with those of x.
       layer: The block's number, by which it finds its part of the cache.
     """
-    c = self.config
-    y, cache = self._attention(x, context, cache, layer, cross=False)
+    c, moe = self.config, self.config.moe if self.sparse else None
+    h = self._norm(x, 'attention_norm')
+    y, cache = self._attention(h, context, cache, layer)
     x = self._residual_sum(x, y)
     if c.cross:
-      y, cache = self._attention(x, context, cache, layer, cross=True)
+      h = self._norm(x, f'{CROSS_ATTENTION}_norm')
+      y, cache = self._attention(h, context, cache, layer, cross=True)
       x = self._residual_sum(x, y)
     h = self._norm(x, 'ffn_norm')
-    y, aux = self._feed_forward(h, context, layer)
+    if moe is not None and moe.num_experts:
+      mixture = MoE(moe, c.shared, name='moe')
+      info, given = context.token_info, context.given
+      y, aux = mixture(h, context.routed, self.train, info, layer, given)
+    else:
+      ffn, dropout = (c.ffn, c.dropout) if moe is None else moe.twin()
+      y = FeedForward(ffn, c.shared, dropout, name='ffn')(h, self.train)
+      aux = empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
     x = self._residual_sum(x, y)
-    if self.sparse and c.moe is not None and c.moe.extra_ffn:
+    if moe is not None and moe.extra_ffn:
       h = self._norm(x, 'extra_ffn_norm')
-      y = self._dense(c.ffn, c.dropout, 'extra_ffn')(h, self.train)
-      x = self._residual_sum(x, y)
+      extra = FeedForward(c.ffn, c.shared, c.dropout, name='extra_ffn')
+      x = self._residual_sum(x, extra(h, self.train))
     return x, cache, aux
 
-  def _feed_forward(self, h, context, layer):
+  def _norm(self, x, name):
+    return self.config.norm.module(self.config.shared, name)(x)
+
+  def _attention(self, h, context, cache, layer, cross=False):
+    """The output of attention, and the cache."""
     c = self.config
-    if self.sparse and c.moe is not None and c.moe.num_experts:
-      moe = MoE(c.moe, c.shared, name='moe')
-      info, given = context.token_info, context.given
-      return moe(h, context.routed, self.train, info, layer, given)
-    ffn, dropout = c.ffn, c.dropout
-    if self.sparse and c.moe is not None:
-      ffn, dropout = c.moe.twin()
-    y = self._dense(ffn, dropout, 'ffn')(h, self.train)
-    return y, empty_aux(1, 1) if c.moe is None else c.moe.dense_aux()
-
-  def _dense(self, ffn: FfnOptions, dropout: float, name: str) -> FeedForward:
-    return FeedForward(ffn, self.config.shared, dropout, name=name)
-
-  def _attention(self, x, context, cache, layer, cross: bool):
-    c, name = self.config, CROSS_ATTENTION if cross else 'attention'
-    h = self._norm(x, f'{name}_norm')
-    bias = None if cross else context.bias
     attention = c.attention.module(
       c.attention,
       c.shared,
@@ -163,27 +159,19 @@ class Block(nn.Module):
       causal=c.causal and not cross,
       cross=cross,
       dropout=c.dropout,
-      name=name,
+      name=CROSS_ATTENTION if cross else 'attention',
     )
+    positions, bias = context.positions, None if cross else context.bias
     if cache is not None:
-      return attention.decode(
-        h, context.token_mask, context.positions, bias, cache, layer
+      mask = context.token_mask
+      return attention.decode(h, mask, positions, bias, cache, layer)
+    keys = dict(memory=None, key_segment_ids=context.key_segment_ids)
+    if cross:
+      keys = dict(
+        memory=context.memory, key_segment_ids=context.memory_segment_ids
       )
-    y = attention(
-      h,
-      context.segment_ids,
-      context.positions,
-      bias,
-      self.train,
-      memory=context.memory if cross else None,
-      key_segment_ids=(
-        context.memory_segment_ids if cross else context.key_segment_ids
-      ),
-    )
-    return y, None
-
-  def _norm(self, x, name):
-    return self.config.norm.module(self.config.shared, name)(x)
+    ids = context.segment_ids
+    return attention(h, ids, positions, bias, self.train, **keys), None
 
   def _residual_sum(self, x, y):
     """The residual stream x with the output y of one of the block's layers."""

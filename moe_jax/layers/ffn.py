@@ -25,29 +25,27 @@ class Activation(NamedTuple):
 
   Attributes:
     function: The elementwise function.
-    gated: Whether the hidden values are function(x W_gate) * x W_in.
+    kernels: Names of the kernels that multiply x, in the order of `hidden`. The
+      function is that of the first's product, which the others multiply.
     cheap: Whether XLA computes the function again rather than read its result.
     saved_arrays: The number of arrays as wide as the hidden values that the
       forward pass keeps for the backward pass, products included.
     limit: The largest value of the gate's product, and the largest size of the
       other one's; None for no limit.
     shift: The number that is added to the product that is gated.
-    doubly_gated: Whether the hidden values are multiplied by x W_factor, too.
   """
 
   function: Callable[[Array], Array]
-  gated: bool
+  kernels: tuple[str, ...] = ('w_in',)
   cheap: bool = False
   saved_arrays: int = 4
   limit: float | None = None
   shift: float = 0.0
-  doubly_gated: bool = False
 
   @property
-  def kernels(self) -> tuple[str, ...]:
-    """Names of the kernels that multiply x, in the order of `hidden`."""
-    gate = ('w_gate',) if self.gated else ()
-    return (*gate, 'w_in', *(('w_factor',) if self.doubly_gated else ()))
+  def gated(self) -> bool:
+    """Whether there are several products."""
+    return len(self.kernels) > 1
 
   def hidden(self, *products: Array) -> Array:
     """The hidden values of the products of x with `kernels`."""
@@ -69,19 +67,20 @@ def _quick_gelu(x: Array) -> Array:
 
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+_GATED = ('w_gate', 'w_in')
 ACTIVATIONS = {
-  'relu': Activation(jax.nn.relu, False, cheap=True, saved_arrays=1),
-  'gelu': Activation(cpu.gelu, False),
-  'gelu_tanh': Activation(_gelu_tanh, False, saved_arrays=6),
-  'geglu': Activation(_gelu_tanh, True, saved_arrays=8),  # arXiv:2002.05202
-  'swiglu': Activation(jax.nn.silu, True, saved_arrays=6),
+  'relu': Activation(jax.nn.relu, cheap=True, saved_arrays=1),
+  'gelu': Activation(cpu.gelu),
+  'gelu_tanh': Activation(_gelu_tanh, saved_arrays=6),
+  'geglu': Activation(_gelu_tanh, _GATED, saved_arrays=8),  # arXiv:2002.05202
+  'swiglu': Activation(jax.nn.silu, _GATED, saved_arrays=6),
   # gpt-oss has it, with swiglu_alpha 1.702, swiglu_limit 7, and x W_in + 1.
   'clamped_swiglu': Activation(
-    _quick_gelu, True, saved_arrays=9, limit=7.0, shift=1.0
+    _quick_gelu, _GATED, saved_arrays=9, limit=7.0, shift=1.0
   ),
   # OpenMoE has it: a third product multiplies a SwiGLU.
   'doubly_gated_swiglu': Activation(
-    jax.nn.silu, True, saved_arrays=8, doubly_gated=True
+    jax.nn.silu, (*_GATED, 'w_factor'), saved_arrays=8
   ),
 }
 
@@ -98,9 +97,7 @@ class FfnOptions(Options):
   """A feed-forward layer M -> F -> M."""
 
   hidden: int = option(
-    512,
-    'Width F of the hidden layer of a feed-forward.',
-    minimum=1,
+    512, 'Width F of the hidden layer of a feed-forward.', minimum=1
   )
   activation: str = option(
     'gelu',
@@ -152,9 +149,8 @@ class FfnLayer:
   @property
   def use_bias(self) -> bool:
     """Whether products add a bias, the gate's only where `gate_bias`."""
-    return self.options.bias == 'all' or (
-      not self.options.bias and self.shared.use_bias
-    )
+    bias = self.options.bias
+    return self.shared.use_bias if not bias else bias == 'all'
 
   @property
   def gate_bias(self) -> bool:
@@ -169,24 +165,21 @@ class FfnLayer:
     They are w_in, w_out, w_gate and w_factor if the activation has them, b_in
     and b_out if `use_bias`, and b_gate and b_factor if `gate_bias`.
     """
-    shared = self.shared
+    shared, role = self.shared, self.role
     p = {}
     for name, (shape, axes, form) in self.specs(stack, width).items():
-      if form == 'bias':
-        init = parameters.bias(axes, role=self.role)
-      else:
-        init = parameters.kernel(
-          shared, axes, role=self.role, residual=form == 'residual'
-        )
+      init = parameters.bias(axes, role=role)
+      if form != 'bias':
+        is_last = form == 'residual'
+        init = parameters.kernel(shared, axes, role=role, residual=is_last)
       p[name] = module.param(name, init, shape, shared.param_dtype)
     return p
 
   def sizes(self, width: int, dtype: jnp.dtype) -> Sizes:
     """The sizes of one layer as an expert, whose rows have that type."""
     kernels = len(self.first_kernels) + 1
-    row, parameter = map(
-      lambda kind: jnp.dtype(kind).itemsize, (dtype, self.shared.param_dtype)
-    )
+    row = jnp.dtype(dtype).itemsize
+    parameter = jnp.dtype(self.shared.param_dtype).itemsize
     return Sizes(width, self.options.hidden, row, kernels, parameter)
 
   def axes(self, stack: tuple[int, ...], width: int) -> dict[str, Names]:
@@ -202,16 +195,11 @@ class FfnLayer:
     """
     M, F = width, self.options.hidden
     mlp = 'expert_mlp' if stack else 'mlp'
-    specs: dict[str, tuple[tuple[int, ...], Names, str]] = {
-      'w_in': ((M, F), ('embed', mlp), 'kernel')
-    }
-    if self.use_bias:
-      specs['b_in'] = ((F,), (mlp,), 'bias')
-    for name in self.first_kernels:
-      if name == 'w_in':
-        continue
+    specs: dict[str, tuple[tuple[int, ...], Names, str]] = {}
+    for name in sorted(self.first_kernels, key=lambda name: name != 'w_in'):
       specs[name] = ((M, F), ('embed', mlp), 'kernel')
-      if self.gate_bias:
+      has_bias = self.use_bias if name == 'w_in' else self.gate_bias
+      if has_bias:
         specs[f'b{name[1:]}'] = ((F,), (mlp,), 'bias')
     specs['w_out'] = ((F, M), (mlp, 'embed'), 'residual')
     if self.use_bias:
@@ -235,46 +223,34 @@ class FfnLayer:
     self,
     p: dict[str, Any],
     x: Float[Array, '*E R M'],
+    dropout: Callable[[Array], Array] = lambda h: h,
     *,
-    product: Callable[..., Array],
-    add_bias: Callable[[Array, Array], Array],
-    dropout: Callable[[Array], Array],
+    product: Callable[..., Array] = rows_matmul,
+    add_bias: Callable[[Array, Array], Array] = lambda y, b: (
+      y + b[..., None, :]
+    ),
   ) -> Float[Array, '*E R M']:
-    """The output of the layer, with any function as the product with kernels.
+    """The output of one layer for rows, or of E layers for E lists of rows.
 
     Args:
-      p: The parameters of the layer.
-      x: Rows, of the type of products.
+      p: The parameters of the layer, or of E layers.
+      x: The rows.
+      dropout: The function that drops hidden values.
       product: The function product(rows, kernel, transposed_alone=...).
       add_bias: The function add_bias(products, bias).
-      dropout: The function that drops hidden values.
     """
     act, dtype = self.activation, self.shared.dtype
 
     def biased(y, name):
       return add_bias(y, p[name].astype(dtype)) if name in p else y
 
+    x = x.astype(dtype)
     products = [
       biased(product(x, p[name]), f'b{name[1:]}') for name in self.first_kernels
     ]
     h = dropout(act.hidden(*products))
     y = product(h, p['w_out'], transposed_alone=not act.cheap)
     return biased(y, 'b_out')
-
-  def compute_stacked(
-    self,
-    p: dict[str, Any],
-    x: Float[Array, '*E R M'],
-    dropout: Callable[[Array], Array] = lambda h: h,
-  ) -> Float[Array, '*E R M']:
-    """The output of one layer for rows, or of E layers for E lists of rows."""
-    return self.compute(
-      p,
-      x.astype(self.shared.dtype),
-      product=rows_matmul,
-      add_bias=lambda y, b: y + b[..., None, :],
-      dropout=dropout,
-    )
 
   def dropout_module(self, module: nn.Module, train: bool) -> nn.Dropout:
     """The dropout of hidden values, as a submodule of `module`."""
@@ -322,7 +298,7 @@ class FeedForward(nn.Module):
         h = layer.dropout_module(self, train)(h)
       return h
 
-    return layer.compute_stacked(p, rows, after_first).reshape(x.shape)
+    return layer.compute(p, rows, after_first).reshape(x.shape)
 
   def _hidden_product(self, h, i, use_bias):
     """The product that hidden layer i computes from the one before it."""

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.config import Kinds, Options, option
 from moe_jax.layers import parameters
 from moe_jax.layers.shared import Shared
+from moe_jax.shapes import Array, Float
 
 _AXES = ('embed',)
 
@@ -74,3 +77,18 @@ class LayerNorm(Norm):
 NORMS = Kinds(
   'norm', Norm, {'rmsnorm': RmsNorm, 'layernorm': LayerNorm}, inline=True
 )
+
+
+def rms_normed(
+  x: Float[Array, '*B'], scale: Float[Array, '*n'], epsilon: float
+) -> Float[Array, '*B']:
+  """x over its root mean square times `scale`; statistics are float32.
+
+  The mean is over as many of the last dimensions as the scale has, on all
+  devices that they are split over.
+  """
+  axes = tuple(range(-scale.ndim, 0))
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+  scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+  return (x32 * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)

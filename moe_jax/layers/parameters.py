@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
-import numpy as np
 from flax import linen as nn
 
 from moe_jax.layers.shared import Shared
-from moe_jax.shapes import Array, Float
 
 Names = tuple[str | None, ...]
 
@@ -110,12 +108,12 @@ def kernel(
   if batch_axis is None:
     batch_axis = [i for i, name in enumerate(axes) if name == 'expert']
   init = shared.numerics.init.kernel(
-    in_axis=in_axis,
-    out_axis=out_axis,
-    batch_axis=batch_axis,
     residual=residual,
     shrink=shrink,
     num_layers=shared.num_layers,
+    in_axis=in_axis,
+    out_axis=out_axis,
+    batch_axis=batch_axis,
   )
   return boxed(init, axes, role=role, form='kernel')
 
@@ -143,29 +141,6 @@ def table(
   return boxed(init, axes, role=role, form='table')
 
 
-def matrix(
-  module: nn.Module,
-  name: str,
-  shared: Shared,
-  init: Initializer,
-  shape: tuple[int, ...],
-  *,
-  inputs: int = 1,
-) -> Float[Array, 'I O']:
-  """Makes a kernel, and returns it as a matrix.
-
-  Args:
-    module: The module that has the kernel.
-    name: The name of the kernel.
-    shared: The settings that all layers of the model share.
-    init: Its initialiser.
-    shape: The shape of the kernel.
-    inputs: The number of its first dimensions that are contracted.
-  """
-  sizes = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-  return module.param(name, init, shape, shared.param_dtype).reshape(sizes)
-
-
 def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
   """The same tree with a role for each parameter that has none.
 
@@ -184,11 +159,10 @@ def with_role(variables: Any, role: str, stacked: Names = ()) -> Any:
   def box(leaf):
     if isinstance(leaf, Parameter) and leaf.role:
       return leaf
-    names = getattr(leaf, 'names', None) if _is_box(leaf) else None
-    array: Any = nn.meta.unbox(leaf) if _is_box(leaf) else leaf
+    array: Any = nn.meta.unbox(leaf)
     rank = array.ndim - len(stacked)
+    names = getattr(leaf, 'names', None) or (*stacked, *(None,) * rank)
     form = 'bias' if rank <= 1 else 'kernel'
-    names = names or (*stacked, *(None,) * rank)
     return Parameter(array, names, role=role, form=form)
 
   return jax.tree.map(box, variables, is_leaf=_is_box)
@@ -198,8 +172,7 @@ def axes_of(abstract_variables: Any) -> Any:
   """The logical axes of every variable: a tree of tuples, without boxes."""
 
   def names(leaf):
-    axis_names = getattr(leaf, 'names', None) if _is_box(leaf) else None
-    return (None,) * leaf.ndim if axis_names is None else axis_names
+    return leaf.names if hasattr(leaf, 'names') else (None,) * leaf.ndim
 
   return jax.tree.map(names, abstract_variables, is_leaf=_is_box)
 

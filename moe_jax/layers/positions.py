@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from moe_jax.config import Kinds, Options, choice, option
 from moe_jax.errors import InputError
-from moe_jax.layers import parameters, rotary
+from moe_jax.layers import parameters
 from moe_jax.layers.rotary import SCALINGS, RotaryScaling
 from moe_jax.shapes import Array, Bool, Float, Float32, Int, Int32, checked
 
@@ -99,7 +99,7 @@ class Positions(Options):
     return x
 
   def bias(
-    self, num_heads: int, causal: bool, name: str
+    self, num_heads: int, causal: bool, name: str | None
   ) -> 'RelativePositionBias | None':
     """The module whose bias is added to the scores of a stack, or none."""
     del num_heads, causal, name
@@ -140,11 +140,8 @@ class Rotary(Positions):
     """The number of numbers of a head that rotate."""
     return int(head_width * self.fraction)
 
-  def problems_with(
-    self, head_width: int, causal: bool, name: str = 'head_width'
-  ) -> Iterator[str]:
+  def problems_with(self, head_width, causal, name='head_width'):
     """The problem of an odd part that rotates, and those of the scaling."""
-    del causal
     width = self._width(head_width)
     if width % 2 or not width:
       factor = '' if self.fraction == 1 else f' * fraction={self.fraction}'
@@ -161,32 +158,48 @@ class Rotary(Positions):
   def latent_factor(self) -> float:
     return self.scaling.latent_factor
 
-  def rotate(
-    self,
-    x: Float[Array, 'B T H D'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> Float[Array, 'B T H D']:
-    """Rotates by the function `rotate`."""
+  def rotate(self, x, positions, segment_ids=None):
+    """Rotates the P pairs of each head by their angles, in float32.
+
+    Source: Eq. 34 of arXiv:2104.09864, whose pairs are (2 i, 2 i + 1); if not
+    `interleaved`, pair i is (i, i + P).
+    """
     width = self._width(x.shape[-1])
     turns = self.scaling.turns(self.theta, width)
     frequency = jnp.asarray(turns.frequency)[None, None]
     factor = jnp.full((1, 1), turns.factor, jnp.float32)
-    if long := self.scaling.long_turns(self.theta, width):
-      start, long_turns = long
-      is_long = rotary.last_positions(positions, segment_ids) >= start  # [B, t]
-      long_frequency = jnp.asarray(long_turns.frequency)[None, None]
+    if (start := self.changes_at) is not None:
+      long = self.scaling.turns(self.theta, width, long=True)
+      is_long = _last_positions(positions, segment_ids) >= start  # [B, t]
+      long_frequency = jnp.asarray(long.frequency)[None, None]
       frequency = jnp.where(is_long[..., None], long_frequency, frequency)
-      factor = jnp.where(is_long, jnp.float32(long_turns.factor), factor)
-    elif turns.factor == 1:
-      factor = None
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    rotated = rotary.rotate(
-      x[..., :width], angle, factor=factor, interleaved=self.interleaved
-    )
+      factor = jnp.where(is_long, jnp.float32(long.factor), factor)
+    angle = positions[..., None].astype(jnp.float32) * frequency  # [B, T, P]
+    sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
+    if start is not None or turns.factor != 1:
+      sin, cos = sin * factor[..., None, None], cos * factor[..., None, None]
+    x32 = x[..., :width].astype(jnp.float32)
+    if self.interleaved:
+      first, second = x32[..., 0::2], x32[..., 1::2]
+    else:
+      first, second = jnp.split(x32, 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    if self.interleaved:
+      y = jnp.stack(rotated, axis=-1).reshape(x32.shape).astype(x.dtype)
+    else:
+      y = jnp.concatenate(rotated, axis=-1).astype(x.dtype)
     if width == x.shape[-1]:
-      return rotated
-    return jnp.concatenate([rotated, x[..., width:]], axis=-1)
+      return y
+    return jnp.concatenate([y, x[..., width:]], axis=-1)
+
+
+def _last_positions(positions, segment_ids) -> Int[Array, 'B t']:
+  """The last position in the segment of each token, or in each row."""
+  if segment_ids is None:
+    return positions.max(axis=1, keepdims=True)
+  # The compiler fuses this, so that nothing of [B, T, T] is stored.
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return jnp.where(same, positions[:, None, :], 0).max(axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,24 +259,57 @@ class Sinusoidal(Positions):
     return x + jnp.where(has_position[..., None], vectors, 0).astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Relative(Positions):
+  """A learned bias by distance is added to the scores, as in T5."""
+
+  buckets: int = option(
+    32,
+    'Number of buckets of relative positions: ranges of distances that have a '
+    'bias of their own. In an encoder, half of them are for later tokens.',
+    minimum=2,
+  )
+  max_distance: int = option(
+    128,
+    'Distance in tokens from which on all relative positions share the last '
+    'bucket.',
+    minimum=2,
+  )
+
+  def problems(self) -> Iterator[str]:
+    """The problem of more buckets for single distances than distances."""
+    if self.buckets // 2 >= self.max_distance:
+      yield (
+        f'max_distance={self.max_distance} must be above half of '
+        f'buckets={self.buckets}'
+      )
+
+  def problems_with(self, head_width, causal, name='head_width'):
+    """The problem of too few buckets for both directions of an encoder."""
+    if not causal and self.buckets < 4:
+      yield f'buckets={self.buckets} must be at least 4 in an encoder'
+
+  def bias(
+    self, num_heads: int, causal: bool, name: str | None
+  ) -> 'RelativePositionBias':
+    return RelativePositionBias(self, num_heads, not causal, name=name)
+
+
 class RelativePositionBias(nn.Module):
   """A learned bias for each head and bucket of distances, one for all layers.
 
   Source: section 2.1 of arXiv:1910.10683 (T5).
 
   Attributes:
+    options: The numbers of buckets and of distances.
     num_heads: The number H of heads.
-    num_buckets: The number of ranges of distances; in a bidirectional stack
-      half of them are for later keys.
-    max_distance: The distance from which on all share the last bucket.
-    bidirectional: Whether later keys have buckets by distance; if not, they
-      have the bucket of distance 0, and causal attention hides them.
+    bidirectional: Whether later keys have buckets by distance, half of all; if
+      not, they have the bucket of distance 0, and causal attention hides them.
   """
 
+  options: Relative
   num_heads: int
-  num_buckets: int = 32
-  max_distance: int = 128
-  bidirectional: bool = False
+  bidirectional: bool
 
   @nn.compact
   def __call__(
@@ -276,7 +322,7 @@ class RelativePositionBias(nn.Module):
       role='attention',
       form='table',
     )
-    shape = (self.num_heads, self.num_buckets)
+    shape = self.num_heads, self.options.buckets
     table = self.param('table', init, shape, jnp.float32)
     T, S = query_len, key_len
     # All differences of a key's and a query's position, in ascending order.
@@ -285,20 +331,18 @@ class RelativePositionBias(nn.Module):
     return _toeplitz(bias, T, S)
 
   def _bucket(self, delta):
-    N = self.num_buckets // 2 if self.bidirectional else self.num_buckets
-    bucket_table = distance_bucket(
-      np.arange(self.max_distance + 1), N, self.max_distance
-    )
+    N, longest = self.options.buckets, self.options.max_distance
+    if self.bidirectional:
+      N = N // 2
+    bucket_table = distance_bucket(np.arange(longest + 1), N, longest)
     distance = jnp.abs(delta) if self.bidirectional else jnp.maximum(-delta, 0)
-    bucket = jnp.take(bucket_table, jnp.minimum(distance, self.max_distance))
+    bucket = jnp.take(bucket_table, jnp.minimum(distance, longest))
     if not self.bidirectional:
       return bucket
     return bucket + jnp.where(delta > 0, N, 0)
 
 
-def _toeplitz(
-  values: Float[Array, 'H _'], query_len: int, key_len: int
-) -> Float[Array, 'H T S']:
+def _toeplitz(values, query_len, key_len) -> Float[Array, 'H T S']:
   """values[:, s - t + T - 1] at [:, t, s]: no gather, in value or gradient.
 
   The values and one number more are repeated in a line, so that each row that
@@ -325,51 +369,6 @@ def distance_bucket(
   coarse = exact + (share * (num_buckets - exact)).astype(np.int32)
   bucket = np.where(distance < exact, distance, coarse)
   return np.minimum(bucket, num_buckets - 1).astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Relative(Positions):
-  """A learned bias by distance is added to the scores, as in T5."""
-
-  buckets: int = option(
-    32,
-    'Number of buckets of relative positions: ranges of distances that have a '
-    'bias of their own. In an encoder, half of them are for later tokens.',
-    minimum=2,
-  )
-  max_distance: int = option(
-    128,
-    'Distance in tokens from which on all relative positions share the last '
-    'bucket.',
-    minimum=2,
-  )
-
-  def problems(self) -> Iterator[str]:
-    """The problem of more buckets for single distances than distances."""
-    if self.buckets // 2 >= self.max_distance:
-      yield (
-        f'max_distance={self.max_distance} must be above half of '
-        f'buckets={self.buckets}'
-      )
-
-  def problems_with(
-    self, head_width: int, causal: bool, name: str = 'head_width'
-  ) -> Iterator[str]:
-    """The problem of too few buckets for both directions of an encoder."""
-    del head_width, name
-    if not causal and self.buckets < 4:
-      yield f'buckets={self.buckets} must be at least 4 in an encoder'
-
-  def bias(
-    self, num_heads: int, causal: bool, name: str
-  ) -> RelativePositionBias:
-    return RelativePositionBias(
-      num_heads,
-      self.buckets,
-      self.max_distance,
-      bidirectional=not causal,
-      name=name,
-    )
 
 
 POSITIONS = Kinds(

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys turn by their position.
+"""The turns of rotary positions, and their changes for long texts.
 
 Texts longer than those of the first training turn by other angles, by YaRN
 (https://arxiv.org/abs/2309.00071) or LongRoPE
@@ -10,11 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Kinds, Options, option
-from moe_jax.shapes import Array, Float, Float32, Int, checked
 
 
 class Turns(NamedTuple):
@@ -38,13 +36,16 @@ class RotaryScaling(Options):
     del theta, width
     return iter(())
 
-  def turns(self, theta: float, width: int) -> Turns:
-    """The turns of the pairs among `width` numbers of each head."""
-    return Turns(frequencies(theta, width))
+  def turns(self, theta: float, width: int, long: bool = False) -> Turns:
+    """The turns of the pairs among `width` numbers of each head.
 
-  def long_turns(self, theta: float, width: int) -> tuple[int, Turns] | None:
-    """The turns in documents that reach a position, and that position."""
-    del theta, width
+    Args:
+      theta: The base of the wavelengths.
+      width: The number of numbers that turn.
+      long: Whether the document reaches the position `changes_at`.
+    """
+    del long
+    return Turns(frequencies(theta, width))
 
   @property
   def changes_at(self) -> int | None:
@@ -75,9 +76,7 @@ class Yarn(RotaryScaling):
     above=0,
   )
   original_len: int = option(
-    4096,
-    'Length in tokens of the texts of the first training.',
-    minimum=1,
+    4096, 'Length in tokens of the texts of the first training.', minimum=1
   )
   beta_fast: float = option(
     32.0,
@@ -126,13 +125,12 @@ class Yarn(RotaryScaling):
         f'beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}'
       )
 
-  def problems_with(self, theta: float, width: int) -> Iterator[str]:
+  def problems_with(self, theta, width):
     """The problem of a base under which no pair turns slower than another."""
-    del width
     if theta <= 1:
       yield f'theta={theta} must be above 1 with scaling'
 
-  def turns(self, theta: float, width: int) -> Turns:
+  def turns(self, theta, width, long=False):
     low = self._pair(theta, width, self.beta_fast)
     high = self._pair(theta, width, self.beta_slow)
     if self.truncate:
@@ -188,9 +186,7 @@ class LongRope(RotaryScaling):
     above=0,
   )
   original_len: int = option(
-    4096,
-    'Length in tokens up to which documents are short.',
-    minimum=2,
+    4096, 'Length in tokens up to which documents are short.', minimum=2
   )
   factor: float = option(
     1.0,
@@ -215,9 +211,8 @@ class LongRope(RotaryScaling):
   def changes_at(self) -> int:
     return self.original_len
 
-  def problems_with(self, theta: float, width: int) -> Iterator[str]:
+  def problems_with(self, theta, width):
     """The problem of lists that are not as long as there are pairs."""
-    del theta
     pairs = width // 2
     for name in ('short_factor', 'long_factor'):
       count = len(getattr(self, name))
@@ -228,14 +223,10 @@ class LongRope(RotaryScaling):
     """Small heads have other pairs."""
     return Unscaled()
 
-  def turns(self, theta: float, width: int) -> Turns:
-    return self._turns(theta, width, self.short_factor, self.short_mscale)
-
-  def long_turns(self, theta: float, width: int) -> tuple[int, Turns]:
-    turns = self._turns(theta, width, self.long_factor, self.long_mscale)
-    return self.original_len, turns
-
-  def _turns(self, theta, width, factors, mscale) -> Turns:
+  def turns(self, theta, width, long=False):
+    factors, mscale = self.short_factor, self.short_mscale
+    if long:
+      factors, mscale = self.long_factor, self.long_mscale
     divisors = np.asarray(factors, np.float32)
     log_ratio = math.log(max(self.factor, 1.0)) / math.log(self.original_len)
     return Turns(
@@ -253,48 +244,3 @@ SCALINGS = Kinds(
 def frequencies(theta: float, width: int) -> np.ndarray:
   """Radians by which each of width / 2 pairs turns at a position, float32."""
   return theta ** (-np.arange(0, width, 2, dtype=np.float32) / width)
-
-
-def last_positions(
-  positions: Int[Array, 'B T'], segment_ids: Int[Array, 'B T'] | None
-) -> Int[Array, 'B t']:
-  """The last position in the segment of each token, or in each row."""
-  if segment_ids is None:
-    return positions.max(axis=1, keepdims=True)
-  # The compiler fuses this, so that nothing of [B, T, T] is stored.
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return jnp.where(same, positions[:, None, :], 0).max(axis=2)
-
-
-@checked
-def rotate(
-  x: Float[Array, 'B T H D'],
-  angle: Float32[Array, 'B T P'],
-  *,
-  factor: Float32[Array, 'b t'] | None = None,
-  interleaved: bool = False,
-) -> Float[Array, 'B T H D']:
-  """Rotates the P = D/2 pairs of each head by their angles, in float32.
-
-  Source: Eq. 34 of arXiv:2104.09864, whose pairs are (2 i, 2 i + 1).
-
-  Args:
-    x: Queries or keys.
-    angle: The angle of each pair in radians.
-    factor: The factor of each token; None: 1.
-    interleaved: Whether pairs are neighbours, as in the paper and in DeepSeek.
-      If not, pair i is (i, i + P), as in the checkpoints of Llama and Mixtral.
-  """
-  sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
-  if factor is not None:
-    factor = factor[..., None, None]
-    sin, cos = sin * factor, cos * factor
-  x32 = x.astype(jnp.float32)
-  if interleaved:
-    first, second = x32[..., 0::2], x32[..., 1::2]
-  else:
-    first, second = jnp.split(x32, 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  if interleaved:
-    return jnp.stack(rotated, axis=-1).reshape(x.shape).astype(x.dtype)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

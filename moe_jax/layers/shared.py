@@ -6,8 +6,7 @@ every module.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 from flax import linen as nn
 from jax.nn.initializers import Initializer
@@ -32,24 +31,17 @@ class Init(Options):
   )
 
   def kernel(
-    self,
-    *,
-    in_axis: int | Sequence[int],
-    out_axis: int | Sequence[int],
-    batch_axis: Sequence[int],
-    residual: bool,
-    shrink: float,
-    num_layers: int,
+    self, *, residual: bool, shrink: float, num_layers: int, **axes: Any
   ) -> Initializer:
     """Returns the initialiser of a kernel.
 
     Args:
-      in_axis: The contracted dimensions.
-      out_axis: The dimensions that they are contracted into.
-      batch_axis: The dimensions along which independent kernels are stacked.
       residual: Whether the product is added to the residual stream.
       shrink: The number that the usual variance is divided by.
       num_layers: L, the depth of the model.
+      **axes: The dimensions that are contracted (`in_axis`), those that they
+        are contracted into (`out_axis`), and those along which independent
+        kernels are stacked (`batch_axis`).
     """
     raise NotImplementedError
 
@@ -71,18 +63,10 @@ class FanIn(Init):
     above=0,
   )
 
-  def kernel(
-    self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
-  ) -> Initializer:
+  def kernel(self, *, residual, shrink, num_layers, **axes):
     """The fan-in is that of one of the stacked kernels."""
-    del residual, num_layers
     return nn.initializers.variance_scaling(
-      self.scale / shrink,
-      'fan_in',
-      'truncated_normal',
-      in_axis=in_axis,
-      out_axis=out_axis,
-      batch_axis=batch_axis,
+      self.scale / shrink, 'fan_in', 'truncated_normal', **axes
     )
 
 
@@ -93,11 +77,8 @@ class Gpt2(Init):
   It is 0.02 / sqrt(2 L) where a layer writes to the residual stream.
   """
 
-  def kernel(
-    self, *, in_axis, out_axis, batch_axis, residual, shrink, num_layers
-  ) -> Initializer:
+  def kernel(self, *, residual, shrink, num_layers, **axes):
     """The deviation is divided by the root of `shrink`."""
-    del in_axis, out_axis, batch_axis
     std = 0.02 / math.sqrt(2 * num_layers) if residual else 0.02
     return nn.initializers.normal(std / math.sqrt(shrink))
 
@@ -123,9 +104,7 @@ class Numerics(Options):
     choices=DTYPES,
   )
   init: Init = choice(
-    INITS,
-    'fan_in',
-    'Distribution from which kernels and embeddings are drawn.',
+    INITS, 'fan_in', 'Distribution from which kernels and embeddings are drawn.'
   )
 
   def shrunk(self) -> Self:

@@ -14,7 +14,6 @@ from moe_jax.layers.positions import (
   Learned,
   NoPositions,
   Relative,
-  RelativePositionBias,
   Sinusoidal,
   distance_bucket,
   sinusoids,
@@ -107,7 +106,7 @@ def test_buckets_are_exact_then_logarithmic_then_shared():
 
 
 def test_relative_bias_reads_its_table_by_head_and_distance():
-  layer = RelativePositionBias(H, num_buckets=6, max_distance=12)
+  layer = Relative(buckets=6, max_distance=12).bias(H, True, None)
   table = draw(H, 6)
   bias = np.asarray(layer.apply({'params': {'table': table}}, 9, 9))
   # There are 6 buckets up to 12: 0, 1 and 2 are exact, 3 starts at 3, 4 at 4.8,
@@ -120,7 +119,7 @@ def test_relative_bias_reads_its_table_by_head_and_distance():
 
 
 def test_both_ways_later_keys_have_buckets_of_their_own():
-  layer = RelativePositionBias(H, 8, 6, bidirectional=True)
+  layer = Relative(8, 6).bias(H, False, None)
   table = draw(H, 8)
   bias = np.asarray(layer.apply({'params': {'table': table}}, 5, 9))
   # Each side has four buckets up to 6: 0 and 1 are exact, 2 starts at 2, 3 at
@@ -132,7 +131,7 @@ def test_both_ways_later_keys_have_buckets_of_their_own():
 
 
 def test_a_steps_bias_is_a_row_of_the_whole():
-  layer = RelativePositionBias(H, 8, 6)
+  layer = Relative(8, 6).bias(H, True, None)
   variables = {'params': {'table': draw(H, 8)}}
   row_bias = np.asarray(layer.apply(variables, 9, 9))
   step = jax.jit(lambda start: layer.apply(variables, 2, 9, start))

@@ -187,8 +187,9 @@ def test_longrope_equals_transformers(factor):
     'longrope', 64, factor=factor, short_factor=short, long_factor=long
   )
   rope = LongRope(short, long, 64, factor)
-  first, long_turns = rope.long_turns(5e4, 32)
-  for seq_len, turns in ((first, rope.turns(5e4, 32)), (first + 1, long_turns)):
+  first = rope.changes_at
+  for seq_len, long in ((first, False), (first + 1, True)):
+    turns = rope.turns(5e4, 32, long)
     frequency, mscale = library_frequency(config, seq_len=seq_len)
     np.testing.assert_allclose(turns.frequency, frequency, rtol=1e-6)
     assert turns.factor == pytest.approx(mscale, rel=1e-6)

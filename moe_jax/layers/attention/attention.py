@@ -1,6 +1,12 @@
-"""Multi-head and grouped-query attention, of a sequence to itself or others."""
+"""Multi-head and grouped-query attention, of a sequence to itself or others.
+
+`AttentionBase` is the contract of the kinds of attention; `latent.py` has the
+other kind.
+"""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -8,17 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import OptionError, option
+from moe_jax.config import OptionError, Options, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
 from moe_jax.layers.attention import dot_product
-from moe_jax.layers.attention.attention_kind import (
-  AttentionBase,
-  HeadWidths,
-  rms_normed,
-)
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.attention.keys import Keys
+from moe_jax.layers.norms import rms_normed
 from moe_jax.layers.positions import NoPositions, Positions
 from moe_jax.layers.shared import Shared
 from moe_jax.routing.rows import without_nan
@@ -26,6 +28,148 @@ from moe_jax.shapes import Array, Bool, Float, Float32, Int, checked
 
 _ROLE = 'attention'
 X = TypeVar('X', Array, Array | None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBase(Options):
+  """The contract of the kinds of attention.
+
+  Sizes that a model's width gives are there after `within`.
+
+  Attributes:
+    PROJECTIONS: The projections that may add a bias.
+    ROTATED: The name of the option of the width that positions rotate.
+    crosses: Whether a decoder's layers can attend to an encoder by this kind.
+  """
+
+  PROJECTIONS: ClassVar[tuple[str, ...]] = ()
+  ROTATED: ClassVar[str] = 'head_width'
+  crosses: ClassVar[bool] = True
+
+  num_heads: int = option(4, 'Number H of attention heads.', minimum=1)
+  _: dataclasses.KW_ONLY
+  window: int = option(
+    0,
+    'Number of tokens that a token of a causal stack attends to, itself '
+    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
+    'no window.',
+    minimum=0,
+  )
+  full_layers: str = option(
+    'none',
+    'Layers whose tokens see all tokens up to themselves in spite of '
+    "`window`, written like moe.layers: 'every 2' in gpt-oss, 'none', 'all'.",
+    required=True,
+  )
+  sinks: bool = option(
+    False,
+    'Whether each head has a learned logit beside the scores in its softmax, '
+    'so that a token can attend to nothing (gpt-oss, arXiv:2508.10925).',
+  )
+  biases: str = option(
+    'model',
+    "Projections that add a bias: 'model' (all or none, by model.use_bias), "
+    "'all', 'none', or names of projections with commas between, such as "
+    "'query, key, value' (Qwen2; arXiv:2407.10671).",
+    required=True,
+  )
+  implementation: str = option(
+    'auto',
+    "Implementation of attention: 'einsum' (any option; keeps an array of all "
+    "scores); 'blocks' (blocks of queries, whose scores are computed again in "
+    "the backward pass); 'xla' (jax.nn.dot_product_attention); 'cudnn' (the "
+    "same with NVIDIA's kernels, in half precision; packed rows need a mask "
+    "[B, 1, T, T]); 'splash' (a TPU kernel, emulated and slow elsewhere); or "
+    "'auto': blocks on a CPU, splash on a TPU and cudnn on a GPU if they "
+    'support the options, else einsum.',
+    choices=dot_product.IMPLEMENTATIONS,
+    same_function=True,
+  )
+
+  def problems(self) -> Iterator[str]:
+    """The problem of a bias for a projection that does not exist."""
+    keywords, projections = ['model', 'all', 'none'], self.PROJECTIONS
+    if self.biases not in keywords and not self._bias_names <= {*projections}:
+      yield (
+        f'biases={self.biases!r} must be one of {keywords}, or names of '
+        f'{[*projections]} with commas between'
+      )
+
+  @property
+  def _bias_names(self) -> set[str]:
+    return {name.strip() for name in self.biases.split(',')}
+
+  def has_bias(self, projection: str, use_bias: bool) -> bool:
+    """Whether a projection adds a bias, where layers usually do or do not."""
+    if projection not in self.PROJECTIONS:
+      return False
+    if self.biases == 'model':
+      return use_bias
+    return self.biases == 'all' or projection in self._bias_names
+
+  @property
+  def module(self) -> type[nn.Module]:
+    """The class of the module, which takes these options."""
+    raise NotImplementedError
+
+  def within(self, width: int) -> Self:
+    """These options in a model of that width, with no size left at 0."""
+    del width
+    return self
+
+  def for_encoder(self) -> Self:
+    """The options of an encoder's layers, where these are a decoder's."""
+    return dataclasses.replace(self, window=0, full_layers='none')
+
+  @property
+  def head_widths(self) -> tuple[int, int]:
+    """The numbers that a head has of a token: of a query or key, of a value."""
+    raise NotImplementedError
+
+  @property
+  def score_scale(self) -> float:
+    """The factor of scores; 0.0: one over the root of the width of a key."""
+    return 0.0
+
+  def keys(self, *, causal: bool, cross: bool = False) -> Keys:
+    """The rules for the keys that a token sees.
+
+    Args:
+      causal: Whether the layer is causal; only then it has the window.
+      cross: Whether the keys are those of another sequence.
+    """
+    window = self.window if causal else 0
+    return Keys(causal, window, self.score_scale, cross)
+
+  @property
+  def rotated_width(self) -> int:
+    """The width of the part of queries and keys that has positions."""
+    return getattr(self, self.ROTATED)
+
+  @property
+  def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The heads and widths of a token's keys and values in the cache."""
+    raise NotImplementedError
+
+  @property
+  def cached_values(self) -> int:
+    """The number of values that a cache has of a token in a layer."""
+    return sum(heads * width for heads, width in self.cached_shapes)
+
+  @property
+  def decoding_products(self) -> int:
+    """Multiply-adds of a generated token with each token of the cache."""
+    return self.num_heads * sum(self.head_widths)
+
+  @property
+  def projected_values(self) -> int:
+    """Values of a token that the backward pass needs of queries and keys."""
+    return self.num_heads * self.head_widths[0] + self.cached_values
+
+  def kernel_values(self, width: int) -> int:
+    """The number of values of the kernels in a model of that width M."""
+    c = self.within(width)
+    return width * (c.num_heads * sum(c.head_widths) + c.cached_values)
 
 
 class Attention(nn.Module):
@@ -82,16 +226,28 @@ class Attention(nn.Module):
         serve the length, the bias or this machine.
     """
 
-    def attend(query, key, value):
-      ids = segment_ids, key_segment_ids
-      return self._attend(query, key, value, ids, bias, train)
+    def attend(query, *cached):
+      initial, dropout = self.is_initializing(), None
+      if self.dropout and (train or initial):
+        dropout = nn.Dropout(self.dropout, deterministic=initial)
+      return dot_product.attend(
+        query,
+        *self._expanded(*cached),
+        segment_ids,
+        key_segment_ids=key_segment_ids,
+        implementation=self.options.implementation,
+        keys=self._keys,
+        bias=bias,
+        sinks=self._sinks(),
+        dropout=dropout,
+        checked_alone=initial,
+      )
 
     source = memory if self.cross else x
+    x = _only_real(x, segment_ids)
     if key_segment_ids is None and not self.cross:
-      source = x = _only_real(x, segment_ids)
-    else:
-      x = _only_real(x, segment_ids)
-      source = _only_real(source, key_segment_ids)
+      source = x
+    source = _only_real(source, key_segment_ids)
     return self._project_all(x, source, (positions, segment_ids), attend)
 
   @checked
@@ -117,24 +273,24 @@ class Attention(nn.Module):
     dtype, cache_holder = self.shared.dtype, [cache]
     segment_ids = token_mask.astype(jnp.int32)
 
-    def attend(query, key, value):
+    def attend(query, *new):
       if self.cross:
         slots = cast(Memory, cache.memory).at(layer)
       else:
-        cache_holder[0], slots = cache.append(layer, key, value)
-      return dot_product.cached(
-        query,
-        slots.key.astype(dtype),
-        slots.value.astype(dtype),
+        cache_holder[0], slots = cache.append(layer, *new)
+      attention = functools.partial(
+        dot_product.cached,
         # Padded queries must see some keys; which ones does not matter.
-        jnp.ones_like(positions) if self.cross else segment_ids,
-        slots.filled.astype(jnp.int32),
+        segment_ids=jnp.ones_like(positions) if self.cross else segment_ids,
+        key_segment_ids=slots.filled.astype(jnp.int32),
         keys=self._keys,
         start=cache.length,
         bias=bias,
         sinks=self._sinks(),
         slot_numbers=slots.numbers,
       )
+      key, value = slots.key.astype(dtype), slots.value.astype(dtype)
+      return self._attend_slots(attention, query, key, value)
 
     x = without_nan(token_mask, x)
     source = None if self.cross else x
@@ -143,73 +299,86 @@ class Attention(nn.Module):
 
   @nn.compact
   def _project_all(self, x, source, position_args, attend):
-    """Projects x to queries, and the output of `attend` back.
+    """The output of attend(query, *cached), projected to the width of x.
 
-    The source is projected to keys and values; without one they are None.
-    `position_args` are the positions of tokens and their segments.
+    Args:
+      x: Tokens, which are projected to queries.
+      source: Tokens, which are projected to what a cache keeps; None: None.
+      position_args: The positions of tokens, and their segments.
+      attend: A function of queries [B, T, H, D] and what a cache keeps.
     """
-    M = x.shape[-1]
-    c, dtype = self.options.within(M), self.shared.dtype
-    x = x.astype(dtype)
-    query, key, value = self._query(x, c), None, None
+    dtype, cached = self.shared.dtype, (None, None)
+    query = self._queries(x.astype(dtype), position_args)
     if source is not None:
-      source = source.astype(dtype)
-      key_shape, value_shape = c.cached_shapes
-      key = self._key_or_value(source, 'key', key_shape)  # [B, S, N, D]
-      value = self._key_or_value(source, 'value', value_shape)
-    if not self.cross:
-      query = self.positions.rotate(query, *position_args)
-      key = key if key is None else self.positions.rotate(key, *position_args)
-    return self._project_back(attend(query, key, value), M)
+      cached = self._cached(source.astype(dtype), position_args)
+    y, axes = attend(query, *cached), ('heads', 'kv', 'embed')
+    return self._project(y, 'out', axes, x.shape[-1:], residual=True)
 
   @property
   def _keys(self) -> Keys:
     """The rules for the keys that a token sees, and the scale of scores."""
     return self.options.keys(causal=self.causal, cross=self.cross)
 
-  def _query(self, x, c):
+  def _queries(self, x, position_args):
+    """The queries [B, T, H, D], which positions have rotated."""
+    c = self.options.within(x.shape[-1])
+    width, _ = c.head_widths
     # Unscaled scores start with the variance of scaled ones (T5).
-    width = c.head_widths.scored
     shrink = self._keys.scale**2 * width or 1.0
-    axes, shape = ('embed', 'heads', 'kv'), (c.num_heads, width)
-    y = self.project(x, 'query', axes, shape, shrink=shrink)
-    return self._norm_and_clip(y, 'query', 'heads')
+    shape = c.num_heads, width
+    query = self._heads(x, 'query', 'heads', shape, shrink=shrink)
+    return query if self.cross else self.positions.rotate(query, *position_args)
 
-  def _key_or_value(self, x, name, shape):
-    y = self.project(x, name, ('embed', 'kv_heads', 'kv'), shape)
-    return self._norm_and_clip(y, name, 'kv_heads')
+  def _cached(self, x, position_args):
+    """What a cache keeps of tokens: keys and values, [B, S, N, D]."""
+    shapes = self.options.within(x.shape[-1]).cached_shapes
+    key = self._heads(x, 'key', 'kv_heads', shapes[0])
+    value = self._heads(x, 'value', 'kv_heads', shapes[1])
+    if not self.cross:
+      key = self.positions.rotate(key, *position_args)
+    return key, value
 
-  def _project_back(self, y, width):
-    axes = ('heads', 'kv', 'embed')
-    return self.project(y, 'out', axes, (width,), residual=True)
+  def _expanded(self, key, value):
+    """The keys and values of all heads, from what a cache keeps."""
+    return key, value
 
-  def _norm_and_clip(self, y, name, heads):
-    shape, scale = self.options.norm_shape(name, y.shape[-2:]), None
-    if shape:
-      axes = (heads, 'kv')[-len(shape) :]
+  def _attend_slots(self, attention, query, key, value):
+    """attention(query, key, value), for the keys and values of a cache."""
+    return attention(query, key, value)
+
+  def _heads(self, x, name, heads, shape, **init):
+    """Queries, keys or values, normalised and clipped."""
+    options, scale = cast(AttentionOptions, self.options), None
+    y = self._project(x, name, ('embed', heads, 'kv'), shape, **init)
+    if name != 'value' and options.qk_norm != 'none':
+      axes = (heads, 'kv') if options.qk_norm == 'all' else ('kv',)
       init = parameters.scale(axes, role='norm')
+      shape = y.shape[-len(axes) :]
       scale = self.param(f'{name}_norm', init, shape, jnp.float32)
-    return self.options.finished(y, scale)
+    return options.finished(y, scale)
 
-  def project(
-    self,
-    x: Float[Array, 'B S *M'],
-    name: str,
-    axes: tuple[str, ...],
-    outputs: tuple[int, ...],
-    **init: Any,
-  ) -> Float[Array, 'B S *N']:
-    """Tokens by the kernel w_<name>, [*M, *N], with its bias if it has one.
+  def _project(self, x, name, axes, outputs, **init):
+    """Tokens [B, S, *M] by the kernel w_<name>, [*M, *N], with its bias if any.
 
     Args:
       x: The tokens that are projected.
       name: The name of the projection.
       axes: The logical axes of the kernel.
-      outputs: The sizes of a token's result.
+      outputs: The sizes N of a token's result.
       **init: Options of `parameters.kernel`.
     """
     B, S, *inputs = x.shape
-    n, shape, dtype = len(inputs), (*inputs, *outputs), self.shared.param_dtype
+    w = self._kernel(name, axes, inputs, outputs, **init)
+    y = rows_matmul(x.reshape(B * S, -1), w).reshape(B, S, *outputs)
+    if not self.options.has_bias(name, self.shared.use_bias):
+      return y
+    bias = parameters.bias(axes[len(inputs) :], role=_ROLE)
+    b = self.param(f'b_{name}', bias, outputs, self.shared.param_dtype)
+    return y + b.astype(self.shared.dtype)[None, None]
+
+  def _kernel(self, name, axes, inputs, outputs, **init):
+    """The kernel w_<name>, [*inputs, *outputs], as a matrix."""
+    n, shape = len(inputs), (*inputs, *outputs)
     kernel = parameters.kernel(
       self.shared,
       axes,
@@ -218,33 +387,8 @@ class Attention(nn.Module):
       out_axis=tuple(range(n, len(shape))),
       **init,
     )
-    w = parameters.matrix(
-      self, f'w_{name}', self.shared, kernel, shape, inputs=n
-    )
-    y = rows_matmul(x.reshape(B * S, -1), w).reshape(B, S, *outputs)
-    if not self.options.has_bias(name, self.shared.use_bias):
-      return y
-    bias = parameters.bias(axes[n:], role=_ROLE)
-    b = self.param(f'b_{name}', bias, outputs, dtype)
-    return y + b.astype(self.shared.dtype)[None, None]
-
-  def _attend(self, query, key, value, ids, bias, train):
-    initial, dropout = self.is_initializing(), None
-    if self.dropout and (train or initial):
-      dropout = nn.Dropout(self.dropout, deterministic=initial)
-    return dot_product.attend(
-      query,
-      key,
-      value,
-      ids[0],
-      key_segment_ids=ids[1],
-      implementation=self.options.implementation,
-      keys=self._keys,
-      bias=bias,
-      sinks=self._sinks(),
-      dropout=dropout,
-      checked_alone=initial,
-    )
+    w = self.param(f'w_{name}', kernel, shape, self.shared.param_dtype)
+    return w.reshape(math.prod(inputs), math.prod(outputs))
 
   def _sinks(self):
     if not self.options.sinks:
@@ -260,35 +404,6 @@ def _only_real(x: X, segment_ids: Array | None) -> X | Array:
   return without_nan(segment_ids > 0, x)
 
 
-def project_memory(
-  shared: Shared,
-  options: AttentionBase,
-  p: Mapping[str, Any],
-  memory: Float[Array, 'B S M'],
-) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
-  """Keys and values of R cross-attention layers, for a decoder's cache.
-
-  Args:
-    shared: The settings that all layers of the model share.
-    options: The options of attention, with no size left at 0.
-    p: The parameters of the layers, each [R, ...].
-    memory: The encoder's output.
-  """
-
-  def project(name):
-    w = p[f'w_{name}'].astype(shared.dtype)
-    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
-    if (b := p.get(f'b_{name}')) is not None:
-      y = y + b.astype(shared.dtype)[:, None, :, None]
-    return y
-
-  def finish(y, scale):
-    return options.finished(y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
-
-  key = jax.vmap(finish)(project('key'), p.get('key_norm'))
-  return key, jax.vmap(lambda y: finish(y, None))(project('value'))
-
-
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions(AttentionBase):
   """The options of attention whose heads have keys and values of their own."""
@@ -302,9 +417,7 @@ class AttentionOptions(AttentionBase):
     minimum=0,
   )
   head_width: int = option(
-    0,
-    'Width D of an attention head; 0: the width of the model / num_heads.',
-    minimum=0,
+    0, 'Width D of an attention head; 0: model.width / num_heads.', minimum=0
   )
   _: dataclasses.KW_ONLY
   scale: str = option(
@@ -361,17 +474,14 @@ class AttentionOptions(AttentionBase):
     Raises:
       OptionError: head_width is 0, and num_heads does not divide the width.
     """
-    if not self.head_width and width % self.num_heads:
-      raise OptionError(
-        [
-          f'num_heads={self.num_heads} does not divide width={width}; set '
-          'head_width'
-        ]
-      )
+    H = self.num_heads
+    if not self.head_width and width % H:
+      problem = f'num_heads={H} does not divide width={width}; set head_width'
+      raise OptionError([problem])
     return dataclasses.replace(
       self,
-      num_kv_heads=self.num_kv_heads or self.num_heads,
-      head_width=self.head_width or width // self.num_heads,
+      num_kv_heads=self.num_kv_heads or H,
+      head_width=self.head_width or width // H,
     )
 
   def for_encoder(self) -> Self:
@@ -383,26 +493,14 @@ class AttentionOptions(AttentionBase):
     return 0.0 if self.scale == 'head_width' else self.fixed_scale
 
   @property
-  def head_widths(self) -> HeadWidths:
-    return HeadWidths(self.head_width, self.head_width)
-
-  @property
-  def rotated_width(self) -> int:
-    return self.head_width
+  def head_widths(self) -> tuple[int, int]:
+    return self.head_width, self.head_width
 
   @property
   def cached_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
     """Keys and values are stored."""
     shape = self.num_kv_heads, self.head_width
     return shape, shape
-
-  @property
-  def projected_values(self) -> int:
-    return self.num_heads * self.head_width + self.cached_values
-
-  def kernel_values(self, width: int) -> int:
-    c = self.within(width)
-    return 2 * width * c.head_width * (c.num_heads + c.num_kv_heads)
 
   def shrunk(self) -> Self:
     grouped = 0 < self.num_kv_heads < self.num_heads
@@ -415,15 +513,42 @@ class AttentionOptions(AttentionBase):
       implementation='auto',
     )
 
-  def norm_shape(self, name: str, heads: tuple[int, ...]) -> tuple[int, ...]:
-    if name == 'value' or self.qk_norm == 'none':
-      return ()
-    return tuple(heads) if self.qk_norm == 'all' else (heads[-1],)
-
   def finished(
     self, x: Float[Array, '*B N D'], scale: Float[Array, '*n'] | None
   ) -> Float[Array, '*B N D']:
-    """Heads are normalised, then clipped."""
+    """Queries, keys or values, normalised if they have a scale, then clipped.
+
+    The scale is that of the norm over as many of the last dimensions as it has.
+    """
     if scale is not None:
       x = rms_normed(x, scale, self.qk_norm_epsilon)
     return jnp.clip(x, -self.clip, self.clip) if self.clip else x
+
+
+def project_memory(
+  shared: Shared,
+  options: AttentionOptions,
+  p: Mapping[str, Any],
+  memory: Float[Array, 'B S M'],
+) -> tuple[Float[Array, 'R B N S D'], Float[Array, 'R B N S D']]:
+  """Keys and values of R cross-attention layers, for a decoder's cache.
+
+  Args:
+    shared: The settings that all layers of the model share.
+    options: The options of attention, with no size left at 0.
+    p: The parameters of the layers, each [R, ...].
+    memory: The encoder's output.
+  """
+
+  def project(name):
+    w = p[f'w_{name}'].astype(shared.dtype)
+    y = jnp.einsum('BSM,RMND->RBNSD', memory.astype(shared.dtype), w)
+    if (b := p.get(f'b_{name}')) is not None:
+      y = y + b.astype(shared.dtype)[:, None, :, None]
+    return y
+
+  def finish(y, scale):
+    return options.finished(y.swapaxes(-2, -3), scale).swapaxes(-2, -3)
+
+  key = jax.vmap(finish)(project('key'), p.get('key_norm'))
+  return key, jax.vmap(lambda y: finish(y, None))(project('value'))

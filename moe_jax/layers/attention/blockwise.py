@@ -8,14 +8,13 @@ queries meets all its keys at once.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.attention.keys import Keys, hidden, visible
-from moe_jax.shapes import Array, Float, Float32, Int
+from moe_jax.shapes import Array, Float, Float32
 
 # Queries of a block: small ones compute fewer scores that causality hides, and
 # their products are slower. There are at most `_MOST_BLOCKS` blocks.
@@ -50,45 +49,23 @@ class Block(NamedTuple):
 
 def blocks_of(num_queries: int, num_keys: int, keys: Keys) -> list[Block]:
   """The blocks of all queries, in their order."""
-  T, S = num_queries, num_keys
+  T, S, query_blocks = num_queries, num_keys, []
   size = -(-T // _MOST_BLOCKS)
   size = -(-size // _LEAST_QUERIES) * _LEAST_QUERIES
-  return list(_blocks(T, S, size, keys))
-
-
-def _blocks(T: int, S: int, size: int, keys: Keys) -> Iterator[Block]:
   for first in range(0, T, size):
     stop, first_key, stop_key = min(first + size, T), 0, S
     if keys.causal:
       stop_key = min(stop, S)
     if keys.window:
       first_key = max(first - keys.window + 1, 0) // _KEY_STEP * _KEY_STEP
-    yield Block(first, stop, min(first_key, stop_key - 1), stop_key)
-
-
-class Statistics(NamedTuple):
-  """Numbers from which the softmax of each query is computed again.
-
-  Attributes:
-    largest: The largest score of each query, [B, N, R, 1] for a block.
-    total: The sum of the exponentials of its scores less the largest.
-  """
-
-  largest: Array
-  total: Array
+    first_key = min(first_key, stop_key - 1)
+    query_blocks.append(Block(first, stop, first_key, stop_key))
+  return query_blocks
 
 
 def blocks(
-  query: Float[Array, 'B T H D'],
-  key: Float[Array, 'B S N D'],
-  value: Float[Array, 'B S N U'],
-  segment_ids: Int[Array, 'B T'] | None,
-  key_segment_ids: Int[Array, 'B S'] | None,
-  *,
-  keys: Keys,
-  bias: Float32[Array, 'H T S'] | None = None,
-  sinks: Float32[Array, ' H'] | None = None,
-) -> Float[Array, 'B T H U']:
+  query, key, value, segment_ids, key_segment_ids, *, keys, bias, sinks
+):
   """Attention block by block; arguments and result are those of `attend`."""
   ids = (segment_ids, key_segment_ids)
   # A query that may see no key has the mean of all values, as in `einsum`; it
@@ -106,6 +83,12 @@ def _attend(query, key, value, bias, sinks, ids, keys, query_blocks):
 
 
 def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
+  """The output, and what the backward pass reads.
+
+  Of each block it reads two numbers [B, N, R, 1] a query, from which the
+  softmax is computed again: the largest score, and the sum of the exponentials
+  of all scores less the largest.
+  """
   outputs, statistics = [], []
   for block in query_blocks:
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
@@ -119,8 +102,8 @@ def _forward(query, key, value, bias, sinks, ids, keys, query_blocks):
     if sinks is not None:
       total += jnp.exp(sink - largest)
     y = _product(weights.astype(v.dtype), v, (3, 2)) / total  # [B, N, R, D]
-    outputs.append(_by_token(y, query.shape[2]).astype(query.dtype))
-    statistics.append(Statistics(largest, total))
+    outputs.append(by_token(y, query.shape[2]).astype(query.dtype))
+    statistics.append((largest, total))
   y = jnp.concatenate(outputs, axis=1)
   return y, (query, key, value, bias, sinks, ids, y, statistics)
 
@@ -138,21 +121,21 @@ def _backward(keys, query_blocks, saved, dy):
     k, v = _by_head(block.keys(key)), _by_head(block.keys(value))
     scores = _scores(block, query, k, bias, ids, keys)
     weights = jnp.exp(scores - largest) / total
-    q = _queries_by_head(block, query, key.shape[2])
-    d_y = _queries_by_head(block, dy, key.shape[2])
-    block_output = _queries_by_head(block, y, key.shape[2])
-    mean = _float32(d_y) * _float32(block_output)
+    q, d_y, block_output = (
+      queries_by_head(block.queries(x), key.shape[2]) for x in (query, dy, y)
+    )
+    mean = d_y.astype(jnp.float32) * block_output.astype(jnp.float32)
     mean = mean.sum(-1, keepdims=True)
     d_scores = weights * (_product(d_y, v, (3, 3)) - mean)
     if sinks is not None:
       sink = _sink_of_rows(block, sinks, key.shape[2])
       sink_weight = jnp.exp(sink - largest) / total
-      head_sums = _sum_of_heads(sink_weight * mean, len(sinks))
+      head_sums = (sink_weight * mean).sum(0).reshape(len(sinks), -1).sum(1)
       d_sinks = -head_sums if d_sinks is None else d_sinks - head_sums
     if bias is not None:
       d_bias.append(_rows_of_bias(block, d_scores, S))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(k.dtype)
-    d_query.append(_by_token(_product(d_scores, k, (3, 2)), H))
+    d_query.append(by_token(_product(d_scores, k, (3, 2)), H))
     # As [B, N, D, S]: the compiler transposes the queries in the product, which
     # are fewer numbers than the weights, and multiplies faster.
     padding = (0, 0), (0, 0), (0, 0), (block.first_key, S - block.stop_key)
@@ -174,74 +157,46 @@ def _backward(keys, query_blocks, saved, dy):
 _attend.defvjp(_forward, _backward)
 
 
-def _product(
-  x: Float[Array, 'B N _ _'],
-  y: Float[Array, 'B N _ _'],
-  contract: tuple[int, int],
-) -> Float32[Array, 'B N _ _']:
-  """The product of each head over the axes `contract`, in float32."""
+def _product(x, y, contract) -> Float32[Array, 'B N _ _']:
+  """The product of each head [B, N] over the axes `contract`, in float32."""
   dimensions = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(
     x, y, dimensions, preferred_element_type=jnp.float32
   )
 
 
-def _float32(x: Float[Array, '*N']) -> Float32[Array, '*N']:
-  return x.astype(jnp.float32)
-
-
 def _by_head(x: Float[Array, 'B S N D']) -> Float[Array, 'B N S D']:
   return x.swapaxes(1, 2)
 
 
-def _queries_by_head(
-  block: Block, x: Float[Array, 'B T H D'], num_heads: int
+def queries_by_head(
+  x: Float[Array, 'B t H D'], num_heads: int
 ) -> Float[Array, 'B N R D']:
-  """The block's queries of each head of keys: R = H / N times their number."""
-  x = block.queries(x)
+  """The queries of each head of keys: R = H / N times their number."""
   (B, t, H, D), N = x.shape, num_heads
   x = x.reshape(B, t, N, H // N, D).transpose(0, 2, 3, 1, 4)
   return x.reshape(B, N, H // N * t, D)
 
 
-def _by_token(
-  x: Float[Array, 'B N R D'], heads: int
-) -> Float[Array, 'B t H D']:
-  """The inverse of `_queries_by_head`."""
+def by_token(x: Float[Array, 'B N R D'], heads: int) -> Float[Array, 'B t H D']:
+  """The inverse of `queries_by_head`."""
   B, N, R, D = x.shape
   J = heads // N
   x = x.reshape(B, N, J, R // J, D).transpose(0, 3, 1, 2, 4)
   return x.reshape(B, R // J, heads, D)
 
 
-def _sink_of_rows(
-  block: Block, sinks: Float32[Array, ' H'], num_heads: int
-) -> Float32[Array, 'b N R 1']:
-  """The sink of each of the block's queries, as `_queries_by_head` has them."""
+def _sink_of_rows(block, sinks, num_heads) -> Float32[Array, 'b N R 1']:
+  """The sink of each of the block's queries, as `queries_by_head` has them."""
   head_sinks = sinks.reshape(num_heads, -1)
   rows = jnp.repeat(head_sinks, block.stop - block.first, axis=1)
   return rows[None, :, :, None]
 
 
-def _sum_of_heads(
-  x: Float32[Array, 'B N R 1'], num_heads: int
-) -> Float32[Array, ' H']:
-  """The sum over sequences and queries, for each head of queries."""
-  rows = x.sum(0).reshape(num_heads, -1)
-  return rows.sum(1)
-
-
-def _scores(
-  block: Block,
-  query: Float[Array, 'B T H D'],
-  k: Float[Array, 'B N s D'],
-  bias: Float32[Array, 'H T S'] | None,
-  ids: tuple[Array | None, Array | None],
-  keys: Keys,
-) -> Float32[Array, 'B N R s']:
+def _scores(block, query, k, bias, ids, keys) -> Float32[Array, 'B N R s']:
   """The scores of the block's queries; those of hidden keys are the least."""
   B, N, s = k.shape[:3]
-  q = keys.scaled(_queries_by_head(block, query, N))
+  q = keys.scaled(queries_by_head(block.queries(query), N))
   scores = _product(q, k, (3, 3))
   t = block.stop - block.first
   scores = scores.reshape(B, N, -1, t, s)  # [B, N, J, t, s]
@@ -256,29 +211,24 @@ def _scores(
 def _mask(block, ids, keys) -> Float32[Array, 'b t s'] | None:
   """Zero where a query sees a key, the least number elsewhere."""
   segment_ids, key_segment_ids = ids
-  if segment_ids is None or key_segment_ids is None:
-    if not keys.causal:
-      return None
-    segment_ids = key_segment_ids = None
-  else:
+  if segment_ids is not None and key_segment_ids is not None:
     segment_ids = block.queries(segment_ids)
     key_segment_ids = block.keys(key_segment_ids)
+  elif not keys.causal:
+    return None
   lengths = (block.stop - block.first, block.stop_key - block.first_key)
   start = block.first - block.first_key
   return hidden(visible(segment_ids, key_segment_ids, lengths, keys, start))
 
 
-def _rows_of_bias(
-  block: Block, d_scores: Float32[Array, 'B N R s'], num_keys: int
-) -> Float32[Array, 'N J t S']:
+def _rows_of_bias(block, d_scores, num_keys) -> Float32[Array, 'N J t S']:
   """The gradient of the bias's rows of the block: the sum over sequences.
 
   It is a product with ones, as in `kernels.cpu.add_to_each`.
   """
   B, N, _, s = d_scores.shape
   ones = jnp.ones((1, B), d_scores.dtype)
-  total = (ones @ d_scores.reshape(B, -1)).reshape(
-    N, -1, block.stop - block.first, s
-  )
+  total = ones @ d_scores.reshape(B, -1)
+  total = total.reshape(N, -1, block.stop - block.first, s)
   padding = (block.first_key, num_keys - block.stop_key)
   return jnp.pad(total, ((0, 0), (0, 0), (0, 0), padding))

@@ -164,24 +164,24 @@ class KVCache(flax.struct.PyTreeNode):
     before it all the same.
     """
     T, length = key.shape[1], self._num_slots(layer)
-    if length == self.max_len or T == 1:
+    if length == self.max_len:
       cache = self.write(layer, key, value)
-      slots = Slots(*cache._at(layer), self.filled)
-      if length == self.max_len:
-        return cache, slots
-      return cache, self._numbered(slots, _ring_numbers(self.length, length))
+      return cache, Slots(*cache._at(layer), self.filled)
+    if T == 1:
+      cache = self.write(layer, key, value)
+      numbers = _ring_numbers(self.length, length)
+      return cache, self._numbered(*cache._at(layer), numbers)
     first = self.length - length  # the number of the oldest slot
     key, value = (
       _in_order(old, new, self.length)
       for old, new in zip(self._at(layer), (key, value))
     )
     numbers = first + jnp.arange(length + T, dtype=jnp.int32)
-    slots = self._numbered(Slots(key, value, self.filled), numbers)
     cache = self.replace(
       key=_with_layer(self.key, layer, _as_ring(key, length, first + T)),
       value=_with_layer(self.value, layer, _as_ring(value, length, first + T)),
     )
-    return cache, slots
+    return cache, self._numbered(key, value, numbers)
 
   def _num_slots(self, layer: int | Int[Array, '']) -> int:
     """The number of slots that a layer keeps."""
@@ -191,10 +191,10 @@ class KVCache(flax.struct.PyTreeNode):
   def _at(self, layer: int | Int[Array, '']) -> tuple[Array, Array]:
     return at_layer(self.key, layer), at_layer(self.value, layer)
 
-  def _numbered(self, slots: Slots, numbers: Int32[Array, ' S']) -> Slots:
+  def _numbered(self, key, value, numbers: Int32[Array, ' S']) -> Slots:
     """Slots with their numbers; those below 0 are empty."""
     filled = jnp.take(self.filled, jnp.maximum(numbers, 0), axis=1)
-    return slots._replace(filled=filled & (numbers >= 0)[None], numbers=numbers)
+    return Slots(key, value, filled & (numbers >= 0)[None], numbers)
 
   def write(
     self,
@@ -209,12 +209,11 @@ class KVCache(flax.struct.PyTreeNode):
 
     def fill(cached, new):
       new, start = new.swapaxes(1, 2), (0, 0, slot, 0)
+      update = jax.lax.dynamic_update_slice
       if isinstance(cached, tuple):
-        ring = cached[layer]
-        ring = jax.lax.dynamic_update_slice(ring, new.astype(ring.dtype), start)
-        return (*cached[:layer], ring, *cached[layer + 1 :])
-      new = new[None].astype(cached.dtype)
-      return jax.lax.dynamic_update_slice(cached, new, (layer, *start))
+        ring = update(cached[layer], new.astype(cached[layer].dtype), start)
+        return _with_layer(cached, layer, ring)
+      return update(cached, new[None].astype(cached.dtype), (layer, *start))
 
     return self.replace(key=fill(self.key, key), value=fill(self.value, value))
 
@@ -228,25 +227,12 @@ class KVCache(flax.struct.PyTreeNode):
     Beam search needs it: beams move between rows, and share a prompt's.
     """
 
-    def by_axis(axis, leaves):
-      return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis), leaves)
+    def taken(leaf):
+      # Keys and values are [*L, B, N, S, D], other leaves [B, ...] or `length`.
+      axis = max(leaf.ndim - 4, 0)
+      return jnp.take(leaf, rows, axis) if leaf.ndim else leaf
 
-    memory = self.memory
-    if memory is not None:
-      memory = Memory(
-        key=by_axis(-4, memory.key),
-        value=by_axis(-4, memory.value),
-        filled=by_axis(0, memory.filled),
-      )
-    return self.replace(
-      key=by_axis(-4, self.key),
-      value=by_axis(-4, self.value),
-      filled=by_axis(0, self.filled),
-      next_position=by_axis(0, self.next_position),
-      last_token=by_axis(0, self.last_token),
-      memory=memory,
-      task_ids=by_axis(0, self.task_ids),
-    )
+    return jax.tree.map(taken, self)
 
 
 def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
@@ -260,19 +246,13 @@ def _ring_numbers(newest: Int[Array, ''], length: int) -> Int32[Array, ' S']:
   return newest - (newest - ring_index) % length
 
 
-def _in_order(
-  ring: Float[Array, 'B N S D'],
-  new: Float[Array, 'B T N D'],
-  length: Int[Array, ''],
-) -> Float[Array, 'B N _ D']:
+def _in_order(ring, new, length) -> Float[Array, 'B N _ D']:
   """The slots of a ring in their order, then the new ones, from `length` on."""
   old = jnp.roll(ring, -(length % ring.shape[2]), axis=2)
   return jnp.concatenate([old, new.swapaxes(1, 2).astype(old.dtype)], axis=2)
 
 
-def _as_ring(
-  x: Float[Array, 'B N _ D'], length: int, first: Int[Array, '']
-) -> Float[Array, 'B N S D']:
+def _as_ring(x, length, first) -> Float[Array, 'B N S D']:
   """The last slots of x, from number `first` on, with slot s at s % length."""
   return jnp.roll(x[:, :, x.shape[2] - length :], first % length, axis=2)
 

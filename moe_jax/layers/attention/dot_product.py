@@ -12,7 +12,11 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.errors import InputError
 from moe_jax.kernels.cpu import add_to_each
-from moe_jax.layers.attention.blockwise import blocks
+from moe_jax.layers.attention.blockwise import (
+  blocks,
+  by_token,
+  queries_by_head,
+)
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Float, Float32, Int, checked
@@ -65,31 +69,89 @@ def attend(
   Raises:
     ValueError: The implementation cannot serve the options or this machine.
   """
-  options = dict(
-    dtype=str(query.dtype),
-    head_width=max(query.shape[3], value.shape[3]),
-    seq_len=query.shape[1],
-    biased=bias is not None,
-    sinks=sinks is not None,
-    dropout=dropout is not None,
-    cross=keys.cross or key_segment_ids is not None,
-  )
+  is_other = keys.cross or key_segment_ids is not None
+  misfits = _misfits(query, value, is_other, bias, sinks, dropout)
+  if reason := misfits.get(implementation):
+    raise InputError(
+      f"attention={implementation!r}: {reason}; 'auto' serves it"
+    )
   if key_segment_ids is None and not keys.cross:
     key_segment_ids = segment_ids
-  plain_einsum = functools.partial(
+  arrays = query, key, value, segment_ids, key_segment_ids
+  plain = functools.partial(
     einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
   )
-  candidates = {
-    'einsum': plain_einsum,
-    'blocks': functools.partial(blocks, keys=keys, bias=bias, sinks=sinks),
-    'library': functools.partial(_of_one_width, jax_nn, keys=keys, bias=bias),
-    'splash': functools.partial(_of_one_width, splash, keys=keys, sinks=sinks),
+  in_blocks = functools.partial(blocks, keys=keys, bias=bias, sinks=sinks)
+  kernel = functools.partial(_of_one_width, splash, keys=keys, sinks=sinks)
+  if checked_alone or implementation == 'einsum':
+    return plain(*arrays)
+  if implementation == 'blocks':
+    return in_blocks(*arrays)
+  if implementation == 'splash':
+    emulated = functools.partial(kernel, interpret=True)
+    return jax.lax.platform_dependent(*arrays, default=emulated, tpu=kernel)
+  # Tracing cuDNN's attention needs NVIDIA's library, so here the machine
+  # decides, not the platform that the program is lowered for.
+  capability = _cuda_capability()
+  if implementation == 'cudnn' and not capability:
+    raise InputError(
+      f"attention='cudnn' needs an NVIDIA GPU, not {jax.default_backend()!r}"
+    )
+  widest = 256 if capability >= 9 else 128
+  fits = capability >= 8 and max(query.shape[3], value.shape[3]) <= widest
+  if implementation == 'auto' and fits and 'cudnn' not in misfits:
+    implementation = 'cudnn'
+  if implementation != 'auto':
+    library = functools.partial(jax_nn, implementation=implementation)
+    return _of_one_width(library, *arrays, keys=keys, bias=bias)
+  by_platform = {}
+  if 'blocks' not in misfits:
+    by_platform['cpu'] = in_blocks
+  if 'splash' not in misfits:
+    by_platform['tpu'] = kernel
+  if not by_platform:
+    return plain(*arrays)
+  return jax.lax.platform_dependent(*arrays, default=plain, **by_platform)
+
+
+def _misfits(query, value, is_other, bias, sinks, dropout) -> dict[str, str]:
+  """The reason of each implementation that cannot serve these arguments."""
+  dtype, T = str(query.dtype), query.shape[1]
+  D = max(query.shape[3], value.shape[3])
+  no_dropout = (dropout is not None, 'it has no dropout')
+  no_bias = (bias is not None, 'it has no relative positions')
+  no_sinks = (sinks is not None, 'it has no attention sinks')
+  rules = {
+    'blocks': (no_dropout,),
+    'cudnn': (
+      (dtype not in HALF, f'dtype={dtype!r} is none of {list(HALF)}'),
+      (D % 8 or D > 256, f'head_width={D} is no multiple of 8 up to 256'),
+      (T % 2, f'seq_len={T} is odd'),
+      no_bias,
+      no_sinks,
+      no_dropout,
+    ),
+    'splash': (
+      (T % _LEAST_BLOCK, f'seq_len={T} is no multiple of {_LEAST_BLOCK}'),
+      (is_other, 'it has no keys of another sequence'),
+      no_bias,
+      no_dropout,
+    ),
+    'xla': (no_dropout, no_sinks),
   }
-  check(implementation, **options)
-  if checked_alone:
-    implementation = 'einsum'
-  f = _choose(implementation, options, candidates)
-  return f(query, key, value, segment_ids, key_segment_ids)
+  unmet = {
+    name: [reason for is_unmet, reason in reasons if is_unmet]
+    for name, reasons in rules.items()
+  }
+  return {name: reasons[0] for name, reasons in unmet.items() if reasons}
+
+
+def _cuda_capability() -> float:
+  """The compute capability of this machine's NVIDIA GPU; 0.0 without one."""
+  device = jax.local_devices()[0]
+  if device.platform != 'gpu' or 'NVIDIA' not in device.device_kind:
+    return 0.0
+  return float(device.compute_capability)
 
 
 def _of_one_width(f, query, key, value, *ids, keys, **options):
@@ -107,111 +169,8 @@ def _of_one_width(f, query, key, value, *ids, keys, **options):
   return y[..., :width]
 
 
-def _choose(name, options, candidates):
-  if name == 'cudnn' and not _cuda_capability():
-    raise InputError(
-      f"attention='cudnn' needs an NVIDIA GPU, not {jax.default_backend()!r}"
-    )
-  if name == 'auto' and _cudnn_serves(options):
-    name = 'cudnn'
-  if name in ('cudnn', 'xla'):
-    return functools.partial(candidates['library'], implementation=name)
-  kernel = candidates['splash']
-  if name == 'splash':
-    emulated = functools.partial(kernel, interpret=True)
-    return _by_platform(emulated, tpu=kernel)
-  if name != 'auto':
-    return candidates[name]
-  preferred = {'cpu': 'blocks', 'tpu': 'splash'}
-  by_platform = {
-    platform: candidates[name]
-    for platform, name in preferred.items()
-    if not misfit(name, **options)
-  }
-  plain = candidates['einsum']
-  return _by_platform(plain, **by_platform) if by_platform else plain
-
-
-def misfit(
-  name: str,
-  *,
-  dtype: str,
-  head_width: int,
-  seq_len: int = 0,
-  biased: bool = False,
-  sinks: bool = False,
-  dropout: bool = False,
-  cross: bool = False,
-) -> str:
-  """The reason why an implementation cannot serve these options; '' if it can.
-
-  With seq_len=0 lengths are not checked.
-  """
-  D, T = head_width, seq_len
-  no_dropout = (dropout, 'it has no dropout')
-  no_bias = (biased, 'it has no relative positions')
-  no_sinks = (sinks, 'it has no attention sinks')
-  rules = {
-    'blocks': (no_dropout,),
-    'cudnn': (
-      (dtype not in HALF, f'dtype={dtype!r} is none of {list(HALF)}'),
-      (D % 8 or D > 256, f'head_width={D} is no multiple of 8 up to 256'),
-      (T % 2, f'seq_len={T} is odd'),
-      no_bias,
-      no_sinks,
-      no_dropout,
-    ),
-    'splash': (
-      (T % _LEAST_BLOCK, f'seq_len={T} is no multiple of {_LEAST_BLOCK}'),
-      (cross, 'it has no keys of another sequence'),
-      no_bias,
-      no_dropout,
-    ),
-    'xla': (no_dropout, no_sinks),
-  }
-  return next((reason for unmet, reason in rules.get(name, ()) if unmet), '')
-
-
-def check(name: str, **options) -> None:
-  """Raises ValueError where `misfit` has a reason."""
-  if reason := misfit(name, **options):
-    raise InputError(f"attention={name!r}: {reason}; 'auto' serves it")
-
-
-def _cudnn_serves(options) -> bool:
-  # Tracing cuDNN's attention needs NVIDIA's library, so here the machine
-  # decides, not the platform that the program is lowered for.
-  capability = _cuda_capability()
-  widest = 256 if capability >= 9 else 128
-  fits = capability >= 8 and options['head_width'] <= widest
-  return fits and not misfit('cudnn', **options)
-
-
-def _cuda_capability() -> float:
-  """The compute capability of this machine's NVIDIA GPU; 0.0 without one."""
-  device = jax.local_devices()[0]
-  if device.platform != 'gpu' or 'NVIDIA' not in device.device_kind:
-    return 0.0
-  return float(device.compute_capability)
-
-
-def _by_platform(default, **by_platform):
-  return functools.partial(
-    jax.lax.platform_dependent, default=default, **by_platform
-  )
-
-
 def einsum(
-  query,
-  key,
-  value,
-  segment_ids,
-  key_segment_ids,
-  *,
-  keys,
-  bias,
-  sinks=None,
-  dropout=None,
+  query, key, value, ids, key_ids, *, keys, bias, sinks=None, dropout=None
 ):
   """Attention by two products and a softmax, which supports every option."""
   B, T, H, D = query.shape
@@ -222,10 +181,8 @@ def einsum(
   )
   if bias is not None:
     scores = add_to_each(scores, bias.reshape(N, H // N, T, S))
-  mask = visible(segment_ids, key_segment_ids, (T, S), keys)[:, None, None]
-  if sinks is not None:
-    sinks = sinks.reshape(1, N, H // N, 1, 1)
-  weights = masked_softmax(scores, mask, sinks).astype(value.dtype)
+  mask = visible(ids, key_ids, (T, S), keys)
+  weights = _weights(scores, mask, sinks).astype(value.dtype)
   if dropout is not None:
     weights = dropout(weights)
   y = jnp.einsum('BNJTS,BSNU->BTNJU', weights, value)
@@ -251,10 +208,9 @@ def cached(
   `slot_numbers`, key s is that of slot slot_numbers[s], and the bias has all
   slots.
   """
-  B, T, H, D = query.shape
-  (N, S), U = key.shape[1:3], value.shape[3]
-  query = keys.scaled(query).reshape(B, T, N, H // N, D)
-  query = query.transpose(0, 2, 3, 1, 4).reshape(B, N, H // N * T, D)
+  B, T, H, _ = query.shape
+  N, S = key.shape[1:3]
+  query = queries_by_head(keys.scaled(query), N)
   scores = jnp.einsum(
     'BNRD,BNSD->BNRS', query, key, preferred_element_type=jnp.float32
   )
@@ -263,28 +219,26 @@ def cached(
     if slot_numbers is not None:
       bias = jnp.take(bias, jnp.maximum(slot_numbers, 0), axis=2)
     scores = scores + bias.reshape(1, N, H // N, T, S)
-  mask = visible(
-    segment_ids, key_segment_ids, (T, S), keys, start, slot_numbers
-  )
-  if sinks is not None:
-    sinks = sinks.reshape(1, N, H // N, 1, 1)
-  weights = masked_softmax(scores, mask[:, None, None], sinks)
-  weights = weights.astype(value.dtype)
+  ids = segment_ids, key_segment_ids
+  mask = visible(*ids, (T, S), keys, start, slot_numbers)
+  weights = _weights(scores, mask, sinks).astype(value.dtype)
   weights = weights.reshape(B, N, H // N * T, S)
-  y = jnp.einsum('BNRS,BNSU->BNRU', weights, value)
-  y = y.reshape(B, N, H // N, T, U).transpose(0, 3, 1, 2, 4)
-  return y.reshape(B, T, H, U)
+  return by_token(jnp.einsum('BNRS,BNSU->BNRU', weights, value), H)
 
 
-def jax_nn(
-  query, key, value, segment_ids, key_segment_ids, *, keys, bias, implementation
-):
+def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:
+  """The softmax of scores, under a mask [b, T, S] and sinks of heads."""
+  if sinks is not None:
+    sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
+  return masked_softmax(scores, mask[:, None, None], sinks)
+
+
+def jax_nn(query, key, value, ids, key_ids, *, keys, bias, implementation):
   """JAX's own attention; rows of several segments need a mask in memory."""
   mask = None
-  if segment_ids is not None:
+  if ids is not None:
     lengths = query.shape[1], key.shape[1]
-    all_keys = Keys(causal=False)
-    mask = visible(segment_ids, key_segment_ids, lengths, all_keys)[:, None]
+    mask = visible(ids, key_ids, lengths, Keys(causal=False))[:, None]
   return jax.nn.dot_product_attention(
     query,
     key,
@@ -299,18 +253,10 @@ def jax_nn(
 
 
 def splash(
-  query: Float[Array, 'B T H D'],
-  key: Float[Array, 'B T N D'],
-  value: Float[Array, 'B T N D'],
-  segment_ids: Int[Array, 'B T'] | None,
-  key_segment_ids: Int[Array, 'B T'] | None,
-  *,
-  keys: Keys,
-  sinks: Float32[Array, ' H'] | None = None,
-  interpret: bool = False,
-) -> Float[Array, 'B T H D']:
+  query, key, value, ids, key_ids, *, keys, sinks=None, interpret=False
+):
   """Attention by the TPU's blockwise kernel, which stores no scores or mask."""
-  del key_segment_ids  # they are those of the queries
+  del key_ids  # they are those of the queries
 
   def local(query, key, value, segment_ids, sinks):
     T, H = query.shape[1:3]
@@ -324,7 +270,7 @@ def splash(
     y = cast(Array, jax.vmap(row)(q, k, v, segment_ids))
     return y.swapaxes(1, 2)
 
-  return _on_each_device(local, query, key, value, segment_ids, sinks)
+  return _on_each_device(local, query, key, value, ids, sinks)
 
 
 def _splash_kernel(T, H, keys, interpret):

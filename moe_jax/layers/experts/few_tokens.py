@@ -86,7 +86,7 @@ class BatchedExperts(SortedRowsExperts):
     N, E = gate.shape
     rows = jnp.broadcast_to(rows, (E, N, rows.shape[1]))
     p = layer.parameters(self, (E,), rows.shape[-1])
-    y = layer.compute_stacked(p, rows)  # [E, N, M]
+    y = layer.compute(p, rows)  # [E, N, M]
     y = (y * gate.T[..., None]).sum(0)
     return y.astype(layer.shared.dtype).reshape(x.shape), None
 
@@ -147,7 +147,7 @@ def _all_tokens(
   for e, p in enumerate(experts):
 
     def serve(y, rows, weight, p):
-      return y + layer.compute_stacked(p, rows) * weight[:, None]
+      return y + layer.compute(p, rows) * weight[:, None]
 
     def skip(y, rows, weight, p):
       del rows, weight, p
@@ -208,6 +208,6 @@ def serve_rows(
     first = begin + i * size
     start = jnp.minimum(first, len(x) - size)
     block = Block(jnp.int32(0), start, first, stop, size, True)
-    return block.write(y, layer.compute_stacked(p, block.rows(x)))
+    return block.write(y, layer.compute(p, block.rows(x)))
 
   return jax.lax.fori_loop(0, -(-(stop - begin) // size), serve_block, y)

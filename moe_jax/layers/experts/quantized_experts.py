@@ -129,7 +129,7 @@ class QuantizedExperts(Experts):
 
     def serve(e, y):
       p_e = self.format.decoded_experts(_of_expert(p, e))
-      return y + layer.compute_stacked(p_e, rows) * gate[:, e, None]
+      return y + layer.compute(p_e, rows) * gate[:, e, None]
 
     y = _fold((gate != 0).any(0), serve, jnp.zeros(rows.shape, jnp.float32))
     return y.astype(layer.shared.dtype).reshape(x.shape)

@@ -139,7 +139,7 @@ class FeedForwardSlots(SlotExperts):
     layer, E, M = self.layer, routing.num_experts, x.shape[-1]
     experts = StackedExperts(
       functools.partial(
-        layer.compute_stacked, dropout=layer.dropout_module(self, train)
+        layer.compute, dropout=layer.dropout_module(self, train)
       ),
       layer.parameters(self, (E,), M),
       layer.axes((E,), M),
