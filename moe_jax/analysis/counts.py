@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax.errors import InputError
-from moe_jax.layers.experts.serving import ROLE as EXPERT
+from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model

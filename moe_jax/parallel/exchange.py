@@ -28,7 +28,8 @@ class Exchange(Options):
 
   Rows travel in pieces; by default, all rows are one. All exchanges are equal
   in value and gradient, except for experts' dropout, which is drawn by row:
-  rows may come in another order.
+  rows may come in another order. Where no rows travel, along no axis of groups,
+  `Constraint` takes the place of any other.
   """
 
   capacity_fraction: float = option(
@@ -131,7 +132,7 @@ def _constrained(layout, rows, to_experts):
 
 
 @dataclasses.dataclass(frozen=True)
-class InRing(Constraint):
+class InRing(Exchange):
   """The smart schedule of FasterMoE: rows travel along a ring, step by step.
 
   He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2,
@@ -140,38 +141,28 @@ class InRing(Constraint):
   C_j: its experts multiply these rows; and R_j: it returns the results. Step 0
   stays on the device. S_j, C_j, R_j depend on one another, and steps do not,
   so that a compiler may send in one step while experts multiply in another.
-  All S_j are asked for first, then all C_j, then all R_j, as published. Where
-  no rows travel it is `Constraint`.
+  All S_j are asked for first, then all C_j, then all R_j, as published.
   """
 
   def cut(self, layout, rows):
     """A piece for each step, the rows for one device's experts, own first."""
-    if not layout.exchanged:
-      return super().cut(layout, rows)
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 
   def joined(self, layout, pieces):
     """Undoes `cut`."""
-    if not layout.exchanged:
-      return super().joined(layout, pieces)
     rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
     blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
     """`cut` takes a device's part of experts."""
-    expert_axes = layout.expert_only if layout.exchanged else ()
-    return layout.spec(expert_axes, layout.groups)
+    return layout.spec(layout.expert_only, layout.groups)
 
   def to_experts(self, layout, piece, number=0):
-    if not layout.exchanged:
-      return super().to_experts(layout, piece)
     return self._moved(layout, piece, number, back=False)
 
   def to_groups(self, layout, rows, number=0):
-    if not layout.exchanged:
-      return super().to_groups(layout, rows)
     return self._moved(layout, rows, number, back=True)
 
   def _moved(self, layout, piece, number, back):

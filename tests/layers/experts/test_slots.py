@@ -24,7 +24,8 @@ from moe_jax.layers import (
   Numerics,
   Shared,
 )
-from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
+from moe_jax.layers.experts.experts import FeedForwardExperts
+from moe_jax.layers.experts.sorted_rows import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
 from moe_jax.routing import Routing
@@ -61,7 +62,7 @@ class Experts(nn.Module):
       capacity=R,
     )
     layer = FfnLayer(self.options, self.shared, self.dropout, 'expert')
-    experts = self.dispatch.feed_forward(layer)
+    experts = FeedForwardExperts(layer, self.dispatch, name='experts')
     y, _ = experts(rows.reshape(1, E * R, M), routing, train)
     return y.reshape(rows.shape)
 
