@@ -69,8 +69,7 @@ def exchange_slots(
       f'shadowing.experts={shadowing.experts} needs feed-forward experts, '
       'whose parameters are arrays; these are modules'
     )
-  fraction = exchange.capacity_fraction
-  if not layout.exchanged:  # no rows travel, and the devices state as much
+  if not layout.exchanged:  # no rows travel, and all find room
     exchange = Constraint()
   groups_spec = layout.spec(layout.groups)
   pieces_spec = exchange.pieces_spec(layout)
@@ -90,7 +89,7 @@ def exchange_slots(
     shadowed = shadowing.choose(layout, counts, experts.sizes)
     sent, staying = split(routing, shadowed)
     sent_counts = sent.rows_per_expert()
-    if layout.exchanged and fraction != 1.0:
+    if exchange.capacity_fraction != 1.0:
       sent = _with_room(sent, exchange)
     overflow = own_blocks(layout, sent_counts - sent.rows_per_expert()).sum()
     stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
@@ -119,13 +118,17 @@ def exchange_slots(
       ),
     )(x, routing)
   with jax.named_scope('exchange'):
-    inputs = [exchange.to_experts(layout, p, i) for i, p in enumerate(pieces)]
+    inputs = [
+      exchange.move(layout, rows, to_experts=True, number=i)
+      for i, rows in enumerate(pieces)
+    ]
   outputs = [experts(rows) for rows in inputs]
   if staying_rows is not None:
     staying_rows = _in_shadow(experts, layout, staying_rows, shadowed)
   with jax.named_scope('exchange'):
     pieces = [
-      exchange.to_groups(layout, rows, i) for i, rows in enumerate(outputs)
+      exchange.move(layout, rows, to_experts=False, number=i)
+      for i, rows in enumerate(outputs)
     ]
   with jax.named_scope('combine'):
     y = _on_devices(

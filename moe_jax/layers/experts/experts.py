@@ -52,7 +52,7 @@ def apply_experts(
   routing: AnyRouting,
   dispatch: Dispatch = Gather(),
   layout: Layout | None = None,
-  next_key: Callable[[], PRNGKey] | None = None,
+  next_key: Callable[[], PRNGKey | None] = lambda: None,
 ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
   """Moves tokens to their experts, applies these, and sums their outputs.
 
@@ -66,8 +66,8 @@ def apply_experts(
     routing: The experts and the gates of each token.
     dispatch: The options that say who moves and multiplies.
     layout: The layout of groups and experts on a mesh; None on one device.
-    next_key: A function that gives a new key of dropout at each call; None:
-      nothing is dropped.
+    next_key: A function that gives a new key of dropout at each call, or None
+      where nothing is dropped.
 
   Returns:
     The gated sums, and what moved between devices, or None.
@@ -78,14 +78,13 @@ def apply_experts(
   if isinstance(dispatch, Batched) and few_tokens.are_few(x):
     return few_tokens.apply_all_experts(ffn, params, x, routing), None
   if isinstance(dispatch, Dropless):
-    key = next_key and next_key()
+    key = next_key()
     return apply_to_sorted_rows(ffn, params, x, routing, dispatch, layout, key)
 
   def compute(params, rows):
-    def dropout(h):
-      return dropped(h, ffn.dropout, next_key and next_key())
-
-    return ffn.compute_stacked(params, rows, dropout)
+    return ffn.compute_stacked(
+      params, rows, lambda h: dropped(h, ffn.dropout, next_key())
+    )
 
   E, M = routing.num_experts, x.shape[-1]
   axes, sizes = ffn.axes((E,), M), ffn.sizes(M, x.dtype)
@@ -149,12 +148,13 @@ class FeedForwardExperts(nn.Module):
       ]
     else:
       params = ffn.parameters(self, (E,), M)
-    next_key = None
-    if train and ffn.dropout:
-      # The draws for slots are those of a submodule.
-      by_slot = self.dispatch.by_slot
-      module = ffn.dropout_module(self, train) if by_slot else self
-      next_key = functools.partial(module.make_rng, 'dropout')
+    # The keys for rows in slots are those of a submodule.
+    by_slot = self.dispatch.by_slot
+    module = ffn.dropout_module(self, train) if by_slot else self
+
+    def next_key():
+      return module.make_rng('dropout') if train and ffn.dropout else None
+
     layout = _layout(self, ffn.shared, x, E, ffn.options.hidden)
     return apply_experts(
       ffn, params, x, routing, self.dispatch, layout, next_key
