@@ -13,7 +13,7 @@ import jax
 
 from moe_jax.analysis.router_shapes import router_multiply_adds, training_slots
 from moe_jax.errors import InputError
-from moe_jax.layers.experts.serving import ROLE as EXPERT
+from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model

@@ -6,7 +6,7 @@ a run takes and is are those of `--dry_run`, too.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +20,7 @@ from moe_jax.analysis.run_page import Page
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
-from moe_jax.kernels import grouped_products
-from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
+from moe_jax.layers import experts
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import Numerics
@@ -371,10 +370,16 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
 
 
 def _experts(run: Run, moe: MoeOptions) -> str:
+  platform = run.mesh.devices.flat[0].platform
+  axes = dict(run.options.sharding.rules)['expert']
+  devices = {a: run.mesh.shape[a] for a in axes if run.mesh.shape[a] > 1}
+  dispatch = experts.describe(
+    moe.dispatch, 'cuda' if platform == 'gpu' else platform, devices
+  )
   return (
     f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
     f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
-    f'dispatch {_dispatch(run, moe.dispatch)}'
+    f'dispatch {dispatch}'
   )
 
 
@@ -383,15 +388,3 @@ def _counts(run: Run) -> str:
   moes = [moe for moe in run.model.moes if moe is not None]
   counts = [moe.num_retained for moe in moes]
   return str(counts[0] if len(set(counts)) == 1 else counts)
-
-
-def _dispatch(run: Run, dispatch: Dispatch) -> str:
-  name = repr(DISPATCHES.name_of(dispatch))
-  if dispatch.by_slot:
-    return name
-  platform = run.mesh.devices.flat[0].platform
-  platform = 'cuda' if platform == 'gpu' else platform
-  products = grouped_products.describe(
-    cast(Dropless, dispatch).backend, platform
-  )
-  return f'{name} (grouped products: {products})'

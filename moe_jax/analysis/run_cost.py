@@ -19,7 +19,7 @@ from moe_jax.analysis import memory, sharded
 from moe_jax.analysis.counts import count, short
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
-from moe_jax.layers.experts.serving import ROLE as EXPERT
+from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model, flat_trees, lora
 from moe_jax.models.lora import Adapters, LoraOptions

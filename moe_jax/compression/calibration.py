@@ -19,8 +19,7 @@ from moe_jax import data
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.layers.experts import Experts
-from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.experts import SCOPE
 from moe_jax.layers.moe import in_groups
 from moe_jax.models import Model
 from moe_jax.routing import AnyRouting
@@ -85,7 +84,7 @@ def capture(
 
   def sow_tokens(call, args, kwargs, context):
     module = context.module
-    if isinstance(module, Experts) and context.method_name == '__call__':
+    if module.name == SCOPE and context.method_name == '__call__':
       tokens = RoutedTokens(*args[:2])
       module.sow('intermediates', _SOWN_NAME, tokens)
     return call(*args, **kwargs)

@@ -20,7 +20,7 @@ from moe_jax.compression.extract import as_one
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
-from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.experts import SCOPE
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import Model, flat_trees

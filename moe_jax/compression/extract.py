@@ -25,7 +25,7 @@ from moe_jax.compression import whole_run
 from moe_jax.compression.whole_run import WholeRun, bytes_in_memory
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
-from moe_jax.layers.experts.serving import SCOPE, FeedForwardExpert
+from moe_jax.layers.experts import SCOPE, FeedForwardExpert
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS, TokenInfo

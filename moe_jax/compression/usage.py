@@ -11,8 +11,7 @@ from jaxtyping import Float
 
 from moe_jax.compression.calibration import RoutedTokens, capture
 from moe_jax.errors import InputError
-from moe_jax.layers.experts import Gather
-from moe_jax.layers.experts.serving import SCOPE
+from moe_jax.layers.experts import SCOPE, Gather
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
 from moe_jax.routing import Routing

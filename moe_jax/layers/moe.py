@@ -23,13 +23,22 @@ from moe_jax.layers.routers.contract import CHOICES, NOISE, SOWN, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.routing import (
   AnyRouting,
+  ExchangeStats,
   GivenChoices,
   MoeAux,
   Routing,
   to_experts,
 )
 from moe_jax.routing.rows import without_nan
-from moe_jax.shapes import Array, Bool, Float, Int, Shaped, checked
+from moe_jax.shapes import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Shaped,
+  checked,
+  type_text,
+)
 
 
 class MoE(nn.Module):
@@ -78,8 +87,6 @@ class MoE(nn.Module):
     B, T = x.shape[:2]
     if token_mask is None:
       token_mask = jnp.ones((B, T), bool)
-    else:
-      x = without_nan(token_mask, x)
     groups, mask = to_groups(x, token_mask, o.group_size)
     _check_groups(o, groups.shape[1], T)
     token_info = jax.tree.map(
@@ -97,15 +104,18 @@ class MoE(nn.Module):
     routing = self._mask_outputs(routing, train)
     experts = o.expert.experts(o.dispatch, self.shared)
     groups = groups.astype(self.shared.dtype)
-    y, moved = experts(groups, routing, train)  # [G, S, M]
+    y, moved = _checked(experts, groups, experts(groups, routing, train))
+    if moved is not None:
+      aux = aux._replace(exchange=moved)
     y = to_rows(y, B, T)
     if (twin := o.shared_twin) is not None:
       expert = SharedExpert(
         o.shared_expert, twin, self.shared, name=SHARED_EXPERT
       )
+      x = without_nan(token_mask, x)
       # With biases it would not be zero for tokens that no router sees.
       y = y + jnp.where(token_mask[..., None], expert(x, train), 0)
-    return y, aux if moved is None else aux._replace(exchange=moved)
+    return y, aux
 
   def _imposed_choices(self, given, mask, train, layer):
     """The choices of groups that are imposed on the router, or None."""
@@ -160,6 +170,19 @@ def _check_groups(options: MoeOptions, group_size: int, length: int) -> None:
     )
 
 
+def _checked(
+  experts: nn.Module, groups: Float[Array, 'G S M'], result: Any
+) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+  """The result of experts; raises ValueError unless it is what they return."""
+  y = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+  if getattr(y, 'shape', None) != groups.shape:
+    raise InputError(
+      f'{type(experts).__name__} returned {type_text(result)}; experts return '
+      f'(groups of shape {groups.shape}, ExchangeStats or None)'
+    )
+  return result
+
+
 def _to_merged(
   options: MoeOptions, chosen: AnyRouting, layer: int | Int[Array, '']
 ) -> Routing:
@@ -186,15 +209,13 @@ def to_groups(
   Raises:
     ValueError: group_size neither divides T nor is a multiple of it.
   """
-  B, T, M = x.shape
+  B, T = token_mask.shape
   S = B * T if group_size == -1 else group_size or T
   if T % S and S % T:
     raise InputError(
       f'group_size={S} is neither a divisor nor a multiple of seq_len={T}'
     )
-  padding = -(B * T) % S
-  x = jnp.pad(x.reshape(B * T, M), ((0, padding), (0, 0)))
-  return x.reshape(-1, S, M), in_groups(token_mask, S)
+  return in_groups(x, S), in_groups(token_mask, S)
 
 
 def to_rows(
@@ -210,6 +231,5 @@ def in_groups(
 ) -> Shaped[Array, 'G S ...']:
   """The numbers of each token, cut as in `to_groups` and padded with zeros."""
   values = values.reshape(-1, *values.shape[2:])
-  padding = [(0, 0)] * values.ndim
-  padding[0] = (0, -len(values) % group_size)
+  padding = [(0, -len(values) % group_size), *[(0, 0)] * (values.ndim - 1)]
   return jnp.pad(values, padding).reshape(-1, group_size, *values.shape[1:])

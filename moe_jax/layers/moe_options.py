@@ -10,8 +10,8 @@ from moe_jax.layers.experts import (
   EXPERTS,
   Dispatch,
   ExpertOptions,
+  Twin,
 )
-from moe_jax.layers.experts.serving import Twin
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.imposed import ImposedOptions

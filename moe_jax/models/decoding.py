@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_jax.kernels import cpu
-from moe_jax.layers.experts import few_tokens
-from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.experts import Dropless, few_tokens
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import check_decodes
 from moe_jax.models.layer_trees import unstack
@@ -78,7 +77,7 @@ def stack_for_decoding(
   if (
     few_rows
     and moe is not None
-    and moe.expert.own_arrays
+    and moe.expert.format is None
     and isinstance(moe.dispatch, Dropless)
   ):
     decoding, params = _for_few_tokens(decoding, moe, params, few_rows)

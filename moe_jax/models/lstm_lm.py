@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from moe_jax.config import fields_of, option
 from moe_jax.layers import lstm
-from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.experts import Twin
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.imposed import check_given, given_to_layer
 from moe_jax.layers.lstm import Lstm, LstmOptions, LstmState

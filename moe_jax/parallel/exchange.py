@@ -28,7 +28,8 @@ class Exchange(Options):
 
   Rows travel in pieces; by default, all rows are one. All exchanges are equal
   in value and gradient, except for experts' dropout, which is drawn by row:
-  rows may come in another order.
+  rows may come in another order. Where no rows travel, along no axis of groups,
+  `Constraint` takes the place of any other.
   """
 
   capacity_fraction: float = option(
@@ -67,25 +68,24 @@ class Exchange(Options):
     return layout.spec((), layout.groups)
 
   @required
-  def to_experts(
-    self, layout: Layout, piece: Float[Array, '_ _ M'], number: int = 0
-  ) -> Float[Array, 'E _ M']:
-    """Moves a piece split over groups to rows split over experts.
+  def move(
+    self,
+    layout: Layout,
+    rows: Float[Array, '_ _ M'],
+    to_experts: bool,
+    number: int = 0,
+  ) -> Float[Array, '_ _ M']:
+    """Moves a piece of rows to the devices of their experts, or back.
 
-    An expert's rows may come in another order, which `to_groups` undoes.
+    An expert's rows may come in another order, which the way back undoes.
 
     Args:
       layout: The layout of groups and experts.
-      piece: The piece, of whose dimension 1 each device has a part.
+      rows: The piece, of whose dimension 1 each device has a part; on the way
+        back rows [E, ...] split over experts.
+      to_experts: Whether rows go to their experts.
       number: The number of the piece in the list that `cut` returned.
     """
-    raise NotImplementedError
-
-  @required
-  def to_groups(
-    self, layout: Layout, rows: Float[Array, 'E _ M'], number: int = 0
-  ) -> Float[Array, '_ _ M']:
-    """Undoes `to_experts`: moves rows split over experts back to groups."""
     raise NotImplementedError
 
 
@@ -96,42 +96,37 @@ class Constraint(Exchange):
   Source: GShard.
   """
 
-  def to_experts(self, layout, piece, number=0):
-    return _constrained(layout, piece, to_experts=True)
+  def move(self, layout, rows, to_experts, number=0):
+    """States the sharding of the same rows before and after.
 
-  def to_groups(self, layout, rows, number=0):
-    return _constrained(layout, rows, to_experts=False)
+    R is split into a dimension for each axis of the groups. So the compiler
+    sees that some of them move from R to E; otherwise it gathers everything.
+    """
+    E, R, M = rows.shape
+    devices = [layout.sizes[name] for name in layout.groups]
+    split_rows = rows.reshape(E, *devices, R // math.prod(devices), M)
 
+    def constrained(x, experts, groups):
+      spec = [names or None for names in (experts, *groups)]
+      spec = PartitionSpec(*spec, None, None)
+      return jax.lax.with_sharding_constraint(
+        x, NamedSharding(layout.mesh, spec)
+      )
 
-def _constrained(layout, rows, to_experts):
-  """The same rows with their sharding stated before and after.
-
-  R is split into a dimension for each axis of the groups. So the compiler sees
-  that some of them move from R to E; otherwise it gathers everything.
-  """
-  E, R, M = rows.shape
-  devices = [layout.sizes[name] for name in layout.groups]
-  split_rows = rows.reshape(E, *devices, R // math.prod(devices), M)
-
-  def constrained(x, experts, groups):
-    spec = [names or None for names in (experts, *groups)]
-    spec = PartitionSpec(*spec, None, None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
-
-  at_groups = (), [(name,) for name in layout.groups]
-  at_experts = (
-    layout.experts,
-    [(name,) if name in layout.group_only else () for name in layout.groups],
-  )
-  before, after = (
-    (at_groups, at_experts) if to_experts else (at_experts, at_groups)
-  )
-  split_rows = constrained(constrained(split_rows, *before), *after)
-  return split_rows.reshape(E, R, M)
+    at_groups = (), [(name,) for name in layout.groups]
+    at_experts = (
+      layout.experts,
+      [(name,) if name in layout.group_only else () for name in layout.groups],
+    )
+    before, after = (
+      (at_groups, at_experts) if to_experts else (at_experts, at_groups)
+    )
+    split_rows = constrained(constrained(split_rows, *before), *after)
+    return split_rows.reshape(E, R, M)
 
 
 @dataclasses.dataclass(frozen=True)
-class InRing(Constraint):
+class InRing(Exchange):
   """The smart schedule of FasterMoE: rows travel along a ring, step by step.
 
   He et al., PPoPP 2022, https://doi.org/10.1145/3503221.3508418, section 4.2,
@@ -140,50 +135,37 @@ class InRing(Constraint):
   C_j: its experts multiply these rows; and R_j: it returns the results. Step 0
   stays on the device. S_j, C_j, R_j depend on one another, and steps do not,
   so that a compiler may send in one step while experts multiply in another.
-  All S_j are asked for first, then all C_j, then all R_j, as published. Where
-  no rows travel it is `Constraint`.
+  All S_j are asked for first, then all C_j, then all R_j, as published.
   """
 
   def cut(self, layout, rows):
     """A piece for each step, the rows for one device's experts, own first."""
-    if not layout.exchanged:
-      return super().cut(layout, rows)
     blocks = own_blocks(layout, rows)  # [X, J, R, M]
     return [blocks[target] for target in _targets(layout)]
 
   def joined(self, layout, pieces):
     """Undoes `cut`."""
-    if not layout.exchanged:
-      return super().joined(layout, pieces)
     rows = jnp.stack(pieces)  # [X, J, R, M], in the order of the steps
     blocks = jnp.zeros_like(rows).at[jnp.stack(_targets(layout))].set(rows)
     return _all_blocks(layout, blocks)
 
   def pieces_spec(self, layout):
     """`cut` takes a device's part of experts."""
-    expert_axes = layout.expert_only if layout.exchanged else ()
-    return layout.spec(expert_axes, layout.groups)
+    return layout.spec(layout.expert_only, layout.groups)
 
-  def to_experts(self, layout, piece, number=0):
-    if not layout.exchanged:
-      return super().to_experts(layout, piece)
-    return self._moved(layout, piece, number, back=False)
-
-  def to_groups(self, layout, rows, number=0):
-    if not layout.exchanged:
-      return super().to_groups(layout, rows)
-    return self._moved(layout, rows, number, back=True)
-
-  def _moved(self, layout, piece, number, back):
+  def move(self, layout, rows, to_experts, number=0):
     at_groups = self.pieces_spec(layout)
     at_experts = layout.spec(layout.experts, layout.group_only)
+    before, after = (
+      (at_groups, at_experts) if to_experts else (at_experts, at_groups)
+    )
     return jax.shard_map(
-      functools.partial(permuted, layout, number=number, back=back),
+      functools.partial(permuted, layout, number=number, to_experts=to_experts),
       mesh=layout.mesh,
-      in_specs=at_experts if back else at_groups,
-      out_specs=at_groups if back else at_experts,
+      in_specs=before,
+      out_specs=after,
       check_vma=False,
-    )(piece)
+    )(rows)
 
 
 EXCHANGES = Kinds(
@@ -207,9 +189,12 @@ def _targets(layout: Layout) -> list[Leaf]:
 
 
 def permuted(
-  layout: Layout, rows: Float[Array, '*R M'], number: int, back: bool = False
+  layout: Layout,
+  rows: Float[Array, '*R M'],
+  number: int,
+  to_experts: bool = True,
 ) -> Float[Array, '*R M']:
-  """The rows that a step brings, or, `back`, those that it returns.
+  """The rows that a step brings, or, not `to_experts`, those that it returns.
 
   It is called under `shard_map`. Step 0 moves nothing.
   """
@@ -217,7 +202,7 @@ def permuted(
     return rows
   devices = range(layout.devices(layout.exchanged))
   pairs = [(d, target(layout, d, number)) for d in devices]
-  if back:
+  if not to_experts:
     pairs = [(target, source) for source, target in pairs]
   axes, numbers = _in_mesh_order(layout)
   pairs = [(numbers[source], numbers[target]) for source, target in pairs]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -50,6 +51,26 @@ class Layout:
   def spec(self, *axes: tuple[str, ...]) -> PartitionSpec:
     """The spec of an array whose dimensions are split over these axes."""
     return PartitionSpec(*(names or None for names in axes))
+
+  def parameter_specs(
+    self,
+    axes: Mapping[str, Sequence[str | None]],
+    *leading: tuple[str, ...],
+  ) -> dict[str, PartitionSpec]:
+    """The specs of experts' parameters, by name.
+
+    Args:
+      axes: The logical axes of each parameter, 'expert' first.
+      *leading: The mesh axes of dimensions that stand in place of 'expert'.
+        Default: those that split the experts.
+    """
+    leading = leading or (self.experts,)
+    return {
+      name: self.spec(
+        *leading, *(self.hidden if a == 'expert_mlp' else () for a in others)
+      )
+      for name, (_, *others) in axes.items()
+    }
 
 
 def layout_of(

@@ -38,14 +38,14 @@ class RaggedExchange(Options):
     maximum=1,
   )
 
-  def serve(
+  def exchange_rows(
     self,
     layout: Layout,
     rows: Float[Array, 'N M'],
     sizes: Int32[Array, ' E'],
     experts: Callable[[Array, Array], Array],
   ) -> tuple[Float[Array, 'N M'], Int32[Array, '']]:
-    """Serves one device's rows on their experts' devices.
+    """Applies experts to one device's rows, on the experts' devices.
 
     Args:
       layout: The layout of groups and experts.
@@ -55,16 +55,27 @@ class RaggedExchange(Options):
         expert of this device [J]) -> outputs.
 
     Returns:
-      The outputs, zero for rows that other devices serve or that found no room,
-      and the number of the latter.
+      The outputs, zero for rows that found no room or whose expert is on a
+      device along an axis of experts alone, and the number of those without
+      room.
     """
-    X = layout.devices(layout.exchanged)
+    axes, N = layout.exchanged, len(rows)
+    bound = self.bound(N * layout.devices(axes))
+
+    def travel(rows, to_experts):
+      if plan.traffic is None:  # rows stay
+        return rows
+      lengths = N, len(plan.source)
+      return move(rows, plan.traffic, to_experts, lengths, axes)
+
     with jax.named_scope('exchange'):
-      trip = plan(layout, len(rows), sizes, self.bound(X * len(rows)))
-      expert_rows = trip.to_experts(rows)
-    outputs = experts(expert_rows, trip.local_sizes)
+      plan = plan_of(layout, N, sizes, bound)
+      rows = travel(rows, True)
+      rows = take_tokens(rows, plan.source, plan.target[:, None])
+    outputs = experts(rows, plan.local_sizes)
     with jax.named_scope('exchange'):
-      return trip.to_groups(outputs), trip.overflow
+      outputs = take_tokens(outputs, plan.target, plan.source[:, None])
+      return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:
     """The room that a buffer has, where all would need `num_rows`."""
@@ -76,51 +87,33 @@ RAGGED_EXCHANGES = Kinds(
 )
 
 
-class Trip(NamedTuple):
+class Plan(NamedTuple):
   """A plan of the way of one device's rows to their experts and back.
 
   Attributes:
     traffic: The numbers of rows that go between devices; None where rows stay.
-    axes: The mesh axes between which rows travel.
-    num_rows: N, the number of rows that the device has before and after.
     local_sizes: int32 [J], the number of rows of each expert of this device.
-    source: int32 [R], the received row that each row sorted by expert is.
+    source: int32 [R], the received row that each row sorted by expert is; R for
+      a row of zeros behind all of them.
     target: int32 [R], the sorted row that each received one becomes.
     overflow: int32 [], the number of this device's rows that found no room
       where they were to go.
   """
 
   traffic: 'Traffic | None'
-  axes: Axes
-  num_rows: int
   local_sizes: Array
   source: Array
   target: Array
   overflow: Array
 
-  def to_experts(self, rows: Float[Array, 'N M']) -> Float[Array, 'R M']:
-    """All rows of the experts of this device, sorted by expert; then zeros."""
-    if self.traffic is not None:
-      lengths = self.num_rows, len(self.source)
-      rows = move(rows, self.traffic, True, lengths, self.axes)
-    return take_tokens(rows, self.source, self.target[:, None])
 
-  def to_groups(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
-    """Undoes `to_experts`; rows of other devices' experts are zero."""
-    rows = take_tokens(rows, self.target, self.source[:, None])
-    if self.traffic is None:
-      return rows
-    lengths = self.num_rows, len(self.source)
-    return move(rows, self.traffic, False, lengths, self.axes)
-
-
-def plan(
+def plan_of(
   layout: Layout,
   num_rows: int,
   sizes: Int32[Array, ' E'],
   bound: int,
-) -> Trip:
-  """The trip of rows sorted by expert.
+) -> Plan:
+  """The plan of the exchange of rows sorted by expert.
 
   Where experts are split over axes that groups are not, each device takes the
   rows of its own part of them.
@@ -159,9 +152,7 @@ def plan(
   source = starts[block] + row - begins[block]
   source = decided(jnp.where(row < blocks.sum(), source, R))
   target = jnp.full(R, R, jnp.int32).at[source].set(row, mode='drop')
-  return Trip(
-    flows, axes, num_rows, sizes.sum(0), source, decided(target), overflow
-  )
+  return Plan(flows, sizes.sum(0), source, decided(target), overflow)
 
 
 class Traffic(NamedTuple):

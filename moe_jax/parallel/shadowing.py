@@ -25,7 +25,7 @@ rows with.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,34 +193,28 @@ class Shadowing(Options):
     return decided(chosen.astype(jnp.int32))
 
 
-class SplitRouting(NamedTuple):
-  """The choices of a routing that travel, and those that stay.
-
-  Attributes:
-    sent: The choices whose rows go to their experts' devices, of E experts.
-    staying: The choices of the R shadowed experts, under the numbers 0 to
-      R - 1; None if nothing can be shadowed.
-  """
-
-  sent: AnyRouting
-  staying: AnyRouting | None
-
-
-def split(routing: AnyRouting, shadowed: Int32[Array, ' R']) -> SplitRouting:
-  """The choices of a device that travel, and those that stay.
+def split(
+  routing: AnyRouting, shadowed: Int32[Array, ' R']
+) -> tuple[AnyRouting, AnyRouting | None]:
+  """The choices of a device whose rows travel, and those whose rows stay.
 
   Args:
     routing: The routing of the device's groups.
     shadowed: The experts that are shadowed, then E.
+
+  Returns:
+    The choices of all experts but the shadowed ones, and those of the R
+    shadowed experts, under the numbers 0 to R - 1; None if nothing can be
+    shadowed.
   """
   E, R = routing.num_experts, len(shadowed)
   if not R:
-    return SplitRouting(routing, None)
+    return routing, None
   number = jnp.full(E, R, jnp.int32)
   number = number.at[shadowed].set(jnp.arange(R, dtype=jnp.int32), mode='drop')
   experts = jnp.arange(E, dtype=jnp.int32)
   sent = routing.of_experts(jnp.where(number < R, E, experts), E)
-  return SplitRouting(sent, routing.of_experts(number, R))
+  return sent, routing.of_experts(number, R)
 
 
 def gathered(

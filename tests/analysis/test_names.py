@@ -9,8 +9,7 @@ from flax import linen as nn
 
 from moe_jax.analysis import cost, counts, memory
 from moe_jax.layers import parameters
-from moe_jax.layers.experts import ExpertOptions, FeedForwardExpert
-from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.experts import ExpertOptions, FeedForwardExpert, Twin
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.layers.routers import TokenChoice

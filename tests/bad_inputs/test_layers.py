@@ -9,7 +9,7 @@ from flax import linen as nn
 
 import moe_jax
 from moe_jax.layers import Attention, AttentionOptions, Lstm, LstmOptions
-from moe_jax.layers.experts.serving import Dispatch, Experts
+from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.token_choice import TokenChoiceRouter
 from moe_jax.routing import empty_aux
 from tests.bad_inputs.cases import Case, check
@@ -241,20 +241,21 @@ CASES += [
 ]
 
 
-class UsersExperts(Experts):
-  """A user's experts that return groups of another width."""
+class UsersExperts(nn.Module):
+  """A user's experts, whose result a test changes."""
 
   result: object
 
-  def serve(self, x, routing, train):
+  @nn.compact
+  def __call__(self, x, routing, train):
     return self.result(x)
 
 
 @dataclasses.dataclass(frozen=True)
-class UsersDispatch(Dispatch):
-  """A user's dispatch; tests set its result."""
+class UsersExpert(ExpertOptions):
+  """The options of `UsersExperts`; tests set their result."""
 
-  def feed_forward(self, layer):
+  def experts(self, dispatch, shared):
     return UsersExperts(RESULTS[0], name='experts')
 
 
@@ -262,13 +263,13 @@ RESULTS = [None]
 
 
 def experts_case(name, result, phrase):
-  layer = moe(dispatch=UsersDispatch())
+  layer = moe(expert=UsersExpert())
 
   def call(folder):
     RESULTS[0] = result
     jax.eval_shape(lambda: layer.init(jax.random.key(0), X))
 
-  return Case(name, call, ('UsersExperts', 'Experts return', phrase))
+  return Case(name, call, ('UsersExperts', 'experts return', phrase))
 
 
 CASES += [

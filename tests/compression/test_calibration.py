@@ -10,7 +10,7 @@ import pytest
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import calibration, whole_run
 from moe_jax.data import tokenizers
-from moe_jax.layers.experts import Experts
+from moe_jax.layers.experts import SCOPE
 from moe_jax.routing import token_choice
 from tests.generation import folders
 from tests.training import tiny
@@ -37,7 +37,7 @@ def test_the_inputs_of_experts_are_captured(run):
     _, collections = run.model.apply(
       variables,
       **run.model.inputs(batch),
-      capture_intermediates=lambda module, _: isinstance(module, Experts),
+      capture_intermediates=lambda module, _: module.name == SCOPE,
       mutable=['intermediates'],
     )
     return run.model.layer_trees(collections['intermediates'])

@@ -12,7 +12,7 @@ from moe_jax import generate, run_config
 from moe_jax.compression import __main__ as command
 from moe_jax.compression import extract, whole_run
 from moe_jax.config import read_options, section_of
-from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.experts import Dropless
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import Sentence, Task, TokenChoice

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax import generation
 from moe_jax.compression import extract
-from moe_jax.layers.experts.sorted_rows_experts import Dropless
+from moe_jax.layers.experts import Dropless
 from moe_jax.layers.routers import Task
 from moe_jax.routing import All
 from tests.models import tiny

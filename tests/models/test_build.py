@@ -197,7 +197,7 @@ def test_a_leak_is_said_once_with_what_to_do():
     (dict(router=queue), "slot_priority='batch_priority' with num_selected=2"),
     (
       dict(capacity=All(), dispatch=dropless),
-      'dispatch.dropless.exchange.capacity_fraction=0.5 drops the rows',
+      "the dispatch's exchange.capacity_fraction=0.5 drops the rows",
     ),
   ):
     with pytest.raises(OptionError) as error:

@@ -49,8 +49,8 @@ def test_told_rows_go_to_their_experts_and_come_back():
   def round_trip(x, rows):
     layout = layout_of(RULES, x, num_experts=E)
     assert layout.exchanged == ('expert',) and layout.group_only == ()
-    at_experts = travel.to_experts(layout, rows)
-    return at_experts, travel.to_groups(layout, at_experts)
+    at_experts = travel.move(layout, rows, True)
+    return at_experts, travel.move(layout, at_experts, False)
 
   x = put(mesh, jnp.zeros((2, 6, M)), 'expert')
   arrived, returned = round_trip(x, put(mesh, rows, None, 'expert'))

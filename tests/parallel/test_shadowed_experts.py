@@ -249,7 +249,7 @@ def test_a_ring_along_axes_in_another_order_than_the_meshs():
   def travel():
     me = jax.lax.axis_index(axes).astype(float).reshape(1, 1)
     there = permuted(layout, me, 1)
-    return there, permuted(layout, there, 1, back=True)
+    return there, permuted(layout, there, 1, to_experts=False)
 
   run = jax.shard_map(
     travel, mesh=mesh, in_specs=(), out_specs=PartitionSpec(axes)

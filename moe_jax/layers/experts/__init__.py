@@ -1,24 +1,33 @@
 """Experts, and the dispatches that move tokens to them and multiply.
 
-See `serving.py` for the contracts. Each way of serving tokens has one file:
-slots, sorted rows, few tokens.
+Open `experts.py` first: `apply_experts` does what the options of a dispatch
+say.
 """
 
+from collections.abc import Mapping
+
 from moe_jax.config import Kinds
-from moe_jax.layers.experts.quantized_experts import QuantizedExpert
-from moe_jax.layers.experts.serving import (
+from moe_jax.kernels import grouped_products
+from moe_jax.layers.experts.dispatch_options import (
+  SCOPE,
   Dispatch,
-  ExpertOptions,
-  Experts,
-  FeedForwardExpert,
-)
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
-from moe_jax.layers.experts.slots import (
+  Dropless,
   Einsum,
   Gather,
-  ModuleExpert,
+  Sorted,
 )
-from moe_jax.layers.experts.sorted_rows_experts import Dropless, Sorted
+from moe_jax.layers.experts.experts import (
+  ROLE,
+  ExpertOptions,
+  FeedForwardExpert,
+  ModuleExpert,
+  Twin,
+  apply_experts,
+)
+from moe_jax.layers.experts.quantized_experts import QuantizedExpert
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
+from moe_jax.parallel.exchange import EXCHANGES
+from moe_jax.parallel.ragged import RAGGED_EXCHANGES
 
 EXPERTS = Kinds(
   'expert',
@@ -32,18 +41,48 @@ DISPATCHES = Kinds(
   {'gather': Gather, 'einsum': Einsum, 'dropless': Dropless, 'sorted': Sorted},
 )
 
+
+def describe(
+  dispatch: Dispatch, platform: str, devices: Mapping[str, int]
+) -> str:
+  """Says who moves rows and multiplies them, in the line at a run's start.
+
+  Args:
+    dispatch: The dispatch of sparse layers.
+    platform: The platform of the devices, as in `kernels.grouped_products`.
+    devices: The number of devices along each mesh axis that splits experts.
+  """
+  parts, exchanges = [], EXCHANGES
+  if isinstance(dispatch, Dropless):
+    exchanges = RAGGED_EXCHANGES
+    products = grouped_products.describe(dispatch.backend, platform)
+    parts.append(f'grouped products: {products}')
+  if devices and isinstance(dispatch, Gather | Dropless):
+    exchange = exchanges.name_of(dispatch.exchange)
+    axes = ', '.join(f'{name}={size}' for name, size in devices.items())
+    parts.append(f'exchange {exchange!r} over {axes}')
+    if dispatch.shadowing.experts:
+      parts.append(f'up to {dispatch.shadowing.experts} experts shadowed')
+  name = repr(DISPATCHES.name_of(dispatch))
+  return f'{name} ({"; ".join(parts)})' if parts else name
+
+
 __all__ = [
   'DISPATCHES',
   'EXPERTS',
+  'ROLE',
+  'SCOPE',
   'Dispatch',
   'Dropless',
   'Einsum',
   'ExpertOptions',
-  'Experts',
   'FeedForwardExpert',
   'Gather',
   'ModuleExpert',
   'QuantizedExpert',
   'SharedExpertOptions',
   'Sorted',
+  'Twin',
+  'apply_experts',
+  'describe',
 ]

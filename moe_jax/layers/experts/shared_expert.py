@@ -16,7 +16,7 @@ from flax import linen as nn
 from moe_jax.config import Options, option
 from moe_jax.kernels.rows_product import rows_matmul
 from moe_jax.layers import parameters
-from moe_jax.layers.experts.serving import Twin
+from moe_jax.layers.experts.experts import Twin
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.shared import Shared
 from moe_jax.shapes import Array, Float, checked

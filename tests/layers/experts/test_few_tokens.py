@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from moe_jax.kernels.cpu import FEW_TOKENS
 from moe_jax.layers import Dropless, FfnOptions
+from moe_jax.layers.experts.experts import FeedForwardExperts
 from moe_jax.layers.experts.few_tokens import Batched, Unrolled, unrolled
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.routing import token_choice
@@ -23,7 +24,8 @@ def run(dispatch, layer, params, x, routing):
   class Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
-      return dispatch.feed_forward(layer)(x, routing)[0]
+      experts = FeedForwardExperts(layer, dispatch, name='experts')
+      return experts(x, routing)[0]
 
   variables = {'params': {'experts': params}}
   return jax.jit(Layer().apply)(variables, x)
@@ -51,6 +53,7 @@ def test_equals_stacked_experts(tokens, use_bias):
   # One expert has no token, and one has most of them.
   logits = rng.normal(size=(1, tokens, E)) + [0, 3, 0, -90, 0]
   mask = np.arange(tokens)[None] != 2  # one token is padding
+  x[~mask] = np.nan
   route = functools.partial(
     token_choice, num_selected=K, capacity=None, gates='renormalized'
   )

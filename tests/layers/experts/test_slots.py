@@ -1,6 +1,7 @@
 """Experts are E feed-forward layers with independent initial weights."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -12,6 +13,7 @@ from flax import linen as nn
 from moe_jax.config import option, read_options, section_of
 from moe_jax.layers import (
   Dropless,
+  Einsum,
   ExpertOptions,
   FanIn,
   FeedForward,
@@ -23,8 +25,10 @@ from moe_jax.layers import (
   MoeOptions,
   Numerics,
   Shared,
+  Sorted,
 )
-from moe_jax.layers.experts.sorted_rows_experts import sorted_feed_forward
+from moe_jax.layers.experts.experts import FeedForwardExperts, apply_experts
+from moe_jax.layers.experts.sorted_rows import sorted_feed_forward
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.parameters import axes_of, roles_of
 from moe_jax.routing import Routing
@@ -61,7 +65,7 @@ class Experts(nn.Module):
       capacity=R,
     )
     layer = FfnLayer(self.options, self.shared, self.dropout, 'expert')
-    experts = self.dispatch.feed_forward(layer)
+    experts = FeedForwardExperts(layer, self.dispatch, name='experts')
     y, _ = experts(rows.reshape(1, E * R, M), routing, train)
     return y.reshape(rows.shape)
 
@@ -325,6 +329,30 @@ def test_dropout_of_sorted_rows():
   mean = np.mean([run(tiny.key(i)) for i in range(400)], axis=0)
   assert np.abs(np.asarray(run(tiny.key(0))) - plain).max() > 0.1
   np.testing.assert_allclose(mean, plain, atol=0.35 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize('dispatch', [Gather(), Einsum(), Sorted()])
+def test_told_tokens_meet_their_experts_without_a_module(dispatch):
+  # Expert 0 doubles what is positive, and expert 1 triples it. The first token
+  # goes to both, the second to expert 1 alone, and the third was dropped.
+  params = {
+    'w_in': jnp.stack([jnp.eye(2), jnp.eye(2)]),
+    'w_out': jnp.stack([2 * jnp.eye(2), 3 * jnp.eye(2)]),
+  }
+  x = jnp.array([[[1.0, -1], [10, 20], [7, 7]]])
+  kept = jnp.array([[[True, True], [True, False], [False, False]]])
+  routing = Routing(
+    expert_index=jnp.array([[[0, 1], [1, 0], [1, 0]]], jnp.int32),
+    slot=jnp.array([[[0, 0], [1, 0], [2, 2]]], jnp.int32),
+    gate=jnp.where(kept, jnp.array([[[0.5, 0.25], [1, 0], [1, 0]]]), 0.0),
+    kept=kept,
+    num_experts=2,
+    capacity=2,
+  )
+  ffn = FfnLayer(FfnOptions(2, 'relu'))
+  apply = jax.jit(functools.partial(apply_experts, ffn, dispatch=dispatch))
+  y, moved = apply(params, x, routing)
+  assert y.tolist() == [[[1.75, 0], [30, 60], [0, 0]]] and moved is None
 
 
 def test_experts_start_alike_whoever_serves_them():

@@ -1,0 +1,392 @@
+"""Experts, and the one function that applies them, `apply_experts`.
+
+An expert's options give the module that applies E of them to groups of tokens:
+the module makes parameters, and the function moves tokens to their experts as
+the options of the dispatch say, multiplies, and sums outputs by their gates.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from moe_jax.config import Options, option
+from moe_jax.errors import InputError
+from moe_jax.layers import parameters
+from moe_jax.layers.experts import few_tokens
+from moe_jax.layers.experts.dispatch_options import (
+  SCOPE,
+  Dispatch,
+  Dropless,
+  Gather,
+)
+from moe_jax.layers.experts.few_tokens import Batched, Unrolled
+from moe_jax.layers.experts.sorted_rows import apply_to_sorted_rows, dropped
+from moe_jax.layers.ffn import ACTIVATIONS, FfnLayer, FfnOptions
+from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.shared import Shared
+from moe_jax.parallel.layout import Layout, layout_of
+from moe_jax.parallel.slot_exchange import StackedExperts, exchange_slots
+from moe_jax.routing import AnyRouting, ExchangeStats
+from moe_jax.shapes import (
+  Array,
+  Float,
+  PRNGKey,
+  checked,
+  type_text,
+)
+
+# The role of the parameters of experts.
+ROLE = 'expert'
+
+
+def apply_experts(
+  ffn: FfnLayer,
+  params: Any,
+  x: Float[Array, 'G S M'],
+  routing: AnyRouting,
+  dispatch: Dispatch = Gather(),
+  layout: Layout | None = None,
+  next_key: Callable[[], PRNGKey | None] = lambda: None,
+) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+  """Moves tokens to their experts, applies these, and sums their outputs.
+
+  All dispatches are equal in value and gradient on the same routing, but for
+  the draws of dropout.
+
+  Args:
+    ffn: The computation of one feed-forward expert.
+    params: The parameters, each [E, ...]; those of each expert, for `Unrolled`.
+    x: Groups of tokens, of the type of products.
+    routing: The experts and the gates of each token.
+    dispatch: The options that say who moves and multiplies.
+    layout: The layout of groups and experts on a mesh; None on one device.
+    next_key: A function that gives a new key of dropout at each call, or None
+      where nothing is dropped.
+
+  Returns:
+    The gated sums, and what moved between devices, or None.
+  """
+  if isinstance(dispatch, Unrolled):
+    fold = functools.partial(few_tokens.fold_unrolled, params)
+    return few_tokens.apply_one_by_one(ffn, fold, x, routing), None
+  if isinstance(dispatch, Batched) and few_tokens.are_few(x):
+    return few_tokens.apply_all_experts(ffn, params, x, routing), None
+  if isinstance(dispatch, Dropless):
+    key = next_key()
+    return apply_to_sorted_rows(ffn, params, x, routing, dispatch, layout, key)
+
+  def compute(params, rows):
+    return ffn.compute(
+      params, rows, lambda h: dropped(h, ffn.dropout, next_key())
+    )
+
+  E, M = routing.num_experts, x.shape[-1]
+  axes, sizes = ffn.axes((E,), M), ffn.sizes(M, x.dtype)
+  experts = StackedExperts(compute, params, axes, sizes)
+  return _apply_in_slots(experts, x, routing, dispatch, layout)
+
+
+def _apply_in_slots(
+  experts: StackedExperts,
+  x: Float[Array, 'G S M'],
+  routing: AnyRouting,
+  dispatch: Dispatch,
+  layout: Layout | None,
+) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+  """The gated sums of outputs, where each expert has as many rows."""
+  dispatch = cast(Gather, dispatch)
+  dispatcher = dispatch.dispatcher
+  if layout is not None:
+    return exchange_slots(
+      experts,
+      x,
+      routing,
+      layout=layout,
+      dispatcher=dispatcher,
+      exchange=dispatch.exchange,
+      shadowing=dispatch.shadowing,
+    )
+  with jax.named_scope('dispatch'):
+    rows = dispatcher.dispatch(x, routing)  # [E, R, M]
+  rows = experts(rows)
+  with jax.named_scope('combine'):
+    return dispatcher.combine(rows, routing), None
+
+
+class FeedForwardExperts(nn.Module):
+  """E independent feed-forward layers.
+
+  Every expert starts from its own draw, with the fan-in of one expert. With
+  E=1 it is the dense layer. The parameters are the same whatever the dispatch
+  is, except that `Unrolled` has them apart.
+
+  Attributes:
+    ffn: The computation of one expert.
+    dispatch: The options that say who moves and multiplies.
+  """
+
+  ffn: FfnLayer
+  dispatch: Dispatch = Gather()
+
+  @nn.compact
+  @checked
+  def __call__(
+    self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+    """Calls `apply_experts`, with dropout if `train`."""
+    ffn, E, M = self.ffn, routing.num_experts, x.shape[-1]
+    if isinstance(self.dispatch, Unrolled):
+      params = [
+        few_tokens.OneExpert(ffn, name=few_tokens.own_name(e))(M)
+        for e in range(E)
+      ]
+    else:
+      params = ffn.parameters(self, (E,), M)
+    # The keys for rows in slots are those of a submodule.
+    by_slot = self.dispatch.by_slot
+    module = ffn.dropout_module(self, train) if by_slot else self
+
+    def next_key():
+      return module.make_rng('dropout') if train and ffn.dropout else None
+
+    layout = _layout(self, ffn.shared, x, E, ffn.options.hidden)
+    return apply_experts(
+      ffn, params, x, routing, self.dispatch, layout, next_key
+    )
+
+
+def _layout(
+  module: nn.Module,
+  shared: Shared,
+  x: Float[Array, 'G S M'],
+  num_experts: int,
+  hidden: int = 1,
+) -> Layout | None:
+  """The layout of groups on their mesh; None on one device, and while init."""
+  if module.is_initializing():
+    return None
+  return layout_of(shared.rules, x, num_experts=num_experts, hidden=hidden)
+
+
+class Twin(NamedTuple):
+  """The dense feed-forward layer that replaces some experts in a dense twin.
+
+  Attributes:
+    ffn: The width and activation of the layer.
+    dropout: The rate at which its hidden values are dropped in training.
+  """
+
+  ffn: FfnOptions
+  dropout: float
+
+  def of_width(self, hidden: int) -> 'Twin':
+    """The same layer with another hidden width."""
+    return self._replace(ffn=dataclasses.replace(self.ffn, hidden=hidden))
+
+
+class ExpertOptions(Options):
+  """The contract of an expert's options.
+
+  A subclass defines `module`, or `experts` if its experts are applied in a way
+  of their own.
+
+  Attributes:
+    has_width: Whether an expert is a feed-forward, so that a dense layer of
+      some width (`twin`) is its equivalent and can be a shared expert.
+    format: The storage of their kernels in codes; None where they are stored
+      as they are.
+  """
+
+  has_width: ClassVar[bool] = False
+  format: ClassVar[KernelFormat | None] = None
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'ExpertOptions':
+    """These options with defaults filled in from the model's options.
+
+    Args:
+      ffn: The dense feed-forward layers of the model.
+      dropout: The model's rate of dropout.
+    """
+    del ffn, dropout
+    return self
+
+  def problems_with(self, dispatch: Dispatch) -> Iterator[str]:
+    """The problems that these experts have with a dispatch."""
+    if not dispatch.by_slot and not self.has_width:
+      yield (
+        f'dispatch={type(dispatch).__name__} serves no experts of '
+        f'{type(self).__name__}: it has no rows [E, R, M]; use Gather'
+      )
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """One expert: a linen module that is called as (rows [R, M], train)."""
+    raise NotImplementedError
+
+  def call(
+    self, module: nn.Module, rows: Float[Array, 'R M'], train: bool
+  ) -> Float[Array, 'R M']:
+    """The output of one expert for its rows."""
+    return module(rows, train)
+
+  def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
+    """The module that applies E such experts to groups, named `SCOPE`.
+
+    It is called as (groups [G, S, M], routing, train) and returns groups, and
+    what moved between devices, or None.
+    """
+    return ModuleExperts(self, dispatch, shared, name=SCOPE)
+
+  def twin(self, num_selected: int) -> Twin:
+    """The dense layer with the FLOPs per token of `num_selected` experts.
+
+    Raises:
+      ValueError: These experts have no dense equivalent.
+    """
+    raise InputError(
+      f'{type(self).__name__} has no dense twin: give it a method `twin`'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardExpert(ExpertOptions):
+  """The options of experts that are feed-forward layers, for any dispatch."""
+
+  has_width: ClassVar[bool] = True
+
+  hidden: int = option(
+    0,
+    'Width F of the hidden layer of each expert; 0: model.ffn.hidden.',
+    minimum=0,
+  )
+  activation: str = option(
+    '',
+    "Activation of the experts; '': model.ffn.activation.",
+    choices=('', *ACTIVATIONS),
+  )
+  dropout: float = option(
+    -1.0,
+    "Rate at which experts' hidden values are dropped in training; 0 drops "
+    'none, -1: model.dropout.',
+    minimum=-1,
+    below=1,
+    same_function=True,
+  )
+  bias: str = option(
+    '',
+    "Biases of the experts' products: 'all', the gate's included (gpt-oss), or "
+    "'none'; '': model.ffn.bias.",
+    choices=('', 'all', 'none'),
+  )
+
+  def within(self, ffn: FfnOptions, dropout: float) -> 'FeedForwardExpert':
+    return dataclasses.replace(
+      self,
+      hidden=self.hidden or ffn.hidden,
+      activation=self.activation or ffn.activation,
+      bias=self.bias or ffn.bias,
+      dropout=dropout if self.dropout < 0 else self.dropout,
+    )
+
+  def ffn(self, shared: Shared) -> FfnLayer:
+    """The computation of one expert, after `within`."""
+    return FfnLayer(self.twin(1).ffn, shared, self.dropout, ROLE)
+
+  def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
+    return FeedForwardExperts(self.ffn(shared), dispatch, name=SCOPE)
+
+  def twin(self, num_selected: int) -> Twin:
+    """A dense layer of `num_selected` times the width of an expert."""
+    width = self.hidden * num_selected
+    return Twin(FfnOptions(width, self.activation, self.bias), self.dropout)
+
+  def shrunk(self) -> Self:
+    return dataclasses.replace(self, hidden=40 if self.hidden else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleExpert(ExpertOptions):
+  """Experts that are copies of a linen module, called as module(rows [R, M]).
+
+  It is for Python; a config needs a class that extends `ExpertOptions`.
+
+  Attributes:
+    expert: The module that is copied.
+  """
+
+  expert: nn.Module
+
+  def module(self, shared: Shared, name: str) -> nn.Module:
+    """A copy of the module, which does not receive `shared`."""
+    del shared
+    return self.expert.copy(name=name)
+
+  def call(self, module, rows, train):
+    """The output of the module, which is not told `train`."""
+    del train
+    return module(rows)
+
+
+class ModuleExperts(nn.Module):
+  """E copies of any module, each initialised independently.
+
+  Attributes:
+    options: The options of one expert.
+    dispatch: The dispatch, into slots.
+    shared: The settings that all layers of the model share.
+  """
+
+  options: ExpertOptions
+  dispatch: Dispatch
+  shared: Shared
+
+  @nn.compact
+  @checked
+  def __call__(
+    self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
+  ) -> tuple[Float[Array, 'G S M'], ExchangeStats | None]:
+    """Moves tokens to the copies, applies these, and sums their outputs."""
+    module = self.options.module(self.shared, name='expert')
+
+    @functools.partial(
+      nn.vmap,
+      axis_size=routing.num_experts,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True, 'router': True},
+      metadata_params={nn.PARTITION_NAME: 'expert'},
+    )
+    def call(module, rows):
+      y = self.options.call(module, rows, train)
+      return _as_rows(type(module).__name__, y, rows)
+
+    experts = StackedExperts(lambda _, rows: call(module, rows), {}, {}, None)
+    layout = _layout(self, self.shared, x, routing.num_experts)
+    output = _apply_in_slots(experts, x, routing, self.dispatch, layout)
+    if self.is_initializing():
+      own = self.variables['params']
+      own = parameters.with_role(own, ROLE, stacked=('expert',))
+      for name, subtree in own.items():
+        self.put_variable('params', name, subtree)
+    return output
+
+
+def _as_rows(name: str, y: Any, rows: Array) -> Array:
+  """An expert's output in the type of its rows.
+
+  Raises:
+    ValueError: The output is no array of numbers with a fraction, or has
+      another shape than the rows.
+  """
+  dtype = getattr(y, 'dtype', np.int32)
+  fits = jnp.issubdtype(dtype, jnp.floating) and y.shape == rows.shape
+  if not fits:
+    raise InputError(
+      f'expert {name} returned {type_text(y)} for rows {type_text(rows)}; an '
+      'expert returns rows [R, M] of the same shape'
+    )
+  return y.astype(rows.dtype)

@@ -1,0 +1,185 @@
+"""Applies experts with slots over a mesh: rows travel to them and back.
+
+Each device moves its groups' tokens to rows, rows travel as an exchange says,
+experts multiply those that they have, and each device sums their outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.errors import InputError
+from moe_jax.parallel.cost_model import Sizes
+from moe_jax.parallel.exchange import Constraint, Exchange
+from moe_jax.parallel.layout import Layout, own_blocks
+from moe_jax.parallel.shadowing import Shadowing, gathered, moved_rows, split
+from moe_jax.routing import AnyRouting, ExchangeStats, Routing, one_queue
+from moe_jax.routing.dispatch import Dispatcher
+from moe_jax.shapes import Array, Float, Int32
+
+
+class StackedExperts(NamedTuple):
+  """Experts of which each multiplies as many rows.
+
+  Attributes:
+    compute: The function (params [*E, ...], rows [*E, R, M]) -> rows.
+    params: The parameters, [E, ...]; {} where they are those of a module.
+    axes: The logical axes of each parameter.
+    sizes: The sizes of an expert; None for modules, which know no sizes.
+  """
+
+  compute: Callable[[Any, Array], Array]
+  params: Mapping[str, Array]
+  axes: Mapping[str, tuple[str | None, ...]]
+  sizes: Sizes | None
+
+  def __call__(self, rows: Float[Array, 'E R M']) -> Float[Array, 'E R M']:
+    """The outputs of all experts."""
+    return self.compute(self.params, rows)
+
+
+def exchange_slots(
+  experts: StackedExperts,
+  x: Float[Array, 'G S M'],
+  routing: AnyRouting,
+  *,
+  layout: Layout,
+  dispatcher: Dispatcher,
+  exchange: Exchange,
+  shadowing: Shadowing = Shadowing(),
+) -> tuple[Float[Array, 'G S M'], ExchangeStats]:
+  """The gated sums of experts' outputs on a mesh, and what moved.
+
+  Args:
+    experts: The experts.
+    x: The groups of tokens.
+    routing: The routing of all groups.
+    layout: The layout of groups and experts on the mesh.
+    dispatcher: The dispatcher between tokens and rows.
+    exchange: The exchange by which rows travel.
+    shadowing: The experts that are sent to all devices.
+
+  Raises:
+    ValueError: The layout, the experts or the routing do not allow what the
+      options ask for.
+  """
+  if shadowing.experts and experts.sizes is None:
+    raise InputError(
+      f'shadowing.experts={shadowing.experts} needs feed-forward experts, '
+      'whose parameters are arrays; these are modules'
+    )
+  if not layout.exchanged:  # no rows travel, and all find room
+    exchange = Constraint()
+  groups_spec = layout.spec(layout.groups)
+  pieces_spec = exchange.pieces_spec(layout)
+  staying_spec = layout.spec(layout.group_only, (), layout.exchanged)
+
+  def rows_of(x, routing):
+    # All groups of a device may have become one queue.
+    x = x.reshape(-1, routing.group_size, x.shape[-1])
+    return dispatcher.dispatch(x, routing)
+
+  def sums_of(rows, routing):
+    return dispatcher.combine(rows, routing).reshape(-1, *x.shape[1:])
+
+  def depart(x, routing):
+    """Splits one device's choices, fills rows of both kinds, counts moves."""
+    counts = routing.rows_per_expert()
+    shadowed = shadowing.choose(layout, counts, experts.sizes)
+    sent, staying = split(routing, shadowed)
+    sent_counts = sent.rows_per_expert()
+    if exchange.capacity_fraction != 1.0:
+      sent = _with_room(sent, exchange)
+    overflow = own_blocks(layout, sent_counts - sent.rows_per_expert()).sum()
+    stats = moved_rows(layout, counts, sent_counts, shadowed, overflow)
+    pieces = exchange.cut(layout, rows_of(x, sent))
+    staying_rows = None if staying is None else rows_of(x, staying)[None]
+    stats = jax.tree.map(lambda leaf: leaf[None], stats)
+    return pieces, staying_rows, shadowed[None], (sent, staying), stats
+
+  def arrive(pieces, staying_rows, choices):
+    """The sums of one device's tokens."""
+    sent, staying = choices
+    y = sums_of(exchange.joined(layout, pieces), sent)
+    return y if staying is None else y + sums_of(staying_rows[0], staying)
+
+  with jax.named_scope('dispatch'):
+    pieces, staying_rows, shadowed, choices, stats = _on_devices(
+      depart,
+      layout,
+      (groups_spec, groups_spec),
+      (
+        pieces_spec,
+        staying_spec,
+        layout.spec(layout.group_only),
+        groups_spec,
+        groups_spec,
+      ),
+    )(x, routing)
+  with jax.named_scope('exchange'):
+    inputs = [
+      exchange.move(layout, rows, to_experts=True, number=i)
+      for i, rows in enumerate(pieces)
+    ]
+  outputs = [experts(rows) for rows in inputs]
+  if staying_rows is not None:
+    staying_rows = _in_shadow(experts, layout, staying_rows, shadowed)
+  with jax.named_scope('exchange'):
+    pieces = [
+      exchange.move(layout, rows, to_experts=False, number=i)
+      for i, rows in enumerate(outputs)
+    ]
+  with jax.named_scope('combine'):
+    y = _on_devices(
+      arrive, layout, (pieces_spec, staying_spec, groups_spec), groups_spec
+    )(pieces, staying_rows, choices)
+  return y, jax.tree.map(lambda leaf: leaf.sum(), stats)
+
+
+def _on_devices(function, layout, in_specs, out_specs):
+  return jax.shard_map(
+    function,
+    mesh=layout.mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+
+
+def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
+  """The choices of a device for which the exchange has room, in one queue."""
+  if not isinstance(sent, Routing):
+    raise InputError(
+      f'exchange.capacity_fraction={exchange.capacity_fraction} would always '
+      'drop tokens where experts choose, as these fill all their slots; use '
+      '1.0'
+    )
+  slots = len(sent.gate) * sent.bounded()
+  return one_queue(sent, exchange.capacity(slots))
+
+
+def _in_shadow(
+  experts: StackedExperts,
+  layout: Layout,
+  rows: Float[Array, 'D R N M'],
+  shadowed: Int32[Array, 'D R'],
+) -> Float[Array, 'D R N M']:
+  """The outputs of shadowed experts for the rows that stay.
+
+  The first dimension is split over the axes that hold copies of the experts.
+  """
+
+  def local(params, shadowed):
+    params = gathered(layout, params, shadowed[0])
+    return {name: w[None] for name, w in params.items()}
+
+  params = _on_devices(
+    local,
+    layout,
+    (layout.parameter_specs(experts.axes), layout.spec(layout.group_only)),
+    layout.parameter_specs(experts.axes, layout.group_only, ()),
+  )(experts.params, shadowed)
+  D, R, N, M = rows.shape
+  params = {name: w.reshape(D * R, *w.shape[2:]) for name, w in params.items()}
+  return experts.compute(params, rows.reshape(D * R, N, M)).reshape(rows.shape)
