@@ -21,10 +21,9 @@ from moe_jax.devices import is_first
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.kernels import grouped_products
-from moe_jax.layers.experts import DISPATCHES, Dispatch, Dropless
+from moe_jax.layers.experts import DISPATCHES, Dropless
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.shared import Numerics
 from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.summary import Batch, StepMetrics
@@ -47,26 +46,22 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      line = cost_line(run.options, run.model, run.mesh)
+      line = run_cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
-    """Prints lines on data, model and devices; warns if it is not causal."""
-    for line in facts(run):
+    """Prints lines on data, model and devices; warns if it is not causal.
+
+    The last one says why nothing is printed for a while before the first step.
+    """
+    run.message(run.dataset.describe())
+    for line in facts(run.options, run.model, run.programs, run.mesh):
       run.message(line)
-
-
-class Compiling(Hook):
-  """Says why nothing is printed for a while before the first step."""
-
-  def start(self, run: Run) -> None:
-    """Prints a line, unless no step is left."""
-    if max(run.checkpoints.steps(), default=0) >= run.options.total_steps:
-      return
-    run.message(
-      'compiling the step; the first line of progress comes after it and '
-      'may take half a minute, or minutes for a large model'
-    )
+    if max(run.checkpoints.steps(), default=0) < run.options.total_steps:
+      run.message(
+        'compiling the step; the first line of progress comes after it and '
+        'may take half a minute, or minutes for a large model'
+      )
 
 
 class MeshSummary(Hook):
@@ -96,9 +91,8 @@ class Profile(Hook):
   Each trace is in a subfolder of `profile` that its time names.
   """
 
-  def __init__(self):
-    self._is_tracing = False
-    self._step: int | None = None
+  _is_tracing = False
+  _step: int | None = None
 
   def start(self, run: Run) -> Run | None:
     """Wraps the step, unless no step is to be traced."""
@@ -281,9 +275,8 @@ def routing_tables(
 def default_hooks() -> list[Hook]:
   """The hooks of `moe_jax.main`."""
   return [
-    Facts(),
     Replaying(),
-    Compiling(),  # before the summary, which compiles
+    Facts(),  # before the summary, which compiles
     MeshSummary(),
     Profile(),
     Traces(),
@@ -305,54 +298,32 @@ def model_warnings(model: models.Model) -> list[str]:
   return texts + [model.forced_balance] * bool(model.forced_balance)
 
 
-def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
-  """A line on what a run takes; matrix products of a device are timed for it.
-
-  Args:
-    options: The options of the run, after `filled`.
-    model: The model of the run.
-    mesh: The mesh of the run.
-  """
-  total_cost = run_cost.run_cost(options, model)
-  if not total_cost.flops:
-    return f'run: {total_cost.describe()}'
-  dtype = getattr(options.model, 'numerics', Numerics()).dtype
-  rate, _ = roofline.product_rate(dtype)
-  rate *= roofline.num_processors(list(mesh.devices.flat))
-  return f'run: {total_cost.describe()}; {total_cost.time(rate)}'
-
-
-def facts(run: Run) -> Iterator[str]:
-  """Lines on the data, the model and the devices of a run."""
-  yield run.dataset.describe()
-  lengths = run.options.data.seq_len, run.options.data.target_len
-  yield cost.count(run.model, *lengths).describe()
-  if run.model.moe is not None:
-    yield _experts(run, run.model.moe)
-    for text in model_warnings(run.model):
+def facts(
+  options: RunOptions, model: models.Model, programs: Programs, mesh: Mesh
+) -> Iterator[str]:
+  """Lines on the model and the devices of a run."""
+  lengths = options.data.seq_len, options.data.target_len
+  yield cost.count(model, *lengths).describe()
+  if model.moe is not None:
+    yield _experts_line(model, model.moe, mesh.devices.flat[0].platform)
+    for text in model_warnings(model):
       yield f'WARNING: {text}'
-  yield from trained_lines(run.options, run.programs)
-  yield from optimizer_lines(run.options, run.programs)
-  yield devices_line(run.mesh)
+  yield from _trained_lines(options, programs)
+  yield from optimizer_lines(options, programs)
+  yield f'devices: {roofline.describe_mesh(mesh)}'
 
 
-def devices_line(mesh: Mesh) -> str:
-  """A line on the devices of a mesh."""
-  return f'devices: {roofline.describe_mesh(mesh)}'
-
-
-def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
+def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   """A line on the parameters that train, if not all do."""
   params, trained = programs.abstract_state.params, programs.trained
   if trained.expression == 'all' and not trained.masks:
     return
   count = trained.count(trained.part(params))
-  file = options.trained_experts
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   subset, lora = f'trainable={options.trainable!r}', options.lora
   if lora.rank:
     subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
-  if file:
+  if file := options.trained_experts:
     subset += f', {trainable.read_chosen(file).describe()}'
   yield (
     f'{subset}: {count:,} of {total:,} parameters train ({count / total:.1%}); '
@@ -370,28 +341,18 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   )
 
 
-def _experts(run: Run, moe: MoeOptions) -> str:
+def _experts_line(model: models.Model, moe: MoeOptions, platform: str) -> str:
+  counts = [model.moe_of(i).num_retained for i in model.sparse_layers]
+  count = counts[0] if len(set(counts)) == 1 else counts
+  dispatch = repr(DISPATCHES.name_of(moe.dispatch))
+  if not moe.dispatch.by_slot:
+    products = grouped_products.describe(
+      cast(Dropless, moe.dispatch).backend,
+      'cuda' if platform == 'gpu' else platform,
+    )
+    dispatch += f' (grouped products: {products})'
   return (
-    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
-    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
-    f'dispatch {_dispatch(run, moe.dispatch)}'
+    f'sparse layers {list(model.sparse_layers)}: {count} experts, '
+    f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+    f'dispatch {dispatch}'
   )
-
-
-def _counts(run: Run) -> str:
-  """The number of experts of all sparse layers, or that of each."""
-  moes = [moe for moe in run.model.moes if moe is not None]
-  counts = [moe.num_retained for moe in moes]
-  return str(counts[0] if len(set(counts)) == 1 else counts)
-
-
-def _dispatch(run: Run, dispatch: Dispatch) -> str:
-  name = repr(DISPATCHES.name_of(dispatch))
-  if dispatch.by_slot:
-    return name
-  platform = run.mesh.devices.flat[0].platform
-  platform = 'cuda' if platform == 'gpu' else platform
-  products = grouped_products.describe(
-    cast(Dropless, dispatch).backend, platform
-  )
-  return f'{name} (grouped products: {products})'

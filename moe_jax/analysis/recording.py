@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
+from moe_jax.analysis.counts import group_size
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -71,12 +72,21 @@ def make_header(
   lengths = dict.fromkeys(model.sequences, data.seq_len)
   if model.has_encoder:
     lengths[''] = data.target_len
-  rows = batch_size // microbatches
+  layers = {}
+  for layer in model.sparse_layers:
+    moe, sequence = model.moe_of(layer), model.sequence_of(layer)
+    S = group_size(moe, batch_size // microbatches, lengths[sequence])
+    is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
+    layers[layer] = LayerInfo(
+      num_experts=moe.num_retained,
+      num_selected=moe.num_selected,
+      capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
+      group_size=S,
+      by_expert=moe.router.by_expert,
+      sequence=sequence.rstrip('_'),
+    )
   return Header(
-    layers={
-      layer: _layer_info(model, layer, rows, lengths[model.sequence_of(layer)])
-      for layer in model.sparse_layers
-    },
+    layers=layers,
     batch_size=batch_size,
     seq_len=lengths[''],
     vocab_size=model.vocab_size,
@@ -85,20 +95,6 @@ def make_header(
     tokenizer=tokenizer.identity,
     note='; '.join(filter(None, (note, model.forced_balance))),
     **fields,
-  )
-
-
-def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
-  moe = model.moe_of(layer)
-  S = rows * length if moe.group_size == -1 else moe.group_size or length
-  is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
-  return LayerInfo(
-    num_experts=moe.num_retained,
-    num_selected=moe.num_selected,
-    capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
-    group_size=S,
-    by_expert=moe.router.by_expert,
-    sequence=model.sequence_of(layer).rstrip('_'),
   )
 
 
@@ -263,9 +259,7 @@ class Traces(Hook):
   """
 
   serves = 'trace'
-
-  def __init__(self):
-    self._recorder: Recorder | None = None
+  _recorder: Recorder | None = None
 
   def check(self, run: Run) -> None:
     """Checks that the choices can be recorded.
@@ -293,8 +287,9 @@ class Traces(Hook):
     for i, entry in enumerate(evaluations):
       if entry.name in names:
         losses = cast(Losses, entry.measure)
-        fields = entry.name, losses, o.recording, self._recorder
-        measure = recorded_losses(*fields)
+        measure = recorded_losses(
+          entry.name, losses, o.recording, self._recorder
+        )
         evaluations[i] = dataclasses.replace(entry, measure=measure)
     run.message(
       f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
