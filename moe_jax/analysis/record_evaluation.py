@@ -22,7 +22,7 @@ from moe_jax.data import load as load_data
 from moe_jax.devices import Placing, keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
 from moe_jax.training import trained
-from moe_jax.training.evaluate import ROOM_FOR_ALL, LossEvaluation, Losses
+from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 from moe_jax.training.run_options import TraceOptions
 
 KIND = 'loss'
