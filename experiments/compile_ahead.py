@@ -186,7 +186,7 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
   evaluation = largest_evaluation(options, programs)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  step_costs = sharded.read(step, programs.abstract_state, mesh)
+  step_costs = sharded.read(step, programs.abstract_state)
   return Report(step_costs, evaluation, seconds, peak)
 
 

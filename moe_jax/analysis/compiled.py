@@ -132,10 +132,9 @@ def op_name_of(program: Program) -> dict[str, str]:
   """The `op_name` of each instruction, those included that the compiler made.
 
   An instruction without one gets that of the computations that it calls; else
-  that of an instruction that reads it, or of one that it reads, over any number
-  of steps; else that of the loop or call that it is in; else ''.
+  that of an instruction that reads it, or of one that it reads; else that of
+  the loop or call that it is in; each over any number of steps; else ''.
   """
-  op_names = {name: i.op_name for name, i in program.items()}
   bodies = _by_computation(program)
   readers = collections.defaultdict(list)
   callers = collections.defaultdict(list)
@@ -144,22 +143,19 @@ def op_name_of(program: Program) -> dict[str, str]:
       readers[operand].append(name)
     for computation in instruction.calls:
       callers[computation].append(name)
-  called = {
-    name: [other for c in i.calls for other in bodies[c]]
-    for name, i in program.items()
-    if not i.op_name
-  }
-  op_names |= {name: _commonest(op_names, x) for name, x in called.items()}
-  operands = {name: i.operands for name, i in program.items()}
-  loops = {name: callers[i.computation] for name, i in program.items()}
-  for neighbours in (readers, operands, loops):
-    unnamed = [name for name, op_name in op_names.items() if not op_name]
-    while unnamed:
-      op_names |= {n: _commonest(op_names, neighbours[n]) for n in unnamed}
-      still_unnamed = [name for name in unnamed if not op_names[name]]
-      if len(still_unnamed) == len(unnamed):
-        break
-      unnamed = still_unnamed
+  op_names = {name: i.op_name for name, i in program.items()}
+  for neighbours in (
+    lambda i: [other for c in i.calls for other in bodies[c]],
+    lambda i: readers[i.name],
+    lambda i: i.operands,
+    lambda i: callers[i.computation],
+  ):
+    found = {'': ''}
+    while found:
+      unnamed = [i for i in program.values() if not op_names[i.name]]
+      pairs = ((i.name, _commonest(op_names, neighbours(i))) for i in unnamed)
+      found = {name: op_name for name, op_name in pairs if op_name}
+      op_names |= found
   return op_names
 
 
@@ -203,5 +199,5 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 def _commonest(op_names: Mapping[str, str], names: Iterable[str]) -> str:
   """The most frequent `op_name` but '' of instructions; '' without any."""
-  found = [op_names[name] for name in names if op_names.get(name)]
+  found = [op_names[name] for name in names if op_names[name]]
   return max(found, key=found.count) if found else ''

@@ -79,7 +79,7 @@ class MeshSummary(Hook):
     state = run.programs.abstract_state
     batch = run.options.batch_shapes(run.model)
     compiled = run.programs.train_step.lower(state, batch).compile()
-    run.message(sharded.read(compiled, state, run.mesh).describe())
+    run.message(sharded.read(compiled, state).describe())
     if run.train_step is not run.programs.train_step:
       return None  # a hook has wrapped it
     return dataclasses.replace(run, train_step=compiled)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
+from scipy import special
 from scipy.stats import random_table
 
 from moe_jax.analysis.traces import Header, LayerInfo, Record
@@ -250,14 +251,6 @@ def expected_pairs(
   return expected
 
 
-def independent(
-  table: Num[np.ndarray, 'rows E'],
-) -> Float[np.ndarray, 'rows E']:
-  """The counts that rows and columns with these sums have if independent."""
-  total = max(float(table.sum()), 1e-300)
-  return np.outer(table.sum(1), table.sum(0)) / total
-
-
 def repeats(
   one: Int[np.ndarray, 'P K'], other: Int[np.ndarray, 'P K']
 ) -> Int[np.ndarray, '3']:
@@ -357,12 +350,8 @@ def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
   """
   if logits is None or not len(logits) or logits.shape[1] < 2:
     return math.nan
-  shifted = logits.astype(np.float64)
-  # The floor keeps the product with a probability of 0 a number.
-  shifted = np.maximum(shifted - shifted.max(1, keepdims=True), -700)
-  total = np.exp(shifted).sum(1)
-  nats = np.log(total) - (np.exp(shifted) * shifted).sum(1) / total
-  return float(nats.mean() / math.log(logits.shape[1]))
+  probs = special.softmax(logits.astype(np.float64), axis=1)
+  return float(special.entr(probs).sum(1).mean() / math.log(logits.shape[1]))
 
 
 def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
@@ -506,17 +495,15 @@ def specialisation(
   """
   by_label = {TOKEN: {}, POSITION: {}, SOURCE: {}}
   for number, layer in layers.items():
-    parts = min(NUM_PARTS, layer.length)
-    part = parts_of(layer.tokens.position, layer.length, parts)
+    tokens, parts = layer.tokens, min(NUM_PARTS, layer.length)
+    part = parts_of(tokens.position, layer.length, parts)
     positions = layer.first_counts(part, parts)
     for name, table in ((TOKEN, layer.by_token), (POSITION, positions)):
       rng = np.random.default_rng((0, number))
       by_label[name][number] = information(table, rng)
-    source = layer.tokens.source
-    if (
-      layer.num_sources > 1 and source is not None and (layer.first >= 0).any()
-    ):
-      counts = layer.first_counts(layer.tokens.document, len(source))
+    has_choices, source = (layer.first >= 0).any(), tokens.source
+    if layer.num_sources > 1 and source is not None and has_choices:
+      counts = layer.first_counts(tokens.document, len(source))
       by_label[SOURCE][number] = document_information(
         source, counts, layer.num_sources
       )
@@ -631,11 +618,9 @@ def churn(
         'that their choices cannot be compared'
       )
     for number, choices in one.layers.items():
-      other_choices = other.layers[number]
-      chose = (choices.expert >= 0).any(-1) | (other_choices.expert >= 0).any(
-        -1
-      )
-      same = choices.expert[..., 0] == other_choices.expert[..., 0]
+      expert, other_expert = choices.expert, other.layers[number].expert
+      chose = (expert >= 0).any(-1) | (other_expert >= 0).any(-1)
+      same = expert[..., 0] == other_expert[..., 0]
       real = chose & (one.documents > 0)
       counts[number] += (same & real).sum(), real.sum()
   return {n: 1 - float(shares(*counts[n])) for n in sorted(counts)}

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats.contingency import expected_freq
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis import routing_measures as measures
@@ -73,7 +74,7 @@ def pictures(
     title = 'Tokens that chose both experts / chance'
     yield 'co_activation', _panels(pairs, title, 'expert', 'expert')
   flows = {
-    f'layer {a} to {b}': _over(table, measures.independent(table))
+    f'layer {a} to {b}': _over(table, expected_freq(table))
     for (a, b), table in measures.flows(layers).items()
   }
   if flows:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.stages import Compiled
 from jaxtyping import Bool
 
@@ -93,7 +92,6 @@ class Sharded:
   """The bytes of one device, and the collectives of a step.
 
   Attributes:
-    mesh: Size of each axis of the mesh.
     param_bytes: Bytes of the parameters.
     optimizer_bytes: Bytes of the state of the optimizer.
     argument_bytes: Bytes of the arguments: train state and batch.
@@ -105,7 +103,6 @@ class Sharded:
     collectives: The collectives in which the device sends to others in a step.
   """
 
-  mesh: Mapping[str, int]
   param_bytes: int
   optimizer_bytes: int
   argument_bytes: int
@@ -123,28 +120,24 @@ class Sharded:
 
   def describe(self) -> str:
     """The two lines that a run on several devices prints at its start."""
-    return '\n'.join(
-      [
-        f'each device holds {in_bytes(self.param_bytes)} of parameters and '
-        f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
-        f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
-        'that are exchanged',
-        f'each device sends in a step: {self.collectives.describe()}',
-      ]
+    return (
+      f'each device holds {in_bytes(self.param_bytes)} of parameters and '
+      f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
+      f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
+      'that are exchanged\n'
+      f'each device sends in a step: {self.collectives.describe()}'
     )
 
 
-def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
+def read(compiled: Compiled, state: Any) -> Sharded:
   """Reads a compiled training step.
 
   Args:
     compiled: The step.
     state: The train state that it takes, as arrays or as shapes with shardings.
-    mesh: The devices that it was compiled for.
   """
   memory = memory_of(compiled)
   return Sharded(
-    mesh=dict(mesh.shape),
     param_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     argument_bytes=memory.argument_size_in_bytes,
@@ -291,9 +284,9 @@ def _sent_bytes(
 ) -> int:
   """Bytes that a device sends in one collective."""
   operands = [_type_bytes(x.type) for x in _operands(program, instruction)]
+  operand_bytes = sum(operands)
   if kind == 'ragged-all-to-all':
     return min(operands[:2])  # the rows, and the buffer that receives others
-  operand_bytes = sum(operands)
   group_size = _group_size(instruction.text, num_devices)
   if kind in ('collective-permute', 'collective-broadcast'):
     return operand_bytes
