@@ -256,10 +256,8 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   return options.filled(size)
 
 
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
   parser = cli.Parser(
     prog=cli.program('moe_jax.analysis.cost'),
     **cli.about(__doc__),
@@ -279,7 +277,7 @@ def parse(
     default=0,
     help="devices that the experts are split over; 0 takes the mesh's",
   )
-  return cli.parse_command(parser, argv, lambda _: True)
+  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -302,11 +300,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     console.print(fit_table(model, one_row))
   if len(model.stacks) == 1:
     console.print(training_table(options, model))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; errors are reported in a few lines."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

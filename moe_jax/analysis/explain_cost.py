@@ -112,29 +112,28 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   table.add_column('part of the step')
   for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
     table.add_column(heading, justify='right')
-  for part, *seconds in shares_of_step(part_times, busy, median, wait):
-    forward, backward, both = (
-      f'{1e3 * x:.2f}' for x in (*seconds, sum(seconds))
+  for part, forward, backward in shares_of_step(part_times, busy, median, wait):
+    both = forward + backward
+    table.add_row(
+      part,
+      f'{1e3 * forward:.2f}',
+      f'{1e3 * backward:.2f}' if backward else '',
+      f'{1e3 * both:.2f}',
+      f'{both / median:.1%}',
     )
-    backward = backward if seconds[1] else ''
-    table.add_row(part, forward, backward, both, f'{sum(seconds) / median:.1%}')
   return table
 
 
 def without_evaluations(options: RunOptions) -> RunOptions:
   """The options of a run with the same steps, and nothing beside them."""
-  trace = options.trace
-  if trace.every_steps:
-    trace = dataclasses.replace(trace, evaluations='')
-  else:
-    trace = type(trace)()
+  trace = dataclasses.replace(options.trace, evaluations='')
   return dataclasses.replace(
     options,
     evals={},
     # The best checkpoint, and an early end, are those of an evaluation.
     checkpoint=type(options.checkpoint)(keep_best=False),
     early_stopping=type(options.early_stopping)(),
-    trace=trace,
+    trace=trace if trace.is_on else type(trace)(),
   )
 
 
@@ -242,34 +241,23 @@ def _instruction_seconds(
     profile = jax.profiler.ProfileData.from_file(path)
   planes = list(profile.planes)
   devices = [plane for plane in planes if plane.name.startswith(_ACCELERATORS)]
+  lines = [line for plane in devices or planes for line in plane.lines]
+  if devices:
+    lines = [line for line in lines if line.name.startswith(_LINES)]
   seconds: dict[str, float] = collections.defaultdict(float)
-  for plane in devices or planes:
-    for name, duration in _operations(plane, module, bool(devices)):
-      seconds[name] += duration
+  for event in (event for line in lines for event in line.events):
+    stats = dict(event.stats)
+    name = stats.get('hlo_op')
+    if name is None and devices:
+      name = event.name.removeprefix('%').split(' ')[0]
+    elif name is None or stats.get('hlo_module', module) != module:
+      continue
+    seconds[str(name)] += event.duration_ns / 1e9
   return dict(seconds)
 
 
-def _operations(
-  plane: Any, module: str, on_accelerator: bool
-) -> Iterator[tuple[str, float]]:
-  """The name and the seconds of each operation in a plane of a profile."""
-  for line in plane.lines:
-    if on_accelerator and not line.name.startswith(_LINES):
-      continue
-    for event in line.events:
-      stats = dict(event.stats)
-      name = stats.get('hlo_op')
-      if name is None and on_accelerator:
-        name = event.name.removeprefix('%').split(' ')[0]
-      elif name is None or stats.get('hlo_module', module) != module:
-        continue
-      yield str(name), event.duration_ns / 1e9
-
-
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
   parser = cli.Parser(
     prog=cli.program('moe_jax.analysis.explain_cost'),
     **cli.about(__doc__),
@@ -282,7 +270,7 @@ def parse(
     default=10,
     help='number of steps that are timed; as many are then profiled',
   )
-  return cli.parse_command(parser, argv, lambda _: True)
+  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -298,11 +286,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     f'{devices[0].device_kind}'
   )
   Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; errors are reported in a few lines."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ a run takes and is are those of `--dry_run`, too.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -172,12 +172,13 @@ class Sample(Hook):
     pairs, tasks = [], run.options.data.tasks
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
-    names = [c.task or tasks[0]] if model.task_sequences else []
-    names += [tasks[pair.task] for pair in pairs] if names else []
+    names = []
+    if model.task_sequences:
+      names = [c.task or tasks[0], *(tasks[task] for *_, task in pairs)]
     generated = generation.generate(
       model,
       variables,
-      [prompt, *(pair.inputs for pair in pairs)],
+      [prompt, *(inputs for inputs, *_ in pairs)],
       num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
@@ -189,8 +190,8 @@ class Sample(Hook):
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
     if model.has_encoder or run.options.data.task.reads == 'pairs':
-      inputs = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
-      targets = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
+      inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
+      targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
       text = '\n\n'.join(map(_answer_text, inputs, answers, targets))
     if forced := run.model.forced_balance:
       text = f'[{forced}]\n{text}'
@@ -199,27 +200,23 @@ class Sample(Hook):
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
-class SamplePair(NamedTuple):
-  """An example in token ids, and the number of its task; 0 without tasks."""
+def first_pairs(
+  rows: data.Rows,
+) -> list[tuple[np.ndarray, np.ndarray, int]]:
+  """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
-  inputs: np.ndarray
-  targets: np.ndarray
-  task: int
-
-
-def first_pairs(rows: data.Rows) -> list[SamplePair]:
-  """The first example of each of the first `_SAMPLE_PAIRS` rows."""
+  An example is its inputs and targets in token ids, and the number of its task,
+  which is 0 without tasks.
+  """
   batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
-  encoder, decoder = (
-    batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
-  )
+  inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
+  targets = zip(batch['targets'], batch['segment_ids'] == 1)
   tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
-  pairs = zip(
-    batch['encoder_tokens'], encoder, batch['targets'], decoder, tasks
-  )
   return [
-    SamplePair(inputs[is_input], targets[is_target], int(task))
-    for inputs, is_input, targets, is_target, task in pairs
+    (ids[is_input], target_ids[is_target], int(task))
+    for (ids, is_input), (target_ids, is_target), task in zip(
+      inputs, targets, tasks
+    )
   ]
 
 

@@ -166,24 +166,23 @@ def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
   """A line for each thing that keeps a trace from fitting a run."""
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
-  pairs = {n: (getattr(in_trace, n), getattr(in_run, n)) for n in names}
-  pairs['sparse layers'] = sorted(in_trace.layers), sorted(in_run.layers)
-  shared = sorted({*in_trace.layers} & {*in_run.layers})
-  for layer in shared:
-    a, b = in_trace.layers[layer], in_run.layers[layer]
+  yield from traces.differences(in_trace, in_run, names)
+  if in_trace.layers.keys() != in_run.layers.keys():
+    yield (
+      f'sparse layers: {sorted(in_trace.layers)} there, '
+      f'{sorted(in_run.layers)} here'
+    )
+  for layer in sorted(in_trace.layers.keys() & in_run.layers.keys()):
+    there, here = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
-    names += [] if a.by_expert else ['num_selected']
-    names += ['group_size'] if a.group_size else []
-    for n in names:
-      pairs[f'layer {layer}: {n}'] = getattr(a, n), getattr(b, n)
-  for name, (there, here) in pairs.items():
-    if there != here:
-      yield f'{name}: {there!r} there, {here!r} here'
-  for layer in shared:
-    there, here = (x.layers[layer].capacity for x in (in_trace, in_run))
-    if here is not None and (there is None or there > here):
+    names += [] if there.by_expert else ['num_selected']
+    names += ['group_size'] if there.group_size else []
+    for line in traces.differences(there, here, names):
+      yield f'layer {layer}: {line}'
+    most, room = there.capacity, here.capacity
+    if room is not None and (most is None or most > room):
       yield (
-        f'layer {layer}: capacity: {there} there, {here} here, which must not '
+        f'layer {layer}: capacity: {most} there, {room} here, which must not '
         'be less'
       )
   missing = set(range(steps)) - {*trace.steps_of(TRAIN)}

@@ -189,17 +189,17 @@ def check(folder: str | os.PathLike[str], header: Header) -> None:
   """
   if not (pathlib.Path(folder).expanduser() / HEADER).exists():
     return
-  other = read(folder).header
-  lines = [
-    f'  {f.name}: {getattr(header, f.name)!r} here, '
-    f'{getattr(other, f.name)!r} there'
-    for f in dataclasses.fields(header)
-    if f.name != 'note' and getattr(header, f.name) != getattr(other, f.name)
-  ]
-  if lines:
-    raise InputError(
-      '\n'.join([f'{folder} has the trace of something else:', *lines])
-    )
+  names = {field.name for field in dataclasses.fields(header)} - {'note'}
+  if lines := [*differences(read(folder).header, header, sorted(names))]:
+    title = f'{folder} has the trace of something else:'
+    raise InputError('\n  '.join([title, *lines]))
+
+
+def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
+  """A line for each attribute that two headers, or layers, do not share."""
+  for name in names:
+    if (a := getattr(there, name)) != (b := getattr(here, name)):
+      yield f'{name}: {a!r} there, {b!r} here'
 
 
 def check_new(folder: str | os.PathLike[str]) -> None:
