@@ -78,7 +78,12 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
   source = None
   if not any(x is None for x in sources):
     source = np.concatenate(sources).reshape(-1)[flat_index[is_start]]
-  sizes = [np.count_nonzero(record.documents > 0) for record in records]
+  sizes = np.array([np.sum(record.documents > 0) for record in records])
+  starts = np.cumsum(sizes) - sizes
+  batch = np.searchsorted(starts + sizes, after, 'right')
+  counts = np.bincount(batch, minlength=len(sizes))
+  shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
+  in_batch = (after - starts[batch] + np.concatenate(shift)) % sizes[batch]
   return Tokens(
     flat_index=flat_index,
     token=ids.reshape(-1)[flat_index],
@@ -87,22 +92,8 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
     document=np.cumsum(is_start) - 1,
     source=source,
     after=after,
-    stranger=_strangers(after, np.array(sizes), rng),
+    stranger=starts[batch] + in_batch,
   )
-
-
-def _strangers(
-  after: Int[np.ndarray, 'P'],
-  sizes: Int[np.ndarray, 'batches'],
-  rng: np.random.Generator,
-) -> Int[np.ndarray, 'P']:
-  """A random other token of the same batch for each token `after`."""
-  ends = np.cumsum(sizes)
-  batch = np.searchsorted(ends, after, 'right')
-  counts = np.bincount(batch, minlength=len(sizes))
-  shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
-  start = (ends - sizes)[batch]
-  return start + (after - start + np.concatenate(shift)) % sizes[batch]
 
 
 class Layer(NamedTuple):
@@ -110,9 +101,8 @@ class Layer(NamedTuple):
 
   Attributes:
     info: The description of the layer.
+    header: The header of its trace.
     length: Number T of places of a row.
-    vocab_size: Number V of token ids.
-    num_sources: Number of sources of documents.
     tokens: The N tokens.
     expert: int [N, K], their choices before any is dropped.
     gate: float [N, K], the weights; 0 where a choice is not kept.
@@ -121,9 +111,8 @@ class Layer(NamedTuple):
   """
 
   info: LayerInfo
+  header: Header
   length: int
-  vocab_size: int
-  num_sources: int
   tokens: Tokens
   expert: Experts
   gate: Float[np.ndarray, 'N K']
@@ -147,7 +136,7 @@ class Layer(NamedTuple):
   @property
   def by_token(self) -> Int[np.ndarray, 'V E']:
     """First choices by token id."""
-    return self.first_counts(self.tokens.token, self.vocab_size)
+    return self.first_counts(self.tokens.token, self.header.vocab_size)
 
 
 def layers_of(
@@ -178,9 +167,8 @@ def layers_of(
       )
       layers[number] = Layer(
         header.layers[number],
+        header,
         batches[0].tokens.shape[1],
-        header.vocab_size,
-        len(header.sources),
         tokens,
         *fields,
       )
@@ -501,12 +489,11 @@ def specialisation(
     for name, table in ((TOKEN, layer.by_token), (POSITION, positions)):
       rng = np.random.default_rng((0, number))
       by_label[name][number] = information(table, rng)
-    has_choices, source = (layer.first >= 0).any(), tokens.source
-    if layer.num_sources > 1 and source is not None and has_choices:
+    source, num_sources = tokens.source, len(layer.header.sources)
+    if source is not None and num_sources > 1 and (layer.first >= 0).any():
       counts = layer.first_counts(tokens.document, len(source))
-      by_label[SOURCE][number] = document_information(
-        source, counts, layer.num_sources
-      )
+      found = document_information(source, counts, num_sources)
+      by_label[SOURCE][number] = found
   return {name: found for name, found in by_label.items() if found}
 
 

@@ -119,14 +119,6 @@ def wide_console() -> Console:
   return console
 
 
-def no_counts(model: Model) -> Counts:
-  """Zeros for each sparse layer, to which `count_tokens` adds."""
-  return {
-    layer: np.zeros((model.vocab_size, model.moe_of(layer).num_experts), int)
-    for layer in model.sparse_layers
-  }
-
-
 def count_tokens(
   counts: Counts,
   model: Model,
@@ -139,6 +131,9 @@ def count_tokens(
   them, every expert takes each. Every process has to call this.
   """
   for layer, recorded in choices.items():
+    if layer not in counts:
+      shape = model.vocab_size, model.moe_of(layer).num_experts
+      counts[layer] = np.zeros(shape, int)
     ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0

@@ -102,8 +102,9 @@ class Page(Hook):
   whose files the page shows.
   """
 
-  def __init__(self):
-    self._run: Run | None = None
+  _run: Run | None = None
+  _pause_until = 0.0
+  _problem = ''
 
   def start(self, run: Run) -> None:
     """Writes the first page."""
@@ -111,7 +112,6 @@ class Page(Hook):
       return
     self._run, self._outer_error = run, sys.exception()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
-    self._pause_until, self._problem = 0.0, ''
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
     self.paused()
@@ -183,7 +183,6 @@ def write(
   # Imported here, as a run's first step would wait for matplotlib.
   from moe_jax.analysis import plots
 
-  curves, load = plots.curves_figure(rows), plots.load_figure(rows)
   sample = folder / SAMPLE
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -194,8 +193,8 @@ def write(
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
     facts={**_facts(run, rows), **environment},
-    curves=_picture(folder / CURVES, curves) if curves else '',
-    load=_picture(folder / LOAD, load) if load else '',
+    curves=_picture(folder / CURVES, plots.curves_figure(rows)),
+    load=_picture(folder / LOAD, plots.load_figure(rows)),
     sample=sample.read_text(encoding='utf-8') if sample.exists() else '',
     changed=_changed_leaves(run),
     required=dataclasses.MISSING,
@@ -259,6 +258,8 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
   """Writes a picture; returns an address that holds the picture itself."""
   from moe_jax.analysis import plot_style
 
+  if figure is None:
+    return ''
   content = plot_style.picture(figure)
   # At any moment the file is the old or the new one.
   unfinished = path.with_name(path.name + '.tmp')
