@@ -300,7 +300,10 @@ def count(
   parameters, width = sized_parameters(model), model.embedding.width
   layers = [p for p in parameters if not p.outside_layers]
   stacks = halves(model, seq_len, target_len)
-  parts = [(_of_stack(layers, half), half.moes) for half in stacks]
+  parts = [
+    ([p for p in layers if p.path[: len(half.path)] == half.path], half.moes)
+    for half in stacks
+  ]
   parts = parts or [(layers, [moe for moe in model.moes if moe is not None])]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
@@ -340,10 +343,6 @@ def short(n: float | int) -> str:
 
 def _size(parameters: Iterable[SizedParameter]) -> int:
   return sum(p.size for p in parameters)
-
-
-def _of_stack(layers: list[SizedParameter], half: Half) -> list[SizedParameter]:
-  return [p for p in layers if p.path[: len(half.path)] == half.path]
 
 
 def _products(

@@ -92,7 +92,12 @@ class DryRun:
       yield dataset.describe() if dataset else not_prepared
       yield from hooks.facts(options, model, programs, mesh)
       if dataset:
-        yield self._passes_line(dataset)
+        rows = options.total_steps * options.batch_size
+        stored = len(dataset.splits['train'])
+        yield (
+          f'passes: {rows:,} rows are learned from, and the data has '
+          f'{stored:,}: {rows / stored:.3g} passes over it'
+        )
       yield from self._memory_lines(options, model, programs, mesh)
     yield from self._evaluation_lines()
     yield from self._workdir_lines(run)
@@ -156,14 +161,6 @@ class DryRun:
     with self._noting_problems():
       return self.options.mesh.make()
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-
-  def _passes_line(self, dataset: data.Dataset) -> str:
-    rows = self.options.total_steps * self.options.batch_size
-    stored = len(dataset.splits['train'])
-    return (
-      f'passes: {rows:,} rows are learned from, and the data has {stored:,}: '
-      f'{rows / stored:.3g} passes over it'
-    )
 
   def _memory_lines(
     self, options: RunConfig, model: Model, programs: Programs, mesh: Mesh

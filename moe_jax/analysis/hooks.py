@@ -192,7 +192,10 @@ class Sample(Hook):
     if model.has_encoder or run.options.data.task.reads == 'pairs':
       inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
       targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
-      text = '\n\n'.join(map(_answer_text, inputs, answers, targets))
+      text = '\n\n'.join(
+        f'inputs: {x}\noutputs: {answer}' + f'\ntargets: {y}' * bool(y)
+        for x, answer, y in zip(inputs, answers, targets)
+      )
     if forced := run.model.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
@@ -218,11 +221,6 @@ def first_pairs(
       inputs, targets, tasks
     )
   ]
-
-
-def _answer_text(inputs: str, answer: str, target: str) -> str:
-  text = f'inputs: {inputs}\noutputs: {answer}'
-  return f'{text}\ntargets: {target}' if target else text
 
 
 class RoutingReport(Hook):

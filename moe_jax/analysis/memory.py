@@ -129,62 +129,40 @@ def evaluation(
 
 def _kept_by_layers(half: Half, B: int) -> int:
   """Bytes kept by the layers of a stack, without attention scores."""
-  c, n, L, M = half.stack, B * half.length, len(half.stack.sparse), half.width
-  block, b = c.block, jnp.dtype(c.block.shared.dtype).itemsize
+  c, block, moe = half.stack, half.stack.block, half.moe
+  n, L, M = B * half.length, len(c.sparse), half.width
+  b = jnp.dtype(block.shared.dtype).itemsize
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
   if c.remat == 'full':
     return total
-  a, crosses = half.attention, block.cross
+  keeps_all, a, crosses = c.remat == 'none', half.attention, block.cross
   output = a.num_heads * a.head_widths.value
   total += L * n * (a.projected_values + M) * b
   if crosses:
     total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b
-  total += _kept_by_dense_layers(half, n) + _kept_by_sparse_layers(half, B)
-  if c.remat == 'none':
+  has_extra = block.moe is not None and block.moe.extra_ffn
+  extra = sum(c.sparse) if has_extra else 0  # dense ones behind sparse ones
+  dense = L - sum(c.sparse) + extra
+  total += dense * n * _kept_hidden(block, block.ffn, keeps_all)
+  if block.moe is not None and moe is None:  # a dense twin
+    hidden = _kept_hidden(block, block.moe.twin().ffn, keeps_all)
+    total += sum(c.sparse) * n * hidden
+  rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
+  if moe is not None:
+    # The products without slots have a gradient that keeps their inputs alone.
+    keeps_slots = keeps_all and moe.dispatch.by_slot
+    hidden = _kept_hidden(block, moe.expert.twin(1).ffn, keeps_slots)
+    columns = sum(layer_moe.num_experts for layer_moe in half.moes)
+    total += rows * (hidden + M * b) + n * 4 * columns
+    if (shared := moe.shared_twin) is not None:
+      hidden = _kept_hidden(block, shared.ffn, keeps_all)
+      total += half.num_sparse * n * hidden
+  if keeps_all:
     # Three float32 arrays of each norm, and its output twice, once as what
     # the next product multiplies; the output of attention; an expert's input.
-    norms = L * (2 + crosses) + _extra_ffns(half)
+    norms = L * (2 + crosses) + extra
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
-    total += L * n * output * b * (1 + crosses)
-    rows = sum(expert_rows(moe, B, half.length) for moe in half.moes)
-    total += rows * M * b
-  return total
-
-
-def _extra_ffns(half: Half) -> int:
-  """The number of dense feed-forwards that follow sparse ones."""
-  moe = half.stack.block.moe
-  return sum(half.stack.sparse) if moe is not None and moe.extra_ffn else 0
-
-
-def _kept_by_dense_layers(half: Half, num_tokens: int) -> int:
-  """Bytes kept by feed-forwards without experts, a dense twin's included."""
-  c, block = half.stack, half.stack.block
-  keeps_all = c.remat == 'none'
-  dense = len(c.sparse) - sum(c.sparse) + _extra_ffns(half)
-  total = dense * num_tokens * _kept_hidden(block, block.ffn, keeps_all)
-  if block.moe is not None and half.moe is None:
-    twin = block.moe.twin().ffn
-    total += sum(c.sparse) * num_tokens * _kept_hidden(block, twin, keeps_all)
-  return total
-
-
-def _kept_by_sparse_layers(half: Half, B: int) -> int:
-  """Bytes kept by experts and routers."""
-  c, moe = half.stack, half.moe
-  if moe is None:
-    return 0
-  b = jnp.dtype(c.block.shared.dtype).itemsize
-  # The products without slots have a gradient that keeps their inputs alone.
-  keeps_all = c.remat == 'none' and moe.dispatch.by_slot
-  hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, keeps_all)
-  rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
-  columns = sum(layer_moe.num_experts for layer_moe in half.moes)
-  n = B * half.length
-  total = rows * (hidden + half.width * b) + n * 4 * columns
-  if (shared := moe.shared_twin) is not None:
-    shared_hidden = _kept_hidden(c.block, shared.ffn, c.remat == 'none')
-    total += half.num_sparse * n * shared_hidden
+    total += L * n * output * b * (1 + crosses) + rows * M * b
   return total
 
 

@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from moe_jax.analysis.counts import group_size
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.devices import fetch
+from moe_jax.devices import fetch, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
@@ -212,36 +211,33 @@ class Recorder:
       batch: The batch.
       choices: The choices that were made in it.
     """
-    keys = itertools.product(self._model.sequences, _KEYS.values())
-    names = {''.join(key) for key in keys}
+    prefixes, keys = self._model.sequences, _KEYS.values()
+    names = {f'{prefix}{key}' for prefix in prefixes for key in keys}
     arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
     if jax.process_count() > 1:
       arrays = fetch(arrays)
     for leaf in jax.tree.leaves(arrays):
       if isinstance(leaf, jax.Array):
         leaf.copy_to_host_async()
-    if jax.process_index() == 0:
-      self._settle(_QUEUE_SIZE)
-    if jax.process_index() == 0 and not self._has_failed:
+    if not is_first():
+      return
+    self.flush(_QUEUE_SIZE)
+    if not self._has_failed:
       call = self._write, kind, step, number, *arrays
       self._waiting.append(self._thread.submit(*call))
 
-  def flush(self) -> None:
-    """Waits until all added records are in files."""
-    self._settle(0)
+  def flush(self, most_waiting: int = 0) -> None:
+    """Waits until the records of all added batches, or most, are in files."""
+    while len(self._waiting) > most_waiting:
+      error = self._waiting.popleft().exception()
+      if error is not None and not self._has_failed:
+        self._has_failed = True
+        self._message(f'the trace of choices ends: {error!r}')
 
   def close(self) -> None:
     """Writes the records that still wait, and ends the thread."""
     self.flush()
     self._thread.shutdown()
-
-  def _settle(self, count: int) -> None:
-    """Waits until at most `count` batches wait to be written."""
-    while len(self._waiting) > count:
-      error = self._waiting.popleft().exception()
-      if error is not None and not self._has_failed:
-        self._has_failed = True
-        self._message(f'the trace of choices ends: {error!r}')
 
   def _write(self, kind, step, number, batch, choices) -> None:
     if not self._has_begun:
@@ -276,9 +272,8 @@ class Traces(Hook):
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
-        run.message(
-          'trace: the model has no sparse layers; nothing is recorded'
-        )
+        reason = 'the model has no sparse layers'
+        run.message(f'trace: {reason}; nothing is recorded')
       return None
     step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:
@@ -291,9 +286,8 @@ class Traces(Hook):
           entry.name, losses, o.recording, self._recorder
         )
         evaluations[i] = dataclasses.replace(entry, measure=measure)
-    run.message(
-      f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
-    )
+    folder = run.workdir / FOLDER
+    run.message(f'trace: choices of experts are recorded in {folder}')
     return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def paused(self) -> None:

@@ -73,15 +73,10 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that have to be those of the records, by key."""
   arrays = {}
   for record in records:
-    prefix = _prefix(record.sequence)
+    prefix = record.sequence and f'{record.sequence}_'
     arrays[f'{prefix}tokens'] = record.tokens
     arrays[f'{prefix}segment_ids'] = record.documents
   return arrays
-
-
-def _prefix(sequence: str) -> str:
-  """The prefix of batch keys of a record's sequence."""
-  return f'{sequence}_' if sequence else ''
 
 
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -96,7 +91,7 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """
   layers, choices = _layers(model), {}
   for record in records:
-    prefix = _prefix(record.sequence)
+    prefix = record.sequence and f'{record.sequence}_'
     lengths = layers.pop(prefix, {})
     if [*lengths] != sorted(record.layers):
       raise InputError(

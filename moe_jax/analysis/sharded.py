@@ -316,16 +316,12 @@ def _group_size(text: str, num_devices: int) -> int:
 
 def _type_bytes(text: str) -> int:
   """Bytes of all arrays in the text of a type."""
-  return sum(
-    math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
-    * _bits(dtype)
-    // 8
-    for dtype, shape in _ARRAY.findall(text)
-  )
-
-
-def _bits(dtype: str) -> int:
-  """Bits of a number of a type: 'f32', 'bf16', 'f8e4m3fn' or 's4'."""
-  if dtype in ('pred', 'token'):
-    return 8 if dtype == 'pred' else 0
-  return int(re.sub(r'[a-z]+(\d+).*', r'\1', dtype))
+  total = 0
+  for dtype, shape in _ARRAY.findall(text):
+    size = math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
+    # The bits of a number: 'f32', 'bf16', 'f8e4m3fn' or 's4'.
+    bits = {'pred': 8, 'token': 0}.get(dtype)
+    if bits is None:
+      bits = int(re.sub(r'[a-z]+(\d+).*', r'\1', dtype))
+    total += size * bits // 8
+  return total
