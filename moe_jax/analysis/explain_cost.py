@@ -31,36 +31,33 @@ from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
 
 _WARM_UP = 3  # steps
-# The part of the step that each scope belongs to, in the order of the table.
-PARTS = {
+# The scopes of each part of the step, in the order of the table.
+_SCOPES = {
   'router': 'router',
-  'index': 'slots and indices',
+  'slots and indices': 'index',
   'dispatch': 'dispatch',
   'experts': 'experts',
   'combine': 'combine',
-  'shared_expert': 'shared expert',
-  'exchange': 'exchange between devices',
-  'moe': 'rest of sparse layers',
-  'attention': 'attention',
-  'relative_positions': 'attention',
-  'cross_attention': 'cross-attention',
-  'ffn': 'dense feed-forward',
-  'extra_ffn': 'dense feed-forward',
-  'attention_norm': 'norms',
-  'cross_attention_norm': 'norms',
-  'ffn_norm': 'norms',
-  'extra_ffn_norm': 'norms',
-  'final_norm': 'norms',
+  'shared expert': 'shared_expert',
+  'exchange between devices': 'exchange',
+  'rest of sparse layers': 'moe',
+  'attention': 'attention relative_positions',
+  'cross-attention': 'cross_attention',
+  'dense feed-forward': 'ffn extra_ffn',
+  'norms': 'attention_norm cross_attention_norm ffn_norm extra_ffn_norm '
+  'final_norm',
   'embedding': 'embedding',
-  'logits': 'logits and loss',
-  'loss': 'logits and loss',
+  'logits and loss': 'logits loss',
   'optimizer': 'optimizer',
+}
+PARTS = {
+  scope: part for part, names in _SCOPES.items() for scope in names.split()
 }
 # Instructions that are differentiated and in none of these scopes.
 AROUND = 'residual stream, loops'
 OTHER = 'all other instructions'
 INPUT = 'waiting for the batch'
-ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))
+ROWS = (*_SCOPES, AROUND, OTHER, INPUT)
 # 'transpose(jvp(experts))' is the scope 'experts', transformed.
 _WRAPPED = re.compile(r'(?:[\w.]+\()*([\w.]*)\)*')
 
@@ -259,8 +256,7 @@ def _instruction_seconds(
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.explain_cost'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.explain_cost'), **cli.about(__doc__)
   )
   cli.add_config(parser)
   parser.set_defaults(run=run)

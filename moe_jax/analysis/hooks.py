@@ -203,9 +203,7 @@ class Sample(Hook):
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
-def first_pairs(
-  rows: data.Rows,
-) -> list[tuple[np.ndarray, np.ndarray, int]]:
+def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
   """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
   An example is its inputs and targets in token ids, and the number of its task,

@@ -83,8 +83,7 @@ def record(options: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.record_evaluation'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.record_evaluation'), **cli.about(__doc__)
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')

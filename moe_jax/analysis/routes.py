@@ -32,8 +32,7 @@ _QUARTERS = 4
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.routes'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.routes'), **cli.about(__doc__)
   )
   add = parser.add_argument
   add('trace', metavar='TRACE', help='folder of a trace')

@@ -211,9 +211,7 @@ def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
   return pairs + pairs.T
 
 
-def expected_pairs(
-  pairs: Int[np.ndarray, 'E E'],
-) -> Float[np.ndarray, 'E E']:
+def expected_pairs(pairs: Int[np.ndarray, 'E E']) -> Float[np.ndarray, 'E E']:
   """The pairs that tokens would choose if partners did not matter.
 
   Each expert keeps its number of partners, and no token chooses an expert
