@@ -49,9 +49,8 @@ class ValueTable(NamedTuple):
     note: Sentences that say what the columns mean.
     rows: The values of each row, by the name of the column; None, NaN and what
       is missing are printed as '-'.
-    forms: The formats of columns, such as '.3f' or '.1%', in order; '' aligns
-      text left, '>' aligns it right. Those of other columns, which come behind,
-      are by the type of their values.
+    forms: The formats of columns, such as '.1%', or '>', which aligns text
+      right; those of others are by the type of their values.
   """
 
   title: str
@@ -61,11 +60,12 @@ class ValueTable(NamedTuple):
 
   @property
   def columns(self) -> dict[str, str]:
-    """The format of each column, by its name."""
+    """The format of each column that a row has, by its name."""
     by_type = {int: ',d', float: '.3f', str: ''}
-    values = {k: x for row in self.rows for k, x in row.items()}
-    return {**self.forms} | {
-      k: by_type[type(x)] for k, x in values.items() if k not in self.forms
+    return {
+      name: self.forms.get(name) or by_type[type(value)]
+      for row in self.rows
+      for name, value in row.items()
     }
 
   @property
@@ -154,14 +154,13 @@ def tables(
     counts: Number of times that each token id chose each expert, by layer.
     token_name: The function from a token id to the name that is shown for it.
   """
-  layers, busiest, most_choices = [], [], 1
+  layers, busiest, K = [], [], sums.aux.stats.overflowed.shape[-1]
   for layer in summary.sparse_layers(sums):
     values = summary.layer_summary(sums, layer, model.moes)
     load = sums.aux.stats.load[layer][: len(values['load'])]
     most, unused = math.log(len(load)), values['unused_experts']
     rates = [x for name, x in values.items() if name.startswith(_BY_CHOICE)]
-    rates = rates or [values['drop_rate']]
-    most_choices = max(most_choices, len(rates))
+    rates = [*(rates or [values['drop_rate']]), *[None] * K][:K]
     layers.append(
       {
         'layer': layer,
@@ -170,7 +169,7 @@ def tables(
         'load max / mean': values['load_max_over_mean'],
         'load CV': values['load_cv'],
         'entropy (nats)': values['entropy'],
-        'entropy / ln E': values['entropy'] / most if most else None,
+        'entropy / ln E': values['entropy'] / most if most else math.nan,
         'logit RMS': values['router_logit_rms'],
         'unused experts': f'{unused} of {len(load)}',
       }
@@ -180,27 +179,17 @@ def tables(
       ids = _largest(count, _NUM_TOKENS)
       shares = {i: count[i] / counts[layer][i].sum() for i in ids}
       texts = [f'{_shown(token_name(i))} {x:.0%}' for i, x in shares.items()]
-      busiest.append(
-        {
-          'layer': layer,
-          'expert': expert,
-          'share': float(load[expert] / load.sum()),
-          'tokens, most frequent first': ', '.join(texts),
-        }
-      )
-  by_choice = {f'choice {k}': '.1%' for k in range(1, most_choices + 1)}
-  layer_forms = {
-    'layer': 'd', 'dropped': '.1%', **by_choice, 'load max / mean': '.2f',
-    'load CV': '.3f', 'entropy (nats)': '.3f', 'entropy / ln E': '.3f',
-    'logit RMS': '.2f', 'unused experts': '>',
-  }  # fmt: skip
-  expert_forms = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
-  expert_forms['tokens, most frequent first'] = ''
+      share = float(load[expert] / load.sum())
+      row = {'layer': layer, 'expert': expert, 'share': share}
+      busiest.append(row | {'tokens, most frequent first': ', '.join(texts)})
+  names = 'dropped', *(f'choice {k}' for k in range(1, K + 1))
+  forms = dict.fromkeys(names, '.1%') | {'unused experts': '>'}
+  forms |= {'load max / mean': '.2f', 'logit RMS': '.2f'}
   title = 'What the router of each sparse layer did'
   busy_title = 'Which tokens the busiest experts take'
   return [
-    ValueTable(title, _LAYERS_NOTE, layers, layer_forms),
-    ValueTable(busy_title, _TOKENS_NOTE, busiest, expert_forms),
+    ValueTable(title, _LAYERS_NOTE, layers, forms),
+    ValueTable(busy_title, _TOKENS_NOTE, busiest, {'share': '.0%'}),
   ]
 
 

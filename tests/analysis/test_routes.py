@@ -209,6 +209,5 @@ def test_arguments_that_do_not_fit_the_trace(tmp_path, capsys):
 
 
 def test_a_missing_value_is_a_dash_and_a_bar_ends_no_cell():
-  forms = {'a': '', 'b': '.1%'}
-  table = ValueTable('X', 'Note.', [{'a': '|', 'b': None}], forms)
+  table = ValueTable('X', 'Note.', [{'a': '|', 'b': None}], {'b': '.1%'})
   assert table.markdown().splitlines()[-1] == r'| \| | - |'
