@@ -9,7 +9,6 @@ scopes name.
 
 import argparse
 import collections
-import dataclasses
 import glob
 import pathlib
 import re
@@ -73,7 +72,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
   Args:
-    options: Options of the run. Its evaluations are left out.
+    options: Options of the run.
     num_steps: Number of steps that are timed; as many again are profiled.
 
   Returns:
@@ -83,7 +82,6 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   Raises:
     ValueError: The options or the data are bad.
   """
-  options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(options, pathlib.Path(folder) / 'run')
     state, batches = run.programs.init_state(), run.batches(0)
@@ -119,19 +117,6 @@ def explain(options: RunOptions, num_steps: int) -> Table:
       f'{both / median:.1%}',
     )
   return table
-
-
-def without_evaluations(options: RunOptions) -> RunOptions:
-  """The options of a run with the same steps, and nothing beside them."""
-  trace = dataclasses.replace(options.trace, evaluations='')
-  return dataclasses.replace(
-    options,
-    evals={},
-    # The best checkpoint, and an early end, are those of an evaluation.
-    checkpoint=type(options.checkpoint)(keep_best=False),
-    early_stopping=type(options.early_stopping)(),
-    trace=trace if trace.is_on else type(trace)(),
-  )
 
 
 def _take_steps(

@@ -31,7 +31,8 @@ _FITTING_ROUNDS = 500  # at most
 
 Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
-Parts = Int[np.ndarray, 'N']
+Numbers = Int[np.ndarray, 'N']
+Square = Int[np.ndarray, 'E E']
 Table = Int[np.ndarray, 'labels E']
 Rates = Float[np.ndarray, 'n']
 
@@ -120,7 +121,7 @@ class Layer(NamedTuple):
   logits: Float[np.ndarray, 'N E'] | None
 
   @property
-  def first(self) -> Int[np.ndarray, 'N']:
+  def first(self) -> Numbers:
     """The first choice of each token."""
     return self.expert[:, 0]
 
@@ -129,7 +130,7 @@ class Layer(NamedTuple):
     """Choices of each expert before any is dropped."""
     return expert_counts(self.expert, self.info.num_experts)
 
-  def first_counts(self, label: Int[np.ndarray, 'N'], num_labels: int) -> Table:
+  def first_counts(self, label: Numbers, num_labels: int) -> Table:
     """The table of first choices by a label of each token."""
     return joint_counts(label, self.first, (num_labels, self.info.num_experts))
 
@@ -137,6 +138,9 @@ class Layer(NamedTuple):
   def by_token(self) -> Int[np.ndarray, 'V E']:
     """First choices by token id."""
     return self.first_counts(self.tokens.token, self.header.vocab_size)
+
+
+Layers = Mapping[int, Layer]
 
 
 def layers_of(
@@ -185,10 +189,8 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 
 
 def joint_counts(
-  row: Int[np.ndarray, 'N'],
-  column: Int[np.ndarray, 'N'],
-  shape: tuple[int, int],
-) -> Int[np.ndarray, 'rows columns']:
+  row: Numbers, column: Numbers, shape: tuple[int, int]
+) -> Table:
   """Counts of each pair of numbers; pairs with a -1 are left out."""
   is_counted = (row >= 0) & (column >= 0)
   pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
@@ -202,7 +204,7 @@ def expert_counts(
   return np.bincount(expert[expert >= 0], minlength=num_experts)
 
 
-def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
+def pair_counts(expert: Experts, num_experts: int) -> Square:
   """Counts of tokens that chose both of two experts; 0 on the diagonal."""
   shape = num_experts, num_experts
   pairs = np.zeros(shape, np.int64)
@@ -211,7 +213,7 @@ def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
   return pairs + pairs.T
 
 
-def expected_pairs(pairs: Int[np.ndarray, 'E E']) -> Float[np.ndarray, 'E E']:
+def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
   """The pairs that tokens would choose if partners did not matter.
 
   Each expert keeps its number of partners, and no token chooses an expert
@@ -268,16 +270,14 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
   return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
 
-def parts_of(
-  position: Num[np.ndarray, 'N'], length: int, num_parts: int
-) -> Int[np.ndarray, 'N']:
+def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
   """The part of `length` places that each lies in, or else the last part."""
   part = position.astype(np.int64) * num_parts // length
   return np.clip(part, 0, num_parts - 1)
 
 
 def drop_rates(
-  expert: Experts, kept: Kept, part: Parts | None = None, num_parts: int = 1
+  expert: Experts, kept: Kept, part: Numbers | None = None, num_parts: int = 1
 ) -> Rates:
   """Choices that are not served over choices, by a part of each token.
 
@@ -470,9 +470,7 @@ def document_information(
   return information_of(table(label), shuffles)
 
 
-def specialisation(
-  layers: Mapping[int, Layer],
-) -> dict[str, dict[int, Information]]:
+def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
   """The information of labels on the first choices in each layer.
 
   Returns:
@@ -495,9 +493,7 @@ def specialisation(
   return {name: found for name, found in by_label.items() if found}
 
 
-def flows(
-  layers: Mapping[int, Layer],
-) -> dict[tuple[int, int], Int[np.ndarray, 'experts E']]:
+def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   """First choices by that of the same token in the sparse layer before.
 
   Returns:
@@ -515,7 +511,7 @@ def flows(
   return tables
 
 
-def transitions(layers: Mapping[int, Layer]) -> dict[int, Information]:
+def transitions(layers: Layers) -> dict[int, Information]:
   """The information of a token's first choice on that in the next sparse layer.
 
   Returns:

@@ -19,12 +19,12 @@ from scipy.stats.contingency import expected_freq
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Information, Layer
+from moe_jax.analysis.routing_measures import Information, Layers
 from moe_jax.analysis.routing_report import Row
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 
-Layers = Mapping[int, Layer]
+ByLabel = Mapping[str, Mapping[int, Information]]
 # Lighter tints of Okabe and Ito's colours, on which black text is read.
 COLOURS = (
   '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',
@@ -36,7 +36,7 @@ _MIN_CHANCE = 5  # tokens, the fewest by chance that tell
 
 def pictures(
   layers: Layers,
-  by_label: Mapping[str, Mapping[int, Information]],
+  by_label: ByLabel,
   load_rows: Sequence[Row],
   drop_rows: Sequence[Row],
 ) -> Iterator[tuple[str, Figure]]:
@@ -94,9 +94,7 @@ def drop_figure(rows: Sequence[Row]) -> Figure:
   )
 
 
-def information_figure(
-  by_label: Mapping[str, Mapping[int, Information]],
-) -> Figure:
+def information_figure(by_label: ByLabel) -> Figure:
   """The information of labels on experts by layer, and best guesses."""
   first = next(iter(by_label.values()))  # ids of tokens, known in every layer
 
