@@ -19,7 +19,7 @@ from absl import logging
 from moe_jax import cli
 from moe_jax.analysis import plot_style, routing_plots, traces
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Information, Layer
+from moe_jax.analysis.routing_measures import ByLabel, Layer, Layers
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
@@ -104,10 +104,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tables(
-  layers: Mapping[int, Layer],
+  layers: Layers,
   loads: Sequence[Row],
   drops: Sequence[Row],
-  by_label: Mapping[str, Mapping[int, Information]],
+  by_label: ByLabel,
   churn: Mapping[str, Mapping[int, float]],
 ) -> Iterator[ValueTable]:
   """The tables, some of which may have no rows.

@@ -470,6 +470,10 @@ def document_information(
   return information_of(table(label), shuffles)
 
 
+# By the name of a label and by the number of a layer.
+ByLabel = Mapping[str, Mapping[int, Information]]
+
+
 def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
   """The information of labels on the first choices in each layer.
 

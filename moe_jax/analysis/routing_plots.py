@@ -19,12 +19,11 @@ from scipy.stats.contingency import expected_freq
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Information, Layers
+from moe_jax.analysis.routing_measures import ByLabel, Layers
 from moe_jax.analysis.routing_report import Row
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 
-ByLabel = Mapping[str, Mapping[int, Information]]
 # Lighter tints of Okabe and Ito's colours, on which black text is read.
 COLOURS = (
   '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',

@@ -120,7 +120,7 @@ class Page(Hook):
     """Lets the thread draw the page, unless it does so or did just now."""
     if self._run is not None and time.monotonic() >= self._pause_until:
       self._pause_until = math.inf
-      self._thread.submit(self._draw)
+      self._thread.submit(self._write, self._run, 'In training')
 
   def end(self, run: Run, state: object) -> None:
     """Writes the last page, with the files that other hooks have written."""
@@ -139,23 +139,16 @@ class Page(Hook):
       self._write_last('Failed', message or type(error).__name__)
 
   def _write_last(self, state: str, message: str = '') -> None:
-    if self._run is not None:
+    if (run := self._run) is not None:
       self._thread.shutdown(cancel_futures=True)
-      self._write(state, message)
+      self._write(run, state, message)
       if state == 'Finished' and not self._problem:
-        self._run.message(f'page: {self._run.workdir / PAGE}')
+        run.message(f'page: {run.workdir / PAGE}')
       self._run = None
 
-  def _draw(self) -> None:
-    start_time = time.monotonic()
-    self._write('In training')
-    now = time.monotonic()
-    self._pause_until = now + _PAUSE * (now - start_time)
-
-  def _write(self, state: str, message: str = '') -> None:
+  def _write(self, run: Run, state: str, message: str = '') -> None:
     """Writes the page; its first error is said, and none is raised."""
-    run = self._run
-    assert run is not None
+    start_time = time.monotonic()
     try:
       run.confirm()
       write(run, state, message, self._environment)
@@ -163,6 +156,8 @@ class Page(Hook):
       if not self._problem:
         self._problem = f'{type(error).__name__}: {error}'
         run.message(f'{PAGE} was not written: {self._problem}')
+    now = time.monotonic()
+    self._pause_until = now + _PAUSE * (now - start_time)
 
 
 def write(
