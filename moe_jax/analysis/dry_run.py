@@ -34,6 +34,7 @@ from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
 from moe_jax.training.begin import end_problem
 from moe_jax.training.programs import Programs, make_programs
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import (
   Hook,
   Run,
@@ -163,7 +164,7 @@ class DryRun:
     return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
 
   def _memory_lines(
-    self, options: RunConfig, model: Model, programs: Programs, mesh: Mesh
+    self, options: RunOptions, model: Model, programs: Programs, mesh: Mesh
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
     needs = run_cost.run_bytes(options, model, programs, mesh)

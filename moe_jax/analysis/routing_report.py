@@ -157,7 +157,7 @@ def tables(
   layers, busiest, K = [], [], sums.aux.stats.overflowed.shape[-1]
   for layer in summary.sparse_layers(sums):
     values = summary.layer_summary(sums, layer, model.moes)
-    load = sums.aux.stats.load[layer][: len(values['load'])]
+    load = np.asarray(sums.aux.stats.load[layer][: len(values['load'])])
     most, unused = math.log(len(load)), values['unused_experts']
     rates = [x for name, x in values.items() if name.startswith(_BY_CHOICE)]
     rates = [*(rates or [values['drop_rate']]), *[None] * K][:K]
