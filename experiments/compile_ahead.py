@@ -186,7 +186,7 @@ def report(options: RunOptions, mesh: Mesh) -> Report:
   evaluation = largest_evaluation(options, programs)
   seconds = time.perf_counter() - start
   peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  step_costs = sharded.read(step, programs.abstract_state, mesh)
+  step_costs = sharded.read(step, programs.abstract_state)
   return Report(step_costs, evaluation, seconds, peak)
 
 
@@ -204,10 +204,8 @@ def counted_flops(options: RunOptions, mesh: Mesh) -> str:
 
 def formula_flops(options: RunOptions, num_devices: int) -> float:
   """FLOPs of a step on one device, by formula, without recomputation."""
-  work = cost.workload(options, options.batch_size)
-  price = cost.count(
-    options.build(), work.seq_len, work.target_len, work.batch_size
-  )
+  lengths = options.data.seq_len, options.data.target_len
+  price = cost.count(options.build(), *lengths, options.batch_size)
   return 3 * price.example_flops * options.batch_size / num_devices
 
 

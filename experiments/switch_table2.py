@@ -104,9 +104,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
       numbers[f'routing/layer_{layer}/{name}'] = share
   (half,) = counts.halves(run.model, run.options.data.seq_len)
   size = run.options.batch_size
-  exchange_bytes = memory.all_to_all_bytes(
-    half, run.options.model.width, size, E
-  )
+  exchange_bytes = memory.all_to_all_bytes(half, size, E)
   tokens = size * run.options.data.seq_len
   for layer in run.model.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.

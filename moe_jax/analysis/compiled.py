@@ -55,20 +55,23 @@ class Instruction:
     name: Name of the instruction, unique in the program, by which profiles
       name it too.
     computation: Name of the computation that it stands in.
+    type: Text of the type of its result, which may be a tuple in parentheses.
+    opcode: Its operation, such as 'all-gather'.
     op_name: The scopes and the primitive that it was traced from; '' for
       instructions that the compiler made.
-    operands: Names of the instructions that it reads.
+    operands: Names of the instructions that it reads, in order.
     calls: Names of the computations that it runs, such as the body of a loop.
-    text: Text of the instruction behind its name: type, opcode, operands,
-      attributes.
+    text: Text of the instruction behind its opcode: operands and attributes.
   """
 
   name: str
   computation: str
+  type: str
+  opcode: str
   op_name: str
   operands: tuple[str, ...]
   calls: tuple[str, ...]
-  text: str = dataclasses.field(default='', repr=False)
+  text: str = dataclasses.field(repr=False)
 
 
 Program = Mapping[str, Instruction]
@@ -91,56 +94,68 @@ def parse(text: str) -> Program:
 
 
 def _instruction(name: str, computation: str, text: str) -> Instruction:
-  op_name = _OP_NAME.search(text)
-  calls = _CALLS.findall(text)
-  for names in _CALL_LISTS.findall(text):
+  """Reads '(f32[4], f32[8]) all-gather(%x, %y), dimensions={0}'."""
+  type_, rest = _split(text)
+  opcode = rest.partition('(')[0]
+  rest = rest.removeprefix(opcode)
+  operands, _ = _split(rest)
+  op_name = _OP_NAME.search(rest)
+  calls = _CALLS.findall(rest)
+  for names in _CALL_LISTS.findall(rest):
     calls += re.findall(r'[\w.\-]+', names)
-  # Computations are written with a percent sign, too.
-  operands = set(re.findall(r'%([\w.\-]+)', text)) - set(calls)
   return Instruction(
     name=name,
     computation=computation,
+    type=type_,
+    opcode=opcode,
     op_name=op_name[1] if op_name else '',
-    operands=tuple(sorted(operands)),
+    operands=tuple(re.findall(r'%([\w.\-]+)', operands)),
     calls=tuple(dict.fromkeys(calls)),
-    text=text,
+    text=rest,
   )
+
+
+def _split(text: str) -> tuple[str, str]:
+  """The first word of a text, or all in its first parentheses, and the rest."""
+  if not text.startswith('('):
+    front, _, rest = text.partition(' ')
+    return front, rest
+  depth = 0
+  for i, letter in enumerate(text):
+    depth += (letter == '(') - (letter == ')')
+    if not depth:
+      return text[: i + 1], text[i + 1 :].lstrip()
+  return text, ''
 
 
 def op_name_of(program: Program) -> dict[str, str]:
   """The `op_name` of each instruction, those included that the compiler made.
 
   An instruction without one gets that of the computations that it calls; else
-  that of an instruction that reads it, or of one that it reads, over any number
-  of steps; else that of the loop or call that it is in; else ''.
+  that of an instruction that reads it, or of one that it reads; else that of
+  the loop or call that it is in; each over any number of steps; else ''.
   """
-  op_names = {name: i.op_name for name, i in program.items()}
   bodies = _by_computation(program)
-  readers, callers = (
-    collections.defaultdict(list),
-    collections.defaultdict(list),
-  )
+  readers = collections.defaultdict(list)
+  callers = collections.defaultdict(list)
   for name, instruction in program.items():
     for operand in instruction.operands:
       readers[operand].append(name)
     for computation in instruction.calls:
       callers[computation].append(name)
-  called = {
-    name: [other for c in i.calls for other in bodies[c]]
-    for name, i in program.items()
-    if not i.op_name
-  }
-  op_names |= {name: _commonest(op_names, x) for name, x in called.items()}
-  operands = {name: i.operands for name, i in program.items()}
-  loops = {name: callers[i.computation] for name, i in program.items()}
-  for neighbours in (readers, operands, loops):
-    unnamed = [name for name, op_name in op_names.items() if not op_name]
-    while unnamed:
-      op_names |= {n: _commonest(op_names, neighbours[n]) for n in unnamed}
-      still_unnamed = [name for name in unnamed if not op_names[name]]
-      if len(still_unnamed) == len(unnamed):
-        break
-      unnamed = still_unnamed
+  op_names = {name: i.op_name for name, i in program.items()}
+  for neighbours in (
+    lambda i: [other for c in i.calls for other in bodies[c]],
+    lambda i: readers[i.name],
+    lambda i: i.operands,
+    lambda i: callers[i.computation],
+  ):
+    found = {'': ''}
+    while found:
+      unnamed = [i for i in program.values() if not op_names[i.name]]
+      pairs = ((i.name, _commonest(op_names, neighbours(i))) for i in unnamed)
+      found = {name: op_name for name, op_name in pairs if op_name}
+      op_names |= found
   return op_names
 
 
@@ -184,5 +199,5 @@ def _by_computation(program: Program) -> dict[str, list[str]]:
 
 def _commonest(op_names: Mapping[str, str], names: Iterable[str]) -> str:
   """The most frequent `op_name` but '' of instructions; '' without any."""
-  found = [op_names[name] for name in names if op_names.get(name)]
+  found = [op_names[name] for name in names if op_names[name]]
   return max(found, key=found.count) if found else ''

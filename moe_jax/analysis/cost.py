@@ -9,27 +9,21 @@ feed-forward, so not for LSTMs.
 """
 
 import argparse
+import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from moe_jax import cli, run_config
 from moe_jax.analysis import memory, roofline
-from moe_jax.analysis.counts import (
-  Half,
-  count,
-  halves,
-  short,
-  sized_parameters,
-)
+from moe_jax.analysis.counts import count, halves, short, sized_parameters
 from moe_jax.analysis.run_cost import training_cost, variants
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import DISPATCHES
-from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import Model
 from moe_jax.training.run_options import RunOptions
 
@@ -81,13 +75,14 @@ def compute_table(model: Model, work: Workload) -> Table:
       'alone.'
     )
   table = Table(
+    'Parameters',
+    Column('', justify='right'),
+    'FLOPs',
+    Column('', justify='right'),
     title=f'{short(c.total_params)} parameters in memory, '
     f'{short(c.active_params)} in compute per token',
     caption=' '.join(caption),
   )
-  for heading in ('Parameters', 'FLOPs'):
-    table.add_column(heading)
-    table.add_column('', justify='right')
   read, written = 'prefill, per token read', 'decoding, per token generated'
   if c.encoder:
     read, written = 'encoder, per token read', 'decoder, per token generated'
@@ -126,49 +121,36 @@ def memory_table(model: Model, work: Workload) -> Table:
     lengths += f' and {stacks[-1].length}'
   decoder = stacks[-1].stack
   table = Table(
+    'Arrays',
+    Column('Bytes', justify='right'),
     title=f'Bytes of a training step on a batch of {work.batch_size} x '
     f'{lengths} tokens, activations in {decoder.block.shared.dtype}',
     caption='Kept bytes are what the forward pass leaves for the backward '
     'pass. Weights, gradients, the state of the optimizer and temporary arrays '
     'of the compiled program come on top.',
   )
-  table.add_column('Arrays')
-  table.add_column('Bytes', justify='right')
-  sizes = memory.activations(model, *work[:3])
-  names = (
-    f'kept by all layers, without attention scores (remat={decoder.remat!r})',
-    'kept attention scores, unless attention is fused',
-    'kept output logits, in float32',
-  )
-  rows = [*zip(names, sizes)]
-  width = model.embedding.width
+  B, layers = work.batch_size, 'kept by all layers, without attention scores'
+  kept = memory.activations(model, *work[:3])
+  rows = {
+    f'{layers} (remat={decoder.remat!r})': kept.layers,
+    'kept attention scores, unless attention is fused': kept.scores,
+    'kept output logits, in float32': kept.logits,
+  }
   for half in stacks:
-    if half.moe is not None:
-      rows += _expert_rows(half, half.moe, width, work)
-  for name, num_bytes in rows:
+    if (moe := half.moe) is None:
+      continue
+    stack = ''.join(f'{name}: ' for name in half.path)
+    num_rows = memory.expert_rows(moe, B, half.length)
+    dispatch = f'{DISPATCHES.name_of(moe.dispatch)}, {num_rows} rows'
+    name = f'{stack}rows to and from the experts of a sparse layer ({dispatch})'
+    rows[name] = memory.dispatch_bytes(half, B)
+    if sent := memory.all_to_all_bytes(half, B, work.num_parts):
+      n, devices = 4 * half.num_sparse, f'each of {work.num_parts} devices'
+      rows[f'{stack}one all-to-all, as {devices} sends it'] = sent
+      rows[f'{stack}the {n} all-to-alls of a training step'] = n * sent
+  for name, num_bytes in rows.items():
     table.add_row(name, in_bytes(num_bytes))
   return table
-
-
-def _expert_rows(
-  half: Half, moe: MoeOptions, width: int, work: Workload
-) -> Iterator[tuple[str, int]]:
-  """The arrays that the sparse layers of a stack need, and their bytes."""
-  B = work.batch_size
-  rows = memory.expert_rows(moe, B, half.length)
-  stack = '/'.join(half.path)
-  stack = f'{stack}: ' if stack else ''
-  yield (
-    f'{stack}rows to and from the experts of a sparse layer '
-    f'({DISPATCHES.name_of(moe.dispatch)}, {rows} rows)',
-    memory.dispatch_bytes(half, width, B),
-  )
-  sent = memory.all_to_all_bytes(half, width, B, work.num_parts)
-  if sent:
-    n = 4 * half.num_sparse
-    devices = f'as each of {work.num_parts} devices sends it'
-    yield f'{stack}one all-to-all, {devices}', sent
-    yield f'{stack}the {n} all-to-alls of a training step', n * sent
 
 
 def training_table(options: RunOptions, model: Model) -> Table:
@@ -179,7 +161,13 @@ def training_table(options: RunOptions, model: Model) -> Table:
     model: Its model, of one stack of blocks.
   """
   forward = count(model, options.data.seq_len).forward_flops
+  columns = 'parameters', 'optimizer', 'gradients', 'FLOPs\na token'
   table = Table(
+    'Trains',
+    *(
+      Column(heading, justify='right', no_wrap=True)
+      for heading in (*columns, 'FLOPs\na step')
+    ),
     title=f'Training of parts, with the forward pass at {short(forward)} FLOPs '
     'per token',
     caption='Bytes are those of the state of the optimizer and of the '
@@ -188,40 +176,47 @@ def training_table(options: RunOptions, model: Model) -> Table:
     'kernels are computed and held for a while; FLOPs of their factors, in the '
     'last column, do not grow with the batch.',
   )
-  table.add_column('Trains')
-  counted = 'parameters', 'optimizer', 'gradients'
-  for heading in (*counted, 'FLOPs\na token', 'FLOPs\na step'):
-    table.add_column(heading, justify='right', no_wrap=True)
   for name, variant in variants(options, model):
     c = training_cost(variant, model)
-    state = in_bytes(c.optimizer_bytes), in_bytes(c.gradient_bytes)
-    flops = short(c.backward_flops), short(c.step_flops)
-    table.add_row(name, short(c.trained_params), *state, *flops)
+    table.add_row(
+      name,
+      short(c.trained_params),
+      in_bytes(c.optimizer_bytes),
+      in_bytes(c.gradient_bytes),
+      short(c.backward_flops),
+      short(c.step_flops),
+    )
   return table
 
 
 def fit_table(model: Model, work: Workload) -> Table:
   """The table of bytes of weights and cache, and of devices with room for them.
 
+  The cache is float32 beside float32 weights, and bfloat16 beside all others.
+
   Args:
     model: A model of blocks.
     work: Sizes of the batch that is generated.
   """
   table = Table(
+    '',
+    *(Column(dtype, justify='right') for dtype in memory.DTYPES),
     title=f'Memory to generate {work.batch_size} x '
     f'{work.target_len or work.seq_len} tokens, by type of the weights',
     caption='Weights and a full cache are compared with all of the memory that '
     'the vendor of a device names. Where they do not fit, the number of '
     'devices that they take is given. int8 takes one byte for each weight.',
   )
-  table.add_column('')
-  for dtype in memory.DTYPES:
-    table.add_column(dtype, justify='right')
+  *_, decoder = halves(model, work.seq_len, work.target_len)
+  size = work.batch_size, decoder.length, decoder.memory_len
   weights = [memory.weight_bytes(model, dtype) for dtype in memory.DTYPES]
-  totals = [
-    memory.serving_bytes(model, dtype, *work[:3]) for dtype in memory.DTYPES
+  caches = [
+    memory.cache_bytes(
+      model, *size, dtype if dtype == 'float32' else 'bfloat16'
+    )
+    for dtype in memory.DTYPES
   ]
-  caches = [total - size for total, size in zip(totals, weights)]
+  totals = list(map(operator.add, weights, caches))
   table.add_row('weights', *map(in_bytes, weights))
   table.add_row('cache', *map(in_bytes, caches))
   for device in map(roofline.device_of, roofline.DEVICES):
@@ -261,29 +256,10 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
   return options.filled(size)
 
 
-def workload(
-  options: RunOptions, batch_size: int = 1, num_parts: int = 0
-) -> Workload:
-  """The sizes of a batch with the lengths of rows that a run trains on.
-
-  Args:
-    options: The options of the run.
-    batch_size: Number of rows in the batch.
-    num_parts: Number of devices that the experts are split over; 0 takes the
-      size of the mesh axis `expert`.
-  """
-  num_devices = num_parts or max(options.mesh.expert, 1)
-  lengths = options.data.seq_len, options.data.target_len
-  return Workload(batch_size, *lengths, num_devices)
-
-
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.cost'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.cost'), **cli.about(__doc__)
   )
   cli.add_config(parser)
   parser.set_defaults(run=run)
@@ -300,7 +276,7 @@ def parse(
     default=0,
     help="devices that the experts are split over; 0 takes the mesh's",
   )
-  return cli.parse_command(parser, argv, lambda _: True)
+  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -309,8 +285,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   cli.say(ignored)
   options = with_own_vocabulary(options)
   model = options.build()
+  lengths = options.data.seq_len, options.data.target_len
+  num_parts = arguments.expert_parallel or max(options.mesh.expert, 1)
   one_row, training_batch = (
-    workload(options, arguments.batch or rows, arguments.expert_parallel)
+    Workload(arguments.batch or rows, *lengths, num_parts)
     for rows in (1, options.shape().rows)
   )
   # No terminal limits the width of the tables in a pipe or a file.
@@ -321,11 +299,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     console.print(fit_table(model, one_row))
   if len(model.stacks) == 1:
     console.print(training_table(options, model))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; errors are reported in a few lines."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

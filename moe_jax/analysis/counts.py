@@ -13,6 +13,7 @@ import jax
 
 from moe_jax.analysis.router_shapes import router_multiply_adds, training_slots
 from moe_jax.errors import InputError
+from moe_jax.layers.attention import AttentionBase
 from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
@@ -34,12 +35,19 @@ class Half(NamedTuple):
     memory_len: Number of tokens that the encoder reads in an example, which
       the decoder attends to; 0 in the encoder itself and in a model without
       an encoder.
+    width: Width M of the model.
   """
 
   path: tuple[str, ...]
   stack: StackConfig
   length: int
   memory_len: int
+  width: int
+
+  @property
+  def attention(self) -> AttentionBase:
+    """The attention of a layer, with its sizes filled in."""
+    return self.stack.block.attention.within(self.width)
 
   @property
   def keys(self) -> int:
@@ -73,13 +81,12 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
   """
-  if len(model.stacks) == 1:
-    ((path, stack),) = model.stacks
-    return [Half(path, stack, seq_len, 0)]
-  (encoder_path, encoder), (decoder_path, decoder) = model.stacks
+  lengths = [(seq_len, 0)]
+  if len(model.stacks) == 2:
+    lengths.append((target_len or seq_len, seq_len))
   return [
-    Half(encoder_path, encoder, seq_len, 0),
-    Half(decoder_path, decoder, target_len or seq_len, seq_len),
+    Half(path, stack, *own_lengths, model.embedding.width)
+    for (path, stack), own_lengths in zip(model.stacks, lengths)
   ]
 
 
@@ -148,9 +155,12 @@ def group_size(moe: MoeOptions, batch_size: int, length: int) -> int:
   return moe.group_size or length
 
 
-def is_dropless(moe: MoeOptions) -> bool:
-  """Whether experts multiply only rows that were chosen, none empty."""
-  return not moe.dispatch.by_slot and not moe.router.by_expert
+def group_rows(moe: MoeOptions, S: int) -> int:
+  """Rows of all experts of a layer for a group of S tokens, filled or not."""
+  slots = moe.expert_slots(training_slots(moe, S), S)
+  rows = slots * moe.num_retained
+  is_dropless = not moe.dispatch.by_slot and not moe.router.by_expert
+  return min(rows, S * moe.num_selected) if is_dropless else rows
 
 
 @dataclasses.dataclass
@@ -290,8 +300,11 @@ def count(
   """
   parameters, width = sized_parameters(model), model.embedding.width
   layers = [p for p in parameters if not p.outside_layers]
-  stacks = halves(model, seq_len, target_len) if model.stacks else []
-  parts = [(_of_stack(layers, half), half.moes) for half in stacks]
+  stacks = halves(model, seq_len, target_len)
+  parts = [
+    ([p for p in layers if p.path[: len(half.path)] == half.path], half.moes)
+    for half in stacks
+  ]
   parts = parts or [(layers, [moe for moe in model.moes if moe is not None])]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
@@ -299,9 +312,10 @@ def count(
   for part, half in zip(flops, stacks):
     decoder_len, memory_len = half.length, half.memory_len
     num_layers = len(half.stack.sparse)
-    a = half.stack.block.attention.within(width)
-    scoring_products = a.num_heads * sum(a.head_widths)
-    part.attention = 2 * num_layers * half.keys * scoring_products
+    a = half.attention
+    part.attention = (
+      2 * num_layers * half.keys * a.num_heads * sum(a.head_widths)
+    )
     step_attention = 2 * num_layers * half.keys * a.decoding_products
     if half.stack.block.cross:  # keys and values of tokens that are read
       cross_flops = 2 * num_layers * width * a.cached_values
@@ -334,10 +348,6 @@ def _size(parameters: Iterable[SizedParameter]) -> int:
   return sum(p.size for p in parameters)
 
 
-def _of_stack(layers: list[SizedParameter], half: Half) -> list[SizedParameter]:
-  return [p for p in layers if p.path[: len(half.path)] == half.path]
-
-
 def _products(
   layers: list[SizedParameter], moes: list[MoeOptions], width: int
 ) -> TokenFlops:
@@ -366,16 +376,10 @@ def _slack(
   """Rows that experts multiply over choices, in the layers with experts."""
   if model.moe is None:
     return 1.0
-  if not stacks:
-    return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
   layers = [(moe, half.length) for half in stacks for moe in half.moes]
-  rows = sum(T * _rows(moe, batch_size, T) for moe, T in layers)
-  return rows / sum(T * moe.num_selected for moe, T in layers)
-
-
-def _rows(moe: MoeOptions, batch_size: int, length: int) -> float:
-  """Rows that the experts of a layer multiply, for each token."""
-  S = group_size(moe, batch_size, length)
-  slots = moe.expert_slots(training_slots(moe, S), S)
-  rows = slots * moe.num_retained / S
-  return min(rows, float(moe.num_selected)) if is_dropless(moe) else rows
+  rows = choices = 0.0
+  for moe, T in layers or [(model.moe, seq_len)]:
+    S = group_size(moe, batch_size, T)
+    rows += T * group_rows(moe, S) / S
+    choices += T * moe.num_selected
+  return rows / choices

@@ -8,23 +8,20 @@ read: of another run that it begins with, the folder, the tokens and the model
 are checked, and not the checkpoint.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from moe_jax import data, partitioning
-from moe_jax.analysis import cost, hooks, run_cost
+from moe_jax.analysis import hooks, run_cost
 from moe_jax.config import section_of
-from moe_jax.data.cache_folders import (
-  NotPreparedError,
-  reading_only,
-)
+from moe_jax.data.cache_folders import NotPreparedError, reading_only
 from moe_jax.devices import cache_root, in_bytes, memory_of
 from moe_jax.errors import InputError
 from moe_jax.evaluation import EVALUATIONS, LossEvaluation, SourceLosses
@@ -37,6 +34,7 @@ from moe_jax.runs.storage_errors import storage_path
 from moe_jax.training import trained
 from moe_jax.training.begin import end_problem
 from moe_jax.training.programs import Programs, make_programs
+from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import (
   Hook,
   Run,
@@ -71,130 +69,102 @@ class DryRun:
   def lines(self) -> Iterator[str]:
     """The lines, in the order in which they are printed."""
     yield 'dry run: nothing is trained, and nothing is written'
-    self._options, self._notes = self.options, []
-    run = self._set_up()
-    try:
-      folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
-      config = section_of(self.options)
-      self._options, self._notes = with_tokenizer(self.options, config, folder)
-    except InputError as error:
-      self._refuse(error)
-    dataset = run.dataset if run else self._dataset()
-    options: Any = run.options if run else self._filled(dataset)
+    run, mesh = self._set_up(), self._mesh()
+    if run is not None:
+      options, notes, dataset = run.options, run.notes, run.dataset
+    else:
+      options, notes, dataset = self._filled(mesh)
+    folder = cache_root(self.options.data.cache_dir)
+    not_prepared = (
+      'data: not prepared yet; a run first reads all texts once and keeps '
+      f'their tokens in {folder}'
+    )
     if options is None:
-      yield _not_prepared(self._options)
+      yield not_prepared
       yield (
         'model: its size depends on the vocabulary, which is known once the '
         'data is prepared; --config.model.vocab_size=... gives it'
       )
     else:
-      yield from self._model_lines(options, run, dataset)
+      model = options.build()
+      programs = run.programs if run else make_programs(options, model, mesh)
+      yield from notes
+      yield run_cost.run_line(options, model, mesh)
+      yield dataset.describe() if dataset else not_prepared
+      yield from hooks.facts(options, model, programs, mesh)
+      if dataset:
+        rows = options.total_steps * options.batch_size
+        stored = len(dataset.splits['train'])
+        yield (
+          f'passes: {rows:,} rows are learned from, and the data has '
+          f'{stored:,}: {rows / stored:.3g} passes over it'
+        )
+      yield from self._memory_lines(options, model, programs, mesh)
     yield from self._evaluation_lines()
     yield from self._workdir_lines(run)
 
-  def _set_up(self) -> Run | None:
-    """The run, if it would not be refused and its data is prepared."""
-    folder = self.workdir or _NOWHERE
+  @contextlib.contextmanager
+  def _noting_problems(self) -> Iterator[None]:
+    """Notes what the body would be refused for, and prepares no data."""
     try:
       with reading_only():
-        run = set_up(self.options, folder, resume=self.resume)
+        yield
     except NotPreparedError:
-      return None
+      pass
     except (InputError, OSError) as error:
-      self.problems.append(str(error))
-      return None
-    self._check(run)
-    run.checkpoints.close()
+      self._refuse(str(error))
+
+  def _refuse(self, problem: str) -> None:
+    if problem not in self.problems:
+      self.problems.append(problem)
+
+  def _set_up(self) -> Run | None:
+    """The run, if it would not be refused and its data is prepared.
+
+    The hooks check it, without a line about it.
+    """
+    run = None
+    with self._noting_problems():
+      folder = self.workdir or _NOWHERE
+      run = set_up(self.options, folder, resume=self.resume)
+    if run is not None:
+      silent_run = dataclasses.replace(run, message=lambda text: None)
+      for hook in self.hooks:
+        with self._noting_problems():
+          hook.check(silent_run)
+      run.checkpoints.close()
     return run
 
-  def _check(self, run: Run) -> None:
-    """Lets the hooks check the run, without a line about it."""
-    silent_run = dataclasses.replace(run, message=lambda text: None)
-    for hook in self.hooks:
-      try:
-        hook.check(silent_run)
-      except (InputError, OSError) as error:
-        self._refuse(error)
+  def _filled(
+    self, mesh: Mesh
+  ) -> tuple[RunConfig | None, Sequence[str], data.Dataset | None]:
+    """The options, the notes and the data of a run that is not set up.
 
-  def _dataset(self) -> data.Dataset | None:
-    """The data, if it is prepared."""
-    try:
-      with reading_only():
-        return data.load(self._options.data)
-    except NotPreparedError:
-      return None
-    except (InputError, OSError) as error:
-      self._refuse(error)
-      return None
-
-  def _filled(self, dataset: data.Dataset | None) -> RunConfig | None:
-    """The options with the vocabulary of the data, or one that is known."""
-    options = self._options
-    if dataset is not None:
-      size = dataset.vocab_size
-    else:
-      size = options.data.tokenizer.known_vocab_size()
-    size = options.model.vocab_size or size
-    if not size:
-      return None
-    try:
-      return options.filled(size)
-    except InputError as error:
-      self._refuse(error)
-      return None
-
-  def _refuse(self, error: Exception) -> None:
-    if str(error) not in self.problems:
-      self.problems.append(str(error))
-
-  def _model_lines(
-    self, options: RunConfig, run: Run | None, dataset: data.Dataset | None
-  ) -> Iterator[str]:
-    """Lines on what the run takes, its data, its model and its devices."""
-    model, mesh = options.build(), self._mesh()
-    yield from (
-      run.notes
-      if run
-      else (
-        *self._notes,
-        *setup_notes(options, model, mesh),
-      )
-    )
-    yield hooks.cost_line(options, model, mesh)
-    if run is not None:
-      yield from hooks.facts(run)
-    else:
-      yield dataset.describe() if dataset else _not_prepared(options)
-      yield cost.count(
-        model, options.data.seq_len, options.data.target_len
-      ).describe()
-      yield hooks.devices_line(mesh)
-    if dataset is not None:
-      yield self._passes_line(dataset)
-    programs = run.programs if run else make_programs(options, model, mesh)
-    if run is None:
-      yield from hooks.trained_lines(options, programs)
-      yield from hooks.optimizer_lines(options, programs)
-    yield from self._memory_lines(options, model, programs, mesh)
+    The options have the vocabulary of the data, or one that is known; they are
+    None without either. The data is None unless it is prepared.
+    """
+    options, notes, dataset, filled = self.options, [], None, None
+    folder = workdir_lib.folder_of(self.workdir or _NOWHERE)
+    with self._noting_problems():
+      options, notes = with_tokenizer(options, section_of(options), folder)
+    with self._noting_problems():
+      dataset = data.load(options.data)
+    with self._noting_problems():
+      tokenizer = options.data.tokenizer
+      size = dataset.vocab_size if dataset else tokenizer.known_vocab_size()
+      if size := options.model.vocab_size or size:
+        filled = options.filled(size)
+        notes = [*notes, *setup_notes(filled, filled.build(), mesh)]
+    return filled, notes, dataset
 
   def _mesh(self) -> Mesh:
     """The mesh, or one device where it does not fit those of this machine."""
-    try:
-      return self._options.mesh.make()
-    except InputError as error:
-      self._refuse(error)
-      return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
-
-  def _passes_line(self, dataset: data.Dataset) -> str:
-    rows = self._options.total_steps * self._options.batch_size
-    stored = len(dataset.splits['train'])
-    return (
-      f'passes: {rows:,} rows are learned from, and the data has {stored:,}: '
-      f'{rows / stored:.3g} passes over it'
-    )
+    with self._noting_problems():
+      return self.options.mesh.make()
+    return partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
 
   def _memory_lines(
-    self, options: RunConfig, model: Model, programs: Programs, mesh: Mesh
+    self, options: RunOptions, model: Model, programs: Programs, mesh: Mesh
   ) -> Iterator[str]:
     """Lines on the memory and the disk that the run needs."""
     needs = run_cost.run_bytes(options, model, programs, mesh)
@@ -212,7 +182,7 @@ class DryRun:
     yield from self._disk_lines(needs.checkpoint)
 
   def _disk_lines(self, size: int) -> Iterator[str]:
-    c, total = self._options.checkpoint, self._options.total_steps
+    c, total = self.options.checkpoint, self.options.total_steps
     num_written = 1 + (total - 1) // c.every_steps if c.every_steps else 1
     # One is being written while the older ones are still there.
     num_kept = min(num_written, c.keep_newest + c.keep_best) + 1
@@ -235,8 +205,8 @@ class DryRun:
       )
 
   def _evaluation_lines(self) -> Iterator[str]:
-    total = self._options.total_steps
-    for name, entry in self._options.evals.items():
+    total = self.options.total_steps
+    for name, entry in self.options.evals.items():
       times = 1 + (total - 1) // entry.every_steps if entry.every_steps else 1
       line = f'evaluation {name}: {EVALUATIONS.name_of(entry)!r}'
       if entry.every_steps:
@@ -254,12 +224,10 @@ class DryRun:
       return
     folder = workdir_lib.folder_of(self.workdir)
     if not _writable(folder):
-      self.problems.append(
-        f'{folder} cannot be made or written; choose another folder'
-      )
+      self._refuse(f'{folder} cannot be made or written; choose another folder')
     holder = ownership.read(storage_path(folder)) if folder.exists() else None
     if holder is not None and holder.alive:
-      self.problems.append(f'{folder} is in use by {holder}; wait for its end')
+      self._refuse(f'{folder} is in use by {holder}; wait for its end')
     if run is None or not run.checkpoints.steps():
       yield from self._start_lines()
     if run is None or not (folder / workdir_lib.CONFIG).exists():
@@ -270,7 +238,7 @@ class DryRun:
     if not steps:
       yield f'workdir: {folder} has a run without checkpoints: it begins anew'
     elif problem := end_problem(run, steps[-1]):
-      self.problems.append(problem)
+      self._refuse(problem)
     elif steps[-1] == run.options.total_steps:
       yield f'workdir: {folder} has a run that is at its end, step {steps[-1]}'
     else:
@@ -278,34 +246,20 @@ class DryRun:
 
   def _start_lines(self) -> Iterator[str]:
     """A line on the run whose parameters this one begins with."""
-    init_from = self._options.init_from
+    init_from = self.options.init_from
     if not init_from.workdir:
       return
     folder = workdir_lib.folder_of(init_from.workdir)
-    try:
+    step = None
+    with self._noting_problems():
       step = trained.best_step(folder) if init_from.best else init_from.step
       if step < 0:
         with Checkpointer(workdir_lib.checkpoints_of(folder)) as checkpoints:
           step = max(checkpoints.steps(), default=None)
-    except (InputError, OSError) as error:
-      self._refuse(error)
-      return
-    if step is None and self.problems:
-      return  # a problem says already that there is no run
-    if step is None:
-      self._refuse(
-        InputError(f'init_from.workdir={folder} has no finished checkpoint')
-      )
-    else:
+    if step is not None:
       yield f'begins with: the parameters of step {step} of {folder}'
-
-
-def _not_prepared(options: RunConfig) -> str:
-  folder = cache_root(options.data.cache_dir)
-  return (
-    'data: not prepared yet; a run first reads all texts once and keeps their '
-    f'tokens in {folder}'
-  )
+    elif not self.problems:  # which would say that there is no run
+      self._refuse(f'init_from.workdir={folder} has no finished checkpoint')
 
 
 def _writable(folder: pathlib.Path) -> bool:

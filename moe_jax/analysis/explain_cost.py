@@ -9,7 +9,6 @@ scopes name.
 
 import argparse
 import collections
-import dataclasses
 import glob
 import pathlib
 import re
@@ -31,36 +30,33 @@ from moe_jax.training.run_options import RunOptions
 from moe_jax.training.setup import set_up
 
 _WARM_UP = 3  # steps
-# The part of the step that each scope belongs to, in the order of the table.
-PARTS = {
+# The scopes of each part of the step, in the order of the table.
+_SCOPES = {
   'router': 'router',
-  'index': 'slots and indices',
+  'slots and indices': 'index',
   'dispatch': 'dispatch',
   'experts': 'experts',
   'combine': 'combine',
-  'shared_expert': 'shared expert',
-  'exchange': 'exchange between devices',
-  'moe': 'rest of sparse layers',
-  'attention': 'attention',
-  'relative_positions': 'attention',
-  'cross_attention': 'cross-attention',
-  'ffn': 'dense feed-forward',
-  'extra_ffn': 'dense feed-forward',
-  'attention_norm': 'norms',
-  'cross_attention_norm': 'norms',
-  'ffn_norm': 'norms',
-  'extra_ffn_norm': 'norms',
-  'final_norm': 'norms',
+  'shared expert': 'shared_expert',
+  'exchange between devices': 'exchange',
+  'rest of sparse layers': 'moe',
+  'attention': 'attention relative_positions',
+  'cross-attention': 'cross_attention',
+  'dense feed-forward': 'ffn extra_ffn',
+  'norms': 'attention_norm cross_attention_norm ffn_norm extra_ffn_norm '
+  'final_norm',
   'embedding': 'embedding',
-  'logits': 'logits and loss',
-  'loss': 'logits and loss',
+  'logits and loss': 'logits loss',
   'optimizer': 'optimizer',
+}
+PARTS = {
+  scope: part for part, names in _SCOPES.items() for scope in names.split()
 }
 # Instructions that are differentiated and in none of these scopes.
 AROUND = 'residual stream, loops'
 OTHER = 'all other instructions'
 INPUT = 'waiting for the batch'
-ROWS = tuple(dict.fromkeys([*PARTS.values(), AROUND, OTHER, INPUT]))
+ROWS = (*_SCOPES, AROUND, OTHER, INPUT)
 # 'transpose(jvp(experts))' is the scope 'experts', transformed.
 _WRAPPED = re.compile(r'(?:[\w.]+\()*([\w.]*)\)*')
 
@@ -76,7 +72,7 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   """Compiles, times and profiles the training step of a run.
 
   Args:
-    options: Options of the run. Its evaluations are left out.
+    options: Options of the run.
     num_steps: Number of steps that are timed; as many again are profiled.
 
   Returns:
@@ -86,7 +82,6 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   Raises:
     ValueError: The options or the data are bad.
   """
-  options = without_evaluations(options)
   with tempfile.TemporaryDirectory() as folder:
     run = set_up(options, pathlib.Path(folder) / 'run')
     state, batches = run.programs.init_state(), run.batches(0)
@@ -112,30 +107,16 @@ def explain(options: RunOptions, num_steps: int) -> Table:
   table.add_column('part of the step')
   for heading in ('forward, ms', 'backward, ms', 'both, ms', 'share'):
     table.add_column(heading, justify='right')
-  for part, *seconds in shares_of_step(part_times, busy, median, wait):
-    forward, backward, both = (
-      f'{1e3 * x:.2f}' for x in (*seconds, sum(seconds))
+  for part, forward, backward in shares_of_step(part_times, busy, median, wait):
+    both = forward + backward
+    table.add_row(
+      part,
+      f'{1e3 * forward:.2f}',
+      f'{1e3 * backward:.2f}' if backward else '',
+      f'{1e3 * both:.2f}',
+      f'{both / median:.1%}',
     )
-    backward = backward if seconds[1] else ''
-    table.add_row(part, forward, backward, both, f'{sum(seconds) / median:.1%}')
   return table
-
-
-def without_evaluations(options: RunOptions) -> RunOptions:
-  """The options of a run with the same steps, and nothing beside them."""
-  trace = options.trace
-  if trace.every_steps:
-    trace = dataclasses.replace(trace, evaluations='')
-  else:
-    trace = type(trace)()
-  return dataclasses.replace(
-    options,
-    evals={},
-    # The best checkpoint, and an early end, are those of an evaluation.
-    checkpoint=type(options.checkpoint)(keep_best=False),
-    early_stopping=type(options.early_stopping)(),
-    trace=trace,
-  )
 
 
 def _take_steps(
@@ -242,37 +223,25 @@ def _instruction_seconds(
     profile = jax.profiler.ProfileData.from_file(path)
   planes = list(profile.planes)
   devices = [plane for plane in planes if plane.name.startswith(_ACCELERATORS)]
+  lines = [line for plane in devices or planes for line in plane.lines]
+  if devices:
+    lines = [line for line in lines if line.name.startswith(_LINES)]
   seconds: dict[str, float] = collections.defaultdict(float)
-  for plane in devices or planes:
-    for name, duration in _operations(plane, module, bool(devices)):
-      seconds[name] += duration
+  for event in (event for line in lines for event in line.events):
+    stats = dict(event.stats)
+    name = stats.get('hlo_op')
+    if name is None and devices:
+      name = event.name.removeprefix('%').split(' ')[0]
+    elif name is None or stats.get('hlo_module', module) != module:
+      continue
+    seconds[str(name)] += event.duration_ns / 1e9
   return dict(seconds)
 
 
-def _operations(
-  plane: Any, module: str, on_accelerator: bool
-) -> Iterator[tuple[str, float]]:
-  """The name and the seconds of each operation in a plane of a profile."""
-  for line in plane.lines:
-    if on_accelerator and not line.name.startswith(_LINES):
-      continue
-    for event in line.events:
-      stats = dict(event.stats)
-      name = stats.get('hlo_op')
-      if name is None and on_accelerator:
-        name = event.name.removeprefix('%').split(' ')[0]
-      elif name is None or stats.get('hlo_module', module) != module:
-        continue
-      yield str(name), event.duration_ns / 1e9
-
-
-def parse(
-  argv: Sequence[str] | None,
-) -> tuple[argparse.Namespace, list[str]]:
-  """Parses the command line; returns overrides of the config separately."""
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command; errors are reported in a few lines."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.explain_cost'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.explain_cost'), **cli.about(__doc__)
   )
   cli.add_config(parser)
   parser.set_defaults(run=run)
@@ -282,7 +251,7 @@ def parse(
     default=10,
     help='number of steps that are timed; as many are then profiled',
   )
-  return cli.parse_command(parser, argv, lambda _: True)
+  cli.run_command(*cli.parse_command(parser, argv, lambda _: True))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -298,11 +267,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     f'{devices[0].device_kind}'
   )
   Console().print(table)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the command; errors are reported in a few lines."""
-  cli.run_command(*parse(argv))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ a run takes and is are those of `--dry_run`, too.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ from moe_jax.generation import trained_run
 from moe_jax.layers import experts
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.shared import Numerics
 from moe_jax.models.recorded import recording
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.summary import Batch, StepMetrics
@@ -46,26 +44,22 @@ class Facts(Hook):
   def check(self, run: Run) -> None:
     """Prints the first line of a run: what it takes, and where it writes."""
     if is_first():
-      line = cost_line(run.options, run.model, run.mesh)
+      line = run_cost.run_line(run.options, run.model, run.mesh)
       run.message(f'{line}; writes to {run.workdir}')
 
   def start(self, run: Run) -> None:
-    """Prints lines on data, model and devices; warns if it is not causal."""
-    for line in facts(run):
+    """Prints lines on data, model and devices; warns if it is not causal.
+
+    The last one says why nothing is printed for a while before the first step.
+    """
+    run.message(run.dataset.describe())
+    for line in facts(run.options, run.model, run.programs, run.mesh):
       run.message(line)
-
-
-class Compiling(Hook):
-  """Says why nothing is printed for a while before the first step."""
-
-  def start(self, run: Run) -> None:
-    """Prints a line, unless no step is left."""
-    if max(run.checkpoints.steps(), default=0) >= run.options.total_steps:
-      return
-    run.message(
-      'compiling the step; the first line of progress comes after it and '
-      'may take half a minute, or minutes for a large model'
-    )
+    if max(run.checkpoints.steps(), default=0) < run.options.total_steps:
+      run.message(
+        'compiling the step; the first line of progress comes after it and '
+        'may take half a minute, or minutes for a large model'
+      )
 
 
 class MeshSummary(Hook):
@@ -83,7 +77,7 @@ class MeshSummary(Hook):
     state = run.programs.abstract_state
     batch = run.options.batch_shapes(run.model)
     compiled = run.programs.train_step.lower(state, batch).compile()
-    run.message(sharded.read(compiled, state, run.mesh).describe())
+    run.message(sharded.read(compiled, state).describe())
     if run.train_step is not run.programs.train_step:
       return None  # a hook has wrapped it
     return dataclasses.replace(run, train_step=compiled)
@@ -95,9 +89,8 @@ class Profile(Hook):
   Each trace is in a subfolder of `profile` that its time names.
   """
 
-  def __init__(self):
-    self._is_tracing = False
-    self._step: int | None = None
+  _is_tracing = False
+  _step: int | None = None
 
   def start(self, run: Run) -> Run | None:
     """Wraps the step, unless no step is to be traced."""
@@ -177,12 +170,13 @@ class Sample(Hook):
     pairs, tasks = [], run.options.data.tasks
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
-    names = [c.task or tasks[0]] if model.task_sequences else []
-    names += [tasks[pair.task] for pair in pairs] if names else []
+    names = []
+    if model.task_sequences:
+      names = [c.task or tasks[0], *(tasks[task] for *_, task in pairs)]
     generated = generation.generate(
       model,
       variables,
-      [prompt, *(pair.inputs for pair in pairs)],
+      [prompt, *(inputs for inputs, *_ in pairs)],
       num_tokens=num_tokens,
       temperature=c.temperature,
       seed=c.seed,
@@ -194,9 +188,12 @@ class Sample(Hook):
     answers = [trained_run.decode(tokenizer, row) for row in generated.rows]
     text = c.prompt + answers[0]
     if model.has_encoder or run.options.data.task.reads == 'pairs':
-      inputs = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
-      targets = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
-      text = '\n\n'.join(map(_answer_text, inputs, answers, targets))
+      inputs = [c.prompt, *(tokenizer.decode(inputs) for inputs, *_ in pairs)]
+      targets = ['', *(tokenizer.decode(targets) for _, targets, _ in pairs)]
+      text = '\n\n'.join(
+        f'inputs: {x}\noutputs: {answer}' + f'\ntargets: {y}' * bool(y)
+        for x, answer, y in zip(inputs, answers, targets)
+      )
     if forced := run.model.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
@@ -204,33 +201,22 @@ class Sample(Hook):
     run.message(f'sample, temperature {c.temperature}:\n{text}')
 
 
-class SamplePair(NamedTuple):
-  """An example in token ids, and the number of its task; 0 without tasks."""
+def first_pairs(rows: data.Rows) -> list[tuple[np.ndarray, np.ndarray, int]]:
+  """The first example of each of the first `_SAMPLE_PAIRS` rows.
 
-  inputs: np.ndarray
-  targets: np.ndarray
-  task: int
-
-
-def first_pairs(rows: data.Rows) -> list[SamplePair]:
-  """The first example of each of the first `_SAMPLE_PAIRS` rows."""
+  An example is its inputs and targets in token ids, and the number of its task,
+  which is 0 without tasks.
+  """
   batch = rows.take(np.arange(min(_SAMPLE_PAIRS, len(rows))))
-  encoder, decoder = (
-    batch[f'{side}segment_ids'] == 1 for side in ('encoder_', '')
-  )
+  inputs = zip(batch['encoder_tokens'], batch['encoder_segment_ids'] == 1)
+  targets = zip(batch['targets'], batch['segment_ids'] == 1)
   tasks = batch.get('task_ids', np.zeros_like(batch['targets']))[:, 0]
-  pairs = zip(
-    batch['encoder_tokens'], encoder, batch['targets'], decoder, tasks
-  )
   return [
-    SamplePair(inputs[is_input], targets[is_target], int(task))
-    for inputs, is_input, targets, is_target, task in pairs
+    (ids[is_input], target_ids[is_target], int(task))
+    for (ids, is_input), (target_ids, is_target), task in zip(
+      inputs, targets, tasks
+    )
   ]
-
-
-def _answer_text(inputs: str, answer: str, target: str) -> str:
-  text = f'inputs: {inputs}\noutputs: {answer}'
-  return f'{text}\ntargets: {target}' if target else text
 
 
 class RoutingReport(Hook):
@@ -257,7 +243,7 @@ def routing_tables(
   run: Run, state: TrainState
 ) -> list[routing_report.ValueTable]:
   """The tables of the routing report, of some validation batches."""
-  counts = routing_report.no_counts(run.model)
+  counts: routing_report.Counts = {}
   losses = Losses(
     model=run.model,
     num_batches=_REPORT_BATCHES,
@@ -280,9 +266,8 @@ def routing_tables(
 def default_hooks() -> list[Hook]:
   """The hooks of `moe_jax.main`."""
   return [
-    Facts(),
     Replaying(),
-    Compiling(),  # before the summary, which compiles
+    Facts(),  # before the summary, which compiles
     MeshSummary(),
     Profile(),
     Traces(),
@@ -304,54 +289,32 @@ def model_warnings(model: models.Model) -> list[str]:
   return texts + [model.forced_balance] * bool(model.forced_balance)
 
 
-def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
-  """A line on what a run takes; matrix products of a device are timed for it.
-
-  Args:
-    options: The options of the run, after `filled`.
-    model: The model of the run.
-    mesh: The mesh of the run.
-  """
-  total_cost = run_cost.run_cost(options, model)
-  if not total_cost.flops:
-    return f'run: {total_cost.describe()}'
-  dtype = getattr(options.model, 'numerics', Numerics()).dtype
-  rate, _ = roofline.product_rate(dtype)
-  rate *= roofline.num_processors(list(mesh.devices.flat))
-  return f'run: {total_cost.describe()}; {total_cost.time(rate)}'
-
-
-def facts(run: Run) -> Iterator[str]:
-  """Lines on the data, the model and the devices of a run."""
-  yield run.dataset.describe()
-  lengths = run.options.data.seq_len, run.options.data.target_len
-  yield cost.count(run.model, *lengths).describe()
-  if run.model.moe is not None:
-    yield _experts(run, run.model.moe)
-    for text in model_warnings(run.model):
+def facts(
+  options: RunOptions, model: models.Model, programs: Programs, mesh: Mesh
+) -> Iterator[str]:
+  """Lines on the model and the devices of a run."""
+  lengths = options.data.seq_len, options.data.target_len
+  yield cost.count(model, *lengths).describe()
+  if model.moe is not None:
+    yield _experts_line(options, model, model.moe, mesh)
+    for text in model_warnings(model):
       yield f'WARNING: {text}'
-  yield from trained_lines(run.options, run.programs)
-  yield from optimizer_lines(run.options, run.programs)
-  yield devices_line(run.mesh)
+  yield from _trained_lines(options, programs)
+  yield from optimizer_lines(options, programs)
+  yield f'devices: {roofline.describe_mesh(mesh)}'
 
 
-def devices_line(mesh: Mesh) -> str:
-  """A line on the devices of a mesh."""
-  return f'devices: {roofline.describe_mesh(mesh)}'
-
-
-def trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
+def _trained_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   """A line on the parameters that train, if not all do."""
   params, trained = programs.abstract_state.params, programs.trained
   if trained.expression == 'all' and not trained.masks:
     return
   count = trained.count(trained.part(params))
-  file = options.trained_experts
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   subset, lora = f'trainable={options.trainable!r}', options.lora
   if lora.rank:
     subset = f'adapters of rank {lora.rank} on {lora.parts!r}'
-  if file:
+  if file := options.trained_experts:
     subset += f', {trainable.read_chosen(file).describe()}'
   yield (
     f'{subset}: {count:,} of {total:,} parameters train ({count / total:.1%}); '
@@ -369,22 +332,19 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
   )
 
 
-def _experts(run: Run, moe: MoeOptions) -> str:
-  platform = run.mesh.devices.flat[0].platform
-  axes = dict(run.options.sharding.rules)['expert']
-  devices = {a: run.mesh.shape[a] for a in axes if run.mesh.shape[a] > 1}
+def _experts_line(
+  options: RunOptions, model: models.Model, moe: MoeOptions, mesh: Mesh
+) -> str:
+  platform = mesh.devices.flat[0].platform
+  counts = [model.moe_of(i).num_retained for i in model.sparse_layers]
+  count = counts[0] if len(set(counts)) == 1 else counts
+  axes = dict(options.sharding.rules)['expert']
+  devices = {a: mesh.shape[a] for a in axes if mesh.shape[a] > 1}
   dispatch = experts.describe(
     moe.dispatch, 'cuda' if platform == 'gpu' else platform, devices
   )
   return (
-    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
-    f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
+    f'sparse layers {list(model.sparse_layers)}: {count} experts, '
+    f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
     f'dispatch {dispatch}'
   )
-
-
-def _counts(run: Run) -> str:
-  """The number of experts of all sparse layers, or that of each."""
-  moes = [moe for moe in run.model.moes if moe is not None]
-  counts = [moe.num_retained for moe in moes]
-  return str(counts[0] if len(set(counts)) == 1 else counts)

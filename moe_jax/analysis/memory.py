@@ -10,12 +10,11 @@ import jax.numpy as jnp
 
 from moe_jax.analysis.counts import (
   Half,
+  group_rows,
   group_size,
   halves,
-  is_dropless,
   sized_parameters,
 )
-from moe_jax.analysis.router_shapes import training_slots
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.block import BlockConfig
@@ -40,16 +39,13 @@ def weight_bytes(model: Model, dtype: str) -> int:
   """
   if dtype not in DTYPES:
     raise unknown('dtype', dtype, DTYPES)
-  return sum(
-    p.size * (4 if _stays_float32(p.role) else DTYPES[dtype])
-    for p in sized_parameters(model)
-  )
-
-
-def _stays_float32(role: Role) -> bool:
-  # Attention's only table is that of relative positions.
-  relative_positions = role == Role('attention', 'table')
-  return role.role in ('router', 'norm') or relative_positions
+  total = 0
+  for p in sized_parameters(model):
+    # Attention's only table is that of relative positions.
+    is_float32 = p.role.role in ('router', 'norm')
+    is_float32 |= p.role == Role('attention', 'table')
+    total += p.size * (4 if is_float32 else DTYPES[dtype])
+  return total
 
 
 def cache_bytes(
@@ -70,9 +66,7 @@ def cache_bytes(
     dtype: Type of keys and values; '' stands for that of the activations.
   """
   *_, decoder = halves(model, encoder_len or max_len, max_len)
-  block = decoder.stack.block
-  a = block.attention.within(model.embedding.width)
-  itemsize = jnp.dtype(dtype or block.shared.dtype).itemsize
+  itemsize = jnp.dtype(dtype or decoder.stack.block.shared.dtype).itemsize
   # Generation lays layers out one by one.
   stack = dataclasses.replace(decoder.stack, stacked=False)
   memory_len = encoder_len if decoder.memory_len else 0
@@ -80,34 +74,8 @@ def cache_bytes(
   # A flag for each slot; the next position and the last token of each row; the
   # length of the cache.
   flags = max_len + memory_len
-  return batch_size * (slots * a.cached_values * itemsize + flags + 8) + 4
-
-
-def serving_bytes(
-  model: Model,
-  dtype: str,
-  batch_size: int,
-  seq_len: int,
-  target_len: int = 0,
-) -> int:
-  """Bytes of the weights in `dtype` and of a full cache.
-
-  The cache is float32 beside float32 weights, and bfloat16 beside all others.
-
-  Args:
-    model: A model of blocks.
-    dtype: One of `DTYPES`.
-    batch_size: Number of rows that are generated at once.
-    seq_len: Number of tokens of a row; of an encoder-decoder, of the encoder's
-      row.
-    target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
-      stands for `seq_len`.
-  """
-  *_, half = halves(model, seq_len, target_len)
-  cache_dtype = 'float32' if dtype == 'float32' else 'bfloat16'
-  return weight_bytes(model, dtype) + cache_bytes(
-    model, batch_size, half.length, half.memory_len, cache_dtype
-  )
+  cached_bytes = slots * decoder.attention.cached_values * itemsize
+  return batch_size * (cached_bytes + flags + 8) + 4
 
 
 class Activations(NamedTuple):
@@ -133,13 +101,12 @@ def activations(
   model: Model, batch_size: int, seq_len: int, target_len: int = 0
 ) -> Activations:
   """Bytes of activations in a training step on one batch or microbatch."""
-  layers = scores = 0
   stacks = halves(model, seq_len, target_len)
-  for half in stacks:
-    layers += _kept_by_layers(half, model.embedding.width, batch_size)
-    scores += _kept_scores(half, batch_size)
-  logits = 4 * batch_size * stacks[-1].length * model.vocab_size
-  return Activations(layers, scores, logits)
+  return Activations(
+    layers=sum(_kept_by_layers(half, batch_size) for half in stacks),
+    scores=sum(_kept_scores(half, batch_size) for half in stacks),
+    logits=4 * batch_size * stacks[-1].length * model.vocab_size,
+  )
 
 
 def evaluation(
@@ -155,69 +122,47 @@ def evaluation(
   for half in stacks:
     stack, scores = half.stack, _kept_scores(half, batch_size)
     half = half._replace(stack=dataclasses.replace(stack, remat='dots'))
-    kept = _kept_by_layers(half, model.embedding.width, batch_size) + scores
+    kept = _kept_by_layers(half, batch_size) + scores
     layer = max(layer, kept // (half.num_sparse or len(stack.sparse)))
   return 4 * batch_size * stacks[-1].length * model.vocab_size + layer
 
 
-def _kept_by_layers(half: Half, M: int, B: int) -> int:
+def _kept_by_layers(half: Half, B: int) -> int:
   """Bytes kept by the layers of a stack, without attention scores."""
-  c, n, L = half.stack, B * half.length, len(half.stack.sparse)
-  block, b = c.block, jnp.dtype(c.block.shared.dtype).itemsize
+  c, block, moe = half.stack, half.stack.block, half.moe
+  n, L, M = B * half.length, len(c.sparse), half.width
+  b = jnp.dtype(block.shared.dtype).itemsize
   total = L * n * M * b + n * M * (3 * 4 + b)  # inputs, and the final norm
   if c.remat == 'full':
     return total
-  a, crosses = block.attention.within(M), block.cross
+  keeps_all, a, crosses = c.remat == 'none', half.attention, block.cross
   output = a.num_heads * a.head_widths[1]
   total += L * n * (a.projected_values + M) * b
   if crosses:
     total += L * (n * (output + M) + B * half.memory_len * a.cached_values) * b
-  total += _kept_by_dense_layers(half, n) + _kept_by_sparse_layers(half, M, B)
-  if c.remat == 'none':
+  has_extra = block.moe is not None and block.moe.extra_ffn
+  extra = sum(c.sparse) if has_extra else 0  # dense ones behind sparse ones
+  dense = L - sum(c.sparse) + extra
+  total += dense * n * _kept_hidden(block, block.ffn, keeps_all)
+  if block.moe is not None and moe is None:  # a dense twin
+    hidden = _kept_hidden(block, block.moe.twin().ffn, keeps_all)
+    total += sum(c.sparse) * n * hidden
+  rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
+  if moe is not None:
+    # The products without slots have a gradient that keeps their inputs alone.
+    keeps_slots = keeps_all and moe.dispatch.by_slot
+    hidden = _kept_hidden(block, moe.expert.twin(1).ffn, keeps_slots)
+    columns = sum(layer_moe.num_experts for layer_moe in half.moes)
+    total += rows * (hidden + M * b) + n * 4 * columns
+    if (shared := moe.shared_twin) is not None:
+      hidden = _kept_hidden(block, shared.ffn, keeps_all)
+      total += half.num_sparse * n * hidden
+  if keeps_all:
     # Three float32 arrays of each norm, and its output twice, once as what
     # the next product multiplies; the output of attention; an expert's input.
-    norms = L * (2 + crosses) + _extra_ffns(half)
+    norms = L * (2 + crosses) + extra
     total += norms * n * M * (3 * 4 + 2 * b) - 2 * L * n * M * b
-    total += L * n * output * b * (1 + crosses)
-    rows = sum(expert_rows(moe, B, half.length) for moe in half.moes)
-    total += rows * M * b
-  return total
-
-
-def _extra_ffns(half: Half) -> int:
-  """The number of dense feed-forwards that follow sparse ones."""
-  moe = half.stack.block.moe
-  return sum(half.stack.sparse) if moe is not None and moe.extra_ffn else 0
-
-
-def _kept_by_dense_layers(half: Half, num_tokens: int) -> int:
-  """Bytes kept by feed-forwards without experts, a dense twin's included."""
-  c, block = half.stack, half.stack.block
-  keeps_all = c.remat == 'none'
-  dense = len(c.sparse) - sum(c.sparse) + _extra_ffns(half)
-  total = dense * num_tokens * _kept_hidden(block, block.ffn, keeps_all)
-  if block.moe is not None and half.moe is None:
-    twin = block.moe.twin().ffn
-    total += sum(c.sparse) * num_tokens * _kept_hidden(block, twin, keeps_all)
-  return total
-
-
-def _kept_by_sparse_layers(half: Half, M: int, B: int) -> int:
-  """Bytes kept by experts and routers."""
-  c, moe = half.stack, half.moe
-  if moe is None:
-    return 0
-  b = jnp.dtype(c.block.shared.dtype).itemsize
-  # The products without slots have a gradient that keeps their inputs alone.
-  keeps_all = c.remat == 'none' and moe.dispatch.by_slot
-  hidden = _kept_hidden(c.block, moe.expert.twin(1).ffn, keeps_all)
-  rows = sum(expert_rows(layer_moe, B, half.length) for layer_moe in half.moes)
-  columns = sum(layer_moe.num_experts for layer_moe in half.moes)
-  n = B * half.length
-  total = rows * (hidden + M * b) + n * 4 * columns
-  if (shared := moe.shared_twin) is not None:
-    shared_hidden = _kept_hidden(c.block, shared.ffn, c.remat == 'none')
-    total += half.num_sparse * n * shared_hidden
+    total += L * n * output * b * (1 + crosses) + rows * M * b
   return total
 
 
@@ -257,15 +202,10 @@ def expert_rows(moe: MoeOptions, batch_size: int, length: int) -> int:
     length: Number of tokens of a row.
   """
   S = group_size(moe, batch_size, length)
-  groups = -(-batch_size * length // S)
-  per_expert = moe.expert_slots(training_slots(moe, S), S)
-  slots = groups * moe.num_retained * per_expert
-  if is_dropless(moe):
-    return min(groups * S * moe.num_selected, slots)
-  return slots
+  return -(-batch_size * length // S) * group_rows(moe, S)
 
 
-def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
+def dispatch_bytes(half: Half, batch_size: int) -> int:
   """Bytes of the rows to the experts of a sparse layer, and of those back.
 
   A dispatch by masks also has a mask of one byte for each of the group's
@@ -281,12 +221,10 @@ def dispatch_bytes(half: Half, width: int, batch_size: int) -> int:
   if moe.dispatch.by_mask:
     S = group_size(moe, batch_size, half.length)
     masks = S * (1 if moe.router.by_expert else moe.num_selected) * rows
-  return 2 * rows * width * itemsize + masks
+  return 2 * rows * half.width * itemsize + masks
 
 
-def all_to_all_bytes(
-  half: Half, width: int, batch_size: int, num_parts: int
-) -> int:
+def all_to_all_bytes(half: Half, batch_size: int, num_parts: int) -> int:
   """Bytes that one device sends in one exchange of one sparse layer.
 
   The batch and the experts are each split over `num_parts` devices; a device
@@ -307,5 +245,7 @@ def all_to_all_bytes(
       f'expert parallelism of {num_parts} does not divide num_experts={E}'
     )
   rows = expert_rows(moe, batch_size, half.length)
-  row_bytes = rows * width * jnp.dtype(half.stack.block.shared.dtype).itemsize
+  row_bytes = (
+    rows * half.width * jnp.dtype(half.stack.block.shared.dtype).itemsize
+  )
   return row_bytes * (num_parts - 1) // num_parts**2

@@ -28,7 +28,6 @@ _BELOW = (
 _MAX_COLUMNS = 400
 _RASTER_POINTS = 2000  # points, above which a line is drawn as a bitmap
 _WIDTH = 7.2  # inches
-_FEW_ROWS = 500  # rows beside which the best place of a legend is found fast
 _MAX_LETTERS = 26  # letters of a name in a legend
 
 
@@ -145,7 +144,6 @@ def _losses(axes: Axes, rows: Rows, evals: Sequence[str]) -> None:
   last_losses = [values[-1] for values in visible_losses if values.size]
   falls = max(last_losses, default=0) <= np.mean(axes.get_ylim())
   legend_place = 'upper right' if falls else 'lower right'
-  legend_place = 'best' if len(rows) < _FEW_ROWS else legend_place
   axes.legend(loc=legend_place, fontsize='small', edgecolor='none')
 
 

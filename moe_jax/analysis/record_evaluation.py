@@ -8,7 +8,7 @@ record's kind is 'loss'.
 """
 
 import argparse
-import pathlib
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -22,11 +22,7 @@ from moe_jax.data import load as load_data
 from moe_jax.devices import Placing, keep_freed_memory, keep_programs
 from moe_jax.errors import InputError
 from moe_jax.training import trained
-from moe_jax.training.evaluate import (
-  ROOM_FOR_ALL,
-  LossEvaluation,
-  Setting,
-)
+from moe_jax.training.evaluate import ROOM_FOR_ALL, Losses, LossEvaluation
 from moe_jax.training.run_options import TraceOptions
 
 KIND = 'loss'
@@ -57,7 +53,6 @@ def record(options: argparse.Namespace) -> None:
     workdir, model, run.sharding.rules, step=options.step
   )
   dataset = load_data(run.data)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   header = make_header(
     model,
     model_options,
@@ -70,22 +65,17 @@ def record(options: argparse.Namespace) -> None:
     dtype=recorded.dtype,
     note=f'{entry}, step {checkpoint.step} of {workdir}',
   )
-  setting = Setting(
-    KIND,
-    model,
-    dataset,
-    run.data,
-    run.batch_size,
-    pathlib.Path(workdir).expanduser(),
-    Placing(device, run.batch_size, run.microbatches),
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  losses = Losses(
+    model=model,
+    num_batches=options.num_batches,
+    batch_size=run.batch_size,
+    rows=dataset.splits[options.split],
+    put=Placing(device, run.batch_size, run.microbatches),
   )
-  recorder = Recorder(options.trace, header, model)
-  try:
-    losses = entry.measure(setting)
+  with contextlib.closing(Recorder(options.trace, header, model)) as recorder:
     measure = recorded_losses(KIND, losses, recorded.recording, recorder)
     row = measure(checkpoint.state, checkpoint.step)
-  finally:
-    recorder.close()
   summary = f'loss {row["loss"]:.4f}; trace in {options.trace}'
   cli.say([summary, header.note])
 
@@ -93,8 +83,7 @@ def record(options: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.record_evaluation'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.record_evaluation'), **cli.about(__doc__)
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')

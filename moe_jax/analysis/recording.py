@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,12 @@ import jax
 import numpy as np
 
 from moe_jax.analysis import traces
+from moe_jax.analysis.counts import group_size
 from moe_jax.analysis.router_shapes import training_slots
 from moe_jax.analysis.traces import Header, LayerInfo, Record
 from moe_jax.data import DataOptions
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.devices import fetch
+from moe_jax.devices import fetch, is_first
 from moe_jax.errors import InputError
 from moe_jax.models import Model, ModelOptions
 from moe_jax.models.recorded import Apply, Choices, LayerChoices
@@ -72,12 +72,21 @@ def make_header(
   lengths = dict.fromkeys(model.sequences, data.seq_len)
   if model.has_encoder:
     lengths[''] = data.target_len
-  rows = batch_size // microbatches
+  layers = {}
+  for layer in model.sparse_layers:
+    moe, sequence = model.moe_of(layer), model.sequence_of(layer)
+    S = group_size(moe, batch_size // microbatches, lengths[sequence])
+    is_bounded = moe.router.by_expert or moe.causality.drops
+    layers[layer] = LayerInfo(
+      num_experts=moe.num_retained,
+      num_selected=moe.num_selected,
+      capacity=training_slots(moe, S) if is_bounded else None,
+      group_size=S,
+      by_expert=moe.router.by_expert,
+      sequence=sequence.rstrip('_'),
+    )
   return Header(
-    layers={
-      layer: _layer_info(model, layer, rows, lengths[model.sequence_of(layer)])
-      for layer in model.sparse_layers
-    },
+    layers=layers,
     batch_size=batch_size,
     seq_len=lengths[''],
     vocab_size=model.vocab_size,
@@ -86,20 +95,6 @@ def make_header(
     tokenizer=tokenizer.identity,
     note='; '.join(filter(None, (note, model.forced_balance))),
     **fields,
-  )
-
-
-def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
-  moe = model.moe_of(layer)
-  S = rows * length if moe.group_size == -1 else moe.group_size or length
-  is_bounded = moe.router.by_expert or moe.causality.drops
-  return LayerInfo(
-    num_experts=moe.num_retained,
-    num_selected=moe.num_selected,
-    capacity=training_slots(moe, S) if is_bounded else None,
-    group_size=S,
-    by_expert=moe.router.by_expert,
-    sequence=model.sequence_of(layer).rstrip('_'),
   )
 
 
@@ -217,36 +212,33 @@ class Recorder:
       batch: The batch.
       choices: The choices that were made in it.
     """
-    keys = itertools.product(self._model.sequences, _KEYS.values())
-    names = {''.join(key) for key in keys}
+    prefixes, keys = self._model.sequences, _KEYS.values()
+    names = {f'{prefix}{key}' for prefix in prefixes for key in keys}
     arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
     if jax.process_count() > 1:
       arrays = fetch(arrays)
     for leaf in jax.tree.leaves(arrays):
       if isinstance(leaf, jax.Array):
         leaf.copy_to_host_async()
-    if jax.process_index() == 0:
-      self._settle(_QUEUE_SIZE)
-    if jax.process_index() == 0 and not self._has_failed:
+    if not is_first():
+      return
+    self.flush(_QUEUE_SIZE)
+    if not self._has_failed:
       call = self._write, kind, step, number, *arrays
       self._waiting.append(self._thread.submit(*call))
 
-  def flush(self) -> None:
-    """Waits until all added records are in files."""
-    self._settle(0)
+  def flush(self, most_waiting: int = 0) -> None:
+    """Waits until the records of all added batches, or most, are in files."""
+    while len(self._waiting) > most_waiting:
+      error = self._waiting.popleft().exception()
+      if error is not None and not self._has_failed:
+        self._has_failed = True
+        self._message(f'the trace of choices ends: {error!r}')
 
   def close(self) -> None:
     """Writes the records that still wait, and ends the thread."""
     self.flush()
     self._thread.shutdown()
-
-  def _settle(self, count: int) -> None:
-    """Waits until at most `count` batches wait to be written."""
-    while len(self._waiting) > count:
-      error = self._waiting.popleft().exception()
-      if error is not None and not self._has_failed:
-        self._has_failed = True
-        self._message(f'the trace of choices ends: {error!r}')
 
   def _write(self, kind, step, number, batch, choices) -> None:
     if not self._has_begun:
@@ -264,9 +256,7 @@ class Traces(Hook):
   """
 
   serves = 'trace'
-
-  def __init__(self):
-    self._recorder: Recorder | None = None
+  _recorder: Recorder | None = None
 
   def check(self, run: Run) -> None:
     """Checks that the choices can be recorded.
@@ -283,9 +273,8 @@ class Traces(Hook):
     o = run.options.trace
     if self._recorder is None:
       if o.is_on:
-        run.message(
-          'trace: the model has no sparse layers; nothing is recorded'
-        )
+        reason = 'the model has no sparse layers'
+        run.message(f'trace: {reason}; nothing is recorded')
       return None
     step, evaluations = run.train_step, [*run.evaluations]
     if o.every_steps:
@@ -294,12 +283,12 @@ class Traces(Hook):
     for i, entry in enumerate(evaluations):
       if entry.name in names:
         losses = cast(Losses, entry.measure)
-        fields = entry.name, losses, o.recording, self._recorder
-        measure = recorded_losses(*fields)
+        measure = recorded_losses(
+          entry.name, losses, o.recording, self._recorder
+        )
         evaluations[i] = dataclasses.replace(entry, measure=measure)
-    run.message(
-      f'trace: choices of experts are recorded in {run.workdir / FOLDER}'
-    )
+    folder = run.workdir / FOLDER
+    run.message(f'trace: choices of experts are recorded in {folder}')
     return dataclasses.replace(run, train_step=step, evaluations=evaluations)
 
   def paused(self) -> None:

@@ -16,6 +16,7 @@ replayed one execute the same program, and are equal to the last bit.
 import dataclasses
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from moe_jax.models import Model
 from moe_jax.models.recorded import expert_type
 from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
+from moe_jax.training.programs import Step
 from moe_jax.training.setup import Hook, Run
 
 TRAIN = 'train'
@@ -71,15 +73,10 @@ def ids(records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that have to be those of the records, by key."""
   arrays = {}
   for record in records:
-    prefix = _prefix(record.sequence)
+    prefix = record.sequence and f'{record.sequence}_'
     arrays[f'{prefix}tokens'] = record.tokens
     arrays[f'{prefix}segment_ids'] = record.documents
   return arrays
-
-
-def _prefix(sequence: str) -> str:
-  """The prefix of batch keys of a record's sequence."""
-  return f'{sequence}_' if sequence else ''
 
 
 def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
@@ -94,14 +91,15 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """
   layers, choices = _layers(model), {}
   for record in records:
-    prefix = _prefix(record.sequence)
-    numbers = layers.pop(prefix, [])
-    if numbers != sorted(record.layers):
+    prefix = record.sequence and f'{record.sequence}_'
+    lengths = layers.pop(prefix, {})
+    if [*lengths] != sorted(record.layers):
       raise InputError(
         f'the record of the sequence {record.sequence!r} has layers '
-        f'{sorted(record.layers)}; the sparse layers of the model are {numbers}'
+        f'{sorted(record.layers)}; the sparse layers of the model are '
+        f'{[*lengths]}'
       )
-    per_key = zip(*(_choices(model, layer, record) for layer in numbers))
+    per_key = zip(*(_choices(model, n, K, record) for n, K in lengths.items()))
     for key, values in zip(REPLAYED, per_key):
       choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
@@ -112,12 +110,11 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
   choices = {}
-  for prefix, layers in _layers(model).items():
-    if layers:
-      lengths = len(layers), max(_num_choices(model, layer) for layer in layers)
-      shape = (*batch[f'{prefix}tokens'].shape, *lengths)
-      values = np.full(shape, OPEN, _expert_type(model)), np.zeros(shape, bool)
-      choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
+  for prefix, lengths in _layers(model).items():
+    ends = len(lengths), max(lengths.values())
+    shape = (*batch[f'{prefix}tokens'].shape, *ends)
+    values = np.full(shape, OPEN, _expert_type(model)), np.zeros(shape, bool)
+    choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
   return choices
 
 
@@ -127,25 +124,24 @@ def _expert_type(model: Model) -> type[np.integer]:
   return expert_type(max(sizes))
 
 
-def _layers(model: Model) -> dict[str, list[int]]:
-  """The sparse layers of each sequence, by the prefix of its keys."""
-  layers = {prefix: [] for prefix in model.sequences}
+def _layers(model: Model) -> dict[str, dict[int, int]]:
+  """The most choices of a token in each sparse layer, by prefix and layer.
+
+  The prefix is that of the batch's keys of the sequence that the layer sees.
+  """
+  layers = defaultdict(dict)
   for layer in model.sparse_layers:
-    layers[model.sequence_of(layer)].append(layer)
+    moe = model.moe_of(layer)
+    most = moe.num_experts if moe.router.by_expert else moe.num_selected
+    layers[model.sequence_of(layer)][layer] = most
   return layers
 
 
-def _num_choices(model: Model, layer: int) -> int:
-  """The number of choices of a token for which a layer has room."""
-  moe = model.moe_of(layer)
-  return moe.num_experts if moe.router.by_expert else moe.num_selected
-
-
 def _choices(
-  model: Model, layer: int, record: Record
+  model: Model, layer: int, K: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E, K = model.moe_of(layer).num_experts, _num_choices(model, layer)
+  E = model.moe_of(layer).num_experts
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
@@ -165,24 +161,23 @@ def _differences(trace: Trace, in_run: Header, steps: int) -> Iterator[str]:
   """A line for each thing that keeps a trace from fitting a run."""
   in_trace = trace.header
   names = 'batch_size', 'seq_len', 'vocab_size', 'data_digest', 'seed'
-  pairs = {n: (getattr(in_trace, n), getattr(in_run, n)) for n in names}
-  pairs['sparse layers'] = sorted(in_trace.layers), sorted(in_run.layers)
-  shared = sorted({*in_trace.layers} & {*in_run.layers})
-  for layer in shared:
-    a, b = in_trace.layers[layer], in_run.layers[layer]
+  yield from traces.differences(in_trace, in_run, names)
+  if in_trace.layers.keys() != in_run.layers.keys():
+    yield (
+      f'sparse layers: {sorted(in_trace.layers)} there, '
+      f'{sorted(in_run.layers)} here'
+    )
+  for layer in sorted(in_trace.layers.keys() & in_run.layers.keys()):
+    there, here = in_trace.layers[layer], in_run.layers[layer]
     names = ['num_experts', 'by_expert', 'sequence']
-    names += [] if a.by_expert else ['num_selected']
-    names += ['group_size'] if a.group_size else []
-    for n in names:
-      pairs[f'layer {layer}: {n}'] = getattr(a, n), getattr(b, n)
-  for name, (there, here) in pairs.items():
-    if there != here:
-      yield f'{name}: {there!r} there, {here!r} here'
-  for layer in shared:
-    there, here = (x.layers[layer].capacity for x in (in_trace, in_run))
-    if here is not None and (there is None or there > here):
+    names += [] if there.by_expert else ['num_selected']
+    names += ['group_size'] if there.group_size else []
+    for line in traces.differences(there, here, names):
+      yield f'layer {layer}: {line}'
+    most, room = there.capacity, here.capacity
+    if room is not None and (most is None or most > room):
       yield (
-        f'layer {layer}: capacity: {there} there, {here} here, which must not '
+        f'layer {layer}: capacity: {most} there, {room} here, which must not '
         'be less'
       )
   missing = set(range(steps)) - {*trace.steps_of(TRAIN)}
@@ -197,9 +192,7 @@ class Replaying(Hook):
   """Imposes the records of `moe.replay` on the training steps of a run."""
 
   serves = 'model.moe.replay'
-
-  def __init__(self):
-    self._trace: Trace | None = None
+  _trace: Trace | None = None
 
   def check(self, run: Run) -> None:
     """Reads the trace.
@@ -222,9 +215,11 @@ class Replaying(Hook):
         f'{run.options.model.replay}: its choices of experts are replayed in '
         'training; evaluations choose by themselves'
       )
-    elif not _is_recorded(run):
+      step = _replayed_step(run, self._trace)
+    elif _is_recorded(run):
+      step = _open_step(run)
+    else:
       return None
-    step = ReplayedStep(run, self._trace)
     return dataclasses.replace(run, train_step=step)
 
 
@@ -244,72 +239,46 @@ def _is_recorded(run: Run) -> bool:
   )
 
 
-class ReplayedStep:
-  """A step (state, batch) whose batches get arrays of choices.
+def _open_step(run: Run) -> Step:
+  """The step, with the arrays of replay, which leave choices to the routers."""
+  shapes = run.options.batch_shapes(run.model)
+  choices = run.programs.put(no_choices(run.model, shapes))
+  return lambda state, batch: run.train_step(state, {**batch, **choices})
 
-  They are the recorded ones of the step; without a trace, they leave all
-  choices to the routers.
 
-  Attributes:
-    stage: The step that takes them in its batch, or a stage of its compilation.
+def _replayed_step(run: Run, trace: Trace) -> Step:
+  """The step, with the recorded choices of the training step of its number.
+
+  It raises ValueError where the record is of another batch, or its file is
+  damaged.
   """
+  options, put = run.options, run.programs.put
+  replicated = partitioning.sharding(run.mesh, options.sharding.rules, ())
+  is_equal = jax.jit(_equal, out_shardings=replicated)
+  records_by_step: Iterator[list[Record]] | None = None
 
-  def __init__(self, run: Run, trace: Trace | None):
-    self.stage: Any = run.train_step
-    self._run, self._trace = run, trace
-    self._records: Iterator[list[Record]] | None = None
-    shapes = run.options.batch_shapes(run.model)
-    self._open = run.programs.put(no_choices(run.model, shapes))
-    replicated = partitioning.sharding(run.mesh, run.options.sharding.rules, ())
-    self._equal = jax.jit(_equal, out_shardings=replicated)
-
-  def __call__(self, state: Any, batch: Batch) -> Any:
-    """The new state and the metrics; see `training.step.train_step`.
-
-    Raises:
-      ValueError: The record is of another batch, or its file is damaged.
-    """
-    if self._trace is None:
-      return self.stage(state, {**batch, **self._open})
-    if self._records is None:
-      self._records = _by_step(self._trace, int(state.step))
-    records, options = next(self._records), self._run.options
-    put = self._run.programs.put
-    imposed_arrays, record_ids = (
+  def replayed(state, batch):
+    nonlocal records_by_step
+    if records_by_step is None:  # reading `state.step` waits for the device
+      records_by_step = _by_step(trace, int(state.step))
+    records = next(records_by_step)
+    choices, record_ids = (
       put.local({name: value[put.rows] for name, value in values.items()})
-      for values in (arrays(self._run.model, records), ids(records))
+      for values in (arrays(run.model, records), ids(records))
     )
     # This waits for the step before.
-    if not self._equal({name: batch[name] for name in record_ids}, record_ids):
+    if not is_equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
         f'model.moe.replay={options.model.replay!r}: the batch after '
         f'{records[0].step} steps is another one there; the options of the '
         'data differ'
       )
-    state, metrics = self.stage(state, {**batch, **imposed_arrays})
+    state, metrics = run.train_step(state, {**batch, **choices})
     if not options.trace.every_steps:
       metrics = metrics._replace(sums=metrics.sums._replace(choices=None))
     return state, metrics
 
-  def lower(self, state: Any, batch: Batch) -> 'ReplayedStep':
-    """See `jax.stages.Wrapped.lower`."""
-    shapes = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-      for name, x in self._open.items()
-    }
-    return self._with(self.stage.lower(state, {**batch, **shapes}))
-
-  def compile(self) -> 'ReplayedStep':
-    """See `jax.stages.Lowered.compile`."""
-    return self._with(self.stage.compile())
-
-  def _with(self, stage: Any) -> 'ReplayedStep':
-    step = object.__new__(ReplayedStep)
-    vars(step).update(vars(self), stage=stage)
-    return step
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.stage, name)
+  return replayed
 
 
 def _equal(in_batch: Batch, in_record: Batch) -> jax.Array:

@@ -19,7 +19,7 @@ from absl import logging
 from moe_jax import cli
 from moe_jax.analysis import plot_style, routing_plots, traces
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Information, Layer
+from moe_jax.analysis.routing_measures import ByLabel, Layer, Layers
 from moe_jax.analysis.routing_report import Row, ValueTable, wide_console
 from moe_jax.errors import InputError
 from moe_jax.routing.stats import load_summary
@@ -32,8 +32,7 @@ _QUARTERS = 4
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
   parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.routes'),
-    **cli.about(__doc__),
+    prog=cli.program('moe_jax.analysis.routes'), **cli.about(__doc__)
   )
   add = parser.add_argument
   add('trace', metavar='TRACE', help='folder of a trace')
@@ -105,10 +104,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def tables(
-  layers: Mapping[int, Layer],
+  layers: Layers,
   loads: Sequence[Row],
   drops: Sequence[Row],
-  by_label: Mapping[str, Mapping[int, Information]],
+  by_label: ByLabel,
   churn: Mapping[str, Mapping[int, float]],
 ) -> Iterator[ValueTable]:
   """The tables, some of which may have no rows.
@@ -119,7 +118,7 @@ def tables(
     by_label: The information of labels on experts, by layer.
     churn: The shares of first choices that changed, by layer.
   """
-  yield _table(
+  yield ValueTable(
     'Load of experts',
     'The load of an expert is the number of choices that fall on it, before '
     'any is dropped, over the mean of its layer. CV is the standard deviation '
@@ -128,14 +127,14 @@ def tables(
     'logits.',
     loads,
   )
-  yield _table(
+  yield ValueTable(
     'Choices that are not served',
     'An unserved token has no expert at all, because its choices were dropped '
     'or no expert took it. Quarters are places in the row. Choices that a '
     'policy for second choices did not send count as not served.',
     drops,
   )
-  yield _table(
+  yield ValueTable(
     'What a label says about the expert of the first choice',
     'Mutual is the mutual information in nats, shuffled that of shuffled '
     'labels with its deviation, and net the difference; adjusted, it is a '
@@ -150,7 +149,7 @@ def tables(
       for n, info in infos.items()
     ],
   )  # fmt: skip
-  yield _table(
+  yield ValueTable(
     'Consecutive tokens with the same expert',
     'Shares of pairs of neighbours in a document whose first choices, or any '
     'of them, are the same expert. Chance compares with a random other token '
@@ -161,13 +160,13 @@ def tables(
       for n, layer in layers.items()
     ],
   )
-  yield _table(
+  yield ValueTable(
     'Experts that tokens choose together',
     'Chance is what the loads alone give if partners do not matter. The last '
     'column is of the pair that is most above it.',
     [_pair_row(n, x) for n, x in layers.items() if x.expert.shape[1] > 1],
   )
-  yield _table(
+  yield ValueTable(
     'Choices that changed',
     'Churn is the share of the same tokens that have another first choice.',
     [
@@ -220,15 +219,6 @@ def _pair_row(number: int, layer: Layer) -> Row:
     'never chosen': int((pairs[upper] == 0).sum()),
     'most / chance': float(ratios[chance > 0].max(initial=0)),
   }
-
-
-def _table(title: str, note: str, rows: Sequence[Row]) -> ValueTable:
-  """A table whose columns are all that any row has, in order."""
-  forms = {int: ',d', float: '.3f', str: ''}
-  columns = {key: forms[type(x)] for row in rows for key, x in row.items()}
-  cells = [[row.get(key) for key in columns] for row in rows]
-  headings = {key.replace('_', ' '): form for key, form in columns.items()}
-  return ValueTable(title, note, headings, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

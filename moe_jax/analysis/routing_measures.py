@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
+from scipy import special
 from scipy.stats import random_table
 
 from moe_jax.analysis.traces import Header, LayerInfo, Record
@@ -30,7 +31,8 @@ _FITTING_ROUNDS = 500  # at most
 
 Experts = Int[np.ndarray, 'N K']
 Kept = Bool[np.ndarray, 'N K']
-Parts = Int[np.ndarray, 'N']
+Numbers = Int[np.ndarray, 'N']
+Square = Int[np.ndarray, 'E E']
 Table = Int[np.ndarray, 'labels E']
 Rates = Float[np.ndarray, 'n']
 
@@ -77,7 +79,12 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
   source = None
   if not any(x is None for x in sources):
     source = np.concatenate(sources).reshape(-1)[flat_index[is_start]]
-  sizes = [np.count_nonzero(record.documents > 0) for record in records]
+  sizes = np.array([np.sum(record.documents > 0) for record in records])
+  starts = np.cumsum(sizes) - sizes
+  batch = np.searchsorted(starts + sizes, after, 'right')
+  counts = np.bincount(batch, minlength=len(sizes))
+  shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
+  in_batch = (after - starts[batch] + np.concatenate(shift)) % sizes[batch]
   return Tokens(
     flat_index=flat_index,
     token=ids.reshape(-1)[flat_index],
@@ -86,22 +93,8 @@ def real_tokens(records: Sequence[Record], rng: np.random.Generator) -> Tokens:
     document=np.cumsum(is_start) - 1,
     source=source,
     after=after,
-    stranger=_strangers(after, np.array(sizes), rng),
+    stranger=starts[batch] + in_batch,
   )
-
-
-def _strangers(
-  after: Int[np.ndarray, 'P'],
-  sizes: Int[np.ndarray, 'batches'],
-  rng: np.random.Generator,
-) -> Int[np.ndarray, 'P']:
-  """A random other token of the same batch for each token `after`."""
-  ends = np.cumsum(sizes)
-  batch = np.searchsorted(ends, after, 'right')
-  counts = np.bincount(batch, minlength=len(sizes))
-  shift = [rng.integers(1, max(n, 2), k) for n, k in zip(sizes, counts)]
-  start = (ends - sizes)[batch]
-  return start + (after - start + np.concatenate(shift)) % sizes[batch]
 
 
 class Layer(NamedTuple):
@@ -109,9 +102,8 @@ class Layer(NamedTuple):
 
   Attributes:
     info: The description of the layer.
+    header: The header of its trace.
     length: Number T of places of a row.
-    vocab_size: Number V of token ids.
-    num_sources: Number of sources of documents.
     tokens: The N tokens.
     expert: int [N, K], their choices before any is dropped.
     gate: float [N, K], the weights; 0 where a choice is not kept.
@@ -120,9 +112,8 @@ class Layer(NamedTuple):
   """
 
   info: LayerInfo
+  header: Header
   length: int
-  vocab_size: int
-  num_sources: int
   tokens: Tokens
   expert: Experts
   gate: Float[np.ndarray, 'N K']
@@ -130,7 +121,7 @@ class Layer(NamedTuple):
   logits: Float[np.ndarray, 'N E'] | None
 
   @property
-  def first(self) -> Int[np.ndarray, 'N']:
+  def first(self) -> Numbers:
     """The first choice of each token."""
     return self.expert[:, 0]
 
@@ -139,14 +130,17 @@ class Layer(NamedTuple):
     """Choices of each expert before any is dropped."""
     return expert_counts(self.expert, self.info.num_experts)
 
-  def first_counts(self, label: Int[np.ndarray, 'N'], num_labels: int) -> Table:
+  def first_counts(self, label: Numbers, num_labels: int) -> Table:
     """The table of first choices by a label of each token."""
     return joint_counts(label, self.first, (num_labels, self.info.num_experts))
 
   @property
   def by_token(self) -> Int[np.ndarray, 'V E']:
     """First choices by token id."""
-    return self.first_counts(self.tokens.token, self.vocab_size)
+    return self.first_counts(self.tokens.token, self.header.vocab_size)
+
+
+Layers = Mapping[int, Layer]
 
 
 def layers_of(
@@ -177,9 +171,8 @@ def layers_of(
       )
       layers[number] = Layer(
         header.layers[number],
+        header,
         batches[0].tokens.shape[1],
-        header.vocab_size,
-        len(header.sources),
         tokens,
         *fields,
       )
@@ -196,10 +189,8 @@ def _stacked(batches: Sequence[np.ndarray], filler: int) -> np.ndarray:
 
 
 def joint_counts(
-  row: Int[np.ndarray, 'N'],
-  column: Int[np.ndarray, 'N'],
-  shape: tuple[int, int],
-) -> Int[np.ndarray, 'rows columns']:
+  row: Numbers, column: Numbers, shape: tuple[int, int]
+) -> Table:
   """Counts of each pair of numbers; pairs with a -1 are left out."""
   is_counted = (row >= 0) & (column >= 0)
   pair_code = row[is_counted].astype(np.int64) * shape[1] + column[is_counted]
@@ -213,7 +204,7 @@ def expert_counts(
   return np.bincount(expert[expert >= 0], minlength=num_experts)
 
 
-def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
+def pair_counts(expert: Experts, num_experts: int) -> Square:
   """Counts of tokens that chose both of two experts; 0 on the diagonal."""
   shape = num_experts, num_experts
   pairs = np.zeros(shape, np.int64)
@@ -222,9 +213,7 @@ def pair_counts(expert: Experts, num_experts: int) -> Int[np.ndarray, 'E E']:
   return pairs + pairs.T
 
 
-def expected_pairs(
-  pairs: Int[np.ndarray, 'E E'],
-) -> Float[np.ndarray, 'E E']:
+def expected_pairs(pairs: Square) -> Float[np.ndarray, 'E E']:
   """The pairs that tokens would choose if partners did not matter.
 
   Each expert keeps its number of partners, and no token chooses an expert
@@ -248,14 +237,6 @@ def expected_pairs(
       break
     weight *= np.sqrt(ratio)
   return expected
-
-
-def independent(
-  table: Num[np.ndarray, 'rows E'],
-) -> Float[np.ndarray, 'rows E']:
-  """The counts that rows and columns with these sums have if independent."""
-  total = max(float(table.sum()), 1e-300)
-  return np.outer(table.sum(1), table.sum(0)) / total
 
 
 def repeats(
@@ -289,16 +270,14 @@ def uniform_repeats(num_experts: int, num_selected: int) -> tuple[float, float]:
   return 1 / E, 1 - math.comb(E - K, K) / math.comb(E, K)
 
 
-def parts_of(
-  position: Num[np.ndarray, 'N'], length: int, num_parts: int
-) -> Int[np.ndarray, 'N']:
+def parts_of(position: Numbers, length: int, num_parts: int) -> Numbers:
   """The part of `length` places that each lies in, or else the last part."""
   part = position.astype(np.int64) * num_parts // length
   return np.clip(part, 0, num_parts - 1)
 
 
 def drop_rates(
-  expert: Experts, kept: Kept, part: Parts | None = None, num_parts: int = 1
+  expert: Experts, kept: Kept, part: Numbers | None = None, num_parts: int = 1
 ) -> Rates:
   """Choices that are not served over choices, by a part of each token.
 
@@ -357,12 +336,8 @@ def router_evenness(logits: Float[np.ndarray, 'N E'] | None) -> float:
   """
   if logits is None or not len(logits) or logits.shape[1] < 2:
     return math.nan
-  shifted = logits.astype(np.float64)
-  # The floor keeps the product with a probability of 0 a number.
-  shifted = np.maximum(shifted - shifted.max(1, keepdims=True), -700)
-  total = np.exp(shifted).sum(1)
-  nats = np.log(total) - (np.exp(shifted) * shifted).sum(1) / total
-  return float(nats.mean() / math.log(logits.shape[1]))
+  probs = special.softmax(logits.astype(np.float64), axis=1)
+  return float(special.entr(probs).sum(1).mean() / math.log(logits.shape[1]))
 
 
 def mutual_information(table: Num[np.ndarray, 'labels E']) -> float:
@@ -495,9 +470,11 @@ def document_information(
   return information_of(table(label), shuffles)
 
 
-def specialisation(
-  layers: Mapping[int, Layer],
-) -> dict[str, dict[int, Information]]:
+# By the name of a label and by the number of a layer.
+ByLabel = Mapping[str, Mapping[int, Information]]
+
+
+def specialisation(layers: Layers) -> dict[str, dict[int, Information]]:
   """The information of labels on the first choices in each layer.
 
   Returns:
@@ -506,26 +483,21 @@ def specialisation(
   """
   by_label = {TOKEN: {}, POSITION: {}, SOURCE: {}}
   for number, layer in layers.items():
-    parts = min(NUM_PARTS, layer.length)
-    part = parts_of(layer.tokens.position, layer.length, parts)
+    tokens, parts = layer.tokens, min(NUM_PARTS, layer.length)
+    part = parts_of(tokens.position, layer.length, parts)
     positions = layer.first_counts(part, parts)
     for name, table in ((TOKEN, layer.by_token), (POSITION, positions)):
       rng = np.random.default_rng((0, number))
       by_label[name][number] = information(table, rng)
-    source = layer.tokens.source
-    if (
-      layer.num_sources > 1 and source is not None and (layer.first >= 0).any()
-    ):
-      counts = layer.first_counts(layer.tokens.document, len(source))
-      by_label[SOURCE][number] = document_information(
-        source, counts, layer.num_sources
-      )
+    source, num_sources = tokens.source, len(layer.header.sources)
+    if source is not None and num_sources > 1 and (layer.first >= 0).any():
+      counts = layer.first_counts(tokens.document, len(source))
+      found = document_information(source, counts, num_sources)
+      by_label[SOURCE][number] = found
   return {name: found for name, found in by_label.items() if found}
 
 
-def flows(
-  layers: Mapping[int, Layer],
-) -> dict[tuple[int, int], Int[np.ndarray, 'experts E']]:
+def flows(layers: Layers) -> dict[tuple[int, int], Table]:
   """First choices by that of the same token in the sparse layer before.
 
   Returns:
@@ -543,7 +515,7 @@ def flows(
   return tables
 
 
-def transitions(layers: Mapping[int, Layer]) -> dict[int, Information]:
+def transitions(layers: Layers) -> dict[int, Information]:
   """The information of a token's first choice on that in the next sparse layer.
 
   Returns:
@@ -631,11 +603,9 @@ def churn(
         'that their choices cannot be compared'
       )
     for number, choices in one.layers.items():
-      other_choices = other.layers[number]
-      chose = (choices.expert >= 0).any(-1) | (other_choices.expert >= 0).any(
-        -1
-      )
-      same = choices.expert[..., 0] == other_choices.expert[..., 0]
+      expert, other_expert = choices.expert, other.layers[number].expert
+      chose = (expert >= 0).any(-1) | (other_expert >= 0).any(-1)
+      same = expert[..., 0] == other_expert[..., 0]
       real = chose & (one.documents > 0)
       counts[number] += (same & real).sum(), real.sum()
   return {n: 1 - float(shares(*counts[n])) for n in sorted(counts)}

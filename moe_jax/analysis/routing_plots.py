@@ -15,15 +15,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats.contingency import expected_freq
 
 from moe_jax.analysis import plot_style
 from moe_jax.analysis import routing_measures as measures
-from moe_jax.analysis.routing_measures import Information, Layer
+from moe_jax.analysis.routing_measures import ByLabel, Layers
 from moe_jax.analysis.routing_report import Row
 from moe_jax.analysis.traces import Record
 from moe_jax.data.tokenizers import TextStream, Tokenizer
 
-Layers = Mapping[int, Layer]
 # Lighter tints of Okabe and Ito's colours, on which black text is read.
 COLOURS = (
   '#8CC8EC', '#F2B48C', '#8FD6BE', '#E8BBD3',
@@ -35,7 +35,7 @@ _MIN_CHANCE = 5  # tokens, the fewest by chance that tell
 
 def pictures(
   layers: Layers,
-  by_label: Mapping[str, Mapping[int, Information]],
+  by_label: ByLabel,
   load_rows: Sequence[Row],
   drop_rows: Sequence[Row],
 ) -> Iterator[tuple[str, Figure]]:
@@ -73,7 +73,7 @@ def pictures(
     title = 'Tokens that chose both experts / chance'
     yield 'co_activation', _panels(pairs, title, 'expert', 'expert')
   flows = {
-    f'layer {a} to {b}': _over(table, measures.independent(table))
+    f'layer {a} to {b}': _over(table, expected_freq(table))
     for (a, b), table in measures.flows(layers).items()
   }
   if flows:
@@ -93,9 +93,7 @@ def drop_figure(rows: Sequence[Row]) -> Figure:
   )
 
 
-def information_figure(
-  by_label: Mapping[str, Mapping[int, Information]],
-) -> Figure:
+def information_figure(by_label: ByLabel) -> Figure:
   """The information of labels on experts by layer, and best guesses."""
   first = next(iter(by_label.values()))  # ids of tokens, known in every layer
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Num
 from rich import box
@@ -21,15 +20,13 @@ from rich.text import Text
 from moe_jax.devices import fetch
 from moe_jax.models import Model
 from moe_jax.models.recorded import LayerChoices
-from moe_jax.routing import drop_rate
-from moe_jax.routing.stats import load_summary
 from moe_jax.runs import summary
 from moe_jax.runs.summary import LossSums
 
-Value = str | int | float | None
 Row = dict[str, Any]
 Counts = dict[int, Num[np.ndarray, 'V E']]
 
+_BY_CHOICE = 'drop_rate_choice_'
 _NUM_BUSIEST, _NUM_TOKENS = 3, 6  # the most experts, and tokens for each
 _LAYERS_NOTE = (
   'Every token chooses one or more experts; a choice is dropped if its expert '
@@ -50,29 +47,48 @@ class ValueTable(NamedTuple):
   Attributes:
     title: One line that says what it shows.
     note: Sentences that say what the columns mean.
-    columns: The format of each column by its heading, such as '.3f' or '.1%';
-      '' aligns text left, '>' aligns it right.
-    rows: The values of each row; None and NaN are printed as '-'.
+    rows: The values of each row, by the name of the column; None, NaN and what
+      is missing are printed as '-'.
+    forms: The formats of columns, such as '.1%', or '>', which aligns text
+      right; those of others are by the type of their values.
   """
 
   title: str
   note: str
-  columns: Mapping[str, str]
-  rows: Sequence[Sequence[Value]]
+  rows: Sequence[Row]
+  forms: Mapping[str, str] = {}
+
+  @property
+  def columns(self) -> dict[str, str]:
+    """The format of each column that a row has, by its name."""
+    by_type = {int: ',d', float: '.3f', str: ''}
+    return {
+      name: self.forms.get(name) or by_type[type(value)]
+      for row in self.rows
+      for name, value in row.items()
+    }
+
+  @property
+  def headings(self) -> list[str]:
+    """The names of the columns as they are printed."""
+    return [name.replace('_', ' ') for name in self.columns]
 
   def cells(self) -> list[list[str]]:
     """The text of each cell, row by row."""
-    forms = self.columns.values()
-    return [
-      ['-' if x is None or x != x else format(x, f) for x, f in zip(row, forms)]
+    cells = [
+      [(row.get(name), form) for name, form in self.columns.items()]
       for row in self.rows
+    ]
+    return [
+      ['-' if x is None or x != x else format(x, form) for x, form in row]
+      for row in cells
     ]
 
   def markdown(self) -> str:
     """Title, note and table in GitHub's Markdown."""
     rules = ['---:' if form else ':---' for form in self.columns.values()]
     cells = [[c.replace('|', r'\|') for c in row] for row in self.cells()]
-    lines = [f'| {" | ".join(c)} |' for c in [[*self.columns], rules, *cells]]
+    lines = [f'| {" | ".join(c)} |' for c in [self.headings, rules, *cells]]
     return '\n'.join([f'## {self.title}', '', self.note, '', *lines]) + '\n'
 
   def terminal(self) -> Table:
@@ -83,7 +99,7 @@ class ValueTable(NamedTuple):
       box=box.SIMPLE_HEAD,
       padding=(0, 1, 0, 0),
     )
-    for heading, form in self.columns.items():
+    for heading, form in zip(self.headings, self.columns.values()):
       table.add_column(heading, justify='right' if form else 'left')
     for cells in self.cells():
       # Cells are Text, since rich would read markup in a token's name.
@@ -103,14 +119,6 @@ def wide_console() -> Console:
   return console
 
 
-def no_counts(model: Model) -> Counts:
-  """Zeros for each sparse layer, to which `count_tokens` adds."""
-  return {
-    layer: np.zeros((model.vocab_size, model.moe_of(layer).num_experts), int)
-    for layer in model.sparse_layers
-  }
-
-
 def count_tokens(
   counts: Counts,
   model: Model,
@@ -123,6 +131,9 @@ def count_tokens(
   them, every expert takes each. Every process has to call this.
   """
   for layer, recorded in choices.items():
+    if layer not in counts:
+      shape = model.vocab_size, model.moe_of(layer).num_experts
+      counts[layer] = np.zeros(shape, int)
     ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
@@ -143,38 +154,25 @@ def tables(
     counts: Number of times that each token id chose each expert, by layer.
     token_name: The function from a token id to the name that is shown for it.
   """
-  numbers = summary.sparse_layers(sums)
-  stats, drops = {}, {}
-  for layer in numbers:
-    own = jax.tree.map(lambda leaf, i=layer: leaf[i], sums.aux.stats)
-    stats[layer] = summary.of_layer(own, layer, model.moes)
-    drops[layer] = drop_rate(stats[layer])
-  K = max(len(by_choice) for by_choice, _ in drops.values())
-  columns = {
-    'layer': 'd', 'dropped': '.1%',
-    **{f'choice {k + 1}': '.1%' for k in range(K)},
-    'load max / mean': '.2f', 'load CV': '.3f', 'entropy (nats)': '.3f',
-    'entropy / ln E': '.3f', 'logit RMS': '.2f', 'unused experts': '>',
-  }  # fmt: skip
-  rows, busy_rows = [], []
-  for layer in numbers:
-    own, (by_choice, overall) = stats[layer], drops[layer]
-    load, entropy = np.asarray(own.load), float(own.entropy / own.tokens)
-    of_load, most = load_summary(load), math.log(len(load))
-    rates = [*map(float, by_choice)]
-    rows.append(
-      [
-        layer,
-        float(overall),
-        *rates,
-        *[None] * (K - len(rates)),
-        of_load['load_max_over_mean'],
-        of_load['load_cv'],
-        entropy,
-        entropy / most if most else None,
-        math.sqrt(own.logit_square / own.tokens),
-        f'{of_load["unused_experts"]} of {len(load)}',
-      ]
+  layers, busiest, K = [], [], sums.aux.stats.overflowed.shape[-1]
+  for layer in summary.sparse_layers(sums):
+    values = summary.layer_summary(sums, layer, model.moes)
+    load = np.asarray(sums.aux.stats.load[layer][: len(values['load'])])
+    most, unused = math.log(len(load)), values['unused_experts']
+    rates = [x for name, x in values.items() if name.startswith(_BY_CHOICE)]
+    rates = [*(rates or [values['drop_rate']]), *[None] * K][:K]
+    layers.append(
+      {
+        'layer': layer,
+        'dropped': values['drop_rate'],
+        **{f'choice {k}': rate for k, rate in enumerate(rates, 1)},
+        'load max / mean': values['load_max_over_mean'],
+        'load CV': values['load_cv'],
+        'entropy (nats)': values['entropy'],
+        'entropy / ln E': values['entropy'] / most if most else math.nan,
+        'logit RMS': values['router_logit_rms'],
+        'unused experts': f'{unused} of {len(load)}',
+      }
     )
     for expert in _largest(load, _NUM_BUSIEST):
       count = counts[layer][:, expert]
@@ -182,19 +180,16 @@ def tables(
       shares = {i: count[i] / counts[layer][i].sum() for i in ids}
       texts = [f'{_shown(token_name(i))} {x:.0%}' for i, x in shares.items()]
       share = float(load[expert] / load.sum())
-      busy_rows.append([layer, expert, share, ', '.join(texts)])
-  tokens_columns = {'layer': 'd', 'expert': 'd', 'share': '.0%'}
-  tokens_columns['tokens, most frequent first'] = ''
+      row = {'layer': layer, 'expert': expert, 'share': share}
+      busiest.append(row | {'tokens, most frequent first': ', '.join(texts)})
+  names = 'dropped', *(f'choice {k}' for k in range(1, K + 1))
+  forms = dict.fromkeys(names, '.1%') | {'unused experts': '>'}
+  forms |= {'load max / mean': '.2f', 'logit RMS': '.2f'}
+  title = 'What the router of each sparse layer did'
+  busy_title = 'Which tokens the busiest experts take'
   return [
-    ValueTable(
-      'What the router of each sparse layer did', _LAYERS_NOTE, columns, rows
-    ),
-    ValueTable(
-      'Which tokens the busiest experts take',
-      _TOKENS_NOTE,
-      tokens_columns,
-      busy_rows,
-    ),
+    ValueTable(title, _LAYERS_NOTE, layers, forms),
+    ValueTable(busy_title, _TOKENS_NOTE, busiest, {'share': '.0%'}),
   ]
 
 

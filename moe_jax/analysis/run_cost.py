@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from moe_jax import partitioning
-from moe_jax.analysis import memory, sharded
+from moe_jax.analysis import memory, roofline, sharded
 from moe_jax.analysis.counts import count, short
 from moe_jax.devices import in_bytes
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.parameters import Role
+from moe_jax.layers.shared import Numerics
 from moe_jax.models import Model, flat_trees, lora
 from moe_jax.models.lora import Adapters, LoraOptions
 from moe_jax.training.programs import Programs, make_optimizer
@@ -127,58 +129,11 @@ def _backward_flops(
   return total
 
 
-class RunCost(NamedTuple):
-  """The computation of a run.
+def run_flops(options: RunOptions, model: Model) -> int:
+  """FLOPs of all steps of a run, forward and backward; 0 if not counted.
 
-  Attributes:
-    steps: Number of optimizer steps.
-    rows: Number of rows of all batches.
-    row_tokens: Number of tokens of a row, those of an encoder among them; 0
-      where rows are examples without tokens.
-    total_params: Number of all parameters.
-    active_params: Number of the parameters that compute one token.
-    flops: FLOPs of all steps, forward and backward, without those of `remat`,
-      of the optimizer, of evaluations and of a teacher; 0 where they are not
-      counted.
-  """
-
-  steps: int
-  rows: int
-  row_tokens: int
-  total_params: int
-  active_params: int
-  flops: int
-
-  def describe(self) -> str:
-    """The counts in a line."""
-    per_step, noun = self.rows // self.steps, 'examples'
-    if self.row_tokens:
-      per_step, noun = per_step * self.row_tokens, 'tokens'
-    line = (
-      f'{self.steps:,} steps of {per_step:,} {noun}, '
-      f'{short(self.steps * per_step)} in all, with {short(self.total_params)} '
-      'parameters'
-    )
-    if self.active_params < self.total_params:
-      line += f', {short(self.active_params)} active per token'
-    return line
-
-  def time(self, rate: float) -> str:
-    """The FLOPs, and the time that they take, in a clause.
-
-    Args:
-      rate: FLOPs a second of a large matrix product on all devices.
-    """
-    delta = datetime.timedelta(seconds=math.ceil(self.flops / rate))
-    return (
-      f'{_metric(self.flops)}FLOP take {delta} at the speed of a large matrix '
-      f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
-      'several times that, and compiling and evaluations come on top'
-    )
-
-
-def run_cost(options: RunOptions, model: Model) -> RunCost:
-  """Counts the cost of a run.
+  Those of `remat`, of the optimizer, of evaluations and of a teacher are left
+  out.
 
   Args:
     options: The options of the run, after `filled`.
@@ -186,19 +141,42 @@ def run_cost(options: RunOptions, model: Model) -> RunCost:
   """
   steps, rows = options.total_steps, options.total_steps * options.batch_size
   lengths = options.data.seq_len, options.data.target_len
-  cost = count(model, *lengths, options.batch_size)
-  flops = 3 * rows * cost.example_flops
-  if len(model.stacks) == 1:
-    training = training_cost(options, model)
-    row_flops = cost.example_flops + lengths[0] * training.backward_flops
-    flops = rows * row_flops + steps * training.step_flops
-  return RunCost(
-    steps=steps,
-    rows=rows,
-    row_tokens=sum(lengths),
-    total_params=cost.total_params,
-    active_params=cost.active_params,
-    flops=flops,
+  forward = count(model, *lengths, options.batch_size).example_flops
+  if len(model.stacks) != 1:
+    return 3 * rows * forward
+  training = training_cost(options, model)
+  row_flops = forward + lengths[0] * training.backward_flops
+  return rows * row_flops + steps * training.step_flops
+
+
+def run_line(options: RunOptions, model: Model, mesh: Mesh) -> str:
+  """A line on what a run takes; matrix products of a device are timed for it.
+
+  Args:
+    options: The options of the run, after `filled`.
+    model: Its model.
+    mesh: Its devices.
+  """
+  steps, row_tokens = options.total_steps, options.data.row_tokens
+  noun = 'tokens' if row_tokens else 'examples'
+  per_step = options.batch_size * (row_tokens or 1)
+  cost = count(model, options.data.seq_len, options.data.target_len)
+  line = (
+    f'run: {steps:,} steps of {per_step:,} {noun}, {short(steps * per_step)} '
+    f'in all, with {short(cost.total_params)} parameters'
+  )
+  if cost.active_params < cost.total_params:
+    line += f', {short(cost.active_params)} active per token'
+  if not (flops := run_flops(options, model)):
+    return line
+  dtype = getattr(options.model, 'numerics', Numerics()).dtype
+  rate, _ = roofline.product_rate(dtype)
+  rate *= roofline.num_processors(list(mesh.devices.flat))
+  delta = datetime.timedelta(seconds=math.ceil(flops / rate))
+  return (
+    f'{line}; {_metric(flops)}FLOP take {delta} at the speed of a large matrix '
+    f'product here and now, {_metric(rate)}FLOP/s; a small model often takes '
+    'several times that, and compiling and evaluations come on top'
   )
 
 
@@ -244,7 +222,7 @@ class RunBytes(NamedTuple):
 
 
 def run_bytes(
-  options: RunOptions, model: Model, programs: Programs, mesh: jax.sharding.Mesh
+  options: RunOptions, model: Model, programs: Programs, mesh: Mesh
 ) -> RunBytes:
   """Counts the bytes of a run.
 

@@ -102,8 +102,9 @@ class Page(Hook):
   whose files the page shows.
   """
 
-  def __init__(self):
-    self._run: Run | None = None
+  _run: Run | None = None
+  _pause_until = 0.0
+  _problem = ''
 
   def start(self, run: Run) -> None:
     """Writes the first page."""
@@ -111,7 +112,6 @@ class Page(Hook):
       return
     self._run, self._outer_error = run, sys.exception()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'page')
-    self._pause_until, self._problem = 0.0, ''
     workdir_lib.write_text(run.workdir / workdir_lib.CONFIG_PY, THIS_CONFIG)
     self._environment = _environment(run)
     self.paused()
@@ -120,7 +120,7 @@ class Page(Hook):
     """Lets the thread draw the page, unless it does so or did just now."""
     if self._run is not None and time.monotonic() >= self._pause_until:
       self._pause_until = math.inf
-      self._thread.submit(self._draw)
+      self._thread.submit(self._write, self._run, 'In training')
 
   def end(self, run: Run, state: object) -> None:
     """Writes the last page, with the files that other hooks have written."""
@@ -139,23 +139,16 @@ class Page(Hook):
       self._write_last('Failed', message or type(error).__name__)
 
   def _write_last(self, state: str, message: str = '') -> None:
-    if self._run is not None:
+    if (run := self._run) is not None:
       self._thread.shutdown(cancel_futures=True)
-      self._write(state, message)
+      self._write(run, state, message)
       if state == 'Finished' and not self._problem:
-        self._run.message(f'page: {self._run.workdir / PAGE}')
+        run.message(f'page: {run.workdir / PAGE}')
       self._run = None
 
-  def _draw(self) -> None:
-    start_time = time.monotonic()
-    self._write('In training')
-    now = time.monotonic()
-    self._pause_until = now + _PAUSE * (now - start_time)
-
-  def _write(self, state: str, message: str = '') -> None:
+  def _write(self, run: Run, state: str, message: str = '') -> None:
     """Writes the page; its first error is said, and none is raised."""
-    run = self._run
-    assert run is not None
+    start_time = time.monotonic()
     try:
       run.confirm()
       write(run, state, message, self._environment)
@@ -163,6 +156,8 @@ class Page(Hook):
       if not self._problem:
         self._problem = f'{type(error).__name__}: {error}'
         run.message(f'{PAGE} was not written: {self._problem}')
+    now = time.monotonic()
+    self._pause_until = now + _PAUSE * (now - start_time)
 
 
 def write(
@@ -183,7 +178,6 @@ def write(
   # Imported here, as a run's first step would wait for matplotlib.
   from moe_jax.analysis import plots
 
-  curves, load = plots.curves_figure(rows), plots.load_figure(rows)
   sample = folder / SAMPLE
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -194,8 +188,8 @@ def write(
     state=f'{state}: step {step:,} of {run.options.total_steps:,}.',
     message=message,
     facts={**_facts(run, rows), **environment},
-    curves=_picture(folder / CURVES, curves) if curves else '',
-    load=_picture(folder / LOAD, load) if load else '',
+    curves=_picture(folder / CURVES, plots.curves_figure(rows)),
+    load=_picture(folder / LOAD, plots.load_figure(rows)),
     sample=sample.read_text(encoding='utf-8') if sample.exists() else '',
     changed=_changed_leaves(run),
     required=dataclasses.MISSING,
@@ -259,6 +253,8 @@ def _picture(path: pathlib.Path, figure: Any) -> str:
   """Writes a picture; returns an address that holds the picture itself."""
   from moe_jax.analysis import plot_style
 
+  if figure is None:
+    return ''
   content = plot_style.picture(figure)
   # At any moment the file is the old or the new one.
   unfinished = path.with_name(path.name + '.tmp')

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.stages import Compiled
 from jaxtyping import Bool
 
@@ -49,7 +48,6 @@ _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]<=)')
 _AXES = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
 _AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 _ARRAY = re.compile(r'\b(pred|token|[a-z]+\d+\w*)\[([\d,<=]*)\]')
-_OPERAND = re.compile(r'%([\w.\-]+)')
 
 
 class Traffic(NamedTuple):
@@ -94,7 +92,6 @@ class Sharded:
   """The bytes of one device, and the collectives of a step.
 
   Attributes:
-    mesh: Size of each axis of the mesh.
     param_bytes: Bytes of the parameters.
     optimizer_bytes: Bytes of the state of the optimizer.
     argument_bytes: Bytes of the arguments: train state and batch.
@@ -106,7 +103,6 @@ class Sharded:
     collectives: The collectives in which the device sends to others in a step.
   """
 
-  mesh: Mapping[str, int]
   param_bytes: int
   optimizer_bytes: int
   argument_bytes: int
@@ -124,28 +120,24 @@ class Sharded:
 
   def describe(self) -> str:
     """The two lines that a run on several devices prints at its start."""
-    return '\n'.join(
-      [
-        f'each device holds {in_bytes(self.param_bytes)} of parameters and '
-        f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
-        f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
-        'that are exchanged',
-        f'each device sends in a step: {self.collectives.describe()}',
-      ]
+    return (
+      f'each device holds {in_bytes(self.param_bytes)} of parameters and '
+      f'{in_bytes(self.optimizer_bytes)} of optimizer state; a step takes '
+      f'{in_bytes(self.temp_bytes)} more for activations, gradients and rows '
+      'that are exchanged\n'
+      f'each device sends in a step: {self.collectives.describe()}'
     )
 
 
-def read(compiled: Compiled, state: Any, mesh: Mesh) -> Sharded:
+def read(compiled: Compiled, state: Any) -> Sharded:
   """Reads a compiled training step.
 
   Args:
     compiled: The step.
     state: The train state that it takes, as arrays or as shapes with shardings.
-    mesh: The devices that it was compiled for.
   """
   memory = memory_of(compiled)
   return Sharded(
-    mesh=dict(mesh.shape),
     param_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
     argument_bytes=memory.argument_size_in_bytes,
@@ -214,9 +206,9 @@ def read_collectives(text: str) -> Collectives:
   by_kind: dict[str, Traffic] = defaultdict(Traffic)
   unknown_loops = 0
   for instruction in program.values():
-    code = _opcode(instruction)
-    unknown_loops += code == 'while' and _trips(program, instruction) is None
-    kind = code.removesuffix('-start')
+    is_loop = instruction.opcode == 'while'
+    unknown_loops += is_loop and _trips(program, instruction) is None
+    kind = instruction.opcode.removesuffix('-start')
     if kind not in KINDS:
       continue
     if instruction.computation.startswith(_FUSED_SCATTER):
@@ -231,12 +223,12 @@ def _executions(program: Program) -> dict[str, int]:
   """The number of times that each computation of a program runs in a step."""
   callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
   for instruction in program.values():
-    code = _opcode(instruction)
-    if code.endswith(('-done', '-update')):
+    if instruction.opcode.endswith(('-done', '-update')):
       continue  # it names a computation that its start has run
     times = 1
-    if code == 'while' and (rounds := _trips(program, instruction)) is not None:
-      times = rounds
+    if instruction.opcode == 'while':
+      rounds = _trips(program, instruction)
+      times = 1 if rounds is None else rounds
     for callee in instruction.calls:
       callers[callee].append((instruction.computation, times))
 
@@ -261,68 +253,40 @@ def _trips(program: Program, loop: Instruction) -> int | None:
   roots = [
     i
     for i in program.values()
-    if condition and i.computation == condition[1] and _opcode(i) == 'compare'
+    if condition and i.computation == condition[1] and i.opcode == 'compare'
   ]
   if len(roots) != 1 or 'direction=LT' not in roots[0].text:
     return None
-  counter, *limit = _arguments(program, roots[0])
-  end = _constant(program, limit[0]) if limit else None
-  element = re.search(r'get-tuple-element\(.*index=(\d+)', counter.text)
-  state = _arguments(program, loop)
-  if end is None or not element or not state:
+  counter, limit = _operands(program, roots[0])
+  end = _constant(program, limit)
+  element = re.search(r'index=(\d+)', counter.text)
+  if end is None or counter.opcode != 'get-tuple-element' or not element:
     return None
-  start = _constant(program, _arguments(program, state[0])[int(element[1])])
+  (state,) = _operands(program, loop)
+  start = _constant(program, _operands(program, state)[int(element[1])])
   return None if start is None else max(end - start, 0)
 
 
 def _constant(program: Program, instruction: Instruction) -> int | None:
   """The value of a constant, or of a copy of one; None for all others."""
-  while _opcode(instruction) in ('copy', 'copy-start', 'copy-done'):
-    (instruction,) = _arguments(program, instruction)
-  constant = re.search(r' constant\((-?\d+)\)', instruction.text)
-  return int(constant[1]) if constant else None
+  while instruction.opcode in ('copy', 'copy-start', 'copy-done'):
+    (instruction,) = _operands(program, instruction)
+  value = re.match(r'\((-?\d+)\)', instruction.text)
+  return int(value[1]) if instruction.opcode == 'constant' and value else None
 
 
-def _arguments(program: Program, instruction: Instruction) -> list[Instruction]:
-  """The instructions that an instruction reads, in order."""
-  _, rest = _split(instruction.text)
-  inside = _split(rest[rest.find('(') :])[0]
-  return [program[name] for name in _OPERAND.findall(inside) if name in program]
-
-
-def _opcode(instruction: Instruction) -> str:
-  """The opcode: 'all-gather' in '(f32[4], f32[8]) all-gather(%x, %y), ...'."""
-  _, rest = _split(instruction.text)
-  return rest.partition('(')[0]
-
-
-def _split(text: str) -> tuple[str, str]:
-  """The type that an instruction's text begins with, and the rest of it.
-
-  The type may be a tuple in parentheses.
-  """
-  if not text.startswith('('):
-    front, _, rest = text.partition(' ')
-    return front, rest
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter == '(') - (letter == ')')
-    if not depth:
-      return text[: i + 1], text[i + 1 :].lstrip()
-  return text, ''
+def _operands(program: Program, instruction: Instruction) -> list[Instruction]:
+  return [program[name] for name in instruction.operands]
 
 
 def _sent_bytes(
   program: Program, instruction: Instruction, kind: str, num_devices: int
 ) -> int:
   """Bytes that a device sends in one collective."""
-  operands = [
-    _type_bytes(_split(operand.text)[0])
-    for operand in _arguments(program, instruction)
-  ]
+  operands = [_type_bytes(x.type) for x in _operands(program, instruction)]
+  operand_bytes = sum(operands)
   if kind == 'ragged-all-to-all':
     return min(operands[:2])  # the rows, and the buffer that receives others
-  operand_bytes = sum(operands)
   group_size = _group_size(instruction.text, num_devices)
   if kind in ('collective-permute', 'collective-broadcast'):
     return operand_bytes
@@ -352,16 +316,12 @@ def _group_size(text: str, num_devices: int) -> int:
 
 def _type_bytes(text: str) -> int:
   """Bytes of all arrays in the text of a type."""
-  return sum(
-    math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
-    * _bits(dtype)
-    // 8
-    for dtype, shape in _ARRAY.findall(text)
-  )
-
-
-def _bits(dtype: str) -> int:
-  """Bits of a number of a type: 'f32', 'bf16', 'f8e4m3fn' or 's4'."""
-  if dtype in ('pred', 'token'):
-    return 8 if dtype == 'pred' else 0
-  return int(re.sub(r'[a-z]+(\d+).*', r'\1', dtype))
+  total = 0
+  for dtype, shape in _ARRAY.findall(text):
+    size = math.prod(int(n.lstrip('<=')) for n in shape.split(',') if n)
+    # The bits of a number: 'f32', 'bf16', 'f8e4m3fn' or 's4'.
+    bits = {'pred': 8, 'token': 0}.get(dtype)
+    if bits is None:
+      bits = int(re.sub(r'[a-z]+(\d+).*', r'\1', dtype))
+    total += size * bits // 8
+  return total

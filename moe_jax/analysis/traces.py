@@ -42,6 +42,7 @@ from moe_jax.models.recorded import LayerChoices, expert_type
 FORMAT = 2
 HEADER = 'header.json'
 _NAME = re.compile(r'(\d{8,})_(\d{5,})(?:_(\w+))?\.npz')
+Folder = str | os.PathLike[str]
 _IDS = ('tokens', 'positions', 'documents', 'sources')
 
 
@@ -170,7 +171,7 @@ class Trace:
         yield Record(own_kind, step, batch, **_load(path), sequence=sequence)
 
 
-def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
+def create(folder: Folder, header: Header) -> pathlib.Path:
   """Makes the folder of a trace with its header; one that is there goes on."""
   folder = pathlib.Path(folder).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,7 @@ def create(folder: str | os.PathLike[str], header: Header) -> pathlib.Path:
   return folder
 
 
-def check(folder: str | os.PathLike[str], header: Header) -> None:
+def check(folder: Folder, header: Header) -> None:
   """Checks that a trace with this header may go on in a folder.
 
   Raises:
@@ -189,20 +190,20 @@ def check(folder: str | os.PathLike[str], header: Header) -> None:
   """
   if not (pathlib.Path(folder).expanduser() / HEADER).exists():
     return
-  other = read(folder).header
-  lines = [
-    f'  {f.name}: {getattr(header, f.name)!r} here, '
-    f'{getattr(other, f.name)!r} there'
-    for f in dataclasses.fields(header)
-    if f.name != 'note' and getattr(header, f.name) != getattr(other, f.name)
-  ]
-  if lines:
-    raise InputError(
-      '\n'.join([f'{folder} has the trace of something else:', *lines])
-    )
+  names = {field.name for field in dataclasses.fields(header)} - {'note'}
+  if lines := [*differences(read(folder).header, header, sorted(names))]:
+    title = f'{folder} has the trace of something else:'
+    raise InputError('\n  '.join([title, *lines]))
 
 
-def check_new(folder: str | os.PathLike[str]) -> None:
+def differences(there: Any, here: Any, names: Iterable[str]) -> Iterator[str]:
+  """A line for each attribute that two headers, or layers, do not share."""
+  for name in names:
+    if (a := getattr(there, name)) != (b := getattr(here, name)):
+      yield f'{name}: {a!r} there, {b!r} here'
+
+
+def check_new(folder: Folder) -> None:
   """Raises ValueError for a folder that has a trace."""
   if (pathlib.Path(folder).expanduser() / HEADER).exists():
     raise InputError(f'{folder} has a trace already; give a new folder')
@@ -258,9 +259,7 @@ def save(folder: pathlib.Path, header: Header, record: Record) -> None:
     unfinished.replace(path)
 
 
-def write(
-  folder: str | os.PathLike[str], header: Header, records: Iterable[Record]
-) -> None:
+def write(folder: Folder, header: Header, records: Iterable[Record]) -> None:
   """Writes a whole trace, from one process.
 
   Raises:
@@ -272,7 +271,7 @@ def write(
       save(unfinished, header, record)
 
 
-def read(folder: str | os.PathLike[str]) -> Trace:
+def read(folder: Folder) -> Trace:
   """Reads the header of a trace, and the names of its files.
 
   Raises:

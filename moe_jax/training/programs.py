@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import models, partitioning
 from moe_jax.devices import Placing
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters
+from moe_jax.models.parameter_trees import init_params
 from moe_jax.models.router_state import init_router_state, variables
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
@@ -93,24 +95,18 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     mean = Averages(whole, trained.part(params))
     shardings = averages.with_averages(shardings, mean)
 
-  @functools.partial(jax.jit, out_shardings=shardings)
-  def init(seed):
-    state = step_lib.init_state(
-      seed, model=model, optimizer=optimizer, extend=adapters.extend
-    )
-    return averages.begun(state, ema, trained)
-
-  @functools.partial(jax.jit, out_shardings=shardings, donate_argnums=1)
   def state_of(seed, params):
-    state = step_lib.state_of(
-      seed,
-      params,
-      optimizer=optimizer,
-      router_state=router_state,
-      extend=adapters.extend,
-    )
+    params = adapters.extend(params, jax.random.key(seed))
+    step, opt_state = jnp.zeros((), jnp.int32), optimizer.init(params)
+    state = TrainState(step, seed, params, opt_state, router_state)
     return averages.begun(state, ema, trained)
 
+  def init_state(seed):
+    params = nn.meta.unbox(init_params(model, jax.random.key(seed)))
+    return state_of(seed, params)
+
+  init = jax.jit(init_state, out_shardings=shardings)
+  begin = jax.jit(state_of, out_shardings=shardings, donate_argnums=1)
   seed = jnp.asarray(options.seed, jnp.uint32)
   return Programs(
     optimizer=optimizer,
@@ -118,7 +114,7 @@ def make_programs(options: RunOptions, model: Model, mesh: Mesh) -> Programs:
     adapters=adapters,
     variables=model_variables,
     init_state=lambda: init(seed),
-    state_of=functools.partial(state_of, seed),
+    state_of=functools.partial(begin, seed),
     abstract_state=jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding

@@ -11,17 +11,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from moe_jax.models import Model
 from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
-from moe_jax.models.parameter_trees import init_params
 from moe_jax.models.recorded import Apply, plainly
 from moe_jax.runs import finite
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
-from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
+from moe_jax.shapes import Array, Leaf, PRNGKey
 from moe_jax.training import losses
 
 
@@ -53,8 +51,6 @@ GradFn = Callable[..., tuple[tuple[Array, LossSums], Any]]
 Normalize = Callable[[Batch], losses.Normalizers]
 # A tree of parameters -> the same with None for what does not train.
 Part = Callable[[Any], Any]
-# (params, key) -> the parameters with those of new adapters.
-Extend = Callable[[Any, PRNGKey], Any]
 # (weights of losses, number of steps taken) -> the weights of the next step.
 Scheduled = Callable[[losses.LossWeights, Leaf], losses.LossWeights]
 # (params, key) -> the parameters that the model's `apply` takes.
@@ -94,7 +90,7 @@ def make_grad_fn(
   loss = loss or model.loss
 
   def loss_fn(part, params, batch, divisors, key, router_state, step):
-    params = _whole(part, params)
+    params = _changed(part, params, lambda trained_leaf, _: trained_leaf)
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
@@ -118,23 +114,11 @@ def make_grad_fn(
   return _exchanged_once(_accumulated(grad_fn, microbatches), local_axes)
 
 
-def _whole(part: Any, params: Any) -> Any:
-  """The parameters, replaced by those of `part` where it has any."""
+def _changed(part: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
+  """The parameters, with `change` of a leaf of `part` where it is not None."""
   return jax.tree.map(
-    lambda trained_leaf, leaf: leaf if trained_leaf is None else trained_leaf,
+    lambda leaf, param: param if leaf is None else change(leaf, param),
     part,
-    params,
-    is_leaf=lambda leaf: leaf is None,
-  )
-
-
-def _updated(params: Any, updates: Any) -> Any:
-  """The parameters after updates, which are None where a parameter stays."""
-  return jax.tree.map(
-    lambda update, param: (
-      param if update is None else optax.apply_updates(param, update)
-    ),
-    updates,
     params,
     is_leaf=lambda leaf: leaf is None,
   )
@@ -259,7 +243,9 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = _updated(state.params, updates)
+    params = _changed(
+      updates, state.params, lambda update, x: optax.apply_updates(x, update)
+    )
   load = sums.aux.stats.load  # [L, E], of all groups and microbatches
   router_state = move_router_state(state.router_state, load)
   new = TrainState(state.step + 1, state.seed, params, opt_state, router_state)
@@ -308,44 +294,3 @@ def eval_step(
 
   sums, choices = over_slices(of_slice, batch, microbatches)
   return sums._replace(choices=choices)
-
-
-def init_state(
-  seed: UInt32[Array, ''],
-  *,
-  model: Model,
-  optimizer: optax.GradientTransformation,
-  extend: Extend = lambda params, key: params,
-) -> TrainState:
-  """The state before the first step."""
-  key = jax.random.key(seed)
-  params = nn.meta.unbox(init_params(model, key))
-  return state_of(
-    seed,
-    params,
-    optimizer=optimizer,
-    router_state=router_state_lib.init_router_state(model),
-    extend=extend,
-  )
-
-
-def state_of(
-  seed: UInt32[Array, ''],
-  params: Any,
-  *,
-  optimizer: optax.GradientTransformation,
-  router_state: Any,
-  extend: Extend = lambda params, key: params,
-) -> TrainState:
-  """The state before the first step, with the given parameters of the model.
-
-  Args:
-    seed: The seed of the run.
-    params: The parameters.
-    optimizer: The optimizer.
-    router_state: The state of routers.
-    extend: Returns the parameters with those of new adapters, from a key.
-  """
-  step = jnp.zeros((), jnp.int32)
-  params = extend(params, jax.random.key(seed))
-  return TrainState(step, seed, params, optimizer.init(params), router_state)

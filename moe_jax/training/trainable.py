@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -192,22 +192,17 @@ def read_chosen(path: str) -> ChosenExperts:
     E, layers = values['num_experts'], values['layers']
     chosen = {int(i): tuple(experts) for i, experts in layers.items()}
     for i, experts in chosen.items():
-      if len(set(experts)) < len(experts) or any(
-        type(e) is not int or not 0 <= e < E for e in experts
-      ):
-        raise InputError(
-          f'layer {i} has {list(experts)}, not numbers below {E}'
-        )
+      numbers = {e for e in experts if type(e) is int and 0 <= e < E}
+      if len(numbers) < len(experts):
+        text = f'layer {i} has {list(experts)}, not numbers below {E}'
+        raise InputError(text)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(
-      f'{option} is no file of chosen experts: {error}'
-    ) from None
+    text = f'{option} is no file of chosen experts: {error}'
+    raise InputError(text) from None
   if not any(chosen.values()):
     raise InputError(f'{option} chooses no expert')
-  about = {
-    k: v for k, v in values.items() if k not in ('num_experts', 'layers')
-  }
-  return ChosenExperts(E, chosen, about)
+  del values['num_experts'], values['layers']
+  return ChosenExperts(E, chosen, values)
 
 
 def chosen_masks(
@@ -235,24 +230,15 @@ def chosen_masks(
       f'trained_experts: the file has numbers of experts by layer {file_E}, '
       f'the model has {model_E}'
     )
-  masks_by_name = dict(_masks(chosen, model, trees, names))
-  if not masks_by_name:
-    raise InputError(
-      'trained_experts has no effect: no parameter of experts trains'
-    )
-  return masks_by_name
-
-
-def _masks(
-  chosen: ChosenExperts, model: Model, trees: ParameterTrees, names
-) -> Iterator[tuple[str, np.ndarray]]:
+  masks = {}
   for path, axes in flat_trees.flatten(trees.axes).items():
-    if '/'.join(path) not in names or _EXPERT not in axes:
+    name = '/'.join(path)
+    if name not in names or _EXPERT not in axes:
       continue
     kernel_path = path[1:-1] if path[0] == TREE else path
     stack_place = model.place_of(kernel_path)
     if stack_place is None or axes[0] != _LAYERS:
-      raise InputError(f'trained_experts: {"/".join(path)} is in no stack')
+      raise InputError(f'trained_experts: {name} is in no stack')
     shape = [1] * len(axes)
     shape[0] = len(stack_place.layers)
     shape[axes.index(_EXPERT)] = chosen.num_experts
@@ -260,4 +246,9 @@ def _masks(
       [e in chosen.layers[i] for e in range(chosen.num_experts)]
       for i in numbers_of(model.stacks, stack_place)
     ]
-    yield '/'.join(path), np.array(mask).reshape(shape)
+    masks[name] = np.array(mask).reshape(shape)
+  if not masks:
+    raise InputError(
+      'trained_experts has no effect: no parameter of experts trains'
+    )
+  return masks

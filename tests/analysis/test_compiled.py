@@ -61,7 +61,7 @@ def test_branches_are_calls():
   )
   program = compiled.parse(f'ENTRY %main (i: s32[]) -> f32[] {{\n{line}\n}}')
   assert program['c'].calls == ('one', 'two')
-  assert program['c'].operands == ('a', 'b', 'i')
+  assert program['c'].operands == ('i', 'a', 'b')
 
 
 def test_scopes_come_from_what_is_called_then_read():

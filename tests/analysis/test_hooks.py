@@ -60,7 +60,7 @@ def profiled_run(tmp_path_factory):
       loop.train_and_evaluate(
         OPTIONS,
         tmp_path_factory.mktemp('run'),
-        hooks=[watch, hooks.MeshSummary(), hooks.Profile(), hooks.Compiling()],
+        hooks=[watch, hooks.MeshSummary(), hooks.Profile(), hooks.Facts()],
       )
   finally:
     logger.removeHandler(handler)

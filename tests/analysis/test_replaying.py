@@ -112,13 +112,13 @@ def test_devices_and_microbatches_replay_the_same_choices(recorded, tmp_path):
       assert new_row.get(name) == recorded_row.get(name)
 
 
-def started(folder, trace, **overrides):
-  """A run with its step replayed."""
+def started(folder, trace, step, **overrides):
+  """A run with its step, which is another one, replayed."""
   options = run_config.read(config(trace, **overrides))
   run = set_up(options, folder, devices=jax.devices()[:1])
   hook = Replaying()
   hook.check(run)
-  return hook.start(run)
+  return hook.start(dataclasses.replace(run, train_step=step))
 
 
 def noting(batches):
@@ -152,9 +152,10 @@ def run(tmp_path_factory):
 def test_batches_get_the_records_of_their_steps(run, tmp_path):
   records = list(random_records(run, 3))
   traces.write(tmp_path / 'trace', header_of(run), records)
-  new_run = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
   batches = []
-  new_run.train_step.stage = noting(batches)
+  new_run = started(
+    tmp_path / 'new', tmp_path / 'trace', noting(batches), total_steps=3
+  )
   state = new_run.programs.abstract_state.replace(step=1)
   for batch in itertools.islice(new_run.batches(1), 2):
     new_run.train_step(state, batch)
@@ -173,9 +174,10 @@ def test_a_batch_of_other_tokens_is_found_out(run, tmp_path, step):
   tokens[-1, -1] ^= 1
   records[step] = records[step]._replace(tokens=tokens)
   traces.write(tmp_path / 'trace', header_of(run), records)
-  new_run = started(tmp_path / 'new', tmp_path / 'trace', total_steps=3)
   batches = []
-  new_run.train_step.stage = noting(batches)
+  new_run = started(
+    tmp_path / 'new', tmp_path / 'trace', noting(batches), total_steps=3
+  )
   state = new_run.programs.abstract_state.replace(step=0)
   with pytest.raises(ValueError, match=f'after {step} steps is another one'):
     for batch in new_run.batches(0):

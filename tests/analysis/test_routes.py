@@ -171,12 +171,12 @@ def test_a_text_has_the_colours_and_numbers_of_its_experts():
 
 def test_tables_are_whole_in_a_pipe(capsys, monkeypatch):
   monkeypatch.delenv('COLUMNS', raising=False)
-  columns = {f'a heading that is long, {i}': 'd' for i in range(9)}
-  table = ValueTable('X', '', columns, [[10**20] * 9])
+  row = {f'a heading that is long, {i}': 10**20 for i in range(9)}
+  table = ValueTable('X', '', [row])
   routing_report.wide_console().print(table.terminal())
   lines = capsys.readouterr().out.splitlines()
   (headings,) = (line for line in lines if 'a heading' in line)
-  assert all(heading in headings for heading in columns)
+  assert all(heading in headings for heading in row)
   monkeypatch.setenv('COLUMNS', '70')
   routing_report.wide_console().print(table.terminal())
   assert max(map(len, capsys.readouterr().out.splitlines())) <= 70
@@ -209,5 +209,5 @@ def test_arguments_that_do_not_fit_the_trace(tmp_path, capsys):
 
 
 def test_a_missing_value_is_a_dash_and_a_bar_ends_no_cell():
-  table = ValueTable('X', 'Note.', {'a': '', 'b': '.1%'}, [['|', None]])
+  table = ValueTable('X', 'Note.', [{'a': '|', 'b': None}], {'b': '.1%'})
   assert table.markdown().splitlines()[-1] == r'| \| | - |'

@@ -154,7 +154,7 @@ def test_another_trace_is_refused_with_what_differs(tmp_path):
   header = dataclasses.replace(HEADER, seed=8, data_digest='abc', note='told')
   with pytest.raises(ValueError, match='abc') as error:
     traces.check(tmp_path, header)
-  assert 'seed: 8 here, 0 there' in str(error.value)
+  assert 'seed: 0 there, 8 here' in str(error.value)
   assert 'note' not in str(error.value)
 
 
