@@ -221,6 +221,8 @@ _DEFAULTS: Mapping[str, Any] = dict(
   rms_norm_eps=1e-6,
   tie_word_embeddings=False,
   num_experts_per_tok=2,
+  max_position_embeddings=2048,
+  router_aux_loss_coef=0.001,
 )
 
 
@@ -244,8 +246,8 @@ def keys(
     spellings: Other spellings of keys.
   """
   values = {**_DEFAULTS, **defaults}
-  balance = values.pop('router_aux_loss_coef', 0.001)
-  longest = values.pop('max_position_embeddings', 2048)
+  balance_weight = values.pop('router_aux_loss_coef')
+  longest = values.pop('max_position_embeddings')
   all_honoured = {
     **{name: (_SHARED[name][0], value) for name, value in values.items()},
     'hidden_act': (str, 'silu'),
@@ -266,7 +268,7 @@ def keys(
         0.0,
         'our dropout is on residuals and hidden values too; see model.dropout',
       ),
-      'router_aux_loss_coef': (AMOUNT, balance, ..., ''),
+      'router_aux_loss_coef': (AMOUNT, balance_weight, ..., ''),
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
@@ -339,7 +341,10 @@ def heads(c: Values, **overrides: Any) -> AttentionOptions:
     keys['window'] = c.sliding_window or 0
     if hasattr(c, 'layer_types'):
       full = [kind == FULL for kind in layer_types(c)]
-      keys |= dict(window=0) if all(full) else dict(full_layers=layers(full))
+      if all(full):
+        keys['window'] = 0
+      else:
+        keys['full_layers'] = layers(full)
   head_width = getattr(c, 'head_dim', None)
   return AttentionOptions(
     num_heads=c.num_attention_heads,
@@ -475,7 +480,8 @@ def decoder(
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
     names: The tensors of our variables.
-    options: Returns what sets its models apart: arguments of `_options`.
+    options: Returns what sets its models apart: `router`, `losses`, `moe` and
+      options of `DecoderOptions`, see `_options`.
     describe: Returns the keys beside the shared ones that a model decides; one
       in another spelling stands for the shared key.
     problems: Returns a text for each value of its keys, beside the shared
