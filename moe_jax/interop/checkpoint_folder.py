@@ -101,11 +101,9 @@ _FAMILIES = (
   'openmoe',
 )
 ARCHITECTURES: Mapping[str, Architecture] = {
-  architecture.model_type: architecture
+  a.model_type: a
   for name in _FAMILIES
-  for architecture in importlib.import_module(
-    f'moe_jax.interop.{name}'
-  ).ARCHITECTURES
+  for a in importlib.import_module(f'moe_jax.interop.{name}').ARCHITECTURES
 }
 
 

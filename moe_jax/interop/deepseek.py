@@ -217,11 +217,6 @@ def _latent_problems(c: Values) -> Iterator[str]:
       f'num_key_value_heads={kv_heads} is not num_attention_heads='
       f'{c.num_attention_heads}, as latent attention has it'
     )
-  yield from group_problems(c)
-
-
-def group_problems(c: Values) -> Iterator[str]:
-  """A text for each value on groups of experts, and on dense layers."""
   if c.n_group and (c.topk_group or 1) > c.n_group:
     yield f'topk_group={c.topk_group} is more than n_group={c.n_group}'
   if c.first_k_dense_replace >= c.num_hidden_layers:

@@ -89,8 +89,8 @@ def problems(
   if not is_kind(parameters['rope_theta'], POSITIVE):
     yield f'rope_theta={parameters["rope_theta"]!r:.80} is no {POSITIVE.rule}'
   fraction = parameters.get(_FRACTION, 1)
-  may_be_partial = _FRACTION in rope and is_kind(fraction, POSITIVE)
-  if fraction != 1 and not may_be_partial:
+  is_partial = _FRACTION in rope and is_kind(fraction, POSITIVE)
+  if not is_partial and fraction != 1:
     yield f'{_FRACTION}={fraction!r:.80} is not supported, only 1'
   known_parameters = _TYPES[rope_type]
   for name, value in parameters.items():
@@ -164,9 +164,8 @@ def parameters_of(
   theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
   if c.rope_parameters is None and c.rope_scaling is None:
-    parameters = dict(rope)
-    parameters.pop('rope_theta')
-    parameters.pop(_FRACTION, None)
+    beside = ('rope_theta', _FRACTION)
+    parameters = {key: v for key, v in rope.items() if key not in beside}
   old_type = parameters.pop('type', 'default')
   rope_type = str(parameters.pop('rope_type', old_type))
   parameters = {
