@@ -6,7 +6,7 @@ likeliest choice where there are choices, by generated text otherwise.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -18,12 +18,17 @@ from moe_jax.data.layouts import Layout
 from moe_jax.errors import InputError
 from moe_jax.evaluation.choice import accuracy_row, log_likelihoods
 from moe_jax.evaluation.generated_text import Pair, generator
-from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
+from moe_jax.evaluation.prompts import (
+  AskingEvaluation,
+  EncodedQuestion,
+  asker_of,
+)
 from moe_jax.evaluation.scores import make_scores
 from moe_jax.runs.metrics import Row
 from moe_jax.training.evaluate import (
   EvaluationOptions,
   Losses,
+  Measure,
   Setting,
   Variables,
   every_steps_option,
@@ -46,7 +51,7 @@ class SourceLosses(EvaluationOptions):
     choices=data.SPLITS,
   )
 
-  def measure(self, setting: Setting) -> Callable[[Variables, int], Row]:
+  def measure(self, setting: Setting) -> Measure:
     """Returns the function that measures the losses.
 
     Raises:
@@ -102,8 +107,12 @@ class SourceScores(AskingEvaluation):
     minimum=0,
   )
 
-  def measure(self, setting: Setting) -> 'Scores':
+  def measure(self, setting: Setting) -> Measure:
     """Returns the function that measures the scores; encodes all now.
+
+    Its row is a `summary_row`, scores in percent. Where a source has choices,
+    `<source>.chance` is the score of guessing and `<source>.nats` the mean
+    negative log-likelihood of the right answer.
 
     Raises:
       ValueError: The task has no inputs and targets that are text, a question
@@ -119,30 +128,36 @@ class SourceScores(AskingEvaluation):
     questions = self._questions(setting)
     if not any(questions.values()):
       raise InputError('no source has a validation question that is asked')
-    asker, choices, prompts = self.asker(setting), {}, {}
-    for name, asked in questions.items():
-      choices[name] = [
-        (
-          asker(data.Item(q.inputs, q.choices, 0), ()),
-          q.choices.index(q.target),
-        )
-        for q in asked
-        if q.choices
-      ]
-      prompts[name] = [
-        Pair(asker.inputs(q.inputs, self.num_tokens), q.inputs, q.target, name)
-        for q in asked
-        if not q.choices
-      ]
-    generate = None
-    if any(prompts.values()):
-      pairs = [p for source_pairs in prompts.values() for p in source_pairs]
-      measurement = generator(setting, {}, lambda: pairs, self.num_tokens)
-      generate = measurement.outputs
-    return Scores(setting, questions, choices, prompts, asker.layout, generate)
+    asker = asker_of(setting, self.answer_prefix)
+    choices = {
+      name: [asker(_item(q), ()) for q in asked if q.choices]
+      for name, asked in questions.items()
+    }
+    pairs = [
+      Pair(asker.inputs(q.inputs, self.num_tokens), q.inputs, q.target, name)
+      for name, asked in questions.items()
+      for q in asked
+      if not q.choices
+    ]
+    metrics = {name: asked[0].metric for name, asked in questions.items()}
+    measurement = None
+    if pairs:
+      measurement = generator(setting, {}, pairs, self.num_tokens)
+
+    def scores_row(variables: Variables, step: int) -> Row:
+      scores, details = _choice_scores(
+        setting, variables, choices, asker.layout
+      )
+      if measurement is not None:
+        outputs = measurement.outputs(variables)
+        scores |= text_scores(pairs, outputs, metrics)
+      in_order = {name: scores[name] for name in questions if name in scores}
+      return {**summary_row(in_order, setting.data.mixture), **details}
+
+    return scores_row
 
   def row_names(self, data: DataOptions) -> Collection[str]:
-    """The names in a row of `Scores`."""
+    """The names in a row of `measure`."""
     mixture = data.mixture
     sources = list(mixture.sources or ['source'])
     details = [f'{s}.{name}' for s in sources for name in ('chance', 'nats')]
@@ -179,86 +194,62 @@ class SourceScores(AskingEvaluation):
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scores:
-  """Measures the scores of the questions of each source.
+def _item(question: Question) -> data.Item:
+  """A question with choices as one of the kind 'choice'."""
+  label = question.choices.index(question.target)
+  return data.Item(question.inputs, question.choices, label)
 
-  Attributes:
-    setting: The parts of the run.
-    questions: The questions of each source.
-    choices: The questions with choices, in token ids, each with the number of
-      the right one.
-    prompts: The questions whose answer is any text, as prompts.
-    layout: The layout of rows.
-    generate: The function that answers the prompts of all sources, in order;
-      None without prompts.
+
+def _choice_scores(
+  setting: Setting,
+  variables: Variables,
+  choices: Mapping[str, list[EncodedQuestion]],
+  layout: Layout,
+) -> tuple[Row, Row]:
+  """The score of each source that has choices, and details of it."""
+  tasks = setting.data.tasks
+  asked = [(name, q) for name, questions in choices.items() for q in questions]
+  if not asked:
+    return {}, {}
+  log_probs = log_likelihoods(
+    setting,
+    variables,
+    [question for _, question in asked],
+    layout,
+    [tasks.index(name) for name, _ in asked if tasks],
+  )
+  scores, details = {}, {}
+  for name in [name for name, questions in choices.items() if questions]:
+    answers, labels, nats = [], [], []
+    for (source, question), log_prob in zip(asked, log_probs):
+      if source == name:
+        # As in the kind 'choice', a long answer is no worse for being long.
+        answers.append(log_prob / question.lengths('tokens'))
+        labels.append(question.item.label)
+        nats.append(-log_prob[question.item.label])
+    row = accuracy_row(answers, labels)
+    scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']
+    details[f'{name}.nats'] = float(np.mean(nats))
+  return scores, details
+
+
+def text_scores(
+  pairs: Sequence[Pair], outputs: Sequence[str], metrics: Mapping[str, str]
+) -> Row:
+  """The score of each source whose answers are any text.
+
+  Args:
+    pairs: The questions; their task is their source.
+    outputs: The answer to each.
+    metrics: The name of the score of each source.
   """
-
-  setting: Setting
-  questions: Questions
-  choices: dict[str, list[tuple[EncodedQuestion, int]]]
-  prompts: dict[str, list[Pair]]
-  layout: Layout
-  generate: Callable[[Variables], list[str]] | None
-
-  def __call__(self, variables: Variables, step: int) -> Row:
-    """The row of `summary_row`, scores in percent.
-
-    Where a source has choices, `<source>.chance` is the score of guessing and
-    `<source>.nats` the mean negative log-likelihood of the right answer.
-    """
-    del step
-    scores, details = self._by_choice(variables)
-    scores |= self._by_text(variables)
-    in_order = {name: scores[name] for name in self.questions if name in scores}
-    row = summary_row(in_order, self.setting.data.mixture)
-    return {**row, **details}
-
-  def _by_choice(self, variables: Variables) -> tuple[Row, Row]:
-    examples, tasks, names = [], [], self.setting.data.tasks
-    for name, choices in self.choices.items():
-      for question, _ in choices:
-        examples += question.examples
-        tasks += [names.index(name) for _ in question.examples if names]
-    if not examples:
-      return {}, {}
-    log_probs = log_likelihoods(
-      self.setting.model,
-      variables,
-      examples,
-      self.layout,
-      batch_size=self.setting.batch_size,
-      put=self.setting.put,
-      task_ids=tasks,
-    )
-    # As in the kind 'choice', a long answer is no worse for being long.
-    per_token = log_probs / [len(example.targets) for example in examples]
-    scores, details, begin = {}, {}, 0
-    for name, choices in self.choices.items():
-      answers, nats = [], []
-      for question, label in choices:
-        end = begin + len(question.examples)
-        answers.append(per_token[begin:end])
-        nats.append(-log_probs[begin + label])
-        begin = end
-      if choices:
-        row = accuracy_row(answers, [label for _, label in choices])
-        scores[name], details[f'{name}.chance'] = row['accuracy'], row['chance']
-        details[f'{name}.nats'] = float(np.mean(nats))
-    return scores, details
-
-  def _by_text(self, variables: Variables) -> Row:
-    if self.generate is None:
-      return {}
-    outputs, scores = iter(self.generate(variables)), {}
-    for name, pairs in self.prompts.items():
-      if pairs:
-        metric = self.questions[name][0].metric
-        (score,) = make_scores(metric).values()
-        answers = [next(outputs) for _ in pairs]
-        targets = [pair.target for pair in pairs]
-        scores[name] = float(score.compute(answers, targets))
-    return scores
+  scores = {}
+  for name in dict.fromkeys(pair.task for pair in pairs):
+    (score,) = make_scores(metrics[name]).values()
+    answers = [o for o, pair in zip(outputs, pairs) if pair.task == name]
+    targets = [pair.target for pair in pairs if pair.task == name]
+    scores[name] = float(score.compute(answers, targets))
+  return scores
 
 
 def summary_row(

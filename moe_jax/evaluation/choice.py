@@ -20,10 +20,14 @@ from moe_jax.config import choice, option
 from moe_jax.data import DataOptions
 from moe_jax.data.choices import ChoiceSourceOptions, SameSource
 from moe_jax.data.examples import packed
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.devices import Placing, fetch
+from moe_jax.data.layouts import Layout, Lengths
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
-from moe_jax.evaluation.prompts import AskingEvaluation, EncodedQuestion
+from moe_jax.evaluation.prompts import (
+  AskingEvaluation,
+  EncodedQuestion,
+  asker_of,
+)
 from moe_jax.models import Model
 from moe_jax.runs.metrics import Row
 from moe_jax.shapes import Array, Float, Float32
@@ -105,11 +109,8 @@ class ChoiceEvaluation(AskingEvaluation):
         "its questions are of none of the data's tasks"
       )
     items, shots = self._items(setting.data.cache_dir)
-    asker = self.asker(setting)
-    questions = [
-      asker(item, item_shots) for item, item_shots in zip(items, shots)
-    ]
-    return Choice(setting, self, items, questions, asker.layout)
+    asker = asker_of(setting, self.answer_prefix)
+    return Choice(setting, self, [*map(asker, items, shots)], asker.layout)
 
   def row_names(self, data: DataOptions) -> Collection[str]:
     """The names in a row of `Choice`."""
@@ -164,14 +165,12 @@ class Choice:
   Attributes:
     setting: The parts of the run.
     options: The options of the evaluation.
-    items: The questions.
     questions: The questions in token ids.
     layout: The layout of rows.
   """
 
   setting: Setting
   options: ChoiceEvaluation
-  items: list[data.Item]
   questions: list[EncodedQuestion]
   layout: Layout
 
@@ -182,9 +181,8 @@ class Choice:
     row, and, with examples, `shots`, the mean number of examples that fitted.
     """
     del step
-    row = accuracy_row(
-      self.scores(variables), [item.label for item in self.items]
-    )
+    labels = [question.item.label for question in self.questions]
+    row = accuracy_row(self.scores(variables), labels)
     row['cut_items'] = sum(q.is_cut for q in self.questions)
     if self.options.num_shots:
       row['shots'] = float(np.mean([q.num_shots for q in self.questions]))
@@ -192,22 +190,11 @@ class Choice:
 
   def scores(self, variables: Variables) -> list[Float[np.ndarray, ' A']]:
     """The normalised log-likelihoods of each question's answers."""
-    examples = [e for question in self.questions for e in question.examples]
-    scores = log_likelihoods(
-      self.setting.model,
-      variables,
-      examples,
-      self.layout,
-      batch_size=self.setting.batch_size,
-      put=self.setting.put,
+    log_probs = log_likelihoods(
+      self.setting, variables, self.questions, self.layout
     )
-    answers = [answer for item in self.items for answer in item.answers]
-    if self.options.normalize == 'tokens':
-      scores /= [len(example.targets) for example in examples]
-    elif self.options.normalize == 'bytes':
-      scores /= [len(answer.encode()) for answer in answers]
-    ends = np.cumsum([len(item.answers) for item in self.items])
-    return np.split(scores, ends[:-1])
+    pairs = zip(log_probs, self.questions, strict=True)
+    return [x / q.lengths(self.options.normalize) for x, q in pairs]
 
 
 def accuracy_row(
@@ -232,41 +219,41 @@ def accuracy_row(
 
 
 def log_likelihoods(
-  model: Model,
+  setting: Setting,
   variables: Variables,
-  examples: Sequence[Example],
+  questions: Sequence[EncodedQuestion],
   layout: Layout,
-  *,
-  batch_size: int,
-  put: Placing,
   task_ids: Sequence[int] = (),
-) -> Float[np.ndarray, ' N']:
-  """The log probability (nats) of each example's targets after its inputs.
+) -> list[Float[np.ndarray, ' A']]:
+  """The log probability (nats) of each question's answers after its prompt.
 
   Args:
-    model: The model.
-    variables: Its variables, parameters under 'params'.
-    examples: The examples, each of which fits a row.
+    setting: The parts of the run.
+    variables: The variables of its model.
+    questions: The questions, at least one, each answer of which fits a row.
     layout: The layout of rows; short examples share one.
-    batch_size: Number of rows in a batch.
-    put: Moves batches of `batch_size` rows to the devices.
-    task_ids: The task of each example, for a model that routes by task.
+    task_ids: The task of each question, for a model that routes by task.
   """
+  examples = [e for question in questions for e in question.examples]
+  tasks = [t for t, q in zip(task_ids, questions) for _ in q.examples]
+  put, batch_size = setting.put, setting.batch_size
   a, b = (np.array([len(e[side]) for e in examples]) for side in (0, 1))
   lengths = Lengths(a, b, a + b)
   rows = packed(layout.sizes(lengths), layout.capacity)
-  run = _compiled(model, put.microbatches)
+  compiled = dict(model=setting.model, microbatches=put.microbatches)
 
   def scored(begin):
     between_batches()
     batch_rows = rows[begin : begin + batch_size]
     padded_rows = batch_rows + [[]] * (batch_size - len(batch_rows))
     batch = layout.assemble([[examples[i] for i in row] for row in padded_rows])
-    if task_ids:
-      batch |= _tasks(
-        batch, [[task_ids[i] for i in row] for row in padded_rows]
-      )
-    return batch_rows, batch['segment_ids'], run(variables, put(batch))
+    if tasks:
+      batch |= _tasks(batch, [[tasks[i] for i in row] for row in padded_rows])
+    return (
+      batch_rows,
+      batch['segment_ids'],
+      _log_probs(variables, put(batch), **compiled),
+    )
 
   totals = np.zeros(len(examples), np.float64)
   batches = map(scored, range(0, len(rows), batch_size))
@@ -275,7 +262,8 @@ def log_likelihoods(
     for b, row in enumerate(batch_rows):
       for segment, i in enumerate(row, 1):
         totals[i] = log_probs[b, segment_ids[b] == segment].sum()
-  return totals
+  ends = np.cumsum([len(question.examples) for question in questions])
+  return np.split(totals, ends[:-1])
 
 
 def _tasks(
@@ -292,13 +280,7 @@ def _tasks(
   }
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(model: Model, microbatches: int):
-  return jax.jit(
-    functools.partial(_log_probs, model=model, microbatches=microbatches)
-  )
-
-
+@functools.partial(jax.jit, static_argnames=('model', 'microbatches'))
 def _log_probs(
   variables, batch, *, model: Model, microbatches: int
 ) -> Float32[Array, 'B T']:

@@ -59,6 +59,8 @@ def evaluate_all(
       needs.
     CheckpointError: No checkpoint is good.
   """
+  if mesh is None:
+    mesh = partitioning.make_mesh(dict(data=1), jax.local_devices()[:1])
   run = generation.load(workdir, step, dtype=dtype, mesh=mesh, allow=allow)
   evaluations = make_evaluations(
     run.options,
@@ -74,16 +76,11 @@ def evaluate_all(
   return evaluation_rows(evaluations, run.variables, run.step)
 
 
-def _placing(run: Loaded, mesh: Mesh | None) -> Placing:
+def _placing(run: Loaded, mesh: Mesh) -> Placing:
   """Moves batches; fewer microbatches than in training may fit a mesh."""
-  size, microbatches = run.batch_size, run.microbatches
-  if mesh is None:
-    device = jax.local_devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return Placing(sharding, size, microbatches)
-  rules = run.sharding.rules
+  size, rules = run.batch_size, run.sharding.rules
   sharding = partitioning.sharding(
     mesh, rules, ('batch', None), (size, run.data.seq_len), 'a batch'
   )
   rows = size // partitioning.row_parts(mesh, rules)
-  return Placing(sharding, size, math.gcd(microbatches, rows))
+  return Placing(sharding, size, math.gcd(run.microbatches, rows))

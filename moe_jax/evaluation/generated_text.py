@@ -1,20 +1,18 @@
 """The kind 'generate': generated outputs, compared with validation targets."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Self, cast
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from moe_jax import data, generation
 from moe_jax.config import option, unknown_text
 from moe_jax.data import DataOptions
-from moe_jax.data.layouts import Layout
 from moe_jax.data.mixing import TaskRows
-from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.devices import is_first
 from moe_jax.errors import InputError
-from moe_jax.evaluation.prompts import Asker
+from moe_jax.evaluation.prompts import asker_of
 from moe_jax.evaluation.scores import METRICS, Score, make_scores, names_of
 from moe_jax.generation import trained_run
 from moe_jax.models import check_generates
@@ -105,7 +103,7 @@ class GenerateEvaluation(EvaluationOptions):
     return generator(
       setting,
       make_scores(self.metrics, self.bleu_tokenizer),
-      lambda: self.pairs(setting),
+      self.pairs(setting),
       self.num_tokens,
       num_beams=self.num_beams,
       length_penalty=self.length_penalty,
@@ -138,23 +136,29 @@ class GenerateEvaluation(EvaluationOptions):
   def _text_pairs(
     self, setting: Setting, texts: Iterator[tuple[str, str]]
   ) -> list[Pair]:
-    tokenizer = setting.dataset.tokenizer
-    layout = cast(Layout, setting.dataset.splits['validation'].layout)
-    imported = trained_run.is_imported(setting.workdir)
-    asker = Asker(setting.data.task, tokenizer, layout, '', imported)
+    asker, tokenizer = asker_of(setting), setting.dataset.tokenizer
     total = setting.dataset.counts['validation']['pairs']
+    pairs = list(texts)
+    if len(pairs) != total:  # encoding a whole split would take long
+      # Those with rows have a token on both sides.
+      pairs = [
+        pair
+        for pair in pairs
+        if all(tokenizer.encode(text).size for text in pair)
+      ]
     tasks = [
       name
       for name in setting.data.mixture.learned()
       for _ in range(setting.dataset.parts[name].counts['validation']['pairs'])
     ]
-    indices = set(data.spread(total, self.num_examples))
-    pairs = []
-    for i, (inputs, target) in enumerate(_with_tokens(texts, tokenizer, total)):
-      if i in indices:
-        ids = asker.inputs(inputs, self.num_tokens)
-        pairs.append(Pair(ids, inputs, target, tasks[i] if tasks else ''))
-    return pairs
+    return [
+      Pair(
+        asker.inputs(pairs[i][0], self.num_tokens),
+        *pairs[i],
+        tasks[i] if tasks else '',
+      )
+      for i in data.spread(total, self.num_examples)
+    ]
 
   def shrunk(self) -> Self:
     """The same evaluation of three short outputs."""
@@ -166,7 +170,7 @@ class GenerateEvaluation(EvaluationOptions):
 def generator(
   setting: Setting,
   scores: Mapping[str, Score],
-  read_pairs: Callable[[], list[Pair]],
+  pairs: list[Pair],
   num_tokens: int,
   **arguments: Any,
 ) -> 'Generate':
@@ -175,7 +179,7 @@ def generator(
   Args:
     setting: The parts of the run.
     scores: The scores by name.
-    read_pairs: Function that returns the pairs; called once all else is right.
+    pairs: The pairs.
     num_tokens: Number of tokens at which an output ends.
     **arguments: Other arguments of `generation.generate`.
 
@@ -191,26 +195,10 @@ def generator(
       f'num_tokens={num_tokens} leaves none to choose after {len(forced)} that '
       'the tokenizer forces'
     )
-  pairs, token_counts = [], []
-  for pair in read_pairs():
-    ids, num_new = trained_run.fit(model, pair.ids, num_tokens)
-    pairs.append(pair._replace(ids=ids))
-    token_counts.append(num_new)
-  return Generate(
-    setting, scores, pairs, arguments | {'num_tokens': min(token_counts)}
-  )
-
-
-def _with_tokens(
-  texts: Iterator[tuple[str, str]], tokenizer: Tokenizer, total: int
-) -> list[tuple[str, str]]:
-  """The pairs that have rows, `total` in all: both sides have a token."""
-  pairs = list(texts)
-  if len(pairs) == total:  # encoding a whole split would take long
-    return pairs
-  return [
-    pair for pair in pairs if all(tokenizer.encode(text).size for text in pair)
-  ]
+  fitted = [trained_run.fit(model, pair.ids, num_tokens) for pair in pairs]
+  arguments['num_tokens'] = min(num_new for _, num_new in fitted)
+  pairs = [pair._replace(ids=ids) for pair, (ids, _) in zip(pairs, fitted)]
+  return Generate(setting, scores, pairs, arguments)
 
 
 def _window_pair(setting: Setting, all_rows: data.Rows, row: int) -> Pair:
@@ -277,15 +265,12 @@ class Generate:
       # The last batch is filled up, as another size would compile again.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
-      tasks = None
-      if model.task_sequences:
-        names = [pair.task for pair in padded_batch]
-        tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
+      names = [pair.task for pair in padded_batch if model.task_sequences]
       rows = generation.generate(
         model,
         variables,
         [pair.ids for pair in padded_batch],
-        task_ids=tasks,
+        task_ids=trained_run.task_ids(model, setting.data, names, 'of pairs'),
         **self.arguments,
       ).rows[: len(batch)]
       texts += [trained_run.decode(tokenizer, row) for row in rows]

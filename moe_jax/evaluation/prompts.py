@@ -34,11 +34,20 @@ class EncodedQuestion(NamedTuple):
     examples: For each answer, the prompt as inputs and the answer as targets.
     num_shots: Number of examples that fitted before the prompt.
     is_cut: Whether the prompt or an answer had to be cut.
+    item: The question.
   """
 
   examples: list[Example]
   num_shots: int
   is_cut: bool
+  item: data.Item
+
+  def lengths(self, unit: str) -> Int[np.ndarray, ' A']:
+    """The length of each answer in 'tokens' or 'bytes'; 1 for 'none'."""
+    if unit == 'bytes':
+      return np.array([len(answer.encode()) for answer in self.item.answers])
+    tokens = np.array([len(example.targets) for example in self.examples])
+    return tokens if unit == 'tokens' else np.ones_like(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Asker:
         break
     pairs = zip(examples, cut_examples)
     is_cut = any(sum(map(len, a)) > sum(map(len, b)) for a, b in pairs)
-    return EncodedQuestion(cut_examples, n, is_cut)
+    return EncodedQuestion(cut_examples, n, is_cut, item)
 
   def inputs(self, prompt: str, num_tokens: int) -> Int[np.ndarray, ' N']:
     """The ids of a prompt, cut so that `num_tokens` of an answer fit a row."""
@@ -157,17 +166,18 @@ class AskingEvaluation(EvaluationOptions):
     'other models end a prompt with a token.',
   )
 
-  def asker(self, setting: Setting) -> Asker:
-    """The form of questions for a run."""
-    # Rows of a language model have no examples; a question has one to itself.
-    layout = setting.dataset.splits['validation'].layout
-    return Asker(
-      setting.data.task,
-      setting.dataset.tokenizer,
-      layout or DecoderLayout(setting.data.seq_len),
-      self.answer_prefix,
-      imported=trained_run.is_imported(setting.workdir),
-    )
+
+def asker_of(setting: Setting, answer_prefix: str = '') -> Asker:
+  """The form of questions for a run."""
+  # Rows of a language model have no examples; a question has one to itself.
+  layout = setting.dataset.splits['validation'].layout
+  return Asker(
+    setting.data.task,
+    setting.dataset.tokenizer,
+    layout or DecoderLayout(setting.data.seq_len),
+    answer_prefix,
+    imported=trained_run.is_imported(setting.workdir),
+  )
 
 
 def cut_as_trained(

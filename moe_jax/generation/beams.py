@@ -6,7 +6,7 @@ Sequences, scores and the end of the search are those of transformers'
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,12 @@ import numpy as np
 from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.generation.prefix import (
+  Ends,
   Ids,
   Variables,
-  begin,
-  check_ends,
   check_number,
   check_whole,
-  make_prefix,
-  prepare,
-  rows_of,
+  start,
 )
 from moe_jax.models import Cache, Model
 from moe_jax.shapes import Array, Bool, Float32, Int, Int32
@@ -50,14 +47,9 @@ def beam_search(
   prompt: Sequence[Ids] | Ids,
   *,
   num_beams: int,
-  num_tokens: int = 64,
   num_return: int = 1,
   length_penalty: float = 1.0,
-  start_id: int | None = None,
-  forced_ids: Sequence[int] = (),
-  stop_ids: Sequence[int] = (),
-  pad_id: int = 0,
-  task_ids: Ids | None = None,
+  **ends: Unpack[Ends],
 ) -> Beams:
   """The best continuations that a search with `num_beams` beams finds.
 
@@ -74,22 +66,17 @@ def beam_search(
     prompt: Token ids; see `generate`.
     num_beams: The number of beams: sequences that are followed for each row, at
       least 1.
-    num_tokens: N, the number of new tokens at which every sequence ends.
     num_return: R, the number of sequences returned for each row, at most
       `num_beams`.
     length_penalty: The exponent of a sequence's length; above 0 favours long
       sequences, below 0 short ones.
-    start_id: The first id of the input of an encoder-decoder's decoder.
-    forced_ids: The ids that every row emits first.
-    stop_ids: The ids each of which ends a sequence.
-    pad_id: The id that fills up a sequence after its end.
-    task_ids: The task of each row, for a model that routes by task.
+    **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
+      `task_ids`, see `Ends`.
 
   Raises:
     ValueError: A number is out of range, a logit is not finite, or as in
       `generate`.
   """
-  check_ends(model, stop_ids, pad_id)
   check_whole('num_beams', num_beams, 0)
   check_whole('num_return', num_return, 0)
   check_number('length_penalty', length_penalty)
@@ -98,33 +85,21 @@ def beam_search(
       f'num_beams={num_beams} and num_return={num_return}: both are at least '
       '1, and no more are returned than are followed'
     )
-  batch_size = num_beams * len(rows_of(prompt))
-  model, variables = prepare(model, variables, batch_size=batch_size)
-  prefix = make_prefix(
-    model,
-    prompt,
-    start_id=start_id,
-    forced_ids=forced_ids,
-    num_tokens=num_tokens,
-    task_ids=task_ids,
-  )
-  P, n = prefix.tokens.shape[1], len(forced_ids)
-  cache = begin(model, variables, prefix, P - 1 + num_tokens - n)
-  search = first_search(prefix.tokens[:, -1], forced_ids, num_beams, num_tokens)
+  begun = start(model, variables, prompt, num_beams, **ends)
   search, finite = _search(
-    model,
-    variables,
-    search,
-    cache,
-    stop_ids=jnp.asarray(stop_ids, jnp.int32),
+    begun.model,
+    begun.variables,
+    first_search(begun.last, begun.tokens, begun.num_forced, num_beams),
+    begun.cache,
+    stop_ids=begun.stop_ids,
     length_penalty=jnp.float32(length_penalty),
   )
   (tokens, lengths, scores), step, finite = fetch(
     (search.ended, search.step, finite)
   )
   check_finite(finite, step)
-  is_padding = np.arange(num_tokens) >= lengths[..., None]
-  tokens = np.where(is_padding, np.int32(pad_id), tokens)
+  is_padding = np.arange(tokens.shape[-1]) >= lengths[..., None]
+  tokens = np.where(is_padding, np.int32(begun.pad_id), tokens)
   return Beams(*(leaf[:, :num_return] for leaf in (tokens, lengths, scores)))
 
 
@@ -173,18 +148,17 @@ class Search(NamedTuple):
   open: Bool[Array, ' B']
 
 
-def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
+def first_search(last, tokens, num_forced: int, width: int) -> Search:
   """The search before its first step, with only one beam that counts.
 
   Args:
     last: int32 [B], the last token of each row's prefix.
-    forced_ids: The ids that every row emits first.
+    tokens: int32 [B, N], new tokens of each row, the forced ones first.
+    num_forced: The number of forced tokens.
     width: W, the number of beams.
-    num_tokens: N, the number of new tokens at which every sequence ends.
   """
-  B, W, n = len(last), width, len(forced_ids)
-  tokens = np.zeros((B, W, num_tokens), np.int32)
-  tokens[..., :n] = forced_ids
+  B, W = len(last), width
+  tokens = np.repeat(tokens[:, None], W, axis=1)
   scores = np.full((B, W), -np.inf, np.float32)
   beams: Any = (
     tokens,
@@ -192,7 +166,12 @@ def first_search(last, forced_ids, width: int, num_tokens: int) -> Search:
     np.repeat(last[:, None], W, axis=1),
   )
   empty: Any = np.zeros_like(tokens), np.zeros((B, W), np.int32), scores
-  state: Any = np.int32(n), Running(*beams), Ended(*empty), np.ones(B, bool)
+  state: Any = (
+    np.int32(num_forced),
+    Running(*beams),
+    Ended(*empty),
+    np.ones(B, bool),
+  )
   return Search(*state)
 
 
@@ -271,8 +250,8 @@ def advance(
   beam, token = index // V, index % V
   length = search.step + 1
   tokens = jnp.take_along_axis(running.tokens, beam[..., None], axis=1)
-  start = (0, 0, search.step)
-  tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], start)
+  place = (0, 0, search.step)
+  tokens = jax.lax.dynamic_update_slice(tokens, token[..., None], place)
   ends = jnp.isin(token, stop_ids) | (length == N)
   among_best = jnp.arange(count, dtype=jnp.int32)[None] < W
   is_result = ends & among_best & search.open[:, None]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,13 @@ from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.generation.beams import beam_search, check_finite
 from moe_jax.generation.prefix import (
+  Ends,
   Ids,
-  Prefix,
+  Start,
   Variables,
-  begin,
-  check_ends,
   check_number,
   check_whole,
-  make_prefix,
-  prepare,
-  rows_of,
+  start,
 )
 from moe_jax.generation.sampling import Sampler, row_keys, step_keys
 from moe_jax.models import Cache, Model
@@ -54,11 +51,6 @@ def generate(
   variables: Variables,
   prompt: Sequence[Ids] | Ids,
   *,
-  num_tokens: int = 64,
-  start_id: int | None = None,
-  forced_ids: Sequence[int] = (),
-  stop_ids: Sequence[int] = (),
-  pad_id: int = 0,
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -66,7 +58,7 @@ def generate(
   num_beams: int = 1,
   length_penalty: float = 1.0,
   on_token: OnToken | None = None,
-  task_ids: Ids | None = None,
+  **ends: Unpack[Ends],
 ) -> Generation:
   """Continues prompts; an encoder-decoder answers them.
 
@@ -76,37 +68,24 @@ def generate(
   slots, as in transformers (where also padding after the end of a row takes
   slots). The last token of a decoder's prompt competes with those of other rows
   alone, as generated ones do. All other models drop nothing, even if they did
-  in training.
-
-  Rounding may differ between batches of other shapes, so the order of two
-  tokens whose probabilities agree in seven digits may depend on the batch.
+  in training. Rounding may differ between batches of other shapes, and with it
+  the order of two tokens whose probabilities agree in seven digits.
 
   Args:
     model: The model as trained or imported, or as `prepare` returns it.
     variables: Its variables, parameters under 'params'.
     prompt: Token ids, one sequence for each row, of any lengths; or those of a
       single row. An encoder-decoder's encoder reads them.
-    num_tokens: N, the number of new tokens at which every row ends. Each N
-      compiles a program of its own.
-    start_id: The first id of the input of an encoder-decoder's decoder.
-    forced_ids: The ids that every row emits first, such as that of a target
-      language, whatever their probabilities.
-    stop_ids: The ids each of which ends a row.
-    pad_id: The id that fills up a row after its end.
-    temperature: The number by which logits are divided before a token is drawn;
-      0.0 takes the likeliest token.
-    top_k: The number of likeliest tokens among which is drawn; 0 is all.
-    top_p: The summed probability of the likeliest tokens among which is drawn;
-      1.0 is all.
-    seed: The seed of the draws. If it is a sequence of one for each row, each
-      row has the tokens that it has alone with its own seed.
+    temperature: See `Sampler.make`, also for `top_k` and `top_p`.
+    seed: See `row_keys`; with one for each row, each has the tokens that it has
+      alone.
     num_beams: The number of beams; above 1 the best sequence of `beam_search`
-      is returned.
-    length_penalty: See `beam_search`.
+      is returned, scored with `length_penalty`.
     on_token: Called as on_token(n, tokens [B]) with every row's n-th new token,
       -1 for rows that have ended; a true result ends the generation. Without
       it nothing leaves the device before the end.
-    task_ids: The task of each row, for a model that routes by task.
+    **ends: `num_tokens`, `start_id`, `forced_ids`, `stop_ids`, `pad_id` and
+      `task_ids`, see `Ends`.
 
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
@@ -114,58 +93,51 @@ def generate(
       new tokens, or has an unknown id; a task is missing; or a logit is not
       finite.
   """
-  check_ends(model, stop_ids, pad_id)
-  check_whole('num_beams', num_beams, 1)
-  check_number('length_penalty', length_penalty)
   sampler = Sampler.make(temperature, top_k, top_p)
+  _check_beams(num_beams, length_penalty, temperature, on_token)
   if num_beams != 1:
-    if temperature:
-      raise InputError(
-        f'num_beams={num_beams} with temperature={temperature}: beams are not '
-        'drawn; give one of the two'
-      )
-    if on_token is not None:
-      raise InputError(
-        f'num_beams={num_beams} with on_token: no beam is settled before the '
-        'end'
-      )
-    beams = beam_search(
-      model, variables, prompt, num_beams=num_beams,
-      num_tokens=num_tokens, start_id=start_id, forced_ids=forced_ids,
-      stop_ids=stop_ids, pad_id=pad_id, length_penalty=length_penalty,
-      task_ids=task_ids,
-    )  # fmt: skip
-    return Generation(beams.tokens[:, 0], beams.lengths[:, 0])
-  if length_penalty != 1.0:
-    raise InputError(
-      f'length_penalty={length_penalty} with num_beams=1: a length penalty '
-      'compares beams; give more than one'
-    )
-  model, variables = prepare(model, variables, batch_size=len(rows_of(prompt)))
-  prefix = make_prefix(
-    model,
-    prompt,
-    start_id=start_id,
-    forced_ids=forced_ids,
-    num_tokens=num_tokens,
-    task_ids=task_ids,
-  )
-  state = _start(model, variables, prefix, forced_ids, num_tokens, pad_id)
+    beams: Any = dict(num_beams=num_beams, length_penalty=length_penalty)
+    found = beam_search(model, variables, prompt, **beams, **ends)
+    return Generation(found.tokens[:, 0], found.lengths[:, 0])
+  begun = start(model, variables, prompt, **ends)
   run = functools.partial(
     _advance,
-    model,
-    variables,
-    keys=row_keys(seed, len(prefix.tokens)),
-    stop_ids=jnp.asarray(stop_ids, jnp.int32),
+    begun.model,
+    begun.variables,
+    keys=row_keys(seed, len(begun.tokens)),
+    stop_ids=begun.stop_ids,
     sampler=sampler,
-    pad_id=jnp.int32(pad_id),
+    pad_id=jnp.int32(begun.pad_id),
   )
+  state = _first_state(begun)
   state = _stream(run, state, on_token) if on_token else run(state, state.end)
   tokens, lengths, step, finite = fetch(
     (state.tokens, state.lengths, state.step, state.finite)
   )
   check_finite(finite, step)
   return Generation(tokens, lengths)
+
+
+def _check_beams(
+  num_beams: int, length_penalty: float, temperature: float, on_token: Any
+) -> None:
+  """Raises ValueError where options of beams contradict others."""
+  check_whole('num_beams', num_beams, 1)
+  check_number('length_penalty', length_penalty)
+  if num_beams != 1 and temperature:
+    raise InputError(
+      f'num_beams={num_beams} with temperature={temperature}: beams are not '
+      'drawn; give one of the two'
+    )
+  if num_beams != 1 and on_token is not None:
+    raise InputError(
+      f'num_beams={num_beams} with on_token: no beam is settled before the end'
+    )
+  if num_beams == 1 and length_penalty != 1.0:
+    raise InputError(
+      f'length_penalty={length_penalty} with num_beams=1: a length penalty '
+      'compares beams; give more than one'
+    )
 
 
 class State(NamedTuple):
@@ -196,20 +168,16 @@ class State(NamedTuple):
     return self.tokens.shape[1]
 
 
-def _start(
-  model, variables, prefix: Prefix, forced_ids, num_tokens: int, pad_id: int
-) -> State:
-  (B, P), n = prefix.tokens.shape, len(forced_ids)
-  tokens = np.full((B, num_tokens), pad_id, np.int32)
-  tokens[:, :n] = forced_ids
+def _first_state(begun: Start) -> State:
+  B, n = len(begun.tokens), begun.num_forced
   return State(
     step=jnp.int32(n),
-    token=jnp.asarray(prefix.tokens[:, -1]),
+    token=jnp.asarray(begun.last),
     ended=jnp.zeros(B, bool),
-    tokens=jnp.asarray(tokens),
+    tokens=jnp.asarray(begun.tokens),
     lengths=jnp.full(B, n, jnp.int32),
     finite=jnp.bool_(True),
-    cache=begin(model, variables, prefix, P - 1 + num_tokens - n),
+    cache=begun.cache,
   )
 
 
@@ -240,12 +208,13 @@ def _advance(
     )
     token = sampler(logits[:, 0], step_keys(keys, state.step))
     token = jnp.where(state.ended, pad_id, token)
-    start = (0, state.step)
     return State(
       step=state.step + 1,
       token=token,
       ended=state.ended | jnp.isin(token, stop_ids),
-      tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], start),
+      tokens=jax.lax.dynamic_update_slice(
+        state.tokens, token[:, None], (0, state.step)
+      ),
       lengths=state.lengths + ~state.ended,
       finite=(jnp.isfinite(logits[:, 0]).all(-1) | state.ended).all(),
       cache=cast(Cache, cache),

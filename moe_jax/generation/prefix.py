@@ -9,9 +9,10 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.devices import check_room
@@ -19,7 +20,7 @@ from moe_jax.errors import InputError
 from moe_jax.models import Cache, Model, check_generates
 from moe_jax.models.recorded import Apply, Choices, plainly
 from moe_jax.models.text_model import check_change
-from moe_jax.shapes import Bool, Int32, Leaf, is_whole
+from moe_jax.shapes import Array, Bool, Int32, Leaf, is_whole
 
 Ids = Sequence[int] | np.ndarray
 _MAX = np.iinfo(np.int32).max
@@ -44,40 +45,13 @@ def check_number(name: str, value: float) -> None:
     raise InputError(f'{name}={value!r} must be a finite number')
 
 
-def check_model(model: Model) -> None:
-  """Raises ValueError for anything but a model."""
-  if not isinstance(model, Model):
-    raise InputError(
-      f'model is a {type(model).__name__}; it must be a moe_jax.models.Model, '
-      'as the options of a model build it'
-    )
-
-
-def is_list(value: Any) -> bool:
-  """Whether a value is a list or an array, not a number and no text."""
+def _is_list(value: Any) -> bool:
   if hasattr(value, 'ndim'):
     return value.ndim > 0
   return hasattr(value, '__len__') and not isinstance(value, str | bytes)
 
 
-def check_ends(model: Model, stop_ids: Ids, pad_id: int) -> None:
-  """Raises ValueError for a wrong model, stop ids or id of padding."""
-  check_model(model)
-  as_ids('stop_ids', stop_ids, model.vocab_size)
-  check_whole('pad_id', pad_id, -_MAX)
-
-
-def check_variables(variables: dict) -> None:
-  """Raises ValueError where there are no parameters under 'params'."""
-  if 'params' not in getattr(variables, 'keys', list)():
-    names = sorted(variables) if isinstance(variables, dict) else variables
-    raise InputError(
-      f"variables have no 'params', the parameters of the model; have "
-      f'{str(names)[:80]}'
-    )
-
-
-def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
+def _as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
   """Ids as an array, which may be empty.
 
   Args:
@@ -109,9 +83,6 @@ def as_ids(name: str, ids: Ids, count: int, noun: str = 'token') -> np.ndarray:
   if bad_ids.size:
     raise InputError(f'{name}: {noun} {bad_ids[0]} not in [0, {sizes}={count})')
   return row.astype(np.int64)
-
-
-_LEAST_LENGTH = 8
 
 
 class Prefix(NamedTuple):
@@ -160,9 +131,9 @@ def make_prefix(
       are not enough learned positions; or a row crosses `Model.changes_at`.
   """
   V = model.vocab_size
-  given, rows = rows_of(prompt), []
+  given, rows = _rows_of(prompt), []
   for i, ids in enumerate(given):
-    rows.append(as_ids(f'prompt {i} of {len(given)}', ids, V))
+    rows.append(_as_ids(f'prompt {i} of {len(given)}', ids, V))
     if not len(rows[i]):
       raise InputError(
         f'prompt {i} of {len(given)} has shape (0,); each needs at least one '
@@ -170,7 +141,7 @@ def make_prefix(
       )
   tasks = _tasks(model, task_ids, len(rows))
   check_whole('num_tokens', num_tokens, 0)
-  forced = as_ids('forced_ids', forced_ids, V)
+  forced = _as_ids('forced_ids', forced_ids, V)
   if start_id is not None:
     check_whole('start_id', start_id, 0, V - 1)
   if num_tokens <= len(forced):
@@ -192,35 +163,36 @@ def make_prefix(
     # The last token is a step of its own.
     length = _padded_length(model, max(map(len, rows)) - 1) + 1
     _check_room(model, len(rows), length + steps, num_tokens)
-    return Prefix(*_padded(rows, length, front=True), task_ids=tasks)
+    return Prefix(*padded(rows, length, front=True), task_ids=tasks)
   if start_id is None:
     raise InputError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
   _check_length(model, 'output', num_tokens)
   check_change(model, [(0, num_tokens)])
   starts = [np.array([start_id, *forced])] * len(rows)
-  length = _encoder_length(model, max(map(len, rows)))
+  length = max(map(len, rows))
+  length = _padded_length(model, length, _encoder_group(model))
   _check_room(model, len(rows), num_tokens, num_tokens)
   return Prefix(
-    *_padded(starts, 1 + len(forced), front=True),
-    *_padded(rows, length, front=False),
+    *padded(starts, 1 + len(forced), front=True),
+    *padded(rows, length, front=False),
     task_ids=tasks,
   )
 
 
-def rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
+def _rows_of(prompt: Sequence[Ids] | Ids) -> Sequence[Ids] | np.ndarray:
   """The token ids of each row of a prompt, which may be those of one row.
 
   Raises:
     ValueError: The prompt has no rows.
   """
-  if not is_list(prompt):
+  if not _is_list(prompt):
     raise InputError(
       f'prompt={prompt!r:.60} must be token ids; a tokenizer makes them of text'
     )
   if not len(prompt):
     raise InputError('prompt has no rows; give at least one')
-  return cast(Any, prompt if is_list(prompt[0]) else [prompt])
+  return cast(Any, prompt if _is_list(prompt[0]) else [prompt])
 
 
 def _tasks(
@@ -238,7 +210,7 @@ def _tasks(
       f'the model routes by {model.num_tasks} tasks; give task_ids, the task '
       'of each row'
     )
-  tasks = as_ids('task_ids', task_ids, model.num_tasks, 'task')
+  tasks = _as_ids('task_ids', task_ids, model.num_tasks, 'task')
   if len(tasks) != count:
     raise InputError(f'{len(tasks)} task_ids for {count} rows of the prompt')
   return tasks.astype(np.int32)
@@ -263,30 +235,34 @@ def _check_length(model: Model, noun: str, num_positions: int) -> None:
     )
 
 
-def _padded_length(model: Model, num_tokens: int) -> int:
-  """The length of padded rows: rounded up, unless padding changes results."""
-  if model.capacity_binds:
-    return num_tokens
-  longest = model.longest
-  rounded = round_up(num_tokens)
-  return rounded if longest is None else max(min(rounded, longest), num_tokens)
+def _padded_length(model: Model, num_tokens: int, group: int = 1) -> int:
+  """The length of padded rows: rounded up, unless padding changes results.
+
+  It is then made a multiple of `group`, where learned positions suffice.
+  """
+  longest, length = model.longest or _MAX, num_tokens
+  if not model.capacity_binds:
+    length = max(min(round_up(num_tokens), longest), num_tokens)
+  whole = -(-length // group) * group
+  return whole if whole <= longest else length
 
 
-def _encoder_length(model: Model, num_tokens: int) -> int:
-  """The length of an encoder's padded rows: whole groups of its layers.
+def _encoder_group(model: Model) -> int:
+  """The tokens of an encoder's rows that stay together, by its layers.
 
   Groups are left where experts choose or mix tokens, and padding in them is
   that of training.
   """
-  length, longest = _padded_length(model, num_tokens), model.longest
-  sizes = [
-    moe.group_size
-    for layer, moe in enumerate(model.moes)
-    if moe is not None and moe.group_size > 0 and model.sequence_of(layer)
-  ]
-  group = math.lcm(*sizes)
-  whole = -(-length // group) * group
-  return whole if longest is None or whole <= longest else length
+  return math.lcm(
+    *(
+      moe.group_size
+      for layer, moe in enumerate(model.moes)
+      if moe is not None and moe.group_size > 0 and model.sequence_of(layer)
+    )
+  )
+
+
+_LEAST_LENGTH = 8
 
 
 def round_up(length: int) -> int:
@@ -295,9 +271,10 @@ def round_up(length: int) -> int:
   return -(-length // step) * step
 
 
-def _padded(
+def padded(
   rows: Sequence[np.ndarray], length: int, *, front: bool
 ) -> tuple[Int32[np.ndarray, 'B P'], Bool[np.ndarray, 'B P']]:
+  """The tokens of rows, padded with 0 at one end, and False at padding."""
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros(tokens.shape, bool)
   for i, row in enumerate(rows):
@@ -330,8 +307,17 @@ def prepare(
   Raises:
     ValueError: An argument is of another kind, or the model does not generate.
   """
-  check_model(model)
-  check_variables(variables)
+  if not isinstance(model, Model):
+    raise InputError(
+      f'model is a {type(model).__name__}; it must be a moe_jax.models.Model, '
+      'as the options of a model build it'
+    )
+  if 'params' not in getattr(variables, 'keys', list)():
+    names = sorted(variables) if isinstance(variables, dict) else variables
+    raise InputError(
+      f"variables have no 'params', the parameters of the model; have "
+      f'{str(names)[:80]}'
+    )
   check_whole('batch_size', batch_size, 1)
   check_whole('window', window, 0)
   check_generates(model)
@@ -340,18 +326,101 @@ def prepare(
   return model.for_decoding(variables, batch_size=batch_size, window=window)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
-def begin(
-  model: Model, variables: Variables, prefix: Prefix, num_slots: int
-) -> Cache:
-  """The cache of the prefix without each row's last token.
+class Ends(TypedDict, total=False):
+  """The arguments that all ways to generate have.
+
+  Attributes:
+    num_tokens: N, the number of new tokens at which every row ends; 64 if it is
+      not given. Each N compiles a program of its own.
+    start_id: The first id of the input of an encoder-decoder's decoder.
+    forced_ids: The ids that every row emits first, such as that of a target
+      language, whatever their probabilities.
+    stop_ids: The ids each of which ends a row.
+    pad_id: The id that fills up a row after its end; 0 if it is not given.
+    task_ids: The task of each row, for a model that routes by task.
+  """
+
+  num_tokens: int
+  start_id: int | None
+  forced_ids: Sequence[int]
+  stop_ids: Sequence[int]
+  pad_id: int
+  task_ids: Ids | None
+
+
+class Start(NamedTuple):
+  """What a generation begins with.
+
+  Attributes:
+    model: The prepared model.
+    variables: Its variables.
+    cache: The cache of the prefix without each row's last token.
+    last: int32 [B], the last token of each row's prefix.
+    tokens: int32 [B, N], the forced tokens, and the id of padding elsewhere.
+    num_forced: The number of forced tokens.
+    stop_ids: int32 [n], the ids each of which ends a row.
+    pad_id: The id that fills up a row after its end.
+  """
+
+  model: Model
+  variables: Variables
+  cache: Cache
+  last: Int32[np.ndarray, ' B']
+  tokens: Int32[np.ndarray, 'B N']
+  num_forced: int
+  stop_ids: Int32[Array, ' n']
+  pad_id: int
+
+
+def start(
+  model: Model,
+  variables: Variables,
+  prompt: Sequence[Ids] | Ids,
+  num_beams: int = 1,
+  *,
+  num_tokens: int = 64,
+  start_id: int | None = None,
+  forced_ids: Sequence[int] = (),
+  stop_ids: Sequence[int] = (),
+  pad_id: int = 0,
+  task_ids: Ids | None = None,
+) -> Start:
+  """Checks the arguments of a generation, and reads its prompts.
 
   Args:
-    model: A prepared model.
+    model: The model as trained or imported, or as `prepare` returns it.
     variables: Its variables.
-    prefix: P tokens of each row.
-    num_slots: The number of slots of the cache: P - 1, and one for each step.
+    prompt: Token ids, one sequence for each row, or those of a single row.
+    num_beams: The number of beams of each row.
+    num_tokens: See `Ends`, also for the rest.
+
+  Raises:
+    ValueError: As `prepare` and `make_prefix`, or an id is unknown.
   """
+  batch_size = num_beams * len(_rows_of(prompt))
+  model, variables = prepare(model, variables, batch_size=batch_size)
+  _as_ids('stop_ids', stop_ids, model.vocab_size)
+  check_whole('pad_id', pad_id)
+  prefix = make_prefix(
+    model,
+    prompt,
+    start_id=start_id,
+    forced_ids=forced_ids,
+    num_tokens=num_tokens,
+    task_ids=task_ids,
+  )
+  (B, P), n = prefix.tokens.shape, len(forced_ids)
+  tokens = np.full((B, num_tokens), pad_id, np.int32)
+  tokens[:, :n] = forced_ids
+  cache = _read_prefix(model, variables, prefix, P - 1 + num_tokens - n)
+  last, stops = prefix.tokens[:, -1], jnp.asarray(stop_ids, jnp.int32)
+  return Start(model, variables, cache, last, tokens, n, stops, pad_id)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'num_slots'))
+def _read_prefix(
+  model: Model, variables: Variables, prefix: Prefix, num_slots: int
+) -> Cache:
   return begin_with(plainly, model, variables, prefix, num_slots)[0]
 
 
@@ -362,11 +431,17 @@ def begin_with(
   prefix: Prefix,
   num_slots: int,
 ) -> tuple[Cache, list[Choices]]:
-  """The cache of `begin`, and the choices of each call of the model.
+  """The cache of the prefix without each row's last token, and choices.
 
   Args:
     apply: Applies the model, and may return choices.
-    model, variables, prefix, num_slots: See `begin`.
+    model: A prepared model.
+    variables: Its variables.
+    prefix: P tokens of each row.
+    num_slots: The number of slots of the cache: P - 1, and one for each step.
+
+  Returns:
+    The cache, and the choices of each call of the model.
   """
   B, P = prefix.tokens.shape
   choices = []

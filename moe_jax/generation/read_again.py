@@ -18,6 +18,7 @@ from moe_jax.generation.prefix import (
   Variables,
   begin_with,
   make_prefix,
+  padded,
 )
 from moe_jax.models import Model
 from moe_jax.models.recorded import Apply, LayerChoices
@@ -62,10 +63,7 @@ def choices(
     num_tokens=N,
     task_ids=task_ids,
   )
-  tokens = np.zeros((len(rows), N), np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for i, row in enumerate(rows):
-    tokens[i, : len(row)], mask[i, : len(row)] = row, True
+  tokens, mask = padded(rows, N, front=False)
   read_tokens = np.concatenate([prefix.tokens, tokens[:, :-1]], 1)
   # The step that makes a row's new token reads the token before it.
   read_mask = np.concatenate([prefix.mask[:, :-1], mask], 1)

@@ -3,7 +3,6 @@
 Pure functions on float32 logits.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,10 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.errors import InputError
-from moe_jax.generation.prefix import (
-  check_number,
-  check_whole,
-)
+from moe_jax.generation.prefix import check_number, check_whole
 from moe_jax.shapes import Array, Float32, Int, Int32, Key, Leaf, checked
 
 
@@ -129,16 +125,13 @@ def row_keys(seed: int | Sequence[int], num_rows: int) -> Key[Array, ' B']:
   for row_seed in seeds:
     check_whole('seed', row_seed, 0, 2**32 - 1)
   if is_shared:
-    return _row_keys(seed, num_rows)
+    rows = jnp.arange(num_rows, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.key(seeds[0]), rows
+    )
   if len(seeds) != num_rows:
     raise InputError(f'{len(seeds)} seeds for {num_rows} prompts')
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _row_keys(seed, num_rows):
-  rows = jnp.arange(num_rows, dtype=jnp.uint32)
-  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
 def step_keys(keys: Key[Array, ' B'], step: Int[Array, '']) -> Key[Array, ' B']:

@@ -1,6 +1,7 @@
 """The folder of a checkpoint, local or from the hub, and its config.json."""
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import re
@@ -13,19 +14,7 @@ from moe_jax.config import unknown
 from moe_jax.data import plain_files
 from moe_jax.data.plain_files import plain, read_json
 from moe_jax.errors import InputError
-from moe_jax.interop import (
-  config_keys,
-  deepseek,
-  gpt_oss,
-  granitemoe,
-  mixtral,
-  nllb_moe,
-  olmoe,
-  openmoe,
-  phimoe,
-  qwen_moe,
-  switch_transformers,
-)
+from moe_jax.interop import config_keys
 from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.tensor_files import (
   FLOATS,
@@ -98,20 +87,23 @@ def _download(name: str, revision: str, patterns: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-ARCHITECTURES = {
-  architecture.model_type: architecture
-  for architecture in (
-    mixtral.ARCHITECTURE,
-    *deepseek.ARCHITECTURES,
-    gpt_oss.ARCHITECTURE,
-    granitemoe.ARCHITECTURE,
-    nllb_moe.ARCHITECTURE,
-    olmoe.ARCHITECTURE,
-    phimoe.ARCHITECTURE,
-    *qwen_moe.ARCHITECTURES,
-    switch_transformers.ARCHITECTURE,
-    openmoe.ARCHITECTURE,
-  )
+# The files of all families, in the order in which an export tries them.
+_FAMILIES = (
+  'mixtral',
+  'deepseek',
+  'gpt_oss',
+  'granitemoe',
+  'nllb_moe',
+  'olmoe',
+  'phimoe',
+  'qwen_moe',
+  'switch_transformers',
+  'openmoe',
+)
+ARCHITECTURES: Mapping[str, Architecture] = {
+  a.model_type: a
+  for name in _FAMILIES
+  for a in importlib.import_module(f'moe_jax.interop.{name}').ARCHITECTURES
 }
 
 

@@ -1,12 +1,14 @@
-"""Keys of config.json and names of tensors that transformers' decoders share.
+"""What transformers' decoders share: keys of config.json, names of tensors.
 
 These decoders have pre-norm blocks with root mean square norms, rotary
-positions, grouped keys and gated feed-forwards, and drop no token. Functions
-for names return a part of an architecture's table (`mapping.Names`).
+positions, grouped keys and gated feed-forwards, and drop no token unless their
+file says otherwise. A key that several of them have means the same in all. A
+family's file calls `decoder` with its keys, the names of its tensors (parts of
+a table, `mapping.Names`), and functions for what sets it apart.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from moe_jax.errors import InputError
@@ -22,6 +24,7 @@ from moe_jax.interop.config_keys import (
   AMOUNT,
   COMMON_FIXED,
   COMMON_IGNORED,
+  COUNT,
   LAYERS,
   OPTIONAL_LENGTH,
   OPTIONAL_SIZE,
@@ -32,65 +35,66 @@ from moe_jax.interop.config_keys import (
   Values,
 )
 from moe_jax.interop.mapping import Name, Names
-from moe_jax.layers.attention import (
-  AttentionBase,
-  AttentionOptions,
-  LatentOptions,
-)
+from moe_jax.layers.attention import AttentionOptions
 from moe_jax.layers.experts import Dropless, FeedForwardExpert
+from moe_jax.layers.experts.shared_expert import SharedExpertOptions
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import RmsNorm
 from moe_jax.layers.routers import RouterOptions, TokenChoice
-from moe_jax.models import DecoderOptions, ModelOptions
+from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 from moe_jax.routing.capacity import All
 
-Table = dict[str, tuple[Name, ...]]
+# Names of tensors.
 
 # The embedding, the head and the norm before it.
-ENDS: Table = {
+ENDS: Names = {
   'embedding': (Name('model.embed_tokens.weight', 'V M'),),
   'w_logits': (Name('lm_head.weight', 'V M -> M V'),),
   'final_norm/scale': (Name('model.norm.weight', 'M'),),
 }
 
 
-def layer(path: str, *names: Name) -> Table:
-  """A parameter of a layer, whose names begin behind the layer's."""
+def layer(path: str, *names: tuple[str, str]) -> Names:
+  """The names and forms of a parameter of a layer; names begin behind it."""
   return {
     f'layer/{path}': tuple(
-      name._replace(template=f'model.layers.{{layer}}.{name.template}')
-      for name in names
+      Name(f'model.layers.{{layer}}.{name}', form) for name, form in names
     )
   }
 
 
-def weight(path: str, module: str, form: str) -> Table:
+def weight(path: str, module: str, form: str) -> Names:
   """The weight of a module of a layer."""
-  return layer(path, Name(f'{module}.weight', form))
+  return layer(path, (f'{module}.weight', form))
 
 
 # The norms before attention and before feed-forwards.
-NORMS: Table = {
+NORMS: Names = {
   **weight('attention_norm/scale', 'input_layernorm', 'M'),
   **weight('ffn_norm/scale', 'post_attention_layernorm', 'M'),
 }
 # Norms, and the projections of attention.
-BLOCK: Table = {
+BLOCK: Names = {
   **NORMS,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_key', 'self_attn.k_proj', '(N D) M -> M N D'),
   **weight('attention/w_value', 'self_attn.v_proj', '(N D) M -> M N D'),
   **weight('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
-  **layer('attention/b_query', Name('self_attn.q_proj.bias', '(H D) -> H D')),
-  **layer('attention/b_key', Name('self_attn.k_proj.bias', '(N D) -> N D')),
-  **layer('attention/b_value', Name('self_attn.v_proj.bias', '(N D) -> N D')),
-  **layer('attention/b_out', Name('self_attn.o_proj.bias', 'M')),
+  **layer('attention/b_query', ('self_attn.q_proj.bias', '(H D) -> H D')),
+  **layer('attention/b_key', ('self_attn.k_proj.bias', '(N D) -> N D')),
+  **layer('attention/b_value', ('self_attn.v_proj.bias', '(N D) -> N D')),
+  **layer('attention/b_out', ('self_attn.o_proj.bias', 'M')),
+}
+# Norms of the queries and keys of each head.
+HEAD_NORMS: Names = {
+  **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
+  **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
 }
 
 
-def gated_ffn(path: str, module: str) -> Table:
+def gated_ffn(path: str, module: str) -> Names:
   """The weights of a gated feed-forward."""
   return {
     **weight(f'{path}/w_gate', f'{module}.gate_proj', 'F M -> M F'),
@@ -99,12 +103,18 @@ def gated_ffn(path: str, module: str) -> Table:
   }
 
 
+def router(*modules: str) -> Names:
+  """The weight of routers, by the names that their module has in files."""
+  names = ((f'{module}.weight', 'E M -> M E') for module in modules)
+  return layer('moe/router/w', *names)
+
+
 def experts(
   module: str = 'mlp.experts',
   gate: str = 'gate_proj',
   up: str = 'up_proj',
   down: str = 'down_proj',
-) -> Table:
+) -> Names:
   """Gated experts, each with tensors of its own in files that are written.
 
   Files may also have the tensors that transformers has in memory, in which
@@ -115,9 +125,8 @@ def experts(
     module: The name of the experts in files.
     gate: The name of an expert's gate in files; `up` and `down` likewise.
   """
-
   modules = dict.fromkeys((module, 'mlp.experts'))
-  table: Table = {}
+  table: Names = {}
   for path, projection, form, fused, fused_form in (
     ('w_gate', gate, 'F M -> M F', 'gate_up_proj', 'E (0/2 F) M -> E M F'),
     ('w_in', up, 'F M -> M F', 'gate_up_proj', 'E (1/2 F) M -> E M F'),
@@ -125,11 +134,13 @@ def experts(
   ):
     table |= layer(
       f'moe/experts/{path}',
-      *(Name(f'{m}.{{expert}}.{projection}.weight', form) for m in modules),
-      Name(f'mlp.experts.{fused}', fused_form),
+      *((f'{m}.{{expert}}.{projection}.weight', form) for m in modules),
+      (f'mlp.experts.{fused}', fused_form),
     )
   return table
 
+
+# Keys of config.json.
 
 ACTIVATIONS = {
   'silu': 'swiglu',
@@ -137,15 +148,87 @@ ACTIVATIONS = {
   'gelu_pytorch_tanh': 'geglu',
   'gelu_new': 'geglu',
 }
+WINDOW, FULL = 'sliding_attention', 'full_attention'
 
 
-# The names that the number of experts has.
+def _heads(o: DecoderOptions) -> Any:
+  """The options of attention, with defaults for sizes of 0."""
+  return o.attention.within(o.width)
+
+
+def _has_bias(o: DecoderOptions) -> bool:
+  """Whether queries, or the short keys of latent attention, have a bias."""
+  names = 'query', 'kv_down'
+  return any(o.attention.has_bias(name, use_bias=False) for name in names)
+
+
+def _router(o: DecoderOptions, name: str, default: Any) -> Any:
+  """An option of the router; the default for a router without it."""
+  return getattr(o.moe.router, name, default)
+
+
+# The names that the number of experts has; each stands for the others.
 _NUM_EXPERTS = ('num_experts', 'num_local_experts', 'n_routed_experts')
+# Keys that several decoders have: the kind of their values, and the value for
+# the options of a model. What a model has of another kind than the decoders
+# here is described by a default, which then differs from it.
+_SHARED: Mapping[str, tuple[Any, Callable[[DecoderOptions], Any]]] = {
+  'vocab_size': (SIZE, lambda o: o.vocab_size),
+  'hidden_size': (SIZE, lambda o: o.width),
+  'num_hidden_layers': (LAYERS, lambda o: o.num_layers),
+  'num_attention_heads': (SIZE, lambda o: _heads(o).num_heads),
+  'num_key_value_heads': (
+    OPTIONAL_SIZE,
+    lambda o: getattr(_heads(o), 'num_kv_heads', _heads(o).num_heads),
+  ),
+  'head_dim': (OPTIONAL_SIZE, lambda o: plain_heads(o).head_width),
+  'attention_bias': (bool, _has_bias),
+  'sliding_window': (OPTIONAL_LENGTH, lambda o: o.attention.window or None),
+  'use_sliding_window': (bool, lambda o: any(o.windows)),
+  'layer_types': (
+    list | None,
+    lambda o: [WINDOW if window else FULL for window in o.windows],
+  ),
+  'intermediate_size': (SIZE, lambda o: o.ffn.hidden),
+  'moe_intermediate_size': (SIZE, lambda o: expert_of(o).hidden),
+  'rms_norm_eps': (POSITIVE, lambda o: o.norm.epsilon),
+  'tie_word_embeddings': (bool, lambda o: o.embedding.tie),
+  'num_experts_per_tok': (SIZE, lambda o: o.moe.num_selected),
+  **dict.fromkeys(_NUM_EXPERTS, (SIZE, lambda o: o.moe.num_experts)),
+  'n_shared_experts': (
+    COUNT,
+    lambda o: o.moe.shared_expert.hidden // expert_of(o).hidden,
+  ),
+  'first_k_dense_replace': (COUNT, lambda o: o.sparse.index(True)),
+  'n_group': (OPTIONAL_SIZE, lambda o: _router(o, 'expert_groups', 1)),
+  'topk_group': (
+    OPTIONAL_SIZE,
+    lambda o: _router(o, 'chosen_expert_groups', 1),
+  ),
+  'routed_scaling_factor': (POSITIVE, lambda o: _router(o, 'gate_scale', 1.0)),
+  'norm_topk_prob': (
+    bool,
+    lambda o: 'renormalized' in _router(o, 'gates', ''),
+  ),
+}
+# transformers' defaults of the keys that every decoder has, in most of them.
+_DEFAULTS: Mapping[str, Any] = dict(
+  vocab_size=32000,
+  hidden_size=4096,
+  num_hidden_layers=32,
+  num_attention_heads=32,
+  num_key_value_heads=None,
+  rms_norm_eps=1e-6,
+  tie_word_embeddings=False,
+  num_experts_per_tok=2,
+  max_position_embeddings=2048,
+  router_aux_loss_coef=0.001,
+)
 
 
 def keys(
   defaults: Mapping[str, Any],
-  honoured: Mapping[str, tuple[Any, Any]],
+  honoured: Mapping[str, tuple[Any, Any]] | None = None,
   training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
   fixed: Mapping[str, tuple[Any, ...]] | None = None,
   ignored: Mapping[str, str] | None = None,
@@ -154,34 +237,30 @@ def keys(
   """The keys of an architecture: the shared ones, and those of its own.
 
   Args:
-    defaults: transformers' defaults of the shared keys.
-    honoured: The other keys that shape the model; see `Keys`.
-    training: The other keys that act only in training.
-    fixed: The other keys with only some supported values.
-    ignored: The other keys that change nothing, with the reason.
+    defaults: transformers' defaults of its shared keys, where they are not
+      those of most decoders.
+    honoured: Its other keys that shape the model; see `Keys`.
+    training: Its other keys that act only in training.
+    fixed: Its other keys with only some supported values.
+    ignored: Its other keys that change nothing, with the reason.
     spellings: Other spellings of keys.
   """
-  d = {'num_key_value_heads': None, 'tie_word_embeddings': False, **defaults}
-  replaced_keys = {*honoured, *(fixed or {}), *(ignored or {})}
+  values = {**_DEFAULTS, **defaults}
+  balance_weight = values.pop('router_aux_loss_coef')
+  longest = values.pop('max_position_embeddings')
+  all_honoured = {
+    **{name: (_SHARED[name][0], value) for name, value in values.items()},
+    'hidden_act': (str, 'silu'),
+    'max_position_embeddings': (OPTIONAL_LENGTH, longest),
+    **rotary_keys.KEYS,
+    **(honoured or {}),
+  }
+  replaced_keys = {*all_honoured, *(fixed or {}), *(ignored or {})}
   common = {k: v for k, v in COMMON_FIXED.items() if k not in replaced_keys}
+  number = next(name for name in _NUM_EXPERTS if name in all_honoured)
+  other_numbers = [name for name in _NUM_EXPERTS if name != number]
   return Keys(
-    honoured={
-      'vocab_size': (SIZE, d['vocab_size']),
-      'hidden_size': (SIZE, d['hidden_size']),
-      'num_hidden_layers': (LAYERS, d['num_hidden_layers']),
-      'num_attention_heads': (SIZE, d['num_attention_heads']),
-      'num_key_value_heads': (OPTIONAL_SIZE, d['num_key_value_heads']),
-      'hidden_act': (str, 'silu'),
-      'rms_norm_eps': (POSITIVE, d['rms_norm_eps']),
-      'tie_word_embeddings': (bool, d['tie_word_embeddings']),
-      'num_experts_per_tok': (SIZE, d['num_experts_per_tok']),
-      'max_position_embeddings': (
-        OPTIONAL_LENGTH,
-        d['max_position_embeddings'],
-      ),
-      **rotary_keys.KEYS,
-      **honoured,
-    },
+    honoured=all_honoured,
     training={
       'attention_dropout': (
         RATE,
@@ -189,7 +268,7 @@ def keys(
         0.0,
         'our dropout is on residuals and hidden values too; see model.dropout',
       ),
-      'router_aux_loss_coef': (AMOUNT, d['router_aux_loss_coef'], ..., ''),
+      'router_aux_loss_coef': (AMOUNT, balance_weight, ..., ''),
       **(training or {}),
     },
     fixed={**common, 'is_encoder_decoder': (False,), **(fixed or {})},
@@ -199,82 +278,52 @@ def keys(
       'pad_token_id': 'masks say what padding is',
       **(ignored or {}),
     },
-    spellings=spellings or {},
+    spellings={**dict.fromkeys(other_numbers, number), **(spellings or {})},
   )
 
 
-def problems(
+def _problems(
   c: Values,
-  *,
-  theta: float = 10_000.0,
-  rope_types: tuple[str, ...] = ('default', 'yarn'),
-  activations: Mapping[str, str] = ACTIVATIONS,
-) -> list[str]:
-  """A text for each value of the shared keys that is not supported.
+  rope: Mapping[str, Any],
+  rope_types: tuple[str, ...],
+  activations: Mapping[str, str],
+) -> Iterator[str]:
+  """A text for each value of the shared keys that is not supported."""
+  yield from activation_problems('hidden_act', c.hidden_act, activations)
+  yield from rotary_keys.problems(c, rope, rope_types)
+  if not hasattr(c, 'layer_types'):
+    return
+  kinds = layer_types(c)
+  for kind in kinds:
+    if kind not in (WINDOW, FULL):
+      yield f'layer_types has {kind!r:.80}, neither {WINDOW} nor {FULL}'
+  if len(kinds) != c.num_hidden_layers:
+    yield (
+      f'layer_types has {len(kinds)} layers, num_hidden_layers='
+      f'{c.num_hidden_layers}'
+    )
 
-  Args:
-    c: The values of config.json.
-    theta: The base of rotary positions where the config has none.
-    rope_types: The rope types that the architecture has.
-    activations: Our names of the activations that it has, by theirs.
-  """
-  return [
-    *activation_problems('hidden_act', c.hidden_act, activations),
-    *rotary_keys.problems(c, theta, rope_types),
-  ]
+
+def gate_problems(c: Values) -> Iterator[str]:
+  """A text if gates are divided by their sum, and a token has a single one."""
+  if c.num_experts_per_tok == 1 and getattr(c, 'norm_topk_prob', True):
+    flag = ' with norm_topk_prob=True' * hasattr(c, 'norm_topk_prob')
+    yield (
+      f'num_experts_per_tok=1{flag} is not supported: every gate would be 1'
+    )
 
 
-def options(
-  c: Values,
-  router: RouterOptions,
-  attention: AttentionBase,
-  *,
-  losses: Mapping[str, float] | None = None,
-  theta: float = 10_000.0,
-  moe: Mapping[str, Any] | None = None,
-  activations: Mapping[str, str] = ACTIVATIONS,
-  **overrides: Any,
-) -> DecoderOptions:
-  """The options of a model.
+def layer_types(c: Values) -> list[Any]:
+  """The kind of each layer's attention; without the key all others' windows."""
+  if c.layer_types is not None:
+    return c.layer_types
+  L = c.num_hidden_layers
+  last = getattr(c, 'max_window_layers', L) if _has_windows(c) else 0
+  return [FULL if i % 2 or i >= last else WINDOW for i in range(L)]
 
-  Args:
-    c: The values of config.json.
-    router: The router, but for its losses.
-    attention: The attention; see `heads` for the usual one.
-    losses: Weights of losses of the router, if they differ from the balance
-      loss of `router_aux_loss_coef` alone.
-    theta: The base of rotary positions where the config has none.
-    moe: Further options of sparse layers; they win over the defaults, by which
-      all layers are sparse and no token is dropped.
-    activations: Our names of the activations of the architecture, by theirs.
-    **overrides: Further options of the model, which win over the shared keys.
-  """
-  weights = {'balance_weight': float(c.router_aux_loss_coef), 'z_weight': 0.0}
-  weights |= losses or {}
-  moe = {'layers': 'all', 'capacity': All(), 'dispatch': Dropless()} | (
-    dict(moe or {})
-  )
-  if hasattr(c, 'moe_intermediate_size'):
-    moe['expert'] = FeedForwardExpert(hidden=c.moe_intermediate_size)
-  model: dict[str, Any] = dict(
-    vocab_size=c.vocab_size,
-    num_layers=c.num_hidden_layers,
-    width=c.hidden_size,
-    attention=attention,
-    ffn=FfnOptions(c.intermediate_size, activations[c.hidden_act]),
-    norm=RmsNorm(float(c.rms_norm_eps)),
-    positions=rotary_keys.rotary(c, theta),
-    embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
-    moe=MoeOptions(
-      num_experts=next(
-        getattr(c, name) for name in _NUM_EXPERTS if hasattr(c, name)
-      ),
-      num_selected=c.num_experts_per_tok,
-      router=dataclasses.replace(cast(Any, router), **weights),
-      **moe,
-    ),
-  )
-  return DecoderOptions(**model | overrides)
+
+def _has_windows(c: Values) -> bool:
+  return getattr(c, 'use_sliding_window', True)
 
 
 def heads(c: Values, **overrides: Any) -> AttentionOptions:
@@ -282,68 +331,115 @@ def heads(c: Values, **overrides: Any) -> AttentionOptions:
 
   Args:
     c: The values of config.json.
-    **overrides: Options of attention beside the numbers and widths of heads;
-      without a `head_dim` the heads multiply to the width.
+    **overrides: Options of attention beside those of shared keys; without a
+      `head_dim` the heads multiply to the width.
   """
+  keys: dict[str, Any] = {}
   if hasattr(c, 'attention_bias'):
-    biases = 'all' if c.attention_bias else 'none'
-    overrides = {'biases': biases, **overrides}
+    keys['biases'] = 'all' if c.attention_bias else 'none'
+  if hasattr(c, 'sliding_window') and _has_windows(c):
+    keys['window'] = c.sliding_window or 0
+    if hasattr(c, 'layer_types'):
+      full = [kind == FULL for kind in layer_types(c)]
+      if all(full):
+        keys['window'] = 0
+      else:
+        keys['full_layers'] = layers(full)
   head_width = getattr(c, 'head_dim', None)
   return AttentionOptions(
     num_heads=c.num_attention_heads,
     num_kv_heads=c.num_key_value_heads or c.num_attention_heads,
     head_width=head_width or c.hidden_size // c.num_attention_heads,
-    **overrides,
+    **keys | overrides,
   )
 
 
-def describe(
-  o: DecoderOptions, architecture: str, keys: Keys, *, latent: bool = False
+def _options(
+  c: Values,
+  rope: Mapping[str, Any],
+  activations: Mapping[str, str],
+  *,
+  router: RouterOptions | None = None,
+  losses: Mapping[str, float] | None = None,
+  moe: Mapping[str, Any] | None = None,
+  **overrides: Any,
+) -> DecoderOptions:
+  """The options of a model.
+
+  Args:
+    c: The values of config.json.
+    rope: The parameters of rotary positions where the config has none.
+    activations: Our names of the activations of the architecture, by theirs.
+    router: The router, but for its losses; None for probabilities among all
+      experts, divided by their sum unless `norm_topk_prob` is false.
+    losses: Weights of losses of the router, if they differ from the balance
+      loss of `router_aux_loss_coef` alone.
+    moe: Further options of sparse layers; they win over the shared keys, and
+      over the defaults, by which all layers are sparse and no token is dropped.
+    **overrides: Further options of the model, which win over the shared keys.
+  """
+  if router is None:
+    renormalized = getattr(c, 'norm_topk_prob', True)
+    router = TokenChoice(gates='renormalized' if renormalized else 'raw')
+  weights = {'balance_weight': float(c.router_aux_loss_coef), 'z_weight': 0.0}
+  router = dataclasses.replace(
+    cast(Any, router), **{**weights, **(losses or {})}
+  )
+  first_sparse = getattr(c, 'first_k_dense_replace', 0)
+  sparse: dict[str, Any] = dict(
+    num_experts=next(
+      getattr(c, name) for name in _NUM_EXPERTS if hasattr(c, name)
+    ),
+    num_selected=c.num_experts_per_tok,
+    layers=layers([i >= first_sparse for i in range(c.num_hidden_layers)]),
+    router=router,
+    capacity=All(),
+    dispatch=Dropless(),
+  )
+  if hasattr(c, 'moe_intermediate_size'):
+    sparse['expert'] = FeedForwardExpert(hidden=c.moe_intermediate_size)
+  if num_shared := getattr(c, 'n_shared_experts', None):
+    hidden = num_shared * c.moe_intermediate_size
+    sparse['shared_expert'] = SharedExpertOptions(hidden=hidden)
+  model: dict[str, Any] = dict(
+    vocab_size=c.vocab_size,
+    num_layers=c.num_hidden_layers,
+    width=c.hidden_size,
+    ffn=FfnOptions(c.intermediate_size, activations[c.hidden_act]),
+    norm=RmsNorm(float(c.rms_norm_eps)),
+    embedding=EmbeddingOptions(tie=c.tie_word_embeddings),
+    moe=MoeOptions(**sparse | dict(moe or {})),
+  )
+  model = model | overrides
+  if 'attention' not in model:
+    model['attention'] = heads(c)
+  if 'positions' not in model:
+    model['positions'] = rotary_keys.rotary(c, rope)
+  return DecoderOptions(**model)
+
+
+def _describe(
+  o: DecoderOptions, keys: Keys, activations: Mapping[str, str]
 ) -> dict[str, Any]:
   """The shared keys of config.json that a model decides.
 
-  Args:
-    o: The options of the model.
-    architecture: The name of the architecture, for messages.
-    keys: The keys of the architecture; others are left out.
-    latent: Whether its attention is latent.
-
   Raises:
-    ValueError: The model is no decoder with experts and rotary positions, or
-      its attention is of the other kind.
+    ValueError: The model is no decoder, or has no heads or experts like those
+      of transformers' decoders.
   """
   if not isinstance(o, DecoderOptions):
     raise InputError('it has an encoder, or no blocks')
-  if not o.has_experts:
-    raise InputError(f'it is dense; {architecture} has experts')
-  if latent and not isinstance(o.attention, LatentOptions):
-    raise InputError(f'its attention is not latent; that of {architecture} is')
-  attention: Any = o.attention if latent else plain_heads(o)
   expert = expert_of(o)
-  decided = dict(
-    vocab_size=o.vocab_size,
-    hidden_size=o.width,
-    num_hidden_layers=o.num_layers,
-    num_attention_heads=attention.num_heads,
-    num_key_value_heads=getattr(attention, 'num_kv_heads', attention.num_heads),
-    head_dim=None if latent else attention.head_width,
-    attention_bias=attention.has_bias(
-      'kv_down' if latent else 'query', use_bias=False
-    ),
-    sliding_window=attention.window or None,
-    hidden_act=their_activation(expert.activation, ACTIVATIONS),
-    # Experts have a width of their own beside dense feed-forwards.
-    intermediate_size=(
-      o.ffn if 'moe_intermediate_size' in keys.honoured else expert
-    ).hidden,
-    moe_intermediate_size=expert.hidden,
-    rms_norm_eps=o.norm.epsilon,
-    tie_word_embeddings=o.embedding.tie,
-    num_experts_per_tok=o.moe.num_selected,
+  decided = {
+    key: value(o) for key, (_, value) in _SHARED.items() if key in keys.honoured
+  }
+  # Experts have a width of their own beside dense feed-forwards.
+  if 'moe_intermediate_size' not in keys.honoured:
+    decided['intermediate_size'] = expert.hidden
+  return decided | dict(
+    hidden_act=their_activation(expert.activation, activations),
     rope_parameters=rotary_keys.rope_parameters(o.positions),
-    **dict.fromkeys(_NUM_EXPERTS, o.moe.num_experts),
   )
-  return {key: v for key, v in decided.items() if key in keys.honoured}
 
 
 def plain_heads(o: DecoderOptions) -> AttentionOptions:
@@ -363,108 +459,47 @@ def expert_of(o: DecoderOptions) -> FeedForwardExpert:
   return expert
 
 
-def token_choice(o: DecoderOptions) -> TokenChoice:
-  """The router of the sparse layers.
-
-  Raises:
-    ValueError: The router is of another kind.
-  """
-  router = o.moe.router
-  if not isinstance(router, TokenChoice):
-    raise InputError(f'its router is {type(router).__name__}')
-  return router
-
-
-def gate_problems(c: Values) -> Iterator[str]:
-  """A text if gates are divided by their sum, and a token has a single one."""
-  if c.num_experts_per_tok == 1 and getattr(c, 'norm_topk_prob', True):
-    flag = ' with norm_topk_prob=True' * hasattr(c, 'norm_topk_prob')
-    yield (
-      f'num_experts_per_tok=1{flag} is not supported: every gate would be 1'
-    )
-
-
-def gates(c: Values) -> str:
-  """The gates that the config's `norm_topk_prob` names."""
-  return 'renormalized' if c.norm_topk_prob else 'raw'
-
-
-def is_renormalized(router: RouterOptions) -> bool:
-  """Whether gates of the softmax of all experts are divided by their sum.
-
-  Raises:
-    ValueError: The router has other gates.
-  """
-  flags = {'raw': False, 'renormalized': True}
-  gates = getattr(router, 'gates', None)
-  if gates not in flags:
-    raise InputError(
-      f'its router is {type(router).__name__} with gates {gates!r}, not one of '
-      f'{sorted(flags)}'
-    )
-  return flags[gates]
-
-
-WINDOW, FULL = 'sliding_attention', 'full_attention'
-
-
-def window_problems(kinds: Sequence[Any], num_layers: int) -> Iterator[str]:
-  """A text for each unknown kind of a layer, and one for a wrong number.
-
-  Args:
-    kinds: The value of `layer_types`, or the kinds that other keys decide.
-    num_layers: The number of layers.
-  """
-  for kind in kinds:
-    if kind not in (WINDOW, FULL):
-      yield f'layer_types has {kind!r:.80}, neither {WINDOW} nor {FULL}'
-  if len(kinds) != num_layers:
-    yield (
-      f'layer_types has {len(kinds)} layers, num_hidden_layers={num_layers}'
-    )
-
-
-def window_options(kinds: Sequence[str], window: int) -> dict[str, Any]:
-  """The options of attention for kinds of layers without problems.
-
-  Args:
-    kinds: The kind of each layer.
-    window: The number of tokens in the window, the token itself included.
-  """
-  full = [kind == FULL for kind in kinds]
-  if all(full):
-    return dict(window=0)
-  return dict(window=window, full_layers=layers(full))
-
-
-def layer_types(o: DecoderOptions) -> list[str]:
-  """The value of `layer_types` for a model."""
-  return [WINDOW if window else FULL for window in o.windows]
-
-
 def decoder(
   model_type: str,
   stem: str,
   keys: Keys,
-  problems: Callable[[Values], Iterable[str]],
-  options: Callable[[Values], ModelOptions],
-  describe: Callable[[Any], dict[str, Any]],
   names: Names,
+  *,
+  options: Callable[[Values], Mapping[str, Any]] = lambda c: {},
+  describe: Callable[[DecoderOptions], Mapping[str, Any]] = lambda o: {},
+  problems: Callable[[Values], Iterable[str]] = gate_problems,
+  rope: Mapping[str, Any] = rotary_keys.ROPE,
+  rope_types: tuple[str, ...] = ('default', 'yarn'),
+  activations: Mapping[str, str] = ACTIVATIONS,
   **overrides: Any,
 ) -> Architecture:
   """The architecture of a decoder with rotary positions.
 
   Args:
-    model_type: The name in config.json; see `Architecture`, also for the rest.
+    model_type: The name in config.json; see `Architecture`.
     stem: Beginning of the names of its classes, such as 'Mixtral'.
     keys: The keys of config.json.
-    problems: Returns a text for each value that our models cannot express.
-    options: Returns the options of the model.
-    describe: Returns the keys of config.json that a model decides.
     names: The tensors of our variables.
+    options: Returns what sets its models apart: `router`, `losses`, `moe` and
+      options of `DecoderOptions`, see `_options`.
+    describe: Returns the keys beside the shared ones that a model decides; one
+      in another spelling stands for the shared key.
+    problems: Returns a text for each value of its keys, beside the shared
+      ones, that our models cannot express.
+    rope: The parameters of rotary positions where the config has none, with
+      the `partial_rotary_factor` only if heads need not rotate as a whole.
+    rope_types: The rope types that it has.
+    activations: Our names of its activations, by theirs.
     **overrides: Attributes of `Architecture` with other values than those of
       most decoders.
   """
+
+  def all_described(o):
+    shared = _describe(o, keys, activations)
+    own = describe(o)
+    respelled = {keys.spellings.get(key) for key in own}
+    return {k: v for k, v in shared.items() if k not in respelled} | {**own}
+
   decoder_attributes: dict[str, Any] = dict(
     classes=(f'{stem}ForCausalLM', f'{stem}Model'),
     suits=lambda o: not o.has_encoder,
@@ -474,9 +509,12 @@ def decoder(
   return Architecture(
     model_type=model_type,
     keys=keys,
-    problems=lambda c: list(problems(c)),
-    options=options,
-    describe=describe,
+    problems=lambda c: [
+      *_problems(c, rope, rope_types, activations),
+      *problems(c),
+    ],
+    options=lambda c: _options(c, rope, activations, **options(c)),
+    describe=all_described,
     names=names,
     **{**decoder_attributes, **overrides},
   )

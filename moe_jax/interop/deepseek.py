@@ -47,192 +47,152 @@ from moe_jax.interop.config_keys import (
   AMOUNT,
   COUNT,
   OPTIONAL_SIZE,
-  POSITIVE,
   SIZE,
-  Keys,
   Values,
 )
-from moe_jax.interop.decoders import (
-  BLOCK,
-  ENDS,
-  NORMS,
-  Table,
-  decoder,
-  experts,
-  gated_ffn,
-  layer,
-  weight,
-)
-from moe_jax.interop.mapping import Name
+from moe_jax.interop.decoders import gated_ffn, layer, weight
 from moe_jax.layers.attention import LatentOptions
-from moe_jax.layers.experts.shared_expert import SharedExpertOptions
-from moe_jax.layers.positions import Rotary
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
 from moe_jax.models import DecoderOptions
 
 # The epsilon of transformers' norms of short vectors, whatever rms_norm_eps is.
 _EPSILON = 1e-6
-_BIASED = 'query_down, kv_down, out'
 _REMOTE = "only the model's own remote code reads it"
+_DERIVED = 'it follows from the widths of the parts'
 _GREEDY, _GROUPED = 'greedy', 'group_limited_greedy'
 # transformers leaves layer 61 out of every checkpoint, as DeepSeek-V3's own has
 # it behind its 61 layers.
 _PUBLISHED_LAYERS = 61
-_V3_GATES = {True: 'sigmoid_renormalized', False: 'sigmoid'}
 
 KEYS_V1 = decoders.keys(
   dict(
     vocab_size=102400,
-    hidden_size=4096,
     num_hidden_layers=30,
-    num_attention_heads=32,
     num_key_value_heads=32,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=2048,
+    attention_bias=False,
+    intermediate_size=11008,
+    moe_intermediate_size=1407,
+    n_routed_experts=None,
     num_experts_per_tok=None,
-    router_aux_loss_coef=0.001,
+    norm_topk_prob=False,
+    first_k_dense_replace=0,
   ),
   honoured={
-    'intermediate_size': (SIZE, 11008),
-    'moe_intermediate_size': (SIZE, 1407),
-    'n_routed_experts': (SIZE, None),
     'n_shared_experts': (OPTIONAL_SIZE, None),
-    'first_k_dense_replace': (COUNT, 0),
     'moe_layer_freq': (SIZE, 1),
-    'norm_topk_prob': (bool, False),
-    'attention_bias': (bool, False),
   },
   training={'seq_aux': (bool, True, ..., '')},
   # The published code cannot split the products of experts.
   fixed={'pretraining_tp': (1,), 'scoring_func': ('softmax',)},
   spellings={'aux_loss_alpha': 'router_aux_loss_coef'},
 )
-
-
-def _latent_keys(
-  defaults: Mapping[str, Any],
-  honoured: Mapping[str, tuple[Any, Any]],
-  fixed: Mapping[str, tuple[Any, ...]],
-  training: Mapping[str, tuple[Any, Any, Any, str]] | None = None,
-  spellings: Mapping[str, str] | None = None,
-) -> Keys:
-  """The keys of V2 or V3; see `decoders.keys`."""
-  return decoders.keys(
-    {'rms_norm_eps': 1e-6, 'router_aux_loss_coef': 0.0, **defaults},
-    honoured={
-      'q_lora_rank': (OPTIONAL_SIZE, 1536),
-      'kv_lora_rank': (SIZE, 512),
-      'qk_nope_head_dim': (SIZE, 128),
-      'qk_rope_head_dim': (SIZE, 64),
-      'v_head_dim': (SIZE, 128),
-      'attention_bias': (bool, False),
-      'quantization_config': (dict | None, None),
-      **honoured,
-    },
-    training={
-      'aux_loss_alpha': (
-        AMOUNT,
-        0.0,
-        0.0,
-        'transformers has no balance loss here; see sequence_balance_weight '
-        'and balance_weight of the router',
-      ),
-      **(training or {}),
-    },
-    fixed={'moe_layer_freq': (1,), **fixed},
-    ignored={
-      **dict.fromkeys(
-        ('auto_map', 'seq_aux', 'ep_size', 'pretraining_tp'), _REMOTE
-      ),
-      **dict.fromkeys(
-        ('head_dim', 'qk_head_dim'), 'it follows from the widths of the parts'
-      ),
-    },
-    spellings=spellings or {},
-  )
-
-
-KEYS_V2 = _latent_keys(
-  dict(
-    vocab_size=102400,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    max_position_embeddings=2048,
-    num_experts_per_tok=None,
+# What V2 and V3 have in common.
+_LATENT_DEFAULTS: Mapping[str, Any] = dict(
+  attention_bias=False, router_aux_loss_coef=0.0
+)
+_LATENT_HONOURED: Mapping[str, tuple[Any, Any]] = {
+  'q_lora_rank': (OPTIONAL_SIZE, 1536),
+  'kv_lora_rank': (SIZE, 512),
+  'qk_nope_head_dim': (SIZE, 128),
+  'qk_rope_head_dim': (SIZE, 64),
+  'v_head_dim': (SIZE, 128),
+  'quantization_config': (dict | None, None),
+}
+_LATENT_TRAINING: Mapping[str, tuple[Any, Any, Any, str]] = {
+  'aux_loss_alpha': (
+    AMOUNT,
+    0.0,
+    0.0,
+    'transformers has no balance loss here; see sequence_balance_weight '
+    'and balance_weight of the router',
   ),
-  honoured={
-    'intermediate_size': (SIZE, 11008),
-    'moe_intermediate_size': (SIZE, 1407),
-    'n_routed_experts': (SIZE, 64),
-    'n_shared_experts': (COUNT, 2),
-    'first_k_dense_replace': (COUNT, 0),
-    'n_group': (OPTIONAL_SIZE, None),
-    'topk_group': (OPTIONAL_SIZE, None),
-    'routed_scaling_factor': (POSITIVE, 1.0),
-    'topk_method': (str, _GREEDY),
-  },
+}
+_LATENT_IGNORED = {
+  'auto_map': _REMOTE,
+  'seq_aux': _REMOTE,
+  'ep_size': _REMOTE,
+  'pretraining_tp': _REMOTE,
+  'head_dim': _DERIVED,
+  'qk_head_dim': _DERIVED,
+}
+KEYS_V2 = decoders.keys(
+  dict(
+    _LATENT_DEFAULTS,
+    vocab_size=102400,
+    intermediate_size=11008,
+    moe_intermediate_size=1407,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=None,
+    first_k_dense_replace=0,
+    n_group=None,
+    topk_group=None,
+    routed_scaling_factor=1.0,
+  ),
+  honoured={**_LATENT_HONOURED, 'topk_method': (str, _GREEDY)},
+  training=_LATENT_TRAINING,
   fixed={
+    'moe_layer_freq': (1,),
     'mlp_bias': (False,),
     'norm_topk_prob': (False, None),
     'scoring_func': ('softmax',),
   },
-  spellings={'num_experts': 'n_routed_experts'},
+  ignored=_LATENT_IGNORED,
 )
-KEYS_V3 = _latent_keys(
+KEYS_V3 = decoders.keys(
   dict(
+    _LATENT_DEFAULTS,
     vocab_size=129280,
     hidden_size=7168,
     num_hidden_layers=61,
     num_attention_heads=128,
     num_key_value_heads=128,
-    max_position_embeddings=4096,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    n_shared_experts=1,
     num_experts_per_tok=8,
+    norm_topk_prob=True,
+    first_k_dense_replace=3,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=4096,
   ),
-  honoured={
-    'intermediate_size': (SIZE, 18432),
-    'moe_intermediate_size': (SIZE, 2048),
-    'n_routed_experts': (SIZE, 256),
-    'n_shared_experts': (COUNT, 1),
-    'first_k_dense_replace': (COUNT, 3),
-    'n_group': (OPTIONAL_SIZE, 8),
-    'topk_group': (OPTIONAL_SIZE, 4),
-    'routed_scaling_factor': (POSITIVE, 2.5),
-    'norm_topk_prob': (bool, True),
-    'rope_interleave': (bool, True),
-  },
-  fixed={'scoring_func': ('sigmoid',), 'topk_method': ('noaux_tc',)},
+  honoured={**_LATENT_HONOURED, 'rope_interleave': (bool, True)},
   training={
+    **_LATENT_TRAINING,
     'num_nextn_predict_layers': (
       COUNT,
       1,
       0,
       'the layers that predict further tokens are left out',
-    )
+    ),
   },
-  spellings={
-    'num_local_experts': 'n_routed_experts',
-    'num_mtp_layers': 'num_nextn_predict_layers',
+  fixed={
+    'moe_layer_freq': (1,),
+    'scoring_func': ('sigmoid',),
+    'topk_method': ('noaux_tc',),
   },
+  ignored=_LATENT_IGNORED,
+  spellings={'num_mtp_layers': 'num_nextn_predict_layers'},
 )
 
 
 def _problems_v1(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
-  yield from decoders.problems(c, rope_types=('default',))
   yield from _width_problems(c)
-  first, step = c.first_k_dense_replace, c.moe_layer_freq
-  if not any(_sparse(c.num_hidden_layers, first, step)):
+  if not any(_sparse(c)):
     yield (
-      f'first_k_dense_replace={first} and moe_layer_freq={step} leave no layer '
-      f'sparse of {c.num_hidden_layers}'
+      f'first_k_dense_replace={c.first_k_dense_replace} and moe_layer_freq='
+      f'{c.moe_layer_freq} leave no layer sparse of {c.num_hidden_layers}'
     )
 
 
-def _sparse(num_layers: int, first: int, step: int) -> tuple[bool, ...]:
+def _sparse(c: Values) -> list[bool]:
   """Whether each layer is sparse."""
-  return tuple(i >= first and i % step == 0 for i in range(num_layers))
+  first, step = c.first_k_dense_replace, c.moe_layer_freq
+  return [i >= first and i % step == 0 for i in range(c.num_hidden_layers)]
 
 
 def _width_problems(c: Values) -> Iterator[str]:
@@ -245,7 +205,6 @@ def _width_problems(c: Values) -> Iterator[str]:
 
 def _latent_problems(c: Values) -> Iterator[str]:
   """A text for each value of the keys of both V2 and V3 that is refused."""
-  yield from decoders.problems(c)
   if c.quantization_config is not None:
     method = c.quantization_config.get('quant_method')
     yield (
@@ -268,7 +227,6 @@ def _latent_problems(c: Values) -> Iterator[str]:
 
 
 def _problems_v2(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
   yield from _latent_problems(c)
   yield from _width_problems(c)
   if c.topk_method not in (_GREEDY, _GROUPED):
@@ -279,139 +237,116 @@ def _problems_v2(c: Values) -> Iterator[str]:
 
 
 def _problems_v3(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
   yield from _latent_problems(c)
   for name in ('n_group', 'topk_group'):
     if getattr(c, name) is None:
       yield f'{name}=None is not supported; all experts are one group with 1'
 
 
-def _options_v1(c: Values) -> DecoderOptions:
-  gates = decoders.gates(c) if c.num_experts_per_tok > 1 else 'raw'
+def _options_v1(c: Values) -> dict[str, Any]:
   weight = float(c.router_aux_loss_coef)
   by_sequence = dict(balance_weight=0.0, sequence_balance_weight=weight)
-  flags = _sparse(
-    c.num_hidden_layers, c.first_k_dense_replace, c.moe_layer_freq
-  )
-  return decoders.options(
-    c,
-    TokenChoice(gates=gates),
-    decoders.heads(c, biases='all' if c.attention_bias else 'model'),
+  renormalized = c.norm_topk_prob and c.num_experts_per_tok > 1
+  biases = 'all' if c.attention_bias else 'model'
+  return dict(
+    router=TokenChoice(gates='renormalized' if renormalized else 'raw'),
+    attention=decoders.heads(c, biases=biases),
     losses=by_sequence if c.seq_aux else None,
-    moe=dict(
-      layers=layers(flags),
-      shared_expert=SharedExpertOptions(
-        hidden=(c.n_shared_experts or 0) * c.moe_intermediate_size
-      ),
-    ),
+    moe=dict(layers=layers(_sparse(c))),
   )
 
 
-def _latent_options(
-  c: Values,
-  router: Mapping[str, Any],
-  groups: Mapping[str, Any],
-  *,
-  interleaved: bool = True,
-) -> DecoderOptions:
-  """The options of a model.
+def _latent(c: Values) -> LatentOptions:
+  """The attention of V2 and V3."""
+  biases = 'query_down, kv_down, out' if c.q_lora_rank else 'kv_down, out'
+  return LatentOptions(
+    num_heads=c.num_attention_heads,
+    query_rank=c.q_lora_rank or 0,
+    kv_rank=c.kv_lora_rank,
+    plain_width=c.qk_nope_head_dim,
+    rotary_width=c.qk_rope_head_dim,
+    value_width=c.v_head_dim,
+    norm_epsilon=_EPSILON,
+    biases=biases if c.attention_bias else 'none',
+  )
+
+
+def _router(c: Values, score: str, outside: str, **options: Any) -> TokenChoice:
+  """A router with scaled gates, and groups of experts where there are several.
 
   Args:
     c: The values of config.json.
-    router: The options of the router without groups of experts.
-    groups: The options of the groups, which count where there are several.
-    interleaved: Whether the pairs that rotate are neighbours.
+    score: The score of a group, such as 'best'.
+    outside: The scores of experts outside of the chosen groups.
+    **options: Other options.
   """
-  num_dense = c.first_k_dense_replace
-  if groups['expert_groups'] == 1:
-    groups = {}
-  biased = _BIASED if c.q_lora_rank else _BIASED.removeprefix('query_down, ')
-  return decoders.options(
-    c,
-    TokenChoice(gate_scale=float(c.routed_scaling_factor), **router, **groups),
-    LatentOptions(
-      num_heads=c.num_attention_heads,
-      query_rank=c.q_lora_rank or 0,
-      kv_rank=c.kv_lora_rank,
-      plain_width=c.qk_nope_head_dim,
-      rotary_width=c.qk_rope_head_dim,
-      value_width=c.v_head_dim,
-      norm_epsilon=_EPSILON,
-      biases=biased if c.attention_bias else 'none',
-    ),
-    moe=dict(
-      layers=layers([i >= num_dense for i in range(c.num_hidden_layers)]),
-      shared_expert=SharedExpertOptions(
-        hidden=c.n_shared_experts * c.moe_intermediate_size
-      ),
-    ),
-    positions=rotary_keys.rotary(c, 10_000.0, interleaved=interleaved),
-  )
-
-
-def _options_v2(c: Values) -> DecoderOptions:
-  grouped = c.topk_method == _GROUPED
-  return _latent_options(
-    c,
-    dict(gates='raw'),
-    dict(
-      expert_groups=c.n_group if grouped else 1,
-      chosen_expert_groups=c.topk_group,
-      expert_group_score='best',
-      outside_expert_groups='zero',
-    ),
-  )
-
-
-def _options_v3(c: Values) -> DecoderOptions:
-  return _latent_options(
-    c,
-    dict(gates=_V3_GATES[c.norm_topk_prob], balance_bias_rate=PUBLISHED_RATE),
-    dict(
+  if c.n_group > 1:
+    options |= dict(
       expert_groups=c.n_group,
       chosen_expert_groups=c.topk_group,
-      expert_group_score='two_best',
-      outside_expert_groups='minus_infinity',
-    ),
-    interleaved=c.rope_interleave,
+      expert_group_score=score,
+      outside_expert_groups=outside,
+    )
+  return TokenChoice(gate_scale=float(c.routed_scaling_factor), **options)
+
+
+def _options_v2(c: Values) -> dict[str, Any]:
+  ungrouped = Values(**{**vars(c), 'n_group': 1})
+  grouped = c if c.topk_method == _GROUPED else ungrouped
+  return dict(
+    router=_router(grouped, 'best', 'zero', gates='raw'),
+    attention=_latent(c),
+    positions=rotary_keys.rotary(c, interleaved=True),
+  )
+
+
+def balanced_router(c: Values) -> TokenChoice:
+  """The router of V3, with a balancing bias."""
+  return _router(
+    c,
+    'two_best',
+    'minus_infinity',
+    gates='sigmoid_renormalized' if c.norm_topk_prob else 'sigmoid',
+    balance_bias_rate=PUBLISHED_RATE,
+  )
+
+
+def _options_v3(c: Values) -> dict[str, Any]:
+  return dict(
+    router=balanced_router(c),
+    attention=_latent(c),
+    positions=rotary_keys.rotary(c, interleaved=c.rope_interleave),
   )
 
 
 def _describe_v1(o: DecoderOptions) -> dict[str, Any]:
-  decided = decoders.describe(o, 'DeepSeekMoE', KEYS_V1)
-  router = decoders.token_choice(o)
-  first, L = o.sparse.index(True), o.num_layers
-  steps = (n for n in range(1, L + 1) if _sparse(L, first, n) == o.sparse)
+  router, L = o.moe.router, o.num_layers
+  keys = dict(num_hidden_layers=L, first_k_dense_replace=o.sparse.index(True))
+  steps = (
+    step
+    for step in range(1, L + 1)
+    if tuple(_sparse(Values(moe_layer_freq=step, **keys))) == o.sparse
+  )
   if (step := next(steps, None)) is None:
     raise InputError(
       f'its sparse layers {o.moe.layers!r} are not those that one number '
       'divides'
     )
-  by_sequence = router.sequence_balance_weight
-  return decided | dict(
-    n_shared_experts=_num_shared(o) or None,
-    first_k_dense_replace=first,
+  by_sequence = getattr(router, 'sequence_balance_weight', 0.0)
+  num_shared = o.moe.shared_expert.hidden // decoders.expert_of(o).hidden
+  return dict(
+    n_shared_experts=num_shared or None,
     moe_layer_freq=step,
-    norm_topk_prob=decoders.is_renormalized(router),
-    aux_loss_alpha=by_sequence or router.balance_weight,
+    aux_loss_alpha=by_sequence or getattr(router, 'balance_weight', 0.0),
     seq_aux=bool(by_sequence),
   )
 
 
-def _describe_latent(
-  o: DecoderOptions, architecture: str, keys: Keys
-) -> dict[str, Any]:
-  """The keys that both V2 and V3 have, of a model."""
-  decided = decoders.describe(o, architecture, keys, latent=True)
-  attention: Any = o.attention
-  router = decoders.token_choice(o)
-  groups = router.expert_groups
-  return decided | dict(
-    n_shared_experts=_num_shared(o),
-    first_k_dense_replace=o.sparse.index(True),
-    n_group=groups,
-    topk_group=router.chosen_expert_groups if groups > 1 else 1,
-    routed_scaling_factor=router.gate_scale,
+def _describe_latent(o: DecoderOptions) -> dict[str, Any]:
+  attention = o.attention
+  if not isinstance(attention, LatentOptions):
+    raise InputError('its attention is not latent')
+  return dict(
     q_lora_rank=attention.query_rank or None,
     kv_lora_rank=attention.kv_rank,
     qk_nope_head_dim=attention.plain_width,
@@ -420,36 +355,16 @@ def _describe_latent(
   )
 
 
-def _num_shared(o: DecoderOptions) -> int:
-  """The number of shared experts, each as wide as a chosen one.
-
-  Raises:
-    ValueError: The shared expert has no multiple of that width.
-  """
-  shared = o.moe.shared_expert.hidden
-  hidden = decoders.expert_of(o).hidden
-  if shared % hidden:
-    raise InputError(
-      f"its shared expert is {shared} wide, no multiple of an expert's {hidden}"
-    )
-  return shared // hidden
-
-
 def _describe_v2(o: DecoderOptions) -> dict[str, Any]:
-  decided = _describe_latent(o, 'DeepSeek-V2', KEYS_V2)
-  method = _GROUPED if decided['n_group'] > 1 else _GREEDY
-  return decided | dict(topk_method=method, norm_topk_prob=False)
+  groups = getattr(o.moe.router, 'expert_groups', 1)
+  return _describe_latent(o) | dict(
+    topk_method=_GROUPED if groups > 1 else _GREEDY, norm_topk_prob=False
+  )
 
 
 def _describe_v3(o: DecoderOptions) -> dict[str, Any]:
-  decided = _describe_latent(o, 'DeepSeek-V3', KEYS_V3)
-  flags = {gates: flag for flag, gates in _V3_GATES.items()}
-  gates = decoders.token_choice(o).gates
-  if gates not in flags:
-    raise InputError(f'its gates are {gates!r}, not one of {sorted(flags)}')
-  return decided | dict(
-    norm_topk_prob=flags[gates],
-    rope_interleave=isinstance(o.positions, Rotary) and o.positions.interleaved,
+  return _describe_latent(o) | dict(
+    rope_interleave=getattr(o.positions, 'interleaved', False),
     num_nextn_predict_layers=0,
   )
 
@@ -463,61 +378,61 @@ def _further_layers(c: Values) -> tuple[str, ...]:
   )
 
 
-_FFNS: Table = {
+FFNS = {
   **gated_ffn('ffn', 'mlp'),
   **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_experts'),
-  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-  **experts(),
+  **decoders.router('mlp.gate'),
+  **decoders.experts(),
 }
-_LATENT: Table = {
-  **ENDS,
-  **NORMS,
+BALANCE_BIAS = layer(
+  'moe/router/balance_bias', ('mlp.gate.e_score_correction_bias', 'E')
+)
+_KV_DOWN = 'self_attn.kv_a_proj_with_mqa'
+_LATENT = {
+  **decoders.ENDS,
+  **decoders.NORMS,
   **weight('attention/w_query', 'self_attn.q_proj', '(H D) M -> M H D'),
   **weight('attention/w_query_down', 'self_attn.q_a_proj', 'R M -> M R'),
   **weight('attention/query_norm', 'self_attn.q_a_layernorm', 'R'),
   **weight('attention/w_query_up', 'self_attn.q_b_proj', '(H D) R -> R H D'),
-  **weight('attention/w_kv_down', 'self_attn.kv_a_proj_with_mqa', 'R M -> M R'),
+  **weight('attention/w_kv_down', _KV_DOWN, 'R M -> M R'),
   **weight('attention/kv_norm', 'self_attn.kv_a_layernorm', 'R'),
   **weight('attention/w_kv_up', 'self_attn.kv_b_proj', '(H D) R -> R H D'),
   **weight('attention/w_out', 'self_attn.o_proj', 'M (H D) -> H D M'),
-  **layer('attention/b_query_down', Name('self_attn.q_a_proj.bias', 'R')),
-  **layer(
-    'attention/b_kv_down', Name('self_attn.kv_a_proj_with_mqa.bias', 'R')
-  ),
-  **layer('attention/b_out', Name('self_attn.o_proj.bias', 'M')),
-  **_FFNS,
+  **layer('attention/b_query_down', ('self_attn.q_a_proj.bias', 'R')),
+  **layer('attention/b_kv_down', (f'{_KV_DOWN}.bias', 'R')),
+  **layer('attention/b_out', ('self_attn.o_proj.bias', 'M')),
+  **FFNS,
 }
-_BALANCE_BIAS = layer(
-  'moe/router/balance_bias', Name('mlp.gate.e_score_correction_bias', 'E')
-)
 ARCHITECTURES = (
-  decoder(
+  decoders.decoder(
     'deepseek',
     'Deepseek',
     KEYS_V1,
-    _problems_v1,
-    _options_v1,
-    _describe_v1,
-    {**ENDS, **BLOCK, **_FFNS},
+    {**decoders.ENDS, **decoders.BLOCK, **FFNS},
+    options=_options_v1,
+    describe=_describe_v1,
+    problems=_problems_v1,
+    rope_types=('default',),
     needs_code=True,
   ),
-  decoder(
+  decoders.decoder(
     'deepseek_v2',
     'DeepseekV2',
     KEYS_V2,
-    _problems_v2,
-    _options_v2,
-    _describe_v2,
     _LATENT,
+    options=_options_v2,
+    describe=_describe_v2,
+    problems=_problems_v2,
   ),
-  decoder(
+  decoders.decoder(
     'deepseek_v3',
     'DeepseekV3',
     KEYS_V3,
-    _problems_v3,
-    _options_v3,
-    _describe_v3,
-    {**_LATENT, **_BALANCE_BIAS},
+    {**_LATENT, **BALANCE_BIAS},
+    options=_options_v3,
+    describe=_describe_v3,
+    problems=_problems_v3,
     skipped_tensors=_further_layers,
   ),
 )

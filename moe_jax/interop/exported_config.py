@@ -19,9 +19,7 @@ from moe_jax.interop.checkpoint_folder import (
 )
 from moe_jax.interop.quirks import TransformersEncoderDecoder
 from moe_jax.interop.tensor_files import problem_text
-from moe_jax.layers.positions import Rotary
-from moe_jax.layers.routers import TokenChoice
-from moe_jax.models import DecoderOptions, ModelOptions
+from moe_jax.models import ModelOptions
 from moe_jax.models.meaning import difference
 
 # Keys that are not carried over: those of older versions of transformers, in
@@ -78,13 +76,15 @@ class _DiffersError(InputError):
   """A model of an architecture that computes another function than ours.
 
   Attributes:
-    num_differences: The number of options that differ.
+    num_differences: The number of options that differ, without those that ours
+      lack as another choice differs.
   """
 
   def __init__(
     self, model_type: str, differences: list[str], problems: list[str]
   ):
-    self.num_differences = len(differences)
+    absent = [line for line in differences if ': absent, not ' in line]
+    self.num_differences = len(differences) - len(absent)
     headline = (
       f'transformers cannot compute this model as {model_type}; the model has'
     )
@@ -101,52 +101,27 @@ def describe(
   """
   refusal = f'the model is no {architecture.model_type} model of transformers'
   counts = [m.num_experts for m in options.build().moes if m is not None]
+  if not counts:
+    raise InputError(
+      f'{refusal}: it is dense; {architecture.model_type} has experts'
+    )
   if len(set(counts)) > 1:
     raise InputError(
       f'{refusal}: its sparse layers have {counts} experts, where transformers '
       'has one number for all; merge or prune with one number, --experts=N'
     )
-  obstacle = None
   try:
     decided = architecture.describe(options)
   except InputError as error:
-    obstacle, decided = error, _described_nearby(options, architecture)
-    if decided is None:
-      raise InputError(f'{refusal}: {error}') from error
+    raise InputError(f'{refusal}: {error}') from error
   config_json = _config_json(options, architecture, config, decided)
   theirs, problems = _read_back(config_json)
   if theirs is None:
-    problem = obstacle or '; '.join(problems)
-    raise InputError(f'{refusal}: {problem}')
+    raise InputError(f'{refusal}: {"; ".join(problems)}')
   differences = _differences(options, theirs)
-  if obstacle is not None and not differences:
-    problems = [*problems, str(obstacle)]
   if differences or problems:
     raise _DiffersError(architecture.model_type, differences, problems)
   return config_json
-
-
-def _described_nearby(
-  options: ModelOptions, architecture: Architecture
-) -> dict[str, Any] | None:
-  """The keys of a decoder with the positions and router of most decoders.
-
-  They serve to list all that differs of a decoder with others. None if the
-  architecture has no such decoder either.
-  """
-  if not isinstance(options, DecoderOptions):
-    return None
-  moe, positions = options.moe, options.positions
-  try:
-    if not isinstance(moe.router, TokenChoice):
-      moe = dataclasses.replace(moe, router=TokenChoice())
-    if not isinstance(positions, Rotary):
-      positions = Rotary()
-    return architecture.describe(
-      dataclasses.replace(options, moe=moe, positions=positions)
-    )
-  except InputError:
-    return None
 
 
 def _config_json(

@@ -26,9 +26,8 @@ import numpy as np
 
 from moe_jax.errors import InputError
 from moe_jax.interop import decoders
-from moe_jax.interop.config_keys import LENGTH, OPTIONAL_SIZE, SIZE, Values
-from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, layer, weight
-from moe_jax.interop.mapping import Name
+from moe_jax.interop.config_keys import LENGTH, Values
+from moe_jax.interop.decoders import layer
 from moe_jax.interop.tensor_files import (
   Index,
   TensorFiles,
@@ -134,8 +133,8 @@ def decode(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
   return values.reshape(*scales.shape[:-1], -1)
 
 
-_THETA = 150_000.0
 _ROPE = dict(
+  rope_theta=150_000.0,
   rope_type='yarn',
   factor=32.0,
   beta_fast=32.0,
@@ -143,7 +142,6 @@ _ROPE = dict(
   truncate=False,
   original_max_position_embeddings=4096,
 )
-_ACTIVATION = 'clamped_swiglu'
 KEYS = decoders.keys(
   dict(
     vocab_size=201088,
@@ -151,18 +149,17 @@ KEYS = decoders.keys(
     num_hidden_layers=36,
     num_attention_heads=64,
     num_key_value_heads=8,
+    head_dim=64,
+    attention_bias=True,
+    layer_types=None,
+    intermediate_size=2880,
+    num_local_experts=128,
+    num_experts_per_tok=4,
     rms_norm_eps=1e-5,
     max_position_embeddings=131072,
-    num_experts_per_tok=4,
-    router_aux_loss_coef=0.001,
   ),
   honoured={
-    'intermediate_size': (SIZE, 2880),
-    'num_local_experts': (SIZE, 128),
-    'head_dim': (OPTIONAL_SIZE, 64),
     'sliding_window': (LENGTH, 128),
-    'layer_types': (list | None, None),
-    'attention_bias': (bool, True),
     'quantization_config': (dict | None, None),
   },
   fixed={'swiglu_alpha': (1.702,), 'swiglu_limit': (7.0,)},
@@ -170,100 +167,56 @@ KEYS = decoders.keys(
     'initial_context_length': 'rope_scaling has it',
     'experts_per_token': 'it repeats num_experts_per_tok',
   },
-  spellings={'num_experts': 'num_local_experts'},
 )
 
 
-def problems(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
-  yield from decoders.problems(_with_rope(c), theta=_THETA)
+def _problems(c: Values) -> Iterator[str]:
   yield from decoders.gate_problems(c)
   if c.hidden_act != 'silu':
     yield f"hidden_act={c.hidden_act!r} is not supported, only 'silu'"
-  yield from decoders.window_problems(_layer_types(c), c.num_hidden_layers)
   method = (c.quantization_config or {}).get('quant_method')
   if method not in (None, 'mxfp4'):
     yield f"quant_method={method!r:.80} is not supported, only 'mxfp4'"
 
 
-def _with_rope(c: Values) -> Values:
-  """The values with the rotary positions that a config without any has."""
-  if c.rope_parameters is not None or c.rope_scaling is not None:
-    return c
-  return Values(**{**vars(c), 'rope_parameters': _ROPE})
-
-
-def _layer_types(c: Values) -> list[Any]:
-  if c.layer_types is not None:
-    return c.layer_types
-  kinds = decoders.WINDOW, decoders.FULL
-  return [kinds[i % 2] for i in range(c.num_hidden_layers)]
-
-
-def options(c: Values) -> DecoderOptions:
-  """The options of the model."""
-  return decoders.options(
-    _with_rope(c),
-    TokenChoice(gates='renormalized', use_bias=True),
-    decoders.heads(
-      c,
-      sinks=True,
-      **decoders.window_options(_layer_types(c), c.sliding_window),
-    ),
-    theta=_THETA,
-    moe=dict(
-      expert=FeedForwardExpert(
-        hidden=c.intermediate_size, activation=_ACTIVATION, bias='all'
-      )
-    ),
+def _options(c: Values) -> dict[str, Any]:
+  expert = FeedForwardExpert(
+    hidden=c.intermediate_size, activation='clamped_swiglu', bias='all'
+  )
+  return dict(
+    router=TokenChoice(gates='renormalized', use_bias=True),
+    attention=decoders.heads(c, sinks=True),
+    moe=dict(expert=expert),
   )
 
 
-def describe(o: DecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
-  shared = decoders.describe(o, 'gpt-oss', KEYS)
-  activation = decoders.expert_of(o).activation
-  if activation != _ACTIVATION:
-    raise InputError(f'its activation is {activation!r}, not {_ACTIVATION!r}')
-  return shared | dict(
-    hidden_act='silu',
-    sliding_window=o.attention.window or 128,
-    layer_types=decoders.layer_types(o),
-  )
+def _describe(o: DecoderOptions) -> dict[str, Any]:
+  return dict(hidden_act='silu', sliding_window=o.attention.window or 128)
 
 
-NAMES: Table = {
-  **ENDS,
-  **BLOCK,
-  **layer('attention/sinks', Name('self_attn.sinks', 'H')),
-  **weight('moe/router/w', 'mlp.router', 'E M -> M E'),
-  **layer('moe/router/b', Name('mlp.router.bias', 'E')),
-  **layer(
-    'moe/experts/w_gate',
-    Name('mlp.experts.gate_up_proj', 'E M (F 0/2) -> E M F'),
+_GATE_UP = 'mlp.experts.gate_up_proj'
+ARCHITECTURES = (
+  decoders.decoder(
+    'gpt_oss',
+    'GptOss',
+    KEYS,
+    {
+      **decoders.ENDS,
+      **decoders.BLOCK,
+      **layer('attention/sinks', ('self_attn.sinks', 'H')),
+      **decoders.router('mlp.router'),
+      **layer('moe/router/b', ('mlp.router.bias', 'E')),
+      **layer('moe/experts/w_gate', (_GATE_UP, 'E M (F 0/2) -> E M F')),
+      **layer('moe/experts/w_in', (_GATE_UP, 'E M (F 1/2) -> E M F')),
+      **layer('moe/experts/b_gate', (f'{_GATE_UP}_bias', 'E (F 0/2) -> E F')),
+      **layer('moe/experts/b_in', (f'{_GATE_UP}_bias', 'E (F 1/2) -> E F')),
+      **layer('moe/experts/w_out', ('mlp.experts.down_proj', 'E F M')),
+      **layer('moe/experts/b_out', ('mlp.experts.down_proj_bias', 'E M')),
+    },
+    options=_options,
+    describe=_describe,
+    problems=_problems,
+    rope=_ROPE,
+    files=Mxfp4Files,
   ),
-  **layer(
-    'moe/experts/w_in',
-    Name('mlp.experts.gate_up_proj', 'E M (F 1/2) -> E M F'),
-  ),
-  **layer(
-    'moe/experts/b_gate',
-    Name('mlp.experts.gate_up_proj_bias', 'E (F 0/2) -> E F'),
-  ),
-  **layer(
-    'moe/experts/b_in',
-    Name('mlp.experts.gate_up_proj_bias', 'E (F 1/2) -> E F'),
-  ),
-  **layer('moe/experts/w_out', Name('mlp.experts.down_proj', 'E F M')),
-  **layer('moe/experts/b_out', Name('mlp.experts.down_proj_bias', 'E M')),
-}
-ARCHITECTURE = decoder(
-  'gpt_oss',
-  'GptOss',
-  KEYS,
-  problems,
-  options,
-  describe,
-  NAMES,
-  files=Mxfp4Files,
 )

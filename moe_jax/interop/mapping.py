@@ -147,7 +147,7 @@ class Name(NamedTuple):
 # A table of tensor names. A key is the path of our variable in its collection,
 # with 'layer' for the layer, such as 'decoder/layer/ffn/w_in'; its value has
 # the alternative names of its tensors, of which the first is written.
-Names = Mapping[str, tuple[Name, ...]]
+Names = dict[str, tuple[Name, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ def without_prefix(names: Names, prefix: str) -> Names:
   }
 
 
-def embedding_tables(prefix: str = '') -> dict[str, tuple[Name, ...]]:
+def embedding_tables(prefix: str = '') -> Names:
   """The names of the embeddings and the logits kernel of an encoder-decoder."""
   shared = Name(f'{prefix}shared.weight', 'V M')
   encoder = Name(f'{prefix}encoder.embed_tokens.weight', 'V M')

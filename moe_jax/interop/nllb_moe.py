@@ -203,8 +203,6 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half()
-  if not o.has_experts and not encoder.has_experts:
-    raise InputError('it is dense; NLLB-MoE has experts')
   router = o.moe.router
   gates, priority = (
     getattr(router, name, '') for name in ('gates', 'slot_priority')
@@ -283,20 +281,22 @@ def _stack(half: str) -> dict[str, tuple[Name, ...]]:
   return {path: (name,) for path, name in names.items()}
 
 
-ARCHITECTURE = Architecture(
-  model_type='nllb-moe',
-  classes=('NllbMoeForConditionalGeneration', 'NllbMoeModel'),
-  keys=KEYS,
-  problems=problems,
-  options=options,
-  describe=describe,
-  suits=lambda o: o.has_encoder and not isinstance(o.positions, Relative),
-  unnumbered_id=lambda o: o.positions.offset - 1,
-  prefix='model.',
-  computed_tensors=(r'embed_positions\.weights$', r'\.version$'),
-  names={
-    **embedding_tables('model.'),
-    **_stack('encoder'),
-    **_stack('decoder'),
-  },
+ARCHITECTURES = (
+  Architecture(
+    model_type='nllb-moe',
+    classes=('NllbMoeForConditionalGeneration', 'NllbMoeModel'),
+    keys=KEYS,
+    problems=problems,
+    options=options,
+    describe=describe,
+    suits=lambda o: o.has_encoder and not isinstance(o.positions, Relative),
+    unnumbered_id=lambda o: o.positions.offset - 1,
+    prefix='model.',
+    computed_tensors=(r'embed_positions\.weights$', r'\.version$'),
+    names={
+      **embedding_tables('model.'),
+      **_stack('encoder'),
+      **_stack('decoder'),
+    },
+  ),
 )

@@ -11,17 +11,8 @@ Every layer is sparse and no token is dropped. As transformers 5.24 computes it:
 from typing import Any
 
 from moe_jax.interop import decoders
-from moe_jax.interop.config_keys import OPTIONAL_POSITIVE, SIZE, Values
-from moe_jax.interop.decoders import (
-  BLOCK,
-  ENDS,
-  Table,
-  decoder,
-  experts,
-  weight,
-)
-from moe_jax.layers.routers import TokenChoice
-from moe_jax.models import DecoderOptions
+from moe_jax.interop.config_keys import OPTIONAL_POSITIVE, Values
+from moe_jax.interop.decoders import weight
 
 KEYS = decoders.keys(
   dict(
@@ -29,57 +20,38 @@ KEYS = decoders.keys(
     hidden_size=2048,
     num_hidden_layers=16,
     num_attention_heads=16,
+    attention_bias=False,
+    intermediate_size=2048,
+    num_experts=64,
+    num_experts_per_tok=8,
+    norm_topk_prob=False,
     rms_norm_eps=1e-5,
     max_position_embeddings=4096,
-    num_experts_per_tok=8,
     router_aux_loss_coef=0.01,
   ),
-  honoured={
-    'intermediate_size': (SIZE, 2048),
-    'num_experts': (SIZE, 64),
-    'norm_topk_prob': (bool, False),
-    'clip_qkv': (OPTIONAL_POSITIVE, None),
-    'attention_bias': (bool, False),
-  },
-  spellings={'num_local_experts': 'num_experts'},
+  honoured={'clip_qkv': (OPTIONAL_POSITIVE, None)},
 )
 
 
-def problems(c: Values) -> list[str]:
-  """A text for each value that our decoders cannot express."""
-  return [*decoders.problems(c), *decoders.gate_problems(c)]
+def _options(c: Values) -> dict[str, Any]:
+  norm = dict(qk_norm='all', qk_norm_epsilon=float(c.rms_norm_eps))
+  return dict(attention=decoders.heads(c, clip=float(c.clip_qkv or 0), **norm))
 
 
-def options(c: Values) -> DecoderOptions:
-  """The options of the model."""
-  return decoders.options(
-    c,
-    TokenChoice(gates=decoders.gates(c)),
-    decoders.heads(
-      c,
-      qk_norm='all',
-      qk_norm_epsilon=float(c.rms_norm_eps),
-      clip=float(c.clip_qkv or 0),
-    ),
-  )
-
-
-def describe(o: DecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
-  return decoders.describe(o, 'OLMoE', KEYS) | dict(
-    norm_topk_prob=decoders.is_renormalized(o.moe.router),
-    clip_qkv=decoders.plain_heads(o).clip or None,
-  )
-
-
-NAMES: Table = {
-  **ENDS,
-  **BLOCK,
-  **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
-  **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
-  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-  **experts(),
-}
-ARCHITECTURE = decoder(
-  'olmoe', 'Olmoe', KEYS, problems, options, describe, NAMES
+ARCHITECTURES = (
+  decoders.decoder(
+    'olmoe',
+    'Olmoe',
+    KEYS,
+    {
+      **decoders.ENDS,
+      **decoders.BLOCK,
+      **weight('attention/query_norm', 'self_attn.q_norm', '(H D) -> H D'),
+      **weight('attention/key_norm', 'self_attn.k_norm', '(N D) -> N D'),
+      **decoders.router('mlp.gate'),
+      **decoders.experts(),
+    },
+    options=_options,
+    describe=lambda o: dict(clip_qkv=decoders.plain_heads(o).clip or None),
+  ),
 )

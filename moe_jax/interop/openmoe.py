@@ -23,22 +23,10 @@ from typing import Any
 
 from moe_jax.errors import InputError
 from moe_jax.interop import decoders, rotary_keys
-from moe_jax.interop.architecture import (
-  layers,
-  period,
-  sparse_flags,
-  their_activation,
-)
-from moe_jax.interop.config_keys import (
-  AMOUNT,
-  OPTIONAL_SIZE,
-  POSITIVE,
-  RATE,
-  SIZE,
-  Values,
-)
-from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, layer, weight
-from moe_jax.interop.mapping import Name
+from moe_jax.interop.architecture import layers, period, sparse_flags
+from moe_jax.interop.config_keys import AMOUNT, POSITIVE, RATE, SIZE, Values
+from moe_jax.interop.decoders import layer, weight
+from moe_jax.interop.mapping import Names
 from moe_jax.interop.quirks import EvenSlots
 from moe_jax.layers.experts import Gather
 from moe_jax.layers.routers import TokenChoice
@@ -46,24 +34,16 @@ from moe_jax.models import DecoderOptions
 
 _THETA = 10_000.0
 _LAST = 0  # the sparse layer of an interval is its last
-_ACTIVATIONS = {'swiglu': 'doubly_gated_swiglu'}
 _NO_NUMBER = 'the numbers are the same without it'
 _OWN_LOSS = 'the loss of a run has no such term'
 KEYS = decoders.keys(
   dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=2048,
-    num_experts_per_tok=2,
+    head_dim=None,
+    intermediate_size=11008,
+    num_experts=None,
     router_aux_loss_coef=0.01,
   ),
   honoured={
-    'intermediate_size': (SIZE, 11008),
-    'head_dim': (OPTIONAL_SIZE, None),
-    'num_experts': (SIZE, None),
     'moe_layer_interval': (SIZE, None),
     'router_capacity_factor_eval': (POSITIVE, 2.0),
     'router_min_capacity': (SIZE, 4),
@@ -113,13 +93,9 @@ KEYS = decoders.keys(
 )
 
 
-def problems(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
-  errors = decoders.problems(
-    c, rope_types=('default',), activations=_ACTIVATIONS
-  )
-  yield from errors
-  if not errors and (theta := rotary_keys.rotary(c, _THETA).theta) != _THETA:
+def _problems(c: Values) -> Iterator[str]:
+  theta = rotary_keys.parameters_of(c)[1]['rope_theta']
+  if theta != _THETA:
     yield f'rope_theta={theta} is not supported, only {_THETA}'
   if (num_selected := c.num_experts_per_tok) > 2:
     yield f'router_topk={num_selected} is not supported, only 1 or 2'
@@ -130,14 +106,14 @@ def problems(c: Values) -> Iterator[str]:
     )
 
 
-def options(c: Values) -> DecoderOptions:
-  """The options of the model."""
+def _options(c: Values) -> dict[str, Any]:
   flags = sparse_flags(c.num_hidden_layers, c.moe_layer_interval, _LAST)
-  return decoders.options(
-    c,
-    TokenChoice(gates='raw', slot_priority='choice_major'),
-    decoders.heads(c, scale='none'),
-    activations=_ACTIVATIONS,
+  capacity = EvenSlots(
+    float(c.router_capacity_factor_eval), c.router_min_capacity
+  )
+  return dict(
+    router=TokenChoice(gates='raw', slot_priority='choice_major'),
+    attention=decoders.heads(c, scale='none'),
     # In the published code an even load of K choices costs K.
     losses=dict(
       balance_weight=c.num_experts_per_tok * float(c.router_aux_loss_coef),
@@ -149,18 +125,14 @@ def options(c: Values) -> DecoderOptions:
       extra_ffn=True,
       allow_future_leak=True,
       layer_reduce='mean',
-      capacity=EvenSlots(
-        float(c.router_capacity_factor_eval), c.router_min_capacity
-      ),
+      capacity=capacity,
       dispatch=Gather(),
     ),
   )
 
 
-def describe(o: DecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
-  decided = decoders.describe(o, 'OpenMoE', KEYS)
-  router, capacity = decoders.token_choice(o), o.moe.capacity
+def _describe(o: DecoderOptions) -> dict[str, Any]:
+  router, capacity, K = o.moe.router, o.moe.capacity, o.moe.num_selected
   if not isinstance(capacity, EvenSlots):
     raise InputError(
       f'its capacity is {type(capacity).__name__}, not {EvenSlots.__name__}'
@@ -171,22 +143,20 @@ def describe(o: DecoderOptions) -> dict[str, Any]:
       f'its sparse layers {o.moe.layers!r} are not the last ones of any '
       'interval'
     )
-  K = decided.pop('num_experts_per_tok')
-  return decided | dict(
-    hidden_act=their_activation(decoders.expert_of(o).activation, _ACTIVATIONS),
+  return dict(
     intermediate_size=o.ffn.hidden,
     moe_layer_interval=interval,
     router_topk=K,
     router_capacity_factor_eval=capacity.factor,
     router_min_capacity=capacity.minimum,
-    router_aux_loss_factor=router.balance_weight / K,
-    router_z_loss_factor=router.z_weight,
+    router_aux_loss_factor=getattr(router, 'balance_weight', 0.0) / K,
+    router_z_loss_factor=getattr(router, 'z_weight', 0.0),
     mlp_gated=True,
     router_drop_tks=True,
   )
 
 
-def _ffn(path: str, module: str) -> Table:
+def _ffn(path: str, module: str) -> Names:
   """A feed-forward whose SwiGLU has one tensor, the linear product first."""
   gate = f'{module}.gate_proj'
   return {
@@ -197,27 +167,30 @@ def _ffn(path: str, module: str) -> Table:
   }
 
 
-_GATE_TENSOR = 'mlp.experts.wi_gate'
-NAMES: Table = {
-  **ENDS,
-  **BLOCK,
-  **weight('extra_ffn_norm/scale', 'pre_extra_mlp_layernorm', 'M'),
-  **_ffn('ffn', 'mlp'),
-  **_ffn('extra_ffn', 'extra_mlp'),
-  **layer('moe/router/w', Name('mlp.gate_weight', 'E M -> M E')),
-  **layer('moe/experts/w_gate', Name(_GATE_TENSOR, 'E M (1/2 F) -> E M F')),
-  **layer('moe/experts/w_factor', Name(_GATE_TENSOR, 'E M (0/2 F) -> E M F')),
-  **layer('moe/experts/w_in', Name('mlp.experts.wi_up', 'E M F')),
-  **layer('moe/experts/w_out', Name('mlp.experts.wo', 'E F M')),
-}
-ARCHITECTURE = decoder(
-  'openmoe',
-  'OpenMoe',
-  KEYS,
-  problems,
-  options,
-  describe,
-  NAMES,
-  borrowed_type='llama',
-  needs_code=True,
+_GATE = 'mlp.experts.wi_gate'
+ARCHITECTURES = (
+  decoders.decoder(
+    'openmoe',
+    'OpenMoe',
+    KEYS,
+    {
+      **decoders.ENDS,
+      **decoders.BLOCK,
+      **weight('extra_ffn_norm/scale', 'pre_extra_mlp_layernorm', 'M'),
+      **_ffn('ffn', 'mlp'),
+      **_ffn('extra_ffn', 'extra_mlp'),
+      **layer('moe/router/w', ('mlp.gate_weight', 'E M -> M E')),
+      **layer('moe/experts/w_gate', (_GATE, 'E M (1/2 F) -> E M F')),
+      **layer('moe/experts/w_factor', (_GATE, 'E M (0/2 F) -> E M F')),
+      **layer('moe/experts/w_in', ('mlp.experts.wi_up', 'E M F')),
+      **layer('moe/experts/w_out', ('mlp.experts.wo', 'E F M')),
+    },
+    options=_options,
+    describe=_describe,
+    problems=_problems,
+    rope_types=('default',),
+    activations={'swiglu': 'doubly_gated_swiglu'},
+    borrowed_type='llama',
+    needs_code=True,
+  ),
 )

@@ -15,39 +15,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.config import fields_of
-from moe_jax.errors import InputError
 from moe_jax.interop import decoders, rotary_keys
-from moe_jax.interop.config_keys import OPTIONAL_LENGTH, RATE, SIZE, Values
-from moe_jax.interop.decoders import BLOCK, ENDS, Table, decoder, experts, layer
+from moe_jax.interop.config_keys import RATE, Values
+from moe_jax.interop.decoders import layer
 from moe_jax.interop.mapping import Name
 from moe_jax.interop.quirks import ShortTurns
 from moe_jax.layers.norms import LayerNorm
-from moe_jax.layers.positions import Rotary
+from moe_jax.layers.positions import Positions, Rotary
 from moe_jax.layers.rotary import LongRope
 from moe_jax.layers.routers import SparseMixer
 from moe_jax.models import DecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
 
-_THETA = 1e6
-_ROPES = ('default', 'longrope')
+_ROPE = dict(rope_theta=1e6)
 KEYS = decoders.keys(
   dict(
     vocab_size=32064,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
     num_key_value_heads=8,
+    attention_bias=False,
+    intermediate_size=6400,
+    num_local_experts=16,
     rms_norm_eps=1e-5,
     max_position_embeddings=131072,
-    num_experts_per_tok=2,
-    router_aux_loss_coef=0.001,
+    sliding_window=None,
   ),
   honoured={
-    'intermediate_size': (SIZE, 6400),
-    'num_local_experts': (SIZE, 16),
     'router_jitter_noise': (RATE, 0.01),
-    'sliding_window': (OPTIONAL_LENGTH, None),
-    'attention_bias': (bool, False),
     'lm_head_bias': (bool, False),
   },
   training={
@@ -59,77 +52,66 @@ KEYS = decoders.keys(
     ),
   },
   ignored={'hidden_dropout': 'transformers 5.24 does nothing with it'},
-  spellings={'num_experts': 'num_local_experts'},
 )
 
 
-def problems(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
-  yield from decoders.problems(c, theta=_THETA, rope_types=_ROPES)
+def _problems(c: Values) -> Iterator[str]:
   if c.num_experts_per_tok != 2:
     num_selected = c.num_experts_per_tok
     yield f'num_experts_per_tok={num_selected} is not supported, only 2'
 
 
-def options(c: Values) -> DecoderOptions:
-  """The options of the model."""
-  positions = rotary_keys.rotary(c, _THETA)
-  if isinstance(positions.scaling, LongRope):
-    scaling = _as(ShortTurns, positions.scaling)
-    positions = dataclasses.replace(positions, scaling=scaling)
-  return decoders.options(
-    c,
-    SparseMixer(threshold=2 * float(c.router_jitter_noise)),
-    decoders.heads(c, window=c.sliding_window or 0),
+def _options(c: Values) -> dict[str, Any]:
+  return dict(
+    router=SparseMixer(threshold=2 * float(c.router_jitter_noise)),
     norm=LayerNorm(float(c.rms_norm_eps), bias='always'),
-    positions=positions,
+    positions=_as(ShortTurns, rotary_keys.rotary(c, _ROPE)),
     embedding=EmbeddingOptions(
       tie=c.tie_word_embeddings, logits_bias=c.lm_head_bias
     ),
   )
 
 
-def _as(kind: type[LongRope], scaling: LongRope) -> LongRope:
-  """The scaling with the same options as another kind."""
-  return kind(**{name: getattr(scaling, name) for name in fields_of(LongRope)})
+def _as(kind: type[LongRope], positions: Positions) -> Positions:
+  """The positions with another kind of LongRoPE, if they have any."""
+  scaling = getattr(positions, 'scaling', None)
+  if not isinstance(positions, Rotary) or not isinstance(scaling, LongRope):
+    return positions
+  names = fields_of(LongRope)
+  scaling = kind(**{name: getattr(scaling, name) for name in names})
+  return dataclasses.replace(positions, scaling=scaling)
 
 
-def describe(o: DecoderOptions) -> dict[str, Any]:
-  """The keys of config.json that a model decides."""
-  positions = o.positions
-  if isinstance(positions, Rotary) and isinstance(
-    positions.scaling, ShortTurns
-  ):
-    scaling = _as(LongRope, positions.scaling)
-    positions = dataclasses.replace(positions, scaling=scaling)
-  shared = decoders.describe(
-    dataclasses.replace(o, positions=positions), 'Phi-3.5-MoE', KEYS
-  )
-  router = o.moe.router
-  if not isinstance(router, SparseMixer):
-    raise InputError(f'its router is {type(router).__name__}')
-  return shared | dict(
-    router_jitter_noise=router.threshold / 2,
+def _describe(o: DecoderOptions) -> dict[str, Any]:
+  positions = _as(LongRope, o.positions)
+  return dict(
+    rope_parameters=rotary_keys.rope_parameters(positions),
+    router_jitter_noise=getattr(o.moe.router, 'threshold', 0.02) / 2,
     lm_head_bias=o.embedding.logits_bias,
   )
 
 
-NAMES: Table = {
-  **ENDS,
-  **BLOCK,
-  'b_logits': (Name('lm_head.bias', 'V'),),
-  'final_norm/bias': (Name('model.norm.bias', 'M'),),
-  **layer('attention_norm/bias', Name('input_layernorm.bias', 'M')),
-  **layer('ffn_norm/bias', Name('post_attention_layernorm.bias', 'M')),
-  **layer(
-    'moe/router/w',
-    Name('block_sparse_moe.gate.weight', 'E M -> M E'),
-    Name('mlp.router.weight', 'E M -> M E'),
+ARCHITECTURES = (
+  decoders.decoder(
+    'phimoe',
+    'Phimoe',
+    KEYS,
+    {
+      **decoders.ENDS,
+      **decoders.BLOCK,
+      'b_logits': (Name('lm_head.bias', 'V'),),
+      'final_norm/bias': (Name('model.norm.bias', 'M'),),
+      **layer('attention_norm/bias', ('input_layernorm.bias', 'M')),
+      **layer('ffn_norm/bias', ('post_attention_layernorm.bias', 'M')),
+      **decoders.router('block_sparse_moe.gate', 'mlp.router'),
+      **decoders.experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
+    },
+    options=_options,
+    describe=_describe,
+    problems=_problems,
+    rope=_ROPE,
+    rope_types=('default', 'longrope'),
+    # The publisher's own code spells the first name like the last one.
+    classes=('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM'),
   ),
-  **experts('block_sparse_moe.experts', 'w1', 'w3', 'w2'),
-}
-# The publisher's own code spells the first name like the last one.
-_CLASSES = ('PhimoeForCausalLM', 'PhimoeModel', 'PhiMoEForCausalLM')
-ARCHITECTURE = decoder(
-  'phimoe', 'Phimoe', KEYS, problems, options, describe, NAMES, classes=_CLASSES
 )

@@ -26,76 +26,57 @@ from moe_jax.interop.architecture import layers, sparse_flags
 from moe_jax.interop.config_keys import (
   COUNT,
   OPTIONAL_COUNT,
-  OPTIONAL_SIZE,
   SIZE,
-  Keys,
   Values,
 )
-from moe_jax.interop.decoders import (
-  BLOCK,
-  ENDS,
-  Table,
-  decoder,
-  experts,
-  gated_ffn,
-  weight,
-)
+from moe_jax.interop.decoders import gated_ffn, weight
 from moe_jax.layers.experts.shared_expert import SharedExpertOptions
-from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import DecoderOptions
 
-_BIASED = 'query, key, value'
-_HONOURED: dict[str, tuple[Any, Any]] = {
+_DEFAULTS = dict(
+  vocab_size=151936,
+  hidden_size=2048,
+  num_hidden_layers=24,
+  norm_topk_prob=False,
+  max_position_embeddings=32768,
+  use_sliding_window=False,
+)
+_HONOURED = {
   'decoder_sparse_step': (SIZE, 1),
   'mlp_only_layers': (list | None, None),
-  'norm_topk_prob': (bool, False),
-  'use_sliding_window': (bool, False),
   'sliding_window': (OPTIONAL_COUNT, 4096),
 }
 KEYS_2 = decoders.keys(
   dict(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=24,
+    _DEFAULTS,
     num_attention_heads=16,
     num_key_value_heads=16,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=32768,
+    layer_types=None,
+    intermediate_size=5632,
+    moe_intermediate_size=1408,
+    num_experts=60,
     num_experts_per_tok=4,
-    router_aux_loss_coef=0.001,
   ),
   honoured={
     **_HONOURED,
-    'intermediate_size': (SIZE, 5632),
-    'moe_intermediate_size': (SIZE, 1408),
     'shared_expert_intermediate_size': (SIZE, 5632),
-    'num_experts': (SIZE, 60),
     'qkv_bias': (bool, True),
     'max_window_layers': (COUNT, 28),
-    'layer_types': (list | None, None),
   },
-  spellings={'num_local_experts': 'num_experts'},
 )
 KEYS_3 = decoders.keys(
   dict(
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=24,
+    _DEFAULTS,
     num_attention_heads=32,
     num_key_value_heads=4,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=32768,
+    head_dim=None,
+    attention_bias=False,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
     num_experts_per_tok=8,
-    router_aux_loss_coef=0.001,
   ),
-  honoured={
-    **_HONOURED,
-    'intermediate_size': (SIZE, 6144),
-    'moe_intermediate_size': (SIZE, 768),
-    'num_experts': (SIZE, 128),
-    'head_dim': (OPTIONAL_SIZE, None),
-    'attention_bias': (bool, False),
-  },
+  honoured=_HONOURED,
   # The published Qwen3-Coder has these; transformers does not read them.
   fixed={
     'qkv_bias': (False,),
@@ -103,139 +84,98 @@ KEYS_3 = decoders.keys(
     'use_qk_norm': (True,),
   },
   ignored={'max_window_layers': 'transformers does not read it'},
-  spellings={'num_local_experts': 'num_experts'},
 )
 
 
 def _problems(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
-  yield from decoders.problems(c)
   yield from decoders.gate_problems(c)
   if c.use_sliding_window and c.sliding_window == 0:
     yield 'sliding_window=0 must be at least 1 with use_sliding_window=True'
   for layer in c.mlp_only_layers or ():
     if not COUNT.holds(layer):
       yield f'mlp_only_layers has {layer!r:.80}, which is no layer'
-  if not any(_sparse(c)):
+  if _layers(c) == 'none':
     yield (
       f'decoder_sparse_step={c.decoder_sparse_step} and mlp_only_layers='
       f'{c.mlp_only_layers} leave no layer sparse of {c.num_hidden_layers}'
     )
 
 
-def _sparse(c: Values) -> tuple[bool, ...]:
-  """Whether each layer is sparse."""
+def _layers(c: Values) -> str:
+  """The option `moe.layers`."""
   flags = sparse_flags(c.num_hidden_layers, c.decoder_sparse_step, 0)
   dense = c.mlp_only_layers or ()
-  return tuple(flag and i not in dense for i, flag in enumerate(flags))
+  return layers([flag and i not in dense for i, flag in enumerate(flags)])
 
 
 def _problems_2(c: Values) -> Iterator[str]:
-  """A text for each value that our decoders cannot express."""
   yield from _problems(c)
-  yield from decoders.window_problems(_layer_types(c), c.num_hidden_layers)
   if c.use_sliding_window and c.sliding_window is None:
     yield 'sliding_window=None with use_sliding_window=True is not supported'
-  if not c.use_sliding_window and decoders.WINDOW in _layer_types(c):
+  if not c.use_sliding_window and decoders.WINDOW in decoders.layer_types(c):
     yield (
       f'layer_types has {decoders.WINDOW}, which needs use_sliding_window'
       ' true; without windows it names full_attention alone'
     )
 
 
-def _layer_types(c: Values) -> list[Any]:
-  if c.layer_types is not None:
-    return c.layer_types
-  num_window_layers = c.max_window_layers if c.use_sliding_window else 0
-  return [
-    decoders.FULL if i % 2 or i >= num_window_layers else decoders.WINDOW
-    for i in range(c.num_hidden_layers)
-  ]
-
-
-def _options_2(c: Values) -> DecoderOptions:
-  return decoders.options(
-    c,
-    TokenChoice(gates=decoders.gates(c)),
-    decoders.heads(
-      c,
-      biases=_BIASED if c.qkv_bias else 'none',
-      **decoders.window_options(_layer_types(c), c.sliding_window),
-    ),
-    moe=dict(
-      layers=layers(_sparse(c)),
-      shared_expert=SharedExpertOptions(
-        hidden=c.shared_expert_intermediate_size, gated=True
-      ),
-    ),
+def _options_2(c: Values) -> dict[str, Any]:
+  biases = 'query, key, value' if c.qkv_bias else 'none'
+  shared = SharedExpertOptions(
+    hidden=c.shared_expert_intermediate_size, gated=True
+  )
+  return dict(
+    attention=decoders.heads(c, biases=biases),
+    moe=dict(layers=_layers(c), shared_expert=shared),
   )
 
 
-def _options_3(c: Values) -> DecoderOptions:
-  return decoders.options(
-    c,
-    TokenChoice(gates=decoders.gates(c)),
-    decoders.heads(
-      c,
-      qk_norm='head',
-      qk_norm_epsilon=float(c.rms_norm_eps),
-      window=(c.sliding_window or 0) if c.use_sliding_window else 0,
-    ),
-    moe=dict(layers=layers(_sparse(c))),
-  )
+def _options_3(c: Values) -> dict[str, Any]:
+  norm = dict(qk_norm='head', qk_norm_epsilon=float(c.rms_norm_eps))
+  return dict(attention=decoders.heads(c, **norm), moe=dict(layers=_layers(c)))
 
 
-def _describe(
-  o: DecoderOptions, architecture: str, keys: Keys
-) -> dict[str, Any]:
-  return decoders.describe(o, architecture, keys) | dict(
-    decoder_sparse_step=1,
-    mlp_only_layers=[i for i, flag in enumerate(o.sparse) if not flag],
-    norm_topk_prob=decoders.is_renormalized(o.moe.router),
-    use_sliding_window=any(o.windows),
-  )
+def _describe(o: DecoderOptions) -> dict[str, Any]:
+  dense = [i for i, flag in enumerate(o.sparse) if not flag]
+  return dict(decoder_sparse_step=1, mlp_only_layers=dense)
 
 
 def _describe_2(o: DecoderOptions) -> dict[str, Any]:
-  return _describe(o, 'Qwen2-MoE', KEYS_2) | dict(
+  return _describe(o) | dict(
     shared_expert_intermediate_size=o.moe.shared_expert.hidden,
     qkv_bias=o.attention.has_bias('query', use_bias=False),
-    layer_types=decoders.layer_types(o),
   )
 
 
-_NAMES: Table = {
-  **ENDS,
-  **BLOCK,
+_NAMES = {
+  **decoders.ENDS,
+  **decoders.BLOCK,
   **gated_ffn('ffn', 'mlp'),
-  **weight('moe/router/w', 'mlp.gate', 'E M -> M E'),
-  **experts(),
+  **decoders.router('mlp.gate'),
+  **decoders.experts(),
 }
-_SHARED_EXPERT: Table = {
-  **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
-  **weight('moe/shared_expert/w_gate', 'mlp.shared_expert_gate', 'G M -> M G'),
-}
-_NORMS: Table = {
-  **weight('attention/query_norm', 'self_attn.q_norm', 'D'),
-  **weight('attention/key_norm', 'self_attn.k_norm', 'D'),
-}
+_SHARED_GATE = 'mlp.shared_expert_gate'
 ARCHITECTURES = (
-  decoder(
+  decoders.decoder(
     'qwen2_moe',
     'Qwen2Moe',
     KEYS_2,
-    _problems_2,
-    _options_2,
-    _describe_2,
-    {**_NAMES, **_SHARED_EXPERT},
+    {
+      **_NAMES,
+      **gated_ffn('moe/shared_expert/ffn', 'mlp.shared_expert'),
+      **weight('moe/shared_expert/w_gate', _SHARED_GATE, 'G M -> M G'),
+    },
+    options=_options_2,
+    describe=_describe_2,
+    problems=_problems_2,
   ),
-  decoder(
+  decoders.decoder(
     'qwen3_moe',
     'Qwen3Moe',
     KEYS_3,
-    _problems,
-    _options_3,
-    lambda o: _describe(o, 'Qwen3-MoE', KEYS_3),
-    {**_NAMES, **_NORMS},
+    {**_NAMES, **decoders.HEAD_NORMS},
+    options=_options_3,
+    describe=_describe,
+    problems=_problems,
   ),
 )

@@ -8,7 +8,6 @@ first, and the object is written.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_jax.errors import InputError
 from moe_jax.interop.config_keys import (
   AMOUNT,
   LENGTH,
@@ -24,6 +23,8 @@ from moe_jax.layers.rotary import SCALINGS
 
 _ORIGINAL = 'original_max_position_embeddings'
 _FRACTION = 'partial_rotary_factor'
+# The parameters of most decoders where the config has none.
+ROPE: Mapping[str, Any] = {'rope_theta': 10_000.0}
 # Honoured keys beside `max_position_embeddings`; see `config_keys.Keys`.
 KEYS: Mapping[str, tuple[Any, Any]] = {
   'rope_parameters': (dict | None, None),
@@ -70,21 +71,26 @@ def _option(key: str) -> str:
   return 'original_len' if key == _ORIGINAL else key
 
 
-def problems(c: Values, theta: float, types: tuple[str, ...]) -> Iterator[str]:
+def problems(
+  c: Values, rope: Mapping[str, Any], types: tuple[str, ...]
+) -> Iterator[str]:
   """A text for each value on rotary positions that is not supported.
 
   Args:
     c: The values of config.json.
-    theta: The base where the config has none.
+    rope: The architecture's parameters where the config has none, with the
+      `partial_rotary_factor` only if heads need not rotate as a whole.
     types: The rope types that the architecture has, of those known here.
   """
-  rope_type, parameters = _parameters(c, theta)
+  rope_type, parameters = parameters_of(c, rope)
   if rope_type not in types:
     yield f'rope type {rope_type!r} is not supported, only {" or ".join(types)}'
     return
   if not is_kind(parameters['rope_theta'], POSITIVE):
     yield f'rope_theta={parameters["rope_theta"]!r:.80} is no {POSITIVE.rule}'
-  if (fraction := parameters.get(_FRACTION, 1)) != 1:
+  fraction = parameters.get(_FRACTION, 1)
+  is_partial = _FRACTION in rope and is_kind(fraction, POSITIVE)
+  if not is_partial and fraction != 1:
     yield f'{_FRACTION}={fraction!r:.80} is not supported, only 1'
   known_parameters = _TYPES[rope_type]
   for name, value in parameters.items():
@@ -103,15 +109,17 @@ def problems(c: Values, theta: float, types: tuple[str, ...]) -> Iterator[str]:
     yield f'rope type {rope_type!r} lacks {missing}'
 
 
-def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
+def rotary(
+  c: Values, rope: Mapping[str, Any] = ROPE, *, interleaved: bool = False
+) -> Rotary:
   """The positions for values without problems.
 
   Args:
     c: The values of config.json.
-    theta: The base where the config has none.
+    rope: The parameters where the config has none.
     interleaved: Whether the pairs that rotate are neighbours.
   """
-  rope_type, parameters = _parameters(c, theta)
+  rope_type, parameters = parameters_of(c, rope)
   scaling: dict[str, Any] = {}
   for name, kind in _TYPES[rope_type].items():
     if isinstance(value := parameters.get(name), list):
@@ -124,32 +132,23 @@ def rotary(c: Values, theta: float, *, interleaved: bool = False) -> Rotary:
   return Rotary(
     theta=float(parameters['rope_theta']),
     interleaved=interleaved,
+    fraction=float(parameters.get(_FRACTION, 1)),
     scaling=SCALINGS.get(name)(**scaling),
   )
 
 
 def rope_parameters(positions: Positions) -> dict[str, Any]:
-  """The value of `rope_parameters` for positions.
-
-  Raises:
-    ValueError: Queries and keys do not rotate.
-  """
+  """The value of `rope_parameters` for positions; the default's for others."""
   if not isinstance(positions, Rotary):
-    raise InputError(
-      f'its positions are {type(positions).__name__}, not rotary'
-    )
-  if positions.fraction != 1:
-    raise InputError(
-      f'positions.fraction={positions.fraction}: there whole heads rotate'
-    )
+    positions = Rotary()
   name = SCALINGS.name_of(positions.scaling)
-  rope_type = 'default' if name == 'none' else name
-  if rope_type not in _TYPES:
-    raise InputError(f'rotary positions have scaling {name!r}')
+  rope_type = name if name in _TYPES else 'default'
   parameters: dict[str, Any] = {
     'rope_type': rope_type,
     'rope_theta': positions.theta,
   }
+  if positions.fraction != 1:
+    parameters[_FRACTION] = positions.fraction
   for key in _TYPES[rope_type]:
     value = getattr(positions.scaling, _option(key))
     # 0 stands for a value that follows from others.
@@ -158,9 +157,15 @@ def rope_parameters(positions: Positions) -> dict[str, Any]:
   return parameters
 
 
-def _parameters(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
-  """The rope type, and its parameters that are not null."""
+def parameters_of(
+  c: Values, rope: Mapping[str, Any] = ROPE
+) -> tuple[str, dict[str, Any]]:
+  """The rope type, and its parameters that are not null; see `rotary`."""
+  theta, fraction = rope['rope_theta'], rope.get(_FRACTION)
   parameters = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+  if c.rope_parameters is None and c.rope_scaling is None:
+    beside = ('rope_theta', _FRACTION)
+    parameters = {key: v for key, v in rope.items() if key not in beside}
   old_type = parameters.pop('type', 'default')
   rope_type = str(parameters.pop('rope_type', old_type))
   parameters = {
@@ -168,7 +173,7 @@ def _parameters(c: Values, theta: float) -> tuple[str, dict[str, Any]]:
   }
   for name, value in (
     ('rope_theta', c.rope_theta or theta),
-    (_FRACTION, c.partial_rotary_factor),
+    (_FRACTION, c.partial_rotary_factor or fraction),
   ):
     if value is not None:
       parameters.setdefault(name, value)

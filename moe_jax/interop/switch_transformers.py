@@ -169,8 +169,6 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   if not o.has_encoder:
     raise InputError('it has no encoder')
   encoder = o.encoder_half()
-  if not o.has_experts and not encoder.has_experts:
-    raise InputError('it is dense; Switch has experts')
   sparse = dict(encoder=encoder.sparse, decoder=o.sparse)
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():
@@ -242,17 +240,19 @@ def _stack(half: str) -> dict[str, tuple[Name, ...]]:
   return {path: (name,) for path, name in names.items()}
 
 
-ARCHITECTURE = Architecture(
-  model_type='switch_transformers',
-  classes=(
-    'SwitchTransformersForConditionalGeneration',
-    'SwitchTransformersModel',
+ARCHITECTURES = (
+  Architecture(
+    model_type='switch_transformers',
+    classes=(
+      'SwitchTransformersForConditionalGeneration',
+      'SwitchTransformersModel',
+    ),
+    keys=KEYS,
+    problems=problems,
+    options=options,
+    describe=describe,
+    suits=lambda o: o.has_encoder and isinstance(o.positions, Relative),
+    fills_gaps=True,
+    names={**embedding_tables(), **_stack('encoder'), **_stack('decoder')},
   ),
-  keys=KEYS,
-  problems=problems,
-  options=options,
-  describe=describe,
-  suits=lambda o: o.has_encoder and isinstance(o.positions, Relative),
-  fills_gaps=True,
-  names={**embedding_tables(), **_stack('encoder'), **_stack('decoder')},
 )

@@ -128,20 +128,13 @@ def test_the_score_of_a_source_is_that_of_a_run_on_it_alone(tmp_path):
 
 
 def test_told_answers_are_counted_in_percent():
-  questions = [data.Question('q', target) for target in ('x', 'y', 'x', 'z')]
   pairs = [
-    by_source.Pair(np.zeros(1, np.int32), 'q', question.target)
-    for question in questions
+    by_source.Pair(np.zeros(1, np.int32), 'q', target, 'a')
+    for target in ('x', 'y', 'x', 'z')
   ]
-  scores = by_source.Scores(
-    types.SimpleNamespace(data=data.DataOptions()),
-    {'a': questions},
-    {'a': []},
-    {'a': pairs},
-    None,
-    lambda _: ['x', 'y', 'y', ' z '],
-  )
-  assert scores({}, 0)['a'] == 75
+  answers = ['x', 'y', 'y', ' z ']
+  scores = by_source.text_scores(pairs, answers, {'a': 'exact_match'})
+  assert scores == {'a': 75}
 
 
 def test_a_task_without_pairs():

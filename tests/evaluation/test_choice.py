@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -40,6 +41,16 @@ def placing(batch_size):
   return Placing(sharding, batch_size, microbatches=batch_size)
 
 
+def likelihoods_of(model, examples, layout, tasks=()):
+  """The likelihoods of examples, each of which is a question's one answer."""
+  setting = types.SimpleNamespace(model=model, batch_size=2, put=placing(2))
+  questions = [types.SimpleNamespace(examples=[e]) for e in examples]
+  variables = {'params': tiny.params_of(model)}
+  return np.concatenate(
+    choice.log_likelihoods(setting, variables, questions, layout, tasks)
+  )
+
+
 def padded(rows, length):
   tokens = np.zeros((len(rows), length), np.int32)
   mask = np.zeros_like(tokens)
@@ -65,14 +76,7 @@ def by_loop(logits, starts, targets):
 def test_log_likelihoods_of_a_decoder():
   model = tiny.build(ALL)
   params, examples = tiny.params_of(model), make_examples()
-  log_likelihoods = choice.log_likelihoods(
-    model,
-    {'params': params},
-    examples,
-    DecoderLayout(tiny.T),
-    batch_size=2,
-    put=placing(2),
-  )
+  log_likelihoods = likelihoods_of(model, examples, DecoderLayout(tiny.T))
   token_rows = [np.concatenate(example) for example in examples]
   tokens, mask = padded(token_rows, tiny.T)
   logits, _ = tiny.apply(model)(params, tokens, mask)
@@ -87,9 +91,7 @@ def test_log_likelihoods_of_an_encoder_decoder():
   model = tiny.build(ALL, kind='encoder_decoder', positions=Relative())
   params, examples = tiny.params_of(model), make_examples()
   layout = EncoderDecoderLayout(8, 6, START)
-  log_likelihoods = choice.log_likelihoods(
-    model, {'params': params}, examples, layout, batch_size=2, put=placing(2)
-  )
+  log_likelihoods = likelihoods_of(model, examples, layout)
   inputs, inputs_mask = padded([e.inputs for e in examples], 8)
   shifted = [np.append(START, e.targets[:-1]) for e in examples]
   tokens, mask = padded(shifted, 6)
@@ -104,21 +106,14 @@ def test_log_likelihoods_of_examples_of_several_tasks():
   options = dataclasses.replace(tiny.options(moe), num_tasks=2)
   model, tasks = options.build(), [0, 1, 1, 0, 1]
 
-  def likelihoods_of(task_ids):
-    return choice.log_likelihoods(
-      model,
-      {'params': tiny.params_of(model)},
-      make_examples(),
-      DecoderLayout(tiny.T),
-      batch_size=2,
-      put=placing(2),
-      task_ids=task_ids,
-    )
+  def of_tasks(task_ids):
+    layout = DecoderLayout(tiny.T)
+    return likelihoods_of(model, make_examples(), layout, task_ids)
 
-  by_task = np.stack([likelihoods_of([0] * 5), likelihoods_of([1] * 5)])
+  by_task = np.stack([of_tasks([0] * 5), of_tasks([1] * 5)])
   assert (np.abs(by_task[0] - by_task[1]) > 1e-2).all()
   np.testing.assert_allclose(
-    likelihoods_of(tasks), by_task[tasks, range(5)], rtol=1e-5
+    of_tasks(tasks), by_task[tasks, range(5)], rtol=1e-5
   )
 
 
@@ -211,7 +206,7 @@ def test_examples_are_other_ones_each_time_and_spread(bench):
   row = measure(variables, 7)
   assert (row['shots'], row['cut_items'], row['items']) == (5 / 3, 0, 3)
   limited = bench.choice(source=source, num_items=2)
-  assert [item.prompt for item in limited.items] == ['q0', 'q1']
+  assert [q.item.prompt for q in limited.questions] == ['q0', 'q1']
 
 
 def test_without_overrides_nothing_is_dropped(bench):

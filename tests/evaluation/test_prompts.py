@@ -41,7 +41,7 @@ def test_a_language_model_goes_on_from_the_prompt():
   encoded = asker(30)(SUM, SHOTS)
   prompt = '2+2=4\n\n3+3=6\n\n1+1='
   assert texts(encoded) == [(prompt, '1'), (prompt, '2'), (prompt, '33')]
-  assert encoded[1:] == (2, False)
+  assert encoded[1:3] == (2, False)
 
 
 def test_pairs_are_inputs_and_targets_that_end():
@@ -70,11 +70,11 @@ def test_an_example_does_not_take_the_room_of_an_answer():
   long_item = SUM._replace(answers=('1', '2' * 15))
   encoded = asker(21)(long_item, SHOTS[1:])
   assert texts(encoded)[1] == ('1+1=', '2' * 15)
-  assert encoded[1:] == (0, False)
-  assert asker(25)(long_item, SHOTS[1:])[1:] == (1, False)
+  assert encoded[1:3] == (0, False)
+  assert asker(25)(long_item, SHOTS[1:])[1:3] == (1, False)
   # A decoder of 5 cuts the answer with and without the example before it.
   layout = EncoderDecoderLayout(20, 5, EOS)
-  assert pairs_asker(layout)(long_item, SHOTS[1:])[1:] == (1, True)
+  assert pairs_asker(layout)(long_item, SHOTS[1:])[1:3] == (1, True)
 
 
 def test_a_prompt_that_is_too_long_keeps_what_matters():
@@ -83,7 +83,7 @@ def test_a_prompt_that_is_too_long_keeps_what_matters():
   # If the answer continues the prompt, a cut prompt keeps its end: 7 tokens
   # less those of the answer.
   assert texts(encoded) == [('defgh=', 'x'), ('efgh=', 'yz')]
-  assert encoded[1:] == (0, True)
+  assert encoded[1:3] == (0, True)
   # An encoder's prompt keeps its beginning and gets an end of text, as in
   # training; answers lose their end.
   encoded = pairs_asker(EncoderDecoderLayout(5, 2, EOS))(long_item, SHOTS)

@@ -22,7 +22,8 @@ advance = jax.jit(beams.advance)
 
 
 def start(width, length):
-  return beams.first_search(np.array([7]), (), width, length)
+  tokens = np.zeros((1, length), np.int32)
+  return beams.first_search(np.array([7]), tokens, 0, width)
 
 
 def step(search, probs, stops=(), penalty=1.0):

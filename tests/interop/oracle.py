@@ -5,25 +5,17 @@ import pathlib
 import numpy as np
 import pytest
 
+from moe_jax.interop import ARCHITECTURES
+
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
 B, S, T, N = 3, 11, 7, 9
 
 CLASSES = {
-  'gpt_oss': transformers.GptOssForCausalLM,
-  'granitemoe': transformers.GraniteMoeForCausalLM,
-  'deepseek_v2': transformers.DeepseekV2ForCausalLM,
-  'deepseek_v3': transformers.DeepseekV3ForCausalLM,
-  'mixtral': transformers.MixtralForCausalLM,
-  'nllb-moe': transformers.NllbMoeForConditionalGeneration,
-  'olmoe': transformers.OlmoeForCausalLM,
-  'phimoe': transformers.PhimoeForCausalLM,
-  'qwen2_moe': transformers.Qwen2MoeForCausalLM,
-  'qwen3_moe': transformers.Qwen3MoeForCausalLM,
-  'switch_transformers': (
-    transformers.SwitchTransformersForConditionalGeneration
-  ),
+  model_type: getattr(transformers, architecture.classes[0])
+  for model_type, architecture in ARCHITECTURES.items()
+  if not architecture.needs_code
 }
 _DECODER = dict(
   vocab_size=53,

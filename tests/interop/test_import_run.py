@@ -444,7 +444,7 @@ def test_what_transformers_has_no_model_of(tmp_path):
   ):
     assert part in message
   moe = dict(num_experts=0, layers='none')
-  assert 'it is dense; Mixtral has experts' in refusal(tmp_path, moe=moe)
+  assert 'it is dense; mixtral has experts' in refusal(tmp_path, moe=moe)
   assert not (tmp_path / 'out').exists()
 
 
