@@ -186,12 +186,7 @@ def chosen(collections) -> jax.Array:
     (index,) = router['expert_index']  # [G, S, K]
     return jax.nn.one_hot(index.reshape(-1, K), E).sum(1) > 0
   (slots,) = router['slots']
-  G, S = len(slots.token_index), slots.group_size
-  mask = jnp.zeros((G, S, E), bool)
-  groups = jnp.arange(G)[:, None, None]
-  experts = jnp.arange(E)[None, :, None]
-  mask = mask.at[groups, slots.token_index, experts].set(True, mode='drop')
-  return mask.reshape(-1, E)
+  return slots.slot_shares().any(-1).reshape(-1, E)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:

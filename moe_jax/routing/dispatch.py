@@ -3,7 +3,6 @@
 All are equal in value and gradient on the same routing. The rows of `gather`
 and `einsum` are `[E, R, M]`, R for each expert. Those of `sorted_rows` are
 `[N, M]`, sorted by expert, as many of each as `routing.rows_per_expert()` says.
-`rows.py` decides the token in each row.
 """
 
 import functools
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import InputError
-from moe_jax.routing.assignments import TokenRouting
-from moe_jax.routing.rows import Rows, without_nan
+from moe_jax.routing.assignments import Routing
+from moe_jax.routing.rows import decided, stable_argsort, without_nan
 from moe_jax.routing.soft_rule import AnyRouting
 from moe_jax.shapes import Array, Float, Int32, checked
 
@@ -66,42 +65,38 @@ def _back_by_masks(
 
 @checked
 def _to_slots(
-  x: Float[Array, 'G S M'], routing: TokenRouting
+  x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'E R M']:
   """The rows of `einsum`, by index: O(S K M) per group.
 
   Raises:
     ValueError: The routing has no capacity.
   """
-  return _take(x, routing.slot_rows())
+  return _take(x, slot_rows(routing))
 
 
 @checked
 def _from_slots(
-  rows: Float[Array, 'E R M'], routing: TokenRouting
+  rows: Float[Array, 'E R M'], routing: Routing
 ) -> Float[Array, 'G S M']:
   """The rows back; raises ValueError for a routing without a capacity."""
-  return _give_back(rows, routing.slot_rows(), routing.group_size)
+  return _give_back(rows, slot_rows(routing), routing)
 
 
 @checked
 def _to_sorted(
-  x: Float[Array, 'G S M'], routing: TokenRouting
+  x: Float[Array, 'G S M'], routing: Routing
 ) -> Float[Array, 'N M']:
-  """Rows sorted by expert, an expert's in the order of the tokens.
-
-  N is the most there can be, min(G * S * K, E * G * C), and rows that no choice
-  has are zero. Where experts choose, N = E * G * C, in the order of slots.
-  """
-  return _take(x, routing.sorted_rows())
+  """Rows sorted by expert; those that no choice has are zero, and last."""
+  return _take(x, rows_by_expert(routing))
 
 
 @checked
 def _from_sorted(
-  rows: Float[Array, 'N M'], routing: TokenRouting
+  rows: Float[Array, 'N M'], routing: Routing
 ) -> Float[Array, 'G S M']:
   """The weighted sum of each token's rows."""
-  return _give_back(rows, routing.sorted_rows(), routing.group_size)
+  return _give_back(rows, rows_by_expert(routing), routing)
 
 
 # The readable reference, as GShard prints it (https://arxiv.org/abs/2006.16668,
@@ -122,30 +117,94 @@ def _check_rows(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     )
 
 
+class Rows(NamedTuple):
+  """The token and the choice in each row, and the row of each choice.
+
+  N = G * S are the tokens of all groups, and P the choices of a routing.
+
+  Attributes:
+    token: int32 [*R], the token in each row, in [0, N); N in an empty row.
+    choice: int32 [*R], the choice in each row, in [0, P); P in an empty row.
+    row: int32, the row of each choice, counted over all rows; the number of
+      rows for a choice that has none. [N, K] where tokens choose, [P] where
+      experts do.
+    gate: float32, the weight of each choice, of the shape of `row`.
+  """
+
+  token: Array
+  choice: Array
+  row: Array
+  gate: Array
+
+
+@jax.named_scope('index')
+def slot_rows(routing: Routing) -> Rows:
+  """The rows [E, R] of slots, R = G * C: group after group for each expert.
+
+  Raises:
+    ValueError: There is no capacity.
+  """
+  G, E, C = len(routing.gate), routing.num_experts, routing.bounded()
+  group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
+  row = (routing.expert_index * G + group) * C + routing.slot
+  row = jnp.where(routing.kept, row, E * G * C)
+  choice = jnp.arange(row.size, dtype=jnp.int32)
+  empty = jnp.full(E * G * C, row.size, jnp.int32)
+  placed = empty.at[row.reshape(-1)].set(choice, mode='drop')
+  return _rows(routing, decided(placed.reshape(E, G * C)), row)
+
+
+@jax.named_scope('index')
+def rows_by_expert(routing: Routing) -> Rows:
+  """The rows [N] sorted by expert, an expert's in the order of the choices.
+
+  N is the most there can be, min(P, E * G * C) of P choices; rows past those
+  that are kept are empty.
+  """
+  P, E = routing.gate.size, routing.num_experts
+  N = P
+  if routing.capacity is not None:
+    N = min(P, E * len(routing.gate) * routing.capacity)
+  choice = stable_argsort(routing.server.reshape(-1), E + 1)[:N]
+  number = jnp.arange(N, dtype=jnp.int32)
+  choice = decided(jnp.where(number < routing.kept.sum(), choice, P))
+  row = jnp.full(P, N, jnp.int32).at[choice].set(number, mode='drop')
+  return _rows(routing, choice, decided(row))
+
+
+def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
+  """The rows of which `choice` and `row` tell each other's places."""
+  G, S, gate = len(routing.gate), routing.group_size, routing.gate
+  if routing.token_index is None:
+    shape, token = (G * S, -1), choice // gate.shape[-1]
+  else:
+    first = S * jnp.arange(G, dtype=jnp.int32)[:, None, None]
+    tokens = (first + routing.token_index).reshape(-1)
+    shape, token = (-1,), jnp.append(tokens, jnp.int32(G * S))[choice]
+  return Rows(token, choice, row.reshape(shape), gate.reshape(shape))
+
+
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
   """The token in each row; zero in an empty one."""
-  x = x.reshape(rows.num_tokens, x.shape[-1])
-  if rows.by_token:
+  x = x.reshape(-1, x.shape[-1])
+  if rows.row.ndim == 2:
     return take_tokens(x, rows.choice, rows.row)
-  return _take_any(x, rows.token, rows.num_tokens)
+  return _take_any(x, rows.token, len(x))
 
 
 def _give_back(
-  values: Float[Array, '*R M'], rows: Rows, group_size: int
+  values: Float[Array, '*R M'], rows: Rows, routing: Routing
 ) -> Float[Array, 'G S M']:
   """The sum of each token's rows, weighted by its gates."""
   _check_rows(values.shape, rows.token.shape)
-  if rows.by_token:
+  shape = len(routing.gate), routing.group_size, values.shape[-1]
+  if rows.row.ndim == 2:
     y: Array = _sum_choices(values, rows.gate, rows.choice, rows.row)
   else:
-    gate = rows.gate.reshape(rows.token.shape)
-    if rows.choice is not None and rows.row is not None:
-      # A permutation: its gradient is a gather, too.
-      gate = take_tokens(
-        rows.gate.reshape(-1, 1), rows.choice, rows.row[:, None]
-      )[:, 0]
-    y = _sum_rows(values, gate, rows.token, rows.num_tokens)
-  return y.reshape(-1, group_size, y.shape[-1])
+    # A permutation, whose gradient is a gather, too.
+    gate = take_tokens(rows.gate[:, None], rows.choice, rows.row[:, None])
+    y = _sum_rows(values, gate[..., 0], rows.token, shape[0] * shape[1])
+  return y.reshape(shape)
 
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
