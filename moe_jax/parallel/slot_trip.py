@@ -169,7 +169,7 @@ class SlotTrip:
     """The choices for which the exchange has room."""
     if self.exchange.capacity_fraction == 1.0 or not self.layout.exchanged:
       return sent
-    if not isinstance(sent, Routing):
+    if not (isinstance(sent, Routing) and sent.token_index is None):
       raise InputError(
         f'exchange.capacity_fraction={self.exchange.capacity_fraction} would '
         'always drop tokens where experts choose, as these fill all their '

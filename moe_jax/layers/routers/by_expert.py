@@ -79,7 +79,7 @@ def taken_by(
 
 def slot_aux(
   module: Router,
-  chosen: routing.SlotRouting,
+  chosen: routing.Routing,
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
@@ -94,7 +94,7 @@ def slot_aux(
       'z_loss': over_groups(routing.z_loss(logits, mask), mask),
       'importance_loss': over_groups(importance, mask),
     },
-    stats=routing.slot_stats(chosen, logits, mask, K),
+    stats=routing.routing_stats(chosen, logits, mask, K),
   )
 
 

@@ -109,7 +109,7 @@ class SoftRouter(Router):
     w = scale * of_unit_length(w, 0)
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
-    stats = routing.mixture_stats(chosen.token_gates(), mask, K)
+    stats = routing.routing_stats(chosen, None, mask, K)
     return chosen, routing.empty_aux(E, K)._replace(stats=stats)
 
 
