@@ -103,11 +103,11 @@ class Trip(NamedTuple):
     if self.traffic is not None:
       lengths = self.num_rows, len(self.source)
       rows = move(rows, self.traffic, True, lengths, self.axes)
-    return take_tokens(rows, self.source, self.target[:, None])
+    return take_tokens(rows, self.source, self.target[:, None], len(rows))
 
   def to_groups(self, rows: Float[Array, 'R M']) -> Float[Array, 'N M']:
     """Undoes `to_experts`; rows of other devices' experts are zero."""
-    rows = take_tokens(rows, self.target, self.source[:, None])
+    rows = take_tokens(rows, self.target, self.source[:, None], len(rows))
     if self.traffic is None:
       return rows
     lengths = self.num_rows, len(self.source)

@@ -16,7 +16,7 @@ from moe_jax.errors import InputError
 from moe_jax.routing.assignments import Routing
 from moe_jax.routing.rows import decided, stable_argsort, without_nan
 from moe_jax.routing.soft_rule import AnyRouting
-from moe_jax.shapes import Array, Float, Int32, checked
+from moe_jax.shapes import Array, Float, Int32, Leaf, checked
 
 
 class Dispatcher(NamedTuple):
@@ -131,10 +131,10 @@ class Rows(NamedTuple):
     gate: float32, the weight of each choice, of the shape of `row`.
   """
 
-  token: Array
-  choice: Array
-  row: Array
-  gate: Array
+  token: Leaf
+  choice: Leaf
+  row: Leaf
+  gate: Leaf
 
 
 @jax.named_scope('index')
@@ -187,9 +187,7 @@ def _rows(routing: Routing, choice: Array, row: Array) -> Rows:
 def _take(x: Float[Array, 'G S M'], rows: Rows) -> Float[Array, '*R M']:
   """The token in each row; zero in an empty one."""
   x = x.reshape(-1, x.shape[-1])
-  if rows.row.ndim == 2:
-    return take_tokens(x, rows.choice, rows.row)
-  return _take_any(x, rows.token, len(x))
+  return take_tokens(x, rows.token, rows.row, len(x))
 
 
 def _give_back(
@@ -198,13 +196,90 @@ def _give_back(
   """The sum of each token's rows, weighted by its gates."""
   _check_rows(values.shape, rows.token.shape)
   shape = len(routing.gate), routing.group_size, values.shape[-1]
-  if rows.row.ndim == 2:
-    y: Array = _sum_choices(values, rows.gate, rows.choice, rows.row)
-  else:
-    # A permutation, whose gradient is a gather, too.
-    gate = take_tokens(rows.gate[:, None], rows.choice, rows.row[:, None])
-    y = _sum_rows(values, gate[..., 0], rows.token, shape[0] * shape[1])
+  y: Array = _sum_rows(values, rows, shape[0] * shape[1])
   return y.reshape(shape)
+
+
+# A row holds at most one choice, and a choice at most one row, so that gates
+# and their gradients are gathered. Where tokens choose, all else is gathered,
+# too, as each token has K choices; where experts choose, a token has any number
+# of rows. The way back is then a sum into tokens, a scatter-add: its cost grows
+# with the rows, where that of a list of each token's rows would grow with the
+# experts.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take_tokens(
+  x: Float[Array, 'N M'],
+  token: Int32[Array, '*R'],
+  row: Int32[Array, 'N K'] | Int32[Array, ' P'],
+  num_tokens: int,
+) -> Float[Array, '*R M']:
+  """The token in each row; zero in an empty row.
+
+  Args:
+    x: The tokens.
+    token: The token in each row; N in an empty one.
+    row: The row of each choice, as in `Rows`, for the gradient.
+    num_tokens: N.
+  """
+  del row, num_tokens
+  return _take_or_zero(x, token)
+
+
+def _take_tokens_fwd(x, token, row, num_tokens):
+  rows = take_tokens(x, token, row, num_tokens)
+  return rows, (None if row.ndim == 2 else token, row)
+
+
+def _take_tokens_bwd(num_tokens, saved, d_rows):
+  token, row = saved
+  if row.ndim == 2:
+    d_rows = d_rows.reshape(-1, d_rows.shape[-1])  # [R, M]
+    return _take_or_zero(d_rows, row).sum(-2), None, None
+  return _sum_into_tokens(d_rows, token, num_tokens), None, None
+
+
+take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_rows(
+  values: Float[Array, '*R M'], rows: Rows, num_tokens: int
+) -> Float[Array, 'N M']:
+  """Each token's rows, weighted by the gates and summed."""
+  gate = rows.gate[..., None].astype(values.dtype)
+  if rows.row.ndim == 2:
+    flat = values.reshape(-1, values.shape[-1])  # [R, M]
+    return (gate * _take_or_zero(flat, rows.row)).sum(-2)
+  weighted = _take_or_zero(gate, rows.choice) * values
+  return _sum_into_tokens(weighted, rows.token, num_tokens)
+
+
+def _sum_rows_fwd(values, rows, num_tokens):
+  return _sum_rows(values, rows, num_tokens), (values, rows)
+
+
+def _sum_rows_bwd(num_tokens, saved, dy):
+  del num_tokens
+  values, (token, choice, row, gate) = saved
+  # Both gradients come from the rows of dy: to take the rows of experts again
+  # would move as many bytes once more.
+  row_dy = _take_or_zero(dy, token)  # [*R, M]
+  d_row_gate = jnp.einsum(
+    '...M,...M->...',
+    values,
+    row_dy,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+  d_gate = _take_or_zero(d_row_gate.reshape(-1), row).astype(gate.dtype)
+  row_gate = _take_or_zero(gate.reshape(-1), choice)[..., None]
+  d_rows = row_gate.astype(dy.dtype) * row_dy
+  return d_rows, Rows(None, None, None, d_gate)
+
+
+_sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 
 def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
@@ -214,139 +289,8 @@ def _take_or_zero(x: Float[Array, 'N *M'], index: Int32[Array, '*R']):
   return jnp.take(x, index, axis=0, mode='clip')
 
 
-def _products(
-  rows: Float[Array, '*R M'], others: Float[Array, '*R M']
-) -> Array:
-  """The product of each row with the other one, in float32."""
-  return jnp.einsum(
-    '...M,...M->...',
-    rows,
-    others,
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
-
-
-# Where tokens choose, a row holds at most one choice of a token and a choice at
-# most one row, so that both directions and both gradients are gathers; none is
-# a scatter-add.
-
-
-@jax.custom_vjp
-def take_tokens(
-  x: Float[Array, 'N M'],
-  choice_index: Int32[Array, '*R'],
-  row_index: Int32[Array, 'N K'],
-) -> Float[Array, '*R M']:
-  """The token behind the choice in each row; zero in an empty row.
-
-  Args:
-    x: The tokens.
-    choice_index: The choice in each row, counted over the N * K choices of all
-      tokens; N * K in an empty row.
-    row_index: The row of each choice, counted over all R rows; R for a choice
-      that has none.
-  """
-  return _take_or_zero(x, choice_index // row_index.shape[-1])
-
-
-def _take_tokens_fwd(x, choice_index, row_index):
-  return take_tokens(x, choice_index, row_index), row_index
-
-
-def _take_tokens_bwd(row_index, d_rows):
-  d_rows = d_rows.reshape(-1, d_rows.shape[-1])  # [R, M]
-  return _take_or_zero(d_rows, row_index).sum(-2), None, None
-
-
-take_tokens.defvjp(_take_tokens_fwd, _take_tokens_bwd)
-
-
-@jax.custom_vjp
-def _sum_choices(
-  rows: Float[Array, '*R M'],
-  gate: Float[Array, 'N K'],
-  choice_index: Int32[Array, '*R'],
-  row_index: Int32[Array, 'N K'],
-) -> Float[Array, 'N M']:
-  """Each token's rows, weighted by the gates and summed over its choices.
-
-  The indices are those of `take_tokens`.
-  """
-  flat = rows.reshape(-1, rows.shape[-1])  # [R, M]
-  choice_rows = _take_or_zero(flat, row_index)  # [N, K, M]
-  return (gate[..., None].astype(rows.dtype) * choice_rows).sum(-2)
-
-
-def _sum_choices_fwd(rows, gate, choice_index, row_index):
-  y = _sum_choices(rows, gate, choice_index, row_index)
-  return y, (rows, gate, choice_index, row_index)
-
-
-def _sum_choices_bwd(saved, dy):
-  rows, gate, choice_index, row_index = saved
-  # Both gradients come from the rows of dy: to take the rows of experts again
-  # would move as many bytes once more.
-  row_dy = _take_or_zero(dy, choice_index // gate.shape[-1])  # [*R, M]
-  d_row_gate = _products(rows, row_dy)
-  d_gate = _take_or_zero(d_row_gate.reshape(-1), row_index)  # [N, K]
-  row_gate = _take_or_zero(gate.reshape(-1), choice_index)[..., None]
-  d_rows = row_gate.astype(dy.dtype) * row_dy
-  return d_rows, d_gate.astype(gate.dtype), None, None
-
-
-_sum_choices.defvjp(_sum_choices_fwd, _sum_choices_bwd)
-
-
-# Where experts choose, a token has any number of rows. The way back is a sum
-# into tokens, a scatter-add: its cost grows with the rows, where that of a list
-# of each token's rows would grow with the experts. Sums are float32.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _take_any(x, token, num_tokens):
-  """The token in each row; zero where its index is N, `num_tokens`."""
-  del num_tokens
-  return _take_or_zero(x, token)
-
-
-def _take_any_bwd(num_tokens, token, d_rows):
-  return _sum_into_tokens(d_rows, token, num_tokens), None
-
-
-_take_any.defvjp(
-  lambda x, token, n: (_take_any(x, token, n), token), _take_any_bwd
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _sum_rows(
-  rows: Float[Array, '*R M'],
-  gate: Float[Array, '*R'],
-  token: Int32[Array, '*R'],
-  num_tokens: int,
-) -> Float[Array, 'N M']:
-  """Each token's rows, weighted by the gates and summed; N: an empty row."""
-  weighted = gate[..., None].astype(rows.dtype) * rows
-  return _sum_into_tokens(weighted, token, num_tokens)
-
-
-def _sum_rows_fwd(rows, gate, token, num_tokens):
-  return _sum_rows(rows, gate, token, num_tokens), (rows, gate, token)
-
-
-def _sum_rows_bwd(num_tokens, saved, dy):
-  del num_tokens
-  rows, gate, token = saved
-  d_weighted = _take_or_zero(dy, token)
-  d_rows = gate[..., None].astype(dy.dtype) * d_weighted
-  return d_rows, _products(rows, d_weighted).astype(gate.dtype), None
-
-
-_sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
-
-
 def _sum_into_tokens(rows, token, num_tokens):
+  """The sum of each token's rows, in float32."""
   total = jnp.zeros((num_tokens, rows.shape[-1]), jnp.float32)
   total = total.at[token].add(rows.astype(jnp.float32), mode='drop')
   return total.astype(rows.dtype)

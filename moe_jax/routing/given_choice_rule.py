@@ -230,8 +230,8 @@ def queue_slots(
   if slot_priority != 'token_major':
     expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
     queued = queued.swapaxes(1, 2)
-  # The sort costs an eighth of the sum's time on a CPU at E=64, and as much at
-  # E=8; elsewhere sorts are slow.
+  # On a CPU the sort takes an eighth of the sum's time at E=64, and as much at
+  # E=8.
   places = functools.partial(
     jax.lax.platform_dependent,
     cpu=functools.partial(places_by_sort, num_experts=E),
