@@ -43,7 +43,6 @@ from moe_jax.data.pipeline import spread
 from moe_jax.layers.routers import StrictlyBalanced
 from moe_jax.layers.routers.contract import ROUTING
 from moe_jax.models import LstmLm
-from moe_jax.routing import Routing
 from moe_jax.runs.summary import Batch
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -185,10 +184,10 @@ def chosen(collections) -> jax.Array:
     if 'moe' in value
   )
   (routing,) = router[ROUTING]
-  if isinstance(routing, Routing):
+  if routing.token_index is None:
     index = routing.expert_index.reshape(-1, K)
     return jax.nn.one_hot(index, E).sum(1) > 0
-  return routing.slot_mask().any(-1).reshape(-1, E)
+  return routing.slot_shares().any(-1).reshape(-1, E)
 
 
 def agreement(one: jax.Array, other: jax.Array) -> jax.Array:

@@ -41,7 +41,6 @@ from moe_jax.layers.routers import TokenChoice as TokenChoice
 from moe_jax.layers.routers.contract import Sizes as Sizes
 from moe_jax.routing import MoeAux as MoeAux
 from moe_jax.routing import Routing as Routing
-from moe_jax.routing import SlotRouting as SlotRouting
 from moe_jax.routing import dispatch as dispatch
 from moe_jax.routing.capacity import All as All
 from moe_jax.routing.capacity import Fixed as Fixed

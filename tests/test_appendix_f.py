@@ -12,7 +12,7 @@ from experiments import shazeer_appendix_f
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.positions import NoPositions
 from moe_jax.layers.routers import StrictlyBalanced
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import Routing
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 from tests.models.tiny import B, T
@@ -43,7 +43,7 @@ def test_choices_of_experts_are_a_mask():
   index[0, 4] = [2, 0]
   index[1, 4] = [1, 3]
   index[1, 9] = [1, 2]
-  slots = SlotRouting(jnp.array(index, jnp.int32), jnp.ones((2, E, 2)), 3)
+  slots = Routing.of_slots(jnp.array(index, jnp.int32), jnp.ones((2, E, 2)), 3)
   mask = np.asarray(shazeer_appendix_f.chosen(sown(slots)))
   assert mask.shape == (6, E)
   rows, experts = np.nonzero(mask)

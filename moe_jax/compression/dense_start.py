@@ -25,12 +25,12 @@ from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models import Model, flat_trees
 from moe_jax.models.layer_trees import numbers_of
-from moe_jax.routing import TokenRouting
+from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
 
 def gate_sums(
-  routing: TokenRouting,
+  routing: Routing,
 ) -> tuple[Float[Array, ' E'], Float[Array, ' E']]:
   """The sum of each expert's gates, and the number of tokens it serves."""
   gates = routing.token_gates()

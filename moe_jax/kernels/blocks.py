@@ -75,11 +75,6 @@ class Block(NamedTuple):
     return ((row >= self.first_own) & (row < self.stop))[:, None]
 
 
-def full_block_rows(num_rows: int, num_experts: int) -> int:
-  """The number of rows of a full block: the last of `block_sizes`."""
-  return block_sizes(num_rows, num_experts)[-1]
-
-
 def block_sizes(num_rows: int, num_experts: int) -> list[int]:
   """The sizes that a first block can have, ascending; the last is a full block.
 

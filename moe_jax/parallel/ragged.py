@@ -71,10 +71,12 @@ class RaggedExchange(Options):
     with jax.named_scope('exchange'):
       plan = plan_of(layout, N, sizes, bound)
       rows = travel(rows, True)
-      rows = take_tokens(rows, plan.source, plan.target[:, None])
+      rows = take_tokens(rows, plan.source, plan.target[:, None], len(rows))
     outputs = experts(rows, plan.local_sizes)
     with jax.named_scope('exchange'):
-      outputs = take_tokens(outputs, plan.target, plan.source[:, None])
+      outputs = take_tokens(
+        outputs, plan.target, plan.source[:, None], len(outputs)
+      )
       return travel(outputs, False), plan.overflow
 
   def bound(self, num_rows: int) -> int:

@@ -149,7 +149,7 @@ def _on_devices(function, layout, in_specs, out_specs):
 
 def _with_room(sent: AnyRouting, exchange: Exchange) -> Routing:
   """The choices of a device for which the exchange has room, in one queue."""
-  if not isinstance(sent, Routing):
+  if not (isinstance(sent, Routing) and sent.token_index is None):
     raise InputError(
       f'exchange.capacity_fraction={exchange.capacity_fraction} would always '
       'drop tokens where experts choose, as these fill all their slots; use '

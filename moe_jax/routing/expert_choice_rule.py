@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing.assignments import SlotRouting
+from moe_jax.routing.assignments import Routing
 from moe_jax.routing.capacity import check_slots
 from moe_jax.routing.rows import decided
-from moe_jax.shapes import Array, Bool, Float, Int32, checked
+from moe_jax.shapes import Array, Bool, Float, Float32, Int32, checked
 
 
 @checked
@@ -22,7 +22,7 @@ def expert_choice(
   capacity: int,
   mask: Bool[Array, 'G S'] | None = None,
   taken_by: Bool[Array, 'G S E'] | None = None,
-) -> SlotRouting:
+) -> Routing:
   """Gives each expert the C tokens of its group with the largest probability.
 
   Probabilities are the softmax over experts; a picked token's probability is
@@ -42,27 +42,40 @@ def expert_choice(
 
   Source: Section 3.2 of arXiv:2202.09368.
   """
-  S, C = router_logits.shape[1], capacity
-  check_slots(C, S)
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
-  logits = router_logits.astype(jnp.float32)
-  probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
-  share = shares(mask.sum(-1, dtype=jnp.int32), S, C)[:, None, None]
-  may_take = mask[:, None]
+  may_take = mask[..., None]
   if taken_by is not None:
-    may_take = may_take & taken_by.swapaxes(1, 2)  # [G, E, S]
-    num_allowed = may_take.sum(-1, keepdims=True, dtype=jnp.int32)
-    share = jnp.minimum(share, num_allowed)
+    may_take = may_take & taken_by
+  S = router_logits.shape[1]
+  check_slots(capacity, S)
+  share = shares(mask.sum(-1, dtype=jnp.int32), S, capacity)
+  logits = router_logits.astype(jnp.float32)
+  return likeliest_tokens(logits, may_take, share, capacity)
+
+
+def likeliest_tokens(
+  logits: Float32[Array, 'G S E'],
+  may_take: Bool[Array, 'G S #E'],
+  most: Int32[Array, ' G'],
+  capacity: int,
+) -> Routing:
+  """Gives each expert the tokens of largest probability that it may take.
+
+  In each group it takes `most` of them, or all if there are fewer; ties go to
+  the earlier token.
+  """
+  S = logits.shape[1]
+  probs = jax.nn.softmax(logits).swapaxes(1, 2)  # [G, E, S]
+  may_take = may_take.swapaxes(1, 2)
   scores = jnp.where(may_take, jax.lax.stop_gradient(probs), -1.0)
-  index = decided(jax.lax.top_k(scores, C)[1])  # [G, E, C]
-  filled = jnp.arange(C, dtype=jnp.int32)[None, None] < share
+  index = decided(jax.lax.top_k(scores, capacity)[1])  # [G, E, C]
+  allowed = may_take.sum(-1, keepdims=True, dtype=jnp.int32)
+  slot = jnp.arange(capacity, dtype=jnp.int32)[None, None]
+  filled = slot < jnp.minimum(most[:, None, None], allowed)
   gate = jnp.take_along_axis(probs, index, axis=2, mode='clip')
-  return SlotRouting(
-    token_index=jnp.where(filled, index, S),
-    gate=jnp.where(filled, gate, 0.0),
-    group_size=S,
-  )
+  gate = jnp.where(filled, gate, 0.0)
+  return Routing.of_slots(jnp.where(filled, index, S), gate, S)
 
 
 def shares(

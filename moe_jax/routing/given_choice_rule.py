@@ -5,7 +5,7 @@ does whoever imposes choices on a router: a recorded routing, or a balanced one.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,30 +42,14 @@ class GivenChoices(NamedTuple):
 
 
 @checked
-def even_choice(
-  expert_index: Int32[Array, 'G S K'],
-  *,
-  num_experts: int,
-  capacity: int | None,
-  mask: Bool[Array, 'G S'] | None = None,
-  slot_priority: str = 'token_major',
-  given: GivenChoices | None = None,
-) -> Routing:
+def even_choice(expert_index: Int32[Array, 'G S K'], **queue: Any) -> Routing:
   """Serves choices that were made without logits: every gate is 1/K.
 
   A dropped choice has gate 0, which no other choice makes up for. Arguments
   and errors are those of `given_choice`.
   """
   gate = jnp.full(expert_index.shape, 1 / expert_index.shape[-1], jnp.float32)
-  return given_choice(
-    expert_index,
-    gate,
-    num_experts=num_experts,
-    capacity=capacity,
-    mask=mask,
-    slot_priority=slot_priority,
-    given=given,
-  )
+  return given_choice(expert_index, gate, **queue)
 
 
 @checked
@@ -246,7 +230,14 @@ def queue_slots(
   if slot_priority != 'token_major':
     expert_index = expert_index.swapaxes(1, 2)  # [G, K, S]
     queued = queued.swapaxes(1, 2)
-  slot = jax.vmap(functools.partial(_queue_places, num_experts=E))(
+  # On a CPU the sort takes an eighth of the sum's time at E=64, and as much at
+  # E=8.
+  places = functools.partial(
+    jax.lax.platform_dependent,
+    cpu=functools.partial(places_by_sort, num_experts=E),
+    default=functools.partial(places_by_sum, num_experts=E),
+  )
+  slot = jax.vmap(places)(
     expert_index.reshape(G, S * K), queued.reshape(G, S * K)
   )
   if slot_priority == 'token_major':
@@ -258,22 +249,13 @@ def queue_slots(
   return slot
 
 
-def _queue_places(
-  expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
-) -> Int32[Array, ' N']:
-  """The number of queued choices of the same expert before each; else 0."""
-  return jax.lax.platform_dependent(
-    expert,
-    queued,
-    cpu=functools.partial(places_by_sort, num_experts=num_experts),
-    default=functools.partial(places_by_sum, num_experts=num_experts),
-  )
-
-
 def places_by_sum(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """The places in queues as a sum over one-hot vectors."""
+  """The number of queued choices of the same expert before each; else 0.
+
+  It is a sum over one-hot vectors.
+  """
   choice = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
   choice = jnp.where(queued[:, None], choice, 0)  # [N, E]
   return jnp.maximum((jnp.cumsum(choice, 0) * choice).sum(-1) - 1, 0)
@@ -282,11 +264,7 @@ def places_by_sum(
 def places_by_sort(
   expert: Int32[Array, ' N'], queued: Bool[Array, ' N'], num_experts: int
 ) -> Int32[Array, ' N']:
-  """The places in queues by one sort, whose cost does not grow with E.
-
-  On a CPU it takes an eighth of the time of the sum at E=64, and as much at
-  E=8.
-  """
+  """The numbers of `places_by_sum`, by one sort: its cost has no factor E."""
   key = jnp.where(queued, expert, num_experts)
   order = stable_argsort(key, num_experts + 1)
   sorted_key = key[order]

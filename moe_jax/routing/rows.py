@@ -1,10 +1,4 @@
-"""The token in each row of the experts, for both kinds of routing.
-
-A dispatcher puts tokens for the experts into rows: `[E, R]`, R for each expert,
-or `[N]`, sorted by expert.
-"""
-
-from typing import NamedTuple
+"""What rules and dispatchers share: names, masked values, an order."""
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +9,6 @@ from moe_jax.shapes import Array, Bool, Float, Int32, Leaf
 
 # The name under which a remat policy finds the routers' decisions.
 DECISION = 'routing'
-
-
-class Rows(NamedTuple):
-  """The token and the choice in each row, and the row of each choice.
-
-  A choice is one of a token's K where tokens choose experts, and a slot of an
-  expert where experts choose tokens.
-
-  Attributes:
-    token: int32 [*R], the token in each row, counted over the G * S tokens of
-      all groups; G * S in an empty row.
-    choice: int32 [*R], the choice in each row, counted over the choices of
-      `gate`; the number of choices in an empty row. None: row i has choice i.
-    row: int32, of the shape of `gate`, the row of each choice, counted over all
-      rows; the number of rows for a choice that has none. None: choice i has
-      row i.
-    gate: float32, the weight of each choice: [N, K] where tokens choose, [P]
-      for the P slots where experts choose.
-    num_tokens: N = G * S, the number of tokens.
-  """
-
-  token: Array
-  choice: Array | None
-  row: Array | None
-  gate: Array
-  num_tokens: int
-
-  @property
-  def by_token(self) -> bool:
-    """Whether tokens choose, so that each has K choices with a row or none."""
-    return self.gate.ndim == 2
 
 
 def decided(index: Leaf) -> Leaf:

@@ -17,16 +17,16 @@ which training has made to agree with the mask. A token has any number of
 experts, or none; its gates are renormalised over those it has.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignments import SlotRouting
+from moe_jax.routing.assignments import Routing
 from moe_jax.routing.capacity import check_selected, check_slots
-from moe_jax.routing.expert_choice_rule import expert_choice
-from moe_jax.routing.rows import decided
+from moe_jax.routing.expert_choice_rule import expert_choice, likeliest_tokens
 from moe_jax.routing.token_choice_rule import at_choices, choose
 from moe_jax.shapes import Array, Bool, Float32, Int32, PRNGKey, checked
 
@@ -189,7 +189,7 @@ def batchwise_choice(
   *,
   num_selected: int,
   mask: Bool[Array, 'G S'],
-) -> SlotRouting:
+) -> Routing:
   """The batchwise mask: each expert takes m = ceil(K S / E) tokens.
 
   Each group is a batch of its own. In a padded group of n real tokens it is
@@ -211,7 +211,7 @@ def threshold_choice(
   *,
   capacity: int,
   mask: Bool[Array, 'G S'],
-) -> SlotRouting:
+) -> Routing:
   """The threshold mask: experts take tokens with gates above their threshold.
 
   Where these are more than an expert has slots, it takes the largest gates;
@@ -219,28 +219,19 @@ def threshold_choice(
 
   Source: Eq. 19 of arXiv:1701.06538.
   """
-  S = router_logits.shape[1]
+  G, S, _ = router_logits.shape
   check_slots(capacity, S)
-  probs = jax.nn.softmax(router_logits).swapaxes(1, 2)  # [G, E, S]
-  above = (probs > thresholds[None, :, None]) & mask[:, None]
-  scores = jnp.where(above, jax.lax.stop_gradient(probs), -1.0)
-  index = decided(jax.lax.top_k(scores, capacity)[1])  # [G, E, C]
-  filled = jnp.take_along_axis(above, index, axis=2)
-  gate = jnp.take_along_axis(probs, index, axis=2)
-  return _renormalized(
-    SlotRouting(
-      token_index=jnp.where(filled, index, S),
-      gate=jnp.where(filled, gate, 0.0),
-      group_size=S,
-    )
-  )
+  above = jax.nn.softmax(router_logits) > thresholds[None, None]
+  above = above & mask[..., None]
+  most = jnp.full(G, capacity, jnp.int32)
+  return _renormalized(likeliest_tokens(router_logits, above, most, capacity))
 
 
 @checked
 def batchwise_loss(
   router_logits: Float32[Array, 'G S E'],
   thresholds: Float32[Array, ' E'],
-  chosen: SlotRouting,
+  chosen: Routing,
   mask: Bool[Array, 'G S'],
 ) -> Float32[Array, ' G']:
   """sum_i (threshold mask - batchwise mask)_i * (gate_i - T_i), over experts i.
@@ -266,14 +257,12 @@ def batchwise_loss(
   return jnp.where(mask, per_token, 0.0).sum(-1) / real
 
 
-def _renormalized(chosen: SlotRouting) -> SlotRouting:
+def _renormalized(chosen: Routing) -> Routing:
   """The same choices with gates that sum to one over each token's experts."""
   G = len(chosen.gate)
   group = jnp.arange(G, dtype=jnp.int32)[:, None, None]
   total = jnp.zeros((G, chosen.group_size), jnp.float32)
-  total = total.at[group, chosen.token_index].add(chosen.gate, mode='drop')
-  divisor = total.at[group, chosen.token_index].get(mode='fill', fill_value=1.0)
-  gate = jnp.where(
-    chosen.filled, chosen.gate / jnp.where(divisor > 0, divisor, 1.0), 0
-  )
-  return SlotRouting(chosen.token_index, gate, chosen.group_size)
+  total = total.at[group, chosen.token].add(chosen.gate, mode='drop')
+  divisor = total.at[group, chosen.token].get(mode='fill', fill_value=1.0)
+  gate = chosen.gate / jnp.where(divisor > 0, divisor, 1.0)
+  return dataclasses.replace(chosen, gate=jnp.where(chosen.kept, gate, 0.0))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing.assignments import TokenChoices, TokenRouting
+from moe_jax.routing.assignments import Routing, TokenChoices
 from moe_jax.routing.rows import decided
 from moe_jax.shapes import Array, Bool, Float32, Int32, Leaf, checked
 
@@ -57,18 +57,9 @@ class SoftRouting:
     return self.gate.shape[2]
 
   @property
-  def capacity(self) -> int:
-    """C, the number of slots of an expert in each group."""
-    return self.gate.shape[3]
-
-  @property
   def group_size(self) -> int:
     """S, the number of tokens in a group."""
     return self.gate.shape[1]
-
-  def slot_mask(self) -> Bool[Array, 'G S E C']:
-    """Whether a part of each token is in each slot."""
-    return self.share > 0
 
   def slot_shares(self) -> Float32[Array, 'G S E C']:
     """The part of each token in each slot."""
@@ -108,7 +99,7 @@ class SoftRouting:
 
 
 # All routings that a router returns; a dispatch by slots takes them.
-AnyRouting = TokenRouting | SoftRouting
+AnyRouting = Routing | SoftRouting
 
 
 @checked

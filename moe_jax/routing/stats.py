@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Num
 
 from moe_jax.errors import InputError
-from moe_jax.routing.assignments import Routing, SlotRouting
 from moe_jax.routing.aux_losses import load_per_expert
+from moe_jax.routing.soft_rule import AnyRouting, SoftRouting
 from moe_jax.shapes import Array, Bool, Float32, Leaf, checked
 
 
@@ -68,95 +68,63 @@ def drop_rate(stats: RoutingStats) -> tuple[Leaf, Leaf]:
 
 @checked
 def routing_stats(
-  routing: Routing,
+  routing: AnyRouting,
   router_logits: Float32[Array, 'G S E'] | None,
   mask: Bool[Array, 'G S'],
+  num_selected: int | None = None,
 ) -> RoutingStats:
-  """The statistics of one routing; nothing in it carries a gradient."""
-  routing = jax.lax.stop_gradient(routing)
-  E = routing.num_experts
-  choice_mask = mask[..., None]  # [G, S, 1]
-  if routing.capacity is None:
-    full = jnp.zeros_like(routing.kept)
+  """The statistics of one routing; nothing in it carries a gradient.
+
+  Where experts choose, nothing is dropped, and padding has no slot. A soft
+  mixture divides a token's K choices by its gates, which are the router's
+  probabilities.
+
+  Args:
+    routing: The routing.
+    router_logits: The logits that it follows; None if there are none, or if it
+      is soft.
+    mask: False for padding.
+    num_selected: K, the length of `overflowed` and `unsent`; None where tokens
+      choose, whose choices tell it.
+  """
+  routing, real = jax.lax.stop_gradient(routing), mask[..., None]
+  K = routing.gate.shape[-1] if num_selected is None else num_selected
+  E, overflowed = routing.num_experts, jnp.zeros((K,), jnp.float32)
+  unsent = overflowed
+  if isinstance(routing, SoftRouting):
+    gate = routing.token_gates()
+    router_logits = jnp.log(jnp.maximum(gate, 1e-30))
+    load = kept_load = K * jnp.where(real, gate, 0.0).sum((0, 1))
+  elif routing.token_index is not None:
+    index = routing.expert_index
+    load = kept_load = load_per_expert(index, routing.kept, E).sum(0)
+    group = jnp.arange(len(mask))[:, None, None]
+    is_taken = jnp.zeros(mask.shape, bool)
+    is_taken = is_taken.at[group, routing.token].set(True, mode='drop')
+    lost = (mask & ~is_taken).sum().astype(jnp.float32)
+    overflowed = jnp.broadcast_to(lost, (K,))
   else:
-    full = routing.slot >= routing.capacity
-  unsent = choice_mask & ~routing.kept & ~full
+    load = load_per_expert(routing.expert_index, real, E).sum(0)
+    kept_load = load_per_expert(routing.expert_index, routing.kept, E).sum(0)
+    full = jnp.zeros_like(routing.kept)
+    if routing.capacity is not None:
+      full = routing.slot >= routing.capacity
+    overflowed = (real & full).sum((0, 1)).astype(jnp.float32)
+    unsent = (real & ~routing.kept & ~full).sum((0, 1)).astype(jnp.float32)
+  zero = entropy = square = jnp.zeros((), jnp.float32)
+  if router_logits is not None:
+    router_logits = jax.lax.stop_gradient(router_logits)
+    entropy = jnp.where(mask, token_entropy(router_logits), zero).sum()
+    square = jnp.where(mask, token_square(router_logits), zero).sum()
   return RoutingStats(
-    tokens=mask.sum().astype(jnp.float32),
-    load=load_per_expert(routing.expert_index, choice_mask, E).sum(0),
-    kept_load=load_per_expert(routing.expert_index, routing.kept, E).sum(0),
-    overflowed=(choice_mask & full).sum((0, 1)).astype(jnp.float32),
-    unsent=unsent.sum((0, 1)).astype(jnp.float32),
-    **_logit_sums(router_logits, mask),
+    mask.sum().astype(jnp.float32),
+    load,
+    kept_load,
+    overflowed,
+    unsent,
+    entropy,
+    square,
   )
-
-
-@checked
-def slot_stats(
-  routing: SlotRouting,
-  router_logits: Float32[Array, 'G S E'],
-  mask: Bool[Array, 'G S'],
-  num_selected: int,
-) -> RoutingStats:
-  """The statistics of a routing where experts choose, and so drop nothing.
-
-  Args:
-    routing: The routing, in which padding has no slot.
-    router_logits: The logits that the routing follows.
-    mask: False for padding.
-    num_selected: K, the length of `overflowed` and `unsent`.
-  """
-  G, S = mask.shape
-  group = jnp.arange(G)[:, None, None]
-  covered = jnp.zeros((G, S), bool)
-  covered = covered.at[group, routing.token_index].set(True, mode='drop')
-  num_lost = (mask & ~covered).sum().astype(jnp.float32)
-  load = routing.filled.sum((0, 2)).astype(jnp.float32)
-  return RoutingStats(
-    tokens=mask.sum().astype(jnp.float32),
-    load=load,
-    kept_load=load,
-    overflowed=jnp.broadcast_to(num_lost, (num_selected,)),
-    unsent=jnp.zeros((num_selected,), jnp.float32),
-    **_logit_sums(router_logits, mask),
-  )
-
-
-@checked
-def mixture_stats(
-  gate: Float32[Array, 'G S E'], mask: Bool[Array, 'G S'], num_selected: int
-) -> RoutingStats:
-  """The statistics of a soft mixture, which divides a token's K choices.
-
-  Args:
-    gate: The weight of each expert, which sum to 1; the router's probabilities.
-    mask: False for padding.
-    num_selected: K.
-  """
-  gate = jax.lax.stop_gradient(gate)
-  load = num_selected * jnp.where(mask[..., None], gate, 0.0).sum((0, 1))
-  zeros = jnp.zeros((num_selected,), jnp.float32)
-  return RoutingStats(
-    tokens=mask.sum().astype(jnp.float32),
-    load=load,
-    kept_load=load,
-    overflowed=zeros,
-    unsent=zeros,
-    **_logit_sums(jnp.log(jnp.maximum(gate, 1e-30)), mask),
-  )
-
-
-def _logit_sums(router_logits, mask) -> dict[str, Array]:
-  zero = jnp.zeros((), jnp.float32)
-  if router_logits is None:
-    return {'entropy': zero, 'logit_square': zero}
-  router_logits = jax.lax.stop_gradient(router_logits)
-  entropy = token_entropy(router_logits)
-  square = token_square(router_logits)
-  return {
-    'entropy': jnp.where(mask, entropy, zero).sum(),
-    'logit_square': jnp.where(mask, square, zero).sum(),
-  }
 
 
 def token_entropy(

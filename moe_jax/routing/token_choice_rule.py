@@ -8,7 +8,7 @@ function. The noise of Shazeer et al. 2017 is in `shazeer_rules.py`.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,14 +112,25 @@ def token_choice(
   """
   E, K = router_logits.shape[-1], num_selected
   check_capacity(capacity)
-  _check(
-    slot_priority,
-    second_threshold,
-    num_experts=E,
-    num_selected=K,
-    gates=gates,
-    second_policy=second_policy,
+  for name, value, allowed in (
+    ('gates', gates, GATES),
+    ('slot_priority', slot_priority, SLOT_PRIORITIES),
+    ('second_policy', second_policy, SECOND_POLICIES),
+  ):
+    if value not in allowed:
+      raise unknown(name, value, allowed)
+  problems = list(
+    choice_problems(
+      num_experts=E,
+      num_selected=K,
+      gates=gates,
+      second_policy=second_policy,
+    )
   )
+  if second_policy == 'threshold' and not 0 < second_threshold <= 1:
+    problems.append(f'second_threshold={second_threshold} not in (0, 1]')
+  if problems:
+    raise InputError('; '.join(problems))
   router_logits = router_logits.astype(jnp.float32)
   if mask is None:
     mask = jnp.ones(router_logits.shape[:2], bool)
@@ -154,12 +165,17 @@ def choice_slots(
   given: GivenChoices | None = None,
 ) -> tuple[Int32[Array, 'G S K'], Bool[Array, 'G S K']]:
   """The slot of each choice, and whether it is served; see `token_choice`."""
-  sent = order = None
-  if key is not None and second_policy != 'all' and expert_index.shape[-1] > 1:
-    pair_gate = jax.nn.softmax(at_choices(router_logits, expert_index))
-    sent = decided(_sent(pair_gate, second_policy, second_threshold, key))
+  K, sent, order = expert_index.shape[-1], None, None
+  if key is not None and second_policy != 'all' and K > 1:
+    share = jax.nn.softmax(at_choices(router_logits, expert_index))
+    scale = 2.0 if second_policy == 'sampled' else 1.0 / second_threshold
+    draw = jax.random.uniform(key, share.shape)
+    first = jnp.arange(K) == 0
+    sent = decided(first[None, None] | (scale * share > draw))
   if slot_priority == 'batch_priority':
-    order = jnp.argsort(-_top_probability(router_logits))
+    # By the largest probability, chosen or not; its logarithm orders as well.
+    logits = jax.lax.stop_gradient(router_logits)
+    order = jnp.argsort(jax.nn.logsumexp(logits, axis=-1) - logits.max(-1))
   return queue_choices(
     expert_index,
     mask,
@@ -221,38 +237,6 @@ def choice_problems(
       f"num_selected={K}, but second_policy='sampled' is defined for 2; have "
       "'all', 'threshold'"
     )
-
-
-def _check(slot_priority: str, second_threshold: float, **sizes: Any) -> None:
-  """Raises ValueError where an argument of `token_choice` is wrong."""
-  values = {'slot_priority': slot_priority, **sizes}
-  for name, allowed in (
-    ('gates', GATES),
-    ('slot_priority', SLOT_PRIORITIES),
-    ('second_policy', SECOND_POLICIES),
-  ):
-    if values[name] not in allowed:
-      raise unknown(name, values[name], allowed)
-  problems = list(choice_problems(**sizes))
-  if values['second_policy'] == 'threshold' and not 0 < second_threshold <= 1:
-    problems.append(f'second_threshold={second_threshold} not in (0, 1]')
-  if problems:
-    raise InputError('; '.join(problems))
-
-
-def _sent(pair_gate, policy, threshold, key):
-  """Whether each choice is sent; the first always is. bool [G, S, K]."""
-  scale = 2.0 if policy == 'sampled' else 1.0 / threshold
-  draw = jax.random.uniform(key, pair_gate.shape)
-  first = jnp.arange(pair_gate.shape[-1]) == 0
-  return first[None, None] | (scale * pair_gate > draw)
-
-
-def _top_probability(router_logits):
-  """The logarithm of each token's largest probability, chosen or not."""
-  router_logits = jax.lax.stop_gradient(router_logits)
-  normalizer = jax.nn.logsumexp(router_logits, axis=-1)
-  return router_logits.max(-1) - normalizer  # [G, S]
 
 
 @checked

@@ -159,7 +159,7 @@ def test_rows_where_experts_choose(mover):
 
 def mask_bytes(routing, choices):
   """Bytes of einsum's mask, one for each token, choice and slot."""
-  mask = jax.eval_shape(lambda routing: routing.slot_mask(), routing)
+  mask = jax.eval_shape(lambda routing: routing.slot_shares(), routing)
   return choices * math.prod(mask.shape)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import kernels, routing
 from moe_jax.kernels.grouped_products import check_shapes
-from moe_jax.routing import Routing, SlotRouting
+from moe_jax.routing import Routing
 from moe_jax.routing.dispatch import einsum, gather, sorted_rows
 from tests.bad_inputs.cases import Case, check
 
@@ -27,7 +27,7 @@ CHOSEN = Routing(
   num_experts=E,
   capacity=C,
 )
-SLOTS = SlotRouting(
+SLOTS = Routing.of_slots(
   token_index=jnp.zeros((G, E, C), jnp.int32),
   gate=jnp.ones((G, E, C)),
   group_size=S,
@@ -66,7 +66,7 @@ CASES = [
     (
       'slots of others',
       X,
-      dataclasses.replace(SLOTS, group_size=6),
+      dataclasses.replace(SLOTS, num_tokens=6),
       ('S=6', '(2, 7, 8)'),
     ),
     (

@@ -128,7 +128,7 @@ def test_groups_and_widths_of_several_blocks(name, shape, group_sizes):
 
 
 def test_those_sizes_are_of_several_blocks():
-  assert 2 * blocks.full_block_rows(1100, 3) < 1061
+  assert 2 * blocks.block_sizes(1100, 3)[-1] < 1061
   sizes = np.array([140, 600, 520])
   tiles = megablox.tiling(140, 2, (600, 520), 512)
   assert (sizes > tiles).all() and (sizes % tiles).all()

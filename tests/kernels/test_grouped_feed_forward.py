@@ -176,7 +176,7 @@ def test_blocks_cover_each_row_once_and_no_idle_expert(group_sizes, num_rows):
   )(jnp.array(group_sizes, jnp.int32))
   n = sum(group_sizes)
   np.testing.assert_array_equal(coverage[:, 0], [1] * n + [0] * (num_rows - n))
-  full = blocks.full_block_rows(num_rows, 4)
+  full = blocks.block_sizes(num_rows, 4)[-1]
   np.testing.assert_array_equal(visits, [-(-g // full) for g in group_sizes])
   # Sizes of such small blocks are multiples of 8, so that an expert with rows
   # wastes less than 8.

@@ -1,4 +1,4 @@
-"""The two views of a routing have the same contents."""
+"""A routing has the same contents, whether tokens or experts choose."""
 
 import functools
 
@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing import Routing, SlotRouting, token_choice
+from moe_jax.routing import Routing, token_choice
+from moe_jax.routing.dispatch import rows_by_expert, slot_rows
 
 G, S, E, K, C = 2, 7, 5, 3, 4
 
@@ -32,7 +33,7 @@ def by_slot(routing):
   for g, s, k in np.argwhere(routing.kept):
     e, c = routing.expert_index[g, s, k], routing.slot[g, s, k]
     token[g, e, c], gate[g, e, c] = s, routing.gate[g, s, k]
-  return SlotRouting(jnp.asarray(token, jnp.int32), jnp.asarray(gate), S)
+  return Routing.of_slots(jnp.asarray(token, jnp.int32), jnp.asarray(gate), S)
 
 
 def test_a_routing_carries_its_sizes_through_jit_as_python_ints():
@@ -58,20 +59,19 @@ def test_both_views_answer_alike():
   slots = by_slot(routing)
   for name in ('num_experts', 'capacity', 'group_size'):
     assert getattr(routing, name) == getattr(slots, name)
-  names = 'slot_mask', 'slot_weights', 'token_gates', 'rows_per_expert'
+  names = 'slot_shares', 'slot_weights', 'token_gates', 'rows_per_expert'
   calls = jax.jit(lambda view: {name: getattr(view, name)() for name in names})
   token_view, slot_view = calls(routing), calls(slots)
   for name in names:
     np.testing.assert_array_equal(
       token_view[name], slot_view[name], err_msg=name
     )
-  for name in ('slot_rows', 'sorted_rows'):
-    one, other = getattr(routing, name)(), getattr(slots, name)()
-    assert (one.by_token, other.by_token) == (True, False)
-    assert one.num_tokens == other.num_tokens == G * S
+  for rows_of in (slot_rows, rows_by_expert):
+    one, other = rows_of(routing), rows_of(slots)
+    assert (one.row.shape, other.row.shape) == ((G * S, K), (G * E * C,))
     served = np.sum(routing.kept)
     rows, others = np.asarray(one.token), np.asarray(other.token)
-    if name == 'slot_rows':
+    if rows_of is slot_rows:
       assert rows.shape == others.shape == (E, G * C)
       np.testing.assert_array_equal(rows, others)
     else:  # Rows without any token are last, and their numbers differ.
@@ -97,7 +97,7 @@ def test_choices_by_token():
   expected = np.float32([[0.6, 0.4], [0, 0.3], [0, 0]])
   np.testing.assert_array_equal(chosen.gate[0], expected)
   # Expert 1 takes tokens 2 and 0, expert 0 token 0; slots of 3 are empty.
-  slots = SlotRouting(
+  slots = Routing.of_slots(
     jnp.asarray([[[0, 3], [2, 0]]], jnp.int32),
     jnp.asarray([[[0.2, 0], [0.3, 0.4]]], jnp.float32),
     3,
@@ -111,7 +111,7 @@ def test_choices_by_token():
 
 def test_rows_and_choices_point_at_each_other():
   routing = by_token()
-  for rows in (routing.slot_rows(), routing.sorted_rows()):
+  for rows in (slot_rows(routing), rows_by_expert(routing)):
     token = np.asarray(rows.token).reshape(-1)
     choice = np.asarray(rows.choice).reshape(-1)
     row = np.asarray(rows.row).reshape(-1)
@@ -124,7 +124,9 @@ def test_rows_and_choices_point_at_each_other():
     )
 
 
-@pytest.mark.parametrize('name', ['slot_mask', 'slot_weights', 'slot_rows'])
-def test_unbounded_experts_have_no_slots(name):
+@pytest.mark.parametrize(
+  'ask', [Routing.slot_shares, Routing.slot_weights, slot_rows]
+)
+def test_unbounded_experts_have_no_slots(ask):
   with pytest.raises(ValueError, match=r'capacity=None.*All\(\)'):
-    getattr(by_token(capacity=None), name)()
+    ask(by_token(capacity=None))

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from moe_jax.routing import expert_choice
+from moe_jax.routing import expert_choice, routing_stats
 from moe_jax.routing.expert_choice_rule import shares
-from moe_jax.routing.stats import slot_stats
 from tests import reference
 
 G, S, E, C = 2, 7, 5, 3
@@ -21,7 +20,7 @@ compiled = jax.jit(
   ),
   static_argnums=2,
 )
-stats_of = jax.jit(slot_stats, static_argnums=3)
+stats_of = jax.jit(routing_stats, static_argnums=3)
 softmax = jax.jit(jax.nn.softmax)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.routing import Routing, token_choice
-from moe_jax.routing.dispatch import sorted_rows
+from moe_jax.routing.dispatch import rows_by_expert, sorted_rows
 
 
 def test_three_tokens_by_hand():
@@ -102,4 +102,4 @@ def test_rows_of_an_expert_are_in_the_order_of_the_tokens(num_experts):
     capacity=None,
   )
   order = np.argsort(np.asarray(expert).reshape(-1), kind='stable')
-  np.testing.assert_array_equal(routing.sorted_rows().token, order)
+  np.testing.assert_array_equal(rows_by_expert(routing).token, order)

@@ -14,7 +14,6 @@ from moe_jax.routing import (
   routing_stats,
   token_choice,
 )
-from moe_jax.routing.stats import slot_stats
 from tests import reference
 
 G, S, E = 2, 7, 5
@@ -136,7 +135,7 @@ def test_the_drop_rate_where_experts_choose_is_of_tokens_that_none_took():
   @jax.jit
   def rates(logits, mask):
     routing = expert_choice(logits, capacity=1)
-    return drop_rate(slot_stats(routing, logits, mask, 3))
+    return drop_rate(routing_stats(routing, logits, mask, 3))
 
   logits = jnp.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]])
   by_rank, overall = rates(logits, jnp.ones((1, 4), bool))

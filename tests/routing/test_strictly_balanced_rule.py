@@ -91,7 +91,7 @@ def test_gates_and_loss_are_those_of_the_book():
   chosen = batchwise(args[0], K, jnp.asarray(mask))
   threshold_routing = threshold(*args, S, jnp.asarray(mask))
   loss = np.asarray(loss_of(*args, chosen, jnp.asarray(mask)))
-  filled = np.asarray(chosen.filled)
+  filled = np.asarray(chosen.kept)
   for g in range(G):
     real = mask[g].sum()
     m = K * real // E  # a whole number here: 6 of eight tokens, 3 of four
@@ -126,7 +126,7 @@ def test_thresholds_learn_the_mask():
     losses.append(float(loss))
   assert losses[0] > 0.1 and losses[-1] < 1e-3 and min(losses) >= 0
   threshold_routing = threshold(logits, thresholds, 64, mask)
-  filled = np.asarray(threshold_routing.filled)
+  filled = np.asarray(threshold_routing.kept)
   np.testing.assert_allclose(filled[0].sum(-1), 16, atol=1)
 
 

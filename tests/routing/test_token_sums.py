@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
-from moe_jax.routing import SlotRouting, expert_choice
+from moe_jax.routing import Routing, expert_choice
 from tests import reference
 from tests.routing.movers import MOVERS, both_directions, group_sizes
 
@@ -25,7 +25,7 @@ def by_hand(seed):
   index = [[rng.permutation(S)[:C] for _ in range(E)] for _ in range(G)]
   index = np.where(rng.random((G, E, C)) < 0.3, S, index)
   gate = rng.normal(size=index.shape) * (rng.random(index.shape) < 0.8)
-  return SlotRouting(
+  return Routing.of_slots(
     jnp.asarray(index, jnp.int32),
     jnp.asarray(np.where(index < S, gate, 0), jnp.float32),
     S,
@@ -41,7 +41,7 @@ def arrays(seed, dtype=jnp.float32):
 
 def slot_of_row(routing):
   """The filled slots' indices in [E, G, C], in the order of sorted rows."""
-  filled = np.asarray(routing.filled).swapaxes(0, 1).reshape(-1)
+  filled = np.asarray(routing.kept).swapaxes(0, 1).reshape(-1)
   slots = np.flatnonzero(filled)
   empty = [filled.size] * (filled.size - len(slots))
   return np.append(slots, empty).astype(np.int32)
@@ -67,7 +67,7 @@ def check(routing, case, names=tuple(MOVERS), **tolerance):
 def test_three_tokens_by_hand(name):
   # Expert 0 takes tokens 2 and 0; expert 1 takes only token 2, in its second
   # slot; no expert takes token 1.
-  routing = SlotRouting(
+  routing = Routing.of_slots(
     token_index=jnp.array([[[2, 0], [3, 2]]], jnp.int32),
     gate=jnp.array([[[0.75, 0.5], [0.0, 0.25]]]),
     group_size=3,
@@ -93,7 +93,7 @@ def test_what_expert_choice_makes():
   mask = np.arange(S) < np.array([[5], [S]])
   route = jax.jit(functools.partial(expert_choice, capacity=C))
   routing = route(logits.astype(np.float32), mask=mask)
-  assert not np.all(routing.filled)
+  assert not np.all(routing.kept)
   check(routing, arrays(1), rtol=1e-5, atol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_nothing_grows_with_the_experts_but_what_the_rows_do(name):
   # E * C is equal for few experts and for many, and so is the size of the
   # largest array.
   def largest(E):
-    routing = SlotRouting(
+    routing = Routing.of_slots(
       jnp.zeros((G, E, 64 // E), jnp.int32), jnp.zeros((G, E, 64 // E)), 33
     )
     mover = MOVERS[name]

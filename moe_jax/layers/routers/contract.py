@@ -155,7 +155,7 @@ class RouterOptions(Options):
 
   Attributes:
     by_expert: Whether the tokens of an expert are not K choices of each token:
-      experts choose tokens, and the module returns a `SlotRouting`, or every
+      experts choose tokens, and the module returns `Routing.of_slots`, or every
       expert serves all tokens (`mixes`).
     mixes: Whether experts take mixtures of all tokens of a group, so that the
       module returns a `SoftRouting`. No causal model can have it, and a group
@@ -347,8 +347,8 @@ def _check_result(router: Router, result: Any, mask: Array) -> None:
     and isinstance(result[1], MoeAux)
   ):
     raise InputError(
-      f'{name}.route returned {type_text(result)}; a Router returns (Routing, '
-      'SlotRouting or SoftRouting, MoeAux)'
+      f'{name}.route returned {type_text(result)}; a Router returns '
+      '(Routing or SoftRouting, MoeAux)'
     )
   chosen, aux = result
   if chosen.num_experts != E:

@@ -86,7 +86,7 @@ class SoftRouter(contract.Router):
     w = scale * of_unit_length(w, 0)
     logits = jnp.einsum('GSM,MEC->GSEC', x, w, precision='highest')
     chosen = soft_routing(logits, mask)
-    stats = routing.mixture_stats(chosen.token_gates(), mask, K)
+    stats = routing.routing_stats(chosen, None, mask, K)
     return chosen, routing.MoeAux({}, stats, routing.no_exchange())
 
 

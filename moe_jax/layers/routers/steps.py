@@ -205,7 +205,7 @@ def choice_aux(
 
 def slot_aux(
   module: contract.Router,
-  chosen: routing.SlotRouting,
+  chosen: routing.Routing,
   logits: Float32[Array, 'G S E'],
   mask: Bool[Array, 'G S'],
 ) -> routing.MoeAux:
@@ -216,7 +216,7 @@ def slot_aux(
     'z_loss': over_groups(routing.z_loss(logits, mask), mask),
     'importance_loss': over_groups(importance, mask),
   }
-  stats = routing.slot_stats(chosen, logits, mask, module.sizes.num_selected)
+  stats = routing.routing_stats(chosen, logits, mask, module.sizes.num_selected)
   return routing.MoeAux(losses, stats, routing.no_exchange())
 
 

@@ -146,7 +146,7 @@ def test_factor_one_for_each_of_two_choices_is_the_papers_two():
     capacity=PerAssignment(factor=1.0),
   )
   assert chosen.capacity == 2 * S // 4
-  assert chosen.filled.sum() == 2 * G * S
+  assert chosen.kept.sum() == 2 * G * S
 
 
 def test_an_encoder_has_tables_of_its_own():
