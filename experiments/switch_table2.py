@@ -108,7 +108,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     half, run.options.model.width, size, E
   )
   tokens = size * run.options.data.seq_len
-  for layer in run.model.sparse_layers:
+  for layer in run.model.stacks.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
     numbers[f'routing/layer_{layer}/moved'] = 4 * E * exchange_bytes / tokens
   return numbers

@@ -15,10 +15,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from moe_jax.models import Model
-from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
-from moe_jax.models.parameter_trees import init_params
 from moe_jax.models.recorded import Apply, plainly
+from moe_jax.models.trees import init_params, init_router_state
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import finite
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Array, Leaf, PRNGKey, UInt32
@@ -98,7 +98,7 @@ def make_grad_fn(
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
-      router_state_lib.variables(merged(params, dropout_key), router_state),
+      as_variables(merged(params, dropout_key), router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},
@@ -324,7 +324,7 @@ def init_state(
     seed,
     params,
     optimizer=optimizer,
-    router_state=router_state_lib.init_router_state(model),
+    router_state=init_router_state(model),
     extend=extend,
   )
 
