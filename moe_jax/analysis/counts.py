@@ -16,8 +16,8 @@ from moe_jax.layers.experts.serving import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
-from moe_jax.models.parameter_trees import describe
 from moe_jax.models.stack import StackConfig
+from moe_jax.models.trees import describe
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
@@ -72,13 +72,14 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
     target_len: Number of tokens of a decoder's row in an encoder-decoder; 0
       stands for `seq_len`.
   """
-  if len(model.stacks) == 1:
-    ((path, stack),) = model.stacks
-    return [Half(path, stack, seq_len, 0)]
-  (encoder_path, encoder), (decoder_path, decoder) = model.stacks
+  *encoder, decoder = zip(
+    (stack.path for stack in model.stacks), model.stacks.blocks, strict=True
+  )
+  if not encoder:
+    return [Half(*decoder, seq_len, 0)]
   return [
-    Half(encoder_path, encoder, seq_len, 0),
-    Half(decoder_path, decoder, target_len or seq_len, seq_len),
+    Half(*encoder[0], seq_len, 0),
+    Half(*decoder, target_len or seq_len, seq_len),
   ]
 
 
@@ -116,7 +117,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   Raises:
     ValueError: Kernels are in codes, whose number is not that of parameters.
   """
-  for _, stack in model.stacks:
+  for stack in model.stacks.blocks:
     formats = [moe.expert.format for moe in stack.moes if moe is not None]
     for format in filter(None, formats):
       raise InputError(
@@ -289,9 +290,10 @@ def count(
   """
   parameters, width = sized_parameters(model), model.embedding.width
   layers = [p for p in parameters if not p.outside_layers]
-  stacks = halves(model, seq_len, target_len) if model.stacks else []
+  stacks = halves(model, seq_len, target_len) if model.stacks.blocks else []
   parts = [(_of_stack(layers, half), half.moes) for half in stacks]
-  parts = parts or [(layers, [moe for moe in model.moes if moe is not None])]
+  moes = [moe for moe in model.stacks.moes if moe is not None]
+  parts = parts or [(layers, moes)]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
   decoder_len, memory_len, step_attention = seq_len, 0, 0
@@ -362,10 +364,11 @@ def _slack(
   model: Model, stacks: list[Half], batch_size: int, seq_len: int
 ) -> float:
   """Rows that experts multiply over choices, in the layers with experts."""
-  if model.moe is None:
+  moe = model.stacks.moe
+  if moe is None:
     return 1.0
   if not stacks:
-    return _rows(model.moe, batch_size, seq_len) / model.moe.num_selected
+    return _rows(moe, batch_size, seq_len) / moe.num_selected
   layers = [(moe, half.length) for half in stacks for moe in half.moes]
   rows = sum(T * _rows(moe, batch_size, T) for moe, T in layers)
   return rows / sum(T * moe.num_selected for moe, T in layers)

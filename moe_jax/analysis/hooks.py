@@ -178,7 +178,7 @@ class Sample(Hook):
     pairs, tasks = [], run.options.data.tasks
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
-    names = [c.task or tasks[0]] if model.task_sequences else []
+    names = [c.task or tasks[0]] if model.stacks.task_sequences else []
     names += [tasks[pair.task] for pair in pairs] if names else []
     generated = generation.generate(
       model,
@@ -198,7 +198,7 @@ class Sample(Hook):
       inputs = [c.prompt, *(tokenizer.decode(pair.inputs) for pair in pairs)]
       targets = ['', *(tokenizer.decode(pair.targets) for pair in pairs)]
       text = '\n\n'.join(map(_answer_text, inputs, answers, targets))
-    if forced := run.model.forced_balance:
+    if forced := run.model.stacks.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
       workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
@@ -242,7 +242,7 @@ class RoutingReport(Hook):
 
   def end(self, run: Run, state: TrainState) -> None:
     """Prints the tables and writes `routing_report.md`."""
-    if not run.model.sparse_layers:
+    if not run.model.stacks.sparse_layers:
       return
     tables = routing_tables(run, state)
     if not is_first():
@@ -301,8 +301,9 @@ LEAK = (
 
 def model_warnings(model: models.Model) -> list[str]:
   """Warnings on a model that every result has to give."""
-  texts = [LEAK] if model.leaks_future else []
-  return texts + [model.forced_balance] * bool(model.forced_balance)
+  texts = [LEAK] if model.stacks.leaks_future else []
+  forced = model.stacks.forced_balance
+  return texts + [forced] * bool(forced)
 
 
 def cost_line(options: RunOptions, model: models.Model, mesh: Mesh) -> str:
@@ -327,8 +328,8 @@ def facts(run: Run) -> Iterator[str]:
   yield run.dataset.describe()
   lengths = run.options.data.seq_len, run.options.data.target_len
   yield cost.count(run.model, *lengths).describe()
-  if run.model.moe is not None:
-    yield _experts(run, run.model.moe)
+  if run.model.stacks.moe is not None:
+    yield _experts(run, run.model.stacks.moe)
     for text in model_warnings(run.model):
       yield f'WARNING: {text}'
   yield from trained_lines(run.options, run.programs)
@@ -372,7 +373,8 @@ def optimizer_lines(options: RunOptions, programs: Programs) -> Iterator[str]:
 
 def _experts(run: Run, moe: MoeOptions) -> str:
   return (
-    f'sparse layers {list(run.model.sparse_layers)}: {_counts(run)} experts,'
+    f'sparse layers {list(run.model.stacks.sparse_layers)}: '
+    f'{_counts(run)} experts,'
     f' {moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
     f'dispatch {_dispatch(run, moe.dispatch)}'
   )
@@ -380,7 +382,7 @@ def _experts(run: Run, moe: MoeOptions) -> str:
 
 def _counts(run: Run) -> str:
   """The number of experts of all sparse layers, or that of each."""
-  moes = [moe for moe in run.model.moes if moe is not None]
+  moes = [moe for moe in run.model.stacks.moes if moe is not None]
   counts = [moe.num_retained for moe in moes]
   return str(counts[0] if len(set(counts)) == 1 else counts)
 

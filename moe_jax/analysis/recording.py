@@ -68,14 +68,16 @@ def make_header(
     note: A note for readers, to which one on forced choices is added.
     **fields: Further fields of the header.
   """
-  lengths = dict.fromkeys(model.sequences, data.seq_len)
+  lengths = dict.fromkeys(model.stacks.sequences, data.seq_len)
   if model.has_encoder:
     lengths[''] = data.target_len
   rows = batch_size // microbatches
   return Header(
     layers={
-      layer: _layer_info(model, layer, rows, lengths[model.sequence_of(layer)])
-      for layer in model.sparse_layers
+      layer: _layer_info(
+        model, layer, rows, lengths[model.stacks.sequence_of(layer)]
+      )
+      for layer in model.stacks.sparse_layers
     },
     batch_size=batch_size,
     seq_len=lengths[''],
@@ -83,13 +85,13 @@ def make_header(
     model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
     sources=tuple(data.tasks),
     tokenizer=tokenizer.identity,
-    note='; '.join(filter(None, (note, model.forced_balance))),
+    note='; '.join(filter(None, (note, model.stacks.forced_balance))),
     **fields,
   )
 
 
 def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
-  moe = model.moe_of(layer)
+  moe = model.stacks.moe_of(layer)
   S = rows * length if moe.group_size == -1 else moe.group_size or length
   is_bounded = moe.router.by_expert or moe.router.drops(moe.sizes)
   return LayerInfo(
@@ -98,7 +100,7 @@ def _layer_info(model: Model, layer: int, rows: int, length: int) -> LayerInfo:
     capacity=moe.router.training_slots(moe.sizes, S) if is_bounded else None,
     group_size=S,
     by_expert=moe.router.by_expert,
-    sequence=model.sequence_of(layer).rstrip('_'),
+    sequence=model.stacks.sequence_of(layer).rstrip('_'),
   )
 
 
@@ -135,11 +137,11 @@ def records_of(
     batch: The arrays of the batch, on the host.
     choices: The choices of layers, on the host.
   """
-  for prefix in model.sequences:
+  for prefix in model.stacks.sequences:
     layers = {
-      i: _in_order(of_layer, model.moe_of(i).router.by_expert)
+      i: _in_order(of_layer, model.stacks.moe_of(i).router.by_expert)
       for i, of_layer in choices.items()
-      if model.sequence_of(i) == prefix
+      if model.stacks.sequence_of(i) == prefix
     }
     if layers:
       ids: dict[str, Any] = {
@@ -216,7 +218,7 @@ class Recorder:
       batch: The batch.
       choices: The choices that were made in it.
     """
-    keys = itertools.product(self._model.sequences, _KEYS.values())
+    keys = itertools.product(self._model.stacks.sequences, _KEYS.values())
     names = {''.join(key) for key in keys}
     arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
     if jax.process_count() > 1:
@@ -273,7 +275,7 @@ class Traces(Hook):
     Raises:
       ValueError: The workdir has the trace of another run.
     """
-    if run.options.trace.is_on and run.model.sparse_layers:
+    if run.options.trace.is_on and run.model.stacks.sparse_layers:
       folder, header = run.workdir / FOLDER, header_of(run)
       self._recorder = Recorder(folder, header, run.model, run.message)
 
@@ -346,6 +348,6 @@ def recorded_losses(
   def measure(variables, step):
     record = functools.partial(recorder.add, name, step)
     sums = losses.sums(variables, apply, record)
-    return summary.summarize(sums, losses.model.moes)
+    return summary.summarize(sums, losses.model.stacks.moes)
 
   return measure

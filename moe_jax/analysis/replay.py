@@ -29,8 +29,8 @@ from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record, Trace
 from moe_jax.errors import InputError
 from moe_jax.models import Model
+from moe_jax.models.base import REPLAYED
 from moe_jax.models.recorded import expert_type
-from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.setup import Hook, Run
 
@@ -123,21 +123,24 @@ def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _expert_type(model: Model) -> type[np.integer]:
   """The type of numbers of experts, and of the signs that stand for none."""
-  sizes = (model.moe_of(layer).num_experts for layer in model.sparse_layers)
+  sizes = (
+    model.stacks.moe_of(layer).num_experts
+    for layer in model.stacks.sparse_layers
+  )
   return expert_type(max(sizes))
 
 
 def _layers(model: Model) -> dict[str, list[int]]:
   """The sparse layers of each sequence, by the prefix of its keys."""
-  layers = {prefix: [] for prefix in model.sequences}
-  for layer in model.sparse_layers:
-    layers[model.sequence_of(layer)].append(layer)
+  layers = {prefix: [] for prefix in model.stacks.sequences}
+  for layer in model.stacks.sparse_layers:
+    layers[model.stacks.sequence_of(layer)].append(layer)
   return layers
 
 
 def _num_choices(model: Model, layer: int) -> int:
   """The number of choices of a token for which a layer has room."""
-  moe = model.moe_of(layer)
+  moe = model.stacks.moe_of(layer)
   return moe.num_experts if moe.router.by_expert else moe.num_selected
 
 
@@ -145,7 +148,7 @@ def _choices(
   model: Model, layer: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E, K = model.moe_of(layer).num_experts, _num_choices(model, layer)
+  E, K = model.stacks.moe_of(layer).num_experts, _num_choices(model, layer)
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
@@ -207,7 +210,7 @@ class Replaying(Hook):
     Raises:
       ValueError: There is none, or it does not fit the run.
     """
-    if folder := run.options.model.replay:
+    if folder := run.options.model.moe.replay:
       self._trace = traces.read(folder)
       steps = run.options.total_steps
       lines = [*_differences(self._trace, header_of(run), steps)]
@@ -219,8 +222,8 @@ class Replaying(Hook):
     """Wraps the step."""
     if self._trace is not None:
       run.message(
-        f'{run.options.model.replay}: its choices of experts are replayed in '
-        'training; evaluations choose by themselves'
+        f'{run.options.model.moe.replay}: its choices of experts are replayed '
+        'in training; evaluations choose by themselves'
       )
     elif not _is_recorded(run):
       return None
@@ -234,11 +237,11 @@ def _is_recorded(run: Run) -> bool:
   A teacher would read the arrays of the batch, too, and forced choices cannot
   be left to the routers.
   """
-  moes = [moe for moe in run.model.moes if moe is not None]
+  moes = [moe for moe in run.model.stacks.moes if moe is not None]
   return (
     bool(moes)
     and run.options.trace.every_steps > 0
-    and not run.model.forced_balance
+    and not run.model.stacks.forced_balance
     and 'distill' not in run.options.for_hooks
     and all(moe.replays() is None for moe in moes)
   )
@@ -282,7 +285,7 @@ class ReplayedStep:
     # This waits for the step before.
     if not self._equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
-        f'model.moe.replay={options.model.replay!r}: the batch after '
+        f'model.moe.replay={options.model.moe.replay!r}: the batch after '
         f'{records[0].step} steps is another one there; the options of the '
         'data differ'
       )

@@ -106,8 +106,10 @@ def wide_console() -> Console:
 def no_counts(model: Model) -> Counts:
   """Zeros for each sparse layer, to which `count_tokens` adds."""
   return {
-    layer: np.zeros((model.vocab_size, model.moe_of(layer).num_experts), int)
-    for layer in model.sparse_layers
+    layer: np.zeros(
+      (model.vocab_size, model.stacks.moe_of(layer).num_experts), int
+    )
+    for layer in model.stacks.sparse_layers
   }
 
 
@@ -123,7 +125,7 @@ def count_tokens(
   them, every expert takes each. Every process has to call this.
   """
   for layer, recorded in choices.items():
-    ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
+    ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
     token = np.broadcast_to(ids[..., None], expert.shape)
@@ -147,7 +149,7 @@ def tables(
   stats, drops = {}, {}
   for layer in numbers:
     own = jax.tree.map(lambda leaf, i=layer: leaf[i], sums.aux.stats)
-    stats[layer] = summary.of_layer(own, layer, model.moes)
+    stats[layer] = summary.of_layer(own, layer, model.stacks.moes)
     drops[layer] = drop_rate(stats[layer])
   K = max(len(by_choice) for by_choice, _ in drops.values())
   columns = {
