@@ -278,7 +278,7 @@ class Generate:
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
       tasks = None
-      if model.task_sequences:
+      if model.stacks.task_sequences:
         names = [pair.task for pair in padded_batch]
         tasks = trained_run.task_ids(model, setting.data, names, 'of pairs')
       rows = generation.generate(

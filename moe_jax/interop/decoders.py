@@ -312,7 +312,7 @@ def describe(
     ValueError: The model is no decoder with experts and rotary positions, or
       its attention is of the other kind.
   """
-  if not isinstance(o, DecoderOptions):
+  if not isinstance(o, DecoderOptions) or o.has_encoder:
     raise InputError('it has an encoder, or no blocks')
   if not o.has_experts:
     raise InputError(f'it is dense; {architecture} has experts')

@@ -100,7 +100,7 @@ def describe(
     ValueError: No model of that architecture computes the same function.
   """
   refusal = f'the model is no {architecture.model_type} model of transformers'
-  counts = [m.num_experts for m in options.build().moes if m is not None]
+  counts = [m.num_experts for m in options.build().stacks.moes if m is not None]
   if len(set(counts)) > 1:
     raise InputError(
       f'{refusal}: its sparse layers have {counts} experts, where transformers '
@@ -134,7 +134,7 @@ def _described_nearby(
   They serve to list all that differs of a decoder with others. None if the
   architecture has no such decoder either.
   """
-  if not isinstance(options, DecoderOptions):
+  if not isinstance(options, DecoderOptions) or options.has_encoder:
     return None
   moe, positions = options.moe, options.positions
   try:
@@ -202,7 +202,7 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
     # config.json does not say which tables there are; the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
-    if not ours.build().capacity_binds:
+    if not ours.build().stacks.capacity_binds:
       # With slots for all tokens, those that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)
