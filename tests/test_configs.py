@@ -258,7 +258,7 @@ def test_only_glam_leaks_the_future():
   leaking = [
     name
     for name in golden.NAMES
-    if options_of(name).filled(65).build().leaks_future
+    if options_of(name).filled(65).build().stacks.leaks_future
   ]
   assert leaking == ['glam_64b64e']
 

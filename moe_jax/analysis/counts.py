@@ -292,8 +292,7 @@ def count(
   layers = [p for p in parameters if not p.outside_layers]
   stacks = halves(model, seq_len, target_len) if model.stacks.blocks else []
   parts = [(_of_stack(layers, half), half.moes) for half in stacks]
-  moes = [moe for moe in model.stacks.moes if moe is not None]
-  parts = parts or [(layers, moes)]
+  parts = parts or [(layers, list(model.stacks.mixtures))]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
   decoder_len, memory_len, step_attention = seq_len, 0, 0

@@ -382,8 +382,7 @@ def _experts(run: Run, moe: MoeOptions) -> str:
 
 def _counts(run: Run) -> str:
   """The number of experts of all sparse layers, or that of each."""
-  moes = [moe for moe in run.model.stacks.moes if moe is not None]
-  counts = [moe.num_retained for moe in moes]
+  counts = [moe.num_retained for moe in run.model.stacks.mixtures]
   return str(counts[0] if len(set(counts)) == 1 else counts)
 
 

@@ -86,7 +86,7 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
   They are experts, int8 or int16 [B, T, L, K], and whether choices are served,
-  bool, for each sequence; see `TextModel.inputs`.
+  bool, for each sequence; see `Model.inputs`.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or there is a
@@ -237,7 +237,7 @@ def _is_recorded(run: Run) -> bool:
   A teacher would read the arrays of the batch, too, and forced choices cannot
   be left to the routers.
   """
-  moes = [moe for moe in run.model.stacks.moes if moe is not None]
+  moes = run.model.stacks.mixtures
   return (
     bool(moes)
     and run.options.trace.every_steps > 0

@@ -69,9 +69,7 @@ def extract(
   code_trees.check_plain(options, 'the model')
   model = options.build()
   if not options.routes_by_task:
-    routers = {
-      ROUTERS.name_of(m.router) for m in model.stacks.moes if m is not None
-    }
+    routers = {ROUTERS.name_of(moe.router) for moe in model.stacks.mixtures}
     raise InputError(
       'the model has no router by task, so no task has a part of its own; its '
       f'routers: {sorted(routers) or "none, as it is dense"}'

@@ -199,7 +199,7 @@ def _check_columns(model: Model, source: Model) -> None:
 
 def equal_experts(model: Model) -> bool:
   """Whether all sparse layers have E experts and a router column for each."""
-  moes = [moe for moe in model.stacks.moes if moe is not None]
+  moes = model.stacks.mixtures
   counts = {n for moe in moes for n in (moe.num_experts, moe.num_retained)}
   return len(counts) <= 1
 

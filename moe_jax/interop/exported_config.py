@@ -100,7 +100,7 @@ def describe(
     ValueError: No model of that architecture computes the same function.
   """
   refusal = f'the model is no {architecture.model_type} model of transformers'
-  counts = [m.num_experts for m in options.build().stacks.moes if m is not None]
+  counts = [moe.num_experts for moe in options.build().stacks.mixtures]
   if len(set(counts)) > 1:
     raise InputError(
       f'{refusal}: its sparse layers have {counts} experts, where transformers '

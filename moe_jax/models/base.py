@@ -296,6 +296,10 @@ class ModelOptions(LayerOptions):
     rows = tables * self.vocab_size + self.positions.table_len
     return rows * self.width
 
+  def problems(self) -> Iterator[str]:
+    yield from super().problems()
+    yield from self.leak()
+
   def problems_in(self, run: RunShape) -> Iterator[str]:
     """The reasons why the model cannot be trained in a run of these sizes."""
     names = 'encoder.overrides.moe.expert.format', 'moe.expert.format'

@@ -128,10 +128,9 @@ class DecoderOptions(ModelOptions, StackOptions):
     yield from self.task_problems()
 
   def decoder_problems(self) -> Iterator[str]:
-    """The problems of heads, positions, and routers that are not causal."""
+    """The problems of the decoder's layers alone."""
     yield from super().problems()
     yield from self.half_problems(self, causal=True)
-    yield from self.leak()
 
   def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
     """The problems of the layers of an encoder or decoder of this width."""
@@ -279,14 +278,17 @@ class Decoder(Model):
     cache, positions = cache.begin(token_mask)
     x = self.embeddings.embed(tokens, token_mask, positions, train=False)
     cache, previous = cache.follow(tokens, token_mask)
-    segment_ids, task_ids = token_mask.astype(jnp.int32), None
-    if cache.task_ids is not None:
-      task_ids = jnp.broadcast_to(cache.task_ids[:, None], tokens.shape)
-    ids = router_ids(
+    task_ids = cache.task_ids
+    if task_ids is not None:
+      task_ids = jnp.broadcast_to(task_ids[:, None], tokens.shape)
+    context = make_context(
       self.blocks,
-      RoutedTokens(tokens, previous, positions, segment_ids, task_ids),
+      tokens,
+      token_mask.astype(jnp.int32),
+      positions,
+      task_ids,
+      previous=previous,
     )
-    context = Context(segment_ids, token_mask, positions, router_ids=ids)
     x, _, new_cache = self.decoder(x, context, False, cache)
     new_cache = cast(KVCache, new_cache).advance(tokens.shape[1])
     return self.embeddings.logits(x), new_cache
@@ -299,45 +301,43 @@ def make_context(
   positions: Int[Array, 'B T'] | None,
   task_ids: Int[Array, 'B T'] | None = None,
   given: GivenChoices | None = None,
+  previous: Array | None = None,
 ) -> Context:
   """The context of a stack's blocks; defaults are as in `Decoder`.
 
+  Args:
+    c: The configuration of the stack.
+    tokens, segment_ids, positions, task_ids, given: See `Decoder`.
+    previous: The token before each one, when decoding; None: that in its row.
+
   Raises:
-    ValueError: The router needs tasks, or the choices that are imposed are not
-      those of the stack's sparse layers.
+    ValueError: The router needs tasks, which are not given, or the choices that
+      are imposed are not those of the stack's sparse layers.
   """
-  B, T = tokens.shape
-  token_mask = jnp.ones((B, T), bool)
+  token_mask = jnp.ones(tokens.shape, bool)
   if segment_ids is not None:
     token_mask = segment_ids > 0
   if positions is None:
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  previous = rules_without_logits.previous_tokens(tokens, segment_ids)
-  segments = (
-    token_mask.astype(jnp.int32) if segment_ids is None else segment_ids
-  )
-  ids = router_ids(
-    c, RoutedTokens(tokens, previous, positions, segments, task_ids)
-  )
+    T = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
   check_given(given, c.sparse if c.experts else ())
-  return Context(
-    segment_ids, token_mask, positions, router_ids=ids, given=given
-  )
-
-
-def router_ids(c: StackConfig, tokens: RoutedTokens) -> Array | None:
-  """The ids that the routers of a stack need; None if they need none.
-
-  Raises:
-    ValueError: They need the tasks of the tokens, which are not given.
-  """
-  moe = c.experts
-  if moe is None:
-    return None
-  if moe.router.needs_tasks and tokens.task_ids is None:
-    raise InputError(
-      f'{type(moe.router).__name__} routes by task, and no task_ids are given: '
-      "batches have them where the data is a mixture, generation's callers "
-      'give them'
+  router_ids = None
+  if c.experts is not None:
+    router = c.experts.router
+    if router.needs_tasks and task_ids is None:
+      raise InputError(
+        f'{type(router).__name__} routes by task, and no task_ids are given: '
+        "batches have them where the data is a mixture, generation's callers "
+        'give them'
+      )
+    if previous is None:
+      previous = rules_without_logits.previous_tokens(tokens, segment_ids)
+    segments = segment_ids
+    if segments is None:
+      segments = token_mask.astype(jnp.int32)
+    router_ids = router.ids_of(
+      RoutedTokens(tokens, previous, positions, segments, task_ids)
     )
-  return moe.router.ids_of(tokens)
+  return Context(
+    segment_ids, token_mask, positions, router_ids=router_ids, given=given
+  )

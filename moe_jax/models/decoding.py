@@ -31,9 +31,8 @@ def check_generates(model: Model) -> None:
   An encoder reads its tokens at once.
   """
   for stack in model.stacks:
-    for layer in stack.layers:
-      if stack.causal:
-        check_decodes(layer.moe)
+    for layer in stack.layers if stack.causal else ():
+      check_decodes(layer.moe)
 
 
 def check_decodes(moe: MoeOptions | None) -> None:
@@ -119,7 +118,7 @@ def stacks_for_decoding(
     config = _config_for_decoding(stack.blocks, window)
     stack_params = _unstacked(config, subtree(params, stack.path))
     stack_state = _unstacked(config, subtree(state, stack.path))
-    if on_cpu and _has_own_arrays(config.experts):
+    if on_cpu and config.experts is not None:
       config, stack_params = _for_few_tokens(config, stack_params, batch_size)
     configs.append(dataclasses.replace(config, stacked=False))
     params = _with_subtree(params, stack.path, stack_params)
@@ -195,16 +194,11 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   )
 
 
-def _has_own_arrays(moe: MoeOptions | None) -> bool:
-  """Whether experts can be laid out for steps of few tokens."""
-  if moe is None:
-    return False
-  return moe.expert.own_arrays and isinstance(moe.dispatch, Dropless)
-
-
 def _for_few_tokens(stack, params, rows):
   """A stack whose experts are laid out for steps of that many tokens."""
   moe = stack.experts
+  if not (moe.expert.own_arrays and isinstance(moe.dispatch, Dropless)):
+    return stack, params
   expert_counts = [
     layer.num_retained for layer in stack.moes if layer is not None
   ]

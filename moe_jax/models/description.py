@@ -133,9 +133,14 @@ class Stacks(tuple[LayerStack, ...]):
     return tuple(i for i, moe in enumerate(self.moes) if moe is not None)
 
   @property
+  def mixtures(self) -> tuple[MoeOptions, ...]:
+    """The mixtures of the layers that have one; () in a dense model."""
+    return tuple(moe for moe in self.moes if moe is not None)
+
+  @property
   def moe(self) -> MoeOptions | None:
     """The mixture of the last layer that has one; None in a dense model."""
-    return self.moes[self.sparse_layers[-1]] if self.sparse_layers else None
+    return self.mixtures[-1] if self.mixtures else None
 
   def moe_of(self, layer: int) -> MoeOptions:
     """The mixture of a layer.
@@ -155,24 +160,25 @@ class Stacks(tuple[LayerStack, ...]):
     """The prefixes of the batch keys of each sequence that the model reads."""
     return tuple(stack.prefix for stack in self)
 
+  def sequence_of(self, layer: int) -> str:
+    """The prefix of the batch keys that hold the tokens of a layer."""
+    return [stack.prefix for stack in self for _ in stack.layers][layer]
+
   @property
   def task_sequences(self) -> tuple[str, ...]:
     """The prefixes in `sequences` whose layers route by the tokens' tasks."""
-    return tuple(
+    by_task = (
       stack.prefix
       for stack in self
-      if any(moe.router.needs_tasks for moe in _mixtures(stack))
+      for layer in stack.layers
+      if layer.moe is not None and layer.moe.router.needs_tasks
     )
+    return tuple(dict.fromkeys(by_task))
 
   @property
   def num_tasks(self) -> int:
     """The number of tasks that routers by task tell apart; 0 without any."""
     return max(stack.num_tasks for stack in self)
-
-  def sequence_of(self, layer: int) -> str:
-    """The prefix of the batch keys that hold the tokens of a layer."""
-    prefixes = [stack.prefix for stack in self for _ in stack.layers]
-    return prefixes[layer]
 
   @property
   def leaks_future(self) -> bool:
@@ -180,17 +186,13 @@ class Stacks(tuple[LayerStack, ...]):
 
     An encoder sees all of its tokens anyway.
     """
-    return any(
-      moe.leak() is not None
-      for stack in self
-      for moe in _mixtures(stack)
-      if stack.causal
-    )
+    decoders = Stacks(stack for stack in self if stack.causal)
+    return any(moe.leak() is not None for moe in decoders.mixtures)
 
   @property
   def capacity_binds(self) -> bool:
     """Whether some layer can drop a token because an expert is full."""
-    return any(moe is not None and moe.capacity.binds for moe in self.moes)
+    return any(moe.capacity.binds for moe in self.mixtures)
 
   @property
   def forced_balance(self) -> str:
@@ -198,21 +200,19 @@ class Stacks(tuple[LayerStack, ...]):
 
     See `layers.imposed.ImposedOptions.forced`.
     """
-    warnings = (moe.forced for moe in self.moes if moe is not None)
-    return next(filter(None, warnings), '')
+    return next(filter(None, (moe.forced for moe in self.mixtures)), '')
+
+  @property
+  def keeps_router_state(self) -> bool:
+    """Whether the model has the collection `router_state`."""
+    return any(moe.router.keeps_state for moe in self.mixtures)
 
   def loss_weights(self) -> dict[str, float]:
     """The weight of each loss of the layers' `MoeAux`, by its name."""
     weights = {}
-    for moe in self.moes:
-      if moe is not None:
-        weights |= moe.loss_weights()
+    for moe in self.mixtures:
+      weights |= moe.loss_weights()
     return weights
-
-  @property
-  def layer_reduce(self) -> str:
-    """The reduction of the losses of sparse layers to one: 'sum' or 'mean'."""
-    return 'sum' if self.moe is None else self.moe.layer_reduce
 
   def routed_tokens(self, batch: Mapping[str, Array]) -> Float32[Array, ' L']:
     """The number of a batch's tokens that each layer's router sees, at least 1.
@@ -226,19 +226,14 @@ class Stacks(tuple[LayerStack, ...]):
       counts.append(jnp.full(len(stack.layers), tokens))
     return jnp.concatenate(counts)
 
-  @property
-  def keeps_router_state(self) -> bool:
-    """Whether the model has the collection `router_state`."""
-    return any(moe.router.keeps_state for moe in self.moes if moe is not None)
-
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
     """The variables of each layer in a collection; {} for a layer without."""
     trees = []
     for stack in self:
       for layer in stack.layers:
         tree = subtree(collection, (*stack.path, *layer.path))
-        if layer.index is not None:
-          tree = _slice(tree, layer.index)
+        if (i := layer.index) is not None:
+          tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
         trees.append(tree)
     return tuple(trees)
 
@@ -246,16 +241,15 @@ class Stacks(tuple[LayerStack, ...]):
     """The layers of a stacked parameter; None for any other parameter."""
     first = 0
     for stack in self:
-      start = len(stack.path)
-      if path[:start] == stack.path:
-        for layer in stack.layers:
-          end = start + len(layer.path)
-          if layer.index is not None and path[start:end] == layer.path:
-            layers = tuple(
-              i for i, x in enumerate(stack.layers) if x.path == layer.path
-            )
-            numbers = tuple(first + i for i in layers)
-            return LayerPlace(stack.path, path[end:], layers, numbers)
+      layers, end = [], 0
+      for i, layer in enumerate(stack.layers):
+        of_layer = (*stack.path, *layer.path)
+        if layer.index is not None and path[: len(of_layer)] == of_layer:
+          layers.append(i)
+          end = len(of_layer)
+      if layers:
+        numbers = tuple(first + i for i in layers)
+        return LayerPlace(stack.path, path[end:], tuple(layers), numbers)
       first += len(stack.layers)
     return None
 
@@ -265,11 +259,3 @@ def subtree(tree: Mapping[str, Any], path: Path) -> Any:
   for name in path:
     tree = tree.get(name, {})
   return tree
-
-
-def _mixtures(stack: LayerStack) -> list[MoeOptions]:
-  return [layer.moe for layer in stack.layers if layer.moe is not None]
-
-
-def _slice(tree: Any, i: int) -> Any:
-  return jax.tree.map(lambda leaf: leaf[i], tree)

@@ -277,20 +277,19 @@ class EncoderDecoder(Decoder):
       raise InputError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
-    encoder_context = make_context(
-      self.encoder_blocks,
+    encoded, encoder_aux = self._encode(
       encoder_tokens,
       encoder_segment_ids,
       encoder_positions,
       encoder_task_ids,
       encoder_given,
+      train,
     )
-    encoded, encoder_aux = self._encode(encoder_tokens, encoder_context, train)
     context = make_context(
       self.blocks, tokens, segment_ids, positions, task_ids, given
     )
     context = context._replace(
-      memory=encoded, memory_segment_ids=encoder_context.segment_ids
+      memory=encoded, memory_segment_ids=encoder_segment_ids
     )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
@@ -321,20 +320,24 @@ class EncoderDecoder(Decoder):
       encoder_task_ids = jnp.broadcast_to(
         task_ids[:, None], encoder_tokens.shape
       )
-    encoder_context = make_context(
-      self.encoder_blocks,
+    encoded, _ = self._encode(
       encoder_tokens,
       encoder_mask.astype(jnp.int32),
       encoder_positions,
       encoder_task_ids,
     )
-    encoded, _ = self._encode(encoder_tokens, encoder_context, train=False)
     keys, values = self._project(encoded)
     cache = self.make_cache(len(encoder_tokens), max_len)
     memory = Memory(keys, values, encoder_mask)
     return cache.replace(memory=memory, task_ids=task_ids)
 
-  def _encode(self, tokens, context, train):
+  def _encode(
+    self, tokens, segment_ids, positions, task_ids, given=None, train=False
+  ):
+    """The encoder's output, and its layers' aux."""
+    context = make_context(
+      self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
+    )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train, encoder=True
     )
@@ -342,30 +345,26 @@ class EncoderDecoder(Decoder):
     return encoded, aux
 
   def _project(self, encoded):
-    """The keys and the values of the layers, [B, N, S, D] each.
+    """The keys and the values of the decoder's layers, [B, N, S, D] each.
 
-    They are stacked if the decoder's layers are.
+    They are stacked if the layers are.
     """
     block = self.blocks.block
     options = cast(AttentionOptions, block.attention)
     params = nn.meta.unbox(self.variables['params'])
     _, decoder = self.stacks
-    projected, pairs = {}, []
+    keys, values = [], []
     for layer in decoder.layers:
-      if layer.path not in projected:
-        p = subtree(params, (*decoder.path, *layer.path, CROSS_ATTENTION))
-        if layer.index is None:
-          p = jax.tree.map(lambda x: x[None], p)
-        projected[layer.path] = project_memory(
-          block.shared, options, p, encoded
-        )
-      keys, values = projected[layer.path]
-      index = layer.index or 0
-      pairs.append((keys[index], values[index]))
-    keys, values = zip(*pairs)
+      p = subtree(params, (*decoder.path, *layer.path, CROSS_ATTENTION))
+      i = layer.index
+      as_one = None if i is None else slice(i, i + 1)
+      p = jax.tree.map(lambda x, as_one=as_one: x[as_one], p)  # [1, ...]
+      key, value = project_memory(block.shared, options, p, encoded)
+      keys.append(key[0])
+      values.append(value[0])
     if self.blocks.stacked:
       return jnp.stack(keys), jnp.stack(values)
-    return keys, values
+    return tuple(keys), tuple(values)
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:

@@ -175,7 +175,7 @@ def with_moes(
 
 def has_merged(model: Model) -> bool:
   """Whether columns of some router lead to the same expert."""
-  return any(moe is not None and moe.retained.rows for moe in model.stacks.moes)
+  return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 
 def with_copies(

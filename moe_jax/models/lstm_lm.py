@@ -47,7 +47,6 @@ class LstmLmOptions(ModelOptions):
   def problems(self) -> Iterator[str]:
     """The problems of options of other models of text, which LSTMs lack."""
     yield from super().problems()
-    yield from self.leak()
     router = self.moe.router
     if router.needs_ids or router.keeps_state:
       yield (

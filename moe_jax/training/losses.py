@@ -52,11 +52,12 @@ class LossWeights:
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   """The coefficients that a model's routers have, and that of its logits."""
-  mean = model.stacks.layer_reduce == 'mean'
+  stacks, moe = model.stacks, model.stacks.moe
+  mean = moe is not None and moe.layer_reduce == 'mean'
   return LossWeights(
-    model.stacks.loss_weights(),
+    stacks.loss_weights(),
     logits_z=logits_z,
-    num_averaged=max(len(model.stacks.sparse_layers), 1) if mean else 1,
+    num_averaged=len(stacks.mixtures) if mean else 1,
   )
 
 

@@ -244,7 +244,7 @@ def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
   rules = dict(options.sharding.rules)
   if any(mesh.shape[a] > 1 for a in rules['expert'] if a in rules['batch']):
     return
-  dispatches = [moe.dispatch for moe in model.stacks.moes if moe is not None]
+  dispatches = [moe.dispatch for moe in model.stacks.mixtures]
   for dispatch in dict.fromkeys(dispatches):
     for name in ('exchange', 'shadowing'):
       value, default = getattr(dispatch, name, None), type(dispatch)()

@@ -235,9 +235,9 @@ def test_a_record_of_another_batch_is_refused():
 
 
 def test_a_router_says_whether_it_takes_choices():
-  sizes = model_of('batch_priority').moe.sizes
+  sizes = model_of('batch_priority').stacks.moe.sizes
   for name in ROUTERS:
-    assert model_of(name).moe.router.replays(sizes) is None
+    assert model_of(name).stacks.moe.router.replays(sizes) is None
   assert 'takes no others' in Hierarchical().replays(sizes)
   with pytest.raises(ValueError, match="replay='x': Hierarchical makes its"):
     tiny.moe_options(router=Hierarchical(), replay='x')

@@ -170,7 +170,9 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
   counts = model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(counts, aux.stats.tokens)
   assert (counts < 30).all()
-  padded_counts = model_options(route_padding=True).build().routed_tokens(batch)
+  padded_counts = (
+    model_options(route_padding=True).build().stacks.routed_tokens(batch)
+  )
   np.testing.assert_array_equal(padded_counts, [30] * len(counts))
 
 
