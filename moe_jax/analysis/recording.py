@@ -68,16 +68,15 @@ def make_header(
     note: A note for readers, to which one on forced choices is added.
     **fields: Further fields of the header.
   """
-  lengths = dict.fromkeys(model.stacks.sequences, data.seq_len)
+  stacks = model.stacks
+  lengths = dict.fromkeys(stacks.sequences, data.seq_len)
   if model.has_encoder:
     lengths[''] = data.target_len
   rows = batch_size // microbatches
   return Header(
     layers={
-      layer: _layer_info(
-        model, layer, rows, lengths[model.stacks.sequence_of(layer)]
-      )
-      for layer in model.stacks.sparse_layers
+      layer: _layer_info(model, layer, rows, lengths[stacks.sequence_of(layer)])
+      for layer in stacks.sparse_layers
     },
     batch_size=batch_size,
     seq_len=lengths[''],
@@ -85,7 +84,7 @@ def make_header(
     model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
     sources=tuple(data.tasks),
     tokenizer=tokenizer.identity,
-    note='; '.join(filter(None, (note, model.stacks.forced_balance))),
+    note='; '.join(filter(None, (note, stacks.forced_balance))),
     **fields,
   )
 
@@ -137,11 +136,12 @@ def records_of(
     batch: The arrays of the batch, on the host.
     choices: The choices of layers, on the host.
   """
-  for prefix in model.stacks.sequences:
+  stacks = model.stacks
+  for prefix in stacks.sequences:
     layers = {
-      i: _in_order(of_layer, model.stacks.moe_of(i).router.by_expert)
+      i: _in_order(of_layer, stacks.moe_of(i).router.by_expert)
       for i, of_layer in choices.items()
-      if model.stacks.sequence_of(i) == prefix
+      if stacks.sequence_of(i) == prefix
     }
     if layers:
       ids: dict[str, Any] = {

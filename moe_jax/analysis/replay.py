@@ -28,7 +28,7 @@ from moe_jax.analysis import traces
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record, Trace
 from moe_jax.errors import InputError
-from moe_jax.models import Model
+from moe_jax.models import Model, Stacks
 from moe_jax.models.base import REPLAYED
 from moe_jax.models.recorded import expert_type
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
@@ -92,7 +92,8 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
     ValueError: The records do not have the model's sparse layers, or there is a
       choice more than the layers take.
   """
-  layers, choices = _layers(model), {}
+  stacks, choices = model.stacks, {}
+  layers = _layers(stacks)
   for record in records:
     prefix = _prefix(record.sequence)
     numbers = layers.pop(prefix, [])
@@ -101,7 +102,7 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
         f'the record of the sequence {record.sequence!r} has layers '
         f'{sorted(record.layers)}; the sparse layers of the model are {numbers}'
       )
-    per_key = zip(*(_choices(model, layer, record) for layer in numbers))
+    per_key = zip(*(_choices(stacks, layer, record) for layer in numbers))
     for key, values in zip(REPLAYED, per_key):
       choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
@@ -111,44 +112,44 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
-  choices = {}
-  for prefix, layers in _layers(model).items():
+  stacks, choices = model.stacks, {}
+  for prefix, layers in _layers(stacks).items():
     if layers:
-      lengths = len(layers), max(_num_choices(model, layer) for layer in layers)
+      lengths = (
+        len(layers),
+        max(_num_choices(stacks, layer) for layer in layers),
+      )
       shape = (*batch[f'{prefix}tokens'].shape, *lengths)
-      values = np.full(shape, OPEN, _expert_type(model)), np.zeros(shape, bool)
+      values = np.full(shape, OPEN, _expert_type(stacks)), np.zeros(shape, bool)
       choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
   return choices
 
 
-def _expert_type(model: Model) -> type[np.integer]:
+def _expert_type(stacks: Stacks) -> type[np.integer]:
   """The type of numbers of experts, and of the signs that stand for none."""
-  sizes = (
-    model.stacks.moe_of(layer).num_experts
-    for layer in model.stacks.sparse_layers
-  )
+  sizes = (moe.num_experts for moe in stacks.mixtures)
   return expert_type(max(sizes))
 
 
-def _layers(model: Model) -> dict[str, list[int]]:
+def _layers(stacks: Stacks) -> dict[str, list[int]]:
   """The sparse layers of each sequence, by the prefix of its keys."""
-  layers = {prefix: [] for prefix in model.stacks.sequences}
-  for layer in model.stacks.sparse_layers:
-    layers[model.stacks.sequence_of(layer)].append(layer)
+  layers = {prefix: [] for prefix in stacks.sequences}
+  for layer in stacks.sparse_layers:
+    layers[stacks.sequence_of(layer)].append(layer)
   return layers
 
 
-def _num_choices(model: Model, layer: int) -> int:
+def _num_choices(stacks: Stacks, layer: int) -> int:
   """The number of choices of a token for which a layer has room."""
-  moe = model.stacks.moe_of(layer)
+  moe = stacks.moe_of(layer)
   return moe.num_experts if moe.router.by_expert else moe.num_selected
 
 
 def _choices(
-  model: Model, layer: int, record: Record
+  stacks: Stacks, layer: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E, K = model.stacks.moe_of(layer).num_experts, _num_choices(model, layer)
+  E, K = stacks.moe_of(layer).num_experts, _num_choices(stacks, layer)
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
@@ -157,7 +158,7 @@ def _choices(
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
   padding = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
-  expert = expert.astype(_expert_type(model))
+  expert = expert.astype(_expert_type(stacks))
   return (
     np.pad(expert, padding, constant_values=NO_CHOICE),
     np.pad(kept, padding),

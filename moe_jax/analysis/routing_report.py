@@ -106,10 +106,9 @@ def wide_console() -> Console:
 def no_counts(model: Model) -> Counts:
   """Zeros for each sparse layer, to which `count_tokens` adds."""
   return {
-    layer: np.zeros(
-      (model.vocab_size, model.stacks.moe_of(layer).num_experts), int
-    )
-    for layer in model.stacks.sparse_layers
+    layer: np.zeros((model.vocab_size, moe.num_experts), int)
+    for layer, moe in enumerate(model.stacks.moes)
+    if moe is not None
   }
 
 
@@ -124,8 +123,9 @@ def count_tokens(
   Where experts choose tokens, it is how often they took them; where they mix
   them, every expert takes each. Every process has to call this.
   """
+  stacks = model.stacks
   for layer, recorded in choices.items():
-    ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
+    ids = fetch(batch[f'{stacks.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
     token = np.broadcast_to(ids[..., None], expert.shape)

@@ -82,9 +82,8 @@ def extract(
     stack_params = new_params[path[0]] if path else new_params
     stack_params = _with_dense_layers(stack_params, moe, task)
     new_params = {**new_params, path[0]: stack_params} if path else stack_params
-  layers = [
-    i for i, moe in enumerate(model.stacks.moes) if _routes_by_task(moe)
-  ]
+  moes = enumerate(model.stacks.moes)
+  layers = [i for i, moe in moes if _routes_by_task(moe)]
   return Extracted(_extracted_options(options), new_params, tuple(layers))
 
 

@@ -164,7 +164,7 @@ def choose(
       for i, layer_shares in by_layer.items()
     },
   }
-  E = model.stacks.moe_of(model.stacks.sparse_layers[-1]).num_experts
+  E = model.stacks.mixtures[-1].num_experts
   return ChosenExperts(E, chosen(by_layer, share), about)
 
 

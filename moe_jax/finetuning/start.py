@@ -251,7 +251,7 @@ def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
   """Differing settings of experts and of the dense layers that they copy."""
   dense = source.stacks.blocks[-1].block.ffn
-  expert = model.stacks.moe_of(model.stacks.sparse_layers[-1]).expert
+  expert = model.stacks.mixtures[-1].expert
   for name in fields_of(type(dense)):
     old, new = getattr(dense, name), getattr(expert, name, None)
     if new not in (None, old):

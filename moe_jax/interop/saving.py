@@ -55,9 +55,8 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
-  if options.build().stacks.keeps_router_state and not variables.get(
-    ROUTER_STATE
-  ):
+  stacks = options.build().stacks
+  if stacks.keeps_router_state and not variables.get(ROUTER_STATE):
     raise InputError(
       f'the routers keep a balancing bias, and the variables {[*variables]} '
       f'have no {ROUTER_STATE!r}'

@@ -227,9 +227,8 @@ def chosen_masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  model_E = {
-    i: model.stacks.moe_of(i).num_retained for i in model.stacks.sparse_layers
-  }
+  moes = enumerate(model.stacks.moes)
+  model_E = {i: moe.num_retained for i, moe in moes if moe is not None}
   file_E = {i: chosen.num_experts for i in chosen.layers}
   if model_E != file_E:
     raise InputError(
