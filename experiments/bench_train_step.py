@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(f'{timing.device_name()}; {peaks.describe()}', flush=True)
   rows = measure_steps(config, seconds, peaks)
   depths = measure_compilation(config, options.depths or preset.depths)
-  forced = prepared(config, {}).build().forced_balance
+  forced = prepared(config, {}).build().stacks.forced_balance
   text = tables.report(options.config, peaks, rows, depths, forced)
   metadata = {
     'config': config.to_dict(),

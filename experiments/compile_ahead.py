@@ -42,7 +42,7 @@ from moe_jax.analysis import cost, roofline, sharded
 from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
 from moe_jax.models import Model
-from moe_jax.models.router_state import variables
+from moe_jax.models.trees import variables
 from moe_jax.run_config import RunConfig
 from moe_jax.training.evaluate import compiled_eval_step
 from moe_jax.training.programs import Programs, make_programs
@@ -232,7 +232,7 @@ def run(
   if device:
     roofline.device_of(device)  # refused before anything is compiled
   options = cost.with_own_vocabulary(options)
-  if forced := options.build().forced_balance:
+  if forced := options.build().stacks.forced_balance:
     print(f'WARNING: {forced}')
   devices = described_devices(topology, slices)
   mesh = mesh_of(options, devices)

@@ -92,7 +92,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
     model.
   """
   counts: dict[int, list[np.ndarray]] = {}
-  if not run.model.sparse_layers:
+  if not run.model.stacks.sparse_layers:
     return {}
   for record in validation_routing.last_records(
     run, state, byte_models.EVAL, _BATCHES

@@ -90,7 +90,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
   M, F, kernels = clusters.WIDTH, clusters.HIDDEN, 2
   if options.config:
     config = cli.config_of(options.config, options.overrides)
-    moe = run_config.read(config).filled(257).build().moe
+    moe = run_config.read(config).filled(257).build().stacks.moe
     if moe is None:
       raise InputError(f'{options.config} has no experts to simulate')
     M, ffn = config.model.width, moe.expert.twin(1).ffn

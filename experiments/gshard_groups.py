@@ -130,8 +130,10 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   """
   model, records = run.model, []
   length, width = run.options.data.seq_len, run.options.model.width
-  experts = cost.count(model, length).decoder.experts / len(model.sparse_layers)
-  if not isinstance(model.moe.dispatch, Einsum):
+  experts = cost.count(model, length).decoder.experts / len(
+    model.stacks.sparse_layers
+  )
+  if not isinstance(model.stacks.moe.dispatch, Einsum):
     records += validation_routing.last_records(
       run, state, byte_models.EVAL, _BATCHES, mixed=True
     )

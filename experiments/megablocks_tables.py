@@ -113,7 +113,7 @@ def arms(preset: Preset) -> list[Arm]:
 
 def measure(run: Run, state: TrainState) -> dict[str, float]:
   """Rows and drops of the routing of a dropless model; see `room.measure`."""
-  if run.model.moe.capacity.binds:
+  if run.model.stacks.moe.capacity.binds:
     return {}
   return room.measure(run, state, byte_models.EVAL, _BATCHES)
 

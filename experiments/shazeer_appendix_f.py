@@ -133,7 +133,7 @@ def compare(
     'lost': _loss(as_inferred, batch) - _loss(as_trained, batch),
     'foreseen': _loss(followed, batch, half) - _loss(as_trained, batch, half),
   }
-  if isinstance(model.moe.router, StrictlyBalanced):
+  if isinstance(model.stacks.moe.router, StrictlyBalanced):
     at_start = with_thresholds(variables, 1 / E)
     numbers['unlearned'] = agreement(
       trained, apply(at_start, batch, False)[1][real]

@@ -93,9 +93,9 @@ def balance(model: Model):
       rngs={'router': key, 'dropout': key},
       mutable=['intermediates'],
     )
-    layers = model.layer_trees(collections['intermediates'])
+    layers = model.stacks.layer_trees(collections['intermediates'])
     load = jnp.stack(
-      [sown(layers[i])[SOWN_LOAD][0] for i in model.sparse_layers]
+      [sown(layers[i])[SOWN_LOAD][0] for i in model.stacks.sparse_layers]
     )  # [L, E], as all tokens of a batch are one group
     importance = (aux.importance_loss / aux.stats.tokens) ** 0.5
     over_mean, counted = (

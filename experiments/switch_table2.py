@@ -106,7 +106,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   size = run.options.batch_size
   exchange_bytes = memory.all_to_all_bytes(half, size, E)
   tokens = size * run.options.data.seq_len
-  for layer in run.model.sparse_layers:
+  for layer in run.model.stacks.sparse_layers:
     # Two exchanges, and two more in the backward pass, of E devices.
     numbers[f'routing/layer_{layer}/moved'] = 4 * E * exchange_bytes / tokens
   return numbers

@@ -124,8 +124,8 @@ def run(options: argparse.Namespace) -> None:
   check_generates(loaded.model)
   for step, reason in loaded.skipped:
     cli.complain(f'passed over the checkpoint of step {step}: {reason}')
-  if loaded.model.forced_balance:
-    cli.complain(f'WARNING: {loaded.model.forced_balance}')
+  if loaded.model.stacks.forced_balance:
+    cli.complain(f'WARNING: {loaded.model.stacks.forced_balance}')
   prompts, num_tokens = _fitted(loaded, texts, options)
   model, variables = generation.prepare(
     loaded.model,
@@ -236,7 +236,7 @@ def _arguments(
 def _trace(folder: str, loaded, model, batch, choices) -> None:
   """Writes the choices that the model made for prompts and new tokens."""
   note = 'text that was generated, for which experts have room for all tokens'
-  if model.capacity_binds:
+  if model.stacks.capacity_binds:
     note = 'text that was generated, with the capacity of the checkpoint'
   described = model, loaded.options, loaded.data, loaded.tokenizer
   size = len(batch['tokens'])

@@ -57,11 +57,11 @@ class RunConfig(RunOptions):
     """The problems of all runs, and of the teacher with other sections."""
     yield from super().problems()
     o = self.distill
-    if o.teacher and self.model.replay:
+    if o.teacher and self.model.moe.replay:
       yield (
         f'distill.teacher={o.teacher!r} with model.moe.replay='
-        f'{self.model.replay!r}: the teacher reads the same batches, and would '
-        'be given the same choices'
+        f'{self.model.moe.replay!r}: the teacher reads the same batches, and '
+        'would be given the same choices'
       )
     if o.begins and self.init_from.workdir:
       yield (

@@ -15,7 +15,6 @@ from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
-from moe_jax.models.text_options import TextModelOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
 from moe_jax.training.schedules import Schedule
@@ -218,5 +217,5 @@ class Undecorated(InTurn):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unbuilt(TextModelOptions):
+class Unbuilt(ModelOptions):
   """A model that lacks the method that its contract asks for."""

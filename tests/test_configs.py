@@ -17,6 +17,7 @@ from moe_jax import models, run_config
 from moe_jax.config import merge, section_of
 from moe_jax.configs import t5_base
 from moe_jax.models.pattern import sparse_pattern
+from moe_jax.models.trees import move_router_state
 from moe_jax.training import losses, step
 from moe_jax.training.evaluate import changed_models
 from tests import golden
@@ -166,7 +167,7 @@ def test_two_steps_shrunk(name):
       normalize=functools.partial(losses.normalizers, model),
       optimizer=optimizer,
       rate=optax.constant_schedule(0.0),
-      move_router_state=model.move_router_state,
+      move_router_state=functools.partial(move_router_state, model.stacks),
     )
   )
   loss_values = []
@@ -257,7 +258,7 @@ def test_only_glam_leaks_the_future():
   leaking = [
     name
     for name in golden.NAMES
-    if options_of(name).filled(65).build().leaks_future
+    if options_of(name).filled(65).build().stacks.leaks_future
   ]
   assert leaking == ['glam_64b64e']
 

@@ -788,7 +788,7 @@ def test_a_studys_arms_are_equal_in_flops(name):
     leaks = arm.name.startswith(
       ('expert choice', 'strict', 'sentence / s', *limited, *by_rank)
     )
-    assert model.leaks_future == leaks
+    assert model.stacks.leaks_future == leaks
   # Wide arms have equal slots instead; see the next test.
   models = {k: v for k, v in models.items() if not k.startswith('wide ')}
   # Arms that differ only in losses or steps have equal models.

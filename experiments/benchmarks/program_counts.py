@@ -16,9 +16,8 @@ from jax.stages import Compiled
 from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
 from moe_jax.models import MODELS
-from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
+from moe_jax.models.layer_options import StackOptions
 from moe_jax.models.pattern import Segment, segments
-from moe_jax.models.transformer_options import TransformerOptions
 from moe_jax.training.run_options import RunOptions
 
 _ENCODER, _DECODER = 'encoder', 'decoder'
@@ -88,9 +87,11 @@ def extrapolate(
     )
     return one + (n - 1) * (two - one)
   # The loops over layers of each half of a model.
-  loops = {_DECODER: segments(cast(TransformerOptions, options.model).kinds)}
-  if isinstance(options.model, EncoderDecoderOptions):
-    loops[_ENCODER] = segments(options.model.encoder_half().kinds)
+  halves = cast(tuple[StackOptions, ...], options.model.halves)
+  loops = {
+    name: segments(half.kinds)
+    for name, half in zip((_DECODER, _ENCODER), reversed(halves))
+  }
   base = flops(_short(options, loops))
   total = base
   for half, segments_of_half in loops.items():
@@ -111,13 +112,12 @@ def _short(
 
   Its layers are unrolled.
   """
-  model: Any = options.model
-  encoder = model.encoder_half() if model.has_encoder else None
   longer = {half: index}
-  model = _of_periods(model, loops[_DECODER], longer.get(_DECODER, -1))
-  if encoder is not None:
-    short = _of_periods(encoder, loops[_ENCODER], longer.get(_ENCODER, -1))
-    model = model.with_encoder(short)
+  short = [
+    _of_periods(layers, loops[name], longer.get(name, -1))
+    for name, layers in zip((_DECODER, _ENCODER), options.model.halves[::-1])
+  ]
+  model = options.model.with_halves(*short[::-1])
   return dataclasses.replace(options, model=model)
 
 

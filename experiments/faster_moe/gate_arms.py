@@ -105,10 +105,10 @@ def _counter(model):
     _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-    layers = model.layer_trees(collections['intermediates'])
+    layers = model.stacks.layer_trees(collections['intermediates'])
     real = batch['segment_ids'] != 0  # a group is a sequence
-    kept = [sown(layers[i]) for i in model.sparse_layers]
-    return sum(_who_leaves(model.moe.router, one, real) for one in kept)
+    kept = [sown(layers[i]) for i in model.stacks.sparse_layers]
+    return sum(_who_leaves(model.stacks.moe.router, one, real) for one in kept)
 
   return counts
 

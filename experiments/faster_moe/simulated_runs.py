@@ -53,7 +53,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   all_numbers: dict[str, float] = {}
   for name in clusters.NAMES:
     cluster = clusters.get(name)
-    if cluster.num_devices == run.model.moe.num_experts:
+    if cluster.num_devices == run.model.stacks.moe.num_experts:
       for source, counts in _sources(run, cluster):
         for arm, numbers in of_counts(cluster, counts).items():
           beginning = prefix_of(name, source, arm)
@@ -62,7 +62,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def _sources(run: Run, cluster: Cluster) -> Iterator[tuple[str, Counts]]:
-  E, W = run.model.moe.num_experts, cluster.num_devices
+  E, W = run.model.stacks.moe.num_experts, cluster.num_devices
   drawn = expert_counts.drawn(SKEWED, E, W * DRAWN, STEPS, run.options.seed)
   recorded = expert_counts.recorded(run.workdir / FOLDER)
   for source, chosen in ((TRACE, recorded), (SKEWED, drawn)):

@@ -54,7 +54,7 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def _check(run: Run) -> None:
-  model, moe = run.model, run.model.moe
+  model, moe = run.model, run.model.stacks.moe
   if model.has_encoder:
     raise InputError(
       f'{type(model).__name__} does not continue a text; leaks are those of a '

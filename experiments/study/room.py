@@ -78,8 +78,8 @@ def measure(
   """
   records = [*validation_routing.last_records(run, state, name, num_batches)]
   numbers = {}
-  for layer in run.model.sparse_layers:
-    E = run.model.moe_of(layer).num_experts
+  for layer in run.model.stacks.sparse_layers:
+    E = run.model.stacks.moe_of(layer).num_experts
     by_batch = [rows_and_drops(load) for load in loads(records, layer, E)]
     for way in WAYS:
       rows, lost = np.mean([shares[way] for shares in by_batch], 0)

@@ -16,7 +16,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.generation import trained_run
 from moe_jax.models import Model, code_trees
-from moe_jax.models.parameter_trees import init_params
+from moe_jax.models.trees import init_params
 from moe_jax.shapes import Int
 
 # Number of prompts that are read at once, of tokens that are generated for each

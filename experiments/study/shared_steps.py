@@ -45,7 +45,7 @@ class SharedStep(Hook):
       return None
     weights = {
       loss: weight
-      for loss, weight in run.model.loss_weights().items()
+      for loss, weight in run.model.stacks.loss_weights().items()
       if weight
     }
     rate = rates.pop() if rates else None

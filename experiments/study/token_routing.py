@@ -79,8 +79,8 @@ def measure(run: Run, state: TrainState) -> dict[str, float]:
   records = recorded(last, int(state.step), _BATCHES)
   shares, over_time = information(header, records), changes(header, history)
   numbers = {}
-  for layer in model.sparse_layers:
-    dropped = drops(header, records, layer, model.moe_of(layer))
+  for layer in model.stacks.sparse_layers:
+    dropped = drops(header, records, layer, model.stacks.moe_of(layer))
     measures = shares[layer] | over_time[layer] | dropped
     numbers |= {f'routing/layer_{layer}/{k}': v for k, v in measures.items()}
   return numbers

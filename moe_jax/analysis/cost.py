@@ -57,7 +57,7 @@ def compute_table(model: Model, work: Workload) -> Table:
       f'Attention is counted in full, over {c.encoder_len} tokens read and '
       f'{c.decoder_len} written; FLOPs of training are their mean.'
     )
-  elif model.stacks:
+  elif model.stacks.blocks:
     caption.append(
       f'Attention is counted in full, over {c.decoder_len} tokens.'
     )
@@ -66,7 +66,7 @@ def compute_table(model: Model, work: Workload) -> Table:
       f'Experts multiply {c.capacity_slack:.2f} rows for each choice of an '
       'expert; rows without a token are not counted.'
     )
-  if not model.stacks:
+  if not model.stacks.blocks:
     multiply_adds, params = without_vocabulary(model, work.seq_len)
     caption.append(
       'Without embedding and softmax a token takes '
@@ -294,10 +294,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
   # No terminal limits the width of the tables in a pipe or a file.
   console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
   console.print(compute_table(model, training_batch))
-  if model.stacks:
+  if model.stacks.blocks:
     console.print(memory_table(model, training_batch))
     console.print(fit_table(model, one_row))
-  if len(model.stacks) == 1:
+  if len(model.stacks.blocks) == 1:
     console.print(training_table(options, model))
 
 

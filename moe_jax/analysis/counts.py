@@ -18,8 +18,8 @@ from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Role
 from moe_jax.models import Model
-from moe_jax.models.parameter_trees import describe
 from moe_jax.models.stack import StackConfig
+from moe_jax.models.trees import describe
 
 _UNITS = (('P', 1e15), ('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3))
 
@@ -82,11 +82,12 @@ def halves(model: Model, seq_len: int, target_len: int = 0) -> list[Half]:
       stands for `seq_len`.
   """
   lengths = [(seq_len, 0)]
-  if len(model.stacks) == 2:
+  if model.has_encoder:
     lengths.append((target_len or seq_len, seq_len))
   return [
-    Half(path, stack, *own_lengths, model.embedding.width)
-    for (path, stack), own_lengths in zip(model.stacks, lengths)
+    Half(stack.path, stack.blocks, *own_lengths, model.embedding.width)
+    for stack, own_lengths in zip(model.stacks, lengths)
+    if stack.blocks is not None
   ]
 
 
@@ -124,7 +125,7 @@ def sized_parameters(model: Model) -> list[SizedParameter]:
   Raises:
     ValueError: Kernels are in codes, whose number is not that of parameters.
   """
-  for _, stack in model.stacks:
+  for stack in model.stacks.blocks:
     formats = [moe.expert.format for moe in stack.moes if moe is not None]
     for format in filter(None, formats):
       raise InputError(
@@ -305,7 +306,7 @@ def count(
     ([p for p in layers if p.path[: len(half.path)] == half.path], half.moes)
     for half in stacks
   ]
-  parts = parts or [(layers, [moe for moe in model.moes if moe is not None])]
+  parts = parts or [(layers, [moe for moe in model.stacks.mixtures])]
   flops = [_products(kernels, moes, width) for kernels, moes in parts]
   flops[-1].products += 2 * model.vocab_size * width
   decoder_len, memory_len, step_attention = seq_len, 0, 0
@@ -374,11 +375,11 @@ def _slack(
   model: Model, stacks: list[Half], batch_size: int, seq_len: int
 ) -> float:
   """Rows that experts multiply over choices, in the layers with experts."""
-  if model.moe is None:
+  if not model.stacks.mixtures:
     return 1.0
   layers = [(moe, half.length) for half in stacks for moe in half.moes]
   rows = choices = 0.0
-  for moe, T in layers or [(model.moe, seq_len)]:
+  for moe, T in layers or [(model.stacks.mixtures[-1], seq_len)]:
     S = group_size(moe, batch_size, T)
     rows += T * group_rows(moe, S) / S
     choices += T * moe.num_selected

@@ -171,7 +171,7 @@ class Sample(Hook):
     if model.has_encoder:
       pairs = first_pairs(run.dataset.splits['validation'])
     names = []
-    if model.task_sequences:
+    if model.stacks.task_sequences:
       names = [c.task or tasks[0], *(tasks[task] for *_, task in pairs)]
     generated = generation.generate(
       model,
@@ -194,7 +194,7 @@ class Sample(Hook):
         f'inputs: {x}\noutputs: {answer}' + f'\ntargets: {y}' * bool(y)
         for x, answer, y in zip(inputs, answers, targets)
       )
-    if forced := run.model.forced_balance:
+    if forced := run.model.stacks.forced_balance:
       text = f'[{forced}]\n{text}'
     if is_first():
       workdir_lib.write_text(run.workdir / 'sample.txt', text + '\n')
@@ -227,7 +227,7 @@ class RoutingReport(Hook):
 
   def end(self, run: Run, state: TrainState) -> None:
     """Prints the tables and writes `routing_report.md`."""
-    if not run.model.sparse_layers:
+    if not run.model.stacks.sparse_layers:
       return
     tables = routing_tables(run, state)
     if not is_first():
@@ -285,8 +285,9 @@ LEAK = (
 
 def model_warnings(model: models.Model) -> list[str]:
   """Warnings on a model that every result has to give."""
-  texts = [LEAK] if model.leaks_future else []
-  return texts + [model.forced_balance] * bool(model.forced_balance)
+  texts = [LEAK] if model.stacks.leaks_future else []
+  forced = model.stacks.forced_balance
+  return texts + [forced] * bool(forced)
 
 
 def facts(
@@ -295,8 +296,8 @@ def facts(
   """Lines on the model and the devices of a run."""
   lengths = options.data.seq_len, options.data.target_len
   yield cost.count(model, *lengths).describe()
-  if model.moe is not None:
-    yield _experts_line(options, model, model.moe, mesh)
+  if model.stacks.moe is not None:
+    yield _experts_line(options, model, model.stacks.moe, mesh)
     for text in model_warnings(model):
       yield f'WARNING: {text}'
   yield from _trained_lines(options, programs)
@@ -336,7 +337,9 @@ def _experts_line(
   options: RunOptions, model: models.Model, moe: MoeOptions, mesh: Mesh
 ) -> str:
   platform = mesh.devices.flat[0].platform
-  counts = [model.moe_of(i).num_retained for i in model.sparse_layers]
+  counts = [
+    model.stacks.moe_of(i).num_retained for i in model.stacks.sparse_layers
+  ]
   count = counts[0] if len(set(counts)) == 1 else counts
   axes = dict(options.sharding.rules)['expert']
   devices = {a: mesh.shape[a] for a in axes if mesh.shape[a] > 1}
@@ -344,7 +347,7 @@ def _experts_line(
     moe.dispatch, 'cuda' if platform == 'gpu' else platform, devices
   )
   return (
-    f'sparse layers {list(model.sparse_layers)}: {count} experts, '
+    f'sparse layers {list(model.stacks.sparse_layers)}: {count} experts, '
     f'{moe.num_selected} selected, router {ROUTERS.name_of(moe.router)!r}, '
     f'dispatch {dispatch}'
   )

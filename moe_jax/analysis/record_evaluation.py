@@ -47,7 +47,7 @@ def record(options: argparse.Namespace) -> None:
   run = trained.read(workdir, options.allow_module)
   model_options = entry.overridden(run.model)
   model = model_options.build(run.sharding.rules)
-  if not model.sparse_layers:
+  if not model.stacks.sparse_layers:
     raise InputError(f'{workdir} has a model without sparse layers')
   checkpoint = trained.restore_variables(
     workdir, model, run.sharding.rules, step=options.step

@@ -69,12 +69,13 @@ def make_header(
     note: A note for readers, to which one on forced choices is added.
     **fields: Further fields of the header.
   """
-  lengths = dict.fromkeys(model.sequences, data.seq_len)
+  stacks = model.stacks
+  lengths = dict.fromkeys(stacks.sequences, data.seq_len)
   if model.has_encoder:
     lengths[''] = data.target_len
   layers = {}
-  for layer in model.sparse_layers:
-    moe, sequence = model.moe_of(layer), model.sequence_of(layer)
+  for layer in model.stacks.sparse_layers:
+    moe, sequence = model.stacks.moe_of(layer), model.stacks.sequence_of(layer)
     S = group_size(moe, batch_size // microbatches, lengths[sequence])
     is_bounded = moe.router.by_expert or moe.causality.drops
     layers[layer] = LayerInfo(
@@ -93,7 +94,7 @@ def make_header(
     model_digest=hashlib.sha256(repr(options).encode()).hexdigest(),
     sources=tuple(data.tasks),
     tokenizer=tokenizer.identity,
-    note='; '.join(filter(None, (note, model.forced_balance))),
+    note='; '.join(filter(None, (note, stacks.forced_balance))),
     **fields,
   )
 
@@ -131,11 +132,12 @@ def records_of(
     batch: The arrays of the batch, on the host.
     choices: The choices of layers, on the host.
   """
-  for prefix in model.sequences:
+  stacks = model.stacks
+  for prefix in stacks.sequences:
     layers = {
-      i: _in_order(of_layer, model.moe_of(i).router.by_expert)
+      i: _in_order(of_layer, stacks.moe_of(i).router.by_expert)
       for i, of_layer in choices.items()
-      if model.sequence_of(i) == prefix
+      if stacks.sequence_of(i) == prefix
     }
     if layers:
       ids: dict[str, Any] = {
@@ -212,7 +214,7 @@ class Recorder:
       batch: The batch.
       choices: The choices that were made in it.
     """
-    prefixes, keys = self._model.sequences, _KEYS.values()
+    prefixes, keys = self._model.stacks.sequences, _KEYS.values()
     names = {f'{prefix}{key}' for prefix in prefixes for key in keys}
     arrays: Any = {k: v for k, v in batch.items() if k in names}, choices
     if jax.process_count() > 1:
@@ -264,7 +266,7 @@ class Traces(Hook):
     Raises:
       ValueError: The workdir has the trace of another run.
     """
-    if run.options.trace.is_on and run.model.sparse_layers:
+    if run.options.trace.is_on and run.model.stacks.sparse_layers:
       folder, header = run.workdir / FOLDER, header_of(run)
       self._recorder = Recorder(folder, header, run.model, run.message)
 
@@ -336,6 +338,6 @@ def recorded_losses(
   def measure(variables, step):
     record = functools.partial(recorder.add, name, step)
     sums = losses.sums(variables, apply, record)
-    return summary.summarize(sums, losses.model.moes)
+    return summary.summarize(sums, losses.model.stacks.moes)
 
   return measure

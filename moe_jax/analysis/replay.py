@@ -29,9 +29,9 @@ from moe_jax.analysis import traces
 from moe_jax.analysis.recording import header_of
 from moe_jax.analysis.traces import Header, Record, Trace
 from moe_jax.errors import InputError
-from moe_jax.models import Model
+from moe_jax.models import Model, Stacks
+from moe_jax.models.base import REPLAYED
 from moe_jax.models.recorded import expert_type
-from moe_jax.models.text_model import REPLAYED
 from moe_jax.routing.given_choice_rule import NO_CHOICE, OPEN
 from moe_jax.training.programs import Step
 from moe_jax.training.setup import Hook, Run
@@ -83,13 +83,13 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
   """The arrays of a batch that impose the choices of records, by key.
 
   They are experts, int8 or int16 [B, T, L, K], and whether choices are served,
-  bool, for each sequence; see `TextModel.inputs`.
+  bool, for each sequence; see `Model.inputs`.
 
   Raises:
     ValueError: The records do not have the model's sparse layers, or there is a
       choice more than the layers take.
   """
-  layers, choices = _layers(model), {}
+  layers, choices = _layers(model.stacks), {}
   for record in records:
     prefix = record.sequence and f'{record.sequence}_'
     lengths = layers.pop(prefix, {})
@@ -99,7 +99,9 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
         f'{sorted(record.layers)}; the sparse layers of the model are '
         f'{[*lengths]}'
       )
-    per_key = zip(*(_choices(model, n, K, record) for n, K in lengths.items()))
+    per_key = zip(
+      *(_choices(model.stacks, n, K, record) for n, K in lengths.items())
+    )
     for key, values in zip(REPLAYED, per_key):
       choices[f'{prefix}{key}'] = np.stack(values, axis=2)
   if missing := [*itertools.chain(*layers.values())]:
@@ -110,38 +112,41 @@ def arrays(model: Model, records: Sequence[Record]) -> dict[str, np.ndarray]:
 def no_choices(model: Model, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The arrays of a batch that leave all choices to the routers, by key."""
   choices = {}
-  for prefix, lengths in _layers(model).items():
+  for prefix, lengths in _layers(model.stacks).items():
     ends = len(lengths), max(lengths.values())
     shape = (*batch[f'{prefix}tokens'].shape, *ends)
-    values = np.full(shape, OPEN, _expert_type(model)), np.zeros(shape, bool)
+    values = (
+      np.full(shape, OPEN, _expert_type(model.stacks)),
+      np.zeros(shape, bool),
+    )
     choices |= zip((f'{prefix}{key}' for key in REPLAYED), values)
   return choices
 
 
-def _expert_type(model: Model) -> type[np.integer]:
+def _expert_type(stacks: Stacks) -> type[np.integer]:
   """The type of numbers of experts, and of the signs that stand for none."""
-  sizes = (model.moe_of(layer).num_experts for layer in model.sparse_layers)
+  sizes = (moe.num_experts for moe in stacks.mixtures)
   return expert_type(max(sizes))
 
 
-def _layers(model: Model) -> dict[str, dict[int, int]]:
+def _layers(stacks: Stacks) -> dict[str, dict[int, int]]:
   """The most choices of a token in each sparse layer, by prefix and layer.
 
   The prefix is that of the batch's keys of the sequence that the layer sees.
   """
   layers = defaultdict(dict)
-  for layer in model.sparse_layers:
-    moe = model.moe_of(layer)
+  for layer in stacks.sparse_layers:
+    moe = stacks.moe_of(layer)
     most = moe.num_experts if moe.router.by_expert else moe.num_selected
-    layers[model.sequence_of(layer)][layer] = most
+    layers[stacks.sequence_of(layer)][layer] = most
   return layers
 
 
 def _choices(
-  model: Model, layer: int, K: int, record: Record
+  stacks: Stacks, layer: int, K: int, record: Record
 ) -> tuple[np.ndarray, np.ndarray]:
   """The experts and the served choices of a layer, [B, T, K] each."""
-  E = model.moe_of(layer).num_experts
+  E = stacks.moe_of(layer).num_experts
   expert, kept = record.layers[layer].expert, record.layers[layer].kept
   missing, largest = K - expert.shape[-1], int(expert.max(initial=NO_CHOICE))
   if missing < 0 or largest >= E:
@@ -150,7 +155,7 @@ def _choices(
       f'and expert {largest}; the model has {K} choices among {E} experts'
     )
   padding = [(0, 0)] * (expert.ndim - 1) + [(0, missing)]
-  expert = expert.astype(_expert_type(model))
+  expert = expert.astype(_expert_type(stacks))
   return (
     np.pad(expert, padding, constant_values=NO_CHOICE),
     np.pad(kept, padding),
@@ -200,7 +205,7 @@ class Replaying(Hook):
     Raises:
       ValueError: There is none, or it does not fit the run.
     """
-    if folder := run.options.model.replay:
+    if folder := run.options.model.moe.replay:
       self._trace = traces.read(folder)
       steps = run.options.total_steps
       lines = [*_differences(self._trace, header_of(run), steps)]
@@ -212,8 +217,8 @@ class Replaying(Hook):
     """Wraps the step."""
     if self._trace is not None:
       run.message(
-        f'{run.options.model.replay}: its choices of experts are replayed in '
-        'training; evaluations choose by themselves'
+        f'{run.options.model.moe.replay}: its choices of experts are replayed '
+        'in training; evaluations choose by themselves'
       )
       step = _replayed_step(run, self._trace)
     elif _is_recorded(run):
@@ -229,11 +234,11 @@ def _is_recorded(run: Run) -> bool:
   A teacher would read the arrays of the batch, too, and forced choices cannot
   be left to the routers.
   """
-  moes = [moe for moe in run.model.moes if moe is not None]
+  moes = run.model.stacks.mixtures
   return (
     bool(moes)
     and run.options.trace.every_steps > 0
-    and not run.model.forced_balance
+    and not run.model.stacks.forced_balance
     and 'distill' not in run.options.for_hooks
     and all(moe.replays() is None for moe in moes)
   )
@@ -269,7 +274,7 @@ def _replayed_step(run: Run, trace: Trace) -> Step:
     # This waits for the step before.
     if not is_equal({name: batch[name] for name in record_ids}, record_ids):
       raise InputError(
-        f'model.moe.replay={options.model.replay!r}: the batch after '
+        f'model.moe.replay={options.model.moe.replay!r}: the batch after '
         f'{records[0].step} steps is another one there; the options of the '
         'data differ'
       )

@@ -132,9 +132,9 @@ def count_tokens(
   """
   for layer, recorded in choices.items():
     if layer not in counts:
-      shape = model.vocab_size, model.moe_of(layer).num_experts
+      shape = model.vocab_size, model.stacks.moe_of(layer).num_experts
       counts[layer] = np.zeros(shape, int)
-    ids = fetch(batch[f'{model.sequence_of(layer)}tokens'])
+    ids = fetch(batch[f'{model.stacks.sequence_of(layer)}tokens'])
     expert = fetch(recorded.expert)
     is_choice = expert >= 0
     token = np.broadcast_to(ids[..., None], expert.shape)
@@ -156,7 +156,7 @@ def tables(
   """
   layers, busiest, K = [], [], sums.aux.stats.overflowed.shape[-1]
   for layer in summary.sparse_layers(sums):
-    values = summary.layer_summary(sums, layer, model.moes)
+    values = summary.layer_summary(sums, layer, model.stacks.moes)
     load = np.asarray(sums.aux.stats.load[layer][: len(values['load'])])
     most, unused = math.log(len(load)), values['unused_experts']
     rates = [x for name, x in values.items() if name.startswith(_BY_CHOICE)]

@@ -23,8 +23,9 @@ from moe_jax.errors import InputError
 from moe_jax.layers.experts import ROLE as EXPERT
 from moe_jax.layers.parameters import Role
 from moe_jax.layers.shared import Numerics
-from moe_jax.models import Model, flat_trees, lora
+from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters, LoraOptions
+from moe_jax.models.trees import flatten
 from moe_jax.training.programs import Programs, make_optimizer
 from moe_jax.training.run_options import RunOptions
 
@@ -64,18 +65,18 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
     ValueError: The model has two stacks or none, or the options select a part
       that it lacks.
   """
-  if len(model.stacks) != 1:
+  if (num_stacks := len(model.stacks.blocks)) != 1:
     raise InputError(
-      f'{type(model).__name__} has {len(model.stacks)} stacks of blocks; the '
-      'backward pass is counted of models with one'
+      f'{type(model).__name__} has {num_stacks} stacks of blocks; the backward '
+      'pass is counted of models with one'
     )
   adapters, trained, optimizer = make_optimizer(options, model)
   shapes = adapters.trees.shapes
   state = jax.eval_shape(optimizer.init, shapes)
-  trained_part = flat_trees.flatten(trained.part(shapes))
+  trained_part = flatten(trained.part(shapes))
   leaves = {path: x for path, x in trained_part.items() if x is not None}
   grad_leaves = {path: x for path, x in leaves.items() if path[0] != lora.TREE}
-  flat_shapes = flat_trees.flatten(shapes)
+  flat_shapes = flatten(shapes)
   grad_leaves |= {path: flat_shapes[path] for path in adapters.kernels}
   factors = sum(math.prod(x.shape) for x in adapters.kernels.values())
   return TrainingCost(
@@ -90,7 +91,7 @@ def training_cost(options: RunOptions, model: Model) -> TrainingCost:
 
 def variants(options: RunOptions, model: Model):
   """The usual choices of what trains, by name, as options of a run."""
-  sparse = bool(model.sparse_layers)
+  sparse = bool(model.stacks.sparse_layers)
   plain = dataclasses.replace(
     options, trainable='all', trained_experts='', lora=LoraOptions()
   )
@@ -109,11 +110,11 @@ def _backward_flops(
   adapters: Adapters,
 ) -> int:
   """FLOPs of the backward pass for a token, with gradients of these leaves."""
-  roles: dict[tuple[str, ...], Role] = flat_trees.flatten(adapters.trees.roles)
-  axes = flat_trees.flatten(adapters.trees.axes)
+  roles: dict[tuple[str, ...], Role] = flatten(adapters.trees.roles)
+  axes = flatten(adapters.trees.axes)
   flops = count(model, options.data.seq_len).decoder
   logits = 2 * model.vocab_size * model.embedding.width
-  total, moe = 0, model.moe
+  total, moe = 0, model.stacks.moe
   for path, leaf in grad_leaves.items():
     if roles[path].form == 'kernel':
       share = 1.0
@@ -142,7 +143,7 @@ def run_flops(options: RunOptions, model: Model) -> int:
   steps, rows = options.total_steps, options.total_steps * options.batch_size
   lengths = options.data.seq_len, options.data.target_len
   forward = count(model, *lengths, options.batch_size).example_flops
-  if len(model.stacks) != 1:
+  if len(model.stacks.blocks) != 1:
     return 3 * rows * forward
   training = training_cost(options, model)
   row_flops = forward + lengths[0] * training.backward_flops
@@ -234,7 +235,7 @@ def run_bytes(
   """
   state = programs.abstract_state
   activations = evaluation = 0
-  if model.stacks:
+  if model.stacks.blocks:
     num_parts = partitioning.row_parts(mesh, options.sharding.rules)
     rows = -(-options.shape().rows // num_parts)
     lengths = options.data.seq_len, options.data.target_len

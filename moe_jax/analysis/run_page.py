@@ -239,7 +239,7 @@ def commands(run: Run, name: str) -> dict[str, str]:
       'Quantise to 4 bits': 'moe_jax.compression quantize '
       f'--run={quoted} --output={quote(f"{name}_int4")} --format=int4',
     }
-  if run.model.sparse_layers:
+  if run.model.stacks.sparse_layers:
     choices = quote(f'{name}/choices')
     lines['See what the routers did'] = (
       f'moe_jax.analysis.record_evaluation {workdir} --trace={choices}\n'
@@ -268,11 +268,12 @@ def _facts(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
   cost = counts.count(run.model, run.options.data.seq_len)
   speeds = sorted(_values(rows, 'train/tokens_per_second'))
   losses, drops = _values(rows, 'train/loss'), _values(rows, 'train/drop_rate')
-  active = f'{int(cost.active_params):,}' if run.model.sparse_layers else ''
+  sparse_layers = run.model.stacks.sparse_layers
+  active = f'{int(cost.active_params):,}' if sparse_layers else ''
   speed = f'{speeds[len(speeds) // 2]:,.0f} tokens/s' if speeds else ''
   return {
     'model': type(run.options.model).__name__,
-    'sparse layers': ', '.join(map(str, run.model.sparse_layers)),
+    'sparse layers': ', '.join(map(str, sparse_layers)),
     'parameters': f'{int(cost.total_params):,}',
     'active per token': active,
     'last training loss (nats/token)': f'{losses[-1]:.4f}' if losses else '',

@@ -26,7 +26,7 @@ from moe_jax.analysis.compiled import (
   text_of,
 )
 from moe_jax.devices import in_bytes
-from moe_jax.models import flat_trees
+from moe_jax.models.trees import flatten
 from moe_jax.training.programs import Programs
 
 KINDS = (
@@ -167,7 +167,7 @@ def held_by_evaluations(programs: Programs) -> int:
   They are those of the train state, and of kernels with merged adapters.
   """
   state = programs.abstract_state
-  params, kernels = flat_trees.flatten(state.params), programs.adapters.kernels
+  params, kernels = flatten(state.params), programs.adapters.kernels
   return device_bytes((state, [params[path] for path in kernels]))
 
 

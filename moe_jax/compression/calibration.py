@@ -93,9 +93,10 @@ def capture(
     _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-  layers = model.layer_trees(collections['intermediates'])
+  layers = model.stacks.layer_trees(collections['intermediates'])
   return {
-    i: layers[i]['moe'][SCOPE][_SOWN_NAME][0] for i in model.sparse_layers
+    i: layers[i]['moe'][SCOPE][_SOWN_NAME][0]
+    for i in model.stacks.sparse_layers
   }
 
 

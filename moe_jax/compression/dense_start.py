@@ -23,8 +23,8 @@ from moe_jax.layers.block import BlockConfig
 from moe_jax.layers.experts import SCOPE
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.models import Model, flat_trees
-from moe_jax.models.layer_trees import numbers_of
+from moe_jax.models import Model
+from moe_jax.models.trees import flatten, unflatten
 from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Float, Leaf, PRNGKey
 
@@ -71,7 +71,8 @@ def best_experts(
       width of an expert.
   """
   counts = {
-    layer: _num_experts(model, source, layer) for layer in source.sparse_layers
+    layer: _num_experts(model, source, layer)
+    for layer in source.stacks.sparse_layers
   }
   if not counts:
     raise InputError('the teacher has no sparse layers, so no experts')
@@ -105,7 +106,7 @@ def concatenated(
     params: The parameters of the sparse model, unboxed.
     key: The key that `convert` gets.
   """
-  layers = source.layer_trees(params)
+  layers = source.stacks.layer_trees(params)
   joined = {
     layer: as_one(
       layers[layer]['moe'][SCOPE],
@@ -114,16 +115,16 @@ def concatenated(
     )
     for layer, numbers in experts.items()
   }
-  arrays = flat_trees.flatten(convert(params, key))
+  arrays = flatten(convert(params, key))
   for path, stacked in arrays.items():
-    place = model.place_of(path)
+    place = model.stacks.place_of(path)
     if place is None or place.name[0] != 'ffn':
       continue
-    for i, layer in enumerate(numbers_of(model.stacks, place)):
+    for i, layer in enumerate(place.numbers):
       if layer in joined:
         array = joined[layer][place.name[-1]].astype(stacked.dtype)
         arrays[path] = arrays[path].at[i].set(array)
-  return flat_trees.unflatten(arrays)
+  return unflatten(arrays)
 
 
 def _num_experts(model: Model, source: Model, layer: int) -> int:
@@ -132,13 +133,13 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
   Raises:
     ValueError: There is no such number, or the layer is not dense.
   """
-  moe = source.moe_of(layer)
+  moe = source.stacks.moe_of(layer)
   if moe.shared_expert.hidden:
     raise InputError(
       f'layer {layer} of the teacher has a shared expert, which no student '
       'begins from'
     )
-  if layer in model.sparse_layers:
+  if layer in model.stacks.sparse_layers:
     raise InputError(f'layer {layer} of the student is not dense')
   (block, twin), (source_block, _) = _block(model, layer), _block(source, layer)
   dense = FfnLayer(twin.twin().ffn if twin else block.ffn, block.shared)
@@ -164,5 +165,7 @@ def _num_experts(model: Model, source: Model, layer: int) -> int:
 def _block(model: Model, layer: int) -> tuple[BlockConfig, MoeOptions | None]:
   """The options of a layer's block, and its mixture, or that of its twin."""
   return [
-    (stack.block, kind.moe) for _, stack in model.stacks for kind in stack.kinds
+    (stack.block, kind.moe)
+    for stack in model.stacks.blocks
+    for kind in stack.kinds
   ][layer]

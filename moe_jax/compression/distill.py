@@ -217,7 +217,7 @@ class Distilling(Hook):
       f'{line}; {options.hard_weight:g} hard and {options.soft_weight:g} soft '
       f'labels, temperature {options.temperature:g}'
     )
-    if teacher.model.leaks_future:
+    if teacher.model.stacks.leaks_future:
       run.message(
         'WARNING: the teacher is not causal: where its capacity binds, later '
         'tokens change its soft labels for earlier ones'

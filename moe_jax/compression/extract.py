@@ -31,8 +31,7 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.models import ModelOptions, code_trees
-from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.transformer_options import StackOptions, TransformerOptions
+from moe_jax.models.layer_options import LayerOptions
 from moe_jax.shapes import Array, Float32, Int32, Leaf
 
 Params = dict[str, Any]
@@ -73,25 +72,27 @@ def extract(
   code_trees.check_plain(options, 'the model')
   model = options.build()
   if not options.routes_by_task:
-    routers = {ROUTERS.name_of(m.router) for m in model.moes if m is not None}
+    routers = {ROUTERS.name_of(moe.router) for moe in model.stacks.mixtures}
     raise InputError(
       'the model has no router by task, so no task has a part of its own; its '
       f'routers: {sorted(routers) or "none, as it is dense"}'
     )
   new_params = dict(params)
-  for path, stack in model.stacks:
-    if stack.experts is None or not _routes_by_task(stack.experts):
+  for stack in model.stacks:
+    path, blocks = stack.path, stack.blocks
+    if blocks is None or not _routes_by_task(moe := blocks.experts):
       continue
     stack_params = new_params[path[0]] if path else new_params
     stack_params = _with_dense_layers(
-      stack_params, stack.experts, stack.block.shared, task
+      stack_params, moe, blocks.block.shared, task
     )
     new_params = {**new_params, path[0]: stack_params} if path else stack_params
-  layers = [i for i, moe in enumerate(model.moes) if _routes_by_task(moe)]
+  moes = enumerate(model.stacks.moes)
+  layers = [i for i, moe in moes if _routes_by_task(moe)]
   return Extracted(_extracted_options(options), new_params, tuple(layers))
 
 
-def _routes_by_task(moe: MoeOptions | None) -> bool:
+def _routes_by_task(moe: MoeOptions | None) -> TypeGuard[MoeOptions]:
   return moe is not None and 'task_ids' in moe.router.reads
 
 
@@ -194,21 +195,17 @@ def as_one(
 
 def _extracted_options(options: ModelOptions) -> ModelOptions:
   """The options in which layers by task are their dense twins."""
-  decoder = cast(TransformerOptions, options)
-  changes: dict[str, Any] = {'moe': _moe_options(decoder), 'num_tasks': 0}
-  if not isinstance(options, EncoderDecoderOptions):
-    return dataclasses.replace(options, **changes)
-  half = options.encoder_half()
-  half = dataclasses.replace(half, moe=_moe_options(half))
-  default_encoder = type(options.encoder)()
-  options = dataclasses.replace(options, encoder=default_encoder, **changes)
-  return options.with_encoder(half)
+  halves = (
+    dataclasses.replace(half, moe=_moe_options(half)) for half in options.halves
+  )
+  without_tasks = dataclasses.replace(cast(Any, options), num_tasks=0)
+  return without_tasks.with_halves(*halves)
 
 
-def _moe_options(half: StackOptions) -> MoeOptions:
+def _moe_options(half: LayerOptions) -> MoeOptions:
   """The options of a stack's mixtures, or of their twins if it goes by task."""
   moe = half.moe
-  if not half.has_experts or not _routes_by_task(moe):
+  if not half.routes_by_task:
     return moe
   return MoeOptions(
     num_experts=0,
@@ -236,7 +233,7 @@ def describe(run: WholeRun, extracted: Extracted) -> str:
   """Lines on the experts kept, and on parameters and bytes before and after."""
   lines = []
   for layer in extracted.layers:
-    moe = run.model.moe_of(layer)
+    moe = run.model.stacks.moe_of(layer)
     lines.append(
       f'layer {layer}: {moe.num_selected} of {moe.num_experts} experts kept, a '
       f'dense feed-forward of width {moe.twin().ffn.hidden}'

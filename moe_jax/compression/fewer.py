@@ -40,7 +40,7 @@ from moe_jax.models.expert_arrays import (
   sparse_layers,
   with_moes,
 )
-from moe_jax.models.text_options import LayerOptions
+from moe_jax.models.layer_options import LayerOptions
 
 SHARE = Option(above=0, maximum=1)
 Groups = tuple[tuple[int, ...], ...]

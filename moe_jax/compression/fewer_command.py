@@ -19,8 +19,8 @@ from moe_jax.compression import fewer, merge, whole_run
 from moe_jax.compression.usage import SCORES
 from moe_jax.compression.whole_run import bytes_in_memory
 from moe_jax.data import DataOptions
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.expert_arrays import sparse_layers
-from moe_jax.models.router_state import COLLECTION
 from moe_jax.training import new_run
 
 
@@ -109,7 +109,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> str:
     options.output,
     variables['params'],
     model,
-    router_state=variables.get(COLLECTION),
+    router_state=variables.get(ROUTER_STATE),
   )
   lines = []
   for n, layer in new_layers.items():

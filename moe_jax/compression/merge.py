@@ -24,8 +24,8 @@ from moe_jax.compression.usage import SCORES, Usage
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names
+from moe_jax.models.description import Path
 from moe_jax.models.expert_arrays import COLUMN, Arrays, SparseLayer
-from moe_jax.models.flat_trees import Path
 
 HIDDEN = 'expert_mlp'
 

@@ -34,10 +34,9 @@ from moe_jax.layers.kernel_format import (
   fill_up,
 )
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.models import ModelOptions, code_trees, flat_trees
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.layer_trees import LayerPlace, numbers_of
-from moe_jax.models.parameter_trees import describe
+from moe_jax.models import ModelOptions, code_trees
+from moe_jax.models.description import LayerPlace, Path
+from moe_jax.models.trees import describe, flatten, unflatten
 from moe_jax.training import new_run
 
 METHODS = ('gptq', 'rtn')
@@ -93,7 +92,7 @@ def quantize(
     batches = calibration.batches(run, num_batches)
   old_params = run.variables['params']
   params = jax.tree.map(np.array, old_params)
-  arrays = flat_trees.flatten(params)  # the same arrays, which change in place
+  arrays = flatten(params)  # the same arrays, which change in place
   stored: dict[Path, list[_Arrays]] = {}
   reports = []
   for layer, (path, index) in places.items():
@@ -115,7 +114,7 @@ def quantize(
     num_codes = fill_up(x for layers in stored.values() for x in layers)
     format = dataclasses.replace(format, num_codes=num_codes)
     options = code_trees.with_formats(options, format)
-  new_params = flat_trees.flatten(old_params)
+  new_params = flatten(old_params)
   num_bytes = 0
   for path, layers in stored.items():
     del new_params[path]
@@ -123,7 +122,7 @@ def quantize(
       array = jnp.asarray(np.stack([kernel[name] for kernel in layers]))
       new_params[*path, name] = array
       num_bytes += array.nbytes
-  new_params = flat_trees.unflatten(new_params)
+  new_params = unflatten(new_params)
   whole_run.write(run, output, new_params, options)
   total = {key: sum(numbers[key] for numbers in reports) for key in reports[0]}
   return {
@@ -155,11 +154,11 @@ def _coded(
       'was made of'
     )
   options = code_trees.with_formats(model, format)
-  stored = flat_trees.flatten(describe(options.build()).shapes)
+  stored = flatten(describe(options.build()).shapes)
   places = {}
   for path in {path[:-2] for path in stored if path[-1] == 'codes'}:
-    place = cast(LayerPlace, run.model.place_of((*path, 'w_out')))
-    for index, layer in enumerate(numbers_of(run.model.stacks, place)):
+    place = cast(LayerPlace, run.model.stacks.place_of((*path, 'w_out')))
+    for index, layer in enumerate(place.numbers):
       places[layer] = path, index
   if not places:
     raise InputError(f'{run.folder} has no experts to quantise')
@@ -180,14 +179,16 @@ def _round(
     The outcome of each kernel, and the experts that no token that counts
     reaches, for which GPTQ rounds to the nearest value.
   """
-  blocks = [stack.block for _, stack in run.model.stacks for _ in stack.sparse]
+  blocks = [
+    stack.block for stack in run.model.stacks.blocks for _ in stack.sparse
+  ]
   moe = cast(MoeOptions, blocks[layer].moe)
   expert = FfnLayer(moe.expert.twin(1).ffn, blocks[layer].shared)
   if not batches:
     names = (*expert.first_kernels, 'w_out')
     return {name: gptq.to_nearest(p[name], format) for name in names}, []
   model, variables = run.model, {**run.variables, 'params': params}
-  prefix, tokenizer = model.sequence_of(layer), run.options.tokenizer
+  prefix, tokenizer = model.stacks.sequence_of(layer), run.options.tokenizer
   tokens = calibration.ExpertTokens(
     [calibration.capture(model, variables, batch)[layer] for batch in batches],
     [calibration.counted(batch, prefix, tokenizer) for batch in batches],

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from moe_jax.compression.calibration import RoutedTokens, capture
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import SCOPE, Gather
-from moe_jax.models import Model, flat_trees
+from moe_jax.models import Model
 from moe_jax.models.expert_arrays import Arrays, SparseLayer, sparse_layers
+from moe_jax.models.trees import unflatten
 from moe_jax.routing import Routing
 from moe_jax.shapes import Array, Leaf
 
@@ -75,8 +76,8 @@ def measure(
   Raises:
     ValueError: Experts choose tokens, or there is no batch.
   """
-  for layer in model.sparse_layers:
-    if model.moe_of(layer).router.by_expert:
+  for layer in model.stacks.sparse_layers:
+    if model.stacks.moe_of(layer).router.by_expert:
       raise InputError(
         f'the experts of layer {layer} choose tokens, so that all are used '
         'equally'
@@ -147,7 +148,7 @@ def _expert_function(layer: SparseLayer) -> Callable[[Arrays, Array], Array]:
       num_experts=1,
       capacity=S,
     )
-    tree = flat_trees.unflatten(
+    tree = unflatten(
       {p[p.index(SCOPE) + 1 :]: array[None] for p, array in params.items()}
     )
     return module.apply({'params': tree}, x, full_routing)[0]

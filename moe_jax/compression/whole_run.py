@@ -13,8 +13,8 @@ import jax
 from moe_jax import data
 from moe_jax.config import section_of
 from moe_jax.errors import InputError
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, Model, ModelOptions
-from moe_jax.models.router_state import COLLECTION
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training import new_run, trained
 
@@ -120,7 +120,7 @@ def write(
     output,
     params,
     changes,
-    router_state=router_state or run.variables.get(COLLECTION),
+    router_state=router_state or run.variables.get(ROUTER_STATE),
   )
 
 

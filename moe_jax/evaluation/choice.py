@@ -103,7 +103,7 @@ class ChoiceEvaluation(AskingEvaluation):
       ValueError: The model routes by task; a source is missing or has too few
         items; or an item has characters that the tokenizer lacks.
     """
-    if setting.model.task_sequences:
+    if setting.model.stacks.task_sequences:
       raise InputError(
         f"evals.{setting.name} of kind 'choice': the model routes by task, and "
         "its questions are of none of the data's tasks"

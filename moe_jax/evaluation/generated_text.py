@@ -265,7 +265,9 @@ class Generate:
       # The last batch is filled up, as another size would compile again.
       batch = self.pairs[start : start + size]
       padded_batch = batch + self.pairs[: size - len(batch)]
-      names = [pair.task for pair in padded_batch if model.task_sequences]
+      names = [
+        pair.task for pair in padded_batch if model.stacks.task_sequences
+      ]
       rows = generation.generate(
         model,
         variables,

@@ -23,9 +23,9 @@ from moe_jax.config import read_options
 from moe_jax.data import plain_files
 from moe_jax.data.cache_folders import whole_folder
 from moe_jax.errors import InputError
-from moe_jax.models import Model, flat_trees
+from moe_jax.models import Model
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
-from moe_jax.models.parameter_trees import describe
+from moe_jax.models.trees import describe, flatten, unflatten
 from moe_jax.partitioning import path_name
 from moe_jax.training import new_run, trained
 
@@ -83,7 +83,7 @@ def save(
       f'{run.adapters.options.rank}, step {run.step}'
     )
   _check_stateless(run.model)
-  flat = flat_trees.flatten(run.params)
+  flat = flatten(run.params)
   factors = {
     '/'.join(path): np.asarray(leaf)
     for path, leaf in flat.items()
@@ -146,7 +146,7 @@ def read(
   adapters = adapt(options, describe(model))
   factors = load_file(path / WEIGHTS)
   tree = {tuple(name.split('/')): jnp.asarray(x) for name, x in factors.items()}
-  return adapters, {**params, **flat_trees.unflatten(tree)}
+  return adapters, {**params, **unflatten(tree)}
 
 
 def merge(
@@ -218,7 +218,7 @@ def _load(workdir, step, allow) -> _LoadedRun:
 
 
 def _check_stateless(model: Model) -> None:
-  if model.keeps_router_state:
+  if model.stacks.keeps_router_state:
     raise InputError(
       'the routers of this model keep state, which training moves and an '
       'adapter does not hold; keep the folder of the run'

@@ -67,7 +67,7 @@ def shares(
   Raises:
     ValueError: The model has no sparse layer, or there are no batches.
   """
-  if not model.sparse_layers:
+  if not model.stacks.sparse_layers:
     raise InputError('the model has no sparse layers, so no experts to choose')
   if not equal_experts(model):
     raise InputError(
@@ -84,7 +84,7 @@ def shares(
     raise InputError('no batch, or none with a token that reaches an expert')
   return {
     layer: layer_use / layer_use.sum()
-    for layer, layer_use in zip(model.sparse_layers, total, strict=True)
+    for layer, layer_use in zip(model.stacks.sparse_layers, total, strict=True)
   }
 
 
@@ -164,7 +164,7 @@ def choose(
       for i, layer_shares in by_layer.items()
     },
   }
-  E = model.moe_of(model.sparse_layers[-1]).num_experts
+  E = model.stacks.mixtures[-1].num_experts
   return ChosenExperts(E, chosen(by_layer, share), about)
 
 
@@ -183,5 +183,5 @@ def _use(model: Model, score: str, variables, batch) -> list[Array]:
     _, collections = model.apply(
       variables, **model.inputs(batch), mutable=['intermediates']
     )
-  layers = model.layer_trees(collections['intermediates'])
-  return [sown(layers[i])[_SOWN_NAME] for i in model.sparse_layers]
+  layers = model.stacks.layer_trees(collections['intermediates'])
+  return [sown(layers[i])[_SOWN_NAME] for i in model.stacks.sparse_layers]

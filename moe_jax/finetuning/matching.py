@@ -14,8 +14,8 @@ from moe_jax.finetuning.upcycling import (
 )
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
-from moe_jax.models.flat_trees import Path, flatten
-from moe_jax.models.layer_trees import LayerPlace, numbers_of
+from moe_jax.models.description import LayerPlace, Path
+from moe_jax.models.trees import flatten
 
 _SPARSE = ('expert', 'router', 'shared_expert')
 
@@ -61,14 +61,14 @@ def plan(
     old = {p: x for p, x in old.items() if x.role.role not in _SPARSE}
   layers = _Layers(source, old)
   numbers = _experts(model, source, copies) if experts else ()
-  drawn = () if experts else source.sparse_layers
+  drawn = () if experts else source.stacks.sparse_layers
   pieces, sizes, problems, used = {}, [], [], set()
   for path, parameter in new.items():
     role = parameter.role
     sources, numbered = [Piece(path if path in old else None)], [None]
-    if (place := model.place_of(path)) is not None:
+    if (place := model.stacks.place_of(path)) is not None:
       sources = [layers.find(n, place, role) for n in place.layers]
-      numbered = numbers_of(model.stacks, place)
+      numbered = place.numbers
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
       used.add(piece.path)
@@ -92,8 +92,8 @@ def plan(
     copies=copies,
     upcycled=tuple(
       layer
-      for layer in model.sparse_layers
-      if layer not in source.sparse_layers
+      for layer in model.stacks.sparse_layers
+      if layer not in source.stacks.sparse_layers
     ),
     drawn=drawn,
   )
@@ -108,7 +108,7 @@ class _Layers:
     # Dense feed-forwards alone, by keys with only the last part of the name.
     self._dense: dict[tuple, list[Piece]] = {}
     for path, parameter in parameters.items():
-      if (place := model.place_of(path)) is None:
+      if (place := model.stacks.place_of(path)) is None:
         continue
       for period, layer in enumerate(place.layers):
         piece = Piece(path, period)
@@ -186,7 +186,7 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
 
 def _check_columns(model: Model, source: Model) -> None:
   """Raises ValueError where columns of routers lead to other experts."""
-  for (_, new_stack), (_, old_stack) in zip(model.stacks, source.stacks):
+  for new_stack, old_stack in zip(model.stacks.blocks, source.stacks.blocks):
     if not (new_stack.experts and old_stack.experts):
       continue
     old, new = old_stack.experts.retained, new_stack.experts.retained
@@ -199,19 +199,20 @@ def _check_columns(model: Model, source: Model) -> None:
 
 def equal_experts(model: Model) -> bool:
   """Whether all sparse layers have E experts and a router column for each."""
-  moes = [moe for moe in model.moes if moe is not None]
+  moes = model.stacks.mixtures
   counts = {n for moe in moes for n in (moe.num_experts, moe.num_retained)}
   return len(counts) <= 1
 
 
 def _num_experts(model: Model) -> int:
-  return 0 if model.moe is None else model.moe.num_experts
+  moe = model.stacks.moe
+  return 0 if moe is None else moe.num_experts
 
 
 def _lengths(model: Model, source: Model) -> list[str]:
   """Lines on stacks whose numbers of layers differ between two models."""
   old, new = (
-    {path: len(stack.sparse) for path, stack in m.stacks}
+    {stack.path: len(stack.layers) for stack in m.stacks}
     for m in (source, model)
   )
   if old.keys() != new.keys():

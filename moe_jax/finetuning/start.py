@@ -15,7 +15,7 @@ from moe_jax.finetuning.matching import plan
 from moe_jax.finetuning.upcycling import Copies, Plan
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
-from moe_jax.models.router_state import abstract_router_state
+from moe_jax.models.trees import abstract_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
@@ -250,8 +250,8 @@ def changes(old: ModelOptions, new: ModelOptions) -> Iterator[str]:
 
 def _expert_changes(source: Model, model: Model) -> Iterator[str]:
   """Differing settings of experts and of the dense layers that they copy."""
-  dense = source.stacks[-1][1].block.ffn
-  expert = model.moe_of(model.sparse_layers[-1]).expert
+  dense = source.stacks.blocks[-1].block.ffn
+  expert = model.stacks.mixtures[-1].expert
   for name in fields_of(type(dense)):
     old, new = getattr(dense, name), getattr(expert, name, None)
     if new not in (None, old):

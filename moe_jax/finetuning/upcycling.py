@@ -29,7 +29,8 @@ from flax import linen as nn
 from moe_jax import models
 from moe_jax.layers.parameters import Role, axes_of, roles_of
 from moe_jax.models import Model
-from moe_jax.models.flat_trees import Path, flatten, unflatten
+from moe_jax.models.description import Path
+from moe_jax.models.trees import flatten, unflatten
 from moe_jax.shapes import Array, PRNGKey
 
 # The logical names of dimensions that number experts: in the experts' own
@@ -110,7 +111,7 @@ class Plan:
     """A line on how the parameters are made."""
     c, phrases = self.copies, []
     if self.upcycled:
-      E = self.model.moe_of(self.model.sparse_layers[-1]).num_experts
+      E = self.model.stacks.mixtures[-1].num_experts
       drawn = f' with std {c.router_std:g}' if c.router_std else ''
       phrases.append(
         f'layers {list(self.upcycled)} made sparse, {E} copies of each dense '
@@ -152,7 +153,8 @@ class Plan:
       new = self.copies.router_std * jax.random.normal(key, new.shape)
     if pieces == [Piece(path)]:
       return source[path].astype(new.dtype)
-    if self.model.place_of(path) is None:  # new, and in no stack of layers
+    # What is new may be in no stack of layers.
+    if self.model.stacks.place_of(path) is None:
       return new
     pieces = [
       self._piece(piece, period, source, new, axes[1:], role, key)

@@ -89,9 +89,9 @@ def generate(
 
   Raises:
     ValueError: An option is out of range or contradicts another; a prompt is
-      empty, too long for learned positions, crosses `Model.changes_at` with its
-      new tokens, or has an unknown id; a task is missing; or a logit is not
-      finite.
+      empty, too long for learned positions, crosses with its new tokens a
+      position at which keys change, or has an unknown id; a task is missing;
+      or a logit is not finite.
   """
   sampler = Sampler.make(temperature, top_k, top_p)
   _check_beams(num_beams, length_penalty, temperature, on_token)

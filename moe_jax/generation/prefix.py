@@ -17,9 +17,8 @@ import numpy as np
 
 from moe_jax.devices import check_room
 from moe_jax.errors import InputError
-from moe_jax.models import Cache, Model, check_generates
+from moe_jax.models import Cache, Model, decoding
 from moe_jax.models.recorded import Apply, Choices, plainly
-from moe_jax.models.text_model import check_change
 from moe_jax.shapes import Array, Bool, Int32, Leaf, is_whole
 
 Ids = Sequence[int] | np.ndarray
@@ -128,7 +127,8 @@ def make_prefix(
   Raises:
     ValueError: There is no prompt, one is empty or has an unknown id; the start
       id or a task is missing or has no use; N leaves nothing to choose; there
-      are not enough learned positions; or a row crosses `Model.changes_at`.
+      are not enough learned positions; or a row crosses a position at which
+      keys change.
   """
   V = model.vocab_size
   given, rows = _rows_of(prompt), []
@@ -159,7 +159,9 @@ def make_prefix(
     rows = [np.append(row, forced) for row in rows]
     _check_length(model, 'prompt', max(map(len, rows)) + steps - 1)
     # All but the last token are read at once.
-    check_change(model, [(len(row) - 1, len(row) + steps - 1) for row in rows])
+    decoding.check_change(
+      model, [(len(row) - 1, len(row) + steps - 1) for row in rows]
+    )
     # The last token is a step of its own.
     length = _padded_length(model, max(map(len, rows)) - 1) + 1
     _check_room(model, len(rows), length + steps, num_tokens)
@@ -168,7 +170,7 @@ def make_prefix(
     raise InputError('an encoder-decoder needs a start_id')
   _check_length(model, 'prompt', max(map(len, rows)))
   _check_length(model, 'output', num_tokens)
-  check_change(model, [(0, num_tokens)])
+  decoding.check_change(model, [(0, num_tokens)])
   starts = [np.array([start_id, *forced])] * len(rows)
   length = max(map(len, rows))
   length = _padded_length(model, length, _encoder_group(model))
@@ -199,7 +201,7 @@ def _tasks(
   model: Model, task_ids: Ids | None, count: int
 ) -> Int32[np.ndarray, ' B'] | None:
   """The task of each row, int32 [B]; None where the model needs none."""
-  if not model.task_sequences:
+  if not model.stacks.task_sequences:
     if task_ids is not None:
       raise InputError(
         f'task_ids={task_ids!r:.60} for a model without a router by task'
@@ -207,10 +209,10 @@ def _tasks(
     return None
   if task_ids is None:
     raise InputError(
-      f'the model routes by {model.num_tasks} tasks; give task_ids, the task '
-      'of each row'
+      f'the model routes by {model.stacks.num_tasks} tasks; give task_ids, the '
+      'task of each row'
     )
-  tasks = _as_ids('task_ids', task_ids, model.num_tasks, 'task')
+  tasks = _as_ids('task_ids', task_ids, model.stacks.num_tasks, 'task')
   if len(tasks) != count:
     raise InputError(f'{len(tasks)} task_ids for {count} rows of the prompt')
   return tasks.astype(np.int32)
@@ -227,7 +229,7 @@ def _check_room(model: Model, rows: int, slots: int, num_tokens: int) -> None:
 
 
 def _check_length(model: Model, noun: str, num_positions: int) -> None:
-  longest = model.longest
+  longest = decoding.longest(model)
   if longest is not None and num_positions > longest:
     raise InputError(
       f'{noun} of {num_positions} positions (new tokens included) > '
@@ -240,8 +242,8 @@ def _padded_length(model: Model, num_tokens: int, group: int = 1) -> int:
 
   It is then made a multiple of `group`, where learned positions suffice.
   """
-  longest, length = model.longest or _MAX, num_tokens
-  if not model.capacity_binds:
+  longest, length = decoding.longest(model) or _MAX, num_tokens
+  if not model.stacks.capacity_binds:
     length = max(min(round_up(num_tokens), longest), num_tokens)
   whole = -(-length // group) * group
   return whole if whole <= longest else length
@@ -256,8 +258,10 @@ def _encoder_group(model: Model) -> int:
   return math.lcm(
     *(
       moe.group_size
-      for layer, moe in enumerate(model.moes)
-      if moe is not None and moe.group_size > 0 and model.sequence_of(layer)
+      for layer, moe in enumerate(model.stacks.moes)
+      if moe is not None
+      and moe.group_size > 0
+      and model.stacks.sequence_of(layer)
     )
   )
 
@@ -320,9 +324,7 @@ def prepare(
     )
   check_whole('batch_size', batch_size, 1)
   check_whole('window', window, 0)
-  check_generates(model)
-  if model.is_for_decoding:
-    return model, variables
+  decoding.check_generates(model)
   return model.for_decoding(variables, batch_size=batch_size, window=window)
 
 

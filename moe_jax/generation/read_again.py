@@ -74,7 +74,7 @@ def choices(
   if prefix.encoder_tokens is not None:
     batch |= _batch('encoder_', prefix.encoder_tokens, prefix.encoder_mask)
   if prefix.task_ids is not None:
-    for key in model.sequences:
+    for key in model.stacks.sequences:
       shape = batch[f'{key}tokens'].shape
       tasks = np.broadcast_to(prefix.task_ids[:, None], shape)
       batch[f'{key}task_ids'] = tasks
@@ -112,7 +112,7 @@ def _read(
       lambda *pieces: jnp.concatenate(pieces, 1),
       *(call[layer] for call in choices_by_call if call and layer in call),
     )
-    for layer in model.sparse_layers
+    for layer in model.stacks.sparse_layers
   }
 
 

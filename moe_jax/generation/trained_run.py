@@ -13,7 +13,7 @@ from moe_jax.config import overridden, unknown
 from moe_jax.data import DataOptions, TaskOptions
 from moe_jax.data.tokenizers import Extended, Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.models import Model, ModelOptions
+from moe_jax.models import Model, ModelOptions, decoding
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.shapes import Int
@@ -146,10 +146,10 @@ def decode(tokenizer: Tokenizer, ids: Int[np.ndarray, ' N']) -> str:
 def window(data: DataOptions, model: Model, *, imported: bool = False) -> int:
   """The argument `window` of `prepare` for texts longer than training rows.
 
-  See `Model.window_beyond`; 0 for an imported model, whose training rows have
-  an unknown length.
+  See `decoding.window_beyond`; 0 for an imported model, whose training rows
+  have an unknown length.
   """
-  return 0 if imported else model.window_beyond(data.seq_len)
+  return 0 if imported else decoding.window_beyond(model, data.seq_len)
 
 
 def fit(
@@ -161,7 +161,7 @@ def fit(
   fill half of the positions. In an encoder-decoder, encoder and decoder each
   have all positions.
   """
-  num_positions = model.longest
+  num_positions = decoding.longest(model)
   if num_positions is None:
     return prompt, num_tokens
   if model.has_encoder:
@@ -210,7 +210,7 @@ def task_ids(
     ValueError: The model routes by task, and a name is missing or unknown; or
       it does not, and a name is given.
   """
-  if not model.task_sequences:
+  if not model.stacks.task_sequences:
     if any(names):
       raise InputError(
         f'{option}={max(names)!r} has no effect: no router of the model goes '

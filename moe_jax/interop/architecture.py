@@ -11,7 +11,7 @@ from moe_jax.interop.mapping import Names
 from moe_jax.interop.tensor_files import TensorFiles
 from moe_jax.layers.attention import AttentionOptions
 from moe_jax.models import ModelOptions
-from moe_jax.models.transformer_options import StackOptions
+from moe_jax.models.layer_options import StackOptions
 
 # Our names of the activations of feed-forwards that have no gate.
 ACTIVATIONS = {

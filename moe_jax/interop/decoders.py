@@ -427,7 +427,7 @@ def _describe(
     ValueError: The model is no decoder, or has no heads or experts like those
       of transformers' decoders.
   """
-  if not isinstance(o, DecoderOptions):
+  if not isinstance(o, DecoderOptions) or o.has_encoder:
     raise InputError('it has an encoder, or no blocks')
   expert = expert_of(o)
   decided = {

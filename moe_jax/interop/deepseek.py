@@ -33,7 +33,7 @@ DeepSeek-V3 (arXiv:2412.19437), and so Moonlight and Kimi-K2, as transformers
   `norm_topk_prob` is true, times `routed_scaling_factor`.
 - Layers behind the last one, which predict further tokens, are not read.
 
-The bias is no parameter but the state of a router (`models/router_state.py`),
+The bias is no parameter but the state of a router (`models/trees.py`),
 which training moves by the published rate unless the run's config has another.
 """
 

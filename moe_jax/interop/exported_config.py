@@ -100,7 +100,7 @@ def describe(
     ValueError: No model of that architecture computes the same function.
   """
   refusal = f'the model is no {architecture.model_type} model of transformers'
-  counts = [m.num_experts for m in options.build().moes if m is not None]
+  counts = [moe.num_experts for moe in options.build().stacks.mixtures]
   if not counts:
     raise InputError(
       f'{refusal}: it is dense; {architecture.model_type} has experts'
@@ -177,7 +177,7 @@ def _differences(ours: ModelOptions, theirs: ModelOptions) -> list[str]:
     ours = TransformersEncoderDecoder.of(cast(Any, ours))
     # config.json does not say which tables there are; the tensors do.
     theirs = dataclasses.replace(theirs, encoder_table=ours.encoder_table)
-    if not ours.build().capacity_binds:
+    if not ours.build().stacks.capacity_binds:
       # With slots for all tokens, those that padding takes do not matter.
       theirs = dataclasses.replace(theirs, route_padding=ours.route_padding)
   pairs = difference(ours, theirs)

@@ -40,8 +40,8 @@ from moe_jax.interop.mapping import (
 from moe_jax.interop.tensor_files import Index, TensorFiles, problem_text
 from moe_jax.layers.shared import RULES
 from moe_jax.models import Model, ModelOptions
-from moe_jax.models.router_state import abstract_router_state
-from moe_jax.models.router_state import variables as as_variables
+from moe_jax.models.trees import abstract_router_state
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.partitioning import Rules
 
 # A model that is this many times larger than the files is not compared name by

@@ -201,7 +201,7 @@ def leaves(
   for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
     path = path_in_collection(keys)
     key, layers = path, (None,)
-    layer_place = model.place_of(tuple(path.split('/')))
+    layer_place = model.stacks.place_of(tuple(path.split('/')))
     if layer_place is not None:
       layers = layer_place.layers
       key = '/'.join((*layer_place.stack, 'layer', *layer_place.name))

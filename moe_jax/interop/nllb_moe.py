@@ -53,8 +53,8 @@ from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative, Sinusoidal
 from moe_jax.models import EncoderDecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.models.transformer_options import StackOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.layer_options import StackOptions
 from moe_jax.routing.capacity import All, Capacity, Fixed, Fraction
 
 _LAST = 0  # the sparse layer of a period is its last

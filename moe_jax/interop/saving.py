@@ -16,10 +16,10 @@ from moe_jax.interop.architecture import Architecture
 from moe_jax.interop.exported_config import choose
 from moe_jax.interop.mapping import Leaf, Names, leaves, path_in_collection
 from moe_jax.interop.tensor_files import SAFETENSORS
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import ModelOptions
 from moe_jax.models.expert_arrays import has_merged, with_copies
-from moe_jax.models.router_state import COLLECTION
-from moe_jax.models.router_state import variables as as_variables
+from moe_jax.models.trees import variables as as_variables
 
 _SHARD_BYTES = 2**31
 
@@ -55,14 +55,15 @@ def save(
   folder = pathlib.Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f'{folder} is there already; give a new or empty folder')
-  if options.build().keeps_router_state and not variables.get(COLLECTION):
+  stacks = options.build().stacks
+  if stacks.keeps_router_state and not variables.get(ROUTER_STATE):
     raise InputError(
       f'the routers keep a balancing bias, and the variables {[*variables]} '
-      f'have no {COLLECTION!r}'
+      f'have no {ROUTER_STATE!r}'
     )
   if has_merged(options.build()):
     options, variables = with_copies(options, variables)
-  params, state = variables['params'], variables.get(COLLECTION, {})
+  params, state = variables['params'], variables.get(ROUTER_STATE, {})
   architecture, config_json = choose(options, config or {})
   model = options.build()
   exported = as_variables(params, state)

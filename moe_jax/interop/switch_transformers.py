@@ -51,7 +51,7 @@ from moe_jax.layers.positions import Relative
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models import EncoderDecoderOptions
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import Fixed
 
 _PAPER = 1  # the sparse layer of a period is the second

@@ -19,7 +19,7 @@ from moe_jax.errors import InputError
 from moe_jax.interop import loading
 from moe_jax.interop.tensor_files import problem_text
 from moe_jax.models import Model
-from moe_jax.models.text_model import check_change
+from moe_jax.models.decoding import check_change
 
 BOUND = 1e-4  # largest difference of float32 logits that counts as equal
 # Options of generation that change greedy tokens, with their neutral values.

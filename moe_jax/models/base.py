@@ -1,4 +1,4 @@
-"""The contract of models: methods of every model's module and options.
+"""The contract of models: a module, its options, and one description of layers.
 
 Training, generation, analysis and imports use nothing else of a model, and
 never compare its kind or class.
@@ -12,17 +12,22 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import Options, option, required
+from moe_jax.config import choice, option, required
 from moe_jax.errors import InputError
-from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.layers.shared import RULES
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.layer_trees import LayerPlace
-from moe_jax.models.stack import StackConfig
+from moe_jax.layers.positions import POSITIONS, Positions
+from moe_jax.layers.shared import RULES, Numerics, Shared
+from moe_jax.models.description import LayerStack, Stacks
+from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
+from moe_jax.models.layer_options import LayerOptions, RunShape
 from moe_jax.partitioning import Rules
-from moe_jax.shapes import Array, Float32, Int, Leaf
+from moe_jax.routing import GivenChoices
+from moe_jax.shapes import Array, Float32
 
 Batch = Mapping[str, Array]
+_KEYS = ('tokens', 'segment_ids', 'positions')
+# The keys of a batch that hold the choices which are imposed on its routers:
+# experts and whether they serve, [B, T, L, K] of the L sparse layers.
+REPLAYED = ('replayed_experts', 'replayed_kept')
 
 
 class TokenLosses(NamedTuple):
@@ -43,32 +48,51 @@ class Model(nn.Module):
   """The contract of a model's module.
 
   A model takes what `inputs` picks from a batch and returns outputs and the
-  layers' `MoeAux`, every leaf of which is [L, ...].
+  layers' `MoeAux`, every leaf of which is [L, ...]; flax gives it `init` and
+  `apply`. What this class defines is that of a model of text, from tokens to
+  logits of the next one, which has the field `embedding: EmbeddingConfig`.
 
-  Attributes:
-    has_encoder: The same as in `ModelOptions`.
+  A model that generates also has `for_decoding`, `make_cache(batch_size,
+  max_len)`, whose cache has `take`, and `decode(tokens, token_mask, cache)`,
+  which returns logits and the next cache; with an encoder `encode` makes the
+  cache. `Decoder` tells what they take.
   """
-
-  has_encoder: ClassVar[bool] = False
 
   if TYPE_CHECKING:  # type checkers do not see that flax defines it
 
     def __hash__(self) -> int: ...
 
   @property
+  def stacks(self) -> Stacks:
+    """The description of the layers; without any, layers have no experts."""
+    return Stacks([LayerStack()])
+
+  @property
   def vocab_size(self) -> int:
     """V, the number of tokens."""
-    raise NotImplementedError
+    return self.embedding.vocab_size
+
+  @property
+  def has_encoder(self) -> bool:
+    """Whether the model reads two sequences, inputs and targets."""
+    return len(self.stacks) > 1
 
   @nn.nowrap
   def inputs(self, batch: Batch) -> dict[str, Any]:
-    """The arguments of a call of the model, taken from a batch."""
-    raise NotImplementedError
+    """The arguments of a call of the model, taken from a batch.
 
-  @nn.nowrap
-  def example(self, tokens: Int[Array, 'B T']) -> dict[str, Array]:
-    """The arguments of a call of the model for tokens without anything else."""
-    raise NotImplementedError
+    Choices of experts are imposed if the batch has them, under the names
+    `REPLAYED`.
+    """
+    inputs: dict[str, Any] = {}
+    for prefix in self.stacks.sequences:
+      inputs |= {f'{prefix}{key}': batch[f'{prefix}{key}'] for key in _KEYS}
+      if f'{prefix}{REPLAYED[0]}' in batch:
+        choices = GivenChoices(*(batch[f'{prefix}{key}'] for key in REPLAYED))
+        inputs[f'{prefix}given'] = choices
+    for prefix in self.stacks.task_sequences:
+      inputs[f'{prefix}task_ids'] = batch.get(f'{prefix}task_ids')
+    return inputs
 
   @nn.nowrap
   def batch_shapes(
@@ -82,167 +106,39 @@ class Model(nn.Module):
         encoder's row.
       target_len: The length of a decoder's row in an encoder-decoder.
     """
-    raise NotImplementedError
+    lengths = dict(zip(self.stacks.sequences, (seq_len, target_len)))
+    names = {
+      f'{prefix}{key}': length
+      for prefix, length in lengths.items()
+      for key in _KEYS
+    }
+    for prefix in self.stacks.task_sequences:
+      names[f'{prefix}task_ids'] = lengths[prefix]
+    names['targets'] = lengths['']
+    shapes = {
+      name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+      for name, length in names.items()
+    }
+    weights = jax.ShapeDtypeStruct((batch_size, lengths['']), jnp.float32)
+    return {**shapes, 'loss_weights': weights}
 
   @nn.nowrap
   def loss(self, outputs: Any, batch: Batch) -> TokenLosses:
-    """The loss of the outputs, for each token of a batch."""
-    raise NotImplementedError
+    """The loss of the outputs, for each token of a batch.
 
-  # Layers.
-
-  @property
-  def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
-    """The stacks of blocks, an encoder's first, each with its path.
-
-    The path is that of the stack's parameters. A model without blocks has no
-    stacks.
+    It is the cross-entropy of the targets, and the squared logsumexp of logits.
+    Logits of tokens of loss weight 0 count as zeros, whatever they are.
     """
-    return ()
+    # Imported here, as optax takes a tenth of the time of `import moe_jax`.
+    import optax
 
-  @property
-  def moes(self) -> tuple[MoeOptions | None, ...]:
-    """The mixture of each layer, an encoder's first; None for a dense layer.
-
-    Sizes that a config leaves at 0 are filled in.
-    """
-    return tuple(moe for _, stack in self.stacks for moe in stack.moes)
-
-  @property
-  def num_layers(self) -> int:
-    """L, the number of layers, an encoder's included."""
-    return len(self.moes)
-
-  @property
-  def sparse_layers(self) -> tuple[int, ...]:
-    """The numbers of the layers that have experts."""
-    return tuple(i for i, moe in enumerate(self.moes) if moe is not None)
-
-  @property
-  def moe(self) -> MoeOptions | None:
-    """The mixture of the last layer that has one; None in a dense model."""
-    return self.moes[self.sparse_layers[-1]] if self.sparse_layers else None
-
-  def moe_of(self, layer: int) -> MoeOptions:
-    """The mixture of a layer.
-
-    Raises:
-      ValueError: The layer has none.
-    """
-    moe = self.moes[layer] if 0 <= layer < self.num_layers else None
-    if moe is None:
-      raise InputError(
-        f'layer {layer} has no experts; sparse layers are {self.sparse_layers}'
-      )
-    return moe
-
-  @property
-  def sequences(self) -> tuple[str, ...]:
-    """The prefixes of the batch keys of each sequence that the model reads."""
-    return ('',)
-
-  @property
-  def task_sequences(self) -> tuple[str, ...]:
-    """The prefixes in `sequences` whose layers route by the tokens' tasks."""
-    return ()
-
-  @property
-  def num_tasks(self) -> int:
-    """The number of tasks that routers by task tell apart; 0 without any."""
-    return 0
-
-  @nn.nowrap
-  def sequence_of(self, layer: int) -> str:
-    """The prefix of the batch keys that hold the tokens of a layer."""
-    del layer
-    return ''
-
-  @property
-  def leaks_future(self) -> bool:
-    """Whether later tokens can change earlier outputs."""
-    return any(
-      moe is not None and moe.leak() is not None
-      for layer, moe in enumerate(self.moes)
-      # An encoder sees all of its tokens anyway.
-      if not self.sequence_of(layer)
+    outputs = counted(outputs, batch)
+    return TokenLosses(
+      optax.softmax_cross_entropy_with_integer_labels(
+        outputs, batch['targets']
+      ),
+      jax.nn.logsumexp(outputs, axis=-1) ** 2,
     )
-
-  @property
-  def capacity_binds(self) -> bool:
-    """Whether some layer can drop a token because an expert is full."""
-    return any(moe is not None and moe.capacity.binds for moe in self.moes)
-
-  @property
-  def forced_balance(self) -> str:
-    """The warning on choices that no router made; '' if none are.
-
-    See `layers.imposed.ImposedOptions.forced`.
-    """
-    warnings = [
-      moe.forced for moe in self.moes if moe is not None and moe.forced
-    ]
-    return warnings[0] if warnings else ''
-
-  # The routers' losses and state.
-
-  @nn.nowrap
-  def loss_weights(self) -> dict[str, float]:
-    """The weight of each loss of the layers' `MoeAux`, by its name."""
-    weights = {}
-    for moe in self.moes:
-      if moe is not None:
-        weights |= moe.router.loss_weights()
-    return weights
-
-  @property
-  def layer_reduce(self) -> str:
-    """The reduction of the losses of sparse layers to one: 'sum' or 'mean'."""
-    return 'sum' if self.moe is None else self.moe.layer_reduce
-
-  @nn.nowrap
-  def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
-    """The number of a batch's tokens that each layer's router sees, at least 1.
-
-    The routers' losses are divided by it. Padding counts if routers see it.
-    """
-    del batch
-    return jnp.ones(self.num_layers, jnp.float32)
-
-  @property
-  def keeps_router_state(self) -> bool:
-    """Whether the model has the collection `router_state`."""
-    return any(moe.router.keeps_state for moe in self.moes if moe is not None)
-
-  @nn.nowrap
-  def move_router_state(
-    self,
-    router_state: dict[str, Any],
-    load: Float32[Array, 'L E'],
-    rate: Leaf | None = None,
-  ) -> dict[str, Any]:
-    """The collection `router_state` after an optimizer step.
-
-    Args:
-      router_state: The collection before the step.
-      load: The choices of each expert in each layer, before drops, of the
-        whole batch.
-      rate: The amount by which a step changes it; None: that of the routers'
-        options.
-    """
-    del load, rate
-    return router_state
-
-  @nn.nowrap
-  def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The variables of each layer in a collection; {} for a layer without."""
-    raise NotImplementedError
-
-  @nn.nowrap
-  def place_of(self, path: Path) -> LayerPlace | None:
-    """The layers of a stacked parameter; None for any other parameter."""
-    del path
-
-  # Generation.
 
   @nn.nowrap
   def for_decoding(
@@ -255,7 +151,8 @@ class Model(nn.Module):
   ) -> tuple['Model', dict[str, Any]]:
     """The model that decodes, and its variables, which are copies.
 
-    Nothing is dropped, unless a capacity is part of an imported checkpoint.
+    Nothing is dropped, unless a capacity is part of an imported checkpoint. A
+    model that decodes already is returned as it is.
 
     Args:
       variables: Parameters and `router_state`, as trained or imported.
@@ -268,42 +165,7 @@ class Model(nn.Module):
     Raises:
       ValueError: The model does not generate.
     """
-    check_generates(self)
     raise NotImplementedError
-
-  @property
-  def is_for_decoding(self) -> bool:
-    """Whether this is a model that `for_decoding` returned."""
-    return False
-
-  @property
-  def longest(self) -> int | None:
-    """The most tokens that a row can have; None where there is no bound."""
-    return None
-
-  @property
-  def changes_at(self) -> int | None:
-    """The position at which a row's earlier keys change, too; None: nowhere.
-
-    A cache does not change, so that no generation may cross it.
-    """
-    return None
-
-  @nn.nowrap
-  def window_beyond(self, seq_len: int) -> int:
-    """The window for text that is longer than the rows of training.
-
-    Where positions are distances, or there are none, text may be of any length:
-    a token then sees as many tokens as the last one of a row did.
-
-    Args:
-      seq_len: The length of the rows of training.
-
-    Returns:
-      A number of tokens; 0 where there is no bound, or a window is no use.
-    """
-    del seq_len
-    return 0
 
 
 def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
@@ -317,46 +179,9 @@ def counted(outputs: Float32[Array, '*B V'], batch: Batch) -> Array:
   return jnp.where((weights != 0)[..., None], outputs, 0)
 
 
-def check_generates(model: Model) -> None:
-  """Raises ValueError where a model cannot generate token by token."""
-  for layer, moe in enumerate(model.moes):
-    # An encoder reads its tokens at once.
-    if not model.sequence_of(layer):
-      check_decodes(moe)
-
-
-def check_decodes(moe: MoeOptions | None) -> None:
-  """Raises ValueError where a layer cannot be run token by token."""
-  if moe is not None and (reason := moe.causality.undecodable):
-    raise InputError(reason)
-
-
-class RunShape(NamedTuple):
-  """The sizes of a run that decide whether a model can be trained in it.
-
-  Attributes:
-    total_steps: The number of optimizer steps of the run.
-    rows: The number of sequences of a microbatch.
-    microbatches: The number of microbatches of an optimizer step.
-    seq_len: The length of a row in tokens; in an encoder-decoder, of an
-      encoder's row.
-    target_len: The length of a decoder's row in an encoder-decoder.
-    parts: The number of devices over which rows are split; 1 if not known.
-    packed: Whether short examples may share a row.
-  """
-
-  total_steps: int
-  rows: int
-  microbatches: int
-  seq_len: int
-  target_len: int = 0
-  parts: int = 1
-  packed: bool = False
-
-
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(Options):
-  """The contract of a model's options.
+class ModelOptions(LayerOptions):
+  """The contract of a model's options, and those of all models of text.
 
   Attributes:
     has_encoder: Whether the model reads two sequences, inputs and targets.
@@ -371,6 +196,53 @@ class ModelOptions(Options):
     'Number of tokens that the model tells apart; 0: that of the data.',
     minimum=0,
   )
+  width: int = option(
+    128,
+    'Width M of the residual stream, in numbers for each token.',
+    minimum=1,
+  )
+  use_bias: bool = option(
+    False,
+    'Whether products in attention and feed-forward layers add a bias, and '
+    'layer norms have one.',
+  )
+  numerics: Numerics = option(
+    Numerics(),
+    "Types of the model's numbers, and initialisation of its parameters.",
+    same_function=True,
+  )
+  embedding: EmbeddingOptions = option(
+    EmbeddingOptions(), 'Embeddings of tokens, and the logits.'
+  )
+  positions: Positions = choice(
+    POSITIONS, 'rotary', 'Kind of positions, which tell the order of tokens.'
+  )
+
+  @required
+  def build(self, rules: Rules = RULES) -> Model:
+    """The linen module of the model.
+
+    Args:
+      rules: The mesh axes of each logical axis; see `ShardingOptions`.
+
+    Raises:
+      ValueError: The vocabulary, or another size that the data decides, is
+        still 0.
+    """
+    raise NotImplementedError
+
+  @property
+  def halves(self) -> tuple[LayerOptions, ...]:
+    """The options of the layers of each stack, an encoder's first.
+
+    Those of blocks are `StackOptions`.
+    """
+    return (self,)
+
+  def with_halves(self, *halves: Any) -> Any:
+    """The same model with other options of layers; see `halves`."""
+    (options,) = halves
+    return options
 
   def filled(
     self,
@@ -388,59 +260,18 @@ class ModelOptions(Options):
     Raises:
       ValueError: The model tells fewer tokens or tasks apart than the data has.
     """
-    del seq_len, num_tasks
+    del num_tasks
     if 0 < self.vocab_size < vocab_size:
       raise InputError(
         f'model.vocab_size={self.vocab_size} is smaller than the '
         f"tokenizer's {vocab_size}; choose the tokenizer that the model was "
         "trained with: data.tokenizer.kind='file' and its file.path"
       )
-    size = self.vocab_size or vocab_size
-    return dataclasses.replace(self, vocab_size=size)
-
-  @property
-  def routes_by_task(self) -> bool:
-    """Whether some router needs the tasks of tokens."""
-    return False
-
-  @property
-  def replay(self) -> str:
-    """Folder of the trace whose choices are replayed; '' for none."""
-    return ''
-
-  @property
-  def param_dtype(self) -> str:
-    """The type in which parameters are stored."""
-    return 'float32'
-
-  def least_parameters(self) -> int:
-    """The least number of parameters' values, by arithmetic on the options.
-
-    It takes no time however many there are. A kind counts what may be large.
-    """
-    return 0
-
-  @required
-  def build(self, rules: Rules = RULES) -> Model:
-    """The linen module of the model.
-
-    Args:
-      rules: The mesh axes of each logical axis; see `ShardingOptions`.
-
-    Raises:
-      ValueError: The vocabulary, or another size that the data decides, is
-        still 0.
-    """
-    raise NotImplementedError
-
-  def problems_in(self, run: RunShape) -> Iterator[str]:
-    """The reasons why the model cannot be trained in a run of these sizes."""
-    del run
-    return iter(())
-
-  def shrunk(self) -> Self:
-    """The same structure at a laptop's size, on the data's own vocabulary."""
-    return dataclasses.replace(super().shrunk(), vocab_size=0)
+    return dataclasses.replace(
+      self,
+      vocab_size=self.vocab_size or vocab_size,
+      positions=self.positions.within(seq_len),
+    )
 
   def check_filled(self) -> None:
     """Raises ValueError where a size that the data decides is still 0."""
@@ -449,3 +280,62 @@ class ModelOptions(Options):
         f"model.vocab_size={self.vocab_size}: 0 stands for the tokenizer's; "
         'set it, or load the data first'
       )
+    if self.positions.within(1) != self.positions:
+      raise InputError(
+        "model.positions.learned.max_len=0 stands for the data's seq_len; set "
+        'it, or load the data first'
+      )
+
+  def least_parameters(self) -> int:
+    """The least number of parameters' values, by arithmetic on the options.
+
+    It takes no time however many there are. The tables alone are counted here;
+    a kind adds what else may be large.
+    """
+    tables = 1 if self.embedding.tie else 2
+    rows = tables * self.vocab_size + self.positions.table_len
+    return rows * self.width
+
+  def problems(self) -> Iterator[str]:
+    yield from super().problems()
+    yield from self.leak()
+
+  def problems_in(self, run: RunShape) -> Iterator[str]:
+    """The reasons why the model cannot be trained in a run of these sizes."""
+    names = 'encoder.overrides.moe.expert.format', 'moe.expert.format'
+    formats = [half.moe.expert.format for half in self.halves]
+    # Where both have the same format, the decoder's option stands for both.
+    for format, name in dict(zip(formats, names[-len(formats) :])).items():
+      if format:
+        yield (
+          f'model.{name}.name={format.name!r}: kernels in codes of few bits '
+          'are for evaluation and generation, and are not trained; train the '
+          'run that they were made of'
+        )
+    lengths = {'data.seq_len': run.seq_len, 'data.target_len': run.target_len}
+    for half, (name, length) in zip(self.halves, lengths.items()):
+      if 0 < self.positions.table_len < length:
+        yield (
+          f'{name}={length} is more than the {self.positions.table_len} '
+          'positions of model.positions'
+        )
+      yield from half.group_problems(run, name, length)
+
+  def shared(self, num_layers: int, rules: Rules) -> Shared:
+    """The settings that all layers of a stack of that depth share."""
+    return Shared(self.numerics, self.use_bias, num_layers, rules)
+
+  def embedding_config(self, rules: Rules) -> EmbeddingConfig:
+    """The configuration of the tables of the model."""
+    return EmbeddingConfig(
+      self.embedding,
+      self.shared(self.num_layers, rules),
+      vocab_size=self.vocab_size,
+      width=self.width,
+      positions=self.positions,
+      dropout=self.dropout,
+    )
+
+  def shrunk(self) -> Self:
+    """The same structure at a laptop's size, on the data's own vocabulary."""
+    return dataclasses.replace(super().shrunk(), vocab_size=0, width=32)

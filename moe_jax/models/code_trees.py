@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
@@ -14,35 +14,31 @@ from moe_jax.layers.experts import (
 )
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.models.base import ModelOptions
-from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.transformer_options import StackOptions, TransformerOptions
 
 
 def with_formats(
   options: ModelOptions, experts: KernelFormat | None = None
-) -> TransformerOptions:
+) -> ModelOptions:
   """The same model with another format of experts; None: without codes.
 
   Raises:
     ValueError: The model is no Transformer, or its experts are of a kind that
       is not stored in codes.
   """
-  if not isinstance(options, TransformerOptions):
+  if not options.has_blocks:
     raise InputError(
       f'{type(options).__name__}: models of Transformer blocks alone have '
       'kernels in codes of few bits'
     )
 
-  def changed(half: StackOptions) -> Any:
+  def changed(half: Any) -> Any:
     if not half.has_experts:
       return half
     expert = _in_format(half.moe.expert, experts)
     moe = dataclasses.replace(half.moe, expert=expert)
     return dataclasses.replace(half, moe=moe)
 
-  if not isinstance(options, EncoderDecoderOptions):
-    return changed(options)
-  return changed(options).with_encoder(changed(options.encoder_half()))
+  return options.with_halves(*map(changed, options.halves))
 
 
 def _in_format(
@@ -63,8 +59,8 @@ def _in_format(
 
 def has_codes(options: ModelOptions) -> bool:
   """Whether some kernels of a model are stored in codes."""
-  return isinstance(options, TransformerOptions) and any(
-    options.kernel_formats.values()
+  return options.has_blocks and any(
+    half.moe.expert.format for half in options.halves
   )
 
 
@@ -79,7 +75,7 @@ def check_plain(options: ModelOptions, name: object) -> None:
 
 def decoded(
   options: ModelOptions, params: Mapping[str, Any]
-) -> tuple[TransformerOptions, dict[str, Any]]:
+) -> tuple[ModelOptions, dict[str, Any]]:
   """A model with experts in codes, as one with kernels as numbers.
 
   Args:
@@ -90,15 +86,17 @@ def decoded(
     The options of the model without codes, and its parameters, of the type
     param_dtype.
   """
-  text = cast(TransformerOptions, options)
-  (format,) = {*filter(None, text.kernel_formats.values())}
+  formats = {half.moe.expert.format for half in options.halves}
+  (format,) = filter(None, formats)
 
   def walk(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
       return tree
     if isinstance(tree.get('w_out'), Mapping):
       p = format.decoded_experts(tree)
-      return {name: x.astype(options.param_dtype) for name, x in p.items()}
+      return {
+        name: x.astype(options.numerics.param_dtype) for name, x in p.items()
+      }
     return {name: walk(subtree) for name, subtree in tree.items()}
 
   return with_formats(options), walk(params)

@@ -6,35 +6,41 @@ https://arxiv.org/abs/2402.01739.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self, cast
 
+import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import OptionError, no_effect, option
+from moe_jax.errors import InputError
 from moe_jax.layers.attention.cache import KVCache
+from moe_jax.layers.block import BlockConfig, Context
+from moe_jax.layers.imposed import check_given
+from moe_jax.layers.routers.contract import TokenInfo
 from moe_jax.layers.shared import RULES
-from moe_jax.models.embeddings import Embeddings
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.models.transformer import (
-  Transformer,
-  make_cache,
-  make_context,
-)
-from moe_jax.models.transformer_options import TransformerOptions
+from moe_jax.models.base import Model, ModelOptions
+from moe_jax.models.decoding import check_decodes, stacks_for_decoding
+from moe_jax.models.description import LayerStack, Stacks
+from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
+from moe_jax.models.layer_options import StackOptions
+from moe_jax.models.stack import Padding, Stack, StackConfig
 from moe_jax.partitioning import Rules
-from moe_jax.routing import GivenChoices, MoeAux
-from moe_jax.shapes import Array, Float32, Int, checked
+from moe_jax.routing import GivenChoices, MoeAux, rules_without_logits
+from moe_jax.shapes import Array, Bool, Float32, Int, checked
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderOptions(TransformerOptions):
+class DecoderOptions(ModelOptions, StackOptions):
   """The options of a decoder-only language model."""
 
-  def problems(self) -> Iterator[str]:
-    """The problems of all Transformers, and of routers that are not causal."""
-    yield from super().problems()
-    yield from self.leak()
-    yield from self.task_problems()
+  has_blocks: ClassVar[bool] = True
+
+  num_tasks: int = option(
+    0,
+    'Number of tasks that routers by task tell apart; 0: that of the data, '
+    'whose tasks are the sources of data.mixture.',
+    minimum=0,
+  )
 
   def build(self, rules: Rules = RULES) -> 'Decoder':
     self.check_filled()
@@ -42,8 +48,127 @@ class DecoderOptions(TransformerOptions):
       self.embedding_config(rules), self.stack_config(self, rules, causal=True)
     )
 
+  def stack_config(
+    self,
+    half: StackOptions,
+    rules: Rules,
+    *,
+    causal: bool,
+    cross: bool = False,
+  ) -> StackConfig:
+    """The configuration of the stack of an encoder or decoder.
 
-class Decoder(Transformer):
+    Args:
+      half: The options of its layers.
+      rules: The mesh axes of each logical axis.
+      causal: Whether a token sees tokens up to itself, or its whole segment.
+      cross: Whether the blocks attend to an encoder's output.
+    """
+    sparse, attention = half.sparse, half.attention.within(self.width)
+    return StackConfig(
+      sparse=sparse,
+      block=BlockConfig(
+        attention=dataclasses.replace(attention, full_layers='none'),
+        ffn=half.ffn,
+        moe=half.moe.within(half.ffn, half.dropout) if any(sparse) else None,
+        norm=half.norm,
+        positions=self.positions,
+        causal=causal,
+        cross=cross,
+        dropout=half.dropout,
+        residual_multiplier=half.residual_multiplier,
+        shared=self.shared(half.num_layers, rules),
+      ),
+      padding=self.padding,
+      scan_layers=half.scan_layers,
+      remat=half.remat,
+      windows=half.windows if causal else (0,) * half.num_layers,
+    )
+
+  @property
+  def halves(self) -> tuple[StackOptions, ...]:
+    return (StackOptions(**self.stack_values),)
+
+  def with_halves(self, *halves):
+    (layers,) = halves
+    return dataclasses.replace(self, **layers.stack_values)
+
+  @property
+  def padding(self) -> Padding:
+    """The rule that hides padding; a subclass may return one that shows it."""
+    return Padding()
+
+  def shared(self, num_layers, rules):
+    shared = super().shared(num_layers, rules)
+    return dataclasses.replace(shared, num_tasks=self.num_tasks)
+
+  def filled(self, vocab_size, seq_len, num_tasks=0):
+    options = super().filled(vocab_size, seq_len, num_tasks)
+    if not self.routes_by_task:
+      return options
+    if 0 < self.num_tasks < num_tasks:
+      raise InputError(
+        f'model.num_tasks={self.num_tasks} is smaller than the {num_tasks} '
+        'tasks of the data'
+      )
+    size = self.num_tasks or num_tasks
+    return dataclasses.replace(options, num_tasks=size)
+
+  def check_filled(self) -> None:
+    super().check_filled()
+    if self.routes_by_task and not self.num_tasks:
+      raise InputError(
+        'model.num_tasks=0 with a router by task: the data has no tasks, which '
+        'are the sources of data.mixture; name them there'
+      )
+
+  def problems(self) -> Iterator[str]:
+    """The problems of the decoder's layers, and of a number of tasks."""
+    yield from self.decoder_problems()
+    yield from self.task_problems()
+
+  def decoder_problems(self) -> Iterator[str]:
+    """The problems of the decoder's layers alone."""
+    yield from super().problems()
+    yield from self.half_problems(self, causal=True)
+
+  def half_problems(self, half: StackOptions, causal: bool) -> Iterator[str]:
+    """The problems of the layers of an encoder or decoder of this width."""
+    try:
+      attention = half.attention.within(self.width)
+    except OptionError as error:
+      yield from error.below('attention.').problems
+      return
+    for problem in self.positions.problems_with(
+      attention.rotated_width, causal, attention.ROTATED
+    ):
+      yield f'positions: {problem}'
+
+  def task_problems(self) -> Iterator[str]:
+    """The problem of a number of tasks that no router needs."""
+    if self.num_tasks and not self.routes_by_task:
+      yield no_effect(
+        'num_tasks', self.num_tasks, 'where no router goes by task'
+      )
+
+  def least_parameters(self) -> int:
+    return super().least_parameters() + self.half_parameters(
+      self, 1 + self.has_encoder
+    )
+
+  def half_parameters(self, half: StackOptions, attentions: int = 1) -> int:
+    """The least number of values of the layers of an encoder or decoder.
+
+    Args:
+      half: The options of its layers.
+      attentions: The number of attentions in each layer.
+    """
+    attention = attentions * half.attention.kernel_values(self.width)
+    layers = half.num_layers * attention
+    return layers + half.feed_forward_parameters(self.width)
+
+
+class Decoder(Model):
   """A model from tokens to logits of the next token.
 
   Attributes:
@@ -51,6 +176,7 @@ class Decoder(Transformer):
     blocks: The blocks between them.
   """
 
+  embedding: EmbeddingConfig
   blocks: StackConfig
 
   def setup(self) -> None:
@@ -59,6 +185,16 @@ class Decoder(Transformer):
     self.decoder = Stack(self.blocks)
     nn.share_scope(self, self.embeddings)
     nn.share_scope(self, self.decoder)
+
+  @property
+  def stacks(self) -> Stacks:
+    return Stacks([LayerStack.of_blocks(self.blocks)])
+
+  @nn.nowrap
+  def with_stacks(self, *stacks: StackConfig) -> Self:
+    """The same model with these stacks of blocks in the place of its own."""
+    (blocks,) = stacks
+    return self.clone(blocks=blocks)
 
   @checked
   def __call__(
@@ -93,19 +229,105 @@ class Decoder(Transformer):
     return self.embeddings.logits(x), aux
 
   @nn.nowrap
+  def for_decoding(self, variables, *, batch_size=1, platform='', window=0):
+    if not any(stack.stacked for stack in self.stacks.blocks):
+      return self, variables
+    stacks, variables = stacks_for_decoding(
+      self.stacks,
+      variables,
+      batch_size=batch_size,
+      platform=platform,
+      window=window,
+    )
+    return self.with_stacks(*stacks), variables
+
+  @nn.nowrap
   def make_cache(self, batch_size: int, max_len: int) -> KVCache:
-    """An empty cache for rows of up to `max_len` tokens, padding included."""
-    return make_cache(self.blocks, batch_size, max_len)
+    """An empty cache for rows of up to `max_len` tokens, padding included.
 
-  @property
-  def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
-    return (((), self.blocks),)
+    Raises:
+      ValueError: The decoder's experts choose tokens; see `check_decodes`.
+    """
+    c = self.blocks
+    check_decodes(c.experts)
+    return KVCache.make(
+      lengths=c.cache_lengths(max_len),
+      stacked=c.stacked,
+      batch_size=batch_size,
+      max_len=max_len,
+      shapes=c.block.attention.cached_shapes,
+      dtype=c.block.shared.dtype,
+    )
 
-  @nn.nowrap
-  def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
-    (blocks,) = stacks
-    return self.clone(blocks=blocks)
+  @checked
+  def decode(
+    self,
+    tokens: Int[Array, 'B T'],
+    token_mask: Bool[Array, 'B T'],
+    cache: KVCache,
+  ) -> tuple[Float32[Array, 'B T V'], KVCache]:
+    """Logits of the tokens that follow those of the cache, which they join.
 
-  @nn.nowrap
-  def window_beyond(self, seq_len):
-    return 0 if self.embedding.positions.added else seq_len
+    Args:
+      tokens: Token ids; a row's first ones may be padding.
+      token_mask: False at padding.
+      cache: The cache from `make_cache`, from `encode` or from an earlier call;
+        the caller checks that the tokens fit into it, and puts `task_ids` into
+        it if the decoder routes by task.
+    """
+    cache, positions = cache.begin(token_mask)
+    x = self.embeddings.embed(tokens, token_mask, positions, train=False)
+    cache, previous = cache.follow(tokens, token_mask)
+    task_ids = cache.task_ids
+    if task_ids is not None:
+      task_ids = jnp.broadcast_to(task_ids[:, None], tokens.shape)
+    context = make_context(
+      self.blocks,
+      tokens,
+      token_mask.astype(jnp.int32),
+      positions,
+      task_ids,
+      previous=previous,
+    )
+    x, _, new_cache = self.decoder(x, context, False, cache)
+    new_cache = cast(KVCache, new_cache).advance(tokens.shape[1])
+    return self.embeddings.logits(x), new_cache
+
+
+def make_context(
+  c: StackConfig,
+  tokens: Int[Array, 'B T'],
+  segment_ids: Int[Array, 'B T'] | None,
+  positions: Int[Array, 'B T'] | None,
+  task_ids: Int[Array, 'B T'] | None = None,
+  given: GivenChoices | None = None,
+  previous: Array | None = None,
+) -> Context:
+  """The context of a stack's blocks; defaults are as in `Decoder`.
+
+  Args:
+    c: The configuration of the stack.
+    tokens, segment_ids, positions, task_ids, given: See `Decoder`.
+    previous: The token before each one, when decoding; None: that in its row.
+
+  Raises:
+    ValueError: The choices that are imposed are not those of the stack's sparse
+      layers.
+  """
+  token_mask = jnp.ones(tokens.shape, bool)
+  if segment_ids is not None:
+    token_mask = segment_ids > 0
+  if positions is None:
+    T = tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
+  check_given(given, c.sparse if c.experts else ())
+  if previous is None:
+    previous = rules_without_logits.previous_tokens(tokens, segment_ids)
+  segments = segment_ids
+  if segments is None:
+    segments = token_mask.astype(jnp.int32)
+  info = TokenInfo(tokens, previous, positions, segments, task_ids)
+  info = info.only(c.experts.router.reads if c.experts else ())
+  return Context(
+    segment_ids, token_mask, positions, token_info=info, given=given
+  )

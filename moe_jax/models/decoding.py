@@ -1,61 +1,133 @@
-"""The layout in which a stack decodes, which changes no number.
+"""What only decoding asks of a model, and the layout in which stacks decode.
 
-In training parameters are stacked for one loop over layers, each a slice. A
-decoding step reads all of them for each token, and XLA's CPU compiler would
-copy each slice first (`kernels/cpu.py`).
+The layout changes no number. In training parameters are stacked for one loop
+over layers, each a slice. A decoding step reads all of them for each token, and
+XLA's CPU compiler would copy each slice first (`kernels/cpu.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+from flax import linen as nn
+
+from moe_jax.errors import InputError
 from moe_jax.kernels import cpu
 from moe_jax.layers.experts import Dropless, few_tokens
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.models.base import check_decodes
-from moe_jax.models.layer_trees import unstack
+from moe_jax.layers.routers.contract import ROUTER_STATE
+from moe_jax.models.base import Model
+from moe_jax.models.description import Path, Stacks, subtree
+from moe_jax.models.pattern import period_name, segments
 from moe_jax.models.stack import StackConfig
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.routing.capacity import All
 
 
-class DecodingStack(NamedTuple):
-  """A stack that decodes, and its variables.
+def check_generates(model: Model) -> None:
+  """Raises ValueError where a model cannot generate token by token.
 
-  Attributes:
-    stack: The layout of the stack.
-    params: The parameters of the stack.
-    router_state: The state of its routers; {} where they have none.
+  An encoder reads its tokens at once.
   """
+  for stack in model.stacks:
+    for layer in stack.layers if stack.causal else ():
+      check_decodes(layer.moe)
 
-  stack: StackConfig
-  params: dict[str, Any]
-  router_state: dict[str, Any]
+
+def check_decodes(moe: MoeOptions | None) -> None:
+  """Raises ValueError where a layer cannot be run token by token."""
+  if moe is not None and (reason := moe.causality.undecodable):
+    raise InputError(reason)
 
 
-def stack_for_decoding(
-  stack: StackConfig,
-  params: Mapping[str, Any],
-  router_state: Mapping[str, Any],
-  *,
-  few_rows: int,
-  window: int,
-) -> DecodingStack:
-  """A stack with arrays of its own for every layer.
+def longest(model: Model) -> int | None:
+  """The most tokens that a row can have; None where there is no bound."""
+  return model.embedding.positions.table_len or None
 
-  A router whose draws depend on the shape of its input draws other experts step
-  by step than for whole rows.
+
+def check_change(model: Model, read: Sequence[tuple[int, int]]) -> None:
+  """Checks that no keys in a cache would have to change.
+
+  The positions say where a row's earlier keys change, too. A cache does not
+  change, so that no generation may cross that.
 
   Args:
-    stack: The stack as trained or imported.
-    params: The stack's parameters, unboxed.
-    router_state: The state of the stack's routers.
-    few_rows: The number of rows that take a step together, if experts are to be
-      laid out for steps of few tokens; 0: they are not.
-    window: See `Model.for_decoding`.
+    model: The model.
+    read: The tokens that each row reads at once, and in all.
 
   Raises:
-    ValueError: The stack is causal, and its experts choose tokens.
+    ValueError: A row reads no more than that position at once, and more in all.
   """
+  border = model.embedding.positions.changes_at
+  for i, (first, total) in enumerate(read):
+    if border is not None and first <= border < total:
+      raise InputError(
+        f'row {i} of {len(read)} reads {total} tokens, {first} of them at once,'
+        f' and crosses original_len={border} of the rotary positions, beyond '
+        'which the keys in its cache would turn otherwise; let it read at most '
+        f'{border} (prompt and new tokens, less 1), or more than {border} at '
+        'once (a prompt less its last token)'
+      )
+
+
+def window_beyond(model: Model, seq_len: int) -> int:
+  """The window for text that is longer than the rows of training.
+
+  Where positions are distances, or there are none, text may be of any length:
+  a token then sees as many tokens as the last one of a row did.
+
+  Args:
+    model: The model.
+    seq_len: The length of the rows of training.
+
+  Returns:
+    A number of tokens; 0 where there is no bound, or a window is no use.
+  """
+  is_decoder = len(model.stacks) == len(model.stacks.blocks) == 1
+  return seq_len if is_decoder and not model.embedding.positions.added else 0
+
+
+def stacks_for_decoding(
+  stacks: Stacks,
+  variables: Mapping[str, Any],
+  *,
+  batch_size: int,
+  platform: str,
+  window: int,
+) -> tuple[list[StackConfig], dict[str, Any]]:
+  """Stacks of blocks with arrays of their own for every layer, and variables.
+
+  On a CPU, each expert of a stack has its own, too, if there are few and a step
+  chooses few of them; see `layers/experts/few_tokens.py`. An encoder's experts
+  that choose tokens do so as in training. A router whose draws depend on the
+  shape of its input draws other experts step by step than for whole rows.
+
+  Args:
+    stacks: The stacks as trained or imported; others are those of
+      `Model.for_decoding`.
+
+  Raises:
+    ValueError: A stack is causal, and its experts choose tokens.
+  """
+  params = dict(nn.meta.unbox(variables['params']))
+  state = dict(variables.get(ROUTER_STATE, {}))
+  on_cpu = (platform or jax.default_backend()) == 'cpu'
+  configs = []
+  for stack in stacks:
+    config = _config_for_decoding(stack.blocks, window)
+    stack_params = _unstacked(config, subtree(params, stack.path))
+    stack_state = _unstacked(config, subtree(state, stack.path))
+    if on_cpu and config.experts is not None:
+      config, stack_params = _for_few_tokens(config, stack_params, batch_size)
+    configs.append(dataclasses.replace(config, stacked=False))
+    params = _with_subtree(params, stack.path, stack_params)
+    state = _with_subtree(state, stack.path, stack_state)
+  return configs, as_variables(params, state)
+
+
+def _config_for_decoding(stack, window: int) -> StackConfig:
+  """The configuration of a stack that decodes, whose layers are stacked yet."""
   block = stack.block
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
@@ -64,24 +136,37 @@ def stack_for_decoding(
     stack = dataclasses.replace(stack, windows=windows)
     window = min(window, attention.window or window)
     attention = dataclasses.replace(attention, window=window)
-  block = dataclasses.replace(block, attention=attention)
-  moe = stack.experts
-  if moe is not None:
+  moe = block.moe
+  if stack.experts is not None:
     if block.causal:
       check_decodes(moe)
     moe = serving_all(moe, causal=block.causal)
-    block = dataclasses.replace(block, moe=moe)
-  decoding = dataclasses.replace(stack, block=block, remat='none')
-  decoding, params = unstack(decoding, params)
-  _, router_state = unstack(stack, router_state)
-  if (
-    few_rows
-    and moe is not None
-    and moe.expert.format is None
-    and isinstance(moe.dispatch, Dropless)
-  ):
-    decoding, params = _for_few_tokens(decoding, moe, params, few_rows)
-  return DecodingStack(decoding, params, router_state)
+  block = dataclasses.replace(block, attention=attention, moe=moe)
+  return dataclasses.replace(stack, block=block, remat='none')
+
+
+def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
+  """A stack's tree with separate variables for every period.
+
+  Slices of stacked parameters are copies, which take too long for a decoding
+  step.
+  """
+  tree = dict(tree)
+  for segment in segments(c.kinds):
+    stacked = tree.pop(segment.name, None)
+    if stacked is None:  # a collection that only sparse layers have
+      continue
+    for i in range(segment.repeats):
+      period = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+      tree[period_name(segment, i)] = period
+  return tree
+
+
+def _with_subtree(tree: dict[str, Any], path: Path, part: dict[str, Any]):
+  if not path:
+    return part
+  (name,) = path
+  return {**tree, name: part} if part else tree
 
 
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
@@ -108,26 +193,28 @@ def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
   )
 
 
-def _for_few_tokens(stack, moe, params, rows):
-  K = moe.num_selected
+def _for_few_tokens(stack, params, rows):
+  """A stack whose experts are laid out for steps of that many tokens."""
+  moe = stack.experts
+  if not (moe.expert.format is None and isinstance(moe.dispatch, Dropless)):
+    return stack, params
   expert_counts = [
     layer.num_retained for layer in stack.moes if layer is not None
   ]
   distinct_rows = rows
   if 'task_ids' in moe.router.reads:  # all rows of a task choose alike
     distinct_rows = min(rows, stack.block.shared.num_tasks)
-  if cpu.most_are_chosen(distinct_rows, K, max(expert_counts)):
-    return _with_dispatch(stack, moe, few_tokens.Batched), params
+  if cpu.most_are_chosen(distinct_rows, moe.num_selected, max(expert_counts)):
+    return _with_dispatch(stack, few_tokens.Batched), params
   if sum(expert_counts) > cpu.MOST_UNROLLED:
     return stack, params
-  stack = _with_dispatch(stack, moe, few_tokens.Unrolled)
-  return stack, few_tokens.unrolled(params)
+  return _with_dispatch(stack, few_tokens.Unrolled), few_tokens.unrolled(params)
 
 
-def _with_dispatch(stack, moe, dispatch_class):
-  old_dispatch = moe.dispatch
+def _with_dispatch(stack, dispatch_class):
+  moe = stack.block.moe
   dispatch = dispatch_class(
-    old_dispatch.backend, old_dispatch.exchange, old_dispatch.shadowing
+    moe.dispatch.backend, moe.dispatch.exchange, moe.dispatch.shadowing
   )
   moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)

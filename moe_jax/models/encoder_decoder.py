@@ -4,47 +4,236 @@ https://arxiv.org/abs/1910.10683, https://arxiv.org/abs/2101.03961,
 https://arxiv.org/abs/2202.08906, https://arxiv.org/abs/2207.04672.
 """
 
-from typing import ClassVar, Self, cast
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax.config import (
+  OptionError,
+  Options,
+  fields_of,
+  keys_of,
+  option,
+  overridden,
+  section_of,
+)
 from moe_jax.errors import InputError
-from moe_jax.layers.attention import AttentionOptions
+from moe_jax.layers.attention import ATTENTIONS, AttentionOptions
 from moe_jax.layers.attention.attention import project_memory
 from moe_jax.layers.attention.cache import KVCache, Memory
 from moe_jax.layers.block import CROSS_ATTENTION
+from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.layers.retained import Retained
+from moe_jax.layers.shared import RULES
+from moe_jax.models.decoder import Decoder, DecoderOptions, make_context
+from moe_jax.models.description import LayerStack, Stacks, subtree
 from moe_jax.models.embeddings import Embeddings
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.layer_trees import periods_of
+from moe_jax.models.layer_options import StackOptions
 from moe_jax.models.stack import Stack, StackConfig
-from moe_jax.models.transformer import Transformer, make_cache, make_context
+from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux
 from moe_jax.shapes import Array, Bool, Float32, Int, checked
 
 
-class EncoderDecoder(Transformer):
+@dataclasses.dataclass(frozen=True)
+class EncoderOptions(Options):
+  """The options in which an encoder differs from the decoder."""
+
+  num_layers: int = option(
+    0,
+    'Number of layers of the encoder; 0: model.num_layers.',
+    minimum=0,
+  )
+  overrides: Mapping[str, Any] = option(
+    {},
+    'Options of layers that have other values in the encoder, nested as in the '
+    "section of the model: {'ffn': {'hidden': 64}}. They are among dropout, "
+    'ffn, moe, attention, norm, scan_layers and remat.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderOptions(DecoderOptions):
+  """The options of a sequence-to-sequence model."""
+
+  has_encoder: ClassVar[bool] = True
+
+  encoder: EncoderOptions = option(
+    EncoderOptions(), 'Layers of the encoder, if they differ from a decoder.'
+  )
+
+  def build(self, rules: Rules = RULES) -> 'EncoderDecoder':
+    self.check_filled()
+    half = self.encoder_half()
+    embedding = dataclasses.replace(
+      self.embedding_config(rules), encoder_dropout=half.dropout
+    )
+    return EncoderDecoder(
+      embedding,
+      self.stack_config(self, rules, causal=True, cross=True),
+      self.stack_config(half, rules, causal=False),
+    )
+
+  def encoder_half(self) -> StackOptions:
+    """The options of the encoder's layers.
+
+    They are the decoder's with `encoder.overrides`. Without those, the encoder
+    has as many heads of keys and values as of queries, as fewer ones are for
+    the decoder's cache; no window; and, as its layers are counted anew, tables
+    of its own where its router draws or hashes, and no layer with fewer experts
+    than the others.
+
+    Raises:
+      OptionError: An override is unknown, bad or without effect.
+    """
+    return self._encoder_half
+
+  @functools.cached_property
+  def _encoder_half(self) -> StackOptions:
+    """It is cached, as each build reads it ten times."""
+    # Both change at once: moe.layers may fit the new number of layers alone.
+    L = self.encoder.num_layers or self.num_layers
+    changes = {'num_layers': L, **self.encoder.overrides}
+    decoder = StackOptions(**self.stack_values)
+    return overridden(StackOptions, _plain_encoder(decoder), changes)
+
+  @property
+  def halves(self) -> tuple[StackOptions, ...]:
+    return self.encoder_half(), *super().halves
+
+  def with_halves(self, *halves):
+    """The overrides of the encoder become those that make it of the decoder."""
+    encoder, decoder = halves
+    L = encoder.num_layers
+    base, changed = (
+      keys_of(StackOptions, section_of(layers))
+      for layers in (_plain_encoder(decoder), encoder)
+    )
+    base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
+    overrides: dict[str, Any] = {}
+    for leaf in changed:
+      if leaf.unchosen or base_values.get(leaf.path) == leaf.value:
+        continue
+      *parents, key = leaf.path.split('.')
+      section = overrides
+      for name in parents:
+        section = section.setdefault(name, {})
+      section[key] = leaf.value
+    num_layers = 0 if decoder.num_layers == L else L
+    return dataclasses.replace(
+      self,
+      encoder=EncoderOptions(num_layers, overrides),
+      **decoder.stack_values,
+    )
+
+  @property
+  def routes_by_task(self) -> bool:
+    return super().routes_by_task or self.encoder_half().routes_by_task
+
+  def problems(self) -> Iterator[str]:
+    """The problems of the decoder's routers, and of the encoder's options."""
+    yield from self.decoder_problems()
+    if not self.attention.crosses:
+      yield (
+        f'attention.kind={ATTENTIONS.name_of(self.attention)!r} has no '
+        'attention to an encoder'
+      )
+    try:
+      half = self.encoder_half()
+    except OptionError as error:
+      yield from error.below('encoder.overrides: ').problems
+      return
+    yield from self.task_problems()
+    if half.has_experts and self.has_experts:
+      yield from _conflicts(half.moe, self.moe)
+    for problem in self.half_problems(half, causal=False):
+      yield f'encoder.overrides: {problem}'
+    if half.attention.window:
+      yield (
+        f'encoder.overrides: attention.window={half.attention.window} has no '
+        'effect in an encoder, whose tokens see their whole segment'
+      )
+
+  def least_parameters(self) -> int:
+    half = self.encoder_half()
+    return super().least_parameters() + self.half_parameters(half)
+
+  def shrunk(self) -> Self:
+    without_overrides = dataclasses.replace(self, encoder=EncoderOptions())
+    small = super(EncoderDecoderOptions, without_overrides).shrunk()
+    return small.with_halves(self.encoder_half().shrunk(), *small.halves[1:])
+
+
+def _plain_encoder(decoder: StackOptions) -> StackOptions:
+  """The encoder's layers without overrides, as many as the decoder's."""
+  moe = decoder.moe
+  router: Any = moe.router
+  if 'seed' in fields_of(type(router)):
+    router = dataclasses.replace(router, seed=router.seed + 1)
+  return dataclasses.replace(
+    decoder,
+    attention=decoder.attention.for_encoder(),
+    moe=dataclasses.replace(moe, router=router, retained=Retained()),
+  )
+
+
+def _conflicts(encoder: MoeOptions, decoder: MoeOptions) -> Iterator[str]:
+  """The problems of options of which a model has one for all its layers."""
+  weights = decoder.router.loss_weights()
+  for loss, weight in encoder.router.loss_weights().items():
+    if weights.get(loss, weight) != weight:
+      name = loss.replace('_loss', '_weight')
+      yield (
+        f'encoder.overrides: {name}={weight} of the router, and '
+        f'{weights[loss]} in the decoder; a model has one weight for the loss'
+      )
+  for name in ('layer_reduce', 'replay'):
+    values = [getattr(moe, name) for moe in (encoder, decoder)]
+    if values[0] != values[1]:
+      yield (
+        f'encoder.overrides: moe.{name}={values[0]!r}, and {values[1]!r} in '
+        'the decoder; a model has one for both'
+      )
+
+
+class EncoderDecoder(Decoder):
   """A model from two sequences to logits of the second one's next token.
 
+  The embeddings serve both halves.
+
   Attributes:
-    embedding: The embeddings of tokens, for both halves, and the logits.
+    blocks: The decoder's blocks, which are causal and also attend to the
+      encoder's output.
     encoder_blocks: The encoder's blocks, which see their whole segment.
-    decoder_blocks: The decoder's blocks, which are causal and also attend to
-      the encoder's output.
   """
 
   encoder_blocks: StackConfig
-  decoder_blocks: StackConfig
-
-  has_encoder: ClassVar[bool] = True
 
   def setup(self) -> None:
     """Makes the submodules; tables are in the model's own scope."""
     self.embeddings = Embeddings(self.embedding)
     nn.share_scope(self, self.embeddings)
     self.encoder = Stack(self.encoder_blocks)
-    self.decoder = Stack(self.decoder_blocks)
+    self.decoder = Stack(self.blocks)
+
+  @property
+  def stacks(self) -> Stacks:
+    return Stacks(
+      [
+        LayerStack.of_blocks(self.encoder_blocks, ('encoder',), 'encoder_'),
+        LayerStack.of_blocks(self.blocks, ('decoder',)),
+      ]
+    )
+
+  @nn.nowrap
+  def with_stacks(self, *stacks: StackConfig) -> Self:
+    encoder, decoder = stacks
+    return self.clone(encoder_blocks=encoder, blocks=decoder)
 
   @checked
   def __call__(
@@ -91,20 +280,19 @@ class EncoderDecoder(Transformer):
       raise InputError(
         'encoder_segment_ids and segment_ids are given together or not at all'
       )
-    encoder_context = make_context(
-      self.encoder_blocks,
+    encoded, encoder_aux = self._encode(
       encoder_tokens,
       encoder_segment_ids,
       encoder_positions,
       encoder_task_ids,
       encoder_given,
+      train,
     )
-    memory, encoder_aux = self._encode(encoder_tokens, encoder_context, train)
     context = make_context(
-      self.decoder_blocks, tokens, segment_ids, positions, task_ids, given
+      self.blocks, tokens, segment_ids, positions, task_ids, given
     )
     context = context._replace(
-      memory=memory, memory_segment_ids=encoder_context.segment_ids
+      memory=encoded, memory_segment_ids=encoder_segment_ids
     )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
@@ -130,70 +318,56 @@ class EncoderDecoder(Transformer):
       encoder_positions: The position of each token. Default: that in the row.
       task_ids: The task of each row, which routers by task need.
     """
-    c, encoder_task_ids = self.decoder_blocks, None
+    encoder_task_ids = None
     if task_ids is not None:
       encoder_task_ids = jnp.broadcast_to(
         task_ids[:, None], encoder_tokens.shape
       )
-    encoder_context = make_context(
-      self.encoder_blocks,
+    encoded, _ = self._encode(
       encoder_tokens,
       encoder_mask.astype(jnp.int32),
       encoder_positions,
       encoder_task_ids,
     )
-    memory, _ = self._encode(encoder_tokens, encoder_context, train=False)
-    params = nn.meta.unbox(self.variables['params']['decoder'])
-    key_value_pairs = [
-      self._project(layers, memory) for layers in periods_of(c, params)
-    ]
-    keys, values = zip(*key_value_pairs)
-    keys, values = jnp.concatenate(keys), jnp.concatenate(values)
-    if not c.stacked:
-      keys, values = tuple(keys), tuple(values)
-    cache = make_cache(c, len(encoder_tokens), max_len)
+    keys, values = self._project(encoded)
+    cache = self.make_cache(len(encoder_tokens), max_len)
     memory = Memory(keys, values, encoder_mask)
     return cache.replace(memory=memory, task_ids=task_ids)
 
-  def _encode(self, tokens, context, train):
+  def _encode(
+    self, tokens, segment_ids, positions, task_ids, given=None, train=False
+  ):
+    """The encoder's output, and its layers' aux."""
+    context = make_context(
+      self.encoder_blocks, tokens, segment_ids, positions, task_ids, given
+    )
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train, encoder=True
     )
-    memory, aux, _ = self.encoder(x, context, train)
-    return memory, aux
+    encoded, aux, _ = self.encoder(x, context, train)
+    return encoded, aux
 
-  def _project(self, layers, memory):
-    """The keys and the values, [layers, B, N, S, D] each, of the layers."""
-    shared = self.decoder_blocks.block.shared
-    options = cast(AttentionOptions, self.decoder_blocks.block.attention)
-    key_value_pairs = [
-      project_memory(shared, options, params[CROSS_ATTENTION], memory)
-      for params in layers
-    ]
-    return tuple(
-      jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-      for arrays in zip(*key_value_pairs)
-    )
+  def _project(self, encoded):
+    """The keys and the values of the decoder's layers, [B, N, S, D] each.
 
-  @property
-  def stacks(self) -> tuple[tuple[Path, StackConfig], ...]:
-    return (
-      (('encoder',), self.encoder_blocks),
-      (('decoder',), self.decoder_blocks),
-    )
-
-  @nn.nowrap
-  def with_stacks(self, stacks: tuple[StackConfig, ...]) -> Self:
-    encoder, decoder = stacks
-    return self.clone(encoder_blocks=encoder, decoder_blocks=decoder)
-
-  @property
-  def sequences(self) -> tuple[str, ...]:
-    return ('encoder_', '')
-
-  @nn.nowrap
-  def sequence_of(self, layer: int) -> str:
-    return 'encoder_' if layer < len(self.encoder_blocks.sparse) else ''
+    They are stacked if the layers are.
+    """
+    block = self.blocks.block
+    options = cast(AttentionOptions, block.attention)
+    params = nn.meta.unbox(self.variables['params'])
+    _, decoder = self.stacks
+    keys, values = [], []
+    for layer in decoder.layers:
+      p = subtree(params, (*decoder.path, *layer.path, CROSS_ATTENTION))
+      i = layer.index
+      as_one = None if i is None else slice(i, i + 1)
+      p = jax.tree.map(lambda x, as_one=as_one: x[as_one], p)  # [1, ...]
+      key, value = project_memory(block.shared, options, p, encoded)
+      keys.append(key[0])
+      values.append(value[0])
+    if self.blocks.stacked:
+      return jnp.stack(keys), jnp.stack(values)
+    return tuple(keys), tuple(values)
 
 
 def _concatenated(encoder_aux: MoeAux, aux: MoeAux) -> MoeAux:

@@ -18,19 +18,18 @@ from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
-from moe_jax.layers.routers.steps import AXES
+from moe_jax.layers.routers.contract import ROUTER_STATE
+from moe_jax.layers.routers.linear_gate import AXES
 from moe_jax.layers.shared import Shared
-from moe_jax.models import flat_trees
 from moe_jax.models.base import Model, ModelOptions
-from moe_jax.models.encoder_decoder_options import (
-  EncoderDecoderOptions,
-  EncoderOptions,
+from moe_jax.models.description import Path
+from moe_jax.models.layer_options import LayerOptions
+from moe_jax.models.trees import (
+  abstract_router_state,
+  describe,
+  flatten,
+  unflatten,
 )
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.layer_trees import numbers_of
-from moe_jax.models.parameter_trees import describe
-from moe_jax.models.router_state import COLLECTION, abstract_router_state
-from moe_jax.models.text_options import LayerOptions
 
 EXPERT, COLUMN = 'expert', AXES[-1]
 Arrays = dict[Path, Any]
@@ -67,31 +66,32 @@ def sparse_layers(
   Raises:
     ValueError: The model has no blocks, or no sparse layer.
   """
-  if not model.stacks or not model.sparse_layers:
+  stacks = model.stacks
+  if not stacks.blocks or not stacks.sparse_layers:
     raise InputError(
       f'{type(model).__name__} has no sparse blocks: only experts of models of '
       'blocks are merged, pruned or copied'
     )
   places = [
     (i, stack.block.shared)
-    for _, stack in model.stacks
+    for stack in stacks.blocks
     for i in range(len(stack.sparse))
   ]
   axes, roles = {}, {}
   descriptions = describe(model)
-  all_roles = flat_trees.flatten(descriptions.roles)
-  for path, names in flat_trees.flatten(descriptions.axes).items():
-    if (place := model.place_of(path)) is not None:
+  all_roles = flatten(descriptions.roles)
+  for path, names in flatten(descriptions.axes).items():
+    if (place := stacks.place_of(path)) is not None:
       axes[place.name] = names[1:]  # the first is that of layers
       roles[place.name] = all_roles[path].role
   layers, (params, states) = {}, _layers(model, variables)
-  for number in model.sparse_layers:
-    flat, state = map(flat_trees.flatten, (params[number], states[number]))
+  for number in stacks.sparse_layers:
+    flat, state = map(flatten, (params[number], states[number]))
     in_stack, shared = places[number]
     layers[number] = SparseLayer(
       number,
       in_stack,
-      model.moe_of(number),
+      stacks.moe_of(number),
       shared,
       {p: x for p, x in flat.items() if roles[p] == EXPERT},
       {p: x for p, x in flat.items() if COLUMN in axes[p]} | state,
@@ -105,8 +105,8 @@ def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
   """Each layer's parameters and state, by one program for all slices."""
-  trees = (variables.get(name, {}) for name in ('params', COLLECTION))
-  return [model.layer_trees(tree) for tree in trees]
+  trees = (variables.get(name, {}) for name in ('params', ROUTER_STATE))
+  return [model.stacks.layer_trees(tree) for tree in trees]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'new'))
@@ -130,18 +130,18 @@ def assembled(
   """
   shapes = {'params': describe(new).shapes}
   if state_shapes := abstract_router_state(new):
-    shapes[COLLECTION] = state_shapes
+    shapes[ROUTER_STATE] = state_shapes
   collections = {}
   for name, tree in shapes.items():
-    old_arrays = flat_trees.flatten(variables[name])
-    layers = [*map(flat_trees.flatten, model.layer_trees(variables[name]))]
+    old_arrays = flatten(variables[name])
+    layers = [*map(flatten, model.stacks.layer_trees(variables[name]))]
     arrays = {}
-    for path, leaf in flat_trees.flatten(tree).items():
-      if (place := new.place_of(path)) is None:
+    for path, leaf in flatten(tree).items():
+      if (place := new.stacks.place_of(path)) is None:
         arrays[path] = old_arrays[path]
         continue
       rows = []
-      for number in numbers_of(model.stacks, place):
+      for number in place.numbers:
         own = changes.get(number, {})
         array = own.get(place.name, layers[number].get(place.name))
         if array is None or array.shape != leaf.shape[1:]:
@@ -151,7 +151,7 @@ def assembled(
           )
         rows.append(array)
       arrays[path] = jnp.stack(rows).astype(leaf.dtype)
-    collections[name] = flat_trees.unflatten(arrays)
+    collections[name] = unflatten(arrays)
   return collections
 
 
@@ -165,19 +165,17 @@ def with_moes(
     change: The function change(first, half) that returns the mixture of the
       layers of an encoder or decoder, whose first layer has that number.
   """
-  half: Any = options
-  if not isinstance(options, EncoderDecoderOptions):
-    return dataclasses.replace(half, moe=change(0, half))
-  encoder = options.encoder_half()
-  moe = change(encoder.num_layers, half)
-  decoder = dataclasses.replace(options, encoder=EncoderOptions(), moe=moe)
-  new_encoder = dataclasses.replace(encoder, moe=change(0, encoder))
-  return decoder.with_encoder(new_encoder)
+  halves, first = [], 0
+  for half in options.halves:
+    moe = change(first, half)
+    halves.append(dataclasses.replace(half, moe=moe))
+    first += half.num_layers
+  return options.with_halves(*halves)
 
 
 def has_merged(model: Model) -> bool:
   """Whether columns of some router lead to the same expert."""
-  return any(moe is not None and moe.retained.rows for moe in model.moes)
+  return any(moe.retained.rows for moe in model.stacks.mixtures)
 
 
 def with_copies(

@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from moe_jax.config import Options, option
 from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Names, Role
-from moe_jax.models import flat_trees
-from moe_jax.models.flat_trees import Path
-from moe_jax.models.parameter_trees import ParameterTrees
+from moe_jax.models.description import Path
 from moe_jax.models.selection import expression_problems, names_of
+from moe_jax.models.trees import ParameterTrees, flatten, unflatten
 from moe_jax.shapes import Array, PRNGKey
 
 TREE = 'lora'  # the name of the tree of factors among the parameters
@@ -140,11 +139,11 @@ class Adapters:
     They tell an optimizer a factor's inputs from its outputs; no sharding table
     splits the rank.
     """
-    axes = flat_trees.flatten(self.trees.axes)
+    axes = flatten(self.trees.axes)
     for path, kernel in self.kernels.items():
       for factor, names in kernel.factors(kernel.axes, RANK).items():
         axes[TREE, *path, factor] = names
-    return flat_trees.unflatten(axes)
+    return unflatten(axes)
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own parameters, without the factors."""
@@ -172,7 +171,7 @@ class Adapters:
       draw = jax.random.normal(_key_of(key, path), shapes['a'])
       factors[*path, 'a'] = draw / fan_in**0.5
       factors[*path, 'b'] = jnp.zeros(shapes['b'])
-    return {**params, TREE: flat_trees.unflatten(factors)}
+    return {**params, TREE: unflatten(factors)}
 
   def merged(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
@@ -187,16 +186,16 @@ class Adapters:
     """
     if not self.kernels:
       return dict(params)
-    flat = flat_trees.flatten(self.base(params))
+    flat = flatten(self.base(params))
     for path, kernel in self.merged_kernels(params, key).items():
       flat[path] = kernel
-    return flat_trees.unflatten(flat)
+    return unflatten(flat)
 
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
   ) -> dict[Path, Array]:
     """The kernels that have adapters, with these added; see `merged`."""
-    flat = flat_trees.flatten(params)
+    flat = flatten(params)
     sums = {}
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
@@ -212,10 +211,10 @@ class Adapters:
     """`merged` of arrays on any mesh; kernels keep their shardings."""
     if not self.kernels:
       return dict(params)
-    flat = flat_trees.flatten(self.base(params))
+    flat = flatten(self.base(params))
     shardings = tuple(flat[path].sharding for path in self.kernels)
     flat |= _compiled_merge(self, shardings)(params)
-    return flat_trees.unflatten(flat)
+    return unflatten(flat)
 
   def _dropout_factors(self, kernel: _Kernel, key: PRNGKey) -> Array:
     """The factor of each direction of an adapter: 0 where it is dropped."""
@@ -245,7 +244,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
   """
   if not options.rank:
     return Adapters(options, {}, trees)
-  shapes, axes, roles = (flat_trees.flatten(tree) for tree in trees)
+  shapes, axes, roles = (flatten(tree) for tree in trees)
   names = names_of(options.parts, trees.roles, 'lora.parts')
   kernels = {
     path: _kernel(path, leaf.shape, axes[path], roles[path])
@@ -261,7 +260,7 @@ def adapt(options: LoraOptions, trees: ParameterTrees) -> Adapters:
       factor_path = (TREE, *path, factor)
       shapes[factor_path] = jax.ShapeDtypeStruct(sizes[factor], jnp.float32)
       axes[factor_path], roles[factor_path] = names_of_dims[factor], kernel.role
-  extended = map(flat_trees.unflatten, (shapes, axes, roles))
+  extended = map(unflatten, (shapes, axes, roles))
   return Adapters(options, kernels, ParameterTrees(*extended))
 
 

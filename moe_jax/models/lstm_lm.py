@@ -7,8 +7,8 @@ over the whole vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import flax.struct
 import jax
@@ -26,11 +26,10 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.positions import POSITIONS, NoPositions
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.layers.shared import RULES, Shared
-from moe_jax.models.base import Batch, check_decodes
-from moe_jax.models.decoding import serving_all
-from moe_jax.models.embeddings import Embeddings
-from moe_jax.models.text_model import TextModel
-from moe_jax.models.text_options import TextModelOptions
+from moe_jax.models.base import Model, ModelOptions
+from moe_jax.models.decoding import check_decodes, serving_all
+from moe_jax.models.description import Layer, LayerStack, Stacks
+from moe_jax.models.embeddings import EmbeddingConfig, Embeddings
 from moe_jax.partitioning import Rules
 from moe_jax.routing import GivenChoices, MoeAux, empty_aux
 from moe_jax.routing.rows import without_nan
@@ -38,7 +37,7 @@ from moe_jax.shapes import Array, Bool, Float32, Int, Leaf, checked
 
 
 @dataclasses.dataclass(frozen=True)
-class LstmLmOptions(TextModelOptions):
+class LstmLmOptions(ModelOptions):
   """The options of a language model of LSTMs, with mixtures as `moe.layers`."""
 
   lstm: LstmOptions = option(
@@ -48,7 +47,6 @@ class LstmLmOptions(TextModelOptions):
   def problems(self) -> Iterator[str]:
     """The problems of options of other models of text, which LSTMs lack."""
     yield from super().problems()
-    yield from self.leak()
     router = self.moe.router
     if router.reads or router.keeps_state:
       yield (
@@ -144,7 +142,7 @@ class LstmCache(flax.struct.PyTreeNode):
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, 0), self)
 
 
-class LstmLm(TextModel):
+class LstmLm(Model):
   """A model from tokens to logits of the next token.
 
   Attributes:
@@ -152,6 +150,7 @@ class LstmLm(TextModel):
     between: The layers between them.
   """
 
+  embedding: EmbeddingConfig
   between: LstmLayersConfig
 
   def setup(self) -> None:
@@ -160,6 +159,15 @@ class LstmLm(TextModel):
     nn.share_scope(self, self.embeddings)
     c = self.between
     self.layers = [_Layer(c, sparse, i) for i, sparse in enumerate(c.sparse)]
+
+  @property
+  def stacks(self) -> Stacks:
+    c = self.between
+    layers = (
+      Layer(c.moe if sparse else None, (f'layers_{i}',))
+      for i, sparse in enumerate(c.sparse)
+    )
+    return Stacks([LayerStack(tuple(layers))])
 
   @checked
   def __call__(
@@ -245,22 +253,6 @@ class LstmLm(TextModel):
     return LstmCache(
       tuple(None if sparse else state for sparse in c.sparse),
       jnp.zeros(batch_size, jnp.int32),
-    )
-
-  @property
-  def moes(self) -> tuple[MoeOptions | None, ...]:
-    c = self.between
-    return tuple(c.moe if sparse else None for sparse in c.sparse)
-
-  @nn.nowrap
-  def routed_tokens(self, batch: Batch) -> Float32[Array, ' L']:
-    tokens = (batch['segment_ids'] > 0).sum().astype(jnp.float32)
-    return jnp.full(self.num_layers, jnp.maximum(tokens, 1.0))
-
-  @nn.nowrap
-  def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-      collection.get(f'layers_{i}', {}) for i in range(self.num_layers)
     )
 
   @nn.nowrap

@@ -13,8 +13,7 @@ from moe_jax.config import KIND, Options, fields_of
 from moe_jax.layers.routers.contract import Causality, RouterOptions, Sizes
 from moe_jax.layers.routers.token_choice import PUBLISHED_RATE
 from moe_jax.models.base import ModelOptions
-from moe_jax.models.encoder_decoder_options import EncoderDecoderOptions
-from moe_jax.models.transformer_options import StackOptions, TransformerOptions
+from moe_jax.models.layer_options import StackOptions
 
 _ENCODER = 'encoder.'
 
@@ -27,15 +26,18 @@ def meaning(options: ModelOptions) -> dict[str, Any]:
   computed or trained. The name of a chosen kind has the key 'kind'.
   """
   values = _values(options)
-  if isinstance(options, TransformerOptions):
-    fields = fields_of(StackOptions)
-    values = {k: v for k, v in values.items() if k.split('.')[0] not in fields}
-    half = StackOptions(**{name: getattr(options, name) for name in fields})
-    values |= _layers(half, options.width)
-  if isinstance(options, EncoderDecoderOptions):
-    values = {k: v for k, v in values.items() if not k.startswith(_ENCODER)}
-    encoder = _layers(options.encoder_half(), options.width)
-    values |= {f'{_ENCODER}{name}': value for name, value in encoder.items()}
+  if not options.has_blocks:
+    return values
+  fields = fields_of(StackOptions)
+  values = {
+    name: value
+    for name, value in values.items()
+    if name.split('.')[0] not in fields and not name.startswith(_ENCODER)
+  }
+  *encoder, decoder = (_layers(half, options.width) for half in options.halves)
+  values |= decoder
+  for layers in encoder:
+    values |= {f'{_ENCODER}{name}': value for name, value in layers.items()}
   return values
 
 
@@ -49,7 +51,7 @@ def difference(old: ModelOptions, new: ModelOptions) -> dict[str, tuple]:
   }
 
 
-def _layers(half: StackOptions, width: int) -> dict[str, Any]:
+def _layers(half: Any, width: int) -> dict[str, Any]:
   """The meaning of the layers of an encoder or decoder of that width."""
   moe = half.moe.within(half.ffn, half.dropout)
   sparse, experts = half.sparse, moe.num_experts > 0

@@ -72,7 +72,7 @@ def recording(
   )
   if SOWN not in collections:
     return result, {}
-  layers = map(sown, model.layer_trees(collections[SOWN]))
+  layers = map(sown, model.stacks.layer_trees(collections[SOWN]))
   return result, {
     i: _recorded_choices(model, i, sown_values, logits, jnp.dtype(dtype))
     for i, sown_values in enumerate(layers)
@@ -93,7 +93,7 @@ def _recorded_choices(
     router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
     largest = jnp.finfo(dtype).max  # so that no logit becomes infinite
     router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
-  index_type = expert_type(model.moe_of(layer).num_retained)
+  index_type = expert_type(model.stacks.moe_of(layer).num_retained)
   return LayerChoices(
     expert=choices.expert.astype(index_type),
     gate=choices.gate.astype(dtype),

@@ -61,8 +61,7 @@ class StackConfig:
       time independent of L) or unrolled; no number changes.
     remat: The policy for what the backward pass recomputes, one of `REMATS`.
     stacked: Whether periods of a segment share stacked arrays of parameters. If
-      not, each period has its own, which decoding reads without a copy; see
-      `layer_trees.unstack`.
+      not, each period has its own, which decoding reads without a copy.
   """
 
   sparse: tuple[bool, ...]
@@ -128,7 +127,7 @@ def kinds_of(
 
 
 class Stack(nn.Module):
-  """A module that is `run_stack` with parameters of its own."""
+  """All blocks of a stack and the final norm."""
 
   config: StackConfig
 
@@ -140,67 +139,74 @@ class Stack(nn.Module):
     train: bool = False,
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-    return run_stack(self.config, x, context, train, cache)
+    """Returns the output, the layers' aux, every leaf [L, ...], and the cache.
+
+    Args:
+      x: Embedded tokens.
+      context: The arrays that blocks read, without the bias, which is made
+        here.
+      train: Turns on dropout and router noise.
+      cache: The cache of the tokens before x after `KVCache.begin`, when
+        decoding; that which is returned has x's keys and values, too.
+    """
+    c, T, block = self.config, x.shape[1], self.config.block
+    bias = block.positions.bias(
+      block.attention.num_heads, block.causal, 'relative_positions'
+    )
+    if bias is not None:
+      bias_sizes = (T, T) if cache is None else (T, cache.max_len, cache.length)
+      context = context._replace(bias=bias(*bias_sizes))
+    context = c.padding.context(context)
+    x = without_nan(context.routed, x)
+    auxes, first = [], 0
+    for segment in segments(c.kinds):
+      numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
+      numbers = numbers.reshape(segment.repeats, -1)
+      first += segment.num_layers
+      if c.stacked:
+        loop = _scanned(c, segment, train)
+        (x, cache), aux = loop((x, cache), cast(Array, numbers), context)
+        # every leaf [repeats, period, ...]
+        auxes.append(
+          jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
+        )
+        continue
+      for i, period_numbers in enumerate(numbers.tolist()):
+        name = period_name(segment, i)
+        period = Period(c, segment.pattern, train, False, name=name)
+        (x, cache), aux = period((x, cache), tuple(period_numbers), context)
+        auxes.append(aux)
+    aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes)
+    x = block.norm.module(block.shared, 'final_norm')(x)
+    return x, aux, cache
 
 
-def run_stack(
-  c: StackConfig,
-  x: Float[Array, 'B T M'],
-  context: Context,
-  train: bool,
-  cache: KVCache | None = None,
-) -> tuple[Float[Array, 'B T M'], MoeAux, KVCache | None]:
-  """Applies all blocks and the final norm, as submodules of the caller.
-
-  Args:
-    c: The options of the stack.
-    x: Embedded tokens.
-    context: The arrays that blocks read, without the bias, which is made here.
-    train: Turns on dropout and router noise.
-    cache: The cache of the tokens before x after `KVCache.begin`, when
-      decoding.
-
-  Returns:
-    The output; the layers' aux, every leaf [L, ...]; and the cache with x's
-    keys and values.
-  """
-  T, block = x.shape[1], c.block
-  bias = block.positions.bias(
-    block.attention.num_heads, block.causal, 'relative_positions'
+def _scanned(c: StackConfig, segment: Segment, train: bool):
+  """A loop over a segment's periods, unrolled where the config says so."""
+  loops = c.scan_layers and segment.repeats > 1
+  scanned = nn.scan(
+    Period,
+    variable_axes={'params': 0, 'intermediates': 0, 'router_state': 0},
+    split_rngs={'params': True, 'dropout': True, 'router': True},
+    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+    length=segment.repeats,
+    unroll=1 if loops else segment.repeats,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+    # The check would trace every period once more.
+    check_constancy_invariants=False,
   )
-  if bias is not None:
-    bias_sizes = (T, T) if cache is None else (T, cache.max_len, cache.length)
-    context = context._replace(bias=bias(*bias_sizes))
-  context = c.padding.context(context)
-  x = without_nan(context.routed, x)
-  auxes, first = [], 0
-  for segment in segments(c.kinds):
-    numbers = np.arange(first, first + segment.num_layers, dtype=np.int32)
-    numbers = cast(Array, numbers.reshape(segment.repeats, -1))
-    layers = _segment if c.stacked else _unrolled
-    carry, aux = layers(c, segment, train)(Carry(x, cache), numbers, context)
-    x, cache = carry
-    auxes.append(aux)  # every leaf [repeats, period, ...]
-    first += segment.num_layers
-  aux = jax.tree.map(
-    lambda *leaves: jnp.concatenate(
-      [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
-    ),
-    *auxes,
-  )
-  x = block.norm.module(block.shared, 'final_norm')(x)
-  return x, aux, cache
-
-
-class Carry(NamedTuple):
-  """The values that each block passes to the next."""
-
-  x: Array
-  cache: KVCache | None
+  return scanned(c, segment.pattern, train, loops, name=segment.name)
 
 
 class Period(nn.Module):
-  """One period of the layer pattern; its parameters are stacked by the scan."""
+  """One period of the layer pattern; its parameters are stacked by the scan.
+
+  Attributes:
+    config: The options of the stack.
+    pattern: The kind of each layer.
+    train: Turns on dropout and router noise.
+    loops: Whether the period is the body of a loop.
+  """
 
   config: StackConfig
   pattern: tuple[LayerKind, ...]
@@ -210,11 +216,11 @@ class Period(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: Carry,
+    carry: tuple[Array, KVCache | None],
     numbers: Int32[Array, ' P'] | tuple[int, ...],
     context: Context,
-  ) -> tuple[Carry, MoeAux]:
-    """Applies the period's blocks; aux leaves are [period, ...]."""
+  ) -> tuple[tuple[Array, KVCache | None], MoeAux]:
+    """Applies the blocks to (x, cache); aux leaves are [period, ...]."""
     c = self.config
     block = Block
     if c.remat != 'none':
@@ -240,38 +246,4 @@ class Period(nn.Module):
         aux = with_room(aux, c.experts.num_experts)
       auxes.append(aux)
     aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
-    return Carry(x, cache), aux
-
-
-def _segment(c: StackConfig, segment: Segment, train: bool):
-  """A scan over a segment's periods, unrolled where the config says so."""
-  loops = c.scan_layers and segment.repeats > 1
-  scanned = nn.scan(
-    Period,
-    variable_axes={'params': 0, 'intermediates': 0, 'router_state': 0},
-    split_rngs={'params': True, 'dropout': True, 'router': True},
-    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-    length=segment.repeats,
-    unroll=1 if loops else segment.repeats,
-    metadata_params={nn.PARTITION_NAME: 'layers'},
-    # The check would trace every period once more.
-    check_constancy_invariants=False,
-  )
-  return scanned(c, segment.pattern, train, loops, name=segment.name)
-
-
-def _unrolled(c: StackConfig, segment: Segment, train: bool):
-  """The same as `_segment`, with separate parameters for every period."""
-  modules = [
-    Period(c, segment.pattern, train, False, name=period_name(segment, i))
-    for i in range(segment.repeats)
-  ]
-
-  def run(carry, numbers, context):
-    auxes = []
-    for i, period in enumerate(modules):
-      carry, aux = period(carry, tuple(map(int, numbers[i])), context)
-      auxes.append(aux)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
-
-  return run
+    return (x, cache), aux

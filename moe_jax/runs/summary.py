@@ -107,7 +107,7 @@ def summarize(
 
   Args:
     sums: Sums as `host` gives them.
-    moes: The mixture of each layer, as `Model.moes` gives them, whose loads end
+    moes: The mixture of each layer, as in `Stacks.moes`, whose loads end
       with its own experts, and whose drops with its own choices. Default: all
       have equally many.
   """

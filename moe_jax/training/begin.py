@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from moe_jax.devices import check_shared, is_first
 from moe_jax.errors import InputError
-from moe_jax.models import router_state
+from moe_jax.layers.routers.contract import ROUTER_STATE
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.training.setup import Run
 from moe_jax.training.step import TrainState
@@ -59,7 +60,7 @@ def begin(run: Run, initial: Initial | None = None) -> Begun:
   abstract = run.programs.abstract_state
   base = run.programs.adapters.base(abstract.params)
   restored = run.checkpoints.restore(
-    abstract, first=router_state.variables(base, abstract.router_state)
+    abstract, first=as_variables(base, abstract.router_state)
   )
   if restored is not None and restored.step:
     digest = restored.extra.get('data_digest')
@@ -95,7 +96,7 @@ def begin(run: Run, initial: Initial | None = None) -> Begun:
     run.message(note)
     state = run.programs.state_of(variables['params'])
     state = state.replace(
-      router_state=variables.get(router_state.COLLECTION, state.router_state),
+      router_state=variables.get(ROUTER_STATE, state.router_state),
       opt_state=variables.get('opt_state', state.opt_state),
     )
     return Begun(run, state, [])

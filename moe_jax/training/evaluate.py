@@ -324,7 +324,7 @@ class Losses(OverBatches):
   def __call__(self, variables: Variables, step: int) -> Row:
     """The row; see `summary.summarize`."""
     del step
-    return summary.summarize(self.sums(variables), self.model.moes)
+    return summary.summarize(self.sums(variables), self.model.stacks.moes)
 
   def sums(
     self,

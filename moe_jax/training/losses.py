@@ -52,18 +52,19 @@ class LossWeights:
 
 def loss_weights(model: Model, logits_z: float = 0.0) -> LossWeights:
   """The coefficients that a model's routers have, and that of its logits."""
-  mean = model.layer_reduce == 'mean'
+  stacks, moe = model.stacks, model.stacks.moe
+  mean = moe is not None and moe.layer_reduce == 'mean'
   return LossWeights(
-    model.loss_weights(),
+    stacks.loss_weights(),
     logits_z=logits_z,
-    num_averaged=max(len(model.sparse_layers), 1) if mean else 1,
+    num_averaged=len(stacks.mixtures) if mean else 1,
   )
 
 
 def normalizers(model: Model, batch: Batch) -> Normalizers:
   """The normalisers of a whole batch."""
   weight = jnp.maximum(batch['loss_weights'].sum(), 1e-9)
-  return Normalizers(weight, model.routed_tokens(batch))
+  return Normalizers(weight, model.stacks.routed_tokens(batch))
 
 
 def loss_sums(losses: TokenLosses, batch: Batch, aux: MoeAux) -> LossSums:

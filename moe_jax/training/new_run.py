@@ -20,7 +20,7 @@ from moe_jax.config import Section, plain, section_of
 from moe_jax.data import plain_files, tokenizers
 from moe_jax.data.cache_folders import locked
 from moe_jax.errors import InputError, writing
-from moe_jax.models.router_state import variables as as_variables
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 

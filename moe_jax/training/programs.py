@@ -16,8 +16,12 @@ from moe_jax import models, partitioning
 from moe_jax.devices import Placing
 from moe_jax.models import Model, lora
 from moe_jax.models.lora import Adapters
-from moe_jax.models.parameter_trees import init_params
-from moe_jax.models.router_state import init_router_state, variables
+from moe_jax.models.trees import (
+  init_params,
+  init_router_state,
+  move_router_state,
+  variables,
+)
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Leaf
 from moe_jax.training import averages, losses, trainable
@@ -187,8 +191,8 @@ def make_step(
     loss: The loss of the model's outputs, instead of the model's own.
   """
 
-  def move_router_state(state, load):
-    new = model.move_router_state(state, load, rate=balance_bias_rate)
+  def moved(state, load):
+    new = move_router_state(model.stacks, state, load, balance_bias_rate)
     return trained.moved(state, new)
 
   weights = change(losses.loss_weights(model, options.logits_z_weight))
@@ -209,7 +213,7 @@ def make_step(
       loss,
       # A replayed run executes the program of a recorded one.
       options.trace.recording
-      if options.model.replay
+      if options.model.moe.replay
       else options.trace.in_training,
       options.local_axes,
     ),
@@ -218,7 +222,7 @@ def make_step(
     rate=functools.partial(
       options.optimizer.next_rate, total_steps=options.total_steps
     ),
-    move_router_state=move_router_state,
+    move_router_state=moved,
   )
   step = averages.averaging(step, options.optimizer.ema, trained)
   if options.max_nonfinite_steps:

@@ -43,7 +43,7 @@ from moe_jax.training.evaluate import (
 from moe_jax.training.optimizer import OPTIMIZERS, Optimizer
 
 R = TypeVar('R', bound='RunOptions')
-# The name of the option `ModelOptions.replay` in a config.
+# The name of the option `MoeOptions.replay` in a config.
 REPLAY = 'model.moe.replay'
 _ITEM_BYTES = 4  # bytes of a number of a batch, of a loss and of logits
 _EVALUATIONS = Kinds(
@@ -390,7 +390,7 @@ class RunOptions(Options):
   @property
   def for_hooks(self) -> tuple[str, ...]:
     """Names of the sections that have no effect but through `Hook.serves`."""
-    switches = {'trace': self.trace.is_on, REPLAY: bool(self.model.replay)}
+    switches = {'trace': self.trace.is_on, REPLAY: bool(self.model.moe.replay)}
     return tuple(name for name, is_on in switches.items() if is_on)
 
   def problems(self) -> Iterator[str]:
@@ -554,7 +554,7 @@ class RunOptions(Options):
     `filled` returns.
     """
     model, rows = self.model, self.batch_size
-    param_bytes = jnp.dtype(model.param_dtype).itemsize
+    param_bytes = jnp.dtype(model.numerics.param_dtype).itemsize
     yield (
       f'the parameters of {type(model).__name__}, {model.least_parameters():,}',
       param_bytes * model.least_parameters(),
@@ -582,7 +582,7 @@ class RunOptions(Options):
       self.batch_size, self.data.seq_len, self.data.target_len
     )
     if self.data.tasks:
-      for prefix in model.sequences:
+      for prefix in model.stacks.sequences:
         shapes[f'{prefix}task_ids'] = shapes[f'{prefix}segment_ids']
     return shapes
 

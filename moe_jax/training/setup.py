@@ -193,7 +193,7 @@ def set_up(
     log_every_steps=options.log_every_steps,
     max_nonfinite_steps=options.max_nonfinite_steps,
     batch_tokens=options.batch_size * options.data.row_tokens,
-    moes=model.moes,
+    moes=model.stacks.moes,
     state=programs.abstract_state,
     checkpoints=checkpoints,
     tell=dataset.tell,
@@ -244,7 +244,7 @@ def setup_notes(options: RunOptions, model: Model, mesh: Mesh) -> Iterator[str]:
   rules = dict(options.sharding.rules)
   if any(mesh.shape[a] > 1 for a in rules['expert'] if a in rules['batch']):
     return
-  dispatches = [moe.dispatch for moe in model.moes if moe is not None]
+  dispatches = [moe.dispatch for moe in model.stacks.mixtures]
   for dispatch in dict.fromkeys(dispatches):
     for name in ('exchange', 'shadowing'):
       value, default = getattr(dispatch, name, None), type(dispatch)()

@@ -14,9 +14,9 @@ import optax
 from jax.sharding import PartitionSpec
 
 from moe_jax.models import Model
-from moe_jax.models import router_state as router_state_lib
 from moe_jax.models.base import TokenLosses
 from moe_jax.models.recorded import Apply, plainly
+from moe_jax.models.trees import variables as as_variables
 from moe_jax.runs import finite
 from moe_jax.runs.summary import Batch, LossSums, StepMetrics
 from moe_jax.shapes import Array, Leaf, PRNGKey
@@ -94,7 +94,7 @@ def make_grad_fn(
     router_key, dropout_key = jax.random.split(key)
     (outputs, aux), choices = apply(
       model,
-      router_state_lib.variables(merged(params, dropout_key), router_state),
+      as_variables(merged(params, dropout_key), router_state),
       **model.inputs(batch),
       train=True,
       rngs={'router': router_key, 'dropout': dropout_key},

@@ -20,11 +20,10 @@ import numpy as np
 import optax
 
 from moe_jax.errors import InputError
-from moe_jax.models import Model, flat_trees
-from moe_jax.models.layer_trees import numbers_of
+from moe_jax.models import Model
 from moe_jax.models.lora import TREE
-from moe_jax.models.parameter_trees import ParameterTrees
 from moe_jax.models.selection import names_of
+from moe_jax.models.trees import ParameterTrees, flatten
 from moe_jax.partitioning import path_name
 
 
@@ -223,7 +222,8 @@ def chosen_masks(
     ValueError: The model has other sparse layers or experts, or no parameter of
       experts trains.
   """
-  model_E = {i: model.moe_of(i).num_retained for i in model.sparse_layers}
+  moes = enumerate(model.stacks.moes)
+  model_E = {i: moe.num_retained for i, moe in moes if moe is not None}
   file_E = {i: chosen.num_experts for i in chosen.layers}
   if model_E != file_E:
     raise InputError(
@@ -231,12 +231,12 @@ def chosen_masks(
       f'the model has {model_E}'
     )
   masks = {}
-  for path, axes in flat_trees.flatten(trees.axes).items():
+  for path, axes in flatten(trees.axes).items():
     name = '/'.join(path)
     if name not in names or _EXPERT not in axes:
       continue
     kernel_path = path[1:-1] if path[0] == TREE else path
-    stack_place = model.place_of(kernel_path)
+    stack_place = model.stacks.place_of(kernel_path)
     if stack_place is None or axes[0] != _LAYERS:
       raise InputError(f'trained_experts: {name} is in no stack')
     shape = [1] * len(axes)
@@ -244,7 +244,7 @@ def chosen_masks(
     shape[axes.index(_EXPERT)] = chosen.num_experts
     mask = [
       [e in chosen.layers[i] for e in range(chosen.num_experts)]
-      for i in numbers_of(model.stacks, stack_place)
+      for i in stack_place.numbers
     ]
     masks[name] = np.array(mask).reshape(shape)
   if not masks:

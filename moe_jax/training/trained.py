@@ -15,12 +15,12 @@ from moe_jax.config import Options, read_options
 from moe_jax.data import DataOptions, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
+from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.models.lora import Adapters, LoraOptions, adapt
-from moe_jax.models.parameter_trees import describe
-from moe_jax.models.router_state import (
-  COLLECTION,
+from moe_jax.models.trees import (
   abstract_router_state,
+  describe,
   init_router_state,
   variables,
 )
@@ -300,10 +300,10 @@ def restore_variables(
   if merges and restored.step:
     params = adapters.merged_on_devices(params)
   # A run may begin without the state of its routers.
-  if routers and COLLECTION not in restored.state:
+  if routers and ROUTER_STATE not in restored.state:
     routers = init_router_state(model)
   else:
-    routers = restored.state.get(COLLECTION, {})
+    routers = restored.state.get(ROUTER_STATE, {})
   return restored._replace(state=variables(params, routers))
 
 

@@ -13,8 +13,9 @@ import optax
 from moe_jax import models, partitioning
 from moe_jax.analysis import replay
 from moe_jax.analysis.recording import records_of
-from moe_jax.models import router_state
 from moe_jax.models.recorded import recording
+from moe_jax.models.trees import init_router_state, move_router_state
+from moe_jax.models.trees import variables as variables_of
 from moe_jax.partitioning import ShardingOptions
 from moe_jax.training.losses import LossWeights, normalizers
 from moe_jax.training.step import TrainState, make_grad_fn, train_step
@@ -49,7 +50,7 @@ def first_state(model):
   rng = np.random.default_rng(1)
   state = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype),
-    router_state.init_router_state(model),
+    init_router_state(model),
   )
   return TrainState(
     jnp.int32(0), jnp.uint32(3), params, OPTIMIZER.init(params), state
@@ -59,7 +60,7 @@ def first_state(model):
 @functools.cache
 def compiled(model, microbatches=1):
   """The compiled training step (state, batch) -> (state, metrics)."""
-  weights = LossWeights(dict.fromkeys(model.loss_weights(), 0.1))
+  weights = LossWeights(dict.fromkeys(model.stacks.loss_weights(), 0.1))
   return jax.jit(
     functools.partial(
       train_step,
@@ -67,7 +68,7 @@ def compiled(model, microbatches=1):
       optimizer=OPTIMIZER,
       rate=optax.constant_schedule(0.0),
       normalize=functools.partial(normalizers, model),
-      move_router_state=model.move_router_state,
+      move_router_state=functools.partial(move_router_state, model.stacks),
     )
   )
 
@@ -89,7 +90,7 @@ def record(model, batch, choices, step=0):
 def forward(model):
   """A compiled (batch) -> (logits, aux, choices) of the first state."""
   state = first_state(model)
-  variables = router_state.variables(state.params, state.router_state)
+  variables = variables_of(state.params, state.router_state)
 
   def apply(batch):
     outputs, choices = RECORDED(model, variables, **model.inputs(batch))

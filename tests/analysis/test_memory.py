@@ -248,7 +248,7 @@ def test_activations_are_what_reverse_mode_keeps(options, dtype, remat):
     numerics=dict(dtype=dtype),
     attention=dict(implementation='einsum'),
   )
-  lengths = LENGTHS[: len(model.stacks)]
+  lengths = LENGTHS[: len(model.stacks.blocks)]
   activations = memory.activations(model, B, *lengths)
   expected = residual_bytes(model, lengths)
   assert activations.layers + activations.scores == pytest.approx(

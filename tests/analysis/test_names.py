@@ -14,7 +14,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.positions import Learned, Relative
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.layers.routers.contract import Router
-from moe_jax.models.parameter_trees import ParameterTrees, describe
+from moe_jax.models.trees import ParameterTrees, describe
 from moe_jax.routing import empty_aux, token_choice
 from tests.models import tiny
 from tests.models.tiny import B, T
@@ -111,7 +111,7 @@ def test_a_router_and_an_expert_with_other_names_cost_the_same():
   ids=['decoder', 'encoder_decoder', 'lstm'],
 )
 def test_names_may_be_scrambled(model, monkeypatch):
-  paths = {path for path, _ in model.stacks}
+  paths = {stack.path for stack in model.stacks if stack.blocks}
   before = figures(model)
   new_names = {}
 

@@ -61,7 +61,7 @@ def check_tokens_choose(run, variables, batch, record):
     run.model, 'train', 0, 0, batch, jax.tree.map(np.asarray, made)
   )
   header = traces.read(run.workdir / 'trace').header
-  assert list(record.layers) == list(run.model.sparse_layers)
+  assert list(record.layers) == list(run.model.stacks.sparse_layers)
   for layer, routing in record.layers.items():
     K, S = header.layers[layer].num_selected, header.layers[layer].group_size
     assert routing.expert.shape == (*batch['tokens'].shape, K)

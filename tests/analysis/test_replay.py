@@ -137,7 +137,7 @@ def test_precisions_are_compared_with_the_routing_held_fixed():
   imposed_batch = replay.imposed(bfloat16, batch, record)
   rounded_logits, _, replayed_choices = steps.forward(bfloat16)(imposed_batch)
   all_kept = []
-  for i in float32.sparse_layers:
+  for i in float32.stacks.sparse_layers:
     np.testing.assert_array_equal(choices[i].expert, replayed_choices[i].expert)
     np.testing.assert_array_equal(choices[i].kept, replayed_choices[i].kept)
     all_kept.append(np.asarray(choices[i].kept).all())
@@ -167,8 +167,8 @@ def test_every_kind_of_model_replays_its_layers(kind):
   run = steps.forward(model)
   logits, aux, choices = run(replay.imposed(model, batch))
   records = steps.records(model, batch, choices)
-  assert len(records) == len(model.sequences)
-  assert sum(len(r.layers) for r in records) == len(model.sparse_layers)
+  assert len(records) == len(model.stacks.sequences)
+  assert sum(len(r.layers) for r in records) == len(model.stacks.sparse_layers)
   replayed_logits, replayed_aux, _ = run(replay.imposed(model, batch, *records))
   assert_same((logits, aux), (replayed_logits, replayed_aux))
   # Choices of other layers give another result.

@@ -14,7 +14,7 @@ from moe_jax.analysis.recording import Traces, header_of
 from moe_jax.analysis.replay import Replaying
 from moe_jax.analysis.traces import LayerChoices, Record
 from moe_jax.config import OptionError
-from moe_jax.models.text_model import REPLAYED
+from moe_jax.models.base import REPLAYED
 from moe_jax.runs import metrics
 from moe_jax.training.loop import train_and_evaluate
 from moe_jax.training.setup import Hook, set_up

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.analysis import routing_report
 from moe_jax.analysis.routing_report import count_tokens
 from moe_jax.layers.routers import ExpertChoice
-from moe_jax.models.base import Model
+from moe_jax.models import Layer, LayerStack, Model, Stacks
 from moe_jax.models.recorded import recording
 from moe_jax.routing.capacity import All, Fixed
 from moe_jax.routing.stats import (
@@ -40,7 +40,7 @@ NAMES = [' ', '|', 'never seen', '[b]`x']
 class Layers(Model):
   """A model of dense layers and one sparse one, number 3."""
 
-  moes = (None,) * 4
+  stacks = Stacks([LayerStack((Layer(),) * 4)])
 
 
 def report(names=NAMES, counts=COUNTS, **changes):

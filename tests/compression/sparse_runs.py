@@ -75,10 +75,10 @@ def _applied(module, number):
 
 def outputs(run, number):
   """The output of one sparse layer for `X`, and the choices before drops."""
-  moe, (_, stack) = run.model.moes[number], run.model.stacks[0]
+  moe, stack = run.model.stacks.moe_of(number), run.model.stacks.blocks[0]
   module = layers.MoE(moe, stack.block.shared)
   variables = {
-    name: run.model.layer_trees(collection)[number]['moe']
+    name: run.model.stacks.layer_trees(collection)[number]['moe']
     for name, collection in run.variables.items()
   }
   y, aux = _applied(module, number)(variables, X)

@@ -40,10 +40,10 @@ def test_the_inputs_of_experts_are_captured(run):
       capture_intermediates=lambda module, _: module.name == SCOPE,
       mutable=['intermediates'],
     )
-    return run.model.layer_trees(collections['intermediates'])
+    return run.model.stacks.layer_trees(collections['intermediates'])
 
   layers = outputs(run.variables, batch)
-  params = run.model.layer_trees(run.variables['params'])
+  params = run.model.stacks.layer_trees(run.variables['params'])
   for i, inputs in inputs_by_layer.items():
     experts = params[i]['moe']['experts']
     h = np.einsum('gsm,emf->gsef', inputs.x, experts['w_in'])

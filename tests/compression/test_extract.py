@@ -45,11 +45,11 @@ def options_of(moe, **changes):
 
 def inputs(model, task=None):
   arrays = {}
-  for i, prefix in enumerate(model.sequences):
+  for i, prefix in enumerate(model.stacks.sequences):
     arrays[f'{prefix}tokens'] = tiny.tokens(i)
     segments = np.minimum(np.arange(T) // 4 + 1, 2) * (np.arange(T) < 9)
     arrays[f'{prefix}segment_ids'] = np.tile(segments, (B, 1)).astype(np.int32)
-  for prefix in () if task is None else model.task_sequences:
+  for prefix in () if task is None else model.stacks.task_sequences:
     arrays[f'{prefix}task_ids'] = np.full((B, T), task, np.int32)
   return arrays
 
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_whole_model(name):
   for task in range(N):
     small = extract.extract(options, params, task)
     model = small.options.build()
-    assert not model.task_sequences and small.layers
+    assert not model.stacks.task_sequences and small.layers
     shapes = jax.tree.map(jnp.shape, tiny.params_of(model))
     assert jax.tree.map(jnp.shape, small.params) == shapes
     expected = logits(whole, params, task)

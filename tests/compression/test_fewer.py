@@ -24,7 +24,7 @@ from moe_jax.models.expert_arrays import (
   sparse_layers,
   with_copies,
 )
-from moe_jax.models.router_state import init_router_state
+from moe_jax.models.trees import init_router_state
 from tests.compression import sparse_runs
 from tests.compression.sparse_runs import E, outputs, run_of, smaller_run
 from tests.compression.test_merge import shuffled
@@ -104,7 +104,9 @@ def test_pruning_what_nobody_chooses_lets_raw_gates_grow():
   pruned, _ = outputs(smaller_run(run, smaller_layers), 1)
   # The formula: outputs grow by 1 / (1 - p).
   x = sparse_runs.X
-  params = run.model.layer_trees(run.variables['params'])[1]['moe']['router']
+  params = run.model.stacks.layer_trees(run.variables['params'])[1]['moe'][
+    'router'
+  ]
   logits = x @ np.asarray(params['w']) + np.asarray(params['b'])
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   assert p[..., 1].max() > 1e-3
@@ -126,7 +128,7 @@ def test_layers_keep_the_experts_of_the_largest_scores():
   pruned = smaller_run(calibrated.run, smaller_layers)
   moe = pruned.options.model.moe
   assert (moe.num_experts, moe.retained) == (4, Retained('1:2'))
-  assert [m and m.num_experts for m in pruned.model.moes] == [None, 2, 4]
+  assert [m and m.num_experts for m in pruned.model.stacks.moes] == [None, 2, 4]
   even = prune(calibrated, {1: 3, 2: 3})
   moe = smaller_run(calibrated.run, even).options.model.moe
   assert (moe.num_experts, moe.retained) == (3, Retained())
@@ -174,7 +176,7 @@ def biased():
 
 
 def bias_of(run, layer):
-  state = run.model.layer_trees(run.variables['router_state'])[layer]
+  state = run.model.stacks.layer_trees(run.variables['router_state'])[layer]
   return np.asarray(state['moe']['router']['balance_bias'])
 
 

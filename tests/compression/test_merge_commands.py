@@ -88,7 +88,7 @@ def test_uneven_models_are_runs_that_transformers_lacks(
   with pytest.raises(ValueError, match=r'\[2, 4\] experts, where transformers'):
     export_run(uneven, tmp_path / 'hf')
   run(capsys, *args, '--share=0.6', f'--output={share}')
-  moes = whole_run.read(share).model.moes
+  moes = whole_run.read(share).model.stacks.moes
   assert sum(moe.num_experts for moe in moes) == 6
   with pytest.raises(SystemExit):
     command.main([*args, '--experts=1', f'--output={tmp_path / "new"}'])

@@ -25,9 +25,9 @@ from moe_jax.compression import (
 )
 from moe_jax.config import OptionError
 from moe_jax.layers.kernel_format import KernelFormat
-from moe_jax.models import code_trees, flat_trees
-from moe_jax.models.encoder_decoder_options import EncoderOptions
-from moe_jax.models.parameter_trees import describe
+from moe_jax.models import RunShape, code_trees
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.trees import describe, flatten
 from moe_jax.training import setup
 from tests.compression import test_distill
 from tests.generation import folders
@@ -76,7 +76,7 @@ def _decoding(options):
 
 def coded_kernels(run):
   """The paths of kernels that a run stores in codes."""
-  paths = flat_trees.flatten(run.variables['params'])
+  paths = flatten(run.variables['params'])
   return [path[:-1] for path in paths if path[-1] == 'codes']
 
 
@@ -89,7 +89,7 @@ def params_before_layer(layer, run, decoded):
   """The decoded parameters, with those of one layer before its rounding."""
 
   def choose(path, new, old):
-    place = run.model.place_of(tuple(key.key for key in path))
+    place = run.model.stacks.place_of(tuple(key.key for key in path))
     if place is None or layer not in place.layers:
       return new
     return new.at[place.layers.index(layer)].set(old[place.layers.index(layer)])
@@ -114,7 +114,7 @@ def test_each_layer_reads_what_rounded_layers_give(folder, int2):
   ]
   rows = calibration.ExpertTokens(inputs, masks).rows(slice(None))
   old, rounded = (
-    run.model.layer_trees(tree)[2]['moe']['experts']
+    run.model.stacks.layer_trees(tree)[2]['moe']['experts']
     for tree in (run.variables['params'], decoded)
   )
   h = gptq.hessian(jnp.asarray(rows.x), jnp.asarray(rows.filled))
@@ -144,7 +144,7 @@ def test_bits_add_up_to_the_bytes_of_stored_arrays(folder, tmp_path):
   )
   run = whole_run.read(new)
   num_bytes = weights = 0
-  plain = flat_trees.flatten(whole_run.read(folder).variables['params'])
+  plain = flatten(whole_run.read(folder).variables['params'])
   for path in coded_kernels(run):
     stored_kernel = functools.reduce(dict.get, path, run.variables['params'])
     num_bytes += sum(array.nbytes for array in stored_kernel.values())
@@ -215,9 +215,9 @@ def test_an_encoder_alone_has_experts_in_codes():
   assert not code_trees.has_codes(options)
   coded = code_trees.with_formats(options, KernelFormat('int4'))
   assert code_trees.has_codes(coded)
-  paths = flat_trees.flatten(describe(coded.build()).shapes)
+  paths = flatten(describe(coded.build()).shapes)
   assert {p[0] for p in paths if p[-1] == 'codes'} == {'encoder'}
-  (problem,) = coded.code_problems()
+  (problem,) = coded.problems_in(RunShape(1, 1, 1, models_tiny.T))
   assert problem.startswith("model.encoder.overrides.moe.expert.format.name='")
 
 
@@ -325,7 +325,7 @@ def test_an_expert_without_tokens_is_rounded_to_the_nearest(tmp_path):
     ]
     assert has_note == [method == 'gptq'] * 2
     loaded = whole_run.read(new)
-    trees = loaded.model.layer_trees(loaded.variables['params'])
+    trees = loaded.model.stacks.layer_trees(loaded.variables['params'])
     experts[method] = [trees[layer]['moe']['experts'] for layer in (1, 2)]
   for rtn, gptq_ in zip(*experts.values(), strict=True):
     for name in ('w_in', 'w_out'):

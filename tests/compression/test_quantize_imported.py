@@ -36,7 +36,7 @@ def test_an_imported_checkpoint(tmp_path):
   assert numbers['bytes'] < numbers['bytes before']
   assert 0 < numbers['gptq error'] < numbers['rtn error']
   quantized = generation.load(new)
-  assert len(lines) >= len(quantized.model.sparse_layers)
+  assert len(lines) >= len(quantized.model.stacks.sparse_layers)
   options, params = code_trees.decoded(
     quantized.options, quantized.variables['params']
   )

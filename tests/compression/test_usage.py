@@ -21,7 +21,7 @@ def measured():
 
 def test_statistics_are_those_of_a_loop_over_tokens():
   run, calibrated = measured()
-  params = run.model.layer_trees(run.variables['params'])
+  params = run.model.stacks.layer_trees(run.variables['params'])
   expected = {
     n: dict(
       tokens=0,

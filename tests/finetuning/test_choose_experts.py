@@ -56,7 +56,7 @@ def test_use_is_counted_choice_by_choice():
     )
 
   _, collections = jax.device_get(intermediates_of(variables, batch))
-  layers = model.layer_trees(collections['intermediates'])
+  layers = model.stacks.layer_trees(collections['intermediates'])
   shares = {
     score: choose_experts.shares(model, variables, [batch, batch], score)
     for score in choose_experts.SCORES

@@ -17,7 +17,7 @@ from moe_jax.layers.positions import Relative
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import TokenChoice
 from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny as models_tiny
 from tests.training import tiny
@@ -61,7 +61,7 @@ def batch_of(model):
   """Random rows, for the encoder too where there is one."""
   return {
     f'{prefix}{name}': values
-    for seed, prefix in enumerate(model.sequences)
+    for seed, prefix in enumerate(model.stacks.sequences)
     for name, values in tiny.rows(4, T, seed=seed).items()
   }
 

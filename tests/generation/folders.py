@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax import run_config
 from moe_jax.data import tokenizers
-from moe_jax.models.router_state import init_router_state
+from moe_jax.models.trees import init_router_state
 from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Checkpointer
 from tests.models import tiny

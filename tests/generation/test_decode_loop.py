@@ -16,7 +16,7 @@ from moe_jax.layers.positions import (
   Relative,
   Rotary,
 )
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import tiny
 from tests.models.tiny import T

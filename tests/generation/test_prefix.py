@@ -7,7 +7,7 @@ from moe_jax.generation import prepare
 from moe_jax.generation.prefix import make_prefix, round_up
 from moe_jax.layers.positions import Learned, Relative, Rotary
 from moe_jax.layers.rotary import LongRope
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import Fraction, PerToken
 from tests.models import tiny
 from tests.models.tiny import V

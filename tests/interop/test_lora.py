@@ -11,8 +11,8 @@ from moe_jax import interop, models, run_config
 from moe_jax.config import merge
 from moe_jax.finetuning import adapters
 from moe_jax.interop.export_run import export_run
-from moe_jax.models import flat_trees
 from moe_jax.models.lora import LoraOptions, adapt
+from moe_jax.models.trees import flatten, unflatten
 from moe_jax.training import loop, trained
 from tests.interop import folders, oracle
 from tests.interop.test_import_run import config_of, import_run
@@ -65,9 +65,7 @@ def test_the_same_factors_give_pefts_logits(source):
   adapted = adapt(
     LoraOptions(rank=3, alpha=5.0, parts='attention'), models.describe(model)
   )
-  flat = flat_trees.flatten(
-    adapted.extend(variables['params'], jax.random.key(0))
-  )
+  flat = flatten(adapted.extend(variables['params'], jax.random.key(0)))
   state = {k: v.numpy() for k, v in peft_model.state_dict().items()}
   prefix = ('lora', 'layers', 'layer_0', 'attention')
   for projection, name in KERNEL_NAMES.items():
@@ -81,7 +79,7 @@ def test_the_same_factors_give_pefts_logits(source):
         for i in range(3)
       ]
       flat[path] = jnp.asarray(np.stack(rows)).reshape(flat[path].shape)
-  merged = adapted.merged(flat_trees.unflatten(flat))
+  merged = adapted.merged(unflatten(flat))
   expected = unpadded(oracle.logits(peft_model, inputs), inputs)
   merged_logits = unpadded(logits(model, merged, inputs), inputs)
   np.testing.assert_allclose(merged_logits, expected, atol=5e-5)

@@ -162,15 +162,17 @@ def test_router_losses_are_means_over_the_tokens_that_are_routed():
   halves = (tiny_runs.rows(3, 10, seed=i, vocab_size=tiny.V) for i in (0, 1))
   batch = {
     f'{prefix}{name}': values
-    for prefix, rows in zip(model.sequences, halves, strict=True)
+    for prefix, rows in zip(model.stacks.sequences, halves, strict=True)
     for name, values in rows.items()
   }
   params = tiny.params_of(model)
   _, aux = jax.jit(model.apply)({'params': params}, **model.inputs(batch))
-  counts = model.routed_tokens(batch)
+  counts = model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(counts, aux.stats.tokens)
   assert (counts < 30).all()
-  padded_counts = model_options(route_padding=True).build().routed_tokens(batch)
+  padded_counts = (
+    model_options(route_padding=True).build().stacks.routed_tokens(batch)
+  )
   np.testing.assert_array_equal(padded_counts, [30] * len(counts))
 
 

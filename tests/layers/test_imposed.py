@@ -173,5 +173,5 @@ def test_what_reads_a_model_is_told_of_forced_choices():
   assert EVEN.forced.startswith("moe.force_balance='round_robin': ")
   assert MoeOptions(E, K).forced == ''
   forced = {'force_balance': 'random'}
-  assert "='random'" in tiny.build(forced).forced_balance
-  assert tiny.build().forced_balance == ''
+  assert "='random'" in tiny.build(forced).stacks.forced_balance
+  assert tiny.build().stacks.forced_balance == ''

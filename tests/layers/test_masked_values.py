@@ -245,7 +245,7 @@ def test_a_model_whose_padding_embeds_to_nan():
   ids = jnp.asarray(np.where(MASK, np.arange(B * T).reshape(B, T) % 6 + 1, 0))
   segments = jnp.asarray(MASK, jnp.int32)
   inputs = {}
-  for prefix in model.sequences:
+  for prefix in model.stacks.sequences:
     inputs |= {f'{prefix}tokens': ids, f'{prefix}segment_ids': segments}
   batch = {'targets': ids, 'loss_weights': segments.astype(jnp.float32)}
 

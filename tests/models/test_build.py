@@ -16,7 +16,7 @@ from moe_jax.layers.positions import Learned
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
 from moe_jax.layers.shared import Numerics
 from moe_jax.models import sparse_pattern
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.models.stack import Padding
 from moe_jax.parallel.ragged import RaggedExchange
 from moe_jax.routing.capacity import All
@@ -181,11 +181,11 @@ def test_a_router_that_leaks_the_future_needs_its_flag(moe):
   with pytest.raises(ValueError, match='allow_future_leak=True'):
     tiny.build(moe=moe)
   model = tiny.build(moe={**moe, 'allow_future_leak': True})
-  assert model.leaks_future and model.moe.router == moe['router']
+  assert model.stacks.leaks_future and model.stacks.moe.router == moe['router']
   # With unlimited capacity no choice can be evicted; dense models have no
   # choices.
   roomy_model = tiny.build(moe={**moe, 'capacity': All()})
-  assert not roomy_model.leaks_future
+  assert not roomy_model.stacks.leaks_future
   tiny.build(moe={**moe, 'layers': 'none'})
 
 
@@ -216,7 +216,9 @@ def test_experts_that_choose_leak_in_a_decoder_alone():
   encoder = EncoderOptions(2, {'moe': {'layers': '1'}})
   kind_options = dict(kind='encoder_decoder', encoder=encoder)
   model = tiny.build(moe | dict(layers='none'), **kind_options)
-  assert not model.leaks_future and model.moe.router == ExpertChoice()
+  assert (
+    not model.stacks.leaks_future and model.stacks.moe.router == ExpertChoice()
+  )
   with pytest.raises(ValueError, match='allow_future_leak=True'):
     tiny.build(moe | dict(layers='1'), **kind_options)
 
@@ -224,7 +226,7 @@ def test_experts_that_choose_leak_in_a_decoder_alone():
 def test_the_two_halves_hash_by_tables_of_their_own():
   moe = dict(router=Hash(of='position', seed=5), num_selected=3)
   model = tiny.build(moe=moe, kind='encoder_decoder')
-  routers = [stack.experts.router for _, stack in model.stacks]
+  routers = [stack.experts.router for stack in model.stacks.blocks]
   assert routers == [Hash(of='position', seed=6), Hash(of='position', seed=5)]
 
 
@@ -233,7 +235,7 @@ def test_zero_means_what_the_config_says_it_means():
   block = model.blocks.block
   assert block.attention.head_width == 16 // 4
   assert block.attention.num_kv_heads == 4
-  assert model.moe.expert.hidden == block.ffn.hidden == 20
+  assert model.stacks.moe.expert.hidden == block.ffn.hidden == 20
   learned = tiny.options(positions=Learned())
   assert learned.positions == Learned(tiny.T)
   with pytest.raises(ValueError, match="max_len=0 stands for the data's"):
@@ -243,7 +245,7 @@ def test_zero_means_what_the_config_says_it_means():
   with pytest.raises(ValueError, match="smaller than the tokenizer's 24"):
     learned.filled(24, tiny.T)
   relu_model = tiny.build(moe=dict(expert=FeedForwardExpert(7, 'relu')))
-  expert, ffn = relu_model.moe.expert, relu_model.blocks.block.ffn
+  expert, ffn = relu_model.stacks.moe.expert, relu_model.blocks.block.ffn
   assert (expert.hidden, expert.activation) == (7, 'relu')
   assert (ffn.hidden, ffn.activation) == (20, 'gelu')
 
@@ -252,7 +254,7 @@ def test_expert_dropout_is_apart_from_dropout():
   for rate, expected in ((-1.0, 0.1), (0.4, 0.4), (0.0, 0.0)):
     expert = FeedForwardExpert(dropout=rate)
     model = tiny.build(dropout=0.1, moe=dict(expert=expert))
-    assert model.moe.expert.dropout == expected
+    assert model.stacks.moe.expert.dropout == expected
     assert model.blocks.block.dropout == 0.1
 
 
@@ -280,8 +282,8 @@ def test_the_dense_twin_is_k_experts_wide_at_sparse_places():
   gated = {name.split('/')[1] for name in shapes if '/ffn/w_gate' in name}
   assert gated == {'layer_0'}  # the experts' activation has no gate
   assert not any('router' in name for name in shapes)
-  assert twin.moe is None and twin.moes == (None, None)
-  assert not twin.loss_weights() and not twin.keeps_router_state
+  assert twin.stacks.moe is None and twin.stacks.moes == (None, None)
+  assert not twin.stacks.loss_weights() and not twin.stacks.keeps_router_state
 
 
 @pytest.mark.parametrize('kind', models.MODELS.builtin)
@@ -324,10 +326,10 @@ def test_routers_count_what_they_see():
     'segment_ids': jnp.array([[1, 1, 2, 0]]),
     'encoder_segment_ids': jnp.array([[1, 0, 0, 0, 0]]),
   }
-  counts = model.routed_tokens(batch)
+  counts = model.stacks.routed_tokens(batch)
   np.testing.assert_array_equal(counts, [1, 1, 1, 3, 3])
   empty = {name: jnp.zeros_like(ids) for name, ids in batch.items()}
-  np.testing.assert_array_equal(model.routed_tokens(empty), np.ones(5))
+  np.testing.assert_array_equal(model.stacks.routed_tokens(empty), np.ones(5))
 
 
 def test_a_batch_is_what_a_model_takes():
@@ -349,17 +351,17 @@ def test_layers_are_taken_out_of_a_models_trees():
     dict(layers='every 2'), 'encoder_decoder', num_layers=4, encoder=encoder
   )
   params = tiny.params_of(model)
-  layers = model.layer_trees(params)
-  assert len(layers) == model.num_layers == 7
+  layers = model.stacks.layer_trees(params)
+  assert len(layers) == model.stacks.num_layers == 7
   sparse = tuple(i for i, layer in enumerate(layers) if 'moe' in layer)
-  assert sparse == model.sparse_layers == (1, 4, 6)
+  assert sparse == model.stacks.sparse_layers == (1, 4, 6)
   scales = params['decoder']['layers']['layer_1']['ffn_norm']['scale']
   np.testing.assert_array_equal(layers[6]['ffn_norm']['scale'], scales[1])
-  location = model.place_of(
+  location = model.stacks.place_of(
     ('decoder', 'layers', 'layer_1', 'moe', 'router', 'w')
   )
-  assert location == (('decoder',), ('moe', 'router', 'w'), (1, 3))
-  assert model.place_of(('embedding',)) is None
+  assert location == (('decoder',), ('moe', 'router', 'w'), (1, 3), (4, 6))
+  assert model.stacks.place_of(('embedding',)) is None
 
 
 def test_shrunk_models_keep_their_structure():
@@ -395,12 +397,11 @@ class Routed(Padding):
 
 def test_the_normaliser_of_router_losses_is_what_routers_counted():
   model = tiny.build()
-  model = model.with_stacks(
-    (dataclasses.replace(model.blocks, padding=Routed()),)
-  )
+  blocks = dataclasses.replace(model.blocks, padding=Routed())
+  model = model.with_stacks(blocks)
   tokens, segments = tiny.tokens(), np.ones((tiny.B, tiny.T), np.int32)
   segments[0, 4:] = segments[2] = 0
   _, aux = tiny.apply(model)(tiny.params_of(model), tokens, segments)
-  counts = model.routed_tokens({'segment_ids': jnp.asarray(segments)})
+  counts = model.stacks.routed_tokens({'segment_ids': jnp.asarray(segments)})
   np.testing.assert_array_equal(counts, aux.stats.tokens)
   assert counts[0] == tiny.B * tiny.T

@@ -33,7 +33,8 @@ from moe_jax.layers.routers import (
   Task,
   TokenChoice,
 )
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models import decoding
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, Fixed, Fraction, PerToken
 from tests.models import tiny
 from tests.models.tiny import B
@@ -160,11 +161,11 @@ def whole_logits(name, tokens, source, source_mask):
   """Logits of whole sequences; the decoder drops no token."""
   model, params = model_and_params(name)
   if name == 'switch':  # a step of one token cannot fill an expert
-    (_, encoder), (_, decoder) = model.stacks
+    encoder, decoder = model.stacks.blocks
     assert decoder.experts.capacity == Fixed(2)
     moe = CASES[name]['moe'] | ALL
-    _, (_, roomy) = tiny.build(**(CASES[name] | dict(moe=moe))).stacks
-    model = model.with_stacks((encoder, roomy))
+    _, roomy = tiny.build(**(CASES[name] | dict(moe=moe))).stacks.blocks
+    model = model.with_stacks(encoder, roomy)
   inputs = {'tokens': tokens}
   if source is not None:
     inputs |= {
@@ -236,24 +237,28 @@ def prepared(name, **options):
 def test_experts_are_unrolled_on_a_cpu_where_they_are_few():
   _, params = model_and_params('mixtral')
   small_model, small_params = prepared('mixtral', platform='cpu')
-  assert isinstance(small_model.moe.dispatch, few_tokens.Unrolled)
+  assert isinstance(small_model.stacks.moe.dispatch, few_tokens.Unrolled)
   layer = small_params['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['expert_3']['w_in'], stacked[1, 3])
   tpu_model, _ = prepared('mixtral', platform='tpu')
   large_model, _ = prepared('learned', platform='cpu')
-  assert tpu_model.moe.dispatch == large_model.moe.dispatch == Dropless()
+  assert (
+    tpu_model.stacks.moe.dispatch
+    == large_model.stacks.moe.dispatch
+    == Dropless()
+  )
 
 
 def test_experts_are_batched_where_a_step_chooses_most():
   model, params = model_and_params('mixtral')
-  E, K = model.moe.num_experts, model.moe.num_selected
+  E, K = model.stacks.moe.num_experts, model.stacks.moe.num_selected
   for rows, dispatch in ((1, few_tokens.Unrolled), (7, few_tokens.Batched)):
     assert ((1 - K / E) ** rows < 0.5) == (dispatch is few_tokens.Batched)
     served_model, served_params = prepared(
       'mixtral', batch_size=rows, platform='cpu'
     )
-    assert type(served_model.moe.dispatch) is dispatch
+    assert type(served_model.stacks.moe.dispatch) is dispatch
   layer = served_params['layers_period_1']['layer_0']['moe']['experts']
   stacked = params['layers']['layer_0']['moe']['experts']['w_in']
   np.testing.assert_array_equal(layer['w_in'], stacked[1])
@@ -272,13 +277,13 @@ def test_rows_of_a_task_choose_alike(tasks, dispatch):
   model, _ = model.for_decoding(
     {'params': params}, batch_size=30, platform='cpu'
   )
-  assert type(model.moe.dispatch) is dispatch
+  assert type(model.stacks.moe.dispatch) is dispatch
 
 
 def test_a_checkpoints_own_rule_stays_where_it_can_bind():
   def capacities(name):
     stacks = prepared(name)[0].stacks
-    return [stack.experts.capacity for _, stack in stacks]
+    return [stack.experts.capacity for stack in stacks.blocks]
 
   assert capacities('switch') == [Fixed(2), All()]
   assert capacities('nllb') == [Fraction(1.0)] * 2
@@ -286,14 +291,15 @@ def test_a_checkpoints_own_rule_stays_where_it_can_bind():
   for rule in (PerToken(), Fixed(2), Fraction(0.5)):
     trained = tiny.build(moe=dict(group_size=5, capacity=rule))
     model, _ = trained.for_decoding({'params': tiny.params_of(trained)})
-    assert model.moe.capacity == All() and not model.moe.group_size
-    assert not model.capacity_binds and trained.capacity_binds
+    assert model.stacks.moe.capacity == All()
+    assert not model.stacks.moe.group_size
+    assert not model.stacks.capacity_binds and trained.stacks.capacity_binds
 
 
 def test_what_is_prepared_passes_through():
   trained = tiny.build()
   model, variables = trained.for_decoding({'params': tiny.params_of(trained)})
-  assert model.is_for_decoding and not trained.is_for_decoding
+  assert model is not trained
   same_model, same_variables = model.for_decoding(variables)
   assert same_model is model and same_variables is variables
 
@@ -326,12 +332,12 @@ def test_how_far_text_may_go_is_the_positions_to_say(
   positions, window, longest
 ):
   model = tiny.build(positions=positions)
-  assert model.window_beyond(10) == window
-  assert model.longest == longest
+  assert decoding.window_beyond(model, 10) == window
+  assert decoding.longest(model) == longest
   # Rows of an encoder-decoder have no text before them; an LSTM sees its state
   # only.
   pair_model = tiny.build(kind='encoder_decoder', positions=positions)
-  assert pair_model.window_beyond(10) == 0
+  assert decoding.window_beyond(pair_model, 10) == 0
 
 
 def test_a_decoder_whose_experts_choose_does_not_decode():

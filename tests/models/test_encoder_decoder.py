@@ -15,7 +15,7 @@ from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.norms import LayerNorm
 from moe_jax.layers.positions import Relative, Sinusoidal
 from moe_jax.layers.routers import ExpertChoice, TokenChoice
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All, PerToken
 from tests.models import tiny
 from tests.models.tiny import B, V
@@ -141,7 +141,7 @@ def test_padding_changes_nothing_and_is_not_counted():
   )
   params, run = program('t5')
   aux = run(params, batch)[1]
-  sparse = [moe is not None for moe in build('t5').moes]
+  sparse = [moe is not None for moe in build('t5').stacks.moes]
   encoder_tokens = (np.asarray(batch['encoder_segment_ids']) > 0).sum()
   counts = [encoder_tokens * flag for flag in sparse[:3]]
   counts += [real.sum() * flag for flag in sparse[3:]]
@@ -150,9 +150,11 @@ def test_padding_changes_nothing_and_is_not_counted():
 
 def test_the_two_stacks_have_their_own_pattern_and_widths():
   model = build('t5')
-  assert model.sparse_layers == (1, 3, 4) and model.num_layers == 5
-  assert [model.sequence_of(i) for i in (2, 3)] == ['encoder_', '']
-  encoder, decoder = (stack.block for _, stack in build('nllb').stacks)
+  assert (
+    model.stacks.sparse_layers == (1, 3, 4) and model.stacks.num_layers == 5
+  )
+  assert [model.stacks.sequence_of(i) for i in (2, 3)] == ['encoder_', '']
+  encoder, decoder = (stack.block for stack in build('nllb').stacks.blocks)
   assert (encoder.attention.num_heads, encoder.ffn.hidden) == (2, 14)
   assert (decoder.attention.num_heads, decoder.ffn.hidden) == (4, 20)
   assert decoder.cross and not encoder.cross
@@ -191,9 +193,11 @@ def test_a_leak_in_the_encoder_alone_is_none():
   leak = {'token_choice': {'slot_priority': 'batch_priority'}}
   moe = dict(capacity=PerToken())
   model = build('t5', moe=moe, encoder={'moe': {'layers': '1', 'router': leak}})
-  priorities = [stack.experts.router.slot_priority for _, stack in model.stacks]
+  priorities = [
+    stack.experts.router.slot_priority for stack in model.stacks.blocks
+  ]
   assert priorities == ['batch_priority', 'token_major']
-  assert not model.leaks_future
+  assert not model.stacks.leaks_future
   moe['router'] = TokenChoice(slot_priority='batch_priority')
   with pytest.raises(ValueError, match="slot_priority='batch_priority'"):
     build('t5', moe=moe)
@@ -202,7 +206,7 @@ def test_a_leak_in_the_encoder_alone_is_none():
 def test_fewer_kv_heads_and_a_window_are_the_decoders_alone():
   attention = dict(num_kv_heads=2, window=4)
   model = tiny.build(kind='encoder_decoder', attention=attention)
-  encoder, decoder = (stack.block.attention for _, stack in model.stacks)
+  encoder, decoder = (stack.block.attention for stack in model.stacks.blocks)
   assert (encoder.num_kv_heads, encoder.window) == (4, 0)
   assert (decoder.num_kv_heads, decoder.window) == (2, 4)
 
@@ -263,7 +267,7 @@ def test_a_half_becomes_the_overrides_that_make_it():
     ffn=FfnOptions(14),
     moe=dataclasses.replace(base.moe, router=ExpertChoice(jitter=0.1)),
   )
-  options = base.with_encoder(half)
+  options = base.with_halves(half, *base.halves[1:])
   assert options.encoder_half() == half
   assert options.encoder.num_layers == 3
   assert options.encoder.overrides == {

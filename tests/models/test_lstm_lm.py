@@ -120,7 +120,7 @@ def test_dense_twins_are_wide_or_deep():
   assert shapes[1] == inner | {
     'ffn/w_in': (12, hidden), 'ffn/w_out': (hidden, 12)
   }  # fmt: skip
-  assert deep.moe is None and not deep.stacks
+  assert deep.stacks.moe is None and not deep.stacks.blocks
 
 
 def test_a_deep_feed_forward_is_its_products():
@@ -187,4 +187,4 @@ def test_what_it_does_not_do_is_refused():
     build(positions=Relative())
   with pytest.raises(ValueError, match=r'moe.extra_ffn=True has no effect'):
     build(SPARSE | dict(extra_ffn=True))
-  assert build(SPARSE | {'layers': 'none'}).moes == (None,) * 3
+  assert build(SPARSE | {'layers': 'none'}).stacks.moes == (None,) * 3

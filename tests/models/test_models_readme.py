@@ -25,16 +25,15 @@ def test_a_kind_of_ones_own_is_a_language_model():
   options = scope['BagOfTokensOptions'](width=12)
   model = options.filled(tiny.V, tiny.T).build()
   tokens = tiny.tokens()
-  example = model.example(jnp.asarray(tokens))
-  params = jax.jit(model.init)(tiny.key(0), **example)
+  params = jax.jit(model.init)(tiny.key(0), tokens)
   run = jax.jit(lambda tokens: model.apply(params, tokens))
   logits, aux = run(tokens)
   swapped_logits = run(tokens[:, [1, 0, *range(2, tiny.T)]])[0]
   np.testing.assert_allclose(swapped_logits[:, 1:], logits[:, 1:], atol=1e-6)
-  batch = {'targets': jnp.asarray(tokens)}
+  batch = {'targets': jnp.asarray(tokens), 'segment_ids': jnp.ones((2, 3))}
   assert model.loss(logits, batch).nats.shape == tokens.shape
-  assert aux.stats.tokens.shape == (model.num_layers,) == (1,)
-  assert model.routed_tokens(batch).shape == (1,)
+  assert aux.stats.tokens.shape == (model.stacks.num_layers,) == (1,)
+  assert model.stacks.routed_tokens(batch).shape == (1,)
 
 
 def test_every_file_is_named():

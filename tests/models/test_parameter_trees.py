@@ -15,7 +15,8 @@ from tests.models import tiny
 def test_parameters_are_those_of_rows_of_any_length(kind):
   model = tiny.build(kind=kind)
   key = tiny.key(3)
-  inputs = model.example(jnp.asarray(tiny.tokens()))  # T=10
+  tokens = jnp.asarray(tiny.tokens())  # T=10
+  inputs = {f'{prefix}tokens': tokens for prefix in model.stacks.sequences}
   expected = jax.jit(lambda key: model.init(key, **inputs))(key)['params']
   params = models.init_params(model, key)
   for name, leaf in tiny.leaves(nn.meta.unbox(params)).items():
@@ -40,8 +41,8 @@ class Table(models.Model):
 
   table: np.ndarray
 
-  def example(self, tokens):
-    return {'tokens': tokens}
+  def inputs(self, batch):
+    return {'tokens': batch['tokens']}
 
   @nn.compact
   def __call__(self, tokens):

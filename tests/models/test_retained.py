@@ -10,8 +10,13 @@ from moe_jax.analysis import counts
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ExpertChoice, Hash, TokenChoice
-from moe_jax.models import flat_trees
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
+from moe_jax.models.trees import (
+  flatten,
+  init_router_state,
+  move_router_state,
+  unflatten,
+)
 from moe_jax.partitioning import ShardingOptions, make_mesh, tree_shardings
 from moe_jax.routing.capacity import All, Fixed, PerToken
 from tests.models import tiny
@@ -36,11 +41,11 @@ def cut(params, whole, model, experts):
     experts: The old number of each new expert, by layer that has others.
   """
   params = jax.tree.map(np.asarray, params)
-  layers = [flat_trees.flatten(t) for t in whole.layer_trees(params)]
-  shapes = flat_trees.flatten(models.describe(model).shapes)
-  new_params, old_params = {}, flat_trees.flatten(params)
+  layers = [flatten(t) for t in whole.stacks.layer_trees(params)]
+  shapes = flatten(models.describe(model).shapes)
+  new_params, old_params = {}, flatten(params)
   for path, shape in shapes.items():
-    location = model.place_of(path)
+    location = model.stacks.place_of(path)
     if location is None:
       new_params[path] = old_params[path]
       continue
@@ -52,13 +57,13 @@ def cut(params, whole, model, experts):
       ]
     new_params[path] = np.stack(rows)
     assert new_params[path].shape == shape.shape, path
-  return flat_trees.unflatten(new_params)
+  return unflatten(new_params)
 
 
 def test_merged_experts_equal_copies_of_them():
   tight = dict(router=TokenChoice(), capacity=PerToken(factor=1.5))
   whole, model = build(**tight), build(MERGED, **tight)
-  ((_, stack),) = model.stacks
+  (stack,) = model.stacks.blocks
   (loop,) = models.pattern.segments(stack.kinds)
   assert loop.repeats == 2  # each of its layers finds a row of its own
   params = tiny.params_of(whole)
@@ -78,10 +83,10 @@ def test_merged_experts_equal_copies_of_them():
 
 def test_layers_may_have_different_numbers_of_experts_and_columns():
   model = build(Retained('1:3'))
-  experts = [moe.num_experts for moe in model.moes]
+  experts = [moe.num_experts for moe in model.stacks.moes]
   assert experts == [5, 3]
   params = tiny.params_of(model)
-  for tree, E in zip(model.layer_trees(params), experts, strict=True):
+  for tree, E in zip(model.stacks.layer_trees(params), experts, strict=True):
     assert tree['moe']['router']['w'].shape == (12, E)
     assert tree['moe']['experts']['w_in'].shape == (E, 12, 20)
   _, aux = tiny.apply(model)(params, tiny.tokens())
@@ -121,9 +126,10 @@ def test_an_expert_has_the_slots_of_all_its_columns():
 def test_a_bias_moves_by_the_loads_of_its_own_columns():
   router = TokenChoice(gates='sigmoid', balance_bias_rate=0.5)
   model = build(Retained('1:3'), router=router, num_layers=2)
-  state = models.router_state.init_router_state(model)
+  state = init_router_state(model)
   load = np.array([[9, 1, 1, 1, 1], [4, 1, 1, 0, 0]], np.float32)
-  moved = model.layer_trees(model.move_router_state(state, jnp.asarray(load)))
+  new_state = move_router_state(model.stacks, state, jnp.asarray(load))
+  moved = model.stacks.layer_trees(new_state)
   biases = [tree['moe']['router']['balance_bias'] for tree in moved]
   np.testing.assert_array_equal(biases[0], [-0.5, 0.5, 0.5, 0.5, 0.5])
   np.testing.assert_array_equal(biases[1], [-0.5, 0.5, 0.5])
@@ -135,9 +141,9 @@ def test_an_encoder_has_lost_experts_of_its_own():
     kind='encoder_decoder',
     encoder=EncoderOptions(0, {'moe': {'retained': {'experts': '0:2'}}}),
   )
-  assert [moe.num_experts for moe in model.moes] == [2, 5, 5, 3]
+  assert [moe.num_experts for moe in model.stacks.moes] == [2, 5, 5, 3]
   plain = tiny.build({'retained': Retained('1:3')}, kind='encoder_decoder')
-  assert [moe.num_experts for moe in plain.moes] == [5, 5, 5, 3]
+  assert [moe.num_experts for moe in plain.stacks.moes] == [5, 5, 5, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Routers' state is kept apart from parameters, and moves layer by layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 
 from moe_jax import generation
 from moe_jax.layers.routers import TokenChoice
-from moe_jax.models import router_state
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models import trees
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.capacity import All
 from tests.models import tiny
 
@@ -16,16 +18,16 @@ MOE = dict(router=TokenChoice(gates='sigmoid', balance_bias_rate=0.25))
 
 
 def filled(model, value=0.0):
-  state = router_state.init_router_state(model)
+  state = trees.init_router_state(model)
   return jax.tree.map(lambda x: x + value, state)
 
 
 def test_who_keeps_nothing_has_no_collection():
   model = tiny.build()
-  assert router_state.init_router_state(model) == {}
-  assert not model.keeps_router_state
-  assert model.move_router_state({}, jnp.zeros((2, 5))) == {}
-  assert list(router_state.variables({'w': 1}, {})) == ['params']
+  assert trees.init_router_state(model) == {}
+  assert not model.stacks.keeps_router_state
+  assert trees.move_router_state(model.stacks, {}, jnp.zeros((2, 5))) == {}
+  assert list(trees.variables({'w': 1}, {})) == ['params']
 
 
 @pytest.mark.parametrize(('layers', 'num_layers'), [('every 2', 4), ('1,2', 5)])
@@ -35,18 +37,18 @@ def test_each_layers_load_moves_its_own_bias(layers, num_layers):
   # Layer i sends all tokens to expert i, whose bias falls; the others' rise.
   load = np.zeros((num_layers, 5), np.float32)
   load[range(num_layers), np.arange(num_layers)] = 10
-  new_state = model.move_router_state(state, jnp.asarray(load))
+  new_state = trees.move_router_state(model.stacks, state, jnp.asarray(load))
   assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
   rows = np.concatenate([np.asarray(x) for x in jax.tree.leaves(new_state)])
   lowered = sorted(int(np.argmin(row)) for row in rows)
-  assert lowered == list(model.sparse_layers)
+  assert lowered == list(model.stacks.sparse_layers)
   assert set(np.unique(rows)) == {-0.25, 0.25}
 
 
 def test_another_rate_may_be_an_argument_of_the_step():
   model = tiny.build(MOE)
   load = jnp.asarray(np.eye(2, 5, dtype=np.float32))
-  move = jax.jit(model.move_router_state)
+  move = jax.jit(functools.partial(trees.move_router_state, model.stacks))
   new_state = move(filled(model), load, jnp.float32(0.5))
   (bias,) = jax.tree.leaves(new_state)
   np.testing.assert_array_equal(bias, 0.5 - np.eye(2, 5))
@@ -60,7 +62,8 @@ def test_an_encoders_layers_come_first():
   load = np.zeros((4, 5), np.float32)
   # Loads are those of the encoder's first layer and the decoder's second.
   load[0, 4], load[3, 2] = 10, 10
-  new_state = model.move_router_state(filled(model), jnp.asarray(load))
+  load = jnp.asarray(load)
+  new_state = trees.move_router_state(model.stacks, filled(model), load)
   (encoder,), (decoder,) = (
     jax.tree.leaves(new_state[half]) for half in ('encoder', 'decoder')
   )
@@ -77,7 +80,7 @@ def test_a_model_generates_by_its_bias():
   state = jax.tree.map(lambda x: x.at[:, 1].set(9.0).at[:, 3].set(-9.0), state)
   outputs, apply = {}, jax.jit(model.apply)
   for name, biases in (('zero', filled(model)), ('pushed', state)):
-    variables = router_state.variables(params, biases)
+    variables = trees.variables(params, biases)
     logits, aux = apply(variables, tokens)
     load = np.asarray(aux.stats.load)
     if name == 'pushed':

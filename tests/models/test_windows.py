@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.models.stack import LayerKind
 from tests.models import tiny
 
@@ -16,7 +16,7 @@ DENSE = dict(layers='none')
 
 def test_layers_that_alternate_are_one_loop_of_two():
   model = tiny.build(DENSE, **OPTIONS)
-  ((_, stack),) = model.stacks
+  (stack,) = model.stacks.blocks
   assert stack.layer_windows == (3, 0, 3, 0)
   assert stack.kinds[:2] == (LayerKind(None, 3), LayerKind(None, 0))
   params = tiny.params_of(model)
@@ -50,7 +50,7 @@ def test_a_window_for_longer_texts_is_also_that_of_full_layers():
     prepared, _ = model.for_decoding(
       {'params': tiny.params_of(model)}, window=window
     )
-    ((_, stack),) = prepared.stacks
+    (stack,) = prepared.stacks.blocks
     assert stack.layer_windows == expected
     cache = jax.eval_shape(lambda: prepared.make_cache(1, 9))  # noqa: B023
     assert [leaf.shape[2] for leaf in cache.key] == [w or 9 for w in expected]
@@ -72,7 +72,7 @@ def test_an_encoder_has_no_window():
   model = tiny.build(
     DENSE, kind='encoder_decoder', encoder=EncoderOptions(), **OPTIONS
   )
-  (_, encoder), (_, decoder) = model.stacks
+  encoder, decoder = model.stacks.blocks
   assert encoder.layer_windows == (0,) * 4
   assert decoder.layer_windows == (3, 0, 3, 0)
 

@@ -35,7 +35,7 @@ from moe_jax.layers.routers import (
   TokenChoice,
   TopologyAware,
 )
-from moe_jax.models import router_state
+from moe_jax.models.trees import init_router_state, move_router_state
 from moe_jax.parallel.exchange import InRing
 from moe_jax.parallel.shadowing import Shadowing
 from moe_jax.partitioning import ShardingOptions
@@ -225,7 +225,7 @@ def first_state(model):
   rng = np.random.default_rng(1)
   bias = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype),
-    router_state.init_router_state(model),
+    init_router_state(model),
   )
   step = jnp.zeros((), jnp.int32)
   seed = jnp.zeros((), jnp.uint32)
@@ -243,7 +243,7 @@ def step_of(
   plain_model = model_of(kind, ShardingOptions().rules, **{**moe, 'remat': ''})
   state = first_state(plain_model)
   batch = make_batch(moe.get('vocab_size', V))
-  weights = {name: WEIGHTS[name] for name in model.loss_weights()}
+  weights = {name: WEIGHTS[name] for name in model.stacks.loss_weights()}
   shardings = None
   if mesh_shape:
     sizes = dict(zip(partitioning.MESH_AXES, map(int, mesh_shape.split('x'))))
@@ -265,7 +265,7 @@ def step_of(
     # This has no effect here, but the compilation cache sees another program.
     rate=optax.constant_schedule(salt),
     normalize=functools.partial(normalizers, model),
-    move_router_state=model.move_router_state,
+    move_router_state=functools.partial(move_router_state, model.stacks),
   )
   run = jax.jit(run, out_shardings=(shardings, None)).lower(state, batch)
   compiled = run.compile()

@@ -22,7 +22,7 @@ from moe_jax.analysis import cost
 from moe_jax.layers.routers import Sizes, Soft
 from moe_jax.layers.routers.contract import no_choices_taken
 from moe_jax.layers.shared import RULES, Shared
-from moe_jax.models.encoder_decoder_options import EncoderOptions
+from moe_jax.models.encoder_decoder import EncoderOptions
 from moe_jax.routing.soft_rule import soft_routing
 from tests import reference
 from tests.models import tiny
@@ -184,7 +184,7 @@ def test_an_encoder_has_it_and_its_slots_are_counted():
     kind='encoder_decoder',
     encoder=EncoderOptions(2, {'moe': SOFT}),
   )
-  assert not model.leaks_future and model.sparse_layers == (1,)
+  assert not model.stacks.leaks_future and model.stacks.sparse_layers == (1,)
   shapes = jax.eval_shape(
     lambda key: models.init_params(model, key), jax.random.key(0)
   )

@@ -174,7 +174,7 @@ def test_a_decoder_by_sentence_says_that_it_leaks():
   model = tiny.build(
     dict(router=Sentence(), capacity=All(), allow_future_leak=True)
   )
-  assert model.leaks_future
+  assert model.stacks.leaks_future
   with pytest.raises(ValueError, match='needs the whole sentence'):
     model.make_cache(1, 4)
 

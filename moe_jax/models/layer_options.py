@@ -1,21 +1,41 @@
-"""The options that all models of text have: those of layers and of tables."""
+"""The options of the layers of a model, or of its encoder or decoder."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, NamedTuple, Self
 
-from moe_jax.config import Options, choice, option
+from moe_jax.config import Options, choice, fields_of, option
 from moe_jax.errors import InputError
+from moe_jax.layers.attention import ATTENTIONS, AttentionBase
 from moe_jax.layers.ffn import FfnOptions
-from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe_options import MoeOptions
-from moe_jax.layers.positions import POSITIONS, Positions
+from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.routers import ROUTERS
-from moe_jax.layers.shared import Numerics, Shared
-from moe_jax.models.base import ModelOptions, RunShape
-from moe_jax.models.embeddings import EmbeddingConfig, EmbeddingOptions
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
-from moe_jax.partitioning import Rules
+from moe_jax.models.stack import REMATS, LayerKind, kinds_of
+
+
+class RunShape(NamedTuple):
+  """The sizes of a run that decide whether a model can be trained in it.
+
+  Attributes:
+    total_steps: The number of optimizer steps of the run.
+    rows: The number of sequences of a microbatch.
+    microbatches: The number of microbatches of an optimizer step.
+    seq_len: The length of a row in tokens; in an encoder-decoder, of an
+      encoder's row.
+    target_len: The length of a decoder's row in an encoder-decoder.
+    parts: The number of devices over which rows are split; 1 if not known.
+    packed: Whether short examples may share a row.
+  """
+
+  total_steps: int
+  rows: int
+  microbatches: int
+  seq_len: int
+  target_len: int = 0
+  parts: int = 1
+  packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +102,11 @@ class LayerOptions(Options):
       return self.num_sparse > 0 and self.moe.num_experts > 0
     except InputError:
       return False
+
+  @property
+  def routes_by_task(self) -> bool:
+    """Whether some router needs the tasks of tokens."""
+    return self.has_experts and 'task_ids' in self.moe.router.reads
 
   def problems(self) -> Iterator[str]:
     """The problem of sparse layers that are not among the layers."""
@@ -194,106 +219,83 @@ class LayerOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextModelOptions(ModelOptions, LayerOptions):
-  """The options of a model of text, from tokens to logits of the next one."""
+class StackOptions(LayerOptions):
+  """The options of a stack of Transformer blocks."""
 
-  width: int = option(
-    128,
-    'Width M of the residual stream, in numbers for each token.',
-    minimum=1,
+  attention: AttentionBase = choice(
+    ATTENTIONS, 'heads', 'Kind of attention in every block of a Transformer.'
   )
-  use_bias: bool = option(
-    False,
-    'Whether products in attention and feed-forward layers add a bias, and '
-    'layer norms have one.',
+  norm: Norm = choice(
+    NORMS,
+    'rmsnorm',
+    'Normalisation before every attention and feed-forward, and at the end.',
   )
-  numerics: Numerics = option(
-    Numerics(),
-    "Types of the model's numbers, and initialisation of its parameters.",
+  residual_multiplier: float = option(
+    1.0,
+    'Number that the output of each attention and feed-forward is multiplied '
+    'by before it joins the residual stream (Granite 3.0).',
+    above=0,
+  )
+  scan_layers: bool = option(
+    True,
+    'Whether equal layers are compiled as one loop, so that compile time does '
+    'not grow with their number. Results are the same.',
     same_function=True,
   )
-  embedding: EmbeddingOptions = option(
-    EmbeddingOptions(), 'Embeddings of tokens, and the logits.'
+  remat: str = option(
+    'none',
+    "Values that the backward pass recomputes to save memory: 'none'; 'full': "
+    "all but the inputs of layers and the routers' decisions; 'dots': all but "
+    'those and the products with kernels. Unrolled layers save no memory on a '
+    'CPU.',
+    choices=REMATS,
+    same_function=True,
   )
-  positions: Positions = choice(
-    POSITIONS, 'rotary', 'Kind of positions, which tell the order of tokens.'
-  )
-
-  def filled(
-    self,
-    vocab_size: int,
-    seq_len: int,
-    num_tasks: int = 0,
-  ) -> Self:
-    options = super().filled(vocab_size, seq_len, num_tasks)
-    return dataclasses.replace(
-      options, positions=options.positions.within(seq_len)
-    )
-
-  def problems_in(self, run: RunShape) -> Iterator[str]:
-    yield from self.code_problems()
-    yield from self.position_problems('data.seq_len', run.seq_len)
-    yield from self.group_problems(run, 'data.seq_len', run.seq_len)
 
   @property
-  def kernel_formats(self) -> dict[str, KernelFormat | None]:
-    """The storage of experts in codes, by the options that say so."""
-    return {'moe.expert.format': self.moe.expert.format}
+  def stack_values(self) -> dict[str, Any]:
+    """The values of the options of a stack by itself."""
+    return {name: getattr(self, name) for name in fields_of(StackOptions)}
 
-  def code_problems(self) -> Iterator[str]:
-    """The problem of training kernels that are stored in codes."""
-    for name, format in self.kernel_formats.items():
-      if format:
-        yield (
-          f'model.{name}.name={format.name!r}: kernels in codes of few bits '
-          'are for evaluation and generation, and are not trained; train the '
-          'run that they were made of'
-        )
-
-  def position_problems(self, name: str, length: int) -> Iterator[str]:
-    """The problem of rows whose length, the option `name`, is too large."""
-    if 0 < self.positions.table_len < length:
-      yield (
-        f'{name}={length} is more than the {self.positions.table_len} '
-        'positions of model.positions'
-      )
-
-  def shared(self, num_layers: int, rules: Rules) -> Shared:
-    """The settings that all layers of a stack of that depth share."""
-    return Shared(self.numerics, self.use_bias, num_layers, rules)
-
-  def embedding_config(self, rules: Rules) -> EmbeddingConfig:
-    """The configuration of the tables of the model."""
-    return EmbeddingConfig(
-      self.embedding,
-      self.shared(self.num_layers, rules),
-      vocab_size=self.vocab_size,
-      width=self.width,
-      positions=self.positions,
-      dropout=self.dropout,
+  @property
+  def full(self) -> tuple[bool, ...]:
+    """A flag for each layer: whether its tokens see all up to themselves."""
+    if not self.attention.window:
+      return (True,) * self.num_layers
+    return sparse_pattern(
+      self.attention.full_layers, self.num_layers, 'attention.full_layers'
     )
 
   @property
-  def replay(self) -> str:
-    return self.moe.replay
+  def windows(self) -> tuple[int, ...]:
+    """The window of each layer's attention; 0 for none."""
+    window = self.attention.window
+    return tuple(0 if flag else window for flag in self.full)
 
   @property
-  def param_dtype(self) -> str:
-    return self.numerics.param_dtype
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The kind of each layer; see `stack.LayerKind`."""
+    return kinds_of(self.moe, self.sparse, self.windows)
 
-  def least_parameters(self) -> int:
-    """The tables alone are counted."""
-    tables = 1 if self.embedding.tie else 2
-    rows = tables * self.vocab_size + self.positions.table_len
-    return rows * self.width
-
-  def check_filled(self) -> None:
-    super().check_filled()
-    if self.positions.within(1) != self.positions:
-      raise InputError(
-        "model.positions.learned.max_len=0 stands for the data's seq_len; set "
-        'it, or load the data first'
+  def problems(self) -> Iterator[str]:
+    """The problem of full layers that are not among the layers."""
+    yield from super().problems()
+    attention = self.attention
+    if not attention.window:
+      return
+    try:
+      # This makes no list, which of billions of layers would take minutes.
+      count_sparse(
+        attention.full_layers, self.num_layers, 'attention.full_layers'
       )
+    except InputError as error:
+      yield str(error)
 
   def shrunk(self) -> Self:
-    return dataclasses.replace(super().shrunk(), width=32)
+    small = super().shrunk()
+    full, number = shrunk_pattern(self.attention.full_layers, self.num_layers)
+    return dataclasses.replace(
+      small,
+      num_layers=max(small.num_layers, number),
+      attention=dataclasses.replace(small.attention, full_layers=full),
+    )

@@ -1,0 +1,261 @@
+"""The description of a model's layers, which the model gives once.
+
+Losses, the state of routers, generation, replay, analysis and changes of
+parameters derive all else that they ask of layers from it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.errors import InputError
+from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.models.pattern import layer_name, period_name, segments
+from moe_jax.models.stack import Padding, StackConfig
+from moe_jax.shapes import Array, Float32
+
+Path = tuple[str, ...]
+
+
+class Layer(NamedTuple):
+  """One layer of a stack.
+
+  Attributes:
+    moe: The mixture of the layer; None for a dense layer. Sizes that a config
+      leaves at 0 are filled in.
+    path: The path of the layer's variables in those of the stack.
+    index: The index of the layer in arrays that several layers share, stacked;
+      None if it has arrays of its own.
+  """
+
+  moe: MoeOptions | None = None
+  path: Path = ()
+  index: int | None = None
+
+
+class LayerPlace(NamedTuple):
+  """The layers that a stacked parameter belongs to.
+
+  Attributes:
+    stack: The path of the stack; () in a model with a single stack.
+    name: The parameter's path within a layer.
+    layers: The numbers of the layers in their stack, in the order in which
+      they are stacked.
+    numbers: The numbers of the same layers in the model, an encoder's first.
+  """
+
+  stack: Path
+  name: Path
+  layers: tuple[int, ...]
+  numbers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+  """Layers that tokens pass one after the other: a decoder, or an encoder.
+
+  Attributes:
+    layers: The layers, in order.
+    path: The path of the stack's variables in those of the model.
+    prefix: The prefix of the batch keys that hold the stack's tokens.
+    causal: Whether a token sees no later ones, as in a decoder.
+    num_tasks: The number of tasks that routers by task tell apart; 0 without
+      any.
+    padding: The rule for whether routers see padding.
+    blocks: The configuration of the blocks that the layers are; None in a model
+      of other layers.
+  """
+
+  layers: tuple[Layer, ...] = ()
+  path: Path = ()
+  prefix: str = ''
+  causal: bool = True
+  num_tasks: int = 0
+  padding: Padding = Padding()
+  blocks: StackConfig | None = None
+
+  @classmethod
+  def of_blocks(
+    cls, blocks: StackConfig, path: Path = (), prefix: str = ''
+  ) -> 'LayerStack':
+    """The description of a stack of blocks, in the loops that they become."""
+    places = []
+    for segment in segments(blocks.kinds):
+      for i in range(segment.repeats):
+        period, index = segment.name, i
+        if not blocks.stacked:
+          period, index = period_name(segment, i), None
+        for j in range(len(segment.pattern)):
+          places.append(((period, layer_name(j)), index))
+    return cls(
+      layers=tuple(
+        Layer(moe, *place)
+        for moe, place in zip(blocks.moes, places, strict=True)
+      ),
+      path=path,
+      prefix=prefix,
+      causal=blocks.block.causal,
+      num_tasks=blocks.block.shared.num_tasks,
+      padding=blocks.padding,
+      blocks=blocks,
+    )
+
+
+class Stacks(tuple[LayerStack, ...]):
+  """The stacks of a model, an encoder's first.
+
+  Layers are numbered through all stacks.
+  """
+
+  __slots__ = ()
+
+  @property
+  def blocks(self) -> tuple[StackConfig, ...]:
+    """The configuration of each stack of blocks; () in a model of others."""
+    return tuple(stack.blocks for stack in self if stack.blocks is not None)
+
+  @property
+  def moes(self) -> tuple[MoeOptions | None, ...]:
+    """The mixture of each layer; None for a dense layer."""
+    return tuple(layer.moe for stack in self for layer in stack.layers)
+
+  @property
+  def num_layers(self) -> int:
+    """L, the number of layers."""
+    return len(self.moes)
+
+  @property
+  def sparse_layers(self) -> tuple[int, ...]:
+    """The numbers of the layers that have experts."""
+    return tuple(i for i, moe in enumerate(self.moes) if moe is not None)
+
+  @property
+  def mixtures(self) -> tuple[MoeOptions, ...]:
+    """The mixtures of the layers that have one; () in a dense model."""
+    return tuple(moe for moe in self.moes if moe is not None)
+
+  @property
+  def moe(self) -> MoeOptions | None:
+    """The mixture of the last layer that has one; None in a dense model."""
+    return self.mixtures[-1] if self.mixtures else None
+
+  def moe_of(self, layer: int) -> MoeOptions:
+    """The mixture of a layer.
+
+    Raises:
+      ValueError: The layer has none.
+    """
+    moe = self.moes[layer] if 0 <= layer < self.num_layers else None
+    if moe is None:
+      raise InputError(
+        f'layer {layer} has no experts; sparse layers are {self.sparse_layers}'
+      )
+    return moe
+
+  @property
+  def sequences(self) -> tuple[str, ...]:
+    """The prefixes of the batch keys of each sequence that the model reads."""
+    return tuple(stack.prefix for stack in self)
+
+  def sequence_of(self, layer: int) -> str:
+    """The prefix of the batch keys that hold the tokens of a layer."""
+    return [stack.prefix for stack in self for _ in stack.layers][layer]
+
+  @property
+  def task_sequences(self) -> tuple[str, ...]:
+    """The prefixes in `sequences` whose layers route by the tokens' tasks."""
+    by_task = (
+      stack.prefix
+      for stack in self
+      for layer in stack.layers
+      if layer.moe is not None and 'task_ids' in layer.moe.router.reads
+    )
+    return tuple(dict.fromkeys(by_task))
+
+  @property
+  def num_tasks(self) -> int:
+    """The number of tasks that routers by task tell apart; 0 without any."""
+    return max(stack.num_tasks for stack in self)
+
+  @property
+  def leaks_future(self) -> bool:
+    """Whether later tokens can change earlier outputs.
+
+    An encoder sees all of its tokens anyway.
+    """
+    decoders = Stacks(stack for stack in self if stack.causal)
+    return any(moe.leak() is not None for moe in decoders.mixtures)
+
+  @property
+  def capacity_binds(self) -> bool:
+    """Whether some layer can drop a token because an expert is full."""
+    return any(moe.capacity.binds for moe in self.mixtures)
+
+  @property
+  def forced_balance(self) -> str:
+    """The warning on choices that no router made; '' if none are.
+
+    See `layers.imposed.ImposedOptions.forced`.
+    """
+    return next(filter(None, (moe.forced for moe in self.mixtures)), '')
+
+  @property
+  def keeps_router_state(self) -> bool:
+    """Whether the model has the collection `router_state`."""
+    return any(moe.router.keeps_state for moe in self.mixtures)
+
+  def loss_weights(self) -> dict[str, float]:
+    """The weight of each loss of the layers' `MoeAux`, by its name."""
+    weights = {}
+    for moe in self.mixtures:
+      weights |= moe.router.loss_weights()
+    return weights
+
+  def routed_tokens(self, batch: Mapping[str, Array]) -> Float32[Array, ' L']:
+    """The number of a batch's tokens that each layer's router sees, at least 1.
+
+    The routers' losses are divided by it. Padding counts if routers see it.
+    """
+    counts = []
+    for stack in self:
+      routed = stack.padding.routed(batch[f'{stack.prefix}segment_ids'])
+      tokens = jnp.maximum(routed.sum().astype(jnp.float32), 1.0)
+      counts.append(jnp.full(len(stack.layers), tokens))
+    return jnp.concatenate(counts)
+
+  def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The variables of each layer in a collection; {} for a layer without."""
+    trees = []
+    for stack in self:
+      for layer in stack.layers:
+        tree = subtree(collection, (*stack.path, *layer.path))
+        if (i := layer.index) is not None:
+          tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+        trees.append(tree)
+    return tuple(trees)
+
+  def place_of(self, path: Path) -> LayerPlace | None:
+    """The layers of a stacked parameter; None for any other parameter."""
+    first = 0
+    for stack in self:
+      layers, end = [], 0
+      for i, layer in enumerate(stack.layers):
+        of_layer = (*stack.path, *layer.path)
+        if layer.index is not None and path[: len(of_layer)] == of_layer:
+          layers.append(i)
+          end = len(of_layer)
+      if layers:
+        numbers = tuple(first + i for i in layers)
+        return LayerPlace(stack.path, path[end:], tuple(layers), numbers)
+      first += len(stack.layers)
+    return None
+
+
+def subtree(tree: Mapping[str, Any], path: Path) -> Any:
+  """The part of a tree at a path; {} where there is none."""
+  for name in path:
+    tree = tree.get(name, {})
+  return tree
