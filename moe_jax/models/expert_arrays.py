@@ -19,7 +19,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.parameters import Names
 from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.contract import ROUTER_STATE
-from moe_jax.layers.routers.linear_gate import AXES
+from moe_jax.layers.routers.steps import AXES
 from moe_jax.layers.shared import Shared
 from moe_jax.models.base import Model, ModelOptions
 from moe_jax.models.description import Path
