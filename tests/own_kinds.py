@@ -15,6 +15,7 @@ from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Bytes, TokenizerOptions
 from moe_jax.layers.experts import ExpertOptions
 from moe_jax.layers.routers.contract import Causality, Router, RouterOptions
+from moe_jax.models import ModelOptions
 from moe_jax.training.evaluate import EvaluationOptions
 from moe_jax.training.optimizer import Optimizer
 from moe_jax.training.schedules import Schedule
