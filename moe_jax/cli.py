@@ -171,6 +171,15 @@ def options_of(
   ]
 
 
+def said_options(
+  root: type[Options], base: str, overrides: Sequence[str], part: str
+) -> Any:
+  """The options of `options_of`, whose lines on ignored values are printed."""
+  options, ignored = options_of(root, base, overrides, part)
+  say(ignored)
+  return options
+
+
 def name_of(override: str) -> str:
   """The dotted name of the key that '--config.seed=1' overrides."""
   return override.partition('=')[0].lstrip('-').removeprefix('config.')
@@ -472,6 +481,7 @@ def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
 POSITIVE = number(int, minimum=1)
 NOT_NEGATIVE = number(int, minimum=0)
 SECONDS = number(float, minimum=0)
+SHARE = number(float, above=0, maximum=1)
 
 
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:

@@ -12,8 +12,7 @@ its help says, from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moe_jax import cli
 from moe_jax.compression import (
@@ -24,15 +23,9 @@ from moe_jax.compression import (
   teacher_logits,
 )
 
-# Each adds one command to the parser, with `run`, the function that is called
-# with the parsed options and the overrides of a config, and returns a text.
-COMMANDS: tuple[Callable[[Any], None], ...] = (
-  teacher_logits.add,
-  extract.add,
-  fewer_command.add,
-  quantize.add,
-  rates.add,
-)
+# Each adds a command to the parser, with `run`, the function that is called with
+# the parsed options and the overrides of a config, and returns a text.
+MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 
 def parse(
@@ -44,8 +37,8 @@ def parse(
     **cli.about(__doc__),
   )
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
-  for add in COMMANDS:
-    add(commands)
+  for module in MODULES:
+    module.add(commands)
   for command in commands.choices.values():
     command.add_argument('--traceback', action='store_true')
     command.add_argument('--allow_module', action='append', default=[])

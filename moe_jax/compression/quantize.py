@@ -259,10 +259,9 @@ def add(commands: Any) -> None:
   command = commands.add_parser('quantize', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)
   add = command.add_argument
-  whole = cli.NOT_NEGATIVE
   add('--run', required=True, help='folder of the run', dest='workdir')
   add('--output', required=True, help='folder of the new run')
-  add('--step', type=whole, help='checkpoint; else newest')
+  add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
   add('--batches', type=cli.POSITIVE, help=f'{BATCHES} if left out')

@@ -152,8 +152,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  data, ignored = cli.options_of(DataOptions, options.config, overrides, 'data')
-  cli.say(ignored)
+  data = cli.said_options(DataOptions, options.config, overrides, 'data')
   # A run that begins with another's parameters has its tokenizer, too.
   config = cli.config_of(options.config, overrides)
   begin: Any = config.get('init_from', {})

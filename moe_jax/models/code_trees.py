@@ -13,7 +13,10 @@ from moe_jax.layers.experts import (
   QuantizedExpert,
 )
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import ModelOptions
+from moe_jax.models.expert_arrays import with_moes
+from moe_jax.models.layer_options import LayerOptions
 
 
 def with_formats(
@@ -31,14 +34,13 @@ def with_formats(
       'kernels in codes of few bits'
     )
 
-  def changed(half: Any) -> Any:
+  def changed(_: int, half: LayerOptions) -> MoeOptions:
     if not half.has_experts:
-      return half
+      return half.moe
     expert = _in_format(half.moe.expert, experts)
-    moe = dataclasses.replace(half.moe, expert=expert)
-    return dataclasses.replace(half, moe=moe)
+    return dataclasses.replace(half.moe, expert=expert)
 
-  return options.with_halves(*map(changed, options.halves))
+  return with_moes(options, changed)
 
 
 def _in_format(

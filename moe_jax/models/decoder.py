@@ -152,20 +152,13 @@ class DecoderOptions(ModelOptions, StackOptions):
       )
 
   def least_parameters(self) -> int:
-    return super().least_parameters() + self.half_parameters(
-      self, 1 + self.has_encoder
+    values = super().least_parameters()
+    # A decoder's layers also attend to an encoder, if there is one.
+    for half in (*self.halves, *[self] * self.has_encoder):
+      values += half.num_layers * half.attention.kernel_values(self.width)
+    return values + sum(
+      half.feed_forward_parameters(self.width) for half in self.halves
     )
-
-  def half_parameters(self, half: StackOptions, attentions: int = 1) -> int:
-    """The least number of values of the layers of an encoder or decoder.
-
-    Args:
-      half: The options of its layers.
-      attentions: The number of attentions in each layer.
-    """
-    attention = attentions * half.attention.kernel_values(self.width)
-    layers = half.num_layers * attention
-    return layers + half.feed_forward_parameters(self.width)
 
 
 class Decoder(Model):
@@ -222,6 +215,12 @@ class Decoder(Model):
     context = make_context(
       self.blocks, tokens, segment_ids, positions, task_ids, given
     )
+    return self.run_decoder(tokens, context, train)
+
+  def run_decoder(
+    self, tokens: Int[Array, 'B T'], context: Context, train: bool
+  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+    """The logits and the aux of the decoder's layers, given their context."""
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
@@ -233,11 +232,7 @@ class Decoder(Model):
     if not any(stack.stacked for stack in self.stacks.blocks):
       return self, variables
     stacks, variables = stacks_for_decoding(
-      self.stacks,
-      variables,
-      batch_size=batch_size,
-      platform=platform,
-      window=window,
+      self.stacks, variables, batch_size, platform, window
     )
     return self.with_stacks(*stacks), variables
 

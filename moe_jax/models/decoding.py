@@ -91,7 +91,6 @@ def window_beyond(model: Model, seq_len: int) -> int:
 def stacks_for_decoding(
   stacks: Stacks,
   variables: Mapping[str, Any],
-  *,
   batch_size: int,
   platform: str,
   window: int,
@@ -132,7 +131,7 @@ def _config_for_decoding(stack, window: int) -> StackConfig:
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
   if window and block.causal:
-    windows = tuple(min(window, w or window) for w in stack.layer_windows)
+    windows = tuple(min(window, w or window) for w in stack.windows)
     stack = dataclasses.replace(stack, windows=windows)
     window = min(window, attention.window or window)
     attention = dataclasses.replace(attention, window=window)
@@ -198,24 +197,19 @@ def _for_few_tokens(stack, params, rows):
   moe = stack.experts
   if not (moe.expert.format is None and isinstance(moe.dispatch, Dropless)):
     return stack, params
-  expert_counts = [
-    layer.num_retained for layer in stack.moes if layer is not None
-  ]
+  expert_counts = [layer.num_retained for layer in stack.moes if layer]
   distinct_rows = rows
   if 'task_ids' in moe.router.reads:  # all rows of a task choose alike
     distinct_rows = min(rows, stack.block.shared.num_tasks)
   if cpu.most_are_chosen(distinct_rows, moe.num_selected, max(expert_counts)):
-    return _with_dispatch(stack, few_tokens.Batched), params
-  if sum(expert_counts) > cpu.MOST_UNROLLED:
+    dispatch_class = few_tokens.Batched
+  elif sum(expert_counts) > cpu.MOST_UNROLLED:
     return stack, params
-  return _with_dispatch(stack, few_tokens.Unrolled), few_tokens.unrolled(params)
-
-
-def _with_dispatch(stack, dispatch_class):
-  moe = stack.block.moe
+  else:
+    dispatch_class, params = few_tokens.Unrolled, few_tokens.unrolled(params)
   dispatch = dispatch_class(
     moe.dispatch.backend, moe.dispatch.exchange, moe.dispatch.shadowing
   )
   moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)
-  return dataclasses.replace(stack, block=block)
+  return dataclasses.replace(stack, block=block), params

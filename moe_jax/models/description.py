@@ -62,8 +62,6 @@ class LayerStack:
     path: The path of the stack's variables in those of the model.
     prefix: The prefix of the batch keys that hold the stack's tokens.
     causal: Whether a token sees no later ones, as in a decoder.
-    num_tasks: The number of tasks that routers by task tell apart; 0 without
-      any.
     padding: The rule for whether routers see padding.
     blocks: The configuration of the blocks that the layers are; None in a model
       of other layers.
@@ -73,7 +71,6 @@ class LayerStack:
   path: Path = ()
   prefix: str = ''
   causal: bool = True
-  num_tasks: int = 0
   padding: Padding = Padding()
   blocks: StackConfig | None = None
 
@@ -82,26 +79,16 @@ class LayerStack:
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
     """The description of a stack of blocks, in the loops that they become."""
-    places = []
+    layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
         period, index = segment.name, i
         if not blocks.stacked:
           period, index = period_name(segment, i), None
         for j in range(len(segment.pattern)):
-          places.append(((period, layer_name(j)), index))
-    return cls(
-      layers=tuple(
-        Layer(moe, *place)
-        for moe, place in zip(blocks.moes, places, strict=True)
-      ),
-      path=path,
-      prefix=prefix,
-      causal=blocks.block.causal,
-      num_tasks=blocks.block.shared.num_tasks,
-      padding=blocks.padding,
-      blocks=blocks,
-    )
+          layers.append(Layer(next(moes), (period, layer_name(j)), index))
+    causal = blocks.block.causal
+    return cls(tuple(layers), path, prefix, causal, blocks.padding, blocks)
 
 
 class Stacks(tuple[LayerStack, ...]):
@@ -178,7 +165,7 @@ class Stacks(tuple[LayerStack, ...]):
   @property
   def num_tasks(self) -> int:
     """The number of tasks that routers by task tell apart; 0 without any."""
-    return max(stack.num_tasks for stack in self)
+    return max((c.block.shared.num_tasks for c in self.blocks), default=0)
 
   @property
   def leaks_future(self) -> bool:

@@ -12,7 +12,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
-from moe_jax.models.stack import REMATS, LayerKind, kinds_of
+from moe_jax.models.stack import REMATS
 
 
 class RunShape(NamedTuple):
@@ -128,15 +128,14 @@ class LayerOptions(Options):
 
   def leak(self) -> Iterator[str]:
     """The problem of a router that leaks the future without permission."""
-    moe = self.moe
-    if self.has_experts and moe.router.mixes:
-      yield (
-        f'moe.{moe.leak()}; it is for encoders alone, in '
-        'model.encoder.overrides'
-      )
+    reason = self.moe.leak() if self.has_experts else None
+    if reason is None:
       return
-    reason = moe.leak() if self.has_experts else None
-    if reason is not None and not self.moe.allow_future_leak:
+    if self.moe.router.mixes:
+      yield (
+        f'moe.{reason}; it is for encoders alone, in model.encoder.overrides'
+      )
+    elif not self.moe.allow_future_leak:
       yield (
         f'moe: {reason}, or set moe.allow_future_leak=True and report the run '
         'as one that leaks'
@@ -271,11 +270,6 @@ class StackOptions(LayerOptions):
     """The window of each layer's attention; 0 for none."""
     window = self.attention.window
     return tuple(0 if flag else window for flag in self.full)
-
-  @property
-  def kinds(self) -> tuple[LayerKind, ...]:
-    """The kind of each layer; see `stack.LayerKind`."""
-    return kinds_of(self.moe, self.sparse, self.windows)
 
   def problems(self) -> Iterator[str]:
     """The problem of full layers that are not among the layers."""
