@@ -23,8 +23,8 @@ from moe_jax.compression import (
   teacher_logits,
 )
 
-# Each adds a command to the parser, with `run`, the function that is called with
-# the parsed options and the overrides of a config, and returns a text.
+# Each adds a command to the parser, with `run`, the function that is called
+# with the parsed options and the overrides of a config, and returns a text.
 MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 

@@ -90,8 +90,8 @@ def save(
     (unfinished / ABOUT).write_text(text, encoding='utf-8')
   size = sum(factor.nbytes for factor in factors.values())
   return (
-    f'adapter of step {trained_step} written to {folder}: {len(factors)} factors, '
-    f'{size / 2**20:,.1f} MiB'
+    f'adapter of step {trained_step} written to {folder}: {len(factors)} '
+    f'factors, {size / 2**20:,.1f} MiB'
   )
 
 

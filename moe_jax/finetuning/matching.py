@@ -5,13 +5,8 @@ from typing import NamedTuple
 
 from moe_jax import models
 from moe_jax.errors import InputError
-from moe_jax.finetuning.upcycling import (
-  InitFrom,
-  Piece,
-  Plan,
-  expert_axis,
-  sources_of,
-)
+from moe_jax.finetuning import upcycling
+from moe_jax.finetuning.upcycling import InitFrom, Piece, Plan
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
 from moe_jax.models.description import LayerPlace, Path
@@ -146,7 +141,7 @@ def _problem(
   axes = parameter.axes
   if piece.period is not None:
     old, new, axes = old[1:], new[1:], axes[1:]
-    axis = expert_axis(axes)
+    axis = upcycling.expert_axis(axes)
     if piece.stacked and axis is not None:
       del new[axis]
     elif axis is not None and num_experts:
@@ -174,7 +169,7 @@ def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
     if num_old and num_new:
       _check_columns(model, source)
     return ()
-  experts = copies.sources or sources_of(num_new, num_old)
+  experts = copies.sources or upcycling.sources_of(num_new, num_old)
   if len(experts) != num_new or not all(0 <= e < num_old for e in experts):
     raise InputError(
       f'init_from.experts={experts} are not {num_new} numbers in [0, {num_old})'

@@ -6,12 +6,7 @@ from typing import Any
 
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
-from moe_jax.layers.experts import (
-  EXPERTS,
-  ExpertOptions,
-  FeedForwardExpert,
-  QuantizedExpert,
-)
+from moe_jax.layers.experts import EXPERTS, FeedForwardExpert, QuantizedExpert
 from moe_jax.layers.kernel_format import KernelFormat
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import ModelOptions
@@ -37,26 +32,21 @@ def with_formats(
   def changed(_: int, half: LayerOptions) -> MoeOptions:
     if not half.has_experts:
       return half.moe
-    expert = _in_format(half.moe.expert, experts)
+    expert = half.moe.expert
+    if type(expert) not in (FeedForwardExpert, QuantizedExpert):
+      raise InputError(
+        f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
+        f'codes; have {[*EXPERTS.builtin]}'
+      )
+    names = fields_of(FeedForwardExpert)
+    expert = FeedForwardExpert(
+      **{name: getattr(expert, name) for name in names}
+    )
+    if experts is not None:
+      expert = QuantizedExpert(**vars(expert), format=experts)
     return dataclasses.replace(half.moe, expert=expert)
 
   return with_moes(options, changed)
-
-
-def _in_format(
-  expert: ExpertOptions, format: KernelFormat | None
-) -> FeedForwardExpert:
-  if type(expert) not in (FeedForwardExpert, QuantizedExpert):
-    raise InputError(
-      f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
-      f'codes; have {[*EXPERTS.builtin]}'
-    )
-  fields = {
-    name: getattr(expert, name) for name in fields_of(FeedForwardExpert)
-  }
-  if format is None:
-    return FeedForwardExpert(**fields)
-  return QuantizedExpert(**fields, format=format)
 
 
 def has_codes(options: ModelOptions) -> bool:

@@ -13,15 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import (
-  OptionError,
-  Options,
-  fields_of,
-  keys_of,
-  option,
-  overridden,
-  section_of,
-)
+from moe_jax import config
+from moe_jax.config import OptionError, Options, fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionOptions
 from moe_jax.layers.attention.attention import project_memory
@@ -96,7 +89,7 @@ class EncoderDecoderOptions(DecoderOptions):
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)
-    return overridden(StackOptions, _plain_encoder(decoder), changes)
+    return config.overridden(StackOptions, _plain_encoder(decoder), changes)
 
   @property
   def halves(self) -> tuple[StackOptions, ...]:
@@ -107,7 +100,7 @@ class EncoderDecoderOptions(DecoderOptions):
     encoder, decoder = halves
     L = encoder.num_layers
     base, changed = (
-      keys_of(StackOptions, section_of(layers))
+      config.keys_of(StackOptions, config.section_of(layers))
       for layers in (_plain_encoder(decoder), encoder)
     )
     base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
