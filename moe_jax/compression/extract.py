@@ -31,6 +31,7 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.models import ModelOptions, code_trees
+from moe_jax.models.description import subtree, with_subtree
 from moe_jax.models.expert_arrays import with_moes
 from moe_jax.models.layer_options import LayerOptions
 from moe_jax.shapes import Array, Float32, Int32, Leaf
@@ -83,11 +84,9 @@ def extract(
     path, blocks = stack.path, stack.blocks
     if blocks is None or not _routes_by_task(moe := blocks.experts):
       continue
-    stack_params = new_params[path[0]] if path else new_params
-    stack_params = _with_dense_layers(
-      stack_params, moe, blocks.block.shared, task
-    )
-    new_params = {**new_params, path[0]: stack_params} if path else stack_params
+    shared, part = blocks.block.shared, subtree(new_params, path)
+    part = _with_dense_layers(part, moe, shared, task)
+    new_params = with_subtree(new_params, path, part)
   moes = enumerate(model.stacks.moes)
   layers = tuple(i for i, moe in moes if _routes_by_task(moe))
   without_tasks = dataclasses.replace(cast(Any, options), num_tasks=0)

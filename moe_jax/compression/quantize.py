@@ -151,11 +151,9 @@ def _coded(
       'was made of'
     )
   options = code_trees.with_formats(model, format)
-  stacks = run.model.stacks
-  layers = [(stack.path, layer) for stack in stacks for layer in stack.layers]
   places = {
-    number: ((*path, *layer.path, 'moe', SCOPE), cast(int, layer.index))
-    for number, (path, layer) in enumerate(layers)
+    number: ((*layer.path, 'moe', SCOPE), cast(int, layer.index))
+    for number, layer in enumerate(run.model.stacks.layers)
     if layer.moe is not None
   }
   if not places:

@@ -39,6 +39,7 @@ from moe_jax.training.step import TrainState
 
 # Fields of a row; the first two are also in the batch of a run.
 IN_BATCH = LOG_PROBS, IDS = 'teacher_log_probs', 'teacher_ids'
+_BATCH_TYPES = {IDS: np.int32, LOG_PROBS: np.float32}
 TARGETS = 'targets'  # the beginning of the sha256 of the row's targets
 ROWS, MANIFEST, FORMAT = 'rows.npy', 'manifest.json', 3
 
@@ -145,8 +146,8 @@ class StoredLogits:
     shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
     return {
-      IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
-      LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+      name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+      for name, dtype in _BATCH_TYPES.items()
     }
 
   @functools.cached_property
@@ -174,12 +175,7 @@ class StoredLogits:
           self._check_targets(run, batch_number)
       rows = self.rows[run.row_offset + number * batch_size + put.rows]
       number += 1
-      return put.local(
-        {
-          IDS: rows[IDS].astype(np.int32),
-          LOG_PROBS: rows[LOG_PROBS].astype(np.float32),
-        }
-      )
+      return put.local({n: rows[n].astype(t) for n, t in _BATCH_TYPES.items()})
 
     return next_batch
 

@@ -70,11 +70,9 @@ def shares(
       'are chosen in models with equally many'
     )
   measure = jax.jit(functools.partial(_use, model, score))
-  total = None
-  for batch in batches:
-    use = np.stack(fetch(measure(variables, batch))).astype(np.float64)
-    total = use if total is None else total + use
-  if total is None or not total.sum(1).all():
+  uses = [np.stack(fetch(measure(variables, batch))) for batch in batches]
+  total = np.asarray(uses, np.float64).sum(0)
+  if not uses or not total.sum(1).all():
     raise InputError('no batch, or none with a token that reaches an expert')
   return {
     layer: layer_use / layer_use.sum()

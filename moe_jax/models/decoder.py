@@ -49,20 +49,15 @@ class DecoderOptions(ModelOptions, StackOptions):
     )
 
   def stack_config(
-    self,
-    half: StackOptions,
-    rules: Rules,
-    *,
-    causal: bool,
-    cross: bool = False,
+    self, half: StackOptions, rules: Rules, *, causal: bool
   ) -> StackConfig:
     """The configuration of the stack of an encoder or decoder.
 
     Args:
       half: The options of its layers.
       rules: The mesh axes of each logical axis.
-      causal: Whether a token sees tokens up to itself, or its whole segment.
-      cross: Whether the blocks attend to an encoder's output.
+      causal: Whether a token sees tokens up to itself, as in a decoder, whose
+        blocks also attend to an encoder, or its whole segment.
     """
     sparse, attention = half.sparse, half.attention.within(self.width)
     return StackConfig(
@@ -74,7 +69,7 @@ class DecoderOptions(ModelOptions, StackOptions):
         norm=half.norm,
         positions=self.positions,
         causal=causal,
-        cross=cross,
+        cross=causal and self.has_encoder,
         dropout=half.dropout,
         residual_multiplier=half.residual_multiplier,
         shared=self.shared(half.num_layers, rules),
@@ -309,20 +304,17 @@ def make_context(
     ValueError: The choices that are imposed are not those of the stack's sparse
       layers.
   """
-  token_mask = jnp.ones(tokens.shape, bool)
-  if segment_ids is not None:
-    token_mask = segment_ids > 0
+  segments = segment_ids
+  if segments is None:
+    segments = jnp.ones(tokens.shape, jnp.int32)
   if positions is None:
     T = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
   check_given(given, c.sparse if c.experts else ())
   if previous is None:
     previous = rules_without_logits.previous_tokens(tokens, segment_ids)
-  segments = segment_ids
-  if segments is None:
-    segments = token_mask.astype(jnp.int32)
   info = TokenInfo(tokens, previous, positions, segments, task_ids)
   info = info.only(c.experts.router.reads if c.experts else ())
   return Context(
-    segment_ids, token_mask, positions, token_info=info, given=given
+    segment_ids, segments > 0, positions, token_info=info, given=given
   )

@@ -18,7 +18,7 @@ from moe_jax.layers.experts import Dropless, few_tokens
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.base import Model
-from moe_jax.models.description import Path, Stacks, subtree
+from moe_jax.models.description import Stacks, subtree, with_subtree
 from moe_jax.models.pattern import period_name, segments
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.trees import variables as as_variables
@@ -120,8 +120,9 @@ def stacks_for_decoding(
     if on_cpu and config.experts is not None:
       config, stack_params = _for_few_tokens(config, stack_params, batch_size)
     configs.append(dataclasses.replace(config, stacked=False))
-    params = _with_subtree(params, stack.path, stack_params)
-    state = _with_subtree(state, stack.path, stack_state)
+    params = with_subtree(params, stack.path, stack_params)
+    if stack_state:
+      state = with_subtree(state, stack.path, stack_state)
   return configs, as_variables(params, state)
 
 
@@ -159,13 +160,6 @@ def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
       period = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
       tree[period_name(segment, i)] = period
   return tree
-
-
-def _with_subtree(tree: dict[str, Any], path: Path, part: dict[str, Any]):
-  if not path:
-    return part
-  (name,) = path
-  return {**tree, name: part} if part else tree
 
 
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:

@@ -68,7 +68,7 @@ class EncoderDecoderOptions(DecoderOptions):
     )
     return EncoderDecoder(
       embedding,
-      self.stack_config(self, rules, causal=True, cross=True),
+      self.stack_config(self, rules, causal=True),
       self.stack_config(half, rules, causal=False),
     )
 
@@ -340,7 +340,7 @@ class EncoderDecoder(Decoder):
     _, decoder = self.stacks
     keys, values = [], []
     for layer in decoder.layers:
-      p = subtree(params, (*decoder.path, *layer.path, CROSS_ATTENTION))
+      p = subtree(params, (*layer.path, CROSS_ATTENTION))
       i = layer.index
       as_one = None if i is None else slice(i, i + 1)
       p = jax.tree.map(lambda x, as_one=as_one: x[as_one], p)  # [1, ...]

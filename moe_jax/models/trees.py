@@ -168,15 +168,11 @@ def move_router_state(
 
   # The number of each layer by its path, or those of layers that are stacked.
   numbers: dict[Path, Any] = {}
-  first = 0
-  for stack in stacks:
-    for number, layer in enumerate(stack.layers, first):
-      path = (*stack.path, *layer.path)
-      if layer.index is None:
-        numbers[path] = number
-      else:
-        numbers[path] = [*numbers.get(path, ()), number]
-    first += len(stack.layers)
+  for number, layer in enumerate(stacks.layers):
+    if layer.index is None:
+      numbers[layer.path] = number
+    else:
+      numbers[layer.path] = [*numbers.get(layer.path, ()), number]
   moved = {}
   for path, layers in numbers.items():
     if state := subtree(router_state, path):
