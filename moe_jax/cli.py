@@ -450,6 +450,11 @@ class Parser(argparse.ArgumentParser):
     self.error(f'unknown arguments {list(words)}{hint}')
 
 
+def parser(module: str, text: str | None) -> Parser:
+  """The parser of a module's command; see `program` and `about`."""
+  return Parser(prog=program(module), **about(text))
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
   """Adds --config, which `parse_command` lets overrides follow."""
   parser.add_argument('--config', required=True, help=CONFIG)
@@ -526,14 +531,15 @@ def ignore_closed_loops() -> None:
 def parse_command(
   parser: Parser,
   argv: Sequence[str] | None,
-  has_config: Callable[[argparse.Namespace], Any],
+  has_config: Callable[[argparse.Namespace], Any] | None = None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses a command that may end in overrides of a config.
 
   Args:
     parser: The parser, whose commands set `run`.
     argv: The words of the command; None takes the program's own.
-    has_config: Whether the parsed command has a config to override.
+    has_config: Whether the parsed command has a config to override; None: if
+      it has --config.
 
   Returns:
     The options, and the overrides, words that begin with --config.
@@ -550,7 +556,8 @@ def parse_command(
       rest.append(word)
     before = word
   options, others = parser.parse_known_args(rest)
-  if others or (overrides and not has_config(options)):
+  config = has_config or (lambda options: getattr(options, 'config', ''))
+  if others or (overrides and not config(options)):
     parser.unknown(others or overrides)
   return options, overrides
 

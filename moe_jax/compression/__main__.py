@@ -32,19 +32,14 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.compression'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.compression', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
   for module in MODULES:
     module.add(commands)
   for command in commands.choices.values():
     command.add_argument('--traceback', action='store_true')
     command.add_argument('--allow_module', action='append', default=[])
-  return cli.parse_command(
-    parser, argv, lambda options: getattr(options, 'config', '')
-  )
+  return cli.parse_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

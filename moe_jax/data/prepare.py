@@ -119,10 +119,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.data.prepare'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.data.prepare', __doc__)
   add, count = parser.add_argument, cli.POSITIVE
   cli.add_config(parser)
   add(
@@ -144,7 +141,7 @@ def parse(
     help='number of hosts that share the folder of the cache',
   )
   parser.set_defaults(run=_run)
-  return cli.parse_command(parser, argv, lambda options: options.config)
+  return cli.parse_command(parser, argv)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:

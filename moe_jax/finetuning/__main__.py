@@ -24,10 +24,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.finetuning'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.finetuning', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text, workdir, output):
@@ -59,9 +56,7 @@ def parse(
   for add in (save, merge):
     text = 'step of the checkpoint; default: the newest good one'
     add('--step', type=cli.NOT_NEGATIVE, help=text)
-  return cli.parse_command(
-    parser, argv, lambda options: getattr(options, 'config', '')
-  )
+  return cli.parse_command(parser, argv)
 
 
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:

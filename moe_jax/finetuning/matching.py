@@ -57,6 +57,7 @@ def plan(
   find = _finder(source, old)
   numbers = _experts(model, source, copies) if experts else ()
   drawn = () if experts else source.stacks.sparse_layers
+  sparse = {*model.stacks.sparse_layers}
   pieces, sizes, problems, used = {}, [], [], set()
   for path, parameter in new.items():
     role = parameter.role
@@ -85,11 +86,7 @@ def plan(
     experts=numbers,
     num_source_experts=_num_experts(source) if numbers else 0,
     copies=copies,
-    upcycled=tuple(
-      layer
-      for layer in model.stacks.sparse_layers
-      if layer not in source.stacks.sparse_layers
-    ),
+    upcycled=tuple(sorted(sparse - {*source.stacks.sparse_layers})),
     drawn=drawn,
   )
 

@@ -183,28 +183,24 @@ class LayerOptions(Options):
         f'never spans two; {more_rows}a smaller group_size makes more groups, '
         'and devices along mesh.tensor share their rows'
       )
-    if self.moe.router.mixes:
-      yield from self._mixture_problems(run, name, length)
+    if self.moe.router.mixes:  # the tokens of a group, of several examples too
+      kind = ROUTERS.name_of(self.moe.router)
+      if length < S or (S == -1 and rows > 1):
+        yield (
+          f'model.moe.group_size={S} has several rows of {name}={length} in a '
+          f'group, and router.kind={kind!r} would mix them; use 0 or a divisor '
+          'of the length'
+        )
+      if run.packed:
+        yield (
+          'data.pack=True: short examples share a row, and router.kind='
+          f'{kind!r} would mix them; use pack=False'
+        )
     sizes = dataclasses.replace(
       self.moe.sizes, rows=rows, groups=groups, microbatches=run.microbatches
     )
     for problem in self.moe.router.problems_with(sizes):
       yield f'model.moe.{problem}'
-
-  def _mixture_problems(self, run, name, length):
-    """The problems of groups in which several examples would be mixed."""
-    S, kind = self.moe.group_size, ROUTERS.name_of(self.moe.router)
-    if length < S or (S == -1 and run.rows > 1):
-      yield (
-        f'model.moe.group_size={S} has several rows of {name}={length} in a '
-        f'group, and router.kind={kind!r} would mix them; use 0 or a divisor '
-        'of the length'
-      )
-    if run.packed:
-      yield (
-        f'data.pack=True: short examples share a row, and router.kind={kind!r} '
-        'would mix them; use pack=False'
-      )
 
   def shrunk(self) -> Self:
     small = super().shrunk()

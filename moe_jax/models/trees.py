@@ -63,11 +63,12 @@ def init_params(model: Model, key: PRNGKey) -> Any:
       holds the key.
   """
   init = _initializer(model)
-  if not _has_value(key):
+  try:
+    (device, *_) = key.devices()
+  except jax.errors.ConcretizationTypeError:  # in a program that is traced
     return init(key)['params']
   leaves = jax.tree.leaves(init.eval_shape(key))
   size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-  (device, *_) = key.devices()
   need = (f'the variables of {type(model).__name__}', size)
   check_room([need], jax.devices(device.platform))
   return init(key)['params']
@@ -88,15 +89,6 @@ def describe(model: Model) -> ParameterTrees:
   """The shapes, logical axes and roles of a model's parameters."""
   boxed = abstract_params(model)
   return ParameterTrees(nn.meta.unbox(boxed), axes_of(boxed), roles_of(boxed))
-
-
-def _has_value(key: PRNGKey) -> bool:
-  """Whether arrays are made now, and not in a program that is traced."""
-  try:
-    key.devices()
-  except jax.errors.ConcretizationTypeError:
-    return False
-  return True
 
 
 def _initializer(model: Model) -> Any:
