@@ -171,6 +171,15 @@ def options_of(
   ]
 
 
+def said_options(
+  root: type[Options], base: str, overrides: Sequence[str], part: str
+) -> Any:
+  """The options of `options_of`, whose lines on ignored values are printed."""
+  options, ignored = options_of(root, base, overrides, part)
+  say(ignored)
+  return options
+
+
 def name_of(override: str) -> str:
   """The dotted name of the key that '--config.seed=1' overrides."""
   return override.partition('=')[0].lstrip('-').removeprefix('config.')
@@ -441,6 +450,11 @@ class Parser(argparse.ArgumentParser):
     self.error(f'unknown arguments {list(words)}{hint}')
 
 
+def parser(module: str, text: str | None) -> Parser:
+  """The parser of a module's command; see `program` and `about`."""
+  return Parser(prog=program(module), **about(text))
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
   """Adds --config, which `parse_command` lets overrides follow."""
   parser.add_argument('--config', required=True, help=CONFIG)
@@ -472,6 +486,7 @@ def number(kind: type[int | float], **bounds: Any) -> Callable[[str], Any]:
 POSITIVE = number(int, minimum=1)
 NOT_NEGATIVE = number(int, minimum=0)
 SECONDS = number(float, minimum=0)
+SHARE = number(float, above=0, maximum=1)
 
 
 def print_line(text: str, out: TextIO | io.TextIOBase | None = None) -> None:
@@ -516,14 +531,15 @@ def ignore_closed_loops() -> None:
 def parse_command(
   parser: Parser,
   argv: Sequence[str] | None,
-  has_config: Callable[[argparse.Namespace], Any],
+  has_config: Callable[[argparse.Namespace], Any] | None = None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses a command that may end in overrides of a config.
 
   Args:
     parser: The parser, whose commands set `run`.
     argv: The words of the command; None takes the program's own.
-    has_config: Whether the parsed command has a config to override.
+    has_config: Whether the parsed command has a config to override; None: if
+      it has --config.
 
   Returns:
     The options, and the overrides, words that begin with --config.
@@ -540,7 +556,8 @@ def parse_command(
       rest.append(word)
     before = word
   options, others = parser.parse_known_args(rest)
-  if others or (overrides and not has_config(options)):
+  config = has_config or (lambda options: getattr(options, 'config', ''))
+  if others or (overrides and not config(options)):
     parser.unknown(others or overrides)
   return options, overrides
 

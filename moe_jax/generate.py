@@ -35,10 +35,7 @@ _DIM = '\x1b[2m{}\x1b[0m'  # the codes of a terminal
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.generate'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.generate', __doc__)
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
   checkpoints = parser.add_mutually_exclusive_group()

@@ -48,7 +48,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(prog=cli.program('moe_jax.main'), **cli.about(__doc__))
+  parser = cli.parser('moe_jax.main', __doc__)
   cli.add_config(parser)
   add = parser.add_argument
   add('--workdir', default='', help='folder of the run, for all that it writes')
@@ -74,7 +74,7 @@ def parse(
   add('--num_processes', type=int, help='number of processes of the run')
   add('--process_id', type=int, help='number of this process, from 0')
   parser.set_defaults(run=_run)
-  return cli.parse_command(parser, argv, lambda options: options.config)
+  return cli.parse_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -93,7 +93,7 @@ def transformers_model(options: RunConfig) -> Any:
       d_model=m.width,
       d_kv=heads.head_width,
       d_ff=m.ffn.hidden,
-      num_layers=m.encoder_half().num_layers,
+      num_layers=m.encoder_half.num_layers,
       num_decoder_layers=m.num_layers,
       num_sparse_encoder_layers=2,
       num_sparse_decoder_layers=2,

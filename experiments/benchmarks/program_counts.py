@@ -15,8 +15,8 @@ from jax.stages import Compiled
 
 from moe_jax.analysis.compiled import memory_of
 from moe_jax.errors import InputError
-from moe_jax.models import MODELS
-from moe_jax.models.layer_options import StackOptions
+from moe_jax.layers.shared import RULES
+from moe_jax.models import MODELS, DecoderOptions
 from moe_jax.models.pattern import Segment, segments
 from moe_jax.training.run_options import RunOptions
 
@@ -87,10 +87,10 @@ def extrapolate(
     )
     return one + (n - 1) * (two - one)
   # The loops over layers of each half of a model.
-  halves = cast(tuple[StackOptions, ...], options.model.halves)
+  model = cast(DecoderOptions, options.model)
   loops = {
-    name: segments(half.kinds)
-    for name, half in zip((_DECODER, _ENCODER), reversed(halves))
+    name: segments(model.stack_config(half, RULES, causal=True).kinds)
+    for name, half in zip((_DECODER, _ENCODER), reversed(model.halves))
   }
   base = flops(_short(options, loops))
   total = base

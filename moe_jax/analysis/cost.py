@@ -258,9 +258,7 @@ def with_own_vocabulary(options: RunOptions) -> RunOptions:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.cost'), **cli.about(__doc__)
-  )
+  parser = cli.parser('moe_jax.analysis.cost', __doc__)
   cli.add_config(parser)
   parser.set_defaults(run=run)
   add = parser.add_argument

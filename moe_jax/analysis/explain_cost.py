@@ -240,9 +240,7 @@ def _instruction_seconds(
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the command; errors are reported in a few lines."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.explain_cost'), **cli.about(__doc__)
-  )
+  parser = cli.parser('moe_jax.analysis.explain_cost', __doc__)
   cli.add_config(parser)
   parser.set_defaults(run=run)
   parser.add_argument(

@@ -82,9 +82,7 @@ def record(options: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.record_evaluation'), **cli.about(__doc__)
-  )
+  parser = cli.parser('moe_jax.analysis.record_evaluation', __doc__)
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
   add('--trace', required=True, help='new folder of the trace')

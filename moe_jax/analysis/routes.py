@@ -31,9 +31,7 @@ _QUARTERS = 4
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """Parses the command line."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.analysis.routes'), **cli.about(__doc__)
-  )
+  parser = cli.parser('moe_jax.analysis.routes', __doc__)
   add = parser.add_argument
   add('trace', metavar='TRACE', help='folder of a trace')
   add('--output', required=True, help='folder for the pictures')

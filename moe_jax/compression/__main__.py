@@ -12,8 +12,7 @@ its help says, from there, with overrides: --config.data.seq_len=64.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moe_jax import cli
 from moe_jax.compression import (
@@ -24,34 +23,23 @@ from moe_jax.compression import (
   teacher_logits,
 )
 
-# Each adds one command to the parser, with `run`, the function that is called
+# Each adds a command to the parser, with `run`, the function that is called
 # with the parsed options and the overrides of a config, and returns a text.
-COMMANDS: tuple[Callable[[Any], None], ...] = (
-  teacher_logits.add,
-  extract.add,
-  fewer_command.add,
-  quantize.add,
-  rates.add,
-)
+MODULES = teacher_logits, extract, fewer_command, quantize, rates
 
 
 def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.compression'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.compression', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
-  for add in COMMANDS:
-    add(commands)
+  for module in MODULES:
+    module.add(commands)
   for command in commands.choices.values():
     command.add_argument('--traceback', action='store_true')
     command.add_argument('--allow_module', action='append', default=[])
-  return cli.parse_command(
-    parser, argv, lambda options: getattr(options, 'config', '')
-  )
+  return cli.parse_command(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

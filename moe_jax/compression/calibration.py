@@ -63,7 +63,7 @@ def batches(
   """
   if num_batches < 1:
     raise InputError(f'num_batches={num_batches} must be at least 1')
-  dataset = run.load_data(options or run.options.data)
+  dataset = run.options.load_data(run.folder, options)
   stream = data.train_batches(
     dataset.splits['train'],
     batch_size=run.options.batch_size,

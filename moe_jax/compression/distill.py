@@ -74,8 +74,7 @@ class Teacher:
     if problems := list(self._problems(options)):
       raise InputError('\n'.join([f'{name} does not fit:', *problems]))
     self._asked = {'teacher': options.teacher, 'step': options.step}
-    path = run.workdir / TEACHER_FILE
-    self._note = read_json(path)
+    self._note = read_json(run.workdir / TEACHER_FILE)
     self._kept = self._note.get('asked') == self._asked
     step = self._note['step'] if self._kept else options.step
     self._pinned_step = None if step < 0 else step

@@ -31,6 +31,8 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers import ROUTERS, TokenInfo
 from moe_jax.layers.shared import Shared
 from moe_jax.models import ModelOptions, code_trees
+from moe_jax.models.description import subtree, with_subtree
+from moe_jax.models.expert_arrays import with_moes
 from moe_jax.models.layer_options import LayerOptions
 from moe_jax.shapes import Array, Float32, Int32, Leaf
 
@@ -82,14 +84,14 @@ def extract(
     path, blocks = stack.path, stack.blocks
     if blocks is None or not _routes_by_task(moe := blocks.experts):
       continue
-    stack_params = new_params[path[0]] if path else new_params
-    stack_params = _with_dense_layers(
-      stack_params, moe, blocks.block.shared, task
-    )
-    new_params = {**new_params, path[0]: stack_params} if path else stack_params
+    shared, part = blocks.block.shared, subtree(new_params, path)
+    part = _with_dense_layers(part, moe, shared, task)
+    new_params = with_subtree(new_params, path, part)
   moes = enumerate(model.stacks.moes)
-  layers = [i for i, moe in moes if _routes_by_task(moe)]
-  return Extracted(_extracted_options(options), new_params, tuple(layers))
+  layers = tuple(i for i, moe in moes if _routes_by_task(moe))
+  without_tasks = dataclasses.replace(cast(Any, options), num_tasks=0)
+  new_options = with_moes(without_tasks, _extracted_moe)
+  return Extracted(new_options, new_params, layers)
 
 
 def _routes_by_task(moe: MoeOptions | None) -> TypeGuard[MoeOptions]:
@@ -105,7 +107,6 @@ def _with_dense_layers(
       f'experts of {type(moe.expert).__name__} cannot become one dense '
       'feed-forward; only feed-forward experts can'
     )
-
   if moe.shared_expert.hidden:
     raise InputError(
       f'moe.shared_expert.hidden={moe.shared_expert.hidden}: layers by task '
@@ -193,16 +194,7 @@ def as_one(
   return dense
 
 
-def _extracted_options(options: ModelOptions) -> ModelOptions:
-  """The options in which layers by task are their dense twins."""
-  halves = (
-    dataclasses.replace(half, moe=_moe_options(half)) for half in options.halves
-  )
-  without_tasks = dataclasses.replace(cast(Any, options), num_tasks=0)
-  return without_tasks.with_halves(*halves)
-
-
-def _moe_options(half: LayerOptions) -> MoeOptions:
+def _extracted_moe(_: int, half: LayerOptions) -> MoeOptions:
   """The options of a stack's mixtures, or of their twins if it goes by task."""
   moe = half.moe
   if not half.routes_by_task:
@@ -250,26 +242,19 @@ def describe(run: WholeRun, extracted: Extracted) -> str:
 
 def add(commands: Any) -> None:
   """Adds the command `extract` to the parser."""
-  command = commands.add_parser(
-    'extract',
-    help='writes the part of a model with routers by task that one task uses',
-    **cli.about(__doc__),
-  )
+  text = 'writes the part of a model with routers by task that one task uses'
+  command = commands.add_parser('extract', help=text, **cli.about(__doc__))
   command.set_defaults(run=_command)
-  command.add_argument('--run', required=True, dest='folder', help='its folder')
-  command.add_argument(
-    '--task', required=True, help='name of the task, a source of data.mixture'
-  )
-  command.add_argument('--output', required=True, help='folder of the new run')
-  command.add_argument(
-    '--step',
-    type=cli.NOT_NEGATIVE,
-    help='step of the checkpoint; else the newest good',
-  )
+  add = command.add_argument
+  add('--run', required=True, dest='folder', help='its folder')
+  text = 'name of the task, a source of data.mixture'
+  add('--task', required=True, help=text)
+  add('--output', required=True, help='folder of the new run')
+  text = 'step of the checkpoint; else the newest good'
+  add('--step', type=cli.NOT_NEGATIVE, help=text)
 
 
-def _command(options: argparse.Namespace, overrides: list[str]) -> str:
-  del overrides
+def _command(options: argparse.Namespace, _: list[str]) -> str:
   run = whole_run.read(
     options.folder, step=options.step, allow=options.allow_module
   )

@@ -31,15 +31,8 @@ from moe_jax.data import DataOptions
 from moe_jax.errors import InputError
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.retained import Retained
-from moe_jax.models import ModelOptions, code_trees
-from moe_jax.models.expert_arrays import (
-  COLUMN,
-  Arrays,
-  SparseLayer,
-  assembled,
-  sparse_layers,
-  with_moes,
-)
+from moe_jax.models import ModelOptions, code_trees, expert_arrays
+from moe_jax.models.expert_arrays import COLUMN, SparseLayer, sparse_layers
 from moe_jax.models.layer_options import LayerOptions
 
 SHARE = Option(above=0, maximum=1)
@@ -57,7 +50,7 @@ class SmallerLayer(NamedTuple):
   """
 
   groups: Groups
-  arrays: Arrays
+  arrays: expert_arrays.Arrays
 
   @property
   def num_experts(self) -> int:
@@ -301,14 +294,15 @@ def smaller(
     retained = Retained.of(uneven, rows)
     return dataclasses.replace(half.moe, num_experts=most, retained=retained)
 
-  options = with_moes(run.options.model, change)
+  options = expert_arrays.with_moes(run.options.model, change)
   changes = {
     n: new.arrays
     for n, new in new_layers.items()
     if new.num_experts < layers[n].moe.num_experts
   }
   new_model = options.build(run.options.sharding.rules)
-  return options, assembled(model, run.variables, new_model, changes)
+  variables = expert_arrays.assembled(model, run.variables, new_model, changes)
+  return options, variables
 
 
 def without(run: WholeRun, lost: Mapping[int, Collection[int]]) -> WholeRun:

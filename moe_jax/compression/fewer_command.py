@@ -37,51 +37,44 @@ def add(commands: Any) -> None:
     add('--output', required=True, help='folder of the new run')
     add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
     number = parser.add_mutually_exclusive_group(required=True)
-    number.add_argument(
-      '--experts', default='', help='experts that stay: 4, or by layer: 4,6,4'
+    text = 'experts that stay: 4, or by layer: 4,6,4'
+    number.add_argument('--experts', default='', help=text)
+    text = (
+      'share of all experts that stays: the experts whose score is largest in '
+      'proportion to the largest of their layer, at least K in each'
     )
-    number.add_argument(
-      '--share',
-      type=cli.number(float, above=0, maximum=1),
-      help='share of all experts that stays: the experts whose score is '
-      'largest in proportion to the largest of their layer, at least K in each',
-    )
+    number.add_argument('--share', type=cli.SHARE, help=text)
     add('--batches', type=cli.POSITIVE, default=8)
     add('--config', default='', help="config of other data than the run's")
     if verb == 'prune':
-      add(
-        '--score',
-        choices=[*SCORES],
-        default='reap',
-        help='the share of choices, the mean gate over all tokens, or the mean '
-        'of gate times norm of output over the tokens of an expert',
+      text = (
+        'the share of choices, the mean gate over all tokens, or the mean of '
+        'gate times norm of output over the tokens of an expert'
       )
+      add('--score', choices=[*SCORES], default='reap', help=text)
       continue
     parser.set_defaults(score='')
-    add(
-      '--group_by',
-      choices=[*merge.SIMILARITIES],
-      default='outputs',
-      help='what experts are compared by: mean outputs over all calibration '
-      'tokens (HC-SMoE), aligned weights, or columns of the router',
+    text = (
+      'what experts are compared by: mean outputs over all calibration tokens '
+      '(HC-SMoE), aligned weights, or columns of the router'
     )
-    add(
-      '--grouping',
-      choices=[*merge.GROUPINGS],
-      default='clusters',
-      help='clusters of average linkage, or the most used experts as cores '
-      'that the others join (M-SMoE)',
+    kinds = [*merge.SIMILARITIES]
+    add('--group_by', choices=kinds, default='outputs', help=text)
+    text = (
+      'clusters of average linkage, or the most used experts as cores that the '
+      'others join (M-SMoE)'
     )
+    kinds = [*merge.GROUPINGS]
+    add('--grouping', choices=kinds, default='clusters', help=text)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   new_run.check_free(pathlib.Path(options.output).expanduser())
   data_options = None
   if options.config:
-    data_options, ignored = cli.options_of(
+    data_options = cli.said_options(
       DataOptions, options.config, overrides, 'data'
     )
-    cli.say(ignored)
   run = whole_run.read(
     options.source, step=options.step, allow=options.allow_module
   )

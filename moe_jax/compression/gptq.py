@@ -14,16 +14,7 @@ import jax.numpy as jnp
 from moe_jax.compression.calibration import Rows
 from moe_jax.layers.ffn import FfnLayer
 from moe_jax.layers.kernel_format import Grid, KernelFormat
-from moe_jax.shapes import (
-  Array,
-  Bool,
-  Float,
-  Float32,
-  Int8,
-  Leaf,
-  UInt8,
-  checked,
-)
+from moe_jax.shapes import Array, Bool, Float, Float32, Int8, UInt8, checked
 
 # The share of the mean of the Hessian's diagonal that is added to it, and the
 # least number that is added.
@@ -155,13 +146,13 @@ class Outcome(NamedTuple):
     plain: bool [E], whether GPTQ took the identity for H.
   """
 
-  codes: Leaf
+  codes: Any
   grid: Any
-  values: Leaf
-  rtn: Leaf
-  gptq: Leaf
-  total: Leaf
-  plain: Leaf
+  values: Any
+  rtn: Any
+  gptq: Any
+  total: Any
+  plain: Any
 
 
 @functools.partial(jax.jit, static_argnames='format')

@@ -121,8 +121,7 @@ def aligned(
   return arrays
 
 
-def _router_columns(layer: SparseLayer, usage: Usage) -> np.ndarray:
-  del usage
+def _router_columns(layer: SparseLayer, _: Usage) -> np.ndarray:
   columns = [
     np.moveaxis(np.asarray(x, np.float64), layer.axes[p].index(COLUMN), 0)
     for p, x in layer.columns.items()
@@ -137,18 +136,11 @@ def _weights(layer: SparseLayer, usage: Usage) -> np.ndarray:
   return np.concatenate([x.reshape(len(x), -1) for x in arrays], axis=1)
 
 
-def _outputs(layer: SparseLayer, usage: Usage) -> np.ndarray:
-  del layer
-  return usage.mean_output
-
-
 # By name, the features [E, N] by which experts are compared, and the distance
 # of two rows in scipy's `pdist`. Columns of routers stand for their weights,
 # unlike the router logits on data of M-SMoE.
-SIMILARITIES: Mapping[
-  str, tuple[Callable[[SparseLayer, Usage], np.ndarray], Any]
-] = {
-  'outputs': (_outputs, 'euclidean'),
+SIMILARITIES: Mapping[str, tuple[Callable[..., np.ndarray], Any]] = {
+  'outputs': (lambda _, usage: usage.mean_output, 'euclidean'),
   'weights': (_weights, 'euclidean'),
   'router': (_router_columns, 'cosine'),
 }

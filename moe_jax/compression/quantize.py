@@ -26,17 +26,13 @@ from moe_jax.compression.gptq import Outcome
 from moe_jax.compression.whole_run import WholeRun
 from moe_jax.config import unknown
 from moe_jax.errors import InputError
+from moe_jax.layers import kernel_format
+from moe_jax.layers.experts import SCOPE
 from moe_jax.layers.ffn import FfnLayer
-from moe_jax.layers.kernel_format import (
-  FORMATS,
-  TERNARY,
-  KernelFormat,
-  fill_up,
-)
-from moe_jax.layers.moe_options import MoeOptions
+from moe_jax.layers.kernel_format import FORMATS, KernelFormat
 from moe_jax.models import ModelOptions, code_trees
-from moe_jax.models.description import LayerPlace, Path
-from moe_jax.models.trees import describe, flatten, unflatten
+from moe_jax.models.description import Path
+from moe_jax.models.trees import flatten, unflatten
 from moe_jax.training import new_run
 
 METHODS = ('gptq', 'rtn')
@@ -110,8 +106,9 @@ def quantize(
     numbers, line = report(outcomes, kernels, without_tokens)
     message(f'layer {layer}: {line}')
     reports.append(numbers)
-  if format.name == TERNARY:
-    num_codes = fill_up(x for layers in stored.values() for x in layers)
+  if format.name == kernel_format.TERNARY:
+    kernels = (x for layers in stored.values() for x in layers)
+    num_codes = kernel_format.fill_up(kernels)
     format = dataclasses.replace(format, num_codes=num_codes)
     options = code_trees.with_formats(options, format)
   new_params = flatten(old_params)
@@ -154,15 +151,14 @@ def _coded(
       'was made of'
     )
   options = code_trees.with_formats(model, format)
-  stored = flatten(describe(options.build()).shapes)
-  places = {}
-  for path in {path[:-2] for path in stored if path[-1] == 'codes'}:
-    place = cast(LayerPlace, run.model.stacks.place_of((*path, 'w_out')))
-    for index, layer in enumerate(place.numbers):
-      places[layer] = path, index
+  places = {
+    number: ((*layer.path, 'moe', SCOPE), cast(int, layer.index))
+    for number, layer in enumerate(run.model.stacks.layers)
+    if layer.moe is not None
+  }
   if not places:
     raise InputError(f'{run.folder} has no experts to quantise')
-  return options, dict(sorted(places.items()))
+  return options, places
 
 
 def _round(
@@ -179,11 +175,9 @@ def _round(
     The outcome of each kernel, and the experts that no token that counts
     reaches, for which GPTQ rounds to the nearest value.
   """
-  blocks = [
-    stack.block for stack in run.model.stacks.blocks for _ in stack.sparse
-  ]
-  moe = cast(MoeOptions, blocks[layer].moe)
-  expert = FfnLayer(moe.expert.twin(1).ffn, blocks[layer].shared)
+  moe = run.model.stacks.moe_of(layer)
+  (shared, *_) = (stack.block.shared for stack in run.model.stacks.blocks)
+  expert = FfnLayer(moe.expert.twin(1).ffn, shared)
   if not batches:
     names = (*expert.first_kernels, 'w_out')
     return {name: gptq.to_nearest(p[name], format) for name in names}, []
@@ -259,10 +253,9 @@ def add(commands: Any) -> None:
   command = commands.add_parser('quantize', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)
   add = command.add_argument
-  whole = cli.NOT_NEGATIVE
   add('--run', required=True, help='folder of the run', dest='workdir')
   add('--output', required=True, help='folder of the new run')
-  add('--step', type=whole, help='checkpoint; else newest')
+  add('--step', type=cli.NOT_NEGATIVE, help='checkpoint; else newest')
   add('--format', required=True, choices=FORMATS)
   add('--method', default='gptq', choices=METHODS, help='rtn reads no data')
   add('--batches', type=cli.POSITIVE, help=f'{BATCHES} if left out')

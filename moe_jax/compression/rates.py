@@ -105,11 +105,8 @@ def _ends(weight: np.ndarray) -> np.ndarray:
 
 def add(commands: Any) -> None:
   """Adds the command `rates`."""
-  command = commands.add_parser(
-    'rates',
-    help='prints the bits of ternary weights',
-    **cli.about(__doc__),
-  )
+  text = 'prints the bits of ternary weights'
+  command = commands.add_parser('rates', help=text, **cli.about(__doc__))
   share = cli.number(float, minimum=0, maximum=1)
   command.add_argument('--zeros', type=share, nargs='+', default=ZEROS)
   command.add_argument('--widths', type=cli.POSITIVE, nargs='+', default=WIDTHS)

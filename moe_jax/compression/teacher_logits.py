@@ -39,6 +39,7 @@ from moe_jax.training.step import TrainState
 
 # Fields of a row; the first two are also in the batch of a run.
 IN_BATCH = LOG_PROBS, IDS = 'teacher_log_probs', 'teacher_ids'
+_BATCH_TYPES = {IDS: np.int32, LOG_PROBS: np.float32}
 TARGETS = 'targets'  # the beginning of the sha256 of the row's targets
 ROWS, MANIFEST, FORMAT = 'rows.npy', 'manifest.json', 3
 
@@ -145,8 +146,8 @@ class StoredLogits:
     shape = run.options.batch_size, self.length, self.top
     sharding = run.programs.put.sharding
     return {
-      IDS: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding),
-      LOG_PROBS: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding),
+      name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+      for name, dtype in _BATCH_TYPES.items()
     }
 
   @functools.cached_property
@@ -164,6 +165,7 @@ class StoredLogits:
     rows at first, and later shift those of every source.
     """
     put, number = run.programs.put, None
+    batch_size = run.options.batch_size
 
     def next_batch(state: TrainState) -> dict[str, jax.Array]:
       nonlocal number
@@ -171,31 +173,22 @@ class StoredLogits:
         number = int(state.step)
         for batch_number in (number, run.options.total_steps - 1):
           self._check_targets(run, batch_number)
-      rows = self.rows[_first_row(run, number) + put.rows]
+      rows = self.rows[run.row_offset + number * batch_size + put.rows]
       number += 1
-      return put.local(
-        {
-          IDS: rows[IDS].astype(np.int32),
-          LOG_PROBS: rows[LOG_PROBS].astype(np.float32),
-        }
-      )
+      return put.local({n: rows[n].astype(t) for n, t in _BATCH_TYPES.items()})
 
     return next_batch
 
   def _check_targets(self, run: Run, number: int) -> None:
     """Raises ValueError where batch `number` of a run has other targets."""
     targets = fetch(next(run.batches(number))['targets'])
-    rows = self.rows[_first_row(run, number) :][: len(targets)]
+    first = run.row_offset + number * run.options.batch_size
+    rows = self.rows[first:][: len(targets)]
     if not np.array_equal(row_digests(targets), rows[TARGETS]):
       raise InputError(
         f'{self.folder}: batch {number} has other targets than that of this '
         'run; the options of the data differ'
       )
-
-
-def _first_row(run: Run, number: int) -> int:
-  """The number, in the stream, of the first row of a run's batch."""
-  return run.row_offset + number * run.options.batch_size
 
 
 def row_digests(targets: Any) -> np.ndarray:
@@ -283,7 +276,7 @@ def write(
   """
   run = whole_run.read(teacher, step=step, allow=allow)
   code_trees.check_plain(run.options.model, run.folder)
-  dataset = run.load_data(options)
+  dataset = run.options.load_data(run.folder, options)
   if not 1 <= top <= run.model.vocab_size:
     raise InputError(f'top={top} not in [1, vocab_size={run.model.vocab_size}]')
   rows = dataset.splits['train']
@@ -338,11 +331,8 @@ def write(
 
 def add(commands: Any) -> None:
   """Adds the command `keep_logits`."""
-  command = commands.add_parser(
-    'keep_logits',
-    help="writes a teacher's largest logits for the batches of a run",
-    **cli.about(__doc__),
-  )
+  text = "writes a teacher's largest logits for the batches of a run"
+  command = commands.add_parser('keep_logits', help=text, **cli.about(__doc__))
   command.set_defaults(run=_run)
   add = command.add_argument
   add('--teacher', required=True, help='folder of the teacher')
@@ -356,14 +346,10 @@ def add(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> str:
   config: Any = cli.config_of(options.config, overrides)
-  data_options, ignored = cli.options_of(
-    data.DataOptions, options.config, overrides, 'data'
-  )
-  cli.say(ignored)
   return write(
     options.teacher,
     options.output,
-    data_options,
+    cli.said_options(data.DataOptions, options.config, overrides, 'data'),
     seed=config.seed,
     batch_size=config.batch_size,
     batches=options.batches or config.total_steps,

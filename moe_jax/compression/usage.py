@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moe_jax.compression.calibration import RoutedTokens, capture
+from moe_jax.devices import fetch
 from moe_jax.errors import InputError
 from moe_jax.layers.experts import SCOPE, Gather
 from moe_jax.models import Model
@@ -82,15 +83,10 @@ def measure(
         f'the experts of layer {layer} choose tokens, so that all are used '
         'equally'
       )
-  total = None
-  for batch in batches:
-    sums = jax.tree.map(
-      lambda x: np.asarray(x, np.float64), _measure(model, variables, batch)
-    )
-    total = sums if total is None else jax.tree.map(np.add, total, sums)
-  if total is None:
+  sums = [fetch(_measure(model, variables, batch)) for batch in batches]
+  if not sums:
     raise InputError('there are no batches of calibration data')
-  return total
+  return jax.tree.map(lambda *x: np.sum(x, 0, np.float64), *sums)
 
 
 @functools.partial(jax.jit, static_argnames='model')

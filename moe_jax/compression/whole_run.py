@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax import data
 from moe_jax.config import section_of
-from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models import MODELS, Model, ModelOptions
 from moe_jax.runs import workdir as workdir_lib
@@ -37,23 +35,6 @@ class WholeRun(NamedTuple):
   model: Model
   variables: dict[str, Any]
   step: int
-
-  def load_data(self, options: data.DataOptions) -> data.Dataset:
-    """Loads data whose tokens and tasks are those that the run knows.
-
-    Raises:
-      ValueError: They are not.
-    """
-
-    def refuse(problems):
-      for problem in problems:
-        raise InputError(f'{self.folder} does not fit the data: {problem}')
-
-    refuse(self.options.task_problems(options))
-    dataset = data.load(options)
-    if self.options.tokenizer is not None:
-      refuse(self.options.token_problems(dataset.tokenizer))
-    return dataset
 
 
 def read(

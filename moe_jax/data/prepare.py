@@ -119,10 +119,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.data.prepare'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.data.prepare', __doc__)
   add, count = parser.add_argument, cli.POSITIVE
   cli.add_config(parser)
   add(
@@ -144,7 +141,7 @@ def parse(
     help='number of hosts that share the folder of the cache',
   )
   parser.set_defaults(run=_run)
-  return cli.parse_command(parser, argv, lambda options: options.config)
+  return cli.parse_command(parser, argv)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -152,8 +149,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     raise InputError(
       f'--host={options.host} not in [0, num_hosts={options.num_hosts})'
     )
-  data, ignored = cli.options_of(DataOptions, options.config, overrides, 'data')
-  cli.say(ignored)
+  data = cli.said_options(DataOptions, options.config, overrides, 'data')
   # A run that begins with another's parameters has its tokenizer, too.
   config = cli.config_of(options.config, overrides)
   begin: Any = config.get('init_from', {})

@@ -8,16 +8,10 @@ one can get another number of experts, by the rules of `upcycling.py`. The
 optimizer begins anew, at step 0.
 """
 
-from moe_jax.finetuning.matching import plan
-from moe_jax.finetuning.start import InitFrom, check, initial
-from moe_jax.finetuning.upcycling import Copies, Plan, sources_of
-
-__all__ = [
-  'Copies',
-  'InitFrom',
-  'Plan',
-  'check',
-  'initial',
-  'plan',
-  'sources_of',
-]
+# The alias says that a name is public.
+from moe_jax.finetuning.matching import plan as plan
+from moe_jax.finetuning.start import check as check
+from moe_jax.finetuning.start import initial as initial
+from moe_jax.finetuning.upcycling import InitFrom as InitFrom
+from moe_jax.finetuning.upcycling import Plan as Plan
+from moe_jax.finetuning.upcycling import sources_of as sources_of

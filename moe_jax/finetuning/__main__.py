@@ -24,10 +24,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.finetuning'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.finetuning', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text, workdir, output):
@@ -46,32 +43,28 @@ def parse(
     'folder of the run',
     'file for config.trained_experts',
   )
-  share = cli.number(float, above=0, maximum=1)
-  add('--share', type=share, required=True, help='share p of the use, to 1')
+  text = 'share p of the use, to 1'
+  add('--share', type=cli.SHARE, required=True, help=text)
   add('--score', choices=[*choose_experts.SCORES], default='gate')
   add('--batches', type=cli.POSITIVE, default=8)
   add('--config', default='', help="config of other data than the run's")
   run, new = 'folder of the run', 'new folder'
   save = command('save', _save, 'writes the adapter of a run', run, new)
-  merge = command(
-    'merge', _merge, 'adds an adapter to its base', 'folder of the base', new
-  )
+  text, base = 'adds an adapter to its base', 'folder of the base'
+  merge = command('merge', _merge, text, base, new)
   merge('--adapter', required=True, help='folder that `save` wrote')
   for add in (save, merge):
     text = 'step of the checkpoint; default: the newest good one'
     add('--step', type=cli.NOT_NEGATIVE, help=text)
-  return cli.parse_command(
-    parser, argv, lambda options: getattr(options, 'config', '')
-  )
+  return cli.parse_command(parser, argv)
 
 
 def _choose(options: argparse.Namespace, overrides: list[str]) -> str:
   data_options = None
   if options.config:
-    data_options, ignored = cli.options_of(
+    data_options = cli.said_options(
       DataOptions, options.config, overrides, 'data'
     )
-    cli.say(ignored)
   output = pathlib.Path(options.output).expanduser()
   if output.exists():
     raise InputError(f'{output} is there already; give a new file')

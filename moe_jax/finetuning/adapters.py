@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,6 @@ from moe_jax.training import new_run, trained
 
 WEIGHTS, ABOUT = 'adapter.safetensors', 'adapter.json'
 _FORMAT = 2
-
-
-class _LoadedRun(NamedTuple):
-  """A run's model with its parameters, and its adapters if it has any."""
-
-  model: Model
-  adapters: Adapters
-  params: dict[str, Any]
-  step: int
 
 
 def digest(params: Mapping[str, Any]) -> str:
@@ -76,24 +67,20 @@ def save(
       routers, which training moves too, or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """
-  run = _load(workdir, step, allow)
-  if not run.adapters.kernels or not run.step:
+  model, own, params, trained_step = _load(workdir, step, allow)
+  if not own.kernels or not trained_step:
     raise InputError(
-      f'{workdir} holds no trained adapter: lora.rank='
-      f'{run.adapters.options.rank}, step {run.step}'
+      f'{workdir} holds no trained adapter: lora.rank={own.options.rank}, '
+      f'step {trained_step}'
     )
-  _check_stateless(run.model)
-  flat = flatten(run.params)
-  factors = {
-    '/'.join(path): np.asarray(leaf)
-    for path, leaf in flat.items()
-    if '/'.join(path) in run.adapters.names
-  }
+  _check_stateless(model)
+  names = {'/'.join(path): leaf for path, leaf in flatten(params).items()}
+  factors = {name: np.asarray(names[name]) for name in sorted(own.names)}
   about: dict[str, Any] = {
     'format': _FORMAT,
-    'lora': dataclasses.asdict(run.adapters.options),
-    'base': digest(run.adapters.base(run.params)),
-    'step': run.step,
+    'lora': dataclasses.asdict(own.options),
+    'base': digest(own.base(params)),
+    'step': trained_step,
   }
   folder = pathlib.Path(output).expanduser()
   with whole_folder(folder) as unfinished:
@@ -103,8 +90,8 @@ def save(
     (unfinished / ABOUT).write_text(text, encoding='utf-8')
   size = sum(factor.nbytes for factor in factors.values())
   return (
-    f'adapter of step {run.step} written to {folder}: {len(factors)} factors, '
-    f'{size / 2**20:,.1f} MiB'
+    f'adapter of step {trained_step} written to {folder}: {len(factors)} '
+    f'factors, {size / 2**20:,.1f} MiB'
   )
 
 
@@ -177,19 +164,20 @@ def merge(
       state of routers; or `output` is not empty.
     CheckpointError: No checkpoint is good.
   """
-  run, base = _load(workdir, step, allow), pathlib.Path(workdir).expanduser()
-  if run.step and run.adapters.kernels:
+  model, own, params, base_step = _load(workdir, step, allow)
+  base = pathlib.Path(workdir).expanduser()
+  if base_step and own.kernels:
     raise InputError(
       f'{workdir} has an adapter itself, which every reader of the run '
       'merges; give the folder of its base, or step 0 of an imported one that '
       'still has it'
     )
-  _check_stateless(run.model)
-  adapters, params = read(folder, run.model, run.params)
+  _check_stateless(model)
+  adapters, params = read(folder, model, params)
   merged = adapters.merged_on_devices(params)
   new_folder = new_run.derive(base, output, merged)
   return (
-    f'step {run.step} of {base} with the adapter of {folder} is in '
+    f'step {base_step} of {base} with the adapter of {folder} is in '
     f'{new_folder}; its data, task and tokenizer are those of the base'
   )
 
@@ -201,20 +189,16 @@ def _seal(about: Mapping[str, Any], weights: pathlib.Path) -> str:
   return sha.hexdigest()
 
 
-def _load(workdir, step, allow) -> _LoadedRun:
+def _load(workdir, step, allow) -> tuple[Model, Adapters, dict[str, Any], int]:
+  """A run's model, its adapters if it has any, the parameters, their step."""
   run = trained.read(workdir, allow, tokenizer_needed=False)
   rules = run.sharding.rules
   model = run.model.build(rules)
   adapters = trained.adapters_of(workdir, model)
   restored = trained.restore_variables(
-    workdir,
-    model,
-    rules,
-    adapters=adapters,
-    step=step,
-    router_state=False,
+    workdir, model, rules, adapters=adapters, step=step, router_state=False
   )
-  return _LoadedRun(model, adapters, restored.state['params'], restored.step)
+  return model, adapters, restored.state['params'], restored.step
 
 
 def _check_stateless(model: Model) -> None:

@@ -9,7 +9,7 @@ shares of gates are of the sum of a layer's gates.
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,19 +35,13 @@ Use = dict[int, np.ndarray]
 _SOWN_NAME = 'use'
 
 
-def _gates(routing, aux) -> Array:
-  """The sum of each expert's gates, [E]; dropped choices have none."""
-  del aux
-  return routing.token_gates().sum((0, 1))
-
-
-def _tokens(routing, aux) -> Array:
-  """The number of choices of each expert, [E], before any is dropped."""
-  del routing
-  return aux.stats.load
-
-
-SCORES = {'gate': _gates, 'tokens': _tokens}
+# The use of each expert, [E], by a layer's routing and aux.
+SCORES: Mapping[str, Callable[..., Array]] = {
+  # The sum of its gates; dropped choices have none.
+  'gate': lambda routing, _: routing.token_gates().sum((0, 1)),
+  # The number of its choices before any is dropped.
+  'tokens': lambda _, aux: aux.stats.load,
+}
 
 
 def shares(
@@ -76,11 +70,9 @@ def shares(
       'are chosen in models with equally many'
     )
   measure = jax.jit(functools.partial(_use, model, score))
-  total = None
-  for batch in batches:
-    use = np.stack(fetch(measure(variables, batch))).astype(np.float64)
-    total = use if total is None else total + use
-  if total is None or not total.sum(1).all():
+  uses = [np.stack(fetch(measure(variables, batch))) for batch in batches]
+  total = np.asarray(uses, np.float64).sum(0)
+  if not uses or not total.sum(1).all():
     raise InputError('no batch, or none with a token that reaches an expert')
   return {
     layer: layer_use / layer_use.sum()
@@ -135,19 +127,10 @@ def choose(
       tokenizer or the tasks of the data are others.
     CheckpointError: No checkpoint is good.
   """
-  if problem := SHARE.problem('share', share):
-    raise InputError(problem)
   run = trained.read(workdir, allow)
   model = run.model.build(run.sharding.rules)
   restored = trained.restore_variables(workdir, model, run.sharding.rules)
-  options = options or run.data
-  for problem in run.task_problems(options):
-    raise InputError(f'{workdir} does not fit the data: {problem}')
-  dataset = data.load(options)
-  # The same check as for a run that begins with another's parameters: a task
-  # may add an EOS.
-  for problem in run.token_problems(dataset.tokenizer):
-    raise InputError(f'{workdir} does not fit the data: {problem}')
+  dataset = run.load_data(workdir, options)
   stream = data.train_batches(
     dataset.splits['train'], batch_size=run.batch_size, seed=0, start=0
   )

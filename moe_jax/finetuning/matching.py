@@ -1,17 +1,12 @@
 """Matching of a model's parameters with those of another model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from moe_jax import models
 from moe_jax.errors import InputError
-from moe_jax.finetuning.upcycling import (
-  Copies,
-  Piece,
-  Plan,
-  expert_axis,
-  sources_of,
-)
+from moe_jax.finetuning import upcycling
+from moe_jax.finetuning.upcycling import InitFrom, Piece, Plan
 from moe_jax.layers.parameters import Names, Role
 from moe_jax.models import Model
 from moe_jax.models.description import LayerPlace, Path
@@ -37,7 +32,7 @@ class _Parameter(NamedTuple):
 def plan(
   model: Model,
   source: Model,
-  copies: Copies = Copies(),
+  copies: InitFrom = InitFrom(),
   *,
   experts: bool = True,
 ) -> Plan:
@@ -59,15 +54,16 @@ def plan(
   old, new = _parameters(source), _parameters(model)
   if not experts:
     old = {p: x for p, x in old.items() if x.role.role not in _SPARSE}
-  layers = _Layers(source, old)
+  find = _finder(source, old)
   numbers = _experts(model, source, copies) if experts else ()
   drawn = () if experts else source.stacks.sparse_layers
+  sparse = {*model.stacks.sparse_layers}
   pieces, sizes, problems, used = {}, [], [], set()
   for path, parameter in new.items():
     role = parameter.role
     sources, numbered = [Piece(path if path in old else None)], [None]
     if (place := model.stacks.place_of(path)) is not None:
-      sources = [layers.find(n, place, role) for n in place.layers]
+      sources = [find(n, place, role) for n in place.layers]
       numbered = place.numbers
     pieces[path] = sources
     for piece, number in zip(sources, numbered, strict=True):
@@ -90,47 +86,41 @@ def plan(
     experts=numbers,
     num_source_experts=_num_experts(source) if numbers else 0,
     copies=copies,
-    upcycled=tuple(
-      layer
-      for layer in model.stacks.sparse_layers
-      if layer not in source.stacks.sparse_layers
-    ),
+    upcycled=tuple(sorted(sparse - {*source.stacks.sparse_layers})),
     drawn=drawn,
   )
 
 
-class _Layers:
-  """The pieces of arrays that hold the parameters of a model's layers."""
+def _finder(
+  model: Model, parameters: Mapping[Path, _Parameter]
+) -> Callable[[int, LayerPlace, Role], Piece]:
+  """The function to the piece from which a layer's parameter is made.
 
-  def __init__(self, model: Model, parameters: Mapping[Path, _Parameter]):
-    # The key is (stack, layer, name of the parameter within a layer).
-    self._pieces: dict[tuple, Piece] = {}
-    # Dense feed-forwards alone, by keys with only the last part of the name.
-    self._dense: dict[tuple, list[Piece]] = {}
-    for path, parameter in parameters.items():
-      if (place := model.stacks.place_of(path)) is None:
-        continue
-      for period, layer in enumerate(place.layers):
-        piece = Piece(path, period)
-        self._pieces[place.stack, layer, place.name] = piece
-        if parameter.role.role == 'ffn':
-          key = place.stack, layer, place.name[-1]
-          self._dense.setdefault(key, []).append(piece)
+  It is the parameter of the same name; for an expert in a layer that was dense,
+  the dense feed-forward's parameter whose name has the same last part;
+  otherwise none, and the parameter is new.
+  """
+  # The key is (stack, layer, name of the parameter within a layer).
+  pieces: dict[tuple, Piece] = {}
+  # Dense feed-forwards alone, by keys with only the last part of the name.
+  ffns: dict[tuple, list[Piece]] = {}
+  for path, parameter in parameters.items():
+    if (place := model.stacks.place_of(path)) is None:
+      continue
+    for period, layer in enumerate(place.layers):
+      piece = pieces[place.stack, layer, place.name] = Piece(path, period)
+      if parameter.role.role == 'ffn':
+        key = place.stack, layer, place.name[-1]
+        ffns.setdefault(key, []).append(piece)
 
-  def find(self, layer: int, place: LayerPlace, role: Role) -> Piece:
-    """The piece from which a layer's parameter is made.
-
-    It is the parameter of the same name; for an expert in a layer that was
-    dense, the dense feed-forward's parameter whose name has the same last part;
-    otherwise none, and the parameter is new.
-    """
-    same = self._pieces.get((place.stack, layer, place.name))
-    if same is not None:
-      return same
-    dense = self._dense.get((place.stack, layer, place.name[-1]), [])
+  def find(layer: int, place: LayerPlace, role: Role) -> Piece:
+    dense = ffns.get((place.stack, layer, place.name[-1]), [])
+    new = Piece(None)
     if role.role == 'expert' and len(dense) == 1:
-      return dense[0]._replace(stacked=True)
-    return Piece(None)
+      new = dense[0]._replace(stacked=True)
+    return pieces.get((place.stack, layer, place.name), new)
+
+  return find
 
 
 def _problem(
@@ -148,7 +138,7 @@ def _problem(
   axes = parameter.axes
   if piece.period is not None:
     old, new, axes = old[1:], new[1:], axes[1:]
-    axis = expert_axis(axes)
+    axis = upcycling.expert_axis(axes)
     if piece.stacked and axis is not None:
       del new[axis]
     elif axis is not None and num_experts:
@@ -158,7 +148,7 @@ def _problem(
   return []
 
 
-def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
+def _experts(model: Model, source: Model, copies: InitFrom) -> tuple[int, ...]:
   """The number of each expert's source.
 
   It is () unless both models have experts, in equal numbers in all of a model's
@@ -167,16 +157,16 @@ def _experts(model: Model, source: Model, copies: Copies) -> tuple[int, ...]:
   num_old, num_new = _num_experts(source), _num_experts(model)
   are_equal = equal_experts(model) and equal_experts(source)
   if not num_old or not num_new or not are_equal:
-    if copies.experts:
+    if copies.sources:
       raise InputError(
-        f'init_from.experts={copies.experts} with {num_old} experts there and '
+        f'init_from.experts={copies.sources} with {num_old} experts there and '
         f'{num_new} here; it is for two sparse models, each with equally many '
         'experts and router columns in all of its layers'
       )
     if num_old and num_new:
       _check_columns(model, source)
     return ()
-  experts = copies.experts or sources_of(num_new, num_old)
+  experts = copies.sources or upcycling.sources_of(num_new, num_old)
   if len(experts) != num_new or not all(0 <= e < num_old for e in experts):
     raise InputError(
       f'init_from.experts={experts} are not {num_new} numbers in [0, {num_old})'

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import jax
 
-from moe_jax.config import fields_of, option
+from moe_jax.config import fields_of
 from moe_jax.errors import InputError
 from moe_jax.finetuning import optimizer_state
 from moe_jax.finetuning.matching import plan
-from moe_jax.finetuning.upcycling import Copies, Plan
+from moe_jax.finetuning.upcycling import InitFrom, Plan
 from moe_jax.models import Model, ModelOptions, code_trees
 from moe_jax.models.meaning import difference
 from moe_jax.models.trees import abstract_router_state
@@ -20,64 +20,7 @@ from moe_jax.runs import workdir as workdir_lib
 from moe_jax.runs.checkpointer import Restored
 from moe_jax.shapes import PRNGKey
 from moe_jax.training import new_run, trained
-from moe_jax.training.run_options import InitFromOptions
 from moe_jax.training.setup import Run
-
-
-@dataclasses.dataclass(frozen=True)
-class InitFrom(InitFromOptions):
-  """Another run whose parameters this run begins with, and how."""
-
-  keep_optimizer: bool = option(
-    False,
-    "Whether the optimizer goes on with the other run's moments and their "
-    'counts, where all parameters are copied and its optimizer is the same; '
-    'the schedule of the learning rate begins anew. Otherwise the optimizer is '
-    'new.',
-  )
-  experts: str = option(
-    '',
-    "Numbers of the other run's experts that this run's experts are copies of, "
-    "separated by commas: '0,1,0,1'; an empty string takes them in turn.",
-  )
-  router_std: float = option(
-    0.0,
-    'Standard deviation of the kernels of routers that the other run does not '
-    'have (0.02 in sparse upcycling); 0 draws them as the model does.',
-    minimum=0,
-  )
-  expert_noise: float = option(
-    0.0,
-    'Standard deviation of the noise that is added to all copies of an expert '
-    "except the first, as a fraction of a kernel's root mean square; 0 adds "
-    'none.',
-    minimum=0,
-  )
-  router_noise: float = option(
-    0.0,
-    "Standard deviation of the noise that is added to the router's columns for "
-    'all copies of an expert except the first, as a fraction of the '
-    "router's root mean square; with 0 the copies have equal logits.",
-    minimum=0,
-  )
-
-  def problems(self) -> Iterator[str]:
-    """The experts must be numbers."""
-    yield from super().problems()
-    numbers = [part.strip() for part in self.experts.split(',')]
-    if self.experts and not all(number.isdigit() for number in numbers):
-      yield f"experts={self.experts!r} is no list of numbers, '0,1,0,1'"
-
-  @property
-  def copies(self) -> Copies:
-    """The options of how experts are copied."""
-    numbers = self.experts.split(',') if self.experts else ()
-    return Copies(
-      experts=tuple(map(int, numbers)),
-      router_std=self.router_std,
-      expert_noise=self.expert_noise,
-      router_noise=self.router_noise,
-    )
 
 
 def initial(
@@ -146,28 +89,21 @@ def _read(
       f'init_from.workdir={folder}: its kernels are in codes of few bits, '
       'which are not trained; begin with the run that they were made of'
     )
-  _check_tokens(run, source_run, folder)
-  source = source_run.model.build(run.options.sharding.rules)
-  return folder, source_run, source, _plan(run, source, folder)
-
-
-def _check_tokens(
-  run: Run, source_run: trained.Described, folder: pathlib.Path
-) -> None:
-  """Checks that both runs' tokens and tasks mean the same."""
   problems = (
     *source_run.token_problems(run.dataset.tokenizer),
     *source_run.task_problems(run.options.data),
   )
   for problem in problems:
     raise InputError(f'init_from.workdir={folder}: {problem}')
+  source = source_run.model.build(run.options.sharding.rules)
+  return folder, source_run, source, _plan(run, source, folder)
 
 
 def _plan(run: Run, source: Model, folder: pathlib.Path) -> Plan:
   """The plan by which the other run's parameters become those of this one."""
   options = cast(InitFrom, run.options.init_from)
   try:
-    copy_plan = plan(run.model, source, options.copies)
+    copy_plan = plan(run.model, source, options)
   except InputError as error:
     message = f'init_from.workdir={folder}: {error}'
     own = run.options

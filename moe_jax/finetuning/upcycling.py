@@ -19,7 +19,7 @@ With room for every token and without noise, the new model computes
 import collections
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import models
+from moe_jax.config import option
 from moe_jax.layers.parameters import Role, axes_of, roles_of
 from moe_jax.models import Model
 from moe_jax.models.description import Path
 from moe_jax.models.trees import flatten, unflatten
 from moe_jax.shapes import Array, PRNGKey
+from moe_jax.training.run_options import InitFromOptions
 
 # The logical names of dimensions that number experts: in the experts' own
 # parameters, and in those of routers.
@@ -39,25 +41,53 @@ EXPERT_AXES = ('expert', 'expert_choice')
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
-  """Options of how experts are copied and routers begin.
+class InitFrom(InitFromOptions):
+  """Another run whose parameters this run begins with, and how."""
 
-  Attributes:
-    experts: The number of each expert's source; () takes those of `sources_of`.
-    router_std: Standard deviation of the kernels of new routers (0.02 in sparse
-      upcycling); with 0.0 they are as the model draws them.
-    expert_noise: Standard deviation of normal noise on all copies of an expert
-      except the first, as a fraction of the kernel's root mean square.
-    router_noise: Standard deviation of normal noise on the router's columns for
-      all copies of an expert except the first, as a fraction of the kernel's
-      root mean square. Without it copies tie, and the expert of the lower
-      number is chosen.
-  """
+  keep_optimizer: bool = option(
+    False,
+    "Whether the optimizer goes on with the other run's moments and their "
+    'counts, where all parameters are copied and its optimizer is the same; '
+    'the schedule of the learning rate begins anew. Otherwise the optimizer is '
+    'new.',
+  )
+  experts: str = option(
+    '',
+    "Numbers of the other run's experts that this run's experts are copies of, "
+    "separated by commas: '0,1,0,1'; an empty string takes them in turn.",
+  )
+  router_std: float = option(
+    0.0,
+    'Standard deviation of the kernels of routers that the other run does not '
+    'have (0.02 in sparse upcycling); 0 draws them as the model does.',
+    minimum=0,
+  )
+  expert_noise: float = option(
+    0.0,
+    'Standard deviation of the noise that is added to all copies of an expert '
+    "except the first, as a fraction of a kernel's root mean square; 0 adds "
+    'none.',
+    minimum=0,
+  )
+  router_noise: float = option(
+    0.0,
+    "Standard deviation of the noise that is added to the router's columns for "
+    'all copies of an expert except the first, as a fraction of the '
+    "router's root mean square; with 0 the copies have equal logits.",
+    minimum=0,
+  )
 
-  experts: tuple[int, ...] = ()
-  router_std: float = 0.0
-  expert_noise: float = 0.0
-  router_noise: float = 0.0
+  def problems(self) -> Iterator[str]:
+    """The experts must be numbers."""
+    yield from super().problems()
+    numbers = [part.strip() for part in self.experts.split(',')]
+    if self.experts and not all(number.isdigit() for number in numbers):
+      yield f"experts={self.experts!r} is no list of numbers, '0,1,0,1'"
+
+  @property
+  def sources(self) -> tuple[int, ...]:
+    """The numbers in `experts`; () where the other run's are taken in turn."""
+    return tuple(map(int, self.experts.split(','))) if self.experts else ()
 
 
 class Piece(NamedTuple):
@@ -94,7 +124,7 @@ class Plan:
   pieces: dict[Path, list[Piece]]
   experts: tuple[int, ...]
   num_source_experts: int
-  copies: Copies
+  copies: InitFrom
   upcycled: tuple[int, ...]
   drawn: tuple[int, ...] = ()
 

@@ -24,10 +24,7 @@ def parse(
   argv: Sequence[str] | None,
 ) -> tuple[argparse.Namespace, list[str]]:
   """Parses the command line; returns overrides of the config separately."""
-  parser = cli.Parser(
-    prog=cli.program('moe_jax.interop'),
-    **cli.about(__doc__),
-  )
+  parser = cli.parser('moe_jax.interop', __doc__)
   commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
   def command(name, run, text):

@@ -202,7 +202,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
-  encoder = o.encoder_half()
+  encoder = o.encoder_half
   router = o.moe.router
   gates, priority = (
     getattr(router, name, '') for name in ('gates', 'slot_priority')

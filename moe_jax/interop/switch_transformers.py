@@ -168,7 +168,7 @@ def describe(o: EncoderDecoderOptions) -> dict[str, Any]:
   """The keys of config.json that a model decides."""
   if not o.has_encoder:
     raise InputError('it has no encoder')
-  encoder = o.encoder_half()
+  encoder = o.encoder_half
   sparse = dict(encoder=encoder.sparse, decoder=o.sparse)
   steps = {half: period(flags, _PAPER) for half, flags in sparse.items()}
   if None in steps.values():

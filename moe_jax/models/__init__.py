@@ -2,19 +2,26 @@
 
 from moe_jax.config import Kinds
 from moe_jax.layers.attention.cache import KVCache
-from moe_jax.models.base import Model, ModelOptions
-from moe_jax.models.decoder import DecoderOptions
-from moe_jax.models.decoding import check_generates
-from moe_jax.models.description import Layer, LayerStack, Stacks
-from moe_jax.models.embeddings import EmbeddingOptions
-from moe_jax.models.encoder_decoder import (
-  EncoderDecoder,
-  EncoderDecoderOptions,
-)
-from moe_jax.models.layer_options import RunShape
-from moe_jax.models.lstm_lm import LstmCache, LstmLm, LstmLmOptions
-from moe_jax.models.pattern import sparse_pattern
-from moe_jax.models.trees import abstract_params, describe, init_params
+
+# The alias says that a name is public.
+from moe_jax.models.base import Model as Model
+from moe_jax.models.base import ModelOptions as ModelOptions
+from moe_jax.models.decoder import DecoderOptions as DecoderOptions
+from moe_jax.models.decoding import check_generates as check_generates
+from moe_jax.models.description import Layer as Layer
+from moe_jax.models.description import LayerStack as LayerStack
+from moe_jax.models.description import Stacks as Stacks
+from moe_jax.models.embeddings import EmbeddingOptions as EmbeddingOptions
+from moe_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
+from moe_jax.models.encoder_decoder import EncoderDecoderOptions
+from moe_jax.models.layer_options import RunShape as RunShape
+from moe_jax.models.lstm_lm import LstmCache
+from moe_jax.models.lstm_lm import LstmLm as LstmLm
+from moe_jax.models.lstm_lm import LstmLmOptions as LstmLmOptions
+from moe_jax.models.pattern import sparse_pattern as sparse_pattern
+from moe_jax.models.trees import abstract_params as abstract_params
+from moe_jax.models.trees import describe as describe
+from moe_jax.models.trees import init_params as init_params
 
 MODELS = Kinds(
   'model',
@@ -27,25 +34,3 @@ MODELS = Kinds(
   inline=True,
 )
 Cache = KVCache | LstmCache  # the state between decoding steps
-
-__all__ = [
-  'MODELS',
-  'Cache',
-  'DecoderOptions',
-  'EmbeddingOptions',
-  'EncoderDecoder',
-  'EncoderDecoderOptions',
-  'Layer',
-  'LayerStack',
-  'LstmLm',
-  'LstmLmOptions',
-  'Model',
-  'ModelOptions',
-  'RunShape',
-  'Stacks',
-  'abstract_params',
-  'check_generates',
-  'describe',
-  'init_params',
-  'sparse_pattern',
-]

@@ -6,14 +6,12 @@ from typing import Any
 
 from moe_jax.config import fields_of
 from moe_jax.errors import InputError
-from moe_jax.layers.experts import (
-  EXPERTS,
-  ExpertOptions,
-  FeedForwardExpert,
-  QuantizedExpert,
-)
+from moe_jax.layers.experts import EXPERTS, FeedForwardExpert, QuantizedExpert
 from moe_jax.layers.kernel_format import KernelFormat
+from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.models.base import ModelOptions
+from moe_jax.models.expert_arrays import with_moes
+from moe_jax.models.layer_options import LayerOptions
 
 
 def with_formats(
@@ -31,30 +29,24 @@ def with_formats(
       'kernels in codes of few bits'
     )
 
-  def changed(half: Any) -> Any:
+  def changed(_: int, half: LayerOptions) -> MoeOptions:
     if not half.has_experts:
-      return half
-    expert = _in_format(half.moe.expert, experts)
-    moe = dataclasses.replace(half.moe, expert=expert)
-    return dataclasses.replace(half, moe=moe)
-
-  return options.with_halves(*map(changed, options.halves))
-
-
-def _in_format(
-  expert: ExpertOptions, format: KernelFormat | None
-) -> FeedForwardExpert:
-  if type(expert) not in (FeedForwardExpert, QuantizedExpert):
-    raise InputError(
-      f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
-      f'codes; have {[*EXPERTS.builtin]}'
+      return half.moe
+    expert = half.moe.expert
+    if type(expert) not in (FeedForwardExpert, QuantizedExpert):
+      raise InputError(
+        f'experts of the kind {EXPERTS.name_of(expert)!r} are not stored in '
+        f'codes; have {[*EXPERTS.builtin]}'
+      )
+    names = fields_of(FeedForwardExpert)
+    expert = FeedForwardExpert(
+      **{name: getattr(expert, name) for name in names}
     )
-  fields = {
-    name: getattr(expert, name) for name in fields_of(FeedForwardExpert)
-  }
-  if format is None:
-    return FeedForwardExpert(**fields)
-  return QuantizedExpert(**fields, format=format)
+    if experts is not None:
+      expert = QuantizedExpert(**vars(expert), format=experts)
+    return dataclasses.replace(half.moe, expert=expert)
+
+  return with_moes(options, changed)
 
 
 def has_codes(options: ModelOptions) -> bool:

@@ -49,20 +49,15 @@ class DecoderOptions(ModelOptions, StackOptions):
     )
 
   def stack_config(
-    self,
-    half: StackOptions,
-    rules: Rules,
-    *,
-    causal: bool,
-    cross: bool = False,
+    self, half: StackOptions, rules: Rules, *, causal: bool
   ) -> StackConfig:
     """The configuration of the stack of an encoder or decoder.
 
     Args:
       half: The options of its layers.
       rules: The mesh axes of each logical axis.
-      causal: Whether a token sees tokens up to itself, or its whole segment.
-      cross: Whether the blocks attend to an encoder's output.
+      causal: Whether a token sees tokens up to itself, as in a decoder, whose
+        blocks also attend to an encoder, or its whole segment.
     """
     sparse, attention = half.sparse, half.attention.within(self.width)
     return StackConfig(
@@ -74,7 +69,7 @@ class DecoderOptions(ModelOptions, StackOptions):
         norm=half.norm,
         positions=self.positions,
         causal=causal,
-        cross=cross,
+        cross=causal and self.has_encoder,
         dropout=half.dropout,
         residual_multiplier=half.residual_multiplier,
         shared=self.shared(half.num_layers, rules),
@@ -152,20 +147,13 @@ class DecoderOptions(ModelOptions, StackOptions):
       )
 
   def least_parameters(self) -> int:
-    return super().least_parameters() + self.half_parameters(
-      self, 1 + self.has_encoder
+    values = super().least_parameters()
+    # A decoder's layers also attend to an encoder, if there is one.
+    for half in (*self.halves, *[self] * self.has_encoder):
+      values += half.num_layers * half.attention.kernel_values(self.width)
+    return values + sum(
+      half.feed_forward_parameters(self.width) for half in self.halves
     )
-
-  def half_parameters(self, half: StackOptions, attentions: int = 1) -> int:
-    """The least number of values of the layers of an encoder or decoder.
-
-    Args:
-      half: The options of its layers.
-      attentions: The number of attentions in each layer.
-    """
-    attention = attentions * half.attention.kernel_values(self.width)
-    layers = half.num_layers * attention
-    return layers + half.feed_forward_parameters(self.width)
 
 
 class Decoder(Model):
@@ -222,6 +210,12 @@ class Decoder(Model):
     context = make_context(
       self.blocks, tokens, segment_ids, positions, task_ids, given
     )
+    return self.run_decoder(tokens, context, train)
+
+  def run_decoder(
+    self, tokens: Int[Array, 'B T'], context: Context, train: bool
+  ) -> tuple[Float32[Array, 'B T V'], MoeAux]:
+    """The logits and the aux of the decoder's layers, given their context."""
     x = self.embeddings.embed(
       tokens, context.token_mask, context.positions, train
     )
@@ -233,11 +227,7 @@ class Decoder(Model):
     if not any(stack.stacked for stack in self.stacks.blocks):
       return self, variables
     stacks, variables = stacks_for_decoding(
-      self.stacks,
-      variables,
-      batch_size=batch_size,
-      platform=platform,
-      window=window,
+      self.stacks, variables, batch_size, platform, window
     )
     return self.with_stacks(*stacks), variables
 
@@ -314,20 +304,17 @@ def make_context(
     ValueError: The choices that are imposed are not those of the stack's sparse
       layers.
   """
-  token_mask = jnp.ones(tokens.shape, bool)
-  if segment_ids is not None:
-    token_mask = segment_ids > 0
+  segments = segment_ids
+  if segments is None:
+    segments = jnp.ones(tokens.shape, jnp.int32)
   if positions is None:
     T = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
   check_given(given, c.sparse if c.experts else ())
   if previous is None:
     previous = rules_without_logits.previous_tokens(tokens, segment_ids)
-  segments = segment_ids
-  if segments is None:
-    segments = token_mask.astype(jnp.int32)
   info = TokenInfo(tokens, previous, positions, segments, task_ids)
   info = info.only(c.experts.router.reads if c.experts else ())
   return Context(
-    segment_ids, token_mask, positions, token_info=info, given=given
+    segment_ids, segments > 0, positions, token_info=info, given=given
   )

@@ -18,7 +18,7 @@ from moe_jax.layers.experts import Dropless, few_tokens
 from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.models.base import Model
-from moe_jax.models.description import Path, Stacks, subtree
+from moe_jax.models.description import Stacks, subtree, with_subtree
 from moe_jax.models.pattern import period_name, segments
 from moe_jax.models.stack import StackConfig
 from moe_jax.models.trees import variables as as_variables
@@ -91,7 +91,6 @@ def window_beyond(model: Model, seq_len: int) -> int:
 def stacks_for_decoding(
   stacks: Stacks,
   variables: Mapping[str, Any],
-  *,
   batch_size: int,
   platform: str,
   window: int,
@@ -121,8 +120,9 @@ def stacks_for_decoding(
     if on_cpu and config.experts is not None:
       config, stack_params = _for_few_tokens(config, stack_params, batch_size)
     configs.append(dataclasses.replace(config, stacked=False))
-    params = _with_subtree(params, stack.path, stack_params)
-    state = _with_subtree(state, stack.path, stack_state)
+    params = with_subtree(params, stack.path, stack_params)
+    if stack_state:
+      state = with_subtree(state, stack.path, stack_state)
   return configs, as_variables(params, state)
 
 
@@ -132,7 +132,7 @@ def _config_for_decoding(stack, window: int) -> StackConfig:
   # Prompts can have any length, which not every implementation supports.
   attention = dataclasses.replace(block.attention, implementation='auto')
   if window and block.causal:
-    windows = tuple(min(window, w or window) for w in stack.layer_windows)
+    windows = tuple(min(window, w or window) for w in stack.windows)
     stack = dataclasses.replace(stack, windows=windows)
     window = min(window, attention.window or window)
     attention = dataclasses.replace(attention, window=window)
@@ -160,13 +160,6 @@ def _unstacked(c: StackConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
       period = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
       tree[period_name(segment, i)] = period
   return tree
-
-
-def _with_subtree(tree: dict[str, Any], path: Path, part: dict[str, Any]):
-  if not path:
-    return part
-  (name,) = path
-  return {**tree, name: part} if part else tree
 
 
 def serving_all(moe: MoeOptions, causal: bool) -> MoeOptions:
@@ -198,24 +191,19 @@ def _for_few_tokens(stack, params, rows):
   moe = stack.experts
   if not (moe.expert.format is None and isinstance(moe.dispatch, Dropless)):
     return stack, params
-  expert_counts = [
-    layer.num_retained for layer in stack.moes if layer is not None
-  ]
+  expert_counts = [layer.num_retained for layer in stack.moes if layer]
   distinct_rows = rows
   if 'task_ids' in moe.router.reads:  # all rows of a task choose alike
     distinct_rows = min(rows, stack.block.shared.num_tasks)
   if cpu.most_are_chosen(distinct_rows, moe.num_selected, max(expert_counts)):
-    return _with_dispatch(stack, few_tokens.Batched), params
-  if sum(expert_counts) > cpu.MOST_UNROLLED:
+    dispatch_class = few_tokens.Batched
+  elif sum(expert_counts) > cpu.MOST_UNROLLED:
     return stack, params
-  return _with_dispatch(stack, few_tokens.Unrolled), few_tokens.unrolled(params)
-
-
-def _with_dispatch(stack, dispatch_class):
-  moe = stack.block.moe
+  else:
+    dispatch_class, params = few_tokens.Unrolled, few_tokens.unrolled(params)
   dispatch = dispatch_class(
     moe.dispatch.backend, moe.dispatch.exchange, moe.dispatch.shadowing
   )
   moe = dataclasses.replace(moe, dispatch=dispatch)
   block = dataclasses.replace(stack.block, moe=moe)
-  return dataclasses.replace(stack, block=block)
+  return dataclasses.replace(stack, block=block), params

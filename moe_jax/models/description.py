@@ -26,7 +26,7 @@ class Layer(NamedTuple):
   Attributes:
     moe: The mixture of the layer; None for a dense layer. Sizes that a config
       leaves at 0 are filled in.
-    path: The path of the layer's variables in those of the stack.
+    path: The path of the layer's variables in those of the model.
     index: The index of the layer in arrays that several layers share, stacked;
       None if it has arrays of its own.
   """
@@ -62,8 +62,6 @@ class LayerStack:
     path: The path of the stack's variables in those of the model.
     prefix: The prefix of the batch keys that hold the stack's tokens.
     causal: Whether a token sees no later ones, as in a decoder.
-    num_tasks: The number of tasks that routers by task tell apart; 0 without
-      any.
     padding: The rule for whether routers see padding.
     blocks: The configuration of the blocks that the layers are; None in a model
       of other layers.
@@ -73,7 +71,6 @@ class LayerStack:
   path: Path = ()
   prefix: str = ''
   causal: bool = True
-  num_tasks: int = 0
   padding: Padding = Padding()
   blocks: StackConfig | None = None
 
@@ -82,26 +79,17 @@ class LayerStack:
     cls, blocks: StackConfig, path: Path = (), prefix: str = ''
   ) -> 'LayerStack':
     """The description of a stack of blocks, in the loops that they become."""
-    places = []
+    layers, moes = [], iter(blocks.moes)
     for segment in segments(blocks.kinds):
       for i in range(segment.repeats):
         period, index = segment.name, i
         if not blocks.stacked:
           period, index = period_name(segment, i), None
         for j in range(len(segment.pattern)):
-          places.append(((period, layer_name(j)), index))
-    return cls(
-      layers=tuple(
-        Layer(moe, *place)
-        for moe, place in zip(blocks.moes, places, strict=True)
-      ),
-      path=path,
-      prefix=prefix,
-      causal=blocks.block.causal,
-      num_tasks=blocks.block.shared.num_tasks,
-      padding=blocks.padding,
-      blocks=blocks,
-    )
+          place = (*path, period, layer_name(j))
+          layers.append(Layer(next(moes), place, index))
+    causal = blocks.block.causal
+    return cls(tuple(layers), path, prefix, causal, blocks.padding, blocks)
 
 
 class Stacks(tuple[LayerStack, ...]):
@@ -118,9 +106,14 @@ class Stacks(tuple[LayerStack, ...]):
     return tuple(stack.blocks for stack in self if stack.blocks is not None)
 
   @property
+  def layers(self) -> tuple[Layer, ...]:
+    """All layers."""
+    return tuple(layer for stack in self for layer in stack.layers)
+
+  @property
   def moes(self) -> tuple[MoeOptions | None, ...]:
     """The mixture of each layer; None for a dense layer."""
-    return tuple(layer.moe for stack in self for layer in stack.layers)
+    return tuple(layer.moe for layer in self.layers)
 
   @property
   def num_layers(self) -> int:
@@ -178,7 +171,7 @@ class Stacks(tuple[LayerStack, ...]):
   @property
   def num_tasks(self) -> int:
     """The number of tasks that routers by task tell apart; 0 without any."""
-    return max(stack.num_tasks for stack in self)
+    return max((c.block.shared.num_tasks for c in self.blocks), default=0)
 
   @property
   def leaks_future(self) -> bool:
@@ -229,29 +222,33 @@ class Stacks(tuple[LayerStack, ...]):
   def layer_trees(self, collection: Mapping[str, Any]) -> tuple[Any, ...]:
     """The variables of each layer in a collection; {} for a layer without."""
     trees = []
-    for stack in self:
-      for layer in stack.layers:
-        tree = subtree(collection, (*stack.path, *layer.path))
-        if (i := layer.index) is not None:
-          tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
-        trees.append(tree)
+    for layer in self.layers:
+      tree = subtree(collection, layer.path)
+      if (i := layer.index) is not None:
+        tree = jax.tree.map(lambda leaf, i=i: leaf[i], tree)
+      trees.append(tree)
     return tuple(trees)
 
   def place_of(self, path: Path) -> LayerPlace | None:
     """The layers of a stacked parameter; None for any other parameter."""
     first = 0
     for stack in self:
-      layers, end = [], 0
+      numbers, name = [], path
       for i, layer in enumerate(stack.layers):
-        of_layer = (*stack.path, *layer.path)
-        if layer.index is not None and path[: len(of_layer)] == of_layer:
-          layers.append(i)
-          end = len(of_layer)
-      if layers:
-        numbers = tuple(first + i for i in layers)
-        return LayerPlace(stack.path, path[end:], tuple(layers), numbers)
+        start, rest = path[: len(layer.path)], path[len(layer.path) :]
+        if layer.index is not None and start == layer.path:
+          numbers.append(i)
+          name = rest
+      if numbers:
+        in_model = tuple(first + i for i in numbers)
+        return LayerPlace(stack.path, name, tuple(numbers), in_model)
       first += len(stack.layers)
     return None
+
+
+def with_subtree(tree: dict[str, Any], path: Path, part: Any) -> dict[str, Any]:
+  """The tree with another part at a path of at most one name; see `subtree`."""
+  return {**tree, path[0]: part} if path else part
 
 
 def subtree(tree: Mapping[str, Any], path: Path) -> Any:

@@ -13,15 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax.config import (
-  OptionError,
-  Options,
-  fields_of,
-  keys_of,
-  option,
-  overridden,
-  section_of,
-)
+from moe_jax import config
+from moe_jax.config import OptionError, Options, fields_of, option
 from moe_jax.errors import InputError
 from moe_jax.layers.attention import ATTENTIONS, AttentionOptions
 from moe_jax.layers.attention.attention import project_memory
@@ -69,18 +62,19 @@ class EncoderDecoderOptions(DecoderOptions):
 
   def build(self, rules: Rules = RULES) -> 'EncoderDecoder':
     self.check_filled()
-    half = self.encoder_half()
+    half = self.encoder_half
     embedding = dataclasses.replace(
       self.embedding_config(rules), encoder_dropout=half.dropout
     )
     return EncoderDecoder(
       embedding,
-      self.stack_config(self, rules, causal=True, cross=True),
+      self.stack_config(self, rules, causal=True),
       self.stack_config(half, rules, causal=False),
     )
 
+  @functools.cached_property
   def encoder_half(self) -> StackOptions:
-    """The options of the encoder's layers.
+    """The options of the encoder's layers, cached, as each build reads them.
 
     They are the decoder's with `encoder.overrides`. Without those, the encoder
     has as many heads of keys and values as of queries, as fewer ones are for
@@ -91,27 +85,22 @@ class EncoderDecoderOptions(DecoderOptions):
     Raises:
       OptionError: An override is unknown, bad or without effect.
     """
-    return self._encoder_half
-
-  @functools.cached_property
-  def _encoder_half(self) -> StackOptions:
-    """It is cached, as each build reads it ten times."""
     # Both change at once: moe.layers may fit the new number of layers alone.
     L = self.encoder.num_layers or self.num_layers
     changes = {'num_layers': L, **self.encoder.overrides}
     decoder = StackOptions(**self.stack_values)
-    return overridden(StackOptions, _plain_encoder(decoder), changes)
+    return config.overridden(StackOptions, _plain_encoder(decoder), changes)
 
   @property
   def halves(self) -> tuple[StackOptions, ...]:
-    return self.encoder_half(), *super().halves
+    return self.encoder_half, *super().halves
 
   def with_halves(self, *halves):
     """The overrides of the encoder become those that make it of the decoder."""
     encoder, decoder = halves
     L = encoder.num_layers
     base, changed = (
-      keys_of(StackOptions, section_of(layers))
+      config.keys_of(StackOptions, config.section_of(layers))
       for layers in (_plain_encoder(decoder), encoder)
     )
     base_values = {leaf.path: leaf.value for leaf in base} | {'num_layers': L}
@@ -133,7 +122,7 @@ class EncoderDecoderOptions(DecoderOptions):
 
   @property
   def routes_by_task(self) -> bool:
-    return super().routes_by_task or self.encoder_half().routes_by_task
+    return super().routes_by_task or self.encoder_half.routes_by_task
 
   def problems(self) -> Iterator[str]:
     """The problems of the decoder's routers, and of the encoder's options."""
@@ -144,7 +133,7 @@ class EncoderDecoderOptions(DecoderOptions):
         'attention to an encoder'
       )
     try:
-      half = self.encoder_half()
+      half = self.encoder_half
     except OptionError as error:
       yield from error.below('encoder.overrides: ').problems
       return
@@ -159,14 +148,10 @@ class EncoderDecoderOptions(DecoderOptions):
         'effect in an encoder, whose tokens see their whole segment'
       )
 
-  def least_parameters(self) -> int:
-    half = self.encoder_half()
-    return super().least_parameters() + self.half_parameters(half)
-
   def shrunk(self) -> Self:
     without_overrides = dataclasses.replace(self, encoder=EncoderOptions())
     small = super(EncoderDecoderOptions, without_overrides).shrunk()
-    return small.with_halves(self.encoder_half().shrunk(), *small.halves[1:])
+    return small.with_halves(self.encoder_half.shrunk(), *small.halves[1:])
 
 
 def _plain_encoder(decoder: StackOptions) -> StackOptions:
@@ -294,11 +279,8 @@ class EncoderDecoder(Decoder):
     context = context._replace(
       memory=encoded, memory_segment_ids=encoder_segment_ids
     )
-    x = self.embeddings.embed(
-      tokens, context.token_mask, context.positions, train
-    )
-    x, aux, _ = self.decoder(x, context, train)
-    return self.embeddings.logits(x), _concatenated(encoder_aux, aux)
+    logits, aux = self.run_decoder(tokens, context, train)
+    return logits, _concatenated(encoder_aux, aux)
 
   @checked
   def encode(
@@ -358,7 +340,7 @@ class EncoderDecoder(Decoder):
     _, decoder = self.stacks
     keys, values = [], []
     for layer in decoder.layers:
-      p = subtree(params, (*decoder.path, *layer.path, CROSS_ATTENTION))
+      p = subtree(params, (*layer.path, CROSS_ATTENTION))
       i = layer.index
       as_one = None if i is None else slice(i, i + 1)
       p = jax.tree.map(lambda x, as_one=as_one: x[as_one], p)  # [1, ...]

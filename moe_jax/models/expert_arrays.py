@@ -21,15 +21,11 @@ from moe_jax.layers.retained import Retained
 from moe_jax.layers.routers.contract import ROUTER_STATE
 from moe_jax.layers.routers.steps import AXES
 from moe_jax.layers.shared import Shared
+from moe_jax.models import trees
 from moe_jax.models.base import Model, ModelOptions
 from moe_jax.models.description import Path
 from moe_jax.models.layer_options import LayerOptions
-from moe_jax.models.trees import (
-  abstract_router_state,
-  describe,
-  flatten,
-  unflatten,
-)
+from moe_jax.models.trees import describe, flatten, unflatten
 
 EXPERT, COLUMN = 'expert', AXES[-1]
 Arrays = dict[Path, Any]
@@ -105,8 +101,10 @@ def _layers(
   model: Model, variables: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
   """Each layer's parameters and state, by one program for all slices."""
-  trees = (variables.get(name, {}) for name in ('params', ROUTER_STATE))
-  return [model.stacks.layer_trees(tree) for tree in trees]
+  return [
+    model.stacks.layer_trees(variables.get(name, {}))
+    for name in ('params', ROUTER_STATE)
+  ]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'new'))
@@ -129,7 +127,7 @@ def assembled(
     ValueError: An array has not the shape of the new model's variable.
   """
   shapes = {'params': describe(new).shapes}
-  if state_shapes := abstract_router_state(new):
+  if state_shapes := trees.abstract_router_state(new):
     shapes[ROUTER_STATE] = state_shapes
   collections = {}
   for name, tree in shapes.items():

@@ -12,7 +12,7 @@ from moe_jax.layers.moe_options import MoeOptions
 from moe_jax.layers.norms import NORMS, Norm
 from moe_jax.layers.routers import ROUTERS
 from moe_jax.models.pattern import count_sparse, shrunk_pattern, sparse_pattern
-from moe_jax.models.stack import REMATS, LayerKind, kinds_of
+from moe_jax.models.stack import REMATS
 
 
 class RunShape(NamedTuple):
@@ -128,15 +128,14 @@ class LayerOptions(Options):
 
   def leak(self) -> Iterator[str]:
     """The problem of a router that leaks the future without permission."""
-    moe = self.moe
-    if self.has_experts and moe.router.mixes:
-      yield (
-        f'moe.{moe.leak()}; it is for encoders alone, in '
-        'model.encoder.overrides'
-      )
+    reason = self.moe.leak() if self.has_experts else None
+    if reason is None:
       return
-    reason = moe.leak() if self.has_experts else None
-    if reason is not None and not self.moe.allow_future_leak:
+    if self.moe.router.mixes:
+      yield (
+        f'moe.{reason}; it is for encoders alone, in model.encoder.overrides'
+      )
+    elif not self.moe.allow_future_leak:
       yield (
         f'moe: {reason}, or set moe.allow_future_leak=True and report the run '
         'as one that leaks'
@@ -184,28 +183,24 @@ class LayerOptions(Options):
         f'never spans two; {more_rows}a smaller group_size makes more groups, '
         'and devices along mesh.tensor share their rows'
       )
-    if self.moe.router.mixes:
-      yield from self._mixture_problems(run, name, length)
+    if self.moe.router.mixes:  # the tokens of a group, of several examples too
+      kind = ROUTERS.name_of(self.moe.router)
+      if length < S or (S == -1 and rows > 1):
+        yield (
+          f'model.moe.group_size={S} has several rows of {name}={length} in a '
+          f'group, and router.kind={kind!r} would mix them; use 0 or a divisor '
+          'of the length'
+        )
+      if run.packed:
+        yield (
+          'data.pack=True: short examples share a row, and router.kind='
+          f'{kind!r} would mix them; use pack=False'
+        )
     sizes = dataclasses.replace(
       self.moe.sizes, rows=rows, groups=groups, microbatches=run.microbatches
     )
     for problem in self.moe.router.problems_with(sizes):
       yield f'model.moe.{problem}'
-
-  def _mixture_problems(self, run, name, length):
-    """The problems of groups in which several examples would be mixed."""
-    S, kind = self.moe.group_size, ROUTERS.name_of(self.moe.router)
-    if length < S or (S == -1 and run.rows > 1):
-      yield (
-        f'model.moe.group_size={S} has several rows of {name}={length} in a '
-        f'group, and router.kind={kind!r} would mix them; use 0 or a divisor '
-        'of the length'
-      )
-    if run.packed:
-      yield (
-        f'data.pack=True: short examples share a row, and router.kind={kind!r} '
-        'would mix them; use pack=False'
-      )
 
   def shrunk(self) -> Self:
     small = super().shrunk()
@@ -271,11 +266,6 @@ class StackOptions(LayerOptions):
     """The window of each layer's attention; 0 for none."""
     window = self.attention.window
     return tuple(0 if flag else window for flag in self.full)
-
-  @property
-  def kinds(self) -> tuple[LayerKind, ...]:
-    """The kind of each layer; see `stack.LayerKind`."""
-    return kinds_of(self.moe, self.sparse, self.windows)
 
   def problems(self) -> Iterator[str]:
     """The problem of full layers that are not among the layers."""

@@ -147,11 +147,9 @@ class Adapters:
 
   def base(self, params: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own parameters, without the factors."""
-    return {
-      key: value
-      for key, value in params.items()
-      if not self.kernels or key != TREE
-    }
+    if not self.kernels:
+      return dict(params)
+    return {key: value for key, value in params.items() if key != TREE}
 
   def extend(self, params: Mapping[str, Any], key: PRNGKey) -> dict[str, Any]:
     """The parameters with new factors: A is drawn, B is zero.
@@ -186,10 +184,8 @@ class Adapters:
     """
     if not self.kernels:
       return dict(params)
-    flat = flatten(self.base(params))
-    for path, kernel in self.merged_kernels(params, key).items():
-      flat[path] = kernel
-    return unflatten(flat)
+    kernels = self.merged_kernels(params, key)
+    return unflatten(flatten(self.base(params)) | kernels)
 
   def merged_kernels(
     self, params: Mapping[str, Any], key: PRNGKey | None = None
@@ -200,7 +196,12 @@ class Adapters:
     for path, kernel in self.kernels.items():
       a, b = (flat[TREE, *path, factor] for factor in 'ab')
       if key is not None and self.options.dropout:
-        a = a * self._dropout_factors(kernel, _key_of(key, path))
+        # The factor of each direction is 0 where it is dropped.
+        keep_prob = 1 - self.options.dropout
+        stack = kernel.shape[: kernel.stacked]
+        shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
+        kept = jax.random.bernoulli(_key_of(key, path), keep_prob, shape)
+        a = a * (kept / keep_prob)
       scale = self.options.alpha / self.options.rank
       old = flat[path]
       sum_of_both = old.astype(jnp.float32) + scale * kernel.product(a, b)
@@ -215,13 +216,6 @@ class Adapters:
     shardings = tuple(flat[path].sharding for path in self.kernels)
     flat |= _compiled_merge(self, shardings)(params)
     return unflatten(flat)
-
-  def _dropout_factors(self, kernel: _Kernel, key: PRNGKey) -> Array:
-    """The factor of each direction of an adapter: 0 where it is dropped."""
-    keep_prob = 1 - self.options.dropout
-    stack = kernel.shape[: kernel.stacked]
-    shape = (*stack, *(1,) * kernel.inputs, self.options.rank)
-    return jax.random.bernoulli(key, keep_prob, shape) / keep_prob
 
 
 @functools.lru_cache(maxsize=4)

@@ -68,11 +68,8 @@ class LstmLmOptions(ModelOptions):
     if self.moe.extra_ffn:
       yield 'moe.extra_ffn=True has no effect in a model of LSTMs'
     # LSTMs have no attention, which alone reads positions that are not added.
-    default_positions = fields_of(type(self))['positions'].default
-    if not self.positions.added and self.positions not in (
-      default_positions,
-      NoPositions(),
-    ):
+    unread = fields_of(type(self))['positions'].default, NoPositions()
+    if not self.positions.added and self.positions not in unread:
       yield (
         f'positions.kind={POSITIONS.name_of(self.positions)!r} has no effect '
         'in a model without attention'

@@ -119,7 +119,11 @@ def segments(kinds: tuple[Hashable, ...]) -> list[Segment]:
     rest = kinds[start:]
     pattern, repeats = max(
       ((rest[:p], _count_repeats(rest, p)) for p in range(1, MAX_PERIOD + 1)),
-      key=lambda cut: (_num_covered(*cut), -len(cut[0])),
+      # A loop of one period is no loop, and covers a single layer.
+      key=lambda cut: (
+        len(cut[0]) * cut[1] if cut[1] > 1 else min(cut[1], 1),
+        -len(cut[0]),
+      ),
     )
     loops.append(Segment(f'layers_{len(loops)}', pattern, repeats))
     start += len(pattern) * repeats
@@ -152,8 +156,3 @@ def _count_repeats(kinds, p):
   while kinds[n * p : (n + 1) * p] == kinds[:p] and len(kinds) >= n * p + p:
     n += 1
   return n
-
-
-def _num_covered(pattern, repeats):
-  """The number of layers that a loop covers; 1 if it has a single period."""
-  return len(pattern) * repeats if repeats > 1 else min(repeats, 1)

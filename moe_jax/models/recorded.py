@@ -72,31 +72,25 @@ def recording(
   )
   if SOWN not in collections:
     return result, {}
-  layers = map(sown, model.stacks.layer_trees(collections[SOWN]))
-  return result, {
-    i: _recorded_choices(model, i, sown_values, logits, jnp.dtype(dtype))
-    for i, sown_values in enumerate(layers)
-    if CHOICES in sown_values
-  }
+  recorded, largest = {}, jnp.finfo(dtype).max
+  for i, tree in enumerate(model.stacks.layer_trees(collections[SOWN])):
+    if CHOICES not in (sown_values := sown(tree)):
+      continue
+    choices, router_logits = sown_values[CHOICES], None
+    if logits and LOGITS in sown_values:
+      router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
+      # No logit becomes infinite.
+      router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
+    index_type = expert_type(model.stacks.moe_of(i).num_retained)
+    recorded[i] = LayerChoices(
+      expert=choices.expert.astype(index_type),
+      gate=choices.gate.astype(dtype),
+      kept=choices.kept,
+      logits=router_logits,
+    )
+  return result, recorded
 
 
 def expert_type(num_experts: int) -> type[np.integer]:
   """The type in which numbers of experts, and -1 for none, are kept."""
   return np.int8 if num_experts <= 128 else np.int16
-
-
-def _recorded_choices(
-  model: Model, layer: int, sown_values, logits: bool, dtype
-) -> LayerChoices:
-  choices, router_logits = sown_values[CHOICES], None
-  if logits and LOGITS in sown_values:
-    router_logits = to_rows(sown_values[LOGITS], *choices.gate.shape[:2])
-    largest = jnp.finfo(dtype).max  # so that no logit becomes infinite
-    router_logits = jnp.clip(router_logits, -largest, largest).astype(dtype)
-  index_type = expert_type(model.stacks.moe_of(layer).num_retained)
-  return LayerChoices(
-    expert=choices.expert.astype(index_type),
-    gate=choices.gate.astype(dtype),
-    kept=choices.kept,
-    logits=router_logits,
-  )

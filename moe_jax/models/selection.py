@@ -14,20 +14,10 @@ from moe_jax.errors import InputError
 from moe_jax.layers.parameters import Role
 from moe_jax.partitioning import path_name
 
-# The parts of a model that an expression names, by the roles of parameters.
-_ROLE_OF = {
-  'attention': 'attention',
-  'embeddings': 'embedding',
-  'experts': 'expert',
-  'ffn': 'ffn',
-  'gate': 'gate',
-  'head': 'head',
-  'lstm': 'lstm',
-  'norms': 'norm',
-  'router': 'router',
-  'shared_experts': 'shared_expert',
-}
-NAMES = ('all', 'non_experts', *_ROLE_OF)
+# The parts of a model that an expression names: roles of parameters, of which
+# those that can be counted are in the plural.
+_ROLES = 'attention embeddings experts ffn gate head lstm norms router'
+NAMES = ('all', 'non_experts', *_ROLES.split(), 'shared_experts')
 _PATTERN = 're:'
 _TERM = re.compile(r'\s*(?P<sign>[+-]?)\s*(?P<term>re:\S+|\w+)\s*')
 
@@ -110,4 +100,6 @@ def _names(term: str, by_name: dict[str, str]) -> set[str]:
     return set(by_name)
   if term == 'non_experts':
     return {name for name, role in by_name.items() if role != 'expert'}
-  return {name for name, role in by_name.items() if role == _ROLE_OF[term]}
+  return {
+    name for name, role in by_name.items() if role == term.removesuffix('s')
+  }

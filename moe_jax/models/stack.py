@@ -54,8 +54,7 @@ class StackConfig:
     sparse: A flag for each of L layers: whether its feed-forward is sparse, or
       the dense twin of a sparse one.
     block: The options that all layers share, but for the window of attention.
-    windows: The window of each layer's attention, 0 for none; with () all have
-      that of `block`.
+    windows: The window of each layer's attention; 0 for none.
     padding: The rule for whether blocks and routers see padding.
     scan_layers: Whether the periods of the layer pattern are a loop (compile
       time independent of L) or unrolled; no number changes.
@@ -66,11 +65,11 @@ class StackConfig:
 
   sparse: tuple[bool, ...]
   block: BlockConfig
-  padding: Padding = Padding()
-  scan_layers: bool = True
-  remat: str = 'none'
+  windows: tuple[int, ...]
+  padding: Padding
+  scan_layers: bool
+  remat: str
   stacked: bool = True
-  windows: tuple[int, ...] = ()
 
   @property
   def experts(self) -> MoeOptions | None:
@@ -81,19 +80,20 @@ class StackConfig:
   @property
   def kinds(self) -> tuple['LayerKind', ...]:
     """The kind of each layer; those of one kind are the same function."""
-    return kinds_of(self.block.moe, self.sparse, self.layer_windows)
-
-  @property
-  def layer_windows(self) -> tuple[int, ...]:
-    """The window of each layer's attention; 0 for none."""
-    return self.windows or (self.block.attention.window,) * len(self.sparse)
+    moe = self.block.moe
+    return tuple(
+      LayerKind(moe.in_layer(i) if flag and moe is not None else None, window)
+      for i, (flag, window) in enumerate(
+        zip(self.sparse, self.windows, strict=True)
+      )
+    )
 
   def cache_lengths(self, max_len: int) -> tuple[int, ...]:
     """The number of slots that each layer's cache keeps, of `max_len` in all.
 
     Layers that are stacked have the longest of them.
     """
-    lengths = tuple(min(w or max_len, max_len) for w in self.layer_windows)
+    lengths = tuple(min(w or max_len, max_len) for w in self.windows)
     return (max(lengths),) * len(lengths) if self.stacked else lengths
 
   @property
@@ -114,16 +114,6 @@ class LayerKind(NamedTuple):
 
   moe: MoeOptions | None
   window: int = 0
-
-
-def kinds_of(
-  moe: MoeOptions | None, sparse: tuple[bool, ...], windows: tuple[int, ...]
-) -> tuple[LayerKind, ...]:
-  """The kind of each layer."""
-  return tuple(
-    LayerKind(moe.in_layer(i) if flag and moe is not None else None, window)
-    for i, (flag, window) in enumerate(zip(sparse, windows, strict=True))
-  )
 
 
 class Stack(nn.Module):

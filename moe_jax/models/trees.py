@@ -63,11 +63,12 @@ def init_params(model: Model, key: PRNGKey) -> Any:
       holds the key.
   """
   init = _initializer(model)
-  if not _has_value(key):
+  try:
+    (device, *_) = key.devices()
+  except jax.errors.ConcretizationTypeError:  # in a program that is traced
     return init(key)['params']
   leaves = jax.tree.leaves(init.eval_shape(key))
   size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-  (device, *_) = key.devices()
   need = (f'the variables of {type(model).__name__}', size)
   check_room([need], jax.devices(device.platform))
   return init(key)['params']
@@ -88,15 +89,6 @@ def describe(model: Model) -> ParameterTrees:
   """The shapes, logical axes and roles of a model's parameters."""
   boxed = abstract_params(model)
   return ParameterTrees(nn.meta.unbox(boxed), axes_of(boxed), roles_of(boxed))
-
-
-def _has_value(key: PRNGKey) -> bool:
-  """Whether arrays are made now, and not in a program that is traced."""
-  try:
-    key.devices()
-  except jax.errors.ConcretizationTypeError:
-    return False
-  return True
 
 
 def _initializer(model: Model) -> Any:
@@ -168,15 +160,11 @@ def move_router_state(
 
   # The number of each layer by its path, or those of layers that are stacked.
   numbers: dict[Path, Any] = {}
-  first = 0
-  for stack in stacks:
-    for number, layer in enumerate(stack.layers, first):
-      path = (*stack.path, *layer.path)
-      if layer.index is None:
-        numbers[path] = number
-      else:
-        numbers[path] = [*numbers.get(path, ()), number]
-    first += len(stack.layers)
+  for number, layer in enumerate(stacks.layers):
+    if layer.index is None:
+      numbers[layer.path] = number
+    else:
+      numbers[layer.path] = [*numbers.get(layer.path, ()), number]
   moved = {}
   for path, layers in numbers.items():
     if state := subtree(router_state, path):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moe_jax import partitioning
 from moe_jax.config import Options, read_options
-from moe_jax.data import DataOptions, tokenizers
+from moe_jax.data import DataOptions, Dataset, load, tokenizers
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.errors import InputError
 from moe_jax.layers.routers.contract import ROUTER_STATE
@@ -94,6 +94,32 @@ class Described(NamedTuple):
         f'{list(data.tasks)}; give data.mixture the same sources, those that '
         'are not learned from in data.mixture.held_out'
       )
+
+  def load_data(
+    self, workdir: str | os.PathLike[str], options: DataOptions | None = None
+  ) -> Dataset:
+    """Loads data whose tokens and tasks are those that the run knows.
+
+    The tokenizers are compared as the data has them, since a task may add an
+    EOS; a run that has none is of any tokens.
+
+    Args:
+      workdir: The run's folder, for messages.
+      options: The options of the data; None takes those of the run.
+
+    Raises:
+      ValueError: They are not.
+    """
+
+    def refuse(problems):
+      for problem in problems:
+        raise InputError(f'{workdir} does not fit the data: {problem}')
+
+    refuse(self.task_problems(options or self.data))
+    dataset = load(options or self.data)
+    if self.tokenizer is not None:
+      refuse(self.token_problems(dataset.tokenizer))
+    return dataset
 
 
 def read(

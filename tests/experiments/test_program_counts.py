@@ -72,7 +72,7 @@ def test_both_halves_have_their_own_loops():
   short_halves = []
 
   def record(short):
-    decoder, encoder = short.model, short.model.encoder_half()
+    decoder, encoder = short.model, short.model.encoder_half
     short_halves.append(
       (
         decoder.num_layers,

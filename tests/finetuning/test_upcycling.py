@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import models
-from moe_jax.finetuning import Copies, plan, sources_of
+from moe_jax.finetuning import InitFrom, plan, sources_of
 from moe_jax.layers.experts import Dropless
 from moe_jax.layers.ffn import FfnOptions
 from moe_jax.layers.moe_options import MoeOptions
@@ -94,7 +94,7 @@ def logits_of(model, params):
 
 
 def convert(model, source, **copies):
-  conversion = plan(model, source, Copies(**copies))
+  conversion = plan(model, source, InitFrom('old', **copies))
   return jax.jit(conversion.apply)(params_of(source), KEY)
 
 
@@ -227,7 +227,7 @@ def test_noise_tells_copies_apart_and_leaves_the_first():
 def test_fewer_experts_are_the_first_or_those_named():
   source, model = build(TOP2), build({**TOP2, 'num_experts': 3})
   source_moe = params_of(source)['layers']['layer_1']['moe']
-  for experts, source_index in (((), [0, 1, 2]), ((3, 1, 3), [3, 1, 3])):
+  for experts, source_index in (('', [0, 1, 2]), ('3,1,3', [3, 1, 3])):
     moe = convert(model, source, experts=experts)['layers']['layer_1']['moe']
     np.testing.assert_array_equal(
       moe['experts']['w_out'], source_moe['experts']['w_out'][:, source_index]
@@ -240,16 +240,16 @@ def test_fewer_experts_are_the_first_or_those_named():
 
 def test_the_same_model_is_copied_whatever_its_experts_are_called():
   sparse = build(TOP2)
-  conversion = plan(build({**TOP2, **RAW}), sparse, Copies())
+  conversion = plan(build({**TOP2, **RAW}), sparse, InitFrom())
   assert conversion.copies_all and conversion.describe() == 'all copied'
-  assert not plan(sparse, sparse, Copies(experts=(1, 0, 2, 3))).copies_all
-  assert not plan(sparse, build(DENSE), Copies()).copies_all
+  assert not plan(sparse, sparse, InitFrom('old', experts='1,0,2,3')).copies_all
+  assert not plan(sparse, build(DENSE), InitFrom()).copies_all
 
 
 def test_all_that_does_not_fit_is_listed():
   with pytest.raises(ValueError) as caught:
     wide = {'ffn': FfnOptions(36)}
-    plan(build(TOP2, {'width': 24}), build(DENSE, wide), Copies())
+    plan(build(TOP2, {'width': 24}), build(DENSE, wide), InitFrom())
   lines = str(caught.value).splitlines()
   assert 'embedding: [257, 16] there, [257, 24] here' in lines
   assert 'layers/layer_0/ffn/w_in: [16, 36] there, [24, 20] here' in lines
@@ -274,9 +274,9 @@ def test_all_that_does_not_fit_is_listed():
       r'embedding: \[257, 16\] there, (.|\n)*4 layers there, 6 here',
     ),
     (TOP2, HALVES, DENSE, {}, {}, 'one of the two is an encoder-decoder'),
-    (TOP2, {}, TOP2, {}, {'experts': (0, 1)}, r'are not 4 numbers in \[0, 4\)'),
-    (TOP2, {}, TOP2, {}, {'experts': (0, 1, 2, 4)}, 'are not 4 numbers'),
-    (TOP2, {}, DENSE, {}, {'experts': (0,) * 4}, 'with 0 experts there and 4'),
+    (TOP2, {}, TOP2, {}, {'experts': '0,1'}, r'are not 4 numbers in \[0, 4\)'),
+    (TOP2, {}, TOP2, {}, {'experts': '0,1,2,4'}, 'are not 4 numbers'),
+    (TOP2, {}, DENSE, {}, {'experts': '0,0,0,0'}, 'with 0 experts there and 4'),
     # The dense twin with K=2 is twice as wide as an expert.
     (
       TOP2,
@@ -293,7 +293,7 @@ def test_what_has_no_meaning_is_refused(
 ):
   target, source = build(moe, model), build(source_moe, source_model)
   with pytest.raises(ValueError, match=message):
-    plan(target, source, Copies(**copies))
+    plan(target, source, InitFrom('old', **copies))
 
 
 def test_columns_must_lead_to_the_same_experts():

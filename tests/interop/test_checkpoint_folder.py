@@ -148,7 +148,7 @@ def test_a_switch_of_2022(tmp_path):
   m = open_config(tmp_path, **OLD_SWITCH).options
   assert type(m) is TransformersEncoderDecoder and m.route_padding
   assert (m.num_layers, m.encoder.num_layers, m.width) == (12, 12, 768)
-  assert m.moe.layers == m.encoder_half().moe.layers == '1,3,5,7,9,11'
+  assert m.moe.layers == m.encoder_half.moe.layers == '1,3,5,7,9,11'
   assert m.moe.capacity == Fixed(64)
   assert m.attention.scale == 'none'
   assert m.embedding.logits_scale == 'inverse_sqrt_width'
@@ -414,4 +414,4 @@ def test_no_key_is_sorted_twice():
 def test_which_layers_of_switch_are_sparse(options, layers, tmp_path):
   config = {**oracle.BASE['switch_transformers'], **options}
   checkpoint = open_config(tmp_path, **config, model_type='switch_transformers')
-  assert checkpoint.options.encoder_half().moe.layers == layers
+  assert checkpoint.options.encoder_half.moe.layers == layers

@@ -262,13 +262,13 @@ def test_bad_overrides_are_refused_by_name(message):
 def test_a_half_becomes_the_overrides_that_make_it():
   base = tiny.options(kind='encoder_decoder')
   half = dataclasses.replace(
-    base.encoder_half(),
+    base.encoder_half,
     num_layers=3,
     ffn=FfnOptions(14),
     moe=dataclasses.replace(base.moe, router=ExpertChoice(jitter=0.1)),
   )
   options = base.with_halves(half, *base.halves[1:])
-  assert options.encoder_half() == half
+  assert options.encoder_half == half
   assert options.encoder.num_layers == 3
   assert options.encoder.overrides == {
     'ffn': {'hidden': 14},
@@ -277,6 +277,6 @@ def test_a_half_becomes_the_overrides_that_make_it():
     },
   }
   small = options.shrunk()
-  assert small.encoder_half().num_layers == 2
+  assert small.encoder_half.num_layers == 2
   assert small.encoder.overrides['moe'] == options.encoder.overrides['moe']
   assert 'ffn' not in small.encoder.overrides

@@ -17,7 +17,7 @@ DENSE = dict(layers='none')
 def test_layers_that_alternate_are_one_loop_of_two():
   model = tiny.build(DENSE, **OPTIONS)
   (stack,) = model.stacks.blocks
-  assert stack.layer_windows == (3, 0, 3, 0)
+  assert stack.windows == (3, 0, 3, 0)
   assert stack.kinds[:2] == (LayerKind(None, 3), LayerKind(None, 0))
   params = tiny.params_of(model)
   assert set(params['layers']) == {'layer_0', 'layer_1'}
@@ -51,7 +51,7 @@ def test_a_window_for_longer_texts_is_also_that_of_full_layers():
       {'params': tiny.params_of(model)}, window=window
     )
     (stack,) = prepared.stacks.blocks
-    assert stack.layer_windows == expected
+    assert stack.windows == expected
     cache = jax.eval_shape(lambda: prepared.make_cache(1, 9))  # noqa: B023
     assert [leaf.shape[2] for leaf in cache.key] == [w or 9 for w in expected]
 
@@ -73,8 +73,8 @@ def test_an_encoder_has_no_window():
     DENSE, kind='encoder_decoder', encoder=EncoderOptions(), **OPTIONS
   )
   encoder, decoder = model.stacks.blocks
-  assert encoder.layer_windows == (0,) * 4
-  assert decoder.layer_windows == (3, 0, 3, 0)
+  assert encoder.windows == (0,) * 4
+  assert decoder.windows == (3, 0, 3, 0)
 
 
 def test_a_small_copy_has_a_layer_of_each_kind():

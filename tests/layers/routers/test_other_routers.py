@@ -152,7 +152,7 @@ def test_factor_one_for_each_of_two_choices_is_the_papers_two():
 def test_an_encoder_has_tables_of_its_own():
   def encoder_router(router):
     options = tiny.options(dict(router=router), 'encoder_decoder')
-    return options.encoder_half().moe.router
+    return options.encoder_half.moe.router
 
   for kind in (Hash, Random):
     assert encoder_router(kind(seed=4)) == kind(seed=5)

@@ -206,7 +206,7 @@ def test_a_loss_has_one_weight_in_both_halves():
       encoder=dict(overrides={'moe': {'router': router}}),
     )
 
-  assert options(0.001).encoder_half().moe.router.z_weight == 0.001
+  assert options(0.001).encoder_half.moe.router.z_weight == 0.001
   with pytest.raises(ValueError, match=r'z_weight=0.5 .* 0.001 in the decoder'):
     options(0.5)
   with pytest.raises(ValueError, match='capacity'):
