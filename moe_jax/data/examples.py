@@ -7,8 +7,8 @@ import operator
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.data.packing import Rows
+from moe_jax.data.layouts import Counts, Example, Layout, Lengths, Window
+from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.data.store import Shards
 from moe_jax.shapes import Int
 
@@ -42,12 +42,7 @@ class ExampleRows(Rows):
   def example(self, index: int, generator: np.random.Generator) -> Example:
     """Example `index`; its noise, if it has any, is drawn by `generator`."""
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, each with the noise of its epoch."""
     rows = []
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
@@ -122,13 +117,11 @@ class WindowTask(abc.ABC):
   window: int
 
   @abc.abstractmethod
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of windows of `n` tokens."""
 
   @abc.abstractmethod
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of a window of 2 to `self.window` tokens."""
 
 

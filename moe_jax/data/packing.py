@@ -14,6 +14,9 @@ from moe_jax.data.layouts import Layout
 from moe_jax.data.store import Shards
 from moe_jax.shapes import Int
 
+Batch = dict[str, np.ndarray]
+Numbers = Int[np.ndarray, ' R']  # of rows, or of their epochs
+
 
 class Rows(abc.ABC):
   """Random access to rows; a row is a dict of arrays, a batch stacks them.
@@ -29,9 +32,7 @@ class Rows(abc.ABC):
     """The rows of each source by name, each shuffled by itself in training."""
     return {'': self}
 
-  def locate(
-    self, row: Int[np.ndarray, ' R']
-  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+  def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
     """The source of each row of the training stream, and its row in the source.
 
     Args:
@@ -42,7 +43,7 @@ class Rows(abc.ABC):
   @abc.abstractmethod
   def __len__(self) -> int: ...
 
-  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+  def take(self, indices: Numbers) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
     They are the same at every call, as an evaluation needs. An index of
@@ -52,12 +53,7 @@ class Rows(abc.ABC):
     return self.draw(indices, 0, np.zeros_like(indices))
 
   @abc.abstractmethod
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices` with the noise of training in their epochs.
 
     A row depends on its index, its epoch (from 0) and the seed alone. An index
@@ -72,7 +68,7 @@ class Rows(abc.ABC):
     """Numbers about these rows to report by name, besides tokens and texts."""
     return {}
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, index: int) -> Batch:
     row = operator.index(index)
     if not -len(self) <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
@@ -119,12 +115,7 @@ class PackedRows(Rows):
     """The number of rows and their length: `7 rows of T=4`."""
     return f'{len(self):,} rows of T={self.seq_len}'
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, with other cuts in each epoch after the first.
 
     An epoch goes round the stream from its offset, and so leaves out no more
@@ -133,9 +124,7 @@ class PackedRows(Rows):
     """
     return self.take(indices, self._offsets(seed, epochs))
 
-  def take(
-    self, indices: np.ndarray, offsets: np.ndarray | int = 0
-  ) -> dict[str, np.ndarray]:
+  def take(self, indices: Numbers, offsets: Numbers | int = 0) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
     An index of `len(self)` or more gives a row of padding.

@@ -11,11 +11,8 @@ import grain
 import numpy as np
 
 from moe_jax.data.mixing import joined
-from moe_jax.data.packing import Rows
+from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.errors import InputError, ReportedError
-from moe_jax.shapes import Int
-
-Batch = dict[str, np.ndarray]
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
@@ -35,7 +32,7 @@ def batch_dataset(
   *,
   batch_size: int,
   seed: int,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
   offset: int = 0,
 ) -> grain.MapDataset:
   """An endless dataset whose element i is batch i, arrays [R, T].
@@ -90,7 +87,7 @@ class _Stream:
       .repeat(_ENDLESS_ROWS // len(rows))
     )
 
-  def __call__(self, row: Int[np.ndarray, ' R']) -> Batch:
+  def __call__(self, row: Numbers) -> Batch:
     """The rows with these numbers in the stream."""
     order = self._order
     indices = np.array([order[position] for position in row.tolist()], np.int64)
@@ -103,7 +100,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   start: int,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
   offset: int = 0,
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
@@ -129,7 +126,7 @@ def eval_batches(
   *,
   batch_size: int,
   num_batches: int = 0,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
 ) -> Iterator[Batch]:
   """Batches of every row once, in order; the last is filled with padding.
 

@@ -9,17 +9,22 @@ import dataclasses
 import functools
 
 import numpy as np
-from jaxtyping import Integer
 
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.shapes import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +105,7 @@ class PrefixLM(WindowTask):
       )
     return int(sizes[fits][-1])
 
-  def suffixes(
-    self, n: Int[np.ndarray, ' P']
-  ) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+  def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
     """The shortest and longest targets of a window of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
@@ -112,15 +115,13 @@ class PrefixLM(WindowTask):
       np.maximum(around_mean, shortest),
     )
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of windows of `n` tokens."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
     split = len(window) - generator.integers(shortest, longest, endpoint=True)

@@ -12,13 +12,20 @@ from jaxtyping import Integer
 
 from moe_jax.config import option
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.shapes import Bool, Int
+from moe_jax.shapes import Bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +128,14 @@ class SpanCorruption(WindowTask):
       )
     return window
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The lengths of examples of `n` tokens; they never fall as `n` grows."""
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
     return Lengths(inputs, targets, inputs + targets)
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window, whose own EOS at its end is left out."""
     if window[-1] == self.eos_id and len(window) > 1:
       window = window[:-1]
@@ -146,8 +151,8 @@ class SpanCorruption(WindowTask):
 
 
 def noise_counts(
-  n: Int[np.ndarray, ' P'], density: float, mean_span: float
-) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+  n: Counts, density: float, mean_span: float
+) -> tuple[Counts, Counts]:
   """The numbers of tokens and of spans that are cut out of `n` tokens.
 
   At least one token is cut out and, if `n` > 1, at least one is kept. At least

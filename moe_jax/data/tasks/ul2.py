@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
-from jaxtyping import Integer
 
 from moe_jax.config import option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
-from moe_jax.shapes import Int
 
 MODES = ('R', 'S', 'X')
 
@@ -139,14 +144,12 @@ class Mixture(WindowTask):
     """
     return min(task.window for task in self.tasks)
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of `n` tokens by any denoiser."""
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window, by a denoiser that is drawn for it."""
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]
