@@ -208,17 +208,10 @@ def load(options: DataOptions) -> Dataset:
       tokenizer lacks; a split is empty; a row is too short for the task, or
       there are too few sentinels.
   """
+  rest = options.tokenizer, options.selection, options.shape
   if options.mixture.sources:
-    return mixtures.load(
-      options.mixture,
-      options.task,
-      options.tokenizer,
-      options.selection,
-      options.shape,
-    )
-  return options.task.load(
-    options.source, options.tokenizer, options.selection, options.shape
-  )
+    return mixtures.load(options.mixture, options.task, *rest)
+  return options.task.load(options.source, *rest)
 
 
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moe_jax.data.layouts import Layout
 from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
@@ -97,12 +96,7 @@ class TaskRows(Rows):
 
   def __init__(self, rows: Rows, task: int):
     """Takes the rows of the source and its number, from 0."""
-    self.source, self._task = rows, task
-
-  @property
-  def layout(self) -> Layout | None:
-    """The layout of examples."""
-    return self.source.layout
+    self.source, self.layout, self._task = rows, rows.layout, task
 
   def __len__(self) -> int:
     return len(self.source)
@@ -132,11 +126,7 @@ class MixedRows(Rows):
     """Takes the rows of each source by name, all of one task and shape."""
     self._parts, self._schedule = dict(parts), schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
-
-  @property
-  def layout(self) -> Layout | None:
-    """The layout of examples, which all sources share."""
-    return next(iter(self._parts.values())).layout
+    self.layout = next(iter(parts.values())).layout  # of all sources
 
   @property
   def parts(self) -> Mapping[str, Rows]:

@@ -122,7 +122,15 @@ class PackedRows(Rows):
     than the prediction across its first cut. The only row of a short stream is
     the same in every epoch.
     """
-    return self.take(indices, self._offsets(seed, epochs))
+    if len(self) <= 1:  # a cut could only take context away
+      return self.take(indices)
+    distinct, epoch_index = np.unique(epochs, return_inverse=True)
+    draws = [
+      epoch and np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+      for epoch in distinct.tolist()
+    ]
+    offsets = np.array(draws, np.int64) % self.seq_len
+    return self.take(indices, offsets[epoch_index])
 
   def take(self, indices: Numbers, offsets: Numbers | int = 0) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
@@ -156,18 +164,3 @@ class PackedRows(Rows):
         real[:, 1:] & (document[:, 1:] == document[:, :-1])
       ).astype(np.float32),
     }
-
-  def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """The offset by which each epoch moves the cuts; that of the first is 0.
-
-    It is always 0 where one row has the whole stream, as a cut could only take
-    context away.
-    """
-    if len(self) <= 1:
-      return np.zeros(len(epochs), np.int64)
-    distinct, epoch_index = np.unique(epochs, return_inverse=True)
-    draws = [
-      epoch and np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
-      for epoch in distinct.tolist()
-    ]
-    return (np.array(draws, np.int64) % self.seq_len)[epoch_index]

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import grain
@@ -58,7 +58,7 @@ def batch_dataset(
     ValueError: There are no rows, or more than 2^32.
   """
   share = np.arange(batch_size) if share is None else share
-  streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
+  streams = [_stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
     source, row = rows.locate(offset + i * batch_size + share)
@@ -67,31 +67,28 @@ def batch_dataset(
   return grain.MapDataset.range(_ENDLESS_ROWS // batch_size).map(draw)
 
 
-class _Stream:
-  """The endless stream of one source's rows, shuffled anew each epoch."""
+def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
+  """The rows of one source by their numbers in an endless stream.
 
-  def __init__(self, rows: Rows, seed: int, name: str):
-    if not 0 < len(rows) <= _MOST_ROWS:
-      of_source = f' of source {name!r}' * bool(name)
-      raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
-    # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
-    # same orders, one epoch apart. The order of a source in a mixture depends
-    # on its own name alone, not on the other sources.
-    name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
-    sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
-    stream_seed = int(sequence.generate_state(1)[0])
-    self._rows, self._seed = rows, stream_seed
-    self._order = (
-      grain.MapDataset.range(len(rows))
-      .shuffle(stream_seed)
-      .repeat(_ENDLESS_ROWS // len(rows))
-    )
+  The stream is shuffled anew each epoch.
+  """
+  if not 0 < len(rows) <= _MOST_ROWS:
+    of_source = f' of source {name!r}' * bool(name)
+    raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
+  # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
+  # same orders, one epoch apart. The order of a source in a mixture depends
+  # on its own name alone, not on the other sources.
+  name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
+  sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
+  stream_seed = int(sequence.generate_state(1)[0])
+  order = grain.MapDataset.range(len(rows)).shuffle(stream_seed)
+  order = order.repeat(_ENDLESS_ROWS // len(rows))
 
-  def __call__(self, row: Numbers) -> Batch:
-    """The rows with these numbers in the stream."""
-    order = self._order
+  def draw(row: Numbers) -> Batch:
     indices = np.array([order[position] for position in row.tolist()], np.int64)
-    return self._rows.draw(indices, self._seed, row // len(self._rows))
+    return rows.draw(indices, stream_seed, row // len(rows))
+
+  return draw
 
 
 def train_batches(

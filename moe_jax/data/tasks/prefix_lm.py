@@ -19,7 +19,7 @@ from moe_jax.data.layouts import (
   RowShape,
   Window,
 )
-from moe_jax.data.packing import PackedRows
+from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -35,9 +35,7 @@ class LmTask(TaskOptions):
   makes_examples = False
   answers_go_on = True
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> PackedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of the whole stream."""
     del tokenizer
     return PackedRows(*stream, shape.seq_len)
@@ -55,9 +53,7 @@ class PrefixLmTask(TaskOptions):
     """The tokenizer with an EOS, which ends inputs only for an encoder."""
     return extend(base, end_inputs=shape.encoder_decoder)
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     eos_id = tokenizer.eos_id if shape.encoder_decoder else None
     windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=eos_id)

@@ -20,6 +20,7 @@ from moe_jax.data.layouts import (
   RowShape,
   Window,
 )
+from moe_jax.data.packing import Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
@@ -63,9 +64,7 @@ class SpanCorruptionTask(TaskOptions):
     del shape
     return extend(base, num_sentinels=self.num_sentinels, end_inputs=True)
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     windows = SpanCorruption(
       shape.layout(tokenizer.start_id),

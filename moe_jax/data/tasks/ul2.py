@@ -17,6 +17,7 @@ from moe_jax.data.layouts import (
   RowShape,
   Window,
 )
+from moe_jax.data.packing import Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.prefix_lm import PrefixLM
@@ -90,9 +91,7 @@ class Ul2Task(TaskOptions):
       end_inputs=shape.encoder_decoder,
     )
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     windows = self.windows(cast(Extended, tokenizer), shape)
     return DenoisedRows(*stream, windows, pack=shape.pack)
