@@ -125,9 +125,8 @@ class ChoiceFilesSource(ChoiceSourceOptions):
       items.append(check_item(**{key: value[key] for key in keys}, where=where))
     if not items:
       raise InputError(f'the {len(paths)} files of {self.pattern!r} are empty')
-    return ItemSource(
-      f'files:{self.pattern} ({len(items)} items)', lambda split: items
-    )
+    name = f'files:{self.pattern} ({len(items)} items)'
+    return ItemSource(name, lambda split: items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +139,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     required=True,
   )
   prompt_feature: str = option(
-    'prompt', 'TFDS feature with the prompt of a question.'
+    'prompt', 'Feature with the prompt of a question.'
   )
   answers_feature: str = option(
     'answers',

@@ -289,9 +289,7 @@ def _json_text(value: Any, field: str) -> str:
   return text
 
 
-def json_lines(
-  paths: Iterable[pathlib.Path],
-) -> Iterator[tuple[str, bytes, Any]]:
+def json_lines(paths: list[pathlib.Path]) -> Iterator[tuple[str, bytes, Any]]:
   """Name (for messages), stripped bytes and JSON value of lines with content.
 
   Raises:
@@ -393,7 +391,13 @@ def _parquet_texts(
       has none. The message names the row, from 1.
   """
   file = _parquet(path)
-  _check_column(file.schema_arrow, path, column)
+  schema = file.schema_arrow
+  if column not in schema.names:
+    names = sorted(schema.names)
+    raise InputError(f'{path} has no column {column!r}; it has {names}')
+  kind = str(schema.field(column).type)
+  if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
+    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
   sizes = [file.metadata.row_group(i).num_rows for i in range(end)]
   skipped, total, count = sum(sizes[:begin]), sum(sizes[begin:]), 0
   try:
@@ -413,16 +417,6 @@ def _parquet_texts(
     raise InputError(
       f'{path} is damaged after row {skipped + count}: {first_line(error)}'
     ) from None
-
-
-def _check_column(schema, path: pathlib.Path, column: str) -> None:
-  if column not in schema.names:
-    raise InputError(
-      f'{path} has no column {column!r}; it has {sorted(schema.names)}'
-    )
-  kind = str(schema.field(column).type)
-  if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
-    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
 
 
 def _parquet(path: pathlib.Path):

@@ -166,7 +166,8 @@ class Shards:
     return _read(self._paths[number], self.dtype.name, count)
 
 
-Stream = tuple[np.ndarray | Shards, np.ndarray]
+Tokens = np.ndarray | Shards
+Stream = tuple[Tokens, np.ndarray]  # and where each text begins
 
 
 def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:

@@ -152,9 +152,8 @@ class InstructionTask:
       subjects.add(shot.subject)
       texts.append(f'{_question_text(template, shot)}\n{shot.answer}')
     texts.append(_question_text(template, drawn))
-    return Question(
-      '\n\n'.join(texts), drawn.answer, drawn.choices, self.metric
-    )
+    inputs = '\n\n'.join(texts)
+    return Question(inputs, drawn.answer, drawn.choices, self.metric)
 
   def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
     """A training example about anything else."""
@@ -247,12 +246,8 @@ def functions() -> tuple[Function, ...]:
         if function is not None:
           by_source.setdefault(function.source, function)
   # A hash orders them, which does not depend on the modules' names.
-  return tuple(
-    sorted(
-      by_source.values(),
-      key=lambda f: hashlib.sha256(f.source.encode()).digest(),
-    )
-  )
+  order = sorted(by_source, key=lambda s: hashlib.sha256(s.encode()).digest())
+  return tuple(by_source[source] for source in order)
 
 
 @functools.cache
@@ -774,9 +769,7 @@ class InstructionSource(SourceOptions):
     minimum=1,
   )
   num_validation: int = option(
-    100,
-    'Number of examples for validation.',
-    minimum=1,
+    100, 'Number of examples for validation.', minimum=1
   )
   num_shots: int = option(
     0,

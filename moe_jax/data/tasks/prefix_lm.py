@@ -96,9 +96,8 @@ class PrefixLM(WindowTask):
     shortest, longest = self.suffixes(sizes)
     fits = (shortest <= longest) & self.layout.fits(self.lengths(sizes))
     if not fits.any():
-      raise InputError(
-        f'rows of {self.layout.describe()} are too short for a prefix LM'
-      )
+      rows = self.layout.describe()
+      raise InputError(f'rows of {rows} are too short for a prefix LM')
     return int(sizes[fits][-1])
 
   def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
@@ -121,9 +120,8 @@ class PrefixLM(WindowTask):
     """One example of the window."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
     split = len(window) - generator.integers(shortest, longest, endpoint=True)
-    mode, eos = (
-      [] if mark is None else [mark] for mark in (self.mode_id, self.eos_id)
-    )
+    marks = self.mode_id, self.eos_id
+    mode, eos = ([] if mark is None else [mark] for mark in marks)
     inputs = np.concatenate([mode, window[:split], eos])
     return Example(inputs.astype(np.int32), window[split:].astype(np.int32))
 

@@ -114,9 +114,8 @@ class SpanCorruption(WindowTask):
     sizes = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
     window = int(self.layout.fits(self.lengths(sizes)).sum())
     if window < 2:
-      raise InputError(
-        f'rows of {self.layout.describe()} are too short for span corruption'
-      )
+      rows = self.layout.describe()
+      raise InputError(f'rows of {rows} are too short for span corruption')
     _, spans = noise_counts(np.array([window]), self.density, self.mean_span)
     num_needed = int(spans[0]) + self.final_sentinel
     if num_needed > len(self.sentinels):
@@ -184,7 +183,7 @@ def noise_mask(
 
 
 def corrupt(
-  window: Integer[np.ndarray, ' N'],
+  window: Window,
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:

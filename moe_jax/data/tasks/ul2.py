@@ -98,7 +98,8 @@ class Ul2Task(TaskOptions):
 
   def windows(self, tokenizer: Extended, shape: RowShape) -> 'Mixture':
     """The mixture of the denoisers with a weight above 0."""
-    layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
+    layout = shape.layout(tokenizer.start_id)
+    end_id = cast(int, tokenizer.eos_id)
     sentinels = tokenizer.sentinel_ids[: self.num_sentinels]
     tasks, weights = [], []
     for mode, mean_span, density, weight in self.denoisers:
@@ -107,13 +108,11 @@ class Ul2Task(TaskOptions):
       weights.append(weight)
       mode_id = tokenizer.token_id(mode_name(mode))
       if mode == 'S':
-        end = eos_id if shape.encoder_decoder else None
+        end = end_id if shape.encoder_decoder else None
         tasks.append(PrefixLM(layout, density, end, mode_id))
       else:
         spans = density, mean_span, self.final_sentinel, mode_id
-        tasks.append(
-          SpanCorruption(layout, sentinels, cast(int, eos_id), *spans)
-        )
+        tasks.append(SpanCorruption(layout, sentinels, end_id, *spans))
     return Mixture(tuple(tasks), tuple(weights))
 
 
