@@ -47,8 +47,7 @@ class ExampleRows(Rows):
     rows = []
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
       generator = np.random.default_rng([seed, epoch, index])
-      inside = index < len(self)
-      members = self.members(index) if inside else []
+      members = self.members(index) if index < len(self) else []
       rows.append([self.example(i, generator) for i in members])
     return self.layout.assemble(rows)
 
@@ -69,14 +68,9 @@ class ExampleRows(Rows):
     """The share of padding on each side, 'encoder' or 'decoder'."""
     count = min(len(self), _ROWS_SAMPLED)
     batch = self.take(np.arange(count) * len(self) // max(count, 1))
-    return {
-      side: float(np.mean(batch[name] == 0))
-      for side, name in (
-        ('encoder', 'encoder_segment_ids'),
-        ('decoder', 'segment_ids'),
-      )
-      if name in batch
-    }
+    sides = {'encoder': 'encoder_segment_ids', 'decoder': 'segment_ids'}
+    found = [side for side, name in sides.items() if name in batch]
+    return {side: float(np.mean(batch[sides[side]] == 0)) for side in found}
 
 
 def packed(

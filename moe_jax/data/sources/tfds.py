@@ -170,13 +170,10 @@ def _names_of(features: Any, outer: str = '') -> Iterator[str]:
 
 def _names(data_dir: str) -> list[str]:
   """Names of the datasets in `data_dir`."""
-  root = pathlib.Path(data_dir)
-  names = {
-    path.relative_to(root).parts[0]
-    for versions in ('*/*', '*/*/*')  # without and with a builder config
-    for path in root.glob(f'{versions}/dataset_info.json')
-  }
-  return sorted(names)
+  root, file = pathlib.Path(data_dir), 'dataset_info.json'
+  # A dataset has a folder of its versions, or one of each configuration.
+  paths = [*root.glob(f'*/*/{file}'), *root.glob(f'*/*/*/{file}')]
+  return sorted({path.relative_to(root).parts[0] for path in paths})
 
 
 @dataclasses.dataclass(frozen=True)

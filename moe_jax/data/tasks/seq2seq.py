@@ -104,8 +104,7 @@ class PairRows(ExampleRows):
     self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.
     uncut = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
-    lengths = layout.cut(*uncut)
-    self._lengths = lengths
+    self._lengths = lengths = layout.cut(*uncut)
     is_cut = (lengths.inputs < uncut[0]) | (lengths.targets < uncut[1])
     self.truncated = int(is_cut.sum())
     super().__init__(lengths, layout, pack=pack)
