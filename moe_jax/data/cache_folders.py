@@ -23,15 +23,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import (
-  Callable,
-  Container,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
-from types import MappingProxyType
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.errors import InputError, writing
@@ -93,7 +85,7 @@ def prepared(
     if not folder.is_dir():
       with new_folder(folder.parent, folder.name) as unfinished:
         write(unfinished)
-        publish(unfinished, folder)
+        publish(unfinished, folder, {})
   return folder
 
 
@@ -117,17 +109,15 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def publish(
-  unfinished: pathlib.Path,
-  folder: pathlib.Path,
-  old_facts: Mapping[str, Sequence] = MappingProxyType({}),
+  unfinished: pathlib.Path, folder: pathlib.Path, old_facts: _Facts
 ) -> None:
   """Lists the files of a folder and gives it its name, unless it is taken.
 
   Files of `old_facts`, by size and sha256, are not read again. Both folders are
   on one file system.
   """
-  facts = {name: list(fact) for name, fact in old_facts.items()}
-  facts |= _facts(unfinished, digests=True, skipped_names=old_facts)
+  new_facts = _facts(unfinished, digests=True, skipped_names=old_facts)
+  facts = {**old_facts, **new_facts}
   (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
   try:
     unfinished.rename(folder)

@@ -191,7 +191,16 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   thread.start()
   number = first
   try:
-    while (element := _next(elements, thread)) is not None:
+    while True:
+      alive = thread.is_alive()
+      try:
+        element = elements.get(timeout=_LOOK_SECONDS)
+      except queue.Empty:
+        if alive:
+          continue
+        raise DataError('the thread that makes batches is gone') from None
+      if element is None:
+        break
       yield element[0]
       number += 1
     if failures:
@@ -203,13 +212,3 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
     closed.set()
     while not elements.empty():  # the thread may be waiting for room
       elements.get_nowait()
-
-
-def _next(elements: queue.Queue, thread: threading.Thread):
-  while True:
-    alive = thread.is_alive()
-    try:
-      return elements.get(timeout=_LOOK_SECONDS)
-    except queue.Empty:
-      if not alive:
-        raise DataError('the thread that makes batches is gone') from None

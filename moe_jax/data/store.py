@@ -149,8 +149,7 @@ class Shards:
     """The tokens of [begin, end)."""
     if begin >= end:
       return np.zeros(0, self.dtype)
-    first = int(np.searchsorted(self._ends, begin, side='right'))
-    last = int(np.searchsorted(self._ends, end - 1, side='right'))
+    first, last = np.searchsorted(self._ends, [begin, end - 1], side='right')
     parts = []
     for i in range(first, last + 1):
       start = int(self._begins[i])

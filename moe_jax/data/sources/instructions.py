@@ -241,10 +241,9 @@ def functions() -> tuple[Function, ...]:
       summary = docstring.strip().split('\n')[0].strip()
       fits = len(source) <= _LONGEST and len(summary) <= _LONGEST_SUMMARY
       # A symbol or a lone word, as some docstrings are, describes nothing.
-      if fits and len(summary.split()) > 1:
-        function = function_of(source, summary)
-        if function is not None:
-          by_source.setdefault(function.source, function)
+      fits = fits and len(summary.split()) > 1
+      if fits and (function := function_of(source, summary)):
+        by_source.setdefault(function.source, function)
   # A hash orders them, which does not depend on the modules' names.
   order = sorted(by_source, key=lambda s: hashlib.sha256(s.encode()).digest())
   return tuple(by_source[source] for source in order)
