@@ -23,15 +23,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import (
-  Callable,
-  Container,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
-from types import MappingProxyType
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.errors import InputError, writing
@@ -93,7 +85,7 @@ def prepared(
     if not folder.is_dir():
       with new_folder(folder.parent, folder.name) as unfinished:
         write(unfinished)
-        publish(unfinished, folder)
+        publish(unfinished, folder, {})
   return folder
 
 
@@ -117,17 +109,15 @@ def new_folder(parent: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 
 
 def publish(
-  unfinished: pathlib.Path,
-  folder: pathlib.Path,
-  old_facts: Mapping[str, Sequence] = MappingProxyType({}),
+  unfinished: pathlib.Path, folder: pathlib.Path, old_facts: _Facts
 ) -> None:
   """Lists the files of a folder and gives it its name, unless it is taken.
 
   Files of `old_facts`, by size and sha256, are not read again. Both folders are
   on one file system.
   """
-  facts = {name: list(fact) for name, fact in old_facts.items()}
-  facts |= _facts(unfinished, digests=True, skipped_names=old_facts)
+  new_facts = _facts(unfinished, digests=True, skipped_names=old_facts)
+  facts = {**old_facts, **new_facts}
   (unfinished / LIST).write_text(_text(facts), encoding='utf-8')
   try:
     unfinished.rename(folder)
@@ -192,8 +182,14 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
     if not isinstance(listed_facts, dict) or text != _text(listed_facts):
       raise InputError(f'{LIST} is not as it was written')
     actual_facts = _facts(folder, digests=digests)
-    for path in sorted(listed_facts):  # other files harm nobody
-      _check(path, listed_facts.get(path), actual_facts.get(path))
+    for path, listed in sorted(listed_facts.items()):  # others harm nobody
+      actual = actual_facts.get(path)
+      if actual is None or not listed or not isinstance(listed, list):
+        raise InputError(f'{path} is missing')
+      if listed[0] != actual[0]:
+        raise InputError(f'{path} has {actual[0]} bytes, not {listed[0]}')
+      if actual[1] and listed != actual:
+        raise InputError(f'{path} has changed since it was written (sha256)')
   except FileNotFoundError:
     reason = f'{LIST} is missing'
   except InputError as error:
@@ -203,15 +199,6 @@ def verify(folder: pathlib.Path, *, digests: bool) -> None:
   raise InputError(
     f'{folder} is damaged: {reason}; delete the folder, and it is made anew'
   )
-
-
-def _check(path: str, listed: list | None, actual: list | None) -> None:
-  if actual is None or not listed or not isinstance(listed, list):
-    raise InputError(f'{path} is missing')
-  if listed[0] != actual[0]:
-    raise InputError(f'{path} has {actual[0]} bytes, not {listed[0]}')
-  if actual[1] and listed != actual:
-    raise InputError(f'{path} has changed since it was written (sha256)')
 
 
 def _facts(
@@ -232,12 +219,10 @@ def _facts(
       continue
     if name == LIST or name in skipped_names:
       continue
-    size, digest = path.stat().st_size, ''
+    size = path.stat().st_size
+    facts[name] = [size, '' if size > SMALL else sha256(path)]
     if size > SMALL:
       large[path] = name
-    else:
-      digest = sha256(path)
-    facts[name] = [size, digest]
   if digests and large:
     memory = folder.parent / f'.{folder.name}.digests'
     for path, digest in sha256s(large, memory).items():
@@ -262,13 +247,10 @@ def sha256s(
   old_entries, new_entries, digests = _read_entries(memory), {}, {}
   for path in paths:
     name, stamp, now = str(path.absolute()), stamp_of(path), time.time_ns()
-    if name in old_entries and old_entries[name][:-1] == stamp:
-      digest = old_entries[name][-1]
-    else:
-      digest = sha256(path)
-    digests[path] = digest
+    *old_stamp, digest = old_entries.get(name, [''])
+    digests[path] = digest if old_stamp == stamp else sha256(path)
     if max(stamp[1:3]) + _REST_SECONDS * 10**9 < now:
-      new_entries[name] = [*stamp, digest]
+      new_entries[name] = [*stamp, digests[path]]
   if new_entries != old_entries and not _READ_ONLY.get():
     _write_entries(memory, new_entries)
   return digests

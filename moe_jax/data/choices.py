@@ -118,24 +118,15 @@ class ChoiceFilesSource(ChoiceSourceOptions):
     """
     del selection
     paths = matching(self.pattern)
-    items = [
-      _item_of(value, where)
-      for path in paths
-      for where, _, value in json_lines(path)
-    ]
+    items, keys = [], set(Item._fields)
+    for where, _, value in json_lines(paths):
+      if not isinstance(value, dict) or not keys <= value.keys():
+        raise InputError(f'{where} is no object with {sorted(keys)}')
+      items.append(check_item(**{key: value[key] for key in keys}, where=where))
     if not items:
       raise InputError(f'the {len(paths)} files of {self.pattern!r} are empty')
-    return ItemSource(
-      f'files:{self.pattern} ({len(items)} items)', lambda split: items
-    )
-
-
-def _item_of(value: Any, where: str) -> Item:
-  keys = set(Item._fields)
-  if not isinstance(value, dict) or not keys <= value.keys():
-    raise InputError(f'{where} is no object with {sorted(keys)}')
-  prompt, answers, label = (value[key] for key in Item._fields)
-  return check_item(prompt, answers, label, where)
+    name = f'files:{self.pattern} ({len(items)} items)'
+    return ItemSource(name, lambda split: items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +139,7 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     required=True,
   )
   prompt_feature: str = option(
-    'prompt', 'TFDS feature with the prompt of a question.'
+    'prompt', 'Feature with the prompt of a question.'
   )
   answers_feature: str = option(
     'answers',
@@ -166,15 +157,12 @@ class ChoiceTfdsSource(ChoiceSourceOptions):
     Raises:
       ValueError: The dataset, a feature or a split is missing.
     """
-    builder = tfds.prepared_builder(self.name)
     answers = self.answers_feature.split(',')
     features = (self.prompt_feature, self.label_feature, *answers)
     options = ('prompt_feature', 'label_feature')
     options += ('answers_feature',) * len(answers)
-    for feature, name in zip(features, options, strict=True):
-      tfds.check_feature(builder, feature, name)
-    for split in selection.splits:
-      tfds.open_split(builder, split)
+    named = zip(features, options)
+    builder = tfds.checked_builder(self.name, named, selection)
     return ItemSource(
       f'tfds:{builder.info.full_name}',
       lambda split: _TfdsItems(builder, selection.name_of(split), features),

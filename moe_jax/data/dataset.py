@@ -64,10 +64,7 @@ class DataOptions(Options):
     'targets.',
     minimum=0,
   )
-  pack: bool = option(
-    True,
-    'Whether short examples of inputs and targets share a row.',
-  )
+  pack: bool = option(True, 'Whether short examples share a row.')
   train_split: str = option(
     'train',
     "The source's own name of the split for training. TFDS sources, as well "
@@ -208,17 +205,10 @@ def load(options: DataOptions) -> Dataset:
       tokenizer lacks; a split is empty; a row is too short for the task, or
       there are too few sentinels.
   """
+  rest = options.tokenizer, options.selection, options.shape
   if options.mixture.sources:
-    return mixtures.load(
-      options.mixture,
-      options.task,
-      options.tokenizer,
-      options.selection,
-      options.shape,
-    )
-  return options.task.load(
-    options.source, options.tokenizer, options.selection, options.shape
-  )
+    return mixtures.load(options.mixture, options.task, *rest)
+  return options.task.load(options.source, *rest)
 
 
 def read_pairs(options: DataOptions, split: str) -> Iterator[Pair] | None:

@@ -256,53 +256,55 @@ def _json_texts(source: PartBytes, field: str) -> Iterator[str]:
     if len(line) > MOST_LINE_BYTES:
       raise InputError(_too_long(f'{source.path}, line {source.line()}'))
     if line.strip():
-      yield _json_text(line, source, field)
+      try:
+        text = _json_text(parse_json(_decoded(line, ''), ''), field)
+      except InputError as error:
+        where = f'{source.path}, line {source.line()}'
+        raise InputError(f'{where}{error}') from None
+      yield text
     source.lines += 1
 
 
-def _json_text(line: bytes, source: PartBytes, field: str) -> str:
-  try:
-    value = parse_json(_decoded(line, ''), '')
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-      raise InputError(_no_text(value, field))
-    value[field].encode()
-  except UnicodeEncodeError as error:
-    reason = f': {field!r} has a half of a character: {error}'
-  except InputError as error:
-    reason = str(error)
-  else:
-    return value[field]
-  raise InputError(f'{source.path}, line {source.line()}{reason}')
-
-
-def _no_text(value: Any, field: str) -> str:
-  """The problem of a line whose value has no text under a key."""
+def _json_text(value: Any, field: str) -> str:
+  """The text of a line's value; an error begins after the line's number."""
   if not isinstance(value, dict):
     kind = type(value).__name__
-    return f' is no object with a text under the key {field!r}, but a {kind}'
-  if field in value:
-    return f': the key {field!r} has no text but {value[field]!r:.80}'
-  return (
-    f' has no key {field!r}; its keys: {", ".join(map(repr, sorted(value)))}; '
-    'choose one with data.source.files.field'
-  )
+    raise InputError(
+      f' is no object with a text under the key {field!r}, but a {kind}'
+    )
+  if field not in value:
+    keys = ', '.join(map(repr, sorted(value)))
+    raise InputError(
+      f' has no key {field!r}; its keys: {keys}; choose one with '
+      'data.source.files.field'
+    )
+  text = value[field]
+  if not isinstance(text, str):
+    raise InputError(f': the key {field!r} has no text but {text!r:.80}')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    reason = f'has a half of a character: {error}'
+    raise InputError(f': {field!r} {reason}') from None
+  return text
 
 
-def json_lines(path: pathlib.Path) -> Iterator[tuple[str, bytes, Any]]:
+def json_lines(paths: list[pathlib.Path]) -> Iterator[tuple[str, bytes, Any]]:
   """Name (for messages), stripped bytes and JSON value of lines with content.
 
   Raises:
-    ValueError: The file is damaged, or a line is no JSON in UTF-8.
+    ValueError: A file is damaged, or a line is no JSON in UTF-8.
   """
-  with path.open('rb') as raw:
-    packed = is_compressed(path)
-    stream = _opened(raw, path) if packed else cast(io.BufferedIOBase, raw)
-    source = PartBytes(path, stream, 0, None)
-    while line := source.take('readline', -1):
-      source.lines += 1
-      if line.strip():
-        where = f'{path}, line {source.lines}'
-        yield where, line.strip(), parse_json(_decoded(line, where), where)
+  for path in paths:
+    with path.open('rb') as raw:
+      packed = is_compressed(path)
+      stream = _opened(raw, path) if packed else cast(io.BufferedIOBase, raw)
+      source = PartBytes(path, stream, 0, None)
+      while line := source.take('readline', -1):
+        source.lines += 1
+        if line.strip():
+          where = f'{path}, line {source.lines}'
+          yield where, line.strip(), parse_json(_decoded(line, where), where)
 
 
 def check_text(text: Any, where: str) -> None:
@@ -389,7 +391,13 @@ def _parquet_texts(
       has none. The message names the row, from 1.
   """
   file = _parquet(path)
-  _check_column(file.schema_arrow, path, column)
+  schema = file.schema_arrow
+  if column not in schema.names:
+    names = sorted(schema.names)
+    raise InputError(f'{path} has no column {column!r}; it has {names}')
+  kind = str(schema.field(column).type)
+  if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
+    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
   sizes = [file.metadata.row_group(i).num_rows for i in range(end)]
   skipped, total, count = sum(sizes[:begin]), sum(sizes[begin:]), 0
   try:
@@ -409,16 +417,6 @@ def _parquet_texts(
     raise InputError(
       f'{path} is damaged after row {skipped + count}: {first_line(error)}'
     ) from None
-
-
-def _check_column(schema, path: pathlib.Path, column: str) -> None:
-  if column not in schema.names:
-    raise InputError(
-      f'{path} has no column {column!r}; it has {sorted(schema.names)}'
-    )
-  kind = str(schema.field(column).type)
-  if 'string' not in kind or ('<' in kind and 'dictionary' not in kind):
-    raise InputError(f'column {column!r} of {path} holds {kind}, no texts')
 
 
 def _parquet(path: pathlib.Path):

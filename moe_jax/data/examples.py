@@ -7,8 +7,8 @@ import operator
 import numpy as np
 from jaxtyping import Integer
 
-from moe_jax.data.layouts import Example, Layout, Lengths
-from moe_jax.data.packing import Rows
+from moe_jax.data.layouts import Counts, Example, Layout, Lengths, Window
+from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.data.store import Shards
 from moe_jax.shapes import Int
 
@@ -42,18 +42,12 @@ class ExampleRows(Rows):
   def example(self, index: int, generator: np.random.Generator) -> Example:
     """Example `index`; its noise, if it has any, is drawn by `generator`."""
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, each with the noise of its epoch."""
     rows = []
     for index, epoch in zip(indices.tolist(), epochs.tolist()):
       generator = np.random.default_rng([seed, epoch, index])
-      inside = index < len(self)
-      members = self.members(index) if inside else []
+      members = self.members(index) if index < len(self) else []
       rows.append([self.example(i, generator) for i in members])
     return self.layout.assemble(rows)
 
@@ -74,14 +68,9 @@ class ExampleRows(Rows):
     """The share of padding on each side, 'encoder' or 'decoder'."""
     count = min(len(self), _ROWS_SAMPLED)
     batch = self.take(np.arange(count) * len(self) // max(count, 1))
-    return {
-      side: float(np.mean(batch[name] == 0))
-      for side, name in (
-        ('encoder', 'encoder_segment_ids'),
-        ('decoder', 'segment_ids'),
-      )
-      if name in batch
-    }
+    sides = {'encoder': 'encoder_segment_ids', 'decoder': 'segment_ids'}
+    found = [side for side, name in sides.items() if name in batch]
+    return {side: float(np.mean(batch[sides[side]] == 0)) for side in found}
 
 
 def packed(
@@ -122,13 +111,11 @@ class WindowTask(abc.ABC):
   window: int
 
   @abc.abstractmethod
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of windows of `n` tokens."""
 
   @abc.abstractmethod
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of a window of 2 to `self.window` tokens."""
 
 

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+from jaxtyping import Integer
 
 from moe_jax.errors import InputError
 from moe_jax.shapes import Bool, Int
+
+Counts = Int[np.ndarray, ' P']  # of the tokens of P examples
+Window = Integer[np.ndarray, ' N']  # tokens of a stretch of a text
 
 
 class Example(NamedTuple):
@@ -33,9 +37,9 @@ class Lengths(NamedTuple):
       sum of the others.
   """
 
-  inputs: Int[np.ndarray, ' P']
-  targets: Int[np.ndarray, ' P']
-  total: Int[np.ndarray, ' P']
+  inputs: Counts
+  targets: Counts
+  total: Counts
 
 
 class Layout(abc.ABC):
@@ -59,9 +63,7 @@ class Layout(abc.ABC):
     """The part of a row's `capacity` that each example takes."""
 
   @abc.abstractmethod
-  def cut(
-    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
-  ) -> Lengths:
+  def cut(self, inputs: Counts, targets: Counts) -> Lengths:
     """The lengths to which examples are cut, so that each fits a row."""
 
   @abc.abstractmethod
@@ -100,9 +102,7 @@ class EncoderDecoderLayout(Layout):
     """The inputs' length for the encoder, the targets' for the decoder."""
     return np.stack([lengths.inputs, lengths.targets], axis=1)
 
-  def cut(
-    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
-  ) -> Lengths:
+  def cut(self, inputs: Counts, targets: Counts) -> Lengths:
     """Lengths by which each side is cut to the length of its own rows."""
     inputs = np.minimum(inputs, self.max_inputs)
     targets = np.minimum(targets, self.max_targets)
@@ -144,9 +144,7 @@ class DecoderLayout(Layout):
     """The length without the last token, which is only ever a target."""
     return lengths.total[:, None] - 1
 
-  def cut(
-    self, inputs: Int[np.ndarray, ' P'], targets: Int[np.ndarray, ' P']
-  ) -> Lengths:
+  def cut(self, inputs: Counts, targets: Counts) -> Lengths:
     """Lengths by which inputs are cut first, to half of the row at least."""
     room = self.seq_len + 1
     min_inputs = np.minimum(inputs, room // 2)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moe_jax.data.layouts import Layout
-from moe_jax.data.packing import Rows
+from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.errors import InputError
 from moe_jax.shapes import Int
 
@@ -78,9 +77,7 @@ class Schedule:
       rows_so_far[p] += 1
     self.counts, self.source, self.rank = counts, source, rank
 
-  def __call__(
-    self, row: Int[np.ndarray, ' R']
-  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+  def __call__(self, row: Numbers) -> tuple[Numbers, Numbers]:
     """The source of each row of the stream, and the number of its own row."""
     period, offset = np.divmod(np.asarray(row, np.int64), len(self.source))
     source = self.source[offset]
@@ -99,22 +96,12 @@ class TaskRows(Rows):
 
   def __init__(self, rows: Rows, task: int):
     """Takes the rows of the source and its number, from 0."""
-    self.source, self._task = rows, task
-
-  @property
-  def layout(self) -> Layout | None:
-    """The layout of examples."""
-    return self.source.layout
+    self.source, self.layout, self._task = rows, rows.layout, task
 
   def __len__(self) -> int:
     return len(self.source)
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, with their task."""
     batch = self.source.draw(indices, seed, epochs)
     return batch | {
@@ -139,32 +126,21 @@ class MixedRows(Rows):
     """Takes the rows of each source by name, all of one task and shape."""
     self._parts, self._schedule = dict(parts), schedule
     self._ends = np.cumsum([len(rows) for rows in parts.values()])
-
-  @property
-  def layout(self) -> Layout | None:
-    """The layout of examples, which all sources share."""
-    return next(iter(self._parts.values())).layout
+    self.layout = next(iter(parts.values())).layout  # of all sources
 
   @property
   def parts(self) -> Mapping[str, Rows]:
     """The rows of each source by name."""
     return self._parts
 
-  def locate(
-    self, row: Int[np.ndarray, ' R']
-  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+  def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
     """The source of rows of the training stream; see `Schedule`."""
     return self._schedule(row)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices` of all sources in turn."""
     indices = np.asarray(indices, np.int64)
     # Rows beyond the last are padding, which the last source gives.
@@ -181,10 +157,7 @@ class MixedRows(Rows):
     return f'{len(self):,} rows of {len(self._parts)} sources'
 
 
-def joined(
-  source: Int[np.ndarray, ' R'],
-  draw: Callable[[int, Int[np.ndarray, ' N']], dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
+def joined(source: Numbers, draw: Callable[[int, Numbers], Batch]) -> Batch:
   """A batch whose rows come from several sources.
 
   Args:
@@ -195,7 +168,7 @@ def joined(
   Returns:
     The arrays, [R, ...] each.
   """
-  batch: dict[str, np.ndarray] = {}
+  batch: Batch = {}
   for p in np.unique(source).tolist():
     chosen = np.flatnonzero(source == p)
     for name, values in draw(p, chosen).items():

@@ -185,7 +185,7 @@ class MixtureOptions(Options):
       if name not in {*self.sources, *clusters}:
         names = sorted({*self.sources, *clusters})
         yield f'held_out: {unknown("source or cluster", name, names)}'
-    if self.sources and not self.learned():
+    if not self.learned():
       weights = f' with weights={dict(self.weights)}' * bool(self.weights)
       yield (
         f'held_out={self.held_out!r}{weights} leaves no source to learn from'
@@ -202,11 +202,8 @@ class MixtureOptions(Options):
   def learned(self) -> list[str]:
     """The names of the sources that are learned from, sorted."""
     weights = self.weights if self.rule == 'given' else {}
-    return [
-      name
-      for name in sorted(self.sources)
-      if not self.is_held_out(name) and weights.get(name, 1.0)
-    ]
+    names = [n for n in sorted(self.sources) if not self.is_held_out(n)]
+    return [name for name in names if weights.get(name, 1.0)]
 
   def shares(self, sizes: Mapping[str, int]) -> dict[str, float]:
     """The relative weights of sources, given their numbers of training rows."""
@@ -240,20 +237,17 @@ def _read_entry(entry: str) -> tuple[str, dict[str, Any], float | None]:
   if match is None:
     raise InputError(f'it is not of the form {_FORM}')
   cls, source = SOURCES.get(match['kind']), {KIND: match['kind']}
-  required = [
-    name
-    for name, field in fields_of(cls).items()
-    if field.default is dataclasses.MISSING
-  ]
-  unnamed = next(iter([*required, *fields_of(cls)]), '')
+  fields = fields_of(cls)
+  required = [n for n in fields if fields[n].default is dataclasses.MISSING]
+  unnamed = next(iter([*required, *fields]), '')
   for number, text in enumerate(_split(match['options'] or '', ',')):
     pair = _PAIR.fullmatch(text)
     if pair is None and number:
       raise InputError(f'option {text!r} has no name; {_FORM}')
     name, value = pair.groups() if pair else (unnamed, text)
-    if name not in fields_of(cls):
-      raise unknown(f'option of {match["kind"]}', name, fields_of(cls))
-    source[name] = _value(value, fields_of(cls)[name].type)
+    if name not in fields:
+      raise unknown(f'option of {match["kind"]}', name, fields)
+    source[name] = _value(value, fields[name].type)
   missing = [name for name in required if name not in source]
   if missing and cls in SOURCES.builtin.values():
     raise InputError(f'option {missing[0]!r} of {match["kind"]} is missing')
@@ -323,9 +317,8 @@ class MixedDataset(Dataset):
     lines = [f'mixture, by rows in each period of {period:,}:']
     for name, part in self.parts.items():
       cluster = self.clusters[name]
-      rate = '  held out'
-      if name in self.per_period:
-        rate = f'{self.per_period[name]:>10,}'
+      count = self.per_period.get(name)
+      rate = '  held out' if count is None else f'{count:>10,}'
       numbers = [
         f'{part.counts["train"][key]:,} {key}'
         for key in ('documents', 'pairs', 'examples', 'truncated')
@@ -365,9 +358,7 @@ def shared_tokenizer(
   """
   if tokenizer.known_vocab_size() is not None:
     return tokenizer
-  corpora = [
-    task.open(source, selection) for _, source in sorted(sources.items())
-  ]
+  corpora = [task.open(sources[name], selection) for name in sorted(sources)]
 
   def write(folder: pathlib.Path) -> None:
     texts = itertools.chain.from_iterable(
@@ -409,27 +400,23 @@ def load(
       raise
     except InputError as error:
       raise InputError(f'mixture.sources.{name}: {error}') from error
-    splits = {
-      split: TaskRows(rows, number) for split, rows in part.splits.items()
-    }
+    splits = {s: TaskRows(rows, number) for s, rows in part.splits.items()}
     parts[name] = dataclasses.replace(part, splits=splits)
   sizes = {name: len(parts[name].splits['train']) for name in mixture.learned()}
   per_period = whole_counts(mixture.shares(sizes), mixture.period)
   learned = [parts[name] for name in per_period]
   schedule = Schedule(np.array([*per_period.values()]))
-  sha256 = hashlib.sha256()
-  for name, part in parts.items():
-    sha256.update(f'{name} {part.digest}\n'.encode())
+  digests = ''.join(f'{name} {part.digest}\n' for name, part in parts.items())
   return MixedDataset(
     source=f'mixture of {len(learned)} sources',
     tokenizer=learned[0].tokenizer,
     splits={
       split: MixedRows(
-        {name: parts[name].splits[split] for name in per_period}, schedule
+        {n: parts[n].splits[split] for n in per_period}, schedule
       )
       for split in SPLITS
     },
-    digest=sha256.hexdigest(),
+    digest=hashlib.sha256(digests.encode()).hexdigest(),
     counts={
       split: {
         key: sum(part.counts[split][key] for part in learned)

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_jax.data.layouts import Layout
-from moe_jax.data.store import Shards
+from moe_jax.data.store import Tokens
 from moe_jax.shapes import Int
+
+Batch = dict[str, np.ndarray]
+Numbers = Int[np.ndarray, ' R']  # of rows, or of their epochs
 
 
 class Rows(abc.ABC):
@@ -29,9 +32,7 @@ class Rows(abc.ABC):
     """The rows of each source by name, each shuffled by itself in training."""
     return {'': self}
 
-  def locate(
-    self, row: Int[np.ndarray, ' R']
-  ) -> tuple[Int[np.ndarray, ' R'], Int[np.ndarray, ' R']]:
+  def locate(self, row: Numbers) -> tuple[Numbers, Numbers]:
     """The source of each row of the training stream, and its row in the source.
 
     Args:
@@ -42,7 +43,7 @@ class Rows(abc.ABC):
   @abc.abstractmethod
   def __len__(self) -> int: ...
 
-  def take(self, indices: Int[np.ndarray, ' B']) -> dict[str, np.ndarray]:
+  def take(self, indices: Numbers) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
     They are the same at every call, as an evaluation needs. An index of
@@ -52,12 +53,7 @@ class Rows(abc.ABC):
     return self.draw(indices, 0, np.zeros_like(indices))
 
   @abc.abstractmethod
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices` with the noise of training in their epochs.
 
     A row depends on its index, its epoch (from 0) and the seed alone. An index
@@ -72,7 +68,7 @@ class Rows(abc.ABC):
     """Numbers about these rows to report by name, besides tokens and texts."""
     return {}
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+  def __getitem__(self, index: int) -> Batch:
     row = operator.index(index)
     if not -len(self) <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
@@ -96,9 +92,7 @@ class PackedRows(Rows):
   Only the last row can hold padding.
   """
 
-  def __init__(
-    self, tokens: np.ndarray | Shards, starts: np.ndarray, seq_len: int
-  ):
+  def __init__(self, tokens: Tokens, starts: np.ndarray, seq_len: int):
     """Wraps a stream without copying it (it may be memory-mapped).
 
     Args:
@@ -119,23 +113,24 @@ class PackedRows(Rows):
     """The number of rows and their length: `7 rows of T=4`."""
     return f'{len(self):,} rows of T={self.seq_len}'
 
-  def draw(
-    self,
-    indices: Int[np.ndarray, ' B'],
-    seed: int,
-    epochs: Int[np.ndarray, ' B'],
-  ) -> dict[str, np.ndarray]:
+  def draw(self, indices: Numbers, seed: int, epochs: Numbers) -> Batch:
     """The rows at `indices`, with other cuts in each epoch after the first.
 
     An epoch goes round the stream from its offset, and so leaves out no more
     than the prediction across its first cut. The only row of a short stream is
     the same in every epoch.
     """
-    return self.take(indices, self._offsets(seed, epochs))
+    if len(self) <= 1:  # a cut could only take context away
+      return self.take(indices)
+    distinct, epoch_index = np.unique(epochs, return_inverse=True)
+    draws = [
+      epoch and np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+      for epoch in distinct.tolist()
+    ]
+    offsets = np.array(draws, np.int64) % self.seq_len
+    return self.take(indices, offsets[epoch_index])
 
-  def take(
-    self, indices: np.ndarray, offsets: np.ndarray | int = 0
-  ) -> dict[str, np.ndarray]:
+  def take(self, indices: Numbers, offsets: Numbers | int = 0) -> Batch:
     """The rows at `indices` [B] as one batch, a dict of arrays [B, T].
 
     An index of `len(self)` or more gives a row of padding.
@@ -167,18 +162,3 @@ class PackedRows(Rows):
         real[:, 1:] & (document[:, 1:] == document[:, :-1])
       ).astype(np.float32),
     }
-
-  def _offsets(self, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """The offset by which each epoch moves the cuts; that of the first is 0.
-
-    It is always 0 where one row has the whole stream, as a cut could only take
-    context away.
-    """
-    if len(self) <= 1:
-      return np.zeros(len(epochs), np.int64)
-    distinct, epoch_index = np.unique(epochs, return_inverse=True)
-    draws = [
-      epoch and np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
-      for epoch in distinct.tolist()
-    ]
-    return (np.array(draws, np.int64) % self.seq_len)[epoch_index]

@@ -69,11 +69,8 @@ def piece_facts(
   folder = work.path(number)
   try:
     facts = parse_json(read_text(folder / FACTS), folder / FACTS)
-    sizes = {
-      path.name: path.stat().st_size
-      for path in folder.iterdir()
-      if path.name != FACTS
-    }
+    paths = [path for path in folder.iterdir() if path.name != FACTS]
+    sizes = {path.name: path.stat().st_size for path in paths}
     whole = sizes == {name: fact[0] for name, fact in facts['files'].items()}
     whole = whole and (not digests or facts['files'] == _file_facts(folder))
   except (AttributeError, LookupError, OSError, TypeError, ValueError):
@@ -268,10 +265,8 @@ def _join(
   token_files, shards, splits, digest = {}, {}, {}, hashlib.sha256()
   for split in SPLITS:
     counts = [fact['splits'][split] for fact in facts]
-    splits[split] = {
-      key: sum(piece[key] for piece in counts)
-      for key in ('documents', 'bytes', 'tokens')
-    }
+    keys = 'documents', 'bytes', 'tokens'
+    splits[split] = {key: sum(piece[key] for piece in counts) for key in keys}
     store.check_tokens(split, splits[split])
     shards[split] = [piece['tokens'] for piece in counts]
     for number, piece_counts in enumerate(counts):
@@ -280,7 +275,12 @@ def _join(
         path = store.shard_path(unfinished, split, number)
         link(work.path(number) / f'{split}.tokens', path)
         token_files[path.name] = facts[number]['files'][f'{split}.tokens']
-    _join_starts(work, split, shards[split], unfinished / f'{split}.starts')
+    with (unfinished / f'{split}.starts').open('wb') as out:
+      tokens_before = 0
+      for number, count in enumerate(shards[split]):
+        starts = np.fromfile(work.path(number) / f'{split}.starts', np.int64)
+        out.write((starts + tokens_before).tobytes())
+        tokens_before += count
   about = {'dtype': store.dtype_of(work.tokenizer), 'splits': splits}
   store.finish(unfinished, {**about, 'shards': shards}, digest, work.tokenizer)
   return token_files
@@ -292,15 +292,3 @@ def link(source: pathlib.Path, target: pathlib.Path) -> None:
     target.hardlink_to(source)
   except OSError:
     shutil.copyfile(source, target)
-
-
-def _join_starts(
-  work: Work, split: str, tokens: list[int], path: pathlib.Path
-) -> None:
-  """Writes where every document begins in the stream of all pieces."""
-  tokens_before = 0
-  with path.open('wb') as out:
-    for number, count in enumerate(tokens):
-      starts = np.fromfile(work.path(number) / f'{split}.starts', np.int64)
-      out.write((starts + tokens_before).tobytes())
-      tokens_before += count

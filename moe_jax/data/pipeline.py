@@ -4,18 +4,15 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import grain
 import numpy as np
 
 from moe_jax.data.mixing import joined
-from moe_jax.data.packing import Rows
+from moe_jax.data.packing import Batch, Numbers, Rows
 from moe_jax.errors import InputError, ReportedError
-from moe_jax.shapes import Int
-
-Batch = dict[str, np.ndarray]
 
 _MOST_ROWS = 2**32  # grain's shuffle takes a larger number modulo this
 
@@ -35,7 +32,7 @@ def batch_dataset(
   *,
   batch_size: int,
   seed: int,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
   offset: int = 0,
 ) -> grain.MapDataset:
   """An endless dataset whose element i is batch i, arrays [R, T].
@@ -61,7 +58,7 @@ def batch_dataset(
     ValueError: There are no rows, or more than 2^32.
   """
   share = np.arange(batch_size) if share is None else share
-  streams = [_Stream(part, seed, name) for name, part in rows.parts.items()]
+  streams = [_stream(part, seed, name) for name, part in rows.parts.items()]
 
   def draw(i: int) -> Batch:
     source, row = rows.locate(offset + i * batch_size + share)
@@ -70,31 +67,28 @@ def batch_dataset(
   return grain.MapDataset.range(_ENDLESS_ROWS // batch_size).map(draw)
 
 
-class _Stream:
-  """The endless stream of one source's rows, shuffled anew each epoch."""
+def _stream(rows: Rows, seed: int, name: str) -> Callable[[Numbers], Batch]:
+  """The rows of one source by their numbers in an endless stream.
 
-  def __init__(self, rows: Rows, seed: int, name: str):
-    if not 0 < len(rows) <= _MOST_ROWS:
-      of_source = f' of source {name!r}' * bool(name)
-      raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
-    # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
-    # same orders, one epoch apart. The order of a source in a mixture depends
-    # on its own name alone, not on the other sources.
-    name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
-    sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
-    stream_seed = int(sequence.generate_state(1)[0])
-    self._rows, self._seed = rows, stream_seed
-    self._order = (
-      grain.MapDataset.range(len(rows))
-      .shuffle(stream_seed)
-      .repeat(_ENDLESS_ROWS // len(rows))
-    )
+  The stream is shuffled anew each epoch.
+  """
+  if not 0 < len(rows) <= _MOST_ROWS:
+    of_source = f' of source {name!r}' * bool(name)
+    raise InputError(f'{len(rows)} rows{of_source} not in [1, {_MOST_ROWS}]')
+  # grain shuffles epoch e with seed + e, so neighbouring seeds would have the
+  # same orders, one epoch apart. The order of a source in a mixture depends
+  # on its own name alone, not on the other sources.
+  name_seed = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])]
+  sequence = np.random.SeedSequence([seed, *name_seed] if name else seed)
+  stream_seed = int(sequence.generate_state(1)[0])
+  order = grain.MapDataset.range(len(rows)).shuffle(stream_seed)
+  order = order.repeat(_ENDLESS_ROWS // len(rows))
 
-  def __call__(self, row: Int[np.ndarray, ' R']) -> Batch:
-    """The rows with these numbers in the stream."""
-    order = self._order
+  def draw(row: Numbers) -> Batch:
     indices = np.array([order[position] for position in row.tolist()], np.int64)
-    return self._rows.draw(indices, self._seed, row // len(self._rows))
+    return rows.draw(indices, stream_seed, row // len(rows))
+
+  return draw
 
 
 def train_batches(
@@ -103,7 +97,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   start: int,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
   offset: int = 0,
 ) -> Iterator[Batch]:
   """Batches `start`, `start` + 1, ... of `batch_dataset`, without end.
@@ -129,7 +123,7 @@ def eval_batches(
   *,
   batch_size: int,
   num_batches: int = 0,
-  share: Int[np.ndarray, ' R'] | None = None,
+  share: Numbers | None = None,
 ) -> Iterator[Batch]:
   """Batches of every row once, in order; the last is filled with padding.
 
@@ -197,7 +191,16 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
   thread.start()
   number = first
   try:
-    while (element := _next(elements, thread)) is not None:
+    while True:
+      alive = thread.is_alive()
+      try:
+        element = elements.get(timeout=_LOOK_SECONDS)
+      except queue.Empty:
+        if alive:
+          continue
+        raise DataError('the thread that makes batches is gone') from None
+      if element is None:
+        break
       yield element[0]
       number += 1
     if failures:
@@ -209,13 +212,3 @@ def ahead(source: Iterator[T], *, first: int, most: int) -> Iterator[T]:
     closed.set()
     while not elements.empty():  # the thread may be waiting for room
       elements.get_nowait()
-
-
-def _next(elements: queue.Queue, thread: threading.Thread):
-  while True:
-    alive = thread.is_alive()
-    try:
-      return elements.get(timeout=_LOOK_SECONDS)
-    except queue.Empty:
-      if not alive:
-        raise DataError('the thread that makes batches is gone') from None

@@ -15,7 +15,6 @@ import numpy as np
 from moe_jax.data.plain_files import parse_json, read_text
 from moe_jax.data.tokenizers.contract import Tokenizer
 from moe_jax.errors import InputError
-from moe_jax.shapes import Int
 
 # Maps that a process holds open, each with a file descriptor.
 _MOST_OPEN = 256
@@ -135,22 +134,7 @@ class Shards:
       raise IndexError(
         f'{index.min()} to {index.max()} of {len(self)} tokens, from 0'
       )
-    return self._gathered(index.reshape(-1)).reshape(index.shape)
-
-  def _stretch(self, begin: int, end: int) -> np.ndarray:
-    """The tokens of [begin, end)."""
-    if begin >= end:
-      return np.zeros(0, self.dtype)
-    first = int(np.searchsorted(self._ends, begin, side='right'))
-    last = int(np.searchsorted(self._ends, end - 1, side='right'))
-    parts = []
-    for i in range(first, last + 1):
-      start = int(self._begins[i])
-      parts.append(self._file(i)[max(begin - start, 0) : end - start])
-    return np.concatenate(parts)
-
-  def _gathered(self, flat: Int[np.ndarray, ' N']) -> np.ndarray:
-    """The tokens at these indices, file by file."""
+    flat = index.reshape(-1)
     file = np.searchsorted(self._ends, flat, side='right')
     tokens = np.empty(flat.size, self.dtype)
     # Sorting small integers takes a fraction of a pass for each file.
@@ -159,14 +143,26 @@ class Shards:
     files, cuts = np.unique(file[order], return_index=True)
     for i, chosen in zip(files.tolist(), np.split(order, cuts[1:])):
       tokens[chosen] = self._file(i)[flat[chosen] - self._begins[i]]
-    return tokens
+    return tokens.reshape(index.shape)
+
+  def _stretch(self, begin: int, end: int) -> np.ndarray:
+    """The tokens of [begin, end)."""
+    if begin >= end:
+      return np.zeros(0, self.dtype)
+    first, last = np.searchsorted(self._ends, [begin, end - 1], side='right')
+    parts = []
+    for i in range(first, last + 1):
+      start = int(self._begins[i])
+      parts.append(self._file(i)[max(begin - start, 0) : end - start])
+    return np.concatenate(parts)
 
   def _map(self, number: int) -> np.ndarray:
     count = int(self._ends[number] - self._begins[number])
     return _read(self._paths[number], self.dtype.name, count)
 
 
-Stream = tuple[np.ndarray | Shards, np.ndarray]
+Tokens = np.ndarray | Shards
+Stream = tuple[Tokens, np.ndarray]  # and where each text begins
 
 
 def shard_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
@@ -204,16 +200,12 @@ def read_pairs(folder: pathlib.Path, split: str) -> tuple[Stream, Stream]:
   """
   about = read_about(folder)
   counts = about['splits'][split]
-  inputs, targets = (
-    _read_stream(
-      folder / f'{split}.{side}s',
-      about['dtype'],
-      counts[f'{side}_tokens'],
-      counts['pairs'],
-    )
-    for side in ('input', 'target')
+  dtype, texts = about['dtype'], counts['pairs']
+  inputs, targets = folder / f'{split}.inputs', folder / f'{split}.targets'
+  return (
+    _read_stream(inputs, dtype, counts['input_tokens'], texts),
+    _read_stream(targets, dtype, counts['target_tokens'], texts),
   )
-  return inputs, targets
 
 
 def read_about(folder: pathlib.Path) -> dict[str, Any]:
@@ -298,12 +290,11 @@ class StreamWriter:
       ValueError: An id is not in the vocabulary.
     """
     # Values that the file's type cannot hold would become ids of other tokens.
-    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < (
-      self._vocab_size
-    ):
+    size = self._vocab_size
+    if ids.dtype.kind not in 'iu' or not 0 <= ids.min() <= ids.max() < size:
       raise InputError(
         f'the tokenizer gave ids from {ids.min()} to {ids.max()} of type '
-        f'{ids.dtype}, not integers in [0, vocab_size={self._vocab_size})'
+        f'{ids.dtype}, not integers in [0, vocab_size={size})'
       )
     self._out_starts.write(np.int64(self.tokens).tobytes())
     self.texts += 1
@@ -340,9 +331,8 @@ class DocumentWriter(StreamWriter):
 
   def counts(self) -> dict[str, int]:
     """The numbers of documents, of bytes of UTF-8 and of tokens so far."""
-    return {
-      'documents': self.texts, 'bytes': self._bytes, 'tokens': self.tokens
-    }  # fmt: skip
+    numbers = self.texts, self._bytes, self.tokens
+    return dict(zip(('documents', 'bytes', 'tokens'), numbers))
 
 
 def dtype_of(tokenizer: Tokenizer) -> str:

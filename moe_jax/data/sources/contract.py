@@ -212,8 +212,8 @@ class SourceOptions(Options):
   @classmethod
   def gives(cls) -> tuple[str, ...]:
     """The forms that the source gives: 'texts' and 'pairs'."""
-    return tuple(
-      form
-      for form in ('texts', 'pairs')
-      if getattr(cls, form) is not getattr(SourceOptions, form)
-    )
+    given = {
+      'texts': cls.texts is not SourceOptions.texts,
+      'pairs': cls.pairs is not SourceOptions.pairs,
+    }
+    return tuple(form for form in given if given[form])

@@ -21,7 +21,7 @@ from moe_jax.data.sources.python_stdlib import split_of
 from moe_jax.data.store import Digest
 from moe_jax.errors import InputError
 
-_LITTLE_ENDIAN = 0x950412DE  # the first word of a catalogue
+_LITTLE_ENDIAN = b'\xde\x12\x04\x95'  # the first bytes of a catalogue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def read_catalogue(content: bytes) -> Iterator[tuple[str, str]]:
   the empty message, which describes the catalogue, is left out.
   """
   catalogue = gettext.GNUTranslations(io.BytesIO(content))
-  order = '<' if struct.unpack('<I', content[:4])[0] == _LITTLE_ENDIAN else '>'
+  order = '<' if content[:4] == _LITTLE_ENDIAN else '>'
   # The library looks messages up but does not list them.
   count, table = struct.unpack(f'{order}2I', content[8:16])
   for i in range(count):

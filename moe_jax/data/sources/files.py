@@ -3,9 +3,10 @@
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from moe_jax.config import option
@@ -71,12 +72,7 @@ class FilesSource(SourceOptions):
     folder = cache_root(selection.cache_dir) / 'digests'
     digests = cache_folders.sha256s(paths, folder / f'{memory}.json')
     splits = _file_splits(paths, pattern)
-    parts = [
-      part
-      for path in paths
-      for part in _parts(path, splits[path], stamps[path])
-    ]
-    pieces = FilePieces(parts, self.field, selection)
+    pieces = FilePieces(_parts(splits, stamps), self.field, selection)
     files = [
       (splits[p], is_text(p), document_files.is_compressed(p), digests[p])
       for p in paths
@@ -108,7 +104,7 @@ class Part(NamedTuple):
 class FilePieces(Pieces):
   """Parts of files, in pieces of about `PIECE_BYTES`."""
 
-  def __init__(self, parts: list[Part], field: str, selection: Selection):
+  def __init__(self, parts: Iterable[Part], field: str, selection: Selection):
     """Groups the parts, in order."""
     self._field, self._selection = field, selection
     self._pieces: list[list[Part]] = [[]]
@@ -134,15 +130,12 @@ class FilePieces(Pieces):
   def documents(self, split: str) -> Iterator[str]:
     """The documents of one of our splits, of all pieces."""
     name = self._selection.name_of(split)
-    for piece in self._pieces:
-      for part in piece:
-        for _, text, _ in self._documents(part, (name,)):
-          yield text
+    for part in itertools.chain.from_iterable(self._pieces):
+      for _, text, _ in self._documents(part, (name,)):
+        yield text
 
-  def _documents(
-    self, part: Part, splits: tuple[str, ...]
-  ) -> Iterator[tuple[str, str, int]]:
-    """The split, the text and the bytes read, of documents in `splits`."""
+  def _documents(self, part: Part, splits: Sequence[str]) -> Iterator[Located]:
+    """The documents in `splits`, by the source's own names of these."""
     if part.split in SPLITS and part.split not in splits:
       return
     _check_stamp(part)
@@ -155,7 +148,7 @@ class FilePieces(Pieces):
         texts = {split_of(text) if by_hash else part.split: text}
       for split, split_text in texts.items():
         if split in splits:
-          yield split, split_text, bytes_read
+          yield Located(split, split_text, bytes_read)
     _check_stamp(part)
 
 
@@ -181,15 +174,18 @@ def matching(pattern: str) -> list[pathlib.Path]:
   return paths
 
 
-def _parts(path: pathlib.Path, split: str, stamp: list[int]) -> Iterator[Part]:
-  """The parts of a file with their splits."""
-  cut = stamp[0] * 9 // 10
-  extra_cuts = [cut] if split == _LAST_TENTH else []
-  for span in document_files.spans(path, PIECE_BYTES, extra_cuts):
-    part_split = split
-    if split == _LAST_TENTH and not span.whole:
-      part_split = 'train' if span.begin < cut else 'validation'
-    yield Part(span, part_split, stamp)
+def _parts(
+  splits: Mapping[pathlib.Path, str], stamps: Mapping[pathlib.Path, list[int]]
+) -> Iterator[Part]:
+  """The parts of all files with their splits, in the order of `stamps`."""
+  for path, stamp in stamps.items():
+    split, cut = splits[path], stamp[0] * 9 // 10
+    extra_cuts = [cut] if split == _LAST_TENTH else []
+    for span in document_files.spans(path, PIECE_BYTES, extra_cuts):
+      part_split = split
+      if split == _LAST_TENTH and not span.whole:
+        part_split = 'train' if span.begin < cut else 'validation'
+      yield Part(span, part_split, stamp)
 
 
 def _file_splits(

@@ -104,7 +104,7 @@ class InstructionTask:
   Attributes:
     name: Its name.
     cluster: Name of the cluster of similar tasks.
-    templates: Instructions, three or more, each with `{question}` in it.
+    templates: Instructions, three or more, each with `{}` for the question.
     draw: Function that draws a question and its answer.
     metric: Name of the score of an answer that is no choice.
   """
@@ -152,9 +152,8 @@ class InstructionTask:
       subjects.add(shot.subject)
       texts.append(f'{_question_text(template, shot)}\n{shot.answer}')
     texts.append(_question_text(template, drawn))
-    return Question(
-      '\n\n'.join(texts), drawn.answer, drawn.choices, self.metric
-    )
+    inputs = '\n\n'.join(texts)
+    return Question(inputs, drawn.answer, drawn.choices, self.metric)
 
   def _other(self, dice: Dice, subjects: set[str]) -> Drawn:
     """A training example about anything else."""
@@ -169,7 +168,7 @@ class InstructionTask:
 
 
 def _question_text(template: str, drawn: Drawn) -> str:
-  text = template.format(question=drawn.question)
+  text = template.format(drawn.question)
   return text + ''.join(f'\n- {choice}' for choice in drawn.choices)
 
 
@@ -242,17 +241,12 @@ def functions() -> tuple[Function, ...]:
       summary = docstring.strip().split('\n')[0].strip()
       fits = len(source) <= _LONGEST and len(summary) <= _LONGEST_SUMMARY
       # A symbol or a lone word, as some docstrings are, describes nothing.
-      if fits and len(summary.split()) > 1:
-        function = function_of(source, summary)
-        if function is not None:
-          by_source.setdefault(function.source, function)
+      fits = fits and len(summary.split()) > 1
+      if fits and (function := function_of(source, summary)):
+        by_source.setdefault(function.source, function)
   # A hash orders them, which does not depend on the modules' names.
-  return tuple(
-    sorted(
-      by_source.values(),
-      key=lambda f: hashlib.sha256(f.source.encode()).digest(),
-    )
-  )
+  order = sorted(by_source, key=lambda s: hashlib.sha256(s.encode()).digest())
+  return tuple(by_source[source] for source in order)
 
 
 @functools.cache
@@ -330,10 +324,10 @@ def answers(
 
 
 @_code_reading(
-  'Count the arguments, without self and cls.\n{question}',
-  '{question}\nHow many arguments does it have, besides self and cls?',
+  'Count the arguments, without self and cls.\n{}',
+  '{}\nHow many arguments does it have, besides self and cls?',
   'def f(self, a, b) has 2 arguments besides self. How many has this '
-  'function, besides self and cls?\n{question}',
+  'function, besides self and cls?\n{}',
 )
 def _count_arguments(dice: Dice) -> Drawn:
   function = dice.one(functions())
@@ -341,9 +335,9 @@ def _count_arguments(dice: Dice) -> Drawn:
 
 
 @_code_reading(
-  'Does this function return a value?\n{question}',
-  '{question}\nDoes this function ever return anything?',
-  'Say whether a return in this function has a value.\n{question}',
+  'Does this function return a value?\n{}',
+  '{}\nDoes this function ever return anything?',
+  'Say whether a return in this function has a value.\n{}',
 )
 def _returns_value(dice: Dice) -> Drawn:
   function = dice.one(functions())
@@ -351,9 +345,9 @@ def _returns_value(dice: Dice) -> Drawn:
 
 
 @_code_reading(
-  'Does this parse?\n{question}',
-  '{question}\nIs this valid Python?',
-  'Say whether Python can parse this.\n{question}',
+  'Does this parse?\n{}',
+  '{}\nIs this valid Python?',
+  'Say whether Python can parse this.\n{}',
 )
 def _parses(dice: Dice) -> Drawn:
   function = dice.one(functions())
@@ -369,9 +363,9 @@ def _parses(dice: Dice) -> Drawn:
 
 
 @_code_reading(
-  'Name this function.\n{question}',
-  '{question}\nWhat is a better name than f?',
-  "In Python's library, f has another name. Which one?\n{question}",
+  'Name this function.\n{}',
+  '{}\nWhat is a better name than f?',
+  "In Python's library, f has another name. Which one?\n{}",
 )
 def _name_function(dice: Dice) -> Drawn:
   candidates = shorter(110, 16, 72)
@@ -386,9 +380,9 @@ _code_writing = functools.partial(_task, 'code_writing')
 
 
 @_code_writing(
-  'Write a docstring.\n{question}',
-  '{question}\nWhat does this function do?',
-  'Describe this function in one line.\n{question}',
+  'Write a docstring.\n{}',
+  '{}\nWhat does this function do?',
+  'Describe this function in one line.\n{}',
   metric='chrf',
 )
 def _write_docstring(dice: Dice) -> Drawn:
@@ -397,9 +391,9 @@ def _write_docstring(dice: Dice) -> Drawn:
 
 
 @_code_writing(
-  'Which docstring belongs to this function?\n{question}',
-  '{question}\nWhich of these lines describes this function?',
-  'Choose the description of this function.\n{question}',
+  'Which docstring belongs to this function?\n{}',
+  '{}\nWhich of these lines describes this function?',
+  'Choose the description of this function.\n{}',
 )
 def _choose_docstring(dice: Dice) -> Drawn:
   candidates = shorter(100, 40, 32)
@@ -409,9 +403,9 @@ def _choose_docstring(dice: Dice) -> Drawn:
 
 
 @_code_writing(
-  'Indent:\n{question}',
-  '{question}\nThe same with its indentation:',
-  'The indentation of these lines is lost. Restore it.\n{question}',
+  'Indent:\n{}',
+  '{}\nThe same with its indentation:',
+  'The indentation of these lines is lost. Restore it.\n{}',
 )
 def _repair_indentation(dice: Dice) -> Drawn:
   # A row has the function twice, so it has to be shorter than for other tasks.
@@ -422,9 +416,9 @@ def _repair_indentation(dice: Dice) -> Drawn:
 
 
 @_code_writing(
-  'Finish the last line.\n{question}',
-  'How does the last line continue?\n{question}',
-  'Complete the last line of this code.\n{question}',
+  'Finish the last line.\n{}',
+  'How does the last line continue?\n{}',
+  'Complete the last line of this code.\n{}',
   metric='chrf',
 )
 def _finish_line(dice: Dice) -> Drawn:
@@ -452,20 +446,16 @@ def _words(dice: Dice, low: int = 2, high: int = 4) -> list[str]:
   return drawn
 
 
-@_sequences(
-  'Copy: {question}',
-  'Repeat this text.\n{question}',
-  '{question}\nAgain:',
-)
+@_sequences('Copy: {}', 'Repeat this text.\n{}', '{}\nAgain:')
 def _copy(dice: Dice) -> Drawn:
   text = ' '.join(_words(dice))
   return Drawn(text, text)
 
 
 @_sequences(
-  'Reverse: {question}',
-  'Write {question} backwards.',
-  'What is {question} from its last letter to its first?',
+  'Reverse: {}',
+  'Write {} backwards.',
+  'What is {} from its last letter to its first?',
 )
 def _reverse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 4, 8)
@@ -473,9 +463,9 @@ def _reverse(dice: Dice) -> Drawn:
 
 
 @_sequences(
-  'Last word first: {question}',
-  'Reverse the order of the words.\n{question}',
-  '{question}\nThe same words, from the last to the first:',
+  'Last word first: {}',
+  'Reverse the order of the words.\n{}',
+  '{}\nThe same words, from the last to the first:',
 )
 def _reverse_words(dice: Dice) -> Drawn:
   drawn = _words(dice)
@@ -483,9 +473,9 @@ def _reverse_words(dice: Dice) -> Drawn:
 
 
 @_sequences(
-  'Sort: {question}',
-  'Put these words in alphabetical order.\n{question}',
-  '{question}\nIn dictionary order:',
+  'Sort: {}',
+  'Put these words in alphabetical order.\n{}',
+  '{}\nIn dictionary order:',
 )
 def _sort_words(dice: Dice) -> Drawn:
   drawn = _words(dice)
@@ -493,9 +483,9 @@ def _sort_words(dice: Dice) -> Drawn:
 
 
 @_sequences(
-  'Equal? {question}',
-  'Are both sides of the bar the same text?\n{question}',
-  '{question}\nIs the left the same as the right?',
+  'Equal? {}',
+  'Are both sides of the bar the same text?\n{}',
+  '{}\nIs the left the same as the right?',
 )
 def _same(dice: Dice) -> Drawn:
   one = _words(dice, 2, 3)
@@ -507,9 +497,9 @@ def _same(dice: Dice) -> Drawn:
 _arithmetic = functools.partial(_task, 'arithmetic')
 
 _SUMS = (
-  '{question} =',
-  'What is {question}?',
-  'Calculate {question} and give the number.',
+  '{} =',
+  'What is {}?',
+  'Calculate {} and give the number.',
 )
 
 
@@ -532,9 +522,9 @@ def _multiply(dice: Dice) -> Drawn:
 
 
 @_arithmetic(
-  'Larger: {question}',
-  'Which of these two numbers is larger?\n{question}',
-  '{question}\nThe larger one is',
+  'Larger: {}',
+  'Which of these two numbers is larger?\n{}',
+  '{}\nThe larger one is',
 )
 def _larger(dice: Dice) -> Drawn:
   a, b = dice.below(10000), dice.below(10000)
@@ -548,9 +538,9 @@ _number_series = functools.partial(_task, 'number_series')
 
 
 @_number_series(
-  'Next number: {question}',
-  'These numbers go up by equal steps. Which comes next?\n{question}',
-  '{question} and then',
+  'Next number: {}',
+  'These numbers go up by equal steps. Which comes next?\n{}',
+  '{} and then',
 )
 def _next_number(dice: Dice) -> Drawn:
   start, step = dice.below(100), dice.between(1, 12)
@@ -559,10 +549,10 @@ def _next_number(dice: Dice) -> Drawn:
 
 
 @_number_series(
-  'Next product: {question}',
+  'Next product: {}',
   'Each number is the one before it times the same factor. Which comes '
-  'next?\n{question}',
-  '{question}\nThe series continues with',
+  'next?\n{}',
+  '{}\nThe series continues with',
 )
 def _next_power(dice: Dice) -> Drawn:
   start, base = dice.between(1, 120), dice.between(2, 5)
@@ -571,9 +561,9 @@ def _next_power(dice: Dice) -> Drawn:
 
 
 @_number_series(
-  'Maximum: {question}',
-  'Which is the largest of these numbers?\n{question}',
-  '{question}\nNone of them is larger than',
+  'Maximum: {}',
+  'Which is the largest of these numbers?\n{}',
+  '{}\nNone of them is larger than',
 )
 def _largest(dice: Dice) -> Drawn:
   numbers = [dice.below(100) for _ in range(dice.between(3, 5))]
@@ -581,9 +571,9 @@ def _largest(dice: Dice) -> Drawn:
 
 
 @_number_series(
-  'Direction: {question}',
-  'Do these numbers go up, down, or neither?\n{question}',
-  '{question}\nThe series goes',
+  'Direction: {}',
+  'Do these numbers go up, down, or neither?\n{}',
+  '{}\nThe series goes',
 )
 def _direction(dice: Dice) -> Drawn:
   numbers = sorted(dice.sample(range(1000), 4))
@@ -606,9 +596,9 @@ MORSE = dict(zip(_LETTERS, _CODES.split()))
 
 
 @_ciphers(
-  'ROT13: {question}',
-  'Move every letter 13 places along the alphabet.\n{question}',
-  '{question}\nIn ROT13 that is',
+  'ROT13: {}',
+  'Move every letter 13 places along the alphabet.\n{}',
+  '{}\nIn ROT13 that is',
 )
 def _rot13(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 4, 8)
@@ -616,9 +606,9 @@ def _rot13(dice: Dice) -> Drawn:
 
 
 @_ciphers(
-  'Caesar: {question}',
-  'Shift the letters of {question} along the alphabet.',
-  'Encipher with a Caesar cipher: {question}',
+  'Caesar: {}',
+  'Shift the letters of {} along the alphabet.',
+  'Encipher with a Caesar cipher: {}',
 )
 def _caesar(dice: Dice) -> Drawn:
   word, step = dice.word(_LETTERS, 4, 6), dice.between(1, 5)
@@ -627,29 +617,23 @@ def _caesar(dice: Dice) -> Drawn:
 
 
 @_ciphers(
-  'Atbash: {question}',
-  'Write z for a, y for b, and so on.\n{question}',
-  '{question}\nWith the alphabet reversed:',
+  'Atbash: {}',
+  'Write z for a, y for b, and so on.\n{}',
+  '{}\nWith the alphabet reversed:',
 )
 def _atbash(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 4, 8)
   return Drawn(word, word.translate(str.maketrans(_LETTERS, _LETTERS[::-1])))
 
 
-@_ciphers(
-  'Morse: {question}',
-  'Write {question} in Morse code.',
-  '{question}\nIn dots and dashes:',
-)
+@_ciphers('Morse: {}', 'Write {} in Morse code.', '{}\nIn dots and dashes:')
 def _to_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
   return Drawn(word, ' '.join(MORSE[letter] for letter in word))
 
 
 @_ciphers(
-  'Letters: {question}',
-  'Which word does this Morse code spell?\n{question}',
-  '{question}\nIn letters:',
+  'Letters: {}', 'Which word does this Morse code spell?\n{}', '{}\nIn letters:'
 )
 def _from_morse(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 4)
@@ -662,9 +646,9 @@ _recall = functools.partial(_task, 'recall')
 
 
 @_recall(
-  'Look up: {question}',
-  'Give the value of the last letter.\n{question}',
-  'Each letter has a number. {question}',
+  'Look up: {}',
+  'Give the value of the last letter.\n{}',
+  'Each letter has a number. {}',
 )
 def _lookup(dice: Dice) -> Drawn:
   keys = dice.sample(_LETTERS, dice.between(3, 5))
@@ -675,9 +659,9 @@ def _lookup(dice: Dice) -> Drawn:
 
 
 @_recall(
-  'Word {question}',
-  'Which word is at this position, counting from 1?\n{question}',
-  'Write word {question}.',
+  'Word {}',
+  'Which word is at this position, counting from 1?\n{}',
+  'Write word {}.',
 )
 def _item(dice: Dice) -> Drawn:
   drawn = _words(dice, 3, 5)
@@ -686,9 +670,9 @@ def _item(dice: Dice) -> Drawn:
 
 
 @_recall(
-  'Missing: {question}',
-  'Which word on the left is not on the right?\n{question}',
-  '{question}\nThe right side lacks',
+  'Missing: {}',
+  'Which word on the left is not on the right?\n{}',
+  '{}\nThe right side lacks',
 )
 def _missing(dice: Dice) -> Drawn:
   drawn = _words(dice, 3, 4)
@@ -698,9 +682,9 @@ def _missing(dice: Dice) -> Drawn:
 
 
 @_recall(
-  'Is it there? {question}',
-  'Is the first word one of the words after "in"?\n{question}',
-  '{question}\nIs the first word among the others?',
+  'Is it there? {}',
+  'Is the first word one of the words after "in"?\n{}',
+  '{}\nIs the first word among the others?',
 )
 def _contains(dice: Dice) -> Drawn:
   drawn = _words(dice, 3, 5)
@@ -714,9 +698,7 @@ _letters = functools.partial(_task, 'letters')
 
 
 @_letters(
-  'Count: {question}',
-  'How many times is the letter {question}?',
-  '{question}\nNumber of times:',
+  'Count: {}', 'How many times is the letter {}?', '{}\nNumber of times:'
 )
 def _count_letters(dice: Dice) -> Drawn:
   word = dice.word('abcdef', 4, 9)
@@ -725,9 +707,7 @@ def _count_letters(dice: Dice) -> Drawn:
 
 
 @_letters(
-  'Length: {question}',
-  'How many letters does {question} have?',
-  '{question}\nNumber of letters:',
+  'Length: {}', 'How many letters does {} have?', '{}\nNumber of letters:'
 )
 def _length(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 3, 12)
@@ -735,9 +715,9 @@ def _length(dice: Dice) -> Drawn:
 
 
 @_letters(
-  'Initials: {question}',
-  'Join the first letters of these words.\n{question}',
-  '{question}\nThe first letters are',
+  'Initials: {}',
+  'Join the first letters of these words.\n{}',
+  '{}\nThe first letters are',
 )
 def _initials(dice: Dice) -> Drawn:
   drawn = _words(dice, 3, 5)
@@ -745,9 +725,7 @@ def _initials(dice: Dice) -> Drawn:
 
 
 @_letters(
-  'Capitals: {question}',
-  'Write {question} in capital letters.',
-  '{question}\nThe same in capitals:',
+  'Capitals: {}', 'Write {} in capital letters.', '{}\nThe same in capitals:'
 )
 def _upper(dice: Dice) -> Drawn:
   word = dice.word(_LETTERS, 4, 8)
@@ -755,9 +733,7 @@ def _upper(dice: Dice) -> Drawn:
 
 
 @_letters(
-  'Palindrome? {question}',
-  'Is {question} the same backwards?',
-  '{question}\nIs it a palindrome?',
+  'Palindrome? {}', 'Is {} the same backwards?', '{}\nIs it a palindrome?'
 )
 def _palindrome(dice: Dice) -> Drawn:
   half = dice.word(_LETTERS, 3, 4)
@@ -792,9 +768,7 @@ class InstructionSource(SourceOptions):
     minimum=1,
   )
   num_validation: int = option(
-    100,
-    'Number of examples for validation.',
-    minimum=1,
+    100, 'Number of examples for validation.', minimum=1
   )
   num_shots: int = option(
     0,

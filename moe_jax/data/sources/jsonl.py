@@ -59,10 +59,9 @@ class JsonlSource(SourceOptions):
     selection.check_splits('jsonl')
     paths = matching(self.pattern)
     digest, counts = Digest(), dict.fromkeys(SPLITS, 0)
-    for path in paths:
-      for where, line, value in json_lines(path):
-        digest.text(line)
-        counts[_split(pairs_of(value, where))] += 1
+    for where, line, value in json_lines(paths):
+      digest.text(line)
+      counts[_split(pairs_of(value, where))] += 1
     total = sum(counts.values())
     for split in selection.splits:
       if not counts[split]:
@@ -74,10 +73,9 @@ class JsonlSource(SourceOptions):
 
     def of_split(split: str) -> Iterator[Pair]:
       name = selection.name_of(split)
-      for path in paths:
-        for where, _, value in json_lines(path):
-          if _split(pairs := pairs_of(value, where)) == name:
-            yield from pairs
+      for where, _, value in json_lines(paths):
+        if _split(pairs := pairs_of(value, where)) == name:
+          yield from pairs
 
     return Pairs(
       f'jsonl:{self.pattern} ({len(paths)} files, {total} lines)',

@@ -11,6 +11,7 @@ import abc
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import pathlib
@@ -191,21 +192,19 @@ def reader(
   name = f'{builder.name}-{cache_folders.FORMAT}-{digest[:16]}'
   folder = cache_root(selection.cache_dir) / 'tfds' / name
 
-  def make(data_dir):
-    return builder(
-      modules=modules, data_dir=data_dir, file_format='array_record'
-    )
+  make = functools.partial(builder, modules=modules, file_format='array_record')
 
   def write(unfinished):
     # TFDS would print the name of this temporary folder, and fill a log with
     # progress bars for half a second's work.
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-      make(unfinished).download_and_prepare()
+      make(data_dir=unfinished).download_and_prepare()
 
   def read(split):
     cache_folders.prepared(folder, write, digests=selection.cache_digests)
-    return feature_texts(make(folder), selection.name_of(split), features)
+    made = make(data_dir=folder)
+    return feature_texts(made, selection.name_of(split), features)
 
   return read
 

@@ -7,7 +7,7 @@ import operator
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import requests
@@ -99,14 +99,28 @@ def open_split(builder: Builder, split: str) -> Sequence[Any]:
     ) from error
 
 
-def check_feature(builder: Builder, feature: str, option: str) -> None:
-  """Raises ValueError, which lists all features, for an unknown feature.
+def checked_builder(
+  name: str, features: Iterable[tuple[str, str]], selection: Selection
+) -> Builder:
+  """The prepared builder of a dataset that has these features and splits.
 
-  'translation/de' is a feature in another. The message has the option's name.
+  Args:
+    name: Name of the dataset.
+    features: Each feature with the name of its option, for messages;
+      'translation/de' is a feature in another.
+    selection: The splits.
+
+  Raises:
+    ValueError: As `prepared_builder`, or a feature or split is unknown.
   """
+  builder = prepared_builder(name)
   names = list(_names_of(builder.info.features))
-  if feature not in names:
-    raise unknown(f'{option} of {builder.name!r}', feature, names)
+  for feature, option_name in features:
+    if feature not in names:
+      raise unknown(f'{option_name} of {builder.name!r}', feature, names)
+  for split in selection.splits:
+    open_split(builder, split)
+  return builder
 
 
 def feature_texts(
@@ -156,13 +170,10 @@ def _names_of(features: Any, outer: str = '') -> Iterator[str]:
 
 def _names(data_dir: str) -> list[str]:
   """Names of the datasets in `data_dir`."""
-  root = pathlib.Path(data_dir)
-  names = {
-    path.relative_to(root).parts[0]
-    for versions in ('*/*', '*/*/*')  # without and with a builder config
-    for path in root.glob(f'{versions}/dataset_info.json')
-  }
-  return sorted(names)
+  root, file = pathlib.Path(data_dir), 'dataset_info.json'
+  # A dataset has a folder of its versions, or one of each configuration.
+  paths = [*root.glob(f'*/*/{file}'), *root.glob(f'*/*/*/{file}')]
+  return sorted({path.relative_to(root).parts[0] for path in paths})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +242,9 @@ class TfdsSource(SourceOptions):
 
     The features are those that the options name; they and the splits are there.
     """
-    builder = prepared_builder(self.name)
     features = [getattr(self, name) for name in options]
-    for name, feature in zip(options, features):
-      check_feature(builder, feature, name)
-    for split in selection.splits:
-      open_split(builder, split)
+    named = zip(features, options)
+    builder = checked_builder(self.name, named, selection)
     return builder, lambda split: feature_texts(
       builder, selection.name_of(split), features
     )

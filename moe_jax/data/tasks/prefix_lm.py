@@ -9,17 +9,22 @@ import dataclasses
 import functools
 
 import numpy as np
-from jaxtyping import Integer
 
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
-from moe_jax.data.packing import PackedRows
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
+from moe_jax.data.packing import PackedRows, Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.shapes import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +35,7 @@ class LmTask(TaskOptions):
   makes_examples = False
   answers_go_on = True
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> PackedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of the whole stream."""
     del tokenizer
     return PackedRows(*stream, shape.seq_len)
@@ -50,9 +53,7 @@ class PrefixLmTask(TaskOptions):
     """The tokenizer with an EOS, which ends inputs only for an encoder."""
     return extend(base, end_inputs=shape.encoder_decoder)
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     eos_id = tokenizer.eos_id if shape.encoder_decoder else None
     windows = PrefixLM(shape.layout(tokenizer.start_id), eos_id=eos_id)
@@ -95,14 +96,11 @@ class PrefixLM(WindowTask):
     shortest, longest = self.suffixes(sizes)
     fits = (shortest <= longest) & self.layout.fits(self.lengths(sizes))
     if not fits.any():
-      raise InputError(
-        f'rows of {self.layout.describe()} are too short for a prefix LM'
-      )
+      rows = self.layout.describe()
+      raise InputError(f'rows of {rows} are too short for a prefix LM')
     return int(sizes[fits][-1])
 
-  def suffixes(
-    self, n: Int[np.ndarray, ' P']
-  ) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+  def suffixes(self, n: Counts) -> tuple[Counts, Counts]:
     """The shortest and longest targets of a window of `n` > 1 tokens."""
     room = self.layout.max_inputs - self._marks
     shortest = np.maximum(n - room, 1)
@@ -112,21 +110,18 @@ class PrefixLM(WindowTask):
       np.maximum(around_mean, shortest),
     )
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of windows of `n` tokens."""
     shortest, longest = self.suffixes(n)
     inputs = n - shortest + self._marks
     return Lengths(inputs, longest, n + self._marks)
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window."""
     (shortest,), (longest,) = self.suffixes(np.array([len(window)]))
     split = len(window) - generator.integers(shortest, longest, endpoint=True)
-    mode, eos = (
-      [] if mark is None else [mark] for mark in (self.mode_id, self.eos_id)
-    )
+    marks = self.mode_id, self.eos_id
+    mode, eos = ([] if mark is None else [mark] for mark in marks)
     inputs = np.concatenate([mode, window[:split], eos])
     return Example(inputs.astype(np.int32), window[split:].astype(np.int32))
 

@@ -50,11 +50,11 @@ class Seq2SeqTask(TaskOptions):
     shape: RowShape,
   ) -> 'PairRows':
     """Rows of pairs."""
-    layout = shape.layout(tokenizer.start_id)
+    layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
     return PairRows(
       *stream,
       layout,
-      cast(int, tokenizer.eos_id),
+      cast(int, eos_id),
       pack=shape.pack,
       keep_end=self.keep_end,
     )
@@ -104,8 +104,7 @@ class PairRows(ExampleRows):
     self._keep_end = keep_end
     # The lengths that pairs with their EOS would have, if none were cut.
     uncut = [np.diff(s, append=len(t)) + 1 for t, s in (inputs, targets)]
-    lengths = layout.cut(*uncut)
-    self._lengths = lengths
+    self._lengths = lengths = layout.cut(*uncut)
     is_cut = (lengths.inputs < uncut[0]) | (lengths.targets < uncut[1])
     self.truncated = int(is_cut.sum())
     super().__init__(lengths, layout, pack=pack)
@@ -119,9 +118,8 @@ class PairRows(ExampleRows):
     del generator
     n_inputs = int(self._lengths.inputs[index])
     n_targets = int(self._lengths.targets[index])
-    inputs = cut_inputs(
-      _text(self._inputs, index), n_inputs - 1, keep_end=self._keep_end
-    )
+    inputs = _text(self._inputs, index)
+    inputs = cut_inputs(inputs, n_inputs - 1, keep_end=self._keep_end)
     targets = _text(self._targets, index)[:n_targets]
     return Example(
       np.append(inputs, self._eos_id).astype(np.int32),

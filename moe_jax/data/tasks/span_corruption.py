@@ -12,13 +12,21 @@ from jaxtyping import Integer
 
 from moe_jax.config import option
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
+from moe_jax.data.packing import Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import extend
 from moe_jax.errors import InputError
-from moe_jax.shapes import Bool, Int
+from moe_jax.shapes import Bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +64,7 @@ class SpanCorruptionTask(TaskOptions):
     del shape
     return extend(base, num_sentinels=self.num_sentinels, end_inputs=True)
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     windows = SpanCorruption(
       shape.layout(tokenizer.start_id),
@@ -108,9 +114,8 @@ class SpanCorruption(WindowTask):
     sizes = np.arange(1, self.layout.max_inputs + self.layout.max_targets + 1)
     window = int(self.layout.fits(self.lengths(sizes)).sum())
     if window < 2:
-      raise InputError(
-        f'rows of {self.layout.describe()} are too short for span corruption'
-      )
+      rows = self.layout.describe()
+      raise InputError(f'rows of {rows} are too short for span corruption')
     _, spans = noise_counts(np.array([window]), self.density, self.mean_span)
     num_needed = int(spans[0]) + self.final_sentinel
     if num_needed > len(self.sentinels):
@@ -121,16 +126,14 @@ class SpanCorruption(WindowTask):
       )
     return window
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The lengths of examples of `n` tokens; they never fall as `n` grows."""
     noise, spans = noise_counts(n, self.density, self.mean_span)
     inputs = n - noise + spans + 1 + (self.mode_id is not None)
     targets = noise + spans + 1 + self.final_sentinel
     return Lengths(inputs, targets, inputs + targets)
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window, whose own EOS at its end is left out."""
     if window[-1] == self.eos_id and len(window) > 1:
       window = window[:-1]
@@ -146,8 +149,8 @@ class SpanCorruption(WindowTask):
 
 
 def noise_counts(
-  n: Int[np.ndarray, ' P'], density: float, mean_span: float
-) -> tuple[Int[np.ndarray, ' P'], Int[np.ndarray, ' P']]:
+  n: Counts, density: float, mean_span: float
+) -> tuple[Counts, Counts]:
   """The numbers of tokens and of spans that are cut out of `n` tokens.
 
   At least one token is cut out and, if `n` > 1, at least one is kept. At least
@@ -180,7 +183,7 @@ def noise_mask(
 
 
 def corrupt(
-  window: Integer[np.ndarray, ' N'],
+  window: Window,
   mask: Bool[np.ndarray, ' N'],
   sentinels: Integer[np.ndarray, ' S'],
 ) -> tuple[Integer[np.ndarray, ' I'], Integer[np.ndarray, ' J']]:

@@ -6,18 +6,24 @@ from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
-from jaxtyping import Integer
 
 from moe_jax.config import option, unknown_text
 from moe_jax.data.examples import DenoisedRows, WindowTask
-from moe_jax.data.layouts import Example, Layout, Lengths, RowShape
+from moe_jax.data.layouts import (
+  Counts,
+  Example,
+  Layout,
+  Lengths,
+  RowShape,
+  Window,
+)
+from moe_jax.data.packing import Rows
 from moe_jax.data.store import Stream
 from moe_jax.data.tasks.contract import TaskOptions
 from moe_jax.data.tasks.prefix_lm import PrefixLM
 from moe_jax.data.tasks.span_corruption import SpanCorruption
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.tokenizers.extra_ids import Extended, extend, mode_name
-from moe_jax.shapes import Int
 
 MODES = ('R', 'S', 'X')
 
@@ -85,16 +91,15 @@ class Ul2Task(TaskOptions):
       end_inputs=shape.encoder_decoder,
     )
 
-  def rows(
-    self, stream: Stream, tokenizer: Tokenizer, shape: RowShape
-  ) -> DenoisedRows:
+  def rows(self, stream: Stream, tokenizer: Tokenizer, shape: RowShape) -> Rows:
     """Rows of windows of the documents."""
     windows = self.windows(cast(Extended, tokenizer), shape)
     return DenoisedRows(*stream, windows, pack=shape.pack)
 
   def windows(self, tokenizer: Extended, shape: RowShape) -> 'Mixture':
     """The mixture of the denoisers with a weight above 0."""
-    layout, eos_id = shape.layout(tokenizer.start_id), tokenizer.eos_id
+    layout = shape.layout(tokenizer.start_id)
+    end_id = cast(int, tokenizer.eos_id)
     sentinels = tokenizer.sentinel_ids[: self.num_sentinels]
     tasks, weights = [], []
     for mode, mean_span, density, weight in self.denoisers:
@@ -103,13 +108,11 @@ class Ul2Task(TaskOptions):
       weights.append(weight)
       mode_id = tokenizer.token_id(mode_name(mode))
       if mode == 'S':
-        end = eos_id if shape.encoder_decoder else None
+        end = end_id if shape.encoder_decoder else None
         tasks.append(PrefixLM(layout, density, end, mode_id))
       else:
         spans = density, mean_span, self.final_sentinel, mode_id
-        tasks.append(
-          SpanCorruption(layout, sentinels, cast(int, eos_id), *spans)
-        )
+        tasks.append(SpanCorruption(layout, sentinels, end_id, *spans))
     return Mixture(tuple(tasks), tuple(weights))
 
 
@@ -139,14 +142,12 @@ class Mixture(WindowTask):
     """
     return min(task.window for task in self.tasks)
 
-  def lengths(self, n: Int[np.ndarray, ' P']) -> Lengths:
+  def lengths(self, n: Counts) -> Lengths:
     """The largest lengths of examples of `n` tokens by any denoiser."""
     by_task = [task.lengths(n) for task in self.tasks]
     return Lengths(*(np.max(side, axis=0) for side in zip(*by_task)))
 
-  def __call__(
-    self, window: Integer[np.ndarray, ' N'], generator: np.random.Generator
-  ) -> Example:
+  def __call__(self, window: Window, generator: np.random.Generator) -> Example:
     """One example of the window, by a denoiser that is drawn for it."""
     share = np.array(self.weights) / sum(self.weights)
     task = self.tasks[generator.choice(len(self.tasks), p=share)]

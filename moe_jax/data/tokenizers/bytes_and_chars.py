@@ -87,9 +87,8 @@ class Chars(Tokenizer, kind='chars'):
     ids = np.minimum(ids, self.vocab_size - 1)
     unseen = np.flatnonzero(self._points[ids] != points)
     if unseen.size:
-      raise InputError(
-        self._unseen_message(collections.Counter(text[i] for i in unseen))
-      )
+      counts = collections.Counter(text[i] for i in unseen)
+      raise InputError(self._unseen_message(counts))
     return ids.astype(np.int32)
 
   def _unseen_message(self, counts: collections.Counter[str]) -> str:

@@ -23,19 +23,18 @@ def main() -> None:
   def refuse(message: str):
     raise jinja2.TemplateError(message)
 
+  def now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+  extensions = ['jinja2.ext.loopcontrols']
   environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
+    trim_blocks=True, lstrip_blocks=True, extensions=extensions
   )
   # Jinja's own filter would escape the text for HTML.
   environment.filters['tojson'] = lambda value, indent=None: json.dumps(
     value, ensure_ascii=False, indent=indent
   )
-  environment.globals['raise_exception'] = refuse
-  environment.globals['strftime_now'] = lambda form: (
-    datetime.datetime.now().strftime(form)
-  )
+  environment.globals |= {'raise_exception': refuse, 'strftime_now': now}
   template, variables, limits = json.load(sys.stdin)
   _limit(resource.RLIMIT_FSIZE, 0)
   _limit(resource.RLIMIT_CORE, 0)

@@ -287,10 +287,14 @@ class TextStream:
       return ''
     self._ids.append(int(token))
     text = self._text()
-    complete = max(len(text) - _unfinished(text), self._returned)
+    tail = text[-_MOST_BYTES:]  # more bytes may still change its unknown end
+    unfinished = len(tail) - len(tail.rstrip(_UNKNOWN))
+    complete = max(len(text) - unfinished, self._returned)
     new, self._returned = text[self._returned : complete], complete
     if complete == len(text):
-      self._forget()
+      # The next token's text cannot depend on those before.
+      self._ids = self._ids[self._settled :]
+      self._settled, self._returned = len(self._ids), len(self._text())
     return new
 
   def end(self) -> str:
@@ -304,15 +308,3 @@ class TextStream:
 
   def _text(self) -> str:
     return self._tokenizer.decode(self._ids)
-
-  def _forget(self) -> None:
-    """Drops the tokens on which the next token's text cannot depend."""
-    self._ids = self._ids[self._settled :]
-    self._settled = len(self._ids)
-    self._returned = len(self._text())
-
-
-def _unfinished(text: str) -> int:
-  """The number of characters at the end that more bytes may still change."""
-  tail = text[-_MOST_BYTES:]
-  return len(tail) - len(tail.rstrip(_UNKNOWN))

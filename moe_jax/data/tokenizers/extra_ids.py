@@ -51,9 +51,8 @@ class Extended(Tokenizer, kind='extended'):
     self.forced_bos_id = base.forced_bos_id
     appended = [n for n in self.names if n.startswith(_SENTINEL)]
     self.sentinel_ids = base.sentinel_ids + tuple(map(self.token_id, appended))
-    self.identity = (
-      f'{base.identity} and {digest(repr((self.names, end_inputs)))}'
-    )
+    added = digest(repr((self.names, end_inputs)))
+    self.identity = f'{base.identity} and {added}'
 
   @property
   def ids_identity(self) -> str:
@@ -129,7 +128,13 @@ class Extended(Tokenizer, kind='extended'):
   ) -> np.ndarray:
     name_pattern = '|'.join(map(re.escape, self.names))
     pieces = re.split(f'({name_pattern})', text) if name_pattern else [text]
-    ids = [self._piece_ids(piece, encode) for piece in pieces if piece]
+    ids: list[Any] = []
+    for piece in filter(None, pieces):
+      if piece in self.names:
+        ids.append([self.token_id(piece)])
+      else:
+        own = encode(piece)
+        ids.append(own[:-1] if own.size and own[-1] == self.eos_id else own)
     ends: Any = [self.eos_id] if self.end_inputs else []
     return np.concatenate([*ids, ends]).astype(np.int32)
 
@@ -167,14 +172,6 @@ class Extended(Tokenizer, kind='extended'):
     """The tokenizer with the added names."""
     base = from_json(state['base'])
     return cls(base, state['names'], end_inputs=state['end_inputs'])
-
-  def _piece_ids(
-    self, piece: str, encode: Callable[[str], np.ndarray]
-  ) -> np.ndarray:
-    if piece in self.names:
-      return np.array([self.token_id(piece)])
-    ids = encode(piece)
-    return ids[:-1] if ids.size and ids[-1] == self.eos_id else ids
 
 
 def extend(

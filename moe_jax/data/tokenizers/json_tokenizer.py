@@ -69,12 +69,11 @@ class SpecialTokens:
       yield f'vocab_size={self.vocab_size!r} is no number of tokens'
       return
     size = max(num_tokens, self.vocab_size)
-    ids = {f'{role}_token_id': getattr(self, role) for role in _ROLES}
-    ids = {name: [i] for name, i in ids.items() if i is not None}
-    for name, values in {**ids, 'eos_token_id': self.eos}.items():
-      for i in values:
-        if not _is_count(i) or i >= size:
-          yield f'{name}={i!r} is no token id: an integer in [0, {size})'
+    ids = [(role, getattr(self, role)) for role in _ROLES]
+    ids = [(role, i) for role, i in ids if i is not None]
+    for role, i in [*ids, *(('eos', i) for i in self.eos)]:
+      if not _is_count(i) or i >= size:
+        yield f'{role}_token_id={i!r} is no token id: an integer in [0, {size})'
     for name in ('chat_template', *self.names):
       value = self.names.get(name, self.chat_template)
       if not isinstance(value, str):
@@ -121,17 +120,16 @@ class Json(Tokenizer, kind='json'):
     self.num_tokens = self.vocab_size
     self.vocab_size = max(self.vocab_size, special.vocab_size)
     self.eos_id = special.eos[0] if special.eos else None
-    self.bos_id = special.bos
-    self.pad_id = special.pad
+    self.bos_id, self.pad_id = special.bos, special.pad
     self.forced_bos_id = special.forced_bos
-    self.sentinel_ids = _sentinels(self._vocabulary)
-    self.identity = f'json:{digest(self._model.to_str() + self._roles())}'
-
-  def _roles(self) -> str:
-    if self._saved_special is None:
-      return ''
-    roles = dataclasses.replace(self._saved_special, chat_template='', names={})
-    return json.dumps(dataclasses.asdict(roles), sort_keys=True)
+    matches = map(_SENTINEL.fullmatch, self._vocabulary)
+    by_number = {int(m[1]): self._vocabulary[m[0]] for m in matches if m}
+    self.sentinel_ids = tuple(by_number[n] for n in sorted(by_number))
+    content = self._model.to_str()
+    if self._saved_special is not None:
+      roles = dataclasses.replace(special, chat_template='', names={})
+      content += json.dumps(dataclasses.asdict(roles), sort_keys=True)
+    self.identity = f'json:{digest(content)}'
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> 'Json':
@@ -142,10 +140,9 @@ class Json(Tokenizer, kind='json'):
     """
     path = plain(folder, 'tokenizer.json')
     if path is None:
-      models = [name for name in SENTENCEPIECE if plain(folder, name)]
-      note = f', only {models[0]}' if models else ''
-      advice = ''
-      if models:
+      note = advice = ''
+      if models := [name for name in SENTENCEPIECE if plain(folder, name)]:
+        note = f', only {models[0]}'
         advice = (
           '; or name it, --config.data.tokenizer.kind=file '
           f'--config.data.tokenizer.file.path={folder / models[0]}'
@@ -229,12 +226,8 @@ class Json(Tokenizer, kind='json'):
     """
     if not self.special.chat_template:
       raise InputError('the tokenizer came without a chat template')
-    text = chat.render(
-      self.special.chat_template,
-      messages,
-      names=self.special.names,
-      **variables,
-    )
+    template, names = self.special.chat_template, self.special.names
+    text = chat.render(template, messages, names=names, **variables)
     return self.encode_spelled(text)
 
   def token_id(self, token: str) -> int:
@@ -244,11 +237,8 @@ class Json(Tokenizer, kind='json'):
       ValueError: There is no such token.
     """
     if token not in self._vocabulary:
-      special = [
-        added.content
-        for added in self._model.get_added_tokens_decoder().values()
-      ]
-      raise unknown('token', token, special)
+      special = self._model.get_added_tokens_decoder().values()
+      raise unknown('token', token, [added.content for added in special])
     return self._vocabulary[token]
 
   def decode(self, ids: Ids) -> str:
@@ -287,15 +277,6 @@ class Json(Tokenizer, kind='json'):
   def model_json(self) -> str:
     """The model as the content of a `tokenizer.json`."""
     return self._model.to_str(pretty=True)
-
-
-def _sentinels(vocabulary: dict[str, int]) -> tuple[int, ...]:
-  """The ids of T5's sentinels, in the order of their numbers."""
-  by_number = {}
-  for token, i in vocabulary.items():
-    if match := _SENTINEL.fullmatch(token):
-      by_number[int(match[1])] = i
-  return tuple(by_number[n] for n in sorted(by_number))
 
 
 def _special_tokens(

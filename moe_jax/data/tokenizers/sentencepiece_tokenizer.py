@@ -59,8 +59,9 @@ class SentencePiece(Tokenizer, kind='sentencepiece'):
       return '<eos>'
     model: Any = self._model  # its methods are typed for lists alone
     piece = model.id_to_piece(token)
-    kinds = model.is_control, model.is_unknown, model.is_byte
-    if any(is_kind(token) for is_kind in kinds):
+    if (
+      model.is_control(token) or model.is_unknown(token) or model.is_byte(token)
+    ):
       return piece
     return repr(piece.replace('\u2581', ' '))
 

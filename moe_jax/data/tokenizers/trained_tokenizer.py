@@ -86,15 +86,14 @@ def spread(texts: Iterable[str], most: int) -> list[str]:
 
 
 def _bpe(texts: Iterable[str], vocab_size: int) -> Json:
+  byte_level = tokenizers.pre_tokenizers.ByteLevel
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
-  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
+  model.pre_tokenizer = byte_level(add_prefix_space=False)
   model.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=[EOS],
-    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    initial_alphabet=sorted(byte_level.alphabet()),
     show_progress=False,
   )
   model.train_from_iterator(texts, trainer)

@@ -36,7 +36,7 @@ def test_every_task_keeps_the_contract(name):
   task = TASKS[name]
   assert task.name == name and task.metric in METRICS
   assert len(set(task.templates)) >= 3
-  assert all(template.count('{question}') == 1 for template in task.templates)
+  assert all(template.count('{}') == 1 for template in task.templates)
   unique_inputs = set()
   for split in ('train', 'validation'):
     for i in range(12):
@@ -206,7 +206,7 @@ def test_dice_are_the_same_on_every_machine():
 def test_a_task_without_an_example_of_a_split():
   split = 'train' if split_of('q') == 'train' else 'validation'
   (empty,) = {'train', 'validation'} - {split}
-  task = InstructionTask('x', 'y', ('{question}',), lambda _: Drawn('q', 'a'))
+  task = InstructionTask('x', 'y', ('{}',), lambda _: Drawn('q', 'a'))
   assert task(split, 3).inputs == 'q'
   with pytest.raises(ValueError, match=f'no example of split {empty!r} in'):
     task(empty, 0)
@@ -216,7 +216,7 @@ def test_a_task_with_too_few_examples_to_show():
   # The task has only two training examples to show.
   keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:2]
   task = InstructionTask(
-    'x', 'y', ('{question}',), lambda dice: Drawn(dice.one(keys), 'a')
+    'x', 'y', ('{}',), lambda dice: Drawn(dice.one(keys), 'a')
   )
   assert task('train', 0, num_shots=1).inputs.count('\n\n') == 1
   with pytest.raises(ValueError, match=r'besides 2 others in .* fewer shots'):
@@ -231,7 +231,7 @@ def test_no_example_is_about_what_is_asked():
     return Drawn(f'{key} in {dice.below(9)} words', key, key=key)
 
   keys = [key for key in string.ascii_letters if split_of(key) == 'train'][:4]
-  task = InstructionTask('x', 'y', ('{question}',), draw)
+  task = InstructionTask('x', 'y', ('{}',), draw)
   for i in range(20):
     questions = task('train', i, num_shots=3).inputs.split('\n\n')
     assert len({question[0] for question in questions}) == 4
