@@ -35,7 +35,6 @@ class QuantizedExpert(FeedForwardExpert):
 
   def experts(self, dispatch: Dispatch, shared: Shared) -> nn.Module:
     """The module, which is the same for every dispatch."""
-    del dispatch
     return QuantizedExperts(self.ffn(shared), self.format, name=SCOPE)
 
 
@@ -59,7 +58,6 @@ class QuantizedExperts(nn.Module):
     self, x: Float[Array, 'G S M'], routing: AnyRouting, train: bool = False
   ) -> tuple[Float[Array, 'G S M'], None]:
     """Returns the gated sums of outputs; `train` changes nothing."""
-    del train
     stored = self._parameters(routing.num_experts, x.shape[-1])
 
     def decoded(e):
@@ -82,21 +80,19 @@ class QuantizedExperts(nn.Module):
     A kernel's arrays are the parts of one parameter. On a mesh they are whole
     on each device. They begin as zeros, since codes are not trained.
     """
-    ffn = self.ffn
 
     def zeros(key, shape):
-      del key
       return {
         name: Parameter(
           jnp.zeros(array.shape, array.dtype),
           (None,) * len(array.shape),
-          role=ffn.role,
+          role=self.ffn.role,
           form=array.form,
         )
         for name, array in self.format.stored_arrays(shape).items()
       }
 
-    p = {}
+    ffn, p = self.ffn, {}
     specs = ffn.specs((num_experts,), width)
     for name, (shape, axes, form) in specs.items():
       if form == 'bias':

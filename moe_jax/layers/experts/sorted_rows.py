@@ -158,22 +158,5 @@ def sorted_feed_forward(
     x,
     product=lambda x, w, **_: grouped_matmul(x, w, group_sizes, backend),
     add_bias=add_bias,
-    dropout=lambda h: dropped(h, ffn.dropout, dropout_key),
+    dropout=lambda h: ffn.dropped(h, dropout_key),
   )
-
-
-def dropped(
-  h: Float[Array, '...'], rate: float, key: PRNGKey | None
-) -> Float[Array, '...']:
-  """Hidden values of which a share is zero, and the others are scaled up.
-
-  Args:
-    h: The hidden values.
-    rate: The share that is dropped, below 1.
-    key: The key of the draw; None: nothing is dropped.
-  """
-  if key is None:
-    return h
-  keep_rate = 1 - rate
-  keep_mask = jax.random.bernoulli(key, keep_rate, h.shape)
-  return jnp.where(keep_mask, h / keep_rate, 0)
