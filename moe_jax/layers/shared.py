@@ -25,8 +25,7 @@ class Init(Options):
 
   embedding_std: float = option(
     0.02,
-    'Standard deviation of the normal distribution from which the embeddings '
-    'of tokens and positions are drawn.',
+    'Standard deviation of the first embeddings of tokens and positions.',
     above=0,
   )
 
@@ -99,9 +98,7 @@ class Numerics(Options):
     choices=DTYPES,
   )
   param_dtype: str = option(
-    'float32',
-    'Type in which parameters are stored and updated.',
-    choices=DTYPES,
+    'float32', 'Type of parameters as stored and updated.', choices=DTYPES
   )
   init: Init = choice(
     INITS, 'fan_in', 'Distribution from which kernels and embeddings are drawn.'

@@ -51,8 +51,7 @@ class AttentionBase(Options):
   window: int = option(
     0,
     'Number of tokens that a token of a causal stack attends to, itself '
-    'included (Mistral, arXiv:2310.06825); 0: all up to itself. An encoder has '
-    'no window.',
+    'included (Mistral, arXiv:2310.06825), never in encoders; 0: no limit.',
     minimum=0,
   )
   full_layers: str = option(
@@ -114,7 +113,6 @@ class AttentionBase(Options):
 
   def within(self, width: int) -> Self:
     """These options in a model of that width, with no size left at 0."""
-    del width
     return self
 
   def for_encoder(self) -> Self:
@@ -434,22 +432,17 @@ class AttentionOptions(AttentionBase):
   qk_norm: str = option(
     'none',
     'Division of queries and keys by their root mean square, with a learned '
-    "scale: 'none'; 'head', over the width of each head (Qwen3, "
-    "arXiv:2505.09388); or 'all', over the values of all heads together "
-    '(OLMoE, arXiv:2409.02060).',
+    "scale: 'none'; 'head', over each head (Qwen3, arXiv:2505.09388); or "
+    "'all', over all heads together (OLMoE, arXiv:2409.02060).",
     choices=('all', 'head', 'none'),
   )
   qk_norm_epsilon: float = option(
-    1e-6,
-    'Number added to the mean square of queries and keys before its root is '
-    'taken.',
-    above=0,
+    1e-6, 'Number added to the mean square of queries and keys.', above=0
   )
   clip: float = option(
     0.0,
-    'Largest absolute value of queries, keys and values, after their norm; '
-    'larger ones are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips '
-    'nothing.',
+    'Largest size of queries, keys and values after their norm; larger ones '
+    'are clipped (clip_qkv of OLMo, arXiv:2402.00838); 0.0 clips nothing.',
     minimum=0,
   )
 
@@ -457,10 +450,8 @@ class AttentionOptions(AttentionBase):
     """The problem of query heads that key heads do not share evenly."""
     yield from super().problems()
     if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-      yield (
-        f'num_kv_heads={self.num_kv_heads} does not divide '
-        f'num_heads={self.num_heads}'
-      )
+      N, H = self.num_kv_heads, self.num_heads
+      yield f'num_kv_heads={N} does not divide num_heads={H}'
     if self.scale != 'fixed':
       yield from self.in_vain("unless scale is 'fixed'", 'fixed_scale')
 

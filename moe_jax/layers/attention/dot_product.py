@@ -12,11 +12,7 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.errors import InputError
 from moe_jax.kernels.cpu import add_to_each
-from moe_jax.layers.attention.blockwise import (
-  blocks,
-  by_token,
-  queries_by_head,
-)
+from moe_jax.layers.attention import blockwise
 from moe_jax.layers.attention.keys import Keys, masked_softmax, visible
 from moe_jax.partitioning import MESH_AXES, spread
 from moe_jax.shapes import Array, Float, Float32, Int, checked
@@ -81,7 +77,9 @@ def attend(
   plain = functools.partial(
     einsum, keys=keys, bias=bias, sinks=sinks, dropout=dropout
   )
-  in_blocks = functools.partial(blocks, keys=keys, bias=bias, sinks=sinks)
+  in_blocks = functools.partial(
+    blockwise.blocks, keys=keys, bias=bias, sinks=sinks
+  )
   kernel = functools.partial(_of_one_width, splash, keys=keys, sinks=sinks)
   if checked_alone or implementation == 'einsum':
     return plain(*arrays)
@@ -210,7 +208,7 @@ def cached(
   """
   B, T, H, _ = query.shape
   N, S = key.shape[1:3]
-  query = queries_by_head(keys.scaled(query), N)
+  query = blockwise.queries_by_head(keys.scaled(query), N)
   scores = jnp.einsum(
     'BNRD,BNSD->BNRS', query, key, preferred_element_type=jnp.float32
   )
@@ -223,7 +221,7 @@ def cached(
   mask = visible(*ids, (T, S), keys, start, slot_numbers)
   weights = _weights(scores, mask, sinks).astype(value.dtype)
   weights = weights.reshape(B, N, H // N * T, S)
-  return by_token(jnp.einsum('BNRS,BNSU->BNRU', weights, value), H)
+  return blockwise.by_token(jnp.einsum('BNRS,BNSU->BNRU', weights, value), H)
 
 
 def _weights(scores, mask, sinks) -> Float32[Array, 'B N J T S']:

@@ -31,14 +31,12 @@ class LatentOptions(AttentionBase):
 
   query_rank: int = option(
     0,
-    'Width of the vector that queries expand from; 0: queries are projections '
-    'of tokens.',
+    'Width of the vector that queries expand from; 0: tokens are projected.',
     minimum=0,
   )
   kv_rank: int = option(
     512,
-    'Width R of the vector that keys and values expand from, which the cache '
-    'keeps.',
+    'Width R of the cached vector that keys and values expand from.',
     minimum=1,
   )
   plain_width: int = option(
@@ -46,15 +44,13 @@ class LatentOptions(AttentionBase):
   )
   rotary_width: int = option(
     64,
-    'Width of the part of a head that positions rotate; its key is the same '
-    'for all heads.',
+    'Width of the part of a head that positions rotate; heads share its key.',
     minimum=1,
   )
   value_width: int = option(128, 'Width of the values of a head.', minimum=1)
   norm_epsilon: float = option(
     1e-6,
-    'Number added to the mean square of the vectors that queries, keys and '
-    'values expand from, before its root is taken.',
+    'Number added to the mean square of vectors that heads expand from.',
     above=0,
   )
 
@@ -62,10 +58,8 @@ class LatentOptions(AttentionBase):
     """The problem of a bias for a projection that is left out."""
     yield from super().problems()
     if 'query_down' in self._bias_names and not self.query_rank:
-      yield (
-        f"biases={self.biases!r} names 'query_down', which query_rank=0 leaves "
-        'out'
-      )
+      text = f"biases={self.biases!r} names 'query_down'"
+      yield f'{text}, which query_rank=0 leaves out'
 
   @property
   def module(self) -> type[nn.Module]:

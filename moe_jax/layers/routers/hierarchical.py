@@ -23,7 +23,7 @@ from moe_jax.routing.aux_losses import cv_squared, over_groups, token_z
 from moe_jax.routing.dispatch import sorted_rows
 from moe_jax.routing.stats import token_entropy, token_square
 from moe_jax.routing.token_choice_rule import choice_problems
-from moe_jax.shapes import Array, Bool, Float32, Int32
+from moe_jax.shapes import Array, Float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +34,24 @@ class Hierarchical(contract.RouterOptions):
   z_weight: float = shared_options.Z_WEIGHT
   importance_weight: float = shared_options.IMPORTANCE_WEIGHT
   load_weight: float = shared_options.loss_weight(
-    0.0,
-    'load loss of two levels (Eq. 14 of arXiv:1701.06538)',
+    0.0, 'load loss of two levels (Eq. 14 of arXiv:1701.06538)'
   )
   branching: int = option(
-    2,
-    'Number a of branches of a hierarchical router, of num_experts / a '
-    'experts.',
-    minimum=1,
+    2, 'Number a of branches, each of num_experts / a experts.', minimum=1
   )
   branches_selected: int = option(
     1,
-    'Number of branches that a token chooses in the hierarchical router; in '
-    'each it chooses num_selected / branches_selected experts.',
+    'Number of branches that a token chooses; in each it chooses num_selected '
+    '/ branches_selected experts.',
     minimum=1,
   )
   noisy: bool = option(
-    False,
-    'Whether a hierarchical router has noisy gates, with kernels from zero.',
+    False, 'Whether the gates are noisy, with kernels from zero.'
   )
   gates: str = option(
     'raw',
-    "Gates at each level of the hierarchical router: 'raw' is the softmax over "
-    "all branches or experts, 'renormalized' makes the chosen ones' sum to "
-    'one.',
+    "Gates at each level: 'raw' is the softmax over all branches or experts, "
+    "'renormalized' makes the chosen ones' sum to one.",
     choices=('raw', 'renormalized'),
   )
 
@@ -90,10 +84,8 @@ class Hierarchical(contract.RouterOptions):
 
   def shrunk(self):
     """A token chooses all of at most two branches."""
-    branches = min(self.branches_selected, 2)
-    return dataclasses.replace(
-      self, branching=branches, branches_selected=branches
-    )
+    a = min(self.branches_selected, 2)
+    return dataclasses.replace(self, branching=a, branches_selected=a)
 
   def levels(self, sizes: contract.Sizes) -> tuple['LevelSizes', 'LevelSizes']:
     """The sizes of the gate over branches, and of the gate in each branch."""
@@ -211,14 +203,9 @@ class _Level(NamedTuple):
   probability: Array | None
 
 
-def _level(
-  sizes: LevelSizes,
-  clean: Float32[Array, 'G N E'],
-  noise: routing.NoisyLogits | None,
-) -> _Level:
+def _level(sizes, clean, noise) -> _Level:
   E, K, gates = sizes
   logits = clean if noise is None else noise.noisy
-
   best = steps.largest(logits, min(K + 1, E))
   index, probability = best[..., :K], None
   if noise is not None:
@@ -227,11 +214,7 @@ def _level(
   return _Level(clean, index, gate, probability)
 
 
-def _branch_products(
-  x: Float32[Array, 'G S M'],
-  branch_index: Int32[Array, 'G S K1'],
-  w: Float32[Array, 'A M N'],
-) -> Float32[Array, 'G P N']:
+def _branch_products(x, branch_index, w) -> Float32[Array, 'G P N']:
   """The product of each token and each branch that it chose; P = S * K1."""
   K1 = branch_index.shape[-1]
   G, P = x.shape[0], x.shape[1] * K1
@@ -249,25 +232,17 @@ def _branch_products(
   return sorted_rows.combine(logits, chosen)
 
 
-def _aux(
-  chosen: routing.Routing,
-  gate: Float32[Array, 'G S K'],
-  branch: _Level,
-  expert: _Level,
-  mask: Bool[Array, 'G S'],
-) -> routing.MoeAux:
+def _aux(chosen, gate, branch, expert, mask) -> routing.MoeAux:
   """The losses and statistics, as sums over real tokens."""
-  importance = routing.importance_loss(
-    gate, chosen.expert_index, mask, chosen.num_experts
-  )
+  index, E = chosen.expert_index, chosen.num_experts
+  importance = routing.importance_loss(gate, index, mask, E)
   load = jnp.zeros(len(mask), jnp.float32)
-  if branch.probability is not None and expert.probability is not None:
+  if branch.probability is not None:
     probability = expert.probability.reshape(*branch.index.shape, -1)
-    load = cv_squared(
-      shazeer_rules.hierarchical_load(
-        branch.probability, probability, branch.index, mask
-      )
+    expected_load = shazeer_rules.hierarchical_load(
+      branch.probability, probability, branch.index, mask
     )
+    load = cv_squared(expected_load)
 
   def summed(per_token):
     return shazeer_rules.over_levels(

@@ -58,9 +58,7 @@ class TopologyAware(contract.RouterOptions):
     minimum=1,
   )
   per_node: int = option(
-    1,
-    'Number m of devices in each node, a divisor of devices.',
-    minimum=1,
+    1, 'Number m of devices in each node, a divisor of devices.', minimum=1
   )
   outgoing_fraction: float = option(
     0.14,
@@ -76,10 +74,9 @@ class TopologyAware(contract.RouterOptions):
     if self.second_policy != 'threshold':
       reason = "unless second_policy is 'threshold'"
       yield from self.in_vain(reason, 'second_threshold')
-    if self.devices % self.per_node:
-      yield (
-        f'devices={self.devices} is not divisible by per_node={self.per_node}'
-      )
+    devices, m = self.devices, self.per_node
+    if devices % m:
+      yield f'devices={devices} is not divisible by per_node={m}'
 
   def problems_with(self, sizes):
     yield from steps.gate_problems(sizes, self.gates, self.second_policy)
